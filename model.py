@@ -1,0 +1,719 @@
+"""The whole transformer, by hand, in PyTorch.
+
+    python model.py --preset gpt2                 what a shape costs: parameters, bytes, FLOPs
+    python model.py --preset novel --tokens 77919 and the loss a scaling law predicts for it
+    python model.py --ckpt out/stdlib             the same for a trained model
+
+One Transformer covers GPT-2, the Llama and Qwen families and the course's own model: every
+difference between them is a field of `Config`, read once where the module is built. Data meets
+the chapters in this order: configuration, the parts of a block, the loss, the model, the key/value
+cache, checkpoints, and the table that this file prints when you run it.
+
+It does not know text (prepare_data.py), optimisers (train.py) or sampling (sample.py).
+
+Shapes in comments: B batch, T time, C channels (d_model), nh query heads, nkv key/value heads,
+hs head size, V vocabulary, N rows (B*T flattened), S cached keys.
+"""
+
+import argparse
+import copy
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+
+class ModelError(ValueError):
+    """A user's mistake about a model: one line that names the thing, the value and the remedy."""
+
+
+# --------------------------------------------------------------------------------------------
+# Configuration: every architectural choice, and the shapes that have names
+# --------------------------------------------------------------------------------------------
+
+POSITIONS = ("rope", "learned", "sinusoidal")
+NORMS = ("rmsnorm", "layernorm")
+# To add an activation: name it here. `swiglu` is the one that needs a third matrix (FeedForward).
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),  # Primer, So et al. 2021
+    "swiglu": F.silu,  # Shazeer 2020: silu(x W_gate) * (x W_up)
+}
+INITS = ("zero_out", "gpt2")
+
+
+@dataclass
+class Config:
+    """The shape of a Transformer. Fields left at None follow from the others."""
+
+    vocab_size: int = 2048
+    n_layer: int = 4
+    n_head: int = 4
+    d_model: int = 128
+    context: int = 128  # the most tokens the model can look at
+    n_kv_head: int | None = None  # grouped-query attention; None: as many as n_head
+    head_size: int | None = None  # None: d_model / n_head
+    d_ff: int | None = None  # None: 4 * d_model, for swiglu 8/3 of it (the same parameters)
+    position: str = "rope"
+    norm: str = "rmsnorm"
+    norm_weight: bool = True  # a learned scale (and, for layernorm, shift) in every norm
+    activation: str = "swiglu"
+    qkv_bias: bool = False
+    out_bias: bool = False  # on the projection after attention
+    ff_bias: bool = False
+    head_bias: bool = False
+    qk_norm: bool = False  # RMS-normalise queries and keys per head
+    embed_norm: bool = False  # one more norm, right after the embedding
+    tied: bool = False  # the head is the embedding table, transposed
+    dropout: float = 0.0
+    eps: float = 1e-5
+    rope_theta: float = 10000.0
+    init: str = "zero_out"
+
+    def __post_init__(self):
+        # JSON and old checkpoints know no None-means-derived: the derived values are stored
+        if self.n_head < 1 or (self.head_size is None and self.d_model % self.n_head):
+            raise ModelError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_size = self.head_size or self.d_model // self.n_head
+        if self.d_ff is None:
+            wide = 4 * self.d_model
+            self.d_ff = wide if self.activation != "swiglu" else (wide * 2 // 3 + 7) // 8 * 8
+        self.check()
+
+    def check(self):
+        """Raise ModelError for a value or a combination that no model can have."""
+        for name, allowed in (
+            ("position", POSITIONS),
+            ("norm", NORMS),
+            ("activation", tuple(ACTIVATIONS)),
+            ("init", INITS),
+        ):
+            if getattr(self, name) not in allowed:
+                value = getattr(self, name)
+                raise ModelError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
+        for name in ("vocab_size", "n_layer", "d_model", "context", "head_size", "d_ff"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.n_head % self.n_kv_head:
+            raise ModelError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+        if self.position == "rope" and self.head_size % 2:
+            raise ModelError(f"rope turns pairs of channels: head size {self.head_size} is odd")
+        if not 0 <= self.dropout < 1:
+            raise ModelError(f"dropout {self.dropout} must be in [0, 1)")
+        if self.tied and self.head_bias:
+            raise ModelError("a tied head has no bias of its own: drop tied or head_bias")
+
+    @classmethod
+    def from_dict(cls, values):
+        """Config from a plain dict, e.g. of a checkpoint; an unknown field is an error."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ModelError(f"unknown config fields: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+# What learned fastest in our trials at this size (tests/BENCHMARKS.md): norms without weights, one
+# more of them after the embedding, squared ReLU, an untied head, and outputs that start at zero.
+_OURS = dict(norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True, init="zero_out")
+_GPT2 = dict(
+    vocab_size=50257,
+    context=1024,
+    position="learned",
+    norm="layernorm",
+    activation="gelu_tanh",
+    qkv_bias=True,
+    out_bias=True,
+    ff_bias=True,
+    tied=True,
+    init="gpt2",
+)
+# train.py replaces vocab_size by what the prepared data needs, rounded up to a multiple of 64.
+PRESETS = {
+    "tiny": Config(n_layer=4, n_head=4, d_model=160, context=128, **_OURS),
+    "small": Config(vocab_size=4096, n_layer=6, n_head=8, d_model=256, context=256, **_OURS),
+    "baby": Config(vocab_size=4096, n_layer=6, n_head=6, d_model=384, context=256, **_OURS),
+    "gpt2": Config(n_layer=12, n_head=12, d_model=768, **_GPT2),
+    "gpt2-medium": Config(n_layer=24, n_head=16, d_model=1024, **_GPT2),
+    "gpt2-large": Config(n_layer=36, n_head=20, d_model=1280, **_GPT2),
+    "gpt2-xl": Config(n_layer=48, n_head=25, d_model=1600, **_GPT2),
+    # the course's model: waylandzhang/Transformer-from-scratch, scifi-demo
+    "novel": Config(
+        vocab_size=100256,
+        n_layer=12,
+        n_head=8,
+        d_model=512,
+        context=128,
+        position="sinusoidal",
+        norm="layernorm",
+        activation="relu",
+        out_bias=True,
+        ff_bias=True,
+        head_bias=True,
+        dropout=0.1,
+        init="gpt2",
+    ),
+}
+
+
+def preset(name, **changes):
+    """A copy of the named preset with some fields changed. `d_ff` and the head size follow
+    `d_model` and `n_head` unless they are among the changes. ModelError for an unknown name."""
+    if name not in PRESETS:
+        raise ModelError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
+    # every preset's kv heads, head size and d_ff are the derived ones: let them follow
+    derived = dict(n_kv_head=None, head_size=None, d_ff=None)
+    return replace(PRESETS[name], **{**derived, **changes})
+
+
+# --------------------------------------------------------------------------------------------
+# The parts of a block: norm, rotary positions, attention, feed-forward
+# --------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), times a learned weight if there is one. Zhang & Sennrich 2019, eq. 4."""
+
+    def __init__(self, size, eps, weight):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size)) if weight else None
+
+    def forward(self, x):
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def make_norm(config, size):
+    """The norm that `config` asks for, over the last dimension of length `size`."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(size, config.eps, config.norm_weight)
+    return nn.LayerNorm(size, config.eps, elementwise_affine=config.norm_weight)
+
+
+def rope_tables(context, head_size, theta):
+    """Cosines and sines of the rotation angles, each (context, hs). RoFormer, Su et al. 2021.
+
+    Channel i turns together with channel i + hs/2 (the layout of Llama and Qwen weights), at
+    position t by the angle t * theta ** (-2i / hs): the first pairs fast, the last slowly.
+    """
+    frequency = theta ** (-torch.arange(0, head_size, 2).float() / head_size)  # (hs/2,)
+    angle = torch.arange(context).float()[:, None] * frequency  # (context, hs/2)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Rotate x (B, nh, T, hs) by the rows of `cos` and `sin` (broadcastable to x).
+
+    Dot products of rotated queries and keys depend on the distance of their positions alone.
+    """
+    left, right = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+
+
+def sinusoid_table(context, d_model):
+    """The fixed positions of "Attention Is All You Need" (2017), section 3.5: (context, C)."""
+    frequency = 10000.0 ** (-torch.arange(0, d_model, 2).float() / d_model)
+    angle = torch.arange(context).float()[:, None] * frequency  # (context, ceil(C/2))
+    table = torch.stack((angle.sin(), angle.cos()), dim=-1)  # even channels sine, odd cosine
+    return table.flatten(1)[:, :d_model]
+
+
+def plain_attention(q, k, v, mask=None, dropout=0.0):
+    """Attention written out, for reading; the model calls `attention`, which a test holds equal.
+
+    q (B, nh, T, hs); k and v (B, nkv, S, hs), each key head shared by nh/nkv query heads.
+    `mask` is True where a query may look, broadcastable to (B, nh, T, S); None is causal.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    score = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, nh, T, S)
+    if mask is None:
+        mask = causal_mask(q.shape[2], k.shape[2], q.device)
+    weight = score.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return F.dropout(weight, dropout) @ v  # (B, nh, T, hs)
+
+
+def attention(q, k, v, mask=None, dropout=0.0):
+    """`plain_attention` by torch's fused kernel, which never holds the (T, S) scores."""
+    T, S = q.shape[2], k.shape[2]
+    if mask is None and 1 < T < S:  # several new tokens behind a cache: the corner is not square
+        mask = causal_mask(T, S, q.device)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and T > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def causal_mask(T, S, device=None):
+    """(T, S) bools: the last query sees all S keys, each one before it sees one key less.
+
+    T=2, S=4:   1 1 1 0
+                1 1 1 1
+    """
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention, with fewer key/value heads where the config says so."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.n_head, self.n_kv_head, self.head_size = c.n_head, c.n_kv_head, c.head_size
+        self.dropout = c.dropout
+        self.q = nn.Linear(c.d_model, c.n_head * c.head_size, bias=c.qkv_bias)
+        self.k = nn.Linear(c.d_model, c.n_kv_head * c.head_size, bias=c.qkv_bias)
+        self.v = nn.Linear(c.d_model, c.n_kv_head * c.head_size, bias=c.qkv_bias)
+        self.out = nn.Linear(c.n_head * c.head_size, c.d_model, bias=c.out_bias)
+        # per head, and RMS whatever the block's norm is: it is there to bound the scores
+        self.q_norm = RMSNorm(c.head_size, c.eps, c.norm_weight) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_size, c.eps, c.norm_weight) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, rope=None, remember=None, mask=None):
+        """x (B, T, C) -> (B, T, C). `remember(k, v)` swaps new keys and values for all so far."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q(x).view(B, T, self.n_head, self.head_size))
+        k = self.k_norm(self.k(x).view(B, T, self.n_kv_head, self.head_size))
+        v = self.v(x).view(B, T, self.n_kv_head, self.head_size)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, hs)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if remember is not None:
+            k, v = remember(k, v)  # (B, nkv, S, hs)
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """Two matrices with an activation between them, applied at each position alone."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.activation = ACTIVATIONS[c.activation]
+        self.up = nn.Linear(c.d_model, c.d_ff, bias=c.ff_bias)
+        self.gate = (
+            nn.Linear(c.d_model, c.d_ff, bias=c.ff_bias) if c.activation == "swiglu" else None
+        )
+        self.down = nn.Linear(c.d_ff, c.d_model, bias=c.ff_bias)
+
+    def forward(self, x):
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): the pre-norm residual block."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = make_norm(config, config.d_model)
+        self.attention = Attention(config)
+        self.norm2 = make_norm(config, config.d_model)
+        self.feed_forward = FeedForward(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope=None, remember=None, mask=None):
+        x = x + self.drop(self.attention(self.norm1(x), rope, remember, mask))
+        return x + self.drop(self.feed_forward(self.norm2(x)))
+
+
+# --------------------------------------------------------------------------------------------
+# The loss, without ever holding all logits
+# --------------------------------------------------------------------------------------------
+
+LOSS_ROWS = 256  # rows of logits at a time: 64 was 27 % slower at V = 100,256, more takes memory
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Summed cross-entropy of a linear head, a few rows of logits at a time.
+
+    Full logits are (N, V): 2,048 rows of a 100,256-id vocabulary are 0.8 GB, and their softmax and
+    gradient as much again. Here each chunk of rows is turned into its loss *and* its gradient while
+    it is in hand, then dropped: d loss / d logits = softmax(logits) - onehot(target).
+    Nothing is left for the backward pass but to scale what is already there.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets, with_grad, dtype):
+        low = dtype or x.dtype  # what the matrix products run in (bf16 under autocast)
+        x_low, w_low = x.to(low), weight.to(low)
+        full = torch.float64 if x.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=full, device=x.device)
+        need_x, need_w, need_b = (n and with_grad for n in ctx.needs_input_grad[:3])
+        grad_x = torch.empty_like(x) if need_x else None
+        grad_w = torch.zeros_like(weight, dtype=full) if need_w else None
+        grad_b = torch.zeros_like(bias, dtype=full) if need_b else None
+        for i in range(0, len(x), LOSS_ROWS):
+            rows, goal = x_low[i : i + LOSS_ROWS], targets[i : i + LOSS_ROWS, None]
+            logits = F.linear(rows, w_low, None if bias is None else bias.to(low))  # (rows, V)
+            log_p = F.log_softmax(logits, dim=-1, dtype=full)
+            loss -= log_p.gather(1, goal).sum()
+            if not (need_x or need_w or need_b):
+                continue
+            error = log_p.exp_().scatter_add_(1, goal, -torch.ones_like(goal, dtype=full))
+            if need_b:
+                grad_b += error.sum(0)
+            error = error.to(low)
+            if need_x:
+                grad_x[i : i + LOSS_ROWS] = error @ w_low
+            if need_w and low == full:
+                grad_w.addmm_(error.T, rows)
+            elif need_w:  # add up in float32 whatever the product runs in
+                grad_w += error.T @ rows
+        ctx.grads = (grad_x, grad_w, grad_b)
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale):
+        # in place: another (V, C) copy would be the largest tensor of the step
+        if ctx.grads is None:
+            raise RuntimeError("ChunkedLoss went backward twice: call the model again instead")
+        grads, ctx.grads = ctx.grads, None
+        return *(None if g is None else g.mul_(scale) for g in grads), None, None, None
+
+
+def chunked_loss(x, weight, bias, targets):
+    """Sum of -log softmax(x @ weight.T + bias)[target] over rows, as a float32 scalar.
+
+    x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100 for "no loss": such rows
+    cost nothing. Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
+    """
+    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    keep = targets != -100
+    if not keep.all():
+        x, targets = x[keep], targets[keep]
+    device = x.device.type
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    with torch.autocast(device, enabled=False):
+        return ChunkedLoss.apply(x, weight, bias, targets, torch.is_grad_enabled(), low)
+
+
+# --------------------------------------------------------------------------------------------
+# The model
+# --------------------------------------------------------------------------------------------
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    `model(ids)` gives logits (B, T, V); `model(ids, targets)` the *summed* negative log-likelihood
+    of the targets in float32 (see `chunked_loss`): whoever trains divides by what it counted.
+
+    >>> model = Transformer(preset("tiny"))
+    >>> model(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 2048])
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = copy.copy(config)
+        self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        if c.position == "learned":
+            self.position = nn.Embedding(c.context, c.d_model)
+        elif c.position == "sinusoidal":
+            self.register_buffer("sines", sinusoid_table(c.context, c.d_model), persistent=False)
+        elif c.position == "rope":
+            cos, sin = rope_tables(c.context, c.head_size, c.rope_theta)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        self.embed_norm = make_norm(c, c.d_model) if c.embed_norm else nn.Identity()
+        self.drop = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.norm = make_norm(c, c.d_model)
+        self.head = nn.Linear(c.d_model, c.vocab_size, bias=c.head_bias)
+        if c.tied:
+            self.head.weight = self.embed.weight
+        self.grad_checkpoint = False  # recompute blocks in the backward pass: less memory, slower
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """`gpt2`: normal(0.02), residual outputs divided by sqrt(2 n_layer) (Radford et al. 2019).
+
+        `zero_out`: each residual branch and the head start at zero, so the first step sees a plain
+        bigram-like path and no layer drowns another; inner matrices get std 0.577 / sqrt(C), which
+        keeps a normalised input at a third of its variance. In our trials this halved the steps.
+        """
+        c = self.config
+        gpt2 = c.init == "gpt2"
+        for name, p in self.named_parameters():
+            if p.dim() < 2:  # biases 0, norm weights 1
+                p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer)) if gpt2 else p.zero_()
+            elif name == "head.weight":
+                nn.init.normal_(p, std=0.02) if gpt2 else p.zero_()
+            elif name == "embed.weight" and not gpt2:
+                # a tied table is also the head: at std 1 its first loss would be enormous
+                nn.init.normal_(p, std=0.02 if c.tied else 1.0)
+            else:
+                nn.init.normal_(p, std=0.02 if gpt2 else 0.577 / math.sqrt(c.d_model))
+
+    def hidden(self, ids, cache=None, positions=None, mask=None):
+        """The final, normalised states (B, T, C) of ids (B, T); logits are `model.head` of them.
+
+        With a `KVCache`, ids are the tokens after those it holds. `positions` (T,) or (B, T)
+        defaults to counting on from there, `mask` (see `plain_attention`) to causal.
+        """
+        T, start = ids.shape[1], cache.length if cache is not None else 0
+        if positions is None and start + T > self.config.context:
+            raise ModelError(f"{start + T} tokens do not fit the context of {self.config.context}")
+        if positions is None:
+            positions = torch.arange(start, start + T, device=ids.device)
+        x = self.embed(ids)  # (B, T, C)
+        rope = None
+        if self.config.position == "learned":
+            x = x + self.position(positions)
+        elif self.config.position == "sinusoidal":
+            x = x + self.sines[positions].to(x.dtype)
+        else:  # one table row a position, the same for every head: (T, hs) or (B, 1, T, hs)
+            rope = self.cos[positions], self.sin[positions]
+            if positions.dim() == 2:
+                rope = rope[0][:, None], rope[1][:, None]
+        x = self.drop(self.embed_norm(x))
+        for i, block in enumerate(self.blocks):
+            remember = None if cache is None else cache.layer(i)
+            if self.grad_checkpoint and self.training:
+                x = recompute(block, x, rope, remember, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, remember, mask)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def forward(self, ids, targets=None, cache=None, positions=None, mask=None):
+        x = self.hidden(ids, cache, positions, mask)
+        if targets is None:
+            return self.head(x)  # (B, T, V)
+        return chunked_loss(x, self.head.weight, self.head.bias, targets)
+
+
+class KVCache:
+    """Keys and values of all tokens seen so far, allocated once: 2 x (L, B, nkv, length, hs).
+
+    Decoding one token then costs one row of matrix products and not T of them.
+    """
+
+    def __init__(self, model, batch, length=None):
+        c, weight = model.config, model.embed.weight
+        shape = (c.n_layer, batch, c.n_kv_head, length or c.context, c.head_size)
+        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.zeros_like(self.keys)
+        self.length = 0  # tokens held; the model adds to it after its last layer
+
+    def layer(self, i):
+        """remember(k, v) for layer i: store the new ones, return views of all up to them."""
+
+        def remember(k, v):
+            end = self.length + k.shape[2]
+            self.keys[i, :, :, self.length : end] = k
+            self.values[i, :, :, self.length : end] = v
+            return self.keys[i, :, :, :end], self.values[i, :, :, :end]
+
+        return remember
+
+    def reorder(self, rows):
+        """Let batch row b continue what row rows[b] has seen (beam search)."""
+        n = self.length
+        self.keys[:, :, :, :n] = self.keys[:, rows, :, :n]
+        self.values[:, :, :, :n] = self.values[:, rows, :, :n]
+
+
+# --------------------------------------------------------------------------------------------
+# Checkpoints: plain dicts, written so that no moment of a crash loses the one before
+# --------------------------------------------------------------------------------------------
+
+
+def plain_state(module):
+    """The module's state dict without the prefixes that torch.compile and DDP add to its keys."""
+    state = module.state_dict()
+    for prefix in ("module.", "_orig_mod."):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state
+
+
+def save_checkpoint(path, content):
+    """Write a dict of tensors and plain values: temporary file, fsync, rename. ModelError if the
+    disk is full or read-only; what stood at `path` is then still whole."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch's zip writer reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = str(e).strip().split("\n")[0]
+        raise ModelError(f"cannot write {path}: {reason}; what was there before is kept") from e
+
+
+def load_checkpoint(path):
+    """The dict that `save_checkpoint` wrote, its tensors mapped from disk and read when touched.
+
+    Only tensors and plain values are unpickled (weights_only), never code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
+        if not found:
+            raise ModelError(f"{path} holds no best.pt or last.pt; train first, or name a file")
+        path = found[0]
+    if not path.exists():
+        raise ModelError(f"checkpoint {path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:
+        # torch tells of a foreign or cut file in a dozen ways; the reader needs only this one
+        reason = str(e).strip().split("\n")[0][:120]
+        raise ModelError(f"{path} is not a checkpoint of ours, or is cut short ({reason})") from e
+    if not isinstance(content, dict) or not {"config", "model"} <= set(content):
+        raise ModelError(f"{path} is no checkpoint of scratchlm: it has no config and model")
+    return content
+
+
+def fit_error(expected, found):
+    """One line on how a state dict `found` misfits `expected`, or None. Both name -> tensor."""
+    for name, tensor in expected.items():
+        if name not in found:
+            return f"{name} {tuple(tensor.shape)} is missing"
+        if found[name].shape != tensor.shape:
+            return f"{name} is {tuple(found[name].shape)}, the model has {tuple(tensor.shape)}"
+    extra = [name for name in found if name not in expected]
+    return f"{extra[0]} {tuple(found[extra[0]].shape)} is unknown to the model" if extra else None
+
+
+def load_weights(model, state, where="checkpoint"):
+    """Copy a state dict into the model; ModelError names the first key or shape that misfits."""
+    problem = fit_error(model.state_dict(), state)
+    if problem:
+        raise ModelError(f"{where} does not fit: {problem}")
+    model.load_state_dict(state)
+
+
+def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="checkpoint"):
+    """The Transformer in a loaded checkpoint, on `device`, in evaluation mode."""
+    try:
+        config = Config.from_dict(dict(content["config"]))
+    except (TypeError, ValueError) as e:
+        raise ModelError(f"{where} has a config that cannot be built: {e}") from e
+    model = Transformer(config)
+    load_weights(model, content["model"], where)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+# --------------------------------------------------------------------------------------------
+# What a shape costs
+# --------------------------------------------------------------------------------------------
+
+
+def skeleton(config):
+    """The model without its memory: every shape, no storage (torch's meta device)."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def count_parameters(model):
+    """{part: parameters}, a tied table counted once, and "total"."""
+    parts = {k: 0 for k in ("embedding", "positions", "attention", "feed-forward", "norms", "head")}
+    for name, p in model.named_parameters():  # a tied head is listed once, as the embedding
+        if "norm" in name:
+            part = "norms"
+        elif name.startswith(("embed.", "position.", "head.")):
+            part = {"e": "embedding", "p": "positions", "h": "head"}[name[0]]
+        else:
+            part = "attention" if ".attention." in name else "feed-forward"
+        parts[part] += p.numel()
+    return {**parts, "total": sum(parts.values())}
+
+
+def flops_per_token(config):
+    """Floating-point operations to train on one token, forward and backward.
+
+    Six per weight that takes part in a product (a multiply and an add, three times: forward, by
+    the input, by the weight), plus the attention scores: 12 n_layer nh hs context. That counts the
+    masked half too, as PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT do, so MFUs compare.
+    """
+    c = config
+    qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
+    feed_forward = c.d_model * c.d_ff * (3 if c.activation == "swiglu" else 2)
+    block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
+    weights = c.n_layer * block + c.d_model * c.vocab_size
+    return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * c.context
+
+
+def chinchilla_loss(parameters, tokens):
+    """Predicted loss in nats a token, L = E + A / N^0.34 + B / D^0.28 (Hoffmann et al. 2022, eq.
+    10). Fitted on web text with a 32k vocabulary: read it for trends, not as your loss."""
+    return 1.69 + 406.4 / parameters**0.34 + 410.7 / tokens**0.28
+
+
+def report(name, config, tokens=None):
+    """The lines that `python model.py` prints."""
+    parts = count_parameters(skeleton(config))
+    total = parts["total"]
+    shape = ", ".join(f"{k} {v}" for k, v in asdict(config).items())
+    lines = [f"{name}: {shape}", "", f"{'part':14}{'parameters':>16}{'share':>9}"]
+    for part, n in parts.items():
+        lines.append(f"{part:14}{n:16,}{n / total:9.1%}")
+    gib = total / 2**30
+    lines += [
+        "",
+        f"weights            {4 * gib:8.2f} GiB in fp32, {2 * gib:.2f} GiB in bf16",
+        f"gradients          {4 * gib:8.2f} GiB in fp32",
+        f"AdamW's moments    {8 * gib:8.2f} GiB in fp32",
+        f"training           {flops_per_token(config):8.3g} FLOPs per token, forward and backward",
+        f"Chinchilla advises {20 * total:,} training tokens (20 per parameter)",
+    ]
+    if tokens:
+        lines.append(
+            f"on {tokens:,} tokens ({tokens / total:.3g} per parameter) its fit predicts a loss of "
+            f"{chinchilla_loss(total, tokens):.3f} nats a token"
+        )
+    return "\n".join([*lines, f"{name}: {total:,} parameters"])
+
+
+def build_parser():
+    p = argparse.ArgumentParser(description="Parameters, memory and FLOPs of a model.")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default: tiny)")
+    which.add_argument("--ckpt", help="a checkpoint, or a run's folder, instead of a preset")
+    p.add_argument("--tokens", type=int, help="training tokens, for the predicted loss")
+    return p
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    if args.tokens is not None and args.tokens < 1:
+        raise ModelError(f"--tokens {args.tokens} must be at least 1")
+    if args.ckpt:
+        name, config = args.ckpt, Config.from_dict(dict(load_checkpoint(args.ckpt)["config"]))
+    else:
+        name, config = args.preset, preset(args.preset)
+    print(report(name, config, args.tokens))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ModelError as e:
+        print(f"model.py: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,941 @@
+"""Text in, token files out: download, decode, tokenize, split.
+
+    python prepare_data.py                                  Python's own standard library
+    python prepare_data.py sales --tokenizer cl100k_base    the course's sales textbook
+    python prepare_data.py shakespeare                      tiny Shakespeare, by characters
+    python prepare_data.py novels/ --tokenizer bpe:4096     a folder, file, glob, .zip, .gz or URL
+
+writes data/NAME/{train.bin, val.bin, meta.json}. A .bin is nothing but token ids, little-endian
+uint16 or uint32; meta.json says how to read them and carries the tokenizer.
+
+The chapters follow the data: errors, download, decoding of files into documents, tokenizers (with
+a byte-level BPE trainer of our own), writing, reading back. No torch here, and no chat or batches.
+"""
+
+import argparse
+import base64
+import codecs
+import glob
+import gzip
+import hashlib
+import heapq
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+import sys
+import sysconfig
+import time
+import zipfile
+import zlib
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+import numpy as np
+import regex  # comes with tiktoken, whose split patterns are written for it (\p{L}, \p{Han})
+import requests
+import tiktoken
+import tiktoken.load
+
+DATA = Path("data")
+MB = 1_000_000
+
+
+class DataError(ValueError):
+    """A user's mistake about data: one line that names the thing, the value and the remedy."""
+
+
+def console(main, *mistakes):
+    """Run a script's `main` as a program: a user's mistake (DataError, OSError, or one of
+    `mistakes`) becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console of another encoding is no reason to die
+    script = Path(sys.argv[0]).name
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; keep the interpreter from flushing again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (DataError, *mistakes) as e:
+        print(f"{script}: {e}", file=sys.stderr)
+        code = 2
+    except OSError as e:
+        what = f"{e.filename}: {e.strerror}" if e.filename else str(e)
+        print(f"{script}: {what}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f"\n{script}: interrupted", file=sys.stderr)
+        code = 130
+    raise SystemExit(code)
+
+
+# --------------------------------------------------------------------------------------------
+# Download: the one door through which anything from the network comes
+# --------------------------------------------------------------------------------------------
+
+
+class Cut(Exception):
+    """The transfer broke in a way that trying again may mend."""
+
+
+def resolve_url(url):
+    """The address to ask in place of `url`: the Hub's mirror from HF_ENDPOINT, then
+    SCRATCHLM_MIRROR=BASE, which serves https://host/path as BASE/host/path."""
+    hub = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    if hub and url.startswith("https://huggingface.co/"):
+        url = hub + url.removeprefix("https://huggingface.co")
+    mirror = os.environ.get("SCRATCHLM_MIRROR", "").rstrip("/")
+    return f"{mirror}/{url.split('://', 1)[1]}" if mirror else url
+
+
+def download_path(url):
+    """Where `url` is kept: data/downloads/host/path, no part of which can leave that folder."""
+    u = urlsplit(url)
+    parts = [p for p in unquote(u.path).split("/") if p not in ("", ".", "..")] or ["index.html"]
+    if u.query:  # another query is another file
+        parts[-1] = hashlib.sha1(u.query.encode()).hexdigest()[:8] + "-" + parts[-1]
+    safe = [quote(p, safe=" ()[]+,=@") for p in (u.netloc, *parts)]
+    return DATA.joinpath("downloads", *safe)
+
+
+def file_sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fetch(url, dest=None, sha256=None, tries=4, wait=1.0):
+    """Download `url` to `dest` (default: `download_path`) unless it is there, and return the path.
+
+    Bytes go to a .part file that is renamed only once it is complete and its sha256, if one is
+    given, is right. A cut connection is resumed by a Range request, up to `tries` times with
+    doubling pauses from `wait` seconds, and by the next call if the server names versions (ETag).
+    DataError tells of an unreachable host, an HTTP error, or bytes that are not the wanted ones.
+    """
+    dest = Path(dest) if dest else download_path(url)
+    if dest.exists() and (sha256 is None or file_sha256(dest) == sha256):
+        return dest
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(tries):
+        try:
+            part = download_part(resolve_url(url), dest)
+            break
+        except (requests.ConnectionError, requests.Timeout, Cut) as e:
+            reason = e
+            if attempt < tries - 1:
+                time.sleep(wait * 2**attempt)
+    else:
+        for part in dest.parent.glob(glob.escape(dest.name) + ".once.part"):
+            part.unlink()  # no version to compare with: it could never be resumed
+        host = urlsplit(resolve_url(url)).netloc
+        raise DataError(
+            f"cannot download {url}: {host} gave up after {tries} tries ({short(reason)}). Offline "
+            f"or behind a firewall? Set SCRATCHLM_MIRROR=BASE to read BASE/host/path instead "
+            f"(HF_ENDPOINT for the Hugging Face Hub), or put the file at {dest}"
+        )
+    if sha256 and (found := file_sha256(part)) != sha256:
+        part.unlink()
+        raise DataError(f"{url} arrived damaged: sha256 {found[:12]}…, wanted {sha256[:12]}…")
+    os.replace(part, dest)
+    return dest
+
+
+def short(error):
+    """The readable end of a nested requests / urllib3 error, without its object addresses."""
+    text = re.sub(r"<[^>]*>:? ?|\(?Caused by |[\w.]*Error\(|[()'\"]", "", str(error))
+    return text.strip().split(": ")[-1][:100] or type(error).__name__
+
+
+def download_part(url, dest):
+    """One attempt at `fetch`: fill and return dest.VERSION.part, continuing one that is there."""
+    old = next(iter(dest.parent.glob(glob.escape(dest.name) + ".*.part")), None)
+    have = old.stat().st_size if old and not old.name.endswith(".once.part") else 0
+    # identity: with a compressed transfer neither the length nor a Range would mean the file's own
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as r:
+        if r.status_code in (408, 429) or r.status_code >= 500:
+            raise Cut(f"HTTP {r.status_code}")
+        version = r.headers.get("ETag") or r.headers.get("Last-Modified")
+        version = hashlib.sha1(version.encode()).hexdigest()[:8] if version else "once"
+        part = dest.with_name(f"{dest.name}.{version}.part")
+        offset = re.match(r"bytes (\d+)-", r.headers.get("Content-Range", ""))
+        resumed = r.status_code == 206 and part == old and offset and int(offset[1]) == have
+        if have and r.status_code in (206, 416) and not resumed:
+            old.unlink()  # another version by now, or more than there is: start over
+            raise Cut("the file changed on the server")
+        if r.status_code >= 400:
+            hint = " (private? or a wrong name?)" if r.status_code in (401, 403, 404) else ""
+            raise DataError(f"cannot download {url}: HTTP {r.status_code} {r.reason}{hint}")
+        if old and not resumed:
+            old.unlink()
+        have = have if resumed else 0
+        length = r.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with open(part, "ab" if resumed else "wb") as f:
+            try:
+                for block in progress(r.iter_content(1 << 18), dest.name, have, total):
+                    f.write(block)
+            except requests.RequestException as e:
+                raise Cut(short(e)) from e
+    if total is not None and part.stat().st_size != total:
+        raise Cut(f"{part.stat().st_size:,} of {total:,} bytes came")
+    return part
+
+
+def progress(blocks, name, have, total):
+    """Pass blocks of bytes through, drawing a line that rewrites itself on a terminal."""
+    start, done, shown = time.monotonic(), have, 0.0
+    for block in blocks:
+        yield block
+        done += len(block)
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - shown > 0.2:
+            shown = now
+            of = f" of {total / MB:.1f}" if total else ""
+            rate = (done - have) / MB / max(now - start, 1e-3)
+            print(f"\r{name}  {done / MB:.1f}{of} MB  {rate:.1f} MB/s ", end="", file=sys.stderr)
+    print(f"\rdownloaded {name}: {done:,} bytes" + " " * 20, file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------
+# Documents: files of any of the usual encodings and containers, as streams of text
+# --------------------------------------------------------------------------------------------
+
+BLOCK = 1 << 20  # bytes read at a time; no file is ever held whole
+TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+BOMS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def decode_blocks(stream, encoding):
+    """Text of a binary stream, block by block, line ends as \\n. UnicodeDecodeError.start is the
+    byte offset in the whole stream."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    offset = 0
+    while True:
+        block = stream.read(BLOCK)
+        pending = len(decoder.getstate()[0])  # bytes of a character that the last block cut
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as e:
+            e.start += offset - pending
+            raise
+        offset += len(block)
+        yield newlines.decode(text, final=not block)
+        if not block:
+            return
+
+
+def detect_encoding(open_stream, name):
+    """utf-8(-sig), utf-16(-le, -be) or gb18030, by trial; DataError names the first bad byte.
+
+    UTF-8 is recognised by its own strictness. GB18030 accepts nearly anything, a damaged UTF-8
+    file included, so it is only tried where no run of valid UTF-8 came before the first bad byte:
+    eight characters of real GB18030 pass for UTF-8 about once in a million files.
+    """
+    with open_stream() as stream:
+        head = stream.read(4096)
+    for bom, encoding in BOMS:
+        if head.startswith(bom):
+            return encoding
+    if head.count(0) > 0.3 * len(head):  # ASCII in UTF-16 is every second byte zero
+        return "utf-16-le" if head[1::2].count(0) > head[0::2].count(0) else "utf-16-be"
+    foreign = 0
+    try:
+        with open_stream() as stream:
+            for text in decode_blocks(stream, "utf-8"):
+                foreign += len(text) - len(text.encode("ascii", "ignore"))
+        return "utf-8"
+    except UnicodeDecodeError as e:
+        bad, before = e, e.object[: e.end - 1].decode("utf-8", "ignore")
+    foreign += len(before) - len(before.encode("ascii", "ignore"))
+    if foreign < 8:
+        try:
+            with open_stream() as stream:
+                for _ in decode_blocks(stream, "gb18030"):
+                    pass
+            return "gb18030"
+        except UnicodeDecodeError:
+            pass  # neither: the error below names the place where UTF-8 ended
+    raise DataError(
+        f"{name}: byte {bad.object[bad.end - 1]:#04x} at offset {bad.start:,} is not text in "
+        f"UTF-8, UTF-16 or GB18030; if you know the encoding, name it: --encoding latin-1"
+    )
+
+
+# A token never reaches across these places in any tokenizer we know: after a letter or digit and
+# before a space, line end or common punctuation. Text may be cut there and tokenized in pieces.
+SAFE_CUT = re.compile(r"[^\W_](?=[\s,.;:!?，。！？；：、])")
+
+
+def safe_pieces(blocks):
+    """Re-cut a stream of text so that tokenizing the pieces equals tokenizing the whole."""
+    rest = ""
+    for block in blocks:
+        rest += block
+        tail = max(0, len(rest) - 65536)  # the last safe place is nearly always close to the end
+        cuts = [m.end() for m in SAFE_CUT.finditer(rest, tail)]
+        if not cuts and len(rest) < 8 * BLOCK:
+            continue
+        cut = cuts[-1] if cuts else len(rest)
+        yield rest[:cut]
+        rest = rest[cut:]
+    yield rest
+
+
+def json_text(line, field, where):
+    """The text of one JSON line: a string, or an object's `field` ("text" or "content")."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise DataError(f"{where}: not JSON ({e})") from e
+    wanted = [field] if field else ["text", "content"]
+    if isinstance(row, dict):
+        row = next((row[k] for k in wanted if k in row), row)
+    if not isinstance(row, str):
+        keys = f"its keys are {', '.join(row)}" if isinstance(row, dict) else "it is no object"
+        raise DataError(f"{where}: no text in {' or '.join(wanted)}; {keys}; name one by --field")
+    return row
+
+
+def json_lines(blocks, field, name):
+    """(name, text) for each line of a .jsonl file; an empty line is skipped."""
+    rest, number = "", 0
+    for block in itertools.chain(blocks, ["\n"]):
+        *lines, rest = (rest + block).split("\n")
+        for line in lines:
+            number += 1
+            if line.strip():
+                yield f"{name}:{number}", [json_text(line, field, f"{name}:{number}")]
+
+
+class Documents:
+    """The documents of a source, in a fixed order, as often as you iterate: (name, text pieces).
+
+    `files` are (name, open) pairs, open() giving a binary stream. Text is only read when the pieces
+    are, and never more than a few blocks of it at once. `encodings` counts what was recognised.
+    """
+
+    def __init__(self, files, encoding=None, field=None):
+        self.files, self.field, self.forced = files, field, encoding
+        self.known = {}  # name -> encoding, found once and kept for the second pass
+
+    def encoding_of(self, name, open_stream):
+        if name not in self.known:
+            self.known[name] = self.forced or detect_encoding(open_stream, name)
+        return self.known[name]
+
+    def text(self, name, open_stream):
+        encoding = self.encoding_of(name, open_stream)
+        try:
+            with open_stream() as stream:
+                yield from decode_blocks(stream, encoding)
+        except (UnicodeDecodeError, LookupError) as e:
+            at = f" at byte offset {e.start:,}" if isinstance(e, UnicodeDecodeError) else ""
+            raise DataError(f"{name}: cannot be read as {encoding}{at}") from e
+        except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as e:
+            raise DataError(f"{name}: damaged or cut short ({e})") from e
+
+    def __iter__(self):
+        for name, open_stream in self.files:
+            blocks = self.text(name, open_stream)
+            if name.removesuffix(".gz").endswith(".jsonl"):
+                yield from json_lines(blocks, self.field, name)
+            else:
+                yield name, safe_pieces(blocks)
+
+
+def file_streams(path):
+    """(name, open) of one file; of each text member for a .zip, in the archive's order."""
+    if path.suffix == ".zip":
+        try:
+            archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as e:
+            raise DataError(f"{path}: damaged or no zip file ({e})") from e
+        # members are streamed and never unpacked, so their names can't lead anywhere
+        members = [m for m in archive.namelist() if m.endswith(TEXT_SUFFIXES)]
+        return [(f"{path}:{m}", lambda m=m: archive.open(m)) for m in members]
+    if path.suffix == ".gz":
+        return [(str(path), lambda: gzip.open(path))]
+    return [(str(path), lambda: open(path, "rb"))]
+
+
+def stdlib_files():
+    """Python's own source: no packages, no tests, and none of the tables that teach nothing."""
+    skip = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3"}
+    root = Path(sysconfig.get_path("stdlib"))
+    return [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts[:-1])]
+
+
+HUB = "https://huggingface.co/datasets"
+# name -> (address, sha256, default tokenizer)
+REMOTE = {
+    "sales": (
+        f"{HUB}/goendalf666/sales-textbook_for_convincing_and_selling/resolve/main/sales_textbook.txt",
+        "1994f20f5becd3f0b3d7a632e5a68513cc38cf6c9737a9f38243f1b652e962da",
+        "cl100k_base",
+    ),
+    "shakespeare": (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        "char",
+    ),
+}
+
+
+def find_files(source):
+    """The paths behind SOURCE, fetched if need be; DataError if there are none."""
+    if source == "stdlib":
+        return stdlib_files()
+    if source in REMOTE:
+        url, sha256, _ = REMOTE[source]
+        return [fetch(url, sha256=sha256)]
+    if source.startswith(("http://", "https://")):
+        return [fetch(source)]
+    path = Path(source)
+    if path.is_dir():
+        known = tuple(s + z for s in TEXT_SUFFIXES for z in ("", ".gz")) + (".zip",)
+        found = [p for p in sorted(path.rglob("*")) if p.name.endswith(known) and p.is_file()]
+        found = [p for p in found if not any(x.startswith(".") for x in p.relative_to(path).parts)]
+        if not found:
+            raise DataError(
+                f"folder {source} holds no {', '.join(TEXT_SUFFIXES)}, .gz or .zip file"
+            )
+        return found
+    if path.exists():
+        return [path]
+    found = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
+    if not found:
+        raise DataError(
+            f"source {source!r} is no file, folder, glob or URL, nor one of "
+            f"stdlib, {', '.join(REMOTE)}"
+        )
+    return found
+
+
+# --------------------------------------------------------------------------------------------
+# Tokenizers: all of them tiktoken encodings, so all of them encode at its speed
+# --------------------------------------------------------------------------------------------
+
+END = "<|endoftext|>"  # stands between documents
+UNKNOWN = "\ufffd"  # what the char tokenizer makes of a character it has never seen
+
+# How our own BPE splits text before merging: no token crosses a border. Like cl100k_base's, but
+# - a run of Chinese characters stands alone, so "，" never sticks to the word after it;
+# - marks belong to their letters (Hindi, Thai), and line ends to the indentation after them.
+_LETTER = r"[^\p{Han}\p{N}\p{P}\p{S}\p{Z}\p{C}]"  # letters and marks, without Han
+PATTERN = "|".join(
+    (
+        r"'(?i:[sdmt]|ll|ve|re)",
+        r"\p{Han}+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_LETTER}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+ANY_CHARACTER = r"(?s:.)"
+
+# tiktoken downloads vocabularies by itself: let it do so through fetch, its mirror and its cache
+tiktoken.load.read_file = lambda url: fetch(url).read_bytes()
+
+
+class Tokenizer:
+    """A tiktoken.Encoding and the plain-dict `spec` that rebuilds it anywhere.
+
+    spec["kind"] is byte, char (with "chars"), bpe (with "pattern" and base64 "tokens") or tiktoken
+    (with "name"). Files and checkpoints carry the spec, so a model always has its tokenizer.
+
+    >>> t = Tokenizer({"kind": "byte"})
+    >>> t.encode("é"), t.decode([195, 169]), t.n_vocab, t.eot
+    ([195, 169], 'é', 257, 256)
+    """
+
+    def __init__(self, spec):
+        self.spec, kind = spec, spec.get("kind")
+        pattern = ANY_CHARACTER
+        # To add a tokenizer: give it a kind here, and a way to make its spec in make_tokenizer.
+        if kind == "tiktoken":
+            try:
+                self.encoding = tiktoken.get_encoding(spec["name"])
+            except ValueError as e:  # tiktoken's own checks: unknown name, wrong hash
+                raise DataError(f"tokenizer {spec['name']}: {e}") from e
+        else:
+            if kind == "byte":
+                tokens = [bytes([b]) for b in range(256)]
+            elif kind == "char":
+                tokens = [c.encode() for c in spec["chars"] + UNKNOWN]
+                self._strange = re.compile(f"[^{re.escape(spec['chars'])}]")
+            elif kind == "bpe":
+                tokens = [base64.b64decode(t) for t in spec["tokens"]]
+                pattern = spec["pattern"]
+            else:
+                raise DataError(f"tokenizer kind {kind!r} is unknown to this version")
+            ranks = {token: i for i, token in enumerate(tokens)}
+            self.encoding = tiktoken.Encoding(
+                kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: len(tokens)}
+            )
+        self.n_vocab = self.encoding.n_vocab  # the largest id + 1
+        self.eot = self.encoding.eot_token
+
+    @property
+    def name(self):
+        """What the user calls it, e.g. bpe:2048."""
+        kind = self.spec["kind"]
+        return {"tiktoken": self.spec.get("name"), "bpe": f"bpe:{self.n_vocab}"}.get(kind, kind)
+
+    def encode_array(self, text):
+        """Token ids of `text` as uint32, special tokens' names read as plain text. Runs without
+        Python's lock, so threads help."""
+        if self.spec["kind"] == "char":
+            text = self._strange.sub(UNKNOWN, text)
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def encode(self, text):
+        """Token ids of `text` as a list."""
+        return self.encode_array(text).tolist()
+
+    def token_bytes(self, i):
+        """The bytes that id `i` stands for; None if no token has this id."""
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:
+            return None
+
+    def decode(self, ids):
+        """Text of token ids; a broken character shows as U+FFFD."""
+        return self.encoding.decode(list(map(int, ids)))
+
+    @cached_property
+    def byte_lengths(self):
+        """Bytes of text per id, (n_vocab,): what loss is divided by for bits per byte. Special
+        tokens count 0, ids that no token has -1."""
+        special = set(self.encoding._special_tokens.values())
+        lengths = np.zeros(self.n_vocab, dtype=np.int64)
+        for i in range(self.n_vocab):
+            token = self.token_bytes(i)
+            lengths[i] = -1 if token is None else 0 if i in special else len(token)
+        return lengths
+
+    @cached_property
+    def fallback(self):
+        """Bools, (n_vocab,): tokens that are a piece of a character, or the unknown one."""
+
+        def broken(token):
+            try:
+                return token is not None and UNKNOWN in token.decode()
+            except UnicodeDecodeError:
+                return True
+
+        return np.array([broken(self.token_bytes(i)) for i in range(self.n_vocab)])
+
+
+def train_bpe(counts, size):
+    """Byte-pair encoding (Sennrich et al. 2016) over bytes: up to `size` tokens, in merge order.
+
+    `counts` maps pieces (bytes) to how often they occur. Starting from the 256 bytes, the most
+    frequent adjacent pair becomes a token, until there are enough or no pair occurs twice; among
+    equals the pair of the smallest ids. Only the pieces that hold the pair are touched.
+
+    >>> [t.decode() for t in train_bpe({b"low": 5, b"lower": 2, b"newer": 6}, 260)[256:]]
+    ['er', 'lo', 'low', 'ew']
+    """
+    tokens = [bytes([b]) for b in range(256)]
+    ids = {token: i for i, token in enumerate(tokens)}
+    words = [(list(piece), n) for piece, n in counts.items()]
+    total, where = Counter(), defaultdict(set)  # pair -> occurrences, pair -> words with it
+    for w, (word, n) in enumerate(words):
+        for pair in itertools.pairwise(word):
+            total[pair] += n
+            where[pair].add(w)
+    heap = [(-n, pair) for pair, n in total.items()]
+    heapq.heapify(heap)
+    while heap and len(tokens) < size:
+        n, pair = heapq.heappop(heap)
+        if -n != total[pair]:  # the count has changed since: put it back at its place
+            if total[pair] > 0:
+                heapq.heappush(heap, (-total[pair], pair))
+            continue
+        if -n < 2:
+            break
+        merged = tokens[pair[0]] + tokens[pair[1]]
+        new = ids.setdefault(merged, len(tokens))  # "a"+"bc" may be what "ab"+"c" was already
+        if new == len(tokens):
+            tokens.append(merged)
+        grown = set()
+        for w in where.pop(pair):
+            word, n = words[w]
+            shorter = merge(word, pair, new)
+            for p in itertools.pairwise(word):
+                total[p] -= n
+            for p in itertools.pairwise(shorter):
+                total[p] += n
+                if new in p:
+                    where[p].add(w)
+                    grown.add(p)
+            words[w] = shorter, n
+        del total[pair]
+        for p in grown:
+            heapq.heappush(heap, (-total[p], p))
+    return tokens
+
+
+def merge(word, pair, new):
+    """`word` (a list of ids) with each `pair` in it replaced by `new`, from the left."""
+    out, i = [], 0
+    while i < len(word):
+        if i + 1 < len(word) and word[i] == pair[0] and word[i + 1] == pair[1]:
+            out.append(new)
+            i += 2
+        else:
+            out.append(word[i])
+            i += 1
+    return out
+
+
+BPE_SAMPLE = 64 * MB  # characters to count at most; more text does not move a small vocabulary
+
+
+def learn_bpe(size, documents, total_bytes):
+    """The spec of a BPE of `size` ids, end-of-text included, trained on the documents.
+
+    Of more text than BPE_SAMPLE every k-th piece is counted, so that all of it has its say.
+    """
+    if not 257 <= size <= 1_000_000:
+        raise DataError(f"tokenizer bpe:{size}: a size from 257 (256 bytes and end-of-text) please")
+    split, counts = regex.compile(PATTERN), Counter()
+    every = -(-total_bytes // BPE_SAMPLE) or 1
+    pieces = (piece for _, pieces in documents for piece in pieces)
+    for piece in itertools.islice(pieces, 0, None, every):
+        counts.update(split.findall(piece))
+    tokens = train_bpe({piece.encode(): n for piece, n in counts.items()}, size - 1)
+    encoded = [base64.b64encode(t).decode() for t in tokens]
+    return {"kind": "bpe", "pattern": PATTERN, "tokens": encoded}
+
+
+def make_tokenizer(name, documents, total_bytes):
+    """The Tokenizer that the user calls `name`, trained on the documents where it needs to be.
+
+    byte | char | bpe:N | gpt2 | cl100k_base | o200k_base | any of tiktoken's | a prepared folder
+    whose tokenizer is to be used again.
+    """
+    if name == "byte":
+        return Tokenizer({"kind": "byte"})
+    if name == "char":
+        chars = {c for _, pieces in documents for piece in pieces for c in piece}
+        return Tokenizer({"kind": "char", "chars": "".join(sorted(chars - {UNKNOWN}))})
+    if name.startswith("bpe:"):
+        if not name[4:].isdigit():
+            raise DataError(f"tokenizer {name!r}: bpe:N wants a number, e.g. bpe:4096")
+        return Tokenizer(learn_bpe(int(name[4:]), documents, total_bytes))
+    if name in tiktoken.list_encoding_names():
+        return Tokenizer({"kind": "tiktoken", "name": name})
+    if (Path(name) / "meta.json").exists():
+        return Tokenizer(read_meta(name)["tokenizer"])
+    raise DataError(
+        f"tokenizer {name!r} is unknown; choose byte, char, bpe:N (e.g. bpe:4096), gpt2, "
+        f"cl100k_base, o200k_base, or a folder prepared before"
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# Writing: encode on all cores, append, split, describe
+# --------------------------------------------------------------------------------------------
+
+FORMAT = 1
+MANY = 10  # documents from which on whole documents are held out
+XZ_LIMIT = 4 * MB  # bytes of validation text up to which xz is asked, too (a few seconds)
+
+
+def token_dtype(n_vocab):
+    """Two bytes a token where every id fits them; 100k vocabularies need four."""
+    return np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
+
+
+def labelled_pieces(documents, hold_out, progress):
+    """(split, first piece of its document?, text); every `hold_out`-th document goes to val."""
+    for number, (_, pieces) in enumerate(documents, start=1):
+        split = "val" if hold_out and number % hold_out == 0 else "train"
+        first = True
+        for piece in pieces:
+            if piece:
+                yield split, first, piece
+                first = False
+        if not first:
+            progress["documents"] += 1
+
+
+def batched(pieces):
+    """Lists of labelled pieces of about a block each: small documents share one job."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[2])
+        if size >= BLOCK:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def parallel_map(work, jobs, workers):
+    """work(job) for each job, in order, on threads, a few ahead and no more (bounded memory)."""
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = deque()
+        for job in jobs:
+            ahead.append(pool.submit(work, job))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def write_tokens(documents, tokenizer, folder, hold_out, workers):
+    """Append the documents' tokens to folder/{train,val}.tmp, end-of-text between them.
+
+    Returns ({split: tokens}, stats); stats counts documents, characters and fallback tokens.
+    """
+    stats, size = Counter(), Counter()
+    dtype = token_dtype(tokenizer.n_vocab)
+    end = np.array([tokenizer.eot], dtype=dtype)
+
+    def encode(batch):
+        return [
+            (split, first, len(text), tokenizer.encode_array(text)) for split, first, text in batch
+        ]
+
+    with open(folder / "train.tmp", "wb") as train, open(folder / "val.tmp", "wb") as val:
+        out, start, shown = {"train": train, "val": val}, time.monotonic(), 0.0
+        jobs = batched(labelled_pieces(documents, hold_out, stats))
+        for done in parallel_map(encode, jobs, workers):
+            for split, first, characters, ids in done:
+                if first and size[split]:
+                    out[split].write(end)
+                    size[split] += 1
+                out[split].write(ids.astype(dtype))
+                size[split] += len(ids)
+                stats["characters"] += characters
+                stats["fallback"] += int(tokenizer.fallback[ids].sum())
+            now = time.monotonic()
+            if sys.stderr.isatty() and now - shown > 0.5:
+                shown, rate = now, stats["characters"] / MB / max(now - start, 1e-3)
+                line = f"\r{stats['characters'] / MB:.0f} M characters  {rate:.1f} M/s "
+                print(line, end="", file=sys.stderr)
+    if sys.stderr.isatty():
+        print("\r" + " " * 50, end="\r", file=sys.stderr)
+    return size, stats
+
+
+def split_tail(folder, size, dtype, fraction):
+    """Move the last `fraction` of train.tmp's tokens to val.tmp (few documents: no whole ones)."""
+    keep = size["train"] - int(size["train"] * fraction)
+    with open(folder / "train.tmp", "r+b") as train, open(folder / "val.tmp", "wb") as val:
+        train.seek(keep * dtype.itemsize)
+        while block := train.read(BLOCK):
+            val.write(block)
+        train.truncate(keep * dtype.itemsize)
+    size["val"], size["train"] = size["train"] - keep, keep
+
+
+def text_bytes(path, tokenizer):
+    """Bytes of text that the tokens of a .bin stand for, and the largest id in it."""
+    total = largest = 0
+    with open(path, "rb") as f:
+        while block := f.read(BLOCK):
+            ids = np.frombuffer(block, dtype=token_dtype(tokenizer.n_vocab))
+            total += int(tokenizer.byte_lengths[ids].sum())
+            largest = max(largest, int(ids.max()))
+    return total, largest
+
+
+def xz_bits_per_byte(path, tokenizer):
+    """Bits per byte that `xz -9e` needs for the text of a .bin: what a model should beat."""
+    ids = np.fromfile(path, dtype=token_dtype(tokenizer.n_vocab))
+    text = tokenizer.encoding.decode_bytes(ids[tokenizer.byte_lengths[ids] > 0].tolist())
+    return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+
+
+def default_tokenizer(source):
+    """stdlib and your own text train a BPE; the course's sources use the course's tokenizers."""
+    if source in REMOTE:
+        return REMOTE[source][2]
+    return "bpe:2048" if source == "stdlib" else "bpe:4096"
+
+
+def default_name(source):
+    """data/NAME for a source: its own name without folders and suffixes."""
+    path = Path(urlsplit(source).path if "://" in source else source)
+    stem = re.sub(r"[*?\[\]]+", "", path.name.removesuffix(".gz"))
+    return Path(stem).stem.strip(".") or path.parent.name or "text"
+
+
+def prepare(
+    source="stdlib",
+    tokenizer=None,
+    name=None,
+    val_fraction=0.1,
+    encoding=None,
+    field=None,
+    workers=None,
+):
+    """SOURCE -> data/NAME/{train.bin, val.bin, meta.json}; returns the folder.
+
+    With ten documents or more every tenth (1 / val_fraction) is held out whole; else the last
+    val_fraction of the tokens. Files appear under their names only when all is done.
+    """
+    if not 0 < val_fraction <= 0.5:
+        raise DataError(f"--val_fraction {val_fraction} must be above 0 and at most 0.5")
+    start = time.monotonic()
+    paths = find_files(source)
+    total_bytes = sum(p.stat().st_size for p in paths)
+    documents = Documents([f for p in paths for f in file_streams(p)], encoding, field)
+    many = len(list(itertools.islice(documents, MANY))) == MANY
+    hold_out = round(1 / val_fraction) if many else None
+    learn_from = documents  # a char vocabulary needs every character; merges need no held-out text
+    if hold_out and (tokenizer or "bpe").startswith("bpe"):
+        learn_from = (d for n, d in enumerate(documents, start=1) if n % hold_out)
+    tok = make_tokenizer(tokenizer or default_tokenizer(source), learn_from, total_bytes)
+    folder = DATA / (name or default_name(source))
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = token_dtype(tok.n_vocab)
+    try:
+        size, stats = write_tokens(documents, tok, folder, hold_out, workers or os.cpu_count() or 1)
+        if not size["val"]:
+            split_tail(folder, size, dtype, val_fraction)
+        if not size["val"]:
+            raise DataError(f"{source}: only {size['train']} tokens of text, too few to split")
+        meta = describe(folder, source, tok, size, stats, documents)
+        (folder / "meta.json").unlink(missing_ok=True)  # no moment with a meta of other files
+        for split in ("train", "val"):
+            os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")
+        (folder / "meta.tmp").write_text(json.dumps(meta), encoding="utf-8")
+        os.replace(folder / "meta.tmp", folder / "meta.json")
+    finally:
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink()
+    print(summary(folder, meta, tok, time.monotonic() - start))
+    return folder
+
+
+def describe(folder, source, tokenizer, size, stats, documents):
+    """The content of meta.json; the .tmp files are complete."""
+    splits, largest = {}, 0
+    for split in ("train", "val"):
+        path = folder / f"{split}.tmp"
+        n_bytes, top = text_bytes(path, tokenizer)
+        largest = max(largest, top)
+        splits[split] = {"tokens": size[split], "bytes": n_bytes, "sha256": file_sha256(path)}
+    xz = None
+    if splits["val"]["bytes"] <= XZ_LIMIT:
+        xz = xz_bits_per_byte(folder / "val.tmp", tokenizer)
+    return {
+        "format": FORMAT,
+        "source": source,
+        "tokenizer": tokenizer.spec,
+        "vocab_size": tokenizer.n_vocab,
+        "dtype": token_dtype(tokenizer.n_vocab).str,
+        "largest_id": largest,
+        "splits": splits,
+        "documents": stats["documents"],
+        "characters": stats["characters"],
+        "fallback_tokens": stats["fallback"],
+        "encodings": dict(Counter(documents.known.values())),
+        "xz_bits_per_byte": xz,
+    }
+
+
+def summary(folder, meta, tokenizer, seconds):
+    """What the user sees when a corpus is ready."""
+    train, val = meta["splits"]["train"], meta["splits"]["val"]
+    tokens, n_bytes = train["tokens"] + val["tokens"], train["bytes"] + val["bytes"]
+    encodings = ", ".join(f"{n} {name}" for name, n in meta["encodings"].items())
+    excerpt = tokenizer.decode(read_tokens(folder, "val")[:60])
+    lines = [
+        f"{folder}: {meta['documents']:,} documents ({encodings}), {meta['characters']:,} "
+        f"characters, {n_bytes:,} bytes",
+        f"  {tokens:,} tokens of {tokenizer.name} ({train['tokens']:,} train, {val['tokens']:,} "
+        f"val), {n_bytes / tokens:.2f} bytes per token",
+        f"  {meta['fallback_tokens'] / tokens:.2%} unknown or byte-fallback tokens",
+    ]
+    if meta["xz_bits_per_byte"]:
+        lines.append(f"  xz -9e takes {meta['xz_bits_per_byte']:.3f} bits per byte of val")
+    return "\n".join([*lines, f"  val begins: {excerpt!r}", f"  ready in {seconds:.1f} s"])
+
+
+# --------------------------------------------------------------------------------------------
+# Reading back: nothing of meta.json is taken on trust
+# --------------------------------------------------------------------------------------------
+
+HASH_LIMIT = 1000 * MB  # larger files are checked by size alone: hashing them takes a minute
+
+
+def read_meta(folder):
+    """meta.json of a prepared folder; DataError if it is missing, damaged or of another format."""
+    path = Path(folder) / "meta.json"
+    if not path.exists():
+        raise DataError(f"{path} does not exist: prepare the text first (python prepare_data.py)")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        version, dtype = meta["format"], token_dtype(meta["vocab_size"]).str
+        complete = {"tokens", "bytes", "sha256"} <= set(meta["splits"]["train"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{path} is damaged ({e}); prepare the text again") from e
+    if version != FORMAT:
+        raise DataError(f"{path} has format {version}, this version reads {FORMAT}: prepare again")
+    if meta["dtype"] != dtype or not complete or meta["largest_id"] >= meta["vocab_size"]:
+        raise DataError(f"{path} contradicts itself; prepare the text again")
+    return meta
+
+
+def read_tokens(folder, split):
+    """The ids of one split, mapped from disk; DataError if they are not what meta.json says."""
+    meta, path = read_meta(folder), Path(folder) / f"{split}.bin"
+    dtype, wanted = np.dtype(meta["dtype"]), meta["splits"][split]
+    if not path.exists():
+        raise DataError(f"{path} does not exist; prepare the text again")
+    size = path.stat().st_size
+    if size != wanted["tokens"] * dtype.itemsize:
+        raise DataError(
+            f"{path} has {size:,} bytes, meta.json says {wanted['tokens']:,} tokens of "
+            f"{dtype.itemsize}; prepare the text again"
+        )
+    if size <= HASH_LIMIT and file_sha256(path) != wanted["sha256"]:
+        raise DataError(f"{path} is damaged (its sha256 is another); prepare the text again")
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+# fmt: off (one line a flag)
+def build_parser():
+    p = argparse.ArgumentParser(
+        description="Turn text into token files: data/NAME/{train.bin, val.bin, meta.json}.")
+    add = p.add_argument
+    add("source", nargs="?", default="stdlib",
+        help="stdlib (default), sales, shakespeare, or a file, folder, glob or http(s) URL")
+    add("--tokenizer",
+        help="byte, char, bpe:N, gpt2, cl100k_base, o200k_base, or a prepared folder (default: "
+        "bpe:2048 for stdlib, cl100k_base for sales, char for shakespeare, else bpe:4096)")
+    add("--name", help="write to data/NAME (default: the source's own name)")
+    add("--val_fraction", type=float, default=0.1, help="share held out (default 0.1)")
+    add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
+    add("--field", help="of .jsonl objects that holds the text (default: text, else content)")
+    add("--workers", type=int, help="encoding threads (default: one a core)")
+    return p
+# fmt: on
+
+
+def main(argv=None):
+    prepare(**vars(build_parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    console(main)

@@ -1,0 +1,545 @@
+"""Let a trained model write.
+
+    python sample.py --prompt "def "                        the newest run continues
+    python sample.py --prompt @story.txt --temperature 0    greedy, from a file
+    cat question.txt | python sample.py --top_p 0.9 --num_samples 3
+    python sample.py --prompt "Once" --beams 4              beam search
+    python sample.py --analogy "king - man + woman"         arithmetic in the embedding table
+
+The chapters: the decoding ladder (logits in, one token out), generation with a key/value cache,
+beam search, ids to text as they come, analogies, and the command line. Decoding works on ids alone
+and text on characters alone; they meet in `main`.
+"""
+
+import argparse
+import codecs
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from model import (
+    KVCache,
+    ModelError,
+    causal_mask,
+    load_checkpoint,
+    model_from_checkpoint,
+)
+from prepare_data import DataError, Tokenizer, console
+
+OUT = Path("out")
+
+# --------------------------------------------------------------------------------------------
+# The decoding ladder: each rung takes logits (B, V) and returns new ones
+# --------------------------------------------------------------------------------------------
+
+
+def repetition_penalty(logits, previous, penalty):
+    """Make the ids in `previous` (one list a row) less likely: positive logits are divided by
+    `penalty`, negative ones multiplied (CTRL, Keskar et al. 2019). 1 changes nothing."""
+    out = logits.clone()
+    for row, ids in zip(out, previous):
+        seen = torch.tensor(sorted(set(ids)), device=logits.device)
+        row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+    return out
+
+
+def temperature(logits, t):
+    """Sharpen (t < 1) or flatten (t > 1) the distribution; t above 0."""
+    return logits / t
+
+
+def top_k(logits, k):
+    """Keep the k largest logits of each row (and all that equal the k-th)."""
+    smallest = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < smallest, -math.inf)
+
+
+def top_p(logits, p):
+    """Keep the most likely tokens until their probabilities reach p (Holtzman et al. 2020): the one
+    that crosses p is kept, so there is always one.
+
+    >>> top_p(torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log(), 0.5).exp()
+    tensor([[0.4000, 0.3000, 0.0000, 0.0000]])
+    """
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probs = ordered.softmax(dim=-1)
+    before = probs.cumsum(dim=-1) - probs  # probability of all that is more likely
+    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= p)
+    drop.scatter_(1, order[:, :1], False)  # p = 0 keeps one, too
+    return logits.masked_fill(drop, -math.inf)
+
+
+def min_p(logits, p):
+    """Keep tokens of at least p times the largest probability (Nguyen et al. 2024)."""
+    probs = logits.softmax(dim=-1)
+    return logits.masked_fill(probs < p * probs.max(dim=-1, keepdim=True).values, -math.inf)
+
+
+def next_token(logits, previous, generators, settings):
+    """One id a row from logits (B, V): the whole ladder, then a draw.
+
+    `previous` are the ids so far, one list a row, `generators` one torch.Generator a row, so that
+    no row's luck depends on its neighbours. Temperature 0 takes the largest logit. The penalty
+    comes first: the other rungs should see the distribution that it leaves.
+    """
+    s = {**DECODING, **settings}
+    logits = logits.float()
+    if s["repetition_penalty"] != 1:
+        logits = repetition_penalty(logits, previous, s["repetition_penalty"])
+    if s["temperature"] == 0:
+        return logits.argmax(dim=-1).tolist()
+    logits = temperature(logits, s["temperature"])
+    if s["top_k"] > 0:
+        logits = top_k(logits, s["top_k"])
+    if s["top_p"] < 1:
+        logits = top_p(logits, s["top_p"])
+    if s["min_p"] > 0:
+        logits = min_p(logits, s["min_p"])
+    probs = logits.softmax(dim=-1).cpu()  # drawn on the CPU: the same seed, the same text anywhere
+    return [torch.multinomial(p, 1, generator=g).item() for p, g in zip(probs, generators)]
+
+
+# What each rung does when nothing is said: nothing.
+DECODING = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+
+
+# --------------------------------------------------------------------------------------------
+# Generation: several rows at once, one new token a step
+# --------------------------------------------------------------------------------------------
+
+
+def prefill(model, cache, rows):
+    """Run the rows (lists of ids) into the empty cache, padded on the left to one length:
+
+        row 0   .  .  5  9     . is padding: no position, seen by nobody
+        row 1   7  1  2  3     new tokens of both go into the next column
+
+    Returns (logits of the last column (B, V), padding per row (B,), mask of key columns or None).
+    """
+    device, B, T = cache.keys.device, len(rows), max(map(len, rows))
+    pad = torch.tensor([T - len(r) for r in rows], device=device)
+    ids = torch.tensor([[0] * (T - len(r)) + r for r in rows], device=device)
+    cache.length = 0
+    if not pad.any():
+        return model.head(model.hidden(ids, cache)[:, -1]), pad, None
+    column = torch.arange(cache.keys.shape[3], device=device)
+    visible = column >= pad[:, None]  # (B, S)
+    positions = (column[:T] - pad[:, None]).clamp(min=0)  # (B, T)
+    mask = causal_mask(T, T, device) & visible[:, None, :T]
+    mask |= torch.eye(T, dtype=torch.bool, device=device)  # padding sees itself, or softmax is NaN
+    x = model.hidden(ids, cache, positions, mask[:, None])
+    return model.head(x[:, -1]), pad, visible.view(B, 1, 1, -1)
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    prompts,
+    max_tokens,
+    *,
+    seed=0,
+    seeds=None,
+    allowed=None,
+    stop=None,
+    slide=None,
+    **settings,
+):
+    """Yield lists of new ids, one a prompt and step (None for a row that has stopped).
+
+    prompts      lists of ids, of any lengths: each row gets what it would get alone
+    settings     rungs of the ladder (see DECODING); row r draws with seeds[r], or `seed` for all
+    allowed      bools (V,): ids that may come; None is all
+    stop(r, id)  called with each new id; True ends row r, the id included
+    slide(kept)  called when the context is full: the newest half of it is kept and read again
+                 from position 0, which is right for every kind of positions. Once every context/2
+                 tokens, it costs little.
+    """
+    context, device = model.config.context, model.embed.weight.device
+    rows = [list(p) for p in prompts]
+    check_ids(rows, model.config.vocab_size)
+    windows = [r[-context:] for r in rows]  # what the model looks at; `rows` remembers everything
+    if slide and any(len(r) > context for r in rows):
+        slide(context)
+    generators = [torch.Generator().manual_seed(s) for s in seeds or [seed] * len(rows)]
+    longest, even = max(map(len, windows)), len(set(map(len, windows))) == 1
+    cache = KVCache(model, len(rows), min(longest + max_tokens, context * (1 if even else 2)))
+    stopped = [False] * len(rows)
+    logits, pad, visible = prefill(model, cache, windows)
+    for n in range(max_tokens):
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -math.inf)
+        new = next_token(logits, rows, generators, settings)
+        yield [None if s else i for s, i in zip(stopped, new)]
+        for r, i in enumerate(new):
+            if not stopped[r]:
+                rows[r].append(i)
+                windows[r].append(i)
+                stopped[r] = bool(stop and stop(r, i))
+        if all(stopped) or n == max_tokens - 1:
+            return
+        if any(len(w) > context for w in windows):
+            keep = max(1, context // 2)
+            full = [s or len(w) > context for s, w in zip(stopped, windows)]
+            windows = [w[-keep:] if f else w for f, w in zip(full, windows)]
+            if slide:
+                slide(keep)
+            logits, pad, visible = prefill(model, cache, windows)
+        else:
+            ids = torch.tensor([[w[-1]] for w in windows], device=device)
+            positions = mask = None
+            if visible is not None:
+                positions = (cache.length - pad[:, None]).clamp(max=context - 1)
+                mask = visible[..., : cache.length + 1]
+            logits = model.head(model.hidden(ids, cache, positions, mask)[:, -1])
+
+
+def check_ids(rows, vocab_size):
+    """DataError for a prompt that is empty or has an id outside the vocabulary."""
+    if not rows or not all(rows):
+        raise DataError("an empty prompt: give at least one token")
+    for i in (i for row in rows for i in row):
+        if not 0 <= i < vocab_size:
+            raise DataError(f"token id {i} is outside the vocabulary of 0 to {vocab_size - 1}")
+
+
+# --------------------------------------------------------------------------------------------
+# Beam search: the likeliest whole continuation, not the likeliest next token
+# --------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None, allowed=None):
+    """The best continuations of `prompt`, as [(score, ids)], best first, at most `beams` of them.
+
+    A score is the sum of log probabilities over len(ids) ** length_penalty, the `end` id counted
+    in both (Wu et al. 2016 without its constants). A finished beam waits beside the live ones: the
+    search ends only when none of these can still overtake, whatever finished first.
+    Prompt and continuation must fit the context (ModelError).
+    """
+    check_ids([prompt], model.config.vocab_size)
+    device = model.embed.weight.device
+    cache = KVCache(model, beams, len(prompt) + max_tokens)
+    ids = torch.tensor([prompt] * beams, device=device)
+    live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # equal at first: let one of them speak
+    done = []
+    for n in range(1, max_tokens + 1):
+        logits = model.head(model.hidden(ids, cache)[:, -1]).float()  # (beams, V)
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -math.inf)
+        total = logits.log_softmax(-1).double() + torch.tensor([s for s, _ in live])[:, None].to(
+            logits
+        )
+        # each live beam has one way to end, so 2 x beams candidates leave enough that go on
+        score, flat = total.flatten().topk(min(2 * beams, total.numel()))
+        parent, token = flat // total.shape[1], flat % total.shape[1]
+        grown = []
+        for s, p, t in zip(score.tolist(), parent.tolist(), token.tolist()):
+            if s == -math.inf:
+                continue
+            beam = live[p][1] + [t]
+            if t == end or n == max_tokens:
+                done.append((s / n**length_penalty, beam))
+            elif len(grown) < beams:
+                grown.append((s, beam, p))
+        done = sorted(done, key=lambda b: -b[0])[:beams]
+        if not grown:
+            break
+        # log probabilities only fall; a longer row may divide them by more
+        reach = grown[0][0] / (max_tokens if length_penalty > 0 else n + 1) ** length_penalty
+        if len(done) == beams and reach <= done[-1][0]:
+            break
+        grown += [(-math.inf, grown[0][1], grown[0][2])] * (beams - len(grown))
+        live = [(s, b) for s, b, _ in grown]
+        cache.reorder(torch.tensor([p for *_, p in grown], device=device))
+        ids = torch.tensor([[b[-1]] for _, b in live], device=device)
+    return done
+
+
+# --------------------------------------------------------------------------------------------
+# Text: characters as the ids come, and words as vectors
+# --------------------------------------------------------------------------------------------
+
+
+class TextStream:
+    """Ids to text, as they come: `feed` returns what can be shown already.
+
+    A character that is not complete yet (Chinese ones take three bytes, often two tokens) waits,
+    and so does text that may turn out to be the beginning of a stop string. After a stop string
+    `stopped` is True and nothing more comes.
+    """
+
+    def __init__(self, tokenizer, stops=()):
+        self.tokenizer, self.stops = tokenizer, [s for s in stops if s]
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.held, self.stopped = "", False
+
+    def feed(self, i):
+        token = b"" if i == self.tokenizer.eot else self.tokenizer.token_bytes(i) or b""
+        return self._release(self.decoder.decode(token))
+
+    def finish(self):
+        """What was still held back at the end."""
+        text, self.held = self._release(self.decoder.decode(b"", final=True)) + self.held, ""
+        return "" if self.stopped and not text else text
+
+    def _release(self, text):
+        if self.stopped:
+            return ""
+        self.held += text
+        ends = [at for s in self.stops if (at := self.held.find(s)) >= 0]
+        if ends:
+            out, self.held, self.stopped = self.held[: min(ends)], "", True
+            return out
+        wait = max((overlap(self.held, s) for s in self.stops), default=0)
+        out, self.held = self.held[: len(self.held) - wait], self.held[len(self.held) - wait :]
+        return out
+
+
+def overlap(text, stop):
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def word_vector(word, tokenizer, table):
+    """(embedding, ids) of a word: of its single token, best with a space before it as words have in
+    running text, else the mean of its tokens."""
+    ways = [tokenizer.encode(" " + word), tokenizer.encode(word)]
+    ids = next((w for w in ways if len(w) == 1), ways[1])
+    check_ids([ids], len(table))
+    return table[ids].float().mean(0), ids
+
+
+def analogy(expression, tokenizer, table, choices=(), n=10):
+    """[(text, cosine)], nearest first, for an expression such as "king - man + woman".
+
+    table (V, C) is the embedding table. Candidates are `choices`, or all tokens but those of the
+    expression. Mikolov et al. 2013: directions between words carry meaning.
+    """
+    parts = re.findall(r"([+-]?)\s*([^\s+-]+)", expression)
+    if not parts:
+        raise DataError(f"--analogy {expression!r}: words with + and - between them, please")
+    goal, used = torch.zeros(table.shape[1]), set()
+    for sign, word in parts:
+        vector, ids = word_vector(word, tokenizer, table)
+        goal = goal - vector if sign == "-" else goal + vector
+        used.update(ids)
+    if choices:
+        names, vectors = list(choices), [word_vector(c, tokenizer, table)[0] for c in choices]
+        near = torch.cosine_similarity(torch.stack(vectors), goal, dim=-1)
+    else:
+        known = [
+            i for i in range(min(tokenizer.n_vocab, len(table))) if tokenizer.byte_lengths[i] > 0
+        ]
+        known = [i for i in known if i not in used]
+        names = [tokenizer.decode([i]) for i in known]
+        near = torch.cosine_similarity(table[known].float(), goal, dim=-1)
+    best = near.topk(min(n, len(names)))
+    return [(names[i], s) for s, i in zip(best.values.tolist(), best.indices.tolist())]
+
+
+# --------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------
+
+
+def newest_run():
+    """The folder under out/ whose checkpoint was written last; DataError if there is none."""
+    found = [p for name in ("last.pt", "best.pt") for p in OUT.glob(f"*/{name}")]
+    if not found:
+        raise DataError(f"no run in {OUT}/: train one (python train.py), or name it with --ckpt")
+    return max(found, key=lambda p: p.stat().st_mtime).parent
+
+
+def load(ckpt=None, device=None, dtype=None):
+    """(model, tokenizer, where) of a checkpoint or run's folder, the newest run if None."""
+    where = Path(ckpt) if ckpt else newest_run()
+    content = load_checkpoint(where)
+    if "tokenizer" not in content:
+        raise DataError(f"{where} carries no tokenizer: it was not written by train.py")
+    if device in (None, "auto"):
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtype if dtype not in (None, "auto") else "bf16" if "cuda" in device else "fp32"
+    try:
+        model = model_from_checkpoint(content, device, kinds[dtype], where)
+    except (RuntimeError, AssertionError) as e:
+        raise DataError(f"--device {device} cannot be used: {str(e).splitlines()[0]}") from e
+    return model, Tokenizer(content["tokenizer"]), where
+
+
+def allowed_ids(model, tokenizer):
+    """Bools (V,): the ids that a token has; the table's spare rows must never be drawn."""
+    allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    lengths = torch.from_numpy(tokenizer.byte_lengths[: len(allowed)])
+    allowed[: len(lengths)] = lengths > 0
+    if tokenizer.eot < len(allowed):
+        allowed[tokenizer.eot] = True
+    return allowed.to(model.embed.weight.device)
+
+
+def read_prompts(args, tokenizer):
+    """The prompts as lists of ids: from --prompt_ids, --prompt, or a pipe into this script."""
+    if args.prompt_ids:
+        try:
+            return [[int(i) for i in args.prompt_ids.split(",")]]
+        except ValueError as e:
+            raise DataError(f"--prompt_ids {args.prompt_ids!r}: numbers with commas, please") from e
+    texts = args.prompt
+    if texts is None:
+        texts = [""] if sys.stdin is None or sys.stdin.isatty() else [sys.stdin.read()]
+    texts = [Path(t[1:]).read_text(encoding="utf-8") if t.startswith("@") else t for t in texts]
+    # nothing at all means: begin a document
+    return [tokenizer.encode(t) or [tokenizer.eot] for t in texts]
+
+
+def write_rows(model, tokenizer, prompts, args):
+    """Generate for every prompt, --num_samples times; print text as it comes. Returns the ids.
+
+    Sample j draws with seed + j whatever the batch, so each can be had again alone.
+    """
+    prompts = [p for p in prompts for _ in range(args.num_samples)]
+    seed = args.seed if args.seed is not None else torch.seed() % 2**31
+    seeds = [seed + r % args.num_samples for r in range(len(prompts))]
+    streams = [TextStream(tokenizer, args.stop or ()) for _ in prompts]
+    texts, ids, said = [""] * len(prompts), [[] for _ in prompts], []
+
+    def show(r, text):
+        texts[r] += text
+        if len(prompts) == 1:
+            print(text, end="", flush=True)
+
+    def stop(r, i):
+        ids[r].append(i)
+        show(r, streams[r].feed(i))
+        return i == tokenizer.eot or streams[r].stopped
+
+    def slide(kept):
+        if not said:
+            context = model.config.context
+            note = f"the context of {context} tokens is full: going on with the newest {kept}"
+            print(f"[{note}]", file=sys.stderr)
+        said.append(kept)
+
+    if len(prompts) == 1:
+        print(prompt_text(tokenizer, prompts[0]), end="", flush=True)
+    settings = {name: getattr(args, name) for name in DECODING}
+    allowed = allowed_ids(model, tokenizer)
+    for _ in generate(
+        model,
+        prompts,
+        args.max_tokens,
+        seeds=seeds,
+        allowed=allowed,
+        stop=stop,
+        slide=slide,
+        **settings,
+    ):
+        pass
+    for r, stream in enumerate(streams):
+        show(r, stream.finish())
+        if len(prompts) > 1:
+            print(f"--- {r + 1} ---\n{prompt_text(tokenizer, prompts[r])}{texts[r]}")
+    if len(prompts) == 1:
+        print()
+    return ids
+
+
+def prompt_text(tokenizer, ids):
+    return tokenizer.decode([i for i in ids if i != tokenizer.eot and tokenizer.token_bytes(i)])
+
+
+def write_beams(model, tokenizer, prompt, args):
+    """Beam search from one prompt; prints the beams, best first. Returns the ids."""
+    room = model.config.context - len(prompt)
+    if room < 1:
+        raise DataError(f"the prompt has {len(prompt)} tokens; beams need room in the context")
+    if room < args.max_tokens:
+        print(f"[beams end with the context, after {room} tokens]", file=sys.stderr)
+    beams = beam_search(
+        model,
+        prompt,
+        min(room, args.max_tokens),
+        args.beams,
+        args.length_penalty,
+        tokenizer.eot,
+        allowed_ids(model, tokenizer),
+    )
+    beams = beams[: args.num_samples]
+    for score, ids in beams:
+        if len(beams) > 1:
+            print(f"--- {score:.4f} ---")
+        print(prompt_text(tokenizer, prompt) + prompt_text(tokenizer, ids))
+    return [ids for _, ids in beams]
+
+
+# fmt: off (one line a flag)
+def build_parser():
+    p = argparse.ArgumentParser(description="Write with a trained model.")
+    add = p.add_argument
+    add("--ckpt", help="a checkpoint or a run's folder (default: the newest run in out/)")
+    add("--prompt", action="append",
+        help="text, or @FILE; given several times it is a batch (default: standard input if it is "
+        "a pipe, else the model begins a document)")
+    add("--prompt_ids", help="token ids instead, e.g. 5,17,200")
+    add("--print_ids", action="store_true", help="the new ids on the last line, a line a sample")
+    add("--max_tokens", type=int, default=200, help="new tokens at most (default 200)")
+    add("--num_samples", type=int, default=1, help="per prompt, in one batch (default 1)")
+    add("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    add("--top_k", type=int, default=0, help="keep the k likeliest tokens; 0 is all (default)")
+    add("--top_p", type=float, default=0.95, help="keep the likeliest up to p; 1 is all (0.95)")
+    add("--min_p", type=float, default=0.0, help="keep what has p times the likeliest's; 0 is all")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1 discourages (default 1)")
+    add("--beams", type=int, default=0, help="beam search of this width; 0 samples (default)")
+    add("--length_penalty", type=float, default=1.0, help="of beams: above 1 favours long ones (1)")
+    add("--stop", action="append", help="end at this text; may be given several times")
+    add("--seed", type=int, help="of the drawing (default: another one each time)")
+    add("--device", default="auto", help="auto (default), cpu, cuda, mps")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+        help="of the weights (default auto: bf16 on CUDA, else fp32)")
+    add("--analogy", help='nearest tokens of e.g. "king - man + woman" in the embedding table')
+    add("--choices", help="with --analogy: pick among these, separated by commas")
+    return p
+# fmt: on
+
+
+def check_settings(args):
+    """DataError for a number that makes no sense."""
+    for name, low in (("max_tokens", 1), ("num_samples", 1), ("top_k", 0), ("beams", 0)):
+        if getattr(args, name) < low:
+            raise DataError(f"--{name} {getattr(args, name)} must be at least {low}")
+    for name in ("temperature", "top_p", "min_p"):
+        value = getattr(args, name)
+        if not (0 <= value < math.inf and (name == "temperature" or value <= 1)):
+            limit = "0 or more" if name == "temperature" else "from 0 to 1"
+            raise DataError(f"--{name} {value} must be {limit}")
+    if not 0 < args.repetition_penalty < math.inf:
+        raise DataError(f"--repetition_penalty {args.repetition_penalty} must be above 0")
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    check_settings(args)
+    model, tokenizer, where = load(args.ckpt, args.device, args.dtype)
+    if args.ckpt is None:
+        print(f"[{where}]", file=sys.stderr)
+    if args.analogy:
+        choices = [c.strip() for c in (args.choices or "").split(",") if c.strip()]
+        table = model.embed.weight.detach().cpu()
+        for text, cosine in analogy(args.analogy, tokenizer, table, choices):
+            print(f"{cosine:7.3f}  {text!r}")
+        return
+    prompts = read_prompts(args, tokenizer)
+    if args.beams:
+        ids = [i for p in prompts for i in write_beams(model, tokenizer, p, args)]
+    else:
+        ids = write_rows(model, tokenizer, prompts, args)
+    if args.print_ids:
+        print("\n".join(",".join(map(str, row)) for row in ids))
+
+
+if __name__ == "__main__":
+    console(main, ModelError)

@@ -1,0 +1,991 @@
+"""Pretrain a language model: from token files to a model that writes.
+
+    python train.py                                        the default corpus, three minutes
+    python train.py --data sales --preset baby --max_steps 2000
+    python train.py --data data/mynovel --optimizer muon
+    python train.py --resume                               go on with the newest run
+    torchrun --nproc_per_node 2 train.py --batch_size 6    several processes or GPUs
+
+writes out/NAME/last.pt (all that resuming needs), best.pt (what sampling needs), metrics.jsonl and
+loss.svg. Text becomes token files in prepare_data.py; train.py calls it if they are not there.
+
+The chapters: the recipe, the machine, batches, optimisers and schedule, evaluation, what a run
+shows, then `fit`, the one training loop (fine-tuning calls it too), and the command line.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import model as lm
+from prepare_data import DATA, DataError, Tokenizer, console, prepare, read_meta, read_tokens
+from sample import OUT, generate, newest_run
+
+
+class TrainError(RuntimeError):
+    """Training cannot go on; the message says why and what to try."""
+
+
+# --------------------------------------------------------------------------------------------
+# The recipe: every default in one place
+# --------------------------------------------------------------------------------------------
+
+# Found by experiment on the default corpus with two CPU cores (tests/BENCHMARKS.md has the runs):
+# small batches and many steps, a high learning rate that zero-initialised outputs can bear, betas
+# for few steps, decay to zero by the end. Twice the learning rate or half of it did worse.
+RECIPE = dict(
+    batch_size=12,
+    grad_accum=1,
+    optimizer="adamw",
+    lr=4e-3,
+    min_lr=0.0,
+    muon_lr=0.02,
+    warmup_steps=60,
+    schedule="cosine",
+    weight_decay=0.1,
+    beta1=0.9,
+    beta2=0.99,
+    grad_clip=1.0,
+    eval_every=250,
+    eval_tokens=32768,
+    log_every=20,
+    patience=0,
+    seed=0,
+)
+# What other shapes and optimisers want differently. Larger models bear less.
+RECIPES = {
+    "muon": dict(lr=8e-3),  # here lr is only the embedding's and the head's
+    "small": dict(lr=3e-3, batch_size=16),
+    "baby": dict(lr=2e-3, batch_size=16),
+    "gpt2": dict(lr=6e-4, beta2=0.95, warmup_steps=200, batch_size=4),
+    "gpt2-medium": dict(lr=3e-4, beta2=0.95, warmup_steps=200, batch_size=2),
+    "gpt2-large": dict(lr=2.5e-4, beta2=0.95, warmup_steps=200, batch_size=1),
+    "gpt2-xl": dict(lr=2e-4, beta2=0.95, warmup_steps=200, batch_size=1),
+    "novel": dict(lr=6e-4, beta2=0.95, warmup_steps=100, batch_size=4),
+}
+# Without --max_steps and --max_minutes: whichever of the two comes first.
+DEFAULT_STEPS, DEFAULT_MINUTES = 2000, 2.9
+
+
+# --------------------------------------------------------------------------------------------
+# The machine: device, precision, processes
+# --------------------------------------------------------------------------------------------
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Runtime:
+    """Where and how the arithmetic is done. `world` processes of which this one is `rank`."""
+
+    device: torch.device
+    dtype: str = "fp32"
+    peak: float = 0.0  # FLOP/s of a large matrix product in `dtype`, measured
+    rank: int = 0
+    world: int = 1
+
+    def autocast(self):
+        """Run matrix products in `dtype`; weights, sums and the loss stay in float32."""
+        if self.dtype == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.dtype])
+
+    def total(self, *values):
+        """Each value summed over all processes, as floats."""
+        if self.world == 1:
+            return [float(v) for v in values]
+        t = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        t = t.to(self.device)
+        dist.all_reduce(t)
+        return t.tolist()
+
+
+def keep_freed_memory():
+    """Let glibc keep large freed blocks instead of returning them to the kernel at once.
+
+    A training step on the CPU frees and takes the same few megabytes again and again, and each
+    time the kernel would hand them out page by page: it made a norm three times slower here.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc: nothing to do
+        return
+    mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its maximum of 32 MB
+    mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def measure_peak(device, dtype, size=None):
+    """FLOP/s of this machine's matrix product, the best of a few runs: the "100 %" of MFU."""
+    size = size or (8192 if device.type == "cuda" else 1024)
+    a = torch.ones(size, size, device=device, dtype=DTYPES[dtype])
+    best = math.inf
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        _ = a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device):
+    """Wait for the GPU, so that a clock read after this means what it says."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_runtime(device=None, dtype=None, wide=False):
+    """Choose device and precision, join the other processes if torchrun started us.
+
+    `device` and `dtype` of None or "auto" are chosen: CUDA, then Apple's MPS, then the CPU; bf16
+    where a GPU has it, else fp16; on a CPU fp32, or bf16 for a `wide` model if that is measurably
+    faster there (CPUs with AMX).
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device in (None, "auto"):
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        if device == "cuda" and world > 1:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).split("\n")[0]
+        raise DataError(f"--device {device} cannot be used here: {reason}") from e
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dtype in (None, "auto"):
+        dtype = "fp32"
+        if device.type == "cuda":
+            dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        elif device.type == "cpu" and wide:
+            fast = measure_peak(device, "bf16") > 1.5 * measure_peak(device, "fp32")
+            dtype = "bf16" if fast else "fp32"
+    if dtype not in DTYPES:
+        raise DataError(f"--dtype {dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
+    return Runtime(device, dtype, measure_peak(device, dtype), rank, world)
+
+
+# --------------------------------------------------------------------------------------------
+# Batches: a pure function of (seed, row number)
+# --------------------------------------------------------------------------------------------
+
+
+class Windows:
+    """Windows of `context` + 1 tokens in a seeded random order, each once an epoch.
+
+    An epoch cuts the text at a random phase into windows and permutes them, so no two epochs show
+    the same cuts. Row r of the whole run is always the same window: resuming needs only the step,
+    and processes that share a step each take their slice of its rows.
+    """
+
+    def __init__(self, tokens, context, seed):
+        self.tokens, self.context, self.seed = tokens, context, seed
+        possible = (len(tokens) - 1) // context
+        if possible < 1:
+            raise DataError(
+                f"the training text has {len(tokens)} tokens, fewer than the context of {context} "
+                f"plus one: use a shorter --context or more text"
+            )
+        self.n = max(1, possible - 1)  # one less leaves room for every phase
+        self.epoch, self.starts = None, None
+
+    def epoch_starts(self, epoch):
+        if epoch != self.epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            room = len(self.tokens) - 1 - self.n * self.context
+            phase = rng.integers(min(room, self.context - 1) + 1)
+            self.epoch, self.starts = epoch, rng.permutation(self.n) * self.context + phase
+        return self.starts
+
+    def rows(self, first, count):
+        """Rows first .. first + count - 1 of the run: ids and targets, both (count, context)."""
+        at = [self.epoch_starts(r // self.n)[r % self.n] for r in range(first, first + count)]
+        window = np.asarray(at)[:, None] + np.arange(self.context + 1)
+        block = torch.from_numpy(self.tokens[window].astype(np.int64))
+        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+
+def micro_batches(windows, step, batch_size, grad_accum, rank=0, world=1):
+    """This process's share of the rows of `step`, as `grad_accum` batches of `batch_size` rows."""
+    first = (step * world + rank) * grad_accum * batch_size
+    return [windows.rows(first + i * batch_size, batch_size) for i in range(grad_accum)]
+
+
+# --------------------------------------------------------------------------------------------
+# Optimisers and schedule
+# --------------------------------------------------------------------------------------------
+
+
+def orthogonalize(g, steps=5):
+    """The nearest (semi-)orthogonal matrix to each matrix of g (..., rows, columns), roughly.
+
+    An odd polynomial of X, iterated: singular values between 0 and 1 all end between 0.7 and 1.2,
+    by nothing but matrix products (Newton-Schulz; coefficients by Keller Jordan, 2024).
+    """
+    x = g.bfloat16() if g.is_cuda else g.float()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x  # the products below are of the smaller side
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return (x.mT if tall else x).to(g.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised momentum for the matrices inside blocks (Keller Jordan, 2024).
+
+    Adam scales each entry by its own history; Muon scales each *direction* of the whole matrix:
+    every singular value of the step is about one, so rare directions are learned as fast as
+    frequent ones. It costs a few matrix products a step and halves the steps at our sizes.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = defaultdict(list)  # matrices of one shape go through the products together
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[p.shape].append(p)
+            for shape, params in alike.items():
+                grad = torch.stack([p.grad for p in params])
+                for p, g in zip(params, grad):
+                    state = self.state[p]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(p)
+                    state["momentum"].lerp_(g, 1 - group["momentum"])
+                    g.lerp_(state["momentum"], group["momentum"])  # Nesterov: look one step ahead
+                size = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
+                for p, direction in zip(params, orthogonalize(grad)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(direction, alpha=size)
+
+
+def make_optimizers(model, kind, lr, muon_lr=0.02, weight_decay=0.1, betas=(0.9, 0.99), fused=True):
+    """The optimisers over all parameters that want a gradient; each group keeps its "peak" lr.
+
+    adamw: AdamW on all, decay on matrices only (a norm's scale or a bias has nothing to decay to).
+    muon: Muon on the matrices inside blocks, AdamW without decay on embedding, head and the rest.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise TrainError("nothing to train: no parameter wants a gradient")
+    muon = [p for n, p in named if kind == "muon" and "blocks." in n and p.dim() == 2]
+    rest = [p for _, p in named if not any(p is m for m in muon)]
+    decay = 0.0 if kind == "muon" else weight_decay
+    groups = [
+        dict(params=[p for p in rest if p.dim() >= 2], weight_decay=decay),
+        dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
+    ]
+    groups = [g for g in groups if g["params"]]
+    optimizers = []
+    if groups:
+        fused = fused and all(p.device.type in ("cpu", "cuda") for p in rest)
+        # eps far below the usual 1e-8: gradients of a *mean* over thousands of tokens are tiny
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-10, fused=fused))
+    if muon:
+        optimizers.append(Muon(muon, lr=muon_lr))
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["peak"] = group["lr"]
+    return optimizers
+
+
+# To add a schedule: the share of the peak that is left when a fraction f of the decay has passed.
+SCHEDULES = {
+    "cosine": lambda f: 0.5 * (1 + math.cos(math.pi * f)),
+    "linear": lambda f: 1 - f,
+    "wsd": lambda f: min(1.0, (1 - f) / 0.4),  # warmup, stable, decay over the last 40 %
+    "constant": lambda f: 1.0,
+}
+
+
+def lr_at(step, fraction, lr, min_lr=0.0, warmup_steps=0, schedule="cosine"):
+    """The learning rate of `step`: a linear warmup from lr / warmup_steps to lr, then `schedule`
+    from lr to min_lr as `fraction` (of the run after the warmup) goes from 0 to 1."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    return min_lr + (lr - min_lr) * SCHEDULES[schedule](min(1.0, max(0.0, fraction)))
+
+
+# --------------------------------------------------------------------------------------------
+# Evaluation: fixed windows, in order, the same ones every time
+# --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model, tokens, byte_lengths, runtime, limit=None):
+    """Loss over non-overlapping windows of `tokens`, every target once; a dict for metrics.
+
+    All of the split, its last short window included, or `limit` tokens in evenly spread windows.
+    val_loss is nats a token, val_ppl its exponential, val_bpb bits per byte of text (which compares
+    across tokenizers), val_share what share of the split was read.
+    """
+    T, targets = model.config.context, len(tokens) - 1
+    if targets < 1:
+        raise DataError(f"the validation text has {len(tokens)} tokens: two at least are needed")
+    starts = np.arange(0, targets, T)
+    if limit and limit < targets:
+        wanted = max(1, limit // T)
+        starts = starts[:: max(1, len(starts) // wanted)][:wanted]
+    was_training = model.training
+    model.eval()
+    loss, count, n_bytes = 0.0, 0, 0
+    full = [s for s in starts if s + T <= targets]
+    per_batch = max(1, 8192 // T)
+    batches = [full[i : i + per_batch] for i in range(0, len(full), per_batch)]
+    batches += [[s] for s in starts if s + T > targets]  # the short rest, in a batch of its own
+    for batch in batches[runtime.rank :: runtime.world]:
+        length = min(T, targets - batch[0])
+        window = np.asarray(batch)[:, None] + np.arange(length + 1)
+        block = torch.from_numpy(tokens[window].astype(np.int64))
+        n_bytes += int(byte_lengths[block[:, 1:].numpy()].clip(0).sum())
+        count += block[:, 1:].numel()
+        block = block.to(runtime.device)
+        with runtime.autocast():
+            loss += model(block[:, :-1], block[:, 1:]).item()
+    model.train(was_training)
+    loss, count, n_bytes = runtime.total(loss, count, n_bytes)
+    mean = loss / count
+    return {
+        "val_loss": mean,
+        "val_ppl": math.exp(min(mean, 700)),
+        "val_bpb": loss / math.log(2) / n_bytes if n_bytes else None,
+        "val_share": count / targets,
+    }
+
+
+# --------------------------------------------------------------------------------------------
+# What a run shows: lines, metrics.jsonl, loss.svg
+# --------------------------------------------------------------------------------------------
+
+
+def clock(seconds):
+    """3723 -> 1:02:03, 62 -> 1:02."""
+    m, s = divmod(int(seconds), 60)
+    return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
+
+
+class Log:
+    """metrics.jsonl, and lines on the screen. `resume_step` drops what was logged after it."""
+
+    def __init__(self, out, resume_step=0, quiet=False):
+        self.path, self.quiet, self.open_line = out / "metrics.jsonl", quiet, False
+        self.rows = []
+        if quiet:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        if resume_step and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a line that a crash cut short
+                    self.rows.append(json.loads(line))
+            self.rows = [r for r in self.rows if r["step"] <= resume_step]
+        text = "".join(json.dumps(r) + "\n" for r in self.rows)
+        self.path.write_text(text, encoding="utf-8")
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as we are)
+
+    def write(self, **row):
+        """One row of metrics, on disk at once."""
+        self.rows.append(row)
+        if not self.quiet:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+
+    def line(self, text, rewrite=False):
+        """Print a line; one that may be rewritten stays open on a terminal."""
+        if self.quiet:
+            return
+        start = "\r\033[K" if self.open_line else ""
+        self.open_line = rewrite and sys.stdout.isatty()
+        print(start + text, end="" if self.open_line else "\n", flush=True)
+
+
+def nice_ticks(low, high, n=5):
+    """About n round numbers that cover low .. high."""
+    rough = (high - low) / n or 1.0
+    power = 10 ** math.floor(math.log10(rough))
+    step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(s - rough))
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+def loss_svg(rows, title):
+    """An SVG of training and validation loss against steps; `rows` as in metrics.jsonl.
+
+    The first twentieth of the run is left out of the scale: the fall from ln(V) would flatten all
+    that is worth seeing.
+    """
+    train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+    val = [(r["step"], r["val_loss"]) for r in rows if r.get("val_loss") and not r.get("final")]
+    last = max((s for s, _ in train + val), default=1) or 1
+    seen = [y for s, y in train + val if s >= last / 20] or [0.0, 1.0]
+    xs, ys = nice_ticks(0, last), nice_ticks(min(seen), max(seen))
+    left, right, top, bottom = 52, 464, 44, 264
+
+    def x(step):
+        return left + (right - left) * step / xs[-1]
+
+    def y(loss):
+        return bottom - (bottom - top) * (min(loss, ys[-1]) - ys[0]) / (ys[-1] - ys[0])
+
+    def curve(points, color, width):
+        path = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in points)
+        return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"/>'
+
+    shown = [(s, v) for s, v in train if v <= ys[-1]]
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 310" '
+        'font-family="sans-serif" font-size="15" fill="#222">',
+        '<rect width="480" height="310" fill="#fff"/>',
+        f'<text x="{left}" y="20" font-weight="bold">{escape(title)}</text>',
+    ]
+    for t in ys:
+        parts.append(f'<path d="M{left} {y(t):.1f}H{right}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 6}" y="{y(t) + 5:.1f}" text-anchor="end">{t:g}</text>')
+    for t in xs:
+        label = f"{t / 1000:g}k" if last >= 10000 else f"{t:g}"
+        parts.append(f'<path d="M{x(t):.1f} {bottom}v5" stroke="#222"/>')
+        parts.append(f'<text x="{x(t):.1f}" y="{bottom + 20}" text-anchor="middle">{label}</text>')
+    parts.append(f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#222"/>')
+    parts.append(f'<text x="{right}" y="{bottom + 40}" text-anchor="end">steps</text>')
+    parts.append(f'<text x="{left}" y="38" font-size="13" fill="#666">loss, nats per token</text>')
+    parts.append(curve(shown, "#8ab4e8", 1.5))
+    parts.append(curve(val, "#c62f2f", 2.5))
+    parts += [f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="3" fill="#c62f2f"/>' for s, v in val]
+    for i, (name, color) in enumerate((("train", "#8ab4e8"), ("validation", "#c62f2f"))):
+        at = top + 16 + 22 * i
+        parts.append(f'<path d="M350 {at - 5}h22" stroke="{color}" stroke-width="3"/>')
+        parts.append(f'<text x="378" y="{at}">{name}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def escape(text):
+    """`text` as XML character data."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def header(model, runtime, tokens, tokens_per_step, max_steps, max_minutes):
+    """The lines before the first step: what is trained, on what, and what it will take."""
+    c, n = model.config, lm.count_parameters(model)["total"]
+    activations = tokens_per_step * c.n_layer * (12 * c.d_model + 3 * c.d_ff) * 4
+    memory = (16 * n + activations) / 2**20
+    lines = [
+        f"device {runtime.device}, {runtime.dtype}, {runtime.world} process(es), matmul peak "
+        f"{runtime.peak / 1e9:,.0f} GFLOP/s",
+        f"{n:,} parameters: {c.n_layer} layers x {c.d_model}, {c.n_head} heads, context "
+        f"{c.context}, vocabulary {c.vocab_size:,}",
+        f"{tokens:,} training tokens, {tokens / n:.2g} per parameter (Chinchilla advises 20)",
+        f"memory about {memory:,.0f} MB; {tokens_per_step:,} tokens a step",
+    ]
+    if max_steps:
+        flops = lm.flops_per_token(c) * tokens_per_step * max_steps
+        floor = flops / (runtime.peak * runtime.world)
+        lines[-1] += f"; {max_steps:,} steps take {clock(floor)} at the matmul peak, in practice"
+        lines[-1] += " two to four times that"
+    if max_minutes:
+        lines.append(f"stops after {max_minutes:g} minutes of training at the latest")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------
+# fit: the training loop, the only one in the project
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Task:
+    """What `fit` needs to know of what is being learned.
+
+    `batches(step)` gives this process's micro-batches, each a tuple of tensors whose last one is
+    the targets (-100: no loss). `loss(model, *batch)` is the *summed* loss of one. `evaluate(model,
+    final)` returns a dict with at least "val_loss"; final asks for the whole split. `extra` goes
+    into every checkpoint beside the weights (the tokenizer's spec, for one).
+    """
+
+    batches: Callable
+    evaluate: Callable
+    extra: dict
+    loss: Callable = lambda model, ids, targets: model(ids, targets)
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM, remembered until the step is done; a second one stops at once."""
+
+    def __enter__(self):
+        self.number, self.old = 0, {}
+        with contextlib.suppress(ValueError):  # signals only reach the main thread
+            for s in (signal.SIGINT, signal.SIGTERM):
+                self.old[s] = signal.signal(s, self.remember)
+        return self
+
+    def remember(self, number, frame):
+        self.number = number
+        self.restore()
+
+    def restore(self):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+    def __exit__(self, *_):
+        self.restore()
+
+
+def training_step(model, task, batches, runtime, scaler):
+    """Forward and backward over this step's micro-batches. Returns (mean loss, target tokens).
+
+    The summed losses are divided by the target tokens of the whole step, over all micro-batches and
+    processes: so it never matters how a batch was cut, nor how unevenly its targets lie.
+    """
+    count = runtime.total(sum(int((b[-1] != -100).sum()) for b in batches))[0]
+    if not count:
+        raise TrainError("this step has no target token: every label is masked")
+    total = 0.0
+    for i, batch in enumerate(batches):
+        batch = [t.to(runtime.device, non_blocking=True) for t in batch]
+        last = i == len(batches) - 1  # DDP exchanges gradients once a step, with the last backward
+        quiet = model.no_sync() if runtime.world > 1 and not last else contextlib.nullcontext()
+        with quiet:
+            with runtime.autocast():
+                loss = task.loss(model, *batch)
+            # DDP averages over processes; what is wanted is the sum
+            scaler.scale(loss * (runtime.world / count)).backward()
+        total = total + loss.detach()
+    return runtime.total(total)[0] / count, int(count)
+
+
+def optimizer_step(model, optimizers, scaler, grad_clip):
+    """Clip, step, clear. Returns the gradient norm before clipping; raises TrainError for inf or
+    NaN in it, unless fp16's loss scaling is there to skip such steps."""
+    for o in optimizers:
+        scaler.unscale_(o)
+    params = [p for p in model.parameters() if p.grad is not None]
+    norm = float(nn.utils.clip_grad_norm_(params, grad_clip or math.inf))
+    if not (math.isfinite(norm) or scaler.is_enabled()):
+        raise TrainError(f"the gradient norm is {norm}")
+    for o in optimizers:
+        scaler.step(o)
+        o.zero_grad(set_to_none=True)
+    scaler.update()
+    return norm
+
+
+def snapshot(model, optimizers, scaler, task, state, args):
+    """(last, best): the content of last.pt, and of best.pt, which is a part of it."""
+    weights = {k: v.float() for k, v in lm.plain_state(model).items()}
+    best = {
+        "config": asdict(model.config),
+        "model": weights,
+        "step": state["step"],
+        "val_loss": state["best"],
+        **task.extra,
+    }
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state()
+    last = best | {
+        "optimizers": [o.state_dict() for o in optimizers],
+        "scaler": scaler.state_dict(),
+        "state": dict(state),
+        "rng": rng,
+        "args": vars(args),
+    }
+    return last, best
+
+
+def restore(content, optimizers, scaler, state):
+    """Put back all that `snapshot` took, except the weights."""
+    if "optimizers" not in content:
+        raise DataError("this checkpoint is for sampling only (best.pt?): resume from a last.pt")
+    for optimizer, saved in zip(optimizers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    scaler.load_state_dict(content["scaler"])
+    state.update(content["state"])
+    torch.set_rng_state(content["rng"]["cpu"])
+    if torch.cuda.is_available() and "cuda" in content["rng"]:
+        torch.cuda.set_rng_state(content["rng"]["cuda"])
+
+
+def try_compile(model, task, runtime):
+    """torch.compile(model), tried on the first batch; the model itself if that fails."""
+    rng = torch.get_rng_state()
+    try:
+        compiled = torch.compile(model)
+        batch = [t.to(runtime.device) for t in task.batches(0)[0]]
+        with runtime.autocast():
+            task.loss(compiled, *batch).backward()
+        return compiled
+    except Exception as e:  # whatever the compiler stumbled over, eager mode can still run
+        reason = str(e).strip().split("\n")[0][:100]
+        print(f"--compile does not work here, going on without ({type(e).__name__}: {reason})")
+        return model
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.set_rng_state(rng)  # dropout of the trial must not shift that of the run
+
+
+def fit(model, task, args, runtime, out, resume=None):
+    """Train `model` on `task`, write the run to folder `out`. Returns the final metrics.
+
+    Read from args: max_steps, max_minutes (None: no limit), optimizer, lr, min_lr, muon_lr,
+    warmup_steps, schedule, weight_decay, beta1, beta2, grad_clip, eval_every, log_every, patience,
+    compile. `resume` is the content of a last.pt, its weights already in the model.
+    Raises TrainError at a loss that is no number, SystemExit(130 or 143) after Ctrl-C or SIGTERM,
+    the run saved.
+    """
+    betas = (args.beta1, args.beta2)
+    optimizers = make_optimizers(
+        model, args.optimizer, args.lr, args.muon_lr, args.weight_decay, betas
+    )
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == "fp16")
+    state = dict(step=0, tokens=0, seconds=0.0, best=math.inf, best_step=0, bad=0, warm=0.0)
+    if resume:
+        restore(resume, optimizers, scaler, state)
+    log = Log(out, state["step"], quiet=runtime.rank > 0)
+    runner = try_compile(model, task, runtime) if args.compile else model
+    if runtime.world > 1:
+        runner = nn.parallel.DistributedDataParallel(runner)
+    flops = lm.flops_per_token(model.config)
+    recent = []  # (loss, tokens, seconds) of the steps since the last line
+
+    def save(row):
+        """Checkpoint after an evaluation `row` (or without one, on a stop signal)."""
+        if row and row["val_loss"] < state["best"]:
+            state.update(best=row["val_loss"], best_step=state["step"], bad=0)
+        elif row:
+            state["bad"] += 1
+        if runtime.rank > 0:
+            return
+        last, best = snapshot(model, optimizers, scaler, task, state, args)
+        if row and state["best_step"] == state["step"]:
+            lm.save_checkpoint(out / "best.pt", best)
+        lm.save_checkpoint(out / "last.pt", last)
+        (out / "loss.svg").write_text(loss_svg(log.rows, out.name), encoding="utf-8")
+
+    def check_in():
+        """Evaluate, show, save."""
+        row = {"step": state["step"], **task.evaluate(model, False)}
+        log.write(**row)
+        better = row["val_loss"] < state["best"]
+        log.line(eval_line(row) + ("  best" if better else ""))
+        save(row)
+
+    model.train()
+    with StopSignal() as stop:
+        while not (done := progress(state, args)) >= 1:
+            start, step = time.perf_counter(), state["step"]
+            if step == args.warmup_steps:
+                state["warm"] = done
+            fraction = (done - state["warm"]) / (1 - state["warm"])
+            lr = lr_at(step, fraction, args.lr, args.min_lr, args.warmup_steps, args.schedule)
+            for group in (g for o in optimizers for g in o.param_groups):
+                group["lr"] = group["peak"] * lr / args.lr
+            loss, count = training_step(runner, task, task.batches(step), runtime, scaler)
+            if not math.isfinite(loss):
+                raise TrainError(f"the loss is {loss} at step {step + 1}")
+            norm = optimizer_step(model, optimizers, scaler, args.grad_clip)
+            synchronize(runtime.device)
+            seconds = time.perf_counter() - start
+            state["step"] += 1
+            state["tokens"] += count
+            state["seconds"] = runtime.total(state["seconds"] + seconds)[0] / runtime.world
+            recent.append((loss, count, seconds))
+            if state["step"] % args.log_every == 0 or progress(state, args) >= 1:
+                log_steps(log, recent, state, args, lr, norm, flops / runtime.peak / runtime.world)
+            if runtime.total(stop.number)[0]:
+                save(None)
+                log.line(f"stopped at step {state['step']}, saved; --resume goes on from here")
+                raise SystemExit(128 + (stop.number or signal.SIGINT))
+            if state["step"] % args.eval_every == 0 or progress(state, args) >= 1:
+                check_in()
+            if args.patience and state["bad"] >= args.patience:
+                log.line(f"no better for {state['bad']} evaluations: stopping early")
+                break
+    final = {"step": state["step"], "final": True, **task.evaluate(model, True)}
+    log.write(**final)
+    log.line(eval_line(final))
+    return {**final, **{k: state[k] for k in ("tokens", "seconds", "best", "best_step")}}
+
+
+def progress(state, args):
+    """The fraction of the run that is over: by steps or by minutes, whichever is further."""
+    by_steps = state["step"] / args.max_steps if args.max_steps else 0.0
+    by_time = state["seconds"] / 60 / args.max_minutes if args.max_minutes else 0.0
+    return max(by_steps, by_time)
+
+
+def log_steps(log, recent, state, args, lr, norm, seconds_per_token):
+    """One line and one row for the steps since the last; clears `recent`."""
+    done = progress(state, args)
+    tok_s = sum(r[1] for r in recent) / sum(r[2] for r in recent)
+    loss = sum(r[0] for r in recent) / len(recent)
+    row = dict(step=state["step"], tokens=state["tokens"], seconds=round(state["seconds"], 3))
+    row |= dict(loss=loss, lr=lr, grad_norm=norm, tok_s=round(tok_s), mfu=tok_s * seconds_per_token)
+    eta = state["seconds"] * (1 - done) / done
+    of = f"/{args.max_steps}" if args.max_steps else ""
+    log.write(**row)
+    log.line(
+        f"step {row['step']}{of}  loss {loss:.3f}  lr {lr:.2e}  norm {norm:.2f}  "
+        f"{tok_s:,.0f} tok/s  mfu {row['mfu']:.0%}  eta {clock(eta)}",
+        rewrite=True,
+    )
+    recent.clear()
+
+
+def eval_line(row):
+    """One line about an evaluation row."""
+    text = f"step {row['step']}  val loss {row['val_loss']:.4f}"
+    if row.get("val_ppl"):
+        text += f"  ppl {row['val_ppl']:,.2f}"
+    if row.get("val_bpb"):
+        text += f"  bits/byte {row['val_bpb']:.4f}"
+    if row.get("val_share"):
+        text += f"  ({row['val_share']:.0%} of val)"
+    return text
+
+
+# --------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------
+
+
+# fmt: off (one line a flag)
+def build_parser():
+    p = argparse.ArgumentParser(
+        description="Pretrain a language model. Defaults are the recipe's (train.RECIPE), or with "
+        "--resume the run's own.")
+    add = p.add_argument_group("the run").add_argument
+    add("--data", help="a prepared folder, or a source that prepare_data.py knows (default stdlib)")
+    add("--preset", help=f"model shape: {', '.join(lm.PRESETS)} (default tiny)")
+    add("--ckpt", help="start from the weights, shape and tokenizer of this checkpoint")
+    add("--out", help="folder of the run (default: out/NAME of the data, numbered if taken)")
+    add("--resume", nargs="?", const="", help="go on with this run (default: the newest one)")
+    add("--seed", type=int, help="of weights, batches and dropout")
+    add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
+    add("--dtype", help="auto (default), fp32, bf16, fp16: precision of matrix products")
+    add("--compile", action="store_true", default=None, help="torch.compile the model")
+    add("--grad_checkpoint", action="store_true", default=None, help="less memory, slower")
+    add("--prompt", help="of the sample at the end (default: how the validation text begins)")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--max_steps", type=int, help=f"default {DEFAULT_STEPS} if --max_minutes is not given")
+    add("--max_minutes", type=float,
+        help=f"of training, evaluation not counted (default {DEFAULT_MINUTES} if --max_steps is "
+        "not given); with both, whichever comes first")
+    add("--batch_size", type=int, help="rows a micro-batch (and process)")
+    add("--grad_accum", type=int, help="micro-batches a step")
+    add("--optimizer", choices=("adamw", "muon"), help="muon is for the matrices inside blocks")
+    add("--lr", type=float, help="peak learning rate (of embedding and head with muon)")
+    add("--muon_lr", type=float, help="peak learning rate of the matrices with muon")
+    add("--min_lr", type=float, help="where the schedule ends")
+    add("--warmup_steps", type=int, help="steps of linear warmup")
+    add("--schedule", choices=tuple(SCHEDULES), help="after the warmup")
+    add("--weight_decay", type=float, help="of matrices, AdamW")
+    add("--beta1", type=float, help="AdamW's first beta")
+    add("--beta2", type=float, help="AdamW's second beta")
+    add("--grad_clip", type=float, help="largest gradient norm; 0 is no clipping")
+    add("--eval_every", type=int, help="steps between evaluations, each with a checkpoint")
+    add("--eval_tokens", type=int,
+        help="validation tokens an evaluation reads; 0 is all (the last one always reads all)")
+    add("--log_every", type=int, help="steps between lines")
+    add("--patience", type=int, help="stop after so many evaluations without a better one; 0 never")
+    shape = p.add_argument_group("model shape, in place of the preset's (see model.Config)")
+    for f in fields(lm.Config):
+        kind = type(getattr(lm.PRESETS["tiny"], f.name))
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
+        shape.add_argument(f"--{f.name}", help=f"Config.{f.name}", **how)
+    return p
+# fmt: on
+
+
+def resolve(args):
+    """Fill in every flag the user left out. Returns (args, the checkpoint to resume or None).
+
+    What was given wins; a resumed run's own settings come next, then the recipe of the preset.
+    """
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    content = None
+    if args.resume is not None:
+        run = Path(args.resume) if args.resume else newest_run()
+        path = run / "last.pt" if run.is_dir() else run
+        content = lm.load_checkpoint(path)
+        if "args" not in content:
+            raise DataError(f"{path} is for sampling only: resume from a run's last.pt")
+        inherited = {k: v for k, v in content["args"].items() if v is not None}
+        shape = {f.name for f in fields(lm.Config)} | {"preset", "ckpt"}
+        if changed := [k for k in given if k in shape and given[k] != inherited.get(k)]:
+            raise DataError(f"--{changed[0]} cannot change when resuming {path}")
+        settings = inherited | given | {"out": str(path.parent)}
+        print(
+            f"resuming {path} at step {content['step']}; settings are the run's own"
+            + "".join(
+                f", but {k} {v}"
+                for k, v in given.items()
+                if k != "resume" and v != inherited.get(k)
+            )
+        )
+    else:
+        preset, optimizer = given.get("preset", "tiny"), given.get("optimizer", "adamw")
+        settings = RECIPE | RECIPES.get(preset, {}) | RECIPES.get(optimizer, {})
+        settings = {"data": "stdlib", "preset": preset} | settings | given
+        if not {"max_steps", "max_minutes"} & set(given):
+            settings |= dict(max_steps=DEFAULT_STEPS, max_minutes=DEFAULT_MINUTES)
+    args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
+    check_settings(args)
+    return args, content
+
+
+def check_settings(args):
+    """DataError for a number that no run can have."""
+    for name in ("max_steps", "batch_size", "grad_accum", "eval_every", "log_every"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise DataError(f"--{name} {value} must be at least 1")
+    for name in ("max_minutes", "lr", "muon_lr"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise DataError(f"--{name} {value} must be above 0")
+    for name in ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_tokens", "patience"):
+        if getattr(args, name) < 0:
+            raise DataError(f"--{name} {getattr(args, name)} must not be negative")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise DataError(f"--{name} {getattr(args, name)} must be in [0, 1)")
+
+
+def find_data(source):
+    """The prepared folder that --data means, preparing it first where that is still to do."""
+    for folder in (Path(source), DATA / source):
+        if (folder / "meta.json").exists():
+            return folder
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise DataError(f"prepare the text before several processes: prepare_data.py {source}")
+    print(f"preparing {source} first (python prepare_data.py {source})")
+    return prepare(source)
+
+
+def new_run(name):
+    """out/NAME, or out/NAME-2, -3 ...: a new run never writes over an old one."""
+    for n in range(1, 10_000):
+        out = OUT / (name if n == 1 else f"{name}-{n}")
+        if not (out / "last.pt").exists():
+            return out
+    raise DataError(f"{OUT} is full of runs called {name}: name a folder with --out")
+
+
+def build_model(args, content, meta, tokenizer):
+    """The model to train: resumed, from --ckpt, or new in the preset's shape."""
+    if content is None and args.ckpt:
+        content = lm.load_checkpoint(args.ckpt)
+    if content is not None:
+        if content["tokenizer"] != tokenizer.spec:
+            theirs = Tokenizer(content["tokenizer"]).name
+            raise DataError(
+                f"the checkpoint speaks {theirs}, {args.data} is prepared with {tokenizer.name} "
+                f"(or another vocabulary): prepare the text with the run's tokenizer"
+            )
+        model = lm.model_from_checkpoint(content)
+        model.train()
+    else:
+        changes = {f.name: getattr(args, f.name) for f in fields(lm.Config)}
+        changes = {k: v for k, v in changes.items() if v is not None}
+        # a multiple of 64 suits the hardware and leaves rows for a chat's special tokens
+        changes.setdefault("vocab_size", (tokenizer.n_vocab + 63) // 64 * 64)
+        model = lm.Transformer(lm.preset(args.preset, **changes))
+    if meta["largest_id"] >= model.config.vocab_size:
+        raise DataError(
+            f"token id {meta['largest_id']} in {args.data} is not below the model's vocab_size "
+            f"{model.config.vocab_size}"
+        )
+    model.grad_checkpoint = bool(args.grad_checkpoint)
+    return model
+
+
+def closing_lines(model, tokenizer, runtime, meta, result, out, prompt_ids):
+    """What is printed at the end: figures, xz's beside them, and a sample."""
+    lines = [
+        f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
+        f"best val loss {result['best']:.4f} at step {result['best_step']}",
+    ]
+    if meta.get("xz_bits_per_byte") and result.get("val_bpb"):
+        lines.append(
+            f"held-out text: {result['val_bpb']:.3f} bits per byte; xz -9e takes "
+            f"{meta['xz_bits_per_byte']:.3f}"
+        )
+    model.eval()
+    n = min(160, model.config.context - len(prompt_ids) - 1)
+    ids = [row[0] for row in generate(model, [prompt_ids], n, temperature=0.8, top_k=40, seed=0)]
+    text = tokenizer.decode(prompt_ids + ids)
+    model.train()
+    lines += ["", f"--- a sample ({len(prompt_ids)} tokens of prompt) ---", text, "---"]
+    lines.append(f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg; talk to it: python sample.py")
+    return lines
+
+
+def main(argv=None):
+    args, content = resolve(build_parser().parse_args(argv))
+    folder = find_data(args.data)
+    args.data = str(folder)
+    meta = read_meta(folder)
+    tokenizer = Tokenizer(meta["tokenizer"])
+    torch.manual_seed(args.seed)
+    model = build_model(args, content, meta, tokenizer)
+    runtime = make_runtime(args.device, args.dtype, wide=model.config.d_model >= 512)
+    args.dtype = runtime.dtype
+    model.to(runtime.device)
+    if args.out is None:
+        args.out = str(new_run(folder.name))
+    elif content is None and (Path(args.out) / "last.pt").exists():
+        raise DataError(f"{args.out} holds a run already: --resume {args.out}, or another --out")
+    out = Path(args.out)
+    train, val = read_tokens(folder, "train"), read_tokens(folder, "val")
+    windows = Windows(train, model.config.context, args.seed)
+    task = Task(
+        batches=lambda step: micro_batches(
+            windows, step, args.batch_size, args.grad_accum, runtime.rank, runtime.world
+        ),
+        evaluate=lambda m, final: evaluate(
+            m, val, tokenizer.byte_lengths, runtime, None if final else args.eval_tokens
+        ),
+        extra={"tokenizer": tokenizer.spec},
+    )
+    step_tokens = args.batch_size * args.grad_accum * runtime.world * model.config.context
+    if runtime.rank == 0:
+        about = header(model, runtime, len(train), step_tokens, args.max_steps, args.max_minutes)
+        print("\n".join([f"{out}: {folder}, {tokenizer.name}, {args.optimizer}", *about]))
+    try:
+        result = fit(model, task, args, runtime, out, content)
+    except torch.OutOfMemoryError as e:
+        raise TrainError("out of memory: halve --batch_size and double --grad_accum") from e
+    except TrainError as e:
+        raise TrainError(f"{e}; {out} keeps its last good checkpoint. Try a lower --lr") from e
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if runtime.rank == 0:
+        prompt = tokenizer.encode(args.prompt) if args.prompt else val[:16].tolist()
+        lines = closing_lines(model, tokenizer, runtime, meta, result, out, prompt[:64])
+        print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    console(main, lm.ModelError, TrainError)
