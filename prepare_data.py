@@ -439,8 +439,8 @@ PATTERN = "|".join(
         r"\p{Han}+",
         rf"[^\r\n\p{{L}}\p{{N}}]?{_LETTER}+",
         r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
+        r" ?[^\s\p{L}\p{N}]+",
+        r"\s*[\r\n]+[ \t]*",
         r"\s+(?!\S)",
         r"\s+",
     )
@@ -738,7 +738,7 @@ def write_tokens(documents, tokenizer, folder, hold_out, workers):
 
 def split_tail(folder, size, dtype, fraction):
     """Move the last `fraction` of train.tmp's tokens to val.tmp (few documents: no whole ones)."""
-    keep = size["train"] - int(size["train"] * fraction)
+    keep = int(size["train"] * (1 - fraction))
     with open(folder / "train.tmp", "r+b") as train, open(folder / "val.tmp", "wb") as val:
         train.seek(keep * dtype.itemsize)
         while block := train.read(BLOCK):

@@ -160,6 +160,8 @@ def generate(
     context, device = model.config.context, model.embed.weight.device
     rows = [list(p) for p in prompts]
     check_ids(rows, model.config.vocab_size)
+    if max_tokens < 1:
+        return
     windows = [r[-context:] for r in rows]  # what the model looks at; `rows` remembers everything
     if slide and any(len(r) > context for r in rows):
         slide(context)

@@ -34,7 +34,7 @@ from torch import nn
 
 import model as lm
 from prepare_data import DATA, DataError, Tokenizer, console, prepare, read_meta, read_tokens
-from sample import OUT, generate, newest_run
+from sample import OUT, allowed_ids, generate, newest_run
 
 
 class TrainError(RuntimeError):
@@ -576,15 +576,15 @@ def training_step(model, task, batches, runtime, scaler):
     return runtime.total(total)[0] / count, int(count)
 
 
-def optimizer_step(model, optimizers, scaler, grad_clip):
-    """Clip, step, clear. Returns the gradient norm before clipping; raises TrainError for inf or
-    NaN in it, unless fp16's loss scaling is there to skip such steps."""
+def optimizer_step(model, optimizers, scaler, grad_clip, loss):
+    """Clip, step, clear. Returns the gradient norm before clipping; None, without a step, if loss
+    or norm are no number (fp16's loss scaling expects and skips such gradients by itself)."""
     for o in optimizers:
         scaler.unscale_(o)
     params = [p for p in model.parameters() if p.grad is not None]
     norm = float(nn.utils.clip_grad_norm_(params, grad_clip or math.inf))
-    if not (math.isfinite(norm) or scaler.is_enabled()):
-        raise TrainError(f"the gradient norm is {norm}")
+    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+        return None
     for o in optimizers:
         scaler.step(o)
         o.zero_grad(set_to_none=True)
@@ -592,40 +592,114 @@ def optimizer_step(model, optimizers, scaler, grad_clip):
     return norm
 
 
-def snapshot(model, optimizers, scaler, task, state, args):
-    """(last, best): the content of last.pt, and of best.pt, which is a part of it."""
-    weights = {k: v.float() for k, v in lm.plain_state(model).items()}
-    best = {
-        "config": asdict(model.config),
-        "model": weights,
-        "step": state["step"],
-        "val_loss": state["best"],
-        **task.extra,
-    }
-    rng = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state()
-    last = best | {
-        "optimizers": [o.state_dict() for o in optimizers],
-        "scaler": scaler.state_dict(),
-        "state": dict(state),
-        "rng": rng,
-        "args": vars(args),
-    }
-    return last, best
+class Run:
+    """A run in progress: the optimisers, what changes with every step, and how it is shown and
+    saved. `state` is plain numbers; with weights, optimisers and RNG it is all that resuming needs.
+    """
 
+    def __init__(self, model, task, args, runtime, out, resume=None):
+        self.model, self.task, self.args, self.runtime, self.out = model, task, args, runtime, out
+        a = args
+        self.optimizers = make_optimizers(
+            model, a.optimizer, a.lr, a.muon_lr, a.weight_decay, (a.beta1, a.beta2)
+        )
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == "fp16")
+        # bad: evaluations since the best one; warm: progress at which the warmup ended
+        self.state = dict(step=0, tokens=0, seconds=0.0, warm=0.0)
+        self.state |= dict(best=math.inf, best_step=0, bad=0)
+        if resume:
+            self.restore(resume)
+        self.log = Log(out, self.state["step"], quiet=runtime.rank > 0)
+        self.recent = []  # (loss, tokens, seconds) of the steps since the last line
 
-def restore(content, optimizers, scaler, state):
-    """Put back all that `snapshot` took, except the weights."""
-    if "optimizers" not in content:
-        raise DataError("this checkpoint is for sampling only (best.pt?): resume from a last.pt")
-    for optimizer, saved in zip(optimizers, content["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    scaler.load_state_dict(content["scaler"])
-    state.update(content["state"])
-    torch.set_rng_state(content["rng"]["cpu"])
-    if torch.cuda.is_available() and "cuda" in content["rng"]:
-        torch.cuda.set_rng_state(content["rng"]["cuda"])
+    def progress(self):
+        """The fraction of the run that is over: by steps or by minutes, whichever is further."""
+        steps, minutes = self.args.max_steps, self.args.max_minutes
+        by_steps = self.state["step"] / steps if steps else 0.0
+        by_time = self.state["seconds"] / 60 / minutes if minutes else 0.0
+        return max(by_steps, by_time)
+
+    def set_lr(self):
+        """Give every parameter group its learning rate for the coming step; returns AdamW's."""
+        a, step, done = self.args, self.state["step"], self.progress()
+        if step == a.warmup_steps:
+            self.state["warm"] = done  # the decay begins here
+        fraction = (done - self.state["warm"]) / (1 - self.state["warm"])
+        lr = lr_at(step, fraction, a.lr, a.min_lr, a.warmup_steps, a.schedule)
+        for group in (g for o in self.optimizers for g in o.param_groups):
+            group["lr"] = group["peak"] * lr / a.lr
+        return lr
+
+    def count(self, loss, tokens, seconds, lr, norm):
+        """Book a step; every log_every of them, a line and a row of metrics."""
+        s = self.state
+        s["step"] += 1
+        s["tokens"] += tokens
+        # one clock for all processes: they must agree on when the time is up
+        s["seconds"] += self.runtime.total(seconds)[0] / self.runtime.world
+        self.recent.append((loss, tokens, seconds))
+        done = self.progress()
+        if s["step"] % self.args.log_every and done < 1:
+            return
+        losses, counts, times = zip(*self.recent)
+        self.recent = []
+        tok_s = sum(counts) / sum(times)
+        peak = self.runtime.peak * self.runtime.world
+        row = dict(step=s["step"], tokens=s["tokens"], seconds=round(s["seconds"], 3))
+        row |= dict(loss=sum(losses) / len(losses), lr=lr, grad_norm=norm, tok_s=round(tok_s))
+        row["mfu"] = tok_s * lm.flops_per_token(self.model.config) / peak
+        self.log.write(**row)
+        of = f"/{self.args.max_steps}" if self.args.max_steps else ""
+        eta = clock(s["seconds"] * (1 - done) / done)
+        self.log.line(
+            f"step {s['step']}{of}  loss {row['loss']:.3f}  lr {lr:.2e}  norm {norm:.2f}  "
+            f"{tok_s:,.0f} tok/s  mfu {row['mfu']:.0%}  eta {eta}",
+            rewrite=True,
+        )
+
+    def check_in(self):
+        """Evaluate, show, save: last.pt always, best.pt if this was the best so far."""
+        s, row = self.state, {"step": self.state["step"], **self.task.evaluate(self.model, False)}
+        better = row["val_loss"] < s["best"]
+        s.update(dict(best=row["val_loss"], best_step=s["step"], bad=0) if better else {})
+        s["bad"] += not better
+        self.log.write(**row)
+        self.log.line(eval_line(row) + ("  best" if better else ""))
+        self.save(better)
+
+    def save(self, best=False):
+        """Write the checkpoints and the picture. best.pt first: a crash in between costs nothing,
+        since resuming from the older last.pt would write it again."""
+        if self.runtime.rank > 0:
+            return
+        weights = {k: v.float() for k, v in lm.plain_state(self.model).items()}
+        inference = {"config": asdict(self.model.config), "model": weights, **self.task.extra}
+        inference |= {"step": self.state["step"], "val_loss": self.state["best"]}
+        if best:
+            lm.save_checkpoint(self.out / "best.pt", inference)
+        rng = {"cpu": torch.get_rng_state()}
+        if self.runtime.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
+        resuming = {
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "state": dict(self.state),
+            "rng": rng,
+            "args": vars(self.args),
+        }
+        lm.save_checkpoint(self.out / "last.pt", inference | resuming)
+        svg = loss_svg(self.log.rows, self.out.name)
+        (self.out / "loss.svg").write_text(svg, encoding="utf-8")
+
+    def restore(self, content):
+        """Put back all that `save` took, except the weights."""
+        for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(content["scaler"])
+        self.state.update(content["state"])
+        torch.set_rng_state(content["rng"]["cpu"])
+        if self.runtime.device.type == "cuda" and "cuda" in content["rng"]:
+            torch.cuda.set_rng_state(content["rng"]["cuda"])
 
 
 def try_compile(model, task, runtime):
@@ -655,103 +729,38 @@ def fit(model, task, args, runtime, out, resume=None):
     Raises TrainError at a loss that is no number, SystemExit(130 or 143) after Ctrl-C or SIGTERM,
     the run saved.
     """
-    betas = (args.beta1, args.beta2)
-    optimizers = make_optimizers(
-        model, args.optimizer, args.lr, args.muon_lr, args.weight_decay, betas
-    )
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == "fp16")
-    state = dict(step=0, tokens=0, seconds=0.0, best=math.inf, best_step=0, bad=0, warm=0.0)
-    if resume:
-        restore(resume, optimizers, scaler, state)
-    log = Log(out, state["step"], quiet=runtime.rank > 0)
+    run = Run(model, task, args, runtime, out, resume)
     runner = try_compile(model, task, runtime) if args.compile else model
     if runtime.world > 1:
         runner = nn.parallel.DistributedDataParallel(runner)
-    flops = lm.flops_per_token(model.config)
-    recent = []  # (loss, tokens, seconds) of the steps since the last line
-
-    def save(row):
-        """Checkpoint after an evaluation `row` (or without one, on a stop signal)."""
-        if row and row["val_loss"] < state["best"]:
-            state.update(best=row["val_loss"], best_step=state["step"], bad=0)
-        elif row:
-            state["bad"] += 1
-        if runtime.rank > 0:
-            return
-        last, best = snapshot(model, optimizers, scaler, task, state, args)
-        if row and state["best_step"] == state["step"]:
-            lm.save_checkpoint(out / "best.pt", best)
-        lm.save_checkpoint(out / "last.pt", last)
-        (out / "loss.svg").write_text(loss_svg(log.rows, out.name), encoding="utf-8")
-
-    def check_in():
-        """Evaluate, show, save."""
-        row = {"step": state["step"], **task.evaluate(model, False)}
-        log.write(**row)
-        better = row["val_loss"] < state["best"]
-        log.line(eval_line(row) + ("  best" if better else ""))
-        save(row)
-
     model.train()
     with StopSignal() as stop:
-        while not (done := progress(state, args)) >= 1:
-            start, step = time.perf_counter(), state["step"]
-            if step == args.warmup_steps:
-                state["warm"] = done
-            fraction = (done - state["warm"]) / (1 - state["warm"])
-            lr = lr_at(step, fraction, args.lr, args.min_lr, args.warmup_steps, args.schedule)
-            for group in (g for o in optimizers for g in o.param_groups):
-                group["lr"] = group["peak"] * lr / args.lr
-            loss, count = training_step(runner, task, task.batches(step), runtime, scaler)
-            if not math.isfinite(loss):
-                raise TrainError(f"the loss is {loss} at step {step + 1}")
-            norm = optimizer_step(model, optimizers, scaler, args.grad_clip)
+        while run.progress() < 1:
+            start, lr = time.perf_counter(), run.set_lr()
+            batches = task.batches(run.state["step"])
+            loss, tokens = training_step(runner, task, batches, runtime, run.scaler)
+            norm = optimizer_step(model, run.optimizers, run.scaler, args.grad_clip, loss)
+            if norm is None:
+                raise TrainError(
+                    f"step {run.state['step'] + 1}: the loss ({loss}) or its gradient is no "
+                    f"number; {out} keeps the checkpoint of the last evaluation. Try a lower --lr, "
+                    f"a longer --warmup_steps or --dtype fp32"
+                )
             synchronize(runtime.device)
-            seconds = time.perf_counter() - start
-            state["step"] += 1
-            state["tokens"] += count
-            state["seconds"] = runtime.total(state["seconds"] + seconds)[0] / runtime.world
-            recent.append((loss, count, seconds))
-            if state["step"] % args.log_every == 0 or progress(state, args) >= 1:
-                log_steps(log, recent, state, args, lr, norm, flops / runtime.peak / runtime.world)
+            run.count(loss, tokens, time.perf_counter() - start, lr, norm)
             if runtime.total(stop.number)[0]:
-                save(None)
-                log.line(f"stopped at step {state['step']}, saved; --resume goes on from here")
+                run.save()
+                run.log.line(f"stopped at step {run.state['step']}, saved: go on with --resume")
                 raise SystemExit(128 + (stop.number or signal.SIGINT))
-            if state["step"] % args.eval_every == 0 or progress(state, args) >= 1:
-                check_in()
-            if args.patience and state["bad"] >= args.patience:
-                log.line(f"no better for {state['bad']} evaluations: stopping early")
+            if run.state["step"] % args.eval_every == 0 or run.progress() >= 1:
+                run.check_in()
+            if args.patience and run.state["bad"] >= args.patience:
+                run.log.line(f"{run.state['bad']} evaluations without a better one: stopping early")
                 break
-    final = {"step": state["step"], "final": True, **task.evaluate(model, True)}
-    log.write(**final)
-    log.line(eval_line(final))
-    return {**final, **{k: state[k] for k in ("tokens", "seconds", "best", "best_step")}}
-
-
-def progress(state, args):
-    """The fraction of the run that is over: by steps or by minutes, whichever is further."""
-    by_steps = state["step"] / args.max_steps if args.max_steps else 0.0
-    by_time = state["seconds"] / 60 / args.max_minutes if args.max_minutes else 0.0
-    return max(by_steps, by_time)
-
-
-def log_steps(log, recent, state, args, lr, norm, seconds_per_token):
-    """One line and one row for the steps since the last; clears `recent`."""
-    done = progress(state, args)
-    tok_s = sum(r[1] for r in recent) / sum(r[2] for r in recent)
-    loss = sum(r[0] for r in recent) / len(recent)
-    row = dict(step=state["step"], tokens=state["tokens"], seconds=round(state["seconds"], 3))
-    row |= dict(loss=loss, lr=lr, grad_norm=norm, tok_s=round(tok_s), mfu=tok_s * seconds_per_token)
-    eta = state["seconds"] * (1 - done) / done
-    of = f"/{args.max_steps}" if args.max_steps else ""
-    log.write(**row)
-    log.line(
-        f"step {row['step']}{of}  loss {loss:.3f}  lr {lr:.2e}  norm {norm:.2f}  "
-        f"{tok_s:,.0f} tok/s  mfu {row['mfu']:.0%}  eta {clock(eta)}",
-        rewrite=True,
-    )
-    recent.clear()
+    final = {"step": run.state["step"], "final": True, **task.evaluate(model, True)}
+    run.log.write(**final)
+    run.log.line(eval_line(final))
+    return {**final, **run.state}
 
 
 def eval_line(row):
@@ -856,20 +865,23 @@ def resolve(args):
     return args, content
 
 
+# flags and the test that their value must pass
+LIMITS = (
+    ("max_steps batch_size grad_accum eval_every log_every", "at least 1", lambda v: v >= 1),
+    ("max_minutes lr muon_lr", "above 0", lambda v: 0 < v < math.inf),
+    ("min_lr warmup_steps weight_decay grad_clip", "0 or more", lambda v: v >= 0),
+    ("eval_tokens patience seed", "0 or more", lambda v: v >= 0),
+    ("beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1),
+)
+
+
 def check_settings(args):
     """DataError for a number that no run can have."""
-    for name in ("max_steps", "batch_size", "grad_accum", "eval_every", "log_every"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise DataError(f"--{name} {value} must be at least 1")
-    for name in ("max_minutes", "lr", "muon_lr"):
-        if (value := getattr(args, name)) is not None and not value > 0:
-            raise DataError(f"--{name} {value} must be above 0")
-    for name in ("min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_tokens", "patience"):
-        if getattr(args, name) < 0:
-            raise DataError(f"--{name} {getattr(args, name)} must not be negative")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            raise DataError(f"--{name} {getattr(args, name)} must be in [0, 1)")
+    for names, wanted, good in LIMITS:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not good(value):
+                raise DataError(f"--{name} {value} must be {wanted}")
 
 
 def find_data(source):
@@ -932,8 +944,10 @@ def closing_lines(model, tokenizer, runtime, meta, result, out, prompt_ids):
             f"{meta['xz_bits_per_byte']:.3f}"
         )
     model.eval()
-    n = min(160, model.config.context - len(prompt_ids) - 1)
-    ids = [row[0] for row in generate(model, [prompt_ids], n, temperature=0.8, top_k=40, seed=0)]
+    prompt_ids = prompt_ids[: model.config.context]
+    allowed = allowed_ids(model, tokenizer)
+    rows = generate(model, [prompt_ids], 160, temperature=0.8, top_p=0.95, allowed=allowed)
+    ids = [row[0] for row in rows]
     text = tokenizer.decode(prompt_ids + ids)
     model.train()
     lines += ["", f"--- a sample ({len(prompt_ids)} tokens of prompt) ---", text, "---"]
@@ -976,14 +990,12 @@ def main(argv=None):
         result = fit(model, task, args, runtime, out, content)
     except torch.OutOfMemoryError as e:
         raise TrainError("out of memory: halve --batch_size and double --grad_accum") from e
-    except TrainError as e:
-        raise TrainError(f"{e}; {out} keeps its last good checkpoint. Try a lower --lr") from e
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if runtime.rank == 0:
         prompt = tokenizer.encode(args.prompt) if args.prompt else val[:16].tolist()
-        lines = closing_lines(model, tokenizer, runtime, meta, result, out, prompt[:64])
+        lines = closing_lines(model, tokenizer, runtime, meta, result, out, prompt)
         print("\n".join(lines))
 
 

@@ -1,0 +1,479 @@
+"""train.py: schedules, optimisers, batches, the loop's exactness, and what a run leaves behind."""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model as lm  # noqa: E402
+import prepare_data  # noqa: E402
+import train  # noqa: E402
+
+CPU = train.Runtime(torch.device("cpu"), peak=1e11)
+SHAPE = ["--n_layer", "2", "--n_head", "2", "--d_model", "32", "--context", "16"]
+SMALL = [*SHAPE, "--batch_size", "4"]
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """A folder to work in, with data/words prepared: enough text to learn something from."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    words = ["to", "be", "or", "not", "the", "question", "是", "学习", "\n"]
+    (tmp_path / "words.txt").write_text(" ".join(rng.choice(words, 4000)), encoding="utf-8")
+    prepare_data.main(["words.txt", "--tokenizer", "byte"])
+    return tmp_path
+
+
+def run(*flags, check=True, env=None, script="train.py"):
+    """A script as its user runs it, in the current folder."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def metrics(out):
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [r["loss"] for r in metrics(out) if "loss" in r]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def settings(**changes):
+    base = dict(max_steps=10, max_minutes=None, compile=None)
+    return argparse.Namespace(**(train.RECIPE | base | changes))
+
+
+# ---- schedule ------------------------------------------------------------------------------
+
+
+def test_warmup_starts_above_zero_and_reaches_the_peak_without_decay():
+    lrs = [train.lr_at(s, 0.0, lr=1.0, warmup_steps=4) for s in range(5)]
+    assert lrs == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_cosine_ends_at_its_floor_and_passes_the_middle_half_way():
+    ends = [train.lr_at(9, f, lr=1.0, min_lr=0.2, schedule="cosine") for f in (0.0, 0.5, 1.0)]
+    assert ends == pytest.approx([1.0, 0.6, 0.2])
+
+
+def test_wsd_holds_then_falls_and_constant_holds():
+    assert train.lr_at(9, 0.6, lr=1.0, schedule="wsd") == 1.0
+    assert train.lr_at(9, 0.8, lr=1.0, schedule="wsd") == pytest.approx(0.5)
+    assert train.lr_at(9, 1.0, lr=1.0, schedule="wsd") == 0.0
+    assert train.lr_at(9, 1.0, lr=1.0, schedule="constant") == 1.0
+
+
+@pytest.mark.parametrize("schedule", train.SCHEDULES)
+def test_no_schedule_rises_or_leaves_its_bounds(schedule):
+    lrs = [train.lr_at(9, f / 50, lr=1.0, min_lr=0.1, schedule=schedule) for f in range(51)]
+    assert all(a >= b for a, b in itertools.pairwise(lrs)) and min(lrs) >= 0.1 - 1e-12
+
+
+# ---- batches -------------------------------------------------------------------------------
+
+
+def test_an_epoch_shows_each_window_once_and_epochs_differ():
+    windows = train.Windows(np.arange(1000, dtype=np.uint16), context=10, seed=3)
+    first = [int(windows.rows(r, 1)[0][0, 0]) for r in range(windows.n)]
+    second = [int(windows.rows(r, 1)[0][0, 0]) for r in range(windows.n, 2 * windows.n)]
+    assert len(set(first)) == windows.n == 98
+    assert np.all(np.diff(sorted(first)) == 10)
+    assert first != second and sorted(first) != sorted(second)  # other order, other phase
+
+
+def test_targets_are_the_next_tokens_and_rows_depend_on_nothing_but_their_number():
+    tokens = np.arange(500, dtype=np.uint16)
+    ids, targets = train.Windows(tokens, 7, seed=1).rows(30, 60)
+    assert torch.equal(targets, ids + 1) and ids.dtype == torch.int64
+    again = train.Windows(tokens, 7, seed=1)
+    rows = torch.cat([again.rows(r, 1)[0] for r in reversed(range(30, 90))]).flip(0)
+    assert torch.equal(rows, ids)
+
+
+def test_processes_and_micro_batches_cut_the_same_global_batch():
+    windows = train.Windows(np.arange(5000, dtype=np.uint16), 8, seed=0)
+    whole = train.micro_batches(windows, step=5, batch_size=8, grad_accum=1)[0][0]
+    cut = [
+        ids
+        for rank in range(2)
+        for ids, _ in train.micro_batches(windows, 5, 2, 2, rank=rank, world=2)
+    ]
+    assert torch.equal(torch.cat(cut), whole)
+
+
+def test_a_text_of_exactly_one_window_trains_and_a_shorter_one_says_so():
+    ids, _ = train.Windows(np.arange(17, dtype=np.uint16), 16, seed=0).rows(0, 3)
+    assert torch.equal(ids[0], torch.arange(16))
+    with pytest.raises(prepare_data.DataError, match=r"16 tokens.*context of 16"):
+        train.Windows(np.arange(16, dtype=np.uint16), 16, seed=0)
+
+
+# ---- optimisers ----------------------------------------------------------------------------
+
+
+def test_decay_is_on_matrices_only_and_every_parameter_has_one_place():
+    model = lm.Transformer(lm.preset("gpt2", n_layer=2, d_model=32, n_head=2, vocab_size=64))
+    for kind in ("adamw", "muon"):
+        optimizers = train.make_optimizers(model, kind, lr=1e-3, weight_decay=0.3)
+        groups = [g for o in optimizers for g in o.param_groups]
+        placed = [id(p) for g in groups for p in g["params"]]
+        assert sorted(placed) == sorted(id(p) for p in model.parameters())
+        assert all(p.dim() >= 2 for g in groups if g["weight_decay"] for p in g["params"])
+        inside = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
+        muon = {id(p) for o in optimizers if isinstance(o, train.Muon)
+                for p in o.param_groups[0]["params"]}
+        assert muon == (inside if kind == "muon" else set())
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8)])
+def test_orthogonalize_keeps_directions_and_evens_out_their_sizes(shape):
+    torch.manual_seed(0)
+    g = torch.randn(3, *shape)
+    u, _, v = torch.linalg.svd(g, full_matrices=False)
+    ours = train.orthogonalize(g)
+    inside = u.mT @ ours @ v.mT  # diagonal in the basis of g's own singular vectors
+    size = inside.diagonal(dim1=-2, dim2=-1)
+    assert size.min() > 0.3 and size.max() < 1.3
+    assert (inside - torch.diag_embed(size)).abs().max() < 1e-3
+
+
+def test_muon_equals_torchs_own():
+    torch.manual_seed(0)
+    a = [torch.nn.Parameter(torch.randn(8, 8)), torch.nn.Parameter(torch.randn(24, 8))]
+    b = [torch.nn.Parameter(p.detach().clone()) for p in a]
+    ours = train.Muon(a, lr=0.02, momentum=0.95)
+    theirs = torch.optim.Muon(
+        b, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True, adjust_lr_fn="original"
+    )
+    for _ in range(5):
+        for p, q in zip(a, b):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    for p, q in zip(a, b):  # theirs runs its products in bfloat16
+        assert (p - q).abs().max() < 0.02 * 5 * 0.02
+
+
+# ---- the step ------------------------------------------------------------------------------
+
+
+def gradients(cuts, targets, ids):
+    """Gradients of one optimizer step over the rows, cut into micro-batches as `cuts` says."""
+    torch.manual_seed(0)
+    model = lm.Transformer(lm.preset("tiny", n_layer=1, n_head=2, d_model=16, init="gpt2",
+                                     vocab_size=50)).double()
+    batches = list(zip(ids.split(cuts), targets.split(cuts)))
+    task = train.Task(batches=None, evaluate=None, extra={})
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss, count = train.training_step(model, task, batches, CPU, scaler)
+    return loss, count, [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(masked):
+    torch.manual_seed(1)
+    ids = torch.randint(0, 50, (8, 12))
+    targets = torch.randint(0, 50, (8, 12))
+    if masked:  # micro-batches of very different target counts, one of them without any
+        targets[2:4] = -100
+        targets[0, 1:] = -100
+    one = gradients([8], targets, ids)
+    four = gradients([2, 2, 2, 2], targets, ids)
+    assert one[1] == four[1] == int((targets != -100).sum())
+    assert one[0] == pytest.approx(four[0], abs=1e-12)
+    assert max((a - b).abs().max() for a, b in zip(one[2], four[2])) < 1e-12
+
+
+def test_a_step_without_targets_and_a_loss_that_is_no_number_stop(corpus):
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    task = train.Task(batches=None, evaluate=None, extra={})
+    model = lm.Transformer(lm.preset("tiny", n_layer=1, d_model=16, vocab_size=64))
+    masked = [(torch.zeros(1, 4, dtype=torch.long), torch.full((1, 4), -100))]
+    with pytest.raises(train.TrainError, match="no target"):
+        train.training_step(model, task, masked, CPU, scaler)
+
+    run("--data", "words", *SMALL, "--max_steps", 4, "--eval_every", 2, "--out", "out/nan")
+    before = (corpus / "out/nan/last.pt").read_bytes()
+    content = torch.load("out/nan/last.pt", weights_only=True)
+    content["model"]["head.weight"][0, 0] = math.nan
+    lm.save_checkpoint("out/nan/last.pt", content)
+    poisoned = (corpus / "out/nan/last.pt").read_bytes()
+    done = run("--resume", "out/nan", "--max_steps", 8, check=False)
+    assert done.returncode == 2 and "Try a lower --lr" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert (corpus / "out/nan/last.pt").read_bytes() == poisoned != before  # nothing was written
+
+
+# ---- evaluation ----------------------------------------------------------------------------
+
+
+def test_evaluation_scores_every_target_once_and_counts_bytes():
+    torch.manual_seed(0)
+    model = lm.Transformer(lm.preset("tiny", n_layer=1, d_model=16, n_head=2, context=8,
+                                     vocab_size=64, init="gpt2"))
+    tokens = np.random.default_rng(0).integers(0, 60, 8 * 5 + 4).astype(np.uint16)
+    byte_lengths = np.arange(64) % 3
+    result = train.evaluate(model, tokens, byte_lengths, CPU)
+    total = 0.0
+    for s in range(0, len(tokens) - 1, 8):
+        piece = torch.from_numpy(tokens[s : s + 9].astype(np.int64))[None]
+        logits = model(piece[:, :-1])
+        total += torch.nn.functional.cross_entropy(logits[0], piece[0, 1:], reduction="sum").item()
+    assert result["val_loss"] == pytest.approx(total / (len(tokens) - 1), rel=1e-6)
+    n_bytes = byte_lengths[tokens[1:]].sum()
+    assert result["val_bpb"] == pytest.approx(total / math.log(2) / n_bytes, rel=1e-6)
+    assert result["val_share"] == 1 and result["val_ppl"] == pytest.approx(
+        math.exp(result["val_loss"])
+    )
+
+
+def test_a_limited_evaluation_says_its_share_and_repeats_itself():
+    model = lm.Transformer(lm.preset("tiny", n_layer=1, d_model=16, n_head=2, context=8,
+                                     vocab_size=64))
+    tokens = np.random.default_rng(0).integers(0, 60, 801).astype(np.uint16)
+    a, b = (train.evaluate(model, tokens, np.ones(64, int), CPU, limit=200) for _ in range(2))
+    assert a == b and a["val_share"] == pytest.approx(0.25)
+
+
+# ---- resuming ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_and_resumed_equals_straight_through_bitwise(corpus, optimizer):
+    flags = ["--data", "words", *SHAPE, "--batch_size", "64", "--dropout", "0.2", "--max_steps",
+             "40", "--eval_every", "20", "--log_every", "1", "--optimizer", optimizer]
+    run(*flags, "--out", "out/straight")
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", "out/killed"]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ,
+                              "OMP_NUM_THREADS": "1"})
+    while not Path("out/killed/last.pt").exists():  # written at step 20
+        time.sleep(0.005)
+    killed.kill()
+    killed.wait()
+    assert torch.load("out/killed/last.pt", weights_only=True)["step"] == 20
+    run("--resume", "out/killed")
+    straight, resumed = weights("out/straight/last.pt"), weights("out/killed/last.pt")
+    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+    assert losses("out/straight") == losses("out/killed")
+    assert len(losses("out/killed")) == 40
+
+
+def test_a_checkpoint_is_loadable_at_every_moment(corpus):
+    """kill -9 while checkpoints are written at every step: last.pt is always whole."""
+    flags = ["--data", "words", *SMALL, "--eval_every", "1", "--eval_tokens", "16", "--max_steps",
+             "4000", "--out", "out/kill"]
+    for pause in (0.0, 0.013, 0.037):
+        more = ["--resume", "out/kill"] if Path("out/kill/last.pt").exists() else flags
+        p = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *more],
+                             stdout=subprocess.PIPE, text=True)
+        for line in p.stdout:
+            if "val loss" in line:
+                break
+        time.sleep(0.1 + pause)
+        p.kill()
+        p.wait()
+        assert lm.load_checkpoint("out/kill/last.pt")["state"]["step"] >= 1
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_signal_saves_the_step_and_sets_the_exit_code(corpus, number, code):
+    flags = ["--data", "words", *SMALL, "--max_steps", "100000", "--eval_every", "100000",
+             "--log_every", "1", "--out", "out/stop"]
+    p = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in p.stdout:
+        if line.startswith("step 3/"):
+            p.send_signal(number)
+            break
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == code, err
+    assert "Traceback" not in err
+    step = lm.load_checkpoint("out/stop/last.pt")["state"]["step"]
+    assert step >= 3 and f"stopped at step {step}" in out
+
+
+def test_resuming_cuts_metrics_and_inherits_what_is_not_given(corpus):
+    run("--data", "words", *SMALL, "--max_steps", 10, "--eval_every", 5, "--log_every", 1, "--lr",
+        "0.001", "--out", "out/r")
+    with open("out/r/metrics.jsonl", "a", encoding="utf-8") as f:
+        f.write('{"step": 11, "loss": 1.0}\n{"step": 12, "lo')  # of a crash after step 10
+    done = run("--resume", "--max_steps", 14, "--log_every", 2)
+    assert "resuming out/r/last.pt at step 10" in done.stdout and "max_steps 14" in done.stdout
+    rows = metrics("out/r")
+    assert [r["step"] for r in rows if "loss" in r] == [*range(1, 11), 12, 14]
+    assert lm.load_checkpoint("out/r/last.pt")["args"]["lr"] == 0.001
+
+
+def test_a_new_run_never_writes_over_an_old_one(corpus):
+    flags = ["--data", "words", *SMALL, "--max_steps", 1]
+    run(*flags)
+    first = Path("out/words/last.pt").read_bytes()
+    assert "out/words-2/" in run(*flags).stdout
+    assert Path("out/words/last.pt").read_bytes() == first
+    taken = run(*flags, "--out", "out/words", check=False)
+    assert taken.returncode == 2 and "--resume out/words" in taken.stderr
+
+
+# ---- processes -----------------------------------------------------------------------------
+
+
+def test_two_processes_give_the_losses_of_one(corpus):
+    flags = ["--data", "words", *SMALL, "--max_steps", "8", "--eval_every", "4", "--log_every", "1"]
+    run(*flags, "--out", "out/one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", str(ROOT / "train.py"), *flags, "--batch_size", "1", "--grad_accum", "2",
+               "--out", "out/two"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert losses("out/two") == pytest.approx(losses("out/one"), abs=1e-5)
+    assert done.stdout.count("step 8  val loss") == 2  # the check-in and the whole of val, once
+    one, two = lm.load_checkpoint("out/one"), lm.load_checkpoint("out/two")
+    assert one["val_loss"] == pytest.approx(two["val_loss"], abs=1e-5)
+
+
+# ---- what a run leaves, and what stops it ----------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_its_files(corpus):
+    done = run("--data", "words", *SMALL, "--max_steps", 60, "--eval_every", 20, "--log_every", 5)
+    assert losses("out/words")[-1] < 0.6 * losses("out/words")[0]
+    rows = metrics("out/words")
+    last = next(r for r in reversed(rows) if "loss" in r)
+    assert {"step", "tokens", "seconds", "lr", "grad_norm", "tok_s", "mfu"} < set(last)
+    assert last["tokens"] == 60 * 4 * 16
+    assert [r["step"] for r in rows if "val_bpb" in r] == [20, 40, 60, 60] and rows[-1]["final"]
+    best = torch.load("out/words/best.pt", weights_only=True, mmap=True)
+    assert "optimizers" not in best and best["tokenizer"] == {"kind": "byte"}
+    for word in ("parameters", "Chinchilla", "memory about", "matmul peak", "xz -9e", "a sample"):
+        assert word in done.stdout, word
+
+
+def test_loss_svg_is_xml_with_both_curves_axes_and_no_point_outside():
+    rows = [{"step": s, "loss": 8 / (1 + s / 50)} for s in range(10, 1001, 10)]
+    rows += [{"step": s, "val_loss": 8.2 / (1 + s / 50)} for s in range(100, 1001, 100)]
+    root = ET.fromstring(train.loss_svg(rows, "a <b> & c"))
+    tag = "{http://www.w3.org/2000/svg}"
+    lines = root.findall(f"{tag}polyline")
+    assert len(lines) == 2
+    points = [p.split(",") for line in lines for p in line.get("points").split()]
+    assert all(52 <= float(x) <= 464 and 44 <= float(y) <= 264 for x, y in points)
+    texts = [t.text for t in root.findall(f"{tag}text")]
+    assert {"a <b> & c", "steps", "train", "validation", "1000"} <= set(texts)
+    ET.fromstring(train.loss_svg([], "nothing yet"))
+
+
+def test_early_stopping_stops(corpus):
+    done = run("--data", "words", *SMALL, "--max_steps", 400, "--eval_every", 2, "--patience", 2,
+               "--lr", "1e-9", "--out", "out/early")
+    assert "stopping early" in done.stdout
+    assert lm.load_checkpoint("out/early/last.pt")["state"]["step"] < 400
+
+
+def test_minutes_end_a_run_and_the_schedule_with_it(corpus):
+    run("--data", "words", *SMALL, "--max_minutes", "0.02", "--log_every", 1, "--out", "out/m")
+    rows = metrics("out/m")
+    steps = [r for r in rows if "lr" in r]
+    assert 1.2 <= steps[-1]["seconds"] < 3
+    assert steps[-1]["lr"] < 0.3 * max(r["lr"] for r in steps)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_autocast_trains_nearly_like_fp32(corpus, dtype):
+    flags = ["--data", "words", *SMALL, "--max_steps", 30, "--log_every", 30, "--dtype"]
+    run(*flags, "fp32", "--out", "out/full")
+    run(*flags, dtype, "--out", "out/low")
+    assert losses("out/low")[-1] == pytest.approx(losses("out/full")[-1], rel=0.02)
+    assert all(w.dtype == torch.float32 for w in weights("out/low/last.pt").values())
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(corpus):
+    flags = ["--data", "words", *SMALL, "--max_steps", 5, "--log_every", 1, "--dropout", 0.1]
+    run(*flags, "--out", "out/plain")
+    run(*flags, "--grad_checkpoint", "--out", "out/re")
+    assert losses("out/re") == losses("out/plain")
+
+
+def test_compile_falls_back_to_eager_with_one_line(monkeypatch, capsys):
+    def refuse(model):
+        raise RuntimeError("no compiler here\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    model = lm.Transformer(lm.preset("tiny", n_layer=1, d_model=16, vocab_size=64))
+    task = train.Task(batches=None, evaluate=None, extra={})
+    assert train.try_compile(model, task, CPU) is model
+    said = capsys.readouterr().out
+    assert "no compiler here" in said and said.count("\n") == 1
+
+
+def test_training_goes_on_from_a_checkpoints_weights(corpus):
+    run("--data", "words", *SMALL, "--max_steps", 60, "--out", "out/base")
+    more = ["--ckpt", "out/base", "--max_steps", 1, "--log_every", 1, "--out", "out/on"]
+    run("--data", "words", *more)
+    assert losses("out/on")[0] < 0.8 * math.log(256)  # not from scratch
+
+
+@pytest.mark.parametrize(
+    "flags,named",
+    [
+        (["--data", "nosuch"], "nosuch"),
+        (["--data", "words", "--preset", "huge"], "huge"),
+        (["--data", "words", "--n_head", "3"], "n_head 3"),
+        (["--data", "words", "--vocab_size", "100"], "100"),
+        (["--data", "words", "--context", "1000000"], "1000000"),
+        (["--data", "words", "--batch_size", "0"], "--batch_size 0"),
+        (["--data", "words", "--lr", "-1"], "--lr -1"),
+        (["--data", "words", "--dtype", "int3"], "int3"),
+        (["--data", "words", "--device", "tpu"], "tpu"),
+        (["--resume", "out/none"], "out/none"),
+        (["--resume"], "out/"),
+        (["--ckpt", "words.txt", "--data", "words"], "words.txt"),
+    ],
+)
+def test_a_users_mistake_is_one_line_that_names_it(corpus, flags, named):
+    done = run(*flags, check=False)
+    assert done.returncode == 2
+    assert named in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_unknown_flag_is_an_error(corpus):
+    assert run("--learning_rte", "1", check=False).returncode == 2
+
+
+def test_another_tokenizer_than_the_checkpoints_is_refused(corpus):
+    run("--data", "words", *SMALL, "--max_steps", 1, "--out", "out/base")
+    prepare_data.main(["words.txt", "--tokenizer", "char", "--name", "other"])
+    done = run("--data", "other", "--ckpt", "out/base", check=False)
+    assert done.returncode == 2 and "byte" in done.stderr and "char" in done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_cuda_trains_like_the_cpu(corpus, dtype):
+    flags = ["--data", "words", *SMALL, "--max_steps", 30, "--log_every", 30]
+    run(*flags, "--device", "cpu", "--out", "out/cpu")
+    run(*flags, "--device", "cuda", "--dtype", dtype, "--out", "out/cuda")
+    assert losses("out/cuda")[-1] == pytest.approx(losses("out/cpu")[-1], rel=0.03)
