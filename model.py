@@ -16,6 +16,7 @@ hs head size, V vocabulary, N rows (B*T flattened), S cached keys.
 """
 
 import argparse
+import contextlib
 import copy
 import math
 import os
@@ -82,8 +83,10 @@ class Config:
         # JSON and old checkpoints know no None-means-derived: the derived values are stored
         if self.n_head < 1 or (self.head_size is None and self.d_model % self.n_head):
             raise ModelError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}")
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.head_size = self.head_size or self.d_model // self.n_head
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.head_size is None:
+            self.head_size = self.d_model // self.n_head
         if self.d_ff is None:
             wide = 4 * self.d_model
             self.d_ff = wide if self.activation != "swiglu" else (wide * 2 // 3 + 7) // 8 * 8
@@ -100,13 +103,17 @@ class Config:
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
                 raise ModelError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
-        for name in ("vocab_size", "n_layer", "d_model", "context", "head_size", "d_ff"):
+        sizes = ("vocab_size", "n_layer", "d_model", "context", "n_kv_head", "head_size", "d_ff")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} {getattr(self, name)} must be at least 1")
         if self.n_head % self.n_kv_head:
             raise ModelError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
         if self.position == "rope" and self.head_size % 2:
             raise ModelError(f"rope turns pairs of channels: head size {self.head_size} is odd")
+        for name in ("eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise ModelError(f"{name} {getattr(self, name)} must be above 0")
         if not 0 <= self.dropout < 1:
             raise ModelError(f"dropout {self.dropout} must be in [0, 1)")
         if self.tied and self.head_bias:
@@ -118,7 +125,10 @@ class Config:
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ModelError(f"unknown config fields: {', '.join(sorted(unknown))}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as e:
+            raise ModelError(f"a config field has a value of the wrong type: {e}") from e
 
 
 # What learned fastest in our trials at this size (tests/BENCHMARKS.md): norms without weights, one
@@ -476,6 +486,8 @@ class Transformer(nn.Module):
             raise ModelError(f"{start + T} tokens do not fit the context of {self.config.context}")
         if positions is None:
             positions = torch.arange(start, start + T, device=ids.device)
+        if cache is not None and start + T > cache.keys.shape[3]:
+            raise ModelError(f"{start + T} tokens do not fit the cache of {cache.keys.shape[3]}")
         x = self.embed(ids)  # (B, T, C)
         rope = None
         if self.config.position == "learned":
@@ -543,7 +555,7 @@ class KVCache:
 def plain_state(module):
     """The module's state dict without the prefixes that torch.compile and DDP add to its keys."""
     state = module.state_dict()
-    for prefix in ("module.", "_orig_mod."):
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # either may be around the other
         state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
 
@@ -561,7 +573,8 @@ def save_checkpoint(path, content):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch's zip writer reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         reason = str(e).strip().split("\n")[0]
         raise ModelError(f"cannot write {path}: {reason}; what was there before is kept") from e
 

@@ -55,6 +55,8 @@ def console(main, *mistakes):
     `mistakes`) becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console of another encoding is no reason to die
+    if sys.stdin is not None:
+        sys.stdin.reconfigure(encoding="utf-8")  # what is piped in is text like any other
     script = Path(sys.argv[0]).name
     try:
         code = main() or 0
@@ -97,14 +99,16 @@ def resolve_url(url):
 def download_path(url):
     """Where `url` is kept: data/downloads/host/path, no part of which can leave that folder."""
     u = urlsplit(url)
+    host = u.netloc.strip(".") or "unknown"
     parts = [p for p in unquote(u.path).split("/") if p not in ("", ".", "..")] or ["index.html"]
     if u.query:  # another query is another file
         parts[-1] = hashlib.sha1(u.query.encode()).hexdigest()[:8] + "-" + parts[-1]
-    safe = [quote(p, safe=" ()[]+,=@") for p in (u.netloc, *parts)]
+    safe = [quote(p, safe=" ()[]+,=@") for p in (host, *parts)]
     return DATA.joinpath("downloads", *safe)
 
 
 def file_sha256(path):
+    """The sha256 of a file's bytes, as hex digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -153,7 +157,8 @@ def short(error):
 
 def download_part(url, dest):
     """One attempt at `fetch`: fill and return dest.VERSION.part, continuing one that is there."""
-    old = next(iter(dest.parent.glob(glob.escape(dest.name) + ".*.part")), None)
+    ours = re.compile(re.escape(dest.name) + r"\.([0-9a-f]{8}|once)\.part")
+    old = next((p for p in dest.parent.iterdir() if ours.fullmatch(p.name)), None)
     have = old.stat().st_size if old and not old.name.endswith(".once.part") else 0
     # identity: with a compressed transfer neither the length nor a Range would mean the file's own
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -208,8 +213,9 @@ def progress(blocks, name, have, total):
 
 BLOCK = 1 << 20  # bytes read at a time; no file is ever held whole
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-BOMS = (
+BOMS = (  # UTF-32's little-endian mark begins with UTF-16's, so it comes first
     (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
@@ -227,7 +233,7 @@ def decode_blocks(stream, encoding):
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as e:
-            e.start += offset - pending
+            e.byte, e.start = e.object[e.start], e.start + offset - pending
             raise
         offset += len(block)
         yield newlines.decode(text, final=not block)
@@ -247,8 +253,9 @@ def detect_encoding(open_stream, name):
     for bom, encoding in BOMS:
         if head.startswith(bom):
             return encoding
-    if head.count(0) > 0.3 * len(head):  # ASCII in UTF-16 is every second byte zero
-        return "utf-16-le" if head[1::2].count(0) > head[0::2].count(0) else "utf-16-be"
+    even, odd = head[0::2].count(0), head[1::2].count(0)
+    if max(even, odd) > 0.3 * len(head) > 6 * min(even, odd):  # ASCII: every second byte zero
+        return "utf-16-le" if odd > even else "utf-16-be"
     foreign = 0
     try:
         with open_stream() as stream:
@@ -267,7 +274,7 @@ def detect_encoding(open_stream, name):
         except UnicodeDecodeError:
             pass  # neither: the error below names the place where UTF-8 ended
     raise DataError(
-        f"{name}: byte {bad.object[bad.end - 1]:#04x} at offset {bad.start:,} is not text in "
+        f"{name}: byte {bad.byte:#04x} at offset {bad.start:,} is not text in "
         f"UTF-8, UTF-16 or GB18030; if you know the encoding, name it: --encoding latin-1"
     )
 
@@ -304,7 +311,7 @@ def json_text(line, field, where):
     if not isinstance(row, str):
         keys = f"its keys are {', '.join(row)}" if isinstance(row, dict) else "it is no object"
         raise DataError(f"{where}: no text in {' or '.join(wanted)}; {keys}; name one by --field")
-    return row
+    return row.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def json_lines(blocks, field, name):
@@ -330,13 +337,19 @@ class Documents:
         self.known = {}  # name -> encoding, found once and kept for the second pass
 
     def encoding_of(self, name, open_stream):
+        """The encoding of one file, recognised once; one line on stderr if it is not UTF-8."""
         if name not in self.known:
-            self.known[name] = self.forced or detect_encoding(open_stream, name)
+            found = self.forced or detect_encoding(open_stream, name)
+            if found not in {"utf-8", self.forced, *self.known.values()}:  # once is enough
+                print(f"{name}: read as {found} (if not, name it by --encoding)", file=sys.stderr)
+            self.known[name] = found
         return self.known[name]
 
     def text(self, name, open_stream):
-        encoding = self.encoding_of(name, open_stream)
+        """Blocks of one file's text; DataError if it is damaged or not in its encoding."""
+        encoding = self.forced
         try:
+            encoding = self.encoding_of(name, open_stream)
             with open_stream() as stream:
                 yield from decode_blocks(stream, encoding)
         except (UnicodeDecodeError, LookupError) as e:
@@ -380,7 +393,8 @@ HUB = "https://huggingface.co/datasets"
 # name -> (address, sha256, default tokenizer)
 REMOTE = {
     "sales": (
-        f"{HUB}/goendalf666/sales-textbook_for_convincing_and_selling/resolve/main/sales_textbook.txt",
+        f"{HUB}/goendalf666/sales-textbook_for_convincing_and_selling/resolve/main/"
+        "sales_textbook.txt",
         "1994f20f5becd3f0b3d7a632e5a68513cc38cf6c9737a9f38243f1b652e962da",
         "cl100k_base",
     ),
@@ -470,13 +484,15 @@ class Tokenizer:
             try:
                 self.encoding = tiktoken.get_encoding(spec["name"])
             except ValueError as e:  # tiktoken's own checks: unknown name, wrong hash
+                for url in re.findall(r"from (https?://\S+)", str(e)):
+                    download_path(url).unlink(missing_ok=True)  # or it would fail for ever
                 raise DataError(f"tokenizer {spec['name']}: {e}") from e
         else:
             if kind == "byte":
                 tokens = [bytes([b]) for b in range(256)]
             elif kind == "char":
                 tokens = [c.encode() for c in spec["chars"] + UNKNOWN]
-                self._strange = re.compile(f"[^{re.escape(spec['chars'])}]")
+                self._strange = re.compile(f"[^{re.escape(spec['chars'] + UNKNOWN)}]")
             elif kind == "bpe":
                 tokens = [base64.b64decode(t) for t in spec["tokens"]]
                 pattern = spec["pattern"]
@@ -552,7 +568,6 @@ def train_bpe(counts, size):
     ['er', 'lo', 'low', 'ew']
     """
     tokens = [bytes([b]) for b in range(256)]
-    ids = {token: i for i, token in enumerate(tokens)}
     words = [(list(piece), n) for piece, n in counts.items()]
     total, where = Counter(), defaultdict(set)  # pair -> occurrences, pair -> words with it
     for w, (word, n) in enumerate(words):
@@ -569,10 +584,8 @@ def train_bpe(counts, size):
             continue
         if -n < 2:
             break
-        merged = tokens[pair[0]] + tokens[pair[1]]
-        new = ids.setdefault(merged, len(tokens))  # "a"+"bc" may be what "ab"+"c" was already
-        if new == len(tokens):
-            tokens.append(merged)
+        new = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
         grown = set()
         for w in where.pop(pair):
             word, n = words[w]
@@ -636,7 +649,7 @@ def make_tokenizer(name, documents, total_bytes):
         chars = {c for _, pieces in documents for piece in pieces for c in piece}
         return Tokenizer({"kind": "char", "chars": "".join(sorted(chars - {UNKNOWN}))})
     if name.startswith("bpe:"):
-        if not name[4:].isdigit():
+        if not name[4:].isdecimal():
             raise DataError(f"tokenizer {name!r}: bpe:N wants a number, e.g. bpe:4096")
         return Tokenizer(learn_bpe(int(name[4:]), documents, total_bytes))
     if name in tiktoken.list_encoding_names():
@@ -765,6 +778,11 @@ def xz_bits_per_byte(path, tokenizer):
     return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
 
 
+def default_workers():
+    """A thread a core; more than eight would only hold more text in memory."""
+    return min(8, os.cpu_count() or 1)
+
+
 def default_tokenizer(source):
     """stdlib and your own text train a BPE; the course's sources use the course's tokenizers."""
     if source in REMOTE:
@@ -775,8 +793,8 @@ def default_tokenizer(source):
 def default_name(source):
     """data/NAME for a source: its own name without folders and suffixes."""
     path = Path(urlsplit(source).path if "://" in source else source)
-    stem = re.sub(r"[*?\[\]]+", "", path.name.removesuffix(".gz"))
-    return Path(stem).stem.strip(".") or path.parent.name or "text"
+    stem = re.sub(r"[*?\[\]]+", "", Path(path.name.removesuffix(".gz")).stem)
+    return stem.strip(".") or path.parent.name or "text"
 
 
 def prepare(
@@ -795,6 +813,12 @@ def prepare(
     """
     if not 0 < val_fraction <= 0.5:
         raise DataError(f"--val_fraction {val_fraction} must be above 0 and at most 0.5")
+    if workers is not None and workers < 1:
+        raise DataError(f"--workers {workers} must be at least 1")
+    try:
+        "".encode(encoding or "utf-8")
+    except LookupError as e:
+        raise DataError(f"--encoding {encoding}: {e}") from e
     start = time.monotonic()
     paths = find_files(source)
     total_bytes = sum(p.stat().st_size for p in paths)
@@ -809,10 +833,10 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(tok.n_vocab)
     try:
-        size, stats = write_tokens(documents, tok, folder, hold_out, workers or os.cpu_count() or 1)
+        size, stats = write_tokens(documents, tok, folder, hold_out, workers or default_workers())
         if not size["val"]:
             split_tail(folder, size, dtype, val_fraction)
-        if not size["val"]:
+        if not (size["train"] and size["val"]):
             raise DataError(f"{source}: only {size['train']} tokens of text, too few to split")
         meta = describe(folder, source, tok, size, stats, documents)
         (folder / "meta.json").unlink(missing_ok=True)  # no moment with a meta of other files
@@ -823,6 +847,8 @@ def prepare(
     finally:
         for leftover in folder.glob("*.tmp"):
             leftover.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
     print(summary(folder, meta, tok, time.monotonic() - start))
     return folder
 
@@ -836,7 +862,7 @@ def describe(folder, source, tokenizer, size, stats, documents):
         largest = max(largest, top)
         splits[split] = {"tokens": size[split], "bytes": n_bytes, "sha256": file_sha256(path)}
     xz = None
-    if splits["val"]["bytes"] <= XZ_LIMIT:
+    if 1000 <= splits["val"]["bytes"] <= XZ_LIMIT:  # of less text xz's header is a good part
         xz = xz_bits_per_byte(folder / "val.tmp", tokenizer)
     return {
         "format": FORMAT,
@@ -887,12 +913,15 @@ def read_meta(folder):
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         version, dtype = meta["format"], token_dtype(meta["vocab_size"]).str
-        complete = {"tokens", "bytes", "sha256"} <= set(meta["splits"]["train"])
+        same = meta["dtype"] == dtype and meta["largest_id"] < meta["vocab_size"]
+        complete = all(
+            {"tokens", "bytes", "sha256"} <= set(meta["splits"][s]) for s in ("train", "val")
+        )
     except (ValueError, KeyError, TypeError) as e:
         raise DataError(f"{path} is damaged ({e}); prepare the text again") from e
     if version != FORMAT:
         raise DataError(f"{path} has format {version}, this version reads {FORMAT}: prepare again")
-    if meta["dtype"] != dtype or not complete or meta["largest_id"] >= meta["vocab_size"]:
+    if not (same and complete):
         raise DataError(f"{path} contradicts itself; prepare the text again")
     return meta
 
@@ -925,10 +954,10 @@ def build_parser():
         help="byte, char, bpe:N, gpt2, cl100k_base, o200k_base, or a prepared folder (default: "
         "bpe:2048 for stdlib, cl100k_base for sales, char for shakespeare, else bpe:4096)")
     add("--name", help="write to data/NAME (default: the source's own name)")
-    add("--val_fraction", type=float, default=0.1, help="share held out (default 0.1)")
+    add("--val_fraction", type=float, default=0.1, help="share held out, about (default 0.1)")
     add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
     add("--field", help="of .jsonl objects that holds the text (default: text, else content)")
-    add("--workers", type=int, help="encoding threads (default: one a core)")
+    add("--workers", type=int, help="encoding threads (default: one a core, at most 8)")
     return p
 # fmt: on
 

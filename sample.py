@@ -41,7 +41,7 @@ def repetition_penalty(logits, previous, penalty):
     `penalty`, negative ones multiplied (CTRL, Keskar et al. 2019). 1 changes nothing."""
     out = logits.clone()
     for row, ids in zip(out, previous):
-        seen = torch.tensor(sorted(set(ids)), device=logits.device)
+        seen = torch.tensor(sorted(set(ids)), dtype=torch.long, device=logits.device)
         row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
     return out
 
@@ -85,11 +85,11 @@ def next_token(logits, previous, generators, settings):
     no row's luck depends on its neighbours. Temperature 0 takes the largest logit. The penalty
     comes first: the other rungs should see the distribution that it leaves.
     """
-    s = {**DECODING, **settings}
+    s = DECODING | settings
     logits = logits.float()
     if s["repetition_penalty"] != 1:
         logits = repetition_penalty(logits, previous, s["repetition_penalty"])
-    if s["temperature"] == 0:
+    if s["temperature"] < 1e-6:  # 0, or so little that a float has no room for the quotients
         return logits.argmax(dim=-1).tolist()
     logits = temperature(logits, s["temperature"])
     if s["top_k"] > 0:
@@ -160,8 +160,7 @@ def generate(
     context, device = model.config.context, model.embed.weight.device
     rows = [list(p) for p in prompts]
     check_ids(rows, model.config.vocab_size)
-    if max_tokens < 1:
-        return
+    assert set(settings) <= set(DECODING), f"no such rung: {set(settings) - set(DECODING)}"
     windows = [r[-context:] for r in rows]  # what the model looks at; `rows` remembers everything
     if slide and any(len(r) > context for r in rows):
         slide(context)
@@ -170,7 +169,7 @@ def generate(
     cache = KVCache(model, len(rows), min(longest + max_tokens, context * (1 if even else 2)))
     stopped = [False] * len(rows)
     logits, pad, visible = prefill(model, cache, windows)
-    for n in range(max_tokens):
+    for left in reversed(range(max_tokens)):
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
         new = next_token(logits, rows, generators, settings)
@@ -180,9 +179,9 @@ def generate(
                 rows[r].append(i)
                 windows[r].append(i)
                 stopped[r] = bool(stop and stop(r, i))
-        if all(stopped) or n == max_tokens - 1:
+        if all(stopped) or not left:
             return
-        if any(len(w) > context for w in windows):
+        if any(len(w) > context and not s for s, w in zip(stopped, windows)):
             keep = max(1, context // 2)
             full = [s or len(w) > context for s, w in zip(stopped, windows)]
             windows = [w[-keep:] if f else w for f, w in zip(full, windows)]
@@ -231,9 +230,8 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
         logits = model.head(model.hidden(ids, cache)[:, -1]).float()  # (beams, V)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
-        total = logits.log_softmax(-1).double() + torch.tensor([s for s, _ in live])[:, None].to(
-            logits
-        )
+        so_far = torch.tensor([[s] for s, _ in live], dtype=torch.float64)
+        total = logits.log_softmax(-1).double().cpu() + so_far
         # each live beam has one way to end, so 2 x beams candidates leave enough that go on
         score, flat = total.flatten().topk(min(2 * beams, total.numel()))
         parent, token = flat // total.shape[1], flat % total.shape[1]
@@ -279,13 +277,14 @@ class TextStream:
         self.held, self.stopped = "", False
 
     def feed(self, i):
+        """The text that id `i` completes, maybe none."""
         token = b"" if i == self.tokenizer.eot else self.tokenizer.token_bytes(i) or b""
         return self._release(self.decoder.decode(token))
 
     def finish(self):
         """What was still held back at the end."""
         text, self.held = self._release(self.decoder.decode(b"", final=True)) + self.held, ""
-        return "" if self.stopped and not text else text
+        return text
 
     def _release(self, text):
         if self.stopped:
@@ -357,7 +356,7 @@ def newest_run():
 
 def load(ckpt=None, device=None, dtype=None):
     """(model, tokenizer, where) of a checkpoint or run's folder, the newest run if None."""
-    where = Path(ckpt) if ckpt else newest_run()
+    where = Path(ckpt) if ckpt is not None else newest_run()
     content = load_checkpoint(where)
     if "tokenizer" not in content:
         raise DataError(f"{where} carries no tokenizer: it was not written by train.py")
@@ -383,19 +382,37 @@ def allowed_ids(model, tokenizer):
     return allowed.to(model.embed.weight.device)
 
 
-def read_prompts(args, tokenizer):
+def resolve_prompt(prompt):
+    """What a --prompt means: itself, the content of @FILE, or of standard input for None."""
+    where = "the prompt"
+    try:
+        if prompt is None:
+            where = "standard input"
+            piped = sys.stdin is not None and not sys.stdin.isatty()
+            text = sys.stdin.read() if piped else ""
+        elif prompt.startswith("@"):
+            where = prompt[1:]
+            text = Path(where).read_text(encoding="utf-8")
+        else:
+            text = prompt
+        text.encode("utf-8")  # bytes that a shell could not read hide as lone surrogates
+        return text
+    except UnicodeError as e:
+        raise DataError(f"{where} is not text in UTF-8 ({e.reason} at {e.start})") from e
+
+
+def read_prompts(args, tokenizer, vocab_size):
     """The prompts as lists of ids: from --prompt_ids, --prompt, or a pipe into this script."""
-    if args.prompt_ids:
+    if args.prompt_ids is not None:
         try:
-            return [[int(i) for i in args.prompt_ids.split(",")]]
+            rows = [[int(i) for i in args.prompt_ids.split(",")]]
         except ValueError as e:
             raise DataError(f"--prompt_ids {args.prompt_ids!r}: numbers with commas, please") from e
-    texts = args.prompt
-    if texts is None:
-        texts = [""] if sys.stdin is None or sys.stdin.isatty() else [sys.stdin.read()]
-    texts = [Path(t[1:]).read_text(encoding="utf-8") if t.startswith("@") else t for t in texts]
-    # nothing at all means: begin a document
-    return [tokenizer.encode(t) or [tokenizer.eot] for t in texts]
+    else:  # nothing at all means: begin a document
+        texts = [resolve_prompt(p) for p in args.prompt or [None]]
+        rows = [tokenizer.encode(t) or [tokenizer.eot] for t in texts]
+    check_ids(rows, vocab_size)
+    return rows
 
 
 def write_rows(model, tokenizer, prompts, args):
@@ -451,6 +468,7 @@ def write_rows(model, tokenizer, prompts, args):
 
 
 def prompt_text(tokenizer, ids):
+    """Text of ids, without the end-of-text token and ids that no token has."""
     return tokenizer.decode([i for i in ids if i != tokenizer.eot and tokenizer.token_bytes(i)])
 
 
@@ -483,10 +501,11 @@ def build_parser():
     p = argparse.ArgumentParser(description="Write with a trained model.")
     add = p.add_argument
     add("--ckpt", help="a checkpoint or a run's folder (default: the newest run in out/)")
-    add("--prompt", action="append",
+    start = p.add_mutually_exclusive_group()
+    start.add_argument("--prompt", action="append",
         help="text, or @FILE; given several times it is a batch (default: standard input if it is "
         "a pipe, else the model begins a document)")
-    add("--prompt_ids", help="token ids instead, e.g. 5,17,200")
+    start.add_argument("--prompt_ids", help="token ids instead, e.g. 5,17,200")
     add("--print_ids", action="store_true", help="the new ids on the last line, a line a sample")
     add("--max_tokens", type=int, default=200, help="new tokens at most (default 200)")
     add("--num_samples", type=int, default=1, help="per prompt, in one batch (default 1)")
@@ -520,6 +539,14 @@ def check_settings(args):
             raise DataError(f"--{name} {value} must be {limit}")
     if not 0 < args.repetition_penalty < math.inf:
         raise DataError(f"--repetition_penalty {args.repetition_penalty} must be above 0")
+    if not abs(args.length_penalty) <= 10:
+        raise DataError(f"--length_penalty {args.length_penalty} must be from -10 to 10")
+    if args.seed is not None and not 0 <= args.seed < 2**62:
+        raise DataError(f"--seed {args.seed} must be from 0 to 2**62")
+    if args.beams and args.stop:
+        raise DataError("--stop does not work with --beams, which end with the end of the text")
+    if args.beams and args.num_samples > args.beams:
+        raise DataError(f"--num_samples {args.num_samples} is more than --beams {args.beams}")
 
 
 def main(argv=None):
@@ -528,13 +555,13 @@ def main(argv=None):
     model, tokenizer, where = load(args.ckpt, args.device, args.dtype)
     if args.ckpt is None:
         print(f"[{where}]", file=sys.stderr)
-    if args.analogy:
+    if args.analogy is not None:
         choices = [c.strip() for c in (args.choices or "").split(",") if c.strip()]
         table = model.embed.weight.detach().cpu()
         for text, cosine in analogy(args.analogy, tokenizer, table, choices):
             print(f"{cosine:7.3f}  {text!r}")
         return
-    prompts = read_prompts(args, tokenizer)
+    prompts = read_prompts(args, tokenizer, model.config.vocab_size)
     if args.beams:
         ids = [i for p in prompts for i in write_beams(model, tokenizer, p, args)]
     else:

@@ -33,7 +33,16 @@ import torch.distributed as dist
 from torch import nn
 
 import model as lm
-from prepare_data import DATA, DataError, Tokenizer, console, prepare, read_meta, read_tokens
+from prepare_data import (
+    DATA,
+    DataError,
+    Tokenizer,
+    console,
+    default_name,
+    prepare,
+    read_meta,
+    read_tokens,
+)
 from sample import OUT, allowed_ids, generate, newest_run
 
 
@@ -211,6 +220,7 @@ class Windows:
         self.epoch, self.starts = None, None
 
     def epoch_starts(self, epoch):
+        """Where the windows of an epoch begin, (n,), in its order."""
         if epoch != self.epoch:
             rng = np.random.default_rng((self.seed, epoch))
             room = len(self.tokens) - 1 - self.n * self.context
@@ -542,6 +552,7 @@ class StopSignal:
         return self
 
     def remember(self, number, frame):
+        """The signal handler: note it, and give the next one its usual effect."""
         self.number = number
         self.restore()
 
@@ -834,6 +845,8 @@ def resolve(args):
     What was given wins; a resumed run's own settings come next, then the recipe of the preset.
     """
     given = {k: v for k, v in vars(args).items() if v is not None}
+    shape = {f.name for f in fields(lm.Config)} | {"preset", "ckpt"}
+    fixed = shape | {"optimizer", "seed"}  # what a run cannot change on its way
     content = None
     if args.resume is not None:
         run = Path(args.resume) if args.resume else newest_run()
@@ -842,19 +855,16 @@ def resolve(args):
         if "args" not in content:
             raise DataError(f"{path} is for sampling only: resume from a run's last.pt")
         inherited = {k: v for k, v in content["args"].items() if v is not None}
-        shape = {f.name for f in fields(lm.Config)} | {"preset", "ckpt"}
-        if changed := [k for k in given if k in shape and given[k] != inherited.get(k)]:
+        if changed := [k for k in given if k in fixed and given[k] != inherited.get(k)]:
             raise DataError(f"--{changed[0]} cannot change when resuming {path}")
+        if {"max_steps", "max_minutes"} & set(given):  # a new limit replaces the old ones
+            inherited |= dict(max_steps=None, max_minutes=None)
         settings = inherited | given | {"out": str(path.parent)}
-        print(
-            f"resuming {path} at step {content['step']}; settings are the run's own"
-            + "".join(
-                f", but {k} {v}"
-                for k, v in given.items()
-                if k != "resume" and v != inherited.get(k)
-            )
-        )
+        new = ", but ".join([""] + [f"{k} {v}" for k, v in given.items() if k != "resume"])
+        print(f"resuming {path} at step {content['step']}; settings are the run's own{new}")
     else:
+        if "ckpt" in given and (shaped := sorted(shape & set(given) - {"ckpt"})):
+            raise DataError(f"--{shaped[0]} cannot be given with --ckpt, which brings its shape")
         preset, optimizer = given.get("preset", "tiny"), given.get("optimizer", "adamw")
         settings = RECIPE | RECIPES.get(preset, {}) | RECIPES.get(optimizer, {})
         settings = {"data": "stdlib", "preset": preset} | settings | given
@@ -886,8 +896,9 @@ def check_settings(args):
 
 def find_data(source):
     """The prepared folder that --data means, preparing it first where that is still to do."""
-    for folder in (Path(source), DATA / source):
-        if (folder / "meta.json").exists():
+    for folder in (Path(source), DATA / source, DATA / default_name(source)):
+        named = folder in (Path(source), DATA / source)
+        if (folder / "meta.json").exists() and (named or read_meta(folder)["source"] == source):
             return folder
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError(f"prepare the text before several processes: prepare_data.py {source}")

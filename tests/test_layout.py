@@ -1,0 +1,228 @@
+"""The house rules that a reader relies on, read off the scripts' syntax trees."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {"prepare_data": 0, "model": 0, "lora": 0, "sample": 1, "train": 2, "finetune": 3}
+SCRIPTS = {*FLOORS, "mnist"}
+PACKAGES = {"torch", "tiktoken", "numpy", "requests"}
+FORBIDDEN_PACKAGES = {"prepare_data": {"torch"}, "model": PACKAGES - {"torch"}}
+FOUND = sorted(path.stem for path in ROOT.glob("*.py"))
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+SOURCE = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in FOUND}
+TREE = {name: ast.parse(SOURCE[name]) for name in FOUND}
+
+every_script = pytest.mark.parametrize("name", FOUND)
+
+
+def nodes(name, *kinds):
+    return [node for node in ast.walk(TREE[name]) if isinstance(node, kinds)]
+
+
+def calls(name):
+    """(what is called as written, the call) for every call of a script."""
+    return [(ast.unparse(node.func), node) for node in nodes(name, ast.Call)]
+
+
+def imported(name):
+    """The top-level modules that a script imports, anywhere in it."""
+    found = set()
+    for node in nodes(name, ast.Import, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}.py:{node.lineno} is a relative import"
+            found.add(node.module.split(".")[0])
+        else:
+            found |= {alias.name.split(".")[0] for alias in node.names}
+    return found
+
+
+# --------------------------------------------------------------------------------------------
+# Rooms and what they import
+# --------------------------------------------------------------------------------------------
+
+
+def test_the_list_of_scripts_is_closed():
+    assert FOUND, "no scripts found"
+    assert set(FOUND) <= SCRIPTS
+    packages = [p.parent.name for p in ROOT.glob("*/__init__.py")]
+    assert not packages
+
+
+@every_script
+def test_imports_only_point_down(name):
+    ours = imported(name) & SCRIPTS
+    if name == "mnist":
+        assert ours <= {"prepare_data", "model"}
+    else:
+        assert {other for other in ours if FLOORS.get(other, 9) >= FLOORS[name]} == set()
+
+
+@every_script
+def test_only_the_four_packages_are_imported(name):
+    allowed = PACKAGES - FORBIDDEN_PACKAGES.get(name, set())
+    if name == "prepare_data":
+        allowed |= {"regex"}  # comes with tiktoken
+    assert imported(name) - SCRIPTS - set(sys.stdlib_module_names) - allowed == set()
+
+
+def test_requirements_hold_the_four_packages_with_torch_pinned():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n")
+    lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    assert sorted(re.match(r"[\w-]+", line)[0] for line in lines) == sorted(PACKAGES)
+    assert "torch==2.13.0" in lines
+
+
+def is_main_guard(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
+@every_script
+def test_no_script_does_work_when_imported(name):
+    quiet = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.ClassDef, *FUNCTIONS)
+    assert ast.get_docstring(TREE[name]), f"{name}.py opens without a docstring"
+    rest = TREE[name].body[1:]
+    loud = [n.lineno for n in rest if not isinstance(n, quiet) and not is_main_guard(n)]
+    assert loud == []
+    assert is_main_guard(rest[-1]), "a script can be run"
+
+
+# --------------------------------------------------------------------------------------------
+# Lengths and docstrings
+# --------------------------------------------------------------------------------------------
+
+
+@every_script
+def test_functions_stay_short(name):
+    lengths = [(f.name, f.end_lineno - f.lineno + 1) for f in nodes(name, *FUNCTIONS)]
+    assert [(f, n) for f, n in lengths if n > (90 if f == "fit" else 60)] == []
+
+
+@every_script
+def test_lines_stay_within_100_columns(name):
+    assert [i for i, line in enumerate(SOURCE[name].split("\n"), 1) if len(line) > 100] == []
+
+
+def wants_docstring(name):
+    """Public functions and classes at top level, and the latter's public methods that take
+    arguments. What torch or http.server calls by its own name is described there."""
+    for node in TREE[name].body:
+        if not isinstance(node, (*FUNCTIONS, ast.ClassDef)) or node.name.startswith("_"):
+            continue
+        if node.name in ("main", "build_parser"):
+            continue
+        yield node.name, node
+        if isinstance(node, ast.ClassDef):
+            for method in (n for n in node.body if isinstance(n, FUNCTIONS)):
+                a = method.args
+                takes = len(a.posonlyargs + a.args + a.kwonlyargs) > 1 or a.vararg or a.kwarg
+                override = node.bases and method.name in ("forward", "backward", "log_message")
+                if takes and not method.name.startswith("_") and not override:
+                    yield f"{node.name}.{method.name}", method
+
+
+@every_script
+def test_what_is_public_has_a_docstring(name):
+    assert [n for n, node in wants_docstring(name) if not ast.get_docstring(node)] == []
+
+
+@every_script
+def test_every_flag_has_a_help_text(name):
+    # build_parser may call add_argument by a shorter name: add = p.add_argument
+    flags = [c for what, c in calls(name) if what == "add" or what.endswith("add_argument")]
+    if any(f.name == "build_parser" for f in nodes(name, *FUNCTIONS)):
+        assert flags, "build_parser without flags?"
+    mute = [c.lineno for c in flags if "help" not in {k.arg for k in c.keywords}]
+    assert mute == []
+
+
+# --------------------------------------------------------------------------------------------
+# Safety
+# --------------------------------------------------------------------------------------------
+
+
+@every_script
+def test_nothing_is_unpickled_or_evaluated(name):
+    bad = []
+    for what, call in calls(name):
+        keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+        if what in ("eval", "exec", "os.system", "os.popen") or keywords.get("shell") == "True":
+            bad.append((call.lineno, what))
+        default = "no" if what == "torch.load" else "True"  # ours says it, whatever torch's is
+        if keywords.get("weights_only", default) != "True":
+            bad.append((call.lineno, what))
+        if what in ("np.load", "numpy.load") and keywords.get("allow_pickle", "False") != "False":
+            bad.append((call.lineno, what))
+    assert bad == []
+    assert not imported(name) & {"pickle", "marshal", "shelve", "dill"}
+
+
+def opens_text_without_encoding(what, call):
+    """Whether a call opens, reads or writes text and leaves the encoding to the machine."""
+    method = what.split(".")[-1]
+    if "encoding" in {k.arg for k in call.keywords}:
+        return False
+    if method in ("read_text", "write_text"):
+        return True
+    module = what.removesuffix(".open")
+    gzip_like = what in ("gzip.open", "lzma.open", "bz2.open")  # binary unless the mode has a t
+    if what not in ("open", "io.open") and not gzip_like:
+        path_like = method == "open" and re.search(r"path|folder|file$|Path\(", module)
+        if not path_like:  # os.open, archive.open, webbrowser.open, ...
+            return what == "os.fdopen" and not is_binary(call, 1)
+    position = 1 if what in ("open", "io.open") or gzip_like else 0  # path.open("rb")
+    if gzip_like:
+        return "t" in mode_of(call, position)
+    return not is_binary(call, position)
+
+
+def mode_of(call, position):
+    given = [k.value for k in call.keywords if k.arg == "mode"] + call.args[position : position + 1]
+    return ast.unparse(given[0]) if given else "'r'"
+
+
+def is_binary(call, position):
+    """`"ab" if resumed else "wb"` is binary as well: each string of the mode has its b."""
+    modes = re.findall(r"'(\w+\+?\w*)'", mode_of(call, position))
+    return bool(modes) and all("b" in mode for mode in modes)
+
+
+@every_script
+def test_text_files_are_opened_with_an_encoding(name):
+    assert [c.lineno for what, c in calls(name) if opens_text_without_encoding(what, c)] == []
+
+
+@pytest.mark.parametrize(
+    "code, bad",
+    [
+        ("open(p)", True),
+        ("open(p, 'w')", True),
+        ("open(p, mode='a')", True),
+        ("open(p, encoding='utf-8')", False),
+        ("open(p, 'rb')", False),
+        ("open(p, 'r+b')", False),
+        ("open(p, 'ab' if again else 'wb')", False),
+        ("open(p, 'a' if again else 'wb')", True),
+        ("(folder / 'x').open()", True),
+        ("path.open('rb')", False),
+        ("path.read_text()", True),
+        ("path.write_text(s, encoding='utf-8')", False),
+        ("gzip.open(p)", False),
+        ("gzip.open(p, 'rt')", True),
+        ("os.open(p, os.O_WRONLY)", False),
+        ("archive.open(m)", False),
+    ],
+)
+def test_the_encoding_rule_tells_text_from_bytes(code, bad):
+    call = ast.parse(code).body[0].value
+    assert opens_text_without_encoding(ast.unparse(call.func), call) is bad
+
+
+@every_script
+def test_nothing_is_left_to_do(name):
+    assert re.findall(r"\b(TODO|FIXME|XXX|HACK)\b", SOURCE[name]) == []

@@ -1,0 +1,983 @@
+"""model.py against formulas, float64 references and other people's transformers."""
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model as lm  # noqa: E402
+from model import Config, KVCache, ModelError, Transformer  # noqa: E402
+
+V, CONTEXT = 50, 16
+same = torch.testing.assert_close
+
+
+def build(seed=0, **fields):
+    """A tiny model in eval mode whose every weight matters (zero_out would give zero logits)."""
+    shape = dict(vocab_size=V, n_layer=2, n_head=4, d_model=32, context=CONTEXT, d_ff=40)
+    torch.manual_seed(seed)
+    model = Transformer(Config(**{**shape, **fields}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2).add_(1.0 if p.dim() == 1 else 0.0)
+    return model.eval()
+
+
+def some_ids(B=2, T=CONTEXT, seed=1):
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def run_model_py(*arguments):
+    command = [sys.executable, str(ROOT / "model.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60)
+
+
+# --------------------------------------------------------------------------------------------
+# Configuration and what a shape costs
+# --------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_the_novel_presets_parameters():
+    done = run_model_py("--preset", "novel")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("140,573,600 parameters")
+
+
+def test_an_unknown_preset_is_one_line_and_exit_code_2():
+    done = run_model_py("--preset", "gpt9")
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "gpt9" in line and "gpt2" in line
+
+
+@pytest.mark.parametrize("name, total", [("gpt2", 124_439_808), ("gpt2-xl", 1_557_611_200)])
+def test_known_shapes_have_their_known_parameters(name, total):
+    assert lm.count_parameters(lm.skeleton(lm.preset(name)))["total"] == total
+
+
+@pytest.mark.parametrize("name", lm.PRESETS)
+def test_the_parts_sum_to_the_total(name):
+    model = lm.skeleton(lm.preset(name))
+    parts = lm.count_parameters(model)
+    total = parts.pop("total")
+    assert total == sum(parts.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_table_counts_each_part_by_hand():
+    parts = lm.count_parameters(
+        lm.skeleton(Config(vocab_size=10, n_layer=2, n_head=2, n_kv_head=1, d_model=8, d_ff=12))
+    )
+    assert parts == {
+        "embedding": 80,
+        "positions": 0,
+        "attention": 2 * (64 + 32 + 32 + 64),
+        "feed-forward": 2 * 3 * 8 * 12,
+        "norms": 5 * 8,
+        "head": 80,
+        "total": 80 + 384 + 576 + 40 + 80,
+    }
+
+
+def test_chinchilla_loss_is_the_papers_formula():
+    # powers that make the roots whole: N^0.34 = 2^17, D^0.28 = 2^7
+    by_hand = 1.69 + 406.4 / 131072 + 410.7 / 128
+    assert lm.chinchilla_loss(2**50, 2**25) == pytest.approx(by_hand, rel=1e-12)
+    # Chinchilla itself, 70e9 parameters on 1.4e12 tokens
+    assert lm.chinchilla_loss(70e9, 1.4e12) == pytest.approx(1.9366, abs=2e-4)
+
+
+def test_flops_per_token_by_hand():
+    shape = dict(vocab_size=10, n_layer=2, n_head=2, n_kv_head=1, d_model=8, d_ff=12, context=16)
+    # a block: q 64, k and v 32 each, out 64, three 8 x 12; the head 80; scores 12 L nh hs context
+    assert lm.flops_per_token(Config(**shape)) == 6 * (2 * (192 + 288) + 80) + 12 * 2 * 8 * 16
+    plain = Config(**shape, activation="relu")
+    assert lm.flops_per_token(plain) == 6 * (2 * (192 + 192) + 80) + 12 * 2 * 8 * 16
+
+
+def test_a_prediction_needs_tokens():
+    assert "nats a token" in lm.report("tiny", lm.preset("tiny"), tokens=1000)
+    with pytest.raises(ModelError, match="--tokens 0"):
+        lm.main(["--tokens", "0"])
+
+
+BAD_VALUES = {
+    "position": "alibi",
+    "norm": "batchnorm",
+    "activation": "mish",
+    "init": "xavier",
+    "vocab_size": 0,
+    "n_layer": 0,
+    "n_head": 0,
+    "d_model": 0,
+    "context": 0,
+    "head_size": -2,
+    "d_ff": 0,
+    "n_kv_head": 3,
+    "dropout": 1.0,
+}
+
+
+@pytest.mark.parametrize("field", BAD_VALUES)
+def test_a_bad_value_is_named(field):
+    value = BAD_VALUES[field]
+    with pytest.raises(ModelError) as error:
+        Config(**{field: value})
+    assert field.replace("_", " ") in str(error.value).replace("_", " ")
+    assert str(value) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("n_kv_head", -2),
+        ("n_kv_head", 0),  # None alone means "derived"
+        ("head_size", 0),
+        ("dropout", -0.1),
+        ("dropout", math.nan),
+        ("rope_theta", 0.0),  # would be NaN at position 0
+        ("eps", -1.0),
+    ],
+)
+def test_a_value_below_its_range_is_named(field, value):
+    with pytest.raises(ModelError, match=rf"{field}.* {value}"):
+        Config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(d_model=30), ("d_model 30", "n_head 4")),
+        (dict(head_size=5), ("rope", "5")),
+        (dict(tied=True, head_bias=True), ("tied", "head_bias")),
+    ],
+)
+def test_a_bad_combination_is_named(fields, words):
+    with pytest.raises(ModelError) as error:
+        Config(**fields)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_config_survives_a_dict_and_refuses_an_unknown_field():
+    config = Config(n_kv_head=2, activation="gelu")
+    assert Config.from_dict(asdict(config)) == config
+    with pytest.raises(ModelError, match="n_heads"):
+        Config.from_dict({"n_heads": 4})
+
+
+def test_a_preset_follows_its_changes_and_stays_as_it_was():
+    before = asdict(lm.PRESETS["gpt2"])
+    changed = lm.preset("gpt2", d_model=96, n_head=4, tied=False)
+    assert (changed.d_ff, changed.head_size, changed.n_kv_head) == (384, 24, 4)
+    assert lm.preset("gpt2", d_ff=7).d_ff == 7
+    assert asdict(lm.PRESETS["gpt2"]) == before
+    with pytest.raises(ModelError, match="gpt3"):
+        lm.preset("gpt3")
+
+
+# --------------------------------------------------------------------------------------------
+# The parts of a block
+# --------------------------------------------------------------------------------------------
+
+
+def reference_attention(q, k, v, mask=None):
+    """Head by head, query by query, in float64: softmax over the keys that may be seen."""
+    B, nh, T, hs = q.shape
+    S, group = k.shape[2], q.shape[1] // k.shape[1]
+    q, k, v = q.double(), k.double(), v.double()
+    rows = []
+    for b in range(B):
+        for h in range(nh):
+            keys, values = k[b, h // group], v[b, h // group]
+            for t in range(T):
+                seen = range(S - T + t + 1) if mask is None else mask[t].nonzero().flatten()
+                seen = torch.as_tensor(list(seen))
+                score = torch.stack([(q[b, h, t] * keys[s]).sum() for s in seen]) / hs**0.5
+                weight = score.exp() / score.exp().sum()
+                rows.append(torch.einsum("s,sc->c", weight, values[seen]))
+    return torch.stack(rows).view(B, nh, T, hs)
+
+
+def qkv(nkv, T, S, dtype=torch.float64):
+    torch.manual_seed(0)
+    shapes = (2, 4, T, 6), (2, nkv, S, 6), (2, nkv, S, 6)
+    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("T, S", [(5, 5), (1, 7), (3, 7), (1, 1)])
+@pytest.mark.parametrize("nkv", [4, 2, 1])
+def test_attention_equals_the_reference_with_its_gradients(nkv, T, S, masked):
+    mask = None
+    if masked:  # any pattern in which each query sees something
+        mask = torch.rand(T, S, generator=torch.Generator().manual_seed(2)) > 0.4
+        mask[:, 0] = True
+    results = []
+    for f in (lm.attention, lm.plain_attention, reference_attention):
+        inputs = qkv(nkv, T, S)
+        y = f(*inputs, mask)
+        results.append((y, *torch.autograd.grad((y * torch.arange(6) ** 2).sum(), inputs)))
+    for fused, plain, reference in zip(*results):
+        same(fused, reference, rtol=1e-9, atol=1e-9)
+        same(plain, reference, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("T, S", [(9, 9), (1, 9), (4, 9)])
+@pytest.mark.parametrize("nkv", [4, 2, 1])
+def test_attention_in_float32_equals_the_reference(nkv, T, S):
+    q, k, v = qkv(nkv, T, S, torch.float32)
+    same(lm.attention(q, k, v).double(), reference_attention(q, k, v), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("f", [lm.attention, lm.plain_attention])
+def test_attention_dropout_keeps_the_mean(f):
+    q, k, v = (torch.randn(4, 8, 32, 8) for _ in range(3))
+    torch.manual_seed(0)
+    y = f(q, k, torch.ones_like(v), None, 0.3)
+    assert y.mean().item() == pytest.approx(1, abs=0.05) and y.std() > 0.1
+
+
+def test_rope_equals_llamas():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    from transformers import LlamaConfig
+
+    T, nh, hs, theta = 40, 3, 8, 50_000.0
+    config = LlamaConfig(
+        hidden_size=nh * hs,
+        num_attention_heads=nh,
+        max_position_embeddings=T,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+    )
+    q, k = torch.randn(2, nh, T, hs), torch.randn(2, 1, T, hs)
+    theirs = llama.LlamaRotaryEmbedding(config)(q, torch.arange(T)[None])
+    expected = llama.apply_rotary_pos_emb(q, k, *theirs)
+    tables = lm.rope_tables(T, hs, theta)
+    for x, y in zip((q, k), expected):
+        same(lm.apply_rope(x, *tables), y, rtol=1e-5, atol=1e-5)
+
+
+def test_rope_turns_without_stretching():
+    x = torch.randn(2, 3, 30, 8)
+    y = lm.apply_rope(x, *lm.rope_tables(30, 8, 10_000.0))
+    same(y.norm(dim=-1), x.norm(dim=-1))
+    same(y[:, :, 0], x[:, :, 0])  # position 0 is not turned
+    assert (y[:, :, 1:] - x[:, :, 1:]).abs().amax(-1).min() > 1e-3
+
+
+def test_rope_dot_products_know_only_the_distance():
+    torch.manual_seed(0)
+    q, k = torch.randn(8).expand(1, 1, 30, 8), torch.randn(8).expand(1, 1, 30, 8)
+    tables = lm.rope_tables(30, 8, 10_000.0)
+    dots = (lm.apply_rope(q, *tables) @ lm.apply_rope(k, *tables).transpose(-2, -1))[0, 0]
+    for distance in (-7, 0, 1, 12):
+        line = dots.diagonal(distance)
+        same(line, line[:1].expand_as(line), rtol=1e-4, atol=1e-5)
+    assert (dots[0, 5] - dots[0, 6]).abs() > 1e-3
+
+
+def test_rmsnorm_equals_torchs_and_llamas():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    x, weight = torch.randn(3, 5, 24), torch.randn(24)
+    ours, torchs, theirs = (
+        lm.RMSNorm(24, 1e-3, True),
+        nn.RMSNorm(24, 1e-3),
+        llama.LlamaRMSNorm(24, 1e-3),
+    )
+    for norm in (ours, torchs, theirs):
+        norm.weight.data.copy_(weight)
+    same(ours(x), torchs(x))
+    same(ours(x), theirs(x))
+    same(lm.RMSNorm(24, 1e-3, False)(x) * weight, ours(x))
+
+
+def test_the_swiglu_feed_forward_equals_llamas():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    from transformers import LlamaConfig
+
+    ours = lm.FeedForward(Config(n_head=4, d_model=24, d_ff=56, activation="swiglu"))
+    shape = dict(hidden_size=24, intermediate_size=56, num_attention_heads=4)
+    theirs = llama.LlamaMLP(LlamaConfig(**shape))
+    names = {"up": "up_proj", "gate": "gate_proj", "down": "down_proj"}
+    for our_name, their_name in names.items():
+        getattr(theirs, their_name).weight.data.copy_(getattr(ours, our_name).weight.data)
+    x = torch.randn(2, 7, 24)
+    same(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("C", [32, 64])
+def test_the_sinusoids_are_the_courses(C):
+    position = torch.arange(0, 128, dtype=torch.float).unsqueeze(1)
+    div = torch.exp(torch.arange(0, C, 2).float() * (-math.log(10000.0) / C))
+    pe = torch.zeros(128, C)
+    pe[:, 0::2] = torch.sin(position * div)
+    pe[:, 1::2] = torch.cos(position * div)
+    same(lm.sinusoid_table(128, C), pe, rtol=0, atol=5e-5)
+
+
+def test_an_odd_width_has_sinusoids_too():
+    assert lm.sinusoid_table(4, 5).shape == (4, 5)
+
+
+# --------------------------------------------------------------------------------------------
+# The whole model against other people's
+# --------------------------------------------------------------------------------------------
+
+
+def their_logits(theirs, state, ids, allowed_missing=()):
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert set(missing) <= set(allowed_missing) and not unexpected
+    with torch.no_grad():
+        return theirs.eval()(input_ids=ids).logits
+
+
+def test_a_gpt2_shape_equals_transformers_gpt2():
+    transformers = pytest.importorskip("transformers")
+    c = dict(position="learned", norm="layernorm", activation="gelu_tanh", init="gpt2")
+    ours = build(**c, qkv_bias=True, out_bias=True, ff_bias=True, tied=True)
+    s = ours.state_dict()
+    state = {"transformer.wte.weight": s["embed.weight"], "lm_head.weight": s["embed.weight"]}
+    state["transformer.wpe.weight"] = s["position.weight"]
+    for kind in ("weight", "bias"):
+        state[f"transformer.ln_f.{kind}"] = s[f"norm.{kind}"]
+        for i in range(2):
+            a, h = f"blocks.{i}.", f"transformer.h.{i}."
+            matrices = {
+                "attn.c_attn": torch.cat([s[f"{a}attention.{n}.{kind}"] for n in "qkv"]),
+                "attn.c_proj": s[f"{a}attention.out.{kind}"],
+                "mlp.c_fc": s[f"{a}feed_forward.up.{kind}"],
+                "mlp.c_proj": s[f"{a}feed_forward.down.{kind}"],
+            }
+            for name, x in matrices.items():  # their Conv1D holds (in, out), a Linear (out, in)
+                state[f"{h}{name}.{kind}"] = x.T if kind == "weight" else x
+            state[f"{h}ln_1.{kind}"] = s[f"{a}norm1.{kind}"]
+            state[f"{h}ln_2.{kind}"] = s[f"{a}norm2.{kind}"]
+    config = transformers.GPT2Config(
+        vocab_size=V, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4, n_inner=40
+    )
+    ids = some_ids()
+    theirs = their_logits(transformers.GPT2LMHeadModel(config), state, ids)
+    same(ours(ids), theirs, rtol=1e-4, atol=1e-4)
+
+
+LLAMAS = {  # what each family changes in our Config
+    "Llama": dict(),
+    "Qwen2": dict(qkv_bias=True),
+    "Qwen3": dict(qk_norm=True, head_size=12),
+}
+
+
+@pytest.mark.parametrize("family", LLAMAS)
+def test_a_llama_shape_equals_transformers(family):
+    transformers = pytest.importorskip("transformers")
+    ours = build(n_kv_head=2, rope_theta=500_000.0, eps=1e-6, **LLAMAS[family])
+    names = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+    names |= {f"attention.{n}": f"self_attn.{n}_proj" for n in "qkv"}
+    names |= {"attention.out": "self_attn.o_proj"}
+    names |= {f"attention.{n}_norm": f"self_attn.{n}_norm" for n in "qk"}
+    names |= {f"feed_forward.{n}": f"mlp.{n}_proj" for n in ("up", "gate", "down")}
+    state = {}
+    for name, tensor in ours.state_dict().items():
+        module, kind = name.rsplit(".", 1)
+        if module.startswith("blocks."):
+            _, i, part = module.split(".", 2)
+            state[f"model.layers.{i}.{names[part]}.{kind}"] = tensor
+        else:
+            top = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+            state[f"{top[module]}.{kind}"] = tensor
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=ours.config.head_size,
+        max_position_embeddings=CONTEXT,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        tie_word_embeddings=False,
+    )
+    ids = some_ids()
+    theirs = their_logits(getattr(transformers, f"{family}ForCausalLM")(config), state, ids)
+    same(ours(ids), theirs, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------
+# The loss
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    monkeypatch.setattr(lm, "LOSS_ROWS", 3)  # 10 targets: chunks of 3, 3, 3 and 1
+
+
+def loss_inputs(dtype=torch.float64, ignored=4):
+    torch.manual_seed(3)
+    x = torch.randn(2, 7, 6, dtype=dtype, requires_grad=True)
+    weight = torch.randn(11, 6, dtype=dtype, requires_grad=True)
+    bias = torch.randn(11, dtype=dtype, requires_grad=True)
+    targets = torch.randint(11, (2, 7))
+    targets.view(-1)[torch.randperm(14)[:ignored]] = -100
+    return x, weight, bias, targets
+
+
+def full_loss(x, weight, bias, targets):
+    logits = F.linear(x, weight, bias).flatten(0, -2)
+    return F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=-100)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 10, 256])
+@pytest.mark.parametrize("ignored", [0, 4])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_loss_is_cross_entropy_with_its_gradients(monkeypatch, rows, ignored, with_bias):
+    monkeypatch.setattr(lm, "LOSS_ROWS", rows)
+    results = []
+    for f in (lm.chunked_loss, full_loss):
+        x, weight, bias, targets = loss_inputs(ignored=ignored)
+        wanted = (x, weight, bias) if with_bias else (x, weight)
+        loss = f(x, weight, bias if with_bias else None, targets)
+        # upstream: whoever divides by the token count scales the gradients
+        results.append((loss, *torch.autograd.grad(loss * 0.37, wanted)))
+    for ours, expected in zip(*results):
+        same(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_no_target_at_all_is_no_loss_and_no_gradient(few_rows):
+    x, weight, bias, targets = loss_inputs(ignored=14)
+    loss = lm.chunked_loss(x, weight, bias, targets)
+    loss.backward()
+    assert loss.item() == 0
+    for p in (x, weight, bias):
+        assert torch.equal(p.grad, torch.zeros_like(p))
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_a_frozen_part_gets_no_gradient_and_the_others_theirs(few_rows, frozen):
+    results = []
+    for f in (lm.chunked_loss, full_loss):
+        *parts, targets = loss_inputs()
+        parts[frozen].requires_grad_(False)
+        f(*parts, targets).backward()
+        assert parts[frozen].grad is None
+        results.append([p.grad for i, p in enumerate(parts) if i != frozen])
+    for ours, expected in zip(*results):
+        same(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_without_grad_the_loss_is_the_same_and_keeps_nothing(few_rows):
+    inputs = loss_inputs()
+    with torch.no_grad():
+        loss = lm.chunked_loss(*inputs)
+    assert not loss.requires_grad
+    same(loss, full_loss(*inputs).detach(), rtol=1e-12, atol=0)
+
+
+def test_going_backward_twice_is_an_error_and_not_a_wrong_gradient(few_rows):
+    loss = lm.chunked_loss(*loss_inputs())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        loss.backward()
+
+
+def test_the_loss_under_bf16_autocast_is_close_and_float32(few_rows):
+    exact, low = loss_inputs(torch.float32), loss_inputs(torch.float32)
+    expected = full_loss(*exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = lm.chunked_loss(*low)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+    # the products ran in bf16, the softmax behind them did not
+    *rounded, targets = (t.bfloat16() if t.is_floating_point() else t for t in low)
+    logits = F.linear(*rounded).double().flatten(0, 1)
+    assert loss.item() == pytest.approx(
+        F.cross_entropy(logits, targets.flatten(), reduction="sum").item(), rel=1e-4
+    )
+    assert loss.item() != pytest.approx(expected.item(), rel=1e-6)
+    expected.backward()
+    loss.backward()
+    for ours, theirs in zip(low[:3], exact[:3]):
+        assert ours.grad.dtype == torch.float32
+        assert (ours.grad - theirs.grad).norm() < 0.02 * theirs.grad.norm()
+
+
+def test_the_loss_of_bf16_weights_has_bf16_gradients(few_rows):
+    *parts, targets = loss_inputs(torch.bfloat16)
+    exact = [p.detach().double().requires_grad_() for p in parts]
+    loss, expected = lm.chunked_loss(*parts, targets), full_loss(*exact, targets)
+    loss.backward()
+    expected.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+    for ours, theirs in zip(parts, exact):
+        assert ours.grad.dtype == torch.bfloat16
+        assert (ours.grad - theirs.grad).norm() < 0.02 * theirs.grad.norm()
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(tied=True), dict(head_bias=True)])
+def test_a_models_loss_is_that_of_its_logits(few_rows, fields):
+    model, ids, targets = build(**fields), some_ids(), some_ids(seed=2)
+    targets[0, :5] = -100
+    grads = []
+    for loss in (
+        model(ids, targets),
+        F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="sum"),
+    ):
+        grads.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    for ours, expected in zip(*grads):
+        same(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+# VmHWM and not ru_maxrss: the latter begins at the peak of the process that started us
+PEAKS = """
+import torch, model as lm
+import torch.nn.functional as F
+
+def peak():
+    return next(int(s.split()[1]) for s in open("/proc/self/status") if s.startswith("VmHWM"))
+
+x = torch.randn(2048, 512, requires_grad=True)
+weight = torch.empty(100256, 512).normal_(std=0.02).requires_grad_()
+targets = torch.randint(100256, (2048,))
+def full(x, weight, bias, targets):
+    return F.cross_entropy(F.linear(x, weight), targets, reduction="sum")
+
+before = peak()
+for f in (lm.chunked_loss, full):  # the smaller first: a peak never comes down
+    f(x, weight, None, targets).backward()
+    x.grad = weight.grad = None
+    print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read in /proc")
+def test_the_loss_takes_at_most_two_fifths_of_the_memory():
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    ours, full = map(int, done.stdout.split())
+    assert full > 1_500_000  # kB: the full logits and their gradient were really there
+    assert ours <= 0.40 * full, (ours, full)
+
+
+# --------------------------------------------------------------------------------------------
+# The cache, and what a token may see
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [[1] * CONTEXT, [5, 4, 1, 1, 5], [CONTEXT], [1, 15]])
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+@pytest.mark.parametrize("position", lm.POSITIONS)
+@torch.no_grad()
+def test_cached_logits_equal_uncached(position, n_kv_head, chunks):
+    model, ids = build(position=position, n_kv_head=n_kv_head, qk_norm=True), some_ids()
+    cache = KVCache(model, 2)
+    parts = [model(piece, cache=cache) for piece in ids.split(chunks, dim=1)]
+    same(torch.cat(parts, dim=1), model(ids), rtol=1e-5, atol=1e-5)
+    assert cache.length == CONTEXT
+
+
+@torch.no_grad()
+def test_more_tokens_than_the_context_are_refused():
+    model = build()
+    with pytest.raises(ModelError, match=r"17 .*16"):
+        model(some_ids(T=17))
+    cache = KVCache(model, 2)
+    model(some_ids(T=10), cache=cache)
+    with pytest.raises(ModelError, match=r"17 .*16"):
+        model(some_ids(T=7), cache=cache)
+    assert cache.length == 10
+
+
+@pytest.mark.parametrize("T", [1, 2])
+@torch.no_grad()
+def test_more_tokens_than_a_short_cache_are_refused_and_not_forgotten(T):
+    model = build()
+    cache = KVCache(model, 2, length=4)
+    model(some_ids(T=4), cache=cache)
+    with pytest.raises(ModelError, match="4"):
+        model(some_ids(T=T), cache=cache)
+    with pytest.raises(ModelError, match="4"):  # nor with positions of the caller's own
+        model(some_ids(T=T), cache=cache, positions=torch.arange(T))
+
+
+@torch.no_grad()
+def test_reordered_rows_go_on_as_the_rows_they_copied():
+    model, ids, rows = build(n_kv_head=2), some_ids(B=3), torch.tensor([2, 0, 0])
+    cache = KVCache(model, 3)
+    model(ids[:, :9], cache=cache)
+    cache.reorder(rows)
+    expected = model(torch.cat((ids[rows, :9], ids[:, 9:]), dim=1))[:, 9:]
+    same(model(ids[:, 9:], cache=cache), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", lm.POSITIONS)
+@torch.no_grad()
+def test_a_left_padded_row_equals_itself_alone(position):
+    model, ids = build(position=position, n_kv_head=2), some_ids(B=1, T=9)
+    padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids), dim=1)
+    batch = torch.cat((padded, some_ids(B=1, T=13, seed=5)))
+    pad = torch.tensor([4, 0])[:, None]
+    positions = (torch.arange(13) - pad).clamp(min=0)  # (B, T)
+    real = torch.arange(13) >= pad
+    mask = lm.causal_mask(13, 13) & (real[:, None, :] | torch.eye(13, dtype=torch.bool))
+    logits = model(batch, positions=positions, mask=mask[:, None])
+    same(logits[:1, 4:], model(ids), rtol=1e-5, atol=1e-5)
+    same(logits[1:], model(batch[1:]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", lm.POSITIONS)
+@torch.no_grad()
+def test_a_later_token_never_changes_an_earlier_logit(position):
+    model, ids = build(position=position, n_kv_head=2), some_ids()
+    before = model(ids)
+    for t in (1, 7, CONTEXT - 1):
+        changed = ids.clone()
+        changed[:, t] = (ids[:, t] + 1) % V
+        after = model(changed)
+        same(after[:, :t], before[:, :t], rtol=0, atol=1e-6)
+        moved = (after[:, t:] - before[:, t:]).abs().amax(-1)
+        assert moved.min() > 1e-4  # and it does change its own and all later ones
+
+
+# --------------------------------------------------------------------------------------------
+# The model as a module: switches, dropout, initialisation
+# --------------------------------------------------------------------------------------------
+
+
+def assert_it_trains(model):
+    ids, targets = some_ids(T=8), some_ids(T=8, seed=2)
+    assert model(ids).shape == (2, 8, V)
+    loss = model.train()(ids, targets)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        assert p.grad.any(), f"{name} takes no part"
+
+
+@pytest.mark.parametrize("activation", lm.ACTIVATIONS)
+@pytest.mark.parametrize("norm", lm.NORMS)
+@pytest.mark.parametrize("position", lm.POSITIONS)
+def test_all_positions_norms_and_activations_train(position, norm, activation):
+    assert_it_trains(build(position=position, norm=norm, activation=activation))
+
+
+FEATURES = {
+    "course": dict(position="sinusoidal", out_bias=True, ff_bias=True, head_bias=True),
+    "ours": lm._OURS,
+    # not with learned positions: there softmax cannot see a key bias, its gradient is zero
+    "qwen 2": dict(qkv_bias=True, tied=True),
+    "own head size": dict(n_head=3, n_kv_head=1, head_size=6),
+    "layernorm without weight": dict(norm="layernorm", norm_weight=False, embed_norm=True),
+    "dropout": dict(dropout=0.2),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_feature_trains(name):
+    assert_it_trains(build(**FEATURES[name]))
+
+
+@pytest.mark.parametrize("activation", lm.ACTIVATIONS)
+def test_each_activation_is_its_formula(activation):
+    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    cube = 0.044715 * x**3
+    formula = {
+        "gelu": x * (1 + torch.erf(x / 2**0.5)) / 2,
+        "gelu_tanh": x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + cube))) / 2,
+        "relu": x.clamp(min=0),
+        "relu2": x.clamp(min=0) ** 2,
+        "swiglu": x / (1 + (-x).exp()),
+    }
+    same(lm.ACTIVATIONS[activation](x), formula[activation])
+
+
+def test_dropout_works_in_training_and_is_off_in_evaluation():
+    model, ids = build(dropout=0.3), some_ids()
+    same(model(ids), build(dropout=0.0)(ids))
+    model.train()
+    assert not torch.allclose(model(ids), model(ids))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_grad_checkpoint_recomputes_and_changes_no_gradient(dropout):
+    results = []
+    for on in (False, True):
+        model = build(dropout=dropout, n_kv_head=2).train()
+        model.grad_checkpoint = on
+        calls = []
+        model.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(7)
+        loss = model(some_ids(), some_ids(seed=2))
+        loss.backward()
+        assert len(calls) == 1 + on
+        results.append((loss, *(p.grad for p in model.parameters())))
+    for plain, recomputed in zip(*results):
+        assert torch.equal(plain, recomputed)
+
+
+def test_a_tied_head_is_the_embedding_and_counted_once():
+    tied, untied = build(tied=True), build()
+    assert tied.head.weight.data_ptr() == tied.embed.weight.data_ptr()
+    parts = lm.count_parameters(tied)
+    assert parts["head"] == 0 and parts["embedding"] == V * 32
+    assert parts["total"] == lm.count_parameters(untied)["total"] - V * 32
+
+
+def test_a_model_keeps_its_own_copy_of_the_config():
+    config = Config(vocab_size=V)
+    model = Transformer(config)
+    config.context = 1
+    assert model.config.context == 128
+
+
+@pytest.mark.parametrize("fields", [dict(), lm._OURS, dict(norm="layernorm", ff_bias=True)])
+def test_zero_out_starts_at_the_loss_of_knowing_nothing(fields):
+    model = Transformer(Config(**{**fields, "vocab_size": V, "init": "zero_out"}))
+    assert not model(some_ids()).any()
+    loss = model(some_ids(), some_ids(seed=2)) / some_ids().numel()
+    assert loss.item() == pytest.approx(math.log(V), rel=1e-6)
+
+
+def test_zero_out_tied_starts_near_that_loss():
+    model = Transformer(Config(vocab_size=V, tied=True, init="zero_out"))
+    loss = model(some_ids(), some_ids(seed=2)) / some_ids().numel()
+    assert loss.item() == pytest.approx(math.log(V), abs=0.3)
+
+
+@pytest.mark.parametrize("init", lm.INITS)
+def test_each_init_has_its_deviations(init):
+    torch.manual_seed(0)
+    C, L = 128, 3
+    model = Transformer(
+        Config(
+            vocab_size=500,
+            n_layer=L,
+            d_model=C,
+            position="learned",
+            norm="layernorm",
+            qkv_bias=True,
+            qk_norm=True,
+            head_bias=True,
+            init=init,
+        )
+    )
+    inner, embed, out = 0.577 / C**0.5, 1.0, 0.0
+    if init == "gpt2":
+        inner, embed, out = 0.02, 0.02, 0.02 / (2 * L) ** 0.5
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            value = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            assert (p == value).all(), name
+            continue
+        expected = inner
+        if name == "embed.weight":
+            expected = embed
+        elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
+            expected = out
+        elif name == "head.weight":
+            expected = 0.02 if init == "gpt2" else 0.0
+        assert p.std().item() == pytest.approx(expected, rel=0.03), name
+        assert abs(p.mean().item()) <= 0.03 * expected, name
+
+
+# --------------------------------------------------------------------------------------------
+# Checkpoints
+# --------------------------------------------------------------------------------------------
+
+
+def content_of(model, **more):
+    return {"config": asdict(model.config), "model": lm.plain_state(model), **more}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "run" / "last.pt"  # the folder is made on the way
+    lm.save_checkpoint(path, content_of(build(), step=7))
+    return path
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(tied=True), dict(lm._OURS, n_kv_head=2)])
+@torch.no_grad()
+def test_a_checkpoint_comes_back_as_it_was(tmp_path, fields):
+    model = build(**fields)
+    lm.save_checkpoint(tmp_path / "a.pt", content_of(model, step=7))
+    content = lm.load_checkpoint(tmp_path / "a.pt")
+    again = lm.model_from_checkpoint(content)
+    assert content["step"] == 7 and again.config == model.config and not again.training
+    assert torch.equal(again(some_ids()), model(some_ids()))
+    assert os.listdir(tmp_path) == ["a.pt"]
+    half = lm.model_from_checkpoint(content, dtype=torch.bfloat16)
+    assert half(some_ids()).dtype == torch.bfloat16
+
+
+def test_a_checkpoint_is_a_plain_mappable_file(saved):
+    content = torch.load(saved, weights_only=True, mmap=True)
+    assert type(content) is dict and content["step"] == 7
+    same(content["model"]["embed.weight"], build().embed.weight.detach())
+
+
+class Wrapped(nn.Module):
+    """What DistributedDataParallel does to the names."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.compile,
+        Wrapped,
+        lambda m: Wrapped(torch.compile(m)),
+        lambda m: torch.compile(Wrapped(m)),
+    ],
+    ids=["compile", "ddp", "ddp of compile", "compile of ddp"],
+)
+def test_plain_state_knows_no_wrappers(wrap):
+    model = build()
+    wrapped = wrap(model)
+    assert list(wrapped.state_dict()) != list(model.state_dict())
+    state = lm.plain_state(wrapped)
+    assert list(state) == list(model.state_dict())
+    lm.load_weights(build(seed=1), state)
+
+
+@pytest.mark.parametrize(
+    "where, error",
+    [
+        ("torch.save", RuntimeError("PytorchStreamWriter failed writing file: no space")),
+        ("os.fsync", OSError(28, "No space left on device")),
+        ("os.replace", PermissionError(13, "Permission denied")),
+    ],
+)
+def test_a_failing_write_keeps_the_old_file_and_leaves_no_other(saved, monkeypatch, where, error):
+    before = saved.read_bytes()
+
+    def fail(content, file=None, *_):
+        if where == "torch.save":  # some of it was already written
+            file.write(b"half a checkpoint")
+        raise error
+
+    with monkeypatch.context() as m:
+        m.setattr(where, fail)
+        with pytest.raises(ModelError, match=r"last\.pt.*(space|Permission)") as caught:
+            lm.save_checkpoint(saved, content_of(build(seed=1)))
+    assert "\n" not in str(caught.value)
+    assert saved.read_bytes() == before and os.listdir(saved.parent) == ["last.pt"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_a_users_mistake(tmp_path):
+    (tmp_path / "out").write_text("not a folder", encoding="utf-8")
+    with pytest.raises(ModelError, match="cannot write"):
+        lm.save_checkpoint(tmp_path / "out" / "last.pt", content_of(build()))
+
+
+class Command:
+    """A pickle of this runs a shell command when it is loaded."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"echo ran > {self.marker}",)
+
+
+def damaged(kind, saved):
+    whole = saved.read_bytes()
+    if kind == "empty":
+        saved.write_bytes(b"")
+    elif kind == "cut":
+        saved.write_bytes(whole[: len(whole) // 2])
+    elif kind == "last bytes gone":
+        saved.write_bytes(whole[:-10])
+    elif kind == "random":
+        saved.write_bytes(bytes(range(256)) * 20)
+    elif kind == "text":
+        saved.write_text("Once upon a time", encoding="utf-8")
+    elif kind == "object":
+        torch.save({**content_of(build()), "more": Wrapped(build())}, saved)
+    elif kind == "code":
+        torch.save({**content_of(build()), "more": Command(saved.parent / "marker")}, saved)
+    elif kind == "old pickle with code":
+        bad = {"more": Command(saved.parent / "marker")}
+        torch.save(bad, saved, _use_new_zipfile_serialization=False)
+    elif kind == "list":
+        torch.save([1, 2, 3], saved)
+    elif kind == "weights alone":
+        torch.save(build().state_dict(), saved)
+
+
+DAMAGES = ["empty", "cut", "last bytes gone", "random", "text", "list", "weights alone"]
+
+
+@pytest.mark.parametrize("kind", DAMAGES + ["object", "code", "old pickle with code"])
+def test_what_is_no_checkpoint_is_refused_by_name_and_runs_nothing(saved, kind):
+    damaged(kind, saved)
+    with pytest.raises(ModelError) as caught:
+        lm.load_checkpoint(saved)
+    assert str(saved) in str(caught.value) and "\n" not in str(caught.value)
+    assert os.listdir(saved.parent) == ["last.pt"]
+
+
+def test_a_folder_means_its_best_then_its_last(saved):
+    assert lm.load_checkpoint(saved.parent)["step"] == 7
+    lm.save_checkpoint(saved.with_name("best.pt"), content_of(build(), step=5))
+    assert lm.load_checkpoint(saved.parent)["step"] == 5
+    assert lm.load_checkpoint(saved)["step"] == 7
+
+
+def test_an_empty_folder_and_a_missing_file_are_named(tmp_path):
+    with pytest.raises(ModelError, match=r"best\.pt") as caught:
+        lm.load_checkpoint(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    with pytest.raises(ModelError, match=r"none\.pt does not exist"):
+        lm.load_checkpoint(tmp_path / "none.pt")
+
+
+def test_a_misfit_is_named_with_its_shapes():
+    model = build()
+    name, state = "blocks.1.attention.k.weight", model.state_dict()
+    cases = {
+        r"run/last\.pt.*blocks\.1\.attention\.k\.weight \(32, 32\) is missing": {
+            k: v for k, v in state.items() if k != name
+        },
+        r"attention\.k\.weight is \(16, 32\), the model has \(32, 32\)": {
+            **state,
+            name: torch.zeros(16, 32),
+        },
+        r"wings \(2, 3\) is unknown": {**state, "wings": torch.zeros(2, 3)},
+    }
+    for message, bad in cases.items():
+        with pytest.raises(ModelError, match=message):
+            lm.load_weights(model, bad, "run/last.pt")
+    assert lm.fit_error(state, state) is None
+
+
+@pytest.mark.parametrize("bad", [{"wings": 2}, {"n_layer": 0}, {"vocab_size": "many"}])
+def test_a_checkpoint_with_an_impossible_config_is_a_users_mistake(tmp_path, bad):
+    content = content_of(build())
+    content["config"] |= bad
+    with pytest.raises(ModelError, match=r"run/last\.pt"):
+        lm.model_from_checkpoint(content, where="run/last.pt")
+    lm.save_checkpoint(tmp_path / "last.pt", content)
+    with pytest.raises(ModelError):
+        lm.main(["--ckpt", str(tmp_path)])
+
+
+def test_the_command_describes_a_checkpoint(saved, capsys):
+    lm.main(["--ckpt", str(saved.parent)])
+    total = lm.count_parameters(build())["total"]
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"{total:,} parameters")

@@ -1,0 +1,92 @@
+"""Every command of the READMEs runs, in their order, at toy size; both languages show the same."""
+
+import functools
+import http.server
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = Path(os.environ.get("SCRATCHLM_DATA", ROOT.parent / "shared" / "data"))
+# appended to a command of each script: argparse takes the last value of a flag
+TOY = {
+    "train.py": "--n_layer 1 --n_head 2 --d_model 32 --context 16 --batch_size 2 --grad_accum 1 "
+    "--max_steps 3 --eval_every 2 --eval_tokens 64 --log_every 1",
+    "--resume": "--max_steps 4",
+    "sample.py": "--max_tokens 5",
+}
+
+
+def commands(readme):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_both_languages_show_the_same_commands():
+    def plain(lines):  # a prompt may be in the reader's language
+        return [re.sub(r'--prompt "[^"]*"', "--prompt", line) for line in lines]
+
+    assert plain(commands("README.md")) == plain(commands("README.zh-CN.md"))
+    assert len(commands("README.md")) > 15
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory):
+    """The public hosts' files under their paths, on this machine."""
+    if not (REAL / "sales_textbook.txt").exists():
+        pytest.skip(f"needs the real texts in {REAL} (or SCRATCHLM_DATA)")
+    folder = tmp_path_factory.mktemp("mirror")
+    sys.path.insert(0, str(ROOT))
+    import prepare_data
+
+    for name, file in (("sales", "sales_textbook.txt"), ("shakespeare", "tinyshakespeare.txt")):
+        place = folder / prepare_data.REMOTE[name][0].split("://")[1]
+        place.parent.mkdir(parents=True)
+        place.symlink_to(REAL / file)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    handler.func.log_message = lambda *args: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def toy(line):
+    """The command at toy size, run from any folder; None for what is not ours to run here."""
+    if line.startswith(("pip ", "pytest")):
+        return None
+    script = next(s for s in ("prepare_data.py", "model.py", "train.py", "sample.py") if s in line)
+    extra = TOY["--resume" if "--resume" in line else script] if script in TOY else ""
+    if "--max_minutes" in line:  # the toy is limited by its steps
+        line = re.sub(r"--max_minutes \S+", "", line)
+    line = line.replace(script, shlex.quote(str(ROOT / script)))
+    line = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
+    return re.sub(r"(?<![/\w])python ", f"{sys.executable} ", line) + " " + extra
+
+
+def test_every_command_of_the_readme_runs(mirror, tmp_path):
+    words = ["我们", "学习", "a", "model", "from", "scratch", "。", "\n"]
+    (tmp_path / "my_novel.txt").write_text(" ".join(words * 400), encoding="utf-8")
+    env = {
+        **os.environ,
+        "SCRATCHLM_MIRROR": mirror,
+        "TIKTOKEN_CACHE_DIR": str(REAL / "tiktoken"),
+        "OMP_NUM_THREADS": "1",
+    }
+    for line in commands("README.md"):
+        command = toy(line)
+        if command is None:
+            continue
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,1010 @@
+"""Decoding: each rung by hand, generation against the plainest loop, beams against exhaustive
+search, text as it comes, and the command line on a checkpoint of a few kilobytes."""
+
+import base64
+import io
+import itertools
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import sample
+from model import Config, KVCache, ModelError, Transformer, save_checkpoint
+from prepare_data import DataError, Tokenizer
+from sample import TextStream, analogy, beam_search, generate, next_token
+
+SCRIPT = Path(__file__).resolve().parent.parent / "sample.py"
+INF = math.inf
+BYTES = Tokenizer({"kind": "byte"})
+
+
+def bpe_tokenizer(tokens, pattern):
+    encoded = [base64.b64encode(t).decode() for t in tokens]
+    return Tokenizer({"kind": "bpe", "pattern": pattern, "tokens": encoded})
+
+
+def noisy_model(seed=0, **shape):
+    """A small model with loud random weights: its next token depends on all that it sees."""
+    shape = dict(vocab_size=40, n_layer=2, n_head=4, d_model=16, context=12) | shape
+    torch.manual_seed(seed)
+    model = Transformer(Config(init="gpt2", **shape)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.6)
+    return model
+
+
+def bigram_model(rows):
+    """A Transformer whose next-token probabilities are exactly rows[last id]."""
+    V = len(rows)
+    model = Transformer(
+        Config(vocab_size=V, n_layer=1, d_model=V, context=64, head_size=2, n_head=1)
+    ).eval()
+    with torch.no_grad():  # its blocks add nothing, and a normalised one-hot is sqrt(V) of itself
+        model.embed.weight.copy_(100 * torch.eye(V))
+        model.head.weight.copy_(torch.tensor(rows).log().clamp(min=-50).T / math.sqrt(V))
+    return model
+
+
+def reference(model, prompt, n, seed=0, **settings):
+    """One row by the documented rule, without any cache: when the window outgrows the context, its
+    newest half goes on from position 0."""
+    context, row = model.config.context, list(prompt)
+    window, g = row[-context:], torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        with torch.no_grad():
+            logits = model(torch.tensor([window]))[:, -1]
+        i = next_token(logits, [row], [g], settings)[0]
+        row.append(i)
+        window.append(i)
+        if len(window) > context:
+            window = window[-max(1, context // 2) :]
+    return row[len(prompt) :]
+
+
+def rows_of(steps):
+    """What `generate` yields, turned to one list a row, without the Nones."""
+    return [[i for i in row if i is not None] for row in zip(*steps)]
+
+
+def random_prompt(n, seed=0, vocab=40):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab, (n,), generator=g).tolist()
+
+
+# --------------------------------------------------------------------------------------------
+# The ladder
+# --------------------------------------------------------------------------------------------
+
+PROBS = [0.1, 0.4, 0.05, 0.15, 0.3]  # unsorted on purpose
+
+
+def kept(logits):
+    return [i for i, x in enumerate(logits[0].tolist()) if x > -INF]
+
+
+def logits_of(probs):
+    return torch.tensor([probs]).log()
+
+
+def test_temperature_divides_the_logits():
+    x = torch.tensor([[2.0, -1.0, 0.0, 4.0, -3.0]])
+    assert sample.temperature(x, 0.5).tolist() == [[4.0, -2.0, 0.0, 8.0, -6.0]]
+    assert sample.temperature(x, 2.0).tolist() == [[1.0, -0.5, 0.0, 2.0, -1.5]]
+
+
+def test_top_k_keeps_the_k_largest():
+    x = torch.tensor([[0.0, 3.0, -1.0, 2.0, 1.0]])
+    assert sample.top_k(x, 2).tolist() == [[-INF, 3.0, -INF, 2.0, -INF]]
+    assert kept(sample.top_k(x, 1)) == [1]
+
+
+def test_top_k_keeps_all_that_tie_with_the_kth():
+    assert kept(sample.top_k(torch.tensor([[1.0, 2.0, 1.0, 0.0, 3.0]]), 3)) == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize("k", [5, 6, 1000])
+def test_top_k_of_the_vocabulary_or_more_changes_nothing(k):
+    x = torch.tensor([[0.0, 3.0, -1.0, 2.0, 1.0]])
+    assert torch.equal(sample.top_k(x, k), x)
+
+
+@pytest.mark.parametrize(
+    "p, ids",
+    [
+        (0.0, [1]),
+        (1e-12, [1]),
+        (0.39, [1]),
+        (0.41, [1, 4]),  # 0.4 is not enough: the token that crosses 0.41 stays
+        (0.69, [1, 4]),
+        (0.71, [1, 3, 4]),
+        (0.84, [1, 3, 4]),
+        (0.94, [0, 1, 3, 4]),
+        (0.96, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_top_p_keeps_up_to_and_with_the_token_that_crosses(p, ids):
+    x = logits_of(PROBS)
+    out = sample.top_p(x, p)
+    assert kept(out) == ids
+    assert torch.equal(out[:, ids], x[:, ids])
+
+
+def test_top_p_of_five_equals_keeps_the_number_that_it_needs():
+    assert len(kept(sample.top_p(torch.zeros(1, 5), 0.5))) == 3  # 0.2, 0.4, then 0.6 crosses
+    assert len(kept(sample.top_p(torch.zeros(1, 5), 0.0))) == 1
+
+
+@pytest.mark.parametrize(
+    "p, ids", [(0.0, [0, 1, 2, 3, 4]), (0.2, [0, 1, 3, 4]), (0.5, [1, 4]), (1.0, [1])]
+)
+def test_min_p_keeps_a_share_of_the_largest(p, ids):
+    x = logits_of(PROBS)
+    out = sample.min_p(x, p)
+    assert kept(out) == ids
+    assert torch.equal(out[:, ids], x[:, ids])
+
+
+def test_repetition_penalty_lowers_positive_and_negative_logits_once():
+    x = torch.tensor([[4.0, -2.0, 0.0, 1.0, -1.0], [4.0, -2.0, 0.0, 1.0, -1.0]])
+    out = sample.repetition_penalty(x, [[0, 1, 1, 2, 0], [3]], 2.0)
+    assert out.tolist() == [[2.0, -4.0, 0.0, 1.0, -1.0], [4.0, -2.0, 0.0, 0.5, -1.0]]
+
+
+def test_repetition_penalty_with_nothing_said_yet_changes_nothing():
+    x = torch.tensor([[4.0, -2.0, 0.0, 1.0, -1.0]])
+    assert torch.equal(sample.repetition_penalty(x, [[]], 2.0), x)
+
+
+@pytest.mark.parametrize(
+    "rung",
+    [
+        lambda x: sample.temperature(x, 0.5),
+        lambda x: sample.top_k(x, 2),
+        lambda x: sample.top_p(x, 0.5),
+        lambda x: sample.min_p(x, 0.5),
+        lambda x: sample.repetition_penalty(x, [[1, 2]], 2.0),
+    ],
+    ids=["temperature", "top_k", "top_p", "min_p", "repetition_penalty"],
+)
+def test_each_rung_returns_a_new_tensor_and_leaves_its_input_alone(rung):
+    x = logits_of(PROBS)
+    before = x.clone()
+    out = rung(x)
+    assert torch.equal(x, before)
+    assert out.data_ptr() != x.data_ptr() and not torch.equal(out, x)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rungs_agree_with_transformers(seed):
+    hf = pytest.importorskip("transformers.generation.logits_process")
+    torch.manual_seed(seed)
+    x, previous = 3 * torch.randn(8, 200), torch.randint(200, (8, 30))
+    for k in (1, 7, 199, 500):
+        assert torch.equal(sample.top_k(x, k), hf.TopKLogitsWarper(k)(None, x))
+    for p in (0.01, 0.3, 0.9, 0.999):
+        assert torch.equal(sample.top_p(x, p), hf.TopPLogitsWarper(p)(None, x))
+        assert torch.equal(sample.min_p(x, p), hf.MinPLogitsWarper(p)(None, x))
+    for penalty in (0.7, 1.3, 5.0):
+        wanted = hf.RepetitionPenaltyLogitsProcessor(penalty)(previous, x)
+        assert torch.equal(sample.repetition_penalty(x, previous.tolist(), penalty), wanted)
+
+
+def draw(logits, n, seed=0, **settings):
+    g = torch.Generator().manual_seed(seed)
+    return next_token(logits.expand(n, -1), [[0]] * n, [g] * n, settings)
+
+
+def test_temperature_zero_is_argmax_whatever_the_other_rungs_say():
+    x = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    g = [torch.Generator() for _ in x]
+    rest = dict(top_k=1, top_p=0.5, min_p=0.5)
+    assert next_token(x, [[0]] * 4, g, dict(temperature=0)) == x.argmax(-1).tolist()
+    assert next_token(x, [[0]] * 4, g, dict(temperature=0, **rest)) == x.argmax(-1).tolist()
+
+
+def test_temperature_zero_minds_the_repetition_penalty():
+    x = torch.tensor([[1.0, 5.0, 4.0]])
+    settings = dict(temperature=0, repetition_penalty=2.0)
+    assert next_token(x, [[1]], [torch.Generator()], settings) == [2]
+
+
+@pytest.mark.parametrize("t", [1e-6, 1e-30, 1e-40, 1e-60])
+def test_a_tiny_temperature_is_nearly_greedy_and_never_nan(t):
+    assert set(draw(torch.tensor([[1.0, 9.0, 3.0, -20.0, 8.0]]), 20, temperature=t)) == {1}
+
+
+@pytest.mark.parametrize(
+    "settings, probs",
+    [
+        ({}, PROBS),
+        (dict(temperature=0.5), [p * p / 0.285 for p in PROBS]),  # p**2, over the sum of squares
+        (dict(top_k=2), [0, 4 / 7, 0, 0, 3 / 7]),
+        (dict(top_p=0.8), [0, 0.4 / 0.85, 0, 0.15 / 0.85, 0.3 / 0.85]),
+        (dict(min_p=0.5), [0, 4 / 7, 0, 0, 3 / 7]),
+    ],
+)
+def test_draws_follow_the_distribution_that_the_ladder_leaves(settings, probs):
+    n = 20_000
+    count = np.bincount(draw(logits_of(PROBS), n, **settings), minlength=5)
+    wanted = n * np.array(probs)
+    some = wanted > 0
+    assert count[~some].sum() == 0
+    # chi-square of at most 4 degrees of freedom: above 18.5 once in a thousand seeds
+    assert ((count - wanted)[some] ** 2 / wanted[some]).sum() < 18.5
+
+
+def test_top_p_sees_the_distribution_after_temperature_and_penalty():
+    # at temperature 2 the largest of PROBS has only 0.30, so 0.35 needs a second token
+    assert set(draw(logits_of(PROBS), 300, top_p=0.35)) == {1}
+    assert set(draw(logits_of(PROBS), 300, top_p=0.35, temperature=2.0)) == {1, 4}
+    g = [torch.Generator()]
+    x = torch.tensor([[5.0, 1.0, 1.0]])
+    assert next_token(x, [[0]], g, dict(top_k=1, repetition_penalty=50.0))[0] in (1, 2)
+
+
+def test_the_same_seed_draws_the_same():
+    x = logits_of(PROBS)
+    assert draw(x, 50, seed=3) == draw(x, 50, seed=3)
+    assert draw(x, 50, seed=3) != draw(x, 50, seed=4)
+
+
+def test_a_rows_draw_does_not_depend_on_its_neighbours():
+    x = torch.randn(6, 50, generator=torch.Generator().manual_seed(1))
+
+    def gen(r):
+        return torch.Generator().manual_seed(r)
+
+    together = next_token(x, [[0]] * 6, [gen(r) for r in range(6)], {})
+    alone = [next_token(x[r : r + 1], [[0]], [gen(r)], {})[0] for r in range(6)]
+    assert together == alone
+
+
+# --------------------------------------------------------------------------------------------
+# Generation
+# --------------------------------------------------------------------------------------------
+
+SHAPES = [
+    dict(position="rope"),
+    dict(position="learned"),
+    dict(position="sinusoidal"),
+    dict(position="rope", n_kv_head=2, qk_norm=True),
+    dict(position="learned", n_kv_head=1, norm="layernorm", activation="gelu"),
+    dict(position="rope", context=7),
+    dict(position="rope", context=1),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
+def test_cached_generation_equals_recomputing_everything(shape):
+    """40 tokens are more than three contexts of 12: the window slides six times."""
+    model, prompt = noisy_model(**shape), random_prompt(3)
+    greedy = rows_of(generate(model, [prompt], 40, temperature=0))[0]
+    assert greedy == reference(model, prompt, 40, temperature=0)
+    drawn = rows_of(generate(model, [prompt], 40, seed=5, temperature=1.5, top_p=0.9))[0]
+    assert drawn == reference(model, prompt, 40, seed=5, temperature=1.5, top_p=0.9)
+    assert len(set(drawn)) > 5  # a constant would prove little
+
+
+def test_the_repetition_penalty_remembers_what_slid_out_of_the_window():
+    model, prompt = noisy_model(), random_prompt(3)
+    settings = dict(temperature=0, repetition_penalty=1e6)
+    ids = rows_of(generate(model, [prompt], 30, **settings))[0]
+    assert ids == reference(model, prompt, 30, **settings)
+    assert len(set(prompt + ids)) == 30 + len(set(prompt))
+
+
+def test_slide_is_called_with_what_is_kept_each_time_that_the_context_is_full():
+    model, calls, at = noisy_model(), [], []
+    for n, _ in enumerate(generate(model, [[1, 2, 3]], 40, slide=calls.append), start=1):
+        at.append((n, len(calls)))
+    # 3 + 10 tokens are one too many: 6 stay. Then each 7 new ones are one too many again.
+    assert calls == [6] * 5
+    first = [next(n for n, c in at if c == k) for k in (1, 2, 3)]
+    assert first == [11, 18, 25]  # seen when the next token comes
+
+
+def test_slide_is_not_called_while_everything_fits():
+    calls = []
+    assert len(list(generate(noisy_model(), [[1, 2, 3]], 10, slide=calls.append))) == 10
+    assert calls == []
+
+
+@pytest.mark.parametrize("length", [11, 12, 13, 40])
+def test_a_prompt_around_or_beyond_the_context_is_read_from_its_end(length):
+    model, prompt, calls = noisy_model(), random_prompt(length), []
+    ids = rows_of(generate(model, [prompt], 9, temperature=0, slide=calls.append))[0]
+    assert ids == reference(model, prompt, 9, temperature=0)
+    assert (calls[0] == 12) == (length > 12)
+
+
+LENGTHS = (1, 5, 12, 3, 30, 9)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=1.3, top_p=0.95)])
+def test_prompts_of_different_lengths_give_what_each_gives_alone(shape, settings):
+    model = noisy_model(**shape)
+    prompts = [random_prompt(n, seed=n) for n in LENGTHS]
+    seeds = list(range(10, 16))
+    together = rows_of(generate(model, prompts, 40, seeds=seeds, **settings))
+    alone = [reference(model, p, 40, seed=s, **settings) for p, s in zip(prompts, seeds)]
+    assert together == alone
+
+
+@pytest.mark.parametrize("lengths", [(4, 4, 4, 4), LENGTHS[:4], (12, 1, 1, 2), (40, 2, 13, 12)])
+@pytest.mark.parametrize("quits", [(0,), (1, 2), (0, 1, 3)])
+def test_a_row_that_stops_leaves_its_neighbours_alone(lengths, quits):
+    """The longest row may stop first, which makes the others slide at columns beyond the context"""
+    model = noisy_model(position="learned")
+    prompts, last = [random_prompt(n, seed=n + r) for r, n in enumerate(lengths)], {}
+    for r in quits:
+        last[r] = 2 + 5 * r  # the row ends with its token of this number
+    count = [0] * 4
+
+    def stop(r, i):
+        count[r] += 1
+        return count[r] == last.get(r)
+
+    steps = list(generate(model, prompts, 40, seeds=[1, 2, 3, 4], stop=stop))
+    for r, (p, ids) in enumerate(zip(prompts, rows_of(steps))):
+        n = last.get(r, 40)
+        assert ids == reference(model, p, n, seed=r + 1)
+        assert [s[r] is None for s in steps] == [False] * n + [True] * (40 - n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 33])
+def test_exactly_max_tokens_come(n):
+    assert [len(r) for r in rows_of(generate(noisy_model(), [[1, 2, 3], [4]], n))] == [n, n]
+
+
+def test_the_stop_id_is_the_last_one_and_generation_ends_when_all_rows_have():
+    model, asked = noisy_model(), []
+    free = rows_of(generate(model, [[1], [2]], 30, seeds=[1, 2]))
+    ends = [free[0][4], free[1][9]]  # ids that will come
+    until = [free[0].index(ends[0]) + 1, free[1].index(ends[1]) + 1]
+
+    def stop(r, i):
+        asked.append(r)
+        return i == ends[r]
+
+    steps = list(generate(model, [[1], [2]], 30, seeds=[1, 2], stop=stop))
+    assert rows_of(steps) == [free[0][: until[0]], free[1][: until[1]]]
+    assert len(steps) == max(until)
+    assert (asked.count(0), asked.count(1)) == tuple(until)  # not asked again after its end
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=5.0)])
+def test_only_allowed_ids_come(settings):
+    model, allowed = noisy_model(), torch.zeros(40, dtype=torch.bool)
+    allowed[[3, 17, 30]] = True
+    rows = rows_of(generate(model, [[1, 2], [5]], 40, allowed=allowed, **settings))
+    assert {i for row in rows for i in row} <= {3, 17, 30}
+    free = rows_of(generate(model, [[1, 2], [5]], 40, **settings))
+    assert not {i for row in free for i in row} <= {3, 17, 30}
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1], []], [[40]], [[1], [3, -1]], [[1, 10**6]]])
+def test_an_empty_prompt_or_an_id_outside_the_vocabulary_is_a_data_error(prompts):
+    with pytest.raises(DataError):
+        next(generate(noisy_model(), prompts, 5))
+
+
+def test_the_message_names_the_id_and_the_vocabulary():
+    with pytest.raises(DataError, match=r"id 40 .*0 to 39"):
+        next(generate(noisy_model(), [[40]], 5))
+
+
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4], [5] * 20]])
+def test_the_cache_is_allocated_once_however_often_the_window_slides(monkeypatch, prompts):
+    made, slides = [], []
+
+    class Counted(KVCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append((self, self.keys.data_ptr()))
+
+    monkeypatch.setattr(sample, "KVCache", Counted)
+    list(generate(noisy_model(), prompts, 40, slide=slides.append))
+    [(cache, where)] = made
+    assert cache.keys.data_ptr() == where and len(slides) >= 4
+    assert cache.keys.shape[3] <= 2 * 12
+
+
+def test_generation_leaves_the_prompts_as_they_were():
+    prompts = [[1, 2], [3]]
+    list(generate(noisy_model(), prompts, 5))
+    assert prompts == [[1, 2], [3]]
+
+
+# --------------------------------------------------------------------------------------------
+# Beam search
+# --------------------------------------------------------------------------------------------
+
+
+def all_continuations(model, prompt, n, end, penalty):
+    """[(score, ids)] of every continuation of up to n ids that ends with `end` or has n."""
+    V, found = model.config.vocab_size, []
+    for length in range(1, n + 1):
+        for ids in itertools.product(range(V), repeat=length):
+            if end in ids[:-1] or (length < n and ids[-1] != end):
+                continue
+            with torch.no_grad():
+                logp = model(torch.tensor([[*prompt, *ids]])).double().log_softmax(-1)[0]
+            total = sum(logp[len(prompt) - 1 + t, i].item() for t, i in enumerate(ids))
+            found.append((total / length**penalty, list(ids)))
+    return sorted(found, key=lambda f: -f[0])
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("end", [0, None])
+def test_wide_enough_beams_are_exhaustive_search(end, penalty):
+    model, n = noisy_model(3, vocab_size=5, n_layer=1), 4 if end == 0 else 3
+    wanted = all_continuations(model, [1, 4], n, end, penalty)
+    assert len(wanted) == (1 + 4 + 16 + 64 * 5 if end == 0 else 125)
+    found = beam_search(model, [1, 4], n, 400, penalty, end)
+    assert [ids for _, ids in found] == [ids for _, ids in wanted]
+    assert [s for s, _ in found] == pytest.approx([s for s, _ in wanted], abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.0])
+def test_stopping_early_never_misses_what_a_full_search_of_the_same_width_finds(seed, penalty):
+    """The same beams written plainly, without cache or early end."""
+    model, prompt, n, width, end = noisy_model(seed, vocab_size=7), [1, 2], 8, 3, 0
+    live, done = [(0.0, [])], []
+    for length in range(1, n + 1):
+        grown = []
+        for score, ids in live:
+            with torch.no_grad():
+                logp = model(torch.tensor([prompt + ids]))[0, -1].double().log_softmax(-1)
+            grown += [(score + x, ids + [i]) for i, x in enumerate(logp.tolist())]
+        grown = sorted(grown, key=lambda b: -b[0])[: 2 * width]
+        over = [b for b in grown if b[1][-1] == end or length == n]
+        done += [(s / length**penalty, ids) for s, ids in over]
+        live = [b for b in grown if b not in over][:width]
+    wanted = sorted(done, key=lambda b: -b[0])[:width]
+    found = beam_search(model, prompt, n, width, penalty, end)
+    assert [ids for _, ids in found] == [ids for _, ids in wanted]
+    assert [s for s, _ in found] == pytest.approx([s for s, _ in wanted], abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_beam_is_greedy(seed):
+    model, prompt = noisy_model(seed), random_prompt(3, seed)
+    [(_, ids)] = beam_search(model, prompt, 9, beams=1)
+    assert [ids] == rows_of(generate(model, [prompt], 9, temperature=0))
+
+
+# 0 ends, 1 begins. Ending at once is the likeliest first token, "2 0" is one of two tokens.
+HASTY = [
+    [0.25, 0.25, 0.25, 0.25],
+    [0.40, 0.00, 0.35, 0.25],
+    [0.90, 0.00, 0.05, 0.05],
+    [0.10, 0.00, 0.45, 0.45],
+]
+
+
+def test_the_first_beam_that_ends_waits_for_better_ones():
+    model = bigram_model(HASTY)
+    # alone 0.40 beats 0.35 * 0.90; as a mean of logs, log(0.315) / 2 beats log(0.40)
+    assert beam_search(model, [1], 2, 2, 0.0, 0)[0][1] == [0]
+    score, ids = beam_search(model, [1], 2, 2, 1.0, 0)[0]
+    assert ids == [2, 0]
+    assert score == pytest.approx(math.log(0.35 * 0.90) / 2, abs=1e-4)
+
+
+def test_a_longer_beam_can_win_without_any_length_penalty():
+    rows = [row[:] for row in HASTY]
+    rows[1] = [0.30, 0.0, 0.10, 0.60]
+    rows[3] = [0.90, 0.0, 0.05, 0.05]
+    found = beam_search(bigram_model(rows), [1], 4, 2, 0.0, 0)
+    assert [ids for _, ids in found] == [[3, 0], [0]]
+    assert [math.exp(s) for s, _ in found] == pytest.approx([0.54, 0.30], abs=1e-4)
+
+
+def test_a_bad_beginning_may_recover_by_its_length():
+    """After 2 comes 2 nearly always: five of them beat the 0.55 of ending at once, per token."""
+    rows = [[0.3, 0.3, 0.4], [0.55, 0.0, 0.45], [0.02, 0.0, 0.98]]
+    [(score, ids)] = beam_search(bigram_model(rows), [1], 5, 1, 1.0, 0)
+    assert ids == [2] * 5
+    assert score == pytest.approx(math.log(0.45 * 0.98**4) / 5, abs=1e-4)
+    assert beam_search(bigram_model(rows), [1], 5, 1, 0.0, 0)[0][1] == [0]
+
+
+def test_beams_keep_to_the_allowed_ids():
+    model, allowed = noisy_model(), torch.zeros(40, dtype=torch.bool)
+    allowed[[3, 17]] = True
+    found = beam_search(model, [1, 2], 5, 4, allowed=allowed)
+    assert len(found) == 4 and {i for _, ids in found for i in ids} == {3, 17}
+    assert len(beam_search(model, [1, 2], 1, 4, allowed=allowed)) == 2  # there are no more
+
+
+def test_beams_refuse_what_they_cannot_do():
+    model = noisy_model()
+    for prompt in ([], [40], [-1]):
+        with pytest.raises(DataError):
+            beam_search(model, prompt, 3)
+    with pytest.raises(ModelError, match="context of 12"):
+        beam_search(model, [1] * 10, 6)
+    assert len(beam_search(model, [1] * 10, 2)[0][1]) == 2
+
+
+# --------------------------------------------------------------------------------------------
+# Text as it comes
+# --------------------------------------------------------------------------------------------
+
+
+def feed_all(stream, ids):
+    return [stream.feed(i) for i in ids] + [stream.finish()]
+
+
+@pytest.mark.parametrize("text", ["中文字，一个", "😀👍🏽 é", "plain", "a中b😀c"])
+def test_characters_come_whole(text):
+    shown = feed_all(TextStream(BYTES), BYTES.encode(text))
+    assert "".join(shown) == text
+    assert not any("\ufffd" in s for s in shown)
+    for n in range(1, len(shown)):  # nothing is late: what the bytes complete is out
+        done = text.encode()[:n].decode("utf-8", "ignore")
+        assert "".join(shown[:n]) == done
+
+
+def test_the_pieces_are_what_decode_makes_of_the_whole():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):  # random bytes: most are broken
+        ids = torch.randint(256, (30,), generator=g).tolist()
+        assert "".join(feed_all(TextStream(BYTES), ids)) == BYTES.decode(ids)
+
+
+def test_broken_bytes_become_the_replacement_character():
+    assert feed_all(TextStream(BYTES), [65, 0xFF, 66]) == ["A", "\ufffd", "B", ""]
+    assert feed_all(TextStream(BYTES), [0xE4, 0xB8]) == ["", "", "\ufffd"]  # finish says it
+    assert "".join(feed_all(TextStream(BYTES), [0xE4, 0xB8, 65])) == "\ufffdA"
+
+
+def test_end_of_text_and_ids_without_a_token_are_silent():
+    assert feed_all(TextStream(BYTES), [65, BYTES.eot, 300, 66]) == ["A", "", "", "B", ""]
+
+
+def streamed(text, *stops):
+    stream = TextStream(BYTES, stops)
+    shown = feed_all(stream, BYTES.encode(text))
+    return "".join(shown), stream.stopped
+
+
+@pytest.mark.parametrize(
+    "text, stops, wanted",
+    [
+        ("one END two", ("END",), "one "),
+        ("aaab", ("aab",), "a"),
+        ("aaaaabaab", ("aab",), "aaa"),
+        ("ababac!", ("abac",), "ab"),
+        ("x\n\nyz", ("yz", "\n\n"), "x"),
+        ("abcde", ("cd", "bcx"), "ab"),
+        ("你好。再见。", ("。",), "你好"),
+        ("END", ("END",), ""),
+        ("see 👍🏽 there", ("🏽",), "see 👍"),
+    ],
+)
+def test_text_ends_before_the_stop_string_and_nothing_follows(text, stops, wanted):
+    assert streamed(text, *stops) == (wanted, True)
+
+
+def test_without_a_whole_stop_string_nothing_is_lost():
+    assert streamed("EN END", "ENDE", "XX", "") == ("EN END", False)
+    assert streamed("aaaa", "aab") == ("aaaa", False)
+
+
+def test_a_possible_stop_is_held_back_and_released_when_it_is_none():
+    stream = TextStream(BYTES, ["END"])
+    assert [stream.feed(i) for i in b"aENxENEN"] == ["a", "", "", "ENx", "", "", "EN", ""]
+    assert stream.finish() == "EN" and not stream.stopped
+    assert stream.finish() == ""
+
+
+def test_a_stop_inside_one_token_cuts_the_token():
+    tokens = [bytes([b]) for b in range(256)] + [b"ab", b"abcd", b"abcdef"]
+    stream = TextStream(bpe_tokenizer(tokens, ".+"), ["cd", "e"])
+    assert stream.feed(258) == "ab" and stream.stopped
+    assert stream.feed(65) == "" and stream.finish() == ""
+
+
+# --------------------------------------------------------------------------------------------
+# Analogies
+# --------------------------------------------------------------------------------------------
+
+WORDS = ["king", "man", "woman", "queen", "apple"]
+
+
+def word_tokenizer():
+    # merges from left to right: every prefix of " king" is a token before " king" is
+    tokens = [bytes([b]) for b in range(256)]
+    for w in WORDS:
+        word = b" " + w.encode()
+        tokens += [word[:n] for n in range(2, len(word) + 1) if word[:n] not in tokens]
+    return bpe_tokenizer(tokens, r" ?\w+|\s+|.")
+
+
+def word_table(tokenizer):
+    """Royal, male, female, fruit: four directions; all other tokens point elsewhere."""
+    table = torch.zeros(tokenizer.n_vocab + 20, 8)
+    table[:, 4:] = torch.randn(len(table), 4, generator=torch.Generator().manual_seed(0))
+    directions = [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0.3], [0, 0, 0, 1]]
+    for word, direction in zip(WORDS, directions):
+        [i] = tokenizer.encode(" " + word)
+        table[i] = torch.tensor([*direction, 0, 0, 0, 0], dtype=torch.float)
+    table[tokenizer.eot] = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0])  # perfect, but no word
+    table[-5] = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0])  # a spare row of the table
+    return table
+
+
+def test_king_minus_man_plus_woman_is_queen():
+    tok = word_tokenizer()
+    found = analogy("king - man + woman", tok, word_table(tok))
+    assert len(found) == 10
+    # goal (1, 0, 1), queen (1, 0, 1, 0.3): cosine 2 / (sqrt 2 sqrt 2.09)
+    assert found[0] == (" queen", pytest.approx(2 / math.sqrt(2 * 2.09), abs=1e-5))
+    cosines = [c for _, c in found]
+    assert cosines == sorted(cosines, reverse=True)
+
+
+def test_the_words_of_the_expression_are_no_answer():
+    tok = word_tokenizer()
+    table = word_table(tok)
+    everything = [t for t, _ in analogy("king - man + woman", tok, table, n=10**6)]
+    assert not {" king", " man", " woman"} & set(everything)
+    assert {" queen", " apple"} <= set(everything)
+    assert len(everything) == tok.n_vocab - 1 - 3  # nor end-of-text, nor spare rows
+    assert analogy("king", tok, table)[0][0] == " man"
+
+
+def test_choices_are_the_only_answers():
+    tok = word_tokenizer()
+    found = analogy("king - man + woman", tok, word_table(tok), ["apple", "queen", "man"])
+    assert found[0][0] == "queen"
+    assert sorted(t for t, _ in found) == ["apple", "man", "queen"]
+
+
+def test_a_word_of_several_tokens_is_their_mean():
+    tok = word_tokenizer()
+    table = word_table(tok)
+    vector, ids = sample.word_vector("ax", tok, table)
+    assert ids == [97, 120]
+    assert torch.allclose(vector, (table[97] + table[120]) / 2)
+
+
+@pytest.mark.parametrize("expression", ["", "  ", "+", "- +"])
+def test_an_expression_without_words_is_a_data_error(expression):
+    tok = word_tokenizer()
+    with pytest.raises(DataError, match="--analogy"):
+        analogy(expression, tok, word_table(tok))
+
+
+# --------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------
+
+
+def write_run(path, seed=0, only=b"abcdefgh "):
+    """A checkpoint of a noisy model that writes the bytes `only`: readable, and never ending."""
+    model = noisy_model(seed, vocab_size=320, n_layer=1, n_head=2, context=32, head_bias=True)
+    with torch.no_grad():
+        model.head.bias.fill_(-1000.0)
+        model.head.bias[list(only)] = 0.0
+    content = {"config": asdict(model.config), "model": model.state_dict(), "tokenizer": BYTES.spec}
+    save_checkpoint(path, content | {"step": 1, "val_loss": 1.0})
+    return model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(path of a checkpoint, its model)."""
+    path = tmp_path_factory.mktemp("run") / "last.pt"
+    return str(path), write_run(path)
+
+
+@pytest.fixture
+def say(run, capsys, tmp_path, monkeypatch):
+    """say("--prompt", "a", ...) -> what sample.py prints for the little checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+
+    def call(*argv):
+        sample.main(["--ckpt", run[0], "--device", "cpu", *argv])
+        return capsys.readouterr().out
+
+    return call
+
+
+def script(*argv, cwd, stdin=b""):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, str(SCRIPT), *argv]
+    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, env=env, timeout=60)
+
+
+def last_ids(out):
+    return [int(i) for i in out.splitlines()[-1].split(",")]
+
+
+def test_prompt_then_text_then_ids(say, run):
+    out = say("--prompt", "abc", "--max_tokens", "40", "--seed", "3", "--print_ids")
+    text, line, end = out.split("\n")
+    ids = last_ids(out)
+    assert len(ids) == 40 and end == ""
+    assert text == "abc" + BYTES.decode(ids)
+    allowed = torch.arange(320) < 257
+    settings = dict(temperature=0.8, top_p=0.95)
+    wanted = rows_of(generate(run[1], [[97, 98, 99]], 40, seed=3, allowed=allowed, **settings))
+    assert [ids] == wanted and line == ",".join(map(str, ids))
+
+
+def test_prompt_ids_are_taken_as_they_are(say, run):
+    flags = ("--prompt_ids", "5,17,200", "--print_ids", "--temperature", "0", "--max_tokens", "20")
+    wanted = reference(run[1], [5, 17, 200], 20, temperature=0)
+    assert last_ids(say(*flags)) == wanted
+
+
+def test_prompt_from_a_file_or_a_pipe_equals_the_prompt(say, tmp_path, monkeypatch):
+    flags = ("--temperature", "0", "--max_tokens", "10")
+    text = "ab 中文 gh"
+    wanted = say("--prompt", text, *flags)
+    assert wanted.startswith(text) and len(wanted) == len(text) + 10 + 1
+    (tmp_path / "p.txt").write_text(text, encoding="utf-8")
+    assert say("--prompt", "@p.txt", *flags) == wanted
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert say(*flags) == wanted
+
+
+def test_piped_text_that_begins_with_an_at_sign_is_text(say, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("@dataclass"))
+    assert say("--max_tokens", "5").startswith("@dataclass")
+
+
+def test_without_a_prompt_the_model_begins_a_document(say, run, monkeypatch):
+    flags = ("--temperature", "0", "--max_tokens", "10", "--print_ids")
+    wanted = reference(run[1], [BYTES.eot], 10, temperature=0)
+    assert last_ids(say(*flags)) == wanted
+    assert last_ids(say("--prompt", "", *flags)) == wanted
+    monkeypatch.setattr(sys, "stdin", None)  # pythonw has none
+    assert last_ids(say(*flags)) == wanted
+
+
+def test_several_prompts_are_a_batch_and_each_what_it_is_alone(say):
+    flags = ("--temperature", "0", "--max_tokens", "50", "--print_ids")
+    prompts = ["a", "bcd efg", "h " * 30]
+    alone = [say("--prompt", p, *flags).splitlines() for p in prompts]
+    lines = say(*(f for p in prompts for f in ("--prompt", p)), *flags).splitlines()
+    assert lines[:-3] == [x for r, a in enumerate(alone) for x in (f"--- {r + 1} ---", a[0])]
+    assert lines[-3:] == [a[1] for a in alone]
+
+
+def test_sample_j_is_what_seed_plus_j_gives_alone(say):
+    flags = ("--prompt", "ab", "--max_tokens", "40", "--print_ids")
+    three = say(*flags, "--num_samples", "3", "--seed", "7").splitlines()[-3:]
+    assert len(set(three)) == 3
+    for j, line in enumerate(three):
+        assert say(*flags, "--seed", str(7 + j)).splitlines()[-1] == line
+
+
+def test_every_prompt_of_a_batch_has_the_same_seeds(say):
+    flags = ("--max_tokens", "30", "--print_ids")
+    batch = say("--prompt", "a", "--prompt", "bc", "--num_samples", "2", "--seed", "7", *flags)
+    alone = [
+        say("--prompt", p, "--seed", s, *flags).splitlines()[-1]
+        for p in ("a", "bc")
+        for s in ("7", "8")
+    ]
+    assert batch.splitlines()[-4:] == alone
+
+
+def test_temperature_zero_needs_no_seed(say):
+    flags = ("--prompt", "ab", "--temperature", "0", "--max_tokens", "40")
+    assert say(*flags) == say(*flags) == say(*flags, "--seed", "99")
+    free = ("--prompt", "ab", "--max_tokens", "40")
+    assert say(*free) != say(*free)  # another one each time
+
+
+def test_stop_ends_before_its_text(say):
+    flags = ("--prompt", "ab", "--seed", "1", "--max_tokens", "60")
+    text = say(*flags).removeprefix("ab").rstrip("\n")
+    stop = text[20:23]
+    wanted = text[: text.index(stop)]
+    assert wanted
+    assert say(*flags, "--stop", stop) == f"ab{wanted}\n"
+    assert say(*flags, "--stop", "zzz", "--stop", stop) == f"ab{wanted}\n"
+    ids = last_ids(say(*flags, "--stop", stop, "--print_ids"))
+    assert BYTES.decode(ids) == wanted + stop  # the ids are what the model wrote
+
+
+def test_a_long_text_says_once_that_the_context_is_full(run, capsys):
+    argv = ["--ckpt", run[0], "--prompt", "ab", "--max_tokens", "100", "--device", "cpu"]
+    sample.main(argv)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "context of 32 tokens" in err and "newest 16" in err
+
+
+def test_end_of_text_ends_the_text(tmp_path, capsys):
+    write_run(tmp_path / "last.pt", only=[256])
+    flags = ["--prompt", "ab", "--print_ids", "--device", "cpu"]
+    sample.main(["--ckpt", str(tmp_path), *flags])
+    assert capsys.readouterr().out == "ab\n256\n"
+
+
+def test_spare_rows_of_the_table_are_never_drawn(tmp_path, capsys):
+    write_run(tmp_path / "last.pt", only=range(256, 320))  # one of these 64 has a token
+    flags = ["--prompt", "ab", "--print_ids", "--top_p", "1", "--temperature", "2", "--beams"]
+    for beams in ("0", "2"):
+        sample.main(["--ckpt", str(tmp_path), "--device", "cpu", *flags, beams])
+        assert last_ids(capsys.readouterr().out) == [256]
+
+
+def test_allowed_ids_are_those_with_text_and_end_of_text(run):
+    """Ids may be special (0 bytes) or gaps (-1) in the middle, and spare at the end."""
+    lengths = np.array([1, 0, 3, -1, 2, 0])
+    tokenizer = SimpleNamespace(byte_lengths=lengths, eot=5)
+    allowed = sample.allowed_ids(run[1], tokenizer)
+    assert allowed.nonzero().flatten().tolist() == [0, 2, 4, 5] and len(allowed) == 320
+
+
+def test_beams_print_the_best_and_as_many_as_asked(say, run):
+    flags = ("--prompt", "ab", "--max_tokens", "6", "--beams", "4", "--print_ids")
+    wanted = beam_search(run[1], [97, 98], 6, 4)
+    assert last_ids(say(*flags)) == wanted[0][1]
+    lines = say(*flags, "--num_samples", "2").splitlines()
+    assert lines[:4] == [
+        x for s, ids in wanted[:2] for x in (f"--- {s:.4f} ---", "ab" + BYTES.decode(ids))
+    ]
+    assert lines[4:] == [",".join(map(str, ids)) for _, ids in wanted[:2]]
+
+
+def test_beams_end_with_the_context(run, capsys):
+    argv = ["--ckpt", run[0], "--prompt", "a" * 30, "--beams", "2", "--print_ids"]
+    sample.main([*argv, "--device", "cpu"])
+    out, err = capsys.readouterr()
+    assert len(last_ids(out)) == 2 and "after 2 tokens" in err
+    argv[3] = "a" * 32
+    with pytest.raises(DataError, match="32 tokens"):
+        sample.main(argv)
+
+
+def test_bf16_writes_too(say):
+    flags = ("--prompt", "ab", "--max_tokens", "40", "--print_ids", "--dtype", "bf16")
+    assert len(last_ids(say(*flags))) == 40
+    flags += ("--prompt", "abcde", "--temperature", "0")
+    assert [len(x.split(",")) for x in say(*flags).splitlines()[-2:]] == [40, 40]
+
+
+def test_the_newest_run_is_taken_and_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, seed, when in (("one", 1, 1000), ("two", 2, 2000), ("three", 3, 500)):
+        path = tmp_path / "out" / name / "last.pt"
+        write_run(path, seed)
+        os.utime(path, (when, when))
+    flags = ["--prompt", "ab", "--temperature", "0", "--device", "cpu"]
+
+    def text(*more):
+        sample.main([*flags, *more])
+        return capsys.readouterr()
+
+    out, err = text()
+    assert "two" in err.splitlines()[0]
+    assert out == text("--ckpt", "out/two").out != text("--ckpt", "out/one").out
+    os.utime(tmp_path / "out" / "one" / "last.pt", (3000, 3000))
+    out, err = text()
+    assert "one" in err.splitlines()[0] and out == text("--ckpt", "out/one").out
+
+
+def test_analogy_and_choices_on_the_command_line(say, run):
+    lines = say("--analogy", "a - b + c").splitlines()
+    wanted = analogy("a - b + c", BYTES, run[1].embed.weight.detach())
+    assert lines == [f"{c:7.3f}  {t!r}" for t, c in wanted] and len(lines) == 10
+    lines = say("--analogy", "a - b + c", "--choices", "x, y,z").splitlines()
+    assert sorted(line.split()[1] for line in lines) == ["'x'", "'y'", "'z'"]
+    with pytest.raises(DataError, match="--analogy"):
+        say("--analogy", "")
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (("--top_p", "2"), "--top_p 2"),
+        (("--top_p", "-0.1"), "--top_p"),
+        (("--top_p", "nan"), "--top_p nan"),
+        (("--min_p", "1.5"), "--min_p 1.5"),
+        (("--top_k", "-1"), "--top_k -1"),
+        (("--max_tokens", "0"), "--max_tokens 0"),
+        (("--num_samples", "0"), "--num_samples 0"),
+        (("--temperature", "-1"), "--temperature -1"),
+        (("--temperature", "inf"), "--temperature inf"),
+        (("--repetition_penalty", "0"), "--repetition_penalty 0"),
+        (("--beams", "-1"), "--beams -1"),
+        (("--beams", "2", "--length_penalty", "nan"), "--length_penalty nan"),
+        (("--beams", "2", "--length_penalty", "1e9"), "--length_penalty"),
+        (("--prompt_ids", "a,b"), "a,b"),
+        (("--prompt_ids", "5,,6"), "5,,6"),
+        (("--prompt_ids", ""), "--prompt_ids"),
+        (("--prompt_ids", "5,320"), "320 .*0 to 319"),
+        (("--prompt_ids", "5,-1"), "-1 .*0 to 319"),
+        (("--prompt_ids", "99999999999"), "99999999999 .*0 to 319"),
+        (("--prompt", "a", "--seed", str(2**70)), "--seed"),
+        (("--device", "abacus"), "abacus"),
+    ],
+    ids=lambda x: "_".join(x)[:40] if isinstance(x, tuple) else "",
+)
+def test_a_value_that_makes_no_sense_is_named(say, flags, named):
+    with pytest.raises((DataError, ModelError), match=named):
+        say(*flags)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--top_q", "1"), ("--max_tokens", "many"), ("--dtype", "int8"), ("--ckpt",), ("x",)]
+)
+def test_unknown_flags_and_wrong_types_exit_with_2(flags, capsys):
+    with pytest.raises(SystemExit) as e:
+        sample.main(list(flags))
+    assert e.value.code == 2
+    assert flags[0].lstrip("-") in capsys.readouterr().err
+
+
+def test_a_prompt_file_that_is_no_utf8_or_not_there_is_named(say, tmp_path):
+    (tmp_path / "gb.txt").write_bytes("中文".encode("gb18030"))
+    with pytest.raises(DataError, match=r"gb\.txt"):
+        say("--prompt", "@gb.txt")
+    with pytest.raises((DataError, OSError), match=r"none\.txt"):
+        say("--prompt", "@none.txt")
+
+
+def test_bytes_of_a_shell_that_are_no_utf8_are_a_data_error(say, monkeypatch):
+    """Python hands them over as lone surrogates, from arguments and, without a locale, pipes."""
+    with pytest.raises(DataError, match="UTF-8"):
+        say("--prompt", "ab\udcff")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\udcff"))
+    with pytest.raises(DataError, match="UTF-8"):
+        say()
+
+
+def test_a_checkpoint_that_is_missing_foreign_or_without_tokenizer_is_named(tmp_path, run):
+    with pytest.raises(ModelError, match=r"nowhere\.pt"):
+        sample.main(["--ckpt", str(tmp_path / "nowhere.pt")])
+    with pytest.raises(ModelError, match=r"best\.pt or last\.pt"):
+        sample.main(["--ckpt", str(tmp_path)])
+    (tmp_path / "x.pt").write_text("hello")
+    with pytest.raises(ModelError, match=r"x\.pt"):
+        sample.main(["--ckpt", str(tmp_path / "x.pt")])
+    model = run[1]
+    content = {"config": asdict(model.config), "model": model.state_dict()}
+    save_checkpoint(tmp_path / "bare.pt", content)
+    with pytest.raises(DataError, match="tokenizer"):
+        sample.main(["--ckpt", str(tmp_path / "bare.pt"), "--device", "cpu"])
+
+
+def test_as_a_program_without_any_run_it_exits_with_2_and_one_line(tmp_path):
+    done = script("--prompt", "a", cwd=tmp_path)
+    err = done.stderr.decode()
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert err.startswith("sample.py: ") and err.count("\n") == 1
+    assert "train.py" in err and "--ckpt" in err
+
+
+def test_as_a_program_it_continues_what_is_piped_in(run, tmp_path, say):
+    flags = ("--temperature", "0", "--max_tokens", "10", "--print_ids", "--device", "cpu")
+    done = script("--ckpt", run[0], *flags, cwd=tmp_path, stdin="ab 中文".encode())
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stderr == b""
+    assert done.stdout.decode().splitlines() == say("--prompt", "ab 中文", *flags).splitlines()
+
+
+def test_piped_bytes_that_are_no_text_end_in_one_line(run, tmp_path):
+    done = script("--ckpt", run[0], "--device", "cpu", cwd=tmp_path, stdin=b"ab\xff\xfe\xd6\xd0")
+    err = done.stderr.decode()
+    assert done.returncode == 2 and err.startswith("sample.py: ") and err.count("\n") == 1
