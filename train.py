@@ -295,30 +295,38 @@ class Muon(torch.optim.Optimizer):
                     p.sub_(direction, alpha=size)
 
 
-def make_optimizers(model, kind, lr, muon_lr=0.02, weight_decay=0.1, betas=(0.9, 0.99), fused=True):
+def make_optimizers(model, args):
     """The optimisers over all parameters that want a gradient; each group keeps its "peak" lr.
 
-    adamw: AdamW on all, decay on matrices only (a norm's scale or a bias has nothing to decay to).
-    muon: Muon on the matrices inside blocks, AdamW without decay on embedding, head and the rest.
+    Read from args: optimizer, lr, embed_lr, head_lr (None: lr), muon_lr, weight_decay, beta1,
+    beta2. The matrices inside blocks go to AdamW with decay, or to Muon. Everything else goes to
+    AdamW without: a norm's scale or a bias has nothing to decay to, and the tables of embedding and
+    head see most of their rows so seldom that decay would undo what they learn.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise TrainError("nothing to train: no parameter wants a gradient")
-    muon = [p for n, p in named if kind == "muon" and "blocks." in n and p.dim() == 2]
-    rest = [p for _, p in named if not any(p is m for m in muon)]
-    decay = 0.0 if kind == "muon" else weight_decay
-    groups = [
-        dict(params=[p for p in rest if p.dim() >= 2], weight_decay=decay),
-        dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
-    ]
-    groups = [g for g in groups if g["params"]]
+    matrices = [p for n, p in named if "blocks." in n and p.dim() == 2]
+    # a table that is embedding and head at once can bear neither's own learning rate
+    tied = model.config.tied
+    tables = {} if tied else {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
+    groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
+    others = [p for n, p in named if n not in tables and not ("blocks." in n and p.dim() == 2)]
+    groups.append(dict(params=others, lr=args.lr))
     optimizers = []
+    if args.optimizer == "muon" and matrices:
+        optimizers.append(Muon(matrices, lr=args.muon_lr))
+    else:
+        groups.append(dict(params=matrices, lr=args.lr, weight_decay=args.weight_decay))
+    groups = [g for g in groups if g["params"]]
     if groups:
-        fused = fused and all(p.device.type in ("cpu", "cuda") for p in rest)
-        # eps far below the usual 1e-8: gradients of a *mean* over thousands of tokens are tiny
-        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-10, fused=fused))
-    if muon:
-        optimizers.append(Muon(muon, lr=muon_lr))
+        fused = all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
+        optimizers.append(
+            # eps far below the usual 1e-8: gradients of a *mean* over thousands of tokens are tiny
+            torch.optim.AdamW(
+                groups, betas=(args.beta1, args.beta2), eps=1e-10, weight_decay=0.0, fused=fused
+            )
+        )
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak"] = group["lr"]
     return optimizers
@@ -413,9 +421,19 @@ class Log:
                 with contextlib.suppress(ValueError):  # a line that a crash cut short
                     self.rows.append(json.loads(line))
             self.rows = [r for r in self.rows if r["step"] <= resume_step]
+        fresh = self.path.with_suffix(".tmp")
         text = "".join(json.dumps(r) + "\n" for r in self.rows)
-        self.path.write_text(text, encoding="utf-8")
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as we are)
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, self.path)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open to the end)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.open_line:
+            print()  # whatever comes next, an error perhaps, begins a line of its own
+        self.open_line = False
 
     def write(self, **row):
         """One row of metrics, on disk at once."""
@@ -610,10 +628,7 @@ class Run:
 
     def __init__(self, model, task, args, runtime, out, resume=None):
         self.model, self.task, self.args, self.runtime, self.out = model, task, args, runtime, out
-        a = args
-        self.optimizers = make_optimizers(
-            model, a.optimizer, a.lr, a.muon_lr, a.weight_decay, (a.beta1, a.beta2)
-        )
+        self.optimizers = make_optimizers(model, args)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == "fp16")
         # bad: evaluations since the best one; warm: progress at which the warmup ended
         self.state = dict(step=0, tokens=0, seconds=0.0, warm=0.0)
@@ -734,9 +749,9 @@ def try_compile(model, task, runtime):
 def fit(model, task, args, runtime, out, resume=None):
     """Train `model` on `task`, write the run to folder `out`. Returns the final metrics.
 
-    Read from args: max_steps, max_minutes (None: no limit), optimizer, lr, min_lr, muon_lr,
-    warmup_steps, schedule, weight_decay, beta1, beta2, grad_clip, eval_every, log_every, patience,
-    compile. `resume` is the content of a last.pt, its weights already in the model.
+    Read from args: max_steps, max_minutes (None: no limit), what `make_optimizers` reads, min_lr,
+    warmup_steps, schedule, grad_clip, eval_every, log_every, patience, compile. `resume` is the
+    content of a last.pt, its weights already in the model.
     Raises TrainError at a loss that is no number, SystemExit(130 or 143) after Ctrl-C or SIGTERM,
     the run saved.
     """
@@ -745,7 +760,7 @@ def fit(model, task, args, runtime, out, resume=None):
     if runtime.world > 1:
         runner = nn.parallel.DistributedDataParallel(runner)
     model.train()
-    with StopSignal() as stop:
+    with StopSignal() as stop, run.log:
         while run.progress() < 1:
             start, lr = time.perf_counter(), run.set_lr()
             batches = task.batches(run.state["step"])
@@ -816,8 +831,10 @@ def build_parser():
     add("--batch_size", type=int, help="rows a micro-batch (and process)")
     add("--grad_accum", type=int, help="micro-batches a step")
     add("--optimizer", choices=("adamw", "muon"), help="muon is for the matrices inside blocks")
-    add("--lr", type=float, help="peak learning rate (of embedding and head with muon)")
-    add("--muon_lr", type=float, help="peak learning rate of the matrices with muon")
+    add("--lr", type=float, help="peak learning rate")
+    add("--embed_lr", type=float, help="of the embedding table")
+    add("--head_lr", type=float, help="of an untied head")
+    add("--muon_lr", type=float, help="peak learning rate of the matrices inside blocks, with muon")
     add("--min_lr", type=float, help="where the schedule ends")
     add("--warmup_steps", type=int, help="steps of linear warmup")
     add("--schedule", choices=tuple(SCHEDULES), help="after the warmup")
@@ -878,7 +895,7 @@ def resolve(args):
 # flags and the test that their value must pass
 LIMITS = (
     ("max_steps batch_size grad_accum eval_every log_every", "at least 1", lambda v: v >= 1),
-    ("max_minutes lr muon_lr", "above 0", lambda v: 0 < v < math.inf),
+    ("max_minutes lr muon_lr embed_lr head_lr", "above 0", lambda v: 0 < v < math.inf),
     ("min_lr warmup_steps weight_decay grad_clip", "0 or more", lambda v: v >= 0),
     ("eval_tokens patience seed", "0 or more", lambda v: v >= 0),
     ("beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1),

@@ -136,11 +136,12 @@ def test_a_text_of_exactly_one_window_trains_and_a_shorter_one_says_so():
 def test_decay_is_on_matrices_only_and_every_parameter_has_one_place():
     model = lm.Transformer(lm.preset("gpt2", n_layer=2, d_model=32, n_head=2, vocab_size=64))
     for kind in ("adamw", "muon"):
-        optimizers = train.make_optimizers(model, kind, lr=1e-3, weight_decay=0.3)
+        optimizers = train.make_optimizers(model, settings(optimizer=kind, weight_decay=0.3))
         groups = [g for o in optimizers for g in o.param_groups]
         placed = [id(p) for g in groups for p in g["params"]]
         assert sorted(placed) == sorted(id(p) for p in model.parameters())
-        assert all(p.dim() >= 2 for g in groups if g["weight_decay"] for p in g["params"])
+        decayed = [p for g in groups if g["weight_decay"] for p in g["params"]]
+        assert all(p.dim() == 2 for p in decayed) and bool(decayed) == (kind == "adamw")
         inside = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
         muon = {id(p) for o in optimizers if isinstance(o, train.Muon)
                 for p in o.param_groups[0]["params"]}
