@@ -148,6 +148,17 @@ def test_decay_is_on_matrices_only_and_every_parameter_has_one_place():
         assert muon == (inside if kind == "muon" else set())
 
 
+def test_embedding_and_head_have_their_own_rates_unless_they_are_one_table():
+    args = settings(lr=1e-3, embed_lr=0.5, head_lr=0.25)
+    for tied in (False, True):
+        model = lm.Transformer(lm.preset("tiny", n_layer=1, d_model=16, n_head=2, tied=tied))
+        rate = {id(p): g["peak"] for o in train.make_optimizers(model, args)
+                for g in o.param_groups for p in g["params"]}
+        assert rate[id(model.embed.weight)] == (1e-3 if tied else 0.5)
+        assert rate[id(model.head.weight)] == (1e-3 if tied else 0.25)
+        assert rate[id(model.blocks[0].attention.q.weight)] == 1e-3
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8)])
 def test_orthogonalize_keeps_directions_and_evens_out_their_sizes(shape):
     torch.manual_seed(0)
