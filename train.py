@@ -158,8 +158,8 @@ def measure_peak(device, dtype, size=None):
 
 def synchronize(device):
     """Wait for the GPU, so that a clock read after this means what it says."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
 
 
 def make_runtime(device=None, dtype=None, wide=False):
@@ -475,7 +475,7 @@ def loss_svg(rows, title):
     last = max((s for s, _ in train + val), default=1) or 1
     seen = [y for s, y in train + val if s >= last / 20] or [0.0, 1.0]
     xs, ys = nice_ticks(0, last), nice_ticks(min(seen), max(seen))
-    left, right, top, bottom = 52, 464, 44, 264
+    left, right, top, bottom = 52, 452, 44, 264
 
     def x(step):
         return left + (right - left) * step / xs[-1]

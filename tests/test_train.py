@@ -392,7 +392,7 @@ def test_loss_svg_is_xml_with_both_curves_axes_and_no_point_outside():
     lines = root.findall(f"{tag}polyline")
     assert len(lines) == 2
     points = [p.split(",") for line in lines for p in line.get("points").split()]
-    assert all(52 <= float(x) <= 464 and 44 <= float(y) <= 264 for x, y in points)
+    assert all(52 <= float(x) <= 452 and 44 <= float(y) <= 264 for x, y in points)
     texts = [t.text for t in root.findall(f"{tag}text")]
     assert {"a <b> & c", "steps", "train", "validation", "1000"} <= set(texts)
     ET.fromstring(train.loss_svg([], "nothing yet"))
