@@ -55,7 +55,7 @@ def console(main, *mistakes):
     `mistakes`) becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console of another encoding is no reason to die
-    if sys.stdin is not None:
+    if hasattr(sys.stdin, "reconfigure"):  # there may be none, or a stand-in
         sys.stdin.reconfigure(encoding="utf-8")  # what is piped in is text like any other
     script = Path(sys.argv[0]).name
     try:
@@ -241,6 +241,20 @@ def decode_blocks(stream, encoding):
             return
 
 
+def try_encoding(open_stream, encoding):
+    """Decode a whole stream: (the UnicodeDecodeError at its first bad byte or None, the number of
+    characters beyond ASCII before that)."""
+    beyond = 0
+    try:
+        with open_stream() as stream:
+            for text in decode_blocks(stream, encoding):
+                beyond += len(text) - len(text.encode("ascii", "ignore"))
+        return None, beyond
+    except UnicodeDecodeError as e:
+        text = e.object[: e.end - 1].decode(encoding, "ignore")
+        return e, beyond + len(text) - len(text.encode("ascii", "ignore"))
+
+
 def detect_encoding(open_stream, name):
     """utf-8(-sig), utf-16(-le, -be) or gb18030, by trial; DataError names the first bad byte.
 
@@ -256,23 +270,11 @@ def detect_encoding(open_stream, name):
     even, odd = head[0::2].count(0), head[1::2].count(0)
     if max(even, odd) > 0.3 * len(head) > 6 * min(even, odd):  # ASCII: every second byte zero
         return "utf-16-le" if odd > even else "utf-16-be"
-    foreign = 0
-    try:
-        with open_stream() as stream:
-            for text in decode_blocks(stream, "utf-8"):
-                foreign += len(text) - len(text.encode("ascii", "ignore"))
+    bad, beyond = try_encoding(open_stream, "utf-8")
+    if bad is None:
         return "utf-8"
-    except UnicodeDecodeError as e:
-        bad, before = e, e.object[: e.end - 1].decode("utf-8", "ignore")
-    foreign += len(before) - len(before.encode("ascii", "ignore"))
-    if foreign < 8:
-        try:
-            with open_stream() as stream:
-                for _ in decode_blocks(stream, "gb18030"):
-                    pass
-            return "gb18030"
-        except UnicodeDecodeError:
-            pass  # neither: the error below names the place where UTF-8 ended
+    if beyond < 8 and try_encoding(open_stream, "gb18030")[0] is None:
+        return "gb18030"
     raise DataError(
         f"{name}: byte {bad.byte:#04x} at offset {bad.start:,} is not text in "
         f"UTF-8, UTF-16 or GB18030; if you know the encoding, name it: --encoding latin-1"
