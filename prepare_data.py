@@ -648,7 +648,9 @@ def make_tokenizer(name, documents, total_bytes):
     if name == "byte":
         return Tokenizer({"kind": "byte"})
     if name == "char":
-        chars = {c for _, pieces in documents for piece in pieces for c in piece}
+        chars = set()
+        for piece in (piece for _, pieces in documents for piece in pieces):
+            chars.update(piece)
         return Tokenizer({"kind": "char", "chars": "".join(sorted(chars - {UNKNOWN}))})
     if name.startswith("bpe:"):
         if not name[4:].isdecimal():

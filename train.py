@@ -535,8 +535,7 @@ def header(model, runtime, tokens, tokens_per_step, max_steps, max_minutes):
     if max_steps:
         flops = lm.flops_per_token(c) * tokens_per_step * max_steps
         floor = flops / (runtime.peak * runtime.world)
-        lines[-1] += f"; {max_steps:,} steps take {clock(floor)} at the matmul peak, in practice"
-        lines[-1] += " two to four times that"
+        lines[-1] += f"; {max_steps:,} steps take {clock(floor)} or more (less no matmul allows)"
     if max_minutes:
         lines.append(f"stops after {max_minutes:g} minutes of training at the latest")
     return lines
