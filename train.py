@@ -16,6 +16,7 @@ shows, then `fit`, the one training loop (fine-tuning calls it too), and the com
 import argparse
 import contextlib
 import ctypes
+import gc
 import json
 import math
 import os
@@ -1019,6 +1020,11 @@ def main(argv=None):
         print("\n".join([f"{out}: {folder}, {tokenizer.name}, {args.optimizer}", *about]))
     try:
         result = fit(model, task, args, runtime, out, content)
+        if runtime.world > 1:
+            # leave together, and let DDP go first: gloo's threads abort a process that exits while
+            # one still holds them
+            dist.barrier()
+            gc.collect()
     except torch.OutOfMemoryError as e:
         raise TrainError("out of memory: halve --batch_size and double --grad_accum") from e
     finally:
