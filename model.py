@@ -40,7 +40,7 @@ class ModelError(ValueError):
 
 POSITIONS = ("rope", "learned", "sinusoidal")
 NORMS = ("rmsnorm", "layernorm")
-# To add an activation: name it here. `swiglu` is the one that needs a third matrix (FeedForward).
+# To add an activation: name it here, and in GATED if it is a gated one.
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's
@@ -48,6 +48,7 @@ ACTIVATIONS = {
     "relu2": lambda x: F.relu(x).square(),  # Primer, So et al. 2021
     "swiglu": F.silu,  # Shazeer 2020: silu(x W_gate) * (x W_up)
 }
+GATED = ("swiglu",)  # their feed-forward has a third matrix
 INITS = ("zero_out", "gpt2")
 
 
@@ -80,7 +81,6 @@ class Config:
     init: str = "zero_out"
 
     def __post_init__(self):
-        # JSON and old checkpoints know no None-means-derived: the derived values are stored
         if self.n_head < 1 or (self.head_size is None and self.d_model % self.n_head):
             raise ModelError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}")
         if self.n_kv_head is None:
@@ -89,7 +89,7 @@ class Config:
             self.head_size = self.d_model // self.n_head
         if self.d_ff is None:
             wide = 4 * self.d_model
-            self.d_ff = wide if self.activation != "swiglu" else (wide * 2 // 3 + 7) // 8 * 8
+            self.d_ff = wide if self.activation not in GATED else (wide * 2 // 3 + 7) // 8 * 8
         self.check()
 
     def check(self):
@@ -320,7 +320,7 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[c.activation]
         self.up = nn.Linear(c.d_model, c.d_ff, bias=c.ff_bias)
         self.gate = (
-            nn.Linear(c.d_model, c.d_ff, bias=c.ff_bias) if c.activation == "swiglu" else None
+            nn.Linear(c.d_model, c.d_ff, bias=c.ff_bias) if c.activation in GATED else None
         )
         self.down = nn.Linear(c.d_ff, c.d_model, bias=c.ff_bias)
 
@@ -402,7 +402,8 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def chunked_loss(x, weight, bias, targets):
-    """Sum of -log softmax(x @ weight.T + bias)[target] over rows, as a float32 scalar.
+    """Sum of -log softmax(x @ weight.T + bias)[target] over rows, a float32 scalar (of float64
+    states a float64 one).
 
     x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100 for "no loss": such rows
     cost nothing. Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
@@ -599,8 +600,7 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
         # torch tells of a foreign or cut file in a dozen ways; the reader needs only this one
-        reason = str(e).strip().split("\n")[0][:120]
-        raise ModelError(f"{path} is not a checkpoint of ours, or is cut short ({reason})") from e
+        raise ModelError(f"{path} is not a checkpoint of ours, or is cut short") from e
     if not isinstance(content, dict) or not {"config", "model"} <= set(content):
         raise ModelError(f"{path} is no checkpoint of scratchlm: it has no config and model")
     return content
@@ -670,7 +670,7 @@ def flops_per_token(config):
     """
     c = config
     qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
-    feed_forward = c.d_model * c.d_ff * (3 if c.activation == "swiglu" else 2)
+    feed_forward = c.d_model * c.d_ff * (3 if c.activation in GATED else 2)
     block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
     weights = c.n_layer * block + c.d_model * c.vocab_size
     return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * c.context
@@ -690,12 +690,12 @@ def report(name, config, tokens=None):
     lines = [f"{name}: {shape}", "", f"{'part':14}{'parameters':>16}{'share':>9}"]
     for part, n in parts.items():
         lines.append(f"{part:14}{n:16,}{n / total:9.1%}")
-    gib = total / 2**30
+    mib = total / 2**20
     lines += [
         "",
-        f"weights            {4 * gib:8.2f} GiB in fp32, {2 * gib:.2f} GiB in bf16",
-        f"gradients          {4 * gib:8.2f} GiB in fp32",
-        f"AdamW's moments    {8 * gib:8.2f} GiB in fp32",
+        f"weights            {4 * mib:8,.1f} MiB in fp32, {2 * mib:,.1f} MiB in bf16",
+        f"gradients          {4 * mib:8,.1f} MiB in fp32",
+        f"AdamW's moments    {8 * mib:8,.1f} MiB in fp32",
         f"training           {flops_per_token(config):8.3g} FLOPs per token, forward and backward",
         f"Chinchilla advises {20 * total:,} training tokens (20 per parameter)",
     ]
@@ -730,6 +730,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except ModelError as e:
+    except (ModelError, OSError) as e:
         print(f"model.py: {e}", file=sys.stderr)
         sys.exit(2)

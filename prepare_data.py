@@ -15,6 +15,7 @@ a byte-level BPE trainer of our own), writing, reading back. No torch here, and 
 import argparse
 import base64
 import codecs
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -275,6 +276,8 @@ def detect_encoding(open_stream, name):
         return "utf-8"
     if beyond < 8 and try_encoding(open_stream, "gb18030")[0] is None:
         return "gb18030"
+    if "end of data" in bad.reason:
+        raise DataError(f"{name}: ends in the middle of a UTF-8 character, at offset {bad.start:,}")
     raise DataError(
         f"{name}: byte {bad.byte:#04x} at offset {bad.start:,} is not text in "
         f"UTF-8, UTF-16 or GB18030; if you know the encoding, name it: --encoding latin-1"
@@ -378,6 +381,8 @@ def file_streams(path):
             raise DataError(f"{path}: damaged or no zip file ({e})") from e
         # members are streamed and never unpacked, so their names can't lead anywhere
         members = [m for m in archive.namelist() if m.endswith(TEXT_SUFFIXES)]
+        if not members:
+            raise DataError(f"{path} holds no {', '.join(TEXT_SUFFIXES)} file")
         return [(f"{path}:{m}", lambda m=m: archive.open(m)) for m in members]
     if path.suffix == ".gz":
         return [(str(path), lambda: gzip.open(path))]
@@ -410,6 +415,8 @@ REMOTE = {
 
 def find_files(source):
     """The paths behind SOURCE, fetched if need be; DataError if there are none."""
+    if not source.strip():
+        raise DataError("the source is empty: name a file, a folder, a URL, stdlib, ...")
     if source == "stdlib":
         return stdlib_files()
     if source in REMOTE:
@@ -823,6 +830,8 @@ def prepare(
         "".encode(encoding or "utf-8")
     except LookupError as e:
         raise DataError(f"--encoding {encoding}: {e}") from e
+    if name and (Path(name).name != name or name in (".", "..")):
+        raise DataError(f"--name {name!r} must be one plain name: it becomes {DATA}/NAME")
     start = time.monotonic()
     paths = find_files(source)
     total_bytes = sum(p.stat().st_size for p in paths)
@@ -841,8 +850,12 @@ def prepare(
         if not size["val"]:
             split_tail(folder, size, dtype, val_fraction)
         if not (size["train"] and size["val"]):
-            raise DataError(f"{source}: only {size['train']} tokens of text, too few to split")
+            found = size["train"] + size["val"]
+            raise DataError(f"{source}: {found} tokens of text are too few to split")
         meta = describe(folder, source, tok, size, stats, documents)
+        with contextlib.suppress(DataError):  # there may be none, or a damaged one
+            if (old := read_meta(folder)["source"]) != source:
+                print(f"{folder} held {old!r} before; it is replaced")
         (folder / "meta.json").unlink(missing_ok=True)  # no moment with a meta of other files
         for split in ("train", "val"):
             os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import itertools
 import json
 import math
 import os
@@ -520,11 +521,35 @@ def escape(text):
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def header(model, runtime, tokens, tokens_per_step, max_steps, max_minutes):
+def memory_needed(model, tokens):
+    """Bytes that training takes, roughly, with `tokens` in a micro-batch: weights, gradients and
+    two moments in fp32, and what each layer keeps for its backward pass."""
+    c = model.config
+    layer = tokens * (12 * c.d_model + 3 * c.d_ff) * 4
+    kept = c.n_layer * layer
+    if model.grad_checkpoint:  # only each layer's input, and one layer in full
+        kept = layer + c.n_layer * tokens * c.d_model * 4
+    return 16 * lm.count_parameters(model)["total"] + kept
+
+
+def check_memory(model, args, runtime):
+    """DataError if the run cannot fit this machine's memory (its CPU's; a GPU tells by itself)."""
+    needed = memory_needed(model, args.batch_size * model.config.context)
+    if runtime.device.type == "cpu" and hasattr(os, "sysconf"):
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > has:
+            raise DataError(
+                f"this needs about {needed / 2**30:,.0f} GiB of memory, the machine has "
+                f"{has / 2**30:,.0f}: lower --batch_size, --context or the model's size"
+            )
+
+
+def header(model, args, runtime, tokens):
     """The lines before the first step: what is trained, on what, and what it will take."""
     c, n = model.config, lm.count_parameters(model)["total"]
-    activations = tokens_per_step * c.n_layer * (12 * c.d_model + 3 * c.d_ff) * 4
-    memory = (16 * n + activations) / 2**20
+    memory = memory_needed(model, args.batch_size * c.context) / 2**20
+    tokens_per_step = args.batch_size * args.grad_accum * runtime.world * c.context
+    max_steps, max_minutes = args.max_steps, args.max_minutes
     lines = [
         f"device {runtime.device}, {runtime.dtype}, {runtime.world} process(es), matmul peak "
         f"{runtime.peak / 1e9:,.0f} GFLOP/s",
@@ -724,7 +749,10 @@ class Run:
     def restore(self, content):
         """Put back all that `save` took, except the weights."""
         for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
+            own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
             optimizer.load_state_dict(saved)
+            for group, settings in zip(optimizer.param_groups, own):
+                group.update(settings)  # rates and decay are this call's, which may be new ones
         self.scaler.load_state_dict(content["scaler"])
         self.state.update(content["state"])
         torch.set_rng_state(content["rng"]["cpu"])
@@ -760,6 +788,8 @@ def fit(model, task, args, runtime, out, resume=None):
     the run saved.
     """
     run = Run(model, task, args, runtime, out, resume)
+    if run.progress() >= 1:
+        run.log.line("this run is finished: a larger --max_steps or --max_minutes would go on")
     runner = try_compile(model, task, runtime) if args.compile else model
     if runtime.world > 1:
         runner = nn.parallel.DistributedDataParallel(runner)
@@ -855,6 +885,8 @@ def build_parser():
     for f in fields(lm.Config):
         kind = type(getattr(lm.PRESETS["tiny"], f.name))
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
+        if kind is str:
+            how["choices"] = tuple(getattr(lm, f"{f.name.upper()}S"))
         shape.add_argument(f"--{f.name}", help=f"Config.{f.name}", **how)
     return p
 # fmt: on
@@ -872,17 +904,22 @@ def resolve(args):
     if args.resume is not None:
         run = Path(args.resume) if args.resume else newest_run()
         path = run / "last.pt" if run.is_dir() else run
+        if run.is_dir() and not path.exists():
+            raise DataError(f"{run} has no last.pt to resume; --ckpt {run} starts from its weights")
         content = lm.load_checkpoint(path)
         if "args" not in content:
-            raise DataError(f"{path} is for sampling only: resume from a run's last.pt")
+            raise DataError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
+        if "out" in given:
+            raise DataError(f"--out cannot be given with --resume, which goes on in {path.parent}")
         inherited = {k: v for k, v in content["args"].items() if v is not None}
         if changed := [k for k in given if k in fixed and given[k] != inherited.get(k)]:
             raise DataError(f"--{changed[0]} cannot change when resuming {path}")
         if {"max_steps", "max_minutes"} & set(given):  # a new limit replaces the old ones
             inherited |= dict(max_steps=None, max_minutes=None)
         settings = inherited | given | {"out": str(path.parent)}
-        new = ", but ".join([""] + [f"{k} {v}" for k, v in given.items() if k != "resume"])
-        print(f"resuming {path} at step {content['step']}; settings are the run's own{new}")
+        new = " and ".join(f"{k} {v}" for k, v in given.items() if k != "resume")
+        but = f", but {new}" if new else ""
+        print(f"resuming {path} at step {content['step']}; settings are the run's own{but}")
     else:
         if "ckpt" in given and (shaped := sorted(shape & set(given) - {"ckpt"})):
             raise DataError(f"--{shaped[0]} cannot be given with --ckpt, which brings its shape")
@@ -900,8 +937,8 @@ def resolve(args):
 LIMITS = (
     ("max_steps batch_size grad_accum eval_every log_every", "at least 1", lambda v: v >= 1),
     ("max_minutes lr muon_lr embed_lr head_lr", "above 0", lambda v: 0 < v < math.inf),
-    ("min_lr warmup_steps weight_decay grad_clip", "0 or more", lambda v: v >= 0),
-    ("eval_tokens patience seed", "0 or more", lambda v: v >= 0),
+    ("min_lr warmup_steps weight_decay grad_clip", "0 or more", lambda v: 0 <= v < math.inf),
+    ("eval_tokens patience seed", "from 0 to 2**62", lambda v: 0 <= v <= 2**62),
     ("beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1),
 )
 
@@ -915,11 +952,20 @@ def check_settings(args):
                 raise DataError(f"--{name} {value} must be {wanted}")
 
 
+def data_hashes(meta):
+    """What tells one prepared text from another: {split: sha256}."""
+    return {split: about["sha256"] for split, about in meta["splits"].items()}
+
+
 def find_data(source):
-    """The prepared folder that --data means, preparing it first where that is still to do."""
+    """The prepared folder that --data means, preparing it first where that is still to do, or to
+    do again because the file has changed since."""
     for folder in (Path(source), DATA / source, DATA / default_name(source)):
-        named = folder in (Path(source), DATA / source)
-        if (folder / "meta.json").exists() and (named or read_meta(folder)["source"] == source):
+        meta, named = folder / "meta.json", folder in (Path(source), DATA / source)
+        if not meta.exists() or not (named or read_meta(folder)["source"] == source):
+            continue
+        file = Path(source)
+        if not file.is_file() or file.stat().st_mtime <= meta.stat().st_mtime:
             return folder
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError(f"prepare the text before several processes: prepare_data.py {source}")
@@ -928,12 +974,12 @@ def find_data(source):
 
 
 def new_run(name):
-    """out/NAME, or out/NAME-2, -3 ...: a new run never writes over an old one."""
-    for n in range(1, 10_000):
+    """out/NAME, or out/NAME-2, -3 ..., made here and now: no run ever writes into another's."""
+    for n in itertools.count(1):
         out = OUT / (name if n == 1 else f"{name}-{n}")
-        if not (out / "last.pt").exists():
+        with contextlib.suppress(FileExistsError):
+            out.mkdir(parents=True)
             return out
-    raise DataError(f"{OUT} is full of runs called {name}: name a folder with --out")
 
 
 def build_model(args, content, meta, tokenizer):
@@ -941,6 +987,11 @@ def build_model(args, content, meta, tokenizer):
     if content is None and args.ckpt:
         content = lm.load_checkpoint(args.ckpt)
     if content is not None:
+        if args.resume is not None and content.get("data") != data_hashes(meta):
+            raise DataError(
+                f"{args.data} is not the text that the run began with: resume with that one, or "
+                f"start a new run from these weights with --ckpt"
+            )
         if content["tokenizer"] != tokenizer.spec:
             theirs = Tokenizer(content["tokenizer"]).name
             raise DataError(
@@ -989,22 +1040,31 @@ def closing_lines(model, tokenizer, runtime, meta, result, out, prompt_ids):
 
 def main(argv=None):
     args, content = resolve(build_parser().parse_args(argv))
+    if content and not Path(args.data, "meta.json").exists():
+        raise DataError(f"{args.data}, the text of this run, is gone: prepare it again")
     folder = find_data(args.data)
     args.data = str(folder)
     meta = read_meta(folder)
     tokenizer = Tokenizer(meta["tokenizer"])
     torch.manual_seed(args.seed)
-    model = build_model(args, content, meta, tokenizer)
+    try:
+        model = build_model(args, content, meta, tokenizer)
+    except RuntimeError as e:  # torch could not allocate it, or its size overflows
+        reason = str(e).split("\n")[0]
+        raise TrainError(f"a model of this size cannot be built here ({reason})") from e
     runtime = make_runtime(args.device, args.dtype, wide=model.config.d_model >= 512)
     args.dtype = runtime.dtype
     model.to(runtime.device)
-    if args.out is None:
-        args.out = str(new_run(folder.name))
-    elif content is None and (Path(args.out) / "last.pt").exists():
-        raise DataError(f"{args.out} holds a run already: --resume {args.out}, or another --out")
-    out = Path(args.out)
     train, val = read_tokens(folder, "train"), read_tokens(folder, "val")
     windows = Windows(train, model.config.context, args.seed)
+    check_memory(model, args, runtime)
+    if args.out and content is None and any(Path(args.out).glob("*.pt")):
+        raise DataError(f"{args.out} holds a run already: --resume {args.out}, or another --out")
+    if args.out and Path(args.out).is_file():
+        raise DataError(f"--out {args.out} is a file: name a folder")
+    if args.out is None:  # the other processes write nothing
+        args.out = str(new_run(folder.name) if runtime.rank == 0 else OUT / folder.name)
+    out = Path(args.out)
     task = Task(
         batches=lambda step: micro_batches(
             windows, step, args.batch_size, args.grad_accum, runtime.rank, runtime.world
@@ -1012,11 +1072,10 @@ def main(argv=None):
         evaluate=lambda m, final: evaluate(
             m, val, tokenizer.byte_lengths, runtime, None if final else args.eval_tokens
         ),
-        extra={"tokenizer": tokenizer.spec},
+        extra={"tokenizer": tokenizer.spec, "data": data_hashes(meta)},
     )
-    step_tokens = args.batch_size * args.grad_accum * runtime.world * model.config.context
     if runtime.rank == 0:
-        about = header(model, runtime, len(train), step_tokens, args.max_steps, args.max_minutes)
+        about = header(model, args, runtime, len(train))
         print("\n".join([f"{out}: {folder}, {tokenizer.name}, {args.optimizer}", *about]))
     try:
         result = fit(model, task, args, runtime, out, content)
@@ -1025,8 +1084,11 @@ def main(argv=None):
             # one still holds them
             dist.barrier()
             gc.collect()
-    except torch.OutOfMemoryError as e:
-        raise TrainError("out of memory: halve --batch_size and double --grad_accum") from e
+    except RuntimeError as e:  # the CPU has no error of its own for this
+        if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
+            advice = "halve --batch_size and double --grad_accum"
+            raise TrainError(f"out of memory: {advice}, or try --grad_checkpoint") from e
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

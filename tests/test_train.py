@@ -349,6 +349,42 @@ def test_a_new_run_never_writes_over_an_old_one(corpus):
     assert taken.returncode == 2 and "--resume out/words" in taken.stderr
 
 
+def test_a_resumed_run_takes_new_rates_and_refuses_a_new_text(corpus):
+    run("--data", "words", *SMALL, "--max_steps", 4, "--schedule", "constant", "--out", "out/r")
+    more = ["--resume", "out/r", "--log_every", 1, "--schedule", "constant"]
+    run(*more, "--max_steps", 6, "--lr", 1e-4, "--embed_lr", 2e-4, "--weight_decay", 0.5)
+    content = lm.load_checkpoint("out/r/last.pt")
+    groups = [g for o in content["optimizers"] for g in o["param_groups"]]
+    assert {g["peak"] for g in groups} == {1e-4, 2e-4, train.RECIPE["head_lr"]}
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.5}
+    assert metrics("out/r")[-3]["lr"] == pytest.approx(1e-4 * 6 / 60)  # in the warmup
+
+    before = Path("out/r/last.pt").read_bytes()
+    assert "finished" in run("--resume", "out/r").stdout
+    with open("words.txt", "a", encoding="utf-8") as f:
+        f.write(" and something new" * 50)
+    prepare_data.main(["words.txt", "--tokenizer", "byte"])
+    for flags, named in ((["--max_steps", "9"], "not the text"), (["--out", "out/q"], "--out")):
+        done = run("--resume", "out/r", *flags, check=False)
+        assert done.returncode == 2 and named in done.stderr
+    assert Path("out/r/last.pt").read_bytes() == before
+
+
+def test_an_edited_file_is_prepared_again(corpus):
+    run("--data", "words.txt", *SMALL, "--max_steps", 1)
+    with open("words.txt", "a", encoding="utf-8") as f:
+        f.write("more")
+    later = time.time() + 5
+    os.utime("words.txt", (later, later))
+    again = run("--data", "words.txt", *SMALL, "--max_steps", 1)
+    assert "preparing words.txt first" in again.stdout
+
+
+def test_runs_that_start_together_get_folders_of_their_own(corpus):
+    assert len({train.new_run("same") for _ in range(3)}) == 3
+    assert sorted(p.name for p in Path("out").iterdir()) == ["same", "same-2", "same-3"]
+
+
 # ---- processes -----------------------------------------------------------------------------
 
 
@@ -457,6 +493,10 @@ def test_training_goes_on_from_a_checkpoints_weights(corpus):
         (["--data", "words", "--vocab_size", "100"], "100"),
         (["--data", "words", "--context", "1000000"], "1000000"),
         (["--data", "words", "--batch_size", "0"], "--batch_size 0"),
+        (["--data", "words", "--batch_size", "100000000"], "memory"),
+        (["--data", "words", "--vocab_size", "99999999999999"], "size"),
+        (["--data", "words", "--min_lr", "inf"], "--min_lr inf"),
+        (["--data", "words", "--out", "words.txt"], "words.txt"),
         (["--data", "words", "--lr", "-1"], "--lr -1"),
         (["--data", "words", "--dtype", "int3"], "int3"),
         (["--data", "words", "--device", "tpu"], "tpu"),
