@@ -20,6 +20,7 @@ import contextlib
 import copy
 import math
 import os
+import shutil
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -576,10 +577,12 @@ def save_checkpoint(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch's zip writer reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    except (OSError, RuntimeError) as e:
         reason = str(e).strip().split("\n")[0]
+        with contextlib.suppress(OSError):  # torch's zip writer is silent about a full disk
+            free = shutil.disk_usage(path.parent).free
+            reason = "the disk is full" if free < 1 << 20 else reason
+            temporary.unlink()
         raise ModelError(f"cannot write {path}: {reason}; what was there before is kept") from e
 
 
