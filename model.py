@@ -628,6 +628,24 @@ def load_weights(model, state, where="checkpoint"):
     model.load_state_dict(state)
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name=None):
+    """The torch.device of that name; for None or "auto" CUDA, then Apple's MPS, then the CPU.
+    ModelError if this machine cannot use it."""
+    if name in (None, "auto"):
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).split("\n")[0]
+        raise ModelError(f"--device {name} cannot be used here: {reason}") from e
+
+
 def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="checkpoint"):
     """The Transformer in a loaded checkpoint, on `device`, in evaluation mode."""
     try:

@@ -21,9 +21,11 @@ from pathlib import Path
 import torch
 
 from model import (
+    DTYPES,
     KVCache,
     ModelError,
     causal_mask,
+    choose_device,
     load_checkpoint,
     model_from_checkpoint,
 )
@@ -360,15 +362,10 @@ def load(ckpt=None, device=None, dtype=None):
     content = load_checkpoint(where)
     if "tokenizer" not in content:
         raise DataError(f"{where} carries no tokenizer: it was not written by train.py")
-    if device in (None, "auto"):
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtype if dtype not in (None, "auto") else "bf16" if "cuda" in device else "fp32"
-    try:
-        model = model_from_checkpoint(content, device, kinds[dtype], where)
-    except (RuntimeError, AssertionError) as e:
-        raise DataError(f"--device {device} cannot be used: {str(e).splitlines()[0]}") from e
+    device = choose_device(device)
+    if dtype in (None, "auto"):
+        dtype = "bf16" if device.type == "cuda" else "fp32"
+    model = model_from_checkpoint(content, device, DTYPES[dtype], where)
     return model, Tokenizer(content["tokenizer"]), where
 
 

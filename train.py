@@ -59,7 +59,7 @@ class TrainError(RuntimeError):
 # Found by experiment on the default corpus with two CPU cores; tests/BENCHMARKS.md has the trials.
 # What mattered most: the embedding (rows of standard deviation 1, each seen seldom) wants ten times
 # the matrices' learning rate, the head, which starts at zero, three times. Then small batches, so
-# that three minutes hold many steps, and a linear decay to zero (cosine ended 0.01 higher).
+# that three minutes hold many steps, and a linear decay to zero (cosine ended 0.015 higher).
 RECIPE = dict(
     batch_size=8,
     grad_accum=1,
@@ -101,9 +101,6 @@ DEFAULT_STEPS, DEFAULT_MINUTES = 2500, 2.9
 # The machine: device, precision, processes
 # --------------------------------------------------------------------------------------------
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 @dataclass
 class Runtime:
     """Where and how the arithmetic is done. `world` processes of which this one is `rank`."""
@@ -118,7 +115,7 @@ class Runtime:
         """Run matrix products in `dtype`; weights, sums and the loss stay in float32."""
         if self.dtype == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.dtype])
+        return torch.autocast(self.device.type, lm.DTYPES[self.dtype])
 
     def total(self, *values):
         """Each value summed over all processes, as floats."""
@@ -147,7 +144,7 @@ def keep_freed_memory():
 def measure_peak(device, dtype, size=None):
     """FLOP/s of this machine's matrix product, the best of a few runs: the "100 %" of MFU."""
     size = size or (8192 if device.type == "cuda" else 1024)
-    a = torch.ones(size, size, device=device, dtype=DTYPES[dtype])
+    a = torch.ones(size, size, device=device, dtype=lm.DTYPES[dtype])
     best = math.inf
     for _ in range(6):
         synchronize(device)
@@ -167,23 +164,14 @@ def synchronize(device):
 def make_runtime(device=None, dtype=None, wide=False):
     """Choose device and precision, join the other processes if torchrun started us.
 
-    `device` and `dtype` of None or "auto" are chosen: CUDA, then Apple's MPS, then the CPU; bf16
-    where a GPU has it, else fp16; on a CPU fp32, or bf16 for a `wide` model if that is measurably
-    faster there (CPUs with AMX).
+    A `dtype` of None or "auto" is bf16 where a GPU has it, else fp16; on a CPU fp32, or bf16 for a
+    `wide` model if that is measurably faster there (CPUs with AMX). Devices: `lm.choose_device`.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device in (None, "auto"):
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        if device == "cuda" and world > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).split("\n")[0]
-        raise DataError(f"--device {device} cannot be used here: {reason}") from e
+    device = lm.choose_device(device)
     if device.type == "cuda":
+        if device.index is None:  # each process its own GPU
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     keep_freed_memory()
@@ -196,8 +184,8 @@ def make_runtime(device=None, dtype=None, wide=False):
         elif device.type == "cpu" and wide:
             fast = measure_peak(device, "bf16") > 1.5 * measure_peak(device, "fp32")
             dtype = "bf16" if fast else "fp32"
-    if dtype not in DTYPES:
-        raise DataError(f"--dtype {dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
+    if dtype not in lm.DTYPES:
+        raise DataError(f"--dtype {dtype!r} is unknown; choose auto, {', '.join(lm.DTYPES)}")
     return Runtime(device, dtype, measure_peak(device, dtype), rank, world)
 
 
