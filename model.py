@@ -419,6 +419,22 @@ def chunked_loss(x, weight, bias, targets):
         return ChunkedLoss.apply(x, weight, bias, targets, torch.is_grad_enabled(), low)
 
 
+def token_logps(x, weight, bias, targets):
+    """log softmax(x @ weight.T + bias)[target] of each place, float32 (...), 0 where the target is
+    -100: for losses that are no plain sum over tokens. Logits are made a few rows at a time and
+    made again in the backward pass, so they are never all held."""
+
+    def some(rows, goal):
+        log_p = F.linear(rows, weight, bias).float().log_softmax(-1)
+        return log_p.gather(1, goal[:, None])[:, 0]
+
+    keep = targets != -100
+    kept, goals = x[keep].split(LOSS_ROWS), targets[keep].split(LOSS_ROWS)
+    parts = [recompute(some, r, g, use_reentrant=False) for r, g in zip(kept, goals)]
+    out = torch.zeros(targets.shape, dtype=torch.float32, device=x.device)
+    return out.masked_scatter(keep, torch.cat(parts)) if parts else out
+
+
 # --------------------------------------------------------------------------------------------
 # The model
 # --------------------------------------------------------------------------------------------
@@ -428,7 +444,8 @@ class Transformer(nn.Module):
     """A decoder-only language model.
 
     `model(ids)` gives logits (B, T, V); `model(ids, targets)` the *summed* negative log-likelihood
-    of the targets in float32 (see `chunked_loss`): whoever trains divides by what it counted.
+    of the targets in float32 (see `chunked_loss`): whoever trains divides by what it counted. With
+    `each` it gives the log probability of every target, (B, T).
 
     >>> model = Transformer(preset("tiny"))
     >>> model(torch.tensor([[1, 2, 3]])).shape
@@ -480,6 +497,23 @@ class Transformer(nn.Module):
             else:
                 nn.init.normal_(p, std=0.02 if gpt2 else 0.577 / math.sqrt(c.d_model))
 
+    @torch.no_grad()
+    def grow_vocabulary(self, vocab_size, known):
+        """Room for at least `vocab_size` ids, of which the first `known` have meant something until
+        now. All rows after those, spare ones included, start at the mean of the known rows."""
+        c, tables = self.config, [self.embed] if self.config.tied else [self.embed, self.head]
+        grown = max(c.vocab_size, vocab_size)
+        for table in tables:
+            for name in ("weight", "bias"):
+                old = getattr(table, name, None)
+                if old is not None:
+                    new = old[:known].mean(0, keepdim=True).repeat(grown, *[1] * (old.dim() - 1))
+                    new[:known] = old[:known]
+                    setattr(table, name, nn.Parameter(new, old.requires_grad))
+        if c.tied:
+            self.head.weight = self.embed.weight
+        self.embed.num_embeddings = self.head.out_features = c.vocab_size = grown
+
     def hidden(self, ids, cache=None, positions=None, mask=None):
         """The final, normalised states (B, T, C) of ids (B, T); logits are `model.head` of them.
 
@@ -514,10 +548,12 @@ class Transformer(nn.Module):
             cache.length += T
         return self.norm(x)
 
-    def forward(self, ids, targets=None, cache=None, positions=None, mask=None):
+    def forward(self, ids, targets=None, cache=None, positions=None, mask=None, each=False):
         x = self.hidden(ids, cache, positions, mask)
         if targets is None:
             return self.head(x)  # (B, T, V)
+        if each:
+            return token_logps(x, self.head.weight, self.head.bias, targets)  # (B, T)
         return chunked_loss(x, self.head.weight, self.head.bias, targets)
 
 

@@ -24,10 +24,13 @@ import io
 import itertools
 import json
 import lzma
+import math
 import os
+import random
 import re
 import sys
 import sysconfig
+import tarfile
 import time
 import zipfile
 import zlib
@@ -313,10 +316,18 @@ def json_text(line, field, where):
     wanted = [field] if field else ["text", "content"]
     if isinstance(row, dict):
         row = next((row[k] for k in wanted if k in row), row)
+    elif isinstance(row, list) and all(isinstance(turn, dict) for turn in row):  # a dialogue
+        row = "\n".join(turn_text(turn) for turn in row)
     if not isinstance(row, str):
         keys = f"its keys are {', '.join(row)}" if isinstance(row, dict) else "it is no object"
         raise DataError(f"{where}: no text in {' or '.join(wanted)}; {keys}; name one by --field")
     return row.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def turn_text(turn):
+    """The text of one turn of a dialogue; arguments and records as JSON."""
+    text = next((turn[k] for k in ("content", "value", "arguments", "records") if k in turn), "")
+    return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
 
 
 def json_lines(blocks, field, name):
@@ -422,6 +433,8 @@ def find_files(source):
     if source in REMOTE:
         url, sha256, _ = REMOTE[source]
         return [fetch(url, sha256=sha256)]
+    if source in SETS:
+        return [fetch_set(source)["train"]]
     if source.startswith(("http://", "https://")):
         return [fetch(source)]
     path = Path(source)
@@ -440,7 +453,7 @@ def find_files(source):
     if not found:
         raise DataError(
             f"source {source!r} is no file, folder, glob or URL, nor one of "
-            f"stdlib, {', '.join(REMOTE)}"
+            f"stdlib, {', '.join([*REMOTE, *SETS])}"
         )
     return found
 
@@ -511,14 +524,31 @@ class Tokenizer:
             self.encoding = tiktoken.Encoding(
                 kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: len(tokens)}
             )
+        if added := spec.get("special"):  # ids of their own behind all others
+            e, names = self.encoding, enumerate(added, start=self.encoding.n_vocab)
+            self.encoding = tiktoken.Encoding(
+                e.name,
+                pat_str=e._pat_str,
+                mergeable_ranks=e._mergeable_ranks,
+                special_tokens=e._special_tokens | {name: i for i, name in names},
+            )
+        self.special = self.encoding._special_tokens  # name -> id
         self.n_vocab = self.encoding.n_vocab  # the largest id + 1
         self.eot = self.encoding.eot_token
+
+    def with_special(self, names):
+        """This tokenizer with the special tokens `names` added behind its vocabulary, those that it
+        has already left as they are. Text can never spell a special token, only `special` can."""
+        new = [n for n in names if n not in self.special]
+        if not new:
+            return self
+        return Tokenizer({**self.spec, "special": [*self.spec.get("special", []), *new]})
 
     @property
     def name(self):
         """What the user calls it, e.g. bpe:2048."""
-        kind = self.spec["kind"]
-        return {"tiktoken": self.spec.get("name"), "bpe": f"bpe:{self.n_vocab}"}.get(kind, kind)
+        kind, size = self.spec["kind"], self.n_vocab - len(self.spec.get("special", []))
+        return {"tiktoken": self.spec.get("name"), "bpe": f"bpe:{size}"}.get(kind, kind)
 
     def encode_array(self, text):
         """Token ids of `text` as uint32, special tokens' names read as plain text. Runs without
@@ -546,7 +576,7 @@ class Tokenizer:
     def byte_lengths(self):
         """Bytes of text per id, (n_vocab,): what loss is divided by for bits per byte. Special
         tokens count 0, ids that no token has -1."""
-        special = set(self.encoding._special_tokens.values())
+        special = set(self.special.values())
         lengths = np.zeros(self.n_vocab, dtype=np.int64)
         for i in range(self.n_vocab):
             token = self.token_bytes(i)
@@ -671,6 +701,251 @@ def make_tokenizer(name, documents, total_bytes):
         f"tokenizer {name!r} is unknown; choose byte, char, bpe:N (e.g. bpe:4096), gpt2, "
         f"cl100k_base, o200k_base, or a folder prepared before"
     )
+
+
+# --------------------------------------------------------------------------------------------
+# Chat: the one template for training, evaluation and talking
+# --------------------------------------------------------------------------------------------
+
+# Each turn is a role token, text, and <|end|>. A tool call is a turn of the assistant, too: whether
+# it speaks or calls is the first thing it decides.
+ROLES = {
+    "system": ("<|system|>",),
+    "user": ("<|user|>",),
+    "assistant": ("<|assistant|>",),
+    "call": ("<|assistant|>", "<|call|>"),  # content: name {"argument": value, ...}
+    "tool": ("<|tool|>",),  # what a call returned
+}
+TURN_END = "<|end|>"
+CHAT_TOKENS = (*dict.fromkeys(name for names in ROLES.values() for name in names), TURN_END)
+
+
+def render_chat(messages, tokenizer, add_generation_prompt=False):
+    """(ids, mask) of a conversation, mask 1 where the assistant's own words are to be learned.
+
+    `messages` are {"role", "content"} dicts, roles as in ROLES; `tokenizer` has CHAT_TOKENS. With
+    `add_generation_prompt` the row ends where an answer begins, a prefix of the row with it.
+
+        <|user|> hi <|end|> <|assistant|> hello <|end|>
+        0        0  0       0             1     1
+    """
+    ids, mask = [], []
+
+    def put(new, learned):
+        ids.extend(new)
+        mask.extend([learned] * len(new))
+
+    for m in messages:
+        role, *kind = (tokenizer.special[name] for name in ROLES[m["role"]])
+        own = m["role"] in ("assistant", "call")
+        put([role], 0)
+        put([*kind, *tokenizer.encode(m["content"]), tokenizer.special[TURN_END]], int(own))
+    if add_generation_prompt:
+        put([tokenizer.special["<|assistant|>"]], 0)
+    return ids, mask
+
+
+def label_token(label):
+    """The special token that stands for a label of a classifier."""
+    return f"<|label:{label}|>"
+
+
+def call_text(name, arguments):
+    """The content of a call turn: the tool's name and its arguments as JSON on one line."""
+    return f"{name} {json.dumps(arguments, ensure_ascii=False)}"
+
+
+def parse_call(content):
+    """(name, arguments) of a call turn; ValueError if it is not a name and a JSON object."""
+    name, _, arguments = content.strip().partition(" ")
+    try:
+        arguments = json.loads(arguments)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"the arguments are no JSON ({e})") from e
+    if not isinstance(arguments, dict):
+        raise ValueError("the arguments are no JSON object")
+    return name, arguments
+
+
+# --------------------------------------------------------------------------------------------
+# Sets to fine-tune on, and the hotels that some of them talk about
+# --------------------------------------------------------------------------------------------
+
+_LAB = "https://raw.githubusercontent.com/agiclass/fine-tuning-lab/main/data"
+_CROSSWOZ = "https://raw.githubusercontent.com/thu-coai/CrossWOZ/master/data/crosswoz/database"
+_REVIEWS = "https://www.cs.cornell.edu/people/pabo/movie-review-data/rt-polaritydata.tar.gz"
+# To add a set: {split: address}, or a function in fetch_set that writes its files.
+SETS = {
+    "sentiment": {s: _REVIEWS for s in ("train", "val", "test")},
+    "hotel": {s: f"{_LAB}/{s}.full.jsonl" for s in ("train", "dev", "test")},
+    "hotel-synthetic": {s: "" for s in ("train", "dev", "test")},
+    "alpaca-zh": {"train": f"{HUB}/shibing624/alpaca-zh/resolve/main/alpaca_gpt4_data_zh.json"},
+    "sharegpt": {
+        "train": f"{HUB}/openchat/openchat_sharegpt4_dataset/resolve/main/sharegpt_gpt4.json"
+    },
+}
+HOTEL_DB = DATA / "hotel" / "hotel_db.json"  # the public one, once fetched
+OWN_HOTELS = Path(__file__).parent / "data" / "hotels.json"  # a small one of our own invention
+
+
+def fetch_set(name):
+    """{split: path} of a named set, fetched or generated if it is not there yet."""
+    if name == "hotel":
+        fetch(f"{_CROSSWOZ}/hotel_db.json", HOTEL_DB)
+    folder = DATA / name
+    paths = {split: folder / f"{split}.jsonl" for split in SETS[name]}
+    if all(p.exists() for p in paths.values()):
+        return paths
+    if name == "sentiment":
+        rows = split_reviews(fetch(_REVIEWS))
+    elif name == "hotel-synthetic":
+        rows = {"train": 3000, "dev": 300, "test": 300}
+        rows = {s: synthetic_dialogues(n, s) for s, n in rows.items()}
+    else:
+        return {split: fetch(url) for split, url in SETS[name].items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, path in paths.items():
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows[split])
+        path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
+    return paths
+
+
+def split_reviews(archive):
+    """{split: [{"text", "label"}]} of Pang and Lee's film review sentences (2005): the first 80 %
+    of each class, the next 10 and the last 10, as the Hugging Face set cuts them."""
+    rows = {"train": [], "val": [], "test": []}
+    try:
+        with tarfile.open(archive) as tar:
+            for label in ("pos", "neg"):
+                text = tar.extractfile(f"rt-polaritydata/rt-polarity.{label}").read()
+                lines = text.decode("latin-1").strip("\n").split("\n")
+                ends = round(0.8 * len(lines)), round(0.9 * len(lines))
+                for i, line in enumerate(lines):
+                    split = "train" if i < ends[0] else "val" if i < ends[1] else "test"
+                    rows[split].append({"text": line.strip(), "label": label})
+    except (tarfile.TarError, KeyError, EOFError, zlib.error) as e:
+        raise DataError(f"{archive}: damaged, or not the archive of reviews ({e})") from e
+    return rows
+
+
+HOTEL_KEYS = {  # CrossWOZ's fields and what the dialogues call them
+    "名称": "name",
+    "酒店类型": "type",
+    "地址": "address",
+    "地铁": "subway",
+    "电话": "phone",
+    "酒店设施": "facilities",
+    "价格": "price",
+    "评分": "rating",
+}
+
+
+def read_hotels(path=None):
+    """A hotel database as a list of records: CrossWOZ's [[name, {...}], ...] or one of records as
+    they are. Default: the public one if it has been fetched, else our own small one."""
+    path = Path(path or (HOTEL_DB if HOTEL_DB.exists() else OWN_HOTELS))
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if rows and isinstance(rows[0], list):
+            rows = [{new: row[old] for old, new in HOTEL_KEYS.items()} for _, row in rows]
+        return [r | {"facilities": [f.strip() for f in r["facilities"] if f.strip()]} for r in rows]
+    except (ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{path} is no hotel database ({e!r})") from e
+
+
+def search_hotels(
+    hotels,
+    name: str | None = None,
+    type: str | None = None,
+    facilities: list | None = None,
+    price_range_lower: float | None = None,
+    price_range_upper: float | None = None,
+    rating_range_lower: float | None = None,
+    rating_range_upper: float | None = None,
+):
+    """The hotels (records of `read_hotels`) that fit all that is given, the best rated first, three
+    at most. Guests name facilities in their own words, so these are compared by their characters.
+    """
+
+    def within(value, low, high):
+        if low is None and high is None:
+            return True
+        return value is not None and (low or 0) <= value <= (math.inf if high is None else high)
+
+    def offers(hotel, wanted):
+        return any(
+            wanted in has or has in wanted or len(set(wanted) & set(has)) >= 0.7 * len(set(wanted))
+            for has in hotel["facilities"]
+        )
+
+    found = [
+        h
+        for h in hotels
+        if (not name or name in h["name"] or h["name"] in name)
+        and (not type or h["type"] == type)
+        and within(h["price"], price_range_lower, price_range_upper)
+        and within(h["rating"], rating_range_lower, rating_range_upper)
+        and all(offers(h, f) for f in facilities or [])
+    ]
+    return sorted(found, key=lambda h: -(h["rating"] or 0))[:3]
+
+
+_WAYS = {  # how a guest may ask for each argument
+    "type": ("{}的酒店", "{}酒店", "一家{}的"),
+    "facilities": ("能提供{}", "有{}", "带{}的", "提供{}服务"),
+    "price": ("价格在{0}-{1}元", "{0}到{1}元之间", "预算{0}-{1}元"),
+    "rating": ("评分{}分以上", "评分在{}分以上的", "评分不低于{}分"),
+}
+_OPENINGS = ("你好，帮我找个酒店，", "我想订酒店，", "请推荐一家酒店，", "您好，我要住酒店，")
+_QUESTIONS = (
+    ("phone", ("这家酒店的电话是多少？", "电话号码给我一下。"), "{name}的电话是{phone}。"),
+    ("address", ("这家酒店在哪里？", "地址是什么？"), "{name}的地址是{address}。"),
+    ("price", ("一晚多少钱？", "价格是多少？"), "{name}的价格是{price}元。"),
+    ("rating", ("评分怎么样？", "这家的评分是多少？"), "{name}的评分是{rating}分。"),
+)
+
+
+def synthetic_dialogues(count, seed):
+    """`count` invented hotel dialogues, each a list of turns with the public set's schema and exact
+    arguments: the same ones for the same seed, on any machine."""
+    hotels, rng = read_hotels(OWN_HOTELS), random.Random(f"hotel-synthetic {seed}")
+    rows = []
+    while len(rows) < count:
+        wish = rng.choice(hotels)  # so that something is found
+        arguments, words = {}, []
+        for key in rng.sample(sorted(_WAYS), rng.randint(1, 3)):
+            way = rng.choice(_WAYS[key])
+            if key == "price":
+                low = int(wish["price"] // 100 * 100)
+                arguments |= {"price_range_lower": low, "price_range_upper": low + 100}
+                words.append(way.format(low, low + 100))
+            elif key == "rating":
+                low = rng.choice((4, 4.5)) if wish["rating"] >= 4.5 else 4
+                arguments["rating_range_lower"] = low
+                words.append(way.format(low))
+            elif key == "facilities":
+                chosen = rng.sample(wish["facilities"], rng.randint(1, 2))
+                arguments[key] = chosen
+                words.append(way.format("和".join(chosen)))
+            else:
+                arguments[key] = wish[key]
+                words.append(way.format(wish[key]))
+        records = search_hotels(hotels, **arguments)
+        names = "、".join(r["name"] for r in records) or "没有找到"
+        reply = f"为您推荐{names}。" if records else "抱歉，没有符合要求的酒店。"
+        turns = [
+            {"role": "user", "content": rng.choice(_OPENINGS) + "，".join(words) + "。"},
+            {"role": "search", "arguments": arguments},
+            {"role": "return", "records": records},
+            {"role": "assistant", "content": reply},
+        ]
+        if len(records) == 1 and rng.random() < 0.7:
+            _, asks, answer = rng.choice(_QUESTIONS)
+            turns.append({"role": "user", "content": rng.choice(asks)})
+            turns.append({"role": "assistant", "content": answer.format(**records[0])})
+        rows.append(turns)
+    return rows
 
 
 # --------------------------------------------------------------------------------------------

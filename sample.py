@@ -5,21 +5,29 @@
     cat question.txt | python sample.py --top_p 0.9 --num_samples 3
     python sample.py --prompt "Once" --beams 4              beam search
     python sample.py --analogy "king - man + woman"         arithmetic in the embedding table
+    python sample.py --ckpt out/hotel-ft --chat --tools hotel       talk, and let it look things up
+    python sample.py --ckpt out/sentiment-ft --prompt "a fine film"  a classifier's verdict
 
 The chapters: the decoding ladder (logits in, one token out), generation with a key/value cache,
-beam search, ids to text as they come, analogies, and the command line. Decoding works on ids alone
-and text on characters alone; they meet in `main`.
+beam search, ids to text as they come, analogies, answers and tools, the terminal chat, and the
+command line. Decoding works on ids alone and text on characters alone; they meet at the end.
 """
 
 import argparse
 import codecs
+import inspect
+import json
 import math
 import re
+import runpy
 import sys
+import typing
+from functools import partial
 from pathlib import Path
 
 import torch
 
+import lora
 from model import (
     DTYPES,
     KVCache,
@@ -29,7 +37,18 @@ from model import (
     load_checkpoint,
     model_from_checkpoint,
 )
-from prepare_data import DataError, Tokenizer, console
+from prepare_data import (
+    CHAT_TOKENS,
+    TURN_END,
+    DataError,
+    Tokenizer,
+    console,
+    label_token,
+    parse_call,
+    read_hotels,
+    render_chat,
+    search_hotels,
+)
 
 OUT = Path("out")
 
@@ -280,7 +299,8 @@ class TextStream:
 
     def feed(self, i):
         """The text that id `i` completes, maybe none."""
-        token = b"" if i == self.tokenizer.eot else self.tokenizer.token_bytes(i) or b""
+        hidden = i in self.tokenizer.special.values()
+        token = b"" if hidden else self.tokenizer.token_bytes(i) or b""
         return self._release(self.decoder.decode(token))
 
     def finish(self):
@@ -344,6 +364,268 @@ def analogy(expression, tokenizer, table, choices=(), n=10):
 
 
 # --------------------------------------------------------------------------------------------
+# Answers: a model's turn in a conversation, the tools it may call, a classifier's verdict
+# --------------------------------------------------------------------------------------------
+
+
+def chat_prompt(messages, tokenizer, room):
+    """Ids of a conversation up to where the answer begins, at most `room`: the oldest turns are
+    left out first, never the system's; a last one that is too long alone loses its beginning."""
+    rendered = [render_chat([m], tokenizer)[0] for m in messages]
+    begin = tokenizer.special["<|assistant|>"]
+    oldest = 1 if messages and messages[0]["role"] == "system" else 0
+    while sum(map(len, rendered)) + 1 > room and len(rendered) > oldest + 1:
+        rendered.pop(oldest)
+    return [i for ids in rendered for i in ids][1 - room :] + [begin]
+
+
+def parse_answer(ids, tokenizer):
+    """The message that generated ids mean: {"role": "assistant" or "call", "content"}."""
+    call = ids[:1] == [tokenizer.special["<|call|>"]]
+    text = tokenizer.decode([i for i in ids if i not in tokenizer.special.values()])
+    return {"role": "call" if call else "assistant", "content": text}
+
+
+@torch.inference_mode()
+def classify(model, prompts, goals, batch=64):
+    """Log probabilities (N, L) of the label ids `goals` after each prompt (lists of ids), among
+    these labels alone."""
+    device, out = model.embed.weight.device, []
+    for start in range(0, len(prompts), batch):
+        rows = prompts[start : start + batch]
+        ends = torch.tensor([len(r) - 1 for r in rows], device=device)
+        ids = torch.zeros(len(rows), int(ends.max()) + 1, dtype=torch.long, device=device)
+        for row, r in zip(ids, rows):  # what is padded behind, nobody looks at
+            row[: len(r)] = torch.tensor(r)
+        last = model.hidden(ids)[torch.arange(len(rows)), ends]  # (B, C)
+        out.append(model.head(last)[:, goals].float().log_softmax(-1).cpu())
+    return torch.cat(out)
+
+
+def labels_of(tokenizer):
+    """The labels that a classifier's tokenizer knows; none for other models."""
+    begin, end = label_token("\0").split("\0")
+    return [n[len(begin) : -len(end)] for n in tokenizer.special if n.startswith(begin)]
+
+
+def load_tools(source):
+    """{name: function} of --tools: `hotel`, or the public functions of a Python file."""
+    # To add a tool of your own: a file with a function; its parameters and their types are the
+    # schema, what it returns (anything JSON can say) is what the model reads.
+    if source == "hotel":
+        return {"search": partial(search_hotels, read_hotels())}
+    if not Path(source).is_file():
+        raise DataError(f"--tools {source}: no such file; name a .py file, or hotel")
+    try:
+        found = runpy.run_path(source)
+    except Exception as e:  # the user's own code can fail in any way
+        raise DataError(f"--tools {source} cannot be loaded ({type(e).__name__}: {e})") from e
+    own = {n: f for n, f in found.items() if inspect.isfunction(f) and n[0] != "_"}
+    own = {n: f for n, f in own.items() if f.__code__.co_filename == source}
+    if not own:
+        raise DataError(f"--tools {source} defines no function")
+    return own
+
+
+def suits(value, annotation):
+    """Whether a JSON value may be given for a parameter of that type."""
+    if annotation is inspect.Parameter.empty:
+        return True
+    kinds = [typing.get_origin(a) or a for a in typing.get_args(annotation) or (annotation,)]
+    if typing.get_origin(annotation) in (list, dict):  # list[str]: its items are not looked at
+        kinds = [typing.get_origin(annotation)]
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int) and float in kinds:
+        return True
+    return any(isinstance(k, type) and isinstance(value, k) for k in kinds)
+
+
+def call_tool(tools, content):
+    """What a tool returns for the call turn `content`, as JSON text. A call that does not fit the
+    function's parameters never reaches it: the model reads {"error": ...} instead."""
+    try:
+        name, arguments = parse_call(content)
+        if name not in tools:
+            raise ValueError(f"there is no tool {name!r}, only {', '.join(tools)}")
+        signature = inspect.signature(tools[name])
+        try:
+            signature.bind(**arguments)
+        except TypeError as e:
+            raise ValueError(f"{name}: {e}") from e
+        for key, value in arguments.items():
+            if not suits(value, signature.parameters[key].annotation):
+                raise ValueError(f"{name}: {key} cannot be {value!r}")
+    except ValueError as e:
+        return json.dumps({"error": str(e)}, ensure_ascii=False)
+    try:
+        return json.dumps(tools[name](**arguments), ensure_ascii=False)
+    except Exception as e:  # a tool that fails is news for the model, no reason to stop talking
+        return json.dumps({"error": f"{name} failed: {type(e).__name__}: {e}"}, ensure_ascii=False)
+
+
+# --------------------------------------------------------------------------------------------
+# The terminal chat
+# --------------------------------------------------------------------------------------------
+
+MAX_CALLS = 3  # tool calls in one turn of the model
+CHAT_HELP = (
+    "/reset forgets, /retry answers again, /system TEXT, /save FILE, /adapter NAME, /quit; "
+    "Ctrl-C stops an answer"
+)
+
+
+class Chat:
+    """A conversation with a model: the messages so far, and how the next one is made.
+
+    A model that was never taught to chat (its tokenizer has no role tokens) is given a transcript
+    to continue instead.
+    """
+
+    def __init__(self, model, tokenizer, tools=None, max_tokens=200, seed=None, settings=None):
+        self.model, self.tokenizer, self.tools = model, tokenizer, tools or {}
+        self.settings, self.seed = settings or {}, seed
+        self.max_tokens = min(max_tokens, model.config.context // 2)
+        self.plain = not set(CHAT_TOKENS) <= set(tokenizer.special)
+        self.messages, self.turns = [], 0
+
+    def prompt(self):
+        """(ids to continue, whether the oldest turns had to be left out)."""
+        room = self.model.config.context - self.max_tokens
+        if not self.plain:
+            full = len(render_chat(self.messages, self.tokenizer)[0]) + 1
+            return chat_prompt(self.messages, self.tokenizer, room), full > room
+        said = "".join(f"{m['role'].title()}: {m['content']}\n" for m in self.messages)
+        ids = self.tokenizer.encode(said + "Assistant:")
+        return ids[-room:], len(ids) > room
+
+    def turn(self, show, may_call=True):
+        """Generate and remember one message; show(text) gets its words as they come. An answer
+        that Ctrl-C stops is remembered as far as it went."""
+        ids, t = [], self.tokenizer
+        call, ends = t.special.get("<|call|>"), {t.eot, t.special.get(TURN_END)}
+        stream = TextStream(t, ["\nUser:", "\nSystem:"] if self.plain else ())
+        allowed = allowed_ids(self.model, t, chat=not self.plain)
+        if call is not None and not (may_call and self.tools):
+            allowed[call] = False
+
+        def stop(r, i):
+            ids.append(i)
+            if ids[0] != call:  # a call is shown when it is whole
+                show(stream.feed(i))
+            return i in ends or stream.stopped
+
+        seed = torch.seed() % 2**31 if self.seed is None else self.seed + self.turns
+        self.turns += 1
+        try:
+            rows = generate(
+                self.model,
+                [self.prompt()[0]],
+                self.max_tokens,
+                seed=seed,
+                allowed=allowed,
+                stop=stop,
+                **self.settings,
+            )
+            for _ in rows:
+                pass
+        except KeyboardInterrupt:
+            show(" [stopped]")
+        show(stream.finish())
+        if self.plain:
+            text = re.split(r"\n(?:User|System):", t.decode([i for i in ids if i not in ends]))[0]
+            message = {"role": "assistant", "content": text.strip()}
+        else:
+            message = parse_answer(ids, t)
+        self.messages.append(message)
+        return message
+
+    def answer(self, show):
+        """Turns until the model has spoken: calls are shown, made, and what they return is fed
+        back, at most MAX_CALLS times."""
+        for left in reversed(range(MAX_CALLS + 1)):
+            message = self.turn(show, may_call=left > 0)
+            if message["role"] != "call":
+                return
+            show(f"-> {message['content']}\n")
+            result = call_tool(self.tools, message["content"])
+            show(f"<- {result if len(result) < 400 else result[:400] + '…'}\n")
+            self.messages.append({"role": "tool", "content": result})
+
+    def command(self, line):
+        """Do what a line with a slash says. Returns what to tell the user, or None to answer the
+        last question again."""
+        name, _, rest = line[1:].partition(" ")
+        system = [m for m in self.messages[:1] if m["role"] == "system"]
+        if name == "reset":
+            self.messages = system
+            return "forgotten"
+        if name == "retry":
+            asked = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
+            if not asked:
+                return "nothing has been asked yet"
+            del self.messages[asked[-1] + 1 :]
+            return None
+        if name == "system":
+            text = {"role": "system", "content": rest}
+            self.messages = ([text] if rest else []) + self.messages[len(system) :]
+            return "the system turn is set" if rest else "no system turn any more"
+        if name == "save" and rest:
+            text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1)
+            try:
+                Path(rest).write_text(text + "\n", encoding="utf-8")
+            except OSError as e:
+                return f"{rest}: {e.strerror}"
+            return f"saved to {rest}"
+        if name == "adapter":
+            try:
+                lora.switch(self.model, *rest.split())
+            except ModelError as e:
+                return str(e)
+            return f"talking through {rest or 'the bare base'}"
+        return CHAT_HELP
+
+
+def talk(chat):
+    """Read lines, answer them, until the input ends or /quit."""
+    if chat.plain:
+        print("[a base model: it continues the transcript, nobody has taught it to answer]")
+    print(f"[{CHAT_HELP}]", file=sys.stderr)
+    told = False
+
+    def show(text):
+        print(text, end="", flush=True)
+
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("\n[/quit or Ctrl-D leaves]", file=sys.stderr)
+            continue
+        if not line:
+            continue
+        if line == "/quit":
+            return
+        if line.startswith("/"):
+            reply = chat.command(line)
+            if reply is not None:
+                print(f"[{reply}]")
+                continue
+        else:
+            chat.messages.append({"role": "user", "content": line})
+        if chat.prompt()[1] and not told:
+            told = True
+            print("[the context is full: the oldest turns are left out]", file=sys.stderr)
+        try:
+            chat.answer(show)
+        except KeyboardInterrupt:  # in the middle of a tool
+            show("[stopped]")
+        print()
+
+
+# --------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------
 
@@ -356,26 +638,43 @@ def newest_run():
     return max(found, key=lambda p: p.stat().st_mtime).parent
 
 
-def load(ckpt=None, device=None, dtype=None):
-    """(model, tokenizer, where) of a checkpoint or run's folder, the newest run if None."""
+def load(ckpt=None, device=None, dtype=None, adapters=()):
+    """(model, tokenizer, where) of a checkpoint or run's folder, the newest run if None. An adapter
+    brings its base along; `adapters` are laid over a base, the first one active, and are called by
+    their folder's or file's name."""
     where = Path(ckpt) if ckpt is not None else newest_run()
-    content = load_checkpoint(where)
+    content, over = load_checkpoint(where), [Path(a) for a in adapters]
+    if "adapter" in content:
+        over, base = [where, *over], Path(content["adapter"]["base"])
+        content = load_checkpoint(base)
+    else:
+        base = where
+    named = {p.stem if p.suffix == ".pt" else p.name: load_checkpoint(p) for p in over}
     if "tokenizer" not in content:
         raise DataError(f"{where} carries no tokenizer: it was not written by train.py")
+    specs = [a["tokenizer"] for a in named.values()] or [content["tokenizer"]]
+    if any(s != specs[0] for s in specs):
+        raise DataError("the adapters have other special tokens: only alike ones go together")
     device = choose_device(device)
     if dtype in (None, "auto"):
         dtype = "bf16" if device.type == "cuda" else "fp32"
-    model = model_from_checkpoint(content, device, DTYPES[dtype], where)
-    return model, Tokenizer(content["tokenizer"]), where
+    if named:
+        model = lora.load_adapted(content, named, base).to(device=device, dtype=DTYPES[dtype])
+    else:
+        model = model_from_checkpoint(content, device, DTYPES[dtype], where)
+    return model, Tokenizer(specs[0]), where
 
 
-def allowed_ids(model, tokenizer):
-    """Bools (V,): the ids that a token has; the table's spare rows must never be drawn."""
+def allowed_ids(model, tokenizer, chat=False):
+    """Bools (V,): the ids that a token has; the table's spare rows must never be drawn. Of the
+    special ones only the end of the text may come, or in a `chat` the end of the turn and a call.
+    """
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     lengths = torch.from_numpy(tokenizer.byte_lengths[: len(allowed)])
     allowed[: len(lengths)] = lengths > 0
-    if tokenizer.eot < len(allowed):
-        allowed[tokenizer.eot] = True
+    for i in [tokenizer.special[n] for n in (TURN_END, "<|call|>")] if chat else [tokenizer.eot]:
+        if i < len(allowed):
+            allowed[i] = True
     return allowed.to(model.embed.weight.device)
 
 
@@ -506,7 +805,7 @@ def build_parser():
     add("--print_ids", action="store_true", help="the new ids on the last line, a line a sample")
     add("--max_tokens", type=int, default=200, help="new tokens at most (default 200)")
     add("--num_samples", type=int, default=1, help="per prompt, in one batch (default 1)")
-    add("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    add("--temperature", type=float, help="0 is greedy (default 0.8; with --tools 0)")
     add("--top_k", type=int, default=0, help="keep the k likeliest tokens; 0 is all (default)")
     add("--top_p", type=float, default=0.95, help="keep the likeliest up to p; 1 is all (0.95)")
     add("--min_p", type=float, default=0.0, help="keep what has p times the likeliest's; 0 is all")
@@ -518,6 +817,9 @@ def build_parser():
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
     add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
         help="of the weights (default auto: bf16 on CUDA, else fp32)")
+    add("--adapter", action="append", help="LoRA run to lay over --ckpt; several can be switched")
+    add("--chat", action="store_true", help="talk in the terminal")
+    add("--tools", help="with --chat: hotel, or a .py file whose functions the model may call")
     add("--analogy", help='nearest tokens of e.g. "king - man + woman" in the embedding table')
     add("--choices", help="with --analogy: pick among these, separated by commas")
     return p
@@ -540,6 +842,8 @@ def check_settings(args):
         raise DataError(f"--length_penalty {args.length_penalty} must be from -10 to 10")
     if args.seed is not None and not 0 <= args.seed < 2**62:
         raise DataError(f"--seed {args.seed} must be from 0 to 2**62")
+    if args.tools and not args.chat:
+        raise DataError("--tools is for --chat")
     if args.beams and args.stop:
         raise DataError("--stop does not work with --beams, which end with the end of the text")
     if args.beams and args.num_samples > args.beams:
@@ -548,8 +852,11 @@ def check_settings(args):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if args.temperature is None:
+        args.temperature = 0.0 if args.tools else 0.8
     check_settings(args)
-    model, tokenizer, where = load(args.ckpt, args.device, args.dtype)
+    tools = load_tools(args.tools) if args.tools else None
+    model, tokenizer, where = load(args.ckpt, args.device, args.dtype, args.adapter or ())
     if args.ckpt is None:
         print(f"[{where}]", file=sys.stderr)
     if args.analogy is not None:
@@ -558,7 +865,18 @@ def main(argv=None):
         for text, cosine in analogy(args.analogy, tokenizer, table, choices):
             print(f"{cosine:7.3f}  {text!r}")
         return
+    if args.chat:
+        settings = {name: getattr(args, name) for name in DECODING}
+        talk(Chat(model, tokenizer, tools, args.max_tokens, args.seed, settings))
+        return
     prompts = read_prompts(args, tokenizer, model.config.vocab_size)
+    if labels := labels_of(tokenizer):
+        rows = [p[1 - model.config.context :] + [tokenizer.eot] for p in prompts]
+        goals = [tokenizer.special[label_token(name)] for name in labels]
+        for row in classify(model, rows, goals).exp().tolist():
+            best = sorted(zip(row, labels), reverse=True)
+            print("  ".join(f"{name} {p:.3f}" for p, name in best))
+        return
     if args.beams:
         ids = [i for p in prompts for i in write_beams(model, tokenizer, p, args)]
     else:

@@ -517,41 +517,45 @@ def memory_needed(model, tokens):
     kept = c.n_layer * layer
     if model.grad_checkpoint:  # only each layer's input, and one layer in full
         kept = layer + c.n_layer * tokens * c.d_model * 4
-    return 16 * lm.count_parameters(model)["total"] + kept
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 4 * lm.count_parameters(model)["total"] + 12 * learned + kept
 
 
-def check_memory(model, args, runtime):
-    """DataError if the run cannot fit this machine's memory (its CPU's; a GPU tells by itself)."""
-    needed = memory_needed(model, args.batch_size * model.config.context)
+def check_memory(model, tokens, runtime):
+    """DataError if training with `tokens` in a micro-batch cannot fit this machine's memory (its
+    CPU's; a GPU tells by itself)."""
+    needed = memory_needed(model, tokens)
     if runtime.device.type == "cpu" and hasattr(os, "sysconf"):
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > has:
             raise DataError(
                 f"this needs about {needed / 2**30:,.0f} GiB of memory, the machine has "
-                f"{has / 2**30:,.0f}: lower --batch_size, --context or the model's size"
+                f"{has / 2**30:,.0f}: use smaller batches, a shorter context or a smaller model"
             )
 
 
-def header(model, args, runtime, tokens):
-    """The lines before the first step: what is trained, on what, and what it will take."""
+def header(model, args, runtime, tokens, per_batch):
+    """The lines before the first step: what is trained, on what, and what it will take. `tokens`
+    are those of the training text, `per_batch` those of a micro-batch."""
     c, n = model.config, lm.count_parameters(model)["total"]
-    memory = memory_needed(model, args.batch_size * c.context) / 2**20
-    tokens_per_step = args.batch_size * args.grad_accum * runtime.world * c.context
-    max_steps, max_minutes = args.max_steps, args.max_minutes
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = f", {learned:,} of them trained ({learned / n:.2%})" if learned < n else ""
+    memory = memory_needed(model, per_batch) / 2**20
+    per_step = per_batch * args.grad_accum * runtime.world
     lines = [
         f"device {runtime.device}, {runtime.dtype}, {runtime.world} process(es), matmul peak "
         f"{runtime.peak / 1e9:,.0f} GFLOP/s",
-        f"{n:,} parameters: {c.n_layer} layers x {c.d_model}, {c.n_head} heads, context "
+        f"{n:,} parameters{share}: {c.n_layer} layers x {c.d_model}, {c.n_head} heads, context "
         f"{c.context}, vocabulary {c.vocab_size:,}",
         f"{tokens:,} training tokens, {tokens / n:.2g} per parameter (Chinchilla advises 20)",
-        f"memory about {memory:,.0f} MB; {tokens_per_step:,} tokens a step",
+        f"memory about {memory:,.0f} MB; {per_step:,} tokens a step",
     ]
-    if max_steps:
-        flops = lm.flops_per_token(c) * tokens_per_step * max_steps
-        floor = flops / (runtime.peak * runtime.world)
-        lines[-1] += f"; {max_steps:,} steps take {clock(floor)} or more (less no matmul allows)"
-    if max_minutes:
-        lines.append(f"stops after {max_minutes:g} minutes of training at the latest")
+    if args.max_steps:
+        flops = lm.flops_per_token(c) * per_step * args.max_steps
+        floor = clock(flops / (runtime.peak * runtime.world))
+        lines[-1] += f"; {args.max_steps:,} steps take {floor} or more (less no matmul allows)"
+    if args.max_minutes:
+        lines.append(f"stops after {args.max_minutes:g} minutes of training at the latest")
     return lines
 
 
@@ -564,16 +568,19 @@ def header(model, args, runtime, tokens):
 class Task:
     """What `fit` needs to know of what is being learned.
 
-    `batches(step)` gives this process's micro-batches, each a tuple of tensors whose last one is
-    the targets (-100: no loss). `loss(model, *batch)` is the *summed* loss of one. `evaluate(model,
-    final)` returns a dict with at least "val_loss"; final asks for the whole split. `extra` goes
-    into every checkpoint beside the weights (the tokenizer's spec, for one).
+    `batches(step)` gives this process's micro-batches, tuples of tensors that begin with the ids.
+    `loss(model, *batch)` is the *summed* loss of one, `count(*batch)` what it is divided by in the
+    end: by default the targets that are not -100, the last tensor. `evaluate(model, final)` returns
+    a dict with at least "val_loss"; final asks for the whole split. `weights(model)` is what of the
+    model a checkpoint keeps, `extra` goes beside it (the tokenizer's spec, for one).
     """
 
     batches: Callable
     evaluate: Callable
     extra: dict
     loss: Callable = lambda model, ids, targets: model(ids, targets)
+    count: Callable = lambda *batch: int((batch[-1] != -100).sum())
+    weights: Callable = lm.plain_state
 
 
 class StopSignal:
@@ -600,12 +607,14 @@ class StopSignal:
 
 
 def training_step(model, task, batches, runtime, scaler):
-    """Forward and backward over this step's micro-batches. Returns (mean loss, target tokens).
+    """Forward and backward over this step's micro-batches. Returns (mean loss, tokens read).
 
     The summed losses are divided by the target tokens of the whole step, over all micro-batches and
     processes: so it never matters how a batch was cut, nor how unevenly its targets lie.
     """
-    count = runtime.total(sum(int((b[-1] != -100).sum()) for b in batches))[0]
+    count, tokens = runtime.total(
+        sum(task.count(*b) for b in batches), sum(b[0].numel() for b in batches)
+    )
     if not count:
         raise TrainError("this step has no target token: every label is masked")
     total = 0.0
@@ -619,7 +628,7 @@ def training_step(model, task, batches, runtime, scaler):
             # DDP averages over processes; what is wanted is the sum
             scaler.scale(loss * (runtime.world / count)).backward()
         total = total + loss.detach()
-    return runtime.total(total)[0] / count, int(count)
+    return runtime.total(total)[0] / count, int(tokens)
 
 
 def optimizer_step(model, optimizers, scaler, grad_clip, loss):
@@ -715,7 +724,7 @@ class Run:
         since resuming from the older last.pt would write it again."""
         if self.runtime.rank > 0:
             return
-        weights = {k: v.float() for k, v in lm.plain_state(self.model).items()}
+        weights = {k: v.float() for k, v in self.task.weights(self.model).items()}
         inference = {"config": asdict(self.model.config), "model": weights, **self.task.extra}
         inference |= {"step": self.state["step"], "val_loss": self.state["best"]}
         if best:
@@ -820,6 +829,10 @@ def eval_line(row):
         text += f"  bits/byte {row['val_bpb']:.4f}"
     if row.get("val_share"):
         text += f"  ({row['val_share']:.0%} of val)"
+    known = {"step", "final", "val_loss", "val_ppl", "val_bpb", "val_share"}
+    for name, value in row.items():  # whatever else a task measures
+        if name not in known:
+            text += f"  {name.removeprefix('val_').replace('_', ' ')} {value:.4g}"
     return text
 
 
@@ -829,6 +842,29 @@ def eval_line(row):
 
 
 # fmt: off (one line a flag)
+def add_optimisation(p):
+    """Give a parser the flags that `fit` reads whatever is being learned; returns add_argument of
+    their group."""
+    add = p.add_argument_group("optimisation").add_argument
+    add("--grad_accum", type=int, help="micro-batches a step")
+    add("--optimizer", choices=("adamw", "muon"), help="muon is for the matrices inside blocks")
+    add("--lr", type=float, help="peak learning rate")
+    add("--embed_lr", type=float, help="of the embedding table")
+    add("--head_lr", type=float, help="of an untied head")
+    add("--muon_lr", type=float, help="peak learning rate of the matrices inside blocks, with muon")
+    add("--min_lr", type=float, help="where the schedule ends")
+    add("--warmup_steps", type=int, help="steps of linear warmup")
+    add("--schedule", choices=tuple(SCHEDULES), help="after the warmup")
+    add("--weight_decay", type=float, help="of matrices, AdamW")
+    add("--beta1", type=float, help="AdamW's first beta")
+    add("--beta2", type=float, help="AdamW's second beta")
+    add("--grad_clip", type=float, help="largest gradient norm; 0 is no clipping")
+    add("--eval_every", type=int, help="steps between evaluations, each with a checkpoint")
+    add("--log_every", type=int, help="steps between lines")
+    add("--patience", type=int, help="stop after so many evaluations without a better one; 0 never")
+    return add
+
+
 def build_parser():
     p = argparse.ArgumentParser(
         description="Pretrain a language model. Defaults are the recipe's (train.RECIPE), or with "
@@ -845,30 +881,14 @@ def build_parser():
     add("--compile", action="store_true", default=None, help="torch.compile the model")
     add("--grad_checkpoint", action="store_true", default=None, help="less memory, slower")
     add("--prompt", help="of the sample at the end (default: how the validation text begins)")
-    add = p.add_argument_group("optimisation").add_argument
+    add = add_optimisation(p)
     add("--max_steps", type=int, help=f"default {DEFAULT_STEPS} if --max_minutes is not given")
     add("--max_minutes", type=float,
         help=f"of training, evaluation not counted (default {DEFAULT_MINUTES} if --max_steps is "
         "not given); with both, whichever comes first")
     add("--batch_size", type=int, help="rows a micro-batch (and process)")
-    add("--grad_accum", type=int, help="micro-batches a step")
-    add("--optimizer", choices=("adamw", "muon"), help="muon is for the matrices inside blocks")
-    add("--lr", type=float, help="peak learning rate")
-    add("--embed_lr", type=float, help="of the embedding table")
-    add("--head_lr", type=float, help="of an untied head")
-    add("--muon_lr", type=float, help="peak learning rate of the matrices inside blocks, with muon")
-    add("--min_lr", type=float, help="where the schedule ends")
-    add("--warmup_steps", type=int, help="steps of linear warmup")
-    add("--schedule", choices=tuple(SCHEDULES), help="after the warmup")
-    add("--weight_decay", type=float, help="of matrices, AdamW")
-    add("--beta1", type=float, help="AdamW's first beta")
-    add("--beta2", type=float, help="AdamW's second beta")
-    add("--grad_clip", type=float, help="largest gradient norm; 0 is no clipping")
-    add("--eval_every", type=int, help="steps between evaluations, each with a checkpoint")
     add("--eval_tokens", type=int,
         help="validation tokens an evaluation reads; 0 is all (the last one always reads all)")
-    add("--log_every", type=int, help="steps between lines")
-    add("--patience", type=int, help="stop after so many evaluations without a better one; 0 never")
     shape = p.add_argument_group("model shape, in place of the preset's (see model.Config)")
     for f in fields(lm.Config):
         kind = type(getattr(lm.PRESETS["tiny"], f.name))
@@ -880,6 +900,33 @@ def build_parser():
 # fmt: on
 
 
+def resumed_settings(args, given, fixed):
+    """(settings, content of last.pt) of the run that --resume means: its own settings, changed by
+    what was `given` now, as long as that is not among the `fixed` ones."""
+    run = Path(args.resume) if args.resume else newest_run()
+    path = run / "last.pt" if run.is_dir() else run
+    if run.is_dir() and not path.exists():
+        raise DataError(f"{run} has no last.pt to resume; --ckpt {run} starts from its weights")
+    content = lm.load_checkpoint(path)
+    if "args" not in content:
+        raise DataError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
+    if set(content["args"]) != set(vars(args)):  # each script has flags of its own
+        script = "finetune.py" if "objective" in content["args"] else "train.py"
+        raise DataError(f"{path} was written by {script} (of this version?): resume it with that")
+    if "out" in given:
+        raise DataError(f"--out cannot be given with --resume, which goes on in {path.parent}")
+    inherited = {k: v for k, v in content["args"].items() if v is not None}
+    if changed := [k for k in given if k in fixed and given[k] != inherited.get(k)]:
+        raise DataError(f"--{changed[0]} cannot change when resuming {path}")
+    if {"max_steps", "max_minutes", "epochs"} & set(given):  # a new limit replaces the old ones
+        inherited |= dict(max_steps=None, max_minutes=None, epochs=None)
+    settings = inherited | given | {"out": str(path.parent)}
+    new = " and ".join(f"{k} {v}" for k, v in given.items() if k != "resume")
+    but = f", but {new}" if new else ""
+    print(f"resuming {path} at step {content['step']}; settings are the run's own{but}")
+    return settings, content
+
+
 def resolve(args):
     """Fill in every flag the user left out. Returns (args, the checkpoint to resume or None).
 
@@ -888,27 +935,10 @@ def resolve(args):
     given = {k: v for k, v in vars(args).items() if v is not None}
     shape = {f.name for f in fields(lm.Config)} | {"preset", "ckpt"}
     fixed = shape | {"optimizer", "seed"}  # what a run cannot change on its way
-    content = None
     if args.resume is not None:
-        run = Path(args.resume) if args.resume else newest_run()
-        path = run / "last.pt" if run.is_dir() else run
-        if run.is_dir() and not path.exists():
-            raise DataError(f"{run} has no last.pt to resume; --ckpt {run} starts from its weights")
-        content = lm.load_checkpoint(path)
-        if "args" not in content:
-            raise DataError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
-        if "out" in given:
-            raise DataError(f"--out cannot be given with --resume, which goes on in {path.parent}")
-        inherited = {k: v for k, v in content["args"].items() if v is not None}
-        if changed := [k for k in given if k in fixed and given[k] != inherited.get(k)]:
-            raise DataError(f"--{changed[0]} cannot change when resuming {path}")
-        if {"max_steps", "max_minutes"} & set(given):  # a new limit replaces the old ones
-            inherited |= dict(max_steps=None, max_minutes=None)
-        settings = inherited | given | {"out": str(path.parent)}
-        new = " and ".join(f"{k} {v}" for k, v in given.items() if k != "resume")
-        but = f", but {new}" if new else ""
-        print(f"resuming {path} at step {content['step']}; settings are the run's own{but}")
+        settings, content = resumed_settings(args, given, fixed)
     else:
+        content = None
         if "ckpt" in given and (shaped := sorted(shape & set(given) - {"ckpt"})):
             raise DataError(f"--{shaped[0]} cannot be given with --ckpt, which brings its shape")
         preset, optimizer = given.get("preset", "tiny"), given.get("optimizer", "adamw")
@@ -924,7 +954,9 @@ def resolve(args):
 # flags and the test that their value must pass
 LIMITS = (
     ("max_steps batch_size grad_accum eval_every log_every", "at least 1", lambda v: v >= 1),
-    ("max_minutes lr muon_lr embed_lr head_lr", "above 0", lambda v: 0 < v < math.inf),
+    ("batch_tokens", "at least 1", lambda v: v >= 1),
+    ("lora_rank eval_rows", "0 or more", lambda v: v >= 0),
+    ("epochs max_minutes lr muon_lr embed_lr head_lr", "above 0", lambda v: 0 < v < math.inf),
     ("min_lr warmup_steps weight_decay grad_clip", "0 or more", lambda v: 0 <= v < math.inf),
     ("eval_tokens patience seed", "from 0 to 2**62", lambda v: 0 <= v <= 2**62),
     ("beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1),
@@ -935,7 +967,7 @@ def check_settings(args):
     """DataError for a number that no run can have."""
     for names, wanted, good in LIMITS:
         for name in names.split():
-            value = getattr(args, name)
+            value = getattr(args, name, None)
             if value is not None and not good(value):
                 raise DataError(f"--{name} {value} must be {wanted}")
 
@@ -1026,6 +1058,37 @@ def closing_lines(model, tokenizer, runtime, meta, result, out, prompt_ids):
     return lines
 
 
+def run_folder(args, content, name, runtime):
+    """The folder that the run writes to, --out or a new one called `name`; kept in args.out."""
+    if args.out and Path(args.out).is_file():
+        raise DataError(f"--out {args.out} is a file: name a folder")
+    if args.out and content is None and any(Path(args.out).glob("*.pt")):
+        raise DataError(f"{args.out} holds a run already: --resume {args.out}, or another --out")
+    if args.out is None:  # the other processes write nothing
+        args.out = str(new_run(name) if runtime.rank == 0 else OUT / name)
+    return Path(args.out)
+
+
+def launch(model, task, args, runtime, out, content):
+    """`fit`, with what the processes owe each other at the end and a word on full memory."""
+    try:
+        result = fit(model, task, args, runtime, out, content)
+        if runtime.world > 1:
+            # leave together, and let DDP go first: gloo's threads abort a process that exits while
+            # one still holds them
+            dist.barrier()
+            gc.collect()
+        return result
+    except RuntimeError as e:  # the CPU has no error of its own for this
+        if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
+            advice = "halve the batch and double --grad_accum"
+            raise TrainError(f"out of memory: {advice}, or try --grad_checkpoint") from e
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def main(argv=None):
     args, content = resolve(build_parser().parse_args(argv))
     if content and not Path(args.data, "meta.json").exists():
@@ -1045,14 +1108,8 @@ def main(argv=None):
     model.to(runtime.device)
     train, val = read_tokens(folder, "train"), read_tokens(folder, "val")
     windows = Windows(train, model.config.context, args.seed)
-    check_memory(model, args, runtime)
-    if args.out and content is None and any(Path(args.out).glob("*.pt")):
-        raise DataError(f"{args.out} holds a run already: --resume {args.out}, or another --out")
-    if args.out and Path(args.out).is_file():
-        raise DataError(f"--out {args.out} is a file: name a folder")
-    if args.out is None:  # the other processes write nothing
-        args.out = str(new_run(folder.name) if runtime.rank == 0 else OUT / folder.name)
-    out = Path(args.out)
+    check_memory(model, args.batch_size * model.config.context, runtime)
+    out = run_folder(args, content, folder.name, runtime)
     task = Task(
         batches=lambda step: micro_batches(
             windows, step, args.batch_size, args.grad_accum, runtime.rank, runtime.world
@@ -1063,23 +1120,9 @@ def main(argv=None):
         extra={"tokenizer": tokenizer.spec, "data": data_hashes(meta)},
     )
     if runtime.rank == 0:
-        about = header(model, args, runtime, len(train))
+        about = header(model, args, runtime, len(train), args.batch_size * model.config.context)
         print("\n".join([f"{out}: {folder}, {tokenizer.name}, {args.optimizer}", *about]))
-    try:
-        result = fit(model, task, args, runtime, out, content)
-        if runtime.world > 1:
-            # leave together, and let DDP go first: gloo's threads abort a process that exits while
-            # one still holds them
-            dist.barrier()
-            gc.collect()
-    except RuntimeError as e:  # the CPU has no error of its own for this
-        if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
-            advice = "halve --batch_size and double --grad_accum"
-            raise TrainError(f"out of memory: {advice}, or try --grad_checkpoint") from e
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    result = launch(model, task, args, runtime, out, content)
     if runtime.rank == 0:
         prompt = tokenizer.encode(args.prompt) if args.prompt else val[:16].tolist()
         lines = closing_lines(model, tokenizer, runtime, meta, result, out, prompt)

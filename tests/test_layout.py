@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = {"prepare_data": 0, "model": 0, "lora": 0, "sample": 1, "train": 2, "finetune": 3}
+FLOORS = {"prepare_data": 0, "model": 0, "lora": 1, "sample": 2, "train": 3, "finetune": 4}
 SCRIPTS = {*FLOORS, "mnist"}
 PACKAGES = {"torch", "tiktoken", "numpy", "requests"}
 FORBIDDEN_PACKAGES = {"prepare_data": {"torch"}, "model": PACKAGES - {"torch"}}
@@ -172,8 +172,9 @@ def opens_text_without_encoding(what, call):
     module = what.removesuffix(".open")
     gzip_like = what in ("gzip.open", "lzma.open", "bz2.open")  # binary unless the mode has a t
     if what not in ("open", "io.open") and not gzip_like:
+        archive = what == "tarfile.open"  # bytes, whatever its mode says
         path_like = method == "open" and re.search(r"path|folder|file$|Path\(", module)
-        if not path_like:  # os.open, archive.open, webbrowser.open, ...
+        if archive or not path_like:  # os.open, archive.open, webbrowser.open, ...
             return what == "os.fdopen" and not is_binary(call, 1)
     position = 1 if what in ("open", "io.open") or gzip_like else 0  # path.open("rb")
     if gzip_like:

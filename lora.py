@@ -1,0 +1,460 @@
+"""Fine-tune a few parameters of a large model, in little memory.
+
+    python lora.py merge --ckpt out/stdlib --adapter out/chat --out out/merged
+
+Two ideas, both applied to a model from outside, by replacing its Linear layers one by one:
+
+    LoRA       y = W x  +  alpha / rank * B (A x)    W is frozen, only the thin A and B learn
+    quantised  y = dequantise(codes, scales) x       W takes 4 or 8 bits a weight in place of 32
+
+and together QLoRA. Neither knows what a Transformer is: any module with nn.Linear inside will do.
+The chapters: quantised layers, adapters, saving and loading them, merging, the command line.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import (
+    ModelError,
+    fit_error,
+    load_checkpoint,
+    model_from_checkpoint,
+    plain_state,
+    save_checkpoint,
+)
+from prepare_data import console
+
+# --------------------------------------------------------------------------------------------
+# Quantisation: a frozen Linear whose weights are codes of 4 or 8 bits
+# --------------------------------------------------------------------------------------------
+
+# The 16 values of NormalFloat4 (QLoRA, Dettmers et al. 2023, appendix E): quantiles of a normal
+# distribution, as weights are roughly normal, scaled to [-1, 1] and with an exact zero.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+BLOCK = 64  # weights that share a scale
+SCALE_BLOCK = 256  # scales that share a scale of their own (double quantisation, section 3)
+
+
+def blocks_of(x, size):
+    """x flattened and cut into rows of `size`, the last one filled up with zeros."""
+    x = x.reshape(-1)
+    return F.pad(x, (0, -len(x) % size)).view(-1, size)
+
+
+def absmax_int8(x, size):
+    """Codes (blocks, size) int8 and scales (blocks, 1): x is about codes * scales."""
+    blocks = blocks_of(x, size)
+    scales = blocks.abs().amax(dim=1, keepdim=True) / 127
+    return torch.round(blocks / scales.clamp(min=1e-30)).to(torch.int8), scales
+
+
+def quantize_nf4(weight):
+    """Packed codes (blocks, 32) uint8, two a byte, the first in the high half, and the largest
+    absolute value of each block (blocks, 1)."""
+    blocks = blocks_of(weight, BLOCK)
+    absmax = blocks.abs().amax(dim=1, keepdim=True)
+    levels = torch.tensor(NF4, device=weight.device)
+    # the nearest level: borders lie half way between neighbours
+    codes = torch.bucketize(blocks / absmax.clamp(min=1e-30), (levels[1:] + levels[:-1]) / 2)
+    return (codes[:, 0::2] << 4 | codes[:, 1::2]).to(torch.uint8), absmax
+
+
+class QuantLinear(nn.Module):
+    """A frozen Linear in `int8` or `nf4`, dequantised whenever it is used.
+
+    Weights go through it forward and backward but get no gradient themselves. Each block of 64 has
+    a scale; the scales, less their mean, are int8 codes in turn: 4.13 or 8.13 bits a weight.
+    """
+
+    def __init__(self, linear, kind):
+        super().__init__()
+        if kind not in ("int8", "nf4"):
+            raise ModelError(f"quantisation {kind!r} is unknown; choose int8 or nf4")
+        self.kind = kind
+        self.out_features, self.in_features = linear.weight.shape
+        weight = linear.weight.detach().float()
+        codes, scales = quantize_nf4(weight) if kind == "nf4" else absmax_int8(weight, BLOCK)
+        mean = scales.mean()
+        scale_codes, scale_scales = absmax_int8(scales - mean, SCALE_BLOCK)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale_codes", scale_codes)
+        self.register_buffer("scale_scales", scale_scales)
+        self.register_buffer("scale_mean", mean)
+        if kind == "nf4":  # what a byte of two codes stands for, (256, 2)
+            levels = torch.tensor(NF4, device=weight.device)
+            pairs = torch.cartesian_prod(levels, levels)
+            self.register_buffer("pairs", pairs, persistent=False)
+        self.bias = linear.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    @property
+    def weight(self):
+        """The dequantised weight (out, in), float32."""
+        scales = (self.scale_codes * self.scale_scales).view(-1)[: len(self.codes), None]
+        scales = scales + self.scale_mean
+        if self.kind == "nf4":
+            values = self.pairs[self.codes.int()].view(-1, BLOCK) * scales
+        else:
+            values = self.codes * scales
+        size = self.out_features * self.in_features
+        return values.view(-1)[:size].view(self.out_features, self.in_features)
+
+    def _apply(self, fn, recurse=True):
+        """Move between devices like any module, but keep every number as it is: a scale in half
+        precision would lose digits."""
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+    def forward(self, x):
+        return DequantisedProduct.apply(x, self, self.bias)
+
+
+class DequantisedProduct(torch.autograd.Function):
+    """x W^T + b with a W that exists only while it is needed, once forward and once backward:
+    autograd would have kept the dequantised copy of every layer."""
+
+    @staticmethod
+    def forward(ctx, x, layer, bias):
+        device = x.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ctx.layer, ctx.low, ctx.given = layer, low, x.dtype
+        return F.linear(x.to(low), layer.weight.to(low), None if bias is None else bias.to(low))
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x = grad.to(ctx.low) @ ctx.layer.weight.to(ctx.low)
+        return grad_x.to(ctx.given), None, None
+
+
+def quantize(model, kind, targets="all"):
+    """Replace the target Linears (see `TARGETS`) by frozen, quantised ones, in place. Returns their
+    names; ModelError if there are none."""
+    found = find(model, targets, nn.Linear)
+    for parent, name, linear in found.values():
+        setattr(parent, name, QuantLinear(linear, kind))
+    return list(found)
+
+
+def frozen_bytes(model):
+    """Bytes of all that gets no gradient: weights, codes, scales."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in trained}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+# --------------------------------------------------------------------------------------------
+# Adapters
+# --------------------------------------------------------------------------------------------
+
+# What --lora_targets may say: a group, or names of layers with commas between them.
+TARGETS = {"attention": ("q", "k", "v", "out"), "mlp": ("up", "gate", "down")}
+TARGETS["all"] = TARGETS["attention"] + TARGETS["mlp"]
+
+
+def find(model, targets, kinds):
+    """{full name: (parent, name, layer)} of the layers of `kinds` that `targets` names, each by its
+    last or its full name. ModelError if there are none."""
+    wanted = set(TARGETS.get(targets) or (t.strip() for t in targets.split(",")))
+    found, others = {}, set()
+    for path, parent in model.named_modules():
+        if isinstance(parent, LoRALinear):
+            continue  # what is inside belongs to it
+        for name, layer in parent.named_children():
+            full = f"{path}.{name}".removeprefix(".")
+            if isinstance(layer, kinds) and wanted & {name, full}:
+                found[full] = parent, name, layer
+            elif isinstance(layer, kinds):
+                others.add(name)
+    if not found:
+        names = ", ".join(sorted(others)) or "none is left"
+        raise ModelError(
+            f"no layer is called {targets!r}: choose {', '.join(TARGETS)}, or among {names}"
+        )
+    return found
+
+
+class LoRALinear(nn.Module):
+    """base(x) + alpha / rank * B(A(dropout(x))), for each adapter that is active.
+
+    A (rank, in) starts random, B (out, rank) at zero: an adapter begins as no change at all.
+    Hu et al. 2021, section 4.1. Several adapters may lie over one base; `active` names those in
+    use.
+    """
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+        self.scale, self.dropout, self.active = {}, {}, []
+
+    def add(self, name, rank, alpha, dropout=0.0):
+        """A new adapter, active from now on."""
+        device = next(self.base.buffers(), next(self.base.parameters(), None)).device
+        a = torch.empty(rank, self.base.in_features, device=device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as nn.Linear's own
+        self.a[name] = nn.Parameter(a)
+        self.b[name] = nn.Parameter(torch.zeros(self.base.out_features, rank, device=device))
+        self.scale[name], self.dropout[name] = alpha / rank, dropout
+        self.active.append(name)
+
+    def delta(self):
+        """What the active adapters add to the weight, (out, in); 0 if none is active."""
+        return sum(self.scale[n] * (self.b[n] @ self.a[n]) for n in self.active)
+
+    @property
+    def weight(self):
+        """The weight as the active adapters change it: for who needs more than the product."""
+        return self.base.weight + self.delta()
+
+    @property
+    def bias(self):
+        """The base's own bias."""
+        return self.base.bias
+
+    def forward(self, x):
+        y = self.base(x)
+        for n in self.active:
+            thin = F.linear(F.dropout(x, self.dropout[n], self.training), self.a[n].to(x.dtype))
+            y = y + self.scale[n] * F.linear(thin, self.b[n].to(thin.dtype))
+        return y
+
+
+def add_lora(model, targets="attention", rank=8, alpha=16, dropout=0.0, name="default"):
+    """Adapters for the target layers, everything else frozen; returns the layers' names.
+
+    targets: attention, mlp, all, or layer names with commas. A second call with another `name` adds
+    a second adapter over the same base. ModelError if no layer matches, for a target that shares
+    its weight with another layer (a tied head: the embedding could not follow), or for bad numbers.
+
+    >>> add_lora(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
+    ['0']
+    """
+    if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
+        raise ModelError(
+            f"LoRA wants rank >= 1, alpha > 0 and 0 <= dropout < 1, not {rank}, {alpha}, {dropout}"
+        )
+    found = find(model, targets, (nn.Linear, QuantLinear, LoRALinear))
+    ids = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    for full, (_, _, layer) in found.items():
+        if isinstance(layer, nn.Linear) and ids.count(id(layer.weight)) > 1:
+            raise ModelError(f"{full} shares its weight (a tied head): it cannot have an adapter")
+        if isinstance(layer, LoRALinear) and name in layer.a:
+            raise ModelError(f"there is an adapter {name!r} already: choose another name")
+    model.requires_grad_(False)
+    for parent, child, layer in found.values():
+        if not isinstance(layer, LoRALinear):
+            layer = LoRALinear(layer)
+            setattr(parent, child, layer)
+        layer.add(name, rank, alpha, dropout)
+    return list(found)
+
+
+def adapted(model):
+    """{full name: LoRALinear} of a model."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def train_rows(model, tables, first):
+    """Let rows from `first` on of the named weight tables learn beside the adapters: those of
+    special tokens that the base has never seen. All other rows get no gradient, ever."""
+
+    def only_new(grad):
+        grad = grad.clone()
+        grad[:first] = 0
+        return grad
+
+    for table in tables:
+        weight = model.get_parameter(table)
+        weight.requires_grad_(True)
+        weight.register_hook(only_new)
+
+
+def switch(model, *names):
+    """Make exactly the adapters `names` active, none for the bare base; their table rows come
+    along. ModelError for a name that the model has not."""
+    known = {n for layer in adapted(model).values() for n in layer.a}
+    if missing := set(names) - known:
+        has = ", ".join(sorted(known)) or "none"
+        raise ModelError(f"there is no adapter {', '.join(sorted(missing))}; the model has {has}")
+    for layer in adapted(model).values():
+        layer.active = [n for n in names if n in layer.a]
+    put_rows(model, names[-1] if names else None)
+
+
+@contextlib.contextmanager
+def disabled(model):
+    """The bare base, for as long as the `with` lasts (the reference model of DPO)."""
+    was = {layer: layer.active for layer in adapted(model).values()}
+    try:
+        for layer in was:
+            layer.active = []
+        yield model
+    finally:
+        for layer, active in was.items():
+            layer.active = active
+
+
+# --------------------------------------------------------------------------------------------
+# Files: an adapter alone, without its base
+# --------------------------------------------------------------------------------------------
+
+
+def fingerprint(state):
+    """sha256 over names and bytes of a state dict: what tells one base from another."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def adapter_state(model, about, name="default"):
+    """The tensors of one adapter, on the CPU: layer.a, layer.b, and the rows it trained."""
+    state = {}
+    for full, layer in adapted(model).items():
+        if name in layer.a:
+            state |= {f"{full}.a": layer.a[name], f"{full}.b": layer.b[name]}
+    for table in about["tables"]:
+        state[f"{table}.rows"] = model.get_parameter(table)[about["first_row"] :]
+    return {k: v.detach().cpu().clone() for k, v in state.items()}
+
+
+def attach(model, content, name="default", where="adapter"):
+    """Lay a saved adapter over a model as it was trained: quantise, adapt, load. The model must be
+    its base, grown to its vocabulary (ModelError if shapes say otherwise)."""
+    about = content["adapter"]
+    if about["quantize"] and not any(isinstance(m, QuantLinear) for m in model.modules()):
+        quantize(model, about["quantize"])
+    settings = {k: about[k] for k in ("targets", "rank", "alpha", "dropout")}
+    add_lora(model, **settings, name=name)
+    load_adapter(model, content, name, where)
+
+
+def load_adapter(model, content, name="default", where="adapter"):
+    """Copy a saved adapter's tensors into the one of that name; ModelError if they do not fit."""
+    about, state = content["adapter"], content["model"]
+    if problem := fit_error(adapter_state(model, about, name), state):
+        raise ModelError(f"{where} does not fit this base: {problem}")
+    with torch.no_grad():
+        for full, layer in adapted(model).items():
+            if name in layer.a:
+                layer.a[name].copy_(state[f"{full}.a"])
+                layer.b[name].copy_(state[f"{full}.b"])
+    rows = {t: state[f"{t}.rows"] for t in about["tables"]}
+    model.adapter_rows = getattr(model, "adapter_rows", {}) | {name: (about["first_row"], rows)}
+    put_rows(model, name)
+
+
+@torch.no_grad()
+def put_rows(model, name):
+    """Write the table rows that adapter `name` trained into the model's tables."""
+    first, rows = getattr(model, "adapter_rows", {}).get(name, (0, {}))
+    for table, values in rows.items():
+        model.get_parameter(table)[first:] = values.to(model.get_parameter(table))
+
+
+# --------------------------------------------------------------------------------------------
+# Merging: the adapters' work written into plain weights
+# --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merge(model):
+    """Replace each adapted layer by a plain Linear, W + alpha / rank * B A of the active adapters,
+    added up in float32; a quantised base becomes a plain one. Returns the names of what was merged:
+    none the second time. The trainable model is left in evaluation mode."""
+    model.eval()  # a dropout that is still on would have no place to go
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (LoRALinear, QuantLinear))}
+    # the quantised base of an adapted layer goes with that
+    layers = {n: m for n, m in layers.items() if n.rpartition(".")[0] not in layers}
+    for full, layer in layers.items():
+        path, _, child = full.rpartition(".")
+        weight, bias = layer.weight.float(), layer.bias
+        merged = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device)
+        merged.weight.copy_(weight)
+        if bias is not None:
+            merged.bias.copy_(bias)
+        setattr(model.get_submodule(path), child, merged)
+    return list(layers)
+
+
+# --------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------
+
+
+def load_adapted(base, adapters, where="the base"):
+    """A model with adapters over it, the first one active: from the content of the base checkpoint
+    and {name: content of an adapter checkpoint}. ModelError if it is not their base."""
+    model, mark = model_from_checkpoint(base, where=where), fingerprint(base["model"])
+    for name, content in adapters.items():
+        if "adapter" not in content:
+            raise ModelError(f"{name} is no adapter but a whole model: use it as --ckpt")
+        if content["adapter"]["base_sha256"] != mark:
+            raise ModelError(
+                f"adapter {name} was trained over {content['adapter']['base']}; {where} is another "
+                f"model, or has it merged in already"
+            )
+        model.grow_vocabulary(content["config"]["vocab_size"], content["adapter"]["first_row"])
+        attach(model, content, name, name)
+    switch(model, *list(adapters)[:1])
+    return model.eval()
+
+
+@torch.no_grad()
+def merge_files(ckpt, adapter, out):
+    """The merge command: write a checkpoint like any other, verified by its logits."""
+    base, content = load_checkpoint(ckpt), load_checkpoint(adapter)
+    path = Path(out) if out.endswith(".pt") else Path(out, "best.pt")
+    if path.exists():
+        raise ModelError(f"{path} exists: name another --out")
+    model = load_adapted(base, {str(adapter): content}, ckpt)
+    torch.manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (2, min(64, model.config.context)))
+    before = model(ids)
+    names = merge(model)
+    difference = float((model(ids) - before).abs().max() / before.abs().max())
+    if not difference < 1e-3:
+        raise ModelError(f"merging changed the logits by {difference:.1e} of their size: not saved")
+    kept = {k: content[k] for k in ("tokenizer",) if k in content}
+    merged = {"config": asdict(model.config), "model": plain_state(model), **kept}
+    save_checkpoint(path, merged)
+    print(f"{path}: {len(names)} layers merged, logits differ by {difference:.1e} of their size")
+
+
+# fmt: off (one line a flag)
+def build_parser():
+    p = argparse.ArgumentParser(description="Work with adapters; finetune.py trains them.")
+    commands = p.add_subparsers(dest="command", required=True)
+    m = commands.add_parser("merge", help="write the weights of base and adapter as one checkpoint")
+    m.add_argument("--ckpt", required=True, help="the base: a checkpoint or a run's folder")
+    m.add_argument("--adapter", required=True, help="the adapter: a checkpoint or a run's folder")
+    m.add_argument("--out", required=True, help="folder, or file ending in .pt, to write")
+    return p
+# fmt: on
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    merge_files(args.ckpt, args.adapter, args.out)
+
+
+if __name__ == "__main__":
+    console(main, ModelError)
