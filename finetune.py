@@ -15,6 +15,7 @@ what is minimised, what is measured, the model and its run, the command line.
 """
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import json
@@ -22,6 +23,7 @@ import math
 import random
 import re
 import sys
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -59,6 +61,7 @@ RECIPE = train.RECIPE | dict(
     objective="auto",
     epochs=3.0,
     val=0.1,
+    split="val",
     loss_on="assistant",
     batch_tokens=4096,
     lr=1e-3,
@@ -105,29 +108,37 @@ def whole(value):
     return {k: whole(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+def call_message(name, arguments):
+    """The message of a call; ValueError if `parse_call` could not read it back."""
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    content = call_text(name, whole(arguments))
+    if parse_call(content)[0] != name or not name:
+        raise ValueError(f"a tool cannot be called {name!r}")
+    return {"role": "call", "content": content}
+
+
 def to_messages(turn):
     """The messages of one turn of a ShareGPT, OpenAI or hotel conversation; ValueError if bad."""
     if not isinstance(turn, dict):
         raise ValueError(f"a turn is no object but {turn!r:.40}")
     name = turn.get("role", turn.get("from"))
-    if name not in ROLE_NAMES:
+    if not isinstance(name, str) or name not in ROLE_NAMES:
         raise ValueError(f"role {name!r} is unknown")
     role, content = ROLE_NAMES[name], turn.get("content", turn.get("value"))
-    if isinstance(turn.get("arguments"), dict):  # a hotel search, named after its role
-        return [{"role": "call", "content": call_text(name, whole(turn["arguments"]))}]
-    if "records" in turn:
+    if role == "call" and "arguments" in turn:  # a hotel search, named after its role
+        return [call_message(name, turn["arguments"])]
+    if role == "tool" and "records" in turn:
         return [{"role": "tool", "content": json.dumps(whole(turn["records"]), ensure_ascii=False)}]
-    out = []
+    out, calls = [], []
     if isinstance(content, str) and content.strip():
-        if role == "call":  # ShareGPT: {"name": ..., "arguments": {...}}
-            call = json.loads(content)
-            content = call_text(call["name"], call.get("arguments", {}))
-        out.append({"role": role, "content": content})
-    for call in turn.get("tool_calls") or []:  # OpenAI: arguments are JSON inside JSON
-        function = call.get("function", call)
-        arguments = function.get("arguments", {})
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        out.append({"role": "call", "content": call_text(function["name"], arguments)})
+        if role == "call":  # ShareGPT: {"name": ..., "arguments": {...}}, or a list of such
+            calls = json.loads(content)
+            calls = calls if isinstance(calls, list) else [calls]
+        else:
+            out.append({"role": role, "content": content})
+    for call in [*calls, *(turn.get("tool_calls") or [])]:
+        call = call.get("function", call)  # OpenAI: arguments are JSON inside JSON
+        out.append(call_message(call["name"], call.get("arguments", {})))
     if not out:
         raise ValueError(f"a {name} turn has no text")
     return out
@@ -192,7 +203,10 @@ def to_example(row):
     if {"text", "label"} <= set(row):
         if not isinstance(row["text"], str) or not row["text"].strip():
             raise ValueError("the text is empty")
-        return "label", {"text": row["text"], "label": str(row["label"])}
+        label = whole(row["label"])
+        if not isinstance(label, (str, int)) or label == "":
+            raise ValueError(f"the label is {label!r:.40}")
+        return "label", {"text": row["text"], "label": str(label)}
     raise ValueError(f"no known format has the keys {', '.join(map(str, row))[:80]}")
 
 
@@ -210,7 +224,7 @@ def json_rows(path):
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
         text = raw.decode("utf-8-sig")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise DataError(f"{path} is no JSON in UTF-8 ({e})") from e
     lines = text.split("\n")
     if not path.name.removesuffix(".gz").endswith(".jsonl") and text.lstrip().startswith("["):
@@ -220,18 +234,20 @@ def json_rows(path):
             at = re.compile(r"[\s,]*").match(text, at).end()
             line, seen = line + text.count("\n", seen, at), at
             if text[at : at + 1] == "]":
+                if text[at + 1 :].strip():
+                    raise DataError(f"{path}:{line}: the list ends, but the file goes on")
                 return
             try:
                 row, at = decoder.raw_decode(text, at)
-            except json.JSONDecodeError as e:
-                raise DataError(f"{path}:{line}: broken JSON ({e.msg} in line {e.lineno})") from e
+            except (ValueError, RecursionError) as e:
+                raise DataError(f"{path}:{line}: broken JSON ({e})") from e
             yield line, row
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as e:
-                yield number, ValueError(f"broken JSON ({e.msg})")
+            except (ValueError, RecursionError) as e:
+                yield number, ValueError(f"broken JSON ({getattr(e, 'msg', e)})")
 
 
 MAX_BAD = 0.01  # share of rows that may be bad
@@ -249,13 +265,16 @@ def read_examples(path):
             kind = kind or this
             if this != kind:
                 raise ValueError(f"a row of {this} among rows of {kind}")
+            json.dumps(example, ensure_ascii=False).encode()  # no half characters, as \ud83d
             found.append(example)
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             reason = f"no {e}" if isinstance(e, KeyError) else str(e)
             bad.append(f"{path}:{line}: {reason}")
     for message in bad[:5]:
         print(f"bad row: {message}", file=sys.stderr)
     total = len(found) + len(bad)
+    if not total:
+        raise DataError(f"{path} holds no rows")
     if not found or len(bad) > MAX_BAD * total:
         first = f", first {bad[0]}" if bad else ""
         raise DataError(f"{path}: {len(bad)} of {total} rows are bad{first}")
@@ -291,7 +310,7 @@ def split_off(examples, fraction):
     for e in examples:
         groups.setdefault(first_words(e), []).append(e)
     order = sorted(groups, key=lambda words: hashlib.sha256(words.encode()).digest())
-    n = max(1, round(fraction * len(groups)))
+    n = min(max(1, round(fraction * len(groups))), len(groups) - 1)
     if len(groups) < 2:
         raise DataError("one conversation cannot be split: give --val_data")
     val = {id(e) for words in order[:n] for e in groups[words]}
@@ -442,10 +461,25 @@ def substitute(example, pool, share, rng):
         return example
     longest_first = sorted(swap, key=len, reverse=True)
     found = re.compile("|".join(map(re.escape, longest_first)))
-    messages = [
-        m | {"content": found.sub(lambda hit: swap[hit[0]], m["content"])}
-        for m in example["messages"]
-    ]
+
+    def exchange(value):
+        if isinstance(value, str):
+            return found.sub(lambda hit: swap[hit[0]], value)
+        if isinstance(value, list):
+            return [exchange(v) for v in value]
+        return {k: exchange(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    def rewrite(role, content):
+        if role == "call":  # JSON stays JSON, its keys stay as they are
+            name, arguments = parse_call(content)
+            return call_text(name, exchange(arguments))
+        if role == "tool":
+            with contextlib.suppress(ValueError, RecursionError):
+                new = exchange(old := json.loads(content))
+                return content if new == old else json.dumps(new, ensure_ascii=False)
+        return exchange(content)
+
+    messages = [m | {"content": rewrite(m["role"], m["content"])} for m in example["messages"]]
     return {"messages": messages}
 
 
@@ -502,7 +536,7 @@ def pad_pairs(pairs, reference):
     """(ids, targets, reference): the chosen rows, then the rejected ones, and (P, 2) log
     probabilities under the reference model."""
     rows = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-    return *pad(rows), torch.tensor(reference, dtype=torch.float32).view(-1, 2)
+    return *pad(rows), torch.as_tensor(reference, dtype=torch.float32).view(-1, 2)
 
 
 def pack(rows, context):
@@ -578,11 +612,10 @@ class Batches:
             self.now = self.epoch_rows(epoch) if self.epoch_rows else self.rows
             # sorted() keeps the shuffled order among rows of one length
             self.batches = self.cut(rng.permutation(len(self.now)).tolist(), self.now)
-            while len(self.batches) < self.per_epoch:  # an epoch of shorter rows
-                self.batches.append(self.batches[len(self.batches) % 7])
             rng.shuffle(self.batches)
             self.epoch = epoch
-        chosen = self.batches[at]
+        # rows made anew may give more batches or fewer: some are left out then, or come again
+        chosen = self.batches[at % len(self.batches)]
         return chosen, [self.now[i] for i in chosen]
 
 
@@ -688,7 +721,9 @@ def answer_jobs(examples, limit=None):
         for i, m in enumerate(e["messages"])
         if m["role"] in ("assistant", "call") and i
     ]
-    return jobs[:: max(1, len(jobs) // limit)][:limit] if limit else jobs
+    if not limit or limit >= len(jobs):
+        return jobs
+    return [jobs[i * len(jobs) // limit] for i in range(limit)]
 
 
 def answer(model, tokenizer, jobs, max_tokens=160, batch=48):
@@ -782,7 +817,8 @@ class Measure:
         table = confusion(logps.argmax(1).numpy(), wanted.numpy(), len(self.labels))
         accuracy = float((logps.argmax(1) == wanted).float().mean())
         loss = float(F.nll_loss(logps, wanted))
-        return {"val_loss": loss, "accuracy": accuracy, "f1": macro_f1(table)}
+        scores = {"val_loss": loss, "error": 1 - accuracy, "accuracy": accuracy}
+        return scores | {"f1": macro_f1(table)}
 
     def label_logps(self, model):
         """(log probabilities of the labels (N, L), the right ones (N,))."""
@@ -870,6 +906,7 @@ def resolve(args):
     (args, content of the last.pt to resume or None, kind, {split: examples}, {split: sha256})."""
     given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
     fixed = {"ckpt", "objective", "optimizer", "seed", "loss_on", "teacher", "quantize", "pack"}
+    fixed |= {"val", "context"}  # what was measured must not be learned, DPO's reference must fit
     fixed |= {k for k in vars(args) if k.startswith("lora_")}
     content, settings = None, {}
     if args.resume is not None:
@@ -877,7 +914,7 @@ def resolve(args):
     elif "data" not in given:
         raise DataError(f"--data is missing: a file, or one of {', '.join(SETS)}")
     else:
-        settings = {"ckpt": str(newest_run())} | given
+        settings = given if "ckpt" in given else given | {"ckpt": str(newest_run())}
     val = settings.get("val", RECIPE["val"])
     kind, parts, hashes = load_data(settings["data"], settings.get("val_data"), val)
     if content is None:
@@ -905,8 +942,30 @@ def check_settings(args, kind):
         raise DataError("--augment is for chats with tool calls")
     if args.pack and args.objective != "sft":
         raise DataError("--pack is for --objective sft")
-    if not 0 < args.val < 1:
-        raise DataError(f"--val {args.val} must be between 0 and 1")
+    if args.token_dropout and (args.pack or args.objective == "dpo"):
+        raise DataError("--token_dropout does not go together with --pack or --objective dpo")
+
+
+def check_parts(args, kind, parts):
+    """The labels of the training rows, sorted; none for other kinds. DataError if another split has
+    one that these lack, or if there is no --split of that name."""
+    args.split = "val" if args.split == "dev" else args.split
+    if args.split not in parts:
+        raise DataError(f"{args.data} has no split {args.split!r}; it has {', '.join(parts)}")
+    if kind != "label":
+        return []
+    labels = sorted({e["label"] for e in parts["train"]})
+    if strange := {e["label"] for p in parts.values() for e in p} - set(labels):
+        raise DataError(f"label {min(strange)!r} is not among the training rows' labels")
+    return labels
+
+
+def settle_context(args, model):
+    """Fill in --context; DataError if the model cannot look at so much."""
+    most = model.config.context
+    args.context = most if args.context is None else args.context
+    if not 2 <= args.context <= most:
+        raise DataError(f"--context {args.context} must be from 2 to the checkpoint's {most}")
 
 
 def build_model(args, content, kind, labels):
@@ -928,6 +987,7 @@ def build_model(args, content, kind, labels):
         model, about = lora.load_adapted(base, {"default": content}, args.ckpt), content["adapter"]
     else:
         model = lm.model_from_checkpoint(base)
+    if not content:  # a resumed run has trained its new and spare rows: they stay as they are
         model.grow_vocabulary(-(-tokenizer.n_vocab // 64) * 64, bare.n_vocab)
     if lora_on and not content:
         settings = dict(targets=args.lora_targets, rank=args.lora_rank, dropout=args.lora_dropout)
@@ -968,11 +1028,18 @@ def make_task(args, kind, batches, measure, reference, runtime, extra, end):
         return [get(first + i) for i in range(args.grad_accum)]
 
     task = train.Task(batches=step_batches, evaluate=measure, extra=extra)
+    if kind == "label":  # what a classifier is for; its loss turns up while it still gets better
+        task.score = "error"
     if args.objective == "dpo":
         task.loss = partial(dpo_loss, beta=args.dpo_beta)
         task.count = lambda ids, targets, known: len(known)
     elif args.objective == "distill":
-        teacher = lm.model_from_checkpoint(lm.load_checkpoint(args.teacher), runtime.device)
+        teacher, speaks, _ = load(args.teacher, str(runtime.device), "fp32")
+        if speaks.spec != extra["tokenizer"]:
+            raise DataError(
+                f"--teacher {args.teacher} has other tokens, or special tokens, than the model: "
+                f"fine-tune it on such rows first"
+            )
         settings = dict(share=args.distill_lambda, temperature=args.distill_temperature)
         task.loss = partial(distill_loss, teacher=teacher, **settings)
     elif args.pack:
@@ -986,16 +1053,16 @@ def evaluate_only(args):
         raise DataError(f"--data is missing: a file, or one of {', '.join(SETS)}")
     settings = RECIPE | {k: v for k, v in vars(args).items() if v is not None}
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
+    train.check_settings(args)
     model, tokenizer, where = load(args.ckpt, args.device)
+    settle_context(args, model)
     kind, parts, _ = load_data(args.data, args.val_data, args.val)
-    if args.split not in parts:
-        raise DataError(f"{args.data} has no split {args.split!r}; it has {', '.join(parts)}")
-    labels = sorted({e["label"] for e in parts["train"]}) if kind == "label" else []
+    labels = check_parts(args, kind, parts)
     wanted = [label_token(n) for n in labels] if kind == "label" else CHAT_TOKENS
     if missing := [n for n in wanted if n not in tokenizer.special]:
         raise DataError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
     runtime = train.make_runtime(args.device, args.dtype)
-    rows, _ = make_rows(kind, parts[args.split], tokenizer, model.config.context)
+    rows, _ = make_rows(kind, parts[args.split], tokenizer, args.context)
     measure = Measure(kind, parts[args.split], rows, tokenizer, runtime, args, labels)
     report(model, measure, where if where.is_dir() else where.parent)
 
@@ -1006,12 +1073,10 @@ def main(argv=None):
         return evaluate_only(args)
     shown = args.show_mask
     args, content, kind, parts, hashes = resolve(args)
-    labels = sorted({e["label"] for e in parts["train"]}) if kind == "label" else []
-    if strange := {e["label"] for p in parts.values() for e in p if labels} - set(labels):
-        raise DataError(f"label {sorted(strange)[0]!r} is not among the training rows' labels")
+    labels = check_parts(args, kind, parts)
     torch.manual_seed(args.seed)
     model, tokenizer, about = build_model(args, content, kind, labels)
-    args.context = model.config.context
+    settle_context(args, model)
     if kind == "chat":
         parts["train"] = [tidy_calls(e) for e in parts["train"]]
     rows, cut = make_rows(kind, parts["train"], tokenizer, args.context, args.loss_on)
@@ -1039,7 +1104,7 @@ def main(argv=None):
         known = content and content["reference"]
         if not known:
             whole_set = Measure(kind, parts["train"], rows, tokenizer, runtime, args)
-            with torch.no_grad(), lora.disabled(model):
+            with torch.no_grad(), runtime.autocast(), lora.disabled(model):
                 known = {"train": whole_set.gains(model.eval()), "val": measure.gains(model)}
         reference, measure.reference, extra["reference"] = known["train"], known["val"], known
     task = make_task(args, kind, batches, measure, reference, runtime, extra, tokenizer.eot)
@@ -1058,7 +1123,7 @@ def main(argv=None):
         print("\n".join(train.header(model, args, runtime, tokens, args.batch_tokens)))
     train.launch(model, task, args, runtime, out, content)
     if runtime.rank == 0:
-        finish(model, args, measure, parts, kind, labels, out)
+        finish(model, args, measure, parts, kind, labels, out, reference)
     return None
 
 
@@ -1077,19 +1142,18 @@ class Augmented:
         return make_rows("chat", examples, self.tokenizer, a.context, a.loss_on)[0]
 
 
-def finish(model, args, measure, parts, kind, labels, out):
+def finish(model, args, measure, parts, kind, labels, out, reference):
     """The closing report, with the best weights of the run, on --split."""
     best = lm.load_checkpoint(out / "best.pt")
     if "adapter" in best:
         lora.load_adapter(model, best)
     else:
         lm.load_weights(model, best["model"])
-    if args.split != "val":
-        if args.split not in parts:
-            raise DataError(f"{args.data} has no split {args.split!r}; it has {', '.join(parts)}")
+    if args.split != "val":  # pairs have none but the training rows beside it: `reference`
         rows, _ = make_rows(kind, parts[args.split], measure.tokenizer, args.context)
         runtime, tokenizer = measure.runtime, measure.tokenizer
-        measure = Measure(kind, parts[args.split], rows, tokenizer, runtime, args, labels)
+        examples = parts[args.split]
+        measure = Measure(kind, examples, rows, tokenizer, runtime, args, labels, reference)
     print(f"{out}/best.pt, step {best['step']}, on {args.split}:")
     scores = report(model, measure, out)
     (out / "scores.json").write_text(json.dumps({args.split: scores}), encoding="utf-8")
@@ -1119,7 +1183,7 @@ def build_parser():
     add("--compile", action="store_true", default=None, help="torch.compile the model")
     add("--grad_checkpoint", action="store_true", default=None, help="less memory, slower")
     add("--eval_only", action="store_true", default=None, help="measure --ckpt, train nothing")
-    add("--split", default="val", help="to report on at the end: val (default; dev), test, train")
+    add("--split", help="to report on at the end: val (default; dev), test, train")
     add("--eval_rows", type=int,
         help="answers to generate at an evaluation, 0 is none (default 64; the last one: all)")
     add("--show_mask", type=int, metavar="N", help="print N rows token by token, train nothing")

@@ -182,12 +182,21 @@ def find(model, targets, kinds):
                 found[full] = parent, name, layer
             elif isinstance(layer, kinds):
                 others.add(name)
-    if not found:
-        names = ", ".join(sorted(others)) or "none is left"
+    strange = wanted - set(found) - {name for _, name, _ in found.values()}
+    if not found or (strange and targets not in TARGETS):
+        names = ", ".join(sorted(others | {name for _, name, _ in found.values()})) or "none is left"
         raise ModelError(
-            f"no layer is called {targets!r}: choose {', '.join(TARGETS)}, or among {names}"
+            f"no layer is called {', '.join(sorted(strange))}: choose {', '.join(TARGETS)}, or "
+            f"among {names}"
         )
     return found
+
+
+class Named(nn.ParameterDict):
+    """Parameters under any name: torch refuses one with a dot, or of a dict's method (`copy`)."""
+
+    def _key_to_attr(self, key):
+        return "name_" + key.replace("%", "%25").replace(".", "%2E")
 
 
 class LoRALinear(nn.Module):
@@ -201,7 +210,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+        self.a, self.b = Named(), Named()
         self.scale, self.dropout, self.active = {}, {}, []
 
     def add(self, name, rank, alpha, dropout=0.0):
@@ -260,7 +269,7 @@ def add_lora(model, targets="attention", rank=8, alpha=16, dropout=0.0, name="de
     model.requires_grad_(False)
     for parent, child, layer in found.values():
         if not isinstance(layer, LoRALinear):
-            layer = LoRALinear(layer)
+            layer = LoRALinear(layer).train(parent.training)
             setattr(parent, child, layer)
         layer.add(name, rank, alpha, dropout)
     return list(found)
@@ -357,8 +366,10 @@ def load_adapter(model, content, name="default", where="adapter"):
             if name in layer.a:
                 layer.a[name].copy_(state[f"{full}.a"])
                 layer.b[name].copy_(state[f"{full}.b"])
-    rows = {t: state[f"{t}.rows"] for t in about["tables"]}
-    model.adapter_rows = getattr(model, "adapter_rows", {}) | {name: (about["first_row"], rows)}
+    first, tables = about["first_row"], about["tables"]
+    bare = {t: model.get_parameter(t)[first:].detach().clone() for t in tables}
+    known = getattr(model, "adapter_rows", {None: (first, bare)})  # None: those of the base itself
+    model.adapter_rows = known | {name: (first, {t: state[f"{t}.rows"] for t in tables})}
     put_rows(model, name)
 
 

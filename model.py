@@ -420,18 +420,19 @@ def chunked_loss(x, weight, bias, targets):
 
 
 def token_logps(x, weight, bias, targets):
-    """log softmax(x @ weight.T + bias)[target] of each place, float32 (...), 0 where the target is
-    -100: for losses that are no plain sum over tokens. Logits are made a few rows at a time and
-    made again in the backward pass, so they are never all held."""
+    """log softmax(x @ weight.T + bias)[target] of each place (...), 0 where the target is -100, in
+    float32 (of float64 states in float64): for losses that are no plain sum over tokens. Logits are
+    made a few rows at a time and made again in the backward pass, so they are never all held."""
+    full = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def some(rows, goal):
-        log_p = F.linear(rows, weight, bias).float().log_softmax(-1)
+        log_p = F.linear(rows, weight, bias).log_softmax(-1, dtype=full)
         return log_p.gather(1, goal[:, None])[:, 0]
 
     keep = targets != -100
     kept, goals = x[keep].split(LOSS_ROWS), targets[keep].split(LOSS_ROWS)
     parts = [recompute(some, r, g, use_reentrant=False) for r, g in zip(kept, goals)]
-    out = torch.zeros(targets.shape, dtype=torch.float32, device=x.device)
+    out = torch.zeros(targets.shape, dtype=full, device=x.device)
     return out.masked_scatter(keep, torch.cat(parts)) if parts else out
 
 

@@ -798,6 +798,8 @@ def fetch_set(name):
         return paths
     if name == "sentiment":
         rows = split_reviews(fetch(_REVIEWS))
+    elif name == "hotel":
+        rows = {split: join_dialogues(fetch(url)) for split, url in SETS[name].items()}
     elif name == "hotel-synthetic":
         rows = {"train": 3000, "dev": 300, "test": 300}
         rows = {s: synthetic_dialogues(n, s) for s, n in rows.items()}
@@ -827,6 +829,23 @@ def split_reviews(archive):
     except (tarfile.TarError, KeyError, EOFError, zlib.error) as e:
         raise DataError(f"{archive}: damaged, or not the archive of reviews ({e})") from e
     return rows
+
+
+def join_dialogues(path):
+    """The dialogues, as lists of turns, of a file whose rows are {"context": the turns so far,
+    "response": the next one}, both JSON in strings: rows that continue each other are one."""
+    dialogues = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            turns = [*json.loads(row["context"]), json.loads(row["response"])]
+            if dialogues and turns[: len(dialogues[-1])] == dialogues[-1]:
+                dialogues[-1] = turns
+            else:
+                dialogues.append(turns)
+    except (ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{path} holds no rows of context and response ({e!r})") from e
+    return dialogues
 
 
 HOTEL_KEYS = {  # CrossWOZ's fields and what the dialogues call them

@@ -21,6 +21,7 @@ import math
 import re
 import runpy
 import sys
+import types
 import typing
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from model import (
 from prepare_data import (
     CHAT_TOKENS,
     TURN_END,
+    UNKNOWN,
     DataError,
     Tokenizer,
     console,
@@ -370,13 +372,16 @@ def analogy(expression, tokenizer, table, choices=(), n=10):
 
 def chat_prompt(messages, tokenizer, room):
     """Ids of a conversation up to where the answer begins, at most `room`: the oldest turns are
-    left out first, never the system's; a last one that is too long alone loses its beginning."""
+    left out first, never the system's; a last one that is too long alone loses its beginning, and a
+    system turn of more than half of the room gives way to the question."""
     rendered = [render_chat([m], tokenizer)[0] for m in messages]
     begin = tokenizer.special["<|assistant|>"]
     oldest = 1 if messages and messages[0]["role"] == "system" else 0
     while sum(map(len, rendered)) + 1 > room and len(rendered) > oldest + 1:
         rendered.pop(oldest)
-    return [i for ids in rendered for i in ids][1 - room :] + [begin]
+    system = rendered[0] if oldest and len(rendered[0]) <= room // 2 else []
+    rest = [i for ids in rendered[1 if system else 0 :] for i in ids]
+    return system + rest[max(0, len(system) + len(rest) + 1 - room) :] + [begin]
 
 
 def parse_answer(ids, tokenizer):
@@ -418,27 +423,31 @@ def load_tools(source):
         raise DataError(f"--tools {source}: no such file; name a .py file, or hotel")
     try:
         found = runpy.run_path(source)
+        own = {n: f for n, f in found.items() if inspect.isfunction(f) and n[0] != "_"}
+        own = {n: f for n, f in own.items() if f.__code__.co_filename == source}
+        for f in own.values():
+            inspect.signature(f, eval_str=True)  # as call_tool will want it
     except Exception as e:  # the user's own code can fail in any way
         raise DataError(f"--tools {source} cannot be loaded ({type(e).__name__}: {e})") from e
-    own = {n: f for n, f in found.items() if inspect.isfunction(f) and n[0] != "_"}
-    own = {n: f for n, f in own.items() if f.__code__.co_filename == source}
     if not own:
         raise DataError(f"--tools {source} defines no function")
     return own
 
 
 def suits(value, annotation):
-    """Whether a JSON value may be given for a parameter of that type."""
-    if annotation is inspect.Parameter.empty:
+    """Whether a JSON value may be given for a parameter of that type. Types that JSON does not know
+    are not checked."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(suits(value, p) for p in parts)
+    if origin is typing.Literal:
+        return value in parts
+    kind = origin or annotation  # list[str]: its items are not looked at
+    if kind not in (str, int, float, bool, list, dict, types.NoneType):
         return True
-    kinds = [typing.get_origin(a) or a for a in typing.get_args(annotation) or (annotation,)]
-    if typing.get_origin(annotation) in (list, dict):  # list[str]: its items are not looked at
-        kinds = [typing.get_origin(annotation)]
-    if isinstance(value, bool):
-        return bool in kinds
-    if isinstance(value, int) and float in kinds:
-        return True
-    return any(isinstance(k, type) and isinstance(value, k) for k in kinds)
+    if isinstance(value, bool):  # for Python an int, too
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def call_tool(tools, content):
@@ -448,20 +457,23 @@ def call_tool(tools, content):
         name, arguments = parse_call(content)
         if name not in tools:
             raise ValueError(f"there is no tool {name!r}, only {', '.join(tools)}")
-        signature = inspect.signature(tools[name])
+        signature = inspect.signature(tools[name], eval_str=True)
         try:
             signature.bind(**arguments)
         except TypeError as e:
             raise ValueError(f"{name}: {e}") from e
         for key, value in arguments.items():
-            if not suits(value, signature.parameters[key].annotation):
+            parameter = signature.parameters.get(key)  # none if **others take it
+            if parameter and not suits(value, parameter.annotation):
                 raise ValueError(f"{name}: {key} cannot be {value!r}")
     except ValueError as e:
         return json.dumps({"error": str(e)}, ensure_ascii=False)
     try:
-        return json.dumps(tools[name](**arguments), ensure_ascii=False)
+        result = json.dumps(tools[name](**arguments), ensure_ascii=False)
     except Exception as e:  # a tool that fails is news for the model, no reason to stop talking
-        return json.dumps({"error": f"{name} failed: {type(e).__name__}: {e}"}, ensure_ascii=False)
+        error = f"{name} failed: {type(e).__name__}: {e}"
+        result = json.dumps({"error": error}, ensure_ascii=False)
+    return result.encode("utf-8", "replace").decode()  # half of a pair, \ud83d, is no text
 
 
 # --------------------------------------------------------------------------------------------
@@ -501,8 +513,9 @@ class Chat:
 
     def turn(self, show, may_call=True):
         """Generate and remember one message; show(text) gets its words as they come. An answer
-        that Ctrl-C stops is remembered as far as it went."""
-        ids, t = [], self.tokenizer
+        that Ctrl-C stops is remembered as far as it went; in the middle of a call it is passed on.
+        """
+        ids, t, stopped = [], self.tokenizer, False
         call, ends = t.special.get("<|call|>"), {t.eot, t.special.get(TURN_END)}
         stream = TextStream(t, ["\nUser:", "\nSystem:"] if self.plain else ())
         allowed = allowed_ids(self.model, t, chat=not self.plain)
@@ -530,13 +543,17 @@ class Chat:
             for _ in rows:
                 pass
         except KeyboardInterrupt:
-            show(" [stopped]")
-        show(stream.finish())
+            if call is not None and ids[:1] == [call]:
+                raise
+            stopped = True
+        # a character that was cut off is nothing to show or to remember
+        show(stream.finish().rstrip(UNKNOWN) + (" [stopped]" if stopped else ""))
         if self.plain:
             text = re.split(r"\n(?:User|System):", t.decode([i for i in ids if i not in ends]))[0]
             message = {"role": "assistant", "content": text.strip()}
         else:
             message = parse_answer(ids, t)
+        message["content"] = message["content"].rstrip(UNKNOWN)
         self.messages.append(message)
         return message
 
@@ -604,6 +621,9 @@ def talk(chat):
         except KeyboardInterrupt:
             print("\n[/quit or Ctrl-D leaves]", file=sys.stderr)
             continue
+        except UnicodeDecodeError:
+            print("[that was no UTF-8]", file=sys.stderr)
+            continue
         if not line:
             continue
         if line == "/quit":
@@ -646,10 +666,19 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
     content, over = load_checkpoint(where), [Path(a) for a in adapters]
     if "adapter" in content:
         over, base = [where, *over], Path(content["adapter"]["base"])
+        if not base.exists():
+            raise DataError(
+                f"{where} is an adapter over {base}, which is not there: name its base with --ckpt "
+                f"and this one with --adapter"
+            )
         content = load_checkpoint(base)
     else:
         base = where
-    named = {p.stem if p.suffix == ".pt" else p.name: load_checkpoint(p) for p in over}
+    names = [(p.parent if p.name in ("best.pt", "last.pt") else p).name for p in over]
+    names = [name.removesuffix(".pt") for name in names]
+    if len(set(names)) < len(names):
+        raise DataError(f"two adapters are called alike: {', '.join(names)}")
+    named = {name: load_checkpoint(p) for name, p in zip(names, over)}
     if "tokenizer" not in content:
         raise DataError(f"{where} carries no tokenizer: it was not written by train.py")
     specs = [a["tokenizer"] for a in named.values()] or [content["tokenizer"]]

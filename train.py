@@ -571,8 +571,9 @@ class Task:
     `batches(step)` gives this process's micro-batches, tuples of tensors that begin with the ids.
     `loss(model, *batch)` is the *summed* loss of one, `count(*batch)` what it is divided by in the
     end: by default the targets that are not -100, the last tensor. `evaluate(model, final)` returns
-    a dict with at least "val_loss"; final asks for the whole split. `weights(model)` is what of the
-    model a checkpoint keeps, `extra` goes beside it (the tokenizer's spec, for one).
+    a dict with at least "val_loss"; final asks for the whole split. `score` names the figure in it
+    whose least value makes best.pt. `weights(model)` is what of the model a checkpoint keeps,
+    `extra` goes beside it (the tokenizer's spec, for one).
     """
 
     batches: Callable
@@ -581,6 +582,7 @@ class Task:
     loss: Callable = lambda model, ids, targets: model(ids, targets)
     count: Callable = lambda *batch: int((batch[-1] != -100).sum())
     weights: Callable = lm.plain_state
+    score: str = "val_loss"
 
 
 class StopSignal:
@@ -712,8 +714,8 @@ class Run:
     def check_in(self):
         """Evaluate, show, save: last.pt always, best.pt if this was the best so far."""
         s, row = self.state, {"step": self.state["step"], **self.task.evaluate(self.model, False)}
-        better = row["val_loss"] < s["best"]
-        s.update(dict(best=row["val_loss"], best_step=s["step"], bad=0) if better else {})
+        better = row[self.task.score] < s["best"]
+        s.update(dict(best=row[self.task.score], best_step=s["step"], bad=0) if better else {})
         s["bad"] += not better
         self.log.write(**row)
         self.log.line(eval_line(row) + ("  best" if better else ""))
@@ -726,7 +728,7 @@ class Run:
             return
         weights = {k: v.float() for k, v in self.task.weights(self.model).items()}
         inference = {"config": asdict(self.model.config), "model": weights, **self.task.extra}
-        inference |= {"step": self.state["step"], "val_loss": self.state["best"]}
+        inference |= {"step": self.state["step"], "best": self.state["best"]}
         if best:
             lm.save_checkpoint(self.out / "best.pt", inference)
         rng = {"cpu": torch.get_rng_state()}
@@ -954,7 +956,10 @@ def resolve(args):
 # flags and the test that their value must pass
 LIMITS = (
     ("max_steps batch_size grad_accum eval_every log_every", "at least 1", lambda v: v >= 1),
-    ("batch_tokens", "at least 1", lambda v: v >= 1),
+    ("batch_tokens show_mask", "at least 1", lambda v: v >= 1),
+    ("val", "between 0 and 1", lambda v: 0 < v < 1),
+    ("augment token_dropout distill_lambda", "from 0 to 1", lambda v: 0 <= v <= 1),
+    ("lora_alpha dpo_beta distill_temperature", "above 0", lambda v: 0 < v < math.inf),
     ("lora_rank eval_rows", "0 or more", lambda v: v >= 0),
     ("epochs max_minutes lr muon_lr embed_lr head_lr", "above 0", lambda v: 0 < v < math.inf),
     ("min_lr warmup_steps weight_decay grad_clip", "0 or more", lambda v: 0 <= v < math.inf),

@@ -1,0 +1,743 @@
+"""finetune.py at work: what is minimised, whole runs of every kind, resuming, mistakes."""
+
+import argparse
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import finetune as ft  # noqa: E402
+import lora  # noqa: E402
+import model as lm  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from prepare_data import CHAT_TOKENS, Tokenizer, console  # noqa: E402
+
+CPU = train.Runtime(torch.device("cpu"), peak=1e11)
+BYTE = Tokenizer({"kind": "byte"})
+CHAT = BYTE.with_special(CHAT_TOKENS)
+KNOWN, NEW = 257, slice(257, 263)  # ids of a byte model, those of CHAT_TOKENS
+WORDS = ["to", "be", "or", "not", "the", "question", "学习", "good"]
+QUICK = ["--eval_rows", "0", "--log_every", "1", "--batch_tokens", "128", "--warmup_steps", "2"]
+SFT = ["--data", "chats.jsonl", *QUICK]
+LABELS = ["--data", "labels.jsonl", *QUICK]
+DPO = ["--data", "pairs.jsonl", *QUICK]
+LORA = ["--lora_rank", "4"]
+
+
+def small_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=320, n_layer=1, n_head=2, d_model=16, context=48, init="gpt2")
+    return lm.Transformer(lm.Config(**(shape | changes)))
+
+
+def save_base(path, tokenizer=BYTE, **changes):
+    model = small_model(**changes)
+    content = {"config": asdict(model.config), "model": model.state_dict()}
+    lm.save_checkpoint(path, content | {"tokenizer": tokenizer.spec, "step": 0})
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A base that has seen the words and what stands between them, for a second."""
+    path, model = tmp_path_factory.mktemp("taught") / "best.pt", small_model(d_model=32, n_layer=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    rng = random.Random(0)
+    for _ in range(150):
+        text = " ".join(rng.choices([*WORDS, "?", "A", "B"], k=100)).encode()
+        ids = torch.tensor(list(text[: 6 * 49])).view(6, 49)
+        (model(ids[:, :-1], ids[:, 1:].contiguous()) / ids[:, 1:].numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    content = {"config": asdict(model.config), "model": model.state_dict()}
+    lm.save_checkpoint(path, content | {"tokenizer": BYTE.spec, "step": 0})
+    return path
+
+
+def write(path, rows):
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def tool_chat(word, n):
+    return {"messages": [
+        {"role": "user", "content": f"{n} {word}?"},
+        {"role": "call", "content": json.dumps({"name": "look", "arguments": {"of": word}})},
+        {"role": "tool", "content": "ok"},
+        {"role": "assistant", "content": f"{word}!"},
+    ]}
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch, taught):
+    """A folder to work in: a base model and toy rows of every kind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "measure_peak", lambda *_: 1e11)
+    Path("out/base").mkdir(parents=True)
+    shutil.copy(taught, "out/base/best.pt")
+    pairs = [*itertools.product(WORDS, WORDS)][:60]
+    write("chats.jsonl", [{"instruction": f"{a} {b}", "output": b * (1 + len(a) % 3)}
+                          for a, b in pairs])
+    write("tools.jsonl", [tool_chat(w, n) for n, (_, w) in enumerate(pairs)])
+    write("labels.jsonl", [{"text": f"{a} {b} {mark}", "label": label} for (a, b), (mark, label)
+                           in zip(pairs, itertools.cycle((("A", "pos"), ("B", "neg"))))])
+    write("pairs.jsonl", [{"prompt": f"{a} {b}", "chosen": f"{b} A", "rejected": f"{a * 2} B"}
+                          for a, b in pairs])
+    return tmp_path
+
+
+def tune(*flags, out="out/run", ckpt="out/base"):
+    ft.main([str(f) for f in ("--ckpt", ckpt, "--out", out, *flags)])
+    return Path(out)
+
+
+def metrics(out):
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [r["loss"] for r in metrics(out) if "loss" in r]
+
+
+def values(out, key):
+    return [r[key] for r in metrics(out) if key in r]
+
+
+def content(path):
+    return torch.load(path, weights_only=True)
+
+
+def refused(capsys, *flags, main=None):
+    """What stands on stderr when the flags are a mistake: one line, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        console(lambda: (main or ft.main)([str(f) for f in flags]), lm.ModelError, train.TrainError)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and len(err.strip().splitlines()) == 1, err
+    return err
+
+
+def script(*flags, **more):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "finetune.py"), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, **more)
+
+
+# ---- what is minimised ---------------------------------------------------------------------
+
+
+def close(ours, theirs, tolerance):
+    size = max(1e-30, float(theirs.abs().max()))
+    assert float((ours.double() - theirs).abs().max()) <= tolerance * size
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def some_rows(lengths, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    rows = []
+    for n in lengths:
+        mask = (torch.rand(n, generator=g) < 0.4).int().tolist()
+        rows.append(ft.Row(torch.randint(300, (n,), generator=g).tolist(), [*mask[:-1], 1]))
+    return rows
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_token_log_probabilities_are_those_of_the_full_softmax(bias):
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 200, 8).double(), torch.randn(50, 8).double()
+    b = torch.randn(50).double() if bias else None
+    targets = torch.randint(50, (3, 200))
+    targets[0, ::3] = targets[1] = -100
+    leaves = [t.requires_grad_() for t in (x, weight, b) if t is not None]
+    by_place = torch.randn(3, 200).double()  # places count differently, as pairs do
+    ours = lm.token_logps(x, weight, b, targets)
+    got = torch.autograd.grad((ours * by_place).sum(), leaves)
+    full = F.linear(x, weight, b).log_softmax(-1)
+    theirs = full.gather(2, targets.clamp(min=0)[..., None])[..., 0] * (targets != -100)
+    assert ours.dtype == torch.float64 and (ours - theirs).abs().max() < 1e-12
+    for a, c in zip(got, torch.autograd.grad((theirs * by_place).sum(), leaves)):
+        assert (a - c).abs().max() < 1e-11
+    nothing = lm.token_logps(x.float(), weight.float(), None, torch.full((3, 200), -100))
+    assert nothing.dtype == torch.float32 and not nothing.any()
+
+
+def direct_dpo(model, pairs, reference, beta):
+    total = 0.0
+    for pair, known in zip(pairs, reference):
+        gain = []
+        for row, ref in zip(pair, known):
+            log_p = model(torch.tensor([row.ids[:-1]]))[0].log_softmax(-1)
+            own = log_p.gather(1, torch.tensor(row.ids[1:])[:, None])[:, 0]
+            gain.append((own * torch.tensor(row.mask[1:])).sum() - ref)
+        total = total + torch.log1p(torch.exp(-beta * (gain[0] - gain[1])))
+    return total
+
+
+@pytest.mark.parametrize("shape", [{}, {"tied": True}, {"head_bias": True, "position": "learned"}])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-4)])
+def test_dpo_and_its_gradients_are_the_papers_formula(shape, dtype, tolerance):
+    rows = some_rows((9, 30, 12, 12, 25, 5, 2, 40))
+    pairs = list(zip(rows[::2], rows[1::2]))
+    reference = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)) - 60
+    model, exact = small_model(**shape).to(dtype), small_model(**shape).double()
+    loss = ft.dpo_loss(model, *ft.pad_pairs(pairs, reference), beta=0.3)
+    loss.backward()
+    wanted = direct_dpo(exact, pairs, reference.double(), 0.3)
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=tolerance)
+    ours, theirs = gradients(model), gradients(exact)
+    assert set(ours) == set(theirs) == {n for n, _ in model.named_parameters()}
+    for name in theirs:
+        close(ours[name], theirs[name], tolerance)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_distilling_is_cross_entropy_and_softened_kl(share):
+    model, exact = small_model(1), small_model(1).double()
+    teacher = small_model(2, vocab_size=384, d_model=32).eval()  # more spare rows, another size
+    ids, targets = ft.pad(some_rows((9, 30, 12)))
+    loss = ft.distill_loss(model, ids, targets, teacher, share, 2.5)
+    loss.backward()
+    ours = exact(ids)[targets != -100]
+    with torch.no_grad():
+        goal = teacher.double()(ids)[targets != -100][:, :320]
+    wanted = share * F.cross_entropy(ours, targets[targets != -100], reduction="sum")
+    soft, hard = (ours / 2.5).log_softmax(-1), (goal / 2.5).softmax(-1)
+    wanted = wanted + (1 - share) * 2.5**2 * F.kl_div(soft, hard, reduction="sum")
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+    theirs = gradients(exact)
+    for name, gradient in gradients(model).items():
+        close(gradient, theirs[name], 1e-4)
+    if share == 1:
+        assert loss.item() == pytest.approx(model(ids, targets).item(), rel=1e-6)
+
+
+def test_a_model_that_is_its_own_teacher_has_nothing_to_learn():
+    model, twin = small_model(), small_model().eval()
+    ids, targets = ft.pad(some_rows((9, 30, 12)))
+    loss = ft.distill_loss(model, ids, targets, twin, 0.0, 2.0)
+    loss.backward()
+    assert abs(loss.item()) < 1e-4
+    assert all(g.abs().max() < 1e-5 for g in gradients(model).values())
+
+
+def task_of(rows, objective, batch_tokens, accum, reference=None, **changes):
+    args = dict(objective=objective, grad_accum=accum, pack=None, context=48)
+    args = argparse.Namespace(**(ft.RECIPE | args | changes))
+    batches = ft.Batches(rows, batch_tokens, 0)
+    return batches.per_epoch, ft.make_task(args, "", batches, None, reference, CPU, {}, 256)
+
+
+@pytest.mark.parametrize("objective, pack", [("sft", None), ("sft", True), ("dpo", None)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_micro_batches_of_any_target_count_give_the_gradient_of_the_whole(
+    objective, pack, dtype, tolerance
+):
+    rows = some_rows((3, 40, 12, 5, 33, 48, 2, 9, 17, 26))
+    for row in rows[::4]:  # one target against dozens
+        row.mask = [0] * (len(row.ids) - 1) + [1]
+    reference = None
+    if objective == "dpo":
+        rows, reference = list(zip(rows[::2], rows[1::2])), torch.randn(5, 2) - 50
+    scaler, results = torch.amp.GradScaler("cpu", enabled=False), []
+    n, _ = task_of(rows, objective, 60, 1, reference)
+    assert n > 3
+    for batch_tokens, accum in ((60, n), (10**6, 1)):
+        model = small_model().to(dtype)
+        _, task = task_of(rows, objective, batch_tokens, accum, reference, pack=pack)
+        batches = task.batches(0)
+        assert len(batches) == accum
+        loss, _ = train.training_step(model, task, batches, CPU, scaler)
+        results.append((loss, gradients(model)))
+    (cut, ours), (whole, theirs) = results
+    if objective == "dpo":  # a mean over pairs, whatever their lengths
+        total = ft.dpo_loss(small_model().to(dtype), *ft.pad_pairs(rows, reference), 0.1).item()
+        assert whole == pytest.approx(total / 5, rel=1e-5)
+    assert cut == pytest.approx(whole, rel=max(tolerance, 1e-12))
+    for name in theirs:
+        close(ours[name], theirs[name].double(), tolerance)
+
+
+# ---- preference pairs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags", [[], LORA, [*LORA, "--quantize", "nf4"], ["--dtype", "bf16"], ["--split", "train"]]
+)
+def test_rewards_start_at_zero(desk, flags):
+    still = ["--lr", "1e-12", "--embed_lr", "1e-12", "--head_lr", "1e-12", "--max_steps", "1"]
+    out = tune(*DPO, *still, *flags)
+    (split, scores), = json.loads((out / "scores.json").read_text()).items()
+    assert split == ("train" if "train" in flags else "val")
+    near = 0.05 if "bf16" in flags else 1e-4  # its report is in fp32
+    for row in (scores, metrics(out)[-1]):
+        assert row["val_loss"] == pytest.approx(math.log(2), abs=near)
+        assert abs(row["reward_chosen"]) < near and abs(row["reward_rejected"]) < near
+        near = 1e-4
+
+
+def test_dpo_learns_what_is_preferred(desk):
+    out = tune(*DPO, "--epochs", "4", "--lr", "3e-3", "--eval_every", "10")
+    assert values(out, "reward_accuracy")[-1] == 1 and values(out, "reward_margin")[-1] > 0.5
+    assert values(out, "val_loss")[-1] < 0.5 and losses(out)[0] == pytest.approx(math.log(2))
+    scores = json.loads((out / "scores.json").read_text())["val"]
+    assert scores["reward_accuracy"] == 1
+
+
+def test_the_reference_is_the_base_itself_and_is_kept_in_last_pt(desk):
+    full = content(tune(*DPO, "--max_steps", "3", out="out/full") / "last.pt")["reference"]
+    thin = content(tune(*DPO, *LORA, "--max_steps", "3", out="out/thin") / "last.pt")["reference"]
+    model = lm.model_from_checkpoint(lm.load_checkpoint("out/base")).double()
+    model.grow_vocabulary(320, KNOWN)
+    _, parts, _ = ft.load_data("pairs.jsonl")
+    for split in ("train", "val"):
+        rows, _ = ft.make_rows("prefer", parts[split], CHAT, 48)
+        with torch.no_grad():
+            direct = [[float(model(torch.tensor([r.ids[:-1]]), torch.tensor([r.targets()]),
+                                   each=True).sum()) for r in pair] for pair in rows]
+        assert torch.equal(full[split], thin[split])
+        assert (full[split].double() - torch.tensor(direct).double()).abs().max() < 1e-3
+    for name, before in (("full", full), ("thin", thin)):
+        ft.main(["--resume", f"out/{name}", "--max_steps", "6"])
+        after = content(f"out/{name}/last.pt")
+        assert after["step"] == 6  # the model has moved, what it is compared with has not
+        assert all(torch.equal(after["reference"][s], before[s]) for s in before)
+
+
+# ---- resuming --------------------------------------------------------------------------------
+
+# fit as it is, but killed in the middle of its seventh step
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import finetune, train
+step, done = train.training_step, []
+def killed(*args):
+    result = step(*args)
+    done.append(1)
+    if len(done) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+train.training_step, train.measure_peak = killed, lambda *_: 1e11
+finetune.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*SFT, "--dropout", "0.2", "--grad_accum", "2"],
+        [*SFT, *LORA, "--dropout", "0.1"],
+        [*SFT, *LORA, "--lora_dropout", "0.2", "--quantize", "nf4", "--token_dropout", "0.2"],
+        [*SFT, "--data", "tools.jsonl", "--augment", "0.7", "--optimizer", "muon", "--pack"],
+        [*DPO, "--dropout", "0.1"],
+    ],
+    ids=["dropout", "lora", "nf4", "augment", "dpo"],
+)
+def test_killed_and_resumed_equals_straight_through_bitwise(desk, flags):
+    flags = [*flags, "--max_steps", "10", "--eval_every", "4", "--eval_rows", "3"]
+    tune(*flags, out="out/straight")
+    code = ["-c", KILLED.format(root=str(ROOT)), "--ckpt", "out/base", "--out", "out/killed"]
+    killed = subprocess.run([sys.executable, *code, *flags], capture_output=True, timeout=100)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert content("out/killed/last.pt")["step"] == 4 and len(losses("out/killed")) == 6
+    ft.main(["--resume", "out/killed"])
+    assert losses("out/killed") == losses("out/straight") and len(losses("out/killed")) == 10
+    for name in ("last.pt", "best.pt"):
+        straight, resumed = (content(f"out/{o}/{name}")["model"] for o in ("straight", "killed"))
+        assert set(straight) == set(resumed)
+        assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+    texts = [Path(f"out/{o}/predictions.jsonl") for o in ("straight", "killed")]
+    assert not texts[0].exists() or texts[0].read_text() == texts[1].read_text()
+
+
+def test_resuming_is_refused_for_other_data_other_scripts_and_fixed_flags(desk, capsys):
+    tune(*SFT, "--max_steps", "2")
+    for flags, named in ((["--val", 0.3], "--val"), (["--context", 20], "--context"),
+                         (["--lora_rank", 2], "--lora_rank"), (["--loss_on", "all"], "--loss_on"),
+                         (["--out", "out/x"], "--out"),
+                         (["--data", "pairs.jsonl"], "not the data")):
+        assert named in refused(capsys, "--resume", "out/run", *flags)
+    err = refused(capsys, "--resume", "out/run", main=train.main)
+    assert "finetune.py" in err
+    assert "for sampling only" in refused(capsys, "--resume", "out/run/best.pt")
+    write("chats.jsonl", [{"instruction": str(i), "output": "x"} for i in range(9)])
+    assert "not the data that the run began with" in refused(capsys, "--resume", "out/run")
+
+    Path("words.txt").write_text("to be or not " * 300)
+    train.main(["--data", "words.txt", "--n_layer", "1", "--n_head", "2", "--d_model", "16",
+                "--context", "16", "--batch_size", "2", "--max_steps", "1", "--out", "out/plain"])
+    assert "train.py" in refused(capsys, "--resume", "out/plain")
+    assert "no last.pt" in refused(capsys, "--resume", "out/base")
+
+
+def test_a_resumed_run_goes_on_for_more_epochs_and_reports_on_its_own_split(desk, capsys):
+    tune(*SFT, "--epochs", "1", "--split", "train", "--eval_every", "4")
+    n = len(losses("out/run"))
+    capsys.readouterr()
+    ft.main(["--resume", "out/run", "--epochs", "2"])
+    out = capsys.readouterr().out
+    assert "settings are the run's own, but epochs 2" in out.replace("2.0", "2")
+    assert "on train:" in out and len(losses("out/run")) == 2 * n
+
+
+# ---- whole runs --------------------------------------------------------------------------------
+
+
+def test_supervised_fine_tuning_end_to_end(desk, capsys):
+    ft.main(["--ckpt", "out/base", *SFT, "--epochs", "3", "--eval_every", "20", "--eval_rows", "4",
+             "--lr", "5e-3"])
+    out = Path("out/chats-ft")
+    assert {p.name for p in out.iterdir()} == {
+        "last.pt", "best.pt", "metrics.jsonl", "loss.svg", "predictions.jsonl", "scores.json"
+    }
+    assert losses(out)[-1] < 0.7 * losses(out)[0]
+    said = capsys.readouterr().out
+    n = int(re.search(r"([\d,]+) batches an epoch", said)[1])
+    assert len(losses(out)) == 3 * n
+    assert "54 conversations to learn, 6 to measure" in said and "answered" in said
+    rows = [json.loads(r) for r in (out / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and set(rows[0]) == {"prompt", "reference", "prediction"}
+    assert "bleu4" in metrics(out)[-2]
+    ft.main(["--ckpt", "out/base", *SFT, "--max_steps", "1"])
+    assert Path("out/chats-ft-2/best.pt").exists()
+
+
+@pytest.mark.parametrize("epochs, accum", [("0.5", 1), ("1.4", 3)])
+def test_epochs_are_passes_over_all_rows(desk, capsys, epochs, accum):
+    tune(*SFT, "--epochs", epochs, "--grad_accum", accum)
+    n = int(re.search(r"(\d+) batches an epoch", capsys.readouterr().out)[1])
+    assert content("out/run/last.pt")["step"] == math.ceil(float(epochs) * n / accum)
+
+
+def test_a_classifier_end_to_end(desk, capsys):
+    out = tune(*LABELS, "--epochs", "10", "--lr", "1e-2", "--head_lr", "3e-2", "--eval_every", "20")
+    said = capsys.readouterr().out
+    table = re.search(r"neg +pos\n +neg +(\d+) +(\d+)\n +pos +(\d+) +(\d+)\n", said).groups()
+    rows = [json.loads(r) for r in (out / "predictions.jsonl").read_text().splitlines()]
+    assert sum(map(int, table)) == len(rows) == 6
+    right = sum(r["reference"] == r["prediction"] for r in rows)
+    assert right == int(table[0]) + int(table[3]) >= 5
+    assert values(out, "accuracy")[-1] == pytest.approx(right / 6)
+    assert sample.labels_of(Tokenizer(content(out / "best.pt")["tokenizer"])) == ["neg", "pos"]
+    sample.main(["--ckpt", str(out), "--prompt", rows[0]["text"]])
+    first, p, _, _ = capsys.readouterr().out.split()
+    assert first == rows[0]["prediction"] and float(p) == pytest.approx(max(rows[0]["p"]), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--pack"],
+        ["--token_dropout", "0.1"],
+        ["--loss_on", "all"],
+        ["--data", "tools.jsonl", "--loss_on", "call", "--augment", "1"],
+        LORA,
+        [*LORA, "--quantize", "int8", "--lora_targets", "mlp", "--lora_alpha", "16"],
+        [*LORA, "--quantize", "nf4"],
+        ["--optimizer", "muon", "--context", "20"],
+    ],
+    ids=" ".join,
+)
+def test_every_way_to_train_learns(desk, flags):
+    out = tune(*SFT, "--epochs", "4", "--lr", "0.01", *flags)
+    assert min(losses(out)[-3:]) < 0.8 * losses(out)[0]
+    assert values(out, "val_loss")[-1] < math.log(320)
+
+
+def test_gradient_checkpointing_changes_no_loss(desk):
+    flags = [*SFT, "--max_steps", "5", "--dropout", "0.1"]
+    for more in ([], LORA):
+        tune(*flags, *more, out=f"out/plain{len(more)}")
+        tune(*flags, *more, "--grad_checkpoint", out=f"out/thrifty{len(more)}")
+        assert losses(f"out/plain{len(more)}") == losses(f"out/thrifty{len(more)}")
+
+
+def test_a_run_learns_from_a_teacher_that_speaks_its_language(desk, capsys):
+    teacher = tune(*SFT, "--epochs", "2", out="out/teacher")
+    flags = [*SFT, "--objective", "distill", "--max_steps", "20"]
+    tune(*flags, "--teacher", teacher)
+    assert losses("out/run")[-1] < losses("out/run")[0]
+    thin = tune(*SFT, *LORA, "--max_steps", "2", out="out/thin")  # an adapter brings its base along
+    tune(*flags, "--max_steps", "1", "--teacher", thin, out="out/b")
+    tune(*flags, "--max_steps", "1", "--teacher", teacher, "--distill_lambda", "1", out="out/c")
+    tune(*SFT, "--max_steps", "1", out="out/d")
+    assert losses("out/c") == pytest.approx(losses("out/d"), rel=1e-6)
+    assert "other tokens" in refused(capsys, "--ckpt", "out/base", *flags, "--teacher", "out/base")
+
+
+def test_minutes_end_a_run(desk):
+    out = tune(*SFT, "--max_minutes", "0.01")
+    seconds = values(out, "seconds")[-1]
+    assert 0.6 <= seconds < 2 and len(losses(out)) > 5
+
+
+def test_eval_only_measures_a_split_and_trains_nothing(desk, monkeypatch, capsys):
+    rows = Path("labels.jsonl").read_text().splitlines(keepends=True)
+    for split, part in (("train", rows[:40]), ("dev", rows[40:52]), ("test", rows[52:])):
+        Path(f"{split}.jsonl").write_text("".join(part))
+    paths = {s: f"{s}.jsonl" for s in ("train", "dev", "test")}
+    monkeypatch.setitem(ft.SETS, "films", paths)
+    monkeypatch.setattr(ft, "fetch_set", lambda name: paths)
+    out = tune("--data", "films", *QUICK, "--epochs", "2")
+    before = (out / "last.pt").read_bytes()
+    scores = json.loads((out / "scores.json").read_text())["val"]
+    capsys.readouterr()
+    for split, n in (("val", 12), ("dev", 12), ("test", 8), ("train", 40)):
+        flags = ["--eval_only", "--ckpt", str(out), "--data", "films", "--split", split]
+        ft.main(flags)
+        said = capsys.readouterr().out
+        assert sum(map(int, re.findall(r"(\d+)(?= |\n)", said.split("predicted one\n")[1]
+                                       .split("val loss")[0]))) == n
+        assert (f"accuracy {scores['accuracy']:.4f}" in said) or n != 12
+    assert (out / "last.pt").read_bytes() == before
+    assert "does not know" in refused(capsys, *flags, "--ckpt", "out/base")
+    Path("test.jsonl").write_text('{"text": "a", "label": "neutral"}\n')
+    assert "'neutral'" in refused(capsys, *flags)
+    assert "'neutral'" in refused(capsys, "--ckpt", "out/base", "--data", "films", *QUICK)
+
+
+def test_a_mask_can_be_read_from_a_pipe_that_closes_early(desk):
+    command = f"{sys.executable} {ROOT / 'finetune.py'} --ckpt out/base --data chats.jsonl"
+    done = subprocess.run(f"{command} --show_mask 50 | head -3", shell=True, capture_output=True,
+                          text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert done.stderr == "" and len(lines) == 3 and "\033" not in done.stdout
+    assert lines[0].startswith("--- row 1: ") and lines[1].endswith("<|user|>")
+    assert not Path("out/chats-ft").exists()
+
+
+# ---- new tokens, adapters and their bases -----------------------------------------------------
+
+
+def built(*flags, ckpt="out/base"):
+    args, more, kind, _, _ = ft.resolve(ft.build_parser().parse_args(["--ckpt", ckpt, *flags]))
+    return ft.build_model(args, more, kind, ["neg", "pos"] if kind == "label" else [])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("vocab", [KNOWN, 259, 320, 512])
+def test_new_tokens_take_spare_rows_first_and_start_at_the_mean(desk, tied, vocab):
+    save_base("out/base/best.pt", vocab_size=vocab, tied=tied, head_bias=not tied)
+    base = content("out/base/best.pt")["model"]
+    model, tokenizer, about = built(*SFT)
+    assert about is None and tokenizer.n_vocab == 263
+    assert model.config.vocab_size == len(model.embed.weight) == max(vocab, 320)
+    for name in ("embed.weight", "head.weight", "head.bias"):
+        if name in base:
+            ours = model.state_dict()[name]
+            assert torch.equal(ours[:KNOWN], base[name][:KNOWN])
+            assert (ours[KNOWN:] - base[name][:KNOWN].mean(0)).abs().max() < 1e-7
+    assert (model.head.weight is model.embed.weight) == tied
+    assert built(*LABELS)[1].n_vocab == 259
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_under_lora_the_new_rows_learn_and_travel_with_the_adapter(desk, tied):
+    save_base("out/base/best.pt", tied=tied)
+    base = content("out/base/best.pt")["model"]
+    out = tune(*SFT, *LORA, "--max_steps", "12", "--lr", "1e-2")
+    state = content(out / "best.pt")["model"]
+    tables = ["embed.weight"] if tied else ["embed.weight", "head.weight"]
+    assert {k for k in state if k.endswith(".rows")} == {f"{t}.rows" for t in tables}
+    assert all(k.endswith((".a", ".b", ".rows")) for k in state)
+    model, tokenizer, _ = sample.load(out)
+    assert tokenizer.spec == CHAT.spec
+    for table in tables:
+        now, mean = model.get_parameter(table), base[table][:KNOWN].mean(0)
+        assert torch.equal(now[:KNOWN], base[table][:KNOWN])
+        assert torch.equal(now[KNOWN:], state[f"{table}.rows"])
+        learned = [0, 1, 2, 5] if table[0] == "e" else [5]  # turns that the chats have
+        assert ((now[NEW] - mean).abs().amax(1)[learned] > 1e-4 * (table[0] != "e")).any()
+        assert (now[NEW] - mean).abs().max() > 1e-3
+    _, parts, _ = ft.load_data("chats.jsonl")
+    ids, targets = ft.pad(ft.make_rows("chat", parts["val"], CHAT, 48)[0])
+    loss = model(ids, targets).item() / int((targets != -100).sum())
+    assert loss == pytest.approx(values(out, "val_loss")[-1], rel=1e-5)  # nothing else has learned
+    assert "adapter" in content(out / "last.pt") and (out / "last.pt").stat().st_size < 10**6
+
+
+def test_a_second_round_knows_the_tokens_already(desk):
+    tune(*SFT, "--max_steps", "2", out="out/first")
+    _, tokenizer, about = built(*SFT, *LORA, ckpt="out/first")
+    assert about["tables"] == [] and tokenizer.n_vocab == 263
+    tune(*SFT, *LORA, "--max_steps", "2", ckpt="out/first")
+    assert not any(k.endswith(".rows") for k in content("out/run/best.pt")["model"])
+    both = tune(*LABELS, "--max_steps", "2", ckpt="out/first", out="out/labels")
+    spec = content(both / "best.pt")["tokenizer"]
+    assert len(spec["special"]) == len(CHAT_TOKENS) + 2
+
+
+def test_an_adapter_brings_its_base_or_says_in_a_line_what_is_wrong_with_it(desk, capsys):
+    out = tune(*SFT, *LORA, "--max_steps", "3")
+    sample.main(["--ckpt", str(out), "--prompt", "to", "--max_tokens", "3", "--seed", "1"])
+    ft.main(["--eval_only", "--ckpt", str(out), "--data", "chats.jsonl"])
+    assert "bleu4" in capsys.readouterr().out
+    talk = ["--ckpt", out, "--prompt", "to"]
+    more = ["--resume", out, "--max_steps", "5"]
+
+    Path("out/base").rename("out/moved")
+    assert "out/base" in refused(capsys, *talk, main=sample.main)
+    assert "out/base" in refused(capsys, *more)
+    sample.main(["--ckpt", "out/moved", "--adapter", str(out), "--prompt", "to"])
+    save_base("out/base/best.pt", seed=1)
+    assert "another model" in refused(capsys, *talk, main=sample.main)
+    assert "another model" in refused(capsys, *more)
+    shutil.rmtree("out/base")
+    Path("out/moved").rename("out/base")
+    ft.main([str(f) for f in more])
+
+
+def test_two_adapters_over_one_base_are_switched_in_a_chat(desk, monkeypatch, capsys):
+    for name, seed in (("poet", 1), ("clerk", 2)):
+        tune(*SFT, *LORA, "--max_steps", "15", "--lr", "0.03", "--seed", seed, out=f"out/{name}")
+    model, _, _ = sample.load("out/base", adapters=["out/poet", "out/clerk"])
+    ids = torch.tensor([CHAT.encode("to be") + [259]])
+    for name in ("poet", "clerk", "poet"):
+        lora.switch(model, name)
+        alone, _, _ = sample.load(f"out/{name}")
+        with torch.no_grad():
+            assert (model(ids) - alone(ids)).abs().max() < 1e-6
+    flags = ["--ckpt", "out/base", "--adapter", "out/poet", "--adapter", "out/clerk", "--chat"]
+    lines = "to be\n/adapter clerk\n/retry\n/adapter nobody\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    sample.main([*flags, "--max_tokens", "5", "--seed", "0"])
+    said = capsys.readouterr().out
+    assert "talking through clerk" in said and "no adapter nobody" in said
+    twice = [*flags[:4], "--adapter", "out/poet/", "--prompt", "a"]
+    assert "called alike" in refused(capsys, *twice, main=sample.main)
+    classifier = tune(*LABELS, *LORA, "--max_steps", "1", out="out/labels")
+    mixed = ["--ckpt", "out/poet", "--adapter", classifier, "--prompt", "a"]
+    assert "special tokens" in refused(capsys, *mixed, main=sample.main)
+
+
+# ---- processes, signals ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [[], LORA], ids=["full", "lora"])
+def test_two_processes_give_the_losses_of_one(desk, more):
+    flags = [*SFT, *more, "--max_steps", "6", "--eval_every", "3"]
+    tune(*flags, "--grad_accum", "2", out="out/one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", str(ROOT / "finetune.py"), "--ckpt", "out/base", *flags, "--out", "out/two"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert losses("out/two") == pytest.approx(losses("out/one"), abs=1e-5)
+    assert values("out/two", "val_loss") == pytest.approx(values("out/one", "val_loss"), abs=1e-5)
+    assert done.stdout.count("on val:") == 1
+
+
+def test_ctrl_c_saves_and_says_so_by_its_exit_code(desk):
+    flags = ["--ckpt", "out/base", *SFT, "--max_steps", "100000", "--eval_every", "100000"]
+    p = subprocess.Popen([sys.executable, str(ROOT / "finetune.py"), *flags, "--out", "out/stop"],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in p.stdout:
+        if line.startswith("step 3/"):
+            p.send_signal(signal.SIGINT)
+            break
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and "Traceback" not in err, err
+    step = content("out/stop/last.pt")["step"]
+    assert step >= 3 and f"stopped at step {step}" in out
+
+
+# ---- mistakes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ([], "--data is missing"),
+        (["--eval_only"], "--data is missing"),
+        (["--data", "none.jsonl"], "none.jsonl"),
+        ([*SFT, "--ckpt", "out/none"], "out/none"),
+        ([*SFT, "--ckpt", "chats.jsonl"], "chats.jsonl"),
+        ([*SFT, "--quantize", "nf4"], "--lora_rank"),
+        ([*SFT, "--teacher", "out/base"], "--teacher"),
+        ([*SFT, "--objective", "distill"], "--teacher"),
+        ([*SFT, "--objective", "distill", "--teacher", "out/none"], "out/none"),
+        ([*SFT, "--objective", "dpo"], "--objective dpo"),
+        ([*LABELS, "--objective", "sft"], "--objective sft"),
+        ([*DPO, "--objective", "classify"], "--objective classify"),
+        ([*LABELS, "--pack"], "--pack"),
+        ([*LABELS, "--augment", "0.5"], "--augment"),
+        ([*SFT, "--pack", "--token_dropout", "0.5"], "--token_dropout"),
+        ([*SFT, *LORA, "--lora_targets", "nonsense"], "nonsense"),
+        ([*SFT, *LORA, "--lora_targets", "head", "--ckpt", "out/tied.pt"], "tied head"),
+        ([*SFT, "--split", "test"], "no split 'test'"),
+        ([*SFT, "--split", "test", "--eval_only"], "no split 'test'"),
+        ([*LABELS, "--val_data", "strange.jsonl"], "'meh'"),
+        ([*LABELS, "--val_data", "chats.jsonl"], "different kinds"),
+        ([*SFT, "--epochs", "0"], "--epochs 0"),
+        ([*SFT, "--epochs", "nan"], "--epochs nan"),
+        ([*SFT, "--val", "2"], "--val 2"),
+        ([*SFT, "--val", "0"], "--val 0"),
+        ([*SFT, "--val", "-0.1", "--eval_only"], "--val -0.1"),
+        ([*SFT, "--batch_tokens", "0"], "--batch_tokens 0"),
+        ([*SFT, "--batch_tokens", "10000000000"], "memory"),
+        ([*SFT, "--dropout", "2"], "dropout 2"),
+        ([*SFT, *LORA, "--lora_dropout", "1"], "dropout"),
+        ([*SFT, "--lora_rank", "-1"], "--lora_rank -1"),
+        ([*SFT, *LORA, "--lora_alpha", "0"], "--lora_alpha 0"),
+        ([*SFT, "--context", "0"], "--context 0"),
+        ([*SFT, "--context", "49"], "--context 49"),
+        ([*SFT, "--context", "49", "--eval_only"], "--context 49"),
+        ([*SFT, "--augment", "1.5"], "--augment 1.5"),
+        ([*SFT, "--token_dropout", "-1"], "--token_dropout -1"),
+        ([*DPO, "--dpo_beta", "0"], "--dpo_beta 0"),
+        ([*SFT, "--distill_temperature", "0"], "--distill_temperature 0"),
+        ([*SFT, "--grad_accum", "0"], "--grad_accum 0"),
+        ([*SFT, "--lr", "-1"], "--lr -1"),
+        ([*SFT, "--show_mask", "-2"], "--show_mask -2"),
+        ([*SFT, "--out", "chats.jsonl"], "chats.jsonl"),
+        ([*SFT, "--out", "out/base"], "--resume out/base"),
+        ([*SFT, "--device", "tpu"], "tpu"),
+        (["--resume", "out/none"], "out/none"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_a_users_mistake_is_one_line_that_names_it(desk, capsys, flags, named):
+    save_base("out/tied.pt", tied=True)
+    write("strange.jsonl", [{"text": "x", "label": "meh"}])
+    ckpt = [] if "--ckpt" in flags or "--resume" in flags else ["--ckpt", "out/base"]
+    assert named in refused(capsys, *ckpt, *flags)
+    assert {p.name for p in Path("out").iterdir()} == {"base", "tied.pt"}  # no run was begun
+
+
+def test_a_base_that_is_an_adapter_or_has_no_tokenizer_is_refused(desk, capsys):
+    tune(*SFT, *LORA, "--max_steps", "1")
+    assert "merge it first" in refused(capsys, "--ckpt", "out/run", *SFT)
+    bare = {k: v for k, v in content("out/base/best.pt").items() if k != "tokenizer"}
+    lm.save_checkpoint("out/bare.pt", bare)
+    assert "no tokenizer" in refused(capsys, "--ckpt", "out/bare.pt", *SFT)
+
+
+def test_as_a_program_a_mistake_is_a_line_and_an_exit_code_too(desk):
+    done = script("--ckpt", "out/base", "--data", "none.jsonl")
+    assert done.returncode == 2 and done.stderr.startswith("finetune.py: none.jsonl")
+    assert len(done.stderr.strip().splitlines()) == 1
+    with pytest.raises(SystemExit) as e:
+        ft.main(["--learning_rte", "1"])
+    assert e.value.code == 2
