@@ -59,6 +59,7 @@ from sample import allowed_ids, chat_prompt, classify, generate, load, newest_ru
 # Added to train.RECIPE. A model has something to lose here: lower rates than from nothing.
 RECIPE = train.RECIPE | dict(
     objective="auto",
+    best_by="val_loss",
     epochs=3.0,
     val=0.1,
     split="val",
@@ -83,7 +84,11 @@ RECIPE = train.RECIPE | dict(
     distill_temperature=2.0,
 )
 # Tables are frozen under LoRA (new special tokens apart), so only the one rate counts.
-RECIPES = {"lora": dict(lr=3e-3), "dpo": dict(lr=1e-4, embed_lr=1e-4, head_lr=1e-4, epochs=1.0)}
+RECIPES = {
+    "lora": dict(lr=3e-3),
+    "classify": dict(best_by="accuracy"),  # its loss turns up while it still gets better
+    "dpo": dict(lr=1e-4, embed_lr=1e-4, head_lr=1e-4, epochs=1.0),
+}
 
 # --------------------------------------------------------------------------------------------
 # Rows of any shape -> examples: {"messages"}, {"text", "label"} or {"messages", "chosen", ...}
@@ -131,7 +136,9 @@ def to_messages(turn):
         return [{"role": "tool", "content": json.dumps(whole(turn["records"]), ensure_ascii=False)}]
     out, calls = [], []
     if isinstance(content, str) and content.strip():
-        if role == "call":  # ShareGPT: {"name": ..., "arguments": {...}}, or a list of such
+        if role == "call" and content.lstrip()[0] not in "[{":  # our own, as /save writes it
+            out.append(call_message(*parse_call(content)))
+        elif role == "call":  # ShareGPT: {"name": ..., "arguments": {...}}, or a list of such
             calls = json.loads(content)
             calls = calls if isinstance(calls, list) else [calls]
         else:
@@ -431,13 +438,26 @@ def make_rows(kind, examples, tokenizer, context, loss_on="assistant"):
     return rows, cut
 
 
+def values_of(message):
+    """(key, value) of each text that a call passes or a tool has returned."""
+    objects = []
+    if message["role"] == "call":
+        objects = [parse_call(message["content"])[1]]
+    elif message["role"] == "tool":
+        with contextlib.suppress(ValueError, RecursionError):  # a result may be any text
+            found = json.loads(message["content"])
+            objects = found if isinstance(found, list) else [found]
+    for key, value in (pair for o in objects if isinstance(o, dict) for pair in o.items()):
+        for v in value if isinstance(value, list) else [value]:
+            if isinstance(v, str) and v:
+                yield f"{message['role']}.{key}", v
+
+
 def values_by_key(examples):
-    """{argument: its values} over all calls: what `substitute` draws from."""
+    """{"call.KEY" or "tool.KEY": all texts it has anywhere}: what `substitute` draws from."""
     pool = {}
-    for m in (m for e in examples for m in e["messages"] if m["role"] == "call"):
-        for key, value in parse_call(m["content"])[1].items():
-            items = value if isinstance(value, list) else [value]
-            pool.setdefault(key, []).extend(v for v in items if isinstance(v, str))
+    for key, v in (pair for e in examples for m in e["messages"] for pair in values_of(m)):
+        pool.setdefault(key, []).append(v)
     return pool
 
 
@@ -447,16 +467,20 @@ def substitute(example, pool, share, rng):
         user  找一家有健身房的酒店           user  找一家有接机服务的酒店
         call  {"facilities": ["健身房"]}     call  {"facilities": ["接机服务"]}
 
-    Each argument of a call that the user says word for word becomes, with probability `share`,
-    another value that this argument has somewhere: so the model has to read it, not to recall it.
+    What a call passes as the user has said it, and what the assistant says as a tool has returned
+    it, becomes with probability `share` another value that this key has somewhere: so the model has
+    to read it, not to recall it.
     """
-    said = "".join(m["content"] for m in example["messages"] if m["role"] == "user")
+    said = {"user": "", "assistant": ""}
+    for m in example["messages"]:
+        if m["role"] in said:
+            said[m["role"]] += m["content"] + "\n"
     swap = {}
-    for m in (m for m in example["messages"] if m["role"] == "call"):
-        for key, value in parse_call(m["content"])[1].items():
-            for v in value if isinstance(value, list) else [value]:
-                if isinstance(v, str) and v in said and v not in swap and rng.random() < share:
-                    swap[v] = rng.choice(pool[key])
+    for m in example["messages"]:
+        source = said["user" if m["role"] == "call" else "assistant"]
+        for key, v in values_of(m):
+            if v in source and v not in swap and rng.random() < share:
+                swap[v] = rng.choice(pool[key])
     if not swap or len(set(swap.values())) < len(swap):
         return example
     longest_first = sorted(swap, key=len, reverse=True)
@@ -817,8 +841,7 @@ class Measure:
         table = confusion(logps.argmax(1).numpy(), wanted.numpy(), len(self.labels))
         accuracy = float((logps.argmax(1) == wanted).float().mean())
         loss = float(F.nll_loss(logps, wanted))
-        scores = {"val_loss": loss, "error": 1 - accuracy, "accuracy": accuracy}
-        return scores | {"f1": macro_f1(table)}
+        return {"val_loss": loss, "accuracy": accuracy, "f1": macro_f1(table)}
 
     def label_logps(self, model):
         """(log probabilities of the labels (N, L), the right ones (N,))."""
@@ -906,7 +929,7 @@ def resolve(args):
     (args, content of the last.pt to resume or None, kind, {split: examples}, {split: sha256})."""
     given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
     fixed = {"ckpt", "objective", "optimizer", "seed", "loss_on", "teacher", "quantize", "pack"}
-    fixed |= {"val", "context"}  # what was measured must not be learned, DPO's reference must fit
+    fixed |= {"val", "context", "batch_tokens", "augment", "best_by"}  # what they decided stands
     fixed |= {k for k in vars(args) if k.startswith("lora_")}
     content, settings = None, {}
     if args.resume is not None:
@@ -1007,6 +1030,13 @@ def build_model(args, content, kind, labels):
     return model, tokenizer, about
 
 
+def measured(row, name):
+    """A figure of an evaluation; DataError if these rows have no such figure."""
+    if name not in row:
+        raise DataError(f"--best_by {name}: the evaluation only gives {', '.join(row)}")
+    return row[name]
+
+
 def make_task(args, kind, batches, measure, reference, runtime, extra, end):
     """The `train.Task` of an objective; `batches` is a `Batches`, `end` the id that dropped tokens
     become, `reference` the log probabilities that DPO starts from."""
@@ -1028,8 +1058,10 @@ def make_task(args, kind, batches, measure, reference, runtime, extra, end):
         return [get(first + i) for i in range(args.grad_accum)]
 
     task = train.Task(batches=step_batches, evaluate=measure, extra=extra)
-    if kind == "label":  # what a classifier is for; its loss turns up while it still gets better
-        task.score = "error"
+    if args.best_by == "last":
+        task.score = lambda row: -row["step"]
+    elif args.best_by != "val_loss":  # a share of what is right
+        task.score = lambda row: -measured(row, args.best_by)
     if args.objective == "dpo":
         task.loss = partial(dpo_loss, beta=args.dpo_beta)
         task.count = lambda ids, targets, known: len(known)
@@ -1078,7 +1110,7 @@ def main(argv=None):
     model, tokenizer, about = build_model(args, content, kind, labels)
     settle_context(args, model)
     if kind == "chat":
-        parts["train"] = [tidy_calls(e) for e in parts["train"]]
+        parts = {split: [tidy_calls(e) for e in es] for split, es in parts.items()}
     rows, cut = make_rows(kind, parts["train"], tokenizer, args.context, args.loss_on)
     if shown:
         flat = [r for row in rows for r in (row if kind == "prefer" else (row,))]
@@ -1095,7 +1127,7 @@ def main(argv=None):
     if args.max_steps is None and args.max_minutes is None:
         per_step = args.grad_accum * runtime.world
         args.max_steps = max(1, math.ceil(args.epochs * batches.per_epoch / per_step))
-    val_rows, _ = make_rows(kind, parts["val"], tokenizer, args.context)
+    val_rows, _ = make_rows(kind, parts["val"], tokenizer, args.context, args.loss_on)
     measure = Measure(kind, parts["val"], val_rows, tokenizer, runtime, args, labels)
     extra = {"tokenizer": tokenizer.spec, "data": hashes}
     extra |= {"adapter": about} if about else {}
@@ -1184,6 +1216,8 @@ def build_parser():
     add("--grad_checkpoint", action="store_true", default=None, help="less memory, slower")
     add("--eval_only", action="store_true", default=None, help="measure --ckpt, train nothing")
     add("--split", help="to report on at the end: val (default; dev), test, train")
+    add("--best_by", choices=("val_loss", "accuracy", "slot_f1", "reward_accuracy", "last"),
+        help="which evaluation makes best.pt (default val_loss; accuracy for labels)")
     add("--eval_rows", type=int,
         help="answers to generate at an evaluation, 0 is none (default 64; the last one: all)")
     add("--show_mask", type=int, metavar="N", help="print N rows token by token, train nothing")

@@ -184,7 +184,7 @@ def find(model, targets, kinds):
                 others.add(name)
     strange = wanted - set(found) - {name for _, name, _ in found.values()}
     if not found or (strange and targets not in TARGETS):
-        names = ", ".join(sorted(others | {name for _, name, _ in found.values()})) or "none is left"
+        names = ", ".join(sorted(others | {n for _, n, _ in found.values()})) or "none is left"
         raise ModelError(
             f"no layer is called {', '.join(sorted(strange))}: choose {', '.join(TARGETS)}, or "
             f"among {names}"

@@ -883,8 +883,9 @@ def search_hotels(
     rating_range_lower: float | None = None,
     rating_range_upper: float | None = None,
 ):
-    """The hotels (records of `read_hotels`) that fit all that is given, the best rated first, three
-    at most. Guests name facilities in their own words, so these are compared by their characters.
+    """The hotels (records of `read_hotels`) that fit all that is given, the best rated first, two
+    at most: a record takes 150 tokens, and a small model's context is short. Guests name facilities
+    in their own words, so these are compared by their characters.
     """
 
     def within(value, low, high):
@@ -907,7 +908,7 @@ def search_hotels(
         and within(h["rating"], rating_range_lower, rating_range_upper)
         and all(offers(h, f) for f in facilities or [])
     ]
-    return sorted(found, key=lambda h: -(h["rating"] or 0))[:3]
+    return sorted(found, key=lambda h: -(h["rating"] or 0))[:2]
 
 
 _WAYS = {  # how a guest may ask for each argument

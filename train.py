@@ -571,9 +571,9 @@ class Task:
     `batches(step)` gives this process's micro-batches, tuples of tensors that begin with the ids.
     `loss(model, *batch)` is the *summed* loss of one, `count(*batch)` what it is divided by in the
     end: by default the targets that are not -100, the last tensor. `evaluate(model, final)` returns
-    a dict with at least "val_loss"; final asks for the whole split. `score` names the figure in it
-    whose least value makes best.pt. `weights(model)` is what of the model a checkpoint keeps,
-    `extra` goes beside it (the tokenizer's spec, for one).
+    a dict with at least "val_loss"; final asks for the whole split. `score` of such a dict is least
+    where the model is best. `weights(model)` is what of the model a checkpoint keeps, `extra` goes
+    beside it (the tokenizer's spec, for one).
     """
 
     batches: Callable
@@ -582,7 +582,7 @@ class Task:
     loss: Callable = lambda model, ids, targets: model(ids, targets)
     count: Callable = lambda *batch: int((batch[-1] != -100).sum())
     weights: Callable = lm.plain_state
-    score: str = "val_loss"
+    score: Callable = lambda row: row["val_loss"]
 
 
 class StopSignal:
@@ -714,8 +714,9 @@ class Run:
     def check_in(self):
         """Evaluate, show, save: last.pt always, best.pt if this was the best so far."""
         s, row = self.state, {"step": self.state["step"], **self.task.evaluate(self.model, False)}
-        better = row[self.task.score] < s["best"]
-        s.update(dict(best=row[self.task.score], best_step=s["step"], bad=0) if better else {})
+        score = self.task.score(row)
+        better = score < s["best"]
+        s.update(dict(best=score, best_step=s["step"], bad=0) if better else {})
         s["bad"] += not better
         self.log.write(**row)
         self.log.line(eval_line(row) + ("  best" if better else ""))

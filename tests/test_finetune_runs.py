@@ -249,7 +249,7 @@ def task_of(rows, objective, batch_tokens, accum, reference=None, **changes):
 
 
 @pytest.mark.parametrize("objective, pack", [("sft", None), ("sft", True), ("dpo", None)])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 def test_micro_batches_of_any_target_count_give_the_gradient_of_the_whole(
     objective, pack, dtype, tolerance
 ):

@@ -400,7 +400,7 @@ def test_two_processes_give_the_losses_of_one(corpus):
     assert losses("out/two") == pytest.approx(losses("out/one"), abs=1e-5)
     assert done.stdout.count("step 8  val loss") == 2  # the check-in and the whole of val, once
     one, two = lm.load_checkpoint("out/one"), lm.load_checkpoint("out/two")
-    assert one["val_loss"] == pytest.approx(two["val_loss"], abs=1e-5)
+    assert one["best"] == pytest.approx(two["best"], abs=1e-5)
 
 
 # ---- what a run leaves, and what stops it ----------------------------------------------------
