@@ -151,12 +151,12 @@ def to_messages(turn):
     return out
 
 
-def conversation(turns, system=None):
-    """{"messages"} of a list of turns; ValueError if nothing in it is the assistant's."""
+def conversation(turns, before=()):
+    """{"messages"} of a list of turns, behind the messages `before` them; ValueError if nothing in
+    it is the assistant's."""
     if not isinstance(turns, list):
         raise ValueError("the conversation is no list")
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [m for turn in turns for m in to_messages(turn)]
+    messages = [*before, *(m for turn in turns for m in to_messages(turn))]
     if not any(m["role"] in ("assistant", "call") for m in messages):
         raise ValueError("no turn of the assistant, so nothing to learn")
     return {"messages": messages}
@@ -182,6 +182,7 @@ def to_example(row):
     tools = row.get("tools")
     tools = tools if isinstance(tools, str) or not tools else json.dumps(tools, ensure_ascii=False)
     system = "\n".join(t for t in (row.get("system"), tools) if t)
+    before = [{"role": "system", "content": system}] if system else []
     if {"chosen", "rejected"} <= set(row):
         turns = row.get("conversations", row.get("messages", row.get("prompt")))
         turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
@@ -193,20 +194,19 @@ def to_example(row):
             prompt.pop()
         if not prompt:
             raise ValueError("a pair without a prompt")
-        return "prefer", {"messages": conversation_prompt(prompt, system), **pair}
+        return "prefer", {"messages": before + prompt, **pair}
     if {"context", "response"} <= set(row):
-        context = row["context"]
-        context = json.loads(context) if isinstance(context, str) else context
-        response = row["response"]
-        response = json.loads(response) if isinstance(response, str) else response
+        context, response = (
+            json.loads(v) if isinstance(v, str) else v for v in (row["context"], row["response"])
+        )
         return "chat", conversation([*context, response])
-    for key in ("messages", "conversations"):
+    for key in ("messages", "conversations", "items"):  # the last one is openchat's
         if key in row:
-            return "chat", conversation(row[key], system)
+            return "chat", conversation(row[key], before)
     if {"instruction", "output"} <= set(row):
         asked = "\n".join(t for t in (row["instruction"], row.get("input")) if t)
         answer = {"role": "assistant", "content": row["output"]}
-        return "chat", conversation([{"role": "user", "content": asked}, answer], system)
+        return "chat", conversation([{"role": "user", "content": asked}, answer], before)
     if {"text", "label"} <= set(row):
         if not isinstance(row["text"], str) or not row["text"].strip():
             raise ValueError("the text is empty")
@@ -215,11 +215,6 @@ def to_example(row):
             raise ValueError(f"the label is {label!r:.40}")
         return "label", {"text": row["text"], "label": str(label)}
     raise ValueError(f"no known format has the keys {', '.join(map(str, row))[:80]}")
-
-
-def conversation_prompt(messages, system):
-    """Messages before an answer, behind a system turn if there is one."""
-    return ([{"role": "system", "content": system}] if system else []) + messages
 
 
 def json_rows(path):

@@ -709,7 +709,7 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
     pool = {"call.facilities": ["接机"], "tool.facilities": ["酒吧"], "tool.name": ["听涛宾馆"]}
 
     rng = random.Random(0)
-    rng.random = iter([0.0, *[0.9] * 9]).__next__  # the first value is exchanged, the second one is not
+    rng.random = iter([0.0, *[0.9] * 9]).__next__  # only the first value is exchanged
     after = ft.substitute(before, pool, 0.5, rng)
     assert after == hotel_talk(["接机", "SPA"], "接机在二楼") and before == kept
     assert ft.substitute(before, pool, 0.0, random.Random(0)) is before
@@ -761,7 +761,8 @@ def test_a_tool_result_that_is_no_json_is_text_and_one_without_the_value_stays_a
     talk = hotel_talk(["健身房"])["messages"]
     for result, wanted in (("有 健身房!", "有 接机!"), ('{"a":  1.50}', '{"a":  1.50}')):
         talk[2] = turn("tool", result)
-        after = ft.substitute({"messages": talk}, {"call.facilities": ["接机"]}, 1.0, random.Random(0))
+        pool = {"call.facilities": ["接机"]}
+        after = ft.substitute({"messages": talk}, pool, 1.0, random.Random(0))
         assert after["messages"][2]["content"] == wanted
         assert after["messages"][0]["content"] == "要有接机的"
 
