@@ -221,7 +221,8 @@ def json_rows(path):
     """(line, row or the ValueError that it is) for each row of a JSON list or of JSON lines."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path} does not exist; --data wants a file, or {', '.join(SETS)}")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {what}: name a .json or .jsonl file, or {', '.join(SETS)}")
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
@@ -314,7 +315,7 @@ def split_off(examples, fraction):
     order = sorted(groups, key=lambda words: hashlib.sha256(words.encode()).digest())
     n = min(max(1, round(fraction * len(groups))), len(groups) - 1)
     if len(groups) < 2:
-        raise DataError("one conversation cannot be split: give --val_data")
+        raise DataError(f"{len(examples)} rows that begin alike cannot be split: give --val_data")
     val = {id(e) for words in order[:n] for e in groups[words]}
     return [e for e in examples if id(e) not in val], [e for e in examples if id(e) in val]
 
@@ -382,9 +383,11 @@ def chat_row(messages, tokenizer, context, loss_on="assistant"):
         turns.pop(oldest)
     ids = [i for _, part, _ in turns for i in part]
     mask = [m for _, _, part in turns for m in part]
-    if len(ids) > room and not any(mask[1:room]):  # the question alone fills it
-        return Row(ids[-room:], mask[-room:]), cut
-    return Row(ids[:room], mask[:room]), cut
+    # a question that leaves no room for its answer loses its beginning: its end takes half the row,
+    # or more where the answer is short
+    first = mask.index(1) if 1 in mask else 0
+    start = max(0, min(first - room // 2, len(ids) - room)) if first >= room else 0
+    return Row(ids[start : start + room], mask[start : start + room]), cut
 
 
 def label_row(text, label, tokenizer, context, loss_on="assistant"):
@@ -892,9 +895,10 @@ def report(model, measure, out):
         logps, wanted = measure.label_logps(model)
         table = confusion(logps.argmax(1).numpy(), wanted.numpy(), len(measure.labels))
         print("rows: the right label, columns: the predicted one")
-        print(" " * 12 + "".join(f"{name[:10]:>12}" for name in measure.labels))
-        for name, counts in zip(measure.labels, table):
-            print(f"{name[:10]:>12}" + "".join(f"{n:12}" for n in counts))
+        names = [shorten(name, 11) for name in measure.labels]
+        print(" " * 12 + "".join(f"{name:>12}" for name in names))
+        for name, counts in zip(names, table):
+            print(f"{name:>12}" + "".join(f"{n:12}" for n in counts))
         for e, row in zip(measure.examples, logps.exp().tolist()):
             best = measure.labels[row.index(max(row))]
             rows.append({"text": e["text"], "reference": e["label"], "prediction": best, "p": row})
@@ -956,6 +960,9 @@ def check_settings(args, kind):
         raise DataError("--teacher CKPT and --objective distill belong together")
     if args.quantize and not args.lora_rank:
         raise DataError("--quantize freezes the base: add --lora_rank 8, so that something learns")
+    figure = {"chat": "slot_f1", "label": "accuracy", "prefer": "reward_accuracy"}[kind]
+    if args.best_by not in ("val_loss", "last", figure):
+        raise DataError(f"--best_by {args.best_by} is not measured on rows of {kind}: {figure} is")
     if args.augment and kind != "chat":
         raise DataError("--augment is for chats with tool calls")
     if args.pack and args.objective != "sft":
@@ -1084,6 +1091,8 @@ def evaluate_only(args):
     model, tokenizer, where = load(args.ckpt, args.device)
     settle_context(args, model)
     kind, parts, _ = load_data(args.data, args.val_data, args.val)
+    if kind == "chat":
+        parts = {split: [tidy_calls(e) for e in es] for split, es in parts.items()}
     labels = check_parts(args, kind, parts)
     wanted = [label_token(n) for n in labels] if kind == "label" else CHAT_TOKENS
     if missing := [n for n in wanted if n not in tokenizer.special]:
@@ -1148,6 +1157,8 @@ def main(argv=None):
         )
         tokens = sum(batches.length(r) * (2 if kind == "prefer" else 1) for r in rows)
         print("\n".join(train.header(model, args, runtime, tokens, args.batch_tokens)))
+        if cut > len(rows) / 10:
+            print("many rows are cut: a base with a longer context (train.py --context) keeps more")
     train.launch(model, task, args, runtime, out, content)
     if runtime.rank == 0:
         finish(model, args, measure, parts, kind, labels, out, reference)

@@ -293,6 +293,7 @@ def train_rows(model, tables, first):
         weight = model.get_parameter(table)
         weight.requires_grad_(True)
         weight.register_hook(only_new)
+        weight.learned = weight[first:].numel()  # for who counts what is trained
 
 
 def switch(model, *names):

@@ -427,7 +427,7 @@ def load_tools(source):
         own = {n: f for n, f in own.items() if f.__code__.co_filename == source}
         for f in own.values():
             inspect.signature(f, eval_str=True)  # as call_tool will want it
-    except Exception as e:  # the user's own code can fail in any way
+    except (Exception, SystemExit) as e:  # the user's own code can fail in any way
         raise DataError(f"--tools {source} cannot be loaded ({type(e).__name__}: {e})") from e
     if not own:
         raise DataError(f"--tools {source} defines no function")
@@ -469,7 +469,7 @@ def call_tool(tools, content):
     except ValueError as e:
         return json.dumps({"error": str(e)}, ensure_ascii=False)
     try:
-        result = json.dumps(tools[name](**arguments), ensure_ascii=False)
+        result = json.dumps(tools[name](**arguments), ensure_ascii=False, allow_nan=False)
     except Exception as e:  # a tool that fails is news for the model, no reason to stop talking
         error = f"{name} failed: {type(e).__name__}: {e}"
         result = json.dumps({"error": error}, ensure_ascii=False)
@@ -588,7 +588,7 @@ class Chat:
             self.messages = ([text] if rest else []) + self.messages[len(system) :]
             return "the system turn is set" if rest else "no system turn any more"
         if name == "save" and rest:
-            text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1)
+            text = json.dumps({"messages": self.messages}, ensure_ascii=False)
             try:
                 Path(rest).write_text(text + "\n", encoding="utf-8")
             except OSError as e:
@@ -871,6 +871,8 @@ def check_settings(args):
         raise DataError(f"--length_penalty {args.length_penalty} must be from -10 to 10")
     if args.seed is not None and not 0 <= args.seed < 2**62:
         raise DataError(f"--seed {args.seed} must be from 0 to 2**62")
+    if args.chat and (args.prompt or args.prompt_ids or args.beams or args.num_samples > 1):
+        raise DataError("--chat takes no --prompt, --beams or --num_samples")
     if args.tools and not args.chat:
         raise DataError("--tools is for --chat")
     if args.beams and args.stop:

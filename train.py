@@ -537,9 +537,11 @@ def check_memory(model, tokens, runtime):
 def header(model, args, runtime, tokens, per_batch):
     """The lines before the first step: what is trained, on what, and what it will take. `tokens`
     are those of the training text, `per_batch` those of a micro-batch."""
-    c, n = model.config, lm.count_parameters(model)["total"]
-    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    share = f", {learned:,} of them trained ({learned / n:.2%})" if learned < n else ""
+    c, n = model.config, lm.count_parameters(lm.skeleton(model.config))["total"]
+    # of a table that learns some rows only (lora.train_rows) just these count
+    trained = [p for p in model.parameters() if p.requires_grad]
+    learned = sum(getattr(p, "learned", p.numel()) for p in trained)
+    share = f", {learned:,} trained ({learned / n:.2%})" if learned != n else ""
     memory = memory_needed(model, per_batch) / 2**20
     per_step = per_batch * args.grad_accum * runtime.world
     lines = [
@@ -909,13 +911,14 @@ def resumed_settings(args, given, fixed):
     run = Path(args.resume) if args.resume else newest_run()
     path = run / "last.pt" if run.is_dir() else run
     if run.is_dir() and not path.exists():
-        raise DataError(f"{run} has no last.pt to resume; --ckpt {run} starts from its weights")
+        instead = f"--ckpt {run} starts from its weights" if any(run.glob("*.pt")) else "start anew"
+        raise DataError(f"{run} has no last.pt to resume: {instead}")
     content = lm.load_checkpoint(path)
     if "args" not in content:
         raise DataError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
     if set(content["args"]) != set(vars(args)):  # each script has flags of its own
         script = "finetune.py" if "objective" in content["args"] else "train.py"
-        raise DataError(f"{path} was written by {script} (of this version?): resume it with that")
+        raise DataError(f"{path} was written by {script}: resume it with that, or name another run")
     if "out" in given:
         raise DataError(f"--out cannot be given with --resume, which goes on in {path.parent}")
     inherited = {k: v for k, v in content["args"].items() if v is not None}

@@ -386,7 +386,7 @@ def test_more_than_one_percent_or_nothing_left_is_refused(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=name):
             ft.read_examples(tmp_path / name)
-    with pytest.raises(DataError, match="does not exist; --data wants a file, or sentiment"):
+    with pytest.raises(DataError, match="does not exist: name a "):
         ft.read_examples(tmp_path / "nothing.json")
 
 
@@ -409,7 +409,7 @@ def test_beginnings_of_a_dialogue_are_joined_and_never_split(tmp_path):
     assert [e["text"] for e in ft.split_off(five, 0.4)[1]] == ["c", "d"]  # everywhere, for ever
     for fraction in (0.01, 0.5, 0.99):
         assert all(ft.split_off(examples[2:7], fraction))
-    with pytest.raises(DataError, match="one conversation cannot be split"):
+    with pytest.raises(DataError, match="begin alike cannot be split"):
         ft.split_off(examples[:3], 0.5)
 
 
@@ -565,7 +565,8 @@ def test_any_conversation_keeps_a_target_and_the_turns_before_it():
             kept_whole += 1
             assert row.ids == fitting[0] and cut == (fitting[0] != tails[0])
         else:
-            assert cut and row.ids in (tails[-1][: context + 1], tails[-1][-context - 1 :])
+            room, last = context + 1, tails[-1]
+            assert cut and row.ids in [last[at : at + room] for at in range(len(last) - room + 1)]
     assert 300 < kept_whole < 1400
 
 
