@@ -45,6 +45,7 @@ from prepare_data import (
     call_text,
     console,
     default_name,
+    drop_continued,
     fetch_set,
     label_token,
     parse_call,
@@ -283,20 +284,9 @@ def read_examples(path):
         raise DataError(f"{path}: {len(bad)} of {total} rows are bad{first}")
     if bad:
         print(f"{path}: {len(bad)} of {total} rows are bad and left out", file=sys.stderr)
-    if kind == "chat":
-        found = join_contexts(found)
+    if kind == "chat":  # learning a dialogue's last row teaches the answers of all before it
+        found = drop_continued(found, key=lambda e: e["messages"])
     return kind, found
-
-
-def join_contexts(examples):
-    """Drop each conversation that the next one only continues: rows of (context, response) are the
-    beginnings of one dialogue, and learning its last row teaches all their answers."""
-    following = [e["messages"] for e in examples[1:]] + [[]]
-
-    def continued(messages, longer):
-        return len(longer) > len(messages) and longer[: len(messages)] == messages
-
-    return [e for e, longer in zip(examples, following) if not continued(e["messages"], longer)]
 
 
 def first_words(example):
@@ -331,7 +321,8 @@ def load_data(source, val_source=None, fraction=0.1):
     kinds, parts, hashes = {}, {}, {}
     for split, path in paths.items():
         split = "val" if split == "dev" else split
-        kinds[split], parts[split] = read_examples(path)
+        kinds[split], examples = read_examples(path)
+        parts[split] = [tidy_calls(e) for e in examples] if kinds[split] == "chat" else examples
         hashes[split] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if len(set(kinds.values())) > 1:
         raise DataError(f"{source} and its validation rows are of different kinds: {kinds}")
@@ -808,16 +799,10 @@ class Measure:
         self.runtime, self.args, self.labels, self.reference = runtime, args, labels, reference
         self.batches = Batches(rows, args.batch_tokens, 0).cut(range(len(rows)), rows)
 
-    @torch.no_grad()
     def __call__(self, model, final=True):
-        was_training = model.training
-        model.eval()
-        with self.runtime.autocast():
-            scores = {"chat": self.chat, "label": self.label, "prefer": self.prefer}[self.kind](
-                model, final
-            )
-        model.train(was_training)
-        return scores
+        scores = {"chat": self.chat, "label": self.label, "prefer": self.prefer}[self.kind]
+        with lm.evaluating(model), self.runtime.autocast():
+            return scores(model, final)
 
     def chat(self, model, final):
         """Loss a target, and how the answers to some of the questions score; `report` answers them
@@ -879,8 +864,7 @@ def report(model, measure, out):
     rows, tokenizer = [], measure.tokenizer
     if measure.kind == "chat":
         jobs = answer_jobs(measure.examples)
-        with torch.no_grad():
-            turns = answer(model, tokenizer, jobs)
+        turns = answer(model, tokenizer, jobs)
         scores = chat_scores(jobs, turns)
         for (before, wanted), got in zip(jobs, turns):
             asked = before[-1]["content"]
@@ -947,9 +931,19 @@ def resolve(args):
     elif content["data"] != hashes:
         raise DataError(f"{settings['data']} is not the data that the run began with")
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
-    train.check_settings(args)
+    train.check_settings(args, LIMITS)
     check_settings(args, kind)
     return args, content, kind, parts, hashes
+
+
+LIMITS = (
+    *train.LIMITS,
+    ("batch_tokens show_mask", "at least 1", lambda v: v >= 1),
+    ("val", "between 0 and 1", lambda v: 0 < v < 1),
+    ("augment token_dropout distill_lambda", "from 0 to 1", lambda v: 0 <= v <= 1),
+    ("epochs lora_alpha dpo_beta distill_temperature", "above 0", lambda v: 0 < v < math.inf),
+    ("lora_rank eval_rows", "0 or more", lambda v: v >= 0),
+)
 
 
 def check_settings(args, kind):
@@ -1087,12 +1081,10 @@ def evaluate_only(args):
         raise DataError(f"--data is missing: a file, or one of {', '.join(SETS)}")
     settings = RECIPE | {k: v for k, v in vars(args).items() if v is not None}
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
-    train.check_settings(args)
+    train.check_settings(args, LIMITS)
     model, tokenizer, where = load(args.ckpt, args.device)
     settle_context(args, model)
     kind, parts, _ = load_data(args.data, args.val_data, args.val)
-    if kind == "chat":
-        parts = {split: [tidy_calls(e) for e in es] for split, es in parts.items()}
     labels = check_parts(args, kind, parts)
     wanted = [label_token(n) for n in labels] if kind == "label" else CHAT_TOKENS
     if missing := [n for n in wanted if n not in tokenizer.special]:
@@ -1113,8 +1105,6 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model, tokenizer, about = build_model(args, content, kind, labels)
     settle_context(args, model)
-    if kind == "chat":
-        parts = {split: [tidy_calls(e) for e in es] for split, es in parts.items()}
     rows, cut = make_rows(kind, parts["train"], tokenizer, args.context, args.loss_on)
     if shown:
         flat = [r for row in rows for r in (row if kind == "prefer" else (row,))]
@@ -1140,8 +1130,8 @@ def main(argv=None):
         known = content and content["reference"]
         if not known:
             whole_set = Measure(kind, parts["train"], rows, tokenizer, runtime, args)
-            with torch.no_grad(), runtime.autocast(), lora.disabled(model):
-                known = {"train": whole_set.gains(model.eval()), "val": measure.gains(model)}
+            with lm.evaluating(model), runtime.autocast(), lora.disabled(model):
+                known = {"train": whole_set.gains(model), "val": measure.gains(model)}
         reference, measure.reference, extra["reference"] = known["train"], known["val"], known
     task = make_task(args, kind, batches, measure, reference, runtime, extra, tokenizer.eot)
     if about:
@@ -1214,12 +1204,7 @@ def build_parser():
     add("--val", type=float, help="else the share of conversations held out (default 0.1)")
     add("--objective", choices=tuple(OBJECTIVES), help="default: what the rows suit")
     add("--out", help="folder of the run (default: out/DATA-ft, numbered if taken)")
-    add("--resume", nargs="?", const="", help="go on with this run (default: the newest one)")
-    add("--seed", type=int, help="of batches, dropout and adapters")
-    add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
-    add("--dtype", help="auto (default), fp32, bf16, fp16: precision of matrix products")
-    add("--compile", action="store_true", default=None, help="torch.compile the model")
-    add("--grad_checkpoint", action="store_true", default=None, help="less memory, slower")
+    train.add_machine(add)
     add("--eval_only", action="store_true", default=None, help="measure --ckpt, train nothing")
     add("--split", help="to report on at the end: val (default; dev), test, train")
     add("--best_by", choices=("val_loss", "accuracy", "slot_f1", "reward_accuracy", "last"),

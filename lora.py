@@ -152,13 +152,6 @@ def quantize(model, kind, targets="all"):
     return list(found)
 
 
-def frozen_bytes(model):
-    """Bytes of all that gets no gradient: weights, codes, scales."""
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in trained}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
 # --------------------------------------------------------------------------------------------
 # Adapters
 # --------------------------------------------------------------------------------------------

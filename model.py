@@ -594,6 +594,18 @@ class KVCache:
 # --------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def evaluating(model):
+    """The model without dropout and gradients for as long as the `with` lasts, then as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        model.train(was_training)
+
+
 def plain_state(module):
     """The module's state dict without the prefixes that torch.compile and DDP add to its keys."""
     state = module.state_dict()

@@ -831,21 +831,25 @@ def split_reviews(archive):
     return rows
 
 
+def drop_continued(rows, key=lambda turns: turns):
+    """The rows without those that the next one only continues: their turns, key(row), begin its."""
+    following = [key(row) for row in rows[1:]] + [[]]
+
+    def continued(turns, longer):
+        return len(longer) > len(turns) and longer[: len(turns)] == turns
+
+    return [row for row, longer in zip(rows, following) if not continued(key(row), longer)]
+
+
 def join_dialogues(path):
     """The dialogues, as lists of turns, of a file whose rows are {"context": the turns so far,
-    "response": the next one}, both JSON in strings: rows that continue each other are one."""
-    dialogues = []
+    "response": the next one}, both JSON in strings."""
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            turns = [*json.loads(row["context"]), json.loads(row["response"])]
-            if dialogues and turns[: len(dialogues[-1])] == dialogues[-1]:
-                dialogues[-1] = turns
-            else:
-                dialogues.append(turns)
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        turns = [[*json.loads(r["context"]), json.loads(r["response"])] for r in rows]
     except (ValueError, KeyError, TypeError) as e:
         raise DataError(f"{path} holds no rows of context and response ({e!r})") from e
-    return dialogues
+    return drop_continued(turns)
 
 
 HOTEL_KEYS = {  # CrossWOZ's fields and what the dialogues call them

@@ -348,7 +348,6 @@ def lr_at(step, fraction, lr, min_lr=0.0, warmup_steps=0, schedule="cosine"):
 # --------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def evaluate(model, tokens, byte_lengths, runtime, limit=None):
     """Loss over non-overlapping windows of `tokens`, every target once; a dict for metrics.
 
@@ -363,8 +362,6 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None):
     if limit and limit < targets:
         wanted = max(1, limit // T)
         starts = starts[:: max(1, len(starts) // wanted)][:wanted]
-    was_training = model.training
-    model.eval()
     loss, count, n_bytes = 0.0, 0, 0
     full = [s for s in starts if s + T <= targets]
     per_batch = max(1, 8192 // T)
@@ -377,9 +374,8 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None):
         n_bytes += int(byte_lengths[block[:, 1:].numpy()].clip(0).sum())
         count += block[:, 1:].numel()
         block = block.to(runtime.device)
-        with runtime.autocast():
+        with lm.evaluating(model), runtime.autocast():
             loss += model(block[:, :-1], block[:, 1:]).item()
-    model.train(was_training)
     loss, count, n_bytes = runtime.total(loss, count, n_bytes)
     mean = loss / count
     return {
@@ -517,8 +513,9 @@ def memory_needed(model, tokens):
     kept = c.n_layer * layer
     if model.grad_checkpoint:  # only each layer's input, and one layer in full
         kept = layer + c.n_layer * tokens * c.d_model * 4
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return 4 * lm.count_parameters(model)["total"] + 12 * learned + kept
+    return held + 12 * learned + kept
 
 
 def check_memory(model, tokens, runtime):
@@ -847,6 +844,17 @@ def eval_line(row):
 
 
 # fmt: off (one line a flag)
+def add_machine(add):
+    """Give a parser's group, by its add_argument, the flags of any run: where it is computed, and
+    how it goes on."""
+    add("--resume", nargs="?", const="", help="go on with this run (default: the newest one)")
+    add("--seed", type=int, help="of weights, adapters, batches and dropout")
+    add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
+    add("--dtype", help="auto (default), fp32, bf16, fp16: precision of matrix products")
+    add("--compile", action="store_true", default=None, help="torch.compile the model")
+    add("--grad_checkpoint", action="store_true", default=None, help="less memory, slower")
+
+
 def add_optimisation(p):
     """Give a parser the flags that `fit` reads whatever is being learned; returns add_argument of
     their group."""
@@ -879,12 +887,7 @@ def build_parser():
     add("--preset", help=f"model shape: {', '.join(lm.PRESETS)} (default tiny)")
     add("--ckpt", help="start from the weights, shape and tokenizer of this checkpoint")
     add("--out", help="folder of the run (default: out/NAME of the data, numbered if taken)")
-    add("--resume", nargs="?", const="", help="go on with this run (default: the newest one)")
-    add("--seed", type=int, help="of weights, batches and dropout")
-    add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
-    add("--dtype", help="auto (default), fp32, bf16, fp16: precision of matrix products")
-    add("--compile", action="store_true", default=None, help="torch.compile the model")
-    add("--grad_checkpoint", action="store_true", default=None, help="less memory, slower")
+    add_machine(add)
     add("--prompt", help="of the sample at the end (default: how the validation text begins)")
     add = add_optimisation(p)
     add("--max_steps", type=int, help=f"default {DEFAULT_STEPS} if --max_minutes is not given")
@@ -960,21 +963,16 @@ def resolve(args):
 # flags and the test that their value must pass
 LIMITS = (
     ("max_steps batch_size grad_accum eval_every log_every", "at least 1", lambda v: v >= 1),
-    ("batch_tokens show_mask", "at least 1", lambda v: v >= 1),
-    ("val", "between 0 and 1", lambda v: 0 < v < 1),
-    ("augment token_dropout distill_lambda", "from 0 to 1", lambda v: 0 <= v <= 1),
-    ("lora_alpha dpo_beta distill_temperature", "above 0", lambda v: 0 < v < math.inf),
-    ("lora_rank eval_rows", "0 or more", lambda v: v >= 0),
-    ("epochs max_minutes lr muon_lr embed_lr head_lr", "above 0", lambda v: 0 < v < math.inf),
+    ("max_minutes lr muon_lr embed_lr head_lr", "above 0", lambda v: 0 < v < math.inf),
     ("min_lr warmup_steps weight_decay grad_clip", "0 or more", lambda v: 0 <= v < math.inf),
     ("eval_tokens patience seed", "from 0 to 2**62", lambda v: 0 <= v <= 2**62),
     ("beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1),
 )
 
 
-def check_settings(args):
+def check_settings(args, limits=LIMITS):
     """DataError for a number that no run can have."""
-    for names, wanted, good in LIMITS:
+    for names, wanted, good in limits:
         for name in names.split():
             value = getattr(args, name, None)
             if value is not None and not good(value):
