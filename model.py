@@ -241,25 +241,27 @@ def sinusoid_table(context, d_model):
     return table.flatten(1)[:, :d_model]
 
 
-def plain_attention(q, k, v, mask=None, dropout=0.0):
+def plain_attention(q, k, v, mask=None, dropout=0.0, causal=True):
     """Attention written out, for reading; the model calls `attention`, which a test holds equal.
 
     q (B, nh, T, hs); k and v (B, nkv, S, hs), each key head shared by nh/nkv query heads.
-    `mask` is True where a query may look, broadcastable to (B, nh, T, S); None is causal.
+    `mask` is True where a query may look, broadcastable to (B, nh, T, S); without one a query looks
+    at itself and what came before, or everywhere if not `causal`.
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     score = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, nh, T, S)
-    if mask is None:
+    if mask is None and causal:
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
-    weight = score.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    return F.dropout(weight, dropout) @ v  # (B, nh, T, hs)
+    if mask is not None:
+        score = score.masked_fill(~mask, float("-inf"))
+    return F.dropout(score.softmax(dim=-1), dropout) @ v  # (B, nh, T, hs)
 
 
-def attention(q, k, v, mask=None, dropout=0.0):
+def attention(q, k, v, mask=None, dropout=0.0, causal=True):
     """`plain_attention` by torch's fused kernel, which never holds the (T, S) scores."""
     T, S = q.shape[2], k.shape[2]
-    if mask is None and 1 < T < S:  # several new tokens behind a cache: the corner is not square
+    if mask is None and causal and 1 < T < S:  # behind a cache: the corner is not square
         mask = causal_mask(T, S, q.device)
     return F.scaled_dot_product_attention(
         q,
@@ -267,7 +269,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
         v,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None and T > 1,
+        is_causal=causal and mask is None and T > 1,
         enable_gqa=q.shape[1] != k.shape[1],
     )
 
@@ -282,11 +284,12 @@ def causal_mask(T, S, device=None):
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention, with fewer key/value heads where the config says so."""
+    """Multi-head self-attention, with fewer key/value heads where the config says so; causal, as
+    text needs it, unless told otherwise."""
 
-    def __init__(self, config):
+    def __init__(self, config, causal=True):
         super().__init__()
-        c = config
+        c, self.causal = config, causal
         self.n_head, self.n_kv_head, self.head_size = c.n_head, c.n_kv_head, c.head_size
         self.dropout = c.dropout
         self.q = nn.Linear(c.d_model, c.n_head * c.head_size, bias=c.qkv_bias)
@@ -308,7 +311,7 @@ class Attention(nn.Module):
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if remember is not None:
             k, v = remember(k, v)  # (B, nkv, S, hs)
-        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0, self.causal)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -334,10 +337,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): the pre-norm residual block."""
 
-    def __init__(self, config):
+    def __init__(self, config, causal=True):
         super().__init__()
         self.norm1 = make_norm(config, config.d_model)
-        self.attention = Attention(config)
+        self.attention = Attention(config, causal)
         self.norm2 = make_norm(config, config.d_model)
         self.feed_forward = FeedForward(config)
         self.drop = nn.Dropout(config.dropout)
@@ -519,7 +522,7 @@ class Transformer(nn.Module):
         """The final, normalised states (B, T, C) of ids (B, T); logits are `model.head` of them.
 
         With a `KVCache`, ids are the tokens after those it holds. `positions` (T,) or (B, T)
-        defaults to counting on from there, `mask` (see `plain_attention`) to causal.
+        defaults to counting on from there; `mask` as in `plain_attention`.
         """
         T, start = ids.shape[1], cache.length if cache is not None else 0
         if positions is None and start + T > self.config.context:

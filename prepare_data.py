@@ -28,6 +28,7 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import sysconfig
 import tarfile
@@ -79,6 +80,29 @@ def console(main, *mistakes):
         print(f"\n{script}: interrupted", file=sys.stderr)
         code = 130
     raise SystemExit(code)
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM, remembered until the step is done; a second one stops at once."""
+
+    def __enter__(self):
+        self.number, self.old = 0, {}
+        with contextlib.suppress(ValueError):  # signals only reach the main thread
+            for s in (signal.SIGINT, signal.SIGTERM):
+                self.old[s] = signal.signal(s, self.remember)
+        return self
+
+    def remember(self, number, frame):
+        """The signal handler: note it, and give the next one its usual effect."""
+        self.number = number
+        self.restore()
+
+    def restore(self):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+    def __exit__(self, *_):
+        self.restore()
 
 
 # --------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ import model as lm
 from prepare_data import (
     DATA,
     DataError,
+    StopSignal,
     Tokenizer,
     console,
     default_name,
@@ -582,29 +583,6 @@ class Task:
     count: Callable = lambda *batch: int((batch[-1] != -100).sum())
     weights: Callable = lm.plain_state
     score: Callable = lambda row: row["val_loss"]
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM, remembered until the step is done; a second one stops at once."""
-
-    def __enter__(self):
-        self.number, self.old = 0, {}
-        with contextlib.suppress(ValueError):  # signals only reach the main thread
-            for s in (signal.SIGINT, signal.SIGTERM):
-                self.old[s] = signal.signal(s, self.remember)
-        return self
-
-    def remember(self, number, frame):
-        """The signal handler: note it, and give the next one its usual effect."""
-        self.number = number
-        self.restore()
-
-    def restore(self):
-        for s, handler in self.old.items():
-            signal.signal(s, handler)
-
-    def __exit__(self, *_):
-        self.restore()
 
 
 def training_step(model, task, batches, runtime, scaler):

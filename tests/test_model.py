@@ -213,18 +213,22 @@ def qkv(nkv, T, S, dtype=torch.float64):
     return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("seen", ["before", "some", "all"])
 @pytest.mark.parametrize("T, S", [(5, 5), (1, 7), (3, 7), (1, 1)])
 @pytest.mark.parametrize("nkv", [4, 2, 1])
-def test_attention_equals_the_reference_with_its_gradients(nkv, T, S, masked):
+def test_attention_equals_the_reference_with_its_gradients(nkv, T, S, seen):
     mask = None
-    if masked:  # any pattern in which each query sees something
+    if seen == "some":  # any pattern in which each query sees something
         mask = torch.rand(T, S, generator=torch.Generator().manual_seed(2)) > 0.4
         mask[:, 0] = True
+
+    def reference(q, k, v, mask, causal):
+        return reference_attention(q, k, v, mask if causal else torch.ones(T, S))
+
     results = []
-    for f in (lm.attention, lm.plain_attention, reference_attention):
+    for f in (lm.attention, lm.plain_attention, reference):
         inputs = qkv(nkv, T, S)
-        y = f(*inputs, mask)
+        y = f(*inputs, mask, causal=seen != "all")
         results.append((y, *torch.autograd.grad((y * torch.arange(6) ** 2).sum(), inputs)))
     for fused, plain, reference in zip(*results):
         same(fused, reference, rtol=1e-9, atol=1e-9)
@@ -236,6 +240,17 @@ def test_attention_equals_the_reference_with_its_gradients(nkv, T, S, masked):
 def test_attention_in_float32_equals_the_reference(nkv, T, S):
     q, k, v = qkv(nkv, T, S, torch.float32)
     same(lm.attention(q, k, v).double(), reference_attention(q, k, v), rtol=1e-5, atol=1e-5)
+
+
+def test_only_a_block_that_is_not_causal_looks_ahead():
+    c, x = Config(n_head=4, d_model=32), torch.randn(1, 6, 32)
+    later = x.clone()
+    later[:, 4:] += 1
+    for causal in (True, False):
+        torch.manual_seed(0)
+        block = lm.Block(c, causal).eval()
+        assert block(x)[:, :4].equal(block(later)[:, :4]) is causal
+        same(block(x), block(x, mask=None if not causal else lm.causal_mask(6, 6)))
 
 
 @pytest.mark.parametrize("f", [lm.attention, lm.plain_attention])
