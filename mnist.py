@@ -1,0 +1,889 @@
+"""A first training loop: a network reads handwritten digits; later in this file one draws them.
+
+    python mnist.py                                the course's network, five epochs
+    python mnist.py --optimizer adam --epochs 15   other solvers, --loss and --schedule
+    python mnist.py --compare optimizer            all of them, their curves in one picture
+    python mnist.py --recipe fast                  a convolutional net, a minute for 99.4 %
+    python mnist.py --diffusion                    learn to draw, in half an hour
+    python mnist.py --draw "3 1 4"                 a picture of these digits
+
+A run writes mnist.pt, loss.svg and pictures to out/mnist, out/mnist-fast or out/mnist-diffusion.
+
+The course is the first three chapters: the data, the network, the loop. Whoever stops there has
+seen all there is to training. Then come pictures made by hand, a better network, a transformer
+that turns noise into digits, and the command line. No language model here: of the other scripts
+only the download, checkpoints and, to draw, the transformer's blocks are used.
+
+Shapes in comments: B batch, T patches of an image, C channels.
+"""
+
+import argparse
+import gzip
+import hashlib
+import itertools
+import math
+import struct
+import sys
+import time
+import unicodedata
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import model as lm
+from prepare_data import DataError, StopSignal, console, fetch
+
+OUT = Path("out")
+
+# --------------------------------------------------------------------------------------------
+# The data: 60,000 digits to learn from, 10,000 to be tested on
+# --------------------------------------------------------------------------------------------
+
+MIRRORS = (  # the site of their authors has stopped giving them out
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+FILES = {  # sha256 of what is inside the .gz: the mirrors compressed it differently
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+MEAN, STD = 0.1307, 0.3081  # of all training pixels, between 0 and 1
+
+
+def parse_idx(content, dims, name):
+    """The uint8 array in the bytes of an IDX file: two zero bytes, the type (8: unsigned bytes),
+    the number of dimensions, each size as a big-endian uint32, the values. DataError otherwise."""
+    if content[:4] != bytes([0, 0, 8, dims]):
+        found = content[:4].hex(" ") or "nothing"
+        raise DataError(f"{name} begins with {found}, not with 00 00 08 0{dims} as it should")
+    if len(content) < 4 + 4 * dims:
+        raise DataError(f"{name} ends in the middle of its header: cut short?")
+    sizes = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
+    values = content[4 + 4 * dims :]
+    if len(values) != math.prod(sizes):
+        shape = " x ".join(map(str, sizes))
+        raise DataError(f"{name} has {len(values):,} values, its header says {shape}: cut short?")
+    return np.frombuffer(values, np.uint8).reshape(sizes)
+
+
+def read_idx(path, name):
+    """(array, whether it is MNIST's own) of the file `path`, in a .gz or not."""
+    content = Path(path).read_bytes()
+    try:
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+    except (EOFError, OSError, zlib.error) as e:
+        raise DataError(f"{path} is no whole .gz file ({e})") from e
+    array = parse_idx(content, 3 if "idx3" in name else 1, str(path))
+    return array, hashlib.sha256(content).hexdigest() == FILES[name]
+
+
+def download_idx(name):
+    """The array of one of FILES, from the first mirror whose file is what it should be."""
+    problems = []
+    for mirror in MIRRORS:
+        try:
+            path = fetch(f"{mirror}{name}.gz")
+            array, genuine = read_idx(path, name)
+            if genuine:
+                return array
+            problems.append(f"{path} has other contents than MNIST's")
+        except DataError as e:
+            problems.append(str(e))
+    raise DataError("; ".join(problems) + ". Delete a damaged file to download it anew")
+
+
+def read_folder_idx(folder, name):
+    """The array of one of FILES in the user's own folder, where it may be another data set's."""
+    for path in (Path(folder, name), Path(folder, f"{name}.gz")):
+        if path.exists():
+            array, genuine = read_idx(path, name)
+            if not genuine:
+                print(f"{path} is not MNIST's own: damaged, or another data set", file=sys.stderr)
+            return array
+    raise DataError(f"{folder} has no {name} or {name}.gz")
+
+
+def load_mnist(device="cpu", folder=None):
+    """((images, labels), (test images, test labels)) on `device`: images (N, 28, 28) float32 with
+    mean 0 and standard deviation 1, labels (N,) int64. Downloaded, or from the user's `folder`.
+
+    All of it is 188 MB, so it is converted once and kept: a batch is then one indexing operation.
+    """
+    read = partial(read_folder_idx, folder) if folder else download_idx
+    train_x, train_y, test_x, test_y = (read(name) for name in FILES)
+    for x, y in ((train_x, train_y), (test_x, test_y)):
+        if x.shape != (len(y), 28, 28) or len(y) == 0 or y.max() > 9:
+            raise DataError(
+                f"{len(y):,} labels up to {max(y, default=0)} do not go with images of shape "
+                f"{x.shape}: wanted are N labels from 0 to 9 and N images of 28 x 28"
+            )
+
+    def tensors(x, y):
+        x = torch.tensor(x, dtype=torch.float32, device=device)
+        return x.div_(255).sub_(MEAN).div_(STD), torch.tensor(y, dtype=torch.int64, device=device)
+
+    return tensors(train_x, train_y), tensors(test_x, test_y)
+
+
+# --------------------------------------------------------------------------------------------
+# The network: from 784 pixels to ten log probabilities
+# --------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """784 - 256 - 128 - 64 - 10, ReLU and dropout in between: a multi-layer perceptron."""
+
+    def __init__(self, dropout=0.2):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Linear(784, 256), nn.ReLU(), nn.Dropout(dropout)),
+            *(nn.Linear(256, 128), nn.ReLU(), nn.Dropout(dropout)),
+            *(nn.Linear(128, 64), nn.ReLU(), nn.Dropout(dropout)),
+            nn.Linear(64, 10),
+        )
+
+    def forward(self, images):  # (B, 28, 28) -> (B, 10)
+        return F.log_softmax(self.layers(images.flatten(1)), dim=-1)
+
+
+def one_hot(labels):
+    """(B,) -> (B, 10): 1 at the label, 0 elsewhere."""
+    return F.one_hot(labels, 10).float()
+
+
+# What to make small. Each takes log probabilities (B, 10) and labels (B,), and gives a mean.
+LOSSES = {
+    "nll": F.nll_loss,
+    "mse": lambda log_p, labels: F.mse_loss(log_p.exp(), one_hot(labels)),
+    "cosine": lambda log_p, labels: F.cosine_embedding_loss(
+        log_p.exp(), one_hot(labels), torch.ones_like(labels)
+    ),
+}
+# How to step downhill: torch's class, its learning rate here, its other settings.
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, 0.01, {}),
+    "momentum": (torch.optim.SGD, 0.01, dict(momentum=0.9)),
+    "rmsprop": (torch.optim.RMSprop, 0.001, {}),
+    "adagrad": (torch.optim.Adagrad, 0.01, {}),
+    "adam": (torch.optim.Adam, 0.001, {}),
+    "adamw": (torch.optim.AdamW, 0.001, dict(weight_decay=0.05)),
+    "lbfgs": (torch.optim.LBFGS, 0.1, dict(max_iter=4, history_size=10)),
+}
+# How the learning rate changes over all `steps` of a run, from its largest value `lr`.
+SCHEDULES = {
+    "constant": lambda o, lr, steps: torch.optim.lr_scheduler.ConstantLR(o, factor=1.0),
+    "step": lambda o, lr, steps: torch.optim.lr_scheduler.StepLR(o, max(1, steps // 4), gamma=0.5),
+    "cosine": lambda o, lr, steps: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps),
+    "onecycle": lambda o, lr, steps: torch.optim.lr_scheduler.OneCycleLR(
+        o, lr, steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
+    ),
+}
+
+
+# --------------------------------------------------------------------------------------------
+# The loop: every training run of this file
+# --------------------------------------------------------------------------------------------
+
+
+def fit(run, images, labels, batch_loss, evaluate):
+    """Train `run.model` to make batch_loss(model, images, labels) small, until `run.args.epochs`
+    are over. `evaluate()` is called after each of them and returns what to remember of it.
+
+    Returns 0, or after Ctrl-C or SIGTERM the signal's number, the run saved.
+    """
+    a, model, optimizer = run.args, run.model, run.optimizer
+    per_epoch = math.ceil(len(images) / a.batch_size)
+
+    def backward(rows):
+        optimizer.zero_grad()
+        loss = batch_loss(model, images[rows], labels[rows])
+        loss.backward()
+        return loss
+
+    model.train()
+    with StopSignal() as stop:
+        for epoch in range(run.step // per_epoch, a.epochs):
+            order = torch.arange(len(images))  # the course reads them as they lie in the file;
+            if a.shuffle:  # a new order each time is the better habit
+                order = torch.randperm(len(images), generator=seeded(1000 * a.seed + epoch))
+            # a resumed run skips what it has seen of this epoch
+            for rows in order.split(a.batch_size)[run.step % per_epoch :]:
+                if stop.number:
+                    run.save()
+                    return stop.number
+                start = time.perf_counter()
+                # most optimizers call backward once and then step; lbfgs calls it several times
+                loss = optimizer.step(partial(backward, rows.to(images.device))).item()
+                run.schedule.step()
+                run.count(loss, len(images), time.perf_counter() - start)
+            run.history.append({"step": run.step, **evaluate()})
+            run.save()
+    return 0
+
+
+def seeded(seed):
+    """A generator of its own: what is drawn from it disturbs no other randomness."""
+    return torch.Generator().manual_seed(seed)
+
+
+class Run:
+    """A run in progress: model, optimizer, how far it is, and how all that is kept in `out`.
+
+    `history` has a row {"step", "training": mean loss} of every hundred steps, and what `evaluate`
+    returned. Without `out` nothing is printed or written."""
+
+    def __init__(self, model, args, steps, out=None, saved=None):
+        self.model, self.args, self.out = model, args, out
+        make, lr, settings = OPTIMIZERS[args.optimizer]
+        args.lr = args.lr or lr
+        self.optimizer = make(model.parameters(), lr=args.lr, **settings)
+        self.schedule = SCHEDULES[args.schedule](self.optimizer, args.lr, steps)
+        self.step, self.seconds, self.recent, self.history = 0, 0.0, [], []
+        if saved:
+            lm.load_weights(model, saved["model"], str(out))
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.schedule.load_state_dict(saved["schedule"])
+            self.step, self.seconds, self.recent, self.history = saved["progress"]
+            set_random_state(saved["random"])
+
+    def count(self, loss, images, seconds):
+        """Book a step; print the course's line for every hundredth, with the loss of its batch."""
+        if not math.isfinite(loss):
+            kept = f"{self.out or 'it'} is as after the last whole epoch"
+            raise DataError(f"step {self.step}: the loss is {loss}; {kept}. Try a lower --lr")
+        epoch, batch = divmod(self.step, math.ceil(images / self.args.batch_size))
+        if batch % 100 == 0 and self.out:
+            seen = batch * self.args.batch_size
+            done = f"{seen}/{images} ({seen / images:.0%})"
+            print(f"Train Epoch: {epoch + 1} [{done}]\tLoss: {loss:.4f}", flush=True)
+        self.step, self.seconds = self.step + 1, self.seconds + seconds
+        self.recent.append(loss)
+        if self.step % 100 == 0:
+            self.history.append({"step": self.step, "training": np.mean(self.recent).item()})
+            self.recent = []
+
+    def save(self):
+        """Write mnist.pt, which has all that resuming needs, and loss.svg."""
+        if self.out is None:
+            return
+        content = {
+            "config": {"recipe": self.args.recipe},
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "progress": (self.step, self.seconds, self.recent, self.history),
+            "random": random_state(),
+            "args": vars(self.args),
+        }
+        lm.save_checkpoint(self.out / "mnist.pt", content)
+        curves = {
+            name: [(row["step"], row[name]) for row in self.history if name in row]
+            for name in ("training", "validation", "test")
+        }
+        write_svg(self.out / "loss.svg", f"{self.out.name}: loss by steps", curves)
+
+    def stopped(self, number):
+        """Say where the run stopped by a signal goes on; the exit code."""
+        print(f"stopped at step {self.step}, saved: go on with --resume {self.out}")
+        return 128 + number
+
+
+def random_state():
+    """What dropout and other noise will be, on every kind of device that this machine has."""
+    states = {"cpu": torch.get_rng_state()}
+    for kind in ("cuda", "mps"):
+        if getattr(torch, kind).is_available():
+            states[kind] = getattr(torch, kind).get_rng_state()
+    return states
+
+
+def set_random_state(states):
+    """Go back to what `random_state` returned, perhaps on another machine."""
+    torch.set_rng_state(states["cpu"])
+    for kind in set(states) - {"cpu"}:
+        if getattr(torch, kind).is_available():
+            getattr(torch, kind).set_rng_state(states[kind])
+
+
+# --------------------------------------------------------------------------------------------
+# The report: how many are right, beside what the course saw
+# --------------------------------------------------------------------------------------------
+
+COURSE = (  # its log of the default run: right of 10,000, and test loss, after each epoch
+    (8522, 0.5133),
+    (9035, 0.3203),
+    (9262, 0.2456),
+    (9388, 0.2007),
+    (9461, 0.1718),
+)
+
+
+def log_probabilities(model, images):
+    """What the classifier thinks of all images, (N, 10)."""
+    with lm.evaluating(model):
+        return torch.cat([model(part) for part in images.split(1000)])
+
+
+def score(model, loss, images, labels, name):
+    """{name: mean loss, "right": how many} of these images."""
+    log_p = log_probabilities(model, images)
+    right = (log_p.argmax(-1) == labels).sum().item()
+    return {name: loss(log_p, labels).item(), "right": right}
+
+
+def result_line(row, name, total):
+    """What `score` found, as the course prints it."""
+    return (
+        f"{name.capitalize()} set: Average loss: {row[name]:.4f}, "
+        f"Accuracy: {row['right']}/{total} ({row['right'] / total:.2%})"
+    )
+
+
+def course_table(history):
+    """Our epochs beside the course's log, as lines."""
+    lines = ["epoch   right  the course's    test loss  the course's"]
+    rows = [row for row in history if "test" in row]
+    for i, row in enumerate(rows):
+        right, loss = COURSE[i] if i < len(COURSE) else ("", "")
+        lines.append(f"{i + 1:5} {row['right']:7} {right:13} {row['test']:12.4f} {loss:13}")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------
+# Pictures, by hand: a PNG is a header, zlib's bytes and checksums; an SVG is text
+# --------------------------------------------------------------------------------------------
+
+FONT = (  # the digits 0 to 9 and >, three pixels wide and a gap
+    "### .#. ### ### #.# ### ### ### ### ### #.. ",
+    "#.# ##. ..# ..# #.# #.. #.. ..# #.# #.# .#. ",
+    "#.# .#. ### ### ### ### ### ..# ### ### ..# ",
+    "#.# .#. #.. ..# ..# ..# #.# ..# #.# ..# .#. ",
+    "### ### ### ### ..# ### ### ..# ### ### #.. ",
+)
+
+
+def write_png(path, pixels):
+    """Write uint8 grey values (H, W) as a PNG. Format: RFC 2083."""
+
+    def chunk(kind, body):
+        check = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
+
+    height, width = pixels.shape
+    lines = np.pad(pixels, ((0, 0), (1, 0)))  # each line begins with its filter: 0, none
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines.tobytes(), 9))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b""))
+
+
+def stamp(area, text, shade):
+    """Draw digits and > into the middle of `area` (H, W), each font pixel as 2 x 2."""
+    font = np.array([list(line) for line in FONT]) == "#"
+    letters = [font[:, 4 * i : 4 * i + 4] for i in map("0123456789>".index, text)]
+    pixels = np.kron(np.hstack([font[:, :0], *letters])[:, :-1], np.ones((2, 2), bool))
+    top, left = (np.array(area.shape) - pixels.shape) // 2
+    area[top : top + pixels.shape[0], left : left + pixels.shape[1]][pixels] = shade
+
+
+def sheet(tiles, columns, scale=1, captions=()):
+    """Tiles (N, h, w) uint8, enlarged, in rows of `columns`, each with its caption below."""
+    tiles = np.kron(tiles, np.ones((1, scale, scale), np.uint8))
+    n, h, w = tiles.shape
+    below, gap = 16 if captions else 0, 2
+    rows = -(-n // columns)
+    page = np.full((rows, columns, h + below + gap, w + gap), 64, np.uint8)
+    for i, place in enumerate(page.reshape(-1, *page.shape[2:])[:n]):
+        place[:h, :w] = tiles[i]
+        if captions:
+            stamp(place[h : h + below, :w], captions[i], 255)
+    return page.swapaxes(1, 2).reshape(rows * (h + below + gap), -1)
+
+
+def grey(images):
+    """Normalised images as uint8: ink white, paper black."""
+    return (images * STD + MEAN).clamp(0, 1).mul(255).round().byte().cpu().numpy()
+
+
+def confusion_sheet(counts):
+    """Counts [true digit, read as] (10, 10) as a picture: a row a true digit, the errors shaded."""
+    errors = counts * (1 - np.eye(10, dtype=int))
+    tiles = np.zeros((121, 24, 44), np.uint8)
+    shades = 255 * np.sqrt(errors / max(errors.max(), 1))
+    tiles.reshape(11, 11, 24, 44)[1:, 1:] = shades[:, :, None, None]
+    cells = [">", *"0123456789"]
+    for digit in range(10):
+        cells += [str(digit), *(str(n) if n else "" for n in counts[digit])]
+    for tile, text in zip(tiles, cells):
+        stamp(tile, text, 255 if tile[0, 0] < 128 else 0)
+    return sheet(tiles, 11)
+
+
+def write_pictures(out, model, images, labels):
+    """confusion.png, wrong.png (the errors the model was surest of, as true > read) and weights.png
+    (what each unit of the first layer looks for: white for ink, black for paper)."""
+    log_p = log_probabilities(model, images)
+    sure, read = log_p.max(-1)
+    counts = torch.zeros(10, 10, dtype=torch.long, device=labels.device)
+    counts.index_put_((labels, read), torch.ones_like(labels), accumulate=True)
+    write_png(out / "confusion.png", confusion_sheet(counts.cpu().numpy()))
+    wrong = (read != labels).nonzero()[:, 0]
+    wrong = wrong[sure[wrong].argsort(descending=True)][:60]
+    if len(wrong):
+        captions = [f"{labels[i]}>{read[i]}" for i in wrong]
+        write_png(out / "wrong.png", sheet(grey(images[wrong]), 12, 2, captions))
+    first = next(p for p in model.parameters() if p.dim() > 1).detach()  # (units, ... 784 or h, w)
+    size = 28 if first.dim() == 2 else first.shape[-1]
+    first = first.reshape(-1, size, size).cpu()
+    first = first[first.square().sum((1, 2)).argsort(descending=True)[:64]]  # the most decided
+    first = 128 + 127 * first / first.abs().amax(dim=(1, 2), keepdim=True)
+    write_png(out / "weights.png", sheet(first.byte().numpy(), 16, max(1, 56 // size)))
+
+
+COLORS = ("#3b76c4", "#e08a1e", "#c62f2f", "#3f9142", "#8457a8", "#8c6a4f", "#111")
+
+
+def write_svg(path, title, curves):
+    """Draw {name: [(x, y), ...]} as lines; what lies above a readable scale is cut off."""
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return
+    right = max(x for points in curves.values() for x, _ in points) or 1
+    # the scale ends where all curves together spend their first tenth
+    ys = sorted(y for points in curves.values() for _, y in points)
+    low, high = ys[0], ys[int(0.95 * (len(ys) - 1))]
+    high = high if high > low else low + 1
+
+    def place(x, y):
+        return f"{60 + 560 * x / right:.1f},{300 - 260 * (min(y, high) - low) / (high - low):.1f}"
+
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 340" font-family="sans-serif" '
+        'font-size="14"><rect width="760" height="340" fill="#fff"/>',
+        f'<text x="60" y="24" font-weight="bold">{title}</text>',
+    ]
+    for i in range(6):
+        x, y = 60 + 112 * i, 300 - 52 * i
+        parts.append(f'<path d="M60 {y}H620" stroke="#ddd"/>')
+        value = f"{low + (high - low) * i / 5:.3g}"
+        parts.append(f'<text x="52" y="{y + 5}" text-anchor="end">{value}</text>')
+        parts.append(f'<text x="{x}" y="322" text-anchor="middle">{right * i / 5:g}</text>')
+    for i, (name, points) in enumerate(curves.items()):
+        color, line = COLORS[i % len(COLORS)], " ".join(place(x, y) for x, y in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts.append(f'<text x="632" y="{56 + 20 * i}" fill="{color}">{name}</text>')
+    path.write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------
+# A better network: convolutions, and digits moved about so that no two epochs are alike
+# --------------------------------------------------------------------------------------------
+
+
+def convolution(inputs, outputs, size, stride=1):
+    """Convolution, normalised over the batch, ReLU."""
+    convolve = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+    return nn.Sequential(convolve, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class ConvNet(nn.Module):
+    """Three convolutions, from 28 x 28 pixels to 14 x 14 x 16 and 7 x 7 x 64 features, and a linear
+    layer. A unit looks at a few pixels and is used everywhere: a 7 is a 7 wherever it stands."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.layers = nn.Sequential(
+            convolution(1, width, 5, stride=2),
+            convolution(width, 2 * width, 3),
+            nn.MaxPool2d(2),
+            convolution(2 * width, 4 * width, 3),
+            nn.Flatten(),
+            nn.Linear(49 * 4 * width, 10),
+        ).to(memory_format=torch.channels_last)  # the order in which a CPU convolves fastest
+
+    def forward(self, images):  # (B, 28, 28) -> (B, 10)
+        images = images[:, None].contiguous(memory_format=torch.channels_last)
+        return F.log_softmax(self.layers(images), dim=-1)
+
+
+def distort(images):
+    """Turn, stretch, shear and shift each of the images (B, 28, 28) at random, by a little: a pixel
+    comes from the place A (x, y) + b, where A is nearly 1 and b nearly 0."""
+    most = torch.tensor([[0.15, 0.25, 0.15], [0.25, 0.15, 0.15]], device=images.device)
+    noise = torch.rand(len(images), 2, 3, device=images.device) * 2 - 1
+    grid = F.affine_grid(
+        torch.eye(2, 3, device=images.device) + most * noise,
+        (len(images), 1, 28, 28),
+        align_corners=False,
+    )
+    # beyond the edge it goes on as at the edge, which is empty
+    moved = F.grid_sample(images[:, None], grid, padding_mode="border", align_corners=False)
+    return moved[:, 0]
+
+
+# --------------------------------------------------------------------------------------------
+# Pictures from words: a transformer that turns noise into the digit it is asked for
+# --------------------------------------------------------------------------------------------
+
+NOBODY = 10  # the label of "any digit": seen now and then in training, needed for guidance
+PATCH = 7  # a patch is 7 x 7 pixels, an image 4 x 4 patches: the transformer's 16 tokens
+
+
+class Denoiser(nn.Module):
+    """From an image that is partly noise, how far it is already, and a label: the clean image.
+
+    A small DiT (Peebles & Xie 2022) out of the language model's own blocks, which here look in all
+    directions: patches of pixels take the place of tokens, and the label and the time are added
+    to every one of them before each block.
+    """
+
+    def __init__(self, width=192, layers=4, heads=4):
+        super().__init__()
+        config = lm.Config(
+            n_layer=layers,
+            n_head=heads,
+            d_model=width,
+            norm="layernorm",
+            activation="relu2",
+            qk_norm=True,
+        )
+        self.patch = nn.Linear(PATCH**2, width)
+        self.position = nn.Parameter(0.02 * torch.randn((28 // PATCH) ** 2, width))
+        self.label = nn.Embedding(11, width)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.register_buffer("times", lm.sinusoid_table(1001, width), persistent=False)
+        self.blocks = nn.ModuleList(lm.Block(config, causal=False) for _ in range(layers))
+        self.condition = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.pixels = nn.Linear(width, PATCH**2)
+        for block in self.blocks:  # as in the language model, blocks begin by adding nothing
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.feed_forward.down.weight)
+
+    def forward(self, images, t, labels):  # (B, 28, 28), (B,) in [0, 1], (B,) -> (B, 28, 28)
+        side = 28 // PATCH
+        x = images.unflatten(2, (side, PATCH)).unflatten(1, (side, PATCH))  # (B, 4, 7, 4, 7)
+        x = self.patch(x.transpose(2, 3).flatten(3).flatten(1, 2)) + self.position  # (B, T, C)
+        asked = self.time(self.times[(1000 * t).long()]) + self.label(labels)  # (B, C)
+        for condition, block in zip(self.condition, self.blocks):
+            x = block(x + condition(asked)[:, None])
+        x = self.pixels(self.norm(x)).unflatten(2, (PATCH, PATCH)).unflatten(1, (side, side))
+        return x.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def flow_loss(denoiser, images, labels):
+    """Flow matching (Lipman et al. 2022; Liu et al. 2022). Mix each image with noise,
+
+        t = 0  noise ---- x = (1 - t) noise + t image ---->  image  t = 1
+
+    and let the denoiser guess the image. Who knows it knows the velocity along this line as well,
+    image - noise = (image - x) / (1 - t), whose squared error is the loss: errors near the end of
+    the line weigh more (Li & He 2025). One label in ten is hidden, for `draw` to compare with.
+    """
+    B, device = len(images), images.device
+    t = torch.randn(B, device=device).sigmoid()  # mostly the middle, where guessing is hard
+    x = torch.lerp(torch.randn_like(images), images, t[:, None, None])
+    labels = labels.masked_fill(torch.rand(B, device=device) < 0.1, NOBODY)
+    error = denoiser(x, t, labels) - images
+    return (error / (1 - t[:, None, None]).clamp(min=0.05)).square().mean()
+
+
+def draw(denoiser, labels, steps=30, guidance=2.0, seed=0):
+    """Images (N, 28, 28) of the digits `labels` (N,), from noise in so many steps, each on the
+    straight line to the image that the denoiser sees in x by now, and the last one all the way.
+
+    What x may become is an average at first; as x moves, it becomes one of the possibilities.
+    Classifier-free guidance (Ho & Salimans 2022): go further in the direction in which the label
+    makes a difference. 1 is the plain guess, more is clearer and less varied.
+    """
+    noise = torch.randn(len(labels), 28, 28, generator=seeded(seed)).to(labels.device)
+    drawn = []
+    with lm.evaluating(denoiser):
+        for x, asked in zip(noise.split(250), labels.split(250)):
+            both = torch.cat((asked, torch.full_like(asked, NOBODY)))
+            for step in range(steps):
+                t = torch.full(both.shape, step / steps, device=x.device)
+                label, nobody = denoiser(torch.cat((x, x)), t, both).chunk(2)
+                x = torch.lerp(x, torch.lerp(nobody, label, guidance), 1 / (steps - step))
+            drawn.append(x)
+    return torch.cat(drawn)
+
+
+def digits_of(text):
+    """The digits in a text, None for a space: "3 1" is [3, None, 1], and so is "三 １".
+    DataError for anything else."""
+    digits = []
+    for c in text:
+        value = unicodedata.numeric(c, -1)
+        if not c.isspace() and value not in range(10):
+            raise DataError(f'--draw {text!r}: {c!r} is no digit; try --draw "3 1 4"')
+        digits.append(None if c.isspace() else int(value))
+    if not any(d is not None for d in digits):
+        raise DataError('--draw: no digit to draw; try --draw "3 1 4"')
+    return digits
+
+
+# --------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------
+
+# fmt: off (one line a recipe, one line a flag)
+NETWORKS = {"course": MLP, "fast": ConvNet, "diffusion": Denoiser}
+FOLDERS = {"course": "mnist", "fast": "mnist-fast", "diffusion": "mnist-diffusion"}
+RECIPES = {  # for flags that are not given; what is fast was found with the validation images
+    "course": dict(optimizer="sgd", schedule="constant", batch_size=64, epochs=5, loss="nll"),
+    "fast": dict(optimizer="adamw", schedule="onecycle", batch_size=128, epochs=6, loss="nll",
+                 lr=0.01, shuffle=True),
+    "diffusion": dict(optimizer="adamw", schedule="onecycle", batch_size=128, epochs=16,
+                      lr=0.002, shuffle=True),
+}
+SWITCHES = {"optimizer": OPTIMIZERS, "loss": LOSSES, "schedule": SCHEDULES}
+
+
+def build_parser():
+    p = argparse.ArgumentParser(description="Train a network to read, or to draw, digits.")
+    add = (group := p.add_argument_group("what to do")).add_argument
+    add("--recipe", choices=("course", "fast"), help="which reader to train (default: course)")
+    add("--diffusion", dest="recipe", action="store_const", const="diffusion", help="learn to draw")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--compare", choices=tuple(SWITCHES), help="the course's network, once with each of these")
+    add("--draw", metavar="TEXT", help='write a picture of these digits, e.g. "3 1 4"')
+    add("--judge", type=int, metavar="N", help="draw N digits and count what --recipe fast reads")
+    add("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: newest)")
+    add = p.add_argument_group("training").add_argument
+    add("--epochs", type=int, help="passes over the training images (5; fast 6, diffusion 16)")
+    add("--batch_size", type=int, help="images a step (64; fast and diffusion 128)")
+    add("--optimizer", choices=tuple(OPTIMIZERS), help="default sgd; fast and diffusion adamw")
+    add("--lr", type=float, help="largest learning rate (default: what suits the optimizer)")
+    add("--schedule", choices=tuple(SCHEDULES), help="default constant; fast, diffusion onecycle")
+    add("--loss", choices=tuple(LOSSES), help="of the readers (default nll)")
+    add("--shuffle", action=argparse.BooleanOptionalAction, help="a new order every epoch")
+    add("--seed", type=int, help="of weights, order, dropout and drawn noise (default 42)")
+    add("--data", metavar="DIR", help="a folder with four IDX files (default: download MNIST)")
+    add("--out", metavar="DIR", help="folder of the run (default: out/mnist..., numbered if taken)")
+    add("--device", help="auto (default), cpu, cuda, mps")
+    add = p.add_argument_group("drawing").add_argument
+    add("--steps", type=int, default=30, help="from noise to digit (default 30)")
+    add("--guidance", type=float, default=2.0, help="1 is plain, more is clearer (default 2)")
+    return p
+# fmt: on
+
+
+def newest_run(recipe):
+    """The folder under out/ of the last run of that recipe; DataError if there is none."""
+    for path in sorted(OUT.glob("*/mnist.pt"), key=lambda path: -path.stat().st_mtime):
+        if lm.load_checkpoint(path)["config"].get("recipe") == recipe:
+            return path.parent
+    flag = {"course": "", "fast": " --recipe fast", "diffusion": " --diffusion"}[recipe]
+    raise DataError(f"no such run in {OUT}/: train it first, python mnist.py{flag}")
+
+
+def load_run(recipe, device):
+    """(trained network on `device`, folder) of the newest run of a recipe."""
+    folder, model = newest_run(recipe), NETWORKS[recipe]()
+    lm.load_weights(model, lm.load_checkpoint(folder / "mnist.pt")["model"], str(folder))
+    return model.to(device), folder
+
+
+def new_folder(name):
+    """out/NAME, or out/NAME-2, -3 ...: no run ever writes into another's."""
+    for n in itertools.count(1):
+        folder = OUT / (name if n == 1 else f"{name}-{n}")
+        if not (folder / "mnist.pt").exists():
+            return folder
+
+
+def check_numbers(args):
+    """DataError for a number that no run can have."""
+    for name, least in (("epochs", 1), ("batch_size", 1), ("judge", 1), ("steps", 1), ("seed", 0)):
+        if getattr(args, name) is not None and not least <= getattr(args, name) < 2**40:
+            raise DataError(f"--{name} {getattr(args, name)} must be at least {least}")
+    for name in ("lr", "guidance"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            raise DataError(f"--{name} {getattr(args, name)} must be above 0")
+
+
+def resume(args, given):
+    """(settings, content) of the mnist.pt that --resume means."""
+    folder = Path(args.resume) if args.resume else newest_run(args.recipe or "course")
+    saved = lm.load_checkpoint(folder / "mnist.pt" if folder.is_dir() else folder)
+    if "progress" not in saved:
+        raise DataError(f"{folder} is no run of mnist.py")
+    old, free = saved["args"], {"resume", "epochs", "data", "device", "steps", "guidance"}
+    if changed := [k for k in given if k not in free and given[k] != old[k]]:
+        raise DataError(f"--{changed[0]} cannot change when resuming {folder}")
+    if args.epochs not in (None, old["epochs"]) and old["schedule"] != "constant":
+        raise DataError(f"--epochs cannot change on a schedule ({old['schedule']}) that ends")
+    return old | given, saved
+
+
+def settle(args):
+    """Fill in the flags that were not given, from the run to resume or else the recipe. Returns
+    the content of the mnist.pt to resume, or None."""
+    given, saved = {k: v for k, v in vars(args).items() if v is not None}, None
+    if args.resume is not None:
+        settings, saved = resume(args, given)
+    else:
+        recipe = args.recipe or "course"
+        settings = dict(recipe=recipe, seed=42, shuffle=False) | RECIPES[recipe] | given
+        settings["out"] = args.out or str(new_folder(FOLDERS[recipe]))
+        if Path(settings["out"], "mnist.pt").exists():
+            raise DataError(f"{args.out} holds a run already: --resume it, or another --out")
+        if recipe == "diffusion" and args.loss:
+            raise DataError("--loss is for reading; drawing has its own")
+        if recipe != "course" and args.compare:
+            raise DataError("--compare is for the course's network alone")
+    vars(args).update(settings)
+    return saved
+
+
+def start(args, saved, device, images):
+    """The run of these settings, its model on `device`; the first line of what it shows."""
+    torch.manual_seed(args.seed)
+    model = NETWORKS[args.recipe]().to(device)
+    steps = args.epochs * math.ceil(images / args.batch_size)
+    run = Run(model, args, steps, Path(args.out), saved)
+    size = sum(p.numel() for p in model.parameters())
+    print(
+        f"{args.out}: {args.recipe}, {size:,} parameters, {args.optimizer} with lr {args.lr:g} "
+        f"({args.schedule}), {args.epochs} epochs of {images:,} images, {device}"
+    )
+    return run
+
+
+def train_reader(args, saved, device):
+    """Train the course's network or the fast one, report, draw its pictures. Returns exit code."""
+    (images, labels), test = load_mnist(device, args.data)
+    judges, name, augment = test, "test", lambda x: x
+    if args.recipe == "fast":  # its settings were chosen, so not by the test images
+        order = torch.randperm(len(images), generator=seeded(0)).to(device)
+        held_out, order = order[: len(order) // 12], order[len(order) // 12 :]
+        judges, name, augment = (images[held_out], labels[held_out]), "validation", distort
+        images, labels = images[order], labels[order]
+    loss = LOSSES[args.loss]
+    run = start(args, saved, device, len(images))
+
+    def evaluate():
+        row = score(run.model, loss, *judges, name)
+        print(result_line(row, name, len(judges[1])), flush=True)
+        return row
+
+    stopped = fit(run, images, labels, lambda m, x, y: loss(m(augment(x)), y), evaluate)
+    if stopped:
+        return run.stopped(stopped)
+    if name != "test":
+        print(result_line(score(run.model, loss, *test, "test"), "test", len(test[1])))
+    if args.recipe == "course":
+        print("\n".join(course_table(run.history)))
+    write_pictures(run.out, run.model, *test)
+    print(f"{run.seconds:.1f} s of training; loss.svg, confusion.png ... are in {run.out}")
+    return 0
+
+
+def compare(args, device):
+    """Train the course's network once with each optimizer, loss or schedule: a table, an SVG of
+    the share of test images read wrong. Returns the exit code."""
+    switch, (images, labels), test = args.compare, *load_mnist(device, args.data)
+    curves, stopped = {}, 0
+    print(f"{switch:10} {'lr':>6} {'seconds':>8} {'right':>6}  after each of {args.epochs} epochs")
+    for value in SWITCHES[switch]:
+        a = argparse.Namespace(**vars(args))
+        setattr(a, switch, value)
+        torch.manual_seed(a.seed)
+        loss = LOSSES[a.loss]
+        run = Run(MLP().to(device), a, a.epochs * math.ceil(len(images) / a.batch_size))
+        evaluate = partial(score, run.model, loss, *test, "test")
+        stopped = fit(run, images, labels, lambda m, x, y, loss=loss: loss(m(x), y), evaluate)
+        rights = [row["right"] for row in run.history if "right" in row]
+        print(f"{value:10} {a.lr:6g} {run.seconds:8.1f} ", *(f"{n:6}" for n in rights), flush=True)
+        curves[value] = [(i + 1, 100 - 100 * n / len(test[1])) for i, n in enumerate(rights)]
+        if stopped:
+            break
+    path = OUT / "mnist-compare" / f"{switch}.svg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_svg(path, f"{switch}: % of test images read wrong, by epochs", curves)
+    print(f"curves: {path}")
+    return 128 + stopped if stopped else 0
+
+
+def train_denoiser(args, saved, device):
+    """Train the denoiser, then let it draw a sheet. Returns the exit code."""
+    (images, labels), test = load_mnist(device, args.data)
+    run = start(args, saved, device, len(images))
+
+    def evaluate():
+        before = random_state()
+        torch.manual_seed(0)  # the same noise every time
+        with lm.evaluating(run.model):
+            parts = zip(*(part.split(1000) for part in test))
+            loss = np.mean([flow_loss(run.model, *part).item() for part in parts]).item()
+        set_random_state(before)
+        print(f"Test set: Average loss: {loss:.4f}  ({run.seconds / 60:.1f} min)", flush=True)
+        return {"test": loss}
+
+    stopped = fit(run, images, labels, flow_loss, evaluate)
+    if stopped:
+        return run.stopped(stopped)
+    print(f"{run.seconds / 60:.1f} minutes of training")
+    labels = torch.arange(100, device=device) // 10
+    drawn = draw(run.model, labels, args.steps, args.guidance, args.seed)
+    write_png(run.out / "sheet.png", sheet(grey(drawn), 10, 2))
+    print(f"{run.out / 'sheet.png'} has ten of each digit; python mnist.py --draw \"3 1 4\"")
+    return 0
+
+
+def draw_words(args, device):
+    """Draw the digits of --draw into one PNG. Returns the exit code."""
+    digits = digits_of(args.draw)
+    labels = torch.tensor([d for d in digits if d is not None], device=device)
+    denoiser, folder = load_run("diffusion", device)
+    drawn = draw(denoiser, labels, args.steps, args.guidance, args.seed or 0)
+    pixels = np.zeros((len(digits), 28, 28), np.uint8)
+    pixels[[d is not None for d in digits]] = grey(drawn)
+    name = "".join("-" if d is None else str(d) for d in digits)[:50]
+    path = folder / f"draw-{name}.png"
+    write_png(path, np.kron(np.hstack(pixels), np.ones((4, 4), np.uint8)))
+    print(f"{path}: {len(labels)} digits")
+    return 0
+
+
+def judge(args, device):
+    """Draw --judge digits, as many of each, and count which of them the fast reader reads as what
+    was asked. It has never seen a drawn one."""
+    (reader, _), (denoiser, _) = load_run("fast", device), load_run("diffusion", device)
+    labels = torch.arange(args.judge, device=device) % 10
+    start = time.perf_counter()
+    drawn = draw(denoiser, labels, args.steps, args.guidance, args.seed or 0)
+    seconds = time.perf_counter() - start
+    right = log_probabilities(reader, drawn).argmax(-1) == labels
+    for digit in labels.unique().tolist():
+        of = labels == digit
+        print(f"{digit}: {right[of].sum()} of {of.sum()} read as {digit}")
+    share = f"{right.sum()} of {len(labels)} ({right.float().mean():.1%})"
+    print(f"{share} in all; {seconds / len(labels):.3f} s a digit")
+    return 0
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    check_numbers(args)
+    device = lm.choose_device(args.device)
+    if args.draw is not None:
+        return draw_words(args, device)
+    if args.judge:
+        return judge(args, device)
+    saved = settle(args)
+    if args.compare:
+        return compare(args, device)
+    return (train_denoiser if args.recipe == "diffusion" else train_reader)(args, saved, device)
+
+
+if __name__ == "__main__":
+    console(main, lm.ModelError)

@@ -1,0 +1,735 @@
+"""mnist.py: the files, the loop beside the course's log, pictures, and drawn digits."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import mnist  # noqa: E402
+import model as lm  # noqa: E402
+from prepare_data import DataError  # noqa: E402
+
+SHARED = Path(os.environ.get("SCRATCHLM_DATA") or ROOT.parent / "shared" / "data").resolve()
+REAL = SHARED / "mnist"
+needs_mnist = pytest.mark.skipif(not REAL.is_dir(), reason=f"no MNIST files in {REAL}")
+NAMES = list(mnist.FILES)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, with no mirror or proxy of the machine's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SCRATCHLM_MIRROR", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return tmp_path
+
+
+def idx(array):
+    sizes = struct.pack(f">{array.ndim}I", *array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
+
+
+def toy_files(train=300, test=100):
+    """{name: IDX bytes}: a digit d is a bright bar in line 2 d + 4, with noise."""
+    files, random = {}, np.random.default_rng(0)
+    for kind, n in (("train", train), ("t10k", test)):
+        labels = np.arange(n) % 10
+        images = random.integers(0, 60, (n, 28, 28))
+        for i, d in enumerate(labels):
+            images[i, 2 * d + 3 : 2 * d + 6, 4:24] = 250
+        files[f"{kind}-images-idx3-ubyte"] = idx(images)
+        files[f"{kind}-labels-idx1-ubyte"] = idx(labels)
+    return files
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A folder with a small data set that is easy to learn."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    for name, content in toy_files().items():
+        (folder / name).write_bytes(content)
+    return str(folder)
+
+
+def run(*flags, code=0, **kwargs):
+    """mnist.py as a command: its output, after the exit code was looked at."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "mnist.py"), *flags],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+        **kwargs,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def settled(*flags):
+    args = mnist.build_parser().parse_args(["--out", "run", *flags])
+    return args, mnist.settle(args)
+
+
+# --------------------------------------------------------------------------------------------
+# The files
+# --------------------------------------------------------------------------------------------
+
+
+def test_an_idx_file_is_read_as_its_format_says():
+    content = bytes.fromhex("00000803 00000002 00000001 00000003 010203 0405ff")
+    assert mnist.parse_idx(content, 3, "x").tolist() == [[[1, 2, 3]], [[4, 5, 255]]]
+    assert mnist.parse_idx(bytes.fromhex("00000801 00000002 0709"), 1, "x").tolist() == [7, 9]
+
+
+GOOD = idx(np.zeros((2, 28, 28)))
+DAMAGE = {
+    "empty": (b"", "begins with nothing"),
+    "half a header": (GOOD[:7], "cut short"),
+    "truncated": (GOOD[:-1], "has 1,567 values, its header says 2 x 28 x 28"),
+    "too long": (GOOD + b"x", "has 1,569 values"),
+    "wrong magic": (b"\x1f" + GOOD[1:], "begins with 1f 00 08 03"),
+    "wrong type": (b"\0\0\x0d\x03" + GOOD[4:], "begins with 00 00 0d 03"),
+    "labels": (idx(np.zeros(3)), "begins with 00 00 08 01, not with 00 00 08 03"),
+    "a page": (b"<html>no such bucket</html>", "begins with 3c 68 74 6d"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_file_that_is_none_says_what_it_is_instead(damage):
+    content, words = DAMAGE[damage]
+    with pytest.raises(DataError, match=words) as e:
+        mnist.parse_idx(content, 3, "a/train-images-idx3-ubyte.gz")
+    assert "a/train-images" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.fixture
+def mirrors(tmp_path, monkeypatch):
+    """Two mirrors on this machine with the toy's files; the folders that they serve."""
+    files = toy_files()
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(mnist, "FILES", sums)
+    folders = []
+    for url in mnist.MIRRORS:
+        folder = tmp_path / "web" / url.split("://")[1]
+        folder.mkdir(parents=True)
+        for level, (name, content) in enumerate(files.items()):
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content, level + 1))
+        folders.append(folder)
+    handler = functools.partial(
+        http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "web")
+    )
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *a: None)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("SCRATCHLM_MIRROR", f"http://127.0.0.1:{server.server_port}")
+    yield folders
+    server.shutdown()
+    server.server_close()
+
+
+def kept():
+    return {p: p.read_bytes() for p in Path("data").rglob("*") if p.is_file()}
+
+
+def test_the_images_are_one_tensor_of_mean_0_and_std_1(mirrors):
+    (x, y), (test_x, _) = mnist.load_mnist()
+    assert x.shape == (300, 28, 28) and test_x.shape == (100, 28, 28)
+    assert x.dtype == torch.float32 and y.tolist() == [i % 10 for i in range(300)]
+    raw = mnist.parse_idx(toy_files()["t10k-images-idx3-ubyte"], 3, "x")
+    want = (torch.tensor(raw.copy()) / 255 - 0.1307) / 0.3081
+    torch.testing.assert_close(test_x, want)
+    assert (mnist.grey(test_x) == raw).all()
+
+
+@pytest.mark.parametrize("fault", ["gone", "truncated", "re-ordered", "wrong magic", "bit-flipped"])
+def test_the_second_mirror_helps_where_the_first_is_damaged(mirrors, fault):
+    spoil(mirrors[0] / f"{NAMES[0]}.gz", fault)
+    (x, _), _ = mnist.load_mnist()
+    assert len(x) == 300
+
+
+def spoil(path, fault):
+    """Damage a .gz file, or what is in it."""
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    if fault == "gone":
+        return path.unlink()
+    if fault == "truncated":
+        del content[-1]
+    elif fault == "re-ordered":
+        content[16:] = content[-784:] + content[16:-784]
+    elif fault == "wrong magic":
+        content[2] = 9
+    elif fault == "bit-flipped":
+        content[5000] ^= 1
+    elif fault == "cut .gz":
+        return path.write_bytes(path.read_bytes()[:-9])
+    elif fault == "flipped .gz":
+        packed = bytearray(path.read_bytes())
+        packed[len(packed) // 2] ^= 16
+        return path.write_bytes(packed)
+    path.write_bytes(gzip.compress(content))
+
+
+FAULTS = ["truncated", "re-ordered", "wrong magic", "bit-flipped", "cut .gz", "flipped .gz", "gone"]
+
+
+@pytest.mark.parametrize("name", [NAMES[0], NAMES[3]])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_file_damaged_on_both_mirrors_is_one_line_and_nothing_is_lost(mirrors, fault, name):
+    if "label" in name and fault in ("re-ordered", "bit-flipped"):
+        pytest.skip("too few bytes")
+    mnist.download_idx(NAMES[1])
+    before = kept()
+    for folder in mirrors:
+        spoil(folder / f"{name}.gz", fault)
+    with pytest.raises(DataError, match="Delete a damaged file") as e:
+        mnist.load_mnist()
+    assert "\n" not in str(e.value) and name in str(e.value)
+    assert len(before) == 1 and before.items() <= kept().items()
+
+
+def test_a_download_that_was_damaged_later_is_kept_and_replaced_from_the_other(mirrors):
+    mnist.load_mnist()
+    (path,) = Path("data").rglob(f"{NAMES[0]}.gz")
+    path.write_bytes(b"\0" * 50)
+    (x, _), _ = mnist.load_mnist()
+    assert len(x) == 300 and path.read_bytes() == b"\0" * 50
+
+
+@needs_mnist
+def test_the_real_files_are_the_ones_whose_sums_are_in_the_source(capsys):
+    (x, _), (_, test_y) = mnist.load_mnist(folder=REAL)
+    assert capsys.readouterr().err == ""
+    assert x.mean().item() == pytest.approx(0, abs=1e-3)
+    assert x.std().item() == pytest.approx(1, abs=1e-3)
+    want = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert torch.bincount(test_y).tolist() == want
+
+
+def test_a_folder_of_ones_own_may_hold_another_data_set(toy, capsys):
+    assert len(mnist.load_mnist(folder=toy)[0][0]) == 300
+    assert "is not MNIST's own" in capsys.readouterr().err
+    (Path(toy) / NAMES[1]).write_bytes(idx(np.arange(299) % 10))
+    with pytest.raises(DataError, match="299 labels up to 9 do not go with"):
+        mnist.load_mnist(folder=toy)
+    (Path(toy) / NAMES[1]).write_bytes(idx(np.arange(300) % 11))
+    with pytest.raises(DataError, match="300 labels up to 10"):
+        mnist.load_mnist(folder=toy)
+    (Path(toy) / NAMES[1]).unlink()
+    with pytest.raises(DataError, match=f"has no {NAMES[1]}"):
+        mnist.load_mnist(folder=toy)
+
+
+# --------------------------------------------------------------------------------------------
+# The course's run
+# --------------------------------------------------------------------------------------------
+
+
+@needs_mnist
+def test_the_default_run_is_the_courses_within_a_hundredth_and_fifty_digits():
+    output = run("--data", str(REAL))
+    rows = [line.split() for line in output.split("epoch   right")[1].splitlines()[1:6]]
+    assert [int(r[0]) for r in rows] == [1, 2, 3, 4, 5]
+    for row, (right, loss) in zip(rows, mnist.COURSE):
+        assert (int(row[2]), float(row[4])) == (right, loss)
+        assert abs(int(row[1]) - right) <= 50 and abs(float(row[3]) - loss) <= 0.01
+    assert "Train Epoch: 5 [57600/60000 (96%)]\tLoss: " in output
+    assert "Test set: Average loss: " in output
+    for name in ("confusion", "wrong", "weights"):
+        assert Image.open(f"out/mnist/{name}.png").size[0] > 300
+    ElementTree.parse("out/mnist/loss.svg")
+
+
+def test_the_network_is_the_courses():
+    sizes = [tuple(p.shape) for p in mnist.MLP().parameters()]
+    want = [(256, 784), (256,), (128, 256), (128,), (64, 128), (64,), (10, 64), (10,)]
+    assert sizes == want
+    net, x = mnist.MLP().eval(), torch.randn(3, 28, 28)
+    h = x.reshape(3, 784)
+    for i, layer in enumerate(m for m in net.modules() if isinstance(m, nn.Linear)):
+        h = h @ layer.weight.T + layer.bias
+        h = h.clamp(min=0) if i < 3 else h
+    torch.testing.assert_close(net(x), h - h.exp().sum(-1, keepdim=True).log())
+
+
+def test_losses_by_hand():
+    p = torch.tensor([[0.7, 0.2, *[0.0125] * 8], [0.1, 0.6, *[0.0375] * 8]])
+    labels = torch.tensor([0, 1])
+    got = {name: f(p.log(), labels).item() for name, f in mnist.LOSSES.items()}
+    first = 0.3**2 + 0.2**2 + 8 * 0.0125**2, 0.1**2 + 0.4**2 + 8 * 0.0375**2
+    lengths = [(row**2).sum().item() ** 0.5 for row in p]
+    assert got["nll"] == pytest.approx(-(np.log(0.7) + np.log(0.6)) / 2)
+    assert got["mse"] == pytest.approx(sum(first) / 20)
+    assert got["cosine"] == pytest.approx(1 - (0.7 / lengths[0] + 0.6 / lengths[1]) / 2)
+
+
+def rates(schedule, steps=8):
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule = mnist.SCHEDULES[schedule](optimizer, 1.0, steps)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_schedules_by_hand():
+    assert rates("constant") == [1.0] * 8
+    assert rates("step") == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+    assert rates("cosine") == pytest.approx([(1 + np.cos(np.pi * i / 8)) / 2 for i in range(8)])
+    cycle = rates("onecycle", 100)
+    assert max(cycle) == pytest.approx(1) and 17 <= np.argmax(cycle) <= 21
+    assert cycle[0] == pytest.approx(0.04) and cycle[-1] < 1e-3
+    up, down = np.diff(cycle[:19]), np.diff(cycle[21:])
+    assert np.allclose(up, up[0]) and np.allclose(down, down[0])  # straight lines
+
+
+@pytest.mark.parametrize("name", mnist.OPTIMIZERS)
+def test_every_optimizer_learns_the_toy(toy, name):
+    args, _ = settled("--optimizer", name, "--epochs", "3", "--data", toy, "--batch_size", "30")
+    assert mnist.train_reader(args, None, torch.device("cpu")) == 0
+    history = lm.load_checkpoint("run/mnist.pt")["progress"][3]
+    losses = [row["test"] for row in history if "test" in row]
+    assert len(losses) == 3 and losses[2] < losses[0]
+
+
+def test_sgd_by_hand(toy):
+    """Two batches in file order, the gradient's step written out."""
+    args, _ = settled("--data", toy, "--batch_size", "200", "--epochs", "1")
+    mnist.train_reader(args, None, torch.device("cpu"))
+    (x, y), _ = mnist.load_mnist(folder=toy)
+    torch.manual_seed(42)
+    net = mnist.MLP().train()
+    for rows in (slice(0, 200), slice(200, 300)):
+        loss = F.nll_loss(net(x[rows]), y[rows])
+        for p, g in zip(net.parameters(), torch.autograd.grad(loss, list(net.parameters()))):
+            p.data -= 0.01 * g
+    for name, value in lm.load_checkpoint("run/mnist.pt")["model"].items():
+        torch.testing.assert_close(value, net.state_dict()[name])
+
+
+def test_shuffling_takes_every_image_once_and_anew_each_epoch(toy):
+    args, _ = settled("--shuffle", "--batch_size", "7", "--epochs", "2")
+    (x, y), _ = mnist.load_mnist(folder=toy)
+    y = torch.arange(300)
+    net, seen = nn.Linear(1, 1), []
+
+    def batch_loss(model, images, labels):
+        assert images.equal(x[labels])
+        seen.extend(labels.tolist())
+        return model(torch.ones(1)).sum()
+
+    assert mnist.fit(mnist.Run(net, args, 100), x, y, batch_loss, dict) == 0
+    assert sorted(seen[:300]) == sorted(seen[300:]) == list(range(300))
+    assert seen[:300] != seen[300:] and seen[:300] != list(range(300))
+
+
+# --------------------------------------------------------------------------------------------
+# Stopping and going on
+# --------------------------------------------------------------------------------------------
+
+
+def weights(folder):
+    return lm.load_checkpoint(f"{folder}/mnist.pt")["model"]
+
+
+RUNS = {
+    "course": ["--optimizer", "momentum", "--schedule", "cosine"],
+    "adam shuffled": ["--optimizer", "adam", "--schedule", "step", "--shuffle"],
+    "lbfgs": ["--optimizer", "lbfgs"],
+    "fast": ["--recipe", "fast"],
+    "diffusion": ["--diffusion"],
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_stopped_anywhere_goes_on_to_the_same_last_bit(toy, kind, monkeypatch):
+    flags = [*RUNS[kind], "--data", toy, "--epochs", "2", "--batch_size", "50", "--seed", "3"]
+    small = functools.partial(mnist.Denoiser, width=16, layers=1, heads=2)
+    monkeypatch.setitem(mnist.NETWORKS, "diffusion", small)
+    assert mnist.main([*flags, "--out", "straight"]) == 0
+    count, stops = mnist.Run.count, [2, 5, 6, 9]
+
+    def stop_at(self, *rest):
+        count(self, *rest)
+        if stops and self.step == stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGINT if len(stops) % 2 else signal.SIGTERM)
+
+    monkeypatch.setattr(mnist.Run, "count", stop_at)
+    codes = [mnist.main([*flags, "--out", "halting"])]
+    while codes[-1]:
+        torch.rand(7)  # what else the process draws does not matter
+        codes.append(mnist.main(["--resume", "halting"]))
+    assert codes[:4] == [130, 143, 130, 143] and codes[-1] == 0 and not stops
+    for name, value in weights("straight").items():
+        assert value.equal(weights("halting")[name]), name
+    a, b = (lm.load_checkpoint(f"{f}/mnist.pt")["progress"] for f in ("straight", "halting"))
+    assert a[0] == b[0] and a[3] == b[3]
+
+
+def test_ctrl_c_in_the_shell_saves_and_says_how_to_go_on(toy):
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "mnist.py"), "--data", toy, "--epochs", "100000"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while "Test set" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume out/mnist" in rest
+    step = lm.load_checkpoint("out/mnist/mnist.pt")["progress"][0]
+    epochs = str(step // 5 + 1)
+    assert "right  the course's" in run("--resume", "--epochs", epochs)
+    err = run("--resume", "--batch_size", "10", code=2)
+    assert err.strip().endswith("--batch_size cannot change when resuming out/mnist")
+
+
+def test_no_run_writes_into_anothers_folder(toy):
+    for name in ("mnist", "mnist-2", "mnist-3"):
+        run("--data", toy, "--epochs", "1")
+        assert Path("out", name, "mnist.pt").exists()
+    err = run("--data", toy, "--out", "out/mnist-2", code=2)
+    assert "out/mnist-2 holds a run already" in err
+    assert mnist.newest_run("course") == Path("out/mnist-3")
+
+
+def test_epochs_can_be_added_unless_the_schedule_has_ended(toy):
+    flags = ["--data", toy, "--batch_size", "50"]
+    mnist.main([*flags, "--epochs", "3", "--out", "straight"])
+    mnist.main([*flags, "--epochs", "1", "--out", "longer"])
+    mnist.main(["--resume", "longer", "--epochs", "3"])
+    for name, value in weights("straight").items():
+        assert value.equal(weights("longer")[name])
+    mnist.main([*flags, "--epochs", "1", "--schedule", "cosine", "--out", "ended"])
+    with pytest.raises(DataError, match="--epochs cannot change"):
+        mnist.main(["--resume", "ended", "--epochs", "2"])
+
+
+MISTAKES = [
+    (["--epochs", "0"], "--epochs 0 must be at least 1"),
+    (["--lr", "-1"], "--lr -1.0 must be above 0"),
+    (["--lr", "nan"], "--lr nan must be above 0"),
+    (["--optimizer", "sdg"], "invalid choice: 'sdg'"),
+    (["--draw", "3 x"], "'x' is no digit"),
+    (["--draw", " "], "no digit to draw"),
+    (["--draw", "7"], "no such run in out/: train it first, python mnist.py --diffusion"),
+    (["--judge", "5"], "no such run in out/: train it first, python mnist.py --recipe fast"),
+    (["--resume"], "no such run in out/: train it first, python mnist.py\n"),
+    (["--resume", "nowhere"], "checkpoint nowhere does not exist"),
+    (["--data", "nowhere"], "nowhere has no train-images-idx3-ubyte"),
+    (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+    (["--compare", "loss", "--recipe", "fast"], "--compare is for the course's network"),
+    (["--diffusion", "--loss", "mse"], "--loss is for reading"),
+]
+
+
+@pytest.mark.parametrize("flags, words", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(flags, words):
+    err = run(*flags, code=2)
+    assert words in err
+    if "usage:" not in err:
+        assert err.count("\n") == 1 and err.startswith("mnist.py: ")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(toy):
+    err = run("--data", toy, "--lr", "1e9", "--epochs", "3", code=2)
+    assert "the loss is nan" in err and "lower --lr" in err
+
+
+# --------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------
+
+
+def test_a_png_is_read_by_others_as_it_was_written(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (13, 7), dtype=np.uint8)
+    mnist.write_png(tmp_path / "a.png", pixels)
+    image = Image.open(io.BytesIO((tmp_path / "a.png").read_bytes()))
+    image.verify()
+    image = Image.open(tmp_path / "a.png")
+    assert image.mode == "L" and (np.array(image) == pixels).all()
+
+
+def test_the_font_draws_each_character_as_it_looks():
+    area = np.zeros((10, 14), np.uint8)
+    mnist.stamp(area, "7>", 9)
+    rows = ["".join(".#"[int(v > 0)] for v in row[::2]) for row in area[::2]]
+    assert rows == ["###.#..", "..#..#.", "..#...#", "..#..#.", "..#.#.."]
+    assert set(area.ravel().tolist()) == {0, 9}
+    for digit in "0123456789":  # all different
+        one = np.zeros((10, 6), np.uint8)
+        mnist.stamp(one, digit, 1)
+        assert 5 * 4 <= one.sum() <= 13 * 4
+    untouched = area.copy()
+    mnist.stamp(area, "", 5)
+    assert (area == untouched).all()
+
+
+def test_a_sheet_holds_its_tiles_in_reading_order():
+    tiles = np.arange(1, 6, dtype=np.uint8)[:, None, None] * np.ones((5, 3, 4), np.uint8)
+    page = mnist.sheet(tiles, 2, scale=2)
+    assert page.shape == (3 * 8, 2 * 10)
+    for i in range(5):
+        row, column = divmod(i, 2)
+        assert (page[8 * row : 8 * row + 6, 10 * column : 10 * column + 8] == i + 1).all()
+    assert mnist.sheet(tiles, 2, 8, captions=["1>2"] * 5).shape == (3 * 42, 2 * 34)
+
+
+class Fixed(nn.Module):
+    """Reads every image as the number written in its first pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 784))
+
+    def forward(self, images):
+        return F.one_hot(images[:, 0, 0].long(), 10) * images[:, 0, 1, None]
+
+
+def test_the_pictures_show_what_was_read_as_what(tmp_path, monkeypatch):
+    labels = torch.tensor([0, 1, 1, 2, 2, 2])
+    images = torch.zeros(6, 28, 28)
+    images[:, 0, 0] = torch.tensor([0, 1, 7, 2, 5, 9])  # three errors
+    images[:, 0, 1] = torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 2.0])  # the surest: 2 as 5
+    seen = {}
+    real = mnist.sheet
+
+    def sheet(tiles, columns, scale=1, captions=()):
+        seen["captions"] = captions or seen.get("captions")
+        return real(tiles, columns, scale, captions)
+
+    monkeypatch.setattr(mnist, "sheet", sheet)
+    monkeypatch.setattr(
+        mnist, "confusion_sheet", lambda counts: seen.update(counts=counts) or counts.astype("u1")
+    )
+    mnist.write_pictures(tmp_path, Fixed(), images, labels)
+    assert seen["captions"] == ["2>5", "2>9", "1>7"]
+    want = np.zeros((10, 10), int)
+    for true, read in zip(labels.tolist(), [0, 1, 7, 2, 5, 9]):
+        want[true, read] += 1
+    assert (seen["counts"] == want).all()
+
+
+def test_a_reader_without_errors_still_gets_its_pictures(tmp_path):
+    labels, images = torch.tensor([0, 1]), torch.zeros(2, 28, 28)
+    images[:, 0] = torch.tensor([[0.0], [1.0]])
+    mnist.write_pictures(tmp_path, Fixed(), images, labels)
+    assert Image.open(tmp_path / "confusion.png").size == (11 * 46, 11 * 26)
+
+
+def test_an_svg_shows_every_curve_inside_its_frame(tmp_path):
+    curves = {"a": [(0, 9.0), (50, 1.0), (100, 0.5)], "b": [(100, 0.25)], "empty": []}
+    mnist.write_svg(tmp_path / "a.svg", "title", curves)
+    tree = ElementTree.parse(tmp_path / "a.svg")
+    lines = [e for e in tree.iter() if e.tag.endswith("polyline")]
+    texts = [e.text for e in tree.iter() if e.tag.endswith("text")]
+    assert len(lines) == 2 and {"title", "a", "b", "100"} <= set(texts)
+    for line in lines:
+        for point in line.get("points").split():
+            x, y = map(float, point.split(","))
+            assert 60 <= x <= 620 and 40 <= y <= 300
+
+
+# --------------------------------------------------------------------------------------------
+# The fast reader
+# --------------------------------------------------------------------------------------------
+
+
+def test_distorted_digits_stay_near_where_they_were():
+    torch.manual_seed(0)
+    x = torch.full((500, 28, 28), -0.4)
+    x[:, 13:15, 13:15] = 2.0
+    moved = mnist.distort(x)
+    assert moved.shape == x.shape and not moved.equal(x)
+    light = (moved + 0.4).clamp(min=0)
+    ticks = torch.arange(28.0)
+    cx = (light.sum(1) * ticks).sum(1) / light.sum((1, 2)) - 13.5
+    assert cx.abs().max() < 0.15 * 14 / 0.85 + 0.5 and cx.abs().mean() > 0.5
+    assert cx.mean().abs() < 0.2  # as often to the left as to the right
+    assert (moved[:, 0] + 0.4).abs().max() < 1e-5  # nothing comes in from outside
+    again = mnist.distort(x)
+    assert not again.equal(moved)
+
+
+def test_the_test_images_are_read_once_and_never_while_training(toy, monkeypatch):
+    names, score = [], mnist.score
+    monkeypatch.setattr(mnist, "score", lambda *a: names.append((a[-1], len(a[2]))) or score(*a))
+    mnist.main(["--recipe", "fast", "--data", toy, "--epochs", "2", "--out", "run"])
+    assert names == [("validation", 25), ("validation", 25), ("test", 100)]
+
+
+def test_compare_runs_each_of_a_kind_and_draws_them(toy):
+    for switch, table in mnist.SWITCHES.items():
+        output = run("--compare", switch, "--data", toy, "--epochs", "2")
+        assert [line.split()[0] for line in output.splitlines()[1:-1]] == list(table)
+        tree = ElementTree.parse(f"out/mnist-compare/{switch}.svg")
+        assert len([e for e in tree.iter() if e.tag.endswith("polyline")]) == len(table)
+    assert not list(Path("out").rglob("mnist.pt"))
+
+
+# --------------------------------------------------------------------------------------------
+# Drawing
+# --------------------------------------------------------------------------------------------
+
+
+def denoiser(**shape):
+    torch.manual_seed(0)
+    return mnist.Denoiser(**(dict(width=32, layers=2, heads=2) | shape)).eval()
+
+
+def test_patches_come_out_where_they_went_in():
+    """At first the blocks add nothing: each patch of the output then depends on the same patch of
+    the input, and on no other."""
+    net, x = denoiser(), torch.randn(1, 28, 28)
+    p = mnist.PATCH
+    base = net(x, torch.tensor([0.5]), torch.tensor([3]))
+    for row, column in ((0, 0), (1, 3), (28 // p - 1, 2)):
+        place = (0, slice(p * row, p * row + p), slice(p * column, p * column + p))
+        changed = x.detach().clone()
+        changed[place] += torch.randn(p, p)
+        moved = net(changed, torch.tensor([0.5]), torch.tensor([3])) != base
+        assert moved[place].all()
+        moved[place] = False
+        assert not moved.any()
+
+
+def test_pixels_keep_their_order():
+    p = mnist.PATCH**2
+    net = denoiser(width=p + -p % 4)  # an even head size
+    with torch.no_grad():
+        for layer in (net.patch, net.pixels):
+            layer.weight.copy_(torch.eye(*layer.weight.shape))
+            layer.bias.zero_()
+        net.position.zero_()
+        for condition in net.condition:
+            condition.weight.zero_()
+            condition.bias.zero_()
+    net.norm = nn.Identity()
+    x = torch.randn(2, 28, 28)
+    torch.testing.assert_close(net(x, torch.rand(2), torch.tensor([1, 2])), x)
+
+
+def test_the_denoiser_sees_the_whole_image_the_time_and_the_label():
+    net = denoiser()
+    for block in net.blocks:
+        nn.init.normal_(block.attention.out.weight, std=0.2)
+    x, t, y = torch.randn(1, 28, 28), torch.tensor([0.5]), torch.tensor([3])
+    base, last = net(x, t, y), x.clone()
+    last[0, 27, 27] += 1
+    for other in (net(last, t, y), net(x, t + 0.1, y), net(x, t, y + 1)):
+        assert (other[0, :4, :4] - base[0, :4, :4]).abs().max() > 1e-4
+
+
+class Perfect(nn.Module):
+    """Knows the images: one for each label, and one for nobody."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.images = nn.Parameter(torch.randn(11, 28, 28))
+
+    def forward(self, x, t, labels):
+        return self.images[labels]
+
+
+def test_a_perfect_denoiser_draws_exactly_its_image():
+    net, labels = Perfect(), torch.tensor([3, 9, 3])
+    for steps in (1, 7, 40):
+        torch.testing.assert_close(
+            mnist.draw(net, labels, steps, guidance=1.0, seed=5), net.images[labels].detach(),
+            atol=1e-4, rtol=1e-4,
+        )
+    further = net.images[10] + 3.0 * (net.images[labels] - net.images[10])
+    torch.testing.assert_close(
+        mnist.draw(net, labels, 9, guidance=3.0), further.detach(), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_drawing_depends_on_the_seed_alone():
+    net, labels = denoiser(), torch.arange(4)
+    nn.init.normal_(net.pixels.weight)
+    a, b = (mnist.draw(net, labels, 3, seed=1) for _ in range(2))
+    assert a.equal(b) and not a.equal(mnist.draw(net, labels, 3, seed=2))
+
+
+def test_the_flow_loss_is_zero_for_who_knows_the_image():
+    net, labels = Perfect(), torch.zeros(2000, dtype=torch.long)
+    images, seen = net.images[0].detach().expand(2000, 28, 28), {}
+
+    class Spy(nn.Module):
+        def forward(self, x, t, labels):
+            seen.update(x=x, t=t, labels=labels)
+            return images + seen.get("error", 0.0)
+
+    assert mnist.flow_loss(Spy(), images, labels).item() == 0
+    x, t = seen["x"], seen["t"][:, None, None]
+    noise, early = (x - t * images) / (1 - t), seen["t"] < 0.9
+    assert abs(noise[early].mean()) < 0.02 and noise[early].std() == pytest.approx(1, abs=0.02)
+    assert t.mean() == pytest.approx(0.5, abs=0.03) and t.min() > 0 and t.max() < 1
+    assert (seen["labels"] == mnist.NOBODY).float().mean() == pytest.approx(0.1, abs=0.03)
+    seen["error"] = 0.5  # of the image: 0.5 / (1 - t) of the velocity
+    loss = mnist.flow_loss(Spy(), images, labels).item()
+    velocity = (images + 0.5 - seen["x"]) / (1 - seen["t"][:, None, None]).clamp(min=0.05)
+    right = (images - seen["x"]) / (1 - seen["t"][:, None, None]).clamp(min=0.05)
+    assert loss == pytest.approx(F.mse_loss(velocity, right).item(), rel=1e-4)
+
+
+def test_digits_in_any_script():
+    assert mnist.digits_of("3 14") == [3, None, 1, 4]
+    assert mnist.digits_of("三　１〇") == [3, None, 1, 0]
+    for bad in ("3,1", "½", "十", "-1", "三十"):
+        with pytest.raises(DataError, match="is no digit"):
+            mnist.digits_of(bad)
+
+
+def test_learning_to_draw_and_drawing_from_the_shell(toy):
+    small = ["--data", toy, "--epochs", "1", "--batch_size", "100", "--steps", "2"]
+    output = run("--diffusion", *small)
+    assert "Test set: Average loss" in output and "sheet.png" in output
+    assert Image.open("out/mnist-diffusion/sheet.png").size == (10 * 58, 10 * 58)
+    output = run("--draw", "3 1七", "--steps", "2")
+    assert "out/mnist-diffusion/draw-3-17.png" in output
+    assert Image.open("out/mnist-diffusion/draw-3-17.png").size == (4 * 112, 112)
+    run("--recipe", "fast", "--data", toy, "--epochs", "1")
+    output = run("--judge", "20", "--steps", "2")
+    counts = [line.split() for line in output.splitlines()]
+    assert [row[2:4] for row in counts[:10]] == [["2", "read"] for _ in range(10)] or (
+        [row[3] for row in counts[:10]] == ["2"] * 10
+    )
+    assert " of 20 (" in counts[10][0] + " " + " ".join(counts[10][1:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("flags", [[], ["--recipe", "fast"], ["--diffusion"]])
+def test_every_recipe_runs_on_a_gpu(toy, flags):
+    flags = [*flags, "--data", toy, "--epochs", "2", "--batch_size", "50", "--device", "cuda"]
+    assert mnist.main([*flags, "--out", "gpu"]) == 0
+    assert mnist.main(["--resume", "gpu"]) == 0
