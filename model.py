@@ -1199,10 +1199,26 @@ def export_hf(content, folder):
         state[name] = content["model"].get(name, None)
         if state[name] is None:
             state[name] = filler(want.shape)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", to_hf(state, gpt2))
-    write_whole(folder / "config.json", lambda f: f.write(json.dumps(values, indent=2).encode()))
+    write_safetensors(Path(folder) / "model.safetensors", to_hf(state, gpt2))
+    write_json(Path(folder) / "config.json", values)
+
+
+def write_json(path, values):
+    """Write an object as a JSON file, whole or not at all."""
+    write_whole(path, lambda f: f.write(json.dumps(values, indent=2, ensure_ascii=False).encode()))
+
+
+# --------------------------------------------------------------------------------------------
+# Are we right? Our logits beside those of somebody else
+# --------------------------------------------------------------------------------------------
+
+
+def compare_logits(ours, theirs):
+    """{"max", "mean": absolute differences, "top1": share of places with the same best id} of two
+    tensors of logits (..., V)."""
+    apart = (ours.double() - theirs.double()).abs()
+    same = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
+    return {"max": apart.max().item(), "mean": apart.mean().item(), "top1": same.item()}
 
 
 # --------------------------------------------------------------------------------------------
