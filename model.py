@@ -867,8 +867,8 @@ def write_safetensors(path, tensors, metadata=None):
 # --------------------------------------------------------------------------------------------
 
 # Fields of a config.json that change nothing in what the model computes
-IDLE = """_name_or_path architectures attention_dropout attn_pdrop bos_token_id chunk_size_feed_forward
-dtype embd_pdrop eos_token_id gradient_checkpointing id2label initializer_range
+IDLE = """_name_or_path architectures attention_dropout attn_pdrop bos_token_id
+chunk_size_feed_forward dtype embd_pdrop eos_token_id gradient_checkpointing id2label initializer_range
 is_llama_config keys_to_ignore_at_inference label2id max_window_layers model_type n_ctx
 output_attentions output_hidden_states output_past pad_token_id problem_type
 reorder_and_upcast_attn resid_pdrop return_dict summary_activation summary_first_dropout
@@ -1188,7 +1188,8 @@ def read_json(path):
 def export_hf(content, folder):
     """Write config.json and model.safetensors of a checkpoint's model, for transformers to read.
 
-    Where their architecture has a norm weight or a bias that ours has not, it gets ones or zeros."""
+    Where their architecture has a norm's weight or a bias and ours has none, it gets ones or zeros.
+    """
     config = Config.from_dict(dict(content["config"]))
     values, full = hf_config(config)
     gpt2, state = values["model_type"] == "gpt2", {}

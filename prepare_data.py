@@ -744,28 +744,109 @@ TURN_END = "<|end|>"
 CHAT_TOKENS = (*dict.fromkeys(name for names in ROLES.values() for name in names), TURN_END)
 
 
+class Template:
+    """How a tokenizer's family writes a conversation: ours, ChatML (Qwen) or Llama 3's.
+
+        ours      <|user|>hi<|end|><|assistant|>hello<|end|>
+        chatml    <|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n
+        llama3    <|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>...
+
+    start   ids before the first turn
+    begin   ids that open the assistant's turn
+    end     the id that closes a turn
+    call    the id with which a call begins, None if the family has no such token
+    spoken  the special tokens that an answer may hold
+
+    DataError if the tokenizer has the special tokens of none of them.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, special = tokenizer, tokenizer.special
+        kinds = {"ours": CHAT_TOKENS, "chatml": ("<|im_start|>", "<|im_end|>")}
+        kinds["llama3"] = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+        self.kind = next((k for k, names in kinds.items() if set(names) <= set(special)), None)
+        if self.kind is None:
+            raise DataError(f"the tokenizer {tokenizer.name} has no special tokens for a chat")
+        ends = {"ours": TURN_END, "chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
+        self.end = special[ends[self.kind]]
+        self.call = special.get({"ours": "<|call|>", "chatml": "<tool_call>"}.get(self.kind))
+        self.start = [tokenizer.begin] if self.kind == "llama3" and tokenizer.begin else []
+        self.begin = self.opening("assistant")
+        names = ("<|call|>", "<tool_call>", "</tool_call>", "<think>", "</think>")
+        self.spoken = [self.end, *(special[name] for name in names if name in special)]
+
+    def opening(self, role):
+        """The ids that say who speaks."""
+        special, encode = self.tokenizer.special, self.tokenizer.encode
+        if self.kind == "ours":
+            return [special[ROLES[role][0]]]
+        if self.kind == "chatml":
+            return [special["<|im_start|>"], *encode({"tool": "user"}.get(role, role) + "\n")]
+        role = {"tool": "ipython"}.get(role, role)
+        names = special["<|start_header_id|>"], special["<|end_header_id|>"]
+        return [names[0], *encode(role), names[1], *encode("\n\n")]
+
+    def turn(self, message):
+        """(ids, mask) of one message, mask 1 where the assistant's own words are to be learned."""
+        encode, said = self.tokenizer.encode, message["content"]
+        role = "assistant" if message["role"] == "call" else message["role"]
+        behind = encode("\n") if self.kind == "chatml" else []
+        if message["role"] == "call":
+            own = self.call_ids(said)
+        elif message["role"] == "tool" and self.kind == "chatml":
+            own = encode(f"<tool_response>\n{said}\n</tool_response>")
+        else:
+            own = encode(said.strip() if self.kind == "llama3" else said)
+        before, own = self.opening(role), [*own, self.end]
+        learned = int(role == "assistant")
+        return before + own + behind, [0] * len(before) + [learned] * len(own) + [0] * len(behind)
+
+    def call_ids(self, content):
+        """The ids of a call, whose content is as `call_text` writes it."""
+        encode, special = self.tokenizer.encode, self.tokenizer.special
+        if self.kind == "ours":
+            return [self.call, *encode(content)]
+        name, _, arguments = content.partition(" ")
+        key = "arguments" if self.kind == "chatml" else "parameters"
+        text = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": {arguments}}}'
+        if self.kind == "llama3":
+            return encode(text)
+        if self.call is None:
+            return encode(f"<tool_call>\n{text}\n</tool_call>")
+        return [self.call, *encode(f"\n{text}\n"), special["</tool_call>"]]
+
+    def parse(self, ids):
+        """The message that generated ids mean: {"role": "assistant" or "call", "content"}."""
+        hidden = set(self.tokenizer.special.values())
+        text = self.tokenizer.decode([i for i in ids if i not in hidden])
+        if self.kind == "ours":
+            return {"role": "call" if ids[:1] == [self.call] else "assistant", "content": text}
+        inner = text.strip().removeprefix("<tool_call>").removesuffix("</tool_call>")
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            call = json.loads(inner)
+            arguments = call.get("arguments", call.get("parameters"))
+            if isinstance(call.get("name"), str) and isinstance(arguments, dict):
+                return {"role": "call", "content": call_text(call["name"], arguments)}
+        return {"role": "assistant", "content": text}
+
+
 def render_chat(messages, tokenizer, add_generation_prompt=False):
     """(ids, mask) of a conversation, mask 1 where the assistant's own words are to be learned.
 
-    `messages` are {"role", "content"} dicts, roles as in ROLES; `tokenizer` has CHAT_TOKENS. With
-    `add_generation_prompt` the row ends where an answer begins, a prefix of the row with it.
+    `messages` are {"role", "content"} dicts, roles as in ROLES; how they are written follows from
+    the tokenizer's special tokens (see Template). With `add_generation_prompt` the row ends where
+    an answer begins, a prefix of the row with it.
 
         <|user|> hi <|end|> <|assistant|> hello <|end|>
         0        0  0       0             1     1
     """
-    ids, mask = [], []
-
-    def put(new, learned):
-        ids.extend(new)
-        mask.extend([learned] * len(new))
-
+    template = Template(tokenizer)
+    ids, mask = list(template.start), [0] * len(template.start)
     for m in messages:
-        role, *kind = (tokenizer.special[name] for name in ROLES[m["role"]])
-        own = m["role"] in ("assistant", "call")
-        put([role], 0)
-        put([*kind, *tokenizer.encode(m["content"]), tokenizer.special[TURN_END]], int(own))
+        more, learned = template.turn(m)
+        ids, mask = ids + more, mask + learned
     if add_generation_prompt:
-        put([tokenizer.special["<|assistant|>"]], 0)
+        ids, mask = ids + template.begin, mask + [0] * len(template.begin)
     return ids, mask
 
 
