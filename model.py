@@ -3,13 +3,16 @@
     python model.py --preset gpt2                 what a shape costs: parameters, bytes, FLOPs
     python model.py --preset novel --tokens 77919 and the loss a scaling law predicts for it
     python model.py --ckpt out/stdlib             the same for a trained model
+    python model.py --check gpt2                  our logits of a model of the Hub, and others'
+    python model.py --ckpt out/llama --export hf  a folder that transformers reads
 
 One Transformer covers GPT-2, the Llama and Qwen families and the course's own model: every
 difference between them is a field of `Config`, read once where the module is built. Data meets
 the chapters in this order: configuration, the parts of a block, the loss, the model, the key/value
-cache, checkpoints, and the table that this file prints when you run it.
+cache, checkpoints, other people's weights (safetensors, Hugging Face's names) in and out, and the
+table that this file prints when you run it.
 
-It does not know text (prepare_data.py), optimisers (train.py) or sampling (sample.py).
+It does not know text (prepare_data.py has tokenizers, and downloads models), optimisers (train.py) or sampling (sample.py).
 
 Shapes in comments: B batch, T time, C channels (d_model), nh query heads, nkv key/value heads,
 hs head size, V vocabulary, N rows (B*T flattened), S cached keys.
@@ -18,13 +21,13 @@ hs head size, V vocabulary, N rows (B*T flattened), S cached keys.
 import argparse
 import contextlib
 import copy
+import importlib
 import json
 import math
 import mmap
 import os
 import re
 import shutil
-import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -32,6 +35,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
+
+from prepare_data import (
+    Tokenizer,
+    console,
+    fetch_hub,
+    hub_tokenizer,
+    tokenizer_config,
+    tokenizer_json,
+)
 
 
 class ModelError(ValueError):
@@ -676,12 +688,25 @@ def write_whole(path, write):
         raise ModelError(f"cannot write {path}: {reason}; what was there before is kept") from e
 
 
-def load_checkpoint(path):
-    """The dict that `save_checkpoint` wrote, its tensors mapped from disk and read when touched.
+def find_checkpoint(name):
+    """The path that `name` means: a file, a run's folder, a folder of Hugging Face's layout, or
+    else a model of the Hub (`gpt2`, `owner/name`), downloaded."""
+    path = Path(name)
+    local = path.exists() or path.parent.is_dir() or path.parts[0] in ("out", "data")
+    if str(path) in GPT2_SIZES or (not local and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))):
+        return path if path.exists() else fetch_hub(str(name))
+    return path
+
+
+def load_checkpoint(path, dtype=None):
+    """The dict that `save_checkpoint` wrote, its tensors mapped from disk and read when touched; or
+    the like of what `find_checkpoint` finds, its tensors in `dtype` where they must be copied.
 
     Only tensors and plain values are unpickled (weights_only), never code.
     """
-    path = Path(path)
+    path = find_checkpoint(path)
+    if (path / "config.json").exists():
+        return load_hf(path, dtype) | {"tokenizer": hub_tokenizer(path)}
     if path.is_dir():
         found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
         if not found:
@@ -890,6 +915,7 @@ ONLY = {
 }
 GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 GPT2_ACTIVATIONS["relu"] = "relu"
+GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 
@@ -1214,6 +1240,47 @@ def write_json(path, values):
 # --------------------------------------------------------------------------------------------
 
 
+def reference_logits(against, ids):
+    """(ids, logits) of somebody else: recorded in a file (torch.save of {"ids", "logits"}), or made
+    by transformers from a folder in its layout. ModelError if there is neither."""
+    against = Path(against)
+    if against.is_file():
+        try:
+            found = torch.load(against, map_location="cpu", weights_only=True)
+            return found["ids"], found["logits"]
+        except Exception as e:
+            raise ModelError(f"{against} holds no ids and logits (torch.save of a dict)") from e
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as e:
+        raise ModelError("transformers is not installed: --against a file of ids and logits") from e
+    model = transformers.AutoModelForCausalLM.from_pretrained(against, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return ids, model(ids).logits
+
+
+def check(folder, against=None, ids=None):
+    """Lines that say how far our logits for a model in Hugging Face's layout are from a reference's
+    (see `reference_logits`), by default transformers' own of the same folder."""
+    model = model_from_checkpoint(load_hf(folder), where=str(folder))
+    vocab, length = model.config.vocab_size, min(64, model.config.context)
+    if ids is None:  # any ids will do
+        ids = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(0))
+    ids, theirs = reference_logits(against or folder, ids)
+    if ids.numel() == 0 or not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        raise ModelError(f"the ids must be from 0 to {vocab - 1}")
+    with torch.no_grad():
+        ours = model(ids)
+    if ours.shape != theirs.shape:
+        raise ModelError(f"our logits are {tuple(ours.shape)}, theirs {tuple(theirs.shape)}")
+    found = compare_logits(ours, theirs)
+    return [
+        f"{ids.numel()} places, {vocab} logits each, in float32:",
+        f"largest difference {found['max']:.2e}, mean {found['mean']:.2e}",
+        f"the same best token at {found['top1']:.2%} of the places",
+    ]
+
+
 def compare_logits(ours, theirs):
     """{"max", "mean": absolute differences, "top1": share of places with the same best id} of two
     tensors of logits (..., V)."""
@@ -1298,24 +1365,50 @@ def build_parser():
     which = p.add_mutually_exclusive_group()
     which.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default: tiny)")
     which.add_argument("--ckpt", help="a checkpoint, or a run's folder, instead of a preset")
+    which.add_argument("--check", metavar="MODEL", help="compare our logits of a model of the Hub, "
+                       "or a folder like one, with a reference's")
     p.add_argument("--tokens", type=int, help="training tokens, for the predicted loss")
+    p.add_argument("--export", metavar="DIR", help="write --ckpt as transformers reads it")
+    p.add_argument("--against", metavar="REF", help="reference of --check: a folder for "
+                   "transformers (default: the model's own) or a file of ids and logits")
+    p.add_argument("--ids", help="token ids for --check, e.g. 464,3290 (default: 64 random ones)")
     return p
+
+
+def export(name, folder):
+    """Write what --ckpt means as a folder for transformers; a line about it."""
+    content = load_checkpoint(name)
+    if "adapter" in content:
+        raise ModelError(f"{name} is an adapter: export it with lora.py, or merge it first")
+    export_hf(content, folder)
+    if "tokenizer" in content:
+        tokenizer = Tokenizer(content["tokenizer"])
+        write_json(Path(folder) / "tokenizer.json", tokenizer_json(tokenizer))
+        write_json(Path(folder) / "tokenizer_config.json", tokenizer_config(tokenizer))
+        write_json(Path(folder) / "generation_config.json", {"eos_token_id": tokenizer.eot})
+    return f"{folder}: {read_json(Path(folder) / 'config.json')['architectures'][0]}"
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.tokens is not None and args.tokens < 1:
         raise ModelError(f"--tokens {args.tokens} must be at least 1")
-    if args.ckpt:
-        name, config = args.ckpt, Config.from_dict(dict(load_checkpoint(args.ckpt)["config"]))
+    if args.export and not args.ckpt:
+        raise ModelError("--export needs --ckpt, the model to write")
+    if args.check:
+        try:
+            ids = torch.tensor([[int(i) for i in args.ids.split(",")]]) if args.ids else None
+        except ValueError as e:
+            raise ModelError(f"--ids {args.ids!r}: numbers with commas, please") from e
+        print("\n".join(check(find_checkpoint(args.check), args.against, ids)))
+    elif args.export:
+        print(export(args.ckpt, args.export))
     else:
-        name, config = args.preset, preset(args.preset)
-    print(report(name, config, args.tokens))
+        name, config = args.ckpt or args.preset, None
+        if args.ckpt:
+            config = Config.from_dict(dict(load_checkpoint(args.ckpt)["config"]))
+        print(report(name, config or preset(name), args.tokens))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ModelError, OSError) as e:
-        print(f"model.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    console(main, ModelError)

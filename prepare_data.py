@@ -568,6 +568,11 @@ class Tokenizer:
             return self
         return Tokenizer({**self.spec, "special": [*self.spec.get("special", []), *new]})
 
+    def same_ids(self, other):
+        """Whether another tokenizer has the same tokens under the same ids."""
+        a, b = self.encoding, other.encoding
+        return (a._mergeable_ranks, a._special_tokens) == (b._mergeable_ranks, b._special_tokens)
+
     @property
     def name(self):
         """What the user calls it, e.g. bpe:2048."""

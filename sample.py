@@ -35,6 +35,7 @@ from model import (
     ModelError,
     causal_mask,
     choose_device,
+    find_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
 )
@@ -663,9 +664,12 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
     brings its base along; `adapters` are laid over a base, the first one active, and are called by
     their folder's or file's name."""
     where = Path(ckpt) if ckpt is not None else newest_run()
-    content, over = load_checkpoint(where), [Path(a) for a in adapters]
+    device = choose_device(device)
+    if dtype in (None, "auto"):
+        dtype = "bf16" if device.type == "cuda" else "fp32"
+    content, over = load_checkpoint(where, DTYPES[dtype]), [Path(a) for a in adapters]
     if "adapter" in content:
-        over, base = [where, *over], Path(content["adapter"]["base"])
+        over, base = [where, *over], find_checkpoint(content["adapter"]["base"])
         if not base.exists():
             raise DataError(
                 f"{where} is an adapter over {base}, which is not there: name its base with --ckpt "
@@ -684,9 +688,6 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
     specs = [a["tokenizer"] for a in named.values()] or [content["tokenizer"]]
     if any(s != specs[0] for s in specs):
         raise DataError("the adapters have other special tokens: only alike ones go together")
-    device = choose_device(device)
-    if dtype in (None, "auto"):
-        dtype = "bf16" if device.type == "cuda" else "fp32"
     if named:
         model = lora.load_adapted(content, named, base).to(device=device, dtype=DTYPES[dtype])
     else:

@@ -997,7 +997,7 @@ def build_model(args, content, meta, tokenizer):
                 f"{args.data} is not the text that the run began with: resume with that one, or "
                 f"start a new run from these weights with --ckpt"
             )
-        if content["tokenizer"] != tokenizer.spec:
+        if not Tokenizer(content["tokenizer"]).same_ids(tokenizer):
             theirs = Tokenizer(content["tokenizer"]).name
             raise DataError(
                 f"the checkpoint speaks {theirs}, {args.data} is prepared with {tokenizer.name} "
