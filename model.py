@@ -12,7 +12,8 @@ the chapters in this order: configuration, the parts of a block, the loss, the m
 cache, checkpoints, other people's weights (safetensors, Hugging Face's names) in and out, and the
 table that this file prints when you run it.
 
-It does not know text (prepare_data.py has tokenizers, and downloads models), optimisers (train.py) or sampling (sample.py).
+It does not know text (prepare_data.py has tokenizers, and downloads models), optimisers (train.py)
+or sampling (sample.py).
 
 Shapes in comments: B batch, T time, C channels (d_model), nh query heads, nkv key/value heads,
 hs head size, V vocabulary, N rows (B*T flattened), S cached keys.
@@ -893,12 +894,12 @@ def write_safetensors(path, tensors, metadata=None):
 
 # Fields of a config.json that change nothing in what the model computes
 IDLE = """_name_or_path architectures attention_dropout attn_pdrop bos_token_id
-chunk_size_feed_forward dtype embd_pdrop eos_token_id gradient_checkpointing id2label initializer_range
-is_llama_config keys_to_ignore_at_inference label2id max_window_layers model_type n_ctx
-output_attentions output_hidden_states output_past pad_token_id problem_type
-reorder_and_upcast_attn resid_pdrop return_dict summary_activation summary_first_dropout
-summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype
-transformers.js_config transformers_version use_cache"""
+chunk_size_feed_forward dtype embd_pdrop eos_token_id gradient_checkpointing id2label
+initializer_range is_llama_config keys_to_ignore_at_inference label2id max_window_layers
+model_type n_ctx output_attentions output_hidden_states output_past pad_token_id
+problem_type reorder_and_upcast_attn resid_pdrop return_dict summary_activation
+summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+task_specific_params torch_dtype transformers.js_config transformers_version use_cache"""
 # Fields that would change it, and the values of which we compute what they ask for
 ONLY = {
     "add_cross_attention": (False,),

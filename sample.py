@@ -735,7 +735,8 @@ def read_prompts(args, tokenizer, vocab_size):
             raise DataError(f"--prompt_ids {args.prompt_ids!r}: numbers with commas, please") from e
     else:  # nothing at all means: begin a document
         texts = [resolve_prompt(p) for p in args.prompt or [None]]
-        rows = [tokenizer.encode(t) or [tokenizer.eot] for t in texts]
+        begin = [] if tokenizer.begin is None else [tokenizer.begin]
+        rows = [begin + tokenizer.encode(t) or [tokenizer.eot] for t in texts]
     check_ids(rows, vocab_size)
     return rows
 

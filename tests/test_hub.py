@@ -53,7 +53,9 @@ MODELS = {
         dict(n_embd=32, n_layer=1, n_head=2, n_positions=128, vocab_size=97, n_inner=50)
         | dict(tie_word_embeddings=False, activation_function="gelu"),
     ),
-    "gpt2 middle": ("GPT2", dict(n_embd=256, n_layer=4, n_head=8, n_positions=256, vocab_size=5003)),
+    "gpt2 middle": (
+        "GPT2", dict(n_embd=256, n_layer=4, n_head=8, n_positions=256, vocab_size=5003)
+    ),
     "llama": ("Llama", TINY),
     "llama tied, biases": (
         "Llama", TINY | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
@@ -476,7 +478,7 @@ def test_a_folder_that_misfits_says_how(tmp_path):
     for change, words in (
         ({"model.norm.weight": None}, "lacks the tensor model.norm.weight"),
         ({"model.norm.weight": torch.ones(47)}, "model.norm.weight gives"),
-        ({"model.layers.9.mlp.up_proj.weight": torch.ones(3)}, "layers.9.mlp.up_proj.weight is unk"),
+        ({"model.layers.9.mlp.up_proj.weight": torch.ones(3)}, "up_proj.weight is unknown"),
     ):
         changed = {k: v for k, v in (state | change).items() if v is not None}
         safetensors.save_file(changed, path)
