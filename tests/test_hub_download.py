@@ -342,6 +342,9 @@ def test_a_redirect_within_the_hub_is_followed(hub, cdn):
     fetch_hub("ann/tiny")
     assert (FOLDER / "config.json").read_bytes() == body
     assert hub.log[1][0] == place
+    hub.files[place] = b"another", {}
+    (FOLDER / "config.json").unlink()
+    assert "arrived damaged: git's sha1" in refusal("ann/tiny")
 
 
 def test_a_model_that_was_renamed_is_found(hub, cdn):
@@ -492,6 +495,12 @@ def test_a_private_or_gated_model_names_the_licence_and_the_token(hub, status, m
     assert "see that HF_TOKEN is right" in line and "hf_secret" not in line
     assert len(hub.log) == 2, "asked again"
     assert kept() == []
+
+
+def test_a_file_that_is_refused_is_not_taken_for_one_that_is_not_there(hub, cdn):
+    put_model(hub, cdn)
+    hub.faults[address("generation_config.json")] = [403]
+    assert "private or gated" in refusal("ann/tiny")
 
 
 def test_a_model_that_is_not_there_is_named(hub):
