@@ -114,6 +114,14 @@ class Cut(Exception):
     """The transfer broke in a way that trying again may mend."""
 
 
+class Refused(DataError):
+    """A server's answer that asking again won't change; `status` is its HTTP code."""
+
+    def __init__(self, message, status):
+        super().__init__(message)
+        self.status = status
+
+
 def resolve_url(url):
     """The address to ask in place of `url`: the Hub's mirror from HF_ENDPOINT, then
     SCRATCHLM_MIRROR=BASE, which serves https://host/path as BASE/host/path."""
@@ -141,13 +149,22 @@ def file_sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def fetch(url, dest=None, sha256=None, tries=4, wait=1.0):
+def git_sha1(path):
+    """The name that git gives a file's content: the sha1 of its length and bytes, as hex digits."""
+    with open(path, "rb") as f:
+        start = b"blob %d\0" % os.fstat(f.fileno()).st_size
+        return hashlib.file_digest(f, lambda: hashlib.sha1(start)).hexdigest()
+
+
+def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
     """Download `url` to `dest` (default: `download_path`) unless it is there, and return the path.
 
     Bytes go to a .part file that is renamed only once it is complete and its sha256, if one is
     given, is right. A cut connection is resumed by a Range request, up to `tries` times with
     doubling pauses from `wait` seconds, and by the next call if the server names versions (ETag).
-    DataError tells of an unreachable host, an HTTP error, or bytes that are not the wanted ones.
+    A `token` is shown to the host of `url` alone. The Hugging Face Hub says what its files' hashes
+    are: they are checked, too. DataError tells of an unreachable host, an HTTP error (Refused, if
+    it is final), or bytes that are not the wanted ones.
     """
     dest = Path(dest) if dest else download_path(url)
     if dest.exists() and (sha256 is None or file_sha256(dest) == sha256):
@@ -155,12 +172,16 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0):
     dest.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(tries):
         try:
-            part = download_part(resolve_url(url), dest)
+            part, named = download_part(resolve_url(url), dest, token)
             break
         except (requests.ConnectionError, requests.Timeout, Cut) as e:
             reason = e
             if attempt < tries - 1:
                 time.sleep(wait * 2**attempt)
+        except DataError:
+            raise
+        except (requests.RequestException, ValueError) as e:  # redirects in a circle or to no URL
+            raise DataError(f"cannot download {url}: {short(e)}") from e
     else:
         for part in dest.parent.glob(glob.escape(dest.name) + ".once.part"):
             part.unlink()  # no version to compare with: it could never be resumed
@@ -170,9 +191,11 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0):
             f"or behind a firewall? Set SCRATCHLM_MIRROR=BASE to read BASE/host/path instead "
             f"(HF_ENDPOINT for the Hugging Face Hub), or put the file at {dest}"
         )
-    if sha256 and (found := file_sha256(part)) != sha256:
-        part.unlink()
-        raise DataError(f"{url} arrived damaged: sha256 {found[:12]}…, wanted {sha256[:12]}…")
+    for wanted in filter(None, (sha256, named)):
+        kind, found = ("sha256", file_sha256) if len(wanted) == 64 else ("git's sha1", git_sha1)
+        if (got := found(part)) != wanted:
+            part.unlink()
+            raise DataError(f"{url} arrived damaged: {kind} {got[:12]}…, wanted {wanted[:12]}…")
     os.replace(part, dest)
     return dest
 
@@ -183,17 +206,36 @@ def short(error):
     return text.strip().split(": ")[-1][:100] or type(error).__name__
 
 
-def download_part(url, dest):
-    """One attempt at `fetch`: fill and return dest.VERSION.part, continuing one that is there."""
+def named_hash(answers):
+    """The sha256 or git sha1 by which the Hub, in one of its `answers`, names a file's content.
+
+    It stands in X-Linked-ETag, usually of the redirect to the host that holds the bytes. That
+    host's own ETag may look like a sha256 and be something else; the Hub's (its answers carry
+    X-Repo-Commit) is git's sha1 for a small file. None if nobody names one, as on other servers.
+    """
+    sha256, sha1 = "[0-9a-f]{64}", "[0-9a-f]{40}"
+    tags = [(a.headers.get("X-Linked-ETag", ""), f"{sha256}|{sha1}") for a in answers]
+    tags += [(a.headers.get("ETag", ""), sha1) for a in answers if "X-Repo-Commit" in a.headers]
+    found = (re.fullmatch(f'(?:W/)?"?({kind})"?', tag) for tag, kind in tags)
+    return next((m[1] for m in found if m), None)
+
+
+def download_part(url, dest, token=None):
+    """One attempt at `fetch`: fill dest.VERSION.part, continuing one that is there, and return it
+    with the hash that the Hub gives for it, or None."""
     ours = re.compile(re.escape(dest.name) + r"\.([0-9a-f]{8}|once)\.part")
     old = next((p for p in dest.parent.iterdir() if ours.fullmatch(p.name)), None)
     have = old.stat().st_size if old and not old.name.endswith(".once.part") else 0
     # identity: with a compressed transfer neither the length nor a Range would mean the file's own
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as r:
+    # as auth, since a mere header would yield to ~/.netrc; requests drops it on the way elsewhere
+    bearer = {"Authorization": f"Bearer {token}"}
+    auth = (lambda request: request.headers.update(bearer) or request) if token else None
+    with requests.get(url, headers=headers, auth=auth, stream=True, timeout=(10, 60)) as r:
         if r.status_code in (408, 429) or r.status_code >= 500:
             raise Cut(f"HTTP {r.status_code}")
-        version = r.headers.get("ETag") or r.headers.get("Last-Modified")
+        named = named_hash([*r.history, r])
+        version = named or r.headers.get("ETag") or r.headers.get("Last-Modified")
         version = hashlib.sha1(version.encode()).hexdigest()[:8] if version else "once"
         part = dest.with_name(f"{dest.name}.{version}.part")
         offset = re.match(r"bytes (\d+)-", r.headers.get("Content-Range", ""))
@@ -201,9 +243,10 @@ def download_part(url, dest):
         if have and r.status_code in (206, 416) and not resumed:
             old.unlink()  # another version by now, or more than there is: start over
             raise Cut("the file changed on the server")
-        if r.status_code >= 400:
+        if r.status_code not in (200, 206):  # nor is a redirect to nowhere the file
             hint = " (private? or a wrong name?)" if r.status_code in (401, 403, 404) else ""
-            raise DataError(f"cannot download {url}: HTTP {r.status_code} {r.reason}{hint}")
+            what = f"HTTP {r.status_code} {r.reason}{hint}"
+            raise Refused(f"cannot download {url}: {what}", r.status_code)
         if old and not resumed:
             old.unlink()
         have = have if resumed else 0
@@ -217,7 +260,7 @@ def download_part(url, dest):
                 raise Cut(short(e)) from e
     if total is not None and part.stat().st_size != total:
         raise Cut(f"{part.stat().st_size:,} of {total:,} bytes came")
-    return part
+    return part, named
 
 
 def progress(blocks, name, have, total):
@@ -233,6 +276,101 @@ def progress(blocks, name, have, total):
             rate = (done - have) / MB / max(now - start, 1e-3)
             print(f"\r{name}  {done / MB:.1f}{of} MB  {rate:.1f} MB/s ", end="", file=sys.stderr)
     print(f"\rdownloaded {name}: {done:,} bytes" + " " * 20, file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------
+# Models of the Hugging Face Hub: which files make one, and how to ask for them
+# --------------------------------------------------------------------------------------------
+
+MODELS = "https://huggingface.co"
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
+EXTRAS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")  # not all have them
+INDEX = "model.safetensors.index.json"  # says which file of many holds which tensor
+WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
+
+
+def fetch_hub(name, revision="main", files=None):
+    """Download a model of the Hugging Face Hub and return its folder, data/hub/OWNER/NAME/REVISION.
+
+    `name` is OWNER/NAME or one of GPT2_NAMES; `revision` a branch, tag or commit. What comes is
+    config.json, those of EXTRAS that there are, and the first of WEIGHTS that there is (an index
+    with all its shards); or else only `files`. What is there is not asked for again, and of a
+    whole model nothing is: it works offline, and a branch that has moved on goes unnoticed.
+    Private and gated models need HF_TOKEN. DataError if one of that fails.
+    """
+    repo = f"openai-community/{name}" if name in GPT2_NAMES else name
+    if not re.fullmatch(r"(\w|\w[\w.-]{0,94}\w)/(\w|\w[\w.-]{0,94}\w)", repo, re.ASCII):
+        raise DataError(f"model {name!r} is neither OWNER/NAME nor one of {', '.join(GPT2_NAMES)}")
+    if not revision.strip(". "):
+        raise DataError(f"revision {revision!r} of {repo} is no branch, tag or commit")
+    folder = DATA.joinpath("hub", *repo.split("/"), quote(revision, safe=""))
+    if files is not None:
+        for file in plain_names(files, f"what is wanted of {repo}"):
+            fetch_of_hub(repo, revision, file, folder)
+        return folder
+    # the weights come last: where they are whole, the server has been asked for all the rest
+    whole = ["config.json", *weight_files(folder)]
+    if len(whole) > 1 and all((folder / file).exists() for file in whole):
+        return folder
+    fetch_of_hub(repo, revision, "config.json", folder)
+    for file in EXTRAS:
+        fetch_of_hub(repo, revision, file, folder, optional=True)
+    if not any(fetch_of_hub(repo, revision, file, folder, optional=True) for file in WEIGHTS):
+        raise DataError(f"{repo} has no weights that we read, at {revision}: {', '.join(WEIGHTS)}")
+    for file in weight_files(folder):
+        fetch_of_hub(repo, revision, file, folder)
+    return folder
+
+
+def plain_names(names, where):
+    """`names`, sorted; DataError if one is no plain file name and so might leave its folder."""
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"\w+((-+|\.)\w+)*", name, re.ASCII):
+            raise DataError(f"{where}: {name!r} is no plain file name")
+    return sorted(names)
+
+
+def weight_files(folder):
+    """The files that hold the weights in a model's folder: its index's shards, whether they are
+    there or not; or the one file; or []. DataError if the index is none or names a strange file."""
+    index = folder / INDEX
+    if not index.exists():
+        return [file for file in WEIGHTS[1:] if (folder / file).exists()][:1]
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise DataError(f"{index} has no weight_map of names to files; delete it") from e
+    if not shards:
+        raise DataError(f"{index} has an empty weight_map; delete it")
+    return plain_names(shards, index)
+
+
+def hub_token(url):
+    """HF_TOKEN, if it is set and it is the Hub (or HF_ENDPOINT in its place) that `url` asks."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch(r"[!-~]*", token):  # and don't show it
+        raise DataError("HF_TOKEN holds spaces or other characters that no token has")
+    hub = os.environ.get("HF_ENDPOINT", "").rstrip("/") or MODELS
+    return token if resolve_url(url).startswith(f"{hub}/") else None
+
+
+def fetch_of_hub(repo, revision, file, folder, optional=False):
+    """The path of one file of a model, or None if it is `optional` and the Hub has none."""
+    url = f"{MODELS}/{repo}/resolve/{quote(revision, safe='')}/{file}"
+    token = hub_token(url)
+    try:
+        return fetch(url, folder / file, token=token)
+    except Refused as e:
+        if e.status == 404 and optional:
+            return None
+        if e.status == 404:
+            why = f"no such model, revision or file: {repo}, {revision}, {file}"
+        elif e.status in (401, 403):  # 401 is also what a wrong name gets without a token
+            do = "see that HF_TOKEN is right and yours may read it" if token else "set HF_TOKEN"
+            why = f"{repo} is private or gated: accept its licence on {MODELS}/{repo} and {do}"
+        else:
+            raise
+        raise DataError(f"cannot download {url}: HTTP {e.status}: {why}") from e
 
 
 # --------------------------------------------------------------------------------------------
