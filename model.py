@@ -968,7 +968,8 @@ def llama_fields(kind, take, refuse):
     rope |= take("rope_scaling", {}) | take("rope_parameters", {})
     scaling = rope.pop("rope_type", rope.pop("type", "default"))
     theta = rope.pop("rope_theta")
-    if scaling not in ROPE_SCALINGS or set(rope) - set(ROPE_SCALINGS[scaling]):
+    known = {"default": set(), **ROPE_SCALINGS}
+    if scaling not in known or set(rope) - known[scaling]:
         refuse("rope scaling", {"rope_type": scaling, **rope})
     # inside of its window a model with sliding attention is one without
     context = take("max_position_embeddings")
@@ -1119,7 +1120,8 @@ def from_hf(name, tensor, gpt2):
     part = name.split(".")[-2]
     if gpt2 and part in ("q", "k", "v"):
         tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
-    return tensor.T if gpt2 and part in ("q", "k", "v", "out", "up", "down") else tensor
+    matrix = gpt2 and tensor.dim() == 2 and part in ("q", "k", "v", "out", "up", "down")
+    return tensor.T if matrix else tensor
 
 
 def to_hf(state, gpt2):
@@ -1127,7 +1129,7 @@ def to_hf(state, gpt2):
     found = {}
     for name, tensor in state.items():
         part = name.split(".")[-2]
-        if gpt2 and part in ("q", "k", "v", "out", "up", "down"):
+        if gpt2 and tensor.dim() == 2 and part in ("q", "k", "v", "out", "up", "down"):
             tensor = tensor.T
         found.setdefault(hf_name(name, gpt2), []).append(tensor)
     return {name: torch.cat(parts, dim=-1) for name, parts in found.items()}
@@ -1220,13 +1222,14 @@ def export_hf(content, folder):
     config = Config.from_dict(dict(content["config"]))
     values, full = hf_config(config)
     gpt2, state = values["model_type"] == "gpt2", {}
+    if problem := fit_error(skeleton(config).state_dict(), content["model"]):
+        raise ModelError(f"this checkpoint does not fit its own config: {problem}")
     for name, want in skeleton(full).state_dict().items():
         if name == "head.weight" and full.tied:
             continue
         filler = torch.ones if name.endswith("weight") else torch.zeros
-        state[name] = content["model"].get(name, None)
-        if state[name] is None:
-            state[name] = filler(want.shape)
+        own = content["model"].get(name)
+        state[name] = filler(want.shape) if own is None else own
     write_safetensors(Path(folder) / "model.safetensors", to_hf(state, gpt2))
     write_json(Path(folder) / "config.json", values)
 
