@@ -565,6 +565,8 @@ class Tokenizer:
             )
         self.special = self.encoding._special_tokens  # name -> id
         self.n_vocab = self.encoding.n_vocab  # the largest id + 1
+        known = self.encoding._mergeable_ranks
+        self._lost = bytes(b for b in range(256) if kind == "hf" and bytes([b]) not in known)
         self.eot = spec["end"] if kind == "hf" else self.encoding.eot_token
         self.begin = spec.get("begin")
 
@@ -589,7 +591,17 @@ class Tokenizer:
             text = self._strange.sub(UNKNOWN, text)
         if self.spec.get("nfc"):  # é as one character, however it was typed
             text = unicodedata.normalize("NFC", text)
+        if self._lost and len(data := text.encode()) > len(data.translate(None, self._lost)):
+            return self._encode_without_lost(text)
         return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def _encode_without_lost(self, text):
+        """Ids where bytes without a token (some models lack those of rare characters, SmolLM2
+        does) fall out of each piece before it is merged, as in Hugging Face's. Slow but rare."""
+        pieces = (m[0].encode() for m in regex.finditer(self.encoding._pat_str, text))
+        kept = filter(None, (piece.translate(None, self._lost) for piece in pieces))
+        ids = itertools.chain.from_iterable(map(self.encoding._encode_single_piece, kept))
+        return np.fromiter(ids, dtype=np.uint32)
 
     def encode(self, text):
         """Token ids of `text` as a list."""
@@ -818,6 +830,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 DIGITS_PATTERN = r"\p{N}|" + GPT2_PATTERN.replace(r"| ?\p{N}+", "").replace(
     r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)"
 )
+MOST_LOST = 64  # bytes without a token at most: SmolLM2 lacks some 20, those of rare characters
 ID_LIMIT = 1_000_000  # no vocabulary is as large; a larger id is a damaged file
 
 
@@ -911,7 +924,8 @@ def hub_tokens(model, added):
     twice += [i for name, i in added.items() if vocab.get(name, i) != i]
     if twice:
         raise ValueError(f"model and added_tokens disagree about id {twice[0]}")
-    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
+    missing = [b for b in range(256) if bytes([b]) not in ranks]
+    if missing and (len(missing) > MOST_LOST or model.get("unk_token") is not None):
         raise ValueError(f"model: {len(missing)} bytes have no token, 0x{missing[0]:02X} first")
     check_merges(model["merges"], ranks, model.get("ignore_merges"))
     return ranks

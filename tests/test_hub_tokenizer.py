@@ -194,6 +194,24 @@ def test_digits_are_split_alike_in_every_neighbourhood():
     assert_same(t, theirs, list(texts))
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_bytes_without_a_token_are_left_out_as_theirs_leaves_them_out(step):
+    """SmolLM2's vocabulary has only the bytes that its text had."""
+    data = json.loads(trained(step).to_str())
+    lost = [0, 7, *range(0xC0, 0xC3), *range(0xF1, 0x100)]
+    spelled = set(map(prepare_data.BYTE_CHARS.get, lost))
+    model = data["model"]
+    model["vocab"] = {t: i for t, i in model["vocab"].items() if not spelled & set(t)}
+    model["merges"] = [pair for pair in model["merges"] if not spelled & set("".join(pair))]
+    t, theirs = ours(data), tokenizers.Tokenizer.from_str(json.dumps(data))
+    assert [t.decode(t.encode(text)) for text in ("\x00", "a\x00b\x07", "")] == ["", "ab", ""]
+    assert_same(t, theirs, [*ALL_TEXTS, "th\x00e\x07!!\x00! ", "\U00040000 x\U000f0000", "ééß\x00"])
+    assert_same(t, saved(t).backend_tokenizer, ALL_TEXTS)
+    model["unk_token"] = "a"
+    with pytest.raises(DataError, match="20 bytes have no token, 0x00 first"):
+        ours(data)
+
+
 def test_old_files_are_read_too():
     """GPT-2's own file says neither type nor use_regex, and writes merges as "a b"."""
     theirs = trained("gpt2")
@@ -373,7 +391,7 @@ def pattern(text):
         ("model.end_of_word_suffix", "</w>", "end_of_word_suffix '</w>'"),
         ("model.dropout", 0.1, "dropout 0.1"),
         ("model.vocab.▁the", 400, "'▁the' is not byte-level"),
-        ("model.vocab.!", KeyError, "1 bytes have no token, 0x21 first"),
+        ("model.vocab", {"a": 1}, "255 bytes have no token, 0x00 first"),
         ("model.vocab.!", 2, "disagree about id 2"),
         ("model.vocab.!", -1, "-1 is no token id"),
         ("model.vocab.!", True, "True is no token id"),
@@ -564,12 +582,16 @@ def saved(tokenizer, folder="out"):
 
 
 @pytest.mark.parametrize("special", [(), CHAT_TOKENS], ids=["bare", "chat"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe:700", "gpt2", "hf"])
 def test_transformers_reads_our_tokenizers(kind, special):
-    if kind == "gpt2" and special:
-        pytest.skip("cl100k_base, as large as it is, shows it")
-    if kind == "cl100k_base" and not special:
-        pytest.skip("gpt2 shows it in less time")
+    check_reading(kind, special)
+
+
+def test_transformers_reads_a_large_tokenizer_of_ours():
+    check_reading("cl100k_base", CHAT_TOKENS)
+
+
+def check_reading(kind, special):
     t = make(kind).with_special(special)
     theirs = saved(t)
     assert_same(t, theirs.backend_tokenizer)
