@@ -786,6 +786,12 @@ SAFE_DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 HEADER_LIMIT = 100_000_000  # the format's own
 
@@ -1002,13 +1008,13 @@ def llama_fields(kind, take, refuse):
 def hf_config(config):
     """(config.json as a dict, the Config that it will be read as) of the Hugging Face architecture
     that computes what ours does. ModelError names a switch that none of them has."""
-    c, activations = config, {v: k for k, v in GPT2_ACTIVATIONS.items()}
+    c = config
     if c.position == "learned":
         family = "gpt2"
         full = replace(c, norm_weight=True, qkv_bias=True, out_bias=True, ff_bias=True)
         near = dict(norm="layernorm", qk_norm=False, n_kv_head=c.n_head, rope_scaling=None)
         near["head_size"] = c.d_model // c.n_head
-        if c.activation not in activations:
+        if c.activation not in GPT2_ACTIVATIONS.values():
             near["activation"] = "gelu"
     else:
         family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias > c.out_bias else "llama"
@@ -1026,8 +1032,23 @@ def hf_config(config):
                 f"no Hugging Face architecture has {name} {getattr(c, name)} with the rest of this "
                 f"model (the nearest, {family}, has {value})"
             )
+    architecture = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
+    architecture |= {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    return {
+        "architectures": [architecture[family]],
+        "model_type": family,
+        "vocab_size": c.vocab_size,
+        "tie_word_embeddings": c.tied,
+        "torch_dtype": "float32",
+        **hf_fields(c, family),
+    }, full
+
+
+def hf_fields(config, family):
+    """The fields of a config.json that have other names in GPT-2 than in the other FAMILIES."""
+    c, activations = config, {v: k for k, v in GPT2_ACTIVATIONS.items()}
     if family == "gpt2":
-        values = dict(
+        return dict(
             n_positions=c.context,
             n_embd=c.d_model,
             n_layer=c.n_layer,
@@ -1039,32 +1060,21 @@ def hf_config(config):
             embd_pdrop=c.dropout,
             attn_pdrop=c.dropout,
         )
-    else:
-        values = dict(
-            max_position_embeddings=c.context,
-            hidden_size=c.d_model,
-            num_hidden_layers=c.n_layer,
-            num_attention_heads=c.n_head,
-            num_key_value_heads=c.n_kv_head,
-            intermediate_size=c.d_ff,
-            hidden_act="silu",
-            rms_norm_eps=c.eps,
-            rope_theta=c.rope_theta,
-            rope_scaling=c.rope_scaling,
-            head_dim=c.head_size,
-        )
-        values |= dict(attention_bias=c.out_bias) if family != "qwen2" else {}
-        values |= dict(mlp_bias=c.ff_bias) if family == "llama" else {}
-    architecture = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
-    architecture |= {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-    return {
-        "architectures": [architecture[family]],
-        "model_type": family,
-        "vocab_size": c.vocab_size,
-        "tie_word_embeddings": c.tied,
-        "torch_dtype": "float32",
-        **values,
-    }, full
+    values = dict(
+        max_position_embeddings=c.context,
+        hidden_size=c.d_model,
+        num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head,
+        intermediate_size=c.d_ff,
+        hidden_act="silu",
+        rms_norm_eps=c.eps,
+        rope_theta=c.rope_theta,
+        rope_scaling=c.rope_scaling,
+        head_dim=c.head_size,
+    )
+    values |= dict(attention_bias=c.out_bias) if family != "qwen2" else {}
+    return values | (dict(mlp_bias=c.ff_bias) if family == "llama" else {})
 
 
 # --------------------------------------------------------------------------------------------
@@ -1146,6 +1156,8 @@ def hf_tensors(folder):
             raise ModelError(f"{index} has no weight_map of names to files")
         if strange := [v for v in names.values() if Path(v).name != v]:
             raise ModelError(f"{index} names {strange[0]!r}, which is no plain file name")
+        if missing := [v for v in names.values() if not (folder / v).exists()]:
+            raise ModelError(f"{folder} lacks {missing[0]}, which {index.name} promises")
         files = {file: Safetensors(folder / file) for file in sorted(set(names.values()))}
         missing = [n for n, file in names.items() if n not in files[file].entries]
         if missing:
@@ -1184,10 +1196,10 @@ def load_hf(folder, dtype=None):
             raise ModelError(f"{folder} lacks the tensor {theirs} {tuple(want.shape)}")
         file, used = files[theirs], used | {theirs}
         found = from_hf(name, file[theirs], gpt2)
-        if found.shape != want.shape:
+        if found.shape != want.shape or not found.is_floating_point():
             raise ModelError(
-                f"{folder}: {theirs} gives {tuple(found.shape)} for {name}, the config says "
-                f"{tuple(want.shape)}"
+                f"{folder}: {theirs} gives {found.dtype} {tuple(found.shape)} for {name}, the "
+                f"config says {tuple(want.shape)}"
             )
         state[name] = found.to(dtype or found.dtype).contiguous()
         if isinstance(file, Safetensors) and state[name] is not found:

@@ -869,7 +869,7 @@ def make_tokenizer(name, documents, total_bytes):
     """The Tokenizer that the user calls `name`, trained on the documents where it needs to be.
 
     byte | char | bpe:N | gpt2 | cl100k_base | o200k_base | any of tiktoken's | a prepared folder
-    whose tokenizer is to be used again.
+    whose tokenizer is to be used again | a folder with a tokenizer.json | a model of the Hub.
     """
     if name == "byte":
         return Tokenizer({"kind": "byte"})
@@ -886,9 +886,13 @@ def make_tokenizer(name, documents, total_bytes):
         return Tokenizer({"kind": "tiktoken", "name": name})
     if (Path(name) / "meta.json").exists():
         return Tokenizer(read_meta(name)["tokenizer"])
+    if (Path(name) / "tokenizer.json").exists():
+        return Tokenizer(hub_tokenizer(name))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Tokenizer(hub_tokenizer(fetch_hub(name, files=("config.json", "tokenizer.json"))))
     raise DataError(
         f"tokenizer {name!r} is unknown; choose byte, char, bpe:N (e.g. bpe:4096), gpt2, "
-        f"cl100k_base, o200k_base, or a folder prepared before"
+        f"cl100k_base, o200k_base, a folder prepared before, or a model of the Hub (owner/name)"
     )
 
 
@@ -1850,8 +1854,8 @@ def build_parser():
     add("source", nargs="?", default="stdlib",
         help="stdlib (default), sales, shakespeare, or a file, folder, glob or http(s) URL")
     add("--tokenizer",
-        help="byte, char, bpe:N, gpt2, cl100k_base, o200k_base, or a prepared folder (default: "
-        "bpe:2048 for stdlib, cl100k_base for sales, char for shakespeare, else bpe:4096)")
+        help="byte, char, bpe:N, gpt2, cl100k_base, o200k_base, a prepared folder, or a model's "
+        "folder or name on the Hub (default: bpe:2048 for stdlib, cl100k_base for sales, char for shakespeare, else bpe:4096)")
     add("--name", help="write to data/NAME (default: the source's own name)")
     add("--val_fraction", type=float, default=0.1, help="share held out, about (default 0.1)")
     add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")

@@ -667,7 +667,9 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
     device = choose_device(device)
     if dtype in (None, "auto"):
         dtype = "bf16" if device.type == "cuda" else "fp32"
-    content, over = load_checkpoint(where, DTYPES[dtype]), [Path(a) for a in adapters]
+    # an adapter knows its base by the weights as they are on disk
+    content = load_checkpoint(where, None if adapters else DTYPES[dtype])
+    over = [Path(a) for a in adapters]
     if "adapter" in content:
         over, base = [where, *over], find_checkpoint(content["adapter"]["base"])
         if not base.exists():
