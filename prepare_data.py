@@ -1855,7 +1855,8 @@ def build_parser():
         help="stdlib (default), sales, shakespeare, or a file, folder, glob or http(s) URL")
     add("--tokenizer",
         help="byte, char, bpe:N, gpt2, cl100k_base, o200k_base, a prepared folder, or a model's "
-        "folder or name on the Hub (default: bpe:2048 for stdlib, cl100k_base for sales, char for shakespeare, else bpe:4096)")
+        "folder or name on the Hub (default: bpe:2048 for stdlib, cl100k_base for sales, char for "
+        "shakespeare, else bpe:4096)")
     add("--name", help="write to data/NAME (default: the source's own name)")
     add("--val_fraction", type=float, default=0.1, help="share held out, about (default 0.1)")
     add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
