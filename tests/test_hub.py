@@ -1,5 +1,6 @@
 """Weights of Hugging Face's models in and out, beside transformers itself."""
 
+import functools
 import json
 import random
 import struct
@@ -85,11 +86,24 @@ def theirs(name, dtype=torch.float32):
     config = getattr(transformers, f"{family}Config")(**settings)
     torch.manual_seed(0)
     for_lm = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
-    model = getattr(transformers, for_lm)._from_config(config, attn_implementation="eager")
+    model = getattr(transformers, for_lm)._from_config(config, attn_implementation="sdpa")
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.1 if p.dim() == 1 else 0.05))
     return model.to(dtype).eval()
+
+
+def in_float64(reference):
+    """The same model with norms in float64: transformers computes them in float32 even then."""
+
+    def forward(norm, x):
+        eps = norm.variance_epsilon
+        return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+    for module in reference.double().modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(forward, module)
+    return reference
 
 
 def ours(folder, dtype=torch.float32):
@@ -109,7 +123,7 @@ def test_logits_equal_theirs_in_fp32_and_fp64(name, tmp_path):
     with torch.no_grad():
         want = reference(ids).logits
         torch.testing.assert_close(model(ids), want, rtol=1e-4, atol=1e-4)
-        model, reference = ours(tmp_path, torch.float64), reference.double()
+        model, reference = ours(tmp_path, torch.float64), in_float64(reference)
         want = reference(ids).logits
         torch.testing.assert_close(model(ids), want, rtol=1e-9, atol=1e-9)
         cache = lm.KVCache(model, 2)
