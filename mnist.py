@@ -658,7 +658,7 @@ def build_parser():
     add("--judge", type=int, metavar="N", help="draw N digits and count what --recipe fast reads")
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: newest)")
     add = p.add_argument_group("training").add_argument
-    add("--epochs", type=int, help="passes over the training images (default 5, fast 4, diffusion 16)")
+    add("--epochs", type=int, help="passes over the images (default 5, fast 4, diffusion 16)")
     add("--batch_size", type=int, help="images a step (64; fast and diffusion 128)")
     add("--optimizer", choices=tuple(OPTIMIZERS), help="default sgd; fast and diffusion adamw")
     add("--lr", type=float, help="largest learning rate (default: what suits the optimizer)")
