@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from test_mnist import toy_files
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("SCRATCHLM_DATA", ROOT.parent / "shared" / "data"))
@@ -22,6 +23,7 @@ TOY = {
     "--max_steps 3 --eval_every 2 --eval_tokens 64 --log_every 1",
     "--resume": "--max_steps 4",
     "sample.py": "--max_tokens 5",
+    "mnist.py": "--data toy --epochs 1 --steps 2",
     "finetune.py": "--max_steps 2 --eval_every 2 --eval_rows 2 --batch_tokens 256 --log_every 1",
 }
 
@@ -101,6 +103,9 @@ def toy(line):
 def test_every_command_of_the_readme_runs(mirror, tmp_path):
     words = ["我们", "学习", "a", "model", "from", "scratch", "。", "\n"]
     (tmp_path / "my_novel.txt").write_text(" ".join(words * 400), encoding="utf-8")
+    (tmp_path / "toy").mkdir()
+    for name, content in toy_files().items():
+        (tmp_path / "toy" / name).write_bytes(content)
     env = {
         **os.environ,
         "SCRATCHLM_MIRROR": mirror,
