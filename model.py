@@ -1256,37 +1256,44 @@ def write_json(path, values):
 # --------------------------------------------------------------------------------------------
 
 
-def reference_logits(against, ids):
-    """(ids, logits) of somebody else: recorded in a file (torch.save of {"ids", "logits"}), or made
-    by transformers from a folder in its layout. ModelError if there is neither."""
-    against = Path(against)
-    if against.is_file():
-        try:
-            found = torch.load(against, map_location="cpu", weights_only=True)
-            return found["ids"], found["logits"]
-        except Exception as e:
-            raise ModelError(f"{against} holds no ids and logits (torch.save of a dict)") from e
+def recorded_logits(path):
+    """(ids, logits) of somebody else, in a file that torch.save wrote of {"ids", "logits"}."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        return found["ids"], found["logits"]
+    except Exception as e:
+        raise ModelError(f"{path} holds no ids and logits (torch.save of a dict)") from e
+
+
+def transformers_logits(folder, ids):
+    """The logits that transformers computes from a folder in its layout, if it is installed."""
+    if not (Path(folder) / "config.json").exists():
+        raise ModelError(f"{folder} is neither a file of ids and logits nor a folder with a model")
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as e:
         raise ModelError("transformers is not installed: --against a file of ids and logits") from e
-    model = transformers.AutoModelForCausalLM.from_pretrained(against, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        return ids, model(ids).logits
+        return model(ids).logits
 
 
 def check(folder, against=None, ids=None):
-    """Lines that say how far our logits for a model in Hugging Face's layout are from a reference's
-    (see `reference_logits`), by default transformers' own of the same folder."""
+    """Lines that say how far our logits for a model in Hugging Face's layout are from those that a
+    file records, or transformers computes from a folder (by default the same one)."""
     model = model_from_checkpoint(load_hf(folder), where=str(folder))
     vocab, length = model.config.vocab_size, min(64, model.config.context)
     if ids is None:  # any ids will do
         ids = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(0))
-    ids, theirs = reference_logits(against or folder, ids)
+    against = Path(against or folder)
+    theirs = None
+    if against.is_file():
+        ids, theirs = recorded_logits(against)
     if ids.numel() == 0 or not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
         raise ModelError(f"the ids must be from 0 to {vocab - 1}")
     with torch.no_grad():
         ours = model(ids)
+    theirs = transformers_logits(against, ids) if theirs is None else theirs
     if ours.shape != theirs.shape:
         raise ModelError(f"our logits are {tuple(ours.shape)}, theirs {tuple(theirs.shape)}")
     found = compare_logits(ours, theirs)
