@@ -175,7 +175,8 @@ OPTIMIZERS = {
     "adagrad": (torch.optim.Adagrad, 0.01, {}),
     "adam": (torch.optim.Adam, 0.001, {}),
     "adamw": (torch.optim.AdamW, 0.001, dict(weight_decay=0.05)),
-    "lbfgs": (torch.optim.LBFGS, 0.1, dict(max_iter=4, history_size=10)),
+    # it measures the curvature, and small batches lead it astray: its own batches are of 2,000
+    "lbfgs": (torch.optim.LBFGS, 1.0, dict(max_iter=5, line_search_fn="strong_wolfe")),
 }
 # How the learning rate changes over all `steps` of a run, from its largest value `lr`.
 SCHEDULES = {
@@ -235,15 +236,17 @@ def seeded(seed):
 
 
 class Run:
-    """A run in progress: model, optimizer, how far it is, and how all that is kept in `out`.
+    """A run over so many `images`: model, optimizer, how far it is, and how `out` keeps all that.
 
     `history` has a row {"step", "training": mean loss} of every hundred steps, and what `evaluate`
     returned. Without `out` nothing is printed or written."""
 
-    def __init__(self, model, args, steps, out=None, saved=None):
+    def __init__(self, model, args, images, out=None, saved=None):
         self.model, self.args, self.out = model, args, out
         make, lr, settings = OPTIMIZERS[args.optimizer]
         args.lr = args.lr or lr
+        args.batch_size = args.batch_size or (2000 if args.optimizer == "lbfgs" else 64)
+        steps = args.epochs * math.ceil(images / args.batch_size)
         self.optimizer = make(model.parameters(), lr=args.lr, **settings)
         self.schedule = SCHEDULES[args.schedule](self.optimizer, args.lr, steps)
         self.step, self.seconds, self.recent, self.history = 0, 0.0, [], []
@@ -638,7 +641,7 @@ def digits_of(text):
 NETWORKS = {"course": MLP, "fast": ConvNet, "diffusion": Denoiser}
 FOLDERS = {"course": "mnist", "fast": "mnist-fast", "diffusion": "mnist-diffusion"}
 RECIPES = {  # for flags that are not given; what is fast was found with the validation images
-    "course": dict(optimizer="sgd", schedule="constant", batch_size=64, epochs=5, loss="nll"),
+    "course": dict(optimizer="sgd", schedule="constant", epochs=5, loss="nll"),
     "fast": dict(optimizer="adamw", schedule="onecycle", batch_size=128, epochs=4, loss="nll",
                  lr=0.01, shuffle=True),
     "diffusion": dict(optimizer="adamw", schedule="onecycle", batch_size=128, epochs=16,
@@ -659,7 +662,7 @@ def build_parser():
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: newest)")
     add = p.add_argument_group("training").add_argument
     add("--epochs", type=int, help="passes over the images (default 5, fast 4, diffusion 16)")
-    add("--batch_size", type=int, help="images a step (64; fast and diffusion 128)")
+    add("--batch_size", type=int, help="images a step (64, lbfgs 2,000; fast, diffusion 128)")
     add("--optimizer", choices=tuple(OPTIMIZERS), help="default sgd; fast and diffusion adamw")
     add("--lr", type=float, help="largest learning rate (default: what suits the optimizer)")
     add("--schedule", choices=tuple(SCHEDULES), help="default constant; fast, diffusion onecycle")
@@ -748,8 +751,7 @@ def start(args, saved, device, images):
     """The run of these settings, its model on `device`; the first line of what it shows."""
     torch.manual_seed(args.seed)
     model = NETWORKS[args.recipe]().to(device)
-    steps = args.epochs * math.ceil(images / args.batch_size)
-    run = Run(model, args, steps, Path(args.out), saved)
+    run = Run(model, args, images, Path(args.out), saved)
     size = sum(p.numel() for p in model.parameters())
     print(
         f"{args.out}: {args.recipe}, {size:,} parameters, {args.optimizer} with lr {args.lr:g} "
@@ -798,7 +800,7 @@ def compare(args, device):
         setattr(a, switch, value)
         torch.manual_seed(a.seed)
         loss = LOSSES[a.loss]
-        run = Run(MLP().to(device), a, a.epochs * math.ceil(len(images) / a.batch_size))
+        run = Run(MLP().to(device), a, len(images))
         evaluate = partial(score, run.model, loss, *test, "test")
         stopped = fit(run, images, labels, lambda m, x, y, loss=loss: loss(m(x), y), evaluate)
         rights = [row["right"] for row in run.history if "right" in row]

@@ -318,6 +318,14 @@ def test_every_optimizer_learns_the_toy(toy, name):
     assert len(losses) == 3 and losses[2] < losses[0]
 
 
+def test_only_lbfgs_has_large_batches_of_its_own():
+    for flags, size in (([], 64), (["--optimizer", "lbfgs"], 2000), (["--recipe", "fast"], 128)):
+        for given in ([], ["--batch_size", "7"]):
+            args, _ = settled(*flags, *given)
+            mnist.Run(nn.Linear(1, 1), args, 300)
+            assert args.batch_size == (7 if given else size)
+
+
 def test_sgd_by_hand(toy):
     """Two batches in file order, the gradient's step written out."""
     args, _ = settled("--data", toy, "--batch_size", "200", "--epochs", "1")
