@@ -108,6 +108,8 @@ def read_folder_idx(folder, name):
             if not genuine:
                 print(f"{path} is not MNIST's own: damaged, or another data set", file=sys.stderr)
             return array
+    if not Path(folder).is_dir():
+        raise DataError(f"--data {folder} is no folder")
     raise DataError(f"{folder} has no {name} or {name}.gz")
 
 
@@ -175,15 +177,21 @@ OPTIMIZERS = {
     "adagrad": (torch.optim.Adagrad, 0.01, {}),
     "adam": (torch.optim.Adam, 0.001, {}),
     "adamw": (torch.optim.AdamW, 0.001, dict(weight_decay=0.05)),
-    "lbfgs": (torch.optim.LBFGS, 0.1, dict(max_iter=4, history_size=10)),
+    # it measures the curvature, and small batches lead it astray: its own batches are of 2,000
+    "lbfgs": (torch.optim.LBFGS, 1.0, dict(max_iter=5, line_search_fn="strong_wolfe")),
 }
 # How the learning rate changes over all `steps` of a run, from its largest value `lr`.
 SCHEDULES = {
     "constant": lambda o, lr, steps: torch.optim.lr_scheduler.ConstantLR(o, factor=1.0),
     "step": lambda o, lr, steps: torch.optim.lr_scheduler.StepLR(o, max(1, steps // 4), gamma=0.5),
     "cosine": lambda o, lr, steps: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps),
-    "onecycle": lambda o, lr, steps: torch.optim.lr_scheduler.OneCycleLR(
-        o, lr, steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
+    "onecycle": lambda o, lr, steps: torch.optim.lr_scheduler.OneCycleLR(  # up, then down to 0
+        o,
+        lr,
+        max(4, steps),
+        pct_start=max(0.2, 2 / max(4, steps)),  # torch wants two steps at least for the way up
+        anneal_strategy="linear",
+        cycle_momentum=False,
     ),
 }
 
@@ -235,18 +243,23 @@ def seeded(seed):
 
 
 class Run:
-    """A run in progress: model, optimizer, how far it is, and how all that is kept in `out`.
+    """A run over so many `images`: model, optimizer, how far it is, and how `out` keeps all that.
 
     `history` has a row {"step", "training": mean loss} of every hundred steps, and what `evaluate`
     returned. Without `out` nothing is printed or written."""
 
-    def __init__(self, model, args, steps, out=None, saved=None):
+    def __init__(self, model, args, images, out=None, saved=None):
         self.model, self.args, self.out = model, args, out
         make, lr, settings = OPTIMIZERS[args.optimizer]
         args.lr = args.lr or lr
+        args.batch_size = args.batch_size or (2000 if args.optimizer == "lbfgs" else 64)
+        steps = args.epochs * math.ceil(images / args.batch_size)
         self.optimizer = make(model.parameters(), lr=args.lr, **settings)
         self.schedule = SCHEDULES[args.schedule](self.optimizer, args.lr, steps)
         self.step, self.seconds, self.recent, self.history = 0, 0.0, [], []
+        self.images = images
+        if saved and saved["images"] != images:
+            raise DataError(f"{out} is a run over {saved['images']:,} images, here are {images:,}")
         if saved:
             lm.load_weights(model, saved["model"], str(out))
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -257,7 +270,7 @@ class Run:
     def count(self, loss, images, seconds):
         """Book a step; print the course's line for every hundredth, with the loss of its batch."""
         if not math.isfinite(loss):
-            kept = f"{self.out or 'it'} is as after the last whole epoch"
+            kept = "what was saved after the last whole epoch is kept"
             raise DataError(f"step {self.step}: the loss is {loss}; {kept}. Try a lower --lr")
         epoch, batch = divmod(self.step, math.ceil(images / self.args.batch_size))
         if batch % 100 == 0 and self.out:
@@ -276,6 +289,7 @@ class Run:
             return
         content = {
             "config": {"recipe": self.args.recipe},
+            "images": self.images,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -478,6 +492,9 @@ def write_svg(path, title, curves):
     for i, (name, points) in enumerate(curves.items()):
         color, line = COLORS[i % len(COLORS)], " ".join(place(x, y) for x, y in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+        if len(points) < 30:  # one alone is no line
+            dots = (place(x, y).split(",") for x, y in points)
+            parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>' for x, y in dots]
         parts.append(f'<text x="632" y="{56 + 20 * i}" fill="{color}">{name}</text>')
     path.write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
 
@@ -638,7 +655,7 @@ def digits_of(text):
 NETWORKS = {"course": MLP, "fast": ConvNet, "diffusion": Denoiser}
 FOLDERS = {"course": "mnist", "fast": "mnist-fast", "diffusion": "mnist-diffusion"}
 RECIPES = {  # for flags that are not given; what is fast was found with the validation images
-    "course": dict(optimizer="sgd", schedule="constant", batch_size=64, epochs=5, loss="nll"),
+    "course": dict(optimizer="sgd", schedule="constant", epochs=5, loss="nll"),
     "fast": dict(optimizer="adamw", schedule="onecycle", batch_size=128, epochs=4, loss="nll",
                  lr=0.01, shuffle=True),
     "diffusion": dict(optimizer="adamw", schedule="onecycle", batch_size=128, epochs=16,
@@ -659,7 +676,7 @@ def build_parser():
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: newest)")
     add = p.add_argument_group("training").add_argument
     add("--epochs", type=int, help="passes over the images (default 5, fast 4, diffusion 16)")
-    add("--batch_size", type=int, help="images a step (64; fast and diffusion 128)")
+    add("--batch_size", type=int, help="images a step (64, lbfgs 2,000; fast, diffusion 128)")
     add("--optimizer", choices=tuple(OPTIMIZERS), help="default sgd; fast and diffusion adamw")
     add("--lr", type=float, help="largest learning rate (default: what suits the optimizer)")
     add("--schedule", choices=tuple(SCHEDULES), help="default constant; fast, diffusion onecycle")
@@ -670,8 +687,8 @@ def build_parser():
     add("--out", metavar="DIR", help="folder of the run (default: out/mnist..., numbered if taken)")
     add("--device", help="auto (default), cpu, cuda, mps")
     add = p.add_argument_group("drawing").add_argument
-    add("--steps", type=int, default=30, help="from noise to digit (default 30)")
-    add("--guidance", type=float, default=2.0, help="1 is plain, more is clearer (default 2)")
+    add("--steps", type=int, help="from noise to digit (default 30)")
+    add("--guidance", type=float, help="1 is plain, more is clearer (default 2)")
     return p
 # fmt: on
 
@@ -679,8 +696,11 @@ def build_parser():
 def newest_run(recipe):
     """The folder under out/ of the last run of that recipe; DataError if there is none."""
     for path in sorted(OUT.glob("*/mnist.pt"), key=lambda path: -path.stat().st_mtime):
-        if lm.load_checkpoint(path)["config"].get("recipe") == recipe:
-            return path.parent
+        try:
+            if lm.load_checkpoint(path)["config"].get("recipe") == recipe:
+                return path.parent
+        except lm.ModelError as e:
+            print(f"passed over: {e}", file=sys.stderr)
     flag = {"course": "", "fast": " --recipe fast", "diffusion": " --diffusion"}[recipe]
     raise DataError(f"no such run in {OUT}/: train it first, python mnist.py{flag}")
 
@@ -704,24 +724,43 @@ def check_numbers(args):
     """DataError for a number that no run can have."""
     for name, least in (("epochs", 1), ("batch_size", 1), ("judge", 1), ("steps", 1), ("seed", 0)):
         if getattr(args, name) is not None and not least <= getattr(args, name) < 2**40:
-            raise DataError(f"--{name} {getattr(args, name)} must be at least {least}")
+            raise DataError(f"--{name} {getattr(args, name)} must be from {least} to 2**40")
     for name in ("lr", "guidance"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise DataError(f"--{name} {getattr(args, name)} must be above 0")
+            raise DataError(f"--{name} {getattr(args, name)} must be a number above 0")
+
+
+def check_flags(args):
+    """DataError for a flag that would mean nothing beside the others."""
+    given = {k for k, v in vars(args).items() if v is not None}
+    drawing = {"steps", "guidance", "seed", "device"}
+    if args.draw is not None or args.judge:
+        spare = given - {"draw", "judge"} - drawing
+    else:
+        spare = given & {"out"} if args.compare else set()
+        spare |= given & {"steps", "guidance"} if args.recipe != "diffusion" else set()
+    if spare:
+        what = "draw" if args.draw is not None else "judge" if args.judge else "compare"
+        what = f"with --{what}" if args.draw is not None or args.judge or args.compare else "here"
+        raise DataError(f"--{sorted(spare)[0]} means nothing {what}")
 
 
 def resume(args, given):
     """(settings, content) of the mnist.pt that --resume means."""
     folder = Path(args.resume) if args.resume else newest_run(args.recipe or "course")
     saved = lm.load_checkpoint(folder / "mnist.pt" if folder.is_dir() else folder)
-    if "progress" not in saved:
+    if not {"progress", "args", "images"} <= set(saved):
         raise DataError(f"{folder} is no run of mnist.py")
-    old, free = saved["args"], {"resume", "epochs", "data", "device", "steps", "guidance"}
+    old, free = saved["args"], {"resume", "epochs", "data", "device"}
     if changed := [k for k in given if k not in free and given[k] != old[k]]:
         raise DataError(f"--{changed[0]} cannot change when resuming {folder}")
     if args.epochs not in (None, old["epochs"]) and old["schedule"] != "constant":
-        raise DataError(f"--epochs cannot change on a schedule ({old['schedule']}) that ends")
-    return old | given, saved
+        raise DataError(
+            f"--epochs cannot change: the schedule {old['schedule']} of {folder} is for "
+            f"{old['epochs']}; start a new run"
+        )
+    out = folder if folder.is_dir() else folder.parent  # it may have been moved
+    return old | given | {"out": str(out)}, saved
 
 
 def settle(args):
@@ -748,8 +787,8 @@ def start(args, saved, device, images):
     """The run of these settings, its model on `device`; the first line of what it shows."""
     torch.manual_seed(args.seed)
     model = NETWORKS[args.recipe]().to(device)
-    steps = args.epochs * math.ceil(images / args.batch_size)
-    run = Run(model, args, steps, Path(args.out), saved)
+    run = Run(model, args, images, Path(args.out), saved)
+    run.out.mkdir(parents=True, exist_ok=True)  # now, and not after an epoch
     size = sum(p.numel() for p in model.parameters())
     print(
         f"{args.out}: {args.recipe}, {size:,} parameters, {args.optimizer} with lr {args.lr:g} "
@@ -764,7 +803,7 @@ def train_reader(args, saved, device):
     judges, name, augment = test, "test", lambda x: x
     if args.recipe == "fast":  # its settings were chosen, so not by the test images
         order = torch.randperm(len(images), generator=seeded(0)).to(device)
-        held_out, order = order[: len(order) // 12], order[len(order) // 12 :]
+        held_out, order = order.split([n := -(-len(order) // 12), len(order) - n])
         judges, name, augment = (images[held_out], labels[held_out]), "validation", distort
         images, labels = images[order], labels[order]
     loss = LOSSES[args.loss]
@@ -798,16 +837,22 @@ def compare(args, device):
         setattr(a, switch, value)
         torch.manual_seed(a.seed)
         loss = LOSSES[a.loss]
-        run = Run(MLP().to(device), a, a.epochs * math.ceil(len(images) / a.batch_size))
+        run = Run(MLP().to(device), a, len(images))
         evaluate = partial(score, run.model, loss, *test, "test")
-        stopped = fit(run, images, labels, lambda m, x, y, loss=loss: loss(m(x), y), evaluate)
+        try:
+            stopped = fit(run, images, labels, lambda m, x, y, loss=loss: loss(m(x), y), evaluate)
+        except DataError as e:  # this one diverged; the others may not
+            print(f"{value:10} {a.lr:6g} {e}")
+            continue
         rights = [row["right"] for row in run.history if "right" in row]
         print(f"{value:10} {a.lr:6g} {run.seconds:8.1f} ", *(f"{n:6}" for n in rights), flush=True)
         curves[value] = [(i + 1, 100 - 100 * n / len(test[1])) for i, n in enumerate(rights)]
         if stopped:
             break
-    path = OUT / "mnist-compare" / f"{switch}.svg"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = OUT / "mnist-compare"
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    path = next(p for n in numbers if not (p := folder / f"{switch}{n}.svg").exists())
     write_svg(path, f"{switch}: % of test images read wrong, by epochs", curves)
     print(f"curves: {path}")
     return 128 + stopped if stopped else 0
@@ -833,7 +878,7 @@ def train_denoiser(args, saved, device):
         return run.stopped(stopped)
     print(f"{run.seconds / 60:.1f} minutes of training")
     labels = torch.arange(100, device=device) // 10
-    drawn = draw(run.model, labels, args.steps, args.guidance, args.seed)
+    drawn = draw(run.model, labels, args.steps or 30, args.guidance or 2.0, args.seed)
     write_png(run.out / "sheet.png", sheet(grey(drawn), 10, 2))
     print(f"{run.out / 'sheet.png'} has ten of each digit; python mnist.py --draw \"3 1 4\"")
     return 0
@@ -844,7 +889,7 @@ def draw_words(args, device):
     digits = digits_of(args.draw)
     labels = torch.tensor([d for d in digits if d is not None], device=device)
     denoiser, folder = load_run("diffusion", device)
-    drawn = draw(denoiser, labels, args.steps, args.guidance, args.seed or 0)
+    drawn = draw(denoiser, labels, args.steps or 30, args.guidance or 2.0, args.seed or 0)
     pixels = np.zeros((len(digits), 28, 28), np.uint8)
     pixels[[d is not None for d in digits]] = grey(drawn)
     name = "".join("-" if d is None else str(d) for d in digits)[:50]
@@ -860,7 +905,7 @@ def judge(args, device):
     (reader, _), (denoiser, _) = load_run("fast", device), load_run("diffusion", device)
     labels = torch.arange(args.judge, device=device) % 10
     start = time.perf_counter()
-    drawn = draw(denoiser, labels, args.steps, args.guidance, args.seed or 0)
+    drawn = draw(denoiser, labels, args.steps or 30, args.guidance or 2.0, args.seed or 0)
     seconds = time.perf_counter() - start
     right = log_probabilities(reader, drawn).argmax(-1) == labels
     for digit in labels.unique().tolist():
@@ -874,6 +919,7 @@ def judge(args, device):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_numbers(args)
+    check_flags(args)
     device = lm.choose_device(args.device)
     if args.draw is not None:
         return draw_words(args, device)

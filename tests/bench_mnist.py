@@ -80,7 +80,7 @@ def with_tensor(images, labels):
     args = mnist.build_parser().parse_args(["--epochs", "1", "--out", "unused"])
     mnist.settle(args)
     torch.manual_seed(42)
-    run = mnist.Run(mnist.MLP(), args, 10**6)
+    run = mnist.Run(mnist.MLP(), args, len(images))
     losses = []
 
     def batch_loss(model, x, y):

@@ -318,6 +318,14 @@ def test_every_optimizer_learns_the_toy(toy, name):
     assert len(losses) == 3 and losses[2] < losses[0]
 
 
+def test_only_lbfgs_has_large_batches_of_its_own():
+    for flags, size in (([], 64), (["--optimizer", "lbfgs"], 2000), (["--recipe", "fast"], 128)):
+        for given in ([], ["--batch_size", "7"]):
+            args, _ = settled(*flags, *given)
+            mnist.Run(nn.Linear(1, 1), args, 300)
+            assert args.batch_size == (7 if given else size)
+
+
 def test_sgd_by_hand(toy):
     """Two batches in file order, the gradient's step written out."""
     args, _ = settled("--data", toy, "--batch_size", "200", "--epochs", "1")
@@ -433,10 +441,53 @@ def test_epochs_can_be_added_unless_the_schedule_has_ended(toy):
         mnist.main(["--resume", "ended", "--epochs", "2"])
 
 
+def test_a_run_that_was_moved_goes_on_where_it_is(toy):
+    mnist.main(["--data", toy, "--epochs", "1", "--out", "before"])
+    Path("before").rename("after")
+    mnist.main(["--resume", "after", "--epochs", "2"])
+    assert not Path("before").exists() and (Path("after") / "wrong.png").exists()
+    assert lm.load_checkpoint("after/mnist.pt")["progress"][0] == 10
+
+
+def test_a_run_goes_on_over_as_many_images_only(toy, tmp_path):
+    mnist.main(["--data", toy, "--epochs", "1", "--out", "run"])
+    for name, content in toy_files(train=400).items():
+        (tmp_path / "toy" / name).write_bytes(content)
+    with pytest.raises(DataError, match="run is a run over 300 images, here are 400"):
+        mnist.main(["--resume", "run", "--epochs", "2", "--data", toy])
+
+
+@pytest.mark.parametrize("images", [1, 10, 100, 500, 640])
+def test_a_one_cycle_of_few_steps_is_no_error(tmp_path, images):
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for name, content in toy_files(train=images + 1).items():
+        (folder / name).write_bytes(content)
+    flags = ["--recipe", "fast", "--data", str(folder), "--epochs", "1", "--batch_size", "90"]
+    assert mnist.main([*flags, "--out", "run"]) == 0
+    assert min(rates("onecycle", max(1, images // 90))) >= 0
+
+
+def test_a_damaged_neighbour_is_passed_over(toy, capsys):
+    mnist.main(["--data", toy, "--epochs", "1"])
+    Path("out/broken").mkdir()
+    Path("out/broken/mnist.pt").write_bytes(b"no")
+    assert mnist.newest_run("course") == Path("out/mnist")
+    assert "passed over: out/broken/mnist.pt" in capsys.readouterr().err
+
+
+def test_one_that_diverges_does_not_end_the_comparison(toy):
+    output = run("--compare", "optimizer", "--lr", "1e9", "--data", toy, "--epochs", "2")
+    assert "the loss is nan" in output and Path("out/mnist-compare/optimizer.svg").exists()
+    run("--compare", "loss", "--data", toy, "--epochs", "1")
+    run("--compare", "loss", "--data", toy, "--epochs", "1")
+    assert Path("out/mnist-compare/loss-2.svg").exists()
+
+
 MISTAKES = [
-    (["--epochs", "0"], "--epochs 0 must be at least 1"),
-    (["--lr", "-1"], "--lr -1.0 must be above 0"),
-    (["--lr", "nan"], "--lr nan must be above 0"),
+    (["--epochs", "0"], "--epochs 0 must be from 1 to 2**40"),
+    (["--lr", "-1"], "--lr -1.0 must be a number above 0"),
+    (["--lr", "nan"], "--lr nan must be a number above 0"),
     (["--optimizer", "sdg"], "invalid choice: 'sdg'"),
     (["--draw", "3 x"], "'x' is no digit"),
     (["--draw", " "], "no digit to draw"),
@@ -444,7 +495,11 @@ MISTAKES = [
     (["--judge", "5"], "no such run in out/: train it first, python mnist.py --recipe fast"),
     (["--resume"], "no such run in out/: train it first, python mnist.py\n"),
     (["--resume", "nowhere"], "checkpoint nowhere does not exist"),
-    (["--data", "nowhere"], "nowhere has no train-images-idx3-ubyte"),
+    (["--data", "nowhere"], "--data nowhere is no folder"),
+    (["--draw", "3", "--epochs", "2"], "--epochs means nothing with --draw"),
+    (["--judge", "3", "--out", "x"], "--out means nothing with --judge"),
+    (["--compare", "loss", "--out", "x"], "--out means nothing with --compare"),
+    (["--guidance", "3"], "--guidance means nothing here"),
     (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
     (["--compare", "loss", "--recipe", "fast"], "--compare is for the course's network"),
     (["--diffusion", "--loss", "mse"], "--loss is for reading"),

@@ -23,7 +23,10 @@ TOY = {
     "--max_steps 3 --eval_every 2 --eval_tokens 64 --log_every 1",
     "--resume": "--max_steps 4",
     "sample.py": "--max_tokens 5",
-    "mnist.py": "--data toy --epochs 1 --steps 2",
+    "mnist.py": "--data toy --epochs 1",
+    "--diffusion": "--data toy --epochs 1 --steps 2",
+    "--draw": "--steps 2",
+    "--judge": "--steps 2",
     "finetune.py": "--max_steps 2 --eval_every 2 --eval_rows 2 --batch_tokens 256 --log_every 1",
 }
 
@@ -92,7 +95,8 @@ def toy(line):
     if line.startswith(("pip ", "pytest")):
         return None
     script = re.search(r"\w+\.py", line)[0]
-    extra = TOY["--resume" if "--resume" in line else script] if script in TOY else ""
+    flag = next((f for f in ("--resume", "--diffusion", "--draw", "--judge") if f in line), script)
+    extra = TOY[flag] if script in TOY else ""
     if "--max_minutes" in line:  # the toy is limited by its steps
         line = re.sub(r"--max_minutes \S+", "", line)
     line = line.replace(script, shlex.quote(str(ROOT / script)))
