@@ -859,9 +859,9 @@ class Measure:
 
 
 def report(model, measure, out):
-    """Everything about one split: figures over all of it, a few answers beside the references or
-    the confusion matrix, and predictions.jsonl in folder `out`. Returns the figures."""
-    model.eval()
+    """Everything about one split, of a model in evaluation mode: figures over all of it, a few
+    answers beside the references or the confusion matrix, predictions.jsonl in folder `out`.
+    Returns the figures."""
     rows, tokenizer = [], measure.tokenizer
     if measure.kind == "chat":
         jobs = answer_jobs(measure.examples)
@@ -1193,7 +1193,8 @@ def finish(model, args, measure, parts, kind, labels, out, reference):
         examples = parts[args.split]
         measure = Measure(kind, examples, rows, tokenizer, runtime, args, labels, reference)
     print(f"{out}/best.pt, step {best['step']}, on {args.split}:")
-    scores = report(model, measure, out)
+    with lm.evaluating(model):
+        scores = report(model, measure, out)
     (out / "scores.json").write_text(json.dumps({args.split: scores}), encoding="utf-8")
 
 

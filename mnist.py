@@ -208,7 +208,6 @@ def fit(run, images, labels, batch_loss, evaluate):
     Returns 0, or after Ctrl-C or SIGTERM the signal's number, the run saved.
     """
     a, model, optimizer = run.args, run.model, run.optimizer
-    per_epoch = math.ceil(len(images) / a.batch_size)
 
     def backward(rows):
         optimizer.zero_grad()
@@ -218,12 +217,12 @@ def fit(run, images, labels, batch_loss, evaluate):
 
     model.train()
     with StopSignal() as stop:
-        for epoch in range(run.step // per_epoch, a.epochs):
+        for epoch in range(run.step // run.per_epoch, a.epochs):
             order = torch.arange(len(images))  # the course reads them as they lie in the file;
             if a.shuffle:  # a new order each time is the better habit
                 order = torch.randperm(len(images), generator=seeded(1000 * a.seed + epoch))
             # a resumed run skips what it has seen of this epoch
-            for rows in order.split(a.batch_size)[run.step % per_epoch :]:
+            for rows in order.split(a.batch_size)[run.step % run.per_epoch :]:
                 if stop.number:
                     run.save()
                     return stop.number
@@ -231,7 +230,7 @@ def fit(run, images, labels, batch_loss, evaluate):
                 # most optimizers call backward once and then step; lbfgs calls it several times
                 loss = optimizer.step(partial(backward, rows.to(images.device))).item()
                 run.schedule.step()
-                run.count(loss, len(images), time.perf_counter() - start)
+                run.count(loss, time.perf_counter() - start)
             run.history.append({"step": run.step, **evaluate()})
             run.save()
     return 0
@@ -253,11 +252,11 @@ class Run:
         make, lr, settings = OPTIMIZERS[args.optimizer]
         args.lr = args.lr or lr
         args.batch_size = args.batch_size or (2000 if args.optimizer == "lbfgs" else 64)
-        steps = args.epochs * math.ceil(images / args.batch_size)
+        self.images, self.per_epoch = images, math.ceil(images / args.batch_size)
+        steps = args.epochs * self.per_epoch
         self.optimizer = make(model.parameters(), lr=args.lr, **settings)
         self.schedule = SCHEDULES[args.schedule](self.optimizer, args.lr, steps)
         self.step, self.seconds, self.recent, self.history = 0, 0.0, [], []
-        self.images = images
         if saved and saved["images"] != images:
             raise DataError(f"{out} is a run over {saved['images']:,} images, here are {images:,}")
         if saved:
@@ -267,15 +266,15 @@ class Run:
             self.step, self.seconds, self.recent, self.history = saved["progress"]
             set_random_state(saved["random"])
 
-    def count(self, loss, images, seconds):
+    def count(self, loss, seconds):
         """Book a step; print the course's line for every hundredth, with the loss of its batch."""
         if not math.isfinite(loss):
             kept = "what was saved after the last whole epoch is kept"
             raise DataError(f"step {self.step}: the loss is {loss}; {kept}. Try a lower --lr")
-        epoch, batch = divmod(self.step, math.ceil(images / self.args.batch_size))
+        epoch, batch = divmod(self.step, self.per_epoch)
         if batch % 100 == 0 and self.out:
             seen = batch * self.args.batch_size
-            done = f"{seen}/{images} ({seen / images:.0%})"
+            done = f"{seen}/{self.images} ({seen / self.images:.0%})"
             print(f"Train Epoch: {epoch + 1} [{done}]\tLoss: {loss:.4f}", flush=True)
         self.step, self.seconds = self.step + 1, self.seconds + seconds
         self.recent.append(loss)
@@ -682,7 +681,7 @@ def build_parser():
     add("--schedule", choices=tuple(SCHEDULES), help="default constant; fast, diffusion onecycle")
     add("--loss", choices=tuple(LOSSES), help="of the readers (default nll)")
     add("--shuffle", action=argparse.BooleanOptionalAction, help="a new order every epoch")
-    add("--seed", type=int, help="of weights, order, dropout and drawn noise (default 42)")
+    add("--seed", type=int, help="of weights, order and dropout (default 42), or of a drawing (0)")
     add("--data", metavar="DIR", help="a folder with four IDX files (default: download MNIST)")
     add("--out", metavar="DIR", help="folder of the run (default: out/mnist..., numbered if taken)")
     add("--device", help="auto (default), cpu, cuda, mps")
@@ -712,12 +711,10 @@ def load_run(recipe, device):
     return model.to(device), folder
 
 
-def new_folder(name):
-    """out/NAME, or out/NAME-2, -3 ...: no run ever writes into another's."""
-    for n in itertools.count(1):
-        folder = OUT / (name if n == 1 else f"{name}-{n}")
-        if not (folder / "mnist.pt").exists():
-            return folder
+def unused(template):
+    """The first of template % "", "-2", "-3" ... that is no file yet: nothing is written over."""
+    numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    return next(path for n in numbers if not (path := OUT / (template % n)).exists())
 
 
 def check_numbers(args):
@@ -733,16 +730,14 @@ def check_numbers(args):
 def check_flags(args):
     """DataError for a flag that would mean nothing beside the others."""
     given = {k for k, v in vars(args).items() if v is not None}
-    drawing = {"steps", "guidance", "seed", "device"}
-    if args.draw is not None or args.judge:
-        spare = given - {"draw", "judge"} - drawing
+    task = next((name for name in ("draw", "judge", "compare") if name in given), None)
+    if task in ("draw", "judge"):
+        spare = given - {task, "steps", "guidance", "seed", "device"}
     else:
-        spare = given & {"out"} if args.compare else set()
+        spare = given & ({"out"} if task else set())
         spare |= given & {"steps", "guidance"} if args.recipe != "diffusion" else set()
     if spare:
-        what = "draw" if args.draw is not None else "judge" if args.judge else "compare"
-        what = f"with --{what}" if args.draw is not None or args.judge or args.compare else "here"
-        raise DataError(f"--{sorted(spare)[0]} means nothing {what}")
+        raise DataError(f"--{min(spare)} means nothing {f'with --{task}' if task else 'here'}")
 
 
 def resume(args, given):
@@ -772,7 +767,7 @@ def settle(args):
     else:
         recipe = args.recipe or "course"
         settings = dict(recipe=recipe, seed=42, shuffle=False) | RECIPES[recipe] | given
-        settings["out"] = args.out or str(new_folder(FOLDERS[recipe]))
+        settings["out"] = args.out or str(unused(FOLDERS[recipe] + "%s/mnist.pt").parent)
         if Path(settings["out"], "mnist.pt").exists():
             raise DataError(f"{args.out} holds a run already: --resume it, or another --out")
         if recipe == "diffusion" and args.loss:
@@ -849,10 +844,8 @@ def compare(args, device):
         curves[value] = [(i + 1, 100 - 100 * n / len(test[1])) for i, n in enumerate(rights)]
         if stopped:
             break
-    folder = OUT / "mnist-compare"
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
-    path = next(p for n in numbers if not (p := folder / f"{switch}{n}.svg").exists())
+    path = unused(f"mnist-compare/{switch}%s.svg")
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_svg(path, f"{switch}: % of test images read wrong, by epochs", curves)
     print(f"curves: {path}")
     return 128 + stopped if stopped else 0
@@ -878,7 +871,7 @@ def train_denoiser(args, saved, device):
         return run.stopped(stopped)
     print(f"{run.seconds / 60:.1f} minutes of training")
     labels = torch.arange(100, device=device) // 10
-    drawn = draw(run.model, labels, args.steps or 30, args.guidance or 2.0, args.seed)
+    drawn = draw(run.model, labels, args.steps, args.guidance, args.seed)
     write_png(run.out / "sheet.png", sheet(grey(drawn), 10, 2))
     print(f"{run.out / 'sheet.png'} has ten of each digit; python mnist.py --draw \"3 1 4\"")
     return 0
@@ -889,7 +882,7 @@ def draw_words(args, device):
     digits = digits_of(args.draw)
     labels = torch.tensor([d for d in digits if d is not None], device=device)
     denoiser, folder = load_run("diffusion", device)
-    drawn = draw(denoiser, labels, args.steps or 30, args.guidance or 2.0, args.seed or 0)
+    drawn = draw(denoiser, labels, args.steps, args.guidance, args.seed or 0)
     pixels = np.zeros((len(digits), 28, 28), np.uint8)
     pixels[[d is not None for d in digits]] = grey(drawn)
     name = "".join("-" if d is None else str(d) for d in digits)[:50]
@@ -905,7 +898,7 @@ def judge(args, device):
     (reader, _), (denoiser, _) = load_run("fast", device), load_run("diffusion", device)
     labels = torch.arange(args.judge, device=device) % 10
     start = time.perf_counter()
-    drawn = draw(denoiser, labels, args.steps or 30, args.guidance or 2.0, args.seed or 0)
+    drawn = draw(denoiser, labels, args.steps, args.guidance, args.seed or 0)
     seconds = time.perf_counter() - start
     right = log_probabilities(reader, drawn).argmax(-1) == labels
     for digit in labels.unique().tolist():
@@ -920,6 +913,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     check_numbers(args)
     check_flags(args)
+    args.steps, args.guidance = args.steps or 30, args.guidance or 2.0
     device = lm.choose_device(args.device)
     if args.draw is not None:
         return draw_words(args, device)

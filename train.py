@@ -1031,13 +1031,12 @@ def closing_lines(model, tokenizer, runtime, meta, result, out, prompt_ids):
             f"held-out text: {result['val_bpb']:.3f} bits per byte; xz -9e takes "
             f"{meta['xz_bits_per_byte']:.3f}"
         )
-    model.eval()
     prompt_ids = prompt_ids[: model.config.context]
     allowed = allowed_ids(model, tokenizer)
-    rows = generate(model, [prompt_ids], 160, temperature=0.8, top_p=0.95, allowed=allowed)
-    ids = [row[0] for row in rows]
+    with lm.evaluating(model):
+        rows = generate(model, [prompt_ids], 160, temperature=0.8, top_p=0.95, allowed=allowed)
+        ids = [row[0] for row in rows]
     text = tokenizer.decode(prompt_ids + ids)
-    model.train()
     lines += ["", f"--- a sample ({len(prompt_ids)} tokens of prompt) ---", text, "---"]
     lines.append(f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg; talk to it: python sample.py")
     return lines

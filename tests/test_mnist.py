@@ -352,7 +352,7 @@ def test_shuffling_takes_every_image_once_and_anew_each_epoch(toy):
         seen.extend(labels.tolist())
         return model(torch.ones(1)).sum()
 
-    assert mnist.fit(mnist.Run(net, args, 100), x, y, batch_loss, dict) == 0
+    assert mnist.fit(mnist.Run(net, args, 300), x, y, batch_loss, dict) == 0
     assert sorted(seen[:300]) == sorted(seen[300:]) == list(range(300))
     assert seen[:300] != seen[300:] and seen[:300] != list(range(300))
 
