@@ -980,14 +980,6 @@ def check_parts(args, kind, parts):
     return labels
 
 
-def settle_context(args, model):
-    """Fill in --context; DataError if the model cannot look at so much."""
-    most = model.config.context
-    args.context = most if args.context is None else args.context
-    if not 2 <= args.context <= most:
-        raise DataError(f"--context {args.context} must be from 2 to the checkpoint's {most}")
-
-
 def missing_chat(tokenizer):
     """The special tokens that a tokenizer needs for a chat: none if it has those of some family."""
     try:
@@ -1093,7 +1085,7 @@ def evaluate_only(args):
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
     train.check_settings(args, LIMITS)
     model, tokenizer, where = load(args.ckpt, args.device)
-    settle_context(args, model)
+    train.settle_context(args, model)
     kind, parts, _ = load_data(args.data, args.val_data, args.val)
     labels = check_parts(args, kind, parts)
     wanted = [label_token(n) for n in labels] if kind == "label" else missing_chat(tokenizer)
@@ -1114,7 +1106,7 @@ def main(argv=None):
     labels = check_parts(args, kind, parts)
     torch.manual_seed(args.seed)
     model, tokenizer, about = build_model(args, content, kind, labels)
-    settle_context(args, model)
+    train.settle_context(args, model)
     rows, cut = make_rows(kind, parts["train"], tokenizer, args.context, args.loss_on)
     if shown:
         flat = [r for row in rows for r in (row if kind == "prefer" else (row,))]

@@ -42,6 +42,7 @@ from prepare_data import (
     console,
     fetch_hub,
     hub_tokenizer,
+    is_hub_name,
     tokenizer_config,
     tokenizer_json,
 )
@@ -691,12 +692,11 @@ def write_whole(path, write):
 
 def find_checkpoint(name):
     """The path that `name` means: a file, a run's folder, a folder of Hugging Face's layout, or
-    else a model of the Hub (`gpt2`, `owner/name`), downloaded."""
+    else a model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), downloaded."""
     path = Path(name)
-    local = path.exists() or path.parent.is_dir() or path.parts[0] in ("out", "data")
-    if str(path) in GPT2_SIZES or (not local and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))):
-        return path if path.exists() else fetch_hub(str(name))
-    return path
+    local = path.exists() or path.parts[0] in ("out", "data")
+    local = local or (path.parent != Path() and path.parent.is_dir())
+    return fetch_hub(str(name)) if not local and is_hub_name(str(name)) else path
 
 
 def load_checkpoint(path, dtype=None):
@@ -922,7 +922,6 @@ ONLY = {
 }
 GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 GPT2_ACTIVATIONS["relu"] = "relu"
-GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 

@@ -290,16 +290,23 @@ INDEX = "model.safetensors.index.json"  # says which file of many holds which te
 WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
 
 
-def fetch_hub(name, revision="main", files=None):
+def is_hub_name(name):
+    """Does `name` look like a model of the Hub: gpt2, OWNER/NAME, OWNER/NAME@REVISION?"""
+    return re.fullmatch(rf"({'|'.join(GPT2_NAMES)}|[\w.-]+/[\w.-]+)(@.*)?", name) is not None
+
+
+def fetch_hub(name, files=None):
     """Download a model of the Hugging Face Hub and return its folder, data/hub/OWNER/NAME/REVISION.
 
-    `name` is OWNER/NAME or one of GPT2_NAMES; `revision` a branch, tag or commit. What comes is
-    config.json, those of EXTRAS that there are, and the first of WEIGHTS that there is (an index
+    `name` is OWNER/NAME or one of GPT2_NAMES; @ and a branch, tag or commit may follow. What comes
+    is config.json, those of EXTRAS that there are, and the first of WEIGHTS that there is (an index
     with all its shards); or else only `files`. What is there is not asked for again, and of a
     whole model nothing is: it works offline, and a branch that has moved on goes unnoticed.
     Private and gated models need HF_TOKEN. DataError if one of that fails.
     """
-    repo = f"openai-community/{name}" if name in GPT2_NAMES else name
+    repo, at, revision = name.partition("@")
+    revision = revision if at else "main"
+    repo = f"openai-community/{repo}" if repo in GPT2_NAMES else repo
     if not re.fullmatch(r"(\w|\w[\w.-]{0,94}\w)/(\w|\w[\w.-]{0,94}\w)", repo, re.ASCII):
         raise DataError(f"model {name!r} is neither OWNER/NAME nor one of {', '.join(GPT2_NAMES)}")
     if not revision.strip(". "):
@@ -888,7 +895,7 @@ def make_tokenizer(name, documents, total_bytes):
         return Tokenizer(read_meta(name)["tokenizer"])
     if (Path(name) / "tokenizer.json").exists():
         return Tokenizer(hub_tokenizer(name))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if is_hub_name(name):
         return Tokenizer(hub_tokenizer(fetch_hub(name, files=("config.json", "tokenizer.json"))))
     raise DataError(
         f"tokenizer {name!r} is unknown; choose byte, char, bpe:N (e.g. bpe:4096), gpt2, "

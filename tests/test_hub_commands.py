@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -129,6 +130,17 @@ def test_check_against_recorded_logits(run, hub):
         assert words in run("model.py", "--check", "ann/qwen", *flags, code=2)
 
 
+def test_a_revision_is_asked_for_with_an_at(run, hub):
+    owner = hub[1] / "ann/qwen/resolve"
+    (owner / "v1").exists() or shutil.copytree(owner / "main", owner / "v1")
+    flags = ("--prompt", "x", "--temperature", "0", "--max_tokens", "3")
+    assert run("sample.py", "--ckpt", "ann/qwen@v1", *flags) == run(
+        "sample.py", "--ckpt", "ann/qwen", *flags
+    )
+    assert Path("data/hub/ann/qwen/v1/config.json").exists()
+    assert "ann/qwen, v2" in run("sample.py", "--ckpt", "ann/qwen@v2", *flags, code=2)
+
+
 def test_names_that_are_no_models_end_in_one_line(run):
     for name, words in (
         ("out/nothing", "checkpoint out/nothing does not exist"),
@@ -239,3 +251,13 @@ def test_an_exported_chat_is_rendered_alike(tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     got = theirs.apply_chat_template(talk, tokenize=True, return_dict=False)
     assert got == prepare_data.render_chat(talk, tokenizer)[0]
+
+
+def test_windows_may_be_shorter_than_what_a_checkpoint_can_look_at(run):
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    run("prepare_data.py", "text.txt", "--tokenizer", "ann/qwen", "--name", "text")
+    flags = ("train.py", "--ckpt", "ann/qwen", "--data", "text", "--max_steps", "1")
+    output = run(*flags, "--batch_size", "2", "--grad_accum", "1", "--context", "24")
+    assert "48 tokens a step" in output and "context 128" in output
+    assert lm.load_checkpoint("out/text")["config"]["context"] == 128
+    assert "from 2 to the model's 128" in run(*flags, "--context", "129", code=2)

@@ -237,7 +237,7 @@ def test_only_the_files_that_are_named(hub, cdn):
 def test_a_revision_has_a_folder_of_its_own(hub, cdn):
     put_model(hub, cdn)
     put_model(hub, cdn, revision="refs%2Fpr%2F1")
-    folder = fetch_hub("ann/tiny", "refs/pr/1")
+    folder = fetch_hub("ann/tiny@refs/pr/1")
     assert folder == Path("data/hub/ann/tiny/refs%2Fpr%2F1")
     assert {path.split("/")[4] for path, _, _ in hub.log} == {"refs%2Fpr%2F1"}
     assert fetch_hub("ann/tiny") == FOLDER and len(kept()) == 10
@@ -255,7 +255,7 @@ def test_a_name_that_is_none_is_refused_before_anything_is_asked(hub, name):
 
 @pytest.mark.parametrize("revision", ["", " ", ".", ".."])
 def test_a_revision_that_is_none_is_refused(hub, revision):
-    assert "revision" in refusal("ann/tiny", revision)
+    assert "revision" in refusal(f"ann/tiny@{revision}")
     assert hub.log == [] and not Path("data").exists()
 
 
@@ -504,7 +504,7 @@ def test_a_file_that_is_refused_is_not_taken_for_one_that_is_not_there(hub, cdn)
 
 
 def test_a_model_that_is_not_there_is_named(hub):
-    line = refusal("ann/tiny", "v2")
+    line = refusal("ann/tiny@v2")
     for part in ("404", "no such model, revision or file", "ann/tiny", "v2", "config.json"):
         assert part in line
     assert len(hub.log) == 1
