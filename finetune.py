@@ -39,8 +39,8 @@ import train
 from prepare_data import (
     CHAT_TOKENS,
     SETS,
-    TURN_END,
     DataError,
+    Template,
     Tokenizer,
     call_text,
     console,
@@ -49,9 +49,8 @@ from prepare_data import (
     fetch_set,
     label_token,
     parse_call,
-    render_chat,
 )
-from sample import allowed_ids, chat_prompt, classify, generate, load, newest_run, parse_answer
+from sample import allowed_ids, chat_prompt, classify, generate, load, newest_run
 
 # --------------------------------------------------------------------------------------------
 # The recipe
@@ -355,9 +354,10 @@ def chat_row(messages, tokenizer, context, loss_on="assistant"):
     than context + 1 ids loses its oldest turns, never the system's; a question and answer that are
     too long by themselves lose the end.
     """
+    template = Template(tokenizer)
     turns, last = [], messages[-1]
     for m in messages:
-        ids, mask = render_chat([m], tokenizer)
+        ids, mask = template.turn(m)
         if loss_on == "all":
             mask = [1] * len(ids)
         elif (loss_on == "call" and m["role"] != "call") or (loss_on == "last" and m is not last):
@@ -365,7 +365,7 @@ def chat_row(messages, tokenizer, context, loss_on="assistant"):
         turns.append((m["role"], ids, mask))
     while turns and not any(turns[-1][2]):
         turns.pop()
-    room, cut = context + 1, False
+    room, cut = context + 1 - len(template.start), False
     while sum(len(ids) for _, ids, _ in turns) > room:
         cut = True
         oldest = 1 if turns[0][0] == "system" else 0
@@ -378,7 +378,8 @@ def chat_row(messages, tokenizer, context, loss_on="assistant"):
     # or more where the answer is short
     first = mask.index(1) if 1 in mask else 0
     start = max(0, min(first - room // 2, len(ids) - room)) if first >= room else 0
-    return Row(ids[start : start + room], mask[start : start + room]), cut
+    ids, mask = ids[start : start + room], mask[start : start + room]
+    return Row(template.start + ids, [0] * len(template.start) + mask), cut
 
 
 def label_row(text, label, tokenizer, context, loss_on="assistant"):
@@ -745,7 +746,7 @@ def answer(model, tokenizer, jobs, max_tokens=160, batch=48):
     room = model.config.context - max_tokens
     prompts = [chat_prompt(before, tokenizer, room) for before, _ in jobs]
     order = sorted(range(len(jobs)), key=lambda j: len(prompts[j]))
-    end, allowed = tokenizer.special[TURN_END], allowed_ids(model, tokenizer, chat=True)
+    template, allowed = Template(tokenizer), allowed_ids(model, tokenizer, chat=True)
     said = {j: [] for j in order}
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
@@ -755,13 +756,13 @@ def answer(model, tokenizer, jobs, max_tokens=160, batch=48):
             max_tokens,
             temperature=0.0,
             allowed=allowed,
-            stop=lambda r, i: i == end,
+            stop=lambda r, i: i == template.end,
         )
         for new in rows:
             for j, i in zip(chosen, new):
                 if i is not None:
                     said[j].append(i)
-    return [parse_answer(said[j], tokenizer) for j in range(len(jobs))]
+    return [template.parse(said[j]) for j in range(len(jobs))]
 
 
 def chat_scores(jobs, turns):
@@ -979,12 +980,13 @@ def check_parts(args, kind, parts):
     return labels
 
 
-def settle_context(args, model):
-    """Fill in --context; DataError if the model cannot look at so much."""
-    most = model.config.context
-    args.context = most if args.context is None else args.context
-    if not 2 <= args.context <= most:
-        raise DataError(f"--context {args.context} must be from 2 to the checkpoint's {most}")
+def missing_chat(tokenizer):
+    """The special tokens that a tokenizer needs for a chat: none if it has those of some family."""
+    try:
+        Template(tokenizer)
+        return ()
+    except DataError:
+        return CHAT_TOKENS
 
 
 def build_model(args, content, kind, labels):
@@ -999,7 +1001,7 @@ def build_model(args, content, kind, labels):
     if args.dropout is not None:
         base = base | {"config": {**base["config"], "dropout": args.dropout}}
     bare = Tokenizer(base["tokenizer"])
-    names = [label_token(name) for name in labels] if kind == "label" else CHAT_TOKENS
+    names = [label_token(name) for name in labels] if kind == "label" else missing_chat(bare)
     tokenizer = bare.with_special(names)
     about = None
     if content and lora_on:
@@ -1083,10 +1085,10 @@ def evaluate_only(args):
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
     train.check_settings(args, LIMITS)
     model, tokenizer, where = load(args.ckpt, args.device)
-    settle_context(args, model)
+    train.settle_context(args, model)
     kind, parts, _ = load_data(args.data, args.val_data, args.val)
     labels = check_parts(args, kind, parts)
-    wanted = [label_token(n) for n in labels] if kind == "label" else CHAT_TOKENS
+    wanted = [label_token(n) for n in labels] if kind == "label" else missing_chat(tokenizer)
     if missing := [n for n in wanted if n not in tokenizer.special]:
         raise DataError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
     runtime = train.make_runtime(args.device, args.dtype)
@@ -1104,7 +1106,7 @@ def main(argv=None):
     labels = check_parts(args, kind, parts)
     torch.manual_seed(args.seed)
     model, tokenizer, about = build_model(args, content, kind, labels)
-    settle_context(args, model)
+    train.settle_context(args, model)
     rows, cut = make_rows(kind, parts["train"], tokenizer, args.context, args.loss_on)
     if shown:
         flat = [r for row in rows for r in (row if kind == "prefer" else (row,))]

@@ -1,6 +1,8 @@
 """Fine-tune a few parameters of a large model, in little memory.
 
     python lora.py merge --ckpt out/stdlib --adapter out/chat --out out/merged
+    python lora.py export --ckpt out/gpt2 --adapter out/chat --out out/chat-peft     for peft
+    python lora.py import --ckpt out/gpt2 --adapter their-folder --out out/theirs    from peft
 
 Two ideas, both applied to a model from outside, by replacing its Linear layers one by one:
 
@@ -8,13 +10,15 @@ Two ideas, both applied to a model from outside, by replacing its Linear layers 
     quantised  y = dequantise(codes, scales) x       W takes 4 or 8 bits a weight in place of 32
 
 and together QLoRA. Neither knows what a Transformer is: any module with nn.Linear inside will do.
-The chapters: quantised layers, adapters, saving and loading them, merging, the command line.
+The chapters: quantised layers, adapters, saving and loading them, merging, the files of Hugging
+Face's peft (only these know model.py's names), the command line.
 """
 
 import argparse
 import contextlib
 import hashlib
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,12 +27,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import (
+    Config,
     ModelError,
+    Safetensors,
     fit_error,
+    hf_config,
+    hf_name,
     load_checkpoint,
     model_from_checkpoint,
     plain_state,
+    read_json,
     save_checkpoint,
+    skeleton,
+    write_json,
+    write_safetensors,
 )
 from prepare_data import console
 
@@ -401,6 +413,189 @@ def merge(model):
 
 
 # --------------------------------------------------------------------------------------------
+# peft: adapters in the files of Hugging Face's library, for models that transformers has too
+# --------------------------------------------------------------------------------------------
+
+# Fields of an adapter_config.json that change nothing in what a finished adapter computes. Tensors
+# lie the same way under either fan_in_fan_out: it only tells how the base keeps its weight.
+PEFT_IDLE = """auto_mapping base_model_name_or_path eva_config fan_in_fan_out inference_mode
+megatron_core peft_version qalora_group_size revision"""
+# Fields that `aimed` and `rank_and_scale` read
+PEFT_READ = """alpha_pattern exclude_modules layers_to_transform lora_alpha lora_dropout r
+rank_pattern target_modules use_rslora"""
+# Fields that would change it, and the values of which we compute what they ask for; every other
+# field must be off. Some ways to start an adapter change the base: those are not among these.
+PEFT_ONLY = {
+    "bias": ("none",),
+    "init_lora_weights": (True, "eva", "gaussian", "orthogonal"),
+    "layers_pattern": ("h", "layers", ["h"], ["layers"]),
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM",),
+}
+
+
+def peft_layers(config):
+    """{path of a module in transformers: {our name: our layer}} for every Linear of such a model:
+    three of ours for the c_attn of a GPT-2, one elsewhere. ModelError if transformers has no such
+    model."""
+    gpt2, layers = hf_config(config)[0]["model_type"] == "gpt2", {}
+    for name, layer in skeleton(config).named_modules():
+        if isinstance(layer, nn.Linear):
+            path = hf_name(f"{name}.weight", gpt2).removesuffix(".weight")
+            layers.setdefault(path, {})[name] = layer
+    return layers
+
+
+def peft_key(path, half):
+    """What peft calls the half "A" or "B" of the adapter on a module."""
+    return f"base_model.model.{path}.lora_{half}.weight"
+
+
+def shortest(names, everything):
+    """The last parts of dotted names, sorted, if nothing else in `everything` ends like them; or
+    the names."""
+    last = {name.rpartition(".")[2] for name in names}
+    meant = {name for name in everything if name.rpartition(".")[2] in last}
+    return sorted(last if meant == set(names) else names)
+
+
+def shapes_of(rank, layers, a, b):
+    """{a, b: tensors without storage} as the halves of one adapter over `layers` side by side."""
+    width, height = layers[0].in_features, sum(layer.out_features for layer in layers)
+    return {a: torch.empty(rank, width, device="meta"), b: torch.empty(height, rank, device="meta")}
+
+
+def export_peft(content, config, folder):
+    """Write adapter_config.json and adapter_model.safetensors of an adapter checkpoint, for
+    peft.PeftModel.from_pretrained over the base as `model.export_hf` writes it; `config` is the
+    base's Config. ModelError for what peft's files cannot say.
+
+    Where a GPT-2 has q, k and v in one matrix (in, 3 C), their adapters become one of n ranks,
+
+        A = [A_q; A_k; A_v]  (n r, in)      B = diag(B_q, B_k, B_v)  (3 C, n r)
+
+    zero rows in B for one that has none, and n alpha: alpha / rank stays what it was.
+    """
+    about, state, layers = content["adapter"], content["model"], peft_layers(config)
+    rank, alpha = about["rank"], about["alpha"]
+    for field, why in (
+        ("tables", "new special tokens, which the base of an adapter in peft's files has not"),
+        ("quantize", f"a base in {about['quantize']}, and peft's files speak of a plain one"),
+    ):
+        if about[field]:
+            raise ModelError(f"the adapter has learned {why}: merge it, and export the whole model")
+    expected, found = {}, {}  # found: {path: our names in it that have an adapter}
+    for path, parts in layers.items():
+        for name, layer in parts.items():
+            if f"{name}.a" in state:
+                expected |= shapes_of(rank, [layer], f"{name}.a", f"{name}.b")
+                found.setdefault(path, []).append(name)
+    if problem := fit_error(expected, state):
+        raise ModelError(f"the adapter does not fit this base: {problem}")
+    tensors, ranks, alphas = {}, {}, {}
+    for path, names in found.items():
+        blank = {name: torch.zeros(layer.out_features, 0) for name, layer in layers[path].items()}
+        blocks = [state.get(f"{name}.b", none) for name, none in blank.items()]
+        tensors[peft_key(path, "A")] = torch.cat([state[f"{name}.a"] for name in names])
+        tensors[peft_key(path, "B")] = torch.block_diag(*blocks)
+    for n in (2, 3):
+        keys = shortest([path for path in found if len(found[path]) == n], found)
+        ranks |= dict.fromkeys(keys, n * rank)
+        alphas |= dict.fromkeys(keys, n * alpha)
+    values = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha)
+    values |= dict(rank_pattern=ranks, alpha_pattern=alphas, lora_dropout=about["dropout"])
+    values |= dict(target_modules=shortest(found, layers), bias="none", inference_mode=True)
+    values |= dict(fan_in_fan_out=config.position == "learned")  # GPT-2's matrices are (in, out)
+    write_safetensors(Path(folder, "adapter_model.safetensors"), tensors)
+    write_json(Path(folder, "adapter_config.json"), values)
+
+
+def aimed(path, values):
+    """Whether the adapter_config.json `values` wants an adapter on the module at `path`."""
+
+    def among(names):
+        if isinstance(names, str):
+            return re.fullmatch(names, path) is not None
+        return any(path == name or path.endswith(f".{name}") for name in names or ())
+
+    blocks = values.get("layers_to_transform")
+    if blocks not in (None, []):
+        block = re.search(r"\.(\d+)\.", path)
+        if not block or int(block[1]) not in (blocks if isinstance(blocks, list) else [blocks]):
+            return False
+    return among(values.get("target_modules")) and not among(values.get("exclude_modules"))
+
+
+def rank_and_scale(path, values):
+    """(rank, what its B A counts for) of the adapter on the module at `path`."""
+
+    def own(field, default):  # the first pattern at the end of the path, as peft has it
+        patterns = values.get(field) or {}
+        keys = (key for key in patterns if re.match(rf"(.*\.)?({key})$", path))
+        return patterns.get(next(keys, None), default)
+
+    rank = own("rank_pattern", values.get("r", 8))
+    alpha = own("alpha_pattern", values.get("lora_alpha", 8))
+    if type(rank) is not int or rank < 1 or not 0 < alpha < math.inf:
+        raise ModelError(f"{path} has rank {rank!r} and alpha {alpha!r}: both must be above 0")
+    return rank, alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+
+
+def read_peft(folder, layers):
+    """(r and scale of each adapted module, its tensors, the dropout) in a folder of peft's;
+    `layers` as `peft_layers` gives them. ModelError as for `import_peft`."""
+    where = Path(folder, "adapter_config.json")
+    values, file = read_json(where), Safetensors(Path(folder, "adapter_model.safetensors"))
+    for name, value in (values | {"peft_type": str(values.get("peft_type"))}).items():
+        known = name in (PEFT_IDLE + " " + PEFT_READ).split()
+        if value and not known and value not in PEFT_ONLY.get(name, ()):
+            raise ModelError(f"{where}: {name} = {value!r} is not implemented here")
+    expected, dropout = {}, values.get("lora_dropout") or 0.0
+    try:
+        ranks = {path: rank_and_scale(path, values) for path in layers if aimed(path, values)}
+        for path, (rank, _) in ranks.items():
+            keys = peft_key(path, "A"), peft_key(path, "B")
+            expected |= shapes_of(rank, list(layers[path].values()), *keys)
+        if not 0 <= dropout < 1:
+            raise ModelError(f"{where}: lora_dropout {dropout} is not in [0, 1)")
+    except (TypeError, AttributeError, RuntimeError, OverflowError, re.error) as e:
+        reason = str(e).split("\n")[0]
+        raise ModelError(f"{where} has a field that makes no sense: {reason}") from e
+    if not ranks:
+        raise ModelError(f"{where}: target_modules {values.get('target_modules')} names no layer")
+    tensors = {name: file[name] for name in file.entries}
+    if problem := fit_error(expected, tensors):
+        raise ModelError(f"{file.path} does not fit: {problem}")
+    return ranks, tensors, dropout
+
+
+def import_peft(folder, config):
+    """The content of an adapter checkpoint, all but its base and tokenizer, from peft's
+    adapter_config.json and adapter_model.safetensors; `config` is the base's Config. ModelError
+    names the first field or tensor that we would not compute: none is ever passed over.
+
+    One of our adapters has one rank and one alpha: thinner ones get zeros, other scales go into B.
+    On the c_attn of a GPT-2, q, k and v share A, and each takes its third of B.
+    """
+    layers = peft_layers(config)
+    ranks, tensors, dropout = read_peft(folder, layers)
+    top, most = max(rank for rank, _ in ranks.values()), max(scale for _, scale in ranks.values())
+    names, state = [], {}
+    for path, (rank, scale) in ranks.items():
+        a, b = (tensors[peft_key(path, half)].float() for half in "AB")
+        a, b = F.pad(a, (0, 0, 0, top - rank)), F.pad(b * (scale / most), (0, top - rank))
+        pieces = b.split([layer.out_features for layer in layers[path].values()])
+        for name, piece in zip(layers[path], pieces):
+            names.append(name)
+            state |= {f"{name}.a": a.clone(), f"{name}.b": piece.clone()}
+    targets = shortest(names, [name for parts in layers.values() for name in parts])
+    settings = dict(targets=",".join(targets), rank=top, alpha=most * top, dropout=dropout)
+    add_lora(skeleton(config), **settings)  # only to hear what it refuses
+    about = settings | dict(quantize=None, tables=[], first_row=config.vocab_size)
+    return {"config": asdict(config), "model": state, "adapter": about}
+
+
+# --------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------
 
@@ -423,13 +618,18 @@ def load_adapted(base, adapters, where="the base"):
     return model.eval()
 
 
-@torch.no_grad()
-def merge_files(ckpt, adapter, out):
-    """The merge command: write a checkpoint like any other, verified by its logits."""
-    base, content = load_checkpoint(ckpt), load_checkpoint(adapter)
+def new_file(out):
+    """The checkpoint file that --out names; ModelError if it exists."""
     path = Path(out) if out.endswith(".pt") else Path(out, "best.pt")
     if path.exists():
         raise ModelError(f"{path} exists: name another --out")
+    return path
+
+
+@torch.no_grad()
+def merge_files(ckpt, adapter, out):
+    """The merge command: write a checkpoint like any other, verified by its logits."""
+    base, content, path = load_checkpoint(ckpt), load_checkpoint(adapter), new_file(out)
     model = load_adapted(base, {str(adapter): content}, ckpt)
     torch.manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, min(64, model.config.context)))
@@ -444,21 +644,54 @@ def merge_files(ckpt, adapter, out):
     print(f"{path}: {len(names)} layers merged, logits differ by {difference:.1e} of their size")
 
 
+def export_files(ckpt, adapter, out):
+    """The export command: write a folder that peft reads over the exported base."""
+    base, content = load_checkpoint(ckpt), load_checkpoint(adapter)
+    if (path := Path(out, "adapter_config.json")).exists():
+        raise ModelError(f"{path} exists: name another --out")
+    load_adapted(base, {str(adapter): content}, ckpt)  # only to hear whether it is their base
+    export_peft(content, Config.from_dict(dict(base["config"])), out)
+    print(f"{out}: an adapter of peft's for the model that {ckpt} exports to")
+
+
+def import_files(ckpt, adapter, out):
+    """The import command: write an adapter checkpoint over the base `ckpt`, as if trained here."""
+    base, path = load_checkpoint(ckpt), new_file(out)
+    if "adapter" in base:
+        raise ModelError(f"{ckpt} is an adapter itself: --ckpt is the base under both")
+    content = import_peft(adapter, Config.from_dict(dict(base["config"])))
+    content["adapter"] |= dict(base=str(ckpt), base_sha256=fingerprint(base["model"]))
+    content |= {k: base[k] for k in ("tokenizer",) if k in base}
+    load_adapted(base, {str(adapter): content}, ckpt)
+    save_checkpoint(path, content)
+    print(f"{path}: {len(content['model']) // 2} layers adapted, to use over {ckpt}")
+
+
+RUN, CHECKPOINT = "a checkpoint or a run's folder", "folder, or file ending in .pt, to write"
+PEFT_FOLDER = "a folder with adapter_config.json and adapter_model.safetensors"
+
+
 # fmt: off (one line a flag)
 def build_parser():
     p = argparse.ArgumentParser(description="Work with adapters; finetune.py trains them.")
     commands = p.add_subparsers(dest="command", required=True)
-    m = commands.add_parser("merge", help="write the weights of base and adapter as one checkpoint")
-    m.add_argument("--ckpt", required=True, help="the base: a checkpoint or a run's folder")
-    m.add_argument("--adapter", required=True, help="the adapter: a checkpoint or a run's folder")
-    m.add_argument("--out", required=True, help="folder, or file ending in .pt, to write")
+    for command, text, adapter, out in (
+        ("merge", "write the weights of base and adapter as one checkpoint", RUN, CHECKPOINT),
+        ("export", "write an adapter for Hugging Face's peft", RUN, "folder to write"),
+        ("import", "turn an adapter of peft's into one of ours", PEFT_FOLDER, CHECKPOINT),
+    ):
+        c = commands.add_parser(command, help=text)
+        c.add_argument("--ckpt", required=True, help=f"the base: {RUN}")
+        c.add_argument("--adapter", required=True, help=f"the adapter: {adapter}")
+        c.add_argument("--out", required=True, help=out)
     return p
 # fmt: on
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    merge_files(args.ckpt, args.adapter, args.out)
+    work = {"merge": merge_files, "export": export_files, "import": import_files}
+    work[args.command](args.ckpt, args.adapter, args.out)
 
 
 if __name__ == "__main__":

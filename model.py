@@ -3,13 +3,17 @@
     python model.py --preset gpt2                 what a shape costs: parameters, bytes, FLOPs
     python model.py --preset novel --tokens 77919 and the loss a scaling law predicts for it
     python model.py --ckpt out/stdlib             the same for a trained model
+    python model.py --check gpt2                  our logits of a model of the Hub, and others'
+    python model.py --ckpt out/llama --export hf  a folder that transformers reads
 
 One Transformer covers GPT-2, the Llama and Qwen families and the course's own model: every
 difference between them is a field of `Config`, read once where the module is built. Data meets
 the chapters in this order: configuration, the parts of a block, the loss, the model, the key/value
-cache, checkpoints, and the table that this file prints when you run it.
+cache, checkpoints, other people's weights (safetensors, Hugging Face's names) in and out, and the
+table that this file prints when you run it.
 
-It does not know text (prepare_data.py), optimisers (train.py) or sampling (sample.py).
+It does not know text (prepare_data.py has tokenizers, and downloads models), optimisers (train.py)
+or sampling (sample.py).
 
 Shapes in comments: B batch, T time, C channels (d_model), nh query heads, nkv key/value heads,
 hs head size, V vocabulary, N rows (B*T flattened), S cached keys.
@@ -18,10 +22,13 @@ hs head size, V vocabulary, N rows (B*T flattened), S cached keys.
 import argparse
 import contextlib
 import copy
+import importlib
+import json
 import math
+import mmap
 import os
+import re
 import shutil
-import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -29,6 +36,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
+
+from prepare_data import (
+    Tokenizer,
+    console,
+    fetch_hub,
+    hub_tokenizer,
+    is_hub_name,
+    tokenizer_config,
+    tokenizer_json,
+)
 
 
 class ModelError(ValueError):
@@ -51,6 +68,15 @@ ACTIVATIONS = {
 }
 GATED = ("swiglu",)  # their feed-forward has a third matrix
 INITS = ("zero_out", "gpt2")
+ROPE_SCALINGS = {  # for more context than the model was first trained with; their parameters
+    "linear": {"factor"},
+    "llama3": {
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    },
+}
 
 
 @dataclass
@@ -79,6 +105,7 @@ class Config:
     dropout: float = 0.0
     eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": one of ROPE_SCALINGS, its parameters...}
     init: str = "zero_out"
 
     def __post_init__(self):
@@ -115,6 +142,11 @@ class Config:
         for name in ("eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise ModelError(f"{name} {getattr(self, name)} must be above 0")
+        if self.rope_scaling is not None:
+            numbers = dict(self.rope_scaling)
+            kind = numbers.pop("rope_type", None)
+            if set(numbers) != ROPE_SCALINGS.get(kind) or not min(numbers.values()) > 0:
+                raise ModelError(f"rope_scaling {self.rope_scaling} is none that we can compute")
         if not 0 <= self.dropout < 1:
             raise ModelError(f"dropout {self.dropout} must be in [0, 1)")
         if self.tied and self.head_bias:
@@ -212,16 +244,31 @@ def make_norm(config, size):
     return nn.LayerNorm(size, config.eps, elementwise_affine=config.norm_weight)
 
 
-def rope_tables(context, head_size, theta):
+def rope_tables(context, head_size, theta, scaling=None):
     """Cosines and sines of the rotation angles, each (context, hs). RoFormer, Su et al. 2021.
 
     Channel i turns together with channel i + hs/2 (the layout of Llama and Qwen weights), at
     position t by the angle t * theta ** (-2i / hs): the first pairs fast, the last slowly.
     """
-    frequency = theta ** (-torch.arange(0, head_size, 2).float() / head_size)  # (hs/2,)
-    angle = torch.arange(context).float()[:, None] * frequency  # (context, hs/2)
+    # always real numbers, even where a model is built without memory (on torch's meta device)
+    # (and rounded in the order in which everyone rounds them)
+    channel = torch.arange(0, head_size, 2, device="cpu").float()
+    frequency = scale_frequency(1.0 / theta ** (channel / head_size), scaling or {})  # (hs/2,)
+    angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, hs/2)
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos(), angle.sin()
+
+
+def scale_frequency(frequency, scaling):
+    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or only those
+    that turn less than once in the context of before, with a ramp (`llama3`, Llama 3.1's)."""
+    kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
+    if kind != "llama3":
+        return frequency / factor
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequency)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * frequency / factor + keep * frequency
 
 
 def apply_rope(x, cos, sin):
@@ -235,8 +282,8 @@ def apply_rope(x, cos, sin):
 
 def sinusoid_table(context, d_model):
     """The fixed positions of "Attention Is All You Need" (2017), section 3.5: (context, C)."""
-    frequency = 10000.0 ** (-torch.arange(0, d_model, 2).float() / d_model)
-    angle = torch.arange(context).float()[:, None] * frequency  # (context, ceil(C/2))
+    frequency = 10000.0 ** (-torch.arange(0, d_model, 2, device="cpu").float() / d_model)
+    angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, ceil(C/2))
     table = torch.stack((angle.sin(), angle.cos()), dim=-1)  # even channels sine, odd cosine
     return table.flatten(1)[:, :d_model]
 
@@ -465,7 +512,7 @@ class Transformer(nn.Module):
         elif c.position == "sinusoidal":
             self.register_buffer("sines", sinusoid_table(c.context, c.d_model), persistent=False)
         elif c.position == "rope":
-            cos, sin = rope_tables(c.context, c.head_size, c.rope_theta)
+            cos, sin = rope_tables(c.context, c.head_size, c.rope_theta, c.rope_scaling)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.embed_norm = make_norm(c, c.d_model) if c.embed_norm else nn.Identity()
@@ -620,12 +667,17 @@ def plain_state(module):
 def save_checkpoint(path, content):
     """Write a dict of tensors and plain values: temporary file, fsync, rename. ModelError if the
     disk is full or read-only; what stood at `path` is then still whole."""
+    write_whole(path, lambda f: torch.save(content, f))
+
+
+def write_whole(path, write):
+    """Let write(file) fill a temporary file, then give it the name `path`, as `save_checkpoint`."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
-            torch.save(content, f)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -638,12 +690,24 @@ def save_checkpoint(path, content):
         raise ModelError(f"cannot write {path}: {reason}; what was there before is kept") from e
 
 
-def load_checkpoint(path):
-    """The dict that `save_checkpoint` wrote, its tensors mapped from disk and read when touched.
+def find_checkpoint(name):
+    """The path that `name` means: a file, a run's folder, a folder of Hugging Face's layout, or
+    else a model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), downloaded."""
+    path = Path(name)
+    local = path.exists() or path.parts[0] in ("out", "data")
+    local = local or (path.parent != Path() and path.parent.is_dir())
+    return fetch_hub(str(name)) if not local and is_hub_name(str(name)) else path
+
+
+def load_checkpoint(path, dtype=None):
+    """The dict that `save_checkpoint` wrote, its tensors mapped from disk and read when touched; or
+    the like of what `find_checkpoint` finds, its tensors in `dtype` where they must be copied.
 
     Only tensors and plain values are unpickled (weights_only), never code.
     """
-    path = Path(path)
+    path = find_checkpoint(path)
+    if (path / "config.json").exists():
+        return load_hf(path, dtype) | {"tokenizer": hub_tokenizer(path)}
     if path.is_dir():
         found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
         if not found:
@@ -672,12 +736,13 @@ def fit_error(expected, found):
     return f"{extra[0]} {tuple(found[extra[0]].shape)} is unknown to the model" if extra else None
 
 
-def load_weights(model, state, where="checkpoint"):
-    """Copy a state dict into the model; ModelError names the first key or shape that misfits."""
+def load_weights(model, state, where="checkpoint", assign=False):
+    """Copy a state dict into the model, or with `assign` make its tensors the model's own;
+    ModelError names the first key or shape that misfits."""
     problem = fit_error(model.state_dict(), state)
     if problem:
         raise ModelError(f"{where} does not fit: {problem}")
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=assign)
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -704,9 +769,546 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
         config = Config.from_dict(dict(content["config"]))
     except (TypeError, ValueError) as e:
         raise ModelError(f"{where} has a config that cannot be built: {e}") from e
-    model = Transformer(config)
-    load_weights(model, content["model"], where)
-    return model.to(device=device, dtype=dtype).eval()
+    model = skeleton(config)  # no memory for weights that would be overwritten at once
+    state = {k: v.to(device=device, dtype=dtype) for k, v in content["model"].items()}
+    load_weights(model, state, where, assign=True)
+    if config.tied:
+        model.head.weight = model.embed.weight
+    return model.to(device).requires_grad_().eval()
+
+
+# --------------------------------------------------------------------------------------------
+# safetensors: a length, a table of contents in JSON, and the bytes of all tensors
+# --------------------------------------------------------------------------------------------
+
+SAFE_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+HEADER_LIMIT = 100_000_000  # the format's own
+
+
+class Safetensors:
+    """The tensors of a .safetensors file, mapped from disk: nothing is read until it is touched.
+
+    8 bytes          header: {name: {"dtype", "shape", "data_offsets"}, ...}     data
+    header's length  JSON, UTF-8, perhaps with spaces behind                     without gaps
+
+    ModelError names the file and what is wrong with it.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            with open(path, "rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                length = int.from_bytes(f.read(8), "little")
+                if size < 8 or not 2 <= length <= min(size - 8, HEADER_LIMIT):
+                    raise ModelError(f"{path} is no safetensors file, or is cut short")
+                header = json.loads(f.read(length).decode(), object_pairs_hook=unique_keys)
+                self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (ValueError, RecursionError) as e:
+            if isinstance(e, ModelError):
+                raise
+            raise ModelError(f"{path} is no safetensors file: its header is no JSON ({e})") from e
+        if not isinstance(header, dict):
+            raise ModelError(f"{path} is no safetensors file: its header is no JSON object")
+        header.pop("__metadata__", None)
+        self.start, self.entries = 8 + length, {}
+        for name, entry in header.items():
+            self.entries[name] = self.check(name, entry, size - self.start)
+        end = 0
+        for name, (_, _, begin, stop) in sorted(self.entries.items(), key=lambda e: e[1][2:]):
+            if begin != end:
+                raise ModelError(f"{path}: tensor {name} begins at {begin}, not at {end}")
+            end = stop
+        if end != size - self.start:
+            raise ModelError(f"{path} has {size - self.start} bytes of tensors, its header {end}")
+
+    def check(self, name, entry, size):
+        """(dtype, shape, begin, end) of a header's entry, or ModelError."""
+        try:
+            dtype, shape = SAFE_DTYPES[entry["dtype"]], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as e:
+            what = entry.get("dtype") if isinstance(entry, dict) else entry
+            raise ModelError(f"{self.path}: tensor {name} is described badly ({what})") from e
+        numbers = (*shape, begin, end)
+        if not all(type(n) is int and 0 <= n <= size for n in numbers) or begin > end:
+            raise ModelError(f"{self.path}: tensor {name} {shape} lies outside of the file")
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise ModelError(f"{self.path}: tensor {name} {shape} takes no {end - begin} bytes")
+        return dtype, shape, begin, end
+
+    def __getitem__(self, name):
+        dtype, shape, begin, end = self.entries[name]
+        if begin == end:
+            return torch.empty(shape, dtype=dtype)
+        count = (end - begin) // dtype.itemsize
+        flat = torch.frombuffer(self.map, dtype=dtype, count=count, offset=self.start + begin)
+        return flat.view(shape)
+
+    def release(self, name):
+        """Let the kernel take back the memory in which a tensor was read: it is on disk."""
+        _, _, begin, end = self.entries[name]
+        first = -(-(self.start + begin) // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = self.start + end - first
+        if length > 0 and hasattr(self.map, "madvise"):
+            self.map.madvise(mmap.MADV_DONTNEED, first, length)
+
+
+def unique_keys(pairs):
+    """A dict of a JSON object's pairs; ValueError if a key comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice")
+    return found
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Write {name: tensor} as a .safetensors file, whole or not at all."""
+    names = {dtype: name for name, dtype in SAFE_DTYPES.items()}
+    header, end = {"__metadata__": metadata or {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.dtype.itemsize
+        about = dict(dtype=names[tensor.dtype], shape=list(tensor.shape))
+        header[name] = about | dict(data_offsets=[end, end + size])
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+
+    def write(f):
+        f.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            f.write(memoryview(flat.view(torch.uint8).numpy()))
+
+    write_whole(path, write)
+
+
+# --------------------------------------------------------------------------------------------
+# Hugging Face's models: their config.json and their names for our tensors
+# --------------------------------------------------------------------------------------------
+
+# Fields of a config.json that change nothing in what the model computes
+IDLE = """_name_or_path architectures attention_dropout attn_pdrop bos_token_id
+chunk_size_feed_forward dtype embd_pdrop eos_token_id gradient_checkpointing id2label
+initializer_range is_llama_config keys_to_ignore_at_inference label2id max_window_layers
+model_type n_ctx output_attentions output_hidden_states output_past pad_token_id
+problem_type reorder_and_upcast_attn resid_pdrop return_dict summary_activation
+summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+task_specific_params torch_dtype transformers.js_config transformers_version use_cache"""
+# Fields that would change it, and the values of which we compute what they ask for
+ONLY = {
+    "add_cross_attention": (False,),
+    "hidden_act": ("silu", "swish"),
+    "is_encoder_decoder": (False,),
+    "partial_rotary_factor": (1.0,),
+    "pretraining_tp": (1,),
+    "quantization_config": (),
+    "rope_interleaved": (False,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "scale_attn_weights": (True,),
+    "use_mrope": (False,),
+    "use_sliding_window": (False,),
+}
+GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+GPT2_ACTIVATIONS["relu"] = "relu"
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+
+
+def config_from_hf(values, where="config.json"):
+    """Our Config of a Hugging Face config.json. ModelError names the first field whose value we do
+    not compute: nothing that would change the model is ever passed over."""
+    left, kind = dict(values), values.get("model_type")
+    if kind not in FAMILIES:
+        raise ModelError(f"{where}: model_type {kind!r} is none of {', '.join(FAMILIES)}")
+
+    def take(name, default=None):
+        value = left.pop(name, None)
+        return default if value is None else value
+
+    def refuse(name, value):
+        raise ModelError(f"{where}: {name} = {value!r} is not implemented here")
+
+    try:
+        config = Config(**(gpt2_fields if kind == "gpt2" else llama_fields)(kind, take, refuse))
+    except TypeError as e:
+        raise ModelError(f"{where} lacks a field or has one of the wrong type: {e}") from e
+    for name, value in left.items():
+        if name not in IDLE.split() and value is not None and value not in ONLY.get(name, ()):
+            refuse(name, value)
+    return config
+
+
+def gpt2_fields(kind, take, refuse):
+    """Config's fields from those of a GPT-2."""
+    activation, d_model = take("activation_function", "gelu_new"), take("n_embd", 768)
+    if activation not in GPT2_ACTIVATIONS:
+        refuse("activation_function", activation)
+    return _GPT2 | dict(
+        vocab_size=take("vocab_size", 50257),
+        context=take("n_positions", 1024),
+        n_layer=take("n_layer", 12),
+        n_head=take("n_head", 12),
+        d_model=d_model,
+        d_ff=take("n_inner", 4 * d_model),
+        activation=GPT2_ACTIVATIONS[activation],
+        eps=take("layer_norm_epsilon", 1e-5),
+        tied=take("tie_word_embeddings", True),
+    )
+
+
+def llama_fields(kind, take, refuse):
+    """Config's fields from those of a Llama, Mistral or Qwen: they differ in biases, QK-norm."""
+    rope = {"rope_theta": take("rope_theta", 10000.0)}
+    rope |= take("rope_scaling", {}) | take("rope_parameters", {})
+    scaling = rope.pop("rope_type", rope.pop("type", "default"))
+    theta = rope.pop("rope_theta")
+    known = {"default": set(), **ROPE_SCALINGS}
+    if scaling not in known or set(rope) - known[scaling]:
+        refuse("rope scaling", {"rope_type": scaling, **rope})
+    # inside of its window a model with sliding attention is one without
+    context = take("max_position_embeddings")
+    context = min(context, take("sliding_window", context))
+    if set(layers := take("layer_types", [])) - {"full_attention"}:
+        refuse("layer_types", layers)
+    attention_bias = take("attention_bias", False)
+    return dict(
+        vocab_size=take("vocab_size"),
+        context=context,
+        n_layer=take("num_hidden_layers"),
+        n_head=take("num_attention_heads"),
+        n_kv_head=take("num_key_value_heads"),
+        d_model=take("hidden_size"),
+        head_size=take("head_dim"),
+        d_ff=take("intermediate_size"),
+        activation="swiglu",
+        qkv_bias=attention_bias or kind == "qwen2",
+        out_bias=attention_bias,
+        ff_bias=take("mlp_bias", False),
+        qk_norm=kind == "qwen3",
+        tied=take("tie_word_embeddings", False),
+        eps=take("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=None if scaling == "default" else {"rope_type": scaling, **rope},
+        init="gpt2",
+    )
+
+
+def hf_config(config):
+    """(config.json as a dict, the Config that it will be read as) of the Hugging Face architecture
+    that computes what ours does. ModelError names a switch that none of them has."""
+    c = config
+    if c.position == "learned":
+        family = "gpt2"
+        full = replace(c, norm_weight=True, qkv_bias=True, out_bias=True, ff_bias=True)
+        near = dict(norm="layernorm", qk_norm=False, n_kv_head=c.n_head, rope_scaling=None)
+        near["head_size"] = c.d_model // c.n_head
+        if c.activation not in GPT2_ACTIVATIONS.values():
+            near["activation"] = "gelu"
+    else:
+        family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias > c.out_bias else "llama"
+        full = replace(c, norm_weight=True)
+        near = dict(position="rope", norm="rmsnorm", activation="swiglu")
+        near |= dict(ff_bias=False) if family != "llama" else {}
+        if family == "qwen2":
+            near["head_size"] = c.d_model // c.n_head
+        else:
+            near["out_bias"] = c.qkv_bias
+    near |= dict(embed_norm=False, head_bias=False)
+    for name, value in near.items():
+        if getattr(c, name) != value:
+            raise ModelError(
+                f"no Hugging Face architecture has {name} {getattr(c, name)} with the rest of this "
+                f"model (the nearest, {family}, has {value})"
+            )
+    architecture = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
+    architecture |= {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    return {
+        "architectures": [architecture[family]],
+        "model_type": family,
+        "vocab_size": c.vocab_size,
+        "tie_word_embeddings": c.tied,
+        "torch_dtype": "float32",
+        **hf_fields(c, family),
+    }, full
+
+
+def hf_fields(config, family):
+    """The fields of a config.json that have other names in GPT-2 than in the other FAMILIES."""
+    c, activations = config, {v: k for k, v in GPT2_ACTIVATIONS.items()}
+    if family == "gpt2":
+        return dict(
+            n_positions=c.context,
+            n_embd=c.d_model,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            n_inner=c.d_ff,
+            activation_function=activations[c.activation],
+            layer_norm_epsilon=c.eps,
+            resid_pdrop=c.dropout,
+            embd_pdrop=c.dropout,
+            attn_pdrop=c.dropout,
+        )
+    values = dict(
+        max_position_embeddings=c.context,
+        hidden_size=c.d_model,
+        num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head,
+        intermediate_size=c.d_ff,
+        hidden_act="silu",
+        rms_norm_eps=c.eps,
+        rope_theta=c.rope_theta,
+        rope_scaling=c.rope_scaling,
+        head_dim=c.head_size,
+    )
+    values |= dict(attention_bias=c.out_bias) if family != "qwen2" else {}
+    return values | (dict(mlp_bias=c.ff_bias) if family == "llama" else {})
+
+
+# --------------------------------------------------------------------------------------------
+# Names: which of their tensors holds which of ours
+# --------------------------------------------------------------------------------------------
+
+GPT2_NAMES = {
+    "embed": "wte",
+    "position": "wpe",
+    "norm": "ln_f",
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "attention.q": "attn.c_attn",  # q, k and v in one
+    "attention.k": "attn.c_attn",
+    "attention.v": "attn.c_attn",
+    "attention.out": "attn.c_proj",
+    "feed_forward.up": "mlp.c_fc",
+    "feed_forward.down": "mlp.c_proj",
+}
+LLAMA_NAMES = {
+    "embed": "embed_tokens",
+    "norm": "norm",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
+
+
+def hf_name(name, gpt2):
+    """Their name for our tensor `name`.
+
+    >>> hf_name("blocks.3.attention.k.weight", True), hf_name("head.weight", False)
+    ('transformer.h.3.attn.c_attn.weight', 'lm_head.weight')
+    """
+    if name == "head.weight":
+        return "lm_head.weight"
+    *block, part, leaf = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
+    part = (GPT2_NAMES if gpt2 else LLAMA_NAMES)[part]
+    where = [] if block == [None] else ["h" if gpt2 else "layers", *block]
+    return ".".join(["transformer" if gpt2 else "model", *where, part, leaf])
+
+
+def from_hf(name, tensor, gpt2):
+    """Our tensor `name` out of theirs: GPT-2 keeps matrices (in, out), and q, k, v side by side."""
+    part = name.split(".")[-2]
+    if gpt2 and part in ("q", "k", "v"):
+        tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
+    matrix = gpt2 and tensor.dim() == 2 and part in ("q", "k", "v", "out", "up", "down")
+    return tensor.T if matrix else tensor
+
+
+def to_hf(state, gpt2):
+    """{their name: tensor} of a state dict of ours; the inverse of `from_hf`."""
+    found = {}
+    for name, tensor in state.items():
+        part = name.split(".")[-2]
+        if gpt2 and tensor.dim() == 2 and part in ("q", "k", "v", "out", "up", "down"):
+            tensor = tensor.T
+        found.setdefault(hf_name(name, gpt2), []).append(tensor)
+    return {name: torch.cat(parts, dim=-1) for name, parts in found.items()}
+
+
+def hf_tensors(folder):
+    """{their name: (file, name)} of the weights in a folder of Hugging Face's layout."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    single, old = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if index.exists():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+            raise ModelError(f"{index} has no weight_map of names to files")
+        if strange := [v for v in names.values() if Path(v).name != v]:
+            raise ModelError(f"{index} names {strange[0]!r}, which is no plain file name")
+        if missing := [v for v in names.values() if not (folder / v).exists()]:
+            raise ModelError(f"{folder} lacks {missing[0]}, which {index.name} promises")
+        files = {file: Safetensors(folder / file) for file in sorted(set(names.values()))}
+        missing = [n for n, file in names.items() if n not in files[file].entries]
+        if missing:
+            raise ModelError(f"{names[missing[0]]} lacks {missing[0]}, which {index.name} promises")
+        return {n: files[file] for n, file in names.items()}
+    if single.exists():
+        file = Safetensors(single)
+        return dict.fromkeys(file.entries, file)
+    if old.exists():
+        try:
+            state = torch.load(old, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as e:
+            raise ModelError(f"{old} holds no plain tensors, or is cut short") from e
+        return dict.fromkeys(state, state)
+    raise ModelError(f"{folder} has none of {index.name}, {single.name}, {old.name}")
+
+
+def load_hf(folder, dtype=None):
+    """The checkpoint dict {"config", "model"} of a folder in Hugging Face's layout.
+
+    Tensors that are as we keep them stay on disk until they are touched; the others are copied one
+    by one, and in `dtype` if one is given, so that at no time two copies are in memory.
+    """
+    folder = Path(folder)
+    config = config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    gpt2, files = config.position == "learned", hf_tensors(folder)
+    state, used = {}, {"lm_head.weight"}
+    bare = gpt2 and "wte.weight" in files  # the first GPT-2 files have no "transformer."
+    for name, want in skeleton(config).state_dict().items():
+        theirs = hf_name(name, gpt2)
+        theirs = theirs.removeprefix("transformer.") if bare else theirs
+        if name == "head.weight" and config.tied:
+            state[name] = state["embed.weight"]
+            continue
+        if theirs not in files:
+            raise ModelError(f"{folder} lacks the tensor {theirs} {tuple(want.shape)}")
+        file, used = files[theirs], used | {theirs}
+        found = from_hf(name, file[theirs], gpt2)
+        if found.shape != want.shape or not found.is_floating_point():
+            raise ModelError(
+                f"{folder}: {theirs} gives {found.dtype} {tuple(found.shape)} for {name}, the "
+                f"config says {tuple(want.shape)}"
+            )
+        state[name] = found.to(dtype or found.dtype).contiguous()
+        if isinstance(file, Safetensors) and state[name] is not found:
+            file.release(theirs)
+    if extra := [n for n in files if n not in used and not re.search(IDLE_TENSORS, n)]:
+        raise ModelError(f"{folder}: the tensor {extra[0]} is unknown to the model")
+    return {"config": asdict(config), "model": state}
+
+
+# Buffers that old checkpoints carry: causal masks, and rotary frequencies that follow from config
+IDLE_TENSORS = r"(attn\.(masked_)?bias|rotary_emb\.inv_freq)$"
+
+
+def read_json(path):
+    """The object in a JSON file; ModelError if there is none."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ModelError(f"{path} is missing") from e
+    except ValueError as e:
+        raise ModelError(f"{path} is no JSON: {e}") from e
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} is no JSON object")
+    return values
+
+
+def export_hf(content, folder):
+    """Write config.json and model.safetensors of a checkpoint's model, for transformers to read.
+
+    Where their architecture has a norm's weight or a bias and ours has none, it gets ones or zeros.
+    """
+    config = Config.from_dict(dict(content["config"]))
+    values, full = hf_config(config)
+    gpt2, state = values["model_type"] == "gpt2", {}
+    if problem := fit_error(skeleton(config).state_dict(), content["model"]):
+        raise ModelError(f"this checkpoint does not fit its own config: {problem}")
+    for name, want in skeleton(full).state_dict().items():
+        if name == "head.weight" and full.tied:
+            continue
+        filler = torch.ones if name.endswith("weight") else torch.zeros
+        own = content["model"].get(name)
+        state[name] = filler(want.shape) if own is None else own
+    write_safetensors(Path(folder) / "model.safetensors", to_hf(state, gpt2))
+    write_json(Path(folder) / "config.json", values)
+
+
+def write_json(path, values):
+    """Write an object as a JSON file, whole or not at all."""
+    write_whole(path, lambda f: f.write(json.dumps(values, indent=2, ensure_ascii=False).encode()))
+
+
+# --------------------------------------------------------------------------------------------
+# Are we right? Our logits beside those of somebody else
+# --------------------------------------------------------------------------------------------
+
+
+def recorded_logits(path):
+    """(ids, logits) of somebody else, in a file that torch.save wrote of {"ids", "logits"}."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        return found["ids"], found["logits"]
+    except Exception as e:
+        raise ModelError(f"{path} holds no ids and logits (torch.save of a dict)") from e
+
+
+def transformers_logits(folder, ids):
+    """The logits that transformers computes from a folder in its layout, if it is installed."""
+    if not (Path(folder) / "config.json").exists():
+        raise ModelError(f"{folder} is neither a file of ids and logits nor a folder with a model")
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as e:
+        raise ModelError("transformers is not installed: --against a file of ids and logits") from e
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def check(folder, against=None, ids=None):
+    """Lines that say how far our logits for a model in Hugging Face's layout are from those that a
+    file records, or transformers computes from a folder (by default the same one)."""
+    model = model_from_checkpoint(load_hf(folder), where=str(folder))
+    vocab, length = model.config.vocab_size, min(64, model.config.context)
+    if ids is None:  # any ids will do
+        ids = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(0))
+    against = Path(against or folder)
+    theirs = None
+    if against.is_file():
+        ids, theirs = recorded_logits(against)
+    if ids.numel() == 0 or not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        raise ModelError(f"the ids must be from 0 to {vocab - 1}")
+    with torch.no_grad():
+        ours = model(ids)
+    theirs = transformers_logits(against, ids) if theirs is None else theirs
+    if ours.shape != theirs.shape:
+        raise ModelError(f"our logits are {tuple(ours.shape)}, theirs {tuple(theirs.shape)}")
+    found = compare_logits(ours, theirs)
+    return [
+        f"{ids.numel()} places, {vocab} logits each, in float32:",
+        f"largest difference {found['max']:.2e}, mean {found['mean']:.2e}",
+        f"the same best token at {found['top1']:.2%} of the places",
+    ]
+
+
+def compare_logits(ours, theirs):
+    """{"max", "mean": absolute differences, "top1": share of places with the same best id} of two
+    tensors of logits (..., V)."""
+    apart = (ours.double() - theirs.double()).abs()
+    same = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
+    return {"max": apart.max().item(), "mean": apart.mean().item(), "top1": same.item()}
 
 
 # --------------------------------------------------------------------------------------------
@@ -785,24 +1387,50 @@ def build_parser():
     which = p.add_mutually_exclusive_group()
     which.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default: tiny)")
     which.add_argument("--ckpt", help="a checkpoint, or a run's folder, instead of a preset")
+    which.add_argument("--check", metavar="MODEL", help="compare our logits of a model of the Hub, "
+                       "or a folder like one, with a reference's")
     p.add_argument("--tokens", type=int, help="training tokens, for the predicted loss")
+    p.add_argument("--export", metavar="DIR", help="write --ckpt as transformers reads it")
+    p.add_argument("--against", metavar="REF", help="reference of --check: a folder for "
+                   "transformers (default: the model's own) or a file of ids and logits")
+    p.add_argument("--ids", help="token ids for --check, e.g. 464,3290 (default: 64 random ones)")
     return p
+
+
+def export(name, folder):
+    """Write what --ckpt means as a folder for transformers; a line about it."""
+    content = load_checkpoint(name)
+    if "adapter" in content:
+        raise ModelError(f"{name} is an adapter: export it with lora.py, or merge it first")
+    export_hf(content, folder)
+    if "tokenizer" in content:
+        tokenizer = Tokenizer(content["tokenizer"])
+        write_json(Path(folder) / "tokenizer.json", tokenizer_json(tokenizer))
+        write_json(Path(folder) / "tokenizer_config.json", tokenizer_config(tokenizer))
+        write_json(Path(folder) / "generation_config.json", {"eos_token_id": tokenizer.eot})
+    return f"{folder}: {read_json(Path(folder) / 'config.json')['architectures'][0]}"
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.tokens is not None and args.tokens < 1:
         raise ModelError(f"--tokens {args.tokens} must be at least 1")
-    if args.ckpt:
-        name, config = args.ckpt, Config.from_dict(dict(load_checkpoint(args.ckpt)["config"]))
+    if args.export and not args.ckpt:
+        raise ModelError("--export needs --ckpt, the model to write")
+    if args.check:
+        try:
+            ids = torch.tensor([[int(i) for i in args.ids.split(",")]]) if args.ids else None
+        except ValueError as e:
+            raise ModelError(f"--ids {args.ids!r}: numbers with commas, please") from e
+        print("\n".join(check(find_checkpoint(args.check), args.against, ids)))
+    elif args.export:
+        print(export(args.ckpt, args.export))
     else:
-        name, config = args.preset, preset(args.preset)
-    print(report(name, config, args.tokens))
+        name, config = args.ckpt or args.preset, None
+        if args.ckpt:
+            config = Config.from_dict(dict(load_checkpoint(args.ckpt)["config"]))
+        print(report(name, config or preset(name), args.tokens))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ModelError, OSError) as e:
-        print(f"model.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    console(main, ModelError)

@@ -33,6 +33,7 @@ import sys
 import sysconfig
 import tarfile
 import time
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
@@ -114,6 +115,14 @@ class Cut(Exception):
     """The transfer broke in a way that trying again may mend."""
 
 
+class Refused(DataError):
+    """A server's answer that asking again won't change; `status` is its HTTP code."""
+
+    def __init__(self, message, status):
+        super().__init__(message)
+        self.status = status
+
+
 def resolve_url(url):
     """The address to ask in place of `url`: the Hub's mirror from HF_ENDPOINT, then
     SCRATCHLM_MIRROR=BASE, which serves https://host/path as BASE/host/path."""
@@ -141,13 +150,22 @@ def file_sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def fetch(url, dest=None, sha256=None, tries=4, wait=1.0):
+def git_sha1(path):
+    """The name that git gives a file's content: the sha1 of its length and bytes, as hex digits."""
+    with open(path, "rb") as f:
+        start = b"blob %d\0" % os.fstat(f.fileno()).st_size
+        return hashlib.file_digest(f, lambda: hashlib.sha1(start)).hexdigest()
+
+
+def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
     """Download `url` to `dest` (default: `download_path`) unless it is there, and return the path.
 
     Bytes go to a .part file that is renamed only once it is complete and its sha256, if one is
     given, is right. A cut connection is resumed by a Range request, up to `tries` times with
     doubling pauses from `wait` seconds, and by the next call if the server names versions (ETag).
-    DataError tells of an unreachable host, an HTTP error, or bytes that are not the wanted ones.
+    A `token` is shown to the host of `url` alone. The Hugging Face Hub says what its files' hashes
+    are: they are checked, too. DataError tells of an unreachable host, an HTTP error (Refused, if
+    it is final), or bytes that are not the wanted ones.
     """
     dest = Path(dest) if dest else download_path(url)
     if dest.exists() and (sha256 is None or file_sha256(dest) == sha256):
@@ -155,12 +173,16 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0):
     dest.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(tries):
         try:
-            part = download_part(resolve_url(url), dest)
+            part, named = download_part(resolve_url(url), dest, token)
             break
         except (requests.ConnectionError, requests.Timeout, Cut) as e:
             reason = e
             if attempt < tries - 1:
                 time.sleep(wait * 2**attempt)
+        except DataError:
+            raise
+        except (requests.RequestException, ValueError) as e:  # redirects in a circle or to no URL
+            raise DataError(f"cannot download {url}: {short(e)}") from e
     else:
         for part in dest.parent.glob(glob.escape(dest.name) + ".once.part"):
             part.unlink()  # no version to compare with: it could never be resumed
@@ -170,9 +192,11 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0):
             f"or behind a firewall? Set SCRATCHLM_MIRROR=BASE to read BASE/host/path instead "
             f"(HF_ENDPOINT for the Hugging Face Hub), or put the file at {dest}"
         )
-    if sha256 and (found := file_sha256(part)) != sha256:
-        part.unlink()
-        raise DataError(f"{url} arrived damaged: sha256 {found[:12]}…, wanted {sha256[:12]}…")
+    for wanted in filter(None, (sha256, named)):
+        kind, found = ("sha256", file_sha256) if len(wanted) == 64 else ("git's sha1", git_sha1)
+        if (got := found(part)) != wanted:
+            part.unlink()
+            raise DataError(f"{url} arrived damaged: {kind} {got[:12]}…, wanted {wanted[:12]}…")
     os.replace(part, dest)
     return dest
 
@@ -183,17 +207,36 @@ def short(error):
     return text.strip().split(": ")[-1][:100] or type(error).__name__
 
 
-def download_part(url, dest):
-    """One attempt at `fetch`: fill and return dest.VERSION.part, continuing one that is there."""
+def named_hash(answers):
+    """The sha256 or git sha1 by which the Hub, in one of its `answers`, names a file's content.
+
+    It stands in X-Linked-ETag, usually of the redirect to the host that holds the bytes. That
+    host's own ETag may look like a sha256 and be something else; the Hub's (its answers carry
+    X-Repo-Commit) is git's sha1 for a small file. None if nobody names one, as on other servers.
+    """
+    sha256, sha1 = "[0-9a-f]{64}", "[0-9a-f]{40}"
+    tags = [(a.headers.get("X-Linked-ETag", ""), f"{sha256}|{sha1}") for a in answers]
+    tags += [(a.headers.get("ETag", ""), sha1) for a in answers if "X-Repo-Commit" in a.headers]
+    found = (re.fullmatch(f'(?:W/)?"?({kind})"?', tag) for tag, kind in tags)
+    return next((m[1] for m in found if m), None)
+
+
+def download_part(url, dest, token=None):
+    """One attempt at `fetch`: fill dest.VERSION.part, continuing one that is there, and return it
+    with the hash that the Hub gives for it, or None."""
     ours = re.compile(re.escape(dest.name) + r"\.([0-9a-f]{8}|once)\.part")
     old = next((p for p in dest.parent.iterdir() if ours.fullmatch(p.name)), None)
     have = old.stat().st_size if old and not old.name.endswith(".once.part") else 0
     # identity: with a compressed transfer neither the length nor a Range would mean the file's own
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as r:
+    # as auth, since a mere header would yield to ~/.netrc; requests drops it on the way elsewhere
+    bearer = {"Authorization": f"Bearer {token}"}
+    auth = (lambda request: request.headers.update(bearer) or request) if token else None
+    with requests.get(url, headers=headers, auth=auth, stream=True, timeout=(10, 60)) as r:
         if r.status_code in (408, 429) or r.status_code >= 500:
             raise Cut(f"HTTP {r.status_code}")
-        version = r.headers.get("ETag") or r.headers.get("Last-Modified")
+        named = named_hash([*r.history, r])
+        version = named or r.headers.get("ETag") or r.headers.get("Last-Modified")
         version = hashlib.sha1(version.encode()).hexdigest()[:8] if version else "once"
         part = dest.with_name(f"{dest.name}.{version}.part")
         offset = re.match(r"bytes (\d+)-", r.headers.get("Content-Range", ""))
@@ -201,9 +244,10 @@ def download_part(url, dest):
         if have and r.status_code in (206, 416) and not resumed:
             old.unlink()  # another version by now, or more than there is: start over
             raise Cut("the file changed on the server")
-        if r.status_code >= 400:
+        if r.status_code not in (200, 206):  # nor is a redirect to nowhere the file
             hint = " (private? or a wrong name?)" if r.status_code in (401, 403, 404) else ""
-            raise DataError(f"cannot download {url}: HTTP {r.status_code} {r.reason}{hint}")
+            what = f"HTTP {r.status_code} {r.reason}{hint}"
+            raise Refused(f"cannot download {url}: {what}", r.status_code)
         if old and not resumed:
             old.unlink()
         have = have if resumed else 0
@@ -217,7 +261,7 @@ def download_part(url, dest):
                 raise Cut(short(e)) from e
     if total is not None and part.stat().st_size != total:
         raise Cut(f"{part.stat().st_size:,} of {total:,} bytes came")
-    return part
+    return part, named
 
 
 def progress(blocks, name, have, total):
@@ -233,6 +277,108 @@ def progress(blocks, name, have, total):
             rate = (done - have) / MB / max(now - start, 1e-3)
             print(f"\r{name}  {done / MB:.1f}{of} MB  {rate:.1f} MB/s ", end="", file=sys.stderr)
     print(f"\rdownloaded {name}: {done:,} bytes" + " " * 20, file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------
+# Models of the Hugging Face Hub: which files make one, and how to ask for them
+# --------------------------------------------------------------------------------------------
+
+MODELS = "https://huggingface.co"
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
+EXTRAS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")  # not all have them
+INDEX = "model.safetensors.index.json"  # says which file of many holds which tensor
+WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
+
+
+def is_hub_name(name):
+    """Does `name` look like a model of the Hub: gpt2, OWNER/NAME, OWNER/NAME@REVISION?"""
+    return re.fullmatch(rf"({'|'.join(GPT2_NAMES)}|[\w.-]+/[\w.-]+)(@.*)?", name) is not None
+
+
+def fetch_hub(name, files=None):
+    """Download a model of the Hugging Face Hub and return its folder, data/hub/OWNER/NAME/REVISION.
+
+    `name` is OWNER/NAME or one of GPT2_NAMES; @ and a branch, tag or commit may follow. What comes
+    is config.json, those of EXTRAS that there are, and the first of WEIGHTS that there is (an index
+    with all its shards); or else only `files`. What is there is not asked for again, and of a
+    whole model nothing is: it works offline, and a branch that has moved on goes unnoticed.
+    Private and gated models need HF_TOKEN. DataError if one of that fails.
+    """
+    repo, at, revision = name.partition("@")
+    revision = revision if at else "main"
+    repo = f"openai-community/{repo}" if repo in GPT2_NAMES else repo
+    if not re.fullmatch(r"(\w|\w[\w.-]{0,94}\w)/(\w|\w[\w.-]{0,94}\w)", repo, re.ASCII):
+        raise DataError(f"model {name!r} is neither OWNER/NAME nor one of {', '.join(GPT2_NAMES)}")
+    if not revision.strip(". "):
+        raise DataError(f"revision {revision!r} of {repo} is no branch, tag or commit")
+    folder = DATA.joinpath("hub", *repo.split("/"), quote(revision, safe=""))
+    if files is not None:
+        for file in plain_names(files, f"what is wanted of {repo}"):
+            fetch_of_hub(repo, revision, file, folder)
+        return folder
+    # the weights come last: where they are whole, the server has been asked for all the rest
+    whole = ["config.json", *weight_files(folder)]
+    if len(whole) > 1 and all((folder / file).exists() for file in whole):
+        return folder
+    fetch_of_hub(repo, revision, "config.json", folder)
+    for file in EXTRAS:
+        fetch_of_hub(repo, revision, file, folder, optional=True)
+    if not any(fetch_of_hub(repo, revision, file, folder, optional=True) for file in WEIGHTS):
+        raise DataError(f"{repo} has no weights that we read, at {revision}: {', '.join(WEIGHTS)}")
+    for file in weight_files(folder):
+        fetch_of_hub(repo, revision, file, folder)
+    return folder
+
+
+def plain_names(names, where):
+    """`names`, sorted; DataError if one is no plain file name and so might leave its folder."""
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"\w+((-+|\.)\w+)*", name, re.ASCII):
+            raise DataError(f"{where}: {name!r} is no plain file name")
+    return sorted(names)
+
+
+def weight_files(folder):
+    """The files that hold the weights in a model's folder: its index's shards, whether they are
+    there or not; or the one file; or []. DataError if the index is none or names a strange file."""
+    index = folder / INDEX
+    if not index.exists():
+        return [file for file in WEIGHTS[1:] if (folder / file).exists()][:1]
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise DataError(f"{index} has no weight_map of names to files; delete it") from e
+    if not shards:
+        raise DataError(f"{index} has an empty weight_map; delete it")
+    return plain_names(shards, index)
+
+
+def hub_token(url):
+    """HF_TOKEN, if it is set and it is the Hub (or HF_ENDPOINT in its place) that `url` asks."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch(r"[!-~]*", token):  # and don't show it
+        raise DataError("HF_TOKEN holds spaces or other characters that no token has")
+    hub = os.environ.get("HF_ENDPOINT", "").rstrip("/") or MODELS
+    return token if resolve_url(url).startswith(f"{hub}/") else None
+
+
+def fetch_of_hub(repo, revision, file, folder, optional=False):
+    """The path of one file of a model, or None if it is `optional` and the Hub has none."""
+    url = f"{MODELS}/{repo}/resolve/{quote(revision, safe='')}/{file}"
+    token = hub_token(url)
+    try:
+        return fetch(url, folder / file, token=token)
+    except Refused as e:
+        if e.status == 404 and optional:
+            return None
+        if e.status == 404:
+            why = f"no such model, revision or file: {repo}, {revision}, {file}"
+        elif e.status in (401, 403):  # 401 is also what a wrong name gets without a token
+            do = "see that HF_TOKEN is right and yours may read it" if token else "set HF_TOKEN"
+            why = f"{repo} is private or gated: accept its licence on {MODELS}/{repo} and {do}"
+        else:
+            raise
+        raise DataError(f"cannot download {url}: HTTP {e.status}: {why}") from e
 
 
 # --------------------------------------------------------------------------------------------
@@ -514,8 +660,10 @@ tiktoken.load.read_file = lambda url: fetch(url).read_bytes()
 class Tokenizer:
     """A tiktoken.Encoding and the plain-dict `spec` that rebuilds it anywhere.
 
-    spec["kind"] is byte, char (with "chars"), bpe (with "pattern" and base64 "tokens") or tiktoken
-    (with "name"). Files and checkpoints carry the spec, so a model always has its tokenizer.
+    spec["kind"] is byte, char (with "chars"), bpe (with "pattern" and base64 "tokens"), tiktoken
+    (with "name") or hf (see hub_tokenizer). Files and checkpoints carry the spec, so a model always
+    has its tokenizer. `eot` is the id that ends a text, `begin` the one that a Hugging Face model
+    wants in front of it, else None; `encode` adds neither.
 
     >>> t = Tokenizer({"kind": "byte"})
     >>> t.encode("é"), t.decode([195, 169]), t.n_vocab, t.eot
@@ -539,14 +687,18 @@ class Tokenizer:
             elif kind == "char":
                 tokens = [c.encode() for c in spec["chars"] + UNKNOWN]
                 self._strange = re.compile(f"[^{re.escape(spec['chars'] + UNKNOWN)}]")
-            elif kind == "bpe":
-                tokens = [base64.b64decode(t) for t in spec["tokens"]]
+            elif kind in ("bpe", "hf"):  # no token where an added one of Hugging Face's has the id
+                tokens = [t if t is None else base64.b64decode(t) for t in spec["tokens"]]
                 pattern = spec["pattern"]
             else:
                 raise DataError(f"tokenizer kind {kind!r} is unknown to this version")
-            ranks = {token: i for i, token in enumerate(tokens)}
+            if kind == "hf":  # text between two matches is a piece for them, nothing for tiktoken
+                pattern = f"{pattern}|(?:(?!{pattern}){ANY_CHARACTER})+"
             self.encoding = tiktoken.Encoding(
-                kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: len(tokens)}
+                kind,
+                pat_str=pattern,
+                mergeable_ranks={t: i for i, t in enumerate(tokens) if t is not None},
+                special_tokens=dict(spec["added"]) if kind == "hf" else {END: len(tokens)},
             )
         if added := spec.get("special"):  # ids of their own behind all others
             e, names = self.encoding, enumerate(added, start=self.encoding.n_vocab)
@@ -558,7 +710,10 @@ class Tokenizer:
             )
         self.special = self.encoding._special_tokens  # name -> id
         self.n_vocab = self.encoding.n_vocab  # the largest id + 1
-        self.eot = self.encoding.eot_token
+        known = self.encoding._mergeable_ranks
+        self._lost = bytes(b for b in range(256) if kind == "hf" and bytes([b]) not in known)
+        self.eot = spec["end"] if kind == "hf" else self.encoding.eot_token
+        self.begin = spec.get("begin")
 
     def with_special(self, names):
         """This tokenizer with the special tokens `names` added behind its vocabulary, those that it
@@ -567,6 +722,11 @@ class Tokenizer:
         if not new:
             return self
         return Tokenizer({**self.spec, "special": [*self.spec.get("special", []), *new]})
+
+    def same_ids(self, other):
+        """Whether another tokenizer has the same tokens under the same ids."""
+        a, b = self.encoding, other.encoding
+        return (a._mergeable_ranks, a._special_tokens) == (b._mergeable_ranks, b._special_tokens)
 
     @property
     def name(self):
@@ -579,7 +739,19 @@ class Tokenizer:
         Python's lock, so threads help."""
         if self.spec["kind"] == "char":
             text = self._strange.sub(UNKNOWN, text)
+        if self.spec.get("nfc"):  # é as one character, however it was typed
+            text = unicodedata.normalize("NFC", text)
+        if self._lost and len(data := text.encode()) > len(data.translate(None, self._lost)):
+            return self._encode_without_lost(text)
         return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def _encode_without_lost(self, text):
+        """Ids where bytes without a token (some models lack those of rare characters, SmolLM2
+        does) fall out of each piece before it is merged, as in Hugging Face's. Slow but rare."""
+        pieces = (m[0].encode() for m in regex.finditer(self.encoding._pat_str, text))
+        kept = filter(None, (piece.translate(None, self._lost) for piece in pieces))
+        ids = itertools.chain.from_iterable(map(self.encoding._encode_single_piece, kept))
+        return np.fromiter(ids, dtype=np.uint32)
 
     def encode(self, text):
         """Token ids of `text` as a list."""
@@ -704,7 +876,7 @@ def make_tokenizer(name, documents, total_bytes):
     """The Tokenizer that the user calls `name`, trained on the documents where it needs to be.
 
     byte | char | bpe:N | gpt2 | cl100k_base | o200k_base | any of tiktoken's | a prepared folder
-    whose tokenizer is to be used again.
+    whose tokenizer is to be used again | a folder with a tokenizer.json | a model of the Hub.
     """
     if name == "byte":
         return Tokenizer({"kind": "byte"})
@@ -721,9 +893,13 @@ def make_tokenizer(name, documents, total_bytes):
         return Tokenizer({"kind": "tiktoken", "name": name})
     if (Path(name) / "meta.json").exists():
         return Tokenizer(read_meta(name)["tokenizer"])
+    if (Path(name) / "tokenizer.json").exists():
+        return Tokenizer(hub_tokenizer(name))
+    if is_hub_name(name):
+        return Tokenizer(hub_tokenizer(fetch_hub(name, files=("config.json", "tokenizer.json"))))
     raise DataError(
         f"tokenizer {name!r} is unknown; choose byte, char, bpe:N (e.g. bpe:4096), gpt2, "
-        f"cl100k_base, o200k_base, or a folder prepared before"
+        f"cl100k_base, o200k_base, a folder prepared before, or a model of the Hub (owner/name)"
     )
 
 
@@ -744,28 +920,109 @@ TURN_END = "<|end|>"
 CHAT_TOKENS = (*dict.fromkeys(name for names in ROLES.values() for name in names), TURN_END)
 
 
+class Template:
+    """How a tokenizer's family writes a conversation: ours, ChatML (Qwen) or Llama 3's.
+
+        ours      <|user|>hi<|end|><|assistant|>hello<|end|>
+        chatml    <|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n
+        llama3    <|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>...
+
+    start   ids before the first turn
+    begin   ids that open the assistant's turn
+    end     the id that closes a turn
+    call    the id with which a call begins, None if the family has no such token
+    spoken  the special tokens that an answer may hold
+
+    DataError if the tokenizer has the special tokens of none of them.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, special = tokenizer, tokenizer.special
+        kinds = {"ours": CHAT_TOKENS, "chatml": ("<|im_start|>", "<|im_end|>")}
+        kinds["llama3"] = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+        self.kind = next((k for k, names in kinds.items() if set(names) <= set(special)), None)
+        if self.kind is None:
+            raise DataError(f"the tokenizer {tokenizer.name} has no special tokens for a chat")
+        ends = {"ours": TURN_END, "chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
+        self.end = special[ends[self.kind]]
+        self.call = special.get({"ours": "<|call|>", "chatml": "<tool_call>"}.get(self.kind))
+        self.start = [tokenizer.begin] if self.kind == "llama3" and tokenizer.begin else []
+        self.begin = self.opening("assistant")
+        names = ("<|call|>", "<tool_call>", "</tool_call>", "<think>", "</think>")
+        self.spoken = [self.end, *(special[name] for name in names if name in special)]
+
+    def opening(self, role):
+        """The ids that say who speaks."""
+        special, encode = self.tokenizer.special, self.tokenizer.encode
+        if self.kind == "ours":
+            return [special[ROLES[role][0]]]
+        if self.kind == "chatml":
+            return [special["<|im_start|>"], *encode({"tool": "user"}.get(role, role) + "\n")]
+        role = {"tool": "ipython"}.get(role, role)
+        names = special["<|start_header_id|>"], special["<|end_header_id|>"]
+        return [names[0], *encode(role), names[1], *encode("\n\n")]
+
+    def turn(self, message):
+        """(ids, mask) of one message, mask 1 where the assistant's own words are to be learned."""
+        encode, said = self.tokenizer.encode, message["content"]
+        role = "assistant" if message["role"] == "call" else message["role"]
+        behind = encode("\n") if self.kind == "chatml" else []
+        if message["role"] == "call":
+            own = self.call_ids(said)
+        elif message["role"] == "tool" and self.kind == "chatml":
+            own = encode(f"<tool_response>\n{said}\n</tool_response>")
+        else:
+            own = encode(said.strip() if self.kind == "llama3" else said)
+        before, own = self.opening(role), [*own, self.end]
+        learned = int(role == "assistant")
+        return before + own + behind, [0] * len(before) + [learned] * len(own) + [0] * len(behind)
+
+    def call_ids(self, content):
+        """The ids of a call, whose content is as `call_text` writes it."""
+        encode, special = self.tokenizer.encode, self.tokenizer.special
+        if self.kind == "ours":
+            return [self.call, *encode(content)]
+        name, _, arguments = content.partition(" ")
+        key = "arguments" if self.kind == "chatml" else "parameters"
+        text = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": {arguments}}}'
+        if self.kind == "llama3":
+            return encode(text)
+        if self.call is None:
+            return encode(f"<tool_call>\n{text}\n</tool_call>")
+        return [self.call, *encode(f"\n{text}\n"), special["</tool_call>"]]
+
+    def parse(self, ids):
+        """The message that generated ids mean: {"role": "assistant" or "call", "content"}."""
+        hidden = set(self.tokenizer.special.values())
+        text = self.tokenizer.decode([i for i in ids if i not in hidden])
+        if self.kind == "ours":
+            return {"role": "call" if ids[:1] == [self.call] else "assistant", "content": text}
+        inner = text.strip().removeprefix("<tool_call>").removesuffix("</tool_call>")
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            call = json.loads(inner)
+            arguments = call.get("arguments", call.get("parameters"))
+            if isinstance(call.get("name"), str) and isinstance(arguments, dict):
+                return {"role": "call", "content": call_text(call["name"], arguments)}
+        return {"role": "assistant", "content": text}
+
+
 def render_chat(messages, tokenizer, add_generation_prompt=False):
     """(ids, mask) of a conversation, mask 1 where the assistant's own words are to be learned.
 
-    `messages` are {"role", "content"} dicts, roles as in ROLES; `tokenizer` has CHAT_TOKENS. With
-    `add_generation_prompt` the row ends where an answer begins, a prefix of the row with it.
+    `messages` are {"role", "content"} dicts, roles as in ROLES; how they are written follows from
+    the tokenizer's special tokens (see Template). With `add_generation_prompt` the row ends where
+    an answer begins, a prefix of the row with it.
 
         <|user|> hi <|end|> <|assistant|> hello <|end|>
         0        0  0       0             1     1
     """
-    ids, mask = [], []
-
-    def put(new, learned):
-        ids.extend(new)
-        mask.extend([learned] * len(new))
-
+    template = Template(tokenizer)
+    ids, mask = list(template.start), [0] * len(template.start)
     for m in messages:
-        role, *kind = (tokenizer.special[name] for name in ROLES[m["role"]])
-        own = m["role"] in ("assistant", "call")
-        put([role], 0)
-        put([*kind, *tokenizer.encode(m["content"]), tokenizer.special[TURN_END]], int(own))
+        more, learned = template.turn(m)
+        ids, mask = ids + more, mask + learned
     if add_generation_prompt:
-        put([tokenizer.special["<|assistant|>"]], 0)
+        ids, mask = ids + template.begin, mask + [0] * len(template.begin)
     return ids, mask
 
 
@@ -789,6 +1046,319 @@ def parse_call(content):
     if not isinstance(arguments, dict):
         raise ValueError("the arguments are no JSON object")
     return name, arguments
+
+
+# --------------------------------------------------------------------------------------------
+# Hugging Face's tokenizers in and out: tokenizer.json and its neighbours
+# --------------------------------------------------------------------------------------------
+
+# tokenizer.json spells the bytes of a token as characters, the way GPT-2 did: the printable ones of
+# Latin-1 stand for themselves, the others for the characters from U+0100 on (a space is Ġ).
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_HIDDEN = sorted(set(range(256)) - set(_PRINTABLE))
+BYTE_CHARS = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_HIDDEN)}
+CHAR_BYTES = {c: b for b, c in BYTE_CHARS.items()}
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Each digit alone, and GPT-2's pattern on the stretches between: blanks before a digit are the end
+# of their stretch, so all of them are one piece, where GPT-2 keeps the last for the word behind it.
+DIGITS_PATTERN = r"\p{N}|" + GPT2_PATTERN.replace(r"| ?\p{N}+", "").replace(
+    r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)"
+)
+MOST_LOST = 64  # bytes without a token at most: SmolLM2 lacks some 20, those of rare characters
+ID_LIMIT = 1_000_000  # no vocabulary is as large; a larger id is a damaged file
+
+
+def spell(token):
+    """The characters that tokenizer.json writes for the bytes of a token: b" é" is "ĠÃ©"."""
+    return "".join(map(BYTE_CHARS.__getitem__, token))
+
+
+def unspell(text):
+    """The bytes of a token of tokenizer.json; ValueError if it is not spelled in GPT-2's way."""
+    try:
+        return bytes(map(CHAR_BYTES.__getitem__, text))
+    except KeyError as e:
+        raise ValueError(f"model: token {text!r} is not byte-level, {e} spells no byte") from e
+
+
+def bpe_parts(token, ranks):
+    """The last pieces of `token` before byte-pair encoding makes it one: two, if it ever does.
+
+    These two are the only pair that it is ever made of, in any text: merges of lower rank inside
+    it come first, and one across its border would leave no whole token here.
+
+    >>> bpe_parts(b"low", {b"l": 0, b"o": 1, b"w": 2, b"lo": 3, b"low": 4})
+    [b'lo', b'w']
+    """
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        joined = [ranks.get(a + b, ID_LIMIT) for a, b in itertools.pairwise(parts)]
+        best = min(joined)
+        if best == ID_LIMIT:
+            break
+        i = joined.index(best)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def hub_json(path):
+    """The object that a JSON file of a model's folder holds; DataError if it holds none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{path} is no JSON ({e})") from e
+    if not isinstance(data, dict):
+        raise DataError(f"{path} holds no JSON object")
+    return data
+
+
+def hub_pattern(pre):
+    """The split pattern of a pre_tokenizer; ValueError if it is none of the three that we know."""
+    steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+    kinds, first, last = [s["type"] for s in steps], steps[0], steps[-1]
+    own = last.get("use_regex", True)
+    plain = kinds[-1] == "ByteLevel" and last.get("add_prefix_space") is False
+    if plain and own and kinds == ["ByteLevel"]:
+        return GPT2_PATTERN
+    if plain and own and kinds == ["Digits", "ByteLevel"] and first["individual_digits"] is True:
+        return DIGITS_PATTERN
+    split = plain and not own and kinds == ["Split", "ByteLevel"]
+    if not split or first["behavior"] != "Isolated" or first.get("invert"):
+        raise ValueError(
+            f"pre_tokenizer {' + '.join(kinds)}, with its settings, is none of ByteLevel, Digits + "
+            f"ByteLevel and Split + ByteLevel, without add_prefix_space"
+        )
+    pattern = first["pattern"].get("Regex", "")
+    # Their regular expressions are Ruby's, tiktoken's are Rust's: these mean something else there.
+    bare = re.sub(r"\\[pP]\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]", "", pattern)
+    if re.search(r"[$^]|\}\+|\(\?[a-z-]*[msx]", bare) or regex.fullmatch(pattern, ""):
+        raise ValueError(f"pre_tokenizer: its pattern {pattern!r} splits otherwise in tiktoken")
+    return pattern
+
+
+def hub_tokens(model, added):
+    """Bytes -> id of a byte-level BPE model of tokenizer.json, `added` (name -> id) left out.
+
+    ValueError if it is another kind of model, or one that tiktoken, which merges any two tokens
+    that join to a third, those of the lowest id first, would read otherwise.
+    """
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"model {model['type']}: only byte-level BPE can be read")
+    for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            raise ValueError(f"model: {key} {model[key]!r}: only byte-level BPE can be read")
+    vocab = model["vocab"]
+    ranks = {unspell(text): i for text, i in vocab.items() if text not in added}
+    ids = [*ranks.values(), *added.values()]
+    if bad := [i for i in ids if type(i) is not int or not 0 <= i < ID_LIMIT]:
+        raise ValueError(f"{bad[0]!r} is no token id")
+    twice = [i for i, n in Counter(ids).items() if n > 1]
+    twice += [i for name, i in added.items() if vocab.get(name, i) != i]
+    if twice:
+        raise ValueError(f"model and added_tokens disagree about id {twice[0]}")
+    missing = [b for b in range(256) if bytes([b]) not in ranks]
+    if missing and (len(missing) > MOST_LOST or model.get("unk_token") is not None):
+        raise ValueError(f"model: {len(missing)} bytes have no token, 0x{missing[0]:02X} first")
+    check_merges(model["merges"], ranks, model.get("ignore_merges"))
+    return ranks
+
+
+def check_merges(merges, ranks, ignore_merges):
+    """ValueError unless merging by id is what the `merges` of tokenizer.json say."""
+    pairs, last = set(), 0
+    for merge in merges:
+        pair = tuple(map(unspell, merge.split(" ") if isinstance(merge, str) else merge))
+        new = ranks.get(b"".join(pair))
+        if len(pair) != 2 or new is None or not ranks.keys() >= set(pair):
+            raise ValueError(f"merge {merge!r} does not make a token of two others")
+        if new < last:
+            raise ValueError(
+                f"merge {merge!r} makes id {new} after id {last}; tiktoken merges by id, so the "
+                f"ids must rise along the merges"
+            )
+        pairs.add(pair)
+        last = new
+    for token, i in ranks.items():
+        parts = bpe_parts(token, ranks)  # more than two: reached only as a whole piece, if at all
+        listed = tuple(parts) in pairs if len(parts) == 2 else len(parts) == 1 or ignore_merges
+        if not listed:
+            raise ValueError(f"token {spell(token)!r} (id {i}) is made by none of the merges")
+
+
+def hub_begin(post, added):
+    """The id that a post_processor puts in front of a text, or None; ValueError if not known."""
+    steps = post["processors"] if post and post["type"] == "Sequence" else [post] if post else []
+    begin = []
+    for step in steps:
+        if step["type"] == "TemplateProcessing":
+            front = itertools.takewhile(lambda part: "SpecialToken" in part, step["single"])
+            names = [part["SpecialToken"]["id"] for part in front]
+            begin += [i for name in names for i in step["special_tokens"][name]["ids"]]
+        elif step["type"] != "ByteLevel":  # that one moves offsets, no ids
+            raise ValueError(f"post_processor {step['type']} can't be read")
+    if len(begin) > 1 or not set(begin) <= set(added.values()):
+        raise ValueError(f"post_processor: ids {begin} in front are not one added token's")
+    return begin[0] if begin else None
+
+
+def hub_end(folder, added):
+    """The id of the end-of-text token that the files beside tokenizer.json name, or None.
+
+    Configurations often carry a default eos_token_id that is no special token of theirs: such a
+    one is passed over, or any text with that token in it would end there.
+    """
+    for name in ("generation_config.json", "config.json"):
+        if (path := folder / name).exists():
+            ids = hub_json(path).get("eos_token_id")
+            first = (ids or [None])[0] if isinstance(ids, list) else ids
+            if first is not None and type(first) is not int:
+                raise DataError(f"{path}: eos_token_id {ids!r} is no token id")
+            if first in added.values():
+                return first
+    if (path := folder / "tokenizer_config.json").exists():
+        name = hub_json(path).get("eos_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        if name is not None and not isinstance(name, str):
+            raise DataError(f"{path}: eos_token {name!r} is no name of a token")
+        if name in added:
+            return added[name]
+    return added.get(END)
+
+
+def hub_tokenizer(folder):
+    """The spec, of kind hf, of the tokenizer in a Hugging Face model's folder.
+
+    Reads tokenizer.json and, for the end-of-text token, generation_config.json, config.json and
+    tokenizer_config.json where they exist. The spec holds "pattern", "nfc", "tokens" (base64, a
+    token's place is its id), "added" (name -> id), "end" and "begin" (ids, begin may be None).
+    Added tokens are special tokens here, so text never spells one. DataError if a file is missing
+    or damaged, or if the tokenizer is no byte-level BPE that tiktoken encodes alike.
+    """
+    path = Path(folder) / "tokenizer.json"
+    data = hub_json(path)
+    try:
+        added = {t["content"]: t["id"] for t in data.get("added_tokens") or []}
+        for name in added:
+            if not name.strip():
+                raise ValueError(f"added_tokens: {name!r} is text like any other, not a mark in it")
+        ranks = hub_tokens(data["model"], added)
+        if (normalizer := data.get("normalizer") or {"type": None})["type"] not in (None, "NFC"):
+            raise ValueError(f"normalizer {normalizer['type']} can't be read, only NFC")
+        pattern = hub_pattern(data.get("pre_tokenizer") or {"type": "none"})
+        begin = hub_begin(data.get("post_processor"), added)
+        end = hub_end(path.parent, added)
+        if end is None:
+            end = added[END] = max(*ranks.values(), *added.values()) + 1
+        tokens = [None] * (max(ranks.values()) + 1)
+        for token, i in ranks.items():
+            tokens[i] = base64.b64encode(token).decode()
+        spec = {"kind": "hf", "pattern": pattern, "nfc": normalizer["type"] == "NFC"}
+        spec |= {"tokens": tokens, "added": added, "end": end, "begin": begin}
+        Tokenizer(spec)  # tiktoken has not seen the pattern yet
+    except DataError:
+        raise
+    except KeyError as e:
+        raise DataError(f"{path}: {e} is missing") from e
+    except (ValueError, regex.error) as e:
+        raise DataError(f"{path}: {' '.join(str(e).splitlines())}") from e
+    except (TypeError, AttributeError, IndexError) as e:
+        raise DataError(f"{path} is damaged ({e})") from e
+    return spec
+
+
+def ruby_pattern(pattern):
+    """A split pattern of tiktoken's for Ruby's regular expressions, which Hugging Face uses: there
+    $ ends a line, {1,3}+ repeats, and s is no flag."""
+    pattern = pattern.replace(ANY_CHARACTER, r"[\s\S]").replace("$", r"(?![\s\S])")
+    return re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern)
+
+
+def tokenizer_json(tokenizer):
+    """The content of tokenizer.json for a Tokenizer: transformers reads the same ids out of it.
+
+    Merges are found again from the ids (a second or two for 100,000 tokens). One thing differs
+    there: text that spells a special token becomes it. DataError if an ordinary token is spelled
+    like a special one: tokenizer.json could not tell them apart.
+    """
+    ranks = dict(sorted(tokenizer.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
+    kind, special = tokenizer.spec["kind"], sorted(tokenizer.special.items(), key=lambda s: s[1])
+    own = kind == "hf"  # its pattern came from there
+    pattern = tokenizer.spec["pattern"] if own else ruby_pattern(tokenizer.encoding._pat_str)
+    split = {"type": "Split", "pattern": {"Regex": pattern}}
+    split |= {"behavior": "Isolated", "invert": False}
+    if kind == "char":
+        vocab = {token.decode(): i for token, i in ranks.items()}
+        model = {"type": "WordLevel", "unk_token": UNKNOWN}
+        pre, decoder = split, {"type": "Fuse"}
+    else:
+        vocab = {spell(token): i for token, i in ranks.items()}
+        halves = (bpe_parts(token, ranks) for token in ranks)
+        merges = [[spell(pair[0]), spell(pair[1])] for pair in halves if len(pair) == 2]
+        # tiktoken, too, takes a piece that is a token as it is, before any merge
+        model = {"type": "BPE", "dropout": None, "unk_token": None, "ignore_merges": True}
+        model |= {"continuing_subword_prefix": None, "end_of_word_suffix": None}
+        model |= {"fuse_unk": False, "byte_fallback": False, "merges": merges}
+        bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+        bytes_ |= {"use_regex": False}
+        pre, decoder = {"type": "Sequence", "pretokenizers": [split, bytes_]}, bytes_
+    if clash := vocab.keys() & dict(special).keys():
+        raise DataError(f"special token {min(clash)!r} is spelled like an ordinary one")
+    model["vocab"] = vocab | dict(special)  # there they keep their ids, whatever gaps lie between
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": n, **flags, "special": True} for n, i in special],
+        "normalizer": {"type": "NFC"} if tokenizer.spec.get("nfc") else None,
+        "pre_tokenizer": pre,
+        "post_processor": begin_template(tokenizer),
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def begin_template(tokenizer):
+    """The post_processor that puts `tokenizer.begin` in front of a text; None without one."""
+    names = {i: name for name, i in tokenizer.special.items()}
+    if (name := names.get(tokenizer.begin)) is None:
+        return None
+    front = {"SpecialToken": {"id": name, "type_id": 0}}
+    text, other = ({"Sequence": {"id": n, "type_id": t}} for n, t in (("A", 0), ("B", 1)))
+    return {
+        "type": "TemplateProcessing",
+        "single": [front, text],
+        "pair": [front, text, other],
+        "special_tokens": {name: {"id": name, "ids": [tokenizer.begin], "tokens": [name]}},
+    }
+
+
+CHAT_TEMPLATE = (  # render_chat in Jinja
+    "{% for m in messages %}{{ "
+    + json.dumps({role: "".join(names) for role, names in ROLES.items()})
+    + "[m['role']] + m['content'] + '"
+    + TURN_END
+    + "' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def tokenizer_config(tokenizer):
+    """The content of tokenizer_config.json beside tokenizer_json's: the class for transformers, the
+    end-of-text token and, if the tokenizer has CHAT_TOKENS, render_chat as a chat_template."""
+    names = {i: name for name, i in tokenizer.special.items()}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": names[tokenizer.eot],
+        "clean_up_tokenization_spaces": False,
+    }
+    if tokenizer.begin is not None:
+        config["bos_token"] = names[tokenizer.begin]
+    if set(CHAT_TOKENS) <= set(tokenizer.special):
+        config["chat_template"] = CHAT_TEMPLATE
+    return config
 
 
 # --------------------------------------------------------------------------------------------
@@ -1291,8 +1861,9 @@ def build_parser():
     add("source", nargs="?", default="stdlib",
         help="stdlib (default), sales, shakespeare, or a file, folder, glob or http(s) URL")
     add("--tokenizer",
-        help="byte, char, bpe:N, gpt2, cl100k_base, o200k_base, or a prepared folder (default: "
-        "bpe:2048 for stdlib, cl100k_base for sales, char for shakespeare, else bpe:4096)")
+        help="byte, char, bpe:N, gpt2, cl100k_base, o200k_base, a prepared folder, or a model's "
+        "folder or name on the Hub (default: bpe:2048 for stdlib, cl100k_base for sales, char for "
+        "shakespeare, else bpe:4096)")
     add("--name", help="write to data/NAME (default: the source's own name)")
     add("--val_fraction", type=float, default=0.1, help="share held out, about (default 0.1)")
     add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")

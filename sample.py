@@ -35,14 +35,14 @@ from model import (
     ModelError,
     causal_mask,
     choose_device,
+    find_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
 )
 from prepare_data import (
-    CHAT_TOKENS,
-    TURN_END,
     UNKNOWN,
     DataError,
+    Template,
     Tokenizer,
     console,
     label_token,
@@ -374,21 +374,16 @@ def chat_prompt(messages, tokenizer, room):
     """Ids of a conversation up to where the answer begins, at most `room`: the oldest turns are
     left out first, never the system's; a last one that is too long alone loses its beginning, and a
     system turn of more than half of the room gives way to the question."""
-    rendered = [render_chat([m], tokenizer)[0] for m in messages]
-    begin = tokenizer.special["<|assistant|>"]
+    template = Template(tokenizer)
+    rendered = [template.turn(m)[0] for m in messages]
+    room -= len(template.start) + len(template.begin)
     oldest = 1 if messages and messages[0]["role"] == "system" else 0
-    while sum(map(len, rendered)) + 1 > room and len(rendered) > oldest + 1:
+    while sum(map(len, rendered)) > room and len(rendered) > oldest + 1:
         rendered.pop(oldest)
-    system = rendered[0] if oldest and len(rendered[0]) <= room // 2 else []
+    system = rendered[0] if oldest and len(rendered[0]) <= (room + 1) // 2 else []
     rest = [i for ids in rendered[1 if system else 0 :] for i in ids]
-    return system + rest[max(0, len(system) + len(rest) + 1 - room) :] + [begin]
-
-
-def parse_answer(ids, tokenizer):
-    """The message that generated ids mean: {"role": "assistant" or "call", "content"}."""
-    call = ids[:1] == [tokenizer.special["<|call|>"]]
-    text = tokenizer.decode([i for i in ids if i not in tokenizer.special.values()])
-    return {"role": "call" if call else "assistant", "content": text}
+    rest = rest[max(0, len(system) + len(rest) - room) :]
+    return template.start + system + rest + template.begin
 
 
 @torch.inference_mode()
@@ -498,14 +493,18 @@ class Chat:
         self.model, self.tokenizer, self.tools = model, tokenizer, tools or {}
         self.settings, self.seed = settings or {}, seed
         self.max_tokens = min(max_tokens, model.config.context // 2)
-        self.plain = not set(CHAT_TOKENS) <= set(tokenizer.special)
+        try:
+            self.template = Template(tokenizer)
+        except DataError:
+            self.template = None
+        self.plain = self.template is None
         self.messages, self.turns = [], 0
 
     def prompt(self):
         """(ids to continue, whether the oldest turns had to be left out)."""
         room = self.model.config.context - self.max_tokens
         if not self.plain:
-            full = len(render_chat(self.messages, self.tokenizer)[0]) + 1
+            full = len(render_chat(self.messages, self.tokenizer, True)[0])
             return chat_prompt(self.messages, self.tokenizer, room), full > room
         said = "".join(f"{m['role'].title()}: {m['content']}\n" for m in self.messages)
         ids = self.tokenizer.encode(said + "Assistant:")
@@ -516,7 +515,9 @@ class Chat:
         that Ctrl-C stops is remembered as far as it went; in the middle of a call it is passed on.
         """
         ids, t, stopped = [], self.tokenizer, False
-        call, ends = t.special.get("<|call|>"), {t.eot, t.special.get(TURN_END)}
+        call, ends = None, {t.eot}
+        if not self.plain:
+            call, ends = self.template.call, {t.eot, self.template.end}
         stream = TextStream(t, ["\nUser:", "\nSystem:"] if self.plain else ())
         allowed = allowed_ids(self.model, t, chat=not self.plain)
         if call is not None and not (may_call and self.tools):
@@ -552,7 +553,7 @@ class Chat:
             text = re.split(r"\n(?:User|System):", t.decode([i for i in ids if i not in ends]))[0]
             message = {"role": "assistant", "content": text.strip()}
         else:
-            message = parse_answer(ids, t)
+            message = self.template.parse(ids)
         message["content"] = message["content"].rstrip(UNKNOWN)
         self.messages.append(message)
         return message
@@ -663,9 +664,14 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
     brings its base along; `adapters` are laid over a base, the first one active, and are called by
     their folder's or file's name."""
     where = Path(ckpt) if ckpt is not None else newest_run()
-    content, over = load_checkpoint(where), [Path(a) for a in adapters]
+    device = choose_device(device)
+    if dtype in (None, "auto"):
+        dtype = "bf16" if device.type == "cuda" else "fp32"
+    # an adapter knows its base by the weights as they are on disk
+    content = load_checkpoint(where, None if adapters else DTYPES[dtype])
+    over = [Path(a) for a in adapters]
     if "adapter" in content:
-        over, base = [where, *over], Path(content["adapter"]["base"])
+        over, base = [where, *over], find_checkpoint(content["adapter"]["base"])
         if not base.exists():
             raise DataError(
                 f"{where} is an adapter over {base}, which is not there: name its base with --ckpt "
@@ -684,9 +690,6 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
     specs = [a["tokenizer"] for a in named.values()] or [content["tokenizer"]]
     if any(s != specs[0] for s in specs):
         raise DataError("the adapters have other special tokens: only alike ones go together")
-    device = choose_device(device)
-    if dtype in (None, "auto"):
-        dtype = "bf16" if device.type == "cuda" else "fp32"
     if named:
         model = lora.load_adapted(content, named, base).to(device=device, dtype=DTYPES[dtype])
     else:
@@ -696,12 +699,11 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
 
 def allowed_ids(model, tokenizer, chat=False):
     """Bools (V,): the ids that a token has; the table's spare rows must never be drawn. Of the
-    special ones only the end of the text may come, or in a `chat` the end of the turn and a call.
-    """
+    special ones only the end of the text may come, or in a `chat` what its template speaks."""
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     lengths = torch.from_numpy(tokenizer.byte_lengths[: len(allowed)])
     allowed[: len(lengths)] = lengths > 0
-    for i in [tokenizer.special[n] for n in (TURN_END, "<|call|>")] if chat else [tokenizer.eot]:
+    for i in Template(tokenizer).spoken if chat else (tokenizer.eot,):
         if i < len(allowed):
             allowed[i] = True
     return allowed.to(model.embed.weight.device)
@@ -735,7 +737,8 @@ def read_prompts(args, tokenizer, vocab_size):
             raise DataError(f"--prompt_ids {args.prompt_ids!r}: numbers with commas, please") from e
     else:  # nothing at all means: begin a document
         texts = [resolve_prompt(p) for p in args.prompt or [None]]
-        rows = [tokenizer.encode(t) or [tokenizer.eot] for t in texts]
+        begin = [] if tokenizer.begin is None else [tokenizer.begin]
+        rows = [begin + tokenizer.encode(t) or [tokenizer.eot] for t in texts]
     check_ids(rows, vocab_size)
     return rows
 

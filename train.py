@@ -349,14 +349,15 @@ def lr_at(step, fraction, lr, min_lr=0.0, warmup_steps=0, schedule="cosine"):
 # --------------------------------------------------------------------------------------------
 
 
-def evaluate(model, tokens, byte_lengths, runtime, limit=None):
+def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     """Loss over non-overlapping windows of `tokens`, every target once; a dict for metrics.
 
     All of the split, its last short window included, or `limit` tokens in evenly spread windows.
+    A window has `context` targets, by default the model's context.
     val_loss is nats a token, val_ppl its exponential, val_bpb bits per byte of text (which compares
     across tokenizers), val_share what share of the split was read.
     """
-    T, targets = model.config.context, len(tokens) - 1
+    T, targets = context or model.config.context, len(tokens) - 1
     if targets < 1:
         raise DataError(f"the validation text has {len(tokens)} tokens: two at least are needed")
     starts = np.arange(0, targets, T)
@@ -856,6 +857,10 @@ def add_optimisation(p):
     return add
 
 
+# The fields of a shape that are flags; a rope_scaling comes with models of the Hub alone
+SHAPE = tuple(f.name for f in fields(lm.Config) if f.name != "rope_scaling")
+
+
 def build_parser():
     p = argparse.ArgumentParser(
         description="Pretrain a language model. Defaults are the recipe's (train.RECIPE), or with "
@@ -876,12 +881,12 @@ def build_parser():
     add("--eval_tokens", type=int,
         help="validation tokens an evaluation reads; 0 is all (the last one always reads all)")
     shape = p.add_argument_group("model shape, in place of the preset's (see model.Config)")
-    for f in fields(lm.Config):
-        kind = type(getattr(lm.PRESETS["tiny"], f.name))
+    for name in SHAPE:
+        kind = type(getattr(lm.PRESETS["tiny"], name))
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
         if kind is str:
-            how["choices"] = tuple(getattr(lm, f"{f.name.upper()}S"))
-        shape.add_argument(f"--{f.name}", help=f"Config.{f.name}", **how)
+            how["choices"] = tuple(getattr(lm, f"{name.upper()}S"))
+        shape.add_argument(f"--{name}", help=f"Config.{name}", **how)
     return p
 # fmt: on
 
@@ -920,13 +925,13 @@ def resolve(args):
     What was given wins; a resumed run's own settings come next, then the recipe of the preset.
     """
     given = {k: v for k, v in vars(args).items() if v is not None}
-    shape = {f.name for f in fields(lm.Config)} | {"preset", "ckpt"}
+    shape = {*SHAPE, "preset", "ckpt"}
     fixed = shape | {"optimizer", "seed"}  # what a run cannot change on its way
     if args.resume is not None:
         settings, content = resumed_settings(args, given, fixed)
     else:
         content = None
-        if "ckpt" in given and (shaped := sorted(shape & set(given) - {"ckpt"})):
+        if "ckpt" in given and (shaped := sorted(shape & set(given) - {"ckpt", "context"})):
             raise DataError(f"--{shaped[0]} cannot be given with --ckpt, which brings its shape")
         preset, optimizer = given.get("preset", "tiny"), given.get("optimizer", "adamw")
         settings = RECIPE | RECIPES.get(optimizer, {}) | RECIPES.get(preset, {})
@@ -997,17 +1002,17 @@ def build_model(args, content, meta, tokenizer):
                 f"{args.data} is not the text that the run began with: resume with that one, or "
                 f"start a new run from these weights with --ckpt"
             )
-        if content["tokenizer"] != tokenizer.spec:
+        if not Tokenizer(content["tokenizer"]).same_ids(tokenizer):
             theirs = Tokenizer(content["tokenizer"]).name
             raise DataError(
                 f"the checkpoint speaks {theirs}, {args.data} is prepared with {tokenizer.name} "
-                f"(or another vocabulary): prepare the text with the run's tokenizer"
+                f"(or another vocabulary): prepare the text with the same one (prepare_data.py "
+                f"--tokenizer takes a prepared folder, and a model of the Hub)"
             )
         model = lm.model_from_checkpoint(content)
         model.train()
     else:
-        changes = {f.name: getattr(args, f.name) for f in fields(lm.Config)}
-        changes = {k: v for k, v in changes.items() if v is not None}
+        changes = {k: getattr(args, k) for k in SHAPE if getattr(args, k) is not None}
         # a multiple of 64 suits the hardware and leaves rows for a chat's special tokens
         changes.setdefault("vocab_size", (tokenizer.n_vocab + 63) // 64 * 64)
         model = lm.Transformer(lm.preset(args.preset, **changes))
@@ -1018,6 +1023,15 @@ def build_model(args, content, meta, tokenizer):
         )
     model.grad_checkpoint = bool(args.grad_checkpoint)
     return model
+
+
+def settle_context(args, model):
+    """Fill in --context, the length of training windows: a checkpoint's model may be able to look
+    at more. DataError if it is less."""
+    most = model.config.context
+    args.context = most if args.context is None else args.context
+    if not 2 <= args.context <= most:
+        raise DataError(f"--context {args.context} must be from 2 to the model's {most}")
 
 
 def closing_lines(model, tokenizer, runtime, meta, result, out, prompt_ids):
@@ -1091,20 +1105,22 @@ def main(argv=None):
     args.dtype = runtime.dtype
     model.to(runtime.device)
     train, val = read_tokens(folder, "train"), read_tokens(folder, "val")
-    windows = Windows(train, model.config.context, args.seed)
-    check_memory(model, args.batch_size * model.config.context, runtime)
+    settle_context(args, model)
+    windows = Windows(train, args.context, args.seed)
+    check_memory(model, args.batch_size * args.context, runtime)
     out = run_folder(args, content, folder.name, runtime)
     task = Task(
         batches=lambda step: micro_batches(
             windows, step, args.batch_size, args.grad_accum, runtime.rank, runtime.world
         ),
         evaluate=lambda m, final: evaluate(
-            m, val, tokenizer.byte_lengths, runtime, None if final else args.eval_tokens
+            m, val, tokenizer.byte_lengths, runtime, None if final else args.eval_tokens,
+            args.context,
         ),
         extra={"tokenizer": tokenizer.spec, "data": data_hashes(meta)},
     )
     if runtime.rank == 0:
-        about = header(model, args, runtime, len(train), args.batch_size * model.config.context)
+        about = header(model, args, runtime, len(train), args.batch_size * args.context)
         print("\n".join([f"{out}: {folder}, {tokenizer.name}, {args.optimizer}", *about]))
     result = launch(model, task, args, runtime, out, content)
     if runtime.rank == 0:

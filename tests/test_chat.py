@@ -24,6 +24,7 @@ import sample  # noqa: E402
 from prepare_data import (  # noqa: E402
     CHAT_TOKENS,
     DataError,
+    Template,
     Tokenizer,
     label_token,
     read_hotels,
@@ -108,12 +109,12 @@ def test_no_prompt_is_longer_than_its_room_and_all_end_where_the_answer_begins()
 
 
 def test_ids_are_read_as_an_answer_or_as_a_call():
-    spoken = sample.parse_answer([*CHAT.encode("你好 <|call|>"), END], CHAT)
+    spoken = Template(CHAT).parse([*CHAT.encode("你好 <|call|>"), END])
     assert spoken == turn("assistant", "你好 <|call|>")
     ids = [CALL, *CHAT.encode('search {"name": "x"}'), END]
-    assert sample.parse_answer(ids, CHAT) == turn("call", 'search {"name": "x"}')
-    assert sample.parse_answer([104, CALL, 105], CHAT) == turn("assistant", "hi")
-    assert sample.parse_answer([], CHAT) == turn("assistant", "")
+    assert Template(CHAT).parse(ids) == turn("call", 'search {"name": "x"}')
+    assert Template(CHAT).parse([104, CALL, 105]) == turn("assistant", "hi")
+    assert Template(CHAT).parse([]) == turn("assistant", "")
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = {"prepare_data": 0, "model": 0, "lora": 1, "sample": 2, "train": 3, "finetune": 4}
+FLOORS = {"prepare_data": 0, "model": 1, "lora": 2, "sample": 3, "train": 4, "finetune": 5}
 SCRIPTS = {*FLOORS, "mnist"}
 PACKAGES = {"torch", "tiktoken", "numpy", "requests"}
 FORBIDDEN_PACKAGES = {"prepare_data": {"torch"}, "model": PACKAGES - {"torch"}}

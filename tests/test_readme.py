@@ -13,14 +13,16 @@ import threading
 from pathlib import Path
 
 import pytest
+from test_hub_commands import QWEN_TOKENS, save_model
 from test_mnist import toy_files
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("SCRATCHLM_DATA", ROOT.parent / "shared" / "data"))
 # appended to a command of each script: argparse takes the last value of a flag
+SHORT = "--batch_size 2 --grad_accum 1 --max_steps 3 --eval_every 2 --eval_tokens 64 --log_every 1"
 TOY = {
-    "train.py": "--n_layer 1 --n_head 2 --d_model 32 --context 16 --batch_size 2 --grad_accum 1 "
-    "--max_steps 3 --eval_every 2 --eval_tokens 64 --log_every 1",
+    "train.py": f"--n_layer 1 --n_head 2 --d_model 32 --context 16 {SHORT}",
+    "--ckpt gpt2 --data": f"--context 16 {SHORT}",
     "--resume": "--max_steps 4",
     "sample.py": "--max_tokens 5",
     "mnist.py": "--data toy --epochs 1",
@@ -70,12 +72,29 @@ def mirror(tmp_path_factory):
         place.parent.mkdir(parents=True)
         with tarfile.open(place, "w:gz") as archive:
             archive.add(REAL / "rotten_tomatoes", "rt-polaritydata")
+    save_hub(folder / "huggingface.co")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     handler.func.log_message = lambda *args: None
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+
+
+def save_hub(folder):
+    """Tiny models under the names of the READMEs' large ones, and the rows that tune them."""
+    import transformers
+
+    gpt2 = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    save_model(folder / "openai-community/gpt2/resolve/main", gpt2, QWEN_TOKENS[:1])
+    qwen = transformers.Qwen3Config(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=256, tie_word_embeddings=True,
+    )
+    save_model(folder / "Qwen/Qwen3-0.6B/resolve/main", qwen, QWEN_TOKENS)
+    rows = folder / "datasets/shibing624/alpaca-zh/resolve/main/alpaca_gpt4_data_zh.json"
+    rows.parent.mkdir(parents=True)
+    rows.symlink_to(REAL / "instruct" / "alpaca_zh_demo.json")
 
 
 def write_hotel_rows(dialogues, path):
@@ -95,7 +114,7 @@ def toy(line):
     if line.startswith(("pip ", "pytest")):
         return None
     script = re.search(r"\w+\.py", line)[0]
-    flag = next((f for f in ("--resume", "--diffusion", "--draw", "--judge") if f in line), script)
+    flag = next((f for f in TOY if not f.endswith(".py") and f in line), script)
     extra = TOY[flag] if script in TOY else ""
     if "--max_minutes" in line:  # the toy is limited by its steps
         line = re.sub(r"--max_minutes \S+", "", line)

@@ -1,0 +1,537 @@
+"""Weights of Hugging Face's models in and out, beside transformers itself."""
+
+import functools
+import json
+import random
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model as lm  # noqa: E402
+from model import ModelError  # noqa: E402
+
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+ROPE3 = {
+    "rope_type": "llama3",
+    "rope_theta": 50_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+TINY = dict(
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    vocab_size=331,
+)
+MIDDLE = dict(
+    hidden_size=320,
+    intermediate_size=900,
+    num_hidden_layers=5,
+    num_attention_heads=10,
+    num_key_value_heads=5,
+    max_position_embeddings=256,
+    vocab_size=5003,
+)
+MODELS = {
+    "gpt2": ("GPT2", dict(n_embd=48, n_layer=2, n_head=4, n_positions=128, vocab_size=331)),
+    "gpt2 untied, erf": (
+        "GPT2",
+        dict(n_embd=32, n_layer=1, n_head=2, n_positions=128, vocab_size=97, n_inner=50)
+        | dict(tie_word_embeddings=False, activation_function="gelu"),
+    ),
+    "gpt2 middle": (
+        "GPT2", dict(n_embd=256, n_layer=4, n_head=8, n_positions=256, vocab_size=5003)
+    ),
+    "llama": ("Llama", TINY),
+    "llama tied, biases": (
+        "Llama", TINY | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    ),
+    "llama head_dim": ("Llama", TINY | dict(head_dim=20, num_key_value_heads=1)),
+    "llama 3 rope": ("Llama", TINY | dict(rope_parameters=ROPE3)),
+    "llama linear rope": (
+        "Llama",
+        TINY | dict(rope_parameters={"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}),
+    ),
+    "llama middle": ("Llama", MIDDLE | dict(rope_parameters=ROPE3, tie_word_embeddings=True)),
+    "mistral": ("Mistral", TINY | dict(head_dim=8, sliding_window=None)),
+    "mistral window": ("Mistral", TINY | dict(head_dim=8, sliding_window=100)),
+    "mistral middle": ("Mistral", MIDDLE | dict(head_dim=32, sliding_window=None)),
+    "qwen2": ("Qwen2", TINY | dict(tie_word_embeddings=True)),
+    "qwen2 middle": ("Qwen2", MIDDLE),
+    "qwen3": ("Qwen3", TINY | dict(head_dim=12, tie_word_embeddings=True)),
+    "qwen3 biases": ("Qwen3", TINY | dict(head_dim=8, attention_bias=True)),
+    "qwen3 middle": ("Qwen3", MIDDLE | dict(head_dim=40)),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def theirs(name, dtype=torch.float32):
+    """A random model of transformers', its biases and norms not at their idle start values."""
+    family, settings = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**settings)
+    torch.manual_seed(0)
+    for_lm = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    model = getattr(transformers, for_lm)._from_config(config, attn_implementation="sdpa")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * (0.1 if p.dim() == 1 else 0.05))
+    return model.to(dtype).eval()
+
+
+def in_float64(reference):
+    """The same model with norms in float64: transformers computes them in float32 even then."""
+
+    def forward(norm, x):
+        eps = norm.variance_epsilon
+        return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+    for module in reference.double().modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(forward, module)
+    return reference
+
+
+def ours(folder, dtype=torch.float32):
+    return lm.model_from_checkpoint(lm.load_hf(folder), dtype=dtype, where=str(folder))
+
+
+def some_ids(model, T=60, B=2):
+    torch.manual_seed(1)
+    return torch.randint(model.config.vocab_size, (B, T))
+
+
+@every_model
+def test_logits_equal_theirs_in_fp32_and_fp64(name, tmp_path):
+    reference = theirs(name)
+    reference.save_pretrained(tmp_path)
+    model, ids = ours(tmp_path), some_ids(reference)
+    with torch.no_grad():
+        want = reference(ids).logits
+        torch.testing.assert_close(model(ids), want, rtol=1e-4, atol=1e-4)
+        model, reference = ours(tmp_path, torch.float64), in_float64(reference)
+        want = reference(ids).logits
+        torch.testing.assert_close(model(ids), want, rtol=1e-9, atol=1e-9)
+        cache = lm.KVCache(model, 2)
+        steps = [model(part, cache=cache) for part in ids.split([40, 1, 1, 18], dim=1)]
+        torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-9, atol=1e-9)
+
+
+@every_model
+def test_greedy_text_is_theirs(name, tmp_path):
+    import sample
+
+    reference = theirs(name)
+    reference.save_pretrained(tmp_path)
+    ids = some_ids(reference, 9, 1)
+    model = ours(tmp_path)
+    want = reference.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None)
+    got = [row[0] for row in sample.generate(model, ids.tolist(), 64, temperature=0)]
+    assert got == want[0, 9:].tolist()
+
+
+# --------------------------------------------------------------------------------------------
+# config.json: what we cannot compute is named
+# --------------------------------------------------------------------------------------------
+
+REFUSED = [
+    ("gpt2", dict(activation_function="swish"), "activation_function = 'swish'"),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
+    ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights = False"),
+    ("gpt2", dict(add_cross_attention=True), "add_cross_attention = True"),
+    ("llama", dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
+    ("llama", dict(pretraining_tp=2), "pretraining_tp = 2"),
+    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope scaling"),
+    ("llama", dict(rope_scaling={"type": "dynamic", "factor": 4.0}), "rope scaling"),
+    ("llama", dict(rope_parameters={"rope_type": "linear", "factor": 0}), "rope_scaling"),
+    ("llama", dict(quantization_config={"bits": 4}), "quantization_config"),
+    ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
+    ("llama", dict(embedding_multiplier=12.0), "embedding_multiplier = 12.0"),
+    ("qwen2", dict(use_sliding_window=True), "use_sliding_window = True"),
+    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+    ("llama", dict(model_type="mamba"), "model_type 'mamba' is none of gpt2, llama"),
+    ("llama", dict(hidden_size=None), "hidden_size|wrong type|d_model"),
+    ("llama", dict(num_hidden_layers="two"), "wrong type|n_layer"),
+    ("llama", dict(num_attention_heads=5), "n_head 5 is no multiple of n_kv_head 2"),
+]
+
+
+@pytest.mark.parametrize("name, change, words", REFUSED)
+def test_a_field_that_we_do_not_compute_is_named(name, change, words):
+    values = theirs_config(name) | change
+    with pytest.raises(ModelError, match=words) as e:
+        lm.config_from_hf(values, "there/config.json")
+    assert "\n" not in str(e.value)
+
+
+def theirs_config(name):
+    family, settings = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**settings)
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+@every_model
+def test_every_field_that_transformers_writes_is_understood(name):
+    family, settings = MODELS[name]
+    for use_diff in (True, False):
+        config = getattr(transformers, f"{family}Config")(**settings)
+        values = json.loads(config.to_json_string(use_diff=use_diff))
+        lm.config_from_hf(values | {"model_type": config.model_type})
+
+
+# As they are on the Hub (config.json of each, as published)
+PUBLISHED = {
+    "openai-community/gpt2": (
+        dict(activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1)
+        | dict(bos_token_id=50256, embd_pdrop=0.1, eos_token_id=50256, initializer_range=0.02)
+        | dict(layer_norm_epsilon=1e-05, model_type="gpt2", n_ctx=1024, n_embd=768, n_head=12)
+        | dict(n_layer=12, n_positions=1024, resid_pdrop=0.1, summary_activation=None)
+        | dict(summary_first_dropout=0.1, summary_proj_to_labels=True, summary_type="cls_index")
+        | dict(summary_use_proj=True, vocab_size=50257)
+        | dict(task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}}),
+        124_439_808,
+    ),
+    "meta-llama/Llama-3.2-1B": (
+        dict(architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0)
+        | dict(bos_token_id=128000, eos_token_id=128001, head_dim=64, hidden_act="silu")
+        | dict(hidden_size=2048, initializer_range=0.02, intermediate_size=8192, mlp_bias=False)
+        | dict(max_position_embeddings=131072, model_type="llama", num_attention_heads=32)
+        | dict(num_hidden_layers=16, num_key_value_heads=8, pretraining_tp=1, rms_norm_eps=1e-05)
+        | dict(rope_theta=500000.0, tie_word_embeddings=True, torch_dtype="bfloat16")
+        | dict(transformers_version="4.45.0.dev0", use_cache=True, vocab_size=128256)
+        | {
+            "rope_scaling": dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0)
+            | dict(original_max_position_embeddings=8192, rope_type="llama3")
+        },
+        1_235_814_400,
+    ),
+    "Qwen/Qwen2.5-0.5B": (
+        dict(architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id=151643)
+        | dict(eos_token_id=151643, hidden_act="silu", hidden_size=896, initializer_range=0.02)
+        | dict(intermediate_size=4864, max_position_embeddings=32768, max_window_layers=24)
+        | dict(model_type="qwen2", num_attention_heads=14, num_hidden_layers=24)
+        | dict(num_key_value_heads=2, rms_norm_eps=1e-06, rope_theta=1000000.0)
+        | dict(sliding_window=32768, tie_word_embeddings=True, torch_dtype="bfloat16")
+        | dict(transformers_version="4.40.1", use_cache=True, use_mrope=False)
+        | dict(use_sliding_window=False, vocab_size=151936),
+        494_032_768,
+    ),
+    "Qwen/Qwen3-0.6B": (
+        dict(architectures=["Qwen3ForCausalLM"], attention_bias=False, attention_dropout=0.0)
+        | dict(bos_token_id=151643, eos_token_id=151645, head_dim=128, hidden_act="silu")
+        | dict(hidden_size=1024, initializer_range=0.02, intermediate_size=3072)
+        | dict(max_position_embeddings=40960, max_window_layers=28, model_type="qwen3")
+        | dict(num_attention_heads=16, num_hidden_layers=28, num_key_value_heads=8)
+        | dict(rms_norm_eps=1e-06, rope_scaling=None, rope_theta=1000000, sliding_window=None)
+        | dict(tie_word_embeddings=True, torch_dtype="bfloat16", transformers_version="4.51.0")
+        | dict(use_cache=True, use_sliding_window=False, vocab_size=151936),
+        596_049_920,
+    ),
+    "HuggingFaceTB/SmolLM2-135M": (
+        dict(architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0)
+        | dict(bos_token_id=0, eos_token_id=0, hidden_act="silu", hidden_size=576)
+        | dict(initializer_range=0.041666666666666664, intermediate_size=1536)
+        | dict(is_llama_config=True, max_position_embeddings=8192, model_type="llama")
+        | dict(num_attention_heads=9, num_hidden_layers=30, num_key_value_heads=3)
+        | dict(pretraining_tp=1, rms_norm_eps=1e-05, rope_interleaved=False, rope_scaling=None)
+        | dict(rope_theta=100000, tie_word_embeddings=True, torch_dtype="bfloat16")
+        | dict(transformers_version="4.40.1", use_cache=True, vocab_size=49152),
+        134_515_008,
+    ),
+    "mistralai/Mistral-7B-v0.1": (
+        dict(architectures=["MistralForCausalLM"], bos_token_id=1, eos_token_id=2)
+        | dict(hidden_act="silu", hidden_size=4096, initializer_range=0.02)
+        | dict(intermediate_size=14336, max_position_embeddings=32768, model_type="mistral")
+        | dict(num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8)
+        | dict(rms_norm_eps=1e-05, rope_theta=10000.0, sliding_window=4096)
+        | dict(tie_word_embeddings=False, torch_dtype="bfloat16")
+        | dict(transformers_version="4.34.0.dev0", use_cache=True, vocab_size=32000),
+        7_241_732_096,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_known_parameters(name):
+    values, total = PUBLISHED[name]
+    config = lm.config_from_hf(values)
+    assert lm.count_parameters(lm.skeleton(replace(config, context=8)))["total"] == (
+        total if config.position == "rope" else total - (1024 - 8) * 768
+    )
+    assert config.context == (4096 if "Mistral" in name else config.context)
+
+
+# --------------------------------------------------------------------------------------------
+# Out: transformers reads what we write
+# --------------------------------------------------------------------------------------------
+
+EXPORTED = {
+    "gpt2": dict(position="learned", norm="layernorm", activation="gelu_tanh", tied=True)
+    | dict(qkv_bias=True, out_bias=True, ff_bias=True),
+    "gpt2 without biases and norm weights": dict(position="learned", norm="layernorm")
+    | dict(activation="gelu", norm_weight=False),
+    "llama": dict(n_kv_head=2, head_size=6),
+    "llama tied, long": dict(tied=True, qkv_bias=True, out_bias=True, ff_bias=True)
+    | dict(rope_scaling={k: v for k, v in ROPE3.items() if k != "rope_theta"}, rope_theta=5e4),
+    "llama without norm weights": dict(norm_weight=False),
+    "qwen2": dict(qkv_bias=True, eps=1e-6),
+    "qwen3": dict(qk_norm=True, head_size=10),
+}
+
+
+def random_model(**fields):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=97, n_layer=2, n_head=4, d_model=32, context=64, init="gpt2")
+    model = lm.Transformer(lm.Config(**(shape | fields)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_what_we_write_transformers_reads_and_we_read_again(name, tmp_path):
+    model = random_model(**EXPORTED[name])
+    lm.export_hf({"config": vars(model.config), "model": model.state_dict()}, tmp_path)
+    auto = transformers.AutoModelForCausalLM
+    reference, report = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert reference.config.model_type == name.split()[0].rstrip(",")
+    ids = torch.randint(97, (2, 50))
+    with torch.no_grad():
+        want = model(ids)
+        torch.testing.assert_close(reference.eval()(ids).logits, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(tmp_path)(ids), want, rtol=1e-5, atol=1e-5)
+
+
+UNEXPORTABLE = {
+    "position sinusoidal": dict(position="sinusoidal"),
+    "norm layernorm": dict(norm="layernorm"),
+    "activation relu2": dict(activation="relu2"),
+    "embed_norm True": dict(embed_norm=True),
+    "head_bias True": dict(head_bias=True),
+    "qk_norm True": dict(position="learned", norm="layernorm", activation="gelu", qk_norm=True),
+    "n_kv_head 2": dict(position="learned", norm="layernorm", activation="gelu", n_kv_head=2),
+    "ff_bias True": dict(qk_norm=True, ff_bias=True),
+    "out_bias True": dict(out_bias=True),
+    "head_size 10": dict(qkv_bias=True, head_size=10),
+}
+
+
+@pytest.mark.parametrize("words", UNEXPORTABLE)
+def test_a_model_that_fits_no_architecture_is_refused_with_the_reason(words, tmp_path):
+    model = random_model(**UNEXPORTABLE[words])
+    with pytest.raises(ModelError, match=words):
+        lm.export_hf({"config": vars(model.config), "model": model.state_dict()}, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+# --------------------------------------------------------------------------------------------
+# safetensors
+# --------------------------------------------------------------------------------------------
+
+
+def some_tensors():
+    torch.manual_seed(0)
+    return {
+        "a.weight": torch.randn(5, 7),
+        "b": torch.randn(3, 2, 4).to(torch.bfloat16),
+        "é half": torch.randn(9).half(),
+        "scalar": torch.tensor(3.5, dtype=torch.float64),
+        "none": torch.empty(0, 4),
+    }
+
+
+def same_tensors(found, want):
+    assert set(found) == set(want)
+    for name, tensor in want.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert found[name].contiguous().view(torch.uint8).equal(
+            tensor.contiguous().view(torch.uint8)
+        ) if tensor.dim() else found[name].equal(tensor)
+
+
+def test_the_safetensors_library_reads_ours_and_we_read_its(tmp_path):
+    tensors = some_tensors()
+    lm.write_safetensors(tmp_path / "ours", tensors)
+    same_tensors(safetensors.load_file(tmp_path / "ours"), tensors)
+    safetensors.save_file(tensors, tmp_path / "its", {"format": "pt"})
+    for name in ("ours", "its"):
+        file = lm.Safetensors(tmp_path / name)
+        same_tensors({n: file[n] for n in file.entries}, tensors)
+
+
+def test_a_released_tensor_is_read_again_from_disk(tmp_path):
+    tensors = {"a": torch.randn(3000), "b": torch.randn(5000), "c": torch.randn(2)}
+    lm.write_safetensors(tmp_path / "x", tensors)
+    file = lm.Safetensors(tmp_path / "x")
+    for name in ("b", "a", "c", "b"):
+        assert file[name].equal(tensors[name])
+        file.release(name)
+    same_tensors({n: file[n] for n in tensors}, tensors)
+
+
+def mutate(content, rng):
+    """A damaged copy of a good file: lengths, offsets, shapes, dtypes, names, JSON, bytes."""
+    content = bytearray(content)
+    length = int.from_bytes(content[:8], "little")
+    kind = rng.randrange(8)
+    if kind == 0:
+        content[:8] = rng.choice(
+            [0, 1, 2, length - 1, length + 1, len(content), 2**31, 2**63, 2**64 - 1]
+        ).to_bytes(8, "little")
+    elif kind == 1:
+        del content[rng.randrange(len(content)) :]
+    elif kind == 2:
+        content += bytes(rng.randrange(1, 20))
+    elif kind == 3:
+        content[rng.randrange(8 + length)] = rng.randrange(256)
+    elif kind == 4:
+        at = rng.randrange(8, 8 + length)
+        content[at : at + rng.randrange(1, 9)] = rng.randbytes(rng.randrange(9))
+    else:
+        header = json.loads(content[8 : 8 + length])
+        name = rng.choice([n for n in header if n != "__metadata__"])
+        entry, other = header[name], header[rng.choice([n for n in header if n != "__metadata__"])]
+        strange = [-1, 0, 1, 3, 2**31, 2**63, 2**64, 1e300, 1.5, True, None, "4", [], {}, [1, 2]]
+        if kind == 5:
+            key = rng.choice(["dtype", "shape", "data_offsets"])
+            entry[key] = rng.choice([*strange, "F32", "BF16", "I8", "f32", other[key]])
+        elif kind == 6:
+            numbers = rng.choice([entry["shape"], entry["data_offsets"]])
+            if numbers:
+                numbers[rng.randrange(len(numbers))] = rng.choice([*strange, -4, 4, 8, 16, 1000])
+        else:
+            action = rng.randrange(4)
+            if action == 0:
+                header[name] = rng.choice(strange)
+            elif action == 1:
+                del header[name]
+            elif action == 2:
+                del entry[rng.choice(list(entry))]
+            else:
+                header["copy"] = dict(entry)
+        text = json.dumps(header).encode()
+        content[: 8 + length] = len(text).to_bytes(8, "little") + text
+    return bytes(content)
+
+
+def test_a_thousand_damaged_files_raise_or_load_as_the_library_reads_them(tmp_path):
+    tensors, path, rng = some_tensors(), tmp_path / "x", random.Random(0)
+    lm.write_safetensors(path, tensors)
+    good, refused, wrong = path.read_bytes(), 0, []
+    for i in range(1000):
+        damaged = mutate(good, rng)
+        path.write_bytes(damaged)
+        try:
+            file = lm.Safetensors(path)
+            found = {n: file[n].clone() for n in file.entries}
+        except ModelError as e:
+            assert "\n" not in str(e) and str(path) in str(e)
+            refused += 1
+            continue
+        try:
+            same_tensors(found, safetensors.load(damaged))
+        except Exception as e:
+            wrong.append((i, damaged[8:80], repr(e)[:200]))
+    assert wrong == []
+    assert 600 < refused < 1000
+
+
+@pytest.mark.parametrize("depth", [10, 100_000])
+def test_deep_json_in_a_header_is_no_crash(tmp_path, depth):
+    text = b"[" * depth + b"]" * depth
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(ModelError, match="no safetensors file"):
+        lm.Safetensors(tmp_path / "x")
+
+
+# --------------------------------------------------------------------------------------------
+# Folders
+# --------------------------------------------------------------------------------------------
+
+
+def test_shards_old_files_and_names_without_prefix_are_the_same_model(tmp_path):
+    reference = theirs("gpt2")
+    reference.save_pretrained(tmp_path / "one")
+    reference.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    state = {k.removeprefix("transformer."): v for k, v in reference.state_dict().items()}
+    state |= {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8).tril() for i in range(2)}
+    state.pop("lm_head.weight")
+    for name in ("bare", "old"):
+        (tmp_path / name).mkdir()
+        config = (tmp_path / "one" / "config.json").read_text(encoding="utf-8")
+        (tmp_path / name / "config.json").write_text(config, encoding="utf-8")
+    safetensors.save_file(state, tmp_path / "bare" / "model.safetensors")
+    torch.save(reference.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    want = lm.load_hf(tmp_path / "one")["model"]
+    for name in ("shards", "bare", "old"):
+        found = lm.load_hf(tmp_path / name)["model"]
+        assert all(found[k].equal(v) for k, v in want.items()) and set(found) == set(want)
+
+
+def test_a_folder_that_misfits_says_how(tmp_path):
+    theirs("qwen2").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = safetensors.load_file(path)
+    for change, words in (
+        ({"model.norm.weight": None}, "lacks the tensor model.norm.weight"),
+        ({"model.norm.weight": torch.ones(47)}, "model.norm.weight gives"),
+        ({"model.layers.9.mlp.up_proj.weight": torch.ones(3)}, "up_proj.weight is unknown"),
+    ):
+        changed = {k: v for k, v in (state | change).items() if v is not None}
+        safetensors.save_file(changed, path)
+        with pytest.raises(ModelError, match=words):
+            lm.load_hf(tmp_path)
+    path.unlink()
+    with pytest.raises(ModelError, match="has none of"):
+        lm.load_hf(tmp_path)
+    for index, words in (
+        ({"weight_map": {"a": "../../etc/passwd"}}, "no plain file name"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "no plain file name"),
+        ({"weight_map": ["a"]}, "no weight_map"),
+    ):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        with pytest.raises(ModelError, match=words):
+            lm.load_hf(tmp_path)
+
+
+PEAK = """
+import resource, sys, torch
+sys.path.insert(0, {root!r})
+import model as lm
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = lm.model_from_checkpoint(lm.load_hf({folder!r}))
+for p in model.parameters():
+    p.sum()
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_loading_takes_little_more_memory_than_the_weights(family, tmp_path):
+    shape = dict(vocab_size=20_000, n_layer=6, d_model=768, n_head=12, context=64)
+    fields = EXPORTED[family] | shape | dict(head_size=64, n_kv_head=12, tied=True)
+    config = lm.Config(**fields)
+    model = lm.Transformer(config)
+    lm.export_hf({"config": vars(config), "model": model.state_dict()}, tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    code = PEAK.format(root=str(ROOT), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    before, peak = (int(n) * 1024 for n in done.stdout.split())
+    assert size > 150e6 and peak - before < 1.3 * size

@@ -1,0 +1,263 @@
+"""The commands with models of the Hub, which a server on this machine plays."""
+
+import functools
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model as lm  # noqa: E402
+import prepare_data  # noqa: E402
+import sample  # noqa: E402
+from prepare_data import Tokenizer  # noqa: E402
+
+transformers = pytest.importorskip("transformers")
+TEXT = "It was a bright cold day in April, and the clocks were striking 13. 你好，世界！\n" * 60
+QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
+
+
+def save_model(folder, config, tokens):
+    """A random model and a tokenizer trained on TEXT, as transformers writes them."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    fast.train_from_iterator([TEXT], trainer)
+    fast.add_special_tokens(tokens)
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=tokens[0])
+    wrapped.save_pretrained(folder)
+    torch.manual_seed(0)
+    config.vocab_size, config.eos_token_id = 384, wrapped.eos_token_id
+    config.bos_token_id = None
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A server with openai-community/gpt2 (a tiny one) and ann/qwen; its address."""
+    root = tmp_path_factory.mktemp("hub")
+    gpt2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    save_model(root / "openai-community/gpt2/resolve/main", gpt2, QWEN_TOKENS[:1])
+    qwen = transformers.Qwen3Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=True,
+    )
+    save_model(root / "ann/qwen/resolve/main", qwen, QWEN_TOKENS)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
+    handler.func.log_message = lambda *args: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", root
+    server.shutdown()
+
+
+@pytest.fixture
+def run(hub, tmp_path, monkeypatch):
+    """Runs a script of ours in an empty folder, with the hub; returns its output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", hub[0])
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("SCRATCHLM_MIRROR", raising=False)
+
+    def call(script, *flags, code=0, stdin=""):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *flags], input=stdin, capture_output=True,
+            text=True, encoding="utf-8", timeout=120,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    return call
+
+
+def greedy(folder, prompt, n=20):
+    """What transformers writes, as text: with nothing of ours."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    out = model.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return out[0, ids.shape[1] :].tolist(), tokenizer
+
+
+@pytest.mark.parametrize("name, place", [("gpt2", "openai-community/gpt2"), ("ann/qwen",) * 2])
+def test_a_model_of_the_hub_writes_what_transformers_writes(run, hub, name, place):
+    want, _ = greedy(hub[1] / place / "resolve/main", "the clocks were")
+    flags = ("--ckpt", name, "--prompt", "the clocks were", "--temperature", "0")
+    output = run("sample.py", *flags, "--max_tokens", "20", "--print_ids")
+    last = [int(i) for i in output.strip().splitlines()[-1].replace(",", " ").split()]
+    assert last[-len(want) :] == want or last == want[: len(last)]
+    output = run("model.py", "--check", name)
+    assert "the same best token at 100.00%" in output
+    assert "gpt2" in run("model.py", "--ckpt", name) or "qwen" in name
+
+
+def test_check_against_recorded_logits(run, hub):
+    folder = hub[1] / "ann/qwen/resolve/main"
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([[5, 7, 300, 11]])
+    with torch.no_grad():
+        logits = reference(ids).logits
+    torch.save({"ids": ids, "logits": logits}, "good.pt")
+    torch.save({"ids": ids, "logits": logits + torch.eye(4, 384) * 3}, "bad.pt")
+    assert "100.00%" in run("model.py", "--check", "ann/qwen", "--against", "good.pt")
+    assert "difference 3.0" in run("model.py", "--check", "ann/qwen", "--against", "bad.pt")
+    assert "largest difference" in run("model.py", "--check", "ann/qwen", "--ids", "1,2,3")
+    for flags, words in (
+        (("--ids", "1,x"), "numbers with commas"),
+        (("--ids", "1,384"), "the ids must be from 0 to 383"),
+        (("--against", "nowhere"), "nowhere"),
+    ):
+        assert words in run("model.py", "--check", "ann/qwen", *flags, code=2)
+
+
+def test_a_revision_is_asked_for_with_an_at(run, hub):
+    owner = hub[1] / "ann/qwen/resolve"
+    (owner / "v1").exists() or shutil.copytree(owner / "main", owner / "v1")
+    flags = ("--prompt", "x", "--temperature", "0", "--max_tokens", "3")
+    assert run("sample.py", "--ckpt", "ann/qwen@v1", *flags) == run(
+        "sample.py", "--ckpt", "ann/qwen", *flags
+    )
+    assert Path("data/hub/ann/qwen/v1/config.json").exists()
+    assert "ann/qwen, v2" in run("sample.py", "--ckpt", "ann/qwen@v2", *flags, code=2)
+
+
+def test_names_that_are_no_models_end_in_one_line(run):
+    for name, words in (
+        ("out/nothing", "checkpoint out/nothing does not exist"),
+        ("ann/none", "ann/none"),
+        ("nothing", "checkpoint nothing does not exist"),
+    ):
+        err = run("sample.py", "--ckpt", name, "--prompt", "x", code=2)
+        assert words in err and err.count("\n") == 1
+
+
+def test_pretraining_goes_on_from_a_model_of_the_hub(run):
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    run("prepare_data.py", "text.txt", "--tokenizer", "ann/qwen", "--name", "text")
+    # enough to unlearn the ids that no token has, which only transformers would write
+    flags = ("--max_steps", "40", "--batch_size", "2", "--eval_tokens", "64")
+    run("train.py", "--ckpt", "ann/qwen", "--data", "text", *flags, "--out", "out/on")
+    content = lm.load_checkpoint("out/on")
+    assert content["config"]["qk_norm"] and content["tokenizer"]["kind"] == "hf"
+    assert "does not fit" not in run("sample.py", "--ckpt", "out/on", "--prompt", "It")
+    output = run("model.py", "--ckpt", "out/on", "--export", "hf")
+    assert "Qwen3ForCausalLM" in output
+    assert_same_text(run, "out/on", "hf")
+
+
+def assert_same_text(run, ours, theirs):
+    """Ours and the exported one, read by transformers, go on alike."""
+    want, tokenizer = greedy(theirs, "It was a bright 冷")
+    output = run(
+        "sample.py", "--ckpt", ours, "--prompt", "It was a bright 冷", "--temperature", "0",
+        "--max_tokens", "20", "--print_ids",
+    )
+    last = [int(i) for i in output.strip().splitlines()[-1].replace(",", " ").split()]
+    stop = want.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in want else len(want)
+    assert last[-stop:] == want[:stop] if stop else True
+
+
+SHAPES = {
+    "LlamaForCausalLM": "--norm rmsnorm --norm_weight --activation swiglu --no-qk_norm",
+    "Qwen3ForCausalLM": "--norm rmsnorm --activation swiglu --norm_weight",
+    "GPT2LMHeadModel": "--position learned --activation gelu --no-qk_norm --norm_weight "
+    "--qkv_bias --out_bias --ff_bias --init gpt2",
+}
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe:300"])
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_model_trained_here_writes_the_same_under_transformers(run, family, tokenizer):
+    if tokenizer != "bpe:300" and family != "LlamaForCausalLM":
+        pytest.skip("one family is enough for each tokenizer")
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    run("prepare_data.py", "text.txt", "--tokenizer", tokenizer, "--name", "text")
+    flags = f"{SHAPES[family]} --no-embed_norm --n_layer 2 --n_head 2 --d_model 32 --context 64"
+    flags += " --batch_size 4 --max_steps 30 --eval_every 30 --eval_tokens 64"
+    run("train.py", "--data", "text", "--out", "out/mine", *flags.split())
+    assert family in run("model.py", "--ckpt", "out/mine", "--export", "hf")
+    assert_same_text(run, "out/mine", "hf")
+    model, mine, _ = sample.load("out/mine")
+    again, theirs, _ = sample.load("hf") if tokenizer != "char" else (None, None, None)
+    if again is not None:
+        ids = torch.tensor([mine.encode("striking 13. 你好")])
+        assert theirs.encode("striking 13. 你好") == ids[0].tolist()
+        torch.testing.assert_close(again(ids), model(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_the_default_shape_is_refused_with_the_reason(run):
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    flags = "--n_layer 1 --n_head 2 --d_model 32 --context 16 --batch_size 2 --max_steps 2"
+    run("train.py", "--data", "text.txt", "--out", "out/mine", *flags.split())
+    err = run("model.py", "--ckpt", "out/mine", "--export", "hf", code=2)
+    assert "no Hugging Face architecture has" in err and not Path("hf").exists()
+
+
+def test_finetuning_a_qwen_uses_its_own_template_and_adapters_travel(run):
+    rows = [{"instruction": f"Say {i}", "output": f"{i}!"} for i in range(30)]
+    Path("rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    flags = ["--max_steps", "3", "--eval_every", "3", "--eval_rows", "2", "--batch_tokens", "256"]
+    output = run("finetune.py", "--ckpt", "ann/qwen", "--data", "rows.json", "--show_mask", "1")
+    assert "<|im_start|>" in output and "<|assistant|>" not in output
+    tune = ("finetune.py", "--ckpt", "ann/qwen", "--data", "rows.json", *flags)
+    run(*tune, "--out", "out/full")
+    assert lm.load_checkpoint("out/full")["config"]["vocab_size"] == 384  # nothing was added
+    run("sample.py", "--ckpt", "out/full", "--chat", "--max_tokens", "8", stdin="Say 3\n")
+    run(*tune, "--lora_rank", "2", "--out", "out/thin")
+    run("sample.py", "--ckpt", "out/thin", "--chat", "--max_tokens", "8", stdin="Say 3\n")
+    run("lora.py", "export", "--ckpt", "ann/qwen", "--adapter", "out/thin", "--out", "peft")
+    run("lora.py", "import", "--ckpt", "ann/qwen", "--adapter", "peft", "--out", "out/again.pt")
+    one, tokenizer, _ = sample.load("ann/qwen", adapters=["out/thin"])
+    two, _, _ = sample.load("ann/qwen", adapters=["out/again.pt"])
+    ids = torch.tensor([tokenizer.encode("the clocks")])
+    known = slice(tokenizer.n_vocab)  # rows that no token has were made anew by the fine-tuning
+    a, b = one(ids)[..., known], two(ids)[..., known]
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_call_needs_no_network(run, monkeypatch):
+    run("model.py", "--ckpt", "gpt2")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    run("sample.py", "--ckpt", "gpt2", "--prompt", "x", "--max_tokens", "2")
+
+
+def test_an_exported_chat_is_rendered_alike(tmp_path):
+    tokenizer = Tokenizer({"kind": "byte"}).with_special(prepare_data.CHAT_TOKENS)
+    config = lm.Config(vocab_size=263, n_layer=1, n_head=2, d_model=16, context=32)
+    content = {"config": vars(config), "model": lm.Transformer(config).state_dict()}
+    lm.save_checkpoint(tmp_path / "x.pt", content | {"tokenizer": tokenizer.spec})
+    lm.export(tmp_path / "x.pt", tmp_path / "hf")
+    talk = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "hi"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    got = theirs.apply_chat_template(talk, tokenize=True, return_dict=False)
+    assert got == prepare_data.render_chat(talk, tokenizer)[0]
+
+
+def test_windows_may_be_shorter_than_what_a_checkpoint_can_look_at(run):
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    run("prepare_data.py", "text.txt", "--tokenizer", "ann/qwen", "--name", "text")
+    flags = ("train.py", "--ckpt", "ann/qwen", "--data", "text", "--max_steps", "1")
+    output = run(*flags, "--batch_size", "2", "--grad_accum", "1", "--context", "24")
+    assert "48 tokens a step" in output and "context 128" in output
+    assert lm.load_checkpoint("out/text")["config"]["context"] == 128
+    assert "from 2 to the model's 128" in run(*flags, "--context", "129", code=2)

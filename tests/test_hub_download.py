@@ -1,0 +1,554 @@
+"""Models of the Hugging Face Hub, from a Hub and a CDN of our own on 127.0.0.1."""
+
+import hashlib
+import json
+import random
+import re
+import socket
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import prepare_data  # noqa: E402
+from prepare_data import DataError, fetch, fetch_hub  # noqa: E402
+
+BODY = random.Random(1).randbytes(1_000_000)
+INDEX = "model.safetensors.index.json"
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+FOLDER = Path("data/hub/ann/tiny/main")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, with no mirror, proxy or token of the machine's,
+    and does not wait before it tries again."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("SCRATCHLM_MIRROR", "HF_ENDPOINT", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(prepare_data.time, "sleep", lambda seconds: None)
+    return tmp_path
+
+
+class Site(ThreadingHTTPServer):
+    """A web server: `files` maps paths to (bytes, headers), `redirects` to (status, where to,
+    headers), and `faults` to a list of what happens instead the next times: an HTTP status, or
+    the number of bytes after which the line goes dead. `always` is such a status for all paths;
+    who does not show the `token`, if there is one, gets a 401."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.redirects, self.faults, self.log = {}, {}, {}, []
+        self.always = self.token = None
+        self.base = f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def asked(self):
+        """The file names that were asked for."""
+        return [path.split("/")[-1] for path, _, _ in self.log]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        site, wanted, bearer = self.server, self.headers["Range"], self.headers["Authorization"]
+        site.log.append((self.path, wanted, bearer))
+        faults = site.faults.get(self.path)
+        fault = faults.pop(0) if faults else None
+        if status := site.always or (fault if fault in range(400, 600) else None):
+            return self.send_error(status)
+        if site.token and bearer != f"Bearer {site.token}":
+            return self.send_error(401)
+        if self.path in site.redirects:
+            status, place, headers = site.redirects[self.path]
+            return self.answer(status, b"elsewhere", {"Location": place} | headers)
+        if self.path not in site.files:
+            return self.send_error(404)
+        body, headers = site.files[self.path]
+        start = int(re.match(r"bytes=(\d+)-", wanted)[1]) if wanted else 0
+        if wanted:
+            headers = headers | {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
+        self.answer(206 if wanted else 200, body[start:], headers, fault)
+
+    def answer(self, status, body, headers, cut=None):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            if value is not None:
+                self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body[:cut])
+
+    def log_message(self, *args):
+        pass
+
+
+def served():
+    with Site() as site:
+        thread = threading.Thread(target=site.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield site
+        site.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def cdn():
+    yield from served()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    for site in served():
+        monkeypatch.setenv("HF_ENDPOINT", site.base)
+        yield site
+
+
+def address(file, repo="ann/tiny", revision="main"):
+    return f"/{repo}/resolve/{revision}/{file}"
+
+
+def quoted(digest):
+    return f'"{digest.hexdigest()}"'
+
+
+def git_tag(body):
+    return quoted(hashlib.sha1(b"blob %d\0" % len(body) + body))
+
+
+def put_small(hub, file, body=b"{}", **where):
+    """As the Hub serves what git holds: itself, under git's own hash."""
+    headers = {"ETag": git_tag(body), "X-Repo-Commit": "c0ffee"}
+    hub.files[address(file, **where)] = body, headers
+
+
+def put_large(hub, cdn, file, body=BODY, hashed=None, **where):
+    """As the Hub serves large files: a redirect that names the sha256 and leads to the CDN, whose
+    ETag looks like a sha256 as well and is not the file's."""
+    cdn.files[f"/store/{file}?sign=1"] = body, {"ETag": quoted(hashlib.sha256(b"blocks" + body))}
+    place = f"{cdn.base}/store/{file}?sign=1"
+    linked = {"X-Linked-ETag": quoted(hashlib.sha256(hashed or body)), "X-Repo-Commit": "c0ffee"}
+    hub.redirects[address(file, **where)] = 302, place, linked
+
+
+def put_model(hub, cdn, **where):
+    """A whole model in one file, with all that may come beside it."""
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        put_small(hub, file, json.dumps({"file": file}).encode(), **where)
+    put_large(hub, cdn, "tokenizer.json", b"{}" * 1000, **where)
+    put_large(hub, cdn, "model.safetensors", **where)
+
+
+def put_shards(hub, cdn, names=SHARDS):
+    put_small(hub, "config.json")
+    weight_map = {f"layer.{i}": name for i, name in enumerate(names)}
+    put_small(hub, INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}).encode())
+    for i, name in enumerate(SHARDS):
+        put_large(hub, cdn, name, BODY[i * 1000 :])
+
+
+def kept():
+    """The names of all files on disk."""
+    return sorted(p.name for p in Path().rglob("*") if p.is_file())
+
+
+def closed_port():
+    with socket.socket() as s:  # a port that was free a moment ago: nobody listens there
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def refusal(*args, **kwargs):
+    """The one line in which fetch_hub refuses."""
+    with pytest.raises(DataError) as e:
+        fetch_hub(*args, **kwargs)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+# --------------------------------------------------------------------------------------------
+# What comes, and where to
+# --------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_one_file_comes_with_all_that_belongs_to_it(hub, cdn):
+    put_model(hub, cdn)
+    put_large(hub, cdn, "pytorch_model.bin")
+    put_small(hub, "README.md")
+    assert fetch_hub("ann/tiny") == FOLDER
+    assert sorted(p.name for p in FOLDER.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert (FOLDER / "model.safetensors").read_bytes() == BODY
+    assert json.loads((FOLDER / "config.json").read_bytes()) == {"file": "config.json"}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_gpt2_needs_no_owner(hub, cdn, name):
+    put_model(hub, cdn, repo=f"openai-community/{name}")
+    assert fetch_hub(name) == Path(f"data/hub/openai-community/{name}/main")
+
+
+def test_shards_come_by_their_index(hub, cdn):
+    put_shards(hub, cdn)
+    put_large(hub, cdn, "model.safetensors")
+    fetch_hub("ann/tiny")
+    assert kept() == sorted(["config.json", INDEX, *SHARDS])
+    for i, name in enumerate(SHARDS):
+        assert (FOLDER / name).read_bytes() == BODY[i * 1000 :]
+
+
+def test_old_weights_are_taken_if_there_are_no_others(hub, cdn):
+    put_small(hub, "config.json")
+    put_large(hub, cdn, "pytorch_model.bin")
+    fetch_hub("ann/tiny")
+    assert kept() == ["config.json", "pytorch_model.bin"]
+    assert hub.asked[-3:] == [INDEX, "model.safetensors", "pytorch_model.bin"]
+
+
+def test_a_model_without_weights_is_told_what_was_looked_for(hub):
+    put_small(hub, "config.json")
+    line = refusal("ann/tiny")
+    for name in ("ann/tiny", "main", INDEX, "model.safetensors", "pytorch_model.bin"):
+        assert name in line
+
+
+def test_only_the_files_that_are_named(hub, cdn):
+    put_model(hub, cdn)
+    assert fetch_hub("ann/tiny", files=["tokenizer.json", "config.json"]) == FOLDER
+    assert kept() == ["config.json", "tokenizer.json"]
+    fetch_hub("ann/tiny", files=["config.json"])
+    assert len(hub.log) == 2
+    assert "vocab.txt" in refusal("ann/tiny", files=["vocab.txt"])
+
+
+def test_a_revision_has_a_folder_of_its_own(hub, cdn):
+    put_model(hub, cdn)
+    put_model(hub, cdn, revision="refs%2Fpr%2F1")
+    folder = fetch_hub("ann/tiny@refs/pr/1")
+    assert folder == Path("data/hub/ann/tiny/refs%2Fpr%2F1")
+    assert {path.split("/")[4] for path, _, _ in hub.log} == {"refs%2Fpr%2F1"}
+    assert fetch_hub("ann/tiny") == FOLDER and len(kept()) == 10
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "x", "bert-base", "../x", "x/..", "./x", "a/b/c", "/a", "a/", "a/b/", "a/.b", "a b/c"]
+    + ["a/b?c", "a/b#c", "a\\b/c", "..\\a/b", "a/%2e%2e", "a/b\n", "https://huggingface.co/a/b"],
+)
+def test_a_name_that_is_none_is_refused_before_anything_is_asked(hub, name):
+    assert "OWNER/NAME" in refusal(name)
+    assert hub.log == [] and not Path("data").exists()
+
+
+@pytest.mark.parametrize("revision", ["", " ", ".", ".."])
+def test_a_revision_that_is_none_is_refused(hub, revision):
+    assert "revision" in refusal(f"ann/tiny@{revision}")
+    assert hub.log == [] and not Path("data").exists()
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["../evil.safetensors", "a/b.safetensors", "/etc/passwd", "..", ".", "", ".hidden", "a..b"]
+    + ["a\\b", "C:b", "a%2fb", "a?b", "a\x00b", "a\n", 5, None, ["a"], {}],
+)
+def test_a_shard_that_is_no_plain_file_is_refused_before_any_is_asked_for(hub, cdn, shard):
+    put_shards(hub, cdn, [*SHARDS, shard])
+    line = refusal("ann/tiny")
+    assert INDEX in line and ("plain file name" in line or "weight_map" in line)
+    assert hub.asked[-1] == INDEX and cdn.log == []
+    assert kept() == ["config.json", INDEX]
+    assert "plain file name" in refusal("ann/tiny", files=["config.json", shard])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[]", b"5", b"{}", b'{"weight_map": []}', b'{"weight_map": {}}']
+    + [b"\xff", b"[" * 99_999],
+)
+def test_an_index_that_is_none_is_named(hub, text):
+    put_small(hub, "config.json")
+    put_small(hub, INDEX, text)
+    line = refusal("ann/tiny")
+    assert str(FOLDER / INDEX) in line and "delete it" in line
+    assert refusal("ann/tiny") == line
+
+
+# --------------------------------------------------------------------------------------------
+# What is there is not asked for again
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("put", [put_model, put_shards])
+def test_the_second_call_asks_nothing_at_all(hub, cdn, put, monkeypatch):
+    put(hub, cdn)
+    folder = fetch_hub("ann/tiny")
+    hub.log.clear(), cdn.log.clear()
+    assert fetch_hub("ann/tiny") == folder
+    assert hub.log == cdn.log == []
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
+    assert fetch_hub("ann/tiny") == folder
+
+
+def test_a_model_put_there_by_hand_is_taken_as_it_is(hub):
+    FOLDER.mkdir(parents=True)
+    for file in ("config.json", "model.safetensors"):
+        (FOLDER / file).write_bytes(b"{}")
+    assert fetch_hub("ann/tiny") == FOLDER
+    assert hub.log == []
+
+
+def test_of_half_a_model_only_the_rest_is_asked_for(hub, cdn):
+    put_shards(hub, cdn)
+    hub.faults[address(SHARDS[1])] = [404]
+    assert SHARDS[1] in refusal("ann/tiny")
+    hub.log.clear(), cdn.log.clear()
+    fetch_hub("ann/tiny")
+    assert cdn.asked == [f"{SHARDS[1]}?sign=1"]
+    assert not {"config.json", INDEX, SHARDS[0]} & set(hub.asked)
+
+
+def test_what_may_be_missing_may_be_missing(hub, cdn):
+    put_model(hub, cdn)
+    for file in prepare_data.EXTRAS:
+        hub.files.pop(address(file), None), hub.redirects.pop(address(file), None)
+    fetch_hub("ann/tiny")
+    assert kept() == ["config.json", "model.safetensors"]
+
+
+# --------------------------------------------------------------------------------------------
+# Redirects, ranges and hashes
+# --------------------------------------------------------------------------------------------
+
+
+def test_a_redirect_within_the_hub_is_followed(hub, cdn):
+    put_model(hub, cdn)
+    body, headers = hub.files.pop(address("config.json"))
+    place = "/api/resolve-cache/ann/tiny/c0ffee/config.json?etag=1"
+    hub.files[place] = body, {}
+    hub.redirects[address("config.json")] = 307, place, {"X-Linked-ETag": headers["ETag"]}
+    fetch_hub("ann/tiny")
+    assert (FOLDER / "config.json").read_bytes() == body
+    assert hub.log[1][0] == place
+    hub.files[place] = b"another", {}
+    (FOLDER / "config.json").unlink()
+    assert "arrived damaged: git's sha1" in refusal("ann/tiny")
+
+
+def test_a_model_that_was_renamed_is_found(hub, cdn):
+    """The answer before the one that names the hash is a redirect as well."""
+    put_model(hub, cdn, repo="ann/new")
+    for path in [*hub.files, *hub.redirects]:
+        old = path.replace("/ann/new/", "/ann/tiny/")
+        hub.redirects[old] = 307, hub.base + path, {}
+    assert fetch_hub("ann/tiny") == FOLDER
+    assert (FOLDER / "model.safetensors").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("named_by_cdn", [True, False])
+def test_a_cut_is_mended_by_asking_for_the_rest(hub, cdn, named_by_cdn):
+    """Even of a CDN that names no version: the Hub has named one."""
+    put_model(hub, cdn)
+    path = "/store/model.safetensors?sign=1"
+    if not named_by_cdn:
+        cdn.files[path] = BODY, {}
+    cdn.faults[path] = [600_000]
+    fetch_hub("ann/tiny")
+    assert (FOLDER / "model.safetensors").read_bytes() == BODY
+    first, second = (wanted for where, wanted, _ in cdn.log if where == path)
+    assert first is None and 300_000 < int(re.fullmatch(r"bytes=(\d+)-", second)[1]) <= 600_000
+
+
+def test_the_next_call_asks_for_the_rest_of_what_was_cut(hub, cdn):
+    put_model(hub, cdn)
+    path = "/store/model.safetensors?sign=1"
+    cdn.faults[path] = [600_000, 503, 503, 503]
+    assert "gave up after 4 tries" in refusal("ann/tiny")
+    assert not (FOLDER / "model.safetensors").exists()
+    cdn.log.clear()
+    fetch_hub("ann/tiny")
+    assert [p for p, _, _ in cdn.log] == [path]
+    assert int(re.fullmatch(r"bytes=(\d+)-", cdn.log[0][1])[1]) > 300_000
+    assert (FOLDER / "model.safetensors").read_bytes() == BODY
+    assert not list(FOLDER.glob("*.part"))
+
+
+def test_weights_that_changed_in_between_are_never_spliced(hub, cdn):
+    put_model(hub, cdn)
+    path = "/store/model.safetensors?sign=1"
+    cdn.faults[path] = [600_000, 503, 503, 503]
+    refusal("ann/tiny")
+    put_large(hub, cdn, "model.safetensors", BODY[::-1])
+    fetch_hub("ann/tiny")
+    assert (FOLDER / "model.safetensors").read_bytes() == BODY[::-1]
+    assert cdn.log[-1][1] is None
+    assert not list(FOLDER.glob("*.part"))
+
+
+def test_weights_with_another_sha256_are_not_kept(hub, cdn):
+    put_model(hub, cdn)
+    put_large(hub, cdn, "model.safetensors", BODY, hashed=BODY[::-1])
+    line = refusal("ann/tiny")
+    assert "model.safetensors" in line and "arrived damaged: sha256" in line
+    assert not list(FOLDER.glob("model*"))
+
+
+def test_a_small_file_with_another_git_hash_is_not_kept(hub, cdn):
+    put_model(hub, cdn)
+    _, headers = hub.files[address("config.json")]
+    hub.files[address("config.json")] = b'{"file": "config.jsoM"}', headers
+    line = refusal("ann/tiny")
+    assert "config.json" in line and "arrived damaged: git's sha1" in line
+    assert kept() == []
+
+
+def test_an_etag_that_is_not_the_hubs_says_nothing_of_the_content(hub, cdn):
+    put_model(hub, cdn)
+    for tag in ("0" * 40, "0" * 64, "x"):
+        cdn.files["/" + tag] = BODY, {"ETag": f'"{tag}"'}
+        assert fetch(f"{cdn.base}/{tag}").read_bytes() == BODY
+    hub.files[address("config.json")] = b"{}", {"ETag": f'"{"0" * 64}"', "X-Repo-Commit": "c0ffee"}
+    fetch_hub("ann/tiny")  # nor is the Hub's a sha256, unless it says linked
+
+
+# --------------------------------------------------------------------------------------------
+# The token
+# --------------------------------------------------------------------------------------------
+
+
+def test_the_token_is_for_the_hub_alone(hub, cdn, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", " hf_secret\n")
+    hub.token = "hf_secret"
+    put_model(hub, cdn)
+    place = "/api/resolve-cache/config.json"
+    hub.files[place] = hub.files.pop(address("config.json"))
+    hub.redirects[address("config.json")] = 307, place, {}
+    fetch_hub("ann/tiny")
+    assert {bearer for _, _, bearer in hub.log} == {"Bearer hf_secret"}
+    assert len(cdn.log) == 2 and {bearer for _, _, bearer in cdn.log} == {None}
+
+
+def test_no_token_no_header(hub, cdn):
+    put_model(hub, cdn)
+    fetch_hub("ann/tiny")
+    assert {bearer for _, _, bearer in hub.log + cdn.log} == {None}
+
+
+def test_other_downloads_show_no_token(hub, cdn, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.files["/datasets/a"] = cdn.files["/a"] = BODY, {}
+    fetch("https://huggingface.co/datasets/a")
+    fetch(cdn.base + "/a")
+    assert [bearer for _, _, bearer in hub.log + cdn.log] == [None, None]
+
+
+def test_a_mirror_of_everything_is_not_shown_the_token(hub, cdn, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.delenv("HF_ENDPOINT")
+    monkeypatch.setenv("SCRATCHLM_MIRROR", cdn.base)
+    put_small(cdn, "config.json", repo="huggingface.co/ann/tiny")
+    fetch_hub("ann/tiny", files=["config.json"])
+    assert cdn.log == [("/huggingface.co/ann/tiny/resolve/main/config.json", None, None)]
+
+
+def test_a_password_of_the_machine_does_not_displace_the_token(hub, cdn, monkeypatch):
+    Path("netrc").write_text("machine 127.0.0.1 login a password b\n", encoding="utf-8")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    put_small(hub, "config.json")
+    fetch_hub("ann/tiny", files=["config.json"])
+    assert hub.log[0][2] == "Bearer hf_secret"
+
+
+@pytest.mark.parametrize("token", ["hf secret", "hf_secret\r\nX: y", "hf_sécret"])
+def test_a_token_that_is_none_is_refused_and_not_shown(hub, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    line = refusal("ann/tiny")
+    assert "HF_TOKEN" in line and token[3:] not in line
+    assert hub.log == []
+
+
+# --------------------------------------------------------------------------------------------
+# What goes wrong ends in one line
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_private_or_gated_model_names_the_licence_and_the_token(hub, status, monkeypatch):
+    hub.always = status
+    line = refusal("ann/tiny")
+    assert f"HTTP {status}" in line and "private or gated" in line
+    assert "licence on https://huggingface.co/ann/tiny and set HF_TOKEN" in line
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    line = refusal("ann/tiny")
+    assert "see that HF_TOKEN is right" in line and "hf_secret" not in line
+    assert len(hub.log) == 2, "asked again"
+    assert kept() == []
+
+
+def test_a_file_that_is_refused_is_not_taken_for_one_that_is_not_there(hub, cdn):
+    put_model(hub, cdn)
+    hub.faults[address("generation_config.json")] = [403]
+    assert "private or gated" in refusal("ann/tiny")
+
+
+def test_a_model_that_is_not_there_is_named(hub):
+    line = refusal("ann/tiny@v2")
+    for part in ("404", "no such model, revision or file", "ann/tiny", "v2", "config.json"):
+        assert part in line
+    assert len(hub.log) == 1
+
+
+def test_a_shard_that_is_not_there_is_named(hub, cdn):
+    put_shards(hub, cdn)
+    del hub.redirects[address(SHARDS[1])]
+    assert SHARDS[1] in refusal("ann/tiny")
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors"])
+def test_a_server_in_trouble_is_asked_four_times(hub, cdn, file):
+    """An optional file that can't be had is not the same as one that isn't there."""
+    put_model(hub, cdn)
+    hub.faults[address(file)] = [500] * 9
+    line = refusal("ann/tiny")
+    assert file in line and "gave up after 4 tries (HTTP 500)" in line and "HF_ENDPOINT" in line
+    assert hub.asked.count(file) == 4
+
+
+def test_a_server_that_recovers_is_asked_again(hub, cdn):
+    put_model(hub, cdn)
+    hub.faults[address("config.json")] = [500, 429]
+    assert fetch_hub("ann/tiny") == FOLDER
+
+
+@pytest.mark.parametrize(
+    "place, status",
+    [
+        (address("config.json"), 302),
+        ("http://127.0.0.1:1/config.json", 302),
+        ("http://[bad/", 302),
+        ("http:///config.json", 302),
+        ("ftp://127.0.0.1/config.json", 302),
+        ("file:///etc/passwd", 302),
+        ("http://127.0.0.1:99999/", 302),
+        ("/\xff", 302),
+        (None, 302),
+        (None, 304),
+        (None, 204),
+    ],
+)
+def test_a_redirect_that_leads_nowhere_is_one_line(hub, place, status):
+    hub.redirects[address("config.json")] = status, place, {}
+    assert "ann/tiny/resolve/main/config.json" in refusal("ann/tiny")
+    assert kept() == []

@@ -1,0 +1,673 @@
+"""Hugging Face's tokenizers in and out of prepare_data.py, beside tokenizers and transformers."""
+
+import copy
+import hashlib
+import itertools
+import json
+import os
+import random
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import prepare_data  # noqa: E402
+from prepare_data import (  # noqa: E402
+    CHAT_TOKENS,
+    END,
+    DataError,
+    Tokenizer,
+    hub_tokenizer,
+    render_chat,
+    tokenizer_config,
+    tokenizer_json,
+)
+
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
+
+SHARED = Path(os.environ.get("SCRATCHLM_DATA") or ROOT.parent / "shared" / "data").resolve()
+TIKTOKEN = SHARED / "tiktoken"
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+TEXTS = {
+    "english": "It's the seller's 1st rule: don't talk, LISTEN — they'll say... 20,000 times. ",
+    "chinese": "他说：“学而时习之，不亦说乎？”今天是2024年10月31日，天气很好。我们去北京吧！",
+    "russian": "Все счастливые семьи похожи друг на друга, каждая несчастливая — по-своему. ",
+    "japanese": "吾輩は猫である。名前はまだ無い。どこで生れたか、とんと見当がつかぬ。\n",
+    "hindi": "नमस्ते दुनिया! हिन्दी में लिखा हुआ एक छोटा पाठ। क्या आप कल यहाँ आएँगे? ",
+    "french": "Où est l'été ? Voilà : 3 œufs à 1 250 €, c\u0327a va, na\u0131\u0308f.\n",
+    "code": "def f(x_1, *, y=None):\n    if x_1 >= 10:\n\t\treturn {'a': x_1 ** 2}  # it's\n\n\n",
+    "emoji": "👩‍👩‍👧‍👦 naïve café 🇨🇳 ☕️ zero\u200bwidth e\u0301 𝔘𝔫𝔦 \ufeff end\n",
+    "whitespace": "a  b\t\t c \n\n \n d\u3000e\u00a0 f\x0b\x0c\x85\u2028 \n   ",
+    "digits": "1 22  333   4444\t5\n 6\n\n7 a8b 9's x  10,5 \u0663\u0664 ½ Ⅷ ²  ",
+    "crlf": "one\r\n\r\n two\r\n  three \r four 5\r\n 6\r\n",
+}
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level(use_regex=True):
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+def split(pattern):
+    first = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([first, byte_level(False)])
+
+
+STEPS = {  # the pre_tokenizers of well-known models
+    "gpt2": byte_level(),
+    "llama3": split(LLAMA3),
+    "qwen2": split(LLAMA3.replace("{1,3}", "")),
+    "smollm2": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), byte_level()]
+    ),
+    "letters only": split(r"\p{L}+"),  # what lies between the matches is a piece, too
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, with no mirror of the machine's, and offline."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("SCRATCHLM_MIRROR", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if TIKTOKEN.is_dir():
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN))
+
+
+def strings(count=300, seed=0):
+    """Random texts of characters that have been in Unicode for so long that every table here knows
+    them alike: letters, digits, blanks and marks of all scripts beside each other."""
+    old, rng = unicodedata.ucd_3_2_0, random.Random(seed)
+    points = [c for c in map(chr, range(0x30000)) if old.category(c) not in ("Cn", "Cs")]
+    pools = (points, " \n\t\r  ", "0123456789", "aeiouszéßſ中の", "'._-!,—", "'s 'LL\u0301\u0327")
+    return [
+        "".join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(1, 60)))
+        for _ in range(count)
+    ]
+
+
+ALL_TEXTS = [*TEXTS.values(), "".join(TEXTS.values()), "", *strings()]
+
+
+def trained(step="llama3", nfc=False, front=(), behind=(), size=700):
+    """A byte-level BPE that the tokenizers library has trained on TEXTS."""
+    theirs = tokenizers.Tokenizer(models.BPE())
+    theirs.pre_tokenizer = STEPS[step]
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    if nfc:
+        theirs.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(front),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    theirs.train_from_iterator([text * 3 for text in TEXTS.values()], trainer)
+    theirs.add_special_tokens(list(behind))
+    return theirs
+
+
+def write(folder, content, **beside):
+    """A folder with tokenizer.json (an object, or a tokenizer of theirs) and other files."""
+    Path(folder).mkdir(exist_ok=True)
+    if isinstance(content, tokenizers.Tokenizer):
+        content = json.loads(content.to_str())
+    for name, data in {"tokenizer": content, **beside}.items():
+        text = data if isinstance(data, str) else json.dumps(data)
+        (Path(folder) / f"{name}.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def ours(content, **beside):
+    """Our Tokenizer of what they saved; its spec has been through JSON, as in meta.json."""
+    return Tokenizer(json.loads(json.dumps(hub_tokenizer(write("theirs", content, **beside)))))
+
+
+def assert_same(tokenizer, theirs, texts=ALL_TEXTS):
+    for text in texts:
+        want = theirs.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == want, repr(text)
+        assert tokenizer.decode(want) == theirs.decode(want, skip_special_tokens=False)
+
+
+# --------------------------------------------------------------------------------------------
+# In
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nfc", [False, True], ids=["plain", "nfc"])
+@pytest.mark.parametrize("step", STEPS)
+def test_ids_of_a_trained_tokenizer_are_theirs(step, nfc):
+    theirs = trained(step, nfc, front=["<pad>", END], behind=["<|user|>", "<|call|>"])
+    t = ours(theirs)
+    assert_same(t, theirs)
+    assert t.n_vocab == theirs.get_vocab_size()
+    behind = theirs.get_vocab_size() - 2
+    assert t.special == {"<pad>": 0, END: 1, "<|user|>": behind, "<|call|>": behind + 1}
+    assert (t.eot, t.begin, t.name) == (1, None, "hf")
+    decomposed = "e\u0301"
+    assert t.decode(t.encode(decomposed)) == ("é" if nfc else decomposed)
+
+
+def gpt2_files():
+    paths = [
+        TIKTOKEN / hashlib.sha1(f"{GPT2_URL}/{name}".encode()).hexdigest()
+        for name in ("encoder.json", "vocab.bpe")
+    ]
+    if not all(path.is_file() for path in paths):
+        pytest.skip(f"GPT-2's vocabulary is not in {TIKTOKEN}")
+    return paths
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_ids_of_the_real_gpt2_are_theirs(step):
+    theirs = tokenizers.Tokenizer(models.BPE.from_file(*map(str, gpt2_files())))
+    theirs.pre_tokenizer, theirs.decoder = STEPS[step], tokenizers.decoders.ByteLevel()
+    theirs.add_special_tokens([END])
+    t = ours(theirs)
+    assert_same(t, theirs, ALL_TEXTS + strings(500, seed=1))
+    assert (t.n_vocab, t.eot) == (50257, 50256)
+    if step == "gpt2":
+        reference = Tokenizer({"kind": "tiktoken", "name": "gpt2"})
+        assert [t.token_bytes(i) for i in range(50257)] == [
+            reference.token_bytes(i) for i in range(50257)
+        ]
+
+
+def test_digits_are_split_alike_in_every_neighbourhood():
+    """All short texts over the characters that decide where a piece ends."""
+    theirs = trained("smollm2")
+    t = ours(theirs)
+    texts = map("".join, itertools.product("1 \na's", repeat=5))
+    assert_same(t, theirs, list(texts))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_bytes_without_a_token_are_left_out_as_theirs_leaves_them_out(step):
+    """SmolLM2's vocabulary has only the bytes that its text had."""
+    data = json.loads(trained(step).to_str())
+    lost = [0, 7, *range(0xC0, 0xC3), *range(0xF1, 0x100)]
+    spelled = set(map(prepare_data.BYTE_CHARS.get, lost))
+    model = data["model"]
+    model["vocab"] = {t: i for t, i in model["vocab"].items() if not spelled & set(t)}
+    model["merges"] = [pair for pair in model["merges"] if not spelled & set("".join(pair))]
+    t, theirs = ours(data), tokenizers.Tokenizer.from_str(json.dumps(data))
+    assert [t.decode(t.encode(text)) for text in ("\x00", "a\x00b\x07", "")] == ["", "ab", ""]
+    assert_same(t, theirs, [*ALL_TEXTS, "th\x00e\x07!!\x00! ", "\U00040000 x\U000f0000", "ééß\x00"])
+    assert_same(t, saved(t).backend_tokenizer, ALL_TEXTS)
+    model["unk_token"] = "a"
+    with pytest.raises(DataError, match="20 bytes have no token, 0x00 first"):
+        ours(data)
+
+
+def test_old_files_are_read_too():
+    """GPT-2's own file says neither type nor use_regex, and writes merges as "a b"."""
+    theirs = trained("gpt2")
+    data = json.loads(theirs.to_str())
+    del data["model"]["type"], data["pre_tokenizer"]["use_regex"]
+    data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
+    data["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    assert_same(ours(data), theirs)
+
+
+def with_tokens(data, **tokens):
+    """`data` with tokens of the model (spelled, id) that no merge makes."""
+    data["model"]["vocab"] |= tokens
+    return data
+
+
+def test_a_token_that_no_merge_makes_is_a_whole_piece_or_refused():
+    data = with_tokens(json.loads(trained().to_str()), **{"Ġxyzzyq": 700})
+    with pytest.raises(DataError, match=r"'Ġxyzzyq' .*made by none of the merges"):
+        ours(data)
+    data["model"]["ignore_merges"] = True
+    t = ours(data)
+    assert t.encode(" xyzzyq") == [700]
+    reference = tokenizers.Tokenizer.from_str(json.dumps(data))
+    assert_same(t, reference, [" xyzzyq", " xyzzyqs", "xyzzyq"])
+
+
+def test_merges_of_one_token_may_be_several():
+    """Llama 3's file lists every pair of tokens that joins to a third."""
+    data = json.loads(trained().to_str())
+    vocab = data["model"]["vocab"]
+    halves = [(t[:i], t[i:]) for t in vocab for i in range(1, len(t))]
+    halves = [(a, b) for a, b in halves if a in vocab and b in vocab]
+    halves.sort(key=lambda pair: (vocab[pair[0] + pair[1]], vocab[pair[0]], vocab[pair[1]]))
+    assert len(halves) > len(data["model"]["merges"])
+    data["model"]["merges"] = halves
+    assert_same(ours(data), tokenizers.Tokenizer.from_str(json.dumps(data)))
+
+
+def test_gaps_between_ids_have_no_token():
+    theirs = json.loads(trained(front=["<a>"]).to_str())
+    theirs["model"]["vocab"] = {
+        t: i + 7 if i >= 400 else i for t, i in theirs["model"]["vocab"].items()
+    }
+    theirs["model"]["vocab"]["<b>"] = 403  # below the others' largest, and in the model, too
+    theirs["added_tokens"].append(dict(theirs["added_tokens"][0], id=403, content="<b>"))
+    theirs["added_tokens"].append(dict(theirs["added_tokens"][0], id=720, content="<c>"))
+    t = ours(theirs)
+    assert t.special == {"<a>": 0, "<b>": 403, "<c>": 720, END: 721}
+    assert (t.n_vocab, t.eot) == (722, 721)
+    lengths, nothing = t.byte_lengths, [i for i in range(722) if t.token_bytes(i) is None]
+    assert nothing == [400, 401, 402, 404, 405, 406, *range(707, 720)]
+    assert np.flatnonzero(lengths == -1).tolist() == nothing
+    assert np.flatnonzero(lengths == 0).tolist() == [0, 403, 720, 721]
+    assert lengths.shape == t.fallback.shape == (722,)
+    assert not t.fallback[nothing].any() and t.fallback[t.encode("\U00012345")].all()
+    assert t.token_bytes(403) == b"<b>" and t.decode([0, 403, 720]) == "<a><b><c>"
+    with pytest.raises(KeyError):
+        t.decode([400])
+    assert t.decode(t.encode("<b> text")) == "<b> text" and 403 not in t.encode("<b> text")
+
+
+def test_special_tokens_go_on_top():
+    t = ours(trained(front=[END]))
+    more = t.with_special(CHAT_TOKENS)
+    assert more.encode("a <|user|>") == t.encode("a <|user|>")
+    assert [more.special[n] for n in CHAT_TOKENS] == list(range(700, 706))
+    assert (more.eot, more.begin, more.name) == (t.eot, None, "hf")
+    assert Tokenizer(more.spec).special == more.special
+    ids, mask = render_chat([{"role": "user", "content": "hi"}], more)
+    assert more.decode(ids) == "<|user|>hi<|end|>" and len(mask) == len(ids)
+
+
+BEGIN = processors.TemplateProcessing(
+    single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
+)
+
+
+@pytest.mark.parametrize(
+    "post, begin",
+    [
+        (None, None),
+        (processors.ByteLevel(trim_offsets=False), None),
+        (BEGIN, 0),
+        (processors.Sequence([processors.ByteLevel(trim_offsets=False), BEGIN]), 0),
+        (processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)]), None),
+    ],
+    ids=["none", "bytes", "template", "sequence", "behind"],
+)
+def test_begin_is_what_stands_in_front(post, begin):
+    theirs = trained(front=["<s>", "</s>"])
+    if post:
+        theirs.post_processor = post
+    t = ours(theirs)
+    assert t.begin == begin
+    if begin is not None:
+        assert [t.begin, *t.encode("hi you")] == theirs.encode("hi you").ids
+    assert Tokenizer({"kind": "byte"}).begin is None
+
+
+@pytest.mark.parametrize(
+    "beside, end",
+    [
+        ({}, END),
+        ({"tokenizer_config": {"eos_token": "</s>"}}, "</s>"),
+        ({"tokenizer_config": {"eos_token": {"content": "</s>", "lstrip": False}}}, "</s>"),
+        ({"tokenizer_config": {"eos_token": None}}, END),
+        ({"tokenizer_config": {"eos_token": "<nobody's>"}}, END),
+        ({"config": {"eos_token_id": 0}, "tokenizer_config": {"eos_token": "</s>"}}, "<s>"),
+        ({"config": {"eos_token_id": 0}, "generation_config": {"eos_token_id": [3, 1]}}, "<u>"),
+        ({"config": {"eos_token_id": 0}, "generation_config": {"eos_token_id": None}}, "<s>"),
+        ({"config": {"eos_token_id": 0}, "generation_config": {"eos_token_id": []}}, "<s>"),
+        ({"config": {"eos_token_id": 99}, "tokenizer_config": {"eos_token": "<u>"}}, "<u>"),
+        ({"config": {"eos_token_id": 9999}}, END),
+    ],
+)
+def test_end_of_text_is_what_the_files_say(beside, end):
+    t = ours(trained(front=["<s>", "</s>", END, "<u>"]), **beside)
+    assert t.eot == t.special[end]
+
+
+def test_an_end_is_added_behind_where_there_is_none():
+    t = ours(trained(front=["<s>"]))
+    assert (t.eot, t.n_vocab, t.special[END]) == (700, 701, 700)
+    assert t.byte_lengths[700] == 0
+
+
+# --------------------------------------------------------------------------------------------
+# Refused
+# --------------------------------------------------------------------------------------------
+
+PLAIN = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+ISOLATED = {
+    "type": "Split", "pattern": {"Regex": r"\p{L}+"}, "behavior": "Isolated", "invert": False
+}
+NO_REGEX = PLAIN | {"use_regex": False}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+@pytest.fixture(scope="module")
+def good():
+    theirs = trained(front=["<s>"], size=300)
+    theirs.post_processor = BEGIN
+    return json.loads(theirs.to_str())
+
+
+def edited(good, path, value):
+    """A copy with the value at path ("model.vocab") replaced, or dropped if `value` is KeyError."""
+    data = copy.deepcopy(good)
+    *way, last = path.split(".")
+    place = data
+    for key in way:
+        place = place[int(key) if isinstance(place, list) else key]
+    if value is KeyError:
+        del place[last]
+    else:
+        place[int(last) if isinstance(place, list) else last] = value
+    return data
+
+
+def steps(*all_steps):
+    return {"type": "Sequence", "pretokenizers": list(all_steps)}
+
+
+def pattern(text):
+    return steps(ISOLATED | {"pattern": {"Regex": text}}, NO_REGEX)
+
+
+@pytest.mark.parametrize(
+    "path, value, said",
+    [
+        ("model.type", "WordPiece", "model WordPiece"),
+        ("model.type", "Unigram", "model Unigram"),
+        ("model.type", "WordLevel", "model WordLevel"),
+        ("model.byte_fallback", True, "byte_fallback True"),
+        ("model.continuing_subword_prefix", "##", "continuing_subword_prefix '##'"),
+        ("model.end_of_word_suffix", "</w>", "end_of_word_suffix '</w>'"),
+        ("model.dropout", 0.1, "dropout 0.1"),
+        ("model.vocab.▁the", 400, "'▁the' is not byte-level"),
+        ("model.vocab", {"a": 1}, "255 bytes have no token, 0x00 first"),
+        ("model.vocab.!", 2, "disagree about id 2"),
+        ("model.vocab.!", -1, "-1 is no token id"),
+        ("model.vocab.!", True, "True is no token id"),
+        ("model.vocab.!", 1.5, "1.5 is no token id"),
+        ("model.vocab.!", 10**9, "1000000000 is no token id"),
+        ("model.vocab.<s>", 5, "disagree about id"),
+        ("model.vocab.ĠQx", 300, "'ĠQx' .* made by none of the merges"),
+        ("model.vocab.Qx", 300, "'Qx' .* made by none of the merges"),
+        ("model.merges.0", ["Q", "x"], "does not make a token"),
+        ("model.merges.0", "Q x", "does not make a token"),
+        ("model.merges.0", "Qx", "does not make a token"),
+        ("model.merges.0", ["Ġ", "a", "n"], "does not make a token"),
+        ("model.merges", [], "made by none of the merges"),
+        ("model.merges", KeyError, "'merges' is missing"),
+        ("model.vocab", KeyError, "'vocab' is missing"),
+        ("model", KeyError, "'model' is missing"),
+        ("model", None, "damaged"),
+        ("model", [], "damaged"),
+        ("added_tokens", {"<s>": 0}, "damaged"),
+        ("added_tokens.0.id", KeyError, "'id' is missing"),
+        ("added_tokens.0.id", "0", "'0' is no token id"),
+        ("added_tokens.0.content", "  ", "'  ' is text like any other"),
+        ("added_tokens.0.content", "", "'' is text like any other"),
+        ("normalizer", {"type": "Lowercase"}, "normalizer Lowercase"),
+        ("normalizer", {"type": "NFKC"}, "normalizer NFKC"),
+        ("normalizer", {"type": "Sequence", "normalizers": []}, "normalizer Sequence"),
+        ("pre_tokenizer", None, "pre_tokenizer none"),
+        ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁"}, "pre_tokenizer Metaspace"),
+        ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer Whitespace"),
+        ("pre_tokenizer", NO_REGEX, "pre_tokenizer ByteLevel"),
+        ("pre_tokenizer", PLAIN | {"add_prefix_space": True}, "pre_tokenizer ByteLevel"),
+        ("pre_tokenizer", steps(ISOLATED), "pre_tokenizer Split"),
+        ("pre_tokenizer", steps(ISOLATED, PLAIN), r"pre_tokenizer Split \+ ByteLevel"),
+        ("pre_tokenizer", steps(ISOLATED, ISOLATED, NO_REGEX), "Split . Split . ByteLevel"),
+        ("pre_tokenizer", steps(ISOLATED | {"behavior": "Removed"}, NO_REGEX), "Split"),
+        ("pre_tokenizer", steps(ISOLATED | {"invert": True}, NO_REGEX), "Split"),
+        ("pre_tokenizer", steps(ISOLATED | {"pattern": {"String": " "}}, NO_REGEX), "its pattern"),
+        ("pre_tokenizer", steps(DIGITS, NO_REGEX), r"pre_tokenizer Digits \+ ByteLevel"),
+        ("pre_tokenizer", steps(DIGITS | {"individual_digits": False}, PLAIN), "Digits"),
+        ("pre_tokenizer", steps(), "damaged"),
+        ("pre_tokenizer", pattern(r"\s++$|\S+"), "its pattern"),
+        ("pre_tokenizer", pattern(r"^\S+"), "its pattern"),
+        ("pre_tokenizer", pattern(r"\p{N}{1,3}+|\D+"), "its pattern"),
+        ("pre_tokenizer", pattern(r"(?m:.)"), "its pattern"),
+        ("pre_tokenizer", pattern(r"\s*"), "its pattern"),
+        ("pre_tokenizer", pattern(r"("), "tokenizer.json"),
+        ("pre_tokenizer", pattern(r"\p{Nobody}"), "tokenizer.json"),
+        ("post_processor", {"type": "RobertaProcessing"}, "post_processor RobertaProcessing"),
+        ("post_processor.single.0", {"SpecialToken": {"id": "<x>"}}, "'<x>' is missing"),
+        ("post_processor.special_tokens.<s>.ids", [0, 0], r"ids \[0, 0\] in front"),
+        ("post_processor.special_tokens.<s>.ids", [17], r"ids \[17\] in front"),
+    ],
+)
+def test_what_tiktoken_would_read_otherwise_is_refused(good, path, value, said):
+    ours(good)
+    with pytest.raises(DataError, match=said) as e:
+        ours(edited(good, path, value))
+    assert str(e.value).startswith(str(Path("theirs/tokenizer.json")))
+    assert "\n" not in str(e.value)
+
+
+def test_a_pattern_may_hold_those_characters_as_plain_ones():
+    text = r"[$^]+|\$\^|\p{N}+|[^$]"
+    theirs = trained("gpt2")
+    theirs.pre_tokenizer = split(text)
+    assert_same(ours(theirs), theirs, ["a$$^^ 12$", *ALL_TEXTS])
+
+
+def test_ids_must_rise_along_the_merges(good):
+    vocab, data = good["model"]["vocab"], copy.deepcopy(good)
+    first, last = "".join(good["model"]["merges"][0]), max(vocab, key=vocab.get)
+    data["model"]["vocab"] |= {first: vocab[last], last: vocab[first]}
+    with pytest.raises(DataError, match=r"makes id \d+ after id 299; .* the ids must rise"):
+        ours(data)
+
+
+def test_a_pair_that_theirs_does_not_merge_is_refused(good):
+    """tiktoken merges whatever joins to a token; theirs only what is listed."""
+    vocab = good["model"]["vocab"]
+    data = with_tokens(copy.deepcopy(good), **{"Qx": 300, "Qxy": 301, "xy": 302})
+    data["model"]["merges"] = [*good["model"]["merges"], ["Q", "x"], ["Qx", "y"], ["x", "y"]]
+    assert "Qx" not in vocab and ours(data).encode("Qxy") == [301]
+    data["model"]["merges"][-2:] = [["Q", "xy"], ["x", "y"]]
+    with pytest.raises(DataError, match=r"'Qxy' .* made by none of the merges"):
+        ours(data)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "config", "generation_config", "tokenizer_config"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"3", b'"\xff"', b"[" * 100_000, b'{"a": 1' + b"0" * 5000 + b"}"],
+    ids=["empty", "cut", "list", "number", "latin", "deep", "digits"],
+)
+def test_what_is_no_json_is_said_so(good, name, data):
+    write("theirs", good)
+    Path(f"theirs/{name}.json").write_bytes(data)
+    with pytest.raises(DataError, match=rf"theirs.{name}.json (is no JSON|holds no JSON object)"):
+        hub_tokenizer("theirs")
+
+
+@pytest.mark.parametrize("name", ["config", "generation_config"])
+@pytest.mark.parametrize("ids", ["2", 1.5, True, {}, ["2"], [[2]]])
+def test_an_eos_token_id_is_a_number(good, name, ids):
+    with pytest.raises(DataError, match=rf"theirs.{name}.json: eos_token_id .* is no token id"):
+        ours(good, **{name: {"eos_token_id": ids}})
+
+
+def test_an_eos_token_is_a_name(good):
+    for eos in (3, [], {"content": 3}):
+        with pytest.raises(DataError, match=r"tokenizer_config.json: eos_token .* is no name"):
+            ours(good, tokenizer_config={"eos_token": eos})
+
+
+def test_a_folder_without_tokenizer_is_named():
+    Path("empty").mkdir()
+    with pytest.raises(DataError, match=r"empty.tokenizer\.json: No such file"):
+        hub_tokenizer("empty")
+
+
+def places(value, way=()):
+    """The paths of all values of a JSON object, a few of each long one."""
+    if isinstance(value, (dict, list)) and value:
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        for key in keys[:3] if len(keys) > 20 else keys:
+            yield (*way, key)
+            yield from places(value[key], (*way, key))
+
+
+def test_any_other_value_anywhere_is_read_or_refused_in_one_line(good):
+    rng, junk = random.Random(0), [None, True, -1, 7, 1.5, "x", "", [], {}, [None], {"type": "x"}]
+    refused = 0
+    for way in places(good):
+        data = copy.deepcopy(good)
+        place = data
+        for key in way[:-1]:
+            place = place[key]
+        for value in [*rng.sample(junk, 5), KeyError]:
+            if value is KeyError:
+                del place[way[-1]]
+            else:
+                place[way[-1]] = value
+            try:
+                ours(data).encode("any text, 12 of it")
+            except DataError as e:
+                refused += 1
+                assert "\n" not in str(e)
+    assert refused > 100
+
+
+# --------------------------------------------------------------------------------------------
+# Out
+# --------------------------------------------------------------------------------------------
+
+
+def hub_example():
+    """A tokenizer of kind hf with everything: NFC, digits, specials in front, a begin."""
+    theirs = trained("smollm2", nfc=True, front=["<s>", "</s>"], behind=["<x>"])
+    theirs.post_processor = BEGIN
+    return ours(theirs, config={"eos_token_id": 1})
+
+
+def make(name):
+    if name == "hf":
+        return hub_example()
+    if name in ("gpt2", "cl100k_base"):
+        if not TIKTOKEN.is_dir():
+            pytest.skip(f"no tiktoken vocabularies in {TIKTOKEN}")
+        return Tokenizer({"kind": "tiktoken", "name": name})
+    documents = [("", [text * 3]) for text in TEXTS.values()]
+    return prepare_data.make_tokenizer(name, documents, 1)
+
+
+KINDS = ["byte", "char", "bpe:700", "gpt2", "cl100k_base", "hf"]
+MESSAGES = [
+    {"role": "system", "content": "You sell rooms.\n"},
+    {"role": "user", "content": "  有什么酒店？\r\n\n"},
+    {"role": "call", "content": 'search {"area": "北京", "n": 2}'},
+    {"role": "tool", "content": "[]"},
+    {"role": "assistant", "content": "Nothing, {{ sorry }} {% raw %} it's <b>full</b> 10 & 20."},
+    {"role": "user", "content": ""},
+]
+
+
+def saved(tokenizer, folder="out"):
+    """transformers' own reading of what we write."""
+    write(folder, tokenizer_json(tokenizer), tokenizer_config=tokenizer_config(tokenizer))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("special", [(), CHAT_TOKENS], ids=["bare", "chat"])
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe:700", "gpt2", "hf"])
+def test_transformers_reads_our_tokenizers(kind, special):
+    check_reading(kind, special)
+
+
+def test_transformers_reads_a_large_tokenizer_of_ours():
+    check_reading("cl100k_base", CHAT_TOKENS)
+
+
+def check_reading(kind, special):
+    t = make(kind).with_special(special)
+    theirs = saved(t)
+    assert_same(t, theirs.backend_tokenizer)
+    again = None
+    if kind == "char":
+        with pytest.raises(DataError, match="model WordLevel"):
+            hub_tokenizer("out")
+    else:
+        again = Tokenizer(hub_tokenizer("out"))
+        assert (again.eot, again.begin, again.special) == (t.eot, t.begin, t.special)
+        assert again.n_vocab == t.n_vocab
+        assert (again.byte_lengths == t.byte_lengths).all()
+        if kind != "cl100k_base":  # seconds for nothing new
+            assert tokenizer_json(again)["model"] == tokenizer_json(t)["model"]
+    for text in ALL_TEXTS:
+        ids = t.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) == ids
+        assert theirs.decode(ids) == t.decode(ids)
+        assert again is None or again.encode(text) == ids
+        front = [] if t.begin is None else [t.begin]
+        assert theirs(text)["input_ids"] == front + ids
+    assert theirs.eos_token_id == t.eot
+    for name, i in t.special.items():
+        assert theirs.convert_tokens_to_ids(name) == i
+        assert theirs.encode(f"a{name}b", add_special_tokens=False) == [
+            *t.encode("a"), i, *t.encode("b")
+        ]
+    ids = [t.eot, *t.encode("text"), t.eot]
+    assert theirs.decode(ids, skip_special_tokens=True) == "text"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_renders_our_chats(kind):
+    t = make(kind).with_special(CHAT_TOKENS)
+    theirs = saved(t)
+    for length, prompt in itertools.product(range(1, len(MESSAGES) + 1), [False, True]):
+        ids, _ = render_chat(MESSAGES[:length], t, add_generation_prompt=prompt)
+        got = theirs.apply_chat_template(
+            MESSAGES[:length], add_generation_prompt=prompt, return_dict=True
+        )
+        assert got["input_ids"] == ids
+    with pytest.raises(Exception, match="nobody"):
+        theirs.apply_chat_template([{"role": "nobody", "content": ""}])
+    assert "chat_template" not in tokenizer_config(make("byte"))
+
+
+def test_merges_are_found_again():
+    """Those of the trainer, in their order, out of the tokens alone."""
+    theirs = json.loads(trained("gpt2").to_str())
+    found = tokenizer_json(ours(theirs))["model"]
+    assert found["merges"] == theirs["model"]["merges"]
+    vocab = found["vocab"]
+    assert vocab.pop(END) == 700 and vocab == theirs["model"]["vocab"]
+
+
+def test_the_merges_of_gpt2_are_found_again():
+    vocab, merges = (path.read_text(encoding="utf-8") for path in gpt2_files())
+    found = tokenizer_json(make("gpt2"))["model"]
+    assert found["merges"] == [line.split() for line in merges.splitlines()[1:]]
+    assert found["vocab"] == json.loads(vocab)
+
+
+def test_a_large_vocabulary_takes_seconds():
+    t, start = make("cl100k_base"), time.process_time()
+    data = tokenizer_json(t)
+    assert len(data["model"]["merges"]) == 100_000
+    assert time.process_time() - start < 60
+
+
+def test_a_special_token_spelled_like_an_ordinary_one_is_refused():
+    with pytest.raises(DataError, match="special token 'a' is spelled like an ordinary one"):
+        tokenizer_json(Tokenizer({"kind": "byte"}).with_special(["a"]))
+
+
+def test_spelling_is_gpt2s():
+    assert set(prepare_data.CHAR_BYTES) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert prepare_data.spell(" é\n".encode()) == "ĠÃ©Ċ"
+    everything = bytes(range(256))
+    assert prepare_data.unspell(prepare_data.spell(everything)) == everything
