@@ -599,6 +599,10 @@ class Transformer(nn.Module):
             cache.length += T
         return self.norm(x)
 
+    def last_logits(self, ids, cache, positions=None, mask=None):
+        """Logits (B, V) of what comes after the last of the ids (B, T): all that sampling needs."""
+        return self.head(self.hidden(ids, cache, positions, mask)[:, -1])
+
     def forward(self, ids, targets=None, cache=None, positions=None, mask=None, each=False):
         x = self.hidden(ids, cache, positions, mask)
         if targets is None:

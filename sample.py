@@ -147,14 +147,14 @@ def prefill(model, cache, rows):
     ids = torch.tensor([[0] * (T - len(r)) + r for r in rows], device=device)
     cache.length = 0
     if not pad.any():
-        return model.head(model.hidden(ids, cache)[:, -1]), pad, None
+        return model.last_logits(ids, cache), pad, None
     column = torch.arange(cache.keys.shape[3], device=device)
     visible = column >= pad[:, None]  # (B, S)
     positions = (column[:T] - pad[:, None]).clamp(min=0)  # (B, T)
     mask = causal_mask(T, T, device) & visible[:, None, :T]
     mask |= torch.eye(T, dtype=torch.bool, device=device)  # padding sees itself, or softmax is NaN
-    x = model.hidden(ids, cache, positions, mask[:, None])
-    return model.head(x[:, -1]), pad, visible.view(B, 1, 1, -1)
+    logits = model.last_logits(ids, cache, positions, mask[:, None])
+    return logits, pad, visible.view(B, 1, 1, -1)
 
 
 @torch.inference_mode()
@@ -217,7 +217,7 @@ def generate(
             if visible is not None:
                 positions = (cache.length - pad[:, None]).clamp(max=context - 1)
                 mask = visible[..., : cache.length + 1]
-            logits = model.head(model.hidden(ids, cache, positions, mask)[:, -1])
+            logits = model.last_logits(ids, cache, positions, mask)
 
 
 def check_ids(rows, vocab_size):
@@ -250,7 +250,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
     live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # equal at first: let one of them speak
     done = []
     for n in range(1, max_tokens + 1):
-        logits = model.head(model.hidden(ids, cache)[:, -1]).float()  # (beams, V)
+        logits = model.last_logits(ids, cache).float()  # (beams, V)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
         so_far = torch.tensor([[s] for s, _ in live], dtype=torch.float64)
