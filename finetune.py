@@ -1150,7 +1150,7 @@ def main(argv=None):
         tokens = sum(batches.length(r) * (2 if kind == "prefer" else 1) for r in rows)
         print("\n".join(train.header(model, args, runtime, tokens, args.batch_tokens)))
         if cut > len(rows) / 10:
-            print("many rows are cut: a base with a longer context (train.py --context) keeps more")
+            print("many rows are cut: a longer --context, or a base that has one, keeps more")
     train.launch(model, task, args, runtime, out, content)
     if runtime.rank == 0:
         finish(model, args, measure, parts, kind, labels, out, reference)
@@ -1201,7 +1201,7 @@ def build_parser():
         description="Fine-tune a checkpoint. Defaults are the recipe's (finetune.RECIPE), or with "
         "--resume the run's own.")
     add = p.add_argument_group("the run").add_argument
-    add("--ckpt", help="the model to start from: a checkpoint or a run's folder (default: newest)")
+    add("--ckpt", help=f"the model to start from: {lm.WHAT_CKPT} (default: the newest run)")
     add("--data", help=f"a .json or .jsonl file, .gz too, or one of {', '.join(SETS)}")
     add("--val_data", help="rows to measure on (default: the set's own, or --val)")
     add("--val", type=float, help="else the share of conversations held out (default 0.1)")

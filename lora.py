@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import (
+    WHAT_CKPT,
     Config,
     ModelError,
     Safetensors,
@@ -42,7 +43,7 @@ from model import (
     write_json,
     write_safetensors,
 )
-from prepare_data import console
+from prepare_data import console, is_hub_name
 
 # --------------------------------------------------------------------------------------------
 # Quantisation: a frozen Linear whose weights are codes of 4 or 8 bits
@@ -465,7 +466,7 @@ def shapes_of(rank, layers, a, b):
     return {a: torch.empty(rank, width, device="meta"), b: torch.empty(height, rank, device="meta")}
 
 
-def export_peft(content, config, folder):
+def export_peft(content, config, folder, base=None):
     """Write adapter_config.json and adapter_model.safetensors of an adapter checkpoint, for
     peft.PeftModel.from_pretrained over the base as `model.export_hf` writes it; `config` is the
     base's Config. ModelError for what peft's files cannot say.
@@ -505,6 +506,7 @@ def export_peft(content, config, folder):
     values = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha)
     values |= dict(rank_pattern=ranks, alpha_pattern=alphas, lora_dropout=about["dropout"])
     values |= dict(target_modules=shortest(found, layers), bias="none", inference_mode=True)
+    values |= dict(base_model_name_or_path=base)
     values |= dict(fan_in_fan_out=config.position == "learned")  # GPT-2's matrices are (in, out)
     write_safetensors(Path(folder, "adapter_model.safetensors"), tensors)
     write_json(Path(folder, "adapter_config.json"), values)
@@ -546,7 +548,8 @@ def read_peft(folder, layers):
     `layers` as `peft_layers` gives them. ModelError as for `import_peft`."""
     where = Path(folder, "adapter_config.json")
     values, file = read_json(where), Safetensors(Path(folder, "adapter_model.safetensors"))
-    for name, value in (values | {"peft_type": str(values.get("peft_type"))}).items():
+    told = {"peft_type": str(values.get("peft_type"))}  # first, before what only others have
+    for name, value in ({"peft_type": None} | values | told).items():
         known = name in (PEFT_IDLE + " " + PEFT_READ).split()
         if value and not known and value not in PEFT_ONLY.get(name, ()):
             raise ModelError(f"{where}: {name} = {value!r} is not implemented here")
@@ -650,7 +653,8 @@ def export_files(ckpt, adapter, out):
     if (path := Path(out, "adapter_config.json")).exists():
         raise ModelError(f"{path} exists: name another --out")
     load_adapted(base, {str(adapter): content}, ckpt)  # only to hear whether it is their base
-    export_peft(content, Config.from_dict(dict(base["config"])), out)
+    known = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()  # to transformers
+    export_peft(content, Config.from_dict(dict(base["config"])), out, ckpt if known else None)
     print(f"{out}: an adapter of peft's for the model that {ckpt} exports to")
 
 
@@ -667,7 +671,7 @@ def import_files(ckpt, adapter, out):
     print(f"{path}: {len(content['model']) // 2} layers adapted, to use over {ckpt}")
 
 
-RUN, CHECKPOINT = "a checkpoint or a run's folder", "folder, or file ending in .pt, to write"
+RUN, CHECKPOINT = WHAT_CKPT, "folder, or file ending in .pt, to write"
 PEFT_FOLDER = "a folder with adapter_config.json and adapter_model.safetensors"
 
 

@@ -29,6 +29,7 @@ import mmap
 import os
 import re
 import shutil
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from prepare_data import (
     Tokenizer,
     console,
     fetch_hub,
+    generation_config,
     hub_tokenizer,
     is_hub_name,
     tokenizer_config,
@@ -711,14 +713,20 @@ def load_checkpoint(path, dtype=None):
     """
     path = find_checkpoint(path)
     if (path / "config.json").exists():
-        return load_hf(path, dtype) | {"tokenizer": hub_tokenizer(path)}
+        own = {"tokenizer": hub_tokenizer(path)} if (path / "tokenizer.json").exists() else {}
+        return load_hf(path, dtype) | own
+    if (path / "adapter_config.json").exists():
+        raise ModelError(f"{path} is an adapter of peft's: `lora.py import` turns it into ours")
     if path.is_dir():
         found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
         if not found:
             raise ModelError(f"{path} holds no best.pt or last.pt; train first, or name a file")
         path = found[0]
     if not path.exists():
-        raise ModelError(f"checkpoint {path} does not exist")
+        raise ModelError(
+            f"checkpoint {path} does not exist; a file, a run's folder, or a model of the Hub "
+            f"(gpt2, or owner/name)?"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
@@ -980,9 +988,11 @@ def llama_fields(kind, take, refuse):
     known = {"default": set(), **ROPE_SCALINGS}
     if scaling not in known or set(rope) - known[scaling]:
         refuse("rope scaling", {"rope_type": scaling, **rope})
-    # inside of its window a model with sliding attention is one without
     context = take("max_position_embeddings")
-    context = min(context, take("sliding_window", context))
+    if (window := take("sliding_window", context)) < context:
+        # inside of its window a model with sliding attention is one without
+        print(f"[its attention slides: the window of {window} is the context]", file=sys.stderr)
+        context = window
     if set(layers := take("layer_types", [])) - {"full_attention"}:
         refuse("layer_types", layers)
     attention_bias = take("attention_bias", False)
@@ -1229,8 +1239,9 @@ def read_json(path):
     return values
 
 
-def export_hf(content, folder):
-    """Write config.json and model.safetensors of a checkpoint's model, for transformers to read.
+def export_hf(content, folder, more=None):
+    """Write config.json, with `more` fields, and model.safetensors of a checkpoint's model, for
+    transformers to read.
 
     Where their architecture has a norm's weight or a bias and ours has none, it gets ones or zeros.
     """
@@ -1246,7 +1257,7 @@ def export_hf(content, folder):
         own = content["model"].get(name)
         state[name] = filler(want.shape) if own is None else own
     write_safetensors(Path(folder) / "model.safetensors", to_hf(state, gpt2))
-    write_json(Path(folder) / "config.json", values)
+    write_json(Path(folder) / "config.json", values | (more or {}))
 
 
 def write_json(path, values):
@@ -1260,12 +1271,18 @@ def write_json(path, values):
 
 
 def recorded_logits(path):
-    """(ids, logits) of somebody else, in a file that torch.save wrote of {"ids", "logits"}."""
+    """(ids (B, T), logits (B, T, V)) of somebody else, in a file that torch.save wrote of {"ids",
+    "logits"}; a single row may lack its B."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        return found["ids"], found["logits"]
+        ids, logits = torch.as_tensor(found["ids"]), torch.as_tensor(found["logits"])
+        assert logits.is_floating_point() and not ids.is_floating_point()
+        ids, logits = (t[None] if ids.dim() == 1 else t for t in (ids, logits))
+        assert ids.dim() == 2 and ids.shape == logits.shape[:-1] and ids.numel()
     except Exception as e:
-        raise ModelError(f"{path} holds no ids and logits (torch.save of a dict)") from e
+        want = 'torch.save of {"ids": (B, T), "logits": (B, T, V)}'
+        raise ModelError(f"{path} holds no ids and logits: {want}") from e
+    return ids.long(), logits
 
 
 def transformers_logits(folder, ids):
@@ -1281,15 +1298,20 @@ def transformers_logits(folder, ids):
         return model(ids).logits
 
 
-def check(folder, against=None, ids=None):
-    """Lines that say how far our logits for a model in Hugging Face's layout are from those that a
-    file records, or transformers computes from a folder (by default the same one)."""
-    model = model_from_checkpoint(load_hf(folder), where=str(folder))
+def check(name, against=None, ids=None):
+    """(lines that say how far our logits for a model are from those that a file records, or that
+    transformers computes from a folder or model of the Hub, by default the same one; whether they
+    are the same but for rounding)."""
+    folder = find_checkpoint(name)
+    hub = (folder / "config.json").exists()
+    if not hub and against is None:
+        raise ModelError(f"{name} is no Hugging Face model: --against what?")
+    content = load_hf(folder) if hub else load_checkpoint(folder)
+    model = model_from_checkpoint(content, where=str(name))
     vocab, length = model.config.vocab_size, min(64, model.config.context)
     if ids is None:  # any ids will do
         ids = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(0))
-    against = Path(against or folder)
-    theirs = None
+    against, theirs = find_checkpoint(against or folder), None
     if against.is_file():
         ids, theirs = recorded_logits(against)
     if ids.numel() == 0 or not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
@@ -1300,11 +1322,13 @@ def check(folder, against=None, ids=None):
     if ours.shape != theirs.shape:
         raise ModelError(f"our logits are {tuple(ours.shape)}, theirs {tuple(theirs.shape)}")
     found = compare_logits(ours, theirs)
+    same = found["max"] <= 1e-3 * max(1.0, theirs.abs().max().item())
     return [
         f"{ids.numel()} places, {vocab} logits each, in float32:",
         f"largest difference {found['max']:.2e}, mean {found['mean']:.2e}",
         f"the same best token at {found['top1']:.2%} of the places",
-    ]
+        "equal but for rounding" if same else "NOT EQUAL: this is more than rounding",
+    ], same
 
 
 def compare_logits(ours, theirs):
@@ -1386,33 +1410,40 @@ def report(name, config, tokens=None):
     return "\n".join([*lines, f"{name}: {total:,} parameters"])
 
 
+# What every --ckpt takes: see `find_checkpoint`
+WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the Hub"
+
+
 def build_parser():
     p = argparse.ArgumentParser(description="Parameters, memory and FLOPs of a model.")
     which = p.add_mutually_exclusive_group()
     which.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default: tiny)")
-    which.add_argument("--ckpt", help="a checkpoint, or a run's folder, instead of a preset")
+    which.add_argument("--ckpt", help=f"{WHAT_CKPT}, instead of a preset")
     which.add_argument("--check", metavar="MODEL", help="compare our logits of a model of the Hub, "
                        "or a folder like one, with a reference's")
     p.add_argument("--tokens", type=int, help="training tokens, for the predicted loss")
     p.add_argument("--export", metavar="DIR", help="write --ckpt as transformers reads it")
-    p.add_argument("--against", metavar="REF", help="reference of --check: a folder for "
-                   "transformers (default: the model's own) or a file of ids and logits")
+    p.add_argument("--against", metavar="REF", help="reference of --check: a model, for "
+                   "transformers (default: the same), or a file, torch.save of {'ids', 'logits'}")
     p.add_argument("--ids", help="token ids for --check, e.g. 464,3290 (default: 64 random ones)")
     return p
 
 
 def export(name, folder):
     """Write what --ckpt means as a folder for transformers; a line about it."""
-    content = load_checkpoint(name)
+    folder, content = Path(folder), load_checkpoint(name)
     if "adapter" in content:
         raise ModelError(f"{name} is an adapter: export it with lora.py, or merge it first")
-    export_hf(content, folder)
-    if "tokenizer" in content:
-        tokenizer = Tokenizer(content["tokenizer"])
-        write_json(Path(folder) / "tokenizer.json", tokenizer_json(tokenizer))
-        write_json(Path(folder) / "tokenizer_config.json", tokenizer_config(tokenizer))
-        write_json(Path(folder) / "generation_config.json", {"eos_token_id": tokenizer.eot})
-    return f"{folder}: {read_json(Path(folder) / 'config.json')['architectures'][0]}"
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ModelError(f"{folder} is there already: name a new folder for --export")
+    tokenizer = Tokenizer(content["tokenizer"]) if "tokenizer" in content else None
+    more = {"bos_token_id": tokenizer.begin, "eos_token_id": tokenizer.eot} if tokenizer else {}
+    export_hf(content, folder, more)
+    if tokenizer:
+        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
+        write_json(folder / "generation_config.json", generation_config(tokenizer))
+    return f"{folder}: {read_json(folder / 'config.json')['architectures'][0]}"
 
 
 def main(argv=None):
@@ -1421,12 +1452,17 @@ def main(argv=None):
         raise ModelError(f"--tokens {args.tokens} must be at least 1")
     if args.export and not args.ckpt:
         raise ModelError("--export needs --ckpt, the model to write")
+    for name, needs in (("against", args.check), ("ids", args.check), ("tokens", not args.check)):
+        if getattr(args, name) is not None and (not needs or args.export):
+            raise ModelError(f"--{name} means nothing here")
     if args.check:
         try:
-            ids = torch.tensor([[int(i) for i in args.ids.split(",")]]) if args.ids else None
+            ids = args.ids and torch.tensor([[int(i) for i in args.ids.split(",")]])
         except ValueError as e:
             raise ModelError(f"--ids {args.ids!r}: numbers with commas, please") from e
-        print("\n".join(check(find_checkpoint(args.check), args.against, ids)))
+        lines, same = check(args.check, args.against, ids)
+        print("\n".join(lines))
+        return 0 if same else 1
     elif args.export:
         print(export(args.ckpt, args.export))
     else:

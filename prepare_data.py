@@ -182,7 +182,7 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
         except DataError:
             raise
         except (requests.RequestException, ValueError) as e:  # redirects in a circle or to no URL
-            raise DataError(f"cannot download {url}: {short(e)}") from e
+            raise DataError(f"cannot download {resolve_url(url)}: {short(e)}") from e
     else:
         for part in dest.parent.glob(glob.escape(dest.name) + ".once.part"):
             part.unlink()  # no version to compare with: it could never be resumed
@@ -285,7 +285,12 @@ def progress(blocks, name, have, total):
 
 MODELS = "https://huggingface.co"
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
-EXTRAS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")  # not all have them
+EXTRAS = (  # not all have them
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 INDEX = "model.safetensors.index.json"  # says which file of many holds which tensor
 WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
 
@@ -732,7 +737,7 @@ class Tokenizer:
     def name(self):
         """What the user calls it, e.g. bpe:2048."""
         kind, size = self.spec["kind"], self.n_vocab - len(self.spec.get("special", []))
-        return {"tiktoken": self.spec.get("name"), "bpe": f"bpe:{size}"}.get(kind, kind)
+        return self.spec.get("name") or {"bpe": f"bpe:{size}"}.get(kind, kind)
 
     def encode_array(self, text):
         """Token ids of `text` as uint32, special tokens' names read as plain text. Runs without
@@ -1228,12 +1233,29 @@ def hub_end(folder, added):
     return added.get(END)
 
 
+def hub_name(folder):
+    """OWNER/NAME of a folder that `fetch_hub` made, or else the folder's own name."""
+    parts = Path(folder).resolve().parts
+    return "/".join(parts[-3:-1] if parts[-4:-3] == ("hub",) else parts[-1:])
+
+
+def hub_template(folder):
+    """The chat template in Jinja that a model's folder brings, or None. We render by `render_chat`,
+    but an export hands it on."""
+    if (path := folder / "chat_template.jinja").exists():
+        return path.read_text(encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    template = hub_json(path).get("chat_template") if path.exists() else None
+    return template if isinstance(template, str) else None  # a few models have a list of them
+
+
 def hub_tokenizer(folder):
     """The spec, of kind hf, of the tokenizer in a Hugging Face model's folder.
 
     Reads tokenizer.json and, for the end-of-text token, generation_config.json, config.json and
     tokenizer_config.json where they exist. The spec holds "pattern", "nfc", "tokens" (base64, a
-    token's place is its id), "added" (name -> id), "end" and "begin" (ids, begin may be None).
+    token's place is its id), "added" (name -> id), "end" and "begin" (ids, begin may be None), and
+    for whoever exports it again "name" and "chat_template".
     Added tokens are special tokens here, so text never spells one. DataError if a file is missing
     or damaged, or if the tokenizer is no byte-level BPE that tiktoken encodes alike.
     """
@@ -1257,6 +1279,7 @@ def hub_tokenizer(folder):
             tokens[i] = base64.b64encode(token).decode()
         spec = {"kind": "hf", "pattern": pattern, "nfc": normalizer["type"] == "NFC"}
         spec |= {"tokens": tokens, "added": added, "end": end, "begin": begin}
+        spec |= {"name": hub_name(path.parent), "chat_template": hub_template(path.parent)}
         Tokenizer(spec)  # tiktoken has not seen the pattern yet
     except DataError:
         raise
@@ -1336,18 +1359,25 @@ def begin_template(tokenizer):
     }
 
 
-CHAT_TEMPLATE = (  # render_chat in Jinja
-    "{% for m in messages %}{{ "
+CHAT_TEMPLATES = {  # render_chat in Jinja, by the kind of a Template; the last two without tools
+    "ours": "{% for m in messages %}{{ "
     + json.dumps({role: "".join(names) for role, names in ROLES.items()})
     + "[m['role']] + m['content'] + '"
     + TURN_END
-    + "' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
+    + "' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+    "'<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "llama3": "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
+    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if "
+    "add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+}
 
 
 def tokenizer_config(tokenizer):
     """The content of tokenizer_config.json beside tokenizer_json's: the class for transformers, the
-    end-of-text token and, if the tokenizer has CHAT_TOKENS, render_chat as a chat_template."""
+    end-of-text token and, if the tokenizer can chat, the template that it came with, or else
+    render_chat as one."""
     names = {i: name for name, i in tokenizer.special.items()}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -1356,9 +1386,18 @@ def tokenizer_config(tokenizer):
     }
     if tokenizer.begin is not None:
         config["bos_token"] = names[tokenizer.begin]
-    if set(CHAT_TOKENS) <= set(tokenizer.special):
-        config["chat_template"] = CHAT_TEMPLATE
+    with contextlib.suppress(DataError):
+        kind = Template(tokenizer).kind
+        config["chat_template"] = tokenizer.spec.get("chat_template") or CHAT_TEMPLATES[kind]
     return config
+
+
+def generation_config(tokenizer):
+    """The content of generation_config.json: all ids that end what a model says."""
+    ends = {tokenizer.eot, tokenizer.special.get(END, tokenizer.eot)}
+    with contextlib.suppress(DataError):
+        ends.add(Template(tokenizer).end)
+    return {"eos_token_id": sorted(ends) if len(ends) > 1 else tokenizer.eot}
 
 
 # --------------------------------------------------------------------------------------------

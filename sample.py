@@ -31,6 +31,7 @@ import torch
 import lora
 from model import (
     DTYPES,
+    WHAT_CKPT,
     KVCache,
     ModelError,
     causal_mask,
@@ -686,7 +687,7 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
         raise DataError(f"two adapters are called alike: {', '.join(names)}")
     named = {name: load_checkpoint(p) for name, p in zip(names, over)}
     if "tokenizer" not in content:
-        raise DataError(f"{where} carries no tokenizer: it was not written by train.py")
+        raise DataError(f"{where} carries no tokenizer: it has no tokenizer.json")
     specs = [a["tokenizer"] for a in named.values()] or [content["tokenizer"]]
     if any(s != specs[0] for s in specs):
         raise DataError("the adapters have other special tokens: only alike ones go together")
@@ -828,7 +829,7 @@ def write_beams(model, tokenizer, prompt, args):
 def build_parser():
     p = argparse.ArgumentParser(description="Write with a trained model.")
     add = p.add_argument
-    add("--ckpt", help="a checkpoint or a run's folder (default: the newest run in out/)")
+    add("--ckpt", help=f"{WHAT_CKPT} (default: the newest run in out/)")
     start = p.add_mutually_exclusive_group()
     start.add_argument("--prompt", action="append",
         help="text, or @FILE; given several times it is a batch (default: standard input if it is "

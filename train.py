@@ -918,7 +918,7 @@ def build_parser():
     add = p.add_argument_group("the run").add_argument
     add("--data", help="a prepared folder, or a source that prepare_data.py knows (default stdlib)")
     add("--preset", help=f"model shape: {', '.join(lm.PRESETS)} (default tiny)")
-    add("--ckpt", help="start from the weights, shape and tokenizer of this checkpoint")
+    add("--ckpt", help=f"start from weights, shape and tokenizer of {lm.WHAT_CKPT}")
     add("--out", help="folder of the run (default: out/NAME of the data, numbered if taken)")
     add_machine(add)
     add("--prompt", help="of the sample at the end (default: how the validation text begins)")

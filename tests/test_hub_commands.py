@@ -85,7 +85,7 @@ def run(hub, tmp_path, monkeypatch):
         )
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
-        return done.stdout if code == 0 else done.stderr
+        return done.stderr if code == 2 else done.stdout
 
     return call
 
@@ -120,12 +120,18 @@ def test_check_against_recorded_logits(run, hub):
     torch.save({"ids": ids, "logits": logits}, "good.pt")
     torch.save({"ids": ids, "logits": logits + torch.eye(4, 384) * 3}, "bad.pt")
     assert "100.00%" in run("model.py", "--check", "ann/qwen", "--against", "good.pt")
-    assert "difference 3.0" in run("model.py", "--check", "ann/qwen", "--against", "bad.pt")
+    told = run("model.py", "--check", "ann/qwen", "--against", "bad.pt", code=1)
+    assert "difference 3.0" in told and "NOT EQUAL" in told
+    torch.save({"ids": ids[0].tolist(), "logits": logits[0]}, "row.pt")
+    assert "100.00%" in run("model.py", "--check", "ann/qwen", "--against", "row.pt")
+    torch.save({"ids": ids, "logits": logits[:, 1:]}, "short.pt")
     assert "largest difference" in run("model.py", "--check", "ann/qwen", "--ids", "1,2,3")
     for flags, words in (
         (("--ids", "1,x"), "numbers with commas"),
         (("--ids", "1,384"), "the ids must be from 0 to 383"),
         (("--against", "nowhere"), "nowhere"),
+        (("--against", "short.pt"), "short.pt holds no ids and logits"),
+        (("--tokens", "5"), "--tokens means nothing here"),
     ):
         assert words in run("model.py", "--check", "ann/qwen", *flags, code=2)
 
@@ -233,6 +239,47 @@ def test_finetuning_a_qwen_uses_its_own_template_and_adapters_travel(run):
     known = slice(tokenizer.n_vocab)  # rows that no token has were made anew by the fine-tuning
     a, b = one(ids)[..., known], two(ids)[..., known]
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_hands_on_how_to_talk_and_spares_what_is_there(run, hub, tmp_path):
+    own = hub[1] / "ann/qwen/resolve/main"
+    for template in ("{{ 'hey' }}", None):
+        folder = tmp_path / f"chat-{template is None}"
+        shutil.copytree(own, folder)
+        ids = lm.hub_tokenizer(own)["added"]
+        ends = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        if template:
+            (folder / "chat_template.jinja").write_text(template)
+        run("model.py", "--ckpt", str(folder), "--export", f"{folder}-out")
+        loaded = transformers.AutoTokenizer.from_pretrained(f"{folder}-out")
+        talk = [{"role": "user", "content": "你好"}]
+        flags = dict(tokenize=False, add_generation_prompt=True)
+        said = loaded.apply_chat_template(talk, **flags)
+        chatml = "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
+        assert said == ("hey" if template else chatml)
+        config = transformers.GenerationConfig.from_pretrained(f"{folder}-out")
+        assert sorted(config.eos_token_id) == sorted(ends)
+        err = run("model.py", "--ckpt", str(folder), "--export", f"{folder}-out", code=2)
+        assert "is there already" in err
+
+
+def test_a_model_without_a_tokenizer_can_be_exported(run, hub, tmp_path):
+    shutil.copytree(hub[1] / "ann/qwen/resolve/main", tmp_path / "bare")
+    (tmp_path / "bare/tokenizer.json").unlink()
+    assert "Qwen3" in run("model.py", "--ckpt", "bare", "--export", "out-bare")
+    assert "no tokenizer" in run("sample.py", "--ckpt", "bare", "--prompt", "x", code=2)
+
+
+def test_a_sliding_window_is_said_to_be_the_context(run, tmp_path):
+    config = transformers.MistralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=8, max_position_embeddings=64,
+    )
+    save_model(tmp_path / "slides", config, QWEN_TOKENS[:1])
+    assert "context 8," in run("model.py", "--ckpt", "slides")
+    Path("slides/tokenizer.json").unlink()
+    assert "[its attention slides" in run("sample.py", "--ckpt", "slides", code=2)
 
 
 def test_a_second_call_needs_no_network(run, monkeypatch):

@@ -156,7 +156,7 @@ def test_ids_of_a_trained_tokenizer_are_theirs(step, nfc):
     assert t.n_vocab == theirs.get_vocab_size()
     behind = theirs.get_vocab_size() - 2
     assert t.special == {"<pad>": 0, END: 1, "<|user|>": behind, "<|call|>": behind + 1}
-    assert (t.eot, t.begin, t.name) == (1, None, "hf")
+    assert (t.eot, t.begin, t.name) == (1, None, "theirs")
     decomposed = "e\u0301"
     assert t.decode(t.encode(decomposed)) == ("é" if nfc else decomposed)
 
@@ -279,7 +279,7 @@ def test_special_tokens_go_on_top():
     more = t.with_special(CHAT_TOKENS)
     assert more.encode("a <|user|>") == t.encode("a <|user|>")
     assert [more.special[n] for n in CHAT_TOKENS] == list(range(700, 706))
-    assert (more.eot, more.begin, more.name) == (t.eot, None, "hf")
+    assert (more.eot, more.begin, more.name) == (t.eot, None, "theirs")
     assert Tokenizer(more.spec).special == more.special
     ids, mask = render_chat([{"role": "user", "content": "hi"}], more)
     assert more.decode(ids) == "<|user|>hi<|end|>" and len(mask) == len(ids)
