@@ -32,6 +32,7 @@ import lora
 from model import (
     DTYPES,
     WHAT_CKPT,
+    Decoder,
     KVCache,
     ModelError,
     causal_mask,
@@ -123,7 +124,13 @@ def next_token(logits, previous, generators, settings):
     if s["min_p"] > 0:
         logits = min_p(logits, s["min_p"])
     probs = logits.softmax(dim=-1).cpu()  # drawn on the CPU: the same seed, the same text anywhere
-    return [torch.multinomial(p, 1, generator=g).item() for p, g in zip(probs, generators)]
+    return [draw(p, g) for p, g in zip(probs, generators)]
+
+
+def draw(probs, generator):
+    """One id by its probability: of exponential waiting times, each at its own rate, the shortest
+    wins as often as its rate says. It is what torch.multinomial does, without its checks."""
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax().item()
 
 
 # What each rung does when nothing is said: nothing.
@@ -666,6 +673,7 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
     their folder's or file's name."""
     where = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
+    dtype = "fp32" if dtype == "int8" else dtype  # which the Decoder makes of it
     if dtype in (None, "auto"):
         dtype = "bf16" if device.type == "cuda" else "fp32"
     # an adapter knows its base by the weights as they are on disk
@@ -696,6 +704,17 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
     else:
         model = model_from_checkpoint(content, device, DTYPES[dtype], where)
     return model, Tokenizer(specs[0]), where
+
+
+def decoder(model, args, rows):
+    """What to write `rows` texts at once with: the model's Decoder on a CPU, unless it has adapters
+    (they may be switched) or the flags say --plain. DataError if --dtype int8 is not possible."""
+    bare = not any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
+    if not args.plain and bare and model.embed.weight.device.type == "cpu":
+        return Decoder(model, args.dtype == "int8", rows)
+    if args.dtype == "int8":
+        raise DataError("--dtype int8 is for a CPU, merged adapters (lora.py merge), no --plain")
+    return model
 
 
 def allowed_ids(model, tokenizer, chat=False):
@@ -848,8 +867,9 @@ def build_parser():
     add("--stop", action="append", help="end at this text; may be given several times")
     add("--seed", type=int, help="of the drawing (default: another one each time)")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
-    add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-        help="of the weights (default auto: bf16 on CUDA, else fp32)")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16", "int8"),
+        help="of the weights (default auto: bf16 on CUDA, else fp32); int8 is for CPUs")
+    add("--plain", action="store_true", help="write with the Transformer itself, not its Decoder")
     add("--adapter", action="append", help="LoRA run to lay over --ckpt; several can be switched")
     add("--chat", action="store_true", help="talk in the terminal")
     add("--tools", help="with --chat: hotel, or a .py file whose functions the model may call")
@@ -901,6 +921,7 @@ def main(argv=None):
             print(f"{cosine:7.3f}  {text!r}")
         return
     if args.chat:
+        model = decoder(model, args, 1)
         settings = {name: getattr(args, name) for name in DECODING}
         talk(Chat(model, tokenizer, tools, args.max_tokens, args.seed, settings))
         return
@@ -912,6 +933,7 @@ def main(argv=None):
             best = sorted(zip(row, labels), reverse=True)
             print("  ".join(f"{name} {p:.3f}" for p, name in best))
         return
+    model = decoder(model, args, args.beams or len(prompts) * args.num_samples)
     if args.beams:
         ids = [i for p in prompts for i in write_beams(model, tokenizer, p, args)]
     else:

@@ -805,8 +805,8 @@ def fit(model, task, args, runtime, out, resume=None):
     """Train `model` on `task`, write the run to folder `out`. Returns the final metrics.
 
     Read from args: max_steps, max_minutes (None: no limit), what `make_optimizers` reads, min_lr,
-    warmup_steps, schedule, grad_clip, eval_every, log_every, patience, compile, plain. `resume` is the
-    content of a last.pt, its weights already in the model.
+    warmup_steps, schedule, grad_clip, eval_every, log_every, patience, compile, plain. `resume` is
+    the content of a last.pt, its weights already in the model.
     Raises TrainError at a loss that is no number, SystemExit(130 or 143) after Ctrl-C or SIGTERM,
     the run saved.
     """

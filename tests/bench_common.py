@@ -6,12 +6,15 @@ import platform
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
 
 
 def load_module(path, name):
@@ -44,7 +47,8 @@ def take_turns(works, rounds=5):
 def table(seconds, units, unit, peer, floor=None):
     """Markdown: the median rate of each work, its slowest and fastest round, and the median over
     the rounds of its speed as a multiple of `peer`'s in the same round."""
-    lines = [f"| | {unit}, median | slowest to fastest | x {peer} |", "| --- | ---: | ---: | ---: |"]
+    lines = [f"| | {unit}, median | slowest to fastest | x {peer} |"]
+    lines.append("| --- | ---: | ---: | ---: |")
     for name, took in seconds.items():
         rates = sorted(units / s for s in took)
         ratio = statistics.median(p / s for p, s in zip(seconds[peer], took))
@@ -53,6 +57,34 @@ def table(seconds, units, unit, peer, floor=None):
     if floor:
         lines.append(f"| floor of this machine | {floor:,.4g} | | |")
     return "\n".join(lines)
+
+
+def our_step(model, batch, dtype="fp32", loss=None):
+    """A work: one step of train.py on `batch` with AdamW, as its `fit` makes it."""
+    flags = ["--optimizer", "adamw", "--max_steps", "100", "--data", "none"]
+    args, _ = train.resolve(train.build_parser().parse_args(flags))
+    runtime = train.Runtime(torch.device("cpu"), dtype)
+    twin = train.Bfloat16Twin(model) if train.can_have_twin(model, args, runtime) else None
+    runner, precision = (twin, replace(runtime, dtype="fp32")) if twin else (model, runtime)
+    optimizers = train.make_optimizers(model, args)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    task = train.Task(batches=None, evaluate=None, extra={})
+    task = replace(task, loss=loss) if loss else task
+
+    def work():
+        model.train()
+        value, _ = train.training_step(runner, task, [batch], precision, scaler)
+        train.optimizer_step(model, optimizers, scaler, 1.0, value)
+        if twin:
+            twin.refresh()
+
+    return work
+
+
+def random_batch(vocab, rows, length):
+    """(ids, targets), each (rows, length), as a language model's batches are."""
+    ids = torch.randint(vocab, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 def matmul_rate(dtype=torch.float32, size=1536):
