@@ -441,8 +441,9 @@ class ChunkedLoss(torch.autograd.Function):
                 grad_x[i : i + LOSS_ROWS] = error @ w_low
             if need_w and low == full:
                 grad_w.addmm_(error.T, rows)
-            elif need_w:  # add up in float32 whatever the product runs in
-                grad_w += error.T @ rows
+            elif need_w:  # add up in float32 whatever the product runs in, a piece at a time, since
+                for part, piece in zip(grad_w.split(4096), error.split(4096, dim=1)):
+                    part += piece.T @ rows  # the sum of two dtypes makes a copy of the second
         ctx.grads = (grad_x, grad_w, grad_b)
         return loss
 

@@ -89,10 +89,14 @@ def top_p(logits, p):
     >>> top_p(torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log(), 0.5).exp()
     tensor([[0.4000, 0.3000, 0.0000, 0.0000]])
     """
-    ordered, order = logits.sort(dim=-1, descending=True)
-    probs = ordered.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs  # probability of all that is more likely
-    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= p)
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    for k in (1000, logits.shape[-1]):  # to sort all of a large vocabulary is seldom necessary
+        ordered, order = logits.topk(min(k, logits.shape[-1]), dim=-1)
+        probs = (ordered - total).exp()
+        before = probs.cumsum(dim=-1) - probs  # probability of all that is more likely
+        if (before[:, -1] >= p).all():
+            break
+    drop = torch.ones_like(logits, dtype=torch.bool).scatter(1, order, before >= p)
     drop.scatter_(1, order[:, :1], False)  # p = 0 keeps one, too
     return logits.masked_fill(drop, -math.inf)
 

@@ -1,6 +1,7 @@
 """What the benchmarks share: taking turns, and what this machine can do at best."""
 
 import importlib.util
+import multiprocessing as mp
 import os
 import platform
 import statistics
@@ -32,15 +33,38 @@ def clocked(work):
     return time.perf_counter() - start
 
 
+def serve(connection, make, settings):
+    """In a process of its own: make a work, then do it and tell its seconds as often as asked."""
+    work = make(**settings)
+    connection.send("ready")
+    while connection.recv():
+        connection.send(clocked(work))
+
+
 def take_turns(works, rounds=5):
     """{name: seconds of each round} of works that run one after the other, A B A B ..., so that a
-    slow moment of the machine meets them all; one round more, before, is not counted."""
-    seconds = {name: [] for name in works}
+    slow moment of the machine meets them all; a round before is not counted.
+
+    `works` are {name: (make, settings)}: each is made in a process of its own by make(**settings),
+    as its user would have it, with the memory and threads that its own scripts ask for.
+    """
+    context, seconds, workers = mp.get_context("spawn"), {name: [] for name in works}, {}
+    for name, (make, settings) in works.items():
+        connection, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, make, settings), daemon=True)
+        process.start()
+        assert connection.recv() == "ready"
+        workers[name] = process, connection
     for i in range(rounds + 1):
-        for name, work in works.items():
-            took = clocked(work)
+        for name, (_, connection) in workers.items():
+            time.sleep(0.3)  # the last one's threads may still look for more
+            connection.send(True)
+            took = connection.recv()
             if i:
                 seconds[name].append(took)
+    for process, connection in workers.values():
+        connection.send(False)
+        process.join()
     return seconds
 
 
@@ -59,8 +83,9 @@ def table(seconds, units, unit, peer, floor=None):
     return "\n".join(lines)
 
 
-def our_step(model, batch, dtype="fp32", loss=None):
-    """A work: one step of train.py on `batch` with AdamW, as its `fit` makes it."""
+def our_step(model, batch, dtype="fp32", steps=1):
+    """A work: steps of train.py on `batch` with AdamW, as its `fit` makes them."""
+    train.keep_freed_memory()
     flags = ["--optimizer", "adamw", "--max_steps", "100", "--data", "none"]
     args, _ = train.resolve(train.build_parser().parse_args(flags))
     runtime = train.Runtime(torch.device("cpu"), dtype)
@@ -69,14 +94,14 @@ def our_step(model, batch, dtype="fp32", loss=None):
     optimizers = train.make_optimizers(model, args)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     task = train.Task(batches=None, evaluate=None, extra={})
-    task = replace(task, loss=loss) if loss else task
+    model.train()
 
     def work():
-        model.train()
-        value, _ = train.training_step(runner, task, [batch], precision, scaler)
-        train.optimizer_step(model, optimizers, scaler, 1.0, value)
-        if twin:
-            twin.refresh()
+        for _ in range(steps):
+            loss, _ = train.training_step(runner, task, [batch], precision, scaler)
+            train.optimizer_step(model, optimizers, scaler, 1.0, loss)
+            if twin:
+                twin.refresh()
 
     return work
 

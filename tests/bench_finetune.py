@@ -11,8 +11,6 @@ tests/BENCHMARKS.md; three minutes on two cores.
 """
 
 import argparse
-import contextlib
-import io
 import tempfile
 
 import torch
@@ -20,13 +18,13 @@ from bench_common import about_machine, our_step, random_batch, table, take_turn
 
 import lora
 import model as lm
-import train
 
 ROWS, LENGTH = 8, 32
 
 
-def peft_step(folder, dtype, batch):
+def make_peft(folder, dtype):
     """A work: a step of peft's LoRA over the exported model."""
+    batch = random_batch(50257, ROWS, LENGTH)
     import peft
     import transformers
 
@@ -50,46 +48,54 @@ def peft_step(folder, dtype, batch):
     return work
 
 
+def adapted(quantised):
+    """The 124M shape with adapters over a base that is perhaps quantised."""
+    torch.manual_seed(0)
+    model = lm.Transformer(lm.preset("gpt2"))
+    if quantised:
+        lora.quantize(model, quantised)
+    lora.add_lora(model, "attention", rank=8, alpha=16)
+    return model
+
+
+def make_ours(quantised, dtype):
+    """A work: a step of finetune.py's LoRA."""
+    return our_step(adapted(quantised), random_batch(50257, ROWS, LENGTH), dtype)
+
+
 def base_bytes(model):
-    """Bytes of all that is not trained: parameters and buffers."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    return sum(t.numel() * t.element_size() for t in (*frozen, *model.buffers()))
+    """Bytes of all that is not trained, in the blocks: parameters and buffers."""
+    frozen = [p for p in model.blocks.parameters() if not p.requires_grad]
+    return sum(t.numel() * t.element_size() for t in (*frozen, *model.blocks.buffers()))
+
+
+KINDS = {
+    "ours fp32": (None, "fp32"),
+    "ours bf16": (None, "bf16"),
+    "ours int8 base, fp32": ("int8", "fp32"),
+    "ours nf4 base, fp32": ("nf4", "fp32"),
+    "ours nf4 base, bf16": ("nf4", "bf16"),
+}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--rounds", type=int, default=7, help="turns that each work has (7)")
     args = p.parse_args()
-    train.keep_freed_memory()
     print(about_machine())
-    batch, works, held = random_batch(50257, ROWS, LENGTH), {}, {}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
         model = lm.Transformer(lm.preset("gpt2"))
-        content = {"config": vars(model.config), "model": model.state_dict()}
-        lm.export_hf(content, folder)
-        for dtype in ("fp32", "bf16"):
-            works[f"peft {dtype}"] = peft_step(folder, dtype, batch)
-    for name, quantised, dtype in (
-        ("ours fp32", None, "fp32"),
-        ("ours bf16", None, "bf16"),
-        ("ours int8 base, fp32", "int8", "fp32"),
-        ("ours nf4 base, fp32", "nf4", "fp32"),
-        ("ours nf4 base, bf16", "nf4", "bf16"),
-    ):
-        model = lm.model_from_checkpoint({k: content[k] for k in ("config", "model")})
-        if quantised:
-            lora.quantize(model, quantised)
-        lora.add_lora(model, "attention", rank=8, alpha=16)
-        works[name], held[name] = our_step(model, batch, dtype), base_bytes(model)
-    seconds = take_turns(works, args.rounds)
+        lm.export_hf({"config": vars(model.config), "model": model.state_dict()}, folder)
+        works = {f"peft {d}": (make_peft, dict(folder=folder, dtype=d)) for d in ("fp32", "bf16")}
+        for name, (quantised, dtype) in KINDS.items():
+            works[name] = make_ours, dict(quantised=quantised, dtype=dtype)
+        seconds = take_turns(works, args.rounds)
     print("\nLoRA rank 8 on attention, 124M, 8 x 32:\n")
-    print(table(seconds, ROWS, "samples/s", "peft fp32"))
-    print("\n" + table(seconds, ROWS, "samples/s", "peft bf16"))
-    print("\n" + table({k: v for k, v in seconds.items() if "ours" in k}, ROWS, "samples/s",
-                       "ours fp32"))  # fmt: skip
+    for peer in ("peft fp32", "peft bf16", "ours fp32"):
+        print(table(seconds, ROWS, "samples/s", peer) + "\n")
+    held = {name: base_bytes(adapted(quantised)) for name, (quantised, _) in KINDS.items()}
     for name, size in held.items():
-        print(f"{name}: frozen {size / 1e6:.0f} MB, {size / held['ours fp32']:.2f}")
+        print(f"{name}: frozen in blocks {size / 1e6:.0f} MB, {size / held['ours fp32']:.2f}")
 
 
 if __name__ == "__main__":

@@ -44,91 +44,94 @@ import sample
 NEW, PROMPT = 128, 32
 
 
-def ours(model, prompts, new=NEW, **settings):
-    """A work: generate as sample.py does, its settings greedy."""
-    settings = {"temperature": 0, "slide": lambda kept: None, **settings}
-
-    def work():
-        for _ in sample.generate(model, prompts, new, **settings):
-            pass
-
-    return work
-
-
 def low(model, dtype=torch.bfloat16):
     """The same model with its weights in `dtype`."""
     content = {"config": vars(model.config), "model": model.state_dict()}
     return lm.model_from_checkpoint(content, dtype=dtype)
 
 
-def theirs(model, prompts, new=NEW):
+def make_ours(config, prompts, new, kind="fp32", plain=False, **settings):
+    """A work: generate as sample.py does."""
+    torch.manual_seed(0)
+    model = lm.Transformer(config).eval()
+    model = low(model) if kind == "bf16" else model
+    model = model if plain else lm.Decoder(model, kind == "int8", len(prompts))
+
+    def work():
+        for _ in sample.generate(model, prompts, new, slide=lambda kept: None, **settings):
+            pass
+
+    return work
+
+
+def make_transformers(folder, prompts, dtype):
     """A work: transformers' generate, greedy, with its cache."""
-    ids = torch.tensor(prompts)
-    how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, ids = load(folder, dtype=lm.DTYPES[dtype]).eval(), torch.tensor(prompts)
+    how = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **how)
 
 
-@torch.no_grad()
-def no_cache(model, prompt, new=NEW):
-    """nanoGPT's and the course's generate."""
-    model.generate(torch.tensor([prompt]), new)
+def make_peer(folder, prompt, new, shape=None, **settings):
+    """A work: nanoGPT's generate, or the course's, which remember nothing between tokens."""
+    model = (nanogpt_model(folder, shape) if shape else course_model(folder))[0].eval()
+    return torch.no_grad()(lambda: model.generate(torch.tensor([prompt]), new, **settings))
 
 
 def gpt2(args):
     """The 124M shape: one row, then eight."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    model = lm.Transformer(lm.preset("gpt2")).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        lm.export_hf({"config": vars(model.config), "model": model.state_dict()}, folder)
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        hf = {d: load(folder, dtype=lm.DTYPES[d]).eval() for d in ("fp32", "bf16")}
+    config = lm.preset("gpt2")
+    model = lm.Transformer(config)
+    weights = model.head.weight.numel() + sum(p.numel() for p in model.blocks.parameters())
     rows = torch.randint(50257, (8, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
-    weights = sum(p.numel() for n, p in model.named_parameters() if n != "position.weight")
-    for prompts in (rows[:1], rows):
-        n = len(prompts)
-        works = {f"transformers {d}": theirs(m, prompts) for d, m in hf.items()}
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            works[f"ours {name} --plain"] = ours(low(model, dtype), prompts)
-            works[f"ours {name}"] = ours(lm.Decoder(low(model, dtype), rows=n), prompts)
-        works["ours int8"] = ours(lm.Decoder(copy.deepcopy(model), True, rows=n), prompts)
-        if n == 1 and args.nanogpt:
-            peer = nanogpt_model(args.nanogpt, **GPT2)[0].eval()
-            works["nanoGPT fp32"] = partial(no_cache, peer, prompts[0])
-        if n == 1 and args.course:
-            peer = course_model(args.course)[0].eval()
-            works["the course, its own 140.57M, fp32"] = partial(no_cache, peer, prompts[0])
-        floor = read_rate() / (4 * weights)
-        print(f"\nGPT-2 124M, {PROMPT} + {NEW} tokens, {n} row(s):\n")
-        seconds = take_turns(works, args.rounds)
-        print(table(seconds, NEW * n, "tokens/s", "transformers fp32"))
-        floors = (f"{n * k * floor:.0f} {d}" for k, d in ((1, "fp32"), (2, "bf16"), (4, "int8")))
-        print(f"\nfloor by bytes: {', '.join(floors)}; x transformers bf16:\n", flush=True)
-        print(table({k: v for k, v in seconds.items() if "bf16" in k}, NEW * n, "tokens/s",
-                    "transformers bf16"))
+    with tempfile.TemporaryDirectory() as folder:
+        lm.export_hf({"config": vars(config), "model": model.state_dict()}, folder)
+        for prompts in (rows[:1], rows):
+            n, works, peers = len(prompts), {}, {}
+            for dtype in ("fp32", "bf16"):
+                hf = dict(folder=folder, prompts=prompts, dtype=dtype)
+                works[f"transformers {dtype}"] = make_transformers, hf
+            for kind in ("fp32", "bf16", "int8"):
+                own = dict(config=config, prompts=prompts, new=NEW, kind=kind, temperature=0)
+                if kind != "int8":
+                    works[f"ours {kind} --plain"] = make_ours, own | {"plain": True}
+                works[f"ours {kind}"] = make_ours, own
+            if n == 1 and args.nanogpt:
+                own = dict(folder=args.nanogpt, prompt=prompts[0], new=NEW, shape=GPT2)
+                peers["nanoGPT fp32"] = make_peer, own
+            if n == 1 and args.course:
+                own = dict(folder=args.course, prompt=prompts[0], new=NEW)
+                peers["the course, its own 140.57M, fp32"] = make_peer, own
+            seconds = take_turns(works | peers, args.rounds)
+            print(f"\nGPT-2 124M, {PROMPT} + {NEW} tokens, {n} row(s):\n")
+            print(table(seconds, NEW * n, "tokens/s", "transformers fp32"))
+            rate = n * read_rate() / (4 * weights)
+            print(f"\nfloor by bytes: {rate:.0f} fp32, {2 * rate:.0f} bf16, {4 * rate:.0f} int8\n")
+            bf16 = {k: v for k, v in seconds.items() if "bf16" in k}
+            print(table(bf16, NEW * n, "tokens/s", "transformers bf16"), flush=True)
 
 
 def small(args):
     """0.8M parameters, 500 tokens: there the operations count, not the bytes."""
-    model = lm.Transformer(our_small()).eval()
-    settings = dict(temperature=0.8, top_k=64)
-    works = {"ours --plain": ours(model, [[0]], 500, **settings)}
-    works["ours"] = ours(lm.Decoder(copy.deepcopy(model)), [[0]], 500, **settings)
-    tiny = lm.Transformer(lm.preset("tiny")).eval()
-    works["ours, default model (1.9M), top_p 0.95"] = ours(
-        lm.Decoder(tiny), [[0]], 500, temperature=0.8, top_p=0.95
-    )
+    own = dict(config=our_small(), prompts=[[0]], new=500, temperature=0.8, top_k=64)
+    tiny = dict(config=lm.preset("tiny"), prompts=[[0]], new=500, temperature=0.8, top_p=0.95)
+    works = {"ours --plain": (make_ours, own | {"plain": True}), "ours": (make_ours, own)}
+    works["ours, the default model (1.9M), top_p 0.95"] = make_ours, tiny
     peer = "ours --plain"
     if args.nanogpt:
-        theirs = nanogpt_model(args.nanogpt, **CHARS)[0].eval()
-        start, peer = torch.zeros(1, 1, dtype=torch.long), "nanoGPT"
-        works[peer] = torch.no_grad()(
-            lambda: theirs.generate(start, 500, temperature=0.8, top_k=64)
-        )
+        peer, own = "nanoGPT", dict(folder=args.nanogpt, prompt=[0], new=500, shape=CHARS)
+        works[peer] = make_peer, own | dict(temperature=0.8, top_k=64)
     print("\n0.8M parameters, 500 tokens:\n")
     print(table(take_turns(works, args.rounds), 500, "tokens/s", peer))
+
+
+def make_command(command):
+    """A work: the whole of a process."""
+    return partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
 
 
 def start(args):
@@ -137,22 +140,20 @@ def start(args):
         with contextlib.redirect_stdout(io.StringIO()):
             data = prepare_data.prepare("shakespeare", "char", name="shakespeare")
             run_ours(data, 2, [])
+        commands, peer = {"import torch": [sys.executable, "-c", "import torch"]}, "ours"
         flags = ["--prompt", "x", "--max_tokens", "10", "--top_k", "20"]
-        run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
-        works = {"import torch": partial(run, [sys.executable, "-c", "import torch"])}
-        works["ours"] = partial(run, [sys.executable, str(ROOT / "sample.py"), *flags])
-        peer = "ours"
+        commands["ours"] = [sys.executable, str(ROOT / "sample.py"), *flags]
         if args.nanogpt:
-            peer, module = "nanoGPT", nanogpt_model(args.nanogpt, **CHARS)[0]
+            peer, module = "nanoGPT", nanogpt_model(args.nanogpt, CHARS)[0]
             os.makedirs("theirs")
-            torch.save({"model_args": dict(CHARS, dropout=0.0), "model": module.state_dict(),
-                        "config": {}}, "theirs/ckpt.pt")  # fmt: skip
-            script = str(Path(args.nanogpt, "sample.py").resolve())
+            content = {"model_args": dict(CHARS, dropout=0.0), "model": module.state_dict()}
+            torch.save(content | {"config": {}}, "theirs/ckpt.pt")
             more = "--out_dir=theirs --device=cpu --dtype=float32 --start=x --num_samples=1"
-            command = [sys.executable, script, *more.split(), "--max_new_tokens=10"]
-            works[peer] = partial(run, command)
+            script = str(Path(args.nanogpt, "sample.py"))
+            commands[peer] = [sys.executable, script, *more.split(), "--max_new_tokens=10"]
         print("\nwhole process, 10 tokens:\n")
-        print(table(take_turns(works, args.rounds), 1, "per second", peer))
+        works = {name: (make_command, dict(command=c)) for name, c in commands.items()}
+        print(table(take_turns(works, args.rounds), 1, "a second", peer))
 
 
 @torch.no_grad()
@@ -200,6 +201,7 @@ def main():
     p.add_argument("--data", default="data/stdlib", help="for int8")
     p.add_argument("--tokens", type=int, default=20_000, help="of validation, for int8 (20,000)")
     args = p.parse_args()
+    args.nanogpt = args.nanogpt and str(Path(args.nanogpt).resolve())
     print(about_machine())
     {"gpt2": gpt2, "small": small, "start": start, "int8": int8}[args.what](args)
 

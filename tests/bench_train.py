@@ -34,7 +34,6 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -157,22 +156,27 @@ def learning(args):
     print(learning_table(runs))
 
 
-def peer_step(model, optimizer, batch, bf16=False, clip=1.0):
-    """A work: one step as the peers' scripts make it. nanoGPT clips, the course does not."""
+def peer_step(model, optimizer, batch, bf16=False, clip=1.0, steps=1):
+    """A work: steps as the peers' scripts make them."""
 
     def work():
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            _, loss = model(*batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
+        for _ in range(steps):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                _, loss = model(*batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
 
     return work
 
 
-def nanogpt_model(folder, **shape):
+GPT2 = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=True)
+CHARS = dict(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, bias=False)
+
+
+def nanogpt_model(folder, shape):
     """nanoGPT's model and AdamW."""
     module = load_module(Path(folder) / "model.py", "nanogpt_model")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -182,13 +186,8 @@ def nanogpt_model(folder, **shape):
 
 def course_model(folder):
     """The course's 140.57M model and AdamW."""
-    module = load_module(Path(folder) / "scifi-demo" / "model.py", "course_model")
-    model = module.Model()
+    model = load_module(Path(folder) / "scifi-demo" / "model.py", "course_model").Model()
     return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-
-GPT2 = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=True)
-CHARS = dict(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, bias=False)
 
 
 def our_small():
@@ -197,41 +196,50 @@ def our_small():
     return lm.Config(**shape, norm="layernorm", activation="gelu", tied=True, init="gpt2")
 
 
+def shape_of(case):
+    """(our Config, rows, length, steps a round) of a case."""
+    return {
+        "GPT-2 124M, 4 x 256": (lm.preset("gpt2", vocab_size=50304), 4, 256, 1),
+        "0.8M, 12 x 64": (our_small(), 12, 64, 100),
+        "novel 140.57M, 4 x 128": (lm.preset("novel", dropout=0.1), 4, 128, 1),
+    }[case]
+
+
+def make_peer(case, folder, bf16):
+    """The work of a case's peer."""
+    config, rows, length, steps = shape_of(case)
+    batch = random_batch(config.vocab_size, rows, length)
+    if "novel" in case:  # the course does not clip
+        return peer_step(*course_model(folder), batch, bf16, 0, steps)
+    shape = GPT2 if "GPT-2" in case else CHARS
+    return peer_step(*nanogpt_model(folder, shape), batch, bf16, 1.0, steps)
+
+
+def make_ours(case, dtype):
+    """Our work of a case."""
+    config, rows, length, steps = shape_of(case)
+    batch = random_batch(config.vocab_size, rows, length)
+    return our_step(lm.Transformer(config), batch, dtype, steps)
+
+
 def speed(args):
     """Steps of ours and the peers' in turn."""
-    cases = []
-    if args.nanogpt:
-        gpt2 = lm.preset("gpt2", vocab_size=50304)
-        cases.append(("GPT-2 124M, 4 x 256", "nanoGPT", gpt2, 4, 256, lambda: nanogpt_model(
-            args.nanogpt, **GPT2)))  # fmt: skip
-        cases.append(("0.8M, 12 x 64", "nanoGPT", our_small(), 12, 64, lambda: nanogpt_model(
-            args.nanogpt, **CHARS)))  # fmt: skip
-    if args.course:
-        novel = lm.preset("novel", dropout=0.1)
-        cases.append(("novel 140.57M, 4 x 128", "the course", novel, 4, 128, lambda: course_model(
-            args.course)))  # fmt: skip
-    for title, peer, config, rows, length, make_peer in cases:
-        batch = random_batch(config.vocab_size, rows, length)
-        small = rows * length * config.d_model < 200_000
-        clip = 1.0 if peer == "nanoGPT" else 0
-        for dtype in ("fp32",) if small else ("fp32", "bf16"):
-            theirs = peer_step(*make_peer(), batch, dtype == "bf16", clip)
-            works = {peer: theirs, "ours": our_step(lm.Transformer(config), batch, dtype)}
-            steps = 50 if small else 1  # a round
-            works = {k: partial(repeat, work, steps) for k, work in works.items()}
+    for case, peer, folder in (
+        ("GPT-2 124M, 4 x 256", "nanoGPT", args.nanogpt),
+        ("0.8M, 12 x 64", "nanoGPT", args.nanogpt),
+        ("novel 140.57M, 4 x 128", "the course", args.course),
+    ):
+        config, rows, length, steps = shape_of(case)
+        for dtype in ("fp32",) if "0.8M" in case else ("fp32", "bf16"):
+            works = {peer: (make_peer, dict(case=case, folder=folder, bf16=dtype == "bf16"))}
+            works = (works if folder else {}) | {"ours": (make_ours, dict(case=case, dtype=dtype))}
             # the floor is that of its matrix products, attention at this length counted
             flops = lm.flops_per_token(replace(config, context=length))
             floor = matmul_rate(lm.DTYPES[dtype]) / flops
-            print(f"\n{title}, {dtype}:\n")
             seconds = take_turns(works, args.rounds)
-            print(table(seconds, rows * length * steps, "tokens/s", peer, floor), flush=True)
-            del theirs, works
-
-
-def repeat(work, times):
-    """Do it so often."""
-    for _ in range(times):
-        work()
+            print(f"\n{case}, {dtype}:\n")
+            tokens = rows * length * steps
+            print(table(seconds, tokens, "tokens/s", next(iter(works)), floor), flush=True)
 
 
 VARIANTS = ("nanoGPT", "ours", "ours --grad_checkpoint")
@@ -241,7 +249,7 @@ def one_variant(args):
     """In a process of its own: seconds of each step of a variant, and its peak memory."""
     batch = random_batch(50304, 1, 1024)
     if args.variant == "nanoGPT":
-        work = peer_step(*nanogpt_model(args.nanogpt, **GPT2), batch)
+        work = peer_step(*nanogpt_model(args.nanogpt, GPT2), batch)
     else:
         model = lm.Transformer(lm.preset("gpt2", vocab_size=50304))
         model.grad_checkpoint = "checkpoint" in args.variant
@@ -308,7 +316,6 @@ def main():
     p.add_argument("--megabytes", type=int, default=1000, help="of text to prepare (1000)")
     p.add_argument("--variant", help=argparse.SUPPRESS)
     args = p.parse_args()
-    train.keep_freed_memory()
     if args.what == "one":
         one_variant(args)
         return
