@@ -495,6 +495,15 @@ def token_logps(x, weight, bias, targets):
 # --------------------------------------------------------------------------------------------
 
 
+def make_table(rows, size):
+    """An nn.Embedding; without its random start where there is no memory to draw into, since to
+    find that out torch imports its compiler, for more than a second."""
+    weight = torch.empty(rows, size)
+    if weight.is_meta:
+        return nn.Embedding.from_pretrained(weight, freeze=False)
+    return nn.Embedding(rows, size)
+
+
 class Transformer(nn.Module):
     """A decoder-only language model.
 
@@ -510,9 +519,9 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = copy.copy(config)
-        self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        self.embed = make_table(c.vocab_size, c.d_model)
         if c.position == "learned":
-            self.position = nn.Embedding(c.context, c.d_model)
+            self.position = make_table(c.context, c.d_model)
         elif c.position == "sinusoidal":
             self.register_buffer("sines", sinusoid_table(c.context, c.d_model), persistent=False)
         elif c.position == "rope":
@@ -527,7 +536,8 @@ class Transformer(nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
         self.grad_checkpoint = False  # recompute blocks in the backward pass: less memory, slower
-        self.init_weights()
+        if not self.embed.weight.is_meta:
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
@@ -633,16 +643,17 @@ class KVCache:
         shape = (c.n_layer, batch, c.n_kv_head, length or c.context, c.head_size)
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
+        self.layers = list(zip(self.keys, self.values))
         self.length = 0  # tokens held; the model adds to it after its last layer
 
     def layer(self, i):
         """remember(k, v) for layer i: store the new ones, return views of all up to them."""
 
-        def remember(k, v):
-            end = self.length + k.shape[2]
-            self.keys[i, :, :, self.length : end] = k
-            self.values[i, :, :, self.length : end] = v
-            return self.keys[i, :, :, :end], self.values[i, :, :, :end]
+        def remember(*new):
+            start, count = self.length, new[0].shape[2]
+            for old, more in zip(self.layers[i], new):
+                old.narrow(2, start, count).copy_(more)
+            return [old.narrow(2, 0, start + count) for old in self.layers[i]]
 
         return remember
 
@@ -678,6 +689,8 @@ class Decoder:
         c, self.config, self.embed = model.config, model.config, model.embed
         self.start, self.end = self.norm_of(model.embed_norm), self.norm_of(model.norm)
         self.activation, self.tables = ACTIVATIONS[c.activation], model.position_tables()
+        if c.activation == "gelu" and self.embed.weight.dtype == torch.float32:
+            self.activation = gelu  # torch's own calls oneDNN, which takes long to begin
         self.layers = []
         for block in model.blocks:
             a, f = block.attention, block.feed_forward
@@ -715,13 +728,13 @@ class Decoder:
         x = self.start(x).view(B * T, -1)
         for i, (norm1, norm2, turned, qkv, out, up, down) in enumerate(self.layers):
             y = qkv(norm1(x)).view(B, T, nh + 2 * nkv, hs)
-            qk, v = y.split((nh + nkv, nkv), dim=2)
+            qk, v = torch.split_with_sizes(y, (nh + nkv, nkv), dim=2)
             if c.qk_norm:
                 qk = torch.rms_norm(qk, (hs,), None, c.eps)
                 qk = qk if turned is None else qk * turned
             if c.position == "rope":
                 qk = apply_rope(qk, cos, sin)
-            q, k = qk.split((nh, nkv), dim=2)
+            q, k = torch.split_with_sizes(qk, (nh, nkv), dim=2)
             k, v = cache.layer(i)(k.transpose(1, 2), v.transpose(1, 2))  # (B, nkv, S, hs)
             if T == 1:  # the heads of a group ask their one key head as if they were positions
                 q = q.reshape(B, nkv, nh // nkv, hs)
@@ -741,6 +754,12 @@ class Decoder:
     def last_logits(self, ids, cache, positions=None, mask=None):
         """As `Transformer.last_logits`."""
         return self.head(self.hidden(ids, cache, positions, mask)[:, -1])
+
+
+def gelu(x):
+    """x Phi(x) as it is written down: x/2 + x/2 erf(x / sqrt(2))."""
+    half = x * 0.5
+    return torch.addcmul(half, half, torch.erf(x * 0.5**0.5))
 
 
 def product(layers, int8=False, rows=1):

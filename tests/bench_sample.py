@@ -129,9 +129,10 @@ def small(args):
     print(table(take_turns(works, args.rounds), 500, "tokens/s", peer))
 
 
-def make_command(command):
+def make_command(command, cwd):
     """A work: the whole of a process."""
-    return partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return partial(subprocess.run, command, check=True, cwd=cwd, **quiet)
 
 
 def start(args):
@@ -148,11 +149,15 @@ def start(args):
             os.makedirs("theirs")
             content = {"model_args": dict(CHARS, dropout=0.0), "model": module.state_dict()}
             torch.save(content | {"config": {}}, "theirs/ckpt.pt")
-            more = "--out_dir=theirs --device=cpu --dtype=float32 --start=x --num_samples=1"
+            more = f"--out_dir={folder}/theirs --device=cpu --dtype=float32"
+            more += " --start=!"  # whose id is 0
             script = str(Path(args.nanogpt, "sample.py"))
-            commands[peer] = [sys.executable, script, *more.split(), "--max_new_tokens=10"]
+            more += " --num_samples=1 --max_new_tokens=10"
+            commands[peer] = [sys.executable, script, *more.split()]
         print("\nwhole process, 10 tokens:\n")
-        works = {name: (make_command, dict(command=c)) for name, c in commands.items()}
+        works = {name: (make_command, dict(command=c, cwd=folder)) for name, c in commands.items()}
+        if args.nanogpt:  # its sample.py reads a file beside it
+            works[peer][1]["cwd"] = args.nanogpt
         print(table(take_turns(works, args.rounds), 1, "a second", peer))
 
 

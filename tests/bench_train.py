@@ -287,14 +287,15 @@ def prepare(args):
             while f.tell() < size:
                 f.write(text)
         size = Path("big.txt").stat().st_size
+        script = str(Path(prepare_data.__file__))
+        command = [sys.executable, script, "big.txt", "--tokenizer", "gpt2"]
+        # a process begins with its parent's peak: let a small one start it
+        small = "import resource as r, subprocess as s, sys; s.run(sys.argv[1:], check=True); "
+        small += "print(r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss * 1024)"
         start = time.perf_counter()
-        script = Path(prepare_data.__file__)
-        subprocess.run(
-            [sys.executable, str(script), "big.txt", "--tokenizer", "gpt2"], check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        ours = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        done = subprocess.run([sys.executable, "-c", small, *command], check=True, text=True,
+                              stdout=subprocess.PIPE)  # fmt: skip
+        ours, peak = time.perf_counter() - start, int(done.stdout.split()[-1])
     one = clocked(lambda: encoding.encode_ordinary(text))
     alone = len(text.encode()) / one / 1e6
     print(f"prepare_data.py {size / ours / 1e6:.1f} MB/s, peak of its largest process "

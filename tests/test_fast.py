@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -121,6 +122,17 @@ def test_int8_rounds_rows_and_columns_each_by_its_own_scale(rows):
     assert found.shape == exact.shape and (error < 0.012).all() and (error > 1e-4).all()
     small = ((found - exact)[:, :50].norm() / (exact - bias)[:, :50].norm()).item()
     assert small < 0.02
+
+
+def test_loading_and_writing_need_no_compiler(tmp_path):
+    """torch._dynamo takes longer to import than torch itself."""
+    tokenizer = prepare_data.Tokenizer({"kind": "byte"})
+    model = build("gpt2")
+    content = {"config": vars(model.config), "model": model.state_dict()}
+    lm.save_checkpoint(tmp_path / "x.pt", content | {"tokenizer": tokenizer.spec})
+    code = "import sys, sample; sample.main(); assert 'torch._dynamo' not in sys.modules"
+    flags = ["--ckpt", str(tmp_path / "x.pt"), "--prompt", "x", "--max_tokens", "3"]
+    subprocess.run([sys.executable, "-c", code, *flags], check=True, cwd=ROOT)
 
 
 def test_weights_are_held_once():
