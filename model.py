@@ -30,6 +30,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -440,8 +441,9 @@ class ChunkedLoss(torch.autograd.Function):
                 grad_x[i : i + LOSS_ROWS] = error @ w_low
             if need_w and low == full:
                 grad_w.addmm_(error.T, rows)
-            elif need_w:  # add up in float32 whatever the product runs in
-                grad_w += error.T @ rows
+            elif need_w:  # add up in float32 whatever the product runs in, a piece at a time, since
+                for part, piece in zip(grad_w.split(4096), error.split(4096, dim=1)):
+                    part += piece.T @ rows  # the sum of two dtypes makes a copy of the second
         ctx.grads = (grad_x, grad_w, grad_b)
         return loss
 
@@ -493,6 +495,15 @@ def token_logps(x, weight, bias, targets):
 # --------------------------------------------------------------------------------------------
 
 
+def make_table(rows, size):
+    """An nn.Embedding; without its random start where there is no memory to draw into, since to
+    find that out torch imports its compiler, for more than a second."""
+    weight = torch.empty(rows, size)
+    if weight.is_meta:
+        return nn.Embedding.from_pretrained(weight, freeze=False)
+    return nn.Embedding(rows, size)
+
+
 class Transformer(nn.Module):
     """A decoder-only language model.
 
@@ -508,9 +519,9 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = copy.copy(config)
-        self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        self.embed = make_table(c.vocab_size, c.d_model)
         if c.position == "learned":
-            self.position = nn.Embedding(c.context, c.d_model)
+            self.position = make_table(c.context, c.d_model)
         elif c.position == "sinusoidal":
             self.register_buffer("sines", sinusoid_table(c.context, c.d_model), persistent=False)
         elif c.position == "rope":
@@ -525,7 +536,8 @@ class Transformer(nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
         self.grad_checkpoint = False  # recompute blocks in the backward pass: less memory, slower
-        self.init_weights()
+        if not self.embed.weight.is_meta:
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
@@ -601,6 +613,16 @@ class Transformer(nn.Module):
             cache.length += T
         return self.norm(x)
 
+    def position_tables(self):
+        """The tables that `hidden` looks positions up in: (context, ...) each."""
+        if self.config.position == "learned":
+            return [self.position.weight]
+        return [self.sines] if self.config.position == "sinusoidal" else [self.cos, self.sin]
+
+    def last_logits(self, ids, cache, positions=None, mask=None):
+        """Logits (B, V) of what comes after the last of the ids (B, T): all that sampling needs."""
+        return self.head(self.hidden(ids, cache, positions, mask)[:, -1])
+
     def forward(self, ids, targets=None, cache=None, positions=None, mask=None, each=False):
         x = self.hidden(ids, cache, positions, mask)
         if targets is None:
@@ -621,16 +643,17 @@ class KVCache:
         shape = (c.n_layer, batch, c.n_kv_head, length or c.context, c.head_size)
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
+        self.layers = list(zip(self.keys, self.values))
         self.length = 0  # tokens held; the model adds to it after its last layer
 
     def layer(self, i):
         """remember(k, v) for layer i: store the new ones, return views of all up to them."""
 
-        def remember(k, v):
-            end = self.length + k.shape[2]
-            self.keys[i, :, :, self.length : end] = k
-            self.values[i, :, :, self.length : end] = v
-            return self.keys[i, :, :, :end], self.values[i, :, :, :end]
+        def remember(*new):
+            start, count = self.length, new[0].shape[2]
+            for old, more in zip(self.layers[i], new):
+                old.narrow(2, start, count).copy_(more)
+            return [old.narrow(2, 0, start + count) for old in self.layers[i]]
 
         return remember
 
@@ -639,6 +662,160 @@ class KVCache:
         n = self.length
         self.keys[:, :, :, :n] = self.keys[:, rows, :, :n]
         self.values[:, :, :, :n] = self.values[:, rows, :, :n]
+
+
+# --------------------------------------------------------------------------------------------
+# The same model once more, flat and fast: for sampling on a CPU
+# --------------------------------------------------------------------------------------------
+
+SMALL = 1 << 18  # a matrix of fewer weights stays in a core's cache: nothing is won by packing it
+
+
+class Decoder:
+    """A Transformer that can only sample, but fast: the same `hidden`, `head` and `last_logits`,
+    behind a KVCache. `Transformer` is the one to read; a test holds the two equal.
+
+    A new token takes one pass over all weights, so the floor is their bytes by the memory's rate.
+    Two things keep the plain model above it. A product with one row of x runs on one core, through
+    weights that lie the wrong way round: `product` lays them out anew. And a small model spends its
+    time between the operations: here are fewer of them (q, k and v are one product, and rotated
+    together) and no modules to call.
+
+    `int8` rounds the matrices to eight bits (`int8_product`); `rows` is how many texts will be
+    written at once. `model` is used up: its matrices move, so that memory holds them once.
+    """
+
+    def __init__(self, model, int8=False, rows=1):
+        c, self.config, self.embed = model.config, model.config, model.embed
+        self.start, self.end = self.norm_of(model.embed_norm), self.norm_of(model.norm)
+        self.activation, self.tables = ACTIVATIONS[c.activation], model.position_tables()
+        if c.activation == "gelu" and self.embed.weight.dtype == torch.float32:
+            self.activation = gelu  # torch's own calls oneDNN, which takes long to begin
+        self.layers = []
+        for block in model.blocks:
+            a, f = block.attention, block.feed_forward
+            turned = None  # the weights of the norms of q and k, (nh + nkv, hs)
+            if c.qk_norm and c.norm_weight:
+                heads = [a.q_norm.weight] * c.n_head + [a.k_norm.weight] * c.n_kv_head
+                turned = torch.stack(heads).detach()
+            matrices = (a.q, a.k, a.v), (a.out,), (f.up,) if f.gate is None else (f.gate, f.up)
+            products = [product(m, int8, rows) for m in (*matrices, (f.down,))]
+            norms = self.norm_of(block.norm1), self.norm_of(block.norm2)
+            self.layers.append((*norms, turned, *products))
+        self.head = product((model.head,), int8, rows)
+
+    def norm_of(self, module):
+        """The norm of `make_norm`, as a function of x alone."""
+        if isinstance(module, nn.Identity):
+            return module.forward
+        size, weight, eps = (self.config.d_model,), module.weight, module.eps
+        if self.config.norm == "rmsnorm":
+            return lambda x: torch.rms_norm(x, size, weight, eps)
+        return lambda x: torch.layer_norm(x, size, weight, module.bias, eps)
+
+    @torch.inference_mode()
+    def hidden(self, ids, cache, positions=None, mask=None):
+        """As `Transformer.hidden`: ids (B, T), after those that the cache holds, to (B, T, C)."""
+        c, (B, T), start = self.config, ids.shape, cache.length
+        nh, nkv, hs = c.n_head, c.n_kv_head, c.head_size
+        at = slice(start, start + T) if positions is None else positions
+        tables = [table[at] for table in self.tables]  # (T, ...) or (B, T, ...)
+        x = F.embedding(ids, self.embed.weight)
+        if c.position != "rope":
+            x = x + tables[0].to(x.dtype)
+        else:  # the same for all heads
+            cos, sin = (t.unsqueeze(-2) for t in tables)
+        x = self.start(x).view(B * T, -1)
+        for i, (norm1, norm2, turned, qkv, out, up, down) in enumerate(self.layers):
+            y = qkv(norm1(x)).view(B, T, nh + 2 * nkv, hs)
+            qk, v = torch.split_with_sizes(y, (nh + nkv, nkv), dim=2)
+            if c.qk_norm:
+                qk = torch.rms_norm(qk, (hs,), None, c.eps)
+                qk = qk if turned is None else qk * turned
+            if c.position == "rope":
+                qk = apply_rope(qk, cos, sin)
+            q, k = torch.split_with_sizes(qk, (nh, nkv), dim=2)
+            k, v = cache.layer(i)(k.transpose(1, 2), v.transpose(1, 2))  # (B, nkv, S, hs)
+            if T == 1:  # the heads of a group ask their one key head as if they were positions
+                q = q.reshape(B, nkv, nh // nkv, hs)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            else:
+                y = attention(q.transpose(1, 2), k, v, mask).transpose(1, 2)
+            x = x + out(y.reshape(B * T, nh * hs))
+            y = up(norm2(x))
+            if c.activation in GATED:
+                gate, y = y.chunk(2, dim=-1)
+                x = x + down(self.activation(gate) * y)
+            else:
+                x = x + down(self.activation(y))
+        cache.length += T
+        return self.end(x).view(B, T, -1)
+
+    def last_logits(self, ids, cache, positions=None, mask=None):
+        """As `Transformer.last_logits`."""
+        return self.head(self.hidden(ids, cache, positions, mask)[:, -1])
+
+
+def gelu(x):
+    """x Phi(x) as it is written down: x/2 + x/2 erf(x / sqrt(2))."""
+    half = x * 0.5
+    return torch.addcmul(half, half, torch.erf(x * 0.5**0.5))
+
+
+def product(layers, int8=False, rows=1):
+    """x (N, in) -> (N, out) as the Linears `layers` give it, their outputs side by side. Their
+    weights are taken out of them and laid out for few rows of x, mostly `rows`.
+
+    What is fast is for oneDNN and MKL to say, not for theory: tests/bench_sample.py measures it.
+    """
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([n.bias.detach() for n in layers])
+    for layer in layers:
+        layer.weight = None
+    large, halves = weight.numel() >= SMALL, weight.shape[1] // 2
+    onednn = torch.backends.mkldnn.is_available() and large
+    if int8:
+        times = int8_product(weight.float())
+    elif onednn and (rows > 1 or weight.dtype == torch.bfloat16):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    else:
+        turned = weight.t().contiguous()  # (in, out): out lies in a row
+        pair = turned.view(2, halves, -1) if large and weight.shape[1] % 2 == 0 else None
+
+        def times(x):
+            if pair is None or len(x) > 1:
+                return x @ turned
+            # two products, of one half of the inputs each: a core for either
+            return torch.bmm(x.view(2, 1, halves), pair).sum(0)
+
+    return times if bias is None else lambda x: times(x) + bias
+
+
+def int8_product(weight):
+    """x -> x @ weight.T with both rounded to whole numbers of 8 bits, which multiply and add up
+    exactly: W with a scale for each output, x (as it comes) with one for each row.
+
+    A quarter of fp32's bytes to read. The price is measured in tests/BENCHMARKS.md.
+    """
+    scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch recommends another package for this
+        whole = torch.quantize_per_channel(
+            weight, scale.double(), torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8
+        )
+    packed = torch.ops.quantized.linear_prepack(whole, None)
+    spare = not torch.cpu._is_vnni_supported()  # older CPUs add up in 16 bits: leave them one
+
+    def times(x):
+        if len(x) == 1:
+            return torch.ops.quantized.linear_dynamic(x.float(), packed, spare).to(x.dtype)
+        # the operation has one scale for all rows: make them alike first
+        top = x.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+        y = torch.ops.quantized.linear_dynamic((x / top).float(), packed, spare)
+        return y.to(x.dtype) * top
+
+    return times
 
 
 # --------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ import lora
 from model import (
     DTYPES,
     WHAT_CKPT,
+    Decoder,
     KVCache,
     ModelError,
     causal_mask,
@@ -88,10 +89,14 @@ def top_p(logits, p):
     >>> top_p(torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log(), 0.5).exp()
     tensor([[0.4000, 0.3000, 0.0000, 0.0000]])
     """
-    ordered, order = logits.sort(dim=-1, descending=True)
-    probs = ordered.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs  # probability of all that is more likely
-    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= p)
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    for k in (1000, logits.shape[-1]):  # to sort all of a large vocabulary is seldom necessary
+        ordered, order = logits.topk(min(k, logits.shape[-1]), dim=-1)
+        probs = (ordered - total).exp()
+        before = probs.cumsum(dim=-1) - probs  # probability of all that is more likely
+        if (before[:, -1] >= p).all():
+            break
+    drop = torch.ones_like(logits, dtype=torch.bool).scatter(1, order, before >= p)
     drop.scatter_(1, order[:, :1], False)  # p = 0 keeps one, too
     return logits.masked_fill(drop, -math.inf)
 
@@ -123,7 +128,13 @@ def next_token(logits, previous, generators, settings):
     if s["min_p"] > 0:
         logits = min_p(logits, s["min_p"])
     probs = logits.softmax(dim=-1).cpu()  # drawn on the CPU: the same seed, the same text anywhere
-    return [torch.multinomial(p, 1, generator=g).item() for p, g in zip(probs, generators)]
+    return [draw(p, g) for p, g in zip(probs, generators)]
+
+
+def draw(probs, generator):
+    """One id by its probability: of exponential waiting times, each at its own rate, the shortest
+    wins as often as its rate says. It is what torch.multinomial does, without its checks."""
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax().item()
 
 
 # What each rung does when nothing is said: nothing.
@@ -148,14 +159,14 @@ def prefill(model, cache, rows):
     ids = torch.tensor([[0] * (T - len(r)) + r for r in rows], device=device)
     cache.length = 0
     if not pad.any():
-        return model.head(model.hidden(ids, cache)[:, -1]), pad, None
+        return model.last_logits(ids, cache), pad, None
     column = torch.arange(cache.keys.shape[3], device=device)
     visible = column >= pad[:, None]  # (B, S)
     positions = (column[:T] - pad[:, None]).clamp(min=0)  # (B, T)
     mask = causal_mask(T, T, device) & visible[:, None, :T]
     mask |= torch.eye(T, dtype=torch.bool, device=device)  # padding sees itself, or softmax is NaN
-    x = model.hidden(ids, cache, positions, mask[:, None])
-    return model.head(x[:, -1]), pad, visible.view(B, 1, 1, -1)
+    logits = model.last_logits(ids, cache, positions, mask[:, None])
+    return logits, pad, visible.view(B, 1, 1, -1)
 
 
 @torch.inference_mode()
@@ -218,7 +229,7 @@ def generate(
             if visible is not None:
                 positions = (cache.length - pad[:, None]).clamp(max=context - 1)
                 mask = visible[..., : cache.length + 1]
-            logits = model.head(model.hidden(ids, cache, positions, mask)[:, -1])
+            logits = model.last_logits(ids, cache, positions, mask)
 
 
 def check_ids(rows, vocab_size):
@@ -251,7 +262,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
     live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # equal at first: let one of them speak
     done = []
     for n in range(1, max_tokens + 1):
-        logits = model.head(model.hidden(ids, cache)[:, -1]).float()  # (beams, V)
+        logits = model.last_logits(ids, cache).float()  # (beams, V)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
         so_far = torch.tensor([[s] for s, _ in live], dtype=torch.float64)
@@ -666,6 +677,7 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
     their folder's or file's name."""
     where = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
+    dtype = "fp32" if dtype == "int8" else dtype  # which the Decoder makes of it
     if dtype in (None, "auto"):
         dtype = "bf16" if device.type == "cuda" else "fp32"
     # an adapter knows its base by the weights as they are on disk
@@ -696,6 +708,17 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
     else:
         model = model_from_checkpoint(content, device, DTYPES[dtype], where)
     return model, Tokenizer(specs[0]), where
+
+
+def decoder(model, args, rows):
+    """What to write `rows` texts at once with: the model's Decoder on a CPU, unless it has adapters
+    (they may be switched) or the flags say --plain. DataError if --dtype int8 is not possible."""
+    bare = not any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
+    if not args.plain and bare and model.embed.weight.device.type == "cpu":
+        return Decoder(model, args.dtype == "int8", rows)
+    if args.dtype == "int8":
+        raise DataError("--dtype int8 is for a CPU, merged adapters (lora.py merge), no --plain")
+    return model
 
 
 def allowed_ids(model, tokenizer, chat=False):
@@ -848,8 +871,9 @@ def build_parser():
     add("--stop", action="append", help="end at this text; may be given several times")
     add("--seed", type=int, help="of the drawing (default: another one each time)")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
-    add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-        help="of the weights (default auto: bf16 on CUDA, else fp32)")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16", "int8"),
+        help="of the weights (default auto: bf16 on CUDA, else fp32); int8 is for CPUs")
+    add("--plain", action="store_true", help="write with the Transformer itself, not its Decoder")
     add("--adapter", action="append", help="LoRA run to lay over --ckpt; several can be switched")
     add("--chat", action="store_true", help="talk in the terminal")
     add("--tools", help="with --chat: hotel, or a .py file whose functions the model may call")
@@ -901,6 +925,7 @@ def main(argv=None):
             print(f"{cosine:7.3f}  {text!r}")
         return
     if args.chat:
+        model = decoder(model, args, 1)
         settings = {name: getattr(args, name) for name in DECODING}
         talk(Chat(model, tokenizer, tools, args.max_tokens, args.seed, settings))
         return
@@ -912,6 +937,7 @@ def main(argv=None):
             best = sorted(zip(row, labels), reverse=True)
             print("  ".join(f"{name} {p:.3f}" for p, name in best))
         return
+    model = decoder(model, args, args.beams or len(prompts) * args.num_samples)
     if args.beams:
         ids = [i for p in prompts for i in write_beams(model, tokenizer, p, args)]
     else:

@@ -1,38 +1,57 @@
-"""How fast the recipe learns, beside nanoGPT's own on the same text, shape and machine.
+"""How fast train.py is, and how fast its recipe learns, beside nanoGPT and the course's model.
 
     git clone https://github.com/karpathy/nanoGPT
-    python tests/bench_train.py --nanogpt nanoGPT
+    git clone https://github.com/waylandzhang/Transformer-from-scratch
+    python tests/bench_train.py speed --nanogpt nanoGPT --course Transformer-from-scratch
+    python tests/bench_train.py memory --nanogpt nanoGPT
+    python tests/bench_train.py learning --nanogpt nanoGPT
+    python tests/bench_train.py prepare
 
-trains, one after the other in one process each: nanoGPT's model and optimiser with its own CPU
-setting (tiny Shakespeare by characters, 4 layers, 128 wide, context 64, batch 12, 2,000 steps), and
-train.py in the same shape, batch and context with AdamW and with Muon. Losses are nats per
-character over the *whole* validation split, in the same non-overlapping windows; seconds are of
-training alone. Prints markdown tables for tests/BENCHMARKS.md.
+speed: tokens a second of whole steps (forward, backward, clipping, AdamW), ours and the peer's in
+turn on the same batch, in fp32 and bf16. The peers get what their own scripts do, bf16 by autocast.
 
-It is a benchmark, not a test: pytest does not collect it. About ten minutes on two cores.
+memory: the same for one row of 1,024 tokens, each variant in a process of its own, for its peak.
+
+learning: nanoGPT's model and optimiser with its own CPU setting (tiny Shakespeare by characters,
+4 layers, 128 wide, context 64, batch 12, 2,000 steps), and train.py in the same shape, batch and
+context with AdamW and with Muon. Losses are nats per character over the *whole* validation split,
+in the same non-overlapping windows; seconds are of training alone.
+
+prepare: prepare_data.py on a gigabyte of text with gpt2's ids in two processes, and tiktoken alone.
+
+It is a benchmark, not a test: pytest does not collect it. Prints markdown tables for
+tests/BENCHMARKS.md; ten minutes each on two cores, half an hour for speed.
 """
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import math
-import os
-import platform
+import resource
+import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from bench_common import (
+    about_machine,
+    clocked,
+    load_module,
+    matmul_rate,
+    our_step,
+    random_batch,
+    table,
+    take_turns,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import prepare_data  # noqa: E402
-import train  # noqa: E402
+import model as lm
+import prepare_data
+import train
 
 STEPS, EVERY, BATCH, CONTEXT = 2000, 100, 12, 64
 SHAPE = "--n_layer 4 --n_head 4 --d_model 128 --context 64 --batch_size 12".split()  # noqa: SIM905
@@ -49,9 +68,7 @@ def whole_loss(loss_of, tokens):
 
 def run_nanogpt(folder, data):
     """nanoGPT's model, optimiser, schedule and batches: [(step, seconds, val loss)]."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
-    nanogpt = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nanogpt)
+    nanogpt = load_module(Path(folder) / "model.py", "nanogpt_model")
     tokens = torch.from_numpy(np.array(prepare_data.read_tokens(data, "train")).astype(np.int64))
     val = prepare_data.read_tokens(data, "val")
     torch.manual_seed(1337)
@@ -100,7 +117,7 @@ def run_ours(data, steps, flags):
     return [(s, seconds[s], loss) for s, loss in sorted(seen.items()) if s in seconds]
 
 
-def table(runs):
+def learning_table(runs):
     """Validation loss by step, one column a run, and what each needs for nanoGPT's last loss."""
     lines = ["| step | tokens | " + " | ".join(runs) + " |", "| --- " * (len(runs) + 2) + "|"]
     for step in (100, 200, 300, 400, 500, 600, 800, 1000, 1200, 1400, 1600, 1800, 2000):
@@ -121,15 +138,10 @@ def table(runs):
     return "\n".join(lines)
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT; without it only ours is run")
-    p.add_argument("--source", default="shakespeare", help="for prepare_data.py (shakespeare)")
-    args = p.parse_args()
+def learning(args):
+    """The losses of nanoGPT and ours by steps and seconds."""
     nanogpt = Path(args.nanogpt).resolve() if args.nanogpt else None
     source = str(Path(args.source).resolve()) if Path(args.source).exists() else args.source
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch "
-          f"{torch.__version__}, {time.strftime('%Y-%m-%d')}")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         data = prepare_data.prepare(source, "char", name="shakespeare")
         runs = {"nanoGPT": run_nanogpt(nanogpt, data)} if nanogpt else {}
@@ -141,7 +153,175 @@ def main():
         ):
             name = f"ours, {flags[-1] if flags else 'adamw'}, {steps} steps"
             runs[name] = run_ours(data, steps, flags)
-    print(table(runs))
+    print(learning_table(runs))
+
+
+def peer_step(model, optimizer, batch, bf16=False, clip=1.0, steps=1):
+    """A work: steps as the peers' scripts make them."""
+
+    def work():
+        for _ in range(steps):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                _, loss = model(*batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+
+    return work
+
+
+GPT2 = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=True)
+CHARS = dict(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, bias=False)
+
+
+def nanogpt_model(folder, shape):
+    """nanoGPT's model and AdamW."""
+    module = load_module(Path(folder) / "model.py", "nanogpt_model")
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = module.GPT(module.GPTConfig(dropout=0.0, **shape))
+        return model, model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
+
+
+def course_model(folder):
+    """The course's 140.57M model and AdamW."""
+    model = load_module(Path(folder) / "scifi-demo" / "model.py", "course_model").Model()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def our_small():
+    """nanoGPT's 0.8M shape in our model."""
+    shape = dict(vocab_size=65, n_layer=4, n_head=4, d_model=128, context=64, position="learned")
+    return lm.Config(**shape, norm="layernorm", activation="gelu", tied=True, init="gpt2")
+
+
+def shape_of(case):
+    """(our Config, rows, length, steps a round) of a case."""
+    return {
+        "GPT-2 124M, 4 x 256": (lm.preset("gpt2", vocab_size=50304), 4, 256, 1),
+        "0.8M, 12 x 64": (our_small(), 12, 64, 100),
+        "novel 140.57M, 4 x 128": (lm.preset("novel", dropout=0.1), 4, 128, 1),
+    }[case]
+
+
+def make_peer(case, folder, bf16):
+    """The work of a case's peer."""
+    config, rows, length, steps = shape_of(case)
+    batch = random_batch(config.vocab_size, rows, length)
+    if "novel" in case:  # the course does not clip
+        return peer_step(*course_model(folder), batch, bf16, 0, steps)
+    shape = GPT2 if "GPT-2" in case else CHARS
+    return peer_step(*nanogpt_model(folder, shape), batch, bf16, 1.0, steps)
+
+
+def make_ours(case, dtype):
+    """Our work of a case."""
+    config, rows, length, steps = shape_of(case)
+    batch = random_batch(config.vocab_size, rows, length)
+    return our_step(lm.Transformer(config), batch, dtype, steps)
+
+
+def speed(args):
+    """Steps of ours and the peers' in turn."""
+    for case, peer, folder in (
+        ("GPT-2 124M, 4 x 256", "nanoGPT", args.nanogpt),
+        ("0.8M, 12 x 64", "nanoGPT", args.nanogpt),
+        ("novel 140.57M, 4 x 128", "the course", args.course),
+    ):
+        config, rows, length, steps = shape_of(case)
+        for dtype in ("fp32",) if "0.8M" in case else ("fp32", "bf16"):
+            works = {peer: (make_peer, dict(case=case, folder=folder, bf16=dtype == "bf16"))}
+            works = (works if folder else {}) | {"ours": (make_ours, dict(case=case, dtype=dtype))}
+            # the floor is that of its matrix products, attention at this length counted
+            flops = lm.flops_per_token(replace(config, context=length))
+            floor = matmul_rate(lm.DTYPES[dtype]) / flops
+            seconds = take_turns(works, args.rounds)
+            print(f"\n{case}, {dtype}:\n")
+            tokens = rows * length * steps
+            print(table(seconds, tokens, "tokens/s", next(iter(works)), floor), flush=True)
+
+
+VARIANTS = ("nanoGPT", "ours", "ours --grad_checkpoint")
+
+
+def one_variant(args):
+    """In a process of its own: seconds of each step of a variant, and its peak memory."""
+    batch = random_batch(50304, 1, 1024)
+    if args.variant == "nanoGPT":
+        work = peer_step(*nanogpt_model(args.nanogpt, GPT2), batch)
+    else:
+        model = lm.Transformer(lm.preset("gpt2", vocab_size=50304))
+        model.grad_checkpoint = "checkpoint" in args.variant
+        work = our_step(model, batch)
+    seconds = [clocked(work) for _ in range(args.rounds + 1)][1:]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"seconds": seconds, "peak": before * 1024}))
+
+
+def memory(args):
+    """Seconds and peak of the variants, each a few times in turn."""
+    seconds, peaks = {v: [] for v in VARIANTS}, {}
+    for _ in range(2):
+        for v in VARIANTS if args.nanogpt else VARIANTS[1:]:
+            command = [sys.executable, __file__, "one", "--variant", v, "--rounds", "3"]
+            command += ["--nanogpt", args.nanogpt] if args.nanogpt else []
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            seconds[v] += found["seconds"]
+            peaks[v] = found["peak"]
+    print("\nGPT-2 124M, 1 x 1024, fp32:\n")
+    print(table(seconds, 1024, "tokens/s", VARIANTS[0]))
+    print("\npeak of the process: " + ", ".join(f"{v} {p / 1e9:.2f} GB" for v, p in peaks.items()))
+
+
+def prepare(args):
+    """MB/s of prepare_data.py on a large text, and of tiktoken alone on one thread."""
+    import tiktoken
+
+    text = "".join(p.read_text(encoding="utf-8", errors="ignore") for p in stdlib_files())
+    encoding = tiktoken.get_encoding("gpt2")
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        size = args.megabytes * 1_000_000
+        with open("big.txt", "w", encoding="utf-8") as f:
+            while f.tell() < size:
+                f.write(text)
+        size = Path("big.txt").stat().st_size
+        script = str(Path(prepare_data.__file__))
+        command = [sys.executable, script, "big.txt", "--tokenizer", "gpt2"]
+        # a process begins with its parent's peak: let a small one start it
+        small = "import resource as r, subprocess as s, sys; s.run(sys.argv[1:], check=True); "
+        small += "print(r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss * 1024)"
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", small, *command], check=True, text=True,
+                              stdout=subprocess.PIPE)  # fmt: skip
+        ours, peak = time.perf_counter() - start, int(done.stdout.split()[-1])
+    one = clocked(lambda: encoding.encode_ordinary(text))
+    alone = len(text.encode()) / one / 1e6
+    print(f"prepare_data.py {size / ours / 1e6:.1f} MB/s, peak of its largest process "
+          f"{peak / 1e6:.0f} MB; tiktoken alone, one thread, {alone:.1f} MB/s")
+
+
+def stdlib_files():
+    """The source files that the default corpus is made of."""
+    return sorted(Path(argparse.__file__).parent.glob("*.py"))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("what", choices=("speed", "memory", "learning", "prepare", "one"))
+    p.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT; without it only ours is run")
+    p.add_argument("--course", help="a clone of waylandzhang/Transformer-from-scratch")
+    p.add_argument("--rounds", type=int, default=5, help="turns that each work has (5)")
+    p.add_argument("--source", default="shakespeare", help="for learning (shakespeare)")
+    p.add_argument("--megabytes", type=int, default=1000, help="of text to prepare (1000)")
+    p.add_argument("--variant", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.what == "one":
+        one_variant(args)
+        return
+    print(about_machine())
+    {"speed": speed, "memory": memory, "learning": learning, "prepare": prepare}[args.what](args)
 
 
 if __name__ == "__main__":

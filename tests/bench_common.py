@@ -1,0 +1,137 @@
+"""What the benchmarks share: taking turns, and what this machine can do at best."""
+
+import importlib.util
+import multiprocessing as mp
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+
+
+def load_module(path, name):
+    """A Python file of somebody else's as a module called `name`."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def clocked(work):
+    """Seconds that `work()` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def serve(connection, make, settings):
+    """In a process of its own: make a work, then do it and tell its seconds as often as asked."""
+    work = make(**settings)
+    connection.send("ready")
+    while connection.recv():
+        connection.send(clocked(work))
+
+
+def take_turns(works, rounds=5):
+    """{name: seconds of each round} of works that run one after the other, A B A B ..., so that a
+    slow moment of the machine meets them all; a round before is not counted.
+
+    `works` are {name: (make, settings)}: each is made in a process of its own by make(**settings),
+    as its user would have it, with the memory and threads that its own scripts ask for.
+    """
+    context, seconds, workers = mp.get_context("spawn"), {name: [] for name in works}, {}
+    for name, (make, settings) in works.items():
+        connection, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, make, settings), daemon=True)
+        process.start()
+        assert connection.recv() == "ready"
+        workers[name] = process, connection
+    for i in range(rounds + 1):
+        for name, (_, connection) in workers.items():
+            time.sleep(0.3)  # the last one's threads may still look for more
+            connection.send(True)
+            took = connection.recv()
+            if i:
+                seconds[name].append(took)
+    for process, connection in workers.values():
+        connection.send(False)
+        process.join()
+    return seconds
+
+
+def table(seconds, units, unit, peer, floor=None):
+    """Markdown: the median rate of each work, its slowest and fastest round, and the median over
+    the rounds of its speed as a multiple of `peer`'s in the same round."""
+    lines = [f"| | {unit}, median | slowest to fastest | x {peer} |"]
+    lines.append("| --- | ---: | ---: | ---: |")
+    for name, took in seconds.items():
+        rates = sorted(units / s for s in took)
+        ratio = statistics.median(p / s for p, s in zip(seconds[peer], took))
+        spread = f"{rates[0]:,.4g} to {rates[-1]:,.4g}"
+        lines.append(f"| {name} | {statistics.median(rates):,.4g} | {spread} | {ratio:.2f} |")
+    if floor:
+        lines.append(f"| floor of this machine | {floor:,.4g} | | |")
+    return "\n".join(lines)
+
+
+def our_step(model, batch, dtype="fp32", steps=1):
+    """A work: steps of train.py on `batch` with AdamW, as its `fit` makes them."""
+    train.keep_freed_memory()
+    flags = ["--optimizer", "adamw", "--max_steps", "100", "--data", "none"]
+    args, _ = train.resolve(train.build_parser().parse_args(flags))
+    runtime = train.Runtime(torch.device("cpu"), dtype)
+    twin = train.Bfloat16Twin(model) if train.can_have_twin(model, args, runtime) else None
+    runner, precision = (twin, replace(runtime, dtype="fp32")) if twin else (model, runtime)
+    optimizers = train.make_optimizers(model, args)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    task = train.Task(batches=None, evaluate=None, extra={})
+    model.train()
+
+    def work():
+        for _ in range(steps):
+            loss, _ = train.training_step(runner, task, [batch], precision, scaler)
+            train.optimizer_step(model, optimizers, scaler, 1.0, loss)
+            if twin:
+                twin.refresh()
+
+    return work
+
+
+def random_batch(vocab, rows, length):
+    """(ids, targets), each (rows, length), as a language model's batches are."""
+    ids = torch.randint(vocab, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def matmul_rate(dtype=torch.float32, size=1536):
+    """FLOP/s of a large square product, the best of several."""
+    a = torch.ones(size, size, dtype=dtype)
+    return 2 * size**3 / min(clocked(lambda: a @ a) for _ in range(8))
+
+
+def read_rate():
+    """Bytes a second of summing up a gigabyte of float32, the best of several."""
+    a = torch.ones(1 << 28)
+    return a.nbytes / min(clocked(a.sum) for _ in range(5))
+
+
+def about_machine():
+    """A line for the head of a table."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    return (
+        f"{time.strftime('%Y-%m-%d')}, {name}, {os.cpu_count()} cores, torch {torch.__version__}; "
+        f"matrix products {matmul_rate() / 1e9:,.0f} GFLOP/s in fp32, "
+        f"{matmul_rate(torch.bfloat16) / 1e9:,.0f} in bf16; reading {read_rate() / 1e9:,.0f} GB/s"
+    )

@@ -1,0 +1,242 @@
+"""The fast paths beside the plain ones that they stand for: model.Decoder, train.Bfloat16Twin."""
+
+import contextlib
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model as lm  # noqa: E402
+import prepare_data  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+
+REAL = Path(os.environ.get("SCRATCHLM_DATA", ROOT.parent / "shared" / "data"))
+LLAMA = dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2, rope_theta=5e5)
+ARCHITECTURES = {
+    "gpt2": dict(position="learned", norm="layernorm", activation="gelu_tanh", qkv_bias=True,
+                 out_bias=True, ff_bias=True, tied=True),
+    "llama": LLAMA,
+    "qwen3": LLAMA | dict(qk_norm=True, tied=True, head_size=24),
+    "qwen2": LLAMA | dict(qkv_bias=True),
+    "default": dict(norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True,
+                    embed_norm=True),
+    "course": dict(position="sinusoidal", norm="layernorm", activation="relu", out_bias=True,
+                   ff_bias=True, head_bias=True),
+}  # fmt: skip
+
+
+def build(name, d_model=64, context=48, seed=0, **changes):
+    """A model of that architecture with weights that say something; large ones are packed."""
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=300, n_layer=2, n_head=4, d_model=d_model, context=context)
+    model = lm.Transformer(lm.Config(**shape | ARCHITECTURES[name] | changes))
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.normal_(1.0 if "norm" in n and n.endswith("weight") else 0.0, 0.1)
+    return model.eval()
+
+
+def decoder(model, **settings):
+    return lm.Decoder(copy.deepcopy(model), **settings)
+
+
+def both(model, ids, steps=3, **settings):
+    """Hidden states of a prompt and of some tokens after it, by the model and by its Decoder."""
+    fast, found = decoder(model, **settings), ([], [])
+    for kept, m in zip(found, (model, fast)):
+        cache = lm.KVCache(m, len(ids))
+        with torch.no_grad():
+            for part in (ids[:, :-steps], *ids[:, -steps:].split(1, dim=1)):
+                kept.append(m.head(m.hidden(part, cache)))
+        assert cache.length == ids.shape[1]
+    return (torch.cat(kept, dim=1) for kept in found)
+
+
+@pytest.mark.parametrize("d_model", [64, 640], ids=["small", "packed"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_the_models(name, rows, d_model):
+    model = build(name, d_model)
+    ids = torch.randint(300, (rows, 12))
+    plain, fast = both(model, ids, rows=rows)
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "default"])
+@pytest.mark.parametrize("prompts", [[[5, 7]], [[5, 7, 9], [1], [30] * 20]], ids=["one", "three"])
+def test_greedy_text_of_256_tokens_is_the_models(name, prompts):
+    model = build(name, 640, context=128)
+    settings = dict(max_tokens=256, temperature=0, slide=lambda kept: None)
+    plain = list(sample.generate(model, prompts, **settings))
+    fast = list(sample.generate(decoder(model, rows=len(prompts)), prompts, **settings))
+    assert fast == plain and len(plain) == 256
+    assert len(set(itertools.chain(*plain))) > 5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_beams_are_the_models(name):
+    model = build(name)
+    plain = sample.beam_search(model, [4, 8], 12, beams=3)
+    fast = sample.beam_search(decoder(model, rows=3), [4, 8], 12, beams=3)
+    assert [ids for _, ids in fast] == [ids for _, ids in plain]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "default"])
+def test_bfloat16_is_as_near_as_bfloat16_is(name):
+    model = build(name, 640)
+    ids = torch.randint(300, (1, 12))
+    exact, _ = both(model, ids)
+    low = lm.model_from_checkpoint(
+        {"config": vars(model.config), "model": model.state_dict()}, dtype=torch.bfloat16
+    )
+    plain, fast = both(low, ids)
+    assert fast.dtype == torch.bfloat16
+    error = (fast - exact).norm() / exact.norm()
+    assert error < 1.5 * (plain - exact).norm() / exact.norm() + 1e-3 and error < 0.05
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_int8_rounds_rows_and_columns_each_by_its_own_scale(rows):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(256, 512)
+    with torch.no_grad():  # outputs and rows of very different sizes: one scale would not do
+        layer.weight.mul_(torch.logspace(-3, 0, 512)[:, None])
+    x = torch.randn(rows, 256) * torch.logspace(-2, 1, rows)[:, None]
+    exact = layer(x)
+    found = lm.product([copy.deepcopy(layer)], int8=True)(x)
+    bias = layer.bias
+    error = ((found - exact) / (exact - bias).norm(dim=1, keepdim=True)).norm(dim=1)
+    assert found.shape == exact.shape and (error < 0.012).all() and (error > 1e-4).all()
+    small = ((found - exact)[:, :50].norm() / (exact - bias)[:, :50].norm()).item()
+    assert small < 0.02
+
+
+def test_loading_and_writing_need_no_compiler(tmp_path):
+    """torch._dynamo takes longer to import than torch itself."""
+    tokenizer = prepare_data.Tokenizer({"kind": "byte"})
+    model = build("gpt2")
+    content = {"config": vars(model.config), "model": model.state_dict()}
+    lm.save_checkpoint(tmp_path / "x.pt", content | {"tokenizer": tokenizer.spec})
+    code = "import sys, sample; sample.main(); assert 'torch._dynamo' not in sys.modules"
+    flags = ["--ckpt", str(tmp_path / "x.pt"), "--prompt", "x", "--max_tokens", "3"]
+    subprocess.run([sys.executable, "-c", code, *flags], check=True, cwd=ROOT)
+
+
+def test_weights_are_held_once():
+    model = build("qwen2", 640)
+    weights = [m.weight for b in model.blocks for m in b.modules() if type(m) is torch.nn.Linear]
+    lm.Decoder(model)
+    assert all(m.weight is None for b in model.blocks for m in b.modules()
+               if type(m) is torch.nn.Linear)  # fmt: skip
+    assert len(weights) == 14 and model.embed.weight is not None
+
+
+# --------------------------------------------------------------------------------------------
+# What it costs, on real text: bf16 in training, int8 in sampling
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shakespeare(tmp_path_factory):
+    """A folder with tiny Shakespeare prepared, and 300 steps trained on it in fp32 and bf16."""
+    text = REAL / "tinyshakespeare.txt"
+    if not text.exists():
+        pytest.skip(f"needs {text} (or SCRATCHLM_DATA)")
+    folder = tmp_path_factory.mktemp("shakespeare")
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+        data = prepare_data.prepare(str(text), "char", name="shakespeare")
+        for dtype in ("fp32", "bf16"):
+            flags = "--n_layer 2 --n_head 4 --d_model 64 --context 64 --batch_size 12 "
+            flags += f"--max_steps 300 --eval_every 300 --dtype {dtype} --out out/{dtype}"
+            train.main(["--data", str(data), *flags.split()])
+    return folder
+
+
+def final_loss(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return next(r["val_loss"] for r in rows if r.get("final"))
+
+
+def test_bf16_with_masters_learns_as_fp32_does(shakespeare):
+    exact, low = (final_loss(shakespeare / "out" / d) for d in ("fp32", "bf16"))
+    assert exact < 2.3  # nats a character; 3.3 is where the letters' frequencies are known
+    assert abs(low / exact - 1) < 0.005 and low != exact
+
+
+@torch.no_grad()
+def perplexity(model, tokens, length=64):
+    """Of every token given those before it in its window, read one after the other."""
+    losses = []
+    for at in range(0, len(tokens) - length, length):
+        ids = torch.from_numpy(tokens[at : at + length + 1].astype(np.int64))[None]
+        cache = lm.KVCache(model, 1, length)
+        logits = [model.head(model.hidden(i, cache))[0] for i in ids[:, :-1].split(1, dim=1)]
+        losses.append(torch.cat(logits).float().log_softmax(-1).gather(1, ids[0, 1:, None]))
+    return math.exp(-torch.cat(losses).mean())
+
+
+def test_int8_costs_less_than_half_a_percent_of_perplexity(shakespeare):
+    tokens = prepare_data.read_tokens(shakespeare / "data" / "shakespeare", "val")[:4000]
+    content = lm.load_checkpoint(shakespeare / "out/fp32")
+    exact = perplexity(lm.model_from_checkpoint(content), tokens)
+    rounded = perplexity(lm.Decoder(lm.model_from_checkpoint(content), int8=True), tokens)
+    assert rounded != exact and abs(rounded / exact - 1) < 0.005
+
+
+# --------------------------------------------------------------------------------------------
+# The twin
+# --------------------------------------------------------------------------------------------
+
+
+def test_a_twins_gradients_are_the_models_but_for_rounding():
+    model = build("gpt2")
+    other, twin = copy.deepcopy(model), train.Bfloat16Twin(model)
+    ids = torch.randint(300, (2, 40))
+    for _ in range(2):  # two micro-batches: they add up
+        twin(ids, ids).backward()
+        other(ids, ids).backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        assert p.dtype == p.grad.dtype == torch.float32, name
+        if not name.endswith("k.bias"):  # softmax does not care about it: its gradient is zero
+            assert (p.grad - q.grad).norm() < 0.05 * q.grad.norm(), name
+    assert all(p.grad is None and p.dtype == torch.bfloat16 for p in twin.low.parameters())
+    assert twin.low.head.weight is twin.low.embed.weight
+
+
+def test_steps_too_small_for_bf16_are_not_lost():
+    model = build("llama")
+    twin, before = train.Bfloat16Twin(model), model.embed.weight.detach().clone()
+    with torch.no_grad():
+        for _ in range(300):  # each a tenth of what bf16 can tell from 1
+            for p in model.parameters():
+                p.mul_(1 + 2**-11)
+            twin.refresh()
+    grown = (twin.low.embed.weight.float() / before).median().item()
+    assert grown == pytest.approx((1 + 2**-11) ** 300, rel=0.01)
+    assert torch.equal(twin.low.cos, model.cos) and twin.low.cos.dtype == torch.float32
+
+
+def test_a_twin_is_for_a_cpu_alone_and_all_of_a_model():
+    model, args = build("llama"), train.resolve(train.build_parser().parse_args([]))[0]
+    runtime = train.Runtime(torch.device("cpu"), "bf16")
+    assert train.can_have_twin(model, args, runtime)
+    for other in (dict(dtype="fp32"), dict(world=2), dict(device=torch.device("cuda"))):
+        assert not train.can_have_twin(model, args, train.replace(runtime, **other))
+    args.plain = True
+    assert not train.can_have_twin(model, args, runtime)
+    args.plain = None
+    model.embed.weight.requires_grad_(False)
+    assert not train.can_have_twin(model, args, runtime)
