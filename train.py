@@ -953,7 +953,7 @@ def resumed_settings(args, given, fixed):
     content = lm.load_checkpoint(path)
     if "args" not in content:
         raise DataError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
-    if set(content["args"]) != set(vars(args)):  # each script has flags of its own
+    if ("objective" in content["args"]) != ("objective" in vars(args)):
         script = "finetune.py" if "objective" in content["args"] else "train.py"
         raise DataError(f"{path} was written by {script}: resume it with that, or name another run")
     if "out" in given:

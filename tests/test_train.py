@@ -370,6 +370,19 @@ def test_a_resumed_run_takes_new_rates_and_refuses_a_new_text(corpus):
     assert Path("out/r/last.pt").read_bytes() == before
 
 
+def test_a_run_from_before_a_flag_was_there_goes_on(corpus):
+    run("--data", "words", *SMALL, "--max_steps", 2, "--out", "out/old")
+    content = lm.load_checkpoint("out/old/last.pt")
+    del content["args"]["plain"]
+    lm.save_checkpoint("out/old/last.pt", content)
+    told = run("--resume", "out/old", "--max_steps", 3).stdout
+    assert "resuming out/old/last.pt at step 2" in told
+    content["args"]["objective"] = "sft"
+    lm.save_checkpoint("out/old/last.pt", content)
+    done = run("--resume", "out/old", "--max_steps", 4, check=False)
+    assert done.returncode == 2 and "was written by finetune.py" in done.stderr
+
+
 def test_an_edited_file_is_prepared_again(corpus):
     run("--data", "words.txt", *SMALL, "--max_steps", 1)
     with open("words.txt", "a", encoding="utf-8") as f:
