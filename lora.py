@@ -37,13 +37,12 @@ from model import (
     load_checkpoint,
     model_from_checkpoint,
     plain_state,
-    read_json,
     save_checkpoint,
     skeleton,
     write_json,
     write_safetensors,
 )
-from prepare_data import console, is_hub_name
+from prepare_data import console, is_hub_name, read_json
 
 # --------------------------------------------------------------------------------------------
 # Quantisation: a frozen Linear whose weights are codes of 4 or 8 bits

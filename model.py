@@ -40,14 +40,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from prepare_data import (
+    WEIGHTS,
     Tokenizer,
     console,
     fetch_hub,
     generation_config,
     hub_tokenizer,
     is_hub_name,
+    read_json,
     tokenizer_config,
     tokenizer_json,
+    weight_files,
 )
 
 
@@ -772,7 +775,7 @@ def product(layers, int8=False, rows=1):
     bias = None if layers[0].bias is None else torch.cat([n.bias.detach() for n in layers])
     for layer in layers:
         layer.weight = None
-    large, halves = weight.numel() >= SMALL, weight.shape[1] // 2
+    large, half = weight.numel() >= SMALL, weight.shape[1] // 2
     onednn = torch.backends.mkldnn.is_available() and large
     if int8:
         times = int8_product(weight.float())
@@ -781,13 +784,13 @@ def product(layers, int8=False, rows=1):
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     else:
         turned = weight.t().contiguous()  # (in, out): out lies in a row
-        pair = turned.view(2, halves, -1) if large and weight.shape[1] % 2 == 0 else None
+        pair = turned.view(2, half, -1) if large and weight.shape[1] % 2 == 0 else None
 
         def times(x):
             if pair is None or len(x) > 1:
                 return x @ turned
             # two products, of one half of the inputs each: a core for either
-            return torch.bmm(x.view(2, 1, halves), pair).sum(0)
+            return torch.bmm(x.view(2, 1, half), pair).sum(0)
 
     return times if bias is None else lambda x: times(x) + bias
 
@@ -1161,11 +1164,9 @@ def llama_fields(kind, take, refuse):
     known = {"default": set(), **ROPE_SCALINGS}
     if scaling not in known or set(rope) - known[scaling]:
         refuse("rope scaling", {"rope_type": scaling, **rope})
-    context = take("max_position_embeddings")
-    if (window := take("sliding_window", context)) < context:
-        # inside of its window a model with sliding attention is one without
-        print(f"[its attention slides: the window of {window} is the context]", file=sys.stderr)
-        context = window
+    context, window = take("max_position_embeddings"), take("sliding_window")
+    if kind == "mistral" and window:  # the others do not use it unless they say that they do
+        context = min(context, window)  # inside of its window sliding attention is as any other
     if set(layers := take("layer_types", [])) - {"full_attention"}:
         refuse("layer_types", layers)
     attention_bias = take("attention_bias", False)
@@ -1311,54 +1312,44 @@ def hf_name(name, gpt2):
     return ".".join(["transformer" if gpt2 else "model", *where, part, leaf])
 
 
+def turned(part, tensor, gpt2):
+    """Our weight or bias of `part` from theirs, and back: GPT-2 keeps matrices as (in, out)."""
+    matrix = tensor.dim() == 2 and part in ("q", "k", "v", "out", "up", "down")
+    return tensor.T if gpt2 and matrix else tensor
+
+
 def from_hf(name, tensor, gpt2):
-    """Our tensor `name` out of theirs: GPT-2 keeps matrices (in, out), and q, k, v side by side."""
+    """Our tensor `name` out of theirs: GPT-2 keeps q, k and v side by side."""
     part = name.split(".")[-2]
     if gpt2 and part in ("q", "k", "v"):
         tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
-    matrix = gpt2 and tensor.dim() == 2 and part in ("q", "k", "v", "out", "up", "down")
-    return tensor.T if matrix else tensor
+    return turned(part, tensor, gpt2)
 
 
 def to_hf(state, gpt2):
     """{their name: tensor} of a state dict of ours; the inverse of `from_hf`."""
     found = {}
     for name, tensor in state.items():
-        part = name.split(".")[-2]
-        if gpt2 and tensor.dim() == 2 and part in ("q", "k", "v", "out", "up", "down"):
-            tensor = tensor.T
-        found.setdefault(hf_name(name, gpt2), []).append(tensor)
+        theirs = found.setdefault(hf_name(name, gpt2), [])
+        theirs.append(turned(name.split(".")[-2], tensor, gpt2))
     return {name: torch.cat(parts, dim=-1) for name, parts in found.items()}
 
 
 def hf_tensors(folder):
-    """{their name: (file, name)} of the weights in a folder of Hugging Face's layout."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    single, old = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if index.exists():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
-            raise ModelError(f"{index} has no weight_map of names to files")
-        if strange := [v for v in names.values() if Path(v).name != v]:
-            raise ModelError(f"{index} names {strange[0]!r}, which is no plain file name")
-        if missing := [v for v in names.values() if not (folder / v).exists()]:
-            raise ModelError(f"{folder} lacks {missing[0]}, which {index.name} promises")
-        files = {file: Safetensors(folder / file) for file in sorted(set(names.values()))}
-        missing = [n for n, file in names.items() if n not in files[file].entries]
-        if missing:
-            raise ModelError(f"{names[missing[0]]} lacks {missing[0]}, which {index.name} promises")
-        return {n: files[file] for n, file in names.items()}
-    if single.exists():
-        file = Safetensors(single)
-        return dict.fromkeys(file.entries, file)
-    if old.exists():
+    """{their name: what holds it, a Safetensors or a dict} of the weights in a folder of Hugging
+    Face's layout."""
+    files = [Path(folder, file) for file in weight_files(Path(folder))]
+    if not files:
+        raise ModelError(f"{folder} has none of {', '.join(WEIGHTS)}")
+    if missing := [file.name for file in files if not file.exists()]:
+        raise ModelError(f"{folder} lacks {missing[0]}, which {WEIGHTS[0]} promises")
+    if files[0].suffix == ".bin":
         try:
-            state = torch.load(old, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
         except Exception as e:
-            raise ModelError(f"{old} holds no plain tensors, or is cut short") from e
+            raise ModelError(f"{files[0]} holds no plain tensors, or is cut short") from e
         return dict.fromkeys(state, state)
-    raise ModelError(f"{folder} has none of {index.name}, {single.name}, {old.name}")
+    return {name: file for file in map(Safetensors, files) for name in file.entries}
 
 
 def load_hf(folder, dtype=None):
@@ -1368,7 +1359,11 @@ def load_hf(folder, dtype=None):
     by one, and in `dtype` if one is given, so that at no time two copies are in memory.
     """
     folder = Path(folder)
-    config = config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    values = read_json(folder / "config.json")
+    config = config_from_hf(values, str(folder / "config.json"))
+    if config.context < values.get("max_position_embeddings", 0):
+        window = f"the window of {config.context} is the context"
+        print(f"[its attention slides: {window}]", file=sys.stderr)
     gpt2, files = config.position == "learned", hf_tensors(folder)
     state, used = {}, {"lm_head.weight"}
     bare = gpt2 and "wte.weight" in files  # the first GPT-2 files have no "transformer."
@@ -1397,19 +1392,6 @@ def load_hf(folder, dtype=None):
 
 # Buffers that old checkpoints carry: causal masks, and rotary frequencies that follow from config
 IDLE_TENSORS = r"(attn\.(masked_)?bias|rotary_emb\.inv_freq)$"
-
-
-def read_json(path):
-    """The object in a JSON file; ModelError if there is none."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise ModelError(f"{path} is missing") from e
-    except ValueError as e:
-        raise ModelError(f"{path} is no JSON: {e}") from e
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} is no JSON object")
-    return values
 
 
 def export_hf(content, folder, more=None):

@@ -284,7 +284,7 @@ def progress(blocks, name, have, total):
 # --------------------------------------------------------------------------------------------
 
 MODELS = "https://huggingface.co"
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
+GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
 EXTRAS = (  # not all have them
     "generation_config.json",
     "tokenizer.json",
@@ -297,13 +297,13 @@ WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
 
 def is_hub_name(name):
     """Does `name` look like a model of the Hub: gpt2, OWNER/NAME, OWNER/NAME@REVISION?"""
-    return re.fullmatch(rf"({'|'.join(GPT2_NAMES)}|[\w.-]+/[\w.-]+)(@.*)?", name) is not None
+    return re.fullmatch(rf"({'|'.join(GPT2_MODELS)}|[\w.-]+/[\w.-]+)(@.*)?", name) is not None
 
 
 def fetch_hub(name, files=None):
     """Download a model of the Hugging Face Hub and return its folder, data/hub/OWNER/NAME/REVISION.
 
-    `name` is OWNER/NAME or one of GPT2_NAMES; @ and a branch, tag or commit may follow. What comes
+    `name` is OWNER/NAME or one of GPT2_MODELS; @ and a branch, tag or commit may follow. What comes
     is config.json, those of EXTRAS that there are, and the first of WEIGHTS that there is (an index
     with all its shards); or else only `files`. What is there is not asked for again, and of a
     whole model nothing is: it works offline, and a branch that has moved on goes unnoticed.
@@ -311,9 +311,9 @@ def fetch_hub(name, files=None):
     """
     repo, at, revision = name.partition("@")
     revision = revision if at else "main"
-    repo = f"openai-community/{repo}" if repo in GPT2_NAMES else repo
+    repo = f"openai-community/{repo}" if repo in GPT2_MODELS else repo
     if not re.fullmatch(r"(\w|\w[\w.-]{0,94}\w)/(\w|\w[\w.-]{0,94}\w)", repo, re.ASCII):
-        raise DataError(f"model {name!r} is neither OWNER/NAME nor one of {', '.join(GPT2_NAMES)}")
+        raise DataError(f"model {name!r} is neither OWNER/NAME nor one of {', '.join(GPT2_MODELS)}")
     if not revision.strip(". "):
         raise DataError(f"revision {revision!r} of {repo} is no branch, tag or commit")
     folder = DATA.joinpath("hub", *repo.split("/"), quote(revision, safe=""))
@@ -1107,10 +1107,12 @@ def bpe_parts(token, ranks):
     return parts
 
 
-def hub_json(path):
-    """The object that a JSON file of a model's folder holds; DataError if it holds none."""
+def read_json(path):
+    """The object that a JSON file holds; DataError if it holds none."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise DataError(f"{path} is missing") from e
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
@@ -1217,14 +1219,14 @@ def hub_end(folder, added):
     """
     for name in ("generation_config.json", "config.json"):
         if (path := folder / name).exists():
-            ids = hub_json(path).get("eos_token_id")
+            ids = read_json(path).get("eos_token_id")
             first = (ids or [None])[0] if isinstance(ids, list) else ids
             if first is not None and type(first) is not int:
                 raise DataError(f"{path}: eos_token_id {ids!r} is no token id")
             if first in added.values():
                 return first
     if (path := folder / "tokenizer_config.json").exists():
-        name = hub_json(path).get("eos_token")
+        name = read_json(path).get("eos_token")
         name = name.get("content") if isinstance(name, dict) else name
         if name is not None and not isinstance(name, str):
             raise DataError(f"{path}: eos_token {name!r} is no name of a token")
@@ -1245,7 +1247,7 @@ def hub_template(folder):
     if (path := folder / "chat_template.jinja").exists():
         return path.read_text(encoding="utf-8")
     path = folder / "tokenizer_config.json"
-    template = hub_json(path).get("chat_template") if path.exists() else None
+    template = read_json(path).get("chat_template") if path.exists() else None
     return template if isinstance(template, str) else None  # a few models have a list of them
 
 
@@ -1260,7 +1262,7 @@ def hub_tokenizer(folder):
     or damaged, or if the tokenizer is no byte-level BPE that tiktoken encodes alike.
     """
     path = Path(folder) / "tokenizer.json"
-    data = hub_json(path)
+    data = read_json(path)
     try:
         added = {t["content"]: t["id"] for t in data.get("added_tokens") or []}
         for name in added:

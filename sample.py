@@ -710,13 +710,13 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
     return model, Tokenizer(specs[0]), where
 
 
-def decoder(model, args, rows):
+def decoder(model, rows, int8=False, plain=False):
     """What to write `rows` texts at once with: the model's Decoder on a CPU, unless it has adapters
-    (they may be switched) or the flags say --plain. DataError if --dtype int8 is not possible."""
+    (they may be switched) or is to stay `plain`. DataError if int8 is not possible."""
     bare = not any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
-    if not args.plain and bare and model.embed.weight.device.type == "cpu":
-        return Decoder(model, args.dtype == "int8", rows)
-    if args.dtype == "int8":
+    if not plain and bare and model.embed.weight.device.type == "cpu":
+        return Decoder(model, int8, rows)
+    if int8:
         raise DataError("--dtype int8 is for a CPU, merged adapters (lora.py merge), no --plain")
     return model
 
@@ -925,7 +925,7 @@ def main(argv=None):
             print(f"{cosine:7.3f}  {text!r}")
         return
     if args.chat:
-        model = decoder(model, args, 1)
+        model = decoder(model, 1, args.dtype == "int8", args.plain)
         settings = {name: getattr(args, name) for name in DECODING}
         talk(Chat(model, tokenizer, tools, args.max_tokens, args.seed, settings))
         return
@@ -937,7 +937,8 @@ def main(argv=None):
             best = sorted(zip(row, labels), reverse=True)
             print("  ".join(f"{name} {p:.3f}" for p, name in best))
         return
-    model = decoder(model, args, args.beams or len(prompts) * args.num_samples)
+    rows = args.beams or len(prompts) * args.num_samples
+    model = decoder(model, rows, args.dtype == "int8", args.plain)
     if args.beams:
         ids = [i for p in prompts for i in write_beams(model, tokenizer, p, args)]
     else:

@@ -762,16 +762,21 @@ class Bfloat16Twin(nn.Module):
     def forward(self, *args, **kwargs):
         return self.low(*args, **kwargs)
 
+    def zero_grad(self, set_to_none=True):
+        """Clear the gradients, which are the master's."""
+        for p in self.masters:
+            p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
+
     def refresh(self):
         """Round the master's weights into the copy."""
         with torch.no_grad():
             torch._foreach_copy_(self.lows, self.masters)
 
 
-def can_have_twin(model, args, runtime):
+def can_have_twin(model, runtime):
     """Is a Bfloat16Twin right here? A GPU casts weights in no time; DDP would exchange gradients
     that have been handed over already; what is frozen is better not held twice."""
-    alone = runtime.device.type == "cpu" and runtime.world == 1 and not args.plain
+    alone = runtime.device.type == "cpu" and runtime.world == 1
     return runtime.dtype == "bf16" and alone and all(p.requires_grad for p in model.parameters())
 
 
@@ -815,7 +820,7 @@ def fit(model, task, args, runtime, out, resume=None):
     if run.progress() >= 1:
         run.log.line("this run is finished: a larger --max_steps or --max_minutes would go on")
     model.train()
-    twin = Bfloat16Twin(model) if can_have_twin(model, args, runtime) else None
+    twin = Bfloat16Twin(model) if not args.plain and can_have_twin(model, runtime) else None
     runner, precision = (twin, replace(runtime, dtype="fp32")) if twin else (model, runtime)
     runner = try_compile(runner, task, precision) if args.compile else runner
     if runtime.world > 1:

@@ -89,7 +89,7 @@ def our_step(model, batch, dtype="fp32", steps=1):
     flags = ["--optimizer", "adamw", "--max_steps", "100", "--data", "none"]
     args, _ = train.resolve(train.build_parser().parse_args(flags))
     runtime = train.Runtime(torch.device("cpu"), dtype)
-    twin = train.Bfloat16Twin(model) if train.can_have_twin(model, args, runtime) else None
+    twin = train.Bfloat16Twin(model) if train.can_have_twin(model, runtime) else None
     runner, precision = (twin, replace(runtime, dtype="fp32")) if twin else (model, runtime)
     optimizers = train.make_optimizers(model, args)
     scaler = torch.amp.GradScaler("cpu", enabled=False)

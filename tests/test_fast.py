@@ -230,13 +230,43 @@ def test_steps_too_small_for_bf16_are_not_lost():
 
 
 def test_a_twin_is_for_a_cpu_alone_and_all_of_a_model():
-    model, args = build("llama"), train.resolve(train.build_parser().parse_args([]))[0]
-    runtime = train.Runtime(torch.device("cpu"), "bf16")
-    assert train.can_have_twin(model, args, runtime)
+    model, runtime = build("llama"), train.Runtime(torch.device("cpu"), "bf16")
+    assert train.can_have_twin(model, runtime)
     for other in (dict(dtype="fp32"), dict(world=2), dict(device=torch.device("cuda"))):
-        assert not train.can_have_twin(model, args, train.replace(runtime, **other))
-    args.plain = True
-    assert not train.can_have_twin(model, args, runtime)
-    args.plain = None
+        assert not train.can_have_twin(model, train.replace(runtime, **other))
     model.embed.weight.requires_grad_(False)
-    assert not train.can_have_twin(model, args, runtime)
+    assert not train.can_have_twin(model, runtime)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_compilers_trial_leaves_nothing_behind(works, monkeypatch):
+    """Its batch goes forward and backward once; the first step must not see its gradients."""
+    model = build("llama")
+    twin, ids = train.Bfloat16Twin(model), torch.randint(300, (2, 20))
+    seen = []
+
+    def compiled(*batch):
+        seen.append(batch)
+        loss = twin(*batch)
+        if not works:
+            loss.backward()
+            raise RuntimeError("no compiler here")
+        return loss
+
+    monkeypatch.setattr(torch, "compile", lambda m: compiled)
+    task = train.Task(lambda step: [(ids, ids)], evaluate=None, extra={})
+    runner = train.try_compile(twin, task, train.Runtime(torch.device("cpu")))
+    assert runner is (compiled if works else twin) and len(seen) == 1
+    assert all(p.grad is None for p in (*model.parameters(), *twin.parameters()))
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_plain_trains_without_a_twin(plain, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(train, "Bfloat16Twin", lambda m: made.append(m))
+    model, ids = build("llama"), torch.randint(300, (2, 20))
+    flags = ["--max_steps", "1", "--eval_every", "9", *(["--plain"] if plain else [])]
+    args = train.resolve(train.build_parser().parse_args(flags))[0]
+    task = train.Task(lambda step: [(ids, ids)], lambda m, final: {"val_loss": 1.0}, {})
+    train.fit(model, task, args, train.Runtime(torch.device("cpu"), "bf16", 1e9), tmp_path)
+    assert bool(made) is not plain

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import model as lm  # noqa: E402
 from model import ModelError  # noqa: E402
+from prepare_data import DataError  # noqa: E402
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -176,6 +177,13 @@ def test_a_field_that_we_do_not_compute_is_named(name, change, words):
     with pytest.raises(ModelError, match=words) as e:
         lm.config_from_hf(values, "there/config.json")
     assert "\n" not in str(e.value)
+
+
+def test_only_mistral_uses_a_window_that_no_other_field_asks_for(capsys):
+    for name, context in (("qwen2", 128), ("qwen3", 128), ("llama", 128), ("mistral", 8)):
+        values = theirs_config(name) | dict(sliding_window=8, max_position_embeddings=128)
+        assert lm.config_from_hf(values).context == context
+    assert capsys.readouterr() == ("", "")
 
 
 def theirs_config(name):
@@ -507,7 +515,7 @@ def test_a_folder_that_misfits_says_how(tmp_path):
         ({"weight_map": ["a"]}, "no weight_map"),
     ):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-        with pytest.raises(ModelError, match=words):
+        with pytest.raises(DataError, match=words):
             lm.load_hf(tmp_path)
 
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 import lora  # noqa: E402
 import model as lm  # noqa: E402
 import sample  # noqa: E402
+from prepare_data import DataError  # noqa: E402
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -349,8 +350,8 @@ def llama_folder(tmp_path):
     return tmp_path, base
 
 
-def refused(folder, base, message):
-    with pytest.raises(lm.ModelError, match=message) as error:
+def refused(folder, base, message, kind=lm.ModelError):
+    with pytest.raises(kind, match=message) as error:
         imported(folder, base)
     assert "\n" not in str(error.value)
 
@@ -449,7 +450,7 @@ def test_tensors_that_do_not_fit_are_named(llama_folder):
     refused(folder, base_of("llama", d_ff=64, d_model=48), r"the model has \(4, 48\)")
     refused(folder, base_of("gpt2"), "names no layer")
     imported(folder, base)
-    refused(folder / "nowhere", base, "adapter_config.json is missing")
+    refused(folder / "nowhere", base, "adapter_config.json is missing", DataError)
     whole = file.read_bytes()
     for bad in (b"", whole[:-4], whole[: len(whole) // 2], b"{" * 100):
         file.write_bytes(bad)
@@ -515,7 +516,7 @@ def test_the_commands_refuse_in_one_line_and_leave_what_was_there(tmp_path):
     ):
         paths = [str(tmp_path / name) for name in (ckpt, adapter, out)]
         words = [w for f in zip(("--ckpt", "--adapter", "--out"), paths) for w in f]
-        with pytest.raises((lm.ModelError, OSError)) as error:
+        with pytest.raises((lm.ModelError, DataError, OSError)) as error:
             lora.main([command, *words])
         assert message in str(error.value) and "\n" not in str(error.value)
         assert not (tmp_path / "new").exists()
