@@ -1312,7 +1312,7 @@ def hf_name(name, gpt2):
     return ".".join(["transformer" if gpt2 else "model", *where, part, leaf])
 
 
-def turned(part, tensor, gpt2):
+def flipped(part, tensor, gpt2):
     """Our weight or bias of `part` from theirs, and back: GPT-2 keeps matrices as (in, out)."""
     matrix = tensor.dim() == 2 and part in ("q", "k", "v", "out", "up", "down")
     return tensor.T if gpt2 and matrix else tensor
@@ -1323,7 +1323,7 @@ def from_hf(name, tensor, gpt2):
     part = name.split(".")[-2]
     if gpt2 and part in ("q", "k", "v"):
         tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
-    return turned(part, tensor, gpt2)
+    return flipped(part, tensor, gpt2)
 
 
 def to_hf(state, gpt2):
@@ -1331,7 +1331,7 @@ def to_hf(state, gpt2):
     found = {}
     for name, tensor in state.items():
         theirs = found.setdefault(hf_name(name, gpt2), [])
-        theirs.append(turned(name.split(".")[-2], tensor, gpt2))
+        theirs.append(flipped(name.split(".")[-2], tensor, gpt2))
     return {name: torch.cat(parts, dim=-1) for name, parts in found.items()}
 
 

@@ -16,6 +16,7 @@ import argparse
 import base64
 import codecs
 import contextlib
+import copy
 import glob
 import gzip
 import hashlib
@@ -32,6 +33,7 @@ import signal
 import sys
 import sysconfig
 import tarfile
+import threading
 import time
 import unicodedata
 import zipfile
@@ -472,8 +474,10 @@ def safe_pieces(blocks):
     rest = ""
     for block in blocks:
         rest += block
-        tail = max(0, len(rest) - 65536)  # the last safe place is nearly always close to the end
-        cuts = [m.end() for m in SAFE_CUT.finditer(rest, tail)]
+        for tail in (1000, 65536):  # the last safe place is nearly always close to the end
+            cuts = [m.end() for m in SAFE_CUT.finditer(rest, max(0, len(rest) - tail))]
+            if cuts:
+                break
         if not cuts and len(rest) < 8 * BLOCK:
             continue
         cut = cuts[-1] if cuts else len(rest)
@@ -757,6 +761,17 @@ class Tokenizer:
         kept = filter(None, (piece.translate(None, self._lost) for piece in pieces))
         ids = itertools.chain.from_iterable(map(self.encoding._encode_single_piece, kept))
         return np.fromiter(ids, dtype=np.uint32)
+
+    def for_one_thread(self):
+        """The same tokenizer for a thread of its own. Of all that share an encoding, the first to
+        use its regular expressions keeps their fast place, and every match of another one makes
+        both wait: two threads took longer than one, and with an encoding each half as long."""
+        e, own = self.encoding, copy.copy(self)
+        ranks, special = e._mergeable_ranks, e._special_tokens
+        own.encoding = tiktoken.Encoding(
+            e.name, pat_str=e._pat_str, mergeable_ranks=ranks, special_tokens=special
+        )
+        return own
 
     def encode(self, text):
         """Token ids of `text` as a list."""
@@ -1667,10 +1682,13 @@ def write_tokens(documents, tokenizer, folder, hold_out, workers):
     dtype = token_dtype(tokenizer.n_vocab)
     end = np.array([tokenizer.eot], dtype=dtype)
 
+    own = threading.local()
+
     def encode(batch):
-        return [
-            (split, first, len(text), tokenizer.encode_array(text)) for split, first, text in batch
-        ]
+        if not hasattr(own, "tokenizer"):
+            own.tokenizer = tokenizer.for_one_thread()
+        ids = [own.tokenizer.encode_array(text) for _, _, text in batch]
+        return [(split, first, len(text), i) for (split, first, text), i in zip(batch, ids)]
 
     with open(folder / "train.tmp", "wb") as train, open(folder / "val.tmp", "wb") as val:
         out, start, shown = {"train": train, "val": val}, time.monotonic(), 0.0

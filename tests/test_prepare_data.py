@@ -724,6 +724,8 @@ def test_the_name_of_a_special_token_is_ordinary_text(tokenizer):
     ids = tokenizer.encode(text)
     assert tokenizer.eot not in ids
     assert tokenizer.byte_lengths[ids].min() > 0
+    own = tokenizer.for_one_thread()
+    assert own.encode(text) == ids and own.encoding is not tokenizer.encoding
     if tokenizer.spec["kind"] != "char":
         assert tokenizer.decode(ids) == text
     Path("a.txt").write_text(text * 20)
