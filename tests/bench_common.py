@@ -83,8 +83,8 @@ def table(seconds, units, unit, peer, floor=None):
     return "\n".join(lines)
 
 
-def our_step(model, batch, dtype="fp32", steps=1):
-    """A work: steps of train.py on `batch` with AdamW, as its `fit` makes them."""
+def our_step(model, batches, dtype="fp32", steps=1):
+    """A work: steps of train.py on `batches` with AdamW, as its `fit` makes them."""
     train.keep_freed_memory()
     flags = ["--optimizer", "adamw", "--max_steps", "100", "--data", "none"]
     args, _ = train.resolve(train.build_parser().parse_args(flags))
@@ -98,7 +98,7 @@ def our_step(model, batch, dtype="fp32", steps=1):
 
     def work():
         for _ in range(steps):
-            loss, _ = train.training_step(runner, task, [batch], precision, scaler)
+            loss, _ = train.training_step(runner, task, [next(batches)], precision, scaler)
             train.optimizer_step(model, optimizers, scaler, 1.0, loss)
             if twin:
                 twin.refresh()
@@ -106,10 +106,14 @@ def our_step(model, batch, dtype="fp32", steps=1):
     return work
 
 
-def random_batch(vocab, rows, length):
-    """(ids, targets), each (rows, length), as a language model's batches are."""
-    ids = torch.randint(vocab, (rows, length + 1), generator=torch.Generator().manual_seed(0))
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+def random_batches(vocab, rows, length):
+    """Endless (ids, targets), each (rows, length), as a language model's batches are. They are all
+    different: a single one is soon known by heart, its gradients become too small to be normal
+    numbers, and a CPU takes several times as long for those."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        ids = torch.randint(vocab, (rows, length + 1), generator=generator)
+        yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 def matmul_rate(dtype=torch.float32, size=1536):

@@ -14,7 +14,7 @@ import argparse
 import tempfile
 
 import torch
-from bench_common import about_machine, our_step, random_batch, table, take_turns
+from bench_common import about_machine, our_step, random_batches, table, take_turns
 
 import lora
 import model as lm
@@ -24,7 +24,7 @@ ROWS, LENGTH = 8, 32
 
 def make_peft(folder, dtype):
     """A work: a step of peft's LoRA over the exported model."""
-    batch = random_batch(50257, ROWS, LENGTH)
+    batches = random_batches(50257, ROWS, LENGTH)
     import peft
     import transformers
 
@@ -36,10 +36,10 @@ def make_peft(folder, dtype):
     model.train()
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-4)
-    ids, labels = batch[0], batch[0]  # transformers shifts them itself
 
     def work():
-        loss = model(input_ids=ids, labels=labels).loss
+        ids, _ = next(batches)  # transformers shifts the labels itself
+        loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
@@ -60,7 +60,7 @@ def adapted(quantised):
 
 def make_ours(quantised, dtype):
     """A work: a step of finetune.py's LoRA."""
-    return our_step(adapted(quantised), random_batch(50257, ROWS, LENGTH), dtype)
+    return our_step(adapted(quantised), random_batches(50257, ROWS, LENGTH), dtype)
 
 
 def base_bytes(model):

@@ -44,7 +44,7 @@ from bench_common import (
     load_module,
     matmul_rate,
     our_step,
-    random_batch,
+    random_batches,
     table,
     take_turns,
 )
@@ -156,13 +156,13 @@ def learning(args):
     print(learning_table(runs))
 
 
-def peer_step(model, optimizer, batch, bf16=False, clip=1.0, steps=1):
+def peer_step(model, optimizer, batches, bf16=False, clip=1.0, steps=1):
     """A work: steps as the peers' scripts make them."""
 
     def work():
         for _ in range(steps):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                _, loss = model(*batch)
+                _, loss = model(*next(batches))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if clip:
@@ -208,18 +208,18 @@ def shape_of(case):
 def make_peer(case, folder, bf16):
     """The work of a case's peer."""
     config, rows, length, steps = shape_of(case)
-    batch = random_batch(config.vocab_size, rows, length)
+    batches = random_batches(config.vocab_size, rows, length)
     if "novel" in case:  # the course does not clip
-        return peer_step(*course_model(folder), batch, bf16, 0, steps)
+        return peer_step(*course_model(folder), batches, bf16, 0, steps)
     shape = GPT2 if "GPT-2" in case else CHARS
-    return peer_step(*nanogpt_model(folder, shape), batch, bf16, 1.0, steps)
+    return peer_step(*nanogpt_model(folder, shape), batches, bf16, 1.0, steps)
 
 
 def make_ours(case, dtype):
     """Our work of a case."""
     config, rows, length, steps = shape_of(case)
-    batch = random_batch(config.vocab_size, rows, length)
-    return our_step(lm.Transformer(config), batch, dtype, steps)
+    batches = random_batches(config.vocab_size, rows, length)
+    return our_step(lm.Transformer(config), batches, dtype, steps)
 
 
 def speed(args):
@@ -247,13 +247,13 @@ VARIANTS = ("nanoGPT", "ours", "ours --grad_checkpoint")
 
 def one_variant(args):
     """In a process of its own: seconds of each step of a variant, and its peak memory."""
-    batch = random_batch(50304, 1, 1024)
+    batches = random_batches(50304, 1, 1024)
     if args.variant == "nanoGPT":
-        work = peer_step(*nanogpt_model(args.nanogpt, GPT2), batch)
+        work = peer_step(*nanogpt_model(args.nanogpt, GPT2), batches)
     else:
         model = lm.Transformer(lm.preset("gpt2", vocab_size=50304))
         model.grad_checkpoint = "checkpoint" in args.variant
-        work = our_step(model, batch)
+        work = our_step(model, batches)
     seconds = [clocked(work) for _ in range(args.rounds + 1)][1:]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"seconds": seconds, "peak": before * 1024}))
