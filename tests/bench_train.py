@@ -28,7 +28,6 @@ import contextlib
 import io
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -247,6 +246,8 @@ VARIANTS = ("nanoGPT", "ours", "ours --grad_checkpoint")
 
 def one_variant(args):
     """In a process of its own: seconds of each step of a variant, and its peak memory."""
+    import resource  # Unix alone has it, and tests import what is above
+
     batches = random_batches(50304, 1, 1024)
     if args.variant == "nanoGPT":
         work = peer_step(*nanogpt_model(args.nanogpt, GPT2), batches)

@@ -5,15 +5,14 @@ import copy
 import io
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from bench_sample import perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -176,23 +175,11 @@ def test_bf16_with_masters_learns_as_fp32_does(shakespeare):
     assert abs(low / exact - 1) < 0.005 and low != exact
 
 
-@torch.no_grad()
-def perplexity(model, tokens, length=64):
-    """Of every token given those before it in its window, read one after the other."""
-    losses = []
-    for at in range(0, len(tokens) - length, length):
-        ids = torch.from_numpy(tokens[at : at + length + 1].astype(np.int64))[None]
-        cache = lm.KVCache(model, 1, length)
-        logits = [model.head(model.hidden(i, cache))[0] for i in ids[:, :-1].split(1, dim=1)]
-        losses.append(torch.cat(logits).float().log_softmax(-1).gather(1, ids[0, 1:, None]))
-    return math.exp(-torch.cat(losses).mean())
-
-
 def test_int8_costs_less_than_half_a_percent_of_perplexity(shakespeare):
     tokens = prepare_data.read_tokens(shakespeare / "data" / "shakespeare", "val")[:4000]
     content = lm.load_checkpoint(shakespeare / "out/fp32")
-    exact = perplexity(lm.model_from_checkpoint(content), tokens)
-    rounded = perplexity(lm.Decoder(lm.model_from_checkpoint(content), int8=True), tokens)
+    exact = perplexity(lm.model_from_checkpoint(content), tokens, 64)
+    rounded = perplexity(lm.Decoder(lm.model_from_checkpoint(content), int8=True), tokens, 64)
     assert rounded != exact and abs(rounded / exact - 1) < 0.005
 
 

@@ -1,17 +1,15 @@
 """The commands with models of the Hub, which a server on this machine plays."""
 
-import functools
-import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import serve_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -61,12 +59,8 @@ def hub(tmp_path_factory):
         num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=True,
     )
     save_model(root / "ann/qwen/resolve/main", qwen, QWEN_TOKENS)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
-    handler.func.log_message = lambda *args: None
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", root
-    server.shutdown()
+    with serve_folder(root) as url:
+        yield url, root
 
 
 @pytest.fixture

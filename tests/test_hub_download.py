@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 import prepare_data  # noqa: E402
 from prepare_data import DataError, fetch, fetch_hub  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 BODY = random.Random(1).randbytes(1_000_000)
 INDEX = "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -25,17 +26,9 @@ FOLDER = Path("data/hub/ann/tiny/main")
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, with no mirror, proxy or token of the machine's,
-    and does not wait before it tries again."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("SCRATCHLM_MIRROR", "HF_ENDPOINT", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+def no_waiting(monkeypatch):
+    """Nobody waits before they try again."""
     monkeypatch.setattr(prepare_data.time, "sleep", lambda seconds: None)
-    return tmp_path
 
 
 class Site(ThreadingHTTPServer):

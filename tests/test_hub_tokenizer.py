@@ -4,7 +4,6 @@ import copy
 import hashlib
 import itertools
 import json
-import os
 import random
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TIKTOKEN
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,8 +33,7 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
 
-SHARED = Path(os.environ.get("SCRATCHLM_DATA") or ROOT.parent / "shared" / "data").resolve()
-TIKTOKEN = SHARED / "tiktoken"
+pytestmark = pytest.mark.usefixtures("elsewhere")
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 TEXTS = {
     "english": "It's the seller's 1st rule: don't talk, LISTEN — they'll say... 20,000 times. ",
@@ -73,17 +72,6 @@ STEPS = {  # the pre_tokenizers of well-known models
     ),
     "letters only": split(r"\p{L}+"),  # what lies between the matches is a piece, too
 }
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, with no mirror of the machine's, and offline."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("SCRATCHLM_MIRROR", "HF_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    if TIKTOKEN.is_dir():
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN))
 
 
 def strings(count=300, seed=0):

@@ -3,14 +3,12 @@
 import functools
 import gzip
 import hashlib
-import http.server
 import io
 import os
 import signal
 import struct
 import subprocess
 import sys
-import threading
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SHARED, serve_folder
 from PIL import Image
 from torch import nn
 
@@ -28,20 +27,10 @@ import mnist  # noqa: E402
 import model as lm  # noqa: E402
 from prepare_data import DataError  # noqa: E402
 
-SHARED = Path(os.environ.get("SCRATCHLM_DATA") or ROOT.parent / "shared" / "data").resolve()
+pytestmark = pytest.mark.usefixtures("elsewhere")
 REAL = SHARED / "mnist"
 needs_mnist = pytest.mark.skipif(not REAL.is_dir(), reason=f"no MNIST files in {REAL}")
 NAMES = list(mnist.FILES)
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, with no mirror or proxy of the machine's."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SCRATCHLM_MIRROR", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    return tmp_path
 
 
 def idx(array):
@@ -138,16 +127,9 @@ def mirrors(tmp_path, monkeypatch):
         for level, (name, content) in enumerate(files.items()):
             (folder / f"{name}.gz").write_bytes(gzip.compress(content, level + 1))
         folders.append(folder)
-    handler = functools.partial(
-        http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "web")
-    )
-    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *a: None)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("SCRATCHLM_MIRROR", f"http://127.0.0.1:{server.server_port}")
-    yield folders
-    server.shutdown()
-    server.server_close()
+    with serve_folder(tmp_path / "web") as url:
+        monkeypatch.setenv("SCRATCHLM_MIRROR", url)
+        yield folders
 
 
 def kept():

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import tiktoken
 import tiktoken.registry
+from conftest import SHARED, TIKTOKEN
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,8 +31,7 @@ sys.path.insert(0, str(ROOT))
 import prepare_data  # noqa: E402
 from prepare_data import DataError, Documents, Tokenizer, fetch, prepare, read_tokens  # noqa: E402
 
-SHARED = Path(os.environ.get("SCRATCHLM_DATA") or ROOT.parent / "shared" / "data").resolve()
-TIKTOKEN = SHARED / "tiktoken"
+pytestmark = pytest.mark.usefixtures("elsewhere")
 GPT2, CL100K = ({"kind": "tiktoken", "name": name} for name in ("gpt2", "cl100k_base"))
 SALES_PATH = "/".join(prepare_data.REMOTE["sales"][0].split("/")[3:])  # without https://host
 VOCABULARY = "/openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
@@ -57,19 +57,6 @@ def real(name):
     if not (SHARED / name).is_file():
         pytest.skip(f"real data {SHARED / name} is absent")
     return (SHARED / name).read_text(encoding="utf-8")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, with no mirror or proxy of the machine's."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("SCRATCHLM_MIRROR", "HF_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    if TIKTOKEN.is_dir():
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN))
-    return tmp_path
 
 
 def tokens_of(folder, *splits):

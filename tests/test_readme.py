@@ -1,7 +1,5 @@
 """Every command of the READMEs runs, in their order, at toy size; both languages show the same."""
 
-import functools
-import http.server
 import json
 import os
 import re
@@ -9,10 +7,10 @@ import shlex
 import subprocess
 import sys
 import tarfile
-import threading
 from pathlib import Path
 
 import pytest
+from conftest import serve_folder
 from test_hub_commands import QWEN_TOKENS, save_model
 from test_mnist import toy_files
 
@@ -73,12 +71,8 @@ def mirror(tmp_path_factory):
         with tarfile.open(place, "w:gz") as archive:
             archive.add(REAL / "rotten_tomatoes", "rt-polaritydata")
     save_hub(folder / "huggingface.co")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    handler.func.log_message = lambda *args: None
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with serve_folder(folder) as url:
+        yield url
 
 
 def save_hub(folder):
