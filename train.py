@@ -620,7 +620,10 @@ def optimizer_step(model, optimizers, scaler, grad_clip, loss):
     for o in optimizers:
         scaler.unscale_(o)
     params = [p for p in model.parameters() if p.grad is not None]
-    norm = float(nn.utils.clip_grad_norm_(params, grad_clip or math.inf))
+    norm = nn.utils.get_total_norm([p.grad for p in params])
+    if grad_clip and norm > grad_clip:  # most are not: spare a pass over all gradients
+        nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
+    norm = float(norm)
     if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
         return None
     for o in optimizers:

@@ -87,6 +87,7 @@ def our_step(model, batches, dtype="fp32", steps=1):
     """A work: steps of train.py on `batches` with AdamW, as its `fit` makes them."""
     train.keep_freed_memory()
     flags = ["--optimizer", "adamw", "--max_steps", "100", "--data", "none"]
+    flags += ["--lr", "6e-4"]  # nanoGPT's: random tokens must not drive weights to extremes
     args, _ = train.resolve(train.build_parser().parse_args(flags))
     runtime = train.Runtime(torch.device("cpu"), dtype)
     twin = train.Bfloat16Twin(model) if train.can_have_twin(model, runtime) else None
