@@ -261,7 +261,7 @@ def rope_tables(context, head_size, theta, scaling=None):
     channel = torch.arange(0, head_size, 2, device="cpu").float()
     frequency = scale_frequency(1.0 / theta ** (channel / head_size), scaling or {})  # (hs/2,)
     angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, hs/2)
-    angle = torch.cat((angle, angle), dim=-1)
+    angle = torch.cat((-angle, angle), dim=-1)  # see apply_rope
     return angle.cos(), angle.sin()
 
 
@@ -281,9 +281,12 @@ def apply_rope(x, cos, sin):
     """Rotate x (B, nh, T, hs) by the rows of `cos` and `sin` (broadcastable to x).
 
     Dot products of rotated queries and keys depend on the distance of their positions alone.
+
+        a and b, hs/2 apart      a cos - b sin   the sine in the first half of the table
+        become                   b cos + a sin   is that of minus the angle
     """
-    left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+    other = x.roll(x.shape[-1] // 2, dims=-1)  # b where a was, and a where b was
+    return (x * cos + other * sin).to(x.dtype)
 
 
 def sinusoid_table(context, d_model):
@@ -692,8 +695,9 @@ class Decoder:
         c, self.config, self.embed = model.config, model.config, model.embed
         self.start, self.end = self.norm_of(model.embed_norm), self.norm_of(model.norm)
         self.activation, self.tables = ACTIVATIONS[c.activation], model.position_tables()
+        scale = 1.0
         if c.activation == "gelu" and self.embed.weight.dtype == torch.float32:
-            self.activation = gelu  # torch's own calls oneDNN, which takes long to begin
+            self.activation, scale = half_gelu, 0.5
         self.layers = []
         for block in model.blocks:
             a, f = block.attention, block.feed_forward
@@ -701,8 +705,9 @@ class Decoder:
             if c.qk_norm and c.norm_weight:
                 heads = [a.q_norm.weight] * c.n_head + [a.k_norm.weight] * c.n_kv_head
                 turned = torch.stack(heads).detach()
-            matrices = (a.q, a.k, a.v), (a.out,), (f.up,) if f.gate is None else (f.gate, f.up)
-            products = [product(m, int8, rows) for m in (*matrices, (f.down,))]
+            up = (f.up,) if f.gate is None else (f.gate, f.up)
+            products = [product(m, int8, rows) for m in ((a.q, a.k, a.v), (a.out,), (f.down,))]
+            products.insert(2, product(up, int8, rows, scale))
             norms = self.norm_of(block.norm1), self.norm_of(block.norm2)
             self.layers.append((*norms, turned, *products))
         self.head = product((model.head,), int8, rows)
@@ -731,13 +736,15 @@ class Decoder:
         x = self.start(x).view(B * T, -1)
         for i, (norm1, norm2, turned, qkv, out, up, down) in enumerate(self.layers):
             y = qkv(norm1(x)).view(B, T, nh + 2 * nkv, hs)
-            qk, v = torch.split_with_sizes(y, (nh + nkv, nkv), dim=2)
-            if c.qk_norm:
-                qk = torch.rms_norm(qk, (hs,), None, c.eps)
-                qk = qk if turned is None else qk * turned
-            if c.position == "rope":
-                qk = apply_rope(qk, cos, sin)
-            q, k = torch.split_with_sizes(qk, (nh, nkv), dim=2)
+            q, k, v = torch.split_with_sizes(y, (nh, nkv, nkv), dim=2)
+            if c.qk_norm or c.position == "rope":
+                qk = y[:, :, : nh + nkv]
+                if c.qk_norm:
+                    qk = torch.rms_norm(qk, (hs,), None, c.eps)
+                    qk = qk if turned is None else qk * turned
+                if c.position == "rope":
+                    qk = apply_rope(qk, cos, sin)
+                q, k = torch.split_with_sizes(qk, (nh, nkv), dim=2)
             k, v = cache.layer(i)(k.transpose(1, 2), v.transpose(1, 2))  # (B, nkv, S, hs)
             if T == 1:  # the heads of a group ask their one key head as if they were positions
                 q = q.reshape(B, nkv, nh // nkv, hs)
@@ -759,20 +766,25 @@ class Decoder:
         return self.head(self.hidden(ids, cache, positions, mask)[:, -1])
 
 
-def gelu(x):
-    """x Phi(x) as it is written down: x/2 + x/2 erf(x / sqrt(2))."""
-    half = x * 0.5
-    return torch.addcmul(half, half, torch.erf(x * 0.5**0.5))
+ROOT = torch.tensor(2**0.5)  # a number would become such a tensor at every use
 
 
-def product(layers, int8=False, rows=1):
-    """x (N, in) -> (N, out) as the Linears `layers` give it, their outputs side by side. Their
-    weights are taken out of them and laid out for few rows of x, mostly `rows`.
+def half_gelu(h):
+    """gelu(x) = x/2 + x/2 erf(x / sqrt(2)) of h = x/2; the half lies in the matrix before. torch's
+    own calls oneDNN, which takes longer to begin than this to end."""
+    return torch.addcmul(h, h, torch.erf(h * ROOT))
+
+
+def product(layers, int8=False, rows=1, scale=1.0):
+    """x (N, in) -> (N, out) as the Linears `layers` give it, their outputs side by side, times
+    `scale`. Their weights are taken out of them and laid out for few rows of x, mostly `rows`.
 
     What is fast is for oneDNN and MKL to say, not for theory: tests/bench_sample.py measures it.
     """
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([n.bias.detach() for n in layers])
+    weight = torch.cat([layer.weight.detach() for layer in layers]).mul_(scale)
+    bias = None
+    if layers[0].bias is not None:
+        bias = torch.cat([layer.bias.detach() for layer in layers]).mul_(scale)
     for layer in layers:
         layer.weight = None
     large, half = weight.numel() >= SMALL, weight.shape[1] // 2

@@ -132,9 +132,12 @@ def next_token(logits, previous, generators, settings):
 
 
 def draw(probs, generator):
-    """One id by its probability: of exponential waiting times, each at its own rate, the shortest
-    wins as often as its rate says. It is what torch.multinomial does, without its checks."""
-    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax().item()
+    """One id by its probability: the first whose sum with all before it reaches a random share of
+    the whole, above 0, so never one of probability 0. One random number and not, as in
+    torch.multinomial, one for each token: that took a millisecond with GPT-2's vocabulary."""
+    reached = probs.cumsum(0, dtype=torch.float64)
+    share = 1 - torch.rand(1, generator=generator, dtype=torch.float64)  # (0, 1]
+    return torch.searchsorted(reached, share * reached[-1]).item()
 
 
 # What each rung does when nothing is said: nothing.
