@@ -105,10 +105,12 @@ class QuantLinear(nn.Module):
         self.register_buffer("scale_codes", scale_codes)
         self.register_buffer("scale_scales", scale_scales)
         self.register_buffer("scale_mean", mean)
-        if kind == "nf4":  # what a byte of two codes stands for, (256, 2)
+        if kind == "nf4":
+            # what a byte of two codes stands for, (256,): two floats, looked up as if they were one
+            # long integer, which takes a fifth of the time of looking up rows of two
             levels = torch.tensor(NF4, device=weight.device)
-            pairs = torch.cartesian_prod(levels, levels)
-            self.register_buffer("pairs", pairs, persistent=False)
+            pairs = torch.cartesian_prod(levels, levels).view(torch.int64)[:, 0]
+            self.register_buffer("pairs", pairs.contiguous(), persistent=False)
         self.bias = linear.bias
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -119,7 +121,8 @@ class QuantLinear(nn.Module):
         scales = (self.scale_codes * self.scale_scales).view(-1)[: len(self.codes), None]
         scales = scales + self.scale_mean
         if self.kind == "nf4":
-            values = self.pairs[self.codes.int()].view(-1, BLOCK) * scales
+            pairs = self.pairs.index_select(0, self.codes.view(-1).int())
+            values = pairs.view(torch.float32).view(-1, BLOCK).mul_(scales)
         else:
             values = self.codes * scales
         size = self.out_features * self.in_features
