@@ -10,14 +10,15 @@
 speed: tokens a second of whole steps (forward, backward, clipping, AdamW), ours and the peer's in
 turn on the same batch, in fp32 and bf16. The peers get what their own scripts do, bf16 by autocast.
 
-memory: the same for one row of 1,024 tokens, each variant in a process of its own, for its peak.
+memory: the same for one row of 1,024 tokens (or --rows), each variant in a process of its own, for
+its peak.
 
 learning: nanoGPT's model and optimiser with its own CPU setting (tiny Shakespeare by characters,
 4 layers, 128 wide, context 64, batch 12, 2,000 steps), and train.py in the same shape, batch and
 context with AdamW and with Muon. Losses are nats per character over the *whole* validation split,
 in the same non-overlapping windows; seconds are of training alone.
 
-prepare: prepare_data.py on a gigabyte of text with gpt2's ids in two processes, and tiktoken alone.
+prepare: prepare_data.py on a gigabyte of text with gpt2's ids, and tiktoken alone.
 
 It is a benchmark, not a test: pytest does not collect it. Prints markdown tables for
 tests/BENCHMARKS.md; ten minutes each on two cores, half an hour for speed.
@@ -248,7 +249,7 @@ def one_variant(args):
     """In a process of its own: seconds of each step of a variant, and its peak memory."""
     import resource  # Unix alone has it, and tests import what is above
 
-    batches = random_batches(50304, 1, 1024)
+    batches = random_batches(50304, args.rows, 1024)
     if args.variant == "nanoGPT":
         work = peer_step(*nanogpt_model(args.nanogpt, GPT2), batches)
     else:
@@ -262,17 +263,18 @@ def one_variant(args):
 
 def memory(args):
     """Seconds and peak of the variants, each a few times in turn."""
-    seconds, peaks = {v: [] for v in VARIANTS}, {}
+    seconds, peaks = {v: [] for v in VARIANTS if args.nanogpt or v != "nanoGPT"}, {}
     for _ in range(2):
-        for v in VARIANTS if args.nanogpt else VARIANTS[1:]:
+        for v in seconds:
             command = [sys.executable, __file__, "one", "--variant", v, "--rounds", "3"]
+            command += ["--rows", str(args.rows)]
             command += ["--nanogpt", args.nanogpt] if args.nanogpt else []
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
             seconds[v] += found["seconds"]
             peaks[v] = found["peak"]
-    print("\nGPT-2 124M, 1 x 1024, fp32:\n")
-    print(table(seconds, 1024, "tokens/s", VARIANTS[0]))
+    print(f"\nGPT-2 124M, {args.rows} x 1024, fp32:\n")
+    print(table(seconds, args.rows * 1024, "tokens/s", next(iter(seconds))))
     print("\npeak of the process: " + ", ".join(f"{v} {p / 1e9:.2f} GB" for v, p in peaks.items()))
 
 
@@ -316,6 +318,7 @@ def main():
     p.add_argument("--rounds", type=int, default=5, help="turns that each work has (5)")
     p.add_argument("--source", default="shakespeare", help="for learning (shakespeare)")
     p.add_argument("--megabytes", type=int, default=1000, help="of text to prepare (1000)")
+    p.add_argument("--rows", type=int, default=1, help="of 1,024 tokens, for memory (1)")
     p.add_argument("--variant", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.what == "one":
