@@ -32,6 +32,7 @@ import shutil
 import sys
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -698,19 +699,18 @@ class Decoder:
         scale = 1.0
         if c.activation == "gelu" and self.embed.weight.dtype == torch.float32:
             self.activation, scale = half_gelu, 0.5
-        self.layers = []
+        self.layers, make = [], partial(product, int8=int8, rows=rows)
         for block in model.blocks:
             a, f = block.attention, block.feed_forward
-            turned = None  # the weights of the norms of q and k, (nh + nkv, hs)
+            qk_weight = None  # the weights of the norms of q and k, (nh + nkv, hs)
             if c.qk_norm and c.norm_weight:
                 heads = [a.q_norm.weight] * c.n_head + [a.k_norm.weight] * c.n_kv_head
-                turned = torch.stack(heads).detach()
+                qk_weight = torch.stack(heads).detach()
             up = (f.up,) if f.gate is None else (f.gate, f.up)
-            products = [product(m, int8, rows) for m in ((a.q, a.k, a.v), (a.out,), (f.down,))]
-            products.insert(2, product(up, int8, rows, scale))
+            products = make((a.q, a.k, a.v)), make((a.out,)), make(up, scale=scale), make((f.down,))
             norms = self.norm_of(block.norm1), self.norm_of(block.norm2)
-            self.layers.append((*norms, turned, *products))
-        self.head = product((model.head,), int8, rows)
+            self.layers.append((*norms, qk_weight, *products))
+        self.head = make((model.head,))
 
     def norm_of(self, module):
         """The norm of `make_norm`, as a function of x alone."""
@@ -734,14 +734,14 @@ class Decoder:
         else:  # the same for all heads
             cos, sin = (t.unsqueeze(-2) for t in tables)
         x = self.start(x).view(B * T, -1)
-        for i, (norm1, norm2, turned, qkv, out, up, down) in enumerate(self.layers):
+        for i, (norm1, norm2, qk_weight, qkv, out, up, down) in enumerate(self.layers):
             y = qkv(norm1(x)).view(B, T, nh + 2 * nkv, hs)
             q, k, v = torch.split_with_sizes(y, (nh, nkv, nkv), dim=2)
             if c.qk_norm or c.position == "rope":
                 qk = y[:, :, : nh + nkv]
                 if c.qk_norm:
                     qk = torch.rms_norm(qk, (hs,), None, c.eps)
-                    qk = qk if turned is None else qk * turned
+                    qk = qk if qk_weight is None else qk * qk_weight
                 if c.position == "rope":
                     qk = apply_rope(qk, cos, sin)
                 q, k = torch.split_with_sizes(qk, (nh, nkv), dim=2)

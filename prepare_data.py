@@ -172,7 +172,6 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
     dest = Path(dest) if dest else download_path(url)
     if dest.exists() and (sha256 is None or file_sha256(dest) == sha256):
         return dest
-    dest.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(tries):
         try:
             part, named = download_part(resolve_url(url), dest, token)
@@ -227,7 +226,7 @@ def download_part(url, dest, token=None):
     """One attempt at `fetch`: fill dest.VERSION.part, continuing one that is there, and return it
     with the hash that the Hub gives for it, or None."""
     ours = re.compile(re.escape(dest.name) + r"\.([0-9a-f]{8}|once)\.part")
-    old = next((p for p in dest.parent.iterdir() if ours.fullmatch(p.name)), None)
+    old = next((p for p in dest.parent.glob("*") if ours.fullmatch(p.name)), None)
     have = old.stat().st_size if old and not old.name.endswith(".once.part") else 0
     # identity: with a compressed transfer neither the length nor a Range would mean the file's own
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -255,6 +254,7 @@ def download_part(url, dest, token=None):
         have = have if resumed else 0
         length = r.headers.get("Content-Length")
         total = have + int(length) if length else None
+        part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab" if resumed else "wb") as f:
             try:
                 for block in progress(r.iter_content(1 << 18), dest.name, have, total):

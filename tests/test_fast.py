@@ -27,6 +27,7 @@ LLAMA = dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2, 
 ARCHITECTURES = {
     "gpt2": dict(position="learned", norm="layernorm", activation="gelu_tanh", qkv_bias=True,
                  out_bias=True, ff_bias=True, tied=True),
+    "erf": dict(position="learned", norm="layernorm", activation="gelu", ff_bias=True, tied=True),
     "llama": LLAMA,
     "qwen3": LLAMA | dict(qk_norm=True, tied=True, head_size=24),
     "qwen2": LLAMA | dict(qkv_bias=True),
