@@ -619,7 +619,7 @@ def hold_gradients(model):
 
     With gradient checkpointing each block's activations come and go again during the backward pass,
     and gradients that are born in between settle in the holes, so that the next block's need new
-    memory: 4 rows of 1,024 tokens at GPT-2's shape took 4.7 GB so, and 3.5 with gradients that stay.
+    memory: 4 rows of 1,024 tokens at GPT-2's shape took 4.7 GB so, with gradients that stay 3.5.
     """
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
