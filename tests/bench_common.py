@@ -96,8 +96,7 @@ def our_step(model, batches, dtype="fp32", steps=1):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     task = train.Task(batches=None, evaluate=None, extra={})
     model.train()
-    if model.grad_checkpoint:
-        train.hold_gradients(model)
+    train.clear_gradients(model)
 
     def work():
         for _ in range(steps):
