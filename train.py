@@ -615,7 +615,7 @@ def training_step(model, task, batches, runtime, scaler):
 
 
 def clear_gradients(model):
-    """Forget the gradients; with gradient checkpointing those in blocks become zeros in their place.
+    """Forget the gradients; with gradient checkpointing those in blocks become zeros in place.
 
     There each block's activations come and go again during the backward pass, and gradients that
     are born in between settle in the holes, so that the next block's need new memory: 4 rows of
