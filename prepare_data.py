@@ -46,7 +46,6 @@ from urllib.parse import quote, unquote, urlsplit
 
 import numpy as np
 import regex  # comes with tiktoken, whose split patterns are written for it (\p{L}, \p{Han})
-import requests
 import tiktoken
 import tiktoken.load
 
@@ -172,6 +171,8 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
     dest = Path(dest) if dest else download_path(url)
     if dest.exists() and (sha256 is None or file_sha256(dest) == sha256):
         return dest
+    import requests  # not above: most runs download nothing, and it takes longer than all the rest
+
     for attempt in range(tries):
         try:
             part, named = download_part(resolve_url(url), dest, token)
@@ -225,6 +226,8 @@ def named_hash(answers):
 def download_part(url, dest, token=None):
     """One attempt at `fetch`: fill dest.VERSION.part, continuing one that is there, and return it
     with the hash that the Hub gives for it, or None."""
+    import requests
+
     ours = re.compile(re.escape(dest.name) + r"\.([0-9a-f]{8}|once)\.part")
     old = next((p for p in dest.parent.glob("*") if ours.fullmatch(p.name)), None)
     have = old.stat().st_size if old and not old.name.endswith(".once.part") else 0

@@ -434,7 +434,7 @@ def offline(tmp_path, monkeypatch):
         raise AssertionError("no test asks the network")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare_data.requests, "get", refuse)
+    monkeypatch.setattr("requests.get", refuse)
 
 
 def test_synthetic_dialogues_say_what_their_calls_ask_and_find_what_fits(offline, tmp_path):
