@@ -669,6 +669,16 @@ ANY_CHARACTER = r"(?s:.)"
 tiktoken.load.read_file = lambda url: fetch(url).read_bytes()
 
 
+def rebuilt(e, more=None):
+    """A tiktoken.Encoding like `e` that shares nothing with it, with `more` special tokens."""
+    return tiktoken.Encoding(
+        e.name,
+        pat_str=e._pat_str,
+        mergeable_ranks=e._mergeable_ranks,
+        special_tokens=e._special_tokens | (more or {}),
+    )
+
+
 class Tokenizer:
     """A tiktoken.Encoding and the plain-dict `spec` that rebuilds it anywhere.
 
@@ -713,13 +723,8 @@ class Tokenizer:
                 special_tokens=dict(spec["added"]) if kind == "hf" else {END: len(tokens)},
             )
         if added := spec.get("special"):  # ids of their own behind all others
-            e, names = self.encoding, enumerate(added, start=self.encoding.n_vocab)
-            self.encoding = tiktoken.Encoding(
-                e.name,
-                pat_str=e._pat_str,
-                mergeable_ranks=e._mergeable_ranks,
-                special_tokens=e._special_tokens | {name: i for i, name in names},
-            )
+            names = enumerate(added, start=self.encoding.n_vocab)
+            self.encoding = rebuilt(self.encoding, {name: i for i, name in names})
         self.special = self.encoding._special_tokens  # name -> id
         self.n_vocab = self.encoding.n_vocab  # the largest id + 1
         known = self.encoding._mergeable_ranks
@@ -769,11 +774,8 @@ class Tokenizer:
         """The same tokenizer for a thread of its own. Of all that share an encoding, the first to
         use its regular expressions keeps their fast place, and every match of another one makes
         both wait: two threads took longer than one, and with an encoding each half as long."""
-        e, own = self.encoding, copy.copy(self)
-        ranks, special = e._mergeable_ranks, e._special_tokens
-        own.encoding = tiktoken.Encoding(
-            e.name, pat_str=e._pat_str, mergeable_ranks=ranks, special_tokens=special
-        )
+        own = copy.copy(self)
+        own.encoding = rebuilt(self.encoding)
         return own
 
     def encode(self, text):

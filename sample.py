@@ -716,11 +716,15 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
 def decoder(model, rows, int8=False, plain=False):
     """What to write `rows` texts at once with: the model's Decoder on a CPU, unless it has adapters
     (they may be switched) or is to stay `plain`. DataError if int8 is not possible."""
-    bare = not any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
-    if not plain and bare and model.embed.weight.device.type == "cpu":
+    adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
+    device = model.embed.weight.device.type
+    if not (plain or adapted or device != "cpu"):
         return Decoder(model, int8, rows)
     if int8:
-        raise DataError("--dtype int8 is for a CPU, merged adapters (lora.py merge), no --plain")
+        reason = f"is for a CPU, not {device}"
+        if adapted:
+            reason = "does not round adapters: lora.py merge writes a checkpoint without them"
+        raise DataError(f"--dtype int8 {'excludes --plain' if plain else reason}")
     return model
 
 

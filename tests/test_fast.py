@@ -17,6 +17,7 @@ from bench_sample import perplexity
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import lora  # noqa: E402
 import model as lm  # noqa: E402
 import prepare_data  # noqa: E402
 import sample  # noqa: E402
@@ -258,3 +259,13 @@ def test_plain_trains_without_a_twin(plain, tmp_path, monkeypatch):
     task = train.Task(lambda step: [(ids, ids)], lambda m, final: {"val_loss": 1.0}, {})
     train.fit(model, task, args, train.Runtime(torch.device("cpu"), "bf16", 1e9), tmp_path)
     assert bool(made) is not plain
+
+
+def test_int8_says_what_stands_in_its_way():
+    model = build("llama")
+    with pytest.raises(sample.DataError, match="--dtype int8 excludes --plain"):
+        sample.decoder(model, 1, int8=True, plain=True)
+    lora.add_lora(model, "attention", rank=2, alpha=4)
+    with pytest.raises(sample.DataError, match=r"int8 does not round adapters: lora\.py merge"):
+        sample.decoder(model, 1, int8=True)
+    assert sample.decoder(model, 1) is model
