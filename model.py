@@ -1361,7 +1361,12 @@ def hf_tensors(folder):
         except Exception as e:
             raise ModelError(f"{files[0]} holds no plain tensors, or is cut short") from e
         return dict.fromkeys(state, state)
-    return {name: file for file in map(Safetensors, files) for name in file.entries}
+    found = {}
+    for file in map(Safetensors, files):
+        if twice := found.keys() & file.entries.keys():
+            raise ModelError(f"{folder}: the tensor {min(twice)} is in two of its files")
+        found |= dict.fromkeys(file.entries, file)
+    return found
 
 
 def load_hf(folder, dtype=None):

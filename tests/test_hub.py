@@ -506,6 +506,14 @@ def test_a_folder_that_misfits_says_how(tmp_path):
         safetensors.save_file(changed, path)
         with pytest.raises(ModelError, match=words):
             lm.load_hf(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": path.name, "b": "b.safetensors"}}))
+    with pytest.raises(ModelError, match=r"lacks b\.safetensors, which .* promises"):
+        lm.load_hf(tmp_path)
+    safetensors.save_file(state, tmp_path / "b.safetensors")
+    with pytest.raises(ModelError, match="is in two of its files"):
+        lm.load_hf(tmp_path)
+    index.unlink()
     path.unlink()
     with pytest.raises(ModelError, match="has none of"):
         lm.load_hf(tmp_path)
