@@ -40,6 +40,7 @@ from model import (
     find_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
+    timing_lines,
 )
 from prepare_data import (
     UNKNOWN,
@@ -713,13 +714,17 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
     return model, Tokenizer(specs[0]), where
 
 
-def decoder(model, rows, int8=False, plain=False):
+def decoder(model, rows, args):
     """What to write `rows` texts at once with: the model's Decoder on a CPU, unless it has adapters
-    (they may be switched) or is to stay `plain`. DataError if int8 is not possible."""
+    (they may be switched) or args.plain says no. DataError if args.dtype int8 is not possible."""
+    int8, plain = args.dtype == "int8", args.plain
     adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
     device = model.embed.weight.device.type
     if not (plain or adapted or device != "cpu"):
-        return Decoder(model, int8, rows)
+        fast = Decoder(model, int8, rows)
+        if args.verbose:
+            print("\n".join(timing_lines()), file=sys.stderr)
+        return fast
     if int8:
         reason = f"is for a CPU, not {device}"
         if adapted:
@@ -881,6 +886,7 @@ def build_parser():
     add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16", "int8"),
         help="of the weights (default auto: bf16 on CUDA, else fp32); int8 is for CPUs")
     add("--plain", action="store_true", help="write with the Transformer itself, not its Decoder")
+    add("--verbose", action="store_true", help="show which products the Decoder timed")
     add("--adapter", action="append", help="LoRA run to lay over --ckpt; several can be switched")
     add("--chat", action="store_true", help="talk in the terminal")
     add("--tools", help="with --chat: hotel, or a .py file whose functions the model may call")
@@ -932,7 +938,7 @@ def main(argv=None):
             print(f"{cosine:7.3f}  {text!r}")
         return
     if args.chat:
-        model = decoder(model, 1, args.dtype == "int8", args.plain)
+        model = decoder(model, 1, args)
         settings = {name: getattr(args, name) for name in DECODING}
         talk(Chat(model, tokenizer, tools, args.max_tokens, args.seed, settings))
         return
@@ -945,7 +951,7 @@ def main(argv=None):
             print("  ".join(f"{name} {p:.3f}" for p, name in best))
         return
     rows = args.beams or len(prompts) * args.num_samples
-    model = decoder(model, rows, args.dtype == "int8", args.plain)
+    model = decoder(model, rows, args)
     if args.beams:
         ids = [i for p in prompts for i in write_beams(model, tokenizer, p, args)]
     else:

@@ -12,6 +12,17 @@ import pytest
 # tests run in several processes at once, one a core: so torch is to use one thread in each
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# stand-ins for other machines: without oneDNN, without the int8 operations for x86
+if without := os.environ.get("SCRATCHLM_WITHOUT"):
+    import torch
+
+    if without == "mkldnn":
+        torch.backends.mkldnn.set_flags(False)
+    elif without == "x86_int8":
+        torch.backends.quantized.engine = "qnnpack"  # for ARM
+    else:
+        raise ValueError(f"SCRATCHLM_WITHOUT={without} is neither mkldnn nor x86_int8")
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SCRATCHLM_DATA") or ROOT.parent / "shared" / "data").resolve()
 TIKTOKEN = SHARED / "tiktoken"
