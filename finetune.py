@@ -803,11 +803,11 @@ class Measure:
     def __call__(self, model, final=True):
         scores = {"chat": self.chat, "label": self.label, "prefer": self.prefer}[self.kind]
         with lm.evaluating(model), self.runtime.autocast():
-            return scores(model, final)
+            return self.runtime.of_first(scores(model, final))
 
     def chat(self, model, final):
-        """Loss a target, and how the answers to some of the questions score; `report` answers them
-        all in the end."""
+        """Loss a target, and how the answers to some of the questions score, which only rank 0
+        writes; `report` answers them all in the end."""
         loss, count = 0.0, 0
         for chosen in self.batches[self.runtime.rank :: self.runtime.world]:
             ids, targets = pad([self.rows[i] for i in chosen])
@@ -1078,23 +1078,26 @@ def make_task(args, kind, batches, measure, reference, runtime, extra, end):
 
 
 def evaluate_only(args):
-    """--eval_only: load, measure one split, write predictions beside the checkpoint."""
+    """--eval_only: load, measure one split, write predictions to --out."""
     if args.data is None:
         raise DataError(f"--data is missing: a file, or one of {', '.join(SETS)}")
     settings = RECIPE | {k: v for k, v in vars(args).items() if v is not None}
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
     train.check_settings(args, LIMITS)
-    model, tokenizer, where = load(args.ckpt, args.device)
+    runtime = train.make_runtime(args.device, args.dtype)
+    model, tokenizer, where = load(args.ckpt, args.device, runtime.dtype)
     train.settle_context(args, model)
     kind, parts, _ = load_data(args.data, args.val_data, args.val)
     labels = check_parts(args, kind, parts)
     wanted = [label_token(n) for n in labels] if kind == "label" else missing_chat(tokenizer)
     if missing := [n for n in wanted if n not in tokenizer.special]:
         raise DataError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
-    runtime = train.make_runtime(args.device, args.dtype)
+    run = where.parent if where.suffix == ".pt" else where
+    out = train.run_folder(args, None, f"{run.name}-eval", runtime)
     rows, _ = make_rows(kind, parts[args.split], tokenizer, args.context)
     measure = Measure(kind, parts[args.split], rows, tokenizer, runtime, args, labels)
-    report(model, measure, where if where.is_dir() else where.parent)
+    report(model, measure, out)
+    print(f"{out}/predictions.jsonl")
 
 
 def main(argv=None):
@@ -1148,7 +1151,8 @@ def main(argv=None):
             f"most {longest:,} tokens, {cut:,} of them cut; {n:,} batches an epoch"
         )
         tokens = sum(batches.length(r) * (2 if kind == "prefer" else 1) for r in rows)
-        print("\n".join(train.header(model, args, runtime, tokens, args.batch_tokens)))
+        sizes = tokens, args.batch_tokens, tokens / len(rows)
+        print("\n".join(train.header(model, args, runtime, *sizes)))
         if cut > len(rows) / 10:
             print("many rows are cut: a longer --context, or a base that has one, keeps more")
     train.launch(model, task, args, runtime, out, content)
@@ -1206,7 +1210,8 @@ def build_parser():
     add("--val_data", help="rows to measure on (default: the set's own, or --val)")
     add("--val", type=float, help="else the share of conversations held out (default 0.1)")
     add("--objective", choices=tuple(OBJECTIVES), help="default: what the rows suit")
-    add("--out", help="folder of the run (default: out/DATA-ft, numbered if taken)")
+    add("--out", help="folder of the run (default: out/DATA-ft, or with --eval_only out/CKPT-eval, "
+        "numbered if taken)")
     train.add_machine(add)
     add("--eval_only", action="store_true", default=None, help="measure --ckpt, train nothing")
     add("--split", help="to report on at the end: val (default; dev), test, train")

@@ -692,15 +692,15 @@ def build_parser():
 # fmt: on
 
 
-def newest_run(recipe):
-    """The folder under out/ of the last run of that recipe; DataError if there is none."""
+def newest_run(recipe=None):
+    """The folder under out/ of the last run of that recipe, or of any; DataError without one."""
     for path in sorted(OUT.glob("*/mnist.pt"), key=lambda path: -path.stat().st_mtime):
         try:
-            if lm.load_checkpoint(path)["config"].get("recipe") == recipe:
+            if recipe in (None, lm.load_checkpoint(path)["config"].get("recipe")):
                 return path.parent
         except lm.ModelError as e:
             print(f"passed over: {e}", file=sys.stderr)
-    flag = {"course": "", "fast": " --recipe fast", "diffusion": " --diffusion"}[recipe]
+    flag = {"fast": " --recipe fast", "diffusion": " --diffusion"}.get(recipe, "")
     raise DataError(f"no such run in {OUT}/: train it first, python mnist.py{flag}")
 
 
@@ -742,7 +742,7 @@ def check_flags(args):
 
 def resume(args, given):
     """(settings, content) of the mnist.pt that --resume means."""
-    folder = Path(args.resume) if args.resume else newest_run(args.recipe or "course")
+    folder = Path(args.resume) if args.resume else newest_run(args.recipe)
     saved = lm.load_checkpoint(folder / "mnist.pt" if folder.is_dir() else folder)
     if not {"progress", "args", "images"} <= set(saved):
         raise DataError(f"{folder} is no run of mnist.py")
@@ -913,13 +913,13 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     check_numbers(args)
     check_flags(args)
-    args.steps, args.guidance = args.steps or 30, args.guidance or 2.0
     device = lm.choose_device(args.device)
+    saved = settle(args) if args.draw is None and not args.judge else None
+    args.steps, args.guidance = args.steps or 30, args.guidance or 2.0
     if args.draw is not None:
         return draw_words(args, device)
     if args.judge:
         return judge(args, device)
-    saved = settle(args)
     if args.compare:
         return compare(args, device)
     return (train_denoiser if args.recipe == "diffusion" else train_reader)(args, saved, device)

@@ -1612,11 +1612,12 @@ def count_parameters(model):
     return {**parts, "total": sum(parts.values())}
 
 
-def flops_per_token(config):
-    """Floating-point operations to train on one token, forward and backward.
+def flops_per_token(config, length=None):
+    """Floating-point operations to train on one token of rows that are `length` tokens long (by
+    default the context), forward and backward.
 
     Six per weight that takes part in a product (a multiply and an add, three times: forward, by
-    the input, by the weight), plus the attention scores: 12 n_layer nh hs context. That counts the
+    the input, by the weight), plus the attention scores: 12 n_layer nh hs length. That counts the
     masked half too, as PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT do, so MFUs compare.
     """
     c = config
@@ -1624,7 +1625,7 @@ def flops_per_token(config):
     feed_forward = c.d_model * c.d_ff * (3 if c.activation in GATED else 2)
     block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
     weights = c.n_layer * block + c.d_model * c.vocab_size
-    return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * c.context
+    return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
 
 
 def chinchilla_loss(parameters, tokens):

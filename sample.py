@@ -612,6 +612,8 @@ class Chat:
                 return f"{rest}: {e.strerror}"
             return f"saved to {rest}"
         if name == "adapter":
+            if isinstance(self.model, Decoder):  # made only of a model without adapters
+                return "this model has no adapters: sample.py --adapter RUN lays one over it"
             try:
                 lora.switch(self.model, *rest.split())
             except ModelError as e:

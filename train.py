@@ -25,7 +25,7 @@ import os
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -96,6 +96,9 @@ RECIPES = {
     "gpt2-xl": _LARGE | dict(lr=2e-4, batch_size=1),
     "novel": _LARGE | dict(lr=6e-4, batch_size=4),
 }
+# With --ckpt: the first steps must not undo what the weights have learned. Rates that are None
+# follow from the model's size, see `settle_rates`.
+GOING_ON = dict(lr=None, embed_lr=None, head_lr=None, muon_lr=None)
 # Without --max_steps and --max_minutes: whichever of the two comes first.
 DEFAULT_STEPS, DEFAULT_MINUTES = 2500, 2.9
 
@@ -128,6 +131,13 @@ class Runtime:
         t = t.to(self.device)
         dist.all_reduce(t)
         return t.tolist()
+
+    def of_first(self, value):
+        """The value that rank 0 has, whatever the other ranks have: all must decide alike."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
 
 
 def keep_freed_memory():
@@ -366,7 +376,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     starts = np.arange(0, targets, T)
     if limit and limit < targets:
         wanted = max(1, limit // T)
-        starts = starts[:: max(1, len(starts) // wanted)][:wanted]
+        starts = [starts[i * len(starts) // wanted] for i in range(wanted)]
     loss, count, n_bytes = 0.0, 0, 0
     full = [s for s in starts if s + T <= targets]
     per_batch = max(1, 8192 // T)
@@ -536,9 +546,9 @@ def check_memory(model, tokens, runtime):
             )
 
 
-def header(model, args, runtime, tokens, per_batch):
+def header(model, args, runtime, tokens, per_batch, length):
     """The lines before the first step: what is trained, on what, and what it will take. `tokens`
-    are those of the training text, `per_batch` those of a micro-batch."""
+    are those of the training text, `per_batch` those of a micro-batch, `length` those of a row."""
     c, n = model.config, lm.count_parameters(lm.skeleton(model.config))["total"]
     # of a table that learns some rows only (lora.train_rows) just these count
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -555,7 +565,7 @@ def header(model, args, runtime, tokens, per_batch):
         f"memory about {memory:,.0f} MB; {per_step:,} tokens a step",
     ]
     if args.max_steps:
-        flops = lm.flops_per_token(c) * per_step * args.max_steps
+        flops = lm.flops_per_token(c, length) * per_step * args.max_steps
         floor = clock(flops / (runtime.peak * runtime.world))
         lines[-1] += f"; {args.max_steps:,} steps take {floor} or more (less no matmul allows)"
     if args.max_minutes:
@@ -661,7 +671,9 @@ class Run:
         if resume:
             self.restore(resume)
         self.log = Log(out, self.state["step"], quiet=runtime.rank > 0)
-        self.recent = []  # (loss, tokens, seconds) of the steps since the last line
+        self.last = {}  # the last evaluation
+        # (loss, tokens, FLOPs, seconds) of the last steps: also behind a last, shorter interval
+        self.recent = deque(maxlen=args.log_every)
 
     def progress(self):
         """The fraction of the run that is over: by steps or by minutes, whichever is further."""
@@ -681,24 +693,24 @@ class Run:
             group["lr"] = group["peak"] * lr / a.lr
         return lr
 
-    def count(self, loss, tokens, seconds, lr, norm):
-        """Book a step; every log_every of them, a line and a row of metrics."""
-        s = self.state
+    def count(self, loss, tokens, length, seconds, lr, norm):
+        """Book a step, its rows `length` tokens long; every log_every of them, a line and a row of
+        metrics."""
+        s, flops = self.state, tokens * lm.flops_per_token(self.model.config, length)
         s["step"] += 1
         s["tokens"] += tokens
         # one clock for all processes: they must agree on when the time is up
         s["seconds"] += self.runtime.total(seconds)[0] / self.runtime.world
-        self.recent.append((loss, tokens, seconds))
+        self.recent.append((loss, tokens, flops, seconds))
         done = self.progress()
         if s["step"] % self.args.log_every and done < 1:
             return
-        losses, counts, times = zip(*self.recent)
-        self.recent = []
+        losses, counts, flops, times = zip(*self.recent)
         tok_s = sum(counts) / sum(times)
         peak = self.runtime.peak * self.runtime.world
         row = dict(step=s["step"], tokens=s["tokens"], seconds=round(s["seconds"], 3))
         row |= dict(loss=sum(losses) / len(losses), lr=lr, grad_norm=norm, tok_s=round(tok_s))
-        row["mfu"] = tok_s * lm.flops_per_token(self.model.config) / peak
+        row["mfu"] = sum(flops) / sum(times) / peak
         self.log.write(**row)
         of = f"/{self.args.max_steps}" if self.args.max_steps else ""
         eta = clock(s["seconds"] * (1 - done) / done)
@@ -715,6 +727,7 @@ class Run:
         better = score < s["best"]
         s.update(dict(best=score, best_step=s["step"], bad=0) if better else {})
         s["bad"] += not better
+        self.last = row
         self.log.write(**row)
         self.log.line(eval_line(row) + ("  best" if better else ""))
         self.save(better)
@@ -857,7 +870,8 @@ def fit(model, task, args, runtime, out, resume=None):
                     f"a longer --warmup_steps or --dtype fp32"
                 )
             synchronize(runtime.device)
-            run.count(loss, tokens, time.perf_counter() - start, lr, norm)
+            length = sum(b[0].numel() for b in batches) / sum(len(b[0]) for b in batches)
+            run.count(loss, tokens, length, time.perf_counter() - start, lr, norm)
             if runtime.total(stop.number)[0]:
                 run.save()
                 run.log.line(f"stopped at step {run.state['step']}, saved: go on with --resume")
@@ -867,9 +881,12 @@ def fit(model, task, args, runtime, out, resume=None):
             if args.patience and run.state["bad"] >= args.patience:
                 run.log.line(f"{run.state['bad']} evaluations without a better one: stopping early")
                 break
-    final = {"step": run.state["step"], "final": True, **task.evaluate(model, True)}
+    final = run.last  # it may have been of this step and the whole split
+    if final.get("step") != run.state["step"] or final.get("val_share", 1) < 1:
+        final = {"step": run.state["step"], **task.evaluate(model, True)}
+        run.log.line(eval_line(final))
+    final["final"] = True
     run.log.write(**final)
-    run.log.line(eval_line(final))
     return {**final, **run.state}
 
 
@@ -1008,6 +1025,7 @@ def resolve(args):
             raise DataError(f"--{shaped[0]} cannot be given with --ckpt, which brings its shape")
         preset, optimizer = given.get("preset", "tiny"), given.get("optimizer", "adamw")
         settings = RECIPE | RECIPES.get(optimizer, {}) | RECIPES.get(preset, {})
+        settings |= GOING_ON if "ckpt" in given else {}
         settings = {"data": "stdlib", "preset": preset} | settings | given
         if not {"max_steps", "max_minutes"} & set(given):
             settings |= dict(max_steps=DEFAULT_STEPS, max_minutes=DEFAULT_MINUTES)
@@ -1040,16 +1058,18 @@ def data_hashes(meta):
     return {split: about["sha256"] for split, about in meta["splits"].items()}
 
 
-def find_data(source):
+def find_data(source, resuming=False):
     """The prepared folder that --data means, preparing it first where that is still to do, or to
-    do again because the file has changed since."""
+    do again because the file has changed since; never for a run that is resumed."""
     for folder in (Path(source), DATA / source, DATA / default_name(source)):
         meta, named = folder / "meta.json", folder in (Path(source), DATA / source)
         if not meta.exists() or not (named or read_meta(folder)["source"] == source):
             continue
         file = Path(source)
-        if not file.is_file() or file.stat().st_mtime <= meta.stat().st_mtime:
+        if resuming or not file.is_file() or file.stat().st_mtime <= meta.stat().st_mtime:
             return folder
+    if resuming:
+        raise DataError(f"{source}, the text of this run, is gone: prepare it again")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError(f"prepare the text before several processes: prepare_data.py {source}")
     print(f"preparing {source} first (python prepare_data.py {source})")
@@ -1107,6 +1127,16 @@ def settle_context(args, model):
         raise DataError(f"--context {args.context} must be from 2 to the model's {most}")
 
 
+def settle_rates(args, model):
+    """Fill in the learning rates of a run that goes on from weights, where none are given: smaller
+    for larger models, 3e-4 for the default shape, 4e-5 for GPT-2. The trials: tests/BENCHMARKS.md.
+    """
+    if args.lr is None:
+        args.lr = float(f"{0.4 / sum(p.numel() for p in model.parameters()) ** 0.5:.1e}")
+    if args.muon_lr is None:
+        args.muon_lr = 10 * args.lr
+
+
 def closing_lines(model, tokenizer, runtime, meta, result, out, prompt_ids):
     """What is printed at the end: figures, xz's beside them, and a sample."""
     lines = [
@@ -1162,9 +1192,7 @@ def launch(model, task, args, runtime, out, content):
 
 def main(argv=None):
     args, content = resolve(build_parser().parse_args(argv))
-    if content and not Path(args.data, "meta.json").exists():
-        raise DataError(f"{args.data}, the text of this run, is gone: prepare it again")
-    folder = find_data(args.data)
+    folder = find_data(args.data, resuming=content is not None)
     args.data = str(folder)
     meta = read_meta(folder)
     tokenizer = Tokenizer(meta["tokenizer"])
@@ -1179,6 +1207,7 @@ def main(argv=None):
     model.to(runtime.device)
     train, val = read_tokens(folder, "train"), read_tokens(folder, "val")
     settle_context(args, model)
+    settle_rates(args, model)
     windows = Windows(train, args.context, args.seed)
     check_memory(model, args.batch_size * args.context, runtime)
     out = run_folder(args, content, folder.name, runtime)
@@ -1193,7 +1222,8 @@ def main(argv=None):
         extra={"tokenizer": tokenizer.spec, "data": data_hashes(meta)},
     )
     if runtime.rank == 0:
-        about = header(model, args, runtime, len(train), args.batch_size * args.context)
+        per_batch = args.batch_size * args.context
+        about = header(model, args, runtime, len(train), per_batch, args.context)
         print("\n".join([f"{out}: {folder}, {tokenizer.name}, {args.optimizer}", *about]))
     result = launch(model, task, args, runtime, out, content)
     if runtime.rank == 0:

@@ -1,5 +1,6 @@
 """What the benchmarks share: taking turns, and what this machine can do at best."""
 
+import contextlib
 import importlib.util
 import multiprocessing as mp
 import os
@@ -7,6 +8,7 @@ import platform
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,12 +35,15 @@ def clocked(work):
     return time.perf_counter() - start
 
 
-def serve(connection, make, settings):
-    """In a process of its own: make a work, then do it and tell its seconds as often as asked."""
+def make_work(make, settings):
+    """In a process of its own: make what it is to do whenever `do_work` is called there."""
+    global work
     work = make(**settings)
-    connection.send("ready")
-    while connection.recv():
-        connection.send(clocked(work))
+
+
+def do_work():
+    """Seconds that the work of this process takes."""
+    return clocked(work)
 
 
 def take_turns(works, rounds=5):
@@ -46,25 +51,20 @@ def take_turns(works, rounds=5):
     slow moment of the machine meets them all; a round before is not counted.
 
     `works` are {name: (make, settings)}: each is made in a process of its own by make(**settings),
-    as its user would have it, with the memory and threads that its own scripts ask for.
+    as its user would have it, with the memory and threads that its own scripts ask for. What a
+    process raises, or BrokenProcessPool if it dies, is raised here at once.
     """
-    context, seconds, workers = mp.get_context("spawn"), {name: [] for name in works}, {}
-    for name, (make, settings) in works.items():
-        connection, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, make, settings), daemon=True)
-        process.start()
-        assert connection.recv() == "ready"
-        workers[name] = process, connection
-    for i in range(rounds + 1):
-        for name, (_, connection) in workers.items():
-            time.sleep(0.3)  # the last one's threads may still look for more
-            connection.send(True)
-            took = connection.recv()
-            if i:
-                seconds[name].append(took)
-    for process, connection in workers.values():
-        connection.send(False)
-        process.join()
+    context, seconds, pools = mp.get_context("spawn"), {name: [] for name in works}, {}
+    with contextlib.ExitStack() as stack:
+        for name, (make, settings) in works.items():
+            pools[name] = stack.enter_context(ProcessPoolExecutor(1, context))
+            pools[name].submit(make_work, make, settings).result()
+        for i in range(rounds + 1):
+            for name, pool in pools.items():
+                time.sleep(0.3)  # the last one's threads may still look for more
+                took = pool.submit(do_work).result()
+                if i:
+                    seconds[name].append(took)
     return seconds
 
 

@@ -505,7 +505,8 @@ def test_eval_only_measures_a_split_and_trains_nothing(desk, monkeypatch, capsys
     capsys.readouterr()
     for split, n in (("val", 12), ("dev", 12), ("test", 8), ("train", 40)):
         flags = ["--eval_only", "--ckpt", str(out), "--data", "films", "--split", split]
-        ft.main(flags)
+        ft.main([*flags, "--out", f"out/{split}"])
+        assert len(Path(f"out/{split}/predictions.jsonl").read_text().splitlines()) == n
         said = capsys.readouterr().out
         assert sum(map(int, re.findall(r"(\d+)(?= |\n)", said.split("predicted one\n")[1]
                                        .split("val loss")[0]))) == n
@@ -591,8 +592,14 @@ def test_a_second_round_knows_the_tokens_already(desk):
 def test_an_adapter_brings_its_base_or_says_in_a_line_what_is_wrong_with_it(desk, capsys):
     out = tune(*SFT, *LORA, "--max_steps", "3")
     sample.main(["--ckpt", str(out), "--prompt", "to", "--max_tokens", "3", "--seed", "1"])
-    ft.main(["--eval_only", "--ckpt", str(out), "--data", "chats.jsonl"])
-    assert "bleu4" in capsys.readouterr().out
+    before = sorted(out.iterdir())
+    ft.main(["--eval_only", "--ckpt", str(out), "--data", "chats.jsonl", "--dtype", "bf16"])
+    said = capsys.readouterr().out
+    assert "bleu4" in said and "out/run-eval/predictions.jsonl" in said
+    assert sorted(out.iterdir()) == before
+    more = ["--eval_only", "--ckpt", out, "--data", "chats.jsonl"]
+    assert "holds a run already" in refused(capsys, *more, "--out", "out/run")
+    assert "int3" in refused(capsys, *more, "--dtype", "int3")
     talk = ["--ckpt", out, "--prompt", "to"]
     more = ["--resume", out, "--max_steps", "5"]
 
@@ -646,6 +653,16 @@ def test_two_processes_give_the_losses_of_one(desk, more):
     assert losses("out/two") == pytest.approx(losses("out/one"), abs=1e-5)
     assert values("out/two", "val_loss") == pytest.approx(values("out/one", "val_loss"), abs=1e-5)
     assert done.stdout.count("on val:") == 1
+
+
+def test_two_processes_decide_by_the_scores_of_the_first(desk):
+    flags = "--data tools.jsonl --best_by slot_f1 --eval_every 1 --max_steps 4 --patience 2"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", str(ROOT / "finetune.py"), "--ckpt", "out/base", "--out", "out/two"]
+    done = subprocess.run([*command, *flags.split(), "--eval_rows", "4"], capture_output=True,
+                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "stopping early" in done.stdout and len(values("out/two", "slot_f1")) > 2
 
 
 def test_ctrl_c_saves_and_says_so_by_its_exit_code(desk):

@@ -431,6 +431,31 @@ def test_a_run_that_was_moved_goes_on_where_it_is(toy):
     assert lm.load_checkpoint("after/mnist.pt")["progress"][0] == 10
 
 
+def test_without_a_name_the_newest_run_goes_on_with_its_own_settings(toy, monkeypatch):
+    small = functools.partial(mnist.Denoiser, width=16, layers=1, heads=2)
+    monkeypatch.setitem(mnist.NETWORKS, "diffusion", small)
+    mnist.main(["--data", toy, "--epochs", "1"])  # finished, and older
+    save, counted = mnist.Run.count, []
+
+    def stop(self, *rest):
+        save(self, *rest)
+        counted.append(self.step)
+        if len(counted) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(mnist.Run, "count", stop)
+    draws = ["--diffusion", "--steps", "3", "--guidance", "1.5"]
+    assert mnist.main([*draws, "--data", toy, "--epochs", "1"]) == 130
+    args = lm.load_checkpoint("out/mnist-diffusion/mnist.pt")["args"]
+    assert (args["steps"], args["guidance"]) == (3, 1.5)
+    counted[:] = [1]
+    assert mnist.main(["--resume"]) == 0  # of whatever recipe
+    assert len(counted) > 2 and Path("out/mnist-diffusion/sheet.png").exists()
+    assert mnist.main(["--diffusion", "--resume"]) == 0
+    with pytest.raises(DataError, match="--steps cannot change"):
+        mnist.main(["--diffusion", "--resume", "--steps", "4"])
+
+
 def test_a_run_goes_on_over_as_many_images_only(toy, tmp_path):
     mnist.main(["--data", toy, "--epochs", "1", "--out", "run"])
     for name, content in toy_files(train=400).items():

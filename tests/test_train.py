@@ -270,6 +270,65 @@ def test_a_limited_evaluation_says_its_share_and_repeats_itself():
     assert a == b and a["val_share"] == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("limit", [16, 88, 160, 400, 792])
+def test_a_limited_evaluation_is_spread_over_the_whole_split(limit):
+    class Reader(torch.nn.Module):
+        config = lm.preset("tiny", context=8)
+
+        def forward(self, ids, targets):
+            seen.extend(ids[:, 0].tolist())
+            return targets.sum() * 0.0
+
+    seen, tokens = [], np.arange(801)
+    row = train.evaluate(Reader(), tokens, np.ones(801, int), CPU, limit=limit)
+    n = limit // 8
+    gaps = np.diff([*seen, 800])
+    assert len(seen) == n and row["val_share"] == pytest.approx(limit / 800)
+    assert seen[0] == 0 and gaps.max() - gaps.min() <= 8 and gaps.max() <= 800 / n + 8
+
+
+def test_the_whole_split_is_read_and_told_of_once_at_the_end(corpus):
+    flags = ["--data", "words", *SMALL, "--max_steps", 2, "--eval_every", 2]
+    whole, part = run(*flags).stdout, run(*flags, "--eval_tokens", 64).stdout
+    assert whole.count("step 2  val loss") == 1 and "(100% of val)" in whole
+    assert part.count("step 2  val loss") == 2 and part.count("(100% of val)") == 1
+    rows = [r for r in metrics("out/words-2") if r.get("final")]
+    assert len(rows) == 1 and rows[0]["val_share"] == 1
+    assert rows[0]["val_loss"] == pytest.approx(metrics("out/words")[-1]["val_loss"])
+
+
+# ---- what is measured ----------------------------------------------------------------------
+
+
+def test_flops_are_those_of_the_rows_that_are_read(corpus):
+    shape = dict(n_layer=1, n_head=1, d_model=8, context=4096, vocab_size=320)
+    model = lm.Transformer(lm.preset("tiny", **shape))
+    ids = torch.randint(320, (2, 16))
+    task = train.Task(lambda step: [(ids, ids)], lambda m, final: {"val_loss": 1.0}, {})
+    args = settings(max_steps=3, eval_every=9, log_every=2, plain=None)
+    train.fit(model, task, args, CPU, corpus / "run")
+    row = next(r for r in metrics("run") if "mfu" in r)
+    each = row["mfu"] * CPU.peak / row["tok_s"]
+    assert each == pytest.approx(lm.flops_per_token(model.config, 16), rel=0.01)
+    assert each < lm.flops_per_token(model.config) / 5
+    about = [train.header(model, args, CPU, 1000, 32, length)[3] for length in (16, 4096)]
+    assert about[0].split("take ")[1] <= about[1].split("take ")[1]
+
+
+def test_a_last_short_interval_is_no_single_steps_loss(corpus):
+    losses_seen = [5.0, 1.0, 5.0, 1.0, 5.0, 1.0, 5.0, 1.0, 1.0]
+    model = lm.Transformer(lm.preset("tiny", n_layer=1, n_head=1, d_model=8, context=8))
+    loss = iter(losses_seen)
+    task = train.Task(
+        lambda step: [(torch.zeros(1, 4, dtype=torch.long),) * 2],
+        lambda m, final: {"val_loss": 1.0}, {},
+        loss=lambda m, ids, targets: m.head.weight.sum() * 0 + 4 * next(loss),
+    )
+    train.fit(model, task, settings(max_steps=9, log_every=4, eval_every=99, plain=None), CPU,
+              corpus / "run")
+    assert [r["loss"] for r in metrics("run") if "loss" in r] == [3.0, 3.0, 2.0]
+
+
 # ---- resuming ------------------------------------------------------------------------------
 
 
@@ -411,7 +470,7 @@ def test_two_processes_give_the_losses_of_one(corpus):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert losses("out/two") == pytest.approx(losses("out/one"), abs=1e-5)
-    assert done.stdout.count("step 8  val loss") == 2  # the check-in and the whole of val, once
+    assert done.stdout.count("step 8  val loss") == 1  # it was of the whole of val, by one process
     one, two = lm.load_checkpoint("out/one"), lm.load_checkpoint("out/two")
     assert one["best"] == pytest.approx(two["best"], abs=1e-5)
 
@@ -495,6 +554,22 @@ def test_training_goes_on_from_a_checkpoints_weights(corpus):
     more = ["--ckpt", "out/base", "--max_steps", 1, "--log_every", 1, "--out", "out/on"]
     run("--data", "words", *more)
     assert losses("out/on")[0] < 0.8 * math.log(256)  # not from scratch
+    last = lm.load_checkpoint("out/on/last.pt")
+    size = sum(p.numel() for p in last["model"].values())
+    args = last["args"]
+    assert args["lr"] == pytest.approx(0.4 / size**0.5, rel=0.05) and args["embed_lr"] is None
+    run("--data", "words", *more[:-1], "out/muon", "--optimizer", "muon", "--embed_lr", 1e-5)
+    muon = lm.load_checkpoint("out/muon/last.pt")["args"]
+    assert muon["muon_lr"] == pytest.approx(10 * args["lr"]) and muon["embed_lr"] == 1e-5
+
+
+def test_the_first_command_goes_on_with_resume_added(corpus):
+    run("--data", "words", *SMALL, "--max_steps", 2, "--out", "out/mine")
+    run("--resume", "out/mine", "--data", "words", "--max_steps", 3)
+    assert lm.load_checkpoint("out/mine/last.pt")["step"] == 3
+    Path("data/words/meta.json").unlink()
+    gone = run("--resume", "out/mine", "--max_steps", 4, check=False)
+    assert gone.returncode == 2 and "data/words, the text of this run, is gone" in gone.stderr
 
 
 @pytest.mark.parametrize(
