@@ -1094,6 +1094,7 @@ def evaluate_only(args):
         raise DataError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
     run = where.parent if where.suffix == ".pt" else where
     out = train.run_folder(args, None, f"{run.name}-eval", runtime)
+    out.mkdir(parents=True, exist_ok=True)
     rows, _ = make_rows(kind, parts[args.split], tokenizer, args.context)
     measure = Measure(kind, parts[args.split], rows, tokenizer, runtime, args, labels)
     report(model, measure, out)

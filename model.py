@@ -779,11 +779,13 @@ def half_gelu(h):
 
 
 def by_linear(weight, rows):
+    """As it is."""
     return lambda x: F.linear(x, weight)
 
 
 def by_transposed(weight, rows):
-    turned = weight.t().contiguous()  # (in, out)
+    """Stored the other way round, as (in, out)."""
+    turned = weight.t().contiguous()
     return lambda x: x @ turned
 
 
@@ -797,6 +799,7 @@ def by_halves(weight, rows):
 
 
 def by_onednn(weight, rows):
+    """In oneDNN's own layout for this CPU and so many rows."""
     if not torch.backends.mkldnn.enabled:
         raise RuntimeError("oneDNN is switched off")
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
