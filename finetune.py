@@ -40,6 +40,7 @@ from prepare_data import (
     CHAT_TOKENS,
     SETS,
     DataError,
+    Parser,
     Template,
     Tokenizer,
     call_text,
@@ -1202,7 +1203,7 @@ def finish(model, args, measure, parts, kind, labels, out, reference):
 
 # fmt: off (one line a flag)
 def build_parser():
-    p = argparse.ArgumentParser(
+    p = Parser(
         description="Fine-tune a checkpoint. Defaults are the recipe's (finetune.RECIPE), or with "
         "--resume the run's own.")
     add = p.add_argument_group("the run").add_argument

@@ -14,7 +14,6 @@ The chapters: quantised layers, adapters, saving and loading them, merging, the 
 Face's peft (only these know model.py's names), the command line.
 """
 
-import argparse
 import contextlib
 import hashlib
 import math
@@ -42,7 +41,7 @@ from model import (
     write_json,
     write_safetensors,
 )
-from prepare_data import console, is_hub_name, read_json
+from prepare_data import Parser, console, is_hub_name, read_json
 
 # --------------------------------------------------------------------------------------------
 # Quantisation: a frozen Linear whose weights are codes of 4 or 8 bits
@@ -679,7 +678,7 @@ PEFT_FOLDER = "a folder with adapter_config.json and adapter_model.safetensors"
 
 # fmt: off (one line a flag)
 def build_parser():
-    p = argparse.ArgumentParser(description="Work with adapters; finetune.py trains them.")
+    p = Parser(description="Work with adapters; finetune.py trains them.")
     commands = p.add_subparsers(dest="command", required=True)
     for command, text, adapter, out in (
         ("merge", "write the weights of base and adapter as one checkpoint", RUN, CHECKPOINT),

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import model as lm
-from prepare_data import DataError, StopSignal, console, fetch
+from prepare_data import DataError, Parser, StopSignal, console, fetch
 
 OUT = Path("out")
 
@@ -664,7 +664,7 @@ SWITCHES = {"optimizer": OPTIMIZERS, "loss": LOSSES, "schedule": SCHEDULES}
 
 
 def build_parser():
-    p = argparse.ArgumentParser(description="Train a network to read, or to draw, digits.")
+    p = Parser(description="Train a network to read, or to draw, digits.")
     add = (group := p.add_argument_group("what to do")).add_argument
     add("--recipe", choices=("course", "fast"), help="which reader to train (default: course)")
     add("--diffusion", dest="recipe", action="store_const", const="diffusion", help="learn to draw")
@@ -784,6 +784,7 @@ def start(args, saved, device, images):
     model = NETWORKS[args.recipe]().to(device)
     run = Run(model, args, images, Path(args.out), saved)
     run.out.mkdir(parents=True, exist_ok=True)  # now, and not after an epoch
+    run.lock = lm.lock_folder(run.out)
     size = sum(p.numel() for p in model.parameters())
     print(
         f"{args.out}: {args.recipe}, {size:,} parameters, {args.optimizer} with lr {args.lr:g} "

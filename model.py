@@ -19,7 +19,6 @@ Shapes in comments: B batch, T time, C channels (d_model), nh query heads, nkv k
 hs head size, V vocabulary, N rows (B*T flattened), S cached keys.
 """
 
-import argparse
 import contextlib
 import copy
 import importlib
@@ -32,6 +31,7 @@ import shutil
 import sys
 import time
 import warnings
+import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from prepare_data import (
     WEIGHTS,
+    Parser,
     Tokenizer,
     console,
     fetch_hub,
@@ -199,6 +200,8 @@ PRESETS = {
     "gpt2-medium": Config(n_layer=24, n_head=16, d_model=1024, **_GPT2),
     "gpt2-large": Config(n_layer=36, n_head=20, d_model=1280, **_GPT2),
     "gpt2-xl": Config(n_layer=48, n_head=25, d_model=1600, **_GPT2),
+    # a Llama of tiny's size, which transformers can read
+    "llama": Config(n_layer=4, n_head=4, d_model=160, context=128),
     # the course's model: waylandzhang/Transformer-from-scratch, scifi-demo
     "novel": Config(
         vocab_size=100256,
@@ -963,6 +966,22 @@ def write_whole(path, write):
         raise ModelError(f"cannot write {path}: {reason}; what was there before is kept") from e
 
 
+def lock_folder(folder):
+    """Lock a run's folder for this process, until the returned file is closed or the process ends;
+    ModelError if another process has it. Windows has no such lock."""
+    try:
+        import fcntl
+    except ImportError:
+        return open(os.devnull)
+    file = open(Path(folder, ".lock"), "w")  # noqa: SIM115 (open as long as the run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        file.close()
+        raise ModelError(f"{folder} is being written by another process: wait for its end") from e
+    return file
+
+
 def find_checkpoint(name):
     """The path that `name` means: a file, a run's folder, a folder of Hugging Face's layout, or
     else a model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), downloaded."""
@@ -994,13 +1013,24 @@ def load_checkpoint(path, dtype=None):
             f"checkpoint {path} does not exist; a file, a run's folder, or a model of the Hub "
             f"(gpt2, or owner/name)?"
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:
-        # torch tells of a foreign or cut file in a dozen ways; the reader needs only this one
-        raise ModelError(f"{path} is not a checkpoint of ours, or is cut short") from e
+    content = load_pt(path)
     if not isinstance(content, dict) or not {"config", "model"} <= set(content):
         raise ModelError(f"{path} is no checkpoint of scratchlm: it has no config and model")
+    return content
+
+
+def load_pt(path):
+    """What torch.save wrote: plain values and tensors, mapped from disk, never code. ModelError if
+    it is another file or damaged: its zip's checksums are compared, 0.3 s for GPT-2's weights."""
+    try:
+        with zipfile.ZipFile(path) as records:
+            damaged = records.testzip()
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:
+        # torch and zipfile tell of a foreign or cut file in a dozen ways; one is enough
+        raise ModelError(f"{path} is not a checkpoint of ours, or is cut short") from e
+    if damaged:
+        raise ModelError(f"{path} is damaged: the checksum of {damaged} is another")
     return content
 
 
@@ -1025,6 +1055,15 @@ def load_weights(model, state, where="checkpoint", assign=False):
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def dtype_name(text):
+    """What --dtype means: torch's own names of DTYPES become ours, any other text stays.
+
+    >>> dtype_name("bfloat16"), dtype_name("auto")
+    ('bf16', 'auto')
+    """
+    return next((name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{text}"), text)
 
 
 def choose_device(name=None):
@@ -1317,7 +1356,6 @@ def hf_config(config):
         "model_type": family,
         "vocab_size": c.vocab_size,
         "tie_word_embeddings": c.tied,
-        "torch_dtype": "float32",
         **hf_fields(c, family),
     }, full
 
@@ -1435,10 +1473,7 @@ def hf_tensors(folder):
     if missing := [file.name for file in files if not file.exists()]:
         raise ModelError(f"{folder} lacks {missing[0]}, which {WEIGHTS[0]} promises")
     if files[0].suffix == ".bin":
-        try:
-            state = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
-        except Exception as e:
-            raise ModelError(f"{files[0]} holds no plain tensors, or is cut short") from e
+        state = load_pt(files[0])
         return dict.fromkeys(state, state)
     found = {}
     for file in map(Safetensors, files):
@@ -1506,7 +1541,9 @@ def export_hf(content, folder, more=None):
             continue
         filler = torch.ones if name.endswith("weight") else torch.zeros
         own = content["model"].get(name)
-        state[name] = filler(want.shape) if own is None else own
+        dtype = content["model"]["embed.weight"].dtype
+        state[name] = filler(want.shape, dtype=dtype) if own is None else own
+    values["torch_dtype"] = str(content["model"]["embed.weight"].dtype).removeprefix("torch.")
     write_safetensors(Path(folder) / "model.safetensors", to_hf(state, gpt2))
     write_json(Path(folder) / "config.json", values | (more or {}))
 
@@ -1667,7 +1704,7 @@ WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the
 
 
 def build_parser():
-    p = argparse.ArgumentParser(description="Parameters, memory and FLOPs of a model.")
+    p = Parser(description="Parameters, memory and FLOPs of a model.")
     which = p.add_mutually_exclusive_group()
     which.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default: tiny)")
     which.add_argument("--ckpt", help=f"{WHAT_CKPT}, instead of a preset")

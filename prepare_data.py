@@ -17,6 +17,7 @@ import base64
 import codecs
 import contextlib
 import copy
+import difflib
 import glob
 import gzip
 import hashlib
@@ -82,6 +83,48 @@ def console(main, *mistakes):
         print(f"\n{script}: interrupted", file=sys.stderr)
         code = 130
     raise SystemExit(code)
+
+
+# What nanoGPT, transformers and others call our flags.
+ALIASES = {
+    "max_tokens": "max_new_tokens",
+    "learning_rate": "lr",
+    "max_iters": "max_steps",
+    "block_size": "context",
+    "eval_interval": "eval_every",
+    "log_interval": "log_every",
+    "warmup_iters": "warmup_steps",
+    "gradient_accumulation_steps": "grad_accum",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse where flags may also be written with dashes or called as in ALIASES, never
+    abbreviated, and where a mistake ends in one line."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def own_name(self, word):
+        """`word`, or if it is a flag under another name, the same under ours."""
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") or flag in self._option_string_actions:
+            return word
+        name = flag[2:].replace("-", "_")
+        known = {option[2:].replace("-", "_"): option for option in self._option_string_actions}
+        return known.get(ALIASES.get(name, name), known.get(name, flag)) + equals + value
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self.own_name(word) for word in words], namespace)
+
+    def error(self, message):
+        """One line on stderr, exit code 2; with the flag that is most like an unknown one."""
+        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message = f"unknown argument {unknown[1]}"
+            message += f": did you mean {near[0]}?" if near else " (--help lists what there is)"
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 class StopSignal:
@@ -1919,7 +1962,7 @@ def read_tokens(folder, split):
 
 # fmt: off (one line a flag)
 def build_parser():
-    p = argparse.ArgumentParser(
+    p = Parser(
         description="Turn text into token files: data/NAME/{train.bin, val.bin, meta.json}.")
     add = p.add_argument
     add("source", nargs="?", default="stdlib",

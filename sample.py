@@ -13,7 +13,6 @@ beam search, ids to text as they come, analogies, answers and tools, the termina
 command line. Decoding works on ids alone and text on characters alone; they meet at the end.
 """
 
-import argparse
 import codecs
 import inspect
 import json
@@ -37,6 +36,7 @@ from model import (
     ModelError,
     causal_mask,
     choose_device,
+    dtype_name,
     find_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
@@ -45,6 +45,7 @@ from model import (
 from prepare_data import (
     UNKNOWN,
     DataError,
+    Parser,
     Template,
     Tokenizer,
     console,
@@ -710,7 +711,9 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
     if any(s != specs[0] for s in specs):
         raise DataError("the adapters have other special tokens: only alike ones go together")
     if named:
-        model = lora.load_adapted(content, named, base).to(device=device, dtype=DTYPES[dtype])
+        model = lora.load_adapted(content, named, base).to(device)
+        for p in model.parameters():  # not the tables of positions, which stay in fp32
+            p.data = p.data.to(DTYPES[dtype])
     else:
         model = model_from_checkpoint(content, device, DTYPES[dtype], where)
     return model, Tokenizer(specs[0]), where
@@ -816,7 +819,7 @@ def write_rows(model, tokenizer, prompts, args):
     for _ in generate(
         model,
         prompts,
-        args.max_tokens,
+        args.max_new_tokens,
         seeds=seeds,
         allowed=allowed,
         stop=stop,
@@ -843,12 +846,12 @@ def write_beams(model, tokenizer, prompt, args):
     room = model.config.context - len(prompt)
     if room < 1:
         raise DataError(f"the prompt has {len(prompt)} tokens; beams need room in the context")
-    if room < args.max_tokens:
+    if room < args.max_new_tokens:
         print(f"[beams end with the context, after {room} tokens]", file=sys.stderr)
     beams = beam_search(
         model,
         prompt,
-        min(room, args.max_tokens),
+        min(room, args.max_new_tokens),
         args.beams,
         args.length_penalty,
         tokenizer.eot,
@@ -864,7 +867,7 @@ def write_beams(model, tokenizer, prompt, args):
 
 # fmt: off (one line a flag)
 def build_parser():
-    p = argparse.ArgumentParser(description="Write with a trained model.")
+    p = Parser(description="Write with a trained model.")
     add = p.add_argument
     add("--ckpt", help=f"{WHAT_CKPT} (default: the newest run in out/)")
     start = p.add_mutually_exclusive_group()
@@ -873,7 +876,7 @@ def build_parser():
         "a pipe, else the model begins a document)")
     start.add_argument("--prompt_ids", help="token ids instead, e.g. 5,17,200")
     add("--print_ids", action="store_true", help="the new ids on the last line, a line a sample")
-    add("--max_tokens", type=int, default=200, help="new tokens at most (default 200)")
+    add("--max_new_tokens", type=int, default=200, help="new tokens at most (default 200)")
     add("--num_samples", type=int, default=1, help="per prompt, in one batch (default 1)")
     add("--temperature", type=float, help="0 is greedy (default 0.8; with --tools 0)")
     add("--top_k", type=int, default=0, help="keep the k likeliest tokens; 0 is all (default)")
@@ -885,7 +888,8 @@ def build_parser():
     add("--stop", action="append", help="end at this text; may be given several times")
     add("--seed", type=int, help="of the drawing (default: another one each time)")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
-    add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16", "int8"),
+    add("--dtype", default="auto", type=dtype_name,
+        choices=("auto", "fp32", "bf16", "fp16", "int8"),
         help="of the weights (default auto: bf16 on CUDA, else fp32); int8 is for CPUs")
     add("--plain", action="store_true", help="write with the Transformer itself, not its Decoder")
     add("--verbose", action="store_true", help="show which products the Decoder timed")
@@ -900,7 +904,7 @@ def build_parser():
 
 def check_settings(args):
     """DataError for a number that makes no sense."""
-    for name, low in (("max_tokens", 1), ("num_samples", 1), ("top_k", 0), ("beams", 0)):
+    for name, low in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 0), ("beams", 0)):
         if getattr(args, name) < low:
             raise DataError(f"--{name} {getattr(args, name)} must be at least {low}")
     for name in ("temperature", "top_p", "min_p"):
@@ -942,7 +946,7 @@ def main(argv=None):
     if args.chat:
         model = decoder(model, 1, args)
         settings = {name: getattr(args, name) for name in DECODING}
-        talk(Chat(model, tokenizer, tools, args.max_tokens, args.seed, settings))
+        talk(Chat(model, tokenizer, tools, args.max_new_tokens, args.seed, settings))
         return
     prompts = read_prompts(args, tokenizer, model.config.vocab_size)
     if labels := labels_of(tokenizer):

@@ -40,6 +40,7 @@ import model as lm
 from prepare_data import (
     DATA,
     DataError,
+    Parser,
     StopSignal,
     Tokenizer,
     console,
@@ -87,7 +88,8 @@ RECIPE = dict(
 _LARGE = dict(embed_lr=None, head_lr=None, beta2=0.95, warmup_steps=200, schedule="cosine")
 # What other shapes and optimisers want differently. GPT-2's are its field's custom, untried here.
 RECIPES = {
-    "muon": dict(batch_size=12),  # orthogonalising costs the same for a larger batch
+    # orthogonalising costs the same for a larger batch
+    "muon": dict(batch_size=12, weight_decay=0.0),
     "small": dict(lr=2e-3, batch_size=16),
     "baby": dict(lr=1.5e-3, batch_size=16),
     "gpt2": _LARGE | dict(lr=6e-4, batch_size=4),
@@ -323,7 +325,8 @@ def make_optimizers(model, args):
     groups.append(dict(params=others, lr=args.lr))
     optimizers = []
     if args.optimizer == "muon" and matrices:
-        optimizers.append(Muon(matrices, lr=args.muon_lr))
+        settings = dict(lr=args.muon_lr, weight_decay=args.weight_decay)
+        optimizers.append(Muon(matrices, **settings))
     else:
         groups.append(dict(params=matrices, lr=args.lr, weight_decay=args.weight_decay))
     groups = [g for g in groups if g["params"]]
@@ -421,6 +424,7 @@ class Log:
         if quiet:
             return
         out.mkdir(parents=True, exist_ok=True)
+        self.lock = lm.lock_folder(out)
         if resume_step and self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):  # a line that a crash cut short
@@ -439,6 +443,8 @@ class Log:
         if self.open_line:
             print()  # whatever comes next, an error perhaps, begins a line of its own
         self.open_line = False
+        if not self.quiet:
+            self.lock.close()
 
     def write(self, **row):
         """One row of metrics, on disk at once."""
@@ -918,7 +924,8 @@ def add_machine(add):
     add("--resume", nargs="?", const="", help="go on with this run (default: the newest one)")
     add("--seed", type=int, help="of weights, adapters, batches and dropout")
     add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
-    add("--dtype", help="auto (default), fp32, bf16, fp16: precision of matrix products")
+    add("--dtype", type=lm.dtype_name,
+        help="auto (default), fp32, bf16, fp16: precision of matrix products")
     add("--compile", action="store_true", default=None, help="torch.compile the model")
     add("--grad_checkpoint", action="store_true", default=None, help="less memory, slower")
     add("--plain", action="store_true", default=None, help="bf16 by autocast alone, on a CPU, too")
@@ -937,7 +944,7 @@ def add_optimisation(p):
     add("--min_lr", type=float, help="where the schedule ends")
     add("--warmup_steps", type=int, help="steps of linear warmup")
     add("--schedule", choices=tuple(SCHEDULES), help="after the warmup")
-    add("--weight_decay", type=float, help="of matrices, AdamW")
+    add("--weight_decay", type=float, help="of the matrices inside blocks")
     add("--beta1", type=float, help="AdamW's first beta")
     add("--beta2", type=float, help="AdamW's second beta")
     add("--grad_clip", type=float, help="largest gradient norm; 0 is no clipping")
@@ -952,7 +959,7 @@ SHAPE = tuple(f.name for f in fields(lm.Config) if f.name != "rope_scaling")
 
 
 def build_parser():
-    p = argparse.ArgumentParser(
+    p = Parser(
         description="Pretrain a language model. Defaults are the recipe's (train.RECIPE), or with "
         "--resume the run's own.")
     add = p.add_argument_group("the run").add_argument

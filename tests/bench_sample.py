@@ -142,7 +142,7 @@ def start(args):
             data = prepare_data.prepare("shakespeare", "char", name="shakespeare")
             run_ours(data, 2, [])
         commands, peer = {"import torch": [sys.executable, "-c", "import torch"]}, "ours"
-        flags = ["--prompt", "x", "--max_tokens", "10", "--top_k", "20"]
+        flags = ["--prompt", "x", "--max_new_tokens", "10", "--top_k", "20"]
         commands["ours"] = [sys.executable, str(ROOT / "sample.py"), *flags]
         if args.nanogpt:
             peer, module = "nanoGPT", nanogpt_model(args.nanogpt, CHARS)[0]

@@ -258,6 +258,24 @@ def test_an_export_hands_on_how_to_talk_and_spares_what_is_there(run, hub, tmp_p
         assert "is there already" in err
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_llama_preset_is_one_that_transformers_reads(dtype, tmp_path):
+    torch.manual_seed(0)
+    model = lm.Transformer(lm.preset("llama", vocab_size=320))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    state = {k: v.to(dtype) for k, v in model.state_dict().items()}
+    lm.export_hf({"config": vars(model.config), "model": state}, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["torch_dtype"] == str(dtype).removeprefix("torch.")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert theirs.dtype == dtype and type(theirs).__name__ == "LlamaForCausalLM"
+    ids = torch.randint(320, (1, 20))
+    ours = lm.model_from_checkpoint({"config": vars(model.config), "model": state})
+    torch.testing.assert_close(ours(ids), theirs.float()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_without_a_tokenizer_can_be_exported(run, hub, tmp_path):
     shutil.copytree(hub[1] / "ann/qwen/resolve/main", tmp_path / "bare")
     (tmp_path / "bare/tokenizer.json").unlink()

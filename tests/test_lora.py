@@ -252,6 +252,24 @@ def fine_tuned(folder, base, quantize=None, seed=1):
     return model.eval()
 
 
+def test_in_bf16_an_adapted_model_keeps_its_tables_of_positions(tmp_path):
+    base = base_file(tmp_path / "base/best.pt")
+    fine_tuned(tmp_path / "tuned", base)
+    content = lm.load_checkpoint(tmp_path / "tuned")
+    state = {k: torch.zeros_like(v) if k.endswith(".b") else v for k, v in content["model"].items()}
+    for table in content["adapter"]["tables"]:
+        del state[f"{table}.rows"]
+    content["adapter"]["tables"] = []
+    lm.save_checkpoint(tmp_path / "none/best.pt", {**content, "model": state})
+    plain, *_ = sample.load(base, "cpu", "bf16")
+    adapted, *_ = sample.load(tmp_path / "none", "cpu", "bf16")
+    assert adapted.cos.dtype == plain.cos.dtype == torch.float32
+    assert adapted.blocks[0].attention.q.base.weight.dtype == torch.bfloat16
+    ids = torch.randint(200, (1, 12))
+    known = plain.config.vocab_size
+    assert torch.equal(adapted(ids)[..., :known], plain(ids))
+
+
 def merge_command(monkeypatch, **flags):
     """Exit code of `python lora.py merge --...`, run as that in this process."""
     words = [x for k, v in flags.items() for x in (f"--{k}", str(v))]

@@ -2,8 +2,11 @@
 
 import math
 import os
+import re
+import struct
 import subprocess
 import sys
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -835,6 +838,20 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, fields):
     assert os.listdir(tmp_path) == ["a.pt"]
     half = lm.model_from_checkpoint(content, dtype=torch.bfloat16)
     assert half(some_ids()).dtype == torch.bfloat16
+
+
+def test_flipped_bytes_are_found_by_their_checksum(saved):
+    whole = saved.read_bytes()
+    with zipfile.ZipFile(saved) as records:
+        starts = [i.header_offset + 30 for i in records.infolist() if i.file_size > 7]
+    for start in starts:  # of a name and padding of these lengths, and then the record
+        at = start + sum(struct.unpack("<HH", whole[start - 4 : start]))
+        damaged = bytes(b ^ 0xFF for b in whole[at : at + 8])
+        saved.write_bytes(whole[:at] + damaged + whole[at + 8 :])
+        with pytest.raises(ModelError, match=re.escape(str(saved))):
+            lm.load_checkpoint(saved)
+    saved.write_bytes(whole)
+    assert lm.load_checkpoint(saved)["step"] == 7 and len(starts) > 10
 
 
 def test_a_checkpoint_is_a_plain_mappable_file(saved):

@@ -22,7 +22,7 @@ TOY = {
     "train.py": f"--n_layer 1 --n_head 2 --d_model 32 --context 16 {SHORT}",
     "--ckpt gpt2 --data": f"--context 16 {SHORT}",
     "--resume": "--max_steps 4",
-    "sample.py": "--max_tokens 5",
+    "sample.py": "--max_new_tokens 5",
     "mnist.py": "--data toy --epochs 1",
     "--diffusion": "--data toy --epochs 1 --steps 2",
     "--draw": "--steps 2",

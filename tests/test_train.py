@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import lora  # noqa: E402
 import model as lm  # noqa: E402
 import prepare_data  # noqa: E402
 import train  # noqa: E402
@@ -169,6 +170,15 @@ def test_orthogonalize_keeps_directions_and_evens_out_their_sizes(shape):
     size = inside.diagonal(dim1=-2, dim2=-1)
     assert size.min() > 0.3 and size.max() < 1.3
     assert (inside - torch.diag_embed(size)).abs().max() < 1e-3
+
+
+def test_muon_decays_its_matrices_if_told_to():
+    parse = train.build_parser().parse_args
+    for flags, decay in (([], 0.0), (["--weight_decay", "0.2"], 0.2)):
+        args = train.resolve(parse(["--optimizer", "muon", *flags]))[0]
+        muon = train.make_optimizers(lm.Transformer(lm.preset("tiny")), args)[0]
+        assert isinstance(muon, train.Muon)
+        assert {g["weight_decay"] for g in muon.param_groups} == {decay}
 
 
 def test_muon_equals_torchs_own():
@@ -563,6 +573,23 @@ def test_training_goes_on_from_a_checkpoints_weights(corpus):
     assert muon["muon_lr"] == pytest.approx(10 * args["lr"]) and muon["embed_lr"] == 1e-5
 
 
+def test_a_second_process_is_refused_until_the_first_has_ended(corpus):
+    flags = ["--data", "words", *SMALL, "--eval_every", 2, "--out", "out/r"]
+    run(*flags, "--max_steps", 2)
+    more = [sys.executable, ROOT / "train.py", "--resume", "out/r", "--max_steps", 10**6]
+    first = subprocess.Popen([*map(str, more)], stdout=subprocess.PIPE, text=True)
+    while "step 4" not in first.stdout.readline():
+        assert first.poll() is None
+    second = run("--resume", "out/r", "--max_steps", 9, check=False)
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert "out/r is being written by another process" in second.stderr
+    first.kill()
+    first.wait()
+    step = lm.load_checkpoint("out/r/last.pt")["step"]
+    run("--resume", "out/r", "--max_steps", step + 2)
+    assert lm.load_checkpoint("out/r/last.pt")["step"] == step + 2
+
+
 def test_the_first_command_goes_on_with_resume_added(corpus):
     run("--data", "words", *SMALL, "--max_steps", 2, "--out", "out/mine")
     run("--resume", "out/mine", "--data", "words", "--max_steps", 3)
@@ -597,6 +624,47 @@ def test_a_users_mistake_is_one_line_that_names_it(corpus, flags, named):
     done = run(*flags, check=False)
     assert done.returncode == 2
     assert named in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, name, value",
+    [
+        (["--max_iters", "7"], "max_steps", 7),
+        (["--max-steps=7"], "max_steps", 7),
+        (["--learning_rate", "1e-3"], "lr", 1e-3),
+        (["--learning-rate=1e-3"], "lr", 1e-3),
+        (["--block_size", "32"], "context", 32),
+        (["--eval_interval", "5"], "eval_every", 5),
+        (["--batch-size", "5"], "batch_size", 5),
+        (["--no-qk-norm"], "qk_norm", False),
+        (["--no-qk_norm"], "qk_norm", False),
+        (["--dtype", "bfloat16"], "dtype", "bf16"),
+        (["--dtype", "float32"], "dtype", "fp32"),
+        (["--prompt=--max-iters"], "prompt", "--max-iters"),
+    ],
+)
+def test_flags_may_be_called_as_elsewhere(flags, name, value):
+    assert getattr(train.build_parser().parse_args(flags), name) == value
+
+
+@pytest.mark.parametrize(
+    "script, flags, said",
+    [
+        (train, "--lrr 3", "unknown argument --lrr: did you mean --lr?"),
+        (train, "--warmup 3", "unknown argument --warmup: did you mean --warmup_steps?"),
+        (train, "--max_step 3", "did you mean --max_steps?"),  # no abbreviations
+        (train, "--lr abc", "argument --lr: invalid float value: 'abc'"),
+        (train, "--optimizer sgd", "invalid choice: 'sgd'"),
+        (train, "words", "unknown argument words"),
+        (lora, "merge", "the following arguments are required: --ckpt, --adapter, --out"),
+        (lora, "merge --ckpt a --adapter b --oute c", "--out"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(script, flags, said, capsys):
+    with pytest.raises(SystemExit) as e:
+        script.build_parser().parse_args(flags.split())
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and said in err and err.count("\n") == 1
 
 
 def test_an_unknown_flag_is_an_error(corpus):
