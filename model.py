@@ -972,8 +972,8 @@ def lock_folder(folder):
     try:
         import fcntl
     except ImportError:
-        return open(os.devnull)
-    file = open(Path(folder, ".lock"), "w")  # noqa: SIM115 (open as long as the run)
+        return open(os.devnull, "rb")
+    file = open(Path(folder, ".lock"), "wb")  # noqa: SIM115 (open as long as the run)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:

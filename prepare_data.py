@@ -115,6 +115,7 @@ class Parser(argparse.ArgumentParser):
         return known.get(ALIASES.get(name, name), known.get(name, flag)) + equals + value
 
     def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, of the words by their names here."""
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([self.own_name(word) for word in words], namespace)
 

@@ -253,7 +253,7 @@ def fine_tuned(folder, base, quantize=None, seed=1):
 
 
 def test_in_bf16_an_adapted_model_keeps_its_tables_of_positions(tmp_path):
-    base = base_file(tmp_path / "base/best.pt")
+    base = base_file(tmp_path / "base/best.pt", position="rope")
     fine_tuned(tmp_path / "tuned", base)
     content = lm.load_checkpoint(tmp_path / "tuned")
     state = {k: torch.zeros_like(v) if k.endswith(".b") else v for k, v in content["model"].items()}
