@@ -943,7 +943,11 @@ LIMITS = (
     ("batch_tokens show_mask", "at least 1", lambda v: v >= 1),
     ("val", "between 0 and 1", lambda v: 0 < v < 1),
     ("augment token_dropout distill_lambda", "from 0 to 1", lambda v: 0 <= v <= 1),
-    ("epochs lora_alpha dpo_beta distill_temperature", "above 0", lambda v: 0 < v < math.inf),
+    (
+        "epochs lora_alpha dpo_beta distill_temperature",
+        "above 0 and finite",
+        lambda v: 0 < v < math.inf,
+    ),
     ("lora_rank eval_rows", "0 or more", lambda v: v >= 0),
 )
 

@@ -724,7 +724,7 @@ def check_numbers(args):
             raise DataError(f"--{name} {getattr(args, name)} must be from {least} to 2**40")
     for name in ("lr", "guidance"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise DataError(f"--{name} {getattr(args, name)} must be a number above 0")
+            raise DataError(f"--{name} {getattr(args, name)} must be above 0 and finite")
 
 
 def check_flags(args):

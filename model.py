@@ -583,8 +583,9 @@ class Transformer(nn.Module):
             for name in ("weight", "bias"):
                 old = getattr(table, name, None)
                 if old is not None:
-                    new = old[:known].mean(0, keepdim=True).repeat(grown, *[1] * (old.dim() - 1))
-                    new[:known] = old[:known]
+                    kept = old[:known]  # fewer, if there is an end of text that the model lacks
+                    new = kept.mean(0, keepdim=True).repeat(grown, *[1] * (old.dim() - 1))
+                    new[: len(kept)] = kept
                     setattr(table, name, nn.Parameter(new, old.requires_grad))
         if c.tied:
             self.head.weight = self.embed.weight
@@ -988,7 +989,15 @@ def find_checkpoint(name):
     path = Path(name)
     local = path.exists() or path.parts[0] in ("out", "data")
     local = local or (path.parent != Path() and path.parent.is_dir())
-    return fetch_hub(str(name)) if not local and is_hub_name(str(name)) else path
+    return fetch_hub(str(name), check=readable) if not local and is_hub_name(str(name)) else path
+
+
+def readable(folder):
+    """ModelError or DataError if we cannot read the config or tokenizer in a folder of Hugging Face's
+    layout: to be said before the weights are downloaded."""
+    config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    if (folder / "tokenizer.json").exists():
+        hub_tokenizer(folder)
 
 
 def load_checkpoint(path, dtype=None):
@@ -1072,6 +1081,8 @@ def choose_device(name=None):
     if name in (None, "auto"):
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if not re.fullmatch(r"(cpu|mps|cuda)(:\d+)?", str(name)):
+        raise ModelError(f"--device {name} is unknown: choose auto, cpu, cuda, cuda:1 or mps")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

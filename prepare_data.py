@@ -66,6 +66,7 @@ def console(main, *mistakes):
     if hasattr(sys.stdin, "reconfigure"):  # there may be none, or a stand-in
         sys.stdin.reconfigure(encoding="utf-8")  # what is piped in is text like any other
     script = Path(sys.argv[0]).name
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts' imports do without
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -349,13 +350,14 @@ def is_hub_name(name):
     return re.fullmatch(rf"({'|'.join(GPT2_MODELS)}|[\w.-]+/[\w.-]+)(@.*)?", name) is not None
 
 
-def fetch_hub(name, files=None):
+def fetch_hub(name, files=None, check=None):
     """Download a model of the Hugging Face Hub and return its folder, data/hub/OWNER/NAME/REVISION.
 
     `name` is OWNER/NAME or one of GPT2_MODELS; @ and a branch, tag or commit may follow. What comes
     is config.json, those of EXTRAS that there are, and the first of WEIGHTS that there is (an index
     with all its shards); or else only `files`. What is there is not asked for again, and of a
     whole model nothing is: it works offline, and a branch that has moved on goes unnoticed.
+    check(folder) is called before any weights are asked for, and may raise.
     Private and gated models need HF_TOKEN. DataError if one of that fails.
     """
     repo, at, revision = name.partition("@")
@@ -377,6 +379,8 @@ def fetch_hub(name, files=None):
     fetch_of_hub(repo, revision, "config.json", folder)
     for file in EXTRAS:
         fetch_of_hub(repo, revision, file, folder, optional=True)
+    if check:
+        check(folder)
     if not any(fetch_of_hub(repo, revision, file, folder, optional=True) for file in WEIGHTS):
         raise DataError(f"{repo} has no weights that we read, at {revision}: {', '.join(WEIGHTS)}")
     for file in weight_files(folder):
@@ -599,6 +603,8 @@ class Documents:
             raise DataError(f"{name}: cannot be read as {encoding}{at}") from e
         except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as e:
             raise DataError(f"{name}: damaged or cut short ({e})") from e
+        except (RuntimeError, NotImplementedError) as e:  # zipfile's
+            raise DataError(f"{name}: encrypted, or packed in a way that Python lacks ({e})") from e
 
     def __iter__(self):
         for name, open_stream in self.files:
@@ -673,6 +679,8 @@ def find_files(source):
                 f"folder {source} holds no {', '.join(TEXT_SUFFIXES)}, .gz or .zip file"
             )
         return found
+    if path.exists() and not path.is_file():
+        raise DataError(f"{source} is no regular file: it is read more than once, so save it first")
     if path.exists():
         return [path]
     found = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
@@ -930,7 +938,7 @@ def learn_bpe(size, documents, total_bytes):
     Of more text than BPE_SAMPLE every k-th piece is counted, so that all of it has its say.
     """
     if not 257 <= size <= 1_000_000:
-        raise DataError(f"tokenizer bpe:{size}: a size from 257 (256 bytes and end-of-text) please")
+        raise DataError(f"tokenizer bpe:{size}: a size from 257 to 1,000,000, please")
     split, counts = regex.compile(PATTERN), Counter()
     every = -(-total_bytes // BPE_SAMPLE) or 1
     pieces = (piece for _, pieces in documents for piece in pieces)
@@ -1218,7 +1226,12 @@ def hub_tokens(model, added):
     """
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"model {model['type']}: only byte-level BPE can be read")
-    for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+    if model.get("byte_fallback"):
+        raise ValueError(
+            "model: byte_fallback is SentencePiece's (Llama 2, TinyLlama, Mistral 7B); only "
+            "byte-level BPE can be read"
+        )
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
             raise ValueError(f"model: {key} {model[key]!r}: only byte-level BPE can be read")
     vocab = model["vocab"]
@@ -1862,6 +1875,8 @@ def prepare(
             os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")
         (folder / "meta.tmp").write_text(json.dumps(meta), encoding="utf-8")
         os.replace(folder / "meta.tmp", folder / "meta.json")
+    except OSError as e:  # a full disk's does not say where
+        raise OSError(e.errno, e.strerror, e.filename or str(folder)) from e
     finally:
         for leftover in folder.glob("*.tmp"):
             leftover.unlink()

@@ -303,6 +303,12 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
 # --------------------------------------------------------------------------------------------
 
 
+def printable(text):
+    """`text` with its control characters, line ends and tabs apart, as \\x1b: printed as they are
+    they would clear the terminal, or worse."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+
+
 class TextStream:
     """Ids to text, as they come: `feed` returns what can be shown already.
 
@@ -631,7 +637,7 @@ def talk(chat):
     told = False
 
     def show(text):
-        print(text, end="", flush=True)
+        print(printable(text), end="", flush=True)
 
     while True:
         try:
@@ -678,10 +684,10 @@ def newest_run():
     return max(found, key=lambda p: p.stat().st_mtime).parent
 
 
-def load(ckpt=None, device=None, dtype=None, adapters=()):
+def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
     """(model, tokenizer, where) of a checkpoint or run's folder, the newest run if None. An adapter
     brings its base along; `adapters` are laid over a base, the first one active, and are called by
-    their folder's or file's name."""
+    their folder's or file's name. With `ids_alone` the tokenizer may be missing, and is None."""
     where = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
     dtype = "fp32" if dtype == "int8" else dtype  # which the Decoder makes of it
@@ -705,9 +711,12 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
     if len(set(names)) < len(names):
         raise DataError(f"two adapters are called alike: {', '.join(names)}")
     named = {name: load_checkpoint(p) for name, p in zip(names, over)}
-    if "tokenizer" not in content:
-        raise DataError(f"{where} carries no tokenizer: it has no tokenizer.json")
-    specs = [a["tokenizer"] for a in named.values()] or [content["tokenizer"]]
+    if "tokenizer" not in content and not (ids_alone and not named):
+        raise DataError(
+            f"{where} carries no tokenizer (or no tokenizer.json): sample.py --prompt_ids 1,2 "
+            f"--print_ids needs none"
+        )
+    specs = [a["tokenizer"] for a in named.values()] or [content.get("tokenizer")]
     if any(s != specs[0] for s in specs):
         raise DataError("the adapters have other special tokens: only alike ones go together")
     if named:
@@ -716,7 +725,7 @@ def load(ckpt=None, device=None, dtype=None, adapters=()):
             p.data = p.data.to(DTYPES[dtype])
     else:
         model = model_from_checkpoint(content, device, DTYPES[dtype], where)
-    return model, Tokenizer(specs[0]), where
+    return model, specs[0] and Tokenizer(specs[0]), where
 
 
 def decoder(model, rows, args):
@@ -798,7 +807,7 @@ def write_rows(model, tokenizer, prompts, args):
     def show(r, text):
         texts[r] += text
         if len(prompts) == 1:
-            print(text, end="", flush=True)
+            print(printable(text), end="", flush=True)
 
     def stop(r, i):
         ids[r].append(i)
@@ -830,15 +839,26 @@ def write_rows(model, tokenizer, prompts, args):
     for r, stream in enumerate(streams):
         show(r, stream.finish())
         if len(prompts) > 1:
-            print(f"--- {r + 1} ---\n{prompt_text(tokenizer, prompts[r])}{texts[r]}")
+            print(f"--- {r + 1} ---\n{prompt_text(tokenizer, prompts[r])}{printable(texts[r])}")
     if len(prompts) == 1:
         print()
     return ids
 
 
+def write_ids(model, prompts, args):
+    """`write_rows` for a model without a tokenizer: no text, and no id that ends one."""
+    prompts = [p for p in prompts for _ in range(args.num_samples)]
+    seed = args.seed if args.seed is not None else torch.seed() % 2**31
+    seeds = [seed + r % args.num_samples for r in range(len(prompts))]
+    settings = {name: getattr(args, name) for name in DECODING}
+    settings |= dict(seeds=seeds, slide=lambda kept: None)
+    return [list(row) for row in zip(*generate(model, prompts, args.max_new_tokens, **settings))]
+
+
 def prompt_text(tokenizer, ids):
-    """Text of ids, without the end-of-text token and ids that no token has."""
-    return tokenizer.decode([i for i in ids if i != tokenizer.eot and tokenizer.token_bytes(i)])
+    """Printable text of ids, without the end-of-text token and ids that no token has."""
+    known = [i for i in ids if i != tokenizer.eot and tokenizer.token_bytes(i)]
+    return printable(tokenizer.decode(known))
 
 
 def write_beams(model, tokenizer, prompt, args):
@@ -910,16 +930,18 @@ def check_settings(args):
     for name in ("temperature", "top_p", "min_p"):
         value = getattr(args, name)
         if not (0 <= value < math.inf and (name == "temperature" or value <= 1)):
-            limit = "0 or more" if name == "temperature" else "from 0 to 1"
+            limit = "0 or more and finite" if name == "temperature" else "from 0 to 1"
             raise DataError(f"--{name} {value} must be {limit}")
     if not 0 < args.repetition_penalty < math.inf:
-        raise DataError(f"--repetition_penalty {args.repetition_penalty} must be above 0")
+        raise DataError(f"--repetition_penalty {args.repetition_penalty} must be above 0 and finite")
     if not abs(args.length_penalty) <= 10:
         raise DataError(f"--length_penalty {args.length_penalty} must be from -10 to 10")
     if args.seed is not None and not 0 <= args.seed < 2**62:
         raise DataError(f"--seed {args.seed} must be from 0 to 2**62")
     if args.chat and (args.prompt or args.prompt_ids or args.beams or args.num_samples > 1):
         raise DataError("--chat takes no --prompt, --beams or --num_samples")
+    if args.choices and not args.analogy:
+        raise DataError("--choices is for --analogy")
     if args.tools and not args.chat:
         raise DataError("--tools is for --chat")
     if args.beams and args.stop:
@@ -934,7 +956,10 @@ def main(argv=None):
         args.temperature = 0.0 if args.tools else 0.8
     check_settings(args)
     tools = load_tools(args.tools) if args.tools else None
-    model, tokenizer, where = load(args.ckpt, args.device, args.dtype, args.adapter or ())
+    ids_alone = args.prompt_ids is not None and args.print_ids and not args.beams
+    model, tokenizer, where = load(
+        args.ckpt, args.device, args.dtype, args.adapter or (), ids_alone
+    )
     if args.ckpt is None:
         print(f"[{where}]", file=sys.stderr)
     if args.analogy is not None:
@@ -949,7 +974,7 @@ def main(argv=None):
         talk(Chat(model, tokenizer, tools, args.max_new_tokens, args.seed, settings))
         return
     prompts = read_prompts(args, tokenizer, model.config.vocab_size)
-    if labels := labels_of(tokenizer):
+    if labels := tokenizer and labels_of(tokenizer):
         rows = [p[1 - model.config.context :] + [tokenizer.eot] for p in prompts]
         goals = [tokenizer.special[label_token(name)] for name in labels]
         for row in classify(model, rows, goals).exp().tolist():
@@ -960,6 +985,8 @@ def main(argv=None):
     model = decoder(model, rows, args)
     if args.beams:
         ids = [i for p in prompts for i in write_beams(model, tokenizer, p, args)]
+    elif tokenizer is None:
+        ids = write_ids(model, prompts, args)
     else:
         ids = write_rows(model, tokenizer, prompts, args)
     if args.print_ids:

@@ -49,7 +49,7 @@ from prepare_data import (
     read_meta,
     read_tokens,
 )
-from sample import OUT, allowed_ids, generate, newest_run
+from sample import OUT, allowed_ids, generate, newest_run, printable
 
 
 class TrainError(RuntimeError):
@@ -1044,8 +1044,8 @@ def resolve(args):
 # flags and the test that their value must pass
 LIMITS = (
     ("max_steps batch_size grad_accum eval_every log_every", "at least 1", lambda v: v >= 1),
-    ("max_minutes lr muon_lr embed_lr head_lr", "above 0", lambda v: 0 < v < math.inf),
-    ("min_lr warmup_steps weight_decay grad_clip", "0 or more", lambda v: 0 <= v < math.inf),
+    ("max_minutes lr muon_lr embed_lr head_lr", "above 0 and finite", lambda v: 0 < v < math.inf),
+    ("min_lr warmup_steps weight_decay grad_clip", "0 or more, finite", lambda v: 0 <= v < math.inf),
     ("eval_tokens patience seed", "from 0 to 2**62", lambda v: 0 <= v <= 2**62),
     ("beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1),
 )
@@ -1110,6 +1110,8 @@ def build_model(args, content, meta, tokenizer):
                 f"--tokenizer takes a prepared folder, and a model of the Hub)"
             )
         model = lm.model_from_checkpoint(content)
+        if tokenizer.n_vocab > model.config.vocab_size:  # it lacks the end of text
+            model.grow_vocabulary((tokenizer.n_vocab + 63) // 64 * 64, model.config.vocab_size)
         model.train()
     else:
         changes = {k: getattr(args, k) for k in SHAPE if getattr(args, k) is not None}
@@ -1160,7 +1162,7 @@ def closing_lines(model, tokenizer, runtime, meta, result, out, prompt_ids):
     with lm.evaluating(model):
         rows = generate(model, [prompt_ids], 160, temperature=0.8, top_p=0.95, allowed=allowed)
         ids = [row[0] for row in rows]
-    text = tokenizer.decode(prompt_ids + ids)
+    text = printable(tokenizer.decode(prompt_ids + ids))
     lines += ["", f"--- a sample ({len(prompt_ids)} tokens of prompt) ---", text, "---"]
     lines.append(f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg; talk to it: python sample.py")
     return lines
