@@ -48,6 +48,7 @@ from prepare_data import (
     default_name,
     drop_continued,
     fetch_set,
+    json_rows,
     label_token,
     parse_call,
 )
@@ -148,7 +149,7 @@ def to_messages(turn):
         call = call.get("function", call)  # OpenAI: arguments are JSON inside JSON
         out.append(call_message(call["name"], call.get("arguments", {})))
     if not out:
-        raise ValueError(f"a {name} turn has no text")
+        raise ValueError(f"a turn of {name} has no text")
     return out
 
 
@@ -218,8 +219,8 @@ def to_example(row):
     raise ValueError(f"no known format has the keys {', '.join(map(str, row))[:80]}")
 
 
-def json_rows(path):
-    """(line, row or the ValueError that it is) for each row of a JSON list or of JSON lines."""
+def read_rows(path):
+    """(where it is, row or the error that it is) for each row of a JSON list or of JSON lines."""
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -227,31 +228,9 @@ def json_rows(path):
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        text = raw.decode("utf-8-sig")
+        return json_rows([raw.decode("utf-8-sig")], str(path))
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise DataError(f"{path} is no JSON in UTF-8 ({e})") from e
-    lines = text.split("\n")
-    if not path.name.removesuffix(".gz").endswith(".jsonl") and text.lstrip().startswith("["):
-        decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1
-        seen = 0  # up to here lines are counted
-        while True:
-            at = re.compile(r"[\s,]*").match(text, at).end()
-            line, seen = line + text.count("\n", seen, at), at
-            if text[at : at + 1] == "]":
-                if text[at + 1 :].strip():
-                    raise DataError(f"{path}:{line}: the list ends, but the file goes on")
-                return
-            try:
-                row, at = decoder.raw_decode(text, at)
-            except (ValueError, RecursionError) as e:
-                raise DataError(f"{path}:{line}: broken JSON ({e})") from e
-            yield line, row
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as e:
-                yield number, ValueError(f"broken JSON ({getattr(e, 'msg', e)})")
 
 
 MAX_BAD = 0.01  # share of rows that may be bad
@@ -261,10 +240,11 @@ def read_examples(path):
     """(kind, examples) of a file. Bad rows are named on stderr and left out; DataError if more than
     1 % are bad or none is left. Rows that continue each other are one conversation again."""
     found, bad, kind = [], [], None
-    for line, row in json_rows(path):
+    for where, row in read_rows(path):
         try:
             if isinstance(row, ValueError):
-                raise row
+                bad.append(str(row))
+                continue
             this, example = to_example(row)
             kind = kind or this
             if this != kind:
@@ -273,7 +253,7 @@ def read_examples(path):
             found.append(example)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             reason = f"no {e}" if isinstance(e, KeyError) else str(e)
-            bad.append(f"{path}:{line}: {reason}")
+            bad.append(f"{where}: {reason}")
     for message in bad[:5]:
         print(f"bad row: {message}", file=sys.stderr)
     total = len(found) + len(bad)

@@ -993,7 +993,7 @@ def find_checkpoint(name):
 
 
 def readable(folder):
-    """ModelError or DataError if we cannot read the config or tokenizer in a folder of Hugging Face's
+    """ModelError or DataError if we cannot read config or tokenizer in a folder of Hugging Face's
     layout: to be said before the weights are downloaded."""
     config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     if (folder / "tokenizer.json").exists():

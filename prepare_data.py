@@ -496,6 +496,9 @@ def detect_encoding(open_stream, name):
     """
     with open_stream() as stream:
         head = stream.read(4096)
+    with contextlib.suppress(UnicodeDecodeError):
+        if len(head) < 4096 and 0 not in head and head.decode() and not head.startswith(BOMS[0][0]):
+            return "utf-8"  # most small files need no second look
     for bom, encoding in BOMS:
         if head.startswith(bom):
             return encoding
@@ -537,21 +540,35 @@ def safe_pieces(blocks):
     yield rest
 
 
-def json_text(line, field, where):
-    """The text of one JSON line: a string, or an object's `field` ("text" or "content")."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise DataError(f"{where}: not JSON ({e})") from e
-    wanted = [field] if field else ["text", "content"]
-    if isinstance(row, dict):
-        row = next((row[k] for k in wanted if k in row), row)
-    elif isinstance(row, list) and all(isinstance(turn, dict) for turn in row):  # a dialogue
-        row = "\n".join(turn_text(turn) for turn in row)
+TEXT_FIELDS = ("text", "content", "messages", "conversations", "items")
+
+
+def row_text(row, field, where):
+    """The text of a row of JSON: a string; a dialogue (a list of turns); an object's `field`, by
+    default the first of TEXT_FIELDS that it has, or an instruction, its input and output."""
+    if isinstance(row, dict) and not field and {"instruction", "output"} <= row.keys():
+        row = [{"content": row.get(k) or ""} for k in ("instruction", "input", "output")]
+    elif isinstance(row, dict):
+        wanted = [field] if field else TEXT_FIELDS
+        if (key := next((k for k in wanted if k in row), None)) is None:
+            keys = f"its keys are {', '.join(row)}"
+            raise DataError(f"{where}: no {' or '.join(wanted)}; {keys}: name one by --field")
+        row, where = row[key], f"{where}: its {key}"
+    if isinstance(row, list) and all(isinstance(turn, dict) for turn in row):
+        row = "\n".join(filter(None, map(turn_text, row)))
     if not isinstance(row, str):
-        keys = f"its keys are {', '.join(row)}" if isinstance(row, dict) else "it is no object"
-        raise DataError(f"{where}: no text in {' or '.join(wanted)}; {keys}; name one by --field")
-    return row.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        raise DataError(f"{where} is neither text nor a dialogue but {row!r:.40}")
+    if re.search("[\ud800-\udfff]", row):  # halves of characters, which JSON can spell
+        row = row.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return row
+
+
+def parse_json(text, where):
+    """json.loads; DataError if it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where}: broken JSON ({e})") from e
 
 
 def turn_text(turn):
@@ -560,15 +577,51 @@ def turn_text(turn):
     return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
 
 
-def json_lines(blocks, field, name):
-    """(name, text) for each line of a .jsonl file; an empty line is skipped."""
-    rest, number = "", 0
+def json_rows(blocks, name):
+    """(where it is, row) of each line of JSON in a stream of text, empty ones skipped; or, but in a
+    .jsonl file, of each item of the one list that it holds. A row may be a DataError."""
+    if not name.removesuffix(".gz").endswith(".jsonl"):
+        blocks = ["".join(blocks)]
+        if blocks[0].lstrip().startswith("["):
+            for number, row in enumerate(parse_json(blocks.pop(), name), start=1):
+                yield f"{name}: row {number}", row
+    number, parts = 0, []
     for block in itertools.chain(blocks, ["\n"]):
-        *lines, rest = (rest + block).split("\n")
+        start, *lines = block.split("\n")
+        parts.append(start)
         for line in lines:
-            number += 1
-            if line.strip():
-                yield f"{name}:{number}", [json_text(line, field, f"{name}:{number}")]
+            text, parts, number = "".join(parts), [line], number + 1
+            if text.strip():
+                try:
+                    yield f"{name}:{number}", parse_json(text, f"{name}:{number}")
+                except DataError as e:
+                    yield f"{name}:{number}", e
+
+
+def json_documents(blocks, field, name):
+    """(name, text pieces) of each row of JSON; DataError for the first that is damaged."""
+    for where, row in json_rows(blocks, name):
+        if isinstance(row, DataError):
+            raise row
+        text = row_text(row, field, where)
+        yield where, safe_pieces(text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
+
+
+class Progress:
+    """A line on a terminal that rewrites itself, at most twice a second; nothing elsewhere."""
+
+    def __init__(self):
+        self.shown, self.width = time.monotonic(), 0
+
+    def __call__(self, text):
+        if sys.stderr.isatty() and time.monotonic() - self.shown > 0.5:
+            self.shown, self.width = time.monotonic(), len(text)
+            print(f"\r{text} ", end="", flush=True, file=sys.stderr)
+
+    def clear(self):
+        """Leave an empty line to whatever comes next."""
+        if self.width:
+            print("\r" + " " * self.width, end="\r", file=sys.stderr)
 
 
 class Documents:
@@ -581,12 +634,14 @@ class Documents:
     def __init__(self, files, encoding=None, field=None):
         self.files, self.field, self.forced = files, field, encoding
         self.known = {}  # name -> encoding, found once and kept for the second pass
+        self.told = {"utf-8", encoding}
 
     def encoding_of(self, name, open_stream):
         """The encoding of one file, recognised once; one line on stderr if it is not UTF-8."""
         if name not in self.known:
             found = self.forced or detect_encoding(open_stream, name)
-            if found not in {"utf-8", self.forced, *self.known.values()}:  # once is enough
+            if found not in self.told:
+                self.told.add(found)
                 print(f"{name}: read as {found} (if not, name it by --encoding)", file=sys.stderr)
             self.known[name] = found
         return self.known[name]
@@ -609,8 +664,8 @@ class Documents:
     def __iter__(self):
         for name, open_stream in self.files:
             blocks = self.text(name, open_stream)
-            if name.removesuffix(".gz").endswith(".jsonl"):
-                yield from json_lines(blocks, self.field, name)
+            if name.removesuffix(".gz").endswith((".jsonl", ".json")):
+                yield from json_documents(blocks, self.field, name)
             else:
                 yield name, safe_pieces(blocks)
 
@@ -657,7 +712,7 @@ REMOTE = {
 
 
 def find_files(source):
-    """The paths behind SOURCE, fetched if need be; DataError if there are none."""
+    """The paths behind a SOURCE, fetched if need be; DataError if there are none."""
     if not source.strip():
         raise DataError("the source is empty: name a file, a folder, a URL, stdlib, ...")
     if source == "stdlib":
@@ -672,7 +727,8 @@ def find_files(source):
     path = Path(source)
     if path.is_dir():
         known = tuple(s + z for s in TEXT_SUFFIXES for z in ("", ".gz")) + (".zip",)
-        found = [p for p in sorted(path.rglob("*")) if p.name.endswith(known) and p.is_file()]
+        found = watched(path.rglob("*"), "listing file")
+        found = [p for p in sorted(found) if p.name.endswith(known) and p.is_file()]
         found = [p for p in found if not any(x.startswith(".") for x in p.relative_to(path).parts)]
         if not found:
             raise DataError(
@@ -1698,6 +1754,15 @@ def token_dtype(n_vocab):
     return np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
 
 
+def watched(items, what):
+    """Pass items through, with their number on a line of the terminal."""
+    progress = Progress()
+    for number, item in enumerate(items, start=1):
+        progress(f"{what} {number:,}")
+        yield item
+    progress.clear()
+
+
 def labelled_pieces(documents, hold_out, progress):
     """(split, first piece of its document?, text); every `hold_out`-th document goes to val."""
     for number, (_, pieces) in enumerate(documents, start=1):
@@ -1753,7 +1818,7 @@ def write_tokens(documents, tokenizer, folder, hold_out, workers):
         return [(split, first, len(text), i) for (split, first, text), i in zip(batch, ids)]
 
     with open(folder / "train.tmp", "wb") as train, open(folder / "val.tmp", "wb") as val:
-        out, start, shown = {"train": train, "val": val}, time.monotonic(), 0.0
+        out, start, progress = {"train": train, "val": val}, time.monotonic(), Progress()
         jobs = batched(labelled_pieces(documents, hold_out, stats))
         for done in parallel_map(encode, jobs, workers):
             for split, first, characters, ids in done:
@@ -1764,13 +1829,10 @@ def write_tokens(documents, tokenizer, folder, hold_out, workers):
                 size[split] += len(ids)
                 stats["characters"] += characters
                 stats["fallback"] += int(tokenizer.fallback[ids].sum())
-            now = time.monotonic()
-            if sys.stderr.isatty() and now - shown > 0.5:
-                shown, rate = now, stats["characters"] / MB / max(now - start, 1e-3)
-                line = f"\r{stats['characters'] / MB:.0f} M characters  {rate:.1f} M/s "
-                print(line, end="", file=sys.stderr)
-    if sys.stderr.isatty():
-        print("\r" + " " * 50, end="\r", file=sys.stderr)
+            rate = stats["characters"] / MB / max(time.monotonic() - start, 1e-3)
+            read = f"{stats['documents']:,} documents, {stats['characters'] / MB:.0f} M characters"
+            progress(f"encoding: {read}, {rate:.1f} M/s")
+    progress.clear()
     return size, stats
 
 
@@ -1823,7 +1885,7 @@ def default_name(source):
 
 
 def prepare(
-    source="stdlib",
+    source=("stdlib",),
     tokenizer=None,
     name=None,
     val_fraction=0.1,
@@ -1831,7 +1893,7 @@ def prepare(
     field=None,
     workers=None,
 ):
-    """SOURCE -> data/NAME/{train.bin, val.bin, meta.json}; returns the folder.
+    """SOURCE, or several of them -> data/NAME/{train.bin, val.bin, meta.json}; returns the folder.
 
     With ten documents or more every tenth (1 / val_fraction) is held out whole; else the last
     val_fraction of the tokens. Files appear under their names only when all is done.
@@ -1847,16 +1909,19 @@ def prepare(
     if name and (Path(name).name != name or name in (".", "..")):
         raise DataError(f"--name {name!r} must be one plain name: it becomes {DATA}/NAME")
     start = time.monotonic()
-    paths = find_files(source)
+    sources = [source] if isinstance(source, str) else source
+    paths = [path for s in sources for path in find_files(s)]
+    source, first = " ".join(sources), sources[0]
     total_bytes = sum(p.stat().st_size for p in paths)
     documents = Documents([f for p in paths for f in file_streams(p)], encoding, field)
     many = len(list(itertools.islice(documents, MANY))) == MANY
     hold_out = round(1 / val_fraction) if many else None
-    learn_from = documents  # a char vocabulary needs every character; merges need no held-out text
+    # a char vocabulary needs every character; merges need no held-out text
+    learn_from = watched(documents, "reading document")
     if hold_out and (tokenizer or "bpe").startswith("bpe"):
-        learn_from = (d for n, d in enumerate(documents, start=1) if n % hold_out)
-    tok = make_tokenizer(tokenizer or default_tokenizer(source), learn_from, total_bytes)
-    folder = DATA / (name or default_name(source))
+        learn_from = (d for n, d in enumerate(learn_from, start=1) if n % hold_out)
+    tok = make_tokenizer(tokenizer or default_tokenizer(first), learn_from, total_bytes)
+    folder = DATA / (name or default_name(first))
     folder.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(tok.n_vocab)
     try:
@@ -1981,13 +2046,13 @@ def build_parser():
     p = Parser(
         description="Turn text into token files: data/NAME/{train.bin, val.bin, meta.json}.")
     add = p.add_argument
-    add("source", nargs="?", default="stdlib",
-        help="stdlib (default), sales, shakespeare, or a file, folder, glob or http(s) URL")
+    add("source", nargs="*", default=("stdlib",),
+        help="stdlib (default), sales, shakespeare, or files, folders, globs, http(s) URLs")
     add("--tokenizer",
         help="byte, char, bpe:N, gpt2, cl100k_base, o200k_base, a prepared folder, or a model's "
         "folder or name on the Hub (default: bpe:2048 for stdlib, cl100k_base for sales, char for "
         "shakespeare, else bpe:4096)")
-    add("--name", help="write to data/NAME (default: the source's own name)")
+    add("--name", help="write to data/NAME (default: the first source's own name)")
     add("--val_fraction", type=float, default=0.1, help="share held out, about (default 0.1)")
     add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
     add("--field", help="of .jsonl objects that holds the text (default: text, else content)")

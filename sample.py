@@ -933,7 +933,8 @@ def check_settings(args):
             limit = "0 or more and finite" if name == "temperature" else "from 0 to 1"
             raise DataError(f"--{name} {value} must be {limit}")
     if not 0 < args.repetition_penalty < math.inf:
-        raise DataError(f"--repetition_penalty {args.repetition_penalty} must be above 0 and finite")
+        penalty = args.repetition_penalty
+        raise DataError(f"--repetition_penalty {penalty} must be above 0 and finite")
     if not abs(args.length_penalty) <= 10:
         raise DataError(f"--length_penalty {args.length_penalty} must be from -10 to 10")
     if args.seed is not None and not 0 <= args.seed < 2**62:

@@ -1045,7 +1045,7 @@ def resolve(args):
 LIMITS = (
     ("max_steps batch_size grad_accum eval_every log_every", "at least 1", lambda v: v >= 1),
     ("max_minutes lr muon_lr embed_lr head_lr", "above 0 and finite", lambda v: 0 < v < math.inf),
-    ("min_lr warmup_steps weight_decay grad_clip", "0 or more, finite", lambda v: 0 <= v < math.inf),
+    ("min_lr warmup_steps weight_decay grad_clip", "finite, from 0", lambda v: 0 <= v < math.inf),
     ("eval_tokens patience seed", "from 0 to 2**62", lambda v: 0 <= v <= 2**62),
     ("beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1),
 )

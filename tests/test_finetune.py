@@ -298,15 +298,15 @@ BAD = [
     ([None, A], "a turn is no object but None"),
     ([turn("narrator", "x"), A], "role 'narrator' is unknown"),
     ([turn(["user"], "x"), A], "role ['user'] is unknown"),
-    ([U, {"role": "user", "arguments": {}}], "a user turn has no text"),
-    ([turn("user", None), A], "a user turn has no text"),
-    ([turn("user", 3), A], "a user turn has no text"),
-    ([U, turn("assistant", " \n")], "a assistant turn has no text"),
-    ([U, turn("assistant", [{"deep": [{}]}])], "a assistant turn has no text"),
+    ([U, {"role": "user", "arguments": {}}], "a turn of user has no text"),
+    ([turn("user", None), A], "a turn of user has no text"),
+    ([turn("user", 3), A], "a turn of user has no text"),
+    ([U, turn("assistant", " \n")], "a turn of assistant has no text"),
+    ([U, turn("assistant", [{"deep": [{}]}])], "a turn of assistant has no text"),
     ({"messages": None}, "the conversation is no list"),
     ({"messages": [U, A], "system": 3}, "expected str"),
-    ({"instruction": "i", "output": ""}, "a assistant turn has no text"),
-    ({"instruction": "", "output": "a"}, "a user turn has no text"),
+    ({"instruction": "i", "output": ""}, "a turn of assistant has no text"),
+    ({"instruction": "", "output": "a"}, "a turn of user has no text"),
     ({"instruction": 3, "output": "a"}, "expected str"),
     ({"instruction": "i"}, "no known format has the keys instruction"),
     (call(name="f", arguments="{x}"), "Expecting property name"),
@@ -356,20 +356,21 @@ def test_broken_lines_are_bad_rows_and_a_broken_list_is_refused_at_its_line(tmp_
     for broken in ('{"a" 1}', deep, long, "", '{"instruction": "q"'):
         path = tmp_path / "x.json"
         path.write_text("[\n" + good[0] + ",\n\n" + broken, encoding="utf-8")
-        with pytest.raises(DataError, match=re.escape(f"{path}:4: broken JSON (")):
+        with pytest.raises(DataError, match=re.escape(f"{path}: broken JSON (")):
             ft.read_examples(path)
     path.write_text(f"[{good[0]}]\n[{good[1]}]", encoding="utf-8")
-    with pytest.raises(DataError, match=r"x\.json:1: the list ends, but the file goes on"):
+    with pytest.raises(DataError, match=r"x\.json: broken JSON \(Extra data: line 2 column 1"):
         ft.read_examples(path)
 
 
-def test_line_numbers_count_in_a_pretty_printed_list(tmp_path, capsys):
+@pytest.mark.parametrize("indent", [None, 1])
+def test_the_rows_of_a_list_are_numbered(tmp_path, capsys, indent):
     rows = alpaca(200)
     rows[150] = {"instruction": "q", "output": ""}
     path = tmp_path / "x.json"
-    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")  # "[", then 4 lines a row
+    path.write_text(json.dumps(rows, indent=indent), encoding="utf-8")
     assert len(ft.read_examples(path)[1]) == 199
-    assert f"{path}:{2 + 4 * 150}: a assistant turn" in capsys.readouterr().err
+    assert f"{path}: row 151: a turn of assistant has no text" in capsys.readouterr().err
 
 
 def test_more_than_one_percent_or_nothing_left_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import base64
 import collections
+import errno
 import gzip
 import hashlib
 import io
@@ -503,11 +504,102 @@ def test_a_bad_json_line_is_named(block, monkeypatch):
         pieces_of("a.jsonl")
 
 
-@pytest.mark.parametrize("row", ['{"body": "x"}', '["x"]', "7", "null", '{"text": 7}'])
-def test_a_json_line_without_text_is_named(row):
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ('{"body": "x"}', "a.jsonl:2: no text or content or .*its keys are body: .*--field"),
+        ('["x"]', r"a.jsonl:2 is neither text nor a dialogue but \['x'\]"),
+        ("7", "a.jsonl:2 is neither text nor a dialogue but 7"),
+        ("null", "a.jsonl:2 is neither text nor a dialogue but None"),
+        ('{"text": 5}', "a.jsonl:2: its text is neither text nor a dialogue but 5"),
+    ],
+)
+def test_a_json_line_without_text_is_named(row, reason):
     Path("a.jsonl").write_text(f'"fine"\n{row}\n')
-    with pytest.raises(DataError, match=r"a\.jsonl:2\b.*--field"):
+    with pytest.raises(DataError, match=reason):
         pieces_of("a.jsonl")
+
+
+def test_a_json_list_is_read_as_its_rows_are(tmp_path):
+    rows = [
+        "plain", {"text": "t"}, [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}],
+        {"instruction": "i", "input": "", "output": "o"},
+        {"instruction": "i", "input": "n", "output": "o"},
+        {"id": 1, "items": [{"from": "human", "value": "你好"}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    ]
+    wanted = ["plain", "t", "hi\nho", "i\no", "i\nn\no", "你好", "q\na"]
+    Path("a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for name, text in (
+        ("list.json", json.dumps(rows)),
+        ("pretty.json", json.dumps(rows, indent=2)),
+        ("lines.json", Path("a.jsonl").read_text()),
+    ):
+        Path(name).write_text(text)
+        assert pieces_of(name) == pieces_of("a.jsonl") == wanted
+    Path("zip.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    assert pieces_of("zip.json.gz") == wanted
+    Path("bad.json").write_text(json.dumps([*rows, {"text": 5}]))
+    with pytest.raises(DataError, match=r"bad\.json: row 8: its text is neither"):
+        pieces_of("bad.json")
+    Path("cut.json").write_text(json.dumps(rows)[:-9])
+    with pytest.raises(DataError, match=r"cut\.json: broken JSON \(.*line 1 column"):
+        pieces_of("cut.json")
+
+
+def test_several_sources_are_one_text(tmp_path):
+    Path("a.txt").write_text("from the file\n" * 20)
+    Path("b").mkdir()
+    Path("b/c.txt").write_text("from the folder\n" * 20)
+    Path("d.jsonl").write_text('{"text": "from the line"}\n')
+    prepare_data.main(["a.txt", "b", "d.jsonl", "--tokenizer", "byte", "--name", "mix"])
+    folder = Path("data/mix")
+    meta = prepare_data.read_meta(folder)
+    ids = [i for s in ("train", "val") for i in prepare_data.read_tokens(folder, s)]
+    text = bytes(i for i in ids if i < 256)
+    assert meta["source"] == "a.txt b d.jsonl" and meta["documents"] == 3
+    assert [text.count(f"from the {w}".encode()) for w in ("file", "folder", "line")] == [20, 20, 1]
+    prepare_data.main(["a.txt", "b", "--tokenizer", "byte"])
+    assert Path("data/a/meta.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_a_fifo_is_refused_and_one_in_a_folder_passed_over():
+    Path("b").mkdir()
+    os.mkfifo("b/pipe.txt")
+    with pytest.raises(DataError, match=r"b/pipe\.txt is no regular file"):
+        prepare("b/pipe.txt", "byte")
+    Path("b/c.txt").write_text("text " * 20)
+    assert prepare_data.read_meta(prepare("b", "byte"))["documents"] == 1
+
+
+def test_an_encrypted_zip_is_named():
+    with zipfile.ZipFile("a.zip", "w") as z:
+        z.writestr("x.txt", "text")
+    raw = bytearray(Path("a.zip").read_bytes())
+    raw[6] |= 1  # the flag of the local header, and of the list at the end
+    raw[raw.index(b"PK\1\2") + 8] |= 1
+    Path("a.zip").write_bytes(raw)
+    with pytest.raises(DataError, match=r"a\.zip:x\.txt: encrypted"):
+        pieces_of("a.zip")
+
+
+def test_a_full_disk_is_named(monkeypatch):
+    def full(self, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Path("a.txt").write_text("text " * 20)
+    monkeypatch.setattr(prepare_data, "write_tokens", full)
+    with pytest.raises(OSError, match="No space left on device: 'data/a'"):
+        prepare("a.txt", "byte")
+    assert not Path("data/a").exists()
+
+
+def test_the_size_of_a_vocabulary_has_limits():
+    Path("a.txt").write_text("text " * 20)
+    for size in (256, 99999999):
+        with pytest.raises(DataError, match="a size from 257 to 1,000,000"):
+            prepare("a.txt", f"bpe:{size}")
 
 
 def test_half_a_surrogate_pair_in_json_is_no_crash():
