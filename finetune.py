@@ -22,12 +22,16 @@ import json
 import math
 import random
 import re
+import signal
 import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `console` takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

@@ -18,8 +18,12 @@ import contextlib
 import hashlib
 import math
 import re
+import signal
 from dataclasses import asdict
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `console` takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F

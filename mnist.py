@@ -22,6 +22,7 @@ import gzip
 import hashlib
 import itertools
 import math
+import signal
 import struct
 import sys
 import time
@@ -29,6 +30,9 @@ import unicodedata
 import zlib
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `console` takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

@@ -28,6 +28,7 @@ import mmap
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -35,6 +36,9 @@ import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `console` takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F

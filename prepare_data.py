@@ -45,6 +45,9 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `console` takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import regex  # comes with tiktoken, whose split patterns are written for it (\p{L}, \p{Han})
 import tiktoken
@@ -1884,6 +1887,20 @@ def default_name(source):
     return stem.strip(".") or path.parent.name or "text"
 
 
+def check_settings(name, val_fraction, encoding, workers):
+    """DataError for a setting of `prepare` that makes no sense."""
+    if not 0 < val_fraction <= 0.5:
+        raise DataError(f"--val_fraction {val_fraction} must be above 0 and at most 0.5")
+    if workers is not None and workers < 1:
+        raise DataError(f"--workers {workers} must be at least 1")
+    try:
+        "".encode(encoding or "utf-8")
+    except LookupError as e:
+        raise DataError(f"--encoding {encoding}: {e}") from e
+    if name and (Path(name).name != name or name in (".", "..")):
+        raise DataError(f"--name {name!r} must be one plain name: it becomes {DATA}/NAME")
+
+
 def prepare(
     source=("stdlib",),
     tokenizer=None,
@@ -1898,16 +1915,7 @@ def prepare(
     With ten documents or more every tenth (1 / val_fraction) is held out whole; else the last
     val_fraction of the tokens. Files appear under their names only when all is done.
     """
-    if not 0 < val_fraction <= 0.5:
-        raise DataError(f"--val_fraction {val_fraction} must be above 0 and at most 0.5")
-    if workers is not None and workers < 1:
-        raise DataError(f"--workers {workers} must be at least 1")
-    try:
-        "".encode(encoding or "utf-8")
-    except LookupError as e:
-        raise DataError(f"--encoding {encoding}: {e}") from e
-    if name and (Path(name).name != name or name in (".", "..")):
-        raise DataError(f"--name {name!r} must be one plain name: it becomes {DATA}/NAME")
+    check_settings(name, val_fraction, encoding, workers)
     start = time.monotonic()
     sources = [source] if isinstance(source, str) else source
     paths = [path for s in sources for path in find_files(s)]

@@ -14,16 +14,22 @@ command line. Decoding works on ids alone and text on characters alone; they mee
 """
 
 import codecs
+import contextlib
 import inspect
 import json
 import math
 import re
 import runpy
+import select
+import signal
 import sys
 import types
 import typing
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `console` takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -629,11 +635,30 @@ class Chat:
         return CHAT_HELP
 
 
+def read_message():
+    """What the user types: a line, or the lines of one paste. With readline, where Python has it,
+    lines can be edited and called back; in a terminal it hands a paste over as one input."""
+    text = input("> " if sys.stdin.isatty() else "")
+    while sys.stdin.isatty() and more_waits():
+        text += "\n" + input()
+    return text.strip()
+
+
+def more_waits():
+    """Is there another line already, as behind the first one of a paste? Nobody types so fast."""
+    try:
+        return bool(select.select([sys.stdin], [], [], 0.05)[0])
+    except (OSError, ValueError):  # Windows can only ask sockets
+        return False
+
+
 def talk(chat):
-    """Read lines, answer them, until the input ends or /quit."""
+    """Read messages, answer them, until the input ends or /quit."""
     if chat.plain:
         print("[a base model: it continues the transcript, nobody has taught it to answer]")
     print(f"[{CHAT_HELP}]", file=sys.stderr)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (input() uses it from now on)
     told = False
 
     def show(text):
@@ -641,7 +666,7 @@ def talk(chat):
 
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = read_message()
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -915,6 +940,7 @@ def build_parser():
     add("--verbose", action="store_true", help="show which products the Decoder timed")
     add("--adapter", action="append", help="LoRA run to lay over --ckpt; several can be switched")
     add("--chat", action="store_true", help="talk in the terminal")
+    add("--system", metavar="TEXT", help="with --chat: what the model is told before the talk")
     add("--tools", help="with --chat: hotel, or a .py file whose functions the model may call")
     add("--analogy", help='nearest tokens of e.g. "king - man + woman" in the embedding table')
     add("--choices", help="with --analogy: pick among these, separated by commas")
@@ -943,8 +969,9 @@ def check_settings(args):
         raise DataError("--chat takes no --prompt, --beams or --num_samples")
     if args.choices and not args.analogy:
         raise DataError("--choices is for --analogy")
-    if args.tools and not args.chat:
-        raise DataError("--tools is for --chat")
+    for name in ("tools", "system"):
+        if getattr(args, name) is not None and not args.chat:
+            raise DataError(f"--{name} is for --chat")
     if args.beams and args.stop:
         raise DataError("--stop does not work with --beams, which end with the end of the text")
     if args.beams and args.num_samples > args.beams:
@@ -972,7 +999,10 @@ def main(argv=None):
     if args.chat:
         model = decoder(model, 1, args)
         settings = {name: getattr(args, name) for name in DECODING}
-        talk(Chat(model, tokenizer, tools, args.max_new_tokens, args.seed, settings))
+        chat = Chat(model, tokenizer, tools, args.max_new_tokens, args.seed, settings)
+        if args.system:
+            chat.command(f"/system {args.system}")
+        talk(chat)
         return
     prompts = read_prompts(args, tokenizer, model.config.vocab_size)
     if labels := tokenizer and labels_of(tokenizer):

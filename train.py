@@ -31,6 +31,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `console` takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.distributed as dist

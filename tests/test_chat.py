@@ -17,11 +17,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import lora  # noqa: E402
-import model as lm  # noqa: E402
-import prepare_data  # noqa: E402
-import sample  # noqa: E402
-from prepare_data import (  # noqa: E402
+import lora
+import model as lm
+import prepare_data
+import sample
+from prepare_data import (
     CHAT_TOKENS,
     DataError,
     Template,

@@ -18,11 +18,11 @@ from bench_sample import perplexity
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import lora  # noqa: E402
-import model as lm  # noqa: E402
-import prepare_data  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
+import lora
+import model as lm
+import prepare_data
+import sample
+import train
 
 REAL = Path(os.environ.get("SCRATCHLM_DATA", ROOT.parent / "shared" / "data"))
 LLAMA = dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2, rope_theta=5e5)

@@ -22,10 +22,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import finetune as ft  # noqa: E402
-import model as lm  # noqa: E402
-import prepare_data  # noqa: E402
-from prepare_data import CHAT_TOKENS, DataError, Tokenizer, parse_call, render_chat  # noqa: E402
+import finetune as ft
+import model as lm
+import prepare_data
+from prepare_data import CHAT_TOKENS, DataError, Tokenizer, parse_call, render_chat
 
 SHARED = Path(os.environ.get("SCRATCHLM_DATA") or ROOT.parent / "shared" / "data").resolve()
 BYTE = Tokenizer({"kind": "byte"})

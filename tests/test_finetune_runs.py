@@ -22,12 +22,12 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import finetune as ft  # noqa: E402
-import lora  # noqa: E402
-import model as lm  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
-from prepare_data import CHAT_TOKENS, Tokenizer, console  # noqa: E402
+import finetune as ft
+import lora
+import model as lm
+import sample
+import train
+from prepare_data import CHAT_TOKENS, Tokenizer, console
 
 CPU = train.Runtime(torch.device("cpu"), peak=1e11)
 BYTE = Tokenizer({"kind": "byte"})

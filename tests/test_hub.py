@@ -15,9 +15,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import model as lm  # noqa: E402
-from model import ModelError  # noqa: E402
-from prepare_data import DataError  # noqa: E402
+import model as lm
+from model import ModelError
+from prepare_data import DataError
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")

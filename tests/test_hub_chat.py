@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sample  # noqa: E402
-from prepare_data import (  # noqa: E402
+import sample
+from prepare_data import (
     CHAT_TOKENS,
     DataError,
     Template,

@@ -14,10 +14,10 @@ from conftest import serve_folder
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import model as lm  # noqa: E402
-import prepare_data  # noqa: E402
-import sample  # noqa: E402
-from prepare_data import Tokenizer  # noqa: E402
+import model as lm
+import prepare_data
+import sample
+from prepare_data import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 TEXT = "It was a bright cold day in April, and the clocks were striking 13. 你好，世界！\n" * 60

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import prepare_data  # noqa: E402
-from prepare_data import DataError, fetch, fetch_hub  # noqa: E402
+import prepare_data
+from prepare_data import DataError, fetch, fetch_hub
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 BODY = random.Random(1).randbytes(1_000_000)

@@ -12,10 +12,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import lora  # noqa: E402
-import model as lm  # noqa: E402
-import sample  # noqa: E402
-from prepare_data import DataError  # noqa: E402
+import lora
+import model as lm
+import sample
+from prepare_data import DataError
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

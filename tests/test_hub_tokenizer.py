@@ -17,8 +17,8 @@ from conftest import TIKTOKEN
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import prepare_data  # noqa: E402
-from prepare_data import (  # noqa: E402
+import prepare_data
+from prepare_data import (
     CHAT_TOKENS,
     END,
     DataError,
@@ -31,7 +31,7 @@ from prepare_data import (  # noqa: E402
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"

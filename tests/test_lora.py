@@ -16,11 +16,11 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import finetune  # noqa: E402
-import lora  # noqa: E402
-import model as lm  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
+import finetune
+import lora
+import model as lm
+import sample
+import train
 
 IDS = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(5))
 every_kind = pytest.mark.parametrize("kind", ("int8", "nf4"))

@@ -23,9 +23,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import mnist  # noqa: E402
-import model as lm  # noqa: E402
-from prepare_data import DataError  # noqa: E402
+import mnist
+import model as lm
+from prepare_data import DataError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 REAL = SHARED / "mnist"

@@ -18,8 +18,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import model as lm  # noqa: E402
-from model import Config, KVCache, ModelError, Transformer  # noqa: E402
+import model as lm
+from model import Config, KVCache, ModelError, Transformer
 
 V, CONTEXT = 50, 16
 same = torch.testing.assert_close

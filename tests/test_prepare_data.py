@@ -29,8 +29,8 @@ from conftest import SHARED, TIKTOKEN
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import prepare_data  # noqa: E402
-from prepare_data import DataError, Documents, Tokenizer, fetch, prepare, read_tokens  # noqa: E402
+import prepare_data
+from prepare_data import DataError, Documents, Tokenizer, fetch, prepare, read_tokens
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 GPT2, CL100K = ({"kind": "tiktoken", "name": name} for name in ("gpt2", "cl100k_base"))

@@ -19,10 +19,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import lora  # noqa: E402
-import model as lm  # noqa: E402
-import prepare_data  # noqa: E402
-import train  # noqa: E402
+import lora
+import model as lm
+import prepare_data
+import train
 
 CPU = train.Runtime(torch.device("cpu"), peak=1e11)
 SHAPE = ["--n_layer", "2", "--n_head", "2", "--d_model", "32", "--context", "16"]
