@@ -639,7 +639,7 @@ def read_message():
     """What the user types: a line, or the lines of one paste. With readline, where Python has it,
     lines can be edited and called back; in a terminal it hands a paste over as one input."""
     text = input("> " if sys.stdin.isatty() else "")
-    while sys.stdin.isatty() and more_waits():
+    while sys.stdin.isatty() and text[:1] != "/" and more_waits():
         text += "\n" + input()
     return text.strip()
 

@@ -439,7 +439,44 @@ def test_a_chat_of_a_real_model_is_as_long_as_it_may_be(monkeypatch, capsys):
     assert [m["role"] for m in bot.messages] == ["user", "assistant"] * 2
 
 
+def test_commands_answer_in_a_chat_through_the_decoder_too(monkeypatch, tmp_path, capsys):
+    bot = chat(model=lm.Decoder(small_model()), seed=1)
+    commands = ["/adapter x", "/adapter", "/system be kind", f"/save {tmp_path}/x", "/reset"]
+    hear(bot, "hi", *commands, "you?", "/retry", monkeypatch=monkeypatch)
+    out = capsys.readouterr().out
+    assert out.count("[this model has no adapters: sample.py --adapter RUN lays one over it]") == 2
+    assert [m["role"] for m in bot.messages] == ["system", "user", "assistant"]
+
+
 # ---- the command line ------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_lines_are_edited_called_back_and_pasted_as_one(tmp_path):
+    """In a terminal of its own: what is typed, and what the conversation then holds."""
+    save(tmp_path / "m.pt", small_model(context=256), CHAT)
+    ours, theirs = os.openpty()
+    command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", "m.pt", "--chat", "--system"]
+    command += ["be kind", "--max_new_tokens", "4", "--seed", "1"]
+    env = {**os.environ, "TERM": "xterm", "INPUTRC": "/dev/null", "OMP_NUM_THREADS": "1"}
+    streams = dict(stdin=theirs, stdout=theirs, stderr=theirs)
+    keys = (
+        b"wrld\x1b[D\x1b[D\x1b[Do\r",  # three to the left
+        b"\x1b[200~one\ntwo\x1b[201~\r",
+        b"\x1b[A!\r",  # the one before
+        b"/save s.jsonl\r",
+        b"/quit\r",
+    )
+    with subprocess.Popen(command, cwd=tmp_path, env=env, **streams):
+        seen = b""
+        for n, typed in enumerate(keys, start=1):
+            while seen.count(b"> ") < n:
+                seen += os.read(ours, 1000)
+            os.write(ours, typed)
+    os.close(theirs)
+    messages = json.loads((tmp_path / "s.jsonl").read_text())["messages"]
+    said = [m["content"] for m in messages if m["role"] != "assistant"]
+    assert said == ["be kind", "world", "one\ntwo", "one\ntwo!"]
 
 
 def test_a_chat_from_a_pipe_ends_with_it(tmp_path):
@@ -472,7 +509,7 @@ def test_a_classifier_prints_probabilities_best_first(tmp_path, capsys):
         (["--chat", "--tools", "none.py"], "none.py"),
         (["--chat", "--adapter", "no/where"], "no/where"),
         (["--chat", "--adapter", "m.pt"], "no adapter"),
-        (["--chat", "--max_tokens", "0"], "--max_tokens 0"),
+        (["--chat", "--max_tokens", "0"], "--max_new_tokens 0"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, flags, named):

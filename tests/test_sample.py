@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
-from model import Config, KVCache, ModelError, Transformer, save_checkpoint
+from model import Config, KVCache, ModelError, Transformer, load_checkpoint, save_checkpoint
 from prepare_data import DataError, Tokenizer
 from sample import TextStream, analogy, beam_search, generate, next_token
 
@@ -904,6 +904,32 @@ def test_the_newest_run_is_taken_and_named(tmp_path, capsys, monkeypatch):
     assert "one" in err.splitlines()[0] and out == text("--ckpt", "out/one").out
 
 
+def test_control_characters_are_shown_and_not_obeyed(tmp_path, capsys):
+    text = "a\x1b[2Jb\r\x07\x9b\tc\nd é 好"
+    assert sample.printable(text) == "a\\x1b[2Jb\\x0d\\x07\\x9b\tc\nd é 好"
+    write_run(tmp_path / "x.pt", only=b"\x1b")
+    flags = ["--ckpt", str(tmp_path / "x.pt"), "--prompt", "\x1b[1m", "--max_new_tokens", "3"]
+    for more in ([], ["--num_samples", "2"], ["--beams", "2"]):
+        sample.main([*flags, *more, "--print_ids"])
+        out = capsys.readouterr().out
+        assert "\x1b" not in out and "\\x1b[1m\\x1b\\x1b\\x1b\n" in out and "27,27,27" in out
+
+
+def test_a_model_without_a_tokenizer_continues_ids(tmp_path, run, capsys):
+    content = load_checkpoint(run[0])
+    save_checkpoint(tmp_path / "x.pt", {k: content[k] for k in ("config", "model")})
+    flags = ["--prompt_ids", "97,98", "--print_ids", "--seed", "3", "--max_new_tokens", "40"]
+    for more in ([], ["--num_samples", "2"], ["--temperature", "0"]):
+        sample.main(["--ckpt", str(tmp_path / "x.pt"), *flags, *more])
+        bare = capsys.readouterr().out
+        sample.main(["--ckpt", str(run[0]), *flags, *more])
+        lines = capsys.readouterr().out.splitlines()[-bare.count("\n") :]
+        assert bare.splitlines() == lines and len(lines[0].split(",")) == 40
+    for flags in (["--prompt", "ab"], ["--prompt_ids", "97"], ["--chat"]):
+        with pytest.raises(DataError, match=r"carries no tokenizer.*--prompt_ids 1,2"):
+            sample.main(["--ckpt", str(tmp_path / "x.pt"), *flags])
+
+
 def test_analogy_and_choices_on_the_command_line(say, run):
     lines = say("--analogy", "a - b + c").splitlines()
     wanted = analogy("a - b + c", BYTES, run[1].embed.weight.detach())
@@ -922,10 +948,10 @@ def test_analogy_and_choices_on_the_command_line(say, run):
         (("--top_p", "nan"), "--top_p nan"),
         (("--min_p", "1.5"), "--min_p 1.5"),
         (("--top_k", "-1"), "--top_k -1"),
-        (("--max_tokens", "0"), "--max_tokens 0"),
+        (("--max_tokens", "0"), "--max_new_tokens 0"),
         (("--num_samples", "0"), "--num_samples 0"),
         (("--temperature", "-1"), "--temperature -1"),
-        (("--temperature", "inf"), "--temperature inf"),
+        (("--temperature", "inf"), "--temperature inf must be 0 or more and finite"),
         (("--repetition_penalty", "0"), "--repetition_penalty 0"),
         (("--beams", "-1"), "--beams -1"),
         (("--beams", "2", "--length_penalty", "nan"), "--length_penalty nan"),
@@ -937,7 +963,9 @@ def test_analogy_and_choices_on_the_command_line(say, run):
         (("--prompt_ids", "5,-1"), "-1 .*0 to 319"),
         (("--prompt_ids", "99999999999"), "99999999999 .*0 to 319"),
         (("--prompt", "a", "--seed", str(2**70)), "--seed"),
-        (("--device", "abacus"), "abacus"),
+        (("--device", "abacus"), "--device abacus is unknown: choose auto, cpu, cuda"),
+        (("--choices", "a,b"), "--choices is for --analogy"),
+        (("--system", "be kind"), "--system is for --chat"),
     ],
     ids=lambda x: "_".join(x)[:40] if isinstance(x, tuple) else "",
 )
