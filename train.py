@@ -1141,12 +1141,14 @@ def settle_context(args, model):
 
 def settle_rates(args, model):
     """Fill in the learning rates of a run that goes on from weights, where none are given: smaller
-    for larger models, 3e-4 for the default shape, 4e-5 for GPT-2. The trials: tests/BENCHMARKS.md.
+    for larger models, 1e-3 for the default shape, 6e-5 for GPT-2. The trials: tests/BENCHMARKS.md.
     """
     if args.lr is None:
-        args.lr = float(f"{0.4 / sum(p.numel() for p in model.parameters()) ** 0.5:.1e}")
-    if args.muon_lr is None:
-        args.muon_lr = 10 * args.lr
+        size = sum(p.numel() for p in model.parameters())
+        args.lr = float(f"{min(1e-3, 15 / size ** (2 / 3)):.1e}")
+    args.muon_lr = args.muon_lr or 10 * args.lr
+    if model.config.init == "zero_out":  # the ratios of RECIPE
+        args.embed_lr, args.head_lr = args.embed_lr or 10 * args.lr, args.head_lr or 3 * args.lr
 
 
 def closing_lines(model, tokenizer, runtime, meta, result, out, prompt_ids):

@@ -283,6 +283,62 @@ def test_a_model_without_a_tokenizer_can_be_exported(run, hub, tmp_path):
     assert "no tokenizer" in run("sample.py", "--ckpt", "bare", "--prompt", "x", code=2)
 
 
+def edit(path, **changes):
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | changes))
+    return values
+
+
+LLAMA = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+             max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "config"])
+def test_what_cannot_be_read_is_refused_before_its_weights_come(run, hub, what):
+    folder = hub[1] / f"old/{what}/resolve/main"
+    save_model(folder, transformers.LlamaConfig(**LLAMA), QWEN_TOKENS[:1])
+    if what == "config":
+        edit(folder / "config.json", hidden_act="gelu")
+    else:
+        model = edit(folder / "tokenizer.json")["model"]
+        edit(folder / "tokenizer.json", model=model | {"byte_fallback": True})
+    err = run("sample.py", "--ckpt", f"old/{what}", "--prompt", "x", code=2)
+    assert ("hidden_act" if what == "config" else "SentencePiece's (Llama 2, TinyLlama") in err
+    assert not list(Path("data/hub/old").rglob("*.safetensors*"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_without_an_end_token_can_do_all_that_others_can(run, tmp_path, tied):
+    folder = tmp_path / "endless"
+    save_model(folder, transformers.LlamaConfig(**LLAMA), QWEN_TOKENS[:1])
+    model = edit(folder / "tokenizer.json", added_tokens=[])["model"]
+    model["vocab"] = {name: i for name, i in model["vocab"].items() if name != QWEN_TOKENS[0]}
+    edit(folder / "tokenizer.json", model=model)
+    full = len(model["vocab"])
+    assert full == max(model["vocab"].values()) + 1
+    config = transformers.LlamaConfig(**LLAMA, vocab_size=full, tie_word_embeddings=tied)
+    config.eos_token_id = config.bos_token_id = None
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).unlink(missing_ok=True)
+
+    run("sample.py", "--ckpt", "endless", "--prompt", "the", "--max_new_tokens", "8")
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    run("prepare_data.py", "text.txt", "--tokenizer", "endless", "--name", "text")
+    short = ("--max_steps", "2", "--eval_every", "2")
+    run("train.py", "--ckpt", "endless", "--data", "text", *short, "--batch_size", "2", "--out",
+        "out/more")
+    write = [{"instruction": f"Say {i}", "output": f"{i}!"} for i in range(20)]
+    Path("rows.json").write_text(json.dumps(write), encoding="utf-8")
+    for ckpt, lora in (("endless", ()), ("out/more", ()), ("endless", ("--lora_rank", "2"))):
+        out = f"out/tuned-{len(list(Path('out').iterdir()))}"
+        run("finetune.py", "--ckpt", ckpt, "--data", "rows.json", *short, *lora, "--out", out)
+        run("sample.py", "--ckpt", out, "--chat", "--max_new_tokens", "4", stdin="Say 3\n")
+    grown = lm.load_checkpoint("out/more")["model"]["embed.weight"]
+    first = lm.load_checkpoint("endless")["model"]["embed.weight"]
+    assert len(first) == full < len(grown) and (grown[:full] - first).abs().max() < 0.1
+
+
 def test_a_sliding_window_is_said_to_be_the_context(run, tmp_path):
     config = transformers.MistralConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,

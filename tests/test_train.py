@@ -565,9 +565,11 @@ def test_training_goes_on_from_a_checkpoints_weights(corpus):
     run("--data", "words", *more)
     assert losses("out/on")[0] < 0.8 * math.log(256)  # not from scratch
     last = lm.load_checkpoint("out/on/last.pt")
-    size = sum(p.numel() for p in last["model"].values())
     args = last["args"]
-    assert args["lr"] == pytest.approx(0.4 / size**0.5, rel=0.05) and args["embed_lr"] is None
+    assert [args[k] for k in ("lr", "embed_lr", "head_lr")] == pytest.approx([1e-3, 1e-2, 3e-3])
+    large = argparse.Namespace(lr=None, embed_lr=None, head_lr=None, muon_lr=None)
+    train.settle_rates(large, lm.skeleton(lm.preset("gpt2")))
+    assert large.lr == pytest.approx(6e-5) and large.embed_lr is None
     run("--data", "words", *more[:-1], "out/muon", "--optimizer", "muon", "--embed_lr", 1e-5)
     muon = lm.load_checkpoint("out/muon/last.pt")["args"]
     assert muon["muon_lr"] == pytest.approx(10 * args["lr"]) and muon["embed_lr"] == 1e-5
