@@ -162,7 +162,11 @@ def conversation(turns, before=()):
     it is the assistant's."""
     if not isinstance(turns, list):
         raise ValueError("the conversation is no list")
-    messages = [*before, *(m for turn in turns for m in to_messages(turn))]
+    messages = [m for turn in turns for m in to_messages(turn)]
+    if before and messages and messages[0]["role"] == "system":  # two system turns are one
+        parts = before[0]["content"], messages.pop(0)["content"]
+        before = [before[0] | {"content": "\n".join(filter(None, parts))}]
+    messages = [*before, *messages]
     if not any(m["role"] in ("assistant", "call") for m in messages):
         raise ValueError("no turn of the assistant, so nothing to learn")
     return {"messages": messages}
@@ -185,10 +189,17 @@ def to_example(row):
         return "chat", conversation(row)
     if not isinstance(row, dict):
         raise ValueError(f"neither an object nor a list of turns but {row!r:.40}")
-    tools = row.get("tools")
-    tools = tools if isinstance(tools, str) or not tools else json.dumps(tools, ensure_ascii=False)
-    system = "\n".join(t for t in (row.get("system"), tools) if t)
-    before = [{"role": "system", "content": system}] if system else []
+    system, tools = row.get("system") or "", row.get("tools")
+    if not isinstance(system, str):
+        raise ValueError(f"the system text is no text but {system!r:.40}")
+    if isinstance(tools, str):  # JSON inside JSON, or any words
+        try:
+            tools = json.loads(tools or "[]")
+        except ValueError:
+            system, tools = "\n".join(filter(None, (system, tools))), None
+    before = [{"role": "system", "content": system}] if system or tools else []
+    if tools:  # schemas, which each family of templates has its own place for
+        before[0]["tools"] = tools if isinstance(tools, list) else [tools]
     if {"chosen", "rejected"} <= set(row):
         turns = row.get("conversations", row.get("messages", row.get("prompt")))
         turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
@@ -340,14 +351,12 @@ def chat_row(messages, tokenizer, context, loss_on="assistant"):
     too long by themselves lose the end.
     """
     template = Template(tokenizer)
-    turns, last = [], messages[-1]
-    for m in messages:
-        ids, mask = template.turn(m)
+    turns = template.turns(messages)
+    for n, (role, ids, _) in enumerate(turns):
         if loss_on == "all":
-            mask = [1] * len(ids)
-        elif (loss_on == "call" and m["role"] != "call") or (loss_on == "last" and m is not last):
-            mask = [0] * len(ids)
-        turns.append((m["role"], ids, mask))
+            turns[n] = role, ids, [1] * len(ids)
+        elif (loss_on == "call" and role != "call") or (loss_on == "last" and n < len(turns) - 1):
+            turns[n] = role, ids, [0] * len(ids)
     while turns and not any(turns[-1][2]):
         turns.pop()
     room, cut = context + 1 - len(template.start), False

@@ -1098,42 +1098,86 @@ class Template:
         names = special["<|start_header_id|>"], special["<|end_header_id|>"]
         return [names[0], *encode(role), names[1], *encode("\n\n")]
 
+    def turns(self, messages):
+        """[(role, ids, mask)] of a conversation's turns, mask 1 where the assistant's own words are
+        to be learned. The system message may have "tools", a list of JSON schemas: they stand where
+        the family puts them. In ChatML calls in a row are one turn, and so are their results."""
+        if self.kind == "llama3":
+            messages = llama3_tools([m | {"content": m["content"].strip()} for m in messages])
+        merged = []
+        for m in messages:
+            if self.kind == "chatml" and m["role"] in ("call", "tool"):
+                if merged and merged[-1]["role"] == m["role"]:
+                    merged[-1]["content"].append(m["content"])
+                    continue
+                m = m | {"content": [m["content"]]}
+            merged.append(m)
+        return [(m["role"], *self.turn(m)) for m in merged]
+
     def turn(self, message):
-        """(ids, mask) of one message, mask 1 where the assistant's own words are to be learned."""
-        encode, said = self.tokenizer.encode, message["content"]
+        """(ids, mask) of one message, as `turns` has it."""
+        encode, said, tools = self.tokenizer.encode, message["content"], message.get("tools")
         role = "assistant" if message["role"] == "call" else message["role"]
         behind = encode("\n") if self.kind == "chatml" else []
         if message["role"] == "call":
             own = self.call_ids(said)
         elif message["role"] == "tool" and self.kind == "chatml":
-            own = encode(f"<tool_response>\n{said}\n</tool_response>")
+            own = self.tagged("tool_response", said)
+        elif tools and self.kind == "chatml":
+            told = "".join(f"\n{json.dumps(t, ensure_ascii=False)}" for t in tools)
+            text = (said + "\n\n" if said else "") + CHATML_TOOLS[0] + told + CHATML_TOOLS[1]
+            marks = [n for n in ("<tool_call>", "</tool_call>") if n in self.tokenizer.special]
+            parts = re.split(f"({'|'.join(marks)})", text) if marks else [text]
+            own = [[self.tokenizer.special[p]] if p in marks else encode(p) for p in parts]
+            own = list(itertools.chain.from_iterable(own))
+        elif tools:
+            own = encode("\n".join(filter(None, (said, json.dumps(tools, ensure_ascii=False)))))
         else:
-            own = encode(said.strip() if self.kind == "llama3" else said)
+            own = encode(said)
         before, own = self.opening(role), [*own, self.end]
         learned = int(role == "assistant")
         return before + own + behind, [0] * len(before) + [learned] * len(own) + [0] * len(behind)
 
-    def call_ids(self, content):
-        """The ids of a call, whose content is as `call_text` writes it."""
+    def tagged(self, tag, texts):
+        """The ids of each text between <tag> and </tag>, which are tokens in some vocabularies."""
         encode, special = self.tokenizer.encode, self.tokenizer.special
+        if f"<{tag}>" not in special:
+            return encode("\n".join(f"<{tag}>\n{text}\n</{tag}>" for text in texts))
+        ids = []
+        for text in texts:
+            ids += encode("\n") if ids else []
+            ids += [special[f"<{tag}>"], *encode(f"\n{text}\n"), special[f"</{tag}>"]]
+        return ids
+
+    def call_ids(self, content):
+        """The ids of a call, whose content is as `call_text` writes it (in ChatML of several)."""
         if self.kind == "ours":
-            return [self.call, *encode(content)]
-        name, _, arguments = content.partition(" ")
-        key = "arguments" if self.kind == "chatml" else "parameters"
-        text = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": {arguments}}}'
+            return [self.call, *self.tokenizer.encode(content)]
         if self.kind == "llama3":
-            return encode(text)
-        if self.call is None:
-            return encode(f"<tool_call>\n{text}\n</tool_call>")
-        return [self.call, *encode(f"\n{text}\n"), special["</tool_call>"]]
+            return self.tokenizer.encode(json_call(content, "parameters"))
+        return self.tagged("tool_call", [json_call(c, "arguments") for c in content])
+
+    def is_call(self, ids):
+        """Whether generated ids are a call: ours begins with its token, elsewhere words, or a
+        thought, may come before it."""
+        return self.call in (ids[:1] if self.kind == "ours" else ids)
 
     def parse(self, ids):
-        """The message that generated ids mean: {"role": "assistant" or "call", "content"}."""
-        hidden = set(self.tokenizer.special.values())
-        text = self.tokenizer.decode([i for i in ids if i not in hidden])
+        """The message that generated ids mean: {"role": "assistant" or "call", "content"}, without
+        the thought before it."""
+        special, decode = self.tokenizer.special, self.tokenizer.decode
+        if (end := special.get("</think>")) in ids:
+            ids = ids[len(ids) - ids[::-1].index(end) :]
+        elif special.get("<think>", -1) in ids:  # it never came to an end
+            ids = []
+        hidden = set(special.values())
+        text = decode([i for i in ids if i not in hidden])
         if self.kind == "ours":
-            return {"role": "call" if ids[:1] == [self.call] else "assistant", "content": text}
-        inner = text.strip().removeprefix("<tool_call>").removesuffix("</tool_call>")
+            return {"role": "call" if self.is_call(ids) else "assistant", "content": text}
+        text = text.lstrip("\n") if end is not None else text
+        called = ids[ids.index(self.call) :] if self.is_call(ids) else ids
+        inner = decode([i for i in called if i not in hidden]).strip()
+        inner = inner.removeprefix("<tool_call>").removesuffix("</tool_call>")
         with contextlib.suppress(ValueError, AttributeError, RecursionError):
             call = json.loads(inner)
             arguments = call.get("arguments", call.get("parameters"))
@@ -1142,20 +1186,58 @@ class Template:
         return {"role": "assistant", "content": text}
 
 
+# How Qwen's template tells a model of its tools: what comes before and after the schemas.
+CHATML_TOOLS = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are "
+    "provided with function signatures within <tools></tools> XML tags:\n<tools>",
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
+    'within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
+    "<args-json-object>}\n</tool_call>",
+)
+# And Llama 3.1's: the system turn begins with the first, the user's first turn with the second.
+LLAMA3_TOOLS = (
+    "Environment: ipython\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
+    "Given the following functions, please respond with a JSON for a function call with its proper "
+    "arguments that best answers the given prompt.\n\nRespond in the format "
+    '{"name": function name, "parameters": dictionary of argument name and its value}.'
+    "Do not use variables.\n\n",
+)
+
+
+def llama3_tools(messages):
+    """The messages with the tools of the first one written out, as Llama 3.1's template does."""
+    if not (messages and messages[0].get("tools")):
+        return messages
+    system, *rest = messages
+    schemas = (json.dumps(t, ensure_ascii=False, indent=4) + "\n\n" for t in system["tools"])
+    told, given = LLAMA3_TOOLS[0], LLAMA3_TOOLS[1] + "".join(schemas)
+    first = next((i for i, m in enumerate(rest) if m["role"] == "user"), None)
+    if first is None:
+        told += given
+    else:
+        rest[first] = rest[first] | {"content": given + rest[first]["content"]}
+    return [{"role": "system", "content": told + system["content"]}, *rest]
+
+
+def json_call(content, key):
+    """A call's content as a JSON object, its arguments under `key`."""
+    name, _, arguments = content.partition(" ")
+    return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": {arguments}}}'
+
+
 def render_chat(messages, tokenizer, add_generation_prompt=False):
     """(ids, mask) of a conversation, mask 1 where the assistant's own words are to be learned.
 
-    `messages` are {"role", "content"} dicts, roles as in ROLES; how they are written follows from
-    the tokenizer's special tokens (see Template). With `add_generation_prompt` the row ends where
-    an answer begins, a prefix of the row with it.
+    `messages` are {"role", "content"} dicts, roles as in ROLES, the system's perhaps with "tools";
+    how they are written follows from the tokenizer's special tokens (see Template). With
+    `add_generation_prompt` the row ends where an answer begins, a prefix of the row with it.
 
         <|user|> hi <|end|> <|assistant|> hello <|end|>
         0        0  0       0             1     1
     """
     template = Template(tokenizer)
     ids, mask = list(template.start), [0] * len(template.start)
-    for m in messages:
-        more, learned = template.turn(m)
+    for _, more, learned in template.turns(messages):
         ids, mask = ids + more, mask + learned
     if add_generation_prompt:
         ids, mask = ids + template.begin, mask + [0] * len(template.begin)
@@ -1497,18 +1579,92 @@ def begin_template(tokenizer):
     }
 
 
-CHAT_TEMPLATES = {  # render_chat in Jinja, by the kind of a Template; the last two without tools
-    "ours": "{% for m in messages %}{{ "
-    + json.dumps({role: "".join(names) for role, names in ROLES.items()})
-    + "[m['role']] + m['content'] + '"
-    + TURN_END
-    + "' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
-    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
-    "'<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "llama3": "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
-    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if "
-    "add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+def jinja(*lines):
+    """A template of lines, none of whose ends or indentations are part of it."""
+    return "".join(line.strip() for line in lines)
+
+
+_OPENINGS = json.dumps({role: "".join(names) for role, names in ROLES.items()})
+CHAT_TEMPLATES = {  # render_chat in Jinja, by the kind of a Template; calls as OpenAI has them
+    "ours": jinja(
+        "{% set openings = " + _OPENINGS + " %}",
+        "{% if tools and messages[0].role != 'system' %}",
+        "  {{ openings.system + tools | tojson + '<|end|>' }}",
+        "{% endif %}",
+        "{% for m in messages %}",
+        "  {% for c in m.tool_calls or [] %}",
+        "    {{ openings.call + c.function.name + ' ' }}",
+        "    {{ c.function.arguments | tojson + '<|end|>' }}",
+        "  {% else %}",
+        "    {{ openings[m.role] + m.content }}",
+        "    {% if tools and loop.first and m.role == 'system' %}",
+        "      {{ ('\\n' if m.content else '') + tools | tojson }}",
+        "    {% endif %}",
+        "    {{ '<|end|>' }}",
+        "  {% endfor %}",
+        "{% endfor %}",
+        "{% if add_generation_prompt %}{{ openings.assistant }}{% endif %}",
+    ),
+    "chatml": jinja(
+        "{% set has_system = messages[0].role == 'system' %}",
+        "{% if tools %}",
+        "  {{ '<|im_start|>system\\n' }}",
+        "  {% if has_system and messages[0].content %}",
+        "    {{ messages[0].content + '\\n\\n' }}",
+        "  {% endif %}",
+        "  {{ " + json.dumps(CHATML_TOOLS[0]) + " }}",
+        "  {% for t in tools %}{{ '\\n' + t | tojson }}{% endfor %}",
+        "  {{ " + json.dumps(CHATML_TOOLS[1]) + " + '<|im_end|>\\n' }}",
+        "{% endif %}",
+        "{% for m in messages %}",
+        "  {% if m.role == 'tool' %}",
+        "    {{ '<|im_start|>user' if loop.first or loop.previtem.role != 'tool' else '' }}",
+        "    {{ '\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}",
+        "    {{ '<|im_end|>\\n' if loop.last or loop.nextitem.role != 'tool' else '' }}",
+        "  {% elif m.tool_calls %}",
+        "    {{ '<|im_start|>assistant' }}",
+        "    {% for c in m.tool_calls %}",
+        "      {{ '\\n<tool_call>\\n{\"name\": ' + c.function.name | tojson }}",
+        "      {{ ', \"arguments\": ' + c.function.arguments | tojson + '}\\n</tool_call>' }}",
+        "    {% endfor %}",
+        "    {{ '<|im_end|>\\n' }}",
+        "  {% elif not (tools and loop.first and has_system) %}",
+        "    {% set said = m.content %}",
+        "    {% if m.role == 'assistant' %}",
+        "      {% set said = said.split('</think>')[-1].lstrip('\\n') %}",
+        "    {% endif %}",
+        "    {{ '<|im_start|>' + m.role + '\\n' + said + '<|im_end|>\\n' }}",
+        "  {% endif %}",
+        "{% endfor %}",
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    ),
+    "llama3": jinja(
+        "{{ bos_token }}",
+        "{% set end, ns = '<|end_header_id|>\\n\\n', namespace(given=not tools) %}",
+        "{% if tools %}",
+        "  {{ '<|start_header_id|>system' + end + " + json.dumps(LLAMA3_TOOLS[0]) + " }}",
+        "  {% if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% endif %}",
+        "  {{ '<|eot_id|>' }}",
+        "{% endif %}",
+        "{% for m in messages %}",
+        "  {% set role = 'ipython' if m.role == 'tool' else m.role %}",
+        "  {% for c in m.tool_calls or [] %}",
+        "    {{ '<|start_header_id|>assistant' + end + '{\"name\": ' + c.function.name | tojson }}",
+        "    {{ ', \"parameters\": ' + c.function.arguments | tojson + '}<|eot_id|>' }}",
+        "  {% else %}",
+        "    {% if not (tools and loop.first and m.role == 'system') %}",
+        "      {{ '<|start_header_id|>' + role + end }}",
+        "      {% if m.role == 'user' and not ns.given %}",
+        "        {{ " + json.dumps(LLAMA3_TOOLS[1]) + " }}",
+        "        {% for t in tools %}{{ t | tojson(indent=4) + '\\n\\n' }}{% endfor %}",
+        "        {% set ns.given = true %}",
+        "      {% endif %}",
+        "      {{ m.content | trim + '<|eot_id|>' }}",
+        "    {% endif %}",
+        "  {% endfor %}",
+        "{% endfor %}",
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant' + end }}{% endif %}",
+    ),
 }
 
 

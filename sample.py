@@ -403,12 +403,14 @@ def chat_prompt(messages, tokenizer, room):
     """Ids of a conversation up to where the answer begins, at most `room`: the oldest turns are
     left out first, never the system's; a last one that is too long alone loses its beginning, and a
     system turn of more than half of the room gives way to the question."""
-    template = Template(tokenizer)
-    rendered = [template.turn(m)[0] for m in messages]
+    template, messages = Template(tokenizer), list(messages)
     room -= len(template.start) + len(template.begin)
     oldest = 1 if messages and messages[0]["role"] == "system" else 0
-    while sum(map(len, rendered)) > room and len(rendered) > oldest + 1:
-        rendered.pop(oldest)
+    while True:
+        rendered = [ids for _, ids, _ in template.turns(messages)]
+        if sum(map(len, rendered)) <= room or len(messages) <= oldest + 1:
+            break
+        messages.pop(oldest)
     system = rendered[0] if oldest and len(rendered[0]) <= (room + 1) // 2 else []
     rest = [i for ids in rendered[1 if system else 0 :] for i in ids]
     rest = rest[max(0, len(system) + len(rest) - room) :]
@@ -456,6 +458,69 @@ def load_tools(source):
     if not own:
         raise DataError(f"--tools {source} defines no function")
     return own
+
+
+JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array",
+              types.NoneType: "null", tuple: "array", dict: "object"}  # fmt: skip
+
+
+def type_schema(hint):
+    """The JSON schema of a type hint; {} for a type that JSON does not know."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    kind = origin or hint
+    if kind in (typing.Union, types.UnionType):
+        schemas = [type_schema(p) for p in parts if p is not types.NoneType]
+        schema = {"anyOf": schemas}
+        if len(schemas) == 1:
+            schema = schemas[0]
+        elif all(s.keys() == {"type"} and isinstance(s["type"], str) for s in schemas):
+            names = sorted({s["type"] for s in schemas})
+            schema = {"type": names if len(names) > 1 else names[0]}
+        return schema | ({"nullable": True} if types.NoneType in parts else {})
+    if kind is typing.Literal:
+        names = list(dict.fromkeys(JSON_TYPES[type(p)] for p in parts))
+        return {"type": names if len(names) > 1 else names[0], "enum": list(parts)}
+    schema = {"type": JSON_TYPES[kind]} if kind in JSON_TYPES else {}
+    if kind is list and parts:
+        schema["items"] = type_schema(parts[0])
+    elif kind is tuple and parts:
+        schema["prefixItems"] = [type_schema(p) for p in parts]
+    elif kind is dict and parts:
+        schema["additionalProperties"] = type_schema(parts[1])
+    return schema
+
+
+def function_schema(name, function):
+    """The JSON schema by which a model is told of a function: its parameters, their types, and what
+    its docstring says in Google's style; the same as transformers.utils.get_json_schema makes."""
+    text = "\n" + (inspect.getdoc(getattr(function, "func", function)) or "")
+    head, *rest = re.split(r"\n\s*(Args|Returns|Raises):[ \t]*\n", text)
+    sections, about, known = dict(zip(rest[::2], rest[1::2])), {}, None
+    lines = [line for line in sections.get("Args", "").split("\n") if line.strip()]
+    margin = len(lines[0]) - len(lines[0].lstrip()) if lines else 0
+    for line in lines:
+        found = re.match(rf"\s{{{margin}}}(\w+)(?:[ \t]*\([^()]*\))?:(.*)", line)
+        known = found[1] if found else known
+        about[known] = f"{about.get(known, '')} {(found[2] if found else line).strip()}".strip()
+    signature = inspect.signature(function, eval_str=True)
+    properties, required = {}, []
+    for key, p in signature.parameters.items():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            continue
+        schema, said = type_schema(p.annotation), about.get(key, "")
+        if choices := re.search(r"\(choices:\s*(.*?)\)\s*$", said, re.IGNORECASE):
+            schema["enum"] = [c.strip() for c in json.loads(choices[1])]
+            said = said[: choices.start()].strip()
+        properties[key] = schema | {"description": said}
+        required += [key] if p.default is p.empty else []
+    parameters = {"type": "object", "properties": properties}
+    parameters |= {"required": required} if required else {}
+    schema = {"name": name, "description": head.strip(), "parameters": parameters}
+    if signature.return_annotation is not signature.empty:
+        schema["return"] = type_schema(signature.return_annotation)
+        if "Returns" in sections:
+            schema["return"]["description"] = sections["Returns"].strip()
+    return {"type": "function", "function": schema}
 
 
 def suits(value, annotation):
@@ -527,14 +592,23 @@ class Chat:
         except DataError:
             self.template = None
         self.plain = self.template is None
+        # the one tool of our own hotel model is known to it by training: of others it must be told
+        ours = self.plain or self.template.kind == "ours"
+        told = {n: f for n, f in self.tools.items() if not (ours and isinstance(f, partial))}
+        self.schemas = [function_schema(n, f) for n, f in told.items()]
         self.messages, self.turns = [], 0
 
     def prompt(self):
         """(ids to continue, whether the oldest turns had to be left out)."""
         room = self.model.config.context - self.max_tokens
         if not self.plain:
-            full = len(render_chat(self.messages, self.tokenizer, True)[0])
-            return chat_prompt(self.messages, self.tokenizer, room), full > room
+            messages = self.messages
+            if self.schemas:
+                if not messages or messages[0]["role"] != "system":
+                    messages = [{"role": "system", "content": ""}, *messages]
+                messages = [messages[0] | {"tools": self.schemas}, *messages[1:]]
+            full = len(render_chat(messages, self.tokenizer, True)[0])
+            return chat_prompt(messages, self.tokenizer, room), full > room
         said = "".join(f"{m['role'].title()}: {m['content']}\n" for m in self.messages)
         ids = self.tokenizer.encode(said + "Assistant:")
         return ids[-room:], len(ids) > room
@@ -544,9 +618,10 @@ class Chat:
         that Ctrl-C stops is remembered as far as it went; in the middle of a call it is passed on.
         """
         ids, t, stopped = [], self.tokenizer, False
-        call, ends = None, {t.eot}
+        call, ends, is_call = None, {t.eot}, lambda ids: False
         if not self.plain:
             call, ends = self.template.call, {t.eot, self.template.end}
+            is_call = self.template.is_call
         stream = TextStream(t, ["\nUser:", "\nSystem:"] if self.plain else ())
         allowed = allowed_ids(self.model, t, chat=not self.plain)
         if call is not None and not (may_call and self.tools):
@@ -554,7 +629,7 @@ class Chat:
 
         def stop(r, i):
             ids.append(i)
-            if ids[0] != call:  # a call is shown when it is whole
+            if not is_call(ids):  # a call is shown when it is whole
                 show(stream.feed(i))
             return i in ends or stream.stopped
 
@@ -573,7 +648,7 @@ class Chat:
             for _ in rows:
                 pass
         except KeyboardInterrupt:
-            if call is not None and ids[:1] == [call]:
+            if is_call(ids):
                 raise
             stopped = True
         # a character that was cut off is nothing to show or to remember
@@ -618,7 +693,8 @@ class Chat:
             self.messages = ([text] if rest else []) + self.messages[len(system) :]
             return "the system turn is set" if rest else "no system turn any more"
         if name == "save" and rest:
-            text = json.dumps({"messages": self.messages}, ensure_ascii=False)
+            saved = {"messages": self.messages} | ({"tools": self.schemas} if self.schemas else {})
+            text = json.dumps(saved, ensure_ascii=False)
             try:
                 Path(rest).write_text(text + "\n", encoding="utf-8")
             except OSError as e:

@@ -17,6 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import finetune
 import lora
 import model as lm
 import prepare_data
@@ -289,6 +290,11 @@ def chat(tools=None, model=None, tokenizer=CHAT, **settings):
     return sample.Chat(model or small_model(), tokenizer, tools, **settings)
 
 
+def told(bot, *messages):
+    """`rendered`, where a model is told of its tools first."""
+    return rendered({"role": "system", "content": "", "tools": bot.schemas}, *messages)
+
+
 def hear(bot, *lines, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
     sample.talk(bot)
@@ -300,12 +306,12 @@ def square(x: int):
 
 def test_a_call_is_made_its_result_fed_back_and_then_the_model_speaks(script, monkeypatch, capsys):
     seen = script(call('square {"x": 12}'), say("144 好"))
-    bot = chat({"square": square}, seed=5)
+    bot = chat({"square": square}, model=small_model(context=1024), seed=5)
     hear(bot, "how much?", monkeypatch=monkeypatch)
     assert bot.messages == [turn("user", "how much?"), turn("call", 'square {"x": 12}'),
                             turn("tool", "144"), turn("assistant", "144 好")]
-    assert seen[0].prompt == [*rendered(bot.messages[0]), ASSISTANT]
-    assert seen[1].prompt == [*rendered(*bot.messages[:3]), ASSISTANT]
+    assert seen[0].prompt == [*told(bot, bot.messages[0]), ASSISTANT]
+    assert seen[1].prompt == [*told(bot, *bot.messages[:3]), ASSISTANT]
     assert [s.seed for s in seen] == [5, 6]
     assert all(s.allowed[[CALL, END]].all() for s in seen)
     assert not any(s.allowed[[SYSTEM, USER, ASSISTANT, TOOL, CHAT.eot, 300]].any() for s in seen)
@@ -319,6 +325,27 @@ def test_after_three_calls_a_turn_the_model_has_to_speak(script, monkeypatch, ca
     hear(bot, "a", "b", monkeypatch=monkeypatch)
     assert [bool(s.allowed[CALL]) for s in seen] == [True, True, True, False, True]
     assert [m["role"] for m in bot.messages[1:8]] == ["call", "tool"] * 3 + ["assistant"]
+
+
+def test_tools_are_told_before_what_the_system_says_is_over(script, monkeypatch, tmp_path):
+    seen = script(say("hi"), say("hi"))
+    bot = chat({"square": square}, model=small_model(context=1024))
+    hear(bot, "/system be kind", "a", f"/save {tmp_path}/s.jsonl", monkeypatch=monkeypatch)
+    schema = json.dumps([sample.function_schema("square", square)], ensure_ascii=False)
+    assert CHAT.decode(seen[0].prompt) == (
+        f"<|system|>be kind\n{schema}<|end|><|user|>a<|end|><|assistant|>"
+    )
+    assert bot.messages[0] == turn("system", "be kind")
+    row = json.loads((tmp_path / "s.jsonl").read_text())
+    _, example = finetune.to_example(row)  # what was told is what will be learned
+    ids = finetune.chat_row(example["messages"], CHAT, 1000)[0].ids
+    assert ids[: len(seen[0].prompt)] == seen[0].prompt
+
+
+def test_the_hotel_model_is_told_nothing_of_the_tool_that_it_knows(script, monkeypatch):
+    seen = script(say("hi"))
+    hear(chat(sample.load_tools("hotel")), "a", monkeypatch=monkeypatch)
+    assert CHAT.decode(seen[0].prompt) == "<|user|>a<|end|><|assistant|>"
 
 
 def test_without_tools_there_are_no_calls(script, monkeypatch):
@@ -352,10 +379,10 @@ def test_ctrl_c_in_a_call_or_a_tool_stops_the_whole_turn(script, monkeypatch, ca
         raise KeyboardInterrupt
 
     seen = script([*call("slow {}")[:3], STOP], call("slow {}"), say("hi"))
-    bot = chat({"slow": slow})
+    bot = chat({"slow": slow}, model=small_model(context=1024))
     hear(bot, "a", "b", "/reset", "c", monkeypatch=monkeypatch)
     assert len(seen) == 3 and capsys.readouterr().out.count("[stopped]") == 2
-    assert seen[1].prompt == [*rendered(turn("user", "a"), turn("user", "b")), ASSISTANT]
+    assert seen[1].prompt == [*told(bot, turn("user", "a"), turn("user", "b")), ASSISTANT]
     assert bot.messages == [turn("user", "c"), turn("assistant", "hi")]
 
 

@@ -202,6 +202,7 @@ HOTEL = [
 HOTEL_CALL = turn("call", 'search {"facilities": ["健身房"], "price_range_lower": 500}')
 HOTEL_RECORDS = turn("tool", '[{"name": "n", "rating": 4, "price": null}]')
 PAIR = {"chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}}
+TOLD = turn("system", "s") | {"tools": [{"name": "f"}]}
 CHATS = {
     "alpaca": ({"instruction": "i", "input": "", "output": "a"}, [turn("user", "i"), A]),
     "alpaca with input": (
@@ -210,7 +211,11 @@ CHATS = {
     ),
     "sharegpt": (
         {"conversations": SHAREGPT, "tools": '[{"name": "f"}]', "system": "s"},
-        [turn("system", 's\n[{"name": "f"}]'), U, turn("call", 'f {"x": "高"}'), EMPTY, A],
+        [TOLD, U, turn("call", 'f {"x": "高"}'), EMPTY, A],
+    ),
+    "sharegpt, tools in words": (
+        {"conversations": SHAREGPT, "tools": "f: finds", "system": "s"},
+        [turn("system", "s\nf: finds"), U, turn("call", 'f {"x": "高"}'), EMPTY, A],
     ),
     "several calls in one turn": (
         [U, {"from": "function_call", "value": '[{"name": "f"}, {"name": "g"}]'}],
@@ -219,6 +224,10 @@ CHATS = {
     "openai": (
         {"messages": OPENAI},
         [turn("system", "s"), U, turn("call", 'f {"x": 500}'), EMPTY, A],
+    ),
+    "openai with tools": (
+        {"messages": OPENAI, "tools": [{"name": "f"}]},
+        [TOLD, U, turn("call", 'f {"x": 500}'), EMPTY, A],
     ),
     "hotel": (HOTEL, [U, HOTEL_CALL, HOTEL_RECORDS, A]),
     "context and response": (
@@ -304,7 +313,7 @@ BAD = [
     ([U, turn("assistant", " \n")], "a turn of assistant has no text"),
     ([U, turn("assistant", [{"deep": [{}]}])], "a turn of assistant has no text"),
     ({"messages": None}, "the conversation is no list"),
-    ({"messages": [U, A], "system": 3}, "expected str"),
+    ({"messages": [U, A], "system": 3}, "the system text is no text but 3"),
     ({"instruction": "i", "output": ""}, "a turn of assistant has no text"),
     ({"instruction": "", "output": "a"}, "a turn of user has no text"),
     ({"instruction": 3, "output": "a"}, "expected str"),

@@ -1,7 +1,9 @@
 """Conversations in the families' own templates: the texts that their model cards show."""
 
+import json
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -16,6 +18,8 @@ from prepare_data import (
     Tokenizer,
     call_text,
     render_chat,
+    tokenizer_config,
+    tokenizer_json,
 )
 
 BYTE = Tokenizer({"kind": "byte"})
@@ -131,3 +135,167 @@ def test_our_own_tokens_win_and_a_tokenizer_without_any_is_refused():
     assert Template(QWEN.with_special(CHAT_TOKENS)).kind == "ours"
     with pytest.raises(DataError, match="no special tokens for a chat"):
         Template(BYTE)
+
+
+# ---- tools: what the model is told, against transformers ------------------------------------
+
+
+def look_up(city: str, days: int = 3, units: Literal["c", "f"] = "c") -> list[dict]:
+    """The weather of a city,
+    day by day.
+
+    Args:
+        city: Its name, in any
+            language.
+        days (int): How many days.
+        units: Of the temperature.
+
+    Returns:
+        A list, one for each day.
+    """
+
+
+def mixed(
+    a: str | None, b: int | float, c: list[int], d: dict[str, float], e: bool | None = None,
+    f: tuple[int, str] = (), g: list = (), h: dict | list[str] = (), i: Any = None,
+    j: Literal[1, "x"] = 1, k: str = "u",
+):
+    """Many kinds.
+
+    Args:
+        a: A.
+        b: B.
+        c: C.
+        d: D.
+        e: E.
+        f: F.
+        g: G.
+        h: H.
+        i: I.
+        j: J.
+        k: One of these (choices: ["u", "v"])
+    """
+
+
+@pytest.mark.parametrize("function", [look_up, mixed])
+def test_a_functions_schema_is_that_of_transformers(function):
+    theirs = pytest.importorskip("transformers").utils.get_json_schema(function)
+    ours = sample.function_schema(function.__name__, function)
+    assert json.dumps(ours) == json.dumps(theirs)  # the order counts: it is text for a model
+
+
+def test_a_function_without_words_has_a_schema_too():
+    schema = sample.function_schema("f", lambda x, *more, y=2, **rest: 1)["function"]
+    none = {"description": ""}
+    assert schema["parameters"]["properties"] == {"x": none, "y": none}
+    assert schema["parameters"]["required"] == ["x"] and schema["description"] == ""
+    hotel = sample.function_schema("search", sample.load_tools("hotel")["search"])["function"]
+    assert "hotels" not in hotel["parameters"]["properties"]
+    assert hotel["parameters"]["properties"]["name"]["nullable"]
+
+
+QWEN3 = QWEN.with_special(["<tool_response>", "</tool_response>"])
+OURS = BYTE.with_special(CHAT_TOKENS)
+TOLD = {"qwen": QWEN, "qwen3": QWEN3, "smol": SMOL, "llama": LLAMA, "ours": OURS}
+TWO = [
+    *TALK,
+    {"role": "user", "content": "  Two?"},
+    {"role": "call", "content": call_text("search", {"type": "a"})},
+    {"role": "call", "content": call_text("look_up", {"city": "北京", "days": 2})},
+    {"role": "tool", "content": '[{"x": 1}]'},
+    {"role": "tool", "content": "sunny"},
+]
+
+
+def openai(messages, merge):
+    """As other programs have them; ChatML's calls in a row are those of one turn."""
+    found = []
+    for m in messages:
+        if m["role"] == "call":
+            name, arguments = m["content"].split(" ", 1)
+            call = {"type": "function", "function": {"name": name,
+                                                     "arguments": json.loads(arguments)}}
+            if merge and found[-1].get("tool_calls"):
+                found[-1]["tool_calls"].append(call)
+            else:
+                found.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        else:
+            found.append(m)
+    return found
+
+
+@pytest.mark.parametrize("system", ["Be kind.", "", None])
+@pytest.mark.parametrize("tools", [0, 1, 2])
+@pytest.mark.parametrize("family", TOLD)
+def test_what_a_model_is_told_is_what_transformers_renders_of_our_export(
+    family, tools, system, tmp_path
+):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = TOLD[family]
+    schemas = [sample.function_schema(f.__name__, f) for f in (look_up, mixed)[:tools]]
+    talk = TWO[1:] if system is None else [{"role": "system", "content": system}, *TWO[1:]]
+    if system == "" and not (tools and family != "ours"):
+        pytest.skip("an empty system turn is for tools")
+    for name, make in (("tokenizer.json", tokenizer_json), ("tokenizer_config.json",
+                                                           tokenizer_config)):
+        (tmp_path / name).write_text(json.dumps(make(tokenizer)))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    told = talk
+    if schemas:
+        told = talk if system is not None else [{"role": "system", "content": ""}, *talk]
+        told = [told[0] | {"tools": schemas}, *told[1:]]
+    for prompt in (False, True):
+        want = theirs.apply_chat_template(
+            openai(talk, "qwen" in family or family == "smol"), tools=schemas or None,
+            add_generation_prompt=prompt, tokenize=True, return_dict=False,
+        )
+        ids = render_chat(told, tokenizer, prompt)[0]
+        assert tokenizer.decode(ids) == tokenizer.decode(want)
+        assert ids == want
+
+
+def test_tools_stand_where_the_families_have_them():
+    schema = sample.function_schema("look_up", look_up)
+    talk = [{"role": "system", "content": "Be kind.", "tools": [schema]}, *TALK[1:2]]
+    text = QWEN.decode(render_chat(talk, QWEN)[0])
+    assert text == (
+        "<|im_start|>system\nBe kind.\n\n# Tools\n\nYou may call one or more functions to assist "
+        "with the user query.\n\nYou are provided with function signatures within "
+        f"<tools></tools> XML tags:\n<tools>\n{json.dumps(schema)}\n</tools>\n\nFor each function "
+        "call, return a json object with function name and arguments within "
+        "<tool_call></tool_call> XML tags:\n<tool_call>\n"
+        '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+        "<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n"
+    )
+    text = LLAMA.decode(render_chat(talk, LLAMA)[0])
+    assert text == (
+        f"<|begin_of_text|>{header('system')}Environment: ipython\nCutting Knowledge Date: "
+        f"December 2023\nToday Date: 26 Jul 2024\n\nBe kind.<|eot_id|>{header('user')}Given the "
+        "following functions, please respond with a JSON for a function call with its proper "
+        "arguments that best answers the given prompt.\n\nRespond in the format "
+        '{"name": function name, "parameters": dictionary of argument name and its value}.'
+        f"Do not use variables.\n\n{json.dumps(schema, indent=4)}\n\n你好<|eot_id|>"
+    )
+    room = len(render_chat(talk, LLAMA, True)[0])  # the oldest turns go, the tools stay
+    long = [talk[0], {"role": "user", "content": "x" * 50}, TALK[2], talk[1]]
+    assert sample.chat_prompt(long, LLAMA, room) == render_chat(talk, LLAMA, True)[0]
+
+
+def test_a_thought_is_no_part_of_the_message_and_a_call_after_it_is_one():
+    template = Template(QWEN3)
+
+    def ids(*parts):
+        special = QWEN3.special
+        return [i for p in parts for i in ([special[p]] if p in special else QWEN3.encode(p))]
+
+    think = "<think>", "\nHm. <b>\n", "</think>", "\n\n"
+    assert template.parse(ids(*think, "Hello!", "<|im_end|>")) == TALK[2]
+    call = "<tool_call>", '\n{"name": "search", "arguments": {"type": "豪华型"}}\n', "</tool_call>"
+    assert template.parse(ids(*think, *call)) == TALK[4]
+    assert template.parse(ids(*think, "I look.\n", *call)) == TALK[4]
+    assert template.parse(ids("<think>", "\nHm")) == {"role": "assistant", "content": ""}
+    assert template.is_call(ids(*think, *call)) and not template.is_call(ids(*think, "Hello!"))
+    result = render_chat(TALK[4:6], QWEN3)[0]
+    assert result.count(QWEN3.special["<tool_response>"]) == 1
+    for name in ("<think>", "</think>", "<tool_call>", "</tool_call>"):
+        assert QWEN3.special[name] in template.spoken
