@@ -374,7 +374,7 @@ def pattern(text):
         ("model.type", "WordPiece", "model WordPiece"),
         ("model.type", "Unigram", "model Unigram"),
         ("model.type", "WordLevel", "model WordLevel"),
-        ("model.byte_fallback", True, "byte_fallback True"),
+        ("model.byte_fallback", True, "byte_fallback is SentencePiece's"),
         ("model.continuing_subword_prefix", "##", "continuing_subword_prefix '##'"),
         ("model.end_of_word_suffix", "</w>", "end_of_word_suffix '</w>'"),
         ("model.dropout", 0.1, "dropout 0.1"),

@@ -493,8 +493,8 @@ def test_one_that_diverges_does_not_end_the_comparison(toy):
 
 MISTAKES = [
     (["--epochs", "0"], "--epochs 0 must be from 1 to 2**40"),
-    (["--lr", "-1"], "--lr -1.0 must be a number above 0"),
-    (["--lr", "nan"], "--lr nan must be a number above 0"),
+    (["--lr", "-1"], "--lr -1.0 must be above 0 and finite"),
+    (["--lr", "nan"], "--lr nan must be above 0 and finite"),
     (["--optimizer", "sdg"], "invalid choice: 'sdg'"),
     (["--draw", "3 x"], "'x' is no digit"),
     (["--draw", " "], "no digit to draw"),
