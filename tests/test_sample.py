@@ -975,7 +975,8 @@ def test_a_value_that_makes_no_sense_is_named(say, flags, named):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--top_q", "1"), ("--max_new_tokens", "many"), ("--dtype", "int4"), ("--ckpt",), ("x",)]
+    "flags",
+    [("--top_q", "1"), ("--max_new_tokens", "many"), ("--dtype", "int4"), ("--ckpt",), ("x",)],
 )
 def test_unknown_flags_and_wrong_types_exit_with_2(flags, capsys):
     with pytest.raises(SystemExit) as e:
