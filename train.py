@@ -1143,6 +1143,8 @@ def settle_rates(args, model):
     """Fill in the learning rates of a run that goes on from weights, where none are given: smaller
     for larger models, 1e-3 for the default shape, 6e-5 for GPT-2. The trials: tests/BENCHMARKS.md.
     """
+    if not args.ckpt:
+        return
     if args.lr is None:
         size = sum(p.numel() for p in model.parameters())
         args.lr = float(f"{min(1e-3, 15 / size ** (2 / 3)):.1e}")

@@ -567,7 +567,7 @@ def test_training_goes_on_from_a_checkpoints_weights(corpus):
     last = lm.load_checkpoint("out/on/last.pt")
     args = last["args"]
     assert [args[k] for k in ("lr", "embed_lr", "head_lr")] == pytest.approx([1e-3, 1e-2, 3e-3])
-    large = argparse.Namespace(lr=None, embed_lr=None, head_lr=None, muon_lr=None)
+    large = argparse.Namespace(ckpt="gpt2", lr=None, embed_lr=None, head_lr=None, muon_lr=None)
     train.settle_rates(large, lm.skeleton(lm.preset("gpt2")))
     assert large.lr == pytest.approx(6e-5) and large.embed_lr is None
     run("--data", "words", *more[:-1], "out/muon", "--optimizer", "muon", "--embed_lr", 1e-5)
