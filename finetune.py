@@ -15,22 +15,15 @@ what is minimised, what is measured, the model and its run, the command line.
 """
 
 import argparse
-import contextlib
-import gzip
-import hashlib
 import json
 import math
 import random
-import re
 import signal
 import sys
-import zlib
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `console` takes over
+if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `run_cli` takes over
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -40,30 +33,29 @@ import torch.nn.functional as F
 import lora
 import model as lm
 import train
-from prepare_data import (
+from data.chat import (
     CHAT_TOKENS,
-    SETS,
-    DataError,
-    Parser,
     Template,
-    Tokenizer,
-    call_text,
-    console,
-    default_name,
-    drop_continued,
-    fetch_set,
-    json_rows,
+    chat_prompt,
     label_token,
-    parse_call,
 )
-from sample import allowed_ids, chat_prompt, classify, generate, load, newest_run
+from data.cli import Parser, UserError, check_limits, run_cli
+from data.hotel import substitute, tidy_calls, values_by_key
+from data.machine import make_runtime
+from data.rows import load_data
+from data.runs import newest_run, run_folder
+from data.scores import chat_scores, confusion, macro_f1
+from data.sources import ROW_SETS
+from data.tokenizer import Tokenizer
+from prepare_data import default_name
+from sample import allowed_ids, classify, generate, load
 
 # --------------------------------------------------------------------------------------------
 # The recipe
 # --------------------------------------------------------------------------------------------
 
 # Added to train.RECIPE. A model has something to lose here: lower rates than from nothing.
-RECIPE = train.RECIPE | dict(
+RECIPE = train.RECIPE | train.optimizer_rates() | dict(
     objective="auto",
     best_by="val_loss",
     epochs=3.0,
@@ -89,242 +81,9 @@ RECIPE = train.RECIPE | dict(
     distill_lambda=0.5,
     distill_temperature=2.0,
 )
+
 # Tables are frozen under LoRA (new special tokens apart), so only the one rate counts.
-RECIPES = {
-    "lora": dict(lr=3e-3),
-    "classify": dict(best_by="accuracy"),  # its loss turns up while it still gets better
-    "dpo": dict(lr=1e-4, embed_lr=1e-4, head_lr=1e-4, epochs=1.0),
-}
-
-# --------------------------------------------------------------------------------------------
-# Rows of any shape -> examples: {"messages"}, {"text", "label"} or {"messages", "chosen", ...}
-# --------------------------------------------------------------------------------------------
-
-# What the field calls the turns, and what render_chat does.
-ROLE_NAMES = {
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
-    **dict.fromkeys(("search", "function_call", "call"), "call"),
-    **dict.fromkeys(("return", "observation", "tool", "function"), "tool"),
-    "system": "system",
-}
-
-
-def whole(value):
-    """A JSON value with 500.0 as 500, so that the two are learned as one."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [whole(v) for v in value]
-    return {k: whole(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def call_message(name, arguments):
-    """The message of a call; ValueError if `parse_call` could not read it back."""
-    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    content = call_text(name, whole(arguments))
-    if parse_call(content)[0] != name or not name:
-        raise ValueError(f"a tool cannot be called {name!r}")
-    return {"role": "call", "content": content}
-
-
-def to_messages(turn):
-    """The messages of one turn of a ShareGPT, OpenAI or hotel conversation; ValueError if bad."""
-    if not isinstance(turn, dict):
-        raise ValueError(f"a turn is no object but {turn!r:.40}")
-    name = turn.get("role", turn.get("from"))
-    if not isinstance(name, str) or name not in ROLE_NAMES:
-        raise ValueError(f"role {name!r} is unknown")
-    role, content = ROLE_NAMES[name], turn.get("content", turn.get("value"))
-    if role == "call" and "arguments" in turn:  # a hotel search, named after its role
-        return [call_message(name, turn["arguments"])]
-    if role == "tool" and "records" in turn:
-        return [{"role": "tool", "content": json.dumps(whole(turn["records"]), ensure_ascii=False)}]
-    out, calls = [], []
-    if isinstance(content, str) and content.strip():
-        if role == "call" and content.lstrip()[0] not in "[{":  # our own, as /save writes it
-            out.append(call_message(*parse_call(content)))
-        elif role == "call":  # ShareGPT: {"name": ..., "arguments": {...}}, or a list of such
-            calls = json.loads(content)
-            calls = calls if isinstance(calls, list) else [calls]
-        else:
-            out.append({"role": role, "content": content})
-    for call in [*calls, *(turn.get("tool_calls") or [])]:
-        call = call.get("function", call)  # OpenAI: arguments are JSON inside JSON
-        out.append(call_message(call["name"], call.get("arguments", {})))
-    if not out:
-        raise ValueError(f"a turn of {name} has no text")
-    return out
-
-
-def conversation(turns, before=()):
-    """{"messages"} of a list of turns, behind the messages `before` them; ValueError if nothing in
-    it is the assistant's."""
-    if not isinstance(turns, list):
-        raise ValueError("the conversation is no list")
-    messages = [m for turn in turns for m in to_messages(turn)]
-    if before and messages and messages[0]["role"] == "system":  # two system turns are one
-        parts = before[0]["content"], messages.pop(0)["content"]
-        before = [before[0] | {"content": "\n".join(filter(None, parts))}]
-    messages = [*before, *messages]
-    if not any(m["role"] in ("assistant", "call") for m in messages):
-        raise ValueError("no turn of the assistant, so nothing to learn")
-    return {"messages": messages}
-
-
-def answer_text(value):
-    """The text of a preferred or rejected answer: a string, a turn, or turns that end in it."""
-    value = value[-1] if isinstance(value, list) and value else value
-    text = value if isinstance(value, str) else to_messages(value)[0]["content"]
-    if not text.strip():
-        raise ValueError("an answer is empty")
-    return text
-
-
-def to_example(row):
-    """(kind, example) of a row of any shape we know, kind being chat, label or prefer. ValueError
-    says what is wrong with a row."""
-    # To add a format: recognise its keys here.
-    if isinstance(row, list):
-        return "chat", conversation(row)
-    if not isinstance(row, dict):
-        raise ValueError(f"neither an object nor a list of turns but {row!r:.40}")
-    system, tools = row.get("system") or "", row.get("tools")
-    if not isinstance(system, str):
-        raise ValueError(f"the system text is no text but {system!r:.40}")
-    if isinstance(tools, str):  # JSON inside JSON, or any words
-        try:
-            tools = json.loads(tools or "[]")
-        except ValueError:
-            system, tools = "\n".join(filter(None, (system, tools))), None
-    before = [{"role": "system", "content": system}] if system or tools else []
-    if tools:  # schemas, which each family of templates has its own place for
-        before[0]["tools"] = tools if isinstance(tools, list) else [tools]
-    if {"chosen", "rejected"} <= set(row):
-        turns = row.get("conversations", row.get("messages", row.get("prompt")))
-        turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
-        pair = {k: answer_text(row[k]) for k in ("chosen", "rejected")}
-        if pair["chosen"] == pair["rejected"]:
-            raise ValueError("chosen and rejected are the same")
-        prompt = [m for turn in turns or [] for m in to_messages(turn)]
-        if prompt and prompt[-1]["role"] == "assistant":  # whole conversations as the prompt's end
-            prompt.pop()
-        if not prompt:
-            raise ValueError("a pair without a prompt")
-        return "prefer", {"messages": before + prompt, **pair}
-    if {"context", "response"} <= set(row):
-        context, response = (
-            json.loads(v) if isinstance(v, str) else v for v in (row["context"], row["response"])
-        )
-        return "chat", conversation([*context, response])
-    for key in ("messages", "conversations", "items"):  # the last one is openchat's
-        if key in row:
-            return "chat", conversation(row[key], before)
-    if {"instruction", "output"} <= set(row):
-        asked = "\n".join(t for t in (row["instruction"], row.get("input")) if t)
-        answer = {"role": "assistant", "content": row["output"]}
-        return "chat", conversation([{"role": "user", "content": asked}, answer], before)
-    if {"text", "label"} <= set(row):
-        if not isinstance(row["text"], str) or not row["text"].strip():
-            raise ValueError("the text is empty")
-        label = whole(row["label"])
-        if not isinstance(label, (str, int)) or label == "":
-            raise ValueError(f"the label is {label!r:.40}")
-        return "label", {"text": row["text"], "label": str(label)}
-    raise ValueError(f"no known format has the keys {', '.join(map(str, row))[:80]}")
-
-
-def read_rows(path):
-    """(where it is, row or the error that it is) for each row of a JSON list or of JSON lines."""
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"{path} {what}: name a .json or .jsonl file, or {', '.join(SETS)}")
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        return json_rows([raw.decode("utf-8-sig")], str(path))
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise DataError(f"{path} is no JSON in UTF-8 ({e})") from e
-
-
-MAX_BAD = 0.01  # share of rows that may be bad
-
-
-def read_examples(path):
-    """(kind, examples) of a file. Bad rows are named on stderr and left out; DataError if more than
-    1 % are bad or none is left. Rows that continue each other are one conversation again."""
-    found, bad, kind = [], [], None
-    for where, row in read_rows(path):
-        try:
-            if isinstance(row, ValueError):
-                bad.append(str(row))
-                continue
-            this, example = to_example(row)
-            kind = kind or this
-            if this != kind:
-                raise ValueError(f"a row of {this} among rows of {kind}")
-            json.dumps(example, ensure_ascii=False).encode()  # no half characters, as \ud83d
-            found.append(example)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            reason = f"no {e}" if isinstance(e, KeyError) else str(e)
-            bad.append(f"{where}: {reason}")
-    for message in bad[:5]:
-        print(f"bad row: {message}", file=sys.stderr)
-    total = len(found) + len(bad)
-    if not total:
-        raise DataError(f"{path} holds no rows")
-    if not found or len(bad) > MAX_BAD * total:
-        first = f", first {bad[0]}" if bad else ""
-        raise DataError(f"{path}: {len(bad)} of {total} rows are bad{first}")
-    if bad:
-        print(f"{path}: {len(bad)} of {total} rows are bad and left out", file=sys.stderr)
-    if kind == "chat":  # learning a dialogue's last row teaches the answers of all before it
-        found = drop_continued(found, key=lambda e: e["messages"])
-    return kind, found
-
-
-def first_words(example):
-    """What conversations are told apart by: the first thing the user says, or the text."""
-    if "text" in example:
-        return example["text"]
-    return next((m["content"] for m in example["messages"] if m["role"] == "user"), "")
-
-
-def split_off(examples, fraction):
-    """(train, val): about `fraction` of the conversations, always the same ones, with all their
-    rows: no beginning of one is learned while its continuation is measured."""
-    groups = {}
-    for e in examples:
-        groups.setdefault(first_words(e), []).append(e)
-    order = sorted(groups, key=lambda words: hashlib.sha256(words.encode()).digest())
-    n = min(max(1, round(fraction * len(groups))), len(groups) - 1)
-    if len(groups) < 2:
-        raise DataError(f"{len(examples)} rows that begin alike cannot be split: give --val_data")
-    val = {id(e) for words in order[:n] for e in groups[words]}
-    return [e for e in examples if id(e) not in val], [e for e in examples if id(e) in val]
-
-
-def load_data(source, val_source=None, fraction=0.1):
-    """(kind, {"train", "val", perhaps "test": examples}, {split: sha256}) of --data."""
-    if source in SETS:
-        paths = fetch_set(source)
-    else:
-        paths = {"train": source}
-    if val_source:
-        paths["dev"] = val_source
-    kinds, parts, hashes = {}, {}, {}
-    for split, path in paths.items():
-        split = "val" if split == "dev" else split
-        kinds[split], examples = read_examples(path)
-        parts[split] = [tidy_calls(e) for e in examples] if kinds[split] == "chat" else examples
-        hashes[split] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    if len(set(kinds.values())) > 1:
-        raise DataError(f"{source} and its validation rows are of different kinds: {kinds}")
-    if "val" not in parts:
-        parts["train"], parts["val"] = split_off(parts["train"], fraction)
-    return kinds["train"], parts, hashes
-
+LORA_RECIPE = dict(lr=3e-3)
 
 # --------------------------------------------------------------------------------------------
 # Examples -> token rows
@@ -384,7 +143,7 @@ def label_row(text, label, tokenizer, context, loss_on="assistant"):
     """
     ids = tokenizer.encode(text)
     cut = len(ids) > context - 1
-    ids = [*ids[-(context - 1) :], tokenizer.eot]
+    ids = [*ids[-(context - 1) :], tokenizer.eos_id]
     mask = [int(loss_on == "all")] * len(ids)
     if label is None:
         return Row(ids, mask), cut
@@ -403,116 +162,12 @@ def pair_rows(example, tokenizer, context):
     return tuple(rows), any(cuts)
 
 
-def make_rows(kind, examples, tokenizer, context, loss_on="assistant"):
-    """(rows, how many were cut). Rows without a target, which cannot be learned, are left out."""
-    rows, cut = [], 0
-    for e in examples:
-        if kind == "chat":
-            row, was_cut = chat_row(e["messages"], tokenizer, context, loss_on)
-        elif kind == "label":
-            row, was_cut = label_row(e["text"], e["label"], tokenizer, context, loss_on)
-        else:
-            row, was_cut = pair_rows(e, tokenizer, context)
-        parts = row if kind == "prefer" else (row,)
-        if all(any(r.mask[1:]) for r in parts):
-            rows.append(row)
-            cut += was_cut
-    if not rows:
-        raise DataError(f"no row has a target for --loss_on {loss_on}: nothing to learn")
-    return rows, cut
-
-
-def values_of(message):
-    """(key, value) of each text that a call passes or a tool has returned."""
-    objects = []
-    if message["role"] == "call":
-        objects = [parse_call(message["content"])[1]]
-    elif message["role"] == "tool":
-        with contextlib.suppress(ValueError, RecursionError):  # a result may be any text
-            found = json.loads(message["content"])
-            objects = found if isinstance(found, list) else [found]
-    for key, value in (pair for o in objects if isinstance(o, dict) for pair in o.items()):
-        for v in value if isinstance(value, list) else [value]:
-            if isinstance(v, str) and v:
-                yield f"{message['role']}.{key}", v
-
-
-def values_by_key(examples):
-    """{"call.KEY" or "tool.KEY": all texts it has anywhere}: what `substitute` draws from."""
-    pool = {}
-    for key, v in (pair for e in examples for m in e["messages"] for pair in values_of(m)):
-        pool.setdefault(key, []).append(v)
-    return pool
-
-
-def substitute(example, pool, share, rng):
-    """The conversation with some values exchanged, everywhere in it at once.
-
-        user  找一家有健身房的酒店           user  找一家有接机服务的酒店
-        call  {"facilities": ["健身房"]}     call  {"facilities": ["接机服务"]}
-
-    What a call passes as the user has said it, and what the assistant says as a tool has returned
-    it, becomes with probability `share` another value that this key has somewhere: so the model has
-    to read it, not to recall it.
-    """
-    said = {"user": "", "assistant": ""}
-    for m in example["messages"]:
-        if m["role"] in said:
-            said[m["role"]] += m["content"] + "\n"
-    swap = {}
-    for m in example["messages"]:
-        source = said["user" if m["role"] == "call" else "assistant"]
-        for key, v in values_of(m):
-            if v in source and v not in swap and rng.random() < share:
-                swap[v] = rng.choice(pool[key])
-    if not swap or len(set(swap.values())) < len(swap):
-        return example
-    longest_first = sorted(swap, key=len, reverse=True)
-    found = re.compile("|".join(map(re.escape, longest_first)))
-
-    def exchange(value):
-        if isinstance(value, str):
-            return found.sub(lambda hit: swap[hit[0]], value)
-        if isinstance(value, list):
-            return [exchange(v) for v in value]
-        return {k: exchange(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    def rewrite(role, content):
-        if role == "call":  # JSON stays JSON, its keys stay as they are
-            name, arguments = parse_call(content)
-            return call_text(name, exchange(arguments))
-        if role == "tool":
-            with contextlib.suppress(ValueError, RecursionError):
-                new = exchange(old := json.loads(content))
-                return content if new == old else json.dumps(new, ensure_ascii=False)
-        return exchange(content)
-
-    messages = [m | {"content": rewrite(m["role"], m["content"])} for m in example["messages"]]
-    return {"messages": messages}
-
-
-def tidy_calls(example):
-    """The conversation with each call's arguments in one order: keys by the alphabet, the items of
-    a list as the user has named them, which is easier to copy. What they say stays the same."""
-    said, messages = "", []
-    for m in example["messages"]:
-        if m["role"] == "user":
-            said += "\n" + m["content"]
-        if m["role"] == "call":
-            name, arguments = parse_call(m["content"])
-            for key, value in arguments.items():
-                if isinstance(value, list) and all(isinstance(v, str) for v in value):
-                    arguments[key] = sorted(value, key=lambda v: (v not in said, said.rfind(v), v))
-            m = m | {"content": call_text(name, dict(sorted(arguments.items())))}
-        messages.append(m)
-    return example | {"messages": messages}
-
-
 def show_mask(rows, tokenizer, count):
     """Print rows token by token: what is learned in green, the rest grey (plain in a file: a * in
     front of what is learned), with ids."""
     color = sys.stdout.isatty()
-    for number, row in enumerate(rows[:count], start=1):
+    flat = [r for row in rows for r in (row if isinstance(row, tuple) else (row,))]
+    for number, row in enumerate(flat[:count], start=1):
         print(f"--- row {number}: {len(row.ids)} tokens, {sum(row.mask)} of them learned ---")
         for at, (i, m) in enumerate(zip(row.ids, row.mask)):
             text = repr(tokenizer.decode([i]))[1:-1]
@@ -540,77 +195,35 @@ def pad(rows):
     return ids, targets
 
 
-def pad_pairs(pairs, reference):
-    """(ids, targets, reference): the chosen rows, then the rejected ones, and (P, 2) log
-    probabilities under the reference model."""
-    rows = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-    return *pad(rows), torch.as_tensor(reference, dtype=torch.float32).view(-1, 2)
+def size_of(row):
+    """(tokens of the longest sequence, sequences) of a Row or a tuple of Rows."""
+    rows = row if isinstance(row, tuple) else (row,)
+    return max(len(r.ids) for r in rows) - 1, len(rows)
 
 
-def pack(rows, context):
-    """(ids, positions, segments, targets), each (B, context): as many rows in a window as fit.
-
-        ids        a b c d e . .      two rows, a filler
-        positions  0 1 2 0 1 0 0
-        segments   1 1 1 2 2 0 0      attention stays inside one number: see `block_mask`
-    """
-    windows, room = [], []
-    for r in sorted(rows, key=lambda r: -len(r.ids)):
-        size = len(r.ids) - 1
-        at = next((w for w, left in enumerate(room) if left >= size), None)
-        if at is None:
-            at = len(windows)
-            windows.append([])
-            room.append(context)
-        windows[at].append(r)
-        room[at] -= size
-    ids, positions, segments = torch.zeros(3, len(windows), context, dtype=torch.long)
-    targets = torch.full((len(windows), context), -100)
-    for b, window in enumerate(windows):
-        at = 0
-        for number, r in enumerate(window, start=1):
-            here = slice(at, at + len(r.ids) - 1)
-            ids[b, here] = torch.tensor(r.ids[:-1])
-            targets[b, here] = torch.tensor(r.targets())
-            positions[b, here] = torch.arange(len(r.ids) - 1)
-            segments[b, here] = number
-            at = here.stop
-    return ids, positions, segments, targets
+def bucket(order, rows, batch_tokens):
+    """Lists of row numbers, about one length in each, of at most `batch_tokens` padded tokens."""
+    batches = []
+    for i in sorted(order, key=lambda i: size_of(rows[i])[0]):  # keeps the order of equal lengths
+        if not batches or (len(batches[-1]) + 1) * math.prod(size_of(rows[i])) > batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
-def block_mask(segments):
-    """(B, 1, T, T) bools for packed rows (segments (B, T)): each token sees those before it in its
-    own row, and itself."""
-    same = segments[:, :, None] == segments[:, None, :]
-    return (same & lm.causal_mask(*same.shape[1:], segments.device))[:, None]
-
-
-class Batches:
+class BucketLoader:
     """All rows of an epoch, in batches of similar lengths, in another order each epoch.
 
-    A batch holds at most `batch_tokens` padded tokens (or one row). Batch n of the whole run is
-    always the same, so resuming needs only the step. `epoch_rows(epoch)`, if given, makes each
-    epoch's rows anew (augmentation); the batches of any epoch are as many as the first one's.
+    A batch holds at most `batch_tokens` padded tokens (or one row); padding adds 1 to 3 % to the
+    hotel dialogues. Batch n of the whole run is always the same, so resuming needs only the step.
+    `epoch_rows(epoch)`, if given, makes each epoch's rows anew (augmentation); the batches of any
+    epoch are as many as the first one's.
     """
 
     def __init__(self, rows, batch_tokens, seed, epoch_rows=None):
         self.rows, self.batch_tokens, self.seed = rows, batch_tokens, seed
         self.epoch_rows, self.epoch = epoch_rows, None
-        self.per_epoch = len(self.cut(range(len(rows)), rows))
-
-    def length(self, row):
-        """Tokens that a row fills, the longer of a pair."""
-        return max(len(r.ids) for r in (row if isinstance(row, tuple) else (row,))) - 1
-
-    def cut(self, order, rows):
-        """Lists of row numbers, about one length in each."""
-        batches = []
-        for i in sorted(order, key=lambda i: self.length(rows[i])):
-            size = self.length(rows[i]) * (2 if isinstance(rows[i], tuple) else 1)
-            if not batches or (len(batches[-1]) + 1) * size > self.batch_tokens:
-                batches.append([])
-            batches[-1].append(i)
-        return batches
+        self.per_epoch = len(bucket(range(len(rows)), rows, batch_tokens))
 
     def get(self, number):
         """(row numbers, rows) of batch `number` of the run."""
@@ -618,8 +231,8 @@ class Batches:
         if epoch != self.epoch:
             rng = np.random.default_rng((self.seed, epoch))
             self.now = self.epoch_rows(epoch) if self.epoch_rows else self.rows
-            # sorted() keeps the shuffled order among rows of one length
-            self.batches = self.cut(rng.permutation(len(self.now)).tolist(), self.now)
+            order = rng.permutation(len(self.now)).tolist()
+            self.batches = bucket(order, self.now, self.batch_tokens)
             rng.shuffle(self.batches)
             self.epoch = epoch
         # rows made anew may give more batches or fewer: some are left out then, or come again
@@ -627,14 +240,21 @@ class Batches:
         return chosen, [self.now[i] for i in chosen]
 
 
+def augmented(examples, objective, share, seed):
+    """epoch -> rows of that epoch: `share` of the values exchanged anew (hotel.substitute)."""
+    pool = values_by_key(examples)
+
+    def epoch_rows(epoch):
+        rng = random.Random(f"{seed} {epoch}")
+        fresh = [substitute(e, pool, share, rng) for e in examples]
+        return objective.make_split([tidy_calls(e) for e in fresh]).rows
+
+    return epoch_rows
+
+
 # --------------------------------------------------------------------------------------------
 # What is minimised
 # --------------------------------------------------------------------------------------------
-
-
-def packed_loss(model, ids, positions, segments, targets):
-    """The plain loss, for batches from `pack`."""
-    return model(ids, targets, positions=positions, mask=block_mask(segments))
 
 
 def drop_tokens(ids, share, end, rng):
@@ -647,7 +267,7 @@ def drop_tokens(ids, share, end, rng):
 def dpo_margin(model, ids, targets, reference):
     """By how much more than the reference does `model` like each answer? (P, 2): log probabilities
     of chosen and rejected, less the reference's, for batches from `pad_pairs`."""
-    logps = model(ids, targets, each=True).sum(1)  # (2 P,)
+    logps = model(ids, targets, reduction="none").sum(1)  # (2 P,)
     return torch.stack(logps.chunk(2), dim=1) - reference
 
 
@@ -674,51 +294,6 @@ def distill_loss(model, ids, targets, teacher, share, temperature):
 # --------------------------------------------------------------------------------------------
 # What is measured
 # --------------------------------------------------------------------------------------------
-
-
-def slot_counts(predicted, reference):
-    """(right, predicted, wanted) values of two argument dicts, the items of a list one by one, as
-    the course counts them; None for `predicted` means no arguments at all."""
-
-    def values(arguments):
-        items = ((k, v if isinstance(v, list) else [v]) for k, v in (arguments or {}).items())
-        return Counter((k, json.dumps(whole(v), sort_keys=True)) for k, vs in items for v in vs)
-
-    ours, wanted = values(predicted), values(reference)
-    return (ours & wanted).total(), ours.total(), wanted.total()
-
-
-def bleu4(prediction, reference):
-    """Sentence BLEU over characters, n-grams of 1 to 4 (Papineni et al. 2002), from 0 to 1; the
-    k-th precision that is zero counts as 1 / (2^k * n-grams), NLTK's smoothing method 3."""
-    prediction, reference = prediction.strip(), reference.strip()
-    if not set(prediction) & set(reference):
-        return 0.0
-    total, zeros = 0.0, 0
-    for n in range(1, 5):
-        ours, wanted = (
-            Counter(text[i : i + n] for i in range(len(text) - n + 1))
-            for text in (prediction, reference)
-        )
-        right, count = (ours & wanted).total(), max(1, ours.total())
-        if not right:
-            zeros += 1
-            right = 0.5**zeros
-        total += math.log(right / count) / 4
-    short = min(0.0, 1 - len(reference) / len(prediction))  # log of the brevity penalty
-    return math.exp(total + short)
-
-
-def confusion(predicted, wanted, n):
-    """(n, n) counts, a row for what was wanted, a column for what was predicted."""
-    table = np.zeros((n, n), dtype=int)
-    np.add.at(table, (wanted, predicted), 1)
-    return table
-
-
-def macro_f1(table):
-    """The mean over classes of 2 * right / (predicted + wanted), from a confusion matrix."""
-    return float(np.mean(2 * table.diagonal() / np.maximum(1, table.sum(0) + table.sum(1))))
 
 
 def answer_jobs(examples, limit=None):
@@ -759,90 +334,191 @@ def answer(model, tokenizer, jobs, max_tokens=160, batch=48):
     return [template.parse(said[j]) for j in range(len(jobs))]
 
 
-def chat_scores(jobs, turns):
-    """A dict of what can be counted: where a tool should be called slot precision, recall and F1
-    and the share of calls that parse; elsewhere BLEU-4 (a call in that place scores 0)."""
-    slots, parsed, bleu = [0, 0, 0], [], []
-    for (_, wanted), got in zip(jobs, turns):
-        same = got["role"] == wanted["role"]
-        if wanted["role"] == "assistant":
-            bleu.append(bleu4(got["content"], wanted["content"]) if same else 0.0)
-            continue
-        try:
-            arguments = parse_call(got["content"])[1] if same else None
-        except ValueError:
-            arguments = None
-        parsed.append(arguments is not None)
-        counts = slot_counts(arguments, parse_call(wanted["content"])[1])
-        slots = [total + n for total, n in zip(slots, counts)]
-    scores, (right, predicted, wanted) = {}, slots
-    if parsed:
-        scores |= dict(slot_p=right / max(1, predicted), slot_r=right / max(1, wanted))
-        scores |= dict(slot_f1=2 * right / max(1, predicted + wanted))
-        scores |= dict(valid_json=sum(parsed) / len(parsed))
-    return scores | (dict(bleu4=sum(bleu) / len(bleu)) if bleu else {})
+# --------------------------------------------------------------------------------------------
+# Objectives: what is learned from rows, and how that is measured
+# --------------------------------------------------------------------------------------------
 
 
-class Measure:
-    """What `fit` asks for at an evaluation, over the rows and examples of one split.
+@dataclass
+class Split:
+    """Examples, what an objective made of them, and how many of these rows it had to cut."""
 
-    rows: what was made of `examples`, cut into `batches`. Models come in any mode and go back so.
+    examples: list
+    rows: list
+    cut: int = 0
+    reference: torch.Tensor | None = None  # what DPO starts from, see `DPO.start`
+
+
+class SFT:
+    """Chats: the assistant's words are learned. The other objectives change what they must.
+
+    To add an objective: a class like these and its name in OBJECTIVES. `args`, `tokenizer`,
+    `runtime` (a Runtime, from `start` on) and `labels` are there for it.
     """
 
-    def __init__(self, kind, examples, rows, tokenizer, runtime, args, labels=(), reference=None):
-        self.kind, self.examples, self.rows, self.tokenizer = kind, examples, rows, tokenizer
-        self.runtime, self.args, self.labels, self.reference = runtime, args, labels, reference
-        self.batches = Batches(rows, args.batch_tokens, 0).cut(range(len(rows)), rows)
+    kind, what, figure = "chat", "conversations", "slot_f1"  # figure: what --best_by may name
+    recipe = {}  # what differs from RECIPE
 
-    def __call__(self, model, final=True):
-        scores = {"chat": self.chat, "label": self.label, "prefer": self.prefer}[self.kind]
-        with lm.evaluating(model), self.runtime.autocast():
-            return self.runtime.of_first(scores(model, final))
+    def __init__(self, args, tokenizer, labels=()):
+        self.args, self.tokenizer, self.labels, self.runtime = args, tokenizer, labels, None
 
-    def chat(self, model, final):
+    def row(self, example):
+        """(Row or tuple of Rows, whether it was too long) of an example."""
+        context, loss_on = self.args.context, self.args.loss_on
+        return chat_row(example["messages"], self.tokenizer, context, loss_on)
+
+    def make_split(self, examples):
+        """The Split of examples. Rows without a target, which cannot be learned, are left out."""
+        split = Split(examples, [])
+        for row, cut in map(self.row, examples):
+            if all(any(r.mask[1:]) for r in (row if isinstance(row, tuple) else (row,))):
+                split.rows.append(row)
+                split.cut += cut
+        if not split.rows:
+            loss_on = self.args.loss_on
+            raise UserError(f"no row has a target for --loss_on {loss_on}: nothing to learn")
+        return split
+
+    def start(self, model, splits, saved):
+        """Called before the first step with the training and the validation Split, and the content
+        of the last.pt to resume or None. Returns what checkpoints keep beside the rest."""
+        return {}
+
+    def batch(self, split, numbers, rows):
+        """The tensors of one batch: `rows`, which have these numbers in the Split."""
+        return pad(rows)
+
+    def loss(self, model, ids, targets):
+        """The summed loss of a batch."""
+        return model(ids, targets)
+
+    def count(self, ids, targets):
+        """What the sum is divided by, in the end."""
+        return int((targets != -100).sum())
+
+    def evaluate(self, model, split, final=True):
         """Loss a target, and how the answers to some of the questions score, which only rank 0
         writes; `report` answers them all in the end."""
         loss, count = 0.0, 0
-        for chosen in self.batches[self.runtime.rank :: self.runtime.world]:
-            ids, targets = pad([self.rows[i] for i in chosen])
+        batches = bucket(range(len(split.rows)), split.rows, self.args.batch_tokens)
+        for numbers in batches[self.runtime.rank :: self.runtime.world]:
+            ids, targets = pad([split.rows[i] for i in numbers])
             loss += float(model(ids.to(self.runtime.device), targets.to(self.runtime.device)))
             count += int((targets != -100).sum())
         loss, count = self.runtime.total(loss, count)
         if final or not self.args.eval_rows or self.runtime.rank > 0:
             return {"val_loss": loss / count}
-        jobs = answer_jobs(self.examples, self.args.eval_rows)
+        jobs = answer_jobs(split.examples, self.args.eval_rows)
         return {"val_loss": loss / count} | chat_scores(jobs, answer(model, self.tokenizer, jobs))
 
-    def label(self, model, final):
-        """Loss and accuracy over the label tokens alone."""
-        logps, wanted = self.label_logps(model)
+    def report(self, model, split):
+        """(figures over all of a Split, rows for predictions.jsonl), a few answers printed."""
+        jobs = answer_jobs(split.examples)
+        turns, rows = answer(model, self.tokenizer, jobs), []
+        for (before, wanted), got in zip(jobs, turns):
+            asked = before[-1]["content"]
+            rows.append({"prompt": asked, "reference": wanted, "prediction": got})
+        for row in rows[:: max(1, len(rows) // 4)][:4]:
+            print(f"  asked      {shorten(row['prompt'])}")
+            print(f"  reference  {shorten(row['reference']['content'])}")
+            print(f"  answered   {shorten(row['prediction']['content'])}\n")
+        return chat_scores(jobs, turns), rows
+
+
+class Classify(SFT):
+    """Labelled texts: a token for the label after the end of the text."""
+
+    kind, what, figure = "label", "labelled texts", "accuracy"
+    recipe = dict(best_by="accuracy")  # its loss turns up while it still gets better
+
+    def row(self, example):
+        """(Row, whether it was too long) of a text and its label."""
+        context, loss_on = self.args.context, self.args.loss_on
+        return label_row(example["text"], example["label"], self.tokenizer, context, loss_on)
+
+    def logps(self, model, split):
+        """(log probabilities of the labels (N, L), the right ones (N,))."""
+        t, context = self.tokenizer, model.config.context
+        prompts = [label_row(e["text"], None, t, context)[0].ids for e in split.examples]
+        goals = [t.special[label_token(name)] for name in self.labels]
+        wanted = torch.tensor([self.labels.index(e["label"]) for e in split.examples])
+        return classify(model, prompts, goals), wanted
+
+    def scores(self, logps, wanted):
+        """Loss and accuracy over the label tokens alone, F1, and the confusion matrix."""
         table = confusion(logps.argmax(1).numpy(), wanted.numpy(), len(self.labels))
         accuracy = float((logps.argmax(1) == wanted).float().mean())
         loss = float(F.nll_loss(logps, wanted))
-        return {"val_loss": loss, "accuracy": accuracy, "f1": macro_f1(table)}
+        return {"val_loss": loss, "accuracy": accuracy, "f1": macro_f1(table)}, table
 
-    def label_logps(self, model):
-        """(log probabilities of the labels (N, L), the right ones (N,))."""
-        t, context = self.tokenizer, model.config.context
-        prompts = [label_row(e["text"], None, t, context)[0].ids for e in self.examples]
-        goals = [t.special[label_token(name)] for name in self.labels]
-        wanted = torch.tensor([self.labels.index(e["label"]) for e in self.examples])
-        return classify(model, prompts, goals), wanted
+    def evaluate(self, model, split, final=True):
+        """As `scores`."""
+        return self.scores(*self.logps(model, split))[0]
 
-    def gains(self, model):
+    def report(self, model, split):
+        """(figures, rows for predictions.jsonl); the confusion matrix is printed."""
+        logps, wanted = self.logps(model, split)
+        scores, table = self.scores(logps, wanted)
+        print("rows: the right label, columns: the predicted one")
+        names = [shorten(name, 11) for name in self.labels]
+        print(" " * 12 + "".join(f"{name:>12}" for name in names))
+        for name, counts in zip(names, table):
+            print(f"{name:>12}" + "".join(f"{n:12}" for n in counts))
+        rows = []
+        for e, p in zip(split.examples, logps.exp().tolist()):
+            best = self.labels[p.index(max(p))]
+            rows.append({"text": e["text"], "reference": e["label"], "prediction": best, "p": p})
+        return scores, rows
+
+
+class DPO(SFT):
+    """Preference pairs (Rafailov et al. 2023): what people chose becomes likelier than what they
+    rejected, relative to the reference, which is the model as it was."""
+
+    kind, what, figure = "prefer", "preference pairs", "reward_accuracy"
+    recipe = dict(lr=1e-4, embed_lr=1e-4, head_lr=1e-4, epochs=1.0)
+
+    def row(self, example):
+        """((chosen Row, rejected Row), whether one was too long) of a pair."""
+        return pair_rows(example, self.tokenizer, self.args.context)
+
+    def start(self, model, splits, saved):
+        """The log probabilities of all answers under the reference, computed once."""
+        known = saved and saved["reference"]
+        if not known:
+            with lm.evaluating(model), self.runtime.autocast(), lora.disable_adapter(model):
+                known = {name: self.gains(model, split) for name, split in splits.items()}
+        for name, split in splits.items():
+            split.reference = known[name]
+        return {"reference": known}
+
+    def batch(self, split, numbers, rows):
+        """(ids, targets, reference): the chosen rows, then the rejected ones, and (P, 2) log
+        probabilities under the reference model."""
+        reference = split.reference
+        known = torch.zeros(len(rows), 2) if reference is None else reference[numbers]
+        return *pad([chosen for chosen, _ in rows] + [rejected for _, rejected in rows]), known
+
+    def loss(self, model, ids, targets, reference):
+        """`dpo_loss` of a batch."""
+        return dpo_loss(model, ids, targets, reference, self.args.dpo_beta)
+
+    def count(self, ids, targets, reference):
+        """Pairs."""
+        return len(reference)
+
+    def gains(self, model, split):
         """`dpo_margin` of all pairs, (N, 2); without a reference the log probabilities as such."""
-        out = torch.zeros(len(self.rows), 2)
-        zero = torch.zeros_like(out)
-        for chosen in self.batches:
-            known = (zero if self.reference is None else self.reference)[chosen]
-            batch = pad_pairs([self.rows[i] for i in chosen], known)
-            out[chosen] = dpo_margin(model, *(t.to(self.runtime.device) for t in batch)).cpu()
+        out = torch.zeros(len(split.rows), 2)
+        for numbers in bucket(range(len(split.rows)), split.rows, self.args.batch_tokens):
+            batch = self.batch(split, numbers, [split.rows[i] for i in numbers])
+            out[numbers] = dpo_margin(model, *(t.to(self.runtime.device) for t in batch)).cpu()
         return out
 
-    def prefer(self, model, final):
+    def evaluate(self, model, split, final=True):
         """DPO's loss; rewards (beta times the gain) of chosen and rejected answers, how often the
         first is the larger, and by how much."""
-        good, bad = (self.args.dpo_beta * self.gains(model)).unbind(1)
+        good, bad = (self.args.dpo_beta * self.gains(model, split)).unbind(1)
         return {
             "val_loss": float(-F.logsigmoid(good - bad).mean()),
             "reward_accuracy": float((good > bad).float().mean()),
@@ -851,156 +527,143 @@ class Measure:
             "reward_margin": float((good - bad).mean()),
         }
 
-
-def report(model, measure, out):
-    """Everything about one split, of a model in evaluation mode: figures over all of it, a few
-    answers beside the references or the confusion matrix, predictions.jsonl in folder `out`.
-    Returns the figures."""
-    rows, tokenizer = [], measure.tokenizer
-    if measure.kind == "chat":
-        jobs = answer_jobs(measure.examples)
-        turns = answer(model, tokenizer, jobs)
-        scores = chat_scores(jobs, turns)
-        for (before, wanted), got in zip(jobs, turns):
-            asked = before[-1]["content"]
-            rows.append({"prompt": asked, "reference": wanted, "prediction": got})
-        for row in rows[:: max(1, len(rows) // 4)][:4]:
-            print(f"  asked      {shorten(row['prompt'])}")
-            print(f"  reference  {shorten(row['reference']['content'])}")
-            print(f"  answered   {shorten(row['prediction']['content'])}\n")
-    else:
-        scores = measure(model)
-    if measure.kind == "label":
-        logps, wanted = measure.label_logps(model)
-        table = confusion(logps.argmax(1).numpy(), wanted.numpy(), len(measure.labels))
-        print("rows: the right label, columns: the predicted one")
-        names = [shorten(name, 11) for name in measure.labels]
-        print(" " * 12 + "".join(f"{name:>12}" for name in names))
-        for name, counts in zip(names, table):
-            print(f"{name:>12}" + "".join(f"{n:12}" for n in counts))
-        for e, row in zip(measure.examples, logps.exp().tolist()):
-            best = measure.labels[row.index(max(row))]
-            rows.append({"text": e["text"], "reference": e["label"], "prediction": best, "p": row})
-    if rows:
-        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-        (out / "predictions.jsonl").write_text(text, encoding="utf-8")
-    print("  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in scores.items()))
-    return scores
+    def report(self, model, split):
+        """(figures, no rows)."""
+        with self.runtime.autocast():
+            return self.evaluate(model, split), []
 
 
-def shorten(text, width=160):
-    """`text` on one line, at most `width` characters of it."""
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"
+class Distill(SFT):
+    """Chats again, learned from a teacher's probabilities as well (Hinton et al. 2015)."""
+
+    def start(self, model, splits, saved):
+        """Load the teacher."""
+        name, device = self.args.teacher, str(self.runtime.device)
+        self.teacher, tokenizer, _ = load(name, device, "fp32")
+        if tokenizer.spec != self.tokenizer.spec:
+            raise UserError(
+                f"--teacher {name} has other tokens, or special tokens, than the model: fine-tune "
+                f"it on such rows first"
+            )
+        return {}
+
+    def loss(self, model, ids, targets):
+        """`distill_loss` of a batch."""
+        share, temperature = self.args.distill_lambda, self.args.distill_temperature
+        return distill_loss(model, ids, targets, self.teacher, share, temperature)
+
+
+class DistillLabels(Distill, Classify):
+    """The same for labelled texts."""
+
+
+# The first class of a name that takes rows of the data's kind is used; without --objective the
+# first of all.
+OBJECTIVES = {
+    "sft": [SFT],
+    "classify": [Classify],
+    "dpo": [DPO],
+    "distill": [Distill, DistillLabels],
+}
 
 
 # --------------------------------------------------------------------------------------------
 # The model and its run
 # --------------------------------------------------------------------------------------------
 
-OBJECTIVES = {"sft": ("chat",), "classify": ("label",), "dpo": ("prefer",)}
-OBJECTIVES["distill"] = ("chat", "label")
-
 
 def resolve(args):
     """Fill in what the user left out; reads the data, whose kind decides on the objective. Returns
-    (args, content of the last.pt to resume or None, kind, {split: examples}, {split: sha256})."""
+    (args, the objective's class, content of the last.pt to resume or None, {split: examples},
+    {split: sha256})."""
     given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
-    fixed = {"ckpt", "objective", "optimizer", "seed", "loss_on", "teacher", "quantize", "pack"}
+    fixed = {"ckpt", "objective", "optimizer", "seed", "loss_on", "teacher", "quantize"}
     fixed |= {"val", "context", "batch_tokens", "augment", "best_by"}  # what they decided stands
     fixed |= {k for k in vars(args) if k.startswith("lora_")}
     content, settings = None, {}
     if args.resume is not None:
         settings, content = train.resumed_settings(args, given, fixed)
     elif "data" not in given:
-        raise DataError(f"--data is missing: a file, or one of {', '.join(SETS)}")
+        raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
     else:
         settings = given if "ckpt" in given else given | {"ckpt": str(newest_run())}
     val = settings.get("val", RECIPE["val"])
     kind, parts, hashes = load_data(settings["data"], settings.get("val_data"), val)
+    if content is not None and content["data"] != hashes:
+        raise UserError(f"{settings['data']} is not the data that the run began with")
+    name, objective = choose_objective(settings.get("objective"), kind, settings["data"])
     if content is None:
-        usual = {"chat": "sft", "label": "classify", "prefer": "dpo"}[kind]
-        objective = given.get("objective", usual)
-        mode = RECIPES.get("lora", {}) if given.get("lora_rank") else {}
-        settings = RECIPE | mode | RECIPES.get(objective, {}) | settings | {"objective": objective}
-    elif content["data"] != hashes:
-        raise DataError(f"{settings['data']} is not the data that the run began with")
+        mode = LORA_RECIPE if given.get("lora_rank") else {}
+        settings = RECIPE | mode | objective.recipe | settings | {"objective": name}
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
-    train.check_settings(args, LIMITS)
-    check_settings(args, kind)
-    return args, content, kind, parts, hashes
+    check_limits(settings)
+    check_settings(args, objective)
+    return args, objective, content, parts, hashes
 
 
-LIMITS = (
-    *train.LIMITS,
-    ("batch_tokens show_mask", "at least 1", lambda v: v >= 1),
-    ("val", "between 0 and 1", lambda v: 0 < v < 1),
-    ("augment token_dropout distill_lambda", "from 0 to 1", lambda v: 0 <= v <= 1),
-    (
-        "epochs lora_alpha dpo_beta distill_temperature",
-        "above 0 and finite",
-        lambda v: 0 < v < math.inf,
-    ),
-    ("lora_rank eval_rows", "0 or more", lambda v: v >= 0),
-)
+def choose_objective(name, kind, data):
+    """(its name, its class) of --objective, or of what rows of that kind suit."""
+    names = [name] if name else OBJECTIVES
+    found = [(n, c) for n in names for c in OBJECTIVES[n] if c.kind == kind]
+    if not found:
+        raise UserError(f"--objective {name} does not suit {data}, rows of {kind}")
+    return found[0]
 
 
-def check_settings(args, kind):
-    """DataError for settings that do not go together."""
-    if kind not in OBJECTIVES[args.objective]:
-        raise DataError(f"--objective {args.objective} does not suit {args.data}, rows of {kind}")
+def check_settings(args, objective):
+    """UserError for settings that do not go together."""
     if (args.objective == "distill") != bool(args.teacher):
-        raise DataError("--teacher CKPT and --objective distill belong together")
+        raise UserError("--teacher CKPT and --objective distill belong together")
     if args.quantize and not args.lora_rank:
-        raise DataError("--quantize freezes the base: add --lora_rank 8, so that something learns")
-    figure = {"chat": "slot_f1", "label": "accuracy", "prefer": "reward_accuracy"}[kind]
-    if args.best_by not in ("val_loss", "last", figure):
-        raise DataError(f"--best_by {args.best_by} is not measured on rows of {kind}: {figure} is")
-    if args.augment and kind != "chat":
-        raise DataError("--augment is for chats with tool calls")
-    if args.pack and args.objective != "sft":
-        raise DataError("--pack is for --objective sft")
-    if args.token_dropout and (args.pack or args.objective == "dpo"):
-        raise DataError("--token_dropout does not go together with --pack or --objective dpo")
+        raise UserError("--quantize freezes the base: add --lora_rank 8, so that something learns")
+    if args.best_by not in ("val_loss", "last", objective.figure):
+        what = f"rows of {objective.kind}: {objective.figure} is"
+        raise UserError(f"--best_by {args.best_by} is not measured on {what}")
+    if args.augment and objective.kind != "chat":
+        raise UserError("--augment is for chats with tool calls")
+    if args.token_dropout and args.objective == "dpo":
+        raise UserError("--token_dropout does not go together with --objective dpo")
 
 
 def check_parts(args, kind, parts):
-    """The labels of the training rows, sorted; none for other kinds. DataError if another split has
+    """The labels of the training rows, sorted; none for other kinds. UserError if another split has
     one that these lack, or if there is no --split of that name."""
     args.split = "val" if args.split == "dev" else args.split
     if args.split not in parts:
-        raise DataError(f"{args.data} has no split {args.split!r}; it has {', '.join(parts)}")
+        raise UserError(f"{args.data} has no split {args.split!r}; it has {', '.join(parts)}")
     if kind != "label":
         return []
     labels = sorted({e["label"] for e in parts["train"]})
     if strange := {e["label"] for p in parts.values() for e in p} - set(labels):
-        raise DataError(f"label {min(strange)!r} is not among the training rows' labels")
+        raise UserError(f"label {min(strange)!r} is not among the training rows' labels")
     return labels
 
 
-def missing_chat(tokenizer):
-    """The special tokens that a tokenizer needs for a chat: none if it has those of some family."""
+def special_tokens(tokenizer, labels):
+    """The special tokens that these rows need: one a label, or for chats those of our template if
+    the tokenizer has no family's."""
+    if labels:
+        return [label_token(name) for name in labels]
     try:
         Template(tokenizer)
-        return ()
-    except DataError:
+        return []
+    except UserError:
         return CHAT_TOKENS
 
 
-def build_model(args, content, kind, labels):
+def build_model(args, content, labels):
     """(model, tokenizer, what an adapter's file says about itself or None): the checkpoint's model
     with the special tokens it needs, as `content` (of a resumed run) left it."""
     lora_on = args.lora_rank > 0
     base = content if content and not lora_on else lm.load_checkpoint(args.ckpt)
     if "adapter" in base:
-        raise DataError(f"{args.ckpt} is an adapter: merge it first (python lora.py merge)")
+        raise UserError(f"{args.ckpt} is an adapter: merge it first (python lora.py merge)")
     if "tokenizer" not in base:
-        raise DataError(f"{args.ckpt} carries no tokenizer")
+        raise UserError(f"{args.ckpt} carries no tokenizer")
     if args.dropout is not None:
         base = base | {"config": {**base["config"], "dropout": args.dropout}}
     bare = Tokenizer(base["tokenizer"])
-    names = [label_token(name) for name in labels] if kind == "label" else missing_chat(bare)
-    tokenizer = bare.with_special(names)
+    tokenizer = bare.with_special(special_tokens(bare, labels))
     about = None
     if content and lora_on:
         model, about = lora.load_adapted(base, {"default": content}, args.ckpt), content["adapter"]
@@ -1021,81 +684,89 @@ def build_model(args, content, kind, labels):
         about = settings | dict(quantize=args.quantize, base=args.ckpt, base_sha256=mark)
         about |= dict(tables=tables, first_row=bare.n_vocab)
     if about:
-        lora.train_rows(model, about["tables"], about["first_row"])
+        lora.train_new_embeddings(model, about["tables"], about["first_row"])
     model.grad_checkpoint = bool(args.grad_checkpoint)
     return model, tokenizer, about
 
 
-def measured(row, name):
-    """A figure of an evaluation; DataError if these rows have no such figure."""
-    if name not in row:
-        raise DataError(f"--best_by {name}: the evaluation only gives {', '.join(row)}")
-    return row[name]
+def evaluate(objective, model, split, final):
+    """`objective.evaluate` of a model in any mode; on all ranks what rank 0 has found."""
+    with lm.evaluating(model), objective.runtime.autocast():
+        return objective.runtime.of_first(objective.evaluate(model, split, final))
 
 
-def make_task(args, kind, batches, measure, reference, runtime, extra, end):
-    """The `train.Task` of an objective; `batches` is a `Batches`, `end` the id that dropped tokens
-    become, `reference` the log probabilities that DPO starts from."""
+def make_task(args, objective, split, val, loader, extra):
+    """The `train.Task` of an objective: batches of the training Split by a BucketLoader."""
+    runtime = objective.runtime
 
     def get(number):
-        chosen, rows = batches.get(number)
-        if args.objective == "dpo":
-            return pad_pairs(rows, reference[chosen])
-        if args.pack:
-            return pack(rows, args.context)
-        ids, targets = pad(rows)
+        numbers, rows = loader.get(number)
+        ids, *rest = objective.batch(split, numbers, rows)
         if args.token_dropout:
             rng = np.random.default_rng((args.seed, 1, number))
-            ids = drop_tokens(ids, args.token_dropout, end, rng)
-        return ids, targets
+            ids = drop_tokens(ids, args.token_dropout, objective.tokenizer.eos_id, rng)
+        return ids, *rest
 
     def step_batches(step):
         first = (step * runtime.world + runtime.rank) * args.grad_accum
         return [get(first + i) for i in range(args.grad_accum)]
 
-    task = train.Task(batches=step_batches, evaluate=measure, extra=extra)
-    if args.best_by == "last":
-        task.score = lambda row: -row["step"]
-    elif args.best_by != "val_loss":  # a share of what is right
-        task.score = lambda row: -measured(row, args.best_by)
-    if args.objective == "dpo":
-        task.loss = partial(dpo_loss, beta=args.dpo_beta)
-        task.count = lambda ids, targets, known: len(known)
-    elif args.objective == "distill":
-        teacher, speaks, _ = load(args.teacher, str(runtime.device), "fp32")
-        if speaks.spec != extra["tokenizer"]:
-            raise DataError(
-                f"--teacher {args.teacher} has other tokens, or special tokens, than the model: "
-                f"fine-tune it on such rows first"
-            )
-        settings = dict(share=args.distill_lambda, temperature=args.distill_temperature)
-        task.loss = partial(distill_loss, teacher=teacher, **settings)
-    elif args.pack:
-        task.loss = packed_loss
-    return task
+    def score(row):  # the least is the best
+        if args.best_by == "last":
+            return -row["step"]
+        if args.best_by not in row:
+            figures = ", ".join(row)
+            raise UserError(f"--best_by {args.best_by}: the evaluation only gives {figures}")
+        return row["val_loss"] if args.best_by == "val_loss" else -row[args.best_by]
+
+    return train.Task(
+        batches=step_batches,
+        evaluate=lambda model, final: evaluate(objective, model, val, final),
+        extra=extra,
+        loss=objective.loss,
+        count=objective.count,
+        score=score,
+    )
+
+
+def write_report(objective, model, split, out):
+    """Print the figures of a model in evaluation mode on a Split, and return them;
+    predictions.jsonl in folder `out`."""
+    scores, rows = objective.report(model, split)
+    if rows:
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+        (out / "predictions.jsonl").write_text(text, encoding="utf-8")
+    print("  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in scores.items()))
+    return scores
+
+
+def shorten(text, width=160):
+    """`text` on one line, at most `width` characters of it."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def evaluate_only(args):
     """--eval_only: load, measure one split, write predictions to --out."""
     if args.data is None:
-        raise DataError(f"--data is missing: a file, or one of {', '.join(SETS)}")
+        raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
     settings = RECIPE | {k: v for k, v in vars(args).items() if v is not None}
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
-    train.check_settings(args, LIMITS)
-    runtime = train.make_runtime(args.device, args.dtype)
+    check_limits(settings)
+    runtime = make_runtime(args.device, args.dtype)
     model, tokenizer, where = load(args.ckpt, args.device, runtime.dtype)
     train.settle_context(args, model)
     kind, parts, _ = load_data(args.data, args.val_data, args.val)
     labels = check_parts(args, kind, parts)
-    wanted = [label_token(n) for n in labels] if kind == "label" else missing_chat(tokenizer)
+    wanted = special_tokens(tokenizer, labels)
     if missing := [n for n in wanted if n not in tokenizer.special]:
-        raise DataError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
+        raise UserError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
     run = where.parent if where.suffix == ".pt" else where
-    out = train.run_folder(args, None, f"{run.name}-eval", runtime)
+    out = run_folder(args, None, f"{run.name}-eval", runtime)
     out.mkdir(parents=True, exist_ok=True)
-    rows, _ = make_rows(kind, parts[args.split], tokenizer, args.context)
-    measure = Measure(kind, parts[args.split], rows, tokenizer, runtime, args, labels)
-    report(model, measure, out)
+    objective = choose_objective(None, kind, args.data)[1](args, tokenizer, labels)
+    objective.runtime = runtime
+    write_report(objective, model, objective.make_split(parts[args.split]), out)
     print(f"{out}/predictions.jsonl")
 
 
@@ -1104,92 +775,73 @@ def main(argv=None):
     if args.eval_only:
         return evaluate_only(args)
     shown = args.show_mask
-    args, content, kind, parts, hashes = resolve(args)
-    labels = check_parts(args, kind, parts)
+    args, kind_of, content, parts, hashes = resolve(args)
+    labels = check_parts(args, kind_of.kind, parts)
     torch.manual_seed(args.seed)
-    model, tokenizer, about = build_model(args, content, kind, labels)
+    model, tokenizer, about = build_model(args, content, labels)
     train.settle_context(args, model)
-    rows, cut = make_rows(kind, parts["train"], tokenizer, args.context, args.loss_on)
+    objective = kind_of(args, tokenizer, labels)
+    split = objective.make_split(parts["train"])
     if shown:
-        flat = [r for row in rows for r in (row if kind == "prefer" else (row,))]
-        show_mask(flat, tokenizer, shown)
+        show_mask(split.rows, tokenizer, shown)
         return None
-    runtime = train.make_runtime(args.device, args.dtype, wide=model.config.d_model >= 512)
+    objective.runtime = runtime = make_runtime(
+        args.device, args.dtype, wide=model.config.d_model >= 512
+    )
     args.dtype = runtime.dtype
     model.to(runtime.device)
     train.check_memory(model, args.batch_tokens, runtime)
     epoch_rows = None
     if args.augment:
-        epoch_rows = Augmented(parts["train"], tokenizer, args)
-    batches = Batches(rows, args.batch_tokens, args.seed, epoch_rows)
+        epoch_rows = augmented(parts["train"], objective, args.augment, args.seed)
+    loader = BucketLoader(split.rows, args.batch_tokens, args.seed, epoch_rows)
     if args.max_steps is None and args.max_minutes is None:
         per_step = args.grad_accum * runtime.world
-        args.max_steps = max(1, math.ceil(args.epochs * batches.per_epoch / per_step))
-    val_rows, _ = make_rows(kind, parts["val"], tokenizer, args.context, args.loss_on)
-    measure = Measure(kind, parts["val"], val_rows, tokenizer, runtime, args, labels)
+        args.max_steps = max(1, math.ceil(args.epochs * loader.per_epoch / per_step))
+    val = objective.make_split(parts["val"])
     extra = {"tokenizer": tokenizer.spec, "data": hashes}
     extra |= {"adapter": about} if about else {}
-    reference = None
-    if kind == "prefer":
-        known = content and content["reference"]
-        if not known:
-            whole_set = Measure(kind, parts["train"], rows, tokenizer, runtime, args)
-            with lm.evaluating(model), runtime.autocast(), lora.disabled(model):
-                known = {"train": whole_set.gains(model), "val": measure.gains(model)}
-        reference, measure.reference, extra["reference"] = known["train"], known["val"], known
-    task = make_task(args, kind, batches, measure, reference, runtime, extra, tokenizer.eot)
+    extra |= objective.start(model, {"train": split, "val": val}, content)
+    task = make_task(args, objective, split, val, loader, extra)
     if about:
         task.weights = partial(lora.adapter_state, about=about)
-    out = train.run_folder(args, content, f"{default_name(args.data)}-ft", runtime)
+    out = run_folder(args, content, f"{default_name(args.data)}-ft", runtime)
     if runtime.rank == 0:
-        n, longest = batches.per_epoch, max(batches.length(r) for r in rows)
-        what = {"chat": "conversations", "label": "labelled texts", "prefer": "preference pairs"}
-        print(
-            f"{out}: {args.objective} from {args.ckpt} on {args.data}: {len(parts['train']):,} "
-            f"{what[kind]} to learn, {len(parts['val']):,} to measure; {len(rows):,} rows of at "
-            f"most {longest:,} tokens, {cut:,} of them cut; {n:,} batches an epoch"
-        )
-        tokens = sum(batches.length(r) * (2 if kind == "prefer" else 1) for r in rows)
-        sizes = tokens, args.batch_tokens, tokens / len(rows)
-        print("\n".join(train.header(model, args, runtime, *sizes)))
-        if cut > len(rows) / 10:
-            print("many rows are cut: a longer --context, or a base that has one, keeps more")
+        print("\n".join(header(model, args, objective, split, val, loader, out)))
     train.launch(model, task, args, runtime, out, content)
     if runtime.rank == 0:
-        finish(model, args, measure, parts, kind, labels, out, reference)
+        report_best(model, args, objective, {"train": split, "val": val}, parts, out)
     return None
 
 
-class Augmented:
-    """The training rows of an epoch, with values exchanged anew (see `substitute`)."""
+def header(model, args, objective, split, val, loader, out):
+    """The lines before the first step: what is learned, then those of any run."""
+    rows, sizes = split.rows, [size_of(row) for row in split.rows]
+    longest, tokens = max(length for length, _ in sizes), sum(map(math.prod, sizes))
+    lines = [
+        f"{out}: {args.objective} from {args.ckpt} on {args.data}: {len(split.examples):,} "
+        f"{objective.what} to learn, {len(val.examples):,} to measure; {len(rows):,} rows of at "
+        f"most {longest:,} tokens, {split.cut:,} of them cut; {loader.per_epoch:,} batches an epoch"
+    ]
+    about = tokens, args.batch_tokens, tokens / len(rows)
+    lines += train.header(model, args, objective.runtime, *about)
+    if split.cut > len(rows) / 10:
+        lines.append("many rows are cut: a longer --context, or a base that has one, keeps more")
+    return lines
 
-    def __init__(self, examples, tokenizer, args):
-        self.examples, self.tokenizer, self.args = examples, tokenizer, args
-        self.pool = values_by_key(examples)
 
-    def __call__(self, epoch):
-        rng = random.Random(f"{self.args.seed} {epoch}")
-        share, a = self.args.augment, self.args
-        examples = [substitute(e, self.pool, share, rng) for e in self.examples]
-        examples = [tidy_calls(e) for e in examples]
-        return make_rows("chat", examples, self.tokenizer, a.context, a.loss_on)[0]
-
-
-def finish(model, args, measure, parts, kind, labels, out, reference):
+def report_best(model, args, objective, splits, parts, out):
     """The closing report, with the best weights of the run, on --split."""
     best = lm.load_checkpoint(out / "best.pt")
     if "adapter" in best:
         lora.load_adapter(model, best)
     else:
         lm.load_weights(model, best["model"])
-    if args.split != "val":  # pairs have none but the training rows beside it: `reference`
-        rows, _ = make_rows(kind, parts[args.split], measure.tokenizer, args.context)
-        runtime, tokenizer = measure.runtime, measure.tokenizer
-        examples = parts[args.split]
-        measure = Measure(kind, examples, rows, tokenizer, runtime, args, labels, reference)
+    # pairs have none but the training and validation rows, whose reference is known
+    split = splits.get(args.split) or objective.make_split(parts[args.split])
     print(f"{out}/best.pt, step {best['step']}, on {args.split}:")
     with lm.evaluating(model):
-        scores = report(model, measure, out)
+        scores = write_report(objective, model, split, out)
     (out / "scores.json").write_text(json.dumps({args.split: scores}), encoding="utf-8")
 
 
@@ -1205,7 +857,7 @@ def build_parser():
         "--resume the run's own.")
     add = p.add_argument_group("the run").add_argument
     add("--ckpt", help=f"the model to start from: {lm.WHAT_CKPT} (default: the newest run)")
-    add("--data", help=f"a .json or .jsonl file, .gz too, or one of {', '.join(SETS)}")
+    add("--data", help=f"a .json or .jsonl file, .gz too, or one of {', '.join(ROW_SETS)}")
     add("--val_data", help="rows to measure on (default: the set's own, or --val)")
     add("--val", type=float, help="else the share of conversations held out (default 0.1)")
     add("--objective", choices=tuple(OBJECTIVES), help="default: what the rows suit")
@@ -1225,7 +877,6 @@ def build_parser():
     add("--augment", type=float, help="chance that a called value is exchanged, see substitute (0)")
     add("--token_dropout", type=float, help="chance that a token is hidden from the model (0)")
     add("--dropout", type=float, help="of the model (default: the checkpoint's)")
-    add("--pack", action="store_true", default=None, help="several rows in one window")
     add("--batch_tokens", type=int, help="tokens a micro-batch at most, padding included (4096)")
     add("--context", type=int, help="rows are cut to it (default and most: the checkpoint's)")
     add = p.add_argument_group("few parameters, little memory").add_argument
@@ -1239,13 +890,12 @@ def build_parser():
     add("--teacher", help="checkpoint that distill learns from")
     add("--distill_lambda", type=float, help="share of the cross-entropy (default 0.5)")
     add("--distill_temperature", type=float, help="softens teacher and model (default 2)")
-    add = train.add_optimisation(p)
+    add = train.add_optimization(p)
     add("--epochs", type=float, help="passes over the rows, without the two below (default 3)")
     add("--max_steps", type=int, help="instead of --epochs")
     add("--max_minutes", type=float, help="of training, evaluation not counted")
     return p
-# fmt: on
 
 
 if __name__ == "__main__":
-    console(main, lm.ModelError, train.TrainError)
+    run_cli(main)

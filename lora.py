@@ -7,48 +7,43 @@
 Two ideas, both applied to a model from outside, by replacing its Linear layers one by one:
 
     LoRA       y = W x  +  alpha / rank * B (A x)    W is frozen, only the thin A and B learn
-    quantised  y = dequantise(codes, scales) x       W takes 4 or 8 bits a weight in place of 32
+    quantized  y = dequantize(codes, scales) x       W takes 4 or 8 bits a weight in place of 32
 
-and together QLoRA. Neither knows what a Transformer is: any module with nn.Linear inside will do.
-The chapters: quantised layers, adapters, saving and loading them, merging, the files of Hugging
-Face's peft (only these know model.py's names), the command line.
+and together QLoRA. Neither depends on what a Transformer is: any module with nn.Linear inside will
+do. The chapters: quantized layers, adapters, saving and loading them, merging, the command line.
 """
 
 import contextlib
 import hashlib
 import math
-import re
 import signal
 from dataclasses import asdict
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `console` takes over
+if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `run_cli` takes over
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.cli import Parser, UserError, run_cli
+from data.download import is_hub_name
+from data.hf_adapter import export_peft, import_peft
+from data.tensors import fit_error
 from model import (
     WHAT_CKPT,
     Config,
-    ModelError,
-    Safetensors,
-    fit_error,
-    hf_config,
-    hf_name,
+    config_to_hf,
     load_checkpoint,
+    meta_model,
     model_from_checkpoint,
-    plain_state,
     save_checkpoint,
-    skeleton,
-    write_json,
-    write_safetensors,
+    unwrapped_state,
 )
-from prepare_data import Parser, console, is_hub_name, read_json
 
 # --------------------------------------------------------------------------------------------
-# Quantisation: a frozen Linear whose weights are codes of 4 or 8 bits
+# Quantization: a frozen Linear whose weights are codes of 4 or 8 bits
 # --------------------------------------------------------------------------------------------
 
 # The 16 values of NormalFloat4 (QLoRA, Dettmers et al. 2023, appendix E): quantiles of a normal
@@ -60,7 +55,7 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK = 64  # weights that share a scale
-SCALE_BLOCK = 256  # scales that share a scale of their own (double quantisation, section 3)
+SCALE_BLOCK = 256  # scales that share a scale of their own (double quantization, section 3)
 
 
 def blocks_of(x, size):
@@ -88,7 +83,7 @@ def quantize_nf4(weight):
 
 
 class QuantLinear(nn.Module):
-    """A frozen Linear in `int8` or `nf4`, dequantised whenever it is used.
+    """A frozen Linear in `int8` or `nf4`, dequantized whenever it is used.
 
     Weights go through it forward and backward but get no gradient themselves. Each block of 64 has
     a scale; the scales, less their mean, are int8 codes in turn: 4.13 or 8.13 bits a weight.
@@ -97,7 +92,7 @@ class QuantLinear(nn.Module):
     def __init__(self, linear, kind):
         super().__init__()
         if kind not in ("int8", "nf4"):
-            raise ModelError(f"quantisation {kind!r} is unknown; choose int8 or nf4")
+            raise UserError(f"quantization {kind!r} is unknown; choose int8 or nf4")
         self.kind = kind
         self.out_features, self.in_features = linear.weight.shape
         weight = linear.weight.detach().float()
@@ -120,7 +115,7 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self):
-        """The dequantised weight (out, in), float32."""
+        """The dequantized weight (out, in), float32."""
         scales = (self.scale_codes * self.scale_scales).view(-1)[: len(self.codes), None]
         scales = scales + self.scale_mean
         if self.kind == "nf4":
@@ -141,12 +136,12 @@ class QuantLinear(nn.Module):
         return self
 
     def forward(self, x):
-        return DequantisedProduct.apply(x, self, self.bias)
+        return DequantizedProduct.apply(x, self, self.bias)
 
 
-class DequantisedProduct(torch.autograd.Function):
+class DequantizedProduct(torch.autograd.Function):
     """x W^T + b with a W that exists only while it is needed, once forward and once backward:
-    autograd would have kept the dequantised copy of every layer."""
+    autograd would have kept the dequantized copy of every layer."""
 
     @staticmethod
     def forward(ctx, x, layer, bias):
@@ -162,8 +157,8 @@ class DequantisedProduct(torch.autograd.Function):
 
 
 def quantize(model, kind, targets="all"):
-    """Replace the target Linears (see `TARGETS`) by frozen, quantised ones, in place. Returns their
-    names; ModelError if there are none."""
+    """Replace the target Linears (see `TARGETS`) by frozen, quantized ones, in place. Returns their
+    names; UserError if there are none."""
     found = find(model, targets, nn.Linear)
     for parent, name, linear in found.values():
         setattr(parent, name, QuantLinear(linear, kind))
@@ -181,7 +176,7 @@ TARGETS["all"] = TARGETS["attention"] + TARGETS["mlp"]
 
 def find(model, targets, kinds):
     """{full name: (parent, name, layer)} of the layers of `kinds` that `targets` names, each by its
-    last or its full name. ModelError if there are none."""
+    last or its full name. UserError if there are none."""
     wanted = set(TARGETS.get(targets) or (t.strip() for t in targets.split(",")))
     found, others = {}, set()
     for path, parent in model.named_modules():
@@ -196,7 +191,7 @@ def find(model, targets, kinds):
     strange = wanted - set(found) - {name for _, name, _ in found.values()}
     if not found or (strange and targets not in TARGETS):
         names = ", ".join(sorted(others | {n for _, n, _ in found.values()})) or "none is left"
-        raise ModelError(
+        raise UserError(
             f"no layer is called {', '.join(sorted(strange))}: choose {', '.join(TARGETS)}, or "
             f"among {names}"
         )
@@ -213,7 +208,7 @@ class Named(nn.ParameterDict):
 class LoRALinear(nn.Module):
     """base(x) + alpha / rank * B(A(dropout(x))), for each adapter that is active.
 
-    A (rank, in) starts random, B (out, rank) at zero: an adapter begins as no change at all.
+    A (rank, in) starts random, B (out, rank) at zero, so a new adapter changes nothing.
     Hu et al. 2021, section 4.1. Several adapters may lie over one base; `active` names those in
     use.
     """
@@ -260,23 +255,23 @@ def add_lora(model, targets="attention", rank=8, alpha=16, dropout=0.0, name="de
     """Adapters for the target layers, everything else frozen; returns the layers' names.
 
     targets: attention, mlp, all, or layer names with commas. A second call with another `name` adds
-    a second adapter over the same base. ModelError if no layer matches, for a target that shares
+    a second adapter over the same base. UserError if no layer matches, for a target that shares
     its weight with another layer (a tied head: the embedding could not follow), or for bad numbers.
 
     >>> add_lora(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
     ['0']
     """
     if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
-        raise ModelError(
+        raise UserError(
             f"LoRA wants rank >= 1, alpha > 0 and 0 <= dropout < 1, not {rank}, {alpha}, {dropout}"
         )
     found = find(model, targets, (nn.Linear, QuantLinear, LoRALinear))
     ids = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     for full, (_, _, layer) in found.items():
         if isinstance(layer, nn.Linear) and ids.count(id(layer.weight)) > 1:
-            raise ModelError(f"{full} shares its weight (a tied head): it cannot have an adapter")
+            raise UserError(f"{full} shares its weight (a tied head): it cannot have an adapter")
         if isinstance(layer, LoRALinear) and name in layer.a:
-            raise ModelError(f"there is an adapter {name!r} already: choose another name")
+            raise UserError(f"there is an adapter {name!r} already: choose another name")
     model.requires_grad_(False)
     for parent, child, layer in found.values():
         if not isinstance(layer, LoRALinear):
@@ -291,7 +286,7 @@ def adapted(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def train_rows(model, tables, first):
+def train_new_embeddings(model, tables, first):
     """Let rows from `first` on of the named weight tables learn beside the adapters: those of
     special tokens that the base has never seen. All other rows get no gradient, ever."""
 
@@ -307,20 +302,20 @@ def train_rows(model, tables, first):
         weight.learned = weight[first:].numel()  # for who counts what is trained
 
 
-def switch(model, *names):
-    """Make exactly the adapters `names` active, none for the bare base; their table rows come
-    along. ModelError for a name that the model has not."""
+def set_adapter(model, *names):
+    """Make exactly the adapters `names` active, without a name none; their table rows come along.
+    UserError for a name that the model has not."""
     known = {n for layer in adapted(model).values() for n in layer.a}
     if missing := set(names) - known:
         has = ", ".join(sorted(known)) or "none"
-        raise ModelError(f"there is no adapter {', '.join(sorted(missing))}; the model has {has}")
+        raise UserError(f"there is no adapter {', '.join(sorted(missing))}; the model has {has}")
     for layer in adapted(model).values():
         layer.active = [n for n in names if n in layer.a]
     put_rows(model, names[-1] if names else None)
 
 
 @contextlib.contextmanager
-def disabled(model):
+def disable_adapter(model):
     """The bare base, for as long as the `with` lasts (the reference model of DPO)."""
     was = {layer: layer.active for layer in adapted(model).values()}
     try:
@@ -359,7 +354,7 @@ def adapter_state(model, about, name="default"):
 
 def attach(model, content, name="default", where="adapter"):
     """Lay a saved adapter over a model as it was trained: quantise, adapt, load. The model must be
-    its base, grown to its vocabulary (ModelError if shapes say otherwise)."""
+    its base, grown to its vocabulary (UserError if shapes say otherwise)."""
     about = content["adapter"]
     if about["quantize"] and not any(isinstance(m, QuantLinear) for m in model.modules()):
         quantize(model, about["quantize"])
@@ -369,10 +364,10 @@ def attach(model, content, name="default", where="adapter"):
 
 
 def load_adapter(model, content, name="default", where="adapter"):
-    """Copy a saved adapter's tensors into the one of that name; ModelError if they do not fit."""
+    """Copy a saved adapter's tensors into the one of that name; UserError if they do not fit."""
     about, state = content["adapter"], content["model"]
     if problem := fit_error(adapter_state(model, about, name), state):
-        raise ModelError(f"{where} does not fit this base: {problem}")
+        raise UserError(f"{where} does not fit this base: {problem}")
     with torch.no_grad():
         for full, layer in adapted(model).items():
             if name in layer.a:
@@ -393,6 +388,24 @@ def put_rows(model, name):
         model.get_parameter(table)[first:] = values.to(model.get_parameter(table))
 
 
+def load_adapted(base, adapters, where="the base"):
+    """A model with adapters over it, the first one active: from the content of the base checkpoint
+    and {name: content of an adapter checkpoint}. UserError if it is not their base."""
+    model, mark = model_from_checkpoint(base, where=where), fingerprint(base["model"])
+    for name, content in adapters.items():
+        if "adapter" not in content:
+            raise UserError(f"{name} is no adapter but a whole model: use it as --ckpt")
+        if content["adapter"]["base_sha256"] != mark:
+            raise UserError(
+                f"adapter {name} was trained over {content['adapter']['base']}; {where} is another "
+                f"model, or has it merged in already"
+            )
+        model.grow_vocabulary(content["config"]["vocab_size"], content["adapter"]["first_row"])
+        attach(model, content, name, name)
+    set_adapter(model, *list(adapters)[:1])
+    return model.eval()
+
+
 # --------------------------------------------------------------------------------------------
 # Merging: the adapters' work written into plain weights
 # --------------------------------------------------------------------------------------------
@@ -401,11 +414,11 @@ def put_rows(model, name):
 @torch.no_grad()
 def merge(model):
     """Replace each adapted layer by a plain Linear, W + alpha / rank * B A of the active adapters,
-    added up in float32; a quantised base becomes a plain one. Returns the names of what was merged:
+    added up in float32; a quantized base becomes a plain one. Returns the names of what was merged:
     none the second time. The trainable model is left in evaluation mode."""
     model.eval()  # a dropout that is still on would have no place to go
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (LoRALinear, QuantLinear))}
-    # the quantised base of an adapted layer goes with that
+    # the quantized base of an adapted layer goes with that
     layers = {n: m for n, m in layers.items() if n.rpartition(".")[0] not in layers}
     for full, layer in layers.items():
         path, _, child = full.rpartition(".")
@@ -419,218 +432,15 @@ def merge(model):
 
 
 # --------------------------------------------------------------------------------------------
-# peft: adapters in the files of Hugging Face's library, for models that transformers has too
-# --------------------------------------------------------------------------------------------
-
-# Fields of an adapter_config.json that change nothing in what a finished adapter computes. Tensors
-# lie the same way under either fan_in_fan_out: it only tells how the base keeps its weight.
-PEFT_IDLE = """auto_mapping base_model_name_or_path eva_config fan_in_fan_out inference_mode
-megatron_core peft_version qalora_group_size revision"""
-# Fields that `aimed` and `rank_and_scale` read
-PEFT_READ = """alpha_pattern exclude_modules layers_to_transform lora_alpha lora_dropout r
-rank_pattern target_modules use_rslora"""
-# Fields that would change it, and the values of which we compute what they ask for; every other
-# field must be off. Some ways to start an adapter change the base: those are not among these.
-PEFT_ONLY = {
-    "bias": ("none",),
-    "init_lora_weights": (True, "eva", "gaussian", "orthogonal"),
-    "layers_pattern": ("h", "layers", ["h"], ["layers"]),
-    "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM",),
-}
-
-
-def peft_layers(config):
-    """{path of a module in transformers: {our name: our layer}} for every Linear of such a model:
-    three of ours for the c_attn of a GPT-2, one elsewhere. ModelError if transformers has no such
-    model."""
-    gpt2, layers = hf_config(config)[0]["model_type"] == "gpt2", {}
-    for name, layer in skeleton(config).named_modules():
-        if isinstance(layer, nn.Linear):
-            path = hf_name(f"{name}.weight", gpt2).removesuffix(".weight")
-            layers.setdefault(path, {})[name] = layer
-    return layers
-
-
-def peft_key(path, half):
-    """What peft calls the half "A" or "B" of the adapter on a module."""
-    return f"base_model.model.{path}.lora_{half}.weight"
-
-
-def shortest(names, everything):
-    """The last parts of dotted names, sorted, if nothing else in `everything` ends like them; or
-    the names."""
-    last = {name.rpartition(".")[2] for name in names}
-    meant = {name for name in everything if name.rpartition(".")[2] in last}
-    return sorted(last if meant == set(names) else names)
-
-
-def shapes_of(rank, layers, a, b):
-    """{a, b: tensors without storage} as the halves of one adapter over `layers` side by side."""
-    width, height = layers[0].in_features, sum(layer.out_features for layer in layers)
-    return {a: torch.empty(rank, width, device="meta"), b: torch.empty(height, rank, device="meta")}
-
-
-def export_peft(content, config, folder, base=None):
-    """Write adapter_config.json and adapter_model.safetensors of an adapter checkpoint, for
-    peft.PeftModel.from_pretrained over the base as `model.export_hf` writes it; `config` is the
-    base's Config. ModelError for what peft's files cannot say.
-
-    Where a GPT-2 has q, k and v in one matrix (in, 3 C), their adapters become one of n ranks,
-
-        A = [A_q; A_k; A_v]  (n r, in)      B = diag(B_q, B_k, B_v)  (3 C, n r)
-
-    zero rows in B for one that has none, and n alpha: alpha / rank stays what it was.
-    """
-    about, state, layers = content["adapter"], content["model"], peft_layers(config)
-    rank, alpha = about["rank"], about["alpha"]
-    for field, why in (
-        ("tables", "new special tokens, which the base of an adapter in peft's files has not"),
-        ("quantize", f"a base in {about['quantize']}, and peft's files speak of a plain one"),
-    ):
-        if about[field]:
-            raise ModelError(f"the adapter has learned {why}: merge it, and export the whole model")
-    expected, found = {}, {}  # found: {path: our names in it that have an adapter}
-    for path, parts in layers.items():
-        for name, layer in parts.items():
-            if f"{name}.a" in state:
-                expected |= shapes_of(rank, [layer], f"{name}.a", f"{name}.b")
-                found.setdefault(path, []).append(name)
-    if problem := fit_error(expected, state):
-        raise ModelError(f"the adapter does not fit this base: {problem}")
-    tensors, ranks, alphas = {}, {}, {}
-    for path, names in found.items():
-        blank = {name: torch.zeros(layer.out_features, 0) for name, layer in layers[path].items()}
-        blocks = [state.get(f"{name}.b", none) for name, none in blank.items()]
-        tensors[peft_key(path, "A")] = torch.cat([state[f"{name}.a"] for name in names])
-        tensors[peft_key(path, "B")] = torch.block_diag(*blocks)
-    for n in (2, 3):
-        keys = shortest([path for path in found if len(found[path]) == n], found)
-        ranks |= dict.fromkeys(keys, n * rank)
-        alphas |= dict.fromkeys(keys, n * alpha)
-    values = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha)
-    values |= dict(rank_pattern=ranks, alpha_pattern=alphas, lora_dropout=about["dropout"])
-    values |= dict(target_modules=shortest(found, layers), bias="none", inference_mode=True)
-    values |= dict(base_model_name_or_path=base)
-    values |= dict(fan_in_fan_out=config.position == "learned")  # GPT-2's matrices are (in, out)
-    write_safetensors(Path(folder, "adapter_model.safetensors"), tensors)
-    write_json(Path(folder, "adapter_config.json"), values)
-
-
-def aimed(path, values):
-    """Whether the adapter_config.json `values` wants an adapter on the module at `path`."""
-
-    def among(names):
-        if isinstance(names, str):
-            return re.fullmatch(names, path) is not None
-        return any(path == name or path.endswith(f".{name}") for name in names or ())
-
-    blocks = values.get("layers_to_transform")
-    if blocks not in (None, []):
-        block = re.search(r"\.(\d+)\.", path)
-        if not block or int(block[1]) not in (blocks if isinstance(blocks, list) else [blocks]):
-            return False
-    return among(values.get("target_modules")) and not among(values.get("exclude_modules"))
-
-
-def rank_and_scale(path, values):
-    """(rank, what its B A counts for) of the adapter on the module at `path`."""
-
-    def own(field, default):  # the first pattern at the end of the path, as peft has it
-        patterns = values.get(field) or {}
-        keys = (key for key in patterns if re.match(rf"(.*\.)?({key})$", path))
-        return patterns.get(next(keys, None), default)
-
-    rank = own("rank_pattern", values.get("r", 8))
-    alpha = own("alpha_pattern", values.get("lora_alpha", 8))
-    if type(rank) is not int or rank < 1 or not 0 < alpha < math.inf:
-        raise ModelError(f"{path} has rank {rank!r} and alpha {alpha!r}: both must be above 0")
-    return rank, alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
-
-
-def read_peft(folder, layers):
-    """(r and scale of each adapted module, its tensors, the dropout) in a folder of peft's;
-    `layers` as `peft_layers` gives them. ModelError as for `import_peft`."""
-    where = Path(folder, "adapter_config.json")
-    values, file = read_json(where), Safetensors(Path(folder, "adapter_model.safetensors"))
-    told = {"peft_type": str(values.get("peft_type"))}  # first, before what only others have
-    for name, value in ({"peft_type": None} | values | told).items():
-        known = name in (PEFT_IDLE + " " + PEFT_READ).split()
-        if value and not known and value not in PEFT_ONLY.get(name, ()):
-            raise ModelError(f"{where}: {name} = {value!r} is not implemented here")
-    expected, dropout = {}, values.get("lora_dropout") or 0.0
-    try:
-        ranks = {path: rank_and_scale(path, values) for path in layers if aimed(path, values)}
-        for path, (rank, _) in ranks.items():
-            keys = peft_key(path, "A"), peft_key(path, "B")
-            expected |= shapes_of(rank, list(layers[path].values()), *keys)
-        if not 0 <= dropout < 1:
-            raise ModelError(f"{where}: lora_dropout {dropout} is not in [0, 1)")
-    except (TypeError, AttributeError, RuntimeError, OverflowError, re.error) as e:
-        reason = str(e).split("\n")[0]
-        raise ModelError(f"{where} has a field that makes no sense: {reason}") from e
-    if not ranks:
-        raise ModelError(f"{where}: target_modules {values.get('target_modules')} names no layer")
-    tensors = {name: file[name] for name in file.entries}
-    if problem := fit_error(expected, tensors):
-        raise ModelError(f"{file.path} does not fit: {problem}")
-    return ranks, tensors, dropout
-
-
-def import_peft(folder, config):
-    """The content of an adapter checkpoint, all but its base and tokenizer, from peft's
-    adapter_config.json and adapter_model.safetensors; `config` is the base's Config. ModelError
-    names the first field or tensor that we would not compute: none is ever passed over.
-
-    One of our adapters has one rank and one alpha: thinner ones get zeros, other scales go into B.
-    On the c_attn of a GPT-2, q, k and v share A, and each takes its third of B.
-    """
-    layers = peft_layers(config)
-    ranks, tensors, dropout = read_peft(folder, layers)
-    top, most = max(rank for rank, _ in ranks.values()), max(scale for _, scale in ranks.values())
-    names, state = [], {}
-    for path, (rank, scale) in ranks.items():
-        a, b = (tensors[peft_key(path, half)].float() for half in "AB")
-        a, b = F.pad(a, (0, 0, 0, top - rank)), F.pad(b * (scale / most), (0, top - rank))
-        pieces = b.split([layer.out_features for layer in layers[path].values()])
-        for name, piece in zip(layers[path], pieces):
-            names.append(name)
-            state |= {f"{name}.a": a.clone(), f"{name}.b": piece.clone()}
-    targets = shortest(names, [name for parts in layers.values() for name in parts])
-    settings = dict(targets=",".join(targets), rank=top, alpha=most * top, dropout=dropout)
-    add_lora(skeleton(config), **settings)  # only to hear what it refuses
-    about = settings | dict(quantize=None, tables=[], first_row=config.vocab_size)
-    return {"config": asdict(config), "model": state, "adapter": about}
-
-
-# --------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------
 
 
-def load_adapted(base, adapters, where="the base"):
-    """A model with adapters over it, the first one active: from the content of the base checkpoint
-    and {name: content of an adapter checkpoint}. ModelError if it is not their base."""
-    model, mark = model_from_checkpoint(base, where=where), fingerprint(base["model"])
-    for name, content in adapters.items():
-        if "adapter" not in content:
-            raise ModelError(f"{name} is no adapter but a whole model: use it as --ckpt")
-        if content["adapter"]["base_sha256"] != mark:
-            raise ModelError(
-                f"adapter {name} was trained over {content['adapter']['base']}; {where} is another "
-                f"model, or has it merged in already"
-            )
-        model.grow_vocabulary(content["config"]["vocab_size"], content["adapter"]["first_row"])
-        attach(model, content, name, name)
-    switch(model, *list(adapters)[:1])
-    return model.eval()
-
-
 def new_file(out):
-    """The checkpoint file that --out names; ModelError if it exists."""
+    """The checkpoint file that --out names; UserError if it exists."""
     path = Path(out) if out.endswith(".pt") else Path(out, "best.pt")
     if path.exists():
-        raise ModelError(f"{path} exists: name another --out")
+        raise UserError(f"{path} exists: name another --out")
     return path
 
 
@@ -645,21 +455,39 @@ def merge_files(ckpt, adapter, out):
     names = merge(model)
     difference = float((model(ids) - before).abs().max() / before.abs().max())
     if not difference < 1e-3:
-        raise ModelError(f"merging changed the logits by {difference:.1e} of their size: not saved")
+        raise UserError(f"merging changed the logits by {difference:.1e} of their size: not saved")
     kept = {k: content[k] for k in ("tokenizer",) if k in content}
-    merged = {"config": asdict(model.config), "model": plain_state(model), **kept}
+    merged = {"config": asdict(model.config), "model": unwrapped_state(model), **kept}
     save_checkpoint(path, merged)
     print(f"{path}: {len(names)} layers merged, logits differ by {difference:.1e} of their size")
+
+
+def linears(config):
+    """({name: (out, in)} of every Linear of a model, whether transformers has it as a GPT-2).
+    UserError if transformers has no such model."""
+    layers, values = meta_model(config).named_modules(), config_to_hf(config)[0]
+    shapes = {n: tuple(m.weight.shape) for n, m in layers if isinstance(m, nn.Linear)}
+    return shapes, values["model_type"] == "gpt2"
+
+
+def import_adapter(folder, config):
+    """The content of an adapter checkpoint, all but its base and tokenizer, of a folder of peft's;
+    `config` is the base's Config."""
+    settings, state = import_peft(folder, *linears(config))
+    add_lora(meta_model(config), **settings)  # only to hear what it refuses
+    about = settings | dict(quantize=None, tables=[], first_row=config.vocab_size)
+    return {"config": asdict(config), "model": state, "adapter": about}
 
 
 def export_files(ckpt, adapter, out):
     """The export command: write a folder that peft reads over the exported base."""
     base, content = load_checkpoint(ckpt), load_checkpoint(adapter)
     if (path := Path(out, "adapter_config.json")).exists():
-        raise ModelError(f"{path} exists: name another --out")
+        raise UserError(f"{path} exists: name another --out")
     load_adapted(base, {str(adapter): content}, ckpt)  # only to hear whether it is their base
     known = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()  # to transformers
-    export_peft(content, Config.from_dict(dict(base["config"])), out, ckpt if known else None)
+    config = Config.from_dict(dict(base["config"]))
+    export_peft(content, *linears(config), out, ckpt if known else None)
     print(f"{out}: an adapter of peft's for the model that {ckpt} exports to")
 
 
@@ -667,8 +495,8 @@ def import_files(ckpt, adapter, out):
     """The import command: write an adapter checkpoint over the base `ckpt`, as if trained here."""
     base, path = load_checkpoint(ckpt), new_file(out)
     if "adapter" in base:
-        raise ModelError(f"{ckpt} is an adapter itself: --ckpt is the base under both")
-    content = import_peft(adapter, Config.from_dict(dict(base["config"])))
+        raise UserError(f"{ckpt} is an adapter itself: --ckpt is the base under both")
+    content = import_adapter(adapter, Config.from_dict(dict(base["config"])))
     content["adapter"] |= dict(base=str(ckpt), base_sha256=fingerprint(base["model"]))
     content |= {k: base[k] for k in ("tokenizer",) if k in base}
     load_adapted(base, {str(adapter): content}, ckpt)
@@ -694,6 +522,8 @@ def build_parser():
         c.add_argument("--adapter", required=True, help=f"the adapter: {adapter}")
         c.add_argument("--out", required=True, help=out)
     return p
+
+
 # fmt: on
 
 
@@ -704,4 +534,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    console(main, ModelError)
+    run_cli(main)

@@ -18,20 +18,16 @@ Shapes in comments: B batch, T patches of an image, C channels.
 """
 
 import argparse
-import gzip
-import hashlib
 import itertools
 import math
 import signal
-import struct
 import sys
 import time
 import unicodedata
-import zlib
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `console` takes over
+if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `run_cli` takes over
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -40,81 +36,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import model as lm
-from prepare_data import DataError, Parser, StopSignal, console, fetch
-
-OUT = Path("out")
+from data.cli import Parser, StopSignal, UserError, check_limits, run_cli
+from data.idx import FILES, download_idx, read_folder_idx
+from data.machine import choose_device, random_state, set_random_state
+from data.plot import line_svg, write_png
+from data.runs import OUT, lock_folder
 
 # --------------------------------------------------------------------------------------------
 # The data: 60,000 digits to learn from, 10,000 to be tested on
 # --------------------------------------------------------------------------------------------
 
-MIRRORS = (  # the site of their authors has stopped giving them out
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    "https://storage.googleapis.com/cvdf-datasets/mnist/",
-)
-FILES = {  # sha256 of what is inside the .gz: the mirrors compressed it differently
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
+
 MEAN, STD = 0.1307, 0.3081  # of all training pixels, between 0 and 1
-
-
-def parse_idx(content, dims, name):
-    """The uint8 array in the bytes of an IDX file: two zero bytes, the type (8: unsigned bytes),
-    the number of dimensions, each size as a big-endian uint32, the values. DataError otherwise."""
-    if content[:4] != bytes([0, 0, 8, dims]):
-        found = content[:4].hex(" ") or "nothing"
-        raise DataError(f"{name} begins with {found}, not with 00 00 08 0{dims} as it should")
-    if len(content) < 4 + 4 * dims:
-        raise DataError(f"{name} ends in the middle of its header: cut short?")
-    sizes = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
-    values = content[4 + 4 * dims :]
-    if len(values) != math.prod(sizes):
-        shape = " x ".join(map(str, sizes))
-        raise DataError(f"{name} has {len(values):,} values, its header says {shape}: cut short?")
-    return np.frombuffer(values, np.uint8).reshape(sizes)
-
-
-def read_idx(path, name):
-    """(array, whether it is MNIST's own) of the file `path`, in a .gz or not."""
-    content = Path(path).read_bytes()
-    try:
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-    except (EOFError, OSError, zlib.error) as e:
-        raise DataError(f"{path} is no whole .gz file ({e})") from e
-    array = parse_idx(content, 3 if "idx3" in name else 1, str(path))
-    return array, hashlib.sha256(content).hexdigest() == FILES[name]
-
-
-def download_idx(name):
-    """The array of one of FILES, from the first mirror whose file is what it should be."""
-    problems = []
-    for mirror in MIRRORS:
-        try:
-            path = fetch(f"{mirror}{name}.gz")
-            array, genuine = read_idx(path, name)
-            if genuine:
-                return array
-            problems.append(f"{path} has other contents than MNIST's")
-        except DataError as e:
-            problems.append(str(e))
-    raise DataError("; ".join(problems) + ". Delete a damaged file to download it anew")
-
-
-def read_folder_idx(folder, name):
-    """The array of one of FILES in the user's own folder, where it may be another data set's."""
-    for path in (Path(folder, name), Path(folder, f"{name}.gz")):
-        if path.exists():
-            array, genuine = read_idx(path, name)
-            if not genuine:
-                print(f"{path} is not MNIST's own: damaged, or another data set", file=sys.stderr)
-            return array
-    if not Path(folder).is_dir():
-        raise DataError(f"--data {folder} is no folder")
-    raise DataError(f"{folder} has no {name} or {name}.gz")
 
 
 def load_mnist(device="cpu", folder=None):
@@ -127,7 +60,7 @@ def load_mnist(device="cpu", folder=None):
     train_x, train_y, test_x, test_y = (read(name) for name in FILES)
     for x, y in ((train_x, train_y), (test_x, test_y)):
         if x.shape != (len(y), 28, 28) or len(y) == 0 or y.max() > 9:
-            raise DataError(
+            raise UserError(
                 f"{len(y):,} labels up to {max(y, default=0)} do not go with images of shape "
                 f"{x.shape}: wanted are N labels from 0 to 9 and N images of 28 x 28"
             )
@@ -173,6 +106,7 @@ LOSSES = {
         log_p.exp(), one_hot(labels), torch.ones_like(labels)
     ),
 }
+
 # How to step downhill: torch's class, its learning rate here, its other settings.
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, 0.01, {}),
@@ -181,9 +115,10 @@ OPTIMIZERS = {
     "adagrad": (torch.optim.Adagrad, 0.01, {}),
     "adam": (torch.optim.Adam, 0.001, {}),
     "adamw": (torch.optim.AdamW, 0.001, dict(weight_decay=0.05)),
-    # it measures the curvature, and small batches lead it astray: its own batches are of 2,000
+    # it estimates the curvature, which is too noisy on small batches: it gets batches of 2,000
     "lbfgs": (torch.optim.LBFGS, 1.0, dict(max_iter=5, line_search_fn="strong_wolfe")),
 }
+
 # How the learning rate changes over all `steps` of a run, from its largest value `lr`.
 SCHEDULES = {
     "constant": lambda o, lr, steps: torch.optim.lr_scheduler.ConstantLR(o, factor=1.0),
@@ -234,7 +169,7 @@ def fit(run, images, labels, batch_loss, evaluate):
                 # most optimizers call backward once and then step; lbfgs calls it several times
                 loss = optimizer.step(partial(backward, rows.to(images.device))).item()
                 run.schedule.step()
-                run.count(loss, time.perf_counter() - start)
+                run.log_step(loss, time.perf_counter() - start)
             run.history.append({"step": run.step, **evaluate()})
             run.save()
     return 0
@@ -262,7 +197,7 @@ class Run:
         self.schedule = SCHEDULES[args.schedule](self.optimizer, args.lr, steps)
         self.step, self.seconds, self.recent, self.history = 0, 0.0, [], []
         if saved and saved["images"] != images:
-            raise DataError(f"{out} is a run over {saved['images']:,} images, here are {images:,}")
+            raise UserError(f"{out} is a run over {saved['images']:,} images, here are {images:,}")
         if saved:
             lm.load_weights(model, saved["model"], str(out))
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -270,11 +205,11 @@ class Run:
             self.step, self.seconds, self.recent, self.history = saved["progress"]
             set_random_state(saved["random"])
 
-    def count(self, loss, seconds):
-        """Book a step; print the course's line for every hundredth, with the loss of its batch."""
+    def log_step(self, loss, seconds):
+        """Count a step; print the course's line for every hundredth, with the loss of its batch."""
         if not math.isfinite(loss):
             kept = "what was saved after the last whole epoch is kept"
-            raise DataError(f"step {self.step}: the loss is {loss}; {kept}. Try a lower --lr")
+            raise UserError(f"step {self.step}: the loss is {loss}; {kept}. Try a lower --lr")
         epoch, batch = divmod(self.step, self.per_epoch)
         if batch % 100 == 0 and self.out:
             seen = batch * self.args.batch_size
@@ -305,29 +240,13 @@ class Run:
             name: [(row["step"], row[name]) for row in self.history if name in row]
             for name in ("training", "validation", "test")
         }
-        write_svg(self.out / "loss.svg", f"{self.out.name}: loss by steps", curves)
+        svg = line_svg(self.out.name, curves, "steps", "loss")
+        (self.out / "loss.svg").write_text(svg, encoding="utf-8")
 
     def stopped(self, number):
         """Say where the run stopped by a signal goes on; the exit code."""
         print(f"stopped at step {self.step}, saved: go on with --resume {self.out}")
         return 128 + number
-
-
-def random_state():
-    """What dropout and other noise will be, on every kind of device that this machine has."""
-    states = {"cpu": torch.get_rng_state()}
-    for kind in ("cuda", "mps"):
-        if getattr(torch, kind).is_available():
-            states[kind] = getattr(torch, kind).get_rng_state()
-    return states
-
-
-def set_random_state(states):
-    """Go back to what `random_state` returned, perhaps on another machine."""
-    torch.set_rng_state(states["cpu"])
-    for kind in set(states) - {"cpu"}:
-        if getattr(torch, kind).is_available():
-            getattr(torch, kind).set_rng_state(states[kind])
 
 
 # --------------------------------------------------------------------------------------------
@@ -375,7 +294,7 @@ def course_table(history):
 
 
 # --------------------------------------------------------------------------------------------
-# Pictures, by hand: a PNG is a header, zlib's bytes and checksums; an SVG is text
+# Pictures
 # --------------------------------------------------------------------------------------------
 
 FONT = (  # the digits 0 to 9 and >, three pixels wide and a gap
@@ -385,20 +304,6 @@ FONT = (  # the digits 0 to 9 and >, three pixels wide and a gap
     "#.# .#. #.. ..# ..# ..# #.# ..# #.# ..# .#. ",
     "### ### ### ### ..# ### ### ..# ### ### #.. ",
 )
-
-
-def write_png(path, pixels):
-    """Write uint8 grey values (H, W) as a PNG. Format: RFC 2083."""
-
-    def chunk(kind, body):
-        check = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
-
-    height, width = pixels.shape
-    lines = np.pad(pixels, ((0, 0), (1, 0)))  # each line begins with its filter: 0, none
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines.tobytes(), 9))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b""))
 
 
 def stamp(area, text, shade):
@@ -462,44 +367,6 @@ def write_pictures(out, model, images, labels):
     first = first[first.square().sum((1, 2)).argsort(descending=True)[:64]]  # the most decided
     first = 128 + 127 * first / first.abs().amax(dim=(1, 2), keepdim=True)
     write_png(out / "weights.png", sheet(first.byte().numpy(), 16, max(1, 56 // size)))
-
-
-COLORS = ("#3b76c4", "#e08a1e", "#c62f2f", "#3f9142", "#8457a8", "#8c6a4f", "#111")
-
-
-def write_svg(path, title, curves):
-    """Draw {name: [(x, y), ...]} as lines; what lies above a readable scale is cut off."""
-    curves = {name: points for name, points in curves.items() if points}
-    if not curves:
-        return
-    right = max(x for points in curves.values() for x, _ in points) or 1
-    # the scale ends where all curves together spend their first tenth
-    ys = sorted(y for points in curves.values() for _, y in points)
-    low, high = ys[0], ys[int(0.95 * (len(ys) - 1))]
-    high = high if high > low else low + 1
-
-    def place(x, y):
-        return f"{60 + 560 * x / right:.1f},{300 - 260 * (min(y, high) - low) / (high - low):.1f}"
-
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 340" font-family="sans-serif" '
-        'font-size="14"><rect width="760" height="340" fill="#fff"/>',
-        f'<text x="60" y="24" font-weight="bold">{title}</text>',
-    ]
-    for i in range(6):
-        x, y = 60 + 112 * i, 300 - 52 * i
-        parts.append(f'<path d="M60 {y}H620" stroke="#ddd"/>')
-        value = f"{low + (high - low) * i / 5:.3g}"
-        parts.append(f'<text x="52" y="{y + 5}" text-anchor="end">{value}</text>')
-        parts.append(f'<text x="{x}" y="322" text-anchor="middle">{right * i / 5:g}</text>')
-    for i, (name, points) in enumerate(curves.items()):
-        color, line = COLORS[i % len(COLORS)], " ".join(place(x, y) for x, y in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
-        if len(points) < 30:  # one alone is no line
-            dots = (place(x, y).split(",") for x, y in points)
-            parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>' for x, y in dots]
-        parts.append(f'<text x="632" y="{56 + 20 * i}" fill="{color}">{name}</text>')
-    path.write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------
@@ -638,15 +505,15 @@ def draw(denoiser, labels, steps=30, guidance=2.0, seed=0):
 
 def digits_of(text):
     """The digits in a text, None for a space: "3 1" is [3, None, 1], and so is "三 １".
-    DataError for anything else."""
+    UserError for anything else."""
     digits = []
     for c in text:
         value = unicodedata.numeric(c, -1)
         if not c.isspace() and value not in range(10):
-            raise DataError(f'--draw {text!r}: {c!r} is no digit; try --draw "3 1 4"')
+            raise UserError(f'--draw {text!r}: {c!r} is no digit; try --draw "3 1 4"')
         digits.append(None if c.isspace() else int(value))
     if not any(d is not None for d in digits):
-        raise DataError('--draw: no digit to draw; try --draw "3 1 4"')
+        raise UserError('--draw: no digit to draw; try --draw "3 1 4"')
     return digits
 
 
@@ -693,19 +560,21 @@ def build_parser():
     add("--steps", type=int, help="from noise to digit (default 30)")
     add("--guidance", type=float, help="1 is plain, more is clearer (default 2)")
     return p
+
+
 # fmt: on
 
 
 def newest_run(recipe=None):
-    """The folder under out/ of the last run of that recipe, or of any; DataError without one."""
+    """The folder under out/ of the last run of that recipe, or of any; UserError without one."""
     for path in sorted(OUT.glob("*/mnist.pt"), key=lambda path: -path.stat().st_mtime):
         try:
             if recipe in (None, lm.load_checkpoint(path)["config"].get("recipe")):
                 return path.parent
-        except lm.ModelError as e:
+        except UserError as e:
             print(f"passed over: {e}", file=sys.stderr)
     flag = {"fast": " --recipe fast", "diffusion": " --diffusion"}.get(recipe, "")
-    raise DataError(f"no such run in {OUT}/: train it first, python mnist.py{flag}")
+    raise UserError(f"no such run in {OUT}/: train it first, python mnist.py{flag}")
 
 
 def load_run(recipe, device):
@@ -721,18 +590,8 @@ def unused(template):
     return next(path for n in numbers if not (path := OUT / (template % n)).exists())
 
 
-def check_numbers(args):
-    """DataError for a number that no run can have."""
-    for name, least in (("epochs", 1), ("batch_size", 1), ("judge", 1), ("steps", 1), ("seed", 0)):
-        if getattr(args, name) is not None and not least <= getattr(args, name) < 2**40:
-            raise DataError(f"--{name} {getattr(args, name)} must be from {least} to 2**40")
-    for name in ("lr", "guidance"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise DataError(f"--{name} {getattr(args, name)} must be above 0 and finite")
-
-
 def check_flags(args):
-    """DataError for a flag that would mean nothing beside the others."""
+    """UserError for a flag that would mean nothing beside the others."""
     given = {k for k, v in vars(args).items() if v is not None}
     task = next((name for name in ("draw", "judge", "compare") if name in given), None)
     if task in ("draw", "judge"):
@@ -741,7 +600,7 @@ def check_flags(args):
         spare = given & ({"out"} if task else set())
         spare |= given & {"steps", "guidance"} if args.recipe != "diffusion" else set()
     if spare:
-        raise DataError(f"--{min(spare)} means nothing {f'with --{task}' if task else 'here'}")
+        raise UserError(f"--{min(spare)} means nothing {f'with --{task}' if task else 'here'}")
 
 
 def resume(args, given):
@@ -749,12 +608,12 @@ def resume(args, given):
     folder = Path(args.resume) if args.resume else newest_run(args.recipe)
     saved = lm.load_checkpoint(folder / "mnist.pt" if folder.is_dir() else folder)
     if not {"progress", "args", "images"} <= set(saved):
-        raise DataError(f"{folder} is no run of mnist.py")
+        raise UserError(f"{folder} is no run of mnist.py")
     old, free = saved["args"], {"resume", "epochs", "data", "device"}
     if changed := [k for k in given if k not in free and given[k] != old[k]]:
-        raise DataError(f"--{changed[0]} cannot change when resuming {folder}")
+        raise UserError(f"--{changed[0]} cannot change when resuming {folder}")
     if args.epochs not in (None, old["epochs"]) and old["schedule"] != "constant":
-        raise DataError(
+        raise UserError(
             f"--epochs cannot change: the schedule {old['schedule']} of {folder} is for "
             f"{old['epochs']}; start a new run"
         )
@@ -773,11 +632,11 @@ def settle(args):
         settings = dict(recipe=recipe, seed=42, shuffle=False) | RECIPES[recipe] | given
         settings["out"] = args.out or str(unused(FOLDERS[recipe] + "%s/mnist.pt").parent)
         if Path(settings["out"], "mnist.pt").exists():
-            raise DataError(f"{args.out} holds a run already: --resume it, or another --out")
+            raise UserError(f"{args.out} holds a run already: --resume it, or another --out")
         if recipe == "diffusion" and args.loss:
-            raise DataError("--loss is for reading; drawing has its own")
+            raise UserError("--loss is for reading; drawing has its own")
         if recipe != "course" and args.compare:
-            raise DataError("--compare is for the course's network alone")
+            raise UserError("--compare is for the course's network alone")
     vars(args).update(settings)
     return saved
 
@@ -788,7 +647,7 @@ def start(args, saved, device, images):
     model = NETWORKS[args.recipe]().to(device)
     run = Run(model, args, images, Path(args.out), saved)
     run.out.mkdir(parents=True, exist_ok=True)  # now, and not after an epoch
-    run.lock = lm.lock_folder(run.out)
+    run.lock = lock_folder(run.out)
     size = sum(p.numel() for p in model.parameters())
     print(
         f"{args.out}: {args.recipe}, {size:,} parameters, {args.optimizer} with lr {args.lr:g} "
@@ -841,7 +700,7 @@ def compare(args, device):
         evaluate = partial(score, run.model, loss, *test, "test")
         try:
             stopped = fit(run, images, labels, lambda m, x, y, loss=loss: loss(m(x), y), evaluate)
-        except DataError as e:  # this one diverged; the others may not
+        except UserError as e:  # this one diverged; the others may not
             print(f"{value:10} {a.lr:6g} {e}")
             continue
         rights = [row["right"] for row in run.history if "right" in row]
@@ -851,7 +710,8 @@ def compare(args, device):
             break
     path = unused(f"mnist-compare/{switch}%s.svg")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_svg(path, f"{switch}: % of test images read wrong, by epochs", curves)
+    svg = line_svg(switch, curves, "epochs", "% of test images read wrong")
+    path.write_text(svg, encoding="utf-8")
     print(f"curves: {path}")
     return 128 + stopped if stopped else 0
 
@@ -916,9 +776,9 @@ def judge(args, device):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    check_numbers(args)
+    check_limits(vars(args))
     check_flags(args)
-    device = lm.choose_device(args.device)
+    device = choose_device(args.device)
     saved = settle(args) if args.draw is None and not args.judge else None
     args.steps, args.guidance = args.steps or 30, args.guidance or 2.0
     if args.draw is not None:
@@ -931,4 +791,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    console(main, lm.ModelError)
+    run_cli(main)

@@ -8,64 +8,53 @@
     python sample.py --ckpt out/hotel-ft --chat --tools hotel       talk, and let it look things up
     python sample.py --ckpt out/sentiment-ft --prompt "a fine film"  a classifier's verdict
 
-The chapters: the decoding ladder (logits in, one token out), generation with a key/value cache,
-beam search, ids to text as they come, analogies, answers and tools, the terminal chat, and the
-command line. Decoding works on ids alone and text on characters alone; they meet at the end.
+The chapters: sampling filters (logits in, one token out), generation with a key/value cache, beam
+search, ids to text as they come, analogies and labels, the fast copy of the model for writing on a
+CPU, the terminal chat, and the command line.
 """
 
 import codecs
 import contextlib
-import inspect
 import json
 import math
 import re
-import runpy
 import select
 import signal
 import sys
-import types
-import typing
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `console` takes over
+if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `run_cli` takes over
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import lora
+from data.chat import Template, chat_prompt, label_token, labels_of, render_chat
+from data.cli import Parser, UserError, check_limits, printable, run_cli
+from data.machine import DTYPES, choose_device, dtype_name
+from data.matmul import product, timing_lines
+from data.runs import newest_run
+from data.tokenizer import UNKNOWN, Tokenizer
+from data.tools import call_tool, function_schema, load_tools
 from model import (
-    DTYPES,
+    ACTIVATIONS,
+    GATED,
     WHAT_CKPT,
-    Decoder,
     KVCache,
-    ModelError,
+    apply_rope,
+    attention,
     causal_mask,
-    choose_device,
-    dtype_name,
     find_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
-    timing_lines,
 )
-from prepare_data import (
-    UNKNOWN,
-    DataError,
-    Parser,
-    Template,
-    Tokenizer,
-    console,
-    label_token,
-    parse_call,
-    read_hotels,
-    render_chat,
-    search_hotels,
-)
-
-OUT = Path("out")
 
 # --------------------------------------------------------------------------------------------
-# The decoding ladder: each rung takes logits (B, V) and returns new ones
+# Sampling filters: each takes logits (B, V) and returns new ones
 # --------------------------------------------------------------------------------------------
 
 
@@ -116,11 +105,11 @@ def min_p(logits, p):
 
 
 def next_token(logits, previous, generators, settings):
-    """One id a row from logits (B, V): the whole ladder, then a draw.
+    """One id a row from logits (B, V): all sampling filters, then a random choice.
 
-    `previous` are the ids so far, one list a row, `generators` one torch.Generator a row, so that
-    no row's luck depends on its neighbours. Temperature 0 takes the largest logit. The penalty
-    comes first: the other rungs should see the distribution that it leaves.
+    `previous` are the ids so far, one list a row, `generators` one torch.Generator a row, so a
+    row's sample does not depend on its batch. Temperature 0 takes the largest logit. The penalty
+    comes first: the other filters see the distribution that it leaves.
     """
     s = DECODING | settings
     logits = logits.float()
@@ -136,10 +125,10 @@ def next_token(logits, previous, generators, settings):
     if s["min_p"] > 0:
         logits = min_p(logits, s["min_p"])
     probs = logits.softmax(dim=-1).cpu()  # drawn on the CPU: the same seed, the same text anywhere
-    return [draw(p, g) for p, g in zip(probs, generators)]
+    return [sample_token(p, g) for p, g in zip(probs, generators)]
 
 
-def draw(probs, generator):
+def sample_token(probs, generator):
     """One id by its probability: the first whose sum with all before it reaches a random share of
     the whole, above 0, so never one of probability 0. One random number and not, as in
     torch.multinomial, one for each token: that took a millisecond with GPT-2's vocabulary."""
@@ -148,7 +137,7 @@ def draw(probs, generator):
     return torch.searchsorted(reached, share * reached[-1]).item()
 
 
-# What each rung does when nothing is said: nothing.
+# The sampling filters' settings; by default each does nothing.
 DECODING = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 
 
@@ -196,7 +185,7 @@ def generate(
     """Yield lists of new ids, one a prompt and step (None for a row that has stopped).
 
     prompts      lists of ids, of any lengths: each row gets what it would get alone
-    settings     rungs of the ladder (see DECODING); row r draws with seeds[r], or `seed` for all
+    settings     of the sampling filters, see DECODING; row r draws with seeds[r], or with `seed`
     allowed      bools (V,): ids that may come; None is all
     stop(r, id)  called with each new id; True ends row r, the id included
     slide(kept)  called when the context is full: the newest half of it is kept and read again
@@ -206,7 +195,7 @@ def generate(
     context, device = model.config.context, model.embed.weight.device
     rows = [list(p) for p in prompts]
     check_ids(rows, model.config.vocab_size)
-    assert set(settings) <= set(DECODING), f"no such rung: {set(settings) - set(DECODING)}"
+    assert set(settings) <= set(DECODING), f"no such filter: {set(settings) - set(DECODING)}"
     windows = [r[-context:] for r in rows]  # what the model looks at; `rows` remembers everything
     if slide and any(len(r) > context for r in rows):
         slide(context)
@@ -244,12 +233,12 @@ def generate(
 
 
 def check_ids(rows, vocab_size):
-    """DataError for a prompt that is empty or has an id outside the vocabulary."""
+    """UserError for a prompt that is empty or has an id outside the vocabulary."""
     if not rows or not all(rows):
-        raise DataError("an empty prompt: give at least one token")
+        raise UserError("an empty prompt: give at least one token")
     for i in (i for row in rows for i in row):
         if not 0 <= i < vocab_size:
-            raise DataError(f"token id {i} is outside the vocabulary of 0 to {vocab_size - 1}")
+            raise UserError(f"token id {i} is outside the vocabulary of 0 to {vocab_size - 1}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -263,8 +252,8 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
 
     A score is the sum of log probabilities over len(ids) ** length_penalty, the `end` id counted
     in both (Wu et al. 2016 without its constants). A finished beam waits beside the live ones: the
-    search ends only when none of these can still overtake, whatever finished first.
-    Prompt and continuation must fit the context (ModelError).
+    search ends only when none of these can still get a better score.
+    Prompt and continuation must fit the context (UserError).
     """
     check_ids([prompt], model.config.vocab_size)
     device = model.embed.weight.device
@@ -307,12 +296,6 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
 # --------------------------------------------------------------------------------------------
 # Text: characters as the ids come, and words as vectors
 # --------------------------------------------------------------------------------------------
-
-
-def printable(text):
-    """`text` with its control characters, line ends and tabs apart, as \\x1b: printed as they are
-    they would clear the terminal, or worse."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
 class TextStream:
@@ -374,7 +357,7 @@ def analogy(expression, tokenizer, table, choices=(), n=10):
     """
     parts = re.findall(r"([+-]?)\s*([^\s+-]+)", expression)
     if not parts:
-        raise DataError(f"--analogy {expression!r}: words with + and - between them, please")
+        raise UserError(f"--analogy {expression!r}: words with + and - between them, please")
     goal, used = torch.zeros(table.shape[1]), set()
     for sign, word in parts:
         vector, ids = word_vector(word, tokenizer, table)
@@ -394,29 +377,6 @@ def analogy(expression, tokenizer, table, choices=(), n=10):
     return [(names[i], s) for s, i in zip(best.values.tolist(), best.indices.tolist())]
 
 
-# --------------------------------------------------------------------------------------------
-# Answers: a model's turn in a conversation, the tools it may call, a classifier's verdict
-# --------------------------------------------------------------------------------------------
-
-
-def chat_prompt(messages, tokenizer, room):
-    """Ids of a conversation up to where the answer begins, at most `room`: the oldest turns are
-    left out first, never the system's; a last one that is too long alone loses its beginning, and a
-    system turn of more than half of the room gives way to the question."""
-    template, messages = Template(tokenizer), list(messages)
-    room -= len(template.start) + len(template.begin)
-    oldest = 1 if messages and messages[0]["role"] == "system" else 0
-    while True:
-        rendered = [ids for _, ids, _ in template.turns(messages)]
-        if sum(map(len, rendered)) <= room or len(messages) <= oldest + 1:
-            break
-        messages.pop(oldest)
-    system = rendered[0] if oldest and len(rendered[0]) <= (room + 1) // 2 else []
-    rest = [i for ids in rendered[1 if system else 0 :] for i in ids]
-    rest = rest[max(0, len(system) + len(rest) - room) :]
-    return template.start + system + rest + template.begin
-
-
 @torch.inference_mode()
 def classify(model, prompts, goals, batch=64):
     """Log probabilities (N, L) of the label ids `goals` after each prompt (lists of ids), among
@@ -433,136 +393,123 @@ def classify(model, prompts, goals, batch=64):
     return torch.cat(out)
 
 
-def labels_of(tokenizer):
-    """The labels that a classifier's tokenizer knows; none for other models."""
-    begin, end = label_token("\0").split("\0")
-    return [n[len(begin) : -len(end)] for n in tokenizer.special if n.startswith(begin)]
+# --------------------------------------------------------------------------------------------
+# The same model once more, flat and fast: for sampling on a CPU
+# --------------------------------------------------------------------------------------------
 
 
-def load_tools(source):
-    """{name: function} of --tools: `hotel`, or the public functions of a Python file."""
-    # To add a tool of your own: a file with a function; its parameters and their types are the
-    # schema, what it returns (anything JSON can say) is what the model reads.
-    if source == "hotel":
-        return {"search": partial(search_hotels, read_hotels())}
-    if not Path(source).is_file():
-        raise DataError(f"--tools {source}: no such file; name a .py file, or hotel")
-    try:
-        found = runpy.run_path(source)
-        own = {n: f for n, f in found.items() if inspect.isfunction(f) and n[0] != "_"}
-        own = {n: f for n, f in own.items() if f.__code__.co_filename == source}
-        for f in own.values():
-            inspect.signature(f, eval_str=True)  # as call_tool will want it
-    except (Exception, SystemExit) as e:  # the user's own code can fail in any way
-        raise DataError(f"--tools {source} cannot be loaded ({type(e).__name__}: {e})") from e
-    if not own:
-        raise DataError(f"--tools {source} defines no function")
-    return own
+class FastTransformer:
+    """A Transformer that can only sample, but fast: the same `hidden`, `head` and `last_logits`,
+    behind a KVCache. `Transformer` is the one to read; a test holds the two equal.
+
+    A new token reads all weights once, so memory bandwidth limits its speed. The Transformer is
+    slower than that for two reasons. Its matrix products are not the fastest that this CPU has for
+    one row of x: `product` chooses by timing. And a small model spends its time between the
+    operations: here are fewer of them (q, k and v are one product, and rotated together) and no
+    modules to call.
+
+    `int8` rounds the matrices to eight bits (INT8_PRODUCTS); `rows` is how many texts will be
+    written at once. `model` is used up: its matrices move, so that memory holds them once.
+    """
+
+    # The fields of Config, and the weights, that this class knows. To add one, compute it in
+    # `hidden`, too: until then a model that has it is used as it is, see `fast_model`.
+    FIELDS = """vocab_size n_layer n_head d_model context n_kv_head head_size d_ff position norm
+    norm_weight activation qkv_bias out_bias ff_bias head_bias qk_norm embed_norm tied dropout eps
+    rope_theta rope_scaling init"""
+    WEIGHTS = """embed position embed_norm norm1 attention.q attention.k attention.v
+    attention.q_norm attention.k_norm attention.out norm2 feed_forward.gate feed_forward.up
+    feed_forward.down norm head"""
+
+    @classmethod
+    def can_compute(cls, model):
+        """Whether the model has no other weights, and its Config no other field that is set."""
+        others = [f for f in fields(model.config) if f.name not in cls.FIELDS.split()]
+        names = {re.sub(r"^blocks\.\d+\.|\.\w+$", "", n) for n, _ in model.named_parameters()}
+        same = all(getattr(model.config, f.name) == f.default for f in others)
+        return same and names <= set(cls.WEIGHTS.split())
+
+    def __init__(self, model, int8=False, rows=1):
+        c, self.config, self.embed = model.config, model.config, model.embed
+        self.start, self.end = self.norm_of(model.embed_norm), self.norm_of(model.norm)
+        self.activation, self.tables = ACTIVATIONS[c.activation], model.position_tables()
+        scale = 1.0
+        if c.activation == "gelu" and self.embed.weight.dtype == torch.float32:
+            self.activation, scale = half_gelu, 0.5
+        self.layers, make = [], partial(product, int8=int8, rows=rows)
+        for block in model.blocks:
+            a, f = block.attention, block.feed_forward
+            qk_weight = None  # the weights of the norms of q and k, (nh + nkv, hs)
+            if c.qk_norm and c.norm_weight:
+                heads = [a.q_norm.weight] * c.n_head + [a.k_norm.weight] * c.n_kv_head
+                qk_weight = torch.stack(heads).detach()
+            up = (f.up,) if f.gate is None else (f.gate, f.up)
+            products = make((a.q, a.k, a.v)), make((a.out,)), make(up, scale=scale), make((f.down,))
+            norms = self.norm_of(block.norm1), self.norm_of(block.norm2)
+            self.layers.append((*norms, qk_weight, *products))
+        self.head = make((model.head,))
+
+    def norm_of(self, module):
+        """The norm of `make_norm`, as a function of x alone."""
+        if isinstance(module, nn.Identity):
+            return module.forward
+        size, weight, eps = (self.config.d_model,), module.weight, module.eps
+        if self.config.norm == "rmsnorm":
+            return lambda x: torch.rms_norm(x, size, weight, eps)
+        return lambda x: torch.layer_norm(x, size, weight, module.bias, eps)
+
+    @torch.inference_mode()
+    def hidden(self, ids, cache, positions=None, mask=None):
+        """As `Transformer.hidden`: ids (B, T), after those that the cache holds, to (B, T, C)."""
+        c, (B, T), start = self.config, ids.shape, cache.length
+        nh, nkv, hs = c.n_head, c.n_kv_head, c.head_size
+        at = slice(start, start + T) if positions is None else positions
+        tables = [table[at] for table in self.tables]  # (T, ...) or (B, T, ...)
+        x = F.embedding(ids, self.embed.weight)
+        if c.position != "rope":
+            x = x + tables[0].to(x.dtype)
+        else:  # the same for all heads
+            cos, sin = (t.unsqueeze(-2) for t in tables)
+        x = self.start(x).view(B * T, -1)
+        for i, (norm1, norm2, qk_weight, qkv, out, up, down) in enumerate(self.layers):
+            y = qkv(norm1(x)).view(B, T, nh + 2 * nkv, hs)
+            q, k, v = torch.split_with_sizes(y, (nh, nkv, nkv), dim=2)
+            if c.qk_norm or c.position == "rope":
+                qk = y[:, :, : nh + nkv]
+                if c.qk_norm:
+                    qk = torch.rms_norm(qk, (hs,), None, c.eps)
+                    qk = qk if qk_weight is None else qk * qk_weight
+                if c.position == "rope":
+                    qk = apply_rope(qk, cos, sin)
+                q, k = torch.split_with_sizes(qk, (nh, nkv), dim=2)
+            k, v = cache.layer(i)(k.transpose(1, 2), v.transpose(1, 2))  # (B, nkv, S, hs)
+            if T == 1:  # the heads of a group ask their one key head as if they were positions
+                q = q.reshape(B, nkv, nh // nkv, hs)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            else:
+                y = attention(q.transpose(1, 2), k, v, mask).transpose(1, 2)
+            x = x + out(y.reshape(B * T, nh * hs))
+            y = up(norm2(x))
+            if c.activation in GATED:
+                gate, y = y.chunk(2, dim=-1)
+                x = x + down(self.activation(gate) * y)
+            else:
+                x = x + down(self.activation(y))
+        cache.length += T
+        return self.end(x).view(B, T, -1)
+
+    def last_logits(self, ids, cache, positions=None, mask=None):
+        """As `Transformer.last_logits`."""
+        return self.head(self.hidden(ids, cache, positions, mask)[:, -1])
 
 
-JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array",
-              types.NoneType: "null", tuple: "array", dict: "object"}  # fmt: skip
+ROOT = torch.tensor(2**0.5)  # a number would become such a tensor at every use
 
 
-def type_schema(hint):
-    """The JSON schema of a type hint; {} for a type that JSON does not know."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    kind = origin or hint
-    if kind in (typing.Union, types.UnionType):
-        schemas = [type_schema(p) for p in parts if p is not types.NoneType]
-        schema = {"anyOf": schemas}
-        if len(schemas) == 1:
-            schema = schemas[0]
-        elif all(s.keys() == {"type"} and isinstance(s["type"], str) for s in schemas):
-            names = sorted({s["type"] for s in schemas})
-            schema = {"type": names if len(names) > 1 else names[0]}
-        return schema | ({"nullable": True} if types.NoneType in parts else {})
-    if kind is typing.Literal:
-        names = list(dict.fromkeys(JSON_TYPES[type(p)] for p in parts))
-        return {"type": names if len(names) > 1 else names[0], "enum": list(parts)}
-    schema = {"type": JSON_TYPES[kind]} if kind in JSON_TYPES else {}
-    if kind is list and parts:
-        schema["items"] = type_schema(parts[0])
-    elif kind is tuple and parts:
-        schema["prefixItems"] = [type_schema(p) for p in parts]
-    elif kind is dict and parts:
-        schema["additionalProperties"] = type_schema(parts[1])
-    return schema
-
-
-def function_schema(name, function):
-    """The JSON schema by which a model is told of a function: its parameters, their types, and what
-    its docstring says in Google's style; the same as transformers.utils.get_json_schema makes."""
-    text = "\n" + (inspect.getdoc(getattr(function, "func", function)) or "")
-    head, *rest = re.split(r"\n\s*(Args|Returns|Raises):[ \t]*\n", text)
-    sections, about, known = dict(zip(rest[::2], rest[1::2])), {}, None
-    lines = [line for line in sections.get("Args", "").split("\n") if line.strip()]
-    margin = len(lines[0]) - len(lines[0].lstrip()) if lines else 0
-    for line in lines:
-        found = re.match(rf"\s{{{margin}}}(\w+)(?:[ \t]*\([^()]*\))?:(.*)", line)
-        known = found[1] if found else known
-        about[known] = f"{about.get(known, '')} {(found[2] if found else line).strip()}".strip()
-    signature = inspect.signature(function, eval_str=True)
-    properties, required = {}, []
-    for key, p in signature.parameters.items():
-        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-            continue
-        schema, said = type_schema(p.annotation), about.get(key, "")
-        if choices := re.search(r"\(choices:\s*(.*?)\)\s*$", said, re.IGNORECASE):
-            schema["enum"] = [c.strip() for c in json.loads(choices[1])]
-            said = said[: choices.start()].strip()
-        properties[key] = schema | {"description": said}
-        required += [key] if p.default is p.empty else []
-    parameters = {"type": "object", "properties": properties}
-    parameters |= {"required": required} if required else {}
-    schema = {"name": name, "description": head.strip(), "parameters": parameters}
-    if signature.return_annotation is not signature.empty:
-        schema["return"] = type_schema(signature.return_annotation)
-        if "Returns" in sections:
-            schema["return"]["description"] = sections["Returns"].strip()
-    return {"type": "function", "function": schema}
-
-
-def suits(value, annotation):
-    """Whether a JSON value may be given for a parameter of that type. Types that JSON does not know
-    are not checked."""
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(suits(value, p) for p in parts)
-    if origin is typing.Literal:
-        return value in parts
-    kind = origin or annotation  # list[str]: its items are not looked at
-    if kind not in (str, int, float, bool, list, dict, types.NoneType):
-        return True
-    if isinstance(value, bool):  # for Python an int, too
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def call_tool(tools, content):
-    """What a tool returns for the call turn `content`, as JSON text. A call that does not fit the
-    function's parameters never reaches it: the model reads {"error": ...} instead."""
-    try:
-        name, arguments = parse_call(content)
-        if name not in tools:
-            raise ValueError(f"there is no tool {name!r}, only {', '.join(tools)}")
-        signature = inspect.signature(tools[name], eval_str=True)
-        try:
-            signature.bind(**arguments)
-        except TypeError as e:
-            raise ValueError(f"{name}: {e}") from e
-        for key, value in arguments.items():
-            parameter = signature.parameters.get(key)  # none if **others take it
-            if parameter and not suits(value, parameter.annotation):
-                raise ValueError(f"{name}: {key} cannot be {value!r}")
-    except ValueError as e:
-        return json.dumps({"error": str(e)}, ensure_ascii=False)
-    try:
-        result = json.dumps(tools[name](**arguments), ensure_ascii=False, allow_nan=False)
-    except Exception as e:  # a tool that fails is news for the model, no reason to stop talking
-        error = f"{name} failed: {type(e).__name__}: {e}"
-        result = json.dumps({"error": error}, ensure_ascii=False)
-    return result.encode("utf-8", "replace").decode()  # half of a pair, \ud83d, is no text
+def half_gelu(h):
+    """gelu(x) = x/2 + x/2 erf(x / sqrt(2)) of h = x/2; the half lies in the matrix before. torch's
+    own calls oneDNN, whose overhead is larger than this computation."""
+    return torch.addcmul(h, h, torch.erf(h * ROOT))
 
 
 # --------------------------------------------------------------------------------------------
@@ -589,11 +536,11 @@ class Chat:
         self.max_tokens = min(max_tokens, model.config.context // 2)
         try:
             self.template = Template(tokenizer)
-        except DataError:
+        except UserError:
             self.template = None
-        self.plain = self.template is None
+        self.is_base = self.template is None
         # the one tool of our own hotel model is known to it by training: of others it must be told
-        ours = self.plain or self.template.kind == "ours"
+        ours = self.is_base or self.template.kind == "ours"
         told = {n: f for n, f in self.tools.items() if not (ours and isinstance(f, partial))}
         self.schemas = [function_schema(n, f) for n, f in told.items()]
         self.messages, self.turns = [], 0
@@ -601,7 +548,7 @@ class Chat:
     def prompt(self):
         """(ids to continue, whether the oldest turns had to be left out)."""
         room = self.model.config.context - self.max_tokens
-        if not self.plain:
+        if not self.is_base:
             messages = self.messages
             if self.schemas:
                 if not messages or messages[0]["role"] != "system":
@@ -618,12 +565,12 @@ class Chat:
         that Ctrl-C stops is remembered as far as it went; in the middle of a call it is passed on.
         """
         ids, t, stopped = [], self.tokenizer, False
-        call, ends, is_call = None, {t.eot}, lambda ids: False
-        if not self.plain:
-            call, ends = self.template.call, {t.eot, self.template.end}
+        call, ends, is_call = None, {t.eos_id}, lambda ids: False
+        if not self.is_base:
+            call, ends = self.template.call, {t.eos_id, self.template.end}
             is_call = self.template.is_call
-        stream = TextStream(t, ["\nUser:", "\nSystem:"] if self.plain else ())
-        allowed = allowed_ids(self.model, t, chat=not self.plain)
+        stream = TextStream(t, ["\nUser:", "\nSystem:"] if self.is_base else ())
+        allowed = allowed_ids(self.model, t, chat=not self.is_base)
         if call is not None and not (may_call and self.tools):
             allowed[call] = False
 
@@ -653,7 +600,7 @@ class Chat:
             stopped = True
         # a character that was cut off is nothing to show or to remember
         show(stream.finish().rstrip(UNKNOWN) + (" [stopped]" if stopped else ""))
-        if self.plain:
+        if self.is_base:
             text = re.split(r"\n(?:User|System):", t.decode([i for i in ids if i not in ends]))[0]
             message = {"role": "assistant", "content": text.strip()}
         else:
@@ -701,13 +648,13 @@ class Chat:
                 return f"{rest}: {e.strerror}"
             return f"saved to {rest}"
         if name == "adapter":
-            if isinstance(self.model, Decoder):  # made only of a model without adapters
+            if isinstance(self.model, FastTransformer):  # made only of a model without adapters
                 return "this model has no adapters: sample.py --adapter RUN lays one over it"
             try:
-                lora.switch(self.model, *rest.split())
-            except ModelError as e:
+                lora.set_adapter(self.model, *rest.split())
+            except UserError as e:
                 return str(e)
-            return f"talking through {rest or 'the bare base'}"
+            return f"active adapter: {rest or 'none'}"
         return CHAT_HELP
 
 
@@ -730,7 +677,7 @@ def more_waits():
 
 def talk(chat):
     """Read messages, answer them, until the input ends or /quit."""
-    if chat.plain:
+    if chat.is_base:
         print("[a base model: it continues the transcript, nobody has taught it to answer]")
     print(f"[{CHAT_HELP}]", file=sys.stderr)
     with contextlib.suppress(ImportError):
@@ -777,21 +724,13 @@ def talk(chat):
 # --------------------------------------------------------------------------------------------
 
 
-def newest_run():
-    """The folder under out/ whose checkpoint was written last; DataError if there is none."""
-    found = [p for name in ("last.pt", "best.pt") for p in OUT.glob(f"*/{name}")]
-    if not found:
-        raise DataError(f"no run in {OUT}/: train one (python train.py), or name it with --ckpt")
-    return max(found, key=lambda p: p.stat().st_mtime).parent
-
-
 def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
     """(model, tokenizer, where) of a checkpoint or run's folder, the newest run if None. An adapter
     brings its base along; `adapters` are laid over a base, the first one active, and are called by
     their folder's or file's name. With `ids_alone` the tokenizer may be missing, and is None."""
     where = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
-    dtype = "fp32" if dtype == "int8" else dtype  # which the Decoder makes of it
+    dtype = "fp32" if dtype == "int8" else dtype  # which the FastTransformer makes of it
     if dtype in (None, "auto"):
         dtype = "bf16" if device.type == "cuda" else "fp32"
     # an adapter knows its base by the weights as they are on disk
@@ -800,7 +739,7 @@ def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
     if "adapter" in content:
         over, base = [where, *over], find_checkpoint(content["adapter"]["base"])
         if not base.exists():
-            raise DataError(
+            raise UserError(
                 f"{where} is an adapter over {base}, which is not there: name its base with --ckpt "
                 f"and this one with --adapter"
             )
@@ -810,16 +749,16 @@ def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
     names = [(p.parent if p.name in ("best.pt", "last.pt") else p).name for p in over]
     names = [name.removesuffix(".pt") for name in names]
     if len(set(names)) < len(names):
-        raise DataError(f"two adapters are called alike: {', '.join(names)}")
+        raise UserError(f"two adapters are called alike: {', '.join(names)}")
     named = {name: load_checkpoint(p) for name, p in zip(names, over)}
     if "tokenizer" not in content and not (ids_alone and not named):
-        raise DataError(
+        raise UserError(
             f"{where} carries no tokenizer (or no tokenizer.json): sample.py --prompt_ids 1,2 "
             f"--print_ids needs none"
         )
     specs = [a["tokenizer"] for a in named.values()] or [content.get("tokenizer")]
     if any(s != specs[0] for s in specs):
-        raise DataError("the adapters have other special tokens: only alike ones go together")
+        raise UserError("the adapters have other special tokens: only alike ones go together")
     if named:
         model = lora.load_adapted(content, named, base).to(device)
         for p in model.parameters():  # not the tables of positions, which stay in fp32
@@ -829,32 +768,36 @@ def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
     return model, specs[0] and Tokenizer(specs[0]), where
 
 
-def decoder(model, rows, args):
-    """What to write `rows` texts at once with: the model's Decoder on a CPU, unless it has adapters
-    (they may be switched) or args.plain says no. DataError if args.dtype int8 is not possible."""
-    int8, plain = args.dtype == "int8", args.plain
+def fast_model(model, rows, args):
+    """What to write `rows` texts at once with: the model's FastTransformer on a CPU if that can
+    compute it, unless it has adapters (they may be switched) or args.no_fast says no. UserError if
+    args.dtype int8 is not possible."""
+    int8, no_fast = args.dtype == "int8", args.no_fast
     adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
     device = model.embed.weight.device.type
-    if not (plain or adapted or device != "cpu"):
-        fast = Decoder(model, int8, rows)
+    known = FastTransformer.can_compute(model)
+    if known and not (no_fast or adapted or device != "cpu"):
+        fast = FastTransformer(model, int8, rows)
         if args.verbose:
             print("\n".join(timing_lines()), file=sys.stderr)
         return fast
     if int8:
         reason = f"is for a CPU, not {device}"
+        if not known:
+            reason = "is for models that the FastTransformer can compute"
         if adapted:
             reason = "does not round adapters: lora.py merge writes a checkpoint without them"
-        raise DataError(f"--dtype int8 {'excludes --plain' if plain else reason}")
+        raise UserError(f"--dtype int8 {'excludes --no_fast' if no_fast else reason}")
     return model
 
 
 def allowed_ids(model, tokenizer, chat=False):
     """Bools (V,): the ids that a token has; the table's spare rows must never be drawn. Of the
-    special ones only the end of the text may come, or in a `chat` what its template speaks."""
+    special ones only the end of the text may come, or in a `chat` those of `Template.spoken`."""
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     lengths = torch.from_numpy(tokenizer.byte_lengths[: len(allowed)])
     allowed[: len(lengths)] = lengths > 0
-    for i in Template(tokenizer).spoken if chat else (tokenizer.eot,):
+    for i in Template(tokenizer).spoken if chat else (tokenizer.eos_id,):
         if i < len(allowed):
             allowed[i] = True
     return allowed.to(model.embed.weight.device)
@@ -876,7 +819,7 @@ def resolve_prompt(prompt):
         text.encode("utf-8")  # bytes that a shell could not read hide as lone surrogates
         return text
     except UnicodeError as e:
-        raise DataError(f"{where} is not text in UTF-8 ({e.reason} at {e.start})") from e
+        raise UserError(f"{where} is not text in UTF-8 ({e.reason} at {e.start})") from e
 
 
 def read_prompts(args, tokenizer, vocab_size):
@@ -885,11 +828,11 @@ def read_prompts(args, tokenizer, vocab_size):
         try:
             rows = [[int(i) for i in args.prompt_ids.split(",")]]
         except ValueError as e:
-            raise DataError(f"--prompt_ids {args.prompt_ids!r}: numbers with commas, please") from e
+            raise UserError(f"--prompt_ids {args.prompt_ids!r}: numbers with commas, please") from e
     else:  # nothing at all means: begin a document
         texts = [resolve_prompt(p) for p in args.prompt or [None]]
-        begin = [] if tokenizer.begin is None else [tokenizer.begin]
-        rows = [begin + tokenizer.encode(t) or [tokenizer.eot] for t in texts]
+        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        rows = [begin + tokenizer.encode(t) or [tokenizer.eos_id] for t in texts]
     check_ids(rows, vocab_size)
     return rows
 
@@ -913,7 +856,7 @@ def write_rows(model, tokenizer, prompts, args):
     def stop(r, i):
         ids[r].append(i)
         show(r, streams[r].feed(i))
-        return i == tokenizer.eot or streams[r].stopped
+        return i == tokenizer.eos_id or streams[r].stopped
 
     def slide(kept):
         if not said:
@@ -958,7 +901,7 @@ def write_ids(model, prompts, args):
 
 def prompt_text(tokenizer, ids):
     """Printable text of ids, without the end-of-text token and ids that no token has."""
-    known = [i for i in ids if i != tokenizer.eot and tokenizer.token_bytes(i)]
+    known = [i for i in ids if i != tokenizer.eos_id and tokenizer.token_bytes(i)]
     return printable(tokenizer.decode(known))
 
 
@@ -966,7 +909,7 @@ def write_beams(model, tokenizer, prompt, args):
     """Beam search from one prompt; prints the beams, best first. Returns the ids."""
     room = model.config.context - len(prompt)
     if room < 1:
-        raise DataError(f"the prompt has {len(prompt)} tokens; beams need room in the context")
+        raise UserError(f"the prompt has {len(prompt)} tokens; beams need room in the context")
     if room < args.max_new_tokens:
         print(f"[beams end with the context, after {room} tokens]", file=sys.stderr)
     beams = beam_search(
@@ -975,7 +918,7 @@ def write_beams(model, tokenizer, prompt, args):
         min(room, args.max_new_tokens),
         args.beams,
         args.length_penalty,
-        tokenizer.eot,
+        tokenizer.eos_id,
         allowed_ids(model, tokenizer),
     )
     beams = beams[: args.num_samples]
@@ -1012,8 +955,8 @@ def build_parser():
     add("--dtype", default="auto", type=dtype_name,
         choices=("auto", "fp32", "bf16", "fp16", "int8"),
         help="of the weights (default auto: bf16 on CUDA, else fp32); int8 is for CPUs")
-    add("--plain", action="store_true", help="write with the Transformer itself, not its Decoder")
-    add("--verbose", action="store_true", help="show which products the Decoder timed")
+    add("--no_fast", action="store_true", help="write with the Transformer itself")
+    add("--verbose", action="store_true", help="show which products the FastTransformer timed")
     add("--adapter", action="append", help="LoRA run to lay over --ckpt; several can be switched")
     add("--chat", action="store_true", help="talk in the terminal")
     add("--system", metavar="TEXT", help="with --chat: what the model is told before the talk")
@@ -1021,37 +964,25 @@ def build_parser():
     add("--analogy", help='nearest tokens of e.g. "king - man + woman" in the embedding table')
     add("--choices", help="with --analogy: pick among these, separated by commas")
     return p
+
+
 # fmt: on
 
 
 def check_settings(args):
-    """DataError for a number that makes no sense."""
-    for name, low in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 0), ("beams", 0)):
-        if getattr(args, name) < low:
-            raise DataError(f"--{name} {getattr(args, name)} must be at least {low}")
-    for name in ("temperature", "top_p", "min_p"):
-        value = getattr(args, name)
-        if not (0 <= value < math.inf and (name == "temperature" or value <= 1)):
-            limit = "0 or more and finite" if name == "temperature" else "from 0 to 1"
-            raise DataError(f"--{name} {value} must be {limit}")
-    if not 0 < args.repetition_penalty < math.inf:
-        penalty = args.repetition_penalty
-        raise DataError(f"--repetition_penalty {penalty} must be above 0 and finite")
-    if not abs(args.length_penalty) <= 10:
-        raise DataError(f"--length_penalty {args.length_penalty} must be from -10 to 10")
-    if args.seed is not None and not 0 <= args.seed < 2**62:
-        raise DataError(f"--seed {args.seed} must be from 0 to 2**62")
+    """UserError for a number or a combination of flags that makes no sense."""
+    check_limits(vars(args))
     if args.chat and (args.prompt or args.prompt_ids or args.beams or args.num_samples > 1):
-        raise DataError("--chat takes no --prompt, --beams or --num_samples")
+        raise UserError("--chat takes no --prompt, --beams or --num_samples")
     if args.choices and not args.analogy:
-        raise DataError("--choices is for --analogy")
+        raise UserError("--choices is for --analogy")
     for name in ("tools", "system"):
         if getattr(args, name) is not None and not args.chat:
-            raise DataError(f"--{name} is for --chat")
+            raise UserError(f"--{name} is for --chat")
     if args.beams and args.stop:
-        raise DataError("--stop does not work with --beams, which end with the end of the text")
+        raise UserError("--stop does not work with --beams, which end with the end of the text")
     if args.beams and args.num_samples > args.beams:
-        raise DataError(f"--num_samples {args.num_samples} is more than --beams {args.beams}")
+        raise UserError(f"--num_samples {args.num_samples} is more than --beams {args.beams}")
 
 
 def main(argv=None):
@@ -1073,7 +1004,7 @@ def main(argv=None):
             print(f"{cosine:7.3f}  {text!r}")
         return
     if args.chat:
-        model = decoder(model, 1, args)
+        model = fast_model(model, 1, args)
         settings = {name: getattr(args, name) for name in DECODING}
         chat = Chat(model, tokenizer, tools, args.max_new_tokens, args.seed, settings)
         if args.system:
@@ -1082,14 +1013,14 @@ def main(argv=None):
         return
     prompts = read_prompts(args, tokenizer, model.config.vocab_size)
     if labels := tokenizer and labels_of(tokenizer):
-        rows = [p[1 - model.config.context :] + [tokenizer.eot] for p in prompts]
+        rows = [p[1 - model.config.context :] + [tokenizer.eos_id] for p in prompts]
         goals = [tokenizer.special[label_token(name)] for name in labels]
         for row in classify(model, rows, goals).exp().tolist():
             best = sorted(zip(row, labels), reverse=True)
             print("  ".join(f"{name} {p:.3f}" for p, name in best))
         return
     rows = args.beams or len(prompts) * args.num_samples
-    model = decoder(model, rows, args)
+    model = fast_model(model, rows, args)
     if args.beams:
         ids = [i for p in prompts for i in write_beams(model, tokenizer, p, args)]
     elif tokenizer is None:
@@ -1101,4 +1032,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    console(main, ModelError)
+    run_cli(main)

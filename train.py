@@ -9,21 +9,17 @@
 writes out/NAME/last.pt (all that resuming needs), best.pt (what sampling needs), metrics.jsonl and
 loss.svg. Text becomes token files in prepare_data.py; train.py calls it if they are not there.
 
-The chapters: the recipe, the machine, batches, optimisers and schedule, evaluation, what a run
-shows, then `fit`, the one training loop (fine-tuning calls it too), and the command line.
+The chapters: the recipe, batches, optimizers and schedule, evaluation, what a run shows, then
+`fit`, the one training loop (fine-tuning calls it, too), and the command line.
 """
 
 import argparse
 import contextlib
 import copy
-import ctypes
 import gc
-import itertools
-import json
 import math
 import os
 import signal
-import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -31,7 +27,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `console` takes over
+if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `run_cli` takes over
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -40,24 +36,18 @@ import torch.distributed as dist
 from torch import nn
 
 import model as lm
-from prepare_data import (
-    DATA,
-    DataError,
-    Parser,
-    StopSignal,
-    Tokenizer,
-    console,
-    default_name,
-    prepare,
-    read_meta,
-    read_tokens,
+from data.cli import Parser, StopSignal, UserError, check_limits, printable, run_cli
+from data.machine import (
+    dtype_name,
+    make_runtime,
+    random_state,
+    set_random_state,
+    synchronize,
 )
-from sample import OUT, allowed_ids, generate, newest_run, printable
-
-
-class TrainError(RuntimeError):
-    """Training cannot go on; the message says why and what to try."""
-
+from data.plot import line_svg
+from data.runs import Log, newest_run, run_folder
+from data.tokenizer import Tokenizer
+from prepare_data import data_hashes, find_data, read_meta, read_tokens
 
 # --------------------------------------------------------------------------------------------
 # The recipe: every default in one place
@@ -74,7 +64,6 @@ RECIPE = dict(
     lr=3e-3,
     embed_lr=3e-2,
     head_lr=1e-2,
-    muon_lr=0.02,
     min_lr=0.0,
     warmup_steps=60,
     schedule="linear",
@@ -89,7 +78,8 @@ RECIPE = dict(
     seed=0,
 )
 _LARGE = dict(embed_lr=None, head_lr=None, beta2=0.95, warmup_steps=200, schedule="cosine")
-# What other shapes and optimisers want differently. GPT-2's are its field's custom, untried here.
+
+# Differences for other shapes and optimizers. GPT-2's are customary values, not tried here.
 RECIPES = {
     # orthogonalising costs the same for a larger batch
     "muon": dict(batch_size=12, weight_decay=0.0),
@@ -101,111 +91,13 @@ RECIPES = {
     "gpt2-xl": _LARGE | dict(lr=2e-4, batch_size=1),
     "novel": _LARGE | dict(lr=6e-4, batch_size=4),
 }
+
 # With --ckpt: the first steps must not undo what the weights have learned. Rates that are None
 # follow from the model's size, see `settle_rates`.
-GOING_ON = dict(lr=None, embed_lr=None, head_lr=None, muon_lr=None)
+GOING_ON = dict(lr=None, embed_lr=None, head_lr=None)
+
 # Without --max_steps and --max_minutes: whichever of the two comes first.
 DEFAULT_STEPS, DEFAULT_MINUTES = 2500, 2.9
-
-
-# --------------------------------------------------------------------------------------------
-# The machine: device, precision, processes
-# --------------------------------------------------------------------------------------------
-
-@dataclass
-class Runtime:
-    """Where and how the arithmetic is done. `world` processes of which this one is `rank`."""
-
-    device: torch.device
-    dtype: str = "fp32"
-    peak: float = 0.0  # FLOP/s of a large matrix product in `dtype`, measured
-    rank: int = 0
-    world: int = 1
-
-    def autocast(self):
-        """Run matrix products in `dtype`; weights, sums and the loss stay in float32."""
-        if self.dtype == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, lm.DTYPES[self.dtype])
-
-    def total(self, *values):
-        """Each value summed over all processes, as floats."""
-        if self.world == 1:
-            return [float(v) for v in values]
-        t = torch.tensor([float(v) for v in values], dtype=torch.float64)
-        t = t.to(self.device)
-        dist.all_reduce(t)
-        return t.tolist()
-
-    def of_first(self, value):
-        """The value that rank 0 has, whatever the other ranks have: all must decide alike."""
-        box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
-
-def keep_freed_memory():
-    """Let glibc keep large freed blocks instead of returning them to the kernel at once.
-
-    A training step on the CPU frees and takes the same blocks again and again, and each time the
-    kernel would hand them out page by page: it made a norm three times slower here, and a step of
-    GPT-2's shape by a sixth.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # not glibc: nothing to do
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX: no block has pages of its own, which would come as zeros each time
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
-
-
-def measure_peak(device, dtype, size=None):
-    """FLOP/s of this machine's matrix product, the best of a few runs: the "100 %" of MFU."""
-    size = size or (8192 if device.type == "cuda" else 1024)
-    a = torch.ones(size, size, device=device, dtype=lm.DTYPES[dtype])
-    best = math.inf
-    for _ in range(6):
-        synchronize(device)
-        start = time.perf_counter()
-        _ = a @ a
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def synchronize(device):
-    """Wait for the GPU, so that a clock read after this means what it says."""
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
-
-
-def make_runtime(device=None, dtype=None, wide=False):
-    """Choose device and precision, join the other processes if torchrun started us.
-
-    A `dtype` of None or "auto" is bf16 where a GPU has it, else fp16; on a CPU fp32, or bf16 for a
-    `wide` model if that is measurably faster there (CPUs with AMX). Devices: `lm.choose_device`.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = lm.choose_device(device)
-    if device.type == "cuda":
-        if device.index is None:  # each process its own GPU
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    keep_freed_memory()
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if dtype in (None, "auto"):
-        dtype = "fp32"
-        if device.type == "cuda":
-            dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        elif device.type == "cpu" and wide:
-            fast = measure_peak(device, "bf16") > 1.5 * measure_peak(device, "fp32")
-            dtype = "bf16" if fast else "fp32"
-    if dtype not in lm.DTYPES:
-        raise DataError(f"--dtype {dtype!r} is unknown; choose auto, {', '.join(lm.DTYPES)}")
-    return Runtime(device, dtype, measure_peak(device, dtype), rank, world)
 
 
 # --------------------------------------------------------------------------------------------
@@ -213,7 +105,7 @@ def make_runtime(device=None, dtype=None, wide=False):
 # --------------------------------------------------------------------------------------------
 
 
-class Windows:
+class TokenLoader:
     """Windows of `context` + 1 tokens in a seeded random order, each once an epoch.
 
     An epoch cuts the text at a random phase into windows and permutes them, so no two epochs show
@@ -225,7 +117,7 @@ class Windows:
         self.tokens, self.context, self.seed = tokens, context, seed
         possible = (len(tokens) - 1) // context
         if possible < 1:
-            raise DataError(
+            raise UserError(
                 f"the training text has {len(tokens)} tokens, fewer than the context of {context} "
                 f"plus one: use a shorter --context or more text"
             )
@@ -256,7 +148,7 @@ def micro_batches(windows, step, batch_size, grad_accum, rank=0, world=1):
 
 
 # --------------------------------------------------------------------------------------------
-# Optimisers and schedule
+# Optimizers and schedule
 # --------------------------------------------------------------------------------------------
 
 
@@ -308,17 +200,22 @@ class Muon(torch.optim.Optimizer):
                     p.sub_(direction, alpha=size)
 
 
-def make_optimizers(model, args):
-    """The optimisers over all parameters that want a gradient; each group keeps its "peak" lr.
+# To add an optimizer for the matrices inside blocks: {name: (class, its learning rate)}. The flag
+# --NAME_lr changes the rate; what else it wants differently goes to RECIPES.
+OPTIMIZERS = {"muon": (Muon, 0.02)}
 
-    Read from args: optimizer, lr, embed_lr, head_lr (None: lr), muon_lr, weight_decay, beta1,
-    beta2. The matrices inside blocks go to AdamW with decay, or to Muon. Everything else goes to
-    AdamW without: a norm's scale or a bias has nothing to decay to, and the tables of embedding and
-    head see most of their rows so seldom that decay would undo what they learn.
+
+def make_optimizers(model, args):
+    """The optimizers over all parameters that want a gradient; each group keeps its "peak" lr.
+
+    Read from args: optimizer, lr, embed_lr, head_lr (None: lr), NAME_lr of OPTIMIZERS,
+    weight_decay, beta1, beta2. The matrices inside blocks go to AdamW with decay, or to one of
+    OPTIMIZERS. Everything else goes to AdamW without decay: it would shrink norms' scales and
+    biases for nothing, and undo what rarely seen rows of the embedding and the head have learned.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not named:
-        raise TrainError("nothing to train: no parameter wants a gradient")
+        raise UserError("nothing to train: no parameter wants a gradient")
     matrices = [p for n, p in named if "blocks." in n and p.dim() == 2]
     # a table that is embedding and head at once can bear neither's own learning rate
     tied = model.config.tied
@@ -327,9 +224,9 @@ def make_optimizers(model, args):
     others = [p for n, p in named if n not in tables and not ("blocks." in n and p.dim() == 2)]
     groups.append(dict(params=others, lr=args.lr))
     optimizers = []
-    if args.optimizer == "muon" and matrices:
-        settings = dict(lr=args.muon_lr, weight_decay=args.weight_decay)
-        optimizers.append(Muon(matrices, **settings))
+    if args.optimizer in OPTIMIZERS and matrices:
+        make, rate = OPTIMIZERS[args.optimizer][0], getattr(args, f"{args.optimizer}_lr")
+        optimizers.append(make(matrices, lr=rate, weight_decay=args.weight_decay))
     else:
         groups.append(dict(params=matrices, lr=args.lr, weight_decay=args.weight_decay))
     groups = [g for g in groups if g["params"]]
@@ -378,7 +275,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     """
     T, targets = context or model.config.context, len(tokens) - 1
     if targets < 1:
-        raise DataError(f"the validation text has {len(tokens)} tokens: two at least are needed")
+        raise UserError(f"the validation text has {len(tokens)} tokens: two at least are needed")
     starts = np.arange(0, targets, T)
     if limit and limit < targets:
         wanted = max(1, limit // T)
@@ -408,7 +305,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
 
 
 # --------------------------------------------------------------------------------------------
-# What a run shows: lines, metrics.jsonl, loss.svg
+# What a run shows
 # --------------------------------------------------------------------------------------------
 
 
@@ -416,117 +313,6 @@ def clock(seconds):
     """3723 -> 1:02:03, 62 -> 1:02."""
     m, s = divmod(int(seconds), 60)
     return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
-
-
-class Log:
-    """metrics.jsonl, and lines on the screen. `resume_step` drops what was logged after it."""
-
-    def __init__(self, out, resume_step=0, quiet=False):
-        self.path, self.quiet, self.open_line = out / "metrics.jsonl", quiet, False
-        self.rows = []
-        if quiet:
-            return
-        out.mkdir(parents=True, exist_ok=True)
-        self.lock = lm.lock_folder(out)
-        if resume_step and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # a line that a crash cut short
-                    self.rows.append(json.loads(line))
-            self.rows = [r for r in self.rows if r["step"] <= resume_step]
-        fresh = self.path.with_suffix(".tmp")
-        text = "".join(json.dumps(r) + "\n" for r in self.rows)
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, self.path)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open to the end)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.open_line:
-            print()  # whatever comes next, an error perhaps, begins a line of its own
-        self.open_line = False
-        if not self.quiet:
-            self.lock.close()
-
-    def write(self, **row):
-        """One row of metrics, on disk at once."""
-        self.rows.append(row)
-        if not self.quiet:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-
-    def line(self, text, rewrite=False):
-        """Print a line; one that may be rewritten stays open on a terminal."""
-        if self.quiet:
-            return
-        start = "\r\033[K" if self.open_line else ""
-        self.open_line = rewrite and sys.stdout.isatty()
-        print(start + text, end="" if self.open_line else "\n", flush=True)
-
-
-def nice_ticks(low, high, n=5):
-    """About n round numbers that cover low .. high."""
-    rough = (high - low) / n or 1.0
-    power = 10 ** math.floor(math.log10(rough))
-    step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(s - rough))
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(i * step, 10) for i in range(first, last + 1)]
-
-
-def loss_svg(rows, title):
-    """An SVG of training and validation loss against steps; `rows` as in metrics.jsonl.
-
-    The first twentieth of the run is left out of the scale: the fall from ln(V) would flatten all
-    that is worth seeing.
-    """
-    train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
-    val = [(r["step"], r["val_loss"]) for r in rows if r.get("val_loss") and not r.get("final")]
-    last = max((s for s, _ in train + val), default=1) or 1
-    seen = [y for s, y in train + val if s >= last / 20] or [0.0, 1.0]
-    xs, ys = nice_ticks(0, last), nice_ticks(min(seen), max(seen))
-    left, right, top, bottom = 52, 452, 44, 264
-
-    def x(step):
-        return left + (right - left) * step / xs[-1]
-
-    def y(loss):
-        return bottom - (bottom - top) * (min(loss, ys[-1]) - ys[0]) / (ys[-1] - ys[0])
-
-    def curve(points, color, width):
-        path = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in points)
-        return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"/>'
-
-    shown = [(s, v) for s, v in train if v <= ys[-1]]
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 310" '
-        'font-family="sans-serif" font-size="15" fill="#222">',
-        '<rect width="480" height="310" fill="#fff"/>',
-        f'<text x="{left}" y="20" font-weight="bold">{escape(title)}</text>',
-    ]
-    for t in ys:
-        parts.append(f'<path d="M{left} {y(t):.1f}H{right}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{y(t) + 5:.1f}" text-anchor="end">{t:g}</text>')
-    for t in xs:
-        label = f"{t / 1000:g}k" if last >= 10000 else f"{t:g}"
-        parts.append(f'<path d="M{x(t):.1f} {bottom}v5" stroke="#222"/>')
-        parts.append(f'<text x="{x(t):.1f}" y="{bottom + 20}" text-anchor="middle">{label}</text>')
-    parts.append(f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#222"/>')
-    parts.append(f'<text x="{right}" y="{bottom + 40}" text-anchor="end">steps</text>')
-    parts.append(f'<text x="{left}" y="38" font-size="13" fill="#666">loss, nats per token</text>')
-    parts.append(curve(shown, "#8ab4e8", 1.5))
-    parts.append(curve(val, "#c62f2f", 2.5))
-    parts += [f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="3" fill="#c62f2f"/>' for s, v in val]
-    for i, (name, color) in enumerate((("train", "#8ab4e8"), ("validation", "#c62f2f"))):
-        at = top + 16 + 22 * i
-        parts.append(f'<path d="M350 {at - 5}h22" stroke="{color}" stroke-width="3"/>')
-        parts.append(f'<text x="378" y="{at}">{name}</text>')
-    return "\n".join([*parts, "</svg>\n"])
-
-
-def escape(text):
-    """`text` as XML character data."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def memory_needed(model, tokens):
@@ -543,13 +329,13 @@ def memory_needed(model, tokens):
 
 
 def check_memory(model, tokens, runtime):
-    """DataError if training with `tokens` in a micro-batch cannot fit this machine's memory (its
+    """UserError if training with `tokens` in a micro-batch cannot fit this machine's memory (its
     CPU's; a GPU tells by itself)."""
     needed = memory_needed(model, tokens)
     if runtime.device.type == "cpu" and hasattr(os, "sysconf"):
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > has:
-            raise DataError(
+            raise UserError(
                 f"this needs about {needed / 2**30:,.0f} GiB of memory, the machine has "
                 f"{has / 2**30:,.0f}: use smaller batches, a shorter context or a smaller model"
             )
@@ -558,8 +344,8 @@ def check_memory(model, tokens, runtime):
 def header(model, args, runtime, tokens, per_batch, length):
     """The lines before the first step: what is trained, on what, and what it will take. `tokens`
     are those of the training text, `per_batch` those of a micro-batch, `length` those of a row."""
-    c, n = model.config, lm.count_parameters(lm.skeleton(model.config))["total"]
-    # of a table that learns some rows only (lora.train_rows) just these count
+    c, n = model.config, lm.count_parameters(lm.meta_model(model.config))["total"]
+    # of a table that learns some rows only (lora.train_new_embeddings) just these count
     trained = [p for p in model.parameters() if p.requires_grad]
     learned = sum(getattr(p, "learned", p.numel()) for p in trained)
     share = f", {learned:,} trained ({learned / n:.2%})" if learned != n else ""
@@ -575,8 +361,8 @@ def header(model, args, runtime, tokens, per_batch, length):
     ]
     if args.max_steps:
         flops = lm.flops_per_token(c, length) * per_step * args.max_steps
-        floor = clock(flops / (runtime.peak * runtime.world))
-        lines[-1] += f"; {args.max_steps:,} steps take {floor} or more (less no matmul allows)"
+        least = clock(flops / (runtime.peak * runtime.world))
+        lines[-1] += f"; {args.max_steps:,} steps take {least} at least, by the matmul peak"
     if args.max_minutes:
         lines.append(f"stops after {args.max_minutes:g} minutes of training at the latest")
     return lines
@@ -604,7 +390,7 @@ class Task:
     extra: dict
     loss: Callable = lambda model, ids, targets: model(ids, targets)
     count: Callable = lambda *batch: int((batch[-1] != -100).sum())
-    weights: Callable = lm.plain_state
+    weights: Callable = lm.unwrapped_state
     score: Callable = lambda row: row["val_loss"]
 
 
@@ -618,7 +404,7 @@ def training_step(model, task, batches, runtime, scaler):
         sum(task.count(*b) for b in batches), sum(b[0].numel() for b in batches)
     )
     if not count:
-        raise TrainError("this step has no target token: every label is masked")
+        raise UserError("this step has no target token: every label is masked")
     total = 0.0
     for i, batch in enumerate(batches):
         batch = [t.to(runtime.device, non_blocking=True) for t in batch]
@@ -634,11 +420,11 @@ def training_step(model, task, batches, runtime, scaler):
 
 
 def clear_gradients(model):
-    """Forget the gradients; with gradient checkpointing those in blocks are zeros at once.
+    """Clear the gradients; with gradient checkpointing those in blocks become zeros.
 
-    There each block's activations come and go again during the backward pass, and gradients that
-    are born in between settle in the holes, so that the next block's need new memory: 4 rows of
-    1,024 tokens at GPT-2's shape took 4.7 GB so, and 3.5 with gradients that are there before.
+    Pre-allocated, because gradients allocated mid-backward, between activations that come and go,
+    fragment the heap: 4 rows of 1,024 tokens at GPT-2's shape peaked at 4.7 GB, and at 3.5 GB with
+    zeros allocated before.
     """
     model.zero_grad(set_to_none=True)
     if model.grad_checkpoint:
@@ -666,8 +452,8 @@ def optimizer_step(model, optimizers, scaler, grad_clip, loss):
 
 
 class Run:
-    """A run in progress: the optimisers, what changes with every step, and how it is shown and
-    saved. `state` is plain numbers; with weights, optimisers and RNG it is all that resuming needs.
+    """A run in progress: the optimizers, what changes with every step, and how it is shown and
+    saved. `state` is plain numbers; with weights, optimizers and RNG it is all that resuming needs.
     """
 
     def __init__(self, model, task, args, runtime, out, resume=None):
@@ -702,9 +488,9 @@ class Run:
             group["lr"] = group["peak"] * lr / a.lr
         return lr
 
-    def count(self, loss, tokens, length, seconds, lr, norm):
-        """Book a step, its rows `length` tokens long; every log_every of them, a line and a row of
-        metrics."""
+    def log_step(self, loss, tokens, length, seconds, lr, norm):
+        """Count a step whose rows are `length` tokens long; every log_every steps, print a line and
+        write a row of metrics."""
         s, flops = self.state, tokens * lm.flops_per_token(self.model.config, length)
         s["step"] += 1
         s["tokens"] += tokens
@@ -729,7 +515,7 @@ class Run:
             rewrite=True,
         )
 
-    def check_in(self):
+    def evaluate_and_save(self):
         """Evaluate, show, save: last.pt always, best.pt if this was the best so far."""
         s, row = self.state, {"step": self.state["step"], **self.task.evaluate(self.model, False)}
         score = self.task.score(row)
@@ -751,18 +537,18 @@ class Run:
         inference |= {"step": self.state["step"], "best": self.state["best"]}
         if best:
             lm.save_checkpoint(self.out / "best.pt", inference)
-        rng = {"cpu": torch.get_rng_state()}
-        if self.runtime.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state()
         resuming = {
             "optimizers": [o.state_dict() for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "state": dict(self.state),
-            "rng": rng,
+            "rng": random_state(),
             "args": vars(self.args),
         }
         lm.save_checkpoint(self.out / "last.pt", inference | resuming)
-        svg = loss_svg(self.log.rows, self.out.name)
+        rows = [r for r in self.log.rows if not r.get("final")]
+        curves = {"train": "loss", "validation": "val_loss"}
+        curves = {k: [(r["step"], r[c]) for r in rows if c in r] for k, c in curves.items()}
+        svg = line_svg(self.out.name, curves, "steps", "loss, nats per token")
         (self.out / "loss.svg").write_text(svg, encoding="utf-8")
 
     def restore(self, content):
@@ -774,19 +560,17 @@ class Run:
                 group.update(settings)  # rates and decay are this call's, which may be new ones
         self.scaler.load_state_dict(content["scaler"])
         self.state.update(content["state"])
-        torch.set_rng_state(content["rng"]["cpu"])
-        if self.runtime.device.type == "cuda" and "cuda" in content["rng"]:
-            torch.cuda.set_rng_state(content["rng"]["cuda"])
+        set_random_state(content["rng"])
 
 
-class Bfloat16Twin(nn.Module):
+class BF16Copy(nn.Module):
     """A bf16 copy of a model, for forward and backward passes on a CPU.
 
     Autocast casts every weight in every pass and keeps what flows between layers in float32; here
     all that is bf16, which was 1.2 times as fast at GPT-2's shape. But bf16 has three digits, and a
     step changes a weight by less than that. So the model itself, the master, stays in float32:
-    gradients are added up there, the optimiser steps there, and `refresh` rounds it into the copy.
-    (Mixed Precision Training, Micikevicius et al. 2018, section 3.1.)
+    gradients are added up there, the optimizer steps there, and `sync_weights` rounds it into the
+    copy. (Mixed Precision Training, Micikevicius et al. 2018, section 3.1.)
     """
 
     def __init__(self, master):
@@ -795,7 +579,7 @@ class Bfloat16Twin(nn.Module):
         self.masters, self.lows = list(master.parameters()), list(self.low.parameters())
         for p, low in zip(self.masters, self.lows):
             low.data = low.data.bfloat16()
-            low.register_post_accumulate_grad_hook(partial(hand_over, p))
+            low.register_post_accumulate_grad_hook(partial(accumulate_grad, p))
 
     def forward(self, *args, **kwargs):
         return self.low(*args, **kwargs)
@@ -805,20 +589,13 @@ class Bfloat16Twin(nn.Module):
         for p in self.masters:
             p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
 
-    def refresh(self):
+    def sync_weights(self):
         """Round the master's weights into the copy."""
         with torch.no_grad():
             torch._foreach_copy_(self.lows, self.masters)
 
 
-def can_have_twin(model, runtime):
-    """Is a Bfloat16Twin right here? A GPU casts weights in no time; DDP would exchange gradients
-    that have been handed over already; what is frozen is better not held twice."""
-    alone = runtime.device.type == "cpu" and runtime.world == 1
-    return runtime.dtype == "bf16" and alone and all(p.requires_grad for p in model.parameters())
-
-
-def hand_over(master, low):
+def accumulate_grad(master, low):
     """Add the gradient of `low` to that of its master, in float32, and forget it."""
     if master.grad is None:
         master.grad = low.grad.float()
@@ -845,48 +622,61 @@ def try_compile(model, task, runtime):
         torch.set_rng_state(rng)  # dropout of the trial must not shift that of the run
 
 
+def make_runner(model, task, args, runtime):
+    """(the module to call in place of `model`, the Runtime to call it in, what to call after each
+    optimizer step): the model itself or its BF16Copy, perhaps compiled or in DDP.
+
+    A GPU casts weights in no time, so it needs no copy; DDP would exchange gradients that the copy
+    no longer has; and frozen weights are better not held twice.
+    """
+    runner, precision, after_step = model, runtime, lambda: None
+    copied = runtime.dtype == "bf16" and runtime.device.type == "cpu" and runtime.world == 1
+    if copied and not args.autocast and all(p.requires_grad for p in model.parameters()):
+        runner, precision = BF16Copy(model), replace(runtime, dtype="fp32")
+        after_step = runner.sync_weights
+    runner = try_compile(runner, task, precision) if args.compile else runner
+    if runtime.world > 1:
+        runner = nn.parallel.DistributedDataParallel(runner)
+    return runner, precision, after_step
+
+
 def fit(model, task, args, runtime, out, resume=None):
     """Train `model` on `task`, write the run to folder `out`. Returns the final metrics.
 
     Read from args: max_steps, max_minutes (None: no limit), what `make_optimizers` reads, min_lr,
-    warmup_steps, schedule, grad_clip, eval_every, log_every, patience, compile, plain. `resume` is
-    the content of a last.pt, its weights already in the model.
-    Raises TrainError at a loss that is no number, SystemExit(130 or 143) after Ctrl-C or SIGTERM,
+    warmup_steps, schedule, grad_clip, eval_every, log_every, patience, compile, autocast.
+    `resume` is the content of a last.pt, its weights already in the model.
+    Raises UserError at a loss that is no number, SystemExit(130 or 143) after Ctrl-C or SIGTERM,
     the run saved.
     """
     run = Run(model, task, args, runtime, out, resume)
     if run.progress() >= 1:
         run.log.line("this run is finished: a larger --max_steps or --max_minutes would go on")
     model.train()
-    twin = Bfloat16Twin(model) if not args.plain and can_have_twin(model, runtime) else None
-    runner, precision = (twin, replace(runtime, dtype="fp32")) if twin else (model, runtime)
-    runner = try_compile(runner, task, precision) if args.compile else runner
+    runner, precision, after_step = make_runner(model, task, args, runtime)
     clear_gradients(model)
-    if runtime.world > 1:
-        runner = nn.parallel.DistributedDataParallel(runner)
     with StopSignal() as stop, run.log:
         while run.progress() < 1:
             start, lr = time.perf_counter(), run.set_lr()
             batches = task.batches(run.state["step"])
             loss, tokens = training_step(runner, task, batches, precision, run.scaler)
             norm = optimizer_step(model, run.optimizers, run.scaler, args.grad_clip, loss)
-            if twin:
-                twin.refresh()
+            after_step()
             if norm is None:
-                raise TrainError(
+                raise UserError(
                     f"step {run.state['step'] + 1}: the loss ({loss}) or its gradient is no "
                     f"number; {out} keeps the checkpoint of the last evaluation. Try a lower --lr, "
                     f"a longer --warmup_steps or --dtype fp32"
                 )
             synchronize(runtime.device)
             length = sum(b[0].numel() for b in batches) / sum(len(b[0]) for b in batches)
-            run.count(loss, tokens, length, time.perf_counter() - start, lr, norm)
+            run.log_step(loss, tokens, length, time.perf_counter() - start, lr, norm)
             if runtime.total(stop.number)[0]:
                 run.save()
                 run.log.line(f"stopped at step {run.state['step']}, saved: go on with --resume")
                 raise SystemExit(128 + (stop.number or signal.SIGINT))
             if run.state["step"] % args.eval_every == 0 or run.progress() >= 1:
-                run.check_in()
+                run.evaluate_and_save()
             if args.patience and run.state["bad"] >= args.patience:
                 run.log.line(f"{run.state['bad']} evaluations without a better one: stopping early")
                 break
@@ -927,23 +717,25 @@ def add_machine(add):
     add("--resume", nargs="?", const="", help="go on with this run (default: the newest one)")
     add("--seed", type=int, help="of weights, adapters, batches and dropout")
     add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
-    add("--dtype", type=lm.dtype_name,
+    add("--dtype", type=dtype_name,
         help="auto (default), fp32, bf16, fp16: precision of matrix products")
     add("--compile", action="store_true", default=None, help="torch.compile the model")
     add("--grad_checkpoint", action="store_true", default=None, help="less memory, slower")
-    add("--plain", action="store_true", default=None, help="bf16 by autocast alone, on a CPU, too")
+    add("--autocast", action="store_true", default=None,
+        help="bf16 on a CPU without a bf16 copy of the weights")
 
 
-def add_optimisation(p):
+def add_optimization(p):
     """Give a parser the flags that `fit` reads whatever is being learned; returns add_argument of
     their group."""
-    add = p.add_argument_group("optimisation").add_argument
+    add = p.add_argument_group("optimization").add_argument
     add("--grad_accum", type=int, help="micro-batches a step")
-    add("--optimizer", choices=("adamw", "muon"), help="muon is for the matrices inside blocks")
+    add("--optimizer", choices=("adamw", *OPTIMIZERS), help="of the matrices inside blocks")
     add("--lr", type=float, help="peak learning rate")
     add("--embed_lr", type=float, help="of the embedding table")
     add("--head_lr", type=float, help="of an untied head")
-    add("--muon_lr", type=float, help="peak learning rate of the matrices inside blocks, with muon")
+    for name, (_, rate) in OPTIMIZERS.items():
+        add(f"--{name}_lr", type=float, help=f"peak learning rate of {name} (default {rate})")
     add("--min_lr", type=float, help="where the schedule ends")
     add("--warmup_steps", type=int, help="steps of linear warmup")
     add("--schedule", choices=tuple(SCHEDULES), help="after the warmup")
@@ -972,7 +764,7 @@ def build_parser():
     add("--out", help="folder of the run (default: out/NAME of the data, numbered if taken)")
     add_machine(add)
     add("--prompt", help="of the sample at the end (default: how the validation text begins)")
-    add = add_optimisation(p)
+    add = add_optimization(p)
     add("--max_steps", type=int, help=f"default {DEFAULT_STEPS} if --max_minutes is not given")
     add("--max_minutes", type=float,
         help=f"of training, evaluation not counted (default {DEFAULT_MINUTES} if --max_steps is "
@@ -988,6 +780,8 @@ def build_parser():
             how["choices"] = tuple(getattr(lm, f"{name.upper()}S"))
         shape.add_argument(f"--{name}", help=f"Config.{name}", **how)
     return p
+
+
 # fmt: on
 
 
@@ -998,18 +792,19 @@ def resumed_settings(args, given, fixed):
     path = run / "last.pt" if run.is_dir() else run
     if run.is_dir() and not path.exists():
         instead = f"--ckpt {run} starts from its weights" if any(run.glob("*.pt")) else "start anew"
-        raise DataError(f"{run} has no last.pt to resume: {instead}")
+        raise UserError(f"{run} has no last.pt to resume: {instead}")
     content = lm.load_checkpoint(path)
     if "args" not in content:
-        raise DataError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
+        raise UserError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
     if ("objective" in content["args"]) != ("objective" in vars(args)):
         script = "finetune.py" if "objective" in content["args"] else "train.py"
-        raise DataError(f"{path} was written by {script}: resume it with that, or name another run")
+        raise UserError(f"{path} was written by {script}: resume it with that, or name another run")
     if "out" in given:
-        raise DataError(f"--out cannot be given with --resume, which goes on in {path.parent}")
+        raise UserError(f"--out cannot be given with --resume, which goes on in {path.parent}")
     inherited = {k: v for k, v in content["args"].items() if v is not None}
+    inherited["autocast"] = inherited.pop("plain", inherited.get("autocast"))  # its old name
     if changed := [k for k in given if k in fixed and given[k] != inherited.get(k)]:
-        raise DataError(f"--{changed[0]} cannot change when resuming {path}")
+        raise UserError(f"--{changed[0]} cannot change when resuming {path}")
     if {"max_steps", "max_minutes", "epochs"} & set(given):  # a new limit replaces the old ones
         inherited |= dict(max_steps=None, max_minutes=None, epochs=None)
     settings = inherited | given | {"out": str(path.parent)}
@@ -1017,6 +812,11 @@ def resumed_settings(args, given, fixed):
     but = f", but {new}" if new else ""
     print(f"resuming {path} at step {content['step']}; settings are the run's own{but}")
     return settings, content
+
+
+def optimizer_rates():
+    """{flag: value} of the learning rates of OPTIMIZERS."""
+    return {f"{name}_lr": rate for name, (_, rate) in OPTIMIZERS.items()}
 
 
 def resolve(args):
@@ -1032,67 +832,16 @@ def resolve(args):
     else:
         content = None
         if "ckpt" in given and (shaped := sorted(shape & set(given) - {"ckpt", "context"})):
-            raise DataError(f"--{shaped[0]} cannot be given with --ckpt, which brings its shape")
+            raise UserError(f"--{shaped[0]} cannot be given with --ckpt, which brings its shape")
         preset, optimizer = given.get("preset", "tiny"), given.get("optimizer", "adamw")
         settings = RECIPE | RECIPES.get(optimizer, {}) | RECIPES.get(preset, {})
-        settings |= GOING_ON if "ckpt" in given else {}
+        settings |= GOING_ON if "ckpt" in given else optimizer_rates()
         settings = {"data": "stdlib", "preset": preset} | settings | given
         if not {"max_steps", "max_minutes"} & set(given):
             settings |= dict(max_steps=DEFAULT_STEPS, max_minutes=DEFAULT_MINUTES)
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
-    check_settings(args)
+    check_limits(settings)
     return args, content
-
-
-# flags and the test that their value must pass
-LIMITS = (
-    ("max_steps batch_size grad_accum eval_every log_every", "at least 1", lambda v: v >= 1),
-    ("max_minutes lr muon_lr embed_lr head_lr", "above 0 and finite", lambda v: 0 < v < math.inf),
-    ("min_lr warmup_steps weight_decay grad_clip", "finite, from 0", lambda v: 0 <= v < math.inf),
-    ("eval_tokens patience seed", "from 0 to 2**62", lambda v: 0 <= v <= 2**62),
-    ("beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1),
-)
-
-
-def check_settings(args, limits=LIMITS):
-    """DataError for a number that no run can have."""
-    for names, wanted, good in limits:
-        for name in names.split():
-            value = getattr(args, name, None)
-            if value is not None and not good(value):
-                raise DataError(f"--{name} {value} must be {wanted}")
-
-
-def data_hashes(meta):
-    """What tells one prepared text from another: {split: sha256}."""
-    return {split: about["sha256"] for split, about in meta["splits"].items()}
-
-
-def find_data(source, resuming=False):
-    """The prepared folder that --data means, preparing it first where that is still to do, or to
-    do again because the file has changed since; never for a run that is resumed."""
-    for folder in (Path(source), DATA / source, DATA / default_name(source)):
-        meta, named = folder / "meta.json", folder in (Path(source), DATA / source)
-        if not meta.exists() or not (named or read_meta(folder)["source"] == source):
-            continue
-        file = Path(source)
-        if resuming or not file.is_file() or file.stat().st_mtime <= meta.stat().st_mtime:
-            return folder
-    if resuming:
-        raise DataError(f"{source}, the text of this run, is gone: prepare it again")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise DataError(f"prepare the text before several processes: prepare_data.py {source}")
-    print(f"preparing {source} first (python prepare_data.py {source})")
-    return prepare(source)
-
-
-def new_run(name):
-    """out/NAME, or out/NAME-2, -3 ..., made here and now: no run ever writes into another's."""
-    for n in itertools.count(1):
-        out = OUT / (name if n == 1 else f"{name}-{n}")
-        with contextlib.suppress(FileExistsError):
-            out.mkdir(parents=True)
-            return out
 
 
 def build_model(args, content, meta, tokenizer):
@@ -1101,15 +850,15 @@ def build_model(args, content, meta, tokenizer):
         content = lm.load_checkpoint(args.ckpt)
     if content is not None:
         if args.resume is not None and content.get("data") != data_hashes(meta):
-            raise DataError(
+            raise UserError(
                 f"{args.data} is not the text that the run began with: resume with that one, or "
                 f"start a new run from these weights with --ckpt"
             )
         if not Tokenizer(content["tokenizer"]).same_ids(tokenizer):
             theirs = Tokenizer(content["tokenizer"]).name
-            raise DataError(
-                f"the checkpoint speaks {theirs}, {args.data} is prepared with {tokenizer.name} "
-                f"(or another vocabulary): prepare the text with the same one (prepare_data.py "
+            raise UserError(
+                f"the checkpoint's tokenizer is {theirs}, that of {args.data} {tokenizer.name} (or "
+                f"one with other tokens): prepare the text with the same one (prepare_data.py "
                 f"--tokenizer takes a prepared folder, and a model of the Hub)"
             )
         model = lm.model_from_checkpoint(content)
@@ -1122,7 +871,7 @@ def build_model(args, content, meta, tokenizer):
         changes.setdefault("vocab_size", (tokenizer.n_vocab + 63) // 64 * 64)
         model = lm.Transformer(lm.preset(args.preset, **changes))
     if meta["largest_id"] >= model.config.vocab_size:
-        raise DataError(
+        raise UserError(
             f"token id {meta['largest_id']} in {args.data} is not below the model's vocab_size "
             f"{model.config.vocab_size}"
         )
@@ -1132,11 +881,11 @@ def build_model(args, content, meta, tokenizer):
 
 def settle_context(args, model):
     """Fill in --context, the length of training windows: a checkpoint's model may be able to look
-    at more. DataError if it is less."""
+    at more. UserError if it is less."""
     most = model.config.context
     args.context = most if args.context is None else args.context
     if not 2 <= args.context <= most:
-        raise DataError(f"--context {args.context} must be from 2 to the model's {most}")
+        raise UserError(f"--context {args.context} must be from 2 to the model's {most}")
 
 
 def settle_rates(args, model):
@@ -1148,13 +897,16 @@ def settle_rates(args, model):
     if args.lr is None:
         size = sum(p.numel() for p in model.parameters())
         args.lr = float(f"{min(1e-3, 15 / size ** (2 / 3)):.1e}")
-    args.muon_lr = args.muon_lr or 10 * args.lr
+    for name, rate in optimizer_rates().items():
+        setattr(args, name, getattr(args, name) or rate * args.lr / 2e-3)
     if model.config.init == "zero_out":  # the ratios of RECIPE
         args.embed_lr, args.head_lr = args.embed_lr or 10 * args.lr, args.head_lr or 3 * args.lr
 
 
 def closing_lines(model, tokenizer, runtime, meta, result, out, prompt_ids):
     """What is printed at the end: figures, xz's beside them, and a sample."""
+    from sample import allowed_ids, generate  # not above: training is read before sampling
+
     lines = [
         f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
         f"best val loss {result['best']:.4f} at step {result['best_step']}",
@@ -1175,31 +927,20 @@ def closing_lines(model, tokenizer, runtime, meta, result, out, prompt_ids):
     return lines
 
 
-def run_folder(args, content, name, runtime):
-    """The folder that the run writes to, --out or a new one called `name`; kept in args.out."""
-    if args.out and Path(args.out).is_file():
-        raise DataError(f"--out {args.out} is a file: name a folder")
-    if args.out and content is None and any(Path(args.out).glob("*.pt")):
-        raise DataError(f"{args.out} holds a run already: --resume {args.out}, or another --out")
-    if args.out is None:  # the other processes write nothing
-        args.out = str(new_run(name) if runtime.rank == 0 else OUT / name)
-    return Path(args.out)
-
-
 def launch(model, task, args, runtime, out, content):
-    """`fit`, with what the processes owe each other at the end and a word on full memory."""
+    """`fit`; then all processes leave together. A full memory becomes a UserError with advice."""
     try:
         result = fit(model, task, args, runtime, out, content)
         if runtime.world > 1:
-            # leave together, and let DDP go first: gloo's threads abort a process that exits while
-            # one still holds them
+            # free DDP before the process group: a process that exits while DDP still uses gloo's
+            # threads is aborted
             dist.barrier()
             gc.collect()
         return result
     except RuntimeError as e:  # the CPU has no error of its own for this
         if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
             advice = "halve the batch and double --grad_accum"
-            raise TrainError(f"out of memory: {advice}, or try --grad_checkpoint") from e
+            raise UserError(f"out of memory: {advice}, or try --grad_checkpoint") from e
         raise
     finally:
         if dist.is_initialized():
@@ -1217,14 +958,14 @@ def main(argv=None):
         model = build_model(args, content, meta, tokenizer)
     except RuntimeError as e:  # torch could not allocate it, or its size overflows
         reason = str(e).split("\n")[0]
-        raise TrainError(f"a model of this size cannot be built here ({reason})") from e
+        raise UserError(f"a model of this size cannot be built here ({reason})") from e
     runtime = make_runtime(args.device, args.dtype, wide=model.config.d_model >= 512)
     args.dtype = runtime.dtype
     model.to(runtime.device)
     train, val = read_tokens(folder, "train"), read_tokens(folder, "val")
     settle_context(args, model)
     settle_rates(args, model)
-    windows = Windows(train, args.context, args.seed)
+    windows = TokenLoader(train, args.context, args.seed)
     check_memory(model, args.batch_size * args.context, runtime)
     out = run_folder(args, content, folder.name, runtime)
     task = Task(
@@ -1249,4 +990,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    console(main, lm.ModelError, TrainError)
+    run_cli(main)

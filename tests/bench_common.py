@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train
+from data.machine import Runtime, keep_freed_memory
 
 
 def load_module(path, name):
@@ -85,12 +86,12 @@ def table(seconds, units, unit, peer, floor=None):
 
 def our_step(model, batches, dtype="fp32", steps=1):
     """A work: steps of train.py on `batches` with AdamW, as its `fit` makes them."""
-    train.keep_freed_memory()
+    keep_freed_memory()
     flags = ["--optimizer", "adamw", "--max_steps", "100", "--data", "none"]
     flags += ["--lr", "6e-4"]  # nanoGPT's: random tokens must not drive weights to extremes
     args, _ = train.resolve(train.build_parser().parse_args(flags))
-    runtime = train.Runtime(torch.device("cpu"), dtype)
-    twin = train.Bfloat16Twin(model) if train.can_have_twin(model, runtime) else None
+    runtime = Runtime(torch.device("cpu"), dtype)
+    twin = train.BF16Copy(model) if train.can_have_twin(model, runtime) else None
     runner, precision = (twin, replace(runtime, dtype="fp32")) if twin else (model, runtime)
     optimizers = train.make_optimizers(model, args)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -103,7 +104,7 @@ def our_step(model, batches, dtype="fp32", steps=1):
             loss, _ = train.training_step(runner, task, [next(batches)], precision, scaler)
             train.optimizer_step(model, optimizers, scaler, 1.0, loss)
             if twin:
-                twin.refresh()
+                twin.sync_weights()
 
     return work
 

@@ -1,4 +1,4 @@
-"""How fast LoRA trains here, beside peft, and what a quantised base saves.
+"""How fast LoRA trains here, beside peft, and what a quantized base saves.
 
     python tests/bench_finetune.py
 
@@ -18,6 +18,7 @@ from bench_common import about_machine, our_step, random_batches, table, take_tu
 
 import lora
 import model as lm
+from data.machine import DTYPES
 
 ROWS, LENGTH = 8, 32
 
@@ -28,7 +29,7 @@ def make_peft(folder, dtype):
     import peft
     import transformers
 
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=lm.DTYPES[dtype])
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
     config = peft.LoraConfig(
         r=8, lora_alpha=16, target_modules=["c_attn", "attn.c_proj"], fan_in_fan_out=True
     )
@@ -48,19 +49,19 @@ def make_peft(folder, dtype):
     return work
 
 
-def adapted(quantised):
-    """The 124M shape with adapters over a base that is perhaps quantised."""
+def adapted(quantized):
+    """The 124M shape with adapters over a base that is perhaps quantized."""
     torch.manual_seed(0)
     model = lm.Transformer(lm.preset("gpt2"))
-    if quantised:
-        lora.quantize(model, quantised)
+    if quantized:
+        lora.quantize(model, quantized)
     lora.add_lora(model, "attention", rank=8, alpha=16)
     return model
 
 
-def make_ours(quantised, dtype):
+def make_ours(quantized, dtype):
     """A work: a step of finetune.py's LoRA."""
-    return our_step(adapted(quantised), random_batches(50257, ROWS, LENGTH), dtype)
+    return our_step(adapted(quantized), random_batches(50257, ROWS, LENGTH), dtype)
 
 
 def base_bytes(model):
@@ -87,13 +88,13 @@ def main():
         model = lm.Transformer(lm.preset("gpt2"))
         lm.export_hf({"config": vars(model.config), "model": model.state_dict()}, folder)
         works = {f"peft {d}": (make_peft, dict(folder=folder, dtype=d)) for d in ("fp32", "bf16")}
-        for name, (quantised, dtype) in KINDS.items():
-            works[name] = make_ours, dict(quantised=quantised, dtype=dtype)
+        for name, (quantized, dtype) in KINDS.items():
+            works[name] = make_ours, dict(quantized=quantized, dtype=dtype)
         seconds = take_turns(works, args.rounds)
     print("\nLoRA rank 8 on attention, 124M, 8 x 32:\n")
     for peer in ("peft fp32", "peft bf16", "ours fp32"):
         print(table(seconds, ROWS, "samples/s", peer) + "\n")
-    held = {name: base_bytes(adapted(quantised)) for name, (quantised, _) in KINDS.items()}
+    held = {name: base_bytes(adapted(quantized)) for name, (quantized, _) in KINDS.items()}
     for name, size in held.items():
         print(f"{name}: frozen in blocks {size / 1e6:.0f} MB, {size / held['ours fp32']:.2f}")
 

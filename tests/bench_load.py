@@ -21,6 +21,8 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
+from data.machine import DTYPES
+
 # torch is imported in the children alone: their peak begins with this process's memory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -85,7 +87,7 @@ def measure(folder, dtype):
     import model as lm
 
     before = peak()
-    model = lm.model_from_checkpoint(lm.load_hf(folder, lm.DTYPES[dtype]), dtype=lm.DTYPES[dtype])
+    model = lm.model_from_checkpoint(lm.load_hf(folder, DTYPES[dtype]), dtype=DTYPES[dtype])
     with torch.no_grad():
         model(torch.tensor([[1, 2, 3, 4]]))
     return sum(p.nbytes for p in model.parameters()), before, peak()

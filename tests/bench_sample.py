@@ -40,6 +40,8 @@ from bench_train import CHARS, GPT2, course_model, nanogpt_model, our_small, run
 import model as lm
 import prepare_data
 import sample
+from data.machine import DTYPES
+from sample import FastTransformer
 
 NEW, PROMPT = 128, 32
 
@@ -55,7 +57,7 @@ def make_ours(config, prompts, new, kind="fp32", plain=False, **settings):
     torch.manual_seed(0)
     model = lm.Transformer(config).eval()
     model = low(model) if kind == "bf16" else model
-    model = model if plain else lm.Decoder(model, kind == "int8", len(prompts))
+    model = model if plain else FastTransformer(model, kind == "int8", len(prompts))
 
     def work():
         for _ in sample.generate(model, prompts, new, slide=lambda kept: None, **settings):
@@ -70,7 +72,7 @@ def make_transformers(folder, prompts, dtype):
 
     transformers.logging.set_verbosity_error()
     load = transformers.AutoModelForCausalLM.from_pretrained
-    model, ids = load(folder, dtype=lm.DTYPES[dtype]).eval(), torch.tensor(prompts)
+    model, ids = load(folder, dtype=DTYPES[dtype]).eval(), torch.tensor(prompts)
     how = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **how)
 
@@ -98,7 +100,7 @@ def gpt2(args):
             for kind in ("fp32", "bf16", "int8"):
                 own = dict(config=config, prompts=prompts, new=NEW, kind=kind, temperature=0)
                 if kind != "int8":
-                    works[f"ours {kind} --plain"] = make_ours, own | {"plain": True}
+                    works[f"ours {kind} --no_fast"] = make_ours, own | {"plain": True}
                 works[f"ours {kind}"] = make_ours, own
             if n == 1 and args.nanogpt:
                 own = dict(folder=args.nanogpt, prompt=prompts[0], new=NEW, shape=GPT2)
@@ -119,9 +121,9 @@ def small(args):
     """0.8M parameters, 500 tokens: there the operations count, not the bytes."""
     own = dict(config=our_small(), prompts=[[0]], new=500, temperature=0.8, top_k=64)
     tiny = dict(config=lm.preset("tiny"), prompts=[[0]], new=500, temperature=0.8, top_p=0.95)
-    works = {"ours --plain": (make_ours, own | {"plain": True}), "ours": (make_ours, own)}
+    works = {"ours --no_fast": (make_ours, own | {"plain": True}), "ours": (make_ours, own)}
     works["ours, the default model (1.9M), top_p 0.95"] = make_ours, tiny
-    peer = "ours --plain"
+    peer = "ours --no_fast"
     if args.nanogpt:
         peer, own = "nanoGPT", dict(folder=args.nanogpt, prompt=[0], new=500, shape=CHARS)
         works[peer] = make_peer, own | dict(temperature=0.8, top_k=64)
@@ -164,12 +166,12 @@ def start(args):
 @torch.no_grad()
 def perplexity(model, tokens, length):
     """exp of the mean negative log-likelihood over windows of `length`, a token after another where
-    it is a Decoder (so with one row a product, as in writing)."""
+    it is a FastTransformer (so with one row a product, as in writing)."""
     total = count = 0
     for at in range(0, len(tokens) - length, length):
         ids = torch.from_numpy(tokens[at : at + length + 1].astype(np.int64))[None]
         cache, logits = lm.KVCache(model, 1, length), []
-        for part in ids[:, :-1].split(1 if isinstance(model, lm.Decoder) else length, dim=1):
+        for part in ids[:, :-1].split(1 if isinstance(model, FastTransformer) else length, dim=1):
             logits.append(model.head(model.hidden(part, cache)[0]))
         losses = torch.cat(logits).float().log_softmax(-1).gather(1, ids[0, 1:, None])
         total, count = total - losses.sum().item(), count + length
@@ -184,9 +186,9 @@ def int8(args):
     length = plain.config.context
     kinds = {
         "fp32": plain,
-        "fp32, Decoder": lm.Decoder(copy.deepcopy(plain)),
-        "bf16, Decoder": lm.Decoder(low(plain)),
-        "int8, Decoder": lm.Decoder(copy.deepcopy(plain), int8=True),
+        "fp32, FastTransformer": FastTransformer(copy.deepcopy(plain)),
+        "bf16, FastTransformer": FastTransformer(low(plain)),
+        "int8, FastTransformer": FastTransformer(copy.deepcopy(plain), int8=True),
     }
     print("| weights | perplexity | |\n| --- | ---: | ---: |")
     first = None

@@ -13,7 +13,7 @@ turn on the same batch, in fp32 and bf16. The peers get what their own scripts d
 memory: the same for one row of 1,024 tokens (or --rows), each variant in a process of its own, for
 its peak.
 
-learning: nanoGPT's model and optimiser with its own CPU setting (tiny Shakespeare by characters,
+learning: nanoGPT's model and optimizer with its own CPU setting (tiny Shakespeare by characters,
 4 layers, 128 wide, context 64, batch 12, 2,000 steps), and train.py in the same shape, batch and
 context with AdamW and with Muon. Losses are nats per character over the *whole* validation split,
 in the same non-overlapping windows; seconds are of training alone.
@@ -52,6 +52,7 @@ from bench_common import (
 import model as lm
 import prepare_data
 import train
+from data.machine import DTYPES
 
 STEPS, EVERY, BATCH, CONTEXT = 2000, 100, 12, 64
 SHAPE = "--n_layer 4 --n_head 4 --d_model 128 --context 64 --batch_size 12".split()  # noqa: SIM905
@@ -67,7 +68,7 @@ def whole_loss(loss_of, tokens):
 
 
 def run_nanogpt(folder, data):
-    """nanoGPT's model, optimiser, schedule and batches: [(step, seconds, val loss)]."""
+    """nanoGPT's model, optimizer, schedule and batches: [(step, seconds, val loss)]."""
     nanogpt = load_module(Path(folder) / "model.py", "nanogpt_model")
     tokens = torch.from_numpy(np.array(prepare_data.read_tokens(data, "train")).astype(np.int64))
     val = prepare_data.read_tokens(data, "val")
@@ -235,7 +236,7 @@ def speed(args):
             works = (works if folder else {}) | {"ours": (make_ours, dict(case=case, dtype=dtype))}
             # the floor is that of its matrix products, attention at this length counted
             flops = lm.flops_per_token(replace(config, context=length))
-            floor = matmul_rate(lm.DTYPES[dtype]) / flops
+            floor = matmul_rate(DTYPES[dtype]) / flops
             seconds = take_turns(works, args.rounds)
             print(f"\n{case}, {dtype}:\n")
             tokens = rows * length * steps

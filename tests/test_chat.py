@@ -1,5 +1,6 @@
 """sample.py with a fine-tuned model: prompts, labels, tools and the terminal chat; hotel search."""
 
+import inspect
 import io
 import json
 import os
@@ -20,18 +21,14 @@ sys.path.insert(0, str(ROOT))
 import finetune
 import lora
 import model as lm
-import prepare_data
 import sample
-from prepare_data import (
-    CHAT_TOKENS,
-    DataError,
-    Template,
-    Tokenizer,
-    label_token,
-    read_hotels,
-    render_chat,
-    search_hotels,
-)
+from data.chat import CHAT_TOKENS, Template, chat_prompt, label_token, labels_of, render_chat
+from data.cli import UserError, run_cli
+from data.hotel import HOTEL_KEYS, read_hotels, search_hotels
+from data.rows import to_example
+from data.tokenizer import Tokenizer
+from data.tools import call_tool, function_schema, load_tools, suits
+from sample import FastTransformer
 
 SHARED = Path(os.environ.get("SCRATCHLM_DATA") or ROOT.parent / "shared" / "data").resolve()
 BYTE = Tokenizer({"kind": "byte"})
@@ -76,13 +73,13 @@ def test_a_prompt_drops_whole_turns_from_the_oldest_on_and_keeps_the_system_s():
     talk = [turn("system", "be kind"), turn("user", "a" * 9), turn("assistant", "b" * 9),
             turn("user", "c" * 9)]
     whole = [*rendered(*talk), ASSISTANT]
-    assert sample.chat_prompt(talk, CHAT, len(whole)) == whole
+    assert chat_prompt(talk, CHAT, len(whole)) == whole
     left = [*rendered(talk[0], *talk[2:]), ASSISTANT]
-    assert sample.chat_prompt(talk, CHAT, len(whole) - 1) == left
-    assert sample.chat_prompt(talk, CHAT, len(left)) == left
+    assert chat_prompt(talk, CHAT, len(whole) - 1) == left
+    assert chat_prompt(talk, CHAT, len(left)) == left
     last = [*rendered(talk[0], talk[3]), ASSISTANT]
-    assert sample.chat_prompt(talk, CHAT, len(left) - 1) == last
-    assert sample.chat_prompt(talk, CHAT, 18) == [
+    assert chat_prompt(talk, CHAT, len(left) - 1) == last
+    assert chat_prompt(talk, CHAT, 18) == [
         *rendered(talk[0]), *CHAT.encode("c" * 7), END, ASSISTANT
     ]
 
@@ -94,7 +91,7 @@ def test_no_prompt_is_longer_than_its_room_and_all_end_where_the_answer_begins()
                 for _ in range(rng.randint(1, 6))]
         talk = [turn("system", "s" * rng.randrange(20))] * rng.randint(0, 1) + talk
         room = rng.randint(1, 120)
-        ids = sample.chat_prompt(talk, CHAT, room)
+        ids = chat_prompt(talk, CHAT, room)
         assert len(ids) <= room and ids[-1] == ASSISTANT
         body, whole = ids[:-1], rendered(*talk)
         head = rendered(talk[0]) if talk[0]["role"] == "system" else []
@@ -132,7 +129,7 @@ def test_each_text_is_classified_as_alone_whatever_the_batch(position):
 def test_labels_come_from_the_tokenizer_alone():
     names = ["neg", "a b", "<|x|>", "好"]
     tokenizer = CHAT.with_special([label_token(n) for n in names])
-    assert sample.labels_of(tokenizer) == names and sample.labels_of(CHAT) == []
+    assert labels_of(tokenizer) == names and labels_of(CHAT) == []
 
 
 # ---- tools ---------------------------------------------------------------------------------
@@ -140,8 +137,8 @@ def test_labels_come_from_the_tokenizer_alone():
 
 def test_hotel_is_a_search_of_the_data_base(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # nothing fetched: our own hotels
-    tools = sample.load_tools("hotel")
-    found = json.loads(sample.call_tool(tools, 'search {"price_range_upper": 300}'))
+    tools = load_tools("hotel")
+    found = json.loads(call_tool(tools, 'search {"price_range_upper": 300}'))
     assert 1 <= len(found) <= 3 and all(h["price"] <= 300 for h in found)
 
 
@@ -156,10 +153,10 @@ def test_the_public_functions_of_a_file_are_tools_and_nothing_else(tmp_path):
         "def double(x: int): return _twice(x)\n"
         "def now(): return math.pi\n"
     )
-    tools = sample.load_tools(str(path))
+    tools = load_tools(str(path))
     assert set(tools) == {"double", "now"}
-    assert sample.call_tool(tools, 'double {"x": 21}') == "42"
-    assert "cannot be 'a'" in sample.call_tool(tools, 'double {"x": "a"}')
+    assert call_tool(tools, 'double {"x": 21}') == "42"
+    assert "cannot be 'a'" in call_tool(tools, 'double {"x": "a"}')
 
 
 @pytest.mark.parametrize(
@@ -178,8 +175,8 @@ def test_a_file_of_tools_that_cannot_be_used_is_named(tmp_path, text, reason):
     path = tmp_path / "tools.py"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(DataError, match=reason) as e:
-        sample.load_tools(str(path))
+    with pytest.raises(UserError, match=reason) as e:
+        load_tools(str(path))
     assert str(path) in str(e.value)
 
 
@@ -201,12 +198,12 @@ def test_a_file_of_tools_that_cannot_be_used_is_named(tmp_path, text, reason):
         (typing.Literal["a", "b"], ["a", "b"], ["c", 1, None, []]),
         (typing.Any, [1, None, "x", []], []),
         (SimpleNamespace.__init__, [1, None], []),
-        (sample.inspect.Parameter.empty, [1, None, "x", [], {}], []),
+        (inspect.Parameter.empty, [1, None, "x", [], {}], []),
     ],
 )
 def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
-    assert all(sample.suits(v, annotation) for v in good)
-    assert not any(sample.suits(v, annotation) for v in bad)
+    assert all(suits(v, annotation) for v in good)
+    assert not any(suits(v, annotation) for v in bad)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +228,7 @@ def test_a_call_that_does_not_fit_never_reaches_the_tool(content, reason):
     def book(city: str, nights: int = 1):
         raise AssertionError("called")
 
-    result = json.loads(sample.call_tool({"book": book}, content))
+    result = json.loads(call_tool({"book": book}, content))
     assert set(result) == {"error"} and reason in result["error"]
 
 
@@ -243,12 +240,12 @@ def test_what_tools_return_is_json_and_what_they_raise_is_told():
         raise KeyError("没有")
 
     tools = {"echo": echo, "fail": fail, "odd": lambda: {1, 2}}
-    assert sample.call_tool(tools, 'echo {"text": "你好 👩"}') == '{"heard": "你好 👩"}'
-    assert json.loads(sample.call_tool(tools, 'echo {"text": "a", "b": [1]}'))["b"] == [1]
-    failed = json.loads(sample.call_tool(tools, "fail {}"))
+    assert call_tool(tools, 'echo {"text": "你好 👩"}') == '{"heard": "你好 👩"}'
+    assert json.loads(call_tool(tools, 'echo {"text": "a", "b": [1]}'))["b"] == [1]
+    failed = json.loads(call_tool(tools, "fail {}"))
     assert failed == {"error": "fail failed: KeyError: '没有'"}
-    assert "odd failed: TypeError" in sample.call_tool(tools, "odd {}")
-    half = sample.call_tool(tools, r'echo {"text": "\ud83d"}')  # half of a pair, as models write
+    assert "odd failed: TypeError" in call_tool(tools, "odd {}")
+    half = call_tool(tools, r'echo {"text": "\ud83d"}')  # half of a pair, as models write
     assert CHAT.decode(CHAT.encode(half)) and json.loads(half)
 
 
@@ -314,7 +311,7 @@ def test_a_call_is_made_its_result_fed_back_and_then_the_model_speaks(script, mo
     assert seen[1].prompt == [*told(bot, *bot.messages[:3]), ASSISTANT]
     assert [s.seed for s in seen] == [5, 6]
     assert all(s.allowed[[CALL, END]].all() for s in seen)
-    assert not any(s.allowed[[SYSTEM, USER, ASSISTANT, TOOL, CHAT.eot, 300]].any() for s in seen)
+    assert not any(s.allowed[[SYSTEM, USER, ASSISTANT, TOOL, CHAT.eos_id, 300]].any() for s in seen)
     out = capsys.readouterr().out
     assert out == '-> square {"x": 12}\n<- 144\n144 好\n' and "<|" not in out
 
@@ -331,20 +328,20 @@ def test_tools_are_told_before_what_the_system_says_is_over(script, monkeypatch,
     seen = script(say("hi"), say("hi"))
     bot = chat({"square": square}, model=small_model(context=1024))
     hear(bot, "/system be kind", "a", f"/save {tmp_path}/s.jsonl", monkeypatch=monkeypatch)
-    schema = json.dumps([sample.function_schema("square", square)], ensure_ascii=False)
+    schema = json.dumps([function_schema("square", square)], ensure_ascii=False)
     assert CHAT.decode(seen[0].prompt) == (
         f"<|system|>be kind\n{schema}<|end|><|user|>a<|end|><|assistant|>"
     )
     assert bot.messages[0] == turn("system", "be kind")
     row = json.loads((tmp_path / "s.jsonl").read_text())
-    _, example = finetune.to_example(row)  # what was told is what will be learned
+    _, example = to_example(row)  # what was told is what will be learned
     ids = finetune.chat_row(example["messages"], CHAT, 1000)[0].ids
     assert ids[: len(seen[0].prompt)] == seen[0].prompt
 
 
 def test_the_hotel_model_is_told_nothing_of_the_tool_that_it_knows(script, monkeypatch):
     seen = script(say("hi"))
-    hear(chat(sample.load_tools("hotel")), "a", monkeypatch=monkeypatch)
+    hear(chat(load_tools("hotel")), "a", monkeypatch=monkeypatch)
     assert CHAT.decode(seen[0].prompt) == "<|user|>a<|end|><|assistant|>"
 
 
@@ -426,7 +423,7 @@ def test_adapters_are_switched_in_the_middle_of_a_talk(script, monkeypatch, caps
     model = small_model()
     for name in ("poet", "clerk"):
         lora.add_lora(model, name=name)
-    lora.switch(model, "poet")
+    lora.set_adapter(model, "poet")
     active = []
     script(*[say("x")] * 3)
     bot = chat(model=model)
@@ -435,7 +432,7 @@ def test_adapters_are_switched_in_the_middle_of_a_talk(script, monkeypatch, caps
     bot.answer = lambda show: (active.append(list(layer.active)), answer(show))
     hear(bot, "a", "/adapter clerk", "b", "/adapter", "c", monkeypatch=monkeypatch)
     assert active == [["poet"], ["clerk"], []]
-    assert "talking through clerk" in capsys.readouterr().out
+    assert "active adapter: clerk" in capsys.readouterr().out
 
 
 def test_a_full_context_is_cut_at_turns_and_said_once(script, monkeypatch, capsys):
@@ -450,12 +447,12 @@ def test_a_full_context_is_cut_at_turns_and_said_once(script, monkeypatch, capsy
 
 def test_a_base_model_continues_a_transcript_and_says_so(script, monkeypatch, capsys):
     text = "fine 好\nUser: and you?"
-    seen = script([*BYTE.encode(text)], [*BYTE.encode("ok"), BYTE.eot])
+    seen = script([*BYTE.encode(text)], [*BYTE.encode("ok"), BYTE.eos_id])
     bot = chat(model=small_model(), tokenizer=BYTE)
     hear(bot, "how?", "so?", monkeypatch=monkeypatch)
     assert BYTE.decode(seen[0].prompt) == "User: how?\nAssistant:"
     assert BYTE.decode(seen[1].prompt).endswith("Assistant: fine 好\nUser: so?\nAssistant:")
-    assert seen[0].allowed[BYTE.eot] and not seen[0].allowed[257:].any()
+    assert seen[0].allowed[BYTE.eos_id] and not seen[0].allowed[257:].any()
     out = capsys.readouterr().out
     assert "base model" in out and out.endswith("fine 好\nok\n") and "and you" not in out
 
@@ -467,7 +464,7 @@ def test_a_chat_of_a_real_model_is_as_long_as_it_may_be(monkeypatch, capsys):
 
 
 def test_commands_answer_in_a_chat_through_the_decoder_too(monkeypatch, tmp_path, capsys):
-    bot = chat(model=lm.Decoder(small_model()), seed=1)
+    bot = chat(model=FastTransformer(small_model()), seed=1)
     commands = ["/adapter x", "/adapter", "/system be kind", f"/save {tmp_path}/x", "/reset"]
     hear(bot, "hi", *commands, "you?", "/retry", monkeypatch=monkeypatch)
     out = capsys.readouterr().out
@@ -543,7 +540,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, flags, named):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "m.pt", small_model(), CHAT)
     with pytest.raises(SystemExit) as e:
-        prepare_data.console(lambda: sample.main(["--ckpt", "m.pt", *flags]), lm.ModelError)
+        run_cli(lambda: sample.main(["--ckpt", "m.pt", *flags]))
     err = capsys.readouterr().err
     assert e.value.code == 2 and named in err and len(err.strip().splitlines()) == 1
 
@@ -595,7 +592,7 @@ def test_our_own_hotels_have_all_fields_and_can_all_be_found(tmp_path, monkeypat
     hotels = read_hotels()
     assert len(hotels) >= 50
     for h in hotels:
-        assert {*prepare_data.HOTEL_KEYS.values()} <= set(h) and h["facilities"]
+        assert {*HOTEL_KEYS.values()} <= set(h) and h["facilities"]
         assert h in search_hotels(hotels, name=h["name"], facilities=h["facilities"])
 
 
@@ -606,7 +603,7 @@ def test_the_public_data_base_is_read_into_the_same_fields():
     hotels = read_hotels(path)
     raw = json.loads(path.read_text(encoding="utf-8"))
     assert len(hotels) == len(raw) and [h["name"] for h in hotels] == [name for name, _ in raw]
-    assert all(set(h) == {*prepare_data.HOTEL_KEYS.values()} for h in hotels)
+    assert all(set(h) == {*HOTEL_KEYS.values()} for h in hotels)
     assert not any(f != f.strip() or not f for h in hotels for f in h["facilities"])
     found = search_hotels(hotels, price_range_upper=500, facilities=["健身房"])
     assert found and all(h["price"] <= 500 for h in found)
@@ -616,5 +613,5 @@ def test_the_public_data_base_is_read_into_the_same_fields():
 def test_what_is_no_data_base_is_said(tmp_path, text):
     path = tmp_path / "hotels.json"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=r"hotels.json is no hotel database"):
+    with pytest.raises(UserError, match=r"hotels.json is no hotel database"):
         read_hotels(path)

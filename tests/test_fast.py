@@ -1,8 +1,9 @@
-"""The fast paths beside the plain ones that they stand for: model.Decoder, train.Bfloat16Twin."""
+"""The fast paths beside what they stand for: sample.FastTransformer, train.BF16Copy."""
 
 import argparse
 import contextlib
 import copy
+import dataclasses
 import io
 import itertools
 import json
@@ -23,6 +24,19 @@ import model as lm
 import prepare_data
 import sample
 import train
+from data.cli import UserError
+from data.machine import Runtime
+from data.matmul import (
+    FLOAT_PRODUCTS,
+    INT8_PRODUCTS,
+    by_int8_dynamic,
+    by_linear,
+    fastest,
+    int8_scale,
+    timing_lines,
+)
+from data.tokenizer import Tokenizer
+from sample import FastTransformer
 
 REAL = Path(os.environ.get("SCRATCHLM_DATA", ROOT.parent / "shared" / "data"))
 LLAMA = dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2, rope_theta=5e5)
@@ -52,11 +66,11 @@ def build(name, d_model=64, context=48, seed=0, **changes):
 
 
 def decoder(model, **settings):
-    return lm.Decoder(copy.deepcopy(model), **settings)
+    return FastTransformer(copy.deepcopy(model), **settings)
 
 
 def both(model, ids, steps=3, **settings):
-    """Hidden states of a prompt and of some tokens after it, by the model and by its Decoder."""
+    """Hidden states of a prompt and of some tokens after it, by the model and its fast copy."""
     fast, found = decoder(model, **settings), ([], [])
     for kept, m in zip(found, (model, fast)):
         cache = lm.KVCache(m, len(ids))
@@ -117,7 +131,7 @@ def rounding(step, values):
 
 @pytest.mark.parametrize("vnni", [True, False])
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("way", lm.INT8_PRODUCTS)
+@pytest.mark.parametrize("way", INT8_PRODUCTS)
 def test_int8_errs_by_what_its_bits_leave(way, rows, vnni, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     torch.manual_seed(0)
@@ -127,13 +141,13 @@ def test_int8_errs_by_what_its_bits_leave(way, rows, vnni, monkeypatch):
         found = way(weight, rows)(x)
     except (RuntimeError, AttributeError) as e:
         pytest.skip(f"not on this machine: {e}")
-    if way is lm.by_int8_dynamic:
+    if way is by_int8_dynamic:
         same = x / x.abs().amax(-1, keepdim=True)
         bits = 8 if vnni else 7
         of_x = rounding((same.max() - same.min()) / (2**bits - 1), same)  # (rows,)
     else:
         of_x = 2.0**-9  # bf16 has 8 bits, the sign not counted
-    of_weight = rounding(lm.int8_scale(weight), weight)  # (512,)
+    of_weight = rounding(int8_scale(weight), weight)  # (512,)
     exact = x @ weight.T
     for part in (slice(0, 256), slice(256, 512)):  # small outputs as exactly as large ones
         off = ((found - exact)[:, part].norm(dim=1) / exact[:, part].norm(dim=1)).square()
@@ -144,7 +158,7 @@ def test_int8_errs_by_what_its_bits_leave(way, rows, vnni, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("way", lm.FLOAT_PRODUCTS)
+@pytest.mark.parametrize("way", FLOAT_PRODUCTS)
 def test_ways_to_multiply_give_the_product(way, rows, dtype):
     torch.manual_seed(0)
     weight, few = torch.randn(640, 320).to(dtype), torch.randn(rows, 320).to(dtype)
@@ -167,22 +181,23 @@ def test_the_fastest_way_that_works_is_taken(monkeypatch):
         return lambda x: torch.stack([x @ weight.T] * 200)[0]
 
     weight = torch.randn(1024, 300)
-    monkeypatch.setattr(lm, "timings", {})
-    monkeypatch.setattr(lm, "FLOAT_PRODUCTS", (broken, slow, lm.by_linear))
-    torch.testing.assert_close(lm.fastest(weight, 1, False)(torch.eye(300)), weight.T)
-    [seconds] = lm.timings.values()
-    assert min(seconds, key=seconds.get) is lm.by_linear and broken not in seconds
-    assert "linear" in next(lm.timing_lines())
-    lm.fastest(weight[:8], 1, False)  # so small that nothing is timed but the first that works
-    assert list(list(lm.timings.values())[1]) == [slow]
-    monkeypatch.setattr(lm, "INT8_PRODUCTS", (broken,))
-    with pytest.raises(lm.ModelError, match="int8 cannot be computed on this machine: not on this"):
-        lm.fastest(weight, 1, True)
+    timings = {}
+    monkeypatch.setattr("data.matmul.timings", timings)
+    monkeypatch.setattr("data.matmul.FLOAT_PRODUCTS", (broken, slow, by_linear))
+    torch.testing.assert_close(fastest(weight, 1, False)(torch.eye(300)), weight.T)
+    [seconds] = timings.values()
+    assert min(seconds, key=seconds.get) is by_linear and broken not in seconds
+    assert "linear" in next(timing_lines())
+    fastest(weight[:8], 1, False)  # so small that nothing is timed but the first that works
+    assert list(list(timings.values())[1]) == [slow]
+    monkeypatch.setattr("data.matmul.INT8_PRODUCTS", (broken,))
+    with pytest.raises(UserError, match="int8 cannot be computed on this machine: not on this"):
+        fastest(weight, 1, True)
 
 
 def test_loading_and_writing_need_no_compiler(tmp_path):
     """torch._dynamo takes longer to import than torch itself."""
-    tokenizer = prepare_data.Tokenizer({"kind": "byte"})
+    tokenizer = Tokenizer({"kind": "byte"})
     model = build("gpt2")
     content = {"config": vars(model.config), "model": model.state_dict()}
     lm.save_checkpoint(tmp_path / "x.pt", content | {"tokenizer": tokenizer.spec})
@@ -191,25 +206,25 @@ def test_loading_and_writing_need_no_compiler(tmp_path):
     subprocess.run([sys.executable, "-c", code, *flags], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("flags", ["", "--plain", "--num_samples 3", "--beams 2"])
+@pytest.mark.parametrize("flags", ["", "--no_fast", "--num_samples 3", "--beams 2"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_every_path_writes_on_this_machine(dtype, flags, tmp_path, capsys):
-    if dtype == "int8" and flags == "--plain":
+    if dtype == "int8" and flags == "--no_fast":
         return  # refused, see below
-    model, tokenizer = build("default", 512), prepare_data.Tokenizer({"kind": "byte"})
+    model, tokenizer = build("default", 512), Tokenizer({"kind": "byte"})
     content = {"config": vars(model.config), "model": model.state_dict()}
     lm.save_checkpoint(tmp_path / "x.pt", content | {"tokenizer": tokenizer.spec})
     command = f"--ckpt {tmp_path}/x.pt --prompt x --max_tokens 6 --print_ids --dtype {dtype} "
     sample.main(["--verbose", *command.split(), *flags.split()])
     out, err = capsys.readouterr()
     assert 1 <= len(out.strip().split("\n")[-1].split(",")) <= 6
-    assert ("2048 x 512" in err) is (flags != "--plain")  # what was chosen, for each shape
+    assert ("2048 x 512" in err) is (flags != "--no_fast")  # what was chosen, for each shape
 
 
 def test_weights_are_held_once():
     model = build("qwen2", 640)
     weights = [m.weight for b in model.blocks for m in b.modules() if type(m) is torch.nn.Linear]
-    lm.Decoder(model)
+    FastTransformer(model)
     assert all(m.weight is None for b in model.blocks for m in b.modules()
                if type(m) is torch.nn.Linear)  # fmt: skip
     assert len(weights) == 14 and model.embed.weight is not None
@@ -251,7 +266,7 @@ def test_int8_costs_less_than_half_a_percent_of_perplexity(shakespeare):
     tokens = prepare_data.read_tokens(shakespeare / "data" / "shakespeare", "val")[:4000]
     content = lm.load_checkpoint(shakespeare / "out/fp32")
     exact = perplexity(lm.model_from_checkpoint(content), tokens, 64)
-    rounded = perplexity(lm.Decoder(lm.model_from_checkpoint(content), int8=True), tokens, 64)
+    rounded = perplexity(FastTransformer(lm.model_from_checkpoint(content), int8=True), tokens, 64)
     assert rounded != exact and abs(rounded / exact - 1) < 0.005
 
 
@@ -260,9 +275,9 @@ def test_int8_costs_less_than_half_a_percent_of_perplexity(shakespeare):
 # --------------------------------------------------------------------------------------------
 
 
-def test_a_twins_gradients_are_the_models_but_for_rounding():
+def test_the_bf16_copys_gradients_are_the_models_but_for_rounding():
     model = build("gpt2")
-    other, twin = copy.deepcopy(model), train.Bfloat16Twin(model)
+    other, twin = copy.deepcopy(model), train.BF16Copy(model)
     ids = torch.randint(300, (2, 40))
     for _ in range(2):  # two micro-batches: they add up
         twin(ids, ids).backward()
@@ -277,31 +292,34 @@ def test_a_twins_gradients_are_the_models_but_for_rounding():
 
 def test_steps_too_small_for_bf16_are_not_lost():
     model = build("llama")
-    twin, before = train.Bfloat16Twin(model), model.embed.weight.detach().clone()
+    twin, before = train.BF16Copy(model), model.embed.weight.detach().clone()
     with torch.no_grad():
         for _ in range(300):  # each a tenth of what bf16 can tell from 1
             for p in model.parameters():
                 p.mul_(1 + 2**-11)
-            twin.refresh()
+            twin.sync_weights()
     grown = (twin.low.embed.weight.float() / before).median().item()
     assert grown == pytest.approx((1 + 2**-11) ** 300, rel=0.01)
     assert torch.equal(twin.low.cos, model.cos) and twin.low.cos.dtype == torch.float32
 
 
-def test_a_twin_is_for_a_cpu_alone_and_all_of_a_model():
-    model, runtime = build("llama"), train.Runtime(torch.device("cpu"), "bf16")
-    assert train.can_have_twin(model, runtime)
-    for other in (dict(dtype="fp32"), dict(world=2), dict(device=torch.device("cuda"))):
-        assert not train.can_have_twin(model, train.replace(runtime, **other))
+def test_a_bf16_copy_is_for_a_cpu_alone_and_all_of_a_model():
+    model, runtime = build("llama"), Runtime(torch.device("cpu"), "bf16")
+    args = argparse.Namespace(autocast=None, compile=None)
+    runner, precision, _ = train.make_runner(model, None, args, runtime)
+    assert isinstance(runner, train.BF16Copy) and precision.dtype == "fp32"
+    for other in (dict(dtype="fp32"), dict(device=torch.device("cuda"))):
+        other = train.replace(runtime, **other)
+        assert train.make_runner(model, None, args, other)[:2] == (model, other)
     model.embed.weight.requires_grad_(False)
-    assert not train.can_have_twin(model, runtime)
+    assert train.make_runner(model, None, args, runtime)[0] is model
 
 
 @pytest.mark.parametrize("works", [True, False])
 def test_the_compilers_trial_leaves_nothing_behind(works, monkeypatch):
     """Its batch goes forward and backward once; the first step must not see its gradients."""
     model = build("llama")
-    twin, ids = train.Bfloat16Twin(model), torch.randint(300, (2, 20))
+    twin, ids = train.BF16Copy(model), torch.randint(300, (2, 20))
     seen = []
 
     def compiled(*batch):
@@ -314,31 +332,60 @@ def test_the_compilers_trial_leaves_nothing_behind(works, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda m: compiled)
     task = train.Task(lambda step: [(ids, ids)], evaluate=None, extra={})
-    runner = train.try_compile(twin, task, train.Runtime(torch.device("cpu")))
+    runner = train.try_compile(twin, task, Runtime(torch.device("cpu")))
     assert runner is (compiled if works else twin) and len(seen) == 1
     assert all(p.grad is None for p in (*model.parameters(), *twin.parameters()))
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_plain_trains_without_a_twin(plain, tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(train, "Bfloat16Twin", lambda m: made.append(m))
+def test_autocast_trains_without_a_bf16_copy(plain, tmp_path, monkeypatch):
+    made, copied = [], train.BF16Copy
+    monkeypatch.setattr(train, "BF16Copy", lambda m: made.append(m) or copied(m))
     model, ids = build("llama"), torch.randint(300, (2, 20))
-    flags = ["--max_steps", "1", "--eval_every", "9", *(["--plain"] if plain else [])]
+    flags = ["--max_steps", "1", "--eval_every", "9", *(["--autocast"] if plain else [])]
     args = train.resolve(train.build_parser().parse_args(flags))[0]
     task = train.Task(lambda step: [(ids, ids)], lambda m, final: {"val_loss": 1.0}, {})
-    train.fit(model, task, args, train.Runtime(torch.device("cpu"), "bf16", 1e9), tmp_path)
+    train.fit(model, task, args, Runtime(torch.device("cpu"), "bf16", 1e9), tmp_path)
     assert bool(made) is not plain
 
 
 def test_int8_says_what_stands_in_its_way():
-    args = argparse.Namespace(dtype="int8", plain=True, verbose=False)
+    args = argparse.Namespace(dtype="int8", no_fast=True, verbose=False)
     model = build("llama")
-    with pytest.raises(sample.DataError, match="--dtype int8 excludes --plain"):
-        sample.decoder(model, 1, args)
-    args.plain = False
+    with pytest.raises(UserError, match="--dtype int8 excludes --no_fast"):
+        sample.fast_model(model, 1, args)
+    args.no_fast = False
     lora.add_lora(model, "attention", rank=2, alpha=4)
-    with pytest.raises(sample.DataError, match=r"int8 does not round adapters: lora\.py merge"):
-        sample.decoder(model, 1, args)
+    with pytest.raises(UserError, match=r"int8 does not round adapters: lora\.py merge"):
+        sample.fast_model(model, 1, args)
     args.dtype = "fp32"
-    assert sample.decoder(model, 1, args) is model
+    assert sample.fast_model(model, 1, args) is model
+
+
+def test_a_model_with_a_part_of_its_own_is_used_as_it_is():
+    class Gated(lm.Attention):
+        """A hacker's variant: new weights."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.gate = torch.nn.Linear(64, 4)
+
+    @dataclasses.dataclass
+    class Capped(lm.Config):
+        """And another: a new field, without weights."""
+
+        softcap: float = 0.0
+
+    args = argparse.Namespace(dtype="fp32", no_fast=False, verbose=False)
+    gated, capped, same = build("llama"), build("llama"), build("llama")
+    gated.blocks[1].attention = Gated(gated.config)
+    capped.config = Capped(**dataclasses.asdict(capped.config), softcap=15.0)
+    same.config = Capped(**dataclasses.asdict(same.config))
+    assert sample.fast_model(gated, 1, args) is gated
+    assert sample.fast_model(capped, 1, args) is capped
+    assert isinstance(sample.fast_model(same, 1, args), FastTransformer)
+    args.dtype = "int8"
+    with pytest.raises(UserError, match="for models that the FastTransformer can compute"):
+        sample.fast_model(capped, 1, args)
+    for name in ARCHITECTURES:
+        assert FastTransformer.can_compute(build(name)), name

@@ -25,7 +25,23 @@ sys.path.insert(0, str(ROOT))
 import finetune as ft
 import model as lm
 import prepare_data
-from prepare_data import CHAT_TOKENS, DataError, Tokenizer, parse_call, render_chat
+from data.chat import CHAT_TOKENS, ROLES, call_text, label_token, parse_call, render_chat
+from data.cli import UserError
+from data.download import download_path
+from data.hotel import (
+    HOTEL_DB,
+    OWN_HOTELS,
+    read_hotels,
+    search_hotels,
+    substitute,
+    synthetic_dialogues,
+    tidy_calls,
+    values_by_key,
+)
+from data.rows import first_words, load_data, read_examples, split_off, to_example
+from data.scores import bleu4, chat_scores, confusion, macro_f1, slot_counts
+from data.sources import LAB, REVIEWS, SOURCES
+from data.tokenizer import Tokenizer
 
 SHARED = Path(os.environ.get("SCRATCHLM_DATA") or ROOT.parent / "shared" / "data").resolve()
 BYTE = Tokenizer({"kind": "byte"})
@@ -61,7 +77,7 @@ def alpaca(n):
 
 
 def test_a_label_is_all_that_a_text_row_learns():
-    names = BYTE.with_special([prepare_data.label_token(n) for n in ("neg", "pos")])
+    names = BYTE.with_special([label_token(n) for n in ("neg", "pos")])
     row, cut = ft.label_row("a fine film", "pos", names, 64)
     film = [97, 32, 102, 105, 110, 101, 32, 102, 105, 108, 109]
     assert (row.ids, cut) == ([*film, 256, 258], False)
@@ -77,7 +93,7 @@ def test_a_label_is_all_that_a_text_row_learns():
 def test_the_mask_of_a_conversation_with_a_tool_call():
     talk = [
         turn("user", "q"),
-        turn("call", prepare_data.call_text("f", {})),
+        turn("call", call_text("f", {})),
         turn("tool", "r"),
         turn("assistant", "ok"),
         turn("user", "m"),
@@ -133,7 +149,7 @@ def test_context_cuts_the_rows_of_a_run_and_cannot_be_more_than_the_checkpoint_s
         shown = map(int, re.findall(r": (\d+) tokens", capsys.readouterr().out))
         assert max(shown) == longest
     for wrong in ("1", "49"):
-        with pytest.raises(DataError, match=f"--context {wrong} must be from 2 to .* 48"):
+        with pytest.raises(UserError, match=f"--context {wrong} must be from 2 to .* 48"):
             ft.main([*flags, "--context", wrong])
 
 
@@ -150,7 +166,7 @@ def plain(request, monkeypatch):
 def test_special_tokens_stand_behind_the_vocabulary_and_the_spec_travels_as_json(plain):
     chat = plain.with_special(CHAT_TOKENS)
     assert [chat.special[n] for n in CHAT_TOKENS] == list(range(plain.n_vocab, plain.n_vocab + 6))
-    assert (chat.n_vocab, chat.eot) == (plain.n_vocab + 6, plain.eot)
+    assert (chat.n_vocab, chat.eos_id) == (plain.n_vocab + 6, plain.eos_id)
     assert chat.encode(TRICKY) == plain.encode(TRICKY) and chat.name == plain.name
     again = Tokenizer(json.loads(json.dumps(chat.spec)))
     assert again.special == chat.special and again.encode(TRICKY) == chat.encode(TRICKY)
@@ -172,7 +188,7 @@ def test_a_prompt_is_the_beginning_of_the_row_with_its_answer(plain):
             assert prompt == ids[: len(prompt)] and mask[len(prompt)] == 1
             assert sum(nothing) == sum(mask[: len(prompt)])
     specials = [chat.decode([i]) for i in ids if i in chat.special.values()]
-    wanted = joined([*prepare_data.ROLES[m["role"]], "<|end|>"] for m in talk)
+    wanted = joined([*ROLES[m["role"]], "<|end|>"] for m in talk)
     assert specials == wanted  # and none from the text, whatever it spells
     assert chat.decode(parts[1][0][1:-1]) == talk[1]["content"]
 
@@ -240,20 +256,20 @@ CHATS = {
 @pytest.mark.parametrize("name", CHATS)
 def test_a_chat_of_every_known_form(name):
     row, messages = CHATS[name]
-    assert ft.to_example(row) == ("chat", {"messages": messages})
+    assert to_example(row) == ("chat", {"messages": messages})
 
 
 def test_labelled_texts_and_preference_pairs_of_every_known_form():
-    assert ft.to_example({"text": "t", "label": "pos"}) == ("label", {"text": "t", "label": "pos"})
-    assert ft.to_example({"text": "t", "label": 1})[1]["label"] == "1"
+    assert to_example({"text": "t", "label": "pos"}) == ("label", {"text": "t", "label": "pos"})
+    assert to_example({"text": "t", "label": 1})[1]["label"] == "1"
     wanted = ("prefer", {"messages": [U], "chosen": "good", "rejected": "bad"})
     whole = {k: [U, turn("assistant", v["value"])] for k, v in PAIR.items()}
     text = {k: v["value"] for k, v in PAIR.items()}
-    assert ft.to_example({"conversations": [{"from": "human", "value": "q"}], **PAIR}) == wanted
-    assert ft.to_example({"prompt": "q", **text}) == wanted
-    assert ft.to_example({"prompt": [U], **whole}) == wanted
-    assert ft.to_example({"prompt": [U, A], **whole}) == wanted
-    _, pair = ft.to_example({"messages": [U], "system": "s", **text})
+    assert to_example({"conversations": [{"from": "human", "value": "q"}], **PAIR}) == wanted
+    assert to_example({"prompt": "q", **text}) == wanted
+    assert to_example({"prompt": [U], **whole}) == wanted
+    assert to_example({"prompt": [U, A], **whole}) == wanted
+    _, pair = to_example({"messages": [U], "system": "s", **text})
     assert pair["messages"] == [turn("system", "s"), U]
 
 
@@ -271,7 +287,7 @@ def test_a_list_lines_a_gz_and_a_byte_order_mark_are_read_alike(tmp_path):
         (tmp_path / name).write_text(text, encoding="utf-8")
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
         for path in (tmp_path / name, tmp_path / f"{name}.gz"):
-            kind, examples = ft.read_examples(path)
+            kind, examples = read_examples(path)
             asked = [e["messages"][0]["content"] for e in examples]
             assert (kind, asked) == ("chat", ["q0", "q1", "q2"]), path
 
@@ -289,7 +305,7 @@ def test_a_list_lines_a_gz_and_a_byte_order_mark_are_read_alike(tmp_path):
     ],
 )
 def test_public_files_are_read_whole(name, kind, count, capsys):
-    found, examples = ft.read_examples(real(name))
+    found, examples = read_examples(real(name))
     assert (found, len(examples), capsys.readouterr().err) == (kind, count, "")
     calls = [m for e in examples for m in e["messages"] if m["role"] == "call"]
     assert all(isinstance(parse_call(m["content"])[1], dict) for m in calls)
@@ -346,7 +362,7 @@ BAD = [
 def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path, capsys, row, reason):
     rows = alpaca(150)
     path = write(tmp_path / "x.jsonl", [*rows[:100], row, *rows[100:]])
-    kind, examples = ft.read_examples(path)
+    kind, examples = read_examples(path)
     error, summary = capsys.readouterr().err.splitlines()
     assert error.startswith(f"bad row: {path}:101: ") and reason in error
     assert summary == f"{path}: 1 of 151 rows are bad and left out"
@@ -358,18 +374,18 @@ def test_broken_lines_are_bad_rows_and_a_broken_list_is_refused_at_its_line(tmp_
     deep, long = "[" * 100_000, "1" * 5000
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join([*good, "", '{"a": 1', deep, long]), encoding="utf-8")
-    assert len(ft.read_examples(path)[1]) == 300
+    assert len(read_examples(path)[1]) == 300
     errors = capsys.readouterr().err.splitlines()
     for error, line in zip(errors, (302, 303, 304)):  # the empty line counts as a line
         assert error.startswith(f"bad row: {path}:{line}: broken JSON (")
     for broken in ('{"a" 1}', deep, long, "", '{"instruction": "q"'):
         path = tmp_path / "x.json"
         path.write_text("[\n" + good[0] + ",\n\n" + broken, encoding="utf-8")
-        with pytest.raises(DataError, match=re.escape(f"{path}: broken JSON (")):
-            ft.read_examples(path)
+        with pytest.raises(UserError, match=re.escape(f"{path}: broken JSON (")):
+            read_examples(path)
     path.write_text(f"[{good[0]}]\n[{good[1]}]", encoding="utf-8")
-    with pytest.raises(DataError, match=r"x\.json: broken JSON \(Extra data: line 2 column 1"):
-        ft.read_examples(path)
+    with pytest.raises(UserError, match=r"x\.json: broken JSON \(Extra data: line 2 column 1"):
+        read_examples(path)
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -378,26 +394,26 @@ def test_the_rows_of_a_list_are_numbered(tmp_path, capsys, indent):
     rows[150] = {"instruction": "q", "output": ""}
     path = tmp_path / "x.json"
     path.write_text(json.dumps(rows, indent=indent), encoding="utf-8")
-    assert len(ft.read_examples(path)[1]) == 199
+    assert len(read_examples(path)[1]) == 199
     assert f"{path}: row 151: a turn of assistant has no text" in capsys.readouterr().err
 
 
 def test_more_than_one_percent_or_nothing_left_is_refused(tmp_path):
     bad = [{"instruction": "", "output": "x"}]
-    assert len(ft.read_examples(write(tmp_path / "x.jsonl", alpaca(99) + bad))[1]) == 99
+    assert len(read_examples(write(tmp_path / "x.jsonl", alpaca(99) + bad))[1]) == 99
     for rows, says in ((alpaca(98) + bad, "1 of 99 rows are bad, first "), (bad, "1 of 1 rows")):
-        with pytest.raises(DataError, match=says):
-            ft.read_examples(write(tmp_path / "x.jsonl", rows))
-    with pytest.raises(DataError, match="holds no rows"):
-        ft.read_examples(write(tmp_path / "x.jsonl", []))
+        with pytest.raises(UserError, match=says):
+            read_examples(write(tmp_path / "x.jsonl", rows))
+    with pytest.raises(UserError, match="holds no rows"):
+        read_examples(write(tmp_path / "x.jsonl", []))
     packed = gzip.compress(b"{}" * 99)
     damaged = [b"", b"xx", b"\xff", packed[:-9], packed[:12] + b"\xff" * 3 + packed[15:]]
     for name, content in [("x.jsonl", b"\xff\xfe{}"), *(("x.json.gz", d) for d in damaged)]:
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=name):
-            ft.read_examples(tmp_path / name)
-    with pytest.raises(DataError, match="does not exist: name a "):
-        ft.read_examples(tmp_path / "nothing.json")
+        with pytest.raises(UserError, match=name):
+            read_examples(tmp_path / name)
+    with pytest.raises(UserError, match="does not exist: name a "):
+        read_examples(tmp_path / "nothing.json")
 
 
 # ---- sets and splits -----------------------------------------------------------------------
@@ -407,33 +423,33 @@ def test_beginnings_of_a_dialogue_are_joined_and_never_split(tmp_path):
     talk = [m for i in range(3) for m in (turn("user", f"q{i}"), turn("assistant", f"a{i}"))]
     rows = [{"context": talk[:i], "response": talk[i]} for i in (1, 3, 5)]
     other = {"context": [turn("user", "q0")], "response": turn("assistant", "else")}
-    _, examples = ft.read_examples(write(tmp_path / "x.jsonl", [*rows, other, other]))
+    _, examples = read_examples(write(tmp_path / "x.jsonl", [*rows, other, other]))
     assert [len(e["messages"]) for e in examples] == [6, 2, 2]
     examples += [{"messages": [turn("user", str(i)), A]} for i in range(99) for _ in range(2)]
-    train, val = ft.split_off(examples, 0.2)
+    train, val = split_off(examples, 0.2)
     assert len(train) + len(val) == len(examples) and 30 <= len(val) <= 44
-    assert not {ft.first_words(e) for e in train} & {ft.first_words(e) for e in val}
-    again = ft.split_off(random.Random(0).sample(examples, len(examples)), 0.2)[1]
+    assert not {first_words(e) for e in train} & {first_words(e) for e in val}
+    again = split_off(random.Random(0).sample(examples, len(examples)), 0.2)[1]
     assert sorted(map(str, again)) == sorted(map(str, val))
     five = [{"text": t, "label": "x"} for t in "abcde"]
-    assert [e["text"] for e in ft.split_off(five, 0.4)[1]] == ["c", "d"]  # everywhere, for ever
+    assert [e["text"] for e in split_off(five, 0.4)[1]] == ["c", "d"]  # everywhere, for ever
     for fraction in (0.01, 0.5, 0.99):
-        assert all(ft.split_off(examples[2:7], fraction))
-    with pytest.raises(DataError, match="begin alike cannot be split"):
-        ft.split_off(examples[:3], 0.5)
+        assert all(split_off(examples[2:7], fraction))
+    with pytest.raises(UserError, match="begin alike cannot be split"):
+        split_off(examples[:3], 0.5)
 
 
 def test_load_data_names_the_files_it_read_by_their_hashes(tmp_path):
     train, val = write(tmp_path / "t.jsonl", alpaca(20)), write(tmp_path / "v.jsonl", alpaca(3))
     digest = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (train, val)]
-    kind, parts, hashes = ft.load_data(train, val)
+    kind, parts, hashes = load_data(train, val)
     assert (kind, hashes) == ("chat", dict(zip(("train", "val"), digest)))
     assert (len(parts["train"]), len(parts["val"])) == (20, 3)
-    _, parts, hashes = ft.load_data(train, fraction=0.25)
+    _, parts, hashes = load_data(train, fraction=0.25)
     assert (len(parts["train"]), len(parts["val"]), hashes) == (15, 5, {"train": digest[0]})
     labels = write(tmp_path / "l.jsonl", [{"text": "t", "label": "x"}])
-    with pytest.raises(DataError, match="of different kinds"):
-        ft.load_data(train, labels)
+    with pytest.raises(UserError, match="of different kinds"):
+        load_data(train, labels)
 
 
 @pytest.fixture
@@ -448,15 +464,15 @@ def offline(tmp_path, monkeypatch):
 
 
 def test_synthetic_dialogues_say_what_their_calls_ask_and_find_what_fits(offline, tmp_path):
-    paths = prepare_data.fetch_set("hotel-synthetic")
+    paths = SOURCES["hotel-synthetic"].fetch()
     first = {s: p.read_bytes() for s, p in paths.items()}
     for p in paths.values():
         p.unlink()
-    prepare_data.fetch_set("hotel-synthetic")
+    SOURCES["hotel-synthetic"].fetch()
     assert first == {s: p.read_bytes() for s, p in paths.items()}
     rows = [json.loads(line) for line in first["train"].decode().splitlines()]
-    assert len(rows) == 3000 and len(ft.read_examples(paths["test"])[1]) == 300
-    hotels = prepare_data.read_hotels(prepare_data.OWN_HOTELS)
+    assert len(rows) == 3000 and len(read_examples(paths["test"])[1]) == 300
+    hotels = read_hotels(OWN_HOTELS)
     for user, search, found, answer, *_ in rows:
         said, a = user["content"], search["arguments"]
         low, high = a.get("price_range_lower"), a.get("price_range_upper")
@@ -479,7 +495,7 @@ def test_synthetic_dialogues_say_what_their_calls_ask_and_find_what_fits(offline
 
 def test_film_reviews_are_split_as_the_public_set_is(offline):
     folder, files = real("rotten_tomatoes"), {}
-    archive = prepare_data.download_path(prepare_data._REVIEWS)
+    archive = download_path(REVIEWS)
     archive.parent.mkdir(parents=True)
     with tarfile.open(archive, "w:gz") as tar:
         for label in ("pos", "neg"):
@@ -488,7 +504,7 @@ def test_film_reviews_are_split_as_the_public_set_is(offline):
             member = tarfile.TarInfo(f"rt-polaritydata/rt-polarity.{label}")
             member.size = len(raw)
             tar.addfile(member, io.BytesIO(raw))
-    kind, parts, _ = ft.load_data("sentiment")
+    kind, parts, _ = load_data("sentiment")
     assert kind == "label"
     assert {s: len(rows) for s, rows in parts.items()} == dict(train=8530, val=1066, test=1066)
     ends = {"train": (0, 4265), "val": (4265, 4798), "test": (4798, 5331)}
@@ -502,9 +518,8 @@ def test_film_reviews_are_split_as_the_public_set_is(offline):
 
 
 def test_the_public_hotel_set_with_its_database(offline):
-    urls = prepare_data.SETS["hotel"]
     for split, name in {"train": "train", "dev": "dev", "test": "dev"}.items():
-        path = prepare_data.download_path(urls[split])
+        path = download_path(f"{LAB}/{split}.full.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = []
         for line in real(f"hotel/{name}.jsonl").read_text(encoding="utf-8").splitlines():
@@ -515,13 +530,13 @@ def test_the_public_hotel_set_with_its_database(offline):
                 if turn["role"] in ("search", "assistant")
             ]
         path.write_text("\n".join(rows), encoding="utf-8")
-    prepare_data.HOTEL_DB.parent.mkdir(parents=True)
-    prepare_data.HOTEL_DB.write_bytes(real("hotel/hotel_db.json").read_bytes())
-    kind, parts, hashes = ft.load_data("hotel")
+    HOTEL_DB.parent.mkdir(parents=True)
+    HOTEL_DB.write_bytes(real("hotel/hotel_db.json").read_bytes())
+    kind, parts, hashes = load_data("hotel")
     assert {s: len(rows) for s, rows in parts.items()} == dict(train=3111, val=395, test=395)
     assert hashes["val"] == hashes["test"] and kind == "chat"
-    hotels = prepare_data.read_hotels()
-    assert len(hotels) > 1000 and len(prepare_data.search_hotels(hotels, type="豪华型")) == 2
+    hotels = read_hotels()
+    assert len(hotels) > 1000 and len(search_hotels(hotels, type="豪华型")) == 2
 
 
 # ---- rows that are too long ----------------------------------------------------------------
@@ -538,8 +553,9 @@ def test_the_oldest_turns_are_cut_first_and_at_their_borders():
     assert (row.ids, cut) == (render_chat(talk, CHAT)[0], False)
     row, cut = ft.chat_row(talk, CHAT, 20)
     assert (row.ids, cut) == (render_chat([talk[0], *talk[-4:]], CHAT)[0], True)
-    rows, cuts = ft.make_rows("chat", [{"messages": talk}, {"messages": talk[:3]}], CHAT, 20)
-    assert (len(rows), cuts) == (2, 1)
+    args = argparse.Namespace(context=20, loss_on="assistant")
+    split = ft.SFT(args, CHAT).make_split([{"messages": talk}, {"messages": talk[:3]}])
+    assert (len(split.rows), split.cut) == (2, 1)
     long = [turn("user", words(50)), turn("assistant", "ok")]
     row, cut = ft.chat_row(long, CHAT, 10)  # the end of a question that is too long, and the answer
     assert (row.ids, cut) == (render_chat(long, CHAT)[0][-11:], True) and row.mask[-3:] == [1] * 3
@@ -597,7 +613,7 @@ def random_rows(count, longest=30, seed=0, low=2):
 def test_an_epoch_of_batches_holds_each_row_once_within_the_budget(pairs):
     rows = random_rows(200)
     rows = list(zip(rows[:100], rows[100:])) if pairs else rows
-    batches = ft.Batches(rows, 120, seed=5)
+    batches = ft.BucketLoader(rows, 120, seed=5)
     epochs = []
     for epoch in range(3):
         drawn = [batches.get(epoch * batches.per_epoch + i) for i in range(batches.per_epoch)]
@@ -609,19 +625,19 @@ def test_an_epoch_of_batches_holds_each_row_once_within_the_budget(pairs):
         epochs.append([chosen for chosen, _ in drawn])
     assert epochs[0] != epochs[1] != epochs[2]
     numbers = random.Random(1).sample(range(3 * batches.per_epoch), 40)
-    again = ft.Batches(rows, 120, seed=5)
+    again = ft.BucketLoader(rows, 120, seed=5)
     for n in numbers:  # in any order, as after a resume
         epoch, at = divmod(n, batches.per_epoch)
         assert again.get(n)[0] == epochs[epoch][at]
-    assert ft.Batches(rows, 120, seed=6).get(0)[0] != epochs[0][0]
-    assert ft.Batches(rows, 1, seed=5).per_epoch == len(rows)  # a row larger than all is a batch
+    assert ft.BucketLoader(rows, 120, seed=6).get(0)[0] != epochs[0][0]
+    assert ft.BucketLoader(rows, 1, seed=5).per_epoch == len(rows)  # a larger row is a batch
 
 
 def test_epochs_that_are_made_anew_have_as_many_batches_as_the_first():
     sizes = [30, 4, 30, 60, 15]
     epochs = [random_rows(40, longest, seed=e, low=3) for e, longest in enumerate(sizes)]
-    batches = ft.Batches(epochs[0], 60, 0, epochs.__getitem__)
-    native = [ft.Batches(rows, 60, 0).per_epoch for rows in epochs]
+    batches = ft.BucketLoader(epochs[0], 60, 0, epochs.__getitem__)
+    native = [ft.BucketLoader(rows, 60, 0).per_epoch for rows in epochs]
     assert native[1] < 7 < native[0] < native[3]
     for epoch, rows in enumerate(epochs):
         n = batches.per_epoch
@@ -629,7 +645,7 @@ def test_epochs_that_are_made_anew_have_as_many_batches_as_the_first():
         assert all(got == [rows[i] for i in chosen] for chosen, got in drawn)
         seen = {i for chosen, _ in drawn for i in chosen}
         assert len(seen) == 40 or native[epoch] > n
-    assert batches.get(n - 1)[0] == ft.Batches(epochs[0], 60, 0).get(n - 1)[0]
+    assert batches.get(n - 1)[0] == ft.BucketLoader(epochs[0], 60, 0).get(n - 1)[0]
 
 
 def test_padding_adds_no_targets():
@@ -637,7 +653,9 @@ def test_padding_adds_no_targets():
     ids, targets = ft.pad(rows)
     assert ids.tolist() == [[1, 2, 0], [4, 5, 6]]
     assert targets.tolist() == [[-100, 3, -100], [5, -100, 7]]
-    ids, _, reference = ft.pad_pairs([(rows[0], rows[1]), (rows[1], rows[0])], [[1, 2], [3, 4]])
+    pairs = [(rows[0], rows[1]), (rows[1], rows[0])]
+    split = ft.Split([], pairs, reference=torch.tensor([[1, 2], [3, 4]]))
+    ids, _, reference = ft.DPO(None, CHAT).batch(split, [0, 1], pairs)
     assert ids.tolist() == [[1, 2, 0], [4, 5, 6], [4, 5, 6], [1, 2, 0]]  # chosen, then rejected
     assert reference.tolist() == [[1, 2], [3, 4]]
 
@@ -652,52 +670,6 @@ def small_model(position, vocab=64):
     return model
 
 
-def unpack(logps, ids, segments, rows):
-    """The log probability of each of `rows`, found by its ids, in packed windows."""
-    found = {}
-    for b in range(len(ids)):
-        for number in range(1, int(segments[b].max()) + 1):
-            here = segments[b] == number
-            found[tuple(ids[b, here].tolist())] = logps[b, here].sum()
-    return torch.stack([found[tuple(r.ids[:-1])] for r in rows])
-
-
-@pytest.mark.parametrize("position", lm.POSITIONS)
-def test_packed_rows_are_learned_as_if_each_were_alone(position):
-    model, rows = small_model(position), random_rows(12, low=3)
-    ids, positions, segments, targets = batch = ft.pack(rows, 48)
-    assert ids.shape[0] < len(rows) and (segments == 0).any() and ids.shape[1] == 48
-    mask = ft.block_mask(segments)
-    logps = model(ids, targets, positions=positions, mask=mask, each=True)
-    packed = unpack(logps, ids, segments, rows)
-    single = torch.stack([model(*ft.pad([r]), each=True).sum() for r in rows])
-    assert torch.allclose(packed, single, atol=1e-5, rtol=1e-5)
-    ft.packed_loss(model, *batch).backward()
-    grads = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    (-single.sum()).backward()
-    for p, g in zip(model.parameters(), grads):
-        assert torch.allclose(p.grad, g, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("position", lm.POSITIONS)
-def test_nothing_leaks_between_packed_rows(position):
-    model, rows = small_model(position), random_rows(3, 14, low=10)
-    ids, positions, segments, targets = ft.pack(rows, 48)
-    assert len(ids) == 1
-
-    def logps(ids):
-        mask = ft.block_mask(segments)
-        return model(ids, targets, positions=positions, mask=mask, each=True)
-
-    before = logps(ids)
-    for changed in (0, 1, 2, 3):
-        where = segments == changed
-        after = logps(torch.where(where, (ids + 7) % 64, ids))
-        assert torch.allclose(after[~where], before[~where], atol=1e-6)
-        assert changed == 0 or not torch.allclose(after[where], before[where], atol=1e-2)
-
-
 # ---- augmentation --------------------------------------------------------------------------
 
 
@@ -707,7 +679,7 @@ def hotel_talk(facilities, note=""):
     return {
         "messages": [
             turn("user", f"要有{'和'.join(facilities)}的"),
-            turn("call", prepare_data.call_text("search", arguments)),
+            turn("call", call_text("search", arguments)),
             turn("tool", json.dumps(records, ensure_ascii=False)),
             turn("assistant", f"它有{'、'.join(facilities)}。"),
         ]
@@ -721,12 +693,12 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
 
     rng = random.Random(0)
     rng.random = iter([0.0, *[0.9] * 9]).__next__  # only the first value is exchanged
-    after = ft.substitute(before, pool, 0.5, rng)
+    after = substitute(before, pool, 0.5, rng)
     assert after == hotel_talk(["接机", "SPA"], "接机在二楼") and before == kept
-    assert ft.substitute(before, pool, 0.0, random.Random(0)) is before
-    assert ft.substitute(before, pool, 1.0, random.Random(0)) is before  # two would become one
+    assert substitute(before, pool, 0.0, random.Random(0)) is before
+    assert substitute(before, pool, 1.0, random.Random(0)) is before  # two would become one
     unsaid = {"messages": [turn("user", "x"), *before["messages"][1:]]}
-    assert ft.substitute(unsaid, pool, 1.0, random.Random(0)) is unsaid
+    assert substitute(unsaid, pool, 1.0, random.Random(0)) is unsaid
 
 
 def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
@@ -737,16 +709,16 @@ def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
         return {"messages": [turn(role, text) for role, text in zip(roles, texts)]}
 
     pool = {"tool.name": ["听涛宾馆"], "tool.phone": ["1-2"], "tool.type": ["经济型"]}
-    after = ft.substitute(talk("北京饭店", "010-1"), pool, 1.0, random.Random(0))
+    after = substitute(talk("北京饭店", "010-1"), pool, 1.0, random.Random(0))
     assert after == talk("听涛宾馆", "1-2")  # the type was not read out: it stays
-    assert ft.values_by_key([talk("a", "b")])["tool.name"] == ["a"]
+    assert values_by_key([talk("a", "b")])["tool.name"] == ["a"]
 
 
 def test_a_value_inside_another_is_not_torn_out_of_it():
     before, pool = hotel_talk(["上网", "上网服务"]), {"call.facilities": ["接机", "SPA"]}
     rng, new = random.Random(0), ["SPA", "接机"]
     rng.choice = lambda values: new.pop()
-    assert ft.substitute(before, pool, 1.0, rng) == hotel_talk(["接机", "SPA"])
+    assert substitute(before, pool, 1.0, rng) == hotel_talk(["接机", "SPA"])
 
 
 ODD = ['a"b', "c\\d", "$1.*", "x|y", "(健身房)", "name", "facilities", "\\1", "换\n行", "\\g<0>"]
@@ -754,11 +726,11 @@ ODD = ['a"b', "c\\d", "$1.*", "x|y", "(健身房)", "name", "facilities", "\\1",
 
 def test_odd_values_survive_an_exchange():
     examples = [hotel_talk([a, b]) for a in ODD for b in ODD if a != b]
-    pool, rng = ft.values_by_key(examples), random.Random(0)
+    pool, rng = values_by_key(examples), random.Random(0)
     assert set(pool["call.facilities"]) == set(ODD) and "call.rating_range_lower" not in pool
     changed = 0
     for e in examples:
-        after = ft.substitute(e, pool, 0.7, rng)
+        after = substitute(e, pool, 0.7, rng)
         changed += after != e
         new = parse_call(after["messages"][1]["content"])[1]["facilities"]
         records = json.loads(after["messages"][2]["content"])
@@ -773,31 +745,33 @@ def test_a_tool_result_that_is_no_json_is_text_and_one_without_the_value_stays_a
     for result, wanted in (("有 健身房!", "有 接机!"), ('{"a":  1.50}', '{"a":  1.50}')):
         talk[2] = turn("tool", result)
         pool = {"call.facilities": ["接机"]}
-        after = ft.substitute({"messages": talk}, pool, 1.0, random.Random(0))
+        after = substitute({"messages": talk}, pool, 1.0, random.Random(0))
         assert after["messages"][2]["content"] == wanted
         assert after["messages"][0]["content"] == "要有接机的"
 
 
 def test_calls_are_tidied_and_say_the_same():
     arguments = {"type": "豪华型", "facilities": ["c", "a", "z", "b"], "n": [2, 1]}
-    talk = [turn("user", "b then c then a"), turn("call", prepare_data.call_text("f", arguments))]
-    after = ft.tidy_calls({"messages": [*talk, A]})["messages"]
+    talk = [turn("user", "b then c then a"), turn("call", call_text("f", arguments))]
+    after = tidy_calls({"messages": [*talk, A]})["messages"]
     tidy = parse_call(after[1]["content"])[1]
     assert list(tidy) == ["facilities", "n", "type"] and after[0] == talk[0] and after[2] == A
     assert tidy["facilities"] == ["b", "c", "a", "z"] and tidy["n"] == [2, 1]
     assert sorted(tidy["facilities"]) == sorted(arguments["facilities"])
-    assert ft.tidy_calls({"messages": after})["messages"] == after
+    assert tidy_calls({"messages": after})["messages"] == after
 
 
 def test_augmented_epochs_depend_on_seed_and_epoch_alone():
-    rows = prepare_data.synthetic_dialogues(40, "x")
-    examples = [ft.tidy_calls(ft.to_example(r)[1]) for r in rows]
-    args = argparse.Namespace(seed=3, augment=0.5, context=4000, loss_on="assistant")
-    make = ft.Augmented(examples, CHAT, args)
+    rows = synthetic_dialogues(40, "x")
+    examples = [tidy_calls(to_example(r)[1]) for r in rows]
+    args = argparse.Namespace(context=4000, loss_on="assistant")
+    objective = ft.SFT(args, CHAT)
+    make = ft.augmented(examples, objective, 0.5, seed=3)
     first, second = make(0), make(1)
-    assert make(0) == first != second and ft.Augmented(examples, CHAT, args)(1) == second
-    args.seed = 4
-    assert make(0) != first and len(first) == len(second) == 40
+    again = ft.augmented(examples, objective, 0.5, seed=3)
+    assert make(0) == first != second and again(1) == second
+    assert ft.augmented(examples, objective, 0.5, seed=4)(0) != first
+    assert len(first) == len(second) == 40
     for row in first:
         text = CHAT.decode(row.ids)
         for content in re.findall(r"<\|call\|>(.*?)<\|end\|>", text, re.S):
@@ -823,16 +797,16 @@ def test_bleu_is_nltk_s_with_its_third_smoothing():
             ours = "".join(rng.choices(letters + "z", k=rng.randint(0, 12)))
         ours = ours.strip()
         want = bleu.sentence_bleu([list(reference)], list(ours), smoothing_function=smooth)
-        assert ft.bleu4(f" {ours}\n", reference) == pytest.approx(want, abs=1e-12)
+        assert bleu4(f" {ours}\n", reference) == pytest.approx(want, abs=1e-12)
 
 
 def test_bleu_by_hand():
-    assert ft.bleu4("", "abc") == ft.bleu4("abc", "") == ft.bleu4("xyz", "abc") == 0.0
-    assert ft.bleu4("一家酒店", "一家酒店") == pytest.approx(1.0)
+    assert bleu4("", "abc") == bleu4("abc", "") == bleu4("xyz", "abc") == 0.0
+    assert bleu4("一家酒店", "一家酒店") == pytest.approx(1.0)
     # precisions 4/4, 2/3, 0/2 -> 1/4, 0/1 -> 1/4
-    assert ft.bleu4("abdc", "dcab") == pytest.approx((2 / 3 / 4 / 4) ** 0.25)
+    assert bleu4("abdc", "dcab") == pytest.approx((2 / 3 / 4 / 4) ** 0.25)
     # 2/2, 1/1, then no n-gram: 1/2, 1/4; two characters for four: exp(1 - 2)
-    assert ft.bleu4("ab", "abcd") == pytest.approx((1 / 8) ** 0.25 * np.exp(-1))
+    assert bleu4("ab", "abcd") == pytest.approx((1 / 8) ** 0.25 * np.exp(-1))
 
 
 @pytest.mark.parametrize(
@@ -851,7 +825,7 @@ def test_bleu_by_hand():
     ],
 )
 def test_slots_are_counted_value_by_value(predicted, reference, counts):
-    assert ft.slot_counts(predicted, reference) == counts
+    assert slot_counts(predicted, reference) == counts
 
 
 def test_chat_scores_of_four_answers():
@@ -869,21 +843,21 @@ def test_chat_scores_of_four_answers():
         turn("assistant", "一家酒店"),
         turn("call", "ok"),  # no answer
     ]
-    scores = ft.chat_scores([([], w) for w in wanted], got)
+    scores = chat_scores([([], w) for w in wanted], got)
     assert scores == pytest.approx(
         dict(slot_p=2 / 3, slot_r=2 / 5, slot_f1=0.5, valid_json=1 / 3, bleu4=0.5)
     )
-    assert ft.chat_scores([], []) == {}
+    assert chat_scores([], []) == {}
 
 
 def test_confusion_and_macro_f1_by_hand():
     wanted, predicted = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 0]
-    table = ft.confusion(np.array(predicted), np.array(wanted), 4)
+    table = confusion(np.array(predicted), np.array(wanted), 4)
     assert table.tolist() == [[2, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     # class 0: precision 2/4, recall 2/3; class 1: 1/2, 1/2; class 2: 0; class 3 never occurs: 0
     f1 = [2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3), 0.5, 0.0, 0.0]
-    assert ft.macro_f1(table) == pytest.approx(np.mean(f1))
-    assert ft.macro_f1(np.diag([3, 2])) == 1.0
+    assert macro_f1(table) == pytest.approx(np.mean(f1))
+    assert macro_f1(np.diag([3, 2])) == 1.0
 
 
 def test_every_answer_but_an_opening_one_is_a_job_and_a_few_are_spread_evenly():
@@ -901,4 +875,4 @@ def test_every_answer_but_an_opening_one_is_a_job_and_a_few_are_spread_evenly():
 def test_a_conversation_saved_by_the_chat_can_be_learned(tmp_path):
     saved = [{"role": "user", "content": "hi"}, {"role": "call", "content": 'search {"a": 1}'}]
     saved += [{"role": "tool", "content": "[]"}, {"role": "assistant", "content": "nothing"}]
-    assert ft.to_example({"messages": saved}) == ("chat", {"messages": saved})
+    assert to_example({"messages": saved}) == ("chat", {"messages": saved})

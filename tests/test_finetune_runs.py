@@ -27,9 +27,15 @@ import lora
 import model as lm
 import sample
 import train
-from prepare_data import CHAT_TOKENS, Tokenizer, console
+from data.chat import CHAT_TOKENS, labels_of
+from data.cli import run_cli
+from data.machine import Runtime
+from data.rows import load_data
+from data.sources import SOURCES, Source
+from data.tokenizer import Tokenizer
 
-CPU = train.Runtime(torch.device("cpu"), peak=1e11)
+CPU = Runtime(torch.device("cpu"), peak=1e11)
+FITS = argparse.Namespace(context=48, loss_on="assistant")
 BYTE = Tokenizer({"kind": "byte"})
 CHAT = BYTE.with_special(CHAT_TOKENS)
 KNOWN, NEW = 257, slice(257, 263)  # ids of a byte model, those of CHAT_TOKENS
@@ -88,7 +94,7 @@ def tool_chat(word, n):
 def desk(tmp_path, monkeypatch, taught):
     """A folder to work in: a base model and toy rows of every kind."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "measure_peak", lambda *_: 1e11)
+    monkeypatch.setattr("data.machine.measure_peak", lambda *_: 1e11)
     Path("out/base").mkdir(parents=True)
     shutil.copy(taught, "out/base/best.pt")
     pairs = [*itertools.product(WORDS, WORDS)][:60]
@@ -127,7 +133,7 @@ def refused(capsys, *flags, main=None):
     """What stands on stderr when the flags are a mistake: one line, exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as e:
-        console(lambda: (main or ft.main)([str(f) for f in flags]), lm.ModelError, train.TrainError)
+        run_cli(lambda: (main or ft.main)([str(f) for f in flags]))
     err = capsys.readouterr().err
     assert e.value.code == 2 and len(err.strip().splitlines()) == 1, err
     return err
@@ -192,6 +198,11 @@ def direct_dpo(model, pairs, reference, beta):
     return total
 
 
+def pair_batch(pairs, reference):
+    split = ft.Split([], pairs, reference=reference)
+    return ft.DPO(None, CHAT).batch(split, list(range(len(pairs))), pairs)
+
+
 @pytest.mark.parametrize("shape", [{}, {"tied": True}, {"head_bias": True, "position": "learned"}])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-4)])
 def test_dpo_and_its_gradients_are_the_papers_formula(shape, dtype, tolerance):
@@ -199,7 +210,7 @@ def test_dpo_and_its_gradients_are_the_papers_formula(shape, dtype, tolerance):
     pairs = list(zip(rows[::2], rows[1::2]))
     reference = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)) - 60
     model, exact = small_model(**shape).to(dtype), small_model(**shape).double()
-    loss = ft.dpo_loss(model, *ft.pad_pairs(pairs, reference), beta=0.3)
+    loss = ft.dpo_loss(model, *pair_batch(pairs, reference), beta=0.3)
     loss.backward()
     wanted = direct_dpo(exact, pairs, reference.double(), 0.3)
     wanted.backward()
@@ -242,16 +253,18 @@ def test_a_model_that_is_its_own_teacher_has_nothing_to_learn():
 
 
 def task_of(rows, objective, batch_tokens, accum, reference=None, **changes):
-    args = dict(objective=objective, grad_accum=accum, pack=None, context=48)
+    args = dict(objective=objective, grad_accum=accum, context=48)
     args = argparse.Namespace(**(ft.RECIPE | args | changes))
-    batches = ft.Batches(rows, batch_tokens, 0)
-    return batches.per_epoch, ft.make_task(args, "", batches, None, reference, CPU, {}, 256)
+    batches = ft.BucketLoader(rows, batch_tokens, 0)
+    learned = ft.OBJECTIVES[objective][0](args, CHAT)
+    learned.runtime, split = CPU, ft.Split([], rows, reference=reference)
+    return batches.per_epoch, ft.make_task(args, learned, split, None, batches, {})
 
 
-@pytest.mark.parametrize("objective, pack", [("sft", None), ("sft", True), ("dpo", None)])
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 def test_micro_batches_of_any_target_count_give_the_gradient_of_the_whole(
-    objective, pack, dtype, tolerance
+    objective, dtype, tolerance
 ):
     rows = some_rows((3, 40, 12, 5, 33, 48, 2, 9, 17, 26))
     for row in rows[::4]:  # one target against dozens
@@ -264,14 +277,14 @@ def test_micro_batches_of_any_target_count_give_the_gradient_of_the_whole(
     assert n > 3
     for batch_tokens, accum in ((60, n), (10**6, 1)):
         model = small_model().to(dtype)
-        _, task = task_of(rows, objective, batch_tokens, accum, reference, pack=pack)
+        _, task = task_of(rows, objective, batch_tokens, accum, reference)
         batches = task.batches(0)
         assert len(batches) == accum
         loss, _ = train.training_step(model, task, batches, CPU, scaler)
         results.append((loss, gradients(model)))
     (cut, ours), (whole, theirs) = results
     if objective == "dpo":  # a mean over pairs, whatever their lengths
-        total = ft.dpo_loss(small_model().to(dtype), *ft.pad_pairs(rows, reference), 0.1).item()
+        total = ft.dpo_loss(small_model().to(dtype), *pair_batch(rows, reference), 0.1).item()
         assert whole == pytest.approx(total / 5, rel=1e-5)
     assert cut == pytest.approx(whole, rel=max(tolerance, 1e-12))
     for name in theirs:
@@ -309,12 +322,12 @@ def test_the_reference_is_the_base_itself_and_is_kept_in_last_pt(desk):
     thin = content(tune(*DPO, *LORA, "--max_steps", "3", out="out/thin") / "last.pt")["reference"]
     model = lm.model_from_checkpoint(lm.load_checkpoint("out/base")).double()
     model.grow_vocabulary(320, KNOWN)
-    _, parts, _ = ft.load_data("pairs.jsonl")
+    _, parts, _ = load_data("pairs.jsonl")
     for split in ("train", "val"):
-        rows, _ = ft.make_rows("prefer", parts[split], CHAT, 48)
+        rows = ft.DPO(FITS, CHAT).make_split(parts[split]).rows
         with torch.no_grad():
             direct = [[float(model(torch.tensor([r.ids[:-1]]), torch.tensor([r.targets()]),
-                                   each=True).sum()) for r in pair] for pair in rows]
+                                   reduction="none").sum()) for r in pair] for pair in rows]
         assert torch.equal(full[split], thin[split])
         assert (full[split].double() - torch.tensor(direct).double()).abs().max() < 1e-3
     for name, before in (("full", full), ("thin", thin)):
@@ -338,7 +351,7 @@ def killed(*args):
     if len(done) == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return result
-train.training_step, train.measure_peak = killed, lambda *_: 1e11
+train.training_step, measure_peak = killed, lambda *_: 1e11
 finetune.main(sys.argv[1:])
 """
 
@@ -349,7 +362,7 @@ finetune.main(sys.argv[1:])
         [*SFT, "--dropout", "0.2", "--grad_accum", "2"],
         [*SFT, *LORA, "--dropout", "0.1"],
         [*SFT, *LORA, "--lora_dropout", "0.2", "--quantize", "nf4", "--token_dropout", "0.2"],
-        [*SFT, "--data", "tools.jsonl", "--augment", "0.7", "--optimizer", "muon", "--pack"],
+        [*SFT, "--data", "tools.jsonl", "--augment", "0.7", "--optimizer", "muon"],
         [*DPO, "--dropout", "0.1"],
     ],
     ids=["dropout", "lora", "nf4", "augment", "dpo"],
@@ -439,7 +452,7 @@ def test_a_classifier_end_to_end(desk, capsys):
     right = sum(r["reference"] == r["prediction"] for r in rows)
     assert right == int(table[0]) + int(table[3]) >= 5
     assert values(out, "accuracy")[-1] == pytest.approx(right / 6)
-    assert sample.labels_of(Tokenizer(content(out / "best.pt")["tokenizer"])) == ["neg", "pos"]
+    assert labels_of(Tokenizer(content(out / "best.pt")["tokenizer"])) == ["neg", "pos"]
     sample.main(["--ckpt", str(out), "--prompt", rows[0]["text"]])
     first, p, _, _ = capsys.readouterr().out.split()
     assert first == rows[0]["prediction"] and float(p) == pytest.approx(max(rows[0]["p"]), abs=1e-3)
@@ -448,7 +461,6 @@ def test_a_classifier_end_to_end(desk, capsys):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--pack"],
         ["--token_dropout", "0.1"],
         ["--loss_on", "all"],
         ["--data", "tools.jsonl", "--loss_on", "call", "--augment", "1"],
@@ -497,8 +509,7 @@ def test_eval_only_measures_a_split_and_trains_nothing(desk, monkeypatch, capsys
     for split, part in (("train", rows[:40]), ("dev", rows[40:52]), ("test", rows[52:])):
         Path(f"{split}.jsonl").write_text("".join(part))
     paths = {s: f"{s}.jsonl" for s in ("train", "dev", "test")}
-    monkeypatch.setitem(ft.SETS, "films", paths)
-    monkeypatch.setattr(ft, "fetch_set", lambda name: paths)
+    monkeypatch.setitem(SOURCES, "films", Source(lambda: paths, rows=True))
     out = tune("--data", "films", *QUICK, "--epochs", "2")
     before = (out / "last.pt").read_bytes()
     scores = json.loads((out / "scores.json").read_text())["val"]
@@ -532,8 +543,8 @@ def test_a_mask_can_be_read_from_a_pipe_that_closes_early(desk):
 
 
 def built(*flags, ckpt="out/base"):
-    args, more, kind, _, _ = ft.resolve(ft.build_parser().parse_args(["--ckpt", ckpt, *flags]))
-    return ft.build_model(args, more, kind, ["neg", "pos"] if kind == "label" else [])
+    args, kind, more, _, _ = ft.resolve(ft.build_parser().parse_args(["--ckpt", ckpt, *flags]))
+    return ft.build_model(args, more, ["neg", "pos"] if kind is ft.Classify else [])
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -571,8 +582,8 @@ def test_under_lora_the_new_rows_learn_and_travel_with_the_adapter(desk, tied):
         learned = [0, 1, 2, 5] if table[0] == "e" else [5]  # turns that the chats have
         assert ((now[NEW] - mean).abs().amax(1)[learned] > 1e-4 * (table[0] != "e")).any()
         assert (now[NEW] - mean).abs().max() > 1e-3
-    _, parts, _ = ft.load_data("chats.jsonl")
-    ids, targets = ft.pad(ft.make_rows("chat", parts["val"], CHAT, 48)[0])
+    _, parts, _ = load_data("chats.jsonl")
+    ids, targets = ft.pad(ft.SFT(FITS, CHAT).make_split(parts["val"]).rows)
     loss = model(ids, targets).item() / int((targets != -100).sum())
     assert loss == pytest.approx(values(out, "val_loss")[-1], rel=1e-5)  # nothing else has learned
     assert "adapter" in content(out / "last.pt") and (out / "last.pt").stat().st_size < 10**6
@@ -621,7 +632,7 @@ def test_two_adapters_over_one_base_are_switched_in_a_chat(desk, monkeypatch, ca
     model, _, _ = sample.load("out/base", adapters=["out/poet", "out/clerk"])
     ids = torch.tensor([CHAT.encode("to be") + [259]])
     for name in ("poet", "clerk", "poet"):
-        lora.switch(model, name)
+        lora.set_adapter(model, name)
         alone, _, _ = sample.load(f"out/{name}")
         with torch.no_grad():
             assert (model(ids) - alone(ids)).abs().max() < 1e-6
@@ -630,7 +641,7 @@ def test_two_adapters_over_one_base_are_switched_in_a_chat(desk, monkeypatch, ca
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     sample.main([*flags, "--max_tokens", "5", "--seed", "0"])
     said = capsys.readouterr().out
-    assert "talking through clerk" in said and "no adapter nobody" in said
+    assert "active adapter: clerk" in said and "no adapter nobody" in said
     twice = [*flags[:4], "--adapter", "out/poet/", "--prompt", "a"]
     assert "called alike" in refused(capsys, *twice, main=sample.main)
     classifier = tune(*LABELS, *LORA, "--max_steps", "1", out="out/labels")
@@ -698,9 +709,8 @@ def test_ctrl_c_saves_and_says_so_by_its_exit_code(desk):
         ([*SFT, "--objective", "dpo"], "--objective dpo"),
         ([*LABELS, "--objective", "sft"], "--objective sft"),
         ([*DPO, "--objective", "classify"], "--objective classify"),
-        ([*LABELS, "--pack"], "--pack"),
         ([*LABELS, "--augment", "0.5"], "--augment"),
-        ([*SFT, "--pack", "--token_dropout", "0.5"], "--token_dropout"),
+        ([*DPO, "--token_dropout", "0.5"], "--token_dropout"),
         ([*SFT, *LORA, "--lora_targets", "nonsense"], "nonsense"),
         ([*SFT, *LORA, "--lora_targets", "head", "--ckpt", "out/tied.pt"], "tied head"),
         ([*SFT, "--split", "test"], "no split 'test'"),

@@ -10,17 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sample
-from prepare_data import (
-    CHAT_TOKENS,
-    DataError,
-    Template,
-    Tokenizer,
-    call_text,
-    render_chat,
-    tokenizer_config,
-    tokenizer_json,
-)
+from data.chat import CHAT_TOKENS, Template, call_text, chat_prompt, render_chat
+from data.cli import UserError
+from data.hf_tokenizer import tokenizer_config, tokenizer_json
+from data.tokenizer import Tokenizer
+from data.tools import function_schema, load_tools
 
 BYTE = Tokenizer({"kind": "byte"})
 QWEN = BYTE.with_special(
@@ -30,7 +24,7 @@ SMOL = BYTE.with_special(["<|im_start|>", "<|im_end|>"])
 LLAMA = BYTE.with_special(
     ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 )
-LLAMA.begin = LLAMA.special["<|begin_of_text|>"]
+LLAMA.bos_id = LLAMA.special["<|begin_of_text|>"]
 TALK = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "你好"},
@@ -103,7 +97,7 @@ def test_a_prompt_is_a_prefix_of_what_was_learned(family):
         if m["role"] in ("assistant", "call"):
             prompt = render_chat(TALK[:i], tokenizer, add_generation_prompt=True)[0]
             assert prompt == whole[: len(prompt)]
-            assert sample.chat_prompt(TALK[:i], tokenizer, 10_000) == prompt
+            assert chat_prompt(TALK[:i], tokenizer, 10_000) == prompt
 
 
 @every_family
@@ -121,7 +115,7 @@ def test_a_prompt_that_is_too_long_keeps_its_frame(family):
     tokenizer, _, begin = FAMILIES[family]
     template = Template(tokenizer)
     for room in (60, 90, 200):
-        ids = sample.chat_prompt(TALK[:4], tokenizer, room)
+        ids = chat_prompt(TALK[:4], tokenizer, room)
         assert len(ids) <= room and tokenizer.decode(ids).endswith(f"A room?{end(template)}{begin}")
         assert ids[: len(template.start)] == template.start
 
@@ -133,7 +127,7 @@ def end(template):
 
 def test_our_own_tokens_win_and_a_tokenizer_without_any_is_refused():
     assert Template(QWEN.with_special(CHAT_TOKENS)).kind == "ours"
-    with pytest.raises(DataError, match="no special tokens for a chat"):
+    with pytest.raises(UserError, match="no special tokens for a chat"):
         Template(BYTE)
 
 
@@ -180,16 +174,16 @@ def mixed(
 @pytest.mark.parametrize("function", [look_up, mixed])
 def test_a_functions_schema_is_that_of_transformers(function):
     theirs = pytest.importorskip("transformers").utils.get_json_schema(function)
-    ours = sample.function_schema(function.__name__, function)
+    ours = function_schema(function.__name__, function)
     assert json.dumps(ours) == json.dumps(theirs)  # the order counts: it is text for a model
 
 
 def test_a_function_without_words_has_a_schema_too():
-    schema = sample.function_schema("f", lambda x, *more, y=2, **rest: 1)["function"]
+    schema = function_schema("f", lambda x, *more, y=2, **rest: 1)["function"]
     none = {"description": ""}
     assert schema["parameters"]["properties"] == {"x": none, "y": none}
     assert schema["parameters"]["required"] == ["x"] and schema["description"] == ""
-    hotel = sample.function_schema("search", sample.load_tools("hotel")["search"])["function"]
+    hotel = function_schema("search", load_tools("hotel")["search"])["function"]
     assert "hotels" not in hotel["parameters"]["properties"]
     assert hotel["parameters"]["properties"]["name"]["nullable"]
 
@@ -232,7 +226,7 @@ def test_what_a_model_is_told_is_what_transformers_renders_of_our_export(
 ):
     transformers = pytest.importorskip("transformers")
     tokenizer = TOLD[family]
-    schemas = [sample.function_schema(f.__name__, f) for f in (look_up, mixed)[:tools]]
+    schemas = [function_schema(f.__name__, f) for f in (look_up, mixed)[:tools]]
     talk = TWO[1:] if system is None else [{"role": "system", "content": system}, *TWO[1:]]
     if system == "" and not (tools and family != "ours"):
         pytest.skip("an empty system turn is for tools")
@@ -255,7 +249,7 @@ def test_what_a_model_is_told_is_what_transformers_renders_of_our_export(
 
 
 def test_tools_stand_where_the_families_have_them():
-    schema = sample.function_schema("look_up", look_up)
+    schema = function_schema("look_up", look_up)
     talk = [{"role": "system", "content": "Be kind.", "tools": [schema]}, *TALK[1:2]]
     text = QWEN.decode(render_chat(talk, QWEN)[0])
     assert text == (
@@ -278,7 +272,7 @@ def test_tools_stand_where_the_families_have_them():
     )
     room = len(render_chat(talk, LLAMA, True)[0])  # the oldest turns go, the tools stay
     long = [talk[0], {"role": "user", "content": "x" * 50}, TALK[2], talk[1]]
-    assert sample.chat_prompt(long, LLAMA, room) == render_chat(talk, LLAMA, True)[0]
+    assert chat_prompt(long, LLAMA, room) == render_chat(talk, LLAMA, True)[0]
 
 
 def test_a_thought_is_no_part_of_the_message_and_a_call_after_it_is_one():

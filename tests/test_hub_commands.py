@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model as lm
-import prepare_data
 import sample
-from prepare_data import Tokenizer
+from data.chat import CHAT_TOKENS, render_chat
+from data.hf_tokenizer import hub_tokenizer
+from data.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 TEXT = "It was a bright cold day in April, and the clocks were striking 13. 你好，世界！\n" * 60
@@ -100,7 +101,7 @@ def test_a_model_of_the_hub_writes_what_transformers_writes(run, hub, name, plac
     output = run("sample.py", *flags, "--max_tokens", "20", "--print_ids")
     last = [int(i) for i in output.strip().splitlines()[-1].replace(",", " ").split()]
     assert last[-len(want) :] == want or last == want[: len(last)]
-    output = run("model.py", "--check", name)
+    output = run("tests/check_logits.py", name)
     assert "the same best token at 100.00%" in output
     assert "gpt2" in run("model.py", "--ckpt", name) or "qwen" in name
 
@@ -113,21 +114,21 @@ def test_check_against_recorded_logits(run, hub):
         logits = reference(ids).logits
     torch.save({"ids": ids, "logits": logits}, "good.pt")
     torch.save({"ids": ids, "logits": logits + torch.eye(4, 384) * 3}, "bad.pt")
-    assert "100.00%" in run("model.py", "--check", "ann/qwen", "--against", "good.pt")
-    told = run("model.py", "--check", "ann/qwen", "--against", "bad.pt", code=1)
+    assert "100.00%" in run("tests/check_logits.py", "ann/qwen", "--against", "good.pt")
+    told = run("tests/check_logits.py", "ann/qwen", "--against", "bad.pt", code=1)
     assert "difference 3.0" in told and "NOT EQUAL" in told
     torch.save({"ids": ids[0].tolist(), "logits": logits[0]}, "row.pt")
-    assert "100.00%" in run("model.py", "--check", "ann/qwen", "--against", "row.pt")
+    assert "100.00%" in run("tests/check_logits.py", "ann/qwen", "--against", "row.pt")
     torch.save({"ids": ids, "logits": logits[:, 1:]}, "short.pt")
-    assert "largest difference" in run("model.py", "--check", "ann/qwen", "--ids", "1,2,3")
+    assert "largest difference" in run("tests/check_logits.py", "ann/qwen", "--ids", "1,2,3")
     for flags, words in (
         (("--ids", "1,x"), "numbers with commas"),
         (("--ids", "1,384"), "the ids must be from 0 to 383"),
         (("--against", "nowhere"), "nowhere"),
         (("--against", "short.pt"), "short.pt holds no ids and logits"),
-        (("--tokens", "5"), "--tokens means nothing here"),
+        (("--tokens", "5"), "unknown argument --tokens"),
     ):
-        assert words in run("model.py", "--check", "ann/qwen", *flags, code=2)
+        assert words in run("tests/check_logits.py", "ann/qwen", *flags, code=2)
 
 
 def test_a_revision_is_asked_for_with_an_at(run, hub):
@@ -240,7 +241,7 @@ def test_an_export_hands_on_how_to_talk_and_spares_what_is_there(run, hub, tmp_p
     for template in ("{{ 'hey' }}", None):
         folder = tmp_path / f"chat-{template is None}"
         shutil.copytree(own, folder)
-        ids = lm.hub_tokenizer(own)["added"]
+        ids = hub_tokenizer(own)["added"]
         ends = [ids["<|im_end|>"], ids["<|endoftext|>"]]
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
         if template:
@@ -357,7 +358,7 @@ def test_a_second_call_needs_no_network(run, monkeypatch):
 
 
 def test_an_exported_chat_is_rendered_alike(tmp_path):
-    tokenizer = Tokenizer({"kind": "byte"}).with_special(prepare_data.CHAT_TOKENS)
+    tokenizer = Tokenizer({"kind": "byte"}).with_special(CHAT_TOKENS)
     config = lm.Config(vocab_size=263, n_layer=1, n_head=2, d_model=16, context=32)
     content = {"config": vars(config), "model": lm.Transformer(config).state_dict()}
     lm.save_checkpoint(tmp_path / "x.pt", content | {"tokenizer": tokenizer.spec})
@@ -365,7 +366,7 @@ def test_an_exported_chat_is_rendered_alike(tmp_path):
     talk = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "hi"}]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     got = theirs.apply_chat_template(talk, tokenize=True, return_dict=False)
-    assert got == prepare_data.render_chat(talk, tokenizer)[0]
+    assert got == render_chat(talk, tokenizer)[0]
 
 
 def test_windows_may_be_shorter_than_what_a_checkpoint_can_look_at(run):

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import prepare_data
-from prepare_data import DataError, fetch, fetch_hub
+from data.cli import UserError
+from data.download import EXTRAS, fetch, snapshot_download
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 BODY = random.Random(1).randbytes(1_000_000)
@@ -160,9 +161,9 @@ def closed_port():
 
 
 def refusal(*args, **kwargs):
-    """The one line in which fetch_hub refuses."""
-    with pytest.raises(DataError) as e:
-        fetch_hub(*args, **kwargs)
+    """The one line in which snapshot_download refuses."""
+    with pytest.raises(UserError) as e:
+        snapshot_download(*args, **kwargs)
     assert "\n" not in str(e.value)
     return str(e.value)
 
@@ -176,7 +177,7 @@ def test_a_model_in_one_file_comes_with_all_that_belongs_to_it(hub, cdn):
     put_model(hub, cdn)
     put_large(hub, cdn, "pytorch_model.bin")
     put_small(hub, "README.md")
-    assert fetch_hub("ann/tiny") == FOLDER
+    assert snapshot_download("ann/tiny") == FOLDER
     assert sorted(p.name for p in FOLDER.iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -191,13 +192,13 @@ def test_a_model_in_one_file_comes_with_all_that_belongs_to_it(hub, cdn):
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
 def test_gpt2_needs_no_owner(hub, cdn, name):
     put_model(hub, cdn, repo=f"openai-community/{name}")
-    assert fetch_hub(name) == Path(f"data/hub/openai-community/{name}/main")
+    assert snapshot_download(name) == Path(f"data/hub/openai-community/{name}/main")
 
 
 def test_shards_come_by_their_index(hub, cdn):
     put_shards(hub, cdn)
     put_large(hub, cdn, "model.safetensors")
-    fetch_hub("ann/tiny")
+    snapshot_download("ann/tiny")
     assert kept() == sorted(["config.json", INDEX, *SHARDS])
     for i, name in enumerate(SHARDS):
         assert (FOLDER / name).read_bytes() == BODY[i * 1000 :]
@@ -206,7 +207,7 @@ def test_shards_come_by_their_index(hub, cdn):
 def test_old_weights_are_taken_if_there_are_no_others(hub, cdn):
     put_small(hub, "config.json")
     put_large(hub, cdn, "pytorch_model.bin")
-    fetch_hub("ann/tiny")
+    snapshot_download("ann/tiny")
     assert kept() == ["config.json", "pytorch_model.bin"]
     assert hub.asked[-3:] == [INDEX, "model.safetensors", "pytorch_model.bin"]
 
@@ -220,9 +221,9 @@ def test_a_model_without_weights_is_told_what_was_looked_for(hub):
 
 def test_only_the_files_that_are_named(hub, cdn):
     put_model(hub, cdn)
-    assert fetch_hub("ann/tiny", files=["tokenizer.json", "config.json"]) == FOLDER
+    assert snapshot_download("ann/tiny", files=["tokenizer.json", "config.json"]) == FOLDER
     assert kept() == ["config.json", "tokenizer.json"]
-    fetch_hub("ann/tiny", files=["config.json"])
+    snapshot_download("ann/tiny", files=["config.json"])
     assert len(hub.log) == 2
     assert "vocab.txt" in refusal("ann/tiny", files=["vocab.txt"])
 
@@ -230,10 +231,10 @@ def test_only_the_files_that_are_named(hub, cdn):
 def test_a_revision_has_a_folder_of_its_own(hub, cdn):
     put_model(hub, cdn)
     put_model(hub, cdn, revision="refs%2Fpr%2F1")
-    folder = fetch_hub("ann/tiny@refs/pr/1")
+    folder = snapshot_download("ann/tiny@refs/pr/1")
     assert folder == Path("data/hub/ann/tiny/refs%2Fpr%2F1")
     assert {path.split("/")[4] for path, _, _ in hub.log} == {"refs%2Fpr%2F1"}
-    assert fetch_hub("ann/tiny") == FOLDER and len(kept()) == 10
+    assert snapshot_download("ann/tiny") == FOLDER and len(kept()) == 10
 
 
 @pytest.mark.parametrize(
@@ -287,19 +288,19 @@ def test_an_index_that_is_none_is_named(hub, text):
 @pytest.mark.parametrize("put", [put_model, put_shards])
 def test_the_second_call_asks_nothing_at_all(hub, cdn, put, monkeypatch):
     put(hub, cdn)
-    folder = fetch_hub("ann/tiny")
+    folder = snapshot_download("ann/tiny")
     hub.log.clear(), cdn.log.clear()
-    assert fetch_hub("ann/tiny") == folder
+    assert snapshot_download("ann/tiny") == folder
     assert hub.log == cdn.log == []
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
-    assert fetch_hub("ann/tiny") == folder
+    assert snapshot_download("ann/tiny") == folder
 
 
 def test_a_model_put_there_by_hand_is_taken_as_it_is(hub):
     FOLDER.mkdir(parents=True)
     for file in ("config.json", "model.safetensors"):
         (FOLDER / file).write_bytes(b"{}")
-    assert fetch_hub("ann/tiny") == FOLDER
+    assert snapshot_download("ann/tiny") == FOLDER
     assert hub.log == []
 
 
@@ -308,16 +309,16 @@ def test_of_half_a_model_only_the_rest_is_asked_for(hub, cdn):
     hub.faults[address(SHARDS[1])] = [404]
     assert SHARDS[1] in refusal("ann/tiny")
     hub.log.clear(), cdn.log.clear()
-    fetch_hub("ann/tiny")
+    snapshot_download("ann/tiny")
     assert cdn.asked == [f"{SHARDS[1]}?sign=1"]
     assert not {"config.json", INDEX, SHARDS[0]} & set(hub.asked)
 
 
 def test_what_may_be_missing_may_be_missing(hub, cdn):
     put_model(hub, cdn)
-    for file in prepare_data.EXTRAS:
+    for file in EXTRAS:
         hub.files.pop(address(file), None), hub.redirects.pop(address(file), None)
-    fetch_hub("ann/tiny")
+    snapshot_download("ann/tiny")
     assert kept() == ["config.json", "model.safetensors"]
 
 
@@ -332,7 +333,7 @@ def test_a_redirect_within_the_hub_is_followed(hub, cdn):
     place = "/api/resolve-cache/ann/tiny/c0ffee/config.json?etag=1"
     hub.files[place] = body, {}
     hub.redirects[address("config.json")] = 307, place, {"X-Linked-ETag": headers["ETag"]}
-    fetch_hub("ann/tiny")
+    snapshot_download("ann/tiny")
     assert (FOLDER / "config.json").read_bytes() == body
     assert hub.log[1][0] == place
     hub.files[place] = b"another", {}
@@ -346,7 +347,7 @@ def test_a_model_that_was_renamed_is_found(hub, cdn):
     for path in [*hub.files, *hub.redirects]:
         old = path.replace("/ann/new/", "/ann/tiny/")
         hub.redirects[old] = 307, hub.base + path, {}
-    assert fetch_hub("ann/tiny") == FOLDER
+    assert snapshot_download("ann/tiny") == FOLDER
     assert (FOLDER / "model.safetensors").read_bytes() == BODY
 
 
@@ -358,7 +359,7 @@ def test_a_cut_is_mended_by_asking_for_the_rest(hub, cdn, named_by_cdn):
     if not named_by_cdn:
         cdn.files[path] = BODY, {}
     cdn.faults[path] = [600_000]
-    fetch_hub("ann/tiny")
+    snapshot_download("ann/tiny")
     assert (FOLDER / "model.safetensors").read_bytes() == BODY
     first, second = (wanted for where, wanted, _ in cdn.log if where == path)
     assert first is None and 300_000 < int(re.fullmatch(r"bytes=(\d+)-", second)[1]) <= 600_000
@@ -371,7 +372,7 @@ def test_the_next_call_asks_for_the_rest_of_what_was_cut(hub, cdn):
     assert "gave up after 4 tries" in refusal("ann/tiny")
     assert not (FOLDER / "model.safetensors").exists()
     cdn.log.clear()
-    fetch_hub("ann/tiny")
+    snapshot_download("ann/tiny")
     assert [p for p, _, _ in cdn.log] == [path]
     assert int(re.fullmatch(r"bytes=(\d+)-", cdn.log[0][1])[1]) > 300_000
     assert (FOLDER / "model.safetensors").read_bytes() == BODY
@@ -384,7 +385,7 @@ def test_weights_that_changed_in_between_are_never_spliced(hub, cdn):
     cdn.faults[path] = [600_000, 503, 503, 503]
     refusal("ann/tiny")
     put_large(hub, cdn, "model.safetensors", BODY[::-1])
-    fetch_hub("ann/tiny")
+    snapshot_download("ann/tiny")
     assert (FOLDER / "model.safetensors").read_bytes() == BODY[::-1]
     assert cdn.log[-1][1] is None
     assert not list(FOLDER.glob("*.part"))
@@ -413,7 +414,7 @@ def test_an_etag_that_is_not_the_hubs_says_nothing_of_the_content(hub, cdn):
         cdn.files["/" + tag] = BODY, {"ETag": f'"{tag}"'}
         assert fetch(f"{cdn.base}/{tag}").read_bytes() == BODY
     hub.files[address("config.json")] = b"{}", {"ETag": f'"{"0" * 64}"', "X-Repo-Commit": "c0ffee"}
-    fetch_hub("ann/tiny")  # nor is the Hub's a sha256, unless it says linked
+    snapshot_download("ann/tiny")  # nor is the Hub's a sha256, unless it says linked
 
 
 # --------------------------------------------------------------------------------------------
@@ -428,14 +429,14 @@ def test_the_token_is_for_the_hub_alone(hub, cdn, monkeypatch):
     place = "/api/resolve-cache/config.json"
     hub.files[place] = hub.files.pop(address("config.json"))
     hub.redirects[address("config.json")] = 307, place, {}
-    fetch_hub("ann/tiny")
+    snapshot_download("ann/tiny")
     assert {bearer for _, _, bearer in hub.log} == {"Bearer hf_secret"}
     assert len(cdn.log) == 2 and {bearer for _, _, bearer in cdn.log} == {None}
 
 
 def test_no_token_no_header(hub, cdn):
     put_model(hub, cdn)
-    fetch_hub("ann/tiny")
+    snapshot_download("ann/tiny")
     assert {bearer for _, _, bearer in hub.log + cdn.log} == {None}
 
 
@@ -452,7 +453,7 @@ def test_a_mirror_of_everything_is_not_shown_the_token(hub, cdn, monkeypatch):
     monkeypatch.delenv("HF_ENDPOINT")
     monkeypatch.setenv("SCRATCHLM_MIRROR", cdn.base)
     put_small(cdn, "config.json", repo="huggingface.co/ann/tiny")
-    fetch_hub("ann/tiny", files=["config.json"])
+    snapshot_download("ann/tiny", files=["config.json"])
     assert cdn.log == [("/huggingface.co/ann/tiny/resolve/main/config.json", None, None)]
 
 
@@ -460,7 +461,7 @@ def test_a_password_of_the_machine_does_not_displace_the_token(hub, cdn, monkeyp
     Path("netrc").write_text("machine 127.0.0.1 login a password b\n", encoding="utf-8")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     put_small(hub, "config.json")
-    fetch_hub("ann/tiny", files=["config.json"])
+    snapshot_download("ann/tiny", files=["config.json"])
     assert hub.log[0][2] == "Bearer hf_secret"
 
 
@@ -523,7 +524,7 @@ def test_a_server_in_trouble_is_asked_four_times(hub, cdn, file):
 def test_a_server_that_recovers_is_asked_again(hub, cdn):
     put_model(hub, cdn)
     hub.faults[address("config.json")] = [500, 429]
-    assert fetch_hub("ann/tiny") == FOLDER
+    assert snapshot_download("ann/tiny") == FOLDER
 
 
 @pytest.mark.parametrize(

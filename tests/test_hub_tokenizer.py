@@ -18,20 +18,23 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import prepare_data
-from prepare_data import (
-    CHAT_TOKENS,
-    END,
-    DataError,
-    Tokenizer,
-    hub_tokenizer,
-    render_chat,
-    tokenizer_config,
-    tokenizer_json,
-)
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+
+from data.chat import CHAT_TOKENS, render_chat
+from data.cli import UserError
+from data.hf_tokenizer import (
+    BYTE_CHARS,
+    CHAR_BYTES,
+    hub_tokenizer,
+    spell,
+    tokenizer_config,
+    tokenizer_json,
+    unspell,
+)
+from data.tokenizer import END, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
@@ -144,7 +147,7 @@ def test_ids_of_a_trained_tokenizer_are_theirs(step, nfc):
     assert t.n_vocab == theirs.get_vocab_size()
     behind = theirs.get_vocab_size() - 2
     assert t.special == {"<pad>": 0, END: 1, "<|user|>": behind, "<|call|>": behind + 1}
-    assert (t.eot, t.begin, t.name) == (1, None, "theirs")
+    assert (t.eos_id, t.bos_id, t.name) == (1, None, "theirs")
     decomposed = "e\u0301"
     assert t.decode(t.encode(decomposed)) == ("é" if nfc else decomposed)
 
@@ -166,7 +169,7 @@ def test_ids_of_the_real_gpt2_are_theirs(step):
     theirs.add_special_tokens([END])
     t = ours(theirs)
     assert_same(t, theirs, ALL_TEXTS + strings(500, seed=1))
-    assert (t.n_vocab, t.eot) == (50257, 50256)
+    assert (t.n_vocab, t.eos_id) == (50257, 50256)
     if step == "gpt2":
         reference = Tokenizer({"kind": "tiktoken", "name": "gpt2"})
         assert [t.token_bytes(i) for i in range(50257)] == [
@@ -187,7 +190,7 @@ def test_bytes_without_a_token_are_left_out_as_theirs_leaves_them_out(step):
     """SmolLM2's vocabulary has only the bytes that its text had."""
     data = json.loads(trained(step).to_str())
     lost = [0, 7, *range(0xC0, 0xC3), *range(0xF1, 0x100)]
-    spelled = set(map(prepare_data.BYTE_CHARS.get, lost))
+    spelled = set(map(BYTE_CHARS.get, lost))
     model = data["model"]
     model["vocab"] = {t: i for t, i in model["vocab"].items() if not spelled & set(t)}
     model["merges"] = [pair for pair in model["merges"] if not spelled & set("".join(pair))]
@@ -196,7 +199,7 @@ def test_bytes_without_a_token_are_left_out_as_theirs_leaves_them_out(step):
     assert_same(t, theirs, [*ALL_TEXTS, "th\x00e\x07!!\x00! ", "\U00040000 x\U000f0000", "ééß\x00"])
     assert_same(t, saved(t).backend_tokenizer, ALL_TEXTS)
     model["unk_token"] = "a"
-    with pytest.raises(DataError, match="20 bytes have no token, 0x00 first"):
+    with pytest.raises(UserError, match="20 bytes have no token, 0x00 first"):
         ours(data)
 
 
@@ -218,7 +221,7 @@ def with_tokens(data, **tokens):
 
 def test_a_token_that_no_merge_makes_is_a_whole_piece_or_refused():
     data = with_tokens(json.loads(trained().to_str()), **{"Ġxyzzyq": 700})
-    with pytest.raises(DataError, match=r"'Ġxyzzyq' .*made by none of the merges"):
+    with pytest.raises(UserError, match=r"'Ġxyzzyq' .*made by none of the merges"):
         ours(data)
     data["model"]["ignore_merges"] = True
     t = ours(data)
@@ -249,7 +252,7 @@ def test_gaps_between_ids_have_no_token():
     theirs["added_tokens"].append(dict(theirs["added_tokens"][0], id=720, content="<c>"))
     t = ours(theirs)
     assert t.special == {"<a>": 0, "<b>": 403, "<c>": 720, END: 721}
-    assert (t.n_vocab, t.eot) == (722, 721)
+    assert (t.n_vocab, t.eos_id) == (722, 721)
     lengths, nothing = t.byte_lengths, [i for i in range(722) if t.token_bytes(i) is None]
     assert nothing == [400, 401, 402, 404, 405, 406, *range(707, 720)]
     assert np.flatnonzero(lengths == -1).tolist() == nothing
@@ -267,7 +270,7 @@ def test_special_tokens_go_on_top():
     more = t.with_special(CHAT_TOKENS)
     assert more.encode("a <|user|>") == t.encode("a <|user|>")
     assert [more.special[n] for n in CHAT_TOKENS] == list(range(700, 706))
-    assert (more.eot, more.begin, more.name) == (t.eot, None, "theirs")
+    assert (more.eos_id, more.bos_id, more.name) == (t.eos_id, None, "theirs")
     assert Tokenizer(more.spec).special == more.special
     ids, mask = render_chat([{"role": "user", "content": "hi"}], more)
     assert more.decode(ids) == "<|user|>hi<|end|>" and len(mask) == len(ids)
@@ -294,10 +297,10 @@ def test_begin_is_what_stands_in_front(post, begin):
     if post:
         theirs.post_processor = post
     t = ours(theirs)
-    assert t.begin == begin
+    assert t.bos_id == begin
     if begin is not None:
-        assert [t.begin, *t.encode("hi you")] == theirs.encode("hi you").ids
-    assert Tokenizer({"kind": "byte"}).begin is None
+        assert [t.bos_id, *t.encode("hi you")] == theirs.encode("hi you").ids
+    assert Tokenizer({"kind": "byte"}).bos_id is None
 
 
 @pytest.mark.parametrize(
@@ -318,12 +321,12 @@ def test_begin_is_what_stands_in_front(post, begin):
 )
 def test_end_of_text_is_what_the_files_say(beside, end):
     t = ours(trained(front=["<s>", "</s>", END, "<u>"]), **beside)
-    assert t.eot == t.special[end]
+    assert t.eos_id == t.special[end]
 
 
 def test_an_end_is_added_behind_where_there_is_none():
     t = ours(trained(front=["<s>"]))
-    assert (t.eot, t.n_vocab, t.special[END]) == (700, 701, 700)
+    assert (t.eos_id, t.n_vocab, t.special[END]) == (700, 701, 700)
     assert t.byte_lengths[700] == 0
 
 
@@ -435,7 +438,7 @@ def pattern(text):
 )
 def test_what_tiktoken_would_read_otherwise_is_refused(good, path, value, said):
     ours(good)
-    with pytest.raises(DataError, match=said) as e:
+    with pytest.raises(UserError, match=said) as e:
         ours(edited(good, path, value))
     assert str(e.value).startswith(str(Path("theirs/tokenizer.json")))
     assert "\n" not in str(e.value)
@@ -452,7 +455,7 @@ def test_ids_must_rise_along_the_merges(good):
     vocab, data = good["model"]["vocab"], copy.deepcopy(good)
     first, last = "".join(good["model"]["merges"][0]), max(vocab, key=vocab.get)
     data["model"]["vocab"] |= {first: vocab[last], last: vocab[first]}
-    with pytest.raises(DataError, match=r"makes id \d+ after id 299; .* the ids must rise"):
+    with pytest.raises(UserError, match=r"makes id \d+ after id 299; .* the ids must rise"):
         ours(data)
 
 
@@ -463,7 +466,7 @@ def test_a_pair_that_theirs_does_not_merge_is_refused(good):
     data["model"]["merges"] = [*good["model"]["merges"], ["Q", "x"], ["Qx", "y"], ["x", "y"]]
     assert "Qx" not in vocab and ours(data).encode("Qxy") == [301]
     data["model"]["merges"][-2:] = [["Q", "xy"], ["x", "y"]]
-    with pytest.raises(DataError, match=r"'Qxy' .* made by none of the merges"):
+    with pytest.raises(UserError, match=r"'Qxy' .* made by none of the merges"):
         ours(data)
 
 
@@ -476,26 +479,26 @@ def test_a_pair_that_theirs_does_not_merge_is_refused(good):
 def test_what_is_no_json_is_said_so(good, name, data):
     write("theirs", good)
     Path(f"theirs/{name}.json").write_bytes(data)
-    with pytest.raises(DataError, match=rf"theirs.{name}.json (is no JSON|holds no JSON object)"):
+    with pytest.raises(UserError, match=rf"theirs.{name}.json (is no JSON|holds no JSON object)"):
         hub_tokenizer("theirs")
 
 
 @pytest.mark.parametrize("name", ["config", "generation_config"])
 @pytest.mark.parametrize("ids", ["2", 1.5, True, {}, ["2"], [[2]]])
 def test_an_eos_token_id_is_a_number(good, name, ids):
-    with pytest.raises(DataError, match=rf"theirs.{name}.json: eos_token_id .* is no token id"):
+    with pytest.raises(UserError, match=rf"theirs.{name}.json: eos_token_id .* is no token id"):
         ours(good, **{name: {"eos_token_id": ids}})
 
 
 def test_an_eos_token_is_a_name(good):
     for eos in (3, [], {"content": 3}):
-        with pytest.raises(DataError, match=r"tokenizer_config.json: eos_token .* is no name"):
+        with pytest.raises(UserError, match=r"tokenizer_config.json: eos_token .* is no name"):
             ours(good, tokenizer_config={"eos_token": eos})
 
 
 def test_a_folder_without_tokenizer_is_named():
     Path("empty").mkdir()
-    with pytest.raises(DataError, match=r"empty.tokenizer\.json is missing"):
+    with pytest.raises(UserError, match=r"empty.tokenizer\.json is missing"):
         hub_tokenizer("empty")
 
 
@@ -523,7 +526,7 @@ def test_any_other_value_anywhere_is_read_or_refused_in_one_line(good):
                 place[way[-1]] = value
             try:
                 ours(data).encode("any text, 12 of it")
-            except DataError as e:
+            except UserError as e:
                 refused += 1
                 assert "\n" not in str(e)
     assert refused > 100
@@ -585,11 +588,11 @@ def check_reading(kind, special):
     assert_same(t, theirs.backend_tokenizer)
     again = None
     if kind == "char":
-        with pytest.raises(DataError, match="model WordLevel"):
+        with pytest.raises(UserError, match="model WordLevel"):
             hub_tokenizer("out")
     else:
         again = Tokenizer(hub_tokenizer("out"))
-        assert (again.eot, again.begin, again.special) == (t.eot, t.begin, t.special)
+        assert (again.eos_id, again.bos_id, again.special) == (t.eos_id, t.bos_id, t.special)
         assert again.n_vocab == t.n_vocab
         assert (again.byte_lengths == t.byte_lengths).all()
         if kind != "cl100k_base":  # seconds for nothing new
@@ -599,15 +602,15 @@ def check_reading(kind, special):
         assert theirs.encode(text, add_special_tokens=False) == ids
         assert theirs.decode(ids) == t.decode(ids)
         assert again is None or again.encode(text) == ids
-        front = [] if t.begin is None else [t.begin]
+        front = [] if t.bos_id is None else [t.bos_id]
         assert theirs(text)["input_ids"] == front + ids
-    assert theirs.eos_token_id == t.eot
+    assert theirs.eos_token_id == t.eos_id
     for name, i in t.special.items():
         assert theirs.convert_tokens_to_ids(name) == i
         assert theirs.encode(f"a{name}b", add_special_tokens=False) == [
             *t.encode("a"), i, *t.encode("b")
         ]
-    ids = [t.eot, *t.encode("text"), t.eot]
+    ids = [t.eos_id, *t.encode("text"), t.eos_id]
     assert theirs.decode(ids, skip_special_tokens=True) == "text"
 
 
@@ -650,12 +653,12 @@ def test_a_large_vocabulary_takes_seconds():
 
 
 def test_a_special_token_spelled_like_an_ordinary_one_is_refused():
-    with pytest.raises(DataError, match="special token 'a' is spelled like an ordinary one"):
+    with pytest.raises(UserError, match="special token 'a' is spelled like an ordinary one"):
         tokenizer_json(Tokenizer({"kind": "byte"}).with_special(["a"]))
 
 
 def test_spelling_is_gpt2s():
-    assert set(prepare_data.CHAR_BYTES) == set(pre_tokenizers.ByteLevel.alphabet())
-    assert prepare_data.spell(" é\n".encode()) == "ĠÃ©Ċ"
+    assert set(CHAR_BYTES) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert spell(" é\n".encode()) == "ĠÃ©Ċ"
     everything = bytes(range(256))
-    assert prepare_data.unspell(prepare_data.spell(everything)) == everything
+    assert unspell(spell(everything)) == everything

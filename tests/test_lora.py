@@ -21,6 +21,7 @@ import lora
 import model as lm
 import sample
 import train
+from data.cli import UserError
 
 IDS = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(5))
 every_kind = pytest.mark.parametrize("kind", ("int8", "nf4"))
@@ -78,7 +79,7 @@ def twins():
             for our, their in pairs(ours, theirs, name):
                 our.copy_(their)
                 assert our.abs().max() > 0.01
-    lora.switch(ours, "one")
+    lora.set_adapter(ours, "one")
     theirs.set_adapter("one")
     return ours, theirs
 
@@ -117,13 +118,13 @@ def test_two_adapters_over_one_base_are_switched_like_pefts():
     ours, theirs = twins()
     seen = []
     for name in ("two", "one", ["one", "two"]):
-        lora.switch(ours, *([name] if isinstance(name, str) else name))
+        lora.set_adapter(ours, *([name] if isinstance(name, str) else name))
         theirs.base_model.set_adapter(name)
         seen.append(ours(IDS))
         close(seen[-1], theirs.base_model.model(IDS))
     assert min((seen[i] - seen[i - 1]).abs().max() for i in range(3)) > 1e-2
-    with pytest.raises(lm.ModelError, match="no adapter three; the model has one, two"):
-        lora.switch(ours, "three")
+    with pytest.raises(UserError, match="no adapter three; the model has one, two"):
+        lora.set_adapter(ours, "three")
 
 
 # ---- laying adapters over a model ----------------------------------------------------------
@@ -139,11 +140,11 @@ def test_an_adapter_starts_as_no_change_and_disabled_is_the_base_exactly(kind):
     assert torch.equal(model(IDS), plain)
     learn_something(model)
     changed = model(IDS)
-    with pytest.raises(KeyError), lora.disabled(model):
+    with pytest.raises(KeyError), lora.disable_adapter(model):
         assert torch.equal(model(IDS), plain)
         raise KeyError
     assert torch.equal(model(IDS), changed) and not torch.equal(changed, plain)
-    lora.switch(model)
+    lora.set_adapter(model)
     assert torch.equal(model(IDS), plain)
 
 
@@ -177,10 +178,10 @@ def test_bad_settings_are_refused_and_change_nothing():
         (dict(dropout=1.0), "dropout < 1"),
         (dict(dropout=-0.1), "0 <= dropout"),
     ):
-        with pytest.raises(lm.ModelError, match=message):
+        with pytest.raises(UserError, match=message):
             lora.add_lora(model, **settings)
     for kind, targets in (("int4", "all"), ("nf4", "nobody")):
-        with pytest.raises(lm.ModelError, match=r"int4|nobody"):
+        with pytest.raises(UserError, match=r"int4|nobody"):
             lora.quantize(model, kind, targets)
     assert not lora.adapted(model) and all(p.requires_grad for p in model.parameters())
 
@@ -189,9 +190,9 @@ def test_a_name_is_taken_once_and_may_be_any_word():
     model, words = tiny(), ["chat-v1.2", "out/chat/best.pt", "copy", "keys", "a%2Eb", "a.b"]
     for name in words:
         lora.add_lora(model, "q", name=name)
-    with pytest.raises(lm.ModelError, match=r"adapter 'a\.b' already"):
+    with pytest.raises(UserError, match=r"adapter 'a\.b' already"):
         lora.add_lora(model, "all", name="a.b")
-    with pytest.raises(lm.ModelError, match="no layer is called base"):
+    with pytest.raises(UserError, match="no layer is called base"):
         lora.add_lora(model, "base", name="inside")
     assert sorted(lora.adapted(model)) == names(LAYERS[:1])
     layer = lora.adapted(model)["blocks.0.attention.q"]
@@ -215,7 +216,7 @@ def test_merged_is_unmerged_in_train_mode_too_and_only_once(kind):
     for name, dropout in (("one", 0.3), ("two", 0.0), ("off", 0.0)):
         lora.add_lora(model, "attention", rank=4, alpha=12, dropout=dropout, name=name)
         learn_something(model, len(name + str(dropout)))
-    lora.switch(model, "one", "two")
+    lora.set_adapter(model, "one", "two")
     before, layer = model.eval()(IDS), model.blocks[1].attention.v
     delta = sum(3 * layer.b[n].double() @ layer.a[n].double() for n in ("one", "two"))
     by_hand = (layer.base.weight.double() + delta).float()
@@ -233,7 +234,7 @@ def test_merged_is_unmerged_in_train_mode_too_and_only_once(kind):
 
 def base_file(path, seed=0, **changes):
     model = tiny(seed, vocab_size=320, **changes)
-    content = {"config": asdict(model.config), "model": lm.plain_state(model)}
+    content = {"config": asdict(model.config), "model": lm.unwrapped_state(model)}
     lm.save_checkpoint(path, content | {"tokenizer": {"kind": "byte"}})
     return path
 
@@ -243,7 +244,7 @@ def fine_tuned(folder, base, quantize=None, seed=1):
     writes it."""
     settings = dict(ckpt=str(base), lora_rank=4, quantize=quantize, dropout=None)
     args = argparse.Namespace(**(finetune.RECIPE | settings | dict(grad_checkpoint=None)))
-    model, tokenizer, about = finetune.build_model(args, None, "chat", [])
+    model, tokenizer, about = finetune.build_model(args, None, [])
     assert about["tables"] and about["first_row"] == 257
     learn_something(model, seed, first=257)
     content = {"config": asdict(model.config), "model": lora.adapter_state(model, about)}
@@ -316,7 +317,7 @@ def test_the_merge_command_refuses_in_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_an_adapter_of_gpt2_is_a_file_of_under_two_and_a_half_megabytes(tmp_path):
-    model = lm.skeleton(lm.preset("gpt2"))
+    model = lm.meta_model(lm.preset("gpt2"))
     assert len(lora.add_lora(model, "attention", rank=8)) == 48
     for layer in lora.adapted(model).values():  # the adapters alone take memory
         for matrices in (layer.a, layer.b):
@@ -328,11 +329,11 @@ def test_an_adapter_of_gpt2_is_a_file_of_under_two_and_a_half_megabytes(tmp_path
 
 
 @pytest.mark.parametrize("tied", (True, False))
-def test_rows_of_known_tokens_get_no_gradient_and_no_optimiser_touches_them(tied):
+def test_rows_of_known_tokens_get_no_gradient_and_no_optimizer_touches_them(tied):
     model, ids = tiny(tied=tied), torch.arange(64).view(2, 32)
     tables = ["embed.weight"] if tied else ["embed.weight", "head.weight"]
     lora.add_lora(model)
-    lora.train_rows(model, tables, 60)
+    lora.train_new_embeddings(model, tables, 60)
     before = {t: model.get_parameter(t).detach().clone() for t in tables}
     args = argparse.Namespace(**(train.RECIPE | dict(optimizer="adamw", weight_decay=0.3)))
     optimizers = train.make_optimizers(model, args)
@@ -357,7 +358,7 @@ def test_adapters_and_their_table_rows_survive_files_and_switching(tmp_path, tie
     both = lora.load_adapted(lm.load_checkpoint(base), saved)
     assert torch.equal(both(ids), models["kind"](ids))
     for name in ("rude!", "kind"):
-        lora.switch(both, name)
+        lora.set_adapter(both, name)
         assert torch.equal(both(ids), models[name](ids))
         assert torch.equal(both.embed.weight, models[name].embed.weight)
         again = lora.adapter_state(both, saved[name]["adapter"], name)
@@ -368,11 +369,11 @@ def test_adapters_and_their_table_rows_survive_files_and_switching(tmp_path, tie
     lora.load_adapter(both, saved["rude!"], "rude!")
     assert torch.equal(both.embed.weight, second)
     narrow = saved["kind"] | {"adapter": saved["kind"]["adapter"] | {"rank": 2}}
-    with pytest.raises(lm.ModelError, match=r"my.pt does not fit this base: .* is \(4, 64\)"):
+    with pytest.raises(UserError, match=r"my.pt does not fit this base: .* is \(4, 64\)"):
         lora.attach(both, narrow, "more", "my.pt")
 
 
-# ---- quantisation --------------------------------------------------------------------------
+# ---- quantization --------------------------------------------------------------------------
 
 # Appendix E of the QLoRA paper, typed off once more.
 PAPER_NF4 = """
@@ -418,7 +419,7 @@ def scale_error(scales):
     return off.expand(-1, 256).reshape(-1)[: len(scales), None] * 1.0001 + 1e-7 * scales.max()
 
 
-def dequantised(weight, kind):
+def dequantized(weight, kind):
     linear = nn.Linear(*weight.T.shape)
     linear.weight = nn.Parameter(weight)
     found = lora.QuantLinear(linear, kind).weight
@@ -435,7 +436,7 @@ def test_nf4_codes_are_the_nearest_levels_and_stand_for_them_times_8_bit_scales(
         codes, absmax = lora.quantize_nf4(weight)
         assert codes.dtype == torch.uint8 and codes.shape == (len(blocks), 32)
         assert torch.equal(halves_of(codes), nearest) and torch.equal(absmax.double(), largest)
-        error = (dequantised(weight, "nf4") - PAPER_NF4[nearest] * largest).abs()
+        error = (dequantized(weight, "nf4") - PAPER_NF4[nearest] * largest).abs()
         assert (error <= PAPER_NF4[nearest].abs() * scale_error(absmax)).all()
 
 
@@ -446,7 +447,7 @@ def test_int8_is_off_by_half_a_step_and_the_scales_own_error_at_most():
         assert codes.dtype == torch.int8 and codes.abs().max() <= 127
         close(scales.double(), blocks.abs().amax(1, keepdim=True) / 127, 1e-6)
         assert ((codes * scales.double() - blocks).abs() <= 0.50001 * scales).all()
-        error = (dequantised(weight, "int8") - blocks).abs()
+        error = (dequantized(weight, "int8") - blocks).abs()
         assert (error <= 0.50001 * scales + codes.abs() * scale_error(scales)).all()
 
 
@@ -467,14 +468,14 @@ def test_nf4_codes_and_values_are_bitsandbytes_own():
         assert torch.equal(ours.view_as(weight), values)
 
 
-def quantised(kind, seed=0):
+def quantized(kind, seed=0):
     torch.manual_seed(seed)
     return lora.QuantLinear(nn.Linear(96, 40), kind), torch.randn(5, 3, 96)
 
 
 @every_kind
-def test_a_quantised_layer_is_a_linear_of_its_dequantised_weight_and_keeps_no_copy(kind):
-    layer, x = quantised(kind)
+def test_a_quantized_layer_is_a_linear_of_its_dequantized_weight_and_keeps_no_copy(kind):
+    layer, x = quantized(kind)
     weight, up, kept = layer.weight, torch.randn(5, 3, 40), []
     hooks = lambda t: kept.append(t.numel()) or t, lambda t: t
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -492,8 +493,8 @@ def test_a_quantised_layer_is_a_linear_of_its_dequantised_weight_and_keeps_no_co
 
 
 @every_kind
-def test_a_quantised_layer_works_in_every_precision_and_its_state_dict_brings_it_back(kind):
-    layer, x = quantised(kind)
+def test_a_quantized_layer_works_in_every_precision_and_its_state_dict_brings_it_back(kind):
+    layer, x = quantized(kind)
     exact, state = layer(x), copy.deepcopy(layer.state_dict())
     x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -502,7 +503,7 @@ def test_a_quantised_layer_works_in_every_precision_and_its_state_dict_brings_it
     assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
     close(y.float(), exact, 3e-2)
     close(x.grad, layer.weight.sum(0).expand_as(x), 3e-2)
-    other, _ = quantised(kind, seed=1)
+    other, _ = quantized(kind, seed=1)
     assert not torch.equal(other(x), exact)
     other.load_state_dict(state)
     assert torch.equal(other(x), exact)
@@ -554,7 +555,7 @@ def learn(model, following, lr, steps=120):
     return losses
 
 
-def test_learning_through_a_quantised_base_ends_where_plain_lora_does():
+def test_learning_through_a_quantized_base_ends_where_plain_lora_does():
     known = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     base, ends = tiny(), {}
     learn(base, known, lr=3e-3)

@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model as lm
-from model import Config, KVCache, ModelError, Transformer
+from data.cli import UserError
+from data.tensors import fit_error
+from model import Config, KVCache, Transformer
 
 V, CONTEXT = 50, 16
 same = torch.testing.assert_close
@@ -65,12 +67,12 @@ def test_an_unknown_preset_is_one_line_and_exit_code_2():
 
 @pytest.mark.parametrize("name, total", [("gpt2", 124_439_808), ("gpt2-xl", 1_557_611_200)])
 def test_known_shapes_have_their_known_parameters(name, total):
-    assert lm.count_parameters(lm.skeleton(lm.preset(name)))["total"] == total
+    assert lm.count_parameters(lm.meta_model(lm.preset(name)))["total"] == total
 
 
 @pytest.mark.parametrize("name", lm.PRESETS)
 def test_the_parts_sum_to_the_total(name):
-    model = lm.skeleton(lm.preset(name))
+    model = lm.meta_model(lm.preset(name))
     parts = lm.count_parameters(model)
     total = parts.pop("total")
     assert total == sum(parts.values()) == sum(p.numel() for p in model.parameters())
@@ -78,7 +80,7 @@ def test_the_parts_sum_to_the_total(name):
 
 def test_the_table_counts_each_part_by_hand():
     parts = lm.count_parameters(
-        lm.skeleton(Config(vocab_size=10, n_layer=2, n_head=2, n_kv_head=1, d_model=8, d_ff=12))
+        lm.meta_model(Config(vocab_size=10, n_layer=2, n_head=2, n_kv_head=1, d_model=8, d_ff=12))
     )
     assert parts == {
         "embedding": 80,
@@ -109,7 +111,7 @@ def test_flops_per_token_by_hand():
 
 def test_a_prediction_needs_tokens():
     assert "nats a token" in lm.report("tiny", lm.preset("tiny"), tokens=1000)
-    with pytest.raises(ModelError, match="--tokens 0"):
+    with pytest.raises(UserError, match="--tokens 0"):
         lm.main(["--tokens", "0"])
 
 
@@ -133,7 +135,7 @@ BAD_VALUES = {
 @pytest.mark.parametrize("field", BAD_VALUES)
 def test_a_bad_value_is_named(field):
     value = BAD_VALUES[field]
-    with pytest.raises(ModelError) as error:
+    with pytest.raises(UserError) as error:
         Config(**{field: value})
     assert field.replace("_", " ") in str(error.value).replace("_", " ")
     assert str(value) in str(error.value) and "\n" not in str(error.value)
@@ -152,7 +154,7 @@ def test_a_bad_value_is_named(field):
     ],
 )
 def test_a_value_below_its_range_is_named(field, value):
-    with pytest.raises(ModelError, match=rf"{field}.* {value}"):
+    with pytest.raises(UserError, match=rf"{field}.* {value}"):
         Config(**{field: value})
 
 
@@ -165,7 +167,7 @@ def test_a_value_below_its_range_is_named(field, value):
     ],
 )
 def test_a_bad_combination_is_named(fields, words):
-    with pytest.raises(ModelError) as error:
+    with pytest.raises(UserError) as error:
         Config(**fields)
     assert all(word in str(error.value) for word in words)
 
@@ -173,7 +175,7 @@ def test_a_bad_combination_is_named(fields, words):
 def test_a_config_survives_a_dict_and_refuses_an_unknown_field():
     config = Config(n_kv_head=2, activation="gelu")
     assert Config.from_dict(asdict(config)) == config
-    with pytest.raises(ModelError, match="n_heads"):
+    with pytest.raises(UserError, match="n_heads"):
         Config.from_dict({"n_heads": 4})
 
 
@@ -183,7 +185,7 @@ def test_a_preset_follows_its_changes_and_stays_as_it_was():
     assert (changed.d_ff, changed.head_size, changed.n_kv_head) == (384, 24, 4)
     assert lm.preset("gpt2", d_ff=7).d_ff == 7
     assert asdict(lm.PRESETS["gpt2"]) == before
-    with pytest.raises(ModelError, match="gpt3"):
+    with pytest.raises(UserError, match="gpt3"):
         lm.preset("gpt3")
 
 
@@ -229,7 +231,7 @@ def test_attention_equals_the_reference_with_its_gradients(nkv, T, S, seen):
         return reference_attention(q, k, v, mask if causal else torch.ones(T, S))
 
     results = []
-    for f in (lm.attention, lm.plain_attention, reference):
+    for f in (lm.attention, lm.naive_attention, reference):
         inputs = qkv(nkv, T, S)
         y = f(*inputs, mask, causal=seen != "all")
         results.append((y, *torch.autograd.grad((y * torch.arange(6) ** 2).sum(), inputs)))
@@ -256,7 +258,7 @@ def test_only_a_block_that_is_not_causal_looks_ahead():
         same(block(x), block(x, mask=None if not causal else lm.causal_mask(6, 6)))
 
 
-@pytest.mark.parametrize("f", [lm.attention, lm.plain_attention])
+@pytest.mark.parametrize("f", [lm.attention, lm.naive_attention])
 def test_attention_dropout_keeps_the_mean(f):
     q, k, v = (torch.randn(4, 8, 32, 8) for _ in range(3))
     torch.manual_seed(0)
@@ -608,11 +610,11 @@ def test_cached_logits_equal_uncached(position, n_kv_head, chunks):
 @torch.no_grad()
 def test_more_tokens_than_the_context_are_refused():
     model = build()
-    with pytest.raises(ModelError, match=r"17 .*16"):
+    with pytest.raises(UserError, match=r"17 .*16"):
         model(some_ids(T=17))
     cache = KVCache(model, 2)
     model(some_ids(T=10), cache=cache)
-    with pytest.raises(ModelError, match=r"17 .*16"):
+    with pytest.raises(UserError, match=r"17 .*16"):
         model(some_ids(T=7), cache=cache)
     assert cache.length == 10
 
@@ -623,9 +625,9 @@ def test_more_tokens_than_a_short_cache_are_refused_and_not_forgotten(T):
     model = build()
     cache = KVCache(model, 2, length=4)
     model(some_ids(T=4), cache=cache)
-    with pytest.raises(ModelError, match="4"):
+    with pytest.raises(UserError, match="4"):
         model(some_ids(T=T), cache=cache)
-    with pytest.raises(ModelError, match="4"):  # nor with positions of the caller's own
+    with pytest.raises(UserError, match="4"):  # nor with positions of the caller's own
         model(some_ids(T=T), cache=cache, positions=torch.arange(T))
 
 
@@ -816,7 +818,7 @@ def test_each_init_has_its_deviations(init):
 
 
 def content_of(model, **more):
-    return {"config": asdict(model.config), "model": lm.plain_state(model), **more}
+    return {"config": asdict(model.config), "model": lm.unwrapped_state(model), **more}
 
 
 @pytest.fixture
@@ -848,7 +850,7 @@ def test_flipped_bytes_are_found_by_their_checksum(saved):
         at = start + sum(struct.unpack("<HH", whole[start - 4 : start]))
         damaged = bytes(b ^ 0xFF for b in whole[at : at + 8])
         saved.write_bytes(whole[:at] + damaged + whole[at + 8 :])
-        with pytest.raises(ModelError, match=re.escape(str(saved))):
+        with pytest.raises(UserError, match=re.escape(str(saved))):
             lm.load_checkpoint(saved)
     saved.write_bytes(whole)
     assert lm.load_checkpoint(saved)["step"] == 7 and len(starts) > 10
@@ -882,7 +884,7 @@ def test_plain_state_knows_no_wrappers(wrap):
     model = build()
     wrapped = wrap(model)
     assert list(wrapped.state_dict()) != list(model.state_dict())
-    state = lm.plain_state(wrapped)
+    state = lm.unwrapped_state(wrapped)
     assert list(state) == list(model.state_dict())
     lm.load_weights(build(seed=1), state)
 
@@ -905,7 +907,7 @@ def test_a_failing_write_keeps_the_old_file_and_leaves_no_other(saved, monkeypat
 
     with monkeypatch.context() as m:
         m.setattr(where, fail)
-        with pytest.raises(ModelError, match=r"last\.pt.*(space|Permission)") as caught:
+        with pytest.raises(UserError, match=r"last\.pt.*(space|Permission)") as caught:
             lm.save_checkpoint(saved, content_of(build(seed=1)))
     assert "\n" not in str(caught.value)
     assert saved.read_bytes() == before and os.listdir(saved.parent) == ["last.pt"]
@@ -913,7 +915,7 @@ def test_a_failing_write_keeps_the_old_file_and_leaves_no_other(saved, monkeypat
 
 def test_a_file_in_the_place_of_the_folder_is_a_users_mistake(tmp_path):
     (tmp_path / "out").write_text("not a folder", encoding="utf-8")
-    with pytest.raises(ModelError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot write"):
         lm.save_checkpoint(tmp_path / "out" / "last.pt", content_of(build()))
 
 
@@ -958,7 +960,7 @@ DAMAGES = ["empty", "cut", "last bytes gone", "random", "text", "list", "weights
 @pytest.mark.parametrize("kind", DAMAGES + ["object", "code", "old pickle with code"])
 def test_what_is_no_checkpoint_is_refused_by_name_and_runs_nothing(saved, kind):
     damaged(kind, saved)
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(UserError) as caught:
         lm.load_checkpoint(saved)
     assert str(saved) in str(caught.value) and "\n" not in str(caught.value)
     assert os.listdir(saved.parent) == ["last.pt"]
@@ -972,10 +974,10 @@ def test_a_folder_means_its_best_then_its_last(saved):
 
 
 def test_an_empty_folder_and_a_missing_file_are_named(tmp_path):
-    with pytest.raises(ModelError, match=r"best\.pt") as caught:
+    with pytest.raises(UserError, match=r"best\.pt") as caught:
         lm.load_checkpoint(tmp_path)
     assert str(tmp_path) in str(caught.value)
-    with pytest.raises(ModelError, match=r"none\.pt does not exist"):
+    with pytest.raises(UserError, match=r"none\.pt does not exist"):
         lm.load_checkpoint(tmp_path / "none.pt")
 
 
@@ -993,19 +995,19 @@ def test_a_misfit_is_named_with_its_shapes():
         r"wings \(2, 3\) is unknown": {**state, "wings": torch.zeros(2, 3)},
     }
     for message, bad in cases.items():
-        with pytest.raises(ModelError, match=message):
+        with pytest.raises(UserError, match=message):
             lm.load_weights(model, bad, "run/last.pt")
-    assert lm.fit_error(state, state) is None
+    assert fit_error(state, state) is None
 
 
 @pytest.mark.parametrize("bad", [{"wings": 2}, {"n_layer": 0}, {"vocab_size": "many"}])
 def test_a_checkpoint_with_an_impossible_config_is_a_users_mistake(tmp_path, bad):
     content = content_of(build())
     content["config"] |= bad
-    with pytest.raises(ModelError, match=r"run/last\.pt"):
+    with pytest.raises(UserError, match=r"run/last\.pt"):
         lm.model_from_checkpoint(content, where="run/last.pt")
     lm.save_checkpoint(tmp_path / "last.pt", content)
-    with pytest.raises(ModelError):
+    with pytest.raises(UserError):
         lm.main(["--ckpt", str(tmp_path)])
 
 

@@ -30,11 +30,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import prepare_data
-from prepare_data import DataError, Documents, Tokenizer, fetch, prepare, read_tokens
+from data.cli import UserError, run_cli
+from data.download import download_path, fetch, resolve_url
+from data.files import file_sha256
+from data.sources import SOURCES, stdlib_files
+from data.text import Documents, file_streams, safe_pieces
+from data.tokenizer import PATTERN, Tokenizer, learn_bpe, train_bpe
+from prepare_data import prepare, read_tokens
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 GPT2, CL100K = ({"kind": "tiktoken", "name": name} for name in ("gpt2", "cl100k_base"))
-SALES_PATH = "/".join(prepare_data.REMOTE["sales"][0].split("/")[3:])  # without https://host
+SALES_URL = SOURCES["sales"].fetch.keywords["train"]
+SALES_PATH = "/".join(SALES_URL.split("/")[3:])  # without https://host
 VOCABULARY = "/openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
 
 needs_vocabularies = pytest.mark.skipif(
@@ -51,6 +58,12 @@ TEXTS = {
     "whitespace": "a  b\t\t c \n\n \n d\u3000e\u00a0 f\x0b\x0c\x85\u2028 \n   ",
 }
 ALL_TEXT = "".join(TEXTS.values())
+
+
+def set_block(monkeypatch, size):
+    """Text is read, encoded and written in pieces of so many bytes."""
+    monkeypatch.setattr("data.text.BLOCK", size)
+    monkeypatch.setattr(prepare_data, "BLOCK", size)
 
 
 def real(name):
@@ -73,7 +86,7 @@ def write_documents(folder, texts, suffix=".txt"):
 
 def pieces_of(*files, **options):
     """The text of each document in files, as prepare would read them."""
-    streams = [s for f in files for s in prepare_data.file_streams(Path(f))]
+    streams = [s for f in files for s in file_streams(Path(f))]
     return ["".join(pieces) for _, pieces in Documents(streams, **options)]
 
 
@@ -158,7 +171,7 @@ def test_sales_from_a_mirror_is_77919_tokens(mirror, monkeypatch):
 
 def test_shakespeare_from_a_mirror_is_its_characters(mirror, monkeypatch):
     text = real("tinyshakespeare.txt")
-    path = "/" + prepare_data.REMOTE["shakespeare"][0].split("://")[1]
+    path = "/" + SOURCES["shakespeare"].fetch.keywords["train"].split("://")[1]
     mirror.files[path] = text.encode()
     monkeypatch.setenv("SCRATCHLM_MIRROR", mirror.base + "/")
     prepare_data.main(["shakespeare"])
@@ -171,9 +184,9 @@ def test_shakespeare_from_a_mirror_is_its_characters(mirror, monkeypatch):
 def test_hf_endpoint_stands_for_the_hub_only(mirror, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", mirror.base + "/hub/")
     mirror.files["/hub/" + SALES_PATH] = BODY
-    url = prepare_data.REMOTE["sales"][0]
+    url = SOURCES["sales"].fetch.keywords["train"]
     assert fetch(url, wait=0.01).read_bytes() == BODY
-    assert prepare_data.resolve_url("https://github.com/x") == "https://github.com/x"
+    assert resolve_url("https://github.com/x") == "https://github.com/x"
 
 
 def test_a_cut_download_is_resumed_where_it_broke(mirror):
@@ -191,7 +204,7 @@ def test_a_cut_download_is_resumed_where_it_broke(mirror):
 def test_the_next_call_resumes_what_an_earlier_one_could_not_finish(mirror):
     mirror.files["/a.bin"] = BODY
     mirror.faults = [("cut", 600_000)]
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         fetch(mirror.base + "/a.bin", tries=1)
     assert parts_left()
     assert fetch(mirror.base + "/a.bin", tries=1).read_bytes() == BODY
@@ -207,7 +220,7 @@ def test_without_versions_a_cut_download_starts_over(mirror):
 
 def test_without_versions_a_download_that_never_succeeds_leaves_nothing(mirror):
     mirror.files["/a.bin"], mirror.versions, mirror.always = BODY, False, ("cut", 600_000)
-    with pytest.raises(DataError, match="after 3 tries"):
+    with pytest.raises(UserError, match="after 3 tries"):
         fetch(mirror.base + "/a.bin", tries=3, wait=0.01)
     assert mirror.ranges == [None] * 3
     assert not [p for p in Path("data").rglob("*") if p.is_file()]
@@ -216,7 +229,7 @@ def test_without_versions_a_download_that_never_succeeds_leaves_nothing(mirror):
 def test_a_file_that_changed_on_the_server_is_never_spliced(mirror):
     mirror.files["/a.bin"] = BODY
     mirror.faults = [("cut", 600_000)]
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         fetch(mirror.base + "/a.bin", tries=1)
     mirror.files["/a.bin"] = new = BODY[::-1]
     assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == new
@@ -227,7 +240,7 @@ def test_a_file_that_changed_on_the_server_is_never_spliced(mirror):
 def test_a_file_that_became_shorter_on_the_server_starts_over(mirror):
     mirror.files["/a.bin"] = BODY
     mirror.faults = [("cut", 600_000)]
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         fetch(mirror.base + "/a.bin", tries=1)
     mirror.files["/a.bin"] = b"short"
     assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == b"short"
@@ -236,7 +249,7 @@ def test_a_file_that_became_shorter_on_the_server_starts_over(mirror):
 def test_one_download_leaves_the_part_of_another_alone(mirror):
     mirror.files["/a.txt"], mirror.files["/a.txt.gz"] = b"text", BODY
     mirror.faults = [("cut", 600_000)]
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         fetch(mirror.base + "/a.txt.gz", tries=1)
     left = parts_left()
     assert fetch(mirror.base + "/a.txt", wait=0.01).read_bytes() == b"text"
@@ -247,7 +260,7 @@ def test_a_resume_that_the_server_ignores_starts_over(mirror, monkeypatch):
     """Servers that know no Range answer 200 and the whole file."""
     mirror.files["/a.bin"] = BODY
     mirror.faults = [("cut", 600_000)]
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         fetch(mirror.base + "/a.bin", tries=1)
     good = Handler.do_GET
 
@@ -262,14 +275,14 @@ def test_a_resume_that_the_server_ignores_starts_over(mirror, monkeypatch):
 
 def test_wrong_content_is_refused_and_not_kept(mirror):
     mirror.files["/a.bin"] = BODY[:-1] + b"?"
-    with pytest.raises(DataError, match=r"a\.bin.*sha256") as e:
+    with pytest.raises(UserError, match=r"a\.bin.*sha256") as e:
         fetch(mirror.base + "/a.bin", sha256=BODY_SHA, wait=0.01)
     assert BODY_SHA[:8] in str(e.value)
     assert not [p for p in Path("data").rglob("*") if p.is_file()]
 
 
 def test_404_is_final(mirror):
-    with pytest.raises(DataError, match=r"nothing\.txt.*404"):
+    with pytest.raises(UserError, match=r"nothing\.txt.*404"):
         fetch(mirror.base + "/nothing.txt", wait=0.01)
     assert len(mirror.log) == 1
 
@@ -285,14 +298,14 @@ def test_an_unreachable_host_names_the_remedies():
     with socket.socket() as s:  # a port that was free a moment ago: nobody listens there
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    with pytest.raises(DataError, match="SCRATCHLM_MIRROR") as e:
+    with pytest.raises(UserError, match="SCRATCHLM_MIRROR") as e:
         fetch(f"http://127.0.0.1:{port}/a.bin", tries=2, wait=0.01)
     assert "HF_ENDPOINT" in str(e.value) and f"127.0.0.1:{port}" in str(e.value)
     assert "\n" not in str(e.value)
 
 
 def test_a_good_file_is_not_downloaded_again(mirror):
-    path = prepare_data.download_path(mirror.base + "/a.bin")
+    path = download_path(mirror.base + "/a.bin")
     path.parent.mkdir(parents=True)
     path.write_bytes(BODY)
     assert fetch(mirror.base + "/a.bin") == path
@@ -301,11 +314,11 @@ def test_a_good_file_is_not_downloaded_again(mirror):
 
 
 def test_a_damaged_file_is_replaced_but_kept_until_then(mirror):
-    path = prepare_data.download_path(mirror.base + "/a.bin")
+    path = download_path(mirror.base + "/a.bin")
     path.parent.mkdir(parents=True)
     path.write_bytes(b"damaged")
     mirror.files["/a.bin"], mirror.always = BODY, 500
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         fetch(mirror.base + "/a.bin", sha256=BODY_SHA, tries=2, wait=0.01)
     assert path.read_bytes() == b"damaged"
     mirror.always = None
@@ -326,13 +339,13 @@ def test_a_damaged_file_is_replaced_but_kept_until_then(mirror):
 )
 def test_no_url_leads_out_of_the_download_folder(url):
     top = Path("data/downloads").resolve()
-    path = Path(os.path.normpath(prepare_data.download_path(url).absolute()))
+    path = Path(os.path.normpath(download_path(url).absolute()))
     assert path.is_relative_to(top) and path != top
 
 
 def test_other_queries_are_other_files():
     urls = ["http://h/a.txt", "http://h/a.txt?x=1", "http://h/a.txt?x=2", "http://g/a.txt"]
-    assert len({prepare_data.download_path(u) for u in urls}) == 4
+    assert len({download_path(u) for u in urls}) == 4
 
 
 def test_a_source_may_be_a_url(mirror):
@@ -349,7 +362,7 @@ def test_a_vocabulary_comes_through_the_mirror_and_a_damaged_one_is_not_kept(mir
     monkeypatch.setenv("SCRATCHLM_MIRROR", mirror.base)
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     mirror.files[VOCABULARY] = good[:-100]
-    with pytest.raises(DataError, match="cl100k_base"):
+    with pytest.raises(UserError, match="cl100k_base"):
         Tokenizer(CL100K)
     mirror.files[VOCABULARY] = good
     assert Tokenizer(CL100K).n_vocab == 100_277
@@ -381,14 +394,14 @@ def normal(text):
 )
 def test_encodings_are_recognised(encoding, start, text, block, monkeypatch):
     """With blocks of 5 bytes nearly every character is cut somewhere."""
-    monkeypatch.setattr(prepare_data, "BLOCK", block)
+    set_block(monkeypatch, block)
     Path("a.txt").write_bytes(start + text.encode(encoding))
     assert pieces_of("a.txt") == [text]
 
 
 @pytest.mark.parametrize("block", [1, 3, 1 << 20])
 def test_line_ends_become_newlines(block, monkeypatch):
-    monkeypatch.setattr(prepare_data, "BLOCK", block)
+    set_block(monkeypatch, block)
     Path("a.txt").write_bytes(b"one\r\ntwo\rthree\n\r\n\r")
     assert pieces_of("a.txt") == ["one\ntwo\nthree\n\n\n"]
 
@@ -404,7 +417,7 @@ def test_a_damaged_chinese_file_is_named_with_its_byte(size, at, damage):
     lead = at + 1 if damage == b"A" else at
     data[lead : lead + len(damage)] = damage
     Path("poem.txt").write_bytes(data)
-    with pytest.raises(DataError, match=rf"poem\.txt.* {at:,} ") as e:
+    with pytest.raises(UserError, match=rf"poem\.txt.* {at:,} ") as e:
         pieces_of("poem.txt")
     assert f"{data[at]:#04x}" in str(e.value) and "--encoding" in str(e.value)
 
@@ -414,23 +427,23 @@ def test_damage_that_gb18030_would_swallow_is_still_named():
     data[6000] = 0xC0  # never in UTF-8, and a lead byte in GB18030
     assert len(data.decode("gb18030")) == 6000
     Path("poem.txt").write_bytes(data)
-    with pytest.raises(DataError, match=r"poem\.txt.*0xc0 at offset 6,000 "):
+    with pytest.raises(UserError, match=r"poem\.txt.*0xc0 at offset 6,000 "):
         pieces_of("poem.txt")
 
 
 def test_a_utf8_file_cut_inside_its_last_character_is_named():
     data = ("床前明月光" * 100).encode()[:-1]
     Path("poem.txt").write_bytes(data)
-    with pytest.raises(DataError, match=rf"middle of .* at offset {len(data) - 2:,}$"):
+    with pytest.raises(UserError, match=rf"middle of .* at offset {len(data) - 2:,}$"):
         pieces_of("poem.txt")
 
 
 def test_a_named_encoding_is_used_and_its_failures_are_named():
     Path("a.txt").write_bytes("naïve café ÿ".encode("latin-1"))
     assert pieces_of("a.txt", encoding="latin-1") == ["naïve café ÿ"]
-    with pytest.raises(DataError, match=r"a\.txt: .*utf-8 at byte offset 2$"):
+    with pytest.raises(UserError, match=r"a\.txt: .*utf-8 at byte offset 2$"):
         pieces_of("a.txt", encoding="utf-8")
-    with pytest.raises(DataError, match="klingon"):
+    with pytest.raises(UserError, match="klingon"):
         pieces_of("a.txt", encoding="klingon")
 
 
@@ -498,9 +511,9 @@ def test_jsonl_rows_are_documents():
 
 @pytest.mark.parametrize("block", [3, 1 << 20])
 def test_a_bad_json_line_is_named(block, monkeypatch):
-    monkeypatch.setattr(prepare_data, "BLOCK", block)
+    set_block(monkeypatch, block)
     Path("a.jsonl").write_text('{"text": "fine"}\n\n{"text": "cut\n')
-    with pytest.raises(DataError, match=r"a\.jsonl:3\b.*JSON"):
+    with pytest.raises(UserError, match=r"a\.jsonl:3\b.*JSON"):
         pieces_of("a.jsonl")
 
 
@@ -516,7 +529,7 @@ def test_a_bad_json_line_is_named(block, monkeypatch):
 )
 def test_a_json_line_without_text_is_named(row, reason):
     Path("a.jsonl").write_text(f'"fine"\n{row}\n')
-    with pytest.raises(DataError, match=reason):
+    with pytest.raises(UserError, match=reason):
         pieces_of("a.jsonl")
 
 
@@ -540,10 +553,10 @@ def test_a_json_list_is_read_as_its_rows_are(tmp_path):
     Path("zip.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
     assert pieces_of("zip.json.gz") == wanted
     Path("bad.json").write_text(json.dumps([*rows, {"text": 5}]))
-    with pytest.raises(DataError, match=r"bad\.json: row 8: its text is neither"):
+    with pytest.raises(UserError, match=r"bad\.json: row 8: its text is neither"):
         pieces_of("bad.json")
     Path("cut.json").write_text(json.dumps(rows)[:-9])
-    with pytest.raises(DataError, match=r"cut\.json: broken JSON \(.*line 1 column"):
+    with pytest.raises(UserError, match=r"cut\.json: broken JSON \(.*line 1 column"):
         pieces_of("cut.json")
 
 
@@ -567,7 +580,7 @@ def test_several_sources_are_one_text(tmp_path):
 def test_a_fifo_is_refused_and_one_in_a_folder_passed_over():
     Path("b").mkdir()
     os.mkfifo("b/pipe.txt")
-    with pytest.raises(DataError, match=r"b/pipe\.txt is no regular file"):
+    with pytest.raises(UserError, match=r"b/pipe\.txt is no regular file"):
         prepare("b/pipe.txt", "byte")
     Path("b/c.txt").write_text("text " * 20)
     assert prepare_data.read_meta(prepare("b", "byte"))["documents"] == 1
@@ -580,7 +593,7 @@ def test_an_encrypted_zip_is_named():
     raw[6] |= 1  # the flag of the local header, and of the list at the end
     raw[raw.index(b"PK\1\2") + 8] |= 1
     Path("a.zip").write_bytes(raw)
-    with pytest.raises(DataError, match=r"a\.zip:x\.txt: encrypted"):
+    with pytest.raises(UserError, match=r"a\.zip:x\.txt: encrypted"):
         pieces_of("a.zip")
 
 
@@ -598,7 +611,7 @@ def test_a_full_disk_is_named(monkeypatch):
 def test_the_size_of_a_vocabulary_has_limits():
     Path("a.txt").write_text("text " * 20)
     for size in (256, 99999999):
-        with pytest.raises(DataError, match="a size from 257 to 1,000,000"):
+        with pytest.raises(UserError, match="a size from 257 to 1,000,000"):
             prepare("a.txt", f"bpe:{size}")
 
 
@@ -619,7 +632,7 @@ def test_a_damaged_gz_is_named(damage, encoding):
     if damage == "flipped":
         data[2000] ^= 255
     Path("a.txt.gz").write_bytes({"cut": data[:-2000], "flipped": data}.get(damage, b"text"))
-    with pytest.raises(DataError, match=r"a\.txt\.gz: damaged"):
+    with pytest.raises(UserError, match=r"a\.txt\.gz: damaged"):
         pieces_of("a.txt.gz", encoding=encoding)
 
 
@@ -628,20 +641,20 @@ def test_a_damaged_zip_is_named():
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as z:
         z.writestr("b.txt", "x" * 5000)
     Path("a.zip").write_bytes(buffer.getvalue()[:-50])
-    with pytest.raises(DataError, match=r"a\.zip: damaged"):
+    with pytest.raises(UserError, match=r"a\.zip: damaged"):
         pieces_of("a.zip")
     data = bytearray(buffer.getvalue())
     data[2000] = ord("y")  # the archive is well-formed, its member is not what it was
     Path("a.zip").write_bytes(data)
-    with pytest.raises(DataError, match=r"a\.zip:b\.txt: damaged"):
+    with pytest.raises(UserError, match=r"a\.zip:b\.txt: damaged"):
         pieces_of("a.zip")
 
 
 def test_a_missing_source_and_an_empty_folder_are_named():
-    with pytest.raises(DataError, match=r"'nosuch'.*shakespeare"):
+    with pytest.raises(UserError, match=r"'nosuch'.*shakespeare"):
         prepare("nosuch")
     Path("empty").mkdir()
-    with pytest.raises(DataError, match="empty holds no"):
+    with pytest.raises(UserError, match="empty holds no"):
         prepare("empty")
 
 
@@ -649,13 +662,13 @@ def test_a_missing_source_and_an_empty_folder_are_named():
 @pytest.mark.parametrize("text", ["", "a"])
 def test_text_too_short_to_split_is_an_error(text, tokenizer):
     Path("a.txt").write_text(text)
-    with pytest.raises(DataError, match=r"a\.txt"):
+    with pytest.raises(UserError, match=r"a\.txt"):
         prepare("a.txt", tokenizer)
     assert not list(Path("data").rglob("*.*"))
 
 
 def test_stdlib_is_source_without_tests():
-    names = {p.relative_to(Path(os.__file__).parent) for p in prepare_data.stdlib_files()}
+    names = {p.relative_to(Path(os.__file__).parent) for p in stdlib_files()}
     assert {Path("os.py"), Path("json/decoder.py")} <= names
     assert not [n for n in names if {"test", "tests", "site-packages"} & set(n.parts)]
 
@@ -675,7 +688,7 @@ def split_at(ids, mark):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_tenth_document_is_held_out_whole(workers, monkeypatch):
-    monkeypatch.setattr(prepare_data, "BLOCK", 64)  # long documents go through in several pieces
+    set_block(monkeypatch, 64)  # long documents go through in several pieces
     texts = [f"Document {i}. " + "Once more, " * (i % 7) for i in range(1, 36)]
     write_documents("books", texts)
     folder = prepare("books", "byte", workers=workers)
@@ -690,7 +703,7 @@ def test_val_fraction_sets_how_many_documents_are_held_out():
     folder = prepare("a.jsonl", "byte", val_fraction=0.25)
     assert split_at(tokens_of(folder, "val"), 256) == texts[3::4]
     for bad in (0, -1, 0.6, float("nan")):
-        with pytest.raises(DataError, match="val_fraction"):
+        with pytest.raises(UserError, match="val_fraction"):
             prepare("a.jsonl", "byte", val_fraction=bad)
 
 
@@ -730,7 +743,7 @@ def test_a_char_vocabulary_knows_held_out_documents_and_a_bpe_does_not():
 @pytest.fixture(scope="module")
 def own_bpe():
     documents = [("", [text * 3]) for text in TEXTS.values()]
-    return Tokenizer(prepare_data.learn_bpe(700, documents, 1))
+    return Tokenizer(learn_bpe(700, documents, 1))
 
 
 @pytest.fixture
@@ -764,7 +777,7 @@ def test_round_trip(tokenizer, language):
 def test_a_spec_that_went_through_json_gives_the_same_tokenizer(tokenizer):
     again = Tokenizer(json.loads(json.dumps(tokenizer.spec)))
     assert again.encode(ALL_TEXT) == tokenizer.encode(ALL_TEXT)
-    assert (again.n_vocab, again.eot) == (tokenizer.n_vocab, tokenizer.eot)
+    assert (again.n_vocab, again.eos_id) == (tokenizer.n_vocab, tokenizer.eos_id)
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"], indirect=True)
@@ -778,7 +791,7 @@ def test_any_unicode_round_trips_where_bytes_are_tokens(tokenizer):
 def test_byte_ids_are_the_bytes():
     t = Tokenizer({"kind": "byte"})
     assert t.encode(ALL_TEXT) == list(ALL_TEXT.encode())
-    assert (t.n_vocab, t.eot) == (257, 256)
+    assert (t.n_vocab, t.eos_id) == (257, 256)
 
 
 def test_an_unknown_character_is_a_replacement_character():
@@ -794,14 +807,14 @@ def test_ids_equal_tiktokens(name):
     t, reference = Tokenizer({"kind": "tiktoken", "name": name}), tiktoken.get_encoding(name)
     text = ALL_TEXT + real("sales_textbook.txt")[:50_000]
     assert t.encode(text) == reference.encode(text, disallowed_special=())
-    assert (t.n_vocab, t.eot) == (reference.n_vocab, reference.eot_token)
+    assert (t.n_vocab, t.eos_id) == (reference.n_vocab, reference.eot_token)
 
 
 @every_tokenizer
 def test_the_name_of_a_special_token_is_ordinary_text(tokenizer):
     text = "a<|endoftext|>b<|fim_prefix|>"
     ids = tokenizer.encode(text)
-    assert tokenizer.eot not in ids
+    assert tokenizer.eos_id not in ids
     assert tokenizer.byte_lengths[ids].min() > 0
     own = tokenizer.for_one_thread()
     assert own.encode(text) == ids and own.encoding is not tokenizer.encoding
@@ -817,19 +830,19 @@ def test_the_name_of_a_special_token_is_ordinary_text(tokenizer):
 @pytest.mark.parametrize("language", TEXTS)
 @pytest.mark.parametrize("block", [64, 333])
 def test_a_stream_of_pieces_has_the_tokens_of_the_whole(tokenizer, language, block, monkeypatch):
-    monkeypatch.setattr(prepare_data, "BLOCK", block)
+    set_block(monkeypatch, block)
     text = TEXTS[language] * 60
     if language == "code":
         text = (ROOT / "prepare_data.py").read_text(encoding="utf-8")
-    pieces = list(prepare_data.safe_pieces(re.findall(f"(?s:.{{1,{block}}})", text)))
+    pieces = list(safe_pieces(re.findall(f"(?s:.{{1,{block}}})", text)))
     assert "".join(pieces) == text
     assert len(pieces) > 5
     assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
 def test_a_document_without_any_place_to_cut_still_comes_in_bounded_pieces(monkeypatch):
-    monkeypatch.setattr(prepare_data, "BLOCK", 100)
-    pieces = list(prepare_data.safe_pieces(["x" * 100] * 95))
+    set_block(monkeypatch, 100)
+    pieces = list(safe_pieces(["x" * 100] * 95))
     assert "".join(pieces) == "x" * 9500
     assert max(map(len, pieces)) <= 800
 
@@ -860,7 +873,7 @@ def test_a_prepared_folder_lends_its_tokenizer():
 
 @pytest.mark.parametrize("name", ["nosuch", "bpe:", "bpe:many", "bpe:256", "bpe:9999999", "bpe:²"])
 def test_an_impossible_tokenizer_is_named(name):
-    with pytest.raises(DataError, match=re.escape(name)):
+    with pytest.raises(UserError, match=re.escape(name)):
         prepare_data.make_tokenizer(name, [("", ["some text"])], 1)
 
 
@@ -902,13 +915,13 @@ def test_train_bpe_equals_recounting_everything(alphabet, seed):
         piece = bytes(rng.choices(alphabet, k=rng.randint(1, 14)))
         counts[piece] = rng.randint(1, 9)
     for size in (256, 260, 300):
-        assert prepare_data.train_bpe(counts, size) == naive_bpe(counts, size)
+        assert train_bpe(counts, size) == naive_bpe(counts, size)
 
 
 def test_train_bpe_stops_at_its_size_and_never_merges_what_occurs_once():
-    assert len(prepare_data.train_bpe({b"abcdefgh": 100}, 259)) == 259
-    assert len(prepare_data.train_bpe({b"abcd": 1, b"efgh": 1}, 300)) == 256
-    assert len(prepare_data.train_bpe({}, 300)) == 256
+    assert len(train_bpe({b"abcdefgh": 100}, 259)) == 259
+    assert len(train_bpe({b"abcd": 1, b"efgh": 1}, 300)) == 256
+    assert len(train_bpe({}, 300)) == 256
 
 
 def chinese_text():
@@ -927,11 +940,11 @@ def test_train_bpe_agrees_with_the_tokenizers_library(corpus):
     pre, trainers = tokenizers.pre_tokenizers, tokenizers.trainers
     text = real("tinyshakespeare.txt") if corpus == "shakespeare" else chinese_text()
     size = 2000
-    ours = Tokenizer(prepare_data.learn_bpe(size + 1, [("", [text])], 1))
+    ours = Tokenizer(learn_bpe(size + 1, [("", [text])], 1))
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = pre.Sequence(
         [
-            pre.Split(tokenizers.Regex(prepare_data.PATTERN), "isolated"),
+            pre.Split(tokenizers.Regex(PATTERN), "isolated"),
             pre.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -954,10 +967,10 @@ def test_train_bpe_agrees_with_the_tokenizers_library(corpus):
 
 
 def test_a_sample_of_a_large_corpus_reaches_all_of_it(monkeypatch):
-    monkeypatch.setattr(prepare_data, "BPE_SAMPLE", 1000)
+    monkeypatch.setattr("data.tokenizer.BPE_SAMPLE", 1000)
     pieces = ["front front front ", "skipped skipped "] * 25
     pieces += ["later later later ", "skipped skipped "] * 25
-    spec = prepare_data.learn_bpe(280, [("", pieces)], sum(map(len, pieces)))
+    spec = learn_bpe(280, [("", pieces)], sum(map(len, pieces)))
     tokens = [base64.b64decode(t) for t in spec["tokens"]]
     assert b" front" in tokens and b" later" in tokens
     assert not [t for t in tokens if b"sk" in t], "it is to count every second piece"
@@ -990,7 +1003,7 @@ def test_meta_counts_what_the_files_hold(prepared):
     assert meta["largest_id"] == max(ids)
     assert meta["fallback_tokens"] == sum(int(t.fallback[i]) for i in ids) > 0
     for split, said in meta["splits"].items():
-        assert said["sha256"] == prepare_data.file_sha256(prepared / f"{split}.bin")
+        assert said["sha256"] == file_sha256(prepared / f"{split}.bin")
     assert (meta["encodings"], meta["documents"]) == ({"utf-8": 1}, 1)
     assert meta["xz_bits_per_byte"] is None  # of so little text it would mean nothing
     val = read_tokens(prepared, "val")
@@ -1003,7 +1016,7 @@ def test_meta_counts_what_the_files_hold(prepared):
 def test_a_name_cannot_leave_the_data_folder(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("some text " * 50, encoding="utf-8")
-    with pytest.raises(DataError, match="plain name"):
+    with pytest.raises(UserError, match="plain name"):
         prepare_data.main(["a.txt", "--name", name])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt"]
 
@@ -1012,7 +1025,7 @@ def test_a_file_of_another_size_is_refused(prepared):
     with open(prepared / "val.bin", "ab") as f:
         f.write(b"\0\0")
     assert len(read_tokens(prepared, "train"))
-    with pytest.raises(DataError, match=r"val\.bin"):
+    with pytest.raises(UserError, match=r"val\.bin"):
         read_tokens(prepared, "val")
 
 
@@ -1020,22 +1033,22 @@ def test_one_flipped_bit_is_refused(prepared):
     data = bytearray((prepared / "train.bin").read_bytes())
     data[len(data) // 2] ^= 1
     (prepared / "train.bin").write_bytes(data)
-    with pytest.raises(DataError, match=r"train\.bin.*sha256"):
+    with pytest.raises(UserError, match=r"train\.bin.*sha256"):
         read_tokens(prepared, "train")
 
 
 def test_missing_files_are_named(prepared):
     (prepared / "val.bin").unlink()
-    with pytest.raises(DataError, match=r"val\.bin does not exist"):
+    with pytest.raises(UserError, match=r"val\.bin does not exist"):
         read_tokens(prepared, "val")
     (prepared / "meta.json").unlink()
-    with pytest.raises(DataError, match=r"meta\.json does not exist"):
+    with pytest.raises(UserError, match=r"meta\.json does not exist"):
         read_tokens(prepared, "train")
 
 
 def test_another_format_is_refused(prepared):
     change_meta(prepared, format=prepare_data.FORMAT + 1)
-    with pytest.raises(DataError, match="format 2"):
+    with pytest.raises(UserError, match="format 2"):
         read_tokens(prepared, "train")
 
 
@@ -1044,7 +1057,7 @@ def test_another_format_is_refused(prepared):
 )
 def test_a_meta_that_contradicts_itself_is_refused(prepared, changes):
     change_meta(prepared, **changes)
-    with pytest.raises(DataError, match="contradicts itself"):
+    with pytest.raises(UserError, match="contradicts itself"):
         read_tokens(prepared, "train")
 
 
@@ -1053,14 +1066,14 @@ def test_a_meta_that_lost_a_key_is_refused(prepared, lost):
     meta = json.loads((prepared / "meta.json").read_text(encoding="utf-8"))
     del (meta["splits"] if lost == "val" else meta)[lost]
     (prepared / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(DataError, match=r"meta\.json"):
+    with pytest.raises(UserError, match=r"meta\.json"):
         read_tokens(prepared, "val")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"format": 1', b"\xff\xfe", b"null"])
 def test_a_damaged_meta_is_refused(prepared, content):
     (prepared / "meta.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"meta\.json"):
+    with pytest.raises(UserError, match=r"meta\.json"):
         read_tokens(prepared, "train")
 
 
@@ -1068,7 +1081,7 @@ def test_a_damaged_meta_is_refused(prepared, content):
 def test_a_failed_prepare_leaves_the_earlier_one_as_it_was(prepared, stage, monkeypatch):
     before = {p.name: p.read_bytes() for p in prepared.iterdir()}
     if stage == "reading":  # well behind the first blocks, which are tokenized by then
-        monkeypatch.setattr(prepare_data, "BLOCK", 1000)
+        set_block(monkeypatch, 1000)
         rows = [json.dumps(f"Row {i}") for i in range(3000)] + ["{broken"]
         Path("tale.jsonl").write_text("\n".join(rows))
         source = "tale.jsonl"
@@ -1076,7 +1089,7 @@ def test_a_failed_prepare_leaves_the_earlier_one_as_it_was(prepared, stage, monk
         Path("tale.txt").write_text("another tale")
         monkeypatch.setattr(prepare_data, "describe", lambda *a: 1 / 0)
         source = "tale.txt"
-    with pytest.raises((DataError, ZeroDivisionError)):
+    with pytest.raises((UserError, ZeroDivisionError)):
         prepare(source, "byte")
     assert {p.name: p.read_bytes() for p in prepared.iterdir()} == before
 
@@ -1093,7 +1106,7 @@ def test_a_crash_between_the_files_leaves_nothing_that_reads_as_whole(prepared, 
     with pytest.raises(OSError, match="No space"):
         prepare("tale.txt", "byte")
     for split in ("train", "val"):
-        with pytest.raises(DataError):
+        with pytest.raises(UserError):
             read_tokens(prepared, split)
 
 
@@ -1160,7 +1173,7 @@ def test_a_console_of_another_encoding_is_no_reason_to_die():
 @pytest.mark.parametrize(
     "error, code, line",
     [
-        (DataError("bad thing"), 2, "x.py: bad thing\n"),
+        (UserError("bad thing"), 2, "x.py: bad thing\n"),
         (FileNotFoundError(2, "No such file", "a.txt"), 2, "x.py: a.txt: No such file\n"),
         (OSError(28, "No space left on device"), 2, "x.py: [Errno 28] No space left on device\n"),
         (KeyboardInterrupt(), 130, "\nx.py: interrupted\n"),
@@ -1174,14 +1187,14 @@ def test_console_turns_errors_into_exit_codes(error, code, line, monkeypatch, ca
 
     monkeypatch.setattr(sys, "argv", ["/somewhere/x.py"])
     with pytest.raises(SystemExit) as e:
-        prepare_data.console(main)
+        run_cli(main)
     assert e.value.code == code
     assert capsys.readouterr().err == line
 
 
 def test_console_does_not_hide_a_bug():
     with pytest.raises(ZeroDivisionError):
-        prepare_data.console(lambda: 1 / 0)
+        run_cli(lambda: 1 / 0)
 
 
 # --------------------------------------------------------------------------------------------

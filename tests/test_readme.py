@@ -14,6 +14,8 @@ from conftest import serve_folder
 from test_hub_commands import QWEN_TOKENS, save_model
 from test_mnist import toy_files
 
+from data.sources import CROSSWOZ, LAB, REVIEWS, SOURCES
+
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("SCRATCHLM_DATA", ROOT.parent / "shared" / "data"))
 # appended to a command of each script: argparse takes the last value of a flag
@@ -52,21 +54,20 @@ def mirror(tmp_path_factory):
         pytest.skip(f"needs the real texts in {REAL} (or SCRATCHLM_DATA)")
     folder = tmp_path_factory.mktemp("mirror")
     sys.path.insert(0, str(ROOT))
-    import prepare_data
 
     for name, file in (("sales", "sales_textbook.txt"), ("shakespeare", "tinyshakespeare.txt")):
-        place = folder / prepare_data.REMOTE[name][0].split("://")[1]
+        place = folder / SOURCES[name].fetch.keywords["train"].split("://")[1]
         place.parent.mkdir(parents=True)
         place.symlink_to(REAL / file)
     if (REAL / "hotel").exists():
-        lab = folder / prepare_data._LAB.split("://")[1]
+        lab = folder / LAB.split("://")[1]
         lab.mkdir(parents=True)
         for split, source in (("train", "train"), ("dev", "dev"), ("test", "dev")):
             write_hotel_rows(REAL / "hotel" / f"{source}.jsonl", lab / f"{split}.full.jsonl")
-        place = folder / prepare_data._CROSSWOZ.split("://")[1]
+        place = folder / CROSSWOZ.split("://")[1]
         place.mkdir(parents=True)
         (place / "hotel_db.json").symlink_to(REAL / "hotel" / "hotel_db.json")
-        place = folder / prepare_data._REVIEWS.split("://")[1]
+        place = folder / REVIEWS.split("://")[1]
         place.parent.mkdir(parents=True)
         with tarfile.open(place, "w:gz") as archive:
             archive.add(REAL / "rotten_tomatoes", "rt-polaritydata")
@@ -107,7 +108,7 @@ def toy(line):
     """The command at toy size, run from any folder; None for what is not ours to run here."""
     if line.startswith(("pip ", "pytest")):
         return None
-    script = re.search(r"\w+\.py", line)[0]
+    script = re.search(r"[\w/]+\.py", line)[0]
     flag = next((f for f in TOY if not f.endswith(".py") and f in line), script)
     extra = TOY[flag] if script in TOY else ""
     if "--max_minutes" in line:  # the toy is limited by its steps

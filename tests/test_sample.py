@@ -19,8 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
-from model import Config, KVCache, ModelError, Transformer, load_checkpoint, save_checkpoint
-from prepare_data import DataError, Tokenizer
+from data.cli import UserError, printable
+from data.tokenizer import Tokenizer
+from model import Config, KVCache, Transformer, load_checkpoint, save_checkpoint
 from sample import TextStream, analogy, beam_search, generate, next_token
 
 SCRIPT = Path(__file__).resolve().parent.parent / "sample.py"
@@ -83,7 +84,7 @@ def random_prompt(n, seed=0, vocab=40):
 
 
 # --------------------------------------------------------------------------------------------
-# The ladder
+# Sampling filters
 # --------------------------------------------------------------------------------------------
 
 PROBS = [0.1, 0.4, 0.05, 0.15, 0.3]  # unsorted on purpose
@@ -396,12 +397,12 @@ def test_only_allowed_ids_come(settings):
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], []], [[40]], [[1], [3, -1]], [[1, 10**6]]])
 def test_an_empty_prompt_or_an_id_outside_the_vocabulary_is_a_data_error(prompts):
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         next(generate(noisy_model(), prompts, 5))
 
 
 def test_the_message_names_the_id_and_the_vocabulary():
-    with pytest.raises(DataError, match=r"id 40 .*0 to 39"):
+    with pytest.raises(UserError, match=r"id 40 .*0 to 39"):
         next(generate(noisy_model(), [[40]], 5))
 
 
@@ -414,7 +415,7 @@ def test_the_cache_is_allocated_once_however_often_the_window_slides(monkeypatch
             super().__init__(*args)
             made.append((self, self.keys.data_ptr()))
 
-    monkeypatch.setattr(sample, "KVCache", Counted)
+    monkeypatch.setattr("sample.KVCache", Counted)
     list(generate(noisy_model(), prompts, 40, slide=slides.append))
     [(cache, where)] = made
     assert cache.keys.data_ptr() == where and len(slides) >= 4
@@ -533,9 +534,9 @@ def test_beams_keep_to_the_allowed_ids():
 def test_beams_refuse_what_they_cannot_do():
     model = noisy_model()
     for prompt in ([], [40], [-1]):
-        with pytest.raises(DataError):
+        with pytest.raises(UserError):
             beam_search(model, prompt, 3)
-    with pytest.raises(ModelError, match="context of 12"):
+    with pytest.raises(UserError, match="context of 12"):
         beam_search(model, [1] * 10, 6)
     assert len(beam_search(model, [1] * 10, 2)[0][1]) == 2
 
@@ -573,7 +574,7 @@ def test_broken_bytes_become_the_replacement_character():
 
 
 def test_end_of_text_and_ids_without_a_token_are_silent():
-    assert feed_all(TextStream(BYTES), [65, BYTES.eot, 300, 66]) == ["A", "", "", "B", ""]
+    assert feed_all(TextStream(BYTES), [65, BYTES.eos_id, 300, 66]) == ["A", "", "", "B", ""]
 
 
 def streamed(text, *stops):
@@ -643,7 +644,7 @@ def word_table(tokenizer):
     for word, direction in zip(WORDS, directions):
         [i] = tokenizer.encode(" " + word)
         table[i] = torch.tensor([*direction, 0, 0, 0, 0], dtype=torch.float)
-    table[tokenizer.eot] = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0])  # perfect, but no word
+    table[tokenizer.eos_id] = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0])  # perfect, but no word
     table[-5] = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0])  # a spare row of the table
     return table
 
@@ -686,7 +687,7 @@ def test_a_word_of_several_tokens_is_their_mean():
 @pytest.mark.parametrize("expression", ["", "  ", "+", "- +"])
 def test_an_expression_without_words_is_a_data_error(expression):
     tok = word_tokenizer()
-    with pytest.raises(DataError, match="--analogy"):
+    with pytest.raises(UserError, match="--analogy"):
         analogy(expression, tok, word_table(tok))
 
 
@@ -772,7 +773,7 @@ def test_piped_text_that_begins_with_an_at_sign_is_text(say, monkeypatch):
 
 def test_without_a_prompt_the_model_begins_a_document(say, run, monkeypatch):
     flags = ("--temperature", "0", "--max_tokens", "10", "--print_ids")
-    wanted = reference(run[1], [BYTES.eot], 10, temperature=0)
+    wanted = reference(run[1], [BYTES.eos_id], 10, temperature=0)
     assert last_ids(say(*flags)) == wanted
     assert last_ids(say("--prompt", "", *flags)) == wanted
     monkeypatch.setattr(sys, "stdin", None)  # pythonw has none
@@ -851,7 +852,7 @@ def test_spare_rows_of_the_table_are_never_drawn(tmp_path, capsys):
 def test_allowed_ids_are_those_with_text_and_end_of_text(run):
     """Ids may be special (0 bytes) or gaps (-1) in the middle, and spare at the end."""
     lengths = np.array([1, 0, 3, -1, 2, 0])
-    tokenizer = SimpleNamespace(byte_lengths=lengths, eot=5)
+    tokenizer = SimpleNamespace(byte_lengths=lengths, eos_id=5)
     allowed = sample.allowed_ids(run[1], tokenizer)
     assert allowed.nonzero().flatten().tolist() == [0, 2, 4, 5] and len(allowed) == 320
 
@@ -873,7 +874,7 @@ def test_beams_end_with_the_context(run, capsys):
     out, err = capsys.readouterr()
     assert len(last_ids(out)) == 2 and "after 2 tokens" in err
     argv[3] = "a" * 32
-    with pytest.raises(DataError, match="32 tokens"):
+    with pytest.raises(UserError, match="32 tokens"):
         sample.main(argv)
 
 
@@ -906,7 +907,7 @@ def test_the_newest_run_is_taken_and_named(tmp_path, capsys, monkeypatch):
 
 def test_control_characters_are_shown_and_not_obeyed(tmp_path, capsys):
     text = "a\x1b[2Jb\r\x07\x9b\tc\nd é 好"
-    assert sample.printable(text) == "a\\x1b[2Jb\\x0d\\x07\\x9b\tc\nd é 好"
+    assert printable(text) == "a\\x1b[2Jb\\x0d\\x07\\x9b\tc\nd é 好"
     write_run(tmp_path / "x.pt", only=b"\x1b")
     flags = ["--ckpt", str(tmp_path / "x.pt"), "--prompt", "\x1b[1m", "--max_new_tokens", "3"]
     for more in ([], ["--num_samples", "2"], ["--beams", "2"]):
@@ -926,7 +927,7 @@ def test_a_model_without_a_tokenizer_continues_ids(tmp_path, run, capsys):
         lines = capsys.readouterr().out.splitlines()[-bare.count("\n") :]
         assert bare.splitlines() == lines and len(lines[0].split(",")) == 40
     for flags in (["--prompt", "ab"], ["--prompt_ids", "97"], ["--chat"]):
-        with pytest.raises(DataError, match=r"carries no tokenizer.*--prompt_ids 1,2"):
+        with pytest.raises(UserError, match=r"carries no tokenizer.*--prompt_ids 1,2"):
             sample.main(["--ckpt", str(tmp_path / "x.pt"), *flags])
 
 
@@ -936,7 +937,7 @@ def test_analogy_and_choices_on_the_command_line(say, run):
     assert lines == [f"{c:7.3f}  {t!r}" for t, c in wanted] and len(lines) == 10
     lines = say("--analogy", "a - b + c", "--choices", "x, y,z").splitlines()
     assert sorted(line.split()[1] for line in lines) == ["'x'", "'y'", "'z'"]
-    with pytest.raises(DataError, match="--analogy"):
+    with pytest.raises(UserError, match="--analogy"):
         say("--analogy", "")
 
 
@@ -951,7 +952,7 @@ def test_analogy_and_choices_on_the_command_line(say, run):
         (("--max_tokens", "0"), "--max_new_tokens 0"),
         (("--num_samples", "0"), "--num_samples 0"),
         (("--temperature", "-1"), "--temperature -1"),
-        (("--temperature", "inf"), "--temperature inf must be 0 or more and finite"),
+        (("--temperature", "inf"), "--temperature inf must be finite, from 0"),
         (("--repetition_penalty", "0"), "--repetition_penalty 0"),
         (("--beams", "-1"), "--beams -1"),
         (("--beams", "2", "--length_penalty", "nan"), "--length_penalty nan"),
@@ -970,7 +971,7 @@ def test_analogy_and_choices_on_the_command_line(say, run):
     ids=lambda x: "_".join(x)[:40] if isinstance(x, tuple) else "",
 )
 def test_a_value_that_makes_no_sense_is_named(say, flags, named):
-    with pytest.raises((DataError, ModelError), match=named):
+    with pytest.raises(UserError, match=named):
         say(*flags)
 
 
@@ -987,33 +988,33 @@ def test_unknown_flags_and_wrong_types_exit_with_2(flags, capsys):
 
 def test_a_prompt_file_that_is_no_utf8_or_not_there_is_named(say, tmp_path):
     (tmp_path / "gb.txt").write_bytes("中文".encode("gb18030"))
-    with pytest.raises(DataError, match=r"gb\.txt"):
+    with pytest.raises(UserError, match=r"gb\.txt"):
         say("--prompt", "@gb.txt")
-    with pytest.raises((DataError, OSError), match=r"none\.txt"):
+    with pytest.raises((UserError, OSError), match=r"none\.txt"):
         say("--prompt", "@none.txt")
 
 
 def test_bytes_of_a_shell_that_are_no_utf8_are_a_data_error(say, monkeypatch):
     """Python hands them over as lone surrogates, from arguments and, without a locale, pipes."""
-    with pytest.raises(DataError, match="UTF-8"):
+    with pytest.raises(UserError, match="UTF-8"):
         say("--prompt", "ab\udcff")
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab\udcff"))
-    with pytest.raises(DataError, match="UTF-8"):
+    with pytest.raises(UserError, match="UTF-8"):
         say()
 
 
 def test_a_checkpoint_that_is_missing_foreign_or_without_tokenizer_is_named(tmp_path, run):
-    with pytest.raises(ModelError, match=r"nowhere\.pt"):
+    with pytest.raises(UserError, match=r"nowhere\.pt"):
         sample.main(["--ckpt", str(tmp_path / "nowhere.pt")])
-    with pytest.raises(ModelError, match=r"best\.pt or last\.pt"):
+    with pytest.raises(UserError, match=r"best\.pt or last\.pt"):
         sample.main(["--ckpt", str(tmp_path)])
     (tmp_path / "x.pt").write_text("hello")
-    with pytest.raises(ModelError, match=r"x\.pt"):
+    with pytest.raises(UserError, match=r"x\.pt"):
         sample.main(["--ckpt", str(tmp_path / "x.pt")])
     model = run[1]
     content = {"config": asdict(model.config), "model": model.state_dict()}
     save_checkpoint(tmp_path / "bare.pt", content)
-    with pytest.raises(DataError, match="tokenizer"):
+    with pytest.raises(UserError, match="tokenizer"):
         sample.main(["--ckpt", str(tmp_path / "bare.pt"), "--device", "cpu"])
 
 

@@ -1,4 +1,4 @@
-"""train.py: schedules, optimisers, batches, the loop's exactness, and what a run leaves behind."""
+"""train.py: schedules, optimizers, batches, the loop's exactness, and what a run leaves behind."""
 
 import argparse
 import itertools
@@ -23,8 +23,12 @@ import lora
 import model as lm
 import prepare_data
 import train
+from data.cli import UserError
+from data.machine import Runtime
+from data.plot import line_svg
+from data.runs import new_run
 
-CPU = train.Runtime(torch.device("cpu"), peak=1e11)
+CPU = Runtime(torch.device("cpu"), peak=1e11)
 SHAPE = ["--n_layer", "2", "--n_head", "2", "--d_model", "32", "--context", "16"]
 SMALL = [*SHAPE, "--batch_size", "4"]
 
@@ -62,7 +66,7 @@ def weights(path):
 
 
 def settings(**changes):
-    base = dict(max_steps=10, max_minutes=None, compile=None)
+    base = train.optimizer_rates() | dict(max_steps=10, max_minutes=None, compile=None)
     return argparse.Namespace(**(train.RECIPE | base | changes))
 
 
@@ -96,7 +100,7 @@ def test_no_schedule_rises_or_leaves_its_bounds(schedule):
 
 
 def test_an_epoch_shows_each_window_once_and_epochs_differ():
-    windows = train.Windows(np.arange(1000, dtype=np.uint16), context=10, seed=3)
+    windows = train.TokenLoader(np.arange(1000, dtype=np.uint16), context=10, seed=3)
     first = [int(windows.rows(r, 1)[0][0, 0]) for r in range(windows.n)]
     second = [int(windows.rows(r, 1)[0][0, 0]) for r in range(windows.n, 2 * windows.n)]
     assert len(set(first)) == windows.n == 98
@@ -106,15 +110,15 @@ def test_an_epoch_shows_each_window_once_and_epochs_differ():
 
 def test_targets_are_the_next_tokens_and_rows_depend_on_nothing_but_their_number():
     tokens = np.arange(500, dtype=np.uint16)
-    ids, targets = train.Windows(tokens, 7, seed=1).rows(30, 60)
+    ids, targets = train.TokenLoader(tokens, 7, seed=1).rows(30, 60)
     assert torch.equal(targets, ids + 1) and ids.dtype == torch.int64
-    again = train.Windows(tokens, 7, seed=1)
+    again = train.TokenLoader(tokens, 7, seed=1)
     rows = torch.cat([again.rows(r, 1)[0] for r in reversed(range(30, 90))]).flip(0)
     assert torch.equal(rows, ids)
 
 
 def test_processes_and_micro_batches_cut_the_same_global_batch():
-    windows = train.Windows(np.arange(5000, dtype=np.uint16), 8, seed=0)
+    windows = train.TokenLoader(np.arange(5000, dtype=np.uint16), 8, seed=0)
     whole = train.micro_batches(windows, step=5, batch_size=8, grad_accum=1)[0][0]
     cut = [
         ids
@@ -125,13 +129,13 @@ def test_processes_and_micro_batches_cut_the_same_global_batch():
 
 
 def test_a_text_of_exactly_one_window_trains_and_a_shorter_one_says_so():
-    ids, _ = train.Windows(np.arange(17, dtype=np.uint16), 16, seed=0).rows(0, 3)
+    ids, _ = train.TokenLoader(np.arange(17, dtype=np.uint16), 16, seed=0).rows(0, 3)
     assert torch.equal(ids[0], torch.arange(16))
-    with pytest.raises(prepare_data.DataError, match=r"16 tokens.*context of 16"):
-        train.Windows(np.arange(16, dtype=np.uint16), 16, seed=0)
+    with pytest.raises(UserError, match=r"16 tokens.*context of 16"):
+        train.TokenLoader(np.arange(16, dtype=np.uint16), 16, seed=0)
 
 
-# ---- optimisers ----------------------------------------------------------------------------
+# ---- optimizers ----------------------------------------------------------------------------
 
 
 def test_decay_is_on_matrices_only_and_every_parameter_has_one_place():
@@ -179,6 +183,31 @@ def test_muon_decays_its_matrices_if_told_to():
         muon = train.make_optimizers(lm.Transformer(lm.preset("tiny")), args)[0]
         assert isinstance(muon, train.Muon)
         assert {g["weight_decay"] for g in muon.param_groups} == {decay}
+
+
+class SignSGD(torch.optim.SGD):
+    """An optimizer that a hacker adds."""
+
+    def step(self):
+        for p in (p for g in self.param_groups for p in g["params"]):
+            p.grad.sign_()
+        return super().step()
+
+
+def test_an_optimizer_is_added_by_a_line_and_has_a_flag_for_its_rate(corpus, monkeypatch):
+    monkeypatch.setitem(train.OPTIMIZERS, "sign", (SignSGD, 0.004))
+    parse = train.build_parser().parse_args
+    for flags, rate in (([], 0.004), (["--sign_lr", "0.01"], 0.01)):
+        args = train.resolve(parse(["--optimizer", "sign", *flags]))[0]
+        first, second = train.make_optimizers(lm.Transformer(lm.preset("tiny")), args)
+        assert isinstance(first, SignSGD) and isinstance(second, torch.optim.AdamW)
+        assert {g["peak"] for g in first.param_groups} == {rate}
+    args.ckpt, args.lr, args.sign_lr = "out/base", 1e-3, None
+    train.settle_rates(args, lm.Transformer(lm.preset("tiny")))
+    assert args.sign_lr == 0.002  # half of its own, as 1e-3 is of AdamW's 2e-3
+    with pytest.raises(UserError, match=r"--sign_lr 0\.0 must be above 0"):
+        train.resolve(parse(["--optimizer", "sign", "--sign_lr", "0"]))
+    train.main(["--data", "words", *SMALL, "--optimizer", "sign", "--max_steps", "3"])
 
 
 def test_muon_equals_torchs_own():
@@ -234,7 +263,7 @@ def test_a_step_without_targets_and_a_loss_that_is_no_number_stop(corpus):
     task = train.Task(batches=None, evaluate=None, extra={})
     model = lm.Transformer(lm.preset("tiny", n_layer=1, d_model=16, vocab_size=64))
     masked = [(torch.zeros(1, 4, dtype=torch.long), torch.full((1, 4), -100))]
-    with pytest.raises(train.TrainError, match="no target"):
+    with pytest.raises(UserError, match="no target"):
         train.training_step(model, task, masked, CPU, scaler)
 
     run("--data", "words", *SMALL, "--max_steps", 4, "--eval_every", 2, "--out", "out/nan")
@@ -442,7 +471,7 @@ def test_a_resumed_run_takes_new_rates_and_refuses_a_new_text(corpus):
 def test_a_run_from_before_a_flag_was_there_goes_on(corpus):
     run("--data", "words", *SMALL, "--max_steps", 2, "--out", "out/old")
     content = lm.load_checkpoint("out/old/last.pt")
-    del content["args"]["plain"]
+    del content["args"]["autocast"]
     lm.save_checkpoint("out/old/last.pt", content)
     told = run("--resume", "out/old", "--max_steps", 3).stdout
     assert "resuming out/old/last.pt at step 2" in told
@@ -463,7 +492,7 @@ def test_an_edited_file_is_prepared_again(corpus):
 
 
 def test_runs_that_start_together_get_folders_of_their_own(corpus):
-    assert len({train.new_run("same") for _ in range(3)}) == 3
+    assert len({new_run("same") for _ in range(3)}) == 3
     assert sorted(p.name for p in Path("out").iterdir()) == ["same", "same-2", "same-3"]
 
 
@@ -502,10 +531,10 @@ def test_a_run_learns_and_leaves_its_files(corpus):
         assert word in done.stdout, word
 
 
-def test_loss_svg_is_xml_with_both_curves_axes_and_no_point_outside():
-    rows = [{"step": s, "loss": 8 / (1 + s / 50)} for s in range(10, 1001, 10)]
-    rows += [{"step": s, "val_loss": 8.2 / (1 + s / 50)} for s in range(100, 1001, 100)]
-    root = ET.fromstring(train.loss_svg(rows, "a <b> & c"))
+def test_line_svg_is_xml_with_both_curves_axes_and_no_point_outside():
+    curves = {"train": [(s, 8 / (1 + s / 50)) for s in range(10, 1001, 10)]}
+    curves["validation"] = [(s, 8.2 / (1 + s / 50)) for s in range(100, 1001, 100)]
+    root = ET.fromstring(line_svg("a <b> & c", curves))
     tag = "{http://www.w3.org/2000/svg}"
     lines = root.findall(f"{tag}polyline")
     assert len(lines) == 2
@@ -513,7 +542,7 @@ def test_loss_svg_is_xml_with_both_curves_axes_and_no_point_outside():
     assert all(52 <= float(x) <= 452 and 44 <= float(y) <= 264 for x, y in points)
     texts = [t.text for t in root.findall(f"{tag}text")]
     assert {"a <b> & c", "steps", "train", "validation", "1000"} <= set(texts)
-    ET.fromstring(train.loss_svg([], "nothing yet"))
+    ET.fromstring(line_svg("nothing yet", {}))
 
 
 def test_early_stopping_stops(corpus):
@@ -568,7 +597,7 @@ def test_training_goes_on_from_a_checkpoints_weights(corpus):
     args = last["args"]
     assert [args[k] for k in ("lr", "embed_lr", "head_lr")] == pytest.approx([1e-3, 1e-2, 3e-3])
     large = argparse.Namespace(ckpt="gpt2", lr=None, embed_lr=None, head_lr=None, muon_lr=None)
-    train.settle_rates(large, lm.skeleton(lm.preset("gpt2")))
+    train.settle_rates(large, lm.meta_model(lm.preset("gpt2")))
     assert large.lr == pytest.approx(6e-5) and large.embed_lr is None
     run("--data", "words", *more[:-1], "out/muon", "--optimizer", "muon", "--embed_lr", 1e-5)
     muon = lm.load_checkpoint("out/muon/last.pt")["args"]

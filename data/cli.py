@@ -1,0 +1,184 @@
+"""What every script's command line does: errors as one line, Ctrl-C, flags.
+
+A user's mistake is a `UserError`: `run_cli` prints its one line and ends with exit code 2.
+"""
+import argparse
+import contextlib
+import difflib
+import math
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A user's mistake about data: one line that names the thing, the value and the remedy."""
+
+
+def run_cli(main):
+    """Run a script's `main` as a program: a UserError or an OSError becomes one line on stderr and
+    exit code 2, Ctrl-C exit code 130."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console of another encoding is no reason to die
+    if hasattr(sys.stdin, "reconfigure"):  # there may be none, or a stand-in
+        sys.stdin.reconfigure(encoding="utf-8")  # what is piped in is text like any other
+    script = Path(sys.argv[0]).name
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts' imports do without
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; keep the interpreter from flushing again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except UserError as e:
+        print(f"{script}: {e}", file=sys.stderr)
+        code = 2
+    except OSError as e:
+        what = f"{e.filename}: {e.strerror}" if e.filename else str(e)
+        print(f"{script}: {what}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f"\n{script}: interrupted", file=sys.stderr)
+        code = 130
+    raise SystemExit(code)
+
+
+# What our flags are called in nanoGPT and transformers, or were called before.
+ALIASES = {
+    "max_new_tokens": "max_tokens",
+    "lr": "learning_rate",
+    "max_steps": "max_iters",
+    "context": "block_size",
+    "eval_every": "eval_interval",
+    "log_every": "log_interval",
+    "warmup_steps": "warmup_iters",
+    "grad_accum": "gradient_accumulation_steps",
+    "no_fast": "plain",
+    "autocast": "plain",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse where flags may also be written with dashes or called as in ALIASES, never
+    abbreviated, and where a mistake ends in one line."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def own_name(self, word):
+        """`word`, or if it is a flag under another name, the same under ours."""
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") or flag in self._option_string_actions:
+            return word
+        name = flag[2:].replace("-", "_")
+        known = {option[2:].replace("-", "_"): option for option in self._option_string_actions}
+        known = {ALIASES[n]: option for n, option in known.items() if n in ALIASES} | known
+        return known.get(name, flag) + equals + value
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, of the words by their names here."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self.own_name(word) for word in words], namespace)
+
+    def error(self, message):
+        """One line on stderr, exit code 2; with the flag that is most like an unknown one."""
+        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message = f"unknown argument {unknown[1]}"
+            message += f": did you mean {near[0]}?" if near else " (--help lists what there is)"
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM, remembered until the step is done; a second one stops at once."""
+
+    def __enter__(self):
+        self.number, self.old = 0, {}
+        with contextlib.suppress(ValueError):  # signals only reach the main thread
+            for s in (signal.SIGINT, signal.SIGTERM):
+                self.old[s] = signal.signal(s, self.handle)
+        return self
+
+    def handle(self, number, frame):
+        """The signal handler: note it, and give the next one its usual effect."""
+        self.number = number
+        self.restore()
+
+    def restore(self):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+    def __exit__(self, *_):
+        self.restore()
+
+
+# What the value of a flag must be, whatever script it belongs to.
+LIMITS = (
+    (
+        "batch_size batch_tokens eval_every grad_accum judge log_every max_new_tokens max_steps "
+        "num_samples show_mask steps tokens workers",
+        "at least 1",
+        lambda v: 1 <= v <= 2**62,
+    ),
+    (
+        "distill_temperature dpo_beta epochs guidance lora_alpha lr max_minutes repetition_penalty",
+        "above 0 and finite",  # any NAME_lr, too
+        lambda v: 0 < v < math.inf,
+    ),
+    (
+        "beams eval_rows grad_clip lora_rank min_lr temperature top_k warmup_steps weight_decay",
+        "finite, from 0",
+        lambda v: 0 <= v < math.inf,
+    ),
+    ("eval_tokens patience seed", "from 0 to 2**50", lambda v: 0 <= v <= 2**50),
+    ("augment distill_lambda min_p token_dropout top_p", "from 0 to 1", lambda v: 0 <= v <= 1),
+    ("beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1),
+    ("val", "between 0 and 1", lambda v: 0 < v < 1),
+    ("val_fraction", "above 0 and at most 0.5", lambda v: 0 < v <= 0.5),
+    ("length_penalty", "from -10 to 10", lambda v: -10 <= v <= 10),
+)
+
+
+def check_limits(values):
+    """UserError for the first of `values`, {flag: value or None}, that is outside of LIMITS."""
+    limits = {name: limit for names, *limit in LIMITS for name in names.split()}
+    for name, value in values.items():
+        rate = limits["lr"] if name.endswith("_lr") else (None, None)
+        wanted, good = limits.get(name, rate)
+        if good and value is not None and not good(value):
+            raise UserError(f"--{name} {value} must be {wanted}")
+
+
+def printable(text):
+    """`text` with its control characters, line ends and tabs apart, as \\x1b: printed as they are
+    they would clear the terminal, or worse."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+
+
+class Progress:
+    """A line on a terminal that rewrites itself, at most twice a second; nothing elsewhere."""
+
+    def __init__(self):
+        self.shown, self.width = time.monotonic(), 0
+
+    def __call__(self, text):
+        if sys.stderr.isatty() and time.monotonic() - self.shown > 0.5:
+            self.shown, self.width = time.monotonic(), len(text)
+            print(f"\r{text} ", end="", flush=True, file=sys.stderr)
+
+    def clear(self):
+        """Leave an empty line to whatever comes next."""
+        if self.width:
+            print("\r" + " " * self.width, end="\r", file=sys.stderr)
+
+
+def watched(items, what):
+    """Pass items through, with their number on a line of the terminal."""
+    progress = Progress()
+    for number, item in enumerate(items, start=1):
+        progress(f"{what} {number:,}")
+        yield item
+    progress.clear()

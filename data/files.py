@@ -1,0 +1,70 @@
+"""Files: written whole or not at all, JSON, hashes, a lock for a run's folder."""
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from data.cli import UserError
+
+
+def write_whole(path, write):
+    """Let write(file) fill a temporary file, then give it the name `path`, as `save_checkpoint`."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        reason = str(e).strip().split("\n")[0]
+        with contextlib.suppress(OSError):  # torch's zip writer is silent about a full disk
+            free = shutil.disk_usage(path.parent).free
+            reason = "the disk is full" if free < 1 << 20 else reason
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {reason}; what was there before is kept") from e
+
+
+def write_json(path, values):
+    """Write an object as a JSON file, whole or not at all."""
+    write_whole(path, lambda f: f.write(json.dumps(values, indent=2, ensure_ascii=False).encode()))
+
+
+def read_json(path):
+    """The object that a JSON file holds; UserError if it holds none."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(f"{path} is missing") from e
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is no JSON ({e})") from e
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return data
+
+
+def parse_json(text, where):
+    """json.loads; UserError if it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: broken JSON ({e})") from e
+
+
+def file_sha256(path):
+    """The sha256 of a file's bytes, as hex digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def git_sha1(path):
+    """The name that git gives a file's content: the sha1 of its length and bytes, as hex digits."""
+    with open(path, "rb") as f:
+        start = b"blob %d\0" % os.fstat(f.fileno()).st_size
+        return hashlib.file_digest(f, lambda: hashlib.sha1(start)).hexdigest()

@@ -1,0 +1,253 @@
+"""Hotels: the search tool, the dialogue sets, invented dialogues, and exchanging values in them.
+
+`sample.py --tools hotel` uses what `get_tools` returns.
+"""
+
+import contextlib
+import json
+import math
+import random
+import re
+from functools import partial
+from pathlib import Path
+
+from data.chat import call_text, drop_continued, parse_call
+from data.cli import UserError
+from data.download import DATA
+
+# --------------------------------------------------------------------------------------------
+# The hotels and the search
+# --------------------------------------------------------------------------------------------
+
+HOTEL_DB = DATA / "hotel" / "hotel_db.json"  # the public one, once fetched
+OWN_HOTELS = Path(__file__).with_name("hotels.json")  # a small one of our own invention
+HOTEL_KEYS = {  # CrossWOZ's fields and what the dialogues call them
+    "名称": "name",
+    "酒店类型": "type",
+    "地址": "address",
+    "地铁": "subway",
+    "电话": "phone",
+    "酒店设施": "facilities",
+    "价格": "price",
+    "评分": "rating",
+}
+
+
+def read_hotels(path=None):
+    """A hotel database as a list of records: CrossWOZ's [[name, {...}], ...] or one of records as
+    they are. Default: the public one if it has been fetched, else our own small one."""
+    path = Path(path or (HOTEL_DB if HOTEL_DB.exists() else OWN_HOTELS))
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if rows and isinstance(rows[0], list):
+            rows = [{new: row[old] for old, new in HOTEL_KEYS.items()} for _, row in rows]
+        return [r | {"facilities": [f.strip() for f in r["facilities"] if f.strip()]} for r in rows]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is no hotel database ({e!r})") from e
+
+
+def search_hotels(
+    hotels,
+    name: str | None = None,
+    type: str | None = None,
+    facilities: list | None = None,
+    price_range_lower: float | None = None,
+    price_range_upper: float | None = None,
+    rating_range_lower: float | None = None,
+    rating_range_upper: float | None = None,
+):
+    """The hotels (records of `read_hotels`) that fit all that is given, the best rated first, two
+    at most: a record takes 150 tokens, and a small model's context is short. Guests name facilities
+    in their own words, so these are compared by their characters.
+    """
+
+    def within(value, low, high):
+        if low is None and high is None:
+            return True
+        return value is not None and (low or 0) <= value <= (math.inf if high is None else high)
+
+    def offers(hotel, wanted):
+        return any(
+            wanted in has or has in wanted or len(set(wanted) & set(has)) >= 0.7 * len(set(wanted))
+            for has in hotel["facilities"]
+        )
+
+    found = [
+        h
+        for h in hotels
+        if (not name or name in h["name"] or h["name"] in name)
+        and (not type or h["type"] == type)
+        and within(h["price"], price_range_lower, price_range_upper)
+        and within(h["rating"], rating_range_lower, rating_range_upper)
+        and all(offers(h, f) for f in facilities or [])
+    ]
+    return sorted(found, key=lambda h: -(h["rating"] or 0))[:2]
+
+
+def get_tools():
+    """{name: function} for `sample.py --tools hotel`."""
+    return {"search": partial(search_hotels, read_hotels())}
+
+
+# --------------------------------------------------------------------------------------------
+# Dialogues
+# --------------------------------------------------------------------------------------------
+
+
+def join_dialogues(path):
+    """The dialogues, as lists of turns, of a file whose rows are {"context": the turns so far,
+    "response": the next one}, both JSON in strings."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        turns = [[*json.loads(r["context"]), json.loads(r["response"])] for r in rows]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} holds no rows of context and response ({e!r})") from e
+    return drop_continued(turns)
+
+
+_WAYS = {  # how a guest may ask for each argument
+    "type": ("{}的酒店", "{}酒店", "一家{}的"),
+    "facilities": ("能提供{}", "有{}", "带{}的", "提供{}服务"),
+    "price": ("价格在{0}-{1}元", "{0}到{1}元之间", "预算{0}-{1}元"),
+    "rating": ("评分{}分以上", "评分在{}分以上的", "评分不低于{}分"),
+}
+_OPENINGS = ("你好，帮我找个酒店，", "我想订酒店，", "请推荐一家酒店，", "您好，我要住酒店，")
+_QUESTIONS = (
+    ("phone", ("这家酒店的电话是多少？", "电话号码给我一下。"), "{name}的电话是{phone}。"),
+    ("address", ("这家酒店在哪里？", "地址是什么？"), "{name}的地址是{address}。"),
+    ("price", ("一晚多少钱？", "价格是多少？"), "{name}的价格是{price}元。"),
+    ("rating", ("评分怎么样？", "这家的评分是多少？"), "{name}的评分是{rating}分。"),
+)
+
+
+def synthetic_dialogues(count, seed):
+    """`count` invented hotel dialogues, each a list of turns with the public set's schema and exact
+    arguments: the same ones for the same seed, on any machine."""
+    hotels, rng = read_hotels(OWN_HOTELS), random.Random(f"hotel-synthetic {seed}")
+    rows = []
+    while len(rows) < count:
+        wish = rng.choice(hotels)  # so that something is found
+        arguments, words = {}, []
+        for key in rng.sample(sorted(_WAYS), rng.randint(1, 3)):
+            way = rng.choice(_WAYS[key])
+            if key == "price":
+                low = int(wish["price"] // 100 * 100)
+                arguments |= {"price_range_lower": low, "price_range_upper": low + 100}
+                words.append(way.format(low, low + 100))
+            elif key == "rating":
+                low = rng.choice((4, 4.5)) if wish["rating"] >= 4.5 else 4
+                arguments["rating_range_lower"] = low
+                words.append(way.format(low))
+            elif key == "facilities":
+                chosen = rng.sample(wish["facilities"], rng.randint(1, 2))
+                arguments[key] = chosen
+                words.append(way.format("和".join(chosen)))
+            else:
+                arguments[key] = wish[key]
+                words.append(way.format(wish[key]))
+        records = search_hotels(hotels, **arguments)
+        names = "、".join(r["name"] for r in records) or "没有找到"
+        reply = f"为您推荐{names}。" if records else "抱歉，没有符合要求的酒店。"
+        turns = [
+            {"role": "user", "content": rng.choice(_OPENINGS) + "，".join(words) + "。"},
+            {"role": "search", "arguments": arguments},
+            {"role": "return", "records": records},
+            {"role": "assistant", "content": reply},
+        ]
+        if len(records) == 1 and rng.random() < 0.7:
+            _, asks, answer = rng.choice(_QUESTIONS)
+            turns.append({"role": "user", "content": rng.choice(asks)})
+            turns.append({"role": "assistant", "content": answer.format(**records[0])})
+        rows.append(turns)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------
+# Values exchanged for others
+# --------------------------------------------------------------------------------------------
+
+
+def values_of(message):
+    """(key, value) of each text that a call passes or a tool has returned."""
+    objects = []
+    if message["role"] == "call":
+        objects = [parse_call(message["content"])[1]]
+    elif message["role"] == "tool":
+        with contextlib.suppress(ValueError, RecursionError):  # a result may be any text
+            found = json.loads(message["content"])
+            objects = found if isinstance(found, list) else [found]
+    for key, value in (pair for o in objects if isinstance(o, dict) for pair in o.items()):
+        for v in value if isinstance(value, list) else [value]:
+            if isinstance(v, str) and v:
+                yield f"{message['role']}.{key}", v
+
+
+def values_by_key(examples):
+    """{"call.KEY" or "tool.KEY": all texts it has anywhere}: what `substitute` draws from."""
+    pool = {}
+    for key, v in (pair for e in examples for m in e["messages"] for pair in values_of(m)):
+        pool.setdefault(key, []).append(v)
+    return pool
+
+
+def substitute(example, pool, share, rng):
+    """The conversation with some values exchanged, everywhere in it at once.
+
+        user  找一家有健身房的酒店           user  找一家有接机服务的酒店
+        call  {"facilities": ["健身房"]}     call  {"facilities": ["接机服务"]}
+
+    What a call passes as the user has said it, and what the assistant says as a tool has returned
+    it, becomes with probability `share` another value that this key has somewhere: so the model has
+    to read it, not to recall it.
+    """
+    said = {"user": "", "assistant": ""}
+    for m in example["messages"]:
+        if m["role"] in said:
+            said[m["role"]] += m["content"] + "\n"
+    swap = {}
+    for m in example["messages"]:
+        source = said["user" if m["role"] == "call" else "assistant"]
+        for key, v in values_of(m):
+            if v in source and v not in swap and rng.random() < share:
+                swap[v] = rng.choice(pool[key])
+    if not swap or len(set(swap.values())) < len(swap):
+        return example
+    longest_first = sorted(swap, key=len, reverse=True)
+    found = re.compile("|".join(map(re.escape, longest_first)))
+
+    def exchange(value):
+        if isinstance(value, str):
+            return found.sub(lambda hit: swap[hit[0]], value)
+        if isinstance(value, list):
+            return [exchange(v) for v in value]
+        return {k: exchange(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    def rewrite(role, content):
+        if role == "call":  # JSON stays JSON, its keys stay as they are
+            name, arguments = parse_call(content)
+            return call_text(name, exchange(arguments))
+        if role == "tool":
+            with contextlib.suppress(ValueError, RecursionError):
+                new = exchange(old := json.loads(content))
+                return content if new == old else json.dumps(new, ensure_ascii=False)
+        return exchange(content)
+
+    messages = [m | {"content": rewrite(m["role"], m["content"])} for m in example["messages"]]
+    return {"messages": messages}
+
+
+def tidy_calls(example):
+    """The conversation with each call's arguments in one order: keys by the alphabet, the items of
+    a list as the user has named them, which is easier to copy. What they say stays the same."""
+    said, messages = "", []
+    for m in example["messages"]:
+        if m["role"] == "user":
+            said += "\n" + m["content"]
+        if m["role"] == "call":
+            name, arguments = parse_call(m["content"])
+            for key, value in arguments.items():
+                if isinstance(value, list) and all(isinstance(v, str) for v in value):
+                    arguments[key] = sorted(value, key=lambda v: (v not in said, said.rfind(v), v))
+            m = m | {"content": call_text(name, dict(sorted(arguments.items())))}
+        messages.append(m)
+    return example | {"messages": messages}

@@ -1,0 +1,275 @@
+"""Tokenizers: all of them tiktoken encodings, so all of them encode at its speed; and a byte-level
+BPE trainer."""
+import base64
+import copy
+import heapq
+import itertools
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from functools import cached_property
+
+import numpy as np
+import regex  # comes with tiktoken, whose split patterns are written for it (\p{L}, \p{Han})
+import tiktoken
+import tiktoken.load
+
+from data.cli import UserError
+from data.download import MB, download_path, fetch
+
+END = "<|endoftext|>"  # stands between documents
+UNKNOWN = "\ufffd"  # what the char tokenizer makes of a character it has never seen
+
+# How our own BPE splits text before merging: no token crosses a border. Like cl100k_base's, but
+# - a run of Chinese characters stands alone, so "，" never sticks to the word after it;
+# - marks belong to their letters (Hindi, Thai), and line ends to the indentation after them.
+_LETTER = r"[^\p{Han}\p{N}\p{P}\p{S}\p{Z}\p{C}]"  # letters and marks, without Han
+PATTERN = "|".join(
+    (
+        r"'(?i:[sdmt]|ll|ve|re)",
+        r"\p{Han}+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_LETTER}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+",
+        r"\s*[\r\n]+[ \t]*",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+ANY_CHARACTER = r"(?s:.)"
+
+# tiktoken downloads vocabularies by itself: let it do so through fetch, its mirror and its cache
+tiktoken.load.read_file = lambda url: fetch(url).read_bytes()
+
+
+def rebuilt(e, more=None):
+    """A tiktoken.Encoding like `e` that shares nothing with it, with `more` special tokens."""
+    return tiktoken.Encoding(
+        e.name,
+        pat_str=e._pat_str,
+        mergeable_ranks=e._mergeable_ranks,
+        special_tokens=e._special_tokens | (more or {}),
+    )
+
+
+class Tokenizer:
+    """A tiktoken.Encoding and the plain-dict `spec` that rebuilds it anywhere.
+
+    spec["kind"] is byte, char (with "chars"), bpe (with "pattern" and base64 "tokens"), tiktoken
+    (with "name") or hf (see hub_tokenizer). Files and checkpoints carry the spec, so a model always
+    has its tokenizer. `eos_id` ends a text; `bos_id` is what a Hugging Face model wants in front of
+    it, else None; `encode` adds neither.
+
+    >>> t = Tokenizer({"kind": "byte"})
+    >>> t.encode("é"), t.decode([195, 169]), t.n_vocab, t.eos_id
+    ([195, 169], 'é', 257, 256)
+    """
+
+    def __init__(self, spec):
+        self.spec, kind = spec, spec.get("kind")
+        pattern = ANY_CHARACTER
+        # To add a tokenizer: give it a kind here, and a way to make its spec in make_tokenizer.
+        if kind == "tiktoken":
+            try:
+                self.encoding = tiktoken.get_encoding(spec["name"])
+            except ValueError as e:  # tiktoken's own checks: unknown name, wrong hash
+                for url in re.findall(r"from (https?://\S+)", str(e)):
+                    download_path(url).unlink(missing_ok=True)  # or it would fail for ever
+                raise UserError(f"tokenizer {spec['name']}: {e}") from e
+        else:
+            if kind == "byte":
+                tokens = [bytes([b]) for b in range(256)]
+            elif kind == "char":
+                tokens = [c.encode() for c in spec["chars"] + UNKNOWN]
+                self._strange = re.compile(f"[^{re.escape(spec['chars'] + UNKNOWN)}]")
+            elif kind in ("bpe", "hf"):  # no token where an added one of Hugging Face's has the id
+                tokens = [t if t is None else base64.b64decode(t) for t in spec["tokens"]]
+                pattern = spec["pattern"]
+            else:
+                raise UserError(f"tokenizer kind {kind!r} is unknown to this version")
+            if kind == "hf":  # text between two matches is a piece for them, nothing for tiktoken
+                pattern = f"{pattern}|(?:(?!{pattern}){ANY_CHARACTER})+"
+            self.encoding = tiktoken.Encoding(
+                kind,
+                pat_str=pattern,
+                mergeable_ranks={t: i for i, t in enumerate(tokens) if t is not None},
+                special_tokens=dict(spec["added"]) if kind == "hf" else {END: len(tokens)},
+            )
+        if added := spec.get("special"):  # ids of their own behind all others
+            names = enumerate(added, start=self.encoding.n_vocab)
+            self.encoding = rebuilt(self.encoding, {name: i for i, name in names})
+        self.special = self.encoding._special_tokens  # name -> id
+        self.n_vocab = self.encoding.n_vocab  # the largest id + 1
+        known = self.encoding._mergeable_ranks
+        self._lost = bytes(b for b in range(256) if kind == "hf" and bytes([b]) not in known)
+        self.eos_id = spec["end"] if kind == "hf" else self.encoding.eot_token
+        self.bos_id = spec.get("begin")
+
+    def with_special(self, names):
+        """This tokenizer with the special tokens `names` added behind its vocabulary, those that it
+        has already left as they are. Text can never spell a special token, only `special` can."""
+        new = [n for n in names if n not in self.special]
+        if not new:
+            return self
+        return Tokenizer({**self.spec, "special": [*self.spec.get("special", []), *new]})
+
+    def same_ids(self, other):
+        """Whether another tokenizer has the same tokens under the same ids."""
+        a, b = self.encoding, other.encoding
+        return (a._mergeable_ranks, a._special_tokens) == (b._mergeable_ranks, b._special_tokens)
+
+    @property
+    def name(self):
+        """What the user calls it, e.g. bpe:2048."""
+        kind, size = self.spec["kind"], self.n_vocab - len(self.spec.get("special", []))
+        return self.spec.get("name") or {"bpe": f"bpe:{size}"}.get(kind, kind)
+
+    def encode_array(self, text):
+        """Token ids of `text` as uint32, special tokens' names read as plain text. Runs without
+        Python's lock, so threads help."""
+        if self.spec["kind"] == "char":
+            text = self._strange.sub(UNKNOWN, text)
+        if self.spec.get("nfc"):  # é as one character, however it was typed
+            text = unicodedata.normalize("NFC", text)
+        if self._lost and len(data := text.encode()) > len(data.translate(None, self._lost)):
+            return self._encode_without_lost(text)
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def _encode_without_lost(self, text):
+        """Ids where bytes without a token (some models lack those of rare characters, SmolLM2
+        does) fall out of each piece before it is merged, as in Hugging Face's. Slow but rare."""
+        pieces = (m[0].encode() for m in regex.finditer(self.encoding._pat_str, text))
+        kept = filter(None, (piece.translate(None, self._lost) for piece in pieces))
+        ids = itertools.chain.from_iterable(map(self.encoding._encode_single_piece, kept))
+        return np.fromiter(ids, dtype=np.uint32)
+
+    def for_one_thread(self):
+        """The same tokenizer for a thread of its own: threads that share an Encoding contend for
+        its regex scratch space. Two threads took longer than one, and with an Encoding each half
+        as long."""
+        own = copy.copy(self)
+        own.encoding = rebuilt(self.encoding)
+        return own
+
+    def encode(self, text):
+        """Token ids of `text` as a list."""
+        return self.encode_array(text).tolist()
+
+    def token_bytes(self, i):
+        """The bytes that id `i` stands for; None if no token has this id."""
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:
+            return None
+
+    def decode(self, ids):
+        """Text of token ids; a broken character shows as U+FFFD."""
+        return self.encoding.decode(list(map(int, ids)))
+
+    @cached_property
+    def byte_lengths(self):
+        """Bytes of text per id, (n_vocab,): what loss is divided by for bits per byte. Special
+        tokens count 0, ids that no token has -1."""
+        special = set(self.special.values())
+        lengths = np.zeros(self.n_vocab, dtype=np.int64)
+        for i in range(self.n_vocab):
+            token = self.token_bytes(i)
+            lengths[i] = -1 if token is None else 0 if i in special else len(token)
+        return lengths
+
+    @cached_property
+    def fallback(self):
+        """Bools, (n_vocab,): tokens that are a piece of a character, or the unknown one."""
+
+        def broken(token):
+            try:
+                return token is not None and UNKNOWN in token.decode()
+            except UnicodeDecodeError:
+                return True
+
+        return np.array([broken(self.token_bytes(i)) for i in range(self.n_vocab)])
+
+
+# --------------------------------------------------------------------------------------------
+# Byte-pair encoding
+# --------------------------------------------------------------------------------------------
+
+
+def train_bpe(counts, size):
+    """Byte-pair encoding (Sennrich et al. 2016) over bytes: up to `size` tokens, in merge order.
+
+    `counts` maps pieces (bytes) to how often they occur. Starting from the 256 bytes, the most
+    frequent adjacent pair becomes a token, until there are enough or no pair occurs twice; among
+    equals the pair of the smallest ids. Only the pieces that hold the pair are touched.
+
+    >>> [t.decode() for t in train_bpe({b"low": 5, b"lower": 2, b"newer": 6}, 260)[256:]]
+    ['er', 'lo', 'low', 'ew']
+    """
+    tokens = [bytes([b]) for b in range(256)]
+    words = [(list(piece), n) for piece, n in counts.items()]
+    total, where = Counter(), defaultdict(set)  # pair -> occurrences, pair -> words with it
+    for w, (word, n) in enumerate(words):
+        for pair in itertools.pairwise(word):
+            total[pair] += n
+            where[pair].add(w)
+    heap = [(-n, pair) for pair, n in total.items()]
+    heapq.heapify(heap)
+    while heap and len(tokens) < size:
+        n, pair = heapq.heappop(heap)
+        if -n != total[pair]:  # the count has changed since: put it back at its place
+            if total[pair] > 0:
+                heapq.heappush(heap, (-total[pair], pair))
+            continue
+        if -n < 2:
+            break
+        new = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        grown = set()
+        for w in where.pop(pair):
+            word, n = words[w]
+            shorter = merge(word, pair, new)
+            for p in itertools.pairwise(word):
+                total[p] -= n
+            for p in itertools.pairwise(shorter):
+                total[p] += n
+                if new in p:
+                    where[p].add(w)
+                    grown.add(p)
+            words[w] = shorter, n
+        del total[pair]
+        for p in grown:
+            heapq.heappush(heap, (-total[p], p))
+    return tokens
+
+
+def merge(word, pair, new):
+    """`word` (a list of ids) with each `pair` in it replaced by `new`, from the left."""
+    out, i = [], 0
+    while i < len(word):
+        if i + 1 < len(word) and word[i] == pair[0] and word[i + 1] == pair[1]:
+            out.append(new)
+            i += 2
+        else:
+            out.append(word[i])
+            i += 1
+    return out
+
+
+BPE_SAMPLE = 64 * MB  # characters to count at most; more text does not move a small vocabulary
+
+
+def learn_bpe(size, documents, total_bytes):
+    """The spec of a BPE of `size` ids, end-of-text included, trained on the documents.
+
+    Of more text than BPE_SAMPLE every k-th piece is counted, so that all of it has its say.
+    """
+    if not 257 <= size <= 1_000_000:
+        raise UserError(f"tokenizer bpe:{size}: a size from 257 to 1,000,000, please")
+    split, counts = regex.compile(PATTERN), Counter()
+    every = -(-total_bytes // BPE_SAMPLE) or 1
+    pieces = (piece for _, pieces in documents for piece in pieces)
+    for piece in itertools.islice(pieces, 0, None, every):
+        counts.update(split.findall(piece))
+    tokens = train_bpe({piece.encode(): n for piece, n in counts.items()}, size - 1)
+    encoded = [base64.b64encode(t).decode() for t in tokens]
+    return {"kind": "bpe", "pattern": PATTERN, "tokens": encoded}
