@@ -77,9 +77,6 @@ RECIPE = train.RECIPE | train.optimizer_rates() | dict(
     lora_alpha=None,  # twice the rank
     lora_dropout=0.0,
     lora_targets="all",
-    dpo_beta=0.1,
-    distill_lambda=0.5,
-    distill_temperature=2.0,
 )
 
 # Tables are frozen under LoRA (new special tokens apart), so only the one rate counts.
@@ -358,6 +355,12 @@ class SFT:
 
     kind, what, figure = "chat", "conversations", "slot_f1"  # figure: what --best_by may name
     recipe = {}  # what differs from RECIPE
+    settings = {}  # flags of its own: {name: (default, what --help says)}
+
+    @classmethod
+    def defaults(cls):
+        """What differs from RECIPE, and what is missing there."""
+        return {name: value for name, (value, _) in cls.settings.items()} | cls.recipe
 
     def __init__(self, args, tokenizer, labels=()):
         self.args, self.tokenizer, self.labels, self.runtime = args, tokenizer, labels, None
@@ -477,6 +480,7 @@ class DPO(SFT):
 
     kind, what, figure = "prefer", "preference pairs", "reward_accuracy"
     recipe = dict(lr=1e-4, embed_lr=1e-4, head_lr=1e-4, epochs=1.0)
+    settings = {"dpo_beta": (0.1, "how tightly DPO holds on to the reference")}
 
     def row(self, example):
         """((chosen Row, rejected Row), whether one was too long) of a pair."""
@@ -536,6 +540,11 @@ class DPO(SFT):
 class Distill(SFT):
     """Chats again, learned from a teacher's probabilities as well (Hinton et al. 2015)."""
 
+    settings = {
+        "distill_lambda": (0.5, "share of the cross-entropy"),
+        "distill_temperature": (2.0, "softens teacher and model"),
+    }
+
     def start(self, model, splits, saved):
         """Load the teacher."""
         name, device = self.args.teacher, str(self.runtime.device)
@@ -594,7 +603,7 @@ def resolve(args):
     name, objective = choose_objective(settings.get("objective"), kind, settings["data"])
     if content is None:
         mode = LORA_RECIPE if given.get("lora_rank") else {}
-        settings = RECIPE | mode | objective.recipe | settings | {"objective": name}
+        settings = RECIPE | mode | objective.defaults() | settings | {"objective": name}
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
     check_limits(settings)
     check_settings(args, objective)
@@ -750,13 +759,15 @@ def evaluate_only(args):
     """--eval_only: load, measure one split, write predictions to --out."""
     if args.data is None:
         raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
-    settings = RECIPE | {k: v for k, v in vars(args).items() if v is not None}
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    check_limits(given)
+    kind, parts, _ = load_data(args.data, args.val_data, given.get("val", RECIPE["val"]))
+    kind_of = choose_objective(None, kind, args.data)[1]
+    settings = RECIPE | kind_of.defaults() | given
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
-    check_limits(settings)
     runtime = make_runtime(args.device, args.dtype)
     model, tokenizer, where = load(args.ckpt, args.device, runtime.dtype)
     train.settle_context(args, model)
-    kind, parts, _ = load_data(args.data, args.val_data, args.val)
     labels = check_parts(args, kind, parts)
     wanted = special_tokens(tokenizer, labels)
     if missing := [n for n in wanted if n not in tokenizer.special]:
@@ -764,7 +775,7 @@ def evaluate_only(args):
     run = where.parent if where.suffix == ".pt" else where
     out = run_folder(args, None, f"{run.name}-eval", runtime)
     out.mkdir(parents=True, exist_ok=True)
-    objective = choose_objective(None, kind, args.data)[1](args, tokenizer, labels)
+    objective = kind_of(args, tokenizer, labels)
     objective.runtime = runtime
     write_report(objective, model, objective.make_split(parts[args.split]), out)
     print(f"{out}/predictions.jsonl")
@@ -866,7 +877,8 @@ def build_parser():
     train.add_machine(add)
     add("--eval_only", action="store_true", default=None, help="measure --ckpt, train nothing")
     add("--split", help="to report on at the end: val (default; dev), test, train")
-    add("--best_by", choices=("val_loss", "accuracy", "slot_f1", "reward_accuracy", "last"),
+    figures = dict.fromkeys(c.figure for classes in OBJECTIVES.values() for c in classes)
+    add("--best_by", choices=("val_loss", *figures, "last"),
         help="which evaluation makes best.pt (default val_loss; accuracy for labels)")
     add("--eval_rows", type=int,
         help="answers to generate at an evaluation, 0 is none (default 64; the last one: all)")
@@ -886,10 +898,10 @@ def build_parser():
     add("--lora_targets", help="attention, mlp, all (default), or names of layers with commas")
     add("--quantize", choices=("int8", "nf4"), help="the frozen base, with --lora_rank")
     add = p.add_argument_group("objectives").add_argument
-    add("--dpo_beta", type=float, help="how tightly DPO holds on to the reference (default 0.1)")
     add("--teacher", help="checkpoint that distill learns from")
-    add("--distill_lambda", type=float, help="share of the cross-entropy (default 0.5)")
-    add("--distill_temperature", type=float, help="softens teacher and model (default 2)")
+    own = {k: v for classes in OBJECTIVES.values() for c in classes for k, v in c.settings.items()}
+    for name, (value, text) in own.items():
+        add(f"--{name}", type=type(value), help=f"{text} (default {value:g})")
     add = train.add_optimization(p)
     add("--epochs", type=float, help="passes over the rows, without the two below (default 3)")
     add("--max_steps", type=int, help="instead of --epochs")

@@ -104,6 +104,21 @@ def min_p(logits, p):
     return logits.masked_fill(probs < p * probs.max(dim=-1, keepdim=True).values, -math.inf)
 
 
+# To add a sampling filter, a function of logits and its value: {name: (function, the value that
+# keeps all, the flag's default, what --help says)}. They are applied in this order.
+FILTERS = {
+    "top_k": (top_k, 0, 0, "keep the k likeliest tokens; 0 is all"),
+    "top_p": (top_p, 1.0, 0.95, "keep the likeliest up to p; 1 is all"),
+    "min_p": (min_p, 0.0, 0.0, "keep what has p times the likeliest's probability; 0 is all"),
+}
+# All settings of generation; by default each does nothing.
+DECODING = {
+    "temperature": 1.0,
+    "repetition_penalty": 1.0,
+    **{name: off for name, (_, off, *_) in FILTERS.items()},
+}
+
+
 def next_token(logits, previous, generators, settings):
     """One id a row from logits (B, V): all sampling filters, then a random choice.
 
@@ -118,12 +133,9 @@ def next_token(logits, previous, generators, settings):
     if s["temperature"] < 1e-6:  # 0, or so little that a float has no room for the quotients
         return logits.argmax(dim=-1).tolist()
     logits = temperature(logits, s["temperature"])
-    if s["top_k"] > 0:
-        logits = top_k(logits, s["top_k"])
-    if s["top_p"] < 1:
-        logits = top_p(logits, s["top_p"])
-    if s["min_p"] > 0:
-        logits = min_p(logits, s["min_p"])
+    for name, (keep, off, *_) in FILTERS.items():
+        if s[name] != off:
+            logits = keep(logits, s[name])
     probs = logits.softmax(dim=-1).cpu()  # drawn on the CPU: the same seed, the same text anywhere
     return [sample_token(p, g) for p, g in zip(probs, generators)]
 
@@ -137,8 +149,6 @@ def sample_token(probs, generator):
     return torch.searchsorted(reached, share * reached[-1]).item()
 
 
-# The sampling filters' settings; by default each does nothing.
-DECODING = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 
 
 # --------------------------------------------------------------------------------------------
@@ -837,14 +847,18 @@ def read_prompts(args, tokenizer, vocab_size):
     return rows
 
 
-def write_rows(model, tokenizer, prompts, args):
-    """Generate for every prompt, --num_samples times; print text as it comes. Returns the ids.
-
-    Sample j draws with seed + j whatever the batch, so each can be had again alone.
-    """
-    prompts = [p for p in prompts for _ in range(args.num_samples)]
+def batch_of(prompts, args):
+    """(each prompt --num_samples times, settings of `generate`). Sample j of any prompt draws with
+    seed + j, so each can be had again alone."""
     seed = args.seed if args.seed is not None else torch.seed() % 2**31
-    seeds = [seed + r % args.num_samples for r in range(len(prompts))]
+    seeds = [seed + j for _ in prompts for j in range(args.num_samples)]
+    settings = {name: getattr(args, name) for name in DECODING}
+    return [p for p in prompts for _ in range(args.num_samples)], settings | {"seeds": seeds}
+
+
+def write_rows(model, tokenizer, prompts, args):
+    """Generate for every prompt, --num_samples times; print text as it comes. Returns the ids."""
+    prompts, settings = batch_of(prompts, args)
     streams = [TextStream(tokenizer, args.stop or ()) for _ in prompts]
     texts, ids, said = [""] * len(prompts), [[] for _ in prompts], []
 
@@ -867,18 +881,8 @@ def write_rows(model, tokenizer, prompts, args):
 
     if len(prompts) == 1:
         print(prompt_text(tokenizer, prompts[0]), end="", flush=True)
-    settings = {name: getattr(args, name) for name in DECODING}
-    allowed = allowed_ids(model, tokenizer)
-    for _ in generate(
-        model,
-        prompts,
-        args.max_new_tokens,
-        seeds=seeds,
-        allowed=allowed,
-        stop=stop,
-        slide=slide,
-        **settings,
-    ):
+    settings |= dict(allowed=allowed_ids(model, tokenizer), stop=stop, slide=slide)
+    for _ in generate(model, prompts, args.max_new_tokens, **settings):
         pass
     for r, stream in enumerate(streams):
         show(r, stream.finish())
@@ -891,12 +895,9 @@ def write_rows(model, tokenizer, prompts, args):
 
 def write_ids(model, prompts, args):
     """`write_rows` for a model without a tokenizer: no text, and no id that ends one."""
-    prompts = [p for p in prompts for _ in range(args.num_samples)]
-    seed = args.seed if args.seed is not None else torch.seed() % 2**31
-    seeds = [seed + r % args.num_samples for r in range(len(prompts))]
-    settings = {name: getattr(args, name) for name in DECODING}
-    settings |= dict(seeds=seeds, slide=lambda kept: None)
-    return [list(row) for row in zip(*generate(model, prompts, args.max_new_tokens, **settings))]
+    prompts, settings = batch_of(prompts, args)
+    rows = generate(model, prompts, args.max_new_tokens, slide=lambda kept: None, **settings)
+    return [list(row) for row in zip(*rows)]
 
 
 def prompt_text(tokenizer, ids):
@@ -943,9 +944,8 @@ def build_parser():
     add("--max_new_tokens", type=int, default=200, help="new tokens at most (default 200)")
     add("--num_samples", type=int, default=1, help="per prompt, in one batch (default 1)")
     add("--temperature", type=float, help="0 is greedy (default 0.8; with --tools 0)")
-    add("--top_k", type=int, default=0, help="keep the k likeliest tokens; 0 is all (default)")
-    add("--top_p", type=float, default=0.95, help="keep the likeliest up to p; 1 is all (0.95)")
-    add("--min_p", type=float, default=0.0, help="keep what has p times the likeliest's; 0 is all")
+    for name, (_, off, default, text) in FILTERS.items():
+        add(f"--{name}", type=type(off), default=default, help=f"{text} (default {default})")
     add("--repetition_penalty", type=float, default=1.0, help="above 1 discourages (default 1)")
     add("--beams", type=int, default=0, help="beam search of this width; 0 samples (default)")
     add("--length_penalty", type=float, default=1.0, help="of beams: above 1 favours long ones (1)")

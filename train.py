@@ -735,7 +735,7 @@ def add_optimization(p):
     add("--embed_lr", type=float, help="of the embedding table")
     add("--head_lr", type=float, help="of an untied head")
     for name, (_, rate) in OPTIMIZERS.items():
-        add(f"--{name}_lr", type=float, help=f"peak learning rate of {name} (default {rate})")
+        add(f"--{name}_lr", type=float, help=f"peak, with {name} (pretraining: {rate})")
     add("--min_lr", type=float, help="where the schedule ends")
     add("--warmup_steps", type=int, help="steps of linear warmup")
     add("--schedule", choices=tuple(SCHEDULES), help="after the warmup")

@@ -3,10 +3,14 @@
 import contextlib
 import functools
 import http.server
+import itertools
 import os
+import struct
+import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 # tests run in several processes at once, one a core: so torch is to use one thread in each
@@ -24,8 +28,32 @@ if without := os.environ.get("SCRATCHLM_WITHOUT"):
         raise ValueError(f"SCRATCHLM_WITHOUT={without} is neither mkldnn nor x86_int8")
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data.chat import CHAT_TOKENS
+from data.text import Documents, file_streams
+from data.tokenizer import Tokenizer
+from prepare_data import read_tokens
+
+BYTE = Tokenizer({"kind": "byte"})
+CHAT = BYTE.with_special(CHAT_TOKENS)
+SYSTEM, USER, ASSISTANT, CALL, TOOL, END = range(257, 263)  # CHAT_TOKENS, behind end-of-text
 SHARED = Path(os.environ.get("SCRATCHLM_DATA") or ROOT.parent / "shared" / "data").resolve()
 TIKTOKEN = SHARED / "tiktoken"
+TEXTS = {
+    "english": "It's the seller's 1st rule: don't talk, LISTEN — they'll say... 20,000 times. ",
+    "chinese": "他说：“学而时习之，不亦说乎？”今天是2024年10月31日，天气很好。我们去北京吧！",
+    "russian": "Все счастливые семьи похожи друг на друга, каждая несчастливая — по-своему. ",
+    "japanese": "吾輩は猫である。名前はまだ無い。どこで生れたか、とんと見当がつかぬ。\n",
+    "hindi": "नमस्ते दुनिया! हिन्दी में लिखा हुआ एक छोटा पाठ। क्या आप कल यहाँ आएँगे? ",
+    "code": "def f(x_1, *, y=None):\n    if x_1 >= 10:\n\t\treturn {'a': x_1 ** 2}  # it's\n\n\n",
+    "emoji": "👩‍👩‍👧‍👦 naïve café 🇨🇳 ☕️ zero\u200bwidth e\u0301 𝔘𝔫𝔦 \ufeff end\n",
+    "whitespace": "a  b\t\t c \n\n \n d\u3000e\u00a0 f\x0b\x0c\x85\u2028 \n   ",
+}
+ALL_TEXT = "".join(TEXTS.values())
+needs_vocabularies = pytest.mark.skipif(
+    not TIKTOKEN.is_dir(), reason=f"no tiktoken vocabularies in {TIKTOKEN}"
+)
 
 
 @pytest.fixture
@@ -63,3 +91,71 @@ def serve_folder(folder):
         finally:
             server.shutdown()
             thread.join()
+
+
+def real(name):
+    """The path of a file or folder of the real data, or a skip with the reason."""
+    if not (SHARED / name).exists():
+        pytest.skip(f"real data {SHARED / name} is absent")
+    return SHARED / name
+
+
+def write_documents(folder, texts, suffix=".txt"):
+    Path(folder).mkdir()
+    for i, text in enumerate(texts):
+        (Path(folder) / f"{i:03}{suffix}").write_bytes(text.encode())
+
+
+def turn(role, content):
+    """A message of a conversation."""
+    return {"role": role, "content": content}
+
+
+def set_block(monkeypatch, size):
+    """Text is read, encoded and written in pieces of so many bytes."""
+    monkeypatch.setattr("data.text.BLOCK", size)
+    monkeypatch.setattr("prepare_data.BLOCK", size)
+
+
+def tokens_of(folder, *splits):
+    """The ids in a prepared folder."""
+    ids = [read_tokens(folder, s).tolist() for s in splits or ("train", "val")]
+    return list(itertools.chain(*ids))
+
+
+def normal(text):
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def pieces_of(*files, **options):
+    """The text of each document in files, as prepare would read them."""
+    streams = [s for f in files for s in file_streams(Path(f))]
+    return ["".join(pieces) for _, pieces in Documents(streams, **options)]
+
+
+def idx(array):
+    sizes = struct.pack(f">{array.ndim}I", *array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
+
+
+def toy_files(train=300, test=100):
+    """{name: IDX bytes}: a digit d is a bright bar in line 2 d + 4, with noise."""
+    files, random = {}, np.random.default_rng(0)
+    for kind, n in (("train", train), ("t10k", test)):
+        labels = np.arange(n) % 10
+        images = random.integers(0, 60, (n, 28, 28))
+        for i, d in enumerate(labels):
+            images[i, 2 * d + 3 : 2 * d + 6, 4:24] = 250
+        files[f"{kind}-images-idx3-ubyte"] = idx(images)
+        files[f"{kind}-labels-idx1-ubyte"] = idx(labels)
+    return files
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A folder with a small data set that is easy to learn."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    for name, content in toy_files().items():
+        (folder / name).write_bytes(content)
+    return str(folder)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BYTE, CHAT
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,8 +37,6 @@ from data.tokenizer import Tokenizer
 
 CPU = Runtime(torch.device("cpu"), peak=1e11)
 FITS = argparse.Namespace(context=48, loss_on="assistant")
-BYTE = Tokenizer({"kind": "byte"})
-CHAT = BYTE.with_special(CHAT_TOKENS)
 KNOWN, NEW = 257, slice(257, 263)  # ids of a byte model, those of CHAT_TOKENS
 WORDS = ["to", "be", "or", "not", "the", "question", "学习", "good"]
 QUICK = ["--eval_rows", "0", "--log_every", "1", "--batch_tokens", "128", "--warmup_steps", "2"]
@@ -253,10 +252,10 @@ def test_a_model_that_is_its_own_teacher_has_nothing_to_learn():
 
 
 def task_of(rows, objective, batch_tokens, accum, reference=None, **changes):
-    args = dict(objective=objective, grad_accum=accum, context=48)
-    args = argparse.Namespace(**(ft.RECIPE | args | changes))
+    args, made = dict(objective=objective, grad_accum=accum, context=48), ft.OBJECTIVES[objective][0]
+    args = argparse.Namespace(**(ft.RECIPE | made.defaults() | args | changes))
     batches = ft.BucketLoader(rows, batch_tokens, 0)
-    learned = ft.OBJECTIVES[objective][0](args, CHAT)
+    learned = made(args, CHAT)
     learned.runtime, split = CPU, ft.Split([], rows, reference=reference)
     return batches.per_epoch, ft.make_task(args, learned, split, None, batches, {})
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import serve_folder
-from test_hub_commands import QWEN_TOKENS, save_model
+from test_hf_commands import QWEN_TOKENS, save_model
 from test_mnist import toy_files
 
 from data.sources import CROSSWOZ, LAB, REVIEWS, SOURCES

@@ -10,6 +10,7 @@ import time
 import unicodedata
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 from conftest import TIKTOKEN
@@ -38,16 +39,8 @@ from data.tokenizer import END, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-TEXTS = {
-    "english": "It's the seller's 1st rule: don't talk, LISTEN — they'll say... 20,000 times. ",
-    "chinese": "他说：“学而时习之，不亦说乎？”今天是2024年10月31日，天气很好。我们去北京吧！",
-    "russian": "Все счастливые семьи похожи друг на друга, каждая несчастливая — по-своему. ",
-    "japanese": "吾輩は猫である。名前はまだ無い。どこで生れたか、とんと見当がつかぬ。\n",
-    "hindi": "नमस्ते दुनिया! हिन्दी में लिखा हुआ एक छोटा पाठ। क्या आप कल यहाँ आएँगे? ",
+TEXTS = conftest.TEXTS | {
     "french": "Où est l'été ? Voilà : 3 œufs à 1 250 €, c\u0327a va, na\u0131\u0308f.\n",
-    "code": "def f(x_1, *, y=None):\n    if x_1 >= 10:\n\t\treturn {'a': x_1 ** 2}  # it's\n\n\n",
-    "emoji": "👩‍👩‍👧‍👦 naïve café 🇨🇳 ☕️ zero\u200bwidth e\u0301 𝔘𝔫𝔦 \ufeff end\n",
-    "whitespace": "a  b\t\t c \n\n \n d\u3000e\u00a0 f\x0b\x0c\x85\u2028 \n   ",
     "digits": "1 22  333   4444\t5\n 6\n\n7 a8b 9's x  10,5 \u0663\u0664 ½ Ⅷ ²  ",
     "crlf": "one\r\n\r\n two\r\n  three \r four 5\r\n 6\r\n",
 }

@@ -1,0 +1,306 @@
+"""data/download.py: files from the network, over a bad one. Nothing here leaves 127.0.0.1."""
+
+import hashlib
+import os
+import random
+import re
+import socket
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import tiktoken
+import tiktoken.registry
+from conftest import ALL_TEXT, TIKTOKEN, needs_vocabularies, normal, real, tokens_of
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import prepare_data
+from data.cli import UserError
+from data.download import download_path, fetch, resolve_url
+from data.sources import SOURCES
+from data.tokenizer import Tokenizer
+from prepare_data import prepare, read_tokens
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+GPT2, CL100K = ({"kind": "tiktoken", "name": name} for name in ("gpt2", "cl100k_base"))
+SALES_URL = SOURCES["sales"].fetch.keywords["train"]
+SALES_PATH = "/".join(SALES_URL.split("/")[3:])  # without https://host
+VOCABULARY = "/openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
+
+
+class Mirror(ThreadingHTTPServer):
+    """A web server with faults: `files` maps paths to bytes; each request takes one of `faults`,
+    an HTTP status, ("cut", bytes after which the line goes dead), or None for a good answer."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.faults, self.log = {}, [], []
+        self.sent, self.versions, self.always = 0, True, None
+        self.base = f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def ranges(self):
+        return [r for _, r in self.log]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        m, wanted = self.server, self.headers["Range"]
+        m.log.append((self.path, wanted))
+        fault = m.faults.pop(0) if m.faults else m.always
+        body = m.files.get(self.path)
+        if isinstance(fault, int) or body is None:
+            return self.send_error(fault or 404)
+        start = int(re.match(r"bytes=(\d+)-", wanted)[1]) if wanted else 0
+        if start and start >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        if m.versions:
+            self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.end_headers()
+        part = body[start : start + fault[1]] if fault else body[start:]
+        m.sent += len(part)
+        self.wfile.write(part)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def mirror():
+    with Mirror() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+BODY = random.Random(1).randbytes(1_000_000)
+BODY_SHA = hashlib.sha256(BODY).hexdigest()
+
+
+def parts_left():
+    return list(Path("data").rglob("*.part"))
+
+
+@needs_vocabularies
+def test_sales_from_a_mirror_is_77919_tokens(mirror, monkeypatch):
+    text = real("sales_textbook.txt").read_text(encoding="utf-8")
+    mirror.files["/huggingface.co/" + SALES_PATH] = text.encode()
+    monkeypatch.setenv("SCRATCHLM_MIRROR", mirror.base)
+    prepare_data.main(["sales", "--tokenizer", "cl100k_base"])
+    ids = tokens_of("data/sales")
+    assert len(ids) == 77_919
+    assert ids == tiktoken.get_encoding("cl100k_base").encode(text, disallowed_special=())
+    prepare_data.main(["sales", "--tokenizer", "byte"])
+    assert len(mirror.log) == 1, "downloaded twice"
+
+
+def test_shakespeare_from_a_mirror_is_its_characters(mirror, monkeypatch):
+    text = real("tinyshakespeare.txt").read_text(encoding="utf-8")
+    path = "/" + SOURCES["shakespeare"].fetch.keywords["train"].split("://")[1]
+    mirror.files[path] = text.encode()
+    monkeypatch.setenv("SCRATCHLM_MIRROR", mirror.base + "/")
+    prepare_data.main(["shakespeare"])
+    meta = prepare_data.read_meta("data/shakespeare")
+    assert len(read_tokens("data/shakespeare", "train")) == int(0.9 * len(text))
+    assert Tokenizer(meta["tokenizer"]).decode(tokens_of("data/shakespeare")) == text
+    assert meta["vocab_size"] == 65 + 2  # and U+FFFD and end-of-text
+
+
+def test_hf_endpoint_stands_for_the_hub_only(mirror, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", mirror.base + "/hub/")
+    mirror.files["/hub/" + SALES_PATH] = BODY
+    url = SOURCES["sales"].fetch.keywords["train"]
+    assert fetch(url, wait=0.01).read_bytes() == BODY
+    assert resolve_url("https://github.com/x") == "https://github.com/x"
+
+
+def test_a_cut_download_is_resumed_where_it_broke(mirror):
+    mirror.files["/a.bin"] = BODY
+    mirror.faults = [("cut", 700_000)]
+    path = fetch(mirror.base + "/a.bin", sha256=BODY_SHA, wait=0.01)
+    assert path.read_bytes() == BODY
+    assert mirror.ranges[0] is None
+    resumed_at = int(re.fullmatch(r"bytes=(\d+)-", mirror.ranges[1])[1])
+    assert 400_000 < resumed_at <= 700_000
+    assert mirror.sent == 700_000 + len(BODY) - resumed_at
+    assert not parts_left()
+
+
+def test_the_next_call_resumes_what_an_earlier_one_could_not_finish(mirror):
+    mirror.files["/a.bin"] = BODY
+    mirror.faults = [("cut", 600_000)]
+    with pytest.raises(UserError):
+        fetch(mirror.base + "/a.bin", tries=1)
+    assert parts_left()
+    assert fetch(mirror.base + "/a.bin", tries=1).read_bytes() == BODY
+    assert mirror.ranges[1] is not None
+
+
+def test_without_versions_a_cut_download_starts_over(mirror):
+    mirror.files["/a.bin"], mirror.versions = BODY, False
+    mirror.faults = [("cut", 600_000)]
+    assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == BODY
+    assert mirror.ranges == [None, None]
+
+
+def test_without_versions_a_download_that_never_succeeds_leaves_nothing(mirror):
+    mirror.files["/a.bin"], mirror.versions, mirror.always = BODY, False, ("cut", 600_000)
+    with pytest.raises(UserError, match="after 3 tries"):
+        fetch(mirror.base + "/a.bin", tries=3, wait=0.01)
+    assert mirror.ranges == [None] * 3
+    assert not [p for p in Path("data").rglob("*") if p.is_file()]
+
+
+def test_a_file_that_changed_on_the_server_is_never_spliced(mirror):
+    mirror.files["/a.bin"] = BODY
+    mirror.faults = [("cut", 600_000)]
+    with pytest.raises(UserError):
+        fetch(mirror.base + "/a.bin", tries=1)
+    mirror.files["/a.bin"] = new = BODY[::-1]
+    assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == new
+    assert mirror.ranges[1] is not None and mirror.ranges[-1] is None
+    assert not parts_left()
+
+
+def test_a_file_that_became_shorter_on_the_server_starts_over(mirror):
+    mirror.files["/a.bin"] = BODY
+    mirror.faults = [("cut", 600_000)]
+    with pytest.raises(UserError):
+        fetch(mirror.base + "/a.bin", tries=1)
+    mirror.files["/a.bin"] = b"short"
+    assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == b"short"
+
+
+def test_one_download_leaves_the_part_of_another_alone(mirror):
+    mirror.files["/a.txt"], mirror.files["/a.txt.gz"] = b"text", BODY
+    mirror.faults = [("cut", 600_000)]
+    with pytest.raises(UserError):
+        fetch(mirror.base + "/a.txt.gz", tries=1)
+    left = parts_left()
+    assert fetch(mirror.base + "/a.txt", wait=0.01).read_bytes() == b"text"
+    assert parts_left() == left != []
+
+
+def test_a_resume_that_the_server_ignores_starts_over(mirror, monkeypatch):
+    """Servers that know no Range answer 200 and the whole file."""
+    mirror.files["/a.bin"] = BODY
+    mirror.faults = [("cut", 600_000)]
+    with pytest.raises(UserError):
+        fetch(mirror.base + "/a.bin", tries=1)
+    good = Handler.do_GET
+
+    def deaf(self):
+        del self.headers["Range"]
+        good(self)
+
+    monkeypatch.setattr(Handler, "do_GET", deaf)
+    assert fetch(mirror.base + "/a.bin", tries=1).read_bytes() == BODY
+    assert not parts_left()
+
+
+def test_wrong_content_is_refused_and_not_kept(mirror):
+    mirror.files["/a.bin"] = BODY[:-1] + b"?"
+    with pytest.raises(UserError, match=r"a\.bin.*sha256") as e:
+        fetch(mirror.base + "/a.bin", sha256=BODY_SHA, wait=0.01)
+    assert BODY_SHA[:8] in str(e.value)
+    assert not [p for p in Path("data").rglob("*") if p.is_file()]
+
+
+def test_404_is_final(mirror):
+    with pytest.raises(UserError, match=r"nothing\.txt.*404"):
+        fetch(mirror.base + "/nothing.txt", wait=0.01)
+    assert len(mirror.log) == 1
+
+
+def test_a_server_that_recovers_is_asked_again(mirror):
+    mirror.files["/a.bin"] = BODY
+    mirror.faults = [500, 503]
+    assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == BODY
+    assert len(mirror.log) == 3
+
+
+def test_an_unreachable_host_names_the_remedies():
+    with socket.socket() as s:  # a port that was free a moment ago: nobody listens there
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with pytest.raises(UserError, match="SCRATCHLM_MIRROR") as e:
+        fetch(f"http://127.0.0.1:{port}/a.bin", tries=2, wait=0.01)
+    assert "HF_ENDPOINT" in str(e.value) and f"127.0.0.1:{port}" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_a_good_file_is_not_downloaded_again(mirror):
+    path = download_path(mirror.base + "/a.bin")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(BODY)
+    assert fetch(mirror.base + "/a.bin") == path
+    assert fetch(mirror.base + "/a.bin", sha256=BODY_SHA) == path
+    assert mirror.log == []
+
+
+def test_a_damaged_file_is_replaced_but_kept_until_then(mirror):
+    path = download_path(mirror.base + "/a.bin")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"damaged")
+    mirror.files["/a.bin"], mirror.always = BODY, 500
+    with pytest.raises(UserError):
+        fetch(mirror.base + "/a.bin", sha256=BODY_SHA, tries=2, wait=0.01)
+    assert path.read_bytes() == b"damaged"
+    mirror.always = None
+    assert fetch(mirror.base + "/a.bin", sha256=BODY_SHA).read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://h/../../../etc/passwd",
+        "http://h/a/%2e%2e/%2e%2e/%2e%2e/b",
+        "http://h/..%2f..%2f..%2fb",
+        "http://h/..",
+        "http://h/%00/C:%5Cb",
+        "http://../../b",
+        "http://../b",
+    ],
+)
+def test_no_url_leads_out_of_the_download_folder(url):
+    top = Path("data/downloads").resolve()
+    path = Path(os.path.normpath(download_path(url).absolute()))
+    assert path.is_relative_to(top) and path != top
+
+
+def test_other_queries_are_other_files():
+    urls = ["http://h/a.txt", "http://h/a.txt?x=1", "http://h/a.txt?x=2", "http://g/a.txt"]
+    assert len({download_path(u) for u in urls}) == 4
+
+
+def test_a_source_may_be_a_url(mirror):
+    mirror.files["/books/tale.txt"] = ALL_TEXT.encode()
+    folder = prepare(mirror.base + "/books/tale.txt", "byte")
+    assert folder == Path("data/tale")
+    assert bytes(tokens_of(folder)) == normal(ALL_TEXT).encode()
+
+
+@needs_vocabularies
+def test_a_vocabulary_comes_through_the_mirror_and_a_damaged_one_is_not_kept(mirror, monkeypatch):
+    good = (TIKTOKEN / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4").read_bytes()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path("cache").absolute()))
+    monkeypatch.setenv("SCRATCHLM_MIRROR", mirror.base)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    mirror.files[VOCABULARY] = good[:-100]
+    with pytest.raises(UserError, match="cl100k_base"):
+        Tokenizer(CL100K)
+    mirror.files[VOCABULARY] = good
+    assert Tokenizer(CL100K).n_vocab == 100_277

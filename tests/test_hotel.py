@@ -1,0 +1,217 @@
+"""data/hotel.py: the search, and values exchanged in dialogues."""
+
+import argparse
+import copy
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CHAT, SHARED, turn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import sys
+from pathlib import Path
+
+import finetune as ft
+from data.chat import call_text, parse_call
+from data.cli import UserError
+from data.hotel import (
+    HOTEL_KEYS,
+    read_hotels,
+    search_hotels,
+    substitute,
+    synthetic_dialogues,
+    tidy_calls,
+    values_by_key,
+)
+from data.rows import to_example
+
+U, A, EMPTY = turn("user", "q"), turn("assistant", "a"), turn("tool", "[]")
+
+
+# ---- augmentation --------------------------------------------------------------------------
+
+
+def hotel_talk(facilities, note=""):
+    arguments = {"facilities": facilities, "rating_range_lower": 4}
+    records = [{"name": "wifi", "facilities": facilities, "note": note}]
+    return {
+        "messages": [
+            turn("user", f"要有{'和'.join(facilities)}的"),
+            turn("call", call_text("search", arguments)),
+            turn("tool", json.dumps(records, ensure_ascii=False)),
+            turn("assistant", f"它有{'、'.join(facilities)}。"),
+        ]
+    }
+
+
+def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
+    before = hotel_talk(["健身房", "SPA"], "健身房在二楼")
+    kept = copy.deepcopy(before)
+    pool = {"call.facilities": ["接机"], "tool.facilities": ["酒吧"], "tool.name": ["听涛宾馆"]}
+
+    rng = random.Random(0)
+    rng.random = iter([0.0, *[0.9] * 9]).__next__  # only the first value is exchanged
+    after = substitute(before, pool, 0.5, rng)
+    assert after == hotel_talk(["接机", "SPA"], "接机在二楼") and before == kept
+    assert substitute(before, pool, 0.0, random.Random(0)) is before
+    assert substitute(before, pool, 1.0, random.Random(0)) is before  # two would become one
+    unsaid = {"messages": [turn("user", "x"), *before["messages"][1:]]}
+    assert substitute(unsaid, pool, 1.0, random.Random(0)) is unsaid
+
+
+def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
+    def talk(name, phone):
+        records = json.dumps([{"name": name, "phone": phone, "type": "豪华型"}], ensure_ascii=False)
+        texts = ("找一家酒店", 'search {"rating": 4}', records, f"推荐{name}，电话{phone}。")
+        roles = ("user", "call", "tool", "assistant")
+        return {"messages": [turn(role, text) for role, text in zip(roles, texts)]}
+
+    pool = {"tool.name": ["听涛宾馆"], "tool.phone": ["1-2"], "tool.type": ["经济型"]}
+    after = substitute(talk("北京饭店", "010-1"), pool, 1.0, random.Random(0))
+    assert after == talk("听涛宾馆", "1-2")  # the type was not read out: it stays
+    assert values_by_key([talk("a", "b")])["tool.name"] == ["a"]
+
+
+def test_a_value_inside_another_is_not_torn_out_of_it():
+    before, pool = hotel_talk(["上网", "上网服务"]), {"call.facilities": ["接机", "SPA"]}
+    rng, new = random.Random(0), ["SPA", "接机"]
+    rng.choice = lambda values: new.pop()
+    assert substitute(before, pool, 1.0, rng) == hotel_talk(["接机", "SPA"])
+
+
+ODD = ['a"b', "c\\d", "$1.*", "x|y", "(健身房)", "name", "facilities", "\\1", "换\n行", "\\g<0>"]
+
+
+def test_odd_values_survive_an_exchange():
+    examples = [hotel_talk([a, b]) for a in ODD for b in ODD if a != b]
+    pool, rng = values_by_key(examples), random.Random(0)
+    assert set(pool["call.facilities"]) == set(ODD) and "call.rating_range_lower" not in pool
+    changed = 0
+    for e in examples:
+        after = substitute(e, pool, 0.7, rng)
+        changed += after != e
+        new = parse_call(after["messages"][1]["content"])[1]["facilities"]
+        records = json.loads(after["messages"][2]["content"])
+        assert list(records[0]) == ["name", "facilities", "note"]
+        assert records[0]["facilities"] == new and set(new) <= set(ODD)
+        assert after["messages"][::3] == hotel_talk(new)["messages"][::3]
+    assert changed > 50
+
+
+def test_a_tool_result_that_is_no_json_is_text_and_one_without_the_value_stays_as_it_is():
+    talk = hotel_talk(["健身房"])["messages"]
+    for result, wanted in (("有 健身房!", "有 接机!"), ('{"a":  1.50}', '{"a":  1.50}')):
+        talk[2] = turn("tool", result)
+        pool = {"call.facilities": ["接机"]}
+        after = substitute({"messages": talk}, pool, 1.0, random.Random(0))
+        assert after["messages"][2]["content"] == wanted
+        assert after["messages"][0]["content"] == "要有接机的"
+
+
+def test_calls_are_tidied_and_say_the_same():
+    arguments = {"type": "豪华型", "facilities": ["c", "a", "z", "b"], "n": [2, 1]}
+    talk = [turn("user", "b then c then a"), turn("call", call_text("f", arguments))]
+    after = tidy_calls({"messages": [*talk, A]})["messages"]
+    tidy = parse_call(after[1]["content"])[1]
+    assert list(tidy) == ["facilities", "n", "type"] and after[0] == talk[0] and after[2] == A
+    assert tidy["facilities"] == ["b", "c", "a", "z"] and tidy["n"] == [2, 1]
+    assert sorted(tidy["facilities"]) == sorted(arguments["facilities"])
+    assert tidy_calls({"messages": after})["messages"] == after
+
+
+def test_augmented_epochs_depend_on_seed_and_epoch_alone():
+    rows = synthetic_dialogues(40, "x")
+    examples = [tidy_calls(to_example(r)[1]) for r in rows]
+    args = argparse.Namespace(context=4000, loss_on="assistant")
+    objective = ft.SFT(args, CHAT)
+    make = ft.augmented(examples, objective, 0.5, seed=3)
+    first, second = make(0), make(1)
+    again = ft.augmented(examples, objective, 0.5, seed=3)
+    assert make(0) == first != second and again(1) == second
+    assert ft.augmented(examples, objective, 0.5, seed=4)(0) != first
+    assert len(first) == len(second) == 40
+    for row in first:
+        text = CHAT.decode(row.ids)
+        for content in re.findall(r"<\|call\|>(.*?)<\|end\|>", text, re.S):
+            said = text[: text.index("<|call|>")]
+            for value in parse_call(content)[1].values():
+                for v in value if isinstance(value, list) else [value]:
+                    assert str(v) in said
+
+
+# ---- hotels ----------------------------------------------------------------------------------
+
+
+def hotel(name, price=500, rating=4.5, facilities=(), type="舒适型"):
+    return dict(name=name, price=price, rating=rating, facilities=list(facilities), type=type)
+
+
+def names(found):
+    return [h["name"] for h in found]
+
+
+def test_ranges_include_their_ends_and_unknown_prices_fit_no_range():
+    hotels = [hotel("a", 300, 4.0), hotel("b", 400, 4.5), hotel("c", None, None), hotel("d", 401)]
+    by_price = dict(price_range_lower=300, price_range_upper=400)
+    assert names(search_hotels(hotels, **by_price)) == ["b", "a"]
+    assert names(search_hotels(hotels, price_range_upper=300)) == ["a"]
+    assert names(search_hotels(hotels, price_range_lower=401)) == ["d"]
+    assert names(search_hotels(hotels, price_range_upper=0)) == []
+    by_rating = dict(rating_range_lower=4.0, rating_range_upper=4.0)
+    assert names(search_hotels(hotels, **by_rating)) == ["a"]
+    assert "c" in names(search_hotels([hotels[2]])) and len(search_hotels(hotels)) == 2
+
+
+def test_the_two_best_rated_come_first_and_unrated_ones_last():
+    hotels = [hotel(str(r), rating=r) for r in (4.1, None, 4.9, 4.4, 4.8)]
+    assert [h["rating"] for h in search_hotels(hotels)] == [4.9, 4.8]
+    assert [h["rating"] for h in search_hotels(hotels[:2])] == [4.1, None]
+    assert search_hotels([]) == []
+
+
+def test_names_types_and_facilities_in_the_guests_words():
+    hotels = [hotel("北京饭店", facilities=["公共区域和部分房间提供wifi", "健身房"], type="豪华型"),
+              hotel("听涛宾馆", facilities=["洗衣服务"])]
+    assert names(search_hotels(hotels, name="听涛")) == ["听涛宾馆"]
+    assert names(search_hotels(hotels, name="听涛宾馆（西直门店）")) == ["听涛宾馆"]
+    assert names(search_hotels(hotels, type="豪华型")) == ["北京饭店"]
+    for wanted in (["健身房"], ["部分房间提供wifi", "健身房"], ["房间和公共区域提供wifi"]):
+        assert names(search_hotels(hotels, facilities=wanted)) == ["北京饭店"]
+    assert names(search_hotels(hotels, facilities=["洗衣"])) == ["听涛宾馆"]
+    assert search_hotels(hotels, facilities=["健身房", "洗衣服务"]) == []
+
+
+def test_our_own_hotels_have_all_fields_and_can_all_be_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hotels = read_hotels()
+    assert len(hotels) >= 50
+    for h in hotels:
+        assert {*HOTEL_KEYS.values()} <= set(h) and h["facilities"]
+        assert h in search_hotels(hotels, name=h["name"], facilities=h["facilities"])
+
+
+def test_the_public_data_base_is_read_into_the_same_fields():
+    path = SHARED / "hotel" / "hotel_db.json"
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    hotels = read_hotels(path)
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    assert len(hotels) == len(raw) and [h["name"] for h in hotels] == [name for name, _ in raw]
+    assert all(set(h) == {*HOTEL_KEYS.values()} for h in hotels)
+    assert not any(f != f.strip() or not f for h in hotels for f in h["facilities"])
+    found = search_hotels(hotels, price_range_upper=500, facilities=["健身房"])
+    assert found and all(h["price"] <= 500 for h in found)
+
+
+@pytest.mark.parametrize("text", ["{", '[["a"]]', "[1]", '[{"name": "a"}]', '[["a", {"名称": 1}]]'])
+def test_what_is_no_data_base_is_said(tmp_path, text):
+    path = tmp_path / "hotels.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"hotels.json is no hotel database"):
+        read_hotels(path)

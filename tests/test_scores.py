@@ -1,0 +1,90 @@
+"""data/scores.py beside the textbook's numbers."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import turn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data.scores import bleu4, chat_scores, confusion, macro_f1, slot_counts
+
+
+def test_bleu_is_nltk_s_with_its_third_smoothing():
+    bleu = pytest.importorskip("nltk.translate.bleu_score")
+    rng, smooth = random.Random(0), bleu.SmoothingFunction().method3
+    alphabets = ["abc", "推荐您去北京丽晶酒店", "ab 酒店。"]
+    for _ in range(600):
+        letters = rng.choice(alphabets)
+        reference = "".join(rng.choices(letters, k=rng.randint(1, 25))).strip() or "a"
+        if rng.random() < 0.5:  # near each other
+            ours = "".join(c for c in reference if rng.random() < 0.8)
+        else:
+            ours = "".join(rng.choices(letters + "z", k=rng.randint(0, 12)))
+        ours = ours.strip()
+        want = bleu.sentence_bleu([list(reference)], list(ours), smoothing_function=smooth)
+        assert bleu4(f" {ours}\n", reference) == pytest.approx(want, abs=1e-12)
+
+
+def test_bleu_by_hand():
+    assert bleu4("", "abc") == bleu4("abc", "") == bleu4("xyz", "abc") == 0.0
+    assert bleu4("一家酒店", "一家酒店") == pytest.approx(1.0)
+    # precisions 4/4, 2/3, 0/2 -> 1/4, 0/1 -> 1/4
+    assert bleu4("abdc", "dcab") == pytest.approx((2 / 3 / 4 / 4) ** 0.25)
+    # 2/2, 1/1, then no n-gram: 1/2, 1/4; two characters for four: exp(1 - 2)
+    assert bleu4("ab", "abcd") == pytest.approx((1 / 8) ** 0.25 * np.exp(-1))
+
+
+@pytest.mark.parametrize(
+    "predicted, reference, counts",
+    [
+        ({"a": 500}, {"a": 500.0}, (1, 1, 1)),
+        ({"f": ["x", "y"]}, {"f": ["y", "z", "x"]}, (2, 2, 3)),
+        ({"f": "x"}, {"f": ["x"]}, (1, 1, 1)),
+        ({"f": ["x", "x"]}, {"f": ["x"]}, (1, 2, 1)),
+        ({"a": 1, "b": 2}, {"a": 3}, (0, 2, 1)),
+        ({"a": "1"}, {"a": 1}, (0, 1, 1)),
+        ({"a": "x"}, {"b": "x"}, (0, 1, 1)),
+        ({"a": {"k": 1, "l": 2.0}}, {"a": {"l": 2, "k": 1}}, (1, 1, 1)),
+        (None, {"a": 1, "f": ["x", "y"]}, (0, 0, 3)),
+        ({}, {}, (0, 0, 0)),
+    ],
+)
+def test_slots_are_counted_value_by_value(predicted, reference, counts):
+    assert slot_counts(predicted, reference) == counts
+
+
+def test_chat_scores_of_four_answers():
+    wanted = [
+        turn("call", 'f {"a": 1, "b": ["x", "y"]}'),
+        turn("call", 'f {"a": 1}'),
+        turn("call", 'f {"a": 1}'),
+        turn("assistant", "一家酒店"),
+        turn("assistant", "ok"),
+    ]
+    got = [
+        turn("call", 'f {"a": 1.0, "b": ["y", "z"]}'),  # 2 right of 3, 3 wanted
+        turn("call", 'f {"a": '),  # no JSON
+        turn("assistant", "hm"),  # no call
+        turn("assistant", "一家酒店"),
+        turn("call", "ok"),  # no answer
+    ]
+    scores = chat_scores([([], w) for w in wanted], got)
+    assert scores == pytest.approx(
+        dict(slot_p=2 / 3, slot_r=2 / 5, slot_f1=0.5, valid_json=1 / 3, bleu4=0.5)
+    )
+    assert chat_scores([], []) == {}
+
+
+def test_confusion_and_macro_f1_by_hand():
+    wanted, predicted = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 0]
+    table = confusion(np.array(predicted), np.array(wanted), 4)
+    assert table.tolist() == [[2, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    # class 0: precision 2/4, recall 2/3; class 1: 1/2, 1/2; class 2: 0; class 3 never occurs: 0
+    f1 = [2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3), 0.5, 0.0, 0.0]
+    assert macro_f1(table) == pytest.approx(np.mean(f1))
+    assert macro_f1(np.diag([3, 2])) == 1.0

@@ -1,0 +1,210 @@
+"""data/text.py: encodings, archives, rows of JSON."""
+
+import gzip
+import io
+import json
+import random
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ALL_TEXT, TEXTS, pieces_of, set_block, tokens_of
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import prepare_data
+from data.cli import UserError
+from data.tokenizer import Tokenizer
+from prepare_data import prepare
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.mark.parametrize("block", [5, 1 << 20])
+@pytest.mark.parametrize(
+    "encoding, start, text",
+    [
+        ("utf-8", b"", ALL_TEXT),
+        ("utf-8", b"\xef\xbb\xbf", ALL_TEXT),
+        ("utf-16-le", b"\xff\xfe", ALL_TEXT),
+        ("utf-16-be", b"\xfe\xff", ALL_TEXT),
+        ("utf-16-le", b"", TEXTS["english"] + TEXTS["code"]),
+        ("utf-16-be", b"", TEXTS["english"] + TEXTS["code"]),
+        ("gb18030", b"", TEXTS["chinese"]),
+        ("gbk", b"", TEXTS["english"].replace("—", "-") * 30 + TEXTS["chinese"] * 30),
+        ("gb18030", b"", TEXTS["chinese"] * 60 + "\U0001f600"),
+    ],
+)
+def test_encodings_are_recognised(encoding, start, text, block, monkeypatch):
+    """With blocks of 5 bytes nearly every character is cut somewhere."""
+    set_block(monkeypatch, block)
+    Path("a.txt").write_bytes(start + text.encode(encoding))
+    assert pieces_of("a.txt") == [text]
+
+
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+def test_line_ends_become_newlines(block, monkeypatch):
+    set_block(monkeypatch, block)
+    Path("a.txt").write_bytes(b"one\r\ntwo\rthree\n\r\n\r")
+    assert pieces_of("a.txt") == ["one\ntwo\nthree\n\n\n"]
+
+
+@pytest.mark.parametrize("size, at", [(30_000, 3_000), (1_500_000, 1_200_000), (60_000, 59_997)])
+@pytest.mark.parametrize(
+    "damage", [b"\xff", b"A", b"\xe4\xb8A"], ids=["no-start", "no-middle", "cut-short"]
+)
+def test_a_damaged_chinese_file_is_named_with_its_byte(size, at, damage):
+    """A damaged UTF-8 file must not pass for GB18030; and what the message says can be looked up
+    in a hex editor: that byte stands at that offset."""
+    data = bytearray(("学而时习之不亦说" * (size // 24 + 1)).encode()[:size])
+    lead = at + 1 if damage == b"A" else at
+    data[lead : lead + len(damage)] = damage
+    Path("poem.txt").write_bytes(data)
+    with pytest.raises(UserError, match=rf"poem\.txt.* {at:,} ") as e:
+        pieces_of("poem.txt")
+    assert f"{data[at]:#04x}" in str(e.value) and "--encoding" in str(e.value)
+
+
+def test_damage_that_gb18030_would_swallow_is_still_named():
+    data = bytearray(("的是" * 2000).encode())
+    data[6000] = 0xC0  # never in UTF-8, and a lead byte in GB18030
+    assert len(data.decode("gb18030")) == 6000
+    Path("poem.txt").write_bytes(data)
+    with pytest.raises(UserError, match=r"poem\.txt.*0xc0 at offset 6,000 "):
+        pieces_of("poem.txt")
+
+
+def test_a_utf8_file_cut_inside_its_last_character_is_named():
+    data = ("床前明月光" * 100).encode()[:-1]
+    Path("poem.txt").write_bytes(data)
+    with pytest.raises(UserError, match=rf"middle of .* at offset {len(data) - 2:,}$"):
+        pieces_of("poem.txt")
+
+
+def test_a_named_encoding_is_used_and_its_failures_are_named():
+    Path("a.txt").write_bytes("naïve café ÿ".encode("latin-1"))
+    assert pieces_of("a.txt", encoding="latin-1") == ["naïve café ÿ"]
+    with pytest.raises(UserError, match=r"a\.txt: .*utf-8 at byte offset 2$"):
+        pieces_of("a.txt", encoding="utf-8")
+    with pytest.raises(UserError, match="klingon"):
+        pieces_of("a.txt", encoding="klingon")
+
+
+def test_a_zip_gives_its_text_members_and_unpacks_nothing():
+    with zipfile.ZipFile("a.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("b.txt", "床前明月光\r\n")
+        z.writestr("../../escaped.txt", "second")
+        z.writestr("c.png", b"\x89PNG")
+        z.writestr("rows.jsonl", '{"text": "third"}\n"fourth"')
+    assert pieces_of("a.zip") == ["床前明月光\n", "second", "third", "fourth"]
+    assert [p.name for p in Path().rglob("*")] == ["a.zip"]
+
+
+def test_jsonl_rows_are_documents():
+    rows = ["plain", {"text": "t", "content": "no"}, {"content": "c"}, {"title": "x", "text": ""}]
+    lines = "\r\n\r\n".join(json.dumps(r) for r in rows) + '\r\n"\u2028last\\n"'
+    Path("a.jsonl").write_bytes(lines.encode())
+    Path("a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    wanted = ["plain", "t", "c", "", "\u2028last\n"]
+    assert pieces_of("a.jsonl") == pieces_of("a.jsonl.gz") == wanted
+    Path("b.jsonl").write_text('{"text": "no", "body": "yes"}\n')
+    assert pieces_of("b.jsonl", field="body") == ["yes"]
+
+
+@pytest.mark.parametrize("block", [3, 1 << 20])
+def test_a_bad_json_line_is_named(block, monkeypatch):
+    set_block(monkeypatch, block)
+    Path("a.jsonl").write_text('{"text": "fine"}\n\n{"text": "cut\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:3\b.*JSON"):
+        pieces_of("a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ('{"body": "x"}', "a.jsonl:2: no text or content or .*its keys are body: .*--field"),
+        ('["x"]', r"a.jsonl:2 is neither text nor a dialogue but \['x'\]"),
+        ("7", "a.jsonl:2 is neither text nor a dialogue but 7"),
+        ("null", "a.jsonl:2 is neither text nor a dialogue but None"),
+        ('{"text": 5}', "a.jsonl:2: its text is neither text nor a dialogue but 5"),
+    ],
+)
+def test_a_json_line_without_text_is_named(row, reason):
+    Path("a.jsonl").write_text(f'"fine"\n{row}\n')
+    with pytest.raises(UserError, match=reason):
+        pieces_of("a.jsonl")
+
+
+def test_a_json_list_is_read_as_its_rows_are(tmp_path):
+    rows = [
+        "plain", {"text": "t"}, [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}],
+        {"instruction": "i", "input": "", "output": "o"},
+        {"instruction": "i", "input": "n", "output": "o"},
+        {"id": 1, "items": [{"from": "human", "value": "你好"}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    ]
+    wanted = ["plain", "t", "hi\nho", "i\no", "i\nn\no", "你好", "q\na"]
+    Path("a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for name, text in (
+        ("list.json", json.dumps(rows)),
+        ("pretty.json", json.dumps(rows, indent=2)),
+        ("lines.json", Path("a.jsonl").read_text()),
+    ):
+        Path(name).write_text(text)
+        assert pieces_of(name) == pieces_of("a.jsonl") == wanted
+    Path("zip.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    assert pieces_of("zip.json.gz") == wanted
+    Path("bad.json").write_text(json.dumps([*rows, {"text": 5}]))
+    with pytest.raises(UserError, match=r"bad\.json: row 8: its text is neither"):
+        pieces_of("bad.json")
+    Path("cut.json").write_text(json.dumps(rows)[:-9])
+    with pytest.raises(UserError, match=r"cut\.json: broken JSON \(.*line 1 column"):
+        pieces_of("cut.json")
+
+
+def test_an_encrypted_zip_is_named():
+    with zipfile.ZipFile("a.zip", "w") as z:
+        z.writestr("x.txt", "text")
+    raw = bytearray(Path("a.zip").read_bytes())
+    raw[6] |= 1  # the flag of the local header, and of the list at the end
+    raw[raw.index(b"PK\1\2") + 8] |= 1
+    Path("a.zip").write_bytes(raw)
+    with pytest.raises(UserError, match=r"a\.zip:x\.txt: encrypted"):
+        pieces_of("a.zip")
+
+
+def test_half_a_surrogate_pair_in_json_is_no_crash():
+    """Scraped JSON has them (an emoji cut by a length limit), and UTF-8 has no bytes for them."""
+    rows = "".join(json.dumps({"text": f"cut emoji {i} \ud83d"}) + "\n" for i in range(30))
+    Path("a.jsonl").write_text(rows)
+    for tokenizer in ("byte", "char", "bpe:270"):
+        folder = prepare("a.jsonl", tokenizer)
+        text = Tokenizer(prepare_data.read_meta(folder)["tokenizer"]).decode(tokens_of(folder))
+        assert text.count("cut emoji") == 30
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no gzip at all"])
+@pytest.mark.parametrize("encoding", [None, "utf-8"])
+def test_a_damaged_gz_is_named(damage, encoding):
+    data = bytearray(gzip.compress(random.Random(0).randbytes(5000).hex().encode()))
+    if damage == "flipped":
+        data[2000] ^= 255
+    Path("a.txt.gz").write_bytes({"cut": data[:-2000], "flipped": data}.get(damage, b"text"))
+    with pytest.raises(UserError, match=r"a\.txt\.gz: damaged"):
+        pieces_of("a.txt.gz", encoding=encoding)
+
+
+def test_a_damaged_zip_is_named():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as z:
+        z.writestr("b.txt", "x" * 5000)
+    Path("a.zip").write_bytes(buffer.getvalue()[:-50])
+    with pytest.raises(UserError, match=r"a\.zip: damaged"):
+        pieces_of("a.zip")
+    data = bytearray(buffer.getvalue())
+    data[2000] = ord("y")  # the archive is well-formed, its member is not what it was
+    Path("a.zip").write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.zip:b\.txt: damaged"):
+        pieces_of("a.zip")

@@ -1,0 +1,192 @@
+"""data/tools.py: functions of a file, their schemas, calls."""
+
+import inspect
+import json
+import sys
+import typing
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import CHAT
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from data.cli import UserError
+from data.tools import call_tool, function_schema, load_tools, suits
+
+
+def test_hotel_is_a_search_of_the_data_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nothing fetched: our own hotels
+    tools = load_tools("hotel")
+    found = json.loads(call_tool(tools, 'search {"price_range_upper": 300}'))
+    assert 1 <= len(found) <= 3 and all(h["price"] <= 300 for h in found)
+
+
+def test_the_public_functions_of_a_file_are_tools_and_nothing_else(tmp_path):
+    path = tmp_path / "tools.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "from json import dumps\nimport math\n"
+        "class Thing: pass\n"
+        "FACTOR = 2\n"
+        "def _twice(x): return FACTOR * x\n"
+        "def double(x: int): return _twice(x)\n"
+        "def now(): return math.pi\n"
+    )
+    tools = load_tools(str(path))
+    assert set(tools) == {"double", "now"}
+    assert call_tool(tools, 'double {"x": 21}') == "42"
+    assert "cannot be 'a'" in call_tool(tools, 'double {"x": "a"}')
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (None, "no such file"),
+        ("def f(:\n", "SyntaxError"),
+        ("import nosuchmodule\n", "nosuchmodule"),
+        ("1 / 0\n", "ZeroDivisionError"),
+        ("def f(x: 'Nothing'): pass\n", "Nothing"),
+        ("from json import dumps\ndef _f(): pass\n", "no function"),
+        ("", "no function"),
+    ],
+)
+def test_a_file_of_tools_that_cannot_be_used_is_named(tmp_path, text, reason):
+    path = tmp_path / "tools.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=reason) as e:
+        load_tools(str(path))
+    assert str(path) in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "annotation, good, bad",
+    [
+        (str, ["", "x"], [1, None, True, [], {}]),
+        (str | None, ["x", None], [1, False]),
+        (typing.Optional[str], ["x", None], [1]),  # noqa: UP045
+        (list, [[], [1]], ["x", {}, None]),
+        (list[str], [["a"], [1]], ["a", None]),  # items are not looked at
+        (list[str] | None, [["a"], None], ["a", 1]),
+        (dict[str, int], [{}], [[], "x"]),
+        (float, [1, 1.5], [True, "1", None]),
+        (float | None, [1, 1.5, None], [False, "1"]),
+        (int, [1, -2], [1.5, True, "1"]),
+        (int | str, [1, "1"], [1.5, True]),
+        (bool, [True, False], [0, 1, "true"]),
+        (typing.Literal["a", "b"], ["a", "b"], ["c", 1, None, []]),
+        (typing.Any, [1, None, "x", []], []),
+        (SimpleNamespace.__init__, [1, None], []),
+        (inspect.Parameter.empty, [1, None, "x", [], {}], []),
+    ],
+)
+def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
+    assert all(suits(v, annotation) for v in good)
+    assert not any(suits(v, annotation) for v in bad)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("book {'city': 'x'}", "no JSON"),
+        ('book {"city": "x"', "no JSON"),
+        ("book", "no JSON"),
+        ("", "no JSON"),
+        ("book [1]", "no JSON object"),
+        ("book " + "[" * 100_000, "no JSON"),
+        ('fly {"city": "x"}', "no tool 'fly', only book"),
+        ('book {"city": "x", "stars": 1}', "stars"),
+        ('book {"nights": 1}', "city"),
+        ('book {"city": 7}', "city cannot be 7"),
+        ('book {"city": null}', "city cannot be None"),
+        ('book {"city": "x", "nights": 1.5}', "nights cannot be 1.5"),
+        ('book {"city": "x", "nights": true}', "nights cannot be True"),
+    ],
+)
+def test_a_call_that_does_not_fit_never_reaches_the_tool(content, reason):
+    def book(city: str, nights: int = 1):
+        raise AssertionError("called")
+
+    result = json.loads(call_tool({"book": book}, content))
+    assert set(result) == {"error"} and reason in result["error"]
+
+
+def test_what_tools_return_is_json_and_what_they_raise_is_told():
+    def echo(text: str, **others):
+        return {"heard": text, **others}
+
+    def fail():
+        raise KeyError("没有")
+
+    tools = {"echo": echo, "fail": fail, "odd": lambda: {1, 2}}
+    assert call_tool(tools, 'echo {"text": "你好 👩"}') == '{"heard": "你好 👩"}'
+    assert json.loads(call_tool(tools, 'echo {"text": "a", "b": [1]}'))["b"] == [1]
+    failed = json.loads(call_tool(tools, "fail {}"))
+    assert failed == {"error": "fail failed: KeyError: '没有'"}
+    assert "odd failed: TypeError" in call_tool(tools, "odd {}")
+    half = call_tool(tools, r'echo {"text": "\ud83d"}')  # half of a pair, as models write
+    assert CHAT.decode(CHAT.encode(half)) and json.loads(half)
+
+
+# ---- tools: what the model is told, against transformers ------------------------------------
+
+
+def look_up(city: str, days: int = 3, units: Literal["c", "f"] = "c") -> list[dict]:
+    """The weather of a city,
+    day by day.
+
+    Args:
+        city: Its name, in any
+            language.
+        days (int): How many days.
+        units: Of the temperature.
+
+    Returns:
+        A list, one for each day.
+    """
+
+
+def mixed(
+    a: str | None, b: int | float, c: list[int], d: dict[str, float], e: bool | None = None,
+    f: tuple[int, str] = (), g: list = (), h: dict | list[str] = (), i: Any = None,
+    j: Literal[1, "x"] = 1, k: str = "u",
+):
+    """Many kinds.
+
+    Args:
+        a: A.
+        b: B.
+        c: C.
+        d: D.
+        e: E.
+        f: F.
+        g: G.
+        h: H.
+        i: I.
+        j: J.
+        k: One of these (choices: ["u", "v"])
+    """
+
+
+@pytest.mark.parametrize("function", [look_up, mixed])
+def test_a_functions_schema_is_that_of_transformers(function):
+    theirs = pytest.importorskip("transformers").utils.get_json_schema(function)
+    ours = function_schema(function.__name__, function)
+    assert json.dumps(ours) == json.dumps(theirs)  # the order counts: it is text for a model
+
+
+def test_a_function_without_words_has_a_schema_too():
+    schema = function_schema("f", lambda x, *more, y=2, **rest: 1)["function"]
+    none = {"description": ""}
+    assert schema["parameters"]["properties"] == {"x": none, "y": none}
+    assert schema["parameters"]["required"] == ["x"] and schema["description"] == ""
+    hotel = function_schema("search", load_tools("hotel")["search"])["function"]
+    assert "hotels" not in hotel["parameters"]["properties"]
+    assert hotel["parameters"]["properties"]["name"]["nullable"]
