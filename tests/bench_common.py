@@ -9,7 +9,6 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -90,12 +89,11 @@ def our_step(model, batches, dtype="fp32", steps=1):
     flags = ["--optimizer", "adamw", "--max_steps", "100", "--data", "none"]
     flags += ["--lr", "6e-4"]  # nanoGPT's: random tokens must not drive weights to extremes
     args, _ = train.resolve(train.build_parser().parse_args(flags))
+    task = train.Task(batches=None, evaluate=None, extra={})
     runtime = Runtime(torch.device("cpu"), dtype)
-    twin = train.BF16Copy(model) if train.can_have_twin(model, runtime) else None
-    runner, precision = (twin, replace(runtime, dtype="fp32")) if twin else (model, runtime)
+    runner, precision, after_step = train.make_runner(model, task, args, runtime)
     optimizers = train.make_optimizers(model, args)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    task = train.Task(batches=None, evaluate=None, extra={})
     model.train()
     train.clear_gradients(model)
 
@@ -103,8 +101,7 @@ def our_step(model, batches, dtype="fp32", steps=1):
         for _ in range(steps):
             loss, _ = train.training_step(runner, task, [next(batches)], precision, scaler)
             train.optimizer_step(model, optimizers, scaler, 1.0, loss)
-            if twin:
-                twin.sync_weights()
+            after_step()
 
     return work
 

@@ -21,8 +21,6 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from data.machine import DTYPES
-
 # torch is imported in the children alone: their peak begins with this process's memory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -85,6 +83,7 @@ def measure(folder, dtype):
     import torch
 
     import model as lm
+    from data.machine import DTYPES
 
     before = peak()
     model = lm.model_from_checkpoint(lm.load_hf(folder, DTYPES[dtype]), dtype=DTYPES[dtype])

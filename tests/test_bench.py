@@ -6,7 +6,11 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 import pytest
-from bench_common import take_turns
+import torch
+from bench_common import our_step, random_batches, take_turns
+
+import model as lm
+import train
 
 
 def make(fail=None, then=None):
@@ -17,6 +21,17 @@ def make(fail=None, then=None):
 
 def wrong():
     raise ValueError("this work is broken")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_step_that_is_timed_is_that_of_a_run(dtype, monkeypatch):
+    made = []
+    monkeypatch.setattr(train, "BF16Copy", lambda m, make=train.BF16Copy: made.append(m) or make(m))
+    model = lm.Transformer(lm.preset("tiny", n_layer=1, vocab_size=64))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    our_step(model, random_batches(64, 2, 16), dtype, steps=2)()
+    assert len(made) == (dtype == "bf16")
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_works_take_turns_in_processes_of_their_own():

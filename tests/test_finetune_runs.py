@@ -252,7 +252,8 @@ def test_a_model_that_is_its_own_teacher_has_nothing_to_learn():
 
 
 def task_of(rows, objective, batch_tokens, accum, reference=None, **changes):
-    args, made = dict(objective=objective, grad_accum=accum, context=48), ft.OBJECTIVES[objective][0]
+    made = ft.OBJECTIVES[objective][0]
+    args = dict(objective=objective, grad_accum=accum, context=48)
     args = argparse.Namespace(**(ft.RECIPE | made.defaults() | args | changes))
     batches = ft.BucketLoader(rows, batch_tokens, 0)
     learned = made(args, CHAT)
