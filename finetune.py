@@ -256,7 +256,7 @@ def augmented(examples, objective, share, seed):
 
 def drop_tokens(ids, share, end, rng):
     """ids with a random `share` of them replaced by `end`: a model that sees few texts must not
-    lean on any one word of them."""
+    rely on any single word of them."""
     gone = torch.from_numpy(rng.random(ids.shape) < share)
     return torch.where(gone, end, ids)
 

@@ -235,7 +235,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self):
-        """The weight as the active adapters change it: for who needs more than the product."""
+        """The weight as the active adapters change it."""
         return self.base.weight + self.delta()
 
     @property
@@ -299,7 +299,7 @@ def train_new_embeddings(model, tables, first):
         weight = model.get_parameter(table)
         weight.requires_grad_(True)
         weight.register_hook(only_new)
-        weight.learned = weight[first:].numel()  # for who counts what is trained
+        weight.learned = weight[first:].numel()  # for the count of trained parameters
 
 
 def set_adapter(model, *names):
@@ -416,9 +416,9 @@ def merge(model):
     """Replace each adapted layer by a plain Linear, W + alpha / rank * B A of the active adapters,
     added up in float32; a quantized base becomes a plain one. Returns the names of what was merged:
     none the second time. The trainable model is left in evaluation mode."""
-    model.eval()  # a dropout that is still on would have no place to go
+    model.eval()  # dropout cannot be merged
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (LoRALinear, QuantLinear))}
-    # the quantized base of an adapted layer goes with that
+    # the quantized base of an adapted layer is merged with its adapter
     layers = {n: m for n, m in layers.items() if n.rpartition(".")[0] not in layers}
     for full, layer in layers.items():
         path, _, child = full.rpartition(".")
@@ -474,7 +474,7 @@ def import_adapter(folder, config):
     """The content of an adapter checkpoint, all but its base and tokenizer, of a folder of peft's;
     `config` is the base's Config."""
     settings, state = import_peft(folder, *linears(config))
-    add_lora(meta_model(config), **settings)  # only to hear what it refuses
+    add_lora(meta_model(config), **settings)  # only for its checks
     about = settings | dict(quantize=None, tables=[], first_row=config.vocab_size)
     return {"config": asdict(config), "model": state, "adapter": about}
 
@@ -484,7 +484,7 @@ def export_files(ckpt, adapter, out):
     base, content = load_checkpoint(ckpt), load_checkpoint(adapter)
     if (path := Path(out, "adapter_config.json")).exists():
         raise UserError(f"{path} exists: name another --out")
-    load_adapted(base, {str(adapter): content}, ckpt)  # only to hear whether it is their base
+    load_adapted(base, {str(adapter): content}, ckpt)  # only to check that it is their base
     known = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()  # to transformers
     config = Config.from_dict(dict(base["config"]))
     export_peft(content, *linears(config), out, ckpt if known else None)

@@ -242,8 +242,7 @@ def rope_tables(context, head_size, theta, scaling=None):
     Channel i turns together with channel i + hs/2 (the layout of Llama and Qwen weights), at
     position t by the angle t * theta ** (-2i / hs): the first pairs fast, the last slowly.
     """
-    # always real numbers, even where a model is built without memory (on torch's meta device)
-    # (and rounded in the order in which everyone rounds them)
+    # on the CPU even where the default device is meta; rounded in the same order as elsewhere
     channel = torch.arange(0, head_size, 2, device="cpu").float()
     frequency = scale_frequency(1.0 / theta ** (channel / head_size), scaling or {})  # (hs/2,)
     angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, hs/2)
@@ -403,9 +402,9 @@ class ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of a linear head, a few rows of logits at a time.
 
     Full logits are (N, V): 2,048 rows of a 100,256-id vocabulary are 0.8 GB, and their softmax and
-    gradient as much again. Here each chunk of rows is turned into its loss *and* its gradient while
-    it is in hand, then dropped: d loss / d logits = softmax(logits) - onehot(target).
-    Nothing is left for the backward pass but to scale what is already there.
+    gradient as much again. Here the loss *and* the gradient of each chunk of rows are computed
+    together, then its logits are freed: d loss / d logits = softmax(logits) - onehot(target).
+    The backward pass only scales the stored gradients.
     """
 
     @staticmethod
@@ -488,8 +487,8 @@ def token_logps(x, weight, bias, targets):
 
 
 def make_table(rows, size):
-    """An nn.Embedding; without its random start where there is no memory to draw into, since to
-    find that out torch imports its compiler, for more than a second."""
+    """An nn.Embedding; on the meta device without its random initialization, for which torch would
+    import its compiler first (more than a second)."""
     weight = torch.empty(rows, size)
     if weight.is_meta:
         return nn.Embedding.from_pretrained(weight, freeze=False)
@@ -535,9 +534,10 @@ class Transformer(nn.Module):
     def init_weights(self):
         """`gpt2`: normal(0.02), residual outputs divided by sqrt(2 n_layer) (Radford et al. 2019).
 
-        `zero_out`: each residual branch and the head start at zero, so the first step sees a plain
-        bigram-like path and no layer drowns another; inner matrices get std 0.577 / sqrt(C), which
-        keeps a normalised input at a third of its variance. In our trials this halved the steps.
+        `zero_out`: each residual branch and the head start at zero, so the first steps learn little
+        more than bigrams and no layer dominates another; inner matrices get std 0.577 / sqrt(C),
+        which keeps a normalised input at a third of its variance. In our trials this halved the
+        steps.
         """
         c = self.config
         gpt2 = c.init == "gpt2"
@@ -556,8 +556,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def grow_vocabulary(self, vocab_size, known):
-        """Room for at least `vocab_size` ids, of which the first `known` have meant something until
-        now. All rows after those, spare ones included, start at the mean of the known rows."""
+        """Room for at least `vocab_size` ids, of which the first `known` were in use until now. All
+        rows after those, unused ones included, start at the mean of the known rows."""
         c, tables = self.config, [self.embed] if self.config.tied else [self.embed, self.head]
         grown = max(c.vocab_size, vocab_size)
         for table in tables:
@@ -664,7 +664,7 @@ def meta_model(config):
 
 
 # --------------------------------------------------------------------------------------------
-# Checkpoints: plain dicts, written so that no moment of a crash loses the one before
+# Checkpoints: plain dicts, written so that a crash never loses the previous one
 # --------------------------------------------------------------------------------------------
 
 

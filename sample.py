@@ -159,7 +159,7 @@ def sample_token(probs, generator):
 def prefill(model, cache, rows):
     """Run the rows (lists of ids) into the empty cache, padded on the left to one length:
 
-        row 0   .  .  5  9     . is padding: no position, seen by nobody
+        row 0   .  .  5  9     . is padding: no position, masked everywhere
         row 1   7  1  2  3     new tokens of both go into the next column
 
     Returns (logits of the last column (B, V), padding per row (B,), mask of key columns or None).
@@ -269,7 +269,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
     device = model.embed.weight.device
     cache = KVCache(model, beams, len(prompt) + max_tokens)
     ids = torch.tensor([prompt] * beams, device=device)
-    live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # equal at first: let one of them speak
+    live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # equal at first: only one may grow
     done = []
     for n in range(1, max_tokens + 1):
         logits = model.last_logits(ids, cache).float()  # (beams, V)
@@ -396,7 +396,7 @@ def classify(model, prompts, goals, batch=64):
         rows = prompts[start : start + batch]
         ends = torch.tensor([len(r) - 1 for r in rows], device=device)
         ids = torch.zeros(len(rows), int(ends.max()) + 1, dtype=torch.long, device=device)
-        for row, r in zip(ids, rows):  # what is padded behind, nobody looks at
+        for row, r in zip(ids, rows):  # causal: padding behind a row changes nothing
             row[: len(r)] = torch.tensor(r)
         last = model.hidden(ids)[torch.arange(len(rows)), ends]  # (B, C)
         out.append(model.head(last)[:, goals].float().log_softmax(-1).cpu())
@@ -493,7 +493,7 @@ class FastTransformer:
                     qk = apply_rope(qk, cos, sin)
                 q, k = torch.split_with_sizes(qk, (nh, nkv), dim=2)
             k, v = cache.layer(i)(k.transpose(1, 2), v.transpose(1, 2))  # (B, nkv, S, hs)
-            if T == 1:  # the heads of a group ask their one key head as if they were positions
+            if T == 1:  # the query heads of a group become positions of their one key head
                 q = q.reshape(B, nkv, nh // nkv, hs)
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             else:

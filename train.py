@@ -217,7 +217,7 @@ def make_optimizers(model, args):
     if not named:
         raise UserError("nothing to train: no parameter wants a gradient")
     matrices = [p for n, p in named if "blocks." in n and p.dim() == 2]
-    # a table that is embedding and head at once can bear neither's own learning rate
+    # a tied table is embedding and head at once: neither's own learning rate suits it
     tied = model.config.tied
     tables = {} if tied else {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
     groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
@@ -613,7 +613,7 @@ def try_compile(model, task, runtime):
         with runtime.autocast():
             task.loss(compiled, *batch).backward()
         return compiled
-    except Exception as e:  # whatever the compiler stumbled over, eager mode can still run
+    except Exception as e:  # whatever the compiler raised, eager mode still works
         reason = str(e).strip().split("\n")[0][:100]
         print(f"--compile does not work here, going on without ({type(e).__name__}: {reason})")
         return model
@@ -626,7 +626,7 @@ def make_runner(model, task, args, runtime):
     """(the module to call in place of `model`, the Runtime to call it in, what to call after each
     optimizer step): the model itself or its BF16Copy, perhaps compiled or in DDP.
 
-    A GPU casts weights in no time, so it needs no copy; DDP would exchange gradients that the copy
+    On a GPU casting costs little, so there is no copy; DDP would exchange gradients that the copy
     no longer has; and frozen weights are better not held twice.
     """
     runner, precision, after_step = model, runtime, lambda: None

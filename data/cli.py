@@ -22,7 +22,7 @@ def run_cli(main):
     """Run a script's `main` as a program: a UserError or an OSError becomes one line on stderr and
     exit code 2, Ctrl-C exit code 130."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console of another encoding is no reason to die
+        stream.reconfigure(errors="replace")  # no console's encoding ends a script
     if hasattr(sys.stdin, "reconfigure"):  # there may be none, or a stand-in
         sys.stdin.reconfigure(encoding="utf-8")  # what is piped in is text like any other
     script = Path(sys.argv[0]).name
@@ -30,7 +30,7 @@ def run_cli(main):
     try:
         code = main() or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; keep the interpreter from flushing again
+    except BrokenPipeError:  # closed by `| head`; keep the interpreter from flushing again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except UserError as e:

@@ -78,7 +78,7 @@ def export_peft(content, layers, gpt2, folder, base=None):
     rank, alpha = about["rank"], about["alpha"]
     for field, why in (
         ("tables", "new special tokens, which the base of an adapter in peft's files has not"),
-        ("quantize", f"a base in {about['quantize']}, and peft's files speak of a plain one"),
+        ("quantize", f"a base in {about['quantize']}, which peft's files cannot describe"),
     ):
         if about[field]:
             raise UserError(f"the adapter has learned {why}: merge it, and export the whole model")

@@ -104,7 +104,7 @@ def measure_peak(device, dtype, size=None):
 
 
 def synchronize(device):
-    """Wait for the GPU, so that a clock read after this means what it says."""
+    """Wait for the GPU, so that a clock read after this is right."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()
 

@@ -23,7 +23,7 @@ def line_svg(title, curves, x_label="steps", y_label=""):
     """An SVG of `curves`, {name: [(x, y), ...]}; what lies above its scale is drawn at the top.
 
     The first twentieth of x is left out of the scale, and so is the highest twentieth of all
-    points if there are many: the first fall of a loss would flatten all that is worth seeing.
+    points if there are many: the initial drop of a loss would flatten the rest of the curve.
     """
     curves = {name: points for name, points in curves.items() if points}
     points = [point for each in curves.values() for point in each]

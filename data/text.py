@@ -235,7 +235,7 @@ def file_streams(path):
             archive = zipfile.ZipFile(path)
         except zipfile.BadZipFile as e:
             raise UserError(f"{path}: damaged or no zip file ({e})") from e
-        # members are streamed and never unpacked, so their names can't lead anywhere
+        # members are streamed and never unpacked, so their names cannot write outside
         members = [m for m in archive.namelist() if m.endswith(TEXT_SUFFIXES)]
         if not members:
             raise UserError(f"{path} holds no {', '.join(TEXT_SUFFIXES)} file")

@@ -261,7 +261,7 @@ BPE_SAMPLE = 64 * MB  # characters to count at most; more text does not move a s
 def learn_bpe(size, documents, total_bytes):
     """The spec of a BPE of `size` ids, end-of-text included, trained on the documents.
 
-    Of more text than BPE_SAMPLE every k-th piece is counted, so that all of it has its say.
+    Of more text than BPE_SAMPLE every k-th piece is counted, so that the sample covers all of it.
     """
     if not 257 <= size <= 1_000_000:
         raise UserError(f"tokenizer bpe:{size}: a size from 257 to 1,000,000, please")
