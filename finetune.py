@@ -10,8 +10,8 @@ writes a run like train.py's, by the same loop (train.fit), and predictions.json
 is recognised from their shape: chats (Alpaca, ShareGPT, OpenAI messages, hotel dialogues), labelled
 texts, preference pairs.
 
-The chapters: the recipe, rows of any shape -> examples, examples -> token rows, rows -> batches,
-what is minimised, what is measured, the model and its run, the command line.
+The chapters: the recipe, examples -> token rows, rows -> batches, what is minimised, what is
+measured, objectives, the model and its run, the command line. Rows of any shape: data/rows.py.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `run_cli` takes over
+if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -263,7 +263,7 @@ def drop_tokens(ids, share, end, rng):
 
 def dpo_margin(model, ids, targets, reference):
     """By how much more than the reference does `model` like each answer? (P, 2): log probabilities
-    of chosen and rejected, less the reference's, for batches from `pad_pairs`."""
+    of chosen and rejected, less the reference's, for batches as `DPO.batch` makes them."""
     logps = model(ids, targets, reduction="none").sum(1)  # (2 P,)
     return torch.stack(logps.chunk(2), dim=1) - reference
 
@@ -383,8 +383,12 @@ class SFT:
         return split
 
     def start(self, model, splits, saved):
-        """Called before the first step with the training and the validation Split, and the content
-        of the last.pt to resume or None. Returns what checkpoints keep beside the rest."""
+        """Called before the first step with {name: Split}, and the content of the last.pt to resume
+        or None. Returns what checkpoints keep beside the rest."""
+        if self.args.best_by == "slot_f1" and "val" in splits:
+            jobs = answer_jobs(splits["val"].examples)
+            if all(m["role"] != "call" for _, m in jobs):
+                raise UserError("--best_by slot_f1 is not measured on chats without calls")
         return {}
 
     def batch(self, split, numbers, rows):
@@ -742,6 +746,7 @@ def write_report(objective, model, split, out):
     """Print the figures of a model in evaluation mode on a Split, and return them;
     predictions.jsonl in folder `out`."""
     scores, rows = objective.report(model, split)
+    out.mkdir(parents=True, exist_ok=True)
     if rows:
         text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
         (out / "predictions.jsonl").write_text(text, encoding="utf-8")
@@ -774,11 +779,18 @@ def evaluate_only(args):
         raise UserError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
     run = where.parent if where.suffix == ".pt" else where
     out = run_folder(args, None, f"{run.name}-eval", runtime)
-    out.mkdir(parents=True, exist_ok=True)
     objective = kind_of(args, tokenizer, labels)
-    objective.runtime = runtime
-    write_report(objective, model, objective.make_split(parts[args.split]), out)
-    print(f"{out}/predictions.jsonl")
+    objective.runtime, split = runtime, objective.make_split(parts[args.split])
+    if kind == "prefer" and not lora.adapted(model):
+        raise UserError(
+            f"pairs are measured against the model before DPO, which {where} does not bring along: "
+            f"see its metrics.jsonl, or train with --lora_rank"
+        )
+    objective.start(model, {args.split: split}, None)
+    with lm.evaluating(model):
+        write_report(objective, model, split, out)
+    if kind != "prefer":
+        print(f"{out}/predictions.jsonl")
 
 
 def main(argv=None):
@@ -886,7 +898,7 @@ def build_parser():
     add = p.add_argument_group("rows").add_argument
     add("--loss_on", choices=("assistant", "call", "all"),
         help="learn the assistant's turns (default), its tool calls only, or every token")
-    add("--augment", type=float, help="chance that a called value is exchanged, see substitute (0)")
+    add("--augment", type=float, help="chance that a called value becomes another everywhere (0)")
     add("--token_dropout", type=float, help="chance that a token is hidden from the model (0)")
     add("--dropout", type=float, help="of the model (default: the checkpoint's)")
     add("--batch_tokens", type=int, help="tokens a micro-batch at most, padding included (4096)")

@@ -1,8 +1,8 @@
 """Fine-tune a few parameters of a large model, in little memory.
 
     python lora.py merge --ckpt out/stdlib --adapter out/chat --out out/merged
-    python lora.py export --ckpt out/gpt2 --adapter out/chat --out out/chat-peft     for peft
-    python lora.py import --ckpt out/gpt2 --adapter their-folder --out out/theirs    from peft
+    python lora.py export --ckpt gpt2 --adapter out/style --out peft/style           for peft
+    python lora.py import --ckpt gpt2 --adapter their-folder --out out/theirs        from peft
 
 Two ideas, both applied to a model from outside, by replacing its Linear layers one by one:
 
@@ -20,7 +20,7 @@ import signal
 from dataclasses import asdict
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `run_cli` takes over
+if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -318,13 +318,16 @@ def set_adapter(model, *names):
 def disable_adapter(model):
     """The bare base, for as long as the `with` lasts (the reference model of DPO)."""
     was = {layer: layer.active for layer in adapted(model).values()}
+    names = next(iter(was.values()), [])
     try:
         for layer in was:
             layer.active = []
+        put_rows(model, None)
         yield model
     finally:
         for layer, active in was.items():
             layer.active = active
+        put_rows(model, names[-1] if names else None)
 
 
 # --------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@
 
 A run writes mnist.pt, loss.svg and pictures to out/mnist, out/mnist-fast or out/mnist-diffusion.
 
-The course is the first three chapters: the data, the network, the loop. Whoever stops there has
-seen all there is to training. Then come pictures made by hand, a better network, a transformer
+The course is the first three chapters: the data, the network, the loop. These are a complete
+training run. Then come pictures made by hand, a better network, a transformer
 that turns noise into digits, and the command line. No language model here: of the other scripts
 only the download, checkpoints and, to draw, the transformer's blocks are used.
 
@@ -27,7 +27,7 @@ import unicodedata
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `run_cli` takes over
+if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -54,7 +54,7 @@ def load_mnist(device="cpu", folder=None):
     """((images, labels), (test images, test labels)) on `device`: images (N, 28, 28) float32 with
     mean 0 and standard deviation 1, labels (N,) int64. Downloaded, or from the user's `folder`.
 
-    All of it is 188 MB, so it is converted once and kept: a batch is then one indexing operation.
+    All of it is 220 MB, so it is converted once and kept: a batch is then one indexing operation.
     """
     read = partial(read_folder_idx, folder) if folder else download_idx
     train_x, train_y, test_x, test_y = (read(name) for name in FILES)
@@ -157,8 +157,9 @@ def fit(run, images, labels, batch_loss, evaluate):
     model.train()
     with StopSignal() as stop:
         for epoch in range(run.step // run.per_epoch, a.epochs):
-            order = torch.arange(len(images))  # the course reads them as they lie in the file;
-            if a.shuffle:  # a new order each time is the better habit
+            # the course reads them in the file's order; a new order each time is the better habit
+            order = torch.arange(len(images))
+            if a.shuffle:
                 order = torch.randperm(len(images), generator=seeded(1000 * a.seed + epoch))
             # a resumed run skips what it has seen of this epoch
             for rows in order.split(a.batch_size)[run.step % run.per_epoch :]:
@@ -244,7 +245,7 @@ class Run:
         (self.out / "loss.svg").write_text(svg, encoding="utf-8")
 
     def stopped(self, number):
-        """Say where the run stopped by a signal goes on; the exit code."""
+        """Print how to resume the run that a signal stopped; the exit code."""
         print(f"stopped at step {self.step}, saved: go on with --resume {self.out}")
         return 128 + number
 

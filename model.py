@@ -24,7 +24,7 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `run_cli` takes over
+if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -79,7 +79,7 @@ class Config:
     context: int = 128  # the most tokens the model can look at
     n_kv_head: int | None = None  # grouped-query attention; None: as many as n_head
     head_size: int | None = None  # None: d_model / n_head
-    d_ff: int | None = None  # None: 4 * d_model, for swiglu 8/3 of it (the same parameters)
+    d_ff: int | None = None  # None: 4 * d_model, for swiglu about 8/3 * d_model (as many weights)
     position: str = "rope"
     norm: str = "rmsnorm"
     norm_weight: bool = True  # a learned scale (and, for layernorm, shift) in every norm
@@ -242,7 +242,7 @@ def rope_tables(context, head_size, theta, scaling=None):
     Channel i turns together with channel i + hs/2 (the layout of Llama and Qwen weights), at
     position t by the angle t * theta ** (-2i / hs): the first pairs fast, the last slowly.
     """
-    # on the CPU even where the default device is meta; rounded in the same order as elsewhere
+    # on the CPU even where the default device is meta; rounded in transformers' order
     channel = torch.arange(0, head_size, 2, device="cpu").float()
     frequency = scale_frequency(1.0 / theta ** (channel / head_size), scaling or {})  # (hs/2,)
     angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, hs/2)
@@ -252,7 +252,8 @@ def rope_tables(context, head_size, theta, scaling=None):
 
 def scale_frequency(frequency, scaling):
     """Rotation frequencies slowed down for a longer context: all of them (`linear`), or only those
-    that turn less than once in the context of before, with a ramp (`llama3`, Llama 3.1's)."""
+    of fewer than low_freq_factor turns in the original context, and up to high_freq_factor turns a
+    blend (`llama3`, Llama 3.1's)."""
     kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
     if kind != "llama3":
         return frequency / factor
@@ -265,10 +266,11 @@ def scale_frequency(frequency, scaling):
 def apply_rope(x, cos, sin):
     """Rotate x (B, nh, T, hs) by the rows of `cos` and `sin` (broadcastable to x).
 
-    Dot products of rotated queries and keys depend on the distance of their positions alone.
+    Dot products of rotated queries and keys depend on the distance of their positions alone. Two
+    channels a and b, hs/2 apart, become
 
-        a and b, hs/2 apart      a cos - b sin   the sine in the first half of the table
-        become                   b cos + a sin   is that of minus the angle
+        a cos - b sin    (so the first half of `rope_tables`' sines has the minus)
+        b cos + a sin
     """
     other = x.roll(x.shape[-1] // 2, dims=-1)  # b where a was, and a where b was
     return (x * cos + other * sin).to(x.dtype)
@@ -302,7 +304,7 @@ def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True):
 def attention(q, k, v, mask=None, dropout=0.0, causal=True):
     """`naive_attention` by torch's fused kernel, which never holds the (T, S) scores."""
     T, S = q.shape[2], k.shape[2]
-    if mask is None and causal and 1 < T < S:  # behind a cache: the corner is not square
+    if mask is None and causal and 1 < T < S:  # with a cache T queries face S > T keys
         mask = causal_mask(T, S, q.device)
     return F.scaled_dot_product_attention(
         q,
@@ -432,18 +434,20 @@ class ChunkedLoss(torch.autograd.Function):
                 grad_x[i : i + LOSS_ROWS] = error @ w_low
             if need_w and low == full:
                 grad_w.addmm_(error.T, rows)
-            elif need_w:  # add up in float32 whatever the product runs in, a piece at a time, since
+            elif need_w:
+                # summed in float32 whatever the product runs in; a piece at a time, since adding
+                # another dtype makes a copy of it
                 for part, piece in zip(grad_w.split(4096), error.split(4096, dim=1)):
-                    part += piece.T @ rows  # the sum of two dtypes makes a copy of the second
+                    part += piece.T @ rows
         ctx.grads = (grad_x, grad_w, grad_b)
         return loss
 
     @staticmethod
     def backward(ctx, scale):
-        # in place: another (V, C) copy would be the largest tensor of the step
         if ctx.grads is None:
             raise RuntimeError("ChunkedLoss went backward twice: call the model again instead")
         grads, ctx.grads = ctx.grads, None
+        # in place: another (V, C) copy would be the largest tensor of the step
         return *(None if g is None else g.mul_(scale) for g in grads), None, None, None
 
 
@@ -537,7 +541,7 @@ class Transformer(nn.Module):
         `zero_out`: each residual branch and the head start at zero, so the first steps learn little
         more than bigrams and no layer dominates another; inner matrices get std 0.577 / sqrt(C),
         which keeps a normalised input at a third of its variance. In our trials this halved the
-        steps.
+        steps to the same loss.
         """
         c = self.config
         gpt2 = c.init == "gpt2"
@@ -754,7 +758,7 @@ def config_from_hf(values, where="config.json"):
 
 def config_to_hf(config):
     """(config.json as a dict, the Config that it means) of the Hugging Face architecture that
-    computes what ours does: it may have biases and norm weights more, which then change nothing.
+    computes what ours does: it may have additional biases and norm weights, which change nothing.
     UserError names a field that no architecture has."""
     values = hf_weights.config_to_hf(asdict(config))
     full = config_from_hf(values)

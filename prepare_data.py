@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `run_cli` takes over
+if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -108,7 +108,7 @@ def make_tokenizer(name, documents, total_bytes):
         return Tokenizer(read_meta(name)["tokenizer"])
     if (Path(name) / "tokenizer.json").exists():
         return Tokenizer(hub_tokenizer(name))
-    if is_hub_name(name):
+    if is_hub_name(name) and Path(name).parts[0] not in ("out", "data"):
         folder = snapshot_download(name, files=("config.json", "tokenizer.json"))
         return Tokenizer(hub_tokenizer(folder))
     raise UserError(

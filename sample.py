@@ -21,11 +21,13 @@ import re
 import select
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `run_cli` takes over
+if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -104,18 +106,27 @@ def min_p(logits, p):
     return logits.masked_fill(probs < p * probs.max(dim=-1, keepdim=True).values, -math.inf)
 
 
-# To add a sampling filter, a function of logits and its value: {name: (function, the value that
-# keeps all, the flag's default, what --help says)}. They are applied in this order.
+class Filter(NamedTuple):
+    """A sampling filter: a function of logits and its setting. `off` is the value that keeps all,
+    `default` that of the flag."""
+
+    function: Callable
+    off: float
+    default: float
+    help: str
+
+
+# To add a sampling filter: a line here. They are applied in this order.
 FILTERS = {
-    "top_k": (top_k, 0, 0, "keep the k likeliest tokens; 0 is all"),
-    "top_p": (top_p, 1.0, 0.95, "keep the likeliest up to p; 1 is all"),
-    "min_p": (min_p, 0.0, 0.0, "keep what has p times the likeliest's probability; 0 is all"),
+    "top_k": Filter(top_k, 0, 0, "keep the k likeliest tokens; 0 is all"),
+    "top_p": Filter(top_p, 1.0, 0.95, "keep the likeliest up to p; 1 is all"),
+    "min_p": Filter(min_p, 0.0, 0.0, "keep what has p times the likeliest's probability; 0 is all"),
 }
 # All settings of generation; by default each does nothing.
 DECODING = {
     "temperature": 1.0,
     "repetition_penalty": 1.0,
-    **{name: off for name, (_, off, *_) in FILTERS.items()},
+    **{name: f.off for name, f in FILTERS.items()},
 }
 
 
@@ -133,9 +144,9 @@ def next_token(logits, previous, generators, settings):
     if s["temperature"] < 1e-6:  # 0, or so little that a float has no room for the quotients
         return logits.argmax(dim=-1).tolist()
     logits = temperature(logits, s["temperature"])
-    for name, (keep, off, *_) in FILTERS.items():
-        if s[name] != off:
-            logits = keep(logits, s[name])
+    for name, f in FILTERS.items():
+        if s[name] != f.off:
+            logits = f.function(logits, s[name])
     probs = logits.softmax(dim=-1).cpu()  # drawn on the CPU: the same seed, the same text anywhere
     return [sample_token(p, g) for p, g in zip(probs, generators)]
 
@@ -198,9 +209,9 @@ def generate(
     settings     of the sampling filters, see DECODING; row r draws with seeds[r], or with `seed`
     allowed      bools (V,): ids that may come; None is all
     stop(r, id)  called with each new id; True ends row r, the id included
-    slide(kept)  called when the context is full: the newest half of it is kept and read again
-                 from position 0, which is right for every kind of positions. Once every context/2
-                 tokens, it costs little.
+    slide(kept)  called with how many ids are kept: of a prompt longer than the context the last
+                 ones; when the context is full, the newest half of it, which is read again from
+                 position 0: right for every kind of positions, and cheap
     """
     context, device = model.config.context, model.embed.weight.device
     rows = [list(p) for p in prompts]
@@ -210,8 +221,9 @@ def generate(
     if slide and any(len(r) > context for r in rows):
         slide(context)
     generators = [torch.Generator().manual_seed(s) for s in seeds or [seed] * len(rows)]
-    longest, even = max(map(len, windows)), len(set(map(len, windows))) == 1
-    cache = KVCache(model, len(rows), min(longest + max_tokens, context * (1 if even else 2)))
+    # padding before a shorter row may take a second context
+    longest, uneven = max(map(len, windows)), len(set(map(len, windows))) > 1
+    cache = KVCache(model, len(rows), min(longest + max_tokens, context * (1 + uneven)))
     stopped = [False] * len(rows)
     logits, pad, visible = prefill(model, cache, windows)
     for left in reversed(range(max_tokens)):
@@ -418,7 +430,7 @@ class FastTransformer:
     operations: here are fewer of them (q, k and v are one product, and rotated together) and no
     modules to call.
 
-    `int8` rounds the matrices to eight bits (INT8_PRODUCTS); `rows` is how many texts will be
+    `int8` rounds the matrices to eight bits (see data/matmul.py); `rows` is how many texts will be
     written at once. `model` is used up: its matrices move, so that memory holds them once.
     """
 
@@ -549,9 +561,9 @@ class Chat:
         except UserError:
             self.template = None
         self.is_base = self.template is None
-        # the one tool of our own hotel model is known to it by training: of others it must be told
         ours = self.is_base or self.template.kind == "ours"
-        told = {n: f for n, f in self.tools.items() if not (ours and isinstance(f, partial))}
+        known = {n for n, f in self.tools.items() if ours and getattr(f, "learned", False)}
+        told = {n: f for n, f in self.tools.items() if n not in known}
         self.schemas = [function_schema(n, f) for n, f in told.items()]
         self.messages, self.turns = [], 0
 
@@ -944,8 +956,9 @@ def build_parser():
     add("--max_new_tokens", type=int, default=200, help="new tokens at most (default 200)")
     add("--num_samples", type=int, default=1, help="per prompt, in one batch (default 1)")
     add("--temperature", type=float, help="0 is greedy (default 0.8; with --tools 0)")
-    for name, (_, off, default, text) in FILTERS.items():
-        add(f"--{name}", type=type(off), default=default, help=f"{text} (default {default})")
+    for name, f in FILTERS.items():
+        text = f"{f.help} (default {f.default})"
+        add(f"--{name}", type=type(f.off), default=f.default, help=text)
     add("--repetition_penalty", type=float, default=1.0, help="above 1 discourages (default 1)")
     add("--beams", type=int, default=0, help="beam search of this width; 0 samples (default)")
     add("--length_penalty", type=float, default=1.0, help="of beams: above 1 favours long ones (1)")
@@ -1007,6 +1020,8 @@ def main(argv=None):
         model = fast_model(model, 1, args)
         settings = {name: getattr(args, name) for name in DECODING}
         chat = Chat(model, tokenizer, tools, args.max_new_tokens, args.seed, settings)
+        if chat.schemas and chat.prompt()[1]:
+            print("[the tools are too long for the context: not told]", file=sys.stderr)
         if args.system:
             chat.command(f"/system {args.system}")
         talk(chat)

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports is no traceback; `run_cli` takes over
+if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -141,10 +141,10 @@ class TokenLoader:
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
 
-def micro_batches(windows, step, batch_size, grad_accum, rank=0, world=1):
+def micro_batches(loader, step, batch_size, grad_accum, rank=0, world=1):
     """This process's share of the rows of `step`, as `grad_accum` batches of `batch_size` rows."""
     first = (step * world + rank) * grad_accum * batch_size
-    return [windows.rows(first + i * batch_size, batch_size) for i in range(grad_accum)]
+    return [loader.rows(first + i * batch_size, batch_size) for i in range(grad_accum)]
 
 
 # --------------------------------------------------------------------------------------------
@@ -173,7 +173,8 @@ class Muon(torch.optim.Optimizer):
 
     Adam scales each entry by its own history; Muon scales each *direction* of the whole matrix:
     every singular value of the step is about one, so rare directions are learned as fast as
-    frequent ones. It costs a few matrix products a step and halves the steps at our sizes.
+    frequent ones. It costs a few matrix products a step and halves the
+    steps to the same loss at our sizes.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
@@ -467,7 +468,8 @@ class Run:
             self.restore(resume)
         self.log = Log(out, self.state["step"], quiet=runtime.rank > 0)
         self.last = {}  # the last evaluation
-        # (loss, tokens, FLOPs, seconds) of the last steps: also behind a last, shorter interval
+        # (loss, tokens, FLOPs, seconds) of the last steps, so that a shorter last interval averages
+        # as many
         self.recent = deque(maxlen=args.log_every)
 
     def progress(self):
@@ -673,7 +675,8 @@ def fit(model, task, args, runtime, out, resume=None):
             run.log_step(loss, tokens, length, time.perf_counter() - start, lr, norm)
             if runtime.total(stop.number)[0]:
                 run.save()
-                run.log.line(f"stopped at step {run.state['step']}, saved: go on with --resume")
+                step = run.state["step"]
+                run.log.line(f"stopped at step {step}, saved: go on with --resume {out}")
                 raise SystemExit(128 + (stop.number or signal.SIGINT))
             if run.state["step"] % args.eval_every == 0 or run.progress() >= 1:
                 run.evaluate_and_save()
@@ -848,6 +851,8 @@ def build_model(args, content, meta, tokenizer):
     """The model to train: resumed, from --ckpt, or new in the preset's shape."""
     if content is None and args.ckpt:
         content = lm.load_checkpoint(args.ckpt)
+    if content is not None and "adapter" in content:
+        raise UserError(f"{args.ckpt} is an adapter: merge it first (python lora.py merge)")
     if content is not None:
         if args.resume is not None and content.get("data") != data_hashes(meta):
             raise UserError(
@@ -898,8 +903,8 @@ def settle_rates(args, model):
         size = sum(p.numel() for p in model.parameters())
         args.lr = float(f"{min(1e-3, 15 / size ** (2 / 3)):.1e}")
     for name, rate in optimizer_rates().items():
-        setattr(args, name, getattr(args, name) or rate * args.lr / 2e-3)
-    if model.config.init == "zero_out":  # the ratios of RECIPE
+        setattr(args, name, getattr(args, name) or rate * args.lr / 2e-3)  # half where lr is 1e-3
+    if model.config.init == "zero_out":  # about the ratios of RECIPE
         args.embed_lr, args.head_lr = args.embed_lr or 10 * args.lr, args.head_lr or 3 * args.lr
 
 
@@ -923,7 +928,8 @@ def closing_lines(model, tokenizer, runtime, meta, result, out, prompt_ids):
         ids = [row[0] for row in rows]
     text = printable(tokenizer.decode(prompt_ids + ids))
     lines += ["", f"--- a sample ({len(prompt_ids)} tokens of prompt) ---", text, "---"]
-    lines.append(f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg; talk to it: python sample.py")
+    lines.append(f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg")
+    lines.append(f"write with it: python sample.py --ckpt {out}")
     return lines
 
 
@@ -965,12 +971,12 @@ def main(argv=None):
     train, val = read_tokens(folder, "train"), read_tokens(folder, "val")
     settle_context(args, model)
     settle_rates(args, model)
-    windows = TokenLoader(train, args.context, args.seed)
+    loader = TokenLoader(train, args.context, args.seed)
     check_memory(model, args.batch_size * args.context, runtime)
     out = run_folder(args, content, folder.name, runtime)
     task = Task(
         batches=lambda step: micro_batches(
-            windows, step, args.batch_size, args.grad_accum, runtime.rank, runtime.world
+            loader, step, args.batch_size, args.grad_accum, runtime.rank, runtime.world
         ),
         evaluate=lambda m, final: evaluate(
             m, val, tokenizer.byte_lengths, runtime, None if final else args.eval_tokens,

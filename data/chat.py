@@ -233,7 +233,7 @@ def chat_prompt(messages, tokenizer, room):
             break
         messages.pop(oldest)
     system = rendered[0] if oldest and len(rendered[0]) <= (room + 1) // 2 else []
-    rest = [i for ids in rendered[1 if system else 0 :] for i in ids]
+    rest = [i for ids in rendered[oldest if len(rendered) > 1 else bool(system) :] for i in ids]
     rest = rest[max(0, len(system) + len(rest) - room) :]
     return template.start + system + rest + template.generation_prompt
 

@@ -40,6 +40,11 @@ def run_cli(main):
         what = f"{e.filename}: {e.strerror}" if e.filename else str(e)
         print(f"{script}: {what}", file=sys.stderr)
         code = 2
+    except RuntimeError as e:
+        if "allocate memory" not in str(e):  # torch's own error on a CPU
+            raise
+        print(f"{script}: out of memory: use fewer rows or a smaller model", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
         code = 130
@@ -50,6 +55,8 @@ def run_cli(main):
 ALIASES = {
     "max_new_tokens": "max_tokens",
     "lr": "learning_rate",
+    "d_model": "n_embd",
+    "out": "out_dir",
     "max_steps": "max_iters",
     "context": "block_size",
     "eval_every": "eval_interval",
@@ -86,7 +93,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line on stderr, exit code 2; with the flag that is most like an unknown one."""
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            known = [*self._option_string_actions, *(f"--{name}" for name in ALIASES.values())]
+            near = difflib.get_close_matches(unknown[1], known, 1)
+            near = [self.own_name(name) for name in near]
             message = f"unknown argument {unknown[1]}"
             message += f": did you mean {near[0]}?" if near else " (--help lists what there is)"
         self.exit(2, f"{self.prog}: {message}\n")

@@ -183,6 +183,8 @@ def read_examples(path):
             found.append(example)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             reason = f"no {e}" if isinstance(e, KeyError) else str(e)
+            if isinstance(e, (TypeError, AttributeError)):
+                reason = f"a value of the wrong type ({e})"
             bad.append(f"{where}: {reason}")
     for message in bad[:5]:
         print(f"bad row: {message}", file=sys.stderr)

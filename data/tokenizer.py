@@ -56,9 +56,9 @@ class Tokenizer:
     """A tiktoken.Encoding and the plain-dict `spec` that rebuilds it anywhere.
 
     spec["kind"] is byte, char (with "chars"), bpe (with "pattern" and base64 "tokens"), tiktoken
-    (with "name") or hf (see hub_tokenizer). Files and checkpoints carry the spec, so a model always
-    has its tokenizer. `eos_id` ends a text; `bos_id` is what a Hugging Face model wants in front of
-    it, else None; `encode` adds neither.
+    (with "name") or hf (see data/hf_tokenizer.py). Files and checkpoints carry the spec, so a model
+    always has its tokenizer. `eos_id` ends a text; `bos_id` is what a Hugging Face model wants in
+    front of it, else None; `encode` adds neither.
 
     >>> t = Tokenizer({"kind": "byte"})
     >>> t.encode("é"), t.decode([195, 169]), t.n_vocab, t.eos_id
@@ -68,7 +68,7 @@ class Tokenizer:
     def __init__(self, spec):
         self.spec, kind = spec, spec.get("kind")
         pattern = ANY_CHARACTER
-        # To add a tokenizer: give it a kind here, and a way to make its spec in make_tokenizer.
+        # To add a tokenizer: a kind here, and its spec in prepare_data.make_tokenizer.
         if kind == "tiktoken":
             try:
                 self.encoding = tiktoken.get_encoding(spec["name"])

@@ -348,7 +348,7 @@ def test_no_prompt_is_longer_than_its_room_and_all_end_where_the_answer_begins()
             body = body[len(head) :]
         else:  # the question needs the system's place
             assert len(head) > room // 2
-            whole = [*head, *rendered(talk[-1])]
+            whole = rendered(talk[-1])
         assert whole[len(whole) - len(body) :] == body  # the newest, word for word
         one = len(rendered(talk[-1]))
         if len(head) + one + 1 <= room:  # then only whole turns are missing

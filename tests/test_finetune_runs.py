@@ -529,6 +529,28 @@ def test_eval_only_measures_a_split_and_trains_nothing(desk, monkeypatch, capsys
     assert "'neutral'" in refused(capsys, "--ckpt", "out/base", "--data", "films", *QUICK)
 
 
+def test_eval_only_measures_pairs_against_the_base_of_an_adapter_alone(desk, capsys):
+    rows = Path("pairs.jsonl").read_text().splitlines(keepends=True)
+    Path("held.jsonl").write_text("".join(rows[::3]))
+    for out, flags in (("out/full", []), ("out/thin", LORA)):
+        tune(*DPO, "--val_data", "held.jsonl", *flags, "--max_steps", "3", out=out)
+    flags = ["--eval_only", "--data", "held.jsonl", "--split", "train"]
+    err = refused(capsys, *flags, "--ckpt", "out/full")
+    assert "before DPO, which out/full does not bring" in err
+    ft.main([*flags, "--val_data", "pairs.jsonl", "--ckpt", "out/thin", "--out", "out/seen"])
+    scores = json.loads(Path("out/thin/scores.json").read_text())["val"]
+    said = capsys.readouterr().out
+    for name in ("reward accuracy", "reward margin"):
+        assert f"{name} {scores[name.replace(' ', '_')]:.4f}" in said
+    assert not Path("out/seen/predictions.jsonl").exists()
+
+
+def test_slots_that_no_row_has_cannot_choose_the_best(desk, capsys):
+    write("plain.jsonl", [{"instruction": str(i), "output": "x"} for i in range(20)])
+    err = refused(capsys, "--ckpt", "out/base", "--data", "plain.jsonl", "--best_by", "slot_f1")
+    assert "slot_f1 is not measured on chats without calls" in err and not Path("out/run").exists()
+
+
 def test_a_mask_can_be_read_from_a_pipe_that_closes_early(desk):
     command = f"{sys.executable} {ROOT / 'finetune.py'} --ckpt out/base --data chats.jsonl"
     done = subprocess.run(f"{command} --show_mask 50 | head -3", shell=True, capture_output=True,

@@ -1,4 +1,4 @@
-"""Decoding: each rung by hand, generation against the plainest loop, beams against exhaustive
+"""Decoding: each filter by hand, generation against the plainest loop, beams against exhaustive
 search, text as it comes, and the command line on a checkpoint of a few kilobytes."""
 
 import base64
@@ -168,7 +168,7 @@ def test_repetition_penalty_with_nothing_said_yet_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    "rung",
+    "sampling_filter",
     [
         lambda x: sample.temperature(x, 0.5),
         lambda x: sample.top_k(x, 2),
@@ -178,16 +178,16 @@ def test_repetition_penalty_with_nothing_said_yet_changes_nothing():
     ],
     ids=["temperature", "top_k", "top_p", "min_p", "repetition_penalty"],
 )
-def test_each_rung_returns_a_new_tensor_and_leaves_its_input_alone(rung):
+def test_each_filter_returns_a_new_tensor_and_leaves_its_input_alone(sampling_filter):
     x = logits_of(PROBS)
     before = x.clone()
-    out = rung(x)
+    out = sampling_filter(x)
     assert torch.equal(x, before)
     assert out.data_ptr() != x.data_ptr() and not torch.equal(out, x)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rungs_agree_with_transformers(seed):
+def test_filters_agree_with_transformers(seed):
     hf = pytest.importorskip("transformers.generation.logits_process")
     torch.manual_seed(seed)
     x, previous = 3 * torch.randn(8, 200), torch.randint(200, (8, 30))
@@ -206,7 +206,7 @@ def draw(logits, n, seed=0, **settings):
     return next_token(logits.expand(n, -1), [[0]] * n, [g] * n, settings)
 
 
-def test_temperature_zero_is_argmax_whatever_the_other_rungs_say():
+def test_temperature_zero_is_argmax_whatever_the_other_filters_say():
     x = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
     g = [torch.Generator() for _ in x]
     rest = dict(top_k=1, top_p=0.5, min_p=0.5)

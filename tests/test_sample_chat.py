@@ -1,5 +1,6 @@
 """sample.py with a fine-tuned model: prompts, labels, tools and the terminal chat; hotel search."""
 
+import functools
 import io
 import json
 import os
@@ -156,6 +157,14 @@ def test_the_hotel_model_is_told_nothing_of_the_tool_that_it_knows(script, monke
     seen = script(say("hi"))
     hear(chat(load_tools("hotel")), "a", monkeypatch=monkeypatch)
     assert CHAT.decode(seen[0].prompt) == "<|user|>a<|end|><|assistant|>"
+
+
+def test_a_tool_of_ones_own_is_told_whatever_kind_of_function_it_is(script, monkeypatch):
+    seen = script(say("hi"))
+    model = small_model(context=1024)
+    bot = chat({"weather": functools.partial(lambda city, day: city, day=1)}, model)
+    hear(bot, "a", monkeypatch=monkeypatch)
+    assert '"name": "weather"' in CHAT.decode(seen[0].prompt)
 
 
 def test_without_tools_there_are_no_calls(script, monkeypatch):
