@@ -209,9 +209,8 @@ def generate(
     settings     of the sampling filters, see DECODING; row r draws with seeds[r], or with `seed`
     allowed      bools (V,): ids that may come; None is all
     stop(r, id)  called with each new id; True ends row r, the id included
-    slide(kept)  called with how many ids are kept: of a prompt longer than the context the last
-                 ones; when the context is full, the newest half of it, which is read again from
-                 position 0: right for every kind of positions, and cheap
+    slide(kept)  called with how many ids are kept: the last ones of a prompt longer than the
+                 context; of a full context the newest half, read again from position 0
     """
     context, device = model.config.context, model.embed.weight.device
     rows = [list(p) for p in prompts]
