@@ -314,17 +314,10 @@ def answer(model, tokenizer, jobs, max_tokens=160, batch=48):
     order = sorted(range(len(jobs)), key=lambda j: len(prompts[j]))
     template, allowed = Template(tokenizer), allowed_ids(model, tokenizer, chat=True)
     said = {j: [] for j in order}
+    how = dict(temperature=0.0, allowed=allowed, stop=lambda r, i: i == template.end)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        rows = generate(
-            model,
-            [prompts[j] for j in chosen],
-            max_tokens,
-            temperature=0.0,
-            allowed=allowed,
-            stop=lambda r, i: i == template.end,
-        )
-        for new in rows:
+        for new in generate(model, [prompts[j] for j in chosen], max_tokens, **how):
             for j, i in zip(chosen, new):
                 if i is not None:
                     said[j].append(i)

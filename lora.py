@@ -356,7 +356,7 @@ def adapter_state(model, about, name="default"):
 
 
 def attach(model, content, name="default", where="adapter"):
-    """Lay a saved adapter over a model as it was trained: quantise, adapt, load. The model must be
+    """Lay a saved adapter over a model as it was trained: quantize, adapt, load. The model must be
     its base, grown to its vocabulary (UserError if shapes say otherwise)."""
     about = content["adapter"]
     if about["quantize"] and not any(isinstance(m, QuantLinear) for m in model.modules()):

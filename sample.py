@@ -603,17 +603,9 @@ class Chat:
 
         seed = torch.seed() % 2**31 if self.seed is None else self.seed + self.turns
         self.turns += 1
+        how = self.settings | dict(seed=seed, allowed=allowed, stop=stop)
         try:
-            rows = generate(
-                self.model,
-                [self.prompt()[0]],
-                self.max_tokens,
-                seed=seed,
-                allowed=allowed,
-                stop=stop,
-                **self.settings,
-            )
-            for _ in rows:
+            for _ in generate(self.model, [self.prompt()[0]], self.max_tokens, **how):
                 pass
         except KeyboardInterrupt:
             if is_call(ids):
@@ -924,15 +916,9 @@ def write_beams(model, tokenizer, prompt, args):
         raise UserError(f"the prompt has {len(prompt)} tokens; beams need room in the context")
     if room < args.max_new_tokens:
         print(f"[beams end with the context, after {room} tokens]", file=sys.stderr)
-    beams = beam_search(
-        model,
-        prompt,
-        min(room, args.max_new_tokens),
-        args.beams,
-        args.length_penalty,
-        tokenizer.eos_id,
-        allowed_ids(model, tokenizer),
-    )
+    how = dict(length_penalty=args.length_penalty, end=tokenizer.eos_id)
+    how |= dict(allowed=allowed_ids(model, tokenizer))
+    beams = beam_search(model, prompt, min(room, args.max_new_tokens), args.beams, **how)
     beams = beams[: args.num_samples]
     for score, ids in beams:
         if len(beams) > 1:
@@ -1004,9 +990,8 @@ def main(argv=None):
     check_settings(args)
     tools = load_tools(args.tools) if args.tools else None
     ids_alone = args.prompt_ids is not None and args.print_ids and not args.beams
-    model, tokenizer, where = load(
-        args.ckpt, args.device, args.dtype, args.adapter or (), ids_alone
-    )
+    adapters = args.adapter or ()
+    model, tokenizer, where = load(args.ckpt, args.device, args.dtype, adapters, ids_alone)
     if args.ckpt is None:
         print(f"[{where}]", file=sys.stderr)
     if args.analogy is not None:
