@@ -378,10 +378,6 @@ class SFT:
     def start(self, model, splits, saved):
         """Called before the first step with {name: Split}, and the content of the last.pt to resume
         or None. Returns what checkpoints keep beside the rest."""
-        if self.args.best_by == "slot_f1" and "val" in splits:
-            jobs = answer_jobs(splits["val"].examples)
-            if all(m["role"] != "call" for _, m in jobs):
-                raise UserError("--best_by slot_f1 is not measured on chats without calls")
         return {}
 
     def batch(self, split, numbers, rows):
@@ -633,10 +629,13 @@ def check_settings(args, objective):
 
 def check_parts(args, kind, parts):
     """The labels of the training rows, sorted; none for other kinds. UserError if another split has
-    one that these lack, or if there is no --split of that name."""
+    one that these lack, there is no --split of that name, or --best_by cannot be measured."""
     args.split = "val" if args.split == "dev" else args.split
     if args.split not in parts:
         raise UserError(f"{args.data} has no split {args.split!r}; it has {', '.join(parts)}")
+    roles = {m["role"] for e in parts["val"] for m in e.get("messages", ())}
+    if args.best_by == "slot_f1" and "call" not in roles:
+        raise UserError("--best_by slot_f1 is not measured on chats without calls")
     if kind != "label":
         return []
     labels = sorted({e["label"] for e in parts["train"]})

@@ -561,9 +561,11 @@ class Chat:
             self.template = None
         self.is_base = self.template is None
         ours = self.is_base or self.template.kind == "ours"
-        known = {n for n, f in self.tools.items() if ours and getattr(f, "learned", False)}
-        told = {n: f for n, f in self.tools.items() if n not in known}
-        self.schemas = [function_schema(n, f) for n, f in told.items()]
+        self.schemas = [
+            function_schema(name, f)
+            for name, f in self.tools.items()
+            if not (ours and getattr(f, "needs_no_schema", False))
+        ]
         self.messages, self.turns = [], 0
 
     def prompt(self):

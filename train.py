@@ -36,7 +36,15 @@ import torch.distributed as dist
 from torch import nn
 
 import model as lm
-from data.cli import Parser, StopSignal, UserError, check_limits, printable, run_cli
+from data.cli import (
+    Parser,
+    StopSignal,
+    UserError,
+    check_limits,
+    is_out_of_memory,
+    printable,
+    run_cli,
+)
 from data.machine import (
     dtype_name,
     make_runtime,
@@ -943,8 +951,8 @@ def launch(model, task, args, runtime, out, content):
             dist.barrier()
             gc.collect()
         return result
-    except RuntimeError as e:  # the CPU has no error of its own for this
-        if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
+    except RuntimeError as e:
+        if is_out_of_memory(e):
             advice = "halve the batch and double --grad_accum"
             raise UserError(f"out of memory: {advice}, or try --grad_checkpoint") from e
         raise

@@ -222,8 +222,8 @@ def render_chat(messages, tokenizer, add_generation_prompt=False):
 
 def chat_prompt(messages, tokenizer, room):
     """Ids of a conversation up to where the answer begins, at most `room`: the oldest turns are
-    left out first, never the system's; a last one that is too long alone loses its beginning, and a
-    system turn of more than half of the room is left out for the question."""
+    left out first, never the system's. If the last one is still too long, a system turn of more
+    than half of the room is left out, too, and the last one loses its beginning."""
     template, messages = Template(tokenizer), list(messages)
     room -= len(template.start) + len(template.generation_prompt)
     oldest = 1 if messages and messages[0]["role"] == "system" else 0
@@ -232,8 +232,11 @@ def chat_prompt(messages, tokenizer, room):
         if sum(map(len, rendered)) <= room or len(messages) <= oldest + 1:
             break
         messages.pop(oldest)
-    system = rendered[0] if oldest and len(rendered[0]) <= (room + 1) // 2 else []
-    rest = [i for ids in rendered[oldest if len(rendered) > 1 else bool(system) :] for i in ids]
+    too_long = sum(map(len, rendered)) > room
+    system = rendered.pop(0) if oldest else []
+    if too_long and len(system) > (room + 1) // 2:
+        system = []
+    rest = [i for ids in rendered for i in ids]
     rest = rest[max(0, len(system) + len(rest) - room) :]
     return template.start + system + rest + template.generation_prompt
 

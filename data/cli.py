@@ -41,7 +41,7 @@ def run_cli(main):
         print(f"{script}: {what}", file=sys.stderr)
         code = 2
     except RuntimeError as e:
-        if "allocate memory" not in str(e):  # torch's own error on a CPU
+        if not is_out_of_memory(e):
             raise
         print(f"{script}: out of memory: use fewer rows or a smaller model", file=sys.stderr)
         code = 2
@@ -49,6 +49,11 @@ def run_cli(main):
         print(f"\n{script}: interrupted", file=sys.stderr)
         code = 130
     raise SystemExit(code)
+
+
+def is_out_of_memory(error):
+    """Whether torch had too little memory: on a CPU it raises a mere RuntimeError."""
+    return any(words in str(error) for words in ("allocate memory", "out of memory"))
 
 
 # What our flags are called in nanoGPT and transformers, or were called before.
@@ -93,9 +98,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line on stderr, exit code 2; with the flag that is most like an unknown one."""
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            known = [*self._option_string_actions, *(f"--{name}" for name in ALIASES.values())]
-            near = difflib.get_close_matches(unknown[1], known, 1)
-            near = [self.own_name(name) for name in near]
+            own = self._option_string_actions
+            known = [*own, *(f"--{alias}" for alias in ALIASES.values())]
+            known = {name: self.own_name(name) for name in known if self.own_name(name) in own}
+            near = [known[name] for name in difflib.get_close_matches(unknown[1], known, 1)]
             message = f"unknown argument {unknown[1]}"
             message += f": did you mean {near[0]}?" if near else " (--help lists what there is)"
         self.exit(2, f"{self.prog}: {message}\n")

@@ -5,7 +5,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from data.cli import UserError
+from data.cli import UserError, is_out_of_memory
 
 # Ways to compute x (N, in) @ weight (out, in).T: each prepares the weight for `rows` rows of x and
 # returns x -> product. Which one is fastest depends on the CPU, the dtype and the shape, and some
@@ -100,9 +100,9 @@ def time_products(weight, rows, ways):
             works[way] = way(few, rows), way(part, rows)
             seconds[way] = [timed(work, x) for work in works[way]][1]
         except (RuntimeError, AttributeError) as e:  # not on this CPU, or in this torch
-            reason = str(e).split("\n")[0]
-            if "allocate memory" in reason:
+            if is_out_of_memory(e):
                 raise
+            reason = str(e).split("\n")[0]
             continue
         if weight.numel() < SMALL:
             return seconds

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import lora
 import model as lm
 import prepare_data
+import sample
 import train
 from data.cli import UserError
 from data.machine import Runtime
@@ -684,6 +685,8 @@ def test_flags_may_be_called_as_elsewhere(flags, name, value):
         (train, "--lrr 3", "unknown argument --lrr: did you mean --lr?"),
         (train, "--warmup 3", "unknown argument --warmup: did you mean --warmup_steps?"),
         (train, "--max_step 3", "did you mean --max_steps?"),  # no abbreviations
+        (train, "--laerning_rate 3", "did you mean --lr?"),
+        (sample, "--block_siz 3", "unknown argument --block_siz (--help lists"),
         (train, "--lr abc", "argument --lr: invalid float value: 'abc'"),
         (train, "--optimizer sgd", "invalid choice: 'sgd'"),
         (train, "words", "unknown argument words"),
