@@ -637,19 +637,32 @@ class KVCache:
 
     def __init__(self, model, batch, length=None):
         c, weight = model.config, model.embed.weight
-        shape = (c.n_layer, batch, c.n_kv_head, length or c.context, c.head_size)
+        shape = (c.n_layer, batch, c.n_kv_head, min(length or c.context, c.context), c.head_size)
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
         self.layers = list(zip(self.keys, self.values))
         self.length = 0  # tokens held; the model adds to it after its last layer
+        self.lengths = None  # or of each row (B,), the longest of which is `length`
+
+    def rows(self, first, last):
+        """A KVCache of some of the rows, in the same memory; it counts its own length."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
+        part.layers = list(zip(part.keys, part.values))
+        return part
 
     def layer(self, i):
-        """update_cache(k, v) for layer i: store the new ones, return views of all up to them."""
+        """update_cache(k, v) for layer i: store the new ones, return views of all up to them. If
+        the rows have lengths of their own, it is one token a row."""
 
         def update_cache(*new):
             start, count = self.length, new[0].shape[2]
             for old, more in zip(self.layers[i], new):
-                old.narrow(2, start, count).copy_(more)
+                if self.lengths is None:
+                    old.narrow(2, start, count).copy_(more)
+                else:
+                    at = self.lengths.view(-1, 1, 1, 1).expand_as(more)
+                    old.scatter_(2, at, more.to(old.dtype))
             return [old.narrow(2, 0, start + count) for old in self.layers[i]]
 
         return update_cache
@@ -659,6 +672,25 @@ class KVCache:
         n = self.length
         self.keys[:, :, :, :n] = self.keys[:, rows, :, :n]
         self.values[:, :, :, :n] = self.values[:, rows, :, :n]
+
+    def swap(self, a, b, n):
+        """Exchange the first n tokens of two rows."""
+        for t in (self.keys, self.values):
+            t[:, [a, b], :, :n] = t[:, [b, a], :, :n]
+
+    def copy_row(self, source, target, n):
+        """Give row `target` the first n tokens of row `source`."""
+        for t in (self.keys, self.values):
+            t[:, target, :, :n] = t[:, source, :, :n]
+
+    def grow(self, length):
+        """Make room for more tokens."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:3], length, old.shape[4])
+            new[:, :, :, : old.shape[3]] = old
+            setattr(self, name, new)
+        self.layers = list(zip(self.keys, self.values))
 
 
 def meta_model(config):

@@ -22,8 +22,9 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,11 +46,11 @@ from data.tools import call_tool, function_schema, load_tools
 from model import (
     ACTIVATIONS,
     GATED,
+    LOSS_ROWS,
     WHAT_CKPT,
     KVCache,
     apply_rope,
     attention,
-    causal_mask,
     find_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
@@ -67,6 +68,16 @@ def repetition_penalty(logits, previous, penalty):
     for row, ids in zip(out, previous):
         seen = torch.tensor(sorted(set(ids)), dtype=torch.long, device=logits.device)
         row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+    return out
+
+
+def count_penalty(logits, drawn, frequency, presence):
+    """Take `frequency` off a logit for each time that its id is in `drawn` (one list a row), and
+    `presence` once, as OpenAI's API documents it. 0 and 0 change nothing."""
+    out = logits.clone()
+    for row, ids in zip(out, drawn):
+        count = torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(row)).to(row)
+        row -= frequency * count + presence * (count > 0)
     return out
 
 
@@ -126,19 +137,25 @@ FILTERS = {
 DECODING = {
     "temperature": 1.0,
     "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
     **{name: f.off for name, f in FILTERS.items()},
 }
 
 
-def next_token(logits, previous, generators, settings):
+def next_token(logits, previous, generators, settings, prompts=None):
     """One id a row from logits (B, V): all sampling filters, then a random choice.
 
-    `previous` are the ids so far, one list a row, `generators` one torch.Generator a row, so a
-    row's sample does not depend on its batch. Temperature 0 takes the largest logit. The penalty
-    comes first: the other filters see the distribution that it leaves.
+    `previous` are the ids so far, one list a row, of which the first prompts[r] were given;
+    `generators` one torch.Generator a row, so a row's sample does not depend on its batch.
+    Temperature 0 takes the largest logit. The penalties come first: the other filters see the
+    distribution that they leave.
     """
     s = DECODING | settings
     logits = logits.float()
+    if s["frequency_penalty"] or s["presence_penalty"]:
+        drawn = [ids[n:] for ids, n in zip(previous, prompts or repeat(0))]
+        logits = count_penalty(logits, drawn, s["frequency_penalty"], s["presence_penalty"])
     if s["repetition_penalty"] != 1:
         logits = repetition_penalty(logits, previous, s["repetition_penalty"])
     if s["temperature"] < 1e-6:  # 0, or so little that a float has no room for the quotients
@@ -160,37 +177,229 @@ def sample_token(probs, generator):
     return torch.searchsorted(reached, share * reached[-1]).item()
 
 
-
-
 # --------------------------------------------------------------------------------------------
-# Generation: several rows at once, one new token a step
+# Generation: several texts at once, one new token each a step
 # --------------------------------------------------------------------------------------------
 
+READ = 4096  # ids that are read in one pass at most, padding included
 
-def prefill(model, cache, rows):
-    """Run the rows (lists of ids) into the empty cache, padded on the left to one length:
 
-        row 0   .  .  5  9     . is padding: no position, masked everywhere
-        row 1   7  1  2  3     new tokens of both go into the next column
+@dataclass(eq=False)
+class Slot:
+    """A text that an `Engine` writes: its prompt and what has been drawn since are `ids`. The model
+    looks at ids[start:], of which the first `held` are in row `row` of the cache."""
 
-    Returns (logits of the last column (B, V), padding per row (B,), mask of key columns or None).
+    row: int
+    ids: list = field(default_factory=list)
+    start: int = 0
+    held: int = 0
+    prompt: int = 0  # the length of the prompt
+    ended: int = 0  # the how many-th text it was that ended
+    generator: torch.Generator | None = None
+    allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
+    settings: dict = field(default_factory=dict)
+    # how many of the likeliest ids `logprobs` shows for each new one (None: it stays empty), a list
+    # of (log probability, [(id, log probability)]); with `echo` those of the prompt come first
+    top: int | None = None
+    echo: bool = False
+    logprobs: list = field(default_factory=list)
+
+    def unread(self):
+        """How many of the ids the cache lacks."""
+        return len(self.ids) - self.start - self.held
+
+    def shared(self, ids):
+        """How many of `ids` the cache holds, because this text begins with them."""
+        return common(self.ids[self.start : self.start + self.held], ids)
+
+
+def common(a, b):
+    """The length of the common beginning of two lists."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+class Engine:
+    """Writes several texts at once, which begin and end at any step. Each gets the ids that it
+    would get alone, but for rounding: float products depend on the number of rows in the last bit.
+
+    The first `busy` rows of one KVCache are being written. The others are free, and keep what they
+    held: what a prompt has in common with any row is not read again.
+
+    slots   texts at once, at most
+    length  tokens that the cache has room for at first; it grows up to the context
+    chunk   ids of prompts that a step reads at most: so long do the other texts wait
+    slide   slide(kept) is called with how many ids are kept: the last ones of a prompt longer than
+            the context; of a full context the newest half, read again from position 0
+
+    >>> engine = Engine(model, slots=4)
+    >>> slot = engine.add([5, 7], temperature=0)
+    >>> engine.step()[slot]
+    29
     """
-    device, B, T = cache.keys.device, len(rows), max(map(len, rows))
-    pad = torch.tensor([T - len(r) for r in rows], device=device)
-    ids = torch.tensor([[0] * (T - len(r)) + r for r in rows], device=device)
-    cache.length = 0
-    if not pad.any():
-        return model.last_logits(ids, cache), pad, None
-    column = torch.arange(cache.keys.shape[3], device=device)
-    visible = column >= pad[:, None]  # (B, S)
-    positions = (column[:T] - pad[:, None]).clamp(min=0)  # (B, T)
-    mask = causal_mask(T, T, device) & visible[:, None, :T]
-    mask |= torch.eye(T, dtype=torch.bool, device=device)  # padding sees itself, or softmax is NaN
-    logits = model.last_logits(ids, cache, positions, mask[:, None])
-    return logits, pad, visible.view(B, 1, 1, -1)
+
+    def __init__(self, model, slots, length=None, chunk=math.inf, slide=None):
+        self.model, self.chunk, self.slide = model, chunk, slide or (lambda kept: None)
+        self.cache, self.view = KVCache(model, slots, length), None
+        self.slots, self.busy, self.ended = [Slot(row) for row in range(slots)], 0, 0
+
+    def add(self, prompt, *, seed=0, allowed=None, top=None, echo=False, **settings):
+        """A new text, as a Slot: `prompt` is a list of ids, `settings` are those of DECODING, the
+        rest is described there. One slot must be free. UserError for ids that cannot be."""
+        check_ids([prompt], self.model.config.vocab_size)
+        assert set(settings) <= set(DECODING), f"no such filter: {set(settings) - set(DECODING)}"
+        start = max(0, len(prompt) - self.model.config.context)
+        if start:
+            self.slide(self.model.config.context)
+        window = prompt[start:-1]
+
+        def gain(slot):  # of its place: what is shared, less what is lost
+            return max(0, 2 * slot.shared(window) - slot.held), not slot.held, -slot.ended
+
+        old = max(self.slots[self.busy :], key=gain)
+        held = 0 if echo else old.shared(window)
+        slot = Slot(old.row, list(prompt), start, held, len(prompt))
+        slot.generator = torch.Generator().manual_seed(seed)
+        slot.allowed, slot.settings, slot.top, slot.echo = allowed, settings, top, echo
+        self.slots[slot.row] = slot
+        self.swap(slot.row, self.busy)
+        self.busy += 1
+        return slot
+
+    def remove(self, slot):
+        """End a text. The cache holds it until another takes its place."""
+        if slot in self.slots[: self.busy]:
+            self.busy -= 1
+            self.ended += 1
+            slot.ended = self.ended
+            self.swap(slot.row, self.busy)
+
+    def forget(self):
+        """Do not use again what free slots hold: the model has changed."""
+        for slot in self.slots[self.busy :]:
+            slot.held = 0
+
+    @torch.inference_mode()
+    def swap(self, a, b):
+        """Exchange two rows."""
+        if a != b:
+            one, other = self.slots[a], self.slots[b]
+            self.cache.swap(a, b, max(one.held, other.held))
+            self.slots[a], self.slots[b], one.row, other.row = other, one, b, a
+
+    @torch.inference_mode()
+    def step(self):
+        """{slot: its next id} of the texts whose prompts are read; it is in their `ids`, too."""
+        context = self.model.config.context
+        for slot in self.slots[: self.busy]:
+            if len(slot.ids) - slot.start > context:
+                keep = max(1, context // 2)
+                slot.start, slot.held = len(slot.ids) - keep, 0
+                self.slide(keep)
+        self.read()
+        ready = next((s.row for s in self.slots[: self.busy] if s.unread() > 1), self.busy)
+        slots, new = self.slots[:ready], {}
+        if not slots:
+            return {}
+        logits, alike = self.next_logits(slots), {}
+        for slot in slots:  # those with the same settings go through the filters together
+            key = id(slot.allowed), *slot.settings.items()
+            alike.setdefault(key, []).append(slot)
+        for group in alike.values():
+            some = logits if len(group) == ready else logits[[s.row for s in group]]
+            if group[0].allowed is not None:
+                some = some.masked_fill(~group[0].allowed, -math.inf)
+            texts, prompts = [s.ids for s in group], [s.prompt for s in group]
+            drawn = next_token(
+                some, texts, [s.generator for s in group], group[0].settings, prompts
+            )
+            new |= zip(group, drawn)
+        for slot, i in new.items():
+            if slot.top is not None:
+                slot.logprobs += top_logprobs(logits[slot.row, None], [i], slot.top)
+            slot.held += 1
+            slot.ids.append(i)
+        return new
+
+    def next_logits(self, slots):
+        """Run the last ids of the first slots; logits (B, V) of what comes next."""
+        held, device = [slot.held for slot in slots], self.cache.keys.device
+        self.make_room(max(held) + 1)
+        if self.view is None or self.view.keys.shape[1] != len(slots):
+            self.view = self.cache.rows(0, len(slots))
+        view, ids = self.view, torch.tensor([[slot.ids[-1]] for slot in slots], device=device)
+        view.length, view.lengths = max(held), None
+        if min(held) == max(held):
+            return self.model.last_logits(ids, view)
+        view.lengths = torch.tensor(held, device=device)
+        positions = view.lengths[:, None]
+        visible = torch.arange(max(held) + 1, device=device) <= positions  # (B, S)
+        return self.model.last_logits(ids, view, positions, visible[:, None, None])
+
+    def read(self):
+        """Bring all ids but the last of each text into the cache, or `chunk` of them."""
+        left, device = self.chunk, self.cache.keys.device
+        while left > 0 and (group := self.next_group(min(left, READ))):
+            first = group[0]
+            T = min(left, READ, max(slot.unread() for slot in group) - 1)
+            self.make_room(first.held + T)
+            rows = [s.ids[s.start + s.held : -1][:T] for s in group]
+            # causal: padding behind a row changes nothing, and later ids are written over it
+            ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
+            view = self.cache.rows(first.row, first.row + len(group))
+            view.length = first.held
+            states = self.model.hidden(ids, view)  # (B, T, C)
+            for slot, row in zip(group, rows):
+                slot.held += len(row)
+            if first.echo and len(first.ids) == first.prompt:  # it is read alone
+                after = first.ids[first.held - T + 1 :]
+                for n, x in enumerate(states[0].split(LOSS_ROWS)):
+                    goals = after[n * LOSS_ROWS :][: len(x)]
+                    first.logprobs += top_logprobs(self.model.head(x), goals, first.top)
+            left -= ids.numel()
+
+    def next_group(self, limit):
+        """Slots to read in one pass, of at most `limit` padded ids: side by side in the cache, as
+        much held, about as much to read. First they get copies of what other rows hold."""
+        group = []
+        for slot in [s for s in self.slots[: self.busy] if s.unread() > 1]:
+            window = slot.ids[slot.start : -1]
+            if any(2 * common(window, s.ids[s.start :]) > len(window) for s in group):
+                break  # it can have a copy once that one is read
+            source = max(self.slots, key=lambda s: s.shared(window))
+            shared = 0 if slot.echo else source.shared(window)
+            if shared > slot.held:
+                self.cache.copy_row(source.row, slot.row, shared)
+                slot.held = shared
+            if slot.unread() < 2:
+                if group:
+                    break
+                continue
+            sizes = [s.unread() - 1 for s in (*group, slot)]
+            padded = max(sizes) * len(sizes)
+            if group and (
+                slot.echo or group[0].echo or slot.held != group[0].held
+                or slot.row != group[-1].row + 1 or padded > min(limit, 1.5 * sum(sizes))
+            ):
+                break
+            group.append(slot)
+        return group
+
+    def make_room(self, length):
+        """Let the cache hold so many tokens of each text."""
+        if length > self.cache.keys.shape[3]:
+            self.cache.grow(min(self.model.config.context, 2 * length))
+            self.view = None
 
 
-@torch.inference_mode()
+def top_logprobs(logits, chosen, n):
+    """[(log probability of the chosen id, [(id, log probability) of the n likeliest])] of each row
+    of logits (B, V), before any filter."""
+    logps = logits.float().log_softmax(-1)
+    best = logps.topk(n)
+    rows = zip(chosen, logps, best.indices.tolist(), best.values.tolist())
+    return [(row[i].item(), list(zip(ids, values))) for i, row, ids, values in rows]
+
+
 def generate(
     model,
     prompts,
@@ -209,48 +418,22 @@ def generate(
     settings     of the sampling filters, see DECODING; row r draws with seeds[r], or with `seed`
     allowed      bools (V,): ids that may come; None is all
     stop(r, id)  called with each new id; True ends row r, the id included
-    slide(kept)  called with how many ids are kept: the last ones of a prompt longer than the
-                 context; of a full context the newest half, read again from position 0
+    slide(kept)  see Engine
     """
-    context, device = model.config.context, model.embed.weight.device
-    rows = [list(p) for p in prompts]
-    check_ids(rows, model.config.vocab_size)
-    assert set(settings) <= set(DECODING), f"no such filter: {set(settings) - set(DECODING)}"
-    windows = [r[-context:] for r in rows]  # what the model looks at; `rows` remembers everything
-    if slide and any(len(r) > context for r in rows):
-        slide(context)
-    generators = [torch.Generator().manual_seed(s) for s in seeds or [seed] * len(rows)]
-    # padding before a shorter row may take a second context
-    longest, uneven = max(map(len, windows)), len(set(map(len, windows))) > 1
-    cache = KVCache(model, len(rows), min(longest + max_tokens, context * (1 + uneven)))
-    stopped = [False] * len(rows)
-    logits, pad, visible = prefill(model, cache, windows)
-    for left in reversed(range(max_tokens)):
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, -math.inf)
-        new = next_token(logits, rows, generators, settings)
-        yield [None if s else i for s, i in zip(stopped, new)]
-        for r, i in enumerate(new):
-            if not stopped[r]:
-                rows[r].append(i)
-                windows[r].append(i)
-                stopped[r] = bool(stop and stop(r, i))
-        if all(stopped) or not left:
+    prompts = [list(p) for p in prompts]
+    check_ids(prompts, model.config.vocab_size)
+    length = min(max(map(len, prompts)) + max_tokens, model.config.context)
+    engine = Engine(model, len(prompts), length, slide=slide)
+    settings["allowed"] = allowed
+    slots = [engine.add(p, seed=s, **settings) for p, s in zip(prompts, seeds or repeat(seed))]
+    for _ in range(max_tokens):
+        new = engine.step()
+        yield [new.get(slot) for slot in slots]
+        for r, slot in enumerate(slots):
+            if slot in new and stop and stop(r, new[slot]):
+                engine.remove(slot)
+        if not engine.busy:
             return
-        if any(len(w) > context and not s for s, w in zip(stopped, windows)):
-            keep = max(1, context // 2)
-            full = [s or len(w) > context for s, w in zip(stopped, windows)]
-            windows = [w[-keep:] if f else w for f, w in zip(full, windows)]
-            if slide:
-                slide(keep)
-            logits, pad, visible = prefill(model, cache, windows)
-        else:
-            ids = torch.tensor([[w[-1]] for w in windows], device=device)
-            positions = mask = None
-            if visible is not None:
-                positions = (cache.length - pad[:, None]).clamp(max=context - 1)
-                mask = visible[..., : cache.length + 1]
-            logits = model.last_logits(ids, cache, positions, mask)
 
 
 def check_ids(rows, vocab_size):
@@ -947,6 +1130,9 @@ def build_parser():
         text = f"{f.help} (default {f.default})"
         add(f"--{name}", type=type(f.off), default=f.default, help=text)
     add("--repetition_penalty", type=float, default=1.0, help="above 1 discourages (default 1)")
+    add("--frequency_penalty", type=float, default=0.0,
+        help="taken off a token's logit for each time it was drawn (default 0)")
+    add("--presence_penalty", type=float, default=0.0, help="and once if it was drawn (default 0)")
     add("--beams", type=int, default=0, help="beam search of this width; 0 samples (default)")
     add("--length_penalty", type=float, default=1.0, help="of beams: above 1 favours long ones (1)")
     add("--stop", action="append", help="end at this text; may be given several times")

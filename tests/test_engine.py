@@ -1,0 +1,220 @@
+"""sample.Engine: texts that come and go, each equal to itself alone."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_fast import ARCHITECTURES, build, fast_copy
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import lora
+import model as lm
+import sample
+from data.cli import UserError
+from sample import Engine, Slot, generate
+
+
+def requests(n, seed, vocab=300, longest=70):
+    """Prompts, some of which begin like others, with settings and a number of new ids each."""
+    rng, made = random.Random(seed), []
+    for _ in range(n):
+        prompt = [rng.randrange(vocab) for _ in range(rng.randint(1, longest))]
+        if made and rng.random() < 0.5:  # a conversation goes on, or has the same system turn
+            prompt = made[rng.randrange(len(made))][0][: rng.randint(1, 40)] + prompt[:30]
+        settings = dict(seed=rng.randrange(1000), temperature=rng.choice([0, 0.7, 1.3]))
+        settings |= rng.choice([{}, dict(top_k=7), dict(top_p=0.8), dict(repetition_penalty=1.3)])
+        settings |= rng.choice([{}, dict(frequency_penalty=0.5, presence_penalty=0.3)])
+        if rng.random() < 0.3:
+            settings["allowed"] = torch.arange(vocab) % 2 == 0
+        made.append((prompt, settings, rng.randint(1, 30)))
+    return made
+
+
+def write_together(engine, jobs, rng):
+    """The new ids of each job, which are added and now and then abandoned at random moments."""
+    waiting, writing, found = list(enumerate(jobs)), {}, {}
+    while waiting or writing:
+        while waiting and engine.busy < len(engine.slots) and rng.random() < 0.6:
+            number, (prompt, settings, count) = waiting.pop(0)
+            writing[engine.add(prompt, **settings)] = number, count
+        for slot, i in engine.step().items():
+            number, count = writing[slot]
+            found.setdefault(number, []).append(i)
+            if len(found[number]) == count:
+                engine.remove(slot)
+                del writing[slot]
+    return [found[n] for n in range(len(jobs))]
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_of_64_texts_is_what_it_is_alone(name, fast):
+    model = build(name, context=60)  # prompts of up to 70 ids: some slide
+    jobs = requests(64, seed=sum(map(ord, name)))
+    alone = []
+    for prompt, settings, count in jobs:
+        rows = generate(model, [prompt], count, **settings)
+        alone.append([i for (i,) in rows])
+    model = fast_copy(model, rows=5) if fast else model
+    engine = Engine(model, 5, length=4, chunk=random.Random(name).choice([16, 10**9]))
+    assert write_together(engine, jobs, random.Random(1)) == alone
+    assert len({tuple(ids) for ids in alone}) > 60
+
+
+def count_ids(model, monkeypatch):
+    """A list that gets the number of ids of each pass through the model."""
+    sizes, hidden = [], model.hidden
+
+    def counted(ids, *args):
+        sizes.append(ids.numel())
+        return hidden(ids, *args)
+
+    monkeypatch.setattr(model, "hidden", counted)
+    return sizes
+
+
+def test_what_is_in_the_cache_is_not_read_again(monkeypatch):
+    model = build("llama")
+    engine, sizes = Engine(model, 2), count_ids(model, monkeypatch)
+    slot = engine.add(list(range(20)), temperature=0)
+    engine.step()
+    assert sizes == [19, 1]
+    engine.step()
+    engine.remove(slot)
+    again = engine.add([*slot.ids, 7, 8], temperature=0)  # the conversation goes on
+    engine.step()
+    assert sizes[3:] == [2, 1]  # 21 ids were held, of 24
+    other = engine.add([*range(15), 40], temperature=0)  # the same beginning as one being written
+    engine.step()
+    assert sizes[5:] == [2] and other.held == 16  # copied: only the last ids are run
+    engine.remove(other), engine.remove(again)
+    engine.forget()
+    engine.add(list(range(20)), temperature=0)
+    engine.step()
+    assert sizes[6:] == [19, 1]
+
+
+def test_samples_of_one_prompt_read_it_once(monkeypatch):
+    model = build("gpt2")
+    sizes = count_ids(model, monkeypatch)
+    next(generate(model, [list(range(30))] * 4, 5, seeds=[1, 2, 3, 4]))
+    assert sizes == [29, 4]
+
+
+def test_rows_of_like_lengths_are_read_in_one_pass(monkeypatch):
+    model = build("default")
+    sizes = count_ids(model, monkeypatch)
+    next(generate(model, [[1] * 10, [2] * 8, [3] * 9], 5))
+    assert sizes == [27, 3]
+
+
+def test_a_conversations_history_outlives_short_questions_of_others():
+    """A new prompt takes the row of which it has the most, then an empty one, then the oldest."""
+    engine = Engine(build("default"), 3)
+
+    def ask(prompt):
+        slot = engine.add(prompt, temperature=0)
+        engine.step()
+        engine.remove(slot)
+        return slot
+
+    talk = ask([1, 2, 3, 4, 5, 6, 7])
+    ask([1, 2, 9, 9, 9, 9])  # another one with the same system turn
+    ask([50] * 5)
+    assert sorted(s.ids[0] for s in engine.slots) == [1, 1, 50]
+    assert engine.add([*talk.ids, 30, 31]).held == 7
+    assert not any(s.ids[:1] == [60] for s in engine.slots)
+    ask([60] * 5)
+    assert sorted(s.ids[0] for s in engine.slots) == [1, 50, 60]
+
+
+def test_a_long_prompt_lets_others_write():
+    engine = Engine(build("gpt2"), 3, chunk=8)
+    short = engine.add([1, 2], temperature=0)
+    engine.step()
+    long = engine.add([9] * 30, temperature=0)
+    steps = [engine.step() for _ in range(4)]
+    assert [set(new) for new in steps] == [{short}, {short}, {short}, {short, long}]
+
+
+@pytest.mark.parametrize("chunk", [7, 10**9])
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+def test_log_probabilities_are_the_models(fast, chunk):
+    model = build("qwen3")
+    prompt = torch.randint(300, (20,)).tolist()
+    engine = Engine(fast_copy(model, rows=2) if fast else model, 2, chunk=chunk)
+    engine.add([4, 5, 6], temperature=1.0)
+    slot = engine.add(prompt, temperature=0.9, top_k=3, seed=3, top=4, echo=True)
+    while len(slot.ids) < 25:
+        engine.step()
+    with torch.no_grad():
+        exact = model(torch.tensor([slot.ids]))[0].log_softmax(-1)
+    assert len(slot.logprobs) == 24  # of every id but the first
+    for row, i, (logp, best) in zip(exact, slot.ids[1:], slot.logprobs):
+        assert logp == pytest.approx(row[i].item(), abs=1e-4)
+        assert [j for j, _ in best] == row.topk(4).indices.tolist()
+        assert [p for _, p in best] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
+
+
+def test_an_engine_with_adapters_writes_as_the_active_one(tmp_path):
+    model = build("llama")
+    plain = [i for (i,) in generate(model, [[3, 4]], 8, temperature=0)]
+    lora.add_lora(model, "attention", rank=4, alpha=64)
+    for name, p in model.named_parameters():
+        if "lora_" in name or p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3)
+    engine = Engine(model, 2)
+
+    def write():
+        slot = engine.add([3, 4], temperature=0)
+        for _ in range(8):
+            engine.step()
+        engine.remove(slot)
+        return slot.ids[2:]
+
+    adapted = write()
+    assert adapted != plain
+    lora.set_adapter(model)
+    engine.forget()
+    assert write() == plain
+
+
+def test_bfloat16_and_int8_write_in_slots():
+    model = build("default", 640)
+    low = lm.model_from_checkpoint(
+        {"config": vars(model.config), "model": model.state_dict()}, dtype=torch.bfloat16
+    )
+    for each in (low, fast_copy(low, rows=3), fast_copy(model, int8=True, rows=3)):
+        jobs = [(p, s, 8) for p, s, _ in requests(6, seed=4, longest=30)]
+        assert all(len(ids) == 8 for ids in write_together(Engine(each, 3), jobs, random.Random(2)))
+
+
+def test_penalties_are_those_of_the_api():
+    logits = torch.zeros(2, 6)
+    out = sample.count_penalty(logits, [[1, 1, 4], []], frequency=0.5, presence=0.25)
+    assert out.tolist() == [[0, -1.25, 0, 0, -0.75, 0], [0] * 6] and not logits.any()
+    # only what was drawn counts: the prompt's ids do not
+    settings = dict(temperature=0, frequency_penalty=2.0)
+    assert sample.next_token(torch.tensor([[1.0, 0.5]]), [[0, 0]], [None], settings, [2]) == [0]
+    assert sample.next_token(torch.tensor([[1.0, 0.5]]), [[0, 0]], [None], settings, [1]) == [1]
+
+
+def test_prompts_that_cannot_be_are_refused():
+    engine = Engine(build("gpt2"), 1)
+    for bad in ([], [300], [-1]):
+        with pytest.raises(UserError):
+            engine.add(bad)
+    assert engine.busy == 0 and isinstance(engine.slots[0], Slot)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_slots_on_a_gpu(name):
+    model = build(name, context=60)
+    jobs = [(p, s | {"allowed": None}, n) for p, s, n in requests(16, seed=3)]
+    alone = [[i for (i,) in generate(model, [p], n, **s)] for p, s, n in jobs]
+    assert write_together(Engine(model.cuda(), 5), jobs, random.Random(1)) == alone
