@@ -13,7 +13,6 @@ search, ids to text as they come, analogies and labels, the fast copy of the mod
 CPU, the terminal chat, and the command line.
 """
 
-import codecs
 import contextlib
 import json
 import math
@@ -40,8 +39,9 @@ from data.chat import Template, chat_prompt, label_token, labels_of, render_chat
 from data.cli import Parser, UserError, check_limits, printable, run_cli
 from data.machine import DTYPES, choose_device, dtype_name
 from data.matmul import product, timing_lines
+from data.reply import Reply, TextStream
 from data.runs import newest_run
-from data.tokenizer import UNKNOWN, Tokenizer
+from data.tokenizer import Tokenizer
 from data.tools import call_tool, function_schema, load_tools
 from model import (
     ACTIVATIONS,
@@ -410,6 +410,7 @@ def generate(
     allowed=None,
     stop=None,
     slide=None,
+    engine=None,
     **settings,
 ):
     """Yield lists of new ids, one a prompt and step (None for a row that has stopped).
@@ -419,21 +420,26 @@ def generate(
     allowed      bools (V,): ids that may come; None is all
     stop(r, id)  called with each new id; True ends row r, the id included
     slide(kept)  see Engine
+    engine       one to write with that has read other texts before; without it, a new one
     """
     prompts = [list(p) for p in prompts]
     check_ids(prompts, model.config.vocab_size)
     length = min(max(map(len, prompts)) + max_tokens, model.config.context)
-    engine = Engine(model, len(prompts), length, slide=slide)
-    settings["allowed"] = allowed
-    slots = [engine.add(p, seed=s, **settings) for p, s in zip(prompts, seeds or repeat(seed))]
-    for _ in range(max_tokens):
-        new = engine.step()
-        yield [new.get(slot) for slot in slots]
-        for r, slot in enumerate(slots):
-            if slot in new and stop and stop(r, new[slot]):
-                engine.remove(slot)
-        if not engine.busy:
-            return
+    engine = engine or Engine(model, len(prompts), length, slide=slide)
+    how = settings | {"allowed": allowed}
+    slots = [engine.add(p, seed=s, **how) for p, s in zip(prompts, seeds or repeat(seed))]
+    try:
+        for _ in range(max_tokens):
+            new = engine.step()
+            yield [new.get(slot) for slot in slots]
+            for r, slot in enumerate(slots):
+                if slot in new and stop and stop(r, new[slot]):
+                    engine.remove(slot)
+            if not engine.busy:
+                return
+    finally:
+        for slot in slots:
+            engine.remove(slot)
 
 
 def check_ids(rows, vocab_size):
@@ -498,50 +504,8 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
 
 
 # --------------------------------------------------------------------------------------------
-# Text: characters as the ids come, and words as vectors
+# Words as vectors, and labels
 # --------------------------------------------------------------------------------------------
-
-
-class TextStream:
-    """Ids to text, as they come: `feed` returns what can be shown already.
-
-    A character that is not complete yet (Chinese ones take three bytes, often two tokens) waits,
-    and so does text that may turn out to be the beginning of a stop string. After a stop string
-    `stopped` is True and nothing more comes.
-    """
-
-    def __init__(self, tokenizer, stops=()):
-        self.tokenizer, self.stops = tokenizer, [s for s in stops if s]
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.held, self.stopped = "", False
-
-    def feed(self, i):
-        """The text that id `i` completes, maybe none."""
-        hidden = i in self.tokenizer.special.values()
-        token = b"" if hidden else self.tokenizer.token_bytes(i) or b""
-        return self._release(self.decoder.decode(token))
-
-    def finish(self):
-        """What was still held back at the end."""
-        text, self.held = self._release(self.decoder.decode(b"", final=True)) + self.held, ""
-        return text
-
-    def _release(self, text):
-        if self.stopped:
-            return ""
-        self.held += text
-        ends = [at for s in self.stops if (at := self.held.find(s)) >= 0]
-        if ends:
-            out, self.held, self.stopped = self.held[: min(ends)], "", True
-            return out
-        wait = max((overlap(self.held, s) for s in self.stops), default=0)
-        out, self.held = self.held[: len(self.held) - wait], self.held[len(self.held) - wait :]
-        return out
-
-
-def overlap(text, stop):
-    """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def word_vector(word, tokenizer, table):
@@ -750,6 +714,7 @@ class Chat:
             if not (ours and getattr(f, "needs_no_schema", False))
         ]
         self.messages, self.turns = [], 0
+        self.engine = Engine(model, 1, 256)  # which keeps the history between the turns
 
     def prompt(self):
         """(ids to continue, whether the oldest turns had to be left out)."""
@@ -770,40 +735,30 @@ class Chat:
         """Generate and remember one message; show(text) gets its words as they come. An answer
         that Ctrl-C stops is remembered as far as it went; in the middle of a call it is passed on.
         """
-        ids, t, stopped = [], self.tokenizer, False
-        call, ends, is_call = None, {t.eos_id}, lambda ids: False
-        if not self.is_base:
-            call, ends = self.template.call, {t.eos_id, self.template.end}
-            is_call = self.template.is_call
-        stream = TextStream(t, ["\nUser:", "\nSystem:"] if self.is_base else ())
-        allowed = allowed_ids(self.model, t, chat=not self.is_base)
-        if call is not None and not (may_call and self.tools):
-            allowed[call] = False
+        stops, stopped = ["\nUser:", "\nSystem:"] if self.is_base else (), ""
+        reply = Reply(self.tokenizer, self.template, stops)
+        allowed = allowed_ids(self.model, self.tokenizer, chat=not self.is_base)
+        if not self.is_base and self.template.call is not None:
+            allowed[self.template.call] = may_call and bool(self.tools)
 
         def stop(r, i):
-            ids.append(i)
-            if not is_call(ids):  # a call is shown when it is whole
-                show(stream.feed(i))
-            return i in ends or stream.stopped
+            show(reply.feed(i))  # a call is shown when it is whole
+            return reply.ended
 
         seed = torch.seed() % 2**31 if self.seed is None else self.seed + self.turns
         self.turns += 1
-        how = self.settings | dict(seed=seed, allowed=allowed, stop=stop)
+        how = self.settings | dict(seed=seed, allowed=allowed, stop=stop, engine=self.engine)
         try:
             for _ in generate(self.model, [self.prompt()[0]], self.max_tokens, **how):
                 pass
         except KeyboardInterrupt:
-            if is_call(ids):
+            if reply.calls:
                 raise
-            stopped = True
-        # a character that was cut off is nothing to show or to remember
-        show(stream.finish().rstrip(UNKNOWN) + (" [stopped]" if stopped else ""))
+            stopped = " [stopped]"
+        show(reply.finish() + stopped)
+        message = reply.message()
         if self.is_base:
-            text = re.split(r"\n(?:User|System):", t.decode([i for i in ids if i not in ends]))[0]
-            message = {"role": "assistant", "content": text.strip()}
-        else:
-            message = self.template.parse(ids)
-        message["content"] = message["content"].rstrip(UNKNOWN)
+            message["content"] = message["content"].strip()
         self.messages.append(message)
         return message
 
@@ -852,6 +807,7 @@ class Chat:
                 lora.set_adapter(self.model, *rest.split())
             except UserError as e:
                 return str(e)
+            self.engine.forget()
             return f"active adapter: {rest or 'none'}"
         return CHAT_HELP
 

@@ -26,6 +26,7 @@ IMPORTS = {
     "data.tokenizer": "data.download",
     "data.chat": "data.cli",
     "data.tools": "data.chat",
+    "data.reply": "data.tokenizer",
     "data.hotel": "data.chat data.download",
     "data.sources": "data.hotel",
     "data.rows": "data.sources data.text",
@@ -37,7 +38,7 @@ IMPORTS = {
     "model": "data.hf_tokenizer data.hf_weights data.machine",
     "mnist": "model data.idx data.plot data.runs",
     "lora": "model data.hf_adapter",
-    "sample": "lora data.matmul data.runs data.tools",
+    "sample": "lora data.matmul data.reply data.runs data.tools",
     "train": "model prepare_data data.plot data.runs",
     "finetune": "train sample data.scores",
 }
