@@ -16,6 +16,7 @@ CPU, the terminal chat, and the command line.
 import contextlib
 import json
 import math
+import os
 import re
 import select
 import signal
@@ -1068,6 +1069,53 @@ def write_beams(model, tokenizer, prompt, args):
     return [ids for _, ids in beams]
 
 
+def make_service(model, tokenizer, where, args, tools):
+    """What --serve serves: an Engine with its Scheduler behind OpenAI's API, and the page."""
+    from data.api import Api  # not above: nobody else needs an HTTP server
+    from data.scheduler import Scheduler
+    from data.server import CHOICES, LOCAL, Service
+
+    chat, labels = Chat(model, tokenizer, tools), labels_of(tokenizer)
+    layers = {} if isinstance(model, FastTransformer) else lora.adapted(model)
+    named = list(next((layer.a for layer in layers.values()), ()))
+    base = (where.parent if where.suffix == ".pt" else where).name or "model"
+    adapters = {n: n for n in named} | {"base" if base in named else base: None}
+    masks = {False: allowed_ids(model, tokenizer), True: None}
+    if not chat.is_base:
+        masks[True] = allowed_ids(model, tokenizer, chat=True)
+        masks["silent"] = masks[True].clone()
+        if chat.template.call is not None:
+            masks["silent"][chat.template.call] = False
+
+    def allowed(is_chat, may_call):
+        return masks["silent" if is_chat and not may_call else is_chat]
+
+    def activate(name):
+        lora.set_adapter(model, *([name] if name else []))
+
+    def verdict(text):
+        ids = [*tokenizer.encode(text)[1 - model.config.context :], tokenizer.eos_id]
+        goals = [tokenizer.special[label_token(name)] for name in labels]
+        shares = classify(model, [ids], goals)[0].exp().tolist()
+        return sorted(zip(labels, shares), key=lambda pair: -pair[1])
+
+    engine = Engine(model, args.slots, 256, chunk=256)
+    scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
+    settings = {name: getattr(args, name) for name in DECODING}
+    known = {n for n, f in (tools or {}).items() if getattr(f, "needs_no_schema", False)}
+    api = Api(scheduler, tokenizer, adapters, model.config.context, allowed, settings, known)
+    command = f"python finetune.py --ckpt {args.ckpt or where} --data {CHOICES}"
+    info = {"model": api.names[0], "models": api.names, "labels": labels, "settings": settings}
+    info["kind"] = "classifier" if labels else "base" if chat.is_base else "chat"
+    info |= {"context": api.context, "max_tokens": chat.max_tokens, "system": args.system or ""}
+    info["tools"] = [function_schema(name, f) for name, f in (tools or {}).items()]
+    info["choices"] = {"file": str(CHOICES), "command": command}
+    key = args.api_key or os.environ.get("SCRATCHLM_API_KEY")
+    if args.host not in LOCAL and not key:
+        raise UserError(f"--host {args.host} opens the server to others: give it an --api_key")
+    return Service(api, info, tools or {}, verdict if labels else None, key, args.cors)
+
+
 # fmt: off (one line a flag)
 def build_parser():
     p = Parser(description="Write with a trained model.")
@@ -1103,6 +1151,12 @@ def build_parser():
     add("--chat", action="store_true", help="talk in the terminal")
     add("--system", metavar="TEXT", help="with --chat: what the model is told before the talk")
     add("--tools", help="with --chat: hotel, or a .py file whose functions the model may call")
+    add("--serve", type=int, nargs="?", const=6006, metavar="PORT",
+        help="a page and OpenAI's API on this port (default 6006; 0 is any that is free)")
+    add("--host", default="127.0.0.1", help="with --serve: the address; another needs a key")
+    add("--api_key", help="with --serve: what clients must know (default: SCRATCHLM_API_KEY)")
+    add("--cors", metavar="ORIGIN", help="with --serve: a site whose pages may use the API")
+    add("--slots", type=int, default=16, help="with --serve: texts at once (default 16)")
     add("--analogy", help='nearest tokens of e.g. "king - man + woman" in the embedding table')
     add("--choices", help="with --analogy: pick among these, separated by commas")
     return p
@@ -1114,13 +1168,15 @@ def build_parser():
 def check_settings(args):
     """UserError for a number or a combination of flags that makes no sense."""
     check_limits(vars(args))
+    if args.serve is not None and (args.chat or args.prompt or args.prompt_ids or args.beams):
+        raise UserError("--serve takes no --chat, --prompt, --prompt_ids or --beams")
     if args.chat and (args.prompt or args.prompt_ids or args.beams or args.num_samples > 1):
         raise UserError("--chat takes no --prompt, --beams or --num_samples")
     if args.choices and not args.analogy:
         raise UserError("--choices is for --analogy")
     for name in ("tools", "system"):
-        if getattr(args, name) is not None and not args.chat:
-            raise UserError(f"--{name} is for --chat")
+        if getattr(args, name) is not None and not args.chat and args.serve is None:
+            raise UserError(f"--{name} is for --chat and --serve")
     if args.beams and args.stop:
         raise UserError("--stop does not work with --beams, which end with the end of the text")
     if args.beams and args.num_samples > args.beams:
@@ -1144,6 +1200,12 @@ def main(argv=None):
         for text, cosine in analogy(args.analogy, tokenizer, table, choices):
             print(f"{cosine:7.3f}  {text!r}")
         return
+    if args.serve is not None:
+        if tokenizer is None:
+            raise UserError(f"{where} carries no tokenizer: it can only continue --prompt_ids")
+        labels = labels_of(tokenizer)
+        model = model if labels else fast_model(model, args.slots, args)
+        return make_service(model, tokenizer, where, args, tools).serve(args.host, args.serve)
     if args.chat:
         model = fast_model(model, 1, args)
         settings = {name: getattr(args, name) for name in DECODING}

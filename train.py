@@ -52,6 +52,7 @@ from data.machine import (
     set_random_state,
     synchronize,
 )
+from data.files import write_json
 from data.plot import line_svg
 from data.runs import Log, newest_run, run_folder
 from data.tokenizer import Tokenizer
@@ -475,6 +476,10 @@ class Run:
         if resume:
             self.restore(resume)
         self.log = Log(out, self.state["step"], quiet=runtime.rank > 0)
+        if runtime.rank == 0:
+            settings = vars(args) | asdict(model.config)
+            settings["parameters"] = sum(p.numel() for p in model.parameters())
+            write_json(out / "settings.json", settings)
         self.last = {}  # the last evaluation
         # (loss, tokens, FLOPs, seconds) of the last steps, so that a shorter last interval averages
         # as many

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from data.cli import UserError
@@ -53,6 +54,62 @@ def lock_folder(folder):
         file.close()
         raise UserError(f"{folder} is being written by another process: wait for its end") from e
     return file
+
+
+def is_locked(folder):
+    """Whether a process has the lock of a run's folder; False where there are no such locks."""
+    with contextlib.suppress(ImportError, FileNotFoundError):
+        import fcntl
+
+        with open(Path(folder, ".lock"), "rb") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+    return False
+
+
+def run_list():
+    """[{"name", "step", "bytes", "age", "live"}] of the runs under out/, the newest first: how long
+    metrics.jsonl is, how many seconds ago it grew, whether a process writes it."""
+    found = []
+    for path in OUT.glob("*/metrics.jsonl"):
+        with contextlib.suppress(OSError):
+            stat = path.stat()
+            about = {"name": path.parent.name, "bytes": stat.st_size}
+            about |= {"step": max((r.get("step", 0) for r in tail(path)), default=0)}
+            about |= {"age": time.time() - stat.st_mtime, "live": is_locked(path.parent)}
+            found.append(about)
+    return sorted(found, key=lambda run: run["age"])
+
+
+def tail(path, size=4096):
+    """The rows in the last `size` bytes of a file of JSON lines."""
+    with open(path, "rb") as f:
+        f.seek(max(0, path.stat().st_size - size))
+        return list(json_lines(f.read().decode("utf-8", "replace")))
+
+
+def json_lines(text):
+    """The objects in JSON lines; not a number is None, and lines that are cut are left out."""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line, parse_constant=lambda name: None)
+            if isinstance(row, dict):
+                yield row
+
+
+def read_run(name, most=600):
+    """{"name", "settings", "rows"} of a run: its metrics, of which about `most` are kept."""
+    folder, settings = OUT / name, {}
+    with contextlib.suppress(OSError, ValueError):
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    rows = list(json_lines((folder / "metrics.jsonl").read_text(encoding="utf-8")))
+    steps = [r for r in rows if "loss" in r]
+    every = max(1, len(steps) // most)
+    kept = {id(r) for r in steps[-1 % every :: every]} | {id(r) for r in steps[-1:]}
+    rows = [r for r in rows if "loss" not in r or id(r) in kept]
+    return {"name": name, "settings": settings, "rows": rows}
 
 
 class Log:

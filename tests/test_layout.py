@@ -31,6 +31,9 @@ IMPORTS = {
     "data.sources": "data.hotel",
     "data.rows": "data.sources data.text",
     "data.scores": "data.rows",
+    "data.scheduler": "data.cli",
+    "data.api": "data.reply data.rows data.scheduler",
+    "data.server": "data.api data.runs data.tools",
     "data.hf_tokenizer": "data.chat data.tokenizer",
     "data.hf_weights": "data.tensors data.download",
     "data.hf_adapter": "data.hf_weights",
@@ -42,8 +45,8 @@ IMPORTS = {
     "train": "model prepare_data data.plot data.runs",
     "finetune": "train sample data.scores",
 }
-# What only one function needs, once all else is done: train.py's closing sample.
-LATE = {"train": {"sample"}}
+# What only one function needs, once all else is done: train.py's closing sample, the server.
+LATE = {"train": {"sample"}, "sample": {"data.api", "data.scheduler", "data.server"}}
 WITHOUT_TORCH = {m for m in IMPORTS if m.startswith("data.")} | {"prepare_data"}
 WITHOUT_TORCH -= {f"data.{m}" for m in ("tensors", "hf_weights", "hf_adapter", "matmul", "machine")}
 PATHS = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]

@@ -1,0 +1,469 @@
+"""OpenAI's API: requests checked and turned into jobs, ids turned into answers of its shape.
+
+Chat completions, completions and models, as https://platform.openai.com/docs/api-reference has
+them. Beyond it: top_k, min_p and repetition_penalty; `truncation: "auto"` leaves the oldest turns
+out where a conversation exceeds the context.
+"""
+import json
+import queue
+import secrets
+import time
+from dataclasses import dataclass, field
+
+from data.chat import Template, chat_prompt, render_chat
+from data.cli import UserError
+from data.reply import Reply
+from data.rows import call_message
+from data.scheduler import Job
+
+
+class ApiError(Exception):
+    """What is answered with an HTTP status of 400 or more, in OpenAI's shape."""
+
+    KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+    def __init__(self, status, message, param=None, code=None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self):
+        """The JSON object of the answer."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {"message": str(self), "type": self.KINDS.get(self.status, kind)}
+        return {"error": error | {"param": self.param, "code": self.code}}
+
+
+# --------------------------------------------------------------------------------------------
+# Requests
+# --------------------------------------------------------------------------------------------
+
+# field: (its types, the least, the most)
+NUMBERS = {
+    "temperature": ((int, float), 0, 2),
+    "top_p": ((int, float), 0, 1),
+    "min_p": ((int, float), 0, 1),
+    "top_k": ((int,), 0, 2**31),
+    "repetition_penalty": ((int, float), 0.01, 100),
+    "frequency_penalty": ((int, float), -2, 2),
+    "presence_penalty": ((int, float), -2, 2),
+    "max_tokens": ((int,), 0, 2**31),
+    "max_completion_tokens": ((int,), 1, 2**31),
+    "n": ((int,), 1, 16),
+    "seed": ((int,), -(2**63), 2**63 - 1),
+    "top_logprobs": ((int,), 0, 20),
+    "logprobs": ((int,), 0, 20),
+}
+FLAGS = ("stream", "echo")
+
+
+def parse_body(raw):
+    """The JSON object of a request's body; ApiError if it is none."""
+
+    def no_number(name):
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        body = json.loads(raw.decode("utf-8"), parse_constant=no_number)
+        json.dumps(body, ensure_ascii=False).encode()  # half of a pair, \ud83d, is no text
+    except (ValueError, RecursionError) as e:
+        reason = "nested too deeply" if isinstance(e, RecursionError) else str(e)
+        raise ApiError(400, f"the body is no JSON in UTF-8: {reason}") from e
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is no JSON object")
+    return {k: v for k, v in body.items() if v is not None}
+
+
+def check_fields(body, chat):
+    """ApiError for a number or flag of a wrong type or outside of its limits."""
+    flags = (*FLAGS, "logprobs") if chat else FLAGS
+    for name in flags:
+        if not isinstance(body.get(name, False), bool):
+            raise ApiError(400, f"{name} must be true or false", name)
+    for name, (types, low, high) in NUMBERS.items():
+        value = body.get(name, low)
+        if name in flags:
+            continue
+        if type(value) not in types or not low <= value <= high:
+            kind = "an integer" if types == (int,) else "a number"
+            raise ApiError(400, f"{name} must be {kind} from {low} to {high}", name)
+    options = body.get("stream_options", {})
+    if not isinstance(options, dict):
+        raise ApiError(400, "stream_options must be an object", "stream_options")
+
+
+def stop_strings(body):
+    """The texts that end an answer."""
+    stops = body.get("stop", [])
+    stops = [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
+        raise ApiError(400, "stop must be a text, or up to four of them", "stop")
+    if len(stops) > 4:
+        raise ApiError(400, f"stop has {len(stops)} texts, at most 4 are possible", "stop")
+    return stops
+
+
+def text_of(content, where):
+    """The text of a message's content, which may be a list of parts."""
+    if isinstance(content, list):
+        if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+            raise ApiError(400, f"{where}: only parts of text are understood", where)
+        return "".join(p["text"] for p in content)
+    if content is not None and not isinstance(content, str):
+        raise ApiError(400, f"{where} must be a text", where)
+    return content or ""
+
+
+def read_messages(messages):
+    """Our messages of OpenAI's: an assistant's tool calls become turns of their own."""
+    if not isinstance(messages, list) or not messages:
+        raise ApiError(400, "messages must be a list with at least one message", "messages")
+    roles = {"system": "system", "developer": "system", "user": "user"}
+    roles |= {"assistant": "assistant", "tool": "tool", "function": "tool"}
+    out = []
+    for n, m in enumerate(messages):
+        where = f"messages[{n}]"
+        role = m.get("role") if isinstance(m, dict) else None
+        if not isinstance(role, str) or role not in roles:
+            raise ApiError(400, f"{where} has no role that is known", f"{where}.role")
+        calls, text = m.get("tool_calls") or [], text_of(m.get("content"), f"{where}.content")
+        if text or not calls:
+            out.append({"role": roles[role], "content": text})
+        try:
+            if calls and role != "assistant":
+                raise ValueError("only an assistant calls")
+            functions = [call["function"] for call in calls]
+            out += [call_message(f["name"], f["arguments"]) for f in functions]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+            raise ApiError(400, f"{where} has a bad tool call ({e})", f"{where}.tool_calls") from e
+    return out
+
+
+def read_tools(body):
+    """(the schemas of `tools`, whether one may be called, and what must be: None is nothing, "" any
+    of them, else a name)."""
+    tools, choice = body.get("tools", []), body.get("tool_choice", "auto")
+    try:
+        names = [t["function"]["name"] for t in tools]
+        known = {"auto": None, "none": None} | ({"required": ""} if tools else {})
+        forced = known[choice] if isinstance(choice, str) else choice["function"]["name"]
+        if not isinstance(tools, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError
+        if forced and forced not in names:
+            raise KeyError(forced)
+    except (TypeError, KeyError) as e:
+        expected = 'tools must be a list of {"type": "function", "function": {"name": ...}}'
+        raise ApiError(400, f"{expected}, and tool_choice one of these", "tools") from e
+    return tools, bool(tools) and choice != "none", forced
+
+
+# --------------------------------------------------------------------------------------------
+# Answers
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Choice:
+    """One of the texts of an answer: its job, what has come of it, what has not been sent yet."""
+
+    job: Job
+    reply: Reply
+    tokens: list = field(default_factory=list)  # (id, its log probability, the likeliest ids)
+    text: str = ""
+    thought: str = ""
+    count: int = 0  # new ids
+    finish: str | None = None
+    sent: int = 0  # of the tokens
+    offset: int = 0  # of the text, for the next token
+
+
+class Answer:
+    """What a request asked for, as it is written: `chunks` streams it, `whole` waits for its end.
+    `close` ends the jobs, whatever has become of them."""
+
+    def __init__(self, api, body, choices, chat):
+        self.api, self.body, self.choices, self.chat = api, body, choices, chat
+        kind = "chat.completion" if chat else "text_completion"
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self.head = {"id": self.id, "object": kind, "created": int(time.time())}
+        self.head |= {"model": body.get("model", api.names[0])}
+        api.scheduler.submit([c.job for c in choices])
+
+    def close(self):
+        """Nobody wants any more of it."""
+        for choice in self.choices:
+            choice.job.cancelled = True
+
+    def parts(self):
+        """Yield (choice, new text, whether that is a thought, whether it was the last) as they
+        come, None ten times a second while nothing comes."""
+        left, events = len(self.choices), self.choices[0].job.events
+        while left:
+            try:
+                index, value, logprob = events.get(timeout=0.1)
+            except queue.Empty:
+                yield None
+                continue
+            choice = self.choices[index]
+            if isinstance(value, Exception):
+                raise ApiError(500, f"the model failed: {value}") from value
+            if isinstance(value, int):
+                if choice.finish is None:
+                    yield self.part(choice, self.add(choice, value, logprob), False)
+                continue
+            if value == "cancelled" and choice.finish is None:
+                raise ApiError(503, "the server is closing")
+            left, choice.finish = left - 1, choice.finish or value
+            yield self.part(choice, choice.reply.finish(), True)
+
+    def part(self, choice, text, last):
+        """An item of `parts`."""
+        if choice.reply.thinking:
+            choice.thought += text
+        else:
+            choice.text += text
+        return choice, text, choice.reply.thinking, last
+
+    def add(self, choice, i, logprob):
+        """The text that a new id lets us show."""
+        job, text = choice.job, ""
+        if self.body.get("echo") and not choice.count:
+            text = self.api.tokenizer.decode(job.prompt)
+            scored = zip(job.prompt[1:], job.scored)
+            choice.tokens += [(job.prompt[0], None, ()), *((i, *known) for i, known in scored)]
+        if job.max_tokens:  # 0 is for the echo alone
+            choice.count += 1
+            text += choice.reply.feed(i)
+            if logprob and not (self.chat and i in choice.reply.ends):
+                choice.tokens.append((i, *logprob))
+        if choice.reply.ended:
+            choice.finish, job.cancelled = "stop", True
+        return text
+
+    def usage(self):
+        """Tokens read and written."""
+        read = sum({id(c.job.prompt): len(c.job.prompt) for c in self.choices}.values())
+        written = sum(c.count for c in self.choices)
+        usage = {"prompt_tokens": read, "completion_tokens": written}
+        cached = {"cached_tokens": sum(c.job.cached for c in self.choices)}
+        return usage | {"total_tokens": read + written, "prompt_tokens_details": cached}
+
+    def logprobs(self, choice):
+        """The log probabilities of the tokens that have not been sent yet; None if nobody asked."""
+        if choice.job.settings["top"] is None:
+            return None
+        new, choice.sent, name = choice.tokens[choice.sent :], len(choice.tokens), self.api.token
+        if self.chat:
+            return {"content": [
+                self.api.scored(i, p) | {"top_logprobs": [self.api.scored(*t) for t in top]}
+                for i, p, top in new
+            ]}  # fmt: skip
+        offsets = []
+        for i, _, _ in new:
+            offsets.append(choice.offset)
+            choice.offset += len(self.api.tokenizer.decode([i]))
+        return {
+            "tokens": [name(i) for i, _, _ in new],
+            "token_logprobs": [finite(p) for _, p, _ in new],
+            "top_logprobs": [{name(i): finite(p) for i, p in top} or None for _, _, top in new],
+            "text_offset": offsets,
+        }
+
+    def finish_reason(self, choice):
+        """Why it ended."""
+        return "tool_calls" if self.chat and choice.reply.calls else choice.finish
+
+    def chunks(self):
+        """The events of a stream, as dicts; None while nothing comes."""
+        head = self.head | ({"object": "chat.completion.chunk"} if self.chat else {})
+
+        def chunk(choice, content, finish=None):
+            own = {"index": choice.job.index} | ({"delta": content} if self.chat else content)
+            own |= {"logprobs": self.logprobs(choice), "finish_reason": finish}
+            return head | {"choices": [own]}
+
+        for choice in self.choices if self.chat else ():
+            yield chunk(choice, {"role": "assistant", "content": ""})
+        for part in self.parts():
+            if part is None:
+                yield None
+                continue
+            choice, text, thinking, last = part
+            key = "text" if not self.chat else "reasoning_content" if thinking else "content"
+            if text:
+                yield chunk(choice, {key: text})
+            if last:
+                message = self.message(choice)
+                if "tool_calls" in message:
+                    calls = [{"index": n} | c for n, c in enumerate(message["tool_calls"])]
+                    yield chunk(choice, {"tool_calls": calls})
+                yield chunk(choice, {} if self.chat else {"text": ""}, self.finish_reason(choice))
+        if self.body.get("stream_options", {}).get("include_usage"):
+            yield head | {"choices": [], "usage": self.usage()}
+
+    def message(self, choice):
+        """The message of a chat that has been written; {} of a mere text."""
+        if not self.chat:
+            return {}
+        message = choice.reply.message()
+        if message["role"] == "assistant":
+            thought = {"reasoning_content": choice.thought} if choice.thought else {}
+            return {"role": "assistant", "content": choice.text} | thought
+        name, _, arguments = message["content"].strip().partition(" ")
+        call = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
+        call |= {"function": {"name": name, "arguments": arguments}}
+        return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+    def whole(self):
+        """Yield None until all is written, then the answer as one dict."""
+        for part in self.parts():
+            if part is None or not part[3]:
+                yield None
+        choices = []
+        for choice in self.choices:
+            content = {"message": self.message(choice)} if self.chat else {"text": choice.text}
+            own = {"index": choice.job.index} | content | {"logprobs": self.logprobs(choice)}
+            choices.append(own | {"finish_reason": self.finish_reason(choice)})
+        yield self.head | {"choices": choices, "usage": self.usage()}
+
+
+def finite(logprob):
+    """A log probability that JSON can hold."""
+    return None if logprob is None else max(logprob, -9999.0)
+
+
+class Api:
+    """What a Scheduler's model is asked for.
+
+    names       of the model: the base, then its adapters; `adapters` maps them to the Scheduler's
+    context     of the model, in tokens
+    allowed     allowed(chat, may_call): bools (V,), the ids that may come
+    settings    what holds for a request that does not say otherwise
+    known       names of functions that the model knows, and need not be told of
+    """
+
+    def __init__(self, scheduler, tokenizer, adapters, context, allowed, settings, known=()):
+        self.scheduler, self.tokenizer, self.context = scheduler, tokenizer, context
+        self.adapters, self.names, self.known = adapters, list(adapters), set(known)
+        self.allowed, self.settings, self.started = allowed, settings, int(time.time())
+        self.special = {i: name for name, i in tokenizer.special.items()}
+        try:
+            self.template = Template(tokenizer)
+        except UserError:
+            self.template = None
+
+    def token(self, i):
+        """What the API calls an id: its text, or bytes:\\xe4 for a part of a character."""
+        if i in self.special:
+            return self.special[i]
+        raw = self.tokenizer.token_bytes(i) or f"<|{i}|>".encode()
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
+
+    def scored(self, i, logprob):
+        """An id and its log probability, as a chat's `logprobs` have them."""
+        raw = None if i in self.special else self.tokenizer.token_bytes(i)
+        text = self.special.get(i, "") if raw is None else raw.decode(errors="replace")
+        return {"token": text, "logprob": finite(logprob), "bytes": list(raw or text.encode())}
+
+    def models(self):
+        """The answer to /v1/models."""
+        about = {"object": "model", "created": self.started, "owned_by": "scratchlm"}
+        return {"object": "list", "data": [{"id": name} | about for name in self.names]}
+
+    def check_model(self, name):
+        """ApiError for a model that is not served."""
+        if not isinstance(name, str) or name not in self.adapters:
+            raise ApiError(
+                404, f"there is no model {name!r:.80}, only {', '.join(self.names)}", "model",
+                "model_not_found",
+            )  # fmt: skip
+
+    def answer(self, body, prompts, room, top, chat, allowed, given=()):
+        """The Answer to `prompts`, of at most `room` new ids each."""
+        settings = {k: body.get(k, v) for k, v in self.settings.items()}
+        settings |= {"top": top, "echo": bool(body.get("echo")), "allowed": allowed}
+        seed = body.get("seed", secrets.randbits(31)) % 2**63
+        adapter, stops = self.adapters[body.get("model", self.names[0])], stop_strings(body)
+        events, choices = queue.SimpleQueue(), []
+        for prompt in prompts:
+            if len(prompt) > self.context or room(prompt) < (not settings["echo"]):
+                raise ApiError(
+                    400, f"this model's context is {self.context} tokens, the prompt has "
+                    f"{len(prompt)}", "messages" if chat else "prompt", "context_length_exceeded",
+                )  # fmt: skip
+            for n in range(body.get("n", 1)):
+                reply = Reply(self.tokenizer, self.template if chat else None, stops, given)
+                job = Job(prompt, room(prompt), frozenset(reply.ends), adapter=adapter)
+                job.settings, job.index = settings | {"seed": (seed + n) % 2**63}, len(choices)
+                job.events = events
+                choices.append(Choice(job, reply))
+        return Answer(self, body, choices, chat)
+
+    def chat(self, body):
+        """The Answer to a request for a chat completion."""
+        check_fields(body, chat=True)
+        self.check_model(body.get("model", self.names[0]))
+        messages, (tools, may_call, forced) = read_messages(body.get("messages")), read_tools(body)
+        if self.template is None:
+            raise ApiError(
+                400, "this model has no chat template, so it knows no turns and calls no tools: "
+                "ask /v1/completions", "messages", "no_chat_template",
+            )  # fmt: skip
+        ours = self.template.kind == "ours"
+        told = [t for t in tools if not (ours and t["function"]["name"] in self.known)]
+        if told and may_call:
+            if messages[0]["role"] != "system":
+                messages.insert(0, {"role": "system", "content": ""})
+            messages[0] = messages[0] | {"tools": told}
+        limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
+        if body.get("truncation") == "auto":
+            room = self.context - min(limit, self.context // 2)
+            ids = chat_prompt(messages, self.tokenizer, room)
+        else:
+            ids, _ = render_chat(messages, self.tokenizer, True)
+        given = self.forced_ids(forced)
+        ids = ids + given
+        top = body.get("top_logprobs", 0) if body.get("logprobs") else None
+        allowed = self.allowed(True, may_call)
+        limit = min(limit, self.context - len(ids))
+        return self.answer(body, [ids], lambda prompt: limit, top, True, allowed, given)
+
+    def forced_ids(self, name):
+        """The ids with which a call of that function begins; none for None."""
+        if name is None:
+            return []
+        if self.template.call is None:
+            raise ApiError(400, "this model's calls cannot be forced", "tool_choice")
+        begin = f"{name} "
+        if self.template.kind != "ours":
+            begin = f'\n{{"name": {json.dumps(name, ensure_ascii=False)},'
+        return [self.template.call, *(self.tokenizer.encode(begin) if name else ())]
+
+    def completion(self, body):
+        """The Answer to a request for a completion."""
+        check_fields(body, chat=False)
+        self.check_model(body.get("model", self.names[0]))
+        prompt = body.get("prompt", "")
+        several = isinstance(prompt, list) and not all(type(i) is int for i in prompt)
+        prompts = [self.prompt_ids(p) for p in (prompt if several else [prompt])]
+        limit = body.get("max_tokens", 16)
+
+        def room(ids):
+            return min(limit, self.context - len(ids))
+
+        allowed = self.allowed(False, False)
+        return self.answer(body, prompts, room, body.get("logprobs"), False, allowed)
+
+    def prompt_ids(self, prompt):
+        """The ids of one prompt, which is a text or a list of ids already."""
+        t = self.tokenizer
+        if isinstance(prompt, str):
+            begin = [] if t.bos_id is None else [t.bos_id]
+            return begin + t.encode(prompt) or [t.eos_id]
+        if not isinstance(prompt, list) or not prompt or not all(type(i) is int for i in prompt):
+            raise ApiError(400, "prompt must be a text, ids, or a list of such", "prompt")
+        if not all(0 <= i < t.n_vocab for i in prompt):
+            raise ApiError(400, f"prompt has ids outside of 0 to {t.n_vocab - 1}", "prompt")
+        return prompt

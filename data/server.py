@@ -1,0 +1,395 @@
+"""An HTTP server for a model: OpenAI's API, the page, and what protects both.
+
+One request a connection, a thread each; the model runs in the Scheduler's thread. Standard library
+alone: http.server reads the request line and headers, the limits are here.
+"""
+import contextlib
+import hmac
+import http.server
+import io
+import json
+import select
+import socket
+import sys
+import threading
+import time
+import urllib.parse
+from pathlib import Path
+
+from data.api import ApiError, parse_body
+from data.cli import StopSignal, UserError
+from data.rows import to_example
+from data.runs import OUT, read_run, run_list
+from data.scheduler import Busy
+from data.tools import call_tool
+
+PAGE = Path(__file__).with_name("page.html")
+CHOICES = OUT / "choices.jsonl"
+MAX_HEADER = 1 << 16  # bytes
+MAX_BODY = 1 << 20
+MAX_CONNECTIONS = 64
+SECONDS = 10  # to send a request
+LOCAL = ("localhost", "127.0.0.1", "[::1]")
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class LimitedReader(io.RawIOBase):
+    """A connection's bytes, so many of them and until a deadline at most: TimeoutError then."""
+
+    def __init__(self, connection):
+        self.connection, self.left = connection, MAX_HEADER
+        self.deadline = time.monotonic() + SECONDS
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        """As RawIOBase has it."""
+        rest = self.deadline - time.monotonic()
+        if rest <= 0 or self.left <= 0:
+            raise TimeoutError("too slow" if rest <= 0 else "too much")
+        self.connection.settimeout(rest)
+        n = self.connection.recv_into(memoryview(buffer)[: self.left])
+        self.left -= n
+        return n
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Listens for `service`, which see. Of the connections that are too many the oldest one that
+    has not sent its request yet is closed: slow ones cannot keep out those that ask."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address, service):
+        self.service, self.lock, self.open, self.reading = service, threading.Lock(), 0, {}
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, Handler)
+
+    def process_request(self, request, client_address):
+        """Count the connection, make room for it, and handle it in a thread."""
+        with self.lock:
+            self.open += 1
+            self.reading[request] = time.monotonic()
+            slow = next(iter(self.reading)) if self.open > MAX_CONNECTIONS else None
+        if slow is not None:
+            self.answered(slow)
+            with contextlib.suppress(OSError):
+                if slow is request:  # all others are being answered
+                    request.sendall(b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\n\r\n")
+                slow.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and leaves
+        super().process_request(request, client_address)
+
+    def answered(self, request):
+        """The connection has sent its request, or never will."""
+        with self.lock:
+            self.reading.pop(request, None)
+
+    def shutdown_request(self, request):
+        """Close a connection; what it still sends is read first, or it might lose our answer."""
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_WR)
+            request.settimeout(0.5)
+            for _ in range(64):
+                if not request.recv(1 << 16):
+                    break
+        self.close_request(request)
+        self.answered(request)
+        with self.lock:
+            self.open -= 1
+
+    def handle_error(self, request, client_address):
+        """A client that goes away is no error; anything else is ours."""
+        if not isinstance(sys.exception(), (OSError, TimeoutError)):
+            super().handle_error(request, client_address)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One request: read, checked, answered."""
+
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "scratchlm", ""
+
+    def setup(self):
+        """Read through a LimitedReader."""
+        super().setup()
+        self.rfile = io.BufferedReader(LimitedReader(self.connection))
+        self.sent = False
+
+    def handle(self):
+        """One request, whatever the client says of keeping the connection."""
+        with contextlib.suppress(TimeoutError):
+            self.handle_one_request()
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        """Answer any method alike."""
+        service, self.close_connection = self.server.service, True
+        self.server.answered(self.connection)
+        with service.lock:
+            service.requests += 1
+        try:
+            path = urllib.parse.urlsplit(self.path)
+            self.check_host()
+            if self.command == "OPTIONS":
+                return self.send(204, b"", "text/plain")
+            route = ROUTES.get(path.path)
+            if route is None:
+                raise ApiError(404, f"there is no {path.path[:80]}", code="not_found")
+            method, open_to_all, function = route
+            if self.command != method and not (method == "GET" and self.command == "HEAD"):
+                raise ApiError(405, f"{path.path} takes {method}", code="method_not_allowed")
+            if not open_to_all:
+                self.check_key()
+            if method == "POST":
+                self.check_origin()
+                answer = function(service, self.body())
+            else:
+                query = urllib.parse.parse_qsl(path.query, max_num_fields=10)
+                answer = function(service, dict(query))
+            self.give(answer)
+        except ApiError as e:
+            self.fail(e)
+        except Busy as e:
+            self.fail(ApiError(429, f"{e}: try again in a second", code="rate_limit_exceeded"))
+        except (OSError, TimeoutError):  # the client went away
+            pass
+        except Exception as e:
+            self.server.handle_error(self.connection, self.client_address)
+            self.fail(ApiError(500, f"{type(e).__name__}: {e}"))
+
+    do_POST = do_OPTIONS = do_HEAD = do_PUT = do_DELETE = do_PATCH = do_GET
+
+    def send_error(self, code, message=None, explain=None):
+        """What http.server finds wrong with a request, in the API's shape."""
+        self.server.answered(self.connection)
+        self.request_version = self.protocol_version  # or there would be no headers
+        self.fail(ApiError(int(code), message or http.HTTPStatus(code).phrase))
+
+    def check_host(self):
+        """ApiError for a Host that is not ours: a page of another site whose name was made to lead
+        here (DNS rebinding). With a key that page has nothing to ask with."""
+        hosts = self.headers.get_all("Host") or []
+        name = hosts[0].rsplit(":", 1)[0] if len(hosts) == 1 else ""
+        name = hosts[0] if name.startswith("[") and not name.endswith("]") else name
+        if not name or not (self.server.service.key or name.lower() in LOCAL):
+            raise ApiError(403, f"the Host {name[:80]!r} is not served here", code="wrong_host")
+
+    def check_origin(self):
+        """ApiError for a request that a page of another site has sent."""
+        origin, host = self.headers.get("Origin"), self.headers.get("Host")
+        ours = origin is None or origin == self.server.service.cors
+        if not ours and origin.partition("://")[2] != host:
+            raise ApiError(403, f"the Origin {origin[:80]!r} may not write", code="wrong_origin")
+
+    def check_key(self):
+        """ApiError without the key, if there is one."""
+        key, given = self.server.service.key, self.headers.get("Authorization", "")
+        expected = f"Bearer {key}".encode()
+        if key and not hmac.compare_digest(given.encode("latin-1", "replace"), expected):
+            message = "a key is needed: Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key")
+
+    def body(self):
+        """The JSON object that was sent."""
+        lengths = self.headers.get_all("Content-Length") or []
+        if self.headers.get("Transfer-Encoding") or len(lengths) != 1:
+            raise ApiError(411, "a request needs one Content-Length")
+        if not lengths[0].isascii() or not lengths[0].isdigit():
+            raise ApiError(400, "Content-Length is no number")
+        if len(lengths[0]) > 9 or int(lengths[0]) > MAX_BODY:
+            raise ApiError(413, f"the body is longer than {MAX_BODY:,} bytes")
+        self.rfile.raw.left = int(lengths[0])
+        raw = self.rfile.read(int(lengths[0]))
+        if len(raw) < int(lengths[0]):
+            raise ApiError(400, "the body ends before its Content-Length")
+        return parse_body(raw)
+
+    def head(self, status, kind, length=None, **more):
+        """Send the status and the headers."""
+        self.sent = True
+        self.send_response(status)
+        headers = {"Content-Type": kind, "Content-Length": length, "Connection": "close"}
+        headers |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+        headers |= {name.replace("_", "-"): value for name, value in more.items()}
+        if self.server.service.cors:
+            headers |= {"Access-Control-Allow-Origin": self.server.service.cors, "Vary": "Origin"}
+            headers |= {"Access-Control-Allow-Headers": "Authorization, Content-Type"}
+        for name, value in headers.items():
+            if value is not None:
+                self.send_header(name, str(value))
+        self.end_headers()
+
+    def send(self, status, content, kind, **headers):
+        """Send a whole answer."""
+        self.head(status, kind, len(content), **headers)
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def fail(self, error):
+        """Send an ApiError: as the answer, or as an event of a stream that has begun."""
+        content = json.dumps(error.body(), ensure_ascii=False).encode("utf-8", "replace")
+        with contextlib.suppress(OSError, TimeoutError):
+            if self.sent:
+                self.wfile.write(b"data: " + content + b"\n\n")
+            else:
+                again = {"Retry_After": 1} if error.status in (429, 503) else {}
+                self.send(error.status, content, "application/json", **again)
+
+    def give(self, answer):
+        """Send what a route has returned: text, an object, or an api.Answer."""
+        if isinstance(answer, str):
+            kind = "text/html" if answer.startswith("<!") else "text/plain"
+            more = {"Content_Security_Policy": POLICY} if kind == "text/html" else {}
+            return self.send(200, answer.encode(), f"{kind}; charset=utf-8", **more)
+        if isinstance(answer, dict):
+            content = json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace")
+            return self.send(200, content, "application/json")
+        self.connection.settimeout(SECONDS)
+        try:
+            if not answer.body.get("stream"):
+                for content in answer.whole():
+                    self.check_client()
+                    if content is not None:
+                        self.give(content)
+                return None
+            self.head(200, "text/event-stream")
+            for chunk in answer.chunks():
+                self.check_client()
+                if chunk is not None:
+                    text = json.dumps(chunk, ensure_ascii=False)
+                    self.wfile.write(f"data: {text}\n\n".encode("utf-8", "replace"))
+            self.wfile.write(b"data: [DONE]\n\n")
+        finally:
+            answer.close()
+
+    def check_client(self):
+        """ConnectionError if the client has gone."""
+        if select.select([self.connection], [], [], 0)[0]:
+            self.connection.settimeout(0)
+            with contextlib.suppress(BlockingIOError):
+                if not self.connection.recv(1, socket.MSG_PEEK):
+                    raise ConnectionError
+            self.connection.settimeout(SECONDS)
+
+
+# --------------------------------------------------------------------------------------------
+# What there is to ask for
+# --------------------------------------------------------------------------------------------
+
+
+class Service:
+    """What a Server serves: an Api, and for the page `info`, tools {name: function} and
+    classify(text) -> [(label, probability)] (None for what is no classifier)."""
+
+    def __init__(self, api, info, tools, classify=None, key=None, cors=None):
+        self.api, self.tools, self.classify, self.key, self.cors = api, tools, classify, key, cors
+        self.info, self.requests, self.lock = info, 0, threading.Lock()
+
+    def page(self, _):
+        """The page."""
+        return PAGE.read_text(encoding="utf-8")
+
+    def health(self, _):
+        """Whether the model's thread is alive."""
+        if not self.api.scheduler.is_alive():
+            raise ApiError(503, "the model's thread has ended")
+        return {"status": "ok"}
+
+    def metrics(self, _):
+        """Figures for Prometheus."""
+        count = f"# TYPE scratchlm_requests_total counter\nscratchlm_requests_total {self.requests}"
+        return "\n".join([count, *self.api.scheduler.lines(), ""])
+
+    def about(self, _):
+        """What the page must know."""
+        count = 0
+        if CHOICES.exists():
+            with open(CHOICES, "rb") as f:
+                count = sum(1 for _ in f)
+        return self.info | {"choices": self.info["choices"] | {"count": count}}
+
+    def run_tool(self, body):
+        """What a tool returns for a call of the page's."""
+        name, arguments = body.get("name"), body.get("arguments")
+        if not isinstance(name, str) or not isinstance(arguments, str):
+            raise ApiError(400, "name and arguments must be texts")
+        if not self.tools:
+            raise ApiError(404, "this server has no tools: start it with --tools")
+        return {"content": call_tool(self.tools, f"{name} {arguments}")}
+
+    def verdict(self, body):
+        """The labels of a text with their probabilities, the likeliest first."""
+        text = body.get("text")
+        if self.classify is None or not isinstance(text, str):
+            raise ApiError(400, "a text is needed, and a model that is a classifier")
+        best = self.api.scheduler.call(lambda: self.classify(text))
+        return {"labels": [{"label": label, "p": p} for label, p in best]}
+
+    def choose(self, body):
+        """Append a preference pair to CHOICES."""
+        row = {k: body[k] for k in ("prompt", "messages", "chosen", "rejected") if k in body}
+        row["prompt"] = row.pop("messages", row.get("prompt"))
+        try:
+            to_example(row)  # as finetune.py will
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+            raise ApiError(400, f"this cannot be learned: {e}") from e
+        with self.lock:
+            CHOICES.parent.mkdir(exist_ok=True)
+            with open(CHOICES, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return {"count": self.about({})["choices"]["count"]}
+
+    def runs(self, _):
+        """All runs in out/, the newest first."""
+        return {"runs": run_list()}
+
+    def run(self, query):
+        """The settings and metrics of one run."""
+        if query.get("name") not in [run["name"] for run in run_list()]:
+            raise ApiError(404, f"there is no run {query.get('name', '')[:80]!r} in {OUT}/")
+        return read_run(query["name"])
+
+    def serve(self, host, port):
+        """Serve until Ctrl-C or SIGTERM: answers that are being written have five seconds then.
+        Returns the exit code."""
+        scheduler = self.api.scheduler
+        try:
+            server = Server((host, port), self)
+        except OSError as e:
+            raise UserError(f"--serve {port}: {host}:{port} cannot be used ({e.strerror})") from e
+        with server, StopSignal() as stop:
+            scheduler.start()
+            threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+            name = f"[{host}]" if ":" in host else host
+            print(f"http://{name}:{server.server_port}/", flush=True)
+            while not stop.number and scheduler.is_alive():
+                time.sleep(0.1)
+            scheduler.close(5)
+            server.shutdown()
+            deadline = time.monotonic() + 1  # for the last words to be sent
+            while server.open and time.monotonic() < deadline:
+                time.sleep(0.02)
+        return 128 + stop.number
+
+
+# path: (method, whether it is open to all, what answers it)
+ROUTES = {
+    "/": ("GET", True, Service.page),
+    "/health": ("GET", True, Service.health),
+    "/metrics": ("GET", False, Service.metrics),
+    "/v1/models": ("GET", False, lambda s, _: s.api.models()),
+    "/v1/chat/completions": ("POST", False, lambda s, body: s.api.chat(body)),
+    "/v1/completions": ("POST", False, lambda s, body: s.api.completion(body)),
+    "/page/info": ("GET", False, Service.about),
+    "/page/tool": ("POST", False, Service.run_tool),
+    "/page/classify": ("POST", False, Service.verdict),
+    "/page/choose": ("POST", False, Service.choose),
+    "/page/runs": ("GET", False, Service.runs),
+    "/page/run": ("GET", False, Service.run),
+}
