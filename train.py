@@ -45,6 +45,7 @@ from data.cli import (
     printable,
     run_cli,
 )
+from data.files import write_json
 from data.machine import (
     dtype_name,
     make_runtime,
@@ -52,7 +53,6 @@ from data.machine import (
     set_random_state,
     synchronize,
 )
-from data.files import write_json
 from data.plot import line_svg
 from data.runs import Log, newest_run, run_folder
 from data.tokenizer import Tokenizer
