@@ -20,6 +20,7 @@ import math
 import random
 import signal
 import sys
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 
@@ -48,7 +49,7 @@ from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS
 from data.tokenizer import Tokenizer
 from prepare_data import default_name
-from sample import allowed_ids, classify, generate, load
+from sample import Engine, allowed_ids, classify, load
 
 # --------------------------------------------------------------------------------------------
 # The recipe
@@ -311,17 +312,20 @@ def answer(model, tokenizer, jobs, max_tokens=160, batch=48):
     max_tokens = min(max_tokens, model.config.context // 2)
     room = model.config.context - max_tokens
     prompts = [chat_prompt(before, tokenizer, room) for before, _ in jobs]
-    order = sorted(range(len(jobs)), key=lambda j: len(prompts[j]))
     template, allowed = Template(tokenizer), allowed_ids(model, tokenizer, chat=True)
-    said = {j: [] for j in order}
-    how = dict(temperature=0.0, allowed=allowed, stop=lambda r, i: i == template.end)
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        for new in generate(model, [prompts[j] for j in chosen], max_tokens, **how):
-            for j, i in zip(chosen, new):
-                if i is not None:
-                    said[j].append(i)
-    return [template.parse(said[j]) for j in range(len(jobs))]
+    said, waiting, writing = [[] for _ in jobs], deque(range(len(jobs))), {}
+    engine = Engine(model, min(batch, len(jobs)), 256)
+    while waiting or writing:
+        while waiting and engine.busy < len(engine.slots):
+            slot = engine.add(prompts[waiting[0]], temperature=0.0, allowed=allowed)
+            writing[slot] = waiting.popleft()
+        for slot, i in engine.step().items():
+            ids = said[writing[slot]]
+            ids.append(i)
+            if i == template.end or len(ids) == max_tokens:
+                engine.remove(slot)
+                del writing[slot]
+    return [template.parse(ids) for ids in said]
 
 
 # --------------------------------------------------------------------------------------------

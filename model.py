@@ -7,8 +7,8 @@
 
 One Transformer covers GPT-2, the Llama and Qwen families and the course's own model: every
 difference between them is a field of `Config`, read once where the module is built. The chapters:
-configuration, the parts of a block, the loss, the model and its key/value cache, checkpoints (and
-models of the Hugging Face Hub), and what a shape costs.
+configuration, the parts of a block, the loss, the model and its key/value cache, checkpoints, what
+a shape costs, and models of the Hugging Face Hub.
 
 Text is in prepare_data.py and data/, optimizers are in train.py, sampling is in sample.py.
 
@@ -730,25 +730,6 @@ def save_checkpoint(path, content):
     write_whole(path, lambda f: torch.save(content, f))
 
 
-def find_checkpoint(name):
-    """The path that `name` means: a file, a run's folder, a folder of Hugging Face's layout, or
-    else a model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), downloaded."""
-    path = Path(name)
-    local = path.exists() or path.parts[0] in ("out", "data")
-    local = local or (path.parent != Path() and path.parent.is_dir())
-    if local or not is_hub_name(str(name)):
-        return path
-    return snapshot_download(str(name), check=readable)
-
-
-def readable(folder):
-    """UserError if we cannot read config or tokenizer in a folder of Hugging Face's
-    layout: to be said before the weights are downloaded."""
-    config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    if (folder / "tokenizer.json").exists():
-        hub_tokenizer(folder)
-
-
 def load_checkpoint(path, dtype=None):
     """The dict that `save_checkpoint` wrote, its tensors mapped from disk and read when touched; or
     the like of what `find_checkpoint` finds, its tensors in `dtype` where they must be copied.
@@ -775,71 +756,6 @@ def load_checkpoint(path, dtype=None):
     if not isinstance(content, dict) or not {"config", "model"} <= set(content):
         raise UserError(f"{path} is no checkpoint of scratchlm: it has no config and model")
     return content
-
-
-def config_from_hf(values, where="config.json"):
-    """Our Config of a Hugging Face config.json, a dict; UserError if we cannot compute it."""
-    found = hf_weights.config_from_hf(values, where)
-    try:
-        return Config(**found)
-    except TypeError as e:
-        raise UserError(f"{where} lacks a field or has one of the wrong type: {e}") from e
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from e
-
-
-def config_to_hf(config):
-    """(config.json as a dict, the Config that it means) of the Hugging Face architecture that
-    computes what ours does: it may have additional biases and norm weights, which change nothing.
-    UserError names a field that no architecture has."""
-    values = hf_weights.config_to_hf(asdict(config))
-    full = config_from_hf(values)
-    for name, value in asdict(config).items():
-        other = getattr(full, name)
-        added = other is True and (name == "norm_weight" or name.endswith("_bias"))
-        if value != other and not added and name not in ("dropout", "init"):
-            raise UserError(
-                f"no Hugging Face architecture has {name} {value} with the rest of this model (the "
-                f"nearest, {values['model_type']}, has {other})"
-            )
-    return values, full
-
-
-def load_hf(folder, dtype=None):
-    """The checkpoint dict {"config", "model"} of a folder in Hugging Face's layout, tensors as
-    `hf_weights.read_state` gives them."""
-    values = read_json(Path(folder, "config.json"))
-    config = config_from_hf(values, str(Path(folder, "config.json")))
-    if config.context < values.get("max_position_embeddings", 0):
-        window = f"the window of {config.context} is the context"
-        print(f"[its attention slides: {window}]", file=sys.stderr)
-    shapes = {name: t.shape for name, t in meta_model(config).state_dict().items()}
-    gpt2 = config.position == "learned"
-    state = hf_weights.read_state(Path(folder), shapes, gpt2, config.tied, dtype)
-    return {"config": asdict(config), "model": state}
-
-
-def export_hf(content, folder, more=None):
-    """Write config.json, with `more` fields, and model.safetensors of a checkpoint's model, for
-    transformers to read.
-
-    Where their architecture has a norm's weight or a bias and ours has none, it gets ones or zeros.
-    """
-    config = Config.from_dict(dict(content["config"]))
-    values, full = config_to_hf(config)
-    if problem := fit_error(meta_model(config).state_dict(), content["model"]):
-        raise UserError(f"this checkpoint does not fit its own config: {problem}")
-    state, dtype = {}, content["model"]["embed.weight"].dtype
-    for name, want in meta_model(full).state_dict().items():
-        if name == "head.weight" and full.tied:
-            continue
-        filler = torch.ones if name.endswith("weight") else torch.zeros
-        own = content["model"].get(name)
-        state[name] = filler(want.shape, dtype=dtype) if own is None else own
-    values["torch_dtype"] = str(dtype).removeprefix("torch.")
-    tensors = hf_weights.to_hf(state, values["model_type"] == "gpt2")
-    write_safetensors(Path(folder) / "model.safetensors", tensors)
-    write_json(Path(folder) / "config.json", values | (more or {}))
 
 
 def load_weights(model, state, where="checkpoint", assign=False):
@@ -932,21 +848,92 @@ def report(name, config, tokens=None):
 
 
 # --------------------------------------------------------------------------------------------
-# The command line
+# Hugging Face's layout, in and out
 # --------------------------------------------------------------------------------------------
 
-# What every --ckpt takes: see `find_checkpoint`
-WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the Hub"
+
+def find_checkpoint(name):
+    """The path that `name` means: a file, a run's folder, a folder of Hugging Face's layout, or
+    else a model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), downloaded."""
+    path = Path(name)
+    local = path.exists() or path.parts[0] in ("out", "data")
+    local = local or (path.parent != Path() and path.parent.is_dir())
+    if local or not is_hub_name(str(name)):
+        return path
+    return snapshot_download(str(name), check=readable)
 
 
-def build_parser():
-    p = Parser(description="Parameters, memory and FLOPs of a model.")
-    which = p.add_mutually_exclusive_group()
-    which.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default: tiny)")
-    which.add_argument("--ckpt", help=f"{WHAT_CKPT}, instead of a preset")
-    p.add_argument("--tokens", type=int, help="training tokens, for the predicted loss")
-    p.add_argument("--export", metavar="DIR", help="write --ckpt as transformers reads it")
-    return p
+def readable(folder):
+    """UserError if we cannot read config or tokenizer in a folder of Hugging Face's
+    layout: to be said before the weights are downloaded."""
+    config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    if (folder / "tokenizer.json").exists():
+        hub_tokenizer(folder)
+
+
+def config_from_hf(values, where="config.json"):
+    """Our Config of a Hugging Face config.json, a dict; UserError if we cannot compute it."""
+    found = hf_weights.config_from_hf(values, where)
+    try:
+        return Config(**found)
+    except TypeError as e:
+        raise UserError(f"{where} lacks a field or has one of the wrong type: {e}") from e
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e
+
+
+def config_to_hf(config):
+    """(config.json as a dict, the Config that it means) of the Hugging Face architecture that
+    computes what ours does: it may have additional biases and norm weights, which change nothing.
+    UserError names a field that no architecture has."""
+    values = hf_weights.config_to_hf(asdict(config))
+    full = config_from_hf(values)
+    for name, value in asdict(config).items():
+        other = getattr(full, name)
+        added = other is True and (name == "norm_weight" or name.endswith("_bias"))
+        if value != other and not added and name not in ("dropout", "init"):
+            raise UserError(
+                f"no Hugging Face architecture has {name} {value} with the rest of this model (the "
+                f"nearest, {values['model_type']}, has {other})"
+            )
+    return values, full
+
+
+def load_hf(folder, dtype=None):
+    """The checkpoint dict {"config", "model"} of a folder in Hugging Face's layout, tensors as
+    `hf_weights.read_state` gives them."""
+    values = read_json(Path(folder, "config.json"))
+    config = config_from_hf(values, str(Path(folder, "config.json")))
+    if config.context < values.get("max_position_embeddings", 0):
+        window = f"the window of {config.context} is the context"
+        print(f"[its attention slides: {window}]", file=sys.stderr)
+    shapes = {name: t.shape for name, t in meta_model(config).state_dict().items()}
+    gpt2 = config.position == "learned"
+    state = hf_weights.read_state(Path(folder), shapes, gpt2, config.tied, dtype)
+    return {"config": asdict(config), "model": state}
+
+
+def export_hf(content, folder, more=None):
+    """Write config.json, with `more` fields, and model.safetensors of a checkpoint's model, for
+    transformers to read.
+
+    Where their architecture has a norm's weight or a bias and ours has none, it gets ones or zeros.
+    """
+    config = Config.from_dict(dict(content["config"]))
+    values, full = config_to_hf(config)
+    if problem := fit_error(meta_model(config).state_dict(), content["model"]):
+        raise UserError(f"this checkpoint does not fit its own config: {problem}")
+    state, dtype = {}, content["model"]["embed.weight"].dtype
+    for name, want in meta_model(full).state_dict().items():
+        if name == "head.weight" and full.tied:
+            continue
+        filler = torch.ones if name.endswith("weight") else torch.zeros
+        own = content["model"].get(name)
+        state[name] = filler(want.shape, dtype=dtype) if own is None else own
+    values["torch_dtype"] = str(dtype).removeprefix("torch.")
+    tensors = hf_weights.to_hf(state, values["model_type"] == "gpt2")
+    write_safetensors(Path(folder) / "model.safetensors", tensors)
+    write_json(Path(folder) / "config.json", values | (more or {}))
 
 
 def export(name, folder):
@@ -964,6 +951,24 @@ def export(name, folder):
         write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
         write_json(folder / "generation_config.json", generation_config(tokenizer))
     return f"{folder}: {read_json(folder / 'config.json')['architectures'][0]}"
+
+
+# --------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------
+
+# What every --ckpt takes: see `find_checkpoint`
+WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the Hub"
+
+
+def build_parser():
+    p = Parser(description="Parameters, memory and FLOPs of a model.")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default: tiny)")
+    which.add_argument("--ckpt", help=f"{WHAT_CKPT}, instead of a preset")
+    p.add_argument("--tokens", type=int, help="training tokens, for the predicted loss")
+    p.add_argument("--export", metavar="DIR", help="write --ckpt as transformers reads it")
+    return p
 
 
 def main(argv=None):

@@ -9,16 +9,13 @@
     python sample.py --ckpt out/sentiment-ft --prompt "a fine film"  a classifier's verdict
 
 The chapters: sampling filters (logits in, one token out), generation with a key/value cache, beam
-search, ids to text as they come, analogies and labels, the fast copy of the model for writing on a
-CPU, the terminal chat, and the command line.
+search, analogies and labels, the fast copy of the model for writing on a CPU, and the command line.
+Ids to text: data/reply.py. The terminal chat: data/terminal.py. The server: data/server.py.
 """
 
-import contextlib
-import json
 import math
 import os
 import re
-import select
 import signal
 import sys
 from collections.abc import Callable
@@ -36,14 +33,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora
-from data.chat import Template, chat_prompt, label_token, labels_of, render_chat
+from data.chat import Template, label_token, labels_of
 from data.cli import Parser, UserError, check_limits, printable, run_cli
 from data.machine import DTYPES, choose_device, dtype_name
 from data.matmul import product, timing_lines
-from data.reply import Reply, TextStream
+from data.reply import TextStream
 from data.runs import newest_run
+from data.terminal import Chat, talk
 from data.tokenizer import Tokenizer
-from data.tools import call_tool, function_schema, load_tools
+from data.tools import function_schema, load_tools
 from model import (
     ACTIVATIONS,
     GATED,
@@ -682,199 +680,6 @@ def half_gelu(h):
 
 
 # --------------------------------------------------------------------------------------------
-# The terminal chat
-# --------------------------------------------------------------------------------------------
-
-MAX_CALLS = 3  # tool calls in one turn of the model
-CHAT_HELP = (
-    "/reset forgets, /retry answers again, /system TEXT, /save FILE, /adapter NAME, /quit; "
-    "Ctrl-C stops an answer"
-)
-
-
-class Chat:
-    """A conversation with a model: the messages so far, and how the next one is made.
-
-    A model that was never taught to chat (its tokenizer has no role tokens) is given a transcript
-    to continue instead.
-    """
-
-    def __init__(self, model, tokenizer, tools=None, max_tokens=200, seed=None, settings=None):
-        self.model, self.tokenizer, self.tools = model, tokenizer, tools or {}
-        self.settings, self.seed = settings or {}, seed
-        self.max_tokens = min(max_tokens, model.config.context // 2)
-        try:
-            self.template = Template(tokenizer)
-        except UserError:
-            self.template = None
-        self.is_base = self.template is None
-        ours = self.is_base or self.template.kind == "ours"
-        self.schemas = [
-            function_schema(name, f)
-            for name, f in self.tools.items()
-            if not (ours and getattr(f, "needs_no_schema", False))
-        ]
-        self.messages, self.turns = [], 0
-        self.engine = Engine(model, 1, 256)  # which keeps the history between the turns
-
-    def prompt(self):
-        """(ids to continue, whether the oldest turns had to be left out)."""
-        room = self.model.config.context - self.max_tokens
-        if not self.is_base:
-            messages = self.messages
-            if self.schemas:
-                if not messages or messages[0]["role"] != "system":
-                    messages = [{"role": "system", "content": ""}, *messages]
-                messages = [messages[0] | {"tools": self.schemas}, *messages[1:]]
-            full = len(render_chat(messages, self.tokenizer, True)[0])
-            return chat_prompt(messages, self.tokenizer, room), full > room
-        said = "".join(f"{m['role'].title()}: {m['content']}\n" for m in self.messages)
-        ids = self.tokenizer.encode(said + "Assistant:")
-        return ids[-room:], len(ids) > room
-
-    def turn(self, show, may_call=True):
-        """Generate and remember one message; show(text) gets its words as they come. An answer
-        that Ctrl-C stops is remembered as far as it went; in the middle of a call it is passed on.
-        """
-        stops, stopped = ["\nUser:", "\nSystem:"] if self.is_base else (), ""
-        reply = Reply(self.tokenizer, self.template, stops)
-        allowed = allowed_ids(self.model, self.tokenizer, chat=not self.is_base)
-        if not self.is_base and self.template.call is not None:
-            allowed[self.template.call] = may_call and bool(self.tools)
-
-        def stop(r, i):
-            show(reply.feed(i))  # a call is shown when it is whole
-            return reply.ended
-
-        seed = torch.seed() % 2**31 if self.seed is None else self.seed + self.turns
-        self.turns += 1
-        how = self.settings | dict(seed=seed, allowed=allowed, stop=stop, engine=self.engine)
-        try:
-            for _ in generate(self.model, [self.prompt()[0]], self.max_tokens, **how):
-                pass
-        except KeyboardInterrupt:
-            if reply.calls:
-                raise
-            stopped = " [stopped]"
-        show(reply.finish() + stopped)
-        message = reply.message()
-        if self.is_base:
-            message["content"] = message["content"].strip()
-        self.messages.append(message)
-        return message
-
-    def answer(self, show):
-        """Turns until the model has spoken: calls are shown, made, and what they return is fed
-        back, at most MAX_CALLS times."""
-        for left in reversed(range(MAX_CALLS + 1)):
-            message = self.turn(show, may_call=left > 0)
-            if message["role"] != "call":
-                return
-            show(f"-> {message['content']}\n")
-            result = call_tool(self.tools, message["content"])
-            show(f"<- {result if len(result) < 400 else result[:400] + '…'}\n")
-            self.messages.append({"role": "tool", "content": result})
-
-    def command(self, line):
-        """Do what a line with a slash says. Returns what to tell the user, or None to answer the
-        last question again."""
-        name, _, rest = line[1:].partition(" ")
-        system = [m for m in self.messages[:1] if m["role"] == "system"]
-        if name == "reset":
-            self.messages = system
-            return "forgotten"
-        if name == "retry":
-            asked = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
-            if not asked:
-                return "nothing has been asked yet"
-            del self.messages[asked[-1] + 1 :]
-            return None
-        if name == "system":
-            text = {"role": "system", "content": rest}
-            self.messages = ([text] if rest else []) + self.messages[len(system) :]
-            return "the system turn is set" if rest else "no system turn any more"
-        if name == "save" and rest:
-            saved = {"messages": self.messages} | ({"tools": self.schemas} if self.schemas else {})
-            text = json.dumps(saved, ensure_ascii=False)
-            try:
-                Path(rest).write_text(text + "\n", encoding="utf-8")
-            except OSError as e:
-                return f"{rest}: {e.strerror}"
-            return f"saved to {rest}"
-        if name == "adapter":
-            if isinstance(self.model, FastTransformer):  # made only of a model without adapters
-                return "this model has no adapters: sample.py --adapter RUN lays one over it"
-            try:
-                lora.set_adapter(self.model, *rest.split())
-            except UserError as e:
-                return str(e)
-            self.engine.forget()
-            return f"active adapter: {rest or 'none'}"
-        return CHAT_HELP
-
-
-def read_message():
-    """What the user types: a line, or the lines of one paste. With readline, where Python has it,
-    lines can be edited and called back; in a terminal it hands a paste over as one input."""
-    text = input("> " if sys.stdin.isatty() else "")
-    while sys.stdin.isatty() and text[:1] != "/" and more_waits():
-        text += "\n" + input()
-    return text.strip()
-
-
-def more_waits():
-    """Is there another line already, as behind the first one of a paste? Nobody types so fast."""
-    try:
-        return bool(select.select([sys.stdin], [], [], 0.05)[0])
-    except (OSError, ValueError):  # Windows can only ask sockets
-        return False
-
-
-def talk(chat):
-    """Read messages, answer them, until the input ends or /quit."""
-    if chat.is_base:
-        print("[a base model: it continues the transcript, nobody has taught it to answer]")
-    print(f"[{CHAT_HELP}]", file=sys.stderr)
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (input() uses it from now on)
-    told = False
-
-    def show(text):
-        print(printable(text), end="", flush=True)
-
-    while True:
-        try:
-            line = read_message()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            print("\n[/quit or Ctrl-D leaves]", file=sys.stderr)
-            continue
-        except UnicodeDecodeError:
-            print("[that was no UTF-8]", file=sys.stderr)
-            continue
-        if not line:
-            continue
-        if line == "/quit":
-            return
-        if line.startswith("/"):
-            reply = chat.command(line)
-            if reply is not None:
-                print(f"[{reply}]")
-                continue
-        else:
-            chat.messages.append({"role": "user", "content": line})
-        if chat.prompt()[1] and not told:
-            told = True
-            print("[the context is full: the oldest turns are left out]", file=sys.stderr)
-        try:
-            chat.answer(show)
-        except KeyboardInterrupt:  # in the middle of a tool
-            show("[stopped]")
-        print()
-
-
-# --------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------
 
@@ -956,6 +761,14 @@ def allowed_ids(model, tokenizer, chat=False):
         if i < len(allowed):
             allowed[i] = True
     return allowed.to(model.embed.weight.device)
+
+
+def chat_ids(model, tokenizer, template, may_call):
+    """`allowed_ids` of an answer in a chat; of a transcript if there is no template."""
+    allowed = allowed_ids(model, tokenizer, chat=template is not None)
+    if template is not None and template.call is not None:
+        allowed[template.call] = may_call
+    return allowed
 
 
 def resolve_prompt(prompt):
@@ -1075,20 +888,19 @@ def make_service(model, tokenizer, where, args, tools):
     from data.scheduler import Scheduler
     from data.server import CHOICES, LOCAL, Service
 
-    chat, labels = Chat(model, tokenizer, tools), labels_of(tokenizer)
+    labels, kind = labels_of(tokenizer), "classifier"
+    try:
+        template = Template(tokenizer)
+    except UserError:
+        template = None
+    if not labels:
+        kind = "base" if template is None else "chat"
     layers = {} if isinstance(model, FastTransformer) else lora.adapted(model)
     named = list(next((layer.a for layer in layers.values()), ()))
     base = (where.parent if where.suffix == ".pt" else where).name or "model"
     adapters = {n: n for n in named} | {"base" if base in named else base: None}
-    masks = {False: allowed_ids(model, tokenizer), True: None}
-    if not chat.is_base:
-        masks[True] = allowed_ids(model, tokenizer, chat=True)
-        masks["silent"] = masks[True].clone()
-        if chat.template.call is not None:
-            masks["silent"][chat.template.call] = False
-
-    def allowed(is_chat, may_call):
-        return masks["silent" if is_chat and not may_call else is_chat]
+    masks = {(True, call): chat_ids(model, tokenizer, template, call) for call in (True, False)}
+    masks[False, False] = allowed_ids(model, tokenizer)
 
     def activate(name):
         lora.set_adapter(model, *([name] if name else []))
@@ -1103,17 +915,38 @@ def make_service(model, tokenizer, where, args, tools):
     scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
     settings = {name: getattr(args, name) for name in DECODING}
     known = {n for n, f in (tools or {}).items() if getattr(f, "needs_no_schema", False)}
-    api = Api(scheduler, tokenizer, adapters, model.config.context, allowed, settings, known)
+    api = Api(scheduler, tokenizer, adapters, model.config.context, masks, settings, known)
     command = f"python finetune.py --ckpt {args.ckpt or where} --data {CHOICES}"
-    info = {"model": api.names[0], "models": api.names, "labels": labels, "settings": settings}
-    info["kind"] = "classifier" if labels else "base" if chat.is_base else "chat"
-    info |= {"context": api.context, "max_tokens": chat.max_tokens, "system": args.system or ""}
+    info = {"model": api.names[0], "models": api.names, "kind": kind, "labels": labels}
+    info |= {"settings": settings, "context": api.context, "system": args.system or ""}
+    info["max_tokens"] = min(args.max_new_tokens, api.context // 2)
     info["tools"] = [function_schema(name, f) for name, f in (tools or {}).items()]
     info["choices"] = {"file": str(CHOICES), "command": command}
     key = args.api_key or os.environ.get("SCRATCHLM_API_KEY")
     if args.host not in LOCAL and not key:
         raise UserError(f"--host {args.host} opens the server to others: give it an --api_key")
     return Service(api, info, tools or {}, verdict if labels else None, key, args.cors)
+
+
+def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=None):
+    """A data.terminal.Chat with the model; its cache keeps the history between the turns."""
+    engine, adapted = Engine(model, 1, 256), not isinstance(model, FastTransformer)
+    chat = Chat(tokenizer, model.config.context, tools, max_tokens, seed)
+    masks = {call: chat_ids(model, tokenizer, chat.template, call) for call in (True, False)}
+
+    def write(prompt, seed, may_call, stop):
+        how = dict(settings or {}, seed=seed, allowed=masks[may_call], stop=stop, engine=engine)
+        for _ in generate(model, [prompt], chat.max_tokens, **how):
+            pass
+
+    def set_adapter(*names):
+        if not adapted:  # it was made of a model without adapters
+            raise UserError("this model has no adapters: sample.py --adapter RUN lays one over it")
+        lora.set_adapter(model, *names)
+        engine.forget()
+
+    chat.write, chat.set_adapter = write, set_adapter
+    return chat
 
 
 # fmt: off (one line a flag)
@@ -1209,7 +1042,7 @@ def main(argv=None):
     if args.chat:
         model = fast_model(model, 1, args)
         settings = {name: getattr(args, name) for name in DECODING}
-        chat = Chat(model, tokenizer, tools, args.max_new_tokens, args.seed, settings)
+        chat = make_chat(model, tokenizer, tools, args.max_new_tokens, args.seed, settings)
         if chat.schemas and chat.prompt()[1]:
             print("[the tools are too long for the context: not told]", file=sys.stderr)
         if args.system:

@@ -336,7 +336,7 @@ class Api:
 
     names       of the model: the base, then its adapters; `adapters` maps them to the Scheduler's
     context     of the model, in tokens
-    allowed     allowed(chat, may_call): bools (V,), the ids that may come
+    allowed     {(chat, may_call): bools (V,), the ids that may come}
     settings    what holds for a request that does not say otherwise
     known       names of functions that the model knows, and need not be told of
     """
@@ -426,7 +426,7 @@ class Api:
         given = self.forced_ids(forced)
         ids = ids + given
         top = body.get("top_logprobs", 0) if body.get("logprobs") else None
-        allowed = self.allowed(True, may_call)
+        allowed = self.allowed[True, may_call]
         limit = min(limit, self.context - len(ids))
         return self.answer(body, [ids], lambda prompt: limit, top, True, allowed, given)
 
@@ -453,7 +453,7 @@ class Api:
         def room(ids):
             return min(limit, self.context - len(ids))
 
-        allowed = self.allowed(False, False)
+        allowed = self.allowed[False, False]
         return self.answer(body, prompts, room, body.get("logprobs"), False, allowed)
 
     def prompt_ids(self, prompt):

@@ -422,7 +422,8 @@ def test_supervised_fine_tuning_end_to_end(desk, capsys):
              "--lr", "5e-3"])
     out = Path("out/chats-ft")
     assert {p.name for p in out.glob("[!.]*")} == {
-        "last.pt", "best.pt", "metrics.jsonl", "loss.svg", "predictions.jsonl", "scores.json"
+        "last.pt", "best.pt", "metrics.jsonl", "loss.svg", "predictions.jsonl", "scores.json",
+        "settings.json",
     }
     assert losses(out)[-1] < 0.7 * losses(out)[0]
     said = capsys.readouterr().out

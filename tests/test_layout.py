@@ -30,6 +30,7 @@ IMPORTS = {
     "data.hotel": "data.chat data.download",
     "data.sources": "data.hotel",
     "data.rows": "data.sources data.text",
+    "data.terminal": "data.reply data.tools",
     "data.scores": "data.rows",
     "data.scheduler": "data.cli",
     "data.api": "data.reply data.rows data.scheduler",
@@ -41,7 +42,7 @@ IMPORTS = {
     "model": "data.hf_tokenizer data.hf_weights data.machine",
     "mnist": "model data.idx data.plot data.runs",
     "lora": "model data.hf_adapter",
-    "sample": "lora data.matmul data.reply data.runs data.tools",
+    "sample": "lora data.matmul data.runs data.terminal",
     "train": "model prepare_data data.plot data.runs",
     "finetune": "train sample data.scores",
 }

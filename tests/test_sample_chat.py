@@ -98,7 +98,7 @@ def script(monkeypatch):
 
 
 def chat(tools=None, model=None, tokenizer=CHAT, **settings):
-    return sample.Chat(model or small_model(), tokenizer, tools, **settings)
+    return sample.make_chat(model or small_model(), tokenizer, tools, **settings)
 
 
 def told(bot, *messages):

@@ -1,0 +1,561 @@
+"""data/page.html in a browser, talking to `sample.py --serve` with tiny models of random weights.
+
+Needs playwright and a chromium (SCRATCHLM_CHROMIUM, default /usr/bin/chromium); skipped without.
+"""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BYTE, CHAT
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model as lm
+from data.chat import label_token
+
+CHROMIUM = os.environ.get("SCRATCHLM_CHROMIUM", "/usr/bin/chromium")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+QUIET += ["--disable-background-networking", "--disable-component-update"]
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}")
+expect = playwright.expect
+expect.set_options(timeout=15_000)
+SCRIPT = ROOT / "sample.py"
+WRITTEN = set(b"abcdefghijklmnopqrstuvwxyz ")  # what the models write: a random row of these
+
+
+def save_model(path, tokenizer):
+    """A model that writes letters and never ends by itself."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=320, context=8192, n_layer=1, n_head=2, d_model=16, head_bias=True)
+    model = lm.Transformer(lm.Config(**shape))
+    with torch.no_grad():
+        model.head.bias.fill_(-50)[list(WRITTEN)] = 0
+    path.parent.mkdir(parents=True)
+    content = {"config": asdict(model.config), "model": model.state_dict()}
+    lm.save_checkpoint(path, content | {"tokenizer": tokenizer.spec, "step": 0})
+
+
+class Server:
+    """`sample.py --serve` as a process that can be killed and started again on the same port."""
+
+    def __init__(self, folder, *flags):
+        self.folder, self.flags, self.port = folder, flags, 0
+        self.start()
+
+    def start(self):
+        command = [sys.executable, SCRIPT, *self.flags, "--serve", self.port]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        pipes = dict(stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        command = list(map(str, command))
+        self.process = subprocess.Popen(command, cwd=self.folder, env=env, **pipes)
+        self.url = re.search(r"http://127\.0\.0\.1:(\d+)/", self.process.stdout.readline())
+        self.port, self.url = int(self.url[1]), self.url[0]
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+def serving(name, tokenizer, *flags):
+    """A fixture: a server of its own folder, for all tests of this file."""
+
+    @pytest.fixture(scope="module")
+    def server(tmp_path_factory):
+        folder = tmp_path_factory.mktemp(name)
+        save_model(folder / "out" / name / "best.pt", tokenizer)
+        server = Server(folder, "--ckpt", f"out/{name}", "--max_new_tokens", 24, *flags)
+        yield server
+        server.kill()
+
+    return server
+
+
+chat = serving("chat", CHAT, "--tools", "hotel", "--temperature", 1)
+base = serving("base", BYTE)
+critic = serving("critic", BYTE.with_special([label_token("neg"), label_token("pos")]))
+
+
+@pytest.fixture
+def visit(browser):
+    """visit(server, view): the page in a fresh tab. A script that fails there fails the test."""
+    contexts, errors = [], []
+
+    def open_page(server, view="#talk", locale="en-US", stored=None, **options):
+        options = {"viewport": {"width": 1280, "height": 800}} | options
+        context = browser.new_context(locale=locale, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda e: errors.append(str(e)))
+        page.goto(server.url + view)
+        ready(page)
+        if stored:  # as if the conversation had been held before a reload
+            store = "stored => { state.kind = 'x'; onpagehide = null;"
+            store += "sessionStorage.setItem('scratchlm', JSON.stringify(stored)) }"
+            page.evaluate(store, {"kind": "chat", **stored})
+            page.reload()
+            ready(page)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+def ready(page):
+    expect(page.locator("#draft, #list label")).not_to_have_count(0)
+    expect(page.locator("#send")).to_have_text(re.compile("Send|发送"))
+
+
+def say(page, text):
+    page.fill("#draft", text)
+    page.press("#draft", "Enter")
+
+
+def ask(page, text):
+    """Send and wait for the answer; its text."""
+    finished = page.locator("#log .answer .actions")  # a tool call has none
+    before = finished.count()
+    say(page, text)
+    expect(finished).to_have_count(before + 1)
+    return last_answer(page).inner_text()
+
+
+def last_answer(page):
+    return page.locator("#log .answer .text").last
+
+
+def set_number(page, label, value):
+    page.get_by_label(label, exact=True).fill(str(value))
+
+
+def asked(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+# ---- conversation ----------------------------------------------------------------------------
+
+
+def test_an_answer_grows_and_escape_stops_it(chat, visit):
+    page = visit(chat)
+    set_number(page, "Max tokens", 7000)
+    say(page, "hello")
+    growing = page.locator("#live .text")
+    expect(growing).not_to_be_empty()
+    early = growing.inner_text()
+    expect(page.locator("#send")).to_have_text("Stop")
+    expect(growing).not_to_have_text(early)
+    page.keyboard.press("Escape")
+    expect(page.locator("#send")).to_have_text("Send")
+    expect(page.locator("#log .answer")).to_contain_text("Stopped")
+    assert last_answer(page).inner_text().startswith(early.strip()[:20])
+    expect(page.locator("#draft")).to_be_focused()
+
+
+def test_regenerate_draws_another_answer_and_edit_asks_another_question(chat, visit):
+    page = visit(chat)
+    first = ask(page, "one")
+    page.get_by_role("button", name="Regenerate").click()
+    expect(last_answer(page)).not_to_have_text(first)
+    expect(page.locator("#log article")).to_have_count(2)
+    ask(page, "two")
+    page.get_by_role("button", name="Edit").first.click()
+    expect(page.locator("#editor")).to_be_focused()
+    page.fill("#editor", "three")
+    page.press("#editor", "Enter")
+    expect(page.locator("#log article")).to_have_count(2)
+    expect(page.locator("#log .user")).to_contain_text("three")
+    assert ask(page, "four") and page.locator("#log article").count() == 4
+
+
+def test_what_is_sent_has_the_settings_and_the_system_prompt(chat, visit):
+    page = visit(chat)
+    page.get_by_label("System prompt").fill("be kind")
+    set_number(page, "Temperature", 0.5)
+    set_number(page, "top_k", 7)
+    set_number(page, "Seed", 11)
+    with page.expect_request("**/v1/chat/completions") as request:
+        ask(page, "hi")
+    body = request.value.post_data_json
+    assert body["messages"] == [asked("system", "be kind"), asked("user", "hi")]
+    found = [body[k] for k in ("temperature", "top_k", "seed", "stream", "logprobs")]
+    assert found == [0.5, 7, 11, True, True]
+
+
+def test_enter_while_composing_does_not_send_and_shift_enter_breaks_a_line(chat, visit):
+    page = visit(chat)
+    page.fill("#draft", "你")
+    page.dispatch_event("#draft", "keydown", {"key": "Enter", "isComposing": True})
+    page.press("#draft", "Shift+Enter")
+    assert page.input_value("#draft") == "你\n" and page.locator("#log article").count() == 0
+
+
+def test_a_reload_keeps_the_conversation_and_the_draft(chat, visit):
+    page = visit(chat)
+    text = ask(page, "hi")
+    page.fill("#draft", "half a thought")
+    page.reload()
+    expect(last_answer(page)).to_have_text(text)
+    expect(page.locator("#draft")).to_have_value("half a thought")
+
+
+def test_a_server_that_goes_away_and_comes_back_answers_after_all(chat, visit):
+    page = visit(chat)
+    before = ask(page, "before")
+    set_number(page, "Max tokens", 1500)
+    say(page, "during")
+    expect(page.locator("#live .text")).not_to_be_empty()
+    chat.kill()
+    expect(page.locator("#banner")).to_contain_text("away")
+    set_number(page, "Max tokens", 24)
+    chat.start()
+    expect(page.locator("#log .answer")).to_have_count(2)
+    expect(page.locator("#banner")).to_be_hidden()
+    assert page.locator("#log .answer .text").first.inner_text() == before
+    assert len(last_answer(page).inner_text()) > 1000
+
+
+def test_a_key_is_asked_for_once(chat, visit, browser):
+    context = browser.new_context(locale="en-US")
+    page, asked_for = context.new_page(), []
+
+    def guard(route):
+        if route.request.headers.get("authorization") == "Bearer secret":
+            route.continue_()
+        else:
+            error = {"error": {"message": "no key", "type": "x", "param": None, "code": None}}
+            route.fulfill(status=401, json=error)
+
+    page.route("**/page/**", guard)
+    page.on("dialog", lambda d: (asked_for.append(d.message), d.accept("secret")))
+    page.goto(chat.url)
+    expect(page.locator("#draft")).to_have_attribute("placeholder", "Message")
+    assert len(asked_for) == 1 and "API key" in asked_for[0]
+    context.close()
+
+
+def test_an_error_is_shown_and_the_question_can_be_asked_again(chat, visit):
+    page = visit(chat)
+    error = {"error": {"message": "too long for me", "type": "x", "param": None, "code": None}}
+    page.route("**/v1/chat/completions", lambda r: r.fulfill(status=400, json=error), times=1)
+    say(page, "hi")
+    expect(page.get_by_role("alert").filter(has_text="too long for me")).to_be_visible()
+    page.get_by_role("button", name="Ask again").click()
+    expect(page.locator("#log .answer")).to_have_count(1)
+
+
+def test_a_busy_server_is_asked_again(chat, visit):
+    page = visit(chat)
+    busy = {"status": 429, "headers": {"Retry-After": "1"}, "json": {"error": {"message": "full"}}}
+    page.route("**/v1/chat/completions", lambda r: r.fulfill(**busy), times=1)
+    say(page, "hi")
+    expect(page.locator("#banner")).to_contain_text("busy")
+    expect(page.locator("#log .answer")).to_have_count(1)
+    expect(page.locator("#banner")).to_be_hidden()
+
+
+# ---- tools and Markdown ----------------------------------------------------------------------
+
+
+def events(*deltas, finish="stop"):
+    """The body of a streamed answer."""
+    chunks = [{"choices": [{"index": 0, "delta": d, "finish_reason": None}]} for d in deltas]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    return "".join(f"data: {json.dumps(c)}\n\n" for c in chunks) + "data: [DONE]\n\n"
+
+
+def test_a_tool_call_is_made_shown_and_answered(chat, visit):
+    page, bodies = visit(chat), []
+    function = {"name": "search", "arguments": '{"rating_range_lower": 4}'}
+    call = {"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": function}]}
+    answers = iter([events(call, finish="tool_calls"), events({"content": "here"})])
+
+    def answer(route):
+        bodies.append(route.request.post_data_json)
+        route.fulfill(body=next(answers), content_type="text/event-stream")
+
+    page.route("**/v1/chat/completions", answer)
+    assert ask(page, "a hotel") == "here"
+    assert page.locator(".card th").all_inner_texts()[:3] == ["name", "price", "rating"]
+    assert page.locator(".card tr").count() == 3
+    told = bodies[1]["messages"]
+    assert [m["role"] for m in told] == ["user", "assistant", "tool"] and bodies[0]["tools"]
+    assert told[1]["tool_calls"][0]["function"] == function and told[2]["tool_call_id"] == "c1"
+    assert isinstance(json.loads(told[2]["content"]), list)
+
+
+HOSTILE = """<img src=x onerror="document.title='hacked'"> <script>document.title='hacked'</script>
+
+[click](javascript:document.title='hacked') [data](data:text/html,x) [ok](https://example.com/)
+
+```html
+<b>not bold</b>
+```
+
+| a | b |
+| - | - |
+| <i>c</i> | **d** |
+
+1. one
+   - *two*
+> quoted `<u>`
+"""
+
+
+def test_hostile_text_stays_text_and_markdown_is_shown(chat, visit):
+    deep = asked("assistant", ">" * 20_000 + "\n" + "- " * 5_000)
+    messages = [asked("user", "<b>hi</b>"), asked("assistant", HOSTILE), asked("user", "x"), deep]
+    image = "<img src=x onerror=1>"
+    tokens = [{"text": image, "bytes": list(image.encode()), "logprob": -1, "top": []}]
+    messages[1] |= {"tokens": tokens, "seed": 1, "finish": "stop"}
+    page = visit(chat, stored={"messages": messages})
+    log = page.locator("#log")
+    assert log.locator("img, script, b, i, u").count() == 0 and "hacked" not in page.title()
+    links = [a.get_attribute("href") for a in log.locator("a").all()]
+    assert links == ["https://example.com/"]
+    assert log.locator("pre").inner_text() == "<b>not bold</b>"
+    assert log.locator("td").all_inner_texts() == ["<i>c</i>", "d"]
+    assert log.locator("td strong").inner_text() == "d"
+    assert log.locator("ol ul em").inner_text() == "two"
+    assert log.locator("blockquote code").first.inner_text() == "<u>"
+    page.get_by_role("button", name="Tokens").click()
+    expect(page.locator(".token").first).to_have_text(image)
+    assert log.locator("img").count() == 0
+
+
+# ---- tokens and choices ----------------------------------------------------------------------
+
+
+def test_tokens_have_shades_and_alternatives_by_keyboard_too(chat, visit):
+    page = visit(chat)
+    text = ask(page, "hi")
+    page.get_by_role("button", name="Tokens").click()
+    expect(page.locator(".token")).to_have_count(24)
+    assert "".join(page.locator(".token").all_inner_texts()).strip() == text.strip()
+    page.locator(".token").first.focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".token").nth(1)).to_be_focused()
+    page.keyboard.press("Enter")
+    alternatives = page.locator("#alternatives")
+    expect(alternatives).to_be_visible()
+    assert alternatives.locator("i").count() >= 5 and alternatives.locator("b.mono").count() == 1
+    page.keyboard.press("Escape")
+    expect(alternatives).to_be_hidden()
+
+
+def test_tokens_are_joined_to_whole_characters(chat, visit):
+    def token(text, data):
+        return {"text": text, "bytes": list(data), "logprob": -0.5, "top": []}
+
+    half = "好".encode()
+    tokens = [token("\ufffd", half[:2]), token("\ufffd", half[2:]), token("a", b"a")]
+    answer = asked("assistant", "好a", tokens=tokens, finish="stop", seed=1)
+    page = visit(chat, stored={"messages": [asked("user", "x"), answer], "shaded": True})
+    assert page.locator(".token").all_inner_texts() == ["好", "a"]
+    page.locator(".token").first.click()
+    expect(page.locator("#alternatives .bars")).to_have_count(2)
+    assert page.locator("#alternatives b.mono").all_inner_texts() == ["e5 a5", "bd"]
+
+
+def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
+    page, file = visit(chat, "#choose"), chat.folder / "out" / "choices.jsonl"
+    say(page, "which?")
+    pair = page.locator(".pair .text")
+    expect(page.get_by_role("button", name="Better (2)")).to_be_visible()
+    one, two = pair.all_inner_texts()
+    expect(page.locator("#draft")).to_be_disabled()
+    with page.expect_response("**/page/choose"):
+        page.keyboard.press("2")
+    expect(page.locator("#count")).to_contain_text(re.compile("[1-9] choices"))
+    expect(page.locator("#bar code")).to_contain_text("finetune.py")
+    row = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
+    assert row["prompt"] == [asked("user", "which?")]
+    assert [row[k].strip() for k in ("chosen", "rejected")] == [two.strip(), one.strip()]
+    assert last_answer(page).inner_text() == two
+    expect(page.locator("#draft")).to_be_enabled()
+
+
+def test_each_side_of_a_choice_calls_its_own_tools(chat, visit):
+    page, file, bodies = visit(chat, "#choose"), chat.folder / "out" / "choices.jsonl", []
+
+    def answer(route):
+        bodies.append(route.request.post_data_json)
+        seed, last = bodies[-1]["seed"], bodies[-1]["messages"][-1]["role"]
+        function = {"name": "search", "arguments": "{}"}
+        call = {"index": 0, "id": f"c{seed}", "type": "function", "function": function}
+        called = events({"tool_calls": [call]}, finish="tool_calls")
+        spoken = events({"content": f"answer {seed}"})
+        route.fulfill(body=spoken if last == "tool" else called)
+
+    page.route("**/v1/chat/completions", answer)
+    set_number(page, "Seed", 7)
+    say(page, "a hotel")
+    with page.expect_response("**/page/choose"):
+        page.get_by_role("button", name="Better (2)").click()
+    expect(page.locator("#log .answer").last).to_contain_text("answer 8")
+    expect(page.locator("#log .card")).to_have_count(1)
+    row = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
+    assert row["prompt"] == [asked("user", "a hotel")]
+    assert (row["chosen"], row["rejected"]) == ("answer 8", "answer 7")
+    page.locator("nav a").first.click()
+    say(page, "thanks")
+    expect(page.locator("#log .card")).to_have_count(2)
+    roles = ["user", "assistant", "tool", "assistant", "user"]
+    assert roles in [[m["role"] for m in b["messages"]] for b in bodies]
+
+
+def test_equal_answers_cannot_be_compared(chat, visit):
+    page = visit(chat, "#choose")
+    page.route("**/v1/chat/completions", lambda r: r.fulfill(body=events({"content": "same"})))
+    say(page, "hi")
+    expect(page.get_by_text("Both answers are equal")).to_be_visible()
+    page.keyboard.press("1")
+    assert page.locator(".pair").count() == 1
+    page.get_by_role("button", name="Neither").click()
+    set_number(page, "Temperature", 0)
+    page.get_by_role("button", name="Ask again").click()
+    expect(page.get_by_text("At temperature 0")).to_be_visible()
+
+
+# ---- runs ------------------------------------------------------------------------------------
+
+
+def write_run(folder, name, steps, file_mode="w"):
+    path = folder / "out" / name / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, file_mode, encoding="utf-8") as file:
+        for step in steps:
+            row = dict(step=step, tokens=100 * step, seconds=step / 10, loss=3 / (1 + step), lr=0.1)
+            file.write(json.dumps(row) + "\n")
+            if step % 5 == 0:
+                file.write(json.dumps({"step": step, "val_loss": 4 / (1 + step)}) + "\n")
+
+
+def test_runs_are_laid_over_each_other_and_grow_while_they_train(base, visit):
+    write_run(base.folder, "old", range(1, 21))
+    write_run(base.folder, "new", range(1, 6))
+    page = visit(base, "#runs")
+    lines = page.locator("#loss polyline")
+    expect(lines).to_have_count(4)  # training and evaluation of each
+    assert page.locator("#figure polyline").count() == 2
+    labels = page.locator("#list label")
+    before = labels.filter(has_text="new").inner_text()
+    stop = threading.Event()
+
+    def train():
+        for step in itertools.count(6):
+            write_run(base.folder, "new", [step], "a")
+            if stop.wait(0.1):
+                return
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        expect(labels.filter(has_text="new")).not_to_have_text(before)
+        longest = "els => Math.max(...els.map(e => e.getAttribute('points').split(' ').length))"
+        short = lines.evaluate_all(longest)
+        now = page.locator("#compare tr").filter(has_text="tokens")
+        expect(now).not_to_have_text(now.inner_text())
+        assert lines.evaluate_all(longest) >= short
+    finally:
+        stop.set()
+        thread.join()
+    page.focus("#loss")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#runs figcaption").first).to_contain_text("step")
+    page.get_by_label("old").uncheck()
+    expect(lines).to_have_count(2)
+
+
+# ---- base models and classifiers -------------------------------------------------------------
+
+
+def test_a_base_model_completes_and_goes_on(base, visit):
+    page = visit(base)
+    text = ask(page, "def ")
+    page.get_by_role("button", name="Continue from here").click()
+    assert page.input_value("#draft").startswith("def ")
+    assert page.input_value("#draft")[4:].split() == text.split()
+    page.get_by_role("button", name="Tokens").click()
+    expect(page.locator(".token")).to_have_count(24)
+
+
+def test_a_base_model_has_choices_of_a_prompt(base, visit):
+    page = visit(base, "#choose")
+    say(page, "Once")
+    page.get_by_role("button", name="Better (1)").click()
+    expect(page.locator("#count")).to_contain_text("1 choices")
+    file = base.folder / "out" / "choices.jsonl"
+    assert json.loads(file.read_text(encoding="utf-8"))["prompt"] == "Once"
+
+
+def test_a_classifiers_verdict_is_bars(critic, visit):
+    page = visit(critic)
+    say(page, "a fine film")
+    expect(page.locator(".bars i")).to_have_count(2)
+    assert sorted(page.locator(".bars .mono").all_inner_texts()) == ["neg", "pos"]
+    assert page.get_by_role("button", name="Tokens").count() == 0
+
+
+# ---- languages and widths --------------------------------------------------------------------
+
+
+def test_the_page_speaks_the_browsers_language(chat, visit):
+    page = visit(chat, locale="zh-CN")
+    expect(page.locator("#draft")).to_have_attribute("placeholder", "输入消息")
+    assert page.locator("html").get_attribute("lang") == "zh-CN"
+    page = visit(chat, locale="de-DE")
+    expect(page.locator("#draft")).to_have_attribute("placeholder", "Message")
+
+
+def test_every_word_of_the_page_is_in_both_languages():
+    page = (ROOT / "data" / "page.html").read_text(encoding="utf-8")
+    words = page[page.index("const TEXT = {") : page.index("const CHINESE")]
+    pairs = re.findall(r'(\w+):\s*\[\s*("[^"]+"),\s*("[^"]+"),?\s*\]', words)
+    known = {key for key, english, chinese in pairs}
+    assert len(pairs) == len(known) == len(re.findall(r"\w+:\s*\[", words))
+    used = re.findall(r'\bt\("(\w+)"|data-(?:text|label)="(\w+)"', page)
+    assert {a or b for a, b in used} <= known
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_wider_than_a_phone(chat, visit, scheme):
+    hotels = [{"name": "很长的名字" * 5, "price": 1, "address": "x" * 80}] * 2
+    call = {"id": "c", "type": "function", "function": {"name": "search", "arguments": "x" * 200}}
+    messages = [
+        asked("user", "w" * 300),
+        asked("assistant", None, tool_calls=[call]),
+        asked("tool", json.dumps(hotels), tool_call_id="c"),
+        asked("assistant", "```\n" + "y" * 300 + "\n```", finish="stop", seed=1),
+    ]
+    phone = dict(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    page = visit(chat, stored={"messages": messages}, **phone)
+    for view in ("#talk", "#choose", "#runs"):
+        page.locator(f"nav a[href='{view}']").click()
+        expect(page.locator("nav a[aria-current]")).to_have_attribute("href", view)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, view
+    page.locator("nav a").first.click()
+    page.get_by_role("button", name="Settings").click()
+    expect(page.get_by_label("System prompt")).to_be_in_viewport()
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
