@@ -667,21 +667,10 @@ class KVCache:
 
         return update_cache
 
-    def reorder(self, rows):
-        """Let batch row b continue what row rows[b] has seen (beam search)."""
-        n = self.length
-        self.keys[:, :, :, :n] = self.keys[:, rows, :, :n]
-        self.values[:, :, :, :n] = self.values[:, rows, :, :n]
-
-    def swap(self, a, b, n):
-        """Exchange the first n tokens of two rows."""
+    def copy_rows(self, sources, n, targets=slice(None)):
+        """Give the rows `targets`, by default all, the first n tokens of the rows `sources`."""
         for t in (self.keys, self.values):
-            t[:, [a, b], :, :n] = t[:, [b, a], :, :n]
-
-    def copy_row(self, source, target, n):
-        """Give row `target` the first n tokens of row `source`."""
-        for t in (self.keys, self.values):
-            t[:, target, :, :n] = t[:, source, :, :n]
+            t[:, targets, :, :n] = t[:, sources, :, :n]
 
     def grow(self, length):
         """Make room for more tokens."""

@@ -282,7 +282,7 @@ class Engine:
         """Exchange two rows."""
         if a != b:
             one, other = self.slots[a], self.slots[b]
-            self.cache.swap(a, b, max(one.held, other.held))
+            self.cache.copy_rows([b, a], max(one.held, other.held), [a, b])
             self.slots[a], self.slots[b], one.row, other.row = other, one, b, a
 
     @torch.inference_mode()
@@ -308,10 +308,8 @@ class Engine:
             if group[0].allowed is not None:
                 some = some.masked_fill(~group[0].allowed, -math.inf)
             texts, prompts = [s.ids for s in group], [s.prompt for s in group]
-            drawn = next_token(
-                some, texts, [s.generator for s in group], group[0].settings, prompts
-            )
-            new |= zip(group, drawn)
+            generators = [s.generator for s in group]
+            new |= zip(group, next_token(some, texts, generators, group[0].settings, prompts))
         for slot, i in new.items():
             if slot.top is not None:
                 slot.logprobs += top_logprobs(logits[slot.row, None], [i], slot.top)
@@ -367,7 +365,7 @@ class Engine:
             source = max(self.slots, key=lambda s: s.shared(window))
             shared = 0 if slot.echo else source.shared(window)
             if shared > slot.held:
-                self.cache.copy_row(source.row, slot.row, shared)
+                self.cache.copy_rows(source.row, shared, slot.row)
                 slot.held = shared
             if slot.unread() < 2:
                 if group:
@@ -497,7 +495,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
             break
         grown += [(-math.inf, grown[0][1], grown[0][2])] * (beams - len(grown))
         live = [(s, b) for s, b, _ in grown]
-        cache.reorder(torch.tensor([p for *_, p in grown], device=device))
+        cache.copy_rows([p for *_, p in grown], cache.length)
         ids = torch.tensor([[b[-1]] for _, b in live], device=device)
     return done
 

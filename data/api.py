@@ -4,8 +4,10 @@ Chat completions, completions and models, as https://platform.openai.com/docs/ap
 them. Beyond it: top_k, min_p and repetition_penalty; `truncation: "auto"` leaves the oldest turns
 out where a conversation exceeds the context.
 """
+import codecs
 import json
 import queue
+import re
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -86,6 +88,8 @@ def check_fields(body, chat):
         if type(value) not in types or not low <= value <= high:
             kind = "an integer" if types == (int,) else "a number"
             raise ApiError(400, f"{name} must be {kind} from {low} to {high}", name)
+    if body.get("max_tokens") == 0 and (chat or not body.get("echo")):
+        raise ApiError(400, "max_tokens must be at least 1 (0 is for echo alone)", "max_tokens")
     options = body.get("stream_options", {})
     if not isinstance(options, dict):
         raise ApiError(400, "stream_options must be an object", "stream_options")
@@ -113,6 +117,19 @@ def text_of(content, where):
     return content or ""
 
 
+def read_call(name, arguments):
+    """The message of a call; arguments that are no JSON object stay as the model wrote them, so
+    that its next turn can put them right. ValueError for a name that no tool has."""
+    try:
+        message = call_message(name, arguments)
+        message["content"].encode()  # half of a pair, \ud83d, is no text
+        return message
+    except ValueError:
+        if not isinstance(arguments, str) or not isinstance(name, str) or name.split() != [name]:
+            raise
+        return {"role": "call", "content": f"{name} {arguments}"}
+
+
 def read_messages(messages):
     """Our messages of OpenAI's: an assistant's tool calls become turns of their own."""
     if not isinstance(messages, list) or not messages:
@@ -132,10 +149,23 @@ def read_messages(messages):
             if calls and role != "assistant":
                 raise ValueError("only an assistant calls")
             functions = [call["function"] for call in calls]
-            out += [call_message(f["name"], f["arguments"]) for f in functions]
+            out += [read_call(f["name"], f["arguments"]) for f in functions]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise ApiError(400, f"{where} has a bad tool call ({e})", f"{where}.tool_calls") from e
     return out
+
+
+def newest(messages, tokenizer, room):
+    """The messages without the oldest that surely have no room: for each that it leaves out
+    `chat_prompt` writes all others again, too slow for a request with thousands of them."""
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    kept = []
+    for m in reversed(messages[len(system) :]):
+        room -= len(tokenizer.encode(m["content"])) + 2  # how a turn begins and ends
+        if room < 0 and kept:
+            break
+        kept.append(m)
+    return system + kept[::-1]
 
 
 def read_tools(body):
@@ -148,7 +178,7 @@ def read_tools(body):
         forced = known[choice] if isinstance(choice, str) else choice["function"]["name"]
         if not isinstance(tools, list) or not all(isinstance(name, str) for name in names):
             raise TypeError
-        if forced and forced not in names:
+        if not isinstance(choice, str) and forced not in names:
             raise KeyError(forced)
     except (TypeError, KeyError) as e:
         expected = 'tools must be a list of {"type": "function", "function": {"name": ...}}'
@@ -174,6 +204,9 @@ class Choice:
     finish: str | None = None
     sent: int = 0  # of the tokens
     offset: int = 0  # of the text, for the next token
+    decoder: object = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")(errors="replace")
+    )
 
 
 class Answer:
@@ -213,7 +246,14 @@ class Answer:
             if value == "cancelled" and choice.finish is None:
                 raise ApiError(503, "the server is closing")
             left, choice.finish = left - 1, choice.finish or value
-            yield self.part(choice, choice.reply.finish(), True)
+            yield self.part(choice, self.rest(choice), True)
+
+    def rest(self, choice):
+        """The text that was held back until the end; a call that is none is text, too."""
+        text, said = choice.reply.finish(), choice.reply.message()
+        if choice.reply.calls and said["role"] == "assistant":
+            text += said["content"].removeprefix((choice.text + text).lstrip("\n"))
+        return text
 
     def part(self, choice, text, last):
         """An item of `parts`."""
@@ -226,7 +266,7 @@ class Answer:
     def add(self, choice, i, logprob):
         """The text that a new id lets us show."""
         job, text = choice.job, ""
-        if self.body.get("echo") and not choice.count:
+        if self.body.get("echo") and not self.chat and not choice.count:
             text = self.api.tokenizer.decode(job.prompt)
             scored = zip(job.prompt[1:], job.scored)
             choice.tokens += [(job.prompt[0], None, ()), *((i, *known) for i, known in scored)]
@@ -244,7 +284,10 @@ class Answer:
         read = sum({id(c.job.prompt): len(c.job.prompt) for c in self.choices}.values())
         written = sum(c.count for c in self.choices)
         usage = {"prompt_tokens": read, "completion_tokens": written}
-        cached = {"cached_tokens": sum(c.job.cached for c in self.choices)}
+        cached = {}  # of each prompt: those of several choices are read once
+        for c in self.choices:
+            cached[id(c.job.prompt)] = max(c.job.cached, cached.get(id(c.job.prompt), 0))
+        cached = {"cached_tokens": sum(cached.values())}
         return usage | {"total_tokens": read + written, "prompt_tokens_details": cached}
 
     def logprobs(self, choice):
@@ -260,7 +303,8 @@ class Answer:
         offsets = []
         for i, _, _ in new:
             offsets.append(choice.offset)
-            choice.offset += len(self.api.tokenizer.decode([i]))
+            raw = self.api.tokenizer.token_bytes(i) or b""
+            choice.offset += len(choice.decoder.decode(raw))  # a part of a character is 0 long
         return {
             "tokens": [name(i) for i, _, _ in new],
             "token_logprobs": [finite(p) for _, p, _ in new],
@@ -270,7 +314,8 @@ class Answer:
 
     def finish_reason(self, choice):
         """Why it ended."""
-        return "tool_calls" if self.chat and choice.reply.calls else choice.finish
+        whole = choice.finish == "stop" and "tool_calls" in self.message(choice)
+        return "tool_calls" if whole else choice.finish
 
     def chunks(self):
         """The events of a stream, as dicts; None while nothing comes."""
@@ -383,12 +428,13 @@ class Api:
     def answer(self, body, prompts, room, top, chat, allowed, given=()):
         """The Answer to `prompts`, of at most `room` new ids each."""
         settings = {k: body.get(k, v) for k, v in self.settings.items()}
-        settings |= {"top": top, "echo": bool(body.get("echo")), "allowed": allowed}
+        echo = bool(body.get("echo")) and not chat
+        settings |= {"top": top, "echo": echo and top is not None, "allowed": allowed}
         seed = body.get("seed", secrets.randbits(31)) % 2**63
         adapter, stops = self.adapters[body.get("model", self.names[0])], stop_strings(body)
         events, choices = queue.SimpleQueue(), []
         for prompt in prompts:
-            if len(prompt) > self.context or room(prompt) < (not settings["echo"]):
+            if len(prompt) > self.context or room(prompt) < (not echo):
                 raise ApiError(
                     400, f"this model's context is {self.context} tokens, the prompt has "
                     f"{len(prompt)}", "messages" if chat else "prompt", "context_length_exceeded",
@@ -420,7 +466,7 @@ class Api:
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
         if body.get("truncation") == "auto":
             room = self.context - min(limit, self.context // 2)
-            ids = chat_prompt(messages, self.tokenizer, room)
+            ids = chat_prompt(newest(messages, self.tokenizer, room), self.tokenizer, room)
         else:
             ids, _ = render_chat(messages, self.tokenizer, True)
         given = self.forced_ids(forced)
@@ -447,6 +493,9 @@ class Api:
         self.check_model(body.get("model", self.names[0]))
         prompt = body.get("prompt", "")
         several = isinstance(prompt, list) and not all(type(i) is int for i in prompt)
+        count, most = (len(prompt) if several else 1) * body.get("n", 1), self.scheduler.max_waiting
+        if count > most:
+            raise ApiError(400, f"{count} texts at once, at most {most} are possible", "prompt")
         prompts = [self.prompt_ids(p) for p in (prompt if several else [prompt])]
         limit = body.get("max_tokens", 16)
 
@@ -464,6 +513,26 @@ class Api:
             return begin + t.encode(prompt) or [t.eos_id]
         if not isinstance(prompt, list) or not prompt or not all(type(i) is int for i in prompt):
             raise ApiError(400, "prompt must be a text, ids, or a list of such", "prompt")
-        if not all(0 <= i < t.n_vocab for i in prompt):
-            raise ApiError(400, f"prompt has ids outside of 0 to {t.n_vocab - 1}", "prompt")
+        if not all(0 <= i < t.n_vocab and t.token_bytes(i) is not None for i in prompt):
+            raise ApiError(400, "prompt has ids that no token has", "prompt")
         return prompt
+
+    # As vLLM has them; lm-eval tokenizes with these.
+
+    def tokenize(self, body):
+        """The ids of a text in which special tokens may be spelt out."""
+        text, special = text_of(body.get("prompt"), "prompt"), self.tokenizer.special
+        parts = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
+        parts = [[special[p]] if p in special else self.tokenizer.encode(p) for p in parts]
+        ids = [i for part in parts for i in part]
+        return {"tokens": ids, "count": len(ids), "max_model_len": self.context}
+
+    def detokenize(self, body):
+        """The text of ids."""
+        return {"prompt": self.tokenizer.decode(self.prompt_ids(body.get("tokens")))}
+
+    def tokenizer_info(self):
+        """What a client must know of the tokenizer."""
+        t = self.tokenizer
+        names = {"eos_token": self.special.get(t.eos_id), "bos_token": self.special.get(t.bos_id)}
+        return {"tokenizer_class": t.name, **names, "pad_token": None, "chat_template": None}

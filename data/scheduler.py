@@ -89,6 +89,8 @@ class Scheduler(threading.Thread):
         job = Job([], function=function)
         self.submit([job])
         _, result, _ = job.events.get()
+        if job.cancelled:
+            raise Busy("the server is closing")
         if isinstance(result, Exception):
             raise result
         return result
@@ -98,7 +100,7 @@ class Scheduler(threading.Thread):
         with self.changed:
             self.closing = True
             self.changed.notify()
-            for job in self.waiting:
+            for job in list(self.waiting):  # a copy: the thread takes from it meanwhile
                 job.cancelled = True
         self.join(seconds)
         for job in list(self.writing.values()):
@@ -122,9 +124,15 @@ class Scheduler(threading.Thread):
                 self.fail(e)
 
     def drop_cancelled(self):
-        """Free the slots of those who do not want any more."""
+        """Free the slots, and the places in the queue, of those who do not want any more."""
         for slot in [s for s, job in self.writing.items() if job.cancelled]:
             self.end(slot, "cancelled")
+        with self.changed:
+            gone = [job for job in self.waiting if job.cancelled]
+            for job in gone:
+                self.waiting.remove(job)
+        for job in gone:
+            job.events.put((job.index, "cancelled", None))
 
     def admit(self):
         """Give free slots to those who wait, in their order."""
@@ -143,15 +151,15 @@ class Scheduler(threading.Thread):
                     result = e
                 job.events.put((0, result, None))
             else:
-                if not same:
-                    self.activate(job.adapter)
-                    self.adapter = job.adapter
-                    self.engine.forget()
                 self.start_job(job)
 
     def start_job(self, job):
-        """Give a job its slot."""
+        """Give a job its slot, and its adapter if that is another one."""
         try:
+            if job.adapter != self.adapter:
+                self.activate(job.adapter)
+                self.adapter = job.adapter
+                self.engine.forget()
             slot = self.engine.add(job.prompt, **job.settings)
         except Exception as e:
             job.events.put((job.index, e, None))

@@ -29,7 +29,7 @@ MAX_HEADER = 1 << 16  # bytes
 MAX_BODY = 1 << 20
 MAX_CONNECTIONS = 64
 SECONDS = 10  # to send a request
-LOCAL = ("localhost", "127.0.0.1", "[::1]")
+LOCAL = ("localhost", "127.0.0.1", "::1")
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -75,13 +75,23 @@ class Server(http.server.ThreadingHTTPServer):
             self.open += 1
             self.reading[request] = time.monotonic()
             slow = next(iter(self.reading)) if self.open > MAX_CONNECTIONS else None
+        if slow is request:  # all others are being answered
+            return threading.Thread(target=self.refuse, args=(request,), daemon=True).start()
         if slow is not None:
             self.answered(slow)
             with contextlib.suppress(OSError):
-                if slow is request:  # all others are being answered
-                    request.sendall(b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\n\r\n")
                 slow.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and leaves
-        super().process_request(request, client_address)
+        return super().process_request(request, client_address)
+
+    def refuse(self, request):
+        """Answer that there are too many connections."""
+        error = ApiError(503, "too many connections: try again in a second").body()
+        head = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close"
+        with contextlib.suppress(OSError):
+            request.settimeout(1)
+            head += "\r\nContent-Type: application/json"
+            request.sendall(f"{head}\r\n\r\n{json.dumps(error)}".encode())
+        self.shutdown_request(request)
 
     def answered(self, request):
         """The connection has sent its request, or never will."""
@@ -89,17 +99,19 @@ class Server(http.server.ThreadingHTTPServer):
             self.reading.pop(request, None)
 
     def shutdown_request(self, request):
-        """Close a connection; what it still sends is read first, or it might lose our answer."""
-        with contextlib.suppress(OSError):
-            request.shutdown(socket.SHUT_WR)
-            request.settimeout(0.5)
-            for _ in range(64):
-                if not request.recv(1 << 16):
-                    break
-        self.close_request(request)
+        """Close a connection; what it still sends, for half a second, is read first, or it might
+        lose our answer. It counts no more: nobody is kept out by those that go on sending."""
         self.answered(request)
         with self.lock:
             self.open -= 1
+        deadline = time.monotonic() + 0.5
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_WR)
+            while (rest := deadline - time.monotonic()) > 0:
+                request.settimeout(rest)
+                if not request.recv(1 << 16):
+                    break
+        self.close_request(request)
 
     def handle_error(self, request, client_address):
         """A client that goes away is no error; anything else is ours."""
@@ -130,34 +142,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         """Answer any method alike."""
         service, self.close_connection = self.server.service, True
-        self.server.answered(self.connection)
         with service.lock:
             service.requests += 1
         try:
-            path = urllib.parse.urlsplit(self.path)
             self.check_host()
+            path, query = self.address()
             if self.command == "OPTIONS":
                 return self.send(204, b"", "text/plain")
-            route = ROUTES.get(path.path)
+            route = ROUTES.get(path)
             if route is None:
-                raise ApiError(404, f"there is no {path.path[:80]}", code="not_found")
+                raise ApiError(404, f"there is no {path[:80]}", code="not_found")
             method, open_to_all, function = route
             if self.command != method and not (method == "GET" and self.command == "HEAD"):
-                raise ApiError(405, f"{path.path} takes {method}", code="method_not_allowed")
+                raise ApiError(405, f"{path} takes {method}", code="method_not_allowed")
             if not open_to_all:
                 self.check_key()
             if method == "POST":
                 self.check_origin()
-                answer = function(service, self.body())
-            else:
-                query = urllib.parse.parse_qsl(path.query, max_num_fields=10)
-                answer = function(service, dict(query))
-            self.give(answer)
+                query = self.body()
+            self.server.answered(self.connection)  # all of it is here: it is slow no more
+            self.give(function(service, query))
         except ApiError as e:
             self.fail(e)
         except Busy as e:
             self.fail(ApiError(429, f"{e}: try again in a second", code="rate_limit_exceeded"))
-        except (OSError, TimeoutError):  # the client went away
+        except (ConnectionError, TimeoutError):  # the client went away
             pass
         except Exception as e:
             self.server.handle_error(self.connection, self.client_address)
@@ -171,13 +180,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.request_version = self.protocol_version  # or there would be no headers
         self.fail(ApiError(int(code), message or http.HTTPStatus(code).phrase))
 
+    def address(self):
+        """(path, {name: value} behind its question mark)."""
+        try:
+            parts = urllib.parse.urlsplit(self.path)
+            return parts.path, dict(urllib.parse.parse_qsl(parts.query, max_num_fields=10))
+        except ValueError as e:
+            raise ApiError(400, f"the address cannot be read: {e}") from e
+
     def check_host(self):
         """ApiError for a Host that is not ours: a page of another site whose name was made to lead
         here (DNS rebinding). With a key that page has nothing to ask with."""
         hosts = self.headers.get_all("Host") or []
         name = hosts[0].rsplit(":", 1)[0] if len(hosts) == 1 else ""
         name = hosts[0] if name.startswith("[") and not name.endswith("]") else name
-        if not name or not (self.server.service.key or name.lower() in LOCAL):
+        if not name or not (self.server.service.key or name.lower().strip("[]") in LOCAL):
             raise ApiError(403, f"the Host {name[:80]!r} is not served here", code="wrong_host")
 
     def check_origin(self):
@@ -273,7 +290,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if select.select([self.connection], [], [], 0)[0]:
             self.connection.settimeout(0)
             with contextlib.suppress(BlockingIOError):
-                if not self.connection.recv(1, socket.MSG_PEEK):
+                if not self.connection.recv(1 << 16):  # a second request is never read
                     raise ConnectionError
             self.connection.settimeout(SECONDS)
 
@@ -336,7 +353,8 @@ class Service:
         row = {k: body[k] for k in ("prompt", "messages", "chosen", "rejected") if k in body}
         row["prompt"] = row.pop("messages", row.get("prompt"))
         try:
-            to_example(row)  # as finetune.py will
+            _, example = to_example(row)  # as finetune.py will
+            json.dumps(example, ensure_ascii=False).encode()  # and its text must be text
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise ApiError(400, f"this cannot be learned: {e}") from e
         with self.lock:
@@ -361,8 +379,9 @@ class Service:
         scheduler = self.api.scheduler
         try:
             server = Server((host, port), self)
-        except OSError as e:
-            raise UserError(f"--serve {port}: {host}:{port} cannot be used ({e.strerror})") from e
+        except (OSError, OverflowError) as e:
+            reason = getattr(e, "strerror", e)
+            raise UserError(f"--serve {port}: {host}:{port} cannot be used ({reason})") from e
         with server, StopSignal() as stop:
             scheduler.start()
             threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
@@ -386,6 +405,9 @@ ROUTES = {
     "/v1/models": ("GET", False, lambda s, _: s.api.models()),
     "/v1/chat/completions": ("POST", False, lambda s, body: s.api.chat(body)),
     "/v1/completions": ("POST", False, lambda s, body: s.api.completion(body)),
+    "/tokenize": ("POST", False, lambda s, body: s.api.tokenize(body)),
+    "/detokenize": ("POST", False, lambda s, body: s.api.detokenize(body)),
+    "/tokenizer_info": ("GET", False, lambda s, _: s.api.tokenizer_info()),
     "/page/info": ("GET", False, Service.about),
     "/page/tool": ("POST", False, Service.run_tool),
     "/page/classify": ("POST", False, Service.verdict),

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tarfile
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -106,7 +108,7 @@ def write_hotel_rows(dialogues, path):
 
 def toy(line):
     """The command at toy size, run from any folder; None for what is not ours to run here."""
-    if line.startswith(("pip ", "pytest")):
+    if line.startswith(("pip ", "pytest", "lm_eval")):
         return None
     script = re.search(r"[\w/]+\.py", line)[0]
     flag = next((f for f in TOY if not f.endswith(".py") and f in line), script)
@@ -116,6 +118,17 @@ def toy(line):
     line = line.replace(script, shlex.quote(str(ROOT / script)))
     line = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
     return re.sub(r"(?<![/\w])python ", f"{sys.executable} ", line) + " " + extra
+
+
+def check_server(command, cwd, env):
+    """A server answers, and ends when it is asked to."""
+    shell = ["bash", "-c", "exec " + re.sub(r"--serve( \d+)?", "--serve 0", command)]
+    with subprocess.Popen(shell, cwd=cwd, env=env, stdout=subprocess.PIPE, text=True) as process:
+        url = process.stdout.readline().strip()
+        with urllib.request.urlopen(url + "page/info") as answer:
+            assert json.load(answer)["kind"] in ("chat", "base", "classifier")
+        process.terminate()
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_every_command_of_the_readme_runs(mirror, tmp_path):
@@ -133,6 +146,9 @@ def test_every_command_of_the_readme_runs(mirror, tmp_path):
     for line in commands("README.md"):
         command = toy(line)
         if command is None:
+            continue
+        if "--serve" in line:
+            check_server(command, tmp_path, env)
             continue
         done = subprocess.run(
             ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True,

@@ -1,0 +1,819 @@
+"""sample.py --serve: OpenAI's API as its own client sees it, and what must not bring it down."""
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+import torch
+from conftest import BYTE, CHAT, turn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data.server
+import lora
+import model as lm
+import sample
+from data.chat import label_token, render_chat
+from data.cli import UserError
+from data.rows import load_data
+
+openai = pytest.importorskip("openai", reason="the openai package is not installed")
+
+INNS = '[{"name": "Inn", "price": 500}]'
+CALLED = turn("call", 'search {"name": "Inn"}')
+TALK = [turn("user", "find an inn"), CALLED, turn("tool", INNS), turn("assistant", "Inn: 500")]
+HELLO, GREETING, SAYING = [turn("user", "hello")], "hi 你好，请坐。", "学而时习之，不亦说乎？"
+LONG = {"prompt": "it", "max_tokens": 300, "temperature": 0, "model": "tiny"}
+
+
+def search(name: str = ""):
+    return [{"name": name, "price": 500}]
+
+
+def wait(seconds: int):
+    raise RuntimeError("no time")
+
+
+search.needs_no_schema = True  # as data/hotel.py's: the model knows it by training
+
+
+@pytest.fixture(autouse=True)
+def here(elsewhere):
+    """Each test has an empty folder, in which out/ would be."""
+
+
+def trained(rows, steps=70, context=320):
+    """A model that says rows [(ids, mask)] by heart, in about a second."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=320, context=context, n_layer=2, n_head=2, d_model=32)
+    model = lm.Transformer(lm.Config(**shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    goals = [torch.tensor([i if m else -100 for i, m in zip(*row)][1:]) for row in rows]
+    for _ in range(steps):
+        for (ids, _), goal in zip(rows, goals):
+            torch.nn.functional.cross_entropy(model(torch.tensor([ids]))[0, :-1], goal).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+class Serving:
+    """A service in threads of this process: with it, `port`, and OpenAI's chat() and write()."""
+
+    def __init__(self, model, tokenizer, tools=None, **defaults):
+        args = sample.build_parser().parse_args(["--slots", "4", "--temperature", "0.8"])
+        where = Path("out/tiny/best.pt")
+        self.model, self.service = model, sample.make_service(model, tokenizer, where, args, tools)
+        self.scheduler, self.engine = self.service.api.scheduler, self.service.api.scheduler.engine
+        self.server = data.server.Server(("127.0.0.1", 0), self.service)
+        self.port = self.server.server_port
+        self.client, defaults = client(self.port), {"model": "tiny"} | defaults
+        self.chat = functools.partial(self.client.chat.completions.create, **defaults)
+        self.write = functools.partial(self.client.completions.create, **defaults)
+
+    def __enter__(self):
+        self.scheduler.start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.scheduler.close(0)
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def client(port, key="none"):
+    url = f"http://127.0.0.1:{port}/v1"
+    return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=20)
+
+
+@pytest.fixture(scope="module")
+def chat():
+    """A chat model that searches for an inn and greets in Chinese."""
+    rows = [render_chat(t, CHAT) for t in (TALK, [*HELLO, turn("assistant", GREETING)])]
+    with Serving(trained(rows), CHAT, {"search": search, "wait": wait}, temperature=0) as serving:
+        yield serving
+
+
+@pytest.fixture(scope="module")
+def text():
+    """A base model with two adapters."""
+    ids = BYTE.encode(SAYING + " it is. " + SAYING)
+    model = trained([(ids, [1] * len(ids))])
+    for name in ("poet", "clerk"):
+        lora.add_lora(model, "attention", rank=4, alpha=8, name=name)
+    for layer in lora.adapted(model).values():
+        for p in (*layer.a.values(), *layer.b.values()):
+            torch.nn.init.normal_(p, std=0.3)
+    with Serving(model, BYTE, seed=1) as serving:
+        yield serving
+
+
+def tool(name):
+    parameters = {"type": "object", "properties": {"name": {"type": "string"}}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def both(create, **asked):
+    """What create(**asked) returns in one piece, after it was the same in pieces."""
+    whole = create(**asked)
+    *chunks, last = create(**asked, stream=True, stream_options={"include_usage": True})
+    assert last.choices == [] and last.usage.total_tokens == whole.usage.total_tokens
+    for choice in whole.choices:
+        parts = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
+        assert parts.pop(-1).finish_reason == choice.finish_reason
+        assert not any(p.finish_reason for p in parts)
+        if hasattr(choice, "text"):
+            assert "".join(p.text for p in parts) == choice.text
+        else:
+            assert parts[0].delta.role == "assistant"
+            content = "".join(p.delta.content or "" for p in parts)
+            assert content == (choice.message.content or "")
+            calls = [c.function.model_dump() for p in parts for c in p.delta.tool_calls or ()]
+            assert calls == [c.function.model_dump() for c in choice.message.tool_calls or ()]
+    again = create(**asked, stream=True)  # each chunk has the log probabilities of its tokens
+    scores = [(c.choices[0].index, c.choices[0].logprobs) for c in again if c.choices[0].logprobs]
+    for choice in whole.choices:
+        for name, value in vars(choice.logprobs).items() if choice.logprobs else ():
+            sent = [getattr(s, name) or [] for index, s in scores if index == choice.index]
+            assert list(itertools.chain(*sent)) == (value or [])
+    return whole
+
+
+# ---- OpenAI's client -------------------------------------------------------------------------
+
+
+def test_a_model_calls_a_tool_reads_its_result_and_speaks(chat):
+    tools = [tool("search")]
+    first = both(chat.chat, messages=TALK[:1], tools=tools).choices[0]
+    assert first.finish_reason == "tool_calls" and first.message.content is None
+    (call,) = first.message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("search", '{"name": "Inn"}')
+    asked = {"name": "search", "arguments": call.function.arguments}
+    answer = {"role": "tool", "tool_call_id": call.id}
+    answer |= fetch(chat.port, post("/page/tool", asked))[2]
+    messages = [TALK[0], first.message.model_dump(exclude_none=True), answer]
+    second = both(chat.chat, messages=messages, tools=tools).choices[0]
+    assert (second.message.content, second.finish_reason) == ("Inn: 500", "stop")
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    third = both(chat.chat, messages=[turn("user", parts)], logprobs=True, top_logprobs=2)
+    assert third.choices[0].message.content == GREETING
+    scores = third.choices[0].logprobs.content
+    assert bytes(b for s in scores for b in s.bytes).decode() == GREETING
+    assert all(s.top_logprobs[0].token == s.token and len(s.top_logprobs) == 2 for s in scores)
+
+
+def test_tool_choice_says_whether_and_what_is_called(chat):
+    tools, asked = [tool("search"), tool("wait")], dict(messages=TALK[:1], max_tokens=30)
+    assert not both(chat.chat, **asked).choices[0].message.tool_calls  # without any tools
+    silent = both(chat.chat, **asked, tools=tools, tool_choice="none")
+    assert not silent.choices[0].message.tool_calls
+    forced = both(chat.chat, messages=HELLO, tools=tools[:1], tool_choice="required")
+    assert forced.choices[0].message.tool_calls
+    named = {"type": "function", "function": {"name": "wait"}}
+    forced = both(chat.chat, messages=HELLO, tools=tools, tool_choice=named, max_tokens=40)
+    assert forced.choices[0].message.tool_calls[0].function.name == "wait"
+    # a tool that the model does not know by training is told of in the system turn
+    known, told = (chat.chat(messages=HELLO, tools=[t], max_tokens=1).usage for t in tools)
+    assert told.prompt_tokens > known.prompt_tokens + 50
+    cut = both(chat.chat, messages=TALK[:1], tools=tools[:1], max_tokens=5).choices[0]
+    assert cut.finish_reason == "length"  # nobody is to run half a call
+
+
+def test_a_call_that_is_no_json_is_told_and_can_be_sent_back(chat):
+    """Models write such calls; the conversation must go on, as it does in the terminal."""
+    answer = {"role": "tool", "tool_call_id": "a", "content": '{"error": "no JSON"}'}
+    for arguments in ('{"name": ', "", "[1]", '{"a": "\\ud83d"}'):
+        function = {"name": "search", "arguments": arguments}
+        call = {"id": "a", "type": "function", "function": function}
+        called = {"role": "assistant", "content": None, "tool_calls": [call]}
+        assert chat.chat(messages=[TALK[0], called, answer], max_tokens=2).choices
+    names = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
+    model, tokenizer = trained([([1, 2], [1, 1])], 1, context=1024), BYTE.with_special(names)
+    with Serving(model, tokenizer, temperature=0.5, seed=3) as qwen:
+        asked = dict(messages=HELLO, tools=[tool("f")], tool_choice="required", max_tokens=60)
+        choice = both(qwen.chat, **asked).choices[0]
+    assert choice.finish_reason == "length" and not choice.message.tool_calls
+    assert choice.message.content  # what it wrote in the place of a call
+
+
+def test_lengths_stops_seeds_and_penalties(chat, text):
+    short = both(chat.chat, messages=HELLO, max_tokens=4)
+    assert short.choices[0].message.content == "hi " and short.usage.completion_tokens == 4
+    assert short.choices[0].finish_reason == "length"  # the fourth byte is a third of 你
+    assert both(chat.chat, messages=HELLO, max_completion_tokens=2).usage.completion_tokens == 2
+    stopped = both(chat.chat, messages=HELLO, stop=["，请", "never"]).choices[0]
+    assert (stopped.message.content, stopped.finish_reason) == ("hi 你好", "stop")
+    hot = dict(prompt="it", max_tokens=24, temperature=1.5)
+    several = both(text.write, **hot, n=3).choices  # seeds 1 to 3
+    assert len({c.text for c in several}) == 3
+    settings = text.service.api.settings | dict(temperature=1.5, seed=3)
+    settings["allowed"] = sample.allowed_ids(text.model, BYTE)
+    ids = [i for (i,) in sample.generate(text.model, [BYTE.encode("it")], 24, **settings)]
+    stream = sample.TextStream(BYTE)
+    words = "".join(map(stream.feed, [*ids, 256][: [*ids, 256].index(256)])) + stream.finish()
+    assert several[2].text == words.rstrip("\ufffd")
+    assert both(text.write, **hot | {"seed": 3}).choices[0].text == several[2].text
+    greedy = dict(prompt=SAYING[:4], max_tokens=60, temperature=0)
+    plain = both(text.write, **greedy).choices[0].text
+    assert plain.startswith(SAYING[4:])
+    assert both(text.write, **greedy, frequency_penalty=2).choices[0].text != plain
+    assert text.write(**greedy, extra_body={"top_k": 1, "min_p": 0.5}).choices[0].text == plain
+    poet = dict(prompt="it", model="poet", max_tokens=60, temperature=1)
+    penalised = text.write(**poet, presence_penalty=2).choices[0]
+    assert penalised.text != text.write(**poet).choices[0].text
+
+
+def torch_logprobs(model, ids):
+    """Log probabilities (T, V) of what follows each id."""
+    with torch.no_grad():
+        return model(torch.tensor([ids]))[0].log_softmax(-1)
+
+
+def test_logprobs_are_the_models_own(text):
+    asked = dict(prompt=SAYING[:3] + " it", max_tokens=12, temperature=1.2, logprobs=4, echo=True)
+    choice = both(text.write, **asked).choices[0]
+    found, names = choice.logprobs, {text.service.api.token(i): i for i in range(320)}
+    ids = [names[token] for token in found.tokens]
+    assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+    assert BYTE.decode(ids).startswith(SAYING[:3] + " it")
+    rows = zip(torch_logprobs(text.model, ids), ids[1:], found.token_logprobs[1:])
+    for (row, i, logprob), best in zip(rows, found.top_logprobs[1:]):
+        assert logprob == pytest.approx(row[i].item(), abs=1e-4)
+        assert [names[name] for name in best] == row.topk(4).indices.tolist()
+        assert list(best.values()) == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
+    for token, at in zip(found.tokens, found.text_offset):
+        assert token.startswith(("bytes:", "<|")) or choice.text[at:].startswith(token)
+    assert both(text.write, **asked | {"echo": False}).choices[0].logprobs.text_offset[0] == 0
+
+
+def test_a_scoring_client_gets_the_models_sums(text):
+    """What lm-eval's local-completions sends, up to prompts as long as the context."""
+    g = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(256, (n,), generator=g).tolist() for n in (2, 320, 17, 300, 2, 1)]
+    asked = dict(prompt=prompts, echo=True, max_tokens=1, logprobs=1, temperature=0, seed=1234)
+    for choice, ids in zip(both(text.write, **asked).choices, prompts):
+        found = choice.logprobs.token_logprobs[: len(ids)]
+        exact = torch_logprobs(text.model, ids)[:-1].gather(1, torch.tensor(ids)[1:, None])
+        assert found[0] is None and len(found) == len(ids)
+        assert sum(found[1:]) == pytest.approx(exact.sum().item(), abs=1e-4 * len(ids))
+    alone = text.write(prompt=prompts[2], echo=True, max_tokens=0, logprobs=0)
+    assert len(alone.choices[0].logprobs.tokens) == 17 and alone.usage.completion_tokens == 0
+    echoed = both(text.write, prompt=["a", "bc", [100, 101]], echo=True, n=2, max_tokens=3).choices
+    starts = ["a", "a", "bc", "bc", "de", "de"]
+    assert [c.index for c in echoed] == list(range(6))
+    assert all(c.text.startswith(start) for c, start in zip(echoed, starts))
+
+
+def test_models_keys_and_errors(chat, text, monkeypatch):
+    assert [m.id for m in text.client.models.list()] == ["poet", "clerk", "tiny"]
+    with pytest.raises(openai.NotFoundError) as e:
+        chat.chat(messages=HELLO, model="gpt-4")
+    assert (e.value.code, e.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError, match="/v1/completions"):
+        text.chat(messages=HELLO)
+    long = [turn("user", f"{n}" + "x" * 70) for n in range(5)]
+    cases = (chat.chat, dict(messages=long)), (text.write, dict(prompt="x" * 400))
+    for (create, asked), stream in itertools.product(cases, (False, True)):
+        with pytest.raises(openai.BadRequestError) as e:
+            create(**asked, stream=stream)
+        assert e.value.code == "context_length_exceeded"
+    assert chat.chat(messages=long, extra_body={"truncation": "auto"}, max_tokens=2).choices
+    bad = dict(temperature=3, n=0, max_tokens=0, stop=["a"] * 5, seed="x", top_p=7, tools="x")
+    bad |= dict(tool_choice={"function": {"name": []}}, top_logprobs=21, messages=[])
+    for name, value in bad.items():
+        with pytest.raises(openai.BadRequestError):
+            chat.chat(**{"messages": HELLO, name: value})
+    monkeypatch.setattr(chat.service, "key", "schlüssel")
+    with pytest.raises(openai.AuthenticationError):
+        chat.client.models.list()
+    for status, given in (200, "Bearer schlüssel"), (401, "Bearer schl"), (401, "schlüssel"):
+        assert get(chat.port, "/v1/models", f"Authorization: {given}")[0] == status
+    open_to_all = {path for path in data.server.ROUTES if get(chat.port, path)[0] == 200}
+    assert open_to_all == {"/", "/health"}
+
+
+def test_a_second_turn_finds_the_first_in_the_cache(chat):
+    question = turn("user", "what is the way to the station?")
+    first = chat.chat(messages=[question], max_tokens=40)
+    said = turn("assistant", first.choices[0].message.content)
+    again = chat.chat(messages=[question, said, turn("user", "and?")], max_tokens=2).usage
+    assert again.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens + 5
+    for _ in range(2):
+        usage = chat.chat(messages=[question], max_tokens=2, n=4).usage
+    assert 0 < usage.prompt_tokens_details.cached_tokens <= usage.prompt_tokens
+
+
+def test_sixteen_at_once_get_what_each_gets_alone(text):
+    rng, asked = random.Random(5), []
+    for n in range(16):
+        request = dict(prompt="".join(rng.choices("ab 学", k=rng.randint(1, 60))), seed=n)
+        request |= dict(model=rng.choice(["tiny", "poet", "clerk"]), temperature=rng.choice([0, 1]))
+        asked.append(request | dict(max_tokens=rng.randint(1, 40)))
+
+    def write(request):
+        return text.write(**request).choices[0].text
+
+    def stream(request):
+        return "".join(c.choices[0].text for c in text.write(**request, stream=True))
+
+    alone = [write(request) for request in asked]
+    assert len(set(alone)) > 12
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(write, asked)) == list(pool.map(stream, asked)) == alone
+
+
+# ---- what is refused -------------------------------------------------------------------------
+
+
+def raw(port, content, end=False):
+    """All that the server answers to these bytes, behind which `end` says there are no more."""
+    answer, s = b"", socket.create_connection(("127.0.0.1", port), timeout=20)
+    with s, contextlib.suppress(ConnectionError):
+        s.sendall(content)
+        if end:
+            s.shutdown(socket.SHUT_WR)
+        while part := s.recv(1 << 16):
+            answer += part
+    return answer
+
+
+def request(line, *headers, body=b""):
+    """The bytes of a request; `headers` replace what is usual."""
+    usual = {"host": "Host: localhost"}
+    usual |= {"content-length": LENGTH + str(len(body))} if body else {}
+    for header in headers:
+        usual.pop(header.partition(":")[0].lower(), None)
+    return "\r\n".join([line, *usual.values(), *headers, "", ""]).encode() + body
+
+
+def post(path, body, *headers):
+    """A request to write; what is no text yet is sent as JSON."""
+    body = body if isinstance(body, (str, bytes)) else json.dumps(body)
+    body = body.encode() if isinstance(body, str) else body
+    return request(f"POST {path} HTTP/1.1", *headers, body=body)
+
+
+def fetch(port, content, end=False):
+    """(status, headers, JSON or text) of the answer; status 0 for a connection that was closed. An
+    error must have OpenAI's shape."""
+    head, _, body = raw(port, content, end).decode().partition("\r\n\r\n")
+    if not head:
+        return 0, {}, ""
+    line, *headers = head.split("\r\n")
+    status, headers = int(line.split()[1]), dict(h.split(": ", 1) for h in headers)
+    if headers.get("Content-Type") == "application/json":
+        body = json.loads(body, parse_constant=pytest.fail)
+    if status >= 400:
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        assert body["error"]["message"] and ("Retry-After" in headers) == (status in (429, 503))
+    return status, headers, body
+
+
+def get(port, path, *headers):
+    return fetch(port, request(f"GET {path} HTTP/1.1", *headers))
+
+
+def metrics(port):
+    """{name: value} of /metrics, every line of which must be Prometheus'."""
+    found = {}
+    for line in get(port, "/metrics")[2].splitlines():
+        if not re.fullmatch(r"# TYPE \w+ (counter|gauge|histogram)", line):
+            name, value = re.fullmatch(r'scratchlm_(\w+(?:\{le="[^"]+"\})?) (\d\S*)', line).groups()
+            assert name not in found
+            found[name] = float(value)
+    return found
+
+
+def wait_until(true, seconds=5):
+    """Wait until true() is; how long it took."""
+    start = time.monotonic()
+    while not true():
+        assert time.monotonic() - start < seconds
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+ASK, WRITE, LENGTH = "/v1/chat/completions", "/v1/completions", "Content-Length: "
+GOOD = {"model": "tiny", "messages": HELLO, "max_tokens": 2}
+CHOICE = {"messages": HELLO, "chosen": "hi 你好", "rejected": "no"}
+POSTS = [path for path, (method, *_) in data.server.ROUTES.items() if method == "POST"]
+CHUNKED, CHUNKS = "Transfer-Encoding: chunked", b"2\r\n{}\r\n0\r\n\r\n"
+REFUSED = [  # (request, its status, perhaps that no more is sent)
+    *[(post(ASK, body), 400) for body in (
+        "{", "[]", "5", "null", '"x"', "{'a': 1}", b"\xff\xfe", b"\xef\xbb\xbf{}", "[" * 10**5,
+        '{"messages": ' + "[" * 5000 + "]" * 5000 + "}", '{"a": ' * 9000, '{"a": NaN}', "{}",
+        '{"a": -Infinity}', '{"a": "\\ud83d"}', '{"\\ude00": 1}', f'{{"seed": {"9" * 9999}}}',
+        json.dumps(GOOD)[:-1], json.dumps(GOOD) + "x", json.dumps(GOOD).encode("utf-16"),
+    )],
+    (post(ASK, b"", LENGTH + "0"), 400), (post(ASK, GOOD, LENGTH + "5"), 400),
+    (post(ASK, GOOD, LENGTH + "5000"), 400, True),
+    *[(post(ASK, GOOD, LENGTH + n), 400) for n in ("-1", "+5", "5_0", "0x10", "1e3", "٣", "1.0")],
+    *[(post(ASK, GOOD, LENGTH + n), 413) for n in ("1048577", "9" * 40)],
+    (post(ASK, b"x" * (1 << 20) + b"y"), 413), (request(f"POST {ASK} HTTP/1.1"), 411),
+    (post(ASK, GOOD, LENGTH + "67", LENGTH + "67"), 411), (post(ASK, GOOD, CHUNKED), 411),
+    (request(f"POST {ASK} HTTP/1.1", CHUNKED, body=CHUNKS), 411),
+    *[(post(path, GOOD, f"Host: {host}"), 403) for path in POSTS for host in (
+        "evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1@evil.example", "",
+        "127.0.0.2", "[::1].evil", "[", ":80", "::1",
+    )],
+    *[(post(path, GOOD, f"Origin: {site}"), 403) for path in POSTS for site in (
+        "http://evil.example", "null", "http://localhost:1", "localhost", "", "file://",
+    )],
+    (post(ASK, GOOD, "Host: localhost", "Host: evil.example"), 403),
+    (b"GET / HTTP/1.1\r\n\r\n", 403), (request("GET / HTTP/1.1", "Host: evil.example"), 403),
+    *[(request(f"GET {path} HTTP/1.1"), 405) for path in POSTS],
+    *[(request(f"{verb} / HTTP/1.1"), 405) for verb in ("POST", "PUT", "DELETE", "PATCH")],
+    *[(request(f"{verb} / HTTP/1.1"), 501) for verb in ("TRACE", "CONNECT", "get", "X" * 99)],
+    *[(request(f"GET {path} HTTP/1.1"), 404) for path in (
+        "/nothing", "/../model.py", "/..%2fmodel.py", "//etc/passwd", "/page", "/v1/models/", "*",
+        "x", "/page/run", "/page/run?name=../..", "/page/run?name=..%2f..", "/page/run?name=%00",
+        "/page/run?name=/etc", "/page/run?name=" + "x" * 9999, "http://evil.example/x", "/%00",
+    )],
+    *[(request(f"GET {path} HTTP/1.1"), 400) for path in ("http://[", "/page/run?" + "a=b&" * 99)],
+    *[(request(f"GET / {version}"), status) for version, status in (
+        ("HTTP/2.0", 505), ("HTTP/9", 400), ("HTTP/1.-1", 400), ("HTTP", 400), ("X/1.1 Y", 400),
+    )],
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), (request("GET / HTTP/1.1", *["X: y"] * 200), 431),
+    (request("GET / HTTP/1.1", "X: " + "y" * 66000), 0), (b"GET /" + b"x" * 70000, 0),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9 + b"\r\n", 400), (b"\x00" * 70000, 0),
+    (bytes(range(256)) * 4, 400, True), (b"\r\n\r\n", 0), (b"", 0, True), (b"POST", 400, True),
+    (b"POST / HT", 400, True), (post(ASK, GOOD)[:60], 411, True), (b"POST /\r\n\r\n", 400),
+]  # fmt: skip
+
+
+def test_bad_requests_are_refused_and_change_nothing(chat, monkeypatch):
+    monkeypatch.setattr(data.server, "SECONDS", 3)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda case: fetch(chat.port, case[0], *case[2:])[0], REFUSED))
+    assert [(c[0][:200], c[1], s) for c, s in zip(REFUSED, found) if c[1] != s] == []
+    assert b"not served here" in raw(chat.port, b"GET /metrics\r\n\r\n")  # HTTP/0.9 has no Host
+    two = post(ASK, GOOD, "Host: [::1]:80") + post("/page/choose", CHOICE)
+    assert fetch(chat.port, two)[0] == 200  # the second one is not read
+    assert get(chat.port, "/health")[2] == {"status": "ok"} and not Path("out").exists()
+
+
+ROLE = '[{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "%s"}}]}]'
+JUNK = ["null", "true", "-1", "0", "1.5", "1e400", "1" * 401, '"x"', '""', f'"{"好" * 99}"', "[]",
+        "{}", "[[]]", "[null]", '{"a": 1}', '["a", 5]', "[1, 2]", '[{"role": "user"}]', "[[1, -1]]",
+        "[" * 99 + "]" * 99, '[{"type": "function"}]', '[{"function": {"name": 5}}]', ROLE % "[[",
+        '{"function": {"name": "x"}}', '[{"role": "tool", "tool_calls": {"a": 1}}]',
+        '[{"role": [], "content": ""}]', ROLE % "1e999"]  # fmt: skip
+
+
+def test_any_value_in_any_field_has_an_answer(chat, text):
+    """Never a 5xx: a step that fails would end everybody's answers."""
+    fields = dict.fromkeys([*data.api.NUMBERS, *data.api.FLAGS, "model", "stop", "stream_options"])
+    more = dict.fromkeys(["tools", "tool_choice", "truncation"])
+    cases = [(chat, ASK, fields | more | GOOD),
+             (text, WRITE, fields | {"prompt": "a", "model": "tiny", "max_tokens": 2}),
+             (chat, "/page/tool", {"name": "search", "arguments": "{}"}),
+             (chat, "/page/classify", {"text": "a"}), (chat, "/page/choose", CHOICE)]  # fmt: skip
+    others = set(POSTS) - {path for _, path, _ in cases}
+    cases += [(text, path, dict.fromkeys(["prompt", "tokens"])) for path in sorted(others)]
+    for serving, path, good in cases:
+        for name, value in itertools.product(good, JUNK):
+            rest = json.dumps({k: v for k, v in good.items() if k != name and v is not None})
+            body = "{" + f'"{name}": {value}' + (", " if len(rest) > 2 else "") + rest[1:]
+            status, _, answer = fetch(serving.port, post(path, body))
+            assert status in (200, 400, 404), body
+            assert "server_error" not in str(answer), body
+
+
+def mutated(content, rng):
+    """A request with some of its bytes lost, changed, doubled or moved."""
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        a = rng.randrange(len(content) + 1)
+        b = min(len(content), a + rng.choice([1, 3, 50]))
+        new = bytes(rng.randrange(256) for _ in range(b - a))
+        new = rng.choice([b"", new, content[a:b] * 2, content[a:b][::-1], b"\r\n", b'"', b"9" * 30])
+        content = content[:a] + new + content[b:]
+    return content
+
+
+def test_mutated_requests(chat, monkeypatch):
+    monkeypatch.setattr(data.server, "SECONDS", 0.5)
+    rng, info = random.Random(7), request("GET /page/info HTTP/1.1")
+    some = [post(ASK, GOOD | {"stream": True}, "Origin: http://localhost"), info]
+    some += [post(ASK, GOOD | {"tools": [tool("search")], "stop": ["a"]})]
+    some += [post("/page/choose", CHOICE)]
+    with ThreadPoolExecutor(16) as pool:
+        cases = [mutated(rng.choice(some), rng) for _ in range(200)]
+        answers = list(pool.map(lambda case: raw(chat.port, case), cases))
+    statuses = [int(a.split()[1]) if a.startswith(b"HTTP/1.1 ") else 0 for a in answers]
+    assert {200, 400} < set(statuses) and max(statuses) < 506 and 500 not in statuses
+    assert get(chat.port, "/health")[0] == 200
+    wait_until(lambda: metrics(chat.port)["slots_busy"] == 0)
+
+
+def test_requests_that_are_much_work_are_refused_or_soon_done(chat, text):
+    """Each body is shorter than the limit."""
+    start, turns = time.monotonic(), [turn("user", "a")] * 20_000
+    assert fetch(text.port, post(WRITE, {"prompt": [""] * 200_000, "n": 16}))[0] == 400
+    assert fetch(chat.port, post(ASK, GOOD | {"messages": turns, "truncation": "auto"}))[0] == 200
+    for depth in (50, 900):
+        tools = [tool("wait") | {"deep": json.loads("[" * depth + "]" * depth)}]
+        assert fetch(chat.port, post(ASK, GOOD | {"tools": tools}))[0] in (200, 400)
+    assert time.monotonic() - start < 10
+
+
+# ---- slow clients, lost clients, failures ----------------------------------------------------
+
+BEGINNINGS = {"header": b"GET / HT", "body": post(ASK, GOOD)[:-9]}
+BEGINNINGS["refused"] = b"X / HTTP/1.1\r\n\r\n"
+
+
+@pytest.mark.parametrize("start", BEGINNINGS.values(), ids=BEGINNINGS)
+def test_200_slow_clients_do_not_keep_out_a_real_one(chat, start):
+    slow, over = [], threading.Event()
+
+    def drip():
+        while not over.wait(0.1):
+            for s in list(slow):
+                with contextlib.suppress(OSError):
+                    s.send(b"a")
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(drip)
+        try:
+            for _ in range(200):
+                slow.append(socket.create_connection(("127.0.0.1", chat.port)))
+                slow[-1].send(start)
+            for _ in range(3):
+                began = time.monotonic()
+                assert chat.chat(messages=HELLO, max_tokens=3).choices[0].message.content == "hi "
+                assert time.monotonic() - began < 3
+        finally:
+            over.set()
+            for s in slow:
+                s.close()
+    wait_until(lambda: chat.server.open == 0)
+
+
+@pytest.fixture
+def slowly(text, monkeypatch):
+    """Each step of the base model takes longer."""
+    step = text.engine.step
+    monkeypatch.setattr(text.engine, "step", lambda: (time.sleep(0.02), step())[1])
+    yield
+    monkeypatch.setattr(text.engine, "step", step)
+    wait_until(lambda: not text.engine.busy)
+
+
+def test_a_client_that_goes_frees_its_slot_and_its_place_in_the_queue(text, slowly):
+    def asking(body, more=b""):
+        s = socket.create_connection(("127.0.0.1", text.port))
+        s.sendall(post(WRITE, LONG | body) + more)
+        return s
+
+    for stream, more in itertools.product((False, True), (b"", b"\r\n", post(WRITE, LONG))):
+        with asking({"n": 2, "stream": stream}, more):
+            wait_until(lambda: metrics(text.port)["slots_busy"] == 2)
+        assert wait_until(lambda: metrics(text.port)["slots_busy"] == 0) < 2  # of six seconds
+    with asking({"n": 4}):
+        wait_until(lambda: metrics(text.port)["slots_busy"] == 4)
+        with asking({"n": 3}):
+            wait_until(lambda: metrics(text.port)["queue"] == 3)
+        assert wait_until(lambda: metrics(text.port)["queue"] == 0) < 2
+        assert metrics(text.port)["slots_busy"] == 4
+
+
+def test_a_full_queue_and_too_many_connections(text, slowly, monkeypatch):
+    monkeypatch.setattr(text.scheduler, "max_waiting", 5)
+    with text.write(**LONG, n=4, stream=True):
+        wait_until(lambda: text.engine.busy == 4)
+        with text.write(**LONG, n=5, stream=True):
+            with pytest.raises(openai.RateLimitError) as e:
+                text.write(**LONG)
+            assert e.value.response.headers["Retry-After"] == "1"
+            monkeypatch.setattr(data.server, "MAX_CONNECTIONS", 2)
+            with pytest.raises(openai.InternalServerError, match="too many connections"):
+                text.client.models.list()
+        monkeypatch.setattr(data.server, "MAX_CONNECTIONS", 64)
+        assert get(text.port, "/health")[0] == 200
+
+
+def test_a_step_that_fails_ends_its_answers_and_not_the_server(text, monkeypatch, capfd):
+    def fail(*_, **settings):
+        raise RuntimeError("broken 好")
+
+    step, asked = text.engine.step, dict(prompt="it", max_tokens=9)
+    failures = metrics(text.port)["failures_total"]
+    expected = text.write(**asked).choices[0].text
+    engine, scheduler = text.engine, text.scheduler
+    cases = (engine, "step", "tiny"), (engine, "add", "tiny"), (scheduler, "activate", "poet")
+    for owner, name, model in cases:
+        with monkeypatch.context() as m, pytest.raises(openai.InternalServerError, match="broken"):
+            m.setattr(owner, name, fail)
+            text.write(**asked | {"model": model})
+    assert text.write(**asked).choices[0].text == expected
+    monkeypatch.setattr(text.engine, "step", lambda: (time.sleep(0.01), step())[1])
+    with pytest.raises(openai.APIError, match="broken 好"):
+        for _ in text.write(**LONG, stream=True):
+            monkeypatch.setattr(text.engine, "step", fail)
+    monkeypatch.setattr(text.engine, "step", step)
+    assert text.write(**asked).choices[0].text == expected
+    after = metrics(text.port)
+    assert after["failures_total"] == failures + 2 and after["slots_busy"] == 0
+    assert capfd.readouterr().err.count("RuntimeError: broken 好") == 2
+
+
+def test_a_tool_that_fails_is_news_for_the_model(chat):
+    def use(name, arguments):
+        body = {"name": name, "arguments": arguments}
+        return json.loads(fetch(chat.port, post("/page/tool", body))[2]["content"])
+
+    assert use("search", '{"name": "Inn"}') == json.loads(INNS)
+    assert "no time" in use("wait", '{"seconds": 1}')["error"]
+    for name, arguments in (("wait", "{"), ("wait", '{"seconds": "x"}'), ("rm", "{}"), ("", "")):
+        assert use(name, arguments)["error"]
+
+
+def test_closing_finishes_what_is_written_and_cuts_what_never_ends(capfd):
+    tokenizer = BYTE.with_special([label_token("pos"), label_token("neg")])
+    model = trained([([1, 2], [1, 1])], 1)
+    with Serving(model, tokenizer) as serving, ThreadPoolExecutor(3) as pool:
+        classify = fetch, serving.port, post("/page/classify", {"text": "fine"})
+        best = pool.submit(*classify).result()[2]["labels"]
+        assert {b["label"] for b in best} == {"pos", "neg"} and best[0]["p"] >= best[1]["p"]
+        step = serving.engine.step
+        serving.engine.step = lambda: (time.sleep(0.05), step())[1]
+        asked = [LONG | {"max_tokens": n, "stream": True} for n in (20, 300, 300, 300)]
+        streams = [serving.write(**each) for each in asked]
+        wait_until(lambda: serving.engine.busy == 4)
+        late = [pool.submit(*classify), pool.submit(fetch, serving.port, post(WRITE, LONG))]
+        wait_until(lambda: len(serving.scheduler.waiting) == 2)
+        closing = pool.submit(serving.scheduler.close, 2.5)
+        wait_until(lambda: serving.scheduler.closing)
+        with pytest.raises(openai.RateLimitError):
+            serving.write(**LONG)
+        assert {future.result()[0] for future in late} <= {429, 503} and not closing.done()
+        assert [c.choices[0].finish_reason for c in streams[0]][-1] == "length"
+        for stream in streams[1:]:
+            with pytest.raises(openai.APIError, match="closing"):
+                list(stream)
+        closing.result()
+        assert get(serving.port, "/health")[0] == 503
+    assert capfd.readouterr().err == ""
+
+
+# ---- the process -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def process(*flags, **variables):
+    """`sample.py --serve 0` with a model that writes letters and never ends: (Popen, port)."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=320, context=1 << 16, n_layer=1, n_head=2, d_model=16, head_bias=True)
+    model = lm.Transformer(lm.Config(**shape))
+    with torch.no_grad():
+        model.head.bias.fill_(-50)[list(b"abcdefghijklmnop")] = 0
+    content = {"config": asdict(model.config), "model": model.state_dict(), "step": 0}
+    Path("run").mkdir()
+    lm.save_checkpoint(Path("run/best.pt"), content | {"tokenizer": CHAT.spec})
+    command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", "run", "--serve", "0"]
+    command += ["--slots", "3", *flags]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    with subprocess.Popen(command, env=env, **pipes) as p:
+        try:
+            yield p, int(re.fullmatch(r"http://[\d.]+:(\d+)/\n", p.stdout.readline())[1])
+        finally:
+            p.kill()
+
+
+SITE = "https://site.example"
+PUBLIC = ["--cors", SITE, "--host", "0.0.0.0", "--api_key", "k1"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("name, code, flags", [("SIGTERM", 143, PUBLIC), ("SIGINT", 130, [])])
+def test_a_signal_lets_answers_end_and_a_key_is_needed(name, code, flags):
+    with process(*flags, **({} if flags else {"SCRATCHLM_API_KEY": "k1"})) as (p, port):
+        assert [get(port, path)[0] for path in ("/v1/models", "/", "/health")] == [401, 200, 200]
+        key, site, body = "Authorization: Bearer k1", f"Origin: {SITE}", GOOD | {"model": "run"}
+        status, headers, _ = fetch(port, post(ASK, body, key, site))
+        assert status == (200 if flags else 403)
+        assert headers.get("Access-Control-Allow-Origin") == (SITE if flags else None)
+        status, headers, _ = fetch(port, request(f"OPTIONS {ASK} HTTP/1.1", site))
+        assert status == 204 and ("Access-Control-Allow-Headers" in headers) == bool(flags)
+        create = functools.partial(client(port, "k1").chat.completions.create, **body)
+        ends = create(max_tokens=600, stream=True)
+        never = create(max_tokens=65000, stream=True) if flags else ()
+        chunks = [next(ends)]
+        p.send_signal(getattr(signal, name))
+        start = time.monotonic()
+        time.sleep(0.3)
+        with pytest.raises((openai.RateLimitError, openai.APIConnectionError)):
+            create()
+        chunks += ends
+        assert sum(len(c.choices[0].delta.content or "") for c in chunks) == 600
+        assert chunks[-1].choices[0].finish_reason == "length"
+        with pytest.raises(openai.APIError, match="closing") if flags else contextlib.nullcontext():
+            list(never)
+        assert p.wait(10) == code and time.monotonic() - start < 8
+        assert p.stderr.read() == ""
+
+
+def test_what_cannot_be_served_is_one_line(chat, monkeypatch):
+    monkeypatch.delenv("SCRATCHLM_API_KEY", raising=False)
+    monkeypatch.setattr(sample, "load", lambda *args: (chat.model, CHAT, Path("tiny.pt")))
+    for flags, words in (
+        (["--serve", str(chat.port)], "cannot be used"),
+        (["--serve", "70000"], "cannot be used"),
+        (["--serve", "70000", "--host", "::1"], "cannot be used"),  # nobody else's: no key
+        (["--serve", "0", "--host", "0.0.0.0"], "give it an --api_key"),
+        (["--serve", "0", "--host", "no such host", "--api_key", "k"], "cannot be used"),
+    ):
+        with pytest.raises(UserError, match=words) as e:
+            sample.main([*flags, "--no_fast", "--ckpt", "tiny.pt"])
+        assert "\n" not in str(e.value)
+
+
+# ---- figures and the page's own routes -------------------------------------------------------
+
+
+def test_figures_count_what_was_asked(chat):
+    before = metrics(chat.port)
+    usage = [chat.chat(messages=HELLO, max_tokens=n).usage for n in (1, 3, 6)]
+    after = metrics(chat.port)
+    new = {name: after[name] - before[name] for name in after}
+    assert new["requests_total"] == 4 and after["slots"] == 4 and after["slots_busy"] == 0
+    assert new["prompt_tokens_total"] == sum(u.prompt_tokens for u in usage)
+    assert new["completion_tokens_total"] == sum(u.completion_tokens for u in usage) == 10
+    assert new["cached_tokens_total"] == sum(u.prompt_tokens_details.cached_tokens for u in usage)
+    for name, count in (("first_token", 3), ("next_token", 7)):
+        assert new[f"{name}_seconds_count"] == count and new[f"{name}_seconds_sum"] > 0
+        buckets = [v for k, v in after.items() if k.startswith(f"{name}_seconds_bucket")]
+        assert buckets == sorted(buckets) and buckets[-1] == after[f"{name}_seconds_count"]
+
+
+def test_choices_are_rows_that_finetune_reads(chat):
+    assert get(chat.port, "/page/info")[2]["choices"]["count"] == 0
+    call = {"function": {"name": "search", "arguments": "{}"}}
+    talk = [*HELLO, {"role": "assistant", "tool_calls": [call]}, turn("tool", "[]")]
+    more = '{"prompt": [{"role": "user", "content": "a", "b": 1e400, "c": %s}], ' % ("9" * 400)
+    good = [CHOICE, CHOICE | {"messages": talk}, more + '"chosen": "x", "rejected": "y", "d": 1}']
+    good += [{"prompt": "学 it", "chosen": "a", "rejected": "b"}]
+    for n, row in enumerate(good, start=1):
+        assert fetch(chat.port, post("/page/choose", row))[::2] == (200, {"count": n})
+    call = {"function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}}
+    half = [*HELLO, {"role": "assistant", "tool_calls": [call]}]
+    for bad in ({"rejected": "hi 你好"}, {"chosen": " "}, {"chosen": 5}, {"chosen": None},
+                {"messages": []}, {"messages": half}, {"messages": [turn("x", "y")]}):  # fmt: skip
+        assert fetch(chat.port, post("/page/choose", CHOICE | bad))[0] == 400
+    for bad in ({}, {"prompt": "a", "chosen": "b"}, {"messages": [*HELLO, turn("assistant", "x")]}):
+        assert fetch(chat.port, post("/page/choose", bad))[0] == 400
+    info = get(chat.port, "/page/info")[2]["choices"]
+    assert info["count"] == 4 and info["file"] == str(Path("out/choices.jsonl"))
+    kind, parts, _ = load_data(info["file"])
+    assert kind == "prefer" and len(parts["train"]) + len(parts["val"]) == 4
+
+
+def test_a_disk_that_fails_is_said(chat):
+    Path("out").write_text("no folder", encoding="utf-8")
+    assert fetch(chat.port, post("/page/choose", CHOICE))[0] == 500
+
+
+def test_runs_and_their_figures(chat):
+    assert get(chat.port, "/page/runs")[2] == {"runs": []}
+    rows = [{"step": n, "loss": 1 / n, "lr": 0.1} for n in range(1, 2001)]
+    rows.insert(1000, {"step": 1000, "val_loss": 2.0})
+    texts = {"long": "".join(json.dumps(r) + "\n" for r in rows)}
+    texts["cut 好"] = '{"step": 1, "loss": NaN}\n{"step": 2, "loss": Infinity}\n{"step": 3, "lo'
+    texts |= {"empty": "", "odd": '5\n[1]\n\nnull\n{"val_loss": 1}\n'}
+    for n, (name, content) in enumerate(texts.items()):
+        Path("out", name).mkdir(parents=True)
+        Path("out", name, "metrics.jsonl").write_text(content, encoding="utf-8")
+        os.utime(Path("out", name, "metrics.jsonl"), (time.time() - n, time.time() - n))
+    Path("out/long/settings.json").write_text('{"lr": 0.1}', encoding="utf-8")
+    Path("out/odd/settings.json").write_text("{", encoding="utf-8")
+    Path("out/no run").mkdir()
+    with data.runs.lock_folder("out/odd"):
+        runs = get(chat.port, "/page/runs")[2]["runs"]
+    assert [r["name"] for r in runs] == list(texts) and runs[0]["bytes"] == len(texts["long"])
+    assert [r["step"] for r in runs] == [2000, 2, 0, 0] and all(-1 < r["age"] < 60 for r in runs)
+    assert [r["live"] for r in runs] == [False, False, False, True]
+    found = {n: get(chat.port, "/page/run?name=" + quote(n))[2] for n in texts}
+    long = found["long"]["rows"]
+    assert found["long"]["settings"] == {"lr": 0.1} and 500 < len(long) < 800
+    assert rows[1000] in long and long[-1] == rows[-1] and all(r in rows for r in long)
+    assert found["cut 好"]["rows"] == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]
+    assert found["empty"] == {"name": "empty", "settings": {}, "rows": []}
+    assert found["odd"] == {"name": "odd", "settings": {}, "rows": [{"val_loss": 1}]}
