@@ -38,6 +38,7 @@ from data.chat import (
     CHAT_TOKENS,
     Template,
     chat_prompt,
+    find_template,
     label_token,
 )
 from data.cli import Parser, UserError, check_limits, run_cli
@@ -653,11 +654,7 @@ def special_tokens(tokenizer, labels):
     the tokenizer has no family's."""
     if labels:
         return [label_token(name) for name in labels]
-    try:
-        Template(tokenizer)
-        return []
-    except UserError:
-        return CHAT_TOKENS
+    return CHAT_TOKENS if find_template(tokenizer) is None else []
 
 
 def build_model(args, content, labels):

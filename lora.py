@@ -286,6 +286,11 @@ def adapted(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def adapter_names(model):
+    """The names of a model's adapters."""
+    return list(dict.fromkeys(n for layer in adapted(model).values() for n in layer.a))
+
+
 def train_new_embeddings(model, tables, first):
     """Let rows from `first` on of the named weight tables learn beside the adapters: those of
     special tokens that the base has never seen. All other rows get no gradient, ever."""
@@ -305,8 +310,8 @@ def train_new_embeddings(model, tables, first):
 def set_adapter(model, *names):
     """Make exactly the adapters `names` active, without a name none; their table rows come along.
     UserError for a name that the model has not."""
-    known = {n for layer in adapted(model).values() for n in layer.a}
-    if missing := set(names) - known:
+    known = adapter_names(model)
+    if missing := set(names) - set(known):
         has = ", ".join(sorted(known)) or "none"
         raise UserError(f"there is no adapter {', '.join(sorted(missing))}; the model has {has}")
     for layer in adapted(model).values():

@@ -7,10 +7,11 @@
     python sample.py --analogy "king - man + woman"         arithmetic in the embedding table
     python sample.py --ckpt out/hotel-ft --chat --tools hotel       talk, and let it look things up
     python sample.py --ckpt out/sentiment-ft --prompt "a fine film"  a classifier's verdict
+    python sample.py --ckpt out/hotel-ft --serve --tools hotel      a page, and OpenAI's API
 
 The chapters: sampling filters (logits in, one token out), generation with a key/value cache, beam
-search, analogies and labels, the fast copy of the model for writing on a CPU, and the command line.
-Ids to text: data/reply.py. The terminal chat: data/terminal.py. The server: data/server.py.
+search, labels, the fast copy of the model for writing on a CPU, and the command line. Ids to text:
+data/reply.py. The chat in the terminal: data/terminal.py. The server: data/server.py.
 """
 
 import math
@@ -33,7 +34,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora
-from data.chat import Template, label_token, labels_of
+from data.analogy import analogy
+from data.chat import find_template, label_token, labels_of
 from data.cli import Parser, UserError, check_limits, printable, run_cli
 from data.machine import DTYPES, choose_device, dtype_name
 from data.matmul import product, timing_lines
@@ -501,45 +503,8 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
 
 
 # --------------------------------------------------------------------------------------------
-# Words as vectors, and labels
+# A classifier's labels
 # --------------------------------------------------------------------------------------------
-
-
-def word_vector(word, tokenizer, table):
-    """(embedding, ids) of a word: of its single token, best with a space before it as words have in
-    running text, else the mean of its tokens."""
-    ways = [tokenizer.encode(" " + word), tokenizer.encode(word)]
-    ids = next((w for w in ways if len(w) == 1), ways[1])
-    check_ids([ids], len(table))
-    return table[ids].float().mean(0), ids
-
-
-def analogy(expression, tokenizer, table, choices=(), n=10):
-    """[(text, cosine)], nearest first, for an expression such as "king - man + woman".
-
-    table (V, C) is the embedding table. Candidates are `choices`, or all tokens but those of the
-    expression. Mikolov et al. 2013: directions between words carry meaning.
-    """
-    parts = re.findall(r"([+-]?)\s*([^\s+-]+)", expression)
-    if not parts:
-        raise UserError(f"--analogy {expression!r}: words with + and - between them, please")
-    goal, used = torch.zeros(table.shape[1]), set()
-    for sign, word in parts:
-        vector, ids = word_vector(word, tokenizer, table)
-        goal = goal - vector if sign == "-" else goal + vector
-        used.update(ids)
-    if choices:
-        names, vectors = list(choices), [word_vector(c, tokenizer, table)[0] for c in choices]
-        near = torch.cosine_similarity(torch.stack(vectors), goal, dim=-1)
-    else:
-        known = [
-            i for i in range(min(tokenizer.n_vocab, len(table))) if tokenizer.byte_lengths[i] > 0
-        ]
-        known = [i for i in known if i not in used]
-        names = [tokenizer.decode([i]) for i in known]
-        near = torch.cosine_similarity(table[known].float(), goal, dim=-1)
-    best = near.topk(min(n, len(names)))
-    return [(names[i], s) for s, i in zip(best.values.tolist(), best.indices.tolist())]
 
 
 @torch.inference_mode()
@@ -755,7 +720,7 @@ def allowed_ids(model, tokenizer, chat=False):
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     lengths = torch.from_numpy(tokenizer.byte_lengths[: len(allowed)])
     allowed[: len(lengths)] = lengths > 0
-    for i in Template(tokenizer).spoken if chat else (tokenizer.eos_id,):
+    for i in find_template(tokenizer).spoken if chat else (tokenizer.eos_id,):
         if i < len(allowed):
             allowed[i] = True
     return allowed.to(model.embed.weight.device)
@@ -886,15 +851,8 @@ def make_service(model, tokenizer, where, args, tools):
     from data.scheduler import Scheduler
     from data.server import CHOICES, LOCAL, Service
 
-    labels, kind = labels_of(tokenizer), "classifier"
-    try:
-        template = Template(tokenizer)
-    except UserError:
-        template = None
-    if not labels:
-        kind = "base" if template is None else "chat"
-    layers = {} if isinstance(model, FastTransformer) else lora.adapted(model)
-    named = list(next((layer.a for layer in layers.values()), ()))
+    labels, template = labels_of(tokenizer), find_template(tokenizer)
+    named = [] if isinstance(model, FastTransformer) else lora.adapter_names(model)
     base = (where.parent if where.suffix == ".pt" else where).name or "model"
     adapters = {n: n for n in named} | {"base" if base in named else base: None}
     masks = {(True, call): chat_ids(model, tokenizer, template, call) for call in (True, False)}
@@ -915,7 +873,8 @@ def make_service(model, tokenizer, where, args, tools):
     known = {n for n, f in (tools or {}).items() if getattr(f, "needs_no_schema", False)}
     api = Api(scheduler, tokenizer, adapters, model.config.context, masks, settings, known)
     command = f"python finetune.py --ckpt {args.ckpt or where} --data {CHOICES}"
-    info = {"model": api.names[0], "models": api.names, "kind": kind, "labels": labels}
+    info = {"model": api.names[0], "models": api.names, "labels": labels}
+    info["kind"] = "classifier" if labels else "chat" if template else "base"
     info |= {"settings": settings, "context": api.context, "system": args.system or ""}
     info["max_tokens"] = min(args.max_new_tokens, api.context // 2)
     info["tools"] = [function_schema(name, f) for name, f in (tools or {}).items()]

@@ -12,8 +12,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
-from data.chat import Template, chat_prompt, render_chat
-from data.cli import UserError
+from data.chat import chat_prompt, find_template, render_chat
 from data.reply import Reply
 from data.rows import call_message
 from data.scheduler import Job
@@ -391,10 +390,7 @@ class Api:
         self.adapters, self.names, self.known = adapters, list(adapters), set(known)
         self.allowed, self.settings, self.started = allowed, settings, int(time.time())
         self.special = {i: name for name, i in tokenizer.special.items()}
-        try:
-            self.template = Template(tokenizer)
-        except UserError:
-            self.template = None
+        self.template = find_template(tokenizer)
 
     def token(self, i):
         """What the API calls an id: its text, or bytes:\\xe4 for a part of a character."""

@@ -156,6 +156,13 @@ class Template:
         return {"role": "assistant", "content": text}
 
 
+def find_template(tokenizer):
+    """The Template of a tokenizer's family; None if it has none, as of a base model."""
+    with contextlib.suppress(UserError):
+        return Template(tokenizer)
+    return None
+
+
 # How Qwen's template tells a model of its tools: what comes before and after the schemas.
 CHATML_TOOLS = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are "

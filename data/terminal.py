@@ -6,7 +6,7 @@ import select
 import sys
 from pathlib import Path
 
-from data.chat import Template, chat_prompt, render_chat
+from data.chat import chat_prompt, find_template, render_chat
 from data.cli import UserError, printable
 from data.reply import Reply
 from data.tools import call_tool, function_schema
@@ -29,10 +29,7 @@ class Chat:
     def __init__(self, tokenizer, context, tools=None, max_tokens=200, seed=None):
         self.tokenizer, self.tools, self.context, self.seed = tokenizer, tools or {}, context, seed
         self.max_tokens = min(max_tokens, context // 2)
-        try:
-            self.template = Template(tokenizer)
-        except UserError:
-            self.template = None
+        self.template = find_template(tokenizer)
         self.is_base = self.template is None
         ours = self.is_base or self.template.kind == "ours"
         self.schemas = [

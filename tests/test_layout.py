@@ -17,6 +17,7 @@ IMPORTS = {
     "data.plot": "",
     "data.machine": "data.cli",
     "data.matmul": "data.cli",
+    "data.analogy": "data.cli",
     "data.files": "data.cli",
     "data.runs": "data.cli",
     "data.download": "data.files",
@@ -42,14 +43,15 @@ IMPORTS = {
     "model": "data.hf_tokenizer data.hf_weights data.machine",
     "mnist": "model data.idx data.plot data.runs",
     "lora": "model data.hf_adapter",
-    "sample": "lora data.matmul data.runs data.terminal",
+    "sample": "lora data.analogy data.matmul data.runs data.terminal",
     "train": "model prepare_data data.plot data.runs",
     "finetune": "train sample data.scores",
 }
 # What only one function needs, once all else is done: train.py's closing sample, the server.
 LATE = {"train": {"sample"}, "sample": {"data.api", "data.scheduler", "data.server"}}
 WITHOUT_TORCH = {m for m in IMPORTS if m.startswith("data.")} | {"prepare_data"}
-WITHOUT_TORCH -= {f"data.{m}" for m in ("tensors", "hf_weights", "hf_adapter", "matmul", "machine")}
+WITHOUT_TORCH -= {"data.analogy", "data.machine", "data.matmul", "data.tensors"}
+WITHOUT_TORCH -= {"data.hf_weights", "data.hf_adapter"}
 PATHS = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
 if (ROOT / ".git").exists():  # a reader's own scripts and tools beside ours have other rules
     ours = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout

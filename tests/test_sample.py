@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
+from data.analogy import word_vector
 from data.cli import UserError, printable
 from data.tokenizer import Tokenizer
 from model import Config, KVCache, Transformer, load_checkpoint, save_checkpoint
@@ -679,7 +680,7 @@ def test_choices_are_the_only_answers():
 def test_a_word_of_several_tokens_is_their_mean():
     tok = word_tokenizer()
     table = word_table(tok)
-    vector, ids = sample.word_vector("ax", tok, table)
+    vector, ids = word_vector("ax", tok, table)
     assert ids == [97, 120]
     assert torch.allclose(vector, (table[97] + table[120]) / 2)
 
