@@ -16,7 +16,8 @@ import time
 import urllib.parse
 from pathlib import Path
 
-from data.api import ApiError, parse_body
+from data.answer import ApiError
+from data.api import parse_body
 from data.cli import StopSignal, UserError
 from data.rows import to_example
 from data.runs import OUT, read_run, run_list
@@ -379,9 +380,8 @@ class Service:
         scheduler = self.api.scheduler
         try:
             server = Server((host, port), self)
-        except (OSError, OverflowError) as e:
-            reason = getattr(e, "strerror", e)
-            raise UserError(f"--serve {port}: {host}:{port} cannot be used ({reason})") from e
+        except OSError as e:
+            raise UserError(f"--serve {port}: {host}:{port} cannot be used ({e.strerror})") from e
         with server, StopSignal() as stop:
             scheduler.start()
             threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
