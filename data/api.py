@@ -205,10 +205,15 @@ class Api:
         text = self.special.get(i, "") if raw is None else raw.decode(errors="replace")
         return {"token": text, "logprob": finite(logprob), "bytes": list(raw or text.encode())}
 
+    def model(self, name):
+        """What there is to say of a model."""
+        self.check_model(name)
+        about = {"object": "model", "created": self.started, "owned_by": "scratchlm"}
+        return {"id": name} | about
+
     def models(self):
         """The answer to /v1/models."""
-        about = {"object": "model", "created": self.started, "owned_by": "scratchlm"}
-        return {"object": "list", "data": [{"id": name} | about for name in self.names]}
+        return {"object": "list", "data": [self.model(name) for name in self.names]}
 
     def check_model(self, name):
         """ApiError for a model that is not served."""

@@ -103,8 +103,10 @@ def read_run(name, most=600):
     """{"name", "settings", "rows"} of a run: its metrics, of which about `most` are kept."""
     folder, settings = OUT / name, {}
     with contextlib.suppress(OSError, ValueError):
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    rows = list(json_lines((folder / "metrics.jsonl").read_text(encoding="utf-8")))
+        text = (folder / "settings.json").read_text(encoding="utf-8")
+        settings = json.loads(text, parse_constant=lambda name: None)
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    rows = list(json_lines(text))
     steps = [r for r in rows if "loss" in r]
     every = max(1, len(steps) // most)
     kept = {id(r) for r in steps[-1 % every :: every]} | {id(r) for r in steps[-1:]}

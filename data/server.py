@@ -123,7 +123,7 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     """One request: read, checked, answered."""
 
-    protocol_version = "HTTP/1.1"
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
     server_version, sys_version = "scratchlm", ""
 
     def setup(self):
@@ -150,6 +150,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             path, query = self.address()
             if self.command == "OPTIONS":
                 return self.send(204, b"", "text/plain")
+            if path.startswith("/v1/models/"):
+                query = {"name": urllib.parse.unquote(path.removeprefix("/v1/models/"))}
+                path = "/v1/models/"
             route = ROUTES.get(path)
             if route is None:
                 raise ApiError(404, f"there is no {path[:80]}", code="not_found")
@@ -251,7 +254,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def fail(self, error):
         """Send an ApiError: as the answer, or as an event of a stream that has begun."""
-        content = json.dumps(error.body(), ensure_ascii=False).encode("utf-8", "replace")
+        content = json.dumps(error.body()).encode()
         with contextlib.suppress(OSError, TimeoutError):
             if self.sent:
                 self.wfile.write(b"data: " + content + b"\n\n")
@@ -266,8 +269,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             more = {"Content_Security_Policy": POLICY} if kind == "text/html" else {}
             return self.send(200, answer.encode(), f"{kind}; charset=utf-8", **more)
         if isinstance(answer, dict):
-            content = json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace")
-            return self.send(200, content, "application/json")
+            return self.send(200, json.dumps(answer).encode(), "application/json")
         self.connection.settimeout(SECONDS)
         try:
             if not answer.body.get("stream"):
@@ -280,8 +282,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for chunk in answer.chunks():
                 self.check_client()
                 if chunk is not None:
-                    text = json.dumps(chunk, ensure_ascii=False)
-                    self.wfile.write(f"data: {text}\n\n".encode("utf-8", "replace"))
+                    self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
             self.wfile.write(b"data: [DONE]\n\n")
         finally:
             answer.close()
@@ -403,6 +404,7 @@ ROUTES = {
     "/health": ("GET", True, Service.health),
     "/metrics": ("GET", False, Service.metrics),
     "/v1/models": ("GET", False, lambda s, _: s.api.models()),
+    "/v1/models/": ("GET", False, lambda s, query: s.api.model(query["name"])),
     "/v1/chat/completions": ("POST", False, lambda s, body: s.api.chat(body)),
     "/v1/completions": ("POST", False, lambda s, body: s.api.completion(body)),
     "/tokenize": ("POST", False, lambda s, body: s.api.tokenize(body)),

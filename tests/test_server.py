@@ -121,6 +121,7 @@ def text():
     for layer in lora.adapted(model).values():
         for p in (*layer.a.values(), *layer.b.values()):
             torch.nn.init.normal_(p, std=0.3)
+    lora.set_adapter(model, "poet")  # as `sample.load` leaves it
     with Serving(model, BYTE, seed=1) as serving:
         yield serving
 
@@ -283,6 +284,7 @@ def test_a_scoring_client_gets_the_models_sums(text):
 
 def test_models_keys_and_errors(chat, text, monkeypatch):
     assert [m.id for m in text.client.models.list()] == ["poet", "clerk", "tiny"]
+    assert text.client.models.retrieve("clerk").id == "clerk"
     with pytest.raises(openai.NotFoundError) as e:
         chat.chat(messages=HELLO, model="gpt-4")
     assert (e.value.code, e.value.param) == ("model_not_found", "model")
@@ -736,14 +738,15 @@ def test_what_cannot_be_served_is_one_line(chat, monkeypatch):
     monkeypatch.setattr(sample, "load", lambda *args: (chat.model, CHAT, Path("tiny.pt")))
     for flags, words in (
         (["--serve", str(chat.port)], "cannot be used"),
-        (["--serve", "70000"], "cannot be used"),
-        (["--serve", "70000", "--host", "::1"], "cannot be used"),  # nobody else's: no key
+        (["--serve", "70000"], "port"),
         (["--serve", "0", "--host", "0.0.0.0"], "give it an --api_key"),
         (["--serve", "0", "--host", "no such host", "--api_key", "k"], "cannot be used"),
     ):
         with pytest.raises(UserError, match=words) as e:
             sample.main([*flags, "--no_fast", "--ckpt", "tiny.pt"])
         assert "\n" not in str(e.value)
+    args = sample.build_parser().parse_args(["--host", "::1"])  # nobody else's: no key
+    assert sample.make_service(chat.model, CHAT, Path("tiny.pt"), args, None).key is None
 
 
 # ---- figures and the page's own routes -------------------------------------------------------
