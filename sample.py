@@ -849,7 +849,8 @@ def make_service(model, tokenizer, where, args, tools):
     """What --serve serves: an Engine with its Scheduler behind OpenAI's API, and the page."""
     from data.api import Api  # not above: nobody else needs an HTTP server
     from data.scheduler import Scheduler
-    from data.server import CHOICES, LOCAL, Service
+    from data.server import LOCAL
+    from data.service import CHOICES, Service
 
     labels, template = labels_of(tokenizer), find_template(tokenizer)
     named = [] if isinstance(model, FastTransformer) else lora.adapter_names(model)

@@ -36,7 +36,8 @@ IMPORTS = {
     "data.scheduler": "data.cli",
     "data.answer": "data.reply data.scheduler",
     "data.api": "data.answer data.rows",
-    "data.server": "data.api data.runs data.tools",
+    "data.server": "data.api",
+    "data.service": "data.server data.runs data.tools",
     "data.hf_tokenizer": "data.chat data.tokenizer",
     "data.hf_weights": "data.tensors data.download",
     "data.hf_adapter": "data.hf_weights",
@@ -49,7 +50,8 @@ IMPORTS = {
     "finetune": "train sample data.scores",
 }
 # What only one function needs, once all else is done: train.py's closing sample, the server.
-LATE = {"train": {"sample"}, "sample": {"data.api", "data.scheduler", "data.server"}}
+LATE = {"train": {"sample"}}
+LATE["sample"] = {"data.api", "data.scheduler", "data.server", "data.service"}
 WITHOUT_TORCH = {m for m in IMPORTS if m.startswith("data.")} | {"prepare_data"}
 WITHOUT_TORCH -= {"data.analogy", "data.machine", "data.matmul", "data.tensors"}
 WITHOUT_TORCH -= {"data.hf_weights", "data.hf_adapter"}

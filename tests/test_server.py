@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data.server
+import data.service
 import lora
 import model as lm
 import sample
@@ -307,7 +308,7 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
         chat.client.models.list()
     for status, given in (200, "Bearer schlüssel"), (401, "Bearer schl"), (401, "schlüssel"):
         assert get(chat.port, "/v1/models", f"Authorization: {given}")[0] == status
-    open_to_all = {path for path in data.server.ROUTES if get(chat.port, path)[0] == 200}
+    open_to_all = {path for path in data.service.ROUTES if get(chat.port, path)[0] == 200}
     assert open_to_all == {"/", "/health"}
 
 
@@ -415,7 +416,7 @@ def wait_until(true, seconds=5):
 ASK, WRITE, LENGTH = "/v1/chat/completions", "/v1/completions", "Content-Length: "
 GOOD = {"model": "tiny", "messages": HELLO, "max_tokens": 2}
 CHOICE = {"messages": HELLO, "chosen": "hi 你好", "rejected": "no"}
-POSTS = [path for path, (method, *_) in data.server.ROUTES.items() if method == "POST"]
+POSTS = [path for path, (method, *_) in data.service.ROUTES.items() if method == "POST"]
 CHUNKED, CHUNKS = "Transfer-Encoding: chunked", b"2\r\n{}\r\n0\r\n\r\n"
 REFUSED = [  # (request, its status, perhaps that no more is sent)
     *[(post(ASK, body), 400) for body in (
