@@ -845,6 +845,9 @@ def write_beams(model, tokenizer, prompt, args):
     return [ids for _, ids in beams]
 
 
+SLOTS = 16
+
+
 def make_service(model, tokenizer, where, args, tools):
     """What --serve serves: an Engine with its Scheduler behind OpenAI's API, and the page."""
     from data.api import Api  # not above: nobody else needs an HTTP server
@@ -868,21 +871,26 @@ def make_service(model, tokenizer, where, args, tools):
         shares = classify(model, [ids], goals)[0].exp().tolist()
         return sorted(zip(labels, shares), key=lambda pair: -pair[1])
 
-    engine = Engine(model, args.slots, 256, chunk=256)
+    engine = Engine(model, args.slots or SLOTS, 256, chunk=256)
     scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
     settings = {name: getattr(args, name) for name in DECODING}
     known = {n for n, f in (tools or {}).items() if getattr(f, "needs_no_schema", False)}
-    api = Api(scheduler, tokenizer, adapters, model.config.context, masks, settings, known)
+    schemas = [function_schema(name, f) for name, f in (tools or {}).items()]
+    how = masks, settings, schemas, known
+    api = Api(scheduler, tokenizer, adapters, model.config.context, *how)
     command = f"python finetune.py --ckpt {args.ckpt or where} --data {CHOICES}"
     info = {"model": api.names[0], "models": api.names, "labels": labels}
     info["kind"] = "classifier" if labels else "chat" if template else "base"
     info |= {"settings": settings, "context": api.context, "system": args.system or ""}
     info["max_tokens"] = min(args.max_new_tokens, api.context // 2)
-    info["tools"] = [function_schema(name, f) for name, f in (tools or {}).items()]
-    info["choices"] = {"file": str(CHOICES), "command": command}
+    info["tools"], info["choices"] = schemas, {"file": str(CHOICES), "command": command}
     key = args.api_key or os.environ.get("SCRATCHLM_API_KEY")
-    if args.host not in LOCAL and not key:
+    if args.host not in (None, *LOCAL) and not key:
         raise UserError(f"--host {args.host} opens the server to others: give it an --api_key")
+    if key and not re.fullmatch("[!-~]+", key):
+        raise UserError("--api_key must be of ASCII letters, digits and signs, as HTTP wants it")
+    if args.cors and not re.fullmatch(r"https?://[^/\s]+", args.cors):
+        raise UserError(f"--cors {args.cors} is no origin like https://example.org")
     return Service(api, info, tools or {}, verdict if labels else None, key, args.cors)
 
 
@@ -944,10 +952,10 @@ def build_parser():
     add("--tools", help="with --chat: hotel, or a .py file whose functions the model may call")
     add("--serve", type=int, nargs="?", const=6006, metavar="PORT",
         help="a page and OpenAI's API on this port (default 6006; 0 is any that is free)")
-    add("--host", default="127.0.0.1", help="with --serve: the address; another needs a key")
+    add("--host", help="with --serve: the address (default 127.0.0.1; another needs a key)")
     add("--api_key", help="with --serve: what clients must know (default: SCRATCHLM_API_KEY)")
     add("--cors", metavar="ORIGIN", help="with --serve: a site whose pages may use the API")
-    add("--slots", type=int, default=16, help="with --serve: texts at once (default 16)")
+    add("--slots", type=int, help=f"with --serve: texts at once (default {SLOTS})")
     add("--analogy", help='nearest tokens of e.g. "king - man + woman" in the embedding table')
     add("--choices", help="with --analogy: pick among these, separated by commas")
     return p
@@ -965,6 +973,9 @@ def check_settings(args):
         raise UserError("--chat takes no --prompt, --beams or --num_samples")
     if args.choices and not args.analogy:
         raise UserError("--choices is for --analogy")
+    for name in ("host", "api_key", "cors", "slots"):
+        if getattr(args, name) is not None and args.serve is None:
+            raise UserError(f"--{name} is for --serve")
     for name in ("tools", "system"):
         if getattr(args, name) is not None and not args.chat and args.serve is None:
             raise UserError(f"--{name} is for --chat and --serve")
@@ -995,8 +1006,9 @@ def main(argv=None):
         if tokenizer is None:
             raise UserError(f"{where} carries no tokenizer: it can only continue --prompt_ids")
         labels = labels_of(tokenizer)
-        model = model if labels else fast_model(model, args.slots, args)
-        return make_service(model, tokenizer, where, args, tools).serve(args.host, args.serve)
+        model = model if labels else fast_model(model, args.slots or SLOTS, args)
+        service = make_service(model, tokenizer, where, args, tools)
+        return service.serve(args.host or "127.0.0.1", args.serve)
     if args.chat:
         model = fast_model(model, 1, args)
         settings = {name: getattr(args, name) for name in DECODING}

@@ -149,10 +149,10 @@ def newest(messages, tokenizer, room):
     return system + kept[::-1]
 
 
-def read_tools(body):
-    """(the schemas of `tools`, whether one may be called, and what must be: None is nothing, "" any
-    of them, else a name)."""
-    tools, choice = body.get("tools", []), body.get("tool_choice", "auto")
+def read_tools(body, default):
+    """(the schemas of `tools`, by default the server's, whether one may be called, and what must
+    be: None is nothing, "" any of them, else a name)."""
+    tools, choice = body.get("tools", default), body.get("tool_choice", "auto")
     try:
         names = [t["function"]["name"] for t in tools]
         known = {"auto": None, "none": None} | ({"required": ""} if tools else {})
@@ -179,13 +179,17 @@ class Api:
     context     of the model, in tokens
     allowed     {(chat, may_call): bools (V,), the ids that may come}
     settings    what holds for a request that does not say otherwise
+    tools       schemas of what it may call if a request names no tools of its own
     known       names of functions that the model knows, and need not be told of
     """
 
-    def __init__(self, scheduler, tokenizer, adapters, context, allowed, settings, known=()):
+    def __init__(
+        self, scheduler, tokenizer, adapters, context, allowed, settings, tools=(), known=()
+    ):
         self.scheduler, self.tokenizer, self.context = scheduler, tokenizer, context
         self.adapters, self.names, self.known = adapters, list(adapters), set(known)
-        self.allowed, self.settings, self.started = allowed, settings, int(time.time())
+        self.allowed, self.settings, self.tools = allowed, settings, list(tools)
+        self.started = int(time.time())
         self.special = {i: name for name, i in tokenizer.special.items()}
         self.template = find_template(tokenizer)
 
@@ -249,7 +253,8 @@ class Api:
         """The Answer to a request for a chat completion."""
         check_fields(body, chat=True)
         self.check_model(body.get("model", self.names[0]))
-        messages, (tools, may_call, forced) = read_messages(body.get("messages")), read_tools(body)
+        messages, default = read_messages(body.get("messages")), self.tools if self.template else []
+        tools, may_call, forced = read_tools(body, default)
         if self.template is None:
             raise ApiError(
                 400, "this model has no chat template, so it knows no turns and calls no tools: "
@@ -319,7 +324,9 @@ class Api:
 
     def tokenize(self, body):
         """The ids of a text in which special tokens may be spelt out."""
-        text, special = text_of(body.get("prompt"), "prompt"), self.tokenizer.special
+        if "prompt" not in body:
+            raise ApiError(400, "a prompt is needed", "prompt")
+        text, special = text_of(body["prompt"], "prompt"), self.tokenizer.special
         parts = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
         parts = [[special[p]] if p in special else self.tokenizer.encode(p) for p in parts]
         ids = [i for part in parts for i in part]

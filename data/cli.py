@@ -134,7 +134,7 @@ class StopSignal:
 LIMITS = (
     (
         "batch_size batch_tokens eval_every grad_accum judge log_every max_new_tokens max_steps "
-        "num_samples show_mask slots steps tokens workers",
+        "num_samples show_mask steps tokens workers",
         "at least 1",
         lambda v: 1 <= v <= 2**62,
     ),
@@ -155,6 +155,7 @@ LIMITS = (
     ("val_fraction", "above 0 and at most 0.5", lambda v: 0 < v <= 0.5),
     ("length_penalty", "from -10 to 10", lambda v: -10 <= v <= 10),
     ("frequency_penalty presence_penalty", "from -2 to 2", lambda v: -2 <= v <= 2),
+    ("slots", "from 1 to 256", lambda v: 1 <= v <= 256),
     ("serve", "a port from 0 to 65535", lambda v: 0 <= v < 2**16),
 )
 

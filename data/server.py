@@ -29,6 +29,12 @@ POLICY = (
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
+BUSY = json.dumps(ApiError(503, "too many connections: try again in a second").body())
+BUSY = (
+    "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
+    f"Content-Type: application/json\r\nContent-Length: {len(BUSY)}\r\n\r\n{BUSY}"
+).encode()
+
 
 class LimitedReader(io.RawIOBase):
     """A connection's bytes, so many of them and until a deadline at most: TimeoutError then."""
@@ -74,17 +80,14 @@ class Server(http.server.ThreadingHTTPServer):
         if slow is not None:
             self.answered(slow)
             with contextlib.suppress(OSError):
+                slow.send(BUSY)  # it may have been about to be read
                 slow.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and leaves
         return super().process_request(request, client_address)
 
     def refuse(self, request):
         """Answer that there are too many connections."""
-        error = ApiError(503, "too many connections: try again in a second").body()
-        head = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close"
         with contextlib.suppress(OSError):
-            request.settimeout(1)
-            head += "\r\nContent-Type: application/json"
-            request.sendall(f"{head}\r\n\r\n{json.dumps(error)}".encode())
+            request.send(BUSY)
         self.shutdown_request(request)
 
     def answered(self, request):

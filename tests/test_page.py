@@ -386,7 +386,7 @@ def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
     expect(page.locator("#draft")).to_be_disabled()
     with page.expect_response("**/page/choose"):
         page.keyboard.press("2")
-    expect(page.locator("#count")).to_contain_text(re.compile("[1-9] choices"))
+    expect(page.locator("#count")).to_contain_text(re.compile("Choices: [1-9]"))
     expect(page.locator("#bar code")).to_contain_text("finetune.py")
     row = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
     assert row["prompt"] == [asked("user", "which?")]
@@ -415,7 +415,7 @@ def test_each_side_of_a_choice_calls_its_own_tools(chat, visit):
     expect(page.locator("#log .answer").last).to_contain_text("answer 8")
     expect(page.locator("#log .card")).to_have_count(1)
     row = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
-    assert row["prompt"] == [asked("user", "a hotel")]
+    assert [m["role"] for m in row["prompt"]] == ["user", "assistant", "tool"]
     assert (row["chosen"], row["rejected"]) == ("answer 8", "answer 7")
     page.locator("nav a").first.click()
     say(page, "thanks")
@@ -504,7 +504,7 @@ def test_a_base_model_has_choices_of_a_prompt(base, visit):
     page = visit(base, "#choose")
     say(page, "Once")
     page.get_by_role("button", name="Better (1)").click()
-    expect(page.locator("#count")).to_contain_text("1 choices")
+    expect(page.locator("#count")).to_contain_text("Choices: 1")
     file = base.folder / "out" / "choices.jsonl"
     assert json.loads(file.read_text(encoding="utf-8"))["prompt"] == "Once"
 

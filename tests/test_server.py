@@ -85,7 +85,8 @@ class Serving:
         self.server = data.server.Server(("127.0.0.1", 0), self.service)
         self.port = self.server.server_port
         self.client, defaults = client(self.port), {"model": "tiny"} | defaults
-        self.chat = functools.partial(self.client.chat.completions.create, **defaults)
+        # without tools unless a test names some: else the model is told of the server's
+        self.chat = functools.partial(self.client.chat.completions.create, tools=[], **defaults)
         self.write = functools.partial(self.client.completions.create, **defaults)
 
     def __enter__(self):
@@ -179,6 +180,12 @@ def test_a_model_calls_a_tool_reads_its_result_and_speaks(chat):
     scores = third.choices[0].logprobs.content
     assert bytes(b for s in scores for b in s.bytes).decode() == GREETING
     assert all(s.top_logprobs[0].token == s.token and len(s.top_logprobs) == 2 for s in scores)
+
+
+def test_without_tools_of_its_own_a_request_has_the_servers(chat):
+    tokens = [chat.chat(messages=HELLO, max_tokens=1, tools=t).usage.prompt_tokens
+              for t in ([], chat.service.info["tools"], openai.omit)]  # fmt: skip
+    assert tokens[0] < tokens[1] == tokens[2]
 
 
 def test_tool_choice_says_whether_and_what_is_called(chat):
