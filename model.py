@@ -642,7 +642,7 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.layers = list(zip(self.keys, self.values))
         self.length = 0  # tokens held; the model adds to it after its last layer
-        self.lengths = None  # or of each row (B,), the longest of which is `length`
+        self.lengths = None  # or of each row, (B, 1, 1, 1), the longest of which is `length`
 
     def rows(self, first, last):
         """A KVCache of some of the rows, in the same memory; it counts its own length."""
@@ -661,8 +661,7 @@ class KVCache:
                 if self.lengths is None:
                     old.narrow(2, start, count).copy_(more)
                 else:
-                    at = self.lengths.view(-1, 1, 1, 1).expand_as(more)
-                    old.scatter_(2, at, more.to(old.dtype))
+                    old.scatter_(2, self.lengths.expand_as(more), more.to(old.dtype))
             return [old.narrow(2, 0, start + count) for old in self.layers[i]]
 
         return update_cache

@@ -238,19 +238,23 @@ class Engine:
     29
     """
 
+    @torch.inference_mode()
     def __init__(self, model, slots, length=None, chunk=math.inf, slide=None):
         self.model, self.chunk, self.slide = model, chunk, slide or (lambda kept: None)
+        self.context = model.config.context
         self.cache, self.view = KVCache(model, slots, length), None
+        self.device = self.cache.keys.device
         self.slots, self.busy, self.ended = [Slot(row) for row in range(slots)], 0, 0
+        self.ready, self.groups = [], []  # what was drawn last, see `alike`
 
     def add(self, prompt, *, seed=0, allowed=None, top=None, echo=False, **settings):
         """A new text, as a Slot: `prompt` is a list of ids, `settings` are those of DECODING, the
         rest is described there. One slot must be free. UserError for ids that cannot be."""
         check_ids([prompt], self.model.config.vocab_size)
         assert set(settings) <= set(DECODING), f"no such filter: {set(settings) - set(DECODING)}"
-        start = max(0, len(prompt) - self.model.config.context)
+        start = max(0, len(prompt) - self.context)
         if start:
-            self.slide(self.model.config.context)
+            self.slide(self.context)
         window = prompt[start:-1]
 
         def gain(slot):  # of its place: what is shared, less what is lost
@@ -290,60 +294,75 @@ class Engine:
     @torch.inference_mode()
     def step(self):
         """{slot: its next id} of the texts whose prompts are read; it is in their `ids`, too."""
-        context = self.model.config.context
-        for slot in self.slots[: self.busy]:
-            if len(slot.ids) - slot.start > context:
-                keep = max(1, context // 2)
-                slot.start, slot.held = len(slot.ids) - keep, 0
-                self.slide(keep)
-        self.read()
-        ready = next((s.row for s in self.slots[: self.busy] if s.unread() > 1), self.busy)
-        slots, new = self.slots[:ready], {}
+        slots, logits, unread = self.slots[: self.busy], None, False
+        for slot in slots:
+            length = len(slot.ids) - slot.start
+            if length > self.context:
+                length = max(1, self.context // 2)
+                slot.start, slot.held = len(slot.ids) - length, 0
+                self.slide(length)
+            unread = unread or length - slot.held > 1
+        if unread:
+            logits = self.read()
+            slots = slots[: next((s.row for s in slots if s.unread() > 1), self.busy)]
         if not slots:
             return {}
-        logits, alike = self.next_logits(slots), {}
-        for slot in slots:  # those with the same settings go through the filters together
-            key = id(slot.allowed), *slot.settings.items()
-            alike.setdefault(key, []).append(slot)
-        for group in alike.values():
-            some = logits if len(group) == ready else logits[[s.row for s in group]]
+        if logits is None:
+            logits = self.next_logits(slots)
+        new = {}
+        for group, *how in self.alike(slots):
+            some = logits if len(group) == len(slots) else logits[[s.row for s in group]]
             if group[0].allowed is not None:
                 some = some.masked_fill(~group[0].allowed, -math.inf)
-            texts, prompts = [s.ids for s in group], [s.prompt for s in group]
-            generators = [s.generator for s in group]
-            new |= zip(group, next_token(some, texts, generators, group[0].settings, prompts))
+            new |= zip(group, next_token(some, *how))
         for slot, i in new.items():
             if slot.top is not None:
                 slot.logprobs += top_logprobs(logits[slot.row, None], [i], slot.top)
-            slot.held += 1
             slot.ids.append(i)
         return new
 
+    def alike(self, slots):
+        """[(slots with the same settings, arguments of `next_token`)]: they are drawn together."""
+        if slots != self.ready:
+            self.ready, groups = slots, {}
+            for slot in slots:
+                key = id(slot.allowed), *slot.settings.items()
+                groups.setdefault(key, []).append(slot)
+            self.groups = [
+                (g, [s.ids for s in g], [s.generator for s in g], g[0].settings,
+                 [s.prompt for s in g]) for g in groups.values()
+            ]  # fmt: skip
+        return self.groups
+
     def next_logits(self, slots):
         """Run the last ids of the first slots; logits (B, V) of what comes next."""
-        held, device = [slot.held for slot in slots], self.cache.keys.device
-        self.make_room(max(held) + 1)
+        held, device = [slot.held for slot in slots], self.device
+        longest, ids = max(held), torch.tensor([[slot.ids[-1]] for slot in slots], device=device)
+        self.make_room(longest + 1)
         if self.view is None or self.view.keys.shape[1] != len(slots):
             self.view = self.cache.rows(0, len(slots))
-        view, ids = self.view, torch.tensor([[slot.ids[-1]] for slot in slots], device=device)
-        view.length, view.lengths = max(held), None
-        if min(held) == max(held):
-            return self.model.last_logits(ids, view)
-        view.lengths = torch.tensor(held, device=device)
-        positions = view.lengths[:, None]
-        visible = torch.arange(max(held) + 1, device=device) <= positions  # (B, S)
-        return self.model.last_logits(ids, view, positions, visible[:, None, None])
+        self.view.length, self.view.lengths = longest, None
+        for slot in slots:
+            slot.held += 1
+        if min(held) == longest:
+            return self.model.last_logits(ids, self.view)
+        self.view.lengths = lengths = torch.tensor(held, device=device).view(-1, 1, 1, 1)
+        visible = torch.arange(longest + 1, device=device) <= lengths  # (B, 1, 1, S)
+        return self.model.last_logits(ids, self.view, lengths[:, 0, 0], visible)
 
     def read(self):
-        """Bring all ids but the last of each text into the cache, or `chunk` of them."""
-        left, device = self.chunk, self.cache.keys.device
-        while left > 0 and (group := self.next_group(min(left, READ))):
-            first = group[0]
-            T = min(left, READ, max(slot.unread() for slot in group) - 1)
+        """Bring all ids but the last of each text into the cache, or `chunk` of them. If that is
+        one pass for all texts, the last ones, too: returns the logits (B, V) of what comes next."""
+        limit = min(self.chunk, READ)
+        while limit > 0 and (group := self.next_group(limit)):
+            first, T = group[0], max(slot.unread() for slot in group)
+            whole = len(group) == self.busy and limit >= T
+            T = min(limit, T - (not whole))
             self.make_room(first.held + T)
-            rows = [s.ids[s.start + s.held : -1][:T] for s in group]
+            rows = [s.ids[s.start + s.held : len(s.ids) - (not whole)][:T] for s in group]
             # causal: padding behind a row changes nothing, and later ids are written over it
-            ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
+            padded = [row + [0] * (T - len(row)) for row in rows]
+            ids = torch.tensor(padded, device=self.device)
             view = self.cache.rows(first.row, first.row + len(group))
             view.length = first.held
             states = self.model.hidden(ids, view)  # (B, T, C)
@@ -354,7 +373,11 @@ class Engine:
                 for n, x in enumerate(states[0].split(LOSS_ROWS)):
                     goals = after[n * LOSS_ROWS :][: len(x)]
                     first.logprobs += top_logprobs(self.model.head(x), goals, first.top)
-            left -= ids.numel()
+            if whole:
+                return self.model.head(states[range(len(rows)), [len(row) - 1 for row in rows]])
+            if self.chunk < math.inf:
+                limit -= ids.numel()
+        return None
 
     def next_group(self, limit):
         """Slots to read in one pass, of at most `limit` padded ids: side by side in the cache, as
@@ -377,7 +400,8 @@ class Engine:
             padded = max(sizes) * len(sizes)
             if group and (
                 slot.echo or group[0].echo or slot.held != group[0].held
-                or slot.row != group[-1].row + 1 or padded > min(limit, 1.5 * sum(sizes))
+                or slot.row != group[-1].row + 1
+                or padded > min(limit, max(256, 1.5 * sum(sizes)))
             ):
                 break
             group.append(slot)
@@ -386,7 +410,7 @@ class Engine:
     def make_room(self, length):
         """Let the cache hold so many tokens of each text."""
         if length > self.cache.keys.shape[3]:
-            self.cache.grow(min(self.model.config.context, 2 * length))
+            self.cache.grow(min(self.context, 2 * length))
             self.view = None
 
 
