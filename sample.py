@@ -2,7 +2,6 @@
 
     python sample.py --prompt "def "                        the newest run continues
     python sample.py --prompt @story.txt --temperature 0    greedy, from a file
-    cat question.txt | python sample.py --top_p 0.9 --num_samples 3
     python sample.py --prompt "Once" --beams 4              beam search
     python sample.py --analogy "king - man + woman"         arithmetic in the embedding table
     python sample.py --ckpt out/hotel-ft --chat --tools hotel       talk, and let it look things up
@@ -274,8 +273,7 @@ class Engine:
         """End a text. The cache holds it until another takes its place."""
         if slot in self.slots[: self.busy]:
             self.busy -= 1
-            self.ended += 1
-            slot.ended = self.ended
+            slot.ended = self.ended = self.ended + 1
             self.swap(slot.row, self.busy)
 
     def forget(self):
@@ -307,9 +305,7 @@ class Engine:
             slots = slots[: next((s.row for s in slots if s.unread() > 1), self.busy)]
         if not slots:
             return {}
-        if logits is None:
-            logits = self.next_logits(slots)
-        new = {}
+        logits, new = self.next_logits(slots) if logits is None else logits, {}
         for group, *how in self.alike(slots):
             some = logits if len(group) == len(slots) else logits[[s.row for s in group]]
             if group[0].allowed is not None:
@@ -326,8 +322,7 @@ class Engine:
         if slots != self.ready:
             self.ready, groups = slots, {}
             for slot in slots:
-                key = id(slot.allowed), *slot.settings.items()
-                groups.setdefault(key, []).append(slot)
+                groups.setdefault((id(slot.allowed), *slot.settings.items()), []).append(slot)
             self.groups = [
                 (g, [s.ids for s in g], [s.generator for s in g], g[0].settings,
                  [s.prompt for s in g]) for g in groups.values()
@@ -342,13 +337,15 @@ class Engine:
         if self.view is None or self.view.keys.shape[1] != len(slots):
             self.view = self.cache.rows(0, len(slots))
         self.view.length, self.view.lengths = longest, None
-        for slot in slots:
-            slot.held += 1
         if min(held) == longest:
-            return self.model.last_logits(ids, self.view)
-        self.view.lengths = lengths = torch.tensor(held, device=device).view(-1, 1, 1, 1)
-        visible = torch.arange(longest + 1, device=device) <= lengths  # (B, 1, 1, S)
-        return self.model.last_logits(ids, self.view, lengths[:, 0, 0], visible)
+            logits = self.model.last_logits(ids, self.view)
+        else:
+            self.view.lengths = lengths = torch.tensor(held, device=device).view(-1, 1, 1, 1)
+            visible = torch.arange(longest + 1, device=device) <= lengths  # (B, 1, 1, S)
+            logits = self.model.last_logits(ids, self.view, lengths[:, 0, 0], visible)
+        for slot in slots:  # not before: Ctrl-C may have come in between
+            slot.held += 1
+        return logits
 
     def read(self):
         """Bring all ids but the last of each text into the cache, or `chunk` of them. If that is
@@ -361,8 +358,8 @@ class Engine:
             self.make_room(first.held + T)
             rows = [s.ids[s.start + s.held : len(s.ids) - (not whole)][:T] for s in group]
             # causal: padding behind a row changes nothing, and later ids are written over it
-            padded = [row + [0] * (T - len(row)) for row in rows]
-            ids = torch.tensor(padded, device=self.device)
+            ids = [row + [0] * (T - len(row)) for row in rows]
+            ids = torch.tensor(ids, device=self.device)
             view = self.cache.rows(first.row, first.row + len(group))
             view.length = first.held
             states = self.model.hidden(ids, view)  # (B, T, C)
@@ -424,18 +421,9 @@ def top_logprobs(logits, chosen, n):
 
 
 def generate(
-    model,
-    prompts,
-    max_tokens,
-    *,
-    seed=0,
-    seeds=None,
-    allowed=None,
-    stop=None,
-    slide=None,
-    engine=None,
-    **settings,
-):
+    model, prompts, max_tokens, *, seed=0, seeds=None, allowed=None, stop=None, slide=None,
+    engine=None, **settings
+):  # fmt: skip
     """Yield lists of new ids, one a prompt and step (None for a row that has stopped).
 
     prompts      lists of ids, of any lengths: each row gets what it would get alone

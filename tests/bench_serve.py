@@ -88,8 +88,8 @@ async def ask(url, body, hang_up=None):
                 times.append(time.perf_counter())
                 if b'"choices": []' in line or b'"choices":[]' in line:
                     tokens = json.loads(line[6:])["usage"]["completion_tokens"]
-            if line.startswith(b"data: [DONE]") or hang_up == len(times):
-                break
+            if hang_up == len(times):
+                break  # else the server closes, and the connection counts no more
     finally:
         writer.close()
     return sent, times, tokens
