@@ -194,7 +194,7 @@ class Slot:
     start: int = 0
     held: int = 0
     prompt: int = 0  # the length of the prompt
-    ended: int = 0  # the how many-th text it was that ended
+    ended: int = 0  # how many texts had ended when it did: the least is free the longest
     generator: torch.Generator | None = None
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
     settings: dict = field(default_factory=dict)
@@ -227,7 +227,7 @@ class Engine:
 
     slots   texts at once, at most
     length  tokens that the cache has room for at first; it grows up to the context
-    chunk   ids of prompts that a step reads at most: so long do the other texts wait
+    chunk   ids of prompts that a step reads at most, so that other texts wait only so long
     slide   slide(kept) is called with how many ids are kept: the last ones of a prompt longer than
             the context; of a full context the newest half, read again from position 0
 
@@ -244,7 +244,7 @@ class Engine:
         self.cache, self.view = KVCache(model, slots, length), None
         self.device = self.cache.keys.device
         self.slots, self.busy, self.ended = [Slot(row) for row in range(slots)], 0, 0
-        self.ready, self.groups = [], []  # what was drawn last, see `alike`
+        self.ready, self.groups = [], []  # of the last step, see `by_settings`
 
     def add(self, prompt, *, seed=0, allowed=None, top=None, echo=False, **settings):
         """A new text, as a Slot: `prompt` is a list of ids, `settings` are those of DECODING, the
@@ -306,7 +306,7 @@ class Engine:
         if not slots:
             return {}
         logits, new = self.next_logits(slots) if logits is None else logits, {}
-        for group, *how in self.alike(slots):
+        for group, *how in self.by_settings(slots):
             some = logits if len(group) == len(slots) else logits[[s.row for s in group]]
             if group[0].allowed is not None:
                 some = some.masked_fill(~group[0].allowed, -math.inf)
@@ -317,8 +317,8 @@ class Engine:
             slot.ids.append(i)
         return new
 
-    def alike(self, slots):
-        """[(slots with the same settings, arguments of `next_token`)]: they are drawn together."""
+    def by_settings(self, slots):
+        """[(slots with the same settings, arguments of `next_token` for them)]."""
         if slots != self.ready:
             self.ready, groups = slots, {}
             for slot in slots:
