@@ -4,14 +4,15 @@
     python finetune.py --data sentiment                         label film reviews
     python finetune.py --data my_chats.jsonl --lora_rank 8      a few parameters only
     python finetune.py --data pairs.json                        preference pairs: DPO
+    python finetune.py --data hotel --objective grpo --reward slots   drawn answers, rewarded
     python finetune.py --data my_chats.jsonl --show_mask 2      what is learned, token by token
 
 writes a run like train.py's, by the same loop (train.fit), and predictions.jsonl. What the rows are
 is recognised from their shape: chats (Alpaca, ShareGPT, OpenAI messages, hotel dialogues), labelled
 texts, preference pairs.
 
-The chapters: the recipe, examples -> token rows, rows -> batches, what is minimised, what is
-measured, objectives, the model and its run, the command line. Rows of any shape: data/rows.py.
+The chapters: the recipe, what is minimised, what is measured, objectives, rewards, the model and
+its run, the command line. Rows of any shape: data/rows.py; token ids in batches: data/batches.py.
 """
 
 import argparse
@@ -19,9 +20,8 @@ import json
 import math
 import random
 import signal
-import sys
-from collections import deque
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
 from functools import partial
 
 if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
@@ -34,16 +34,23 @@ import torch.nn.functional as F
 import lora
 import model as lm
 import train
-from data.chat import (
-    CHAT_TOKENS,
-    Template,
-    chat_prompt,
-    find_template,
-    label_token,
+from data.batches import (
+    BucketLoader,
+    Row,
+    bucket,
+    chat_row,
+    drop_tokens,
+    label_row,
+    pad,
+    pair_rows,
+    show_mask,
+    size_of,
 )
+from data.chat import CHAT_TOKENS, Template, chat_prompt, find_template, label_token
 from data.cli import Parser, UserError, check_limits, run_cli
 from data.hotel import substitute, tidy_calls, values_by_key
 from data.machine import make_runtime
+from data.rewards import REWARDS, load_reward, rate
 from data.rows import load_data
 from data.runs import newest_run, run_folder
 from data.scores import chat_scores, confusion, macro_f1
@@ -85,182 +92,8 @@ RECIPE = train.RECIPE | train.optimizer_rates() | dict(
 LORA_RECIPE = dict(lr=3e-3)
 
 # --------------------------------------------------------------------------------------------
-# Examples -> token rows
-# --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    """Token ids and, for each of them, whether it is to be learned (a target)."""
-
-    ids: list
-    mask: list
-
-    def targets(self):
-        """The ids to predict after each of ids[:-1]; -100 is none."""
-        return [i if m else -100 for i, m in zip(self.ids[1:], self.mask[1:])]
-
-
-def chat_row(messages, tokenizer, context, loss_on="assistant"):
-    """(Row, cut) of a conversation; `cut` says that it was too long.
-
-    Nothing behind the last target is kept, since nothing can be learned from it. What is longer
-    than context + 1 ids loses its oldest turns, never the system's; a question and answer that are
-    too long by themselves lose the end.
-    """
-    template = Template(tokenizer)
-    turns = template.turns(messages)
-    for n, (role, ids, _) in enumerate(turns):
-        if loss_on == "all":
-            turns[n] = role, ids, [1] * len(ids)
-        elif (loss_on == "call" and role != "call") or (loss_on == "last" and n < len(turns) - 1):
-            turns[n] = role, ids, [0] * len(ids)
-    while turns and not any(turns[-1][2]):
-        turns.pop()
-    room, cut = context + 1 - len(template.start), False
-    while sum(len(ids) for _, ids, _ in turns) > room:
-        cut = True
-        oldest = 1 if turns[0][0] == "system" else 0
-        if len(turns) <= oldest + 2:
-            break
-        turns.pop(oldest)
-    ids = [i for _, part, _ in turns for i in part]
-    mask = [m for _, _, part in turns for m in part]
-    # a question that leaves no room for its answer loses its beginning: its end takes half the row,
-    # or more where the answer is short
-    first = mask.index(1) if 1 in mask else 0
-    start = max(0, min(first - room // 2, len(ids) - room)) if first >= room else 0
-    ids, mask = ids[start : start + room], mask[start : start + room]
-    return Row(template.start + ids, [0] * len(template.start) + mask), cut
-
-
-def label_row(text, label, tokenizer, context, loss_on="assistant"):
-    """(Row, cut): the course's form. Only the label is learned, or with `all` the text, too.
-
-    a fine film <|endoftext|> <|label:pos|>
-    0 0    0    0             1
-    """
-    ids = tokenizer.encode(text)
-    cut = len(ids) > context - 1
-    ids = [*ids[-(context - 1) :], tokenizer.eos_id]
-    mask = [int(loss_on == "all")] * len(ids)
-    if label is None:
-        return Row(ids, mask), cut
-    return Row([*ids, tokenizer.special[label_token(label)]], [*mask, 1]), cut
-
-
-def pair_rows(example, tokenizer, context):
-    """((chosen Row, rejected Row), cut) of a preference pair: one prompt, two endings, of which
-    alone anything is learned."""
-    rows, cuts = [], []
-    for which in ("chosen", "rejected"):
-        ending = {"role": "assistant", "content": example[which]}
-        row, cut = chat_row([*example["messages"], ending], tokenizer, context, "last")
-        rows.append(row)
-        cuts.append(cut)
-    return tuple(rows), any(cuts)
-
-
-def show_mask(rows, tokenizer, count):
-    """Print rows token by token: what is learned in green, the rest grey (plain in a file: a * in
-    front of what is learned), with ids."""
-    color = sys.stdout.isatty()
-    flat = [r for row in rows for r in (row if isinstance(row, tuple) else (row,))]
-    for number, row in enumerate(flat[:count], start=1):
-        print(f"--- row {number}: {len(row.ids)} tokens, {sum(row.mask)} of them learned ---")
-        for at, (i, m) in enumerate(zip(row.ids, row.mask)):
-            text = repr(tokenizer.decode([i]))[1:-1]
-            if color:
-                print(f"\033[{'32' if m else '90'}m{text}\033[0m", end="")
-            else:
-                print(f"{at:5} {'*' if m else ' '} {i:7} {text}")
-        if color:
-            print(f"\nids {row.ids}")
-
-
-# --------------------------------------------------------------------------------------------
-# Rows -> batches: a pure function of (seed, number)
-# --------------------------------------------------------------------------------------------
-
-
-def pad(rows):
-    """(ids, targets), both (B, T), of rows; short ones are filled with id 0 and -100 behind."""
-    T = max(len(r.ids) for r in rows) - 1
-    ids = torch.zeros(len(rows), T, dtype=torch.long)
-    targets = torch.full((len(rows), T), -100)
-    for b, r in enumerate(rows):
-        ids[b, : len(r.ids) - 1] = torch.tensor(r.ids[:-1])
-        targets[b, : len(r.ids) - 1] = torch.tensor(r.targets())
-    return ids, targets
-
-
-def size_of(row):
-    """(tokens of the longest sequence, sequences) of a Row or a tuple of Rows."""
-    rows = row if isinstance(row, tuple) else (row,)
-    return max(len(r.ids) for r in rows) - 1, len(rows)
-
-
-def bucket(order, rows, batch_tokens):
-    """Lists of row numbers, about one length in each, of at most `batch_tokens` padded tokens."""
-    batches = []
-    for i in sorted(order, key=lambda i: size_of(rows[i])[0]):  # keeps the order of equal lengths
-        if not batches or (len(batches[-1]) + 1) * math.prod(size_of(rows[i])) > batch_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
-
-class BucketLoader:
-    """All rows of an epoch, in batches of similar lengths, in another order each epoch.
-
-    A batch holds at most `batch_tokens` padded tokens (or one row); padding adds 1 to 3 % to the
-    hotel dialogues. Batch n of the whole run is always the same, so resuming needs only the step.
-    `epoch_rows(epoch)`, if given, makes each epoch's rows anew (augmentation); the batches of any
-    epoch are as many as the first one's.
-    """
-
-    def __init__(self, rows, batch_tokens, seed, epoch_rows=None):
-        self.rows, self.batch_tokens, self.seed = rows, batch_tokens, seed
-        self.epoch_rows, self.epoch = epoch_rows, None
-        self.per_epoch = len(bucket(range(len(rows)), rows, batch_tokens))
-
-    def get(self, number):
-        """(row numbers, rows) of batch `number` of the run."""
-        epoch, at = divmod(number, self.per_epoch)
-        if epoch != self.epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            self.now = self.epoch_rows(epoch) if self.epoch_rows else self.rows
-            order = rng.permutation(len(self.now)).tolist()
-            self.batches = bucket(order, self.now, self.batch_tokens)
-            rng.shuffle(self.batches)
-            self.epoch = epoch
-        # rows made anew may give more batches or fewer: some are left out then, or come again
-        chosen = self.batches[at % len(self.batches)]
-        return chosen, [self.now[i] for i in chosen]
-
-
-def augmented(examples, objective, share, seed):
-    """epoch -> rows of that epoch: `share` of the values exchanged anew (hotel.substitute)."""
-    pool = values_by_key(examples)
-
-    def epoch_rows(epoch):
-        rng = random.Random(f"{seed} {epoch}")
-        fresh = [substitute(e, pool, share, rng) for e in examples]
-        return objective.make_split([tidy_calls(e) for e in fresh]).rows
-
-    return epoch_rows
-
-
-# --------------------------------------------------------------------------------------------
 # What is minimised
 # --------------------------------------------------------------------------------------------
-
-
-def drop_tokens(ids, share, end, rng):
-    """ids with a random `share` of them replaced by `end`: a model that sees few texts must not
-    rely on any single word of them."""
-    gone = torch.from_numpy(rng.random(ids.shape) < share)
-    return torch.where(gone, end, ids)
 
 
 def dpo_margin(model, ids, targets, reference):
@@ -277,13 +110,34 @@ def dpo_loss(model, ids, targets, reference, beta):
     return -F.logsigmoid(beta * (chosen - rejected)).sum()
 
 
+def grpo_loss(logps, old, reference, advantage, chosen, clip, kl):
+    """Group-relative policy optimisation: a token counts by the advantage of its answer,
+
+        -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) + kl (q - log q - 1)
+
+    summed over the ids that were drawn. ratio is the probability of the id over `old`, that under
+    which it was drawn; q the reference's over the model's: the mean of q - log q - 1 is their KL
+    divergence, and no term of it is negative (Schulman 2020). Shao et al. 2024, equation 3, less
+    its division by length and by standard deviation (Liu et al. 2025).
+
+    logps, old, reference: log probabilities (N, T); advantage (N, 1); chosen (N, T) bools: drawn
+    ids. Returns (loss, share of ids whose ratio is clipped, mean of the KL term).
+    """
+    ratio, log_q = (logps - old).exp(), reference - logps
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    divergence = log_q.exp() - log_q - 1
+    clipped = gain < ratio * advantage
+    loss = (kl * divergence - gain)[chosen].sum()
+    return loss, clipped[chosen].float().mean().item(), divergence[chosen].mean().item()
+
+
 def distill_loss(model, ids, targets, teacher, share, temperature):
     """share * cross-entropy + (1 - share) * T^2 * KL(teacher || model), both softened by T, summed
     over the targets. Hinton et al. 2015, section 2."""
     keep = targets != -100
-    logits = model(ids)[keep].float()  # (N, V)
+    logits = model(ids, targets, reduction="logits").float()  # (N, V)
     with torch.no_grad():
-        goal = teacher(ids)[keep].float()
+        goal = teacher(ids, targets, reduction="logits").float()
     V, T = min(logits.shape[1], goal.shape[1]), temperature  # spare rows may differ
     ours, theirs = (x[:, :V].div(T).log_softmax(-1) for x in (logits, goal))
     kl = F.kl_div(ours, theirs, reduction="sum", log_target=True)
@@ -295,38 +149,49 @@ def distill_loss(model, ids, targets, teacher, share, temperature):
 # --------------------------------------------------------------------------------------------
 
 
-def answer_jobs(examples, limit=None):
+MAX_ANSWER = 160  # ids of an answer, at most
+
+
+def answer_jobs(examples, limit=None, roles=("assistant", "call")):
     """[(messages before, the turn to be answered)] of chats, or `limit` of them evenly spread."""
     jobs = [
         (e["messages"][:i], m)
         for e in examples
         for i, m in enumerate(e["messages"])
-        if m["role"] in ("assistant", "call") and i
+        if m["role"] in roles and i
     ]
     if not limit or limit >= len(jobs):
         return jobs
     return [jobs[i * len(jobs) // limit] for i in range(limit)]
 
 
-def answer(model, tokenizer, jobs, max_tokens=160, batch=48):
-    """The model's greedy turn for each of `answer_jobs`, in their order."""
-    max_tokens = min(max_tokens, model.config.context // 2)
-    room = model.config.context - max_tokens
-    prompts = [chat_prompt(before, tokenizer, room) for before, _ in jobs]
+def write(model, tokenizer, prompts, slots=48, seeds=None, **settings):
+    """The turn that the model writes after each of the prompts, as lists of ids; prompt i draws
+    with seeds[i]. Texts that end make room for the next ones."""
     template, allowed = Template(tokenizer), allowed_ids(model, tokenizer, chat=True)
-    said, waiting, writing = [[] for _ in jobs], deque(range(len(jobs))), {}
-    engine = Engine(model, min(batch, len(jobs)), 256)
+    max_tokens = min(MAX_ANSWER, model.config.context // 2)
+    said, waiting, writing = [[] for _ in prompts], deque(range(len(prompts))), {}
+    engine = Engine(model, min(slots, len(prompts)), 256)
     while waiting or writing:
         while waiting and engine.busy < len(engine.slots):
-            slot = engine.add(prompts[waiting[0]], temperature=0.0, allowed=allowed)
-            writing[slot] = waiting.popleft()
+            i = waiting.popleft()
+            how = settings | {"seed": seeds[i]} if seeds else settings
+            writing[engine.add(prompts[i], allowed=allowed, **how)] = i
         for slot, i in engine.step().items():
             ids = said[writing[slot]]
             ids.append(i)
             if i == template.end or len(ids) == max_tokens:
                 engine.remove(slot)
                 del writing[slot]
-    return [template.parse(ids) for ids in said]
+    return said
+
+
+def answer(model, tokenizer, jobs):
+    """The model's greedy turn for each of `answer_jobs`, in their order."""
+    room = model.config.context - min(MAX_ANSWER, model.config.context // 2)
+    prompts = [chat_prompt(before, tokenizer, room) for before, _ in jobs]
+    ids = write(model, tokenizer, prompts, temperature=0.0)
+    return [Template(tokenizer).parse(said) for said in ids]
 
 
 # --------------------------------------------------------------------------------------------
@@ -341,6 +206,7 @@ class Split:
     examples: list
     rows: list
     cut: int = 0
+    prompts: list = field(default_factory=list)  # what GRPO learns from, see `GRPO.make_split`
     reference: torch.Tensor | None = None  # what DPO starts from, see `DPO.start`
 
 
@@ -351,7 +217,8 @@ class SFT:
     `runtime` (a Runtime, from `start` on) and `labels` are there for it.
     """
 
-    kind, what, figure = "chat", "conversations", "slot_f1"  # figure: what --best_by may name
+    kinds, what, figure = ("chat",), "conversations", "slot_f1"  # figure: what --best_by may name
+    curves, unit = train.Task.curves, train.Task.unit  # of loss.svg
     recipe = {}  # what differs from RECIPE
     settings = {}  # flags of its own: {name: (default, what --help says)}
 
@@ -359,6 +226,12 @@ class SFT:
     def defaults(cls):
         """What differs from RECIPE, and what is missing there."""
         return {name: value for name, (value, _) in cls.settings.items()} | cls.recipe
+
+    @staticmethod
+    def special_tokens(tokenizer, labels):
+        """The special tokens that it needs: those of our chat template, if the tokenizer has no
+        family's."""
+        return list(CHAT_TOKENS) if find_template(tokenizer) is None else []
 
     def __init__(self, args, tokenizer, labels=()):
         self.args, self.tokenizer, self.labels, self.runtime = args, tokenizer, labels, None
@@ -385,8 +258,12 @@ class SFT:
         or None. Returns what checkpoints keep beside the rest."""
         return {}
 
-    def batch(self, split, numbers, rows):
-        """The tensors of one batch: `rows`, which have these numbers in the Split."""
+    def learned(self, split):
+        """What a BucketLoader gives to `batch`: rows."""
+        return split.rows
+
+    def batch(self, split, numbers, rows, number=0):
+        """The tensors of batch `number` of the run: `rows`, with these numbers in the Split."""
         return pad(rows)
 
     def loss(self, model, ids, targets):
@@ -409,12 +286,21 @@ class SFT:
         loss, count = self.runtime.total(loss, count)
         if final or not self.args.eval_rows or self.runtime.rank > 0:
             return {"val_loss": loss / count}
-        jobs = answer_jobs(split.examples, self.args.eval_rows)
-        return {"val_loss": loss / count} | chat_scores(jobs, answer(model, self.tokenizer, jobs))
+        jobs = self.jobs(split, self.args.eval_rows)
+        return {"val_loss": loss / count} | self.scores(jobs, answer(model, self.tokenizer, jobs))
+
+    def jobs(self, split, limit=None):
+        """The `answer_jobs` of a Split: of the turns that are learned."""
+        roles = ("call",) if self.args.loss_on == "call" else ("call", "assistant")
+        return answer_jobs(split.examples, limit, roles)
+
+    def scores(self, jobs, turns):
+        """The figures of answers to jobs."""
+        return chat_scores(jobs, turns)
 
     def report(self, model, split):
         """(figures over all of a Split, rows for predictions.jsonl), a few answers printed."""
-        jobs = answer_jobs(split.examples)
+        jobs = self.jobs(split)
         turns, rows = answer(model, self.tokenizer, jobs), []
         for (before, wanted), got in zip(jobs, turns):
             asked = before[-1]["content"]
@@ -423,14 +309,23 @@ class SFT:
             print(f"  asked      {shorten(row['prompt'])}")
             print(f"  reference  {shorten(row['reference']['content'])}")
             print(f"  answered   {shorten(row['prediction']['content'])}\n")
-        return chat_scores(jobs, turns), rows
+        return self.scores(jobs, turns), rows
+
+    def figures(self):
+        """What metrics.jsonl has of the steps since the last call beside loss and rates."""
+        return {}
 
 
 class Classify(SFT):
     """Labelled texts: a token for the label after the end of the text."""
 
-    kind, what, figure = "label", "labelled texts", "accuracy"
+    kinds, what, figure = ("label",), "labelled texts", "accuracy"
     recipe = dict(best_by="accuracy")  # its loss turns up while it still gets better
+
+    @staticmethod
+    def special_tokens(tokenizer, labels):
+        """One a label."""
+        return [label_token(name) for name in labels]
 
     def row(self, example):
         """(Row, whether it was too long) of a text and its label."""
@@ -445,7 +340,7 @@ class Classify(SFT):
         wanted = torch.tensor([self.labels.index(e["label"]) for e in split.examples])
         return classify(model, prompts, goals), wanted
 
-    def scores(self, logps, wanted):
+    def label_scores(self, logps, wanted):
         """Loss and accuracy over the label tokens alone, F1, and the confusion matrix."""
         table = confusion(logps.argmax(1).numpy(), wanted.numpy(), len(self.labels))
         accuracy = float((logps.argmax(1) == wanted).float().mean())
@@ -453,13 +348,13 @@ class Classify(SFT):
         return {"val_loss": loss, "accuracy": accuracy, "f1": macro_f1(table)}, table
 
     def evaluate(self, model, split, final=True):
-        """As `scores`."""
-        return self.scores(*self.logps(model, split))[0]
+        """As `label_scores`."""
+        return self.label_scores(*self.logps(model, split))[0]
 
     def report(self, model, split):
         """(figures, rows for predictions.jsonl); the confusion matrix is printed."""
         logps, wanted = self.logps(model, split)
-        scores, table = self.scores(logps, wanted)
+        scores, table = self.label_scores(logps, wanted)
         print("rows: the right label, columns: the predicted one")
         names = [shorten(name, 11) for name in self.labels]
         print(" " * 12 + "".join(f"{name:>12}" for name in names))
@@ -476,7 +371,7 @@ class DPO(SFT):
     """Preference pairs (Rafailov et al. 2023): what people chose becomes likelier than what they
     rejected, relative to the reference, which is the model as it was."""
 
-    kind, what, figure = "prefer", "preference pairs", "reward_accuracy"
+    kinds, what, figure = ("prefer",), "preference pairs", "reward_accuracy"
     recipe = dict(lr=1e-4, embed_lr=1e-4, head_lr=1e-4, epochs=1.0)
     settings = {"dpo_beta": (0.1, "how tightly DPO holds on to the reference")}
 
@@ -494,7 +389,7 @@ class DPO(SFT):
             split.reference = known[name]
         return {"reference": known}
 
-    def batch(self, split, numbers, rows):
+    def batch(self, split, numbers, rows, number=0):
         """(ids, targets, reference): the chosen rows, then the rejected ones, and (P, 2) log
         probabilities under the reference model."""
         reference = split.reference
@@ -564,6 +459,242 @@ class DistillLabels(Distill, Classify):
     """The same for labelled texts."""
 
 
+# --------------------------------------------------------------------------------------------
+# Rewards: from choices to a number, and from numbers to better answers
+# --------------------------------------------------------------------------------------------
+
+REWARD_TOKEN = "<|reward|>"  # its logit after an answer is the answer's reward
+
+
+def reward_row(row, token):
+    """The Row whose one place with a target is the last id of `row`: there the logit of `token` is
+    the reward."""
+    return Row([*row.ids, token], [0] * len(row.ids) + [1])
+
+
+class RewardModel(SFT):
+    """Preference pairs: a scalar head learns to give the chosen answer more than the rejected one
+    (Bradley and Terry 1952; Ouyang et al. 2022, equation 1). The head is that of one more token."""
+
+    kinds, what, figure = ("prefer",), "preference pairs", "reward_accuracy"
+    recipe = dict(lr=1e-4, embed_lr=1e-4, head_lr=1e-4, epochs=1.0)
+
+    @staticmethod
+    def special_tokens(tokenizer, labels):
+        """Those of a chat, and the reward's."""
+        return [*SFT.special_tokens(tokenizer, labels), REWARD_TOKEN]
+
+    def row(self, example):
+        """((chosen Row, rejected Row), whether one was too long) of a pair."""
+        rows, cut = pair_rows(example, self.tokenizer, self.args.context - 1)
+        token = self.tokenizer.special[REWARD_TOKEN]
+        return tuple(reward_row(row, token) for row in rows), cut
+
+    def batch(self, split, numbers, rows, number=0):
+        """(ids, targets): the chosen rows, then the rejected ones."""
+        return pad([chosen for chosen, _ in rows] + [rejected for _, rejected in rows])
+
+    def margins(self, model, ids, targets):
+        """By how much the reward of each chosen answer is above that of the rejected one, (P,)."""
+        token = self.tokenizer.special[REWARD_TOKEN]
+        chosen, rejected = model(ids, targets, reduction="logits")[:, token].float().chunk(2)
+        return chosen - rejected
+
+    def loss(self, model, ids, targets):
+        """-log sigmoid of the margins, summed."""
+        return -F.logsigmoid(self.margins(model, ids, targets)).sum()
+
+    def count(self, ids, targets):
+        """Pairs."""
+        return len(ids) // 2
+
+    def evaluate(self, model, split, final=True):
+        """The loss, how often the chosen answer earns more, and by how much."""
+        margins = []
+        for numbers in bucket(range(len(split.rows)), split.rows, self.args.batch_tokens):
+            batch = self.batch(split, numbers, [split.rows[i] for i in numbers])
+            margins.append(self.margins(model, *(t.to(self.runtime.device) for t in batch)))
+        margin = torch.cat(margins)
+        figures = {"val_loss": -F.logsigmoid(margin), "reward_accuracy": (margin > 0).float()}
+        return {k: float(v.mean()) for k, v in (figures | {"reward_margin": margin}).items()}
+
+    def report(self, model, split):
+        """(figures, no rows)."""
+        with self.runtime.autocast():
+            return self.evaluate(model, split), []
+
+
+def load_rewards(source, device):
+    """The function of --reward, from a list of (messages, answer, wanted) to a list of floats: that
+    of `load_reward`, or a reward model's."""
+    if source in REWARDS or source.endswith(".py"):
+        reward = load_reward(source)
+        return lambda answers: [rate(reward, *a) for a in answers]
+    model, tokenizer, where = load(source, device)
+    if REWARD_TOKEN not in tokenizer.special:
+        raise UserError(f"{where} is no reward model: --objective reward makes one")
+    token, context = tokenizer.special[REWARD_TOKEN], model.config.context
+
+    @torch.no_grad()
+    def rewards(answers):
+        rows = [chat_row([*m, a], tokenizer, context - 1, "last")[0] for m, a, _ in answers]
+        rows, found = [reward_row(row, token) for row in rows], torch.zeros(len(rows))
+        for numbers in bucket(range(len(rows)), rows, 4096):
+            ids, targets = (t.to(model.head.weight.device) for t in pad([rows[i] for i in numbers]))
+            found[numbers] = model(ids, targets, reduction="logits")[:, token].float().cpu()
+        return found.tolist()
+
+    return rewards
+
+
+@dataclass
+class Prompt(Row):
+    """A conversation up to a turn of the assistant's, as ids, and that turn in the data."""
+
+    messages: list
+    wanted: dict
+
+
+class GRPO(SFT):
+    """Answers are drawn, each gets a reward, and becomes likelier or less likely by how much that
+    is above the mean of its group, the answers to the same prompt (Shao et al. 2024)."""
+
+    kinds, what, figure = ("chat", "prefer", "label"), "examples", "val_reward"
+    recipe = dict(best_by="val_reward", lr=1e-4, embed_lr=1e-4, head_lr=1e-4, muon_lr=1e-3)
+    recipe |= dict(epochs=1.0, grad_accum=4, eval_every=20, log_every=5)
+    curves = (("drawn", "reward"), ("greedy, validation", "val_reward"))
+    unit = "reward"
+    settings = {
+        "samples": (8, "answers drawn to each prompt"),
+        "updates": (1, "optimizer steps with the same answers"),
+        "clip": (0.2, "how far from 1 a ratio of probabilities may move them"),
+        "kl": (0.0, "weight of the divergence from the model at the start"),
+    }
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.rewards = load_rewards(self.args.reward, self.args.device)
+        self.seen = defaultdict(list)  # figures of each micro-batch since the last line
+        self.drawn = {}  # {number: batch}: what later updates learn from once more
+
+    def make_split(self, examples):
+        """The Split of examples, all of them chats now, with the Prompts that the reward is for."""
+        split, context = super().make_split([as_chat(e) for e in examples]), self.args.context
+        jobs, room = self.jobs(split), context - min(MAX_ANSWER, context // 2)
+        for (messages, wanted), reward in zip(jobs, self.rewards([(*j, j[1]) for j in jobs])):
+            if reward is not None:
+                ids = chat_prompt(messages, self.tokenizer, room)
+                split.prompts.append(Prompt(ids, [0] * len(ids), messages, wanted))
+        if not split.prompts:
+            raise UserError(f"--reward {self.args.reward} is for none of these turns")
+        return split
+
+    def start(self, model, splits, saved):
+        """Load the reference: the weights at the start; of adapters it is the base itself."""
+        self.model, self.reference = model, None
+        if self.args.kl and not lora.adapted(model):
+            self.reference = lm.model_from_checkpoint(lm.load_checkpoint(self.args.ckpt))
+            self.reference.grow_vocabulary(model.config.vocab_size, self.tokenizer.n_vocab)
+            self.reference.to(self.runtime.device)
+        self.drawn = saved["drawn"] if saved else {}
+        return {"drawn": self.drawn}
+
+    def learned(self, split):
+        """The prompts, each as often as it gets answers."""
+        return [(p,) * self.args.samples for p in split.prompts]
+
+    def batch(self, split, numbers, rows, number=0):
+        """Draw answers to the prompts in `rows`. (ids, targets, advantage (N, 1), log probabilities
+        when they were drawn and of the reference (N, T), how many were drawn), without those of
+        groups in which all got the same reward: they teach nothing."""
+        a = self.args
+        if number in self.drawn:
+            return self.drawn[number]
+        prompts = [p for group in rows for p in group]
+        seeds = np.random.default_rng((a.seed, 2, number)).integers(2**62, size=len(prompts))
+        with lm.evaluating(self.model) as model, self.runtime.autocast():
+            ids = write(model, self.tokenizer, [p.ids for p in prompts], seeds=seeds.tolist())
+        turns = map(Template(self.tokenizer).parse, ids)
+        rewards = self.rewards([(p.messages, turn, p.wanted) for p, turn in zip(prompts, turns)])
+        rewards = torch.tensor(rewards).view(-1, a.samples)  # (groups, samples)
+        spread = rewards.std(1)
+        self.seen["reward"] += rewards.flatten().tolist()
+        self.seen["reward_std"] += spread.tolist()
+        self.seen["equal_groups"] += (spread < 1e-6).tolist()
+        self.seen["answer_tokens"] += map(len, ids)
+        keep = (spread >= 1e-6) | bool(a.kl)
+        keep[0] |= not keep.any()  # a batch has one group at least
+        keep = keep.repeat_interleave(a.samples)
+        answers = [Row(p.ids + new, p.mask + [1] * len(new)) for p, new in zip(prompts, ids)]
+        ids, targets = pad([row for row, kept in zip(answers, keep) if kept])
+        advantage = (rewards - rewards.mean(1, keepdim=True)).view(-1, 1)[keep]
+        old, reference = self.known_logps(ids, targets)
+        batch = ids, targets, advantage, old, reference, torch.tensor(len(prompts))
+        if a.updates > 1:
+            if number % a.grad_accum == 0:  # the first of new ones
+                self.drawn.clear()
+            self.drawn[number] = batch
+        return batch
+
+    def known_logps(self, ids, targets):
+        """Log probabilities (N, T) of answers under the model as it is, and under the reference;
+        zeros where they are not needed."""
+        device, none = self.runtime.device, torch.zeros(targets.shape)
+
+        def logps(model):
+            with lm.evaluating(model), self.runtime.autocast():
+                return model(ids.to(device), targets.to(device), reduction="none").cpu()
+
+        old = logps(self.model) if self.args.updates > 1 else none
+        if not self.args.kl:
+            return old, none
+        if self.reference:
+            return old, logps(self.reference)
+        with lora.disable_adapter(self.model):
+            return old, logps(self.model)
+
+    def loss(self, model, ids, targets, advantage, old, reference, drawn):
+        """`grpo_loss` of a batch."""
+        a, logps, chosen = self.args, model(ids, targets, reduction="none"), targets != -100
+        old = old if a.updates > 1 else logps.detach()
+        reference = reference if a.kl else logps.detach()
+        loss, clipped, kl = grpo_loss(logps, old, reference, advantage, chosen, a.clip, a.kl)
+        self.seen["clipped"].append(clipped)
+        self.seen["kl"].append(kl)
+        self.seen["entropy"].append(-float(logps.detach()[chosen].mean()))
+        return loss
+
+    def count(self, ids, targets, advantage, old, reference, drawn):
+        """Answers."""
+        return int(drawn)
+
+    def scores(self, jobs, turns):
+        """Those of any chat, and the mean reward of the turns that the reward is for."""
+        answers = [(messages, turn, wanted) for (messages, wanted), turn in zip(jobs, turns)]
+        rewards = [r for r in self.rewards(answers) if r is not None]
+        return {"val_reward": sum(rewards) / max(1, len(rewards)), **chat_scores(jobs, turns)}
+
+    def figures(self):
+        """Means of what was seen: the reward of drawn answers, its standard deviation in a group,
+        the share of groups in which all are equal, the length of answers; of the ids learned from
+        the share of clipped ratios, the divergence from the reference, and the mean of -log p."""
+        sums = {k: (sum(v), len(v)) for k, v in self.seen.items()}
+        self.seen.clear()
+        flat = self.runtime.total(*(x for pair in sums.values() for x in pair))
+        return {k: flat[2 * i] / max(1, flat[2 * i + 1]) for i, k in enumerate(sums)}
+
+
+def as_chat(example):
+    """An example of any kind as a conversation: the preferred answer, or the label, ends it."""
+    if "messages" not in example:
+        asked = {"role": "user", "content": example["text"]}
+        return {"messages": [asked, {"role": "assistant", "content": example["label"]}]}
+    if "chosen" not in example:
+        return example
+    ending = {"role": "assistant", "content": example["chosen"]}
+    return {"messages": [*example["messages"], ending]}
+
+
 # The first class of a name that takes rows of the data's kind is used; without --objective the
 # first of all.
 OBJECTIVES = {
@@ -571,6 +702,8 @@ OBJECTIVES = {
     "classify": [Classify],
     "dpo": [DPO],
     "distill": [Distill, DistillLabels],
+    "reward": [RewardModel],
+    "grpo": [GRPO],
 }
 
 
@@ -611,7 +744,7 @@ def resolve(args):
 def choose_objective(name, kind, data):
     """(its name, its class) of --objective, or of what rows of that kind suit."""
     names = [name] if name else OBJECTIVES
-    found = [(n, c) for n in names for c in OBJECTIVES[n] if c.kind == kind]
+    found = [(n, c) for n in names for c in OBJECTIVES[n] if kind in c.kinds]
     if not found:
         raise UserError(f"--objective {name} does not suit {data}, rows of {kind}")
     return found[0]
@@ -624,15 +757,22 @@ def check_settings(args, objective):
     if args.quantize and not args.lora_rank:
         raise UserError("--quantize freezes the base: add --lora_rank 8, so that something learns")
     if args.best_by not in ("val_loss", "last", objective.figure):
-        what = f"rows of {objective.kind}: {objective.figure} is"
-        raise UserError(f"--best_by {args.best_by} is not measured on {what}")
-    if args.augment and objective.kind != "chat":
+        raise UserError(
+            f"--best_by {args.best_by} is not measured with --objective {args.objective}: "
+            f"{objective.figure} is"
+        )
+    if args.best_by == objective.figure and "chat" in objective.kinds and not args.eval_rows:
+        raise UserError(f"--best_by {args.best_by} needs --eval_rows")
+    if (args.objective == "grpo") != bool(args.reward):
+        names = ", ".join(REWARDS)
+        raise UserError(f"--objective grpo and --reward belong together: {names}, a file, a --ckpt")
+    if args.augment and "chat" not in objective.kinds:
         raise UserError("--augment is for chats with tool calls")
-    if args.token_dropout and args.objective == "dpo":
-        raise UserError("--token_dropout does not go together with --objective dpo")
+    if args.token_dropout and args.objective in ("dpo", "grpo"):
+        raise UserError(f"--token_dropout does not go together with --objective {args.objective}")
 
 
-def check_parts(args, kind, parts):
+def check_parts(args, parts):
     """The labels of the training rows, sorted; none for other kinds. UserError if another split has
     one that these lack, there is no --split of that name, or --best_by cannot be measured."""
     args.split = "val" if args.split == "dev" else args.split
@@ -641,25 +781,27 @@ def check_parts(args, kind, parts):
     roles = {m["role"] for e in parts["val"] for m in e.get("messages", ())}
     if args.best_by == "slot_f1" and "call" not in roles:
         raise UserError("--best_by slot_f1 is not measured on chats without calls")
-    if kind != "label":
-        return []
-    labels = sorted({e["label"] for e in parts["train"]})
-    if strange := {e["label"] for p in parts.values() for e in p} - set(labels):
+    labels = sorted({e["label"] for e in parts["train"] if "label" in e})
+    if strange := {e["label"] for p in parts.values() for e in p if "label" in e} - set(labels):
         raise UserError(f"label {min(strange)!r} is not among the training rows' labels")
     return labels
 
 
-def special_tokens(tokenizer, labels):
-    """The special tokens that these rows need: one a label, or for chats those of our template if
-    the tokenizer has no family's."""
-    if labels:
-        return [label_token(name) for name in labels]
-    return CHAT_TOKENS if find_template(tokenizer) is None else []
+def augmented(examples, objective, share, seed):
+    """epoch -> rows of that epoch: `share` of the values exchanged anew (hotel.substitute)."""
+    pool = values_by_key(examples)
+
+    def epoch_rows(epoch):
+        rng = random.Random(f"{seed} {epoch}")
+        fresh = [substitute(e, pool, share, rng) for e in examples]
+        return objective.learned(objective.make_split([tidy_calls(e) for e in fresh]))
+
+    return epoch_rows
 
 
-def build_model(args, content, labels):
+def build_model(args, content, special_tokens):
     """(model, tokenizer, what an adapter's file says about itself or None): the checkpoint's model
-    with the special tokens it needs, as `content` (of a resumed run) left it."""
+    with the tokens of special_tokens(tokenizer), as `content` (of a resumed run) left it."""
     lora_on = args.lora_rank > 0
     base = content if content and not lora_on else lm.load_checkpoint(args.ckpt)
     if "adapter" in base:
@@ -669,7 +811,7 @@ def build_model(args, content, labels):
     if args.dropout is not None:
         base = base | {"config": {**base["config"], "dropout": args.dropout}}
     bare = Tokenizer(base["tokenizer"])
-    tokenizer = bare.with_special(special_tokens(bare, labels))
+    tokenizer = bare.with_special(special_tokens(bare))
     about = None
     if content and lora_on:
         model, about = lora.load_adapted(base, {"default": content}, args.ckpt), content["adapter"]
@@ -685,7 +827,8 @@ def build_model(args, content, labels):
         lora.add_lora(model, **settings)
         # special tokens that the base has never seen are rows of its tables: these must learn
         own = dict(model.named_parameters())
-        tables = [t for t in ("embed.weight", "head.weight") if t in own and tokenizer is not bare]
+        tables = [n for n in ("embed.weight", "value_embed.weight", "head.weight") if n in own]
+        tables = tables if tokenizer is not bare else []
         mark = lora.fingerprint(base["model"])
         about = settings | dict(quantize=args.quantize, base=args.ckpt, base_sha256=mark)
         about |= dict(tables=tables, first_row=bare.n_vocab)
@@ -707,14 +850,15 @@ def make_task(args, objective, split, val, loader, extra):
 
     def get(number):
         numbers, rows = loader.get(number)
-        ids, *rest = objective.batch(split, numbers, rows)
+        ids, *rest = objective.batch(split, numbers, rows, number)
         if args.token_dropout:
             rng = np.random.default_rng((args.seed, 1, number))
             ids = drop_tokens(ids, args.token_dropout, objective.tokenizer.eos_id, rng)
         return ids, *rest
 
     def step_batches(step):
-        first = (step * runtime.world + runtime.rank) * args.grad_accum
+        draw = step // (args.updates or 1)  # the same samples for several steps
+        first = (draw * runtime.world + runtime.rank) * args.grad_accum
         return [get(first + i) for i in range(args.grad_accum)]
 
     def score(row):  # the least is the best
@@ -732,6 +876,9 @@ def make_task(args, objective, split, val, loader, extra):
         loss=objective.loss,
         count=objective.count,
         score=score,
+        figures=objective.figures,
+        curves=objective.curves,
+        unit=objective.unit,
     )
 
 
@@ -760,21 +907,21 @@ def evaluate_only(args):
     given = {k: v for k, v in vars(args).items() if v is not None}
     check_limits(given)
     kind, parts, _ = load_data(args.data, args.val_data, given.get("val", RECIPE["val"]))
-    kind_of = choose_objective(None, kind, args.data)[1]
+    kind_of = choose_objective(args.objective, kind, args.data)[1]
     settings = RECIPE | kind_of.defaults() | given
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
     runtime = make_runtime(args.device, args.dtype)
     model, tokenizer, where = load(args.ckpt, args.device, runtime.dtype)
     train.settle_context(args, model)
-    labels = check_parts(args, kind, parts)
-    wanted = special_tokens(tokenizer, labels)
+    labels = check_parts(args, parts)
+    wanted = kind_of.special_tokens(tokenizer, labels)
     if missing := [n for n in wanted if n not in tokenizer.special]:
         raise UserError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
     run = where.parent if where.suffix == ".pt" else where
     out = run_folder(args, None, f"{run.name}-eval", runtime)
     objective = kind_of(args, tokenizer, labels)
     objective.runtime, split = runtime, objective.make_split(parts[args.split])
-    if kind == "prefer" and not lora.adapted(model):
+    if kind_of is DPO and not lora.adapted(model):
         raise UserError(
             f"pairs are measured against the model before DPO, which {where} does not bring along: "
             f"see its metrics.jsonl, or train with --lora_rank"
@@ -782,7 +929,7 @@ def evaluate_only(args):
     objective.start(model, {args.split: split}, None)
     with lm.evaluating(model):
         write_report(objective, model, split, out)
-    if kind != "prefer":
+    if (out / "predictions.jsonl").exists():
         print(f"{out}/predictions.jsonl")
 
 
@@ -792,9 +939,10 @@ def main(argv=None):
         return evaluate_only(args)
     shown = args.show_mask
     args, kind_of, content, parts, hashes = resolve(args)
-    labels = check_parts(args, kind_of.kind, parts)
+    labels = check_parts(args, parts)
     torch.manual_seed(args.seed)
-    model, tokenizer, about = build_model(args, content, labels)
+    special = partial(kind_of.special_tokens, labels=labels)
+    model, tokenizer, about = build_model(args, content, special)
     train.settle_context(args, model)
     objective = kind_of(args, tokenizer, labels)
     split = objective.make_split(parts["train"])
@@ -810,10 +958,11 @@ def main(argv=None):
     epoch_rows = None
     if args.augment:
         epoch_rows = augmented(parts["train"], objective, args.augment, args.seed)
-    loader = BucketLoader(split.rows, args.batch_tokens, args.seed, epoch_rows)
+    loader = BucketLoader(objective.learned(split), args.batch_tokens, args.seed, epoch_rows)
     if args.max_steps is None and args.max_minutes is None:
         per_step = args.grad_accum * runtime.world
-        args.max_steps = max(1, math.ceil(args.epochs * loader.per_epoch / per_step))
+        steps = math.ceil(args.epochs * loader.per_epoch / per_step)
+        args.max_steps = max(1, steps) * (args.updates or 1)
     val = objective.make_split(parts["val"])
     extra = {"tokenizer": tokenizer.spec, "data": hashes}
     extra |= {"adapter": about} if about else {}
@@ -904,6 +1053,8 @@ def build_parser():
     add("--quantize", choices=("int8", "nf4"), help="the frozen base, with --lora_rank")
     add = p.add_argument_group("objectives").add_argument
     add("--teacher", help="checkpoint that distill learns from")
+    add("--reward", help=f"what grpo learns from: {', '.join(REWARDS)}, a .py file with a function "
+        "reward(messages, answer, wanted), or a run of --objective reward")
     own = {k: v for classes in OBJECTIVES.values() for c in classes for k, v in c.settings.items()}
     for name, (value, text) in own.items():
         add(f"--{name}", type=type(value), help=f"{text} (default {value:g})")

@@ -90,6 +90,7 @@ class Config:
     head_bias: bool = False
     qk_norm: bool = False  # RMS-normalise queries and keys per head
     embed_norm: bool = False  # one more norm, right after the embedding
+    value_embed: bool = False  # a second table, whose rows are added to the values of each layer
     tied: bool = False  # the head is the embedding table, transposed
     dropout: float = 0.0
     eps: float = 1e-5
@@ -154,10 +155,16 @@ class Config:
 
 
 # What learned fastest in our trials at this size (tests/BENCHMARKS.md): norms without weights, one
-# more of them after the embedding, squared ReLU, an untied head, and outputs that start at zero.
+# more of them after the embedding, a table for the values (so that a head can copy a token without
+# its matrices' learning to), squared ReLU, an untied head, and outputs that start at zero.
 # LayerNorm learns like RMSNorm here, and torch's kernel for it is twice as fast on a CPU.
 _OURS = dict(
-    norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True
+    norm="layernorm",
+    norm_weight=False,
+    activation="relu2",
+    qk_norm=True,
+    embed_norm=True,
+    value_embed=True,
 )
 _GPT2 = dict(
     vocab_size=50257,
@@ -343,12 +350,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_size, c.eps, c.norm_weight) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_size, c.eps, c.norm_weight) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, rope=None, update_cache=None, mask=None):
-        """x (B, T, C) -> (B, T, C). `update_cache(k, v)` gives all keys and values so far."""
+    def forward(self, x, rope=None, update_cache=None, mask=None, values=None):
+        """x (B, T, C) -> (B, T, C). `update_cache(k, v)` gives all keys and values so far; `values`
+        (B, T, nkv * hs) are added to the new ones."""
         B, T, _ = x.shape
         q = self.q_norm(self.q(x).view(B, T, self.n_head, self.head_size))
         k = self.k_norm(self.k(x).view(B, T, self.n_kv_head, self.head_size))
-        v = self.v(x).view(B, T, self.n_kv_head, self.head_size)
+        v = self.v(x) if values is None else self.v(x) + values
+        v = v.view(B, T, self.n_kv_head, self.head_size)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, hs)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
@@ -388,8 +397,8 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None, update_cache=None, mask=None):
-        x = x + self.drop(self.attention(self.norm1(x), rope, update_cache, mask))
+    def forward(self, x, rope=None, update_cache=None, mask=None, values=None):
+        x = x + self.drop(self.attention(self.norm1(x), rope, update_cache, mask, values))
         return x + self.drop(self.feed_forward(self.norm2(x)))
 
 
@@ -504,7 +513,8 @@ class Transformer(nn.Module):
 
     `model(ids)` gives logits (B, T, V); `model(ids, targets)` the *summed* negative log-likelihood
     of the targets in float32 (see `chunked_loss`), which the training loop divides by their number.
-    With `reduction="none"` it gives the log probability of every target, (B, T).
+    With `reduction="none"` it gives the log probability of every target, (B, T); with "logits" the
+    logits (N, V) of the places that have a target.
 
     >>> model = Transformer(preset("tiny"))
     >>> model(torch.tensor([[1, 2, 3]])).shape
@@ -515,6 +525,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = c = copy.copy(config)
         self.embed = make_table(c.vocab_size, c.d_model)
+        if c.value_embed:
+            self.value_embed = make_table(c.vocab_size, c.n_kv_head * c.head_size)
         if c.position == "learned":
             self.position = make_table(c.context, c.d_model)
         elif c.position == "sinusoidal":
@@ -550,6 +562,8 @@ class Transformer(nn.Module):
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
             elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer)) if gpt2 else p.zero_()
+            elif name == "value_embed.weight":
+                p.zero_()
             elif name == "head.weight":
                 nn.init.normal_(p, std=0.02) if gpt2 else p.zero_()
             elif name == "embed.weight" and not gpt2:
@@ -562,9 +576,9 @@ class Transformer(nn.Module):
     def grow_vocabulary(self, vocab_size, known):
         """Room for at least `vocab_size` ids, of which the first `known` were in use until now. All
         rows after those, unused ones included, start at the mean of the known rows."""
-        c, tables = self.config, [self.embed] if self.config.tied else [self.embed, self.head]
-        grown = max(c.vocab_size, vocab_size)
-        for table in tables:
+        c, grown = self.config, max(self.config.vocab_size, vocab_size)
+        tables = [self.embed, *([] if c.tied else [self.head])]
+        for table in tables + ([self.value_embed] if c.value_embed else []):
             for name in ("weight", "bias"):
                 old = getattr(table, name, None)
                 if old is not None:
@@ -600,12 +614,13 @@ class Transformer(nn.Module):
             if positions.dim() == 2:
                 rope = rope[0][:, None], rope[1][:, None]
         x = self.drop(self.embed_norm(x))
+        values = self.value_embed(ids) if self.config.value_embed else None
         for i, block in enumerate(self.blocks):
             update_cache = None if cache is None else cache.layer(i)
             if self.grad_checkpoint and self.training:
-                x = recompute(block, x, rope, update_cache, mask, use_reentrant=False)
+                x = recompute(block, x, rope, update_cache, mask, values, use_reentrant=False)
             else:
-                x = block(x, rope, update_cache, mask)
+                x = block(x, rope, update_cache, mask, values)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -624,6 +639,8 @@ class Transformer(nn.Module):
         x = self.hidden(ids, cache, positions, mask)
         if targets is None:
             return self.head(x)  # (B, T, V)
+        if reduction == "logits":
+            return self.head(x[targets != -100])  # (N, V)
         if reduction == "none":
             return token_logps(x, self.head.weight, self.head.bias, targets)  # (B, T)
         return chunked_loss(x, self.head.weight, self.head.bias, targets)
@@ -780,8 +797,8 @@ def count_parameters(model):
     for name, p in model.named_parameters():  # a tied head is listed once, as the embedding
         if "norm" in name:
             part = "norms"
-        elif name.startswith(("embed.", "position.", "head.")):
-            part = {"e": "embedding", "p": "positions", "h": "head"}[name[0]]
+        elif name.startswith(("embed.", "value_embed.", "position.", "head.")):
+            part = dict(e="embedding", v="embedding", p="positions", h="head")[name[0]]
         else:
             part = "attention" if ".attention." in name else "feed-forward"
         parts[part] += p.numel()

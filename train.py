@@ -230,6 +230,7 @@ def make_optimizers(model, args):
     # a tied table is embedding and head at once: neither's own learning rate suits it
     tied = model.config.tied
     tables = {} if tied else {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
+    tables["value_embed.weight"] = args.embed_lr
     groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
     others = [p for n, p in named if n not in tables and not ("blocks." in n and p.dim() == 2)]
     groups.append(dict(params=others, lr=args.lr))
@@ -392,7 +393,8 @@ class Task:
     end: by default the targets that are not -100, the last tensor. `evaluate(model, final)` returns
     a dict with at least "val_loss"; final asks for the whole split. `score` of such a dict is least
     where the model is best. `weights(model)` is what of the model a checkpoint keeps, `extra` goes
-    beside it (the tokenizer's spec, for one).
+    beside it (the tokenizer's spec, for one). `figures()` are more for a line of the log; `curves`
+    says what loss.svg shows, (name, key in metrics.jsonl), and `unit` in what.
     """
 
     batches: Callable
@@ -402,6 +404,9 @@ class Task:
     count: Callable = lambda *batch: int((batch[-1] != -100).sum())
     weights: Callable = lm.unwrapped_state
     score: Callable = lambda row: row["val_loss"]
+    figures: Callable = dict
+    curves: tuple = (("train", "loss"), ("validation", "val_loss"))
+    unit: str = "loss, nats per token"
 
 
 def training_step(model, task, batches, runtime, scaler):
@@ -521,12 +526,14 @@ class Run:
         row = dict(step=s["step"], tokens=s["tokens"], seconds=round(s["seconds"], 3))
         row |= dict(loss=sum(losses) / len(losses), lr=lr, grad_norm=norm, tok_s=round(tok_s))
         row["mfu"] = sum(flops) / sum(times) / peak
-        self.log.write(**row)
+        more = self.task.figures()
+        self.log.write(**row, **more)
         of = f"/{self.args.max_steps}" if self.args.max_steps else ""
         eta = clock(s["seconds"] * (1 - done) / done)
         self.log.line(
             f"step {s['step']}{of}  loss {row['loss']:.3f}  lr {lr:.2e}  norm {norm:.2f}  "
-            f"{tok_s:,.0f} tok/s  mfu {row['mfu']:.0%}  eta {eta}",
+            f"{tok_s:,.0f} tok/s  mfu {row['mfu']:.0%}  eta {eta}"
+            + "".join(f"  {k.replace('_', ' ')} {v:.3g}" for k, v in more.items()),
             rewrite=True,
         )
 
@@ -561,9 +568,8 @@ class Run:
         }
         lm.save_checkpoint(self.out / "last.pt", inference | resuming)
         rows = [r for r in self.log.rows if not r.get("final")]
-        curves = {"train": "loss", "validation": "val_loss"}
-        curves = {k: [(r["step"], r[c]) for r in rows if c in r] for k, c in curves.items()}
-        svg = line_svg(self.out.name, curves, "steps", "loss, nats per token")
+        curves = {k: [(r["step"], r[c]) for r in rows if c in r] for k, c in self.task.curves}
+        svg = line_svg(self.out.name, curves, "steps", self.task.unit)
         (self.out / "loss.svg").write_text(svg, encoding="utf-8")
 
     def restore(self, content):

@@ -134,17 +134,18 @@ class StopSignal:
 LIMITS = (
     (
         "batch_size batch_tokens eval_every grad_accum judge log_every max_new_tokens max_steps "
-        "num_samples show_mask steps tokens workers",
+        "num_samples show_mask steps tokens updates workers",
         "at least 1",
         lambda v: 1 <= v <= 2**62,
     ),
     (
-        "distill_temperature dpo_beta epochs guidance lora_alpha lr max_minutes repetition_penalty",
+        "clip distill_temperature dpo_beta epochs guidance lora_alpha lr max_minutes "
+        "repetition_penalty",
         "above 0 and finite",  # any NAME_lr, too
         lambda v: 0 < v < math.inf,
     ),
     (
-        "beams eval_rows grad_clip lora_rank min_lr temperature top_k warmup_steps weight_decay",
+        "beams eval_rows grad_clip kl lora_rank min_lr temperature top_k warmup_steps weight_decay",
         "finite, from 0",
         lambda v: 0 <= v < math.inf,
     ),
@@ -155,6 +156,7 @@ LIMITS = (
     ("val_fraction", "above 0 and at most 0.5", lambda v: 0 < v <= 0.5),
     ("length_penalty", "from -10 to 10", lambda v: -10 <= v <= 10),
     ("frequency_penalty presence_penalty", "from -2 to 2", lambda v: -2 <= v <= 2),
+    ("samples", "from 2 to 4096", lambda v: 2 <= v <= 4096),
     ("slots", "from 1 to 256", lambda v: 1 <= v <= 256),
     ("serve", "a port from 0 to 65535", lambda v: 0 <= v < 2**16),
 )

@@ -30,7 +30,7 @@ def line_svg(title, curves, x_label="steps", y_label=""):
     last = max((x for x, _ in points), default=1) or 1
     seen = sorted(y for x, y in points if x >= last / 20) or [0.0, 1.0]
     high = seen[int(0.95 * (len(seen) - 1))] if len(seen) > 20 else seen[-1]
-    xs, ys = nice_ticks(0, last), nice_ticks(seen[0], high)
+    xs, ys = nice_ticks(0, last), nice_ticks(seen[0], high if high > seen[0] else seen[0] + 1)
     left, right, top, bottom = 52, 452, 44, 264
 
     def place(x, y):

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 
 from data.chat import parse_call
+from data.faithful import FACTS, count_facts, records_of
 from data.rows import whole
 
 
@@ -56,12 +57,16 @@ def macro_f1(table):
 
 def chat_scores(jobs, turns):
     """A dict of what can be counted: where a tool should be called slot precision, recall and F1
-    and the share of calls that parse; elsewhere BLEU-4 (a call in that place scores 0)."""
-    slots, parsed, bleu = [0, 0, 0], [], []
-    for (_, wanted), got in zip(jobs, turns):
+    and the share of calls that parse; elsewhere BLEU-4 (a call in that place scores 0), and after
+    a search for hotels what share of the names, prices, ratings and phones is right, and what share
+    of the replies names a hotel twice."""
+    slots, parsed, bleu, facts, searched = [0, 0, 0], [], [], Counter(), 0
+    for (before, wanted), got in zip(jobs, turns):
         same = got["role"] == wanted["role"]
         if wanted["role"] == "assistant":
             bleu.append(bleu4(got["content"], wanted["content"]) if same else 0.0)
+            searched += bool(records_of(before))
+            facts += count_facts(before, got["content"]) if same else Counter()
             continue
         try:
             arguments = parse_call(got["content"])[1] if same else None
@@ -75,4 +80,6 @@ def chat_scores(jobs, turns):
         scores |= dict(slot_p=right / max(1, predicted), slot_r=right / max(1, wanted))
         scores |= dict(slot_f1=2 * right / max(1, predicted + wanted))
         scores |= dict(valid_json=sum(parsed) / len(parsed))
-    return scores | (dict(bleu4=sum(bleu) / len(bleu)) if bleu else {})
+    scores |= dict(bleu4=sum(bleu) / len(bleu)) if bleu else {}
+    scores |= {f"{fact}s": facts[f"right {fact}"] / facts[fact] for fact in FACTS if facts[fact]}
+    return scores | (dict(doubled=facts["doubled"] / searched) if searched else {})

@@ -1,0 +1,83 @@
+"""Whether a reply says of hotels what the search has returned: names, prices, ratings, phones."""
+import json
+import re
+from collections import Counter
+from functools import cache
+
+from data.hotel import read_hotels
+
+# What a reply says of a hotel by a number: the field of its record, and how it is written
+NUMBERS = {
+    "price": r"(?<![-\d.])\d+(?:\.\d+)?(?=元)",
+    "rating": r"\d(?:\.\d+)?(?=分)",
+    "phone": r"\d{3,4}-\d{7,8}",
+}
+FACTS = ("name", *NUMBERS)
+# The name of a hotel that nobody knows: with its branch in brackets, or as most here begin and end
+INVENTED = re.compile(r"[\w·]{2,}\([^()]+\)|北京\w{2,10}?(?:酒店|饭店|宾馆|大厦|公寓)")
+
+
+def records_of(messages):
+    """{name: record} of all hotels that tools have returned in a conversation."""
+    found = {}
+    for m in messages:
+        if m["role"] == "tool":
+            try:
+                rows = json.loads(m["content"])
+            except (ValueError, RecursionError):  # a result may be any text
+                continue
+            for r in rows if isinstance(rows, list) else [rows]:
+                if isinstance(r, dict) and {"name", "price", "rating"} <= set(r):
+                    found[r["name"]] = r
+    return found
+
+
+@cache
+def names_pattern(more=()):
+    """A pattern that finds any name of a hotel in the database, or one of `more`, the longest."""
+    names = sorted({*more, *(h["name"] for h in read_hotels())}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)))
+
+
+def count_facts(messages, reply):
+    """A Counter of what a reply says of hotels after the conversation `messages`: how many names
+    ("name"), prices, ratings and phones there are, how many of each are right ("right name"...),
+    how many names come again ("again"), 1 for "doubled" if any does. Empty before any result.
+
+    A name is right if a search has returned it; a number if it is that of the hotel named before
+    it, or else after it, or else of one of those that were named last in the conversation. Numbers
+    that the guest has said are no statements.
+    """
+    known, counts = records_of(messages), Counter()
+    if not known:
+        return counts
+    pattern = names_pattern(tuple(sorted(known)))
+    found = [(m.start(), m[0]) for m in pattern.finditer(reply)]
+    rest = pattern.sub(lambda m: "\n" * len(m[0]), reply)
+    invented = [m[0] for m in INVENTED.finditer(rest)]
+    invented = [s for s in invented if not any(s in name for name in known)]
+    counts["name"] = len(found) + len(invented)
+    counts["right name"] = sum(name in known for _, name in found)
+    counts["again"] = len(found) - len({name for _, name in found})
+    counts["doubled"] = int(counts["again"] > 0)
+    texts = [m["content"] for m in messages if m["role"] in ("user", "assistant")]
+    guest = "\n".join(m["content"] for m in messages if m["role"] == "user")
+    earlier = next(filter(None, map(pattern.findall, reversed(texts))), [])
+    for fact, written in NUMBERS.items():
+        for m in re.finditer(written, rest):
+            if re.search(rf"(?<![\d.]){re.escape(m[0])}(?![\d.])", guest):
+                continue
+            before = [name for at, name in found if at < m.start()]
+            about = before[-1:] or [name for _, name in found[:1]] or earlier
+            counts[fact] += 1
+            counts[f"right {fact}"] += any(
+                is_value(m[0], known[name].get(fact)) for name in about if name in known
+            )
+    return counts
+
+
+def is_value(text, value):
+    """Whether a reply's `text` means a record's `value`: an equal number, or one of its phones."""
+    if isinstance(value, (int, float)) and "-" not in text:
+        return float(text) == value
+    return text in str(value)

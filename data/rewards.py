@@ -1,0 +1,94 @@
+"""Rewards: how good an answer is, as a number, for `finetune.py --objective grpo --reward NAME`.
+
+A reward is a function of the conversation so far (a list of messages), the answer (a message, whose
+role says whether it speaks or calls) and the data's own answer. A file of yours has one, too:
+
+    def reward(messages, answer, wanted):
+        return -abs(len(answer["content"]) - 20)
+
+It is asked first for the data's own answers: where it gives None, the turn is not learned from.
+"""
+import math
+import runpy
+
+from data.chat import parse_call
+from data.cli import UserError
+from data.faithful import FACTS, count_facts
+from data.scores import bleu4, slot_counts
+
+
+def slots(messages, answer, wanted):
+    """F1 of the call's slots; 0 for words in place of a call, or no JSON."""
+    if wanted["role"] != "call":
+        return None
+    if answer["role"] != "call":
+        return 0.0
+    try:
+        ours = parse_call(answer["content"])[1]
+    except ValueError:
+        return 0.0
+    right, said, asked = slot_counts(ours, parse_call(wanted["content"])[1])
+    return 2 * right / (said + asked) if said + asked else 1.0
+
+
+def faithful(messages, answer, wanted):
+    """What the answer says rightly of hotels, over what it says or should say, whichever is more;
+    half of the reward, so that it does not say it in other words, is BLEU-4. A hotel that is named
+    twice counts as a wrong name."""
+    theirs = count_facts(messages, wanted["content"])
+    if wanted["role"] != "assistant" or not any(theirs[fact] for fact in FACTS):
+        return None
+    if answer["role"] != "assistant":
+        return 0.0
+    ours = count_facts(messages, answer["content"])
+    right = sum(ours[f"right {fact}"] for fact in FACTS) - ours["again"]
+    most = sum(max(ours[fact], theirs[fact]) for fact in FACTS)
+    return (max(0, right) / most + bleu4(answer["content"], wanted["content"])) / 2
+
+
+def label(messages, answer, wanted):
+    """1 if the answer begins with the wanted one, a label, whatever it adds; else 0."""
+    return float(answer["content"].strip().lower().startswith(wanted["content"].strip().lower()))
+
+
+def exact(messages, answer, wanted):
+    """1 if the answer is the wanted one; else 0."""
+    same = answer["content"].strip() == wanted["content"].strip()
+    return float(same and answer["role"] == wanted["role"])
+
+
+def length(messages, answer, wanted):
+    """1 if the answer has as many characters as the wanted one; 0 if it has none, or twice as
+    many."""
+    goal = max(1, len(wanted["content"]))
+    return max(0.0, 1 - abs(len(answer["content"]) - goal) / goal)
+
+
+# To add a reward: a function here.
+REWARDS = {f.__name__: f for f in (slots, faithful, label, exact, length)}
+
+
+def load_reward(source):
+    """The reward that --reward names: one of REWARDS, or the function `reward` of a Python file."""
+    if source in REWARDS:
+        return REWARDS[source]
+    try:
+        found = runpy.run_path(source).get("reward")
+    except (Exception, SystemExit) as e:  # the user's own code can fail in any way
+        raise UserError(f"--reward {source} cannot be loaded ({type(e).__name__}: {e})") from e
+    if not callable(found):
+        raise UserError(f"--reward {source} defines no function reward(messages, answer, wanted)")
+    return found
+
+
+def rate(reward, messages, answer, wanted):
+    """The reward of an answer as a float; UserError names the row if that fails or is no number."""
+    try:
+        value = reward(messages, answer, wanted)
+        if (value is None and answer is wanted) or math.isfinite(float(value)):
+            return None if value is None else float(value)
+        problem = f"is {value}"
+    except Exception as e:  # the user's own code can fail in any way
+        problem = f"fails ({type(e).__name__}: {e})"
+    asked, said = messages[-1]["content"], answer["content"]
+    raise UserError(f"the reward {problem} for {said!r:.80} in answer to {asked!r:.80}")

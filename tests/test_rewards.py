@@ -1,0 +1,372 @@
+"""Learning from rewards: what is counted of an answer, GRPO's loss, and whole runs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, real, turn
+from test_finetune_runs import (
+    KILLED,
+    QUICK,
+    content,
+    losses,
+    metrics,
+    save_base,
+    small_model,
+    tune,
+    values,
+    write,
+)
+
+import finetune as ft
+from data.cli import UserError
+from data.faithful import count_facts
+from data.rewards import REWARDS, load_reward, rate
+from data.rows import load_data
+from data.scores import chat_scores
+
+HOTELS = [
+    {"name": "松园饭店(南店)", "price": 374.0, "rating": 4.8, "phone": "010-65127788"},
+    {"name": "云海大厦", "price": 1005, "rating": 5.0, "phone": "010-60350828, 010-60350829"},
+]
+ASKED = [turn("user", "找一家500元以下的酒店"), turn("call", "search {}"),
+         turn("tool", json.dumps(HOTELS, ensure_ascii=False))]
+
+
+# ---- what a reply says -------------------------------------------------------------------------
+
+
+def facts(reply, *more):
+    return {k: v for k, v in count_facts([*ASKED, *more], reply).items() if v}
+
+
+@pytest.mark.parametrize(
+    "reply, counted",
+    [
+        ("好的，祝您入住愉快！", {}),
+        ("推荐云海大厦。", {"name": 1, "right name": 1}),
+        ("推荐云海大厦和云海大厦。", {"name": 2, "right name": 2, "again": 1, "doubled": 1}),
+        ("推荐北京好梦酒店。", {"name": 1}),
+        ("推荐如家(北京某店)。", {"name": 1}),
+        ("云海大厦的价格是1005元。", {"name": 1, "right name": 1, "price": 1, "right price": 1}),
+        ("云海大厦的价格是1005.0元。", {"name": 1, "right name": 1, "price": 1, "right price": 1}),
+        ("云海大厦的价格是374元。", {"name": 1, "right name": 1, "price": 1}),
+        ("价格374元的松园饭店(南店)。", {"name": 1, "right name": 1, "price": 1, "right price": 1}),
+        ("没有500元以下的。", {}),  # the guest's own number
+        ("没有400-600元的。", {}),  # a range
+        ("评分是5分的云海大厦", {"name": 1, "right name": 1, "rating": 1, "right rating": 1}),
+        ("云海大厦的电话是010-60350829。",
+         {"name": 1, "right name": 1, "phone": 1, "right phone": 1}),
+        ("松园饭店(南店)374元、云海大厦374元",
+         {"name": 2, "right name": 2, "price": 2, "right price": 1}),
+    ],
+)
+def test_names_and_numbers_are_counted_and_compared(reply, counted):
+    assert facts(reply) == counted
+
+
+def test_a_number_without_a_name_is_that_of_the_hotel_named_last():
+    said = turn("assistant", "为您推荐松园饭店(南店)。"), turn("user", "多少钱？")
+    assert facts("价格是374元。", *said) == {"price": 1, "right price": 1}
+    assert facts("价格是1005元。", *said) == {"price": 1}
+    assert facts("价格是1005元。", *said, turn("user", "云海大厦呢？"))["right price"] == 1
+
+
+def test_before_a_search_nothing_is_counted():
+    assert not count_facts(ASKED[:2], "推荐云海大厦，374元。")
+    assert not count_facts([turn("tool", "no JSON"), turn("tool", "[1]")], "推荐云海大厦。")
+    assert not count_facts([turn("tool", '{"name": "A person"}')], "A person")
+
+
+def test_people_are_faithful():
+    """What the humans of the data said: 556 of their 558 names had been returned."""
+    path = real("hotel/dev.jsonl")
+    jobs = ft.answer_jobs(load_data(str(path))[1]["train"])
+    scores = chat_scores(jobs, [wanted for _, wanted in jobs])
+    assert scores["names"] > 0.995 and scores["doubled"] < 0.005
+    assert min(scores["prices"], scores["phones"], scores["ratings"]) > 0.99
+
+
+# ---- rewards -----------------------------------------------------------------------------------
+
+
+CALL = turn("call", 'search {"facilities": ["泳池", "SPA"], "type": "经济型"}')
+
+
+@pytest.mark.parametrize(
+    "name, answer, wanted, value",
+    [
+        ("slots", CALL, CALL, 1.0),
+        ("slots", turn("call", 'search {"facilities": ["SPA"], "type": "豪华型"}'), CALL, 0.4),
+        ("slots", turn("call", "search {"), CALL, 0.0),
+        ("slots", turn("assistant", "SPA"), CALL, 0.0),
+        ("slots", turn("call", "search {}"), turn("call", "search {}"), 1.0),
+        ("slots", CALL, turn("assistant", "hi"), None),
+        ("exact", turn("assistant", " yes\n"), turn("assistant", "yes"), 1.0),
+        ("exact", turn("call", "yes"), turn("assistant", "yes"), 0.0),
+        ("label", turn("assistant", "Positive, I think"), turn("assistant", "positive"), 1.0),
+        ("label", turn("assistant", "negative"), turn("assistant", "positive"), 0.0),
+        ("length", turn("assistant", "abc"), turn("assistant", "abcd"), 0.75),
+        ("length", turn("assistant", "a" * 9), turn("assistant", "abcd"), 0.0),
+        ("faithful", turn("assistant", "推荐云海大厦。"), turn("assistant", "推荐云海大厦。"), 1.0),
+        ("faithful", CALL, turn("assistant", "推荐云海大厦。"), 0.0),
+        ("faithful", CALL, turn("assistant", "再见"), None),
+        ("faithful", CALL, CALL, None),
+    ],
+)
+def test_rewards_by_hand(name, answer, wanted, value):
+    got = REWARDS[name](ASKED, answer, wanted)
+    assert got == (value if value is None else pytest.approx(value))
+
+
+def test_silence_and_repetition_earn_less_than_the_truth():
+    wanted = turn("assistant", "推荐云海大厦。")
+
+    def earned(text):
+        return REWARDS["faithful"](ASKED, turn("assistant", text), wanted)
+
+    assert earned("推荐松园饭店(南店)。") > earned("推荐北京好梦酒店。")
+    assert earned("推荐云海大厦。") > earned("推荐云海大厦和云海大厦。") > 0
+    assert earned("好的。") < earned("推荐松园饭店(南店)。")
+
+
+def test_a_reward_of_ones_own_and_what_is_wrong_with_it(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def reward(messages, answer, wanted):\n    return len(answer['content'])\n")
+    said = turn("assistant", "four")
+    assert rate(load_reward(str(path)), ASKED, said, said) == 4.0
+    for body, problem in (("return 'x'", "x"), ("return float('nan')", "nan"), ("1 / 0", "Zero")):
+        path.write_text(f"def reward(messages, answer, wanted):\n    {body}\n")
+        with pytest.raises(UserError, match=f"(?s){problem}.*four.*|four.*{problem}"):
+            rate(load_reward(str(path)), ASKED, said, turn("assistant", "other"))
+    for text in ("x = 1\n", "syntax error\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"mine\.py"):
+            load_reward(str(path))
+    with pytest.raises(UserError, match=r"none\.py"):
+        load_reward("none.py")
+
+
+# ---- the loss ----------------------------------------------------------------------------------
+
+
+def reference_loss(logps, old, reference, rewards, lengths, clip, kl):
+    """GRPO by loops in float64: groups of rewards, answers of some lengths."""
+    total, row = torch.zeros((), dtype=torch.float64), 0
+    for group in rewards:
+        mean = sum(group) / len(group)
+        for r in group:
+            for t in range(lengths[row]):
+                ratio = torch.exp(logps[row, t] - old[row, t])
+                bounded = min(max(ratio, torch.tensor(1 - clip)), torch.tensor(1 + clip))
+                gain = min(ratio * (r - mean), bounded * (r - mean))
+                q = torch.exp(reference[row, t] - logps[row, t])
+                total = total - gain + kl * (q - 1 - torch.log(q))
+            row += 1
+    return total
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_the_loss_and_its_gradient_are_the_papers(kl):
+    torch.manual_seed(0)
+    rewards = [[1.0, 0.0, 0.5], [0.2, 0.2, 0.9], [0.0, 1.0, 1.0]]
+    lengths, shape = [4, 1, 3, 2, 4, 4, 1, 2, 3], (9, 4)
+    logps = (-2 * torch.rand(shape, dtype=torch.float64)).requires_grad_()
+    old = logps.detach() + 0.4 * torch.randn(shape, dtype=torch.float64)
+    reference = logps.detach() + 0.4 * torch.randn(shape, dtype=torch.float64)
+    r = torch.tensor(rewards, dtype=torch.float64)
+    advantage = (r - r.mean(1, keepdim=True)).view(-1, 1)
+    chosen = torch.arange(4) < torch.tensor(lengths)[:, None]
+    loss, clipped, divergence = ft.grpo_loss(logps, old, reference, advantage, chosen, 0.2, kl)
+    wanted = reference_loss(logps, old, reference, rewards, lengths, 0.2, kl)
+    ours, theirs = (torch.autograd.grad(x, logps)[0] for x in (loss, wanted))
+    assert torch.allclose(loss, wanted) and torch.allclose(ours, theirs)
+    assert 0 < clipped < 1 and divergence > 0 and not ours[~chosen].any()
+
+
+def test_the_divergence_is_unbiased_and_never_negative():
+    p, q = (torch.randn(5, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    gap = q - p
+    terms = gap.exp() - gap - 1
+    assert terms.min() >= 0
+    assert (p.exp() * terms).sum() == pytest.approx((p.exp() * (p - q)).sum().item())
+
+
+# ---- runs --------------------------------------------------------------------------------------
+
+
+LETTERS = "abc"
+GRPO = ["--data", "letters.jsonl", "--objective", "grpo", *QUICK, "--eval_rows", "4"]
+EXACT = [*GRPO, "--reward", "exact"]
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A model that answers any question with a random letter."""
+    folder = tmp_path_factory.mktemp("talker")
+    os.chdir(folder)
+    ours = dict(norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True)
+    save_base(Path("base.pt"), d_model=64, n_layer=2, init="zero_out", value_embed=True, **ours)
+    rows = [{"prompt": f"say {a}", "response": b} for a in LETTERS for b in LETTERS]
+    rows = [[turn("user", r["prompt"]), turn("assistant", r["response"])] for r in rows]
+    write("any.jsonl", rows)
+    flags = "--data any.jsonl --val_data any.jsonl --epochs 60 --lr 3e-3 --eval_rows 0"
+    tune(*flags.split(), ckpt="base.pt", out="talker")
+    return folder / "talker" / "best.pt"
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch, talker):
+    """A folder with that model, and rows in which the right letter is the one asked for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("data.machine.measure_peak", lambda *_: 1e11)
+    Path("out/base").mkdir(parents=True)
+    Path("out/base/best.pt").write_bytes(talker.read_bytes())
+    rows = [[turn("user", f"say {a}"), turn("assistant", a)] for a in LETTERS]
+    write("letters.jsonl", [r for r in rows for _ in range(8)])
+    write("val.jsonl", rows)
+    write("pairs.jsonl", [{"prompt": f"say {a}", "chosen": "a", "rejected": b}
+                          for a in LETTERS for b in LETTERS if b != "a"])
+    return tmp_path
+
+
+def test_the_letter_that_the_prompt_names_is_learned_from_reward_alone(room):
+    flags = "--val_data val.jsonl --max_steps 200 --lr 1e-3 --embed_lr 1e-3 --head_lr 1e-3"
+    flags += " --schedule constant --batch_tokens 2048 --grad_accum 1 --eval_every 1000"
+    out = tune(*EXACT, *flags.split())
+    assert values(out, "reward")[0] < 0.5 < 0.95 < values(out, "val_reward")[-1]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--updates", "2", "--kl", "0.1"], ["--lora_rank", "4", "--kl", "0.1"]]
+)
+def test_what_a_run_writes(room, flags):
+    out = tune(*EXACT, *flags, "--val_data", "val.jsonl", "--max_steps", "4", "--eval_every", "2")
+    for r in [r for r in metrics(out) if "reward" in r]:
+        assert 0 <= r["reward"] <= 1 and 0 <= r["equal_groups"] <= 1 and r["answer_tokens"] >= 1
+        assert r["reward_std"] >= 0 and 0 <= r["clipped"] <= 1 < 9 * r["entropy"]
+    kl = values(out, "kl")
+    assert len(kl) == 4 and kl[0] == 0 < kl[-1]
+    assert "greedy, validation" in (out / "loss.svg").read_text()
+    assert {"val_reward", "bleu4"} <= set(json.loads((out / "scores.json").read_text())["val"])
+
+
+def test_answers_of_a_draw_serve_several_updates(room, monkeypatch):
+    drawn = []
+    write_answers = ft.write
+    monkeypatch.setattr(ft, "write", lambda *a, **k: drawn.append(k) or write_answers(*a, **k))
+    tune(*EXACT, "--val_data", "val.jsonl", "--updates", "3", "--grad_accum", "2", "--max_steps",
+         "7", "--eval_every", "100")
+    seeds = [k["seeds"] for k in drawn if "seeds" in k]
+    assert len(seeds) == 3 * 2 and len({tuple(s) for s in seeds}) == 6
+
+
+def test_the_reference_of_an_adapter_is_its_base(room):
+    """With equal rewards only the divergence moves the weights, and nothing does at the start."""
+    Path("flat.py").write_text("def reward(messages, answer, wanted):\n    return 1\n")
+    flags = [*GRPO, "--reward", "flat.py", "--val_data", "val.jsonl", "--max_steps", "2"]
+    for more in (["--lora_rank", "4"], []):
+        out = tune(*flags, *more, "--kl", "1", out=f"out/flat{len(more)}")
+        assert values(out, "kl") == [0, 0] and values(out, "equal_groups") == [1, 1]
+        assert max(map(abs, losses(out))) < 1e-6
+
+
+def test_killed_and_resumed_equals_straight_through_bitwise(room):
+    flags = [*EXACT, "--val_data", "val.jsonl", "--updates", "2", "--kl", "0.1", "--dropout", "0.1",
+             "--max_steps", "10", "--eval_every", "3"]
+    tune(*flags, out="out/straight")
+    code = ["-c", KILLED.format(root=str(ROOT)), "--ckpt", "out/base", "--out", "out/killed"]
+    killed = subprocess.run([sys.executable, *code, *flags], capture_output=True, timeout=100)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert content("out/killed/last.pt")["step"] == 6
+    ft.main(["--resume", "out/killed"])
+    keys = ("loss", "reward", "kl", "clipped", "val_reward", "val_loss")
+    for key in keys:
+        assert values("out/killed", key) == values("out/straight", key)
+    straight, resumed = (content(f"out/{o}/last.pt")["model"] for o in ("straight", "killed"))
+    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+
+
+def test_two_processes_give_the_rewards_and_losses_of_one(room):
+    flags = [*EXACT, "--val_data", "val.jsonl", "--max_steps", "6", "--eval_every", "3"]
+    tune(*flags, "--grad_accum", "4", out="out/one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", str(ROOT / "finetune.py"), "--ckpt", "out/base", *flags, "--grad_accum", "2"]
+    done = subprocess.run([*command, "--out", "out/two"], capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for key in ("loss", "reward", "equal_groups", "entropy", "val_reward"):
+        assert values("out/two", key) == pytest.approx(values("out/one", key), abs=1e-5)
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_rank", "4"], ["--grad_accum", "2"]])
+def test_a_reward_model_prefers_what_was_chosen_and_rewards_it(room, flags):
+    tune("--data", "pairs.jsonl", "--val_data", "pairs.jsonl", "--objective", "reward", *QUICK,
+         *flags, "--max_steps", "150", "--lr", "3e-3", "--embed_lr", "3e-3", "--head_lr", "3e-3",
+         out="out/judge")
+    scores = json.loads(Path("out/judge/scores.json").read_text())["val"]
+    assert scores["reward_accuracy"] == 1 and scores["reward_margin"] > 1
+    tune("--eval_only", "--data", "pairs.jsonl", "--val_data", "pairs.jsonl", "--objective",
+         "reward", ckpt="out/judge", out="out/judged")
+    out = tune("--data", "pairs.jsonl", "--val_data", "pairs.jsonl",
+               "--objective", "grpo", "--reward", "out/judge", *QUICK, "--eval_rows", "4",
+               "--epochs", "3", "--lr", "3e-3", "--batch_tokens", "2048", out="out/better")
+    rewards = values(out, "val_reward")
+    assert rewards[-1] > rewards[0] - 1e-6 and rewards[-1] > values(out, "reward")[0]
+
+
+def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
+    torch.manual_seed(0)
+    tokenizer = ft.Tokenizer({"kind": "byte"}).with_special([*ft.CHAT_TOKENS, ft.REWARD_TOKEN])
+    model = small_model(vocab_size=320).double()
+    args = ft.argparse.Namespace(context=48, loss_on="assistant")
+    objective = ft.RewardModel(args, tokenizer)
+    pairs = [{"messages": [turn("user", "q")], "chosen": "good", "rejected": "bad one"},
+             {"messages": [turn("user", "what")], "chosen": "x", "rejected": "yz"}]
+    rows = [objective.row(p)[0] for p in pairs]
+    token, total = tokenizer.special[ft.REWARD_TOKEN], 0.0
+    for chosen, rejected in rows:
+        scores = [model(torch.tensor([r.ids[:-1]]))[0, -1, token] for r in (chosen, rejected)]
+        total = total + torch.log(1 + torch.exp(scores[1] - scores[0]))
+    loss = objective.loss(model, *objective.batch(None, None, rows))
+    assert loss.item() == pytest.approx(total.item(), abs=1e-6)
+    assert objective.count(*objective.batch(None, None, rows)) == 2
+
+
+def test_prompts_are_the_turns_that_the_reward_is_for(room, capsys):
+    path = real("hotel/dev.jsonl")
+    for reward, count in (("slots", 442), ("faithful", 400)):
+        args = ft.argparse.Namespace(context=512, loss_on="assistant", reward=reward, device=None,
+                                     samples=4)
+        tokenizer = ft.Tokenizer({"kind": "byte"}).with_special(ft.CHAT_TOKENS)
+        split = ft.GRPO(args, tokenizer).make_split(load_data(str(path))[1]["train"])
+        assert count - 100 < len(split.prompts) <= 600
+        assert all((p.wanted["role"] == "call") == (reward == "slots") for p in split.prompts)
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--objective", "grpo"], "--reward"),
+        (["--reward", "exact"], "--objective grpo"),
+        ([*GRPO, "--reward", "nothing"], "nothing"),
+        ([*GRPO, "--reward", "out/base"], "no reward model"),
+        ([*EXACT, "--samples", "1"], "--samples"),
+        ([*EXACT, "--updates", "0"], "--updates"),
+        ([*EXACT, "--kl", "-1"], "--kl"),
+        ([*EXACT, "--clip", "0"], "--clip"),
+        ([*EXACT, "--token_dropout", "0.1"], "--token_dropout"),
+        ([*EXACT, "--best_by", "accuracy"], "--best_by accuracy"),
+        ([*GRPO, "--reward", "slots"], "slots"),
+        (["--objective", "reward"], "--objective reward"),
+    ],
+)
+def test_a_users_mistake_is_one_line_that_names_it(room, flags, named):
+    with pytest.raises(UserError, match=re.escape(named)):
+        tune("--data", "letters.jsonl", *flags, "--max_steps", "1")
