@@ -91,6 +91,7 @@ class Config:
     qk_norm: bool = False  # RMS-normalise queries and keys per head
     embed_norm: bool = False  # one more norm, right after the embedding
     value_embed: bool = False  # a second table, whose rows are added to the values of each layer
+    bigram: int = 0  # rows of a table for pairs of tokens, see `pair_rows`; 0 is none
     tied: bool = False  # the head is the embedding table, transposed
     dropout: float = 0.0
     eps: float = 1e-5
@@ -137,6 +138,8 @@ class Config:
             kind = numbers.pop("rope_type", None)
             if set(numbers) != ROPE_SCALINGS.get(kind) or not min(numbers.values()) > 0:
                 raise UserError(f"rope_scaling {self.rope_scaling} is none that we can compute")
+        if self.bigram < 0:
+            raise UserError(f"bigram {self.bigram} must be at least 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout} must be in [0, 1)")
         if self.tied and self.head_bias:
@@ -155,8 +158,8 @@ class Config:
 
 
 # What learned fastest in our trials at this size (tests/BENCHMARKS.md): norms without weights, one
-# more of them after the embedding, a table for the values (so that a head can copy a token without
-# its matrices' learning to), squared ReLU, an untied head, and outputs that start at zero.
+# more of them after the embedding, tables for values and for pairs of tokens (to look something up
+# costs little), squared ReLU, an untied head, and outputs that start at zero.
 # LayerNorm learns like RMSNorm here, and torch's kernel for it is twice as fast on a CPU.
 _OURS = dict(
     norm="layernorm",
@@ -165,6 +168,7 @@ _OURS = dict(
     qk_norm=True,
     embed_norm=True,
     value_embed=True,
+    bigram=8192,
 )
 _GPT2 = dict(
     vocab_size=50257,
@@ -508,6 +512,12 @@ def make_table(rows, size):
     return nn.Embedding(rows, size)
 
 
+def pair_rows(before, ids, rows):
+    """The row, out of so many, of each pair of ids in the bigram table: a hash, so some pairs share
+    one (fastText, Bojanowski et al. 2017). A text's first id counts as the one before itself."""
+    return (before * 36313 ^ ids * 27191) % rows
+
+
 class Transformer(nn.Module):
     """A decoder-only language model.
 
@@ -527,6 +537,8 @@ class Transformer(nn.Module):
         self.embed = make_table(c.vocab_size, c.d_model)
         if c.value_embed:
             self.value_embed = make_table(c.vocab_size, c.n_kv_head * c.head_size)
+        if c.bigram:
+            self.bigram = make_table(c.bigram, c.d_model)
         if c.position == "learned":
             self.position = make_table(c.context, c.d_model)
         elif c.position == "sinusoidal":
@@ -562,7 +574,7 @@ class Transformer(nn.Module):
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
             elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer)) if gpt2 else p.zero_()
-            elif name == "value_embed.weight":
+            elif name in ("value_embed.weight", "bigram.weight"):
                 p.zero_()
             elif name == "head.weight":
                 nn.init.normal_(p, std=0.02) if gpt2 else p.zero_()
@@ -613,7 +625,12 @@ class Transformer(nn.Module):
             rope = self.cos[positions], self.sin[positions]
             if positions.dim() == 2:
                 rope = rope[0][:, None], rope[1][:, None]
-        x = self.drop(self.embed_norm(x))
+        x = self.embed_norm(x)
+        if self.config.bigram:
+            before = torch.cat((ids[:, :1], ids[:, :-1]), dim=1)
+            before = before if cache is None else cache.before(ids)
+            x = x + self.bigram(pair_rows(before, ids, self.config.bigram))
+        x = self.drop(x)
         values = self.value_embed(ids) if self.config.value_embed else None
         for i, block in enumerate(self.blocks):
             update_cache = None if cache is None else cache.layer(i)
@@ -658,6 +675,7 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
         self.layers = list(zip(self.keys, self.values))
+        self.ids = torch.zeros(batch, shape[3], dtype=torch.long, device=weight.device)
         self.length = 0  # tokens held; the model adds to it after its last layer
         self.lengths = None  # or of each row, (B, 1, 1, 1), the longest of which is `length`
 
@@ -666,7 +684,19 @@ class KVCache:
         part = copy.copy(self)
         part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
         part.layers = list(zip(part.keys, part.values))
+        part.ids = self.ids[first:last]
         return part
+
+    def before(self, ids):
+        """The id before each of the new ids (B, T), which are kept for the next call."""
+        if self.lengths is not None:  # one id a row, as in `layer`
+            at = self.lengths[:, :, 0, 0]
+            self.ids.scatter_(1, at, ids)
+            return self.ids.gather(1, (at - 1).clamp(min=0))
+        end = self.length + ids.shape[1]
+        self.ids[:, self.length : end] = ids
+        first = ids[:, :1] if self.length == 0 else self.ids[:, self.length - 1 : self.length]
+        return torch.cat((first, ids[:, :-1]), dim=1)
 
     def layer(self, i):
         """update_cache(k, v) for layer i: store the new ones, return views of all up to them. If
@@ -687,6 +717,7 @@ class KVCache:
         """Give the rows `targets`, by default all, the first n tokens of the rows `sources`."""
         for t in (self.keys, self.values):
             t[:, targets, :, :n] = t[:, sources, :, :n]
+        self.ids[targets, :n] = self.ids[sources, :n]
 
     def grow(self, length):
         """Make room for more tokens."""
@@ -696,6 +727,7 @@ class KVCache:
             new[:, :, :, : old.shape[3]] = old
             setattr(self, name, new)
         self.layers = list(zip(self.keys, self.values))
+        self.ids = F.pad(self.ids, (0, length - self.ids.shape[1]))
 
 
 def meta_model(config):
@@ -797,8 +829,8 @@ def count_parameters(model):
     for name, p in model.named_parameters():  # a tied head is listed once, as the embedding
         if "norm" in name:
             part = "norms"
-        elif name.startswith(("embed.", "value_embed.", "position.", "head.")):
-            part = dict(e="embedding", v="embedding", p="positions", h="head")[name[0]]
+        elif name.startswith(("embed.", "value_embed.", "bigram.", "position.", "head.")):
+            part = {"p": "positions", "h": "head"}.get(name[0], "embedding")
         else:
             part = "attention" if ".attention." in name else "feed-forward"
         parts[part] += p.numel()

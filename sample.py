@@ -54,6 +54,7 @@ from model import (
     find_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
+    pair_rows,
 )
 
 # --------------------------------------------------------------------------------------------
@@ -557,9 +558,9 @@ class FastTransformer:
     # The fields of Config, and the weights, that this class knows. To add one, compute it in
     # `hidden`, too: until then a model that has it is used as it is, see `fast_model`.
     FIELDS = """vocab_size n_layer n_head d_model context n_kv_head head_size d_ff position norm
-    norm_weight activation qkv_bias out_bias ff_bias head_bias qk_norm embed_norm value_embed tied
-    dropout eps rope_theta rope_scaling init"""
-    WEIGHTS = """embed value_embed position embed_norm norm1 attention.q attention.k attention.v
+    norm_weight activation qkv_bias out_bias ff_bias head_bias qk_norm embed_norm value_embed bigram
+    tied dropout eps rope_theta rope_scaling init"""
+    WEIGHTS = """embed value_embed bigram position embed_norm norm1 attention.q attention.k attention.v
     attention.q_norm attention.k_norm attention.out norm2 feed_forward.gate feed_forward.up
     feed_forward.down norm head"""
 
@@ -574,6 +575,7 @@ class FastTransformer:
     def __init__(self, model, int8=False, rows=1):
         c, self.config, self.embed = model.config, model.config, model.embed
         self.value_embed = model.value_embed if c.value_embed else None
+        self.bigram = model.bigram if c.bigram else None
         self.start, self.end = self.norm_of(model.embed_norm), self.norm_of(model.norm)
         self.activation, self.tables = ACTIVATIONS[c.activation], model.position_tables()
         scale = 1.0
@@ -613,9 +615,12 @@ class FastTransformer:
             x = x + tables[0].to(x.dtype)
         else:  # the same for all heads
             cos, sin = (t.unsqueeze(-2) for t in tables)
-        x = self.start(x).view(B * T, -1)
-        if self.value_embed is not None:
-            values = F.embedding(ids, self.value_embed.weight).view(B, T, nkv, hs)
+        x = self.start(x)
+        if c.bigram:
+            x = x + self.bigram(pair_rows(cache.before(ids), ids, c.bigram))
+        x = x.view(B * T, -1)
+        if c.value_embed:
+            values = self.value_embed(ids).view(B, T, nkv, hs)
         for i, (norm1, norm2, qk_weight, qkv, out, up, down) in enumerate(self.layers):
             y = qkv(norm1(x)).view(B, T, nh + 2 * nkv, hs)
             q, k, v = torch.split_with_sizes(y, (nh, nkv, nkv), dim=2)
@@ -627,7 +632,7 @@ class FastTransformer:
                 if c.position == "rope":
                     qk = apply_rope(qk, cos, sin)
                 q, k = torch.split_with_sizes(qk, (nh, nkv), dim=2)
-            if self.value_embed is not None:
+            if c.value_embed:
                 v = v + values
             k, v = cache.layer(i)(k.transpose(1, 2), v.transpose(1, 2))  # (B, nkv, S, hs)
             if T == 1:  # the query heads of a group become positions of their one key head

@@ -230,7 +230,7 @@ def make_optimizers(model, args):
     # a tied table is embedding and head at once: neither's own learning rate suits it
     tied = model.config.tied
     tables = {} if tied else {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
-    tables["value_embed.weight"] = args.embed_lr
+    tables |= {"value_embed.weight": args.embed_lr, "bigram.weight": args.embed_lr}
     groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
     others = [p for n, p in named if n not in tables and not ("blocks." in n and p.dim() == 2)]
     groups.append(dict(params=others, lr=args.lr))

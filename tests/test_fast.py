@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "qwen3": LLAMA | dict(qk_norm=True, tied=True, head_size=24),
     "qwen2": LLAMA | dict(qkv_bias=True),
     "default": dict(norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True,
+                    value_embed=True, bigram=50,
                     embed_norm=True),
     "course": dict(position="sinusoidal", norm="layernorm", activation="relu", out_bias=True,
                    ff_bias=True, head_bias=True),
@@ -84,7 +85,7 @@ def test_logits_are_the_models(name, rows, d_model):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "default"])
-@pytest.mark.parametrize("prompts", [[[5, 7]], [[5, 7, 9], [1], [30] * 20]], ids=["one", "three"])
+@pytest.mark.parametrize("prompts", [[[5, 7]], [[5, 7, 9], [2], [30] * 20]], ids=["one", "three"])
 def test_greedy_text_of_256_tokens_is_the_models(name, prompts):
     model = build(name, 640, context=128)
     settings = dict(max_tokens=256, temperature=0, slide=lambda kept: None)
