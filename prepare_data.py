@@ -39,7 +39,7 @@ from data.files import file_sha256
 from data.hf_tokenizer import hub_tokenizer
 from data.sources import SOURCES
 from data.text import BLOCK, TEXT_SUFFIXES, Documents, file_streams
-from data.tokenizer import UNKNOWN, Tokenizer, learn_bpe
+from data.tokenizer import PATTERNS, UNKNOWN, Tokenizer, learn_bpe
 
 # --------------------------------------------------------------------------------------------
 # Sources: text to pretrain on, and sets of rows to fine-tune on
@@ -88,8 +88,9 @@ def default_name(source):
 def make_tokenizer(name, documents, total_bytes):
     """The Tokenizer that the user calls `name`, trained on the documents where it needs to be.
 
-    byte | char | bpe:N | gpt2 | cl100k_base | o200k_base | any of tiktoken's | a prepared folder
-    whose tokenizer is to be used again | a folder with a tokenizer.json | a model of the Hub.
+    byte | char | bpe:N | bpe-han:N | gpt2 | cl100k_base | o200k_base | any of tiktoken's | a
+    prepared folder whose tokenizer is to be used again | a folder with a tokenizer.json | a model
+    of the Hub.
     """
     if name == "byte":
         return Tokenizer({"kind": "byte"})
@@ -98,10 +99,11 @@ def make_tokenizer(name, documents, total_bytes):
         for piece in (piece for _, pieces in documents for piece in pieces):
             chars.update(piece)
         return Tokenizer({"kind": "char", "chars": "".join(sorted(chars - {UNKNOWN}))})
-    if name.startswith("bpe:"):
-        if not name[4:].isdecimal():
-            raise UserError(f"tokenizer {name!r}: bpe:N wants a number, e.g. bpe:4096")
-        return Tokenizer(learn_bpe(int(name[4:]), documents, total_bytes))
+    kind, colon, size = name.partition(":")
+    if kind in PATTERNS and colon:
+        if not size.isdecimal():
+            raise UserError(f"tokenizer {name!r}: {kind}:N wants a number, e.g. {kind}:4096")
+        return Tokenizer(learn_bpe(int(size), documents, total_bytes, PATTERNS[kind]))
     if name in tiktoken.list_encoding_names():
         return Tokenizer({"kind": "tiktoken", "name": name})
     if (Path(name) / "meta.json").exists():
@@ -112,8 +114,9 @@ def make_tokenizer(name, documents, total_bytes):
         folder = snapshot_download(name, files=("config.json", "tokenizer.json"))
         return Tokenizer(hub_tokenizer(folder))
     raise UserError(
-        f"tokenizer {name!r} is unknown; choose byte, char, bpe:N (e.g. bpe:4096), gpt2, "
-        f"cl100k_base, o200k_base, a folder prepared before, or a model of the Hub (owner/name)"
+        f"tokenizer {name!r} is unknown; choose byte, char, bpe:N (e.g. bpe:4096), bpe-han:N, "
+        f"gpt2, cl100k_base, o200k_base, a folder prepared before, or a model of the Hub "
+        f"(owner/name)"
     )
 
 
@@ -434,9 +437,9 @@ def build_parser():
     add("source", nargs="*", default=("stdlib",),
         help="stdlib (default), sales, shakespeare, or files, folders, globs, http(s) URLs")
     add("--tokenizer",
-        help="byte, char, bpe:N, gpt2, cl100k_base, o200k_base, a prepared folder, or a model's "
-        "folder or name on the Hub (default: bpe:2048 for stdlib, cl100k_base for sales, char for "
-        "shakespeare, else bpe:4096)")
+        help="byte, char, bpe:N, bpe-han:N (each Chinese character a token), gpt2, cl100k_base, "
+        "o200k_base, a prepared folder, or a model's folder or name on the Hub (default: bpe:2048 "
+        "for stdlib, cl100k_base for sales, char for shakespeare, else bpe:4096)")
     add("--name", help="write to data/NAME (default: the first source's own name)")
     add("--val_fraction", type=float, default=0.1, help="share held out, about (default 0.1)")
     add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")

@@ -560,9 +560,9 @@ class FastTransformer:
     FIELDS = """vocab_size n_layer n_head d_model context n_kv_head head_size d_ff position norm
     norm_weight activation qkv_bias out_bias ff_bias head_bias qk_norm embed_norm value_embed bigram
     tied dropout eps rope_theta rope_scaling init"""
-    WEIGHTS = """embed value_embed bigram position embed_norm norm1 attention.q attention.k attention.v
-    attention.q_norm attention.k_norm attention.out norm2 feed_forward.gate feed_forward.up
-    feed_forward.down norm head"""
+    WEIGHTS = """embed value_embed bigram position embed_norm norm1 attention.q attention.k
+    attention.v attention.q_norm attention.k_norm attention.out norm2 feed_forward.gate
+    feed_forward.up feed_forward.down norm head"""
 
     @classmethod
     def can_compute(cls, model):

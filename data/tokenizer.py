@@ -36,6 +36,22 @@ PATTERN = "|".join(
         r"\s+",
     )
 )
+# For a model that must copy: a value has the same tokens wherever it stands, since each Chinese
+# character is one and JSON's keys, quotes and brackets are tokens of their own.
+#
+#   bpe       提供无|烟房|的酒店        ["|无烟房|",| "|SPA|"]
+#   bpe-han   提|供|无|烟|房|的|酒|店    ["|无|烟|房|", "|SPA|"]
+HAN_PATTERN = "|".join(
+    (
+        r'[^\p{L}\p{N}\r\n]*"[a-z_]+": [\[{]*"?',  # a key, with what closes the value before it
+        r"\p{Han}",
+        rf" ?(?:{_LETTER}|_)+",
+        r"\p{N}{1,3}",
+        r"\s*[\r\n]+",
+        r"[^\p{L}\p{N}\r\n]+",
+    )
+)
+PATTERNS = {"bpe": PATTERN, "bpe-han": HAN_PATTERN}
 ANY_CHARACTER = r"(?s:.)"
 
 # tiktoken downloads vocabularies by itself: let it do so through fetch, its mirror and its cache
@@ -122,7 +138,8 @@ class Tokenizer:
     def name(self):
         """What the user calls it, e.g. bpe:2048."""
         kind, size = self.spec["kind"], self.n_vocab - len(self.spec.get("special", []))
-        return self.spec.get("name") or {"bpe": f"bpe:{size}"}.get(kind, kind)
+        han = "-han" if self.spec.get("pattern") == HAN_PATTERN else ""
+        return self.spec.get("name") or {"bpe": f"bpe{han}:{size}"}.get(kind, kind)
 
     def encode_array(self, text):
         """Token ids of `text` as uint32, special tokens' names read as plain text. Runs without
@@ -258,18 +275,19 @@ def merge(word, pair, new):
 BPE_SAMPLE = 64 * MB  # characters to count at most; more text does not move a small vocabulary
 
 
-def learn_bpe(size, documents, total_bytes):
-    """The spec of a BPE of `size` ids, end-of-text included, trained on the documents.
+def learn_bpe(size, documents, total_bytes, pattern=PATTERN):
+    """The spec of a BPE of `size` ids, end-of-text included, trained on the documents, whose merges
+    stay within the matches of `pattern`.
 
     Of more text than BPE_SAMPLE every k-th piece is counted, so that the sample covers all of it.
     """
     if not 257 <= size <= 1_000_000:
         raise UserError(f"tokenizer bpe:{size}: a size from 257 to 1,000,000, please")
-    split, counts = regex.compile(PATTERN), Counter()
+    split, counts = regex.compile(pattern), Counter()
     every = -(-total_bytes // BPE_SAMPLE) or 1
     pieces = (piece for _, pieces in documents for piece in pieces)
     for piece in itertools.islice(pieces, 0, None, every):
         counts.update(split.findall(piece))
     tokens = train_bpe({piece.encode(): n for piece, n in counts.items()}, size - 1)
     encoded = [base64.b64encode(t).decode() for t in tokens]
-    return {"kind": "bpe", "pattern": PATTERN, "tokens": encoded}
+    return {"kind": "bpe", "pattern": pattern, "tokens": encoded}

@@ -34,6 +34,9 @@ def own_bpe():
 def tokenizer(request, own_bpe):
     if request.param == "bpe":
         return own_bpe
+    if request.param == "bpe-han:500":
+        documents = [("", [text * 3]) for text in TEXTS.values()]
+        return prepare_data.make_tokenizer(request.param, documents, 1)
     if request.param == "char":
         return prepare_data.make_tokenizer("char", [("", [ALL_TEXT])], 1)
     if request.param in ("gpt2", "cl100k_base") and not TIKTOKEN.is_dir():
@@ -42,7 +45,7 @@ def tokenizer(request, own_bpe):
 
 
 every_tokenizer = pytest.mark.parametrize(
-    "tokenizer", ["byte", "char", "bpe", "gpt2", "cl100k_base"], indirect=True
+    "tokenizer", ["byte", "char", "bpe", "bpe-han:500", "gpt2", "cl100k_base"], indirect=True
 )
 
 
@@ -230,3 +233,17 @@ def test_a_sample_of_a_large_corpus_reaches_all_of_it(monkeypatch):
     tokens = [base64.b64decode(t) for t in spec["tokens"]]
     assert b" front" in tokens and b" later" in tokens
     assert not [t for t in tokens if b"sk" in t], "it is to count every second piece"
+
+
+def test_a_value_has_the_same_tokens_wherever_it_stands():
+    """In the guest's words, in a call and in a record, next to any other characters."""
+    text = '找一家有无烟房和SPA的酒店{"facilities": ["无烟房", "SPA"], "price_range_lower": 300}\n'
+    t = prepare_data.make_tokenizer("bpe-han:420", [("", [text] * 50)], 1)
+    assert t.name == Tokenizer(t.spec).name == f"bpe-han:{t.n_vocab}"
+    for value in ("无烟房", "SPA", "300"):
+        own = t.encode(value)
+        for around in ("有{}的", '{{"facilities": ["{}"]}}', '"a", "{}", "b"', "({}店)", "，{}。"):
+            ids = t.encode(around.format(value))
+            assert any(ids[i : i + len(own)] == own for i in range(len(ids)))
+    pieces = [t.decode([i]) for i in t.encode('{"facilities": ["无烟房", "SPA"]}')]
+    assert pieces == ['{"facilities": ["', "无", "烟", "房", '", "', "SPA", '"]}']
