@@ -2,7 +2,7 @@
 import json
 import re
 from collections import Counter
-from functools import cache
+from functools import cache, lru_cache
 
 from data.hotel import read_hotels
 
@@ -33,9 +33,15 @@ def records_of(messages):
 
 
 @cache
-def names_pattern(more=()):
-    """A pattern that finds any name of a hotel in the database, or one of `more`, the longest."""
-    names = sorted({*more, *(h["name"] for h in read_hotels())}, key=len, reverse=True)
+def known_names():
+    """The names of all hotels in the database."""
+    return frozenset(h["name"] for h in read_hotels())
+
+
+@lru_cache
+def names_pattern(others):
+    """A pattern that finds the names of hotels in the database, and `others`, the longest first."""
+    names = sorted(known_names() | others, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)))
 
 
@@ -51,7 +57,7 @@ def count_facts(messages, reply):
     known, counts = records_of(messages), Counter()
     if not known:
         return counts
-    pattern = names_pattern(tuple(sorted(known)))
+    pattern = names_pattern(frozenset(known) - known_names())
     found = [(m.start(), m[0]) for m in pattern.finditer(reply)]
     rest = pattern.sub(lambda m: "\n" * len(m[0]), reply)
     invented = [m[0] for m in INVENTED.finditer(rest)]

@@ -119,6 +119,14 @@ SOURCES = {
         ),
         rows=True,
     ),
+    "dpo-zh": Source(
+        partial(
+            download,
+            train="https://raw.githubusercontent.com/hiyouga/LLaMA-Factory/main/data/"
+            "dpo_zh_demo.json",
+        ),
+        rows=True,
+    ),
     "sharegpt": Source(
         partial(
             download,

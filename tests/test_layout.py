@@ -32,7 +32,10 @@ IMPORTS = {
     "data.sources": "data.hotel",
     "data.rows": "data.sources data.text",
     "data.terminal": "data.reply data.tools",
-    "data.scores": "data.rows",
+    "data.faithful": "data.hotel",
+    "data.scores": "data.faithful data.rows",
+    "data.rewards": "data.scores",
+    "data.batches": "data.chat",
     "data.scheduler": "data.cli",
     "data.answer": "data.reply data.scheduler",
     "data.api": "data.answer data.rows",
@@ -47,14 +50,14 @@ IMPORTS = {
     "lora": "model data.hf_adapter",
     "sample": "lora data.analogy data.matmul data.runs data.terminal",
     "train": "model prepare_data data.plot data.runs",
-    "finetune": "train sample data.scores",
+    "finetune": "train sample data.batches data.rewards",
 }
 # What only one function needs, once all else is done: train.py's closing sample, the server.
 LATE = {"train": {"sample"}}
 LATE["sample"] = {"data.api", "data.scheduler", "data.server", "data.service"}
 WITHOUT_TORCH = {m for m in IMPORTS if m.startswith("data.")} | {"prepare_data"}
 WITHOUT_TORCH -= {"data.analogy", "data.machine", "data.matmul", "data.tensors"}
-WITHOUT_TORCH -= {"data.hf_weights", "data.hf_adapter"}
+WITHOUT_TORCH -= {"data.batches", "data.hf_weights", "data.hf_adapter"}
 PATHS = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
 if (ROOT / ".git").exists():  # a reader's own scripts and tools beside ours have other rules
     ours = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout

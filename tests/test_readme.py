@@ -57,7 +57,8 @@ def mirror(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mirror")
     sys.path.insert(0, str(ROOT))
 
-    for name, file in (("sales", "sales_textbook.txt"), ("shakespeare", "tinyshakespeare.txt")):
+    files = {"sales": "sales_textbook.txt", "shakespeare": "tinyshakespeare.txt"}
+    for name, file in (files | {"dpo-zh": "instruct/dpo_zh_demo.json"}).items():
         place = folder / SOURCES[name].fetch.keywords["train"].split("://")[1]
         place.parent.mkdir(parents=True)
         place.symlink_to(REAL / file)
