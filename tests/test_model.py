@@ -101,6 +101,32 @@ def test_chinchilla_loss_is_the_papers_formula():
     assert lm.chinchilla_loss(70e9, 1.4e12) == pytest.approx(1.9366, abs=2e-4)
 
 
+def test_tables_for_values_and_pairs_by_hand():
+    """v = W x + values[id], x = norm(embedding) + pairs[row]; both tables start at zero."""
+    ids, shape = torch.tensor([[3, 5, 5, 1]]), dict(value_embed=True, bigram=7, embed_norm=True)
+    new = Transformer(lm.preset("tiny", n_layer=1))
+    assert not new.value_embed.weight.any() and not new.bigram.weight.any()
+    model, seen = build(n_layer=1, **shape), {}
+    block = model.blocks[0]
+    block.norm1.register_forward_hook(lambda m, args, out: seen.update(x=args[0], norm=out))
+    attend = lm.attention
+    try:
+        lm.attention = lambda q, k, v, *rest: seen.update(v=v) or attend(q, k, v, *rest)
+        model(ids)
+    finally:
+        lm.attention = attend
+    rows = [(a * 36313 ^ b * 27191) % 7 for a, b in ((3, 3), (3, 5), (5, 5), (5, 1))]
+    same(seen["x"], model.embed_norm(model.embed(ids)) + model.bigram.weight[rows])
+    v = block.attention.v(seen["norm"]) + model.value_embed(ids)
+    same(seen["v"], v.view(1, 4, -1, model.config.head_size).transpose(1, 2))
+
+
+def test_a_grown_vocabulary_has_rows_for_values_too():
+    model = build(value_embed=True, vocab_size=20)
+    model.grow_vocabulary(64, 20)
+    assert len(model.value_embed.weight) == 64 and model(torch.tensor([[63]])).shape[-1] == 64
+
+
 def test_flops_per_token_by_hand():
     shape = dict(vocab_size=10, n_layer=2, n_head=2, n_kv_head=1, d_model=8, d_ff=12, context=16)
     # a block: q 64, k and v 32 each, out 64, three 8 x 12; the head 80; scores 12 L nh hs context

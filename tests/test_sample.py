@@ -277,9 +277,9 @@ def test_a_rows_draw_does_not_depend_on_its_neighbours():
 # --------------------------------------------------------------------------------------------
 
 SHAPES = [
-    dict(position="rope"),
+    dict(position="rope", value_embed=True, bigram=40),
     dict(position="learned"),
-    dict(position="sinusoidal"),
+    dict(position="sinusoidal", bigram=1),
     dict(position="rope", n_kv_head=2, qk_norm=True),
     dict(position="learned", n_kv_head=1, norm="layernorm", activation="gelu"),
     dict(position="rope", context=7),
