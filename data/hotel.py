@@ -192,6 +192,15 @@ def values_by_key(examples):
     return pool
 
 
+def another_value(values, rng):
+    """One of the values, or as often one that nobody has said: the beginning of one and the end of
+    another. A model that knew all values would recognise them, and need not copy."""
+    a, b = rng.choice(values), rng.choice(values)
+    if rng.random() < 0.5:
+        return a
+    return a[: rng.randint(1, len(a))] + b[rng.randrange(len(b)) :]
+
+
 def substitute(example, pool, share, rng):
     """The conversation with some values exchanged, everywhere in it at once.
 
@@ -199,8 +208,8 @@ def substitute(example, pool, share, rng):
         call  {"facilities": ["健身房"]}     call  {"facilities": ["接机服务"]}
 
     What a call passes as the user has said it, and what the assistant says as a tool has returned
-    it, becomes with probability `share` another value that this key has somewhere: so the model has
-    to read it, not to recall it.
+    it, becomes with probability `share` another value: so the model has to read it, not to recall
+    it.
     """
     said = {"user": "", "assistant": ""}
     for m in example["messages"]:
@@ -211,7 +220,7 @@ def substitute(example, pool, share, rng):
         source = said["user" if m["role"] == "call" else "assistant"]
         for key, v in values_of(m):
             if v in source and v not in swap and rng.random() < share:
-                swap[v] = rng.choice(pool[key])
+                swap[v] = another_value(pool[key], rng)
     if not swap or len(set(swap.values())) < len(swap):
         return example
     longest_first = sorted(swap, key=len, reverse=True)
