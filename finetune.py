@@ -65,28 +65,11 @@ from sample import Engine, allowed_ids, classify, load
 
 # Added to train.RECIPE. A model has something to lose here: lower rates than from nothing.
 RECIPE = train.RECIPE | train.optimizer_rates() | dict(
-    objective="auto",
-    best_by="val_loss",
-    epochs=3.0,
-    val=0.1,
-    split="val",
-    loss_on="assistant",
-    batch_tokens=4096,
-    lr=1e-3,
-    embed_lr=3e-3,
-    head_lr=3e-3,
-    muon_lr=0.01,
-    weight_decay=0.0,
-    warmup_steps=20,
-    eval_every=100,
-    eval_rows=64,
-    augment=0.0,
-    token_dropout=0.0,
-    lora_rank=0,
-    lora_alpha=None,  # twice the rank
-    lora_dropout=0.0,
-    lora_targets="all",
-)
+    objective="auto", best_by="val_loss", split="val", val=0.1, epochs=3.0, batch_tokens=4096,
+    loss_on="assistant", augment=0.0, token_dropout=0.0, eval_every=100, eval_rows=64,
+    lr=1e-3, embed_lr=3e-3, head_lr=3e-3, muon_lr=0.01, weight_decay=0.0, warmup_steps=20,
+    lora_rank=0, lora_alpha=None, lora_dropout=0.0, lora_targets="all",  # alpha: twice the rank
+)  # fmt: skip
 
 # Tables are frozen under LoRA (new special tokens apart), so only the one rate counts.
 LORA_RECIPE = dict(lr=3e-3)

@@ -57,15 +57,9 @@ ACTIVATIONS = {
 }
 GATED = ("swiglu",)  # their feed-forward has a third matrix
 INITS = ("zero_out", "gpt2")
-ROPE_SCALINGS = {  # for more context than the model was first trained with; their parameters
-    "linear": {"factor"},
-    "llama3": {
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    },
-}
+ROPE_SCALINGS = {"linear": {"factor"}}  # for more context than in training; their parameters
+ROPE_SCALINGS["llama3"] = {"factor", "low_freq_factor", "high_freq_factor"}
+ROPE_SCALINGS["llama3"] |= {"original_max_position_embeddings"}
 
 
 @dataclass
@@ -113,12 +107,8 @@ class Config:
 
     def check(self):
         """Raise UserError for a value or a combination that no model can have."""
-        for name, allowed in (
-            ("position", POSITIONS),
-            ("norm", NORMS),
-            ("activation", tuple(ACTIVATIONS)),
-            ("init", INITS),
-        ):
+        known = dict(position=POSITIONS, norm=NORMS, activation=ACTIVATIONS, init=INITS)
+        for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
                 raise UserError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
@@ -161,27 +151,15 @@ class Config:
 # more of them after the embedding, tables for values and for pairs of tokens (to look something up
 # costs little), squared ReLU, an untied head, and outputs that start at zero.
 # LayerNorm learns like RMSNorm here, and torch's kernel for it is twice as fast on a CPU.
-_OURS = dict(
-    norm="layernorm",
-    norm_weight=False,
-    activation="relu2",
-    qk_norm=True,
-    embed_norm=True,
-    value_embed=True,
-    bigram=8192,
-)
-_GPT2 = dict(
-    vocab_size=50257,
-    context=1024,
-    position="learned",
-    norm="layernorm",
-    activation="gelu_tanh",
-    qkv_bias=True,
-    out_bias=True,
-    ff_bias=True,
-    tied=True,
-    init="gpt2",
-)
+_OURS = dict(norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True)
+_OURS |= dict(embed_norm=True, value_embed=True, bigram=8192)
+_GPT2 = dict(vocab_size=50257, context=1024, position="learned", norm="layernorm")
+_GPT2 |= dict(activation="gelu_tanh", qkv_bias=True, out_bias=True, ff_bias=True)
+_GPT2 |= dict(tied=True, init="gpt2")
+# the course's model: waylandzhang/Transformer-from-scratch, scifi-demo
+_NOVEL = dict(vocab_size=100256, context=128, position="sinusoidal", norm="layernorm")
+_NOVEL |= dict(activation="relu", out_bias=True, ff_bias=True, head_bias=True)
+_NOVEL |= dict(dropout=0.1, init="gpt2")
 
 # train.py replaces vocab_size by what the prepared data needs, rounded up to a multiple of 64.
 PRESETS = {
@@ -194,22 +172,7 @@ PRESETS = {
     "gpt2-xl": Config(n_layer=48, n_head=25, d_model=1600, **_GPT2),
     # a Llama of tiny's size, which transformers can read
     "llama": Config(n_layer=4, n_head=4, d_model=160, context=128),
-    # the course's model: waylandzhang/Transformer-from-scratch, scifi-demo
-    "novel": Config(
-        vocab_size=100256,
-        n_layer=12,
-        n_head=8,
-        d_model=512,
-        context=128,
-        position="sinusoidal",
-        norm="layernorm",
-        activation="relu",
-        out_bias=True,
-        ff_bias=True,
-        head_bias=True,
-        dropout=0.1,
-        init="gpt2",
-    ),
+    "novel": Config(n_layer=12, n_head=8, d_model=512, **_NOVEL),
 }
 
 
@@ -317,15 +280,8 @@ def attention(q, k, v, mask=None, dropout=0.0, causal=True):
     T, S = q.shape[2], k.shape[2]
     if mask is None and causal and 1 < T < S:  # with a cache T queries face S > T keys
         mask = causal_mask(T, S, q.device)
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal and mask is None and T > 1,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    how = dict(is_causal=causal and mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, **how)
 
 
 def causal_mask(T, S, device=None):

@@ -46,13 +46,7 @@ from data.cli import (
     run_cli,
 )
 from data.files import write_json
-from data.machine import (
-    dtype_name,
-    make_runtime,
-    random_state,
-    set_random_state,
-    synchronize,
-)
+from data.machine import dtype_name, make_runtime, random_state, set_random_state, synchronize
 from data.plot import line_svg
 from data.runs import Log, newest_run, run_folder
 from data.tokenizer import Tokenizer
@@ -67,25 +61,10 @@ from prepare_data import data_hashes, find_data, read_meta, read_tokens
 # the matrices' learning rate, the head, which starts at zero, three times. Then small batches, so
 # that three minutes hold many steps, and a linear decay to zero (cosine ended 0.015 higher).
 RECIPE = dict(
-    batch_size=8,
-    grad_accum=1,
-    optimizer="adamw",
-    lr=3e-3,
-    embed_lr=3e-2,
-    head_lr=1e-2,
-    min_lr=0.0,
-    warmup_steps=60,
-    schedule="linear",
-    weight_decay=0.1,
-    beta1=0.9,
-    beta2=0.99,
-    grad_clip=1.0,
-    eval_every=250,
-    eval_tokens=32768,
-    log_every=20,
-    patience=0,
-    seed=0,
-)
+    batch_size=8, grad_accum=1, optimizer="adamw", schedule="linear", warmup_steps=60,
+    lr=3e-3, embed_lr=3e-2, head_lr=1e-2, min_lr=0.0, weight_decay=0.1, beta1=0.9, beta2=0.99,
+    grad_clip=1.0, eval_every=250, eval_tokens=32768, log_every=20, patience=0, seed=0,
+)  # fmt: skip
 _LARGE = dict(embed_lr=None, head_lr=None, beta2=0.95, warmup_steps=200, schedule="cosine")
 
 # Differences for other shapes and optimizers. GPT-2's are customary values, not tried here.
