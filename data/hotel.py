@@ -192,11 +192,11 @@ def values_by_key(examples):
     return pool
 
 
-def another_value(values, rng):
-    """One of the values, or as often one that nobody has said: the beginning of one and the end of
-    another. A model that knew all values would recognise them, and need not copy."""
-    a, b = rng.choice(values), rng.choice(values)
-    if rng.random() < 0.5:
+def another_value(key, pool, rng):
+    """Another value of that key. Of what tools return half are made up, the beginning of one and
+    the end of another: a model that has seen all names would not need to copy them."""
+    a, b = rng.choice(pool[key]), rng.choice(pool[key])
+    if key.startswith("call.") or rng.random() < 0.5:
         return a
     return a[: rng.randint(1, len(a))] + b[rng.randrange(len(b)) :]
 
@@ -220,7 +220,7 @@ def substitute(example, pool, share, rng):
         source = said["user" if m["role"] == "call" else "assistant"]
         for key, v in values_of(m):
             if v in source and v not in swap and rng.random() < share:
-                swap[v] = another_value(pool[key], rng)
+                swap[v] = another_value(key, pool, rng)
     if not swap or len(set(swap.values())) < len(swap):
         return example
     longest_first = sorted(swap, key=len, reverse=True)
