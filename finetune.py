@@ -893,6 +893,7 @@ def evaluate_only(args):
     kind_of = choose_objective(args.objective, kind, args.data)[1]
     settings = RECIPE | kind_of.defaults() | given
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
+    check_settings(args, kind_of)
     runtime = make_runtime(args.device, args.dtype)
     model, tokenizer, where = load(args.ckpt, args.device, runtime.dtype)
     train.settle_context(args, model)
@@ -964,7 +965,8 @@ def main(argv=None):
 
 def header(model, args, objective, split, val, loader, out):
     """The lines before the first step: what is learned, then those of any run."""
-    rows, sizes = split.rows, [size_of(row) for row in split.rows]
+    rows = objective.learned(split)
+    sizes = [size_of(row) for row in rows]
     longest, tokens = max(length for length, _ in sizes), sum(map(math.prod, sizes))
     lines = [
         f"{out}: {args.objective} from {args.ckpt} on {args.data}: {len(split.examples):,} "

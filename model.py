@@ -86,6 +86,7 @@ class Config:
     embed_norm: bool = False  # one more norm, right after the embedding
     value_embed: bool = False  # a second table, whose rows are added to the values of each layer
     bigram: int = 0  # rows of a table for pairs of tokens, see `pair_rows`; 0 is none
+    hint: bool = False  # what followed the last two tokens, see `followers`, is an input, too
     tied: bool = False  # the head is the embedding table, transposed
     dropout: float = 0.0
     eps: float = 1e-5
@@ -468,10 +469,31 @@ def make_table(rows, size):
     return nn.Embedding(rows, size)
 
 
-def pair_rows(before, ids, rows):
-    """The row, out of so many, of each pair of ids in the bigram table: a hash, so some pairs share
-    one (fastText, Bojanowski et al. 2017). A text's first id counts as the one before itself."""
-    return (before * 36313 ^ ids * 27191) % rows
+def pair_rows(ids, at, rows):
+    """The row, out of so many, in the bigram table for the pair of ids that ends at each of the
+    places `at` (B, T) in ids (B, S): a hash, so some pairs share one (fastText, Bojanowski et al.
+    2017). A text's first id counts as the one before itself."""
+    before = ids.gather(1, (at - 1).clamp(min=0))
+    return (before * 36313 ^ ids.gather(1, at) * 27191) % rows
+
+
+def followers(ids, at):
+    """What may be copied: for the places `at` (B, T) in ids (B, S), the id after the latest earlier
+    occurrence of the two ids that end there, or else of the last one; -1 if there is none.
+
+    An induction head finds that, too (Olsson et al. 2022), but takes thousands of steps to form;
+    given it, a model copies after a hundred (n-gram heads, Akyürek et al. 2024).
+
+    >>> followers(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]), torch.tensor([[4, 5, 6]]))
+    tensor([[-1,  9,  7]])
+    """
+    S, before = ids.shape[1], F.pad(ids, (1, -1), value=-1)
+    j = torch.arange(S - 1, device=ids.device)
+    one = (ids.gather(1, at)[..., None] == ids[:, None, :-1]) & (j < at[..., None])  # (B, T, S - 1)
+    two = one & (before.gather(1, at)[..., None] == before[:, None, :-1])
+    place = torch.where(two, j + S, torch.where(one, j, -1))
+    last = F.pad(place, (1, 0), value=-1).amax(-1)  # (B, T)
+    return torch.where(last < 0, -1, ids.gather(1, (last % S + 1) % S))
 
 
 class Transformer(nn.Module):
@@ -495,6 +517,8 @@ class Transformer(nn.Module):
             self.value_embed = make_table(c.vocab_size, c.n_kv_head * c.head_size)
         if c.bigram:
             self.bigram = make_table(c.bigram, c.d_model)
+        if c.hint:
+            self.hint = nn.Linear(c.d_model, c.d_model, bias=False)
         if c.position == "learned":
             self.position = make_table(c.context, c.d_model)
         elif c.position == "sinusoidal":
@@ -530,6 +554,8 @@ class Transformer(nn.Module):
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
             elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer)) if gpt2 else p.zero_()
+            elif name == "hint.weight":
+                nn.init.orthogonal_(p, gain=0.5)
             elif name in ("value_embed.weight", "bigram.weight"):
                 p.zero_()
             elif name == "head.weight":
@@ -582,10 +608,14 @@ class Transformer(nn.Module):
             if positions.dim() == 2:
                 rope = rope[0][:, None], rope[1][:, None]
         x = self.embed_norm(x)
+        if self.config.bigram or self.config.hint:
+            at = torch.arange(T, device=ids.device).expand_as(ids)
+            seen, at = (ids, at) if cache is None else cache.past(ids)
         if self.config.bigram:
-            before = torch.cat((ids[:, :1], ids[:, :-1]), dim=1)
-            before = before if cache is None else cache.before(ids)
-            x = x + self.bigram(pair_rows(before, ids, self.config.bigram))
+            x = x + self.bigram(pair_rows(seen, at, self.config.bigram))
+        if self.config.hint:
+            hint = followers(seen, at)
+            x = x + (hint >= 0)[..., None] * self.hint(self.embed_norm(self.embed(hint.clamp(0))))
         x = self.drop(x)
         values = self.value_embed(ids) if self.config.value_embed else None
         for i, block in enumerate(self.blocks):
@@ -643,16 +673,14 @@ class KVCache:
         part.ids = self.ids[first:last]
         return part
 
-    def before(self, ids):
-        """The id before each of the new ids (B, T), which are kept for the next call."""
+    def past(self, ids):
+        """(all ids so far (B, S), the places (B, T) of the new ones (B, T) among them), which are
+        kept for the next call."""
+        at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) + self.length
         if self.lengths is not None:  # one id a row, as in `layer`
             at = self.lengths[:, :, 0, 0]
-            self.ids.scatter_(1, at, ids)
-            return self.ids.gather(1, (at - 1).clamp(min=0))
-        end = self.length + ids.shape[1]
-        self.ids[:, self.length : end] = ids
-        first = ids[:, :1] if self.length == 0 else self.ids[:, self.length - 1 : self.length]
-        return torch.cat((first, ids[:, :-1]), dim=1)
+        self.ids.scatter_(1, at, ids)
+        return self.ids[:, : self.length + ids.shape[1]], at
 
     def layer(self, i):
         """update_cache(k, v) for layer i: store the new ones, return views of all up to them. If

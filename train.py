@@ -205,13 +205,14 @@ def make_optimizers(model, args):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise UserError("nothing to train: no parameter wants a gradient")
-    matrices = [p for n, p in named if "blocks." in n and p.dim() == 2]
+    inner = {n for n, p in named if p.dim() == 2 and ("blocks." in n or n == "hint.weight")}
+    matrices = [p for n, p in named if n in inner]
     # a tied table is embedding and head at once: neither's own learning rate suits it
     tied = model.config.tied
     tables = {} if tied else {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
     tables |= {"value_embed.weight": args.embed_lr, "bigram.weight": args.embed_lr}
     groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
-    others = [p for n, p in named if n not in tables and not ("blocks." in n and p.dim() == 2)]
+    others = [p for n, p in named if n not in tables and n not in inner]
     groups.append(dict(params=others, lr=args.lr))
     optimizers = []
     if args.optimizer in OPTIMIZERS and matrices:
