@@ -57,9 +57,9 @@ ACTIVATIONS = {
 }
 GATED = ("swiglu",)  # their feed-forward has a third matrix
 INITS = ("zero_out", "gpt2")
-ROPE_SCALINGS = {"linear": {"factor"}}  # for more context than in training; their parameters
-ROPE_SCALINGS["llama3"] = {"factor", "low_freq_factor", "high_freq_factor"}
-ROPE_SCALINGS["llama3"] |= {"original_max_position_embeddings"}
+_LLAMA3 = "factor low_freq_factor high_freq_factor original_max_position_embeddings"
+# for more context than the model was first trained with; their parameters
+ROPE_SCALINGS = {"linear": {"factor"}, "llama3": set(_LLAMA3.split())}
 
 
 @dataclass
@@ -149,18 +149,22 @@ class Config:
 
 
 # What learned fastest in our trials at this size (tests/BENCHMARKS.md): norms without weights, one
-# more of them after the embedding, tables for values and for pairs of tokens (to look something up
-# costs little), squared ReLU, an untied head, and outputs that start at zero.
+# more of them after the embedding, tables for values and for pairs of tokens, a hint of what may be
+# copied, squared ReLU, an untied head, and outputs that start at zero.
 # LayerNorm learns like RMSNorm here, and torch's kernel for it is twice as fast on a CPU.
-_OURS = dict(norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True)
-_OURS |= dict(embed_norm=True, value_embed=True, bigram=8192)
-_GPT2 = dict(vocab_size=50257, context=1024, position="learned", norm="layernorm")
-_GPT2 |= dict(activation="gelu_tanh", qkv_bias=True, out_bias=True, ff_bias=True)
-_GPT2 |= dict(tied=True, init="gpt2")
+_OURS = dict(
+    norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True,
+    value_embed=True, bigram=8192, hint=True,
+)  # fmt: skip
+_GPT2 = dict(
+    vocab_size=50257, context=1024, position="learned", norm="layernorm", activation="gelu_tanh",
+    qkv_bias=True, out_bias=True, ff_bias=True, tied=True, init="gpt2",
+)  # fmt: skip
 # the course's model: waylandzhang/Transformer-from-scratch, scifi-demo
-_NOVEL = dict(vocab_size=100256, context=128, position="sinusoidal", norm="layernorm")
-_NOVEL |= dict(activation="relu", out_bias=True, ff_bias=True, head_bias=True)
-_NOVEL |= dict(dropout=0.1, init="gpt2")
+_NOVEL = dict(
+    vocab_size=100256, context=128, position="sinusoidal", norm="layernorm", activation="relu",
+    out_bias=True, ff_bias=True, head_bias=True, dropout=0.1, init="gpt2",
+)  # fmt: skip
 
 # train.py replaces vocab_size by what the prepared data needs, rounded up to a multiple of 64.
 PRESETS = {
@@ -477,23 +481,28 @@ def pair_rows(ids, at, rows):
     return (before * 36313 ^ ids.gather(1, at) * 27191) % rows
 
 
-def followers(ids, at):
-    """What may be copied: for the places `at` (B, T) in ids (B, S), the id after the latest earlier
-    occurrence of the two ids that end there, or else of the last one; -1 if there is none.
+def earlier(keys):
+    """The latest earlier place of the same key in its row, for each of keys (B, T); -1 if none."""
+    order = keys.argsort(dim=1, stable=True)  # the same keys side by side, in their order
+    sorted_keys, place = keys.gather(1, order), torch.full_like(keys, -1)
+    same = sorted_keys[:, 1:] == sorted_keys[:, :-1]
+    return place.scatter_(1, order[:, 1:], torch.where(same, order[:, :-1], -1))
+
+
+def followers(ids):
+    """What may be copied: at each place of ids (B, T) the id after the latest earlier occurrence of
+    the two ids that end there, or else of the last one; -1 if there is none.
 
     An induction head finds that, too (Olsson et al. 2022), but takes thousands of steps to form;
     given it, a model copies after a hundred (n-gram heads, Akyürek et al. 2024).
 
-    >>> followers(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]), torch.tensor([[4, 5, 6]]))
-    tensor([[-1,  9,  7]])
+    >>> followers(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]))
+    tensor([[-1, -1, -1,  6, -1,  9,  7]])
     """
-    S, before = ids.shape[1], F.pad(ids, (1, -1), value=-1)
-    j = torch.arange(S - 1, device=ids.device)
-    one = (ids.gather(1, at)[..., None] == ids[:, None, :-1]) & (j < at[..., None])  # (B, T, S - 1)
-    two = one & (before.gather(1, at)[..., None] == before[:, None, :-1])
-    place = torch.where(two, j + S, torch.where(one, j, -1))
-    last = F.pad(place, (1, 0), value=-1).amax(-1)  # (B, T)
-    return torch.where(last < 0, -1, ids.gather(1, (last % S + 1) % S))
+    before = F.pad(ids, (1, -1), value=-1)
+    two, one = earlier(before * 2**32 + ids), earlier(ids)
+    place = torch.where(two < 0, one, two)
+    return torch.where(place < 0, -1, ids.gather(1, (place + 1).clamp(max=ids.shape[1] - 1)))
 
 
 class Transformer(nn.Module):
@@ -614,7 +623,7 @@ class Transformer(nn.Module):
         if self.config.bigram:
             x = x + self.bigram(pair_rows(seen, at, self.config.bigram))
         if self.config.hint:
-            hint = followers(seen, at)
+            hint = followers(seen).gather(1, at)
             x = x + (hint >= 0)[..., None] * self.hint(self.embed_norm(self.embed(hint.clamp(0))))
         x = self.drop(x)
         values = self.value_embed(ids) if self.config.value_embed else None

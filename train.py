@@ -15,7 +15,6 @@ The chapters: the recipe, batches, optimizers and schedule, evaluation, what a r
 
 import argparse
 import contextlib
-import copy
 import gc
 import math
 import os
@@ -24,7 +23,6 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
@@ -46,7 +44,14 @@ from data.cli import (
     run_cli,
 )
 from data.files import write_json
-from data.machine import dtype_name, make_runtime, random_state, set_random_state, synchronize
+from data.machine import (
+    BF16Copy,
+    dtype_name,
+    make_runtime,
+    random_state,
+    set_random_state,
+    synchronize,
+)
 from data.plot import line_svg
 from data.runs import Log, newest_run, run_folder
 from data.tokenizer import Tokenizer
@@ -562,47 +567,6 @@ class Run:
         self.scaler.load_state_dict(content["scaler"])
         self.state.update(content["state"])
         set_random_state(content["rng"])
-
-
-class BF16Copy(nn.Module):
-    """A bf16 copy of a model, for forward and backward passes on a CPU.
-
-    Autocast casts every weight in every pass and keeps what flows between layers in float32; here
-    all that is bf16, which was 1.2 times as fast at GPT-2's shape. But bf16 has three digits, and a
-    step changes a weight by less than that. So the model itself, the master, stays in float32:
-    gradients are added up there, the optimizer steps there, and `sync_weights` rounds it into the
-    copy. (Mixed Precision Training, Micikevicius et al. 2018, section 3.1.)
-    """
-
-    def __init__(self, master):
-        super().__init__()
-        self.low = copy.deepcopy(master)
-        self.masters, self.lows = list(master.parameters()), list(self.low.parameters())
-        for p, low in zip(self.masters, self.lows):
-            low.data = low.data.bfloat16()
-            low.register_post_accumulate_grad_hook(partial(accumulate_grad, p))
-
-    def forward(self, *args, **kwargs):
-        return self.low(*args, **kwargs)
-
-    def zero_grad(self, set_to_none=True):
-        """Clear the gradients, which are the master's."""
-        for p in self.masters:
-            p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
-
-    def sync_weights(self):
-        """Round the master's weights into the copy."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.lows, self.masters)
-
-
-def accumulate_grad(master, low):
-    """Add the gradient of `low` to that of its master, in float32, and forget it."""
-    if master.grad is None:
-        master.grad = low.grad.float()
-    else:
-        master.grad.add_(low.grad)
-    low.grad = None
 
 
 def try_compile(model, task, runtime):

@@ -1,14 +1,17 @@
 """The machine: device, precision, processes."""
 import contextlib
+import copy
 import ctypes
 import math
 import os
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from data.cli import UserError
 
@@ -152,3 +155,44 @@ def set_random_state(states):
     for kind in set(states) - {"cpu"}:
         if getattr(torch, kind).is_available():
             getattr(torch, kind).set_rng_state(states[kind])
+
+
+class BF16Copy(nn.Module):
+    """A bf16 copy of a model, for forward and backward passes on a CPU.
+
+    Autocast casts every weight in every pass and keeps what flows between layers in float32; here
+    all that is bf16, which was 1.2 times as fast at GPT-2's shape. But bf16 has three digits, and a
+    step changes a weight by less than that. So the model itself, the master, stays in float32:
+    gradients are added up there, the optimizer steps there, and `sync_weights` rounds it into the
+    copy. (Mixed Precision Training, Micikevicius et al. 2018, section 3.1.)
+    """
+
+    def __init__(self, master):
+        super().__init__()
+        self.low = copy.deepcopy(master)
+        self.masters, self.lows = list(master.parameters()), list(self.low.parameters())
+        for p, low in zip(self.masters, self.lows):
+            low.data = low.data.bfloat16()
+            low.register_post_accumulate_grad_hook(partial(accumulate_grad, p))
+
+    def forward(self, *args, **kwargs):
+        return self.low(*args, **kwargs)
+
+    def zero_grad(self, set_to_none=True):
+        """Clear the gradients, which are the master's."""
+        for p in self.masters:
+            p.grad = None if set_to_none or p.grad is None else p.grad.zero_()
+
+    def sync_weights(self):
+        """Round the master's weights into the copy."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.lows, self.masters)
+
+
+def accumulate_grad(master, low):
+    """Add the gradient of `low` to that of its master, in float32, and forget it."""
+    if master.grad is None:
+        master.grad = low.grad.float()
+    else:
+        master.grad.add_(low.grad)
+    low.grad = None

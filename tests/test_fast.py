@@ -1,4 +1,4 @@
-"""The fast paths beside what they stand for: sample.FastTransformer, train.BF16Copy."""
+"""The fast paths beside what they stand for: sample.FastTransformer, machine.BF16Copy."""
 
 import argparse
 import contextlib
