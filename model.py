@@ -822,8 +822,10 @@ def count_parameters(model):
     for name, p in model.named_parameters():  # a tied head is listed once, as the embedding
         if "norm" in name:
             part = "norms"
-        elif name.startswith(("embed.", "value_embed.", "bigram.", "position.", "head.")):
-            part = {"p": "positions", "h": "head"}.get(name[0], "embedding")
+        elif name.startswith(("embed.", "value_embed.", "bigram.", "hint.")):
+            part = "embedding"
+        elif name.startswith(("position.", "head.")):
+            part = {"p": "positions", "h": "head"}[name[0]]
         else:
             part = "attention" if ".attention." in name else "feed-forward"
         parts[part] += p.numel()
@@ -842,7 +844,7 @@ def flops_per_token(config, length=None):
     qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
     feed_forward = c.d_model * c.d_ff * (3 if c.activation in GATED else 2)
     block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
-    weights = c.n_layer * block + c.d_model * c.vocab_size
+    weights = c.n_layer * block + c.d_model * c.vocab_size + c.hint * c.d_model**2
     return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
 
 
