@@ -193,10 +193,10 @@ def values_by_key(examples):
 
 
 def another_value(key, pool, rng):
-    """Another value of that key. Of what tools return half are made up, the beginning of one and
-    the end of another: a model that has seen all names would not need to copy them."""
+    """Another value of that key, or as often one that nobody has said, the beginning of one and the
+    end of another: a model that has seen all values would not need to copy them."""
     a, b = rng.choice(pool[key]), rng.choice(pool[key])
-    if key.startswith("call.") or rng.random() < 0.5:
+    if rng.random() < 0.5:
         return a
     return a[: rng.randint(1, len(a))] + b[rng.randrange(len(b)) :]
 
