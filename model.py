@@ -481,28 +481,23 @@ def pair_rows(ids, at, rows):
     return (before * 36313 ^ ids.gather(1, at) * 27191) % rows
 
 
-def earlier(keys):
-    """The latest earlier place of the same key in its row, for each of keys (B, T); -1 if none."""
-    order = keys.argsort(dim=1, stable=True)  # the same keys side by side, in their order
-    sorted_keys, place = keys.gather(1, order), torch.full_like(keys, -1)
-    same = sorted_keys[:, 1:] == sorted_keys[:, :-1]
-    return place.scatter_(1, order[:, 1:], torch.where(same, order[:, :-1], -1))
-
-
-def followers(ids):
-    """What may be copied: at each place of ids (B, T) the id after the latest earlier occurrence of
-    the two ids that end there, or else of the last one; -1 if there is none.
+def followers(ids, at):
+    """What may be copied: for the places `at` (B, T) in ids (B, S), the id after the latest earlier
+    occurrence of the two ids that end there, or else of the last one; -1 if there is none.
 
     An induction head finds that, too (Olsson et al. 2022), but takes thousands of steps to form;
     given it, a model copies after a hundred (n-gram heads, Akyürek et al. 2024).
 
-    >>> followers(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]))
-    tensor([[-1, -1, -1,  6, -1,  9,  7]])
+    >>> followers(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]), torch.tensor([[4, 5, 6]]))
+    tensor([[-1,  9,  7]])
     """
-    before = F.pad(ids, (1, -1), value=-1)
-    two, one = earlier(before * 2**32 + ids), earlier(ids)
-    place = torch.where(two < 0, one, two)
-    return torch.where(place < 0, -1, ids.gather(1, (place + 1).clamp(max=ids.shape[1] - 1)))
+    S, before = ids.shape[1], F.pad(ids, (1, -1), value=-1).int()
+    last, now, j = before.gather(1, at), ids.gather(1, at).int(), torch.arange(S, device=ids.device)
+    j = j.to(torch.int16 if S < 2**14 else torch.int32)  # (B, T, S) of them: small ones are faster
+    one = (now[..., None] == ids.int()[:, None]) & (j < at[..., None].to(j.dtype))
+    two = one & (last[..., None] == before[:, None])
+    place = (torch.where(one, j, -1) + two.to(j.dtype) * S).amax(-1).long()
+    return torch.where(place < 0, -1, ids.gather(1, (place % S + 1).clamp(max=S - 1)))
 
 
 class Transformer(nn.Module):
@@ -623,7 +618,7 @@ class Transformer(nn.Module):
         if self.config.bigram:
             x = x + self.bigram(pair_rows(seen, at, self.config.bigram))
         if self.config.hint:
-            hint = followers(seen).gather(1, at)
+            hint = followers(seen, at)
             x = x + (hint >= 0)[..., None] * self.hint(self.embed_norm(self.embed(hint.clamp(0))))
         x = self.drop(x)
         values = self.value_embed(ids) if self.config.value_embed else None

@@ -623,7 +623,7 @@ class FastTransformer:
             x = x + self.bigram(pair_rows(seen, place, c.bigram))
         x = x.view(B * T, -1)
         if c.hint:
-            hint = followers(seen).gather(1, place).view(-1)
+            hint = followers(seen, place).view(-1)
             x = x + (hint >= 0)[:, None] * self.hint(self.start(self.embed(hint.clamp(0))))
         if c.value_embed:
             values = self.value_embed(ids).view(B, T, nkv, hs)

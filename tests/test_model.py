@@ -134,7 +134,9 @@ def follower(ids, t):
 def test_followers_are_found_by_looking_back(S):
     ids = torch.randint(5, (6, S))
     wanted = [[follower(row, t) for t in range(S)] for row in ids.tolist()]
-    assert lm.followers(ids).tolist() == wanted
+    assert lm.followers(ids, torch.arange(S).expand(6, S)).tolist() == wanted
+    some = torch.randint(S, (6, 1))
+    assert lm.followers(ids, some).tolist() == [[w[t]] for w, (t,) in zip(wanted, some.tolist())]
 
 
 def test_a_grown_vocabulary_has_rows_for_values_too():
