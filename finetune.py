@@ -51,7 +51,7 @@ from data.cli import Parser, UserError, check_limits, run_cli
 from data.hotel import substitute, tidy_calls, values_by_key
 from data.machine import make_runtime
 from data.rewards import REWARDS, load_reward, rate
-from data.rows import load_data
+from data.rows import as_chat, load_data
 from data.runs import newest_run, run_folder
 from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS
@@ -599,6 +599,9 @@ class GRPO(SFT):
             ids = write(model, self.tokenizer, [p.ids for p in prompts], seeds=seeds.tolist())
         turns = map(Template(self.tokenizer).parse, ids)
         rewards = self.rewards([(p.messages, turn, p.wanted) for p, turn in zip(prompts, turns)])
+        if None in rewards:
+            asked = prompts[rewards.index(None)].messages[-1]["content"]
+            raise UserError(f"the reward of an answer to {asked!r:.80} is None")
         rewards = torch.tensor(rewards).view(-1, a.samples)  # (groups, samples)
         spread = rewards.std(1)
         self.seen["reward"] += rewards.flatten().tolist()
@@ -667,17 +670,6 @@ class GRPO(SFT):
         return {k: flat[2 * i] / max(1, flat[2 * i + 1]) for i, k in enumerate(sums)}
 
 
-def as_chat(example):
-    """An example of any kind as a conversation: the preferred answer, or the label, ends it."""
-    if "messages" not in example:
-        asked = {"role": "user", "content": example["text"]}
-        return {"messages": [asked, {"role": "assistant", "content": example["label"]}]}
-    if "chosen" not in example:
-        return example
-    ending = {"role": "assistant", "content": example["chosen"]}
-    return {"messages": [*example["messages"], ending]}
-
-
 # The first class of a name that takes rows of the data's kind is used; without --objective the
 # first of all.
 OBJECTIVES = {
@@ -702,6 +694,7 @@ def resolve(args):
     given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
     fixed = {"ckpt", "objective", "optimizer", "seed", "loss_on", "teacher", "quantize"}
     fixed |= {"val", "context", "batch_tokens", "augment", "best_by"}  # what they decided stands
+    fixed |= {"reward", "samples", "updates"}
     fixed |= {k for k in vars(args) if k.startswith("lora_")}
     content, settings = None, {}
     if args.resume is not None:

@@ -6,7 +6,7 @@ role says whether it speaks or calls) and the data's own answer. A file of yours
     def reward(messages, answer, wanted):
         return -abs(len(answer["content"]) - 20)
 
-It is asked first for the data's own answers: where it gives None, the turn is not learned from.
+Where it gives None for the data's own answer, the turn is not learned from.
 """
 import math
 import runpy
@@ -82,10 +82,11 @@ def load_reward(source):
 
 
 def rate(reward, messages, answer, wanted):
-    """The reward of an answer as a float; UserError names the row if that fails or is no number."""
+    """The reward of an answer as a float, None if it is not for this turn; UserError names the row
+    if it fails or is no number."""
     try:
         value = reward(messages, answer, wanted)
-        if (value is None and answer is wanted) or math.isfinite(float(value)):
+        if value is None or math.isfinite(float(value)):
             return None if value is None else float(value)
         problem = f"is {value}"
     except Exception as e:  # the user's own code can fail in any way

@@ -149,6 +149,17 @@ def to_example(row):
     raise ValueError(f"no known format has the keys {', '.join(map(str, row))[:80]}")
 
 
+def as_chat(example):
+    """An example of any kind as a conversation: the preferred answer, or the label, ends it."""
+    if "messages" not in example:
+        asked = {"role": "user", "content": example["text"]}
+        return {"messages": [asked, {"role": "assistant", "content": example["label"]}]}
+    if "chosen" not in example:
+        return example
+    ending = {"role": "assistant", "content": example["chosen"]}
+    return {"messages": [*example["messages"], ending]}
+
+
 def read_rows(path):
     """(where it is, row or the error that it is) for each row of a JSON list or of JSON lines."""
     path = Path(path)

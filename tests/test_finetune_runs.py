@@ -44,6 +44,7 @@ SFT = ["--data", "chats.jsonl", *QUICK]
 LABELS = ["--data", "labels.jsonl", *QUICK]
 DPO = ["--data", "pairs.jsonl", *QUICK]
 LORA = ["--lora_rank", "4"]
+TABLES = dict(value_embed=True, bigram=64, hint=True)
 
 
 def small_model(seed=0, **changes):
@@ -61,7 +62,8 @@ def save_base(path, tokenizer=BYTE, **changes):
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     """A base that has seen the words and what stands between them, for a second."""
-    path, model = tmp_path_factory.mktemp("taught") / "best.pt", small_model(d_model=32, n_layer=2)
+    path = tmp_path_factory.mktemp("taught") / "best.pt"
+    model = small_model(d_model=32, n_layer=2, **TABLES)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     rng = random.Random(0)
     for _ in range(150):

@@ -19,6 +19,7 @@ from test_finetune_runs import (
     metrics,
     save_base,
     small_model,
+    tool_chat,
     tune,
     values,
     write,
@@ -255,6 +256,17 @@ def test_what_a_run_writes(room, flags):
     assert len(kl) == 4 and kl[0] == 0 < kl[-1]
     assert "greedy, validation" in (out / "loss.svg").read_text()
     assert {"val_reward", "bleu4"} <= set(json.loads((out / "scores.json").read_text())["val"])
+
+
+def test_a_reward_for_calls_leaves_the_other_turns_alone(room):
+    write("tools.jsonl", [tool_chat(a, n) for n, a in enumerate(LETTERS * 2)])
+    flags = ["--data", "tools.jsonl", "--val_data", "tools.jsonl", "--objective", "grpo", *QUICK]
+    out = tune(*flags, "--reward", "slots", "--eval_rows", "5", "--max_steps", "2")
+    assert values(out, "val_reward") and values(out, "bleu4")
+    Path("never.py").write_text("def reward(messages, answer, wanted):\n"
+                                "    return 1 if answer is wanted else None\n")
+    with pytest.raises(UserError, match="is None"):
+        tune(*flags, "--reward", "never.py", "--best_by", "last", out="out/never")
 
 
 def test_answers_of_a_draw_serve_several_updates(room, monkeypatch):
