@@ -255,7 +255,7 @@ def test_a_model_that_is_its_own_teacher_has_nothing_to_learn():
 
 def task_of(rows, objective, batch_tokens, accum, reference=None, **changes):
     made = ft.OBJECTIVES[objective][0]
-    args = dict(objective=objective, grad_accum=accum, context=48)
+    args = dict(objective=objective, grad_accum=accum, context=48, updates=None)
     args = argparse.Namespace(**(ft.RECIPE | made.defaults() | args | changes))
     batches = ft.BucketLoader(rows, batch_tokens, 0)
     learned = made(args, CHAT)
@@ -569,7 +569,7 @@ def test_a_mask_can_be_read_from_a_pipe_that_closes_early(desk):
 
 def built(*flags, ckpt="out/base"):
     args, kind, more, _, _ = ft.resolve(ft.build_parser().parse_args(["--ckpt", ckpt, *flags]))
-    return ft.build_model(args, more, ["neg", "pos"] if kind is ft.Classify else [])
+    return ft.build_model(args, more, lambda t: kind.special_tokens(t, ["neg", "pos"]))
 
 
 @pytest.mark.parametrize("tied", [False, True])

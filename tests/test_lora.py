@@ -169,7 +169,7 @@ def test_targets_are_groups_last_names_or_full_ones_and_nothing_else_learns():
 def test_bad_settings_are_refused_and_change_nothing():
     model = lm.Transformer(lm.preset("tiny", tied=True, n_layer=1))
     for settings, message in (
-        (dict(targets="query"), "no layer is called query.*attention, mlp, all.*down, head, k"),
+        (dict(targets="query"), "no layer is called query.*attention, mlp, all.*down, head, hint"),
         (dict(targets="head"), "head shares its weight"),
         (dict(targets="q,head"), "head shares its weight"),
         (dict(rank=0), "rank >= 1"),
@@ -244,7 +244,7 @@ def fine_tuned(folder, base, quantize=None, seed=1):
     writes it."""
     settings = dict(ckpt=str(base), lora_rank=4, quantize=quantize, dropout=None)
     args = argparse.Namespace(**(finetune.RECIPE | settings | dict(grad_checkpoint=None)))
-    model, tokenizer, about = finetune.build_model(args, None, [])
+    model, tokenizer, about = finetune.build_model(args, None, lambda t: finetune.CHAT_TOKENS)
     assert about["tables"] and about["first_row"] == 257
     learn_something(model, seed, first=257)
     content = {"config": asdict(model.config), "model": lora.adapter_state(model, about)}
