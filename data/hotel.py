@@ -192,16 +192,17 @@ def values_by_key(examples):
     return pool
 
 
-def another_value(key, pool, rng):
-    """Another value of that key, or as often one that nobody has said, the beginning of one and the
-    end of another: a model that has seen all values would not need to copy them."""
-    a, b = rng.choice(pool[key]), rng.choice(pool[key])
-    if rng.random() < 0.5:
+def another_value(values, made_up, rng):
+    """One of the values, or with probability `made_up` one that nobody has said, the beginning of
+    one and the end of another: a model that has seen all values would not need to copy them."""
+    a = rng.choice(values)
+    if rng.random() >= made_up:
         return a
+    b = rng.choice(values)
     return a[: rng.randint(1, len(a))] + b[rng.randrange(len(b)) :]
 
 
-def substitute(example, pool, share, rng):
+def substitute(example, pool, share, rng, made_up=0.5):
     """The conversation with some values exchanged, everywhere in it at once.
 
         user  找一家有健身房的酒店           user  找一家有接机服务的酒店
@@ -220,7 +221,7 @@ def substitute(example, pool, share, rng):
         source = said["user" if m["role"] == "call" else "assistant"]
         for key, v in values_of(m):
             if v in source and v not in swap and rng.random() < share:
-                swap[v] = another_value(key, pool, rng)
+                swap[v] = another_value(pool[key], made_up, rng)
     if not swap or len(set(swap.values())) < len(swap):
         return example
     longest_first = sorted(swap, key=len, reverse=True)

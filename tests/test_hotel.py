@@ -57,12 +57,13 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
 
     rng = random.Random(0)
     rng.random = iter([0.0, *[0.9] * 9]).__next__  # only the first value is exchanged
-    after = substitute(before, pool, 0.5, rng)
+    after = substitute(before, pool, 0.5, rng, made_up=0)
     assert after == hotel_talk(["接机", "SPA"], "接机在二楼") and before == kept
-    assert substitute(before, pool, 0.0, random.Random(0)) is before
-    assert substitute(before, pool, 1.0, random.Random(0)) is before  # two would become one
+    assert substitute(before, pool, 0.0, random.Random(0), made_up=0) is before
+    # two would become one
+    assert substitute(before, pool, 1.0, random.Random(0), made_up=0) is before
     unsaid = {"messages": [turn("user", "x"), *before["messages"][1:]]}
-    assert substitute(unsaid, pool, 1.0, random.Random(0)) is unsaid
+    assert substitute(unsaid, pool, 1.0, random.Random(0), made_up=0) is unsaid
 
 
 def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
@@ -73,7 +74,7 @@ def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
         return {"messages": [turn(role, text) for role, text in zip(roles, texts)]}
 
     pool = {"tool.name": ["听涛宾馆"], "tool.phone": ["1-2"], "tool.type": ["经济型"]}
-    after = substitute(talk("北京饭店", "010-1"), pool, 1.0, random.Random(0))
+    after = substitute(talk("北京饭店", "010-1"), pool, 1.0, random.Random(0), made_up=0)
     assert after == talk("听涛宾馆", "1-2")  # the type was not read out: it stays
     assert values_by_key([talk("a", "b")])["tool.name"] == ["a"]
 
@@ -82,7 +83,7 @@ def test_a_value_inside_another_is_not_torn_out_of_it():
     before, pool = hotel_talk(["上网", "上网服务"]), {"call.facilities": ["接机", "SPA"]}
     rng, new = random.Random(0), ["SPA", "接机"]
     rng.choice = lambda values: new.pop()
-    assert substitute(before, pool, 1.0, rng) == hotel_talk(["接机", "SPA"])
+    assert substitute(before, pool, 1.0, rng, made_up=0) == hotel_talk(["接机", "SPA"])
 
 
 ODD = ['a"b', "c\\d", "$1.*", "x|y", "(健身房)", "name", "facilities", "\\1", "换\n行", "\\g<0>"]
@@ -94,7 +95,7 @@ def test_odd_values_survive_an_exchange():
     assert set(pool["call.facilities"]) == set(ODD) and "call.rating_range_lower" not in pool
     changed = 0
     for e in examples:
-        after = substitute(e, pool, 0.7, rng)
+        after = substitute(e, pool, 0.7, rng, made_up=0)
         changed += after != e
         new = parse_call(after["messages"][1]["content"])[1]["facilities"]
         records = json.loads(after["messages"][2]["content"])
@@ -104,12 +105,25 @@ def test_odd_values_survive_an_exchange():
     assert changed > 50
 
 
+def test_made_up_values_begin_like_one_and_end_like_another():
+    before, pool = hotel_talk(["健身房", "SPA"]), {"call.facilities": ["甲乙丙", "一二三"]}
+    seen = set()
+    for seed in range(200):
+        after = substitute(before, pool, 1.0, random.Random(seed), made_up=1)
+        new = parse_call(after["messages"][1]["content"])[1]["facilities"]
+        assert after == hotel_talk(new)
+        seen |= set(new) - {"健身房", "SPA"}
+    starts, ends = ({v[:n] for v in pool["call.facilities"] for n in (1, 2, 3)},
+                    {v[-n:] for v in pool["call.facilities"] for n in (1, 2, 3)})
+    assert all(any(v == a + b for a in starts for b in ends) for v in seen) and len(seen) > 20
+
+
 def test_a_tool_result_that_is_no_json_is_text_and_one_without_the_value_stays_as_it_is():
     talk = hotel_talk(["健身房"])["messages"]
     for result, wanted in (("有 健身房!", "有 接机!"), ('{"a":  1.50}', '{"a":  1.50}')):
         talk[2] = turn("tool", result)
         pool = {"call.facilities": ["接机"]}
-        after = substitute({"messages": talk}, pool, 1.0, random.Random(0))
+        after = substitute({"messages": talk}, pool, 1.0, random.Random(0), made_up=0)
         assert after["messages"][2]["content"] == wanted
         assert after["messages"][0]["content"] == "要有接机的"
 
