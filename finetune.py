@@ -36,6 +36,7 @@ import model as lm
 import train
 from data.batches import (
     BucketLoader,
+    Prompt,
     Row,
     bucket,
     chat_row,
@@ -43,6 +44,7 @@ from data.batches import (
     label_row,
     pad,
     pair_rows,
+    reward_row,
     show_mask,
     size_of,
 )
@@ -241,7 +243,7 @@ class SFT:
         or None. Returns what checkpoints keep beside the rest."""
         return {}
 
-    def learned(self, split):
+    def loader_rows(self, split):
         """What a BucketLoader gives to `batch`: rows."""
         return split.rows
 
@@ -294,7 +296,7 @@ class SFT:
             print(f"  answered   {shorten(row['prediction']['content'])}\n")
         return self.scores(jobs, turns), rows
 
-    def figures(self):
+    def metrics(self):
         """What metrics.jsonl has of the steps since the last call beside loss and rates."""
         return {}
 
@@ -449,12 +451,6 @@ class DistillLabels(Distill, Classify):
 REWARD_TOKEN = "<|reward|>"  # its logit after an answer is the answer's reward
 
 
-def reward_row(row, token):
-    """The Row whose one place with a target is the last id of `row`: there the logit of `token` is
-    the reward."""
-    return Row([*row.ids, token], [0] * len(row.ids) + [1])
-
-
 class RewardModel(SFT):
     """Preference pairs: a scalar head learns to give the chosen answer more than the rejected one
     (Bradley and Terry 1952; Ouyang et al. 2022, equation 1). The head is that of one more token."""
@@ -530,14 +526,6 @@ def load_rewards(source, device):
     return rewards
 
 
-@dataclass
-class Prompt(Row):
-    """A conversation up to a turn of the assistant's, as ids, and that turn in the data."""
-
-    messages: list
-    wanted: dict
-
-
 class GRPO(SFT):
     """Answers are drawn, each gets a reward, and becomes likelier or less likely by how much that
     is above the mean of its group, the answers to the same prompt (Shao et al. 2024)."""
@@ -573,7 +561,8 @@ class GRPO(SFT):
         return split
 
     def start(self, model, splits, saved):
-        """Load the reference: the weights at the start; of adapters it is the base itself."""
+        """Load the reference: the weights at the start; of adapters it is the base itself. What was
+        drawn for the updates to come is rank 0's: other ranks draw anew after a resume."""
         self.model, self.reference = model, None
         if self.args.kl and not lora.adapted(model):
             self.reference = lm.model_from_checkpoint(lm.load_checkpoint(self.args.ckpt))
@@ -582,7 +571,7 @@ class GRPO(SFT):
         self.drawn = saved["drawn"] if saved else {}
         return {"drawn": self.drawn}
 
-    def learned(self, split):
+    def loader_rows(self, split):
         """The prompts, each as often as it gets answers."""
         return [(p,) * self.args.samples for p in split.prompts]
 
@@ -660,7 +649,7 @@ class GRPO(SFT):
         rewards = [r for r in self.rewards(answers) if r is not None]
         return {"val_reward": sum(rewards) / max(1, len(rewards)), **chat_scores(jobs, turns)}
 
-    def figures(self):
+    def metrics(self):
         """Means of what was seen: the reward of drawn answers, its standard deviation in a group,
         the share of groups in which all are equal, the length of answers; of the ids learned from
         the share of clipped ratios, the divergence from the reference, and the mean of -log p."""
@@ -770,7 +759,7 @@ def augmented(examples, objective, share, seed):
     def epoch_rows(epoch):
         rng = random.Random(f"{seed} {epoch}")
         fresh = [substitute(e, pool, share, rng) for e in examples]
-        return objective.learned(objective.make_split([tidy_calls(e) for e in fresh]))
+        return objective.loader_rows(objective.make_split([tidy_calls(e) for e in fresh]))
 
     return epoch_rows
 
@@ -852,7 +841,7 @@ def make_task(args, objective, split, val, loader, extra):
         loss=objective.loss,
         count=objective.count,
         score=score,
-        figures=objective.figures,
+        metrics=objective.metrics,
         curves=objective.curves,
         unit=objective.unit,
     )
@@ -935,7 +924,7 @@ def main(argv=None):
     epoch_rows = None
     if args.augment:
         epoch_rows = augmented(parts["train"], objective, args.augment, args.seed)
-    loader = BucketLoader(objective.learned(split), args.batch_tokens, args.seed, epoch_rows)
+    loader = BucketLoader(objective.loader_rows(split), args.batch_tokens, args.seed, epoch_rows)
     if args.max_steps is None and args.max_minutes is None:
         per_step = args.grad_accum * runtime.world
         steps = math.ceil(args.epochs * loader.per_epoch / per_step)
@@ -958,7 +947,7 @@ def main(argv=None):
 
 def header(model, args, objective, split, val, loader, out):
     """The lines before the first step: what is learned, then those of any run."""
-    rows = objective.learned(split)
+    rows = objective.loader_rows(split)
     sizes = [size_of(row) for row in rows]
     longest, tokens = max(length for length, _ in sizes), sum(map(math.prod, sizes))
     lines = [

@@ -86,7 +86,7 @@ class Config:
     embed_norm: bool = False  # one more norm, right after the embedding
     value_embed: bool = False  # a second table, whose rows are added to the values of each layer
     bigram: int = 0  # rows of a table for pairs of tokens, see `pair_rows`; 0 is none
-    hint: bool = False  # what followed the last two tokens, see `followers`, is an input, too
+    induction: bool = False  # an id that may be copied, see `copy_candidates`, is an input, too
     tied: bool = False  # the head is the embedding table, transposed
     dropout: float = 0.0
     eps: float = 1e-5
@@ -149,12 +149,12 @@ class Config:
 
 
 # What learned fastest in our trials at this size (tests/BENCHMARKS.md): norms without weights, one
-# more of them after the embedding, tables for values and for pairs of tokens, a hint of what may be
-# copied, squared ReLU, an untied head, and outputs that start at zero.
+# more of them after the embedding, tables for values and for pairs of tokens, a candidate to be
+# copied as an input, squared ReLU, an untied head, and outputs that start at zero.
 # LayerNorm learns like RMSNorm here, and torch's kernel for it is twice as fast on a CPU.
 _OURS = dict(
     norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True,
-    value_embed=True, bigram=8192, hint=True,
+    value_embed=True, bigram=8192, induction=True,
 )  # fmt: skip
 _GPT2 = dict(
     vocab_size=50257, context=1024, position="learned", norm="layernorm", activation="gelu_tanh",
@@ -481,14 +481,14 @@ def pair_rows(ids, at, rows):
     return (before * 36313 ^ ids.gather(1, at) * 27191) % rows
 
 
-def followers(ids, at):
+def copy_candidates(ids, at):
     """What may be copied: for the places `at` (B, T) in ids (B, S), the id after the latest earlier
     occurrence of the two ids that end there, or else of the last one; -1 if there is none.
 
     An induction head finds that, too (Olsson et al. 2022), but takes thousands of steps to form;
     given it, a model copies after a hundred (n-gram heads, Akyürek et al. 2024).
 
-    >>> followers(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]), torch.tensor([[4, 5, 6]]))
+    >>> copy_candidates(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]), torch.tensor([[4, 5, 6]]))
     tensor([[-1,  9,  7]])
     """
     S, before = ids.shape[1], F.pad(ids, (1, -1), value=-1).int()
@@ -521,8 +521,8 @@ class Transformer(nn.Module):
             self.value_embed = make_table(c.vocab_size, c.n_kv_head * c.head_size)
         if c.bigram:
             self.bigram = make_table(c.bigram, c.d_model)
-        if c.hint:
-            self.hint = nn.Linear(c.d_model, c.d_model, bias=False)
+        if c.induction:
+            self.induction = nn.Linear(c.d_model, c.d_model, bias=False)
         if c.position == "learned":
             self.position = make_table(c.context, c.d_model)
         elif c.position == "sinusoidal":
@@ -558,7 +558,7 @@ class Transformer(nn.Module):
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
             elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer)) if gpt2 else p.zero_()
-            elif name == "hint.weight":
+            elif name == "induction.weight":
                 nn.init.orthogonal_(p, gain=0.5)
             elif name in ("value_embed.weight", "bigram.weight"):
                 p.zero_()
@@ -612,14 +612,15 @@ class Transformer(nn.Module):
             if positions.dim() == 2:
                 rope = rope[0][:, None], rope[1][:, None]
         x = self.embed_norm(x)
-        if self.config.bigram or self.config.hint:
+        if self.config.bigram or self.config.induction:
             at = torch.arange(T, device=ids.device).expand_as(ids)
             seen, at = (ids, at) if cache is None else cache.past(ids)
         if self.config.bigram:
             x = x + self.bigram(pair_rows(seen, at, self.config.bigram))
-        if self.config.hint:
-            hint = followers(seen, at)
-            x = x + (hint >= 0)[..., None] * self.hint(self.embed_norm(self.embed(hint.clamp(0))))
+        if self.config.induction:
+            copied = copy_candidates(seen, at)
+            y = self.induction(self.embed_norm(self.embed(copied.clamp(0))))
+            x = x + (copied >= 0)[..., None] * y
         x = self.drop(x)
         values = self.value_embed(ids) if self.config.value_embed else None
         for i, block in enumerate(self.blocks):
@@ -817,7 +818,7 @@ def count_parameters(model):
     for name, p in model.named_parameters():  # a tied head is listed once, as the embedding
         if "norm" in name:
             part = "norms"
-        elif name.startswith(("embed.", "value_embed.", "bigram.", "hint.")):
+        elif name.startswith(("embed.", "value_embed.", "bigram.", "induction.")):
             part = "embedding"
         elif name.startswith(("position.", "head.")):
             part = {"p": "positions", "h": "head"}[name[0]]
@@ -839,7 +840,7 @@ def flops_per_token(config, length=None):
     qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
     feed_forward = c.d_model * c.d_ff * (3 if c.activation in GATED else 2)
     block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
-    weights = c.n_layer * block + c.d_model * c.vocab_size + c.hint * c.d_model**2
+    weights = c.n_layer * block + c.d_model * c.vocab_size + c.induction * c.d_model**2
     return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
 
 

@@ -51,8 +51,8 @@ from model import (
     KVCache,
     apply_rope,
     attention,
+    copy_candidates,
     find_checkpoint,
-    followers,
     load_checkpoint,
     model_from_checkpoint,
     pair_rows,
@@ -560,10 +560,10 @@ class FastTransformer:
     # `hidden`, too: until then a model that has it is used as it is, see `fast_model`.
     FIELDS = """vocab_size n_layer n_head d_model context n_kv_head head_size d_ff position norm
     norm_weight activation qkv_bias out_bias ff_bias head_bias qk_norm embed_norm value_embed bigram
-    hint tied dropout eps rope_theta rope_scaling init"""
-    WEIGHTS = """embed value_embed bigram hint position embed_norm norm1 attention.q attention.k
-    attention.v attention.q_norm attention.k_norm attention.out norm2 feed_forward.gate
-    feed_forward.up feed_forward.down norm head"""
+    induction tied dropout eps rope_theta rope_scaling init"""
+    WEIGHTS = """embed value_embed bigram induction position embed_norm norm1
+    attention.q attention.k attention.v attention.q_norm attention.k_norm attention.out norm2
+    feed_forward.gate feed_forward.up feed_forward.down norm head"""
 
     @classmethod
     def can_compute(cls, model):
@@ -593,7 +593,7 @@ class FastTransformer:
             products = make((a.q, a.k, a.v)), make((a.out,)), make(up, scale=scale), make((f.down,))
             norms = self.norm_of(block.norm1), self.norm_of(block.norm2)
             self.layers.append((*norms, qk_weight, *products))
-        self.hint = make((model.hint,)) if c.hint else None
+        self.induction = make((model.induction,)) if c.induction else None
         self.head = make((model.head,))
 
     def norm_of(self, module):
@@ -618,13 +618,14 @@ class FastTransformer:
         else:  # the same for all heads
             cos, sin = (t.unsqueeze(-2) for t in tables)
         x = self.start(x)
-        seen, place = cache.past(ids) if c.bigram or c.hint else (ids, None)
+        seen, place = cache.past(ids) if c.bigram or c.induction else (ids, None)
         if c.bigram:
             x = x + self.bigram(pair_rows(seen, place, c.bigram))
         x = x.view(B * T, -1)
-        if c.hint:
-            hint = followers(seen, place).view(-1)
-            x = x + (hint >= 0)[:, None] * self.hint(self.start(self.embed(hint.clamp(0))))
+        if c.induction:
+            copied = copy_candidates(seen, place).view(-1)
+            y = self.induction(self.start(self.embed(copied.clamp(0))))
+            x = x + (copied >= 0)[:, None] * y
         if c.value_embed:
             values = self.value_embed(ids).view(B, T, nkv, hs)
         for i, (norm1, norm2, qk_weight, qkv, out, up, down) in enumerate(self.layers):

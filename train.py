@@ -203,14 +203,14 @@ def make_optimizers(model, args):
     """The optimizers over all parameters that want a gradient; each group keeps its "peak" lr.
 
     Read from args: optimizer, lr, embed_lr, head_lr (None: lr), NAME_lr of OPTIMIZERS,
-    weight_decay, beta1, beta2. The matrices inside blocks go to AdamW with decay, or to one of
-    OPTIMIZERS. Everything else goes to AdamW without decay: it would shrink norms' scales and
-    biases for nothing, and undo what rarely seen rows of the embedding and the head have learned.
+    weight_decay, beta1, beta2. The matrices inside blocks, and `induction`, go to AdamW with decay,
+    or to one of OPTIMIZERS. Everything else goes to AdamW without decay: it would shrink norms'
+    scales and biases for nothing, and undo what rarely seen rows of the tables and head learned.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise UserError("nothing to train: no parameter wants a gradient")
-    inner = {n for n, p in named if p.dim() == 2 and ("blocks." in n or n == "hint.weight")}
+    inner = {n for n, p in named if p.dim() == 2 and ("blocks." in n or n == "induction.weight")}
     matrices = [p for n, p in named if n in inner]
     # a tied table is embedding and head at once: neither's own learning rate suits it
     tied = model.config.tied
@@ -378,7 +378,7 @@ class Task:
     end: by default the targets that are not -100, the last tensor. `evaluate(model, final)` returns
     a dict with at least "val_loss"; final asks for the whole split. `score` of such a dict is least
     where the model is best. `weights(model)` is what of the model a checkpoint keeps, `extra` goes
-    beside it (the tokenizer's spec, for one). `figures()` are more for a line of the log; `curves`
+    beside it (the tokenizer's spec, for one). `metrics()` are more for a line of the log; `curves`
     says what loss.svg shows, (name, key in metrics.jsonl), and `unit` in what.
     """
 
@@ -389,7 +389,7 @@ class Task:
     count: Callable = lambda *batch: int((batch[-1] != -100).sum())
     weights: Callable = lm.unwrapped_state
     score: Callable = lambda row: row["val_loss"]
-    figures: Callable = dict
+    metrics: Callable = dict
     curves: tuple = (("train", "loss"), ("validation", "val_loss"))
     unit: str = "loss, nats per token"
 
@@ -511,7 +511,7 @@ class Run:
         row = dict(step=s["step"], tokens=s["tokens"], seconds=round(s["seconds"], 3))
         row |= dict(loss=sum(losses) / len(losses), lr=lr, grad_norm=norm, tok_s=round(tok_s))
         row["mfu"] = sum(flops) / sum(times) / peak
-        more = self.task.figures()
+        more = self.task.metrics()
         self.log.write(**row, **more)
         of = f"/{self.args.max_steps}" if self.args.max_steps else ""
         eta = clock(s["seconds"] * (1 - done) / done)

@@ -86,6 +86,20 @@ def pair_rows(example, tokenizer, context):
     return tuple(rows), any(cuts)
 
 
+def reward_row(row, token):
+    """The Row whose one place with a target is the last id of `row`: there the logit of `token` is
+    the reward."""
+    return Row([*row.ids, token], [0] * len(row.ids) + [1])
+
+
+@dataclass
+class Prompt(Row):
+    """A conversation up to a turn of the assistant's, as ids, and that turn in the data."""
+
+    messages: list
+    wanted: dict
+
+
 def show_mask(rows, tokenizer, count):
     """Print rows token by token: what is learned in green, the rest grey (plain in a file: a * in
     front of what is learned), with ids."""

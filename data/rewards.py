@@ -13,7 +13,7 @@ import runpy
 
 from data.chat import parse_call
 from data.cli import UserError
-from data.faithful import FACTS, count_facts
+from data.facts import FACTS, count_facts
 from data.scores import bleu4, slot_counts
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 
 from data.chat import parse_call
-from data.faithful import FACTS, count_facts, records_of
+from data.facts import FACTS, count_facts
 from data.rows import whole
 
 
@@ -60,12 +60,11 @@ def chat_scores(jobs, turns):
     and the share of calls that parse; elsewhere BLEU-4 (a call in that place scores 0), and after
     a search for hotels what share of the names, prices, ratings and phones is right, and what share
     of the replies names a hotel twice."""
-    slots, parsed, bleu, facts, searched = [0, 0, 0], [], [], Counter(), 0
+    slots, parsed, bleu, facts = [0, 0, 0], [], [], Counter()
     for (before, wanted), got in zip(jobs, turns):
         same = got["role"] == wanted["role"]
         if wanted["role"] == "assistant":
             bleu.append(bleu4(got["content"], wanted["content"]) if same else 0.0)
-            searched += bool(records_of(before))
             facts += count_facts(before, got["content"]) if same else Counter()
             continue
         try:
@@ -82,4 +81,5 @@ def chat_scores(jobs, turns):
         scores |= dict(valid_json=sum(parsed) / len(parsed))
     scores |= dict(bleu4=sum(bleu) / len(bleu)) if bleu else {}
     scores |= {f"{fact}s": facts[f"right {fact}"] / facts[fact] for fact in FACTS if facts[fact]}
-    return scores | (dict(doubled=facts["doubled"] / searched) if searched else {})
+    replies = facts["replies"]
+    return scores | (dict(doubled=facts["doubled"] / replies) if replies else {})

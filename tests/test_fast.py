@@ -40,7 +40,7 @@ ARCHITECTURES = {
     "qwen3": LLAMA | dict(qk_norm=True, tied=True, head_size=24),
     "qwen2": LLAMA | dict(qkv_bias=True),
     "default": dict(norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True,
-                    value_embed=True, bigram=50, hint=True,
+                    value_embed=True, bigram=50, induction=True,
                     embed_norm=True),
     "course": dict(position="sinusoidal", norm="layernorm", activation="relu", out_bias=True,
                    ff_bias=True, head_bias=True),

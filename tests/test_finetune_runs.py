@@ -44,7 +44,7 @@ SFT = ["--data", "chats.jsonl", *QUICK]
 LABELS = ["--data", "labels.jsonl", *QUICK]
 DPO = ["--data", "pairs.jsonl", *QUICK]
 LORA = ["--lora_rank", "4"]
-TABLES = dict(value_embed=True, bigram=64, hint=True)
+TABLES = dict(value_embed=True, bigram=64, induction=True)
 
 
 def small_model(seed=0, **changes):

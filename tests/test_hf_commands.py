@@ -194,7 +194,7 @@ def test_a_model_trained_here_writes_the_same_under_transformers(run, family, to
     Path("text.txt").write_text(TEXT, encoding="utf-8")
     run("prepare_data.py", "text.txt", "--tokenizer", tokenizer, "--name", "text")
     flags = f"{SHAPES[family]} --no-embed_norm --n_layer 2 --n_head 2 --d_model 32 --context 64"
-    flags += " --no-value_embed --bigram 0 --no-hint"
+    flags += " --no-value_embed --bigram 0 --no-induction"
     flags += " --batch_size 4 --max_steps 30 --eval_every 30 --eval_tokens 64"
     run("train.py", "--data", "text", "--out", "out/mine", *flags.split())
     assert family in run("model.py", "--ckpt", "out/mine", "--export", "hf")

@@ -121,8 +121,8 @@ def test_tables_for_values_and_pairs_by_hand():
     same(seen["v"], v.view(1, 4, -1, model.config.head_size).transpose(1, 2))
 
 
-def follower(ids, t):
-    """`followers` for one place, by looking back."""
+def candidate(ids, t):
+    """`copy_candidates` for one place, by looking back."""
     for n in (2, 1):
         for j in range(t - 1, n - 2, -1):
             if t >= n - 1 and ids[j - n + 1 : j + 1] == ids[t - n + 1 : t + 1]:
@@ -131,12 +131,13 @@ def follower(ids, t):
 
 
 @pytest.mark.parametrize("S", [1, 2, 3, 40])
-def test_followers_are_found_by_looking_back(S):
+def test_candidates_to_copy_are_found_by_looking_back(S):
     ids = torch.randint(5, (6, S))
-    wanted = [[follower(row, t) for t in range(S)] for row in ids.tolist()]
-    assert lm.followers(ids, torch.arange(S).expand(6, S)).tolist() == wanted
+    wanted = [[candidate(row, t) for t in range(S)] for row in ids.tolist()]
+    assert lm.copy_candidates(ids, torch.arange(S).expand(6, S)).tolist() == wanted
     some = torch.randint(S, (6, 1))
-    assert lm.followers(ids, some).tolist() == [[w[t]] for w, (t,) in zip(wanted, some.tolist())]
+    at = [[row[t]] for row, (t,) in zip(wanted, some.tolist())]
+    assert lm.copy_candidates(ids, some).tolist() == at
 
 
 def test_a_grown_vocabulary_has_rows_for_values_too():

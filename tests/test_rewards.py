@@ -27,7 +27,7 @@ from test_finetune_runs import (
 
 import finetune as ft
 from data.cli import UserError
-from data.faithful import count_facts
+from data.facts import FACTS, count_facts
 from data.rewards import REWARDS, load_reward, rate
 from data.rows import load_data
 from data.scores import chat_scores
@@ -44,7 +44,9 @@ ASKED = [turn("user", "找一家500元以下的酒店"), turn("call", "search {}
 
 
 def facts(reply, *more):
-    return {k: v for k, v in count_facts([*ASKED, *more], reply).items() if v}
+    counts = count_facts([*ASKED, *more], reply)
+    assert counts.pop("replies") == 1
+    return {k: v for k, v in counts.items() if v}
 
 
 @pytest.mark.parametrize(
@@ -353,12 +355,16 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
 
 def test_prompts_are_the_turns_that_the_reward_is_for(room, capsys):
     path = real("hotel/dev.jsonl")
-    for reward, count in (("slots", 442), ("faithful", 400)):
+    chats = load_data(str(path))[1]["train"]
+    jobs = ft.answer_jobs(chats)
+    spoken = [j for j in jobs if j[1]["role"] == "assistant"]
+    stating = sum(any(count_facts(m, w["content"])[f] for f in FACTS) for m, w in spoken)
+    for reward, count in (("slots", len(jobs) - len(spoken)), ("faithful", stating)):
         args = ft.argparse.Namespace(context=512, loss_on="assistant", reward=reward, device=None,
                                      samples=4)
         tokenizer = ft.Tokenizer({"kind": "byte"}).with_special(ft.CHAT_TOKENS)
-        split = ft.GRPO(args, tokenizer).make_split(load_data(str(path))[1]["train"])
-        assert count - 100 < len(split.prompts) <= 600
+        split = ft.GRPO(args, tokenizer).make_split(chats)
+        assert len(split.prompts) == count > 300
         assert all((p.wanted["role"] == "call") == (reward == "slots") for p in split.prompts)
 
 

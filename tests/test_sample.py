@@ -277,7 +277,7 @@ def test_a_rows_draw_does_not_depend_on_its_neighbours():
 # --------------------------------------------------------------------------------------------
 
 SHAPES = [
-    dict(position="rope", value_embed=True, bigram=40, hint=True),
+    dict(position="rope", value_embed=True, bigram=40, induction=True),
     dict(position="learned"),
     dict(position="sinusoidal", bigram=1),
     dict(position="rope", n_kv_head=2, qk_norm=True),

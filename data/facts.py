@@ -48,7 +48,8 @@ def names_pattern(others):
 def count_facts(messages, reply):
     """A Counter of what a reply says of hotels after the conversation `messages`: how many names
     ("name"), prices, ratings and phones there are, how many of each are right ("right name"...),
-    how many names come again ("again"), 1 for "doubled" if any does. Empty before any result.
+    how many names come again ("again"), 1 for "doubled" if any does, and 1 for "replies". Empty
+    before any result.
 
     A name is right if a search has returned it; a number if it is that of the hotel named before
     it, or else after it, or else of one of those that were named last in the conversation. Numbers
@@ -62,7 +63,7 @@ def count_facts(messages, reply):
     rest = pattern.sub(lambda m: "\n" * len(m[0]), reply)
     invented = [m[0] for m in INVENTED.finditer(rest)]
     invented = [s for s in invented if not any(s in name for name in known)]
-    counts["name"] = len(found) + len(invented)
+    counts["replies"], counts["name"] = 1, len(found) + len(invented)
     counts["right name"] = sum(name in known for _, name in found)
     counts["again"] = len(found) - len({name for _, name in found})
     counts["doubled"] = int(counts["again"] > 0)
