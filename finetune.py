@@ -88,11 +88,12 @@ def dpo_margin(model, ids, targets, reference):
     return torch.stack(logps.chunk(2), dim=1) - reference
 
 
-def dpo_loss(model, ids, targets, reference, beta):
-    """-log sigmoid(beta * (gain of chosen - gain of rejected)), summed over pairs. Rafailov et al.
-    2023, equation 7."""
-    chosen, rejected = dpo_margin(model, ids, targets, reference).unbind(1)
-    return -F.logsigmoid(beta * (chosen - rejected)).sum()
+def preference_loss(rewards):
+    """-log sigmoid(reward of chosen - reward of rejected), summed over pairs, of rewards (P, 2).
+    Bradley and Terry 1952. With beta times `dpo_margin` for a reward: DPO, Rafailov et al. 2023,
+    equation 7."""
+    chosen, rejected = rewards.unbind(1)
+    return -F.logsigmoid(chosen - rejected).sum()
 
 
 def grpo_loss(logps, old, reference, advantage, chosen, clip, kl):
@@ -369,7 +370,8 @@ class DPO(SFT):
         known = saved and saved["reference"]
         if not known:
             with lm.evaluating(model), self.runtime.autocast(), lora.disable_adapter(model):
-                known = {name: self.gains(model, split) for name, split in splits.items()}
+                logps = partial(dpo_margin, model)  # no split has a reference yet
+                known = {name: self.over_pairs(split, logps) for name, split in splits.items()}
         for name, split in splits.items():
             split.reference = known[name]
         return {"reference": known}
@@ -381,28 +383,33 @@ class DPO(SFT):
         known = torch.zeros(len(rows), 2) if reference is None else reference[numbers]
         return *pad([chosen for chosen, _ in rows] + [rejected for _, rejected in rows]), known
 
+    def rewards(self, model, ids, targets, reference):
+        """(P, 2): beta times what the model gives to chosen and rejected more than before."""
+        return self.args.dpo_beta * dpo_margin(model, ids, targets, reference)
+
     def loss(self, model, ids, targets, reference):
-        """`dpo_loss` of a batch."""
-        return dpo_loss(model, ids, targets, reference, self.args.dpo_beta)
+        """`preference_loss` of a batch."""
+        return preference_loss(self.rewards(model, ids, targets, reference))
 
     def count(self, ids, targets, reference):
         """Pairs."""
         return len(reference)
 
-    def gains(self, model, split):
-        """`dpo_margin` of all pairs, (N, 2); without a reference the log probabilities as such."""
+    def over_pairs(self, split, measure):
+        """measure(ids, targets, reference), (P, 2), of all pairs: (N, 2)."""
         out = torch.zeros(len(split.rows), 2)
         for numbers in bucket(range(len(split.rows)), split.rows, self.args.batch_tokens):
             batch = self.batch(split, numbers, [split.rows[i] for i in numbers])
-            out[numbers] = dpo_margin(model, *(t.to(self.runtime.device) for t in batch)).cpu()
+            out[numbers] = measure(*(t.to(self.runtime.device) for t in batch)).cpu()
         return out
 
     def evaluate(self, model, split, final=True):
-        """DPO's loss; rewards (beta times the gain) of chosen and rejected answers, how often the
-        first is the larger, and by how much."""
-        good, bad = (self.args.dpo_beta * self.gains(model, split)).unbind(1)
+        """The loss; rewards of chosen and rejected answers, how often the first is the larger, and
+        by how much."""
+        rewards = self.over_pairs(split, partial(self.rewards, model))
+        good, bad = rewards.unbind(1)
         return {
-            "val_loss": float(-F.logsigmoid(good - bad).mean()),
+            "val_loss": float(preference_loss(rewards)) / len(rewards),
             "reward_accuracy": float((good > bad).float().mean()),
             "reward_chosen": float(good.mean()),
             "reward_rejected": float(bad.mean()),
@@ -451,12 +458,11 @@ class DistillLabels(Distill, Classify):
 REWARD_TOKEN = "<|reward|>"  # its logit after an answer is the answer's reward
 
 
-class RewardModel(SFT):
+class RewardModel(DPO):
     """Preference pairs: a scalar head learns to give the chosen answer more than the rejected one
-    (Bradley and Terry 1952; Ouyang et al. 2022, equation 1). The head is that of one more token."""
+    (Ouyang et al. 2022, equation 1). The head is that of one more token."""
 
-    kinds, what, figure = ("prefer",), "preference pairs", "reward_accuracy"
-    recipe = dict(lr=1e-4, embed_lr=1e-4, head_lr=1e-4, epochs=1.0)
+    settings = {}
 
     @staticmethod
     def special_tokens(tokenizer, labels):
@@ -469,38 +475,15 @@ class RewardModel(SFT):
         token = self.tokenizer.special[REWARD_TOKEN]
         return tuple(reward_row(row, token) for row in rows), cut
 
-    def batch(self, split, numbers, rows, number=0):
-        """(ids, targets): the chosen rows, then the rejected ones."""
-        return pad([chosen for chosen, _ in rows] + [rejected for _, rejected in rows])
+    def start(self, model, splits, saved):
+        """There is no reference."""
+        return {}
 
-    def margins(self, model, ids, targets):
-        """By how much the reward of each chosen answer is above that of the rejected one, (P,)."""
+    def rewards(self, model, ids, targets, reference):
+        """(P, 2): the rewards of chosen and rejected."""
         token = self.tokenizer.special[REWARD_TOKEN]
-        chosen, rejected = model(ids, targets, reduction="logits")[:, token].float().chunk(2)
-        return chosen - rejected
-
-    def loss(self, model, ids, targets):
-        """-log sigmoid of the margins, summed."""
-        return -F.logsigmoid(self.margins(model, ids, targets)).sum()
-
-    def count(self, ids, targets):
-        """Pairs."""
-        return len(ids) // 2
-
-    def evaluate(self, model, split, final=True):
-        """The loss, how often the chosen answer earns more, and by how much."""
-        margins = []
-        for numbers in bucket(range(len(split.rows)), split.rows, self.args.batch_tokens):
-            batch = self.batch(split, numbers, [split.rows[i] for i in numbers])
-            margins.append(self.margins(model, *(t.to(self.runtime.device) for t in batch)))
-        margin = torch.cat(margins)
-        figures = {"val_loss": -F.logsigmoid(margin), "reward_accuracy": (margin > 0).float()}
-        return {k: float(v.mean()) for k, v in (figures | {"reward_margin": margin}).items()}
-
-    def report(self, model, split):
-        """(figures, no rows)."""
-        with self.runtime.autocast():
-            return self.evaluate(model, split), []
+        logits = model(ids, targets, reduction="logits")[:, token].float()
+        return torch.stack(logits.chunk(2), dim=1)
 
 
 def load_rewards(source, device):

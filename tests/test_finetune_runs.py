@@ -211,7 +211,7 @@ def test_dpo_and_its_gradients_are_the_papers_formula(shape, dtype, tolerance):
     pairs = list(zip(rows[::2], rows[1::2]))
     reference = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)) - 60
     model, exact = small_model(**shape).to(dtype), small_model(**shape).double()
-    loss = ft.dpo_loss(model, *pair_batch(pairs, reference), beta=0.3)
+    loss = ft.preference_loss(0.3 * ft.dpo_margin(model, *pair_batch(pairs, reference)))
     loss.backward()
     wanted = direct_dpo(exact, pairs, reference.double(), 0.3)
     wanted.backward()
@@ -286,7 +286,8 @@ def test_micro_batches_of_any_target_count_give_the_gradient_of_the_whole(
         results.append((loss, gradients(model)))
     (cut, ours), (whole, theirs) = results
     if objective == "dpo":  # a mean over pairs, whatever their lengths
-        total = ft.dpo_loss(small_model().to(dtype), *pair_batch(rows, reference), 0.1).item()
+        margin = ft.dpo_margin(small_model().to(dtype), *pair_batch(rows, reference))
+        total = ft.preference_loss(0.1 * margin).item()
         assert whole == pytest.approx(total / 5, rel=1e-5)
     assert cut == pytest.approx(whole, rel=max(tolerance, 1e-12))
     for name in theirs:

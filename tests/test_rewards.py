@@ -348,9 +348,9 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     for chosen, rejected in rows:
         scores = [model(torch.tensor([r.ids[:-1]]))[0, -1, token] for r in (chosen, rejected)]
         total = total + torch.log(1 + torch.exp(scores[1] - scores[0]))
-    loss = objective.loss(model, *objective.batch(None, None, rows))
-    assert loss.item() == pytest.approx(total.item(), abs=1e-6)
-    assert objective.count(*objective.batch(None, None, rows)) == 2
+    batch = objective.batch(ft.Split(pairs, rows), [0, 1], rows)
+    assert objective.loss(model, *batch).item() == pytest.approx(total.item(), abs=1e-6)
+    assert objective.count(*batch) == 2
 
 
 def test_prompts_are_the_turns_that_the_reward_is_for(room, capsys):
