@@ -170,7 +170,7 @@ def synthetic_dialogues(count, seed):
 
 
 def values_of(message):
-    """(key, value) of each text that a call passes or a tool has returned."""
+    """(key, value) of each text that a call passes or a tool has returned, and of its numbers."""
     objects = []
     if message["role"] == "call":
         objects = [parse_call(message["content"])[1]]
@@ -180,12 +180,28 @@ def values_of(message):
             objects = found if isinstance(found, list) else [found]
     for key, value in (pair for o in objects if isinstance(o, dict) for pair in o.items()):
         for v in value if isinstance(value, list) else [value]:
-            if isinstance(v, str) and v:
+            if (isinstance(v, str) and v) or (message["role"] == "tool" and is_number(v)):
                 yield f"{message['role']}.{key}", v
 
 
+def is_number(value):
+    """Whether a JSON value is a number that digits elsewhere are not easily taken for."""
+    return type(value) in (int, float) and len(str(value)) > 2
+
+
+def written(value):
+    """The pattern that finds a text, or a number that is not a part of another one."""
+    text = re.escape(str(value))
+    return text if isinstance(value, str) else rf"(?<![\d.]){text}(?![\d.])"
+
+
+def stands_in(value, text):
+    """Whether a text holds a value as `written`."""
+    return str(value) in text and bool(re.search(written(value), text))
+
+
 def values_by_key(examples):
-    """{"call.KEY" or "tool.KEY": all texts it has anywhere}: what `substitute` draws from."""
+    """{"call.KEY" or "tool.KEY": all values it has anywhere}: what `substitute` draws from."""
     pool = {}
     for key, v in (pair for e in examples for m in e["messages"] for pair in values_of(m)):
         pool.setdefault(key, []).append(v)
@@ -193,10 +209,10 @@ def values_by_key(examples):
 
 
 def another_value(values, made_up, rng):
-    """One of the values, or with probability `made_up` one that nobody has said, the beginning of
-    one and the end of another: a model that has seen all values would not need to copy them."""
+    """One of the values, or of texts with probability `made_up` one that nobody has said, the start
+    of one and the end of another: a model that has seen all values would not need to copy them."""
     a = rng.choice(values)
-    if rng.random() >= made_up:
+    if not isinstance(a, str) or rng.random() >= made_up:
         return a
     b = rng.choice(values)
     return a[: rng.randint(1, len(a))] + b[rng.randrange(len(b)) :]
@@ -210,26 +226,28 @@ def substitute(example, pool, share, rng, made_up=0.5):
 
     What a call passes as the user has said it, and what the assistant says as a tool has returned
     it, becomes with probability `share` another value: so the model has to read it, not to recall
-    it.
+    it. Numbers that a user has said or a call passes stay.
     """
-    said = {"user": "", "assistant": ""}
+    said = dict.fromkeys(("user", "call", "tool", "assistant", "system"), "")
     for m in example["messages"]:
-        if m["role"] in said:
-            said[m["role"]] += m["content"] + "\n"
+        said[m["role"]] += m["content"] + "\n"
     swap = {}
     for m in example["messages"]:
         source = said["user" if m["role"] == "call" else "assistant"]
         for key, v in values_of(m):
-            if v in source and v not in swap and rng.random() < share:
+            free = isinstance(v, str) or not stands_in(v, said["user"] + said["call"])
+            if v not in swap and stands_in(v, source) and free and rng.random() < share:
                 swap[v] = another_value(pool[key], made_up, rng)
     if not swap or len(set(swap.values())) < len(swap):
         return example
-    longest_first = sorted(swap, key=len, reverse=True)
-    found = re.compile("|".join(map(re.escape, longest_first)))
+    longest_first = sorted(swap, key=lambda v: len(str(v)), reverse=True)
+    found, texts = re.compile("|".join(map(written, longest_first))), {str(v): v for v in swap}
 
     def exchange(value):
         if isinstance(value, str):
-            return found.sub(lambda hit: swap[hit[0]], value)
+            return found.sub(lambda hit: str(swap[texts[hit[0]]]), value)
+        if is_number(value):
+            return swap.get(value, value)
         if isinstance(value, list):
             return [exchange(v) for v in value]
         return {k: exchange(v) for k, v in value.items()} if isinstance(value, dict) else value

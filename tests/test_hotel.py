@@ -79,6 +79,22 @@ def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
     assert values_by_key([talk("a", "b")])["tool.name"] == ["a"]
 
 
+def test_numbers_that_the_assistant_reads_out_are_exchanged_unless_the_guest_has_said_them():
+    def talk(price, rating):
+        records = json.dumps([{"price": price, "rating": rating, "phone": "010-45867", "size": 12}])
+        texts = ("450元以上的", 'search {"price_range_lower": 450}', records)
+        spoken = f"{price}元，{rating}分，电话010-45867，450元以上，12间"
+        roles = ("user", "call", "tool", "assistant")
+        return {"messages": [turn(role, text) for role, text in zip(roles, (*texts, spoken))]}
+
+    pool = {"tool.price": [612], "tool.rating": [4.9], "tool.phone": ["010-45867"]}
+    after = substitute(talk(458, 4.5), pool, 1.0, random.Random(0), made_up=0)
+    assert after == talk(612, 4.9)  # no part of the phone number, nor what is too short
+    said = talk(450, 4.5)
+    assert substitute(said, pool, 1.0, random.Random(0), made_up=0) == talk(450, 4.9)
+    assert values_by_key([said])["tool.price"] == [450]
+
+
 def test_a_value_inside_another_is_not_torn_out_of_it():
     before, pool = hotel_talk(["上网", "上网服务"]), {"call.facilities": ["接机", "SPA"]}
     rng, new = random.Random(0), ["SPA", "接机"]
