@@ -50,6 +50,7 @@ from data.batches import (
 )
 from data.chat import CHAT_TOKENS, Template, chat_prompt, find_template, label_token
 from data.cli import Parser, UserError, check_limits, run_cli
+from data.facts import ask
 from data.hotel import substitute, tidy_calls, values_by_key
 from data.machine import make_runtime
 from data.rewards import REWARDS, load_reward, rate
@@ -736,13 +737,19 @@ def check_parts(args, parts):
 
 
 def augmented(examples, objective, share, seed):
-    """epoch -> rows of that epoch: `share` of the values exchanged anew (hotel.substitute)."""
+    """epoch -> rows of that epoch: each value exchanged with probability `share`
+    (hotel.substitute), and up to three questions more, each with the same (facts.ask)."""
     pool = values_by_key(examples)
 
     def epoch_rows(epoch):
         rng = random.Random(f"{seed} {epoch}")
-        fresh = [substitute(e, pool, share, rng) for e in examples]
-        return objective.loader_rows(objective.make_split([tidy_calls(e) for e in fresh]))
+        fresh = []
+        for e in examples:
+            messages = tidy_calls(substitute(e, pool, share, rng))["messages"]
+            for _ in range(3):
+                messages = messages + (ask(messages, rng) if rng.random() < share else [])
+            fresh.append({"messages": messages})
+        return objective.loader_rows(objective.make_split(fresh))
 
     return epoch_rows
 

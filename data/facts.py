@@ -1,10 +1,10 @@
-"""Whether a reply says of hotels what the search has returned: names, prices, ratings, phones."""
+"""What a reply says of hotels, against what the search has returned; questions about it."""
 import json
 import re
 from collections import Counter
 from functools import cache, lru_cache
 
-from data.hotel import read_hotels
+from data.hotel import QUESTIONS, read_hotels
 
 # What a reply says of a hotel by a number: the field of its record, and how it is written
 NUMBERS = {
@@ -12,6 +12,7 @@ NUMBERS = {
     "rating": r"\d(?:\.\d+)?(?=分)",
     "phone": r"\d{3,4}-\d{7,8}",
 }
+FIELDS = dict(phone="电话是多少", address="地址是什么", price="价格是多少", rating="评分是多少")
 FACTS = ("name", *NUMBERS)
 # The name of a hotel that nobody knows: with its branch in brackets, or as most here begin and end
 INVENTED = re.compile(r"[\w·]{2,}\([^()]+\)|北京\w{2,10}?(?:酒店|饭店|宾馆|大厦|公寓)")
@@ -30,6 +31,27 @@ def records_of(messages):
                 if isinstance(r, dict) and {"name", "price", "rating"} <= set(r):
                     found[r["name"]] = r
     return found
+
+
+def ask(messages, rng):
+    """A question about one of the hotels that tools have returned, or about which they were, and
+    its answer, as two messages; none if there are no hotels, or what is asked is unknown."""
+    found = records_of(messages)
+    if not found:
+        return []
+    said = "\n".join(m["content"] for m in messages if m["role"] == "assistant")
+    this, some = max(found, key=said.rfind), rng.choice(list(found))  # this: what was named last
+    field, ways, answer = rng.choice(QUESTIONS)
+    question, record = f"{some}的{FIELDS[field]}？", found[some]
+    if this in said and rng.random() < 0.5:
+        question, record = rng.choice(ways), found[this]
+    if record.get(field) in (None, "", -1):
+        return []
+    answer = answer.format(**record)
+    if rng.random() < 0.2:
+        last = [m for m in messages if m["role"] == "tool" and records_of([m])][-1:]
+        question, answer = "查到了哪些酒店？", "、".join(records_of(last)) + "。"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 @cache

@@ -37,7 +37,7 @@ PATTERN = "|".join(
     )
 )
 # For a model that must copy: a value has the same tokens wherever it stands, since each Chinese
-# character is one and JSON's keys, quotes and brackets are tokens of their own.
+# character and each digit is one, and JSON's keys, quotes and brackets are tokens of their own.
 #
 #   bpe       提供无|烟房|的酒店        ["|无烟房|",| "|SPA|"]
 #   bpe-han   提|供|无|烟|房|的|酒|店    ["|无|烟|房|", "|SPA|"]
@@ -46,7 +46,7 @@ HAN_PATTERN = "|".join(
         r'[^\p{L}\p{N}\r\n]*"[a-z_]+": [\[{]*"?',  # a key, with what closes the value before it
         r"\p{Han}",
         rf" ?(?:{_LETTER}|_)+",
-        r"\p{N}{1,3}",
+        r"\p{N}",
         r"\s*[\r\n]+",
         r"[^\p{L}\p{N}\r\n]+",
     )

@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ from test_finetune_runs import (
 
 import finetune as ft
 from data.cli import UserError
-from data.facts import FACTS, count_facts
+from data.facts import FACTS, ask, count_facts
 from data.rewards import REWARDS, load_reward, rate
 from data.rows import load_data
 from data.scores import chat_scores
@@ -94,6 +96,27 @@ def test_people_are_faithful():
     scores = chat_scores(jobs, [wanted for _, wanted in jobs])
     assert scores["names"] > 0.995 and scores["doubled"] < 0.005
     assert min(scores["prices"], scores["phones"], scores["ratings"]) > 0.99
+
+
+def test_questions_are_answered_by_what_was_returned():
+    unknown = {"name": "{北}饭店", "price": -1, "rating": 4.1, "phone": ""}
+    told = [*ASKED, turn("assistant", "推荐云海大厦。")]
+    told.append(turn("tool", json.dumps([unknown], ensure_ascii=False)))
+    seen = Counter()
+    for seed in range(300):
+        rng = random.Random(seed)
+        if new := ask(told, rng):
+            question, answer = (m["content"] for m in new)
+            counts = count_facts([*told, new[0]], answer)
+            assert all(counts[f] == counts[f"right {f}"] for f in FACTS) and counts["name"]
+            assert question != "查到了哪些酒店？" or answer == "{北}饭店。"  # the last result's
+            assert question != "电话号码给我一下。" or "云海大厦" in answer  # named last
+            seen |= counts | Counter([question])
+    assert seen["phone"] and seen["price"] and seen["rating"]
+    for question in ("查到了哪些酒店？", "电话号码给我一下。", "{北}饭店的评分是多少？"):
+        assert seen[question]
+    assert not seen["{北}饭店的价格是多少？"] and not seen["{北}饭店的电话是多少？"]
+    assert ask(ASKED[:2], random.Random(0)) == []
 
 
 # ---- rewards -----------------------------------------------------------------------------------

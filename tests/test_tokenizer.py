@@ -245,5 +245,6 @@ def test_a_value_has_the_same_tokens_wherever_it_stands():
         for around in ("有{}的", '{{"facilities": ["{}"]}}', '"a", "{}", "b"', "({}店)", "，{}。"):
             ids = t.encode(around.format(value))
             assert any(ids[i : i + len(own)] == own for i in range(len(ids)))
+    assert len(t.encode("300")) == 3
     pieces = [t.decode([i]) for i in t.encode('{"facilities": ["无烟房", "SPA"]}')]
     assert pieces[:6] == ['{"facilities": ["', "无", "烟", "房", '", "', "SPA"]
