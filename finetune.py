@@ -997,7 +997,8 @@ def build_parser():
     add = p.add_argument_group("rows").add_argument
     add("--loss_on", choices=("assistant", "call", "all"),
         help="learn the assistant's turns (default), its tool calls only, or every token")
-    add("--augment", type=float, help="chance that a called value becomes another everywhere (0)")
+    add("--augment", type=float,
+        help="chance that a value becomes another everywhere, and of questions more (0)")
     add("--token_dropout", type=float, help="chance that a token is hidden from the model (0)")
     add("--dropout", type=float, help="of the model (default: the checkpoint's)")
     add("--batch_tokens", type=int, help="tokens a micro-batch at most, padding included (4096)")

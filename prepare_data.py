@@ -101,8 +101,8 @@ def make_tokenizer(name, documents, total_bytes):
         return Tokenizer({"kind": "char", "chars": "".join(sorted(chars - {UNKNOWN}))})
     kind, colon, size = name.partition(":")
     if kind in PATTERNS and colon:
-        if not size.isdecimal():
-            raise UserError(f"tokenizer {name!r}: {kind}:N wants a number, e.g. {kind}:4096")
+        if not size.isdecimal() or not 257 <= int(size) <= 1_000_000:
+            raise UserError(f"tokenizer {name!r}: {kind}:N wants a size from 257 to 1,000,000")
         return Tokenizer(learn_bpe(int(size), documents, total_bytes, PATTERNS[kind]))
     if name in tiktoken.list_encoding_names():
         return Tokenizer({"kind": "tiktoken", "name": name})

@@ -281,8 +281,6 @@ def learn_bpe(size, documents, total_bytes, pattern=PATTERN):
 
     Of more text than BPE_SAMPLE every k-th piece is counted, so that the sample covers all of it.
     """
-    if not 257 <= size <= 1_000_000:
-        raise UserError(f"a BPE of {size} tokens: a size from 257 to 1,000,000, please")
     split, counts = regex.compile(pattern), Counter()
     every = -(-total_bytes // BPE_SAMPLE) or 1
     pieces = (piece for _, pieces in documents for piece in pieces)
