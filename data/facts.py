@@ -40,11 +40,11 @@ def ask(messages, rng):
     if not found:
         return []
     said = "\n".join(m["content"] for m in messages if m["role"] == "assistant")
-    this, some = max(found, key=said.rfind), rng.choice(list(found))  # this: what was named last
+    latest, other = max(found, key=said.rfind), rng.choice(list(found))  # latest: named last
     field, ways, answer = rng.choice(QUESTIONS)
-    question, record = f"{some}的{FIELDS[field]}？", found[some]
-    if this in said and rng.random() < 0.5:
-        question, record = rng.choice(ways), found[this]
+    question, record = f"{other}的{FIELDS[field]}？", found[other]
+    if latest in said and rng.random() < 0.5:
+        question, record = rng.choice(ways), found[latest]
     if record.get(field) in (None, "", -1):
         return []
     answer = answer.format(**record)

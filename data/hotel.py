@@ -185,19 +185,19 @@ def values_of(message):
 
 
 def is_number(value):
-    """Whether a JSON value is a number that digits elsewhere are not easily taken for."""
+    """Whether a JSON value is a number of three characters or more: a 5 stands in any text."""
     return type(value) in (int, float) and len(str(value)) > 2
 
 
-def written(value):
+def value_pattern(value):
     """The pattern that finds a text, or a number that is not a part of another one."""
     text = re.escape(str(value))
     return text if isinstance(value, str) else rf"(?<![\d.]){text}(?![\d.])"
 
 
-def stands_in(value, text):
-    """Whether a text holds a value as `written`."""
-    return str(value) in text and bool(re.search(written(value), text))
+def is_in(value, text):
+    """Whether a text holds a value as `value_pattern` finds it."""
+    return str(value) in text and bool(re.search(value_pattern(value), text))
 
 
 def values_by_key(examples):
@@ -235,13 +235,14 @@ def substitute(example, pool, share, rng, made_up=0.5):
     for m in example["messages"]:
         source = said["user" if m["role"] == "call" else "assistant"]
         for key, v in values_of(m):
-            free = isinstance(v, str) or not stands_in(v, said["user"] + said["call"])
-            if v not in swap and stands_in(v, source) and free and rng.random() < share:
+            free = isinstance(v, str) or not is_in(v, said["user"] + said["call"])
+            if v not in swap and is_in(v, source) and free and rng.random() < share:
                 swap[v] = another_value(pool[key], made_up, rng)
     if not swap or len(set(swap.values())) < len(swap):
         return example
     longest_first = sorted(swap, key=lambda v: len(str(v)), reverse=True)
-    found, texts = re.compile("|".join(map(written, longest_first))), {str(v): v for v in swap}
+    found = re.compile("|".join(map(value_pattern, longest_first)))
+    texts = {str(v): v for v in swap}
 
     def exchange(value):
         if isinstance(value, str):
