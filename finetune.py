@@ -50,7 +50,7 @@ from data.batches import (
 )
 from data.chat import CHAT_TOKENS, Template, chat_prompt, find_template, label_token
 from data.cli import Parser, UserError, check_limits, run_cli
-from data.facts import ask
+from data.facts import ask, in_order
 from data.hotel import substitute, tidy_calls, values_by_key
 from data.machine import make_runtime
 from data.rewards import REWARDS, load_reward, rate
@@ -745,7 +745,7 @@ def augmented(examples, objective, share, seed):
         rng = random.Random(f"{seed} {epoch}")
         fresh = []
         for e in examples:
-            messages = tidy_calls(substitute(e, pool, share, rng))["messages"]
+            messages = in_order(tidy_calls(substitute(e, pool, share, rng))["messages"])
             for _ in range(3):
                 messages = messages + (ask(messages, rng) if rng.random() < share else [])
             fresh.append({"messages": messages})

@@ -54,6 +54,25 @@ def ask(messages, rng):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def in_order(messages):
+    """The messages, with the hotels that a reply to a result names in the order of the result: a
+    model that has named one then knows which one is next."""
+    fixed = messages[:1]
+    for before, m in zip(messages, messages[1:]):
+        names = list(records_of([before]))
+        if names and m["role"] == "assistant":
+            pattern = any_of(names)
+            found = iter(sorted(pattern.findall(m["content"]), key=names.index))
+            m = m | {"content": pattern.sub(lambda _: next(found), m["content"])}
+        fixed.append(m)
+    return fixed
+
+
+def any_of(names):
+    """A pattern that finds the names, of several that begin alike the longest."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+
+
 @cache
 def known_names():
     """The names of all hotels in the database."""
@@ -62,9 +81,8 @@ def known_names():
 
 @lru_cache
 def names_pattern(others):
-    """A pattern that finds the names of hotels in the database, and `others`, the longest first."""
-    names = sorted(known_names() | others, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)))
+    """The pattern `any_of` the names in the database, and `others`."""
+    return any_of(known_names() | others)
 
 
 def count_facts(messages, reply):

@@ -29,7 +29,7 @@ from test_finetune_runs import (
 
 import finetune as ft
 from data.cli import UserError
-from data.facts import FACTS, ask, count_facts
+from data.facts import FACTS, ask, count_facts, in_order
 from data.rewards import REWARDS, load_reward, rate
 from data.rows import load_data
 from data.scores import chat_scores
@@ -96,6 +96,15 @@ def test_people_are_faithful():
     scores = chat_scores(jobs, [wanted for _, wanted in jobs])
     assert scores["names"] > 0.995 and scores["doubled"] < 0.005
     assert min(scores["prices"], scores["phones"], scores["ratings"]) > 0.99
+
+
+def test_the_hotels_of_a_result_are_named_in_its_order():
+    names = ["云海", "云海大厦", "山月"]  # one name begins like another
+    rows = [{"name": n, "price": 9, "rating": 5} for n in names]
+    told = [turn("user", "找酒店"), turn("tool", json.dumps(rows, ensure_ascii=False))]
+    ordered = in_order([*told, turn("assistant", "山月、云海大厦或云海。"), turn("user", "山月呢？")])
+    assert [m["content"] for m in ordered[2:]] == ["云海、云海大厦或山月。", "山月呢？"]
+    assert in_order(later := [*told, turn("user", "比"), turn("assistant", "山月、云海")]) == later
 
 
 def test_questions_are_answered_by_what_was_returned():
