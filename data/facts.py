@@ -3,6 +3,7 @@ import json
 import re
 from collections import Counter
 from functools import cache, lru_cache
+from itertools import pairwise
 
 from data.hotel import QUESTIONS, read_hotels
 
@@ -58,7 +59,7 @@ def in_order(messages):
     """The messages, with the hotels that a reply to a result names in the order of the result: a
     model that has named one then knows which one is next."""
     fixed = messages[:1]
-    for before, m in zip(messages, messages[1:]):
+    for before, m in pairwise(messages):
         names = list(records_of([before]))
         if names and m["role"] == "assistant":
             pattern = any_of(names)
