@@ -62,11 +62,16 @@ def in_order(messages):
     for before, m in pairwise(messages):
         names = list(records_of([before]))
         if names and m["role"] == "assistant":
-            pattern = any_of(names)
-            found = iter(sorted(pattern.findall(m["content"]), key=names.index))
-            m = m | {"content": pattern.sub(lambda _: next(found), m["content"])}
+            m = m | {"content": reorder(m["content"], names)}
         fixed.append(m)
     return fixed
+
+
+def reorder(text, names):
+    """The text with those of the names that it holds in their order."""
+    pattern = any_of(names)
+    found = iter(sorted(pattern.findall(text), key=names.index))
+    return pattern.sub(lambda _: next(found), text)
 
 
 def any_of(names):

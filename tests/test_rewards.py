@@ -102,8 +102,8 @@ def test_the_hotels_of_a_result_are_named_in_its_order():
     names = ["云海", "云海大厦", "山月"]  # one name begins like another
     rows = [{"name": n, "price": 9, "rating": 5} for n in names]
     told = [turn("user", "找酒店"), turn("tool", json.dumps(rows, ensure_ascii=False))]
-    ordered = in_order([*told, turn("assistant", "山月、云海大厦或云海。"), turn("user", "山月呢？")])
-    assert [m["content"] for m in ordered[2:]] == ["云海、云海大厦或山月。", "山月呢？"]
+    ordered = in_order([*told, turn("assistant", "山月、云海大厦或云海。"), turn("user", "山月？")])
+    assert [m["content"] for m in ordered[2:]] == ["云海、云海大厦或山月。", "山月？"]
     assert in_order(later := [*told, turn("user", "比"), turn("assistant", "山月、云海")]) == later
 
 
