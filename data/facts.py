@@ -13,7 +13,6 @@ NUMBERS = {
     "rating": r"\d(?:\.\d+)?(?=分)",
     "phone": r"\d{3,4}-\d{7,8}",
 }
-FIELDS = dict(phone="电话是多少", address="地址是什么", price="价格是多少", rating="评分是多少")
 FACTS = ("name", *NUMBERS)
 # The name of a hotel that nobody knows: with its branch in brackets, or as most here begin and end
 INVENTED = re.compile(r"[\w·]{2,}\([^()]+\)|北京\w{2,10}?(?:酒店|饭店|宾馆|大厦|公寓)")
@@ -42,8 +41,8 @@ def ask(messages, rng):
         return []
     said = "\n".join(m["content"] for m in messages if m["role"] == "assistant")
     latest, other = max(found, key=said.rfind), rng.choice(list(found))  # latest: named last
-    field, ways, answer = rng.choice(QUESTIONS)
-    question, record = f"{other}的{FIELDS[field]}？", found[other]
+    field, asked, ways, answer = rng.choice(QUESTIONS)
+    question, record = f"{other}的{asked}？", found[other]
     if latest in said and rng.random() < 0.5:
         question, record = rng.choice(ways), found[latest]
     if record.get(field) in (None, "", -1):
