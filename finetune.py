@@ -937,7 +937,7 @@ def main(argv=None):
 
 def header(model, args, objective, split, val, loader, out):
     """The lines before the first step: what is learned, then those of any run."""
-    rows = objective.loader_rows(split)
+    rows = loader.rows
     sizes = [size_of(row) for row in rows]
     longest, tokens = max(length for length, _ in sizes), sum(map(math.prod, sizes))
     lines = [
@@ -947,7 +947,7 @@ def header(model, args, objective, split, val, loader, out):
     ]
     about = tokens, args.batch_tokens, tokens / len(rows)
     lines += train.header(model, args, objective.runtime, *about)
-    if split.cut > len(rows) / 10:
+    if split.cut > len(split.rows) / 10:
         lines.append("many rows are cut: a longer --context, or a base that has one, keeps more")
     return lines
 

@@ -155,27 +155,31 @@ class BucketLoader:
     A batch holds at most `batch_tokens` padded tokens (or one row); padding adds 1 to 3 % to the
     hotel dialogues. Batch n of the whole run is always the same, so resuming needs only the step.
     `epoch_rows(epoch)`, if given, makes each epoch's rows anew (augmentation); the batches of any
-    epoch are as many as the first one's.
+    epoch are as many as those of epoch 0.
     """
 
     def __init__(self, rows, batch_tokens, seed, epoch_rows=None):
-        self.rows, self.batch_tokens, self.seed = rows, batch_tokens, seed
-        self.epoch_rows, self.epoch = epoch_rows, None
-        self.per_epoch = len(bucket(range(len(rows)), rows, batch_tokens))
+        self.batch_tokens, self.seed = batch_tokens, seed
+        self.epoch_rows = epoch_rows or (lambda epoch: rows)
+        self.begin(0)
+        self.per_epoch = len(self.batches)
+
+    def begin(self, epoch):
+        """Make the rows and batches of an epoch."""
+        rng = np.random.default_rng((self.seed, epoch))
+        self.epoch, self.rows = epoch, self.epoch_rows(epoch)
+        order = rng.permutation(len(self.rows)).tolist()
+        self.batches = bucket(order, self.rows, self.batch_tokens)
+        rng.shuffle(self.batches)
 
     def get(self, number):
         """(row numbers, rows) of batch `number` of the run."""
         epoch, at = divmod(number, self.per_epoch)
         if epoch != self.epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            self.now = self.epoch_rows(epoch) if self.epoch_rows else self.rows
-            order = rng.permutation(len(self.now)).tolist()
-            self.batches = bucket(order, self.now, self.batch_tokens)
-            rng.shuffle(self.batches)
-            self.epoch = epoch
+            self.begin(epoch)
         # rows made anew may give more batches or fewer: some are left out then, or come again
         chosen = self.batches[at % len(self.batches)]
-        return chosen, [self.now[i] for i in chosen]
+        return chosen, [self.rows[i] for i in chosen]
 
 
 def drop_tokens(ids, share, end, rng):
