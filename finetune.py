@@ -51,7 +51,7 @@ from data.batches import (
 from data.chat import CHAT_TOKENS, Template, chat_prompt, find_template, label_token
 from data.cli import Parser, UserError, check_limits, run_cli
 from data.facts import ask, in_order
-from data.hotel import substitute, tidy_calls, values_by_key
+from data.hotel import repeats, substitute, tidy_calls, values_by_key
 from data.machine import make_runtime
 from data.rewards import REWARDS, load_reward, rate
 from data.rows import as_chat, load_data
@@ -737,14 +737,15 @@ def check_parts(args, parts):
 
 
 def augmented(examples, objective, share, seed):
-    """epoch -> rows of that epoch: each value exchanged with probability `share`
-    (hotel.substitute), and up to three questions more, each with the same (facts.ask)."""
-    pool = values_by_key(examples)
+    """epoch -> rows of that epoch, rare calls more often (hotel.repeats): each value exchanged with
+    probability `share` (hotel.substitute), and up to three questions more, each with the same
+    (facts.ask)."""
+    pool, often = values_by_key(examples), repeats(examples)
 
     def epoch_rows(epoch):
         rng = random.Random(f"{seed} {epoch}")
         fresh = []
-        for e in examples:
+        for e in (e for e, n in zip(examples, often) for _ in range(int(n + rng.random()))):
             messages = in_order(tidy_calls(substitute(e, pool, share, rng))["messages"])
             for _ in range(3):
                 messages = messages + (ask(messages, rng) if rng.random() < share else [])

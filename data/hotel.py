@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -202,11 +203,24 @@ def is_in(value, text):
 
 
 def values_by_key(examples):
-    """{"call.KEY" or "tool.KEY": all values it has anywhere}: what `substitute` draws from."""
+    """{"call.KEY" or "tool.KEY": all values it has anywhere}: what `substitute` draws from. What
+    tools have returned under a key may be passed, too, and counts once there."""
     pool = {}
     for key, v in (pair for e in examples for m in e["messages"] for pair in values_of(m)):
         pool.setdefault(key, []).append(v)
+    for key, values in pool.items():
+        if key.startswith("call."):
+            values += dict.fromkeys(pool.get(key.replace("call.", "tool."), ()))
     return pool
+
+
+def repeats(examples, share=1 / 6):
+    """How often each conversation should come in an epoch, once at least, so that each key that
+    calls pass is in that share of them: 100 calls among 3,000 do not teach to copy a name."""
+    calls = [[m["content"] for m in e["messages"] if m["role"] == "call"] for e in examples]
+    keys = [{key for call in some for key in parse_call(call)[1]} for some in calls]
+    counts = Counter(key for some in keys for key in some)
+    return [max([1, *(share * len(keys) / counts[key] for key in some)]) for some in keys]
 
 
 def another_value(values, made_up, rng):

@@ -14,15 +14,13 @@ from conftest import CHAT, SHARED, turn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sys
-from pathlib import Path
-
 import finetune as ft
 from data.chat import call_text, parse_call
 from data.cli import UserError
 from data.hotel import (
     HOTEL_KEYS,
     read_hotels,
+    repeats,
     search_hotels,
     substitute,
     synthetic_dialogues,
@@ -153,6 +151,15 @@ def test_calls_are_tidied_and_say_the_same():
     assert tidy["facilities"] == ["b", "c", "a", "z"] and tidy["n"] == [2, 1]
     assert sorted(tidy["facilities"]) == sorted(arguments["facilities"])
     assert tidy_calls({"messages": after})["messages"] == after
+
+
+def test_rarely_passed_keys_come_in_the_share_of_conversations_that_is_wanted():
+    def calling(**arguments):
+        return {"messages": [turn("user", "?"), turn("call", call_text("search", arguments))]}
+
+    talks = [calling(type="a")] * 9 + [calling(type="b", name="c")] * 2 + [calling()]
+    assert repeats(talks, share=1 / 3) == [1] * 9 + [2] * 2 + [1]  # 12 / 3 / 2
+    assert repeats(talks, share=1 / 12) == [1] * 12
 
 
 def test_augmented_epochs_depend_on_seed_and_epoch_alone():
