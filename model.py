@@ -481,23 +481,30 @@ def pair_rows(ids, at, rows):
     return (before * 36313 ^ ids.gather(1, at) * 27191) % rows
 
 
+LONGEST_MATCH = 8
+
+
 def copy_candidates(ids, at):
-    """What may be copied: for the places `at` (B, T) in ids (B, S), the id after the latest earlier
-    occurrence of the two ids that end there, or else of the last one; -1 if there is none.
+    """What may be copied: for the places `at` (B, T) in ids (B, S), the id after the earlier place
+    that ends in most of the same ids, of several the latest, and how many these are, up to
+    LONGEST_MATCH; 0 and 0 if none does.
 
     An induction head finds that, too (Olsson et al. 2022), but takes thousands of steps to form;
     given it, a model copies after a hundred (n-gram heads, Akyürek et al. 2024).
 
     >>> copy_candidates(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]), torch.tensor([[4, 5, 6]]))
-    tensor([[-1,  9,  7]])
+    (tensor([[0, 9, 7]]), tensor([[0, 1, 2]]))
     """
-    S, before = ids.shape[1], F.pad(ids, (1, -1), value=-1).int()
-    last, now, j = before.gather(1, at), ids.gather(1, at).int(), torch.arange(S, device=ids.device)
-    j = j.to(torch.int16 if S < 2**14 else torch.int32)  # (B, T, S) of them: small ones are faster
-    one = (now[..., None] == ids.int()[:, None]) & (j < at[..., None].to(j.dtype))
-    two = one & (last[..., None] == before[:, None])
-    place = (torch.where(one, j, -1) + two.to(j.dtype) * S).amax(-1).long()
-    return torch.where(place < 0, -1, ids.gather(1, (place % S + 1).clamp(max=S - 1)))
+    S, j = ids.shape[1], torch.arange(ids.shape[1], device=ids.device)
+    small = torch.int16 if S * (LONGEST_MATCH + 1) < 2**15 else torch.int32  # faster, (B, T, S)
+    same, length = j < at[..., None], 0
+    for k in range(min(S, LONGEST_MATCH)):
+        shifted = F.pad(ids, (k, -k), value=-1).int()
+        same = same & (shifted.gather(1, at)[..., None] == shifted[:, None])
+        length = length + same.to(small)
+    best = (length * S + j.to(small)).amax(-1).long()
+    copied = ids.gather(1, (best % S + 1).clamp(max=S - 1))
+    return torch.where(best < S, 0, copied), best // S
 
 
 class Transformer(nn.Module):
@@ -523,6 +530,7 @@ class Transformer(nn.Module):
             self.bigram = make_table(c.bigram, c.d_model)
         if c.induction:
             self.induction = nn.Linear(c.d_model, c.d_model, bias=False)
+            self.match = make_table(LONGEST_MATCH + 1, c.d_model)  # what a match of a length counts
         if c.position == "learned":
             self.position = make_table(c.context, c.d_model)
         elif c.position == "sinusoidal":
@@ -562,6 +570,8 @@ class Transformer(nn.Module):
                 nn.init.orthogonal_(p, gain=0.5)
             elif name in ("value_embed.weight", "bigram.weight"):
                 p.zero_()
+            elif name == "match.weight":
+                p.fill_(1.0)[0] = 0.0
             elif name == "head.weight":
                 nn.init.normal_(p, std=0.02) if gpt2 else p.zero_()
             elif name == "embed.weight" and not gpt2:
@@ -618,9 +628,8 @@ class Transformer(nn.Module):
         if self.config.bigram:
             x = x + self.bigram(pair_rows(seen, at, self.config.bigram))
         if self.config.induction:
-            copied = copy_candidates(seen, at)
-            y = self.induction(self.embed_norm(self.embed(copied.clamp(0))))
-            x = x + (copied >= 0)[..., None] * y
+            copied, length = copy_candidates(seen, at)
+            x = x + self.match(length) * self.induction(self.embed_norm(self.embed(copied)))
         x = self.drop(x)
         values = self.value_embed(ids) if self.config.value_embed else None
         for i, block in enumerate(self.blocks):
@@ -818,7 +827,7 @@ def count_parameters(model):
     for name, p in model.named_parameters():  # a tied head is listed once, as the embedding
         if "norm" in name:
             part = "norms"
-        elif name.startswith(("embed.", "value_embed.", "bigram.", "induction.")):
+        elif name.startswith(("embed.", "value_embed.", "bigram.", "induction.", "match.")):
             part = "embedding"
         elif name.startswith(("position.", "head.")):
             part = {"p": "positions", "h": "head"}[name[0]]

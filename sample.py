@@ -561,7 +561,7 @@ class FastTransformer:
     FIELDS = """vocab_size n_layer n_head d_model context n_kv_head head_size d_ff position norm
     norm_weight activation qkv_bias out_bias ff_bias head_bias qk_norm embed_norm value_embed bigram
     induction tied dropout eps rope_theta rope_scaling init"""
-    WEIGHTS = """embed value_embed bigram induction position embed_norm norm1
+    WEIGHTS = """embed value_embed bigram induction match position embed_norm norm1
     attention.q attention.k attention.v attention.q_norm attention.k_norm attention.out norm2
     feed_forward.gate feed_forward.up feed_forward.down norm head"""
 
@@ -593,7 +593,8 @@ class FastTransformer:
             products = make((a.q, a.k, a.v)), make((a.out,)), make(up, scale=scale), make((f.down,))
             norms = self.norm_of(block.norm1), self.norm_of(block.norm2)
             self.layers.append((*norms, qk_weight, *products))
-        self.induction = make((model.induction,)) if c.induction else None
+        if c.induction:
+            self.induction, self.match = make((model.induction,)), model.match
         self.head = make((model.head,))
 
     def norm_of(self, module):
@@ -623,9 +624,8 @@ class FastTransformer:
             x = x + self.bigram(pair_rows(seen, place, c.bigram))
         x = x.view(B * T, -1)
         if c.induction:
-            copied = copy_candidates(seen, place).view(-1)
-            y = self.induction(self.start(self.embed(copied.clamp(0))))
-            x = x + (copied >= 0)[:, None] * y
+            copied, length = (y.view(-1) for y in copy_candidates(seen, place))
+            x = x + self.match(length) * self.induction(self.start(self.embed(copied)))
         if c.value_embed:
             values = self.value_embed(ids).view(B, T, nkv, hs)
         for i, (norm1, norm2, qk_weight, qkv, out, up, down) in enumerate(self.layers):

@@ -215,7 +215,7 @@ def make_optimizers(model, args):
     # a tied table is embedding and head at once: neither's own learning rate suits it
     tied = model.config.tied
     tables = {} if tied else {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
-    tables |= {"value_embed.weight": args.embed_lr, "bigram.weight": args.embed_lr}
+    tables |= {f"{name}.weight": args.embed_lr for name in ("value_embed", "bigram", "match")}
     groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
     others = [p for n, p in named if n not in tables and n not in inner]
     groups.append(dict(params=others, lr=args.lr))

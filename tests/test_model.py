@@ -123,21 +123,22 @@ def test_tables_for_values_and_pairs_by_hand():
 
 def candidate(ids, t):
     """`copy_candidates` for one place, by looking back."""
-    for n in (2, 1):
+    for n in range(lm.LONGEST_MATCH, 0, -1):
         for j in range(t - 1, n - 2, -1):
             if t >= n - 1 and ids[j - n + 1 : j + 1] == ids[t - n + 1 : t + 1]:
-                return ids[j + 1]
-    return -1
+                return ids[j + 1], n
+    return 0, 0
 
 
 @pytest.mark.parametrize("S", [1, 2, 3, 40])
 def test_candidates_to_copy_are_found_by_looking_back(S):
-    ids = torch.randint(5, (6, S))
-    wanted = [[candidate(row, t) for t in range(S)] for row in ids.tolist()]
-    assert lm.copy_candidates(ids, torch.arange(S).expand(6, S)).tolist() == wanted
-    some = torch.randint(S, (6, 1))
-    at = [[row[t]] for row, (t,) in zip(wanted, some.tolist())]
-    assert lm.copy_candidates(ids, some).tolist() == at
+    ids = torch.cat([torch.randint(2, (3, S)), torch.randint(6, (3, S))])
+    wanted = torch.tensor([[candidate(row, t) for t in range(S)] for row in ids.tolist()])
+    found = torch.stack(lm.copy_candidates(ids, torch.arange(S).expand(6, S)), dim=-1)
+    assert torch.equal(found, wanted)
+    at = torch.randint(S, (6, 1))
+    some = torch.stack(lm.copy_candidates(ids, at), dim=-1)
+    assert torch.equal(some[:, 0], wanted[range(6), at[:, 0]])
 
 
 def test_a_grown_vocabulary_has_rows_for_values_too():
