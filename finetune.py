@@ -30,6 +30,7 @@ if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; s
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import lora
 import model as lm
@@ -510,6 +511,44 @@ def load_rewards(source, device):
     return rewards
 
 
+class SharedPrompt(lm.KVCache):
+    """Keys and values of a prompt, with their gradients, for all rows that go on from it."""
+
+    def __init__(self, model):
+        super().__init__(model, batch=0)
+        self.ids, self.kept = self.ids.new_empty(1, 0), {}
+
+    def past(self, ids):
+        """As of any cache."""
+        at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) + self.length
+        self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
+        return self.ids, at
+
+    def layer(self, i):
+        """As of any cache."""
+
+        def keep(k, v):
+            self.kept[i] = k, v
+            return k, v
+
+        def join(*new):
+            old = (t.expand(len(new[0]), -1, -1, -1) for t in self.kept[i])
+            return [torch.cat(pair, dim=2) for pair in zip(old, new)]
+
+        return join if self.length else keep
+
+
+def group_logps(model, bare, ids, targets, lengths):
+    """Log probabilities (N, T) of targets, answers to prompts of these lengths, in batches as
+    `GRPO.batch` makes them: each prompt is computed once. `bare` is the model without a wrapper."""
+    found = []
+    for row, goal, n in zip(ids, targets.chunk(len(ids)), lengths.tolist()):
+        shared, prompt, answers = SharedPrompt(bare), row[None, :n], row[-goal.numel() :]
+        model(prompt, torch.full_like(prompt, -100), shared, reduction="none")
+        found.append(model(answers.view(goal.shape), goal, shared, reduction="none"))
+    return torch.cat(found)
+
+
 class GRPO(SFT):
     """Answers are drawn, each gets a reward, and becomes likelier or less likely by how much that
     is above the mean of its group, the answers to the same prompt (Shao et al. 2024)."""
@@ -560,9 +599,11 @@ class GRPO(SFT):
         return [(p,) * self.args.samples for p in split.prompts]
 
     def batch(self, split, numbers, rows, number=0):
-        """Draw answers to the prompts in `rows`. (ids, targets, advantage (N, 1), log probabilities
-        when they were drawn and of the reference (N, T), how many were drawn), without those of
-        groups in which all got the same reward: they teach nothing."""
+        """Draw answers to the prompts in `rows`. Of groups whose rewards differ, others teach
+        nothing: (ids, a row a group: the prompt but for its last id, padding, and the answers, each
+        after that id; targets (N, T), a row an answer; lengths of the prompts; advantage (N, 1);
+        log probabilities when they were drawn and of the reference (N, T)), and how many were
+        drawn."""
         a = self.args
         if number in self.drawn:
             return self.drawn[number]
@@ -583,26 +624,28 @@ class GRPO(SFT):
         self.seen["answer_tokens"] += map(len, ids)
         keep = (spread >= 1e-6) | bool(a.kl)
         keep[0] |= not keep.any()  # a batch has one group at least
-        keep = keep.repeat_interleave(a.samples)
-        answers = [Row(p.ids + new, p.mask + [1] * len(new)) for p, new in zip(prompts, ids)]
-        ids, targets = pad([row for row, kept in zip(answers, keep) if kept])
-        advantage = (rewards - rewards.mean(1, keepdim=True)).view(-1, 1)[keep]
-        old, reference = self.known_logps(ids, targets)
-        batch = ids, targets, advantage, old, reference, torch.tensor(len(prompts))
+        advantage = (rewards - rewards.mean(1, keepdim=True))[keep].view(-1, 1)
+        answers = [Row([p.ids[-1], *new], [0] + [1] * len(new)) for p, new in zip(prompts, ids)]
+        ids, targets = (t.view(len(rows), a.samples, -1)[keep] for t in pad(answers))
+        heads = [torch.tensor(p.ids[:-1]) for (p, *_), kept in zip(rows, keep) if kept]
+        lengths = torch.tensor([len(head) for head in heads])
+        ids = torch.cat([nn.utils.rnn.pad_sequence(heads, batch_first=True), ids.flatten(1)], dim=1)
+        known = self.known_logps(ids, targets.flatten(0, 1), lengths)
+        batch = ids, targets.flatten(0, 1), lengths, advantage, *known, torch.tensor(len(prompts))
         if a.updates > 1:
             if number % a.grad_accum == 0:  # the first of new ones
                 self.drawn.clear()
             self.drawn[number] = batch
         return batch
 
-    def known_logps(self, ids, targets):
-        """Log probabilities (N, T) of answers under the model as it is, and under the reference;
-        zeros where they are not needed."""
-        device, none = self.runtime.device, torch.zeros(targets.shape)
+    def known_logps(self, *batch):
+        """`group_logps` under the model as it is, and under the reference; zeros where they are not
+        needed."""
+        batch, none = [t.to(self.runtime.device) for t in batch], torch.zeros(batch[1].shape)
 
         def logps(model):
             with lm.evaluating(model), self.runtime.autocast():
-                return model(ids.to(device), targets.to(device), reduction="none").cpu()
+                return group_logps(model, model, *batch).cpu()
 
         old = logps(self.model) if self.args.updates > 1 else none
         if not self.args.kl:
@@ -612,9 +655,10 @@ class GRPO(SFT):
         with lora.disable_adapter(self.model):
             return old, logps(self.model)
 
-    def loss(self, model, ids, targets, advantage, old, reference, drawn):
+    def loss(self, model, ids, targets, lengths, advantage, old, reference, drawn):
         """`grpo_loss` of a batch."""
-        a, logps, chosen = self.args, model(ids, targets, reduction="none"), targets != -100
+        a, chosen = self.args, targets != -100
+        logps = group_logps(model, self.model, ids, targets, lengths)
         old = old if a.updates > 1 else logps.detach()
         reference = reference if a.kl else logps.detach()
         loss, clipped, kl = grpo_loss(logps, old, reference, advantage, chosen, a.clip, a.kl)
@@ -623,7 +667,7 @@ class GRPO(SFT):
         self.seen["entropy"].append(-float(logps.detach()[chosen].mean()))
         return loss
 
-    def count(self, ids, targets, advantage, old, reference, drawn):
+    def count(self, ids, targets, lengths, advantage, old, reference, drawn):
         """Answers."""
         return int(drawn)
 

@@ -601,7 +601,8 @@ def make_runner(model, task, args, runtime):
         after_step = runner.sync_weights
     runner = try_compile(runner, task, precision) if args.compile else runner
     if runtime.world > 1:
-        runner = nn.parallel.DistributedDataParallel(runner)
+        # buffers are tables of positions, the same everywhere
+        runner = nn.parallel.DistributedDataParallel(runner, broadcast_buffers=False)
     return runner, precision, after_step
 
 

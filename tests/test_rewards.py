@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, real, turn
 from test_finetune_runs import (
     KILLED,
     QUICK,
+    TABLES,
     content,
     losses,
     metrics,
@@ -231,6 +233,35 @@ def test_the_divergence_is_unbiased_and_never_negative():
     terms = gap.exp() - gap - 1
     assert terms.min() >= 0
     assert (p.exp() * terms).sum() == pytest.approx((p.exp() * (p - q)).sum().item())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("changes", [TABLES, dict(position="learned"), dict(tied=True)])
+def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(changes, recompute):
+    model = small_model(n_layer=2, **changes).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    model.grad_checkpoint = recompute
+    prompts, answers = torch.randint(9, (2, 6)), torch.randint(9, (2, 3, 4))
+    lengths = [5, 3]  # of the prompts without their last ids
+    targets, rows = answers.clone(), []
+    targets[0, 1, 2:] = targets[1, 2, 1:] = -100  # shorter answers
+    weight = torch.rand(6, 4, dtype=torch.float64)
+    wanted = torch.zeros(6, 4, dtype=torch.float64)
+    for i, (g, s) in enumerate((g, s) for g in range(2) for s in range(3)):
+        n = lengths[g]
+        whole = torch.cat([prompts[g, : n + 1], answers[g, s]])[None]
+        goal = torch.cat([torch.full((n,), -100), targets[g, s]])[None]
+        wanted[i] = model(whole[:, :-1], goal, reduction="none")[0, n:]
+    for g, n in enumerate(lengths):
+        starts = prompts[g, n].expand(3, 1)
+        inputs = torch.cat([starts, answers[g, :, :-1]], dim=1).flatten()
+        rows.append(torch.cat([F.pad(prompts[g, :n], (0, 5 - n)), inputs]))
+    batch = torch.stack(rows), targets.view(6, 4), torch.tensor(lengths)
+    found = ft.group_logps(model, model, *batch)
+    grads = [torch.autograd.grad((x * weight).sum(), model.parameters()) for x in (found, wanted)]
+    assert torch.allclose(found, wanted) and all(map(torch.allclose, *grads))
 
 
 # ---- runs --------------------------------------------------------------------------------------
