@@ -491,7 +491,7 @@ class RewardModel(DPO):
 def load_rewards(source, device):
     """The function of --reward, from a list of (messages, answer, wanted) to a list of floats: that
     of `load_reward`, or a reward model's."""
-    if source in REWARDS or source.endswith(".py"):
+    if all(name in REWARDS or name.endswith(".py") for name in source.split(",")):
         reward = load_reward(source)
         return lambda answers: [rate(reward, *a) for a in answers]
     model, tokenizer, where = load(source, device)
@@ -1057,7 +1057,7 @@ def build_parser():
     add = p.add_argument_group("objectives").add_argument
     add("--teacher", help="checkpoint that distill learns from")
     add("--reward", help=f"what grpo learns from: {', '.join(REWARDS)}, a .py file with a function "
-        "reward(messages, answer, wanted), or a run of --objective reward")
+        "reward(messages, answer, wanted), or a run of --objective reward; slots,faithful is both")
     own = {k: v for classes in OBJECTIVES.values() for c in classes for k, v in c.settings.items()}
     for name, (value, text) in own.items():
         add(f"--{name}", type=type(value), help=f"{text} (default {value:g})")

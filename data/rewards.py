@@ -69,7 +69,11 @@ REWARDS = {f.__name__: f for f in (slots, faithful, label, exact, length)}
 
 
 def load_reward(source):
-    """The reward that --reward names: one of REWARDS, or the function `reward` of a Python file."""
+    """The reward that --reward names: one of REWARDS, the function `reward` of a Python file, or of
+    several with commas between the first that is for a turn."""
+    if "," in source:
+        several = [load_reward(name) for name in source.split(",")]
+        return lambda *turn: next((r for f in several if (r := f(*turn)) is not None), None)
     if source in REWARDS:
         return REWARDS[source]
     try:

@@ -173,6 +173,13 @@ def test_silence_and_repetition_earn_less_than_the_truth():
     assert earned("好的。") < earned("推荐松园饭店(南店)。")
 
 
+def test_of_several_rewards_the_first_that_is_for_a_turn_counts():
+    both, call = load_reward("slots,faithful"), turn("call", 'search {"type": "经济型"}')
+    said = turn("assistant", "推荐云海大厦。")
+    assert (both(ASKED[:1], call, call), both(ASKED[:1], said, call)) == (1.0, 0.0)
+    assert both(ASKED, said, said) == 1.0 and both(ASKED[:1], said, said) is None
+
+
 def test_a_reward_of_ones_own_and_what_is_wrong_with_it(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def reward(messages, answer, wanted):\n    return len(answer['content'])\n")
