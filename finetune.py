@@ -137,7 +137,9 @@ def distill_loss(model, ids, targets, teacher, share, temperature):
 # --------------------------------------------------------------------------------------------
 
 
-MAX_ANSWER = 160  # ids of an answer, at most
+def longest_answer(context):
+    """How many ids an answer has at most."""
+    return min(160, context // 2)
 
 
 def answer_jobs(examples, limit=None, roles=("assistant", "call")):
@@ -157,7 +159,7 @@ def write(model, tokenizer, prompts, slots=48, seeds=None, **settings):
     """The turn that the model writes after each of the prompts, as lists of ids; prompt i draws
     with seeds[i]. Texts that end make room for the next ones."""
     template, allowed = Template(tokenizer), allowed_ids(model, tokenizer, chat=True)
-    max_tokens = min(MAX_ANSWER, model.config.context // 2)
+    max_tokens = longest_answer(model.config.context)
     said, waiting, writing = [[] for _ in prompts], deque(range(len(prompts))), {}
     engine = Engine(model, min(slots, len(prompts)), 256)
     while waiting or writing:
@@ -176,7 +178,7 @@ def write(model, tokenizer, prompts, slots=48, seeds=None, **settings):
 
 def answer(model, tokenizer, jobs):
     """The model's greedy turn for each of `answer_jobs`, in their order."""
-    room = model.config.context - min(MAX_ANSWER, model.config.context // 2)
+    room = model.config.context - longest_answer(model.config.context)
     prompts = [chat_prompt(before, tokenizer, room) for before, _ in jobs]
     ids = write(model, tokenizer, prompts, temperature=0.0)
     return [Template(tokenizer).parse(said) for said in ids]
@@ -494,18 +496,20 @@ def load_rewards(source, device):
     if all(name in REWARDS or name.endswith(".py") for name in source.split(",")):
         reward = load_reward(source)
         return lambda answers: [rate(reward, *a) for a in answers]
-    model, tokenizer, where = load(source, device)
+    model, tokenizer, where = load(source, device, "fp32")
     if REWARD_TOKEN not in tokenizer.special:
         raise UserError(f"{where} is no reward model: --objective reward makes one")
     token, context = tokenizer.special[REWARD_TOKEN], model.config.context
+    device = model.head.weight.device
 
     @torch.no_grad()
     def rewards(answers):
         rows = [chat_row([*m, a], tokenizer, context - 1, "last")[0] for m, a, _ in answers]
         rows, found = [reward_row(row, token) for row in rows], torch.zeros(len(rows))
         for numbers in bucket(range(len(rows)), rows, 4096):
-            ids, targets = (t.to(model.head.weight.device) for t in pad([rows[i] for i in numbers]))
-            found[numbers] = model(ids, targets, reduction="logits")[:, token].float().cpu()
+            ids, targets = (t.to(device) for t in pad([rows[i] for i in numbers]))
+            with torch.autocast(device.type, enabled=False):
+                found[numbers] = model(ids, targets, reduction="logits")[:, token].cpu()
         return found.tolist()
 
     return rewards
@@ -519,13 +523,13 @@ class SharedPrompt(lm.KVCache):
         self.ids, self.kept = self.ids.new_empty(1, 0), {}
 
     def past(self, ids):
-        """As of any cache."""
+        """As `KVCache.past`."""
         at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) + self.length
         self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
         return self.ids, at
 
     def layer(self, i):
-        """As of any cache."""
+        """As `KVCache.layer`."""
 
         def keep(k, v):
             self.kept[i] = k, v
@@ -574,7 +578,7 @@ class GRPO(SFT):
     def make_split(self, examples):
         """The Split of examples, all of them chats now, with the Prompts that the reward is for."""
         split, context = super().make_split([as_chat(e) for e in examples]), self.args.context
-        jobs, room = self.jobs(split), context - min(MAX_ANSWER, context // 2)
+        jobs, room = self.jobs(split), context - longest_answer(context)
         for (messages, wanted), reward in zip(jobs, self.rewards([(*j, j[1]) for j in jobs])):
             if reward is not None:
                 ids = chat_prompt(messages, self.tokenizer, room)
@@ -588,8 +592,9 @@ class GRPO(SFT):
         drawn for the updates to come is rank 0's: other ranks draw anew after a resume."""
         self.model, self.reference = model, None
         if self.args.kl and not lora.adapted(model):
-            self.reference = lm.model_from_checkpoint(lm.load_checkpoint(self.args.ckpt))
-            self.reference.grow_vocabulary(model.config.vocab_size, self.tokenizer.n_vocab)
+            base = lm.load_checkpoint(self.args.ckpt)
+            self.reference, known = lm.model_from_checkpoint(base), Tokenizer(base["tokenizer"])
+            self.reference.grow_vocabulary(model.config.vocab_size, known.n_vocab)
             self.reference.to(self.runtime.device)
         self.drawn = saved["drawn"] if saved else {}
         return {"drawn": self.drawn}
@@ -675,16 +680,18 @@ class GRPO(SFT):
         """Those of any chat, and the mean reward of the turns that the reward is for."""
         answers = [(messages, turn, wanted) for (messages, wanted), turn in zip(jobs, turns)]
         rewards = [r for r in self.rewards(answers) if r is not None]
-        return {"val_reward": sum(rewards) / max(1, len(rewards)), **chat_scores(jobs, turns)}
+        mean = {"val_reward": sum(rewards) / len(rewards)} if rewards else {}
+        return mean | chat_scores(jobs, turns)
 
     def metrics(self):
         """Means of what was seen: the reward of drawn answers, its standard deviation in a group,
         the share of groups in which all are equal, the length of answers; of the ids learned from
         the share of clipped ratios, the divergence from the reference, and the mean of -log p."""
-        sums = {k: (sum(v), len(v)) for k, v in self.seen.items()}
+        names = ["reward", "reward_std", "equal_groups", "answer_tokens"]
+        names += ["clipped", "kl", "entropy"]
+        flat = self.runtime.total(*(f(self.seen[k]) for f in (sum, len) for k in names))
         self.seen.clear()
-        flat = self.runtime.total(*(x for pair in sums.values() for x in pair))
-        return {k: flat[2 * i] / max(1, flat[2 * i + 1]) for i, k in enumerate(sums)}
+        return {k: s / n for k, s, n in zip(names, flat, flat[len(names) :]) if n}
 
 
 # The first class of a name that takes rows of the data's kind is used; without --objective the
@@ -711,7 +718,7 @@ def resolve(args):
     given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
     fixed = {"ckpt", "objective", "optimizer", "seed", "loss_on", "teacher", "quantize"}
     fixed |= {"val", "context", "batch_tokens", "augment", "best_by"}  # what they decided stands
-    fixed |= {"reward", "samples", "updates"}
+    fixed |= {"reward", "samples", "updates", "kl"}
     fixed |= {k for k in vars(args) if k.startswith("lora_")}
     content, settings = None, {}
     if args.resume is not None:
@@ -730,7 +737,7 @@ def resolve(args):
         settings = RECIPE | mode | objective.defaults() | settings | {"objective": name}
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
     check_limits(settings)
-    check_settings(args, objective)
+    check_settings(args, objective, kind)
     return args, objective, content, parts, hashes
 
 
@@ -743,7 +750,7 @@ def choose_objective(name, kind, data):
     return found[0]
 
 
-def check_settings(args, objective):
+def check_settings(args, objective, kind):
     """UserError for settings that do not go together."""
     if (args.objective == "distill") != bool(args.teacher):
         raise UserError("--teacher CKPT and --objective distill belong together")
@@ -759,7 +766,10 @@ def check_settings(args, objective):
     if (args.objective == "grpo") != bool(args.reward):
         names = ", ".join(REWARDS)
         raise UserError(f"--objective grpo and --reward belong together: {names}, a file, a --ckpt")
-    if args.augment and "chat" not in objective.kinds:
+    for name in sorted({n for classes in OBJECTIVES.values() for c in classes for n in c.settings}):
+        if getattr(args, name) is not None and name not in objective.settings:
+            raise UserError(f"--{name} is not for --objective {args.objective}")
+    if args.augment and kind != "chat":
         raise UserError("--augment is for chats with tool calls")
     if args.token_dropout and args.objective in ("dpo", "grpo"):
         raise UserError(f"--token_dropout does not go together with --objective {args.objective}")
@@ -782,8 +792,8 @@ def check_parts(args, parts):
 
 def augmented(examples, objective, share, seed):
     """epoch -> rows of that epoch, rare calls more often (hotel.repeats): each value exchanged with
-    probability `share` (hotel.substitute), and up to three questions more, each with the same
-    (facts.ask)."""
+    probability `share` (hotel.substitute), and up to three questions more, each with that
+    probability, too (facts.ask)."""
     pool, often = values_by_key(examples), repeats(examples)
 
     def epoch_rows(epoch):
@@ -910,7 +920,7 @@ def evaluate_only(args):
     kind_of = choose_objective(args.objective, kind, args.data)[1]
     settings = RECIPE | kind_of.defaults() | given
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
-    check_settings(args, kind_of)
+    check_settings(args, kind_of, kind)
     runtime = make_runtime(args.device, args.dtype)
     model, tokenizer, where = load(args.ckpt, args.device, runtime.dtype)
     train.settle_context(args, model)
@@ -927,7 +937,8 @@ def evaluate_only(args):
             f"pairs are measured against the model before DPO, which {where} does not bring along: "
             f"see its metrics.jsonl, or train with --lora_rank"
         )
-    objective.start(model, {args.split: split}, None)
+    if isinstance(objective, DPO):
+        objective.start(model, {args.split: split}, None)
     with lm.evaluating(model):
         write_report(objective, model, split, out)
     if (out / "predictions.jsonl").exists():
@@ -945,14 +956,12 @@ def main(argv=None):
     special = partial(kind_of.special_tokens, labels=labels)
     model, tokenizer, about = build_model(args, content, special)
     train.settle_context(args, model)
+    runtime = make_runtime(args.device, args.dtype, wide=model.config.d_model >= 512)
     objective = kind_of(args, tokenizer, labels)
-    split = objective.make_split(parts["train"])
+    objective.runtime, split = runtime, objective.make_split(parts["train"])
     if shown:
         show_mask(split.rows, tokenizer, shown)
         return None
-    objective.runtime = runtime = make_runtime(
-        args.device, args.dtype, wide=model.config.d_model >= 512
-    )
     args.dtype = runtime.dtype
     model.to(runtime.device)
     train.check_memory(model, args.batch_tokens, runtime)

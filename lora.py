@@ -305,6 +305,8 @@ def train_new_embeddings(model, tables, first):
         weight.requires_grad_(True)
         weight.register_hook(only_new)
         weight.learned = weight[first:].numel()  # for the count of trained parameters
+    if not hasattr(model, "adapter_rows"):
+        model.adapter_rows = {None: (first, table_rows(model, tables, first))}
 
 
 def set_adapter(model, *names):
@@ -324,6 +326,9 @@ def disable_adapter(model):
     """The bare base, for as long as the `with` lasts (the reference model of DPO)."""
     was = {layer: layer.active for layer in adapted(model).values()}
     names = next(iter(was.values()), [])
+    if names and hasattr(model, "adapter_rows"):  # keep what its rows have learned until now
+        first, bare = model.adapter_rows[None]
+        model.adapter_rows[names[-1]] = first, table_rows(model, bare, first)
     try:
         for layer in was:
             layer.active = []
@@ -382,10 +387,15 @@ def load_adapter(model, content, name="default", where="adapter"):
                 layer.a[name].copy_(state[f"{full}.a"])
                 layer.b[name].copy_(state[f"{full}.b"])
     first, tables = about["first_row"], about["tables"]
-    bare = {t: model.get_parameter(t)[first:].detach().clone() for t in tables}
+    bare = table_rows(model, tables, first)
     known = getattr(model, "adapter_rows", {None: (first, bare)})  # None: those of the base itself
     model.adapter_rows = known | {name: (first, {t: state[f"{t}.rows"] for t in tables})}
     put_rows(model, name)
+
+
+def table_rows(model, tables, first):
+    """{table: copy of its rows from `first` on} of the named weight tables."""
+    return {t: model.get_parameter(t)[first:].detach().clone() for t in tables}
 
 
 @torch.no_grad()

@@ -456,7 +456,7 @@ def token_logps(x, weight, bias, targets):
     kept, goals = x[keep].split(LOSS_ROWS), targets[keep].split(LOSS_ROWS)
     parts = [recompute(some, r, g, use_reentrant=False) for r, g in zip(kept, goals)]
     out = torch.zeros(targets.shape, dtype=full, device=x.device)
-    return out.masked_scatter(keep, torch.cat(parts)) if parts else out
+    return out.masked_scatter(keep, torch.cat(parts))
 
 
 # --------------------------------------------------------------------------------------------
@@ -558,6 +558,9 @@ class Transformer(nn.Module):
         more than bigrams and no layer dominates another; inner matrices get std 0.577 / sqrt(C),
         which keeps a normalised input at a third of its variance. In our trials this halved the
         steps to the same loss.
+
+        For both: `value_embed` and `bigram` zero; `induction` orthogonal, gain 0.5; `match` one,
+        but zero for a match of no ids.
         """
         c = self.config
         gpt2 = c.init == "gpt2"

@@ -569,12 +569,12 @@ class Run:
         set_random_state(content["rng"])
 
 
-def try_compile(model, task, runtime):
-    """torch.compile(model), tried on the first batch; the model itself if that fails."""
+def try_compile(model, task, runtime, step):
+    """torch.compile(model), tried on a batch of that step; the model itself if that fails."""
     rng = torch.get_rng_state()
     try:
         compiled = torch.compile(model)
-        batch = [t.to(runtime.device) for t in task.batches(0)[0]]
+        batch = [t.to(runtime.device) for t in task.batches(step)[0]]
         with runtime.autocast():
             task.loss(compiled, *batch).backward()
         return compiled
@@ -587,7 +587,7 @@ def try_compile(model, task, runtime):
         torch.set_rng_state(rng)  # dropout of the trial must not shift that of the run
 
 
-def make_runner(model, task, args, runtime):
+def make_runner(model, task, args, runtime, step=0):
     """(the module to call in place of `model`, the Runtime to call it in, what to call after each
     optimizer step): the model itself or its BF16Copy, perhaps compiled or in DDP.
 
@@ -599,7 +599,7 @@ def make_runner(model, task, args, runtime):
     if copied and not args.autocast and all(p.requires_grad for p in model.parameters()):
         runner, precision = BF16Copy(model), replace(runtime, dtype="fp32")
         after_step = runner.sync_weights
-    runner = try_compile(runner, task, precision) if args.compile else runner
+    runner = try_compile(runner, task, precision, step) if args.compile else runner
     if runtime.world > 1:
         # buffers are tables of positions, the same everywhere
         runner = nn.parallel.DistributedDataParallel(runner, broadcast_buffers=False)
@@ -619,7 +619,8 @@ def fit(model, task, args, runtime, out, resume=None):
     if run.progress() >= 1:
         run.log.line("this run is finished: a larger --max_steps or --max_minutes would go on")
     model.train()
-    runner, precision, after_step = make_runner(model, task, args, runtime)
+    step = run.state["step"]
+    runner, precision, after_step = make_runner(model, task, args, runtime, step)
     clear_gradients(model)
     with StopSignal() as stop, run.log:
         while run.progress() < 1:

@@ -10,8 +10,8 @@ from data.hotel import QUESTIONS, read_hotels
 # What a reply says of a hotel by a number: the field of its record, and how it is written
 NUMBERS = {
     "price": r"(?<![-\d.])\d+(?:\.\d+)?(?=元)",
-    "rating": r"\d(?:\.\d+)?(?=分)",
-    "phone": r"\d{3,4}-\d{7,8}",
+    "rating": r"(?<![\d.])\d+(?:\.\d+)?(?=分(?!钟))",
+    "phone": r"(?<!\d)\d{3,4}-\d{5,}",
 }
 FACTS = ("name", *NUMBERS)
 # The name of a hotel that nobody knows: with its branch in brackets, or as most here begin and end
@@ -28,8 +28,9 @@ def records_of(messages):
             except (ValueError, RecursionError):  # a result may be any text
                 continue
             for r in rows if isinstance(rows, list) else [rows]:
-                if isinstance(r, dict) and {"name", "price", "rating"} <= set(r):
-                    found[r["name"]] = r
+                named = isinstance(r, dict) and isinstance(r.get("name"), str) and r["name"]
+                if named and {"price", "rating"} <= set(r):
+                    found[named] = r
     return found
 
 
@@ -40,11 +41,11 @@ def ask(messages, rng):
     if not found:
         return []
     said = "\n".join(m["content"] for m in messages if m["role"] == "assistant")
-    latest, other = max(found, key=said.rfind), rng.choice(list(found))  # latest: named last
+    named, other = any_of(found).findall(said), rng.choice(list(found))
     field, asked, ways, answer = rng.choice(QUESTIONS)
     question, record = f"{other}的{asked}？", found[other]
-    if latest in said and rng.random() < 0.5:
-        question, record = rng.choice(ways), found[latest]
+    if named and rng.random() < 0.5:
+        question, record = rng.choice(ways), found[named[-1]]
     if record.get(field) in (None, "", -1):
         return []
     answer = answer.format(**record)
@@ -55,12 +56,13 @@ def ask(messages, rng):
 
 
 def in_order(messages):
-    """The messages, with the hotels that a reply to a result names in the order of the result: a
-    model that has named one then knows which one is next."""
+    """The messages, with the hotels that a reply to a result names in the order of the result, if
+    it says no more of them: a model that has named one then knows which one is next."""
     fixed = messages[:1]
     for before, m in pairwise(messages):
         names = list(records_of([before]))
-        if names and m["role"] == "assistant":
+        numbers = any(re.search(written, m["content"]) for written in NUMBERS.values())
+        if names and m["role"] == "assistant" and not numbers:
             m = m | {"content": reorder(m["content"], names)}
         fixed.append(m)
     return fixed
@@ -132,4 +134,4 @@ def is_value(text, value):
     """Whether a reply's `text` means a record's `value`: an equal number, or one of its phones."""
     if isinstance(value, (int, float)) and "-" not in text:
         return float(text) == value
-    return text in str(value)
+    return bool(re.search(rf"(?<![\d.]){re.escape(text)}(?![\d.])", str(value)))

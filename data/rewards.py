@@ -9,6 +9,7 @@ role says whether it speaks or calls) and the data's own answer. A file of yours
 Where it gives None for the data's own answer, the turn is not learned from.
 """
 import math
+import re
 import runpy
 
 from data.chat import parse_call
@@ -32,9 +33,8 @@ def slots(messages, answer, wanted):
 
 
 def faithful(messages, answer, wanted):
-    """What the answer says rightly of hotels, over what it says or should say, whichever is more;
-    half of the reward, so that it does not say it in other words, is BLEU-4. A hotel that is named
-    twice counts as a wrong name."""
+    """Half of it: the right facts, over those that the answer has or should have, of each kind the
+    more; a name said again counts as wrong. The other half is BLEU-4, which keeps the wording."""
     theirs = count_facts(messages, wanted["content"])
     if wanted["role"] != "assistant" or not any(theirs[fact] for fact in FACTS):
         return None
@@ -48,7 +48,8 @@ def faithful(messages, answer, wanted):
 
 def label(messages, answer, wanted):
     """1 if the answer begins with the wanted one, a label, whatever it adds; else 0."""
-    return float(answer["content"].strip().lower().startswith(wanted["content"].strip().lower()))
+    wanted, said = (m["content"].strip().lower() for m in (wanted, answer))
+    return float(bool(re.match(rf"{re.escape(wanted)}(?![0-9a-z])", said)))
 
 
 def exact(messages, answer, wanted):

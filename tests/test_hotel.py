@@ -5,14 +5,9 @@ import copy
 import json
 import random
 import re
-import sys
-from pathlib import Path
 
 import pytest
 from conftest import CHAT, SHARED, turn
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import finetune as ft
 from data.chat import call_text, parse_call
@@ -129,6 +124,8 @@ def test_made_up_values_begin_like_one_and_end_like_another():
         seen |= set(new) - {"健身房", "SPA"}
     starts, ends = ({v[:n] for v in pool["call.facilities"] for n in (1, 2, 3)},
                     {v[-n:] for v in pool["call.facilities"] for n in (1, 2, 3)})
+    mixed = {"call.facilities": ["甲", 374]}
+    assert [substitute(before, mixed, 1.0, random.Random(s), made_up=1) for s in range(20)]
     assert all(any(v == a + b for a in starts for b in ends) for v in seen) and len(seen) > 20
 
 
@@ -160,6 +157,7 @@ def test_rarely_passed_keys_come_in_the_share_of_conversations_that_is_wanted():
     talks = [calling(type="a")] * 9 + [calling(type="b", name="c")] * 2 + [calling()]
     assert repeats(talks, share=1 / 3) == [1] * 9 + [2] * 2 + [1]  # 12 / 3 / 2
     assert repeats(talks, share=1 / 12) == [1] * 12
+    assert max(repeats([calling(**{f"key{i}": 1}) for i in range(300)])) == 8
 
 
 def test_augmented_epochs_depend_on_seed_and_epoch_alone():

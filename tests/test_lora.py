@@ -148,6 +148,19 @@ def test_an_adapter_starts_as_no_change_and_disabled_is_the_base_exactly(kind):
     assert torch.equal(model(IDS), plain)
 
 
+def test_table_rows_of_the_bare_base_come_and_go_with_it():
+    model = tiny(tied=False)
+    lora.add_lora(model, "all")
+    lora.train_new_embeddings(model, ["embed.weight"], first=30)
+    bare, new = model.embed.weight.detach().clone(), model.embed.weight.detach().clone()
+    new[30:] += 1
+    with torch.no_grad():
+        model.embed.weight.copy_(new)  # what they learn
+    with lora.disable_adapter(model):
+        assert torch.equal(model.embed.weight, bare)
+    assert torch.equal(model.embed.weight, new)
+
+
 def test_targets_are_groups_last_names_or_full_ones_and_nothing_else_learns():
     for targets, layers in (
         ("attention", LAYERS[:4]),

@@ -141,6 +141,12 @@ def test_candidates_to_copy_are_found_by_looking_back(S):
     assert torch.equal(some[:, 0], wanted[range(6), at[:, 0]])
 
 
+def test_candidates_are_found_in_long_rows_too():
+    ids, at = torch.randint(9, (1, 4000)), torch.tensor([[3999, 1234]])
+    wanted = [candidate(ids[0].tolist(), t) for t in at[0]]
+    assert torch.stack(lm.copy_candidates(ids, at), dim=-1)[0].tolist() == [list(w) for w in wanted]
+
+
 def test_a_grown_vocabulary_has_rows_for_values_too():
     model = build(value_embed=True, vocab_size=20)
     model.grow_vocabulary(64, 20)

@@ -70,6 +70,10 @@ def facts(reply, *more):
         ("评分是5分的云海大厦", {"name": 1, "right name": 1, "rating": 1, "right rating": 1}),
         ("云海大厦的电话是010-60350829。",
          {"name": 1, "right name": 1, "phone": 1, "right phone": 1}),
+        ("云海大厦的电话是010-6035082。", {"name": 1, "right name": 1, "phone": 1}),
+        ("云海大厦的电话是010-603508281。", {"name": 1, "right name": 1, "phone": 1}),
+        ("云海大厦，评分15.0分", {"name": 1, "right name": 1, "rating": 1}),
+        ("走5分钟到云海大厦。", {"name": 1, "right name": 1}),
         ("松园饭店(南店)374元、云海大厦374元",
          {"name": 2, "right name": 2, "price": 2, "right price": 1}),
     ],
@@ -89,6 +93,9 @@ def test_before_a_search_nothing_is_counted():
     assert not count_facts(ASKED[:2], "推荐云海大厦，374元。")
     assert not count_facts([turn("tool", "no JSON"), turn("tool", "[1]")], "推荐云海大厦。")
     assert not count_facts([turn("tool", '{"name": "A person"}')], "A person")
+    for name in ("null", "[1]", '""'):
+        record = f'{{"name": {name}, "price": 1, "rating": 2}}'
+        assert not count_facts([turn("tool", record)], "null")
 
 
 def test_people_are_faithful():
@@ -106,7 +113,17 @@ def test_the_hotels_of_a_result_are_named_in_its_order():
     told = [turn("user", "找酒店"), turn("tool", json.dumps(rows, ensure_ascii=False))]
     ordered = in_order([*told, turn("assistant", "山月、云海大厦或云海。"), turn("user", "山月？")])
     assert [m["content"] for m in ordered[2:]] == ["云海、云海大厦或山月。", "山月？"]
-    assert in_order(later := [*told, turn("user", "比"), turn("assistant", "山月、云海")]) == later
+    for more in ([turn("user", "比")], [turn("tool", "[]")], []):
+        said = "山月9元、云海8元" if not more else "山月、云海"
+        assert in_order(later := [*told, *more, turn("assistant", said)]) == later
+
+
+def test_of_names_that_begin_alike_the_one_that_was_said_is_asked_about():
+    rows = [{"name": n, "price": p, "rating": 5} for n, p in (("云海", 9), ("云海大厦", 7))]
+    told = [turn("tool", json.dumps(rows, ensure_ascii=False)), turn("assistant", "推荐云海大厦。")]
+    asked = [ask(told, random.Random(seed)) for seed in range(100)]
+    prices = [a["content"] for q, a in filter(None, asked) if q["content"] == "一晚多少钱？"]
+    assert set(prices) == {"云海大厦的价格是7元。"}
 
 
 def test_questions_are_answered_by_what_was_returned():
@@ -149,6 +166,7 @@ CALL = turn("call", 'search {"facilities": ["泳池", "SPA"], "type": "经济型
         ("exact", turn("call", "yes"), turn("assistant", "yes"), 0.0),
         ("label", turn("assistant", "Positive, I think"), turn("assistant", "positive"), 1.0),
         ("label", turn("assistant", "negative"), turn("assistant", "positive"), 0.0),
+        ("label", turn("assistant", "10"), turn("assistant", "1"), 0.0),
         ("length", turn("assistant", "abc"), turn("assistant", "abcd"), 0.75),
         ("length", turn("assistant", "a" * 9), turn("assistant", "abcd"), 0.0),
         ("faithful", turn("assistant", "推荐云海大厦。"), turn("assistant", "推荐云海大厦。"), 1.0),
@@ -323,7 +341,7 @@ def test_what_a_run_writes(room, flags):
     out = tune(*EXACT, *flags, "--val_data", "val.jsonl", "--max_steps", "4", "--eval_every", "2")
     for r in [r for r in metrics(out) if "reward" in r]:
         assert 0 <= r["reward"] <= 1 and 0 <= r["equal_groups"] <= 1 and r["answer_tokens"] >= 1
-        assert r["reward_std"] >= 0 and 0 <= r["clipped"] <= 1 < 9 * r["entropy"]
+        assert r["reward_std"] >= 0 and 0 <= r["clipped"] <= 1 and r["entropy"] > 1 / 9
     kl = values(out, "kl")
     assert len(kl) == 4 and kl[0] == 0 < kl[-1]
     assert "greedy, validation" in (out / "loss.svg").read_text()
@@ -359,6 +377,13 @@ def test_the_reference_of_an_adapter_is_its_base(room):
         out = tune(*flags, *more, "--kl", "1", out=f"out/flat{len(more)}")
         assert values(out, "kl") == [0, 0] and values(out, "equal_groups") == [1, 1]
         assert max(map(abs, losses(out))) < 1e-6
+
+
+def test_the_reference_of_a_base_without_the_tokens_of_a_chat_is_the_start(room):
+    save_base(Path("out/plain/best.pt"), d_model=32)
+    flags = [*EXACT, "--val_data", "val.jsonl", "--kl", "1", "--max_steps", "1"]
+    out = tune(*flags, ckpt="out/plain", out="out/kl")
+    assert values(out, "kl") == [0]
 
 
 def test_killed_and_resumed_equals_straight_through_bitwise(room):
@@ -450,6 +475,8 @@ def test_prompts_are_the_turns_that_the_reward_is_for(room, capsys):
         ([*EXACT, "--kl", "-1"], "--kl"),
         ([*EXACT, "--clip", "0"], "--clip"),
         ([*EXACT, "--token_dropout", "0.1"], "--token_dropout"),
+        (["--kl", "0.1"], "--kl is not for --objective sft"),
+        ([*EXACT, "--data", "pairs.jsonl", "--augment", "0.5"], "--augment"),
         ([*EXACT, "--best_by", "accuracy"], "--best_by accuracy"),
         ([*GRPO, "--reward", "slots"], "slots"),
         (["--objective", "reward"], "--objective reward"),

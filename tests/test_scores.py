@@ -1,15 +1,10 @@
 """data/scores.py beside the textbook's numbers."""
 
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import turn
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from data.scores import bleu4, chat_scores, confusion, macro_f1, slot_counts
 
