@@ -547,10 +547,17 @@ def group_logps(model, bare, ids, targets, lengths):
     `GRPO.batch` makes them: each prompt is computed once. `bare` is the model without a wrapper."""
     found = []
     for row, goal, n in zip(ids, targets.chunk(len(ids)), lengths.tolist()):
-        shared, prompt, answers = SharedPrompt(bare), row[None, :n], row[-goal.numel() :]
+        shared, prompt, T = SharedPrompt(bare), row[None, :n], longest(goal)
         model(prompt, torch.full_like(prompt, -100), shared, reduction="none")
-        found.append(model(answers.view(goal.shape), goal, shared, reduction="none"))
+        answers = row[n : n + len(goal) * T].view(-1, T)
+        logps = model(answers, goal[:, :T].contiguous(), shared, reduction="none")
+        found.append(F.pad(logps, (0, goal.shape[1] - T)))
     return torch.cat(found)
+
+
+def longest(targets):
+    """How many targets the longest of the rows has."""
+    return int((targets != -100).sum(1).max())
 
 
 class GRPO(SFT):
@@ -559,7 +566,7 @@ class GRPO(SFT):
 
     kinds, what, figure = ("chat", "prefer", "label"), "examples", "val_reward"
     recipe = dict(best_by="val_reward", lr=1e-4, embed_lr=1e-4, head_lr=1e-4, muon_lr=1e-3)
-    recipe |= dict(epochs=1.0, grad_accum=4, eval_every=20, log_every=5)
+    recipe |= dict(epochs=1.0, batch_tokens=8192, grad_accum=4, eval_every=20, log_every=5)
     curves = (("drawn", "reward"), ("greedy, validation", "val_reward"))
     unit = "reward"
     settings = {
@@ -578,11 +585,12 @@ class GRPO(SFT):
     def make_split(self, examples):
         """The Split of examples, all of them chats now, with the Prompts that the reward is for."""
         split, context = super().make_split([as_chat(e) for e in examples]), self.args.context
-        jobs, room = self.jobs(split), context - longest_answer(context)
+        jobs = self.jobs(split)
         for (messages, wanted), reward in zip(jobs, self.rewards([(*j, j[1]) for j in jobs])):
             if reward is not None:
-                ids = chat_prompt(messages, self.tokenizer, room)
-                split.prompts.append(Prompt(ids, [0] * len(ids), messages, wanted))
+                ids = chat_prompt(messages, self.tokenizer, context - longest_answer(context))
+                room = self.args.samples * longest_answer(context)
+                split.prompts.append(Prompt(ids, [0] * len(ids), messages, wanted, room))
         if not split.prompts:
             raise UserError(f"--reward {self.args.reward} is for none of these turns")
         return split
@@ -600,19 +608,19 @@ class GRPO(SFT):
         return {"drawn": self.drawn}
 
     def loader_rows(self, split):
-        """The prompts, each as often as it gets answers."""
-        return [(p,) * self.args.samples for p in split.prompts]
+        """The prompts."""
+        return split.prompts
 
     def batch(self, split, numbers, rows, number=0):
         """Draw answers to the prompts in `rows`. Of groups whose rewards differ, others teach
-        nothing: (ids, a row a group: the prompt but for its last id, padding, and the answers, each
-        after that id; targets (N, T), a row an answer; lengths of the prompts; advantage (N, 1);
-        log probabilities when they were drawn and of the reference (N, T)), and how many were
-        drawn."""
+        nothing: (ids, a row a group: the prompt but for its last id, then the answers, each after
+        that id and as long as the longest; targets (N, T), a row an answer; lengths of the prompts;
+        advantage (N, 1); log probabilities when they were drawn and of the reference (N, T)), and
+        how many were drawn."""
         a = self.args
         if number in self.drawn:
             return self.drawn[number]
-        prompts = [p for group in rows for p in group]
+        prompts = [p for p in rows for _ in range(a.samples)]
         seeds = np.random.default_rng((a.seed, 2, number)).integers(2**62, size=len(prompts))
         with lm.evaluating(self.model) as model, self.runtime.autocast():
             ids = write(model, self.tokenizer, [p.ids for p in prompts], seeds=seeds.tolist())
@@ -631,12 +639,14 @@ class GRPO(SFT):
         keep[0] |= not keep.any()  # a batch has one group at least
         advantage = (rewards - rewards.mean(1, keepdim=True))[keep].view(-1, 1)
         answers = [Row([p.ids[-1], *new], [0] + [1] * len(new)) for p, new in zip(prompts, ids)]
-        ids, targets = (t.view(len(rows), a.samples, -1)[keep] for t in pad(answers))
-        heads = [torch.tensor(p.ids[:-1]) for (p, *_), kept in zip(rows, keep) if kept]
+        groups = [t.view(len(rows), a.samples, -1)[keep] for t in pad(answers)]
+        heads = [torch.tensor(p.ids[:-1]) for p, kept in zip(rows, keep) if kept]
+        ends = [i[:, : longest(t)].flatten() for i, t in zip(*groups)]
+        texts = [torch.cat(both) for both in zip(heads, ends)]
+        ids, targets = nn.utils.rnn.pad_sequence(texts, batch_first=True), groups[1].flatten(0, 1)
         lengths = torch.tensor([len(head) for head in heads])
-        ids = torch.cat([nn.utils.rnn.pad_sequence(heads, batch_first=True), ids.flatten(1)], dim=1)
-        known = self.known_logps(ids, targets.flatten(0, 1), lengths)
-        batch = ids, targets.flatten(0, 1), lengths, advantage, *known, torch.tensor(len(prompts))
+        known = self.known_logps(ids, targets, lengths)
+        batch = ids, targets, lengths, advantage, *known, torch.tensor(len(prompts))
         if a.updates > 1:
             if number % a.grad_accum == 0:  # the first of new ones
                 self.drawn.clear()

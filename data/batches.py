@@ -94,10 +94,12 @@ def reward_row(row, token):
 
 @dataclass
 class Prompt(Row):
-    """A conversation up to a turn of the assistant's, as ids, and that turn in the data."""
+    """A conversation up to a turn of the assistant's, as ids, that turn in the data, and how many
+    ids the answers to it may take."""
 
     messages: list
     wanted: dict
+    room: int
 
 
 def show_mask(rows, tokenizer, count):
@@ -134,7 +136,10 @@ def pad(rows):
 
 
 def size_of(row):
-    """(tokens of the longest sequence, sequences) of a Row or a tuple of Rows."""
+    """(tokens of the longest sequence, sequences) of a Row or a tuple of Rows; one sequence is a
+    Prompt with its answers."""
+    if isinstance(row, Prompt):
+        return len(row.ids) - 1 + row.room, 1
     rows = row if isinstance(row, tuple) else (row,)
     return max(len(r.ids) for r in rows) - 1, len(rows)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, real, turn
 from test_finetune_runs import (
     KILLED,
@@ -271,7 +270,7 @@ def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(c
     prompts, answers = torch.randint(9, (2, 6)), torch.randint(9, (2, 3, 4))
     lengths = [5, 3]  # of the prompts without their last ids
     targets, rows = answers.clone(), []
-    targets[0, 1, 2:] = targets[1, 2, 1:] = -100  # shorter answers
+    targets[0, 1, 2:] = targets[1, :, 3:] = targets[1, 2, 1:] = -100  # shorter answers
     weight = torch.rand(6, 4, dtype=torch.float64)
     wanted = torch.zeros(6, 4, dtype=torch.float64)
     for i, (g, s) in enumerate((g, s) for g in range(2) for s in range(3)):
@@ -280,10 +279,11 @@ def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(c
         goal = torch.cat([torch.full((n,), -100), targets[g, s]])[None]
         wanted[i] = model(whole[:, :-1], goal, reduction="none")[0, n:]
     for g, n in enumerate(lengths):
-        starts = prompts[g, n].expand(3, 1)
-        inputs = torch.cat([starts, answers[g, :, :-1]], dim=1).flatten()
-        rows.append(torch.cat([F.pad(prompts[g, :n], (0, 5 - n)), inputs]))
-    batch = torch.stack(rows), targets.view(6, 4), torch.tensor(lengths)
+        longest = 4 - g  # no answer of the second group has four
+        inputs = torch.cat([prompts[g, n].expand(3, 1), answers[g, :, : longest - 1]], dim=1)
+        rows.append(torch.cat([prompts[g, :n], inputs.flatten()]))
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    batch = ids, targets.view(6, 4), torch.tensor(lengths)
     found = ft.group_logps(model, model, *batch)
     grads = [torch.autograd.grad((x * weight).sum(), model.parameters()) for x in (found, wanted)]
     assert torch.allclose(found, wanted) and all(map(torch.allclose, *grads))
@@ -329,7 +329,7 @@ def room(tmp_path, monkeypatch, talker):
 
 def test_the_letter_that_the_prompt_names_is_learned_from_reward_alone(room):
     flags = "--val_data val.jsonl --max_steps 200 --lr 1e-3 --embed_lr 1e-3 --head_lr 1e-3"
-    flags += " --schedule constant --batch_tokens 2048 --grad_accum 1 --eval_every 1000"
+    flags += " --schedule constant --batch_tokens 4096 --grad_accum 1 --eval_every 1000"
     out = tune(*EXACT, *flags.split())
     assert values(out, "reward")[0] < 0.5 < 0.95 < values(out, "val_reward")[-1]
 
