@@ -557,10 +557,7 @@ class Transformer(nn.Module):
         `zero_out`: each residual branch and the head start at zero, so the first steps learn little
         more than bigrams and no layer dominates another; inner matrices get std 0.577 / sqrt(C),
         which keeps a normalised input at a third of its variance. In our trials this halved the
-        steps to the same loss.
-
-        For both: `value_embed` and `bigram` zero; `induction` orthogonal, gain 0.5; `match` one,
-        but zero for a match of no ids.
+        steps to the same loss. In both, what the tables and `induction` add starts small, or at 0.
         """
         c = self.config
         gpt2 = c.init == "gpt2"

@@ -601,7 +601,7 @@ def make_runner(model, task, args, runtime, step=0):
         after_step = runner.sync_weights
     runner = try_compile(runner, task, precision, step) if args.compile else runner
     if runtime.world > 1:
-        # buffers are tables of positions, the same everywhere
+        # buffers are only tables of positions
         runner = nn.parallel.DistributedDataParallel(runner, broadcast_buffers=False)
     return runner, precision, after_step
 
@@ -619,8 +619,7 @@ def fit(model, task, args, runtime, out, resume=None):
     if run.progress() >= 1:
         run.log.line("this run is finished: a larger --max_steps or --max_minutes would go on")
     model.train()
-    step = run.state["step"]
-    runner, precision, after_step = make_runner(model, task, args, runtime, step)
+    runner, precision, after_step = make_runner(model, task, args, runtime, run.state["step"])
     clear_gradients(model)
     with StopSignal() as stop, run.log:
         while run.progress() < 1:
