@@ -747,7 +747,7 @@ def resolve(args):
         settings = RECIPE | mode | objective.defaults() | settings | {"objective": name}
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
     check_limits(settings)
-    check_settings(args, objective, kind)
+    check_settings(args, objective, kind, given)
     return args, objective, content, parts, hashes
 
 
@@ -760,8 +760,8 @@ def choose_objective(name, kind, data):
     return found[0]
 
 
-def check_settings(args, objective, kind):
-    """UserError for settings that do not go together."""
+def check_settings(args, objective, kind, given):
+    """UserError for settings that do not go together; `given` are those of the command line."""
     if (args.objective == "distill") != bool(args.teacher):
         raise UserError("--teacher CKPT and --objective distill belong together")
     if args.quantize and not args.lora_rank:
@@ -777,7 +777,7 @@ def check_settings(args, objective, kind):
         names = ", ".join(REWARDS)
         raise UserError(f"--objective grpo and --reward belong together: {names}, a file, a --ckpt")
     for name in sorted({n for classes in OBJECTIVES.values() for c in classes for n in c.settings}):
-        if getattr(args, name) is not None and name not in objective.settings:
+        if name in given and name not in objective.settings:
             raise UserError(f"--{name} is not for --objective {args.objective}")
     if args.augment and kind != "chat":
         raise UserError("--augment is for chats with tool calls")
@@ -930,7 +930,7 @@ def evaluate_only(args):
     kind_of = choose_objective(args.objective, kind, args.data)[1]
     settings = RECIPE | kind_of.defaults() | given
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
-    check_settings(args, kind_of, kind)
+    check_settings(args, kind_of, kind, given)
     runtime = make_runtime(args.device, args.dtype)
     model, tokenizer, where = load(args.ckpt, args.device, runtime.dtype)
     train.settle_context(args, model)

@@ -569,7 +569,7 @@ class Run:
         set_random_state(content["rng"])
 
 
-def try_compile(model, task, runtime, step):
+def try_compile(model, task, runtime, step=0):
     """torch.compile(model), tried on a batch of that step; the model itself if that fails."""
     rng = torch.get_rng_state()
     try:
