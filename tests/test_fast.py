@@ -159,16 +159,18 @@ def test_weights_are_held_once():
 
 @pytest.fixture(scope="module")
 def shakespeare(tmp_path_factory):
-    """A folder with tiny Shakespeare prepared, and 300 steps trained on it in fp32 and bf16."""
+    """A folder with a quarter of tiny Shakespeare prepared, and 80 steps trained on it in fp32 and
+    bf16 (whose products crawl on a CPU that has none of its own)."""
     text = REAL / "tinyshakespeare.txt"
     if not text.exists():
         pytest.skip(f"needs {text} (or SCRATCHLM_DATA)")
     folder = tmp_path_factory.mktemp("shakespeare")
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
-        data = prepare_data.prepare(str(text), "char", name="shakespeare")
+        Path("part.txt").write_text(text.read_text(encoding="utf-8")[:250_000], encoding="utf-8")
+        data = prepare_data.prepare("part.txt", "char", name="shakespeare")
         for dtype in ("fp32", "bf16"):
-            flags = "--n_layer 2 --n_head 4 --d_model 64 --context 64 --batch_size 12 "
-            flags += f"--max_steps 300 --eval_every 300 --dtype {dtype} --out out/{dtype}"
+            flags = "--n_layer 2 --n_head 4 --d_model 64 --context 64 --batch_size 6 "
+            flags += f"--max_steps 80 --eval_every 80 --dtype {dtype} --out out/{dtype}"
             train.main(["--data", str(data), *flags.split()])
     return folder
 
@@ -180,7 +182,7 @@ def final_loss(folder):
 
 def test_bf16_with_masters_learns_as_fp32_does(shakespeare):
     exact, low = (final_loss(shakespeare / "out" / d) for d in ("fp32", "bf16"))
-    assert exact < 2.3  # nats a character; 3.3 is where the letters' frequencies are known
+    assert exact < 2.4  # nats a character; 3.3 is where the letters' frequencies are known
     assert abs(low / exact - 1) < 0.005 and low != exact
 
 
