@@ -542,21 +542,21 @@ class SharedPrompt(lm.KVCache):
         return join if self.length else keep
 
 
-def group_logps(model, bare, ids, targets, lengths):
+def group_logps(runner, model, ids, targets, lengths):
     """Log probabilities (N, T) of targets, answers to prompts of these lengths, in batches as
-    `GRPO.batch` makes them: each prompt is computed once. `bare` is the model without a wrapper."""
+    `GRPO.batch` makes them: each prompt is computed once. `runner`: see train.make_runner."""
     found = []
     for row, goal, n in zip(ids, targets.chunk(len(ids)), lengths.tolist()):
-        shared, prompt, T = SharedPrompt(bare), row[None, :n], longest(goal)
-        model(prompt, torch.full_like(prompt, -100), shared, reduction="none")
+        shared, prompt, T = SharedPrompt(model), row[None, :n], most_targets(goal)
+        runner(prompt, torch.full_like(prompt, -100), shared, reduction="none")
         answers = row[n : n + len(goal) * T].view(-1, T)
-        logps = model(answers, goal[:, :T].contiguous(), shared, reduction="none")
+        logps = runner(answers, goal[:, :T].contiguous(), shared, reduction="none")
         found.append(F.pad(logps, (0, goal.shape[1] - T)))
     return torch.cat(found)
 
 
-def longest(targets):
-    """How many targets the longest of the rows has."""
+def most_targets(targets):
+    """How many targets the row with the most has."""
     return int((targets != -100).sum(1).max())
 
 
@@ -641,7 +641,7 @@ class GRPO(SFT):
         answers = [Row([p.ids[-1], *new], [0] + [1] * len(new)) for p, new in zip(prompts, ids)]
         groups = [t.view(len(rows), a.samples, -1)[keep] for t in pad(answers)]
         heads = [torch.tensor(p.ids[:-1]) for p, kept in zip(rows, keep) if kept]
-        ends = [i[:, : longest(t)].flatten() for i, t in zip(*groups)]
+        ends = [i[:, : most_targets(t)].flatten() for i, t in zip(*groups)]
         texts = [torch.cat(both) for both in zip(heads, ends)]
         ids, targets = nn.utils.rnn.pad_sequence(texts, batch_first=True), groups[1].flatten(0, 1)
         lengths = torch.tensor([len(head) for head in heads])
@@ -714,6 +714,7 @@ OBJECTIVES = {
     "reward": [RewardModel],
     "grpo": [GRPO],
 }
+OWN_FLAGS = {k: v for some in OBJECTIVES.values() for c in some for k, v in c.settings.items()}
 
 
 # --------------------------------------------------------------------------------------------
@@ -776,7 +777,7 @@ def check_settings(args, objective, kind, given):
     if (args.objective == "grpo") != bool(args.reward):
         names = ", ".join(REWARDS)
         raise UserError(f"--objective grpo and --reward belong together: {names}, a file, a --ckpt")
-    for name in sorted({n for classes in OBJECTIVES.values() for c in classes for n in c.settings}):
+    for name in OWN_FLAGS:
         if name in given and name not in objective.settings:
             raise UserError(f"--{name} is not for --objective {args.objective}")
     if args.augment and kind != "chat":
@@ -1077,8 +1078,7 @@ def build_parser():
     add("--teacher", help="checkpoint that distill learns from")
     add("--reward", help=f"what grpo learns from: {', '.join(REWARDS)}, a .py file with a function "
         "reward(messages, answer, wanted), or a run of --objective reward; slots,faithful is both")
-    own = {k: v for classes in OBJECTIVES.values() for c in classes for k, v in c.settings.items()}
-    for name, (value, text) in own.items():
+    for name, (value, text) in OWN_FLAGS.items():
         add(f"--{name}", type=type(value), help=f"{text} (default {value:g})")
     add = train.add_optimization(p)
     add("--epochs", type=float, help="passes over the rows, without the two below (default 3)")

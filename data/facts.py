@@ -56,8 +56,9 @@ def ask(messages, rng):
 
 
 def in_order(messages):
-    """The messages, with the hotels that a reply to a result names in the order of the result, if
-    it says no more of them: a model that has named one then knows which one is next."""
+    """The messages, with the hotels that a reply to a result names in the order of the result: a
+    model that has named one then knows which one is next. Replies with prices, ratings or phones,
+    which belong to a name, stay as they are."""
     fixed = messages[:1]
     for before, m in pairwise(messages):
         names = list(records_of([before]))

@@ -33,8 +33,9 @@ def slots(messages, answer, wanted):
 
 
 def faithful(messages, answer, wanted):
-    """Half of it: the right facts, over those that the answer has or should have, of each kind the
-    more; a name said again counts as wrong. The other half is BLEU-4, which keeps the wording."""
+    """The mean of BLEU-4, which keeps the wording, and the right facts over the larger number of
+    those that are stated and those that should be (for each kind; a name said again is a wrong
+    one)."""
     theirs = count_facts(messages, wanted["content"])
     if wanted["role"] != "assistant" or not any(theirs[fact] for fact in FACTS):
         return None

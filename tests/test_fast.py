@@ -182,7 +182,7 @@ def final_loss(folder):
 
 def test_bf16_with_masters_learns_as_fp32_does(shakespeare):
     exact, low = (final_loss(shakespeare / "out" / d) for d in ("fp32", "bf16"))
-    assert exact < 2.4  # nats a character; 3.3 is where the letters' frequencies are known
+    assert exact < 2.3  # nats a character; 3.3 is where the letters' frequencies are known
     assert abs(low / exact - 1) < 0.005 and low != exact
 
 
