@@ -122,6 +122,7 @@ QUESTIONS = (  # a field; how it is asked for by the hotel's name, and without i
     ("price", "价格是多少", ("一晚多少钱？", "价格是多少？"), "{name}的价格是{price}元。"),
     ("rating", "评分是多少", ("评分怎么样？", "这家的评分是多少？"), "{name}的评分是{rating}分。"),
 )
+ASKED = {"tool.name", *(f"tool.{field}" for field, *_ in QUESTIONS)}
 
 
 def synthetic_dialogues(count, seed):
@@ -240,9 +241,9 @@ def substitute(example, pool, share, rng, made_up=0.5):
         user  找一家有健身房的酒店           user  找一家有接机服务的酒店
         call  {"facilities": ["健身房"]}     call  {"facilities": ["接机服务"]}
 
-    What a call passes as the user has said it, and what the assistant says as a tool has returned
-    it, becomes with probability `share` another value: so the model has to read it, not to recall
-    it. Numbers that a user has said or a call passes stay.
+    What a call passes as the user has said it, what the assistant says as a tool has returned it,
+    and what of a result may be asked for becomes with probability `share` another value: so the
+    model has to read it, not to recall it. Numbers that a user has said or a call passes stay.
     """
     said = dict.fromkeys(("user", "call", "tool", "assistant", "system"), "")
     for m in example["messages"]:
@@ -252,9 +253,11 @@ def substitute(example, pool, share, rng, made_up=0.5):
         source = said["user" if m["role"] == "call" else "assistant"]
         for key, v in values_of(m):
             free = isinstance(v, str) or not is_in(v, said["user"] + said["call"])
-            if v not in swap and is_in(v, source) and free and rng.random() < share:
-                swap[v] = another_value(pool[key], made_up, rng)
-    if not swap or len(set(swap.values())) < len(swap):
+            stated = key in pool and (key in ASKED or is_in(v, source))
+            if v not in swap and stated and free and rng.random() < share:
+                new = another_value(pool[key], made_up, rng)
+                swap |= {v: new} if new not in swap.values() else {}
+    if not swap:
         return example
     longest_first = sorted(swap, key=lambda v: len(str(v)), reverse=True)
     found = re.compile("|".join(map(value_pattern, longest_first)))

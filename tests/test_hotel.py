@@ -53,10 +53,18 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
     after = substitute(before, pool, 0.5, rng, made_up=0)
     assert after == hotel_talk(["接机", "SPA"], "接机在二楼") and before == kept
     assert substitute(before, pool, 0.0, random.Random(0), made_up=0) is before
-    # two would become one
-    assert substitute(before, pool, 1.0, random.Random(0), made_up=0) is before
-    unsaid = {"messages": [turn("user", "x"), *before["messages"][1:]]}
-    assert substitute(unsaid, pool, 1.0, random.Random(0), made_up=0) is unsaid
+    assert substitute(before, {}, 1.0, random.Random(0)) is before
+    # as what a call passes the second would become the same as the first
+    del pool["tool.name"]
+    both = substitute(before, pool, 1.0, random.Random(0), made_up=0)
+    assert both == hotel_talk(["接机", "酒吧"], "接机在二楼")
+    # what was not said stays, but for what may be asked for
+    unsaid = {"messages": [turn("user", "x"), *before["messages"][1:3]]}
+    pool = {"call.facilities": ["接机"], "tool.facilities": ["酒吧"]}
+    assert substitute(unsaid, pool, 1.0, random.Random(0)) is unsaid
+    result = substitute(unsaid, {"tool.name": ["听涛宾馆"]}, 1.0, random.Random(0), made_up=0)
+    record, = json.loads(result["messages"][2]["content"])
+    assert record["name"] == "听涛宾馆" and record["facilities"] == ["健身房", "SPA"]
 
 
 def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
@@ -68,7 +76,7 @@ def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
 
     pool = {"tool.name": ["听涛宾馆"], "tool.phone": ["1-2"], "tool.type": ["经济型"]}
     after = substitute(talk("北京饭店", "010-1"), pool, 1.0, random.Random(0), made_up=0)
-    assert after == talk("听涛宾馆", "1-2")  # the type was not read out: it stays
+    assert after == talk("听涛宾馆", "1-2")  # the type was not read out, nor asked for: it stays
     assert values_by_key([talk("a", "b")])["tool.name"] == ["a"]
 
 
