@@ -35,23 +35,29 @@ def records_of(messages):
 
 
 def ask(messages, rng):
-    """A question about one of the hotels that tools have returned, or about which they were, and
-    its answer, as two messages; none if there are no hotels, or what is asked is unknown."""
+    """A question about hotels that tools have returned, and its answer, as two messages: about one
+    of them, or all of the last result. None if there are no hotels."""
     found = records_of(messages)
     if not found:
         return []
+    last = next(filter(None, (records_of([m]) for m in reversed(messages))))
     said = "\n".join(m["content"] for m in messages if m["role"] == "assistant")
-    named, other = any_of(found).findall(said), rng.choice(list(found))
-    field, asked, ways, answer = rng.choice(QUESTIONS)
-    question, record = f"{other}的{asked}？", found[other]
-    if named and rng.random() < 0.5:
-        question, record = rng.choice(ways), found[named[-1]]
-    if record.get(field) in (None, "", -1):
-        return []
-    answer = answer.format(**record)
+    named, other, draw = any_of(found).findall(said), rng.choice(list(found)), rng.random()
+    field, what, ways, answer = rng.choice(QUESTIONS)
+    if draw < 0.2:
+        question, about = f"它们的{what}？", last
+    elif named and draw < 0.6:
+        question, about = rng.choice(ways), named[-1:]
+    else:
+        question, about = f"{other}的{what}？", [other]
+    unknown = f"{{name}}的{what}暂时未知"
+    answers = [
+        (unknown if found[name].get(field) in (None, "", -1) else answer).format(**found[name])
+        for name in about
+    ]
     if rng.random() < 0.2:
-        last = [m for m in messages if m["role"] == "tool" and records_of([m])][-1:]
-        question, answer = "查到了哪些酒店？", "、".join(records_of(last)) + "。"
+        question, answers = "查到了哪些酒店？", ["、".join(last)]
+    answer = "，".join(answers) + "。"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 

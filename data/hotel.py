@@ -115,12 +115,11 @@ _WAYS = {  # how a guest may ask for each argument
     "rating": ("评分{}分以上", "评分在{}分以上的", "评分不低于{}分"),
 }
 _OPENINGS = ("你好，帮我找个酒店，", "我想订酒店，", "请推荐一家酒店，", "您好，我要住酒店，")
-QUESTIONS = (  # a field; how it is asked for by the hotel's name, and without it; the answer
-    ("phone", "电话是多少", ("这家酒店的电话是多少？", "电话号码给我一下。"),
-     "{name}的电话是{phone}。"),
-    ("address", "地址是什么", ("这家酒店在哪里？", "地址是什么？"), "{name}的地址是{address}。"),
-    ("price", "价格是多少", ("一晚多少钱？", "价格是多少？"), "{name}的价格是{price}元。"),
-    ("rating", "评分是多少", ("评分怎么样？", "这家的评分是多少？"), "{name}的评分是{rating}分。"),
+QUESTIONS = (  # a field, its name, how it is asked for without the hotel's name, the answer
+    ("phone", "电话", ("这家酒店的电话是多少？", "电话号码给我一下。"), "{name}的电话是{phone}"),
+    ("address", "地址", ("这家酒店在哪里？", "地址是什么？"), "{name}的地址是{address}"),
+    ("price", "价格", ("一晚多少钱？", "价格是多少？"), "{name}的价格是{price}元"),
+    ("rating", "评分", ("评分怎么样？", "这家的评分是多少？"), "{name}的评分是{rating}分"),
 )
 ASKED = {"tool.name", *(f"tool.{field}" for field, *_ in QUESTIONS)}
 
@@ -162,7 +161,7 @@ def synthetic_dialogues(count, seed):
         if len(records) == 1 and rng.random() < 0.7:
             *_, asks, answer = rng.choice(QUESTIONS)
             turns.append({"role": "user", "content": rng.choice(asks)})
-            turns.append({"role": "assistant", "content": answer.format(**records[0])})
+            turns.append({"role": "assistant", "content": answer.format(**records[0]) + "。"})
         rows.append(turns)
     return rows
 
