@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import itertools
 import json
 import math
 import random
@@ -22,15 +23,17 @@ from data.download import DATA
 
 HOTEL_DB = DATA / "hotel" / "hotel_db.json"  # the public one, once fetched
 OWN_HOTELS = Path(__file__).with_name("hotels.json")  # a small one of our own invention
-HOTEL_KEYS = {  # CrossWOZ's fields and what the dialogues call them
+# CrossWOZ's fields and what the dialogues call them; a record begins with what replies say the
+# most: a number close to the hotel's name is easier to find
+HOTEL_KEYS = {
     "名称": "name",
-    "酒店类型": "type",
-    "地址": "address",
-    "地铁": "subway",
-    "电话": "phone",
-    "酒店设施": "facilities",
     "价格": "price",
     "评分": "rating",
+    "酒店类型": "type",
+    "电话": "phone",
+    "地铁": "subway",
+    "地址": "address",
+    "酒店设施": "facilities",
 }
 
 
@@ -42,9 +45,15 @@ def read_hotels(path=None):
         rows = json.loads(path.read_text(encoding="utf-8"))
         if rows and isinstance(rows[0], list):
             rows = [{new: row[old] for old, new in HOTEL_KEYS.items()} for _, row in rows]
-        return [r | {"facilities": [f.strip() for f in r["facilities"] if f.strip()]} for r in rows]
+        rows = [r | {"facilities": [f.strip() for f in r["facilities"] if f.strip()]} for r in rows]
+        return list(map(ordered, rows))
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is no hotel database ({e!r})") from e
+
+
+def ordered(record):
+    """The record with its fields in the order of HOTEL_KEYS, others after them."""
+    return {k: record[k] for k in (*HOTEL_KEYS.values(), *record) if k in record}
 
 
 def search_hotels(
@@ -99,10 +108,13 @@ def get_tools():
 
 def join_dialogues(path):
     """The dialogues, as lists of turns, of a file whose rows are {"context": the turns so far,
-    "response": the next one}, both JSON in strings."""
+    "response": the next one}, both JSON in strings; the records that they hold are `ordered`."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         turns = [[*json.loads(r["context"]), json.loads(r["response"])] for r in rows]
+        for turn in itertools.chain(*turns):
+            if "records" in turn:
+                turn["records"] = list(map(ordered, turn["records"]))
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} holds no rows of context and response ({e!r})") from e
     return drop_continued(turns)
