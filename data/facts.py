@@ -36,7 +36,7 @@ def records_of(messages):
 
 def ask(messages, rng):
     """A question about hotels that tools have returned, and its answer, as two messages: about one
-    of them, or all of the last result. None if there are no hotels."""
+    of them, all of the last result, or all. None if there are no hotels."""
     found = records_of(messages)
     if not found:
         return []
@@ -56,7 +56,8 @@ def ask(messages, rng):
         for name in about
     ]
     if rng.random() < 0.2:
-        question, answers = "查到了哪些酒店？", ["、".join(last)]
+        question, names = rng.choice((("查到了哪些酒店？", last), ("一共查到了哪些酒店？", found)))
+        answers = ["、".join(names)]
     answer = "，".join(answers) + "。"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 

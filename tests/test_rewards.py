@@ -30,7 +30,7 @@ from test_finetune_runs import (
 
 import finetune as ft
 from data.cli import UserError
-from data.facts import FACTS, ask, count_facts, in_order
+from data.facts import FACTS, ask, count_facts, in_order, records_of
 from data.rewards import REWARDS, load_reward, rate
 from data.rows import load_data
 from data.scores import chat_scores
@@ -138,8 +138,9 @@ def test_questions_are_answered_by_what_was_returned():
         assert question != "查到了哪些酒店？" or answer == "{北}饭店。"  # the last result's
         assert question != "电话号码给我一下。" or "云海大厦" in answer  # named last
         seen |= counts | Counter([question, answer])
-    asked = ("查到了哪些酒店？", "它们的评分？", "电话号码给我一下。")
-    assert all(seen[once] for once in ("phone", "price", "rating", *asked))
+    every = "、".join([*records_of(ASKED), "{北}饭店"]) + "。"
+    asked = ("查到了哪些酒店？", "一共查到了哪些酒店？", "它们的评分？", "电话号码给我一下。")
+    assert all(seen[once] for once in ("phone", "price", "rating", every, *asked))
     assert seen["{北}饭店的价格暂时未知。"] and seen["{北}饭店的评分是4.1分。"]
     both = json.dumps([unknown, {**unknown, "name": "云", "price": 9}], ensure_ascii=False)
     asked = [ask([turn("tool", both)], random.Random(seed)) for seed in range(300)]
