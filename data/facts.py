@@ -5,7 +5,7 @@ from collections import Counter
 from functools import cache, lru_cache
 from itertools import pairwise
 
-from data.hotel import QUESTIONS, read_hotels
+from data.hotel import QUESTIONS, answer_about, read_hotels
 
 # What a reply says of a hotel by a number: the field of its record, and how it is written
 NUMBERS = {
@@ -43,18 +43,14 @@ def ask(messages, rng):
     last = next(filter(None, (records_of([m]) for m in reversed(messages))))
     said = "\n".join(m["content"] for m in messages if m["role"] == "assistant")
     named, other, draw = any_of(found).findall(said), rng.choice(list(found)), rng.random()
-    field, what, ways, answer = rng.choice(QUESTIONS)
+    _, what, ways, _ = asked = rng.choice(QUESTIONS)
     if draw < 0.2:
         question, about = f"它们的{what}？", last
     elif named and draw < 0.6:
         question, about = rng.choice(ways), named[-1:]
     else:
         question, about = f"{other}的{what}？", [other]
-    unknown = f"{{name}}的{what}暂时未知"
-    answers = [
-        (unknown if found[name].get(field) in (None, "", -1) else answer).format(**found[name])
-        for name in about
-    ]
+    answers = [answer_about(found[name], asked) for name in about]
     if rng.random() < 0.2:
         question, names = rng.choice((("查到了哪些酒店？", last), ("一共查到了哪些酒店？", found)))
         answers = ["、".join(names)]

@@ -133,7 +133,16 @@ QUESTIONS = (  # a field, its name, how it is asked for without the hotel's name
     ("price", "价格", ("一晚多少钱？", "价格是多少？"), "{name}的价格是{price}元"),
     ("rating", "评分", ("评分怎么样？", "这家的评分是多少？"), "{name}的评分是{rating}分"),
 )
+# What of a result may be asked for, as `values_of` calls it
 ASKED = {"tool.name", *(f"tool.{field}" for field, *_ in QUESTIONS)}
+
+
+def answer_about(record, question):
+    """The answer, without a full stop, to one of QUESTIONS about a hotel."""
+    field, what, _, answer = question
+    if record.get(field) in (None, "", -1):
+        return f"{record['name']}的{what}暂时未知"
+    return answer.format(**record)
 
 
 def synthetic_dialogues(count, seed):
@@ -171,9 +180,11 @@ def synthetic_dialogues(count, seed):
             {"role": "assistant", "content": reply},
         ]
         if len(records) == 1 and rng.random() < 0.7:
-            *_, asks, answer = rng.choice(QUESTIONS)
-            turns.append({"role": "user", "content": rng.choice(asks)})
-            turns.append({"role": "assistant", "content": answer.format(**records[0]) + "。"})
+            question = rng.choice(QUESTIONS)
+            turns.append({"role": "user", "content": rng.choice(question[2])})
+            turns.append(
+                {"role": "assistant", "content": answer_about(records[0], question) + "。"}
+            )
         rows.append(turns)
     return rows
 
@@ -264,10 +275,11 @@ def substitute(example, pool, share, rng, made_up=0.5):
         source = said["user" if m["role"] == "call" else "assistant"]
         for key, v in values_of(m):
             free = isinstance(v, str) or not is_in(v, said["user"] + said["call"])
-            stated = key in pool and (key in ASKED or is_in(v, source))
-            if v not in swap and stated and free and rng.random() < share:
+            eligible = free and key in pool and (key in ASKED or is_in(v, source))
+            if v not in swap and eligible and rng.random() < share:
                 new = another_value(pool[key], made_up, rng)
-                swap |= {v: new} if new not in swap.values() else {}
+                if new not in swap.values():  # two values must not become one
+                    swap[v] = new
     if not swap:
         return example
     longest_first = sorted(swap, key=lambda v: len(str(v)), reverse=True)
