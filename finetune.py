@@ -113,7 +113,7 @@ def grpo_loss(logps, old, reference, advantage, chosen, clip, kl):
     """
     ratio, log_q = (logps - old).exp(), reference - logps
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    divergence = log_q.exp() - log_q - 1
+    divergence = log_q.expm1() - log_q
     clipped = gain < ratio * advantage
     loss = (kl * divergence - gain)[chosen].sum()
     return loss, clipped[chosen].float().mean().item(), divergence[chosen].mean().item()
@@ -496,7 +496,10 @@ def load_rewards(source, device):
     if all(name in REWARDS or name.endswith(".py") for name in source.split(",")):
         reward = load_reward(source)
         return lambda answers: [rate(reward, *a) for a in answers]
-    model, tokenizer, where = load(source, device, "fp32")
+    try:
+        model, tokenizer, where = load(source, device, "fp32")
+    except UserError as e:
+        raise UserError(f"--reward {source} is none of {', '.join(REWARDS)}: {e}") from e
     if REWARD_TOKEN not in tokenizer.special:
         raise UserError(f"{where} is no reward model: --objective reward makes one")
     token, context = tokenizer.special[REWARD_TOKEN], model.config.context
@@ -592,7 +595,7 @@ class GRPO(SFT):
                 room = self.args.samples * longest_answer(context)
                 split.prompts.append(Prompt(ids, [0] * len(ids), messages, wanted, room))
         if not split.prompts:
-            raise UserError(f"--reward {self.args.reward} is for none of these turns")
+            raise UserError(f"--reward {self.args.reward} is None for all of these turns")
         return split
 
     def start(self, model, splits, saved):

@@ -1,13 +1,14 @@
 """Rewards: how good an answer is, as a number, for `finetune.py --objective grpo --reward NAME`.
 
 A reward is a function of the conversation so far (a list of messages), the answer (a message, whose
-role says whether it speaks or calls) and the data's own answer. A file of yours has one, too:
+role says whether it speaks or calls) and the data's own answer. Where it gives None for the data's
+own answer, the turn is not learned from. The function of a file of yours gets both answers as text
+(a call is `search {"price": 300}`):
 
     def reward(messages, answer, wanted):
-        return -abs(len(answer["content"]) - 20)
-
-Where it gives None for the data's own answer, the turn is not learned from.
+        return float("酒店" in answer)
 """
+import copy
 import math
 import re
 import runpy
@@ -84,7 +85,9 @@ def load_reward(source):
         raise UserError(f"--reward {source} cannot be loaded ({type(e).__name__}: {e})") from e
     if not callable(found):
         raise UserError(f"--reward {source} defines no function reward(messages, answer, wanted)")
-    return found
+    return lambda messages, *answers: found(
+        copy.deepcopy(messages), *(answer["content"] for answer in answers)
+    )
 
 
 def rate(reward, messages, answer, wanted):

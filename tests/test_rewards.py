@@ -202,9 +202,10 @@ def test_of_several_rewards_the_first_that_is_for_a_turn_counts():
 
 def test_a_reward_of_ones_own_and_what_is_wrong_with_it(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("def reward(messages, answer, wanted):\n    return len(answer['content'])\n")
-    said = turn("assistant", "four")
-    assert rate(load_reward(str(path)), ASKED, said, said) == 4.0
+    said, asked = turn("assistant", "four"), [dict(m) for m in ASKED]
+    path.write_text("def reward(messages, answer, wanted):\n"
+                    "    messages[0].clear()\n    return len(answer) + (answer == wanted)\n")
+    assert rate(load_reward(str(path)), asked, said, said) == 5.0 and asked == ASKED
     for body, problem in (("return 'x'", "x"), ("return float('nan')", "nan"), ("1 / 0", "Zero")):
         path.write_text(f"def reward(messages, answer, wanted):\n    {body}\n")
         with pytest.raises(UserError, match=f"(?s){problem}.*four.*|four.*{problem}"):
