@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from data.cli import UserError
-from data.files import file_sha256, git_sha1
+from data.files import file_sha256, git_sha1, locked
 
 DATA = Path("data")
 MB = 1_000_000
@@ -67,8 +67,14 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
     it is final), or bytes that are not the wanted ones.
     """
     dest = Path(dest) if dest else download_path(url)
-    if dest.exists() and (sha256 is None or file_sha256(dest) == sha256):
-        return dest
+    with locked(DATA.parent):  # torchrun's other processes wait, and then find it
+        if not dest.exists() or (sha256 is not None and file_sha256(dest) != sha256):
+            download(url, dest, sha256, tries, wait, token)
+    return dest
+
+
+def download(url, dest, sha256, tries, wait, token):
+    """What `fetch` does where the file is not there."""
     import requests  # not above: most runs download nothing, and it takes longer than all the rest
 
     for attempt in range(tries):
@@ -98,7 +104,6 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
             part.unlink()
             raise UserError(f"{url} arrived damaged: {kind} {got[:12]}…, wanted {wanted[:12]}…")
     os.replace(part, dest)
-    return dest
 
 
 def short(error):

@@ -29,6 +29,22 @@ def write_whole(path, write):
         raise UserError(f"cannot write {path}: {reason}; what was there before is kept") from e
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a folder's lock, for which other processes wait. Windows has no such lock."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path, values):
     """Write an object as a JSON file, whole or not at all."""
     write_whole(path, lambda f: f.write(json.dumps(values, indent=2, ensure_ascii=False).encode()))

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import socket
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -304,3 +305,13 @@ def test_a_vocabulary_comes_through_the_mirror_and_a_damaged_one_is_not_kept(mir
         Tokenizer(CL100K)
     mirror.files[VOCABULARY] = good
     assert Tokenizer(CL100K).n_vocab == 100_277
+
+
+def test_of_several_processes_one_downloads_and_the_others_find_it(mirror):
+    mirror.files["/a.bin"] = BODY
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom data.download import fetch\n"
+    code += f"fetch({mirror.base + '/a.bin'!r})"
+    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
+    assert [p.wait(60) for p in started] == [0] * 4
+    assert mirror.ranges == [None]  # asked once
+    assert [p.name for p in Path("data").rglob("*") if p.is_file()] == ["a.bin"]
