@@ -24,6 +24,7 @@ import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -47,7 +48,8 @@ from data.tokenizer import PATTERNS, UNKNOWN, Tokenizer, learn_bpe
 
 
 def find_files(source):
-    """The paths behind a SOURCE, fetched if need be; UserError if there are none."""
+    """The paths behind a SOURCE, fetched if need be, or data.sources' `shards`; UserError if there
+    are none."""
     if not source.strip():
         raise UserError("the source is empty: name a file, a folder, a URL, stdlib, ...")
     if source in SOURCES:
@@ -134,7 +136,7 @@ def token_dtype(n_vocab):
     return np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
 
 
-def labelled_pieces(documents, hold_out, progress):
+def labelled_pieces(documents, hold_out):
     """(split, first piece of its document?, text); every `hold_out`-th document goes to val."""
     for number, (_, pieces) in enumerate(documents, start=1):
         split = "val" if hold_out and number % hold_out == 0 else "train"
@@ -143,8 +145,6 @@ def labelled_pieces(documents, hold_out, progress):
             if piece:
                 yield split, first, piece
                 first = False
-        if not first:
-            progress["documents"] += 1
 
 
 def batched(pieces):
@@ -171,15 +171,8 @@ def parallel_map(work, jobs, workers):
             yield ahead.popleft().result()
 
 
-def write_tokens(documents, tokenizer, folder, hold_out, workers):
-    """Append the documents' tokens to folder/{train,val}.tmp, end-of-text between them.
-
-    Returns ({split: tokens}, stats); stats counts documents, characters and fallback tokens.
-    """
-    stats, size = Counter(), Counter()
-    dtype = token_dtype(tokenizer.n_vocab)
-    end = np.array([tokenizer.eos_id], dtype=dtype)
-
+def encoded(pieces, tokenizer, workers):
+    """(split, first piece of its document?, characters, ids) of labelled pieces, in their order."""
     own = threading.local()
 
     def encode(batch):
@@ -188,21 +181,39 @@ def write_tokens(documents, tokenizer, folder, hold_out, workers):
         ids = [own.tokenizer.encode_array(text) for _, _, text in batch]
         return [(split, first, len(text), i) for (split, first, text), i in zip(batch, ids)]
 
+    for done in parallel_map(encode, batched(pieces), workers):
+        yield from done
+
+
+def write_tokens(documents, tokenizer, folder, hold_out, workers, max_tokens=None, held_out=()):
+    """Append the documents' tokens to folder/{train,val}.tmp, end-of-text between them; up to
+    `max_tokens` for training, if that is given. Then those of the documents `held_out`.
+
+    Returns ({split: tokens}, stats); stats counts documents, characters and fallback tokens.
+    """
+    stats, size, dtype = Counter(), Counter(), token_dtype(tokenizer.n_vocab)
+    end = np.array([tokenizer.eos_id], dtype=dtype)
+    most = int(max_tokens or 2**62)
+    parts = (labelled_pieces(documents, hold_out), most), (labelled_pieces(held_out, 1), 2**62)
     with open(folder / "train.tmp", "wb") as train, open(folder / "val.tmp", "wb") as val:
         out, start, progress = {"train": train, "val": val}, time.monotonic(), Progress()
-        jobs = batched(labelled_pieces(documents, hold_out, stats))
-        for done in parallel_map(encode, jobs, workers):
-            for split, first, characters, ids in done:
+        for pieces, most in parts:
+            for split, first, characters, ids in encoded(pieces, tokenizer, workers):
                 if first and size[split]:
                     out[split].write(end)
                     size[split] += 1
+                ids = ids[: most - size["train"]] if split == "train" else ids
                 out[split].write(ids.astype(dtype))
                 size[split] += len(ids)
+                stats["documents"] += first
                 stats["characters"] += characters
                 stats["fallback"] += int(tokenizer.fallback[ids].sum())
-            rate = stats["characters"] / MB / max(time.monotonic() - start, 1e-3)
-            read = f"{stats['documents']:,} documents, {stats['characters'] / MB:.0f} M characters"
-            progress(f"encoding: {read}, {rate:.1f} M/s")
+                read = stats["characters"] / MB
+                rate = read / max(time.monotonic() - start, 1e-3)
+                about = f"{stats['documents']:,} documents, {read:.0f} M characters"
+                progress(f"encoding: {about}, {rate:.1f} M/s")
+                if size["train"] >= most:
+                    break
     progress.clear()
     return size, stats
 
@@ -241,15 +252,30 @@ def default_workers():
     return min(8, os.cpu_count() or 1)
 
 
-def check_settings(name, val_fraction, encoding, workers):
+def check_settings(name, val_fraction, encoding, workers, max_tokens):
     """UserError for a setting of `prepare` that makes no sense."""
-    check_limits(dict(val_fraction=val_fraction, workers=workers))
+    check_limits(dict(val_fraction=val_fraction, workers=workers, max_tokens=max_tokens))
     try:
         "".encode(encoding or "utf-8")
     except LookupError as e:
         raise UserError(f"--encoding {encoding}: {e}") from e
     if name and (Path(name).name != name or name in (".", "..")):
         raise UserError(f"--name {name!r} must be one plain name: it becomes {DATA}/NAME")
+
+
+def open_texts(sources, paths, encoding, field, max_tokens):
+    """Documents of the paths (or `shards`) behind sources; of shards those of the first file, which
+    a tokenizer is to learn from; and those that named sources have for validation. UserError for
+    shards without a limit."""
+    streams = [f for p in paths for f in ([p] if isinstance(p, tuple) else file_streams(p))]
+    texts = [SOURCES[s].fetch() for s in sources if s in SOURCES and not SOURCES[s].rows]
+    held_out = [f for t in texts if "val" in t for f in file_streams(t["val"])]
+    endless = any(isinstance(p, tuple) for p in paths)
+    if endless and max_tokens is None:
+        raise UserError(f"{sources[0]} has no end: say how much of it by --max_tokens, as 1e8")
+    separator = SOURCES[sources[0]].separator if sources[0] in SOURCES else None
+    read = partial(Documents, encoding=encoding, field=field, separator=separator)
+    return read(streams), read(streams[:1]) if endless else None, read(held_out)
 
 
 def prepare(
@@ -260,23 +286,25 @@ def prepare(
     encoding=None,
     field=None,
     workers=None,
+    max_tokens=None,
 ):
     """SOURCE, or several of them -> data/NAME/{train.bin, val.bin, meta.json}; returns the folder.
 
     With ten documents or more every tenth (1 / val_fraction) is held out whole; else the last
-    val_fraction of the tokens. Files appear under their names only when all is done.
+    val_fraction of the tokens; but what a named source has for validation is that. Files appear
+    under their names only when all is done.
     """
-    check_settings(name, val_fraction, encoding, workers)
+    check_settings(name, val_fraction, encoding, workers, max_tokens)
     start = time.monotonic()
     sources = [source] if isinstance(source, str) else source
     paths = [path for s in sources for path in find_files(s)]
     source, first = " ".join(sources), sources[0]
-    total_bytes = sum(p.stat().st_size for p in paths)
-    documents = Documents([f for p in paths for f in file_streams(p)], encoding, field)
-    many = len(list(itertools.islice(documents, MANY))) == MANY
+    documents, first_file, held_out = open_texts(sources, paths, encoding, field, max_tokens)
+    many = not held_out.files and len(list(itertools.islice(documents, MANY))) == MANY
     hold_out = round(1 / val_fraction) if many else None
     # a char vocabulary needs every character; merges need no held-out text
-    learn_from = watched(documents, "reading document")
+    learn_from = watched(first_file or documents, "reading document")
+    total_bytes = 0 if first_file else sum(p.stat().st_size for p in paths)
     if hold_out and (tokenizer or "bpe").startswith("bpe"):
         learn_from = (d for n, d in enumerate(learn_from, start=1) if n % hold_out)
     default = SOURCES[first].tokenizer if first in SOURCES else "bpe:4096"
@@ -285,7 +313,8 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(tok.n_vocab)
     try:
-        size, stats = write_tokens(documents, tok, folder, hold_out, workers or default_workers())
+        workers = workers or default_workers()
+        size, stats = write_tokens(documents, tok, folder, hold_out, workers, max_tokens, held_out)
         if not size["val"]:
             split_tail(folder, size, dtype, val_fraction)
         if not (size["train"] and size["val"]):
@@ -435,7 +464,8 @@ def build_parser():
         description="Turn text into token files: data/NAME/{train.bin, val.bin, meta.json}.")
     add = p.add_argument
     add("source", nargs="*", default=("stdlib",),
-        help="stdlib (default), sales, shakespeare, or files, folders, globs, http(s) URLs")
+        help="stdlib (default), sales, shakespeare, tinystories, fineweb-edu, c4, c4-zh, or files, "
+        "folders, globs, http(s) URLs; of fineweb-edu and c4 as much as --max_tokens wants")
     add("--tokenizer",
         help="byte, char, bpe:N, bpe-han:N (each Chinese character a token), gpt2, cl100k_base, "
         "o200k_base, a prepared folder, or a model's folder or name on the Hub (default: bpe:2048 "
@@ -445,6 +475,7 @@ def build_parser():
     add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
     add("--field", help="of .jsonl objects that holds the text (default: text, else content)")
     add("--workers", type=int, help="encoding threads (default: one a core, at most 8)")
+    add("--max_tokens", type=float, help="stop at about so many training tokens, 1e8 for example")
     return p
 
 

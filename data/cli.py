@@ -134,7 +134,8 @@ class StopSignal:
 LIMITS = (
     (
         "batch_size batch_tokens eval_every grad_accum judge log_every max_new_tokens max_steps "
-        "num_samples show_mask steps tokens updates workers",
+        "max_tokens num_samples show_mask steps tokens total_batch_tokens updates "
+        "workers world",
         "at least 1",
         lambda v: 1 <= v <= 2**62,
     ),
@@ -145,11 +146,12 @@ LIMITS = (
         lambda v: 0 < v < math.inf,
     ),
     (
-        "beams eval_rows grad_clip kl lora_rank min_lr temperature top_k warmup_steps weight_decay",
+        "beams eval_rows grad_clip kl lora_rank min_lr save_minutes temperature top_k warmup_steps "
+        "weight_decay",
         "finite, from 0",
         lambda v: 0 <= v < math.inf,
     ),
-    ("eval_tokens patience seed", "from 0 to 2**50", lambda v: 0 <= v <= 2**50),
+    ("eval_tokens patience save_every seed", "from 0 to 2**50", lambda v: 0 <= v <= 2**50),
     ("augment distill_lambda min_p token_dropout top_p", "from 0 to 1", lambda v: 0 <= v <= 1),
     ("beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1),
     ("val", "between 0 and 1", lambda v: 0 < v < 1),

@@ -1,4 +1,6 @@
 """Texts and sets of rows that have a name: where they come from."""
+import gzip
+import io
 import json
 import sysconfig
 import tarfile
@@ -10,10 +12,11 @@ from typing import NamedTuple
 
 from data.cli import UserError
 from data.download import DATA, fetch
-from data.files import write_whole
+from data.files import read_json, write_whole
 from data.hotel import HOTEL_DB, join_dialogues, synthetic_dialogues
 
 HUB = "https://huggingface.co/datasets"
+VIEWER = "https://datasets-server.huggingface.co"
 REVIEWS = "https://www.cs.cornell.edu/people/pabo/movie-review-data/rt-polaritydata.tar.gz"
 LAB = "https://raw.githubusercontent.com/agiclass/fine-tuning-lab/main/data"
 CROSSWOZ = "https://raw.githubusercontent.com/thu-coai/CrossWOZ/master/data/crosswoz/database"
@@ -80,13 +83,46 @@ def invented_dialogues():
     return made("hotel-synthetic", sizes, rows)
 
 
+def shards(name, urls, read):
+    """[(name, open)] of the files of a large text, as `Documents` takes them: each is downloaded
+    when it is opened first, so a limit of tokens is one of downloads, too. read(path) is a binary
+    stream of lines of JSON."""
+    return [
+        (f"{name}-{i:05}.jsonl", lambda url=url: read(fetch(url))) for i, url in enumerate(urls)
+    ]
+
+
+def fineweb_edu():
+    """A sample of FineWeb-Edu (Penedo et al. 2024) of 10 billion tokens, of which the Hub has files
+    of Parquet alone; but its viewer gives JSON, a hundred rows a page."""
+    page = f"{VIEWER}/rows?dataset=HuggingFaceFW%2Ffineweb-edu&config=sample-10BT&split=train"
+    urls = [f"{page}&offset={n}&length=100" for n in range(0, 9_672_000, 100)]
+    return {"train": shards("fineweb-edu", urls, viewer_rows)}
+
+
+def viewer_rows(path):
+    """The rows in a page of the Hub's viewer, as a stream of lines of JSON."""
+    rows = [json.dumps(row["row"]) for row in read_json(path)["rows"]]
+    return io.BytesIO("".join(f"{row}\n" for row in rows).encode())
+
+
+def c4(folder, name, count):
+    """A language of C4 (Raffel et al. 2020): lines of JSON in many .gz files."""
+    url = f"{HUB}/allenai/c4/resolve/main/{folder}"
+    files = [f"{url}{i:05}-of-{count:05}.json.gz" for i in range(count)]
+    return {"train": shards(name, files, gzip.open)}
+
+
 class Source(NamedTuple):
-    """A text or set that has a name. `fetch()` returns {split: path, or list of paths} and
-    downloads or makes what is not there; `rows` is True for JSON rows that finetune.py takes."""
+    """A text or set that has a name. `fetch()` returns {split: path, list of paths, or `shards`}
+    and downloads or makes what is not there; `rows` is True for JSON rows that finetune.py takes.
+    A `separator` stands between the documents of its files.
+    """
 
     fetch: Callable
     tokenizer: str = "bpe:4096"
     rows: bool = False
+    separator: str | None = None
 
 
 # To add a text or a set of rows: a line here.
@@ -110,6 +146,17 @@ SOURCES = {
         ),
         "char",
     ),
+    "tinystories": Source(
+        partial(
+            download,
+            train=f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
+            val=f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt",
+        ),
+        separator="<|endoftext|>",
+    ),
+    "fineweb-edu": Source(fineweb_edu, "gpt2"),
+    "c4": Source(partial(c4, "en/c4-train.", "c4", 1024), "gpt2"),
+    "c4-zh": Source(partial(c4, "multilingual/c4-zh.tfrecord-", "c4-zh", 1024), "bpe:16384"),
     "sentiment": Source(film_reviews, rows=True),
     "hotel": Source(hotel_dialogues, rows=True),
     "hotel-synthetic": Source(invented_dialogues, rows=True),

@@ -181,16 +181,29 @@ def json_documents(blocks, field, name):
 # Documents
 # --------------------------------------------------------------------------------------------
 
+def text_documents(blocks, name, separator=None):
+    """(name, text pieces) of a file of text, or of each document in it if a separator is given."""
+    if not separator:
+        yield name, safe_pieces(blocks)
+        return
+    rest = ""
+    for block in itertools.chain(blocks, [separator]):
+        *whole, rest = (rest + block).split(separator)
+        for text in whole:
+            if text := text.strip("\n"):
+                yield name, iter([text])
+
 
 class Documents:
     """The documents of a source, in a fixed order, as often as you iterate: (name, text pieces).
 
     `files` are (name, open) pairs, open() giving a binary stream. Text is only read when the pieces
     are, and never more than a few blocks of it at once. `encodings` counts what was recognised.
+    A `separator` stands between the documents of a file of text.
     """
 
-    def __init__(self, files, encoding=None, field=None):
-        self.files, self.field, self.forced = files, field, encoding
+    def __init__(self, files, encoding=None, field=None, separator=None):
+        self.files, self.field, self.forced, self.separator = files, field, encoding, separator
         self.known = {}  # name -> encoding, found once and kept for the second pass
         self.told = {"utf-8", encoding}
 
@@ -225,7 +238,7 @@ class Documents:
             if name.removesuffix(".gz").endswith((".jsonl", ".json")):
                 yield from json_documents(blocks, self.field, name)
             else:
-                yield name, safe_pieces(blocks)
+                yield from text_documents(blocks, name, self.separator)
 
 
 def file_streams(path):

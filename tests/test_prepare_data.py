@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import prepare_data
+from data import sources
 from data.cli import UserError
 from data.files import file_sha256
 from data.sources import stdlib_files
@@ -508,3 +509,62 @@ def test_memory_does_not_grow_with_the_text(tokenizer):
 def test_two_gigabytes_fit_in_one(tokenizer):
     skip_without_vocabulary(tokenizer)
     assert peak_memory(2_000_000_000, tokenizer) < 1_000_000_000
+
+
+# ---- large texts -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def network(elsewhere, monkeypatch):
+    """What is fetched is made by network(make), make(url) giving the bytes; the list of URLs."""
+
+    def serve(make):
+        asked = []
+
+        def fetch(url, **_):
+            path = Path(f"fetched-{len(asked)}-{url.rpartition('/')[2][:20]}")
+            asked.append(url)
+            path.write_bytes(make(url))
+            return path
+
+        monkeypatch.setattr(sources, "fetch", fetch)
+        return asked
+
+    return serve
+
+
+def text_of(folder, split):
+    return bytes(i for i in tokens_of(folder, split) if i < 256).decode()
+
+
+def test_of_a_text_without_end_as_much_is_fetched_as_is_wanted(network):
+    def page(url):
+        first = int(re.search(r"offset=(\d+)&length=100", url)[1])
+        found = [{"row_idx": n, "row": {"text": f"page {n} {'word ' * 2000}", "id": "x"}}
+                 for n in range(first, first + 100)]
+        return json.dumps({"rows": found}).encode()
+
+    asked = network(page)
+    with pytest.raises(UserError, match=r"fineweb-edu has no end: .* --max_tokens"):
+        prepare("fineweb-edu")
+    assert not asked
+    folder = prepare("fineweb-edu", tokenizer="byte", max_tokens=500_000, workers=1)
+    assert prepare_data.read_meta(folder)["splits"]["train"]["tokens"] == 500_000
+    assert text_of(folder, "train").startswith("page 0 word word ")
+    assert len(set(asked)) < 20 and all("config=sample-10BT" in url for url in asked)
+
+
+def test_files_of_c4_follow_each_other(network):
+    row = lambda url, n: json.dumps({"text": f"{url[-22:-8]} {n} {'词' * 9999}"})  # noqa: E731
+    asked = network(lambda url: gzip.compress("\n".join(row(url, n) for n in range(40)).encode()))
+    folder = prepare("c4-zh", tokenizer="byte", max_tokens=3e6, workers=1)
+    assert asked[0].endswith("multilingual/c4-zh.tfrecord-00000-of-01024.json.gz")
+    text = text_of(folder, "train")[:2_900_000]
+    assert text.index("00000-of-01024 0 ") == 0 < text.index("00001-of-01024 0 ")
+
+
+def test_named_texts_may_have_their_own_validation(network):
+    network(lambda url: f"{url[-9:]}<|endoftext|>\n".encode() * 20)
+    folder = prepare("tinystories", tokenizer="byte")
+    assert text_of(folder, "val") == "valid.txt" * 20
+    assert text_of(folder, "train") == "train.txt" * 20

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import prepare_data
 from data.cli import UserError
+from data.text import text_documents
 from data.tokenizer import Tokenizer
 from prepare_data import prepare
 
@@ -208,3 +209,13 @@ def test_a_damaged_zip_is_named():
     Path("a.zip").write_bytes(data)
     with pytest.raises(UserError, match=r"a\.zip:b\.txt: damaged"):
         pieces_of("a.zip")
+
+
+def test_a_separator_keeps_the_documents_of_a_file_apart():
+    """However blocks are cut; without one the same text is one document."""
+    text = "<|endoftext|>\n".join(["一 story\n", "\n", "two\nlines\n", "three"])
+    for size in (1, 5, 20, 1000):
+        blocks = [text[i : i + size] for i in range(0, len(text), size)]
+        found = text_documents(blocks, "x.txt", "<|endoftext|>")
+        assert ["".join(p) for _, p in found] == ["一 story", "two\nlines", "three"]
+        assert ["".join(p) for _, p in text_documents(blocks, "x.txt")] == [text]
