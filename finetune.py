@@ -16,10 +16,13 @@ its run, the command line. Rows of any shape: data/rows.py; token ids in batches
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import random
 import signal
+import sys
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,12 +54,15 @@ from data.batches import (
 )
 from data.chat import CHAT_TOKENS, Template, chat_prompt, find_template, label_token
 from data.cli import Parser, UserError, check_limits, run_cli
+from data.costs import check_memory
 from data.facts import ask, in_order
+from data.files import write_json
 from data.hotel import repeats, substitute, tidy_calls, values_by_key
-from data.machine import make_runtime
+from data.machine import DTYPES, make_runtime
 from data.rewards import REWARDS, load_reward, rate
 from data.rows import as_chat, load_data
-from data.runs import newest_run, run_folder
+from data.runner import cut_like, launch, place
+from data.runs import newest_run, resumed_settings, run_folder
 from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS
 from data.tokenizer import Tokenizer
@@ -254,27 +260,29 @@ class SFT:
 
     def batch(self, split, numbers, rows, number=0):
         """The tensors of batch `number` of the run: `rows`, with these numbers in the Split."""
-        return pad(rows)
+        ids, targets = pad(rows)
+        return ids, targets, (targets.flatten() != -100).nonzero()[:, 0]
 
-    def loss(self, model, ids, targets):
+    def loss(self, model, ids, targets, places):
         """The summed loss of a batch."""
-        return model(ids, targets)
+        return model(ids, targets, places=places)
 
-    def count(self, ids, targets):
+    def count(self, ids, targets, places):
         """What the sum is divided by, in the end."""
-        return int((targets != -100).sum())
+        return len(places)
 
     def evaluate(self, model, split, final=True):
         """Loss a target, and how the answers to some of the questions score, which only rank 0
         writes; `report` answers them all in the end."""
         loss, count = 0.0, 0
         batches = bucket(range(len(split.rows)), split.rows, self.args.batch_tokens)
-        for numbers in batches[self.runtime.rank :: self.runtime.world]:
-            ids, targets = pad([split.rows[i] for i in numbers])
-            loss += float(model(ids.to(self.runtime.device), targets.to(self.runtime.device)))
-            count += int((targets != -100).sum())
+        for numbers, counts in self.runtime.share(batches):
+            batch = self.runtime.upload(pad([split.rows[i] for i in numbers]))
+            loss += counts * float(model(*batch))
+            count += counts * int((batch[1] != -100).sum())
         loss, count = self.runtime.total(loss, count)
-        if final or not self.args.eval_rows or self.runtime.rank > 0:
+        alone = self.runtime.rank > 0 and not self.runtime.sharded
+        if final or not self.args.eval_rows or alone:
             return {"val_loss": loss / count}
         jobs = self.jobs(split, self.args.eval_rows)
         return {"val_loss": loss / count} | self.scores(jobs, answer(model, self.tokenizer, jobs))
@@ -445,7 +453,7 @@ class Distill(SFT):
             )
         return {}
 
-    def loss(self, model, ids, targets):
+    def loss(self, model, ids, targets, places):
         """`distill_loss` of a batch."""
         share, temperature = self.args.distill_lambda, self.args.distill_temperature
         return distill_loss(model, ids, targets, self.teacher, share, temperature)
@@ -736,7 +744,7 @@ def resolve(args):
     fixed |= {k for k in vars(args) if k.startswith("lora_")}
     content, settings = None, {}
     if args.resume is not None:
-        settings, content = train.resumed_settings(args, given, fixed)
+        settings, content = resumed_settings(args, given, fixed, lm.load_checkpoint)
     elif "data" not in given:
         raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
     else:
@@ -785,6 +793,8 @@ def check_settings(args, objective, kind, given):
             raise UserError(f"--{name} is not for --objective {args.objective}")
     if args.augment and kind != "chat":
         raise UserError("--augment is for chats with tool calls")
+    if args.shard and args.objective == "grpo":
+        raise UserError("--shard does not go together with --objective grpo")
     if args.token_dropout and args.objective in ("dpo", "grpo"):
         raise UserError(f"--token_dropout does not go together with --objective {args.objective}")
 
@@ -823,11 +833,11 @@ def augmented(examples, objective, share, seed):
     return epoch_rows
 
 
-def build_model(args, content, special_tokens):
-    """(model, tokenizer, what an adapter's file says about itself or None): the checkpoint's model
-    with the tokens of special_tokens(tokenizer), as `content` (of a resumed run) left it."""
+def build_model(args, base, content, special_tokens, runtime):
+    """(model, tokenizer, what an adapter's file says about itself or None): the model of the
+    checkpoint `base` with the tokens of special_tokens(tokenizer), as `content` (of a resumed run)
+    left it."""
     lora_on = args.lora_rank > 0
-    base = content if content and not lora_on else lm.load_checkpoint(args.ckpt)
     if "adapter" in base:
         raise UserError(f"{args.ckpt} is an adapter: merge it first (python lora.py merge)")
     if "tokenizer" not in base:
@@ -839,21 +849,22 @@ def build_model(args, content, special_tokens):
     about = None
     if content and lora_on:
         model, about = lora.load_adapted(base, {"default": content}, args.ckpt), content["adapter"]
-    else:
-        model = lm.model_from_checkpoint(base)
+    else:  # what is quantized or cut is read layer by layer
+        mapped = args.quantize or args.shard
+        model = lm.model_from_checkpoint(base, dtype=None if mapped else torch.float32)
     if not content:  # a resumed run has trained its new and spare rows: they stay as they are
         model.grow_vocabulary(-(-tokenizer.n_vocab // 64) * 64, bare.n_vocab)
     if lora_on and not content:
         settings = dict(targets=args.lora_targets, rank=args.lora_rank, dropout=args.lora_dropout)
         settings["alpha"] = args.lora_alpha or 2 * args.lora_rank
         if args.quantize:
-            lora.quantize(model, args.quantize)
+            lora.quantize(model, args.quantize, device=runtime.device)
         lora.add_lora(model, **settings)
         # special tokens that the base has never seen are rows of its tables: these must learn
         own = dict(model.named_parameters())
         tables = [n for n in ("embed.weight", "value_embed.weight", "head.weight") if n in own]
         tables = tables if tokenizer is not bare else []
-        mark = lora.fingerprint(base["model"])
+        mark = runtime.of_first(runtime.rank or lora.fingerprint(base["model"]))
         about = settings | dict(quantize=args.quantize, base=args.ckpt, base_sha256=mark)
         about |= dict(tables=tables, first_row=bare.n_vocab)
     if about:
@@ -911,7 +922,7 @@ def write_report(objective, model, split, out):
     predictions.jsonl in folder `out`."""
     scores, rows = objective.report(model, split)
     out.mkdir(parents=True, exist_ok=True)
-    if rows:
+    if rows and objective.runtime.rank == 0:
         text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
         (out / "predictions.jsonl").write_text(text, encoding="utf-8")
     print("  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in scores.items()))
@@ -966,19 +977,23 @@ def main(argv=None):
     shown = args.show_mask
     args, kind_of, content, parts, hashes = resolve(args)
     labels = check_parts(args, parts)
-    torch.manual_seed(args.seed)
     special = partial(kind_of.special_tokens, labels=labels)
-    model, tokenizer, about = build_model(args, content, special)
+    base = content if content and not args.lora_rank else lm.load_checkpoint(args.ckpt)
+    was, wide = (content or {}).get("device"), base["config"]["d_model"] >= 512
+    runtime = make_runtime(args.device, args.dtype, wide, was)
+    torch.manual_seed(args.seed)
+    model, tokenizer, about = build_model(args, base, content, special, runtime)
     train.settle_context(args, model)
-    runtime = make_runtime(args.device, args.dtype, wide=model.config.d_model >= 512)
     objective = kind_of(args, tokenizer, labels)
     objective.runtime, split = runtime, objective.make_split(parts["train"])
     if shown:
         show_mask(split.rows, tokenizer, shown)
         return None
     args.dtype = runtime.dtype
-    model.to(runtime.device)
-    train.check_memory(model, args.batch_tokens, runtime)
+    place(model, args, runtime)
+    if about and not runtime.sharded:
+        lora.hold_frozen(model, DTYPES[runtime.dtype])
+    check_memory(model, args.batch_tokens, runtime)
     epoch_rows = None
     if args.augment:
         epoch_rows = augmented(parts["train"], objective, args.augment, args.seed)
@@ -997,9 +1012,13 @@ def main(argv=None):
     out = run_folder(args, content, f"{default_name(args.data)}-ft", runtime)
     if runtime.rank == 0:
         print("\n".join(header(model, args, objective, split, val, loader, out)))
-    train.launch(model, task, args, runtime, out, content)
-    if runtime.rank == 0:
-        report_best(model, args, objective, {"train": split, "val": val}, parts, out)
+
+    def report(result):
+        with contextlib.redirect_stdout(sys.stdout if runtime.rank == 0 else io.StringIO()):
+            report_best(model, args, objective, {"train": split, "val": val}, parts, out)
+
+    fit = partial(train.fit, model, task, args, runtime, out, content)
+    launch(fit, report, runtime, out)
     return None
 
 
@@ -1026,13 +1045,15 @@ def report_best(model, args, objective, splits, parts, out):
     if "adapter" in best:
         lora.load_adapter(model, best)
     else:
-        lm.load_weights(model, best["model"])
+        own = model.state_dict()
+        lm.load_weights(model, {k: cut_like(v, own[k]) for k, v in best["model"].items()})
     # pairs have none but the training and validation rows, whose reference is known
     split = splits.get(args.split) or objective.make_split(parts[args.split])
     print(f"{out}/best.pt, step {best['step']}, on {args.split}:")
-    with lm.evaluating(model):
+    with lm.evaluating(model), objective.runtime.autocast():
         scores = write_report(objective, model, split, out)
-    (out / "scores.json").write_text(json.dumps({args.split: scores}), encoding="utf-8")
+    if objective.runtime.rank == 0:
+        write_json(out / "scores.json", {args.split: scores})
 
 
 # --------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from torch import nn
 from data.cli import Parser, UserError, run_cli
 from data.download import is_hub_name
 from data.hf_adapter import export_peft, import_peft
+from data.runner import cut_like, whole
 from data.tensors import fit_error
 from model import (
     WHAT_CKPT,
@@ -156,12 +157,14 @@ class DequantizedProduct(torch.autograd.Function):
         return grad_x.to(ctx.given), None, None
 
 
-def quantize(model, kind, targets="all"):
-    """Replace the target Linears (see `TARGETS`) by frozen, quantized ones, in place. Returns their
-    names; UserError if there are none."""
+def quantize(model, kind, targets="all", device="cpu"):
+    """Replace the target Linears (see `TARGETS`) by frozen, quantized ones, in place; each goes to
+    `device` first, alone, and what else the model has ends in float32. Returns their names;
+    UserError if there are none."""
     found = find(model, targets, nn.Linear)
     for parent, name, linear in found.values():
-        setattr(parent, name, QuantLinear(linear, kind))
+        setattr(parent, name, QuantLinear(linear.to(device), kind))
+    model.float()
     return list(found)
 
 
@@ -293,20 +296,36 @@ def adapter_names(model):
 
 def train_new_embeddings(model, tables, first):
     """Let rows from `first` on of the named weight tables learn beside the adapters: those of
-    special tokens that the base has never seen. All other rows get no gradient, ever."""
+    special tokens that the base has never seen. They are a parameter of their own, `rows`, which
+    counts in place of the table's: no other row gets a gradient or moments."""
 
-    def only_new(grad):
-        grad = grad.clone()
-        grad[:first] = 0
-        return grad
+    def look_up(module, args, found):
+        new = F.embedding((args[0] - first).clamp(min=0), module.rows)
+        return torch.where((args[0] >= first)[..., None], new, found)
+
+    def project(module, args, found):
+        new = F.linear(args[0], head.rows, None if module.bias is None else module.bias[first:])
+        return torch.cat((found[..., :first], new), dim=-1)
 
     for table in tables:
-        weight = model.get_parameter(table)
-        weight.requires_grad_(True)
-        weight.register_hook(only_new)
-        weight.learned = weight[first:].numel()  # for the count of trained parameters
+        module = model.get_submodule(table.removesuffix(".weight"))
+        module.rows = nn.Parameter(module.weight.detach()[first:])  # in the table's memory
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(look_up)
+    head = model.embed if model.config.tied else model.head
+    if hasattr(head, "rows"):
+        model.head.register_forward_hook(project)
+        model.head_pieces = lambda: (model.head.weight[:first], head.rows)
     if not hasattr(model, "adapter_rows"):
         model.adapter_rows = {None: (first, table_rows(model, tables, first))}
+
+
+def hold_frozen(model, dtype):
+    """Hold the weights of frozen Linears in `dtype`, that of autocast, which would cast each anew
+    in every pass, and autograd keep the copies."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+            layer.to(dtype)
 
 
 def set_adapter(model, *names):
@@ -360,9 +379,8 @@ def adapter_state(model, about, name="default"):
     for full, layer in adapted(model).items():
         if name in layer.a:
             state |= {f"{full}.a": layer.a[name], f"{full}.b": layer.b[name]}
-    for table in about["tables"]:
-        state[f"{table}.rows"] = model.get_parameter(table)[about["first_row"] :]
-    return {k: v.detach().cpu().clone() for k, v in state.items()}
+    state |= {f"{t}.rows": new_rows(model, t, about["first_row"]) for t in about["tables"]}
+    return {k: whole(v.detach()).cpu().clone() for k, v in state.items()}
 
 
 def attach(model, content, name="default", where="adapter"):
@@ -384,8 +402,8 @@ def load_adapter(model, content, name="default", where="adapter"):
     with torch.no_grad():
         for full, layer in adapted(model).items():
             if name in layer.a:
-                layer.a[name].copy_(state[f"{full}.a"])
-                layer.b[name].copy_(state[f"{full}.b"])
+                layer.a[name].copy_(cut_like(state[f"{full}.a"], layer.a[name]))
+                layer.b[name].copy_(cut_like(state[f"{full}.b"], layer.b[name]))
     first, tables = about["first_row"], about["tables"]
     bare = table_rows(model, tables, first)
     known = getattr(model, "adapter_rows", {None: (first, bare)})  # None: those of the base itself
@@ -393,9 +411,16 @@ def load_adapter(model, content, name="default", where="adapter"):
     put_rows(model, name)
 
 
+def new_rows(model, table, first):
+    """The rows of a weight table from `first` on: the parameter of `train_new_embeddings`, or a
+    part of the table."""
+    rows = getattr(model.get_submodule(table.removesuffix(".weight")), "rows", None)
+    return model.get_parameter(table)[first:] if rows is None else rows
+
+
 def table_rows(model, tables, first):
     """{table: copy of its rows from `first` on} of the named weight tables."""
-    return {t: model.get_parameter(t)[first:].detach().clone() for t in tables}
+    return {t: whole(new_rows(model, t, first).detach()).clone() for t in tables}
 
 
 @torch.no_grad()
@@ -403,13 +428,16 @@ def put_rows(model, name):
     """Write the table rows that adapter `name` trained into the model's tables."""
     first, rows = getattr(model, "adapter_rows", {}).get(name, (0, {}))
     for table, values in rows.items():
-        model.get_parameter(table)[first:] = values.to(model.get_parameter(table))
+        own = new_rows(model, table, first)
+        own.copy_(cut_like(values.to(own), own))
 
 
 def load_adapted(base, adapters, where="the base"):
     """A model with adapters over it, the first one active: from the content of the base checkpoint
     and {name: content of an adapter checkpoint}. UserError if it is not their base."""
-    model, mark = model_from_checkpoint(base, where=where), fingerprint(base["model"])
+    quantized = any(content.get("adapter", {}).get("quantize") for content in adapters.values())
+    model = model_from_checkpoint(base, dtype=None if quantized else torch.float32, where=where)
+    mark = fingerprint(base["model"])
     for name, content in adapters.items():
         if "adapter" not in content:
             raise UserError(f"{name} is no adapter but a whole model: use it as --ckpt")

@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import hf_weights
+from data import costs, hf_weights
 from data.cli import Parser, UserError, check_limits, run_cli
 from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_json, write_whole
 from data.hf_tokenizer import generation_config, hub_tokenizer, tokenizer_config, tokenizer_json
-from data.tensors import fit_error, load_pt, write_safetensors
+from data.tensors import fit_error, load_pt
 from data.tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------------------
@@ -160,6 +160,7 @@ _GPT2 = dict(
     vocab_size=50257, context=1024, position="learned", norm="layernorm", activation="gelu_tanh",
     qkv_bias=True, out_bias=True, ff_bias=True, tied=True, init="gpt2",
 )  # fmt: skip
+_LLAMA3_8B = dict(vocab_size=128256, context=8192, rope_theta=500000.0)
 # the course's model: waylandzhang/Transformer-from-scratch, scifi-demo
 _NOVEL = dict(
     vocab_size=100256, context=128, position="sinusoidal", norm="layernorm", activation="relu",
@@ -177,6 +178,7 @@ PRESETS = {
     "gpt2-xl": Config(n_layer=48, n_head=25, d_model=1600, **_GPT2),
     # a Llama of tiny's size, which transformers can read
     "llama": Config(n_layer=4, n_head=4, d_model=160, context=128),
+    "llama-8b": Config(n_layer=32, n_head=32, n_kv_head=8, d_model=4096, d_ff=14336, **_LLAMA3_8B),
     "novel": Config(n_layer=12, n_head=8, d_model=512, **_NOVEL),
 }
 
@@ -186,8 +188,9 @@ def preset(name, **changes):
     `d_model` and `n_head` unless they are among the changes. UserError for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
-    # every preset's kv heads, head size and d_ff are the derived ones: let them follow
-    derived = dict(n_kv_head=None, head_size=None, d_ff=None)
+    derived = {}
+    if {"d_model", "n_head", "activation"} & set(changes):
+        derived = dict(n_kv_head=None, head_size=None, d_ff=None)
     return replace(PRESETS[name], **{**derived, **changes})
 
 
@@ -282,10 +285,14 @@ def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True):
 
 def attention(q, k, v, mask=None, dropout=0.0, causal=True):
     """`naive_attention` by torch's fused kernel, which never holds the (T, S) scores."""
-    T, S = q.shape[2], k.shape[2]
+    T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     if mask is None and causal and 1 < T < S:  # with a cache T queries face S > T keys
         mask = causal_mask(T, S, q.device)
-    how = dict(is_causal=causal and mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1])
+    if group > 1 and mask is not None and q.is_cuda:  # no fused CUDA kernel has a mask and groups
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    if mask is not None or T == 1:  # one query sees all keys
+        causal = False
+    how = dict(is_causal=causal, enable_gqa=group > 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, **how)
 
 
@@ -384,36 +391,35 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, targets, with_grad, dtype):
+    def forward(ctx, x, bias, targets, with_grad, dtype, *weights):
         low = dtype or x.dtype  # what the matrix products run in (bf16 under autocast)
-        x_low, w_low = x.to(low), weight.to(low)
+        x_low, w_low = x.to(low), [w.to(low) for w in weights]
         full = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=full, device=x.device)
-        need_x, need_w, need_b = (n and with_grad for n in ctx.needs_input_grad[:3])
+        need_x, need_b, _, _, _, *need_w = (n and with_grad for n in ctx.needs_input_grad)
         grad_x = torch.empty_like(x) if need_x else None
-        grad_w = torch.zeros_like(weight, dtype=full) if need_w else None
+        grad_w = [torch.zeros_like(w, dtype=full) if n else None for w, n in zip(weights, need_w)]
         grad_b = torch.zeros_like(bias, dtype=full) if need_b else None
-        for i in range(0, len(x), LOSS_ROWS):
-            rows, goal = x_low[i : i + LOSS_ROWS], targets[i : i + LOSS_ROWS, None]
-            logits = F.linear(rows, w_low, None if bias is None else bias.to(low))  # (rows, V)
+        # on a GPU large products pay: 2^28 logits are 1 GiB in float32
+        sizes = list(map(len, weights))
+        step = max(LOSS_ROWS, 2**28 // sum(sizes)) if x.is_cuda else LOSS_ROWS
+        for i in range(0, len(x), step):
+            rows, goal = x_low[i : i + step], targets[i : i + step, None]
+            logits = pieces_linear(rows, w_low, None if bias is None else bias.to(low))  # (rows, V)
             log_p = F.log_softmax(logits, dim=-1, dtype=full)
             loss -= log_p.gather(1, goal).sum()
-            if not (need_x or need_w or need_b):
+            if not (need_x or need_b or any(need_w)):
                 continue
             error = log_p.exp_().scatter_add_(1, goal, -torch.ones_like(goal, dtype=full))
             if need_b:
                 grad_b += error.sum(0)
-            error = error.to(low)
+            errors = error.to(low).split(sizes, dim=1)
             if need_x:
-                grad_x[i : i + LOSS_ROWS] = error @ w_low
-            if need_w and low == full:
-                grad_w.addmm_(error.T, rows)
-            elif need_w:
-                # summed in float32 whatever the product runs in; a piece at a time, since adding
-                # another dtype makes a copy of it
-                for part, piece in zip(grad_w.split(4096), error.split(4096, dim=1)):
-                    part += piece.T @ rows
-        ctx.grads = (grad_x, grad_w, grad_b)
+                grad_x[i : i + step] = sum(e @ w for e, w in zip(errors, w_low))
+            for grad, e in zip(grad_w, errors):
+                if grad is not None:
+                    add_product(grad, e.T, rows)
+        ctx.grads = (grad_x, grad_b, None, None, None, *grad_w)
         return loss
 
     @staticmethod
@@ -422,24 +428,47 @@ class ChunkedLoss(torch.autograd.Function):
             raise RuntimeError("ChunkedLoss went backward twice: call the model again instead")
         grads, ctx.grads = ctx.grads, None
         # in place: another (V, C) copy would be the largest tensor of the step
-        return *(None if g is None else g.mul_(scale) for g in grads), None, None, None
+        return tuple(None if g is None else g.mul_(scale) for g in grads)
 
 
-def chunked_loss(x, weight, bias, targets):
+def pieces_linear(x, weights, bias):
+    """F.linear with a weight that lies in several pieces, one below the other."""
+    if len(weights) == 1:
+        return F.linear(x, weights[0], bias)
+    y = torch.cat([F.linear(x, w) for w in weights], dim=-1)
+    return y if bias is None else y + bias
+
+
+def add_product(total, a, b):
+    """total += a @ b, added up in the dtype of `total` whatever that of a and b is."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # a piece at a time: adding another dtype makes a copy of it
+        for part, piece in zip(total.split(4096), a.split(4096)):
+            part += piece @ b
+
+
+def chunked_loss(x, weight, bias, targets, places=None):
     """Sum of -log softmax(x @ weight.T + bias)[target] over rows, a float32 scalar (of float64
     states a float64 one).
 
-    x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100 for "no loss": such rows
-    cost nothing. Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
+    x (..., C), weight (V, C) or a tuple of its pieces, bias (V,) or None, targets (...) with -100
+    for "no loss": such rows cost nothing. Equal to F.cross_entropy(..., reduction="sum"), value and
+    gradients.
+    `places` are those of the other targets, flattened; to look them up a GPU must be waited for.
     """
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    keep = targets != -100
-    if not keep.all():
-        x, targets = x[keep], targets[keep]
+    if places is None:
+        places = targets != -100
+        places = slice(None) if places.all() else places
+    x, targets = x[places], targets[places]
     device = x.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     with torch.autocast(device, enabled=False):
-        return ChunkedLoss.apply(x, weight, bias, targets, torch.is_grad_enabled(), low)
+        weights = weight if isinstance(weight, tuple) else (weight,)
+        return ChunkedLoss.apply(x, bias, targets, torch.is_grad_enabled(), low, *weights)
 
 
 def token_logps(x, weight, bias, targets):
@@ -447,9 +476,10 @@ def token_logps(x, weight, bias, targets):
     float32 (of float64 states in float64): for losses that are no plain sum over tokens. Logits are
     made a few rows at a time and made again in the backward pass, so they are never all held."""
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weights = weight if isinstance(weight, tuple) else (weight,)
 
     def some(rows, goal):
-        log_p = F.linear(rows, weight, bias).log_softmax(-1, dtype=full)
+        log_p = pieces_linear(rows, weights, bias).log_softmax(-1, dtype=full)
         return log_p.gather(1, goal[:, None])[:, 0]
 
     keep = targets != -100
@@ -498,8 +528,9 @@ def copy_candidates(ids, at):
     S, j = ids.shape[1], torch.arange(ids.shape[1], device=ids.device)
     small = torch.int16 if S * (LONGEST_MATCH + 1) < 2**15 else torch.int32  # faster, (B, T, S)
     same, length = j < at[..., None], 0
-    for k in range(min(S, LONGEST_MATCH)):
-        shifted = F.pad(ids, (k, -k), value=-1).int()
+    padded = F.pad(ids.int(), (LONGEST_MATCH - 1, 0), value=-1)
+    for k in reversed(range(LONGEST_MATCH)):
+        shifted = padded[:, k : k + S]
         same = same & (shifted.gather(1, at)[..., None] == shifted[:, None])
         length = length + same.to(small)
     best = (length * S + j.to(small)).amax(-1).long()
@@ -547,6 +578,7 @@ class Transformer(nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
         self.grad_checkpoint = False  # recompute blocks in the backward pass: less memory, slower
+        self.head_pieces = None  # a function for the head's weight in pieces: lora.py has one
         if not self.embed.weight.is_meta:
             self.init_weights()
 
@@ -591,7 +623,8 @@ class Transformer(nn.Module):
                 old = getattr(table, name, None)
                 if old is not None:
                     kept = old[:known]  # fewer, if there is an end of text that the model lacks
-                    new = kept.mean(0, keepdim=True).repeat(grown, *[1] * (old.dim() - 1))
+                    mean = kept.float().mean(0, keepdim=True).to(old.dtype)
+                    new = mean.repeat(grown, *[1] * (old.dim() - 1))
                     new[: len(kept)] = kept
                     setattr(table, name, nn.Parameter(new, old.requires_grad))
         if c.tied:
@@ -652,15 +685,18 @@ class Transformer(nn.Module):
         """Logits (B, V) of what comes after the last of the ids (B, T): all that sampling needs."""
         return self.head(self.hidden(ids, cache, positions, mask)[:, -1])
 
-    def forward(self, ids, targets=None, cache=None, positions=None, mask=None, reduction="sum"):
+    def forward(
+        self, ids, targets=None, cache=None, positions=None, mask=None, reduction="sum", places=None
+    ):
         x = self.hidden(ids, cache, positions, mask)
         if targets is None:
             return self.head(x)  # (B, T, V)
         if reduction == "logits":
             return self.head(x[targets != -100])  # (N, V)
+        weight = self.head_pieces() if self.head_pieces else self.head.weight
         if reduction == "none":
-            return token_logps(x, self.head.weight, self.head.bias, targets)  # (B, T)
-        return chunked_loss(x, self.head.weight, self.head.bias, targets)
+            return token_logps(x, weight, self.head.bias, targets)  # (B, T)
+        return chunked_loss(x, weight, self.head.bias, targets, places)
 
 
 class KVCache:
@@ -803,11 +839,14 @@ def load_weights(model, state, where="checkpoint", assign=False):
 
 
 def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="checkpoint"):
-    """The Transformer in a loaded checkpoint, on `device`, in evaluation mode."""
+    """The Transformer in a loaded checkpoint, on `device`, in evaluation mode. Its weights are in
+    `dtype`; for None as they lie in the file, and mapped from it if they stay on the CPU."""
     try:
         config = Config.from_dict(dict(content["config"]))
     except (TypeError, ValueError) as e:
         raise UserError(f"{where} has a config that cannot be built: {e}") from e
+    if content.get("parts"):  # a run's last.pt, whose weights `Run.restore` reads
+        return Transformer(config).eval()
     model = meta_model(config)  # no memory for weights that would be overwritten at once
     state = {k: v.to(device=device, dtype=dtype) for k, v in content["model"].items()}
     load_weights(model, state, where, assign=True)
@@ -853,35 +892,16 @@ def flops_per_token(config, length=None):
     return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
 
 
-def chinchilla_loss(parameters, tokens):
-    """Predicted loss in nats a token, L = E + A / N^0.34 + B / D^0.28 (Hoffmann et al. 2022, eq.
-    10). Fitted on web text with a 32k vocabulary: read it for trends, not as your loss."""
-    return 1.69 + 406.4 / parameters**0.34 + 410.7 / tokens**0.28
-
-
-def report(name, config, tokens=None):
+def report(name, config, tokens=None, world=None, shard=False):
     """The lines that `python model.py` prints."""
     parts = count_parameters(meta_model(config))
-    total = parts["total"]
-    shape = ", ".join(f"{k} {v}" for k, v in asdict(config).items())
-    lines = [f"{name}: {shape}", "", f"{'part':14}{'parameters':>16}{'share':>9}"]
-    for part, n in parts.items():
-        lines.append(f"{part:14}{n:16,}{n / total:9.1%}")
-    mib = total / 2**20
-    lines += [
-        "",
-        f"weights            {4 * mib:8,.1f} MiB in fp32, {2 * mib:,.1f} MiB in bf16",
-        f"gradients          {4 * mib:8,.1f} MiB in fp32",
-        f"AdamW's moments    {8 * mib:8,.1f} MiB in fp32",
-        f"training           {flops_per_token(config):8.3g} FLOPs per token, forward and backward",
-        f"Chinchilla advises {20 * total:,} training tokens (20 per parameter)",
-    ]
-    if tokens:
-        lines.append(
-            f"on {tokens:,} tokens ({tokens / total:.3g} per parameter) its fit predicts a loss of "
-            f"{chinchilla_loss(total, tokens):.3f} nats a token"
-        )
-    return "\n".join([*lines, f"{name}: {total:,} parameters"])
+    flops = flops_per_token(config)
+    lines = costs.shape_lines(name, asdict(config), parts, flops, tokens)
+    if world:  # the tables and two blocks of a model that is cut are gathered at once
+        total, blocks = parts["total"], parts["attention"] + parts["feed-forward"]
+        gathered = total - blocks + 2 * blocks // config.n_layer
+        lines += costs.world_lines(config, total, gathered, flops, world, shard)
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------
@@ -952,25 +972,15 @@ def load_hf(folder, dtype=None):
 
 def export_hf(content, folder, more=None):
     """Write config.json, with `more` fields, and model.safetensors of a checkpoint's model, for
-    transformers to read.
-
-    Where their architecture has a norm's weight or a bias and ours has none, it gets ones or zeros.
-    """
+    transformers to read."""
     config = Config.from_dict(dict(content["config"]))
     values, full = config_to_hf(config)
     if problem := fit_error(meta_model(config).state_dict(), content["model"]):
         raise UserError(f"this checkpoint does not fit its own config: {problem}")
-    state, dtype = {}, content["model"]["embed.weight"].dtype
-    for name, want in meta_model(full).state_dict().items():
-        if name == "head.weight" and full.tied:
-            continue
-        filler = torch.ones if name.endswith("weight") else torch.zeros
-        own = content["model"].get(name)
-        state[name] = filler(want.shape, dtype=dtype) if own is None else own
-    values["torch_dtype"] = str(dtype).removeprefix("torch.")
-    tensors = hf_weights.to_hf(state, values["model_type"] == "gpt2")
-    write_safetensors(Path(folder) / "model.safetensors", tensors)
-    write_json(Path(folder) / "config.json", values | (more or {}))
+    wanted = {name: t.shape for name, t in meta_model(full).state_dict().items()}
+    if full.tied:
+        del wanted["head.weight"]
+    hf_weights.write_model(Path(folder), values | (more or {}), wanted, content["model"])
 
 
 def export(name, folder):
@@ -1004,6 +1014,8 @@ def build_parser():
     which.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default: tiny)")
     which.add_argument("--ckpt", help=f"{WHAT_CKPT}, instead of a preset")
     p.add_argument("--tokens", type=int, help="training tokens, for the predicted loss")
+    p.add_argument("--world", type=int, help="GPUs: what each holds and sends")
+    p.add_argument("--shard", action="store_true", help="with --world: cut over them")
     p.add_argument("--export", metavar="DIR", help="write --ckpt as transformers reads it")
     return p
 
@@ -1021,7 +1033,8 @@ def main(argv=None):
         name, config = args.ckpt or args.preset, None
         if args.ckpt:
             config = Config.from_dict(dict(load_checkpoint(args.ckpt)["config"]))
-        print(report(name, config or preset(name), args.tokens))
+        config = config or preset(name)
+        print(report(name, config, args.tokens, args.world, args.shard))
 
 
 if __name__ == "__main__":

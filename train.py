@@ -15,22 +15,22 @@ The chapters: the recipe, batches, optimizers and schedule, evaluation, what a r
 
 import argparse
 import contextlib
-import gc
+import io
 import math
-import os
+import shutil
 import signal
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 
 if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import model as lm
@@ -39,21 +39,26 @@ from data.cli import (
     StopSignal,
     UserError,
     check_limits,
-    is_out_of_memory,
     printable,
     run_cli,
 )
-from data.files import write_json
-from data.machine import (
-    BF16Copy,
-    dtype_name,
-    make_runtime,
-    random_state,
-    set_random_state,
-    synchronize,
-)
+from data.costs import check_memory, memory_needed
+from data.files import write_json, write_whole
+from data.machine import dtype_name, make_runtime
 from data.plot import line_svg
-from data.runs import Log, newest_run, run_folder
+from data.runner import (
+    cut_like,
+    is_cut,
+    launch,
+    load_parts,
+    make_runner,
+    place,
+    save_parts,
+    whole,
+    whole_state,
+    whole_tensors,
+)
+from data.runs import Log, clock, eval_line, resumed_settings, run_folder
 from data.tokenizer import Tokenizer
 from prepare_data import data_hashes, find_data, read_meta, read_tokens
 
@@ -68,9 +73,11 @@ from prepare_data import data_hashes, find_data, read_meta, read_tokens
 RECIPE = dict(
     batch_size=8, grad_accum=1, optimizer="adamw", schedule="linear", warmup_steps=60,
     lr=3e-3, embed_lr=3e-2, head_lr=1e-2, min_lr=0.0, weight_decay=0.1, beta1=0.9, beta2=0.99,
-    grad_clip=1.0, eval_every=250, eval_tokens=32768, log_every=20, patience=0, seed=0,
+    grad_clip=1.0, eval_every=250, eval_tokens=32768, save_every=0, save_minutes=0.0,
+    log_every=20, patience=0, seed=0,
 )  # fmt: skip
 _LARGE = dict(embed_lr=None, head_lr=None, beta2=0.95, warmup_steps=200, schedule="cosine")
+_GPT2 = _LARGE | dict(warmup_steps=700, total_batch_tokens=2**19)
 
 # Differences for other shapes and optimizers. GPT-2's are customary values, not tried here.
 RECIPES = {
@@ -78,10 +85,10 @@ RECIPES = {
     "muon": dict(batch_size=12, weight_decay=0.0),
     "small": dict(lr=2e-3, batch_size=16),
     "baby": dict(lr=1.5e-3, batch_size=16),
-    "gpt2": _LARGE | dict(lr=6e-4, batch_size=4),
-    "gpt2-medium": _LARGE | dict(lr=3e-4, batch_size=2),
-    "gpt2-large": _LARGE | dict(lr=2.5e-4, batch_size=1),
-    "gpt2-xl": _LARGE | dict(lr=2e-4, batch_size=1),
+    "gpt2": _GPT2 | dict(lr=6e-4, min_lr=6e-5, batch_size=4),
+    "gpt2-medium": _GPT2 | dict(lr=3e-4, min_lr=3e-5, batch_size=2),
+    "gpt2-large": _GPT2 | dict(lr=2.5e-4, min_lr=2.5e-5, batch_size=1),
+    "gpt2-xl": _GPT2 | dict(lr=2e-4, min_lr=2e-5, batch_size=1),
     "novel": _LARGE | dict(lr=6e-4, batch_size=4),
 }
 
@@ -174,24 +181,25 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        """One step; a closure, as other optimizers take it, is not called."""
         for group in self.param_groups:
-            alike = defaultdict(list)  # matrices of one shape go through the products together
+            # matrices of one shape go through the products together; one that is cut over several
+            # processes is gathered alone
+            alike = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    alike[p.shape].append(p)
-            for shape, params in alike.items():
-                grad = torch.stack([p.grad for p in params])
-                for p, g in zip(params, grad):
-                    state = self.state[p]
-                    if not state:
-                        state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(g, 1 - group["momentum"])
-                    g.lerp_(state["momentum"], group["momentum"])  # Nesterov: look one step ahead
-                size = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-                for p, direction in zip(params, orthogonalize(grad)):
+                    alike[p if is_cut(p) else p.shape].append(p)
+            for params in alike.values():
+                ahead = []
+                for p in params:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    ahead.append(whole(p.grad.lerp(momentum, group["momentum"])))  # Nesterov
+                size = group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5
+                for p, direction in zip(params, orthogonalize(torch.stack(ahead))):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(direction, alpha=size)
+                    p.sub_(cut_like(direction, p), alpha=size)
 
 
 # To add an optimizer for the matrices inside blocks: {name: (class, its learning rate)}. The flag
@@ -216,8 +224,9 @@ def make_optimizers(model, args):
     tied = model.config.tied
     tables = {} if tied else {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
     tables |= {f"{name}.weight": args.embed_lr for name in ("value_embed", "bigram", "match")}
-    groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
-    others = [p for n, p in named if n not in tables and n not in inner]
+    named = {n.replace(".rows", ".weight"): p for n, p in named}  # new rows alone, beside adapters
+    groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named.items() if n in tables]
+    others = [p for n, p in named.items() if n not in tables and n not in inner]
     groups.append(dict(params=others, lr=args.lr))
     optimizers = []
     if args.optimizer in OPTIMIZERS and matrices:
@@ -227,11 +236,10 @@ def make_optimizers(model, args):
         groups.append(dict(params=matrices, lr=args.lr, weight_decay=args.weight_decay))
     groups = [g for g in groups if g["params"]]
     if groups:
-        fused = all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
         optimizers.append(
             # eps far below the usual 1e-8: gradients of a *mean* over thousands of tokens are tiny
             torch.optim.AdamW(
-                groups, betas=(args.beta1, args.beta2), eps=1e-10, weight_decay=0.0, fused=fused
+                groups, betas=(args.beta1, args.beta2), eps=1e-10, weight_decay=0.0, fused=True
             )
         )
     for group in (g for o in optimizers for g in o.param_groups):
@@ -281,15 +289,15 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     per_batch = max(1, 8192 // T)
     batches = [full[i : i + per_batch] for i in range(0, len(full), per_batch)]
     batches += [[s] for s in starts if s + T > targets]  # the short rest, in a batch of its own
-    for batch in batches[runtime.rank :: runtime.world]:
+    for batch, counts in runtime.share(batches):
         length = min(T, targets - batch[0])
         window = np.asarray(batch)[:, None] + np.arange(length + 1)
         block = torch.from_numpy(tokens[window].astype(np.int64))
-        n_bytes += int(byte_lengths[block[:, 1:].numpy()].clip(0).sum())
-        count += block[:, 1:].numel()
+        n_bytes += counts * int(byte_lengths[block[:, 1:].numpy()].clip(0).sum())
+        count += counts * block[:, 1:].numel()
         block = block.to(runtime.device)
         with lm.evaluating(model), runtime.autocast():
-            loss += model(block[:, :-1], block[:, 1:]).item()
+            loss += counts * model(block[:, :-1], block[:, 1:]).item()
     loss, count, n_bytes = runtime.total(loss, count, n_bytes)
     mean = loss / count
     return {
@@ -305,51 +313,17 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
 # --------------------------------------------------------------------------------------------
 
 
-def clock(seconds):
-    """3723 -> 1:02:03, 62 -> 1:02."""
-    m, s = divmod(int(seconds), 60)
-    return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
-
-
-def memory_needed(model, tokens):
-    """Bytes that training takes, roughly, with `tokens` in a micro-batch: weights, gradients and
-    two moments in fp32, and what each layer keeps for its backward pass."""
-    c = model.config
-    layer = tokens * (12 * c.d_model + 3 * c.d_ff) * 4
-    kept = c.n_layer * layer
-    if model.grad_checkpoint:  # only each layer's input, and one layer in full
-        kept = layer + c.n_layer * tokens * c.d_model * 4
-    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return held + 12 * learned + kept
-
-
-def check_memory(model, tokens, runtime):
-    """UserError if training with `tokens` in a micro-batch cannot fit this machine's memory (its
-    CPU's; a GPU tells by itself)."""
-    needed = memory_needed(model, tokens)
-    if runtime.device.type == "cpu" and hasattr(os, "sysconf"):
-        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > has:
-            raise UserError(
-                f"this needs about {needed / 2**30:,.0f} GiB of memory, the machine has "
-                f"{has / 2**30:,.0f}: use smaller batches, a shorter context or a smaller model"
-            )
-
-
 def header(model, args, runtime, tokens, per_batch, length):
     """The lines before the first step: what is trained, on what, and what it will take. `tokens`
     are those of the training text, `per_batch` those of a micro-batch, `length` those of a row."""
     c, n = model.config, lm.count_parameters(lm.meta_model(model.config))["total"]
-    # of a table that learns some rows only (lora.train_new_embeddings) just these count
-    trained = [p for p in model.parameters() if p.requires_grad]
-    learned = sum(getattr(p, "learned", p.numel()) for p in trained)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = f", {learned:,} trained ({learned / n:.2%})" if learned != n else ""
     memory = memory_needed(model, per_batch) / 2**20
     per_step = per_batch * args.grad_accum * runtime.world
     lines = [
         f"device {runtime.device}, {runtime.dtype}, {runtime.world} process(es), matmul peak "
-        f"{runtime.peak / 1e9:,.0f} GFLOP/s",
+        f"{runtime.peak / 1e9:,.0f} GFLOP/s ({runtime.peak_source})",
         f"{n:,} parameters{share}: {c.n_layer} layers x {c.d_model}, {c.n_head} heads, context "
         f"{c.context}, vocabulary {c.vocab_size:,}",
         f"{tokens:,} training tokens, {tokens / n:.2g} per parameter (Chinchilla advises 20)",
@@ -394,11 +368,13 @@ class Task:
     unit: str = "loss, nats per token"
 
 
-def training_step(model, task, batches, runtime, scaler):
-    """Forward and backward over this step's micro-batches. Returns (mean loss, tokens read).
+def training_step(model, task, batches, runtime, scaler, seed):
+    """Forward and backward over this step's micro-batches. Returns (this process's part of the mean
+    loss, tokens read by all). Nothing waits for a GPU: the loss is a tensor.
 
     The summed losses are divided by the target tokens of the whole step, over all micro-batches and
-    processes: so it never matters how a batch was cut, nor how unevenly its targets lie.
+    processes: so it never matters how a batch was cut, nor how unevenly its targets lie. Dropout is
+    a function of `seed`, a tuple, and of the micro-batch's number among those of all processes.
     """
     count, tokens = runtime.total(
         sum(task.count(*b) for b in batches), sum(b[0].numel() for b in batches)
@@ -407,16 +383,21 @@ def training_step(model, task, batches, runtime, scaler):
         raise UserError("this step has no target token: every label is masked")
     total = 0.0
     for i, batch in enumerate(batches):
-        batch = [t.to(runtime.device, non_blocking=True) for t in batch]
-        last = i == len(batches) - 1  # DDP exchanges gradients once a step, with the last backward
-        quiet = model.no_sync() if runtime.world > 1 and not last else contextlib.nullcontext()
+        number = runtime.rank * len(batches) + i
+        torch.manual_seed(int(np.random.SeedSequence((*seed, number)).generate_state(1)[0]))
+        batch = runtime.upload(batch)
+        last, quiet = i == len(batches) - 1, contextlib.nullcontext()
+        if runtime.sharded:  # gradients are exchanged once a step, with the last backward pass
+            model.set_requires_gradient_sync(last)
+        elif runtime.world > 1 and not last:
+            quiet = model.no_sync()
         with quiet:
             with runtime.autocast():
                 loss = task.loss(model, *batch)
-            # DDP averages over processes; what is wanted is the sum
+            # both ways average over processes; what is wanted is the sum
             scaler.scale(loss * (runtime.world / count)).backward()
         total = total + loss.detach()
-    return runtime.total(total)[0] / count, int(tokens)
+    return total / count, int(tokens)
 
 
 def clear_gradients(model):
@@ -432,18 +413,15 @@ def clear_gradients(model):
             p.grad = torch.zeros_like(p)
 
 
-def optimizer_step(model, optimizers, scaler, grad_clip, loss):
-    """Clip, step, clear. Returns the gradient norm before clipping; None, without a step, if loss
-    or norm are no number (fp16's loss scaling expects and skips such gradients by itself)."""
+def optimizer_step(model, optimizers, scaler, grad_clip, ahead=False):
+    """Clip, step, clear. Returns the gradient's norm before clipping, a tensor."""
     for o in optimizers:
         scaler.unscale_(o)
     params = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in params])
-    if grad_clip and norm > grad_clip:  # most are not: spare a pass over all gradients
+    norm = whole(nn.utils.get_total_norm([p.grad for p in params]))
+    # most norms are smaller: spare a CPU the pass over all gradients, and a GPU the question
+    if grad_clip and (ahead or norm > grad_clip):
         nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
-    norm = float(norm)
-    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-        return None
     for o in optimizers:
         scaler.step(o)
     clear_gradients(model)
@@ -453,7 +431,7 @@ def optimizer_step(model, optimizers, scaler, grad_clip, loss):
 
 class Run:
     """A run in progress: the optimizers, what changes with every step, and how it is shown and
-    saved. `state` is plain numbers; with weights, optimizers and RNG it is all that resuming needs.
+    saved. `state` is plain numbers; with weights and optimizers it is all that resuming needs.
     """
 
     def __init__(self, model, task, args, runtime, out, resume=None):
@@ -471,9 +449,12 @@ class Run:
             settings["parameters"] = sum(p.numel() for p in model.parameters())
             write_json(out / "settings.json", settings)
         self.last = {}  # the last evaluation
-        # (loss, tokens, FLOPs, seconds) of the last steps, so that a shorter last interval averages
-        # as many
-        self.recent = deque(maxlen=args.log_every)
+        # of the last steps, so that a shorter last interval averages as many: (tokens, FLOPs,
+        # seconds), losses, and [loss, norm], tensors that no one has waited for
+        self.recent, self.losses = (deque(maxlen=args.log_every) for _ in range(2))
+        self.unread, self.norm = [], 0.0
+        self.writer, self.writing = ThreadPoolExecutor(1), None
+        self.saved = self.state["seconds"]
 
     def progress(self):
         """The fraction of the run that is over: by steps or by minutes, whichever is further."""
@@ -493,31 +474,56 @@ class Run:
             group["lr"] = group["peak"] * lr / a.lr
         return lr
 
-    def log_step(self, loss, tokens, length, seconds, lr, norm):
-        """Count a step whose rows are `length` tokens long; every log_every steps, print a line and
-        write a row of metrics."""
+    def read_losses(self):
+        """Wait for loss and gradient norm of the last steps. UserError if one is no number (fp16's
+        loss scaling expects such norms, and skips these steps by itself)."""
+        if not self.unread:
+            return
+        rows = torch.stack([torch.stack(pair) for pair in self.unread]).tolist()
+        first = self.state["step"] - len(rows) + 1
+        self.unread.clear()
+        for step, (loss, self.norm) in enumerate(rows, first):
+            fine = math.isfinite(self.norm) or self.scaler.is_enabled()
+            if not (fine and math.isfinite(loss)):
+                raise UserError(
+                    f"step {step}: the loss ({loss}) or its gradient is no number; {self.out} "
+                    f"keeps the checkpoint of the last evaluation. Try a lower --lr, a longer "
+                    f"--warmup_steps or --dtype fp32"
+                )
+            self.losses.append(loss)
+
+    def log_step(self, loss, norm, tokens, length, start, lr):
+        """Count a step that began at `start` and whose rows are `length` tokens long; every
+        log_every steps, print a line and write a row of metrics. A GPU is waited for then, and at
+        every tenth step: in between it has always more to do."""
         s, flops = self.state, tokens * lm.flops_per_token(self.model.config, length)
         s["step"] += 1
         s["tokens"] += tokens
+        self.unread.append((loss.float(), norm.float()))
+        due = s["step"] % self.args.log_every == 0
+        if due or s["step"] % 10 == 0 or not self.runtime.ahead:
+            self.read_losses()
         # one clock for all processes: they must agree on when the time is up
-        s["seconds"] += self.runtime.total(seconds)[0] / self.runtime.world
-        self.recent.append((loss, tokens, flops, seconds))
+        seconds = self.runtime.total(time.perf_counter() - start)[0] / self.runtime.world
+        s["seconds"] += seconds
+        self.recent.append((tokens, flops, seconds))
         done = self.progress()
-        if s["step"] % self.args.log_every and done < 1:
+        if not due and done < 1:
             return
-        losses, counts, flops, times = zip(*self.recent)
-        tok_s = sum(counts) / sum(times)
-        peak = self.runtime.peak * self.runtime.world
+        self.read_losses()
+        counts, flops, times = zip(*self.recent)
+        tok_s, flop_s = sum(counts) / sum(times), sum(flops) / sum(times)
+        mfu = flop_s / (self.runtime.peak * self.runtime.world)
         row = dict(step=s["step"], tokens=s["tokens"], seconds=round(s["seconds"], 3))
-        row |= dict(loss=sum(losses) / len(losses), lr=lr, grad_norm=norm, tok_s=round(tok_s))
-        row["mfu"] = sum(flops) / sum(times) / peak
+        row["loss"] = self.runtime.total(sum(self.losses))[0] / len(self.losses)
+        row |= dict(lr=lr, grad_norm=self.norm, tok_s=round(tok_s), mfu=mfu)
         more = self.task.metrics()
         self.log.write(**row, **more)
         of = f"/{self.args.max_steps}" if self.args.max_steps else ""
         eta = clock(s["seconds"] * (1 - done) / done)
         self.log.line(
-            f"step {s['step']}{of}  loss {row['loss']:.3f}  lr {lr:.2e}  norm {norm:.2f}  "
-            f"{tok_s:,.0f} tok/s  mfu {row['mfu']:.0%}  eta {eta}"
+            f"step {s['step']}{of}  loss {row['loss']:.3f}  lr {lr:.2e}  norm {self.norm:.2f}  "
+            f"{tok_s:,.0f} tok/s  mfu {mfu:.0%}  eta {eta}"
             + "".join(f"  {k.replace('_', ' ')} {v:.3g}" for k, v in more.items()),
             rewrite=True,
         )
@@ -534,83 +540,91 @@ class Run:
         self.log.line(eval_line(row) + ("  best" if better else ""))
         self.save(better)
 
+    def wants_saving(self):
+        """Whether it is time for a checkpoint between evaluations."""
+        every, minutes = self.args.save_every, self.args.save_minutes
+        late = minutes and self.state["seconds"] - self.saved >= 60 * minutes
+        return late or bool(every and self.state["step"] % every == 0)
+
     def save(self, best=False):
         """Write the checkpoints and the picture. best.pt first: a crash in between costs nothing,
         since resuming from the older last.pt would write it again."""
+        self.read_losses()  # weights that are no numbers are not to be saved
+        self.saved = self.state["seconds"]
+        # a model that is cut is saved in parts; adapters over it are small enough to be gathered
+        parts, weights, optimizers = None, {}, []
+        if self.runtime.sharded and self.task.weights is lm.unwrapped_state:
+            parts = f"parts-{self.state['step']}"
+            save_parts(self.out / parts, self.model, self.optimizers)
+        else:
+            optimizers = [whole_state(o) for o in self.optimizers]
+        if best or not parts:
+            weights = whole_tensors(self.task.weights(self.model))
         if self.runtime.rank > 0:
             return
-        weights = {k: v.float() for k, v in self.task.weights(self.model).items()}
         inference = {"config": asdict(self.model.config), "model": weights, **self.task.extra}
         inference |= {"step": self.state["step"], "best": self.state["best"]}
         if best:
-            lm.save_checkpoint(self.out / "best.pt", inference)
+            self.write("best.pt", inference)
         resuming = {
-            "optimizers": [o.state_dict() for o in self.optimizers],
+            "model": {} if parts else weights,
+            "optimizers": optimizers,
+            "parts": parts,  # the folder with weights and optimizers
             "scaler": self.scaler.state_dict(),
             "state": dict(self.state),
-            "rng": random_state(),
             "args": vars(self.args),
+            "device": self.runtime.device.type,
         }
-        lm.save_checkpoint(self.out / "last.pt", inference | resuming)
+        self.write("last.pt", inference | resuming)
+        for old in set(self.out.glob("parts-*")) - {self.out / str(parts)}:
+            self.finish_writing()
+            shutil.rmtree(old)
         rows = [r for r in self.log.rows if not r.get("final")]
         curves = {k: [(r["step"], r[c]) for r in rows if c in r] for k, c in self.task.curves}
         svg = line_svg(self.out.name, curves, "steps", self.task.unit)
         (self.out / "loss.svg").write_text(svg, encoding="utf-8")
 
+    def write(self, name, content):
+        """Write a checkpoint. A GPU goes on meanwhile: a thread writes what is copied now."""
+        self.finish_writing()
+        if not self.runtime.ahead:
+            return lm.save_checkpoint(self.out / name, content)
+        copy = io.BytesIO()
+        torch.save(content, copy)
+        path, data = self.out / name, copy.getbuffer()
+        self.writing = self.writer.submit(write_whole, path, lambda f: f.write(data))
+
+    def finish_writing(self):
+        """Wait for the last checkpoint to be written; UserError if it could not be."""
+        if self.writing:
+            self.writing.result()
+
     def restore(self, content):
-        """Put back all that `save` took, except the weights."""
-        for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
-            own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-            optimizer.load_state_dict(saved)
-            for group, settings in zip(optimizer.param_groups, own):
-                group.update(settings)  # rates and decay are this call's, which may be new ones
-        self.scaler.load_state_dict(content["scaler"])
+        """Put back all that `save` took, except the weights (but for those in parts)."""
+        groups = [group for o in self.optimizers for group in o.param_groups]
+        own = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        if content.get("parts"):
+            load_parts(self.out / content["parts"], self.model, self.optimizers)
+        else:
+            for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+                for p, moments in optimizer.state.items():
+                    for k, v in moments.items():
+                        if v.dim():  # where only new rows learn, older runs have the whole table's
+                            moments[k] = cut_like(v[-len(p) :], p)
+        groups = [group for o in self.optimizers for group in o.param_groups]
+        for group, settings in zip(groups, own):
+            group.update(settings)  # rates and decay are this call's, which may be new ones
+        if content["scaler"]:  # empty of a run in another precision
+            self.scaler.load_state_dict(content["scaler"])
         self.state.update(content["state"])
-        set_random_state(content["rng"])
-
-
-def try_compile(model, task, runtime, step=0):
-    """torch.compile(model), tried on a batch of that step; the model itself if that fails."""
-    rng = torch.get_rng_state()
-    try:
-        compiled = torch.compile(model)
-        batch = [t.to(runtime.device) for t in task.batches(step)[0]]
-        with runtime.autocast():
-            task.loss(compiled, *batch).backward()
-        return compiled
-    except Exception as e:  # whatever the compiler raised, eager mode still works
-        reason = str(e).strip().split("\n")[0][:100]
-        print(f"--compile does not work here, going on without ({type(e).__name__}: {reason})")
-        return model
-    finally:
-        model.zero_grad(set_to_none=True)
-        torch.set_rng_state(rng)  # dropout of the trial must not shift that of the run
-
-
-def make_runner(model, task, args, runtime, step=0):
-    """(the module to call in place of `model`, the Runtime to call it in, what to call after each
-    optimizer step): the model itself or its BF16Copy, perhaps compiled or in DDP.
-
-    On a GPU casting costs little, so there is no copy; DDP would exchange gradients that the copy
-    no longer has; and frozen weights are better not held twice.
-    """
-    runner, precision, after_step = model, runtime, lambda: None
-    copied = runtime.dtype == "bf16" and runtime.device.type == "cpu" and runtime.world == 1
-    if copied and not args.autocast and all(p.requires_grad for p in model.parameters()):
-        runner, precision = BF16Copy(model), replace(runtime, dtype="fp32")
-        after_step = runner.sync_weights
-    runner = try_compile(runner, task, precision, step) if args.compile else runner
-    if runtime.world > 1:
-        # buffers are only tables of positions
-        runner = nn.parallel.DistributedDataParallel(runner, broadcast_buffers=False)
-    return runner, precision, after_step
 
 
 def fit(model, task, args, runtime, out, resume=None):
     """Train `model` on `task`, write the run to folder `out`. Returns the final metrics.
 
     Read from args: max_steps, max_minutes (None: no limit), what `make_optimizers` reads, min_lr,
-    warmup_steps, schedule, grad_clip, eval_every, log_every, patience, compile, autocast.
+    warmup_steps, schedule, grad_clip, eval_every, log_every, patience, seed, compile, autocast.
     `resume` is the content of a last.pt, its weights already in the model.
     Raises UserError at a loss that is no number, SystemExit(130 or 143) after Ctrl-C or SIGTERM,
     the run saved.
@@ -625,25 +639,23 @@ def fit(model, task, args, runtime, out, resume=None):
         while run.progress() < 1:
             start, lr = time.perf_counter(), run.set_lr()
             batches = task.batches(run.state["step"])
-            loss, tokens = training_step(runner, task, batches, precision, run.scaler)
-            norm = optimizer_step(model, run.optimizers, run.scaler, args.grad_clip, loss)
+            seed = args.seed, run.state["step"]
+            loss, tokens = training_step(runner, task, batches, precision, run.scaler, seed)
+            clip = args.grad_clip
+            norm = optimizer_step(model, run.optimizers, run.scaler, clip, runtime.ahead)
             after_step()
-            if norm is None:
-                raise UserError(
-                    f"step {run.state['step'] + 1}: the loss ({loss}) or its gradient is no "
-                    f"number; {out} keeps the checkpoint of the last evaluation. Try a lower --lr, "
-                    f"a longer --warmup_steps or --dtype fp32"
-                )
-            synchronize(runtime.device)
             length = sum(b[0].numel() for b in batches) / sum(len(b[0]) for b in batches)
-            run.log_step(loss, tokens, length, time.perf_counter() - start, lr, norm)
+            run.log_step(loss, norm, tokens, length, start, lr)
             if runtime.total(stop.number)[0]:
                 run.save()
+                run.finish_writing()
                 step = run.state["step"]
                 run.log.line(f"stopped at step {step}, saved: go on with --resume {out}")
                 raise SystemExit(128 + (stop.number or signal.SIGINT))
             if run.state["step"] % args.eval_every == 0 or run.progress() >= 1:
                 run.evaluate_and_save()
+            elif run.wants_saving():
+                run.save()
             if args.patience and run.state["bad"] >= args.patience:
                 run.log.line(f"{run.state['bad']} evaluations without a better one: stopping early")
                 break
@@ -653,23 +665,8 @@ def fit(model, task, args, runtime, out, resume=None):
         run.log.line(eval_line(final))
     final["final"] = True
     run.log.write(**final)
+    run.finish_writing()
     return {**final, **run.state}
-
-
-def eval_line(row):
-    """One line about an evaluation row."""
-    text = f"step {row['step']}  val loss {row['val_loss']:.4f}"
-    if row.get("val_ppl"):
-        text += f"  ppl {row['val_ppl']:,.2f}"
-    if row.get("val_bpb"):
-        text += f"  bits/byte {row['val_bpb']:.4f}"
-    if row.get("val_share"):
-        text += f"  ({row['val_share']:.0%} of val)"
-    known = {"step", "final", "val_loss", "val_ppl", "val_bpb", "val_share"}
-    for name, value in row.items():  # whatever else a task measures
-        if name not in known:
-            text += f"  {name.removeprefix('val_').replace('_', ' ')} {value:.4g}"
-    return text
 
 
 # --------------------------------------------------------------------------------------------
@@ -686,8 +683,11 @@ def add_machine(add):
     add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
     add("--dtype", type=dtype_name,
         help="auto (default), fp32, bf16, fp16: precision of matrix products")
-    add("--compile", action="store_true", default=None, help="torch.compile the model")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the model (default: on GPUs since Ampere)")
     add("--grad_checkpoint", action="store_true", default=None, help="less memory, slower")
+    add("--shard", action=argparse.BooleanOptionalAction,
+        help="cut model and optimizer over torchrun's processes, in place of a copy in each")
     add("--autocast", action="store_true", default=None,
         help="bf16 on a CPU without a bf16 copy of the weights")
 
@@ -696,7 +696,7 @@ def add_optimization(p):
     """Give a parser the flags that `fit` reads whatever is being learned; returns add_argument of
     their group."""
     add = p.add_argument_group("optimization").add_argument
-    add("--grad_accum", type=int, help="micro-batches a step")
+    add("--grad_accum", type=int, help="micro-batches a step and process")
     add("--optimizer", choices=("adamw", *OPTIMIZERS), help="of the matrices inside blocks")
     add("--lr", type=float, help="peak learning rate")
     add("--embed_lr", type=float, help="of the embedding table")
@@ -711,6 +711,8 @@ def add_optimization(p):
     add("--beta2", type=float, help="AdamW's second beta")
     add("--grad_clip", type=float, help="largest gradient norm; 0 is no clipping")
     add("--eval_every", type=int, help="steps between evaluations, each with a checkpoint")
+    add("--save_every", type=int, help="steps between checkpoints beside those; 0 is none")
+    add("--save_minutes", type=float, help="minutes between them; 0 is none")
     add("--log_every", type=int, help="steps between lines")
     add("--patience", type=int, help="stop after so many evaluations without a better one; 0 never")
     return add
@@ -733,10 +735,13 @@ def build_parser():
     add("--prompt", help="of the sample at the end (default: how the validation text begins)")
     add = add_optimization(p)
     add("--max_steps", type=int, help=f"default {DEFAULT_STEPS} if --max_minutes is not given")
+    add("--max_tokens", type=float, help="instead: training tokens, 1e9 for example")
     add("--max_minutes", type=float,
         help=f"of training, evaluation not counted (default {DEFAULT_MINUTES} if --max_steps is "
         "not given); with both, whichever comes first")
     add("--batch_size", type=int, help="rows a micro-batch (and process)")
+    add("--total_batch_tokens", type=int,
+        help="tokens a step of all processes, in place of --grad_accum")
     add("--eval_tokens", type=int,
         help="validation tokens an evaluation reads; 0 is all (the last one always reads all)")
     shape = p.add_argument_group("model shape, in place of the preset's (see model.Config)")
@@ -750,35 +755,6 @@ def build_parser():
 
 
 # fmt: on
-
-
-def resumed_settings(args, given, fixed):
-    """(settings, content of last.pt) of the run that --resume means: its own settings, changed by
-    what was `given` now, as long as that is not among the `fixed` ones."""
-    run = Path(args.resume) if args.resume else newest_run()
-    path = run / "last.pt" if run.is_dir() else run
-    if run.is_dir() and not path.exists():
-        instead = f"--ckpt {run} starts from its weights" if any(run.glob("*.pt")) else "start anew"
-        raise UserError(f"{run} has no last.pt to resume: {instead}")
-    content = lm.load_checkpoint(path)
-    if "args" not in content:
-        raise UserError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
-    if ("objective" in content["args"]) != ("objective" in vars(args)):
-        script = "finetune.py" if "objective" in content["args"] else "train.py"
-        raise UserError(f"{path} was written by {script}: resume it with that, or name another run")
-    if "out" in given:
-        raise UserError(f"--out cannot be given with --resume, which goes on in {path.parent}")
-    inherited = {k: v for k, v in content["args"].items() if v is not None}
-    inherited["autocast"] = inherited.pop("plain", inherited.get("autocast"))  # its old name
-    if changed := [k for k in given if k in fixed and given[k] != inherited.get(k)]:
-        raise UserError(f"--{changed[0]} cannot change when resuming {path}")
-    if {"max_steps", "max_minutes", "epochs"} & set(given):  # a new limit replaces the old ones
-        inherited |= dict(max_steps=None, max_minutes=None, epochs=None)
-    settings = inherited | given | {"out": str(path.parent)}
-    new = " and ".join(f"{k} {v}" for k, v in given.items() if k != "resume")
-    but = f", but {new}" if new else ""
-    print(f"resuming {path} at step {content['step']}; settings are the run's own{but}")
-    return settings, content
 
 
 def optimizer_rates():
@@ -795,7 +771,7 @@ def resolve(args):
     shape = {*SHAPE, "preset", "ckpt"}
     fixed = shape | {"optimizer", "seed"}  # what a run cannot change on its way
     if args.resume is not None:
-        settings, content = resumed_settings(args, given, fixed)
+        settings, content = resumed_settings(args, given, fixed, lm.load_checkpoint)
     else:
         content = None
         if "ckpt" in given and (shaped := sorted(shape & set(given) - {"ckpt", "context"})):
@@ -804,8 +780,12 @@ def resolve(args):
         settings = RECIPE | RECIPES.get(optimizer, {}) | RECIPES.get(preset, {})
         settings |= GOING_ON if "ckpt" in given else optimizer_rates()
         settings = {"data": "stdlib", "preset": preset} | settings | given
-        if not {"max_steps", "max_minutes"} & set(given):
+        if not {"max_steps", "max_tokens", "max_minutes"} & set(given):
             settings |= dict(max_steps=DEFAULT_STEPS, max_minutes=DEFAULT_MINUTES)
+    if {"grad_accum", "total_batch_tokens"} <= set(given):
+        raise UserError("--grad_accum follows from --total_batch_tokens: give one of them")
+    if "grad_accum" in given:
+        settings["total_batch_tokens"] = None
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
     check_limits(settings)
     return args, content
@@ -830,9 +810,11 @@ def build_model(args, content, meta, tokenizer):
                 f"one with other tokens): prepare the text with the same one (prepare_data.py "
                 f"--tokenizer takes a prepared folder, and a model of the Hub)"
             )
-        model = lm.model_from_checkpoint(content)
-        if tokenizer.n_vocab > model.config.vocab_size:  # it lacks the end of text
-            model.grow_vocabulary((tokenizer.n_vocab + 63) // 64 * 64, model.config.vocab_size)
+        # one that is to be cut stays mapped from its file, so that no process ever holds all of it
+        model = lm.model_from_checkpoint(content, dtype=None if args.shard else torch.float32)
+        size = max(tokenizer.n_vocab, model.config.vocab_size)  # it may lack the end of text
+        if args.resume is None:  # a multiple of 64 suits the hardware
+            model.grow_vocabulary((size + 63) // 64 * 64, model.config.vocab_size)
         model.train()
     else:
         changes = {k: getattr(args, k) for k in SHAPE if getattr(args, k) is not None}
@@ -855,6 +837,21 @@ def settle_context(args, model):
     args.context = most if args.context is None else args.context
     if not 2 <= args.context <= most:
         raise UserError(f"--context {args.context} must be from 2 to the model's {most}")
+
+
+def settle_steps(args, tokens, world):
+    """Fill in --grad_accum and --total_batch_tokens, each from the other, and --max_steps from
+    --max_tokens, for micro-batches of so many tokens in each of `world` processes. A run that goes
+    on in more or fewer processes keeps its tokens a step, and so the order of its rows."""
+    total = args.total_batch_tokens or tokens * world * args.grad_accum
+    args.total_batch_tokens, args.grad_accum = total, total // (tokens * world)
+    if total % (tokens * world) or not args.grad_accum:
+        raise UserError(
+            f"--total_batch_tokens {total} is no multiple of {tokens * world}: in {world} "
+            f"process(es) each micro-batch has {tokens} tokens (--batch_size x --context)"
+        )
+    if args.max_tokens:
+        args.max_steps = min(args.max_steps or math.inf, math.ceil(args.max_tokens / total))
 
 
 def settle_rates(args, model):
@@ -897,26 +894,6 @@ def closing_lines(model, tokenizer, runtime, meta, result, out, prompt_ids):
     return lines
 
 
-def launch(model, task, args, runtime, out, content):
-    """`fit`; then all processes leave together. A full memory becomes a UserError with advice."""
-    try:
-        result = fit(model, task, args, runtime, out, content)
-        if runtime.world > 1:
-            # free DDP before the process group: a process that exits while DDP still uses gloo's
-            # threads is aborted
-            dist.barrier()
-            gc.collect()
-        return result
-    except RuntimeError as e:
-        if is_out_of_memory(e):
-            advice = "halve the batch and double --grad_accum"
-            raise UserError(f"out of memory: {advice}, or try --grad_checkpoint") from e
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
 def main(argv=None):
     args, content = resolve(build_parser().parse_args(argv))
     folder = find_data(args.data, resuming=content is not None)
@@ -929,12 +906,14 @@ def main(argv=None):
     except RuntimeError as e:  # torch could not allocate it, or its size overflows
         reason = str(e).split("\n")[0]
         raise UserError(f"a model of this size cannot be built here ({reason})") from e
-    runtime = make_runtime(args.device, args.dtype, wide=model.config.d_model >= 512)
+    was, wide = (content or {}).get("device"), model.config.d_model >= 512
+    runtime = make_runtime(args.device, args.dtype, wide, was)
     args.dtype = runtime.dtype
-    model.to(runtime.device)
+    place(model, args, runtime)
     train, val = read_tokens(folder, "train"), read_tokens(folder, "val")
     settle_context(args, model)
     settle_rates(args, model)
+    settle_steps(args, args.batch_size * args.context, runtime.world)
     loader = TokenLoader(train, args.context, args.seed)
     check_memory(model, args.batch_size * args.context, runtime)
     out = run_folder(args, content, folder.name, runtime)
@@ -947,16 +926,20 @@ def main(argv=None):
             args.context,
         ),
         extra={"tokenizer": tokenizer.spec, "data": data_hashes(meta)},
+        loss=lambda m, ids, targets: m(ids, targets, places=slice(None)),  # none is -100
     )
     if runtime.rank == 0:
         per_batch = args.batch_size * args.context
         about = header(model, args, runtime, len(train), per_batch, args.context)
         print("\n".join([f"{out}: {folder}, {tokenizer.name}, {args.optimizer}", *about]))
-    result = launch(model, task, args, runtime, out, content)
-    if runtime.rank == 0:
+
+    def report(result):
         prompt = tokenizer.encode(args.prompt) if args.prompt else val[:16].tolist()
         lines = closing_lines(model, tokenizer, runtime, meta, result, out, prompt)
-        print("\n".join(lines))
+        if runtime.rank == 0:
+            print("\n".join(lines))
+
+    launch(partial(fit, model, task, args, runtime, out, content), report, runtime, out)
 
 
 if __name__ == "__main__":

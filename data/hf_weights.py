@@ -10,7 +10,8 @@ import torch
 
 from data.cli import UserError
 from data.download import WEIGHTS, weight_files
-from data.tensors import Safetensors, load_pt
+from data.files import write_json
+from data.tensors import Safetensors, load_pt, write_safetensors
 
 # --------------------------------------------------------------------------------------------
 # config.json
@@ -270,3 +271,16 @@ def read_state(folder, shapes, gpt2, tied, dtype=None):
 
 # Buffers that old checkpoints carry: causal masks, and rotary frequencies that follow from config
 IGNORED_TENSORS = r"(attn\.(masked_)?bias|rotary_emb\.inv_freq)$"
+
+
+def write_model(folder, values, shapes, state):
+    """Write config.json and model.safetensors of a model whose tensors, by our names, are to have
+    `shapes`: where its architecture has a norm's weight or a bias, and `state` none, it gets ones
+    or zeros."""
+    filled, dtype = {}, state["embed.weight"].dtype
+    for name, shape in shapes.items():
+        filler = torch.ones if name.endswith("weight") else torch.zeros
+        filled[name] = state[name] if name in state else filler(shape, dtype=dtype)
+    tensors = to_hf(filled, values["model_type"] == "gpt2")
+    write_safetensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", values | {"torch_dtype": str(dtype).removeprefix("torch.")})

@@ -84,6 +84,8 @@ timings = {}  # (shape, dtype, rows, int8) -> {way: seconds}, filled once a proc
 def fastest(weight, rows, int8):
     """x (N, in) -> x @ weight.T by what is fastest here for `rows` rows. UserError if no way to
     compute int8 exists here."""
+    if weight.device.type != "cpu":
+        return by_linear(weight, rows)
     key = tuple(weight.shape), weight.dtype, rows, int8
     if key not in timings:
         timings[key] = time_products(weight, rows, INT8_PRODUCTS if int8 else FLOAT_PRODUCTS)

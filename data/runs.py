@@ -159,3 +159,58 @@ class Log:
         start = "\r\033[K" if self.open_line else ""
         self.open_line = rewrite and sys.stdout.isatty()
         print(start + text, end="" if self.open_line else "\n", flush=True)
+
+
+def clock(seconds):
+    """3723 -> 1:02:03, 62 -> 1:02."""
+    m, s = divmod(int(seconds), 60)
+    return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
+
+
+def eval_line(row):
+    """One line about an evaluation row."""
+    text = f"step {row['step']}  val loss {row['val_loss']:.4f}"
+    if row.get("val_ppl"):
+        text += f"  ppl {row['val_ppl']:,.2f}"
+    if row.get("val_bpb"):
+        text += f"  bits/byte {row['val_bpb']:.4f}"
+    if row.get("val_share"):
+        text += f"  ({row['val_share']:.0%} of val)"
+    known = {"step", "final", "val_loss", "val_ppl", "val_bpb", "val_share"}
+    for name, value in row.items():  # whatever else a task measures
+        if name not in known:
+            text += f"  {name.removeprefix('val_').replace('_', ' ')} {value:.4g}"
+    return text
+
+
+def resumed_settings(args, given, fixed, load):
+    """(settings, content of last.pt, read by load(path)) of the run that --resume means: its own
+    settings, changed by what was `given` now, as long as that is not among the `fixed` ones."""
+    run = Path(args.resume) if args.resume else newest_run()
+    path = run / "last.pt" if run.is_dir() else run
+    if run.is_dir() and not path.exists():
+        instead = f"--ckpt {run} starts from its weights" if any(run.glob("*.pt")) else "start anew"
+        raise UserError(f"{run} has no last.pt to resume: {instead}")
+    content = load(path)
+    if "args" not in content:
+        raise UserError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
+    if ("objective" in content["args"]) != ("objective" in vars(args)):
+        script = "finetune.py" if "objective" in content["args"] else "train.py"
+        raise UserError(f"{path} was written by {script}: resume it with that, or name another run")
+    if "out" in given:
+        raise UserError(f"--out cannot be given with --resume, which goes on in {path.parent}")
+    inherited = {k: v for k, v in content["args"].items() if v is not None}
+    inherited["autocast"] = inherited.pop("plain", inherited.get("autocast"))  # its old name
+    if changed := [k for k in given if k in fixed and given[k] != inherited.get(k)]:
+        raise UserError(f"--{changed[0]} cannot change when resuming {path}")
+    limits = dict.fromkeys(("max_steps", "max_tokens", "max_minutes", "epochs"))
+    if set(limits) & set(given):  # a new limit replaces the old ones
+        inherited |= limits
+    settings = inherited | given | {"out": str(path.parent)}
+    new = " and ".join(f"{k} {v}" for k, v in given.items() if k != "resume")
+    but = f", but {new}" if new else ""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"resuming {path} at step {content['step']}; settings are the run's own{but}")
+    if "dtype" in given:
+        content.pop("device", None)  # whose dtype it would keep
+    return settings, content

@@ -10,7 +10,7 @@ import torch
 from bench_common import our_step, random_batches, take_turns
 
 import model as lm
-import train
+from data import runner
 
 
 def make(fail=None, then=None):
@@ -26,7 +26,8 @@ def wrong():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_step_that_is_timed_is_that_of_a_run(dtype, monkeypatch):
     made = []
-    monkeypatch.setattr(train, "BF16Copy", lambda m, make=train.BF16Copy: made.append(m) or make(m))
+    copied = runner.BF16Copy
+    monkeypatch.setattr(runner, "BF16Copy", lambda m: made.append(m) or copied(m))
     model = lm.Transformer(lm.preset("tiny", n_layer=1, vocab_size=64))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     our_step(model, random_batches(64, 2, 16), dtype, steps=3)()

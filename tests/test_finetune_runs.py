@@ -282,8 +282,8 @@ def test_micro_batches_of_any_target_count_give_the_gradient_of_the_whole(
         _, task = task_of(rows, objective, batch_tokens, accum, reference)
         batches = task.batches(0)
         assert len(batches) == accum
-        loss, _ = train.training_step(model, task, batches, CPU, scaler)
-        results.append((loss, gradients(model)))
+        loss, _ = train.training_step(model, task, batches, CPU, scaler, (0, 0))
+        results.append((float(loss), gradients(model)))
     (cut, ours), (whole, theirs) = results
     if objective == "dpo":  # a mean over pairs, whatever their lengths
         margin = ft.dpo_margin(small_model().to(dtype), *pair_batch(rows, reference))
@@ -570,7 +570,8 @@ def test_a_mask_can_be_read_from_a_pipe_that_closes_early(desk):
 
 def built(*flags, ckpt="out/base"):
     args, kind, more, _, _ = ft.resolve(ft.build_parser().parse_args(["--ckpt", ckpt, *flags]))
-    return ft.build_model(args, more, lambda t: kind.special_tokens(t, ["neg", "pos"]))
+    base = more if more and not args.lora_rank else lm.load_checkpoint(args.ckpt)
+    return ft.build_model(args, base, more, lambda t: kind.special_tokens(t, ["neg", "pos"]), CPU)
 
 
 @pytest.mark.parametrize("tied", [False, True])

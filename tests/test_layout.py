@@ -15,7 +15,9 @@ PACKAGES = {"torch", "tiktoken", "numpy", "requests"}
 IMPORTS = {
     "data.cli": "",
     "data.plot": "",
+    "data.costs": "data.cli",
     "data.machine": "data.cli",
+    "data.runner": "data.machine",
     "data.matmul": "data.cli",
     "data.analogy": "data.cli",
     "data.files": "data.cli",
@@ -45,18 +47,18 @@ IMPORTS = {
     "data.hf_weights": "data.tensors data.download",
     "data.hf_adapter": "data.hf_weights",
     "prepare_data": "data.hf_tokenizer data.sources data.text",
-    "model": "data.hf_tokenizer data.hf_weights data.machine",
+    "model": "data.costs data.hf_tokenizer data.hf_weights data.machine",
     "mnist": "model data.idx data.plot data.runs",
-    "lora": "model data.hf_adapter",
+    "lora": "model data.hf_adapter data.runner",
     "sample": "lora data.analogy data.matmul data.runs data.terminal",
-    "train": "model prepare_data data.plot data.runs",
+    "train": "model prepare_data data.plot data.runner data.runs",
     "finetune": "train sample data.batches data.rewards",
 }
 # What only one function needs, once all else is done: train.py's closing sample, the server.
 LATE = {"train": {"sample"}}
 LATE["sample"] = {"data.api", "data.scheduler", "data.server", "data.service"}
 WITHOUT_TORCH = {m for m in IMPORTS if m.startswith("data.")} | {"prepare_data"}
-WITHOUT_TORCH -= {"data.analogy", "data.machine", "data.matmul", "data.tensors"}
+WITHOUT_TORCH -= {"data.analogy", "data.machine", "data.matmul", "data.runner", "data.tensors"}
 WITHOUT_TORCH -= {"data.batches", "data.hf_weights", "data.hf_adapter"}
 PATHS = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
 if (ROOT / ".git").exists():  # a reader's own scripts and tools beside ours have other rules

@@ -27,6 +27,7 @@ import train
 from data.cli import UserError
 from data.machine import Runtime
 from data.plot import line_svg
+from data.runner import try_compile
 from data.runs import new_run
 
 CPU = Runtime(torch.device("cpu"), peak=1e11)
@@ -240,7 +241,8 @@ def gradients(cuts, targets, ids):
     batches = list(zip(ids.split(cuts), targets.split(cuts)))
     task = train.Task(batches=None, evaluate=None, extra={})
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loss, count = train.training_step(model, task, batches, CPU, scaler)
+    loss, count = train.training_step(model, task, batches, CPU, scaler, (0, 0))
+    loss = float(loss)
     return loss, count, [p.grad.clone() for p in model.parameters()]
 
 
@@ -265,7 +267,7 @@ def test_a_step_without_targets_and_a_loss_that_is_no_number_stop(corpus):
     model = lm.Transformer(lm.preset("tiny", n_layer=1, d_model=16, vocab_size=64))
     masked = [(torch.zeros(1, 4, dtype=torch.long), torch.full((1, 4), -100))]
     with pytest.raises(UserError, match="no target"):
-        train.training_step(model, task, masked, CPU, scaler)
+        train.training_step(model, task, masked, CPU, scaler, (0, 0))
 
     run("--data", "words", *SMALL, "--max_steps", 4, "--eval_every", 2, "--out", "out/nan")
     before = (corpus / "out/nan/last.pt").read_bytes()
@@ -500,19 +502,64 @@ def test_runs_that_start_together_get_folders_of_their_own(corpus):
 # ---- processes -----------------------------------------------------------------------------
 
 
-def test_two_processes_give_the_losses_of_one(corpus):
-    flags = ["--data", "words", *SMALL, "--max_steps", "8", "--eval_every", "4", "--log_every", "1"]
-    run(*flags, "--out", "out/one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", str(ROOT / "train.py"), *flags, "--batch_size", "1", "--grad_accum", "2",
-               "--out", "out/two"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+def torchrun(processes, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    command = [*command, str(processes), str(ROOT / "train.py"), *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
-    assert losses("out/two") == pytest.approx(losses("out/one"), abs=1e-5)
-    assert done.stdout.count("step 8  val loss") == 1  # it was of the whole of val, by one process
-    one, two = lm.load_checkpoint("out/one"), lm.load_checkpoint("out/two")
-    assert one["best"] == pytest.approx(two["best"], abs=1e-5)
+    return done.stdout
+
+
+@pytest.mark.parametrize("processes,optimizer", [(2, "adamw"), (4, "muon")])
+def test_processes_give_the_losses_of_one(corpus, processes, optimizer):
+    """Dropout, too, is that of the micro-batch, whichever process computes it."""
+    flags = ["--data", "words", *SMALL, "--max_steps", 8, "--eval_every", 4, "--log_every", 1]
+    flags += ["--batch_size", 1, "--dropout", 0.2, "--optimizer", optimizer]
+    run(*flags, "--grad_accum", 4, "--out", "out/one")
+    said = torchrun(processes, *flags, "--grad_accum", 4 // processes, "--out", "out/more")
+    assert losses("out/more") == pytest.approx(losses("out/one"), abs=1e-5)
+    assert said.count("step 8  val loss") == 1  # it was of the whole of val, by one process
+    one, more = lm.load_checkpoint("out/one"), lm.load_checkpoint("out/more")
+    assert one["best"] == pytest.approx(more["best"], abs=1e-5)
+    run(*flags, "--grad_accum", 4, "--seed", 1, "--dropout", 0, "--out", "out/other")
+    assert losses("out/other") != pytest.approx(losses("out/one"), abs=1e-3)
+
+
+def test_accumulation_follows_from_the_tokens_of_a_step():
+    def settled(tokens, world, **changes):
+        args = settings(total_batch_tokens=None, max_tokens=None, grad_accum=2, **changes)
+        train.settle_steps(args, tokens, world)
+        return args.grad_accum, args.total_batch_tokens, args.max_steps
+
+    assert settled(64, 1) == (2, 128, 10)
+    assert settled(64, 4) == (2, 512, 10)
+    for world, accum in ((1, 8), (2, 4), (8, 1)):
+        args = settings(total_batch_tokens=512, max_tokens=5000.0)
+        train.settle_steps(args, 64, world)
+        assert args.grad_accum == accum and args.max_steps == 10
+    for steps, wanted in ((3, 3), (50, 10), (None, 10)):  # whichever comes first
+        args = settings(total_batch_tokens=512, max_tokens=5000.0, max_steps=steps)
+        train.settle_steps(args, 64, 1)
+        assert args.max_steps == wanted
+    with pytest.raises(UserError, match="--grad_accum follows from --total_batch_tokens"):
+        train.main(["--data", "words", "--total_batch_tokens", "512", "--grad_accum", "2"])
+    for tokens, world in ((64, 3), (64, 16), (100, 1)):
+        args = settings(total_batch_tokens=512, max_tokens=None)
+        with pytest.raises(UserError, match=f"512 is no multiple of {tokens * world}"):
+            train.settle_steps(args, tokens, world)
+
+
+def test_checkpoints_between_evaluations(corpus, monkeypatch):
+    saved, save = [], train.Run.save
+    monkeypatch.setattr(train.Run, "save", lambda run, *a: saved.append(run.state["step"]) or
+                        save(run, *a))
+    flags = ["--data", "words", *SMALL, "--max_steps", "7", "--eval_every", "5"]
+    train.main([*flags, "--save_every", "2", "--out", "out/steps"])
+    assert saved == [2, 4, 5, 6, 7]
+    saved.clear()
+    train.main([*flags, "--save_minutes", "1e-9", "--out", "out/minutes"])
+    assert saved == [1, 2, 3, 4, 5, 6, 7]
 
 
 # ---- what a run leaves, and what stops it ----------------------------------------------------
@@ -578,13 +625,13 @@ def test_gradient_checkpointing_changes_nothing_but_memory(corpus):
 
 
 def test_compile_falls_back_to_eager_with_one_line(monkeypatch, capsys):
-    def refuse(model):
+    def refuse(*args):
         raise RuntimeError("no compiler here\nand a long story")
 
-    monkeypatch.setattr(torch, "compile", refuse)
+    monkeypatch.setattr(torch, "compile", lambda plain: refuse)
     model = lm.Transformer(lm.preset("tiny", n_layer=1, d_model=16, vocab_size=64))
-    task = train.Task(batches=None, evaluate=None, extra={})
-    assert train.try_compile(model, task, CPU) is model
+    task = train.Task(lambda step: [(torch.zeros(1, 4).long(),) * 2], evaluate=None, extra={})
+    try_compile(model, task, CPU)
     said = capsys.readouterr().out
     assert "no compiler here" in said and said.count("\n") == 1
 
