@@ -36,7 +36,7 @@ import lora
 from data.analogy import analogy
 from data.chat import find_template, label_token, labels_of
 from data.cli import Parser, UserError, check_limits, printable, run_cli
-from data.machine import DTYPES, choose_device, dtype_name
+from data.machine import DTYPES, choose_device, dtype_name, native_dtype
 from data.matmul import product, timing_lines
 from data.reply import TextStream
 from data.runs import newest_run
@@ -242,7 +242,7 @@ class Engine:
     @torch.inference_mode()
     def __init__(self, model, slots, length=None, chunk=math.inf, slide=None):
         self.model, self.chunk, self.slide = model, chunk, slide or (lambda kept: None)
-        self.context = model.config.context
+        self.context, self.static = model.config.context, getattr(model, "static", False)
         self.cache, self.view = KVCache(model, slots, length), None
         self.device = self.cache.keys.device
         self.slots, self.busy, self.ended = [Slot(row) for row in range(slots)], 0, 0
@@ -338,12 +338,14 @@ class Engine:
         self.make_room(longest + 1)
         if self.view is None or self.view.keys.shape[1] != len(slots):
             self.view = self.cache.rows(0, len(slots))
-        self.view.length, self.view.lengths = longest, None
-        if min(held) == longest:
+        # a model that is compiled for one shape looks at all places of the cache
+        S = self.cache.keys.shape[3] if self.static else longest + 1
+        self.view.length, self.view.lengths = S - 1, None
+        if min(held) == S - 1:
             logits = self.model.last_logits(ids, self.view)
         else:
             self.view.lengths = lengths = torch.tensor(held, device=device).view(-1, 1, 1, 1)
-            visible = torch.arange(longest + 1, device=device) <= lengths  # (B, 1, 1, S)
+            visible = torch.arange(S, device=device) <= lengths  # (B, 1, 1, S)
             logits = self.model.last_logits(ids, self.view, lengths[:, 0, 0], visible)
         for slot in slots:  # not before: Ctrl-C may have come in between
             slot.held += 1
@@ -489,7 +491,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
         so_far = torch.tensor([[s] for s, _ in live], dtype=torch.float64)
-        total = logits.log_softmax(-1).double().cpu() + so_far
+        total = logits.log_softmax(-1).cpu().double() + so_far
         # each live beam has one way to end, so 2 x beams candidates leave enough that go on
         score, flat = total.flatten().topk(min(2 * beams, total.numel()))
         parent, token = flat // total.shape[1], flat % total.shape[1]
@@ -671,6 +673,41 @@ def half_gelu(h):
     return torch.addcmul(h, h, torch.erf(h * ROOT))
 
 
+class GraphedSteps:
+    """A FastTransformer's `last_logits` for steps of one token on a GPU: its hundreds of operations
+    are recorded as a CUDA graph, once for a cache and a number of texts, and started by one call.
+    The Engine shows such a model all places of its cache, so that shapes stay the same."""
+
+    def __init__(self, fast):
+        self.step, self.key = fast.last_logits, None
+        fast.last_logits, fast.static = self, True
+
+    def __call__(self, ids, cache, positions=None, mask=None):
+        if ids.shape[1] > 1 or mask is None:
+            return self.step(ids, cache, positions, mask)
+        new = ids, cache.lengths, positions, mask
+        if self.key != (key := (cache.keys.data_ptr(), ids.shape, mask.shape)):
+            self.key, self.inputs = key, [t.clone() for t in new]
+            self.graph = torch.cuda.CUDAGraph()
+            self.record(cache)
+        for own, t in zip(self.inputs, new):
+            own.copy_(t)
+        self.graph.replay()
+        return self.logits
+
+    def record(self, cache):
+        """Run a step on a stream of its own, as PyTorch wants it first, then record one."""
+        (ids, cache.lengths, *rest), length = self.inputs, cache.length
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            self.step(ids, cache, *rest)
+        here.wait_stream(aside)
+        cache.length = length
+        with torch.cuda.graph(self.graph):
+            self.logits = self.step(ids, cache, *rest)
+
+
 # --------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------
@@ -684,7 +721,7 @@ def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
     device = choose_device(device)
     dtype = "fp32" if dtype == "int8" else dtype  # which the FastTransformer makes of it
     if dtype in (None, "auto"):
-        dtype = "bf16" if device.type == "cuda" else "fp32"
+        dtype = native_dtype(device)
     # an adapter knows its base by the weights as they are on disk
     content = load_checkpoint(where, None if adapters else DTYPES[dtype])
     over = [Path(a) for a in adapters]
@@ -721,13 +758,19 @@ def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
 
 
 def fast_model(model, rows, args):
-    """What to write `rows` texts at once with: the model's FastTransformer on a CPU if that can
-    compute it, unless it has adapters (they may be switched) or args.no_fast says no. UserError if
-    args.dtype int8 is not possible."""
+    """What to write `rows` texts at once with: the model's FastTransformer on a CPU, and on a GPU
+    with args.cuda_graphs, if that can compute it, unless it has adapters (they may be switched) or
+    args.no_fast says no. UserError if args.dtype int8 is not possible."""
     int8, no_fast = args.dtype == "int8", args.no_fast
     adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
     device = model.embed.weight.device.type
     known = FastTransformer.can_compute(model)
+    if args.cuda_graphs and device != "cuda":
+        raise UserError(f"--cuda_graphs needs a GPU with CUDA, the model is on {device}")
+    if known and args.cuda_graphs and device == "cuda" and not (no_fast or adapted or int8):
+        fast = FastTransformer(model, rows=rows)
+        GraphedSteps(fast)
+        return fast
     if known and not (no_fast or adapted or device != "cpu"):
         fast = FastTransformer(model, int8, rows)
         if args.verbose:
@@ -974,6 +1017,7 @@ def build_parser():
         choices=("auto", "fp32", "bf16", "fp16", "int8"),
         help="of the weights (default auto: bf16 on CUDA, else fp32); int8 is for CPUs")
     add("--no_fast", action="store_true", help="write with the Transformer itself")
+    add("--cuda_graphs", action="store_true", help="on a GPU: start a step by one call")
     add("--verbose", action="store_true", help="show which products the FastTransformer timed")
     add("--adapter", action="append", help="LoRA run to lay over --ckpt; several can be switched")
     add("--chat", action="store_true", help="talk in the terminal")

@@ -24,6 +24,7 @@ import model as lm
 import prepare_data
 import sample
 import train
+from data import runner
 from data.cli import UserError
 from data.machine import Runtime
 from data.tokenizer import Tokenizer
@@ -201,7 +202,7 @@ def test_int8_costs_less_than_half_a_percent_of_perplexity(shakespeare):
 
 def test_the_bf16_copys_gradients_are_the_models_but_for_rounding():
     model = build("gpt2")
-    other, twin = copy.deepcopy(model), train.BF16Copy(model)
+    other, twin = copy.deepcopy(model), runner.BF16Copy(model)
     ids = torch.randint(300, (2, 40))
     for _ in range(2):  # two micro-batches: they add up
         twin(ids, ids).backward()
@@ -216,7 +217,7 @@ def test_the_bf16_copys_gradients_are_the_models_but_for_rounding():
 
 def test_steps_too_small_for_bf16_are_not_lost():
     model = build("llama")
-    twin, before = train.BF16Copy(model), model.embed.weight.detach().clone()
+    twin, before = runner.BF16Copy(model), model.embed.weight.detach().clone()
     with torch.no_grad():
         for _ in range(300):  # each a tenth of what bf16 can tell from 1
             for p in model.parameters():
@@ -229,42 +230,46 @@ def test_steps_too_small_for_bf16_are_not_lost():
 
 def test_a_bf16_copy_is_for_a_cpu_alone_and_all_of_a_model():
     model, runtime = build("llama"), Runtime(torch.device("cpu"), "bf16")
-    args = argparse.Namespace(autocast=None, compile=None)
-    runner, precision, _ = train.make_runner(model, None, args, runtime)
-    assert isinstance(runner, train.BF16Copy) and precision.dtype == "fp32"
+    args = argparse.Namespace(autocast=None, compile=False)
+    found, precision, _ = runner.make_runner(model, None, args, runtime)
+    assert isinstance(found, runner.BF16Copy) and precision.dtype == "fp32"
     for other in (dict(dtype="fp32"), dict(device=torch.device("cuda"))):
-        other = train.replace(runtime, **other)
-        assert train.make_runner(model, None, args, other)[:2] == (model, other)
+        other = dataclasses.replace(runtime, **other)
+        assert runner.make_runner(model, None, args, other)[:2] == (model, other)
     model.embed.weight.requires_grad_(False)
-    assert train.make_runner(model, None, args, runtime)[0] is model
+    assert runner.make_runner(model, None, args, runtime)[0] is model
 
 
 @pytest.mark.parametrize("works", [True, False])
 def test_the_compilers_trial_leaves_nothing_behind(works, monkeypatch):
     """Its batch goes forward and backward once; the first step must not see its gradients."""
     model = build("llama")
-    twin, ids = train.BF16Copy(model), torch.randint(300, (2, 20))
-    seen = []
+    twin, ids = runner.BF16Copy(model), torch.randint(300, (2, 20))
+    seen, hidden = [], twin.low.hidden
 
-    def compiled(*batch):
-        seen.append(batch)
-        loss = twin(*batch)
+    def compiled(*args):
+        seen.append(args)
         if not works:
-            loss.backward()
             raise RuntimeError("no compiler here")
-        return loss
+        return hidden(*args)
 
-    monkeypatch.setattr(torch, "compile", lambda m: compiled)
+    monkeypatch.setattr(torch, "compile", lambda plain: compiled)
     task = train.Task(lambda step: [(ids, ids)], evaluate=None, extra={})
-    runner = train.try_compile(twin, task, Runtime(torch.device("cpu")))
-    assert runner is (compiled if works else twin) and len(seen) == 1
+    twin.train()
+    runner.try_compile(twin, task, Runtime(torch.device("cpu")))
+    assert len(seen) == 1 and (twin.low.hidden == hidden) is not works
     assert all(p.grad is None for p in (*model.parameters(), *twin.parameters()))
+    twin.low(ids, ids)
+    assert len(seen) == 1 + works
+    with lm.evaluating(twin):
+        twin.low(ids, ids)
+    assert len(seen) == 1 + works  # only in training
 
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_autocast_trains_without_a_bf16_copy(plain, tmp_path, monkeypatch):
-    made, copied = [], train.BF16Copy
-    monkeypatch.setattr(train, "BF16Copy", lambda m: made.append(m) or copied(m))
+    made, copied = [], runner.BF16Copy
+    monkeypatch.setattr(runner, "BF16Copy", lambda m: made.append(m) or copied(m))
     model, ids = build("llama"), torch.randint(300, (2, 20))
     flags = ["--max_steps", "1", "--eval_every", "9", *(["--autocast"] if plain else [])]
     args = train.resolve(train.build_parser().parse_args(flags))[0]
@@ -274,7 +279,7 @@ def test_autocast_trains_without_a_bf16_copy(plain, tmp_path, monkeypatch):
 
 
 def test_int8_says_what_stands_in_its_way():
-    args = argparse.Namespace(dtype="int8", no_fast=True, verbose=False)
+    args = argparse.Namespace(dtype="int8", no_fast=True, verbose=False, cuda_graphs=False)
     model = build("llama")
     with pytest.raises(UserError, match="--dtype int8 excludes --no_fast"):
         sample.fast_model(model, 1, args)
@@ -300,7 +305,7 @@ def test_a_model_with_a_part_of_its_own_is_used_as_it_is():
 
         softcap: float = 0.0
 
-    args = argparse.Namespace(dtype="fp32", no_fast=False, verbose=False)
+    args = argparse.Namespace(dtype="fp32", no_fast=False, verbose=False, cuda_graphs=False)
     gated, capped, same = build("llama"), build("llama"), build("llama")
     gated.blocks[1].attention = Gated(gated.config)
     capped.config = Capped(**dataclasses.asdict(capped.config), softcap=15.0)
@@ -311,5 +316,8 @@ def test_a_model_with_a_part_of_its_own_is_used_as_it_is():
     args.dtype = "int8"
     with pytest.raises(UserError, match="for models that the FastTransformer can compute"):
         sample.fast_model(capped, 1, args)
+    args.dtype, args.cuda_graphs = "fp32", True
+    with pytest.raises(UserError, match="--cuda_graphs needs a GPU"):
+        sample.fast_model(same, 1, args)
     for name in ARCHITECTURES:
         assert FastTransformer.can_compute(build(name)), name
