@@ -89,7 +89,13 @@ def save_hub(folder):
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, max_position_embeddings=256, tie_word_embeddings=True,
     )
-    save_model(folder / "Qwen/Qwen3-0.6B/resolve/main", qwen, QWEN_TOKENS)
+    for size in ("0.6B", "8B"):
+        save_model(folder / f"Qwen/Qwen3-{size}/resolve/main", qwen, QWEN_TOKENS)
+    stories = folder / "datasets/roneneldan/TinyStories/resolve/main"
+    stories.mkdir(parents=True)
+    for split in ("train", "valid"):
+        text = "".join(f"Once upon a time {n}.\n<|endoftext|>\n" for n in range(200))
+        (stories / f"TinyStoriesV2-GPT4-{split}.txt").write_text(text, encoding="utf-8")
     rows = folder / "datasets/shibing624/alpaca-zh/resolve/main/alpaca_gpt4_data_zh.json"
     rows.parent.mkdir(parents=True)
     rows.symlink_to(REAL / "instruct" / "alpaca_zh_demo.json")
@@ -117,6 +123,8 @@ def toy(line):
     if "--max_minutes" in line:  # the toy is limited by its steps
         line = re.sub(r"--max_minutes \S+", "", line)
     line = line.replace(script, shlex.quote(str(ROOT / script)))
+    line = re.sub(r"--nnodes 2 --nproc_per_node 8 .* HOST:29500", "--nproc_per_node 2", line)
+    line = line.replace("--nproc_per_node 8", "--nproc_per_node 2")
     line = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
     return re.sub(r"(?<![/\w])python ", f"{sys.executable} ", line) + " " + extra
 
