@@ -853,7 +853,7 @@ def build_model(args, base, content, special_tokens, runtime):
         mapped = args.quantize or args.shard
         model = lm.model_from_checkpoint(base, dtype=None if mapped else torch.float32)
     if not content:  # a resumed run has trained its new and spare rows: they stay as they are
-        model.grow_vocabulary(-(-tokenizer.n_vocab // 64) * 64, bare.n_vocab)
+        model.grow_vocabulary(lm.padded_vocab(tokenizer.n_vocab), bare.n_vocab)
     if lora_on and not content:
         settings = dict(targets=args.lora_targets, rank=args.lora_rank, dropout=args.lora_dropout)
         settings["alpha"] = args.lora_alpha or 2 * args.lora_rank
@@ -864,7 +864,8 @@ def build_model(args, base, content, special_tokens, runtime):
         own = dict(model.named_parameters())
         tables = [n for n in ("embed.weight", "value_embed.weight", "head.weight") if n in own]
         tables = tables if tokenizer is not bare else []
-        mark = runtime.of_first(runtime.rank or lora.fingerprint(base["model"]))
+        mark = None if runtime.rank else lora.fingerprint(base["model"])  # one process reads it
+        mark = runtime.of_first(mark)
         about = settings | dict(quantize=args.quantize, base=args.ckpt, base_sha256=mark)
         about |= dict(tables=tables, first_row=bare.n_vocab)
     if about:

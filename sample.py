@@ -36,6 +36,7 @@ import lora
 from data.analogy import analogy
 from data.chat import find_template, label_token, labels_of
 from data.cli import Parser, UserError, check_limits, printable, run_cli
+from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, dtype_name, native_dtype
 from data.matmul import product, timing_lines
 from data.reply import TextStream
@@ -338,7 +339,7 @@ class Engine:
         self.make_room(longest + 1)
         if self.view is None or self.view.keys.shape[1] != len(slots):
             self.view = self.cache.rows(0, len(slots))
-        # a model that is compiled for one shape looks at all places of the cache
+        # a model whose steps are recorded looks at all places of the cache
         S = self.cache.keys.shape[3] if self.static else longest + 1
         self.view.length, self.view.lengths = S - 1, None
         if min(held) == S - 1:
@@ -673,41 +674,6 @@ def half_gelu(h):
     return torch.addcmul(h, h, torch.erf(h * ROOT))
 
 
-class GraphedSteps:
-    """A FastTransformer's `last_logits` for steps of one token on a GPU: its hundreds of operations
-    are recorded as a CUDA graph, once for a cache and a number of texts, and started by one call.
-    The Engine shows such a model all places of its cache, so that shapes stay the same."""
-
-    def __init__(self, fast):
-        self.step, self.key = fast.last_logits, None
-        fast.last_logits, fast.static = self, True
-
-    def __call__(self, ids, cache, positions=None, mask=None):
-        if ids.shape[1] > 1 or mask is None:
-            return self.step(ids, cache, positions, mask)
-        new = ids, cache.lengths, positions, mask
-        if self.key != (key := (cache.keys.data_ptr(), ids.shape, mask.shape)):
-            self.key, self.inputs = key, [t.clone() for t in new]
-            self.graph = torch.cuda.CUDAGraph()
-            self.record(cache)
-        for own, t in zip(self.inputs, new):
-            own.copy_(t)
-        self.graph.replay()
-        return self.logits
-
-    def record(self, cache):
-        """Run a step on a stream of its own, as PyTorch wants it first, then record one."""
-        (ids, cache.lengths, *rest), length = self.inputs, cache.length
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            self.step(ids, cache, *rest)
-        here.wait_stream(aside)
-        cache.length = length
-        with torch.cuda.graph(self.graph):
-            self.logits = self.step(ids, cache, *rest)
-
-
 # --------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------
@@ -760,18 +726,19 @@ def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
 def fast_model(model, rows, args):
     """What to write `rows` texts at once with: the model's FastTransformer on a CPU, and on a GPU
     with args.cuda_graphs, if that can compute it, unless it has adapters (they may be switched) or
-    args.no_fast says no. UserError if args.dtype int8 is not possible."""
+    args.no_fast says no. UserError if args.dtype int8 or CUDA graphs are not possible."""
     int8, no_fast = args.dtype == "int8", args.no_fast
     adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
     device = model.embed.weight.device.type
     known = FastTransformer.can_compute(model)
+    usable = known and not (no_fast or adapted)
     if args.cuda_graphs and device != "cuda":
         raise UserError(f"--cuda_graphs needs a GPU with CUDA, the model is on {device}")
-    if known and args.cuda_graphs and device == "cuda" and not (no_fast or adapted or int8):
+    if usable and args.cuda_graphs and not int8:
         fast = FastTransformer(model, rows=rows)
-        GraphedSteps(fast)
+        fast.last_logits, fast.static = GraphedSteps(fast.last_logits), True
         return fast
-    if known and not (no_fast or adapted or device != "cpu"):
+    if usable and device == "cpu":
         fast = FastTransformer(model, int8, rows)
         if args.verbose:
             print("\n".join(timing_lines()), file=sys.stderr)
@@ -1015,7 +982,8 @@ def build_parser():
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
     add("--dtype", default="auto", type=dtype_name,
         choices=("auto", "fp32", "bf16", "fp16", "int8"),
-        help="of the weights (default auto: bf16 on CUDA, else fp32); int8 is for CPUs")
+        help="of the weights (default auto: on CUDA bf16, or fp16 before Ampere; else fp32); "
+        "int8 is for CPUs")
     add("--no_fast", action="store_true", help="write with the Transformer itself")
     add("--cuda_graphs", action="store_true", help="on a GPU: start a step by one call")
     add("--verbose", action="store_true", help="show which products the FastTransformer timed")

@@ -624,7 +624,8 @@ def fit(model, task, args, runtime, out, resume=None):
     """Train `model` on `task`, write the run to folder `out`. Returns the final metrics.
 
     Read from args: max_steps, max_minutes (None: no limit), what `make_optimizers` reads, min_lr,
-    warmup_steps, schedule, grad_clip, eval_every, log_every, patience, seed, compile, autocast.
+    warmup_steps, schedule, grad_clip, eval_every, save_every, save_minutes, log_every, patience,
+    seed, compile, autocast.
     `resume` is the content of a last.pt, its weights already in the model.
     Raises UserError at a loss that is no number, SystemExit(130 or 143) after Ctrl-C or SIGTERM,
     the run saved.
@@ -735,7 +736,7 @@ def build_parser():
     add("--prompt", help="of the sample at the end (default: how the validation text begins)")
     add = add_optimization(p)
     add("--max_steps", type=int, help=f"default {DEFAULT_STEPS} if --max_minutes is not given")
-    add("--max_tokens", type=float, help="instead: training tokens, 1e9 for example")
+    add("--max_tokens", type=float, help="also a limit: training tokens, 1e9 for example")
     add("--max_minutes", type=float,
         help=f"of training, evaluation not counted (default {DEFAULT_MINUTES} if --max_steps is "
         "not given); with both, whichever comes first")
@@ -813,13 +814,13 @@ def build_model(args, content, meta, tokenizer):
         # one that is to be cut stays mapped from its file, so that no process ever holds all of it
         model = lm.model_from_checkpoint(content, dtype=None if args.shard else torch.float32)
         size = max(tokenizer.n_vocab, model.config.vocab_size)  # it may lack the end of text
-        if args.resume is None:  # a multiple of 64 suits the hardware
-            model.grow_vocabulary((size + 63) // 64 * 64, model.config.vocab_size)
+        if args.resume is None:
+            model.grow_vocabulary(lm.padded_vocab(size), model.config.vocab_size)
         model.train()
     else:
         changes = {k: getattr(args, k) for k in SHAPE if getattr(args, k) is not None}
         # a multiple of 64 suits the hardware and leaves rows for a chat's special tokens
-        changes.setdefault("vocab_size", (tokenizer.n_vocab + 63) // 64 * 64)
+        changes.setdefault("vocab_size", lm.padded_vocab(tokenizer.n_vocab))
         model = lm.Transformer(lm.preset(args.preset, **changes))
     if meta["largest_id"] >= model.config.vocab_size:
         raise UserError(

@@ -228,7 +228,7 @@ def split_off(examples, fraction):
     order = sorted(groups, key=lambda words: hashlib.sha256(words.encode()).digest())
     n = min(max(1, round(fraction * len(groups))), len(groups) - 1)
     if len(groups) < 2:
-        raise UserError(f"{len(examples)} row(s), no two unlike, cannot be split: give --val_data")
+        raise UserError(f"{len(examples)} row(s) cannot be split, all begin alike: give --val_data")
     val = {id(e) for words in order[:n] for e in groups[words]}
     return [e for e in examples if id(e) not in val], [e for e in examples if id(e) in val]
 

@@ -181,6 +181,7 @@ def json_documents(blocks, field, name):
 # Documents
 # --------------------------------------------------------------------------------------------
 
+
 def text_documents(blocks, name, separator=None):
     """(name, text pieces) of a file of text, or of each document in it if a separator is given."""
     if not separator:

@@ -15,6 +15,7 @@ PACKAGES = {"torch", "tiktoken", "numpy", "requests"}
 IMPORTS = {
     "data.cli": "",
     "data.plot": "",
+    "data.graphs": "",
     "data.costs": "data.cli",
     "data.machine": "data.cli",
     "data.runner": "data.machine",
@@ -50,7 +51,7 @@ IMPORTS = {
     "model": "data.costs data.hf_tokenizer data.hf_weights data.machine",
     "mnist": "model data.idx data.plot data.runs",
     "lora": "model data.hf_adapter data.runner",
-    "sample": "lora data.analogy data.matmul data.runs data.terminal",
+    "sample": "lora data.analogy data.graphs data.matmul data.runs data.terminal",
     "train": "model prepare_data data.plot data.runner data.runs",
     "finetune": "train sample data.batches data.rewards",
 }
@@ -58,7 +59,8 @@ IMPORTS = {
 LATE = {"train": {"sample"}}
 LATE["sample"] = {"data.api", "data.scheduler", "data.server", "data.service"}
 WITHOUT_TORCH = {m for m in IMPORTS if m.startswith("data.")} | {"prepare_data"}
-WITHOUT_TORCH -= {"data.analogy", "data.machine", "data.matmul", "data.runner", "data.tensors"}
+WITHOUT_TORCH -= {"data.analogy", "data.graphs", "data.machine", "data.matmul"}
+WITHOUT_TORCH -= {"data.runner", "data.tensors"}
 WITHOUT_TORCH -= {"data.batches", "data.hf_weights", "data.hf_adapter"}
 PATHS = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
 if (ROOT / ".git").exists():  # a reader's own scripts and tools beside ours have other rules

@@ -287,7 +287,7 @@ def test_beginnings_of_a_dialogue_are_joined_and_never_split(tmp_path):
     assert [e["text"] for e in split_off(five, 0.4)[1]] == ["c", "d"]  # everywhere, for ever
     for fraction in (0.01, 0.5, 0.99):
         assert all(split_off(examples[2:7], fraction))
-    with pytest.raises(UserError, match="no two unlike, cannot be split"):
+    with pytest.raises(UserError, match="cannot be split, all begin alike"):
         split_off(examples[:3], 0.5)
 
 
