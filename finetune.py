@@ -42,8 +42,9 @@ from data.batches import (
     BucketLoader,
     Prompt,
     Row,
+    Turn,
     bucket,
-    chat_row,
+    chat_rows,
     drop_tokens,
     label_row,
     pad,
@@ -52,7 +53,14 @@ from data.batches import (
     show_mask,
     size_of,
 )
-from data.chat import CHAT_TOKENS, Template, chat_prompt, find_template, label_token
+from data.chat import (
+    CHAT_TOKENS,
+    chat_prompt,
+    find_template,
+    get_template,
+    label_token,
+    message_text,
+)
 from data.cli import Parser, UserError, check_limits, run_cli
 from data.costs import check_memory
 from data.facts import ask, in_order
@@ -60,7 +68,7 @@ from data.files import write_json
 from data.hotel import repeats, substitute, tidy_calls, values_by_key
 from data.machine import DTYPES, make_runtime
 from data.rewards import REWARDS, load_reward, rate
-from data.rows import as_chat, load_data
+from data.rows import as_chat, first_words, load_data, report_bad
 from data.runner import cut_like, launch, place
 from data.runs import newest_run, resumed_settings, run_folder
 from data.scores import chat_scores, confusion, macro_f1
@@ -148,13 +156,13 @@ def longest_answer(context):
     return min(160, context // 2)
 
 
-def answer_jobs(examples, limit=None, roles=("assistant", "call")):
-    """[(messages before, the turn to be answered)] of chats, or `limit` of them evenly spread."""
+def answer_jobs(examples, limit=None, calls_only=False):
+    """The Turns that are to be answered in chats, or `limit` of them evenly spread."""
     jobs = [
-        (e["messages"][:i], m)
+        Turn(e["messages"][:i], m, e.get("tools"))
         for e in examples
         for i, m in enumerate(e["messages"])
-        if m["role"] in roles and i
+        if m["role"] == "assistant" and i and (m.get("tool_calls") or not calls_only)
     ]
     if not limit or limit >= len(jobs):
         return jobs
@@ -164,7 +172,7 @@ def answer_jobs(examples, limit=None, roles=("assistant", "call")):
 def write(model, tokenizer, prompts, slots=48, seeds=None, **settings):
     """The turn that the model writes after each of the prompts, as lists of ids; prompt i draws
     with seeds[i]. Texts that end make room for the next ones."""
-    template, allowed = Template(tokenizer), allowed_ids(model, tokenizer, chat=True)
+    template, allowed = get_template(tokenizer), allowed_ids(model, tokenizer, chat=True)
     max_tokens = longest_answer(model.config.context)
     said, waiting, writing = [[] for _ in prompts], deque(range(len(prompts))), {}
     engine = Engine(model, min(slots, len(prompts)), 256)
@@ -176,7 +184,7 @@ def write(model, tokenizer, prompts, slots=48, seeds=None, **settings):
         for slot, i in engine.step().items():
             ids = said[writing[slot]]
             ids.append(i)
-            if i == template.end or len(ids) == max_tokens:
+            if i in template.ends or len(ids) == max_tokens:
                 engine.remove(slot)
                 del writing[slot]
     return said
@@ -185,9 +193,9 @@ def write(model, tokenizer, prompts, slots=48, seeds=None, **settings):
 def answer(model, tokenizer, jobs):
     """The model's greedy turn for each of `answer_jobs`, in their order."""
     room = model.config.context - longest_answer(model.config.context)
-    prompts = [chat_prompt(before, tokenizer, room) for before, _ in jobs]
+    prompts = [chat_prompt(job.messages, tokenizer, room, job.tools) for job in jobs]
     ids = write(model, tokenizer, prompts, temperature=0.0)
-    return [Template(tokenizer).parse(said) for said in ids]
+    return [get_template(tokenizer).parse(said) for said in ids]
 
 
 # --------------------------------------------------------------------------------------------
@@ -225,25 +233,33 @@ class SFT:
 
     @staticmethod
     def special_tokens(tokenizer, labels):
-        """The special tokens that it needs: those of our chat template, if the tokenizer has no
-        family's."""
+        """The special tokens that it needs: those of our chat template, if the tokenizer brings
+        none."""
         return list(CHAT_TOKENS) if find_template(tokenizer) is None else []
 
     def __init__(self, args, tokenizer, labels=()):
         self.args, self.tokenizer, self.labels, self.runtime = args, tokenizer, labels, None
 
-    def row(self, example):
-        """(Row or tuple of Rows, whether it was too long) of an example."""
-        context, loss_on = self.args.context, self.args.loss_on
-        return chat_row(example["messages"], self.tokenizer, context, loss_on)
+    def rows(self, example):
+        """([Row or tuple of Rows], whether one was too long) of an example."""
+        return chat_rows(example, self.tokenizer, self.args.context, self.args.loss_on)
 
     def make_split(self, examples):
-        """The Split of examples. Rows without a target, which cannot be learned, are left out."""
-        split = Split(examples, [])
-        for row, cut in map(self.row, examples):
-            if all(any(r.mask[1:]) for r in (row if isinstance(row, tuple) else (row,))):
-                split.rows.append(row)
-                split.cut += cut
+        """The Split of examples. Rows without a target, which cannot be learned, are left out, and
+        those that the chat template refuses."""
+        split, bad = Split([], []), []
+        for example in examples:
+            try:
+                rows, cut = self.rows(example)
+            except ValueError as e:
+                bad.append(f"{shorten(first_words(example), 60)!r}: {e}")
+                continue
+            split.examples.append(example)
+            split.cut += cut
+            for row in rows:
+                if all(any(r.mask[1:]) for r in (row if isinstance(row, tuple) else (row,))):
+                    split.rows.append(row)
+        report_bad(bad, len(examples), self.args.data)
         if not split.rows:
             loss_on = self.args.loss_on
             raise UserError(f"no row has a target for --loss_on {loss_on}: nothing to learn")
@@ -289,8 +305,7 @@ class SFT:
 
     def jobs(self, split, limit=None):
         """The `answer_jobs` of a Split: of the turns that are learned."""
-        roles = ("call",) if self.args.loss_on == "call" else ("call", "assistant")
-        return answer_jobs(split.examples, limit, roles)
+        return answer_jobs(split.examples, limit, self.args.loss_on == "call")
 
     def scores(self, jobs, turns):
         """The figures of answers to jobs."""
@@ -300,13 +315,13 @@ class SFT:
         """(figures over all of a Split, rows for predictions.jsonl), a few answers printed."""
         jobs = self.jobs(split)
         turns, rows = answer(model, self.tokenizer, jobs), []
-        for (before, wanted), got in zip(jobs, turns):
-            asked = before[-1]["content"]
-            rows.append({"prompt": asked, "reference": wanted, "prediction": got})
+        for job, got in zip(jobs, turns):
+            asked = message_text(job.messages[-1])
+            rows.append({"prompt": asked, "reference": job.wanted, "prediction": got})
         for row in rows[:: max(1, len(rows) // 4)][:4]:
             print(f"  asked      {shorten(row['prompt'])}")
-            print(f"  reference  {shorten(row['reference']['content'])}")
-            print(f"  answered   {shorten(row['prediction']['content'])}\n")
+            print(f"  reference  {shorten(message_text(row['reference']))}")
+            print(f"  answered   {shorten(message_text(row['prediction']))}\n")
         return self.scores(jobs, turns), rows
 
     def metrics(self):
@@ -325,10 +340,13 @@ class Classify(SFT):
         """One a label."""
         return [label_token(name) for name in labels]
 
-    def row(self, example):
-        """(Row, whether it was too long) of a text and its label."""
+    def rows(self, example):
+        """([Row], whether it was too long) of a text and its label."""
         context, loss_on = self.args.context, self.args.loss_on
-        return label_row(example["text"], example["label"], self.tokenizer, context, loss_on)
+        row, cut = label_row(
+            example["text"], example["label"], self.tokenizer, context, loss_on
+        )
+        return [row], cut
 
     def logps(self, model, split):
         """(log probabilities of the labels (N, L), the right ones (N,))."""
@@ -373,9 +391,10 @@ class DPO(SFT):
     recipe = dict(lr=1e-4, embed_lr=1e-4, head_lr=1e-4, epochs=1.0)
     settings = {"dpo_beta": (0.1, "how tightly DPO holds on to the reference")}
 
-    def row(self, example):
-        """((chosen Row, rejected Row), whether one was too long) of a pair."""
-        return pair_rows(example, self.tokenizer, self.args.context)
+    def rows(self, example):
+        """([(chosen Row, rejected Row)], whether one was too long) of a pair."""
+        pair, cut = pair_rows(example, self.tokenizer, self.args.context)
+        return [pair], cut
 
     def start(self, model, splits, saved):
         """The log probabilities of all answers under the reference, computed once."""
@@ -481,11 +500,11 @@ class RewardModel(DPO):
         """Those of a chat, and the reward's."""
         return [*SFT.special_tokens(tokenizer, labels), REWARD_TOKEN]
 
-    def row(self, example):
-        """((chosen Row, rejected Row), whether one was too long) of a pair."""
-        rows, cut = pair_rows(example, self.tokenizer, self.args.context - 1)
+    def rows(self, example):
+        """([(chosen Row, rejected Row)], whether one was too long) of a pair."""
+        pair, cut = pair_rows(example, self.tokenizer, self.args.context - 1)
         token = self.tokenizer.special[REWARD_TOKEN]
-        return tuple(reward_row(row, token) for row in rows), cut
+        return [tuple(reward_row(row, token) for row in pair)], cut
 
     def start(self, model, splits, saved):
         """There is no reference."""
@@ -515,7 +534,8 @@ def load_rewards(source, device):
 
     @torch.no_grad()
     def rewards(answers):
-        rows = [chat_row([*m, a], tokenizer, context - 1, "last")[0] for m, a, _ in answers]
+        talks = [({"messages": [*m, a]}, len(m)) for m, a, _ in answers]
+        rows = [chat_rows(talk, tokenizer, context - 1, first=n)[0][-1] for talk, n in talks]
         rows, found = [reward_row(row, token) for row in rows], torch.zeros(len(rows))
         for numbers in bucket(range(len(rows)), rows, 4096):
             ids, targets = (t.to(device) for t in pad([rows[i] for i in numbers]))
@@ -597,11 +617,12 @@ class GRPO(SFT):
         """The Split of examples, all of them chats now, with the Prompts that the reward is for."""
         split, context = super().make_split([as_chat(e) for e in examples]), self.args.context
         jobs = self.jobs(split)
-        for (messages, wanted), reward in zip(jobs, self.rewards([(*j, j[1]) for j in jobs])):
+        for job, reward in zip(jobs, self.rewards([(j.messages, j.wanted, j.wanted) for j in jobs])):
             if reward is not None:
-                ids = chat_prompt(messages, self.tokenizer, context - longest_answer(context))
+                most = context - longest_answer(context)
+                ids = chat_prompt(job.messages, self.tokenizer, most, job.tools)
                 room = self.args.samples * longest_answer(context)
-                split.prompts.append(Prompt(ids, [0] * len(ids), messages, wanted, room))
+                split.prompts.append(Prompt(ids, [0] * len(ids), job, room))
         if not split.prompts:
             raise UserError(f"--reward {self.args.reward} is None for all of these turns")
         return split
@@ -635,10 +656,10 @@ class GRPO(SFT):
         seeds = np.random.default_rng((a.seed, 2, number)).integers(2**62, size=len(prompts))
         with lm.evaluating(self.model) as model, self.runtime.autocast():
             ids = write(model, self.tokenizer, [p.ids for p in prompts], seeds=seeds.tolist())
-        turns = map(Template(self.tokenizer).parse, ids)
-        rewards = self.rewards([(p.messages, turn, p.wanted) for p, turn in zip(prompts, turns)])
+        turns, jobs = map(get_template(self.tokenizer).parse, ids), [p.turn for p in prompts]
+        rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
         if None in rewards:
-            asked = prompts[rewards.index(None)].messages[-1]["content"]
+            asked = message_text(jobs[rewards.index(None)].messages[-1])
             raise UserError(f"the reward of an answer to {asked!r:.80} is None")
         rewards = torch.tensor(rewards).view(-1, a.samples)  # (groups, samples)
         spread = rewards.std(1)
@@ -699,7 +720,7 @@ class GRPO(SFT):
 
     def scores(self, jobs, turns):
         """Those of any chat, and the mean reward of the turns that the reward is for."""
-        answers = [(messages, turn, wanted) for (messages, wanted), turn in zip(jobs, turns)]
+        answers = [(job.messages, turn, job.wanted) for job, turn in zip(jobs, turns)]
         rewards = [r for r in self.rewards(answers) if r is not None]
         mean = {"val_reward": sum(rewards) / len(rewards)} if rewards else {}
         return mean | chat_scores(jobs, turns)
@@ -805,8 +826,8 @@ def check_parts(args, parts):
     args.split = "val" if args.split == "dev" else args.split
     if args.split not in parts:
         raise UserError(f"{args.data} has no split {args.split!r}; it has {', '.join(parts)}")
-    roles = {m["role"] for e in parts["val"] for m in e.get("messages", ())}
-    if args.best_by == "slot_f1" and "call" not in roles:
+    calls = any(m.get("tool_calls") for e in parts["val"] for m in e.get("messages", ()))
+    if args.best_by == "slot_f1" and not calls:
         raise UserError("--best_by slot_f1 is not measured on chats without calls")
     labels = sorted({e["label"] for e in parts["train"] if "label" in e})
     if strange := {e["label"] for p in parts.values() for e in p if "label" in e} - set(labels):
@@ -824,10 +845,12 @@ def augmented(examples, objective, share, seed):
         rng = random.Random(f"{seed} {epoch}")
         fresh = []
         for e in (e for e, n in zip(examples, often) for _ in range(int(n + rng.random()))):
-            messages = in_order(tidy_calls(substitute(e, pool, share, rng))["messages"])
+            new = substitute(e, pool, share, rng)
+            new = tidy_calls(new) if "tidy" in e else new
+            messages = in_order(new["messages"])
             for _ in range(3):
                 messages = messages + (ask(messages, rng) if rng.random() < share else [])
-            fresh.append({"messages": messages})
+            fresh.append(new | {"messages": messages})
         return objective.loader_rows(objective.make_split(fresh))
 
     return epoch_rows

@@ -85,7 +85,7 @@ class Answer:
     def rest(self, choice):
         """The text that was held back until the end; a call that is none is text, too."""
         text, said = choice.reply.finish(), choice.reply.message()
-        if choice.reply.calls and said["role"] == "assistant":
+        if choice.reply.calls and not said.get("tool_calls"):
             text += said["content"].removeprefix((choice.text + text).lstrip("\n"))
         return text
 
@@ -183,14 +183,10 @@ class Answer:
         """The message of a chat that has been written; {} of a mere text."""
         if not self.chat:
             return {}
-        message = choice.reply.message()
-        if message["role"] == "assistant":
-            thought = {"reasoning_content": choice.thought} if choice.thought else {}
-            return {"role": "assistant", "content": choice.text} | thought
-        name, _, arguments = message["content"].strip().partition(" ")
-        call = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
-        call |= {"function": {"name": name, "arguments": arguments}}
-        return {"role": "assistant", "content": None, "tool_calls": [call]}
+        message, thought = choice.reply.message(), choice.thought.strip("\n")
+        calls = message.get("tool_calls")
+        message["content"] = choice.text or (None if calls else "")
+        return message | ({"reasoning_content": thought} if thought else {})
 
     def whole(self):
         """Yield None until all is written, then the answer as one dict."""

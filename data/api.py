@@ -11,9 +11,8 @@ import secrets
 import time
 
 from data.answer import Answer, ApiError, Choice, finite
-from data.chat import chat_prompt, find_template, render_chat
+from data.chat import chat_prompt, content_text, find_template, prompt_ids, tool_call
 from data.reply import Reply
-from data.rows import call_message
 from data.scheduler import Job
 
 # --------------------------------------------------------------------------------------------
@@ -87,66 +86,44 @@ def stop_strings(body):
     return stops
 
 
-def text_of(content, where):
-    """The text of a message's content, which may be a list of parts."""
-    if isinstance(content, list):
-        if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-            raise ApiError(400, f"{where}: only parts of text are understood", where)
-        return "".join(p["text"] for p in content)
-    if content is not None and not isinstance(content, str):
-        raise ApiError(400, f"{where} must be a text", where)
-    return content or ""
-
-
-def read_call(name, arguments):
-    """The message of a call; arguments that are no JSON object stay as the model wrote them, so
-    that its next turn can put them right. ValueError for a name that no tool has."""
-    try:
-        message = call_message(name, arguments)
-        message["content"].encode()  # half of a pair, \ud83d, is no text
-        return message
-    except ValueError:
-        if not isinstance(arguments, str) or not isinstance(name, str) or name.split() != [name]:
-            raise
-        return {"role": "call", "content": f"{name} {arguments}"}
-
-
 def read_messages(messages):
-    """Our messages of OpenAI's: an assistant's tool calls become turns of their own."""
+    """The messages of a request; those that the template could not be given are an ApiError. A
+    call's arguments that are no JSON stay as the model wrote them, so that its next turn can put
+    them right."""
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message", "messages")
-    roles = {"system": "system", "developer": "system", "user": "user"}
-    roles |= {"assistant": "assistant", "tool": "tool", "function": "tool"}
-    out = []
+    roles, out = ("system", "developer", "user", "assistant", "tool"), []
     for n, m in enumerate(messages):
         where = f"messages[{n}]"
         role = m.get("role") if isinstance(m, dict) else None
-        if not isinstance(role, str) or role not in roles:
+        role = "tool" if role == "function" else role
+        if role not in roles:
             raise ApiError(400, f"{where} has no role that is known", f"{where}.role")
-        calls, text = m.get("tool_calls") or [], text_of(m.get("content"), f"{where}.content")
-        if text or not calls:
-            out.append({"role": roles[role], "content": text})
+        try:
+            new = {"role": role, "content": content_text(m.get("content"))}
+        except (ValueError, AttributeError) as e:
+            raise ApiError(400, f"{where}: {e}", f"{where}.content") from e
+        kept = ("reasoning_content", "tool_call_id", "name")
+        new |= {key: m[key] for key in kept if isinstance(m.get(key), str)}
+        calls = m.get("tool_calls") or [{"function": c} for c in [m.get("function_call")] if c]
         try:
             if calls and role != "assistant":
                 raise ValueError("only an assistant calls")
-            functions = [call["function"] for call in calls]
-            out += [read_call(f["name"], f["arguments"]) for f in functions]
+            calls = [read_call(call) for call in calls]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise ApiError(400, f"{where} has a bad tool call ({e})", f"{where}.tool_calls") from e
+        out.append(new | ({"tool_calls": calls} if calls else {}))
     return out
 
 
-def newest(messages, tokenizer, room):
-    """The messages without the oldest that surely have no room: for each that it leaves out
-    `chat_prompt` writes all others again, too slow for a request with thousands of them."""
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    kept = []
-    for m in reversed(messages[len(system) :]):
-        room -= len(tokenizer.encode(m["content"])) + 2  # how a turn begins and ends
-        if room < 0 and kept:
-            break
-        kept.append(m)
-    return system + kept[::-1]
+def read_call(call):
+    """An entry of `tool_calls`; ValueError for a name that no tool has."""
+    name, arguments = call["function"]["name"], call["function"].get("arguments") or {}
+    if not isinstance(name, str) or name.split() != [name]:
+        raise ValueError(f"a tool cannot be called {name!r}")
+    if not isinstance(arguments, dict | str):
+        raise ValueError("the arguments are neither an object nor text")
+    return tool_call(name, arguments, call.get("id"))
 
 
 def read_tools(body, default):
@@ -260,18 +237,20 @@ class Api:
                 400, "this model has no chat template, so it knows no turns and calls no tools: "
                 "ask /v1/completions", "messages", "no_chat_template",
             )  # fmt: skip
-        ours = self.template.kind == "ours"
-        told = [t for t in tools if not (ours and t["function"]["name"] in self.known)]
-        if told and may_call:
-            if messages[0]["role"] != "system":
-                messages.insert(0, {"role": "system", "content": ""})
-            messages[0] = messages[0] | {"tools": told}
+        told = [t for t in tools if not (self.template.ours and t["function"]["name"] in self.known)]
+        told = told if may_call else None
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
-        if body.get("truncation") == "auto":
-            room = self.context - min(limit, self.context // 2)
-            ids = chat_prompt(newest(messages, self.tokenizer, room), self.tokenizer, room)
-        else:
-            ids, _ = render_chat(messages, self.tokenizer, True)
+        variables = body.get("chat_template_kwargs", {})
+        names = ("add_generation_prompt", "continue_final_message")
+        variables |= {name: body[name] for name in names if name in body}
+        try:
+            if body.get("truncation") == "auto":
+                room = self.context - min(limit, self.context // 2)
+                ids = chat_prompt(messages, self.tokenizer, room, told, **variables)
+            else:
+                ids = prompt_ids(messages, self.tokenizer, told, **variables)
+        except ValueError as e:
+            raise ApiError(400, str(e), "messages") from e
         given = self.forced_ids(forced)
         ids = ids + given
         top = body.get("top_logprobs", 0) if body.get("logprobs") else None
@@ -283,12 +262,10 @@ class Api:
         """The ids with which a call of that function begins; none for None."""
         if name is None:
             return []
-        if self.template.call is None:
-            raise ApiError(400, "this model's calls cannot be forced", "tool_choice")
-        begin = f"{name} "
-        if self.template.kind != "ours":
-            begin = f'\n{{"name": {json.dumps(name, ensure_ascii=False)},'
-        return [self.template.call, *(self.tokenizer.encode(begin) if name else ())]
+        try:
+            return self.template.call_start(name)
+        except ValueError as e:
+            raise ApiError(400, str(e), "tool_choice") from e
 
     def completion(self, body):
         """The Answer to a request for a completion."""
@@ -326,7 +303,7 @@ class Api:
         """The ids of a text in which special tokens may be spelt out."""
         if "prompt" not in body:
             raise ApiError(400, "a prompt is needed", "prompt")
-        text, special = text_of(body["prompt"], "prompt"), self.tokenizer.special
+        text, special = body["prompt"], self.tokenizer.special
         parts = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
         parts = [[special[p]] if p in special else self.tokenizer.encode(p) for p in parts]
         ids = [i for part in parts for i in part]

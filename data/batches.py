@@ -1,13 +1,15 @@
 """Examples as rows of token ids with a mask of what is learned, and rows as padded batches."""
 
+import contextlib
 import math
 import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data.chat import Template, label_token
+from data.chat import get_template, label_token
 
 # --------------------------------------------------------------------------------------------
 # Examples -> token rows
@@ -26,37 +28,67 @@ class Row:
         return [i if m else -100 for i, m in zip(self.ids[1:], self.mask[1:])]
 
 
-def chat_row(messages, tokenizer, context, loss_on="assistant"):
-    """(Row, cut) of a conversation; `cut` says that it was too long.
+class Turn(NamedTuple):
+    """A turn of the assistant's in the data, what was said before it, and the schemas of tools."""
+
+    messages: list
+    wanted: dict
+    tools: list | None = None
+
+
+def chat_rows(example, tokenizer, context, loss_on="assistant", first=0):
+    """([Row], cut) of a conversation {"messages", perhaps "tools"}, of whose messages those before
+    `first` are not learned; `cut` says that one was too long. There are several Rows only where the
+    template writes earlier turns otherwise once there are later ones.
 
     Nothing behind the last target is kept, since nothing can be learned from it. What is longer
     than context + 1 ids loses its oldest turns, never the system's; a question and answer that are
-    too long by themselves lose the end.
+    too long by themselves lose the end. ValueError if the template refuses the conversation.
     """
-    template = Template(tokenizer)
-    turns = template.turns(messages)
-    for n, (role, ids, _) in enumerate(turns):
-        if loss_on == "all":
-            turns[n] = role, ids, [1] * len(ids)
-        elif (loss_on == "call" and role != "call") or (loss_on == "last" and n < len(turns) - 1):
-            turns[n] = role, ids, [0] * len(ids)
-    while turns and not any(turns[-1][2]):
-        turns.pop()
-    room, cut = context + 1 - len(template.start), False
-    while sum(len(ids) for _, ids, _ in turns) > room:
-        cut = True
-        oldest = 1 if turns[0][0] == "system" else 0
-        if len(turns) <= oldest + 2:
+    template, messages, tools = get_template(tokenizer), example["messages"], example.get("tools")
+    if loss_on == "all":
+        text = template.render(messages, tools)
+        return fit_row(template, [(text, [(0, len(text))], [])], messages, tools, context + 1)
+
+    def learned(i):
+        wanted = loss_on != "call" or messages[i].get("tool_calls")
+        return i >= first and messages[i].get("weight", 1) and wanted
+
+    found = [
+        fit_row(template, [row], messages[: row[2][-1] + 1], tools, context + 1)
+        for row in template.rows(messages, tools, learned)
+    ]
+    return [row for rows, _ in found for row in rows], any(cut for _, cut in found)
+
+
+def fit_row(template, rows, messages, tools, room):
+    """([Row], cut) of the last of a template's `rows`, of at most `room` ids, see `chat_rows`."""
+    system = int(messages[0]["role"] in ("system", "developer"))
+    turns, gone, cut = rows[-1][2], 0, False
+    while True:
+        ids, mask = template.encode_row(*rows[-1][:2])
+        stop = len(mask) - mask[::-1].index(1) if any(mask) else 0
+        ids, mask = ids[:stop], mask[:stop]
+        if ids and ids[-1] not in template.ends:
+            ids, mask = [*ids, template.end], [*mask, 1]
+        cut = cut or len(ids) > room
+        rows = []
+        while len(ids) > room and not rows and gone + 1 < len(messages) - system - 1:
+            gone += 1
+            kept = [*messages[:system], *messages[system + gone :]]
+            with contextlib.suppress(ValueError):  # some templates want a question first
+                if turns:
+                    rows = template.rows(kept, tools, lambda i: i + gone in turns)
+                else:
+                    text = template.render(kept, tools)
+                    rows = [(text, [(0, len(text))], [])]
+        if not rows:
             break
-        turns.pop(oldest)
-    ids = [i for _, part, _ in turns for i in part]
-    mask = [m for _, _, part in turns for m in part]
     # a question that leaves no room for its answer loses its beginning: its end takes half the row,
     # or more where the answer is short
     first = mask.index(1) if 1 in mask else 0
     start = max(0, min(first - room // 2, len(ids) - room)) if first >= room else 0
-    ids, mask = ids[start : start + room], mask[start : start + room]
-    return Row(template.start + ids, [0] * len(template.start) + mask), cut
+    return [Row(ids[start : start + room], mask[start : start + room])], cut
 
 
 def label_row(text, label, tokenizer, context, loss_on="assistant"):
@@ -77,11 +109,11 @@ def label_row(text, label, tokenizer, context, loss_on="assistant"):
 def pair_rows(example, tokenizer, context):
     """((chosen Row, rejected Row), cut) of a preference pair: one prompt, two endings, of which
     alone anything is learned."""
-    rows, cuts = [], []
+    rows, cuts, first = [], [], len(example["messages"])
     for which in ("chosen", "rejected"):
-        ending = {"role": "assistant", "content": example[which]}
-        row, cut = chat_row([*example["messages"], ending], tokenizer, context, "last")
-        rows.append(row)
+        whole = example | {"messages": [*example["messages"], *example[which]]}
+        some, cut = chat_rows(whole, tokenizer, context, first=first)
+        rows.append(some[-1])
         cuts.append(cut)
     return tuple(rows), any(cuts)
 
@@ -97,8 +129,7 @@ class Prompt(Row):
     """A conversation up to a turn of the assistant's, as ids, that turn in the data, and how many
     ids the answers to it may take."""
 
-    messages: list
-    wanted: dict
+    turn: Turn
     room: int
 
 

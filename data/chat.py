@@ -1,251 +1,477 @@
-"""Conversations as token ids: the one template for training, evaluation and talking.
+"""Conversations as token ids, written by the model's own chat template, and answers read back.
 
-`messages` are {"role", "content"} dicts, roles as in ROLES.
+Messages are OpenAI's: {"role": system | developer | user | assistant | tool, "content": text}, an
+assistant's perhaps with "tool_calls" and "reasoning_content"; the schemas of tools stand beside
+them. The arguments of a call are a dict, or the JSON text in which they were written.
 """
 import contextlib
-import itertools
 import json
 import re
+from collections import deque
+from datetime import datetime
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.cli import UserError
+
+# --------------------------------------------------------------------------------------------
+# Tool calls
+# --------------------------------------------------------------------------------------------
+
+
+def tool_call(name, arguments, call_id=None):
+    """An entry of a message's `tool_calls`."""
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return call | ({"id": call_id} if call_id else {})
+
+
+def parse_call(call):
+    """(name, arguments as a dict) of an entry of `tool_calls`; ValueError if they are no JSON
+    object. An empty text is no arguments."""
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"the arguments are not JSON ({e})") from e
+    if not isinstance(arguments, dict):
+        raise ValueError("the arguments are not a JSON object")
+    return name, arguments
+
+
+def message_text(message):
+    """A message as text for people: what it says, then a line `name {arguments}` for each call."""
+    lines = [message["content"]] if message.get("content") else []
+    for call in message.get("tool_calls") or ():
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        lines.append(f"{name} {arguments}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------
+# Jinja
+# --------------------------------------------------------------------------------------------
+
+TEMPLATES = Path(__file__).with_name("chat_templates")
+# The special tokens of our own template: one for each role, one that ends a turn, and the one
+# that begins a call. <think> and </think> are added where rows have thoughts.
+CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|call|>", "<|tool|>", "<|end|>")
+THINK = ("<think>", "</think>")
+# What an assistant may write itself as the vocabulary's tokens, beside the end of its turn
+OWN_TAGS = (*THINK, "<tool_call>", "</tool_call>", "<|call|>", "[TOOL_CALLS]", "<|python_tag|>")
+
+
+class Arguments(dict):
+    """Arguments for a template, which may look into them; `tojson` writes their `text`, as it was
+    written, if there is one."""
+
+    text = None
+
+
+def to_json(value, indent=None, ensure_ascii=False, separators=None, sort_keys=False):
+    """Jinja's `tojson` as transformers has it: without escapes for HTML."""
+    if getattr(value, "text", None) and indent is None:
+        return value.text
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+        sort_keys=sort_keys)  # fmt: skip
+
+
+def raise_exception(message):
+    raise TemplateError(message)
+
+
+@lru_cache(maxsize=64)
+def compile_template(source):
+    """A chat template in Jinja, with what transformers gives to one. UserError if it is broken."""
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    env.filters["tojson"] = to_json
+    env.globals |= {"raise_exception": raise_exception}
+    env.globals |= {"strftime_now": lambda form: datetime.now().strftime(form)}
+    # the tag with which a template marks what is learned: the mask here needs no such help
+    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+    source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
+    try:
+        return env.from_string(source)
+    except TemplateError as e:
+        raise UserError(f"the model's chat template cannot be read: {e}") from e
+
 
 # --------------------------------------------------------------------------------------------
 # Templates
 # --------------------------------------------------------------------------------------------
 
-# Each turn is a role token, text, and <|end|>. A tool call is a turn of the assistant, too: whether
-# it speaks or calls is decided by the first token after its role.
-ROLES = {
-    "system": ("<|system|>",),
-    "user": ("<|user|>",),
-    "assistant": ("<|assistant|>",),
-    "call": ("<|assistant|>", "<|call|>"),  # content: name {"argument": value, ...}
-    "tool": ("<|tool|>",),  # what a call returned
-}
-TURN_END = "<|end|>"
-CHAT_TOKENS = (*dict.fromkeys(name for names in ROLES.values() for name in names), TURN_END)
+# Stands inside the name of a special token that somebody has typed, so that it stays text; Unicode
+# has it as no character. Those in a text are doubled.
+MARK = "\ufdd0"
+PROBE = "Zq7"  # a content that is found again in what a template writes
+
+
+def escape(value, names):
+    """The value with MARK inside each match of the pattern `names`, in all texts that it holds."""
+    if isinstance(value, str):
+        return names.sub(lambda m: m[0][0] + MARK + m[0][1:], value.replace(MARK, 2 * MARK))
+    if isinstance(value, list | tuple):
+        return [escape(v, names) for v in value]
+    if isinstance(value, dict):
+        return {escape(k, names): escape(v, names) for k, v in value.items()}
+    return value
+
+
+def either(names):
+    """A pattern that finds each of the names, the longest one if several share a beginning."""
+    names = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
 class Template:
-    """How a tokenizer's family writes a conversation: ours, ChatML (Qwen) or Llama 3's.
+    """The chat template of a tokenizer: the Jinja that its model came with, or ours.
 
-        ours      <|user|>hi<|end|><|assistant|>hello<|end|>
-        chatml    <|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n
-        llama3    <|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>...
+    ours    whether it is ours: <|user|>hi<|end|><|assistant|>hello<|end|>
+    end     the id that closes an assistant's turn; `ends` are all ids that do
+    call    the id with which a call begins, None if calls are plain text
+    spoken  the special tokens that an answer may hold, ids
 
-    start   ids before the first turn
-    generation_prompt  ids that open the assistant's turn
-    end     the id that closes a turn
-    call    the id with which a call begins, None if the family has no such token
-    spoken  the special tokens that an answer may hold
-
-    UserError if the tokenizer has the special tokens of none of them.
+    UserError if the tokenizer has no template.
     """
 
     def __init__(self, tokenizer):
         self.tokenizer, special = tokenizer, tokenizer.special
-        kinds = {"ours": CHAT_TOKENS, "chatml": ("<|im_start|>", "<|im_end|>")}
-        kinds["llama3"] = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-        self.kind = next((k for k, names in kinds.items() if set(names) <= set(special)), None)
-        if self.kind is None:
-            raise UserError(f"the tokenizer {tokenizer.name} has no special tokens for a chat")
-        ends = {"ours": TURN_END, "chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
-        self.end = special[ends[self.kind]]
-        self.call = special.get({"ours": "<|call|>", "chatml": "<tool_call>"}.get(self.kind))
-        self.start = [tokenizer.bos_id] if self.kind == "llama3" and tokenizer.bos_id else []
-        self.generation_prompt = self.opening("assistant")
-        names = ("<|call|>", "<tool_call>", "</tool_call>", "<think>", "</think>")
-        self.spoken = [self.end, *(special[name] for name in names if name in special)]
+        self.ours = set(CHAT_TOKENS) <= set(special)
+        given = None if self.ours else tokenizer.spec.get("chat_template")
+        if not self.ours and not given:
+            raise UserError(f"the tokenizer {tokenizer.name} has no chat template")
+        given = given or {"default": (TEMPLATES / "ours.jinja").read_text(encoding="utf-8")}
+        given = given if isinstance(given, dict) else {"default": given}
+        self.sources = {name: (source, compile_template(source)) for name, source in given.items()}
+        names = {i: name for name, i in special.items()}
+        marks = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        self.variables = {key: names[i] for key, i in marks.items() if i in names}
+        self.variables = tokenizer.spec.get("template_tokens", self.variables)
+        self.split = re.compile(f"({either(special).pattern})")
+        self.typed = either(special)
+        self.typed_by_assistant = either(set(special) - set(OWN_TAGS))
+        self.probe()
 
-    def opening(self, role):
-        """The ids that open a turn of that role."""
-        special, encode = self.tokenizer.special, self.tokenizer.encode
-        if self.kind == "ours":
-            return [special[ROLES[role][0]]]
-        if self.kind == "chatml":
-            return [special["<|im_start|>"], *encode({"tool": "user"}.get(role, role) + "\n")]
-        role = {"tool": "ipython"}.get(role, role)
-        names = special["<|start_header_id|>"], special["<|end_header_id|>"]
-        return [names[0], *encode(role), names[1], *encode("\n\n")]
+    def probe(self):
+        """Find `ends`, `call` and `spoken` in what the template writes."""
+        special = self.tokenizer.special
+        asked = [{"role": "user", "content": PROBE}]
+        said = self.answer(asked, {"role": "assistant", "content": PROBE})
+        behind = self.encode(said.rpartition(PROBE)[2])
+        known = set(special.values())
+        self.end = next((i for i in behind if i in known), self.tokenizer.eos_id)
+        self.ends = {self.end, self.tokenizer.eos_id, *self.tokenizer.spec.get("ends", ())}
+        plain, called = known & set(self.encode(said)), []
+        with contextlib.suppress(ValueError):
+            called = [i for i in self.encode(self.call_turn(PROBE)) if i in known]
+        self.call = next((i for i in called if i not in plain | self.ends), None)
+        tags = (special[name] for name in OWN_TAGS if name in special)
+        ends = {self.end} if self.ours else self.ends
+        self.spoken = sorted({*ends, *plain, *called, *tags})
 
-    def turns(self, messages):
-        """[(role, ids, mask)] of a conversation's turns, mask 1 where the assistant's own words are
-        to be learned. The system message may have "tools", a list of JSON schemas: they stand where
-        the family puts them. In ChatML calls in a row are one turn, and so are their results."""
-        if self.kind == "llama3":
-            messages = llama3_tools([m | {"content": m["content"].strip()} for m in messages])
-        merged = []
-        for m in messages:
-            if self.kind == "chatml" and m["role"] in ("call", "tool"):
-                if merged and merged[-1]["role"] == m["role"]:
-                    merged[-1]["content"].append(m["content"])
-                    continue
-                m = m | {"content": [m["content"]]}
-            merged.append(m)
-        return [(m["role"], *self.turn(m)) for m in merged]
+    def call_turn(self, name):
+        """What a template writes for a call of the tool `name` with the argument PROBE."""
+        call = tool_call(name, {PROBE: 0}, "call00000")
+        schema = {"name": name, "description": "", "parameters": {"type": "object"}}
+        tools = [{"type": "function", "function": schema}]
+        message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return self.answer([{"role": "user", "content": PROBE}], message, tools)
 
-    def turn(self, message):
-        """(ids, mask) of one message, as `turns` has it."""
-        encode, said, tools = self.tokenizer.encode, message["content"], message.get("tools")
-        role = "assistant" if message["role"] == "call" else message["role"]
-        behind = encode("\n") if self.kind == "chatml" else []
-        if message["role"] == "call":
-            own = self.call_ids(said)
-        elif message["role"] == "tool" and self.kind == "chatml":
-            own = self.tagged("tool_response", said)
-        elif tools and self.kind == "chatml":
-            told = "".join(f"\n{json.dumps(t, ensure_ascii=False)}" for t in tools)
-            text = (said + "\n\n" if said else "") + CHATML_TOOLS[0] + told + CHATML_TOOLS[1]
-            marks = [n for n in ("<tool_call>", "</tool_call>") if n in self.tokenizer.special]
-            parts = re.split(f"({'|'.join(marks)})", text) if marks else [text]
-            own = [[self.tokenizer.special[p]] if p in marks else encode(p) for p in parts]
-            own = list(itertools.chain.from_iterable(own))
-        elif tools:
-            own = encode("\n".join(filter(None, (said, json.dumps(tools, ensure_ascii=False)))))
-        else:
-            own = encode(said)
-        before, own = self.opening(role), [*own, self.end]
-        learned = int(role == "assistant")
-        return before + own + behind, [0] * len(before) + [learned] * len(own) + [0] * len(behind)
+    def call_start(self, name):
+        """The ids with which a call of the tool `name` begins, up to its arguments; "" is any tool.
+        ValueError if the template writes no calls."""
+        turn = self.call_turn(name or PROBE)
+        if not name and self.call is not None:
+            ids = self.encode(turn)
+            return ids[: ids.index(self.call) + 1]
+        start, found, _ = turn.partition(f'{{"{PROBE}"' if name else PROBE)
+        if not found:
+            raise ValueError("this model's chat template writes no calls")
+        return self.encode(start.rstrip())  # the blank belongs to the next token
 
-    def tagged(self, tag, texts):
-        """The ids of each text between <tag> and </tag>, which are tokens in some vocabularies."""
-        encode, special = self.tokenizer.encode, self.tokenizer.special
-        if f"<{tag}>" not in special:
-            return encode("\n".join(f"<{tag}>\n{text}\n</{tag}>" for text in texts))
-        ids = []
-        for text in texts:
-            ids += encode("\n") if ids else []
-            ids += [special[f"<{tag}>"], *encode(f"\n{text}\n"), special[f"</{tag}>"]]
+    def for_template(self, message, source):
+        """A message as the template is given it: the names of special tokens in it are escaped."""
+        names = self.typed_by_assistant if message["role"] == "assistant" else self.typed
+        out = escape({k: v for k, v in message.items() if k != "tool_calls"}, names)
+        out["content"] = content_text(out.get("content"))
+        if out["role"] == "developer" and "developer" not in source:  # OpenAI's name for system
+            out["role"] = "system"
+        calls = message.get("tool_calls") or []
+        if calls:
+            out["tool_calls"] = [self.call_for_template(call) for call in calls]
+        return out
+
+    def call_for_template(self, call):
+        """An entry of `tool_calls`, escaped, its arguments as `Arguments` if they are an object."""
+        call = escape(call, self.typed)
+        text = call["function"]["arguments"]
+        with contextlib.suppress(ValueError):
+            arguments = Arguments(parse_call(call)[1])
+            arguments.text = text if isinstance(text, str) else None
+            call["function"] |= {"arguments": arguments}
+        return call
+
+    def render(self, messages, tools=None, add_generation_prompt=False, **variables):
+        """The text of a conversation, what people typed escaped. ValueError, with the template's
+        own words, if it refuses the conversation."""
+        which = "tool_use" if tools and "tool_use" in self.sources else "default"
+        source, template = self.sources.get(which) or next(iter(self.sources.values()))
+        messages = [self.for_template(m, source) for m in messages]
+        variables = self.variables | variables
+        variables |= {"tools": escape(tools, self.typed) or None, "documents": None}
+        try:
+            return template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **variables
+            )
+        except Exception as e:  # a template is a program of somebody's
+            raise ValueError(f"the chat template refuses the conversation: {e}") from e
+
+    def encode(self, text):
+        """The ids of a text of `render`: names of special tokens are these tokens."""
+        special, ids = self.tokenizer.special, []
+        for n, part in enumerate(self.split.split(text)):
+            plain = re.sub(f"{MARK}({MARK}?)", r"\1", part) if MARK in part else part
+            ids += [special[part]] if n % 2 else self.tokenizer.encode(plain)
         return ids
 
-    def call_ids(self, content):
-        """The ids of a call, whose content is as `call_text` writes it (in ChatML of several)."""
-        if self.kind == "ours":
-            return [self.call, *self.tokenizer.encode(content)]
-        if self.kind == "llama3":
-            return self.tokenizer.encode(json_call(content, "parameters"))
-        return self.tagged("tool_call", [json_call(c, "arguments") for c in content])
+    def answer(self, before, message, tools=None):
+        """What the template writes for an answer behind the prompt for it."""
+        return self.turn([*before, message], len(before), tools)[1]
 
-    def is_call(self, ids):
-        """Whether generated ids are a call: ours begins with its token, elsewhere words, or a
-        thought, may come before it."""
-        return self.call in (ids[:1] if self.kind == "ours" else ids)
+    def turn(self, messages, i, tools=None, **variables):
+        """(prompt, answer), two texts: what the model reads before it writes message i, and what
+        it is to write then. Where the prompt says more than comes before the answer in the whole,
+        they part where the two differ."""
+        whole = self.render(messages[: i + 1], tools, **variables)
+        try:
+            prompt = self.render(messages[:i], tools, True, **variables)
+        except ValueError:  # many templates refuse an empty conversation
+            if i:
+                raise
+            prompt = whole[: whole.find(content_text(messages[0].get("content")))]
+        if not whole.startswith(prompt):
+            same = (n for n, (a, b) in enumerate(zip(whole, prompt)) if a != b)
+            prompt = whole[: next(same, min(len(whole), len(prompt)))]
+        return prompt, whole[len(prompt) :]
+
+    def rows(self, messages, tools=None, learned=None, **variables):
+        """[(text, [(start, stop) of what is learned in it], [the messages that these are])] of a
+        conversation: one, with all turns of the assistant for which learned(i) holds, or several if
+        the template writes earlier turns otherwise when there are later ones, as Qwen3's does with
+        thoughts."""
+        rows, names = [], {i: name for name, i in self.tokenizer.special.items()}
+        ends = either({names[i] for i in self.ends if i in names})
+        for i, m in enumerate(messages):
+            if m["role"] != "assistant" or not (learned is None or learned(i)):
+                continue
+            prompt, answer = self.turn(messages, i, tools, **variables)
+            end = ends.search(answer)
+            span = len(prompt), len(prompt) + (end.end() if end else len(answer))
+            if rows and prompt.startswith(rows[-1][0][: rows[-1][1][-1][1]]):
+                rows[-1] = prompt + answer, [*rows[-1][1], span], [*rows[-1][2], i]
+            else:
+                rows.append((prompt + answer, [span], [i]))
+        return rows
+
+    def encode_row(self, text, spans):
+        """(ids, mask) of one of `rows`; the borders of spans are borders of tokens, too, since the
+        model reads the prompt before it writes."""
+        cuts, ids, mask = [0, *(at for span in spans for at in span), len(text)], [], []
+        for n, (start, stop) in enumerate(pairwise(cuts)):
+            part = self.encode(text[start:stop])
+            if part and n % 2 == 0 and mask and mask[-1] and ids[-1] not in self.ends:
+                mask += [int(part[0] in self.ends)] + [0] * (len(part) - 1)  # GLM: the next role
+            else:
+                mask += [n % 2] * len(part)
+            ids += part
+        return ids, mask
+
+    def begins_call(self, ids):
+        """Whether the ids of an answer so far have begun a call."""
+        if self.call is not None:
+            return self.call in ids
+        spoken = set(self.spoken) - {self.tokenizer.special.get(name) for name in OWN_TAGS}
+        start = self.tokenizer.decode([i for i in ids[:12] if i not in spoken]).lstrip()
+        return start.startswith(("{", "<tool_call>", "<|python_tag|>"))
 
     def parse(self, ids):
-        """The message that generated ids mean: {"role": "assistant" or "call", "content"}, without
-        the thought before it."""
-        special, decode = self.tokenizer.special, self.tokenizer.decode
-        if (end := special.get("</think>")) in ids:
-            ids = ids[len(ids) - ids[::-1].index(end) :]
-        elif special.get("<think>", -1) in ids:  # it never came to an end
-            ids = []
-        hidden = set(special.values())
-        text = decode([i for i in ids if i not in hidden])
-        if self.kind == "ours":
-            return {"role": "call" if self.is_call(ids) else "assistant", "content": text}
-        text = text.lstrip("\n") if end is not None else text
-        called = ids[ids.index(self.call) :] if self.is_call(ids) else ids
-        inner = decode([i for i in called if i not in hidden]).strip()
-        inner = inner.removeprefix("<tool_call>").removesuffix("</tool_call>")
-        with contextlib.suppress(ValueError, AttributeError, RecursionError):
-            call = json.loads(inner)
-            arguments = call.get("arguments", call.get("parameters"))
-            if isinstance(call.get("name"), str) and isinstance(arguments, dict):
-                return {"role": "call", "content": call_text(call["name"], arguments)}
-        return {"role": "assistant", "content": text}
+        """The assistant's message that generated ids mean, with `tool_calls` and
+        `reasoning_content` where it has some."""
+        tags = [n for n in OWN_TAGS if n in self.tokenizer.special or not self.ours]
+        own = {self.tokenizer.special[n]: n for n in tags if n in self.tokenizer.special}
+        hidden, text, run = set(self.tokenizer.special.values()), "", []
+        for i in [*ids, None]:
+            if i is None or i in own:
+                text += self.tokenizer.decode(run).replace(MARK, "")
+                text += MARK + own[i] if i in own else ""
+                run = []
+            elif i not in hidden:
+                run.append(i)
+        # a tag that is a token counts only as one; MARK goes before it
+        tag = {n: (MARK if n in self.tokenizer.special else "") + n for n in tags}
+        message = {"role": "assistant", "content": ""}
+        if THINK[0] in tag:
+            before, closed, after = text.rpartition(tag[THINK[1]])
+            opened = text.lstrip().startswith(tag[THINK[0]])
+            if closed or opened:
+                thought = (before if closed else text).partition(tag[THINK[0]])
+                message["reasoning_content"] = (thought[2] or thought[0]).strip("\n")
+                text = after.lstrip("\n") if closed else ""
+                if not message["reasoning_content"].strip():
+                    del message["reasoning_content"]
+        said, calls = self.parse_calls(text, tag)
+        if calls:
+            message["tool_calls"] = calls
+        return message | {"content": said.replace(MARK + "<|call|>", "").replace(MARK, "")}
+
+    def parse_calls(self, text, tag):
+        """(text before the calls, calls) of an answer without its thought; no calls, and all of the
+        text, if one of them is broken."""
+        try:
+            if self.ours:
+                said, *parts = text.split(tag["<|call|>"])
+                calls = [name_and_json(part) for part in parts]
+            elif tag["<tool_call>"] in text:
+                said, *parts = text.split(tag["<tool_call>"])
+                parts = [part.partition(tag["</tool_call>"])[0] for part in parts]
+                calls = [json_call(part) for part in parts]
+            elif tag["[TOOL_CALLS]"] in text:
+                said, _, inner = text.partition(tag["[TOOL_CALLS]"])
+                calls = [json_call(json.dumps(c, ensure_ascii=False)) for c in json.loads(inner)]
+            else:
+                said, inner = "", text.replace(tag["<|python_tag|>"], "")
+                calls = [json_call(inner)]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return text, []
+        return said.rstrip("\n") if calls else said, calls
 
 
+def name_and_json(text):
+    """The call that `name {arguments}` is, as our template writes it: what follows the name stays
+    as the model wrote it, so that it can see what was wrong with it."""
+    name, _, arguments = text.strip().partition(" ")
+    return tool_call(name, arguments)
+
+
+def json_call(text):
+    """The call that a JSON object with a name and arguments (Llama: parameters) is, the arguments
+    as they are written there; ValueError if it is none."""
+    text = text.strip()
+    call = json.loads(text)
+    key = "arguments" if "arguments" in call else "parameters"
+    if not isinstance(call["name"], str) or not isinstance(call[key], dict):
+        raise ValueError("no call")
+    for found in re.finditer(rf'"{key}"\s*:\s*', text):
+        with contextlib.suppress(ValueError):
+            value, end = json.JSONDecoder().raw_decode(text, found.end())
+            if value == call[key]:
+                return tool_call(call["name"], text[found.end() : end])
+    raise ValueError("no call")
+
+
+def content_text(content):
+    """The text of a message's content: a text, None, or a list of parts of text. ValueError for
+    parts of another kind."""
+    if isinstance(content, list):
+        parts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
+        for part in parts:
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"a part of kind {part.get('type')!r:.40}: only text is understood")
+        return "".join(part["text"] for part in parts)
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"the content is not text but {content!r:.40}")
+    return content or ""
+
+
+@lru_cache(maxsize=16)
 def find_template(tokenizer):
-    """The Template of a tokenizer's family; None if it has none, as of a base model."""
-    with contextlib.suppress(UserError):
-        return Template(tokenizer)
-    return None
+    """The Template of a tokenizer; None if it has none, as that of a base model."""
+    ours = set(CHAT_TOKENS) <= set(tokenizer.special)
+    return Template(tokenizer) if ours or tokenizer.spec.get("chat_template") else None
 
 
-# How Qwen's template tells a model of its tools: what comes before and after the schemas.
-CHATML_TOOLS = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are "
-    "provided with function signatures within <tools></tools> XML tags:\n<tools>",
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
-    'within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
-    "<args-json-object>}\n</tool_call>",
-)
-
-# And Llama 3.1's: the system turn begins with the first, the user's first turn with the second.
-LLAMA3_TOOLS = (
-    "Environment: ipython\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
-    "Given the following functions, please respond with a JSON for a function call with its proper "
-    "arguments that best answers the given prompt.\n\nRespond in the format "
-    '{"name": function name, "parameters": dictionary of argument name and its value}.'
-    "Do not use variables.\n\n",
-)
-
-
-def llama3_tools(messages):
-    """The messages with the tools of the first one written out, as Llama 3.1's template does."""
-    if not (messages and messages[0].get("tools")):
-        return messages
-    system, *rest = messages
-    schemas = (json.dumps(t, ensure_ascii=False, indent=4) + "\n\n" for t in system["tools"])
-    told, given = LLAMA3_TOOLS[0], LLAMA3_TOOLS[1] + "".join(schemas)
-    first = next((i for i, m in enumerate(rest) if m["role"] == "user"), None)
-    if first is None:
-        told += given
-    else:
-        rest[first] = rest[first] | {"content": given + rest[first]["content"]}
-    return [{"role": "system", "content": told + system["content"]}, *rest]
-
-
-def json_call(content, key):
-    """A call's content as a JSON object, its arguments under `key`."""
-    name, _, arguments = content.partition(" ")
-    return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": {arguments}}}'
+def get_template(tokenizer):
+    """The Template of a tokenizer; UserError if it has none."""
+    return find_template(tokenizer) or Template(tokenizer)
 
 
 # --------------------------------------------------------------------------------------------
-# Conversations, labels and calls
+# Conversations
 # --------------------------------------------------------------------------------------------
 
 
-def render_chat(messages, tokenizer, add_generation_prompt=False):
+def render_chat(messages, tokenizer, tools=None, add_generation_prompt=False, **variables):
     """(ids, mask) of a conversation, mask 1 where the assistant's own words are to be learned.
 
-    `messages` are {"role", "content"} dicts, roles as in ROLES, the system's perhaps with "tools";
-    how they are written follows from the tokenizer's special tokens (see Template). With
-    `add_generation_prompt` the row ends where an answer begins, a prefix of the row with it.
+    With `add_generation_prompt` the row ends where an answer begins, a prefix of the row with it.
+    `variables` are the template's own (enable_thinking=False). ValueError if it refuses.
 
         <|user|> hi <|end|> <|assistant|> hello <|end|>
         0        0  0       0             1     1
     """
-    template = Template(tokenizer)
-    ids, mask = list(template.start), [0] * len(template.start)
-    for _, more, learned in template.turns(messages):
-        ids, mask = ids + more, mask + learned
-    if add_generation_prompt:
-        ids, mask = ids + template.generation_prompt, mask + [0] * len(template.generation_prompt)
-    return ids, mask
+    template = get_template(tokenizer)
+    text = template.render(messages, tools, add_generation_prompt, **variables)
+    for row, spans, _ in template.rows(messages, tools, **variables)[-1:]:
+        if text.startswith(row[: spans[-1][1]]):
+            return template.encode_row(text, spans)
+    return template.encode_row(text, [])
 
 
-def chat_prompt(messages, tokenizer, room):
-    """Ids of a conversation up to where the answer begins, at most `room`: the oldest turns are
-    left out first, never the system's. If the last one is still too long, a system turn of more
-    than half of the room is left out, too, and the last one loses its beginning."""
-    template, messages = Template(tokenizer), list(messages)
-    room -= len(template.start) + len(template.generation_prompt)
-    oldest = 1 if messages and messages[0]["role"] == "system" else 0
-    while True:
-        rendered = [ids for _, ids, _ in template.turns(messages)]
-        if sum(map(len, rendered)) <= room or len(messages) <= oldest + 1:
+def prompt_ids(messages, tokenizer, tools=None, **variables):
+    """Ids of a conversation up to where the answer begins. With add_generation_prompt=False among
+    the variables they end with the last turn, with continue_final_message=True in it."""
+    template, going_on = get_template(tokenizer), variables.pop("continue_final_message", False)
+    opened = variables.pop("add_generation_prompt", not going_on)
+    text = template.render(messages, tools, opened, **variables)
+    if going_on:
+        said = template.for_template(messages[-1], "")["content"].strip()
+        text = text[: text.rindex(said) + len(said)]
+    return template.encode(text)
+
+
+def chat_prompt(messages, tokenizer, room, tools=None, **variables):
+    """`prompt_ids`, at most `room`: the oldest turns are left out first, never the system's. If the
+    last one is still too long, a system turn of more than half of the room is left out, too, and
+    the last one loses its beginning."""
+    messages = list(messages)
+    system = messages[:1] if messages and messages[0]["role"] in ("system", "developer") else []
+    kept, left = deque(), room
+    for m in reversed(messages[len(system) :]):  # those before it surely have no room
+        left -= len(tokenizer.encode(message_text(m)))
+        if left < 0 and kept:
             break
-        messages.pop(oldest)
-    too_long = sum(map(len, rendered)) > room
-    system = rendered.pop(0) if oldest else []
-    if too_long and len(system) > (room + 1) // 2:
-        system = []
-    rest = [i for ids in rendered for i in ids]
-    rest = rest[max(0, len(system) + len(rest) - room) :]
-    return template.start + system + rest + template.generation_prompt
+        kept.appendleft(m)
+
+    def ids():
+        try:
+            return prompt_ids([*system, *kept], tokenizer, tools, **variables)
+        except ValueError:  # some templates want a question first
+            if len(kept) > 1:
+                return None
+            raise
+
+    while (found := ids()) is None or (len(found) > room and len(kept) > 1):
+        kept.popleft()
+    if len(found) > room and system and kept:
+        alone = len(tokenizer.encode(content_text(system[0].get("content")))) + 2
+        system = [] if alone > (room + 1) // 2 else system
+        found = ids()
+    while len(found) > room and kept:
+        said = tokenizer.encode(kept[-1].get("content") or "")
+        if not said:
+            break
+        text = tokenizer.decode(said[len(found) - room :]).lstrip("\ufffd")
+        kept[-1], found = kept[-1] | {"content": text}, None
+        found = ids()
+    return found[-room:] if len(found) > room else found
 
 
 def drop_continued(rows, key=lambda turns: turns):
@@ -258,6 +484,11 @@ def drop_continued(rows, key=lambda turns: turns):
     return [row for row, longer in zip(rows, following) if not continued(key(row), longer)]
 
 
+# --------------------------------------------------------------------------------------------
+# Labels
+# --------------------------------------------------------------------------------------------
+
+
 def label_token(label):
     """The special token that stands for a label of a classifier."""
     return f"<|label:{label}|>"
@@ -267,20 +498,3 @@ def labels_of(tokenizer):
     """The labels that a classifier's tokenizer knows; none for other models."""
     begin, end = label_token("\0").split("\0")
     return [n[len(begin) : -len(end)] for n in tokenizer.special if n.startswith(begin)]
-
-
-def call_text(name, arguments):
-    """The content of a call turn: the tool's name and its arguments as JSON on one line."""
-    return f"{name} {json.dumps(arguments, ensure_ascii=False)}"
-
-
-def parse_call(content):
-    """(name, arguments) of a call turn; ValueError if it is not a name and a JSON object."""
-    name, _, arguments = content.strip().partition(" ")
-    try:
-        arguments = json.loads(arguments)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"the arguments are no JSON ({e})") from e
-    if not isinstance(arguments, dict):
-        raise ValueError("the arguments are no JSON object")
-    return name, arguments

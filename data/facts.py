@@ -5,6 +5,7 @@ from collections import Counter
 from functools import cache, lru_cache
 from itertools import pairwise
 
+from data.chat import either
 from data.hotel import QUESTIONS, answer_about, read_hotels
 
 # What a reply says of a hotel by a number: the field of its record, and how it is written
@@ -42,7 +43,7 @@ def ask(messages, rng):
         return []
     last = next(filter(None, (records_of([m]) for m in reversed(messages))))
     said = "\n".join(m["content"] for m in messages if m["role"] == "assistant")
-    named, other, draw = any_of(found).findall(said), rng.choice(list(found)), rng.random()
+    named, other, draw = either(found).findall(said), rng.choice(list(found)), rng.random()
     _, what, ways, _ = asked = rng.choice(QUESTIONS)
     if draw < 0.2:
         question, about = f"它们的{what}？", last
@@ -74,14 +75,11 @@ def in_order(messages):
 
 def reorder(text, names):
     """The text with those of the names that it holds in their order."""
-    pattern = any_of(names)
+    pattern = either(names)
     found = iter(sorted(pattern.findall(text), key=names.index))
     return pattern.sub(lambda _: next(found), text)
 
 
-def any_of(names):
-    """A pattern that finds the names, of several that begin alike the longest."""
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
 
 @cache
@@ -92,8 +90,8 @@ def known_names():
 
 @lru_cache
 def names_pattern(others):
-    """The pattern `any_of` the names in the database, and `others`."""
-    return any_of(known_names() | others)
+    """The pattern of the names in the database, and `others`."""
+    return either(known_names() | others)
 
 
 def count_facts(messages, reply):

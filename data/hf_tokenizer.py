@@ -9,7 +9,7 @@ from pathlib import Path
 
 import regex
 
-from data.chat import CHATML_TOOLS, LLAMA3_TOOLS, ROLES, Template
+from data.chat import TEMPLATES, find_template
 from data.cli import UserError
 from data.files import read_json
 from data.tokenizer import ANY_CHARACTER, END, UNKNOWN, Tokenizer
@@ -193,13 +193,32 @@ def hub_name(folder):
 
 
 def hub_template(folder):
-    """The chat template in Jinja that a model's folder brings, or None. We render by `render_chat`,
-    but an export hands it on."""
+    """{name: chat template in Jinja} that a model's folder brings, or None."""
     if (path := folder / "chat_template.jinja").exists():
-        return path.read_text(encoding="utf-8")
+        return {"default": path.read_text(encoding="utf-8")}
+    for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        template = read_json(path).get("chat_template") if path.exists() else None
+        if isinstance(template, list):
+            return {entry["name"]: entry["template"] for entry in template}
+        if template is not None:
+            return {"default": template}
+    return None
+
+
+def template_tokens(folder):
+    """The special tokens' names that a template may write: {"bos_token": ..., "eos_token": ...}."""
     path = folder / "tokenizer_config.json"
-    template = read_json(path).get("chat_template") if path.exists() else None
-    return template if isinstance(template, str) else None  # a few models have a list of them
+    config = read_json(path) if path.exists() else {}
+    names = {key: config.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    names = {key: n["content"] if isinstance(n, dict) else n for key, n in names.items()}
+    return {key: name for key, name in names.items() if isinstance(name, str)}
+
+
+def hub_ends(folder, added):
+    """All ids of added tokens that generation_config.json says end a text."""
+    path = folder / "generation_config.json"
+    ids = read_json(path).get("eos_token_id") if path.exists() else None
+    return [i for i in (ids if isinstance(ids, list) else [ids]) if i in added.values()]
 
 
 def hub_tokenizer(folder):
@@ -233,6 +252,8 @@ def hub_tokenizer(folder):
         spec = {"kind": "hf", "pattern": pattern, "nfc": normalizer["type"] == "NFC"}
         spec |= {"tokens": tokens, "added": added, "end": end, "begin": begin}
         spec |= {"name": hub_name(path.parent), "chat_template": hub_template(path.parent)}
+        spec |= {"template_tokens": template_tokens(path.parent)}
+        spec |= {"ends": hub_ends(path.parent, added)}
         Tokenizer(spec)  # tiktoken has not seen the pattern yet
     except UserError:
         raise
@@ -317,19 +338,6 @@ def begin_template(tokenizer):
     }
 
 
-def chat_template(kind):
-    """`render_chat` in Jinja, for a Template of this kind: the file in chat_templates/, whose line
-    ends and indentations are no part of it, with the texts that data/chat.py has."""
-    path = Path(__file__).with_name("chat_templates") / f"{kind}.jinja"
-    text = "".join(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    texts = {"ROLE_OPENINGS": {role: "".join(names) for role, names in ROLES.items()}}
-    texts |= {f"CHATML_TOOLS_{i}": told for i, told in enumerate(CHATML_TOOLS)}
-    texts |= {f"LLAMA3_TOOLS_{i}": told for i, told in enumerate(LLAMA3_TOOLS)}
-    for name, value in texts.items():
-        text = text.replace(name, json.dumps(value))
-    return text
-
-
 def tokenizer_config(tokenizer):
     """The content of tokenizer_config.json beside tokenizer_json's: the class for transformers, the
     end-of-text token and, if the tokenizer can chat, the template that it came with, or else
@@ -342,15 +350,17 @@ def tokenizer_config(tokenizer):
     }
     if tokenizer.bos_id is not None:
         config["bos_token"] = names[tokenizer.bos_id]
-    with contextlib.suppress(UserError):
-        kind = Template(tokenizer).kind
-        config["chat_template"] = tokenizer.spec.get("chat_template") or chat_template(kind)
+    if template := find_template(tokenizer):
+        config |= {key: v for key, v in template.variables.items() if key.endswith("_token")}
+        sources = {name: source for name, (source, _) in template.sources.items()}
+        named = [{"name": name, "template": source} for name, source in sources.items()]
+        config["chat_template"] = named if len(named) > 1 else named[0]["template"]
     return config
 
 
 def generation_config(tokenizer):
     """The content of generation_config.json: all ids that end what a model says."""
     ends = {tokenizer.eos_id, tokenizer.special.get(END, tokenizer.eos_id)}
-    with contextlib.suppress(UserError):
-        ends.add(Template(tokenizer).end)
+    if template := find_template(tokenizer):
+        ends |= template.ends
     return {"eos_token_id": sorted(ends) if len(ends) > 1 else tokenizer.eos_id}

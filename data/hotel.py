@@ -13,7 +13,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from data.chat import call_text, drop_continued, parse_call
+from data.chat import drop_continued, parse_call, tool_call
 from data.cli import UserError
 from data.download import DATA
 
@@ -194,19 +194,23 @@ def synthetic_dialogues(count, seed):
 # --------------------------------------------------------------------------------------------
 
 
+def calls_of(message):
+    """[(name, arguments)] of the calls of a message."""
+    return [parse_call(call) for call in message.get("tool_calls") or ()]
+
+
 def values_of(message):
     """(key, value) of each text that a call passes or a tool has returned, and of its numbers."""
-    objects = []
-    if message["role"] == "call":
-        objects = [parse_call(message["content"])[1]]
-    elif message["role"] == "tool":
+    objects, kind = [arguments for _, arguments in calls_of(message)], "call"
+    if message["role"] == "tool":
+        kind = "tool"
         with contextlib.suppress(ValueError, RecursionError):  # a result may be any text
             found = json.loads(message["content"])
             objects = found if isinstance(found, list) else [found]
     for key, value in (pair for o in objects if isinstance(o, dict) for pair in o.items()):
         for v in value if isinstance(value, list) else [value]:
-            if (isinstance(v, str) and v) or (message["role"] == "tool" and is_number(v)):
-                yield f"{message['role']}.{key}", v
+            if (isinstance(v, str) and v) or (kind == "tool" and is_number(v)):
+                yield f"{kind}.{key}", v
 
 
 def is_number(value):
@@ -240,8 +244,8 @@ def values_by_key(examples):
 def repeats(examples, share=1 / 6):
     """How often each conversation should come in an epoch, 1 to 8 times, so that each key that
     calls pass is in that share of them: 100 calls among 3,000 do not teach to copy a name."""
-    calls = [[m["content"] for m in e["messages"] if m["role"] == "call"] for e in examples]
-    keys = [{key for call in some for key in parse_call(call)[1]} for some in calls]
+    calls = [[call for m in e["messages"] for call in calls_of(m)] for e in examples]
+    keys = [{key for _, arguments in some for key in arguments} for some in calls]
     counts = Counter(key for some in keys for key in some)
     wanted = {key: share * len(keys) / count for key, count in counts.items()}
     return [min(8, max([1, *(wanted[key] for key in some)])) for some in keys]
@@ -269,10 +273,12 @@ def substitute(example, pool, share, rng, made_up=0.5):
     """
     said = dict.fromkeys(("user", "call", "tool", "assistant", "system"), "")
     for m in example["messages"]:
-        said[m["role"]] += m["content"] + "\n"
+        said[m["role"].replace("developer", "system")] += m["content"] + "\n"
+        for _, arguments in calls_of(m):
+            said["call"] += json.dumps(arguments, ensure_ascii=False) + "\n"
     swap = {}
     for m in example["messages"]:
-        source = said["user" if m["role"] == "call" else "assistant"]
+        source = said["user" if m.get("tool_calls") else "assistant"]
         for key, v in values_of(m):
             free = isinstance(v, str) or not is_in(v, said["user"] + said["call"])
             eligible = free and key in pool and (key in ASKED or is_in(v, source))
@@ -295,32 +301,42 @@ def substitute(example, pool, share, rng, made_up=0.5):
             return [exchange(v) for v in value]
         return {k: exchange(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-    def rewrite(role, content):
-        if role == "call":  # JSON stays JSON, its keys stay as they are
-            name, arguments = parse_call(content)
-            return call_text(name, exchange(arguments))
-        if role == "tool":
+    def rewrite(message):
+        if calls := calls_of(message):  # JSON stays JSON, its keys stay as they are
+            calls = [tool_call(name, exchange(arguments)) for name, arguments in calls]
+            return {"content": exchange(message["content"]), "tool_calls": calls}
+        if message["role"] == "tool":
             with contextlib.suppress(ValueError, RecursionError):
-                new = exchange(old := json.loads(content))
-                return content if new == old else json.dumps(new, ensure_ascii=False)
-        return exchange(content)
+                new = exchange(old := json.loads(message["content"]))
+                return {"content": json.dumps(new, ensure_ascii=False)} if new != old else {}
+        return {"content": exchange(message["content"])}
 
-    messages = [m | {"content": rewrite(m["role"], m["content"])} for m in example["messages"]]
-    return {"messages": messages}
+    return example | {"messages": [m | rewrite(m) for m in example["messages"]]}
+
+
+def whole(value):
+    """A JSON value with 500.0 as 500, so that the two are learned as one."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [whole(v) for v in value]
+    return {k: whole(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def tidy_calls(example):
-    """The conversation with each call's arguments in one order: keys by the alphabet, the items of
-    a list as the user has named them, which is easier to copy. What they say stays the same."""
+    """The hotel conversation with each call's arguments in one order: keys by the alphabet, the
+    items of a list as the user has named them, which is easier to copy. What they say stays the
+    same: a list of this set is a set of wishes."""
     said, messages = "", []
     for m in example["messages"]:
         if m["role"] == "user":
             said += "\n" + m["content"]
-        if m["role"] == "call":
-            name, arguments = parse_call(m["content"])
+        calls = calls_of(m)
+        for _, arguments in calls:
             for key, value in arguments.items():
                 if isinstance(value, list) and all(isinstance(v, str) for v in value):
                     arguments[key] = sorted(value, key=lambda v: (v not in said, said.rfind(v), v))
-            m = m | {"content": call_text(name, dict(sorted(arguments.items())))}
+        if calls:
+            m = m | {"tool_calls": [tool_call(name, dict(sorted(a.items()))) for name, a in calls]}
         messages.append(m)
-    return example | {"messages": messages}
+    return example | {"messages": messages, "tidy": True}

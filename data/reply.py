@@ -1,5 +1,6 @@
 """Ids to text, as they come: what may be shown already, and what message it was in the end."""
 import codecs
+import secrets
 
 from data.tokenizer import UNKNOWN
 
@@ -53,14 +54,14 @@ class Reply:
 
     def __init__(self, tokenizer, template=None, stops=(), ids=()):
         self.stream, self.template = TextStream(tokenizer, stops), template
-        self.ends = {tokenizer.eos_id} | ({template.end} if template else set())
+        self.ends = template.ends if template else {tokenizer.eos_id}
         self.thought, self.spoken = map(tokenizer.special.get, ("<think>", "</think>"))
         self.ids, self.text, self.ended = list(ids), "", False
 
     @property
     def calls(self):
-        """Whether it is a call."""
-        return bool(self.template and self.template.is_call(self.ids))
+        """Whether a call has begun."""
+        return bool(self.template and self.template.begins_call(self.ids))
 
     @property
     def thinking(self):
@@ -82,9 +83,10 @@ class Reply:
         return text
 
     def message(self):
-        """{"role": "assistant" or "call", "content"}, see `Template.parse`."""
+        """The assistant's message, see `Template.parse`; calls get an id each."""
         if self.template is None:
             return {"role": "assistant", "content": self.text}
         message = self.template.parse(self.ids)
+        for call in message.get("tool_calls") or ():
+            call["id"] = secrets.token_hex(5)[:9]  # the length that Mistral's template wants
         return message | {"content": message["content"].rstrip(UNKNOWN)}
-

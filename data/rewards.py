@@ -1,9 +1,8 @@
 """Rewards: how good an answer is, as a number, for `finetune.py --objective grpo --reward NAME`.
 
-A reward is a function of the conversation so far (a list of messages), the answer (a message, whose
-role says whether it speaks or calls) and the data's own answer. Where it gives None for the data's
-own answer, the turn is not learned from. The function of a file of yours gets both answers as text
-(a call is `search {"price": 300}`):
+A reward is a function of the conversation so far (a list of messages), the answer (a message) and
+the data's own answer. Where it gives None for the data's own answer, the turn is not learned from.
+The function of a file of yours gets both answers as text (a call is `search {"price": 300}`):
 
     def reward(messages, answer, wanted):
         return float("酒店" in answer)
@@ -13,23 +12,20 @@ import math
 import re
 import runpy
 
-from data.chat import parse_call
+from data.chat import message_text
 from data.cli import UserError
 from data.facts import FACTS, count_facts
-from data.scores import bleu4, slot_counts
+from data.scores import arguments_of, bleu4, slot_counts
 
 
 def slots(messages, answer, wanted):
-    """F1 of the call's slots; 0 for words in place of a call, or no JSON."""
-    if wanted["role"] != "call":
+    """F1 of the calls' slots; 0 for words in place of a call, or no JSON."""
+    if not wanted.get("tool_calls"):
         return None
-    if answer["role"] != "call":
+    ours = arguments_of(answer)
+    if not ours:
         return 0.0
-    try:
-        ours = parse_call(answer["content"])[1]
-    except ValueError:
-        return 0.0
-    right, said, asked = slot_counts(ours, parse_call(wanted["content"])[1])
+    right, said, asked = slot_counts(ours, arguments_of(wanted))
     return 2 * right / (said + asked) if said + asked else 1.0
 
 
@@ -38,9 +34,9 @@ def faithful(messages, answer, wanted):
     those that are stated and those that should be (for each kind; a name said again is a wrong
     one)."""
     theirs = count_facts(messages, wanted["content"])
-    if wanted["role"] != "assistant" or not any(theirs[fact] for fact in FACTS):
+    if wanted.get("tool_calls") or not any(theirs[fact] for fact in FACTS):
         return None
-    if answer["role"] != "assistant":
+    if answer.get("tool_calls"):
         return 0.0
     ours = count_facts(messages, answer["content"])
     right = sum(ours[f"right {fact}"] for fact in FACTS) - ours["again"]
@@ -50,21 +46,20 @@ def faithful(messages, answer, wanted):
 
 def label(messages, answer, wanted):
     """1 if the answer begins with the wanted one, a label, whatever it adds; else 0."""
-    wanted, said = (m["content"].strip().lower() for m in (wanted, answer))
+    wanted, said = (message_text(m).strip().lower() for m in (wanted, answer))
     return float(bool(re.match(rf"{re.escape(wanted)}(?![0-9a-z])", said)))
 
 
 def exact(messages, answer, wanted):
-    """1 if the answer is the wanted one; else 0."""
-    same = answer["content"].strip() == wanted["content"].strip()
-    return float(same and answer["role"] == wanted["role"])
+    """1 if the answer is the wanted one, white space around it aside; else 0."""
+    return float(message_text(answer).strip() == message_text(wanted).strip())
 
 
 def length(messages, answer, wanted):
     """1 if the answer has as many characters as the wanted one; 0 if it has none, or twice as
     many."""
-    goal = max(1, len(wanted["content"]))
-    return max(0.0, 1 - abs(len(answer["content"]) - goal) / goal)
+    goal = max(1, len(message_text(wanted)))
+    return max(0.0, 1 - abs(len(message_text(answer)) - goal) / goal)
 
 
 # To add a reward: a function here.
@@ -86,7 +81,7 @@ def load_reward(source):
     if not callable(found):
         raise UserError(f"--reward {source} defines no function reward(messages, answer, wanted)")
     return lambda messages, *answers: found(
-        copy.deepcopy(messages), *(answer["content"] for answer in answers)
+        copy.deepcopy(messages), *map(message_text, answers)
     )
 
 
@@ -100,5 +95,5 @@ def rate(reward, messages, answer, wanted):
         problem = f"is {value}"
     except Exception as e:  # the user's own code can fail in any way
         problem = f"fails ({type(e).__name__}: {e})"
-    asked, said = messages[-1]["content"], answer["content"]
+    asked, said = message_text(messages[-1]), message_text(answer)
     raise UserError(f"the reward {problem} for {said!r:.80} in answer to {asked!r:.80}")

@@ -1,152 +1,298 @@
 """Rows of any shape, as they are fine-tuned on: chats, labelled texts, preference pairs.
 
-An example is {"messages"}, {"text", "label"} or {"messages", "chosen", "rejected"}.
+An example is {"messages", perhaps "tools"}, the same with "chosen" and "rejected", two lists of
+messages that go on from there, or {"text", "label"}.
 """
 import gzip
 import hashlib
 import json
+import re
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 
-from data.chat import call_text, drop_continued, parse_call
+from data.chat import content_text, drop_continued, parse_call, tool_call
 from data.cli import UserError
-from data.hotel import tidy_calls
+from data.hotel import tidy_calls, whole
 from data.sources import ROW_SETS, SOURCES
 from data.text import json_rows
 
-# What the field calls the turns, and what render_chat does.
-ROLE_NAMES = {
+ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
     **dict.fromkeys(("search", "function_call", "call"), "call"),
-    **dict.fromkeys(("return", "observation", "tool", "function"), "tool"),
-    "system": "system",
+    **dict.fromkeys(("return", "observation", "tool", "function", "tool_response"), "tool"),
+    **{name: name for name in ("system", "developer")},
 }
+FORMS = (
+    "messages or conversations (OpenAI, ShareGPT), instruction and output (Alpaca), question and "
+    "answer, prompt and completion, input and target (Firefly), chosen and rejected, "
+    "preferred_output and non_preferred_output (OpenAI), text and label"
+)
 
 
-def whole(value):
-    """A JSON value with 500.0 as 500, so that the two are learned as one."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [whole(v) for v in value]
-    return {k: whole(v) for k, v in value.items()} if isinstance(value, dict) else value
+# --------------------------------------------------------------------------------------------
+# Turns -> messages
+# --------------------------------------------------------------------------------------------
 
 
-def call_message(name, arguments):
-    """The message of a call; ValueError if `parse_call` could not read it back."""
-    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    content = call_text(name, whole(arguments))
-    if parse_call(content)[0] != name or not name:
+class Fields(dict):
+    """A JSON object that is read field by field: `take` removes one, what is left in the end is
+    counted by `close` in `unread`, a Counter, so that nothing vanishes in silence."""
+
+    def take(self, *names, default=None):
+        """The first of the fields `names` that is there and not null, removed."""
+        values = [self.pop(name, None) for name in names]
+        return next((v for v in values if v is not None), default)
+
+    def close(self, unread, where=""):
+        """Count the fields that nobody has taken and that say something."""
+        unread.update(f"{where}{name}" for name, value in self.items() if value not in (None, ""))
+
+
+def read_json(value):
+    """JSON inside JSON, or the value as it is."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def to_call(call):
+    """An entry of `tool_calls` from one of OpenAI's or {"name", "arguments"}; the arguments stay as
+    they are written. ValueError if it is none."""
+    call = read_json(call)
+    function = read_json(call.get("function", call))
+    name, arguments = function["name"], function.get("arguments", function.get("parameters", {}))
+    if not isinstance(name, str) or name.split() != [name]:
         raise ValueError(f"a tool cannot be called {name!r}")
-    return {"role": "call", "content": content}
+    new = tool_call(name, arguments or {}, call.get("id"))
+    parse_call(new)
+    return new
 
 
-def to_messages(turn):
-    """The messages of one turn of a ShareGPT, OpenAI or hotel conversation; ValueError if bad."""
+def to_messages(turn, unread):
+    """The messages of one turn of a ShareGPT, OpenAI or hotel conversation, or of a question with
+    its answer; ValueError if it is bad."""
     if not isinstance(turn, dict):
-        raise ValueError(f"a turn is no object but {turn!r:.40}")
-    name = turn.get("role", turn.get("from"))
-    if not isinstance(name, str) or name not in ROLE_NAMES:
+        raise ValueError(f"a turn is not an object but {turn!r:.40}")
+    turn = Fields(turn)
+    for asked, answered in (("question", "answer"), ("human", "assistant")):
+        if asked in turn and answered in turn:
+            texts = zip(("user", "assistant"), (turn.take(asked), turn.take(answered)))
+            turn.close(unread, "turn.")
+            return [{"role": role, "content": whole_text(text, role)} for role, text in texts]
+    name = turn.take("role", "from")
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
         raise ValueError(f"role {name!r} is unknown")
-    role, content = ROLE_NAMES[name], turn.get("content", turn.get("value"))
-    if role == "call" and "arguments" in turn:  # a hotel search, named after its role
-        return [call_message(name, turn["arguments"])]
-    if role == "tool" and "records" in turn:
-        return [{"role": "tool", "content": json.dumps(whole(turn["records"]), ensure_ascii=False)}]
-    out, calls = [], []
-    if isinstance(content, str) and content.strip():
-        if role == "call" and content.lstrip()[0] not in "[{":  # our own, as /save writes it
-            out.append(call_message(*parse_call(content)))
-        elif role == "call":  # ShareGPT: {"name": ..., "arguments": {...}}, or a list of such
-            calls = json.loads(content)
+    content, calls = turn.take("content", "value"), []
+    if role == "call":
+        if "arguments" in turn:  # a search of the hotel dialogues, named after its role
+            calls = [{"name": name, "arguments": whole(turn.take("arguments"))}]
+        elif isinstance(content, str) and content.lstrip()[:1] not in ("[", "{"):
+            called, _, arguments = content.strip().partition(" ")  # `name {arguments}`
+            calls = [{"name": called, "arguments": arguments}]
+        else:  # ShareGPT: {"name": ..., "arguments": {...}}, or a list of such
+            calls = read_json(content)
             calls = calls if isinstance(calls, list) else [calls]
-        else:
-            out.append({"role": role, "content": content})
-    for call in [*calls, *(turn.get("tool_calls") or [])]:
-        call = call.get("function", call)  # OpenAI: arguments are JSON inside JSON
-        out.append(call_message(call["name"], call.get("arguments", {})))
-    if not out:
+        role, content = "assistant", None
+    elif "records" in turn:
+        content = json.dumps(whole(turn.take("records")), ensure_ascii=False)
+    calls = [*calls, *(read_json(turn.take("tool_calls")) or [])]
+    calls += [c for c in [turn.take("function_call")] if c]
+    if role != "assistant" and calls:
+        raise ValueError(f"a turn of {name} has tool calls")
+    if role == "tool" and isinstance(content, dict):
+        content = json.dumps(content, ensure_ascii=False)
+    message = {"role": role, "content": content_text(content)}
+    message |= {"tool_calls": list(map(to_call, calls))} if calls else {}
+    if thought := content_text(turn.take("reasoning_content", "reasoning")):
+        message["reasoning_content"] = thought
+    kept = {key: turn.take(key) for key in ("tool_call_id", "name", "weight", "tools")}
+    message |= {key: value for key, value in kept.items() if value is not None}
+    if message.get("weight", 1) not in (0, 1):
+        raise ValueError(f"the weight is {message['weight']!r}, only 0 and 1 are possible")
+    if role in ("user", "assistant") and not calls and not message["content"].strip():
         raise ValueError(f"a turn of {name} has no text")
-    return out
+    turn.close(unread, "turn.")
+    return [message]
 
 
-def conversation(turns, before=()):
-    """{"messages"} of a list of turns, behind the messages `before` them; ValueError if nothing in
-    it is the assistant's."""
-    if not isinstance(turns, list):
-        raise ValueError("the conversation is no list")
-    messages = [m for turn in turns for m in to_messages(turn)]
-    if before and messages and messages[0]["role"] == "system":  # two system turns are one
-        parts = before[0]["content"], messages.pop(0)["content"]
-        before = [before[0] | {"content": "\n".join(filter(None, parts))}]
-    messages = [*before, *messages]
-    if not any(m["role"] in ("assistant", "call") for m in messages):
-        raise ValueError("no turn of the assistant, so nothing to learn")
-    return {"messages": messages}
-
-
-def answer_text(value):
-    """The text of a preferred or rejected answer: a string, a turn, or turns that end in it."""
-    value = value[-1] if isinstance(value, list) and value else value
-    text = value if isinstance(value, str) else to_messages(value)[0]["content"]
+def whole_text(text, what):
+    """The text, if it is one and not blank; ValueError if not."""
+    text = content_text(text)
     if not text.strip():
-        raise ValueError("an answer is empty")
+        raise ValueError(f"a turn of {what} has no text")
     return text
 
 
-def to_example(row):
-    """(kind, example) of a row of any shape we know, kind being chat, label or prefer. ValueError
-    says what is wrong with a row."""
+def messages_of(turns, unread):
+    """The messages of a text that the user says, or of a list of turns. A call in a turn of its own
+    joins what the assistant has said before it, or its other calls."""
+    if isinstance(turns, str):
+        return [{"role": "user", "content": whole_text(turns, "user")}]
+    turns = [turns] if isinstance(turns, dict) else turns
+    if not isinstance(turns, list):
+        raise ValueError(f"the conversation is not a list but {turns!r:.40}")
+    messages = []
+    for turn in turns:
+        for m in to_messages(turn, unread):
+            last = messages[-1] if messages else {}
+            if m.get("tool_calls") and not m["content"] and last.get("role") == "assistant":
+                calls = [*last.get("tool_calls", ()), *m["tool_calls"]]
+                messages[-1] = m | last | {"tool_calls": calls}
+            else:
+                messages.append(m)
+    return messages
+
+
+def conversation(messages, system="", tools=None):
+    """{"messages", perhaps "tools"} of messages behind a system text; ValueError if nothing in it
+    is the assistant's."""
+    first = messages[0] if messages and messages[0]["role"] in ("system", "developer") else None
+    if first and "tools" in first:
+        tools, first = tools or first["tools"], {k: v for k, v in first.items() if k != "tools"}
+        messages = [first, *messages[1:]]
+    try:
+        tools = read_json(tools or None)
+    except ValueError:  # words
+        system, tools = "\n".join(filter(None, (system, tools))), None
+    if system and first:  # two system turns are one
+        both = "\n".join(filter(None, (system, first["content"])))
+        messages = [first | {"content": both}, *messages[1:]]
+    elif system:
+        messages = [{"role": "system", "content": system}, *messages]
+    if not any(m["role"] == "assistant" and m.get("weight", 1) for m in messages):
+        raise ValueError("no turn of the assistant, so nothing to learn")
+    tools = [tools] if isinstance(tools, dict) else tools
+    return {"messages": messages} | ({"tools": tools} if tools else {})
+
+
+# --------------------------------------------------------------------------------------------
+# Rows -> examples
+# --------------------------------------------------------------------------------------------
+
+
+def transcript(text):
+    """The messages of a text in the form of Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."; the
+    text itself if it is not of that form."""
+    parts = re.split(r"\n\n(Human|Assistant): ?", text)
+    if len(parts) < 5 or parts[0].strip():
+        return text
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2])]
+
+
+def preference(chosen, rejected, prompt, row, unread):
+    """A preference pair: {"messages", "chosen", "rejected", perhaps "tools"}, the last two lists of
+    messages. Both sides may be whole conversations; then what they share is the prompt."""
+    system, tools = row.take("system", default=""), row.take("tools")
+    prompt = messages_of(prompt, unread) if prompt else []
+    sides = []
+    for side in (chosen, rejected):
+        side = transcript(side) if isinstance(side, str) else side
+        if isinstance(side, str):
+            side = [{"role": "assistant", "content": whole_text(side, "assistant")}]
+        side = messages_of(side, unread)
+        behind = prompt if side[: len(prompt)] != prompt else []
+        if not prompt and side and side[0]["role"] == "assistant":
+            raise ValueError("a pair without a prompt")
+        sides.append([*behind, *side])
+    same = 0
+    while same < min(map(len, sides)) and sides[0][same] == sides[1][same]:
+        same += 1
+    if same == len(sides[0]) == len(sides[1]):
+        raise ValueError("chosen and rejected are the same")
+    if not same or any(side[same:] == [] or side[-1]["role"] != "assistant" for side in sides):
+        raise ValueError("a pair without a prompt, or a side that does not end with an answer")
+    example = conversation(sides[0], system, tools)
+    more = len(example["messages"]) - len(sides[0])  # the system text in front
+    example["messages"] = example["messages"][: same + more]
+    return example | {"chosen": sides[0][same:], "rejected": sides[1][same:]}
+
+
+def to_example(row, unread=None):
+    """(kind, example) of a row of any shape we know, kind being chat, label or prefer. `unread`, a
+    Counter, gets the names of fields that nothing reads. ValueError says what is wrong with a row.
+    """
     # To add a format: recognise its keys here.
+    unread = Counter() if unread is None else unread
     if isinstance(row, list):
-        return "chat", conversation(row)
+        row = {"messages": row}
     if not isinstance(row, dict):
         raise ValueError(f"neither an object nor a list of turns but {row!r:.40}")
-    system, tools = row.get("system") or "", row.get("tools")
-    if not isinstance(system, str):
-        raise ValueError(f"the system text is no text but {system!r:.40}")
-    if isinstance(tools, str):  # JSON inside JSON, or any words
-        try:
-            tools = json.loads(tools or "[]")
-        except ValueError:
-            system, tools = "\n".join(filter(None, (system, tools))), None
-    before = [{"role": "system", "content": system}] if system or tools else []
-    if tools:  # schemas, which each family of templates has its own place for
-        before[0]["tools"] = tools if isinstance(tools, list) else [tools]
+    row = Fields(row)
+    found = pair_example(row, unread) or chat_example(row, unread) or label_example(row)
+    if found is None:
+        keys = ", ".join(map(str, row))
+        raise ValueError(f"no known format has the keys {keys:.80}; known are {FORMS}")
+    row.close(unread)
+    return found
+
+
+def pair_example(row, unread):
+    """`to_example` of preference pairs; None for other rows."""
+    if {"preferred_output", "non_preferred_output"} <= set(row):  # OpenAI's
+        given = Fields(row.take("input"))
+        row |= {"tools": given.take("tools")}
+        sides = row.take("preferred_output"), row.take("non_preferred_output")
+        prompt = given.take("messages")
+        given.close(unread, "input.")
+        return "prefer", preference(*sides, prompt, row, unread)
     if {"chosen", "rejected"} <= set(row):
-        turns = row.get("conversations", row.get("messages", row.get("prompt")))
-        turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
-        pair = {k: answer_text(row[k]) for k in ("chosen", "rejected")}
-        if pair["chosen"] == pair["rejected"]:
-            raise ValueError("chosen and rejected are the same")
-        prompt = [m for turn in turns or [] for m in to_messages(turn)]
-        if prompt and prompt[-1]["role"] == "assistant":  # whole conversations as the prompt's end
-            prompt.pop()
-        if not prompt:
-            raise ValueError("a pair without a prompt")
-        return "prefer", {"messages": before + prompt, **pair}
-    if {"context", "response"} <= set(row):
-        context, response = (
-            json.loads(v) if isinstance(v, str) else v for v in (row["context"], row["response"])
-        )
-        return "chat", conversation([*context, response])
-    for key in ("messages", "conversations", "items"):  # the last one is openchat's
-        if key in row:
-            return "chat", conversation(row[key], before)
-    if {"instruction", "output"} <= set(row):
-        asked = "\n".join(t for t in (row["instruction"], row.get("input")) if t)
-        answer = {"role": "assistant", "content": row["output"]}
-        return "chat", conversation([{"role": "user", "content": asked}, answer], before)
-    if {"text", "label"} <= set(row):
-        if not isinstance(row["text"], str) or not row["text"].strip():
-            raise ValueError("the text is empty")
-        label = whole(row["label"])
-        if not isinstance(label, (str, int)) or label == "":
-            raise ValueError(f"the label is {label!r:.40}")
-        return "label", {"text": row["text"], "label": str(label)}
-    raise ValueError(f"no known format has the keys {', '.join(map(str, row))[:80]}")
+        sides = row.take("chosen"), row.take("rejected")
+        prompt = row.take("prompt") or row.take("conversations", "messages")
+        return "prefer", preference(*sides, prompt, row, unread)
+    return None
+
+
+def chat_example(row, unread):
+    """`to_example` of conversations; None for other rows."""
+    keys, before, tidy = set(row), [], False
+    if {"prompt", "completion"} <= keys:
+        if isinstance(row.get("label"), bool):
+            raise ValueError(
+                "answers that are labelled good or bad one by one (KTO) cannot be learned from; "
+                "pairs of chosen and rejected can"
+            )
+        completion = row.take("completion")
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        turns = [*messages_of(row.take("prompt"), unread), *messages_of(completion, unread)]
+    elif {"context", "response"} <= keys and not {"instruction"} & keys:
+        turns = [*read_json(row.take("context")), read_json(row.take("response"))]
+    elif turns := row.take("messages", "conversations", "conversation", "items"):
+        if "instruction" in row and "system" not in row:  # COIG's
+            row["system"] = row.take("instruction")
+    elif {"instruction", "output"} <= keys or {"input", "target"} <= keys:  # Alpaca, Firefly
+        turns = [{"question": q, "answer": a} for q, a in row.take("history", default=[])]
+        asked = "\n".join(t for t in (row.take("instruction"), row.take("input")) if t)
+        answer = {"role": "assistant", "content": row.take("output", "target")}
+        answer |= {"reasoning_content": row.take("reasoning_content", "reasoning")}
+        turns += [{"role": "user", "content": asked}, answer]
+    elif {"question", "answer"} <= keys:
+        turns = [{"question": row.take("question"), "answer": row.take("answer")}]
+    elif "chat" in keys and "meta_instruction" in keys:
+        raise ValueError("MOSS's plugin format is not read: turn it into messages")
+    else:
+        return None
+    if isinstance(turns, list):
+        tidy = any(isinstance(t, dict) and {"role", "arguments"} <= set(t) for t in turns)
+    system, tools = row.take("system", default=""), row.take("tools", "functions")
+    messages = messages_of(turns, unread)
+    example = conversation([*before, *messages], content_text(system), tools)
+    return "chat", tidy_calls(example) if tidy else example
+
+
+def label_example(row):
+    """`to_example` of labelled texts; None for other rows."""
+    if not {"text", "label"} <= set(row):
+        return None
+    text, label = row.take("text"), whole(row.take("label"))
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("the text is empty")
+    if not isinstance(label, (str, int)) or label == "":
+        raise ValueError(f"the label is {label!r:.40}")
+    return "label", {"text": text, "label": str(label)}
 
 
 def as_chat(example):
@@ -156,8 +302,8 @@ def as_chat(example):
         return {"messages": [asked, {"role": "assistant", "content": example["label"]}]}
     if "chosen" not in example:
         return example
-    ending = {"role": "assistant", "content": example["chosen"]}
-    return {"messages": [*example["messages"], ending]}
+    rest = {key: value for key, value in example.items() if key not in ("chosen", "rejected")}
+    return rest | {"messages": [*example["messages"], *example["chosen"]]}
 
 
 def read_rows(path):

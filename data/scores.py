@@ -7,15 +7,24 @@ import numpy as np
 
 from data.chat import parse_call
 from data.facts import FACTS, count_facts
-from data.rows import whole
+from data.hotel import whole
+
+
+def arguments_of(message):
+    """A list of the arguments of a message's calls; None if it has none, or one is no JSON."""
+    try:
+        return [parse_call(call)[1] for call in message.get("tool_calls") or ()] or None
+    except ValueError:
+        return None
 
 
 def slot_counts(predicted, reference):
-    """(right, predicted, wanted) values of two argument dicts, the items of a list one by one, as
-    the course counts them; None for `predicted` means no arguments at all."""
+    """(right, predicted, wanted) values of two lists of argument dicts, the items of a list one by
+    one, as the course counts them; None for `predicted` means no arguments at all."""
 
-    def values(arguments):
-        items = ((k, v if isinstance(v, list) else [v]) for k, v in (arguments or {}).items())
+    def values(calls):
+        items = (pair for arguments in calls or () for pair in arguments.items())
+        items = ((k, v if isinstance(v, list) else [v]) for k, v in items)
         return Counter((k, json.dumps(whole(v), sort_keys=True)) for k, vs in items for v in vs)
 
     ours, wanted = values(predicted), values(reference)
@@ -61,18 +70,16 @@ def chat_scores(jobs, turns):
     a search for hotels what share of the names, prices, ratings and phones is right, and what share
     of the replies names a hotel twice."""
     slots, parsed, bleu, facts = [0, 0, 0], [], [], Counter()
-    for (before, wanted), got in zip(jobs, turns):
-        same = got["role"] == wanted["role"]
-        if wanted["role"] == "assistant":
-            bleu.append(bleu4(got["content"], wanted["content"]) if same else 0.0)
-            facts += count_facts(before, got["content"]) if same else Counter()
+    for job, got in zip(jobs, turns):
+        goal = job.wanted
+        if not goal.get("tool_calls"):
+            same = not got.get("tool_calls")
+            bleu.append(bleu4(got["content"], goal["content"]) if same else 0.0)
+            facts += count_facts(job.messages, got["content"]) if same else Counter()
             continue
-        try:
-            arguments = parse_call(got["content"])[1] if same else None
-        except ValueError:
-            arguments = None
+        arguments = arguments_of(got)
         parsed.append(arguments is not None)
-        counts = slot_counts(arguments, parse_call(wanted["content"])[1])
+        counts = slot_counts(arguments, arguments_of(goal))
         slots = [total + n for total, n in zip(slots, counts)]
     scores, (right, predicted, wanted) = {}, slots
     if parsed:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from data.answer import ApiError
+from data.chat import tool_call
 from data.cli import StopSignal, UserError
 from data.rows import to_example
 from data.runs import OUT, read_run, run_list
@@ -54,7 +55,7 @@ class Service:
             raise ApiError(400, "name and arguments must be texts")
         if not self.tools:
             raise ApiError(404, "this server has no tools: start it with --tools")
-        return {"content": call_tool(self.tools, f"{name} {arguments}")}
+        return {"content": call_tool(self.tools, tool_call(name, arguments))}
 
     def verdict(self, body):
         """The labels of a text with their probabilities, the likeliest first."""

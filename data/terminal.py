@@ -6,7 +6,7 @@ import select
 import sys
 from pathlib import Path
 
-from data.chat import chat_prompt, find_template, render_chat
+from data.chat import chat_prompt, find_template, message_text, prompt_ids
 from data.cli import UserError, printable
 from data.reply import Reply
 from data.tools import call_tool, function_schema
@@ -31,7 +31,7 @@ class Chat:
         self.max_tokens = min(max_tokens, context // 2)
         self.template = find_template(tokenizer)
         self.is_base = self.template is None
-        ours = self.is_base or self.template.kind == "ours"
+        ours = self.is_base or self.template.ours
         self.schemas = [
             function_schema(name, f)
             for name, f in self.tools.items()
@@ -43,13 +43,9 @@ class Chat:
         """(ids to continue, whether the oldest turns had to be left out)."""
         room = self.context - self.max_tokens
         if not self.is_base:
-            messages = self.messages
-            if self.schemas:
-                if not messages or messages[0]["role"] != "system":
-                    messages = [{"role": "system", "content": ""}, *messages]
-                messages = [messages[0] | {"tools": self.schemas}, *messages[1:]]
-            full = len(render_chat(messages, self.tokenizer, True)[0])
-            return chat_prompt(messages, self.tokenizer, room), full > room
+            how = self.messages, self.tokenizer
+            full = len(prompt_ids(*how, self.schemas))
+            return chat_prompt(*how, room, self.schemas), full > room
         said = "".join(f"{m['role'].title()}: {m['content']}\n" for m in self.messages)
         ids = self.tokenizer.encode(said + "Assistant:")
         return ids[-room:], len(ids) > room
@@ -85,12 +81,14 @@ class Chat:
         back, at most MAX_CALLS times."""
         for left in reversed(range(MAX_CALLS + 1)):
             message = self.turn(show, may_call=left > 0)
-            if message["role"] != "call":
+            for call in message.get("tool_calls") or ():
+                show(f"-> {message_text({'tool_calls': [call]})}\n")
+                result = call_tool(self.tools, call)
+                show(f"<- {result if len(result) < 400 else result[:400] + '…'}\n")
+                about = {"tool_call_id": call["id"], "name": call["function"]["name"]}
+                self.messages.append({"role": "tool", "content": result} | about)
+            if not message.get("tool_calls"):
                 return
-            show(f"-> {message['content']}\n")
-            result = call_tool(self.tools, message["content"])
-            show(f"<- {result if len(result) < 400 else result[:400] + '…'}\n")
-            self.messages.append({"role": "tool", "content": result})
 
     def command(self, line):
         """Do what a line with a slash says. Returns what to tell the user, or None to answer the

@@ -119,11 +119,11 @@ def suits(value, annotation):
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def call_tool(tools, content):
-    """What a tool returns for the call turn `content`, as JSON text. A call that does not fit the
+def call_tool(tools, call):
+    """What a tool returns for an entry of `tool_calls`, as JSON text. A call that does not fit the
     function's parameters never reaches it: the model reads {"error": ...} instead."""
     try:
-        name, arguments = parse_call(content)
+        name, arguments = parse_call(call)
         if name not in tools:
             raise ValueError(f"there is no tool {name!r}, only {', '.join(tools)}")
         signature = inspect.signature(tools[name], eval_str=True)
