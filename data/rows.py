@@ -2,18 +2,19 @@
 
 An example is {"messages"}, {"text", "label"} or {"messages", "chosen", "rejected"}.
 """
-import gzip
 import hashlib
+import itertools
 import json
+import re
 import sys
-import zlib
 from pathlib import Path
 
 from data.chat import call_text, drop_continued, parse_call
-from data.cli import UserError
+from data.cli import UserError, check_limits
 from data.hotel import tidy_calls
-from data.sources import ROW_SETS, SOURCES
-from data.text import json_rows
+from data.hub_rows import hub_name, hub_rows
+from data.row_files import is_row_file, read_rows
+from data.sources import SOURCES
 
 # What the field calls the turns, and what render_chat does.
 ROLE_NAMES = {
@@ -160,28 +161,23 @@ def as_chat(example):
     return {"messages": [*example["messages"], ending]}
 
 
-def read_rows(path):
-    """(where it is, row or the error that it is) for each row of a JSON list or of JSON lines."""
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: name a .json or .jsonl file, or {', '.join(ROW_SETS)}")
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        return json_rows([raw.decode("utf-8-sig")], str(path))
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise UserError(f"{path} is no JSON in UTF-8 ({e})") from e
-
-
 MAX_BAD = 0.01  # share of rows that may be bad
 
 
-def read_examples(path):
-    """(kind, examples) of a file. Bad rows are named on stderr and left out; UserError if more than
-    1 % are bad or none is left. Rows that continue each other are one conversation again."""
+def row_slice(text):
+    """The slice that --rows START:STOP means, both ends optional."""
+    found = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text or ":")
+    if not found:
+        raise UserError(f"--rows {text} must be START:STOP, as 1000:5001, 1000: or :500")
+    return slice(*(int(n) if n else None for n in found.groups()))
+
+
+def read_examples(path, rows=None, most=None):
+    """(kind, examples) of a file, or of `row_slice(rows)` of its first `most` rows. Bad rows are
+    named on stderr and left out; UserError if more than 1 % are bad or none is left. Rows that
+    continue each other are one conversation again."""
     found, bad, kind = [], [], None
-    for where, row in read_rows(path):
+    for where, row in list(itertools.islice(read_rows(path), most))[row_slice(rows)]:
         try:
             if isinstance(row, ValueError):
                 bad.append(str(row))
@@ -201,7 +197,7 @@ def read_examples(path):
         print(f"bad row: {message}", file=sys.stderr)
     total = len(found) + len(bad)
     if not total:
-        raise UserError(f"{path} holds no rows")
+        raise UserError(f"{path} holds no rows" + (f" at --rows {rows}" if rows else ""))
     if not found or len(bad) > MAX_BAD * total:
         first = f", first {bad[0]}" if bad else ""
         raise UserError(f"{path}: {len(bad)} of {total} rows are bad{first}")
@@ -233,22 +229,38 @@ def split_off(examples, fraction):
     return [e for e in examples if id(e) not in val], [e for e in examples if id(e) in val]
 
 
-def load_data(source, val_source=None, fraction=0.1):
-    """(kind, {"train", "val", perhaps "test": examples}, {split: sha256}) of --data."""
+def row_paths(source, most=None):
+    """{split: path} of what --data or --val_data names; `most`: see `hub_rows`."""
     if source in SOURCES and SOURCES[source].rows:
-        paths = dict(SOURCES[source].fetch())
-    else:
-        paths = {"train": source}
+        return dict(SOURCES[source].fetch())
+    found = hub_name(str(source))
+    return hub_rows(*found, most) if found else {"train": source}
+
+
+def load_data(source, val_source=None, fraction=0.1, rows=None, max_rows=None, whole=False):
+    """(kind, {"train", "val", perhaps "test": examples}, {split: sha256}) of --data: a file, a
+    named set, or a data set of the Hub. `rows` START:STOP is the part of the training rows to take,
+    `max_rows` how many rows a split has at most. `fraction` of the training rows is for validation
+    where nothing else is, or, with `whole`, all rows of a file that was named."""
+    check_limits({"max_rows": max_rows})
+    part, most = row_slice(rows), dict.fromkeys(("train", "val", "test"), max_rows)
+    if part.stop is not None and min(part.start or 0, part.stop) >= 0:  # no need for what follows
+        most["train"] = min(part.stop, max_rows or part.stop)
+    paths = row_paths(source, most)
     if val_source:
-        paths["dev"] = val_source
+        held = row_paths(val_source, most)
+        paths["dev"] = held.get("dev") or held.get("val") or held["train"]
     kinds, parts, hashes = {}, {}, {}
     for split, path in paths.items():
         split = "val" if split == "dev" else split
-        kinds[split], examples = read_examples(path)
+        kinds[split], examples = read_examples(path, rows if split == "train" else None, max_rows)
         parts[split] = [tidy_calls(e) for e in examples] if kinds[split] == "chat" else examples
         hashes[split] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if len(set(kinds.values())) > 1:
         raise UserError(f"{source} and its validation rows are of different kinds: {kinds}")
-    if "val" not in parts:
+    hashes |= {name: v for name, v in (("rows", rows), ("max_rows", max_rows)) if v}
+    if "val" not in parts and whole and source not in SOURCES and is_row_file(source):
+        parts["val"] = parts["train"]
+    elif "val" not in parts:
         parts["train"], parts["val"] = split_off(parts["train"], fraction)
     return kinds["train"], parts, hashes
