@@ -751,8 +751,8 @@ def resolve(args):
     else:
         settings = given if "ckpt" in given else given | {"ckpt": str(newest_run())}
     val = settings.get("val", RECIPE["val"])
-    named = (settings.get(k) for k in ("rows", "max_rows"))
-    kind, parts, hashes = load_data(settings["data"], settings.get("val_data"), val, *named)
+    how = {k: settings.get(k) for k in ("rows", "max_rows", "encoding")}
+    kind, parts, hashes = load_data(settings["data"], settings.get("val_data"), val, **how)
     if content is not None and content["data"] != hashes:
         raise UserError(f"{settings['data']} is not the data that the run began with")
     name, objective = choose_objective(settings.get("objective"), kind, settings["data"])
@@ -946,7 +946,8 @@ def evaluate_only(args):
     given = {k: v for k, v in vars(args).items() if v is not None}
     check_limits(given)
     val, all_rows = given.get("val", RECIPE["val"]), "val" not in given
-    kind, parts, _ = load_data(args.data, args.val_data, val, args.rows, args.max_rows, all_rows)
+    how = args.rows, args.max_rows, args.encoding, all_rows
+    kind, parts, _ = load_data(args.data, args.val_data, val, *how)
     kind_of = choose_objective(args.objective, kind, args.data)[1]
     settings = RECIPE | kind_of.defaults() | given
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
@@ -1080,8 +1081,6 @@ def build_parser():
     add("--data", help=f"a {', '.join(ROW_SUFFIXES)} file, .gz too, one of {', '.join(ROW_SETS)}, "
         "or of the Hub OWNER/NAME, OWNER/NAME:CONFIG, OWNER/NAME:FILE")
     add("--val_data", help="rows to measure on (default: the set's own, or --val)")
-    add("--rows", metavar="START:STOP", help="this part of the training rows, as 1000:5001")
-    add("--max_rows", type=int, help="the first rows of each split only (default: all)")
     add("--val", type=float, help="else the share of conversations held out (default 0.1)")
     add("--objective", choices=tuple(OBJECTIVES), help="default: what the rows suit")
     add("--out", help="folder of the run (default: out/DATA-ft, or with --eval_only out/CKPT-eval, "
@@ -1097,6 +1096,9 @@ def build_parser():
         help="answers to generate at an evaluation, 0 is none (default 64; the last one: all)")
     add("--show_mask", type=int, metavar="N", help="print N rows token by token, train nothing")
     add = p.add_argument_group("rows").add_argument
+    add("--rows", metavar="START:STOP", help="this part of the training rows, as 1000:5001")
+    add("--max_rows", type=int, help="the first rows of each split only (default: all)")
+    add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
     add("--loss_on", choices=("assistant", "call", "all"),
         help="learn the assistant's turns (default), its tool calls only, or every token")
     add("--augment", type=float,

@@ -49,25 +49,29 @@ def hub_rows(repo, part=None, most=None):
     if part and is_row_file(part):
         return {"train": repository_file(repo, part)}
     try:
-        config, names = choose(repo, part, ask("splits", "splits", dataset=repo)["splits"])
+        config, names = choose(repo, part, ask("splits", 2, dataset=repo)["splits"])
         paths = {s: viewer_file(repo, config, n, (most or {}).get(s)) for s, n in names.items()}
-        return {split: path for split, path in paths.items() if path.stat().st_size}
+        return {s: path for s, path in paths.items() if s == "train" or path.stat().st_size}
     except NoViewer as e:
         return repository_files(repo, part or "", e)
 
 
-def ask(endpoint, key, **query):
-    """An answer of the viewer, an object whose `key` is a list; NoViewer if there is none."""
-    url = f"{VIEWER}/{endpoint}?{urlencode(query)}"
+def ask(endpoint, tries, **query):
+    """An answer of the viewer, an object with a list called as the endpoint; NoViewer if there is
+    none."""
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a line for each of many small files
-            path = fetch(url, token=hub_token(url))
-        answer = read_json(path)
+        answer = fetch_json(url := f"{VIEWER}/{endpoint}?{urlencode(query)}", tries)
     except UserError as e:
         raise NoViewer(str(e)) from e
-    if not isinstance(answer.get(key), list):
-        raise NoViewer(f"{path} has no {key}")
+    if not isinstance(answer.get(endpoint), list):
+        raise NoViewer(f"{url} has no {endpoint}")
     return answer
+
+
+def fetch_json(url, tries=4):
+    """The JSON object at `url`, downloaded without a message: there may be hundreds of them."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return read_json(fetch(url, tries=tries, token=hub_token(url)))
 
 
 def choose(repo, part, splits):
@@ -88,8 +92,8 @@ def choose(repo, part, splits):
     names = {ours: name for ours, known in wanted.items() for name in known if name in there}
     if "train" not in names:
         raise UserError(
-            f"{repo} has no {part or 'train'!r}: name a split to learn from, as {repo}:{there[0]}; "
-            f"it has {', '.join(there):.300}"
+            f"{repo} has no split {wanted['train'][0]}: name one to learn from, as "
+            f"{repo}:{there[0]}; it has {', '.join(there):.300}"
         )
     return config, names
 
@@ -106,13 +110,18 @@ def viewer_rows(repo, config, split, most):
 
     def page(offset):
         where = dict(dataset=repo, config=config, split=split)
-        return ask("rows", "rows", **where, offset=offset, length=PAGE)
+        return ask("rows", 6, **where, offset=offset, length=PAGE)  # it limits requests a minute
 
-    total = page(0).get("num_rows_total") or 0
+    first = page(0)
+    rows, total = named(first), first.get("num_rows_total") or 0
     if most is None and total > MANY:
         raise UserError(f"{repo} has {total:,} rows of {split}: say how many by --max_rows")
     count = total if most is None else min(most, total)
-    rows = [r for n in watched(range(0, count, PAGE), f"{repo}: page") for r in named(page(n))]
+    for n in watched(range(PAGE, count, PAGE), f"{repo}: page"):
+        try:
+            rows += named(page(n))
+        except NoViewer as e:
+            raise UserError(f"{e}; {n:,} rows of {split} are kept, so that you can go on") from e
     if len(rows) < count:
         kept = download_path(VIEWER)
         raise UserError(f"{repo} changed on the Hub while it was downloaded: delete {kept}")
@@ -140,9 +149,8 @@ def repository_files(repo, part, reason):
     """{split: path} of those files of a repository that are rows and whose names contain `part`:
     the only one, or those that are called train, validation and test. `reason`: why not the viewer.
     """
-    url = f"{MODELS}/api/datasets/{repo}"
     try:
-        about = read_json(fetch(url, token=hub_token(url)))
+        about = fetch_json(f"{MODELS}/api/datasets/{repo}")
     except UserError as e:
         raise UserError(f"{repo} is no file or folder here, nor a data set of the Hub: {e}") from e
     files = [f["rfilename"] for f in about.get("siblings", ())]

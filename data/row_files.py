@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 
 from data.cli import UserError
-from data.text import json_rows
+from data.text import decode, json_rows
 
 ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 KNOWN = f"{', '.join(ROW_SUFFIXES)} file, .gz too"
@@ -35,9 +35,10 @@ def is_row_file(name):
     return str(name).lower().removesuffix(".gz").endswith(ROW_SUFFIXES)
 
 
-def read_rows(path):
+def read_rows(path, encoding=None):
     """(where it is, row or the UserError that it is) for each row of a file. A row of CSV is a dict
-    of strings. UserError if the file cannot be read: it says what it is, and what helps."""
+    of strings. `encoding`: see `decode`. UserError if the file cannot be read: it says what the
+    file is, and what helps."""
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -51,9 +52,11 @@ def read_rows(path):
             raise UserError(f"{path}: damaged, or no .gz file ({e})") from e
     refuse_binary(path, name, raw)
     try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is no text in UTF-8 ({e})") from e
+        text = decode(raw, str(path), encoding)
+    except UserError:
+        if b"\0" not in raw:
+            raise
+        text = "\0"
     if "\0" in text:
         raise UserError(f"{path} is a binary file, not rows: name a {KNOWN}")
     if name.endswith((".csv", ".tsv")):

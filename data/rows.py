@@ -172,12 +172,12 @@ def row_slice(text):
     return slice(*(int(n) if n else None for n in found.groups()))
 
 
-def read_examples(path, rows=None, most=None):
+def read_examples(path, rows=None, most=None, encoding=None):
     """(kind, examples) of a file, or of `row_slice(rows)` of its first `most` rows. Bad rows are
     named on stderr and left out; UserError if more than 1 % are bad or none is left. Rows that
     continue each other are one conversation again."""
     found, bad, kind = [], [], None
-    for where, row in list(itertools.islice(read_rows(path), most))[row_slice(rows)]:
+    for where, row in list(itertools.islice(read_rows(path, encoding), most))[row_slice(rows)]:
         try:
             if isinstance(row, ValueError):
                 bad.append(str(row))
@@ -237,28 +237,33 @@ def row_paths(source, most=None):
     return hub_rows(*found, most) if found else {"train": source}
 
 
-def load_data(source, val_source=None, fraction=0.1, rows=None, max_rows=None, whole=False):
+def load_data(
+    source, val_source=None, fraction=0.1, rows=None, max_rows=None, encoding=None, whole=False
+):
     """(kind, {"train", "val", perhaps "test": examples}, {split: sha256}) of --data: a file, a
     named set, or a data set of the Hub. `rows` START:STOP is the part of the training rows to take,
     `max_rows` how many rows a split has at most. `fraction` of the training rows is for validation
     where nothing else is, or, with `whole`, all rows of a file that was named."""
     check_limits({"max_rows": max_rows})
-    part, most = row_slice(rows), dict.fromkeys(("train", "val", "test"), max_rows)
-    if part.stop is not None and min(part.start or 0, part.stop) >= 0:  # no need for what follows
-        most["train"] = min(part.stop, max_rows or part.stop)
+    start, stop = row_slice(rows).start or 0, row_slice(rows).stop
+    most = dict.fromkeys(("train", "val", "test"), max_rows)
+    if stop is not None and min(start, stop) >= 0:  # what follows need not be downloaded
+        most["train"] = min(stop, max_rows or stop)
     paths = row_paths(source, most)
     if val_source:
-        held = row_paths(val_source, most)
+        held = row_paths(val_source, dict.fromkeys(most, max_rows))
         paths["dev"] = held.get("dev") or held.get("val") or held["train"]
     kinds, parts, hashes = {}, {}, {}
     for split, path in paths.items():
         split = "val" if split == "dev" else split
-        kinds[split], examples = read_examples(path, rows if split == "train" else None, max_rows)
+        wanted = rows if split == "train" else None
+        kinds[split], examples = read_examples(path, wanted, max_rows, encoding)
         parts[split] = [tidy_calls(e) for e in examples] if kinds[split] == "chat" else examples
         hashes[split] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if len(set(kinds.values())) > 1:
         raise UserError(f"{source} and its validation rows are of different kinds: {kinds}")
-    hashes |= {name: v for name, v in (("rows", rows), ("max_rows", max_rows)) if v}
+    how = dict(rows=rows, max_rows=max_rows, encoding=encoding)  # other rows of the same files
+    hashes |= {name: value for name, value in how.items() if value}
     if "val" not in parts and whole and source not in SOURCES and is_row_file(source):
         parts["val"] = parts["train"]
     elif "val" not in parts:
