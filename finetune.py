@@ -972,8 +972,9 @@ def evaluate_only(args):
         )
     if isinstance(objective, DPO):
         objective.start(model, {args.split: split}, None)
-    of = "all rows" if all_rows else args.split
-    print(f"measuring {len(split.examples):,} {objective.what}: {of} of {args.data}")
+    held = args.val_data if args.split == "val" else None
+    of = f"{'all rows' if all_rows or held else args.split} of {held or args.data}"
+    print(f"measuring {len(split.examples):,} {objective.what}: {of}")
     with lm.evaluating(model):
         write_report(objective, model, split, out)
     if (out / "predictions.jsonl").exists():

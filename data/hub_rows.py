@@ -121,9 +121,9 @@ def viewer_rows(repo, config, split, most):
         try:
             rows += named(page(n))
         except NoViewer as e:
-            raise UserError(f"{e}; {n:,} rows of {split} are kept, so that you can go on") from e
+            raise UserError(f"{e}; {n:,} rows of {split} are kept: run this again to go on") from e
     if len(rows) < count:
-        kept = download_path(VIEWER)
+        kept = download_path(VIEWER).parent
         raise UserError(f"{repo} changed on the Hub while it was downloaded: delete {kept}")
     labelled = [row for row in rows[:count] if row.get("label", "") is not None]
     if bare := count - len(labelled):

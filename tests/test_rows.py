@@ -443,7 +443,7 @@ def test_a_data_set_of_the_hub_comes_page_by_page_and_once(hub, capsys):
     splits = {"train": films(250), "validation": films(7), "test": films(3, -1)}
     hub("me/films", {"default": splits})
     hub.mirror.faults = [None, None, 404]  # the third answer
-    with pytest.raises(UserError, match="404.*; 100 rows of train are kept"):
+    with pytest.raises(UserError, match=r"404.*; 100 rows of train are kept"):
         load_data("me/films")
     kind, parts, _ = load_data("me/films")
     assert (kind, {s: len(p) for s, p in parts.items()}) == ("label", {"train": 250, "val": 7})
