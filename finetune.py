@@ -59,6 +59,7 @@ from data.chat import (
     find_template,
     get_template,
     label_token,
+    labels_of,
     message_text,
 )
 from data.cli import Parser, UserError, check_limits, run_cli
@@ -68,6 +69,7 @@ from data.files import write_json
 from data.hotel import repeats, substitute, tidy_calls, values_by_key
 from data.machine import DTYPES, make_runtime
 from data.rewards import REWARDS, load_reward, rate
+from data.row_files import ROW_SUFFIXES
 from data.rows import as_chat, first_words, load_data, report_bad
 from data.runner import cut_like, launch, place
 from data.runs import newest_run, resumed_settings, run_folder
@@ -617,7 +619,8 @@ class GRPO(SFT):
         """The Split of examples, all of them chats now, with the Prompts that the reward is for."""
         split, context = super().make_split([as_chat(e) for e in examples]), self.args.context
         jobs = self.jobs(split)
-        for job, reward in zip(jobs, self.rewards([(j.messages, j.wanted, j.wanted) for j in jobs])):
+        rewards = self.rewards([(job.messages, job.wanted, job.wanted) for job in jobs])
+        for job, reward in zip(jobs, rewards):
             if reward is not None:
                 most = context - longest_answer(context)
                 ids = chat_prompt(job.messages, self.tokenizer, most, job.tools)
@@ -771,7 +774,8 @@ def resolve(args):
     else:
         settings = given if "ckpt" in given else given | {"ckpt": str(newest_run())}
     val = settings.get("val", RECIPE["val"])
-    kind, parts, hashes = load_data(settings["data"], settings.get("val_data"), val)
+    how = {k: settings.get(k) for k in ("rows", "max_rows", "encoding")}
+    kind, parts, hashes = load_data(settings["data"], settings.get("val_data"), val, **how)
     if content is not None and content["data"] != hashes:
         raise UserError(f"{settings['data']} is not the data that the run began with")
     name, objective = choose_objective(settings.get("objective"), kind, settings["data"])
@@ -960,12 +964,15 @@ def shorten(text, width=160):
 
 
 def evaluate_only(args):
-    """--eval_only: load, measure one split, write predictions to --out."""
+    """--eval_only: load, measure one split, or all of a file that was named for it, write
+    predictions to --out."""
     if args.data is None:
         raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
     given = {k: v for k, v in vars(args).items() if v is not None}
     check_limits(given)
-    kind, parts, _ = load_data(args.data, args.val_data, given.get("val", RECIPE["val"]))
+    val, all_rows = given.get("val", RECIPE["val"]), "val" not in given
+    how = args.rows, args.max_rows, args.encoding, all_rows
+    kind, parts, _ = load_data(args.data, args.val_data, val, *how)
     kind_of = choose_objective(args.objective, kind, args.data)[1]
     settings = RECIPE | kind_of.defaults() | given
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
@@ -977,6 +984,8 @@ def evaluate_only(args):
     wanted = kind_of.special_tokens(tokenizer, labels)
     if missing := [n for n in wanted if n not in tokenizer.special]:
         raise UserError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
+    all_rows = parts["val"] is parts["train"]
+    labels = labels_of(tokenizer) if labels and all_rows else labels  # these rows may lack some
     run = where.parent if where.suffix == ".pt" else where
     out = run_folder(args, None, f"{run.name}-eval", runtime)
     objective = kind_of(args, tokenizer, labels)
@@ -988,6 +997,9 @@ def evaluate_only(args):
         )
     if isinstance(objective, DPO):
         objective.start(model, {args.split: split}, None)
+    held = args.val_data if args.split == "val" else None
+    of = f"{'all rows' if all_rows or held else args.split} of {held or args.data}"
+    print(f"measuring {len(split.examples):,} {objective.what}: {of}")
     with lm.evaluating(model):
         write_report(objective, model, split, out)
     if (out / "predictions.jsonl").exists():
@@ -1092,14 +1104,16 @@ def build_parser():
         "--resume the run's own.")
     add = p.add_argument_group("the run").add_argument
     add("--ckpt", help=f"the model to start from: {lm.WHAT_CKPT} (default: the newest run)")
-    add("--data", help=f"a .json or .jsonl file, .gz too, or one of {', '.join(ROW_SETS)}")
+    add("--data", help=f"a {', '.join(ROW_SUFFIXES)} file, .gz too, one of {', '.join(ROW_SETS)}, "
+        "or of the Hub OWNER/NAME, OWNER/NAME:CONFIG, OWNER/NAME:FILE")
     add("--val_data", help="rows to measure on (default: the set's own, or --val)")
     add("--val", type=float, help="else the share of conversations held out (default 0.1)")
     add("--objective", choices=tuple(OBJECTIVES), help="default: what the rows suit")
     add("--out", help="folder of the run (default: out/DATA-ft, or with --eval_only out/CKPT-eval, "
         "numbered if taken)")
     train.add_machine(add)
-    add("--eval_only", action="store_true", default=None, help="measure --ckpt, train nothing")
+    add("--eval_only", action="store_true", default=None, help="measure --ckpt on --split, or "
+        "on all of a file without --val; train nothing")
     add("--split", help="to report on at the end: val (default; dev), test, train")
     figures = dict.fromkeys(c.figure for classes in OBJECTIVES.values() for c in classes)
     add("--best_by", choices=("val_loss", *figures, "last"),
@@ -1108,6 +1122,9 @@ def build_parser():
         help="answers to generate at an evaluation, 0 is none (default 64; the last one: all)")
     add("--show_mask", type=int, metavar="N", help="print N rows token by token, train nothing")
     add = p.add_argument_group("rows").add_argument
+    add("--rows", metavar="START:STOP", help="this part of the training rows, as 1000:5001")
+    add("--max_rows", type=int, help="the first rows of each split only (default: all)")
+    add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
     add("--loss_on", choices=("assistant", "call", "all"),
         help="learn the assistant's turns (default), its tool calls only, or every token")
     add("--augment", type=float,

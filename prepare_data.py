@@ -83,7 +83,7 @@ def find_files(source):
 def default_name(source):
     """data/NAME for a source: its own name without folders and suffixes."""
     path = Path(urlsplit(source).path if "://" in source else source)
-    stem = re.sub(r"[*?\[\]]+", "", Path(path.name.removesuffix(".gz")).stem)
+    stem = re.sub(r"[*?\[\]]+", "", Path(path.name.replace(":", "-").removesuffix(".gz")).stem)
     return stem.strip(".") or path.parent.name or "text"
 
 

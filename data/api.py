@@ -237,8 +237,8 @@ class Api:
                 400, "this model has no chat template, so it knows no turns and calls no tools: "
                 "ask /v1/completions", "messages", "no_chat_template",
             )  # fmt: skip
-        told = [t for t in tools if not (self.template.ours and t["function"]["name"] in self.known)]
-        told = told if may_call else None
+        known = self.known if self.template.ours else ()
+        told = [t for t in tools if may_call and t["function"]["name"] not in known]
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
         variables = body.get("chat_template_kwargs", {})
         names = ("add_generation_prompt", "continue_final_message")

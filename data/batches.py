@@ -78,7 +78,7 @@ def fit_row(template, rows, messages, tools, room):
             kept = [*messages[:system], *messages[system + gone :]]
             with contextlib.suppress(ValueError):  # some templates want a question first
                 if turns:
-                    rows = template.rows(kept, tools, lambda i: i + gone in turns)
+                    rows = template.rows(kept, tools, {i - gone for i in turns}.__contains__)
                 else:
                     text = template.render(kept, tools)
                     rows = [(text, [(0, len(text))], [])]

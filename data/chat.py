@@ -267,14 +267,13 @@ class Template:
         conversation: one, with all turns of the assistant for which learned(i) holds, or several if
         the template writes earlier turns otherwise when there are later ones, as Qwen3's does with
         thoughts."""
-        rows, names = [], {i: name for name, i in self.tokenizer.special.items()}
-        ends = either({names[i] for i in self.ends if i in names})
+        rows, end = [], self.tokenizer.decode([self.end])
         for i, m in enumerate(messages):
             if m["role"] != "assistant" or not (learned is None or learned(i)):
                 continue
             prompt, answer = self.turn(messages, i, tools, **variables)
-            end = ends.search(answer)
-            span = len(prompt), len(prompt) + (end.end() if end else len(answer))
+            own, found, _ = answer.partition(end)
+            span = len(prompt), len(prompt) + len(own + found)
             if rows and prompt.startswith(rows[-1][0][: rows[-1][1][-1][1]]):
                 rows[-1] = prompt + answer, [*rows[-1][1], span], [*rows[-1][2], i]
             else:
@@ -384,7 +383,7 @@ def content_text(content):
         parts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
         for part in parts:
             if not isinstance(part.get("text"), str):
-                raise ValueError(f"a part of kind {part.get('type')!r:.40}: only text is understood")
+                raise ValueError(f"a part of kind {part.get('type')!r:.40}, only text is known")
         return "".join(part["text"] for part in parts)
     if content is not None and not isinstance(content, str):
         raise ValueError(f"the content is not text but {content!r:.40}")
@@ -408,7 +407,7 @@ def get_template(tokenizer):
 # --------------------------------------------------------------------------------------------
 
 
-def render_chat(messages, tokenizer, tools=None, add_generation_prompt=False, **variables):
+def render_chat(messages, tokenizer, add_generation_prompt=False, tools=None, **variables):
     """(ids, mask) of a conversation, mask 1 where the assistant's own words are to be learned.
 
     With `add_generation_prompt` the row ends where an answer begins, a prefix of the row with it.

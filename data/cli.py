@@ -133,8 +133,8 @@ class StopSignal:
 # What the value of a flag must be, whatever script it belongs to.
 LIMITS = (
     (
-        "batch_size batch_tokens eval_every grad_accum judge log_every max_new_tokens max_steps "
-        "max_tokens num_samples show_mask steps tokens total_batch_tokens updates "
+        "batch_size batch_tokens eval_every grad_accum judge log_every max_new_tokens max_rows "
+        "max_steps max_tokens num_samples show_mask steps tokens total_batch_tokens updates "
         "workers world",
         "at least 1",
         lambda v: 1 <= v <= 2**62,

@@ -192,6 +192,7 @@ def progress(blocks, name, have, total):
 # --------------------------------------------------------------------------------------------
 
 MODELS = "https://huggingface.co"
+VIEWER = "https://datasets-server.huggingface.co"  # gives rows of the Hub's data sets
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
 EXTRAS = (  # not all have them
     "generation_config.json",
@@ -271,12 +272,14 @@ def weight_files(folder):
 
 
 def hub_token(url):
-    """HF_TOKEN, if it is set and it is the Hub (or HF_ENDPOINT in its place) that `url` asks."""
+    """HF_TOKEN, if it is set and it is the Hub (or HF_ENDPOINT in its place) or its viewer that
+    `url` asks."""
     token = os.environ.get("HF_TOKEN", "").strip()
     if not re.fullmatch(r"[!-~]*", token):  # and don't show it
         raise UserError("HF_TOKEN holds spaces or other characters that no token has")
     hub = os.environ.get("HF_ENDPOINT", "").rstrip("/") or MODELS
-    return token if resolve_url(url).startswith(f"{hub}/") else None
+    hosts = (f"{hub}/", f"{VIEWER}/") if hub == MODELS else f"{hub}/"
+    return token if resolve_url(url).startswith(hosts) else None
 
 
 def fetch_of_hub(repo, revision, file, folder, optional=False):

@@ -1,15 +1,13 @@
 """Hugging Face's tokenizers in and out: tokenizer.json and its neighbours."""
 import base64
-import contextlib
 import itertools
-import json
 import re
 from collections import Counter
 from pathlib import Path
 
 import regex
 
-from data.chat import TEMPLATES, find_template
+from data.chat import find_template
 from data.cli import UserError
 from data.files import read_json
 from data.tokenizer import ANY_CHARACTER, END, UNKNOWN, Tokenizer
@@ -195,14 +193,14 @@ def hub_name(folder):
 def hub_template(folder):
     """{name: chat template in Jinja} that a model's folder brings, or None."""
     if (path := folder / "chat_template.jinja").exists():
-        return {"default": path.read_text(encoding="utf-8")}
-    for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-        template = read_json(path).get("chat_template") if path.exists() else None
-        if isinstance(template, list):
-            return {entry["name"]: entry["template"] for entry in template}
-        if template is not None:
-            return {"default": template}
-    return None
+        others = (folder / "additional_chat_templates").glob("*.jinja")
+        found = {other.stem: other for other in others} | {"default": path}
+        return {name: path.read_text(encoding="utf-8") for name, path in found.items()}
+    path = folder / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.exists() else None
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}
+    return template and {"default": template}
 
 
 def template_tokens(folder):

@@ -3,20 +3,20 @@
 An example is {"messages", perhaps "tools"}, the same with "chosen" and "rejected", two lists of
 messages that go on from there, or {"text", "label"}.
 """
-import gzip
 import hashlib
+import itertools
 import json
 import re
 import sys
-import zlib
 from collections import Counter
 from pathlib import Path
 
 from data.chat import content_text, drop_continued, parse_call, tool_call
-from data.cli import UserError
+from data.cli import UserError, check_limits
 from data.hotel import tidy_calls, whole
-from data.sources import ROW_SETS, SOURCES
-from data.text import json_rows
+from data.hub_rows import hub_name, hub_rows
+from data.row_files import is_row_file, read_rows
+from data.sources import SOURCES
 
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -306,33 +306,39 @@ def as_chat(example):
     return rest | {"messages": [*example["messages"], *example["chosen"]]}
 
 
-def read_rows(path):
-    """(where it is, row or the error that it is) for each row of a JSON list or of JSON lines."""
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: name a .json or .jsonl file, or {', '.join(ROW_SETS)}")
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        return json_rows([raw.decode("utf-8-sig")], str(path))
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise UserError(f"{path} is no JSON in UTF-8 ({e})") from e
-
-
 MAX_BAD = 0.01  # share of rows that may be bad
 
 
-def read_examples(path):
-    """(kind, examples) of a file. Bad rows are named on stderr and left out; UserError if more than
-    1 % are bad or none is left. Rows that continue each other are one conversation again."""
-    found, bad, kind = [], [], None
-    for where, row in read_rows(path):
+def row_slice(text):
+    """The slice that --rows START:STOP means, both ends optional."""
+    found = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text or ":")
+    if not found:
+        raise UserError(f"--rows {text} must be START:STOP, as 1000:5001, 1000: or :500")
+    return slice(*(int(n) if n else None for n in found.groups()))
+
+
+def report_bad(bad, total, path):
+    """Name the bad ones of `total` rows, a list of messages, on stderr; UserError if more than 1 %
+    are bad."""
+    for message in bad[:5]:
+        print(f"bad row: {message}", file=sys.stderr)
+    if len(bad) > MAX_BAD * total:
+        raise UserError(f"{path}: {len(bad)} of {total} rows are bad, first {bad[0]}")
+    if bad:
+        print(f"{path}: {len(bad)} of {total} rows are bad and left out", file=sys.stderr)
+
+
+def read_examples(path, rows=None, most=None, encoding=None):
+    """(kind, examples) of a file, or of `row_slice(rows)` of its first `most` rows. Bad rows are
+    named on stderr and left out; UserError if more than 1 % are bad or none is left. Rows that
+    continue each other are one conversation again."""
+    found, bad, kind, unread = [], [], None, Counter()
+    for where, row in list(itertools.islice(read_rows(path, encoding), most))[row_slice(rows)]:
         try:
             if isinstance(row, ValueError):
                 bad.append(str(row))
                 continue
-            this, example = to_example(row)
+            this, example = to_example(row, unread)
             kind = kind or this
             if this != kind:
                 raise ValueError(f"a row of {this} among rows of {kind}")
@@ -343,16 +349,13 @@ def read_examples(path):
             if isinstance(e, (TypeError, AttributeError)):
                 reason = f"a value of the wrong type ({e})"
             bad.append(f"{where}: {reason}")
-    for message in bad[:5]:
-        print(f"bad row: {message}", file=sys.stderr)
     total = len(found) + len(bad)
     if not total:
-        raise UserError(f"{path} holds no rows")
-    if not found or len(bad) > MAX_BAD * total:
-        first = f", first {bad[0]}" if bad else ""
-        raise UserError(f"{path}: {len(bad)} of {total} rows are bad{first}")
-    if bad:
-        print(f"{path}: {len(bad)} of {total} rows are bad and left out", file=sys.stderr)
+        raise UserError(f"{path} holds no rows" + (f" at --rows {rows}" if rows else ""))
+    report_bad(bad, total, path)
+    if unread:
+        names = ", ".join(f"{name} ({count:,})" for name, count in unread.most_common(12))
+        print(f"{path}: fields that are not used, with their rows: {names}", file=sys.stderr)
     if kind == "chat":  # learning a dialogue's last row teaches the answers of all before it
         found = drop_continued(found, key=lambda e: e["messages"])
     return kind, found
@@ -379,22 +382,42 @@ def split_off(examples, fraction):
     return [e for e in examples if id(e) not in val], [e for e in examples if id(e) in val]
 
 
-def load_data(source, val_source=None, fraction=0.1):
-    """(kind, {"train", "val", perhaps "test": examples}, {split: sha256}) of --data."""
+def row_paths(source, most=None):
+    """{split: path} of what --data or --val_data names; `most`: see `hub_rows`."""
     if source in SOURCES and SOURCES[source].rows:
-        paths = dict(SOURCES[source].fetch())
-    else:
-        paths = {"train": source}
+        return dict(SOURCES[source].fetch())
+    found = hub_name(str(source))
+    return hub_rows(*found, most) if found else {"train": source}
+
+
+def load_data(
+    source, val_source=None, fraction=0.1, rows=None, max_rows=None, encoding=None, every_row=False
+):
+    """(kind, {"train", "val", perhaps "test": examples}, {split: sha256}) of --data: a file, a
+    named set, or a data set of the Hub. `rows` START:STOP is the part of the training rows to take,
+    `max_rows` how many rows a split has at most. `fraction` of the training rows is for validation
+    where nothing else is, or, with `every_row`, all rows of a file that was named."""
+    check_limits({"max_rows": max_rows})
+    start, stop = row_slice(rows).start or 0, row_slice(rows).stop
+    most = dict.fromkeys(("train", "val", "test"), max_rows)
+    if stop is not None and min(start, stop) >= 0:  # what follows need not be downloaded
+        most["train"] = min(stop, max_rows or stop)
+    paths = row_paths(source, most)
     if val_source:
-        paths["dev"] = val_source
+        held = row_paths(val_source, dict.fromkeys(most, max_rows))
+        paths["dev"] = held.get("dev") or held.get("val") or held["train"]
     kinds, parts, hashes = {}, {}, {}
     for split, path in paths.items():
         split = "val" if split == "dev" else split
-        kinds[split], examples = read_examples(path)
-        parts[split] = [tidy_calls(e) for e in examples] if kinds[split] == "chat" else examples
+        wanted = rows if split == "train" else None
+        kinds[split], parts[split] = read_examples(path, wanted, max_rows, encoding)
         hashes[split] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if len(set(kinds.values())) > 1:
         raise UserError(f"{source} and its validation rows are of different kinds: {kinds}")
-    if "val" not in parts:
+    how = dict(rows=rows, max_rows=max_rows, encoding=encoding)  # other rows of the same files
+    hashes |= {name: value for name, value in how.items() if value}
+    if "val" not in parts and every_row and source not in SOURCES and is_row_file(source):
+        parts["val"] = parts["train"]
+    elif "val" not in parts:
         parts["train"], parts["val"] = split_off(parts["train"], fraction)
     return kinds["train"], parts, hashes

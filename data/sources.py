@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.cli import UserError
-from data.download import DATA, fetch
+from data.download import DATA, VIEWER, fetch
 from data.files import read_json, write_whole
 from data.hotel import HOTEL_DB, join_dialogues, synthetic_dialogues
 
 HUB = "https://huggingface.co/datasets"
-VIEWER = "https://datasets-server.huggingface.co"
 REVIEWS = "https://www.cs.cornell.edu/people/pabo/movie-review-data/rt-polaritydata.tar.gz"
 LAB = "https://raw.githubusercontent.com/agiclass/fine-tuning-lab/main/data"
 CROSSWOZ = "https://raw.githubusercontent.com/thu-coai/CrossWOZ/master/data/crosswoz/database"
@@ -183,3 +182,6 @@ SOURCES = {
     ),
 }
 ROW_SETS = tuple(name for name, source in SOURCES.items() if source.rows)
+# The same reviews as the course and the Hub call them.
+SOURCES["rotten_tomatoes"] = SOURCES["sentiment"]
+SOURCES["cornell-movie-review-data/rotten_tomatoes"] = SOURCES["sentiment"]

@@ -9,6 +9,7 @@ import re
 import sys
 import zipfile
 import zlib
+from functools import partial
 
 from data.cli import UserError
 from data.files import parse_json
@@ -92,6 +93,12 @@ def detect_encoding(open_stream, name):
     )
 
 
+def decode(raw, name, encoding=None):
+    """The text of a whole file's bytes, line ends as \\n, in `encoding` or in the one recognised.
+    UserError if it is damaged or none of those."""
+    return "".join(Documents([], encoding).text(name, partial(io.BytesIO, raw)))
+
+
 # A token never reaches across these places in any tokenizer we know: after a letter or digit and
 # before a space, line end or common punctuation. Text may be cut there and tokenized in pieces.
 SAFE_CUT = re.compile(r"[^\W_](?=[\s,.;:!?，。！？；：、])")
@@ -148,24 +155,77 @@ def turn_text(turn):
 
 
 def json_rows(blocks, name):
-    """(where it is, row) of each line of JSON in a stream of text, empty ones skipped; or, but in a
-    .jsonl file, of each item of the one list that it holds. A row may be a UserError."""
-    if not name.removesuffix(".gz").endswith(".jsonl"):
-        blocks = ["".join(blocks)]
-        if blocks[0].lstrip().startswith("["):
-            for number, row in enumerate(parse_json(blocks.pop(), name), start=1):
-                yield f"{name}: row {number}", row
-    number, parts = 0, []
+    """(where it is, row) of each JSON value in a stream of text: values one after another, on one
+    line each or pretty-printed over several; or the items of a list. A row may be a UserError.
+
+    A .jsonl file is read line by line, and a list on a single line of it is one row.
+    """
+    values = json_values(text_lines(blocks), name)
+    if not name.lower().removesuffix(".gz").endswith(".jsonl"):
+        text = "".join(blocks)
+        try:
+            values = [(name, 2, parse_json(text, name))]
+        except UserError:
+            if text.lstrip().startswith("["):
+                raise
+            values = json_values(text.split("\n"), name)
+    for where, lines, value in values:
+        if lines > 1 and isinstance(value, list):
+            yield from ((f"{where}: row {n}", row) for n, row in enumerate(value, start=1))
+        else:
+            yield where, value
+
+
+def text_lines(blocks):
+    """The lines of a stream of text, without their ends."""
+    parts = []
     for block in itertools.chain(blocks, ["\n"]):
         start, *lines = block.split("\n")
         parts.append(start)
         for line in lines:
-            text, parts, number = "".join(parts), [line], number + 1
-            if text.strip():
-                try:
-                    yield f"{name}:{number}", parse_json(text, f"{name}:{number}")
-                except UserError as e:
-                    yield f"{name}:{number}", e
+            yield "".join(parts)
+            parts = [line]
+
+
+def json_values(lines, name):
+    """(FILE:LINE, number of lines, value or UserError) of each JSON value in lines of text. A value
+    that its first line does not complete goes on until its brackets are closed. It was cut short
+    if an object on a line of its own comes before that."""
+    where, parts, depth = None, [], 0
+    for number, line in enumerate(lines, start=1):
+        here, text = f"{name}:{number}", line.strip()
+        alone = bool(parts) and line[:1] == parts[0][:1] == "{"
+        if alone and not isinstance(try_json(line, here), UserError):
+            yield where, len(parts), try_json("\n".join(parts), where)
+            parts = []
+        if text and not parts:
+            value, where, depth = try_json(text, here), here, 0
+            goes_on = getattr(getattr(value, "__cause__", None), "pos", 0) == len(text)
+            if not (goes_on and text[-1] in "[{,:"):
+                yield where, 1, value
+                continue
+        if text or parts:
+            parts.append(line)
+            depth += brackets(line)
+        if parts and depth <= 0:
+            yield where, len(parts), try_json("\n".join(parts), where)
+            parts = []
+    if parts:
+        yield where, len(parts), try_json("\n".join(parts), where)
+
+
+def brackets(line):
+    """How many brackets a line of JSON opens and leaves open; those in strings do not count."""
+    line = re.sub(r'"(?:[^"\\]|\\.)*"', "", line)
+    return sum(map(line.count, "[{")) - sum(map(line.count, "]}"))
+
+
+def try_json(text, where):
+    """`parse_json`'s value, or the UserError that it raises."""
+    try:
+        return parse_json(text, where)
+    except UserError as e:
+        return e
 
 
 def json_documents(blocks, field, name):

@@ -30,7 +30,7 @@ if without := os.environ.get("SCRATCHLM_WITHOUT"):
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.chat import CHAT_TOKENS
+from data.chat import CHAT_TOKENS, tool_call
 from data.text import Documents, file_streams
 from data.tokenizer import Tokenizer
 from prepare_data import read_tokens
@@ -107,8 +107,17 @@ def write_documents(folder, texts, suffix=".txt"):
 
 
 def turn(role, content):
-    """A message of a conversation."""
+    """A message of a conversation; that of a call is `name {arguments}`."""
+    if role == "call":
+        return calls(content)
     return {"role": role, "content": content}
+
+
+def calls(*texts, content=""):
+    """The assistant's message with calls, each `name {arguments}`."""
+    parts = [text.partition(" ") for text in texts]
+    found = [tool_call(name, arguments) for name, _, arguments in parts]
+    return {"role": "assistant", "content": content, "tool_calls": found}
 
 
 def set_block(monkeypatch, size):

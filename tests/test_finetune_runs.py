@@ -523,6 +523,8 @@ def test_eval_only_measures_a_split_and_trains_nothing(desk, monkeypatch, capsys
         ft.main([*flags, "--out", f"out/{split}"])
         assert len(Path(f"out/{split}/predictions.jsonl").read_text().splitlines()) == n
         said = capsys.readouterr().out
+        part = "val" if split == "dev" else split
+        assert f"measuring {n} labelled texts: {part} of films\n" in said
         assert sum(map(int, re.findall(r"(\d+)(?= |\n)", said.split("predicted one\n")[1]
                                        .split("val loss")[0]))) == n
         assert (f"accuracy {scores['accuracy']:.4f}" in said) or n != 12
@@ -531,6 +533,26 @@ def test_eval_only_measures_a_split_and_trains_nothing(desk, monkeypatch, capsys
     Path("test.jsonl").write_text('{"text": "a", "label": "neutral"}\n')
     assert "'neutral'" in refused(capsys, *flags)
     assert "'neutral'" in refused(capsys, "--ckpt", "out/base", "--data", "films", *QUICK)
+
+
+@pytest.mark.parametrize("data, what", [(SFT, "conversations"), (LABELS, "labelled texts"),
+                                        (DPO, "preference pairs")])
+def test_eval_only_measures_all_of_a_file_and_says_how_many_rows(desk, capsys, data, what):
+    out, name = tune(*data, *LORA, "--max_steps", "1"), data[1]
+    flags = ["--eval_only", "--ckpt", str(out), "--data"]
+    ways = {"60": [], "9": ["--rows", ":9"], "6": ["--val", "0.1"]}
+    ways |= {"20": ["--val_data", "third.jsonl"]}
+    Path("third.jsonl").write_text("".join(Path(name).read_text().splitlines(keepends=True)[:20]))
+    for n, more in ways.items():
+        ft.main([*flags, name, *more, "--out", f"out/{n}"])
+        of = "val" if n == "6" else "all rows"
+        named = "third.jsonl" if n == "20" else name
+        assert f"measuring {n} {what}: {of} of {named}\n" in capsys.readouterr().out
+    if data == LABELS:  # a file without some of the labels does not make the others likelier
+        write("some.jsonl", [{"text": "a b B", "label": "neg"}] * 3)
+        ft.main([*flags, "some.jsonl", "--out", "out/some"])
+        rows = Path("out/some/predictions.jsonl").read_text().splitlines()
+        assert [len(json.loads(row)["p"]) for row in rows] == [2] * 3
 
 
 def test_eval_only_measures_pairs_against_the_base_of_an_adapter_alone(desk, capsys):

@@ -9,15 +9,14 @@ import re
 import sys
 import tarfile
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from conftest import real, turn
+from test_download import Mirror, mirror  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-import sys
-from pathlib import Path
 
 from data.chat import parse_call
 from data.cli import UserError
@@ -28,8 +27,10 @@ from data.hotel import (
     read_hotels,
     search_hotels,
 )
+from data.row_files import read_rows
 from data.rows import first_words, load_data, read_examples, split_off, to_example
 from data.sources import LAB, REVIEWS, SOURCES
+from prepare_data import default_name
 
 
 def write(path, rows):
@@ -132,13 +133,14 @@ def test_a_list_lines_a_gz_and_a_byte_order_mark_are_read_alike(tmp_path):
         "list.json": json.dumps(rows, indent=2),
         "bom.json": "\ufeff" + json.dumps(rows),
         "lines.jsonl": lines,
-        "lines.json": lines,
+        "lines.JSON": lines,
         "bom.jsonl": "\ufeff\n" + lines,
     }
     for name, text in files.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-        for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+        raw = text.encode("utf-16" if name.startswith("lines") else "utf-8")
+        (tmp_path / name).write_bytes(raw)
+        (tmp_path / f"{name}.GZ").write_bytes(gzip.compress(raw))
+        for path in (tmp_path / name, tmp_path / f"{name}.GZ"):
             kind, examples = read_examples(path)
             asked = [e["messages"][0]["content"] for e in examples]
             assert (kind, asked) == ("chat", ["q0", "q1", "q2"]), path
@@ -162,6 +164,81 @@ def test_public_files_are_read_whole(name, kind, count, capsys):
     calls = [m for e in examples for m in e["messages"] if m["role"] == "call"]
     assert all(isinstance(parse_call(m["content"])[1], dict) for m in calls)
     assert bool(calls) == ("hotel" in name or "glaive" in name)
+
+
+# ---- files ---------------------------------------------------------------------------------
+
+FILMS = [{"text": "a; b, c", "label": "1"}, {"text": 'two\nlines and "a quote"', "label": "0"}]
+
+
+def table(d):
+    return f'text{d}label\n"a; b, c"{d}1\n"two\nlines and ""a quote"""{d}0\n'
+
+
+TABLES = {
+    "a.csv": table(","),
+    "A.CSV": table(",").replace("\n", "\r\n"),
+    "a.csv.gz": table(","),
+    "A.TSV.GZ": table("\t"),
+    "european.csv": table(";"),
+    "tabs.csv": table("\t"),
+    "pandas.csv": table(",").replace("text", ", text").replace('\n"', '\n7,"'),
+    "blank.csv": table(",").replace("label\n", "label\n\n") + "\n",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_rows_of_a_table_are_text_under_the_names_of_its_header(tmp_path, name):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        raw = TABLES[name].encode(encoding)
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(raw) if name.lower().endswith(".gz") else raw)
+        assert [row for _, row in read_rows(path)] == FILMS
+        assert read_examples(path) == ("label", FILMS)
+
+
+def test_a_table_without_quoting_keeps_its_quotes_and_one_with_bad_rows_names_them(tmp_path):
+    (tmp_path / "x.tsv").write_text('text\tlabel\n"Oh\t0\nno" he said\t1\n', encoding="utf-8")
+    assert [r["text"] for _, r in read_rows(tmp_path / "x.tsv")] == ['"Oh', 'no" he said']
+    path = tmp_path / "x.csv"
+    path.write_text('text,label\na,0\n"b"c,1\nd\n"e\ne",f,0\ng,1\n' + "x" * 200_000 + ",1\n")
+    (_, a), *bad, (where, g), (_, x) = read_rows(path)
+    assert (a["text"], g["text"], where, len(x["text"])) == ("a", "g", f"{path}:7", 200_000)
+    assert [str(e).removeprefix(f"{path}:") for _, e in bad] == [
+        "3: ',' expected after '\"'", "4: 1 cells for 2 columns", "5: 3 cells for 2 columns"
+    ]
+    for text, says in (("text,text\na,b", "two columns are called 'text'"),
+                       ('text,label\na,"b\nc', "x.csv:2: a quote that opens here")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=re.escape(says)):
+            list(read_rows(path))
+
+
+UNREADABLE = {  # name: (content, what the message says)
+    "x.parquet": (b"PAR1\0", "pandas.read_parquet('x.parquet').to_json('x.jsonl', orient="),
+    "train.json": (b"PAR1\0", "pandas.read_parquet('train.json').to_json('train.jsonl', orient="),
+    "x.arrow": (b"\xff" * 4 + b"\0", "open_stream(open('x.arrow', 'rb')).read_pandas().to_json('x"),
+    "y.arrow": (b"ARROW1\0\0", "pandas.read_feather('y.arrow').to_json('y.jsonl', orient="),
+    "x.XLSX": (b"PK\x03\x04", "x.XLSX is a xlsx file: convert it by python -c"),
+    "x.zip": (b"PK\x03\x04", "x.zip is a .zip archive, not rows: name a .json, .jsonl, .csv, .tsv"),
+    "x.jsonl": (b"\x1f\x8b\x08", "x.jsonl is a .gz file, not rows"),
+    "x.json.gz": (b"[]", "x.json.gz: damaged, or no .gz file"),
+    "x.csv": (b"\x89PNG\r\n", "x.csv is a picture, not rows"),
+    "y.jsonl": (bytes(range(256)), "y.jsonl is a binary file, not rows"),
+    "folder": (None, "folder is a folder: name a .json"),
+    "nothing.json": (None, "nothing.json does not exist: name a .json"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_holds_no_rows_says_what_it_is(elsewhere, name):
+    content, says = UNREADABLE[name]
+    Path("folder").mkdir()
+    if content:
+        Path(name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(says)) as e:
+        read_examples(name)
+    assert "\n" not in str(e.value)
 
 
 # ---- bad rows ------------------------------------------------------------------------------
@@ -302,6 +379,160 @@ def test_load_data_names_the_files_it_read_by_their_hashes(tmp_path):
     labels = write(tmp_path / "l.jsonl", [{"text": "t", "label": "x"}])
     with pytest.raises(UserError, match="of different kinds"):
         load_data(train, labels)
+
+
+ROWS = [("2:5", "234"), (":2", "01"), ("17:", "789"), ("-3:-1", "78"), (None, "0123456789" * 2)]
+
+
+@pytest.mark.parametrize("rows, last", ROWS)
+def test_a_part_of_the_rows(elsewhere, rows, last):
+    train, val = write(Path("t.jsonl"), alpaca(20)), write(Path("v.jsonl"), alpaca(3))
+    _, parts, hashes = load_data(train, val, rows=rows)
+    asked = [e["messages"][0]["content"] for e in parts["train"]]
+    assert ("".join(q[-1] for q in asked), len(parts["val"])) == (last, 3)
+    assert hashes.get("rows") == rows  # a run that goes on is asked for the same ones
+    _, parts, _ = load_data(train, rows=rows, max_rows=18, whole=True)
+    assert parts["val"] is parts["train"] and len(parts["val"]) <= 18
+
+
+@pytest.mark.parametrize("rows", ["5", "1-5", "a:b", "1:5:2", ":-", "9:", "5:3"])
+def test_a_part_that_is_none_is_a_line(elsewhere, rows):
+    write(Path("t.jsonl"), alpaca(9))
+    with pytest.raises(UserError, match=f"--rows {rows}"):
+        load_data("t.jsonl", rows=rows)
+
+
+def test_an_encoding_may_be_given(elsewhere):
+    Path("x.csv").write_text("text;label\nGröße;schön\ncafé;übel\n", encoding="cp1252")
+    _, parts, _ = load_data("x.csv", encoding="cp1252", whole=True)
+    assert [e["label"] for e in parts["val"]] == ["schön", "übel"]
+
+
+# ---- the Hub -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(elsewhere, monkeypatch, mirror):  # noqa: F811
+    """A mirror of the Hub: hub(repo, {config: {split: rows}}) adds a data set to its viewer."""
+    monkeypatch.setenv("SCRATCHLM_MIRROR", mirror.base)
+
+    def add(repo, configs, total=None):
+        viewer, repo = "/datasets-server.huggingface.co", quote(repo, safe="")
+        found = [{"config": c, "split": s} for c, splits in configs.items() for s in splits]
+        mirror.files[f"{viewer}/splits?dataset={repo}"] = json.dumps({"splits": found}).encode()
+        label = {"name": "label", "type": {"names": ["neg", "pos"], "_type": "ClassLabel"}}
+        text = {"name": "text", "type": {"dtype": "string", "_type": "Value"}}
+        for c, s in ((f["config"], f["split"]) for f in found):
+            rows = configs[c][s]
+            for n in range(0, len(rows), 100):
+                page = {"features": [text, label] if "label" in rows[0] else [text]}
+                page |= {"rows": [{"row": row} for row in rows[n : n + 100]]}
+                page |= {"num_rows_total": total or len(rows)}
+                url = f"{viewer}/rows?dataset={repo}&config={c}&split={s}&offset={n}&length=100"
+                mirror.files[url] = json.dumps(page).encode()
+
+    add.mirror = mirror
+    return add
+
+
+def films(n, label=None):
+    return [{"text": f"film {i}", "label": i % 2 if label is None else label} for i in range(n)]
+
+
+def test_a_data_set_of_the_hub_comes_page_by_page_and_once(hub, capsys):
+    splits = {"train": films(250), "validation": films(7), "test": films(3, -1)}
+    hub("me/films", {"default": splits})
+    hub.mirror.faults = [None, None, 404]  # the third answer
+    with pytest.raises(UserError, match=r"404.*; 100 rows of train are kept"):
+        load_data("me/films")
+    kind, parts, _ = load_data("me/films")
+    assert (kind, {s: len(p) for s, p in parts.items()}) == ("label", {"train": 250, "val": 7})
+    assert [e["label"] for e in parts["train"]] == ["neg", "pos"] * 125
+    assert parts["train"][249]["text"] == "film 249"
+    said = capsys.readouterr().err
+    assert "me/films: 3 of 3 rows of test have no label" in said and "downloaded" not in said
+    asked = [path for path, _ in hub.mirror.log if "datasets-server" in path]
+    assert len(asked) == 7 and len(set(asked)) == 6  # two lists, five pages, one of them twice
+
+
+def sizes(source, **options):
+    return {split: len(rows) for split, rows in load_data(source, **options)[1].items()}
+
+
+def test_configurations_splits_and_parts_of_a_data_set(hub):
+    splits = {"train": films(120), "test": films(9)}
+    hub("me/many", {"en": splits, "zh": {"train_sft": films(30), "dev": films(5)}})
+    hub("me/one", {"plain": {"train": films(2), "validation": films(8)}})
+    assert sizes("me/many:en", rows="110:") == {"train": 9, "test": 9, "val": 1}
+    assert sizes("me/many:en", max_rows=5) == {"train": 4, "test": 5, "val": 1}
+    for rows, n in ((":15", 15), ("3:15", 12)):
+        hub.mirror.files = {k: v for k, v in hub.mirror.files.items() if "offset=100" not in k}
+        found = sizes("me/many:en", rows=rows, val_source="me/one")
+        assert found == {"train": n, "test": 9, "val": 8}
+    assert sizes("me/one") == {"train": 2, "val": 8}
+    hub("me/sft", {"default": {"train_sft": films(30), "test_sft": films(5)}, "other": {}})
+    assert sizes("me/sft:train_sft", val_source="me/sft:test_sft") == {"train": 30, "val": 5}
+
+
+MISTAKES = {  # --data: what the message says
+    "me/many": "has several configurations: name one, as me/many:en; it has en, zh",
+    "me/many:fr": "has several configurations: name one",
+    "me/many:zh": "has no split train: name one to learn from, as me/many:train_sft; it has train_",
+    "me/sft:train_dpo": "has no split train_dpo: name one to learn from, as me/sft:train_sft",
+    "me/large": "has 100,100 rows of train: say how many by --max_rows",
+    "me/bare": "data/datasets/me/bare/default-train.jsonl holds no rows",
+    "me/none": "me/none is no file or folder here, nor a data set of the Hub: cannot download",
+    "me/here": "me/here is a folder",
+    "me/none.jsonl": "me/none.jsonl does not exist",
+    "data/none": "data/none does not exist: name a .json, .jsonl, .csv, .tsv file, .gz too, a ",
+    "me/moved": "me/moved changed on the Hub while it was downloaded: delete data/downloads/",
+    "me/pictures": "me/pictures has no file of rows in JSON or CSV, and no viewer: cannot ",
+    "me/files:b": "several files: name one, as me/files:b/1.jsonl; b/1.jsonl, b/2.jsonl",
+}
+
+
+def add_files(server, repo, files):
+    """A data set that the viewer refuses, with the files of its repository."""
+    about = {"siblings": [{"rfilename": name} for name in ("README.md", *files)]}
+    server.files[f"/huggingface.co/api/datasets/{repo}"] = json.dumps(about).encode()
+    for name, content in files.items():
+        server.files[f"/huggingface.co/datasets/{repo}/resolve/main/{quote(name)}"] = content
+
+
+@pytest.mark.parametrize("source", MISTAKES)
+def test_a_data_set_that_cannot_be_read_is_a_line(hub, source):
+    hub("me/many", {"en": {"train": films(1)}, "zh": {"train_sft": films(1)}})
+    hub("me/sft", {"default": {"train_sft": films(1)}})
+    hub("me/large", {"default": {"train": films(1)}}, total=100_100)
+    hub("me/moved", {"default": {"train": films(99)}}, total=100)
+    hub("me/bare", {"default": {"train": films(9, -1)}})
+    add_files(hub.mirror, "me/pictures", {"data/train-00000-of-00001.parquet": b"PAR1"})
+    add_files(hub.mirror, "me/files", dict.fromkeys(("a.json", "b/1.jsonl", "b/2.jsonl"), b""))
+    Path("me/here").mkdir(parents=True)
+    with pytest.raises(UserError, match=re.escape(MISTAKES[source])) as e:
+        load_data(source)
+    assert "\n" not in str(e.value)
+
+
+def test_files_of_a_repository_where_there_is_no_viewer(hub, monkeypatch):
+    lines = lambda rows: "".join(json.dumps(row) + "\n" for row in rows).encode()  # noqa: E731
+    csv = b"text,label\n" + b"a,0\n" * 4
+    files = {"data/Train.csv": csv, "data/test.csv.gz": gzip.compress(csv)}
+    add_files(hub.mirror, "me/split", files | {"dataset_infos.json": b"{}"})
+    add_files(hub.mirror, "me/single", {"rows v2.jsonl": lines(alpaca(30))})
+    assert sizes("me/split", val_source="me/split:data/test.csv.gz") == dict(train=4, test=4, val=4)
+    assert sizes("me/single:rows v2.jsonl", whole=True) == {"train": 30, "val": 30}
+    monkeypatch.delenv("SCRATCHLM_MIRROR")
+    monkeypatch.setenv("HF_ENDPOINT", hub.mirror.base + "/huggingface.co")
+    monkeypatch.setattr("data.hub_rows.VIEWER", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert sizes("me/single") == {"train": 27, "val": 3}
+
+
+def test_the_names_that_the_course_and_the_hub_have_for_a_set(offline):
+    for name in ("rotten_tomatoes", "cornell-movie-review-data/rotten_tomatoes"):
+        assert SOURCES[name] is SOURCES["sentiment"] and default_name(name) == "rotten_tomatoes"
+    assert default_name("me/many:en") == "many-en" and default_name("me/a:b/c.jsonl") == "c"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import prepare_data
 from data.cli import UserError
-from data.download import EXTRAS, fetch, snapshot_download
+from data.download import EXTRAS, VIEWER, fetch, hub_token, snapshot_download
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 BODY = random.Random(1).randbytes(1_000_000)
@@ -455,6 +455,14 @@ def test_a_mirror_of_everything_is_not_shown_the_token(hub, cdn, monkeypatch):
     put_small(cdn, "config.json", repo="huggingface.co/ann/tiny")
     snapshot_download("ann/tiny", files=["config.json"])
     assert cdn.log == [("/huggingface.co/ann/tiny/resolve/main/config.json", None, None)]
+
+
+def test_the_viewer_of_the_hub_is_shown_the_token_and_no_other_for_it(elsewhere, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert hub_token(f"{VIEWER}/rows") == "hf_secret" and hub_token(f"{VIEWER}.me/rows") is None
+    for name in ("HF_ENDPOINT", "SCRATCHLM_MIRROR"):
+        monkeypatch.setenv(name, f"https://{name}.org")
+        assert hub_token(f"{VIEWER}/rows") is None
 
 
 def test_a_password_of_the_machine_does_not_displace_the_token(hub, cdn, monkeypatch):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import prepare_data
 from data.cli import UserError
-from data.text import text_documents
+from data.text import decode, json_rows, text_documents
 from data.tokenizer import Tokenizer
 from prepare_data import prepare
 
@@ -163,6 +163,38 @@ def test_a_json_list_is_read_as_its_rows_are(tmp_path):
     Path("cut.json").write_text(json.dumps(rows)[:-9])
     with pytest.raises(UserError, match=r"cut\.json: broken JSON \(.*line 1 column"):
         pieces_of("cut.json")
+
+
+ROWS = [{"text": "a }{"}, {"text": "b", "more": [{"c": 1}, []]}, {"text": "d"}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "A.JSONL"])
+@pytest.mark.parametrize("indent", [None, 0, 4])
+@pytest.mark.parametrize("form", ["one", "several", "list"])
+def test_values_of_json_may_take_several_lines(form, indent, name):
+    rows, dump = ROWS[:1] if form == "one" else ROWS, lambda v: json.dumps(v, indent=indent)
+    text = dump(rows) if form == "list" else "\n\n".join(map(dump, rows))
+    found = [row for _, row in json_rows([text[:9], text[9:]], name)]
+    in_a_line = name.lower() == "a.jsonl" and (form, indent) == ("list", None)
+    assert found == ([rows] if in_a_line else rows)
+
+
+@pytest.mark.parametrize("cut", ['{"text": "cut', '{"text": [1,', "{", "}", "nonsense", "{x}"])
+def test_a_row_cut_short_takes_no_other_with_it(cut):
+    good = [json.dumps(row) for row in ROWS]
+    rows = list(json_rows(["\n".join([good[0], cut, *good[1:], cut])], "a.jsonl"))
+    wanted = ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "a.jsonl:5"]
+    assert [where for where, _ in rows] == wanted
+    assert [r for _, r in rows if not isinstance(r, UserError)] == ROWS
+    assert all(f"{wanted[i]}: broken JSON" in str(rows[i][1]) for i in (1, 4))
+
+
+def test_a_whole_file_is_decoded_by_the_same_rules():
+    text = json.dumps(TEXTS, ensure_ascii=False)
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"):
+        assert json.loads(decode(text.encode(encoding), "a.json")) == TEXTS, encoding
+    with pytest.raises(UserError, match=r"a\.json: .*UTF-8"):
+        decode(text.encode()[:-900] + b"\xff", "a.json")
 
 
 def test_an_encrypted_zip_is_named():

@@ -1,0 +1,111 @@
+"""Files of rows: JSON lists and lines, CSV and TSV with a header, each also as .gz."""
+import csv
+import gzip
+import io
+import zlib
+from pathlib import Path
+
+from data.cli import UserError
+from data.text import decode, json_rows
+
+ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+KNOWN = f"{', '.join(ROW_SUFFIXES)} file, .gz too"
+
+# Formats that need other packages than ours: how pandas opens the file `f`.
+CONVERTERS = {
+    ".parquet": "import pandas; pandas.read_parquet({f})",
+    ".arrow": "import pyarrow; pyarrow.ipc.open_stream(open({f}, 'rb')).read_pandas()",
+    ".feather": "import pandas; pandas.read_feather({f})",
+    ".xlsx": "import pandas; pandas.read_excel({f})",
+}
+# How files begin that are no text.
+KINDS = (
+    (b"PAR1", ".parquet"),
+    (b"ARROW1", ".feather"),  # Arrow's file format, whatever the suffix says
+    (b"PK\x03\x04", "a .zip archive"),
+    (b"\x1f\x8b", "a .gz file"),
+    (b"%PDF", "a PDF"),
+    (b"\x89PNG", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+)
+
+
+def is_row_file(name):
+    """Whether a file of this name holds rows that `read_rows` reads."""
+    return str(name).lower().removesuffix(".gz").endswith(ROW_SUFFIXES)
+
+
+def read_rows(path, encoding=None):
+    """(where it is, row or the UserError that it is) for each row of a file. A row of CSV is a dict
+    of strings. `encoding`: see `decode`. UserError if the file cannot be read: it says what the
+    file is, and what helps."""
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}: name a {KNOWN}, a named set, or OWNER/NAME of the Hub")
+    raw, name = path.read_bytes(), str(path).lower()
+    if name.endswith(".gz"):
+        name = name.removesuffix(".gz")
+        try:
+            raw = gzip.decompress(raw)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+            raise UserError(f"{path}: damaged, or no .gz file ({e})") from e
+    refuse_binary(path, name, raw)
+    try:
+        text = decode(raw, str(path), encoding)
+    except UserError:
+        if b"\0" not in raw:
+            raise
+        text = "\0"
+    if "\0" in text:
+        raise UserError(f"{path} is a binary file, not rows: name a {KNOWN}")
+    if name.endswith((".csv", ".tsv")):
+        return csv_rows(text, str(path), "\t" if name.endswith(".tsv") else None)
+    return json_rows([text], str(path))
+
+
+def refuse_binary(path, name, raw):
+    """UserError for a file of another format, with the command that converts it to JSON lines."""
+    kind = next((kind for magic, kind in KINDS if raw.startswith(magic)), None)
+    suffix = Path(name).suffix
+    kind = suffix if suffix in CONVERTERS and kind != ".feather" else kind
+    if kind in CONVERTERS:
+        code = CONVERTERS[kind].format(f=repr(path.as_posix()))
+        new = repr(path.with_suffix(".jsonl").as_posix())
+        code += f".to_json({new}, orient='records', lines=True, force_ascii=False)"
+        raise UserError(f'{path} is a {kind[1:]} file: convert it by python -c "{code}"')
+    if kind:
+        raise UserError(f"{path} is {kind}, not rows: name a {KNOWN}")
+
+
+def csv_rows(text, name, delimiter=None):
+    """(where it is, {column: text} or the UserError that it is) for each row of CSV behind its
+    header. The delimiter is the one that the header has most of: Excel writes ; in much of Europe.
+    """
+    csv.field_size_limit(2**31 - 1)  # a cell may hold a book; the module's limit is 128 KiB
+    lines = list(io.StringIO(text, newline=""))
+    delimiter = delimiter or max(",;\t", key=lines[0].count if lines else len)
+    settings = dict(delimiter=delimiter, strict=True)
+    if delimiter == "\t":  # TSV may be written without quoting: then a quote is a character
+        try:
+            list(csv.reader(lines, **settings))
+        except csv.Error:
+            settings["quoting"] = csv.QUOTE_NONE
+    reader, columns = csv.reader(lines, **settings), None
+    while reader.line_num < len(lines):
+        where = f"{name}:{reader.line_num + 1}"
+        try:
+            cells = next(reader, [])
+        except csv.Error as e:
+            if columns is None or "end of data" in str(e):
+                raise UserError(f"{where}: a quote that opens here is never closed ({e})") from e
+            yield where, UserError(f"{where}: {e}")
+            continue
+        if columns is None and cells:
+            columns = [cell.strip() for cell in cells]
+            if twice := next((c for c in columns if c and columns.count(c) > 1), None):
+                raise UserError(f"{where}: two columns are called {twice!r}")
+        elif cells and len(cells) != len(columns):
+            yield where, UserError(f"{where}: {len(cells)} cells for {len(columns)} columns")
+        elif cells:  # columns without a name are the row numbers that pandas writes
+            yield where, {column: cell for column, cell in zip(columns, cells) if column}
