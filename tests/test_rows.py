@@ -391,7 +391,7 @@ def test_a_part_of_the_rows(elsewhere, rows, last):
     asked = [e["messages"][0]["content"] for e in parts["train"]]
     assert ("".join(q[-1] for q in asked), len(parts["val"])) == (last, 3)
     assert hashes.get("rows") == rows  # a run that goes on is asked for the same ones
-    _, parts, _ = load_data(train, rows=rows, max_rows=18, whole=True)
+    _, parts, _ = load_data(train, rows=rows, max_rows=18, every_row=True)
     assert parts["val"] is parts["train"] and len(parts["val"]) <= 18
 
 
@@ -404,7 +404,7 @@ def test_a_part_that_is_none_is_a_line(elsewhere, rows):
 
 def test_an_encoding_may_be_given(elsewhere):
     Path("x.csv").write_text("text;label\nGröße;schön\ncafé;übel\n", encoding="cp1252")
-    _, parts, _ = load_data("x.csv", encoding="cp1252", whole=True)
+    _, parts, _ = load_data("x.csv", encoding="cp1252", every_row=True)
     assert [e["label"] for e in parts["val"]] == ["schön", "übel"]
 
 
@@ -521,7 +521,7 @@ def test_files_of_a_repository_where_there_is_no_viewer(hub, monkeypatch):
     add_files(hub.mirror, "me/split", files | {"dataset_infos.json": b"{}"})
     add_files(hub.mirror, "me/single", {"rows v2.jsonl": lines(alpaca(30))})
     assert sizes("me/split", val_source="me/split:data/test.csv.gz") == dict(train=4, test=4, val=4)
-    assert sizes("me/single:rows v2.jsonl", whole=True) == {"train": 30, "val": 30}
+    assert sizes("me/single:rows v2.jsonl", every_row=True) == {"train": 30, "val": 30}
     monkeypatch.delenv("SCRATCHLM_MIRROR")
     monkeypatch.setenv("HF_ENDPOINT", hub.mirror.base + "/huggingface.co")
     monkeypatch.setattr("data.hub_rows.VIEWER", "http://127.0.0.1:9")
