@@ -152,7 +152,7 @@ def repository_files(repo, part, reason):
     try:
         about = fetch_json(f"{MODELS}/api/datasets/{repo}")
     except UserError as e:
-        raise UserError(f"{repo} is no file or folder here, nor a data set of the Hub: {e}") from e
+        raise UserError(f"{repo} is no file or folder here, nor can the Hub be asked: {e}") from e
     files = [f["rfilename"] for f in about.get("siblings", ())]
     files = [f for f in files if is_row_file(f) and part in f and "dataset_info" not in f]
     if not files:
