@@ -41,16 +41,16 @@ def hub_name(name):
     return found[1], found[3]
 
 
-def hub_rows(repo, part=None, most=None):
+def hub_rows(repo, part, most):
     """{split: path} of a data set's rows: the splits train, validation (as val) and test that it
-    has. `part` is a configuration, a split that is to be the training rows, or a file of the
-    repository; most[split] is the number of rows to download, None for all. UserError if it can be
-    read in neither way, or if `part` is missing or unknown."""
+    has. `part` is None, a configuration, a split that is to be the training rows, or a file of the
+    repository; most[split] is the number of rows to download, None for all. UserError if neither
+    the viewer nor the repository gives rows, or if `part` is missing or unknown."""
     if part and is_row_file(part):
         return {"train": repository_file(repo, part)}
     try:
         config, names = choose(repo, part, ask("splits", 2, dataset=repo)["splits"])
-        paths = {s: viewer_file(repo, config, n, (most or {}).get(s)) for s, n in names.items()}
+        paths = {s: viewer_file(repo, config, n, most[s]) for s, n in names.items()}
         return {s: path for s, path in paths.items() if s == "train" or path.stat().st_size}
     except NoViewer as e:
         return repository_files(repo, part or "", e)
@@ -110,7 +110,7 @@ def viewer_rows(repo, config, split, most):
 
     def page(offset):
         where = dict(dataset=repo, config=config, split=split)
-        return ask("rows", 6, **where, offset=offset, length=PAGE)  # it limits requests a minute
+        return ask("rows", 6, **where, offset=offset, length=PAGE)  # patient: it limits rates
 
     first = page(0)
     rows, total = named(first), first.get("num_rows_total") or 0
@@ -133,10 +133,13 @@ def viewer_rows(repo, config, split, most):
 
 def named(page):
     """The rows of a page with labels by their names; None stands for no label (-1 there)."""
-    types = {f["name"]: f["type"] for f in page.get("features", ())}
-    names = {k: dict(enumerate(t["names"])) for k, t in types.items() if "names" in t}
+    names = {}
+    for feature in page.get("features", ()):
+        kind = feature["type"]  # a list or a dict of others if it is nested
+        if isinstance(kind, dict) and kind.get("_type") == "ClassLabel":
+            names[feature["name"]] = dict(enumerate(kind["names"]))
     rows = (found["row"] for found in page["rows"])
-    return [row | {k: known.get(row[k]) for k, known in names.items()} for row in rows]
+    return [row | {k: known.get(row.get(k)) for k, known in names.items()} for row in rows]
 
 
 def repository_file(repo, file):
@@ -152,7 +155,7 @@ def repository_files(repo, part, reason):
     try:
         about = fetch_json(f"{MODELS}/api/datasets/{repo}")
     except UserError as e:
-        raise UserError(f"{repo} is no file or folder here, nor a data set of the Hub: {e}") from e
+        raise UserError(f"{repo} is no file or folder here, nor can the Hub be asked: {e}") from e
     files = [f["rfilename"] for f in about.get("siblings", ())]
     files = [f for f in files if is_row_file(f) and part in f and "dataset_info" not in f]
     if not files:

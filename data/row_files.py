@@ -6,28 +6,26 @@ import zlib
 from pathlib import Path
 
 from data.cli import UserError
+from data.sources import ROW_SETS
 from data.text import decode, json_rows
 
 ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 KNOWN = f"{', '.join(ROW_SUFFIXES)} file, .gz too"
 
-# Formats that need other packages than ours: how pandas opens the file `f`.
+# Formats that need other packages than ours: how these open the file `f`.
 CONVERTERS = {
     ".parquet": "import pandas; pandas.read_parquet({f})",
     ".arrow": "import pyarrow; pyarrow.ipc.open_stream(open({f}, 'rb')).read_pandas()",
     ".feather": "import pandas; pandas.read_feather({f})",
     ".xlsx": "import pandas; pandas.read_excel({f})",
 }
-# How files begin that are no text.
-KINDS = (
-    (b"PAR1", ".parquet"),
-    (b"ARROW1", ".feather"),  # Arrow's file format, whatever the suffix says
-    (b"PK\x03\x04", "a .zip archive"),
-    (b"\x1f\x8b", "a .gz file"),
-    (b"%PDF", "a PDF"),
-    (b"\x89PNG", "a picture"),
-    (b"\xff\xd8\xff", "a picture"),
-)
+# How files of other formats begin, whatever their suffix says.
+KINDS = {
+    b"PAR1": ".parquet",
+    b"ARROW1": ".feather",  # Arrow's file format; .arrow files of the Hub are streams
+    b"PK\x03\x04": "a .zip archive",
+    b"\x1f\x8b": "a .gz file",
+}
 
 
 def is_row_file(name):
@@ -41,8 +39,10 @@ def read_rows(path, encoding=None):
     file is, and what helps."""
     path = Path(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: name a {KNOWN}, a named set, or OWNER/NAME of the Hub")
+        what = "is a folder" if path.is_dir() else "is no regular file"
+        what = what if path.exists() else "does not exist"
+        sets = ", ".join(ROW_SETS)
+        raise UserError(f"{path} {what}: name a {KNOWN}, OWNER/NAME of the Hub, or {sets}")
     raw, name = path.read_bytes(), str(path).lower()
     if name.endswith(".gz"):
         name = name.removesuffix(".gz")
@@ -66,14 +66,14 @@ def read_rows(path, encoding=None):
 
 def refuse_binary(path, name, raw):
     """UserError for a file of another format, with the command that converts it to JSON lines."""
-    kind = next((kind for magic, kind in KINDS if raw.startswith(magic)), None)
+    kind = next((kind for magic, kind in KINDS.items() if raw.startswith(magic)), None)
     suffix = Path(name).suffix
     kind = suffix if suffix in CONVERTERS and kind != ".feather" else kind
     if kind in CONVERTERS:
         code = CONVERTERS[kind].format(f=repr(path.as_posix()))
         new = repr(path.with_suffix(".jsonl").as_posix())
         code += f".to_json({new}, orient='records', lines=True, force_ascii=False)"
-        raise UserError(f'{path} is a {kind[1:]} file: convert it by python -c "{code}"')
+        raise UserError(f'{path} is in {kind[1:]} format: convert it by python -c "{code}"')
     if kind:
         raise UserError(f"{path} is {kind}, not rows: name a {KNOWN}")
 

@@ -382,7 +382,7 @@ def split_off(examples, fraction):
     return [e for e in examples if id(e) not in val], [e for e in examples if id(e) in val]
 
 
-def row_paths(source, most=None):
+def row_paths(source, most):
     """{split: path} of what --data or --val_data names; `most`: see `hub_rows`."""
     if source in SOURCES and SOURCES[source].rows:
         return dict(SOURCES[source].fetch())
@@ -398,13 +398,12 @@ def load_data(
     `max_rows` how many rows a split has at most. `fraction` of the training rows is for validation
     where nothing else is, or, with `every_row`, all rows of a file that was named."""
     check_limits({"max_rows": max_rows})
-    start, stop = row_slice(rows).start or 0, row_slice(rows).stop
-    most = dict.fromkeys(("train", "val", "test"), max_rows)
-    if stop is not None and min(start, stop) >= 0:  # what follows need not be downloaded
-        most["train"] = min(stop, max_rows or stop)
+    part, most = row_slice(rows), dict.fromkeys(("train", "val", "test"), max_rows)
+    held = row_paths(val_source, most) if val_source else None
+    if part.stop is not None and min(part.start or 0, part.stop) >= 0:
+        most["train"] = min(part.stop, max_rows or part.stop)  # no more need be downloaded
     paths = row_paths(source, most)
-    if val_source:
-        held = row_paths(val_source, dict.fromkeys(most, max_rows))
+    if held:
         paths["dev"] = held.get("dev") or held.get("val") or held["train"]
     kinds, parts, hashes = {}, {}, {}
     for split, path in paths.items():

@@ -27,6 +27,7 @@ from data.hotel import (
     read_hotels,
     search_hotels,
 )
+from data.hub_rows import named
 from data.row_files import read_rows
 from data.rows import first_words, load_data, read_examples, split_off, to_example
 from data.sources import LAB, REVIEWS, SOURCES
@@ -219,12 +220,13 @@ UNREADABLE = {  # name: (content, what the message says)
     "train.json": (b"PAR1\0", "pandas.read_parquet('train.json').to_json('train.jsonl', orient="),
     "x.arrow": (b"\xff" * 4 + b"\0", "open_stream(open('x.arrow', 'rb')).read_pandas().to_json('x"),
     "y.arrow": (b"ARROW1\0\0", "pandas.read_feather('y.arrow').to_json('y.jsonl', orient="),
-    "x.XLSX": (b"PK\x03\x04", "x.XLSX is a xlsx file: convert it by python -c"),
+    "x.XLSX": (b"PK\x03\x04", "x.XLSX is in xlsx format: convert it by python -c"),
     "x.zip": (b"PK\x03\x04", "x.zip is a .zip archive, not rows: name a .json, .jsonl, .csv, .tsv"),
     "x.jsonl": (b"\x1f\x8b\x08", "x.jsonl is a .gz file, not rows"),
     "x.json.gz": (b"[]", "x.json.gz: damaged, or no .gz file"),
-    "x.csv": (b"\x89PNG\r\n", "x.csv is a picture, not rows"),
+    "x.csv": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "x.csv is a binary file, not rows"),
     "y.jsonl": (bytes(range(256)), "y.jsonl is a binary file, not rows"),
+    "/dev/null": (None, "/dev/null is no regular file: name a .json, .jsonl, .csv, .tsv file, .gz"),
     "folder": (None, "folder is a folder: name a .json"),
     "nothing.json": (None, "nothing.json does not exist: name a .json"),
 }
@@ -453,6 +455,9 @@ def test_a_data_set_of_the_hub_comes_page_by_page_and_once(hub, capsys):
     assert "me/films: 3 of 3 rows of test have no label" in said and "downloaded" not in said
     asked = [path for path, _ in hub.mirror.log if "datasets-server" in path]
     assert len(asked) == 7 and len(set(asked)) == 6  # two lists, five pages, one of them twice
+    kind = {"names": {"dtype": "string", "_type": "Value"}}  # a field "names" of an object
+    rows = [{"row": {"who": {"names": "x"}}}]
+    assert named({"features": [{"name": "who", "type": kind}], "rows": rows}) == [rows[0]["row"]]
 
 
 def sizes(source, **options):
@@ -481,10 +486,10 @@ MISTAKES = {  # --data: what the message says
     "me/sft:train_dpo": "has no split train_dpo: name one to learn from, as me/sft:train_sft",
     "me/large": "has 100,100 rows of train: say how many by --max_rows",
     "me/bare": "data/datasets/me/bare/default-train.jsonl holds no rows",
-    "me/none": "me/none is no file or folder here, nor a data set of the Hub: cannot download",
+    "me/none": "me/none is no file or folder here, nor can the Hub be asked: cannot download",
     "me/here": "me/here is a folder",
     "me/none.jsonl": "me/none.jsonl does not exist",
-    "data/none": "data/none does not exist: name a .json, .jsonl, .csv, .tsv file, .gz too, a ",
+    "data/none": "data/none does not exist: name a .json, .jsonl, .csv, .tsv file, .gz too, OWNER",
     "me/moved": "me/moved changed on the Hub while it was downloaded: delete data/downloads/",
     "me/pictures": "me/pictures has no file of rows in JSON or CSV, and no viewer: cannot ",
     "me/files:b": "several files: name one, as me/files:b/1.jsonl; b/1.jsonl, b/2.jsonl",
