@@ -29,6 +29,7 @@ from test_finetune_runs import (
 )
 
 import finetune as ft
+import sample
 from data.cli import UserError
 from data.facts import FACTS, ask, count_facts, in_order, records_of
 from data.rewards import REWARDS, load_reward, rate
@@ -361,6 +362,25 @@ def test_a_reward_for_calls_leaves_the_other_turns_alone(room):
                                 "    return 1 if answer is wanted else None\n")
     with pytest.raises(UserError, match="is None"):
         tune(*flags, "--reward", "never.py", "--best_by", "last", out="out/never")
+
+
+def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monkeypatch):
+    """An id that is never drawn has none: else nothing would hold it back, and it would grow."""
+    drawn, learned, sample_token, loss = [], [], sample.sample_token, ft.grpo_loss
+
+    def draw(p, generator):
+        i = sample_token(p, generator)
+        drawn.append(p[i].log().item())
+        return i
+
+    def watched(logps, *rest):
+        learned.extend(logps[rest[3]].tolist())
+        return loss(logps, *rest)
+
+    monkeypatch.setattr(sample, "sample_token", draw)
+    monkeypatch.setattr(ft, "grpo_loss", watched)
+    tune(*EXACT, "--val_data", "val.jsonl", "--kl", "1", "--max_steps", "1")  # no group is left out
+    assert sorted(learned) == pytest.approx(sorted(drawn), abs=1e-4)
 
 
 def test_answers_of_a_draw_serve_several_updates(room, monkeypatch):
