@@ -333,8 +333,12 @@ def room(tmp_path, monkeypatch, talker):
 
 
 def test_the_letter_that_the_prompt_names_is_learned_from_reward_alone(room):
-    flags = "--val_data val.jsonl --max_steps 260 --lr 1e-3 --embed_lr 1e-3 --head_lr 1e-3 --seed 7"
-    flags += " --schedule constant --batch_tokens 8192 --grad_accum 1 --eval_every 1000"
+    """--kl holds back a letter that gains ground with all prompts: once it is the only answer, the
+    rewards of a group are equal and teach nothing. Of ten seeds on three instruction sets the
+    slowest had learned it after 120 draws of these 220, the others after 40 to 100."""
+    flags = "--val_data val.jsonl --data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3"
+    flags += " --embed_lr 2e-3 --head_lr 2e-3 --schedule constant --batch_tokens 8192"
+    flags += " --grad_accum 1 --max_steps 440 --eval_every 999"
     out = tune(*EXACT, *flags.split())
     assert values(out, "reward")[0] < 0.5 < 0.95 < values(out, "val_reward")[-1]
 
