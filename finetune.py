@@ -575,15 +575,17 @@ class SharedPrompt(lm.KVCache):
         return join if self.length else keep
 
 
-def group_logps(runner, model, ids, targets, lengths):
-    """Log probabilities (N, T) of targets, answers to prompts of these lengths, in batches as
-    `GRPO.batch` makes them: each prompt is computed once. `runner`: see train.make_runner."""
+def group_logps(runner, model, ids, targets, lengths, allowed=None):
+    """Log probabilities (N, T) of targets among the `allowed` ids, answers to prompts of these
+    lengths, in batches as `GRPO.batch` makes them: each prompt is computed once. `runner`: see
+    train.make_runner."""
     found = []
     for row, goal, n in zip(ids, targets.chunk(len(ids)), lengths.tolist()):
         shared, prompt, T = SharedPrompt(model), row[None, :n], most_targets(goal)
         runner(prompt, torch.full_like(prompt, -100), shared, reduction="none")
         answers = row[n : n + len(goal) * T].view(-1, T)
-        logps = runner(answers, goal[:, :T].contiguous(), shared, reduction="none")
+        goals = goal[:, :T].contiguous()
+        logps = runner(answers, goals, shared, reduction="none", allowed=allowed)
         found.append(F.pad(logps, (0, goal.shape[1] - T)))
     return torch.cat(found)
 
@@ -634,6 +636,8 @@ class GRPO(SFT):
         """Load the reference: the weights at the start; of adapters it is the base itself. What was
         drawn for the updates to come is rank 0's: other ranks draw anew after a resume."""
         self.model, self.reference = model, None
+        # Under the probabilities of all ids, what is never drawn is never held back, and grows.
+        self.allowed = allowed_ids(model, self.tokenizer, chat=True)
         if self.args.kl and not lora.adapted(model):
             base = lm.load_checkpoint(self.args.ckpt)
             self.reference, known = lm.model_from_checkpoint(base), Tokenizer(base["tokenizer"])
@@ -695,7 +699,7 @@ class GRPO(SFT):
 
         def logps(model):
             with lm.evaluating(model), self.runtime.autocast():
-                return group_logps(model, model, *batch).cpu()
+                return group_logps(model, model, *batch, self.allowed).cpu()
 
         old = logps(self.model) if self.args.updates > 1 else none
         if not self.args.kl:
@@ -708,7 +712,7 @@ class GRPO(SFT):
     def loss(self, model, ids, targets, lengths, advantage, old, reference, drawn):
         """`grpo_loss` of a batch."""
         a, chosen = self.args, targets != -100
-        logps = group_logps(model, self.model, ids, targets, lengths)
+        logps = group_logps(model, self.model, ids, targets, lengths, self.allowed)
         old = old if a.updates > 1 else logps.detach()
         reference = reference if a.kl else logps.detach()
         loss, clipped, kl = grpo_loss(logps, old, reference, advantage, chosen, a.clip, a.kl)

@@ -476,15 +476,19 @@ def chunked_loss(x, weight, bias, targets, places=None):
         return ChunkedLoss.apply(x, bias, targets, torch.is_grad_enabled(), low, *weights)
 
 
-def token_logps(x, weight, bias, targets):
+def token_logps(x, weight, bias, targets, allowed=None):
     """log softmax(x @ weight.T + bias)[target] of each place (...), 0 where the target is -100, in
-    float32 (of float64 states in float64): for losses that are no plain sum over tokens. Logits are
-    made a few rows at a time and made again in the backward pass, so they are never all held."""
+    float32 (of float64 states in float64): for losses that are no plain sum over tokens. Ids that
+    are not `allowed`, bools (V,), have probability 0. Logits are made a few rows at a time and made
+    again in the backward pass, so they are never all held."""
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
     weights = weight if isinstance(weight, tuple) else (weight,)
 
     def some(rows, goal):
-        log_p = pieces_linear(rows, weights, bias).log_softmax(-1, dtype=full)
+        logits = pieces_linear(rows, weights, bias)
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -math.inf)
+        log_p = logits.log_softmax(-1, dtype=full)
         return log_p.gather(1, goal[:, None])[:, 0]
 
     keep = targets != -100
@@ -548,8 +552,8 @@ class Transformer(nn.Module):
 
     `model(ids)` gives logits (B, T, V); `model(ids, targets)` the *summed* negative log-likelihood
     of the targets in float32 (see `chunked_loss`), which the training loop divides by their number.
-    With `reduction="none"` it gives the log probability of every target, (B, T); with "logits" the
-    logits (N, V) of the places that have a target.
+    With `reduction="none"` it gives the log probability of every target, (B, T), among the ids that
+    are `allowed`; with "logits" the logits (N, V) of the places that have a target.
 
     >>> model = Transformer(preset("tiny"))
     >>> model(torch.tensor([[1, 2, 3]])).shape
@@ -691,8 +695,9 @@ class Transformer(nn.Module):
         return self.head(self.hidden(ids, cache, positions, mask)[:, -1])
 
     def forward(
-        self, ids, targets=None, cache=None, positions=None, mask=None, reduction="sum", places=None
-    ):
+        self, ids, targets=None, cache=None, positions=None, mask=None, reduction="sum",
+        places=None, allowed=None,
+    ):  # fmt: skip
         x = self.hidden(ids, cache, positions, mask)
         if targets is None:
             return self.head(x)  # (B, T, V)
@@ -700,7 +705,7 @@ class Transformer(nn.Module):
             return self.head(x[targets != -100])  # (N, V)
         weight = self.head_pieces() if self.head_pieces else self.head.weight
         if reduction == "none":
-            return token_logps(x, weight, self.head.bias, targets)  # (B, T)
+            return token_logps(x, weight, self.head.bias, targets, allowed)  # (B, T)
         return chunked_loss(x, weight, self.head.bias, targets, places)
 
 

@@ -29,6 +29,7 @@ from test_finetune_runs import (
 )
 
 import finetune as ft
+import sample
 from data.cli import UserError
 from data.facts import FACTS, ask, count_facts, in_order, records_of
 from data.rewards import REWARDS, load_reward, rate
@@ -332,8 +333,12 @@ def room(tmp_path, monkeypatch, talker):
 
 
 def test_the_letter_that_the_prompt_names_is_learned_from_reward_alone(room):
-    flags = "--val_data val.jsonl --max_steps 260 --lr 1e-3 --embed_lr 1e-3 --head_lr 1e-3 --seed 7"
-    flags += " --schedule constant --batch_tokens 8192 --grad_accum 1 --eval_every 1000"
+    """--kl holds back a letter that gains ground with all prompts: once it is the only answer, the
+    rewards of a group are equal and teach nothing. Of ten seeds on three instruction sets the
+    slowest had learned it after 120 draws of these 220, the others after 40 to 100."""
+    flags = "--val_data val.jsonl --data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3"
+    flags += " --embed_lr 2e-3 --head_lr 2e-3 --schedule constant --batch_tokens 8192"
+    flags += " --grad_accum 1 --max_steps 440 --eval_every 999"
     out = tune(*EXACT, *flags.split())
     assert values(out, "reward")[0] < 0.5 < 0.95 < values(out, "val_reward")[-1]
 
@@ -361,6 +366,25 @@ def test_a_reward_for_calls_leaves_the_other_turns_alone(room):
                                 "    return 1 if answer is wanted else None\n")
     with pytest.raises(UserError, match="is None"):
         tune(*flags, "--reward", "never.py", "--best_by", "last", out="out/never")
+
+
+def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monkeypatch):
+    """An id that is never drawn has none: else nothing would hold it back, and it would grow."""
+    drawn, learned, sample_token, loss = [], [], sample.sample_token, ft.grpo_loss
+
+    def draw(p, generator):
+        i = sample_token(p, generator)
+        drawn.append(p[i].log().item())
+        return i
+
+    def watched(logps, *rest):
+        learned.extend(logps[rest[3]].tolist())
+        return loss(logps, *rest)
+
+    monkeypatch.setattr(sample, "sample_token", draw)
+    monkeypatch.setattr(ft, "grpo_loss", watched)
+    tune(*EXACT, "--val_data", "val.jsonl", "--kl", "1", "--max_steps", "1")  # no group is left out
+    assert sorted(learned) == pytest.approx(sorted(drawn), abs=1e-4)
 
 
 def test_answers_of_a_draw_serve_several_updates(room, monkeypatch):
