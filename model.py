@@ -806,11 +806,13 @@ def save_checkpoint(path, content):
     write_whole(path, lambda f: torch.save(content, f))
 
 
-def load_checkpoint(path, dtype=None):
+def load_checkpoint(path, dtype=None, resuming=False):
     """The dict that `save_checkpoint` wrote, its tensors mapped from disk and read when touched; or
     the like of what `find_checkpoint` finds, its tensors in `dtype` where they must be copied.
 
-    Only tensors and plain values are unpickled (weights_only), never code.
+    Only tensors and plain values are unpickled (weights_only), never code. With `resuming`, for a
+    run that will write the file again, the tensors are in memory (Windows does not replace a file
+    that is mapped), and weights in parts are left to `Run.restore`; without, they are missing.
     """
     path = find_checkpoint(path)
     if (path / "config.json").exists():
@@ -828,9 +830,11 @@ def load_checkpoint(path, dtype=None):
             f"checkpoint {path} does not exist; a file, a run's folder, or a model of the Hub "
             f"(gpt2, or owner/name)?"
         )
-    content = load_pt(path)
+    content = load_pt(path, mapped=not resuming)
     if not isinstance(content, dict) or not {"config", "model"} <= set(content):
         raise UserError(f"{path} is no checkpoint of scratchlm: it has no config and model")
+    if not resuming:
+        content.pop("parts", None)
     return content
 
 
@@ -850,7 +854,7 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
         config = Config.from_dict(dict(content["config"]))
     except (TypeError, ValueError) as e:
         raise UserError(f"{where} has a config that cannot be built: {e}") from e
-    if content.get("parts"):  # a run's last.pt, whose weights `Run.restore` reads
+    if content.get("parts"):  # of a run to resume, whose weights `Run.restore` reads
         return Transformer(config).eval()
     model = meta_model(config)  # no memory for weights that would be overwritten at once
     state = {k: v.to(device=device, dtype=dtype) for k, v in content["model"].items()}

@@ -121,12 +121,12 @@ def accumulate_grad(master, low):
 
 
 def launch(fit, report, runtime, out):
-    """fit(), after which all processes leave together, and report(its result) by the first, or by
-    all of a model that is cut over them. UserError with advice if the memory is full or another
-    process of the run has ended."""
+    """fit(), after which all processes leave together, and report(its result), if there is one, by
+    the first, or by all of a model that is cut over them. UserError with advice if the memory is
+    full or another process of the run has ended."""
     try:
         result = fit()
-        if runtime.sharded:
+        if result and runtime.sharded:
             dist.barrier()  # best.pt is written
             report(result)
         if runtime.world > 1:
@@ -148,7 +148,7 @@ def launch(fit, report, runtime, out):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if runtime.rank == 0 and not runtime.sharded:
+    if result and runtime.rank == 0 and not runtime.sharded:
         report(result)
 
 

@@ -1,6 +1,7 @@
 """finetune.py at work: what is minimised, whole runs of every kind, resuming, mistakes."""
 
 import argparse
+import gc
 import io
 import itertools
 import json
@@ -385,6 +386,16 @@ def test_killed_and_resumed_equals_straight_through_bitwise(desk, flags):
         assert all(torch.equal(straight[k], resumed[k]) for k in straight)
     texts = [Path(f"out/{o}/predictions.jsonl") for o in ("straight", "killed")]
     assert not texts[0].exists() or texts[0].read_text() == texts[1].read_text()
+
+
+@pytest.mark.parametrize(
+    "flags", [SFT, [*SFT, *LORA], [*SFT, *LORA, "--quantize", "nf4"]], ids=["full", "lora", "nf4"]
+)
+def test_a_resumed_run_does_not_map_the_file_that_it_replaces(desk, windows, flags):
+    tune(*flags, "--max_steps", "2")
+    gc.collect()  # its report had best.pt mapped
+    ft.main(["--resume", "out/run", "--max_steps", "4"])
+    assert content("out/run/last.pt")["step"] == 4
 
 
 def test_resuming_is_refused_for_other_data_other_scripts_and_fixed_flags(desk, capsys):
