@@ -8,6 +8,7 @@ import gc
 import signal
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -223,6 +224,8 @@ def load_parts(path, model, optimizers):
     """Read what `save_parts` has written, perhaps in another number of processes, or in one."""
     from torch.distributed import checkpoint
 
+    if not Path(path).is_dir():
+        raise UserError(f"{path}, the weights of this run, is gone")
     state = parts_of(model, optimizers)
     checkpoint.load(state, checkpoint_id=path)
     checkpoint.state_dict.set_state_dict(

@@ -15,7 +15,7 @@ import tiktoken
 import tiktoken.load
 
 from data.cli import UserError
-from data.download import MB, download_path, fetch
+from data.download import MB, download_path, fetch, resolve_url
 
 END = "<|endoftext|>"  # stands between documents
 UNKNOWN = "\ufffd"  # what the char tokenizer makes of a character it has never seen
@@ -89,9 +89,11 @@ class Tokenizer:
             try:
                 self.encoding = tiktoken.get_encoding(spec["name"])
             except ValueError as e:  # tiktoken's own checks: unknown name, wrong hash
-                for url in re.findall(r"from (https?://\S+)", str(e)):
+                reason = str(e)
+                for url in re.findall(r"from (https?://\S+)", reason):
                     download_path(url).unlink(missing_ok=True)  # or it would fail for ever
-                raise UserError(f"tokenizer {spec['name']}: {e}") from e
+                    reason = reason.replace(url, resolve_url(url))
+                raise UserError(f"tokenizer {spec['name']}: {reason}") from e
         else:
             if kind == "byte":
                 tokens = [bytes([b]) for b in range(256)]
