@@ -937,15 +937,19 @@ def readable(folder):
         hub_tokenizer(folder)
 
 
-def config_from_hf(values, where="config.json"):
-    """Our Config of a Hugging Face config.json, a dict; UserError if we cannot compute it."""
-    found = hf_weights.config_from_hf(values, where)
+def config_from_hf(values, where="config.json", verbose=False):
+    """Our Config of a Hugging Face config.json, a dict; UserError if we cannot compute it. With
+    `verbose`, a line on stderr names the fields that are passed over."""
     try:
-        return Config(**found)
+        found, spare = hf_weights.config_from_hf(values)
+        config = Config(**found)
     except TypeError as e:
         raise UserError(f"{where} lacks a field or has one of the wrong type: {e}") from e
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
+    if spare and verbose:
+        print(f"[{where}: ignored fields: {', '.join(spare)}]", file=sys.stderr)
+    return config
 
 
 def config_to_hf(config):
@@ -969,7 +973,7 @@ def load_hf(folder, dtype=None):
     """The checkpoint dict {"config", "model"} of a folder in Hugging Face's layout, tensors as
     `hf_weights.read_state` gives them."""
     values = read_json(Path(folder, "config.json"))
-    config = config_from_hf(values, str(Path(folder, "config.json")))
+    config = config_from_hf(values, str(Path(folder, "config.json")), verbose=True)
     if config.context < values.get("max_position_embeddings", 0):
         window = f"the window of {config.context} is the context"
         print(f"[its attention slides: {window}]", file=sys.stderr)
