@@ -765,7 +765,7 @@ def resolve(args):
     """Fill in what the user left out; reads the data, whose kind decides on the objective. Returns
     (args, the objective's class, content of the last.pt to resume or None, {split: examples},
     {split: sha256})."""
-    given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
+    given = {k: v for k, v in vars(args).items() if v is not None}
     fixed = {"ckpt", "objective", "optimizer", "seed", "loss_on", "teacher", "quantize"}
     fixed |= {"val", "context", "batch_tokens", "augment", "best_by"}  # what they decided stands
     fixed |= {"reward", "samples", "updates", "kl"}
@@ -882,7 +882,8 @@ def build_model(args, base, content, special_tokens, runtime):
         model, about = lora.load_adapted(base, {"default": content}, args.ckpt), content["adapter"]
     else:  # what is quantized or cut is read layer by layer
         mapped = args.quantize or args.shard
-        model = lm.model_from_checkpoint(base, dtype=None if mapped else torch.float32)
+        dtype = None if mapped else torch.float32
+        model = lm.model_from_checkpoint(base, dtype=dtype, where=args.ckpt)
     if not content:  # a resumed run has trained its new and spare rows: they stay as they are
         model.grow_vocabulary(lm.padded_vocab(tokenizer.n_vocab), bare.n_vocab)
     if lora_on and not content:

@@ -607,7 +607,8 @@ def check_flags(args):
 def resume(args, given):
     """(settings, content) of the mnist.pt that --resume means."""
     folder = Path(args.resume) if args.resume else newest_run(args.recipe)
-    saved = lm.load_checkpoint(folder / "mnist.pt" if folder.is_dir() else folder)
+    path = folder / "mnist.pt" if folder.is_dir() else folder
+    saved = lm.load_checkpoint(path, resuming=True)
     if not {"progress", "args", "images"} <= set(saved):
         raise UserError(f"{folder} is no run of mnist.py")
     old, free = saved["args"], {"resume", "epochs", "data", "device"}

@@ -811,11 +811,13 @@ def save_checkpoint(path, content):
     write_whole(path, lambda f: torch.save(content, f))
 
 
-def load_checkpoint(path, dtype=None):
+def load_checkpoint(path, dtype=None, resuming=False):
     """The dict that `save_checkpoint` wrote, its tensors mapped from disk and read when touched; or
     the like of what `find_checkpoint` finds, its tensors in `dtype` where they must be copied.
 
-    Only tensors and plain values are unpickled (weights_only), never code.
+    Only tensors and plain values are unpickled (weights_only), never code. With `resuming`, for a
+    run that will write the file again, the tensors are in memory (Windows does not replace a file
+    that is mapped), and weights in parts are left to `Run.restore`; without, they are missing.
     """
     path = find_checkpoint(path)
     if (path / "config.json").exists():
@@ -833,9 +835,11 @@ def load_checkpoint(path, dtype=None):
             f"checkpoint {path} does not exist; a file, a run's folder, or a model of the Hub "
             f"(gpt2, or owner/name)?"
         )
-    content = load_pt(path)
+    content = load_pt(path, mapped=not resuming)
     if not isinstance(content, dict) or not {"config", "model"} <= set(content):
         raise UserError(f"{path} is no checkpoint of scratchlm: it has no config and model")
+    if not resuming:
+        content.pop("parts", None)
     return content
 
 
@@ -855,7 +859,7 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
         config = Config.from_dict(dict(content["config"]))
     except (TypeError, ValueError) as e:
         raise UserError(f"{where} has a config that cannot be built: {e}") from e
-    if content.get("parts"):  # a run's last.pt, whose weights `Run.restore` reads
+    if content.get("parts"):  # of a run to resume, whose weights `Run.restore` reads
         return Transformer(config).eval()
     model = meta_model(config)  # no memory for weights that would be overwritten at once
     state = {k: v.to(device=device, dtype=dtype) for k, v in content["model"].items()}
@@ -938,15 +942,19 @@ def readable(folder):
         hub_tokenizer(folder)
 
 
-def config_from_hf(values, where="config.json"):
-    """Our Config of a Hugging Face config.json, a dict; UserError if we cannot compute it."""
-    found = hf_weights.config_from_hf(values, where)
+def config_from_hf(values, where="config.json", verbose=False):
+    """Our Config of a Hugging Face config.json, a dict; UserError if we cannot compute it. With
+    `verbose`, a line on stderr names the fields that are passed over."""
     try:
-        return Config(**found)
+        found, spare = hf_weights.config_from_hf(values)
+        config = Config(**found)
     except TypeError as e:
         raise UserError(f"{where} lacks a field or has one of the wrong type: {e}") from e
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
+    if spare and verbose:
+        print(f"[{where}: ignored fields: {', '.join(spare)}]", file=sys.stderr)
+    return config
 
 
 def config_to_hf(config):
@@ -970,7 +978,7 @@ def load_hf(folder, dtype=None):
     """The checkpoint dict {"config", "model"} of a folder in Hugging Face's layout, tensors as
     `hf_weights.read_state` gives them."""
     values = read_json(Path(folder, "config.json"))
-    config = config_from_hf(values, str(Path(folder, "config.json")))
+    config = config_from_hf(values, str(Path(folder, "config.json")), verbose=True)
     if config.context < values.get("max_position_embeddings", 0):
         window = f"the window of {config.context} is the context"
         print(f"[its attention slides: {window}]", file=sys.stderr)

@@ -438,16 +438,12 @@ class Run:
         self.model, self.task, self.args, self.runtime, self.out = model, task, args, runtime, out
         self.optimizers = make_optimizers(model, args)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == "fp16")
-        # bad: evaluations since the best one; warm: progress at which the warmup ended
-        self.state = dict(step=0, tokens=0, seconds=0.0, warm=0.0)
+        # bad: evaluations since the best one; warm_seconds: of the steps of the warmup
+        self.state = dict(step=0, tokens=0, seconds=0.0, warm_seconds=0.0)
         self.state |= dict(best=math.inf, best_step=0, bad=0)
         if resume:
             self.restore(resume)
         self.log = Log(out, self.state["step"], quiet=runtime.rank > 0)
-        if runtime.rank == 0:
-            settings = vars(args) | asdict(model.config)
-            settings["parameters"] = sum(p.numel() for p in model.parameters())
-            write_json(out / "settings.json", settings)
         self.last = {}  # the last evaluation
         # of the last steps, so that a shorter last interval averages as many: (tokens, FLOPs,
         # seconds), losses, and [loss, norm], tensors that no one has waited for
@@ -456,19 +452,41 @@ class Run:
         self.writer, self.writing = ThreadPoolExecutor(1), None
         self.saved = self.state["seconds"]
 
-    def progress(self):
-        """The fraction of the run that is over: by steps or by minutes, whichever is further."""
+    def write_settings(self):
+        """Write settings.json: this call's flags, and the model's shape."""
+        settings = vars(self.args) | asdict(self.model.config)
+        settings["parameters"] = sum(p.numel() for p in self.model.parameters())
+        write_json(self.out / "settings.json", settings)
+
+    def fraction(self, step, seconds):
+        """The fraction of the run that is over after so many steps and seconds: of its steps or of
+        its minutes, whichever is further."""
         steps, minutes = self.args.max_steps, self.args.max_minutes
-        by_steps = self.state["step"] / steps if steps else 0.0
-        by_time = self.state["seconds"] / 60 / minutes if minutes else 0.0
-        return max(by_steps, by_time)
+        return max(step / steps if steps else 0.0, seconds / 60 / minutes if minutes else 0.0)
+
+    def progress(self):
+        """The fraction of the run that is over."""
+        return self.fraction(self.state["step"], self.state["seconds"])
+
+    def over(self):
+        """Why there is no step to do, in a line; None if there is one."""
+        if self.progress() >= 1:
+            return "this run is finished: a larger --max_steps or --max_minutes would go on"
+        if self.args.patience and self.state["bad"] >= self.args.patience:
+            return (
+                f"{self.state['bad']} evaluations without a better one: stopping early; a larger "
+                f"--patience or another limit would go on"
+            )
+        return None
 
     def set_lr(self):
         """Give every parameter group its learning rate for the coming step; returns AdamW's."""
-        a, step, done = self.args, self.state["step"], self.progress()
-        if step == a.warmup_steps:
-            self.state["warm"] = done  # the decay begins here
-        fraction = (done - self.state["warm"]) / (1 - self.state["warm"])
+        a, step, s = self.args, self.state["step"], self.state
+        if step <= a.warmup_steps:
+            s["warm_seconds"] = s["seconds"]
+        # where the decay begins, under the limits of this call
+        warm = self.fraction(min(step, a.warmup_steps), s["warm_seconds"])
+        fraction = (self.progress() - warm) / (1 - warm)
         lr = lr_at(step, fraction, a.lr, a.min_lr, a.warmup_steps, a.schedule)
         for group in (g for o in self.optimizers for g in o.param_groups):
             group["lr"] = group["peak"] * lr / a.lr
@@ -617,11 +635,18 @@ class Run:
             group.update(settings)  # rates and decay are this call's, which may be new ones
         if content["scaler"]:  # empty of a run in another precision
             self.scaler.load_state_dict(content["scaler"])
-        self.state.update(content["state"])
+        del content["model"], content["optimizers"]  # a GPU has copies
+        s, was = self.state, content["args"]
+        s.update(content["state"])
+        if s.pop("warm", None):  # of an older run: a fraction of its limit
+            s["warm_seconds"] = s["seconds"] * min(1, self.args.warmup_steps / s["step"])
+        if any(was.get(k) != getattr(self.args, k) for k in ("max_steps", "max_minutes")):
+            s["bad"] = 0  # with another limit, --patience begins anew
 
 
 def fit(model, task, args, runtime, out, resume=None):
-    """Train `model` on `task`, write the run to folder `out`. Returns the final metrics.
+    """Train `model` on `task`, write the run to folder `out`. Returns the final metrics, or None if
+    the run to resume is over and has them.
 
     Read from args: max_steps, max_minutes (None: no limit), what `make_optimizers` reads, min_lr,
     warmup_steps, schedule, grad_clip, eval_every, save_every, save_minutes, log_every, patience,
@@ -631,13 +656,18 @@ def fit(model, task, args, runtime, out, resume=None):
     the run saved.
     """
     run = Run(model, task, args, runtime, out, resume)
-    if run.progress() >= 1:
-        run.log.line("this run is finished: a larger --max_steps or --max_minutes would go on")
+    if over := run.over():
+        run.log.line(over)
+        step = run.state["step"]
+        if runtime.of_first(any(r.get("final") and r["step"] == step for r in run.log.rows)):
+            return None
+    if runtime.rank == 0:
+        run.write_settings()
     model.train()
     runner, precision, after_step = make_runner(model, task, args, runtime, run.state["step"])
     clear_gradients(model)
     with StopSignal() as stop, run.log:
-        while run.progress() < 1:
+        while not run.over():
             start, lr = time.perf_counter(), run.set_lr()
             batches = task.batches(run.state["step"])
             seed = args.seed, run.state["step"]
@@ -657,9 +687,8 @@ def fit(model, task, args, runtime, out, resume=None):
                 run.evaluate_and_save()
             elif run.wants_saving():
                 run.save()
-            if args.patience and run.state["bad"] >= args.patience:
-                run.log.line(f"{run.state['bad']} evaluations without a better one: stopping early")
-                break
+    if not over and run.progress() < 1:
+        run.log.line(run.over())
     final = run.last  # it may have been of this step and the whole split
     if final.get("step") != run.state["step"] or final.get("val_share", 1) < 1:
         final = {"step": run.state["step"], **task.evaluate(model, True)}
@@ -812,7 +841,9 @@ def build_model(args, content, meta, tokenizer):
                 f"--tokenizer takes a prepared folder, and a model of the Hub)"
             )
         # one that is to be cut stays mapped from its file, so that no process ever holds all of it
-        model = lm.model_from_checkpoint(content, dtype=None if args.shard else torch.float32)
+        where = args.ckpt if args.resume is None else args.out
+        dtype = None if args.shard else torch.float32
+        model = lm.model_from_checkpoint(content, dtype=dtype, where=where)
         size = max(tokenizer.n_vocab, model.config.vocab_size)  # it may lack the end of text
         if args.resume is None:
             model.grow_vocabulary(lm.padded_vocab(size), model.config.vocab_size)

@@ -77,9 +77,10 @@ def download(url, dest, sha256, tries, wait, token):
     """What `fetch` does where the file is not there."""
     import requests  # not above: most runs download nothing, and it takes longer than all the rest
 
+    url = resolve_url(url)  # what an error names, too
     for attempt in range(tries):
         try:
-            part, named = download_part(resolve_url(url), dest, token)
+            part, named = download_part(url, dest, token)
             break
         except (requests.ConnectionError, requests.Timeout, TransferError) as e:
             reason = e
@@ -88,13 +89,12 @@ def download(url, dest, sha256, tries, wait, token):
         except UserError:
             raise
         except (requests.RequestException, ValueError) as e:  # redirects in a circle or to no URL
-            raise UserError(f"cannot download {resolve_url(url)}: {short(e)}") from e
+            raise UserError(f"cannot download {url}: {short(e)}") from e
     else:
         for part in dest.parent.glob(glob.escape(dest.name) + ".once.part"):
             part.unlink()  # no version to compare with: it could never be resumed
-        host = urlsplit(resolve_url(url)).netloc
         raise UserError(
-            f"cannot download {url}: {host} gave up after {tries} tries ({short(reason)}). Offline "
+            f"cannot download {url}: gave up after {tries} tries ({short(reason)}). Offline "
             f"or behind a firewall? Set SCRATCHLM_MIRROR=BASE to read BASE/host/path instead "
             f"(HF_ENDPOINT for the Hugging Face Hub), or put the file at {dest}"
         )
@@ -298,4 +298,4 @@ def fetch_of_hub(repo, revision, file, folder, optional=False):
             why = f"{repo} is private or gated: accept its licence on {MODELS}/{repo} and {do}"
         else:
             raise
-        raise UserError(f"cannot download {url}: HTTP {e.status}: {why}") from e
+        raise UserError(f"cannot download {resolve_url(url)}: HTTP {e.status}: {why}") from e

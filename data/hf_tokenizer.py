@@ -30,6 +30,7 @@ DIGITS_PATTERN = r"\p{N}|" + GPT2_PATTERN.replace(r"| ?\p{N}+", "").replace(
     r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)"
 )
 MOST_LOST = 64  # bytes without a token at most: SmolLM2 lacks some 20, those of rare characters
+WORD_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 ID_LIMIT = 1_000_000  # no vocabulary is as large; a larger id is a damaged file
 
 
@@ -226,17 +227,26 @@ def hub_tokenizer(folder):
     tokenizer_config.json where they exist. The spec holds "pattern", "nfc", "tokens" (base64, a
     token's place is its id), "added" (name -> id), "end" and "begin" (ids, begin may be None), and
     for an export "name" and "chat_template".
-    Added tokens are special tokens here, so text never spells one. UserError if a file is missing
+    Of the added tokens those that are special are never spelled by text; the others are "words"
+    (name -> [id, flags]), see `cut_words`. UserError if a file is missing
     or damaged, or if the tokenizer is no byte-level BPE that tiktoken encodes alike.
     """
     path = Path(folder) / "tokenizer.json"
     data = read_json(path)
     try:
-        added = {t["content"]: t["id"] for t in data.get("added_tokens") or []}
-        for name in added:
-            if not name.strip():
+        model, tokens = data["model"], data.get("added_tokens") or []
+        added, words = {t["content"]: t["id"] for t in tokens}, {}
+        for t in tokens:
+            name = t["content"]
+            if not t.get("special", True):
+                words[name] = [t["id"], *(flag for flag in WORD_FLAGS if t[flag])]
+            if not (name if name in words else name.strip()):
                 raise ValueError(f"added_tokens: {name!r} is text like any other, not a mark in it")
-        ranks = hub_tokens(data["model"], added)
+        made = model.get("merges", ()) if words else ()
+        made = {"".join(m.split(" ") if isinstance(m, str) else m) for m in made}
+        own = {w for w in words if w in CHAR_BYTES or w in made}  # tokens of the model, too
+        own = {w for w in own if model["vocab"].get(w) == added[w]}
+        ranks = hub_tokens(model, {name: i for name, i in added.items() if name not in own})
         if (normalizer := data.get("normalizer") or {"type": None})["type"] not in (None, "NFC"):
             raise ValueError(f"normalizer {normalizer['type']} can't be read, only NFC")
         pattern = hub_pattern(data.get("pre_tokenizer") or {"type": "none"})
@@ -248,7 +258,9 @@ def hub_tokenizer(folder):
         for token, i in ranks.items():
             tokens[i] = base64.b64encode(token).decode()
         spec = {"kind": "hf", "pattern": pattern, "nfc": normalizer["type"] == "NFC"}
-        spec |= {"tokens": tokens, "added": added, "end": end, "begin": begin}
+        spec |= {"tokens": tokens, "end": end, "begin": begin}
+        spec["added"] = {name: i for name, i in added.items() if name not in own}
+        spec["words"] = {w: about for w, about in words.items() if about[0] not in (end, begin)}
         spec |= {"name": hub_name(path.parent), "chat_template": hub_template(path.parent)}
         spec |= {"template_tokens": template_tokens(path.parent)}
         spec |= {"ends": hub_ends(path.parent, added)}
@@ -284,7 +296,9 @@ def tokenizer_json(tokenizer):
     like a special one: tokenizer.json could not tell them apart.
     """
     ranks = dict(sorted(tokenizer.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
-    kind, special = tokenizer.spec["kind"], sorted(tokenizer.special.items(), key=lambda s: s[1])
+    kind, words = tokenizer.spec["kind"], tokenizer.spec.get("words", {})
+    added = tokenizer.special | {w: i for w, (i, *_) in words.items()}
+    added = dict(sorted(added.items(), key=lambda item: item[1]))
     own = kind == "hf"  # its pattern came from there
     pattern = tokenizer.spec["pattern"] if own else ruby_pattern(tokenizer.encoding._pat_str)
     split = {"type": "Split", "pattern": {"Regex": pattern}}
@@ -295,24 +309,28 @@ def tokenizer_json(tokenizer):
         pre, decoder = split, {"type": "Fuse"}
     else:
         vocab = {spell(token): i for token, i in ranks.items()}
-        halves = (bpe_parts(token, ranks) for token in ranks)
+        halves = [bpe_parts(token, ranks) for token in ranks]
         merges = [[spell(pair[0]), spell(pair[1])] for pair in halves if len(pair) == 2]
-        # tiktoken, too, takes a piece that is a token as it is, before any merge
-        model = {"type": "BPE", "dropout": None, "unk_token": None, "ignore_merges": True}
+        # tiktoken, too, takes a piece that is a token as it is, before any merge; a word is none
+        whole = not words or any(len(pair) > 2 for pair in halves)
+        model = {"type": "BPE", "dropout": None, "unk_token": None, "ignore_merges": whole}
         model |= {"continuing_subword_prefix": None, "end_of_word_suffix": None}
         model |= {"fuse_unk": False, "byte_fallback": False, "merges": merges}
         bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
         bytes_ |= {"use_regex": False}
         pre, decoder = {"type": "Sequence", "pretokenizers": [split, bytes_]}, bytes_
-    if clash := vocab.keys() & dict(special).keys():
+    if clash := {name for name, i in added.items() if vocab.get(name, i) != i}:
         raise UserError(f"special token {min(clash)!r} is spelled like an ordinary one")
-    model["vocab"] = vocab | dict(special)  # there they keep their ids, whatever gaps lie between
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    model["vocab"] = vocab | added  # there they keep their ids, whatever gaps lie between
+    tokens = []
+    for name, i in added.items():
+        flags = {flag: flag in words.get(name, ()) for flag in WORD_FLAGS}
+        tokens.append({"id": i, "content": name, **flags, "special": name not in words})
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": n, **flags, "special": True} for n, i in special],
+        "added_tokens": tokens,
         "normalizer": {"type": "NFC"} if tokenizer.spec.get("nfc") else None,
         "pre_tokenizer": pre,
         "post_processor": begin_template(tokenizer),

@@ -60,7 +60,9 @@ GPT2_ACTIVATIONS = {
     "relu": "relu",
 }
 LLAMA_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu"}
-# Fields that change nothing in what the model computes
+# Biases that a family has whatever config.json says, or never
+FIXED = {"mistral": {"out_bias", "ff_bias"}, "qwen2": {"out_bias", "ff_bias"}, "qwen3": {"ff_bias"}}
+# Fields of transformers' own classes that change nothing in what the model computes
 IGNORED = """_name_or_path architectures attention_dropout attn_pdrop bos_token_id
 chunk_size_feed_forward dtype embd_pdrop eos_token_id gradient_checkpointing id2label
 initializer_range is_llama_config keys_to_ignore_at_inference label2id max_window_layers
@@ -68,37 +70,54 @@ model_type n_ctx output_attentions output_hidden_states output_past pad_token_id
 problem_type reorder_and_upcast_attn resid_pdrop return_dict summary_activation
 summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
 task_specific_params torch_dtype transformers.js_config transformers_version use_cache"""
-# Fields that would change it, and the values that we support
-SUPPORTED = {
-    "add_cross_attention": (False,),
-    "is_encoder_decoder": (False,),
-    "partial_rotary_factor": (1.0,),
-    "pretraining_tp": (1,),
-    "quantization_config": (),
-    "rope_interleaved": (False,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "scale_attn_weights": (True,),
-    "use_mrope": (False,),
-    "use_sliding_window": (False,),
+# Fields that change it, and the values that we support: those of a family's class in transformers,
+_QWEN = {"use_sliding_window": (False,)}
+OWN = {
+    "gpt2": {"scale_attn_by_inverse_layer_idx": (False,), "scale_attn_weights": (True,)},
+    "llama": {"pretraining_tp": (1,)},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN,
 }
+# and those that change it in whatever file they stand
+ANYWHERE = {
+    "add_cross_attention": (False,),
+    "alibi": (False,),
+    "attention_multiplier": (),
+    "attn_logit_softcapping": (),
+    "embedding_multiplier": (1.0,),
+    "final_logit_softcapping": (),
+    "is_encoder_decoder": (False,),
+    "layer_types": (),
+    "logits_scaling": (1.0,),
+    "partial_rotary_factor": (1.0,),
+    "quantization_config": ({},),
+    "residual_multiplier": (1.0,),
+    "rope_interleaved": (False,),
+    "rope_parameters": ({},),
+    "rope_scaling": ({},),
+    "use_mrope": (False,),
+}
+ROPE_FIELDS = {"default": (), "linear": ("factor",)}  # what these read; others may stand beside it
 
 
-def config_from_hf(values, where="config.json"):
-    """The fields of a model.Config, as a dict, of a config.json. UserError names the first field
-    whose value we do not compute: nothing that would change the model is ever passed over."""
+def config_from_hf(values):
+    """(the fields of a model.Config, a dict; names of the fields that are passed over, as they are
+    not the model's in transformers either) of a config.json. UserError names the first field whose
+    value we do not compute: nothing that would change the model is ever passed over."""
     kind = values.get("model_type")
     if kind not in FAMILIES:
-        raise UserError(f"{where}: model_type {kind!r} is none of {', '.join(FAMILIES)}")
+        raise UserError(f"model_type {kind!r} is none of {', '.join(FAMILIES)}")
 
     def refuse(name, value):
-        raise UserError(f"{where}: {name} = {value!r} is not implemented here")
+        raise UserError(f"{name} = {value!r} is not implemented here")
 
     gpt2 = kind == "gpt2"
     left = {name: value for name, value in values.items() if value is not None}
     found, default = {"init": "gpt2"}, GPT2_DEFAULTS if gpt2 else LLAMA_DEFAULTS
     for ours, theirs in FIELDS.items():
         if (name := theirs[not gpt2]) is not None:
-            found[ours] = left.pop(name, default.get(name))
+            fixed = ours in FIXED.get(kind, ())
+            found[ours] = default[name] if fixed else left.pop(name, default.get(name))
     known = GPT2_ACTIVATIONS if gpt2 else LLAMA_ACTIVATIONS
     if found["activation"] not in known:
         refuse(FIELDS["activation"][not gpt2], found["activation"])
@@ -108,20 +127,38 @@ def config_from_hf(values, where="config.json"):
         found |= dict(qkv_bias=True, out_bias=True, ff_bias=True)
     else:
         found |= dict(qkv_bias=found["out_bias"] or kind == "qwen2", qk_norm=kind == "qwen3")
-        rope = {"rope_theta": left.pop("rope_theta", 10000.0)}
-        rope |= left.pop("rope_scaling", {}) | left.pop("rope_parameters", {})
-        rope["rope_type"] = rope.pop("rope_type", rope.pop("type", "default"))
-        found["rope_theta"] = rope.pop("rope_theta")
-        found["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+        found |= rope_from_hf(left, refuse)
         window = left.pop("sliding_window", None)
         if kind == "mistral" and window:  # the others do not use it unless they say that they do
             found["context"] = min(found["context"], window)  # inside it, attention is full
         if set(layers := left.pop("layer_types", [])) - {"full_attention"}:
             refuse("layer_types", layers)
+        window = values.get("sliding_window", 4096)  # null is none
+        full = values.get("max_window_layers", 28)
+        # Qwen's layers from max_window_layers on slide, unless layer_types say otherwise
+        if layers or full >= found["n_layer"] or window is None or window >= found["context"]:
+            left.pop("use_sliding_window", None)
+    known = ANYWHERE | OWN.get(kind, {})
     for name, value in left.items():
-        if name not in IGNORED.split() and value not in SUPPORTED.get(name, ()):
+        if name in known and value not in known[name]:
             refuse(name, value)
-    return found
+    return found, sorted(left.keys() - known.keys() - set(IGNORED.split()))
+
+
+def rope_from_hf(left, refuse):
+    """The rotary fields of a model.Config, of those of a config.json, which are taken out."""
+    rope = left.pop("rope_parameters", {})  # the newer name; transformers, too, prefers the older
+    rope = left.pop("rope_scaling", None) or rope
+    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
+        refuse("rope_parameters", rope)  # no parameters, or others for each type of layer
+    rope = {"rope_theta": left.pop("rope_theta", 10000.0)} | rope
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    theta = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        left["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    rope = {n: v for n, v in rope.items() if n in ROPE_FIELDS.get(kind, rope)}
+    scaling = None if kind == "default" else {"rope_type": kind, **rope}
+    return dict(rope_theta=theta, rope_scaling=scaling)
 
 
 def config_to_hf(config):
@@ -140,7 +177,7 @@ def config_to_hf(config):
     else:
         activation = "silu"
         values |= dict(rope_theta=c["rope_theta"], rope_scaling=c["rope_scaling"])
-    lacking = {"qwen2": ("out_bias", "ff_bias", "head_size"), "qwen3": ("ff_bias",)}.get(family, ())
+    lacking = FIXED.get(family, set()) | ({"head_size"} if family == "qwen2" else set())
     for ours, theirs in FIELDS.items():
         if theirs[not gpt2] and ours not in lacking:
             values[theirs[not gpt2]] = activation if ours == "activation" else c[ours]

@@ -8,6 +8,7 @@ import gc
 import signal
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -121,12 +122,12 @@ def accumulate_grad(master, low):
 
 
 def launch(fit, report, runtime, out):
-    """fit(), after which all processes leave together, and report(its result) by the first, or by
-    all of a model that is cut over them. UserError with advice if the memory is full or another
-    process of the run has ended."""
+    """fit(), after which all processes leave together, and report(its result), if there is one, by
+    the first, or by all of a model that is cut over them. UserError with advice if the memory is
+    full or another process of the run has ended."""
     try:
         result = fit()
-        if runtime.sharded:
+        if result and runtime.sharded:
             dist.barrier()  # best.pt is written
             report(result)
         if runtime.world > 1:
@@ -148,7 +149,7 @@ def launch(fit, report, runtime, out):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if runtime.rank == 0 and not runtime.sharded:
+    if result and runtime.rank == 0 and not runtime.sharded:
         report(result)
 
 
@@ -223,6 +224,8 @@ def load_parts(path, model, optimizers):
     """Read what `save_parts` has written, perhaps in another number of processes, or in one."""
     from torch.distributed import checkpoint
 
+    if not Path(path).is_dir():
+        raise UserError(f"{path}, the weights of this run, is gone")
     state = parts_of(model, optimizers)
     checkpoint.load(state, checkpoint_id=path)
     checkpoint.state_dict.set_state_dict(

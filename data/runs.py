@@ -184,14 +184,15 @@ def eval_line(row):
 
 
 def resumed_settings(args, given, fixed, load):
-    """(settings, content of last.pt, read by load(path)) of the run that --resume means: its own
-    settings, changed by what was `given` now, as long as that is not among the `fixed` ones."""
+    """(settings, content of last.pt, read by load(path, resuming=True)) of the run that --resume
+    means: its own settings, changed by what was `given` now, as long as that is not among the
+    `fixed` ones."""
     run = Path(args.resume) if args.resume else newest_run()
     path = run / "last.pt" if run.is_dir() else run
     if run.is_dir() and not path.exists():
         instead = f"--ckpt {run} starts from its weights" if any(run.glob("*.pt")) else "start anew"
         raise UserError(f"{run} has no last.pt to resume: {instead}")
-    content = load(path)
+    content = load(path, resuming=True)
     if "args" not in content:
         raise UserError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
     if ("objective" in content["args"]) != ("objective" in vars(args)):

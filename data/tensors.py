@@ -13,13 +13,14 @@ from data.cli import UserError
 from data.files import write_whole
 
 
-def load_pt(path):
-    """What torch.save wrote: plain values and tensors, mapped from disk, never code. UserError if
-    it is another file or damaged: its zip's checksums are compared, 0.3 s for GPT-2's weights."""
+def load_pt(path, mapped=True):
+    """What torch.save wrote: plain values and tensors, never code; the tensors are mapped from disk
+    or, without `mapped`, in memory. UserError if it is another file or damaged: its zip's checksums
+    are compared, 0.3 s for GPT-2's weights."""
     try:
         with zipfile.ZipFile(path) as records:
             damaged = records.testzip()
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:
         # torch and zipfile tell of a foreign or cut file in a dozen ways; one is enough
         raise UserError(f"{path} is not a checkpoint of ours, or is cut short") from e
@@ -30,6 +31,8 @@ def load_pt(path):
 
 def fit_error(expected, found):
     """One line on how a state dict `found` misfits `expected`, or None. Both name -> tensor."""
+    if expected and not found:
+        return "its weights lie in parts: --resume the run; each better evaluation writes best.pt"
     for name, tensor in expected.items():
         if name not in found:
             return f"{name} {tuple(tensor.shape)} is missing"

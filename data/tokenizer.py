@@ -15,7 +15,7 @@ import tiktoken
 import tiktoken.load
 
 from data.cli import UserError
-from data.download import MB, download_path, fetch
+from data.download import MB, download_path, fetch, resolve_url
 
 END = "<|endoftext|>"  # stands between documents
 UNKNOWN = "\ufffd"  # what the char tokenizer makes of a character it has never seen
@@ -68,6 +68,34 @@ def rebuilt(e, more=None):
     )
 
 
+BLANK = regex.compile(r"\p{White_Space}*")
+WORD = regex.compile(r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]")  # Rust's \w
+
+
+def cut_words(text, words, pattern):
+    """`text` as a list of texts and of the ids of the `words` in it, {word: (id, flags)}, found by
+    `pattern`, in the way of the tokenizers library: a word with the flag single_word has no letter
+    beside it, and one with lstrip or rstrip takes along the blanks before or behind it.
+
+    >>> cut_words("a <b> c", {"<b>": (7, ["rstrip"])}, re.compile("<b>"))
+    ['a ', 7, 'c']
+    """
+    parts, done = [], 0
+    for m in pattern.finditer(text):
+        (i, flags), (start, stop) = words[m[0]], m.span()
+        beside = text[start - 1 : start] + text[stop : stop + 1]
+        if "single_word" in flags and WORD.search(beside):
+            continue
+        while "lstrip" in flags and start > done and BLANK.fullmatch(text[start - 1]):
+            start -= 1
+        if "rstrip" in flags:
+            stop = BLANK.match(text, stop).end()
+        parts += [text[done:start]] if done < start else []
+        parts.append(i)
+        done = stop
+    return parts + ([text[done:]] if done < len(text) else [])
+
+
 class Tokenizer:
     """A tiktoken.Encoding and the plain-dict `spec` that rebuilds it anywhere.
 
@@ -89,9 +117,11 @@ class Tokenizer:
             try:
                 self.encoding = tiktoken.get_encoding(spec["name"])
             except ValueError as e:  # tiktoken's own checks: unknown name, wrong hash
-                for url in re.findall(r"from (https?://\S+)", str(e)):
+                reason = str(e)
+                for url in re.findall(r"from (https?://\S+)", reason):
                     download_path(url).unlink(missing_ok=True)  # or it would fail for ever
-                raise UserError(f"tokenizer {spec['name']}: {e}") from e
+                    reason = reason.replace(url, resolve_url(url))
+                raise UserError(f"tokenizer {spec['name']}: {reason}") from e
         else:
             if kind == "byte":
                 tokens = [bytes([b]) for b in range(256)]
@@ -111,10 +141,15 @@ class Tokenizer:
                 mergeable_ranks={t: i for i, t in enumerate(tokens) if t is not None},
                 special_tokens=dict(spec["added"]) if kind == "hf" else {END: len(tokens)},
             )
-        if added := spec.get("special"):  # ids of their own behind all others
-            names = enumerate(added, start=self.encoding.n_vocab)
+        added, words = spec.get("special", []), spec.get("words", {})
+        if new := [name for name in added if name not in words]:  # behind all others
+            names = enumerate(new, start=self.encoding.n_vocab)
             self.encoding = rebuilt(self.encoding, {name: i for i, name in names})
-        self.special = self.encoding._special_tokens  # name -> id
+        # Words are parts of any text, unless a chat's template writes them, as it does <think>
+        tags = {w for w in words if w[0] in "<[" and w in str(spec.get("chat_template"))}
+        self.special = self.encoding._special_tokens | {w: words[w][0] for w in words}  # name -> id
+        self.words = {w: (i, flags) for w, (i, *flags) in words.items() if w not in {*added, *tags}}
+        self.special = {name: i for name, i in self.special.items() if name not in self.words}
         self.n_vocab = self.encoding.n_vocab  # the largest id + 1
         known = self.encoding._mergeable_ranks
         self._lost = bytes(b for b in range(256) if kind == "hf" and bytes([b]) not in known)
@@ -146,8 +181,35 @@ class Tokenizer:
         Python's lock, so threads help."""
         if self.spec["kind"] == "char":
             text = self._strange.sub(UNKNOWN, text)
-        if self.spec.get("nfc"):  # é as one character, however it was typed
-            text = unicodedata.normalize("NFC", text)
+        if not self.words:
+            return self._encode_text(self._normalize(text))
+        (soon, late), ids = self._words_to_cut, [[]]
+        for part in cut_words(text, *soon):
+            whole = isinstance(part, int)
+            for piece in [part] if whole else cut_words(self._normalize(part), *late):
+                ids.append([piece] if isinstance(piece, int) else self._encode_text(piece))
+        return np.concatenate(ids).astype(np.uint32)
+
+    @cached_property
+    def _words_to_cut(self):
+        """(words, pattern) twice, for `cut_words`: those that are looked for in the text as it is,
+        and those with the flag "normalized", in the normalized text."""
+        soon, late = {}, {}
+        for word, (i, flags) in self.words.items():
+            if "normalized" in flags:
+                late[self._normalize(word)] = i, flags
+            else:
+                soon[word] = i, flags
+        longest_first = (sorted(words, key=len, reverse=True) for words in (soon, late))
+        patterns = ("|".join(map(re.escape, words)) or "(?!)" for words in longest_first)
+        return list(zip((soon, late), map(re.compile, patterns)))
+
+    def _normalize(self, text):
+        """é as one character, however it was typed, if the tokenizer wants it so."""
+        return unicodedata.normalize("NFC", text) if self.spec.get("nfc") else text
+
+    def _encode_text(self, text):
+        """The ids of a text without `words`, uint32."""
         if self._lost and len(data := text.encode()) > len(data.translate(None, self._lost)):
             return self._encode_without_lost(text)
         return self.encoding.encode_to_numpy(text, disallowed_special=())

@@ -72,6 +72,21 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def windows(monkeypatch):
+    """Files that this process has mapped cannot be replaced, as on Windows."""
+    maps, real = Path("/proc/self/maps"), os.replace
+    if not maps.exists():
+        pytest.skip("no list of mapped files here")
+
+    def replace(source, target):
+        if f"{Path(target).resolve()}\n" in maps.read_text():
+            raise PermissionError(13, "Access is denied", str(target))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     """Serves files and says nothing about it."""
 

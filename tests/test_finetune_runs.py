@@ -1,6 +1,7 @@
 """finetune.py at work: what is minimised, whole runs of every kind, resuming, mistakes."""
 
 import argparse
+import gc
 import io
 import itertools
 import json
@@ -26,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import finetune as ft
 import lora
 import model as lm
+import prepare_data
 import sample
 import train
 from data.chat import CHAT_TOKENS, labels_of
@@ -392,6 +394,52 @@ def test_killed_and_resumed_equals_straight_through_bitwise(desk, flags):
         assert all(torch.equal(straight[k], resumed[k]) for k in straight)
     texts = [Path(f"out/{o}/predictions.jsonl") for o in ("straight", "killed")]
     assert not texts[0].exists() or texts[0].read_text() == texts[1].read_text()
+
+
+@pytest.mark.parametrize(
+    "flags", [SFT, [*SFT, *LORA], [*SFT, *LORA, "--quantize", "nf4"]], ids=["full", "lora", "nf4"]
+)
+def test_a_resumed_run_does_not_map_the_file_that_it_replaces(desk, windows, flags):
+    tune(*flags, "--max_steps", "2")
+    gc.collect()  # its report had best.pt mapped
+    ft.main(["--resume", "out/run", "--max_steps", "4"])
+    assert content("out/run/last.pt")["step"] == 4
+
+
+def test_what_a_run_has_on_is_switched_off_when_it_is_resumed(desk):
+    out = tune(*SFT, "--max_steps", "1")
+    last = content(out / "last.pt")
+    last["args"] |= dict(compile=True, shard=True)
+    lm.save_checkpoint(out / "last.pt", last)
+    parse = ft.build_parser().parse_args
+    for flags, on in (([], True), (["--no-compile", "--no-shard"], False)):
+        args = ft.resolve(parse(["--resume", "out/run", *flags]))[0]
+        assert (args.compile, args.shard) == (on, on)
+
+
+@pytest.mark.parametrize(
+    "main, flags",
+    [
+        (sample.main, "--ckpt out/cut --prompt to"),
+        (train.main, "--ckpt out/cut --data words"),
+        (ft.main, "--ckpt out/cut --data chats.jsonl"),
+        (ft.main, "--ckpt out/cut --data chats.jsonl --lora_rank 2 --quantize int8"),
+        (ft.main, "--ckpt out/base --data labels.jsonl --objective distill --teacher out/cut"),
+        (ft.main, "--ckpt out/cut --data chats.jsonl --eval_only"),
+        (lora.main, "merge --ckpt out/cut --adapter out/adapter --out out/merged"),
+        (lm.main, "--ckpt out/cut --export out/export"),
+    ],
+)
+def test_weights_that_lie_in_parts_are_no_random_ones(desk, capsys, main, flags):
+    """The folder of a run of several processes, stopped before its first evaluation."""
+    tune(*SFT, *LORA, "--max_steps", "1", out="out/adapter")
+    save_base("out/cut/last.pt")
+    lm.save_checkpoint("out/cut/last.pt", content("out/cut/last.pt") | dict(model={}, parts="p-2"))
+    Path("words.txt").write_text("to be or not " * 300)
+    prepare_data.main(["words.txt", "--tokenizer", "byte"])
+    capsys.readouterr()
+    err = refused(capsys, *flags.split(), main=main)
+    assert "its weights lie in parts: --resume the run" in err
 
 
 def test_resuming_is_refused_for_other_data_other_scripts_and_fixed_flags(desk, capsys):

@@ -29,6 +29,7 @@ from data.cli import UserError
 from data.hf_tokenizer import (
     BYTE_CHARS,
     CHAR_BYTES,
+    WORD_FLAGS,
     hub_tokenizer,
     spell,
     tokenizer_config,
@@ -256,6 +257,52 @@ def test_gaps_between_ids_have_no_token():
     with pytest.raises(KeyError):
         t.decode([400])
     assert t.decode(t.encode("<b> text")) == "<b> text" and 403 not in t.encode("<b> text")
+
+
+@pytest.fixture(scope="module", params=["gpt2", "qwen2", "smollm2"])
+def with_words(request):
+    """A tokenizer of theirs with words of all kinds, which overlap each other and its tokens."""
+    theirs = trained(request.param, nfc=request.param == "qwen2", front=["<s>"])
+    words = "covid covid-19 19a 北京 é e\u0301t the _x . <cite> <c ite> 's ² \u0301"
+    rng = random.Random(request.param)
+    for word in [*words.split(), "  ", "\n\n", "a\nb", " x ", "a b"]:
+        flags = {flag: rng.random() < 0.4 for flag in WORD_FLAGS}
+        theirs.add_tokens([tokenizers.AddedToken(word, **flags)])
+        assert not theirs.get_added_tokens_decoder()[theirs.token_to_id(word)].special
+    return theirs
+
+
+def test_added_words_are_cut_out_of_text(with_words):
+    t, rng = ours(with_words), random.Random(1)
+    parts = [*t.words, " ", "  ", "\n", "\u3000", "\x1c", *"_b9é中\u0301<", "xx"]
+    texts = ["".join(rng.choices(parts, k=rng.randint(1, 9))) for _ in range(4000)]
+    texts += [*ALL_TEXTS, *(f"x {w} {w}{w}y" for w in t.words)]
+    reloaded, again = saved(t, "words"), ours(tokenizer_json(t))
+    for text in texts:
+        ids = with_words.encode(text).ids
+        assert t.encode(text) == again.encode(text) == ids, text
+        assert reloaded.encode(text, add_special_tokens=False) == ids, text
+    assert again.words == t.words and "<s>" in t.special
+    assert t.with_special(CHAT_TOKENS).encode(" ".join(t.words)) == t.encode(" ".join(t.words))
+
+
+def test_added_words_are_drawn_and_shown_and_special_tokens_are_not():
+    theirs = trained(front=["<s>"])
+    theirs.add_tokens(["the", "covid-19", "<cite>", "<think>"])
+    t = ours(theirs, tokenizer_config={"chat_template": "{{ '<think>' }} the"})
+    ids = t.encode("in the covid-19<cite>s<s><think>")
+    known = [theirs.token_to_id(w) for w in ("the", "covid-19", "<cite>", "<think>")]
+    assert [i for i in ids if i in known] == known[:3]  # a chat's template writes the last one
+    assert set(t.special) == {"<s>", "<think>", END} and len(t.words) == 3
+    assert t.decode(ids) == "in the covid-19<cite>s<s><think>"
+    assert t.byte_lengths[known].tolist() == [3, 8, 6, 0]
+    added = {a["content"]: a["special"] for a in tokenizer_json(t)["added_tokens"]}
+    assert added == {"<s>": True, "the": False, "covid-19": False, "<cite>": False} | {
+        "<think>": False, END: True
+    }
+    more = t.with_special(["<cite>", "<new>"])
+    assert more.special["<cite>"] == known[2] and more.special["<new>"] == t.n_vocab
+    assert known[2] not in more.encode("a <cite>") and more.n_vocab == t.n_vocab + 1
 
 
 def test_special_tokens_go_on_top():

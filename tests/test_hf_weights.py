@@ -150,6 +150,7 @@ def test_greedy_text_is_theirs(name, tmp_path):
 # config.json: what we cannot compute is named
 # --------------------------------------------------------------------------------------------
 
+SLIDING = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1, layer_types=None)
 REFUSED = [
     ("gpt2", dict(activation_function="swish"), "activation_function = 'swish'"),
     ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
@@ -163,7 +164,14 @@ REFUSED = [
     ("llama", dict(quantization_config={"bits": 4}), "quantization_config"),
     ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
     ("llama", dict(embedding_multiplier=12.0), "embedding_multiplier = 12.0"),
-    ("qwen2", dict(use_sliding_window=True), "use_sliding_window = True"),
+    ("llama", dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial"),
+    ("llama", dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "rope_parameters ="),
+    ("llama", dict(rope_scaling="linear"), "rope_parameters = 'linear'"),
+    ("gpt2", dict(rope_scaling={"type": "linear", "factor": 4.0}), "rope_scaling ="),
+    ("llama", dict(final_logit_softcapping=30.0), "final_logit_softcapping = 30.0"),
+    ("qwen2", SLIDING, "use_sliding_window = True"),
+    ("qwen3", SLIDING | dict(sliding_window="?"), "wrong type"),
+    ("mistral", dict(sliding_window="?"), "wrong type"),
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
     ("llama", dict(model_type="mamba"), "model_type 'mamba' is none of gpt2, llama"),
     ("llama", dict(hidden_size=None), "hidden_size|wrong type|d_model"),
@@ -185,6 +193,44 @@ def test_only_mistral_uses_a_window_that_no_other_field_asks_for(capsys):
         values = theirs_config(name) | dict(sliding_window=8, max_position_embeddings=128)
         assert lm.config_from_hf(values).context == context
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("qwen2", SLIDING | dict(max_window_layers=2)),  # of two layers
+        ("qwen2", SLIDING | dict(sliding_window=None)),
+        ("qwen3", SLIDING | dict(sliding_window=128)),
+        ("qwen3", SLIDING | dict(layer_types=["full_attention"] * 2)),
+        ("qwen2", dict(attention_bias=True, mlp_bias=True)),  # fields of Llama's
+        ("mistral", dict(attention_bias=True, mlp_bias=True)),
+        ("qwen3", dict(mlp_bias=True)),
+        ("llama", dict(rope_parameters={"rope_type": "default", "mrope_section": [1, 2]})),
+        ("llama", dict(rope_scaling={"type": "default", "partial_rotary_factor": 1.0})),
+        ("llama", dict(embedding_multiplier=1.0, final_logit_softcapping=None, alibi=False)),
+        ("mistral", dict(scale_attn_weights=False, pretraining_tp=4)),  # fields of others
+    ],
+)
+def test_what_changes_nothing_is_no_reason_to_refuse(name, change):
+    values = theirs_config(name)
+    assert lm.config_from_hf(values | change) == lm.config_from_hf(values)
+    config = getattr(transformers, f"{MODELS[name][0]}Config").from_dict(values | change)
+    layers = getattr(config, "layer_types", None) or []
+    assert "sliding_attention" not in layers or config.sliding_window == 128  # the context
+
+
+METADATA = dict(unsloth_fixed=True, auto_map={"AutoConfig": "a.B"}, tokenizer_class="X")
+METADATA |= dict(_attn_implementation_autoset=True, _num_labels=2, max_length=20)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+def test_metadata_is_named_in_one_line_and_fields_of_the_class_are_not(name, tmp_path, capsys):
+    said = f"[{tmp_path / 'config.json'}: ignored fields: {', '.join(sorted(METADATA))}]\n"
+    for more, wanted in (({}, ""), (METADATA | dict(pad_token=None), said)):
+        (tmp_path / "config.json").write_text(json.dumps(theirs_config(name) | more))
+        with pytest.raises(UserError, match="has none of"):  # weights
+            lm.load_hf(tmp_path)
+        assert capsys.readouterr() == ("", wanted)
 
 
 def theirs_config(name):

@@ -440,6 +440,40 @@ def test_resuming_cuts_metrics_and_inherits_what_is_not_given(corpus):
     assert lm.load_checkpoint("out/r/last.pt")["args"]["lr"] == 0.001
 
 
+def test_a_resumed_run_does_not_map_the_file_that_it_replaces(corpus, windows):
+    train.main(["--data", "words", *SMALL, "--max_steps", "2", "--out", "out/r"])
+    train.main(["--resume", "out/r", "--max_steps", "4"])
+    assert lm.load_checkpoint("out/r/last.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("limit", ["max_steps", "max_minutes"])
+def test_a_raised_limit_takes_the_decay_along(corpus, limit):
+    """Warmup for 60 of 100 steps, then resumed to 1,000: the rate falls from step 100 on."""
+    first = dict(max_steps=None, warmup_steps=60, lr=1.0) | {limit: 100}
+    model = lm.Transformer(lm.preset("tiny", n_layer=1, n_head=1, d_model=8, context=8))
+    task = train.Task(None, lambda m, final: {"val_loss": 1.0}, {})
+    run = train.Run(model, task, settings(**first), CPU, corpus / "out")
+
+    def rates(run, steps):
+        found = []
+        for _ in range(steps):
+            found.append(run.set_lr())
+            run.state["step"] += 1
+            run.state["seconds"] += 60  # a minute
+        return found
+
+    assert rates(run, 80)[60::10] == pytest.approx([1, 0.75])
+    run.save()
+    run.log.lock.close()
+    for limits, wanted in ((100, [0.5, 0.25]), (1000, [920 / 940, 910 / 940])):
+        content = lm.load_checkpoint("out/last.pt", resuming=True)
+        again = train.Run(
+            model, task, settings(**(first | {limit: limits})), CPU, corpus / "out", content
+        )
+        assert rates(again, 20)[::10] == pytest.approx(wanted)
+        again.log.lock.close()
+
+
 def test_a_new_run_never_writes_over_an_old_one(corpus):
     flags = ["--data", "words", *SMALL, "--max_steps", 1]
     run(*flags)
@@ -598,6 +632,34 @@ def test_early_stopping_stops(corpus):
                "--lr", "1e-9", "--out", "out/early")
     assert "stopping early" in done.stdout
     assert lm.load_checkpoint("out/early/last.pt")["state"]["step"] < 400
+
+
+def test_a_run_that_is_over_says_so_and_writes_nothing(corpus, capsys):
+    def resumed(*flags):
+        """What a run says, and the step that it ends with."""
+        train.main(["--resume", "out/r", "--eval_every", "2", *map(str, flags)])
+        said = capsys.readouterr().out
+        return said, lm.load_checkpoint("out/r/last.pt")["step"]
+
+    train.main(["--data", "words", *SMALL, "--max_steps", "400", "--eval_every", "2", "--lr",
+                "1e-9", "--embed_lr", "1e-9", "--head_lr", "1e-9", "--patience", "2", "--out",
+                "out/r"])
+    capsys.readouterr()
+    files = {path: path.read_bytes() for path in Path("out/r").iterdir()}
+    for flags in ([], ["--patience", 1]):
+        said, step = resumed(*flags)
+        assert step == 6 and said.count("stopping early") == 1 and "a sample" not in said
+    assert {path: path.read_bytes() for path in Path("out/r").iterdir()} == files
+    for flags, wanted in ((["--patience", 4], 10), (["--max_steps", 300], 18), ([], 18),
+                          (["--patience", 0, "--max_steps", 22], 22)):
+        said, step = resumed(*flags)
+        assert step == wanted
+    files = {path: path.read_bytes() for path in Path("out/r").iterdir()}
+    said, step = resumed()
+    assert "this run is finished" in said and "a sample" not in said
+    assert {path: path.read_bytes() for path in Path("out/r").iterdir()} == files
+    Path("out/r/metrics.jsonl").write_text("")  # killed before its last evaluation and sample
+    assert "a sample" in resumed()[0]
 
 
 def test_minutes_end_a_run_and_the_schedule_with_it(corpus):
