@@ -7,8 +7,10 @@ import itertools
 import json
 import re
 import sys
+import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from functools import partial
 
 from data.cli import UserError
@@ -49,25 +51,68 @@ def decode_blocks(stream, encoding):
 
 
 def try_encoding(open_stream, encoding):
-    """Decode a whole stream: (the UnicodeDecodeError at its first bad byte or None, the number of
-    characters beyond ASCII before that)."""
-    beyond = 0
+    """Decode a whole stream: (the UnicodeDecodeError at its first bad byte or None, a Counter of the
+    characters beyond ASCII before that, how many of those stand alone beside a Latin letter)."""
+    counts, lone, bad = Counter(), 0, None
     try:
         with open_stream() as stream:
             for text in decode_blocks(stream, encoding):
-                beyond += len(text) - len(text.encode("ascii", "ignore"))
-        return None, beyond
+                if not text.isascii():
+                    counts.update(BEYOND_ASCII.findall(text))
+                    lone += len(LONE.findall(text))
     except UnicodeDecodeError as e:
-        text = e.object[: e.end - 1].decode(encoding, "ignore")
-        return e, beyond + len(text) - len(text.encode("ascii", "ignore"))
+        bad = e
+        counts.update(BEYOND_ASCII.findall(e.object[: e.end - 1].decode(encoding, "ignore")))
+    return bad, counts, lone
+
+
+BEYOND_ASCII = re.compile(r"[^\0-\x7f]")
+LONE = re.compile(
+    r"(?<![^\0-\x7f])[^\0-\x7f](?=[A-Za-z])|(?<=[A-Za-z])[^\0-\x7f](?![^\0-\x7f])"
+)
+COMMON = (  # nearly half of the characters of modern Chinese
+    "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作"
+    "里用道行所然家种事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心本前开但因只从想实"
+)
+
+
+def looks_chinese(counts, lone):
+    """Whether what was decoded as GB18030 is Chinese, from `try_encoding`'s counts. The bytes of most
+    encodings can be decoded so, but not to common characters."""
+    total = common = late = strange = 0
+    for c, n in counts.items():
+        if (kind := unicodedata.category(c)[0]) in "LC":
+            total += n
+            common += n * (c in COMMON)
+            strange += n * (kind == "C")  # control, unassigned or private
+            # half of Chinese has these lead bytes; of Korean in EUC-KR all are below
+            late += n * (b"\xc9" <= c.encode("gb2312", "replace")[:1] <= b"\xd7")
+    plausible = common >= 0.15 * total and late >= 0.1 * total
+    return plausible and strange <= 0.02 * total and lone <= 0.5 * total
+
+
+def unmarked_utf(head):
+    """Which UTF-16 or UTF-32 without a mark a file with zero bytes has, by its beginning; or None:
+    the one in which most characters are ASCII, kana or common Chinese, and hardly any no text."""
+    best = 0.1, None
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = codecs.getincrementaldecoder(encoding)().decode(head)
+            no_text = sum(unicodedata.category(c)[0] == "C" and not c.isspace() for c in text)
+            known = sum(c.isascii() or c in COMMON or "\u3040" <= c <= "\u30ff" for c in text)
+            if text and no_text <= 0.01 * len(text):
+                best = max(best, (known / len(text), encoding))
+    return best[1]
 
 
 def detect_encoding(open_stream, name):
-    """utf-8(-sig), utf-16(-le, -be) or gb18030, by trial; UserError names the first bad byte.
+    """utf-8(-sig), utf-16(-le, -be), utf-32(-le, -be) or gb18030, by trial; UserError names the
+    first bad byte.
 
     UTF-8 is recognised by its own strictness. GB18030 accepts nearly anything, a damaged UTF-8
-    file included, so it is only tried where no run of valid UTF-8 came before the first bad byte:
-    eight characters of real GB18030 pass for UTF-8 about once in a million files.
+    file included. So it is only tried where no run of valid UTF-8 came before the first bad byte
+    (eight characters of real GB18030 pass for UTF-8 about once in a million files), and the
+    result must look like Chinese.
     """
     with open_stream() as stream:
         head = stream.read(4096)
@@ -77,19 +122,21 @@ def detect_encoding(open_stream, name):
     for bom, encoding in BOMS:
         if head.startswith(bom):
             return encoding
-    even, odd = head[0::2].count(0), head[1::2].count(0)
-    if max(even, odd) > 0.3 * len(head) > 6 * min(even, odd):  # ASCII: every second byte zero
-        return "utf-16-le" if odd > even else "utf-16-be"
-    bad, beyond = try_encoding(open_stream, "utf-8")
+    if 0 in head and (encoding := unmarked_utf(head)):
+        return encoding
+    bad, counts, _ = try_encoding(open_stream, "utf-8")
     if bad is None:
         return "utf-8"
-    if beyond < 8 and try_encoding(open_stream, "gb18030")[0] is None:
-        return "gb18030"
+    if counts.total() < 8:
+        error, counts, lone = try_encoding(open_stream, "gb18030")
+        if error is None and looks_chinese(counts, lone):
+            return "gb18030"
     if "end of data" in bad.reason:
         raise UserError(f"{name}: ends in the middle of a UTF-8 character, at offset {bad.start:,}")
     raise UserError(
-        f"{name}: byte {bad.byte:#04x} at offset {bad.start:,} is not text in "
-        f"UTF-8, UTF-16 or GB18030; if you know the encoding, name it: --encoding latin-1"
+        f"{name}: byte {bad.byte:#04x} at offset {bad.start:,} is not UTF-8, and the file is neither "
+        f"UTF-16 nor Chinese in GB18030; save it as UTF-8, or name its encoding: --encoding cp1252, "
+        f"shift_jis, euc_jp, big5, euc_kr, cp1251, koi8-r or gb18030, for example"
     )
 
 
@@ -266,7 +313,7 @@ class Documents:
     def __init__(self, files, encoding=None, field=None, separator=None):
         self.files, self.field, self.forced, self.separator = files, field, encoding, separator
         self.known = {}  # name -> encoding, found once and kept for the second pass
-        self.told = {"utf-8", encoding}
+        self.told = {"utf-8", "utf-8-sig", encoding}
 
     def encoding_of(self, name, open_stream):
         """The encoding of one file, recognised once; one line on stderr if it is not UTF-8."""
@@ -274,7 +321,7 @@ class Documents:
             found = self.forced or detect_encoding(open_stream, name)
             if found not in self.told:
                 self.told.add(found)
-                print(f"{name}: read as {found} (if not, name it by --encoding)", file=sys.stderr)
+                print(f"{name}: read as {found} (if that is wrong, save it as UTF-8)", file=sys.stderr)
             self.known[name] = found
         return self.known[name]
 

@@ -36,6 +36,14 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         ("gb18030", b"", TEXTS["chinese"]),
         ("gbk", b"", TEXTS["english"].replace("—", "-") * 30 + TEXTS["chinese"] * 30),
         ("gb18030", b"", TEXTS["chinese"] * 60 + "\U0001f600"),
+        ("gbk", b"", "他說：學而時習之，不亦說乎？我們今天去北京的時候，天氣很好！"),
+        ("gbk", b"", "import os  # 用 os 的 path\nprint('A和B')  # 这是一个例子\n"),
+        ("gbk", b"", "床前明月光，疑是地上霜。"),
+        ("utf-16-le", b"", TEXTS["chinese"] + "\n"),
+        ("utf-16-be", b"", TEXTS["chinese"] + "\n"),
+        ("utf-16-le", b"", TEXTS["russian"]),
+        ("utf-16-be", b"", TEXTS["japanese"]),
+        ("utf-32-le", b"", TEXTS["english"]),
     ],
 )
 def test_encodings_are_recognised(encoding, start, text, block, monkeypatch):
@@ -43,6 +51,29 @@ def test_encodings_are_recognised(encoding, start, text, block, monkeypatch):
     set_block(monkeypatch, block)
     Path("a.txt").write_bytes(start + text.encode(encoding))
     assert pieces_of("a.txt") == [text]
+
+
+@pytest.mark.parametrize("times", [1, 50])
+@pytest.mark.parametrize(
+    "encoding, text",
+    [
+        ("cp1252", "She\u2019s the seller\u2019s \u201cfriend\u201d\u2014don\u2019t talk. "),
+        ("cp1252", "Größere Bücher für Schüler; schön, wärmer, möglich. "),
+        ("shift_jis", TEXTS["japanese"]),
+        ("euc_jp", TEXTS["japanese"]),
+        ("big5", "他說：學而時習之，不亦說乎？我們今天去北京的時候，天氣很好！"),
+        ("euc_kr", "안녕하세요 오늘은 날씨가 아주 좋습니다. 우리는 학교에 갑니다.\n"),
+        ("koi8-r", "мама мыла раму, дети идут туда. "),
+        ("cp1251", "мама мыла раму, дети идут туда. "),
+    ],
+)
+def test_what_gb18030_would_turn_into_other_characters_is_refused(encoding, text, times):
+    text *= times
+    Path("a.txt").write_bytes(text.encode(encoding))
+    assert text.encode(encoding).decode("gb18030") != text  # it can be decoded
+    with pytest.raises(UserError, match=r"a\.txt: byte 0x.. at .* not UTF-8.* --encoding cp1252"):
+        pieces_of("a.txt")
+    assert pieces_of("a.txt", encoding=encoding) == [text]
 
 
 @pytest.mark.parametrize("block", [1, 3, 1 << 20])
