@@ -51,8 +51,8 @@ def decode_blocks(stream, encoding):
 
 
 def try_encoding(open_stream, encoding):
-    """Decode a whole stream: (the UnicodeDecodeError at its first bad byte or None, a Counter of the
-    characters beyond ASCII before that, how many of those stand alone beside a Latin letter)."""
+    """Decode a whole stream: (the UnicodeDecodeError at its first bad byte or None, a Counter of
+    the characters beyond ASCII before it, how many of them stand alone beside a Latin letter)."""
     counts, lone, bad = Counter(), 0, None
     try:
         with open_stream() as stream:
@@ -77,8 +77,8 @@ COMMON = (  # nearly half of the characters of modern Chinese
 
 
 def looks_chinese(counts, lone):
-    """Whether what was decoded as GB18030 is Chinese, from `try_encoding`'s counts. The bytes of most
-    encodings can be decoded so, but not to common characters."""
+    """Whether what was decoded as GB18030 is Chinese, from `try_encoding`'s counts. The bytes of
+    most encodings can be decoded so, but not to common characters."""
     total = common = late = strange = 0
     for c, n in counts.items():
         if (kind := unicodedata.category(c)[0]) in "LC":
@@ -134,9 +134,9 @@ def detect_encoding(open_stream, name):
     if "end of data" in bad.reason:
         raise UserError(f"{name}: ends in the middle of a UTF-8 character, at offset {bad.start:,}")
     raise UserError(
-        f"{name}: byte {bad.byte:#04x} at offset {bad.start:,} is not UTF-8, and the file is neither "
-        f"UTF-16 nor Chinese in GB18030; save it as UTF-8, or name its encoding: --encoding cp1252, "
-        f"shift_jis, euc_jp, big5, euc_kr, cp1251, koi8-r or gb18030, for example"
+        f"{name}: byte {bad.byte:#04x} at offset {bad.start:,} is not text in UTF-8, UTF-16 or "
+        f"GB18030; save it as UTF-8, or name its encoding: --encoding cp1252, shift_jis, euc_jp, "
+        f"big5, euc_kr, cp1251, koi8-r, gb18030, ..."
     )
 
 
@@ -321,7 +321,7 @@ class Documents:
             found = self.forced or detect_encoding(open_stream, name)
             if found not in self.told:
                 self.told.add(found)
-                print(f"{name}: read as {found} (if that is wrong, save it as UTF-8)", file=sys.stderr)
+                print(f"{name}: read as {found}; if it is not, save it as UTF-8", file=sys.stderr)
             self.known[name] = found
         return self.known[name]
 
