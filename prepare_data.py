@@ -39,7 +39,7 @@ from data.download import DATA, MB, fetch, is_hub_name, snapshot_download
 from data.files import file_sha256
 from data.hf_tokenizer import hub_tokenizer
 from data.sources import SOURCES
-from data.text import BLOCK, TEXT_SUFFIXES, Documents, file_streams
+from data.text import ARCHIVES, BLOCK, TEXT_SUFFIXES, Documents, choose_texts, file_streams
 from data.tokenizer import PATTERNS, UNKNOWN, Tokenizer, learn_bpe
 
 # --------------------------------------------------------------------------------------------
@@ -59,15 +59,10 @@ def find_files(source):
         return [fetch(source)]
     path = Path(source)
     if path.is_dir():
-        known = tuple(s + z for s in TEXT_SUFFIXES for z in ("", ".gz")) + (".zip",)
-        found = watched(path.rglob("*"), "listing file")
-        found = [p for p in sorted(found) if p.name.endswith(known) and p.is_file()]
-        found = [p for p in found if not any(x.startswith(".") for x in p.relative_to(path).parts)]
-        if not found:
-            raise UserError(
-                f"folder {source} holds no {', '.join(TEXT_SUFFIXES)}, .gz or .zip file"
-            )
-        return found
+        found = [p for p in watched(path.rglob("*"), "listing file") if p.is_file()]
+        names = (p.relative_to(path).as_posix() for p in sorted(found))
+        suffixes = tuple(s + z for s in TEXT_SUFFIXES for z in ("", ".gz")) + ARCHIVES
+        return [path / name for name in choose_texts(f"folder {source}", names, suffixes)]
     if path.exists() and not path.is_file():
         raise UserError(f"{source} is no regular file: it is read more than once, so save it first")
     if path.exists():
@@ -83,7 +78,7 @@ def find_files(source):
 def default_name(source):
     """data/NAME for a source: its own name without folders and suffixes."""
     path = Path(urlsplit(source).path if "://" in source else source)
-    stem = re.sub(r"[*?\[\]]+", "", Path(path.name.removesuffix(".gz")).stem)
+    stem = re.sub(r"[*?\[\]]+", "", Path(re.sub(r"(?i)\.[gx]z$", "", path.name)).stem)
     return stem.strip(".") or path.parent.name or "text"
 
 

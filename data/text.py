@@ -5,13 +5,18 @@ import gzip
 import io
 import itertools
 import json
+import lzma
 import re
+import shutil
 import sys
+import tarfile
+import tempfile
 import unicodedata
 import zipfile
 import zlib
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 from data.cli import UserError
 from data.files import parse_json
@@ -22,6 +27,16 @@ from data.files import parse_json
 
 BLOCK = 1 << 20  # bytes read at a time; no file is ever held whole
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
+XZ = b"\xfd7zXZ\0"  # how such a file begins
+DAMAGE = (
+    EOFError,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 BOMS = (  # UTF-32's little-endian mark begins with UTF-16's, so it comes first
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -335,7 +350,7 @@ class Documents:
         except (UnicodeDecodeError, LookupError) as e:
             at = f" at byte offset {e.start:,}" if isinstance(e, UnicodeDecodeError) else ""
             raise UserError(f"{name}: cannot be read as {encoding}{at}") from e
-        except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as e:
+        except DAMAGE as e:
             raise UserError(f"{name}: damaged or cut short ({e})") from e
         except (RuntimeError, NotImplementedError) as e:  # zipfile's
             raise UserError(f"{name}: encrypted, or packed in a way that Python lacks ({e})") from e
@@ -343,24 +358,58 @@ class Documents:
     def __iter__(self):
         for name, open_stream in self.files:
             blocks = self.text(name, open_stream)
-            if name.removesuffix(".gz").endswith((".jsonl", ".json")):
+            if name.lower().removesuffix(".gz").endswith((".jsonl", ".json")):
                 yield from json_documents(blocks, self.field, name)
             else:
                 yield from text_documents(blocks, name, self.separator)
 
 
+def choose_texts(where, names, suffixes=TEXT_SUFFIXES):
+    """The names of texts among a folder's or an archive's files, hidden ones left out. One line on
+    stderr counts the others by suffix; UserError if there are no texts."""
+    hidden = re.compile(r"(^|/)(__MACOSX/|\.[^/.])")
+    names = [name for name in names if not hidden.search(name)]
+    chosen = [name for name in names if name.lower().endswith(suffixes)]
+    others = Counter(Path(n).suffix.lower() or "without suffix" for n in set(names) - set(chosen))
+    about = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common())
+    if not chosen:
+        others = f"; it has {about}" if about else ""
+        raise UserError(f"{where} holds no {', '.join(suffixes)} file{others}")
+    if about:
+        print(f"{where}: files left out: {about}", file=sys.stderr)
+    return chosen
+
+
+def open_tar(path):
+    """A tarfile.TarFile of a .tar file or of a temporary copy of a compressed one: in that, every
+    step back would begin at the start."""
+    with open(path, "rb") as f:
+        start = f.read(6)
+    unpack = gzip.open if start[:2] == b"\x1f\x8b" else lzma.open if start == XZ else None
+    if unpack is None:
+        return tarfile.open(path, "r:")
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 (read later, as the archive is)
+    with unpack(path) as packed:
+        shutil.copyfileobj(packed, copy)
+    copy.seek(0)
+    return tarfile.open(fileobj=copy)
+
+
 def file_streams(path):
-    """(name, open) of one file; of each text member for a .zip, in the archive's order."""
-    if path.suffix == ".zip":
+    """(name, open) of one file; of each text member for an archive, in its order. Members are
+    streamed and never unpacked, so their names cannot write outside; a tar file's links and devices
+    are none."""
+    name = path.name.lower()
+    if name.endswith(ARCHIVES):
         try:
-            archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as e:
-            raise UserError(f"{path}: damaged or no zip file ({e})") from e
-        # members are streamed and never unpacked, so their names cannot write outside
-        members = [m for m in archive.namelist() if m.endswith(TEXT_SUFFIXES)]
-        if not members:
-            raise UserError(f"{path} holds no {', '.join(TEXT_SUFFIXES)} file")
-        return [(f"{path}:{m}", lambda m=m: archive.open(m)) for m in members]
-    if path.suffix == ".gz":
-        return [(str(path), lambda: gzip.open(path))]
-    return [(str(path), lambda: open(path, "rb"))]
+            if name.endswith(".zip"):
+                archive = zipfile.ZipFile(path)
+                members = {m.filename: m for m in archive.infolist() if not m.is_dir()}
+            else:
+                archive = open_tar(path)
+                members = {m.name: m for m in archive if m.isreg()}
+        except DAMAGE as e:
+            raise UserError(f"{path}: damaged or not the archive that its name says ({e})") from e
+        read = getattr(archive, "extractfile", archive.open)
+        return [(f"{path}:{m}", partial(read, members[m])) for m in choose_texts(path, members)]
+    return [(str(path), partial(gzip.open if name.endswith(".gz") else open, path, "rb"))]

@@ -48,18 +48,21 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 # --------------------------------------------------------------------------------------------
 
 
-def test_a_folder_gives_its_text_files_in_order():
+def test_a_folder_gives_its_text_files_in_order(capsys):
     Path("books/sub").mkdir(parents=True)
     Path("books/.git").mkdir()
-    for name in ("b.txt", "a.md", "sub/c.py", "picture.png", ".git/x.txt", ".hidden.txt"):
+    left_out = "p.png", "q.PNG", "LICENSE", "sub/x.json"
+    for name in ("b.TXT", "a.md", "sub/c.py", ".git/x.txt", ".hidden.txt", *left_out):
         Path("books", name).write_text(f"<{name}>")
-    Path("books/d.txt.gz").write_bytes(gzip.compress(b"<d>"))
+    Path("books/d.txt.GZ").write_bytes(gzip.compress(b"<d>"))
     assert pieces_of(*prepare_data.find_files("books")) == [
         "<a.md>",
-        "<b.txt>",
+        "<b.TXT>",
         "<d>",
         "<sub/c.py>",
     ]
+    about = "folder books: files left out: 2 .png, 1 "
+    assert capsys.readouterr().err.startswith(about)
 
 
 def test_a_glob_gives_its_files_and_a_sensible_name():
@@ -75,6 +78,8 @@ def test_a_glob_gives_its_files_and_a_sensible_name():
         ("novels/", "novels"),
         ("a/tale.txt", "tale"),
         ("tale.jsonl.gz", "tale"),
+        ("tale.TAR.GZ", "tale"),
+        ("tale.tar.xz", "tale"),
         ("https://h/x/tale.txt?download=1", "tale"),
         ("..", "text"),
         ("https://h/", "text"),

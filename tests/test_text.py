@@ -5,6 +5,7 @@ import io
 import json
 import random
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -129,9 +130,36 @@ def test_a_zip_gives_its_text_members_and_unpacks_nothing():
         z.writestr("b.txt", "床前明月光\r\n")
         z.writestr("../../escaped.txt", "second")
         z.writestr("c.png", b"\x89PNG")
+        for hidden in ("__MACOSX/._b.txt", ".git/x.txt", "b/.x.txt"):
+            z.writestr(hidden, "\0\5\26\7")
         z.writestr("rows.jsonl", '{"text": "third"}\n"fourth"')
     assert pieces_of("a.zip") == ["床前明月光\n", "second", "third", "fourth"]
     assert [p.name for p in Path().rglob("*")] == ["a.zip"]
+
+
+@pytest.mark.parametrize("suffix, mode", [("tar", ""), ("TAR.GZ", "gz"), ("tar.xz", "xz")])
+def test_a_tar_file_gives_its_text_members_and_follows_nothing(suffix, mode, capsys):
+    Path("secret.txt").write_text("secret")
+    with tarfile.open(f"a.{suffix}", f"w:{mode}") as tar:
+        for name, text in (
+            ("./B.TXT", "old"), ("./B.TXT", "床前明月光\r\n"), ("../up.txt", "second"),
+            ("/tmp/c.md", "third"), ("rows.Jsonl", '"fourth"'), (".x/y.txt", ""), ("d.pdf", "%PDF"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(text.encode())
+            tar.addfile(info, io.BytesIO(text.encode()))
+        for kind, name in ((tarfile.SYMTYPE, "s"), (tarfile.LNKTYPE, "l"), (tarfile.FIFOTYPE, "f")):
+            info = tarfile.TarInfo(f"{name}.txt")
+            info.type, info.linkname = kind, str(Path("secret.txt").resolve())
+            tar.addfile(info)
+    assert pieces_of(f"a.{suffix}") == ["床前明月光\n", "second", "third", "fourth"]
+    assert sorted(p.name for p in Path().rglob("*")) == [f"a.{suffix}", "secret.txt"]
+    assert capsys.readouterr().err == f"a.{suffix}: files left out: 1 .pdf\n"
+    data = Path(f"a.{suffix}").read_bytes()
+    for damaged in (data[:300], b"no archive"):
+        Path(f"a.{suffix}").write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"a\.{suffix}: damaged"):
+            pieces_of(f"a.{suffix}")
 
 
 def test_jsonl_rows_are_documents():
