@@ -36,7 +36,7 @@ import tiktoken
 
 from data.cli import Parser, Progress, UserError, check_limits, run_cli, watched
 from data.download import DATA, MB, fetch, is_hub_name, snapshot_download
-from data.files import file_sha256
+from data.files import file_sha256, locked
 from data.hf_tokenizer import hub_tokenizer
 from data.sources import SOURCES
 from data.text import ARCHIVES, BLOCK, TEXT_SUFFIXES, Documents, choose_texts, file_streams
@@ -273,6 +273,23 @@ def open_texts(sources, paths, encoding, field, max_tokens):
     return read(streams), read(streams[:1]) if endless else None, read(held_out)
 
 
+@contextlib.contextmanager
+def being_written(folder):
+    """A folder, made and locked for this process, that is left without temporary files, or gone if
+    it is empty."""
+    with locked(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        except OSError as e:  # a full disk's does not say where
+            raise OSError(e.errno, e.strerror, e.filename or str(folder)) from e
+        finally:
+            for leftover in folder.glob("*.tmp"):
+                leftover.unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
 def prepare(
     source=("stdlib",),
     tokenizer=None,
@@ -305,9 +322,8 @@ def prepare(
     default = SOURCES[first].tokenizer if first in SOURCES else "bpe:4096"
     tok = make_tokenizer(tokenizer or default, learn_from, total_bytes)
     folder = DATA / (name or default_name(first))
-    folder.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(tok.n_vocab)
-    try:
+    with being_written(folder):
         workers = workers or default_workers()
         size, stats = write_tokens(documents, tok, folder, hold_out, workers, max_tokens, held_out)
         if not size["val"]:
@@ -324,14 +340,7 @@ def prepare(
             os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")
         (folder / "meta.tmp").write_text(json.dumps(meta), encoding="utf-8")
         os.replace(folder / "meta.tmp", folder / "meta.json")
-    except OSError as e:  # a full disk's does not say where
-        raise OSError(e.errno, e.strerror, e.filename or str(folder)) from e
-    finally:
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
-        if not any(folder.iterdir()):
-            folder.rmdir()
-    print(summary(folder, meta, tok, time.monotonic() - start))
+        print(summary(folder, meta, tok, time.monotonic() - start))
     return folder
 
 
@@ -425,9 +434,9 @@ def read_tokens(folder, split):
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-def find_data(source, resuming=False):
-    """The prepared folder that --data means, preparing it first where that is still to do, or to
-    do again because the file has changed since; never for a run that is resumed."""
+def prepared_folder(source, resuming):
+    """The folder that holds `source` prepared, or None; also None if the file has changed since,
+    but not for a run that is resumed."""
     for folder in (Path(source), DATA / source, DATA / default_name(source)):
         meta, named = folder / "meta.json", folder in (Path(source), DATA / source)
         if not meta.exists() or not (named or read_meta(folder)["source"] == source):
@@ -435,12 +444,24 @@ def find_data(source, resuming=False):
         file = Path(source)
         if resuming or not file.is_file() or file.stat().st_mtime <= meta.stat().st_mtime:
             return folder
+    return None
+
+
+def find_data(source, resuming=False):
+    """The prepared folder that --data means, preparing it first where that is still to do, or to
+    do again because the file has changed since; never for a run that is resumed. Of several
+    processes one prepares the text, and the others wait."""
+    if folder := prepared_folder(source, resuming):
+        return folder
     if resuming:
         raise UserError(f"{source}, the text of this run, is gone: prepare it again")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"prepare the text before several processes: prepare_data.py {source}")
-    print(f"preparing {source} first (python prepare_data.py {source})")
-    return prepare(source)
+    with locked(DATA / default_name(source)):
+        if folder := prepared_folder(source, resuming):
+            return folder
+        print(f"preparing {source} first (python prepare_data.py {source})")
+        return prepare(source)
 
 
 def data_hashes(meta):

@@ -394,6 +394,24 @@ def test_preparing_again_replaces_everything(prepared):
     assert {p.name for p in prepared.iterdir()} == {"train.bin", "val.bin", "meta.json"}
 
 
+@pytest.mark.parametrize("what", ["find_data('tale.txt')", "prepare('tale.txt')", "made"])
+def test_of_processes_that_prepare_one_text_at_once_the_others_wait(what):
+    Path("tale.txt").write_text("".join(f"{i} is a number. " for i in range(30_000)))
+    if what == "made":
+        code = "from data.sources import invented_dialogues as f; print(sorted(f()))"
+    else:
+        code = f"import prepare_data as p; p.read_tokens(p.{what}, 'train')"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"]
+    pipe = subprocess.PIPE
+    started = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) for _ in range(3)]
+    outputs = [p.communicate(timeout=120) for p in started]
+    assert [p.returncode for p in started] == [0] * 3, outputs
+    if what.startswith("find"):
+        assert sum("ready in" in out for out, _ in outputs) == 1
+    folder = Path("data/hotel-synthetic" if what == "made" else "data/tale")
+    assert len(list(folder.iterdir())) == 3 and not list(folder.glob("*.tmp"))
+
+
 def test_preparing_twice_gives_the_same_bytes(prepared):
     before = {p.name: p.read_bytes() for p in prepared.iterdir()}
     prepare("tale.txt", "bpe:400", workers=1)
