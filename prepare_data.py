@@ -3,7 +3,7 @@
     python prepare_data.py                                  Python's own standard library
     python prepare_data.py sales --tokenizer cl100k_base    the course's sales textbook
     python prepare_data.py shakespeare                      tiny Shakespeare, by characters
-    python prepare_data.py novels/ --tokenizer bpe:4096     a folder, file, glob, .zip, .gz or URL
+    python prepare_data.py novels/ --tokenizer bpe:4096     a folder, file, glob, archive or URL
 
 writes data/NAME/{train.bin, val.bin, meta.json}. A .bin is nothing but token ids, little-endian
 uint16 or uint32; meta.json says how to read them and carries the tokenizer.

@@ -81,8 +81,9 @@ def try_encoding(open_stream, encoding):
     return bad, counts, lone
 
 
+NO_TEXT = ("Cc", "Cn", "Co", "Cs")  # categories: control, unassigned, private, half a character
 BEYOND_ASCII = re.compile(r"[^\0-\x7f]")
-LONE = re.compile(
+LONE = re.compile(  # what an accented letter or a quotation mark and its neighbour become
     r"(?<![^\0-\x7f])[^\0-\x7f](?=[A-Za-z])|(?<=[A-Za-z])[^\0-\x7f](?![^\0-\x7f])"
 )
 COMMON = (  # nearly half of the characters of modern Chinese
@@ -96,28 +97,28 @@ def looks_chinese(counts, lone):
     most encodings can be decoded so, but not to common characters."""
     total = common = late = strange = 0
     for c, n in counts.items():
-        if (kind := unicodedata.category(c)[0]) in "LC":
+        if unicodedata.category(c)[0] in "LC":
             total += n
             common += n * (c in COMMON)
-            strange += n * (kind == "C")  # control, unassigned or private
-            # half of Chinese has these lead bytes; of Korean in EUC-KR all are below
+            strange += n * (unicodedata.category(c) in NO_TEXT)
+            # the lead bytes of about half of Chinese; all those of Korean in EUC-KR are below
             late += n * (b"\xc9" <= c.encode("gb2312", "replace")[:1] <= b"\xd7")
     plausible = common >= 0.15 * total and late >= 0.1 * total
     return plausible and strange <= 0.02 * total and lone <= 0.5 * total
 
 
 def unmarked_utf(head):
-    """Which UTF-16 or UTF-32 without a mark a file with zero bytes has, by its beginning; or None:
-    the one in which most characters are ASCII, kana or common Chinese, and hardly any no text."""
-    best = 0.1, None
+    """The UTF-16 or UTF-32 of a file with zero bytes but without a mark, from its beginning: the
+    one that gives the largest share of ASCII, kana and common Chinese; None if none gives text."""
+    best = 0.1, ""
     for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
         with contextlib.suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(encoding)().decode(head)
-            no_text = sum(unicodedata.category(c)[0] == "C" and not c.isspace() for c in text)
+            no_text = sum(unicodedata.category(c) in NO_TEXT and not c.isspace() for c in text)
             known = sum(c.isascii() or c in COMMON or "\u3040" <= c <= "\u30ff" for c in text)
             if text and no_text <= 0.01 * len(text):
                 best = max(best, (known / len(text), encoding))
-    return best[1]
+    return best[1] or None
 
 
 def detect_encoding(open_stream, name):
