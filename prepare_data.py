@@ -3,7 +3,7 @@
     python prepare_data.py                                  Python's own standard library
     python prepare_data.py sales --tokenizer cl100k_base    the course's sales textbook
     python prepare_data.py shakespeare                      tiny Shakespeare, by characters
-    python prepare_data.py novels/ --tokenizer bpe:4096     a folder, file, glob, .zip, .gz or URL
+    python prepare_data.py novels/ --tokenizer bpe:4096     a folder, file, glob, archive or URL
 
 writes data/NAME/{train.bin, val.bin, meta.json}. A .bin is nothing but token ids, little-endian
 uint16 or uint32; meta.json says how to read them and carries the tokenizer.
@@ -36,10 +36,10 @@ import tiktoken
 
 from data.cli import Parser, Progress, UserError, check_limits, run_cli, watched
 from data.download import DATA, MB, fetch, is_hub_name, snapshot_download
-from data.files import file_sha256
+from data.files import file_sha256, locked
 from data.hf_tokenizer import hub_tokenizer
 from data.sources import SOURCES
-from data.text import BLOCK, TEXT_SUFFIXES, Documents, file_streams
+from data.text import ARCHIVES, BLOCK, TEXT_SUFFIXES, Documents, choose_texts, file_streams
 from data.tokenizer import PATTERNS, UNKNOWN, Tokenizer, learn_bpe
 
 # --------------------------------------------------------------------------------------------
@@ -59,15 +59,10 @@ def find_files(source):
         return [fetch(source)]
     path = Path(source)
     if path.is_dir():
-        known = tuple(s + z for s in TEXT_SUFFIXES for z in ("", ".gz")) + (".zip",)
-        found = watched(path.rglob("*"), "listing file")
-        found = [p for p in sorted(found) if p.name.endswith(known) and p.is_file()]
-        found = [p for p in found if not any(x.startswith(".") for x in p.relative_to(path).parts)]
-        if not found:
-            raise UserError(
-                f"folder {source} holds no {', '.join(TEXT_SUFFIXES)}, .gz or .zip file"
-            )
-        return found
+        found = [p for p in watched(path.rglob("*"), "listing file") if p.is_file()]
+        names = (p.relative_to(path).as_posix() for p in sorted(found))
+        suffixes = tuple(s + z for s in TEXT_SUFFIXES for z in ("", ".gz")) + ARCHIVES
+        return [path / name for name in choose_texts(f"folder {source}", names, suffixes)]
     if path.exists() and not path.is_file():
         raise UserError(f"{source} is no regular file: it is read more than once, so save it first")
     if path.exists():
@@ -83,7 +78,8 @@ def find_files(source):
 def default_name(source):
     """data/NAME for a source: its own name without folders and suffixes."""
     path = Path(urlsplit(source).path if "://" in source else source)
-    stem = re.sub(r"[*?\[\]]+", "", Path(path.name.replace(":", "-").removesuffix(".gz")).stem)
+    name = re.sub(r"(?i)\.[gx]z$", "", path.name.replace(":", "-"))
+    stem = re.sub(r"[*?\[\]]+", "", Path(name).stem)
     return stem.strip(".") or path.parent.name or "text"
 
 
@@ -278,6 +274,23 @@ def open_texts(sources, paths, encoding, field, max_tokens):
     return read(streams), read(streams[:1]) if endless else None, read(held_out)
 
 
+@contextlib.contextmanager
+def being_written(folder):
+    """A folder, made and locked for this process, that is left without temporary files, or gone if
+    it is empty."""
+    with locked(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        except OSError as e:  # a full disk's does not say where
+            raise OSError(e.errno, e.strerror, e.filename or str(folder)) from e
+        finally:
+            for leftover in folder.glob("*.tmp"):
+                leftover.unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
 def prepare(
     source=("stdlib",),
     tokenizer=None,
@@ -310,9 +323,8 @@ def prepare(
     default = SOURCES[first].tokenizer if first in SOURCES else "bpe:4096"
     tok = make_tokenizer(tokenizer or default, learn_from, total_bytes)
     folder = DATA / (name or default_name(first))
-    folder.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(tok.n_vocab)
-    try:
+    with being_written(folder):
         workers = workers or default_workers()
         size, stats = write_tokens(documents, tok, folder, hold_out, workers, max_tokens, held_out)
         if not size["val"]:
@@ -329,14 +341,7 @@ def prepare(
             os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")
         (folder / "meta.tmp").write_text(json.dumps(meta), encoding="utf-8")
         os.replace(folder / "meta.tmp", folder / "meta.json")
-    except OSError as e:  # a full disk's does not say where
-        raise OSError(e.errno, e.strerror, e.filename or str(folder)) from e
-    finally:
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
-        if not any(folder.iterdir()):
-            folder.rmdir()
-    print(summary(folder, meta, tok, time.monotonic() - start))
+        print(summary(folder, meta, tok, time.monotonic() - start))
     return folder
 
 
@@ -430,9 +435,9 @@ def read_tokens(folder, split):
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-def find_data(source, resuming=False):
-    """The prepared folder that --data means, preparing it first where that is still to do, or to
-    do again because the file has changed since; never for a run that is resumed."""
+def prepared_folder(source, resuming):
+    """The folder that holds `source` prepared, or None; also None if the file has changed since,
+    but not for a run that is resumed."""
     for folder in (Path(source), DATA / source, DATA / default_name(source)):
         meta, named = folder / "meta.json", folder in (Path(source), DATA / source)
         if not meta.exists() or not (named or read_meta(folder)["source"] == source):
@@ -440,12 +445,24 @@ def find_data(source, resuming=False):
         file = Path(source)
         if resuming or not file.is_file() or file.stat().st_mtime <= meta.stat().st_mtime:
             return folder
+    return None
+
+
+def find_data(source, resuming=False):
+    """The prepared folder that --data means, preparing it first where that is still to do, or to
+    do again because the file has changed since; never for a run that is resumed. Of several
+    processes one prepares the text, and the others wait."""
+    if folder := prepared_folder(source, resuming):
+        return folder
     if resuming:
         raise UserError(f"{source}, the text of this run, is gone: prepare it again")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"prepare the text before several processes: prepare_data.py {source}")
-    print(f"preparing {source} first (python prepare_data.py {source})")
-    return prepare(source)
+    with locked(DATA / default_name(source)):
+        if folder := prepared_folder(source, resuming):
+            return folder
+        print(f"preparing {source} first (python prepare_data.py {source})")
+        return prepare(source)
 
 
 def data_hashes(meta):

@@ -787,7 +787,7 @@ def resolve_prompt(prompt):
         else:
             text = prompt
         text.encode("utf-8")  # bytes that a shell could not read hide as lone surrogates
-        return text
+        return text.removeprefix("\ufeff")  # the mark that Windows' editors and shells write
     except UnicodeError as e:
         raise UserError(f"{where} is not text in UTF-8 ({e.reason} at {e.start})") from e
 

@@ -67,9 +67,11 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
     it is final), or bytes that are not the wanted ones.
     """
     dest = Path(dest) if dest else download_path(url)
-    with locked(DATA.parent):  # torchrun's other processes wait, and then find it
-        if not dest.exists() or (sha256 is not None and file_sha256(dest) != sha256):
-            download(url, dest, sha256, tries, wait, token)
+    there = lambda: dest.exists() and (sha256 is None or file_sha256(dest) == sha256)  # noqa: E731
+    if not there():
+        with locked(dest):  # torchrun's other processes wait, and then find it
+            if not there():
+                download(url, dest, sha256, tries, wait, token)
     return dest
 
 

@@ -1,9 +1,11 @@
-"""Files: written whole or not at all, JSON, hashes, a lock for a run's folder."""
+"""Files: written whole or not at all, JSON, hashes, locks."""
 import contextlib
 import hashlib
 import json
 import os
 import shutil
+import sys
+import time
 from pathlib import Path
 
 from data.cli import UserError
@@ -29,20 +31,58 @@ def write_whole(path, write):
         raise UserError(f"cannot write {path}: {reason}; what was there before is kept") from e
 
 
+LOCKS = Path("data/locks")
+HELD = set()  # the locks that this process has
+
+
 @contextlib.contextmanager
-def locked(folder):
-    """Hold a folder's lock, for which other processes wait. Windows has no such lock."""
-    try:
-        import fcntl
-    except ImportError:
+def locked(path):
+    """Hold the lock of a file or folder that is to be written: other processes wait for it, until
+    this one leaves the context or ends. A process may take a lock again that it has."""
+    key = hashlib.sha1(os.fsencode(os.path.realpath(path))).hexdigest()
+    if key in HELD:
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    lock, told = LOCKS / key, False
+    while (file := lock_file(lock)) is None:
+        if not told:
+            print(f"waiting for another process that writes {path}", file=sys.stderr)
+        told = True
+        time.sleep(0.1)
+    HELD.add(key)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        HELD.remove(key)
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            lock.unlink()
+            os.removedirs(LOCKS)
+        file.close()
+
+
+def lock_file(path):
+    """The file `path`, made where there is none and locked until it is closed; None if another
+    process has locked it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115 (open as long as it is locked)
+    except FileNotFoundError:  # the folder was empty, and removed with the last lock
+        return None
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return file
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        pass  # locked, or removed by the process that had it
+    file.close()
+    return None
 
 
 def write_json(path, values):

@@ -131,7 +131,7 @@ def read_message():
     text = input("> " if sys.stdin.isatty() else "")
     while sys.stdin.isatty() and text[:1] != "/" and more_waits():
         text += "\n" + input()
-    return text.strip()
+    return text.removeprefix("\ufeff").strip()  # a byte order mark may begin what is piped in
 
 
 def more_waits():

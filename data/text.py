@@ -5,11 +5,18 @@ import gzip
 import io
 import itertools
 import json
+import lzma
 import re
+import shutil
 import sys
+import tarfile
+import tempfile
+import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from functools import partial
+from pathlib import Path
 
 from data.cli import UserError
 from data.files import parse_json
@@ -20,6 +27,16 @@ from data.files import parse_json
 
 BLOCK = 1 << 20  # bytes read at a time; no file is ever held whole
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
+XZ = b"\xfd7zXZ\0"  # how such a file begins
+DAMAGE = (
+    EOFError,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 BOMS = (  # UTF-32's little-endian mark begins with UTF-16's, so it comes first
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -49,25 +66,69 @@ def decode_blocks(stream, encoding):
 
 
 def try_encoding(open_stream, encoding):
-    """Decode a whole stream: (the UnicodeDecodeError at its first bad byte or None, the number of
-    characters beyond ASCII before that)."""
-    beyond = 0
+    """Decode a whole stream: (the UnicodeDecodeError at its first bad byte or None, a Counter of
+    the characters beyond ASCII before it, how many of them stand alone beside a Latin letter)."""
+    counts, lone, bad = Counter(), 0, None
     try:
         with open_stream() as stream:
             for text in decode_blocks(stream, encoding):
-                beyond += len(text) - len(text.encode("ascii", "ignore"))
-        return None, beyond
+                if not text.isascii():
+                    counts.update(BEYOND_ASCII.findall(text))
+                    lone += len(LONE.findall(text))
     except UnicodeDecodeError as e:
-        text = e.object[: e.end - 1].decode(encoding, "ignore")
-        return e, beyond + len(text) - len(text.encode("ascii", "ignore"))
+        bad = e
+        counts.update(BEYOND_ASCII.findall(e.object[: e.end - 1].decode(encoding, "ignore")))
+    return bad, counts, lone
+
+
+NO_TEXT = ("Cc", "Cn", "Co", "Cs")  # categories: control, unassigned, private, half a character
+BEYOND_ASCII = re.compile(r"[^\0-\x7f]")
+LONE = re.compile(  # what an accented letter or a quotation mark and its neighbour become
+    r"(?<![^\0-\x7f])[^\0-\x7f](?=[A-Za-z])|(?<=[A-Za-z])[^\0-\x7f](?![^\0-\x7f])"
+)
+COMMON = (  # nearly half of the characters of modern Chinese
+    "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作"
+    "里用道行所然家种事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心本前开但因只从想实"
+)
+
+
+def looks_chinese(counts, lone):
+    """Whether what was decoded as GB18030 is Chinese, from `try_encoding`'s counts. The bytes of
+    most encodings can be decoded so, but not to common characters."""
+    total = common = late = strange = 0
+    for c, n in counts.items():
+        if unicodedata.category(c)[0] in "LC":
+            total += n
+            common += n * (c in COMMON)
+            strange += n * (unicodedata.category(c) in NO_TEXT)
+            # the lead bytes of about half of Chinese; all those of Korean in EUC-KR are below
+            late += n * (b"\xc9" <= c.encode("gb2312", "replace")[:1] <= b"\xd7")
+    plausible = common >= 0.15 * total and late >= 0.1 * total
+    return plausible and strange <= 0.02 * total and lone <= 0.5 * total
+
+
+def unmarked_utf(head):
+    """The UTF-16 or UTF-32 of a file with zero bytes but without a mark, from its beginning: the
+    one that gives the largest share of ASCII, kana and common Chinese; None if none gives text."""
+    best = 0.1, ""
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = codecs.getincrementaldecoder(encoding)().decode(head)
+            no_text = sum(unicodedata.category(c) in NO_TEXT and not c.isspace() for c in text)
+            known = sum(c.isascii() or c in COMMON or "\u3040" <= c <= "\u30ff" for c in text)
+            if text and no_text <= 0.01 * len(text):
+                best = max(best, (known / len(text), encoding))
+    return best[1] or None
 
 
 def detect_encoding(open_stream, name):
-    """utf-8(-sig), utf-16(-le, -be) or gb18030, by trial; UserError names the first bad byte.
+    """utf-8(-sig), utf-16(-le, -be), utf-32(-le, -be) or gb18030, by trial; UserError names the
+    first bad byte.
 
     UTF-8 is recognised by its own strictness. GB18030 accepts nearly anything, a damaged UTF-8
-    file included, so it is only tried where no run of valid UTF-8 came before the first bad byte:
-    eight characters of real GB18030 pass for UTF-8 about once in a million files.
+    file included. So it is only tried where no run of valid UTF-8 came before the first bad byte
+    (eight characters of real GB18030 pass for UTF-8 about once in a million files), and the
+    result must look like Chinese.
     """
     with open_stream() as stream:
         head = stream.read(4096)
@@ -77,19 +138,21 @@ def detect_encoding(open_stream, name):
     for bom, encoding in BOMS:
         if head.startswith(bom):
             return encoding
-    even, odd = head[0::2].count(0), head[1::2].count(0)
-    if max(even, odd) > 0.3 * len(head) > 6 * min(even, odd):  # ASCII: every second byte zero
-        return "utf-16-le" if odd > even else "utf-16-be"
-    bad, beyond = try_encoding(open_stream, "utf-8")
+    if 0 in head and (encoding := unmarked_utf(head)):
+        return encoding
+    bad, counts, _ = try_encoding(open_stream, "utf-8")
     if bad is None:
         return "utf-8"
-    if beyond < 8 and try_encoding(open_stream, "gb18030")[0] is None:
-        return "gb18030"
+    if counts.total() < 8:
+        error, counts, lone = try_encoding(open_stream, "gb18030")
+        if error is None and looks_chinese(counts, lone):
+            return "gb18030"
     if "end of data" in bad.reason:
         raise UserError(f"{name}: ends in the middle of a UTF-8 character, at offset {bad.start:,}")
     raise UserError(
-        f"{name}: byte {bad.byte:#04x} at offset {bad.start:,} is not text in "
-        f"UTF-8, UTF-16 or GB18030; if you know the encoding, name it: --encoding latin-1"
+        f"{name}: byte {bad.byte:#04x} at offset {bad.start:,} is not text in UTF-8, UTF-16 or "
+        f"GB18030; save it as UTF-8, or name its encoding: --encoding cp1252, shift_jis, euc_jp, "
+        f"big5, euc_kr, cp1251, koi8-r, gb18030, ..."
     )
 
 
@@ -266,7 +329,7 @@ class Documents:
     def __init__(self, files, encoding=None, field=None, separator=None):
         self.files, self.field, self.forced, self.separator = files, field, encoding, separator
         self.known = {}  # name -> encoding, found once and kept for the second pass
-        self.told = {"utf-8", encoding}
+        self.told = {"utf-8", "utf-8-sig", encoding}
 
     def encoding_of(self, name, open_stream):
         """The encoding of one file, recognised once; one line on stderr if it is not UTF-8."""
@@ -274,7 +337,7 @@ class Documents:
             found = self.forced or detect_encoding(open_stream, name)
             if found not in self.told:
                 self.told.add(found)
-                print(f"{name}: read as {found} (if not, name it by --encoding)", file=sys.stderr)
+                print(f"{name}: read as {found}; if it is not, save it as UTF-8", file=sys.stderr)
             self.known[name] = found
         return self.known[name]
 
@@ -288,7 +351,7 @@ class Documents:
         except (UnicodeDecodeError, LookupError) as e:
             at = f" at byte offset {e.start:,}" if isinstance(e, UnicodeDecodeError) else ""
             raise UserError(f"{name}: cannot be read as {encoding}{at}") from e
-        except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as e:
+        except DAMAGE as e:
             raise UserError(f"{name}: damaged or cut short ({e})") from e
         except (RuntimeError, NotImplementedError) as e:  # zipfile's
             raise UserError(f"{name}: encrypted, or packed in a way that Python lacks ({e})") from e
@@ -296,24 +359,58 @@ class Documents:
     def __iter__(self):
         for name, open_stream in self.files:
             blocks = self.text(name, open_stream)
-            if name.removesuffix(".gz").endswith((".jsonl", ".json")):
+            if name.lower().removesuffix(".gz").endswith((".jsonl", ".json")):
                 yield from json_documents(blocks, self.field, name)
             else:
                 yield from text_documents(blocks, name, self.separator)
 
 
+def choose_texts(where, names, suffixes=TEXT_SUFFIXES):
+    """The names of texts among a folder's or an archive's files, hidden ones left out. One line on
+    stderr counts the others by suffix; UserError if there are no texts."""
+    hidden = re.compile(r"(^|/)(__MACOSX/|\.[^/.])")
+    names = [name for name in names if not hidden.search(name)]
+    chosen = [name for name in names if name.lower().endswith(suffixes)]
+    others = Counter(Path(n).suffix.lower() or "without suffix" for n in set(names) - set(chosen))
+    about = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common())
+    if not chosen:
+        others = f"; it has {about}" if about else ""
+        raise UserError(f"{where} holds no {', '.join(suffixes)} file{others}")
+    if about:
+        print(f"{where}: files left out: {about}", file=sys.stderr)
+    return chosen
+
+
+def open_tar(path):
+    """A tarfile.TarFile of a .tar file or of a temporary copy of a compressed one: in that, every
+    step back would begin at the start."""
+    with open(path, "rb") as f:
+        start = f.read(6)
+    unpack = gzip.open if start[:2] == b"\x1f\x8b" else lzma.open if start == XZ else None
+    if unpack is None:
+        return tarfile.open(path, "r:")
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 (read later, as the archive is)
+    with unpack(path) as packed:
+        shutil.copyfileobj(packed, copy)
+    copy.seek(0)
+    return tarfile.open(fileobj=copy)
+
+
 def file_streams(path):
-    """(name, open) of one file; of each text member for a .zip, in the archive's order."""
-    if path.suffix == ".zip":
+    """(name, open) of one file; of each text member for an archive, in its order. Members are
+    streamed and never unpacked, so their names cannot write outside; a tar file's links and devices
+    are none."""
+    name = path.name.lower()
+    if name.endswith(ARCHIVES):
         try:
-            archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as e:
-            raise UserError(f"{path}: damaged or no zip file ({e})") from e
-        # members are streamed and never unpacked, so their names cannot write outside
-        members = [m for m in archive.namelist() if m.endswith(TEXT_SUFFIXES)]
-        if not members:
-            raise UserError(f"{path} holds no {', '.join(TEXT_SUFFIXES)} file")
-        return [(f"{path}:{m}", lambda m=m: archive.open(m)) for m in members]
-    if path.suffix == ".gz":
-        return [(str(path), lambda: gzip.open(path))]
-    return [(str(path), lambda: open(path, "rb"))]
+            if name.endswith(".zip"):
+                archive = zipfile.ZipFile(path)
+                members = {m.filename: m for m in archive.infolist() if not m.is_dir()}
+            else:
+                archive = open_tar(path)
+                members = {m.name: m for m in archive if m.isreg()}
+        except DAMAGE as e:
+            raise UserError(f"{path}: damaged or not the archive that its name says ({e})") from e
+        read = getattr(archive, "extractfile", archive.open)
+        return [(f"{path}:{m}", partial(read, members[m])) for m in choose_texts(path, members)]
+    return [(str(path), partial(gzip.open if name.endswith(".gz") else open, path, "rb"))]

@@ -211,12 +211,18 @@ class Tokenizer:
     def _encode_text(self, text):
         """The ids of a text without `words`, uint32."""
         if self._lost and len(data := text.encode()) > len(data.translate(None, self._lost)):
-            return self._encode_without_lost(text)
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
+            return self._encode_by_piece(text)
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeError:
+            raise
+        except ValueError:  # its regex gives up within about a million blanks
+            return self._encode_by_piece(text)
 
-    def _encode_without_lost(self, text):
-        """Ids where bytes without a token (some models lack those of rare characters, SmolLM2
-        does) fall out of each piece before it is merged, as in Hugging Face's. Slow but rare."""
+    def _encode_by_piece(self, text):
+        """The same ids by Python's regex, which is slow but has no limit. Bytes without a token
+        (some models lack those of rare characters, SmolLM2 does) fall out of each piece before it
+        is merged, as in Hugging Face's."""
         pieces = (m[0].encode() for m in regex.finditer(self.encoding._pat_str, text))
         kept = filter(None, (piece.translate(None, self._lost) for piece in pieces))
         ids = itertools.chain.from_iterable(map(self.encoding._encode_single_piece, kept))

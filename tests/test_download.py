@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import prepare_data
 from data.cli import UserError
 from data.download import download_path, fetch, resolve_url
+from data.files import locked
 from data.sources import SOURCES
 from data.tokenizer import Tokenizer
 from prepare_data import prepare, read_tokens
@@ -314,4 +315,17 @@ def test_of_several_processes_one_downloads_and_the_others_find_it(mirror):
     started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
     assert [p.wait(60) for p in started] == [0] * 4
     assert mirror.ranges == [None]  # asked once
-    assert [p.name for p in Path("data").rglob("*") if p.is_file()] == ["a.bin"]
+    assert [p.name for p in Path("data/downloads").rglob("*") if p.is_file()] == ["a.bin"]
+
+
+def test_a_download_waits_only_for_one_of_the_same_file(mirror):
+    mirror.files["/a.bin"] = mirror.files["/b.bin"] = BODY
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom data.download import fetch\n"
+    run = lambda name: [sys.executable, "-c", f"{code}fetch({mirror.base + name!r})"]  # noqa: E731
+    with locked(download_path(mirror.base + "/a.bin")):
+        waits = subprocess.Popen(run("/a.bin"), stderr=subprocess.PIPE, text=True)
+        assert waits.stderr.readline().startswith("waiting for another process that writes data")
+        assert subprocess.run(run("/b.bin"), timeout=60).returncode == 0
+        assert waits.poll() is None
+    assert waits.wait(60) == 0 and len(mirror.ranges) == 2
+    waits.stderr.close()

@@ -48,18 +48,21 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 # --------------------------------------------------------------------------------------------
 
 
-def test_a_folder_gives_its_text_files_in_order():
+def test_a_folder_gives_its_text_files_in_order(capsys):
     Path("books/sub").mkdir(parents=True)
     Path("books/.git").mkdir()
-    for name in ("b.txt", "a.md", "sub/c.py", "picture.png", ".git/x.txt", ".hidden.txt"):
+    left_out = "p.png", "q.PNG", "LICENSE", "sub/x.json"
+    for name in ("b.TXT", "a.md", "sub/c.py", ".git/x.txt", ".hidden.txt", *left_out):
         Path("books", name).write_text(f"<{name}>")
-    Path("books/d.txt.gz").write_bytes(gzip.compress(b"<d>"))
+    Path("books/d.txt.GZ").write_bytes(gzip.compress(b"<d>"))
     assert pieces_of(*prepare_data.find_files("books")) == [
         "<a.md>",
-        "<b.txt>",
+        "<b.TXT>",
         "<d>",
         "<sub/c.py>",
     ]
+    about = "folder books: files left out: 2 .png, 1 "
+    assert capsys.readouterr().err.startswith(about)
 
 
 def test_a_glob_gives_its_files_and_a_sensible_name():
@@ -75,6 +78,8 @@ def test_a_glob_gives_its_files_and_a_sensible_name():
         ("novels/", "novels"),
         ("a/tale.txt", "tale"),
         ("tale.jsonl.gz", "tale"),
+        ("tale.TAR.GZ", "tale"),
+        ("tale.tar.xz", "tale"),
         ("https://h/x/tale.txt?download=1", "tale"),
         ("..", "text"),
         ("https://h/", "text"),
@@ -387,6 +392,24 @@ def test_preparing_again_replaces_everything(prepared):
     assert prepare("tale.txt", "byte") == prepared
     assert bytes(tokens_of(prepared)) == b"Something else. " * 40
     assert {p.name for p in prepared.iterdir()} == {"train.bin", "val.bin", "meta.json"}
+
+
+@pytest.mark.parametrize("what", ["find_data('tale.txt')", "prepare('tale.txt')", "made"])
+def test_of_processes_that_prepare_one_text_at_once_the_others_wait(what):
+    Path("tale.txt").write_text("".join(f"{i} is a number. " for i in range(30_000)))
+    if what == "made":
+        code = "from data.sources import invented_dialogues as f; print(sorted(f()))"
+    else:
+        code = f"import prepare_data as p; p.read_tokens(p.{what}, 'train')"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"]
+    pipe = subprocess.PIPE
+    started = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) for _ in range(3)]
+    outputs = [p.communicate(timeout=120) for p in started]
+    assert [p.returncode for p in started] == [0] * 3, outputs
+    if what.startswith("find"):
+        assert sum("ready in" in out for out, _ in outputs) == 1
+    folder = Path("data/hotel-synthetic" if what == "made" else "data/tale")
+    assert len(list(folder.iterdir())) == 3 and not list(folder.glob("*.tmp"))
 
 
 def test_preparing_twice_gives_the_same_bytes(prepared):

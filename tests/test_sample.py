@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from data.analogy import word_vector
 from data.cli import UserError, printable
+from data.terminal import read_message
 from data.tokenizer import Tokenizer
 from model import Config, KVCache, Transformer, load_checkpoint, save_checkpoint
 from sample import TextStream, analogy, beam_search, generate, next_token
@@ -761,10 +762,13 @@ def test_prompt_from_a_file_or_a_pipe_equals_the_prompt(say, tmp_path, monkeypat
     text = "ab 中文 gh"
     wanted = say("--prompt", text, *flags)
     assert wanted.startswith(text) and len(wanted) == len(text) + 10 + 1
-    (tmp_path / "p.txt").write_text(text, encoding="utf-8")
-    assert say("--prompt", "@p.txt", *flags) == wanted
-    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    assert say(*flags) == wanted
+    for mark in ("", "\ufeff"):
+        (tmp_path / "p.txt").write_text(mark + text, encoding="utf-8")
+        assert say("--prompt", "@p.txt", *flags) == wanted
+        monkeypatch.setattr(sys, "stdin", io.StringIO(mark + text))
+        assert say(*flags) == wanted
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeff hi\n"))
+    assert read_message() == "hi"
 
 
 def test_piped_text_that_begins_with_an_at_sign_is_text(say, monkeypatch):

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -36,6 +37,14 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         ("gb18030", b"", TEXTS["chinese"]),
         ("gbk", b"", TEXTS["english"].replace("—", "-") * 30 + TEXTS["chinese"] * 30),
         ("gb18030", b"", TEXTS["chinese"] * 60 + "\U0001f600"),
+        ("gbk", b"", "他說：學而時習之，不亦說乎？我們今天去北京的時候，天氣很好！"),
+        ("gbk", b"", "import os  # 用 os 的 path\nprint('A和B')  # 这是一个例子\n"),
+        ("gbk", b"", "床前明月光，疑是地上霜。"),
+        ("utf-16-le", b"", TEXTS["chinese"] + "\n"),
+        ("utf-16-be", b"", TEXTS["chinese"] + "\n"),
+        ("utf-16-le", b"", TEXTS["russian"]),
+        ("utf-16-be", b"", TEXTS["japanese"]),
+        ("utf-32-le", b"", TEXTS["english"]),
     ],
 )
 def test_encodings_are_recognised(encoding, start, text, block, monkeypatch):
@@ -43,6 +52,29 @@ def test_encodings_are_recognised(encoding, start, text, block, monkeypatch):
     set_block(monkeypatch, block)
     Path("a.txt").write_bytes(start + text.encode(encoding))
     assert pieces_of("a.txt") == [text]
+
+
+@pytest.mark.parametrize("times", [1, 50])
+@pytest.mark.parametrize(
+    "encoding, text",
+    [
+        ("cp1252", "She\u2019s the seller\u2019s \u201cfriend\u201d\u2014don\u2019t talk. "),
+        ("cp1252", "Größere Bücher für Schüler; schön, wärmer, möglich. "),
+        ("shift_jis", TEXTS["japanese"]),
+        ("euc_jp", TEXTS["japanese"]),
+        ("big5", "他說：學而時習之，不亦說乎？我們今天去北京的時候，天氣很好！"),
+        ("euc_kr", "안녕하세요 오늘은 날씨가 아주 좋습니다. 우리는 학교에 갑니다.\n"),
+        ("koi8-r", "мама мыла раму, дети идут туда. "),
+        ("cp1251", "мама мыла раму, дети идут туда. "),
+    ],
+)
+def test_what_gb18030_would_turn_into_other_characters_is_refused(encoding, text, times):
+    text *= times
+    Path("a.txt").write_bytes(text.encode(encoding))
+    assert text.encode(encoding).decode("gb18030") != text  # it can be decoded
+    with pytest.raises(UserError, match=r"a\.txt: byte 0x.. at .* UTF-8.* --encoding cp1252"):
+        pieces_of("a.txt")
+    assert pieces_of("a.txt", encoding=encoding) == [text]
 
 
 @pytest.mark.parametrize("block", [1, 3, 1 << 20])
@@ -98,9 +130,36 @@ def test_a_zip_gives_its_text_members_and_unpacks_nothing():
         z.writestr("b.txt", "床前明月光\r\n")
         z.writestr("../../escaped.txt", "second")
         z.writestr("c.png", b"\x89PNG")
+        for hidden in ("__MACOSX/._b.txt", ".git/x.txt", "b/.x.txt"):
+            z.writestr(hidden, "\0\5\26\7")
         z.writestr("rows.jsonl", '{"text": "third"}\n"fourth"')
     assert pieces_of("a.zip") == ["床前明月光\n", "second", "third", "fourth"]
     assert [p.name for p in Path().rglob("*")] == ["a.zip"]
+
+
+@pytest.mark.parametrize("suffix, mode", [("tar", ""), ("TAR.GZ", "gz"), ("tar.xz", "xz")])
+def test_a_tar_file_gives_its_text_members_and_follows_nothing(suffix, mode, capsys):
+    Path("secret.txt").write_text("secret")
+    with tarfile.open(f"a.{suffix}", f"w:{mode}") as tar:
+        for name, text in (
+            ("./B.TXT", "old"), ("./B.TXT", "床前明月光\r\n"), ("../up.txt", "second"),
+            ("/tmp/c.md", "third"), ("rows.Jsonl", '"fourth"'), (".x/y.txt", ""), ("d.pdf", "%PDF"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(text.encode())
+            tar.addfile(info, io.BytesIO(text.encode()))
+        for kind, name in ((tarfile.SYMTYPE, "s"), (tarfile.LNKTYPE, "l"), (tarfile.FIFOTYPE, "f")):
+            info = tarfile.TarInfo(f"{name}.txt")
+            info.type, info.linkname = kind, str(Path("secret.txt").resolve())
+            tar.addfile(info)
+    assert pieces_of(f"a.{suffix}") == ["床前明月光\n", "second", "third", "fourth"]
+    assert sorted(p.name for p in Path().rglob("*")) == [f"a.{suffix}", "secret.txt"]
+    assert capsys.readouterr().err == f"a.{suffix}: files left out: 1 .pdf\n"
+    data = Path(f"a.{suffix}").read_bytes()
+    for damaged in (data[:300], b"no archive"):
+        Path(f"a.{suffix}").write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"a\.{suffix}: damaged"):
+            pieces_of(f"a.{suffix}")
 
 
 def test_jsonl_rows_are_documents():

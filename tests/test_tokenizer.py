@@ -113,6 +113,18 @@ def test_the_name_of_a_special_token_is_ordinary_text(tokenizer):
         assert tokens_of(prepare("[ab].txt", "byte")).count(256) == 1
 
 
+@pytest.mark.parametrize("tokenizer", ["bpe", "bpe-han:500", "gpt2", "cl100k_base"], indirect=True)
+def test_runs_too_long_for_tiktokens_regex_have_the_ids_they_would_have(tokenizer):
+    for run in (" ", "\t", "\u00a0", "\n", " \n", "-", "a", "中", "1", '"a', "'"):
+        for text in (run * 3000, f"x{run * 3000}y", f"x {run * 3000} y\n{run * 50}"):
+            assert tokenizer._encode_by_piece(text).tolist() == tokenizer.encode(text), (run, text)
+    parts = "word", " " * 999_999, " word"
+    ids = tokenizer.encode("".join(parts))
+    assert tokenizer.decode(ids) == "".join(parts)
+    if tokenizer.name != "bpe-han:500":  # which has no piece that begins with one blank of a run
+        assert ids == [i for part in parts for i in tokenizer.encode(part)]
+
+
 @pytest.mark.parametrize("tokenizer", ["bpe", "gpt2", "cl100k_base"], indirect=True)
 @pytest.mark.parametrize("language", TEXTS)
 @pytest.mark.parametrize("block", [64, 333])
