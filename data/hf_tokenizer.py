@@ -227,19 +227,19 @@ def hub_tokenizer(folder):
     tokenizer_config.json where they exist. The spec holds "pattern", "nfc", "tokens" (base64, a
     token's place is its id), "added" (name -> id), "end" and "begin" (ids, begin may be None), and
     for an export "name" and "chat_template".
-    Of the added tokens those that are special are never spelled by text; the others are "words"
-    (name -> [id, flags]), see `cut_words`. UserError if a file is missing
-    or damaged, or if the tokenizer is no byte-level BPE that tiktoken encodes alike.
+    Added tokens that are special are never spelled by text. The others are in "words", too (name ->
+    [id, flags...]), and are cut out of it, see `cut_words`. UserError if a file is missing or
+    damaged, or if the tokenizer is no byte-level BPE that tiktoken encodes alike.
     """
     path = Path(folder) / "tokenizer.json"
     data = read_json(path)
     try:
-        model, tokens = data["model"], data.get("added_tokens") or []
-        added, words = {t["content"]: t["id"] for t in tokens}, {}
-        for t in tokens:
+        model, added, words = data["model"], {}, {}
+        for t in data.get("added_tokens") or []:
             name = t["content"]
+            added[name] = t["id"]
             if not t.get("special", True):
-                words[name] = [t["id"], *(flag for flag in WORD_FLAGS if t[flag])]
+                words[name] = [t["id"], *(flag for flag in WORD_FLAGS if t.get(flag))]
             if not (name if name in words else name.strip()):
                 raise ValueError(f"added_tokens: {name!r} is text like any other, not a mark in it")
         made = model.get("merges", ()) if words else ()

@@ -3,6 +3,7 @@
 Configs and weights go in and out as plain dicts: what a Transformer is, model.py knows.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -133,11 +134,11 @@ def config_from_hf(values):
             found["context"] = min(found["context"], window)  # inside it, attention is full
         if set(layers := left.pop("layer_types", [])) - {"full_attention"}:
             refuse("layer_types", layers)
-        window = values.get("sliding_window", 4096)  # null is none
-        full = values.get("max_window_layers", 28)
-        # Qwen's layers from max_window_layers on slide, unless layer_types say otherwise
-        if layers or full >= found["n_layer"] or window is None or window >= found["context"]:
-            left.pop("use_sliding_window", None)
+        if left.get("use_sliding_window"):  # Qwen's, in layers from max_window_layers on
+            window = values.get("sliding_window", 4096) or math.inf  # null is none
+            some = left.get("max_window_layers", 28) < found["n_layer"] and not layers
+            if not some or window >= found["context"]:
+                del left["use_sliding_window"]
     known = ANYWHERE | OWN.get(kind, {})
     for name, value in left.items():
         if name in known and value not in known[name]:

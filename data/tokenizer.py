@@ -86,12 +86,14 @@ def cut_words(text, words, pattern):
         beside = text[start - 1 : start] + text[stop : stop + 1]
         if "single_word" in flags and WORD.search(beside):
             continue
-        while "lstrip" in flags and start > done and BLANK.fullmatch(text[start - 1]):
-            start -= 1
+        if "lstrip" in flags:  # not what a word before has taken
+            while start > done and BLANK.fullmatch(text[start - 1]):
+                start -= 1
+            start = max(start, done)
         if "rstrip" in flags:
             stop = BLANK.match(text, stop).end()
         parts += [text[done:start]] if done < start else []
-        parts.append(i)
+        parts += [i] if start < stop else []
         done = stop
     return parts + ([text[done:]] if done < len(text) else [])
 

@@ -208,6 +208,7 @@ def test_only_mistral_uses_a_window_that_no_other_field_asks_for(capsys):
         ("llama", dict(rope_parameters={"rope_type": "default", "mrope_section": [1, 2]})),
         ("llama", dict(rope_scaling={"type": "default", "partial_rotary_factor": 1.0})),
         ("llama", dict(embedding_multiplier=1.0, final_logit_softcapping=None, alibi=False)),
+        ("llama", dict(use_sliding_window=False, max_window_layers=None, sliding_window="?")),
         ("mistral", dict(scale_attn_weights=False, pretraining_tp=4)),  # fields of others
     ],
 )
