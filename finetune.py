@@ -55,6 +55,7 @@ from data.batches import (
 )
 from data.chat import (
     CHAT_TOKENS,
+    THINK,
     chat_prompt,
     find_template,
     get_template,
@@ -843,6 +844,20 @@ def check_parts(args, parts):
     return labels
 
 
+def special_tokens(objective, labels, parts):
+    """A function of a tokenizer: the special tokens that an objective and its rows need. Those that
+    enclose a thought are needed where rows have thoughts and our template writes them."""
+    messages = (m for examples in parts.values() for e in examples for m in e.get("messages", ()))
+    thoughts = any(m.get("reasoning_content") for m in messages)
+
+    def needed(tokenizer):
+        template, names = find_template(tokenizer), objective.special_tokens(tokenizer, labels)
+        ours = template.ours if template else CHAT_TOKENS[0] in names
+        return [*names, *(THINK if thoughts and ours else ())]
+
+    return needed
+
+
 def augmented(examples, objective, share, seed):
     """epoch -> rows of that epoch, rare calls more often (hotel.repeats): each value exchanged with
     probability `share` (hotel.substitute), and up to three questions more, each with that
@@ -986,7 +1001,7 @@ def evaluate_only(args):
     model, tokenizer, where = load(args.ckpt, args.device, runtime.dtype)
     train.settle_context(args, model)
     labels = check_parts(args, parts)
-    wanted = kind_of.special_tokens(tokenizer, labels)
+    wanted = special_tokens(kind_of, labels, parts)(tokenizer)
     if missing := [n for n in wanted if n not in tokenizer.special]:
         raise UserError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
     all_rows = parts["val"] is parts["train"]
@@ -1018,7 +1033,7 @@ def main(argv=None):
     shown = args.show_mask
     args, kind_of, content, parts, hashes = resolve(args)
     labels = check_parts(args, parts)
-    special = partial(kind_of.special_tokens, labels=labels)
+    special = special_tokens(kind_of, labels, parts)
     base = content if content and not args.lora_rank else lm.load_checkpoint(args.ckpt)
     was, wide = (content or {}).get("device"), base["config"]["d_model"] >= 512
     runtime = make_runtime(args.device, args.dtype, wide, was)

@@ -241,8 +241,11 @@ class Api:
         told = [t for t in tools if may_call and t["function"]["name"] not in known]
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
         variables = body.get("chat_template_kwargs", {})
+        if not isinstance(variables, dict):
+            name = "chat_template_kwargs"
+            raise ApiError(400, f"{name} must be an object", name)
         names = ("add_generation_prompt", "continue_final_message")
-        variables |= {name: body[name] for name in names if name in body}
+        variables = variables | {name: body[name] for name in names if name in body}
         try:
             if body.get("truncation") == "auto":
                 room = self.context - min(limit, self.context // 2)

@@ -83,6 +83,7 @@ def to_json(value, indent=None, ensure_ascii=False, separators=None, sort_keys=F
 
 
 def raise_exception(message):
+    """With this a template refuses a conversation."""
     raise TemplateError(message)
 
 
