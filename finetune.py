@@ -263,6 +263,9 @@ class SFT:
                 if all(any(r.mask[1:]) for r in (row if isinstance(row, tuple) else (row,))):
                     split.rows.append(row)
         report_bad(bad, len(examples), self.args.data)
+        told = any("tools" in e for e in split.examples)
+        if told and not get_template(self.tokenizer).tells:
+            print("[the chat template has no place for tools: they are left out]", file=sys.stderr)
         if not split.rows:
             loss_on = self.args.loss_on
             raise UserError(f"no row has a target for --loss_on {loss_on}: nothing to learn")

@@ -1054,8 +1054,8 @@ def main(argv=None):
         model = fast_model(model, 1, args)
         settings = {name: getattr(args, name) for name in DECODING}
         chat = make_chat(model, tokenizer, tools, args.max_new_tokens, args.seed, settings)
-        if chat.schemas and chat.prompt()[1]:
-            print("[the tools are too long for the context: not told]", file=sys.stderr)
+        if problem := chat.tools_problem():
+            print(f"[{problem}]", file=sys.stderr)
         if args.system:
             chat.command(f"/system {args.system}")
         talk(chat)

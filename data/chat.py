@@ -67,6 +67,10 @@ THINK = ("<think>", "</think>")
 OWN_TAGS = (*THINK, "<tool_call>", "</tool_call>", "<|call|>", "[TOOL_CALLS]", "<|python_tag|>")
 
 
+class Escaped(dict):
+    """A message that `Template.for_template` has made."""
+
+
 class Arguments(dict):
     """Arguments for a template, which may look into them; `tojson` writes their `text`, as it was
     written, if there is one."""
@@ -139,6 +143,7 @@ class Template:
     end     the id that closes an assistant's turn; `ends` are all ids that do
     call    the id with which a call begins, None if calls are plain text
     spoken  the special tokens that an answer may hold, ids
+    tells   whether it has a place for the schemas of tools
 
     UserError if the tokenizer has no template.
     """
@@ -177,6 +182,10 @@ class Template:
         tags = (special[name] for name in OWN_TAGS if name in special)
         ends = {self.end} if self.ours else self.ends
         self.spoken = sorted({*ends, *plain, *called, *tags})
+        tools = [{"type": "function", "function": {"name": 2 * PROBE, "parameters": {}}}]
+        self.tells = False
+        with contextlib.suppress(ValueError):
+            self.tells = 2 * PROBE in self.render(asked, tools, True)
 
     def call_turn(self, name):
         """What a template writes for a call of the tool `name` with the argument PROBE."""
@@ -198,10 +207,18 @@ class Template:
             raise ValueError("this model's chat template writes no calls")
         return self.encode(start.rstrip())  # the blank belongs to the next token
 
+    def source_for(self, tools):
+        """(source, compiled template) of the template for conversations with or without tools."""
+        which = "tool_use" if tools and "tool_use" in self.sources else "default"
+        return self.sources.get(which) or next(iter(self.sources.values()))
+
     def for_template(self, message, source):
         """A message as the template is given it: the names of special tokens in it are escaped."""
+        if isinstance(message, Escaped):
+            return message
         names = self.typed_by_assistant if message["role"] == "assistant" else self.typed
-        out = escape({k: v for k, v in message.items() if k != "tool_calls"}, names)
+        out = {k: v for k, v in message.items() if k != "tool_calls"}
+        out = Escaped(escape(out, names))
         out["content"] = content_text(out.get("content"))
         if out["role"] == "developer" and "developer" not in source:  # OpenAI's name for system
             out["role"] = "system"
@@ -223,8 +240,7 @@ class Template:
     def render(self, messages, tools=None, add_generation_prompt=False, **variables):
         """The text of a conversation, what people typed escaped. ValueError, with the template's
         own words, if it refuses the conversation."""
-        which = "tool_use" if tools and "tool_use" in self.sources else "default"
-        source, template = self.sources.get(which) or next(iter(self.sources.values()))
+        source, template = self.source_for(tools)
         messages = [self.for_template(m, source) for m in messages]
         variables = self.variables | variables
         variables |= {"tools": escape(tools, self.typed) or None, "documents": None}
@@ -269,10 +285,14 @@ class Template:
         the template writes earlier turns otherwise when there are later ones, as Qwen3's does with
         thoughts."""
         rows, end = [], self.tokenizer.decode([self.end])
+        source, _ = self.source_for(tools)
+        messages = [self.for_template(m, source) for m in messages]
         for i, m in enumerate(messages):
             if m["role"] != "assistant" or not (learned is None or learned(i)):
                 continue
             prompt, answer = self.turn(messages, i, tools, **variables)
+            if any(c["function"]["name"] not in answer for c in m.get("tool_calls") or ()):
+                raise ValueError("the chat template writes no tool calls")
             own, found, _ = answer.partition(end)
             span = len(prompt), len(prompt) + len(own + found)
             if rows and prompt.startswith(rows[-1][0][: rows[-1][1][-1][1]]):
@@ -438,8 +458,8 @@ def prompt_ids(messages, tokenizer, tools=None, **variables):
 
 
 def chat_prompt(messages, tokenizer, room, tools=None, **variables):
-    """`prompt_ids`, at most `room`: the oldest turns are left out first, never the system's. If the
-    last one is still too long, a system turn of more than half of the room is left out, too, and
+    """`prompt_ids`, at most `room`: the oldest turns are left out first, never the system's. If
+    the last one is still too long, a system turn of more than half of the room is left out, too, and
     the last one loses its beginning."""
     messages = list(messages)
     system = messages[:1] if messages and messages[0]["role"] in ("system", "developer") else []
@@ -451,26 +471,27 @@ def chat_prompt(messages, tokenizer, room, tools=None, **variables):
         kept.appendleft(m)
 
     def ids():
-        try:
+        with contextlib.suppress(ValueError):  # some templates want a question first
             return prompt_ids([*system, *kept], tokenizer, tools, **variables)
-        except ValueError:  # some templates want a question first
-            if len(kept) > 1:
-                return None
-            raise
+        return None
 
-    while (found := ids()) is None or (len(found) > room and len(kept) > 1):
+    found = ids()
+    while len(kept) > 1 and (found is None or len(found) > room):
         kept.popleft()
-    if len(found) > room and system and kept:
+        found = ids() or found
+    if found is None:  # let the template say why
+        return prompt_ids([*system, *kept], tokenizer, tools, **variables)
+    if len(found) > room and system:
         alone = len(tokenizer.encode(content_text(system[0].get("content")))) + 2
         system = [] if alone > (room + 1) // 2 else system
-        found = ids()
-    while len(found) > room and kept:
-        said = tokenizer.encode(kept[-1].get("content") or "")
-        if not said:
-            break
+        found = ids() or found
+    if len(found) > room and tools:
+        tools = None
+        found = ids() or found
+    while len(found) > room and kept and (said := tokenizer.encode(kept[-1]["content"] or "")):
         text = tokenizer.decode(said[len(found) - room :]).lstrip("\ufffd")
-        kept[-1], found = kept[-1] | {"content": text}, None
-        found = ids()
+        kept[-1] = kept[-1] | {"content": text}
+        found = ids() or found
     return found[-room:] if len(found) > room else found
 
 

@@ -44,11 +44,25 @@ class Chat:
         room = self.context - self.max_tokens
         if not self.is_base:
             how = self.messages, self.tokenizer
-            full = len(prompt_ids(*how, self.schemas))
-            return chat_prompt(*how, room, self.schemas), full > room
+            try:
+                full = len(prompt_ids(*how, self.schemas))
+                return chat_prompt(*how, room, self.schemas), full > room
+            except ValueError as e:
+                raise UserError(str(e)) from e
         said = "".join(f"{m['role'].title()}: {m['content']}\n" for m in self.messages)
         ids = self.tokenizer.encode(said + "Assistant:")
         return ids[-room:], len(ids) > room
+
+    def tools_problem(self):
+        """Why the model cannot be told of its tools; None if it can."""
+        if self.is_base or not self.schemas:
+            return None
+        if not self.template.tells:
+            return "the chat template has no place for tools: the model is not told of them"
+        asked = [{"role": "user", "content": "?"}]
+        length = len(prompt_ids(asked, self.tokenizer, self.schemas))
+        too_long = length > self.context - self.max_tokens
+        return "the tools are too long for the context: not told" if too_long else None
 
     def turn(self, show, may_call=True):
         """Generate and remember one message; show(text) gets its words as they come. An answer
@@ -176,11 +190,14 @@ def talk(chat):
                 continue
         else:
             chat.messages.append({"role": "user", "content": line})
-        if chat.prompt()[1] and not told:
-            told = True
-            print("[the context is full: the oldest turns are left out]", file=sys.stderr)
         try:
+            if chat.prompt()[1] and not told:
+                told = True
+                print("[the context is full: the oldest turns are left out]", file=sys.stderr)
             chat.answer(show)
         except KeyboardInterrupt:  # in the middle of a tool
             show("[stopped]")
+        except UserError as e:  # the template refuses the conversation
+            chat.messages = chat.messages[:-1]
+            print(f"[{e}]", file=sys.stderr)
         print()
