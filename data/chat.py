@@ -459,8 +459,8 @@ def prompt_ids(messages, tokenizer, tools=None, **variables):
 
 def chat_prompt(messages, tokenizer, room, tools=None, **variables):
     """`prompt_ids`, at most `room`: the oldest turns are left out first, never the system's. If
-    the last one is still too long, a system turn of more than half of the room is left out, too, and
-    the last one loses its beginning."""
+    the last one is still too long, a system turn of more than half of the room is left out, too,
+    then the tools, and the last one loses its beginning. ValueError if the template refuses."""
     messages = list(messages)
     system = messages[:1] if messages and messages[0]["role"] in ("system", "developer") else []
     kept, left = deque(), room
