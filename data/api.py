@@ -51,11 +51,11 @@ UNSUPPORTED = (
     ("include_reasoning skip_special_tokens parse_tool_calls", True),
     ("length_penalty typical_p repeat_penalty", 1),
     ("n_predict thinking_token_budget top_n_sigma", -1),
-    ("prompt_logprobs truncate_prompt_tokens",),
+    ("prompt_logprobs truncate_prompt_tokens guided_json json_schema",),
     (
         "functions suffix audio prediction web_search_options use_beam_search early_stopping "
-        "guided_json guided_regex guided_choice guided_grammar structured_outputs structural_tag "
-        "grammar json_schema logits_processors allowed_token_ids bad_words documents chat_template "
+        "guided_regex guided_choice guided_grammar structured_outputs structural_tag "
+        "grammar logits_processors allowed_token_ids bad_words documents chat_template "
         "include_stop_str_in_output prompt_embeds mm_processor_kwargs logprob_token_ids "
         "return_token_ids return_tokens_as_token_ids return_tokens post_sampling_probs n_probs "
         "response_fields mirostat dynatemp_range xtc_probability dry_multiplier min_keep samplers "
