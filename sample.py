@@ -257,9 +257,9 @@ class Engine:
     ):  # fmt: skip
         """A new text, as a Slot: `prompt` is a list of ids, `settings` are those of DECODING.
         `logit_bias` is {id: what is added to its logit before any filter}; none of the first
-        `min_tokens` new ids is in `ends`. The rest is described there. One slot must be free.
-        UserError for ids that cannot be."""
-        biases = (math.inf, logit_bias or {}), (min_tokens, dict.fromkeys(ends, -math.inf))
+        `min_tokens` new ids is in `ends` if any other may come. The rest is described there. One
+        slot must be free. UserError for ids that cannot be."""
+        biases = (math.inf, logit_bias or {}), (min_tokens, dict.fromkeys(ends, -1e9))
         biases = [(n, [*bias], [*map(float, bias.values())]) for n, bias in biases if n and bias]
         check_ids([prompt, *(ids for _, ids, _ in biases)], self.model.config.vocab_size)
         assert set(settings) <= set(DECODING), f"no such filter: {set(settings) - set(DECODING)}"

@@ -10,7 +10,6 @@ import queue
 import re
 import secrets
 import time
-from math import inf
 
 from data.answer import Answer, ApiError, Choice, finite
 from data.chat import chat_prompt, find_template, render_chat
@@ -319,7 +318,7 @@ class Api:
             for n in range(body.get("n", 1)):
                 reply = ApiReply(*how, self.tokenizer, template, stops, given)
                 ends = frozenset(i for i in reply.ends if i < len(allowed))
-                never = dict.fromkeys(ends - stop_ids, -inf) if body.get("ignore_eos") else {}
+                never = dict.fromkeys(ends - stop_ids, -1e9) if body.get("ignore_eos") else {}
                 job = Job(prompt, room(prompt), ends, adapter=adapter, events=events)
                 job.settings, job.index = settings | {"seed": (seed + n) % 2**63}, len(choices)
                 job.settings |= {"ends": ends, "min_tokens": how[1], "logit_bias": bias | never}

@@ -22,6 +22,7 @@ from data.scheduler import Busy
 
 MAX_HEADER = 1 << 16  # bytes
 MAX_BODY = 1 << 20
+TOO_LONG = f"the body is longer than {MAX_BODY:,} bytes"
 MAX_CONNECTIONS = 64
 SECONDS = 10  # to send a request
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n\0]*)?\r\n")  # its size, extensions
@@ -233,7 +234,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not lengths[0].isascii() or not lengths[0].isdigit():
             raise ApiError(400, "Content-Length is no number")
         if len(lengths[0]) > 9 or int(lengths[0]) > MAX_BODY:
-            raise ApiError(413, f"the body is longer than {MAX_BODY:,} bytes")
+            raise ApiError(413, TOO_LONG)
         self.rfile.raw.left = int(lengths[0])
         raw = self.rfile.read(int(lengths[0]))
         if len(raw) < int(lengths[0]):
@@ -242,17 +243,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def chunks(self):
         """The bytes of a body that is sent in chunks (RFC 9112, section 7.1). Extensions and
-        trailers are read and dropped; sizes, line ends and they may have MAX_HEADER bytes."""
+        trailers are dropped. With them it has at most MAX_BODY + MAX_HEADER bytes."""
         content, size, self.rfile.raw.left = bytearray(), None, MAX_BODY + MAX_HEADER
         malformed = ApiError(400, "the body is not in chunks of the sizes that it names")
-        too_long = ApiError(413, f"the body is longer than {MAX_BODY:,} bytes")
         try:
             while size != 0:
                 if not (found := CHUNK.fullmatch(self.rfile.readline())):
                     raise malformed
                 size = int(found[1], 16)
                 if len(content) + size > MAX_BODY:
-                    raise too_long
+                    raise ApiError(413, TOO_LONG)
                 content += self.rfile.read(size)
                 if size and self.rfile.read(2) != b"\r\n":
                     raise malformed
@@ -262,7 +262,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except TimeoutError:
             if self.rfile.raw.left > 0:
                 raise
-            raise too_long from None
+            raise ApiError(413, TOO_LONG) from None
         return bytes(content)
 
     def head(self, status, kind, length=None, **more):

@@ -29,8 +29,8 @@ def load_tools(source):
     try:
         found = runpy.run_path(path)
         own = {n: f for n, f in found.items() if n[0] != "_" and is_function_of(path, f)}
-        if inspect.isfunction(get_tools := found.get("get_tools")):
-            own = get_tools()
+        if "get_tools" in own:
+            own = own["get_tools"]()
     except UserError:
         raise
     except (Exception, SystemExit) as e:  # the user's own code can fail in any way

@@ -286,6 +286,8 @@ def test_limits_biases_and_ends_that_a_request_names(chat, text):
         answer = both(chat.chat, **said, extra_body=more)
         assert answer.choices[0].message.content.startswith(hi)
         assert answer.usage.completion_tokens >= count
+    ends = {"stop_token_ids": list(range(320)), "min_tokens": 3}  # nothing else can come
+    assert text.write(prompt="a", extra_body=ends).choices[0].finish_reason == "stop"
     bias = {"89": 12, "310": 100}  # no token has the id 310
     asked = dict(prompt="it", max_tokens=20, temperature=1.5, seed=5)
     settings = text.service.api.settings | dict(temperature=1.5, seed=5, logit_bias={89: 12})
@@ -369,7 +371,7 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
     fine = dict(response_format={"type": "text"}, functions=[], function_call="none", best_of=1)
     fine |= dict(modalities=["text"], audio=None, prediction=None, suffix="", guided_json=None)
     fine |= dict(use_beam_search=False, prompt_logprobs=None, repeat_penalty=1.0, logit_bias={})
-    fine |= dict(parallel_tool_calls=True, user="me", metadata={"a": "b"}, store=True)
+    fine |= dict(parallel_tool_calls=False, user="me", metadata={"a": "b"}, store=True)
     fine |= dict(service_tier="auto", safety_identifier="x", prompt_cache_key="y", priority=3)
     fine |= dict(stop_token_ids=[], min_tokens=0, ignore_eos=False, cache_prompt=True, new=[1])
     for path, asked in (ASK, GOOD), (WRITE, {"prompt": "a", "max_tokens": 2}):
