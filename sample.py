@@ -200,6 +200,8 @@ class Slot:
     ended: int = 0  # how many texts had ended when it did: the least is free the longest
     generator: torch.Generator | None = None
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
+    # (n, ids, values): before its first n new ids are drawn, `values` are added to these logits
+    biases: list = field(default_factory=list)
     settings: dict = field(default_factory=dict)
     # how many of the likeliest ids `logprobs` shows for each new one (None: it stays empty), a list
     # of (log probability, [(id, log probability)]); with `echo` those of the prompt come first
@@ -249,10 +251,17 @@ class Engine:
         self.slots, self.busy, self.ended = [Slot(row) for row in range(slots)], 0, 0
         self.ready, self.groups = [], []  # of the last step, see `by_settings`
 
-    def add(self, prompt, *, seed=0, allowed=None, top=None, echo=False, **settings):
-        """A new text, as a Slot: `prompt` is a list of ids, `settings` are those of DECODING, the
-        rest is described there. One slot must be free. UserError for ids that cannot be."""
-        check_ids([prompt], self.model.config.vocab_size)
+    def add(
+        self, prompt, *, seed=0, allowed=None, top=None, echo=False, logit_bias=None, ends=(),
+        min_tokens=0, **settings
+    ):  # fmt: skip
+        """A new text, as a Slot: `prompt` is a list of ids, `settings` are those of DECODING.
+        `logit_bias` is {id: what is added to its logit before any filter}; none of the first
+        `min_tokens` new ids is in `ends` if any other may come. The rest is described there. One
+        slot must be free. UserError for ids that cannot be."""
+        biases = (math.inf, logit_bias or {}), (min_tokens, dict.fromkeys(ends, -1e9))
+        biases = [(n, [*bias], [*map(float, bias.values())]) for n, bias in biases if n and bias]
+        check_ids([prompt, *(ids for _, ids, _ in biases)], self.model.config.vocab_size)
         assert set(settings) <= set(DECODING), f"no such filter: {set(settings) - set(DECODING)}"
         start = max(0, len(prompt) - self.context)
         if start:
@@ -267,6 +276,8 @@ class Engine:
         slot = Slot(old.row, list(prompt), start, held, len(prompt))
         slot.generator = torch.Generator().manual_seed(seed)
         slot.allowed, slot.settings, slot.top, slot.echo = allowed, settings, top, echo
+        tensor = partial(torch.tensor, device=self.device)
+        slot.biases = [(n, tensor(ids), tensor(values)) for n, ids, values in biases]
         self.slots[slot.row] = slot
         self.swap(slot.row, self.busy)
         self.busy += 1
@@ -309,8 +320,9 @@ class Engine:
         if not slots:
             return {}
         logits, new = self.next_logits(slots) if logits is None else logits, {}
+        biased = self.add_biases(logits, slots)
         for group, *how in self.by_settings(slots):
-            some = logits if len(group) == len(slots) else logits[[s.row for s in group]]
+            some = biased if len(group) == len(slots) else biased[[s.row for s in group]]
             if group[0].allowed is not None:
                 some = some.masked_fill(~group[0].allowed, -math.inf)
             new |= zip(group, next_token(some, *how))
@@ -319,6 +331,16 @@ class Engine:
                 slot.logprobs += top_logprobs(logits[slot.row, None], [i], slot.top)
             slot.ids.append(i)
         return new
+
+    def add_biases(self, logits, slots):
+        """Logits (B, V) with the biases of each slot in its own row."""
+        out = logits
+        for slot in slots:
+            for n, ids, values in slot.biases:
+                if len(slot.ids) - slot.prompt < n:
+                    out = logits.to(torch.float32, copy=True) if out is logits else out
+                    out[slot.row, ids] += values
+        return out
 
     def by_settings(self, slots):
         """[(slots with the same settings, arguments of `next_token` for them)]."""
@@ -432,7 +454,7 @@ def generate(
     """Yield lists of new ids, one a prompt and step (None for a row that has stopped).
 
     prompts      lists of ids, of any lengths: each row gets what it would get alone
-    settings     of the sampling filters, see DECODING; row r draws with seeds[r], or with `seed`
+    settings     of Engine.add, see DECODING; row r draws with seeds[r], or with `seed`
     allowed      bools (V,): ids that may come; None is all
     stop(r, id)  called with each new id; True ends row r, the id included
     slide(kept)  see Engine

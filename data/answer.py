@@ -185,6 +185,8 @@ class Answer:
             return {}
         message, thought = choice.reply.message(), choice.thought.strip("\n")
         calls = message.get("tool_calls")
+        if calls and self.body.get("parallel_tool_calls") is False:
+            message["tool_calls"] = calls[:1]
         message["content"] = choice.text or (None if calls else "")
         return message | ({"reasoning_content": thought} if thought else {})
 

@@ -1,8 +1,9 @@
 """OpenAI's API: requests checked and turned into jobs; what becomes of them is in data/answer.py.
 
 Chat completions, completions and models, as https://platform.openai.com/docs/api-reference has
-them. Beyond it: top_k, min_p and repetition_penalty; `truncation: "auto"` leaves the oldest turns
-out where a conversation exceeds the context.
+them. Beyond it: top_k, min_p, repetition_penalty, stop_token_ids, min_tokens and ignore_eos;
+`truncation: "auto"` leaves the oldest turns out where a conversation exceeds the context. A field
+that would change the answer and is not supported is refused; others are ignored.
 """
 import json
 import queue
@@ -28,14 +29,38 @@ NUMBERS = {
     "repetition_penalty": ((int, float), 0.01, 100),
     "frequency_penalty": ((int, float), -2, 2),
     "presence_penalty": ((int, float), -2, 2),
-    "max_tokens": ((int,), 0, 2**31),
-    "max_completion_tokens": ((int,), 1, 2**31),
+    "max_tokens": ((int,), -1, 2**31),
+    "max_completion_tokens": ((int,), -1, 2**31),
+    "min_tokens": ((int,), 0, 2**31),
     "n": ((int,), 1, 16),
     "seed": ((int,), -(2**63), 2**63 - 1),
     "top_logprobs": ((int,), 0, 20),
     "logprobs": ((int,), 0, 20),
 }
-FLAGS = ("stream", "echo")
+FLAGS = ("stream", "echo", "ignore_eos", "parallel_tool_calls")
+# Fields of OpenAI's, vLLM's and llama.cpp's servers that would change the answer and are not
+# supported: (their names, the values that change nothing).
+UNSUPPORTED = (
+    ("response_format", {"type": "text"}),
+    ("function_call", "none"),
+    ("modalities", [], ["text"]),
+    ("reasoning_effort verbosity", "medium"),
+    ("reasoning_format", "auto", "deepseek"),
+    ("include_reasoning skip_special_tokens parse_tool_calls", True),
+    ("length_penalty typical_p repeat_penalty", 1),
+    ("n_predict thinking_token_budget top_n_sigma", -1),
+    ("prompt_logprobs truncate_prompt_tokens guided_json json_schema",),
+    (
+        "functions suffix audio prediction web_search_options use_beam_search early_stopping "
+        "guided_regex guided_choice guided_grammar structured_outputs structural_tag "
+        "grammar logits_processors allowed_token_ids bad_words documents chat_template "
+        "include_stop_str_in_output prompt_embeds mm_processor_kwargs logprob_token_ids "
+        "return_token_ids return_tokens_as_token_ids return_tokens post_sampling_probs n_probs "
+        "response_fields mirostat dynatemp_range xtc_probability dry_multiplier min_keep samplers "
+        "input_prefix input_suffix input_extra image_data lora t_max_predict_ms",
+        False, 0, "", [], {},
+    ),
+)  # fmt: skip
 
 
 def parse_body(raw):
@@ -52,11 +77,19 @@ def parse_body(raw):
         raise ApiError(400, f"the body is no JSON in UTF-8: {reason}") from e
     if not isinstance(body, dict):
         raise ApiError(400, "the body is no JSON object")
+    if "max_tokens" in body and body["max_tokens"] is None:
+        body["max_tokens"] = -1  # no limit; a completion that does not name it has 16
     return {k: v for k, v in body.items() if v is not None}
 
 
 def check_fields(body, chat):
-    """ApiError for a number or flag of a wrong type or outside of its limits."""
+    """ApiError for a number or flag of a wrong type or outside of its limits, and for what is not
+    supported. A limit of -1 becomes one that is never reached."""
+    own = ("best_of", body.get("n", 1)), ("add_special_tokens", not chat)
+    for names, *harmless in (*UNSUPPORTED, *own, ("echo" if chat else "", False)):
+        for name in names.split():
+            if name in body and body[name] not in harmless:
+                raise ApiError(400, f"this value of {name} is not supported: leave it out", name)
     flags = (*FLAGS, "logprobs") if chat else FLAGS
     for name in flags:
         if not isinstance(body.get(name, False), bool):
@@ -68,8 +101,13 @@ def check_fields(body, chat):
         if type(value) not in types or not low <= value <= high:
             kind = "an integer" if types == (int,) else "a number"
             raise ApiError(400, f"{name} must be {kind} from {low} to {high}", name)
-    if body.get("max_tokens") == 0 and (chat or not body.get("echo")):
-        raise ApiError(400, "max_tokens must be at least 1 (0 is for echo alone)", "max_tokens")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if body.get(name) == 0 and (chat or not body.get("echo")):
+            raise ApiError(400, f"{name} must be -1 or at least 1 (0 is for echo alone)", name)
+        if body.get(name) == -1:
+            body[name] = 2**31
+        if body.get("min_tokens", 0) > body.get(name, 2**31):
+            raise ApiError(400, f"min_tokens is more than {name}", "min_tokens")
     options = body.get("stream_options", {})
     if not isinstance(options, dict):
         raise ApiError(400, "stream_options must be an object", "stream_options")
@@ -84,6 +122,40 @@ def stop_strings(body):
     if len(stops) > 4:
         raise ApiError(400, f"stop has {len(stops)} texts, at most 4 are possible", "stop")
     return stops
+
+
+def token_settings(body, size):
+    """(`logit_bias` as {id: number}, `stop_token_ids` as a set) for a vocabulary of `size` ids."""
+    bias, ends = body.get("logit_bias") or {}, body.get("stop_token_ids") or []
+    if not isinstance(bias, dict) or not all(
+        re.fullmatch("[0-9]{1,9}", i) and int(i) < size
+        and type(value) in (int, float) and -100 <= value <= 100 for i, value in bias.items()
+    ):  # fmt: skip
+        wanted = f'{{"ID": bias}}, ids from 0 to {size - 1}, biases from -100 to 100'
+        raise ApiError(400, f"logit_bias must be {wanted}", "logit_bias")
+    if not isinstance(ends, list) or not all(type(i) is int and 0 <= i < size for i in ends):
+        wanted = f"a list of ids from 0 to {size - 1}"
+        raise ApiError(400, f"stop_token_ids must be {wanted}", "stop_token_ids")
+    return {int(i): value for i, value in bias.items()}, set(ends)
+
+
+class ApiReply(Reply):
+    """A Reply that also ends with `stop_ids`, which are not shown, and that looks for stop strings
+    only after `min_tokens` ids."""
+
+    def __init__(self, stop_ids, min_tokens, *args):
+        super().__init__(*args)
+        self.ends, self.stop_ids, self.left = self.ends | stop_ids, stop_ids, min_tokens
+        self.stops, self.stream.stops = self.stream.stops, []
+
+    def feed(self, i):
+        """The text that id `i` lets us show, maybe none."""
+        if i in self.stop_ids:
+            self.ended = True
+            return ""
+        self.stream.stops = [] if self.left > 0 else self.stops
+        self.left -= 1
+        return super().feed(i)
 
 
 def read_messages(messages):
@@ -211,6 +283,8 @@ class Api:
         settings |= {"top": top, "echo": echo and top is not None, "allowed": allowed}
         seed = body.get("seed", secrets.randbits(31)) % 2**63
         adapter, stops = self.adapters[body.get("model", self.names[0])], stop_strings(body)
+        bias, stop_ids = token_settings(body, len(allowed))
+        template, how = self.template if chat else None, (stop_ids, body.get("min_tokens", 0))
         events, choices = queue.SimpleQueue(), []
         for prompt in prompts:
             if len(prompt) > self.context or room(prompt) < (not echo):
@@ -219,10 +293,12 @@ class Api:
                     f"{len(prompt)}", "messages" if chat else "prompt", "context_length_exceeded",
                 )  # fmt: skip
             for n in range(body.get("n", 1)):
-                reply = Reply(self.tokenizer, self.template if chat else None, stops, given)
-                job = Job(prompt, room(prompt), frozenset(reply.ends), adapter=adapter)
+                reply = ApiReply(*how, self.tokenizer, template, stops, given)
+                ends = frozenset(i for i in reply.ends if i < len(allowed))
+                never = dict.fromkeys(ends - stop_ids, -1e9) if body.get("ignore_eos") else {}
+                job = Job(prompt, room(prompt), ends, adapter=adapter, events=events)
                 job.settings, job.index = settings | {"seed": (seed + n) % 2**63}, len(choices)
-                job.events = events
+                job.settings |= {"ends": ends, "min_tokens": how[1], "logit_bias": bias | never}
                 choices.append(Choice(job, reply))
         return Answer(self, body, choices, chat)
 

@@ -8,6 +8,7 @@ import hmac
 import http.server
 import io
 import json
+import re
 import select
 import socket
 import sys
@@ -21,8 +22,11 @@ from data.scheduler import Busy
 
 MAX_HEADER = 1 << 16  # bytes
 MAX_BODY = 1 << 20
+TOO_LONG = f"the body is longer than {MAX_BODY:,} bytes"
 MAX_CONNECTIONS = 64
 SECONDS = 10  # to send a request
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n\0]*)?\r\n")  # its size, extensions
+TRAILER = re.compile(rb"[^\s:]+:[^\r\n\0]*\r\n")
 LOCAL = ("localhost", "127.0.0.1", "::1")
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -213,19 +217,53 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ApiError(401, message, code="invalid_api_key")
 
     def body(self):
-        """The JSON object that was sent."""
+        """The JSON object that was sent, with one Content-Length or in chunks. What a proxy might
+        understand otherwise than this server is refused."""
         lengths = self.headers.get_all("Content-Length") or []
-        if self.headers.get("Transfer-Encoding") or len(lengths) != 1:
-            raise ApiError(411, "a request needs one Content-Length")
+        codings = self.headers.get_all("Transfer-Encoding") or []
+        if self.headers.defects:
+            raise ApiError(400, "the headers are malformed")
+        if codings and (lengths or self.request_version != "HTTP/1.1"):
+            raise ApiError(400, "Transfer-Encoding takes HTTP/1.1 and no Content-Length")
+        if codings and [c.strip().lower() for c in codings] != ["chunked"]:
+            raise ApiError(501, "the only Transfer-Encoding here is chunked")
+        if codings:
+            return parse_body(self.chunks())
+        if len(lengths) != 1:
+            raise ApiError(411, "a request needs one Content-Length, or Transfer-Encoding: chunked")
         if not lengths[0].isascii() or not lengths[0].isdigit():
             raise ApiError(400, "Content-Length is no number")
         if len(lengths[0]) > 9 or int(lengths[0]) > MAX_BODY:
-            raise ApiError(413, f"the body is longer than {MAX_BODY:,} bytes")
+            raise ApiError(413, TOO_LONG)
         self.rfile.raw.left = int(lengths[0])
         raw = self.rfile.read(int(lengths[0]))
         if len(raw) < int(lengths[0]):
             raise ApiError(400, "the body ends before its Content-Length")
         return parse_body(raw)
+
+    def chunks(self):
+        """The bytes of a body that is sent in chunks (RFC 9112, section 7.1). Extensions and
+        trailers are dropped. With them it has at most MAX_BODY + MAX_HEADER bytes."""
+        content, size, self.rfile.raw.left = bytearray(), None, MAX_BODY + MAX_HEADER
+        malformed = ApiError(400, "the body is not in chunks of the sizes that it names")
+        try:
+            while size != 0:
+                if not (found := CHUNK.fullmatch(self.rfile.readline())):
+                    raise malformed
+                size = int(found[1], 16)
+                if len(content) + size > MAX_BODY:
+                    raise ApiError(413, TOO_LONG)
+                content += self.rfile.read(size)
+                if size and self.rfile.read(2) != b"\r\n":
+                    raise malformed
+            while (line := self.rfile.readline()) != b"\r\n":
+                if not TRAILER.fullmatch(line):
+                    raise malformed
+        except TimeoutError:
+            if self.rfile.raw.left > 0:
+                raise
+            raise ApiError(413, TOO_LONG) from None
+        return bytes(content)
 
     def head(self, status, kind, length=None, **more):
         """Send the status and the headers."""

@@ -30,6 +30,10 @@ def requests(n, seed, vocab=300, longest=70):
         settings |= rng.choice([{}, dict(frequency_penalty=0.5, presence_penalty=0.3)])
         if rng.random() < 0.3:
             settings["allowed"] = torch.arange(vocab) % 2 == 0
+        if rng.random() < 0.3:
+            settings["logit_bias"] = {rng.randrange(vocab): rng.uniform(-9, 9) for _ in range(99)}
+        if rng.random() < 0.3:
+            settings |= dict(min_tokens=9, ends=range(vocab // 2))
         made.append((prompt, settings, rng.randint(1, 30)))
     return made
 
@@ -203,11 +207,40 @@ def test_penalties_are_those_of_the_api():
     assert sample.next_token(torch.tensor([[1.0, 0.5]]), [[0, 0]], [None], settings, [1]) == [1]
 
 
-def test_prompts_that_cannot_be_are_refused():
+@pytest.mark.parametrize("heat", [0, 1.3])
+def test_biases_are_added_before_the_filters_and_ends_wait(heat):
+    model, V, n = build("llama"), 300, 12
+    bias, even = {i: 3.0 for i in range(0, V, 3)} | {1: 100, 2: -100}, torch.arange(V) % 2 == 0
+    how = dict(logit_bias=bias, allowed=even, ends=range(0, V, 4), min_tokens=5)
+    how |= dict(seed=3, top=2, temperature=heat, top_k=40, repetition_penalty=1.2)
+    engine, others = Engine(model, 3), dict(seed=4, temperature=heat, top=0, allowed=even)
+    alone = [i for (i,) in generate(model, [[7, 8]], n, **others)]
+    beside = [engine.add([7, 8], **others)]
+    slot, _ = engine.add([5, 6], **how), beside.append(engine.add([7, 8], **others))
+    for _ in range(n):
+        engine.step()
+    assert [s.ids[2:] for s in beside] == [alone, alone]
+    ids, g = [5, 6], torch.Generator().manual_seed(3)
+    for _, best in slot.logprobs:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0, -1]
+        own = logits.log_softmax(-1).topk(2)
+        assert [i for i, _ in best] == own.indices.tolist()  # the model's own, unbiased
+        for i, value in bias.items():
+            logits[i] += value
+        logits[1::2] = -torch.inf
+        if len(ids) < 2 + 5:
+            logits[::4] = -torch.inf
+        filters = dict(temperature=heat, top_k=40, repetition_penalty=1.2)
+        ids += sample.next_token(logits[None], [ids], [g], filters)
+    assert slot.ids == ids and {i % 4 for i in ids[2:7]} == {2} and {i % 4 for i in ids[7:]} != {2}
+
+
+def test_prompts_and_biases_that_cannot_be_are_refused():
     engine = Engine(build("gpt2"), 1)
-    for bad in ([], [300], [-1]):
+    for bad, bias in ([], {}), ([300], {}), ([-1], {}), ([1], {300: 1}), ([1], {-1: 1}):
         with pytest.raises(UserError):
-            engine.add(bad)
+            engine.add(bad, logit_bias=bias)
     assert engine.busy == 0 and isinstance(engine.slots[0], Slot)
 
 

@@ -267,6 +267,40 @@ def test_lengths_stops_seeds_and_penalties(chat, text):
     assert penalised.text != text.write(**poet).choices[0].text
 
 
+def test_limits_biases_and_ends_that_a_request_names(chat, text):
+    said = {"messages": HELLO, "temperature": 0}
+    hi = both(chat.chat, **said).choices[0].message.content
+    assert hi == GREETING
+    for none in {"max_tokens": -1}, {"max_tokens": None}, {"max_completion_tokens": -1}:
+        assert chat.chat(**said, extra_body=none).choices[0].message.content == hi
+        if "max_tokens" in none:
+            answer = text.write(prompt="it", temperature=0, extra_body=none)
+            assert answer.usage.completion_tokens > 100
+    comma = BYTE.encode("，")[0]
+    cut = both(chat.chat, **said, extra_body={"stop_token_ids": [comma]}).choices[0]
+    assert (cut.message.content, cut.finish_reason) == ("hi 你好", "stop")
+    later = dict(stop=["你", "坐"], extra_body={"min_tokens": 8})
+    assert both(chat.chat, **said, **later).choices[0].message.content == "hi 你好，请"
+    count = len(GREETING.encode()) + 20
+    for more in {"min_tokens": count}, {"ignore_eos": True, "max_tokens": count}:
+        answer = both(chat.chat, **said, extra_body=more)
+        assert answer.choices[0].message.content.startswith(hi)
+        assert answer.usage.completion_tokens >= count
+    ends = {"stop_token_ids": list(range(320)), "min_tokens": 3}  # nothing else can come
+    assert text.write(prompt="a", extra_body=ends).choices[0].finish_reason == "stop"
+    bias = {"89": 12, "310": 100}  # no token has the id 310
+    asked = dict(prompt="it", max_tokens=20, temperature=1.5, seed=5)
+    settings = text.service.api.settings | dict(temperature=1.5, seed=5, logit_bias={89: 12})
+    settings |= {"allowed": sample.allowed_ids(text.model, BYTE), "ends": [256], "min_tokens": 20}
+    ids = [i for (i,) in sample.generate(text.model, [BYTE.encode("it")], 20, **settings)]
+    own = dict(logit_bias=bias, extra_body={"min_tokens": 20})
+    with ThreadPoolExecutor(4) as pool:  # beside others, as alone
+        plain = text.write(**asked).choices[0].text
+        jobs = [pool.submit(text.write, **asked, **own if n % 2 else {}) for n in range(8)]
+        found = [job.result().choices[0].text for job in jobs]
+    assert found == [plain, BYTE.decode(ids).rstrip("\ufffd")] * 4 and found[0] != found[1]
+
+
 def torch_logprobs(model, ids):
     """Log probabilities (T, V) of what follows each id."""
     with torch.no_grad():
@@ -328,6 +362,24 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
     for name, value in bad.items():
         with pytest.raises(openai.BadRequestError):
             chat.chat(**{"messages": HELLO, name: value})
+    bad = dict(logit_bias={"a": 1}, stop_token_ids=[320], min_tokens=-1, ignore_eos=1, best_of=2)
+    bad |= dict(response_format={"type": "json_object"}, functions=[tool("f")], suffix="x")
+    bad |= dict(function_call="auto", modalities=["text", "audio"], prediction={"content": "x"})
+    bad |= dict(guided_json={}, grammar="root ::= 'a'", structured_outputs={"choice": ["a"]})
+    bad |= dict(use_beam_search=True, prompt_logprobs=0, repeat_penalty=1.1, mirostat=2)
+    bad |= dict(parallel_tool_calls="no", truncate_prompt_tokens=5, include_reasoning=False)
+    fine = dict(response_format={"type": "text"}, functions=[], function_call="none", best_of=1)
+    fine |= dict(modalities=["text"], audio=None, prediction=None, suffix="", guided_json=None)
+    fine |= dict(use_beam_search=False, prompt_logprobs=None, repeat_penalty=1.0, logit_bias={})
+    fine |= dict(parallel_tool_calls=False, user="me", metadata={"a": "b"}, store=True)
+    fine |= dict(service_tier="auto", safety_identifier="x", prompt_cache_key="y", priority=3)
+    fine |= dict(stop_token_ids=[], min_tokens=0, ignore_eos=False, cache_prompt=True, new=[1])
+    for path, asked in (ASK, GOOD), (WRITE, {"prompt": "a", "max_tokens": 2}):
+        plain = fetch(chat.port, post(path, asked | {"seed": 1}))[2]["choices"]
+        assert fetch(chat.port, post(path, asked | {"seed": 1} | fine))[2]["choices"] == plain
+        for name, value in bad.items():
+            status, _, answer = fetch(chat.port, post(path, asked | {name: value}))
+            assert (status, answer["error"]["param"]) == (400, name) and name in str(answer)
     monkeypatch.setattr(chat.service, "key", "schlüssel")
     with pytest.raises(openai.AuthenticationError):
         chat.client.models.list()
@@ -442,7 +494,21 @@ ASK, WRITE, LENGTH = "/v1/chat/completions", "/v1/completions", "Content-Length:
 GOOD = {"model": "tiny", "messages": HELLO, "max_tokens": 2}
 CHOICE = {"messages": HELLO, "chosen": "hi 你好", "rejected": "no"}
 POSTS = [path for path, (method, *_) in data.service.ROUTES.items() if method == "POST"]
-CHUNKED, CHUNKS = "Transfer-Encoding: chunked", b"2\r\n{}\r\n0\r\n\r\n"
+CHUNKED, BODY = "Transfer-Encoding: chunked", json.dumps(GOOD).encode()
+SIZE = b"%X" % len(BODY)
+CHUNKS = SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n"
+
+
+def chunked(content, sizes=(1, 0, 7, 10**6), extension=b"", trailers=b""):
+    """A request to chat whose body comes in chunks of `sizes`, again and again."""
+    out = request(f"POST {ASK} HTTP/1.1", CHUNKED)
+    for size in filter(None, itertools.cycle(sizes)):
+        if not content:
+            return out + b"0" + extension + b"\r\n" + trailers + b"\r\n"
+        part, content = content[:size], content[size:]
+        out += b"%X%s\r\n%s\r\n" % (len(part), extension, part)
+
+
 REFUSED = [  # (request, its status, perhaps that no more is sent)
     *[(post(ASK, body), 400) for body in (
         "{", "[]", "5", "null", '"x"', "{'a': 1}", b"\xff\xfe", b"\xef\xbb\xbf{}", "[" * 10**5,
@@ -455,8 +521,29 @@ REFUSED = [  # (request, its status, perhaps that no more is sent)
     *[(post(ASK, GOOD, LENGTH + n), 400) for n in ("-1", "+5", "5_0", "0x10", "1e3", "٣", "1.0")],
     *[(post(ASK, GOOD, LENGTH + n), 413) for n in ("1048577", "9" * 40)],
     (post(ASK, b"x" * (1 << 20) + b"y"), 413), (request(f"POST {ASK} HTTP/1.1"), 411),
-    (post(ASK, GOOD, LENGTH + "67", LENGTH + "67"), 411), (post(ASK, GOOD, CHUNKED), 411),
-    (request(f"POST {ASK} HTTP/1.1", CHUNKED, body=CHUNKS), 411),
+    (post(ASK, GOOD, LENGTH + "67", LENGTH + "67"), 411), (post(ASK, GOOD, CHUNKED), 400),
+    (request(f"POST {ASK} HTTP/1.1", CHUNKED, body=CHUNKS), 400),
+    (request(f"POST {ASK} HTTP/1.0", CHUNKED) + CHUNKS, 400),
+    *[(request(f"POST {ASK} HTTP/1.1", *codings) + CHUNKS, status) for *codings, status in (
+        ("Transfer-Encoding: gzip, chunked", 501), ("Transfer-Encoding: identity", 501),
+        ("Transfer-Encoding:", 501), (CHUNKED, CHUNKED, 501), ("Transfer-Encoding : chunked", 400),
+        ("X", CHUNKED, 400), (": x", CHUNKED, 400),
+    )],
+    *[(request(f"POST {ASK} HTTP/1.1", CHUNKED) + body, 400, True) for body in (
+        b"", CHUNKS[:-1], CHUNKS[:-2], CHUNKS[:-5], CHUNKS[:9], CHUNKS.replace(b"\r\n", b"\n"),
+        *[CHUNKS.replace(b"}\r\n", end) for end in (b"}", b"}\n")], SIZE + b";\n" + CHUNKS[4:],
+        *[CHUNKS[:-2] + trailer + b"\r\n" for trailer in (b"X\r\n", b"X: y\n", b" X: y\r\n")],
+        *[size + CHUNKS[2:] for size in (
+            b"", b" " + SIZE, b"+" + SIZE, b"-" + SIZE, b"0x" + SIZE, SIZE + b"_", SIZE + b";\0",
+            SIZE + b" a", b"0000000" + SIZE, b"\xb2", b";" + SIZE, b"%X" % (len(BODY) + 1),
+            b"%X" % (len(BODY) - 1),
+        )],
+    )],
+    *[(chunked(*how), 413) for how in (
+        (b"x" * (1 << 20) + b"y",), (b"x" * 300_000, (1,)), (b"{}", (2,), b";" + b"x" * (1 << 20)),
+        (b"{}", (2,), b"", b"X: y\r\n" * 200_000),
+    )],
+    (request(f"POST {ASK} HTTP/1.1", CHUNKED) + b"FFFFFFFF\r\n", 413),
     *[(post(path, GOOD, f"Host: {host}"), 403) for path in POSTS for host in (
         "evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1@evil.example", "",
         "127.0.0.2", "[::1].evil", "[", ":80", "::1",
@@ -482,7 +569,7 @@ REFUSED = [  # (request, its status, perhaps that no more is sent)
     (request("GET / HTTP/1.1", "X: " + "y" * 66000), 0), (b"GET /" + b"x" * 70000, 0),
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9 + b"\r\n", 400), (b"\x00" * 70000, 0),
     (bytes(range(256)) * 4, 400, True), (b"\r\n\r\n", 0), (b"", 0, True), (b"POST", 400, True),
-    (b"POST / HT", 400, True), (post(ASK, GOOD)[:60], 411, True), (b"POST /\r\n\r\n", 400),
+    (b"POST / HT", 400, True), (post(ASK, GOOD)[:60], 400, True), (b"POST /\r\n\r\n", 400),
 ]  # fmt: skip
 
 
@@ -495,6 +582,17 @@ def test_bad_requests_are_refused_and_change_nothing(chat, monkeypatch):
     two = post(ASK, GOOD, "Host: [::1]:80") + post("/page/choose", CHOICE)
     assert fetch(chat.port, two)[0] == 200  # the second one is not read
     assert get(chat.port, "/health")[2] == {"status": "ok"} and not Path("out").exists()
+
+
+def test_a_body_in_chunks_is_the_same_request(chat):
+    body = json.dumps(GOOD | {"user": "好" * 99_000}, ensure_ascii=False).encode()
+    whole = fetch(chat.port, post(ASK, body))[2]["choices"]
+    for how in {}, {"extension": b' ;a=b;c="d e"'}, {"trailers": b"X: y\r\nZ:\r\n"}:
+        for sizes in (9000,), (1, 0, 7, 10**6), (300, 5):
+            status, _, answer = fetch(chat.port, chunked(body, sizes, **how) + post(ASK, GOOD))
+            assert status == 200 and answer["choices"] == whole
+    loud = request(f"POST {ASK} HTTP/1.1", "transfer-encoding:\tCHUNKED ")
+    assert fetch(chat.port, loud + CHUNKS)[0] == 200
 
 
 ROLE = '[{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "%s"}}]}]'
@@ -540,7 +638,7 @@ def test_mutated_requests(chat, monkeypatch):
     rng, info = random.Random(7), request("GET /page/info HTTP/1.1")
     some = [post(ASK, GOOD | {"stream": True}, "Origin: http://localhost"), info]
     some += [post(ASK, GOOD | {"tools": [tool("search")], "stop": ["a"]})]
-    some += [post("/page/choose", CHOICE)]
+    some += [post("/page/choose", CHOICE), chunked(BODY, (9, 40))]
     with ThreadPoolExecutor(16) as pool:
         cases = [mutated(rng.choice(some), rng) for _ in range(200)]
         answers = list(pool.map(lambda case: raw(chat.port, case), cases))

@@ -1,5 +1,6 @@
 """data/tools.py: functions of a file, their schemas, calls."""
 
+import enum
 import inspect
 import json
 import sys
@@ -15,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from data.cli import UserError
 from data.tools import call_tool, function_schema, load_tools, suits
@@ -38,9 +39,15 @@ def test_the_public_functions_of_a_file_are_tools_and_nothing_else(tmp_path):
         "def _twice(x): return FACTOR * x\n"
         "def double(x: int): return _twice(x)\n"
         "def now(): return math.pi\n"
+        "import asyncio, functools\n"
+        "@functools.cache\ndef once(x: int = 1): return x\n"
+        "async def slow(x: int):\n    await asyncio.sleep(0)\n    return [x]\n"
+        "async def bad(): raise KeyError(7)\n"
     )
     tools = load_tools(str(path))
-    assert set(tools) == {"double", "now"}
+    assert set(tools) == {"double", "now", "once", "slow", "bad"}
+    assert call_tool(tools, 'slow {"x": 21}') == "[21]" and call_tool(tools, "once {}") == "1"
+    assert json.loads(call_tool(tools, "bad {}")) == {"error": "bad failed: KeyError: 7"}
     assert call_tool(tools, 'double {"x": 21}') == "42"
     assert "cannot be 'a'" in call_tool(tools, 'double {"x": "a"}')
 
@@ -52,7 +59,15 @@ def test_the_public_functions_of_a_file_are_tools_and_nothing_else(tmp_path):
         ("def f(:\n", "SyntaxError"),
         ("import nosuchmodule\n", "nosuchmodule"),
         ("1 / 0\n", "ZeroDivisionError"),
-        ("def f(x: 'Nothing'): pass\n", "Nothing"),
+        ("def f(x: 'Nothing'): pass\n", ": f has a .*Nothing.*: write a function"),
+        ("from typing import *\ndef f(x: Literal[b'a']): pass\n", ": f has a .*bytes.*: write"),
+        ("def f(x: [1]): pass\n", ": f has a .*list.*: write a function"),
+        ("def get_tools(): return {'low': min}\n", ": low has a .*no signature.*: write a"),
+        ("import math\ndef get_tools(): return {'s': math.sqrt}\n", ": s takes x by .*: write a"),
+        ("def get_tools(): return {'a': int}\n", ": a is no function: write a"),
+        ("class A: pass\ndef get_tools(): return {'a': A}\n", ": a is no function: write a"),
+        ("def get_tools(): return {'a': 5}\n", ": a is no function: write a"),
+        ("def get_tools(): return [min]\n", "must return a dict"),
         ("from json import dumps\ndef _f(): pass\n", "no function"),
         ("", "no function"),
     ],
@@ -63,7 +78,7 @@ def test_a_file_of_tools_that_cannot_be_used_is_named(tmp_path, text, reason):
         path.write_text(text)
     with pytest.raises(UserError, match=reason) as e:
         load_tools(str(path))
-    assert str(path) in str(e.value)
+    assert str(path) in str(e.value) and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +190,51 @@ def mixed(
     """
 
 
-@pytest.mark.parametrize("function", [look_up, mixed])
+class Unit(enum.Enum):
+    C, F = "c", 1
+
+
+def annotated(a: Unit, b: Annotated[int, "?"], c: list[Unit] | None = None):
+    """Others.
+
+    Args:
+        a: A.
+        b: B.
+        c: C.
+    """
+
+
+def test_an_enums_members_are_called_by_their_values():
+    def f(a: Unit, b: list[Unit] | None = None, c: Literal[Unit.C, 5] = 5):
+        return [type(x) is Unit for x in (a, *(b or ()), c)]
+
+    own = function_schema("f", f)["function"]["parameters"]["properties"]["c"]
+    assert own["enum"] == ["c", 5] and own["type"] == ["string", "integer"]
+    called = call_tool({"f": f}, 'f {"a": 1, "b": ["c", 1], "c": "c"}')
+    assert called == "[true, true, true, true]"
+    assert "cannot be 2" in call_tool({"f": f}, 'f {"a": 2}')
+
+
+@pytest.mark.parametrize(
+    "kind, said, choices",
+    [
+        (str, '["a", " b "]', ["a", "b"]), (str, "a, b c", ["a", "b c"]), (str, "5", ["5"]),
+        (str, "'a', 'b'", ["a", "b"]), (str, "1, 2", ["1", "2"]), (int, "1, 2", [1, 2]),
+        (float, "[0.5, 1]", [0.5, 1]), (str, "[x, y]", ["x", "y"]), (str, '"a", 2', ["a", "2"]),
+        (str, "a (b), c", ["a (b)", "c"]), (str, "{a}", ["{a}"]),
+    ],
+)  # fmt: skip
+def test_choices_in_a_docstring(kind, said, choices):
+    def f(x: kind):
+        pass
+
+    f.__doc__ = f"F.\n\nArgs:\n    x: Which one. (choices: {said})\n"
+    properties = function_schema("f", f)["function"]["parameters"]["properties"]
+    assert properties["x"].pop("type") in ("string", "integer", "number")
+    assert properties["x"] == {"enum": choices, "description": "Which one."}
+
+
+@pytest.mark.parametrize("function", [look_up, mixed, annotated])
 def test_a_functions_schema_is_that_of_transformers(function):
     theirs = pytest.importorskip("transformers").utils.get_json_schema(function)
     ours = function_schema(function.__name__, function)
