@@ -262,7 +262,8 @@ class SFT:
             for row in rows:
                 if all(any(r.mask[1:]) for r in (row if isinstance(row, tuple) else (row,))):
                     split.rows.append(row)
-        report_bad(bad, len(examples), self.args.data)
+        if bad:
+            report_bad(bad, len(examples), self.args.data)
         told = any("tools" in e for e in split.examples)
         if told and not get_template(self.tokenizer).tells:
             print("[the chat template has no place for tools: they are left out]", file=sys.stderr)

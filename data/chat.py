@@ -64,7 +64,7 @@ TEMPLATES = Path(__file__).with_name("chat_templates")
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|call|>", "<|tool|>", "<|end|>")
 THINK = ("<think>", "</think>")
 # What an assistant may write itself as the vocabulary's tokens, beside the end of its turn
-OWN_TAGS = (*THINK, "<tool_call>", "</tool_call>", "<|call|>", "[TOOL_CALLS]", "<|python_tag|>")
+OWN_TAGS = (*THINK, "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 
 
 class Escaped(dict):
@@ -174,6 +174,8 @@ class Template:
         behind = self.encode(said.rpartition(PROBE)[2])
         known = set(special.values())
         self.end = next((i for i in behind if i in known), self.tokenizer.eos_id)
+        around = said.split(self.tokenizer.decode([self.end]))[0].split(PROBE)
+        self.around = [text if text.isspace() else "" for text in (around[0], around[-1])]
         self.ends = {self.end, self.tokenizer.eos_id, *self.tokenizer.spec.get("ends", ())}
         plain, called = known & set(self.encode(said)), []
         with contextlib.suppress(ValueError):
@@ -326,6 +328,7 @@ class Template:
         """The assistant's message that generated ids mean, with `tool_calls` and
         `reasoning_content` where it has some."""
         tags = [n for n in OWN_TAGS if n in self.tokenizer.special or not self.ours]
+        tags += ["<|call|>"] if self.ours else []
         own = {self.tokenizer.special[n]: n for n in tags if n in self.tokenizer.special}
         hidden, text, run = set(self.tokenizer.special.values()), "", []
         for i in [*ids, None]:
@@ -347,10 +350,11 @@ class Template:
                 text = after.lstrip("\n") if closed else ""
                 if not message["reasoning_content"].strip():
                     del message["reasoning_content"]
-        said, calls = self.parse_calls(text, tag)
+        before, after = self.around
+        said, calls = self.parse_calls(text.removeprefix(before).removesuffix(after), tag)
         if calls:
             message["tool_calls"] = calls
-        return message | {"content": said.replace(MARK + "<|call|>", "").replace(MARK, "")}
+        return message | {"content": said.replace(MARK, "")}
 
     def parse_calls(self, text, tag):
         """(text before the calls, calls) of an answer without its thought; no calls, and all of the

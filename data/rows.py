@@ -220,10 +220,9 @@ def to_example(row, unread=None):
         row = {"messages": row}
     if not isinstance(row, dict):
         raise ValueError(f"neither an object nor a list of turns but {row!r:.40}")
-    row = Fields(row)
+    keys, row = ", ".join(map(str, row)), Fields(row)
     found = pair_example(row, unread) or chat_example(row, unread) or label_example(row)
     if found is None:
-        keys = ", ".join(map(str, row))
         raise ValueError(f"no known format has the keys {keys:.80}; known are {FORMS}")
     row.close(unread)
     return found
@@ -247,7 +246,7 @@ def pair_example(row, unread):
 
 def chat_example(row, unread):
     """`to_example` of conversations; None for other rows."""
-    keys, before, tidy = set(row), [], False
+    keys, tidy = set(row), False
     if {"prompt", "completion"} <= keys:
         if isinstance(row.get("label"), bool):
             raise ValueError(
@@ -260,7 +259,8 @@ def chat_example(row, unread):
         turns = [*messages_of(row.take("prompt"), unread), *messages_of(completion, unread)]
     elif {"context", "response"} <= keys and not {"instruction"} & keys:
         turns = [*read_json(row.take("context")), read_json(row.take("response"))]
-    elif turns := row.take("messages", "conversations", "conversation", "items"):
+    elif keys & {"messages", "conversations", "conversation", "items"}:
+        turns = row.take("messages", "conversations", "conversation", "items")
         if "instruction" in row and "system" not in row:  # COIG's
             row["system"] = row.take("instruction")
     elif {"instruction", "output"} <= keys or {"input", "target"} <= keys:  # Alpaca, Firefly
@@ -279,7 +279,7 @@ def chat_example(row, unread):
         tidy = any(isinstance(t, dict) and {"role", "arguments"} <= set(t) for t in turns)
     system, tools = row.take("system", default=""), row.take("tools", "functions")
     messages = messages_of(turns, unread)
-    example = conversation([*before, *messages], content_text(system), tools)
+    example = conversation(messages, content_text(system), tools)
     return "chat", tidy_calls(example) if tidy else example
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import http.server
 import itertools
+import json
 import os
 import struct
 import sys
@@ -130,8 +131,11 @@ def turn(role, content):
 
 def calls(*texts, content=""):
     """The assistant's message with calls, each `name {arguments}`."""
-    parts = [text.partition(" ") for text in texts]
-    found = [tool_call(name, arguments) for name, _, arguments in parts]
+    parts, found = [text.partition(" ") for text in texts], []
+    for name, _, arguments in parts:
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+        found.append(tool_call(name, arguments))
     return {"role": "assistant", "content": content, "tool_calls": found}
 
 

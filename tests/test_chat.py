@@ -1,274 +1,137 @@
-"""Conversations in the families' own templates: the texts that their model cards show."""
+"""Conversations by our own template, prompts that must be short, and answers read back.
+
+What other templates write is compared with transformers in test_templates.py.
+"""
 
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ASSISTANT, BYTE, CALL, CHAT, END, SYSTEM, TOOL, USER, real, turn
-from test_tools import look_up, mixed
+from conftest import ASSISTANT, BYTE, CALL, CHAT, END, SYSTEM, TOOL, USER, calls, real, turn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import itertools
 import random
-import sys
-from pathlib import Path
+
+from test_templates import FAMILIES, TOOLS, pair
 
 import prepare_data
 from data.chat import (
     CHAT_TOKENS,
-    ROLES,
-    Template,
-    call_text,
+    THINK,
     chat_prompt,
+    find_template,
+    get_template,
     label_token,
     labels_of,
+    message_text,
+    parse_call,
+    prompt_ids,
     render_chat,
 )
 from data.cli import UserError
-from data.hf_tokenizer import tokenizer_config, tokenizer_json
 from data.tokenizer import Tokenizer
-from data.tools import function_schema
-
-QWEN = BYTE.with_special(
-    ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<think>", "</think>"]
-)
-
-SMOL = BYTE.with_special(["<|im_start|>", "<|im_end|>"])
-
-LLAMA = BYTE.with_special(
-    ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-)
-
-LLAMA.bos_id = LLAMA.special["<|begin_of_text|>"]
-
-TALK = [
-    {"role": "system", "content": "Be kind."},
-    {"role": "user", "content": "你好"},
-    {"role": "assistant", "content": "Hello!"},
-    {"role": "user", "content": "A room?"},
-    {"role": "call", "content": call_text("search", {"type": "豪华型"})},
-    {"role": "tool", "content": "[]"},
-    {"role": "assistant", "content": "None, sorry."},
-]
-
-CHATML = (
-    "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n"
-    "<|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\nA room?<|im_end|>\n"
-    '<|im_start|>assistant\n<tool_call>\n{"name": "search", "arguments": {"type": "豪华型"}}\n'
-    "</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n[]\n</tool_response><|im_end|>\n"
-    "<|im_start|>assistant\nNone, sorry.<|im_end|>\n"
-)
-
-
-def header(role):
-    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
-
-
-LLAMA3 = (
-    f"<|begin_of_text|>{header('system')}Be kind.<|eot_id|>{header('user')}你好<|eot_id|>"
-    f"{header('assistant')}Hello!<|eot_id|>{header('user')}A room?<|eot_id|>"
-    f'{header("assistant")}{{"name": "search", "parameters": {{"type": "豪华型"}}}}<|eot_id|>'
-    f"{header('ipython')}[]<|eot_id|>{header('assistant')}None, sorry.<|eot_id|>"
-)
-
-FAMILIES = {
-    "qwen": (QWEN, CHATML, "<|im_start|>assistant\n"),
-    "smol": (SMOL, CHATML, "<|im_start|>assistant\n"),
-    "llama": (LLAMA, LLAMA3, header("assistant")),
-}
-
-every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-@every_family
-def test_a_conversation_is_written_as_the_family_does(family):
-    tokenizer, text, begin = FAMILIES[family]
-    ids, mask = render_chat(TALK, tokenizer)
-    assert tokenizer.decode(ids) == text
-    prompt, nothing = render_chat(TALK, tokenizer, add_generation_prompt=True)
-    assert tokenizer.decode(prompt) == text + begin and not any(nothing[len(ids) :])
-    learned = [
-        tokenizer.decode([i for i, m in zip(run, [1] * len(run))]) for run in runs(ids, mask)
-    ]
-    end = "<|eot_id|>" if family == "llama" else "<|im_end|>"
-    key = "parameters" if family == "llama" else "arguments"
-    call = f'{{"name": "search", "{key}": {{"type": "豪华型"}}}}'
-    call = call if family == "llama" else f"<tool_call>\n{call}\n</tool_call>"
-    assert learned == [f"Hello!{end}", f"{call}{end}", f"None, sorry.{end}"]
-
-
-def runs(ids, mask):
-    found, last = [], 0
-    for i, m in zip(ids, mask):
-        if m and not last:
-            found.append([])
-        if m:
-            found[-1].append(i)
-        last = m
-    return found
-
-
-@every_family
-def test_a_prompt_is_a_prefix_of_what_was_learned(family):
-    tokenizer = FAMILIES[family][0]
-    whole = render_chat(TALK, tokenizer)[0]
-    for i, m in enumerate(TALK):
-        if m["role"] in ("assistant", "call"):
-            prompt = render_chat(TALK[:i], tokenizer, add_generation_prompt=True)[0]
-            assert prompt == whole[: len(prompt)]
-            assert chat_prompt(TALK[:i], tokenizer, 10_000) == prompt
-
-
-@every_family
-def test_what_was_learned_is_understood_again(family):
-    tokenizer = FAMILIES[family][0]
-    template, (ids, mask) = Template(tokenizer), render_chat(TALK, tokenizer)
-    said = [m for m in TALK if m["role"] in ("assistant", "call")]
-    assert [template.parse(run) for run in runs(ids, mask)] == said
-    strange = tokenizer.encode('{"name": 3, "arguments": {}} {')
-    assert template.parse(strange)["role"] == "assistant"
-
-
-@every_family
-def test_a_prompt_that_is_too_long_keeps_its_frame(family):
-    tokenizer, _, begin = FAMILIES[family]
-    template = Template(tokenizer)
-    for room in (60, 90, 200):
-        ids = chat_prompt(TALK[:4], tokenizer, room)
-        assert len(ids) <= room and tokenizer.decode(ids).endswith(f"A room?{end(template)}{begin}")
-        assert ids[: len(template.start)] == template.start
-
-
-def end(template):
-    after = "\n" if template.kind == "chatml" else ""
-    return template.tokenizer.decode([template.end]) + after
-
-
-def test_our_own_tokens_win_and_a_tokenizer_without_any_is_refused():
-    assert Template(QWEN.with_special(CHAT_TOKENS)).kind == "ours"
-    with pytest.raises(UserError, match="no special tokens for a chat"):
-        Template(BYTE)
-
-
-# ---- tools: what the model is told, against transformers ------------------------------------
-
-
-QWEN3 = QWEN.with_special(["<tool_response>", "</tool_response>"])
-OURS = BYTE.with_special(CHAT_TOKENS)
-TOLD = {"qwen": QWEN, "qwen3": QWEN3, "smol": SMOL, "llama": LLAMA, "ours": OURS}
-
-TWO = [
-    *TALK,
-    {"role": "user", "content": "  Two?"},
-    {"role": "call", "content": call_text("search", {"type": "a"})},
-    {"role": "call", "content": call_text("look_up", {"city": "北京", "days": 2})},
-    {"role": "tool", "content": '[{"x": 1}]'},
-    {"role": "tool", "content": "sunny"},
-]
-
-
-def openai(messages, merge):
-    """As other programs have them; ChatML's calls in a row are those of one turn."""
-    found = []
-    for m in messages:
-        if m["role"] == "call":
-            name, arguments = m["content"].split(" ", 1)
-            call = {"type": "function", "function": {"name": name,
-                                                     "arguments": json.loads(arguments)}}
-            if merge and found[-1].get("tool_calls"):
-                found[-1]["tool_calls"].append(call)
-            else:
-                found.append({"role": "assistant", "content": "", "tool_calls": [call]})
-        else:
-            found.append(m)
-    return found
-
-
-@pytest.mark.parametrize("system", ["Be kind.", "", None])
-@pytest.mark.parametrize("tools", [0, 1, 2])
-@pytest.mark.parametrize("family", TOLD)
-def test_what_a_model_is_told_is_what_transformers_renders_of_our_export(
-    family, tools, system, tmp_path
-):
-    transformers = pytest.importorskip("transformers")
-    tokenizer = TOLD[family]
-    schemas = [function_schema(f.__name__, f) for f in (look_up, mixed)[:tools]]
-    talk = TWO[1:] if system is None else [{"role": "system", "content": system}, *TWO[1:]]
-    if system == "" and not (tools and family != "ours"):
-        pytest.skip("an empty system turn is for tools")
-    for name, make in (("tokenizer.json", tokenizer_json), ("tokenizer_config.json",
-                                                           tokenizer_config)):
-        (tmp_path / name).write_text(json.dumps(make(tokenizer)))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    told = talk
-    if schemas:
-        told = talk if system is not None else [{"role": "system", "content": ""}, *talk]
-        told = [told[0] | {"tools": schemas}, *told[1:]]
-    for prompt in (False, True):
-        want = theirs.apply_chat_template(
-            openai(talk, "qwen" in family or family == "smol"), tools=schemas or None,
-            add_generation_prompt=prompt, tokenize=True, return_dict=False,
-        )
-        ids = render_chat(told, tokenizer, prompt)[0]
-        assert tokenizer.decode(ids) == tokenizer.decode(want)
-        assert ids == want
-
-
-def test_tools_stand_where_the_families_have_them():
-    schema = function_schema("look_up", look_up)
-    talk = [{"role": "system", "content": "Be kind.", "tools": [schema]}, *TALK[1:2]]
-    text = QWEN.decode(render_chat(talk, QWEN)[0])
-    assert text == (
-        "<|im_start|>system\nBe kind.\n\n# Tools\n\nYou may call one or more functions to assist "
-        "with the user query.\n\nYou are provided with function signatures within "
-        f"<tools></tools> XML tags:\n<tools>\n{json.dumps(schema)}\n</tools>\n\nFor each function "
-        "call, return a json object with function name and arguments within "
-        "<tool_call></tool_call> XML tags:\n<tool_call>\n"
-        '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
-        "<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n"
-    )
-    text = LLAMA.decode(render_chat(talk, LLAMA)[0])
-    assert text == (
-        f"<|begin_of_text|>{header('system')}Environment: ipython\nCutting Knowledge Date: "
-        f"December 2023\nToday Date: 26 Jul 2024\n\nBe kind.<|eot_id|>{header('user')}Given the "
-        "following functions, please respond with a JSON for a function call with its proper "
-        "arguments that best answers the given prompt.\n\nRespond in the format "
-        '{"name": function name, "parameters": dictionary of argument name and its value}.'
-        f"Do not use variables.\n\n{json.dumps(schema, indent=4)}\n\n你好<|eot_id|>"
-    )
-    room = len(render_chat(talk, LLAMA, True)[0])  # the oldest turns go, the tools stay
-    long = [talk[0], {"role": "user", "content": "x" * 50}, TALK[2], talk[1]]
-    assert chat_prompt(long, LLAMA, room) == render_chat(talk, LLAMA, True)[0]
-
-
-def test_a_thought_is_no_part_of_the_message_and_a_call_after_it_is_one():
-    template = Template(QWEN3)
-
-    def ids(*parts):
-        special = QWEN3.special
-        return [i for p in parts for i in ([special[p]] if p in special else QWEN3.encode(p))]
-
-    think = "<think>", "\nHm. <b>\n", "</think>", "\n\n"
-    assert template.parse(ids(*think, "Hello!", "<|im_end|>")) == TALK[2]
-    call = "<tool_call>", '\n{"name": "search", "arguments": {"type": "豪华型"}}\n', "</tool_call>"
-    assert template.parse(ids(*think, *call)) == TALK[4]
-    assert template.parse(ids(*think, "I look.\n", *call)) == TALK[4]
-    assert template.parse(ids("<think>", "\nHm")) == {"role": "assistant", "content": ""}
-    assert template.is_call(ids(*think, *call)) and not template.is_call(ids(*think, "Hello!"))
-    result = render_chat(TALK[4:6], QWEN3)[0]
-    assert result.count(QWEN3.special["<tool_response>"]) == 1
-    for name in ("<think>", "</think>", "<tool_call>", "</tool_call>"):
-        assert QWEN3.special[name] in template.spoken
-
 
 TRICKY = "Say <|end|> and <|assistant|><|call|> <|endoftext|> naïve 你好，世界 👩‍👩‍👧 \n\n x"
 
 
 def joined(lists):
     return list(itertools.chain.from_iterable(lists))
+
+
+# ---- answers are read as they are written ----------------------------------------------------
+
+CALLED = calls('sky {"z": [1, 500.0], "a": "好"}')["tool_calls"]
+SPOKEN = {
+    "text": turn("assistant", "Hello!"),
+    "a call": calls('sky {"z": [1, 500.0], "a": "好"}'),
+    "calls": calls("f {}", 'sky {"z": {"b": null}}'),
+    "text and a call": calls('sky {"a": "x"}', content="I look."),
+    "a thought": turn("assistant", "Hello!") | {"reasoning_content": "Hm.\n<b>"},
+    "a thought and a call": calls("f {}") | {"reasoning_content": "Hm."},
+}
+WRITES = {  # what a family's template can write
+    "ours": SPOKEN.keys(), "qwen3": SPOKEN.keys(),
+    "qwen2.5": ("text", "a call", "calls", "text and a call"), "llama3.1": ("text", "a call"),
+    "mistral": ("text", "a call", "calls"), "gemma": ("text",), "phi3": ("text",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family, what", [(f, what) for f in WRITES for what in WRITES[f]])
+def test_what_is_learned_is_understood_again(family, what):
+    ours = CHAT.with_special(THINK) if family == "ours" else pair(family)[0]
+    messages = [turn("user", "hi"), SPOKEN[what]]
+    if family == "mistral":
+        ids = [c | {"id": f"call0000{n}"} for n, c in enumerate(SPOKEN[what].get("tool_calls", ()))]
+        messages[1] = messages[1] | ({"tool_calls": ids} if ids else {})
+    template, ids = get_template(ours), prompt_ids(messages[:1], ours, TOOLS)
+    whole, mask = render_chat(messages, ours, tools=TOOLS)
+    answer = [i for i, m in zip(whole, mask) if m]
+    assert whole[: len(ids)] == ids and answer[-1] == template.end
+    got = template.parse(answer)
+    found = [parse_call(c) for c in got.pop("tool_calls", ())]
+    wanted = dict(SPOKEN[what])
+    assert found == [parse_call(c) for c in wanted.pop("tool_calls", ())] and got == wanted
+    assert template.begins_call(answer) == bool(found)
+    assert set(answer) & set(ours.special.values()) <= set(template.spoken)
+    for name in ("sky", "") if found else ():
+        start = template.call_start(name)
+        assert start == answer[: len(start)] or what != "a call"
+
+
+def test_a_broken_call_is_text_and_arguments_stay_as_they_were_written():
+    ours, _ = pair("qwen2.5")
+    template, mark = get_template(ours), ours.special["<tool_call>"]
+    written = '{"n": 1e3,  "n2": "\\u4f60"}'
+    said = ours.encode('\n{"name": "f", "arguments": ' + written + "}\n")
+    (call,) = template.parse([mark, *said])["tool_calls"]
+    assert call["function"]["arguments"] == written
+    again = turn("assistant", "") | {"tool_calls": [call]}
+    ids, mask = render_chat([turn("user", "hi"), again], ours)
+    assert [i for i, m in zip(ids, mask) if m][: len(said) + 1] == [mark, *said]
+    for broken in ("{", '{"name": 3, "arguments": {}}', '{"name": "f"}', "[]", "[" * 100_000):
+        got = template.parse([mark, *ours.encode(broken)])
+        assert got == turn("assistant", "<tool_call>" + broken)
+    ours, _ = pair("qwen3")
+    ids = [ours.special["<think>"], *ours.encode("Hm")]  # it never came to an end
+    assert get_template(ours).parse(ids) == turn("assistant", "") | {"reasoning_content": "Hm"}
+
+
+def test_ids_are_read_as_an_answer_or_as_calls():
+    template = get_template(CHAT)
+    said = "你好 <|call|>"
+    assert template.parse([*CHAT.encode(said), END]) == turn("assistant", said)
+    ids = [CALL, *CHAT.encode('search {"name": "x'), END]  # cut off: the model sees its mistake
+    assert message_text(template.parse(ids)) == 'search {"name": "x'
+    with pytest.raises(ValueError, match="not JSON"):
+        parse_call(template.parse(ids)["tool_calls"][0])
+    assert template.parse([]) == turn("assistant", "")
+
+
+def test_a_tokenizer_without_a_template_has_none_and_our_tokens_win():
+    assert find_template(BYTE) is None
+    with pytest.raises(UserError, match="has no chat template"):
+        render_chat([turn("user", "hi")], BYTE)
+    assert get_template(pair("qwen2.5")[0].with_special(CHAT_TOKENS)).ours
+    broken = Tokenizer(BYTE.spec | {"chat_template": "{% if %}"})
+    with pytest.raises(UserError, match="chat template cannot be read: Expected an expression"):
+        find_template(broken)
+
+
+@pytest.mark.parametrize("family", ["ours", *FAMILIES])
+def test_a_prompt_that_is_too_long_keeps_its_frame(family):
+    ours = CHAT if family == "ours" else pair(family)[0]
+    talk = [t for n in range(4) for t in (turn("user", f"q{n} " * 9), turn("assistant", "a"))]
+    talk = [*talk, turn("user", "x" * 300 + "!")]
+    frame = len(prompt_ids([turn("user", "")], ours))
+    for room in (frame + 20, frame + 200, 2000):
+        ids = chat_prompt(talk, ours, room)
+        assert len(ids) <= room and prompt_ids([turn("user", "!")], ours)[-2:] == ids[-2:]
+        assert ids[:1] == prompt_ids(talk[:1], ours)[:1]
+    assert ids == prompt_ids(talk, ours)
 
 
 # ---- the chat template ---------------------------------------------------------------------
@@ -295,18 +158,20 @@ def test_special_tokens_stand_behind_the_vocabulary_and_the_spec_travels_as_json
 
 def test_a_prompt_is_the_beginning_of_the_row_with_its_answer(plain):
     chat = plain.with_special(CHAT_TOKENS)
-    roles = ["system", "user", "call", "tool", "assistant", "user", "assistant"]
+    roles = ["system", "user", "assistant", "tool", "assistant", "user", "assistant"]
     talk = [turn(role, TRICKY[i:]) for i, role in enumerate(roles)]
+    talk[2]["tool_calls"] = calls("f " + json.dumps({TRICKY: TRICKY}), "g {}")["tool_calls"]
     ids, mask = render_chat(talk, chat)
     parts = [render_chat([m], chat) for m in talk]
     assert [ids, mask] == [joined(column) for column in zip(*parts)]
     for i, m in enumerate(talk):
-        if m["role"] in ("assistant", "call"):
+        if m["role"] == "assistant":
             prompt, nothing = render_chat(talk[:i], chat, add_generation_prompt=True)
             assert prompt == ids[: len(prompt)] and mask[len(prompt)] == 1
             assert sum(nothing) == sum(mask[: len(prompt)])
     specials = [chat.decode([i]) for i in ids if i in chat.special.values()]
-    wanted = joined([*ROLES[m["role"]], "<|end|>"] for m in talk)
+    call = lambda m: ["<|call|>"] * len(m.get("tool_calls", ()))  # noqa: E731
+    wanted = joined([f"<|{m['role']}|>", *call(m), "<|end|>"] for m in talk)
     assert specials == wanted  # and none from the text, whatever it spells
     assert chat.decode(parts[1][0][1:-1]) == talk[1]["content"]
 
@@ -329,7 +194,7 @@ def test_a_prompt_drops_whole_turns_from_the_oldest_on_and_keeps_the_system_s():
     last = [*rendered(talk[0], talk[3]), ASSISTANT]
     assert chat_prompt(talk, CHAT, len(left) - 1) == last
     assert chat_prompt(talk, CHAT, 18) == [
-        *rendered(talk[0]), *CHAT.encode("c" * 7), END, ASSISTANT
+        *rendered(talk[0]), USER, *CHAT.encode("c" * 6), END, ASSISTANT
     ]
 
 
@@ -349,26 +214,14 @@ def test_no_prompt_is_longer_than_its_room_and_all_end_where_the_answer_begins()
         else:  # the question needs the system's place
             assert len(head) > room // 2 and len(head) + len(rendered(talk[-1])) + 1 > room
             whole = rendered(talk[-1])
-        assert whole[len(whole) - len(body) :] == body  # the newest, word for word
+        shortened = body[1:] == whole[len(whole) + 1 - len(body) :] or not body
+        assert whole[len(whole) - len(body) :] == body or shortened  # the newest, word for word
         one = len(rendered(talk[-1]))
         if len(head) + one + 1 <= room:  # then only whole turns are missing
             assert len(body) >= one and body[0] in (USER, ASSISTANT, TOOL, SYSTEM)
-
-
-def test_ids_are_read_as_an_answer_or_as_a_call():
-    spoken = Template(CHAT).parse([*CHAT.encode("你好 <|call|>"), END])
-    assert spoken == turn("assistant", "你好 <|call|>")
-    ids = [CALL, *CHAT.encode('search {"name": "x"}'), END]
-    assert Template(CHAT).parse(ids) == turn("call", 'search {"name": "x"}')
-    assert Template(CHAT).parse([104, CALL, 105]) == turn("assistant", "hi")
-    assert Template(CHAT).parse([]) == turn("assistant", "")
 
 
 def test_labels_come_from_the_tokenizer_alone():
     names = ["neg", "a b", "<|x|>", "好"]
     tokenizer = CHAT.with_special([label_token(n) for n in names])
     assert labels_of(tokenizer) == names and labels_of(CHAT) == []
-
-
-def names(found):
-    return [h["name"] for h in found]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import finetune as ft
 import model as lm
-from data.chat import call_text, label_token, render_chat
+from data.chat import label_token, render_chat
 from data.cli import UserError
 
 # ---- masks ---------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def test_a_label_is_all_that_a_text_row_learns():
 def test_the_mask_of_a_conversation_with_a_tool_call():
     talk = [
         turn("user", "q"),
-        turn("call", call_text("f", {})),
+        turn("call", "f {}"),
         turn("tool", "r"),
         turn("assistant", "ok"),
         turn("user", "m"),
@@ -62,18 +62,18 @@ def test_the_mask_of_a_conversation_with_a_tool_call():
     ids = [names.get(t) or ord(t) for t in tokens.split()]
     for line in masks:
         *mask, loss_on = line.split()
-        row, cut = ft.chat_row(talk, CHAT, 99, loss_on)
+        row, cut = chat_row(talk, CHAT, 99, loss_on)
         more = [USER, *b"bye", END] if loss_on == "all" else []
         assert row.ids == ids[: len(mask)] + more and not cut
         assert row.mask == [int(m) for m in mask] + [1] * len(more)
-    row, _ = ft.chat_row(talk, CHAT, 99)
+    row, _ = chat_row(talk, CHAT, 99)
     after_role = row.ids.index(ASSISTANT)
     assert row.targets()[after_role] == CALL  # the first token of an answer is learned
     assert row.targets()[-4:] == [*b"yes", END]
 
 
 def test_show_mask_marks_what_is_learned(capsys):
-    row, _ = ft.chat_row([turn("user", "q"), turn("assistant", "ok\n")], CHAT, 99)
+    row, _ = chat_row([turn("user", "q"), turn("assistant", "ok\n")], CHAT, 99)
     ft.show_mask([row, row], CHAT, 1)
     assert capsys.readouterr().out.split("\n") == [
         "--- row 1: 8 tokens, 4 of them learned ---",
@@ -107,6 +107,12 @@ def test_context_cuts_the_rows_of_a_run_and_cannot_be_more_than_the_checkpoint_s
 # ---- rows that are too long ----------------------------------------------------------------
 
 
+def chat_row(messages, *how):
+    """The Row of a conversation, of which our template makes one, and whether it was cut."""
+    (row,), cut = ft.chat_rows({"messages": messages}, *how)
+    return row, cut
+
+
 def words(n):
     return "".join(chr(97 + i % 26) for i in range(n))
 
@@ -114,20 +120,21 @@ def words(n):
 def test_the_oldest_turns_are_cut_first_and_at_their_borders():
     talk = [turn("system", "s")]
     talk += [t for i in range(4) for t in (turn("user", f"q{i}"), turn("assistant", f"a{i}"))]
-    row, cut = ft.chat_row(talk, CHAT, 34)  # 3 of system, then 4 a turn
+    row, cut = chat_row(talk, CHAT, 34)  # 3 of system, then 4 a turn
     assert (row.ids, cut) == (render_chat(talk, CHAT)[0], False)
-    row, cut = ft.chat_row(talk, CHAT, 20)
+    row, cut = chat_row(talk, CHAT, 20)
     assert (row.ids, cut) == (render_chat([talk[0], *talk[-4:]], CHAT)[0], True)
     args = argparse.Namespace(context=20, loss_on="assistant")
     split = ft.SFT(args, CHAT).make_split([{"messages": talk}, {"messages": talk[:3]}])
     assert (len(split.rows), split.cut) == (2, 1)
     long = [turn("user", words(50)), turn("assistant", "ok")]
-    row, cut = ft.chat_row(long, CHAT, 10)  # the end of a question that is too long, and the answer
+    row, cut = chat_row(long, CHAT, 10)  # the end of a question that is too long, and the answer
     assert (row.ids, cut) == (render_chat(long, CHAT)[0][-11:], True) and row.mask[-3:] == [1] * 3
     long = [turn("user", "q"), turn("assistant", words(50))]
-    row, cut = ft.chat_row(long, CHAT, 10)
+    row, cut = chat_row(long, CHAT, 10)
     assert (row.ids, cut) == (render_chat(long, CHAT)[0][:11], True)
-    chosen = {"messages": long[:1], "chosen": words(50), "rejected": "no"}
+    sides = {"chosen": [turn("assistant", words(50))], "rejected": [turn("assistant", "no")]}
+    chosen = {"messages": long[:1]} | sides
     (good, bad), cut = ft.pair_rows(chosen, CHAT, 10)
     assert cut and len(good.ids) == 11 and good.mask == [0] * 4 + [1] * 7
     assert bad.ids == [USER, 113, END, ASSISTANT, *b"no", END] and sum(bad.mask) == 3
@@ -142,7 +149,7 @@ def test_any_conversation_keeps_a_target_and_the_turns_before_it():
         roles = ["system", *roles] if rng.random() < 0.3 else roles
         talk = [turn(r, words(rng.choice((1, 3, 8, 30)))) for r in roles]
         context, loss_on = rng.randint(3, 60), rng.choice(("assistant", "all"))
-        row, cut = ft.chat_row(talk, CHAT, context, loss_on)
+        row, cut = chat_row(talk, CHAT, context, loss_on)
         parts = [render_chat([m], CHAT)[0] for m in talk]
         while loss_on != "all" and roles[-1] not in ("assistant", "call"):
             parts.pop()
@@ -241,10 +248,10 @@ U, A, EMPTY = turn("user", "q"), turn("assistant", "a"), turn("tool", "[]")
 def test_every_answer_but_an_opening_one_is_a_job_and_a_few_are_spread_evenly():
     greeting = {"messages": [A, U, turn("call", "f {}"), turn("tool", "r"), A]}
     jobs = ft.answer_jobs([greeting, {"messages": [U, A]}])
-    asked = [(len(before), m["role"]) for before, m in jobs]
-    assert asked == [(2, "call"), (4, "assistant"), (1, "assistant")]
+    asked = [(len(job.messages), "tool_calls" in job.wanted) for job in jobs]
+    assert asked == [(2, True), (4, False), (1, False)]
     many = [{"messages": [turn("user", str(i)), A]} for i in range(100)]
     for limit in (1, 3, 64, 99, 100, 200):
-        asked = [int(before[0]["content"]) for before, _ in ft.answer_jobs(many, limit)]
+        asked = [int(job.messages[0]["content"]) for job in ft.answer_jobs(many, limit)]
         assert len(asked) == min(limit, 100) and len(set(asked)) == len(asked)
         assert asked[-1] >= 100 - 100 / len(asked) - 1  # the end is asked, too

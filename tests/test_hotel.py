@@ -7,10 +7,10 @@ import random
 import re
 
 import pytest
-from conftest import CHAT, SHARED, turn
+from conftest import CHAT, SHARED, calls, turn
 
 import finetune as ft
-from data.chat import call_text, parse_call
+from data.chat import parse_call
 from data.cli import UserError
 from data.hotel import (
     HOTEL_KEYS,
@@ -30,13 +30,17 @@ U, A, EMPTY = turn("user", "q"), turn("assistant", "a"), turn("tool", "[]")
 # ---- augmentation --------------------------------------------------------------------------
 
 
+def calling(name, arguments):
+    return calls(f"{name} {json.dumps(arguments, ensure_ascii=False)}")
+
+
 def hotel_talk(facilities, note=""):
     arguments = {"facilities": facilities, "rating_range_lower": 4}
     records = [{"name": "wifi", "facilities": facilities, "note": note}]
     return {
         "messages": [
             turn("user", f"要有{'和'.join(facilities)}的"),
-            turn("call", call_text("search", arguments)),
+            calling("search", arguments),
             turn("tool", json.dumps(records, ensure_ascii=False)),
             turn("assistant", f"它有{'、'.join(facilities)}。"),
         ]
@@ -114,7 +118,7 @@ def test_odd_values_survive_an_exchange():
     for e in examples:
         after = substitute(e, pool, 0.7, rng, made_up=0)
         changed += after != e
-        new = parse_call(after["messages"][1]["content"])[1]["facilities"]
+        new = parse_call(after["messages"][1]["tool_calls"][0])[1]["facilities"]
         records = json.loads(after["messages"][2]["content"])
         assert list(records[0]) == ["name", "facilities", "note"]
         assert records[0]["facilities"] == new and set(new) <= set(ODD)
@@ -127,7 +131,7 @@ def test_made_up_values_begin_like_one_and_end_like_another():
     seen = set()
     for seed in range(200):
         after = substitute(before, pool, 1.0, random.Random(seed), made_up=1)
-        new = parse_call(after["messages"][1]["content"])[1]["facilities"]
+        new = parse_call(after["messages"][1]["tool_calls"][0])[1]["facilities"]
         assert after == hotel_talk(new)
         seen |= set(new) - {"健身房", "SPA"}
     starts, ends = ({v[:n] for v in pool["call.facilities"] for n in (1, 2, 3)},
@@ -149,9 +153,9 @@ def test_a_tool_result_that_is_no_json_is_text_and_one_without_the_value_stays_a
 
 def test_calls_are_tidied_and_say_the_same():
     arguments = {"type": "豪华型", "facilities": ["c", "a", "z", "b"], "n": [2, 1]}
-    talk = [turn("user", "b then c then a"), turn("call", call_text("f", arguments))]
+    talk = [turn("user", "b then c then a"), calling("f", arguments)]
     after = tidy_calls({"messages": [*talk, A]})["messages"]
-    tidy = parse_call(after[1]["content"])[1]
+    tidy = parse_call(after[1]["tool_calls"][0])[1]
     assert list(tidy) == ["facilities", "n", "type"] and after[0] == talk[0] and after[2] == A
     assert tidy["facilities"] == ["b", "c", "a", "z"] and tidy["n"] == [2, 1]
     assert sorted(tidy["facilities"]) == sorted(arguments["facilities"])
@@ -159,13 +163,13 @@ def test_calls_are_tidied_and_say_the_same():
 
 
 def test_rarely_passed_keys_come_in_the_share_of_conversations_that_is_wanted():
-    def calling(**arguments):
-        return {"messages": [turn("user", "?"), turn("call", call_text("search", arguments))]}
+    def talk(**arguments):
+        return {"messages": [turn("user", "?"), calling("search", arguments)]}
 
-    talks = [calling(type="a")] * 9 + [calling(type="b", name="c")] * 2 + [calling()]
+    talks = [talk(type="a")] * 9 + [talk(type="b", name="c")] * 2 + [talk()]
     assert repeats(talks, share=1 / 3) == [1] * 9 + [2] * 2 + [1]  # 12 / 3 / 2
     assert repeats(talks, share=1 / 12) == [1] * 12
-    assert max(repeats([calling(**{f"key{i}": 1}) for i in range(300)])) == 8
+    assert max(repeats([talk(**{f"key{i}": 1}) for i in range(300)])) == 8
 
 
 def test_augmented_epochs_depend_on_seed_and_epoch_alone():
@@ -183,7 +187,7 @@ def test_augmented_epochs_depend_on_seed_and_epoch_alone():
         text = CHAT.decode(row.ids)
         for content in re.findall(r"<\|call\|>(.*?)<\|end\|>", text, re.S):
             said = text[: text.index("<|call|>")]
-            for value in parse_call(content)[1].values():
+            for value in json.loads(content.partition(" ")[2]).values():
                 for v in value if isinstance(value, list) else [value]:
                     assert str(v) in said
 

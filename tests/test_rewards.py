@@ -36,6 +36,7 @@ from data.rewards import REWARDS, load_reward, rate
 from data.rows import load_data
 from data.scores import chat_scores
 
+A = turn("assistant", "good")
 HOTELS = [
     {"name": "松园饭店(南店)", "price": 374.0, "rating": 4.8, "phone": "010-65127788"},
     {"name": "云海大厦", "price": 1005, "rating": 5.0, "phone": "010-60350828, 010-60350829"},
@@ -102,7 +103,7 @@ def test_people_are_faithful():
     """What the humans of the data said: 556 of their 558 names had been returned."""
     path = real("hotel/dev.jsonl")
     jobs = ft.answer_jobs(load_data(str(path))[1]["train"])
-    scores = chat_scores(jobs, [wanted for _, wanted in jobs])
+    scores = chat_scores(jobs, [job.wanted for job in jobs])
     assert scores["names"] > 0.995 and scores["doubled"] < 0.005
     assert min(scores["prices"], scores["phones"], scores["ratings"]) > 0.99
 
@@ -166,7 +167,8 @@ CALL = turn("call", 'search {"facilities": ["泳池", "SPA"], "type": "经济型
         ("slots", turn("call", "search {}"), turn("call", "search {}"), 1.0),
         ("slots", CALL, turn("assistant", "hi"), None),
         ("exact", turn("assistant", " yes\n"), turn("assistant", "yes"), 1.0),
-        ("exact", turn("call", "yes"), turn("assistant", "yes"), 0.0),
+        ("exact", turn("call", "yes {}"), turn("assistant", "yes"), 0.0),
+        ("exact", CALL, CALL, 1.0),
         ("label", turn("assistant", "Positive, I think"), turn("assistant", "positive"), 1.0),
         ("label", turn("assistant", "negative"), turn("assistant", "positive"), 0.0),
         ("label", turn("assistant", "10"), turn("assistant", "1"), 0.0),
@@ -464,9 +466,11 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     model = small_model(vocab_size=320).double()
     args = ft.argparse.Namespace(context=48, loss_on="assistant")
     objective = ft.RewardModel(args, tokenizer)
-    pairs = [{"messages": [turn("user", "q")], "chosen": "good", "rejected": "bad one"},
-             {"messages": [turn("user", "what")], "chosen": "x", "rejected": "yz"}]
-    rows = [objective.row(p)[0] for p in pairs]
+    sides = {"chosen": [A], "rejected": [turn("assistant", "bad one")]}
+    other = {"chosen": [turn("assistant", "x")], "rejected": [A]}
+    asked = {"messages": [turn("user", "q")]}, {"messages": [turn("user", "what")]}
+    pairs = [asked[0] | sides, asked[1] | other]
+    rows = [objective.rows(p)[0][0] for p in pairs]
     token, total = tokenizer.special[ft.REWARD_TOKEN], 0.0
     for chosen, rejected in rows:
         scores = [model(torch.tensor([r.ids[:-1]]))[0, -1, token] for r in (chosen, rejected)]
@@ -480,15 +484,16 @@ def test_prompts_are_the_turns_that_the_reward_is_for(room, capsys):
     path = real("hotel/dev.jsonl")
     chats = load_data(str(path))[1]["train"]
     jobs = ft.answer_jobs(chats)
-    spoken = [j for j in jobs if j[1]["role"] == "assistant"]
-    stating = sum(any(count_facts(m, w["content"])[f] for f in FACTS) for m, w in spoken)
+    spoken = [job for job in jobs if "tool_calls" not in job.wanted]
+    stated = (count_facts(job.messages, job.wanted["content"]) for job in spoken)
+    stating = sum(any(counts[fact] for fact in FACTS) for counts in stated)
     for reward, count in (("slots", len(jobs) - len(spoken)), ("faithful", stating)):
         args = ft.argparse.Namespace(context=512, loss_on="assistant", reward=reward, device=None,
                                      samples=4)
         tokenizer = ft.Tokenizer({"kind": "byte"}).with_special(ft.CHAT_TOKENS)
         split = ft.GRPO(args, tokenizer).make_split(chats)
         assert len(split.prompts) == count > 300
-        assert all((p.wanted["role"] == "call") == (reward == "slots") for p in split.prompts)
+        assert all(("tool_calls" in p.turn.wanted) == (reward == "slots") for p in split.prompts)
 
 
 @pytest.mark.parametrize(

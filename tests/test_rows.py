@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import random
 import re
@@ -12,13 +13,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from conftest import real, turn
+from conftest import CHAT, calls, real, turn
 from test_download import Mirror, mirror  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.chat import parse_call
+from data.batches import chat_rows, pair_rows
+from data.chat import parse_call, tool_call
 from data.cli import UserError
 from data.download import download_path
 from data.hotel import (
@@ -53,6 +55,7 @@ def call(**function):
 
 
 OPENAI = [turn("system", "s"), *call(name="f", arguments='{"x": 500.0}'), EMPTY, A]
+WRITTEN = {"role": "assistant", "content": "", "tool_calls": [tool_call("f", '{"x": 500.0}')]}
 
 SHAREGPT = [
     {"from": "human", "value": "q"},
@@ -71,7 +74,7 @@ HOTEL = [
 HOTEL_CALL = turn("call", 'search {"facilities": ["健身房"], "price_range_lower": 500}')
 HOTEL_RECORDS = turn("tool", '[{"name": "n", "rating": 4, "price": null}]')
 PAIR = {"chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}}
-TOLD = turn("system", "s") | {"tools": [{"name": "f"}]}
+SYSTEM, TOLD = turn("system", "s"), {"tools": [{"name": "f"}]}
 
 CHATS = {
     "alpaca": ({"instruction": "i", "input": "", "output": "a"}, [turn("user", "i"), A]),
@@ -81,7 +84,7 @@ CHATS = {
     ),
     "sharegpt": (
         {"conversations": SHAREGPT, "tools": '[{"name": "f"}]', "system": "s"},
-        [TOLD, U, turn("call", 'f {"x": "高"}'), EMPTY, A],
+        [SYSTEM, U, turn("call", 'f {"x": "高"}'), EMPTY, A],
     ),
     "sharegpt, tools in words": (
         {"conversations": SHAREGPT, "tools": "f: finds", "system": "s"},
@@ -89,15 +92,15 @@ CHATS = {
     ),
     "several calls in one turn": (
         [U, {"from": "function_call", "value": '[{"name": "f"}, {"name": "g"}]'}],
-        [U, turn("call", "f {}"), turn("call", "g {}")],
+        [U, calls("f {}", "g {}")],
     ),
     "openai": (
         {"messages": OPENAI},
-        [turn("system", "s"), U, turn("call", 'f {"x": 500}'), EMPTY, A],
+        [SYSTEM, U, WRITTEN, EMPTY, A],
     ),
     "openai with tools": (
         {"messages": OPENAI, "tools": [{"name": "f"}]},
-        [TOLD, U, turn("call", 'f {"x": 500}'), EMPTY, A],
+        [SYSTEM, U, WRITTEN, EMPTY, A],
     ),
     "hotel": (HOTEL, [U, HOTEL_CALL, HOTEL_RECORDS, A]),
     "context and response": (
@@ -110,19 +113,113 @@ CHATS = {
 @pytest.mark.parametrize("name", CHATS)
 def test_a_chat_of_every_known_form(name):
     row, messages = CHATS[name]
-    assert to_example(row) == ("chat", {"messages": messages})
+    more = TOLD if "tools" in row and "words" not in name else {}
+    more = {"tidy": True} if messages[1:2] == [HOTEL_CALL] else more
+    assert to_example(row) == ("chat", {"messages": messages} | more)
+
+
+FORMS = {
+    "alpaca with history": (
+        {"instruction": "q", "output": "a", "history": [["p", "b"]], "reasoning_content": "hm"},
+        [turn("user", "p"), turn("assistant", "b"), U, A | {"reasoning_content": "hm"}],
+    ),
+    "legacy function_call beside text": (
+        [U, {"role": "assistant", "content": "I look", "function_call": {"name": "f"}}],
+        [U, calls("f {}", content="I look")],
+    ),
+    "parts, developer, capitals": (
+        [turn("Developer", "d"), turn("USER", [{"type": "text", "text": "q"}]), A],
+        [turn("developer", "d"), U, A],
+    ),
+    "openai tuning": (
+        {"messages": [U, A | {"weight": 0}, U, A]}, [U, A | {"weight": 0}, U, A]
+    ),
+    "no arguments": (call(name="f", arguments=""), [U, calls("f {}")]),
+    "order and numbers": (
+        call(name="git", arguments={"b": ["git", "commit", "-m"], "a": 500.0}),
+        [U, calls('git {"b": ["git", "commit", "-m"], "a": 500.0}')],
+    ),
+    "prompt and completion": ({"prompt": "q", "completion": "a"}, [U, A]),
+    "question and answer": ({"question": "q", "answer": "a"}, [U, A]),
+    "firefly": ({"kind": "NLI", "input": "q", "target": "a"}, [U, A]),
+    "belle": ({"instruction": "q", "input": "", "output": "a"}, [U, A]),
+    "belle, several turns": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "assistant", "value": "a"}]},
+        [U, A],
+    ),
+    "coig": (
+        {"instruction": "s", "conversations": [{"question": "q", "answer": "a"}]},
+        [turn("system", "s"), U, A],
+    ),
+    "moss, plain": (
+        {"conversation_id": 3, "conversation": [{"human": "q", "assistant": "a"}]}, [U, A]
+    ),
+    "minimind": (
+        {"conversations": [turn("system", "") | {"tools": '[{"name": "f"}]'}, U,
+                           {"role": "assistant", "content": "", "tool_calls": '[{"name": "f"}]'}]},
+        [turn("system", ""), U, calls("f {}")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_nothing_in_a_row_vanishes(name):
+    row, messages = FORMS[name]
+    kind, example = to_example(row)
+    assert (kind, example["messages"]) == ("chat", messages)
+    assert ("tools" in example) == (name == "minimind")
+    assert json.dumps(example["messages"]) == json.dumps(messages)  # the order of keys, 500.0
+
+
+def test_a_field_that_nothing_reads_is_named_once_with_its_rows(tmp_path, capsys):
+    rows = [row | {"id": i, "score": None} for i, row in enumerate(alpaca(3))]
+    rows.append({"messages": [U, A | {"mood": "good"}]})
+    read_examples(write(tmp_path / "x.jsonl", rows))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("fields that are not used, with their rows: id (3), turn.mood (1)")
+    with pytest.raises(UserError, match="no known format has the keys a, b; known are messages or"):
+        read_examples(write(tmp_path / "y.jsonl", [{"a": 1, "b": 2}]))
+
+
+@pytest.mark.parametrize("name", ["glaive_toolcall_zh", "alpaca_zh", "dpo_zh"])
+def test_what_is_learned_of_a_public_file_is_what_it_says(name):
+    rows = json.loads(real(f"instruct/{name}_demo.json").read_text(encoding="utf-8"))
+    for row in rows:
+        kind, example = to_example(row)
+        if kind == "prefer":
+            found, _ = pair_rows(example, CHAT, 10**6)
+            wanted = [[row["chosen"]["value"]], [row["rejected"]["value"]]]
+        else:
+            found, _ = chat_rows(example, CHAT, 10**6)
+            turns = row.get("conversations") or [{"from": "gpt", "value": row["output"]}]
+            wanted = [[t["value"] for t in turns if t["from"] in ("gpt", "function_call")]]
+            for n, said in enumerate(wanted[0]):
+                if said.startswith('{"name"'):
+                    name, given = json.loads(said).values()
+                    wanted[0][n] = f"{name} {json.dumps(given, ensure_ascii=False)}"
+        for r, texts in zip(found, wanted):
+            ids = [i if m else None for i, m in zip(r.ids, r.mask)]
+            runs = [list(run) for on, run in itertools.groupby(ids, lambda i: i is not None) if on]
+            assert [CHAT.decode(run).removesuffix("<|end|>").removeprefix("<|call|>")
+                    for run in runs] == texts  # fmt: skip
 
 
 def test_labelled_texts_and_preference_pairs_of_every_known_form():
     assert to_example({"text": "t", "label": "pos"}) == ("label", {"text": "t", "label": "pos"})
     assert to_example({"text": "t", "label": 1})[1]["label"] == "1"
-    wanted = ("prefer", {"messages": [U], "chosen": "good", "rejected": "bad"})
+    answers = {k: [turn("assistant", v["value"])] for k, v in PAIR.items()}
+    wanted = ("prefer", {"messages": [U], **answers})
     whole = {k: [U, turn("assistant", v["value"])] for k, v in PAIR.items()}
     text = {k: v["value"] for k, v in PAIR.items()}
     assert to_example({"conversations": [{"from": "human", "value": "q"}], **PAIR}) == wanted
     assert to_example({"prompt": "q", **text}) == wanted
     assert to_example({"prompt": [U], **whole}) == wanted
-    assert to_example({"prompt": [U, A], **whole}) == wanted
+    for row in (dict(prompt="q", messages=whole["chosen"], score_chosen=9), {}):
+        assert to_example(row | whole) == wanted  # ultrafeedback; TRL's implicit prompt, minimind
+    given = {"input": {"messages": [U]}, "preferred_output": answers["chosen"]}
+    assert to_example(given | {"non_preferred_output": answers["rejected"]}) == wanted
+    hh = {k: f"\n\nHuman: q\n\nAssistant: {v['value']}" for k, v in PAIR.items()}
+    assert to_example(hh) == wanted
     _, pair = to_example({"messages": [U], "system": "s", **text})
     assert pair["messages"] == [turn("system", "s"), U]
 
@@ -162,9 +259,9 @@ def test_a_list_lines_a_gz_and_a_byte_order_mark_are_read_alike(tmp_path):
 def test_public_files_are_read_whole(name, kind, count, capsys):
     found, examples = read_examples(real(name))
     assert (found, len(examples), capsys.readouterr().err) == (kind, count, "")
-    calls = [m for e in examples for m in e["messages"] if m["role"] == "call"]
-    assert all(isinstance(parse_call(m["content"])[1], dict) for m in calls)
-    assert bool(calls) == ("hotel" in name or "glaive" in name)
+    found = [c for e in examples for m in e["messages"] for c in m.get("tool_calls", ())]
+    assert all(isinstance(parse_call(c)[1], dict) for c in found)
+    assert bool(found) == ("hotel" in name or "glaive" in name)
 
 
 # ---- files ---------------------------------------------------------------------------------
@@ -251,27 +348,27 @@ BAD = [
     ({"texts": "a"}, "no known format has the keys texts"),
     ([], "no turn of the assistant"),
     ([U], "no turn of the assistant"),
-    ([None, A], "a turn is no object but None"),
+    ([None, A], "a turn is not an object but None"),
     ([turn("narrator", "x"), A], "role 'narrator' is unknown"),
     ([turn(["user"], "x"), A], "role ['user'] is unknown"),
     ([U, {"role": "user", "arguments": {}}], "a turn of user has no text"),
     ([turn("user", None), A], "a turn of user has no text"),
-    ([turn("user", 3), A], "a turn of user has no text"),
+    ([turn("user", 3), A], "the content is not text but 3"),
     ([U, turn("assistant", " \n")], "a turn of assistant has no text"),
-    ([U, turn("assistant", [{"deep": [{}]}])], "a turn of assistant has no text"),
-    ({"messages": None}, "the conversation is no list"),
-    ({"messages": [U, A], "system": 3}, "the system text is no text but 3"),
+    ([U, turn("assistant", [{"deep": [{}]}])], "a part of kind None, only text is known"),
+    ({"messages": None}, "the conversation is not a list"),
+    ({"messages": [U, A], "system": 3}, "the content is not text but 3"),
     ({"instruction": "i", "output": ""}, "a turn of assistant has no text"),
     ({"instruction": "", "output": "a"}, "a turn of user has no text"),
     ({"instruction": 3, "output": "a"}, "expected str"),
     ({"instruction": "i"}, "no known format has the keys instruction"),
     (call(name="f", arguments="{x}"), "Expecting property name"),
-    (call(name="f", arguments="[1]"), "the arguments are no JSON object"),
-    (call(name="f", arguments=None), "the arguments are no JSON object"),
-    (call(name="two words", arguments="{}"), "the arguments are no JSON"),
+    (call(name="f", arguments="[1]"), "the arguments are not a JSON object"),
+    (call(name="f", arguments="no"), "the arguments are not JSON"),
+    (call(name="two words", arguments="{}"), "a tool cannot be called 'two words'"),
     (call(name=None, arguments="{}"), "a tool cannot be called None"),
     (call(arguments="{}"), "no 'name'"),
-    ([U, {"from": "function_call", "value": "no"}], "Expecting value"),
+    ([U, {"from": "function_call", "value": "{no"}], "Expecting property name"),
     ([U, {"from": "function_call", "value": "[[]]"}], "'list' object has no attribute"),
     ([U, {"role": "assistant", "tool_calls": 3}], "must be an iterable"),
     ({"context": "[", "response": "{}"}, "Expecting value"),
@@ -282,8 +379,11 @@ BAD = [
     ({"text": "a", "label": ["b"]}, "the label is ['b']"),
     ({"text": "a", "label": "b"}, "a row of label among rows of chat"),
     ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
-    ({"prompt": "q", "chosen": "a", "rejected": " "}, "an answer is empty"),
-    ({"prompt": "q", "chosen": None, "rejected": "a"}, "a turn is no object but None"),
+    ({"prompt": "q", "chosen": "a", "rejected": " "}, "a turn of assistant has no text"),
+    ({"prompt": "q", "chosen": None, "rejected": "a"}, "the conversation is not a list"),
+    ({"prompt": "q", "completion": "a", "label": True}, "(KTO) cannot be learned from"),
+    ({"conversation_id": 1, "meta_instruction": "", "chat": {}}, "MOSS's plugin format"),
+    ([U, A | {"weight": 0.5}], "the weight is 0.5"),
     ({"chosen": "b", "rejected": "a"}, "a pair without a prompt"),
     ([U, turn("assistant", "\ud83d")], "surrogates not allowed"),
 ]
@@ -628,6 +728,8 @@ def test_the_public_hotel_set_with_its_database(offline):
 
 
 def test_a_conversation_saved_by_the_chat_can_be_learned(tmp_path):
-    saved = [{"role": "user", "content": "hi"}, {"role": "call", "content": 'search {"a": 1}'}]
-    saved += [{"role": "tool", "content": "[]"}, {"role": "assistant", "content": "nothing"}]
+    saved = [turn("user", "hi"), turn("call", 'search {"a": 1}'), turn("tool", "[]"), A]
     assert to_example({"messages": saved}) == ("chat", {"messages": saved})
+    before = {"role": "call", "content": 'search {"a": 1}'}  # as it was saved once
+    _, call, _ = to_example({"messages": [saved[0], before, A]})[1]["messages"]
+    assert parse_call(call["tool_calls"][0]) == ("search", {"a": 1})

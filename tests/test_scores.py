@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import turn
 
+from data.batches import Turn
 from data.scores import bleu4, chat_scores, confusion, macro_f1, slot_counts
 
 
@@ -50,7 +51,8 @@ def test_bleu_by_hand():
     ],
 )
 def test_slots_are_counted_value_by_value(predicted, reference, counts):
-    assert slot_counts(predicted, reference) == counts
+    predicted = None if predicted is None else [predicted]
+    assert slot_counts(predicted, [reference]) == counts
 
 
 def test_chat_scores_of_four_answers():
@@ -68,7 +70,7 @@ def test_chat_scores_of_four_answers():
         turn("assistant", "一家酒店"),
         turn("call", "ok"),  # no answer
     ]
-    scores = chat_scores([([], w) for w in wanted], got)
+    scores = chat_scores([Turn([], w) for w in wanted], got)
     assert scores == pytest.approx(
         dict(slot_p=2 / 3, slot_r=2 / 5, slot_f1=0.5, valid_json=1 / 3, bleu4=0.5)
     )

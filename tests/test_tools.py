@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHAT
+from conftest import CHAT, calls
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -18,8 +18,15 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from data import tools as data_tools
 from data.cli import UserError
-from data.tools import call_tool, function_schema, load_tools, suits
+from data.tools import function_schema, load_tools, suits
+
+
+def call_tool(tools, text):
+    """What a tool returns for `name {arguments}`."""
+    return data_tools.call_tool(tools, calls(text)["tool_calls"][0])
+
 
 
 def test_hotel_is_a_search_of_the_data_base(tmp_path, monkeypatch):
@@ -110,12 +117,12 @@ def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
 @pytest.mark.parametrize(
     "content, reason",
     [
-        ("book {'city': 'x'}", "no JSON"),
-        ('book {"city": "x"', "no JSON"),
-        ("book", "no JSON"),
-        ("", "no JSON"),
-        ("book [1]", "no JSON object"),
-        ("book " + "[" * 100_000, "no JSON"),
+        ("book {'city': 'x'}", "not JSON"),
+        ('book {"city": "x"', "not JSON"),
+        ("book", "city"),
+        ("", "no tool ''"),
+        ("book [1]", "not a JSON object"),
+        ("book " + "[" * 100_000, "not JSON"),
         ('fly {"city": "x"}', "no tool 'fly', only book"),
         ('book {"city": "x", "stars": 1}', "stars"),
         ('book {"nights": 1}', "city"),
