@@ -383,6 +383,8 @@ class Api:
         if "prompt" not in body:
             raise ApiError(400, "a prompt is needed", "prompt")
         text, special = body["prompt"], self.tokenizer.special
+        if not isinstance(text, str):
+            raise ApiError(400, "prompt must be a text", "prompt")
         parts = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
         parts = [[special[p]] if p in special else self.tokenizer.encode(p) for p in parts]
         ids = [i for part in parts for i in part]

@@ -207,7 +207,8 @@ class Template:
         start, found, _ = turn.partition(f'{{"{PROBE}"' if name else PROBE)
         if not found:
             raise ValueError("this model's chat template writes no calls")
-        return self.encode(start.rstrip())  # the blank belongs to the next token
+        # a blank belongs to the next token; in our template it is what ends the name
+        return self.encode(start if self.ours else start.rstrip())
 
     def source_for(self, tools):
         """(source, compiled template) of the template for conversations with or without tools."""
@@ -243,10 +244,10 @@ class Template:
         """The text of a conversation, what people typed escaped. ValueError, with the template's
         own words, if it refuses the conversation."""
         source, template = self.source_for(tools)
-        messages = [self.for_template(m, source) for m in messages]
-        variables = self.variables | variables
-        variables |= {"tools": escape(tools, self.typed) or None, "documents": None}
+        variables = self.variables | variables | {"documents": None}
         try:
+            messages = [self.for_template(m, source) for m in messages]
+            variables["tools"] = escape(tools, self.typed) or None
             return template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **variables
             )
@@ -495,6 +496,9 @@ def chat_prompt(messages, tokenizer, room, tools=None, **variables):
     while len(found) > room and kept and (said := tokenizer.encode(kept[-1]["content"] or "")):
         text = tokenizer.decode(said[len(found) - room :]).lstrip("\ufffd")
         kept[-1] = kept[-1] | {"content": text}
+        found = ids() or found
+    if len(found) > room and system:
+        system = []
         found = ids() or found
     return found[-room:] if len(found) > room else found
 

@@ -23,6 +23,10 @@ from data.tokenizer import Tokenizer
 transformers = pytest.importorskip("transformers")
 TEXT = "It was a bright cold day in April, and the clocks were striking 13. 你好，世界！\n" * 60
 QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
 def save_model(folder, config, tokens):
@@ -38,6 +42,7 @@ def save_model(folder, config, tokens):
     fast.train_from_iterator([TEXT], trainer)
     fast.add_special_tokens(tokens)
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=tokens[0])
+    wrapped.chat_template = CHATML if len(tokens) > 1 else None
     wrapped.save_pretrained(folder)
     torch.manual_seed(0)
     config.vocab_size, config.eos_token_id = 384, wrapped.eos_token_id

@@ -13,7 +13,7 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
-from conftest import TIKTOKEN
+from conftest import TIKTOKEN, calls
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -599,7 +599,7 @@ KINDS = ["byte", "char", "bpe:700", "gpt2", "cl100k_base", "hf"]
 MESSAGES = [
     {"role": "system", "content": "You sell rooms.\n"},
     {"role": "user", "content": "  有什么酒店？\r\n\n"},
-    {"role": "call", "content": 'search {"area": "北京", "n": 2}'},
+    calls('search {"n": 2, "area": "北京"}', "f {}", content="I look."),
     {"role": "tool", "content": "[]"},
     {"role": "assistant", "content": "Nothing, {{ sorry }} {% raw %} it's <b>full</b> 10 & 20."},
     {"role": "user", "content": ""},

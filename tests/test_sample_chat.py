@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ASSISTANT, BYTE, CALL, CHAT, END, SYSTEM, TOOL, USER, turn
 from test_chat import rendered
+from test_templates import pair
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,7 +23,7 @@ import finetune
 import lora
 import model as lm
 import sample
-from data.chat import label_token
+from data.chat import label_token, message_text, render_chat
 from data.cli import run_cli
 from data.rows import to_example
 from data.tools import function_schema, load_tools
@@ -103,7 +104,17 @@ def chat(tools=None, model=None, tokenizer=CHAT, **settings):
 
 def told(bot, *messages):
     """`rendered`, where a model is told of its tools first."""
-    return rendered({"role": "system", "content": "", "tools": bot.schemas}, *messages)
+    return render_chat(messages, CHAT, tools=bot.schemas)[0]
+
+
+def plain(messages):
+    """The messages without the ids of calls, by which results name them."""
+    texts = []
+    for m in messages:
+        ids = [c["id"] for c in m.get("tool_calls", ())]
+        assert all(len(i) == 9 for i in ids) and len(set(ids)) == len(ids)
+        texts.append((m["role"], message_text(m)))
+    return texts
 
 
 def hear(bot, *lines, monkeypatch):
@@ -119,8 +130,10 @@ def test_a_call_is_made_its_result_fed_back_and_then_the_model_speaks(script, mo
     seen = script(call('square {"x": 12}'), say("144 好"))
     bot = chat({"square": square}, model=small_model(context=1024), seed=5)
     hear(bot, "how much?", monkeypatch=monkeypatch)
-    assert bot.messages == [turn("user", "how much?"), turn("call", 'square {"x": 12}'),
-                            turn("tool", "144"), turn("assistant", "144 好")]
+    assert plain(bot.messages) == [("user", "how much?"), ("assistant", 'square {"x": 12}'),
+                                   ("tool", "144"), ("assistant", "144 好")]
+    (called,) = bot.messages[1]["tool_calls"]
+    assert bot.messages[2]["tool_call_id"] == called["id"]
     assert seen[0].prompt == [*told(bot, bot.messages[0]), ASSISTANT]
     assert seen[1].prompt == [*told(bot, *bot.messages[:3]), ASSISTANT]
     assert [s.seed for s in seen] == [5, 6]
@@ -135,7 +148,7 @@ def test_after_three_calls_a_turn_the_model_has_to_speak(script, monkeypatch, ca
     bot = chat({"square": square})
     hear(bot, "a", "b", monkeypatch=monkeypatch)
     assert [bool(s.allowed[CALL]) for s in seen] == [True, True, True, False, True]
-    assert [m["role"] for m in bot.messages[1:8]] == ["call", "tool"] * 3 + ["assistant"]
+    assert [m["role"] for m in bot.messages[1:8]] == ["assistant", "tool"] * 3 + ["assistant"]
 
 
 def test_tools_are_told_before_what_the_system_says_is_over(script, monkeypatch, tmp_path):
@@ -149,7 +162,7 @@ def test_tools_are_told_before_what_the_system_says_is_over(script, monkeypatch,
     assert bot.messages[0] == turn("system", "be kind")
     row = json.loads((tmp_path / "s.jsonl").read_text())
     _, example = to_example(row)  # what was told is what will be learned
-    ids = finetune.chat_row(example["messages"], CHAT, 1000)[0].ids
+    ids = finetune.chat_rows(example, CHAT, 1000)[0][0].ids
     assert ids[: len(seen[0].prompt)] == seen[0].prompt
 
 
@@ -179,8 +192,37 @@ def test_a_broken_call_goes_back_as_an_error_and_the_model_tries_again(script, m
     bot = chat({"square": lambda x: calls.append(x) or x * x})
     hear(bot, "a", monkeypatch=monkeypatch)
     results = [json.loads(m["content"]) for m in bot.messages if m["role"] == "tool"]
-    assert "no JSON" in results[0]["error"] and "cube" in results[1]["error"] and results[2] == 4
+    assert "not JSON" in results[0]["error"] and "cube" in results[1]["error"] and results[2] == 4
     assert calls == [2] and capsys.readouterr().out.endswith("\n4\n")
+
+
+def test_words_and_several_calls_in_one_turn_are_all_made(script, monkeypatch, capsys):
+    turns = [*CHAT.encode("I look."), CALL, *CHAT.encode('square {"x": 2}')]
+    seen = script([*turns, CALL, *CHAT.encode('square {"x": 3}'), END], say("4 and 9"))
+    bot = chat({"square": square}, model=small_model(context=1024))
+    hear(bot, "a", monkeypatch=monkeypatch)
+    _, called, *results, _ = bot.messages
+    assert called["content"] == "I look." and [m["content"] for m in results] == ["4", "9"]
+    assert [m["tool_call_id"] for m in results] == [c["id"] for c in called["tool_calls"]]
+    assert seen[1].prompt == [*told(bot, *bot.messages[:4]), ASSISTANT]
+    out = capsys.readouterr().out
+    assert out.startswith("I look.") and out.count("-> square") == 2 == out.count("<- ")
+
+
+def test_a_thought_is_kept_apart_and_what_a_template_refuses_is_told(script, monkeypatch, capsys):
+    ours, _ = pair("qwen3")
+    mark = ours.special
+    script([mark["<think>"], *ours.encode("\nHm\n"), mark["</think>"], *ours.encode("\n\nHi"),
+            mark["<|im_end|>"]])
+    bot = chat(tokenizer=ours, model=small_model(768))
+    hear(bot, "a", monkeypatch=monkeypatch)
+    assert bot.messages[1] == turn("assistant", "Hi") | {"reasoning_content": "Hm"}
+    script(*[pair("gemma")[0].encode("Hi")] * 2)
+    bot = chat({"f": square}, tokenizer=pair("gemma")[0], model=small_model(768))
+    assert "no place for tools" in bot.tools_problem()
+    hear(bot, "/system be kind", "a", "/system", "b", monkeypatch=monkeypatch)
+    assert "System role not supported" in capsys.readouterr().err
+    assert plain(bot.messages) == [("user", "b"), ("assistant", "Hi")]
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(script, monkeypatch, capsys):
@@ -206,7 +248,7 @@ def test_ctrl_c_in_a_call_or_a_tool_stops_the_whole_turn(script, monkeypatch, ca
 
 
 def test_special_tokens_and_half_characters_are_never_shown(script, monkeypatch, capsys):
-    odd = [*CHAT.encode("a"), CALL, *CHAT.encode("b你")]
+    odd = [*CHAT.encode("a"), SYSTEM, *CHAT.encode("b你")]
     script([*odd, *CHAT.encode("好")[:1], END], [*CHAT.encode("你好")[:5]])
     bot = chat()
     hear(bot, "a", "b", monkeypatch=monkeypatch)

@@ -21,6 +21,7 @@ from urllib.parse import quote
 import pytest
 import torch
 from conftest import BYTE, CHAT, turn
+from test_templates import CHATML, QWEN25
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,6 +34,7 @@ import sample
 from data.chat import label_token, render_chat
 from data.cli import UserError
 from data.rows import load_data
+from data.tokenizer import Tokenizer
 
 openai = pytest.importorskip("openai", reason="the openai package is not installed")
 
@@ -232,7 +234,8 @@ def test_a_call_that_is_no_json_is_told_and_can_be_sent_back(chat):
         called = {"role": "assistant", "content": None, "tool_calls": [call]}
         assert chat.chat(messages=[TALK[0], called, answer], max_tokens=2).choices
     names = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
-    model, tokenizer = trained([([1, 2], [1, 1])], 1, context=1024), BYTE.with_special(names)
+    model = trained([([1, 2], [1, 1])], 1, context=1024)
+    tokenizer = Tokenizer(BYTE.with_special(names).spec | {"chat_template": QWEN25 + CHATML})
     with Serving(model, tokenizer, temperature=0.5, seed=3) as qwen:
         asked = dict(messages=HELLO, tools=[tool("f")], tool_choice="required", max_tokens=60)
         choice = both(qwen.chat, **asked).choices[0]
@@ -900,10 +903,8 @@ def test_choices_are_rows_that_finetune_reads(chat):
     good += [{"prompt": "学 it", "chosen": "a", "rejected": "b"}]
     for n, row in enumerate(good, start=1):
         assert fetch(chat.port, post("/page/choose", row))[::2] == (200, {"count": n})
-    call = {"function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}}
-    half = [*HELLO, {"role": "assistant", "tool_calls": [call]}]
     for bad in ({"rejected": "hi 你好"}, {"chosen": " "}, {"chosen": 5}, {"chosen": None},
-                {"messages": []}, {"messages": half}, {"messages": [turn("x", "y")]}):  # fmt: skip
+                {"messages": []}, {"messages": [turn("x", "y")]}):
         assert fetch(chat.port, post("/page/choose", CHOICE | bad))[0] == 400
     for bad in ({}, {"prompt": "a", "chosen": "b"}, {"messages": [*HELLO, turn("assistant", "x")]}):
         assert fetch(chat.port, post("/page/choose", bad))[0] == 400
