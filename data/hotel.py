@@ -301,15 +301,20 @@ def substitute(example, pool, share, rng, made_up=0.5):
             return [exchange(v) for v in value]
         return {k: exchange(v) for k, v in value.items()} if isinstance(value, dict) else value
 
+    def exchange_call(call):
+        name, old = parse_call(call)
+        new = exchange(old)
+        return call if new == old else tool_call(name, new, call.get("id"))
+
     def rewrite(message):
-        if calls := calls_of(message):  # JSON stays JSON, its keys stay as they are
-            calls = [tool_call(name, exchange(arguments)) for name, arguments in calls]
-            return {"content": exchange(message["content"]), "tool_calls": calls}
         if message["role"] == "tool":
             with contextlib.suppress(ValueError, RecursionError):
                 new = exchange(old := json.loads(message["content"]))
                 return {"content": json.dumps(new, ensure_ascii=False)} if new != old else {}
-        return {"content": exchange(message["content"])}
+        new = {k: exchange(message[k]) for k in ("content", "reasoning_content") if k in message}
+        if "tool_calls" in message:  # JSON stays JSON, its keys stay as they are
+            new["tool_calls"] = list(map(exchange_call, message["tool_calls"]))
+        return new
 
     return example | {"messages": [m | rewrite(m) for m in example["messages"]]}
 

@@ -43,8 +43,8 @@ class Fields(dict):
 
     def take(self, *names, default=None):
         """The first of the fields `names` that is there and not null, removed."""
-        values = [self.pop(name, None) for name in names]
-        return next((v for v in values if v is not None), default)
+        found = next((name for name in names if self.get(name) is not None), None)
+        return default if found is None else self.pop(found)
 
     def close(self, unread, where=""):
         """Count the fields that nobody has taken and that say something."""
@@ -88,8 +88,8 @@ def to_messages(turn, unread):
     if role == "call":
         if "arguments" in turn:  # a search of the hotel dialogues, named after its role
             calls = [{"name": name, "arguments": whole(turn.take("arguments"))}]
-        elif isinstance(content, str) and content.lstrip()[:1] not in ("[", "{"):
-            called, _, arguments = content.strip().partition(" ")  # `name {arguments}`
+        elif name == "call" and isinstance(content, str) and content.lstrip()[:1] not in "[{":
+            called, _, arguments = content.strip().partition(" ")  # as older versions saved chats
             calls = [{"name": called, "arguments": arguments}]
         else:  # ShareGPT: {"name": ..., "arguments": {...}}, or a list of such
             calls = read_json(content)
@@ -173,30 +173,43 @@ def conversation(messages, system="", tools=None):
 
 
 def transcript(text):
-    """The messages of a text in the form of Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ..."; the
-    text itself if it is not of that form."""
+    """The messages of a text in the form of Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ...", of
+    which the last may be missing; anything else as it is."""
+    if not isinstance(text, str):
+        return text
     parts = re.split(r"\n\n(Human|Assistant): ?", text)
     if len(parts) < 5 or parts[0].strip():
         return text
+    parts = parts[:-2] if not parts[-1].strip() else parts
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2])]
+
+
+def continued(prompt, side):
+    """The conversation that one side of a pair is behind the prompt, or already with it."""
+    def split(messages):
+        n = int(bool(messages) and messages[0]["role"] in ("system", "developer"))
+        return messages[:n], messages[n:]
+
+    (told, asked), (system, said) = split(prompt), split(side)
+    if not said or said[0]["role"] != "user":
+        return prompt + side
+    if asked and asked[0]["content"].strip() != said[0]["content"].strip():
+        raise ValueError("chosen or rejected begins with another question than the prompt")
+    return (system or told) + said
 
 
 def preference(chosen, rejected, prompt, row, unread):
     """A preference pair: {"messages", "chosen", "rejected", perhaps "tools"}, the last two lists of
     messages. Both sides may be whole conversations; then what they share is the prompt."""
-    system, tools = row.take("system", default=""), row.take("tools")
-    prompt = messages_of(prompt, unread) if prompt else []
+    system, tools = content_text(row.take("system")), row.take("tools")
+    prompt = messages_of(transcript(prompt), unread) if prompt else []
     sides = []
     for side in (chosen, rejected):
-        side = transcript(side) if isinstance(side, str) else side
+        side = transcript(side)
         if isinstance(side, str):
             side = [{"role": "assistant", "content": whole_text(side, "assistant")}]
-        side = messages_of(side, unread)
-        behind = prompt if side[: len(prompt)] != prompt else []
-        if not prompt and side and side[0]["role"] == "assistant":
-            raise ValueError("a pair without a prompt")
-        sides.append([*behind, *side])
+        sides.append(continued(prompt, messages_of(side, unread)))
     same = 0
     while same < min(map(len, sides)) and sides[0][same] == sides[1][same]:
         same += 1
@@ -228,6 +241,14 @@ def to_example(row, unread=None):
     return found
 
 
+def asked(row):
+    """The turns of Alpaca's history, instruction and input."""
+    text = "\n".join(t for t in (row.take("instruction"), row.take("input")) if t)
+    turns, names = read_json(row.take("history") or []), ("question", "answer")
+    turns = [dict(zip(names, t)) if isinstance(t, list) and len(t) == 2 else t for t in turns]
+    return [*turns, {"role": "user", "content": text}]
+
+
 def pair_example(row, unread):
     """`to_example` of preference pairs; None for other rows."""
     if {"preferred_output", "non_preferred_output"} <= set(row):  # OpenAI's
@@ -239,7 +260,8 @@ def pair_example(row, unread):
         return "prefer", preference(*sides, prompt, row, unread)
     if {"chosen", "rejected"} <= set(row):
         sides = row.take("chosen"), row.take("rejected")
-        prompt = row.take("prompt") or row.take("conversations", "messages")
+        prompt = row.take("prompt", "question") or ("instruction" in row and asked(row))
+        prompt = prompt or row.take("conversations", "messages")
         return "prefer", preference(*sides, prompt, row, unread)
     return None
 
@@ -247,12 +269,13 @@ def pair_example(row, unread):
 def chat_example(row, unread):
     """`to_example` of conversations; None for other rows."""
     keys, tidy = set(row), False
+    rated = None if "text" in keys else row.get("label", row.get("kto_tag"))
+    if isinstance(rated, bool) or (rated is not None and {"prompt", "completion"} <= keys):
+        raise ValueError(
+            "answers that are labelled good or bad one by one (KTO) cannot be learned from; "
+            "pairs of chosen and rejected can"
+        )
     if {"prompt", "completion"} <= keys:
-        if isinstance(row.get("label"), bool):
-            raise ValueError(
-                "answers that are labelled good or bad one by one (KTO) cannot be learned from; "
-                "pairs of chosen and rejected can"
-            )
         completion = row.take("completion")
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
@@ -260,15 +283,14 @@ def chat_example(row, unread):
     elif {"context", "response"} <= keys and not {"instruction"} & keys:
         turns = [*read_json(row.take("context")), read_json(row.take("response"))]
     elif keys & {"messages", "conversations", "conversation", "items"}:
-        turns = row.take("messages", "conversations", "conversation", "items")
+        turns = read_json(row.take("messages", "conversations", "conversation", "items"))
         if "instruction" in row and "system" not in row:  # COIG's
             row["system"] = row.take("instruction")
     elif {"instruction", "output"} <= keys or {"input", "target"} <= keys:  # Alpaca, Firefly
-        turns = [{"question": q, "answer": a} for q, a in row.take("history", default=[])]
-        asked = "\n".join(t for t in (row.take("instruction"), row.take("input")) if t)
+        turns = asked(row)
         answer = {"role": "assistant", "content": row.take("output", "target")}
         answer |= {"reasoning_content": row.take("reasoning_content", "reasoning")}
-        turns += [{"role": "user", "content": asked}, answer]
+        turns.append(answer)
     elif {"question", "answer"} <= keys:
         turns = [{"question": row.take("question"), "answer": row.take("answer")}]
     elif "chat" in keys and "meta_instruction" in keys:
@@ -277,9 +299,8 @@ def chat_example(row, unread):
         return None
     if isinstance(turns, list):
         tidy = any(isinstance(t, dict) and {"role", "arguments"} <= set(t) for t in turns)
-    system, tools = row.take("system", default=""), row.take("tools", "functions")
-    messages = messages_of(turns, unread)
-    example = conversation(messages, content_text(system), tools)
+    system, tools = content_text(row.take("system")), row.take("tools", "functions")
+    example = conversation(messages_of(turns, unread), system, tools)
     return "chat", tidy_calls(example) if tidy else example
 
 

@@ -71,6 +71,18 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
     assert record["name"] == "听涛宾馆" and record["facilities"] == ["健身房", "SPA"]
 
 
+def test_thoughts_change_with_the_rest_and_a_call_without_the_value_stays_as_it_is_written():
+    talk = hotel_talk(["健身房"])["messages"]
+    talk[1]["tool_calls"][0]["id"], talk[3]["reasoning_content"] = "call00001", "要健身房"
+    talk.insert(1, calls("f", content="健身房？"))
+    talk[1]["tool_calls"][0]["function"]["arguments"] = written = '{"a":1.50}'
+    pool = {"call.facilities": ["接机"]}
+    after = substitute({"messages": talk}, pool, 1.0, random.Random(0), made_up=0)["messages"]
+    assert after[1]["tool_calls"][0]["function"]["arguments"] == written
+    assert after[2]["tool_calls"][0]["id"] == "call00001"
+    assert after[4]["reasoning_content"] == "要接机"
+
+
 def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
     def talk(name, phone):
         records = json.dumps([{"name": name, "phone": phone, "type": "豪华型"}], ensure_ascii=False)

@@ -167,7 +167,7 @@ CALL = turn("call", 'search {"facilities": ["泳池", "SPA"], "type": "经济型
         ("slots", turn("call", "search {}"), turn("call", "search {}"), 1.0),
         ("slots", CALL, turn("assistant", "hi"), None),
         ("exact", turn("assistant", " yes\n"), turn("assistant", "yes"), 1.0),
-        ("exact", turn("call", "yes {}"), turn("assistant", "yes"), 0.0),
+        ("exact", turn("call", "yes"), turn("assistant", "yes"), 0.0),
         ("exact", CALL, CALL, 1.0),
         ("label", turn("assistant", "Positive, I think"), turn("assistant", "positive"), 1.0),
         ("label", turn("assistant", "negative"), turn("assistant", "positive"), 0.0),

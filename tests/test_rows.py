@@ -123,6 +123,8 @@ FORMS = {
         {"instruction": "q", "output": "a", "history": [["p", "b"]], "reasoning_content": "hm"},
         [turn("user", "p"), turn("assistant", "b"), U, A | {"reasoning_content": "hm"}],
     ),
+    "history of turns": ({"input": "q", "target": "a", "history": [U, A]}, [U, A, U, A]),
+    "messages in a cell of a table": ({"messages": json.dumps([U, A])}, [U, A]),
     "legacy function_call beside text": (
         [U, {"role": "assistant", "content": "I look", "function_call": {"name": "f"}}],
         [U, calls("f {}", content="I look")],
@@ -171,12 +173,55 @@ def test_nothing_in_a_row_vanishes(name):
     assert json.dumps(example["messages"]) == json.dumps(messages)  # the order of keys, 500.0
 
 
+def test_a_turn_of_weight_0_is_read_and_not_learned():
+    talk = [U, turn("assistant", "no") | {"weight": 0}, U, A]
+    (row,), _ = chat_rows({"messages": talk}, CHAT, 99)
+    assert "<|assistant|>no<|end|>" in CHAT.decode(row.ids)
+    assert CHAT.decode([i for i, m in zip(row.ids, row.mask) if m]) == "a<|end|>"
+
+
+def hh(answer):
+    return f"\n\nHuman: q\n\nAssistant: a\n\nHuman: 2\n\nAssistant: {answer}"
+
+
+def sides(*before):
+    return {side: [*before, turn("assistant", PAIR[side]["value"])] for side in PAIR}
+
+
+TALK = [SYSTEM, U, A, turn("user", "2")]
+TEXTS = {side: PAIR[side]["value"] for side in PAIR}
+PAIRS = [  # (row, the turns before the two answers)
+    ({"prompt": "q", "messages": TALK, **sides(*TALK[1:])}, TALK[1:]),  # ultrafeedback
+    ({"prompt": "q", **sides(*TALK)}, TALK),
+    ({"prompt": TALK, **sides(*TALK[1:])}, TALK),
+    ({"prompt": [U, A], **sides(U)}, [U]),
+    ({"prompt": TALK, **sides()}, TALK),
+    (sides(*TALK), TALK),  # TRL without a prompt, minimind
+    ({"chosen": hh("good"), "rejected": hh("bad")}, TALK[1:]),
+    ({"prompt": hh(""), **TEXTS}, TALK[1:]),
+    ({"instruction": "2", "history": [["q", "a"]], "system": "s", **TEXTS}, TALK),  # LLaMA-Factory
+    ({"system": "s", "question": "q", **TEXTS}, [SYSTEM, U]),
+    ({"input": {"messages": TALK}, "preferred_output": sides()["chosen"],
+      "non_preferred_output": sides()["rejected"]}, TALK),  # OpenAI
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, before", PAIRS)
+def test_all_turns_before_the_answers_of_a_pair_are_kept(row, before):
+    kind, pair = to_example(row)
+    assert (kind, pair) == ("prefer", {"messages": before} | sides())
+    found, _ = pair_rows(pair, CHAT, 999)
+    texts = [CHAT.decode([i for i, m in zip(r.ids, r.mask) if m]) for r in found]
+    assert texts == ["good<|end|>", "bad<|end|>"]
+
+
 def test_a_field_that_nothing_reads_is_named_once_with_its_rows(tmp_path, capsys):
     rows = [row | {"id": i, "score": None} for i, row in enumerate(alpaca(3))]
-    rows.append({"messages": [U, A | {"mood": "good"}]})
+    rows.append({"messages": [U, A | {"mood": "good"}], "conversation": [U, A]})
     read_examples(write(tmp_path / "x.jsonl", rows))
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("fields that are not used, with their rows: id (3), turn.mood (1)")
+    names = "id (3), turn.mood (1), conversation (1)"
+    assert line.endswith(f"fields that are not used, with their rows: {names}")
     with pytest.raises(UserError, match="no known format has the keys a, b; known are messages or"):
         read_examples(write(tmp_path / "y.jsonl", [{"a": 1, "b": 2}]))
 
@@ -206,7 +251,7 @@ def test_what_is_learned_of_a_public_file_is_what_it_says(name):
 
 def test_labelled_texts_and_preference_pairs_of_every_known_form():
     assert to_example({"text": "t", "label": "pos"}) == ("label", {"text": "t", "label": "pos"})
-    assert to_example({"text": "t", "label": 1})[1]["label"] == "1"
+    assert [to_example({"text": "t", "label": n})[1]["label"] for n in (1, True)] == ["1", "True"]
     answers = {k: [turn("assistant", v["value"])] for k, v in PAIR.items()}
     wanted = ("prefer", {"messages": [U], **answers})
     whole = {k: [U, turn("assistant", v["value"])] for k, v in PAIR.items()}
@@ -368,7 +413,7 @@ BAD = [
     (call(name="two words", arguments="{}"), "a tool cannot be called 'two words'"),
     (call(name=None, arguments="{}"), "a tool cannot be called None"),
     (call(arguments="{}"), "no 'name'"),
-    ([U, {"from": "function_call", "value": "{no"}], "Expecting property name"),
+    ([U, {"from": "function_call", "value": "no"}], "Expecting value"),
     ([U, {"from": "function_call", "value": "[[]]"}], "'list' object has no attribute"),
     ([U, {"role": "assistant", "tool_calls": 3}], "must be an iterable"),
     ({"context": "[", "response": "{}"}, "Expecting value"),
@@ -381,7 +426,10 @@ BAD = [
     ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
     ({"prompt": "q", "chosen": "a", "rejected": " "}, "a turn of assistant has no text"),
     ({"prompt": "q", "chosen": None, "rejected": "a"}, "the conversation is not a list"),
-    ({"prompt": "q", "completion": "a", "label": True}, "(KTO) cannot be learned from"),
+    ({"prompt": "q", "completion": "a", "label": "False"}, "(KTO) cannot be learned from"),
+    ({"messages": [U, A], "label": True}, "(KTO) cannot be learned from"),
+    ({"prompt": "x", **PAIR, "chosen": [U, A]}, "begins with another question than the prompt"),
+    ({"instruction": "q", "output": "a", "history": [["p"]]}, "a turn is not an object but ['p']"),
     ({"conversation_id": 1, "meta_instruction": "", "chat": {}}, "MOSS's plugin format"),
     ([U, A | {"weight": 0.5}], "the weight is 0.5"),
     ({"chosen": "b", "rejected": "a"}, "a pair without a prompt"),
