@@ -164,7 +164,10 @@ class Template:
         self.split = re.compile(f"({either(special).pattern})")
         self.typed = either(special)
         self.typed_by_assistant = either(set(special) - set(OWN_TAGS))
-        self.probe()
+        try:
+            self.probe()
+        except ValueError as e:
+            raise UserError(f"the model's chat template cannot be used: {e}") from e
 
     def probe(self):
         """Find `ends`, `call` and `spoken` in what the template writes."""
