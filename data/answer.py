@@ -33,7 +33,6 @@ class Choice:
     reply: Reply
     tokens: list = field(default_factory=list)  # (id, its log probability, the likeliest ids)
     text: str = ""
-    thought: str = ""
     count: int = 0  # new ids
     finish: str | None = None
     sent: int = 0  # of the tokens
@@ -61,8 +60,8 @@ class Answer:
             choice.job.cancelled = True
 
     def parts(self):
-        """Yield (choice, new text, whether that is a thought, whether it was the last) as they
-        come, None ten times a second while nothing comes."""
+        """Yield (choice, what is new of its message, whether it was the last) as they come, None
+        ten times a second while nothing comes."""
         left, events = len(self.choices), self.choices[0].job.events
         while left:
             try:
@@ -75,43 +74,33 @@ class Answer:
                 raise ApiError(500, f"the model failed: {value}") from value
             if isinstance(value, int):
                 if choice.finish is None:
-                    yield self.part(choice, self.add(choice, value, logprob), False)
+                    yield choice, self.add(choice, value, logprob), False
                 continue
             if value == "cancelled" and choice.finish is None:
                 raise ApiError(503, "the server is closing")
             left, choice.finish = left - 1, choice.finish or value
-            yield self.part(choice, self.rest(choice), True)
-
-    def rest(self, choice):
-        """The text that was held back until the end; a call that is none is text, too."""
-        text, said = choice.reply.finish(), choice.reply.message()
-        if choice.reply.calls and not said.get("tool_calls"):
-            text += said["content"].removeprefix((choice.text + text).lstrip("\n"))
-        return text
-
-    def part(self, choice, text, last):
-        """An item of `parts`."""
-        if choice.reply.thinking:
-            choice.thought += text
-        else:
-            choice.text += text
-        return choice, text, choice.reply.thinking, last
+            new = choice.reply.finish()
+            choice.text += new.get("content", "")
+            yield choice, new, True
 
     def add(self, choice, i, logprob):
-        """The text that a new id lets us show."""
-        job, text = choice.job, ""
+        """What a new id lets us show."""
+        job, text, new = choice.job, "", {}
         if self.body.get("echo") and not self.chat and not choice.count:
             text = self.api.tokenizer.decode(job.prompt)
             scored = zip(job.prompt[1:], job.scored)
             choice.tokens += [(job.prompt[0], None, ()), *((i, *known) for i, known in scored)]
         if job.max_tokens:  # 0 is for the echo alone
             choice.count += 1
-            text += choice.reply.feed(i)
+            new = choice.reply.feed(i)
             if logprob and not (self.chat and i in choice.reply.ends):
                 choice.tokens.append((i, *logprob))
         if choice.reply.ended:
             choice.finish, job.cancelled = "stop", True
-        return text
+        if text:
+            new = {"content": text + new.get("content", "")}
+        choice.text += new.get("content", "")
+        return new
 
     def usage(self):
         """Tokens read and written."""
@@ -166,10 +155,9 @@ class Answer:
             if part is None:
                 yield None
                 continue
-            choice, text, thinking, last = part
-            key = "text" if not self.chat else "reasoning_content" if thinking else "content"
-            if text:
-                yield chunk(choice, {key: text})
+            choice, new, last = part
+            for key, text in new.items():
+                yield chunk(choice, {key if self.chat else "text": text})
             if last:
                 message = self.message(choice)
                 if "tool_calls" in message:
@@ -183,17 +171,16 @@ class Answer:
         """The message of a chat that has been written; {} of a mere text."""
         if not self.chat:
             return {}
-        message, thought = choice.reply.message(), choice.thought.strip("\n")
+        message = choice.reply.message()
         calls = message.get("tool_calls")
         if calls and self.body.get("parallel_tool_calls") is False:
             message["tool_calls"] = calls[:1]
-        message["content"] = choice.text or (None if calls else "")
-        return message | ({"reasoning_content": thought} if thought else {})
+        return message | ({"content": message["content"] or None} if calls else {})
 
     def whole(self):
         """Yield None until all is written, then the answer as one dict."""
         for part in self.parts():
-            if part is None or not part[3]:
+            if part is None or not part[2]:
                 yield None
         choices = []
         for choice in self.choices:

@@ -37,7 +37,8 @@ NUMBERS = {
     "top_logprobs": ((int,), 0, 20),
     "logprobs": ((int,), 0, 20),
 }
-FLAGS = ("stream", "echo", "ignore_eos", "parallel_tool_calls")
+TURNS = ("add_generation_prompt", "continue_final_message")  # where the prompt of a chat ends
+FLAGS = ("stream", "echo", "ignore_eos", "parallel_tool_calls", *TURNS)
 # Fields of OpenAI's, vLLM's and llama.cpp's servers that would change the answer and are not
 # supported: (their names, the values that change nothing).
 UNSUPPORTED = (
@@ -149,10 +150,10 @@ class ApiReply(Reply):
         self.stops, self.stream.stops = self.stream.stops, []
 
     def feed(self, i):
-        """The text that id `i` lets us show, maybe none."""
+        """What id `i` lets us show, maybe nothing."""
         if i in self.stop_ids:
             self.ended = True
-            return ""
+            return {}
         self.stream.stops = [] if self.left > 0 else self.stops
         self.left -= 1
         return super().feed(i)
@@ -317,11 +318,11 @@ class Api:
         told = [t for t in tools if may_call and t["function"]["name"] not in known]
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
         variables = body.get("chat_template_kwargs", {})
-        if not isinstance(variables, dict):
+        own = {"messages", "tools", "tokenizer", "room", "self"}  # are no variables of a template
+        if not isinstance(variables, dict) or own & set(variables):
             name = "chat_template_kwargs"
-            raise ApiError(400, f"{name} must be an object", name)
-        names = ("add_generation_prompt", "continue_final_message")
-        variables = variables | {name: body[name] for name in names if name in body}
+            raise ApiError(400, f"{name} must be an object without {', '.join(sorted(own))}", name)
+        variables = variables | {name: body[name] for name in TURNS if name in body}
         try:
             if body.get("truncation") == "auto":
                 room = self.context - min(limit, self.context // 2)
@@ -331,7 +332,7 @@ class Api:
         except ValueError as e:
             raise ApiError(400, str(e), "messages") from e
         given = self.forced_ids(forced)
-        ids = ids + given
+        ids, given = ids + given, given or self.template.opened(ids)
         top = body.get("top_logprobs", 0) if body.get("logprobs") else None
         allowed = self.allowed[True, may_call]
         limit = min(limit, self.context - len(ids))

@@ -116,6 +116,7 @@ def compile_template(source):
 # Stands inside the name of a special token that somebody has typed, so that it stays text; Unicode
 # has it as no character. Those in a text are doubled.
 MARK = "\ufdd0"
+HERE = "\ufdd1 "  # the end of a message that is to be continued
 PROBE = "Zq7"  # a content that is found again in what a template writes
 
 
@@ -141,8 +142,11 @@ class Template:
 
     ours    whether it is ours: <|user|>hi<|end|><|assistant|>hello<|end|>
     end     the id that closes an assistant's turn; `ends` are all ids that do
-    call    the id with which a call begins, None if calls are plain text
+    call    the id with which a call begins, None if calls are plain text; `bare_calls` says
+            whether they may be mere JSON
     spoken  the special tokens that an answer may hold, ids
+    tags    {name: how it stands in an answer} of what begins and ends thoughts and calls; `own` are
+            the names of those that are tokens, by id
     tells   whether it has a place for the schemas of tools
 
     UserError if the tokenizer has no template.
@@ -164,6 +168,10 @@ class Template:
         self.split = re.compile(f"({either(special).pattern})")
         self.typed = either(special)
         self.typed_by_assistant = either(set(special) - set(OWN_TAGS))
+        own = ["<|call|>", *(n for n in THINK if n in special)] if self.ours else OWN_TAGS
+        self.own = {special[name]: name for name in own if name in special}
+        # a tag that is a token counts only as one; MARK goes before it
+        self.tags = {name: (MARK if name in special else "") + name for name in own}
         try:
             self.probe()
         except ValueError as e:
@@ -184,6 +192,7 @@ class Template:
         with contextlib.suppress(ValueError):
             called = [i for i in self.encode(self.call_turn(PROBE)) if i in known]
         self.call = next((i for i in called if i not in plain | self.ends), None)
+        self.bare_calls = self.call is None and not self.ours
         tags = (special[name] for name in OWN_TAGS if name in special)
         ends = {self.end} if self.ours else self.ends
         self.spoken = sorted({*ends, *plain, *called, *tags})
@@ -320,30 +329,23 @@ class Template:
             ids += part
         return ids, mask
 
-    def begins_call(self, ids):
-        """Whether the ids of an answer so far have begun a call."""
-        if self.call is not None:
-            return self.call in ids
-        spoken = set(self.spoken) - {self.tokenizer.special.get(name) for name in OWN_TAGS}
-        start = self.tokenizer.decode([i for i in ids[:12] if i not in spoken]).lstrip()
-        return start.startswith(("{", "<tool_call>", "<|python_tag|>"))
+    def opened(self, prompt):
+        """The ids of <think> if a prompt ends with it, as DeepSeek-R1's does; else none."""
+        begins = self.tokenizer.decode(prompt[-9:]).rstrip().endswith(THINK[0])
+        return self.encode(THINK[0]) if begins and THINK[0] in self.tags else []
 
     def parse(self, ids):
         """The assistant's message that generated ids mean, with `tool_calls` and
         `reasoning_content` where it has some."""
-        tags = [n for n in OWN_TAGS if n in self.tokenizer.special or not self.ours]
-        tags += ["<|call|>"] if self.ours else []
-        own = {self.tokenizer.special[n]: n for n in tags if n in self.tokenizer.special}
         hidden, text, run = set(self.tokenizer.special.values()), "", []
         for i in [*ids, None]:
-            if i is None or i in own:
+            if i is None or i in self.own:
                 text += self.tokenizer.decode(run).replace(MARK, "")
-                text += MARK + own[i] if i in own else ""
+                text += self.tags[self.own[i]] if i in self.own else ""
                 run = []
             elif i not in hidden:
                 run.append(i)
-        # a tag that is a token counts only as one; MARK goes before it
-        tag = {n: (MARK if n in self.tokenizer.special else "") + n for n in tags}
+        tag = self.tags
         message = {"role": "assistant", "content": ""}
         if THINK[0] in tag:
             before, closed, after = text.rpartition(tag[THINK[1]])
@@ -374,6 +376,8 @@ class Template:
             elif tag["[TOOL_CALLS]"] in text:
                 said, _, inner = text.partition(tag["[TOOL_CALLS]"])
                 calls = [json_call(json.dumps(c, ensure_ascii=False)) for c in json.loads(inner)]
+            elif not self.bare_calls:
+                return text, []
             else:
                 said, inner = "", text.replace(tag["<|python_tag|>"], "")
                 calls = [json_call(inner)]
@@ -401,7 +405,8 @@ def json_call(text):
         with contextlib.suppress(ValueError):
             value, end = json.JSONDecoder().raw_decode(text, found.end())
             if value == call[key]:
-                return tool_call(call["name"], text[found.end() : end])
+                call_id = call.get("id") if isinstance(call.get("id"), str) else None
+                return tool_call(call["name"], text[found.end() : end], call_id)
     raise ValueError("no call")
 
 
@@ -455,13 +460,23 @@ def render_chat(messages, tokenizer, add_generation_prompt=False, tools=None, **
 
 def prompt_ids(messages, tokenizer, tools=None, **variables):
     """Ids of a conversation up to where the answer begins. With add_generation_prompt=False among
-    the variables they end with the last turn, with continue_final_message=True in it."""
+    the variables they end with the last turn, with continue_final_message=True in it. ValueError if
+    the template refuses, or does not write what is to be continued."""
     template, going_on = get_template(tokenizer), variables.pop("continue_final_message", False)
     opened = variables.pop("add_generation_prompt", not going_on)
+    if going_on:
+        last = messages[-1]
+        if opened or last.get("tool_calls"):
+            reason = "add_generation_prompt" if opened else "calls of tools in the last message"
+            raise ValueError(f"continue_final_message is not possible with {reason}")
+        last = last | {"content": content_text(last.get("content")) + HERE}
+        messages = [*messages[:-1], last]
     text = template.render(messages, tools, opened, **variables)
     if going_on:
-        said = template.for_template(messages[-1], "")["content"].strip()
-        text = text[: text.rindex(said) + len(said)]
+        text, found, after = text.rpartition(HERE.strip())
+        if not found:
+            raise ValueError("continue_final_message: the chat template does not write the message")
+        text = text if after.startswith(" ") else text.rstrip()  # as the template trims messages
     return template.encode(text)
 
 

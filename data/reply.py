@@ -22,14 +22,15 @@ class TextStream:
         """The text that id `i` completes, maybe none."""
         hidden = i in self.tokenizer.special.values()
         token = b"" if hidden else self.tokenizer.token_bytes(i) or b""
-        return self._release(self.decoder.decode(token))
+        return self.push(self.decoder.decode(token))
 
     def finish(self):
         """What was still held back at the end."""
-        text, self.held = self._release(self.decoder.decode(b"", final=True)) + self.held, ""
+        text, self.held = self.push(self.decoder.decode(b"", final=True)) + self.held, ""
         return text
 
-    def _release(self, text):
+    def push(self, text):
+        """What more text lets us show."""
         if self.stopped:
             return ""
         self.held += text
@@ -47,46 +48,98 @@ def overlap(text, stop):
     return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+THOUGHT = "reasoning_content"
+
+
 class Reply:
-    """An answer as its ids come: `feed` returns what can be shown, `ended` says whether it is over,
-    `message` what it was. With a Template it is a turn of a chat: a call is not shown, `thinking`
-    says whether the last id belongs to a thought. `ids` are what the prompt says of it already."""
+    """An answer as its ids come: `feed` and `finish` return what can be shown, {"content" or
+    "reasoning_content": text}, `ended` says whether it is over, `message` what it was. With a
+    Template it is a turn of a chat: calls are not shown. `ids` are what the prompt says of it."""
 
     def __init__(self, tokenizer, template=None, stops=(), ids=()):
-        self.stream, self.template = TextStream(tokenizer, stops), template
+        self.source, self.stream = TextStream(tokenizer), TextStream(tokenizer, stops)
+        self.template, self.kind, self.ended, self.calls = template, "content", False, []
         self.ends = template.ends if template else {tokenizer.eos_id}
-        self.thought, self.spoken = map(tokenizer.special.get, ("<think>", "</think>"))
-        self.ids, self.text, self.ended = list(ids), "", False
+        self.own, self.tags = (template.own, template.tags) if template else ({}, {})
+        self.ids, self.pending, self.begun, self.said = [], "", [], {"content": ""}
+        for i in ids:
+            Reply.feed(self, i)
+        self.said = {"content": ""}
 
-    @property
-    def calls(self):
-        """Whether a call has begun."""
-        return bool(self.template and self.template.begins_call(self.ids))
-
-    @property
-    def thinking(self):
-        """Whether it is a thought so far."""
-        return self.thought in self.ids and self.spoken not in self.ids
+    def next_tags(self):
+        """{tag: the kind of what follows it} of those that can come now."""
+        if self.kind == THOUGHT:
+            return {self.tags["</think>"]: "content"}
+        calls = {tag: "call" for name, tag in self.tags.items() if not name.endswith("think>")}
+        think, text = self.tags.get("<think>", ""), self.pending.lstrip()
+        begins = think and not self.begun and (text.startswith(think) or think.startswith(text))
+        return calls | ({think: THOUGHT} if begins else {})
 
     def feed(self, i):
-        """The text that id `i` lets us show, maybe none."""
+        """What id `i` lets us show, maybe nothing."""
         self.ids.append(i)
-        text = "" if self.calls else self.stream.feed(i)
+        tag = self.tags.get(self.own.get(i))
+        self.pending += tag if tag in self.next_tags() else self.source.feed(i)
+        new = self.take()
         self.ended = i in self.ends or self.stream.stopped
-        self.text += text
-        return text
+        return new
+
+    def take(self, last=False):
+        """What can be shown of the `pending` text: not what may become a tag, nor the blanks around
+        an answer, a thought or calls, which are no part of it."""
+        new = {}
+        while self.kind != "call":
+            tags, thinking, text = self.next_tags(), self.kind == THOUGHT, self.pending
+            at, tag = min(((text.find(t), t) for t in tags if t in text), default=(-1, ""))
+            wait = 0 if last else max((overlap(text, t) for t in tags), default=0)
+            text = text[:at] if tag else text[: len(text) - wait]
+            if self.template and (thinking or tag):
+                text = text.rstrip("\n")
+            elif self.template:
+                text = text.removesuffix(self.template.around[1]) if last else text.rstrip()
+            self.pending = self.pending[at + len(tag) if tag else len(text) :]
+            if self.template and self.kind not in self.begun:
+                text = text.lstrip("\n") if self.begun or thinking else text
+                text = text if thinking else text.removeprefix(self.template.around[0])
+                bare = self.template.bare_calls and not thinking
+                if bare and text.lstrip().startswith("{"):
+                    self.kind = "call"
+                    break
+            self.show(new, text)
+            if not tag:
+                break
+            self.show(new, "", self.stream.finish())
+            self.begun += [THOUGHT] * thinking
+            self.kind = tags[tag]
+        return new
+
+    def show(self, new, text, held=""):
+        """Add text that is no tag, and that was held, to `new`: up to a stop string."""
+        if text and self.kind not in self.begun:
+            self.begun.append(self.kind)
+        if text := self.stream.push(text) + held:
+            new[self.kind] = new.get(self.kind, "") + text
+            self.said[self.kind] = self.said.get(self.kind, "") + text
 
     def finish(self):
-        """The text held back until the end; a character that was cut off is nothing to show."""
-        text = self.stream.finish().rstrip(UNKNOWN)
-        self.text += text
-        return text
+        """What was held back until the end. A character that was cut off is nothing to show; calls
+        that are none are text. The others have an id each."""
+        self.pending += self.source.finish().rstrip(UNKNOWN)
+        new = self.take(last=True)
+        if self.kind != "call":
+            self.show(new, "", self.stream.finish())
+            return new
+        message, self.kind = self.template.parse(self.ids), "content"
+        self.calls = message.get("tool_calls") or []
+        for n, call in enumerate(self.calls):
+            if call.get("id") in (None, *(c["id"] for c in self.calls[:n])):
+                call["id"] = secrets.token_hex(5)[:9]  # the length that Mistral's template wants
+        if not self.calls:
+            text = message["content"].removeprefix(self.said["content"])
+            self.show(new, "", text.rstrip(UNKNOWN))
+        return new
 
     def message(self):
-        """The assistant's message, see `Template.parse`; calls get an id each."""
-        if self.template is None:
-            return {"role": "assistant", "content": self.text}
-        message = self.template.parse(self.ids)
-        for call in message.get("tool_calls") or ():
-            call["id"] = secrets.token_hex(5)[:9]  # the length that Mistral's template wants
-        return message | {"content": message["content"].rstrip(UNKNOWN)}
+        """The assistant's message, as it is known after `finish`."""
+        calls = {"tool_calls": self.calls} if self.calls else {}
+        return {"role": "assistant"} | self.said | calls

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.chat import chat_prompt, find_template, message_text, prompt_ids
 from data.cli import UserError, printable
-from data.reply import Reply
+from data.reply import THOUGHT, Reply
 from data.tools import call_tool, function_schema
 
 MAX_CALLS = 3  # tool calls in one turn of the model
@@ -69,21 +69,29 @@ class Chat:
         that Ctrl-C stops is remembered as far as it went; in the middle of a call it is passed on.
         """
         stops, stopped = ["\nUser:", "\nSystem:"] if self.is_base else (), ""
-        reply = Reply(self.tokenizer, self.template, stops)
+        prompt, kinds = self.prompt()[0], []
+        opened = () if self.is_base else self.template.opened(prompt)
+        reply = Reply(self.tokenizer, self.template, stops, opened)
+
+        def tell(new):
+            for kind, text in new.items():
+                show("\n\n" * (kinds[-1:] == [THOUGHT] != [kind]) + text)
+                kinds.append(kind)
 
         def stop(r, i):
-            show(reply.feed(i))  # a call is shown when it is whole
+            tell(reply.feed(i))  # a call is shown when it is whole
             return reply.ended
 
         seed = secrets.randbits(31) if self.seed is None else self.seed + self.turns
         self.turns += 1
         try:
-            self.write(self.prompt()[0], seed, may_call and bool(self.tools), stop)
+            self.write(prompt, seed, may_call and bool(self.tools), stop)
         except KeyboardInterrupt:
-            if reply.calls:
+            if reply.kind == "call":
                 raise
             stopped = " [stopped]"
-        show(reply.finish() + stopped)
+        tell(reply.finish())
+        show(stopped or "\n" * bool(kinds and reply.calls))
         message = reply.message()
         if self.is_base:
             message["content"] = message["content"].strip()
