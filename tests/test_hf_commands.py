@@ -1,5 +1,6 @@
 """The commands with models of the Hub, which a server on this machine plays."""
 
+import itertools
 import json
 import os
 import shutil
@@ -10,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import serve_folder
+from test_templates import TALKS, TOOLS, pair
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model as lm
 import sample
-from data.chat import CHAT_TOKENS, render_chat
+from data.chat import CHAT_TOKENS, prompt_ids, render_chat
 from data.hf_tokenizer import hub_tokenizer
 from data.tokenizer import Tokenizer
 
@@ -363,16 +365,31 @@ def test_a_second_call_needs_no_network(run, monkeypatch):
     run("sample.py", "--ckpt", "gpt2", "--prompt", "x", "--max_tokens", "2")
 
 
-def test_an_exported_chat_is_rendered_alike(tmp_path):
-    tokenizer = Tokenizer({"kind": "byte"}).with_special(CHAT_TOKENS)
-    config = lm.Config(vocab_size=263, n_layer=1, n_head=2, d_model=16, context=32)
+@pytest.mark.parametrize("family", ["ours", "qwen3", "llama3.1", "mistral", "named"])
+def test_an_exported_chat_is_rendered_alike(family, tmp_path):
+    """By transformers, with our template or with that which the model came with."""
+    if family in ("ours", "named"):
+        tokenizer = Tokenizer({"kind": "byte"}).with_special(CHAT_TOKENS * (family == "ours"))
+        named = {"default": CHATML, "tool_use": "{{ tools | tojson }}" + CHATML}
+        tokenizer = Tokenizer(tokenizer.spec | {"chat_template": named})
+    else:
+        tokenizer, _ = pair(family)
+    config = lm.Config(vocab_size=tokenizer.n_vocab, n_layer=1, n_head=2, d_model=16, context=32)
     content = {"config": vars(config), "model": lm.Transformer(config).state_dict()}
     lm.save_checkpoint(tmp_path / "x.pt", content | {"tokenizer": tokenizer.spec})
     lm.export(tmp_path / "x.pt", tmp_path / "hf")
-    talk = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "hi"}]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    got = theirs.apply_chat_template(talk, tokenize=True, return_dict=False)
-    assert got == render_chat(talk, tokenizer)[0]
+    talks = ["turns", "system"] + ["a result", "calls"] * (family not in ("named", "llama3.1"))
+    for talk, tools in itertools.product(map(TALKS.get, talks), (None, TOOLS)):
+        how = {"tokenize": True, "return_dict": False, "tools": tools}
+        got = theirs.apply_chat_template(talk, **how)
+        assert got == render_chat(talk, tokenizer, tools=tools)[0]
+        got = theirs.apply_chat_template(talk, add_generation_prompt=True, **how)
+        assert got == prompt_ids(talk, tokenizer, tools)
+        for end in "e", "Once upon \n":  # both are found in what the template writes, too
+            more = [*talk[:-1], talk[-1] | {"content": end}]
+            got = theirs.apply_chat_template(more, continue_final_message=True, **how)
+            assert got == prompt_ids(more, tokenizer, tools, continue_final_message=True)
 
 
 def test_windows_may_be_shorter_than_what_a_checkpoint_can_look_at(run):

@@ -286,9 +286,12 @@ def events(*deltas, finish="stop"):
 
 def test_a_tool_call_is_made_shown_and_answered(chat, visit):
     page, bodies = visit(chat), []
-    function = {"name": "search", "arguments": '{"rating_range_lower": 4}'}
-    call = {"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": function}]}
-    answers = iter([events(call, finish="tool_calls"), events({"content": "here"})])
+    functions = [{"name": "search", "arguments": f'{{"rating_range_lower": {n}}}'} for n in (4, 3)]
+    calls = [{"index": n, "id": f"c{n}", "type": "function", "function": function}
+             for n, function in enumerate(functions)]  # fmt: skip
+    first = {"reasoning_content": "Hm"}, {"reasoning_content": "."}, {"content": "I look."}
+    answers = iter([events(*first, {"tool_calls": calls}, finish="tool_calls"),
+                    events({"content": "here"})])  # fmt: skip
 
     def answer(route):
         bodies.append(route.request.post_data_json)
@@ -297,10 +300,14 @@ def test_a_tool_call_is_made_shown_and_answered(chat, visit):
     page.route("**/v1/chat/completions", answer)
     assert ask(page, "a hotel") == "here"
     assert page.locator(".card th").all_inner_texts()[:3] == ["name", "price", "rating"]
-    assert page.locator(".card tr").count() == 3
+    assert page.locator(".card tr").count() == 6
+    expect(page.locator("#log")).to_contain_text("I look.")
+    assert page.locator(".card p").first.text_content() == "Hm."
     told = bodies[1]["messages"]
-    assert [m["role"] for m in told] == ["user", "assistant", "tool"] and bodies[0]["tools"]
-    assert told[1]["tool_calls"][0]["function"] == function and told[2]["tool_call_id"] == "c1"
+    assert [m["role"] for m in told] == ["user", "assistant", "tool", "tool"] and bodies[0]["tools"]
+    assert [c["function"] for c in told[1]["tool_calls"]] == functions
+    assert [m["tool_call_id"] for m in told[2:]] == ["c0", "c1"]
+    assert (told[1]["content"], told[1]["reasoning_content"]) == ("I look.", "Hm.")
     assert isinstance(json.loads(told[2]["content"]), list)
 
 

@@ -206,7 +206,8 @@ def test_words_and_several_calls_in_one_turn_are_all_made(script, monkeypatch, c
     assert [m["tool_call_id"] for m in results] == [c["id"] for c in called["tool_calls"]]
     assert seen[1].prompt == [*told(bot, *bot.messages[:4]), ASSISTANT]
     out = capsys.readouterr().out
-    assert out.startswith("I look.") and out.count("-> square") == 2 == out.count("<- ")
+    assert out.startswith("I look.\n-> square {")
+    assert out.count("-> square") == 2 == out.count("<- ")
 
 
 def test_a_thought_is_kept_apart_and_what_a_template_refuses_is_told(script, monkeypatch, capsys):
@@ -217,6 +218,7 @@ def test_a_thought_is_kept_apart_and_what_a_template_refuses_is_told(script, mon
     bot = chat(tokenizer=ours, model=small_model(768))
     hear(bot, "a", monkeypatch=monkeypatch)
     assert bot.messages[1] == turn("assistant", "Hi") | {"reasoning_content": "Hm"}
+    assert capsys.readouterr().out == "Hm\n\nHi\n"
     script(*[pair("gemma")[0].encode("Hi")] * 2)
     bot = chat({"f": square}, tokenizer=pair("gemma")[0], model=small_model(768))
     assert "no place for tools" in bot.tools_problem()
