@@ -143,7 +143,7 @@ class Template:
     ours    whether it is ours: <|user|>hi<|end|><|assistant|>hello<|end|>
     end     the id that closes an assistant's turn; `ends` are all ids that do
     call    the id with which a call begins, None if calls are plain text; `bare_calls` says
-            whether they may be mere JSON
+            whether they are mere JSON, as Llama's
     spoken  the special tokens that an answer may hold, ids
     tags    {name: how it stands in an answer} of what begins and ends thoughts and calls; `own` are
             the names of those that are tokens, by id
@@ -188,11 +188,12 @@ class Template:
         around = said.split(self.tokenizer.decode([self.end]))[0].split(PROBE)
         self.around = [text if text.isspace() else "" for text in (around[0], around[-1])]
         self.ends = {self.end, self.tokenizer.eos_id, *self.tokenizer.spec.get("ends", ())}
-        plain, called = known & set(self.encode(said)), []
+        plain, calling = known & set(self.encode(said)), ""
         with contextlib.suppress(ValueError):
-            called = [i for i in self.encode(self.call_turn(PROBE)) if i in known]
+            calling = self.call_turn(PROBE)
+        called = [i for i in self.encode(calling) if i in known]
         self.call = next((i for i in called if i not in plain | self.ends), None)
-        self.bare_calls = self.call is None and not self.ours
+        self.bare_calls = self.call is None and calling.lstrip().startswith("{")
         tags = (special[name] for name in OWN_TAGS if name in special)
         ends = {self.end} if self.ours else self.ends
         self.spoken = sorted({*ends, *plain, *called, *tags})

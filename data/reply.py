@@ -70,7 +70,8 @@ class Reply:
         """{tag: the kind of what follows it} of those that can come now."""
         if self.kind == THOUGHT:
             return {self.tags["</think>"]: "content"}
-        calls = {tag: "call" for name, tag in self.tags.items() if not name.endswith("think>")}
+        tags = self.tags.items()
+        calls = {tag: "call" for name, tag in tags if name != "<think>" and name[:2] != "</"}
         think, text = self.tags.get("<think>", ""), self.pending.lstrip()
         begins = think and not self.begun and (text.startswith(think) or think.startswith(text))
         return calls | ({think: THOUGHT} if begins else {})

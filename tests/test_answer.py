@@ -139,6 +139,8 @@ def test_arguments_stay_as_they_were_written(family):
         ("words", "<think>Hm STOP</think>Hi", "", "Hm "),
         ("qwen3", "<think>Hm</think>{}", "{}", "Hm"),
         ("qwen3", '{"name": "f", "arguments": {}}', '{"name": "f", "arguments": {}}', None),
+        ("qwen3", "a</tool_call>b", "ab", None),
+        ("gemma", '{"name": "f", "arguments": {}}', '{"name": "f", "arguments": {}}', None),
         ("llama3.1", '{"name": "f", "arguments": []}', '{"name": "f", "arguments": []}', None),
         ("mistral", " Hi ", "Hi ", None),
         ("ours", "a <think> b", "a <think> b", None),
