@@ -265,7 +265,7 @@ class SFT:
         if bad:
             report_bad(bad, len(examples), self.args.data)
         told = any("tools" in e for e in split.examples)
-        if told and not get_template(self.tokenizer).tells:
+        if told and not get_template(self.tokenizer).supports_tools:
             print("[the chat template has no place for tools: they are left out]", file=sys.stderr)
         if not split.rows:
             loss_on = self.args.loss_on
@@ -434,7 +434,7 @@ class DPO(SFT):
         return len(reference)
 
     def over_pairs(self, split, measure):
-        """measure(ids, targets, reference), (P, 2), of all pairs: (N, 2)."""
+        """Apply measure(ids, targets, reference) -> (P, 2) to all pairs, in batches: (N, 2)."""
         out = torch.zeros(len(split.rows), 2)
         for numbers in bucket(range(len(split.rows)), split.rows, self.args.batch_tokens):
             batch = self.batch(split, numbers, [split.rows[i] for i in numbers])
@@ -504,7 +504,7 @@ class RewardModel(DPO):
 
     @staticmethod
     def special_tokens(tokenizer, labels):
-        """Those of a chat, and the reward's."""
+        """The special tokens of our chat template if needed, and REWARD_TOKEN."""
         return [*SFT.special_tokens(tokenizer, labels), REWARD_TOKEN]
 
     def rows(self, example):
@@ -731,7 +731,7 @@ class GRPO(SFT):
         return int(drawn)
 
     def scores(self, jobs, turns):
-        """Those of any chat, and the mean reward of the turns that the reward is for."""
+        """The scores of a chat, and the mean reward of the turns that have one."""
         answers = [(job.messages, turn, job.wanted) for job, turn in zip(jobs, turns)]
         rewards = [r for r in self.rewards(answers) if r is not None]
         mean = {"val_reward": sum(rewards) / len(rewards)} if rewards else {}

@@ -47,7 +47,7 @@ from data.runs import OUT, lock_folder
 # --------------------------------------------------------------------------------------------
 
 
-MEAN, STD = 0.1307, 0.3081  # of all training pixels, between 0 and 1
+MEAN, STD = 0.1307, 0.3081  # of the training pixels, scaled to [0, 1]
 
 
 def load_mnist(device="cpu", folder=None):

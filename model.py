@@ -859,7 +859,7 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
         config = Config.from_dict(dict(content["config"]))
     except (TypeError, ValueError) as e:
         raise UserError(f"{where} has a config that cannot be built: {e}") from e
-    if content.get("parts"):  # of a run to resume, whose weights `Run.restore` reads
+    if content.get("parts"):  # a sharded run is resumed: `Run.restore` loads the weights
         return Transformer(config).eval()
     model = meta_model(config)  # no memory for weights that would be overwritten at once
     state = {k: v.to(device=device, dtype=dtype) for k, v in content["model"].items()}

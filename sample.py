@@ -249,7 +249,7 @@ class Engine:
         self.cache, self.view = KVCache(model, slots, length), None
         self.device = self.cache.keys.device
         self.slots, self.busy, self.ended = [Slot(row) for row in range(slots)], 0, 0
-        self.ready, self.groups = [], []  # of the last step, see `by_settings`
+        self.ready, self.groups = [], []  # slots in the last step, and their groups: `by_settings`
 
     def add(
         self, prompt, *, seed=0, allowed=None, top=None, echo=False, logit_bias=None, ends=(),

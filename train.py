@@ -438,14 +438,14 @@ class Run:
         self.model, self.task, self.args, self.runtime, self.out = model, task, args, runtime, out
         self.optimizers = make_optimizers(model, args)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == "fp16")
-        # bad: evaluations since the best one; warm_seconds: of the steps of the warmup
+        # bad: evaluations since the best one; warm_seconds: duration of the warmup
         self.state = dict(step=0, tokens=0, seconds=0.0, warm_seconds=0.0)
         self.state |= dict(best=math.inf, best_step=0, bad=0)
         if resume:
             self.restore(resume)
         self.log = Log(out, self.state["step"], quiet=runtime.rank > 0)
         self.last = {}  # the last evaluation
-        # of the last steps, so that a shorter last interval averages as many: (tokens, FLOPs,
+        # A window over the latest steps, so that every log line averages as many: (tokens, FLOPs,
         # seconds), losses, and [loss, norm], tensors that no one has waited for
         self.recent, self.losses = (deque(maxlen=args.log_every) for _ in range(2))
         self.unread, self.norm = [], 0.0

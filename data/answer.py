@@ -35,8 +35,8 @@ class Choice:
     text: str = ""
     count: int = 0  # new ids
     finish: str | None = None
-    sent: int = 0  # of the tokens
-    offset: int = 0  # of the text, for the next token
+    sent: int = 0  # tokens sent so far
+    offset: int = 0  # characters before the next token
     decoder: object = field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")(errors="replace")
     )

@@ -12,7 +12,7 @@ import secrets
 import time
 
 from data.answer import Answer, ApiError, Choice, finite
-from data.chat import chat_prompt, content_text, find_template, prompt_ids, tool_call
+from data.chat import chat_prompt, content_text, find_template, prompt_ids, read_call
 from data.reply import Reply
 from data.scheduler import Job
 
@@ -140,29 +140,9 @@ def token_settings(body, size):
     return {int(i): value for i, value in bias.items()}, set(ends)
 
 
-class ApiReply(Reply):
-    """A Reply that also ends with `stop_ids`, which are not shown, and that looks for stop strings
-    only after `min_tokens` ids."""
-
-    def __init__(self, stop_ids, min_tokens, *args):
-        super().__init__(*args)
-        self.ends, self.stop_ids, self.left = self.ends | stop_ids, stop_ids, min_tokens
-        self.stops, self.stream.stops = self.stream.stops, []
-
-    def feed(self, i):
-        """What id `i` lets us show, maybe nothing."""
-        if i in self.stop_ids:
-            self.ended = True
-            return {}
-        self.stream.stops = [] if self.left > 0 else self.stops
-        self.left -= 1
-        return super().feed(i)
-
-
 def read_messages(messages):
-    """The messages of a request; those that the template could not be given are an ApiError. A
-    call's arguments that are no JSON stay as the model wrote them, so that its next turn can put
-    them right."""
+    """The messages of a request; ApiError if one is malformed. Arguments of a call that are not
+    JSON stay as the model wrote them, so that it can correct them in its next turn."""
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message", "messages")
     roles, out = ("system", "developer", "user", "assistant", "tool"), []
@@ -187,16 +167,6 @@ def read_messages(messages):
             raise ApiError(400, f"{where} has a bad tool call ({e})", f"{where}.tool_calls") from e
         out.append(new | ({"tool_calls": calls} if calls else {}))
     return out
-
-
-def read_call(call):
-    """An entry of `tool_calls`; ValueError for a name that no tool has."""
-    name, arguments = call["function"]["name"], call["function"].get("arguments") or {}
-    if not isinstance(name, str) or name.split() != [name]:
-        raise ValueError(f"a tool cannot be called {name!r}")
-    if not isinstance(arguments, dict | str):
-        raise ValueError("the arguments are neither an object nor text")
-    return tool_call(name, arguments, call.get("id"))
 
 
 def read_tools(body, default):
@@ -285,7 +255,7 @@ class Api:
         seed = body.get("seed", secrets.randbits(31)) % 2**63
         adapter, stops = self.adapters[body.get("model", self.names[0])], stop_strings(body)
         bias, stop_ids = token_settings(body, len(allowed))
-        template, how = self.template if chat else None, (stop_ids, body.get("min_tokens", 0))
+        template, least = self.template if chat else None, body.get("min_tokens", 0)
         events, choices = queue.SimpleQueue(), []
         for prompt in prompts:
             if len(prompt) > self.context or room(prompt) < (not echo):
@@ -294,12 +264,12 @@ class Api:
                     f"{len(prompt)}", "messages" if chat else "prompt", "context_length_exceeded",
                 )  # fmt: skip
             for n in range(body.get("n", 1)):
-                reply = ApiReply(*how, self.tokenizer, template, stops, given)
+                reply = Reply(self.tokenizer, template, stops, given, stop_ids, least)
                 ends = frozenset(i for i in reply.ends if i < len(allowed))
                 never = dict.fromkeys(ends - stop_ids, -1e9) if body.get("ignore_eos") else {}
                 job = Job(prompt, room(prompt), ends, adapter=adapter, events=events)
                 job.settings, job.index = settings | {"seed": (seed + n) % 2**63}, len(choices)
-                job.settings |= {"ends": ends, "min_tokens": how[1], "logit_bias": bias | never}
+                job.settings |= {"ends": ends, "min_tokens": least, "logit_bias": bias | never}
                 choices.append(Choice(job, reply))
         return Answer(self, body, choices, chat)
 

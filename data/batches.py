@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.chat import get_template, label_token
+from data.chat import get_template, label_token, split_system
 
 # --------------------------------------------------------------------------------------------
 # Examples -> token rows
@@ -48,47 +48,45 @@ def chat_rows(example, tokenizer, context, loss_on="assistant", first=0):
     template, messages, tools = get_template(tokenizer), example["messages"], example.get("tools")
     if loss_on == "all":
         text = template.render(messages, tools)
-        return fit_row(template, [(text, [(0, len(text))], [])], messages, tools, context + 1)
+        texts = [(text, [(0, len(text))], None)]
+    else:
+        def learned(i):
+            wanted = loss_on != "call" or messages[i].get("tool_calls")
+            return i >= first and messages[i].get("weight", 1) and wanted
 
-    def learned(i):
-        wanted = loss_on != "call" or messages[i].get("tool_calls")
-        return i >= first and messages[i].get("weight", 1) and wanted
-
-    found = [
-        fit_row(template, [row], messages[: row[2][-1] + 1], tools, context + 1)
-        for row in template.rows(messages, tools, learned)
-    ]
-    return [row for rows, _ in found for row in rows], any(cut for _, cut in found)
+        texts = template.rows(messages, tools, learned)
+    found = [fit_row(template, *text, messages, tools, context + 1) for text in texts]
+    return [row for row, _ in found], any(cut for _, cut in found)
 
 
-def fit_row(template, rows, messages, tools, room):
-    """([Row], cut) of the last of a template's `rows`, of at most `room` ids, see `chat_rows`."""
-    system = int(messages[0]["role"] in ("system", "developer"))
-    turns, gone, cut = rows[-1][2], 0, False
+def fit_row(template, text, spans, turns, messages, tools, room):
+    """(Row, cut) of one of `Template.rows`, with at most `room` ids, see `chat_rows`. `turns` are
+    the numbers of the messages that are learned, None for the whole conversation."""
+    system, rest = split_system(messages if turns is None else messages[: turns[-1] + 1])
+    dropped, cut = 0, False
     while True:
-        ids, mask = template.encode_row(*rows[-1][:2])
+        ids, mask = template.encode_row(text, spans)
         stop = len(mask) - mask[::-1].index(1) if any(mask) else 0
         ids, mask = ids[:stop], mask[:stop]
         if ids and ids[-1] not in template.ends:
             ids, mask = [*ids, template.end], [*mask, 1]
-        cut = cut or len(ids) > room
-        rows = []
-        while len(ids) > room and not rows and gone + 1 < len(messages) - system - 1:
-            gone += 1
-            kept = [*messages[:system], *messages[system + gone :]]
-            with contextlib.suppress(ValueError):  # some templates want a question first
-                if turns:
-                    rows = template.rows(kept, tools, {i - gone for i in turns}.__contains__)
-                else:
+        cut, text = cut or len(ids) > room, None
+        while len(ids) > room and text is None and dropped + 2 < len(rest):
+            dropped += 1
+            kept = [*system, *rest[dropped:]]
+            with contextlib.suppress(ValueError):  # some templates require a user turn first
+                if turns is None:
                     text = template.render(kept, tools)
-                    rows = [(text, [(0, len(text))], [])]
-        if not rows:
+                    spans = [(0, len(text))]
+                elif rows := template.rows(kept, tools, {i - dropped for i in turns}.__contains__):
+                    text, spans, _ = rows[-1]
+        if text is None:
             break
     # a question that leaves no room for its answer loses its beginning: its end takes half the row,
     # or more where the answer is short
     first = mask.index(1) if 1 in mask else 0
     start = max(0, min(first - room // 2, len(ids) - room)) if first >= room else 0
-    return [Row(ids[start : start + room], mask[start : start + room])], cut
+    return Row(ids[start : start + room], mask[start : start + room]), cut
 
 
 def label_row(text, label, tokenizer, context, loss_on="assistant"):

@@ -29,6 +29,18 @@ def tool_call(name, arguments, call_id=None):
     return call | ({"id": call_id} if call_id else {})
 
 
+def read_call(call):
+    """An entry of `tool_calls` from one of somebody else's, or from {"name", "arguments"}: the
+    arguments stay as they are written. ValueError if the name or the arguments cannot be any."""
+    function = call.get("function", call)
+    name, arguments = function["name"], function.get("arguments", function.get("parameters"))
+    if not isinstance(name, str) or name.split() != [name]:
+        raise ValueError(f"a tool cannot be called {name!r}")
+    if not isinstance(arguments or {}, dict | str):
+        raise ValueError("the arguments are not a JSON object")
+    return tool_call(name, arguments or {}, call.get("id"))
+
+
 def parse_call(call):
     """(name, arguments as a dict) of an entry of `tool_calls`; ValueError if they are no JSON
     object. An empty text is no arguments."""
@@ -41,6 +53,12 @@ def parse_call(call):
     if not isinstance(arguments, dict):
         raise ValueError("the arguments are not a JSON object")
     return name, arguments
+
+
+def split_system(messages):
+    """(the system message that the messages begin with, as a list, perhaps empty; the others)."""
+    n = int(bool(messages) and messages[0]["role"] in ("system", "developer"))
+    return messages[:n], messages[n:]
 
 
 def message_text(message):
@@ -63,31 +81,31 @@ TEMPLATES = Path(__file__).with_name("chat_templates")
 # that begins a call. <think> and </think> are added where rows have thoughts.
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|call|>", "<|tool|>", "<|end|>")
 THINK = ("<think>", "</think>")
-# What an assistant may write itself as the vocabulary's tokens, beside the end of its turn
+# Tags in an assistant's content that become special tokens where the vocabulary has them
 OWN_TAGS = (*THINK, "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 
 
 class Escaped(dict):
-    """A message that `Template.for_template` has made."""
+    """A message that `Template.for_template` returned, in which special tokens are escaped."""
 
 
 class Arguments(dict):
-    """Arguments for a template, which may look into them; `tojson` writes their `text`, as it was
-    written, if there is one."""
+    """The arguments of a call as templates receive them. If they came as JSON text, `text` holds
+    it, and `tojson` writes it unchanged."""
 
     text = None
 
 
 def to_json(value, indent=None, ensure_ascii=False, separators=None, sort_keys=False):
     """Jinja's `tojson` as transformers has it: without escapes for HTML."""
-    if getattr(value, "text", None) and indent is None:
+    if isinstance(value, Arguments) and value.text and indent is None:
         return value.text
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
         sort_keys=sort_keys)  # fmt: skip
 
 
 def raise_exception(message):
-    """With this a template refuses a conversation."""
+    """Refuse a conversation: templates call this."""
     raise TemplateError(message)
 
 
@@ -100,7 +118,7 @@ def compile_template(source):
     env.filters["tojson"] = to_json
     env.globals |= {"raise_exception": raise_exception}
     env.globals |= {"strftime_now": lambda form: datetime.now().strftime(form)}
-    # the tag with which a template marks what is learned: the mask here needs no such help
+    # {% generation %} marks the assistant's text in some templates: the mask does not need it
     source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
     source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
     try:
@@ -113,11 +131,11 @@ def compile_template(source):
 # Templates
 # --------------------------------------------------------------------------------------------
 
-# Stands inside the name of a special token that somebody has typed, so that it stays text; Unicode
-# has it as no character. Those in a text are doubled.
+# Escapes the name of a special token in a message, so that it is encoded as plain text. It is a
+# Unicode noncharacter; a text that contains it has it doubled.
 MARK = "\ufdd0"
-HERE = "\ufdd1 "  # the end of a message that is to be continued
-PROBE = "Zq7"  # a content that is found again in what a template writes
+CONTINUE_HERE = "\ufdd1 "  # appended to a message that is to be continued, to find its end
+PROBE = "Zq7"  # message content that is easy to find in a template's output
 
 
 def escape(value, names):
@@ -147,7 +165,7 @@ class Template:
     spoken  the special tokens that an answer may hold, ids
     tags    {name: how it stands in an answer} of what begins and ends thoughts and calls; `own` are
             the names of those that are tokens, by id
-    tells   whether it has a place for the schemas of tools
+    supports_tools  whether it writes the schemas of tools
 
     UserError if the tokenizer has no template.
     """
@@ -185,8 +203,8 @@ class Template:
         behind = self.encode(said.rpartition(PROBE)[2])
         known = set(special.values())
         self.end = next((i for i in behind if i in known), self.tokenizer.eos_id)
-        around = said.split(self.tokenizer.decode([self.end]))[0].split(PROBE)
-        self.around = [text if text.isspace() else "" for text in (around[0], around[-1])]
+        blanks = said.split(self.tokenizer.decode([self.end]))[0].split(PROBE)
+        self.blanks = [text if text.isspace() else "" for text in (blanks[0], blanks[-1])]
         self.ends = {self.end, self.tokenizer.eos_id, *self.tokenizer.spec.get("ends", ())}
         plain, calling = known & set(self.encode(said)), ""
         with contextlib.suppress(ValueError):
@@ -198,9 +216,9 @@ class Template:
         ends = {self.end} if self.ours else self.ends
         self.spoken = sorted({*ends, *plain, *called, *tags})
         tools = [{"type": "function", "function": {"name": 2 * PROBE, "parameters": {}}}]
-        self.tells = False
+        self.supports_tools = False
         with contextlib.suppress(ValueError):
-            self.tells = 2 * PROBE in self.render(asked, tools, True)
+            self.supports_tools = 2 * PROBE in self.render(asked, tools, True)
 
     def call_turn(self, name):
         """What a template writes for a call of the tool `name` with the argument PROBE."""
@@ -357,7 +375,7 @@ class Template:
                 text = after.lstrip("\n") if closed else ""
                 if not message["reasoning_content"].strip():
                     del message["reasoning_content"]
-        before, after = self.around
+        before, after = self.blanks
         said, calls = self.parse_calls(text.removeprefix(before).removesuffix(after), tag)
         if calls:
             message["tool_calls"] = calls
@@ -459,22 +477,27 @@ def render_chat(messages, tokenizer, add_generation_prompt=False, tools=None, **
     return template.encode_row(text, [])
 
 
-def prompt_ids(messages, tokenizer, tools=None, **variables):
-    """Ids of a conversation up to where the answer begins. With add_generation_prompt=False among
-    the variables they end with the last turn, with continue_final_message=True in it. ValueError if
-    the template refuses, or does not write what is to be continued."""
-    template, going_on = get_template(tokenizer), variables.pop("continue_final_message", False)
-    opened = variables.pop("add_generation_prompt", not going_on)
+def prompt_ids(
+    messages, tokenizer, tools=None, add_generation_prompt=None, continue_final_message=False,
+    **variables,
+):  # fmt: skip
+    """Ids of a conversation up to where the answer begins. With add_generation_prompt=False they
+    end with the last turn, with continue_final_message=True within it. ValueError if the template
+    refuses the conversation, or does not write the message that is to be continued."""
+    template, going_on = get_template(tokenizer), continue_final_message
+    if add_generation_prompt is None:
+        add_generation_prompt = not going_on
     if going_on:
         last = messages[-1]
-        if opened or last.get("tool_calls"):
-            reason = "add_generation_prompt" if opened else "calls of tools in the last message"
+        if add_generation_prompt or last.get("tool_calls"):
+            reason = "tool calls in the last message"
+            reason = "add_generation_prompt" if add_generation_prompt else reason
             raise ValueError(f"continue_final_message is not possible with {reason}")
-        last = last | {"content": content_text(last.get("content")) + HERE}
+        last = last | {"content": content_text(last.get("content")) + CONTINUE_HERE}
         messages = [*messages[:-1], last]
-    text = template.render(messages, tools, opened, **variables)
+    text = template.render(messages, tools, add_generation_prompt, **variables)
     if going_on:
-        text, found, after = text.rpartition(HERE.strip())
+        text, found, after = text.rpartition(CONTINUE_HERE.strip())
         if not found:
             raise ValueError("continue_final_message: the chat template does not write the message")
         text = text if after.startswith(" ") else text.rstrip()  # as the template trims messages
@@ -485,17 +508,16 @@ def chat_prompt(messages, tokenizer, room, tools=None, **variables):
     """`prompt_ids`, at most `room`: the oldest turns are left out first, never the system's. If
     the last one is still too long, a system turn of more than half of the room is left out, too,
     then the tools, and the last one loses its beginning. ValueError if the template refuses."""
-    messages = list(messages)
-    system = messages[:1] if messages and messages[0]["role"] in ("system", "developer") else []
+    system, rest = split_system(list(messages))
     kept, left = deque(), room
-    for m in reversed(messages[len(system) :]):  # those before it surely have no room
+    for m in reversed(rest):  # earlier ones cannot fit: do not render them
         left -= len(tokenizer.encode(message_text(m)))
         if left < 0 and kept:
             break
         kept.appendleft(m)
 
     def ids():
-        with contextlib.suppress(ValueError):  # some templates want a question first
+        with contextlib.suppress(ValueError):  # some templates require a user turn first
             return prompt_ids([*system, *kept], tokenizer, tools, **variables)
         return None
 
@@ -503,7 +525,7 @@ def chat_prompt(messages, tokenizer, room, tools=None, **variables):
     while len(kept) > 1 and (found is None or len(found) > room):
         kept.popleft()
         found = ids() or found
-    if found is None:  # let the template say why
+    if found is None:  # raises the template's own error
         return prompt_ids([*system, *kept], tokenizer, tools, **variables)
     if len(found) > room and system:
         alone = len(tokenizer.encode(content_text(system[0].get("content")))) + 2

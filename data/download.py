@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from data.cli import UserError
-from data.files import file_sha256, git_sha1, locked
+from data.files import file_sha256, git_sha1, write_once
 
 DATA = Path("data")
 MB = 1_000_000
@@ -67,11 +67,11 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
     it is final), or bytes that are not the wanted ones.
     """
     dest = Path(dest) if dest else download_path(url)
-    there = lambda: dest.exists() and (sha256 is None or file_sha256(dest) == sha256)  # noqa: E731
-    if not there():
-        with locked(dest):  # torchrun's other processes wait, and then find it
-            if not there():
-                download(url, dest, sha256, tries, wait, token)
+
+    def is_downloaded():
+        return dest.exists() and (sha256 is None or file_sha256(dest) == sha256)
+
+    write_once(dest, is_downloaded, lambda: download(url, dest, sha256, tries, wait, token))
     return dest
 
 

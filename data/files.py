@@ -60,15 +60,24 @@ def locked(path):
         file.close()
 
 
+def write_once(path, is_written, write):
+    """Call write() unless is_written(). Of several processes one writes, the others wait."""
+    if not is_written():
+        with locked(path):
+            if not is_written():
+                write()
+
+
 def lock_file(path):
-    """The file `path`, made where there is none and locked until it is closed; None if another
-    process has locked it."""
+    """Open the lock file `path` and lock it until it is closed; None if another process holds the
+    lock."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab")  # noqa: SIM115 (open as long as it is locked)
     except FileNotFoundError:  # the folder was empty, and removed with the last lock
         return None
-    try:
+    # suppressed: another process holds the lock, or has just removed the file
+    with contextlib.suppress(BlockingIOError, PermissionError, FileNotFoundError):
         if os.name == "nt":
             import msvcrt
 
@@ -79,8 +88,6 @@ def lock_file(path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             return file
-    except (BlockingIOError, PermissionError, FileNotFoundError):
-        pass  # locked, or removed by the process that had it
     file.close()
     return None
 

@@ -163,7 +163,7 @@ def rope_from_hf(left, refuse):
 
 
 def config_to_hf(config):
-    """config.json, as a dict, of the family that is nearest to `config` (the fields of a
+    """The config.json, as a dict, of the model family closest to `config` (the fields of a
     model.Config, a dict). Whether it computes the same is for the caller to see, by reading it."""
     c, gpt2 = config, config["position"] == "learned"
     family = "qwen3" if c["qk_norm"] else "qwen2" if c["qkv_bias"] > c["out_bias"] else "llama"

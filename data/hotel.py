@@ -107,7 +107,7 @@ def get_tools():
 
 
 def join_dialogues(path):
-    """The dialogues, as lists of turns, of a file whose rows are {"context": the turns so far,
+    """Read dialogues, lists of turns, from a file whose rows are {"context": the turns so far,
     "response": the next one}, both JSON in strings; the records that they hold are `ordered`."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -26,7 +26,7 @@ PAGE = 100  # rows, the most that the viewer gives at once
 MANY = 100_000  # rows that are not downloaded unless --max_rows says so
 
 
-class NoViewer(Exception):
+class ViewerError(Exception):
     """The Hub's viewer does not give the rows of a data set, or cannot be reached."""
 
 
@@ -49,22 +49,21 @@ def hub_rows(repo, part, most):
     if part and is_row_file(part):
         return {"train": repository_file(repo, part)}
     try:
-        config, names = choose(repo, part, ask("splits", 2, dataset=repo)["splits"])
+        config, names = choose_splits(repo, part, ask("splits", 2, dataset=repo)["splits"])
         paths = {s: viewer_file(repo, config, n, most[s]) for s, n in names.items()}
         return {s: path for s, path in paths.items() if s == "train" or path.stat().st_size}
-    except NoViewer as e:
+    except ViewerError as e:
         return repository_files(repo, part or "", e)
 
 
 def ask(endpoint, tries, **query):
-    """An answer of the viewer, an object with a list called as the endpoint; NoViewer if there is
-    none."""
+    """The viewer's answer, an object whose list has the endpoint's name; ViewerError without it."""
     try:
         answer = fetch_json(url := f"{VIEWER}/{endpoint}?{urlencode(query)}", tries)
     except UserError as e:
-        raise NoViewer(str(e)) from e
+        raise ViewerError(str(e)) from e
     if not isinstance(answer.get(endpoint), list):
-        raise NoViewer(f"{url} has no {endpoint}")
+        raise ViewerError(f"{url} has no {endpoint}")
     return answer
 
 
@@ -74,13 +73,13 @@ def fetch_json(url, tries=4):
         return read_json(fetch(url, tries=tries, token=hub_token(url)))
 
 
-def choose(repo, part, splits):
+def choose_splits(repo, part, splits):
     """(configuration, {our name of a split: its name there}) of what `part` of a data set means."""
     configs = {}
     for s in splits:
         configs.setdefault(s["config"], []).append(s["split"])
     if not configs:
-        raise NoViewer(f"{repo} has no splits")
+        raise ViewerError(f"{repo} has no splits")
     config = next((c for c in (part, "default") if c in configs), None)
     config = next(iter(configs)) if len(configs) == 1 else config
     if config is None:
@@ -113,14 +112,14 @@ def viewer_rows(repo, config, split, most):
         return ask("rows", 6, **where, offset=offset, length=PAGE)  # patient: it limits rates
 
     first = page(0)
-    rows, total = named(first), first.get("num_rows_total") or 0
+    rows, total = page_rows(first), first.get("num_rows_total") or 0
     if most is None and total > MANY:
         raise UserError(f"{repo} has {total:,} rows of {split}: say how many by --max_rows")
     count = total if most is None else min(most, total)
     for n in watched(range(PAGE, count, PAGE), f"{repo}: page"):
         try:
-            rows += named(page(n))
-        except NoViewer as e:
+            rows += page_rows(page(n))
+        except ViewerError as e:
             raise UserError(f"{e}; {n:,} rows of {split} are kept: run this again to go on") from e
     if len(rows) < count:
         kept = download_path(VIEWER).parent
@@ -131,8 +130,8 @@ def viewer_rows(repo, config, split, most):
     return labelled
 
 
-def named(page):
-    """The rows of a page with labels by their names; None stands for no label (-1 there)."""
+def page_rows(page):
+    """The rows of a page, labels replaced by their names, or by None if there is none (-1)."""
     names = {}
     for feature in page.get("features", ()):
         kind = feature["type"]  # a list or a dict of others if it is nested

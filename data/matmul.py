@@ -13,7 +13,7 @@ from data.cli import UserError, is_out_of_memory
 
 
 def by_linear(weight, rows):
-    """As it is."""
+    """F.linear with the weight unchanged."""
     return lambda x: F.linear(x, weight)
 
 

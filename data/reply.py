@@ -53,21 +53,26 @@ THOUGHT = "reasoning_content"
 
 class Reply:
     """An answer as its ids come: `feed` and `finish` return what can be shown, {"content" or
-    "reasoning_content": text}, `ended` says whether it is over, `message` what it was. With a
-    Template it is a turn of a chat: calls are not shown. `ids` are what the prompt says of it."""
+    "reasoning_content": text}, `ended` says whether it is over, `message` what it was.
 
-    def __init__(self, tokenizer, template=None, stops=(), ids=()):
+    With a Template it is a turn of a chat, whose calls are not shown. `ids` are its first ids if
+    the prompt ends with them. It also ends with `stop_ids`, which are not shown, and stop strings
+    are only looked for after `min_tokens` ids."""
+
+    def __init__(self, tokenizer, template=None, stops=(), ids=(), stop_ids=(), min_tokens=0):
         self.source, self.stream = TextStream(tokenizer), TextStream(tokenizer, stops)
         self.template, self.kind, self.ended, self.calls = template, "content", False, []
         self.ends = template.ends if template else {tokenizer.eos_id}
         self.own, self.tags = (template.own, template.tags) if template else ({}, {})
         self.ids, self.pending, self.begun, self.said = [], "", [], {"content": ""}
+        self.stops, self.left, self.stop_ids = self.stream.stops, min_tokens + len(ids), ()
         for i in ids:
-            Reply.feed(self, i)
-        self.said = {"content": ""}
+            self.feed(i)
+        self.said, self.stop_ids = {"content": ""}, set(stop_ids)
+        self.ends = self.ends | self.stop_ids
 
     def next_tags(self):
-        """{tag: the kind of what follows it} of those that can come now."""
+        """{tag: kind of the text after it} of the tags that can come next."""
         if self.kind == THOUGHT:
             return {self.tags["</think>"]: "content"}
         tags = self.tags.items()
@@ -77,7 +82,12 @@ class Reply:
         return calls | ({think: THOUGHT} if begins else {})
 
     def feed(self, i):
-        """What id `i` lets us show, maybe nothing."""
+        """What can be shown after id `i`, maybe nothing."""
+        if i in self.stop_ids:
+            self.ended = True
+            return {}
+        self.stream.stops = [] if self.left > 0 else self.stops
+        self.left -= 1
         self.ids.append(i)
         tag = self.tags.get(self.own.get(i))
         self.pending += tag if tag in self.next_tags() else self.source.feed(i)
@@ -86,8 +96,8 @@ class Reply:
         return new
 
     def take(self, last=False):
-        """What can be shown of the `pending` text: not what may become a tag, nor the blanks around
-        an answer, a thought or calls, which are no part of it."""
+        """What can be shown of the `pending` text. What may become a tag is held back; blanks
+        around an answer, a thought or calls are dropped."""
         new = {}
         while self.kind != "call":
             tags, thinking, text = self.next_tags(), self.kind == THOUGHT, self.pending
@@ -97,11 +107,11 @@ class Reply:
             if self.template and (thinking or tag):
                 text = text.rstrip("\n")
             elif self.template:
-                text = text.removesuffix(self.template.around[1]) if last else text.rstrip()
+                text = text.removesuffix(self.template.blanks[1]) if last else text.rstrip()
             self.pending = self.pending[at + len(tag) if tag else len(text) :]
             if self.template and self.kind not in self.begun:
                 text = text.lstrip("\n") if self.begun or thinking else text
-                text = text if thinking else text.removeprefix(self.template.around[0])
+                text = text if thinking else text.removeprefix(self.template.blanks[0])
                 bare = self.template.bare_calls and not thinking
                 if bare and text.lstrip().startswith("{"):
                     self.kind = "call"
@@ -115,7 +125,7 @@ class Reply:
         return new
 
     def show(self, new, text, held=""):
-        """Add text that is no tag, and that was held, to `new`: up to a stop string."""
+        """Add `text`, up to a stop string, and `held` to what is new and to what was said."""
         if text and self.kind not in self.begun:
             self.begun.append(self.kind)
         if text := self.stream.push(text) + held:
@@ -123,8 +133,8 @@ class Reply:
             self.said[self.kind] = self.said.get(self.kind, "") + text
 
     def finish(self):
-        """What was held back until the end. A character that was cut off is nothing to show; calls
-        that are none are text. The others have an id each."""
+        """What was held back until the end, without an incomplete character. A broken call is text;
+        the others get an id each."""
         self.pending += self.source.finish().rstrip(UNKNOWN)
         new = self.take(last=True)
         if self.kind != "call":
@@ -141,6 +151,6 @@ class Reply:
         return new
 
     def message(self):
-        """The assistant's message, as it is known after `finish`."""
+        """The assistant's message; complete after `finish`."""
         calls = {"tool_calls": self.calls} if self.calls else {}
         return {"role": "assistant"} | self.said | calls

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from data.chat import content_text, drop_continued, parse_call, tool_call
+from data.chat import content_text, drop_continued, parse_call, read_call, split_system
 from data.cli import UserError, check_limits
 from data.hotel import tidy_calls, whole
 from data.hub_rows import hub_name, hub_rows
@@ -38,16 +38,16 @@ FORMS = (
 
 
 class Fields(dict):
-    """A JSON object that is read field by field: `take` removes one, what is left in the end is
-    counted by `close` in `unread`, a Counter, so that nothing vanishes in silence."""
+    """A JSON object that is read field by field. `take` removes a field; `close` counts those that
+    remain in `unread`, a Counter, so that unused fields can be reported."""
 
     def take(self, *names, default=None):
-        """The first of the fields `names` that is there and not null, removed."""
+        """Remove and return the first of the fields `names` that exists and is not null."""
         found = next((name for name in names if self.get(name) is not None), None)
         return default if found is None else self.pop(found)
 
     def close(self, unread, where=""):
-        """Count the fields that nobody has taken and that say something."""
+        """Count the fields that remain, except empty ones."""
         unread.update(f"{where}{name}" for name, value in self.items() if value not in (None, ""))
 
 
@@ -57,14 +57,8 @@ def read_json(value):
 
 
 def to_call(call):
-    """An entry of `tool_calls` from one of OpenAI's or {"name", "arguments"}; the arguments stay as
-    they are written. ValueError if it is none."""
-    call = read_json(call)
-    function = read_json(call.get("function", call))
-    name, arguments = function["name"], function.get("arguments", function.get("parameters", {}))
-    if not isinstance(name, str) or name.split() != [name]:
-        raise ValueError(f"a tool cannot be called {name!r}")
-    new = tool_call(name, arguments or {}, call.get("id"))
+    """`read_call` of a call, or of JSON text; ValueError, too, if its arguments are not JSON."""
+    new = read_call(read_json(call))
     parse_call(new)
     return new
 
@@ -79,7 +73,7 @@ def to_messages(turn, unread):
         if asked in turn and answered in turn:
             texts = zip(("user", "assistant"), (turn.take(asked), turn.take(answered)))
             turn.close(unread, "turn.")
-            return [{"role": role, "content": whole_text(text, role)} for role, text in texts]
+            return [{"role": role, "content": required_text(text, role)} for role, text in texts]
     name = turn.take("role", "from")
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
@@ -117,8 +111,8 @@ def to_messages(turn, unread):
     return [message]
 
 
-def whole_text(text, what):
-    """The text, if it is one and not blank; ValueError if not."""
+def required_text(text, what):
+    """The text of a content; ValueError if it is blank or not text."""
     text = content_text(text)
     if not text.strip():
         raise ValueError(f"a turn of {what} has no text")
@@ -129,7 +123,7 @@ def messages_of(turns, unread):
     """The messages of a text that the user says, or of a list of turns. A call in a turn of its own
     joins what the assistant has said before it, or its other calls."""
     if isinstance(turns, str):
-        return [{"role": "user", "content": whole_text(turns, "user")}]
+        return [{"role": "user", "content": required_text(turns, "user")}]
     turns = [turns] if isinstance(turns, dict) else turns
     if not isinstance(turns, list):
         raise ValueError(f"the conversation is not a list but {turns!r:.40}")
@@ -148,19 +142,18 @@ def messages_of(turns, unread):
 def conversation(messages, system="", tools=None):
     """{"messages", perhaps "tools"} of messages behind a system text; ValueError if nothing in it
     is the assistant's."""
-    first = messages[0] if messages and messages[0]["role"] in ("system", "developer") else None
-    if first and "tools" in first:
-        tools, first = tools or first["tools"], {k: v for k, v in first.items() if k != "tools"}
-        messages = [first, *messages[1:]]
+    own, messages = split_system(messages)
+    own = dict(own[0]) if own else {"role": "system", "content": ""} if system else {}
+    tools = tools or own.get("tools")
+    own.pop("tools", None)
     try:
         tools = read_json(tools or None)
-    except ValueError:  # words
+    except ValueError:  # a description in words
+        own = own or {"role": "system"}
         system, tools = "\n".join(filter(None, (system, tools))), None
-    if system and first:  # two system turns are one
-        both = "\n".join(filter(None, (system, first["content"])))
-        messages = [first | {"content": both}, *messages[1:]]
-    elif system:
-        messages = [{"role": "system", "content": system}, *messages]
+    if system:  # two system texts become one
+        own["content"] = "\n".join(filter(None, (system, own.get("content"))))
+    messages = [own, *messages] if own else messages
     if not any(m["role"] == "assistant" and m.get("weight", 1) for m in messages):
         raise ValueError("no turn of the assistant, so nothing to learn")
     tools = [tools] if isinstance(tools, dict) else tools
@@ -185,13 +178,9 @@ def transcript(text):
     return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2])]
 
 
-def continued(prompt, side):
-    """The conversation that one side of a pair is behind the prompt, or already with it."""
-    def split(messages):
-        n = int(bool(messages) and messages[0]["role"] in ("system", "developer"))
-        return messages[:n], messages[n:]
-
-    (told, asked), (system, said) = split(prompt), split(side)
+def whole_conversation(prompt, side):
+    """The whole conversation of one side of a pair, which may repeat the prompt or not."""
+    (told, asked), (system, said) = split_system(prompt), split_system(side)
     if not said or said[0]["role"] != "user":
         return prompt + side
     if asked and asked[0]["content"].strip() != said[0]["content"].strip():
@@ -208,8 +197,8 @@ def preference(chosen, rejected, prompt, row, unread):
     for side in (chosen, rejected):
         side = transcript(side)
         if isinstance(side, str):
-            side = [{"role": "assistant", "content": whole_text(side, "assistant")}]
-        sides.append(continued(prompt, messages_of(side, unread)))
+            side = [{"role": "assistant", "content": required_text(side, "assistant")}]
+        sides.append(whole_conversation(prompt, messages_of(side, unread)))
     same = 0
     while same < min(map(len, sides)) and sides[0][same] == sides[1][same]:
         same += 1
@@ -241,7 +230,7 @@ def to_example(row, unread=None):
     return found
 
 
-def asked(row):
+def alpaca_turns(row):
     """The turns of Alpaca's history, instruction and input."""
     text = "\n".join(t for t in (row.take("instruction"), row.take("input")) if t)
     turns, names = read_json(row.take("history") or []), ("question", "answer")
@@ -260,7 +249,7 @@ def pair_example(row, unread):
         return "prefer", preference(*sides, prompt, row, unread)
     if {"chosen", "rejected"} <= set(row):
         sides = row.take("chosen"), row.take("rejected")
-        prompt = row.take("prompt", "question") or ("instruction" in row and asked(row))
+        prompt = row.take("prompt", "question") or ("instruction" in row and alpaca_turns(row))
         prompt = prompt or row.take("conversations", "messages")
         return "prefer", preference(*sides, prompt, row, unread)
     return None
@@ -287,7 +276,7 @@ def chat_example(row, unread):
         if "instruction" in row and "system" not in row:  # COIG's
             row["system"] = row.take("instruction")
     elif {"instruction", "output"} <= keys or {"input", "target"} <= keys:  # Alpaca, Firefly
-        turns = asked(row)
+        turns = alpaca_turns(row)
         answer = {"role": "assistant", "content": row.take("output", "target")}
         answer |= {"reasoning_content": row.take("reasoning_content", "reasoning")}
         turns.append(answer)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from data.cli import UserError
 from data.download import DATA, VIEWER, fetch
-from data.files import locked, read_json, write_whole
+from data.files import read_json, write_once, write_whole
 from data.hotel import HOTEL_DB, join_dialogues, synthetic_dialogues
 
 HUB = "https://huggingface.co/datasets"
@@ -37,12 +37,13 @@ def made(name, splits, make):
     """{split: data/NAME/SPLIT.jsonl}, written with the rows of `make()`, {split: rows}, unless all
     are there."""
     paths = {split: DATA / name / f"{split}.jsonl" for split in splits}
-    there = lambda: all(path.exists() for path in paths.values())  # noqa: E731
-    if not there():
-        with locked(DATA / name):  # as in `fetch`
-            for split, rows in () if there() else make().items():
-                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                write_whole(paths[split], lambda f, text=text: f.write(text.encode()))
+
+    def write():
+        for split, rows in make().items():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_whole(paths[split], lambda f, text=text: f.write(text.encode()))
+
+    write_once(DATA / name, lambda: all(path.exists() for path in paths.values()), write)
     return paths
 
 

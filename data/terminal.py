@@ -57,7 +57,7 @@ class Chat:
         """Why the model cannot be told of its tools; None if it can."""
         if self.is_base or not self.schemas:
             return None
-        if not self.template.tells:
+        if not self.template.supports_tools:
             return "the chat template has no place for tools: the model is not told of them"
         asked = [{"role": "user", "content": "?"}]
         length = len(prompt_ids(asked, self.tokenizer, self.schemas))

@@ -29,7 +29,7 @@ from data.hotel import (
     read_hotels,
     search_hotels,
 )
-from data.hub_rows import named
+from data.hub_rows import page_rows
 from data.row_files import read_rows
 from data.rows import first_words, load_data, read_examples, split_off, to_example
 from data.sources import LAB, REVIEWS, SOURCES
@@ -605,7 +605,8 @@ def test_a_data_set_of_the_hub_comes_page_by_page_and_once(hub, capsys):
     assert len(asked) == 7 and len(set(asked)) == 6  # two lists, five pages, one of them twice
     kind = {"names": {"dtype": "string", "_type": "Value"}}  # a field "names" of an object
     rows = [{"row": {"who": {"names": "x"}}}]
-    assert named({"features": [{"name": "who", "type": kind}], "rows": rows}) == [rows[0]["row"]]
+    page = {"features": [{"name": "who", "type": kind}], "rows": rows}
+    assert page_rows(page) == [rows[0]["row"]]
 
 
 def sizes(source, **options):
