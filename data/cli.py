@@ -104,7 +104,36 @@ class Parser(argparse.ArgumentParser):
             near = [known[name] for name in difflib.get_close_matches(unknown[1], known, 1)]
             message = f"unknown argument {unknown[1]}"
             message += f": did you mean {near[0]}?" if near else " (--help lists what there is)"
+        message = re.sub(r"^argument (\S+): (\S+ must be)", r"\1 \2", message)
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind, wanted, accepts):
+    """An argparse type: a number of class `kind` for which `accepts` is true; the error says that
+    the flag must be what `wanted` describes."""
+
+    def parse(text):
+        value = kind(text)
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's own error names it: invalid int value
+    return parse
+
+
+def at_least(low, kind=int):
+    """An argparse type: a finite number not below `low`."""
+    return number(kind, f"at least {low}", lambda v: low <= v <= 2**62)
+
+
+def between(low, high, kind=float):
+    """An argparse type: a number from `low` to `high`, both included."""
+    return number(kind, f"from {low} to {high}", lambda v: low <= v <= high)
+
+
+positive = number(float, "above 0 and finite", lambda v: 0 < v < math.inf)
+share = between(0, 1)
 
 
 class StopSignal:

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.cli import UserError, run_cli
+from data.cli import Parser, UserError, at_least, between, positive, run_cli
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -38,3 +38,22 @@ def test_run_cli_turns_errors_into_exit_codes(error, code, line, monkeypatch, ca
 def test_run_cli_does_not_hide_a_bug():
     with pytest.raises(ZeroDivisionError):
         run_cli(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    "kind, text, line",
+    [
+        (at_least(1), "0", "--n 0 must be at least 1"),
+        (at_least(0, float), "inf", "--n inf must be at least 0"),
+        (positive, "nan", "--n nan must be above 0 and finite"),
+        (between(0, 1), "1.5", "--n 1.5 must be from 0 to 1"),
+        (at_least(1), "x", "argument --n: invalid int value: 'x'"),
+    ],
+)
+def test_a_number_outside_of_its_limits_is_one_line(kind, text, line, capsys):
+    parser = Parser(prog="x.py")
+    parser.add_argument("--n", type=kind)
+    assert parser.parse_args(["--n", "1"]).n == 1
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--n", text])
+    assert capsys.readouterr().err == f"x.py: {line}\n"
