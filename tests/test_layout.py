@@ -170,7 +170,7 @@ def test_no_script_does_work_when_imported(name):
 @every_script
 def test_functions_stay_short(name):
     lengths = [(f.name, f.end_lineno - f.lineno + 1) for f in nodes(name, *FUNCTIONS)]
-    assert [(f, n) for f, n in lengths if n > (90 if f == "fit" else 60)] == []
+    assert [(f, n) for f, n in lengths if n > 80] == []
 
 
 @every_script
