@@ -26,6 +26,7 @@ import sys
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -68,12 +69,11 @@ from data.costs import check_memory
 from data.facts import ask, in_order
 from data.files import write_json
 from data.hotel import repeats, substitute, tidy_calls, values_by_key
-from data.machine import DTYPES, make_runtime
+from data.machine import DTYPES, make_runtime, shard_like
 from data.rewards import REWARDS, load_reward, rate
 from data.row_files import ROW_SUFFIXES
 from data.rows import as_chat, first_words, load_data, report_bad
-from data.runner import cut_like, launch, place
-from data.runs import newest_run, resumed_settings, run_folder
+from data.runs import newest_run, run_folder
 from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS
 from data.tokenizer import Tokenizer
@@ -777,7 +777,7 @@ def resolve(args):
     fixed |= {k for k in vars(args) if k.startswith("lora_")}
     content, settings = None, {}
     if args.resume is not None:
-        settings, content = resumed_settings(args, given, fixed, lm.load_checkpoint)
+        settings, content = train.resumed_settings(args, given, fixed)
     elif "data" not in given:
         raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
     else:
@@ -1003,7 +1003,7 @@ def evaluate_only(args):
     check_settings(args, kind_of, kind, given)
     runtime = make_runtime(args.device, args.dtype)
     model, tokenizer, where = load(args.ckpt, args.device, runtime.dtype)
-    train.settle_context(args, model)
+    args.context = train.check_context(args.context, model)
     labels = check_parts(args, parts)
     wanted = special_tokens(kind_of, labels, parts)(tokenizer)
     if missing := [n for n in wanted if n not in tokenizer.special]:
@@ -1011,7 +1011,7 @@ def evaluate_only(args):
     all_rows = parts["val"] is parts["train"]
     labels = labels_of(tokenizer) if labels and all_rows else labels  # these rows may lack some
     run = where.parent if where.suffix == ".pt" else where
-    out = run_folder(args, None, f"{run.name}-eval", runtime)
+    out = run_folder(args.out, f"{run.name}-eval", runtime)
     objective = kind_of(args, tokenizer, labels)
     objective.runtime, split = runtime, objective.make_split(parts[args.split])
     if kind_of is DPO and not lora.adapted(model):
@@ -1043,14 +1043,14 @@ def main(argv=None):
     runtime = make_runtime(args.device, args.dtype, wide, was)
     torch.manual_seed(args.seed)
     model, tokenizer, about = build_model(args, base, content, special, runtime)
-    train.settle_context(args, model)
+    args.context = train.check_context(args.context, model)
     objective = kind_of(args, tokenizer, labels)
     objective.runtime, split = runtime, objective.make_split(parts["train"])
     if shown:
         show_mask(split.rows, tokenizer, shown)
         return None
     args.dtype = runtime.dtype
-    place(model, args, runtime)
+    train.place(model, args, runtime)
     if about and not runtime.sharded:
         lora.hold_frozen(model, DTYPES[runtime.dtype])
     check_memory(model, args.batch_tokens, runtime)
@@ -1069,7 +1069,9 @@ def main(argv=None):
     task = make_task(args, objective, split, val, loader, extra)
     if about:
         task.weights = partial(lora.adapter_state, about=about)
-    out = run_folder(args, content, f"{default_name(args.data)}-ft", runtime)
+    name = f"{default_name(args.data)}-ft"
+    out = Path(args.out) if content else run_folder(args.out, name, runtime)
+    args.out = str(out)
     if runtime.rank == 0:
         print("\n".join(header(model, args, objective, split, val, loader, out)))
 
@@ -1078,7 +1080,7 @@ def main(argv=None):
             report_best(model, args, objective, {"train": split, "val": val}, parts, out)
 
     fit = partial(train.fit, model, task, args, runtime, out, content)
-    launch(fit, report, runtime, out)
+    train.launch(fit, report, runtime, out)
     return None
 
 
@@ -1106,7 +1108,7 @@ def report_best(model, args, objective, splits, parts, out):
         lora.load_adapter(model, best)
     else:
         own = model.state_dict()
-        lm.load_weights(model, {k: cut_like(v, own[k]) for k, v in best["model"].items()})
+        lm.load_weights(model, {k: shard_like(v, own[k]) for k, v in best["model"].items()})
     # pairs have none but the training and validation rows, whose reference is known
     split = splits.get(args.split) or objective.make_split(parts[args.split])
     print(f"{out}/best.pt, step {best['step']}, on {args.split}:")

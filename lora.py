@@ -30,7 +30,7 @@ from torch import nn
 from data.cli import Parser, UserError, run_cli
 from data.download import is_hub_name
 from data.hf_adapter import export_peft, import_peft
-from data.runner import cut_like, whole
+from data.machine import full_tensor, shard_like
 from data.tensors import fit_error
 from model import (
     WHAT_CKPT,
@@ -380,7 +380,7 @@ def adapter_state(model, about, name="default"):
         if name in layer.a:
             state |= {f"{full}.a": layer.a[name], f"{full}.b": layer.b[name]}
     state |= {f"{t}.rows": new_rows(model, t, about["first_row"]) for t in about["tables"]}
-    return {k: whole(v.detach()).cpu().clone() for k, v in state.items()}
+    return {k: full_tensor(v.detach()).cpu().clone() for k, v in state.items()}
 
 
 def attach(model, content, name="default", where="adapter"):
@@ -402,8 +402,8 @@ def load_adapter(model, content, name="default", where="adapter"):
     with torch.no_grad():
         for full, layer in adapted(model).items():
             if name in layer.a:
-                layer.a[name].copy_(cut_like(state[f"{full}.a"], layer.a[name]))
-                layer.b[name].copy_(cut_like(state[f"{full}.b"], layer.b[name]))
+                layer.a[name].copy_(shard_like(state[f"{full}.a"], layer.a[name]))
+                layer.b[name].copy_(shard_like(state[f"{full}.b"], layer.b[name]))
     first, tables = about["first_row"], about["tables"]
     bare = table_rows(model, tables, first)
     known = getattr(model, "adapter_rows", {None: (first, bare)})  # None: those of the base itself
@@ -420,7 +420,7 @@ def new_rows(model, table, first):
 
 def table_rows(model, tables, first):
     """{table: copy of its rows from `first` on} of the named weight tables."""
-    return {t: whole(new_rows(model, t, first).detach()).clone() for t in tables}
+    return {t: full_tensor(new_rows(model, t, first).detach()).clone() for t in tables}
 
 
 @torch.no_grad()
@@ -429,7 +429,7 @@ def put_rows(model, name):
     first, rows = getattr(model, "adapter_rows", {}).get(name, (0, {}))
     for table, values in rows.items():
         own = new_rows(model, table, first)
-        own.copy_(cut_like(values.to(own), own))
+        own.copy_(shard_like(values.to(own), own))
 
 
 def load_adapted(base, adapters, where="the base"):

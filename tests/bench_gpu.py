@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 from bench_common import load_module, take_turns
+from data.runner import make_runner, place
 
 import lora
 import model as lm
 import sample
 import train
 from data.machine import make_runtime
-from data.runner import make_runner, place
 
 
 def wait():
