@@ -12,7 +12,7 @@ import secrets
 import time
 
 from data.answer import Answer, ApiError, Choice, finite
-from data.chat import chat_prompt, content_text, find_template, prompt_ids, read_call
+from data.chat import content_text, get_template, read_call
 from data.reply import Reply
 from data.scheduler import Job
 
@@ -211,7 +211,7 @@ class Api:
         self.allowed, self.settings, self.tools = allowed, settings, list(tools)
         self.started = int(time.time())
         self.special = {i: name for name, i in tokenizer.special.items()}
-        self.template = find_template(tokenizer)
+        self.template = get_template(tokenizer)
 
     def token(self, i):
         """What the API calls an id: its text, or bytes:\\xe4 for a part of a character."""
@@ -288,17 +288,16 @@ class Api:
         told = [t for t in tools if may_call and t["function"]["name"] not in known]
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
         variables = body.get("chat_template_kwargs", {})
-        own = {"messages", "tools", "tokenizer", "room", "self"}  # are no variables of a template
-        if not isinstance(variables, dict) or own & set(variables):
+        if not isinstance(variables, dict):
             name = "chat_template_kwargs"
-            raise ApiError(400, f"{name} must be an object without {', '.join(sorted(own))}", name)
+            raise ApiError(400, f"{name} must be an object", name)
         variables = variables | {name: body[name] for name in TURNS if name in body}
         try:
             if body.get("truncation") == "auto":
                 room = self.context - min(limit, self.context // 2)
-                ids = chat_prompt(messages, self.tokenizer, room, told, **variables)
+                ids = self.template.fit_prompt(messages, told, room, variables)
             else:
-                ids = prompt_ids(messages, self.tokenizer, told, **variables)
+                ids = self.template.prompt_ids(messages, told, variables)
         except ValueError as e:
             raise ApiError(400, str(e), "messages") from e
         given = self.forced_ids(forced)
