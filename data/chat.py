@@ -9,7 +9,7 @@ import json
 import re
 from datetime import datetime
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -96,12 +96,13 @@ def message_text(message):
 
 
 def drop_continued(rows, key=lambda turns: turns):
-    """The rows without those that the next row continues: whose turns, key(row), begin its turns."""
-    following = [key(row) for row in rows[1:]] + [[]]
-    return [
-        row for row, longer in zip(rows, following)
-        if len(longer) <= len(key(row)) or longer[: len(key(row))] != key(row)
-    ]  # fmt: skip
+    """The rows without those that the next row only continues: its turns, key(row), begin alike."""
+    kept = []
+    for row, following in zip_longest(rows, rows[1:]):
+        turns, longer = key(row), key(following) if following else []
+        if len(longer) <= len(turns) or longer[: len(turns)] != turns:
+            kept.append(row)
+    return kept
 
 
 # --------------------------------------------------------------------------------------------
