@@ -298,7 +298,7 @@ class Api:
                 ids = self.template.fit_prompt(messages, told, room, variables)
             else:
                 ids = self.template.prompt_ids(messages, told, variables)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:  # what is nested too deeply cannot be escaped
             raise ApiError(400, str(e), "messages") from e
         given = self.forced_ids(forced)
         ids, given = ids + given, given or self.template.opened(ids)

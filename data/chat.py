@@ -193,6 +193,7 @@ class Template:
               template writes none; `call` is its id, None if it is not a token
     tags      {tag of a thought or a call: how it stands in the text of an answer}: behind a MARK if
               it is a token, since the same characters are text then; `tag_ids` {id: the same}
+    blanks    what it writes before and after an answer, as Llama 2's does
     spoken    ids of the special tokens that an answer may contain
     supports_tools  whether it writes the schemas of tools
     """
@@ -219,10 +220,10 @@ class Template:
             self.called = self.probe({"content": "", "tool_calls": [call]})
         except ValueError:
             self.called = ""
-        lead = said.partition(CONTENT)[0]  # Llama 2 writes a blank before each answer
-        self.lead = lead if lead.isspace() else ""
-        closing = self.encode(said.rpartition(CONTENT)[2])
-        self.end = next((i for i in closing if i in names), tokenizer.eos_id)
+        before, _, after = said.rpartition(CONTENT)
+        self.end = next((i for i in self.encode(after) if i in names), tokenizer.eos_id)
+        blanks = before, after.split(tokenizer.decode([self.end]))[0]
+        self.blanks = [text if text.isspace() else "" for text in blanks]
         self.ends = {self.end, tokenizer.eos_id, *tokenizer.spec.get("ends", ())}
         tag = next((tag for tag in CALL_TAGS if tag in self.called), None)
         self.call_tag = "" if tag is None and self.called.lstrip().startswith("{") else tag

@@ -113,12 +113,15 @@ class Reply:
             at, tag = min(((text.find(t), t) for t in tags if t in text), default=(len(text), ""))
             if not tag and not last:
                 at -= max((overlap(text, t) for t in tags), default=0)
-            text = text[:at].rstrip() if self.template else text[:at]
+            text = text[:at]
+            if self.template:
+                ended = last and not tag and self.kind == "content"
+                text = text.removesuffix(self.template.blanks[1]) if ended else text.rstrip()
             # the text of calls is kept whole, since it is content if it turns out to be malformed
             taken = at + len(tag) if tags.get(tag, "call") != "call" else len(text)
             self.pending = self.pending[taken:]
             if self.template and said_nothing:
-                lead = self.template.lead if not self.begun else ""
+                lead = self.template.blanks[0] if not self.begun else ""
                 text = text.removeprefix(lead) if self.kind == "content" else text
                 text = text.lstrip("\n") if self.begun or self.kind == THOUGHT else text
             self.show(new, text)

@@ -132,7 +132,7 @@ def test_arguments_stay_as_they_were_written(family):
     [
         ("qwen2.5", 'So\n<tool_call>\n{"name": 5}', 'So\n<tool_call>\n{"name": 5}', None),
         ("words", '<tool_call>\n{"name": "f", ', '<tool_call>\n{"name": "f", ', None),
-        ("words", "a <tool b <think> c </think>\n", "a <tool b <think> c </think>", None),
+        ("words", "a <tool b <think> c </think>\n", "a <tool b <think> c </think>\n", None),
         ("words", "<think>\nHm", "", "Hm"),
         ("words", "<think> Hm \n</think>\n\n  Hi\n\nyou  <too", "  Hi\n\nyou  <too", " Hm"),
         ("words", "<think>\n\n</think>\n\nHi STOP you", "Hi ", None),
@@ -142,7 +142,7 @@ def test_arguments_stay_as_they_were_written(family):
         ("qwen3", "a</tool_call>b", "ab", None),
         ("gemma", '{"name": "f", "arguments": {}}', '{"name": "f", "arguments": {}}', None),
         ("llama3.1", '{"name": "f", "arguments": []}', '{"name": "f", "arguments": []}', None),
-        ("mistral", " Hi ", "Hi", None),
+        ("mistral", " Hi ", "Hi ", None),
         ("ours", "a <think> b", "a <think> b", None),
     ],
 )
