@@ -20,7 +20,6 @@ import finetune
 import lora
 import model as lm
 import sample
-import train
 from data.cli import UserError
 from data.machine import Runtime
 
