@@ -31,15 +31,15 @@ IMPORTS = {
     "data.chat": "data.cli",
     "data.tools": "data.chat",
     "data.reply": "data.tokenizer",
+    "data.scores": "data.chat",
     "data.hotel": "data.chat data.download",
-    "data.sources": "data.hotel",
+    "data.facts": "data.hotel data.scores",
+    "data.sources": "data.facts",
     "data.row_files": "data.sources data.text",
     "data.hub_rows": "data.row_files",
     "data.rows": "data.hub_rows",
     "data.terminal": "data.reply data.tools",
-    "data.facts": "data.hotel",
-    "data.scores": "data.facts data.rows",
-    "data.rewards": "data.scores",
+    "data.rewards": "data.sources",
     "data.batches": "data.chat",
     "data.scheduler": "data.cli",
     "data.answer": "data.reply data.scheduler",
@@ -55,7 +55,7 @@ IMPORTS = {
     "lora": "model data.hf_adapter data.runner",
     "sample": "lora data.analogy data.graphs data.matmul data.runs data.terminal",
     "train": "model prepare_data data.plot data.runner data.runs",
-    "finetune": "train sample data.batches data.rewards",
+    "finetune": "train sample data.batches data.rewards data.rows",
 }
 # What only one function needs, once all else is done: train.py's closing sample, the server.
 LATE = {"train": {"sample"}}
