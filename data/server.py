@@ -31,9 +31,10 @@ CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n\0]*)?\r\n")  # its size, 
 TRAILER = re.compile(rb"[^\s:]+:[^\r\n\0]*\r\n")
 LOCAL = ("localhost", "127.0.0.1", "::1")
 LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d*)?", re.IGNORECASE)
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-POLICY += "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-POLICY += "frame-ancestors 'none'"
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 BUSY = json.dumps(ApiError(503, "too many connections: try again in a second").body)
 BUSY = f"Content-Type: application/json\r\nContent-Length: {len(BUSY)}\r\n\r\n{BUSY}"
 BUSY = f"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nConnection: close\r\n{BUSY}".encode()
