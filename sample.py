@@ -1066,8 +1066,10 @@ def main(argv=None):
             raise UserError(f"{where} carries no tokenizer: it can only continue --prompt_ids")
         labels = labels_of(tokenizer)
         model = model if labels else fast_model(model, args.slots or SLOTS, args)
+        from data.server import serve
+
         service = make_service(model, tokenizer, where, args, tools)
-        return service.serve(args.host or "127.0.0.1", args.serve)
+        return serve(service, args.host or "127.0.0.1", args.serve)
     if args.chat:
         model = fast_model(model, 1, args)
         settings = {name: getattr(args, name) for name in DECODING}

@@ -374,10 +374,10 @@ finetune.main(sys.argv[1:])
         [*SFT, "--dropout", "0.2", "--grad_accum", "2"],
         [*SFT, *LORA, "--dropout", "0.1"],
         [*SFT, *LORA, "--lora_dropout", "0.2", "--quantize", "nf4", "--token_dropout", "0.2"],
-        [*SFT, "--data", "tools.jsonl", "--augment", "0.7", "--optimizer", "muon"],
+        [*SFT, "--data", "tools.jsonl", "--optimizer", "muon"],
         [*DPO, "--dropout", "0.1"],
     ],
-    ids=["dropout", "lora", "nf4", "augment", "dpo"],
+    ids=["dropout", "lora", "nf4", "muon", "dpo"],
 )
 def test_killed_and_resumed_equals_straight_through_bitwise(desk, flags):
     flags = [*flags, "--max_steps", "10", "--eval_every", "4", "--eval_rows", "3"]
@@ -522,7 +522,7 @@ def test_a_classifier_end_to_end(desk, capsys):
     [
         ["--token_dropout", "0.1"],
         ["--loss_on", "all"],
-        ["--data", "tools.jsonl", "--loss_on", "call", "--augment", "1"],
+        ["--data", "tools.jsonl", "--loss_on", "call"],
         LORA,
         [*LORA, "--quantize", "int8", "--lora_targets", "mlp", "--lora_alpha", "16"],
         [*LORA, "--quantize", "nf4"],
