@@ -558,26 +558,26 @@ class SharedPrompt(lm.KVCache):
 
     def __init__(self, model):
         super().__init__(model, batch=0)
-        self.ids, self.kept = self.ids.new_empty(1, 0), {}
+        self.ids, self.lengths = self.ids.new_empty(1, 0), torch.zeros(1, dtype=torch.long)
+        self.kept = {}
 
-    def past(self, ids):
-        """As `KVCache.past`."""
-        at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) + self.length
+    def begin(self, ids):
+        """As `KVCache.begin`."""
+        start = self.ids.shape[1]
         self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
-        return self.ids, at
+        return lm.Step(slice(start, start + ids.shape[1]))
 
-    def layer(self, i):
-        """As `KVCache.layer`."""
+    def update(self, i, step, *new):
+        """As `KVCache.update`."""
+        if not step.positions.start:
+            self.kept[i] = new
+            return new
+        old = (t.expand(len(new[0]), -1, -1, -1) for t in self.kept[i])
+        return [torch.cat(pair, dim=2) for pair in zip(old, new)]
 
-        def keep(k, v):
-            self.kept[i] = k, v
-            return k, v
-
-        def join(*new):
-            old = (t.expand(len(new[0]), -1, -1, -1) for t in self.kept[i])
-            return [torch.cat(pair, dim=2) for pair in zip(old, new)]
-
-        return join if self.length else keep
+    def past(self, step):
+        """As `KVCache.past`."""
+        return self.ids
 
 
 def group_logps(runner, model, ids, targets, lengths, allowed=None):
