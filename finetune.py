@@ -50,8 +50,8 @@ from data.batches import (
     pad,
     preference_rows,
     reward_row,
-    show_mask,
     row_size,
+    show_mask,
 )
 from data.chat import (
     CHAT_TOKENS,
