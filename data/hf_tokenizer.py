@@ -357,7 +357,7 @@ def begin_template(tokenizer):
 def tokenizer_config(tokenizer):
     """The content of tokenizer_config.json beside tokenizer_json's: the class for transformers, the
     end-of-text token and, if the tokenizer can chat, the template that it came with, or else
-    render_chat as one."""
+    ours."""
     names = {i: name for name, i in tokenizer.special.items()}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
