@@ -65,9 +65,7 @@ from data.chat import (
 )
 from data.cli import Parser, UserError, check_limits, run_cli
 from data.costs import check_memory
-from data.facts import ask, in_order
 from data.files import write_json
-from data.hotel import repeats, substitute, tidy_calls, values_by_key
 from data.machine import DTYPES, make_runtime
 from data.rewards import REWARDS, load_reward, rate
 from data.row_files import ROW_SUFFIXES
@@ -75,7 +73,7 @@ from data.rows import as_chat, first_words, load_data, report_bad
 from data.runner import cut_like, launch, place
 from data.runs import newest_run, resumed_settings, run_folder
 from data.scores import chat_scores, confusion, macro_f1
-from data.sources import ROW_SETS
+from data.sources import ROW_SETS, SOURCES
 from data.tokenizer import Tokenizer
 from prepare_data import default_name
 from sample import Engine, allowed_ids, classify, load
@@ -92,7 +90,7 @@ RECIPE = train.RECIPE | train.optimizer_rates() | dict(
     lora_rank=0, lora_alpha=None, lora_dropout=0.0, lora_targets="all",  # alpha: twice the rank
 )  # fmt: skip
 
-# Tables are frozen under LoRA (new special tokens apart), so only the one rate counts.
+# Tables are frozen under LoRA unless the base lacks special tokens.
 LORA_RECIPE = dict(lr=3e-3)
 
 # --------------------------------------------------------------------------------------------
@@ -315,8 +313,10 @@ class SFT:
         return answer_jobs(split.examples, limit, self.args.loss_on == "call")
 
     def scores(self, jobs, turns):
-        """The figures of answers to jobs."""
-        return chat_scores(jobs, turns)
+        """The figures of answers to jobs, and what the data set adds to them."""
+        source = SOURCES.get(self.args.data)
+        added = source.scores(jobs, turns) if source and source.scores else {}
+        return chat_scores(jobs, turns) | added
 
     def report(self, model, split):
         """(figures over all of a Split, rows for predictions.jsonl), a few answers printed."""
@@ -558,26 +558,26 @@ class SharedPrompt(lm.KVCache):
 
     def __init__(self, model):
         super().__init__(model, batch=0)
-        self.ids, self.kept = self.ids.new_empty(1, 0), {}
+        self.ids, self.lengths = self.ids.new_empty(1, 0), torch.zeros(1, dtype=torch.long)
+        self.kept = {}
 
-    def past(self, ids):
-        """As `KVCache.past`."""
-        at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) + self.length
+    def begin(self, ids):
+        """As `KVCache.begin`."""
+        start = self.ids.shape[1]
         self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
-        return self.ids, at
+        return lm.Step(slice(start, start + ids.shape[1]))
 
-    def layer(self, i):
-        """As `KVCache.layer`."""
+    def update(self, i, step, *new):
+        """As `KVCache.update`."""
+        if not step.positions.start:
+            self.kept[i] = new
+            return new
+        old = (t.expand(len(new[0]), -1, -1, -1) for t in self.kept[i])
+        return [torch.cat(pair, dim=2) for pair in zip(old, new)]
 
-        def keep(k, v):
-            self.kept[i] = k, v
-            return k, v
-
-        def join(*new):
-            old = (t.expand(len(new[0]), -1, -1, -1) for t in self.kept[i])
-            return [torch.cat(pair, dim=2) for pair in zip(old, new)]
-
-        return join if self.length else keep
+    def past(self, step):
+        """As `KVCache.past`."""
+        return self.ids
 
 
 def group_logps(runner, model, ids, targets, lengths, allowed=None):
@@ -735,7 +735,7 @@ class GRPO(SFT):
         answers = [(job.messages, turn, job.wanted) for job, turn in zip(jobs, turns)]
         rewards = [r for r in self.rewards(answers) if r is not None]
         mean = {"val_reward": sum(rewards) / len(rewards)} if rewards else {}
-        return mean | chat_scores(jobs, turns)
+        return mean | super().scores(jobs, turns)
 
     def metrics(self):
         """Means of what was seen: the reward of drawn answers, its standard deviation in a group,
@@ -825,8 +825,9 @@ def check_settings(args, objective, kind, given):
     for name in OWN_FLAGS:
         if name in given and name not in objective.settings:
             raise UserError(f"--{name} is not for --objective {args.objective}")
-    if args.augment and kind != "chat":
-        raise UserError("--augment is for chats with tool calls")
+    if args.augment and not (args.data in SOURCES and SOURCES[args.data].augment):
+        names = ", ".join(name for name, source in SOURCES.items() if source.augment)
+        raise UserError(f"--augment is for --data {names}")
     if args.shard and args.objective == "grpo":
         raise UserError("--shard does not go together with --objective grpo")
     if args.token_dropout and args.objective in ("dpo", "grpo"):
@@ -862,23 +863,14 @@ def special_tokens(objective, labels, parts):
     return needed
 
 
-def augmented(examples, objective, share, seed):
-    """epoch -> rows of that epoch, rare calls more often (hotel.repeats): each value exchanged with
-    probability `share` (hotel.substitute), and up to three questions more, each with that
-    probability, too (facts.ask)."""
-    pool, often = values_by_key(examples), repeats(examples)
+def augmented(examples, objective, args):
+    """A function of an epoch: its rows, as the data set's `augment` changes the examples."""
+    augment = SOURCES[args.data].augment
 
     def epoch_rows(epoch):
-        rng = random.Random(f"{seed} {epoch}")
-        fresh = []
-        for e in (e for e, n in zip(examples, often) for _ in range(int(n + rng.random()))):
-            new = substitute(e, pool, share, rng)
-            new = tidy_calls(new) if "tidy" in e else new
-            messages = in_order(new["messages"])
-            for _ in range(3):
-                messages = messages + (ask(messages, rng) if rng.random() < share else [])
-            fresh.append(new | {"messages": messages})
-        return objective.loader_rows(objective.make_split(fresh))
+        rng = random.Random(f"{args.seed} {epoch}")
+        new = augment(examples, args.augment, rng)
+        return objective.loader_rows(objective.make_split(new))
 
     return epoch_rows
 
@@ -910,17 +902,14 @@ def build_model(args, base, content, special_tokens, runtime):
         settings["alpha"] = args.lora_alpha or 2 * args.lora_rank
         if args.quantize:
             lora.quantize(model, args.quantize, device=runtime.device)
-        lora.add_lora(model, **settings)
         # special tokens that the base has never seen are rows of its tables: these must learn
-        own = dict(model.named_parameters())
-        tables = [n for n in ("embed.weight", "value_embed.weight", "head.weight") if n in own]
-        tables = tables if tokenizer is not bare else []
+        tables = [] if tokenizer is bare else ["embed", "value_embed", "head"]
+        settings["modules_to_save"] = tables
+        lora.add_lora(model, **settings)
         mark = None if runtime.rank else lora.fingerprint(base["model"])  # one process reads it
         mark = runtime.of_first(mark)
         about = settings | dict(quantize=args.quantize, base=args.ckpt, base_sha256=mark)
-        about |= dict(tables=tables, first_row=bare.n_vocab)
-    if about:
-        lora.train_new_embeddings(model, about["tables"], about["first_row"])
+        about |= dict(base_vocab=bare.n_vocab)
     model.grad_checkpoint = bool(args.grad_checkpoint)
     return model, tokenizer, about
 
@@ -1056,7 +1045,7 @@ def main(argv=None):
     check_memory(model, args.batch_tokens, runtime)
     epoch_rows = None
     if args.augment:
-        epoch_rows = augmented(parts["train"], objective, args.augment, args.seed)
+        epoch_rows = augmented(parts["train"], objective, args)
     loader = BucketLoader(objective.loader_rows(split), args.batch_tokens, args.seed, epoch_rows)
     if args.max_steps is None and args.max_minutes is None:
         per_step = args.grad_accum * runtime.world
@@ -1068,7 +1057,7 @@ def main(argv=None):
     extra |= objective.start(model, {"train": split, "val": val}, content)
     task = make_task(args, objective, split, val, loader, extra)
     if about:
-        task.weights = partial(lora.adapter_state, about=about)
+        task.weights = lora.adapter_state
     out = run_folder(args, content, f"{default_name(args.data)}-ft", runtime)
     if runtime.rank == 0:
         print("\n".join(header(model, args, objective, split, val, loader, out)))
@@ -1151,8 +1140,8 @@ def build_parser():
     add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
     add("--loss_on", choices=("assistant", "call", "all"),
         help="learn the assistant's turns (default), its tool calls only, or every token")
-    add("--augment", type=float,
-        help="chance that a value becomes another everywhere, and of questions more (0)")
+    add("--augment", type=float, help="hotel dialogues: the chance that a value is exchanged "
+        "everywhere in one, and that a question is added (default 0)")
     add("--token_dropout", type=float, help="chance that a token is hidden from the model (0)")
     add("--dropout", type=float, help="of the model (default: the checkpoint's)")
     add("--batch_tokens", type=int, help="tokens a micro-batch at most, padding included (4096)")

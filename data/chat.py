@@ -55,6 +55,17 @@ def parse_call(call):
     return name, arguments
 
 
+def normalize_numbers(value):
+    """A JSON value with 500.0 written as 500, so that the two are the same text."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [normalize_numbers(v) for v in value]
+    if isinstance(value, dict):
+        return {k: normalize_numbers(v) for k, v in value.items()}
+    return value
+
+
 def split_system(messages):
     """(the system message that the messages begin with, as a list, perhaps empty; the others)."""
     n = int(bool(messages) and messages[0]["role"] in ("system", "developer"))

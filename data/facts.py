@@ -6,7 +6,16 @@ from functools import cache, lru_cache
 from itertools import pairwise
 
 from data.chat import either
-from data.hotel import QUESTIONS, answer_about, read_hotels
+from data.hotel import (
+    QUESTIONS,
+    answer_about,
+    read_hotels,
+    repeats,
+    substitute,
+    tidy_calls,
+    values_by_key,
+)
+from data.scores import bleu4
 
 # What a reply says of a hotel by a number: the field of its record, and how it is written
 NUMBERS = {
@@ -137,3 +146,45 @@ def is_value(text, value):
     if isinstance(value, (int, float)) and "-" not in text:
         return float(text) == value
     return bool(re.search(rf"(?<![\d.]){re.escape(text)}(?![\d.])", str(value)))
+
+
+def fact_scores(jobs, turns):
+    """The figures of answers to jobs: what share of the names, prices, ratings and phones in the
+    replies is right, and what share of the replies names a hotel twice."""
+    counts = Counter()
+    for job, turn in zip(jobs, turns):
+        if not job.wanted.get("tool_calls") and not turn.get("tool_calls"):
+            counts += count_facts(job.messages, turn["content"])
+    scores = {f"{fact}s": counts[f"right {fact}"] / counts[fact] for fact in FACTS if counts[fact]}
+    replies = counts["replies"]
+    return scores | ({"doubled": counts["doubled"] / replies} if replies else {})
+
+
+def faithful(messages, answer, wanted):
+    """The mean of BLEU-4, which keeps the wording, and the right facts over the larger number of
+    those that are stated and those that should be (for each kind; a name said again is a wrong
+    one)."""
+    theirs = count_facts(messages, wanted["content"])
+    if wanted.get("tool_calls") or not any(theirs[fact] for fact in FACTS):
+        return None
+    if answer.get("tool_calls"):
+        return 0.0
+    ours = count_facts(messages, answer["content"])
+    right = sum(ours[f"right {fact}"] for fact in FACTS) - ours["again"]
+    most = sum(max(ours[fact], theirs[fact]) for fact in FACTS)
+    return (max(0, right) / most + bleu4(answer["content"], wanted["content"])) / 2
+
+
+def augment(examples, share, rng):
+    """The conversations of an epoch, those with rare calls more often (see `repeats`): each value
+    is exchanged with probability `share` (see `substitute`), and up to three questions are added,
+    each with that probability, too (see `ask`)."""
+    pool, new = values_by_key(examples), []
+    for example, count in zip(examples, repeats(examples)):
+        for _ in range(int(count + rng.random())):
+            changed = tidy_calls(substitute(example, pool, share, rng))
+            messages = in_order(changed["messages"])
+            for _ in range(3):
+                messages = messages + (ask(messages, rng) if rng.random() < share else [])
+            new.append(changed | {"messages": messages})
+    return new

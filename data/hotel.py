@@ -319,15 +319,6 @@ def substitute(example, pool, share, rng, made_up=0.5):
     return example | {"messages": [m | rewrite(m) for m in example["messages"]]}
 
 
-def whole(value):
-    """A JSON value with 500.0 as 500, so that the two are learned as one."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [whole(v) for v in value]
-    return {k: whole(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
 def tidy_calls(example):
     """The hotel conversation with each call's arguments in one order: keys by the alphabet, the
     items of a list as the user has named them, which is easier to copy. What they say stays the
@@ -344,4 +335,4 @@ def tidy_calls(example):
         if calls:
             m = m | {"tool_calls": [tool_call(name, dict(sorted(a.items()))) for name, a in calls]}
         messages.append(m)
-    return example | {"messages": messages, "tidy": True}
+    return example | {"messages": messages}

@@ -14,8 +14,8 @@ import runpy
 
 from data.chat import message_text
 from data.cli import UserError
-from data.facts import FACTS, count_facts
-from data.scores import arguments_of, bleu4, slot_counts
+from data.scores import arguments_of, slot_counts
+from data.sources import SOURCES
 
 
 def slots(messages, answer, wanted):
@@ -27,21 +27,6 @@ def slots(messages, answer, wanted):
         return 0.0
     right, said, asked = slot_counts(ours, arguments_of(wanted))
     return 2 * right / (said + asked) if said + asked else 1.0
-
-
-def faithful(messages, answer, wanted):
-    """The mean of BLEU-4, which keeps the wording, and the right facts over the larger number of
-    those that are stated and those that should be (for each kind; a name said again is a wrong
-    one)."""
-    theirs = count_facts(messages, wanted["content"])
-    if wanted.get("tool_calls") or not any(theirs[fact] for fact in FACTS):
-        return None
-    if answer.get("tool_calls"):
-        return 0.0
-    ours = count_facts(messages, answer["content"])
-    right = sum(ours[f"right {fact}"] for fact in FACTS) - ours["again"]
-    most = sum(max(ours[fact], theirs[fact]) for fact in FACTS)
-    return (max(0, right) / most + bleu4(answer["content"], wanted["content"])) / 2
 
 
 def label(messages, answer, wanted):
@@ -64,7 +49,9 @@ def length(messages, answer, wanted):
 
 
 # To add a reward: a function here.
-REWARDS = {f.__name__: f for f in (slots, faithful, label, exact, length)}
+REWARDS = {f.__name__: f for f in (slots, label, exact, length)} | {
+    name: f for source in SOURCES.values() for name, f in source.rewards.items()
+}
 
 
 def load_reward(source):

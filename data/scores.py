@@ -5,9 +5,7 @@ from collections import Counter
 
 import numpy as np
 
-from data.chat import parse_call
-from data.facts import FACTS, count_facts
-from data.hotel import whole
+from data.chat import normalize_numbers, parse_call
 
 
 def arguments_of(message):
@@ -23,9 +21,10 @@ def slot_counts(predicted, reference):
     one, as the course counts them; None for `predicted` means no arguments at all."""
 
     def values(calls):
-        items = (pair for arguments in calls or () for pair in arguments.items())
+        calls = map(normalize_numbers, calls or ())
+        items = (pair for arguments in calls for pair in arguments.items())
         items = ((k, v if isinstance(v, list) else [v]) for k, v in items)
-        return Counter((k, json.dumps(whole(v), sort_keys=True)) for k, vs in items for v in vs)
+        return Counter((k, json.dumps(v, sort_keys=True)) for k, vs in items for v in vs)
 
     ours, wanted = values(predicted), values(reference)
     return (ours & wanted).total(), ours.total(), wanted.total()
@@ -66,16 +65,13 @@ def macro_f1(table):
 
 def chat_scores(jobs, turns):
     """A dict of what can be counted: where a tool should be called slot precision, recall and F1
-    and the share of calls that parse; elsewhere BLEU-4 (a call in that place scores 0), and after
-    a search for hotels what share of the names, prices, ratings and phones is right, and what share
-    of the replies names a hotel twice."""
-    slots, parsed, bleu, facts = [0, 0, 0], [], [], Counter()
+    and the share of calls that parse; elsewhere BLEU-4 (a call in that place scores 0)."""
+    slots, parsed, bleu = [0, 0, 0], [], []
     for job, got in zip(jobs, turns):
         goal = job.wanted
         if not goal.get("tool_calls"):
             same = not got.get("tool_calls")
             bleu.append(bleu4(got["content"], goal["content"]) if same else 0.0)
-            facts += count_facts(job.messages, got["content"]) if same else Counter()
             continue
         arguments = arguments_of(got)
         parsed.append(arguments is not None)
@@ -86,7 +82,4 @@ def chat_scores(jobs, turns):
         scores |= dict(slot_p=right / max(1, predicted), slot_r=right / max(1, wanted))
         scores |= dict(slot_f1=2 * right / max(1, predicted + wanted))
         scores |= dict(valid_json=sum(parsed) / len(parsed))
-    scores |= dict(bleu4=sum(bleu) / len(bleu)) if bleu else {}
-    scores |= {f"{fact}s": facts[f"right {fact}"] / facts[fact] for fact in FACTS if facts[fact]}
-    replies = facts["replies"]
-    return scores | (dict(doubled=facts["doubled"] / replies) if replies else {})
+    return scores | (dict(bleu4=sum(bleu) / len(bleu)) if bleu else {})

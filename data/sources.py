@@ -5,15 +5,17 @@ import json
 import sysconfig
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from data.cli import UserError
 from data.download import DATA, VIEWER, fetch
+from data.facts import augment, fact_scores, faithful
 from data.files import read_json, write_once, write_whole
-from data.hotel import HOTEL_DB, join_dialogues, synthetic_dialogues
+from data.hotel import HOTEL_DB, join_dialogues, synthetic_dialogues, tidy_calls
 
 HUB = "https://huggingface.co/datasets"
 REVIEWS = "https://www.cs.cornell.edu/people/pabo/movie-review-data/rt-polaritydata.tar.gz"
@@ -119,14 +121,25 @@ class Source(NamedTuple):
     """A text or set that has a name. `fetch()` returns {split: path, list of paths, or `shards`}
     and downloads or makes what is not there; `rows` is True for JSON rows that finetune.py takes.
     A `separator` stands between the documents of its files.
+
+    What belongs to one set of rows alone: `tidy(example)` returns an example as it is learned;
+    `augment(examples, share, rng)` the examples of an epoch, for --augment; `scores(jobs, turns)`
+    more figures of answers; `rewards` are {name: function}, as in data/rewards.py.
     """
 
     fetch: Callable
     tokenizer: str = "bpe:4096"
     rows: bool = False
     separator: str | None = None
+    tidy: Callable | None = None
+    augment: Callable | None = None
+    scores: Callable | None = None
+    rewards: Mapping = MappingProxyType({})
 
 
+HOTEL = dict(
+    rows=True, tidy=tidy_calls, augment=augment, scores=fact_scores, rewards={"faithful": faithful}
+)
 # To add a text or a set of rows: a line here.
 SOURCES = {
     "stdlib": Source(lambda: {"train": stdlib_files()}, "bpe:2048"),
@@ -160,8 +173,8 @@ SOURCES = {
     "c4": Source(partial(c4, "en/c4-train.", "c4", 1024), "gpt2"),
     "c4-zh": Source(partial(c4, "multilingual/c4-zh.tfrecord-", "c4-zh", 1024), "bpe:16384"),
     "sentiment": Source(film_reviews, rows=True),
-    "hotel": Source(hotel_dialogues, rows=True),
-    "hotel-synthetic": Source(invented_dialogues, rows=True),
+    "hotel": Source(hotel_dialogues, **HOTEL),
+    "hotel-synthetic": Source(invented_dialogues, **HOTEL),
     "alpaca-zh": Source(
         partial(
             download, train=f"{HUB}/shibing624/alpaca-zh/resolve/main/alpaca_gpt4_data_zh.json"

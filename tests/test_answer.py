@@ -42,7 +42,7 @@ def serve(tokenizer, ids=(), **asked):
     allowed = dict.fromkeys([(True, True), (True, False)], [True] * tokenizer.n_vocab)
     api = Api(Script(ids), tokenizer, {"m": None}, 4096, allowed, {})
     body = {"messages": HELLO, "tools": TOOLS, **asked}
-    *_, whole = api.chat(dict(body)).whole()
+    *_, whole = api.chat(dict(body)).result()
     whole, pieces = whole["choices"][0], {"role": "assistant", "content": ""}
     for chunk in api.chat(dict(body)).chunks():
         choice = chunk["choices"][0]

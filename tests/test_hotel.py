@@ -187,13 +187,16 @@ def test_rarely_passed_keys_come_in_the_share_of_conversations_that_is_wanted():
 def test_augmented_epochs_depend_on_seed_and_epoch_alone():
     rows = synthetic_dialogues(40, "x")
     examples = [tidy_calls(to_example(r)[1]) for r in rows]
-    args = argparse.Namespace(context=4000, loss_on="assistant")
+    args = argparse.Namespace(
+        context=4000, loss_on="assistant", data="hotel", augment=0.5, seed=3
+    )
     objective = ft.SFT(args, CHAT)
-    make = ft.augmented(examples, objective, 0.5, seed=3)
+    make = ft.augmented(examples, objective, args)
     first, second = make(0), make(1)
-    again = ft.augmented(examples, objective, 0.5, seed=3)
+    again = ft.augmented(examples, objective, args)
     assert make(0) == first != second and again(1) == second
-    assert ft.augmented(examples, objective, 0.5, seed=4)(0) != first
+    args.seed = 4
+    assert make(0) != first
     assert len(first) == len(second) == 40
     for row in first:
         text = CHAT.decode(row.ids)

@@ -114,7 +114,6 @@ CHATS = {
 def test_a_chat_of_every_known_form(name):
     row, messages = CHATS[name]
     more = TOLD if "tools" in row and "words" not in name else {}
-    more = {"tidy": True} if messages[1:2] == [HOTEL_CALL] else more
     assert to_example(row) == ("chat", {"messages": messages} | more)
 
 
