@@ -48,10 +48,10 @@ from data.batches import (
     drop_tokens,
     label_row,
     pad,
-    pair_rows,
+    preference_rows,
     reward_row,
+    row_size,
     show_mask,
-    size_of,
 )
 from data.chat import (
     CHAT_TOKENS,
@@ -400,7 +400,7 @@ class DPO(SFT):
 
     def rows(self, example):
         """([(chosen Row, rejected Row)], whether one was too long) of a pair."""
-        pair, cut = pair_rows(example, self.tokenizer, self.args.context)
+        pair, cut = preference_rows(example, self.tokenizer, self.args.context)
         return [pair], cut
 
     def start(self, model, splits, saved):
@@ -509,7 +509,7 @@ class RewardModel(DPO):
 
     def rows(self, example):
         """([(chosen Row, rejected Row)], whether one was too long) of a pair."""
-        pair, cut = pair_rows(example, self.tokenizer, self.args.context - 1)
+        pair, cut = preference_rows(example, self.tokenizer, self.args.context - 1)
         token = self.tokenizer.special[REWARD_TOKEN]
         return [tuple(reward_row(row, token) for row in pair)], cut
 
@@ -1074,7 +1074,7 @@ def main(argv=None):
 def header(model, args, objective, split, val, loader, out):
     """The lines before the first step: what is learned, then those of any run."""
     rows = loader.rows
-    sizes = [size_of(row) for row in rows]
+    sizes = [row_size(row) for row in rows]
     longest, tokens = max(length for length, _ in sizes), sum(map(math.prod, sizes))
     lines = [
         f"{out}: {args.objective} from {args.ckpt} on {args.data}: {len(split.examples):,} "

@@ -32,7 +32,7 @@ IMPORTS = {
     "data.tools": "data.chat",
     "data.reply": "data.tokenizer",
     "data.scores": "data.chat",
-    "data.hotel": "data.chat data.download",
+    "data.hotel": "data.download data.scores",
     "data.facts": "data.hotel data.scores",
     "data.sources": "data.facts",
     "data.row_files": "data.sources data.text",
