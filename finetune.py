@@ -49,16 +49,14 @@ from data.batches import (
     drop_tokens,
     label_row,
     pad,
-    pair_rows,
+    preference_rows,
     reward_row,
+    row_size,
     show_mask,
-    size_of,
 )
 from data.chat import (
     CHAT_TOKENS,
     THINK,
-    chat_prompt,
-    find_template,
     get_template,
     label_token,
     labels_of,
@@ -66,16 +64,15 @@ from data.chat import (
 )
 from data.cli import Parser, UserError, check_limits, run_cli
 from data.costs import check_memory
-from data.facts import ask, in_order
 from data.files import write_json
-from data.hotel import repeats, substitute, tidy_calls, values_by_key
 from data.machine import DTYPES, make_runtime, shard_like
+from data.reply import parse
 from data.rewards import REWARDS, load_reward, rate
 from data.row_files import ROW_SUFFIXES
 from data.rows import as_chat, first_words, load_data, report_bad
 from data.runs import newest_run, run_folder
 from data.scores import chat_scores, confusion, macro_f1
-from data.sources import ROW_SETS
+from data.sources import ROW_SETS, SOURCES
 from data.tokenizer import Tokenizer
 from prepare_data import default_name
 from sample import Engine, allowed_ids, classify, load
@@ -92,7 +89,7 @@ RECIPE = train.RECIPE | train.optimizer_rates() | dict(
     lora_rank=0, lora_alpha=None, lora_dropout=0.0, lora_targets="all",  # alpha: twice the rank
 )  # fmt: skip
 
-# Tables are frozen under LoRA (new special tokens apart), so only the one rate counts.
+# Tables are frozen under LoRA unless the base lacks special tokens.
 LORA_RECIPE = dict(lr=3e-3)
 
 # --------------------------------------------------------------------------------------------
@@ -196,9 +193,10 @@ def write(model, tokenizer, prompts, slots=48, seeds=None, **settings):
 def answer(model, tokenizer, jobs):
     """The model's greedy turn for each of `answer_jobs`, in their order."""
     room = model.config.context - longest_answer(model.config.context)
-    prompts = [chat_prompt(job.messages, tokenizer, room, job.tools) for job in jobs]
+    template = get_template(tokenizer)
+    prompts = [template.fit_prompt(job.messages, job.tools, room) for job in jobs]
     ids = write(model, tokenizer, prompts, temperature=0.0)
-    return [get_template(tokenizer).parse(said) for said in ids]
+    return [parse(said, template) for said in ids]
 
 
 # --------------------------------------------------------------------------------------------
@@ -238,7 +236,7 @@ class SFT:
     def special_tokens(tokenizer, labels):
         """The special tokens that it needs: those of our chat template, if the tokenizer brings
         none."""
-        return list(CHAT_TOKENS) if find_template(tokenizer) is None else []
+        return list(CHAT_TOKENS) if get_template(tokenizer) is None else []
 
     def __init__(self, args, tokenizer, labels=()):
         self.args, self.tokenizer, self.labels, self.runtime = args, tokenizer, labels, None
@@ -315,8 +313,10 @@ class SFT:
         return answer_jobs(split.examples, limit, self.args.loss_on == "call")
 
     def scores(self, jobs, turns):
-        """The figures of answers to jobs."""
-        return chat_scores(jobs, turns)
+        """The figures of answers to jobs, and what the data set adds to them."""
+        source = SOURCES.get(self.args.data)
+        added = source.scores(jobs, turns) if source and source.scores else {}
+        return chat_scores(jobs, turns) | added
 
     def report(self, model, split):
         """(figures over all of a Split, rows for predictions.jsonl), a few answers printed."""
@@ -400,7 +400,7 @@ class DPO(SFT):
 
     def rows(self, example):
         """([(chosen Row, rejected Row)], whether one was too long) of a pair."""
-        pair, cut = pair_rows(example, self.tokenizer, self.args.context)
+        pair, cut = preference_rows(example, self.tokenizer, self.args.context)
         return [pair], cut
 
     def start(self, model, splits, saved):
@@ -509,7 +509,7 @@ class RewardModel(DPO):
 
     def rows(self, example):
         """([(chosen Row, rejected Row)], whether one was too long) of a pair."""
-        pair, cut = pair_rows(example, self.tokenizer, self.args.context - 1)
+        pair, cut = preference_rows(example, self.tokenizer, self.args.context - 1)
         token = self.tokenizer.special[REWARD_TOKEN]
         return [tuple(reward_row(row, token) for row in pair)], cut
 
@@ -558,26 +558,26 @@ class SharedPrompt(lm.KVCache):
 
     def __init__(self, model):
         super().__init__(model, batch=0)
-        self.ids, self.kept = self.ids.new_empty(1, 0), {}
+        self.ids, self.lengths = self.ids.new_empty(1, 0), torch.zeros(1, dtype=torch.long)
+        self.kept = {}
 
-    def past(self, ids):
-        """As `KVCache.past`."""
-        at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) + self.length
+    def begin(self, ids):
+        """As `KVCache.begin`."""
+        start = self.ids.shape[1]
         self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
-        return self.ids, at
+        return lm.Step(slice(start, start + ids.shape[1]))
 
-    def layer(self, i):
-        """As `KVCache.layer`."""
+    def update(self, i, step, *new):
+        """As `KVCache.update`."""
+        if not step.positions.start:
+            self.kept[i] = new
+            return new
+        old = (t.expand(len(new[0]), -1, -1, -1) for t in self.kept[i])
+        return [torch.cat(pair, dim=2) for pair in zip(old, new)]
 
-        def keep(k, v):
-            self.kept[i] = k, v
-            return k, v
-
-        def join(*new):
-            old = (t.expand(len(new[0]), -1, -1, -1) for t in self.kept[i])
-            return [torch.cat(pair, dim=2) for pair in zip(old, new)]
-
-        return join if self.length else keep
+    def past(self, step):
+        """As `KVCache.past`."""
+        return self.ids
 
 
 def group_logps(runner, model, ids, targets, lengths, allowed=None):
@@ -627,10 +627,11 @@ class GRPO(SFT):
         split, context = super().make_split([as_chat(e) for e in examples]), self.args.context
         jobs = self.jobs(split)
         rewards = self.rewards([(job.messages, job.wanted, job.wanted) for job in jobs])
+        template = get_template(self.tokenizer)
         for job, reward in zip(jobs, rewards):
             if reward is not None:
                 most = context - longest_answer(context)
-                ids = chat_prompt(job.messages, self.tokenizer, most, job.tools)
+                ids = template.fit_prompt(job.messages, job.tools, most)
                 room = self.args.samples * longest_answer(context)
                 split.prompts.append(Prompt(ids, [0] * len(ids), job, room))
         if not split.prompts:
@@ -668,7 +669,8 @@ class GRPO(SFT):
         seeds = np.random.default_rng((a.seed, 2, number)).integers(2**62, size=len(prompts))
         with lm.evaluating(self.model) as model, self.runtime.autocast():
             ids = write(model, self.tokenizer, [p.ids for p in prompts], seeds=seeds.tolist())
-        turns, jobs = map(get_template(self.tokenizer).parse, ids), [p.turn for p in prompts]
+        template, jobs = get_template(self.tokenizer), [p.turn for p in prompts]
+        turns = [parse(said, template) for said in ids]
         rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
         if None in rewards:
             asked = message_text(jobs[rewards.index(None)].messages[-1])
@@ -735,7 +737,7 @@ class GRPO(SFT):
         answers = [(job.messages, turn, job.wanted) for job, turn in zip(jobs, turns)]
         rewards = [r for r in self.rewards(answers) if r is not None]
         mean = {"val_reward": sum(rewards) / len(rewards)} if rewards else {}
-        return mean | chat_scores(jobs, turns)
+        return mean | super().scores(jobs, turns)
 
     def metrics(self):
         """Means of what was seen: the reward of drawn answers, its standard deviation in a group,
@@ -825,8 +827,9 @@ def check_settings(args, objective, kind, given):
     for name in OWN_FLAGS:
         if name in given and name not in objective.settings:
             raise UserError(f"--{name} is not for --objective {args.objective}")
-    if args.augment and kind != "chat":
-        raise UserError("--augment is for chats with tool calls")
+    if args.augment and not (args.data in SOURCES and SOURCES[args.data].augment):
+        names = ", ".join(name for name, source in SOURCES.items() if source.augment)
+        raise UserError(f"--augment is for --data {names}")
     if args.shard and args.objective == "grpo":
         raise UserError("--shard does not go together with --objective grpo")
     if args.token_dropout and args.objective in ("dpo", "grpo"):
@@ -855,30 +858,21 @@ def special_tokens(objective, labels, parts):
     thoughts = any(m.get("reasoning_content") for m in messages)
 
     def needed(tokenizer):
-        template, names = find_template(tokenizer), objective.special_tokens(tokenizer, labels)
+        template, names = get_template(tokenizer), objective.special_tokens(tokenizer, labels)
         ours = template.ours if template else CHAT_TOKENS[0] in names
         return [*names, *(THINK if thoughts and ours else ())]
 
     return needed
 
 
-def augmented(examples, objective, share, seed):
-    """epoch -> rows of that epoch, rare calls more often (hotel.repeats): each value exchanged with
-    probability `share` (hotel.substitute), and up to three questions more, each with that
-    probability, too (facts.ask)."""
-    pool, often = values_by_key(examples), repeats(examples)
+def augmented(examples, objective, args):
+    """A function of an epoch: its rows, as the data set's `augment` changes the examples."""
+    augment = SOURCES[args.data].augment
 
     def epoch_rows(epoch):
-        rng = random.Random(f"{seed} {epoch}")
-        fresh = []
-        for e in (e for e, n in zip(examples, often) for _ in range(int(n + rng.random()))):
-            new = substitute(e, pool, share, rng)
-            new = tidy_calls(new) if "tidy" in e else new
-            messages = in_order(new["messages"])
-            for _ in range(3):
-                messages = messages + (ask(messages, rng) if rng.random() < share else [])
-            fresh.append(new | {"messages": messages})
-        return objective.loader_rows(objective.make_split(fresh))
+        rng = random.Random(f"{args.seed} {epoch}")
+        new = augment(examples, args.augment, rng)
+        return objective.loader_rows(objective.make_split(new))
 
     return epoch_rows
 
@@ -910,17 +904,14 @@ def build_model(args, base, content, special_tokens, runtime):
         settings["alpha"] = args.lora_alpha or 2 * args.lora_rank
         if args.quantize:
             lora.quantize(model, args.quantize, device=runtime.device)
-        lora.add_lora(model, **settings)
         # special tokens that the base has never seen are rows of its tables: these must learn
-        own = dict(model.named_parameters())
-        tables = [n for n in ("embed.weight", "value_embed.weight", "head.weight") if n in own]
-        tables = tables if tokenizer is not bare else []
+        tables = [] if tokenizer is bare else ["embed", "value_embed", "head"]
+        settings["modules_to_save"] = tables
+        lora.add_lora(model, **settings)
         mark = None if runtime.rank else lora.fingerprint(base["model"])  # one process reads it
         mark = runtime.of_first(mark)
         about = settings | dict(quantize=args.quantize, base=args.ckpt, base_sha256=mark)
-        about |= dict(tables=tables, first_row=bare.n_vocab)
-    if about:
-        lora.train_new_embeddings(model, about["tables"], about["first_row"])
+        about |= dict(base_vocab=bare.n_vocab)
     model.grad_checkpoint = bool(args.grad_checkpoint)
     return model, tokenizer, about
 
@@ -1056,7 +1047,7 @@ def main(argv=None):
     check_memory(model, args.batch_tokens, runtime)
     epoch_rows = None
     if args.augment:
-        epoch_rows = augmented(parts["train"], objective, args.augment, args.seed)
+        epoch_rows = augmented(parts["train"], objective, args)
     loader = BucketLoader(objective.loader_rows(split), args.batch_tokens, args.seed, epoch_rows)
     if args.max_steps is None and args.max_minutes is None:
         per_step = args.grad_accum * runtime.world
@@ -1068,7 +1059,7 @@ def main(argv=None):
     extra |= objective.start(model, {"train": split, "val": val}, content)
     task = make_task(args, objective, split, val, loader, extra)
     if about:
-        task.weights = partial(lora.adapter_state, about=about)
+        task.weights = lora.adapter_state
     name = f"{default_name(args.data)}-ft"
     out = Path(args.out) if content else run_folder(args.out, name, runtime)
     args.out = str(out)
@@ -1087,7 +1078,7 @@ def main(argv=None):
 def header(model, args, objective, split, val, loader, out):
     """The lines before the first step: what is learned, then those of any run."""
     rows = loader.rows
-    sizes = [size_of(row) for row in rows]
+    sizes = [row_size(row) for row in rows]
     longest, tokens = max(length for length, _ in sizes), sum(map(math.prod, sizes))
     lines = [
         f"{out}: {args.objective} from {args.ckpt} on {args.data}: {len(split.examples):,} "
@@ -1153,8 +1144,8 @@ def build_parser():
     add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
     add("--loss_on", choices=("assistant", "call", "all"),
         help="learn the assistant's turns (default), its tool calls only, or every token")
-    add("--augment", type=float,
-        help="chance that a value becomes another everywhere, and of questions more (0)")
+    add("--augment", type=float, help="hotel dialogues: the chance that a value is exchanged "
+        "everywhere in one, and that a question is added (default 0)")
     add("--token_dropout", type=float, help="chance that a token is hidden from the model (0)")
     add("--dropout", type=float, help="of the model (default: the checkpoint's)")
     add("--batch_tokens", type=int, help="tokens a micro-batch at most, padding included (4096)")

@@ -223,9 +223,8 @@ def make_optimizers(model, args):
     tied = model.config.tied
     tables = {} if tied else {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
     tables |= {f"{name}.weight": args.embed_lr for name in ("value_embed", "bigram", "match")}
-    named = {n.replace(".rows", ".weight"): p for n, p in named}  # new rows alone, beside adapters
-    groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named.items() if n in tables]
-    others = [p for n, p in named.items() if n not in tables and n not in inner]
+    groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
+    others = [p for n, p in named if n not in tables and n not in inner]
     groups.append(dict(params=others, lr=args.lr))
     optimizers = []
     if args.optimizer in OPTIMIZERS and matrices:
@@ -563,14 +562,14 @@ def clear_gradients(model):
             p.grad = torch.zeros_like(p)
 
 
-def optimizer_step(model, optimizers, scaler, grad_clip, asynchronous=False):
+def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
     """Clip, step, clear. Returns the gradient's norm before clipping, a tensor."""
     for o in optimizers:
         scaler.unscale_(o)
     params = [p for p in model.parameters() if p.grad is not None]
     norm = full_tensor(nn.utils.get_total_norm([p.grad for p in params]))
     # most norms are smaller: spare a CPU the pass over all gradients, and a GPU the question
-    if grad_clip and (asynchronous or norm > grad_clip):
+    if grad_clip and (runtime.asynchronous or norm > grad_clip):
         nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
     for o in optimizers:
         scaler.step(o)
@@ -740,12 +739,9 @@ def fit(model, task, args, runtime, out, resume=None):
     """Train `model` on `task` and write the run to folder `out`. Returns the final metrics, or None
     if the run to resume is over and has them.
 
-    Read from args: max_steps, max_minutes (None: no limit), what `make_optimizers` reads, min_lr,
-    warmup_steps, schedule, grad_clip, eval_every, save_every, save_minutes, log_every, patience,
-    seed, compile, autocast.
-    `resume` is the content of a last.pt whose weights the model already has.
-    Raises UserError if a loss is not a number, SystemExit(130 or 143) after Ctrl-C or SIGTERM, when
-    the run is saved.
+    Reads from args the flags of `add_optimization`, max_steps, max_minutes, seed and compile.
+    `resume` is the content of a last.pt whose weights the model already has. Raises UserError if a
+    loss is not a number, SystemExit(130 or 143) when the run is saved after Ctrl-C or SIGTERM.
     """
     run = Run(model, task, args, runtime, out)
     if resume:
@@ -773,9 +769,7 @@ def fit(model, task, args, runtime, out, resume=None):
                 group["lr"] = group["peak"] * lr / args.lr
             batches, seed = task.batches(state["step"]), (args.seed, state["step"])
             loss, tokens = training_step(runner, task, batches, precision, run.scaler, seed)
-            norm = optimizer_step(
-                model, run.optimizers, run.scaler, args.grad_clip, runtime.asynchronous
-            )
+            norm = optimizer_step(model, run.optimizers, run.scaler, args.grad_clip, runtime)
             after_step()
 
             # count the step; a GPU is waited for at each line and each tenth step only

@@ -75,9 +75,10 @@ class Runtime:
 
     def total(self, *values):
         """Each number summed over all processes, as floats (by gloo, which needs no GPU)."""
+        if self.world == 1:
+            return [float(v) for v in values]
         t = torch.tensor([float(v) for v in values], dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(t)
+        dist.all_reduce(t)
         return t.tolist()
 
     def share(self, batches):

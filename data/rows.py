@@ -11,9 +11,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from data.chat import content_text, drop_continued, parse_call, read_call, split_system
+from data.chat import (
+    content_text,
+    drop_continued,
+    normalize_numbers,
+    parse_call,
+    read_call,
+    split_system,
+)
 from data.cli import UserError, check_limits
-from data.hotel import tidy_calls, whole
 from data.hub_rows import hub_name, hub_rows
 from data.row_files import is_row_file, read_rows
 from data.sources import SOURCES
@@ -81,7 +87,7 @@ def to_messages(turn, unread):
     content, calls = turn.take("content", "value"), []
     if role == "call":
         if "arguments" in turn:  # a search of the hotel dialogues, named after its role
-            calls = [{"name": name, "arguments": whole(turn.take("arguments"))}]
+            calls = [{"name": name, "arguments": normalize_numbers(turn.take("arguments"))}]
         elif name == "call" and isinstance(content, str) and content.lstrip()[:1] not in "[{":
             called, _, arguments = content.strip().partition(" ")  # as older versions saved chats
             calls = [{"name": called, "arguments": arguments}]
@@ -90,7 +96,7 @@ def to_messages(turn, unread):
             calls = calls if isinstance(calls, list) else [calls]
         role, content = "assistant", None
     elif "records" in turn:
-        content = json.dumps(whole(turn.take("records")), ensure_ascii=False)
+        content = json.dumps(normalize_numbers(turn.take("records")), ensure_ascii=False)
     calls = [*calls, *(read_json(turn.take("tool_calls")) or [])]
     calls += [c for c in [turn.take("function_call")] if c]
     if role != "assistant" and calls:
@@ -257,7 +263,7 @@ def pair_example(row, unread):
 
 def chat_example(row, unread):
     """`to_example` of conversations; None for other rows."""
-    keys, tidy = set(row), False
+    keys = set(row)
     rated = None if "text" in keys else row.get("label", row.get("kto_tag"))
     if isinstance(rated, bool) or (rated is not None and {"prompt", "completion"} <= keys):
         raise ValueError(
@@ -286,18 +292,15 @@ def chat_example(row, unread):
         raise ValueError("MOSS's plugin format is not read: turn it into messages")
     else:
         return None
-    if isinstance(turns, list):
-        tidy = any(isinstance(t, dict) and {"role", "arguments"} <= set(t) for t in turns)
     system, tools = content_text(row.take("system")), row.take("tools", "functions")
-    example = conversation(messages_of(turns, unread), system, tools)
-    return "chat", tidy_calls(example) if tidy else example
+    return "chat", conversation(messages_of(turns, unread), system, tools)
 
 
 def label_example(row):
     """`to_example` of labelled texts; None for other rows."""
     if not {"text", "label"} <= set(row):
         return None
-    text, label = row.take("text"), whole(row.take("label"))
+    text, label = row.take("text"), normalize_numbers(row.take("label"))
     if not isinstance(text, str) or not text.strip():
         raise ValueError("the text is empty")
     if not isinstance(label, (str, int)) or label == "":
@@ -415,11 +418,13 @@ def load_data(
     paths = row_paths(source, most)
     if held:
         paths["dev"] = held.get("dev") or held.get("val") or held["train"]
+    tidy = SOURCES[source].tidy if source in SOURCES else None
     kinds, parts, hashes = {}, {}, {}
     for split, path in paths.items():
         split = "val" if split == "dev" else split
         wanted = rows if split == "train" else None
         kinds[split], parts[split] = read_examples(path, wanted, max_rows, encoding)
+        parts[split] = list(map(tidy, parts[split])) if tidy else parts[split]
         hashes[split] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if len(set(kinds.values())) > 1:
         raise UserError(f"{source} and its validation rows are of different kinds: {kinds}")

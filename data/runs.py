@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from data.cli import UserError
-from data.files import lock_file, write_whole
+from data.files import try_lock, write_whole
 from data.plot import line_svg
 
 OUT = Path("out")
@@ -44,20 +44,19 @@ def run_folder(out, name, runtime):
 def lock_folder(folder):
     """Lock a run's folder until the returned file is closed or the process ends; UserError if
     another process has locked it."""
-    file = lock_file(Path(folder, ".lock"))
-    if file is None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder, ".lock"), "ab")  # noqa: SIM115 (open as long as the run)
+    if not try_lock(file):
+        file.close()
         raise UserError(f"{folder} is being written by another process: wait for its end")
     return file
 
 
 def is_locked(folder):
     """Whether a process has locked a run's folder."""
-    if not Path(folder, ".lock").exists():
-        return False
-    file = lock_file(Path(folder, ".lock"))
-    if file:
-        file.close()
-    return file is None
+    with contextlib.suppress(FileNotFoundError), open(Path(folder, ".lock"), "rb+") as file:
+        return not try_lock(file)
+    return False
 
 
 def json_lines(text):

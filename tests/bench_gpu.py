@@ -70,7 +70,7 @@ def make_steps(preset, rows, steps, flags=(), prepare=None):
     def work():
         for step in range(steps):
             train.training_step(runner, task, [batch], precision, scaler, (0, step))
-            train.optimizer_step(model, optimizers, scaler, 1.0, runtime.ahead)
+            train.optimizer_step(model, optimizers, scaler, 1.0, runtime)
             after_step()
         wait()
         tell_peak(" ".join(flags))

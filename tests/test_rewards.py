@@ -31,10 +31,9 @@ from test_finetune_runs import (
 import finetune as ft
 import sample
 from data.cli import UserError
-from data.facts import FACTS, ask, count_facts, in_order, records_of
+from data.facts import FACTS, ask, count_facts, fact_scores, in_order, records_of
 from data.rewards import REWARDS, load_reward, rate
 from data.rows import load_data
-from data.scores import chat_scores
 
 A = turn("assistant", "good")
 HOTELS = [
@@ -103,7 +102,7 @@ def test_people_are_faithful():
     """What the humans of the data said: 556 of their 558 names had been returned."""
     path = real("hotel/dev.jsonl")
     jobs = ft.answer_jobs(load_data(str(path))[1]["train"])
-    scores = chat_scores(jobs, [job.wanted for job in jobs])
+    scores = fact_scores(jobs, [job.wanted for job in jobs])
     assert scores["names"] > 0.995 and scores["doubled"] < 0.005
     assert min(scores["prices"], scores["phones"], scores["ratings"]) > 0.99
 
