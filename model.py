@@ -22,7 +22,9 @@ import math
 import signal
 import sys
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -640,48 +642,44 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         self.embed.num_embeddings = self.head.out_features = c.vocab_size = grown
 
-    def hidden(self, ids, cache=None, positions=None, mask=None):
+    def hidden(self, ids, cache=None, step=None):
         """The final, normalised states (B, T, C) of ids (B, T); logits are `model.head` of them.
 
-        With a `KVCache`, ids are the tokens after those it holds. `positions` (T,) or (B, T)
-        defaults to counting on from there; `mask` as in `naive_attention`.
+        With a `KVCache`, ids are the tokens after those that each of its rows holds; `step` is
+        what `cache.begin(ids)` gives, if it was called before.
         """
-        T, start = ids.shape[1], cache.length if cache is not None else 0
-        if positions is None and start + T > self.config.context:
-            raise UserError(f"{start + T} tokens do not fit the context of {self.config.context}")
-        if positions is None:
-            positions = torch.arange(start, start + T, device=ids.device)
-        if cache is not None and start + T > cache.keys.shape[3]:
-            raise UserError(f"{start + T} tokens do not fit the cache of {cache.keys.shape[3]}")
-        x = self.embed(ids)  # (B, T, C)
-        rope = None
-        if self.config.position == "learned":
-            x = x + self.position(positions)
-        elif self.config.position == "sinusoidal":
-            x = x + self.sines[positions].to(x.dtype)
-        else:  # one table row a position, the same for every head: (T, hs) or (B, 1, T, hs)
-            rope = self.cos[positions], self.sin[positions]
-            if positions.dim() == 2:
-                rope = rope[0][:, None], rope[1][:, None]
+        c, T = self.config, ids.shape[1]
+        if cache is None:
+            if c.context < T:
+                raise UserError(f"{T} tokens do not fit the context of {c.context}")
+            step = Step(slice(0, T))
+        step = step or cache.begin(ids)
+        tables = [table[step.positions] for table in self.position_tables()]
+        x, rope = self.embed(ids), None  # (B, T, C)
+        if c.position == "rope":  # (1, T, hs) or (B, 1, T, hs): the same for every head
+            rope = [table.unsqueeze(-3) for table in tables]
+        else:
+            x = x + tables[0].to(x.dtype)
         x = self.embed_norm(x)
-        if self.config.bigram or self.config.induction:
-            at = torch.arange(T, device=ids.device).expand_as(ids)
-            seen, at = (ids, at) if cache is None else cache.past(ids)
-        if self.config.bigram:
-            x = x + self.bigram(pair_rows(seen, at, self.config.bigram))
-        if self.config.induction:
+        if c.bigram or c.induction:
+            seen, at = ids if cache is None else cache.past(step), step.positions
+            if isinstance(at, slice):
+                at = torch.arange(at.start, at.stop, device=ids.device).expand_as(ids)
+        if c.bigram:
+            x = x + self.bigram(pair_rows(seen, at, c.bigram))
+        if c.induction:
             copied, length = copy_candidates(seen, at)
             x = x + self.match(length) * self.induction(self.embed_norm(self.embed(copied)))
         x = self.drop(x)
-        values = self.value_embed(ids) if self.config.value_embed else None
+        values = self.value_embed(ids) if c.value_embed else None
         for i, block in enumerate(self.blocks):
-            update_cache = None if cache is None else cache.layer(i)
+            update_cache = partial(cache.update, i, step) if cache is not None else None
             if self.grad_checkpoint and self.training:
-                x = recompute(block, x, rope, update_cache, mask, values, use_reentrant=False)
+                x = recompute(block, x, rope, update_cache, step.mask, values, use_reentrant=False)
             else:
-                x = block(x, rope, update_cache, mask, values)
+                x = block(x, rope, update_cache, step.mask, values)
         if cache is not None:
-            cache.length += T
+            cache.lengths += T
         return self.norm(x)
 
     def position_tables(self):
@@ -690,15 +688,12 @@ class Transformer(nn.Module):
             return [self.position.weight]
         return [self.sines] if self.config.position == "sinusoidal" else [self.cos, self.sin]
 
-    def last_logits(self, ids, cache, positions=None, mask=None):
+    def last_logits(self, ids, cache, step=None):
         """Logits (B, V) of what comes after the last of the ids (B, T): all that sampling needs."""
-        return self.head(self.hidden(ids, cache, positions, mask)[:, -1])
+        return self.head(self.hidden(ids, cache, step)[:, -1])
 
-    def forward(
-        self, ids, targets=None, cache=None, positions=None, mask=None, reduction="sum",
-        places=None, allowed=None,
-    ):  # fmt: skip
-        x = self.hidden(ids, cache, positions, mask)
+    def forward(self, ids, targets=None, cache=None, reduction="sum", places=None, allowed=None):
+        x = self.hidden(ids, cache)
         if targets is None:
             return self.head(x)  # (B, T, V)
         if reduction == "logits":
@@ -709,10 +704,19 @@ class Transformer(nn.Module):
         return chunked_loss(x, weight, self.head.bias, targets, places)
 
 
-class KVCache:
-    """Keys and values of all tokens seen so far, allocated once: 2 x (L, B, nkv, length, hs).
+class Step(NamedTuple):
+    """Where the T new tokens of each row stand, and what they may look at."""
 
-    Decoding one token then costs one row of matrix products and not T of them.
+    positions: slice | torch.Tensor  # of all rows, or (B, T) where these have different lengths
+    mask: torch.Tensor | None = None  # (B, 1, T, S), see `naive_attention`
+    layers: list | None = None  # (keys, values) of a KVCache up to the newest, (B, nkv, S, hs)
+
+
+class KVCache:
+    """Keys and values of all tokens seen so far, allocated once: (L, B, nkv, S, hs) each.
+
+    Decoding one token then costs one row of matrix products and not T of them. `lengths` says how
+    many tokens each row holds; it lies on the CPU, so that no one waits for a GPU to read it.
     """
 
     def __init__(self, model, batch, length=None):
@@ -720,58 +724,73 @@ class KVCache:
         shape = (c.n_layer, batch, c.n_kv_head, min(length or c.context, c.context), c.head_size)
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
-        self.layers = list(zip(self.keys, self.values))
         self.ids = torch.zeros(batch, shape[3], dtype=torch.long, device=weight.device)
-        self.length = 0  # tokens held; the model adds to it after its last layer
-        self.lengths = None  # or of each row, (B, 1, 1, 1), the longest of which is `length`
+        self.lengths = torch.zeros(batch, dtype=torch.long)
+        self.context = c.context
+
+    @property
+    def room(self):
+        """The most tokens that a row can hold."""
+        return self.keys.shape[3]
 
     def rows(self, first, last):
-        """A KVCache of some of the rows, in the same memory; it counts its own length."""
+        """A KVCache of some of the rows, in the same memory."""
         part = copy.copy(self)
         part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
-        part.layers = list(zip(part.keys, part.values))
-        part.ids = self.ids[first:last]
+        part.ids, part.lengths = self.ids[first:last], self.lengths[first:last]
         return part
 
-    def past(self, ids):
-        """(all ids so far (B, S), the places (B, T) of the new ones (B, T) among them), which are
-        kept for the next call."""
-        at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) + self.length
-        if self.lengths is not None:  # one id a row, as in `layer`
-            at = self.lengths[:, :, 0, 0]
-        self.ids.scatter_(1, at, ids)
-        return self.ids[:, : self.length + ids.shape[1]], at
+    def begin(self, ids, static=False):
+        """The Step of ids (B, T) that follow those of each row, which it writes; `hidden` adds T to
+        the lengths at its end. With `static` its shapes are the same whatever the lengths."""
+        T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
+        start, stop = max(lengths), max(lengths) + T
+        if stop > self.room:
+            limit = "context" if self.room == self.context else "cache"
+            raise UserError(f"{stop} tokens do not fit the {limit} of {self.room}")
+        if start == min(lengths) and not static:
+            positions, mask = slice(start, stop), None
+            self.ids[:, positions] = ids
+        else:
+            stop = self.room if static else stop
+            positions = (self.lengths[:, None] + torch.arange(T)).to(device)
+            mask = torch.arange(stop, device=device) <= positions[:, None, :, None]
+            self.ids.scatter_(1, positions, ids)
+        keys, values = self.keys.narrow(3, 0, stop), self.values.narrow(3, 0, stop)
+        return Step(positions, mask, list(zip(keys, values)))
 
-    def layer(self, i):
-        """update_cache(k, v) for layer i: store the new ones, return views of all up to them. If
-        the rows have lengths of their own, it is one token a row."""
+    def update(self, i, step, *new):
+        """Write the new keys and values of layer i, (B, nkv, T, hs) each; those of all tokens."""
+        for cached, t in zip(step.layers[i], new):
+            if isinstance(step.positions, slice):
+                cached.narrow(2, step.positions.start, t.shape[2]).copy_(t)
+            else:
+                index = step.positions[:, None, :, None]
+                cached.scatter_(2, index.expand_as(t), t.to(cached.dtype))
+        return step.layers[i]
 
-        def update_cache(*new):
-            start, count = self.length, new[0].shape[2]
-            for old, more in zip(self.layers[i], new):
-                if self.lengths is None:
-                    old.narrow(2, start, count).copy_(more)
-                else:
-                    old.scatter_(2, self.lengths.expand_as(more), more.to(old.dtype))
-            return [old.narrow(2, 0, start + count) for old in self.layers[i]]
+    def past(self, step):
+        """All ids up to the newest, (B, S)."""
+        return self.ids[:, : step.layers[0][0].shape[2]]
 
-        return update_cache
-
-    def copy_rows(self, sources, n, targets=slice(None)):
-        """Give the rows `targets`, by default all, the first n tokens of the rows `sources`."""
+    def copy_rows(self, sources, targets=slice(None), n=None):
+        """Give the rows `targets`, by default all, what the rows `sources` hold, or the first n
+        tokens of it."""
+        lengths = self.lengths[sources].clamp(max=n if n is not None else self.room)
+        n = int(lengths.max())
         for t in (self.keys, self.values):
             t[:, targets, :, :n] = t[:, sources, :, :n]
         self.ids[targets, :n] = self.ids[sources, :n]
+        self.lengths[targets] = lengths
 
-    def grow(self, length):
+    def grow(self, room):
         """Make room for more tokens."""
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:3], length, old.shape[4])
+            new = old.new_zeros(*old.shape[:3], room, old.shape[4])
             new[:, :, :, : old.shape[3]] = old
             setattr(self, name, new)
-        self.layers = list(zip(self.keys, self.values))
-        self.ids = F.pad(self.ids, (0, length - self.ids.shape[1]))
+        self.ids = F.pad(self.ids, (0, room - self.ids.shape[1]))
 
 
 def meta_model(config):

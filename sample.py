@@ -34,7 +34,7 @@ from torch import nn
 
 import lora
 from data.analogy import analogy
-from data.chat import find_template, label_token, labels_of
+from data.chat import get_template, label_token, labels_of
 from data.cli import Parser, UserError, check_limits, printable, run_cli
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, dtype_name, native_dtype
@@ -245,7 +245,7 @@ class Engine:
     @torch.inference_mode()
     def __init__(self, model, slots, length=None, chunk=math.inf, slide=None):
         self.model, self.chunk, self.slide = model, chunk, slide or (lambda kept: None)
-        self.context, self.static = model.config.context, getattr(model, "static", False)
+        self.context = model.config.context
         self.cache, self.view = KVCache(model, slots, length), None
         self.device = self.cache.keys.device
         self.slots, self.busy, self.ended = [Slot(row) for row in range(slots)], 0, 0
@@ -300,7 +300,8 @@ class Engine:
         """Exchange two rows."""
         if a != b:
             one, other = self.slots[a], self.slots[b]
-            self.cache.copy_rows([b, a], max(one.held, other.held), [a, b])
+            self.cache.lengths[[a, b]] = torch.tensor([one.held, other.held])
+            self.cache.copy_rows([b, a], [a, b])
             self.slots[a], self.slots[b], one.row, other.row = other, one, b, a
 
     @torch.inference_mode()
@@ -357,19 +358,12 @@ class Engine:
     def next_logits(self, slots):
         """Run the last ids of the first slots; logits (B, V) of what comes next."""
         held, device = [slot.held for slot in slots], self.device
-        longest, ids = max(held), torch.tensor([[slot.ids[-1]] for slot in slots], device=device)
-        self.make_room(longest + 1)
+        self.make_room(max(held) + 1)
         if self.view is None or self.view.keys.shape[1] != len(slots):
             self.view = self.cache.rows(0, len(slots))
-        # a model whose steps are recorded looks at all places of the cache
-        S = self.cache.keys.shape[3] if self.static else longest + 1
-        self.view.length, self.view.lengths = S - 1, None
-        if min(held) == S - 1:
-            logits = self.model.last_logits(ids, self.view)
-        else:
-            self.view.lengths = lengths = torch.tensor(held, device=device).view(-1, 1, 1, 1)
-            visible = torch.arange(S, device=device) <= lengths  # (B, 1, 1, S)
-            logits = self.model.last_logits(ids, self.view, lengths[:, 0, 0], visible)
+        self.view.lengths.copy_(torch.tensor(held))
+        ids = torch.tensor([[slot.ids[-1]] for slot in slots], device=device)
+        logits = self.model.last_logits(ids, self.view)
         for slot in slots:  # not before: Ctrl-C may have come in between
             slot.held += 1
         return logits
@@ -388,7 +382,7 @@ class Engine:
             ids = [row + [0] * (T - len(row)) for row in rows]
             ids = torch.tensor(ids, device=self.device)
             view = self.cache.rows(first.row, first.row + len(group))
-            view.length = first.held
+            view.lengths.fill_(first.held)
             states = self.model.hidden(ids, view)  # (B, T, C)
             for slot, row in zip(group, rows):
                 slot.held += len(row)
@@ -414,7 +408,8 @@ class Engine:
             source = max(self.slots, key=lambda s: s.shared(window))
             shared = 0 if slot.echo else source.shared(window)
             if shared > slot.held:
-                self.cache.copy_rows(source.row, shared, slot.row)
+                self.cache.lengths[source.row] = source.held
+                self.cache.copy_rows(source.row, slot.row, shared)
                 slot.held = shared
             if slot.unread() < 2:
                 if group:
@@ -433,7 +428,7 @@ class Engine:
 
     def make_room(self, length):
         """Let the cache hold so many tokens of each text."""
-        if length > self.cache.keys.shape[3]:
+        if length > self.cache.room:
             self.cache.grow(min(self.context, 2 * length))
             self.view = None
 
@@ -536,7 +531,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
             break
         grown += [(-math.inf, grown[0][1], grown[0][2])] * (beams - len(grown))
         live = [(s, b) for s, b, _ in grown]
-        cache.copy_rows([p for *_, p in grown], cache.length)
+        cache.copy_rows([p for *_, p in grown])
         ids = torch.tensor([[b[-1]] for _, b in live], device=device)
     return done
 
@@ -632,19 +627,20 @@ class FastTransformer:
         return lambda x: torch.layer_norm(x, size, weight, module.bias, eps)
 
     @torch.inference_mode()
-    def hidden(self, ids, cache, positions=None, mask=None):
+    def hidden(self, ids, cache, step=None):
         """As `Transformer.hidden`: ids (B, T), after those that the cache holds, to (B, T, C)."""
-        c, (B, T), start = self.config, ids.shape, cache.length
+        c, (B, T), step = self.config, ids.shape, step or cache.begin(ids)
         nh, nkv, hs = c.n_head, c.n_kv_head, c.head_size
-        at = slice(start, start + T) if positions is None else positions
-        tables = [table[at] for table in self.tables]  # (T, ...) or (B, T, ...)
+        tables = [table[step.positions] for table in self.tables]  # (T, ...) or (B, T, ...)
         x = F.embedding(ids, self.embed.weight)
         if c.position != "rope":
             x = x + tables[0].to(x.dtype)
         else:  # the same for all heads
             cos, sin = (t.unsqueeze(-2) for t in tables)
         x = self.start(x)
-        seen, place = cache.past(ids) if c.bigram or c.induction else (ids, None)
+        seen, place = cache.past(step), step.positions
+        if isinstance(place, slice):
+            place = torch.arange(place.start, place.stop, device=ids.device).expand_as(ids)
         if c.bigram:
             x = x + self.bigram(pair_rows(seen, place, c.bigram))
         x = x.view(B * T, -1)
@@ -666,12 +662,12 @@ class FastTransformer:
                 q, k = torch.split_with_sizes(qk, (nh, nkv), dim=2)
             if c.value_embed:
                 v = v + values
-            k, v = cache.layer(i)(k.transpose(1, 2), v.transpose(1, 2))  # (B, nkv, S, hs)
+            k, v = cache.update(i, step, k.transpose(1, 2), v.transpose(1, 2))  # (B, nkv, S, hs)
             if T == 1:  # the query heads of a group become positions of their one key head
                 q = q.reshape(B, nkv, nh // nkv, hs)
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask)
             else:
-                y = attention(q.transpose(1, 2), k, v, mask).transpose(1, 2)
+                y = attention(q.transpose(1, 2), k, v, step.mask).transpose(1, 2)
             x = x + out(y.reshape(B * T, nh * hs))
             y = up(norm2(x))
             if c.activation in GATED:
@@ -679,12 +675,12 @@ class FastTransformer:
                 x = x + down(self.activation(gate) * y)
             else:
                 x = x + down(self.activation(y))
-        cache.length += T
+        cache.lengths += T
         return self.end(x).view(B, T, -1)
 
-    def last_logits(self, ids, cache, positions=None, mask=None):
+    def last_logits(self, ids, cache, step=None):
         """As `Transformer.last_logits`."""
-        return self.head(self.hidden(ids, cache, positions, mask)[:, -1])
+        return self.head(self.hidden(ids, cache, step)[:, -1])
 
 
 ROOT = torch.tensor(2**0.5)  # a number would become such a tensor at every use
@@ -758,7 +754,7 @@ def fast_model(model, rows, args):
         raise UserError(f"--cuda_graphs needs a GPU with CUDA, the model is on {device}")
     if usable and args.cuda_graphs and not int8:
         fast = FastTransformer(model, rows=rows)
-        fast.last_logits, fast.static = GraphedSteps(fast.last_logits), True
+        fast.last_logits = GraphedSteps(fast.last_logits)
         return fast
     if usable and device == "cpu":
         fast = FastTransformer(model, int8, rows)
@@ -781,7 +777,7 @@ def allowed_ids(model, tokenizer, chat=False):
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     lengths = torch.from_numpy(tokenizer.byte_lengths[: len(allowed)])
     allowed[: len(lengths)] = lengths > 0
-    for i in find_template(tokenizer).spoken if chat else (tokenizer.eos_id,):
+    for i in get_template(tokenizer).spoken if chat else (tokenizer.eos_id,):
         if i < len(allowed):
             allowed[i] = True
     return allowed.to(model.embed.weight.device)
@@ -916,7 +912,7 @@ def make_service(model, tokenizer, where, args, tools):
     from data.server import LOCAL
     from data.service import CHOICES, Service
 
-    labels, template = labels_of(tokenizer), find_template(tokenizer)
+    labels, template = labels_of(tokenizer), get_template(tokenizer)
     named = [] if isinstance(model, FastTransformer) else lora.adapter_names(model)
     base = (where.parent if where.suffix == ".pt" else where).name or "model"
     adapters = {n: n for n in named} | {"base" if base in named else base: None}

@@ -5,7 +5,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from data.chat import chat_prompt, find_template, message_text, prompt_ids
+from data.chat import get_template, message_text
 from data.cli import UserError, printable
 from data.reply import THOUGHT, Reply
 from data.tools import call_tool, function_schema
@@ -25,7 +25,7 @@ class Chat:
         self.tokenizer, self.tools, self.seed = tokenizer, tools or {}, seed
         self.max_tokens = min(max_tokens, context // 2)
         self.room = context - self.max_tokens  # for the prompt
-        self.template, self.messages, self.turns = find_template(tokenizer), [], 0
+        self.template, self.messages, self.turns = get_template(tokenizer), [], 0
         if self.template is None:
             raise UserError("this model has no chat template: use --prompt, or fine-tune it first")
         self.schemas = [
@@ -39,14 +39,14 @@ class Chat:
         shortest = [{"role": "user", "content": "?"}]
         if self.schemas and not self.template.supports_tools:
             return "the chat template has no place for tools: the model is not told of them"
-        if len(prompt_ids(shortest, self.tokenizer, self.schemas)) > self.room:
+        if len(self.template.prompt_ids(shortest, self.schemas)) > self.room:
             return "the tools are too long for the context: the model is not told of them"
         return None
 
     def turn(self, show, may_call):
         """Generate and remember one message; show(text) gets its text as it comes. Ctrl-C ends the
         message, or within a call the whole answer."""
-        prompt = chat_prompt(self.messages, self.tokenizer, self.room, self.schemas)
+        prompt = self.template.fit_prompt(self.messages, self.schemas, self.room)
         reply = Reply(self.tokenizer, self.template, ids=self.template.opened(prompt))
         kinds, stopped = [], ""
 
@@ -137,7 +137,7 @@ def talk(chat):
                 continue
             if line[0] != "/":
                 chat.messages.append({"role": "user", "content": line})
-            length = len(prompt_ids(chat.messages, chat.tokenizer, chat.schemas))
+            length = len(chat.template.prompt_ids(chat.messages, chat.schemas))
             if length > chat.room and not warned:
                 print("[the context is full: the oldest turns are left out]", file=sys.stderr)
                 warned = True

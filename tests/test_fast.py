@@ -71,7 +71,7 @@ def both(model, ids, steps=3, **settings):
         with torch.no_grad():
             for part in (ids[:, :-steps], *ids[:, -steps:].split(1, dim=1)):
                 kept.append(m.head(m.hidden(part, cache)))
-        assert cache.length == ids.shape[1]
+        assert set(cache.lengths.tolist()) == {ids.shape[1]}
     return (torch.cat(kept, dim=1) for kept in found)
 
 

@@ -657,7 +657,7 @@ def test_cached_logits_equal_uncached(position, n_kv_head, chunks):
     cache = KVCache(model, 2)
     parts = [model(piece, cache=cache) for piece in ids.split(chunks, dim=1)]
     same(torch.cat(parts, dim=1), model(ids), rtol=1e-5, atol=1e-5)
-    assert cache.length == CONTEXT
+    assert cache.lengths.tolist() == [CONTEXT] * 2
 
 
 @torch.no_grad()
@@ -669,7 +669,7 @@ def test_more_tokens_than_the_context_are_refused():
     model(some_ids(T=10), cache=cache)
     with pytest.raises(UserError, match=r"17 .*16"):
         model(some_ids(T=7), cache=cache)
-    assert cache.length == 10
+    assert cache.lengths.tolist() == [10, 10]
 
 
 @pytest.mark.parametrize("T", [1, 2])
@@ -680,8 +680,6 @@ def test_more_tokens_than_a_short_cache_are_refused_and_not_forgotten(T):
     model(some_ids(T=4), cache=cache)
     with pytest.raises(UserError, match="4"):
         model(some_ids(T=T), cache=cache)
-    with pytest.raises(UserError, match="4"):  # nor with positions of the caller's own
-        model(some_ids(T=T), cache=cache, positions=torch.arange(T))
 
 
 @torch.no_grad()
@@ -689,24 +687,24 @@ def test_reordered_rows_go_on_as_the_rows_they_copied():
     model, ids, rows = build(n_kv_head=2), some_ids(B=3), torch.tensor([2, 0, 0])
     cache = KVCache(model, 3)
     model(ids[:, :9], cache=cache)
-    cache.copy_rows(rows, cache.length)
+    cache.copy_rows(rows)
     expected = model(torch.cat((ids[rows, :9], ids[:, 9:]), dim=1))[:, 9:]
     same(model(ids[:, 9:], cache=cache), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("position", lm.POSITIONS)
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("shape", [*(dict(position=p) for p in lm.POSITIONS), lm._OURS])
 @torch.no_grad()
-def test_a_left_padded_row_equals_itself_alone(position):
-    model, ids = build(position=position, n_kv_head=2), some_ids(B=1, T=9)
-    padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids), dim=1)
-    batch = torch.cat((padded, some_ids(B=1, T=13, seed=5)))
-    pad = torch.tensor([4, 0])[:, None]
-    positions = (torch.arange(13) - pad).clamp(min=0)  # (B, T)
-    real = torch.arange(13) >= pad
-    mask = lm.causal_mask(13, 13) & (real[:, None, :] | torch.eye(13, dtype=torch.bool))
-    logits = model(batch, positions=positions, mask=mask[:, None])
-    same(logits[:1, 4:], model(ids), rtol=1e-5, atol=1e-5)
-    same(logits[1:], model(batch[1:]), rtol=1e-5, atol=1e-5)
+def test_rows_of_different_lengths_go_on_as_each_alone(shape, T):
+    model, ids, lengths = build(n_kv_head=2, **shape), some_ids(B=3), [9, 2, 5]
+    cache = KVCache(model, 4)
+    for row, n in enumerate(lengths):
+        model(ids[row, None, :n], cache=cache.rows(row + 1, row + 2))
+    new = torch.stack([row[n : n + T] for row, n in zip(ids, lengths)])
+    logits = model(new, cache=cache.rows(1, 4))
+    assert cache.lengths.tolist() == [0, *(n + T for n in lengths)]
+    for row, n, ours in zip(ids, lengths, logits):
+        same(ours, model(row[None, : n + T])[0, n:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("position", lm.POSITIONS)
