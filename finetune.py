@@ -44,6 +44,7 @@ from data.cli import Parser, UserError, at_least, between, number, positive, run
 from data.costs import check_memory
 from data.files import write_json
 from data.machine import DTYPES, make_runtime
+from data.reply import parse
 from data.rewards import REWARDS, load_reward, rate
 from data.row_files import ROW_SUFFIXES
 from data.rows import as_chat, first_words, load_data, report_bad
@@ -71,10 +72,11 @@ RECIPE = train.RECIPE | train.optimizer_rates() | dict(
 LORA_RECIPE = dict(lr=3e-3)
 
 # What a resumed run cannot change
-FIXED = set(
-    "ckpt objective optimizer seed loss_on teacher quantize val context batch_tokens augment best_by "
-    "reward samples updates kl lora_rank lora_alpha lora_dropout lora_targets".split()
-)
+FIXED = {
+    "ckpt", "objective", "optimizer", "seed", "loss_on", "teacher", "quantize", "val", "context",
+    "batch_tokens", "augment", "best_by", "reward", "samples", "updates", "kl", "lora_rank",
+    "lora_alpha", "lora_dropout", "lora_targets",
+}  # fmt: skip
 
 # --------------------------------------------------------------------------------------------
 # Losses
@@ -157,7 +159,8 @@ def answer_jobs(examples, limit=None, calls_only=False):
 
 def job_prompt(job, tokenizer, context):
     """The ids of the chat before a Turn, cut so that an answer fits in the context behind them."""
-    return chat.chat_prompt(job.messages, tokenizer, context - max_answer(context), job.tools)
+    room = context - max_answer(context)
+    return chat.get_template(tokenizer).fit_prompt(job.messages, job.tools, room)
 
 
 def generate_turns(model, tokenizer, prompts, slots=48, seeds=None, **settings):
@@ -185,7 +188,7 @@ def answer(model, tokenizer, jobs):
     """The model's greedy answers to `answer_jobs`, as messages."""
     prompts = [job_prompt(job, tokenizer, model.config.context) for job in jobs]
     turns = generate_turns(model, tokenizer, prompts, temperature=0.0)
-    return [chat.get_template(tokenizer).parse(ids) for ids in turns]
+    return [parse(ids, chat.get_template(tokenizer)) for ids in turns]
 
 
 # --------------------------------------------------------------------------------------------
@@ -225,7 +228,7 @@ class SFT:
     def special_tokens(tokenizer, splits, labels):
         """The special tokens that the rows of `splits` need: those of our chat template, unless the
         tokenizer brings a template, and those around thoughts, if there are any."""
-        template, examples = chat.find_template(tokenizer), itertools.chain(*splits.values())
+        template, examples = chat.get_template(tokenizer), itertools.chain(*splits.values())
         thoughts = any(m.get("reasoning_content") for e in examples for m in e.get("messages", ()))
         names = list(chat.CHAT_TOKENS) if template is None else []
         return [*names, *(chat.THINK if thoughts and (names or template.ours) else ())]
@@ -631,7 +634,7 @@ class GRPO(SFT):
         with lm.evaluating(self.model) as model, self.runtime.autocast():
             prompt_ids = [p.ids for p in prompts]
             answers = generate_turns(model, self.tokenizer, prompt_ids, seeds=seeds.tolist())
-        turns = map(chat.get_template(self.tokenizer).parse, answers)
+        turns = [parse(new, chat.get_template(self.tokenizer)) for new in answers]
         jobs = [p.turn for p in prompts]
         rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
         if None in rewards:
