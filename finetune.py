@@ -40,7 +40,17 @@ import lora
 import model as lm
 import train
 from data import batches, chat
-from data.cli import Parser, UserError, at_least, between, number, positive, run_cli, share
+from data.cli import (
+    Parser,
+    UserError,
+    at_least,
+    between,
+    check_limits,
+    number,
+    positive,
+    run_cli,
+    share,
+)
 from data.costs import check_memory
 from data.files import write_json
 from data.machine import DTYPES, make_runtime
@@ -759,6 +769,7 @@ def resolve(args):
         settings = RECIPE | rates | objective.defaults() | settings | {"objective": name}
     settings["split"] = "val" if settings["split"] == "dev" else settings["split"]
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
+    check_limits(settings)
     check_settings(args, objective, splits, given)
     return args, objective, content, splits, hashes
 

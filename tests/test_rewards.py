@@ -392,7 +392,8 @@ def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monk
 def test_answers_of_a_draw_serve_several_updates(room, monkeypatch):
     drawn = []
     write_answers = ft.generate_turns
-    monkeypatch.setattr(ft, "generate_turns", lambda *a, **k: drawn.append(k) or write_answers(*a, **k))
+    draw = lambda *a, **k: drawn.append(k) or write_answers(*a, **k)  # noqa: E731
+    monkeypatch.setattr(ft, "generate_turns", draw)
     tune(*EXACT, "--val_data", "val.jsonl", "--updates", "3", "--grad_accum", "2", "--max_steps",
          "7", "--eval_every", "100")
     seeds = [k["seeds"] for k in drawn if "seeds" in k]
