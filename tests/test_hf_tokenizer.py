@@ -13,7 +13,7 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
-from conftest import TIKTOKEN, calls
+from conftest import TIKTOKEN, calls, render_chat
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,7 +24,7 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from data.chat import CHAT_TOKENS, render_chat
+from data.chat import CHAT_TOKENS
 from data.cli import UserError
 from data.hf_tokenizer import (
     BYTE_CHARS,

@@ -30,7 +30,7 @@ IMPORTS = {
     "data.tokenizer": "data.download",
     "data.chat": "data.cli",
     "data.tools": "data.chat",
-    "data.reply": "data.tokenizer",
+    "data.reply": "data.chat data.tokenizer",
     "data.scores": "data.chat",
     "data.hotel": "data.download data.scores",
     "data.facts": "data.hotel data.scores",
