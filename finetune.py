@@ -90,7 +90,7 @@ RECIPE = train.RECIPE | train.optimizer_rates() | dict(
     lora_rank=0, lora_alpha=None, lora_dropout=0.0, lora_targets="all",  # alpha: twice the rank
 )  # fmt: skip
 
-# Tables are frozen under LoRA (new special tokens apart), so only the one rate counts.
+# Tables are frozen under LoRA unless the base lacks special tokens.
 LORA_RECIPE = dict(lr=3e-3)
 
 # --------------------------------------------------------------------------------------------
@@ -902,17 +902,14 @@ def build_model(args, base, content, special_tokens, runtime):
         settings["alpha"] = args.lora_alpha or 2 * args.lora_rank
         if args.quantize:
             lora.quantize(model, args.quantize, device=runtime.device)
-        lora.add_lora(model, **settings)
         # special tokens that the base has never seen are rows of its tables: these must learn
-        own = dict(model.named_parameters())
-        tables = [n for n in ("embed.weight", "value_embed.weight", "head.weight") if n in own]
-        tables = tables if tokenizer is not bare else []
+        tables = [] if tokenizer is bare else ["embed", "value_embed", "head"]
+        settings["modules_to_save"] = tables
+        lora.add_lora(model, **settings)
         mark = None if runtime.rank else lora.fingerprint(base["model"])  # one process reads it
         mark = runtime.of_first(mark)
         about = settings | dict(quantize=args.quantize, base=args.ckpt, base_sha256=mark)
-        about |= dict(tables=tables, first_row=bare.n_vocab)
-    if about:
-        lora.train_new_embeddings(model, about["tables"], about["first_row"])
+        about |= dict(base_vocab=bare.n_vocab)
     model.grad_checkpoint = bool(args.grad_checkpoint)
     return model, tokenizer, about
 
@@ -1060,7 +1057,7 @@ def main(argv=None):
     extra |= objective.start(model, {"train": split, "val": val}, content)
     task = make_task(args, objective, split, val, loader, extra)
     if about:
-        task.weights = partial(lora.adapter_state, about=about)
+        task.weights = lora.adapter_state
     out = run_folder(args, content, f"{default_name(args.data)}-ft", runtime)
     if runtime.rank == 0:
         print("\n".join(header(model, args, objective, split, val, loader, out)))

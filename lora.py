@@ -223,14 +223,13 @@ class LoRALinear(nn.Module):
         self.scale, self.dropout, self.active = {}, {}, []
 
     def add(self, name, rank, alpha, dropout=0.0):
-        """A new adapter, active from now on."""
+        """Add an adapter, not active yet."""
         device = next(self.base.buffers(), next(self.base.parameters(), None)).device
         a = torch.empty(rank, self.base.in_features, device=device)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as nn.Linear's own
         self.a[name] = nn.Parameter(a)
         self.b[name] = nn.Parameter(torch.zeros(self.base.out_features, rank, device=device))
         self.scale[name], self.dropout[name] = alpha / rank, dropout
-        self.active.append(name)
 
     def delta(self):
         """What the active adapters add to the weight, (out, in); 0 if none is active."""
@@ -254,12 +253,16 @@ class LoRALinear(nn.Module):
         return y
 
 
-def add_lora(model, targets="attention", rank=8, alpha=16, dropout=0.0, name="default"):
-    """Adapters for the target layers, everything else frozen; returns the layers' names.
+def add_lora(
+    model, targets="attention", rank=8, alpha=16, dropout=0.0, name="default", modules_to_save=()
+):
+    """Add adapters to the target layers and freeze everything else; returns the layers' names.
 
     targets: attention, mlp, all, or layer names with commas. A second call with another `name` adds
-    a second adapter over the same base. UserError if no layer matches, for a target that shares
-    its weight with another layer (a tied head: the embedding could not follow), or for bad numbers.
+    a second adapter over the same base; both are then active. `modules_to_save` (peft's term) are
+    modules that learn whole beside this adapter and are saved with it: the tables of a base that
+    lacks the chat's special tokens. UserError if no layer matches, for a target that shares its
+    weight with another layer (a tied head: the embedding could not follow), or for bad numbers.
 
     >>> add_lora(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
     ['0']
@@ -281,6 +284,15 @@ def add_lora(model, targets="attention", rank=8, alpha=16, dropout=0.0, name="de
             layer = LoRALinear(layer).train(parent.training)
             setattr(parent, child, layer)
         layer.add(name, rank, alpha, dropout)
+    if not hasattr(model, "saved_tables"):
+        model.active_adapters, model.saved_tables = [], {None: {}}  # None: the base's own
+    base, tables = model.saved_tables[None], {}
+    for full, parameter in model.named_parameters():
+        if full.rpartition(".")[0] in modules_to_save:
+            tables[full] = base.setdefault(full, parameter.detach().clone())
+            parameter.requires_grad_(True)
+    model.saved_tables[name] = tables
+    set_adapter(model, *model.active_adapters, name)
     return list(found)
 
 
@@ -294,32 +306,6 @@ def adapter_names(model):
     return list(dict.fromkeys(n for layer in adapted(model).values() for n in layer.a))
 
 
-def train_new_embeddings(model, tables, first):
-    """Let rows from `first` on of the named weight tables learn beside the adapters: those of
-    special tokens that the base has never seen. They are a parameter of their own, `rows`, which
-    counts in place of the table's: no other row gets a gradient or moments."""
-
-    def look_up(module, args, found):
-        new = F.embedding((args[0] - first).clamp(min=0), module.rows)
-        return torch.where((args[0] >= first)[..., None], new, found)
-
-    def project(module, args, found):
-        new = F.linear(args[0], head.rows, None if module.bias is None else module.bias[first:])
-        return torch.cat((found[..., :first], new), dim=-1)
-
-    for table in tables:
-        module = model.get_submodule(table.removesuffix(".weight"))
-        module.rows = nn.Parameter(module.weight.detach()[first:])  # in the table's memory
-        if isinstance(module, nn.Embedding):
-            module.register_forward_hook(look_up)
-    head = model.embed if model.config.tied else model.head
-    if hasattr(head, "rows"):
-        model.head.register_forward_hook(project)
-        model.head_pieces = lambda: (model.head.weight[:first], head.rows)
-    if not hasattr(model, "adapter_rows"):
-        model.adapter_rows = {None: (first, table_rows(model, tables, first))}
-
-
 def hold_frozen(model, dtype):
     """Hold the weights of frozen Linears in `dtype`, that of autocast, which would cast each anew
     in every pass, and autograd keep the copies."""
@@ -328,35 +314,45 @@ def hold_frozen(model, dtype):
             layer.to(dtype)
 
 
+@torch.no_grad()
 def set_adapter(model, *names):
-    """Make exactly the adapters `names` active, without a name none; their table rows come along.
-    UserError for a name that the model has not."""
-    known = adapter_names(model)
-    if missing := set(names) - set(known):
-        has = ", ".join(sorted(known)) or "none"
-        raise UserError(f"there is no adapter {', '.join(sorted(missing))}; the model has {has}")
+    """Make exactly the adapters `names` active, or none. The modules that learned beside the last
+    of them come along: what they hold is exchanged, in place. UserError for an unknown name."""
+    existing = adapter_names(model)
+    if missing := set(names) - set(existing):
+        listed = ", ".join(sorted(existing)) or "none"
+        raise UserError(f"there is no adapter {', '.join(sorted(missing))}; the model has {listed}")
     for layer in adapted(model).values():
         layer.active = [n for n in names if n in layer.a]
-    put_rows(model, names[-1] if names else None)
+    before, after = (active[-1] if active else None for active in (active_adapters(model), names))
+    if before != after:
+        saved, live = model.saved_tables, base_parameters(model)
+        if before is not None:  # it may have learned since they were saved
+            saved[before] = {n: live[n].detach().clone() for n in saved[before]}
+        for n, values in (saved[None] | saved.get(after, {})).items():
+            live[n].copy_(cut_like(values.to(live[n].device), live[n]))
+    model.active_adapters = list(names)
+
+
+def active_adapters(model):
+    """The names of the active adapters."""
+    return getattr(model, "active_adapters", [])
+
+
+def base_parameters(model):
+    """{name: parameter} of a model, called as they were before adapters were added."""
+    return {n.replace(".base.", "."): p for n, p in model.named_parameters()}
 
 
 @contextlib.contextmanager
 def disable_adapter(model):
     """The bare base, for as long as the `with` lasts (the reference model of DPO)."""
-    was = {layer: layer.active for layer in adapted(model).values()}
-    names = next(iter(was.values()), [])
-    if names and hasattr(model, "adapter_rows"):  # keep what its rows have learned until now
-        first, bare = model.adapter_rows[None]
-        model.adapter_rows[names[-1]] = first, table_rows(model, bare, first)
+    names = active_adapters(model)
+    set_adapter(model)
     try:
-        for layer in was:
-            layer.active = []
-        put_rows(model, None)
         yield model
     finally:
-        for layer, active in was.items():
-            layer.active = active
-        put_rows(model, names[-1] if names else None)
+        set_adapter(model, *names)
 
 
 # --------------------------------------------------------------------------------------------
@@ -373,63 +369,43 @@ def fingerprint(state):
     return digest.hexdigest()
 
 
-def adapter_state(model, about, name="default"):
-    """The tensors of one adapter, on the CPU: layer.a, layer.b, and the rows it trained."""
-    state = {}
+def adapter_parameters(model, name="default"):
+    """{name: parameter} of the adapter that was made active last: layer.a, layer.b, and those of
+    the modules that learn whole beside it."""
+    parameters = {}
     for full, layer in adapted(model).items():
         if name in layer.a:
-            state |= {f"{full}.a": layer.a[name], f"{full}.b": layer.b[name]}
-    state |= {f"{t}.rows": new_rows(model, t, about["first_row"]) for t in about["tables"]}
-    return {k: whole(v.detach()).cpu().clone() for k, v in state.items()}
+            parameters |= {f"{full}.a": layer.a[name], f"{full}.b": layer.b[name]}
+    live = base_parameters(model)
+    return parameters | {n: live[n] for n in model.saved_tables[name]}
+
+
+def adapter_state(model, name="default"):
+    """The tensors of `adapter_parameters`, copied to the CPU."""
+    return {n: whole(p.detach()).cpu().clone() for n, p in adapter_parameters(model, name).items()}
 
 
 def attach(model, content, name="default", where="adapter"):
-    """Lay a saved adapter over a model as it was trained: quantize, adapt, load. The model must be
+    """Add a saved adapter to a model as it was trained: quantize, adapt, load. The model must be
     its base, grown to its vocabulary (UserError if shapes say otherwise)."""
     about = content["adapter"]
     if about["quantize"] and not any(isinstance(m, QuantLinear) for m in model.modules()):
         quantize(model, about["quantize"])
-    settings = {k: about[k] for k in ("targets", "rank", "alpha", "dropout")}
+    settings = {k: about[k] for k in ("targets", "rank", "alpha", "dropout", "modules_to_save")}
     add_lora(model, **settings, name=name)
     load_adapter(model, content, name, where)
 
 
-def load_adapter(model, content, name="default", where="adapter"):
-    """Copy a saved adapter's tensors into the one of that name; UserError if they do not fit."""
-    about, state = content["adapter"], content["model"]
-    if problem := fit_error(adapter_state(model, about, name), state):
-        raise UserError(f"{where} does not fit this base: {problem}")
-    with torch.no_grad():
-        for full, layer in adapted(model).items():
-            if name in layer.a:
-                layer.a[name].copy_(cut_like(state[f"{full}.a"], layer.a[name]))
-                layer.b[name].copy_(cut_like(state[f"{full}.b"], layer.b[name]))
-    first, tables = about["first_row"], about["tables"]
-    bare = table_rows(model, tables, first)
-    known = getattr(model, "adapter_rows", {None: (first, bare)})  # None: those of the base itself
-    model.adapter_rows = known | {name: (first, {t: state[f"{t}.rows"] for t in tables})}
-    put_rows(model, name)
-
-
-def new_rows(model, table, first):
-    """The rows of a weight table from `first` on: the parameter of `train_new_embeddings`, or a
-    part of the table."""
-    rows = getattr(model.get_submodule(table.removesuffix(".weight")), "rows", None)
-    return model.get_parameter(table)[first:] if rows is None else rows
-
-
-def table_rows(model, tables, first):
-    """{table: copy of its rows from `first` on} of the named weight tables."""
-    return {t: whole(new_rows(model, t, first).detach()).clone() for t in tables}
-
-
 @torch.no_grad()
-def put_rows(model, name):
-    """Write the table rows that adapter `name` trained into the model's tables."""
-    first, rows = getattr(model, "adapter_rows", {}).get(name, (0, {}))
-    for table, values in rows.items():
-        own = new_rows(model, table, first)
-        own.copy_(cut_like(values.to(own), own))
+def load_adapter(model, content, name="default", where="adapter"):
+    """Make the adapter `name` the only active one and copy a saved adapter's tensors into it;
+    UserError if they do not fit."""
+    set_adapter(model, name)
+    parameters, state = adapter_parameters(model, name), content["model"]
+    if problem := fit_error(parameters, state):
+        raise UserError(f"{where} does not fit this base: {problem}")
+    for n, parameter in parameters.items():
+        parameter.copy_(cut_like(state[n], parameter))
 
 
 def load_adapted(base, adapters, where="the base"):
@@ -446,7 +422,8 @@ def load_adapted(base, adapters, where="the base"):
                 f"adapter {name} was trained over {content['adapter']['base']}; {where} is another "
                 f"model, or has it merged in already"
             )
-        model.grow_vocabulary(content["config"]["vocab_size"], content["adapter"]["first_row"])
+        model.grow_vocabulary(content["config"]["vocab_size"], content["adapter"]["base_vocab"])
+    for name, content in adapters.items():
         attach(model, content, name, name)
     set_adapter(model, *list(adapters)[:1])
     return model.eval()
@@ -521,7 +498,7 @@ def import_adapter(folder, config):
     `config` is the base's Config."""
     settings, state = import_peft(folder, *linears(config))
     add_lora(meta_model(config), **settings)  # only for its checks
-    about = settings | dict(quantize=None, tables=[], first_row=config.vocab_size)
+    about = settings | dict(quantize=None, modules_to_save=[], base_vocab=config.vocab_size)
     return {"config": asdict(config), "model": state, "adapter": about}
 
 

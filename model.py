@@ -487,35 +487,32 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, bias, targets, with_grad, dtype, *weights):
+    def forward(ctx, x, weight, bias, targets, with_grad, dtype):
         low = dtype or x.dtype  # what the matrix products run in (bf16 under autocast)
-        x_low, w_low = x.to(low), [w.to(low) for w in weights]
+        x_low, w_low, b_low = x.to(low), weight.to(low), None if bias is None else bias.to(low)
         full = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=full, device=x.device)
-        need_x, need_b, _, _, _, *need_w = (n and with_grad for n in ctx.needs_input_grad)
+        need_x, need_w, need_b = (n and with_grad for n in ctx.needs_input_grad[:3])
         grad_x = torch.empty_like(x) if need_x else None
-        grad_w = [torch.zeros_like(w, dtype=full) if n else None for w, n in zip(weights, need_w)]
+        grad_w = torch.zeros_like(weight, dtype=full) if need_w else None
         grad_b = torch.zeros_like(bias, dtype=full) if need_b else None
         # on a GPU large products pay: 2^28 logits are 1 GiB in float32
-        sizes = list(map(len, weights))
-        step = max(LOSS_ROWS, 2**28 // sum(sizes)) if x.is_cuda else LOSS_ROWS
+        step = max(LOSS_ROWS, 2**28 // len(weight)) if x.is_cuda else LOSS_ROWS
         for i in range(0, len(x), step):
             rows, goal = x_low[i : i + step], targets[i : i + step, None]
-            logits = pieces_linear(rows, w_low, None if bias is None else bias.to(low))  # (rows, V)
-            log_p = F.log_softmax(logits, dim=-1, dtype=full)
+            log_p = F.log_softmax(F.linear(rows, w_low, b_low), dim=-1, dtype=full)  # (rows, V)
             loss -= log_p.gather(1, goal).sum()
-            if not (need_x or need_b or any(need_w)):
+            if not (need_x or need_w or need_b):
                 continue
             error = log_p.exp_().scatter_add_(1, goal, -torch.ones_like(goal, dtype=full))
             if need_b:
                 grad_b += error.sum(0)
-            errors = error.to(low).split(sizes, dim=1)
+            error = error.to(low)
             if need_x:
-                grad_x[i : i + step] = sum(e @ w for e, w in zip(errors, w_low))
-            for grad, e in zip(grad_w, errors):
-                if grad is not None:
-                    add_product(grad, e.T, rows)
-        ctx.grads = (grad_x, grad_b, None, None, None, *grad_w)
+                grad_x[i : i + step] = error @ w_low
+            if need_w:
+                add_product(grad_w, error.T, rows)
+        ctx.grads = (grad_x, grad_w, grad_b, None, None, None)
         return loss
 
     @staticmethod
@@ -525,14 +522,6 @@ class ChunkedLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         # in place: another (V, C) copy would be the largest tensor of the step
         return tuple(None if g is None else g.mul_(scale) for g in grads)
-
-
-def pieces_linear(x, weights, bias):
-    """F.linear with a weight that lies in several pieces, one below the other."""
-    if len(weights) == 1:
-        return F.linear(x, weights[0], bias)
-    y = torch.cat([F.linear(x, w) for w in weights], dim=-1)
-    return y if bias is None else y + bias
 
 
 def add_product(total, a, b):
@@ -550,7 +539,7 @@ def chunked_loss(x, weight, bias, targets, places=None):
     """Sum of -log softmax(x @ weight.T + bias)[target] over rows, a float32 scalar (of float64
     states a float64 one).
 
-    x (..., C), weight (V, C) or a tuple of its pieces, bias (V,) or None, targets (...) with -100
+    x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100
     for "no loss": such rows cost nothing. Equal to F.cross_entropy(..., reduction="sum"), value and
     gradients.
     `places` are those of the other targets, flattened; to look them up a GPU must be waited for.
@@ -563,8 +552,7 @@ def chunked_loss(x, weight, bias, targets, places=None):
     device = x.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     with torch.autocast(device, enabled=False):
-        weights = weight if isinstance(weight, tuple) else (weight,)
-        return ChunkedLoss.apply(x, bias, targets, torch.is_grad_enabled(), low, *weights)
+        return ChunkedLoss.apply(x, weight, bias, targets, torch.is_grad_enabled(), low)
 
 
 def token_logps(x, weight, bias, targets, allowed=None):
@@ -573,10 +561,9 @@ def token_logps(x, weight, bias, targets, allowed=None):
     are not `allowed`, bools (V,), have probability 0. Logits are made a few rows at a time and made
     again in the backward pass, so they are never all held."""
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weights = weight if isinstance(weight, tuple) else (weight,)
 
-    def some(rows, goal):
-        logits = pieces_linear(rows, weights, bias)
+    def logps(rows, goal):
+        logits = F.linear(rows, weight, bias)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
         log_p = logits.log_softmax(-1, dtype=full)
@@ -584,7 +571,7 @@ def token_logps(x, weight, bias, targets, allowed=None):
 
     keep = targets != -100
     kept, goals = x[keep].split(LOSS_ROWS), targets[keep].split(LOSS_ROWS)
-    parts = [recompute(some, r, g, use_reentrant=False) for r, g in zip(kept, goals)]
+    parts = [recompute(logps, r, g, use_reentrant=False) for r, g in zip(kept, goals)]
     out = torch.zeros(targets.shape, dtype=full, device=x.device)
     return out.masked_scatter(keep, torch.cat(parts))
 
@@ -629,7 +616,6 @@ class Transformer(nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
         self.grad_checkpoint = False  # recompute blocks in the backward pass: less memory, slower
-        self.head_pieces = None  # a function for the head's weight in pieces: lora.py has one
         if not self.embed.weight.is_meta:
             self.init_weights()
 
@@ -742,10 +728,9 @@ class Transformer(nn.Module):
             return self.head(x)  # (B, T, V)
         if reduction == "logits":
             return self.head(x[targets != -100])  # (N, V)
-        weight = self.head_pieces() if self.head_pieces else self.head.weight
         if reduction == "none":
-            return token_logps(x, weight, self.head.bias, targets, allowed)  # (B, T)
-        return chunked_loss(x, weight, self.head.bias, targets, places)
+            return token_logps(x, self.head.weight, self.head.bias, targets, allowed)  # (B, T)
+        return chunked_loss(x, self.head.weight, self.head.bias, targets, places)
 
 
 class Step(NamedTuple):

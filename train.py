@@ -226,9 +226,8 @@ def make_optimizers(model, args):
     tied = model.config.tied
     tables = {} if tied else {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
     tables |= dict.fromkeys(lookups, args.embed_lr)
-    named = {n.replace(".rows", ".weight"): p for n, p in named}  # new rows alone, beside adapters
-    groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named.items() if n in tables]
-    others = [p for n, p in named.items() if n not in tables and n not in inner]
+    groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
+    others = [p for n, p in named if n not in tables and n not in inner]
     groups.append(dict(params=others, lr=args.lr))
     optimizers = []
     if args.optimizer in OPTIMIZERS and matrices:

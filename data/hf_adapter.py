@@ -77,7 +77,7 @@ def export_peft(content, layers, gpt2, folder, base=None):
     about, state, modules = content["adapter"], content["model"], modules_of(layers, gpt2)
     rank, alpha = about["rank"], about["alpha"]
     for field, why in (
-        ("tables", "new special tokens, which the base of an adapter in peft's files has not"),
+        ("modules_to_save", "new special tokens, which a base of peft's lacks"),
         ("quantize", f"a base in {about['quantize']}, which peft's files cannot describe"),
     ):
         if about[field]:

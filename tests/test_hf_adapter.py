@@ -75,9 +75,9 @@ def ours(base, targets="attention", rank=4, alpha=12, dropout=0.1, seed=1):
     for layer in lora.adapted(model).values():
         for p in (*layer.a.values(), *layer.b.values()):
             p.normal_(std=0.2)
-    about = settings | dict(quantize=None, base="base.pt", tables=[], first_row=320)
+    about = settings | dict(quantize=None, base="base.pt", modules_to_save=[], base_vocab=320)
     about |= dict(base_sha256=lora.fingerprint(base["model"]))
-    content = {"config": base["config"], "model": lora.adapter_state(model, about)}
+    content = {"config": base["config"], "model": lora.adapter_state(model)}
     return content | {"tokenizer": base["tokenizer"], "data": {}, "adapter": about, "step": 1}
 
 
@@ -203,10 +203,9 @@ def test_spare_rows_of_a_grown_table_are_not_in_the_way(tmp_path):
 def test_an_adapter_that_peft_cannot_express_is_not_exported(tmp_path):
     base, plain = base_of("llama"), ours(base_of("llama"))
     about, state = plain["adapter"], plain["model"]
-    rows = {"embed.weight.rows": torch.zeros(0, 32)}
     name, wide = "blocks.0.attention.q.b", {"blocks.1.attention.q.a": torch.zeros(4, 40)}
     for change, message in (
-        (dict(adapter=about | dict(tables=["embed.weight"]), model=state | rows), "special tokens"),
+        (dict(adapter=about | dict(modules_to_save=["embed"])), "special tokens"),
         (dict(adapter=about | dict(quantize="nf4")), "a base in nf4.*export the whole model"),
         (dict(adapter=about | dict(rank=5)), r"does not fit this base: .* the model has \(5, 32\)"),
         (dict(model=state | wide), r"attention.q.a is \(4, 40\), the model has \(4, 32\)"),
@@ -334,7 +333,7 @@ def test_there_and_back_again_is_the_same_model(family, group, tmp_path):
     close(logits_of(base, back), logits_of(base, content), bare_logits(base))
     if family != "gpt2":  # whose q, k and v came back with the rank of all three
         assert all(torch.equal(back["model"][k], t) for k, t in content["model"].items())
-        for field in ("rank", "alpha", "dropout", "quantize", "tables"):
+        for field in ("rank", "alpha", "dropout", "quantize", "modules_to_save"):
             assert back["adapter"][field] == content["adapter"][field]
     exported(back, base, tmp_path / "two")
     again = imported(tmp_path / "two", base)
