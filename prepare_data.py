@@ -367,7 +367,7 @@ def describe(folder, source, tokenizer, size, stats, documents):
         "documents": stats["documents"],
         "characters": stats["characters"],
         "fallback_tokens": stats["fallback"],
-        "encodings": dict(Counter(documents.known.values())),
+        "encodings": dict(Counter(documents.encodings.values())),
         "xz_bits_per_byte": xz,
     }
 

@@ -3,19 +3,19 @@
 `sample.py --tools hotel` uses what `get_tools` returns.
 """
 
-import contextlib
 import itertools
 import json
 import math
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
 from data.chat import drop_continued, parse_call, tool_call
 from data.cli import UserError
 from data.download import DATA
+from data.scores import arguments_of
 
 # --------------------------------------------------------------------------------------------
 # The hotels and the search
@@ -126,6 +126,7 @@ _WAYS = {  # how a guest may ask for each argument
     "price": ("价格在{0}-{1}元", "{0}到{1}元之间", "预算{0}-{1}元"),
     "rating": ("评分{}分以上", "评分在{}分以上的", "评分不低于{}分"),
 }
+_NONE = "抱歉，没有符合要求的酒店。"
 _OPENINGS = ("你好，帮我找个酒店，", "我想订酒店，", "请推荐一家酒店，", "您好，我要住酒店，")
 QUESTIONS = (  # a field, its name, how it is asked for without the hotel's name, the answer
     ("phone", "电话", ("这家酒店的电话是多少？", "电话号码给我一下。"), "{name}的电话是{phone}"),
@@ -147,74 +148,82 @@ def answer_about(record, question):
 
 def synthetic_dialogues(count, seed):
     """`count` invented hotel dialogues, each a list of turns with the public set's schema and exact
-    arguments: the same ones for the same seed, on any machine."""
+    arguments. They depend on the seed alone."""
     hotels, rng = read_hotels(OWN_HOTELS), random.Random(f"hotel-synthetic {seed}")
-    rows = []
-    while len(rows) < count:
+    dialogues = []
+    while len(dialogues) < count:
         wish = rng.choice(hotels)  # so that something is found
-        arguments, words = {}, []
+        arguments, wishes = {}, []
         for key in rng.sample(sorted(_WAYS), rng.randint(1, 3)):
             way = rng.choice(_WAYS[key])
             if key == "price":
                 low = int(wish["price"] // 100 * 100)
-                arguments |= {"price_range_lower": low, "price_range_upper": low + 100}
-                words.append(way.format(low, low + 100))
+                values = {"price_range_lower": low, "price_range_upper": low + 100}
             elif key == "rating":
                 low = rng.choice((4, 4.5)) if wish["rating"] >= 4.5 else 4
-                arguments["rating_range_lower"] = low
-                words.append(way.format(low))
+                values = {"rating_range_lower": low}
             elif key == "facilities":
-                chosen = rng.sample(wish["facilities"], rng.randint(1, 2))
-                arguments[key] = chosen
-                words.append(way.format("和".join(chosen)))
+                values = {key: rng.sample(wish[key], rng.randint(1, 2))}
             else:
-                arguments[key] = wish[key]
-                words.append(way.format(wish[key]))
+                values = {key: wish[key]}
+            arguments |= values
+            texts = ("和".join(v) if isinstance(v, list) else v for v in values.values())
+            wishes.append(way.format(*texts))
         records = search_hotels(hotels, **arguments)
-        names = "、".join(r["name"] for r in records) or "没有找到"
-        reply = f"为您推荐{names}。" if records else "抱歉，没有符合要求的酒店。"
+        names = "、".join(r["name"] for r in records)
         turns = [
-            {"role": "user", "content": rng.choice(_OPENINGS) + "，".join(words) + "。"},
+            {"role": "user", "content": rng.choice(_OPENINGS) + "，".join(wishes) + "。"},
             {"role": "search", "arguments": arguments},
             {"role": "return", "records": records},
-            {"role": "assistant", "content": reply},
+            {"role": "assistant", "content": f"为您推荐{names}。" if records else _NONE},
         ]
         if len(records) == 1 and rng.random() < 0.7:
             question = rng.choice(QUESTIONS)
+            answer = answer_about(records[0], question) + "。"
             turns.append({"role": "user", "content": rng.choice(question[2])})
-            turns.append(
-                {"role": "assistant", "content": answer_about(records[0], question) + "。"}
-            )
-        rows.append(turns)
-    return rows
+            turns.append({"role": "assistant", "content": answer})
+        dialogues.append(turns)
+    return dialogues
+
+
+def tidy_calls(example):
+    """The conversation with each call's arguments in one order, which is easier to learn: keys
+    sorted, lists of texts in the order in which the user has named their items. The meaning stays
+    the same, since a list in this set is a set of wishes."""
+    said, messages = "", []
+    for m in example["messages"]:
+        if m["role"] == "user":
+            said += "\n" + m["content"]
+        calls = []
+        for name, arguments in map(parse_call, m.get("tool_calls") or ()):
+            arguments = dict(sorted(arguments.items()))
+            for key, value in arguments.items():
+                if isinstance(value, list) and all(isinstance(v, str) for v in value):
+                    arguments[key] = sorted(value, key=lambda v: (v not in said, said.rfind(v), v))
+            calls.append(tool_call(name, arguments))
+        messages.append(m | {"tool_calls": calls} if calls else m)
+    return example | {"messages": messages}
 
 
 # --------------------------------------------------------------------------------------------
-# Values exchanged for others
+# Augmentation: values are exchanged for others
 # --------------------------------------------------------------------------------------------
-
-
-def calls_of(message):
-    """[(name, arguments)] of the calls of a message."""
-    return [parse_call(call) for call in message.get("tool_calls") or ()]
 
 
 def values_of(message):
-    """(key, value) of each text that a call passes or a tool has returned, and of its numbers."""
-    objects, kind = [arguments for _, arguments in calls_of(message)], "call"
+    """(key, value) of each text in the arguments of a call ("call.KEY") or in the records that a
+    search returned ("tool.KEY"), and of the latter's numbers."""
+    found, kind = arguments_of(message) or [], "call"
     if message["role"] == "tool":
-        kind = "tool"
-        with contextlib.suppress(ValueError, RecursionError):  # a result may be any text
-            found = json.loads(message["content"])
-            objects = found if isinstance(found, list) else [found]
-    for key, value in (pair for o in objects if isinstance(o, dict) for pair in o.items()):
+        found, kind = json.loads(message["content"]), "tool"
+    for key, value in (pair for o in found for pair in o.items()):
         for v in value if isinstance(value, list) else [value]:
             if (isinstance(v, str) and v) or (kind == "tool" and is_number(v)):
                 yield f"{kind}.{key}", v
 
 
 def is_number(value):
-    """Whether a JSON value is a number of three characters or more: a 5 stands in any text."""
+    """Whether a JSON value is a number of at least three characters: a 5 stands in any text."""
     return type(value) in (int, float) and len(str(value)) > 2
 
 
@@ -225,35 +234,33 @@ def value_pattern(value):
 
 
 def is_in(value, text):
-    """Whether a text holds a value as `value_pattern` finds it."""
+    """Whether `value_pattern` finds the value in a text."""
     return str(value) in text and bool(re.search(value_pattern(value), text))
 
 
 def values_by_key(examples):
-    """{"call.KEY" or "tool.KEY": all values it has anywhere}: what `substitute` draws from. What
-    tools have returned under a key may be passed, too, and counts once there."""
-    pool = {}
-    for key, v in (pair for e in examples for m in e["messages"] for pair in values_of(m)):
-        pool.setdefault(key, []).append(v)
-    for key, values in pool.items():
-        if key.startswith("call."):
-            values += dict.fromkeys(pool.get(key.replace("call.", "tool."), ()))
+    """{"call.KEY" or "tool.KEY": all its values}, from which `substitute` draws. A value that was
+    returned under a key may be passed under that key, too, and counts once there."""
+    pool = defaultdict(list)
+    for key, value in (pair for e in examples for m in e["messages"] for pair in values_of(m)):
+        pool[key].append(value)
+    for key in [key for key in pool if key.startswith("call.")]:
+        pool[key] += dict.fromkeys(pool.get(key.replace("call.", "tool."), ()))
     return pool
 
 
 def repeats(examples, share=1 / 6):
-    """How often each conversation should come in an epoch, 1 to 8 times, so that each key that
-    calls pass is in that share of them: 100 calls among 3,000 do not teach to copy a name."""
-    calls = [[call for m in e["messages"] for call in calls_of(m)] for e in examples]
-    keys = [{key for _, arguments in some for key in arguments} for some in calls]
-    counts = Counter(key for some in keys for key in some)
-    wanted = {key: share * len(keys) / count for key, count in counts.items()}
-    return [min(8, max([1, *(wanted[key] for key in some)])) for some in keys]
+    """How often each conversation should come in an epoch, 1 to 8 times, so that each argument
+    occurs in that share of them: 100 calls among 3,000 do not teach to copy a name."""
+    calls = [[a for m in e["messages"] for a in arguments_of(m) or ()] for e in examples]
+    keys = [set().union(*arguments) for arguments in calls]
+    counts = Counter(key for passed in keys for key in passed)
+    return [min(8, max([1, *(share * len(keys) / counts[k] for k in passed)])) for passed in keys]
 
 
 def another_value(values, made_up, rng):
-    """One of the values, or of texts with probability `made_up` one that nobody has said, the start
-    of one and the end of another: a model that has seen all values would not need to copy them."""
+    """One of the values. A text is with probability `made_up` a new one, the start of one value and
+    the end of another: a model that has seen all values would not need to copy them."""
     a = rng.choice(values)
     if not isinstance(a, str) or rng.random() >= made_up:
         return a
@@ -262,25 +269,24 @@ def another_value(values, made_up, rng):
 
 
 def substitute(example, pool, share, rng, made_up=0.5):
-    """The conversation with some values exchanged, everywhere in it at once.
+    """The conversation with some values exchanged, each everywhere at once.
 
         user  找一家有健身房的酒店           user  找一家有接机服务的酒店
         call  {"facilities": ["健身房"]}     call  {"facilities": ["接机服务"]}
 
-    What a call passes as the user has said it, what the assistant says as a tool has returned it,
-    and what of a result may be asked for becomes with probability `share` another value: so the
-    model has to read it, not to recall it. Numbers that a user has said or a call passes stay.
+    With probability `share` another value takes the place of one that a call passes as the user has
+    said it, that the assistant says as the search has returned it, or that may be asked for: the
+    model has to read it and cannot recall it. Numbers that the user says or a call passes stay.
     """
-    said = dict.fromkeys(("user", "call", "tool", "assistant", "system"), "")
+    texts = {"user": "", "assistant": "", "tool": "", "system": ""}
     for m in example["messages"]:
-        said[m["role"].replace("developer", "system")] += m["content"] + "\n"
-        for _, arguments in calls_of(m):
-            said["call"] += json.dumps(arguments, ensure_ascii=False) + "\n"
+        texts[m["role"]] += m["content"] + "\n"
+    passed = json.dumps([arguments_of(m) for m in example["messages"]], ensure_ascii=False)
     swap = {}
     for m in example["messages"]:
-        source = said["user" if m.get("tool_calls") else "assistant"]
+        source = texts["user" if m.get("tool_calls") else "assistant"]
         for key, v in values_of(m):
-            free = isinstance(v, str) or not is_in(v, said["user"] + said["call"])
+            free = isinstance(v, str) or not is_in(v, texts["user"] + passed)
             eligible = free and key in pool and (key in ASKED or is_in(v, source))
             if v not in swap and eligible and rng.random() < share:
                 new = another_value(pool[key], made_up, rng)
@@ -289,50 +295,26 @@ def substitute(example, pool, share, rng, made_up=0.5):
     if not swap:
         return example
     longest_first = sorted(swap, key=lambda v: len(str(v)), reverse=True)
-    found = re.compile("|".join(map(value_pattern, longest_first)))
-    texts = {str(v): v for v in swap}
+    pattern = re.compile("|".join(map(value_pattern, longest_first)))
+    new_texts = {str(v): str(new) for v, new in swap.items()}
 
     def exchange(value):
         if isinstance(value, str):
-            return found.sub(lambda hit: str(swap[texts[hit[0]]]), value)
-        if is_number(value):
-            return swap.get(value, value)
+            return pattern.sub(lambda match: new_texts[match[0]], value)
         if isinstance(value, list):
             return [exchange(v) for v in value]
-        return {k: exchange(v) for k, v in value.items()} if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            return {k: exchange(v) for k, v in value.items()}
+        return swap.get(value, value) if is_number(value) else value
 
-    def exchange_call(call):
-        name, old = parse_call(call)
-        new = exchange(old)
-        return call if new == old else tool_call(name, new, call.get("id"))
-
-    def rewrite(message):
-        if message["role"] == "tool":
-            with contextlib.suppress(ValueError, RecursionError):
-                new = exchange(old := json.loads(message["content"]))
-                return {"content": json.dumps(new, ensure_ascii=False)} if new != old else {}
-        new = {k: exchange(message[k]) for k in ("content", "reasoning_content") if k in message}
-        if "tool_calls" in message:  # JSON stays JSON, its keys stay as they are
-            new["tool_calls"] = list(map(exchange_call, message["tool_calls"]))
+    def rewrite(m):
+        if m["role"] == "tool":
+            records = exchange(json.loads(m["content"]))
+            return m | {"content": json.dumps(records, ensure_ascii=False)}
+        new = m | {"content": exchange(m["content"])}
+        if "tool_calls" in m:
+            calls = map(parse_call, m["tool_calls"])
+            new["tool_calls"] = [tool_call(name, exchange(values)) for name, values in calls]
         return new
 
-    return example | {"messages": [m | rewrite(m) for m in example["messages"]]}
-
-
-def tidy_calls(example):
-    """The hotel conversation with each call's arguments in one order: keys by the alphabet, the
-    items of a list as the user has named them, which is easier to copy. What they say stays the
-    same: a list of this set is a set of wishes."""
-    said, messages = "", []
-    for m in example["messages"]:
-        if m["role"] == "user":
-            said += "\n" + m["content"]
-        calls = calls_of(m)
-        for _, arguments in calls:
-            for key, value in arguments.items():
-                if isinstance(value, list) and all(isinstance(v, str) for v in value):
-                    arguments[key] = sorted(value, key=lambda v: (v not in said, said.rfind(v), v))
-        if calls:
-            m = m | {"tool_calls": [tool_call(name, dict(sorted(a.items()))) for name, a in calls]}
-        messages.append(m)
-    return example | {"messages": messages}
+    return example | {"messages": list(map(rewrite, example["messages"]))}

@@ -55,27 +55,27 @@ REWARDS = {f.__name__: f for f in (slots, label, exact, length)} | {
 
 
 def load_reward(source):
-    """The reward that --reward names: one of REWARDS, the function `reward` of a Python file, or of
-    several with commas between the first that is for a turn."""
+    """The reward that --reward names: one of REWARDS, the function `reward` of a Python file, or
+    several names with commas between them, of which the first that is for a turn counts."""
     if "," in source:
-        several = [load_reward(name) for name in source.split(",")]
-        return lambda *turn: next((r for f in several if (r := f(*turn)) is not None), None)
+        rewards = [load_reward(name) for name in source.split(",")]
+        return lambda *turn: next((r for f in rewards if (r := f(*turn)) is not None), None)
     if source in REWARDS:
         return REWARDS[source]
     try:
-        found = runpy.run_path(source).get("reward")
+        reward = runpy.run_path(source).get("reward")
     except (Exception, SystemExit) as e:  # the user's own code can fail in any way
         raise UserError(f"--reward {source} cannot be loaded ({type(e).__name__}: {e})") from e
-    if not callable(found):
+    if not callable(reward):
         raise UserError(f"--reward {source} defines no function reward(messages, answer, wanted)")
-    return lambda messages, *answers: found(
+    return lambda messages, *answers: reward(
         copy.deepcopy(messages), *map(message_text, answers)
     )
 
 
 def rate(reward, messages, answer, wanted):
-    """The reward of an answer as a float, None if it is not for this turn; UserError names the row
-    if it fails or is no number."""
+    """The reward of an answer as a float, or None if it is not for this turn. UserError names the
+    answer if the function fails or returns no finite number."""
     try:
         value = reward(messages, answer, wanted)
         if value is None or math.isfinite(float(value)):
@@ -83,5 +83,5 @@ def rate(reward, messages, answer, wanted):
         problem = f"is {value}"
     except Exception as e:  # the user's own code can fail in any way
         problem = f"fails ({type(e).__name__}: {e})"
-    asked, said = message_text(messages[-1]), message_text(answer)
-    raise UserError(f"the reward {problem} for {said!r:.80} in answer to {asked!r:.80}")
+    question, text = message_text(messages[-1]), message_text(answer)
+    raise UserError(f"the reward {problem} for {text!r:.80} in answer to {question!r:.80}")

@@ -1,4 +1,5 @@
-"""What can be counted of answers and labels: slot F1, BLEU, a confusion matrix."""
+"""Figures of answers and labels: slot F1, BLEU, a confusion matrix."""
+
 import json
 import math
 from collections import Counter
@@ -9,7 +10,7 @@ from data.chat import normalize_numbers, parse_call
 
 
 def arguments_of(message):
-    """A list of the arguments of a message's calls; None if it has none, or one is no JSON."""
+    """A list of the arguments of a message's calls; None if it has no calls or one is not JSON."""
     try:
         return [parse_call(call)[1] for call in message.get("tool_calls") or ()] or None
     except ValueError:
@@ -17,13 +18,12 @@ def arguments_of(message):
 
 
 def slot_counts(predicted, reference):
-    """(right, predicted, wanted) values of two lists of argument dicts, the items of a list one by
-    one, as the course counts them; None for `predicted` means no arguments at all."""
+    """How many values of two lists of argument dicts are (right, predicted, wanted); each item of a
+    list counts, as in the course. None for `predicted` means no arguments at all."""
 
     def values(calls):
-        calls = map(normalize_numbers, calls or ())
-        items = (pair for arguments in calls for pair in arguments.items())
-        items = ((k, v if isinstance(v, list) else [v]) for k, v in items)
+        items = [item for a in calls or () for item in normalize_numbers(a).items()]
+        items = [(k, v if isinstance(v, list) else [v]) for k, v in items]
         return Counter((k, json.dumps(v, sort_keys=True)) for k, vs in items for v in vs)
 
     ours, wanted = values(predicted), values(reference)
@@ -31,8 +31,8 @@ def slot_counts(predicted, reference):
 
 
 def bleu4(prediction, reference):
-    """Sentence BLEU over characters, n-grams of 1 to 4 (Papineni et al. 2002), from 0 to 1; the
-    k-th precision that is zero counts as 1 / (2^k * n-grams), NLTK's smoothing method 3."""
+    """Sentence BLEU from 0 to 1 over character n-grams of 1 to 4 (Papineni et al. 2002). The k-th
+    precision that is zero counts as 1 / (2^k * n-grams), NLTK's smoothing method 3."""
     prediction, reference = prediction.strip(), reference.strip()
     if not set(prediction) & set(reference):
         return 0.0
@@ -52,7 +52,7 @@ def bleu4(prediction, reference):
 
 
 def confusion(predicted, wanted, n):
-    """(n, n) counts, a row for what was wanted, a column for what was predicted."""
+    """(n, n) counts: a row for each wanted class, a column for each predicted one."""
     table = np.zeros((n, n), dtype=int)
     np.add.at(table, (wanted, predicted), 1)
     return table
@@ -64,22 +64,17 @@ def macro_f1(table):
 
 
 def chat_scores(jobs, turns):
-    """A dict of what can be counted: where a tool should be called slot precision, recall and F1
-    and the share of calls that parse; elsewhere BLEU-4 (a call in that place scores 0)."""
-    slots, parsed, bleu = [0, 0, 0], [], []
-    for job, got in zip(jobs, turns):
-        goal = job.wanted
-        if not goal.get("tool_calls"):
-            same = not got.get("tool_calls")
-            bleu.append(bleu4(got["content"], goal["content"]) if same else 0.0)
-            continue
-        arguments = arguments_of(got)
-        parsed.append(arguments is not None)
-        counts = slot_counts(arguments, arguments_of(goal))
-        slots = [total + n for total, n in zip(slots, counts)]
-    scores, (right, predicted, wanted) = {}, slots
-    if parsed:
+    """The figures of answers to jobs: where a tool should be called, precision, recall and F1 of
+    the slots and the share of calls that parse; elsewhere BLEU-4, which is 0 for a call."""
+    scores, pairs = {}, [(turn, job.wanted) for job, turn in zip(jobs, turns)]
+    calls = [(arguments_of(t), arguments_of(w)) for t, w in pairs if w.get("tool_calls")]
+    replies = [(t, w) for t, w in pairs if not w.get("tool_calls")]
+    if calls:
+        right, predicted, wanted = map(sum, zip(*(slot_counts(*pair) for pair in calls)))
         scores |= dict(slot_p=right / max(1, predicted), slot_r=right / max(1, wanted))
-        scores |= dict(slot_f1=2 * right / max(1, predicted + wanted))
-        scores |= dict(valid_json=sum(parsed) / len(parsed))
-    return scores | (dict(bleu4=sum(bleu) / len(bleu)) if bleu else {})
+        scores["slot_f1"] = 2 * right / max(1, predicted + wanted)
+        scores["valid_json"] = sum(arguments is not None for arguments, _ in calls) / len(calls)
+    if replies:
+        bleu = (0 if "tool_calls" in t else bleu4(t["content"], w["content"]) for t, w in replies)
+        scores["bleu4"] = sum(bleu) / len(replies)
+    return scores

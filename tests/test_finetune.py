@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ASSISTANT, BYTE, CALL, CHAT, END, TOOL, USER, turn
+from conftest import ASSISTANT, BYTE, CALL, CHAT, END, TOOL, USER, render_chat, turn
 from test_chat import joined
 from test_rows import alpaca, write
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import finetune as ft
 import model as lm
-from data.chat import label_token, render_chat
+from data.chat import label_token
 from data.cli import UserError
 
 # ---- masks ---------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_the_oldest_turns_are_cut_first_and_at_their_borders():
     assert (row.ids, cut) == (render_chat(long, CHAT)[0][:11], True)
     sides = {"chosen": [turn("assistant", words(50))], "rejected": [turn("assistant", "no")]}
     chosen = {"messages": long[:1]} | sides
-    (good, bad), cut = ft.pair_rows(chosen, CHAT, 10)
+    (good, bad), cut = ft.preference_rows(chosen, CHAT, 10)
     assert cut and len(good.ids) == 11 and good.mask == [0] * 4 + [1] * 7
     assert bad.ids == [USER, 113, END, ASSISTANT, *b"no", END] and sum(bad.mask) == 3
 

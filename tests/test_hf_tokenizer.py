@@ -13,7 +13,7 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
-from conftest import TIKTOKEN, calls
+from conftest import TIKTOKEN, calls, render_chat
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,12 +24,11 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from data.chat import CHAT_TOKENS, render_chat
+from data.chat import CHAT_TOKENS
 from data.cli import UserError
 from data.hf_tokenizer import (
     BYTE_CHARS,
     CHAR_BYTES,
-    WORD_FLAGS,
     hub_tokenizer,
     spell,
     tokenizer_config,
@@ -266,8 +265,8 @@ def with_words(request):
     words = "covid covid-19 19a 北京 é e\u0301t the _x . <cite> <c ite> 's ² \u0301"
     rng = random.Random(request.param)
     for word in [*words.split(), "  ", "\n\n", "a\nb", " x ", "a b"]:
-        flags = {flag: rng.random() < 0.4 for flag in WORD_FLAGS}
-        theirs.add_tokens([tokenizers.AddedToken(word, **flags)])
+        normalized = rng.random() < 0.4
+        theirs.add_tokens([tokenizers.AddedToken(word, normalized=normalized)])
         assert not theirs.get_added_tokens_decoder()[theirs.token_to_id(word)].special
     return theirs
 
@@ -284,6 +283,14 @@ def test_added_words_are_cut_out_of_text(with_words):
         assert reloaded.encode(text, add_special_tokens=False) == ids, text
     assert again.words == t.words and "<s>" in t.special
     assert t.with_special(CHAT_TOKENS).encode(" ".join(t.words)) == t.encode(" ".join(t.words))
+
+
+@pytest.mark.parametrize("setting", ["single_word", "lstrip", "rstrip"])
+def test_added_words_that_take_blanks_along_are_refused(setting):
+    theirs = trained()
+    theirs.add_tokens([tokenizers.AddedToken("<a>", **{setting: True})])
+    with pytest.raises(UserError, match=f"added token '<a>': its setting {setting} is not"):
+        ours(theirs)
 
 
 def test_added_words_are_drawn_and_shown_and_special_tokens_are_not():

@@ -71,18 +71,6 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
     assert record["name"] == "听涛宾馆" and record["facilities"] == ["健身房", "SPA"]
 
 
-def test_thoughts_change_with_the_rest_and_a_call_without_the_value_stays_as_it_is_written():
-    talk = hotel_talk(["健身房"])["messages"]
-    talk[1]["tool_calls"][0]["id"], talk[3]["reasoning_content"] = "call00001", "要健身房"
-    talk.insert(1, calls("f", content="健身房？"))
-    talk[1]["tool_calls"][0]["function"]["arguments"] = written = '{"a":1.50}'
-    pool = {"call.facilities": ["接机"]}
-    after = substitute({"messages": talk}, pool, 1.0, random.Random(0), made_up=0)["messages"]
-    assert after[1]["tool_calls"][0]["function"]["arguments"] == written
-    assert after[2]["tool_calls"][0]["id"] == "call00001"
-    assert after[4]["reasoning_content"] == "要接机"
-
-
 def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
     def talk(name, phone):
         records = json.dumps([{"name": name, "phone": phone, "type": "豪华型"}], ensure_ascii=False)
@@ -151,16 +139,6 @@ def test_made_up_values_begin_like_one_and_end_like_another():
     mixed = {"call.facilities": ["甲", 374]}
     assert [substitute(before, mixed, 1.0, random.Random(s), made_up=1) for s in range(20)]
     assert all(any(v == a + b for a in starts for b in ends) for v in seen) and len(seen) > 20
-
-
-def test_a_tool_result_that_is_no_json_is_text_and_one_without_the_value_stays_as_it_is():
-    talk = hotel_talk(["健身房"])["messages"]
-    for result, wanted in (("有 健身房!", "有 接机!"), ('{"a":  1.50}', '{"a":  1.50}')):
-        talk[2] = turn("tool", result)
-        pool = {"call.facilities": ["接机"]}
-        after = substitute({"messages": talk}, pool, 1.0, random.Random(0), made_up=0)
-        assert after["messages"][2]["content"] == wanted
-        assert after["messages"][0]["content"] == "要有接机的"
 
 
 def test_calls_are_tidied_and_say_the_same():

@@ -19,7 +19,7 @@ from test_download import Mirror, mirror  # noqa: F401
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.batches import chat_rows, pair_rows
+from data.batches import chat_rows, preference_rows
 from data.chat import parse_call, tool_call
 from data.cli import UserError
 from data.download import download_path
@@ -209,7 +209,7 @@ PAIRS = [  # (row, the turns before the two answers)
 def test_all_turns_before_the_answers_of_a_pair_are_kept(row, before):
     kind, pair = to_example(row)
     assert (kind, pair) == ("prefer", {"messages": before} | sides())
-    found, _ = pair_rows(pair, CHAT, 999)
+    found, _ = preference_rows(pair, CHAT, 999)
     texts = [CHAT.decode([i for i, m in zip(r.ids, r.mask) if m]) for r in found]
     assert texts == ["good<|end|>", "bad<|end|>"]
 
@@ -231,7 +231,7 @@ def test_what_is_learned_of_a_public_file_is_what_it_says(name):
     for row in rows:
         kind, example = to_example(row)
         if kind == "prefer":
-            found, _ = pair_rows(example, CHAT, 10**6)
+            found, _ = preference_rows(example, CHAT, 10**6)
             wanted = [[row["chosen"]["value"]], [row["rejected"]["value"]]]
         else:
             found, _ = chat_rows(example, CHAT, 10**6)
@@ -399,7 +399,7 @@ BAD = [
     ([turn("user", None), A], "a turn of user has no text"),
     ([turn("user", 3), A], "the content is not text but 3"),
     ([U, turn("assistant", " \n")], "a turn of assistant has no text"),
-    ([U, turn("assistant", [{"deep": [{}]}])], "a part of kind None, only text is known"),
+    ([U, turn("assistant", [{"deep": [{}]}])], "a part of the content is not text"),
     ({"messages": None}, "the conversation is not a list"),
     ({"messages": [U, A], "system": 3}, "the content is not text but 3"),
     ({"instruction": "i", "output": ""}, "a turn of assistant has no text"),

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import prepare_data
 from data.cli import UserError
-from data.text import decode, json_rows, text_documents
+from data.text import decode, json_rows, split_documents
 from data.tokenizer import Tokenizer
 from prepare_data import prepare
 
@@ -112,14 +112,14 @@ def test_damage_that_gb18030_would_swallow_is_still_named():
 def test_a_utf8_file_cut_inside_its_last_character_is_named():
     data = ("床前明月光" * 100).encode()[:-1]
     Path("poem.txt").write_bytes(data)
-    with pytest.raises(UserError, match=rf"middle of .* at offset {len(data) - 2:,}$"):
+    with pytest.raises(UserError, match=rf"at offset {len(data) - 2:,} is not text"):
         pieces_of("poem.txt")
 
 
 def test_a_named_encoding_is_used_and_its_failures_are_named():
     Path("a.txt").write_bytes("naïve café ÿ".encode("latin-1"))
     assert pieces_of("a.txt", encoding="latin-1") == ["naïve café ÿ"]
-    with pytest.raises(UserError, match=r"a\.txt: .*utf-8 at byte offset 2$"):
+    with pytest.raises(UserError, match=r"a\.txt: byte 0xef at offset 2 is not text in utf-8$"):
         pieces_of("a.txt", encoding="utf-8")
     with pytest.raises(UserError, match="klingon"):
         pieces_of("a.txt", encoding="klingon")
@@ -263,7 +263,7 @@ def test_an_encrypted_zip_is_named():
     raw[6] |= 1  # the flag of the local header, and of the list at the end
     raw[raw.index(b"PK\1\2") + 8] |= 1
     Path("a.zip").write_bytes(raw)
-    with pytest.raises(UserError, match=r"a\.zip:x\.txt: encrypted"):
+    with pytest.raises(UserError, match=r"a\.zip:x\.txt: .* encrypted"):
         pieces_of("a.zip")
 
 
@@ -307,6 +307,4 @@ def test_a_separator_keeps_the_documents_of_a_file_apart():
     text = "<|endoftext|>\n".join(["一 story\n", "\n", "two\nlines\n", "three"])
     for size in (1, 5, 20, 1000):
         blocks = [text[i : i + size] for i in range(0, len(text), size)]
-        found = text_documents(blocks, "x.txt", "<|endoftext|>")
-        assert ["".join(p) for _, p in found] == ["一 story", "two\nlines", "three"]
-        assert ["".join(p) for _, p in text_documents(blocks, "x.txt")] == [text]
+        assert list(split_documents(blocks, "<|endoftext|>")) == ["一 story", "two\nlines", "three"]
