@@ -872,7 +872,7 @@ def load_checkpoint(path, dtype=None, resuming=False):
         own = {"tokenizer": hub_tokenizer(path)} if (path / "tokenizer.json").exists() else {}
         return load_hf(path, dtype) | own
     if (path / "adapter_config.json").exists():
-        raise UserError(f"{path} is an adapter of peft's: `lora.py import` turns it into ours")
+        raise UserError(f"{path} is an adapter of peft's, which cannot be read here")
     if path.is_dir():
         found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
         if not found:
