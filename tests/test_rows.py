@@ -635,7 +635,7 @@ MISTAKES = {  # --data: what the message says
     "data/none": "data/none does not exist: name a .json, .jsonl, .csv, .tsv file, .gz too, OWNER",
     "me/moved": "me/moved changed on the Hub while it was downloaded: delete data/downloads/",
     "me/pictures": "me/pictures has no file of rows in JSON or CSV, and no viewer: cannot ",
-    "me/files:b": "several files: name one, as me/files:b/1.jsonl; b/1.jsonl, b/2.jsonl",
+    "me/files:b": "several files: name one, as me/files:b/1.jsonl; it has b/1.jsonl, b/2.jsonl",
 }
 
 
@@ -668,7 +668,8 @@ def test_files_of_a_repository_where_there_is_no_viewer(hub, monkeypatch):
     files = {"data/Train.csv": csv, "data/test.csv.gz": gzip.compress(csv)}
     add_files(hub.mirror, "me/split", files | {"dataset_infos.json": b"{}"})
     add_files(hub.mirror, "me/single", {"rows v2.jsonl": lines(alpaca(30))})
-    assert sizes("me/split", val_source="me/split:data/test.csv.gz") == dict(train=4, test=4, val=4)
+    split = dict(source="me/split:data/Train.csv", val_source="me/split:data/test.csv.gz")
+    assert sizes(**split) == {"train": 4, "val": 4}
     assert sizes("me/single:rows v2.jsonl", every_row=True) == {"train": 30, "val": 30}
     monkeypatch.delenv("SCRATCHLM_MIRROR")
     monkeypatch.setenv("HF_ENDPOINT", hub.mirror.base + "/huggingface.co")
