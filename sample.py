@@ -52,11 +52,9 @@ from model import (
     KVCache,
     apply_rope,
     attention,
-    copy_candidates,
     find_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
-    pair_rows,
 )
 
 # --------------------------------------------------------------------------------------------
@@ -581,7 +579,8 @@ class FastTransformer:
     FIELDS = """vocab_size n_layer n_head d_model context n_kv_head head_size d_ff position norm
     norm_weight activation qkv_bias out_bias ff_bias head_bias qk_norm embed_norm value_embed bigram
     induction tied dropout eps rope_theta rope_scaling init"""
-    WEIGHTS = """embed value_embed bigram induction match position embed_norm norm1
+    WEIGHTS = """embed value_embed inputs.bigram inputs.induction.project inputs.induction.match
+    position embed_norm norm1
     attention.q attention.k attention.v attention.q_norm attention.k_norm attention.out norm2
     feed_forward.gate feed_forward.up feed_forward.down norm head"""
 
@@ -596,7 +595,7 @@ class FastTransformer:
     def __init__(self, model, int8=False, rows=1):
         c, self.config, self.embed = model.config, model.config, model.embed
         self.value_embed = model.value_embed if c.value_embed else None
-        self.bigram = model.bigram if c.bigram else None
+        self.inputs, self.embed_ids = model.inputs, model.embed_ids
         self.start, self.end = self.norm_of(model.embed_norm), self.norm_of(model.norm)
         self.activation, self.tables = ACTIVATIONS[c.activation], model.position_tables()
         scale = 1.0
@@ -613,8 +612,6 @@ class FastTransformer:
             products = make((a.q, a.k, a.v)), make((a.out,)), make(up, scale=scale), make((f.down,))
             norms = self.norm_of(block.norm1), self.norm_of(block.norm2)
             self.layers.append((*norms, qk_weight, *products))
-        if c.induction:
-            self.induction, self.match = make((model.induction,)), model.match
         self.head = make((model.head,))
 
     def norm_of(self, module):
@@ -641,12 +638,9 @@ class FastTransformer:
         seen, place = cache.past(step), step.positions
         if isinstance(place, slice):
             place = torch.arange(place.start, place.stop, device=ids.device).expand_as(ids)
-        if c.bigram:
-            x = x + self.bigram(pair_rows(seen, place, c.bigram))
+        for module in self.inputs.values():
+            x = x + module(seen, place, self.embed_ids)
         x = x.view(B * T, -1)
-        if c.induction:
-            copied, length = (y.view(-1) for y in copy_candidates(seen, place))
-            x = x + self.match(length) * self.induction(self.start(self.embed(copied)))
         if c.value_embed:
             values = self.value_embed(ids).view(B, T, nkv, hs)
         for i, (norm1, norm2, qk_weight, qkv, out, up, down) in enumerate(self.layers):

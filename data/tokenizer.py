@@ -162,14 +162,14 @@ class Tokenizer:
         Python's lock, so threads help."""
         if self.spec["kind"] == "char":
             text = self._unknown.sub(UNKNOWN, text)
+        if self.spec.get("nfc"):  # é is one character, however it was typed
+            text = unicodedata.normalize("NFC", text)
         parts = self._words.split(text)  # texts and words by turns
         ids = [[self.words[p]] if i % 2 else self._encode_text(p) for i, p in enumerate(parts)]
         return np.concatenate(ids).astype(np.uint32)
 
     def _encode_text(self, text):
         """The ids of a text without `words`, uint32."""
-        if self.spec.get("nfc"):  # é is one character, however it was typed
-            text = unicodedata.normalize("NFC", text)
         if self._no_token and set(self._no_token) & set(text.encode()):
             return self._encode_by_piece(text)
         try:

@@ -190,7 +190,7 @@ def test_targets_are_groups_last_names_or_full_ones_and_nothing_else_learns():
 def test_bad_settings_are_refused_and_change_nothing():
     model = lm.Transformer(lm.preset("tiny", tied=True, n_layer=1))
     for settings, message in (
-        (dict(targets="query"), "no layer is called query.*attention, mlp, all.*head, induction"),
+        (dict(targets="query"), "no layer is called query.*attention, mlp, all.*head.*project"),
         (dict(targets="head"), "head shares its weight"),
         (dict(targets="q,head"), "head shares its weight"),
         (dict(rank=0), "rank >= 1"),
