@@ -179,7 +179,9 @@ def test_lines_stay_within_100_columns(name):
 
 def wants_docstring(name):
     """Public functions and classes at top level, and the latter's public methods that take
-    arguments. What torch or http.server calls by its own name is described there."""
+    arguments. What torch or http.server calls by its own name is described there, and what a class
+    overrides in one above it."""
+    overridden = {"forward", "backward", "log_message"}
     for node in TREE[name].body:
         if not isinstance(node, (*FUNCTIONS, ast.ClassDef)) or node.name.startswith("_"):
             continue
@@ -190,9 +192,10 @@ def wants_docstring(name):
             for method in (n for n in node.body if isinstance(n, FUNCTIONS)):
                 a = method.args
                 takes = len(a.posonlyargs + a.args + a.kwonlyargs) > 1 or a.vararg or a.kwarg
-                override = node.bases and method.name in ("forward", "backward", "log_message")
+                override = node.bases and method.name in overridden
                 if takes and not method.name.startswith("_") and not override:
                     yield f"{node.name}.{method.name}", method
+            overridden |= {n.name for n in node.body if isinstance(n, FUNCTIONS)}
 
 
 @every_script
