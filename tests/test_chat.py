@@ -180,10 +180,11 @@ def test_a_prompt_is_the_beginning_of_the_row_with_its_answer(plain):
     assert chat.decode(parts[1][0][1:-1]) == talk[1]["content"]
 
 
-def test_a_prompt_drops_whole_turns_from_the_oldest_on_and_keeps_the_system_s():
-    def rendered(*messages):
-        return render_chat(messages, CHAT)[0]
+def rendered(*messages):
+    return render_chat(messages, CHAT)[0]
 
+
+def test_a_prompt_drops_whole_turns_from_the_oldest_on_and_keeps_the_system_s():
     talk = [turn("system", "be kind"), turn("user", "a" * 9), turn("assistant", "b" * 9),
             turn("user", "c" * 9)]
     whole = [*rendered(*talk), ASSISTANT]
