@@ -1,4 +1,4 @@
-"""The fast paths beside what they stand for: sample.FastTransformer, machine.BF16Copy."""
+"""The fast paths beside what they stand for: matmul.make_fast, runner.BF16Copy."""
 
 import argparse
 import contextlib
@@ -27,8 +27,8 @@ import train
 from data import runner
 from data.cli import UserError
 from data.machine import Runtime
+from data.matmul import make_fast
 from data.tokenizer import Tokenizer
-from sample import FastTransformer
 
 REAL = Path(os.environ.get("SCRATCHLM_DATA", ROOT.parent / "shared" / "data"))
 LLAMA = dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2, rope_theta=5e5)
@@ -60,7 +60,9 @@ def build(name, d_model=64, context=48, seed=0, **changes):
 
 
 def fast_copy(model, **settings):
-    return FastTransformer(copy.deepcopy(model), **settings)
+    model = copy.deepcopy(model)
+    make_fast(model, **settings)
+    return model
 
 
 def both(model, ids, steps=3, **settings):
@@ -89,7 +91,7 @@ def test_logits_are_the_models(name, rows, d_model):
 @pytest.mark.parametrize("prompts", [[[5, 7]], [[5, 7, 9], [2], [30] * 20]], ids=["one", "three"])
 def test_greedy_text_of_256_tokens_is_the_models(name, prompts):
     model = build(name, 640, context=128)
-    settings = dict(max_tokens=256, temperature=0, slide=lambda kept: None)
+    settings = dict(max_new_tokens=256, temperature=0, slide=lambda kept: None)
     plain = list(sample.generate(model, prompts, **settings))
     fast = list(sample.generate(fast_copy(model, rows=len(prompts)), prompts, **settings))
     assert fast == plain and len(plain) == 256
@@ -144,15 +146,6 @@ def test_every_path_writes_on_this_machine(dtype, flags, tmp_path, capsys):
     assert ("2048 x 512" in err) is (flags != "--no_fast")  # what was chosen, for each shape
 
 
-def test_weights_are_held_once():
-    model = build("qwen2", 640)
-    weights = [m.weight for b in model.blocks for m in b.modules() if type(m) is torch.nn.Linear]
-    FastTransformer(model)
-    assert all(m.weight is None for b in model.blocks for m in b.modules()
-               if type(m) is torch.nn.Linear)  # fmt: skip
-    assert len(weights) == 14 and model.embed.weight is not None
-
-
 # --------------------------------------------------------------------------------------------
 # What it costs, on real text: bf16 in training, int8 in sampling
 # --------------------------------------------------------------------------------------------
@@ -191,7 +184,9 @@ def test_int8_costs_less_than_half_a_percent_of_perplexity(shakespeare):
     tokens = prepare_data.read_tokens(shakespeare / "data" / "shakespeare", "val")[:4000]
     content = lm.load_checkpoint(shakespeare / "out/fp32")
     exact = perplexity(lm.model_from_checkpoint(content), tokens, 64)
-    rounded = perplexity(FastTransformer(lm.model_from_checkpoint(content), int8=True), tokens, 64)
+    model = lm.model_from_checkpoint(content)
+    make_fast(model, int8=True)
+    rounded = perplexity(model, tokens, 64)
     assert rounded != exact and abs(rounded / exact - 1) < 0.005
 
 
@@ -289,35 +284,3 @@ def test_int8_says_what_stands_in_its_way():
         sample.fast_model(model, 1, args)
     args.dtype = "fp32"
     assert sample.fast_model(model, 1, args) is model
-
-
-def test_a_model_with_a_part_of_its_own_is_used_as_it_is():
-    class Gated(lm.Attention):
-        """A hacker's variant: new weights."""
-
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.gate = torch.nn.Linear(64, 4)
-
-    @dataclasses.dataclass
-    class Capped(lm.Config):
-        """And another: a new field, without weights."""
-
-        softcap: float = 0.0
-
-    args = argparse.Namespace(dtype="fp32", no_fast=False, verbose=False, cuda_graphs=False)
-    gated, capped, same = build("llama"), build("llama"), build("llama")
-    gated.blocks[1].attention = Gated(gated.config)
-    capped.config = Capped(**dataclasses.asdict(capped.config), softcap=15.0)
-    same.config = Capped(**dataclasses.asdict(same.config))
-    assert sample.fast_model(gated, 1, args) is gated
-    assert sample.fast_model(capped, 1, args) is capped
-    assert isinstance(sample.fast_model(same, 1, args), FastTransformer)
-    args.dtype = "int8"
-    with pytest.raises(UserError, match="for models that the FastTransformer can compute"):
-        sample.fast_model(capped, 1, args)
-    args.dtype, args.cuda_graphs = "fp32", True
-    with pytest.raises(UserError, match="--cuda_graphs needs a GPU"):
-        sample.fast_model(same, 1, args)
-    for name in ARCHITECTURES:
-        assert FastTransformer.can_compute(build(name)), name

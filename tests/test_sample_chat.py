@@ -27,7 +27,6 @@ from data.chat import label_token, message_text, render_chat
 from data.cli import run_cli
 from data.rows import to_example
 from data.tools import function_schema, load_tools
-from sample import FastTransformer
 
 STOP = object()  # in a script: the user presses Ctrl-C here
 
@@ -327,15 +326,6 @@ def test_a_chat_of_a_real_model_is_as_long_as_it_may_be(monkeypatch, capsys):
     bot = chat(model=small_model(context=64), max_tokens=1000, seed=1)
     hear(bot, "a" * 100, "b", "/retry", monkeypatch=monkeypatch)
     assert [m["role"] for m in bot.messages] == ["user", "assistant"] * 2
-
-
-def test_commands_answer_in_a_chat_with_the_fast_copy_too(monkeypatch, tmp_path, capsys):
-    bot = chat(model=FastTransformer(small_model()), seed=1)
-    commands = ["/adapter x", "/adapter", "/system be kind", f"/save {tmp_path}/x", "/reset"]
-    hear(bot, "hi", *commands, "you?", "/retry", monkeypatch=monkeypatch)
-    out = capsys.readouterr().out
-    assert out.count("[this model has no adapters: sample.py --adapter RUN lays one over it]") == 2
-    assert [m["role"] for m in bot.messages] == ["system", "user", "assistant"]
 
 
 # ---- the command line ------------------------------------------------------------------------
