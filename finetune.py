@@ -56,8 +56,6 @@ from data.batches import (
 from data.chat import (
     CHAT_TOKENS,
     THINK,
-    chat_prompt,
-    find_template,
     get_template,
     label_token,
     labels_of,
@@ -67,6 +65,7 @@ from data.cli import Parser, UserError, check_limits, run_cli
 from data.costs import check_memory
 from data.files import write_json
 from data.machine import DTYPES, make_runtime
+from data.reply import parse
 from data.rewards import REWARDS, load_reward, rate
 from data.row_files import ROW_SUFFIXES
 from data.rows import as_chat, first_words, load_data, report_bad
@@ -194,9 +193,10 @@ def write(model, tokenizer, prompts, slots=48, seeds=None, **settings):
 def answer(model, tokenizer, jobs):
     """The model's greedy turn for each of `answer_jobs`, in their order."""
     room = model.config.context - longest_answer(model.config.context)
-    prompts = [chat_prompt(job.messages, tokenizer, room, job.tools) for job in jobs]
+    template = get_template(tokenizer)
+    prompts = [template.fit_prompt(job.messages, job.tools, room) for job in jobs]
     ids = write(model, tokenizer, prompts, temperature=0.0)
-    return [get_template(tokenizer).parse(said) for said in ids]
+    return [parse(said, template) for said in ids]
 
 
 # --------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class SFT:
     def special_tokens(tokenizer, labels):
         """The special tokens that it needs: those of our chat template, if the tokenizer brings
         none."""
-        return list(CHAT_TOKENS) if find_template(tokenizer) is None else []
+        return list(CHAT_TOKENS) if get_template(tokenizer) is None else []
 
     def __init__(self, args, tokenizer, labels=()):
         self.args, self.tokenizer, self.labels, self.runtime = args, tokenizer, labels, None
@@ -627,10 +627,11 @@ class GRPO(SFT):
         split, context = super().make_split([as_chat(e) for e in examples]), self.args.context
         jobs = self.jobs(split)
         rewards = self.rewards([(job.messages, job.wanted, job.wanted) for job in jobs])
+        template = get_template(self.tokenizer)
         for job, reward in zip(jobs, rewards):
             if reward is not None:
                 most = context - longest_answer(context)
-                ids = chat_prompt(job.messages, self.tokenizer, most, job.tools)
+                ids = template.fit_prompt(job.messages, job.tools, most)
                 room = self.args.samples * longest_answer(context)
                 split.prompts.append(Prompt(ids, [0] * len(ids), job, room))
         if not split.prompts:
@@ -668,7 +669,8 @@ class GRPO(SFT):
         seeds = np.random.default_rng((a.seed, 2, number)).integers(2**62, size=len(prompts))
         with lm.evaluating(self.model) as model, self.runtime.autocast():
             ids = write(model, self.tokenizer, [p.ids for p in prompts], seeds=seeds.tolist())
-        turns, jobs = map(get_template(self.tokenizer).parse, ids), [p.turn for p in prompts]
+        template, jobs = get_template(self.tokenizer), [p.turn for p in prompts]
+        turns = [parse(said, template) for said in ids]
         rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
         if None in rewards:
             asked = message_text(jobs[rewards.index(None)].messages[-1])
@@ -856,7 +858,7 @@ def special_tokens(objective, labels, parts):
     thoughts = any(m.get("reasoning_content") for m in messages)
 
     def needed(tokenizer):
-        template, names = find_template(tokenizer), objective.special_tokens(tokenizer, labels)
+        template, names = get_template(tokenizer), objective.special_tokens(tokenizer, labels)
         ours = template.ours if template else CHAT_TOKENS[0] in names
         return [*names, *(THINK if thoughts and ours else ())]
 

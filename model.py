@@ -374,11 +374,100 @@ class Block(nn.Module):
         self.attention = Attention(config, causal)
         self.norm2 = make_norm(config, config.d_model)
         self.feed_forward = FeedForward(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x, rope=None, update_cache=None, mask=None, values=None):
         x = x + self.drop(self.attention(self.norm1(x), rope, update_cache, mask, values))
         return x + self.drop(self.feed_forward(self.norm2(x)))
+
+
+# --------------------------------------------------------------------------------------------
+# What is added to the embedding
+# --------------------------------------------------------------------------------------------
+
+
+class Table(nn.Embedding):
+    """An nn.Embedding. On the meta device it skips the random initialisation, for which torch would
+    import its compiler (more than a second)."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class BigramEmbedding(Table):
+    """A table with a row for the pair of ids that ends at each position. The row is a hash of the
+    pair, so some pairs share one (fastText, Bojanowski et al. 2017)."""
+
+    def __init__(self, config):
+        super().__init__(config.bigram, config.d_model)
+
+    def init_weights(self):
+        nn.init.zeros_(self.weight)
+
+    def forward(self, ids, positions, embed):
+        # a text's first id counts as the one before itself
+        previous = ids.gather(1, (positions - 1).clamp(min=0))
+        current = ids.gather(1, positions)
+        return super().forward((previous * 36313 ^ current * 27191) % self.num_embeddings)
+
+
+LONGEST_MATCH = 8
+
+
+def copy_candidates(ids, positions):
+    """(the id that may come next because it did so before, the length of the match), (B, T) each,
+    for `positions` (B, T) of ids (B, S).
+
+    The candidate follows the earlier position whose last ids are the same as the last ids here for
+    the longest stretch, up to LONGEST_MATCH; the latest one if several are as long. Without any
+    match both are 0.
+
+    >>> copy_candidates(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]), torch.tensor([[4, 5, 6]]))
+    (tensor([[0, 9, 7]]), tensor([[0, 1, 2]]))
+    """
+    S, earlier = ids.shape[1], torch.arange(ids.shape[1], device=ids.device)
+    small = torch.int16 if S * (LONGEST_MATCH + 1) < 2**15 else torch.int32  # faster, (B, T, S)
+    padded = F.pad(ids.int(), (LONGEST_MATCH - 1, 0), value=-1)
+    windows = padded.unfold(1, LONGEST_MATCH, 1)  # (B, S, 8): the ids that end at each position
+    here = windows.gather(1, positions[..., None].expand(-1, -1, LONGEST_MATCH))  # (B, T, 8)
+    pairs = zip(windows[:, None].unbind(-1), here[:, :, None].unbind(-1))
+    same = earlier < positions[..., None]  # (B, T, S)
+    length = torch.zeros_like(same, dtype=small)
+    for theirs, ours in reversed(list(pairs)):  # from the newest id backwards
+        same = same & (theirs == ours)
+        length += same
+    best = (length * S + earlier.to(small)).amax(-1).long()  # the longest, then the latest
+    copied = ids.gather(1, (best % S + 1).clamp(max=S - 1))
+    return torch.where(best < S, 0, copied), best // S
+
+
+class Induction(nn.Module):
+    """The embedding of the id that `copy_candidates` proposes, projected, times what a match of
+    that length is worth.
+
+    An induction head finds that id, too (Olsson et al. 2022), but takes thousands of steps to form;
+    given it, a model copies after a hundred (n-gram heads, Akyürek et al. 2024).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.project = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.match = Table(LONGEST_MATCH + 1, config.d_model)
+
+    def init_weights(self):
+        nn.init.orthogonal_(self.project.weight, gain=0.5)
+        nn.init.ones_(self.match.weight)[0] = 0.0
+
+    def forward(self, ids, positions, embed):
+        copied, length = copy_candidates(ids, positions)
+        return self.match(length) * self.project(embed(copied))
+
+
+# To add an input to the embedding: a field of Config and a module, made if the field is set. Its
+# `forward` gets all ids so far (B, S), the positions (B, T) of the new ones among them, and the
+# function that embeds ids; it returns what is added to the embedding, (B, T, C).
+INPUTS = {"bigram": BigramEmbedding, "induction": Induction}
 
 
 # --------------------------------------------------------------------------------------------
@@ -398,35 +487,32 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, bias, targets, with_grad, dtype, *weights):
+    def forward(ctx, x, weight, bias, targets, with_grad, dtype):
         low = dtype or x.dtype  # what the matrix products run in (bf16 under autocast)
-        x_low, w_low = x.to(low), [w.to(low) for w in weights]
+        x_low, w_low, b_low = x.to(low), weight.to(low), None if bias is None else bias.to(low)
         full = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=full, device=x.device)
-        need_x, need_b, _, _, _, *need_w = (n and with_grad for n in ctx.needs_input_grad)
+        need_x, need_w, need_b = (n and with_grad for n in ctx.needs_input_grad[:3])
         grad_x = torch.empty_like(x) if need_x else None
-        grad_w = [torch.zeros_like(w, dtype=full) if n else None for w, n in zip(weights, need_w)]
+        grad_w = torch.zeros_like(weight, dtype=full) if need_w else None
         grad_b = torch.zeros_like(bias, dtype=full) if need_b else None
         # on a GPU large products pay: 2^28 logits are 1 GiB in float32
-        sizes = list(map(len, weights))
-        step = max(LOSS_ROWS, 2**28 // sum(sizes)) if x.is_cuda else LOSS_ROWS
+        step = max(LOSS_ROWS, 2**28 // len(weight)) if x.is_cuda else LOSS_ROWS
         for i in range(0, len(x), step):
             rows, goal = x_low[i : i + step], targets[i : i + step, None]
-            logits = pieces_linear(rows, w_low, None if bias is None else bias.to(low))  # (rows, V)
-            log_p = F.log_softmax(logits, dim=-1, dtype=full)
+            log_p = F.log_softmax(F.linear(rows, w_low, b_low), dim=-1, dtype=full)  # (rows, V)
             loss -= log_p.gather(1, goal).sum()
-            if not (need_x or need_b or any(need_w)):
+            if not (need_x or need_w or need_b):
                 continue
             error = log_p.exp_().scatter_add_(1, goal, -torch.ones_like(goal, dtype=full))
             if need_b:
                 grad_b += error.sum(0)
-            errors = error.to(low).split(sizes, dim=1)
+            error = error.to(low)
             if need_x:
-                grad_x[i : i + step] = sum(e @ w for e, w in zip(errors, w_low))
-            for grad, e in zip(grad_w, errors):
-                if grad is not None:
-                    add_product(grad, e.T, rows)
-        ctx.grads = (grad_x, grad_b, None, None, None, *grad_w)
+                grad_x[i : i + step] = error @ w_low
+            if need_w:
+                add_product(grad_w, error.T, rows)
+        ctx.grads = (grad_x, grad_w, grad_b, None, None, None)
         return loss
 
     @staticmethod
@@ -436,14 +522,6 @@ class ChunkedLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         # in place: another (V, C) copy would be the largest tensor of the step
         return tuple(None if g is None else g.mul_(scale) for g in grads)
-
-
-def pieces_linear(x, weights, bias):
-    """F.linear with a weight that lies in several pieces, one below the other."""
-    if len(weights) == 1:
-        return F.linear(x, weights[0], bias)
-    y = torch.cat([F.linear(x, w) for w in weights], dim=-1)
-    return y if bias is None else y + bias
 
 
 def add_product(total, a, b):
@@ -461,7 +539,7 @@ def chunked_loss(x, weight, bias, targets, places=None):
     """Sum of -log softmax(x @ weight.T + bias)[target] over rows, a float32 scalar (of float64
     states a float64 one).
 
-    x (..., C), weight (V, C) or a tuple of its pieces, bias (V,) or None, targets (...) with -100
+    x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100
     for "no loss": such rows cost nothing. Equal to F.cross_entropy(..., reduction="sum"), value and
     gradients.
     `places` are those of the other targets, flattened; to look them up a GPU must be waited for.
@@ -474,8 +552,7 @@ def chunked_loss(x, weight, bias, targets, places=None):
     device = x.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     with torch.autocast(device, enabled=False):
-        weights = weight if isinstance(weight, tuple) else (weight,)
-        return ChunkedLoss.apply(x, bias, targets, torch.is_grad_enabled(), low, *weights)
+        return ChunkedLoss.apply(x, weight, bias, targets, torch.is_grad_enabled(), low)
 
 
 def token_logps(x, weight, bias, targets, allowed=None):
@@ -484,10 +561,9 @@ def token_logps(x, weight, bias, targets, allowed=None):
     are not `allowed`, bools (V,), have probability 0. Logits are made a few rows at a time and made
     again in the backward pass, so they are never all held."""
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weights = weight if isinstance(weight, tuple) else (weight,)
 
-    def some(rows, goal):
-        logits = pieces_linear(rows, weights, bias)
+    def logps(rows, goal):
+        logits = F.linear(rows, weight, bias)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
         log_p = logits.log_softmax(-1, dtype=full)
@@ -495,7 +571,7 @@ def token_logps(x, weight, bias, targets, allowed=None):
 
     keep = targets != -100
     kept, goals = x[keep].split(LOSS_ROWS), targets[keep].split(LOSS_ROWS)
-    parts = [recompute(some, r, g, use_reentrant=False) for r, g in zip(kept, goals)]
+    parts = [recompute(logps, r, g, use_reentrant=False) for r, g in zip(kept, goals)]
     out = torch.zeros(targets.shape, dtype=full, device=x.device)
     return out.masked_scatter(keep, torch.cat(parts))
 
@@ -503,50 +579,6 @@ def token_logps(x, weight, bias, targets, allowed=None):
 # --------------------------------------------------------------------------------------------
 # The model
 # --------------------------------------------------------------------------------------------
-
-
-def make_table(rows, size):
-    """An nn.Embedding; on the meta device without its random initialization, for which torch would
-    import its compiler first (more than a second)."""
-    weight = torch.empty(rows, size)
-    if weight.is_meta:
-        return nn.Embedding.from_pretrained(weight, freeze=False)
-    return nn.Embedding(rows, size)
-
-
-def pair_rows(ids, at, rows):
-    """The row, out of so many, in the bigram table for the pair of ids that ends at each of the
-    places `at` (B, T) in ids (B, S): a hash, so some pairs share one (fastText, Bojanowski et al.
-    2017). A text's first id counts as the one before itself."""
-    before = ids.gather(1, (at - 1).clamp(min=0))
-    return (before * 36313 ^ ids.gather(1, at) * 27191) % rows
-
-
-LONGEST_MATCH = 8
-
-
-def copy_candidates(ids, at):
-    """What may be copied: for the places `at` (B, T) in ids (B, S), the id after the earlier place
-    that ends in most of the same ids, of several the latest, and how many these are, up to
-    LONGEST_MATCH; 0 and 0 if none does.
-
-    An induction head finds that, too (Olsson et al. 2022), but takes thousands of steps to form;
-    given it, a model copies after a hundred (n-gram heads, Akyürek et al. 2024).
-
-    >>> copy_candidates(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]), torch.tensor([[4, 5, 6]]))
-    (tensor([[0, 9, 7]]), tensor([[0, 1, 2]]))
-    """
-    S, j = ids.shape[1], torch.arange(ids.shape[1], device=ids.device)
-    small = torch.int16 if S * (LONGEST_MATCH + 1) < 2**15 else torch.int32  # faster, (B, T, S)
-    same, length = j < at[..., None], 0
-    padded = F.pad(ids.int(), (LONGEST_MATCH - 1, 0), value=-1)
-    for k in reversed(range(LONGEST_MATCH)):
-        shifted = padded[:, k : k + S]
-        same = same & (shifted.gather(1, at)[..., None] == shifted[:, None])
-        length = length + same.to(small)
-    best = (length * S + j.to(small)).amax(-1).long()
-    copied = ids.gather(1, (best % S + 1).clamp(max=S - 1))
-    return torch.where(best < S, 0, copied), best // S
 
 
 class Transformer(nn.Module):
@@ -565,16 +597,11 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = copy.copy(config)
-        self.embed = make_table(c.vocab_size, c.d_model)
-        if c.value_embed:
-            self.value_embed = make_table(c.vocab_size, c.n_kv_head * c.head_size)
-        if c.bigram:
-            self.bigram = make_table(c.bigram, c.d_model)
-        if c.induction:
-            self.induction = nn.Linear(c.d_model, c.d_model, bias=False)
-            self.match = make_table(LONGEST_MATCH + 1, c.d_model)  # what a match of a length counts
+        self.embed = Table(c.vocab_size, c.d_model)
+        self.value_embed = Table(c.vocab_size, c.n_kv_head * c.head_size) if c.value_embed else None
+        self.inputs = nn.ModuleDict({n: make(c) for n, make in INPUTS.items() if getattr(c, n)})
         if c.position == "learned":
-            self.position = make_table(c.context, c.d_model)
+            self.position = Table(c.context, c.d_model)
         elif c.position == "sinusoidal":
             self.register_buffer("sines", sinusoid_table(c.context, c.d_model), persistent=False)
         elif c.position == "rope":
@@ -582,14 +609,13 @@ class Transformer(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.embed_norm = make_norm(c, c.d_model) if c.embed_norm else nn.Identity()
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = make_norm(c, c.d_model)
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=c.head_bias)
         if c.tied:
             self.head.weight = self.embed.weight
         self.grad_checkpoint = False  # recompute blocks in the backward pass: less memory, slower
-        self.head_pieces = None  # a function for the head's weight in pieces: lora.py has one
         if not self.embed.weight.is_meta:
             self.init_weights()
 
@@ -600,26 +626,24 @@ class Transformer(nn.Module):
         `zero_out`: each residual branch and the head start at zero, so the first steps learn little
         more than bigrams and no layer dominates another; inner matrices get std 0.577 / sqrt(C),
         which keeps a normalised input at a third of its variance. In our trials this halved the
-        steps to the same loss. In both, what the tables and `induction` add starts small, or at 0.
+        steps to the same loss. In both, what is added to the embedding starts small, or at 0.
         """
-        c = self.config
-        gpt2 = c.init == "gpt2"
+        c, gpt2 = self.config, self.config.init == "gpt2"
+        # a tied table is also the head: at std 1 its first loss would be enormous
+        nn.init.normal_(self.embed.weight, std=0.02 if gpt2 or c.tied else 1.0)
+        for module in self.inputs.values():
+            module.init_weights()
         for name, p in self.named_parameters():
+            if name.startswith(("embed.", "inputs.")):
+                continue
             if p.dim() < 2:  # biases 0, norm weights 1
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            elif name == "value_embed.weight":
+                p.zero_()
             elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer)) if gpt2 else p.zero_()
-            elif name == "induction.weight":
-                nn.init.orthogonal_(p, gain=0.5)
-            elif name in ("value_embed.weight", "bigram.weight"):
-                p.zero_()
-            elif name == "match.weight":
-                p.fill_(1.0)[0] = 0.0
             elif name == "head.weight":
                 nn.init.normal_(p, std=0.02) if gpt2 else p.zero_()
-            elif name == "embed.weight" and not gpt2:
-                # a tied table is also the head: at std 1 its first loss would be enormous
-                nn.init.normal_(p, std=0.02 if c.tied else 1.0)
             else:
                 nn.init.normal_(p, std=0.02 if gpt2 else 0.577 / math.sqrt(c.d_model))
 
@@ -628,8 +652,7 @@ class Transformer(nn.Module):
         """Room for at least `vocab_size` ids, of which the first `known` were in use until now. All
         rows after those, unused ones included, start at the mean of the known rows."""
         c, grown = self.config, max(self.config.vocab_size, vocab_size)
-        tables = [self.embed, *([] if c.tied else [self.head])]
-        for table in tables + ([self.value_embed] if c.value_embed else []):
+        for table in filter(None, (self.embed, self.value_embed, None if c.tied else self.head)):
             for name in ("weight", "bias"):
                 old = getattr(table, name, None)
                 if old is not None:
@@ -661,17 +684,14 @@ class Transformer(nn.Module):
         else:
             x = x + tables[0].to(x.dtype)
         x = self.embed_norm(x)
-        if c.bigram or c.induction:
+        if self.inputs:
             seen, at = ids if cache is None else cache.past(step), step.positions
             if isinstance(at, slice):
                 at = torch.arange(at.start, at.stop, device=ids.device).expand_as(ids)
-        if c.bigram:
-            x = x + self.bigram(pair_rows(seen, at, c.bigram))
-        if c.induction:
-            copied, length = copy_candidates(seen, at)
-            x = x + self.match(length) * self.induction(self.embed_norm(self.embed(copied)))
+            for module in self.inputs.values():
+                x = x + module(seen, at, self.embed_ids)
         x = self.drop(x)
-        values = self.value_embed(ids) if c.value_embed else None
+        values = self.value_embed(ids) if self.value_embed is not None else None
         for i, block in enumerate(self.blocks):
             update_cache = partial(cache.update, i, step) if cache is not None else None
             if self.grad_checkpoint and self.training:
@@ -681,6 +701,16 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.lengths += T
         return self.norm(x)
+
+    def embed_ids(self, ids):
+        """The normalised embedding of ids alone, without position: what an input looks up."""
+        return self.embed_norm(self.embed(ids))
+
+    def lookup_tables(self):
+        """Names of the weights beside `embed` and `position` that ids or matches are looked up in:
+        they learn with the embedding's rate."""
+        names = [f"{n}.weight" for n, m in self.named_modules() if isinstance(m, Table)]
+        return [n for n in names if n.startswith(("value_embed.", "inputs."))]
 
     def position_tables(self):
         """The tables that `hidden` looks positions up in: (context, ...) each."""
@@ -698,10 +728,9 @@ class Transformer(nn.Module):
             return self.head(x)  # (B, T, V)
         if reduction == "logits":
             return self.head(x[targets != -100])  # (N, V)
-        weight = self.head_pieces() if self.head_pieces else self.head.weight
         if reduction == "none":
-            return token_logps(x, weight, self.head.bias, targets, allowed)  # (B, T)
-        return chunked_loss(x, weight, self.head.bias, targets, places)
+            return token_logps(x, self.head.weight, self.head.bias, targets, allowed)  # (B, T)
+        return chunked_loss(x, self.head.weight, self.head.bias, targets, places)
 
 
 class Step(NamedTuple):
@@ -843,7 +872,7 @@ def load_checkpoint(path, dtype=None, resuming=False):
         own = {"tokenizer": hub_tokenizer(path)} if (path / "tokenizer.json").exists() else {}
         return load_hf(path, dtype) | own
     if (path / "adapter_config.json").exists():
-        raise UserError(f"{path} is an adapter of peft's: `lora.py import` turns it into ours")
+        raise UserError(f"{path} is an adapter of peft's, which cannot be read here")
     if path.is_dir():
         found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
         if not found:
@@ -899,7 +928,7 @@ def count_parameters(model):
     for name, p in model.named_parameters():  # a tied head is listed once, as the embedding
         if "norm" in name:
             part = "norms"
-        elif name.startswith(("embed.", "value_embed.", "bigram.", "induction.", "match.")):
+        elif name.startswith(("embed.", "value_embed.", "inputs.")):
             part = "embedding"
         elif name.startswith(("position.", "head.")):
             part = {"p": "positions", "h": "head"}[name[0]]

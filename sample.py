@@ -32,7 +32,7 @@ import torch
 
 import lora
 from data.analogy import analogy
-from data.chat import find_template, label_token, labels_of
+from data.chat import get_template, label_token, labels_of
 from data.cli import Parser, UserError, check_limits, printable, run_cli
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, dtype_name, native_dtype
@@ -620,7 +620,7 @@ def allowed_ids(model, tokenizer, chat=False):
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     lengths = torch.from_numpy(tokenizer.byte_lengths[: len(allowed)])
     allowed[: len(lengths)] = lengths > 0
-    for i in find_template(tokenizer).spoken if chat else (tokenizer.eos_id,):
+    for i in get_template(tokenizer).spoken if chat else (tokenizer.eos_id,):
         if i < len(allowed):
             allowed[i] = True
     return allowed.to(model.embed.weight.device)
@@ -755,7 +755,7 @@ def make_service(model, tokenizer, where, args, tools):
     from data.server import LOCAL
     from data.service import CHOICES, Service
 
-    labels, template = labels_of(tokenizer), find_template(tokenizer)
+    labels, template = labels_of(tokenizer), get_template(tokenizer)
     named = lora.adapter_names(model)
     base = (where.parent if where.suffix == ".pt" else where).name or "model"
     adapters = {n: n for n in named} | {"base" if base in named else base: None}

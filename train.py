@@ -211,19 +211,21 @@ def make_optimizers(model, args):
     """The optimizers over all parameters that want a gradient; each group keeps its "peak" lr.
 
     Read from args: optimizer, lr, embed_lr, head_lr (None: lr), NAME_lr of OPTIMIZERS,
-    weight_decay, beta1, beta2. The matrices inside blocks, and `induction`, go to AdamW with decay,
+    weight_decay, beta1, beta2. The matrices inside blocks and `inputs` go to AdamW with decay,
     or to one of OPTIMIZERS. Everything else goes to AdamW without decay: it would shrink norms'
     scales and biases for nothing, and undo what rarely seen rows of the tables and head learned.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise UserError("nothing to train: no parameter wants a gradient")
-    inner = {n for n, p in named if p.dim() == 2 and ("blocks." in n or n == "induction.weight")}
+    lookups = model.lookup_tables()
+    inner = {n for n, p in named if p.dim() == 2 and n.startswith(("blocks.", "inputs."))}
+    inner -= set(lookups)
     matrices = [p for n, p in named if n in inner]
     # a tied table is embedding and head at once: neither's own learning rate suits it
     tied = model.config.tied
     tables = {} if tied else {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
-    tables |= {f"{name}.weight": args.embed_lr for name in ("value_embed", "bigram", "match")}
+    tables |= dict.fromkeys(lookups, args.embed_lr)
     groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
     others = [p for n, p in named if n not in tables and n not in inner]
     groups.append(dict(params=others, lr=args.lr))

@@ -12,7 +12,7 @@ import secrets
 import time
 
 from data.answer import Answer, ApiError, Choice
-from data.chat import chat_prompt, content_text, find_template, prompt_ids, read_call
+from data.chat import content_text, get_template, read_call
 from data.reply import Reply
 from data.scheduler import Job
 
@@ -189,7 +189,7 @@ class Api:
         self.scheduler, self.tokenizer, self.context = scheduler, tokenizer, context
         self.adapters, self.names, self.known = adapters, list(adapters), set(known)
         self.allowed, self.settings, self.tools = allowed, settings, list(tools)
-        self.started, self.template = int(time.time()), find_template(tokenizer)
+        self.started, self.template = int(time.time()), get_template(tokenizer)
 
     def model(self, name):
         """The description of a model; ApiError if it is not served."""
@@ -241,20 +241,16 @@ class Api:
         known = self.known if self.template.ours else ()
         tools = [t for t in tools if may_call and t["function"]["name"] not in known]
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
-        variables, reserved = body.get("chat_template_kwargs", {}), {"messages", "tools"}
-        reserved |= {"tokenizer", "room", "self"}
-        if reserved & set(variables):
-            name = "chat_template_kwargs"
-            raise ApiError(400, f"{name} cannot have {', '.join(sorted(reserved))}", name)
-        variables = variables | {name: body[name] for name in TURNS if name in body}
+        variables = {name: body[name] for name in TURNS if name in body}
+        variables |= body.get("chat_template_kwargs", {})
         try:
             if body.get("truncation") == "auto":
                 room = self.context - min(limit, self.context // 2)
-                ids = chat_prompt(messages, self.tokenizer, room, tools, **variables)
+                ids = self.template.fit_prompt(messages, tools, room, variables)
             else:
-                ids = prompt_ids(messages, self.tokenizer, tools, **variables)
+                ids = self.template.prompt_ids(messages, tools, variables)
             given = [] if forced is None else self.template.call_start(forced)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:  # what is nested too deeply cannot be escaped
             raise ApiError(400, str(e), "messages") from e
         ids, given = ids + given, given or self.template.opened(ids)
         top = body.get("top_logprobs", 0) if body.get("logprobs") else None

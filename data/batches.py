@@ -57,42 +57,47 @@ def chat_rows(example, tokenizer, context, loss_on="assistant", first=0):
     conversation.
     """
     template, messages, tools = get_template(tokenizer), example["messages"], example.get("tools")
-    if loss_on == "all":
-        text = template.render(messages, tools)
-        texts = [(text, [(0, len(text))], None)]
-    else:
-        def learned(i):
-            wanted = loss_on != "call" or messages[i].get("tool_calls")
-            return i >= first and messages[i].get("weight", 1) and wanted
 
-        texts = template.rows(messages, tools, learned)
-    fitted = [fit_row(template, *text, messages, tools, context + 1) for text in texts]
+    def learned(i):
+        wanted = loss_on != "call" or messages[i].get("tool_calls")
+        return i >= first and messages[i].get("weight", 1) and wanted
+
+    if loss_on == "all":
+        rows = [(*learn_all(template, messages, tools), None)]
+    else:
+        rows = template.rows(messages, tools, learned)
+    fitted = [fit_row(template, *row, messages, tools, context + 1) for row in rows]
     return [row for row, _ in fitted], any(cut for _, cut in fitted)
 
 
-def fit_row(template, text, spans, turns, messages, tools, room):
+def learn_all(template, messages, tools):
+    """(ids, mask) of a conversation, all of which is learned."""
+    ids = template.prompt_ids(messages, tools, {"add_generation_prompt": False})
+    return ids, [1] * len(ids)
+
+
+def fit_row(template, ids, mask, turns, messages, tools, room):
     """(Row, cut) of one of `Template.rows`, with at most `room` ids; see `chat_rows`. `turns` are
     the numbers of the messages that are learned, None for the whole conversation."""
     system, rest = split_system(messages if turns is None else messages[: turns[-1] + 1])
     dropped, cut = 0, False
     while True:
-        ids, mask = template.encode_row(text, spans)
         stop = len(mask) - mask[::-1].index(1) if any(mask) else 0
         ids, mask = ids[:stop], mask[:stop]
         if ids and ids[-1] not in template.ends:
             ids, mask = [*ids, template.end], [*mask, 1]
-        cut, text = cut or len(ids) > room, None
-        while len(ids) > room and text is None and dropped + 2 < len(rest):
+        cut, shorter = cut or len(ids) > room, None
+        while len(ids) > room and shorter is None and dropped + 2 < len(rest):
             dropped += 1
             kept = [*system, *rest[dropped:]]
             with contextlib.suppress(ValueError):  # some templates require a user turn first
                 if turns is None:
-                    text = template.render(kept, tools)
-                    spans = [(0, len(text))]
+                    shorter = learn_all(template, kept, tools)
                 elif rows := template.rows(kept, tools, {i - dropped for i in turns}.__contains__):
-                    text, spans, _ = rows[-1]
-        if text is None:
+                    shorter = rows[-1][:2]
+        if shorter is None:
             break
+        ids, mask = shorter
     # a question that leaves no room for its answer loses its beginning: its end takes half the row,
     # or more where the answer is short
     first = mask.index(1) if 1 in mask else 0

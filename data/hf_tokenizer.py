@@ -7,7 +7,7 @@ from pathlib import Path
 
 import regex
 
-from data.chat import find_template
+from data.chat import get_template
 from data.cli import UserError
 from data.files import read_json
 from data.tokenizer import ANY_CHARACTER, END, UNKNOWN, Tokenizer
@@ -357,7 +357,7 @@ def begin_template(tokenizer):
 def tokenizer_config(tokenizer):
     """The content of tokenizer_config.json beside tokenizer_json's: the class for transformers, the
     end-of-text token and, if the tokenizer can chat, the template that it came with, or else
-    render_chat as one."""
+    ours."""
     names = {i: name for name, i in tokenizer.special.items()}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -366,10 +366,9 @@ def tokenizer_config(tokenizer):
     }
     if tokenizer.bos_id is not None:
         config["bos_token"] = names[tokenizer.bos_id]
-    if template := find_template(tokenizer):
+    if template := get_template(tokenizer):
         config |= {key: v for key, v in template.variables.items() if key.endswith("_token")}
-        sources = {name: source for name, (source, _) in template.sources.items()}
-        named = [{"name": name, "template": source} for name, source in sources.items()]
+        named = [{"name": name, "template": text} for name, text in template.sources.items()]
         config["chat_template"] = named if len(named) > 1 else named[0]["template"]
     return config
 
@@ -377,6 +376,6 @@ def tokenizer_config(tokenizer):
 def generation_config(tokenizer):
     """The content of generation_config.json: all ids that end what a model says."""
     ends = {tokenizer.eos_id, tokenizer.special.get(END, tokenizer.eos_id)}
-    if template := find_template(tokenizer):
+    if template := get_template(tokenizer):
         ends |= template.ends
     return {"eos_token_id": sorted(ends) if len(ends) > 1 else tokenizer.eos_id}

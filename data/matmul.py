@@ -21,9 +21,9 @@ class FastLinear(nn.Module):
     def __init__(self, weight, bias=None, rows=1):
         super().__init__()
         self.in_features, self.bias = weight.shape[1], bias
-        self.pack(weight, rows)
+        self._pack(weight, rows)
 
-    def pack(self, weight, rows):
+    def _pack(self, weight, rows):
         """Store the weight in the layout of this class."""
         self.weight = weight
 
@@ -38,7 +38,7 @@ class FastLinear(nn.Module):
 class TransposedLinear(FastLinear):
     """The weight as (in, out)."""
 
-    def pack(self, weight, rows):
+    def _pack(self, weight, rows):
         self.weight = weight.t().contiguous()
 
     def forward(self, x):
@@ -48,10 +48,10 @@ class TransposedLinear(FastLinear):
 class HalvedLinear(TransposedLinear):
     """One row as two products of half the inputs: torch computes a single one on one core only."""
 
-    def pack(self, weight, rows):
+    def _pack(self, weight, rows):
         if rows > 1 or self.in_features % 2:
             raise RuntimeError("for one row and an even number of inputs")
-        super().pack(weight, rows)
+        super()._pack(weight, rows)
         self.halves = self.weight.view(2, self.in_features // 2, -1)
 
     def forward(self, x):
@@ -64,7 +64,7 @@ class HalvedLinear(TransposedLinear):
 class PackedLinear(FastLinear):
     """The weight in the layout that oneDNN prefers on this CPU for so many rows."""
 
-    def pack(self, weight, rows):
+    def _pack(self, weight, rows):
         if not torch.backends.mkldnn.enabled:
             raise RuntimeError("oneDNN is switched off")
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
@@ -81,7 +81,7 @@ def int8_scale(weight):
 class Int8Linear(FastLinear):
     """Weights and x in 8 bits: a scale for each output, and one for each row of x as it comes."""
 
-    def pack(self, weight, rows):
+    def _pack(self, weight, rows):
         scale, zero = int8_scale(weight).double(), torch.zeros(len(weight), dtype=torch.long)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch recommends another package for this
@@ -103,7 +103,7 @@ class Int8Linear(FastLinear):
 class Int8WeightLinear(FastLinear):
     """Only the weights in 8 bits; x in bf16, sums in fp32."""
 
-    def pack(self, weight, rows):
+    def _pack(self, weight, rows):
         scale = int8_scale(weight)
         self.weight = (weight / scale[:, None]).round().to(torch.int8)
         self.scale = scale.bfloat16()
@@ -195,7 +195,7 @@ JOINT = (("q", "k", "v"), ("gate", "up"))  # siblings with the same input
 
 def make_fast(model, rows=1, int8=False):
     """Replace the model's nn.Linears, in place, by the fastest FastLinears for `rows` rows of x; by
-    Int8Linears with `int8`."""
+    Int8Linears with `int8`. The model can then be evaluated only."""
     for parent in list(model.modules()):
         linears = {n: m for n, m in parent.named_children() if type(m) is nn.Linear}
         for names in JOINT:
@@ -206,9 +206,6 @@ def make_fast(model, rows=1, int8=False):
                     setattr(parent, name, JointLinear(joint, sizes, outputs, i))
         for name, layer in linears.items():
             setattr(parent, name, fastest([layer], rows, int8))
-    for block in model.blocks:
-        for parent in block.modules():
+        if parent is not model:  # whose `embed.weight` is asked for
             for name, child in parent.named_children():
-                if isinstance(child, nn.Dropout):
-                    child = nn.Identity()
-                vars(parent)[name] = child.forward
+                vars(parent)[name] = child.forward  # nn.Module's own way there takes a microsecond

@@ -6,7 +6,7 @@ import select
 import sys
 from pathlib import Path
 
-from data.chat import chat_prompt, find_template, message_text, prompt_ids
+from data.chat import get_template, message_text
 from data.cli import UserError, printable
 from data.reply import THOUGHT, Reply
 from data.tools import call_tool, function_schema
@@ -29,7 +29,7 @@ class Chat:
     def __init__(self, tokenizer, context, tools=None, max_tokens=200, seed=None):
         self.tokenizer, self.tools, self.context, self.seed = tokenizer, tools or {}, context, seed
         self.max_tokens = min(max_tokens, context // 2)
-        self.template = find_template(tokenizer)
+        self.template = get_template(tokenizer)
         self.is_base = self.template is None
         ours = self.is_base or self.template.ours
         self.schemas = [
@@ -43,10 +43,9 @@ class Chat:
         """(ids to continue, whether the oldest turns had to be left out)."""
         room = self.context - self.max_tokens
         if not self.is_base:
-            how = self.messages, self.tokenizer
             try:
-                full = len(prompt_ids(*how, self.schemas))
-                return chat_prompt(*how, room, self.schemas), full > room
+                full = len(self.template.prompt_ids(self.messages, self.schemas))
+                return self.template.fit_prompt(self.messages, self.schemas, room), full > room
             except ValueError as e:
                 raise UserError(str(e)) from e
         said = "".join(f"{m['role'].title()}: {m['content']}\n" for m in self.messages)
@@ -60,7 +59,7 @@ class Chat:
         if not self.template.supports_tools:
             return "the chat template has no place for tools: the model is not told of them"
         asked = [{"role": "user", "content": "?"}]
-        length = len(prompt_ids(asked, self.tokenizer, self.schemas))
+        length = len(self.template.prompt_ids(asked, self.schemas))
         too_long = length > self.context - self.max_tokens
         return "the tools are too long for the context: not told" if too_long else None
 

@@ -80,12 +80,6 @@ def load_tiktoken(name):
         raise UserError(f"tokenizer {name}: {reason}") from e
 
 
-def any_of(words):
-    """A pattern whose only group is any of the words, the longest one if several match."""
-    longest_first = sorted(words, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-
-
 class Tokenizer:
     """A tiktoken.Encoding and the plain-dict `spec` that rebuilds it anywhere.
 
@@ -132,12 +126,11 @@ class Tokenizer:
             self.encoding = rebuilt(self.encoding, dict(zip(new, ids)))
         # Words are parts of any text, unless a chat's template writes them, as it does <think>
         tags = {w for w in words if w[0] in "<[" and w in str(spec.get("chat_template"))}
-        self.words = {w: words[w] for w in words if w not in {*special, *tags}}  # -> [id, flags]
+        self.words = {w: i for w, (i, *_) in words.items() if w not in {*special, *tags}}
         self.special = self.encoding._special_tokens | {w: words[w][0] for w in words}  # name -> id
         self.special = {name: i for name, i in self.special.items() if name not in self.words}
-        normalized = [w for w in self.words if "normalized" in words[w]]
-        self._normalized_ids = {self._normalize(w): words[w][0] for w in normalized}
-        self._words = any_of(self.words.keys() - set(normalized)), any_of(self._normalized_ids)
+        longest_first = sorted(self.words, key=len, reverse=True)
+        self._words = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self.n_vocab = self.encoding.n_vocab  # the largest id + 1
         ranks = self.encoding._mergeable_ranks
         self._no_token = bytes(b for b in range(256) if kind == "hf" and bytes([b]) not in ranks)
@@ -166,27 +159,14 @@ class Tokenizer:
 
     def encode_array(self, text):
         """Token ids of `text` as uint32, special tokens' names read as plain text. Runs without
-        Python's lock, so threads help.
-
-        As in the tokenizers library, `words` are cut out of the text as it is, then those with the
-        flag "normalized" out of the normalized text.
-        """
+        Python's lock, so threads help."""
         if self.spec["kind"] == "char":
             text = self._unknown.sub(UNKNOWN, text)
-        if not self.words:
-            return self._encode_text(self._normalize(text))
-        ids = []
-        for i, part in enumerate(self._words[0].split(text)):  # texts and words by turns
-            if i % 2:
-                ids.append([self.words[part][0]])
-                continue
-            for j, piece in enumerate(self._words[1].split(self._normalize(part))):
-                ids.append([self._normalized_ids[piece]] if j % 2 else self._encode_text(piece))
+        if self.spec.get("nfc"):  # é is one character, however it was typed
+            text = unicodedata.normalize("NFC", text)
+        parts = self._words.split(text)  # texts and words by turns
+        ids = [[self.words[p]] if i % 2 else self._encode_text(p) for i, p in enumerate(parts)]
         return np.concatenate(ids).astype(np.uint32)
-
-    def _normalize(self, text):
-        """é as one character, however it was typed, if the tokenizer wants it so."""
-        return unicodedata.normalize("NFC", text) if self.spec.get("nfc") else text
 
     def _encode_text(self, text):
         """The ids of a text without `words`, uint32."""

@@ -31,7 +31,7 @@ if without := os.environ.get("SCRATCHLM_WITHOUT"):
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.chat import CHAT_TOKENS, tool_call
+from data.chat import CHAT_TOKENS, get_template, tool_call
 from data.text import Documents, file_streams
 from data.tokenizer import Tokenizer
 from prepare_data import read_tokens
@@ -137,6 +137,26 @@ def calls(*texts, content=""):
             arguments = json.loads(arguments)
         found.append(tool_call(name, arguments))
     return {"role": "assistant", "content": content, "tool_calls": found}
+
+
+def prompt_ids(messages, tokenizer, tools=None, room=None, **variables):
+    """The ids of a prompt, at most `room`."""
+    template = get_template(tokenizer)
+    if room is not None:
+        return template.fit_prompt(messages, tools, room, variables)
+    return template.prompt_ids(messages, tools, variables)
+
+
+def render_chat(messages, tokenizer, add_generation_prompt=False, tools=None, **variables):
+    """(ids, mask) of a conversation, mask 1 where the assistant's own words are learned."""
+    template = get_template(tokenizer)
+    prompt = {"add_generation_prompt": add_generation_prompt}
+    ids = template.prompt_ids(messages, tools, variables | prompt)
+    mask = [0] * len(ids)
+    for row, learned, _ in template.rows(messages, tools, variables=variables)[-1:]:
+        stop = len(learned) - learned[::-1].index(1) if 1 in learned else 0
+        mask[:stop] = learned[:stop] if ids[:stop] == row[:stop] else mask[:stop]
+    return ids, mask
 
 
 def set_block(monkeypatch, size):

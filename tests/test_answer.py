@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BYTE, CHAT, turn
+from conftest import BYTE, CHAT, prompt_ids, render_chat, turn
 from test_chat import SPOKEN, WRITES
 from test_templates import CHATML, TOOLS, pair
 
@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from data.answer import ApiError
 from data.api import Api
-from data.chat import THINK, get_template, prompt_ids, render_chat
+from data.chat import THINK, get_template
 from data.tokenizer import Tokenizer
 
 HELLO = [turn("user", "hi")]
@@ -134,7 +134,7 @@ def test_arguments_stay_as_they_were_written(family):
         ("words", '<tool_call>\n{"name": "f", ', '<tool_call>\n{"name": "f", ', None),
         ("words", "a <tool b <think> c </think>\n", "a <tool b <think> c </think>\n", None),
         ("words", "<think>\nHm", "", "Hm"),
-        ("words", "<think> Hm \n</think>\n\n  Hi\n\nyou  <too", "  Hi\n\nyou  <too", " Hm "),
+        ("words", "<think> Hm \n</think>\n\n  Hi\n\nyou  <too", "  Hi\n\nyou  <too", " Hm"),
         ("words", "<think>\n\n</think>\n\nHi STOP you", "Hi ", None),
         ("words", "<think>Hm STOP</think>Hi", "", "Hm "),
         ("qwen3", "<think>Hm</think>{}", "{}", "Hm"),
@@ -170,8 +170,6 @@ def test_templates_get_the_variables_of_a_request_and_refuse_in_their_own_words(
     assert text(**going_on, truncation="auto") == whole
     for asked, words in (
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
-        ({"chat_template_kwargs": {"messages": []}}, "messages"),
-        ({"chat_template_kwargs": {"tools": []}}, "tools"),
         ({"add_generation_prompt": "no"}, "add_generation_prompt"),
         ({"continue_final_message": 1}, "continue_final_message"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final"),

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ASSISTANT, BYTE, CALL, CHAT, END, SYSTEM, TOOL, USER, calls, real, turn
+from conftest import (
+    ASSISTANT, BYTE, CALL, CHAT, END, SYSTEM, TOOL, USER, calls, prompt_ids, real, render_chat, turn
+)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,17 +24,14 @@ import prepare_data
 from data.chat import (
     CHAT_TOKENS,
     THINK,
-    chat_prompt,
-    find_template,
     get_template,
     label_token,
     labels_of,
     message_text,
     parse_call,
-    prompt_ids,
-    render_chat,
 )
 from data.cli import UserError
+from data.reply import parse
 from data.tokenizer import Tokenizer
 
 TRICKY = "Say <|end|> and <|assistant|><|call|> <|endoftext|> naïve 你好，世界 👩‍👩‍👧 \n\n x"
@@ -71,7 +70,7 @@ def test_what_is_learned_is_understood_again(family, what):
     whole, mask = render_chat(messages, ours, tools=TOOLS)
     answer = [i for i, m in zip(whole, mask) if m]
     assert whole[: len(ids)] == ids and answer[-1] == template.end
-    got = template.parse(answer)
+    got = parse(answer, template)
     found = [parse_call(c) for c in got.pop("tool_calls", ())]
     wanted = dict(SPOKEN[what])
     assert found == [parse_call(c) for c in wanted.pop("tool_calls", ())] and got == wanted
@@ -86,39 +85,37 @@ def test_a_broken_call_is_text_and_arguments_stay_as_they_were_written():
     template, mark = get_template(ours), ours.special["<tool_call>"]
     written = '{"n": 1e3,  "n2": "\\u4f60"}'
     said = ours.encode('\n{"name": "f", "arguments": ' + written + "}\n")
-    (call,) = template.parse([mark, *said])["tool_calls"]
+    (call,) = parse([mark, *said], template)["tool_calls"]
     assert call["function"]["arguments"] == written
     again = turn("assistant", "") | {"tool_calls": [call]}
     ids, mask = render_chat([turn("user", "hi"), again], ours)
     assert [i for i, m in zip(ids, mask) if m][: len(said) + 1] == [mark, *said]
     for broken in ("{", '{"name": 3, "arguments": {}}', '{"name": "f"}', "[]", "[" * 100_000):
-        got = template.parse([mark, *ours.encode(broken)])
+        got = parse([mark, *ours.encode(broken)], template)
         assert got == turn("assistant", "<tool_call>" + broken)
     ours, _ = pair("qwen3")
     ids = [ours.special["<think>"], *ours.encode("Hm")]  # it never came to an end
-    assert get_template(ours).parse(ids) == turn("assistant", "") | {"reasoning_content": "Hm"}
+    assert parse(ids, get_template(ours)) == turn("assistant", "") | {"reasoning_content": "Hm"}
 
 
 def test_ids_are_read_as_an_answer_or_as_calls():
     template = get_template(CHAT)
     said = "你好 <|call|>"
-    assert template.parse([*CHAT.encode(said), END]) == turn("assistant", said)
+    assert parse([*CHAT.encode(said), END], template) == turn("assistant", said)
     ids = [CALL, *CHAT.encode('search {"name": "x'), END]  # cut off: the model sees its mistake
-    assert message_text(template.parse(ids)) == 'search {"name": "x'
+    assert message_text(parse(ids, template)) == 'search {"name": "x'
     with pytest.raises(ValueError, match="not JSON"):
-        parse_call(template.parse(ids)["tool_calls"][0])
-    assert template.parse([]) == turn("assistant", "")
+        parse_call(parse(ids, template)["tool_calls"][0])
+    assert parse([], template) == turn("assistant", "")
 
 
 def test_a_tokenizer_without_a_template_has_none_and_our_tokens_win():
-    assert find_template(BYTE) is None
-    with pytest.raises(UserError, match="has no chat template"):
-        render_chat([turn("user", "hi")], BYTE)
+    assert get_template(BYTE) is None
     assert get_template(pair("qwen2.5")[0].with_special(CHAT_TOKENS)).ours
     for source, says in (("{% if %}", "cannot be read: Expected an expression"),
                          ("{{ raise_exception('no') }}", "cannot be used: .* conversation: no")):
         with pytest.raises(UserError, match=f"chat template {says}"):
-            find_template(Tokenizer(BYTE.spec | {"chat_template": source}))
+            get_template(Tokenizer(BYTE.spec | {"chat_template": source}))
 
 
 @pytest.mark.parametrize("family", ["ours", *FAMILIES])
@@ -128,7 +125,7 @@ def test_a_prompt_that_is_too_long_keeps_its_frame(family):
     talk = [*talk, turn("user", "x" * 300 + "!")]
     frame = len(prompt_ids([turn("user", "")], ours))
     for room in (frame + 20, frame + 200, 2000):
-        ids = chat_prompt(talk, ours, room)
+        ids = prompt_ids(talk, ours, room=room)
         assert len(ids) <= room and prompt_ids([turn("user", "!")], ours)[-2:] == ids[-2:]
         assert ids[:1] == prompt_ids(talk[:1], ours)[:1]
     assert ids == prompt_ids(talk, ours)
@@ -187,13 +184,13 @@ def test_a_prompt_drops_whole_turns_from_the_oldest_on_and_keeps_the_system_s():
     talk = [turn("system", "be kind"), turn("user", "a" * 9), turn("assistant", "b" * 9),
             turn("user", "c" * 9)]
     whole = [*rendered(*talk), ASSISTANT]
-    assert chat_prompt(talk, CHAT, len(whole)) == whole
+    assert prompt_ids(talk, CHAT, room=len(whole)) == whole
     left = [*rendered(talk[0], *talk[2:]), ASSISTANT]
-    assert chat_prompt(talk, CHAT, len(whole) - 1) == left
-    assert chat_prompt(talk, CHAT, len(left)) == left
+    assert prompt_ids(talk, CHAT, room=len(whole) - 1) == left
+    assert prompt_ids(talk, CHAT, room=len(left)) == left
     last = [*rendered(talk[0], talk[3]), ASSISTANT]
-    assert chat_prompt(talk, CHAT, len(left) - 1) == last
-    assert chat_prompt(talk, CHAT, 18) == [
+    assert prompt_ids(talk, CHAT, room=len(left) - 1) == last
+    assert prompt_ids(talk, CHAT, room=18) == [
         *rendered(talk[0]), USER, *CHAT.encode("c" * 6), END, ASSISTANT
     ]
 
@@ -202,10 +199,10 @@ def test_no_prompt_is_longer_than_its_room_and_all_end_where_the_answer_begins()
     rng = random.Random(0)
     for _ in range(300):
         talk = [turn(rng.choice(("user", "assistant", "call", "tool")), "x" * rng.randrange(30))
-                for _ in range(rng.randint(1, 6))]
+                for _ in range(rng.randint(0, 5))] + [turn("user", "x" * rng.randrange(30))]
         talk = [turn("system", "s" * rng.randrange(20))] * rng.randint(0, 1) + talk
-        room = rng.randint(1, 120)
-        ids = chat_prompt(talk, CHAT, room)
+        room = rng.randint(10, 120)
+        ids = prompt_ids(talk, CHAT, room=room)
         assert len(ids) <= room and ids[-1] == ASSISTANT
         body, whole = ids[:-1], rendered(*talk)
         head = rendered(talk[0]) if talk[0]["role"] == "system" else []

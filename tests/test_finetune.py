@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ASSISTANT, BYTE, CALL, CHAT, END, TOOL, USER, turn
+from conftest import ASSISTANT, BYTE, CALL, CHAT, END, TOOL, USER, render_chat, turn
 from test_chat import joined
 from test_rows import alpaca, write
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import finetune as ft
 import model as lm
-from data.chat import label_token, render_chat
+from data.chat import label_token
 from data.cli import UserError
 
 # ---- masks ---------------------------------------------------------------------------------

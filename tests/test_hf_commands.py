@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import serve_folder
+from conftest import prompt_ids, render_chat, serve_folder
 from test_templates import TALKS, TOOLS, pair
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import model as lm
 import sample
-from data.chat import CHAT_TOKENS, prompt_ids, render_chat
+from data.chat import CHAT_TOKENS
 from data.hf_tokenizer import hub_tokenizer
 from data.tokenizer import Tokenizer
 

@@ -30,7 +30,7 @@ IMPORTS = {
     "data.tokenizer": "data.download",
     "data.chat": "data.cli",
     "data.tools": "data.chat",
-    "data.reply": "data.tokenizer",
+    "data.reply": "data.chat data.tokenizer",
     "data.scores": "data.chat",
     "data.hotel": "data.download data.scores",
     "data.facts": "data.hotel data.scores",
@@ -48,11 +48,10 @@ IMPORTS = {
     "data.server": "data.service",
     "data.hf_tokenizer": "data.chat data.tokenizer",
     "data.hf_weights": "data.tensors data.download",
-    "data.hf_adapter": "data.hf_weights",
     "prepare_data": "data.hf_tokenizer data.sources data.text",
     "model": "data.costs data.hf_tokenizer data.hf_weights data.machine",
     "mnist": "model data.idx data.plot data.runs",
-    "lora": "model data.hf_adapter data.runner",
+    "lora": "model data.runner",
     "sample": "lora data.analogy data.graphs data.matmul data.runs data.terminal",
     "train": "model prepare_data data.plot data.runner data.runs",
     "finetune": "train sample data.batches data.rewards data.rows",
@@ -63,7 +62,7 @@ LATE["sample"] = {"data.api", "data.scheduler", "data.server", "data.service"}
 WITHOUT_TORCH = {m for m in IMPORTS if m.startswith("data.")} | {"prepare_data"}
 WITHOUT_TORCH -= {"data.analogy", "data.graphs", "data.machine", "data.matmul"}
 WITHOUT_TORCH -= {"data.runner", "data.tensors"}
-WITHOUT_TORCH -= {"data.batches", "data.hf_weights", "data.hf_adapter"}
+WITHOUT_TORCH -= {"data.batches", "data.hf_weights"}
 PATHS = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
 if (ROOT / ".git").exists():  # a reader's own scripts and tools beside ours have other rules
     ours = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout

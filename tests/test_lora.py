@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import runpy
 import statistics
 import sys
 from dataclasses import asdict
@@ -66,16 +65,16 @@ ADAPTERS = {"two": dict(rank=3, alpha=2), "one": dict(rank=4, alpha=12)}
 def twins():
     """(ours, peft's): the same model with the same two adapters, B not zero, "one" active."""
     peft = pytest.importorskip("peft")
-    ours = theirs = tiny()
+    ours = theirs = tiny(tied=False)  # peft's copy of a tied table is not tied
     for name, s in ADAPTERS.items():
         modules = ["q", "k", "v", "out", "up", "down"]
         settings = dict(r=s["rank"], lora_alpha=s["alpha"], target_modules=modules)
-        config = peft.LoraConfig(**settings, init_lora_weights=False)
+        config = peft.LoraConfig(**settings, modules_to_save=["embed"], init_lora_weights=False)
         if theirs is ours:
             theirs = peft.get_peft_model(copy.deepcopy(ours), config, adapter_name=name)
         else:
             theirs.add_adapter(name, config)
-        assert sorted(lora.add_lora(ours, "all", **s, name=name)) == names()
+        lora.add_lora(ours, "all", **s, name=name, modules_to_save=["embed"])
     with torch.no_grad():
         for name in ADAPTERS:
             for our, their in pairs(ours, theirs, name):
@@ -94,13 +93,13 @@ def pairs(ours, theirs, name):
         yield layer.b[name], other.lora_B[name].weight
 
 
-def test_outputs_gradients_and_ten_adamw_steps_are_pefts():
+def test_outputs_gradients_and_adamw_steps_of_adapters_and_table_are_pefts():
     ours, theirs = twins()
     sides = [ours, theirs.base_model.model]
     optimizers = [
         torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in sides
     ]
-    for _ in range(10):
+    for _ in range(5):
         close(sides[0](IDS), sides[1](IDS))
         for side, optimizer in zip(sides, optimizers):
             optimizer.zero_grad()
@@ -110,21 +109,20 @@ def test_outputs_gradients_and_ten_adamw_steps_are_pefts():
             close(our.grad, their.grad)
         for optimizer in optimizers:
             optimizer.step()
-    close(sides[0](IDS), sides[1](IDS))
+    one = [side(IDS) for side in sides]
+    close(*one)
     for name in ADAPTERS:
         for our, their in pairs(ours, theirs, name):
             close(our, their)
-
-
-def test_two_adapters_over_one_base_are_switched_like_pefts():
-    ours, theirs = twins()
+    close(ours.embed.weight, theirs.base_model.model.embed.modules_to_save["one"].weight)
     seen = []
-    for name in ("two", "one", ["one", "two"]):
-        lora.set_adapter(ours, *([name] if isinstance(name, str) else name))
-        theirs.base_model.set_adapter(name)
-        seen.append(ours(IDS))
-        close(seen[-1], theirs.base_model.model(IDS))
-    assert min((seen[i] - seen[i - 1]).abs().max() for i in range(3)) > 1e-2
+    for name in ("two", "one", "two"):  # an adapter brings its table along
+        lora.set_adapter(ours, name)
+        theirs.set_adapter(name)
+        seen.append(sides[0](IDS))
+        close(seen[-1], sides[1](IDS))
+    assert torch.equal(seen[1], one[0]) and torch.equal(seen[0], seen[2])
+    assert (seen[0] - seen[1]).abs().max() > 1e-2
     with pytest.raises(UserError, match="no adapter three; the model has one, two"):
         lora.set_adapter(ours, "three")
 
@@ -192,7 +190,7 @@ def test_targets_are_groups_last_names_or_full_ones_and_nothing_else_learns():
 def test_bad_settings_are_refused_and_change_nothing():
     model = lm.Transformer(lm.preset("tiny", tied=True, n_layer=1))
     for settings, message in (
-        (dict(targets="query"), "no layer is called query.*attention, mlp, all.*head, induction"),
+        (dict(targets="query"), "no layer is called query.*attention, mlp, all.*head.*project"),
         (dict(targets="head"), "head shares its weight"),
         (dict(targets="q,head"), "head shares its weight"),
         (dict(rank=0), "rank >= 1"),
@@ -280,80 +278,47 @@ def fine_tuned(folder, base, quantize=None, seed=1):
 def test_in_bf16_an_adapted_model_keeps_its_tables_of_positions(tmp_path):
     base = base_file(tmp_path / "base/best.pt", position="rope")
     fine_tuned(tmp_path / "tuned", base)
-    content = lm.load_checkpoint(tmp_path / "tuned")
-    state = {k: torch.zeros_like(v) if k.endswith(".b") else v for k, v in content["model"].items()}
-    content["adapter"]["modules_to_save"] = []
-    state.pop("embed.weight")
-    state.pop("head.weight", None)
-    lm.save_checkpoint(tmp_path / "none/best.pt", {**content, "model": state})
-    plain, *_ = sample.load(base, "cpu", "bf16")
-    adapted, *_ = sample.load(tmp_path / "none", "cpu", "bf16")
-    assert adapted.cos.dtype == plain.cos.dtype == torch.float32
+    adapted, *_ = sample.load(tmp_path / "tuned", "cpu", "bf16")
+    assert adapted.cos.dtype == torch.float32
     assert adapted.blocks[0].attention.q.base.weight.dtype == torch.bfloat16
-    ids = torch.randint(200, (1, 12))
-    known = content["adapter"]["base_vocab"]
-    assert torch.equal(adapted(ids)[..., :known], plain(ids)[..., :known])
-
-
-def merge_command(monkeypatch, **flags):
-    """Exit code of `python lora.py merge --...`, run as that in this process."""
-    words = [x for k, v in flags.items() for x in (f"--{k}", str(v))]
-    monkeypatch.setattr(sys, "argv", ["lora.py", "merge", *words])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "lora.py"), run_name="__main__")
-    return end.value.code
 
 
 @pytest.mark.parametrize("quantize, tied", [(None, True), ("nf4", False)])
-def test_the_merge_command_writes_base_and_adapter_as_one(tmp_path, monkeypatch, quantize, tied):
-    base, folder = base_file(tmp_path / "base.pt", tied=tied), tmp_path / "chat-v1.2"
-    model = fine_tuned(folder, base, quantize)
-    flags = dict(ckpt=base, adapter=folder / "best.pt", out=tmp_path / "merged")
-    assert merge_command(monkeypatch, **flags) == 0
-    merged, tokenizer, _ = sample.load(tmp_path / "merged", "cpu")
+def test_the_merge_command_writes_base_and_adapter_as_one(tmp_path, capsys, quantize, tied):
+    base, other = base_file(tmp_path / "base.pt", tied=tied), base_file(tmp_path / "b.pt", seed=1)
+    model = fine_tuned(tmp_path / "run", base, quantize)
+    out, new = tmp_path / "merged.pt", tmp_path / "new.pt"
+    good = dict(ckpt=base, adapter=tmp_path / "run", out=out)
+
+    def merge(**changes):
+        flags = (good | changes).items()
+        lora.main(["merge", *(word for k, v in flags for word in (f"--{k}", str(v)))])
+
+    merge()
+    assert "12 layers merged" in capsys.readouterr().out
+    written = out.read_bytes()
+    merged, tokenizer, _ = sample.load(out, "cpu")
     assert type(merged) is lm.Transformer and "<|user|>" in tokenizer.special
     ids = torch.randint(320, (2, 32))
     close(merged(ids), model(ids))
     assert (merged(IDS) - tiny(vocab_size=320, tied=tied)(IDS)).abs().max() > 0.01
-
-
-def test_the_merge_command_refuses_in_one_line(tmp_path, monkeypatch, capsys):
-    base, other = base_file(tmp_path / "base.pt"), base_file(tmp_path / "other.pt", seed=1)
-    fine_tuned(tmp_path / "run", base)
-    out, new = tmp_path / "merged.pt", tmp_path / "new.pt"
-    good = dict(ckpt=base, adapter=tmp_path / "run", out=out)
-    assert merge_command(monkeypatch, **good) == 0
-    assert "12 layers merged" in capsys.readouterr().out
-    written = out.read_bytes()
-    for change, message in (
-        (dict(ckpt=out, out=new), f"{out} is another model, or has it merged in already"),
-        (dict(ckpt=other, out=new), f"{other} is another model, or has it merged in"),
-        (dict(), f"{out} exists: name another --out"),
+    for changes, message in (
+        (dict(ckpt=out, out=new), "merged.pt is another model, or has it merged in already"),
+        (dict(ckpt=other, out=new), "b.pt is another model, or has it merged in"),
+        (dict(), "merged.pt exists: name another --out"),
         (dict(adapter=other, out=new), "no adapter but a whole model"),
         (dict(ckpt=tmp_path / "run", out=new), "does not fit"),
         (dict(ckpt=tmp_path / "nothing.pt", out=new), "does not exist"),
     ):
-        assert merge_command(monkeypatch, **(good | change)) == 2
-        said = capsys.readouterr()
-        assert message in said.err and said.err.startswith("lora.py: ")
-        assert said.err.count("\n") == 1 and said.out == ""
+        with pytest.raises(UserError, match=message) as error:
+            merge(**changes)
+        assert "\n" not in str(error.value)
     assert out.read_bytes() == written and not new.exists()
 
 
-def test_an_adapter_of_gpt2_is_a_file_of_under_two_and_a_half_megabytes(tmp_path):
-    model = lm.meta_model(lm.preset("gpt2"))
-    assert len(lora.add_lora(model, "attention", rank=8)) == 48
-    for layer in lora.adapted(model).values():  # the adapters alone take memory
-        for matrices in (layer.a, layer.b):
-            matrices["default"] = nn.Parameter(torch.zeros(matrices["default"].shape))
-    content = {"config": asdict(model.config), "model": lora.adapter_state(model)}
-    lm.save_checkpoint(tmp_path / "adapter.pt", content)
-    assert 2.3e6 < (tmp_path / "adapter.pt").stat().st_size < 2.5e6
-
-
-@pytest.mark.parametrize("tied, quantize", [(True, None), (False, "nf4")])
+@pytest.mark.parametrize("tied, quantize", [(True, None), (False, "nf4"), (False, "int8")])
 def test_adapters_and_their_tables_survive_files_and_switching(tmp_path, tied, quantize):
-    base, ids = base_file(tmp_path / "base.pt", tied=tied), IDS + 240  # special ones among them
+    base, ids = base_file(tmp_path / "base.pt", tied=tied), IDS + 240  # new tokens among them
     models = {n: fine_tuned(tmp_path / n, base, quantize, seed=len(n)) for n in ("kind", "rude!")}
     saved = {name: lm.load_checkpoint(tmp_path / name) for name in models}
     both = lora.load_adapted(lm.load_checkpoint(base), saved)
@@ -361,15 +326,18 @@ def test_adapters_and_their_tables_survive_files_and_switching(tmp_path, tied, q
     for name in ("rude!", "kind"):
         lora.set_adapter(both, name)
         assert torch.equal(both(ids), models[name](ids))
-        assert torch.equal(both.embed.weight, models[name].embed.weight)
         again = lora.adapter_state(both, name)
         assert again.keys() == saved[name]["model"].keys()
         assert all(torch.equal(t, saved[name]["model"][k]) for k, t in again.items())
+    assert not torch.equal(models["kind"].embed.weight, models["rude!"].embed.weight)
+    with lora.disable_adapter(both):
+        bare = lm.model_from_checkpoint(lm.load_checkpoint(base))
+        close(both.embed.weight[:257], bare.embed.weight[:257])
     lora.load_adapter(both, saved["rude!"], "rude!")
-    assert torch.equal(both.embed.weight, models["rude!"].embed.weight)
+    assert torch.equal(both(ids), models["rude!"](ids))
     narrow = saved["kind"] | {"adapter": saved["kind"]["adapter"] | {"rank": 2}}
     with pytest.raises(UserError, match=r"my.pt does not fit this base: .* is \(4, 64\)"):
-        lora.attach(both, narrow, "more", "my.pt")
+        lora.load_adapted(lm.load_checkpoint(base), {"my.pt": narrow})
 
 
 # ---- quantization --------------------------------------------------------------------------
@@ -442,7 +410,7 @@ def test_nf4_codes_are_the_nearest_levels_and_stand_for_them_times_8_bit_scales(
 def test_int8_is_off_by_half_a_step_and_the_scales_own_error_at_most():
     for weight in weights_of_all_sorts():
         blocks = in_blocks(weight)
-        codes, scales = lora.absmax_int8(weight, 64)
+        codes, scales = lora.quantize_int8(weight)
         assert codes.dtype == torch.int8 and codes.abs().max() <= 127
         close(scales.double(), blocks.abs().amax(1, keepdim=True) / 127, 1e-6)
         assert ((codes * scales.double() - blocks).abs() <= 0.50001 * scales).all()
@@ -450,6 +418,7 @@ def test_int8_is_off_by_half_a_step_and_the_scales_own_error_at_most():
         assert (error <= 0.50001 * scales + codes.abs() * scale_error(scales)).all()
 
 
+@pytest.mark.slow
 def test_nf4_codes_and_values_are_bitsandbytes_own():
     bnb = pytest.importorskip("bitsandbytes.functional")
     for weight in weights_of_all_sorts():
@@ -506,11 +475,6 @@ def test_a_quantized_layer_works_in_every_precision_and_its_state_dict_brings_it
     assert not torch.equal(other(x), exact)
     other.load_state_dict(state)
     assert torch.equal(other(x), exact)
-    for dtype in (torch.float16, torch.float64, torch.bfloat16, torch.float32):
-        y = layer.to(dtype)(x.detach().to(dtype))
-        assert y.dtype == dtype
-        close(y.float(), exact, 3e-2)
-        assert all(torch.equal(v, state[k]) for k, v in layer.state_dict().items() if k != "bias")
 
 
 @pytest.mark.parametrize("kind, bits", [("nf4", 4.13), ("int8", 8.13)])
@@ -529,41 +493,21 @@ def test_a_frozen_gpt2_takes_at_most_three_tenths_of_its_bytes(kind, bits):
     assert 8 * stored / (768 * 3072) == pytest.approx(bits, abs=0.005)
 
 
-def chain(following, rows, seed):
-    """Rows of ids, each followed by the one that `following` says, but one in ten by any."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(64, (rows, 33), generator=generator)
-    odd = torch.rand(rows, 33, generator=generator) < 0.1
-    for t in range(1, 33):
-        ids[:, t] = torch.where(odd[:, t], ids[:, t], following[ids[:, t - 1]])
-    return ids[:, :-1], ids[:, 1:]
-
-
-def learn(model, following, lr, steps=120):
-    """The loss before and after, on rows that are not learned."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    losses = []
-    for step in range(steps + 1):
-        if step in (0, steps):
-            with torch.no_grad():
-                losses.append(float(model(*chain(following, 64, 999))) / (64 * 32))
-        optimizer.zero_grad()
-        ids, targets = chain(following, 16, step)
-        (model(ids, targets) / targets.numel()).backward()
-        optimizer.step()
-    return losses
-
-
-def test_learning_through_a_quantized_base_ends_where_plain_lora_does():
-    known = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    base, ends = tiny(), {}
-    learn(base, known, lr=3e-3)
-    for kind in (None, "int8", "nf4"):
-        model = copy.deepcopy(base)
-        if kind:
-            lora.quantize(model, kind)
-        torch.manual_seed(0)  # the same A for all three
-        lora.add_lora(model, "all", rank=8, alpha=16)
-        before, ends[kind] = learn(model, known.roll(1), lr=5e-3)
-        assert ends[kind] < 0.5 * before
-    assert [ends["int8"], ends["nf4"]] == pytest.approx([ends[None]] * 2, rel=0.02)
+@every_kind
+def test_adapters_learn_through_a_quantized_base_as_over_its_dequantized_weights(kind):
+    quantized_base, plain = tiny(), tiny()
+    lora.quantize(quantized_base, kind)
+    for name, layer in quantized_base.named_modules():
+        if isinstance(layer, lora.QuantLinear):
+            plain.get_submodule(name).weight.data = layer.weight
+    losses, gradients = [], []
+    for model in (quantized_base, plain):
+        lora.add_lora(model, "all", rank=4)
+        learn_something(model)
+        losses.append(model(IDS, IDS.roll(-1, 1)))
+        losses[-1].backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    close(*losses)
+    assert len(gradients[0]) == 2 * 12
+    for ours, theirs in zip(*gradients):
+        close(ours, theirs, 1e-4)

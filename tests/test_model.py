@@ -106,7 +106,7 @@ def test_tables_for_values_and_pairs_by_hand():
     """v = W x + values[id], x = norm(embedding) + pairs[row]; both tables start at zero."""
     ids, shape = torch.tensor([[3, 5, 5, 1]]), dict(value_embed=True, bigram=7, embed_norm=True)
     new = Transformer(lm.preset("tiny", n_layer=1))
-    assert not new.value_embed.weight.any() and not new.bigram.weight.any()
+    assert not new.value_embed.weight.any() and not new.inputs.bigram.weight.any()
     model, seen = build(n_layer=1, **shape), {}
     block = model.blocks[0]
     block.norm1.register_forward_hook(lambda m, args, out: seen.update(x=args[0], norm=out))
@@ -117,7 +117,7 @@ def test_tables_for_values_and_pairs_by_hand():
     finally:
         lm.attention = attend
     rows = [(a * 36313 ^ b * 27191) % 7 for a, b in ((3, 3), (3, 5), (5, 5), (5, 1))]
-    same(seen["x"], model.embed_norm(model.embed(ids)) + model.bigram.weight[rows])
+    same(seen["x"], model.embed_ids(ids) + model.inputs.bigram.weight[rows])
     v = block.attention.v(seen["norm"]) + model.value_embed(ids)
     same(seen["v"], v.view(1, 4, -1, model.config.head_size).transpose(1, 2))
 

@@ -399,7 +399,7 @@ BAD = [
     ([turn("user", None), A], "a turn of user has no text"),
     ([turn("user", 3), A], "the content is not text but 3"),
     ([U, turn("assistant", " \n")], "a turn of assistant has no text"),
-    ([U, turn("assistant", [{"deep": [{}]}])], "a part of kind None, only text is known"),
+    ([U, turn("assistant", [{"deep": [{}]}])], "a part of the content is not text"),
     ({"messages": None}, "the conversation is not a list"),
     ({"messages": [U, A], "system": 3}, "the content is not text but 3"),
     ({"instruction": "i", "output": ""}, "a turn of assistant has no text"),

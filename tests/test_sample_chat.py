@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ASSISTANT, BYTE, CALL, CHAT, END, SYSTEM, TOOL, USER, turn
+from conftest import ASSISTANT, BYTE, CALL, CHAT, END, SYSTEM, TOOL, USER, render_chat, turn
 from test_chat import rendered
 from test_templates import pair
 
@@ -23,7 +23,7 @@ import finetune
 import lora
 import model as lm
 import sample
-from data.chat import label_token, message_text, render_chat
+from data.chat import label_token, message_text
 from data.cli import run_cli
 from data.rows import to_example
 from data.tools import function_schema, load_tools

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
-from conftest import BYTE, CHAT, turn
+from conftest import BYTE, CHAT, render_chat, turn
 from test_templates import CHATML, QWEN25
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ import data.service
 import lora
 import model as lm
 import sample
-from data.chat import label_token, render_chat
+from data.chat import label_token
 from data.cli import UserError
 from data.rows import load_data
 from data.tokenizer import Tokenizer

@@ -265,7 +265,6 @@ def test_a_shard_that_is_no_plain_file_is_refused_before_any_is_asked_for(hub, c
     assert INDEX in line and ("plain file name" in line or "weight_map" in line)
     assert hub.asked[-1] == INDEX and cdn.log == []
     assert kept() == ["config.json", INDEX]
-    assert "plain file name" in refusal("ann/tiny", files=["config.json", shard])
 
 
 @pytest.mark.parametrize(
@@ -508,7 +507,7 @@ def test_a_file_that_is_refused_is_not_taken_for_one_that_is_not_there(hub, cdn)
 
 def test_a_model_that_is_not_there_is_named(hub):
     line = refusal("ann/tiny@v2")
-    for part in ("404", "no such model, revision or file", "ann/tiny", "v2", "config.json"):
+    for part in ("404", "a wrong name?", "ann/tiny", "v2", "config.json"):
         assert part in line
     assert len(hub.log) == 1
     assert kept() == []

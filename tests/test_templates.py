@@ -8,13 +8,13 @@ import tempfile
 from collections import Counter, namedtuple
 
 import pytest
+from conftest import render_chat
 
 transformers = pytest.importorskip("transformers")
 from jinja2 import TemplateError
 from test_hf_tokenizer import trained, write
 from tokenizers import AddedToken
 
-from data.chat import render_chat
 from data.hf_tokenizer import hub_tokenizer
 from data.tokenizer import Tokenizer
 
