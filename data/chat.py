@@ -69,13 +69,11 @@ def parse_call(call):
 
 def normalize_numbers(value):
     """A JSON value with 500.0 written as 500, so that the two are the same text."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [normalize_numbers(v) for v in value]
-    if isinstance(value, dict):
-        return {k: normalize_numbers(v) for k, v in value.items()}
-    return value
+
+    def number(text):
+        return int(float(text)) if float(text).is_integer() else float(text)
+
+    return json.loads(json.dumps(value), parse_float=number)
 
 
 def split_system(messages):

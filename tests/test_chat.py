@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 from conftest import (
-    ASSISTANT, BYTE, CALL, CHAT, END, SYSTEM, TOOL, USER, calls, prompt_ids, real, render_chat, turn
+    ASSISTANT,
+    BYTE,
+    CALL,
+    CHAT,
+    END,
+    SYSTEM,
+    TOOL,
+    USER,
+    calls,
+    prompt_ids,
+    real,
+    render_chat,
+    turn,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
