@@ -305,10 +305,6 @@ class Engine:
         """How many ids of the text, from slot.start on, the cache holds."""
         return int(self.cache.lengths[slot.row])
 
-    def unread(self, slot):
-        """How many ids of the text the cache lacks."""
-        return len(slot.ids) - slot.start - self.held(slot)
-
     def shared(self, slot, ids):
         """How many of `ids` the cache holds in the row of `slot`."""
         return common(slot.ids[slot.start :][: self.held(slot)], ids)
@@ -323,8 +319,7 @@ class Engine:
                 self.slide(kept)
         slots, logits, limit, row = [], [], self.chunk, 0
         while row < self.busy:
-            group = self.next_group(row, min(limit, MAX_READ))
-            unread = max(map(self.unread, group))
+            group, unread = self.next_group(row, min(limit, MAX_READ))
             T = min(unread, limit, MAX_READ) if unread > 1 else 1
             if unread == T:
                 logits.append(self.read(group, T))
@@ -337,42 +332,43 @@ class Engine:
         return self.draw(slots, torch.cat(logits)) if slots else {}
 
     def next_group(self, row, limit):
-        """Slots from `row` on whose unread ids one pass can read, at most `limit` of a prompt. Each
-        first gets a copy of what another row holds of its text."""
-        group, longest, total, held = [], 0, 0, 0
+        """(slots from `row` on whose unread ids one pass can read, at most `limit` of a prompt; the
+        most unread ids of one of them). A prompt is copied from another row as far as possible."""
+        group, longest, total, most_held = [], 0, 0, 0
+        lengths = self.cache.lengths.tolist()
         for slot in self.slots[row : self.busy]:
-            unread = self.unread(slot)
-            if unread > 1:
+            held, length = lengths[slot.row], len(slot.ids) - slot.start
+            if length - held > 1:
                 window = slot.ids[slot.start : -1]
                 source = max(self.slots, key=lambda s: self.shared(s, window))
                 shared = 0 if slot.echo else self.shared(source, window)
-                if shared > self.held(slot):
+                if shared > held:
                     self.cache.copy_rows([source.row], [slot.row], shared)
-                    unread = self.unread(slot)
-                held_now = self.held(slot)
-                if any(2 * (common(window, s.ids[s.start :]) - held_now) > unread for s in group):
+                    held = shared
+                if any(2 * (common(window, s.ids[s.start :]) - held) > length - held for s in group):
                     break  # it can have a copy once that one is read
-            longest, total = max(longest, unread), total + unread
-            held = max(held, self.held(slot))
-            padded = longest * (len(group) + 1)
-            if group and longest > 1 and (
-                self.unread(group[0]) == 1 or unread == 1  # not in a pass with prompts
-                or padded > min(limit, max(256, 1.5 * total)) or held + longest > self.context
+            unread = length - held
+            total, most_held = total + unread, max(most_held, held)
+            padded = max(longest, unread) * (len(group) + 1)
+            if group and max(longest, unread) > 1 and (
+                min(longest, unread) == 1  # a text that is being written does not wait for prompts
+                or padded > min(limit, max(256, 1.5 * total))
+                or most_held + max(longest, unread) > self.context
             ):  # fmt: skip
                 break
             group.append(slot)
-        return group
+            longest = max(longest, unread)
+        return group, longest
 
     def read(self, group, T):
         """Run the next T ids of each slot, or as many as it has, through the model. Logits (B, V)
         of what comes next."""
-        held = [self.held(slot) for slot in group]
+        first, last = group[0].row, group[-1].row + 1
+        held = self.cache.lengths[first:last].tolist()
         rows = [slot.ids[slot.start + n :][:T] for slot, n in zip(group, held)]
         if max(held) + T > self.cache.room:
             self.cache.grow(min(self.context, 2 * (max(held) + T)))
-        cache = self.cache
-        if len(group) < len(self.slots):
-            cache = cache.rows(group[0].row, group[-1].row + 1)
+        cache = self.cache if len(group) == len(self.slots) else self.cache.rows(first, last)
         # causal: padding behind a row changes nothing, and later ids are written over it
         ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=self.device)
         if T == 1:
