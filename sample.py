@@ -345,7 +345,8 @@ class Engine:
                 if shared > held:
                     self.cache.copy_rows([source.row], [slot.row], shared)
                     held = shared
-                if any(2 * (common(window, s.ids[s.start :]) - held) > length - held for s in group):
+                overlap = max((common(window, s.ids[s.start :]) for s in group), default=0)
+                if 2 * (overlap - held) > length - held:
                     break  # it can have a copy once that one is read
             unread = length - held
             total, most_held = total + unread, max(most_held, held)

@@ -143,6 +143,11 @@ def sequences(row):
     return row if isinstance(row, tuple) else (row,)
 
 
+def has_target(row):
+    """Whether something can be learned from each of the `sequences`."""
+    return all(any(r.mask[1:]) for r in sequences(row))
+
+
 def show_mask(rows, tokenizer, count):
     """Print the first `count` rows token by token. On a terminal what is learned is green and the
     rest grey, followed by the ids; in a file each token has a line, with a * if it is learned."""
@@ -192,16 +197,14 @@ def bucket(order, rows, batch_tokens):
 
 
 class BucketLoader:
-    """All rows of an epoch in batches of similar lengths, in another order each epoch.
+    """The rows of each epoch, epoch_rows(epoch), in batches of similar lengths and random order.
 
     Padding adds 1 to 3 % to the hotel dialogues. Batch n of the whole run is always the same, so
-    resuming needs only the step. `epoch_rows(epoch)`, if given, makes each epoch's rows anew
-    (augmentation); all epochs have as many batches as epoch 0.
+    resuming needs only the step. All epochs have as many batches as epoch 0.
     """
 
-    def __init__(self, rows, batch_tokens, seed, epoch_rows=None):
-        self.batch_tokens, self.seed = batch_tokens, seed
-        self.epoch_rows = epoch_rows or (lambda epoch: rows)
+    def __init__(self, epoch_rows, batch_tokens, seed):
+        self.epoch_rows, self.batch_tokens, self.seed = epoch_rows, batch_tokens, seed
         self.begin(0)
         self.per_epoch = len(self.batches)
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ import model as lm
 import prepare_data
 import sample
 import train
+from data.batches import BucketLoader, Row, pad
 from data.chat import CHAT_TOKENS, labels_of
 from data.cli import run_cli
 from data.machine import Runtime
@@ -172,7 +174,7 @@ def some_rows(lengths, seed=0):
     rows = []
     for n in lengths:
         mask = (torch.rand(n, generator=g) < 0.4).int().tolist()
-        rows.append(ft.Row(torch.randint(300, (n,), generator=g).tolist(), [*mask[:-1], 1]))
+        rows.append(Row(torch.randint(300, (n,), generator=g).tolist(), [*mask[:-1], 1]))
     return rows
 
 
@@ -235,7 +237,7 @@ def test_dpo_and_its_gradients_are_the_papers_formula(shape, dtype, tolerance):
 def test_distilling_is_cross_entropy_and_softened_kl(share):
     model, exact = small_model(1), small_model(1).double()
     teacher = small_model(2, vocab_size=384, d_model=32).eval()  # more spare rows, another size
-    ids, targets = ft.pad(some_rows((9, 30, 12)))
+    ids, targets = pad(some_rows((9, 30, 12)))
     loss = ft.distill_loss(model, ids, targets, teacher, share, 2.5)
     loss.backward()
     ours = exact(ids)[targets != -100]
@@ -255,7 +257,7 @@ def test_distilling_is_cross_entropy_and_softened_kl(share):
 
 def test_a_model_that_is_its_own_teacher_has_nothing_to_learn():
     model, twin = small_model(), small_model().eval()
-    ids, targets = ft.pad(some_rows((9, 30, 12)))
+    ids, targets = pad(some_rows((9, 30, 12)))
     loss = ft.distill_loss(model, ids, targets, twin, 0.0, 2.0)
     loss.backward()
     assert abs(loss.item()) < 1e-4
@@ -266,9 +268,8 @@ def task_of(rows, objective, batch_tokens, accum, reference=None, **changes):
     made = ft.OBJECTIVES[objective][0]
     args = dict(objective=objective, grad_accum=accum, context=48, updates=None)
     args = argparse.Namespace(**(ft.RECIPE | made.defaults() | args | changes))
-    batches = ft.BucketLoader(rows, batch_tokens, 0)
-    learned = made(args, CHAT)
-    learned.runtime, split = CPU, ft.Split([], rows, reference=reference)
+    batches = BucketLoader(lambda _: rows, batch_tokens, 0)
+    learned, split = made(args, CHAT, (), CPU), ft.Split([], rows, reference=reference)
     return batches.per_epoch, ft.make_task(args, learned, split, None, batches, {})
 
 
@@ -647,9 +648,10 @@ def test_a_mask_can_be_read_from_a_pipe_that_closes_early(desk):
 
 
 def built(*flags, ckpt="out/base"):
-    args, kind, more, _, _ = ft.resolve(ft.build_parser().parse_args(["--ckpt", ckpt, *flags]))
-    base = more if more and not args.lora_rank else lm.load_checkpoint(args.ckpt)
-    return ft.build_model(args, base, more, lambda t: kind.special_tokens(t, ["neg", "pos"]), CPU)
+    args, objective, *_ = ft.resolve(ft.build_parser().parse_args(["--ckpt", ckpt, *flags]))
+    base = lm.load_checkpoint(args.ckpt)
+    needed = partial(objective.special_tokens, splits={}, labels=["neg", "pos"])
+    return ft.build_model(args, base, None, needed, CPU)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -687,7 +689,7 @@ def test_under_lora_tables_that_lack_tokens_learn_and_travel_with_the_adapter(de
         assert ((now[NEW] - mean).abs().amax(1)[learned] > 1e-4 * (table[0] != "e")).any()
         assert (now[NEW] - mean).abs().max() > 1e-3
     _, parts, _ = load_data("chats.jsonl")
-    ids, targets = ft.pad(ft.SFT(FITS, CHAT).make_split(parts["val"]).rows)
+    ids, targets = pad(ft.SFT(FITS, CHAT).make_split(parts["val"]).rows)
     loss = model(ids, targets).item() / int((targets != -100).sum())
     assert loss == pytest.approx(values(out, "val_loss")[-1], rel=1e-5)  # nothing else has learned
     assert "adapter" in content(out / "last.pt") and (out / "last.pt").stat().st_size < 10**6

@@ -18,11 +18,10 @@ IMPORTS = {
     "data.graphs": "",
     "data.costs": "data.cli",
     "data.machine": "data.cli",
-    "data.runner": "data.machine",
     "data.matmul": "data.cli",
     "data.analogy": "data.cli",
     "data.files": "data.cli",
-    "data.runs": "data.cli",
+    "data.runs": "data.files data.plot",
     "data.download": "data.files",
     "data.idx": "data.download",
     "data.text": "data.files",
@@ -51,9 +50,9 @@ IMPORTS = {
     "prepare_data": "data.hf_tokenizer data.sources data.text",
     "model": "data.costs data.hf_tokenizer data.hf_weights data.machine",
     "mnist": "model data.idx data.plot data.runs",
-    "lora": "model data.runner",
+    "lora": "model",
     "sample": "lora data.analogy data.graphs data.matmul data.runs data.terminal",
-    "train": "model prepare_data data.plot data.runner data.runs",
+    "train": "model prepare_data data.runs",
     "finetune": "train sample data.batches data.rewards data.rows",
 }
 # What only one function needs, once all else is done: train.py's closing sample, the server.
@@ -61,7 +60,7 @@ LATE = {"train": {"sample"}}
 LATE["sample"] = {"data.api", "data.scheduler", "data.server", "data.service"}
 WITHOUT_TORCH = {m for m in IMPORTS if m.startswith("data.")} | {"prepare_data"}
 WITHOUT_TORCH -= {"data.analogy", "data.graphs", "data.machine", "data.matmul"}
-WITHOUT_TORCH -= {"data.runner", "data.tensors"}
+WITHOUT_TORCH -= {"data.tensors"}
 WITHOUT_TORCH -= {"data.batches", "data.hf_weights"}
 PATHS = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
 if (ROOT / ".git").exists():  # a reader's own scripts and tools beside ours have other rules
@@ -179,7 +178,9 @@ def test_lines_stay_within_100_columns(name):
 
 def wants_docstring(name):
     """Public functions and classes at top level, and the latter's public methods that take
-    arguments. What torch or http.server calls by its own name is described there."""
+    arguments. What torch or http.server calls by its own name is described there, and what a class
+    overrides in one above it."""
+    overridden = {"forward", "backward", "log_message"}
     for node in TREE[name].body:
         if not isinstance(node, (*FUNCTIONS, ast.ClassDef)) or node.name.startswith("_"):
             continue
@@ -190,9 +191,10 @@ def wants_docstring(name):
             for method in (n for n in node.body if isinstance(n, FUNCTIONS)):
                 a = method.args
                 takes = len(a.posonlyargs + a.args + a.kwonlyargs) > 1 or a.vararg or a.kwarg
-                override = node.bases and method.name in ("forward", "backward", "log_message")
+                override = node.bases and method.name in overridden
                 if takes and not method.name.startswith("_") and not override:
                     yield f"{node.name}.{method.name}", method
+            overridden |= {n.name for n in node.body if isinstance(n, FUNCTIONS)}
 
 
 @every_script
