@@ -135,15 +135,15 @@ def tool(name):
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def both(create, **asked):
-    """What create(**asked) returns in one piece, after it was the same in pieces."""
-    whole = create(**asked)
-    *chunks, last = create(**asked, stream=True, stream_options={"include_usage": True})
+def both(create, **request):
+    """What create(**request) returns complete, after it was the same as a stream."""
+    whole = create(**request)
+    *chunks, last = create(**request, stream=True, stream_options={"include_usage": True})
     assert last.choices == [] and last.usage.total_tokens == whole.usage.total_tokens
     for choice in whole.choices:
         parts = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
-        assert parts.pop(-1).finish_reason == choice.finish_reason
-        assert not any(p.finish_reason for p in parts)
+        assert {p.finish_reason for p in parts[:-1]} <= {None}
+        assert parts[-1].finish_reason == choice.finish_reason
         if hasattr(choice, "text"):
             assert "".join(p.text for p in parts) == choice.text
         else:
@@ -152,18 +152,14 @@ def both(create, **asked):
             assert content == (choice.message.content or "")
             calls = [c.function.model_dump() for p in parts for c in p.delta.tool_calls or ()]
             assert calls == [c.function.model_dump() for c in choice.message.tool_calls or ()]
-    again = create(**asked, stream=True)  # each chunk has the log probabilities of its tokens
-    scores = [(c.choices[0].index, c.choices[0].logprobs) for c in again if c.choices[0].logprobs]
-    for choice in whole.choices:
         for name, value in vars(choice.logprobs).items() if choice.logprobs else ():
-            sent = [getattr(s, name) or [] for index, s in scores if index == choice.index]
+            sent = [getattr(p.logprobs, name) or [] for p in parts if p.logprobs]
             assert_near(list(itertools.chain(*sent)), value or [])
     return whole
 
 
 def assert_near(found, expected):
-    """Equal but for the rounding of log probabilities: what is in the cache is not computed again,
-    and one pass over a prompt rounds otherwise than two."""
+    """Equal but for the rounding of log probabilities: the cache is filled in other passes."""
     if isinstance(expected, openai.BaseModel):
         found, expected = vars(found), vars(expected)
     if isinstance(expected, dict):
@@ -173,10 +169,9 @@ def assert_near(found, expected):
         assert len(found) == len(expected)
         for one, other in zip(found, expected):
             assert_near(one, other)
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, abs=1e-4)
     else:
-        assert found == expected
+        wanted = pytest.approx(expected, abs=1e-4) if isinstance(expected, float) else expected
+        assert found == wanted
 
 
 # ---- OpenAI's client -------------------------------------------------------------------------
@@ -480,8 +475,8 @@ def metrics(port):
     """{name: value} of /metrics, every line of which must be Prometheus'."""
     found = {}
     for line in get(port, "/metrics")[2].splitlines():
-        if not re.fullmatch(r"# TYPE \w+ (counter|gauge|histogram)", line):
-            name, value = re.fullmatch(r'scratchlm_(\w+(?:\{le="[^"]+"\})?) (\d\S*)', line).groups()
+        if not re.fullmatch(r"# TYPE \w+ (counter|gauge|summary)", line):
+            name, value = re.fullmatch(r"scratchlm_(\w+) (\d\S*)", line).groups()
             assert name not in found
             found[name] = float(value)
     return found
@@ -627,32 +622,6 @@ def test_any_value_in_any_field_has_an_answer(chat, text):
             status, _, answer = fetch(serving.port, post(path, body))
             assert status in (200, 400, 404), body
             assert "server_error" not in str(answer), body
-
-
-def mutated(content, rng):
-    """A request with some of its bytes lost, changed, doubled or moved."""
-    for _ in range(rng.choice([1, 1, 2, 5])):
-        a = rng.randrange(len(content) + 1)
-        b = min(len(content), a + rng.choice([1, 3, 50]))
-        new = bytes(rng.randrange(256) for _ in range(b - a))
-        new = rng.choice([b"", new, content[a:b] * 2, content[a:b][::-1], b"\r\n", b'"', b"9" * 30])
-        content = content[:a] + new + content[b:]
-    return content
-
-
-def test_mutated_requests(chat, monkeypatch):
-    monkeypatch.setattr(data.server, "SECONDS", 0.5)
-    rng, info = random.Random(7), request("GET /page/info HTTP/1.1")
-    some = [post(ASK, GOOD | {"stream": True}, "Origin: http://localhost"), info]
-    some += [post(ASK, GOOD | {"tools": [tool("search")], "stop": ["a"]})]
-    some += [post("/page/choose", CHOICE), chunked(BODY, (9, 40))]
-    with ThreadPoolExecutor(16) as pool:
-        cases = [mutated(rng.choice(some), rng) for _ in range(200)]
-        answers = list(pool.map(lambda case: raw(chat.port, case), cases))
-    statuses = [int(a.split()[1]) if a.startswith(b"HTTP/1.1 ") else 0 for a in answers]
-    assert {200, 400} < set(statuses) and max(statuses) < 506 and 500 not in statuses
-    assert get(chat.port, "/health")[0] == 200
-    wait_until(lambda: metrics(chat.port)["slots_busy"] == 0)
 
 
 def test_requests_that_are_much_work_are_refused_or_soon_done(chat, text):
@@ -810,7 +779,7 @@ def test_closing_finishes_what_is_written_and_cuts_what_never_ends(capfd):
 
 
 @contextlib.contextmanager
-def process(*flags, **variables):
+def process(*flags):
     """`sample.py --serve 0` with a model that writes letters and never ends: (Popen, port)."""
     torch.manual_seed(0)
     shape = dict(vocab_size=320, context=1 << 16, n_layer=1, n_head=2, d_model=16, head_bias=True)
@@ -823,7 +792,7 @@ def process(*flags, **variables):
     command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", "run", "--serve", "0"]
     command += ["--slots", "3", *flags]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=env, **pipes) as p:
         try:
             yield p, int(re.fullmatch(r"http://[\d.]+:(\d+)/\n", p.stdout.readline())[1])
@@ -832,36 +801,28 @@ def process(*flags, **variables):
 
 
 SITE = "https://site.example"
-PUBLIC = ["--cors", SITE, "--host", "0.0.0.0", "--api_key", "k1"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize("name, code, flags", [("SIGTERM", 143, PUBLIC), ("SIGINT", 130, [])])
-def test_a_signal_lets_answers_end_and_a_key_is_needed(name, code, flags):
-    with process(*flags, **({} if flags else {"SCRATCHLM_API_KEY": "k1"})) as (p, port):
+def test_a_signal_lets_answers_end_and_a_key_is_needed():
+    with process("--cors", SITE, "--host", "0.0.0.0", "--api_key", "k1") as (p, port):
         assert [get(port, path)[0] for path in ("/v1/models", "/", "/health")] == [401, 200, 200]
         key, site, body = "Authorization: Bearer k1", f"Origin: {SITE}", GOOD | {"model": "run"}
         status, headers, _ = fetch(port, post(ASK, body, key, site))
-        assert status == (200 if flags else 403)
-        assert headers.get("Access-Control-Allow-Origin") == (SITE if flags else None)
+        assert (status, headers["Access-Control-Allow-Origin"]) == (200, SITE)
         status, headers, _ = fetch(port, request(f"OPTIONS {ASK} HTTP/1.1", site))
-        assert status == 204 and ("Access-Control-Allow-Headers" in headers) == bool(flags)
+        assert status == 204 and "Access-Control-Allow-Headers" in headers
         create = functools.partial(client(port, "k1").chat.completions.create, **body)
-        ends = create(max_tokens=600, stream=True)
-        never = create(max_tokens=65000, stream=True) if flags else ()
-        chunks = [next(ends)]
-        p.send_signal(getattr(signal, name))
-        start = time.monotonic()
+        stream = create(max_tokens=600, stream=True)
+        chunks = [next(stream)]
+        p.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         with pytest.raises((openai.RateLimitError, openai.APIConnectionError)):
             create()
-        chunks += ends
+        chunks += stream
         assert sum(len(c.choices[0].delta.content or "") for c in chunks) == 600
         assert chunks[-1].choices[0].finish_reason == "length"
-        with pytest.raises(openai.APIError, match="closing") if flags else contextlib.nullcontext():
-            list(never)
-        assert p.wait(10) == code and time.monotonic() - start < 8
-        assert p.stderr.read() == ""
+        assert p.wait(10) == 143 and p.stderr.read() == ""
 
 
 def test_what_cannot_be_served_is_one_line(chat, monkeypatch):
@@ -876,8 +837,11 @@ def test_what_cannot_be_served_is_one_line(chat, monkeypatch):
         with pytest.raises(UserError, match=words) as e:
             sample.main([*flags, "--no_fast", "--ckpt", "tiny.pt"])
         assert "\n" not in str(e.value)
-    args = sample.build_parser().parse_args(["--host", "::1"])  # nobody else's: no key
-    assert sample.make_service(chat.model, CHAT, Path("tiny.pt"), args, None).key is None
+    args = sample.build_parser().parse_args(["--host", "::1"])  # local: needs no key
+    for key in (None, "k1"):
+        if key:
+            monkeypatch.setenv("SCRATCHLM_API_KEY", key)
+        assert sample.make_service(chat.model, CHAT, Path("tiny.pt"), args, None).key == key
 
 
 # ---- figures and the page's own routes -------------------------------------------------------
@@ -894,8 +858,6 @@ def test_figures_count_what_was_asked(chat):
     assert new["cached_tokens_total"] == sum(u.prompt_tokens_details.cached_tokens for u in usage)
     for name, count in (("first_token", 3), ("next_token", 7)):
         assert new[f"{name}_seconds_count"] == count and new[f"{name}_seconds_sum"] > 0
-        buckets = [v for k, v in after.items() if k.startswith(f"{name}_seconds_bucket")]
-        assert buckets == sorted(buckets) and buckets[-1] == after[f"{name}_seconds_count"]
 
 
 def test_choices_are_rows_that_finetune_reads(chat):
