@@ -549,7 +549,7 @@ def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
     their folder's or file's name. With `ids_alone` the tokenizer may be missing, and is None."""
     where = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
-    dtype = "fp32" if dtype == "int8" else dtype  # which the FastTransformer makes of it
+    dtype = "fp32" if dtype == "int8" else dtype  # `make_fast` rounds it
     if dtype in (None, "auto"):
         dtype = native_dtype(device)
     # an adapter knows its base by the weights as they are on disk
@@ -842,7 +842,7 @@ def build_parser():
         "int8 is for CPUs")
     add("--no_fast", action="store_true", help="write with the Transformer itself")
     add("--cuda_graphs", action="store_true", help="on a GPU: start a step by one call")
-    add("--verbose", action="store_true", help="show which products the FastTransformer timed")
+    add("--verbose", action="store_true", help="show the times of the ways to multiply")
     add("--adapter", action="append", help="LoRA run to lay over --ckpt; several can be switched")
     add("--chat", action="store_true", help="talk in the terminal")
     add("--system", metavar="TEXT", help="with --chat: what the model is told before the talk")
