@@ -565,57 +565,43 @@ def test_eval_only_measures_a_split_and_trains_nothing(desk, monkeypatch, capsys
     before = (out / "last.pt").read_bytes()
     scores = json.loads((out / "scores.json").read_text())["val"]
     capsys.readouterr()
-    for split, n in (("val", 12), ("dev", 12), ("test", 8), ("train", 40)):
+    for split, n in (("dev", 12), ("test", 8), ("train", 40)):
         flags = ["--eval_only", "--ckpt", str(out), "--data", "films", "--split", split]
         ft.main([*flags, "--out", f"out/{split}"])
         assert len(Path(f"out/{split}/predictions.jsonl").read_text().splitlines()) == n
-        said = capsys.readouterr().out
-        part = "val" if split == "dev" else split
-        assert f"measuring {n} labelled texts: {part} of films\n" in said
-        assert sum(map(int, re.findall(r"(\d+)(?= |\n)", said.split("predicted one\n")[1]
-                                       .split("val loss")[0]))) == n
-        assert (f"accuracy {scores['accuracy']:.4f}" in said) or n != 12
+        said, name = capsys.readouterr().out, "val" if split == "dev" else split
+        assert f"measuring {n} labelled texts: {name} of films\n" in said
+        assert f"accuracy {scores['accuracy']:.4f}" in said or split != "dev"
     assert (out / "last.pt").read_bytes() == before
     assert "does not know" in refused(capsys, *flags, "--ckpt", "out/base")
     Path("test.jsonl").write_text('{"text": "a", "label": "neutral"}\n')
     assert "'neutral'" in refused(capsys, *flags)
-    assert "'neutral'" in refused(capsys, "--ckpt", "out/base", "--data", "films", *QUICK)
 
 
-@pytest.mark.parametrize("data, what", [(SFT, "conversations"), (LABELS, "labelled texts"),
+@pytest.mark.parametrize("data, noun", [(SFT, "conversations"), (LABELS, "labelled texts"),
                                         (DPO, "preference pairs")])
-def test_eval_only_measures_all_of_a_file_and_says_how_many_rows(desk, capsys, data, what):
+def test_eval_only_measures_all_of_a_file_and_says_how_many_rows(desk, capsys, data, noun):
     out, name = tune(*data, *LORA, "--max_steps", "1"), data[1]
     flags = ["--eval_only", "--ckpt", str(out), "--data"]
-    ways = {"60": [], "9": ["--rows", ":9"], "6": ["--val", "0.1"]}
-    ways |= {"20": ["--val_data", "third.jsonl"]}
-    Path("third.jsonl").write_text("".join(Path(name).read_text().splitlines(keepends=True)[:20]))
-    for n, more in ways.items():
+    for n, more, rows in ((60, [], "all rows"), (6, ["--val", "0.1"], "val"),
+                          (9, ["--rows", ":9"], "all rows")):
         ft.main([*flags, name, *more, "--out", f"out/{n}"])
-        of = "val" if n == "6" else "all rows"
-        named = "third.jsonl" if n == "20" else name
-        assert f"measuring {n} {what}: {of} of {named}\n" in capsys.readouterr().out
+        assert f"measuring {n} {noun}: {rows} of {name}\n" in capsys.readouterr().out
     if data == LABELS:  # a file without some of the labels does not make the others likelier
-        write("some.jsonl", [{"text": "a b B", "label": "neg"}] * 3)
-        ft.main([*flags, "some.jsonl", "--out", "out/some"])
-        rows = Path("out/some/predictions.jsonl").read_text().splitlines()
+        write("neg.jsonl", [{"text": "a b B", "label": "neg"}] * 3)
+        ft.main([*flags, "neg.jsonl", "--out", "out/neg"])
+        rows = Path("out/neg/predictions.jsonl").read_text().splitlines()
         assert [len(json.loads(row)["p"]) for row in rows] == [2] * 3
 
 
 def test_eval_only_measures_pairs_against_the_base_of_an_adapter_alone(desk, capsys):
-    rows = Path("pairs.jsonl").read_text().splitlines(keepends=True)
-    Path("held.jsonl").write_text("".join(rows[::3]))
     for out, flags in (("out/full", []), ("out/thin", LORA)):
-        tune(*DPO, "--val_data", "held.jsonl", *flags, "--max_steps", "3", out=out)
-    flags = ["--eval_only", "--data", "held.jsonl", "--split", "train"]
-    err = refused(capsys, *flags, "--ckpt", "out/full")
-    assert "before DPO, which out/full does not bring" in err
-    ft.main([*flags, "--val_data", "pairs.jsonl", "--ckpt", "out/thin", "--out", "out/seen"])
+        tune(*DPO, "--val_data", "pairs.jsonl", *flags, "--max_steps", "3", out=out)
+    flags = ["--eval_only", "--data", "pairs.jsonl", "--ckpt"]
+    assert "before DPO, which out/full does not bring" in refused(capsys, *flags, "out/full")
+    ft.main([*flags, "out/thin", "--out", "out/seen"])
     scores = json.loads(Path("out/thin/scores.json").read_text())["val"]
-    said = capsys.readouterr().out
-    for name in ("reward accuracy", "reward margin"):
-        assert f"{name} {scores[name.replace(' ', '_')]:.4f}" in said
-    assert not Path("out/seen/predictions.jsonl").exists()
+    assert f"reward margin {scores['reward_margin']:.4f}" in capsys.readouterr().out
 
 
 # ---- new tokens, adapters and their bases -----------------------------------------------------
@@ -682,7 +668,6 @@ def test_a_second_round_knows_the_tokens_already(desk):
 
 def test_an_adapter_brings_its_base_or_says_in_a_line_what_is_wrong_with_it(desk, capsys):
     out = tune(*SFT, *LORA, "--max_steps", "3")
-    sample.main(["--ckpt", str(out), "--prompt", "to", "--max_tokens", "3", "--seed", "1"])
     before = sorted(out.iterdir())
     ft.main(["--eval_only", "--ckpt", str(out), "--data", "chats.jsonl", "--dtype", "bf16"])
     said = capsys.readouterr().out
@@ -690,20 +675,16 @@ def test_an_adapter_brings_its_base_or_says_in_a_line_what_is_wrong_with_it(desk
     assert sorted(out.iterdir()) == before
     more = ["--eval_only", "--ckpt", out, "--data", "chats.jsonl"]
     assert "holds a run already" in refused(capsys, *more, "--out", "out/run")
-    assert "int3" in refused(capsys, *more, "--dtype", "int3")
-    talk = ["--ckpt", out, "--prompt", "to"]
-    more = ["--resume", out, "--max_steps", "5"]
-
+    talk, resume = ["--ckpt", out, "--prompt", "to"], ["--resume", out, "--max_steps", "5"]
     Path("out/base").rename("out/moved")
-    assert "out/base" in refused(capsys, *talk, main=sample.main)
-    assert "out/base" in refused(capsys, *more)
-    sample.main(["--ckpt", "out/moved", "--adapter", str(out), "--prompt", "to"])
+    for flags, main in ((talk, sample.main), (resume, ft.main)):
+        assert "out/base" in refused(capsys, *flags, main=main)
     save_base("out/base/best.pt", seed=1)
-    assert "another model" in refused(capsys, *talk, main=sample.main)
-    assert "another model" in refused(capsys, *more)
+    for flags, main in ((talk, sample.main), (resume, ft.main)):
+        assert "another model" in refused(capsys, *flags, main=main)
     shutil.rmtree("out/base")
     Path("out/moved").rename("out/base")
-    ft.main([str(f) for f in more])
+    ft.main([str(f) for f in resume])
 
 
 def test_two_adapters_over_one_base_are_switched_in_a_chat(desk, monkeypatch, capsys):
@@ -722,8 +703,6 @@ def test_two_adapters_over_one_base_are_switched_in_a_chat(desk, monkeypatch, ca
     sample.main([*flags, "--max_tokens", "5", "--seed", "0"])
     said = capsys.readouterr().out
     assert "active adapter: clerk" in said and "no adapter nobody" in said
-    twice = [*flags[:4], "--adapter", "out/poet/", "--prompt", "a"]
-    assert "called alike" in refused(capsys, *twice, main=sample.main)
     classifier = tune(*LABELS, *LORA, "--max_steps", "1", out="out/labels")
     mixed = ["--ckpt", "out/poet", "--adapter", classifier, "--prompt", "a"]
     assert "special tokens" in refused(capsys, *mixed, main=sample.main)
