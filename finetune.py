@@ -27,6 +27,7 @@ import sys
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -53,13 +54,12 @@ from data.cli import (
 )
 from data.costs import check_memory
 from data.files import write_json
-from data.machine import DTYPES, make_runtime
+from data.machine import DTYPES, make_runtime, shard_like
 from data.reply import parse
 from data.rewards import REWARDS, load_reward, rate
 from data.row_files import ROW_SUFFIXES
 from data.rows import as_chat, first_words, load_data, report_bad
-from data.runner import cut_like, launch, place
-from data.runs import newest_run, resumed_settings, run_folder
+from data.runs import newest_run, run_folder
 from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS, SOURCES
 from data.tokenizer import Tokenizer
@@ -746,7 +746,7 @@ def resolve(args):
     given = {k: v for k, v in vars(args).items() if v is not None}
     content, settings = None, given
     if args.resume is not None:
-        settings, content = resumed_settings(args, given, FIXED, lm.load_checkpoint)
+        settings, content = train.resumed_settings(args, given, FIXED)
     elif "data" not in given:
         raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
     elif "ckpt" not in given:
@@ -916,7 +916,7 @@ def report_best(model, args, objective, splits, examples, out):
         lora.load_adapter(model, best)
     else:
         state = model.state_dict()
-        lm.load_weights(model, {k: cut_like(v, state[k]) for k, v in best["model"].items()})
+        lm.load_weights(model, {k: shard_like(v, state[k]) for k, v in best["model"].items()})
     # pairs only have the training and validation rows, whose reference is known
     split = splits.get(args.split) or objective.make_split(examples[args.split])
     print(f"{out}/best.pt, step {best['step']}, on {args.split}:")
@@ -930,7 +930,7 @@ def evaluate_only(args, objective_class, examples):
     """--eval_only: measure --split, or all rows of a file without --val; write predictions."""
     runtime = make_runtime(args.device, args.dtype)
     model, tokenizer, where = load(args.ckpt, args.device, runtime.dtype)
-    train.settle_context(args, model)
+    args.context = train.check_context(args.context, model)
     labels, all_rows = find_labels(examples), examples["val"] is examples["train"]
     needed = objective_class.special_tokens(tokenizer, examples, labels)
     if missing := [name for name in needed if name not in tokenizer.special]:
@@ -938,7 +938,7 @@ def evaluate_only(args, objective_class, examples):
     if labels and all_rows:  # these rows may lack some
         labels = chat.labels_of(tokenizer)
     run = where.parent if where.suffix == ".pt" else where
-    out = run_folder(args, None, f"{run.name}-eval", runtime)
+    out = run_folder(args.out, f"{run.name}-eval", runtime)
     objective = objective_class(args, tokenizer, labels, runtime)
     split = objective.make_split(examples[args.split])
     if objective_class is DPO and not lora.adapted(model):
@@ -984,13 +984,13 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     special_tokens = partial(objective_class.special_tokens, splits=examples, labels=labels)
     model, tokenizer, adapter = build_model(args, base, content, special_tokens, runtime)
-    train.settle_context(args, model)
+    args.context = train.check_context(args.context, model)
     args.dtype = runtime.dtype
     objective = objective_class(args, tokenizer, labels, runtime)
     split = objective.make_split(examples["train"])
     if args.show_mask:
         return batches.show_mask(split.rows, tokenizer, args.show_mask)
-    place(model, args, runtime)
+    train.place(model, args, runtime)
     if adapter and not runtime.sharded:
         lora.hold_frozen(model, DTYPES[runtime.dtype])
     check_memory(model, args.batch_tokens, runtime)
@@ -1010,7 +1010,9 @@ def main(argv=None):
     task = make_task(args, objective, split, val, loader, extra)
     if adapter:
         task.weights, task.extra = lora.adapter_state, extra | {"adapter": adapter}
-    out = run_folder(args, content, f"{default_name(args.data)}-ft", runtime)
+    name = f"{default_name(args.data)}-ft"
+    out = Path(args.out) if content else run_folder(args.out, name, runtime)
+    args.out = str(out)
     if runtime.rank == 0:
         print("\n".join(header(model, args, objective, split, val, loader, out)))
 
@@ -1018,7 +1020,8 @@ def main(argv=None):
         with contextlib.redirect_stdout(sys.stdout if runtime.rank == 0 else io.StringIO()):
             report_best(model, args, objective, splits, examples, out)
 
-    launch(partial(train.fit, model, task, args, runtime, out, content), report, runtime, out)
+    fit = partial(train.fit, model, task, args, runtime, out, content)
+    train.launch(fit, report, runtime, out)
     return None
 
 

@@ -30,7 +30,7 @@ from torch import nn
 from data.cli import Parser, UserError, run_cli
 from data.download import is_hub_name
 from data.hf_weights import write_peft
-from data.runner import cut_like, whole
+from data.machine import full_tensor, shard_like
 from data.tensors import fit_error
 from model import (
     WHAT_CKPT,
@@ -312,7 +312,7 @@ def set_adapter(model, *names):
         if before is not None:
             saved[before] = {n: parameters[n].detach().clone() for n in saved[before]}
         for n, table in (saved[None] | saved.get(after, {})).items():
-            parameters[n].copy_(cut_like(table.to(parameters[n].device), parameters[n]))
+            parameters[n].copy_(shard_like(table.to(parameters[n].device), parameters[n]))
     model.active_adapters = list(names)
 
 
@@ -368,7 +368,8 @@ def adapter_parameters(model, name="default"):
 
 def adapter_state(model, name="default"):
     """The tensors of `adapter_parameters`, copied to the CPU."""
-    return {n: whole(p.detach()).cpu().clone() for n, p in adapter_parameters(model, name).items()}
+    parameters = adapter_parameters(model, name)
+    return {n: full_tensor(p.detach()).cpu().clone() for n, p in parameters.items()}
 
 
 @torch.no_grad()
@@ -380,7 +381,7 @@ def load_adapter(model, content, name="default"):
     if problem := fit_error(parameters, state):
         raise UserError(f"adapter {name} does not fit this base: {problem}")
     for n, parameter in parameters.items():
-        parameter.copy_(cut_like(state[n], parameter))
+        parameter.copy_(shard_like(state[n], parameter))
 
 
 def load_adapted(base, adapters, where="the base"):
