@@ -295,7 +295,7 @@ def task_of(rows, objective, batch_tokens, accum, reference=None, **changes):
     args = argparse.Namespace(**(ft.RECIPE | made.defaults() | args | changes))
     batches = BucketLoader(lambda _: rows, batch_tokens, 0)
     learned, split = made(args, CHAT, (), CPU), ft.Split([], rows, reference=reference)
-    return batches.per_epoch, ft.make_task(args, learned, split, None, batches, {})
+    return batches.per_epoch, ft.make_task(args, learned, {"train": split}, batches, {})
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
