@@ -101,8 +101,8 @@ def hub_tokens(model, added):
     for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
             raise ValueError(
-                f"model: {key} {model[key]!r}: only byte-level BPE can be read, no WordPiece and no "
-                f"SentencePiece (Llama 2, TinyLlama, Mistral 7B)"
+                f"model: {key} {model[key]!r}: only byte-level BPE can be read, no SentencePiece "
+                f"(Llama 2, TinyLlama, Mistral 7B)"
             )
     vocab = model["vocab"]
     ranks = {unspell(text): i for text, i in vocab.items() if text not in added}

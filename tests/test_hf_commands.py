@@ -157,7 +157,7 @@ def test_a_revision_is_asked_for_with_an_at(run, hub):
         "sample.py", "--ckpt", "ann/qwen", *flags
     )
     assert Path("data/hub/ann/qwen/v1/config.json").exists()
-    assert "ann/qwen, v2" in run("sample.py", "--ckpt", "ann/qwen@v2", *flags, code=2)
+    assert "ann/qwen/resolve/v2" in run("sample.py", "--ckpt", "ann/qwen@v2", *flags, code=2)
 
 
 def test_names_that_are_no_models_are_named(run):
@@ -320,7 +320,7 @@ def test_what_cannot_be_read_is_refused_before_its_weights_come(run, hub, what):
         model = edit(folder / "tokenizer.json")["model"]
         edit(folder / "tokenizer.json", model=model | {"byte_fallback": True})
     err = run("sample.py", "--ckpt", f"old/{what}", "--prompt", "x", code=2)
-    assert ("hidden_act" if what == "config" else "SentencePiece's (Llama 2, TinyLlama") in err
+    assert ("hidden_act" if what == "config" else "no SentencePiece (Llama 2, TinyLlama") in err
     assert not list(Path("data/hub/old").rglob("*.safetensors*"))
 
 
@@ -347,9 +347,9 @@ def test_a_model_without_an_end_token_can_do_all_that_others_can(run, tmp_path, 
         "out/more")
     write = [{"instruction": f"Say {i}", "output": f"{i}!"} for i in range(20)]
     Path("rows.json").write_text(json.dumps(write), encoding="utf-8")
-    for ckpt, lora in (("endless", ()), ("out/more", ()), ("endless", ("--lora_rank", "2"))):
+    for ckpt, thin in (("endless", ()), ("out/more", ()), ("endless", ("--lora_rank", "2"))):
         out = f"out/tuned-{len(list(Path('out').iterdir()))}"
-        run("finetune.py", "--ckpt", ckpt, "--data", "rows.json", *short, *lora, "--out", out)
+        run("finetune.py", "--ckpt", ckpt, "--data", "rows.json", *short, *thin, "--out", out)
         run("sample.py", "--ckpt", out, "--chat", "--max_new_tokens", "4", stdin="Say 3\n")
     grown = lm.load_checkpoint("out/more")["model"]["embed.weight"]
     first = lm.load_checkpoint("endless")["model"]["embed.weight"]
