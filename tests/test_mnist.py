@@ -132,17 +132,6 @@ def test_every_optimizer_learns_the_toy(toy, name):
     assert len(losses) == 3 and losses[2] < max(losses[0], 0.01)
 
 
-@pytest.mark.parametrize(
-    "flags, size",
-    [([], 64), (["--optimizer", "lbfgs"], 2000), (["--recipe", "fast"], 128),
-     (["--optimizer", "lbfgs", "--batch_size", "7"], 7)],
-)  # fmt: skip
-def test_only_lbfgs_has_large_batches(flags, size):
-    args = settled(*flags)
-    mnist.Run(nn.Linear(1, 1), args, 300)
-    assert args.batch_size == size
-
-
 def test_sgd_by_hand(toy):
     """Two batches in file order, the gradient's step written out."""
     args = settled("--data", toy, "--batch_size", "200", "--epochs", "1")
@@ -316,14 +305,6 @@ def test_a_loss_that_is_no_number_stops_the_run(toy, run):
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
-def test_the_font_draws_each_character_as_it_looks():
-    area = np.zeros((10, 14), np.uint8)
-    mnist.stamp(area, "7>", 9)
-    rows = ["".join(".#"[int(v > 0)] for v in row[::2]) for row in area[::2]]
-    assert rows == ["###.#..", "..#..#.", "..#...#", "..#..#.", "..#.#.."]
-    assert set(area.ravel().tolist()) == {0, 9}
-
-
 def test_a_sheet_holds_its_tiles_in_reading_order():
     tiles = np.arange(1, 6, dtype=np.uint8)[:, None, None] * np.ones((5, 3, 4), np.uint8)
     page = mnist.sheet(tiles, 2, scale=2)
@@ -458,13 +439,6 @@ def test_a_perfect_denoiser_draws_exactly_its_image(steps, guidance):
     wanted = (net.images[10] + guidance * (net.images[labels] - net.images[10])).detach()
     drawn = mnist.draw(net, labels, steps, guidance=guidance, seed=5)
     torch.testing.assert_close(drawn, wanted, atol=1e-4, rtol=1e-4)
-
-
-def test_drawing_depends_on_the_seed_alone():
-    net, labels = denoiser(), torch.arange(4)
-    nn.init.normal_(net.pixels.weight)
-    a, b = (mnist.draw(net, labels, 3, seed=1) for _ in range(2))
-    assert a.equal(b) and not a.equal(mnist.draw(net, labels, 3, seed=2))
 
 
 def test_the_flow_loss_is_the_squared_error_of_the_velocity():
