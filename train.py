@@ -209,9 +209,9 @@ OPTIMIZERS = {"muon": (Muon, 0.02)}
 def make_optimizers(model, args):
     """The optimizers over all parameters that want a gradient; each group keeps its "peak" lr.
 
-    The matrices inside blocks and `inputs` go to AdamW with decay, or to one of OPTIMIZERS. All else
-    goes to AdamW without decay, which would shrink norms' scales and biases for nothing, and undo
-    what rarely seen rows of the tables and head learned.
+    The matrices inside blocks and `inputs` go to AdamW with decay, or to one of OPTIMIZERS. The
+    rest goes to AdamW without decay, which would shrink norms' scales and biases for nothing, and
+    undo what rarely seen rows of the tables and head learned.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     lookups = model.lookup_tables()
@@ -265,8 +265,8 @@ def lr_at(step, fraction, lr, min_lr=0.0, warmup_steps=0, schedule="cosine"):
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     """Loss over non-overlapping windows of `tokens`, every target once; a dict for metrics.
 
-    The windows, of `context` targets (default: the model's), cover the split or, if it has more than
-    `limit` tokens, are spread over it. val_loss is in nats a token, val_ppl its exponential,
+    The windows, of `context` targets (default: the model's), cover the split or, if it has more
+    than `limit` tokens, are spread over it. val_loss is in nats a token, val_ppl its exponential,
     val_bpb in bits per byte of text (which compares across tokenizers), val_share the share read.
     """
     T, targets = context or model.config.context, len(tokens) - 1

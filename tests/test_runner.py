@@ -187,8 +187,8 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_in_any_number(desk
 
 
 def test_a_stop_signal_ends_all_processes_after_the_same_step(desk):
-    run = torchrun(2, ROOT / "train.py", *FIRST.split(), "--max_steps", 10**6, "--out", "out/stopped",
-                   start_new_session=True)
+    flags = [*FIRST.split(), "--max_steps", 10**6, "--out", "out/stopped"]
+    run = torchrun(2, ROOT / "train.py", *flags, start_new_session=True)
     until(run, "step 3  val loss")
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
     said = run.communicate(timeout=60)[0]
@@ -232,8 +232,9 @@ def test_python_seldom_waits_for_a_gpu(desk, optimizer, monkeypatch):
         return tolist(tensor)
 
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    runtime = Runtime(torch.device("cpu"), peak=1e9)
     with waits:
-        train.fit(model, task, args, Runtime(torch.device("cpu"), peak=1e9), Path(f"out/{optimizer}-w"))
+        train.fit(model, task, args, runtime, Path(f"out/waits-{optimizer}"))
     assert waits.count <= 20
 
 
