@@ -915,9 +915,11 @@ def main(argv=None):
         for text, cosine in analogy(args.analogy, tokenizer, table, choices):
             print(f"{cosine:7.3f}  {text!r}")
     elif args.serve is not None:
+        from data.server import serve  # see make_service
+
         model = model if labels else fast_model(model, args.slots, args)
         service = make_service(model, tokenizer, path, args, tools)
-        service.serve(args.host or "127.0.0.1", args.serve)
+        serve(service, args.host or "127.0.0.1", args.serve)
     elif args.chat:
         model, settings = fast_model(model, 1, args), decoding_settings(args)
         chat = make_chat(model, tokenizer, tools, args.max_new_tokens, args.seed, settings)
