@@ -866,7 +866,8 @@ def build_parser():
     add("--host", help="with --serve: the address (default 127.0.0.1; another needs a key)")
     add("--api_key", help="with --serve: the key that clients send (default: SCRATCHLM_API_KEY)")
     add("--cors", metavar="ORIGIN", help="with --serve: a site whose pages may use the API")
-    add("--slots", type=between(1, 256, int), help="with --serve: texts at once (default 16)")
+    add("--slots", type=between(1, 256, int), default=16,
+        help="with --serve: texts at once (default 16)")
     add("--analogy", help='nearest tokens of e.g. "king - man + woman" in the embedding table')
     add("--choices", help="with --analogy: pick among these, separated by commas")
     return p
@@ -885,7 +886,7 @@ def check_settings(args):
     talking = args.chat or serving
     for names, possible, flags in (
         ("choices", args.analogy, "--analogy"),
-        ("host api_key cors slots", serving, "--serve"),
+        ("host api_key cors", serving, "--serve"),
         ("tools system", talking, "--chat and --serve"),
     ):
         for name in names.split():
@@ -900,7 +901,6 @@ def check_settings(args):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_settings(args)
-    args.slots = args.slots or 16
     if args.temperature is None:
         args.temperature = 0.0 if args.tools else 0.8
     tools = load_tools(args.tools) if args.tools else None
@@ -919,7 +919,7 @@ def main(argv=None):
 
         model = model if labels else fast_model(model, args.slots, args)
         service = make_service(model, tokenizer, path, args, tools)
-        serve(service, args.host or "127.0.0.1", args.serve)
+        return serve(service, args.host or "127.0.0.1", args.serve)
     elif args.chat:
         model, settings = fast_model(model, 1, args), decoding_settings(args)
         chat = make_chat(model, tokenizer, tools, args.max_new_tokens, args.seed, settings)
