@@ -427,16 +427,16 @@ def post(path, body, *headers):
 
 
 def fetch(port, content, end=False):
-    """(status, headers, JSON or text) of the answer; status 0 for a connection that was closed. An
-    error must have OpenAI's shape."""
+    """(status, headers, JSON or text) of the answer; status 0 for a connection that was closed. Our
+    errors must have OpenAI's shape; http.server's own have no headers for HTTP/0.9 and unknown."""
     head, _, body = raw(port, content, end).decode().partition("\r\n\r\n")
-    if not head:
-        return 0, {}, ""
+    if not head.startswith("HTTP/1.1 "):
+        return int(([0, *re.findall(r"Error code: (\d+)", head)])[-1]), {}, ""
     line, *headers = head.split("\r\n")
     status, headers = int(line.split()[1]), dict(h.split(": ", 1) for h in headers)
     if headers.get("Content-Type") == "application/json":
         body = json.loads(body, parse_constant=pytest.fail)
-    if status >= 400:
+    if status >= 400 and isinstance(body, dict):
         assert set(body["error"]) == {"message", "type", "param", "code"}
         assert body["error"]["message"] and ("Retry-After" in headers) == (status in (429, 503))
     return status, headers, body
@@ -680,7 +680,7 @@ def test_a_full_queue_and_too_many_connections(text, slowly, monkeypatch):
                 text.write(**LONG)
             assert e.value.response.headers["Retry-After"] == "1"
             monkeypatch.setattr(data.server, "MAX_CONNECTIONS", 2)
-            with pytest.raises(openai.InternalServerError, match="too many connections"):
+            with pytest.raises(openai.APIConnectionError):
                 text.client.models.list()
         monkeypatch.setattr(data.server, "MAX_CONNECTIONS", 64)
         assert get(text.port, "/health")[0] == 200
