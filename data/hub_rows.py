@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face Hub as files of rows: OWNER/NAME, OWNER/NAME:CONFIG.
 
 The Hub's viewer gives the rows of most of them as JSON, a hundred a page, with the names of labels.
-Where it does not, or for OWNER/NAME:FILE, a file of the repository is read. Downloads are kept.
+Of others OWNER/NAME:FILE names a file of the repository to be read. Downloads are kept.
 """
 import contextlib
 import io
@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from data.cli import UserError, watched
-from data.download import MODELS, VIEWER, download_path, fetch, hub_token
+from data.download import VIEWER, download_path, fetch, hub_token
 from data.files import read_json
 from data.row_files import is_row_file
 from data.sources import HUB, made
@@ -24,10 +24,6 @@ FILE = re.compile(r"\.(jsonl?|[ct]sv|gz|zip|txt|parquet|arrow|feather|xlsx)$", r
 SPLITS = {"train": ("train",), "val": ("dev", "val", "valid", "validation"), "test": ("test",)}
 PAGE = 100  # rows, the most that the viewer gives at once
 MOST_ROWS = 100_000  # larger splits are only downloaded with --max_rows
-
-
-class ViewerError(Exception):
-    """The Hub's viewer does not give the rows of a data set, or cannot be reached."""
 
 
 def hub_name(name):
@@ -43,42 +39,37 @@ def hub_name(name):
 def hub_rows(repo, part, limits):
     """{split: path} of a data set's rows: the splits train, validation (as val) and test that it
     has. `part` is None, a configuration, a split to be used as the training rows, or a file of the
-    repository; limits[split] is the number of rows to download, None for all. UserError if neither
-    the viewer nor the repository gives rows, or if `part` is missing or unknown."""
+    repository; limits[split] is the number of rows to download, None for all. UserError if the
+    viewer does not give the rows, or if `part` is missing or unknown."""
     if part and is_row_file(part):
-        return {"train": repository_file(repo, part)}
+        url = f"{HUB}/{repo}/resolve/main/{quote(part)}"
+        return {"train": fetch(url, token=hub_token(url))}
     try:
-        config, names = choose_splits(repo, part, ask("splits", 2, dataset=repo)["splits"])
-        paths = {s: viewer_file(repo, config, name, limits[s]) for s, name in names.items()}
-        return {s: path for s, path in paths.items() if s == "train" or path.stat().st_size}
-    except ViewerError as e:
-        return {"train": only_file(repo, part or "", e)}
-
-
-def fetch_json(url, tries=4):
-    """The JSON object at `url`, downloaded without a message: there may be hundreds of them."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        return read_json(fetch(url, tries=tries, token=hub_token(url)))
+        splits = ask("splits", 2, dataset=repo)["splits"]
+    except UserError as e:
+        raise UserError(
+            f"{repo} is no file or folder here, and the Hub's viewer does not give its rows: name "
+            f"one of its files, as {repo}:FILE ({e})"
+        ) from e
+    config, names = choose_splits(repo, part, splits)
+    paths = {s: viewer_file(repo, config, name, limits[s]) for s, name in names.items()}
+    return {s: path for s, path in paths.items() if s == "train" or path.stat().st_size}
 
 
 def ask(endpoint, tries, **query):
     """The viewer's answer, an object whose list is named after the endpoint."""
     url = f"{VIEWER}/{endpoint}?{urlencode(query)}"
-    try:
-        answer = fetch_json(url, tries)
-    except UserError as e:
-        raise ViewerError(str(e)) from e
-    if not isinstance(answer.get(endpoint), list):
-        raise ViewerError(f"{url} has no {endpoint}")
+    with contextlib.redirect_stderr(io.StringIO()):  # there may be hundreds of downloads
+        answer = read_json(fetch(url, tries=tries, token=hub_token(url)))
+    if not answer.get(endpoint):
+        raise UserError(f"{url} has no {endpoint}")
     return answer
 
 
 def choose_splits(repo, part, splits):
     """(configuration, {our name of a split: its name there}) of what `part` of a data set means."""
     configs = list(dict.fromkeys(s["config"] for s in splits))
-    config = next((c for c in (part, "default", *configs) if c in configs), None)
-    if config is None:
-        raise ViewerError(f"{repo} has no splits")
+    config = next(c for c in (part, "default", *configs) if c in configs)
     if len(configs) > 1 and config not in (part, "default"):
         ask_for_one(repo, "has several configurations: name one", configs)
     there = [s["split"] for s in splits if s["config"] == config]
@@ -112,9 +103,7 @@ def viewer_rows(repo, config, split, limit):
             break
         try:
             page = ask("rows", 6, **query, offset=n, length=PAGE)  # patient: rates are limited
-        except ViewerError as e:
-            if not n:
-                raise
+        except UserError as e:
             raise UserError(f"{e}; {n:,} rows of {split} are kept: run this again to go on") from e
         rows += page_rows(page)
         count = page.get("num_rows_total") or 0
@@ -139,25 +128,3 @@ def page_rows(page):
             names[feature["name"]] = dict(enumerate(kind["names"]))
     rows = [entry["row"] for entry in page["rows"]]
     return [row | {key: label.get(row.get(key)) for key, label in names.items()} for row in rows]
-
-
-def repository_file(repo, file):
-    """The path of a file of a data set's repository."""
-    url = f"{HUB}/{repo}/resolve/main/{quote(file)}"
-    return fetch(url, token=hub_token(url))
-
-
-def only_file(repo, part, reason):
-    """The path of the only file of rows of a repository whose name contains `part`. `reason` says
-    why the viewer is not used."""
-    try:
-        listing = fetch_json(f"{MODELS}/api/datasets/{repo}")
-    except UserError as e:
-        raise UserError(f"{repo} is no file or folder here, nor can the Hub be asked: {e}") from e
-    files = [f["rfilename"] for f in listing.get("siblings", ())]
-    files = [f for f in files if is_row_file(f) and part in f and "dataset_info" not in f]
-    if not files:
-        raise UserError(f"{repo} has no file of rows in JSON or CSV, and no viewer: {reason}")
-    if len(files) > 1:
-        ask_for_one(repo, "has several files: name one", files)
-    return repository_file(repo, files[0])

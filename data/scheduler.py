@@ -143,10 +143,10 @@ class Scheduler(threading.Thread):
         except Exception as e:
             job.events.put((job.index, e, None))
             return
-        job.left, job.cached = job.max_tokens, slot.held
+        job.left, job.cached = job.max_tokens, self.engine.held(slot)
         self.writing[slot] = job
         self.counts["prompt_tokens"] += len(job.prompt)
-        self.counts["cached_tokens"] += slot.held
+        self.counts["cached_tokens"] += job.cached
 
     def hand_out(self, new):
         """Pass new ids on, and end what is over."""

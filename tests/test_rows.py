@@ -563,22 +563,12 @@ MISTAKES = {  # --data: what the message says
     "me/sft:train_dpo": "has no split train_dpo: name one to learn from, as me/sft:train_sft",
     "me/large": "has 100,100 rows of train: say how many by --max_rows",
     "me/bare": "data/datasets/me/bare/default-train.jsonl holds no rows",
-    "me/none": "me/none is no file or folder here, nor can the Hub be asked: cannot download",
+    "me/none": "me/none is no file or folder here, and the Hub's viewer does not give its rows",
     "me/here": "me/here is a folder",
     "me/none.jsonl": "me/none.jsonl does not exist",
     "data/none": "data/none does not exist: name a .json, .jsonl, .csv, .tsv file, .gz too, OWNER",
     "me/moved": "me/moved changed on the Hub while it was downloaded: delete data/downloads/",
-    "me/pictures": "me/pictures has no file of rows in JSON or CSV, and no viewer: cannot ",
-    "me/files:b": "several files: name one, as me/files:b/1.jsonl; it has b/1.jsonl, b/2.jsonl",
 }
-
-
-def add_files(server, repo, files):
-    """A data set that the viewer refuses, with the files of its repository."""
-    about = {"siblings": [{"rfilename": name} for name in ("README.md", *files)]}
-    server.files[f"/huggingface.co/api/datasets/{repo}"] = json.dumps(about).encode()
-    for name, content in files.items():
-        server.files[f"/huggingface.co/datasets/{repo}/resolve/main/{quote(name)}"] = content
 
 
 @pytest.mark.parametrize("source", MISTAKES)
@@ -588,28 +578,21 @@ def test_a_data_set_that_cannot_be_read_is_a_line(hub, source):
     hub("me/large", {"default": {"train": films(1)}}, total=100_100)
     hub("me/moved", {"default": {"train": films(99)}}, total=100)
     hub("me/bare", {"default": {"train": films(9, -1)}})
-    add_files(hub.mirror, "me/pictures", {"data/train-00000-of-00001.parquet": b"PAR1"})
-    add_files(hub.mirror, "me/files", dict.fromkeys(("a.json", "b/1.jsonl", "b/2.jsonl"), b""))
     Path("me/here").mkdir(parents=True)
     with pytest.raises(UserError, match=re.escape(MISTAKES[source])) as e:
         load_data(source)
     assert "\n" not in str(e.value)
 
 
-def test_files_of_a_repository_where_there_is_no_viewer(hub, monkeypatch):
-    lines = lambda rows: "".join(json.dumps(row) + "\n" for row in rows).encode()  # noqa: E731
-    csv = b"text,label\n" + b"a,0\n" * 4
-    files = {"data/Train.csv": csv, "data/test.csv.gz": gzip.compress(csv)}
-    add_files(hub.mirror, "me/split", files | {"dataset_infos.json": b"{}"})
-    add_files(hub.mirror, "me/single", {"rows v2.jsonl": lines(alpaca(30))})
-    split = dict(source="me/split:data/Train.csv", val_source="me/split:data/test.csv.gz")
-    assert sizes(**split) == {"train": 4, "val": 4}
-    assert sizes("me/single:rows v2.jsonl", every_row=True) == {"train": 30, "val": 30}
-    monkeypatch.delenv("SCRATCHLM_MIRROR")
-    monkeypatch.setenv("HF_ENDPOINT", hub.mirror.base + "/huggingface.co")
-    monkeypatch.setattr("data.hub_rows.VIEWER", "http://127.0.0.1:9")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    assert sizes("me/single") == {"train": 27, "val": 3}
+def test_files_of_a_repository(hub):
+    lines = "\n".join(map(json.dumps, alpaca(30)))
+    files = {"rows v2.jsonl": lines, "data/Train.csv": "text,label\n" + "a,0\n" * 4}
+    for name, text in files.items():
+        url = f"/huggingface.co/datasets/me/split/resolve/main/{quote(name)}"
+        hub.mirror.files[url] = text.encode()
+    assert sizes("me/split:rows v2.jsonl", every_row=True) == {"train": 30, "val": 30}
+    train = "me/split:data/Train.csv"
+    assert sizes(train, val_source=train) == {"train": 4, "val": 4}
 
 
 def test_the_names_that_the_course_and_the_hub_have_for_a_set(offline):
