@@ -188,7 +188,8 @@ def answer(model, tokenizer, jobs):
     """The model's greedy answers to `answer_jobs`, as messages."""
     prompts = [job_prompt(job, tokenizer, model.config.context) for job in jobs]
     turns = generate_turns(model, tokenizer, prompts, temperature=0.0)
-    return [parse(ids, chat.get_template(tokenizer)) for ids in turns]
+    template = chat.get_template(tokenizer)
+    return [parse(ids, template, prompt) for ids, prompt in zip(turns, prompts)]
 
 
 # --------------------------------------------------------------------------------------------
@@ -336,8 +337,8 @@ class Classify(SFT):
         return [chat.label_token(name) for name in labels]
 
     def rows(self, example):
-        text, label, a = example["text"], example["label"], self.args
-        row, cut = batches.label_row(text, label, self.tokenizer, a.context, a.loss_on)
+        text, label, context = example["text"], example["label"], self.args.context
+        row, cut = batches.label_row(text, label, self.tokenizer, context)
         return [row], cut
 
     def evaluate(self, model, split, final=True):
@@ -414,13 +415,10 @@ class DPO(SFT):
         and their difference."""
         rewards = self.over_pairs(split, partial(self.rewards, model))
         chosen, rejected = rewards.unbind(1)
-        return {
-            "val_loss": float(preference_loss(rewards)) / len(rewards),
-            "reward_accuracy": float((chosen > rejected).float().mean()),
-            "reward_chosen": float(chosen.mean()),
-            "reward_rejected": float(rejected.mean()),
-            "reward_margin": float((chosen - rejected).mean()),
-        }
+        means = dict(accuracy=chosen > rejected, chosen=chosen, rejected=rejected)
+        means |= dict(margin=chosen - rejected)
+        scores = {"val_loss": float(preference_loss(rewards)) / len(rewards)}
+        return scores | {f"reward_{name}": float(v.float().mean()) for name, v in means.items()}
 
     def report(self, model, split):
         with self.runtime.autocast():
@@ -634,7 +632,8 @@ class GRPO(SFT):
         with lm.evaluating(self.model) as model, self.runtime.autocast():
             prompt_ids = [p.ids for p in prompts]
             answers = generate_turns(model, self.tokenizer, prompt_ids, seeds=seeds.tolist())
-        turns = [parse(new, chat.get_template(self.tokenizer)) for new in answers]
+        template = chat.get_template(self.tokenizer)
+        turns = [parse(new, template, prompt) for new, prompt in zip(answers, prompt_ids)]
         jobs = [p.turn for p in prompts]
         rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
         if None in rewards:
@@ -1051,8 +1050,8 @@ def build_parser():
     add("--rows", metavar="START:STOP", help="this part of the training rows, as 1000:5001")
     add("--max_rows", type=at_least(1), help="the first rows of each split only (default: all)")
     add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
-    add("--loss_on", choices=("assistant", "call", "all"),
-        help="learn the assistant's turns (default), its tool calls only, or every token")
+    add("--loss_on", choices=("assistant", "call"),
+        help="learn the assistant's turns (default), or its tool calls only")
     add("--augment", type=share, help="hotel dialogues: the chance that a value is exchanged "
         "everywhere in one, and that a question is added (default 0)")
     add("--token_dropout", type=share, help="the chance that a token is hidden (default 0)")
