@@ -675,7 +675,8 @@ class Transformer(nn.Module):
         if cache is None:
             if c.context < T:
                 raise UserError(f"{T} tokens do not fit the context of {c.context}")
-            step = Step(slice(0, T))
+            # not a slice: the compiler would make a graph for every length
+            step = Step(torch.arange(T, device=ids.device))
         step = step or cache.begin(ids)
         tables = [table[step.positions] for table in self.position_tables()]
         x, rope = self.embed(ids), None  # (B, T, C)
@@ -687,7 +688,8 @@ class Transformer(nn.Module):
         if self.inputs:
             seen, at = ids if cache is None else cache.past(step), step.positions
             if isinstance(at, slice):
-                at = torch.arange(at.start, at.stop, device=ids.device).expand_as(ids)
+                at = torch.arange(at.start, at.stop, device=ids.device)
+            at = at.expand_as(ids)
             for module in self.inputs.values():
                 x = x + module(seen, at, self.embed_ids)
         x = self.drop(x)
