@@ -188,7 +188,8 @@ def answer(model, tokenizer, jobs):
     """The model's greedy answers to `answer_jobs`, as messages."""
     prompts = [job_prompt(job, tokenizer, model.config.context) for job in jobs]
     turns = generate_turns(model, tokenizer, prompts)
-    return [parse(ids, chat.get_template(tokenizer)) for ids in turns]
+    template = chat.get_template(tokenizer)
+    return [parse(ids, template, prompt) for ids, prompt in zip(turns, prompts)]
 
 
 # --------------------------------------------------------------------------------------------
@@ -630,7 +631,8 @@ class GRPO(SFT):
         with lm.evaluating(self.model) as model, self.runtime.autocast():
             prompt_ids = [p.ids for p in prompts]
             answers = generate_turns(model, self.tokenizer, prompt_ids, seeds=seeds.tolist())
-        turns = [parse(new, chat.get_template(self.tokenizer)) for new in answers]
+        template = chat.get_template(self.tokenizer)
+        turns = [parse(new, template, prompt) for new, prompt in zip(answers, prompt_ids)]
         jobs = [p.turn for p in prompts]
         rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
         if None in rewards:

@@ -148,7 +148,9 @@ class Reply:
         new, held = self.take(last=True), ""
         if self.kind == "call":
             self.kind, self.calls = "content", read_calls(self.pending, self.template)
-            held = "" if self.calls else self.pending.replace(MARK, "").rstrip(UNKNOWN)
+            text = self.pending.replace(MARK, "").rstrip(UNKNOWN)
+            text = text if self.said["content"] else text.lstrip("\n")
+            held = "" if self.calls else text
             for n, call in enumerate(self.calls):
                 if call.get("id") in (None, *(c["id"] for c in self.calls[:n])):
                     call["id"] = secrets.token_hex(5)[:9]  # the length that Mistral's requires
@@ -161,9 +163,9 @@ class Reply:
         return {"role": "assistant"} | self.said | calls
 
 
-def parse(ids, template):
-    """The assistant's message that the generated ids of an answer mean."""
-    reply = Reply(template.tokenizer, template)
+def parse(ids, template, prompt=()):
+    """The assistant's message that the ids generated after a prompt mean."""
+    reply = Reply(template.tokenizer, template, ids=template.opened(prompt))
     for i in ids:
         reply.feed(i)
     reply.finish()
@@ -180,15 +182,18 @@ def read_calls(text, template):
     try:
         if template.call_tag == "[TOOL_CALLS]":
             parts = [json.dumps(call, ensure_ascii=False) for call in json.loads(parts[0])]
-        return [json_call(part.partition("</tool_call>")[0].strip()) for part in parts]
+        if not tag:
+            json.loads(text)  # nothing may follow a call without a tag
+        return list(map(json_call, parts))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return []
 
 
 def json_call(text):
-    """The call that a JSON object with a name and arguments (Llama: parameters) is, its arguments
-    as they are written there. ValueError if it is none."""
-    call = json.loads(text)
+    """The call at the start of a text, a JSON object with a name and arguments (Llama: parameters)
+    that stay as they are written. ValueError if there is none."""
+    text = text.lstrip()
+    call, _ = json.JSONDecoder().raw_decode(text)
     key = "arguments" if "arguments" in call else "parameters"
     if not isinstance(call["name"], str) or not isinstance(call[key], dict):
         raise ValueError("not a call")

@@ -35,9 +35,6 @@ POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-BUSY = json.dumps(ApiError(503, "too many connections: try again in a second").body)
-BUSY = f"Content-Type: application/json\r\nContent-Length: {len(BUSY)}\r\n\r\n{BUSY}"
-BUSY = f"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nConnection: close\r\n{BUSY}".encode()
 
 
 def serve(service, host, port):
@@ -104,9 +101,7 @@ class Server(http.server.ThreadingHTTPServer):
             oldest = next(iter(self.reading)) if self.open > MAX_CONNECTIONS else None
         if self.is_reading(oldest):
             with contextlib.suppress(OSError):
-                oldest.send(BUSY)
-                if oldest is not request:
-                    oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and returns
+                oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and returns
         super().process_request(request, client_address)
 
     def is_reading(self, request):
@@ -146,9 +141,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile, self.sent = io.BufferedReader(LimitedReader(self.connection)), False
 
     def handle(self):
-        if self.connection in self.server.reading:  # else it was refused
-            with contextlib.suppress(TimeoutError):
-                self.handle_one_request()
+        with contextlib.suppress(TimeoutError):
+            self.handle_one_request()
 
     def log_message(self, *args):
         pass
@@ -180,12 +174,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.fail(ApiError(500, f"{type(e).__name__}: {e}"))
 
     do_POST = do_OPTIONS = do_PUT = do_DELETE = do_PATCH = do_GET
-
-    def send_error(self, code, message=None, explain=None):
-        """Send an error that http.server finds, as OpenAI's API would."""
-        self.server.is_reading(self.connection)
-        self.request_version = self.protocol_version  # else there would be no headers
-        self.fail(ApiError(int(code), message or http.HTTPStatus(code).phrase))
 
     def route(self):
         """(function of ROUTES, query or body); ApiError if the request is not allowed."""
