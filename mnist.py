@@ -298,8 +298,9 @@ def write_pictures(out, model, images, labels):
     shades = 255 * (errors / errors.max().clamp(min=1)).sqrt()[..., None, None]
     write_png(out / "confusion.png", sheet(shades.byte().view(100, 1, 1).numpy(), 10, 32))
     counts, cells = errors.flatten().topk(5)
-    pairs = [f"{i // 10} as {i % 10} ({n})" for n, i in zip(counts.tolist(), cells.tolist()) if n]
-    print("Read most often wrong:", ", ".join(pairs) or "none")
+    pairs = [(n, *divmod(i, 10)) for n, i in zip(counts.tolist(), cells.tolist()) if n]
+    texts = [f"{digit} read as {other} ({n} times)" for n, digit, other in pairs]
+    print("Most frequent errors:", ", ".join(texts) or "none")
     wrong = (read != labels).nonzero()[:, 0]
     wrong = wrong[confidence[wrong].argsort(descending=True)][:60]
     if len(wrong):

@@ -331,7 +331,7 @@ def test_the_pictures_show_what_was_read_as_what(tmp_path, capsys):
     images = torch.zeros(6, 28, 28)
     images[:, 0, 0], images[:, 0, 1] = read, torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 2.0])
     mnist.write_pictures(tmp_path, Fixed(), images, labels)
-    assert "wrong: 2 as 5 (2), " in capsys.readouterr().out
+    assert "errors: 2 read as 5 (2 times), " in capsys.readouterr().out
     picture = np.array(Image.open(tmp_path / "confusion.png"))
     assert picture.shape == (340, 340)
     shades = {(1, 7): 180, (2, 9): 180, (2, 5): 255}  # the square root of the share
@@ -342,7 +342,7 @@ def test_the_pictures_show_what_was_read_as_what(tmp_path, capsys):
     assert all((picture[:56:2, 58 * n : 58 * n + 56 : 2] == wrong[n]).all() for n in range(2))
     (tmp_path / "wrong.png").unlink()
     mnist.write_pictures(tmp_path, Fixed(), images, read)
-    assert not (tmp_path / "wrong.png").exists() and "wrong: none" in capsys.readouterr().out
+    assert not (tmp_path / "wrong.png").exists() and "errors: none" in capsys.readouterr().out
 
 
 # ---- The fast reader -----------------------------------------------------------------------------
