@@ -164,8 +164,6 @@ def test_flops_per_token_by_hand():
 
 def test_a_prediction_needs_tokens():
     assert "nats a token" in lm.report("tiny", lm.preset("tiny"), tokens=1000)
-    with pytest.raises(UserError, match="--tokens 0"):
-        lm.main(["--tokens", "0"])
 
 
 BAD_VALUES = {
@@ -355,21 +353,6 @@ def test_rope_dot_products_know_only_the_distance():
         line = dots.diagonal(distance)
         same(line, line[:1].expand_as(line), rtol=1e-4, atol=1e-5)
     assert (dots[0, 5] - dots[0, 6]).abs() > 1e-3
-
-
-def test_rmsnorm_equals_torchs_and_llamas():
-    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    x, weight = torch.randn(3, 5, 24), torch.randn(24)
-    ours, torchs, theirs = (
-        lm.RMSNorm(24, 1e-3, True),
-        nn.RMSNorm(24, 1e-3),
-        llama.LlamaRMSNorm(24, 1e-3),
-    )
-    for norm in (ours, torchs, theirs):
-        norm.weight.data.copy_(weight)
-    same(ours(x), torchs(x))
-    same(ours(x), theirs(x))
-    same(lm.RMSNorm(24, 1e-3, False)(x) * weight, ours(x))
 
 
 def test_the_swiglu_feed_forward_equals_llamas():
