@@ -27,6 +27,7 @@ import sys
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -40,26 +41,15 @@ import lora
 import model as lm
 import train
 from data import batches, chat
-from data.cli import (
-    Parser,
-    UserError,
-    at_least,
-    between,
-    check_limits,
-    number,
-    positive,
-    run_cli,
-    share,
-)
+from data.cli import Parser, UserError, at_least, between, number, positive, run_cli, share
 from data.costs import check_memory
 from data.files import write_json
-from data.machine import DTYPES, make_runtime
+from data.machine import DTYPES, make_runtime, shard_like
 from data.reply import parse
 from data.rewards import REWARDS, load_reward, rate
 from data.row_files import ROW_SUFFIXES
 from data.rows import as_chat, first_words, load_data, report_bad
-from data.runner import cut_like, launch, place
-from data.runs import newest_run, resumed_settings, run_folder
+from data.runs import newest_run, run_folder
 from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS, SOURCES
 from data.tokenizer import Tokenizer
@@ -746,7 +736,7 @@ def resolve(args):
     given = {k: v for k, v in vars(args).items() if v is not None}
     content, settings = None, given
     if args.resume is not None:
-        settings, content = resumed_settings(args, given, FIXED, lm.load_checkpoint)
+        settings, content = train.resumed_settings(args, given, FIXED)
     elif "data" not in given:
         raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
     elif "ckpt" not in given:
@@ -769,7 +759,6 @@ def resolve(args):
         settings = RECIPE | rates | objective.defaults() | settings | {"objective": name}
     settings["split"] = "val" if settings["split"] == "dev" else settings["split"]
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
-    check_limits(settings)
     check_settings(args, objective, splits, given)
     return args, objective, content, splits, hashes
 
@@ -855,13 +844,13 @@ def build_model(args, base, content, special_tokens, runtime):
     return model, tokenizer, adapter
 
 
-def make_task(args, objective, split, val, loader, extra):
+def make_task(args, objective, splits, loader, extra):
     """The `train.Task` of an objective: batches of the training Split by a BucketLoader."""
     runtime = objective.runtime
 
     def batch(number):
         numbers, rows = loader.get(number)
-        ids, *rest = objective.batch(split, numbers, rows, number)
+        ids, *rest = objective.batch(splits["train"], numbers, rows, number)
         if args.token_dropout:
             rng = np.random.default_rng((args.seed, 1, number))
             ids = batches.drop_tokens(ids, args.token_dropout, objective.tokenizer.eos_id, rng)
@@ -874,7 +863,7 @@ def make_task(args, objective, split, val, loader, extra):
 
     def evaluate(model, final):  # rank 0 tells the others, so that all decide alike
         with lm.evaluating(model), runtime.autocast():
-            return runtime.of_first(objective.evaluate(model, val, final))
+            return runtime.of_first(objective.evaluate(model, splits["val"], final))
 
     def score(row):  # the evaluation with the smallest one is the best
         if args.best_by == "last":
@@ -909,14 +898,14 @@ def write_report(objective, model, split, out):
     return scores
 
 
-def report_best(model, args, objective, splits, examples, out):
+def report_best(model, args, objective, splits, examples):
     """The closing report on --split, with the best weights of the run."""
-    best = lm.load_checkpoint(out / "best.pt")
+    out, best = Path(args.out), lm.load_checkpoint(Path(args.out, "best.pt"))
     if "adapter" in best:
         lora.load_adapter(model, best)
     else:
         state = model.state_dict()
-        lm.load_weights(model, {k: cut_like(v, state[k]) for k, v in best["model"].items()})
+        lm.load_weights(model, {k: shard_like(v, state[k]) for k, v in best["model"].items()})
     # pairs only have the training and validation rows, whose reference is known
     split = splits.get(args.split) or objective.make_split(examples[args.split])
     print(f"{out}/best.pt, step {best['step']}, on {args.split}:")
@@ -930,7 +919,7 @@ def evaluate_only(args, objective_class, examples):
     """--eval_only: measure --split, or all rows of a file without --val; write predictions."""
     runtime = make_runtime(args.device, args.dtype)
     model, tokenizer, where = load(args.ckpt, args.device, runtime.dtype)
-    train.settle_context(args, model)
+    args = settle(args, context=train.check_context(args.context, model))
     labels, all_rows = find_labels(examples), examples["val"] is examples["train"]
     needed = objective_class.special_tokens(tokenizer, examples, labels)
     if missing := [name for name in needed if name not in tokenizer.special]:
@@ -938,7 +927,7 @@ def evaluate_only(args, objective_class, examples):
     if labels and all_rows:  # these rows may lack some
         labels = chat.labels_of(tokenizer)
     run = where.parent if where.suffix == ".pt" else where
-    out = run_folder(args, None, f"{run.name}-eval", runtime)
+    out = run_folder(args.out, f"{run.name}-eval", runtime)
     objective = objective_class(args, tokenizer, labels, runtime)
     split = objective.make_split(examples[args.split])
     if objective_class is DPO and not lora.adapted(model):
@@ -957,20 +946,26 @@ def evaluate_only(args, objective_class, examples):
         print(f"{out}/predictions.jsonl")
 
 
-def header(model, args, objective, split, val, loader, out):
+def header(model, args, objective, splits, loader):
     """The lines before the first step: what is learned, then those of any run."""
+    split, val = splits["train"], splits["val"]
     sizes = [batches.row_size(row) for row in loader.rows]
     longest, tokens = max(length for length, _ in sizes), sum(map(math.prod, sizes))
     lines = [
-        f"{out}: {args.objective} from {args.ckpt} on {args.data}: {len(split.examples):,} "
+        f"{args.out}: {args.objective} from {args.ckpt} on {args.data}: {len(split.examples):,} "
         f"{objective.noun} to learn, {len(val.examples):,} to measure; {len(sizes):,} rows of at "
         f"most {longest:,} tokens, {split.cut:,} of them cut; {loader.per_epoch:,} batches an epoch"
     ]
-    sizes = tokens, args.batch_tokens, tokens / len(sizes)
-    lines += train.header(model, args, objective.runtime, *sizes)
+    mean = tokens / len(sizes)
+    lines += train.header(model, args, objective.runtime, tokens, args.batch_tokens, mean)
     if split.cut > len(split.rows) / 10:
         lines.append("many rows are cut: a longer --context, or a base that has one, keeps more")
     return lines
+
+
+def settle(args, **values):
+    """`args` with these values; nothing else changes settings after `resolve`."""
+    return argparse.Namespace(**vars(args) | values)
 
 
 def main(argv=None):
@@ -984,13 +979,12 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     special_tokens = partial(objective_class.special_tokens, splits=examples, labels=labels)
     model, tokenizer, adapter = build_model(args, base, content, special_tokens, runtime)
-    train.settle_context(args, model)
-    args.dtype = runtime.dtype
+    args = settle(args, context=train.check_context(args.context, model), dtype=runtime.dtype)
     objective = objective_class(args, tokenizer, labels, runtime)
     split = objective.make_split(examples["train"])
     if args.show_mask:
         return batches.show_mask(split.rows, tokenizer, args.show_mask)
-    place(model, args, runtime)
+    train.place(model, args, runtime)
     if adapter and not runtime.sharded:
         lora.hold_frozen(model, DTYPES[runtime.dtype])
     check_memory(model, args.batch_tokens, runtime)
@@ -1001,24 +995,25 @@ def main(argv=None):
 
     loader = batches.BucketLoader(epoch_rows, args.batch_tokens, args.seed)
     if args.max_steps is None and args.max_minutes is None:
-        per_step = args.grad_accum * runtime.world
-        steps = math.ceil(args.epochs * loader.per_epoch / per_step)
-        args.max_steps = max(1, steps) * (args.updates or 1)
-    val = objective.make_split(examples["val"])
-    splits = {"train": split, "val": val}
+        steps = math.ceil(args.epochs * loader.per_epoch / (args.grad_accum * runtime.world))
+        args = settle(args, max_steps=max(1, steps) * (args.updates or 1))
+    splits = {"train": split, "val": objective.make_split(examples["val"])}
     extra = {"tokenizer": tokenizer.spec, "data": hashes} | objective.start(model, splits, content)
-    task = make_task(args, objective, split, val, loader, extra)
+    task = make_task(args, objective, splits, loader, extra)
     if adapter:
         task.weights, task.extra = lora.adapter_state, extra | {"adapter": adapter}
-    out = run_folder(args, content, f"{default_name(args.data)}-ft", runtime)
+    name = f"{default_name(args.data)}-ft"
+    out = Path(args.out) if content else run_folder(args.out, name, runtime)
+    args = settle(args, out=str(out))
     if runtime.rank == 0:
-        print("\n".join(header(model, args, objective, split, val, loader, out)))
+        print("\n".join(header(model, args, objective, splits, loader)))
 
     def report(result):
         with contextlib.redirect_stdout(sys.stdout if runtime.rank == 0 else io.StringIO()):
-            report_best(model, args, objective, splits, examples, out)
+            report_best(model, args, objective, splits, examples)
 
-    launch(partial(train.fit, model, task, args, runtime, out, content), report, runtime, out)
+    fit = partial(train.fit, model, task, args, runtime, out, content)
+    train.launch(fit, report, runtime, out)
     return None
 
 

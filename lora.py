@@ -27,21 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import model as lm
 from data.cli import Parser, UserError, run_cli
 from data.download import is_hub_name
 from data.hf_weights import write_peft
-from data.runner import cut_like, whole
+from data.machine import full_tensor, shard_like
 from data.tensors import fit_error
-from model import (
-    WHAT_CKPT,
-    Config,
-    config_to_hf,
-    load_checkpoint,
-    meta_model,
-    model_from_checkpoint,
-    save_checkpoint,
-    unwrapped_state,
-)
 
 # --------------------------------------------------------------------------------------------
 # Quantization: a frozen Linear whose weights are codes of 4 or 8 bits
@@ -312,7 +303,7 @@ def set_adapter(model, *names):
         if before is not None:
             saved[before] = {n: parameters[n].detach().clone() for n in saved[before]}
         for n, table in (saved[None] | saved.get(after, {})).items():
-            parameters[n].copy_(cut_like(table.to(parameters[n].device), parameters[n]))
+            parameters[n].copy_(shard_like(table.to(parameters[n].device), parameters[n]))
     model.active_adapters = list(names)
 
 
@@ -368,7 +359,8 @@ def adapter_parameters(model, name="default"):
 
 def adapter_state(model, name="default"):
     """The tensors of `adapter_parameters`, copied to the CPU."""
-    return {n: whole(p.detach()).cpu().clone() for n, p in adapter_parameters(model, name).items()}
+    parameters = adapter_parameters(model, name)
+    return {n: full_tensor(p.detach()).cpu().clone() for n, p in parameters.items()}
 
 
 @torch.no_grad()
@@ -380,7 +372,7 @@ def load_adapter(model, content, name="default"):
     if problem := fit_error(parameters, state):
         raise UserError(f"adapter {name} does not fit this base: {problem}")
     for n, parameter in parameters.items():
-        parameter.copy_(cut_like(state[n], parameter))
+        parameter.copy_(shard_like(state[n], parameter))
 
 
 def load_adapted(base, adapters, where="the base"):
@@ -391,7 +383,7 @@ def load_adapted(base, adapters, where="the base"):
             raise UserError(f"{name} is no adapter but a whole model: use it as --ckpt")
     infos = {name: content["adapter"] for name, content in adapters.items()}
     quantized = next((info["quantize"] for info in infos.values() if info["quantize"]), None)
-    model = model_from_checkpoint(base, dtype=None if quantized else torch.float32, where=where)
+    model = lm.model_from_checkpoint(base, dtype=None if quantized else torch.float32, where=where)
     sha256 = fingerprint(base["model"])
     for name, info in infos.items():
         if info["base_sha256"] != sha256:
@@ -441,7 +433,7 @@ def merge_files(ckpt, adapter, out):
     path = Path(out) if out.endswith(".pt") else Path(out, "best.pt")
     if path.exists():
         raise UserError(f"{path} exists: name another --out")
-    base, content = load_checkpoint(ckpt), load_checkpoint(adapter)
+    base, content = lm.load_checkpoint(ckpt), lm.load_checkpoint(adapter)
     model = load_adapted(base, {str(adapter): content}, ckpt)
     torch.manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, min(64, model.config.context)))
@@ -450,20 +442,20 @@ def merge_files(ckpt, adapter, out):
     difference = float((model(ids) - before).abs().max() / before.abs().max())
     if not difference < 1e-3:
         raise UserError(f"merging changed the logits by {difference:.1e} of their size: not saved")
-    merged = {"config": asdict(model.config), "model": unwrapped_state(model)}
-    save_checkpoint(path, merged | {"tokenizer": content["tokenizer"]})
+    merged = {"config": asdict(model.config), "model": lm.unwrapped_state(model)}
+    lm.save_checkpoint(path, merged | {"tokenizer": content["tokenizer"]})
     print(f"{path}: {len(names)} layers merged, logits differ by {difference:.1e} of their size")
 
 
 def export_files(ckpt, adapter, out):
     """The export command: write a folder that peft reads over the exported base."""
-    base, content = load_checkpoint(ckpt), load_checkpoint(adapter)
+    base, content = lm.load_checkpoint(ckpt), lm.load_checkpoint(adapter)
     if (path := Path(out, "adapter_config.json")).exists():
         raise UserError(f"{path} exists: name another --out")
     load_adapted(base, {str(adapter): content}, ckpt)  # raises if it is not their base
-    config = Config.from_dict(dict(base["config"]))
-    gpt2 = config_to_hf(config)[0]["model_type"] == "gpt2"
-    modules = meta_model(config).named_modules()
+    config = lm.Config.from_dict(dict(base["config"]))
+    gpt2 = lm.config_to_hf(config)[0]["model_type"] == "gpt2"
+    modules = lm.meta_model(config).named_modules()
     heights = {n: m.out_features for n, m in modules if isinstance(m, nn.Linear)}
     in_transformers = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()
     write_peft(content, heights, gpt2, out, ckpt if in_transformers else None)
@@ -483,7 +475,7 @@ def build_parser():
         ("export", "write an adapter for Hugging Face's peft", "folder"),
     ):
         c = commands.add_parser(command, help=text)
-        c.add_argument("--ckpt", required=True, help=f"the base: {WHAT_CKPT}")
+        c.add_argument("--ckpt", required=True, help=f"the base: {lm.WHAT_CKPT}")
         c.add_argument("--adapter", required=True, help="the adapter: a run's folder or its file")
         c.add_argument("--out", required=True, help=f"{out} to write")
     return p

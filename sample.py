@@ -19,7 +19,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -29,8 +29,6 @@ if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; s
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import lora
 from data.analogy import analogy
@@ -38,20 +36,16 @@ from data.chat import get_template, label_token, labels_of
 from data.cli import Parser, UserError, check_limits, printable, run_cli
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, dtype_name, native_dtype
-from data.matmul import product, timing_lines
+from data.matmul import make_fast, timing_lines
 from data.reply import TextStream
 from data.runs import newest_run
 from data.terminal import Chat, talk
 from data.tokenizer import Tokenizer
 from data.tools import function_schema, load_tools
 from model import (
-    ACTIVATIONS,
-    GATED,
     LOSS_ROWS,
     WHAT_CKPT,
     KVCache,
-    apply_rope,
-    attention,
     find_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
@@ -179,58 +173,64 @@ def sample_token(probs, generator):
 
 
 # --------------------------------------------------------------------------------------------
-# Generation: several texts at once, one new token each a step
+# Generation: the plain loop, and an engine that writes several texts at once
 # --------------------------------------------------------------------------------------------
 
-READ = 4096  # ids that are read in one pass at most, padding included
+
+@torch.inference_mode()
+def naive_generate(model, ids, max_new_tokens, seed=0, **settings):
+    """Generation written out, for reading: the new ids after the prompt `ids`. The model runs over
+    all of the text for each of them. `Engine` does not, and a test holds the two equal.
+
+    A text longer than the context goes on from the newest half of it; `settings` as in DECODING.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    context, window, new = model.config.context, ids[-model.config.context :], []
+    for _ in range(max_new_tokens):
+        if len(window) > context:
+            window = window[-max(1, context // 2) :]
+        logits = model(torch.tensor([window]))[:, -1]  # (1, V)
+        [i] = next_token(logits, [ids + new], [generator], settings, [len(ids)])
+        window = [*window, i]
+        new.append(i)
+    return new
+
+
+MAX_READ = 4096  # ids that one pass reads at most, padding included
 
 
 @dataclass(eq=False)
 class Slot:
-    """A text that an `Engine` writes: its prompt and what has been drawn since are `ids`. The model
-    looks at ids[start:], of which the first `held` are in row `row` of the cache."""
+    """A text that an `Engine` writes: `ids` are its prompt and what has been drawn since. The model
+    looks at ids[start:], and row `row` of the cache holds the first of those."""
 
     row: int
     ids: list = field(default_factory=list)
     start: int = 0
-    held: int = 0
     prompt: int = 0  # the length of the prompt
-    ended: int = 0  # how many texts had ended when it did: the least is free the longest
+    ended: int = 0  # a count of ended texts at its end: the lowest has been free the longest
     generator: torch.Generator | None = None
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
     # (n, ids, values): before its first n new ids are drawn, `values` are added to these logits
     biases: list = field(default_factory=list)
     settings: dict = field(default_factory=dict)
-    # how many of the likeliest ids `logprobs` shows for each new one (None: it stays empty), a list
-    # of (log probability, [(id, log probability)]); with `echo` those of the prompt come first
+    # `logprobs` gets (log probability, [(id, log probability) of the `top` likeliest]) for each new
+    # id, unless `top` is None; with `echo` those of the prompt come first
     top: int | None = None
     echo: bool = False
     logprobs: list = field(default_factory=list)
-
-    def unread(self):
-        """How many of the ids the cache lacks."""
-        return len(self.ids) - self.start - self.held
-
-    def shared(self, ids):
-        """How many of `ids` the cache holds, because this text begins with them."""
-        return common(self.ids[self.start : self.start + self.held], ids)
-
-
-def common(a, b):
-    """The length of the common beginning of two lists."""
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 class Engine:
     """Writes several texts at once, which begin and end at any step. Each gets the ids that it
     would get alone, but for rounding: float products depend on the number of rows in the last bit.
 
-    The first `busy` rows of one KVCache are being written. The others are free, and keep what they
-    held: what a prompt has in common with any row is not read again.
+    The first `busy` rows of one KVCache are being written. The others are free and keep what they
+    hold: the beginning that a prompt shares with any row is copied, not read again.
 
-    slots   texts at once, at most
+    slots   the most texts at once
     length  tokens that the cache has room for at first; it grows up to the context
-    chunk   ids of prompts that a step reads at most, so that other texts wait only so long
+    chunk   the most ids of prompts that a step reads, so that other texts need not wait long
     slide   slide(kept) is called with how many ids are kept: the last ones of a prompt longer than
             the context; of a full context the newest half, read again from position 0
 
@@ -243,20 +243,19 @@ class Engine:
     @torch.inference_mode()
     def __init__(self, model, slots, length=None, chunk=math.inf, slide=None):
         self.model, self.chunk, self.slide = model, chunk, slide or (lambda kept: None)
-        self.context = model.config.context
-        self.cache, self.view = KVCache(model, slots, length), None
-        self.device = self.cache.keys.device
+        self.context, self.device = model.config.context, model.embed.weight.device
+        self.cache = KVCache(model, slots, length)
         self.slots, self.busy, self.ended = [Slot(row) for row in range(slots)], 0, 0
-        self.ready, self.groups = [], []  # slots in the last step, and their groups: `by_settings`
 
+    @torch.inference_mode()
     def add(
         self, prompt, *, seed=0, allowed=None, top=None, echo=False, logit_bias=None, ends=(),
         min_tokens=0, **settings
     ):  # fmt: skip
-        """A new text, as a Slot: `prompt` is a list of ids, `settings` are those of DECODING.
-        `logit_bias` is {id: what is added to its logit before any filter}; none of the first
-        `min_tokens` new ids is in `ends` if any other may come. The rest is described there. One
-        slot must be free. UserError for ids that cannot be."""
+        """Begin a text and return its Slot: `prompt` is a list of ids, `settings` are as in
+        DECODING. `logit_bias` is {id: value added to its logit before any filter}. None of the
+        first `min_tokens` new ids is in `ends`, if any other may come. The other arguments are
+        described in Slot. One slot must be free. UserError for ids outside the vocabulary."""
         biases = (math.inf, logit_bias or {}), (min_tokens, dict.fromkeys(ends, -1e9))
         biases = [(n, [*bias], [*map(float, bias.values())]) for n, bias in biases if n and bias]
         check_ids([prompt, *(ids for _, ids, _ in biases)], self.model.config.vocab_size)
@@ -266,169 +265,153 @@ class Engine:
             self.slide(self.context)
         window = prompt[start:-1]
 
-        def gain(slot):  # of its place: what is shared, less what is lost
-            return max(0, 2 * slot.shared(window) - slot.held), not slot.held, -slot.ended
+        def gain(slot):  # of its row: what is shared, less what is lost
+            shared, held = self.shared(slot, window), self.held(slot)
+            return max(0, 2 * shared - held), not held, -slot.ended
 
         old = max(self.slots[self.busy :], key=gain)
-        held = 0 if echo else old.shared(window)
-        slot = Slot(old.row, list(prompt), start, held, len(prompt))
-        slot.generator = torch.Generator().manual_seed(seed)
-        slot.allowed, slot.settings, slot.top, slot.echo = allowed, settings, top, echo
+        self.cache.lengths[old.row] = 0 if echo else self.shared(old, window)
         tensor = partial(torch.tensor, device=self.device)
-        slot.biases = [(n, tensor(ids), tensor(values)) for n, ids, values in biases]
+        biases = [(n, tensor(ids), tensor(values)) for n, ids, values in biases]
+        slot = Slot(old.row, list(prompt), start, len(prompt), allowed=allowed, biases=biases)
+        slot.generator = torch.Generator().manual_seed(seed)
+        slot.settings, slot.top, slot.echo = settings, top, echo
         self.slots[slot.row] = slot
         self.swap(slot.row, self.busy)
         self.busy += 1
         return slot
 
+    @torch.inference_mode()
     def remove(self, slot):
-        """End a text. The cache holds it until another takes its place."""
+        """End a text. Its row of the cache keeps it until another text takes the row."""
         if slot in self.slots[: self.busy]:
             self.busy -= 1
             slot.ended = self.ended = self.ended + 1
             self.swap(slot.row, self.busy)
 
-    def forget(self):
-        """Do not use again what free slots hold: the model has changed."""
-        for slot in self.slots[self.busy :]:
-            slot.held = 0
-
     @torch.inference_mode()
+    def forget(self):
+        """Do not use again what the free rows hold: the model has changed."""
+        self.cache.lengths[self.busy :] = 0
+
     def swap(self, a, b):
         """Exchange two rows."""
         if a != b:
-            one, other = self.slots[a], self.slots[b]
-            self.cache.lengths[[a, b]] = torch.tensor([one.held, other.held])
             self.cache.copy_rows([b, a], [a, b])
-            self.slots[a], self.slots[b], one.row, other.row = other, one, b, a
+            self.slots[a], self.slots[b] = self.slots[b], self.slots[a]
+            self.slots[a].row, self.slots[b].row = a, b
+
+    def held(self, slot):
+        """How many ids of the text, from slot.start on, the cache holds."""
+        return int(self.cache.lengths[slot.row])
+
+    def shared(self, slot, ids):
+        """How many of `ids` the cache holds in the row of `slot`."""
+        return common(slot.ids[slot.start :][: self.held(slot)], ids)
 
     @torch.inference_mode()
     def step(self):
-        """{slot: its next id} of the texts whose prompts are read; it is in their `ids`, too."""
-        slots, logits, unread = self.slots[: self.busy], None, False
-        for slot in slots:
-            length = len(slot.ids) - slot.start
-            if length > self.context:
-                length = max(1, self.context // 2)
-                slot.start, slot.held = len(slot.ids) - length, 0
-                self.slide(length)
-            unread = unread or length - slot.held > 1
-        if unread:
-            logits = self.read()
-            slots = slots[: next((s.row for s in slots if s.unread() > 1), self.busy)]
-        if not slots:
-            return {}
-        logits, new = self.next_logits(slots) if logits is None else logits, {}
-        biased = self.add_biases(logits, slots)
-        for group, *how in self.by_settings(slots):
-            some = biased if len(group) == len(slots) else biased[[s.row for s in group]]
-            if group[0].allowed is not None:
-                some = some.masked_fill(~group[0].allowed, -math.inf)
-            new |= zip(group, next_token(some, *how))
-        for slot, i in new.items():
-            if slot.top is not None:
-                slot.logprobs += top_logprobs(logits[slot.row, None], [i], slot.top)
-            slot.ids.append(i)
-        return new
+        """Draw the next id of each text whose prompt has been read; {slot: id}."""
+        for slot in self.slots[: self.busy]:
+            if len(slot.ids) - slot.start > self.context:  # full: go on from the newest half
+                kept = max(1, self.context // 2)
+                slot.start, self.cache.lengths[slot.row] = len(slot.ids) - kept, 0
+                self.slide(kept)
+        slots, logits, limit, row = [], [], self.chunk, 0
+        while row < self.busy:
+            group, unread = self.next_group(row, min(limit, MAX_READ))
+            T = min(unread, limit, MAX_READ) if unread > 1 else 1
+            if unread == T:
+                logits.append(self.read(group, T))
+                slots += group
+            elif T > 0:  # a long prompt, alone
+                self.read(group, T)
+            if T in (0, unread):  # else the same prompt goes on
+                row += len(group)
+            limit -= T * len(group) if unread > 1 else 0
+        return self.draw(slots, torch.cat(logits)) if slots else {}
 
-    def add_biases(self, logits, slots):
-        """Logits (B, V) with the biases of each slot in its own row."""
-        out = logits
-        for slot in slots:
-            for n, ids, values in slot.biases:
-                if len(slot.ids) - slot.prompt < n:
-                    out = logits.to(torch.float32, copy=True) if out is logits else out
-                    out[slot.row, ids] += values
-        return out
-
-    def by_settings(self, slots):
-        """[(slots with the same settings, arguments of `next_token` for them)]."""
-        if slots != self.ready:
-            self.ready, groups = slots, {}
-            for slot in slots:
-                groups.setdefault((id(slot.allowed), *slot.settings.items()), []).append(slot)
-            self.groups = [
-                (g, [s.ids for s in g], [s.generator for s in g], g[0].settings,
-                 [s.prompt for s in g]) for g in groups.values()
-            ]  # fmt: skip
-        return self.groups
-
-    def next_logits(self, slots):
-        """Run the last ids of the first slots; logits (B, V) of what comes next."""
-        held, device = [slot.held for slot in slots], self.device
-        self.make_room(max(held) + 1)
-        if self.view is None or self.view.keys.shape[1] != len(slots):
-            self.view = self.cache.rows(0, len(slots))
-        self.view.lengths.copy_(torch.tensor(held))
-        ids = torch.tensor([[slot.ids[-1]] for slot in slots], device=device)
-        logits = self.model.last_logits(ids, self.view)
-        for slot in slots:  # not before: Ctrl-C may have come in between
-            slot.held += 1
-        return logits
-
-    def read(self):
-        """Bring all ids but the last of each text into the cache, or `chunk` of them. If that is
-        one pass for all texts, the last ones, too: returns the logits (B, V) of what comes next."""
-        limit = min(self.chunk, READ)
-        while limit > 0 and (group := self.next_group(limit)):
-            first, T = group[0], max(slot.unread() for slot in group)
-            whole = len(group) == self.busy and limit >= T
-            T = min(limit, T - (not whole))
-            self.make_room(first.held + T)
-            rows = [s.ids[s.start + s.held : len(s.ids) - (not whole)][:T] for s in group]
-            # causal: padding behind a row changes nothing, and later ids are written over it
-            ids = [row + [0] * (T - len(row)) for row in rows]
-            ids = torch.tensor(ids, device=self.device)
-            view = self.cache.rows(first.row, first.row + len(group))
-            view.lengths.fill_(first.held)
-            states = self.model.hidden(ids, view)  # (B, T, C)
-            for slot, row in zip(group, rows):
-                slot.held += len(row)
-            if first.echo and len(first.ids) == first.prompt:  # it is read alone
-                after = first.ids[first.held - T + 1 :]
-                for n, x in enumerate(states[0].split(LOSS_ROWS)):
-                    goals = after[n * LOSS_ROWS :][: len(x)]
-                    first.logprobs += top_logprobs(self.model.head(x), goals, first.top)
-            if whole:
-                return self.model.head(states[range(len(rows)), [len(row) - 1 for row in rows]])
-            if self.chunk < math.inf:
-                limit -= ids.numel()
-        return None
-
-    def next_group(self, limit):
-        """Slots to read in one pass, of at most `limit` padded ids: side by side in the cache, as
-        much held, about as much to read. First they get copies of what other rows hold."""
-        group = []
-        for slot in [s for s in self.slots[: self.busy] if s.unread() > 1]:
-            window = slot.ids[slot.start : -1]
-            if any(2 * common(window, s.ids[s.start :]) > len(window) for s in group):
-                break  # it can have a copy once that one is read
-            source = max(self.slots, key=lambda s: s.shared(window))
-            shared = 0 if slot.echo else source.shared(window)
-            if shared > slot.held:
-                self.cache.lengths[source.row] = source.held
-                self.cache.copy_rows(source.row, slot.row, shared)
-                slot.held = shared
-            if slot.unread() < 2:
-                if group:
-                    break
-                continue
-            sizes = [s.unread() - 1 for s in (*group, slot)]
-            padded = max(sizes) * len(sizes)
-            if group and (
-                slot.echo or group[0].echo or slot.held != group[0].held
-                or slot.row != group[-1].row + 1
-                or padded > min(limit, max(256, 1.5 * sum(sizes)))
-            ):
+    def next_group(self, row, limit):
+        """(slots from `row` on whose unread ids one pass can read, at most `limit` of a prompt; the
+        most unread ids of one of them). A prompt is copied from another row as far as possible."""
+        group, longest, total, most_held = [], 0, 0, 0
+        lengths = self.cache.lengths.tolist()
+        for slot in self.slots[row : self.busy]:
+            held, length = lengths[slot.row], len(slot.ids) - slot.start
+            if length - held > 1:
+                window = slot.ids[slot.start : -1]
+                source = max(self.slots, key=lambda s: self.shared(s, window))
+                shared = 0 if slot.echo else self.shared(source, window)
+                if shared > held:
+                    self.cache.copy_rows([source.row], [slot.row], shared)
+                    held = shared
+                overlap = max((common(window, s.ids[s.start :]) for s in group), default=0)
+                if 2 * (overlap - held) > length - held:
+                    break  # it can have a copy once that one is read
+            unread = length - held
+            total, most_held = total + unread, max(most_held, held)
+            padded = max(longest, unread) * (len(group) + 1)
+            if group and max(longest, unread) > 1 and (
+                min(longest, unread) == 1  # a text that is being written does not wait for prompts
+                or padded > min(limit, max(256, 1.5 * total))
+                or most_held + max(longest, unread) > self.context
+            ):  # fmt: skip
                 break
             group.append(slot)
-        return group
+            longest = max(longest, unread)
+        return group, longest
 
-    def make_room(self, length):
-        """Let the cache hold so many tokens of each text."""
-        if length > self.cache.room:
-            self.cache.grow(min(self.context, 2 * length))
-            self.view = None
+    def read(self, group, T):
+        """Run the next T ids of each slot, or as many as it has, through the model. Logits (B, V)
+        of what comes next."""
+        first, last = group[0].row, group[-1].row + 1
+        held = self.cache.lengths[first:last].tolist()
+        rows = [slot.ids[slot.start + n :][:T] for slot, n in zip(group, held)]
+        if max(held) + T > self.cache.room:
+            self.cache.grow(min(self.context, 2 * (max(held) + T)))
+        cache = self.cache if len(group) == len(self.slots) else self.cache.rows(first, last)
+        # causal: padding behind a row changes nothing, and later ids are written over it
+        ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=self.device)
+        if T == 1:
+            return self.model.last_logits(ids, cache)
+        states = self.model.hidden(ids, cache)  # (B, T, C)
+        cache.lengths.copy_(torch.tensor([n + len(row) for n, row in zip(held, rows)]))
+        for slot, n, x in zip(group, held, states):
+            if slot.echo and len(slot.ids) == slot.prompt:
+                after = slot.ids[slot.start + n + 1 :][:T]
+                for i in range(0, len(after), LOSS_ROWS):
+                    goals = after[i : i + LOSS_ROWS]
+                    logits = self.model.head(x[i : i + len(goals)])
+                    slot.logprobs += top_logprobs(logits, goals, slot.top)
+        return self.model.head(states[range(len(rows)), [len(row) - 1 for row in rows]])
+
+    def draw(self, slots, logits):
+        """Append to each slot an id drawn from its row of logits (B, V); {slot: id}."""
+        biased, groups, new = logits, {}, {}
+        for r, slot in enumerate(slots):
+            groups.setdefault((id(slot.allowed), *slot.settings.items()), []).append(r)
+            for n, ids, values in slot.biases:
+                if len(slot.ids) - slot.prompt < n:
+                    biased = logits.float().clone() if biased is logits else biased
+                    biased[r, ids] += values
+        for rows in groups.values():
+            group = [slots[r] for r in rows]
+            x = biased if len(rows) == len(slots) else biased[rows]
+            if group[0].allowed is not None:
+                x = x.masked_fill(~group[0].allowed, -math.inf)
+            previous, prompts = [s.ids for s in group], [s.prompt for s in group]
+            generators = [s.generator for s in group]
+            new |= zip(group, next_token(x, previous, generators, group[0].settings, prompts))
+        for r, slot in enumerate(slots):
+            if slot.top is not None:
+                slot.logprobs += top_logprobs(logits[r, None], [new[slot]], slot.top)
+            slot.ids.append(new[slot])
+        return new
+
+
+def common(a, b):
+    """The length of the common beginning of two lists."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def top_logprobs(logits, chosen, n):
@@ -441,26 +424,26 @@ def top_logprobs(logits, chosen, n):
 
 
 def generate(
-    model, prompts, max_tokens, *, seed=0, seeds=None, allowed=None, stop=None, slide=None,
+    model, prompts, max_new_tokens, *, seed=0, seeds=None, allowed=None, stop=None, slide=None,
     engine=None, **settings
 ):  # fmt: skip
-    """Yield lists of new ids, one a prompt and step (None for a row that has stopped).
+    """Yield lists of new ids, one for each prompt and step (None for a row that has stopped).
 
     prompts      lists of ids, of any lengths: each row gets what it would get alone
-    settings     of Engine.add, see DECODING; row r draws with seeds[r], or with `seed`
+    settings     as in DECODING; row r draws with seeds[r], or with `seed`
     allowed      bools (V,): ids that may come; None is all
-    stop(r, id)  called with each new id; True ends row r, the id included
+    stop(r, id)  is called with each new id; True ends row r, the id included
     slide(kept)  see Engine
-    engine       one to write with that has read other texts before; without it, a new one
+    engine       one that has read other texts before; by default a new one
     """
-    prompts = [list(p) for p in prompts]
     check_ids(prompts, model.config.vocab_size)
-    length = min(max(map(len, prompts)) + max_tokens, model.config.context)
-    engine = engine or Engine(model, len(prompts), length, slide=slide)
-    how = settings | {"allowed": allowed}
-    slots = [engine.add(p, seed=s, **how) for p, s in zip(prompts, seeds or repeat(seed))]
+    if engine is None:
+        length = min(max(map(len, prompts)) + max_new_tokens, model.config.context)
+        engine = Engine(model, len(prompts), length, slide=slide)
+    settings["allowed"] = allowed
+    slots = [engine.add(p, seed=s, **settings) for p, s in zip(prompts, seeds or repeat(seed))]
     try:
-        for _ in range(max_tokens):
+        for _ in range(max_new_tokens):
             new = engine.step()
             yield [new.get(slot) for slot in slots]
             for r, slot in enumerate(slots):
@@ -556,137 +539,6 @@ def classify(model, prompts, goals, batch=64):
 
 
 # --------------------------------------------------------------------------------------------
-# The same model once more, flat and fast: for sampling on a CPU
-# --------------------------------------------------------------------------------------------
-
-
-class FastTransformer:
-    """A Transformer that can only sample, but fast: the same `hidden`, `head` and `last_logits`,
-    behind a KVCache. `Transformer` is the one to read; a test holds the two equal.
-
-    A new token reads all weights once, so memory bandwidth limits its speed. The Transformer is
-    slower than that for two reasons. Its matrix products are not the fastest that this CPU has for
-    one row of x: `product` chooses by timing. And a small model spends its time between the
-    operations: here are fewer of them (q, k and v are one product, and rotated together) and no
-    modules to call.
-
-    `int8` rounds the matrices to eight bits (see data/matmul.py); `rows` is how many texts will be
-    written at once. `model` is used up: its matrices move, so that memory holds them once.
-    """
-
-    # The fields of Config, and the weights, that this class knows. To add one, compute it in
-    # `hidden`, too: until then a model that has it is used as it is, see `fast_model`.
-    FIELDS = """vocab_size n_layer n_head d_model context n_kv_head head_size d_ff position norm
-    norm_weight activation qkv_bias out_bias ff_bias head_bias qk_norm embed_norm value_embed bigram
-    induction tied dropout eps rope_theta rope_scaling init"""
-    WEIGHTS = """embed value_embed inputs.bigram inputs.induction.project inputs.induction.match
-    position embed_norm norm1
-    attention.q attention.k attention.v attention.q_norm attention.k_norm attention.out norm2
-    feed_forward.gate feed_forward.up feed_forward.down norm head"""
-
-    @classmethod
-    def can_compute(cls, model):
-        """Whether the model has no other weights, and its Config no other field that is set."""
-        others = [f for f in fields(model.config) if f.name not in cls.FIELDS.split()]
-        names = {re.sub(r"^blocks\.\d+\.|\.\w+$", "", n) for n, _ in model.named_parameters()}
-        same = all(getattr(model.config, f.name) == f.default for f in others)
-        return same and names <= set(cls.WEIGHTS.split())
-
-    def __init__(self, model, int8=False, rows=1):
-        c, self.config, self.embed = model.config, model.config, model.embed
-        self.value_embed = model.value_embed if c.value_embed else None
-        self.inputs, self.embed_ids = model.inputs, model.embed_ids
-        self.start, self.end = self.norm_of(model.embed_norm), self.norm_of(model.norm)
-        self.activation, self.tables = ACTIVATIONS[c.activation], model.position_tables()
-        scale = 1.0
-        if c.activation == "gelu" and self.embed.weight.dtype == torch.float32:
-            self.activation, scale = half_gelu, 0.5
-        self.layers, make = [], partial(product, int8=int8, rows=rows)
-        for block in model.blocks:
-            a, f = block.attention, block.feed_forward
-            qk_weight = None  # the weights of the norms of q and k, (nh + nkv, hs)
-            if c.qk_norm and c.norm_weight:
-                heads = [a.q_norm.weight] * c.n_head + [a.k_norm.weight] * c.n_kv_head
-                qk_weight = torch.stack(heads).detach()
-            up = (f.up,) if f.gate is None else (f.gate, f.up)
-            products = make((a.q, a.k, a.v)), make((a.out,)), make(up, scale=scale), make((f.down,))
-            norms = self.norm_of(block.norm1), self.norm_of(block.norm2)
-            self.layers.append((*norms, qk_weight, *products))
-        self.head = make((model.head,))
-
-    def norm_of(self, module):
-        """The norm of `make_norm`, as a function of x alone."""
-        if isinstance(module, nn.Identity):
-            return module.forward
-        size, weight, eps = (self.config.d_model,), module.weight, module.eps
-        if self.config.norm == "rmsnorm":
-            return lambda x: torch.rms_norm(x, size, weight, eps)
-        return lambda x: torch.layer_norm(x, size, weight, module.bias, eps)
-
-    @torch.inference_mode()
-    def hidden(self, ids, cache, step=None):
-        """As `Transformer.hidden`: ids (B, T), after those that the cache holds, to (B, T, C)."""
-        c, (B, T), step = self.config, ids.shape, step or cache.begin(ids)
-        nh, nkv, hs = c.n_head, c.n_kv_head, c.head_size
-        tables = [table[step.positions] for table in self.tables]  # (T, ...) or (B, T, ...)
-        x = F.embedding(ids, self.embed.weight)
-        if c.position != "rope":
-            x = x + tables[0].to(x.dtype)
-        else:  # the same for all heads
-            cos, sin = (t.unsqueeze(-2) for t in tables)
-        x = self.start(x)
-        seen, place = cache.past(step), step.positions
-        if isinstance(place, slice):
-            place = torch.arange(place.start, place.stop, device=ids.device).expand_as(ids)
-        for module in self.inputs.values():
-            x = x + module(seen, place, self.embed_ids)
-        x = x.view(B * T, -1)
-        if c.value_embed:
-            values = self.value_embed(ids).view(B, T, nkv, hs)
-        for i, (norm1, norm2, qk_weight, qkv, out, up, down) in enumerate(self.layers):
-            y = qkv(norm1(x)).view(B, T, nh + 2 * nkv, hs)
-            q, k, v = torch.split_with_sizes(y, (nh, nkv, nkv), dim=2)
-            if c.qk_norm or c.position == "rope":
-                qk = y[:, :, : nh + nkv]
-                if c.qk_norm:
-                    qk = torch.rms_norm(qk, (hs,), None, c.eps)
-                    qk = qk if qk_weight is None else qk * qk_weight
-                if c.position == "rope":
-                    qk = apply_rope(qk, cos, sin)
-                q, k = torch.split_with_sizes(qk, (nh, nkv), dim=2)
-            if c.value_embed:
-                v = v + values
-            k, v = cache.update(i, step, k.transpose(1, 2), v.transpose(1, 2))  # (B, nkv, S, hs)
-            if T == 1:  # the query heads of a group become positions of their one key head
-                q = q.reshape(B, nkv, nh // nkv, hs)
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask)
-            else:
-                y = attention(q.transpose(1, 2), k, v, step.mask).transpose(1, 2)
-            x = x + out(y.reshape(B * T, nh * hs))
-            y = up(norm2(x))
-            if c.activation in GATED:
-                gate, y = y.chunk(2, dim=-1)
-                x = x + down(self.activation(gate) * y)
-            else:
-                x = x + down(self.activation(y))
-        cache.lengths += T
-        return self.end(x).view(B, T, -1)
-
-    def last_logits(self, ids, cache, step=None):
-        """As `Transformer.last_logits`."""
-        return self.head(self.hidden(ids, cache, step)[:, -1])
-
-
-ROOT = torch.tensor(2**0.5)  # a number would become such a tensor at every use
-
-
-def half_gelu(h):
-    """gelu(x) = x/2 + x/2 erf(x / sqrt(2)) of h = x/2; the half lies in the matrix before. torch's
-    own calls oneDNN, whose overhead is larger than this computation."""
-    return torch.addcmul(h, h, torch.erf(h * ROOT))
-
-
-# --------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------
 
@@ -697,7 +549,7 @@ def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
     their folder's or file's name. With `ids_alone` the tokenizer may be missing, and is None."""
     where = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
-    dtype = "fp32" if dtype == "int8" else dtype  # which the FastTransformer makes of it
+    dtype = "fp32" if dtype == "int8" else dtype  # `make_fast` rounds it
     if dtype in (None, "auto"):
         dtype = native_dtype(device)
     # an adapter knows its base by the weights as they are on disk
@@ -736,32 +588,26 @@ def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
 
 
 def fast_model(model, rows, args):
-    """What to write `rows` texts at once with: the model's FastTransformer on a CPU, and on a GPU
-    with args.cuda_graphs, if that can compute it, unless it has adapters (they may be switched) or
-    args.no_fast says no. UserError if args.dtype int8 or CUDA graphs are not possible."""
-    int8, no_fast = args.dtype == "int8", args.no_fast
-    adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
+    """The model, made ready to write `rows` texts at once: on a CPU its Linears are replaced by
+    faster ones, unless args.no_fast says no; on a GPU steps are recorded with args.cuda_graphs.
+    One with adapters stays as it is, as they may be switched. UserError if args.dtype int8 or CUDA
+    graphs are not possible."""
     device = model.embed.weight.device.type
-    known = FastTransformer.can_compute(model)
-    usable = known and not (no_fast or adapted)
-    if args.cuda_graphs and device != "cuda":
-        raise UserError(f"--cuda_graphs needs a GPU with CUDA, the model is on {device}")
-    if usable and args.cuda_graphs and not int8:
-        fast = FastTransformer(model, rows=rows)
-        fast.last_logits = GraphedSteps(fast.last_logits)
-        return fast
-    if usable and device == "cpu":
-        fast = FastTransformer(model, int8, rows)
-        if args.verbose:
-            print("\n".join(timing_lines()), file=sys.stderr)
-        return fast
-    if int8:
-        reason = f"is for a CPU, not {device}"
-        if not known:
-            reason = "is for models that the FastTransformer can compute"
+    adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
+    if args.cuda_graphs and (adapted or device != "cuda"):
+        reason = "does without adapters" if adapted else f"needs a GPU, the model is on {device}"
+        raise UserError(f"--cuda_graphs {reason}")
+    if args.dtype == "int8" and (adapted or args.no_fast or device != "cpu"):
+        reason = "excludes --no_fast" if args.no_fast else f"is for a CPU, not {device}"
         if adapted:
             reason = "does not round adapters: lora.py merge writes a checkpoint without them"
-        raise UserError(f"--dtype int8 {'excludes --no_fast' if no_fast else reason}")
+        raise UserError(f"--dtype int8 {reason}")
+    if args.cuda_graphs:
+        model.last_logits = GraphedSteps(model.last_logits)
+    elif device == "cpu" and not (args.no_fast or adapted):
+        make_fast(model, rows, args.dtype == "int8")
+        if args.verbose:
+            print("\n".join(timing_lines()), file=sys.stderr)
     return model
 
 
@@ -907,7 +753,7 @@ def make_service(model, tokenizer, where, args, tools):
     from data.service import CHOICES, Service
 
     labels, template = labels_of(tokenizer), get_template(tokenizer)
-    named = [] if isinstance(model, FastTransformer) else lora.adapter_names(model)
+    named = lora.adapter_names(model)
     base = (where.parent if where.suffix == ".pt" else where).name or "model"
     adapters = {n: n for n in named} | {"base" if base in named else base: None}
     masks = {(True, call): chat_ids(model, tokenizer, template, call) for call in (True, False)}
@@ -947,7 +793,7 @@ def make_service(model, tokenizer, where, args, tools):
 
 def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=None):
     """A data.terminal.Chat with the model; its cache keeps the history between the turns."""
-    engine, adapted = Engine(model, 1, 256), not isinstance(model, FastTransformer)
+    engine = Engine(model, 1, 256)
     chat = Chat(tokenizer, model.config.context, tools, max_tokens, seed)
     masks = {call: chat_ids(model, tokenizer, chat.template, call) for call in (True, False)}
 
@@ -957,8 +803,6 @@ def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=
             pass
 
     def set_adapter(*names):
-        if not adapted:  # it was made of a model without adapters
-            raise UserError("this model has no adapters: sample.py --adapter RUN lays one over it")
         lora.set_adapter(model, *names)
         engine.forget()
 
@@ -998,7 +842,7 @@ def build_parser():
         "int8 is for CPUs")
     add("--no_fast", action="store_true", help="write with the Transformer itself")
     add("--cuda_graphs", action="store_true", help="on a GPU: start a step by one call")
-    add("--verbose", action="store_true", help="show which products the FastTransformer timed")
+    add("--verbose", action="store_true", help="show the times of the ways to multiply")
     add("--adapter", action="append", help="LoRA run to lay over --ckpt; several can be switched")
     add("--chat", action="store_true", help="talk in the terminal")
     add("--system", metavar="TEXT", help="with --chat: what the model is told before the talk")

@@ -36,11 +36,11 @@ class Answer:
     """The answer to a request: `chunks` streams it, `result` waits until it is complete. Both yield
     None ten times a second while nothing arrives, so that the caller can check on the client."""
 
-    def __init__(self, body, model, tokenizer, choices, chat):
+    def __init__(self, body, tokenizer, choices, chat):
         self.body, self.tokenizer, self.choices, self.chat = body, tokenizer, choices, chat
         name, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
         self.head = {"id": f"{name}-{secrets.token_hex(12)}", "object": kind}
-        self.head |= {"created": int(time.time()), "model": model}
+        self.head |= {"created": int(time.time()), "model": body["model"]}
 
     def close(self):
         """Cancel the answer's jobs."""

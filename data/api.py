@@ -27,11 +27,9 @@ def number(low, high, types=(int, float)):
     return wanted, lambda value: type(value) in types and low <= value <= high
 
 
-def is_stop(value):
-    """Whether `value` can be the field `stop`."""
-    texts = [value] if isinstance(value, str) else value
-    valid = isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)
-    return valid and len(texts) <= 4
+def is_list(value, is_valid):
+    """Whether `value` is a list of valid items."""
+    return isinstance(value, list) and all(map(is_valid, value))
 
 
 FLAG = "true or false", lambda value: type(value) is bool
@@ -39,18 +37,19 @@ OBJECT = "an object", lambda value: isinstance(value, dict)
 TURNS = ("add_generation_prompt", "continue_final_message")  # where the prompt of a chat ends
 FIELDS = {  # name: (what its value must be, whether a value is that)
     **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls", *TURNS), FLAG),
+    **dict.fromkeys(("stream_options", "chat_template_kwargs"), OBJECT),
     "temperature": number(0, 2),
     **dict.fromkeys(("top_p", "min_p"), number(0, 1)),
     "repetition_penalty": number(0.01, 100),
     **dict.fromkeys(("frequency_penalty", "presence_penalty"), number(-2, 2)),
-    **dict.fromkeys(("max_tokens", "max_completion_tokens"), number(-1, 2**31, (int,))),
     **dict.fromkeys(("top_k", "min_tokens"), number(0, 2**31, (int,))),
     "n": number(1, 16, (int,)),
     "seed": number(-(2**63), 2**63 - 1, (int,)),
     "top_logprobs": number(0, 20, (int,)),
-    "stop": ("a text, or a list of at most 4 texts", is_stop),
-    **dict.fromkeys(("stream_options", "chat_template_kwargs"), OBJECT),
-}
+    "stop": ("a text, or a list of at most 4 texts", lambda value: is_list(
+        [value] if isinstance(value, str) else value, lambda text: isinstance(text, str) and text
+    ) and (isinstance(value, str) or len(value) <= 4)),
+}  # fmt: skip
 # Fields of OpenAI's, vLLM's and llama.cpp's servers that would change the answer and are not
 # supported: (their names, the values that change nothing).
 UNSUPPORTED = (
@@ -60,7 +59,7 @@ UNSUPPORTED = (
     ("reasoning_effort verbosity", "medium"),
     ("reasoning_format", "auto", "deepseek"),
     ("include_reasoning skip_special_tokens parse_tool_calls", True),
-    ("length_penalty typical_p repeat_penalty", 1),
+    ("best_of length_penalty typical_p repeat_penalty", 1),
     ("n_predict thinking_token_budget top_n_sigma", -1),
     ("prompt_logprobs truncate_prompt_tokens guided_json json_schema",),
     (
@@ -90,38 +89,34 @@ def parse_body(raw):
         raise ApiError(400, f"the body is not JSON in UTF-8: {reason}") from e
     if not isinstance(body, dict):
         raise ApiError(400, "the body is not a JSON object")
-    if "max_tokens" in body and body["max_tokens"] is None:
-        body["max_tokens"] = -1  # no limit; a completion without this field has 16
+    for name in ("max_tokens", "max_completion_tokens"):
+        if name in body and body[name] in (None, -1):
+            body[name] = 2**31  # no limit; a completion without this field has 16
     return {k: v for k, v in body.items() if v is not None}
 
 
 def check_fields(body, chat, size):
     """ApiError for a field that is not supported or has a wrong value. `size` is the vocabulary's.
-    A limit of -1 becomes one that is never reached."""
-    special = ("best_of", body.get("n", 1)), ("add_special_tokens", not chat)
-    for names, *harmless in (*UNSUPPORTED, *special, ("echo" if chat else "", False)):
+    """
+    for names, *harmless in (*UNSUPPORTED, ("echo" if chat else "", False)):
         for name in names.split():
             if name in body and body[name] not in harmless:
                 raise ApiError(400, f"this value of {name} is not supported: leave it out", name)
-    ids, bias = f"ids from 0 to {size - 1}", number(-100, 100)[1]
+    limit, bias = number(0 if body.get("echo") else 1, 2**31, (int,)), number(-100, 100)[1]
+    ids = f"ids from 0 to {size - 1}"
     fields = FIELDS | {
+        "max_tokens": limit,
+        "max_completion_tokens": limit,
         "logprobs": FLAG if chat else number(0, 20, (int,)),
-        "stop_token_ids": (f"a list of {ids}", lambda value: isinstance(value, list) and all(
-            type(i) is int and 0 <= i < size for i in value)),
-        "logit_bias": (f'{{"ID": bias}}, {ids}, biases from -100 to 100', lambda value: isinstance(
-            value, dict) and all(re.fullmatch("[0-9]{1,9}", i) and int(i) < size and bias(v)
-            for i, v in value.items())),
+        "stop_token_ids": (f"a list of {ids}", lambda value: is_list(
+            value, lambda i: type(i) is int and 0 <= i < size)),
+        "logit_bias": (f'{{"ID": bias}}, {ids}, biases from -100 to 100', lambda value: (
+            isinstance(value, dict) and is_list([*value.values()], bias)
+            and is_list([*value], lambda i: re.fullmatch("[0-9]{1,9}", i) and int(i) < size))),
     }  # fmt: skip
     for name, (wanted, is_valid) in fields.items():
         if name in body and not is_valid(body[name]):
             raise ApiError(400, f"{name} must be {wanted}", name)
-    for name in ("max_tokens", "max_completion_tokens"):
-        if body.get(name) == 0 and not body.get("echo"):
-            raise ApiError(400, f"{name} must be -1 or at least 1 (0 is only for echo)", name)
-        if body.get(name) == -1:
-            body[name] = 2**31
-        if body.get("min_tokens", 0) > body.get(name, 2**31):
-            raise ApiError(400, f"min_tokens is more than {name}", "min_tokens")
 
 
 def read_messages(messages):
@@ -129,18 +124,16 @@ def read_messages(messages):
     JSON stay as the model wrote them, so that it can correct them in its next turn."""
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message", "messages")
-    roles, out = ("system", "developer", "user", "assistant", "tool", "function"), []
+    roles, out = ("system", "developer", "user", "assistant", "tool"), []
     for n, message in enumerate(messages):
         where = f"messages[{n}]"
         if not isinstance(message, dict) or message.get("role") not in roles:
             raise ApiError(400, f"{where} has no known role", f"{where}.role")
-        role = message["role"].replace("function", "tool")
-        legacy = [{"function": message["function_call"]}] if message.get("function_call") else []
         try:
-            new = {"role": role, "content": content_text(message.get("content"))}
-            if calls := [read_call(call) for call in message.get("tool_calls") or legacy]:
+            new = {"role": message["role"], "content": content_text(message.get("content"))}
+            if calls := [read_call(call) for call in message.get("tool_calls") or ()]:
                 new["tool_calls"] = calls
-            if calls and role != "assistant":
+            if calls and new["role"] != "assistant":
                 raise ValueError("only an assistant calls tools")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise ApiError(400, f"{where} has bad content or tool calls ({e})", where) from e
@@ -200,44 +193,41 @@ class Api:
 
     def answer(self, body, prompts, limit, top, allowed, chat=False, given=()):
         """The Answer to `prompts`, of at most `limit` new ids each."""
-        model = body.get("model", self.names[0])
-        echo, least = bool(body.get("echo")), body.get("min_tokens", 0)
+        model, echo, least = body["model"], bool(body.get("echo")), body.get("min_tokens", 0)
         stop_ids, stops = set(body.get("stop_token_ids", ())), body.get("stop", ())
         stops = [stops] if isinstance(stops, str) else stops
         settings = {name: body.get(name, value) for name, value in self.settings.items()}
         settings |= {"top": top, "echo": echo and top is not None, "allowed": allowed}
-        settings |= {"min_tokens": least}
         bias = {int(i): value for i, value in body.get("logit_bias", {}).items()}
         seed, template = body.get("seed", secrets.randbits(31)), self.template if chat else None
         events, choices = queue.SimpleQueue(), []
         for prompt in prompts:
             room = min(limit, self.context - len(prompt))
             if room < (not echo):
-                message = f"the context of {self.context} tokens is too short for the prompt of "
-                param, code = "messages" if chat else "prompt", "context_length_exceeded"
-                raise ApiError(400, f"{message}{len(prompt)}", param, code)
+                message = f"the prompt has {len(prompt)} tokens, the context {self.context}"
+                param = "messages" if chat else "prompt"
+                raise ApiError(400, message, param, "context_length_exceeded")
             for n in range(body.get("n", 1)):
                 reply = Reply(self.tokenizer, template, stops, given, stop_ids, least)
                 ends = frozenset(i for i in reply.ends if i < len(allowed))
                 never = dict.fromkeys(ends - stop_ids, -1e9) if body.get("ignore_eos") else {}
-                own = {"seed": (seed + n) % 2**63, "ends": ends, "logit_bias": bias | never}
-                job = Job(prompt, room, ends, settings | own, self.adapters[model])
-                job.index, job.events = len(choices), events
+                own = {"seed": (seed + n) % 2**63, "ends": ends, "min_tokens": least}
+                own = settings | own | {"logit_bias": bias | never}
+                job = Job(prompt, room, ends, own, self.adapters[model], len(choices), events)
                 choices.append(Choice(job, reply))
-        answer = Answer(body, model, self.tokenizer, choices, chat)
+        answer = Answer(body, self.tokenizer, choices, chat)
         self.scheduler.submit([choice.job for choice in choices])
         return answer
 
     def chat(self, body):
         """The Answer to a request for a chat completion."""
-        self.model(body.get("model", self.names[0]))
+        self.model(body.setdefault("model", self.names[0]))
         check_fields(body, True, len(self.allowed[True, True]))
         if self.template is None:
             message = "this model has no chat template: use /v1/completions"
             raise ApiError(400, message, "messages", "no_chat_template")
-        messages, (tools, may_call, forced) = (
-            read_messages(body.get("messages")), read_tools(body, self.tools),
-        )  # fmt: skip
+        messages = read_messages(body.get("messages"))
+        tools, may_call, forced = read_tools(body, self.tools)
         known = self.known if self.template.ours else ()
         tools = [t for t in tools if may_call and t["function"]["name"] not in known]
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
@@ -258,7 +248,7 @@ class Api:
 
     def completion(self, body):
         """The Answer to a request for a completion."""
-        self.model(body.get("model", self.names[0]))
+        self.model(body.setdefault("model", self.names[0]))
         allowed = self.allowed[False, False]
         check_fields(body, False, len(allowed))
         prompts = body.get("prompt", "")
@@ -300,7 +290,7 @@ class Api:
 
     def tokenizer_info(self):
         """What a client must know of the tokenizer."""
-        t = self.tokenizer
-        names = {i: name for name, i in t.special.items()}
-        names = {"eos_token": names.get(t.eos_id), "bos_token": names.get(t.bos_id)}
-        return {"tokenizer_class": t.name, **names, "pad_token": None, "chat_template": None}
+        names = {i: name for name, i in self.tokenizer.special.items()}
+        names = [names.get(i) for i in (self.tokenizer.eos_id, self.tokenizer.bos_id)]
+        info = {"eos_token": names[0], "bos_token": names[1], "pad_token": None}
+        return info | {"tokenizer_class": self.tokenizer.name, "chat_template": None}

@@ -79,25 +79,24 @@ def learn_all(template, messages, tools):
 def fit_row(template, ids, mask, turns, messages, tools, room):
     """(Row, cut) of one of `Template.rows`, with at most `room` ids; see `chat_rows`. `turns` are
     the numbers of the messages that are learned, None for the whole conversation."""
-    system, rest = split_system(messages if turns is None else messages[: turns[-1] + 1])
-    dropped, cut = 0, False
-    while True:
+
+    def until_last_target(ids, mask):
         stop = len(mask) - mask[::-1].index(1) if any(mask) else 0
-        ids, mask = ids[:stop], mask[:stop]
-        if ids and ids[-1] not in template.ends:
-            ids, mask = [*ids, template.end], [*mask, 1]
-        cut, shorter = cut or len(ids) > room, None
-        while len(ids) > room and shorter is None and dropped + 2 < len(rest):
-            dropped += 1
-            kept = [*system, *rest[dropped:]]
-            with contextlib.suppress(ValueError):  # some templates require a user turn first
-                if turns is None:
-                    shorter = learn_all(template, kept, tools)
-                elif rows := template.rows(kept, tools, {i - dropped for i in turns}.__contains__):
-                    shorter = rows[-1][:2]
-        if shorter is None:
+        end = [template.end] if stop and ids[stop - 1] not in template.ends else []
+        return ids[:stop] + end, mask[:stop] + [1] * len(end)
+
+    system, rest = split_system(messages if turns is None else messages[: turns[-1] + 1])
+    ids, mask = until_last_target(ids, mask)
+    cut = len(ids) > room
+    for dropped in range(1, len(rest) - 1):
+        if len(ids) <= room:
             break
-        ids, mask = shorter
+        kept = [*system, *rest[dropped:]]
+        with contextlib.suppress(ValueError):  # some templates require a user turn first
+            if turns is None:
+                ids, mask = until_last_target(*learn_all(template, kept, tools))
+            elif rows := template.rows(kept, tools, {i - dropped for i in turns}.__contains__):
+                ids, mask = until_last_target(*rows[-1][:2])
     # a question that leaves no room for its answer loses its beginning: its end takes half the row,
     # or more where the answer is short
     first = mask.index(1) if 1 in mask else 0

@@ -25,14 +25,14 @@ from data.cli import UserError
 def content_text(content):
     """The text of a message's content: a text, None, or a list of text parts. ValueError for any
     other content."""
-    if isinstance(content, list):
-        parts = [part if isinstance(part, str) else part.get("text") for part in content]
-        if not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"a part of the content is not text: {content!r:.60}")
-        return "".join(parts)
-    if content is not None and not isinstance(content, str):
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
         raise ValueError(f"the content is not text but {content!r:.40}")
-    return content or ""
+    parts = [part if isinstance(part, str) else part.get("text") for part in content]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"a part of the content is not text: {content!r:.60}")
+    return "".join(parts)
 
 
 def tool_call(name, arguments, call_id=None):

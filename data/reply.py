@@ -37,18 +37,24 @@ class TextStream:
         """What can be shown once `text` is there, too."""
         if self.stopped:
             return ""
-        text = self.held + text
-        ends = [at for s in self.stops if (at := text.find(s)) >= 0]
-        self.stopped = bool(ends)
-        wait = max((overlap(text, s) for s in self.stops), default=0)
-        end = min(ends) if ends else len(text) - wait
-        self.held = "" if ends else text[end:]
-        return text[:end]
+        text, stop, self.held = split_at(self.held + text, self.stops)
+        self.stopped = bool(stop)
+        self.held = "" if stop else self.held
+        return text
 
 
-def overlap(text, stop):
-    """The length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
+def split_at(text, marks, last=False):
+    """(text before the first of the marks, that mark, the rest). Without a mark it is "", and the
+    rest is the end of the text that may begin one; nothing if the text is the `last`."""
+    at, mark = min(((text.find(m), m) for m in marks if m in text), default=(len(text), ""))
+    if not mark and not last:
+        at -= max((overlap(text, m) for m in marks), default=0)
+    return text[:at], mark, text[at + len(mark) :]
+
+
+def overlap(text, mark):
+    """The length of the longest end of `text` that begins `mark`."""
+    return next((n for n in range(min(len(text), len(mark)), 0, -1) if text.endswith(mark[:n])), 0)
 
 
 THOUGHT = "reasoning_content"
@@ -109,26 +115,22 @@ class Reply:
             if bare and self.pending.lstrip().startswith("{"):
                 self.kind = "call"
                 break
-            tags, text = self.next_tags(), self.pending
-            at, tag = min(((text.find(t), t) for t in tags if t in text), default=(len(text), ""))
-            if not tag and not last:
-                at -= max((overlap(text, t) for t in tags), default=0)
-            text = text[:at]
+            tags = self.next_tags()
+            text, tag, rest = split_at(self.pending, tags, last)
             if self.template:
                 ended = last and not tag and self.kind == "content"
                 text = text.removesuffix(self.template.blanks[1]) if ended else text.rstrip()
             # the text of calls is kept whole, since it is content if it turns out to be malformed
-            taken = at + len(tag) if tags.get(tag, "call") != "call" else len(text)
-            self.pending = self.pending[taken:]
+            to_call = tags.get(tag, "call") == "call"
+            self.pending = self.pending[len(text) :] if to_call else rest
             if self.template and said_nothing:
-                lead = self.template.blanks[0] if not self.begun else ""
-                text = text.removeprefix(lead) if self.kind == "content" else text
-                text = text.lstrip("\n") if self.begun or self.kind == THOUGHT else text
+                first = self.kind == "content" and not self.begun
+                text = text.removeprefix(self.template.blanks[0]) if first else text.lstrip("\n")
             self.show(new, text)
             if not tag:
                 break
             self.show(new, "", self.stream.finish())
-            self.begun |= {self.kind} if self.kind == THOUGHT else set()
+            self.begun |= {self.kind} & {THOUGHT}
             self.kind = tags[tag]
         return new
 

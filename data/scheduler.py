@@ -43,27 +43,6 @@ class Job:
     at: float = field(default_factory=time.monotonic)  # when it was submitted, or got its last id
 
 
-class Histogram:
-    """Counts of seconds in buckets, as Prometheus has them: each counts all up to its bound."""
-
-    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-
-    def __init__(self):
-        self.counts, self.total, self.n = [0] * len(self.BOUNDS), 0.0, 0
-
-    def add(self, seconds):
-        """Count one."""
-        self.counts = [c + (seconds <= b) for c, b in zip(self.counts, self.BOUNDS)]
-        self.total, self.n = self.total + seconds, self.n + 1
-
-    def lines(self, name):
-        """Its lines in Prometheus' text format."""
-        for bound, count in [*zip(self.BOUNDS, self.counts), ("+Inf", self.n)]:
-            yield f'{name}_bucket{{le="{bound}"}} {count}'
-        yield f"{name}_sum {self.total:.6f}"
-        yield f"{name}_count {self.n}"
-
-
 class Scheduler(threading.Thread):
     """Runs an Engine for jobs until `close`. activate(name) makes another adapter the active one;
     that waits until all texts of the one before are written."""
@@ -74,7 +53,7 @@ class Scheduler(threading.Thread):
         self.waiting, self.max_waiting, self.writing = deque(), max_waiting, {}
         self.changed, self.closing = threading.Condition(), False
         self.counts = dict(prompt_tokens=0, cached_tokens=0, completion_tokens=0, failures=0)
-        self.first_token, self.next_token = Histogram(), Histogram()
+        self.seconds = {"first_token": (0.0, 0), "next_token": (0.0, 0)}  # sum, count
 
     def submit(self, jobs):
         """Queue jobs, all or none of them; Busy if there is no room."""
@@ -164,10 +143,10 @@ class Scheduler(threading.Thread):
         except Exception as e:
             job.events.put((job.index, e, None))
             return
-        job.left, job.cached = job.max_tokens, slot.held
+        job.left, job.cached = job.max_tokens, self.engine.held(slot)
         self.writing[slot] = job
         self.counts["prompt_tokens"] += len(job.prompt)
-        self.counts["cached_tokens"] += slot.held
+        self.counts["cached_tokens"] += job.cached
 
     def hand_out(self, new):
         """Pass new ids on, and end what is over."""
@@ -175,7 +154,9 @@ class Scheduler(threading.Thread):
         for slot, i in new.items():
             job = self.writing[slot]
             first = job.left == job.max_tokens
-            (self.first_token if first else self.next_token).add(now - job.at)
+            name = "first_token" if first else "next_token"
+            total, count = self.seconds[name]
+            self.seconds[name] = total + now - job.at, count + 1
             if first:
                 job.scored = slot.logprobs[:-1]
             job.at, job.left = now, job.left - 1
@@ -208,7 +189,7 @@ class Scheduler(threading.Thread):
         for name, (kind, value) in figures.items():
             yield f"# TYPE scratchlm_{name} {kind}"
             yield f"scratchlm_{name} {value}"
-        named = {"first_token": self.first_token, "next_token": self.next_token}
-        for name, histogram in named.items():
-            yield f"# TYPE scratchlm_{name}_seconds histogram"
-            yield from histogram.lines(f"scratchlm_{name}_seconds")
+        for name, (total, count) in self.seconds.items():
+            yield f"# TYPE scratchlm_{name}_seconds summary"
+            yield f"scratchlm_{name}_seconds_sum {total:.6f}"
+            yield f"scratchlm_{name}_seconds_count {count}"

@@ -158,7 +158,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with service.lock:
             service.requests += 1
         try:
-            self.check_host()
+            # any other Host may be the name of another site, made to lead here (DNS rebinding);
+            # with a key its pages have nothing to ask with
+            hosts = self.headers.get_all("Host") or [""]
+            if len(hosts) > 1 or not (service.key or LOCAL_HOST.fullmatch(hosts[0])):
+                raise ApiError(403, f"the Host {hosts[0][:80]!r} is not served here")
             if self.command == "OPTIONS":
                 return self.send(204, b"", "text/plain")
             function, argument = self.route()
@@ -175,20 +179,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.handle_error(self.connection, self.client_address)
             self.fail(ApiError(500, f"{type(e).__name__}: {e}"))
 
-    do_POST = do_OPTIONS = do_HEAD = do_PUT = do_DELETE = do_PATCH = do_GET
+    do_POST = do_OPTIONS = do_PUT = do_DELETE = do_PATCH = do_GET
 
     def send_error(self, code, message=None, explain=None):
         """Send an error that http.server finds, as OpenAI's API would."""
         self.server.is_reading(self.connection)
         self.request_version = self.protocol_version  # else there would be no headers
         self.fail(ApiError(int(code), message or http.HTTPStatus(code).phrase))
-
-    def check_host(self):
-        """ApiError for a Host that is not ours: it may be a page of another site whose name was
-        made to lead here (DNS rebinding). With a key that page has nothing to ask with."""
-        hosts = self.headers.get_all("Host") or [""]
-        if len(hosts) > 1 or not (LOCAL_HOST.fullmatch(hosts[0]) or self.server.service.key):
-            raise ApiError(403, f"the Host {hosts[0][:80]!r} is not served here", code="wrong_host")
 
     def route(self):
         """(function of ROUTES, query or body); ApiError if the request is not allowed."""
@@ -205,7 +202,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path not in ROUTES:
             raise ApiError(404, f"there is no {path[:80]}", code="not_found")
         method, is_public, function = ROUTES[path]
-        if self.command != method and (self.command, method) != ("HEAD", "GET"):
+        if self.command != method:
             raise ApiError(405, f"{path} takes {method}", code="method_not_allowed")
         given = self.headers.get("Authorization", "").encode("latin-1", "replace")
         has_key = hmac.compare_digest(given, f"Bearer {service.key}".encode())
@@ -277,8 +274,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send(self, status, content, content_type="application/json", **headers):
         """Send a complete answer."""
         self.send_head(status, content_type, Content_Length=len(content), **headers)
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        self.wfile.write(content)
 
     def fail(self, error):
         """Send an ApiError: as the answer, or as an event of a stream that has begun."""

@@ -100,7 +100,7 @@ def our_step(model, batches, dtype="fp32", steps=1):
     def work():
         for _ in range(steps):
             train.training_step(runner, task, [next(batches)], precision, scaler, (0,))
-            train.optimizer_step(model, optimizers, scaler, 1.0)
+            train.optimizer_step(model, optimizers, scaler, 1.0, runtime)
             after_step()
 
     return work

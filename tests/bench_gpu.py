@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 from bench_common import load_module, take_turns
+from data.runner import make_runner, place
 
 import lora
 import model as lm
 import sample
 import train
 from data.machine import make_runtime
-from data.runner import make_runner, place
 
 
 def wait():
@@ -70,7 +70,7 @@ def make_steps(preset, rows, steps, flags=(), prepare=None):
     def work():
         for step in range(steps):
             train.training_step(runner, task, [batch], precision, scaler, (0, step))
-            train.optimizer_step(model, optimizers, scaler, 1.0, runtime.ahead)
+            train.optimizer_step(model, optimizers, scaler, 1.0, runtime)
             after_step()
         wait()
         tell_peak(" ".join(flags))

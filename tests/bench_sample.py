@@ -41,7 +41,7 @@ import model as lm
 import prepare_data
 import sample
 from data.machine import DTYPES
-from sample import FastTransformer
+from data.matmul import make_fast
 
 NEW, PROMPT = 128, 32
 
@@ -57,7 +57,8 @@ def make_ours(config, prompts, new, kind="fp32", plain=False, **settings):
     torch.manual_seed(0)
     model = lm.Transformer(config).eval()
     model = low(model) if kind == "bf16" else model
-    model = model if plain else FastTransformer(model, kind == "int8", len(prompts))
+    if not plain:
+        make_fast(model, len(prompts), kind == "int8")
 
     def work():
         for _ in sample.generate(model, prompts, new, slide=lambda kept: None, **settings):
@@ -165,13 +166,13 @@ def start(args):
 
 @torch.no_grad()
 def perplexity(model, tokens, length):
-    """exp of the mean negative log-likelihood over windows of `length`, a token after another where
-    it is a FastTransformer (so with one row a product, as in writing)."""
+    """exp of the mean negative log-likelihood over windows of `length`, a token after another (so
+    with one row a product, as in writing)."""
     total = count = 0
     for at in range(0, len(tokens) - length, length):
         ids = torch.from_numpy(tokens[at : at + length + 1].astype(np.int64))[None]
         cache, logits = lm.KVCache(model, 1, length), []
-        for part in ids[:, :-1].split(1 if isinstance(model, FastTransformer) else length, dim=1):
+        for part in ids[:, :-1].split(1, dim=1):
             logits.append(model.head(model.hidden(part, cache)[0]))
         losses = torch.cat(logits).float().log_softmax(-1).gather(1, ids[0, 1:, None])
         total, count = total - losses.sum().item(), count + length
@@ -186,10 +187,10 @@ def int8(args):
     length = plain.config.context
     kinds = {
         "fp32": plain,
-        "fp32, FastTransformer": FastTransformer(copy.deepcopy(plain)),
-        "bf16, FastTransformer": FastTransformer(low(plain)),
-        "int8, FastTransformer": FastTransformer(copy.deepcopy(plain), int8=True),
+        "bf16": low(plain),
+        "int8": copy.deepcopy(plain),
     }
+    make_fast(kinds["int8"], int8=True)
     print("| weights | perplexity | |\n| --- | ---: | ---: |")
     first = None
     for name, model in kinds.items():

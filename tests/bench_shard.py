@@ -17,10 +17,11 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.runner import place, shard
+
 import model as lm
 import train
 from data.machine import make_runtime
-from data.runner import place, shard
 
 
 def local_bytes(tensors):

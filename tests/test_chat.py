@@ -14,8 +14,6 @@ from conftest import (
     CALL,
     CHAT,
     END,
-    SYSTEM,
-    TOOL,
     USER,
     calls,
     prompt_ids,
@@ -28,7 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import itertools
-import random
 
 from test_templates import FAMILIES, TOOLS, pair
 
@@ -146,23 +143,21 @@ def test_a_prompt_that_is_too_long_keeps_its_frame(family):
 # ---- the chat template ---------------------------------------------------------------------
 
 
-@pytest.fixture(params=["byte", "char", "bpe:300", "gpt2", "cl100k_base"])
+@pytest.fixture(params=["byte", "char", "bpe:300", "gpt2"])
 def plain(request, monkeypatch):
-    if request.param in ("gpt2", "cl100k_base"):
+    if request.param == "gpt2":
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(real("tiktoken")))
     return prepare_data.make_tokenizer(request.param, [("", [TRICKY * 9])], 9)
 
 
-def test_special_tokens_stand_behind_the_vocabulary_and_the_spec_travels_as_json(plain):
+def test_special_tokens_follow_the_vocabulary_and_the_spec_travels_as_json(plain):
     chat = plain.with_special(CHAT_TOKENS)
     assert [chat.special[n] for n in CHAT_TOKENS] == list(range(plain.n_vocab, plain.n_vocab + 6))
     assert (chat.n_vocab, chat.eos_id) == (plain.n_vocab + 6, plain.eos_id)
-    assert chat.encode(TRICKY) == plain.encode(TRICKY) and chat.name == plain.name
     again = Tokenizer(json.loads(json.dumps(chat.spec)))
-    assert again.special == chat.special and again.encode(TRICKY) == chat.encode(TRICKY)
+    assert again.special == chat.special
+    assert again.encode(TRICKY) == chat.encode(TRICKY) == plain.encode(TRICKY)
     assert chat.with_special(CHAT_TOKENS).spec == chat.spec == again.spec
-    more = chat.with_special([CHAT_TOKENS[0], "<|label:a|(*b|>"])
-    assert more.special["<|label:a|(*b|>"] == chat.n_vocab == more.n_vocab - 1
 
 
 def test_a_prompt_is_the_beginning_of_the_row_with_its_answer(plain):
@@ -189,45 +184,22 @@ def rendered(*messages):
     return render_chat(messages, CHAT)[0]
 
 
-# ---- prompts and answers -------------------------------------------------------------------
-
-
 def test_a_prompt_drops_whole_turns_from_the_oldest_on_and_keeps_the_system_s():
     talk = [turn("system", "be kind"), turn("user", "a" * 9), turn("assistant", "b" * 9),
             turn("user", "c" * 9)]
     whole = [*rendered(*talk), ASSISTANT]
-    assert prompt_ids(talk, CHAT, room=len(whole)) == whole
     left = [*rendered(talk[0], *talk[2:]), ASSISTANT]
-    assert prompt_ids(talk, CHAT, room=len(whole) - 1) == left
-    assert prompt_ids(talk, CHAT, room=len(left)) == left
     last = [*rendered(talk[0], talk[3]), ASSISTANT]
-    assert prompt_ids(talk, CHAT, room=len(left) - 1) == last
-    assert prompt_ids(talk, CHAT, room=18) == [
-        *rendered(talk[0]), USER, *CHAT.encode("c" * 6), END, ASSISTANT
-    ]
-
-
-def test_no_prompt_is_longer_than_its_room_and_all_end_where_the_answer_begins():
-    rng = random.Random(0)
-    for _ in range(300):
-        talk = [turn(rng.choice(("user", "assistant", "call", "tool")), "x" * rng.randrange(30))
-                for _ in range(rng.randint(0, 5))] + [turn("user", "x" * rng.randrange(30))]
-        talk = [turn("system", "s" * rng.randrange(20))] * rng.randint(0, 1) + talk
-        room = rng.randint(10, 120)
-        ids = prompt_ids(talk, CHAT, room=room)
+    cut = [*rendered(talk[0]), USER, *CHAT.encode("c" * 6), END, ASSISTANT]
+    alone = [USER, *CHAT.encode("c" * 9), END, ASSISTANT]
+    for room, ids in (
+        (len(whole), whole), (len(whole) - 1, left), (len(left), left), (len(left) - 1, last),
+        (18, cut), (len(alone), alone),
+    ):  # fmt: skip
+        assert prompt_ids(talk, CHAT, room=room) == ids
+    for room in range(1, 9):
+        ids = prompt_ids([talk[0], talk[3]], CHAT, room=room)
         assert len(ids) <= room and ids[-1] == ASSISTANT
-        body, whole = ids[:-1], rendered(*talk)
-        head = rendered(talk[0]) if talk[0]["role"] == "system" else []
-        if body[: len(head)] == head:
-            body = body[len(head) :]
-        else:  # the question needs the system's place
-            assert len(head) + len(rendered(talk[-1])) + 1 > room
-            whole = rendered(talk[-1])
-        shortened = body[1:] == whole[len(whole) + 1 - len(body) :] or not body
-        assert whole[len(whole) - len(body) :] == body or shortened  # the newest, word for word
-        one = len(rendered(talk[-1]))
-        if len(head) + one + 1 <= room:  # then only whole turns are missing
-            assert len(body) >= one and body[0] in (USER, ASSISTANT, TOOL, SYSTEM)
 
 
 def test_labels_come_from_the_tokenizer_alone():

@@ -14,10 +14,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import tiktoken.registry
-from conftest import ALL_TEXT, TIKTOKEN, needs_vocabularies, normal, real, tokens_of
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from conftest import ALL_TEXT, ROOT, TIKTOKEN, needs_vocabularies, normal, real, tokens_of
 
 import prepare_data
 from data.cli import UserError
@@ -25,11 +22,10 @@ from data.download import download_path, fetch, resolve_url
 from data.files import locked
 from data.sources import SOURCES
 from data.tokenizer import Tokenizer
-from prepare_data import prepare, read_tokens
+from prepare_data import prepare
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
-GPT2, CL100K = ({"kind": "tiktoken", "name": name} for name in ("gpt2", "cl100k_base"))
 SALES_URL = SOURCES["sales"].fetch.keywords["train"]
 SALES_PATH = "/".join(SALES_URL.split("/")[3:])  # without https://host
 VOCABULARY = "/openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
@@ -96,6 +92,14 @@ def parts_left():
     return list(Path("data").rglob("*.part"))
 
 
+def cut_download(mirror, path="/a.bin"):
+    """The first part of a file is here, from a run that gave up."""
+    mirror.files[path], mirror.faults = BODY, [("cut", 600_000)]
+    with pytest.raises(UserError):
+        fetch(mirror.base + path, tries=1)
+    assert parts_left()
+
+
 @needs_vocabularies
 def test_sales_from_a_mirror_is_77919_tokens(mirror, monkeypatch):
     text = real("sales_textbook.txt").read_text(encoding="utf-8")
@@ -109,23 +113,10 @@ def test_sales_from_a_mirror_is_77919_tokens(mirror, monkeypatch):
     assert len(mirror.log) == 1, "downloaded twice"
 
 
-def test_shakespeare_from_a_mirror_is_its_characters(mirror, monkeypatch):
-    text = real("tinyshakespeare.txt").read_text(encoding="utf-8")
-    path = "/" + SOURCES["shakespeare"].fetch.keywords["train"].split("://")[1]
-    mirror.files[path] = text.encode()
-    monkeypatch.setenv("SCRATCHLM_MIRROR", mirror.base + "/")
-    prepare_data.main(["shakespeare"])
-    meta = prepare_data.read_meta("data/shakespeare")
-    assert len(read_tokens("data/shakespeare", "train")) == int(0.9 * len(text))
-    assert Tokenizer(meta["tokenizer"]).decode(tokens_of("data/shakespeare")) == text
-    assert meta["vocab_size"] == 65 + 2  # and U+FFFD and end-of-text
-
-
 def test_hf_endpoint_stands_for_the_hub_only(mirror, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", mirror.base + "/hub/")
     mirror.files["/hub/" + SALES_PATH] = BODY
-    url = SOURCES["sales"].fetch.keywords["train"]
-    assert fetch(url, wait=0.01).read_bytes() == BODY
+    assert fetch(SALES_URL, wait=0.01).read_bytes() == BODY
     assert resolve_url("https://github.com/x") == "https://github.com/x"
 
 
@@ -142,55 +133,33 @@ def test_a_cut_download_is_resumed_where_it_broke(mirror):
 
 
 def test_the_next_call_resumes_what_an_earlier_one_could_not_finish(mirror):
-    mirror.files["/a.bin"] = BODY
-    mirror.faults = [("cut", 600_000)]
-    with pytest.raises(UserError):
-        fetch(mirror.base + "/a.bin", tries=1)
-    assert parts_left()
+    cut_download(mirror)
     assert fetch(mirror.base + "/a.bin", tries=1).read_bytes() == BODY
     assert mirror.ranges[1] is not None
 
 
 def test_without_versions_a_cut_download_starts_over(mirror):
     mirror.files["/a.bin"], mirror.versions = BODY, False
-    mirror.faults = [("cut", 600_000)]
-    assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == BODY
-    assert mirror.ranges == [None, None]
-
-
-def test_without_versions_a_download_that_never_succeeds_leaves_nothing(mirror):
-    mirror.files["/a.bin"], mirror.versions, mirror.always = BODY, False, ("cut", 600_000)
+    mirror.always = ("cut", 600_000)
     with pytest.raises(UserError, match="after 3 tries"):
         fetch(mirror.base + "/a.bin", tries=3, wait=0.01)
-    assert mirror.ranges == [None] * 3
-    assert not download_path(mirror.base + "/a.bin").exists()
+    mirror.always = None
+    assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == BODY
+    assert mirror.ranges == [None] * 4 and not parts_left()
 
 
-def test_a_file_that_changed_on_the_server_is_never_spliced(mirror):
-    mirror.files["/a.bin"] = BODY
-    mirror.faults = [("cut", 600_000)]
-    with pytest.raises(UserError):
-        fetch(mirror.base + "/a.bin", tries=1)
-    mirror.files["/a.bin"] = new = BODY[::-1]
+@pytest.mark.parametrize("new", [BODY[::-1], b"short"])
+def test_a_file_that_changed_on_the_server_is_never_spliced(mirror, new):
+    cut_download(mirror)
+    mirror.files["/a.bin"] = new
     assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == new
     assert mirror.ranges[1] is not None and mirror.ranges[-1] is None
     assert not parts_left()
 
 
-def test_a_file_that_became_shorter_on_the_server_starts_over(mirror):
-    mirror.files["/a.bin"] = BODY
-    mirror.faults = [("cut", 600_000)]
-    with pytest.raises(UserError):
-        fetch(mirror.base + "/a.bin", tries=1)
-    mirror.files["/a.bin"] = b"short"
-    assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == b"short"
-
-
 def test_one_download_leaves_the_part_of_another_alone(mirror):
-    mirror.files["/a.txt"], mirror.files["/a.txt.gz"] = b"text", BODY
-    mirror.faults = [("cut", 600_000)]
-    with pytest.raises(UserError):
-        fetch(mirror.base + "/a.txt.gz", tries=1)
+    mirror.files["/a.txt"] = b"text"
+    cut_download(mirror, "/a.txt.gz")
     left = parts_left()
     assert fetch(mirror.base + "/a.txt", wait=0.01).read_bytes() == b"text"
     assert parts_left() == left != []
@@ -198,10 +167,7 @@ def test_one_download_leaves_the_part_of_another_alone(mirror):
 
 def test_a_resume_that_the_server_ignores_starts_over(mirror, monkeypatch):
     """Servers that know no Range answer 200 and the whole file."""
-    mirror.files["/a.bin"] = BODY
-    mirror.faults = [("cut", 600_000)]
-    with pytest.raises(UserError):
-        fetch(mirror.base + "/a.bin", tries=1)
+    cut_download(mirror)
     good = Handler.do_GET
 
     def deaf(self):
@@ -244,24 +210,17 @@ def test_an_unreachable_host_names_the_remedies():
     assert "\n" not in str(e.value)
 
 
-def test_a_good_file_is_not_downloaded_again(mirror):
+def test_a_good_file_is_not_downloaded_again_and_a_damaged_one_kept_until_it_is_replaced(mirror):
     path = download_path(mirror.base + "/a.bin")
     path.parent.mkdir(parents=True)
     path.write_bytes(BODY)
-    assert fetch(mirror.base + "/a.bin") == path
-    assert fetch(mirror.base + "/a.bin", sha256=BODY_SHA) == path
+    assert fetch(mirror.base + "/a.bin") == fetch(mirror.base + "/a.bin", sha256=BODY_SHA) == path
     assert mirror.log == []
-
-
-def test_a_damaged_file_is_replaced_but_kept_until_then(mirror):
-    path = download_path(mirror.base + "/a.bin")
-    path.parent.mkdir(parents=True)
     path.write_bytes(b"damaged")
-    mirror.files["/a.bin"], mirror.always = BODY, 500
+    mirror.files["/a.bin"], mirror.faults = BODY, [500, 500]
     with pytest.raises(UserError):
         fetch(mirror.base + "/a.bin", sha256=BODY_SHA, tries=2, wait=0.01)
     assert path.read_bytes() == b"damaged"
-    mirror.always = None
     assert fetch(mirror.base + "/a.bin", sha256=BODY_SHA).read_bytes() == BODY
 
 
@@ -303,29 +262,31 @@ def test_a_vocabulary_comes_through_the_mirror_and_a_damaged_one_is_not_kept(mir
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     mirror.files[VOCABULARY] = good[:-100]
     with pytest.raises(UserError, match=f"cl100k_base: .* {mirror.base}{VOCABULARY} "):
-        Tokenizer(CL100K)
+        Tokenizer({"kind": "tiktoken", "name": "cl100k_base"})
     mirror.files[VOCABULARY] = good
-    assert Tokenizer(CL100K).n_vocab == 100_277
+    assert Tokenizer({"kind": "tiktoken", "name": "cl100k_base"}).n_vocab == 100_277
 
 
-def test_of_several_processes_one_downloads_and_the_others_find_it(mirror):
-    mirror.files["/a.bin"] = BODY
+def start_fetch(url):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom data.download import fetch\n"
-    code += f"fetch({mirror.base + '/a.bin'!r})"
-    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
-    assert [p.wait(60) for p in started] == [0] * 4
+    command = [sys.executable, "-c", f"{code}fetch({url!r})"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_if_several_processes_download_a_file_one_does_and_the_others_find_it(mirror):
+    mirror.files["/a.bin"] = BODY
+    processes = [start_fetch(mirror.base + "/a.bin") for _ in range(3)]
+    errors = [p.communicate(timeout=60)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0] * 3, errors
     assert mirror.ranges == [None]  # asked once
-    assert [p.name for p in Path("data/downloads").rglob("*") if p.is_file()] == ["a.bin"]
+    assert [p.name for p in Path("data").rglob("*") if p.is_file()] == ["a.bin"]
 
 
 def test_a_download_waits_only_for_one_of_the_same_file(mirror):
     mirror.files["/a.bin"] = mirror.files["/b.bin"] = BODY
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom data.download import fetch\n"
-    run = lambda name: [sys.executable, "-c", f"{code}fetch({mirror.base + name!r})"]  # noqa: E731
     with locked(download_path(mirror.base + "/a.bin")):
-        waits = subprocess.Popen(run("/a.bin"), stderr=subprocess.PIPE, text=True)
+        waits = start_fetch(mirror.base + "/a.bin")
         assert waits.stderr.readline().startswith("waiting for another process that writes data")
-        assert subprocess.run(run("/b.bin"), timeout=60).returncode == 0
+        fetch(mirror.base + "/b.bin")
         assert waits.poll() is None
-    assert waits.wait(60) == 0 and len(mirror.ranges) == 2
-    waits.stderr.close()
+    assert waits.communicate(timeout=60) and waits.returncode == 0 and len(mirror.ranges) == 2

@@ -94,7 +94,7 @@ def test_what_is_in_the_cache_is_not_read_again(monkeypatch):
     assert sizes[2:] == [3]  # 21 ids were held, of 24
     other = engine.add([*range(15), 40], temperature=0)  # the same beginning as one being written
     engine.step()
-    assert sizes[3:] == [2] and other.held == 16  # copied: only the last ids are run
+    assert sizes[3:] == [2] and engine.held(other) == 16  # copied: only the last ids are run
     engine.remove(other), engine.remove(again)
     engine.forget()
     engine.add(list(range(20)), temperature=0)
@@ -106,7 +106,7 @@ def test_samples_of_one_prompt_read_it_once(monkeypatch):
     model = build("gpt2")
     sizes = count_ids(model, monkeypatch)
     next(generate(model, [list(range(30))] * 4, 5, seeds=[1, 2, 3, 4]))
-    assert sizes == [29, 4]
+    assert sizes == [30, 3]
 
 
 def test_rows_of_like_lengths_are_read_in_one_pass(monkeypatch):
@@ -130,7 +130,7 @@ def test_a_conversations_history_outlives_short_questions_of_others():
     ask([1, 2, 9, 9, 9, 9])  # another one with the same system turn
     ask([50] * 5)
     assert sorted(s.ids[0] for s in engine.slots) == [1, 1, 50]
-    assert engine.add([*talk.ids, 30, 31]).held == 7
+    assert engine.held(engine.add([*talk.ids, 30, 31])) == 7
     assert not any(s.ids[:1] == [60] for s in engine.slots)
     ask([60] * 5)
     assert sorted(s.ids[0] for s in engine.slots) == [1, 50, 60]
@@ -251,12 +251,3 @@ def test_slots_on_a_gpu(name):
     jobs = [(p, s | {"allowed": None}, n) for p, s, n in requests(16, seed=3)]
     alone = [[i for (i,) in generate(model, [p], n, **s)] for p, s, n in jobs]
     assert write_together(Engine(model.cuda(), 5), jobs, random.Random(1)) == alone
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama", "default"])
-def test_a_model_of_one_shape_sees_the_whole_cache_and_writes_the_same(name):
-    """As GraphedSteps wants it: masks in place of shapes that grow."""
-    fast, texts = fast_copy(build(name), rows=3), []
-    for fast.static in (False, True):
-        texts.append(list(generate(fast, [[1, 2, 3], [4, 5], [6] * 9], 40, temperature=0.0)))
-    assert texts[0] == texts[1]

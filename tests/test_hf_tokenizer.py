@@ -422,7 +422,7 @@ def pattern(text):
         ("model.type", "WordPiece", "model WordPiece"),
         ("model.type", "Unigram", "model Unigram"),
         ("model.type", "WordLevel", "model WordLevel"),
-        ("model.byte_fallback", True, "byte_fallback is SentencePiece's"),
+        ("model.byte_fallback", True, "byte_fallback True"),
         ("model.continuing_subword_prefix", "##", "continuing_subword_prefix '##'"),
         ("model.end_of_word_suffix", "</w>", "end_of_word_suffix '</w>'"),
         ("model.dropout", 0.1, "dropout 0.1"),
@@ -444,9 +444,9 @@ def pattern(text):
         ("model.merges", KeyError, "'merges' is missing"),
         ("model.vocab", KeyError, "'vocab' is missing"),
         ("model", KeyError, "'model' is missing"),
-        ("model", None, "damaged"),
-        ("model", [], "damaged"),
-        ("added_tokens", {"<s>": 0}, "damaged"),
+        ("model", None, "cannot be read"),
+        ("model", [], "cannot be read"),
+        ("added_tokens", {"<s>": 0}, "cannot be read"),
         ("added_tokens.0.id", KeyError, "'id' is missing"),
         ("added_tokens.0.id", "0", "'0' is no token id"),
         ("added_tokens.0.content", "  ", "'  ' is text like any other"),
@@ -467,7 +467,7 @@ def pattern(text):
         ("pre_tokenizer", steps(ISOLATED | {"pattern": {"String": " "}}, NO_REGEX), "its pattern"),
         ("pre_tokenizer", steps(DIGITS, NO_REGEX), r"pre_tokenizer Digits \+ ByteLevel"),
         ("pre_tokenizer", steps(DIGITS | {"individual_digits": False}, PLAIN), "Digits"),
-        ("pre_tokenizer", steps(), "damaged"),
+        ("pre_tokenizer", steps(), "cannot be read"),
         ("pre_tokenizer", pattern(r"\s++$|\S+"), "its pattern"),
         ("pre_tokenizer", pattern(r"^\S+"), "its pattern"),
         ("pre_tokenizer", pattern(r"\p{N}{1,3}+|\D+"), "its pattern"),
@@ -500,7 +500,7 @@ def test_ids_must_rise_along_the_merges(good):
     vocab, data = good["model"]["vocab"], copy.deepcopy(good)
     first, last = "".join(good["model"]["merges"][0]), max(vocab, key=vocab.get)
     data["model"]["vocab"] |= {first: vocab[last], last: vocab[first]}
-    with pytest.raises(UserError, match=r"makes id \d+ after id 299; .* the ids must rise"):
+    with pytest.raises(UserError, match="the ids do not rise along the merges"):
         ours(data)
 
 
@@ -526,19 +526,6 @@ def test_what_is_no_json_is_said_so(good, name, data):
     Path(f"theirs/{name}.json").write_bytes(data)
     with pytest.raises(UserError, match=rf"theirs.{name}.json (is no JSON|holds no JSON object)"):
         hub_tokenizer("theirs")
-
-
-@pytest.mark.parametrize("name", ["config", "generation_config"])
-@pytest.mark.parametrize("ids", ["2", 1.5, True, {}, ["2"], [[2]]])
-def test_an_eos_token_id_is_a_number(good, name, ids):
-    with pytest.raises(UserError, match=rf"theirs.{name}.json: eos_token_id .* is no token id"):
-        ours(good, **{name: {"eos_token_id": ids}})
-
-
-def test_an_eos_token_is_a_name(good):
-    for eos in (3, [], {"content": 3}):
-        with pytest.raises(UserError, match=r"tokenizer_config.json: eos_token .* is no name"):
-            ours(good, tokenizer_config={"eos_token": eos})
 
 
 def test_a_folder_without_tokenizer_is_named():

@@ -1,4 +1,4 @@
-"""data/page.html in a browser, talking to `sample.py --serve` with tiny models of random weights.
+"""data/page.html in a browser, talking to servers of this process with tiny models.
 
 Needs playwright and a chromium (SCRATCHLM_CHROMIUM, default /usr/bin/chromium); skipped without.
 """
@@ -7,10 +7,9 @@ import itertools
 import json
 import os
 import re
-import subprocess
+import socket
 import sys
 import threading
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,11 @@ from conftest import BYTE, CHAT
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import data.server
 import model as lm
+import sample
 from data.chat import label_token
+from data.tools import load_tools
 
 CHROMIUM = os.environ.get("SCRATCHLM_CHROMIUM", "/usr/bin/chromium")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -30,42 +32,53 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}")
 expect = playwright.expect
 expect.set_options(timeout=15_000)
-SCRIPT = ROOT / "sample.py"
-WRITTEN = set(b"abcdefghijklmnopqrstuvwxyz ")  # what the models write: a random row of these
+LETTERS = list(b"abcdefghijklmnopqrstuvwxyz ")  # what the models write: a random row of these
+CHOICES = Path("out/choices.jsonl")
 
 
-def save_model(path, tokenizer):
-    """A model that writes letters and never ends by itself."""
-    torch.manual_seed(0)
-    shape = dict(vocab_size=320, context=8192, n_layer=1, n_head=2, d_model=16, head_bias=True)
-    model = lm.Transformer(lm.Config(**shape))
-    with torch.no_grad():
-        model.head.bias.fill_(-50)[list(WRITTEN)] = 0
-    path.parent.mkdir(parents=True)
-    content = {"config": asdict(model.config), "model": model.state_dict()}
-    lm.save_checkpoint(path, content | {"tokenizer": tokenizer.spec, "step": 0})
+class Serving:
+    """A server whose model writes letters and never ends by itself. It can be killed, and started
+    again on the same port."""
 
-
-class Server:
-    """`sample.py --serve` as a process that can be killed and started again on the same port."""
-
-    def __init__(self, folder, *flags):
-        self.folder, self.flags, self.port = folder, flags, 0
+    def __init__(self, name, tokenizer, tools=None):
+        torch.manual_seed(0)
+        shape = dict(vocab_size=320, n_layer=1, n_head=2, d_model=16, head_bias=True)
+        model = lm.Transformer(lm.Config(context=8192, **shape)).eval()
+        with torch.no_grad():
+            model.head.bias.fill_(-50)[LETTERS] = 0
+        flags = ["--ckpt", f"out/{name}", "--max_new_tokens", "24", "--temperature", "1"]
+        args, ckpt = sample.build_parser().parse_args(flags), Path("out", name, "best.pt")
+        self.service, self.port = sample.make_service(model, tokenizer, ckpt, args, tools), 0
+        self.service.api.scheduler.start()
         self.start()
 
     def start(self):
-        command = [sys.executable, SCRIPT, *self.flags, "--serve", self.port]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        pipes = dict(stdout=subprocess.PIPE, text=True, encoding="utf-8")
-        command = list(map(str, command))
-        self.process = subprocess.Popen(command, cwd=self.folder, env=env, **pipes)
-        self.url = re.search(r"http://127\.0\.0\.1:(\d+)/", self.process.stdout.readline())
-        self.port, self.url = int(self.url[1]), self.url[0]
+        connections = self.connections = []
+
+        class Server(data.server.Server):
+            def get_request(self):
+                connections.append(super().get_request())
+                return connections[-1]
+
+        self.server = Server(("127.0.0.1", self.port), self.service)
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def kill(self):
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
+        self.server.shutdown()
+        self.server.server_close()
+        for connection, _ in self.connections:
+            if connection.fileno() >= 0:
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """The servers' folder, in which out/ is."""
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(tmp_path_factory.mktemp("served"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,21 +89,19 @@ def browser():
         browser.close()
 
 
-def serving(name, tokenizer, *flags):
-    """A fixture: a server of its own folder, for all tests of this file."""
+def serving(*args):
+    """A fixture: a server for all tests of this file."""
 
     @pytest.fixture(scope="module")
-    def server(tmp_path_factory):
-        folder = tmp_path_factory.mktemp(name)
-        save_model(folder / "out" / name / "best.pt", tokenizer)
-        server = Server(folder, "--ckpt", f"out/{name}", "--max_new_tokens", 24, *flags)
+    def server(folder):
+        server = Serving(*args)
         yield server
         server.kill()
 
     return server
 
 
-chat = serving("chat", CHAT, "--tools", "hotel", "--temperature", 1)
+chat = serving("chat", CHAT, load_tools("hotel"))
 base = serving("base", BYTE)
 critic = serving("critic", BYTE.with_special([label_token("neg"), label_token("pos")]))
 
@@ -143,6 +154,10 @@ def ask(page, text):
 
 def last_answer(page):
     return page.locator("#log .answer .text").last
+
+
+def last_choice():
+    return json.loads(CHOICES.read_text(encoding="utf-8").splitlines()[-1])
 
 
 def set_number(page, label, value):
@@ -385,7 +400,7 @@ def test_tokens_are_joined_to_whole_characters(chat, visit):
 
 
 def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
-    page, file = visit(chat, "#choose"), chat.folder / "out" / "choices.jsonl"
+    page = visit(chat, "#choose")
     say(page, "which?")
     pair = page.locator(".pair .text")
     expect(page.get_by_role("button", name="Better (2)")).to_be_visible()
@@ -395,7 +410,7 @@ def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
         page.keyboard.press("2")
     expect(page.locator("#count")).to_contain_text(re.compile("Choices: [1-9]"))
     expect(page.locator("#bar code")).to_contain_text("finetune.py")
-    row = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
+    row = last_choice()
     assert row["prompt"] == [asked("user", "which?")]
     assert [row[k].strip() for k in ("chosen", "rejected")] == [two.strip(), one.strip()]
     assert last_answer(page).inner_text() == two
@@ -403,7 +418,7 @@ def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
 
 
 def test_each_side_of_a_choice_calls_its_own_tools(chat, visit):
-    page, file, bodies = visit(chat, "#choose"), chat.folder / "out" / "choices.jsonl", []
+    page, bodies = visit(chat, "#choose"), []
 
     def answer(route):
         bodies.append(route.request.post_data_json)
@@ -421,7 +436,7 @@ def test_each_side_of_a_choice_calls_its_own_tools(chat, visit):
         page.get_by_role("button", name="Better (2)").click()
     expect(page.locator("#log .answer").last).to_contain_text("answer 8")
     expect(page.locator("#log .card")).to_have_count(1)
-    row = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
+    row = last_choice()
     assert [m["role"] for m in row["prompt"]] == ["user", "assistant", "tool"]
     assert (row["chosen"], row["rejected"]) == ("answer 8", "answer 7")
     page.locator("nav a").first.click()
@@ -447,8 +462,8 @@ def test_equal_answers_cannot_be_compared(chat, visit):
 # ---- runs ------------------------------------------------------------------------------------
 
 
-def write_run(folder, name, steps, file_mode="w"):
-    path = folder / "out" / name / "metrics.jsonl"
+def write_run(name, steps, file_mode="w"):
+    path = Path("out", name, "metrics.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, file_mode, encoding="utf-8") as file:
         for step in steps:
@@ -459,8 +474,8 @@ def write_run(folder, name, steps, file_mode="w"):
 
 
 def test_runs_are_laid_over_each_other_and_grow_while_they_train(base, visit):
-    write_run(base.folder, "old", range(1, 21))
-    write_run(base.folder, "new", range(1, 6))
+    write_run("old", range(1, 21))
+    write_run("new", range(1, 6))
     page = visit(base, "#runs")
     lines = page.locator("#loss polyline")
     expect(lines).to_have_count(4)  # training and evaluation of each
@@ -471,7 +486,7 @@ def test_runs_are_laid_over_each_other_and_grow_while_they_train(base, visit):
 
     def train():
         for step in itertools.count(6):
-            write_run(base.folder, "new", [step], "a")
+            write_run("new", [step], "a")
             if stop.wait(0.1):
                 return
 
@@ -497,23 +512,17 @@ def test_runs_are_laid_over_each_other_and_grow_while_they_train(base, visit):
 # ---- base models and classifiers -------------------------------------------------------------
 
 
-def test_a_base_model_completes_and_goes_on(base, visit):
+def test_a_base_model_completes_goes_on_and_has_choices_of_a_prompt(base, visit):
     page = visit(base)
     text = ask(page, "def ")
     page.get_by_role("button", name="Continue from here").click()
     assert page.input_value("#draft").startswith("def ")
     assert page.input_value("#draft")[4:].split() == text.split()
-    page.get_by_role("button", name="Tokens").click()
-    expect(page.locator(".token")).to_have_count(24)
-
-
-def test_a_base_model_has_choices_of_a_prompt(base, visit):
     page = visit(base, "#choose")
     say(page, "Once")
-    page.get_by_role("button", name="Better (1)").click()
-    expect(page.locator("#count")).to_contain_text("Choices: 1")
-    file = base.folder / "out" / "choices.jsonl"
-    assert json.loads(file.read_text(encoding="utf-8"))["prompt"] == "Once"
+    with page.expect_response("**/page/choose"):
+        page.get_by_role("button", name="Better (1)").click()
+    assert last_choice()["prompt"] == "Once"
 
 
 def test_a_classifiers_verdict_is_bars(critic, visit):

@@ -3,33 +3,33 @@
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, real, turn
+from conftest import real, turn
 from test_finetune_runs import (
-    KILLED,
     QUICK,
     TABLES,
     content,
+    in_two_processes,
+    killed_in_step,
     losses,
     metrics,
     refused,
+    same_weights,
     save_base,
     small_model,
     tool_chat,
     tune,
     values,
     write,
-)
+)  # fmt: skip
 
 import finetune as ft
 import sample
+from data.batches import chat_rows, pad
 from data.chat import CHAT_TOKENS
 from data.cli import UserError
 from data.facts import FACTS, ask, count_facts, fact_scores, in_order, records_of
@@ -58,11 +58,8 @@ def facts(reply, *more):
     "reply, counted",
     [
         ("好的，祝您入住愉快！", {}),
-        ("推荐云海大厦。", {"name": 1, "right name": 1}),
         ("推荐云海大厦和云海大厦。", {"name": 2, "right name": 2, "again": 1, "doubled": 1}),
-        ("推荐北京好梦酒店。", {"name": 1}),
         ("推荐如家(北京某店)。", {"name": 1}),
-        ("云海大厦的价格是1005元。", {"name": 1, "right name": 1, "price": 1, "right price": 1}),
         ("云海大厦的价格是1005.0元。", {"name": 1, "right name": 1, "price": 1, "right price": 1}),
         ("云海大厦的价格是374元。", {"name": 1, "right name": 1, "price": 1}),
         ("价格374元的松园饭店(南店)。", {"name": 1, "right name": 1, "price": 1, "right price": 1}),
@@ -71,7 +68,6 @@ def facts(reply, *more):
         ("评分是5分的云海大厦", {"name": 1, "right name": 1, "rating": 1, "right rating": 1}),
         ("云海大厦的电话是010-60350829。",
          {"name": 1, "right name": 1, "phone": 1, "right phone": 1}),
-        ("云海大厦的电话是010-6035082。", {"name": 1, "right name": 1, "phone": 1}),
         ("云海大厦的电话是010-603508281。", {"name": 1, "right name": 1, "phone": 1}),
         ("云海大厦，评分15.0分", {"name": 1, "right name": 1, "rating": 1}),
         ("走5分钟到云海大厦。", {"name": 1, "right name": 1}),
@@ -168,15 +164,11 @@ CALL = turn("call", 'search {"facilities": ["泳池", "SPA"], "type": "经济型
         ("slots", CALL, turn("assistant", "hi"), None),
         ("exact", turn("assistant", " yes\n"), turn("assistant", "yes"), 1.0),
         ("exact", turn("call", "yes"), turn("assistant", "yes"), 0.0),
-        ("exact", CALL, CALL, 1.0),
         ("label", turn("assistant", "Positive, I think"), turn("assistant", "positive"), 1.0),
-        ("label", turn("assistant", "negative"), turn("assistant", "positive"), 0.0),
         ("label", turn("assistant", "10"), turn("assistant", "1"), 0.0),
         ("length", turn("assistant", "abc"), turn("assistant", "abcd"), 0.75),
-        ("length", turn("assistant", "a" * 9), turn("assistant", "abcd"), 0.0),
         ("faithful", turn("assistant", "推荐云海大厦。"), turn("assistant", "推荐云海大厦。"), 1.0),
         ("faithful", CALL, turn("assistant", "推荐云海大厦。"), 0.0),
-        ("faithful", CALL, turn("assistant", "再见"), None),
         ("faithful", CALL, CALL, None),
     ],
 )
@@ -258,16 +250,10 @@ def test_the_loss_and_its_gradient_are_the_papers(kl):
     assert 0 < clipped < 1 and divergence > 0 and not ours[~chosen].any()
 
 
-def test_the_divergence_is_unbiased_and_never_negative():
-    p, q = (torch.randn(5, dtype=torch.float64).log_softmax(0) for _ in range(2))
-    gap = q - p
-    terms = gap.exp() - gap - 1
-    assert terms.min() >= 0
-    assert (p.exp() * terms).sum() == pytest.approx((p.exp() * (p - q)).sum().item())
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("changes", [TABLES, dict(position="learned"), dict(tied=True)])
+@pytest.mark.parametrize(
+    "changes, recompute",
+    [(TABLES, False), (dict(position="learned"), True), (dict(tied=True), False)],
+)
 def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(changes, recompute):
     model = small_model(n_layer=2, **changes).double()
     with torch.no_grad():
@@ -334,14 +320,33 @@ def room(tmp_path, monkeypatch, talker):
     return tmp_path
 
 
+LEARN = "--val_data val.jsonl --data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3"
+LEARN += " --embed_lr 2e-3 --head_lr 2e-3 --schedule constant --batch_tokens 8192 --grad_accum 1"
+LEARN = [*LEARN.split(), "--eval_every", "999"]
+
+
+def test_what_is_rewarded_becomes_likelier(room):
+    """Its probability is compared, not what happens to be sampled in the end."""
+    Path("b.py").write_text("def reward(messages, answer, wanted):\n    return answer == 'b'\n")
+    out = tune(*GRPO, "--reward", "b.py", *LEARN, "--max_steps", "20")
+
+    def probability(ckpt):
+        model, tokenizer, _ = sample.load(ckpt, dtype="fp32")
+        chats = [[turn("user", f"say {a}"), turn("assistant", "b")] for a in LETTERS]
+        rows = [chat_rows({"messages": c}, tokenizer, 48)[0][0] for c in chats]
+        with torch.no_grad():
+            return model(*pad(rows), reduction="none").sum(1).exp().mean().item()
+
+    before, after = map(probability, ("out/base", out / "last.pt"))
+    assert after > before + 0.2
+
+
+@pytest.mark.slow
 def test_the_letter_that_the_prompt_names_is_learned_from_reward_alone(room):
     """--kl holds back a letter that gains ground with all prompts: once it is the only answer, the
     rewards of a group are equal and teach nothing. Of ten seeds on three instruction sets the
     slowest had learned it after 120 draws of these 220, the others after 40 to 100."""
-    flags = "--val_data val.jsonl --data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3"
-    flags += " --embed_lr 2e-3 --head_lr 2e-3 --schedule constant --batch_tokens 8192"
-    flags += " --grad_accum 1 --max_steps 440 --eval_every 999"
-    out = tune(*EXACT, *flags.split())
+    out = tune(*EXACT, *LEARN, "--max_steps", "440")
     assert values(out, "reward")[0] < 0.5 < 0.95 < values(out, "val_reward")[-1]
 
 
@@ -421,31 +426,25 @@ def test_killed_and_resumed_equals_straight_through_bitwise(room):
     flags = [*EXACT, "--val_data", "val.jsonl", "--updates", "2", "--kl", "0.1", "--dropout", "0.1",
              "--max_steps", "10", "--eval_every", "3"]
     tune(*flags, out="out/straight")
-    code = ["-c", KILLED.format(root=str(ROOT)), "--ckpt", "out/base", "--out", "out/killed"]
-    killed = subprocess.run([sys.executable, *code, *flags], capture_output=True, timeout=100)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    with killed_in_step(8):
+        tune(*flags, out="out/killed")
     assert content("out/killed/last.pt")["step"] == 6
     ft.main(["--resume", "out/killed"])
-    keys = ("loss", "reward", "kl", "clipped", "val_reward", "val_loss")
-    for key in keys:
+    for key in ("loss", "reward", "kl", "clipped", "val_reward", "val_loss"):
         assert values("out/killed", key) == values("out/straight", key)
-    straight, resumed = (content(f"out/{o}/last.pt")["model"] for o in ("straight", "killed"))
-    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+    assert same_weights("killed", "straight")
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_rewards_and_losses_of_one(room):
     flags = [*EXACT, "--val_data", "val.jsonl", "--max_steps", "6", "--eval_every", "3"]
     tune(*flags, "--grad_accum", "4", out="out/one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", str(ROOT / "finetune.py"), "--ckpt", "out/base", *flags, "--grad_accum", "2"]
-    done = subprocess.run([*command, "--out", "out/two"], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    in_two_processes(*flags, "--grad_accum", "2")
     for key in ("loss", "reward", "equal_groups", "entropy", "val_reward"):
         assert values("out/two", key) == pytest.approx(values("out/one", key), abs=1e-5)
 
 
-@pytest.mark.parametrize("flags", [[], ["--lora_rank", "4"], ["--grad_accum", "2"]])
+@pytest.mark.parametrize("flags", [["--lora_rank", "4"], ["--grad_accum", "2"]])
 def test_a_reward_model_prefers_what_was_chosen_and_rewards_it(room, flags):
     tune("--data", "pairs.jsonl", "--val_data", "pairs.jsonl", "--objective", "reward", *QUICK,
          *flags, "--max_steps", "150", "--lr", "3e-3", "--embed_lr", "3e-3", "--head_lr", "3e-3",
@@ -505,15 +504,9 @@ def test_prompts_are_the_turns_that_the_reward_is_for(room, capsys):
         ([*GRPO, "--reward", "nothing"], "nothing"),
         ([*GRPO, "--reward", "out/base"], "no reward model"),
         ([*EXACT, "--samples", "1"], "--samples"),
-        ([*EXACT, "--updates", "0"], "--updates"),
-        ([*EXACT, "--kl", "-1"], "--kl"),
-        ([*EXACT, "--clip", "0"], "--clip"),
         ([*EXACT, "--token_dropout", "0.1"], "--token_dropout"),
         (["--kl", "0.1"], "--kl is not for --objective sft"),
-        ([*EXACT, "--data", "pairs.jsonl", "--augment", "0.5"], "--augment"),
-        ([*EXACT, "--best_by", "accuracy"], "--best_by accuracy"),
         ([*GRPO, "--reward", "slots"], "slots"),
-        (["--objective", "reward"], "--objective reward"),
     ],
 )
 def test_a_users_mistake_is_one_line_that_names_it(room, capsys, flags, named):

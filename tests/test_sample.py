@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from data.analogy import word_vector
 from data.cli import UserError, printable
-from data.terminal import read_message
 from data.tokenizer import Tokenizer
 from model import Config, KVCache, Transformer, load_checkpoint, save_checkpoint
 from sample import TextStream, analogy, beam_search, generate, next_token
@@ -767,8 +766,6 @@ def test_prompt_from_a_file_or_a_pipe_equals_the_prompt(say, tmp_path, monkeypat
         assert say("--prompt", "@p.txt", *flags) == wanted
         monkeypatch.setattr(sys, "stdin", io.StringIO(mark + text))
         assert say(*flags) == wanted
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeff hi\n"))
-    assert read_message() == "hi"
 
 
 def test_piped_text_that_begins_with_an_at_sign_is_text(say, monkeypatch):
@@ -969,7 +966,7 @@ def test_analogy_and_choices_on_the_command_line(say, run):
         (("--prompt_ids", "5,-1"), "-1 .*0 to 319"),
         (("--prompt_ids", "99999999999"), "99999999999 .*0 to 319"),
         (("--prompt", "a", "--seed", str(2**70)), "--seed"),
-        (("--device", "abacus"), "--device abacus is unknown: choose auto, cpu, cuda"),
+        (("--device", "abacus"), "--device abacus"),
         (("--choices", "a,b"), "--choices is for --analogy"),
         (("--system", "be kind"), "--system is for --chat"),
     ],

