@@ -682,12 +682,6 @@ class Transformer(nn.Module):
         names = [f"{n}.weight" for n, m in self.named_modules() if isinstance(m, Table)]
         return [n for n in names if n.startswith(("value_embed.", "inputs."))]
 
-    def position_tables(self):
-        """The tables that `hidden` looks positions up in: (context, ...) each."""
-        if self.config.position == "learned":
-            return [self.position.weight]
-        return [self.sines] if self.config.position == "sinusoidal" else [self.cos, self.sin]
-
     def last_logits(self, ids, cache, step=None):
         """Logits (B, V) of the token after the last of the ids (B, T): all that sampling needs."""
         return self.head(self.hidden(ids, cache, step)[:, -1])
