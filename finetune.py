@@ -163,18 +163,18 @@ def job_prompt(job, tokenizer, context):
     return chat.get_template(tokenizer).fit_prompt(job.messages, job.tools, room)
 
 
-def generate_turns(model, tokenizer, prompts, slots=48, seeds=None, **settings):
-    """The turn that the model writes after each of the prompts, as lists of ids; prompt i is
-    sampled with seeds[i]. A turn that ends makes room for the next one."""
+def generate_turns(model, tokenizer, prompts, seeds=None):
+    """The turn that the model writes after each of the prompts, as lists of ids: greedily, or
+    sampled with a seed for each prompt. A turn that ends makes room for the next one."""
     template, allowed = chat.get_template(tokenizer), allowed_ids(model, tokenizer, chat=True)
     max_tokens = max_answer(model.config.context)
     turns, waiting, running = [[] for _ in prompts], deque(range(len(prompts))), {}
-    engine = Engine(model, min(slots, len(prompts)), 256)
+    engine = Engine(model, min(48, len(prompts)), 256)
     while waiting or running:
         while waiting and engine.busy < len(engine.slots):
             i = waiting.popleft()
-            seed = {"seed": seeds[i]} if seeds else {}
-            running[engine.add(prompts[i], allowed=allowed, **settings, **seed)] = i
+            options = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
+            running[engine.add(prompts[i], allowed=allowed, **options)] = i
         for slot, new_id in engine.step().items():
             turn = turns[running[slot]]
             turn.append(new_id)
@@ -187,8 +187,9 @@ def generate_turns(model, tokenizer, prompts, slots=48, seeds=None, **settings):
 def answer(model, tokenizer, jobs):
     """The model's greedy answers to `answer_jobs`, as messages."""
     prompts = [job_prompt(job, tokenizer, model.config.context) for job in jobs]
-    turns = generate_turns(model, tokenizer, prompts, temperature=0.0)
-    return [parse(ids, chat.get_template(tokenizer)) for ids in turns]
+    turns = generate_turns(model, tokenizer, prompts)
+    template = chat.get_template(tokenizer)
+    return [parse(ids, template, prompt) for ids, prompt in zip(turns, prompts)]
 
 
 # --------------------------------------------------------------------------------------------
@@ -303,9 +304,8 @@ class SFT:
 
     def scores(self, jobs, turns):
         """The figures of answers to jobs, and those that the data set adds."""
-        source = SOURCES.get(self.args.data)
-        added = source.scores(jobs, turns) if source and source.scores else {}
-        return chat_scores(jobs, turns) | added
+        scores, source = chat_scores(jobs, turns), SOURCES.get(self.args.data)
+        return scores | (source.scores(jobs, turns) if source and source.scores else {})
 
     def report(self, model, split):
         """(figures of a whole Split, rows for predictions.jsonl, lines to print)."""
@@ -336,8 +336,8 @@ class Classify(SFT):
         return [chat.label_token(name) for name in labels]
 
     def rows(self, example):
-        text, label, a = example["text"], example["label"], self.args
-        row, cut = batches.label_row(text, label, self.tokenizer, a.context, a.loss_on)
+        text, label, context = example["text"], example["label"], self.args.context
+        row, cut = batches.label_row(text, label, self.tokenizer, context)
         return [row], cut
 
     def evaluate(self, model, split, final=True):
@@ -414,13 +414,10 @@ class DPO(SFT):
         and their difference."""
         rewards = self.over_pairs(split, partial(self.rewards, model))
         chosen, rejected = rewards.unbind(1)
-        return {
-            "val_loss": float(preference_loss(rewards)) / len(rewards),
-            "reward_accuracy": float((chosen > rejected).float().mean()),
-            "reward_chosen": float(chosen.mean()),
-            "reward_rejected": float(rejected.mean()),
-            "reward_margin": float((chosen - rejected).mean()),
-        }
+        means = dict(accuracy=chosen > rejected, chosen=chosen, rejected=rejected)
+        means |= dict(margin=chosen - rejected)
+        scores = {"val_loss": float(preference_loss(rewards)) / len(rewards)}
+        return scores | {f"reward_{name}": float(v.float().mean()) for name, v in means.items()}
 
     def report(self, model, split):
         with self.runtime.autocast():
@@ -634,7 +631,8 @@ class GRPO(SFT):
         with lm.evaluating(self.model) as model, self.runtime.autocast():
             prompt_ids = [p.ids for p in prompts]
             answers = generate_turns(model, self.tokenizer, prompt_ids, seeds=seeds.tolist())
-        turns = [parse(new, chat.get_template(self.tokenizer)) for new in answers]
+        template = chat.get_template(self.tokenizer)
+        turns = [parse(new, template, prompt) for new, prompt in zip(answers, prompt_ids)]
         jobs = [p.turn for p in prompts]
         rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
         if None in rewards:
@@ -735,7 +733,7 @@ def resolve(args):
     examples}, {split: sha256})."""
     given = {k: v for k, v in vars(args).items() if v is not None}
     content, settings = None, given
-    if args.resume is not None:
+    if args.resume is not None and not args.eval_only:
         settings, content = train.resumed_settings(args, given, FIXED)
     elif "data" not in given:
         raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
@@ -832,14 +830,14 @@ def build_model(args, base, content, special_tokens, runtime):
         adapter = dict(targets=args.lora_targets, rank=args.lora_rank, dropout=args.lora_dropout)
         adapter["alpha"] = args.lora_alpha or 2 * args.lora_rank
         # rows of special tokens that the base has never seen must learn
-        tables = [] if tokenizer is bare else ["embed", "value_embed", "head"]
-        adapter["modules_to_save"] = tables
+        new_tokens = tokenizer is not bare
+        adapter["modules_to_save"] = ["embed", "value_embed", "head"] if new_tokens else []
         if args.quantize:
             lora.quantize(model, args.quantize, device=runtime.device)
         lora.add_lora(model, **adapter)
         sha256 = runtime.of_first(None if runtime.rank else lora.fingerprint(base["model"]))
-        adapter |= dict(quantize=args.quantize, base=args.ckpt, base_sha256=sha256)
-        adapter |= dict(base_vocab=bare.n_vocab)
+        adapter |= dict(quantize=args.quantize, base=args.ckpt, base_sha256=sha256,
+                        base_vocab=bare.n_vocab)  # fmt: skip
     model.grad_checkpoint = bool(args.grad_checkpoint)
     return model, tokenizer, adapter
 
@@ -1051,8 +1049,8 @@ def build_parser():
     add("--rows", metavar="START:STOP", help="this part of the training rows, as 1000:5001")
     add("--max_rows", type=at_least(1), help="the first rows of each split only (default: all)")
     add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
-    add("--loss_on", choices=("assistant", "call", "all"),
-        help="learn the assistant's turns (default), its tool calls only, or every token")
+    add("--loss_on", choices=("assistant", "call"),
+        help="learn the assistant's turns (default), or its tool calls only")
     add("--augment", type=share, help="hotel dialogues: the chance that a value is exchanged "
         "everywhere in one, and that a question is added (default 0)")
     add("--token_dropout", type=share, help="the chance that a token is hidden (default 0)")

@@ -33,7 +33,16 @@ import torch
 import lora
 from data.analogy import analogy
 from data.chat import get_template, label_token, labels_of
-from data.cli import Parser, UserError, check_limits, printable, run_cli
+from data.cli import (
+    Parser,
+    UserError,
+    at_least,
+    between,
+    positive,
+    printable,
+    run_cli,
+    share,
+)
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, dtype_name, native_dtype
 from data.matmul import make_fast, timing_lines
@@ -113,20 +122,21 @@ def min_p(logits, p):
 
 
 class Filter(NamedTuple):
-    """A sampling filter: a function of logits and its setting. `off` is the value that keeps all,
-    `default` that of the flag."""
+    """A sampling filter: a function of logits and a number. `off` is the value that keeps all
+    tokens; `default`, `type` and `help` are those of its flag."""
 
     function: Callable
     off: float
     default: float
+    type: Callable
     help: str
 
 
 # To add a sampling filter: a line here. They are applied in this order.
 FILTERS = {
-    "top_k": Filter(top_k, 0, 0, "keep the k likeliest tokens; 0 is all"),
-    "top_p": Filter(top_p, 1.0, 0.95, "keep the likeliest up to p; 1 is all"),
-    "min_p": Filter(min_p, 0.0, 0.0, "keep what has p times the likeliest's probability; 0 is all"),
+    "top_k": Filter(top_k, 0, 0, at_least(0), "keep the k likeliest tokens; 0 is all"),
+    "top_p": Filter(top_p, 1.0, 0.95, share, "keep the likeliest up to p; 1 is all"),
+    "min_p": Filter(min_p, 0.0, 0.0, share, "keep those of p times the likeliest's p; 0 is all"),
 }
 # All settings of generation; by default each does nothing.
 DECODING = {
@@ -539,72 +549,70 @@ def classify(model, prompts, goals, batch=64):
 
 
 # --------------------------------------------------------------------------------------------
-# The command line
+# What the command line reads
 # --------------------------------------------------------------------------------------------
 
 
 def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
-    """(model, tokenizer, where) of a checkpoint or run's folder, the newest run if None. An adapter
-    brings its base along; `adapters` are laid over a base, the first one active, and are called by
-    their folder's or file's name. With `ids_alone` the tokenizer may be missing, and is None."""
-    where = Path(ckpt) if ckpt is not None else newest_run()
+    """(model, tokenizer, path) of a checkpoint or run's folder, by default the newest run. The base
+    of an adapter is loaded with it. `adapters` are added to a base, the first one active, named by
+    their folder or file. With `ids_alone` the tokenizer may be missing, and is None."""
+    path = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
-    dtype = "fp32" if dtype == "int8" else dtype  # `make_fast` rounds it
     if dtype in (None, "auto"):
         dtype = native_dtype(device)
-    # an adapter knows its base by the weights as they are on disk
-    content = load_checkpoint(where, None if adapters else DTYPES[dtype])
-    over = [Path(a) for a in adapters]
+    dtype = DTYPES["fp32" if dtype == "int8" else dtype]  # `make_fast` rounds to int8
+    # an adapter recognises its base by the weights as they are on disk
+    content, base, paths = load_checkpoint(path, None if adapters else dtype), path, adapters
     if "adapter" in content:
-        over, base = [where, *over], find_checkpoint(content["adapter"]["base"])
+        paths, base = [path, *adapters], find_checkpoint(content["adapter"]["base"])
         if not base.exists():
             raise UserError(
-                f"{where} is an adapter over {base}, which is not there: name its base with --ckpt "
+                f"{path} is an adapter over {base}, which is not there: name its base with --ckpt "
                 f"and this one with --adapter"
             )
         content = load_checkpoint(base)
-    else:
-        base = where
-    names = [(p.parent if p.name in ("best.pt", "last.pt") else p).name for p in over]
-    names = [name.removesuffix(".pt") for name in names]
-    if len(set(names)) < len(names):
-        raise UserError(f"two adapters are called alike: {', '.join(names)}")
-    named = {name: load_checkpoint(p) for name, p in zip(names, over)}
-    if "tokenizer" not in content and not (ids_alone and not named):
+    named = {}
+    for p in map(Path, paths):
+        name = (p.parent if p.name in ("best.pt", "last.pt") else p).name.removesuffix(".pt")
+        if name in named:
+            raise UserError(f"two adapters have the same name: {name}")
+        named[name] = load_checkpoint(p)
+    if "tokenizer" not in content and (named or not ids_alone):
         raise UserError(
-            f"{where} carries no tokenizer (or no tokenizer.json): sample.py --prompt_ids 1,2 "
+            f"{path} carries no tokenizer (or no tokenizer.json): sample.py --prompt_ids 1,2 "
             f"--print_ids needs none"
         )
-    specs = [a["tokenizer"] for a in named.values()] or [content.get("tokenizer")]
-    if any(s != specs[0] for s in specs):
-        raise UserError("the adapters have other special tokens: only alike ones go together")
+    spec, *others = [a["tokenizer"] for a in named.values()] or [content.get("tokenizer")]
+    if any(other != spec for other in others):
+        raise UserError("the adapters have different special tokens and cannot be used together")
     if named:
         model = lora.load_adapted(content, named, base).to(device)
         for p in model.parameters():  # not the tables of positions, which stay in fp32
-            p.data = p.data.to(DTYPES[dtype])
+            p.data = p.data.to(dtype)
     else:
-        model = model_from_checkpoint(content, device, DTYPES[dtype], where)
-    return model, specs[0] and Tokenizer(specs[0]), where
+        model = model_from_checkpoint(content, device, dtype, path)
+    return model, spec and Tokenizer(spec), path
 
 
 def fast_model(model, rows, args):
-    """The model, made ready to write `rows` texts at once: on a CPU its Linears are replaced by
-    faster ones, unless args.no_fast says no; on a GPU steps are recorded with args.cuda_graphs.
-    One with adapters stays as it is, as they may be switched. UserError if args.dtype int8 or CUDA
-    graphs are not possible."""
+    """Make the model ready to write `rows` texts at once, in place, and return it: on a CPU its
+    Linears are replaced by faster ones, on a GPU --cuda_graphs records its steps. One with adapters
+    stays as it is, since they may be switched. UserError if a flag asks for the impossible."""
     device = model.embed.weight.device.type
     adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
-    if args.cuda_graphs and (adapted or device != "cuda"):
-        reason = "does without adapters" if adapted else f"needs a GPU, the model is on {device}"
-        raise UserError(f"--cuda_graphs {reason}")
-    if args.dtype == "int8" and (adapted or args.no_fast or device != "cpu"):
+    if args.cuda_graphs:
+        if adapted or device != "cuda":
+            reason = "excludes adapters" if adapted else f"needs a GPU, the model is on {device}"
+            raise UserError(f"--cuda_graphs {reason}")
+        model.last_logits = GraphedSteps(model.last_logits)
+    fast = device == "cpu" and not (args.no_fast or adapted)
+    if args.dtype == "int8" and not fast:
         reason = "excludes --no_fast" if args.no_fast else f"is for a CPU, not {device}"
         if adapted:
             reason = "does not round adapters: lora.py merge writes a checkpoint without them"
         raise UserError(f"--dtype int8 {reason}")
-    if args.cuda_graphs:
-        model.last_logits = GraphedSteps(model.last_logits)
-    elif device == "cpu" and not (args.no_fast or adapted):
+    if fast:
         make_fast(model, rows, args.dtype == "int8")
         if args.verbose:
             print("\n".join(timing_lines()), file=sys.stderr)
@@ -612,8 +620,8 @@ def fast_model(model, rows, args):
 
 
 def allowed_ids(model, tokenizer, chat=False):
-    """Bools (V,): the ids that a token has; the table's spare rows must never be drawn. Of the
-    special ones only the end of the text may come, or in a `chat` those of `Template.spoken`."""
+    """Bools (V,): the ids that have a token; the spare rows of the table must never be drawn. Of
+    the special ones only the end of the text is allowed, or in a `chat` those of the template."""
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     lengths = torch.from_numpy(tokenizer.byte_lengths[: len(allowed)])
     allowed[: len(lengths)] = lengths > 0
@@ -632,22 +640,19 @@ def chat_ids(model, tokenizer, template, may_call):
 
 
 def resolve_prompt(prompt):
-    """What a --prompt means: itself, the content of @FILE, or of standard input for None."""
-    where = "the prompt"
+    """The text of a --prompt: itself, the content of @FILE, or for None standard input."""
+    source = "the prompt"
     try:
         if prompt is None:
-            where = "standard input"
-            piped = sys.stdin is not None and not sys.stdin.isatty()
-            text = sys.stdin.read() if piped else ""
+            source, piped = "standard input", sys.stdin is not None and not sys.stdin.isatty()
+            prompt = sys.stdin.read() if piped else ""
         elif prompt.startswith("@"):
-            where = prompt[1:]
-            text = Path(where).read_text(encoding="utf-8")
-        else:
-            text = prompt
-        text.encode("utf-8")  # bytes that a shell could not read hide as lone surrogates
-        return text.removeprefix("\ufeff")  # the mark that Windows' editors and shells write
+            source = prompt[1:]
+            prompt = Path(source).read_text(encoding="utf-8")
+        prompt.encode("utf-8")  # bytes that a shell could not decode are lone surrogates
+        return prompt.removeprefix("\ufeff")  # the mark that Windows' editors and shells write
     except UnicodeError as e:
-        raise UserError(f"{where} is not text in UTF-8 ({e.reason} at {e.start})") from e
+        raise UserError(f"{source} is not text in UTF-8 ({e.reason} at {e.start})") from e
 
 
 def read_prompts(args, tokenizer, vocab_size):
@@ -656,33 +661,42 @@ def read_prompts(args, tokenizer, vocab_size):
         try:
             rows = [[int(i) for i in args.prompt_ids.split(",")]]
         except ValueError as e:
-            raise UserError(f"--prompt_ids {args.prompt_ids!r}: numbers with commas, please") from e
-    else:  # nothing at all means: begin a document
-        texts = [resolve_prompt(p) for p in args.prompt or [None]]
+            raise UserError(f"--prompt_ids {args.prompt_ids!r} must be like 5,17,200") from e
+    else:  # an empty prompt begins a document
         begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        texts = [resolve_prompt(p) for p in args.prompt or [None]]
         rows = [begin + tokenizer.encode(t) or [tokenizer.eos_id] for t in texts]
     check_ids(rows, vocab_size)
     return rows
 
 
-def batch_of(prompts, args):
-    """(each prompt --num_samples times, settings of `generate`). Sample j of any prompt draws with
-    seed + j, so each can be had again alone."""
-    seed = args.seed if args.seed is not None else torch.seed() % 2**31
-    seeds = [seed + j for _ in prompts for j in range(args.num_samples)]
-    settings = {name: getattr(args, name) for name in DECODING}
-    return [p for p in prompts for _ in range(args.num_samples)], settings | {"seeds": seeds}
+# --------------------------------------------------------------------------------------------
+# What the command line does
+# --------------------------------------------------------------------------------------------
+
+
+def decoding_settings(args):
+    """The values of the flags that DECODING names."""
+    return {name: getattr(args, name) for name in DECODING}
 
 
 def write_rows(model, tokenizer, prompts, args):
-    """Generate for every prompt, --num_samples times; print text as it comes. Returns the ids."""
-    prompts, settings = batch_of(prompts, args)
+    """Continue every prompt --num_samples times and print the texts, a single one as it comes.
+    Sample j of each prompt draws with seed + j, so that it can be had again alone. Returns the new
+    ids; without a tokenizer there is no text, and no id that ends one."""
+    seed = args.seed if args.seed is not None else torch.seed() % 2**31
+    settings = decoding_settings(args)
+    settings["seeds"] = [seed + j for _ in prompts for j in range(args.num_samples)]
+    prompts = [p for p in prompts for _ in range(args.num_samples)]
+    if tokenizer is None:
+        steps = generate(model, prompts, args.max_new_tokens, **settings)
+        return [list(row) for row in zip(*steps)]
     streams = [TextStream(tokenizer, args.stop or ()) for _ in prompts]
-    texts, ids, said = [""] * len(prompts), [[] for _ in prompts], []
+    texts, ids, alone, slid = [""] * len(prompts), [[] for _ in prompts], len(prompts) == 1, []
 
     def show(r, text):
         texts[r] += text
-        if len(prompts) == 1:
+        if alone:
             print(printable(text), end="", flush=True)
 
     def stop(r, i):
@@ -691,50 +705,42 @@ def write_rows(model, tokenizer, prompts, args):
         return i == tokenizer.eos_id or streams[r].stopped
 
     def slide(kept):
-        if not said:
-            context = model.config.context
-            note = f"the context of {context} tokens is full: going on with the newest {kept}"
-            print(f"[{note}]", file=sys.stderr)
-        said.append(kept)
+        if not slid:
+            note = f"the context of {model.config.context} tokens is full: going on with the newest"
+            print(f"[{note} {kept}]", file=sys.stderr)
+        slid.append(kept)
 
-    if len(prompts) == 1:
+    if alone:
         print(prompt_text(tokenizer, prompts[0]), end="", flush=True)
     settings |= dict(allowed=allowed_ids(model, tokenizer), stop=stop, slide=slide)
     for _ in generate(model, prompts, args.max_new_tokens, **settings):
         pass
     for r, stream in enumerate(streams):
         show(r, stream.finish())
-        if len(prompts) > 1:
+        if not alone:
             print(f"--- {r + 1} ---\n{prompt_text(tokenizer, prompts[r])}{printable(texts[r])}")
-    if len(prompts) == 1:
+    if alone:
         print()
     return ids
 
 
-def write_ids(model, prompts, args):
-    """`write_rows` for a model without a tokenizer: no text, and no id that ends one."""
-    prompts, settings = batch_of(prompts, args)
-    rows = generate(model, prompts, args.max_new_tokens, slide=lambda kept: None, **settings)
-    return [list(row) for row in zip(*rows)]
-
-
 def prompt_text(tokenizer, ids):
     """Printable text of ids, without the end-of-text token and ids that no token has."""
-    known = [i for i in ids if i != tokenizer.eos_id and tokenizer.token_bytes(i)]
-    return printable(tokenizer.decode(known))
+    ids = [i for i in ids if i != tokenizer.eos_id and tokenizer.token_bytes(i)]
+    return printable(tokenizer.decode(ids))
 
 
 def write_beams(model, tokenizer, prompt, args):
-    """Beam search from one prompt; prints the beams, best first. Returns the ids."""
+    """Beam search from one prompt; prints the beams, the best first, and returns their ids."""
     room = model.config.context - len(prompt)
     if room < 1:
         raise UserError(f"the prompt has {len(prompt)} tokens; beams need room in the context")
     if room < args.max_new_tokens:
         print(f"[beams end with the context, after {room} tokens]", file=sys.stderr)
-    how = dict(length_penalty=args.length_penalty, end=tokenizer.eos_id)
-    how |= dict(allowed=allowed_ids(model, tokenizer))
-    beams = beam_search(model, prompt, min(room, args.max_new_tokens), args.beams, **how)
-    beams = beams[: args.num_samples]
+    beams = beam_search(
+        model, prompt, min(room, args.max_new_tokens), args.beams, args.length_penalty,
+        tokenizer.eos_id, allowed_ids(model, tokenizer),
+    )[: args.num_samples]  # fmt: skip
     for score, ids in beams:
         if len(beams) > 1:
             print(f"--- {score:.4f} ---")
@@ -742,45 +748,22 @@ def write_beams(model, tokenizer, prompt, args):
     return [ids for _, ids in beams]
 
 
-SLOTS = 16
+def label_shares(model, tokenizer, prompts):
+    """[(label, probability)], the likeliest first, of each prompt (lists of ids)."""
+    labels = labels_of(tokenizer)
+    rows = [[*p[1 - model.config.context :], tokenizer.eos_id] for p in prompts]
+    goals = [tokenizer.special[label_token(name)] for name in labels]
+    shares = classify(model, rows, goals).exp().tolist()
+    return [sorted(zip(labels, row), key=lambda pair: -pair[1]) for row in shares]
 
 
-def make_service(model, tokenizer, where, args, tools):
+def make_service(model, tokenizer, path, args, tools):
     """What --serve serves: an Engine with its Scheduler behind OpenAI's API, and the page."""
     from data.api import Api  # not above: nobody else needs an HTTP server
     from data.scheduler import Scheduler
     from data.server import LOCAL
     from data.service import CHOICES, Service
 
-    labels, template = labels_of(tokenizer), get_template(tokenizer)
-    named = lora.adapter_names(model)
-    base = (where.parent if where.suffix == ".pt" else where).name or "model"
-    adapters = {n: n for n in named} | {"base" if base in named else base: None}
-    masks = {(True, call): chat_ids(model, tokenizer, template, call) for call in (True, False)}
-    masks[False, False] = allowed_ids(model, tokenizer)
-
-    def activate(name):
-        lora.set_adapter(model, *([name] if name else []))
-
-    def verdict(text):
-        ids = [*tokenizer.encode(text)[1 - model.config.context :], tokenizer.eos_id]
-        goals = [tokenizer.special[label_token(name)] for name in labels]
-        shares = classify(model, [ids], goals)[0].exp().tolist()
-        return sorted(zip(labels, shares), key=lambda pair: -pair[1])
-
-    engine = Engine(model, args.slots or SLOTS, 256, chunk=256)
-    scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
-    settings = {name: getattr(args, name) for name in DECODING}
-    known = {n for n, f in (tools or {}).items() if getattr(f, "needs_no_schema", False)}
-    schemas = [function_schema(name, f) for name, f in (tools or {}).items()]
-    how = masks, settings, schemas, known
-    api = Api(scheduler, tokenizer, adapters, model.config.context, *how)
-    command = f"python finetune.py --ckpt {args.ckpt or where} --data {CHOICES}"
-    info = {"model": api.names[0], "models": api.names, "labels": labels}
-    info["kind"] = "classifier" if labels else "chat" if template else "base"
-    info |= {"settings": settings, "context": api.context, "system": args.system or ""}
-    info["max_tokens"] = min(args.max_new_tokens, api.context // 2)
-    info["tools"], info["choices"] = schemas, {"file": str(CHOICES), "command": command}
     key = args.api_key or os.environ.get("SCRATCHLM_API_KEY")
     if args.host not in (None, *LOCAL) and not key:
         raise UserError(f"--host {args.host} opens the server to others: give it an --api_key")
@@ -788,7 +771,34 @@ def make_service(model, tokenizer, where, args, tools):
         raise UserError("--api_key must be of ASCII letters, digits and signs, as HTTP wants it")
     if args.cors and not re.fullmatch(r"https?://[^/\s]+", args.cors):
         raise UserError(f"--cors {args.cors} is no origin like https://example.org")
-    return Service(api, info, tools or {}, verdict if labels else None, key, args.cors)
+    labels, template = labels_of(tokenizer), get_template(tokenizer)
+    named = lora.adapter_names(model)
+    base = (path.parent if path.suffix == ".pt" else path).name or "model"
+    adapters = {n: n for n in named} | {"base" if base in named else base: None}
+    masks = {(True, call): chat_ids(model, tokenizer, template, call) for call in (True, False)}
+    masks[False, False] = allowed_ids(model, tokenizer)
+
+    def activate(name):
+        lora.set_adapter(model, *([name] if name else []))
+
+    engine = Engine(model, args.slots, 256, chunk=256)
+    scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
+    settings = decoding_settings(args)
+    known = {n for n, f in (tools or {}).items() if getattr(f, "needs_no_schema", False)}
+    schemas = [function_schema(name, f) for name, f in (tools or {}).items()]
+    how = masks, settings, schemas, known
+    api = Api(scheduler, tokenizer, adapters, model.config.context, *how)
+    command = f"python finetune.py --ckpt {args.ckpt or path} --data {CHOICES}"
+    info = {"model": api.names[0], "models": api.names, "labels": labels}
+    info["kind"] = "classifier" if labels else "chat" if template else "base"
+    info |= {"settings": settings, "context": api.context, "system": args.system or ""}
+    info["max_tokens"] = min(args.max_new_tokens, api.context // 2)
+    info["tools"], info["choices"] = schemas, {"file": str(CHOICES), "command": command}
+
+    def classify_text(text):
+        return label_shares(model, tokenizer, [tokenizer.encode(text)])[0]
+
+    return Service(api, info, tools or {}, classify_text if labels else None, key, args.cors)
 
 
 def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=None):
@@ -798,8 +808,10 @@ def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=
     masks = {call: chat_ids(model, tokenizer, chat.template, call) for call in (True, False)}
 
     def write(prompt, seed, may_call, stop):
-        how = dict(settings or {}, seed=seed, allowed=masks[may_call], stop=stop, engine=engine)
-        for _ in generate(model, [prompt], chat.max_tokens, **how):
+        for _ in generate(
+            model, [prompt], chat.max_tokens, seed=seed, allowed=masks[may_call], stop=stop,
+            engine=engine, **settings or {},
+        ):  # fmt: skip
             pass
 
     def set_adapter(*names):
@@ -820,39 +832,42 @@ def build_parser():
         help="text, or @FILE; given several times it is a batch (default: standard input if it is "
         "a pipe, else the model begins a document)")
     start.add_argument("--prompt_ids", help="token ids instead, e.g. 5,17,200")
-    add("--print_ids", action="store_true", help="the new ids on the last line, a line a sample")
-    add("--max_new_tokens", type=int, default=200, help="new tokens at most (default 200)")
-    add("--num_samples", type=int, default=1, help="per prompt, in one batch (default 1)")
-    add("--temperature", type=float, help="0 is greedy (default 0.8; with --tools 0)")
+    add("--print_ids", action="store_true", help="print the new ids last, a line for each sample")
+    add("--max_new_tokens", type=at_least(1), default=200, help="of each sample (default 200)")
+    add("--num_samples", type=at_least(1), default=1, help="per prompt, in one batch (default 1)")
+    add("--temperature", type=at_least(0, float), help="0 is greedy (default 0.8; with --tools 0)")
     for name, f in FILTERS.items():
-        text = f"{f.help} (default {f.default})"
-        add(f"--{name}", type=type(f.off), default=f.default, help=text)
-    add("--repetition_penalty", type=float, default=1.0, help="above 1 discourages (default 1)")
-    add("--frequency_penalty", type=float, default=0.0,
-        help="taken off a token's logit for each time it was drawn (default 0)")
-    add("--presence_penalty", type=float, default=0.0, help="and once if it was drawn (default 0)")
-    add("--beams", type=int, default=0, help="beam search of this width; 0 samples (default)")
-    add("--length_penalty", type=float, default=1.0, help="of beams: above 1 favours long ones (1)")
+        add(f"--{name}", type=f.type, default=f.default, help=f"{f.help} (default {f.default})")
+    add("--repetition_penalty", type=positive, default=1.0, help="above 1 discourages (default 1)")
+    add("--frequency_penalty", type=between(-2, 2), default=0.0,
+        help="subtracted from a token's logit for each time that it was drawn (default 0)")
+    add("--presence_penalty", type=between(-2, 2), default=0.0,
+        help="subtracted once from the logit of a token that was drawn (default 0)")
+    add("--beams", type=at_least(0), default=0, help="width of a beam search; 0 samples (default)")
+    add("--length_penalty", type=between(-10, 10), default=1.0,
+        help="of beams: above 1 favours long ones (default 1)")
     add("--stop", action="append", help="end at this text; may be given several times")
-    add("--seed", type=int, help="of the drawing (default: another one each time)")
+    add("--seed", type=between(0, 2**50, int), help="of the drawing (default: a new one each time)")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
     add("--dtype", default="auto", type=dtype_name,
         choices=("auto", "fp32", "bf16", "fp16", "int8"),
         help="of the weights (default auto: on CUDA bf16, or fp16 before Ampere; else fp32); "
         "int8 is for CPUs")
-    add("--no_fast", action="store_true", help="write with the Transformer itself")
-    add("--cuda_graphs", action="store_true", help="on a GPU: start a step by one call")
-    add("--verbose", action="store_true", help="show the times of the ways to multiply")
-    add("--adapter", action="append", help="LoRA run to lay over --ckpt; several can be switched")
+    add("--no_fast", action="store_true", help="keep PyTorch's own Linear layers on a CPU")
+    add("--cuda_graphs", action="store_true", help="on a GPU: start each step by one call")
+    add("--verbose", action="store_true", help="show the times of the faster Linear layers")
+    add("--adapter", action="append", default=[],
+        help="LoRA run to add to --ckpt; several can be switched")
     add("--chat", action="store_true", help="talk in the terminal")
-    add("--system", metavar="TEXT", help="with --chat: what the model is told before the talk")
-    add("--tools", help="with --chat: hotel, or a .py file whose functions the model may call")
-    add("--serve", type=int, nargs="?", const=6006, metavar="PORT",
+    add("--system", metavar="TEXT", help="with --chat and --serve: the system turn")
+    add("--tools", help="with --chat and --serve: hotel, or a .py file of functions to call")
+    add("--serve", type=between(0, 65535, int), nargs="?", const=6006, metavar="PORT",
         help="a page and OpenAI's API on this port (default 6006; 0 is any that is free)")
     add("--host", help="with --serve: the address (default 127.0.0.1; another needs a key)")
-    add("--api_key", help="with --serve: what clients must know (default: SCRATCHLM_API_KEY)")
+    add("--api_key", help="with --serve: the key that clients send (default: SCRATCHLM_API_KEY)")
     add("--cors", metavar="ORIGIN", help="with --serve: a site whose pages may use the API")
-    add("--slots", type=int, help=f"with --serve: texts at once (default {SLOTS})")
+    add("--slots", type=between(1, 256, int), default=16,
+        help="with --serve: texts at once (default 16)")
     add("--analogy", help='nearest tokens of e.g. "king - man + woman" in the embedding table')
     add("--choices", help="with --analogy: pick among these, separated by commas")
     return p
@@ -862,20 +877,21 @@ def build_parser():
 
 
 def check_settings(args):
-    """UserError for a number or a combination of flags that makes no sense."""
-    check_limits(vars(args))
-    if args.serve is not None and (args.chat or args.prompt or args.prompt_ids or args.beams):
+    """UserError for a combination of flags that makes no sense."""
+    serving, prompted = args.serve is not None, args.prompt or args.prompt_ids or args.beams
+    if serving and (args.chat or prompted):
         raise UserError("--serve takes no --chat, --prompt, --prompt_ids or --beams")
-    if args.chat and (args.prompt or args.prompt_ids or args.beams or args.num_samples > 1):
+    if args.chat and (prompted or args.num_samples > 1):
         raise UserError("--chat takes no --prompt, --beams or --num_samples")
-    if args.choices and not args.analogy:
-        raise UserError("--choices is for --analogy")
-    for name in ("host", "api_key", "cors", "slots"):
-        if getattr(args, name) is not None and args.serve is None:
-            raise UserError(f"--{name} is for --serve")
-    for name in ("tools", "system"):
-        if getattr(args, name) is not None and not args.chat and args.serve is None:
-            raise UserError(f"--{name} is for --chat and --serve")
+    talking = args.chat or serving
+    for names, possible, flags in (
+        ("choices", args.analogy, "--analogy"),
+        ("host api_key cors", serving, "--serve"),
+        ("tools system", talking, "--chat and --serve"),
+    ):
+        for name in names.split():
+            if getattr(args, name) is not None and not possible:
+                raise UserError(f"--{name} is for {flags}")
     if args.beams and args.stop:
         raise UserError("--stop does not work with --beams, which end with the end of the text")
     if args.beams and args.num_samples > args.beams:
@@ -884,58 +900,47 @@ def check_settings(args):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    check_settings(args)
     if args.temperature is None:
         args.temperature = 0.0 if args.tools else 0.8
-    check_settings(args)
     tools = load_tools(args.tools) if args.tools else None
     ids_alone = args.prompt_ids is not None and args.print_ids and not args.beams
-    adapters = args.adapter or ()
-    model, tokenizer, where = load(args.ckpt, args.device, args.dtype, adapters, ids_alone)
+    model, tokenizer, path = load(args.ckpt, args.device, args.dtype, args.adapter, ids_alone)
     if args.ckpt is None:
-        print(f"[{where}]", file=sys.stderr)
+        print(f"[{path}]", file=sys.stderr)
+    labels = labels_of(tokenizer) if tokenizer else []
     if args.analogy is not None:
         choices = [c.strip() for c in (args.choices or "").split(",") if c.strip()]
         table = model.embed.weight.detach().cpu()
         for text, cosine in analogy(args.analogy, tokenizer, table, choices):
             print(f"{cosine:7.3f}  {text!r}")
-        return
-    if args.serve is not None:
-        if tokenizer is None:
-            raise UserError(f"{where} carries no tokenizer: it can only continue --prompt_ids")
-        labels = labels_of(tokenizer)
-        model = model if labels else fast_model(model, args.slots or SLOTS, args)
-        from data.server import serve
+    elif args.serve is not None:
+        from data.server import serve  # see make_service
 
-        service = make_service(model, tokenizer, where, args, tools)
+        model = model if labels else fast_model(model, args.slots, args)
+        service = make_service(model, tokenizer, path, args, tools)
         return serve(service, args.host or "127.0.0.1", args.serve)
-    if args.chat:
-        model = fast_model(model, 1, args)
-        settings = {name: getattr(args, name) for name in DECODING}
+    elif args.chat:
+        model, settings = fast_model(model, 1, args), decoding_settings(args)
         chat = make_chat(model, tokenizer, tools, args.max_new_tokens, args.seed, settings)
         if problem := chat.tools_problem():
             print(f"[{problem}]", file=sys.stderr)
         if args.system:
             chat.command(f"/system {args.system}")
         talk(chat)
-        return
-    prompts = read_prompts(args, tokenizer, model.config.vocab_size)
-    if labels := tokenizer and labels_of(tokenizer):
-        rows = [p[1 - model.config.context :] + [tokenizer.eos_id] for p in prompts]
-        goals = [tokenizer.special[label_token(name)] for name in labels]
-        for row in classify(model, rows, goals).exp().tolist():
-            best = sorted(zip(row, labels), reverse=True)
-            print("  ".join(f"{name} {p:.3f}" for p, name in best))
-        return
-    rows = args.beams or len(prompts) * args.num_samples
-    model = fast_model(model, rows, args)
-    if args.beams:
-        ids = [i for p in prompts for i in write_beams(model, tokenizer, p, args)]
-    elif tokenizer is None:
-        ids = write_ids(model, prompts, args)
+    elif labels:
+        prompts = read_prompts(args, tokenizer, model.config.vocab_size)
+        for shares in label_shares(model, tokenizer, prompts):
+            print("  ".join(f"{name} {p:.3f}" for name, p in shares))
     else:
-        ids = write_rows(model, tokenizer, prompts, args)
-    if args.print_ids:
-        print("\n".join(",".join(map(str, row)) for row in ids))
+        prompts = read_prompts(args, tokenizer, model.config.vocab_size)
+        model = fast_model(model, args.beams or len(prompts) * args.num_samples, args)
+        if args.beams:
+            ids = [i for p in prompts for i in write_beams(model, tokenizer, p, args)]
+        else:
+            ids = write_rows(model, tokenizer, prompts, args)
+        if args.print_ids:
+            print("\n".join(",".join(map(str, row)) for row in ids))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ def number(low, high, types=(int, float)):
     return wanted, lambda value: type(value) in types and low <= value <= high
 
 
+def is_text(value):
+    """Whether `value` is a text with at least one character."""
+    return isinstance(value, str) and value != ""
+
+
 def is_list(value, is_valid):
     """Whether `value` is a list of valid items."""
     return isinstance(value, list) and all(map(is_valid, value))
@@ -46,9 +51,8 @@ FIELDS = {  # name: (what its value must be, whether a value is that)
     "n": number(1, 16, (int,)),
     "seed": number(-(2**63), 2**63 - 1, (int,)),
     "top_logprobs": number(0, 20, (int,)),
-    "stop": ("a text, or a list of at most 4 texts", lambda value: is_list(
-        [value] if isinstance(value, str) else value, lambda text: isinstance(text, str) and text
-    ) and (isinstance(value, str) or len(value) <= 4)),
+    "stop": ("a text, or a list of at most 4 texts",
+             lambda value: is_text(value) or (is_list(value, is_text) and len(value) <= 4)),
 }  # fmt: skip
 # Fields of OpenAI's, vLLM's and llama.cpp's servers that would change the answer and are not
 # supported: (their names, the values that change nothing).
@@ -124,14 +128,16 @@ def read_messages(messages):
     JSON stay as the model wrote them, so that it can correct them in its next turn."""
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message", "messages")
-    roles, out = ("system", "developer", "user", "assistant", "tool"), []
+    roles, out = ("system", "developer", "user", "assistant", "tool", "function"), []
     for n, message in enumerate(messages):
         where = f"messages[{n}]"
         if not isinstance(message, dict) or message.get("role") not in roles:
             raise ApiError(400, f"{where} has no known role", f"{where}.role")
         try:
-            new = {"role": message["role"], "content": content_text(message.get("content"))}
-            if calls := [read_call(call) for call in message.get("tool_calls") or ()]:
+            new = {"role": message["role"].replace("function", "tool")}
+            new["content"] = content_text(message.get("content"))
+            legacy = [{"function": call} for call in [message.get("function_call")] if call]
+            if calls := [read_call(call) for call in message.get("tool_calls") or legacy]:
                 new["tool_calls"] = calls
             if calls and new["role"] != "assistant":
                 raise ValueError("only an assistant calls tools")
@@ -173,7 +179,7 @@ class Api:
     allowed     {(chat, may call tools): bools (V,), the ids that may be generated}
     settings    the values of sampling settings that a request does not name
     tools       schemas of the tools for requests that name none
-    known       names of tools that the model knows by training, so that it is not told of them
+    known       names of tools that the model knows by training: it is not told of them
     """
 
     def __init__(
@@ -193,11 +199,12 @@ class Api:
 
     def answer(self, body, prompts, limit, top, allowed, chat=False, given=()):
         """The Answer to `prompts`, of at most `limit` new ids each."""
-        model, echo, least = body["model"], bool(body.get("echo")), body.get("min_tokens", 0)
+        echo, min_tokens = bool(body.get("echo")), body.get("min_tokens", 0)
         stop_ids, stops = set(body.get("stop_token_ids", ())), body.get("stop", ())
         stops = [stops] if isinstance(stops, str) else stops
         settings = {name: body.get(name, value) for name, value in self.settings.items()}
         settings |= {"top": top, "echo": echo and top is not None, "allowed": allowed}
+        settings |= {"min_tokens": min_tokens}
         bias = {int(i): value for i, value in body.get("logit_bias", {}).items()}
         seed, template = body.get("seed", secrets.randbits(31)), self.template if chat else None
         events, choices = queue.SimpleQueue(), []
@@ -208,12 +215,12 @@ class Api:
                 param = "messages" if chat else "prompt"
                 raise ApiError(400, message, param, "context_length_exceeded")
             for n in range(body.get("n", 1)):
-                reply = Reply(self.tokenizer, template, stops, given, stop_ids, least)
+                reply = Reply(self.tokenizer, template, stops, given, stop_ids, min_tokens)
                 ends = frozenset(i for i in reply.ends if i < len(allowed))
                 never = dict.fromkeys(ends - stop_ids, -1e9) if body.get("ignore_eos") else {}
-                own = {"seed": (seed + n) % 2**63, "ends": ends, "min_tokens": least}
-                own = settings | own | {"logit_bias": bias | never}
-                job = Job(prompt, room, ends, own, self.adapters[model], len(choices), events)
+                choice = {"seed": (seed + n) % 2**63, "ends": ends, "logit_bias": bias | never}
+                adapter, index = self.adapters[body["model"]], len(choices)
+                job = Job(prompt, room, ends, settings | choice, adapter, index, events)
                 choices.append(Choice(job, reply))
         answer = Answer(body, self.tokenizer, choices, chat)
         self.scheduler.submit([choice.job for choice in choices])

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,30 +61,20 @@ def chat_rows(example, tokenizer, context, loss_on="assistant", first=0):
         wanted = loss_on != "call" or messages[i].get("tool_calls")
         return i >= first and messages[i].get("weight", 1) and wanted
 
-    if loss_on == "all":
-        rows = [(*learn_all(template, messages, tools), None)]
-    else:
-        rows = template.rows(messages, tools, learned)
+    rows = template.rows(messages, tools, learned)
     fitted = [fit_row(template, *row, messages, tools, context + 1) for row in rows]
     return [row for row, _ in fitted], any(cut for _, cut in fitted)
 
 
-def learn_all(template, messages, tools):
-    """(ids, mask) of a conversation, all of which is learned."""
-    ids = template.prompt_ids(messages, tools, {"add_generation_prompt": False})
-    return ids, [1] * len(ids)
-
-
 def fit_row(template, ids, mask, turns, messages, tools, room):
-    """(Row, cut) of one of `Template.rows`, with at most `room` ids; see `chat_rows`. `turns` are
-    the numbers of the messages that are learned, None for the whole conversation."""
+    """(Row, cut) of one of `Template.rows`, with at most `room` ids; see `chat_rows`."""
 
     def until_last_target(ids, mask):
         stop = len(mask) - mask[::-1].index(1) if any(mask) else 0
         end = [template.end] if stop and ids[stop - 1] not in template.ends else []
         return ids[:stop] + end, mask[:stop] + [1] * len(end)
 
-    system, rest = split_system(messages if turns is None else messages[: turns[-1] + 1])
+    system, rest = split_system(messages[: turns[-1] + 1])
     ids, mask = until_last_target(ids, mask)
     cut = len(ids) > room
     for dropped in range(1, len(rest) - 1):
@@ -93,9 +82,7 @@ def fit_row(template, ids, mask, turns, messages, tools, room):
             break
         kept = [*system, *rest[dropped:]]
         with contextlib.suppress(ValueError):  # some templates require a user turn first
-            if turns is None:
-                ids, mask = until_last_target(*learn_all(template, kept, tools))
-            elif rows := template.rows(kept, tools, {i - dropped for i in turns}.__contains__):
+            if rows := template.rows(kept, tools, {i - dropped for i in turns}.__contains__):
                 ids, mask = until_last_target(*rows[-1][:2])
     # a question that leaves no room for its answer loses its beginning: its end takes half the row,
     # or more where the answer is short
@@ -104,9 +91,9 @@ def fit_row(template, ids, mask, turns, messages, tools, room):
     return Row(ids[start : start + room], mask[start : start + room]), cut
 
 
-def label_row(text, label, tokenizer, context, loss_on="assistant"):
-    """(Row, cut) of a labelled text; a `label` of None leaves the label out. Only the label is
-    learned, or with `loss_on` "all" the text, too.
+def label_row(text, label, tokenizer, context):
+    """(Row, cut) of a labelled text, of which only the label is learned. A `label` of None leaves
+    the label out.
 
     a fine film <|endoftext|> <|label:pos|>
     0 0    0    0             1
@@ -114,10 +101,8 @@ def label_row(text, label, tokenizer, context, loss_on="assistant"):
     ids = tokenizer.encode(text)
     cut = len(ids) > context - 1
     ids = [*ids[-(context - 1) :], tokenizer.eos_id]
-    mask = [int(loss_on == "all")] * len(ids)
-    if label is None:
-        return Row(ids, mask), cut
-    return Row([*ids, tokenizer.special[label_token(label)]], [*mask, 1]), cut
+    targets = [] if label is None else [tokenizer.special[label_token(label)]]
+    return Row(ids + targets, [0] * len(ids) + [1] * len(targets)), cut
 
 
 def preference_rows(example, tokenizer, context):
@@ -148,20 +133,13 @@ def has_target(row):
 
 
 def show_mask(rows, tokenizer, count):
-    """Print the first `count` rows token by token. On a terminal what is learned is green and the
-    rest grey, followed by the ids; in a file each token has a line, with a * if it is learned."""
-    color = sys.stdout.isatty()
+    """Print the first `count` rows, a token a line: its place, a * if it is learned, id, text."""
     flat = [r for row in rows for r in sequences(row)]
     for number, row in enumerate(flat[:count], start=1):
         print(f"--- row {number}: {len(row.ids)} tokens, {sum(row.mask)} of them learned ---")
-        for position, (i, m) in enumerate(zip(row.ids, row.mask)):
+        for place, (i, m) in enumerate(zip(row.ids, row.mask)):
             text = repr(tokenizer.decode([i]))[1:-1]
-            if color:
-                print(f"\033[{'32' if m else '90'}m{text}\033[0m", end="")
-            else:
-                print(f"{position:5} {'*' if m else ' '} {i:7} {text}")
-        if color:
-            print(f"\nids {row.ids}")
+            print(f"{place:5} {'*' if m else ' '} {i:7} {text}")
 
 
 # --------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def message_text(message):
 
 
 def drop_continued(rows, key=lambda turns: turns):
-    """The rows without those that the next row only continues: its turns, key(row), begin alike."""
+    """The rows without those whose turns, key(row), are the beginning of the next row's."""
     kept = []
     for row, following in zip_longest(rows, rows[1:]):
         turns, longer = key(row), key(following) if following else []
@@ -203,8 +203,9 @@ class Template:
         self.sources = sources if isinstance(sources, dict) else {"default": sources}
         names = {i: name for name, i in special.items()}
         marks = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        self.variables = {key: names[i] for key, i in marks.items() if i in names}
-        self.variables = tokenizer.spec.get("template_tokens", self.variables)
+        marks = {key: names[i] for key, i in marks.items() if i in names}
+        self.variables = {"add_generation_prompt": False, "documents": None}
+        self.variables |= tokenizer.spec.get("template_tokens", marks)
         self.split = re.compile(f"({either(special).pattern})")
         self.typed = either(special)
         self.typed_by_assistant = either(set(special) - set(ASSISTANT_TAGS))
@@ -286,25 +287,23 @@ class Template:
             found.append(new)
         return found, escape(tools, self.typed) or None
 
-    def write(self, messages, tools, variables):
+    def write(self, messages, tools, variables=None):
         """The text of an `escaped` conversation. ValueError, with the template's own words, if it
         refuses the conversation."""
-        given = {"add_generation_prompt": False, "documents": None} | self.variables | variables
-        given |= {"messages": messages, "tools": tools}
+        variables = self.variables | (variables or {}) | {"messages": messages, "tools": tools}
         try:
-            return compile_template(self.source_for(tools)).render(given)
+            return compile_template(self.source_for(tools)).render(variables)
         except Exception as e:  # a template is a program that someone else wrote
             raise ValueError(f"the chat template refuses the conversation: {e}") from e
 
-    def write_answer(self, messages, tools, variables=None):
-        """(text of an `escaped` conversation, where its last message begins): before that is the
-        prompt, what the model reads before it writes the message."""
-        text = self.write(messages, tools, variables or {})
-        generate = {"add_generation_prompt": True}
-        prompt = self.write(messages[:-1], tools, (variables or {}) | generate)
+    def write_answer(self, messages, tools):
+        """(text of an `escaped` conversation, where its last message begins). The text before that
+        is the prompt, which the model reads before it writes the message."""
+        text = self.write(messages, tools)
+        prompt = self.write(messages[:-1], tools, {"add_generation_prompt": True})
         if text.startswith(prompt):
             return text, len(prompt)
-        pairs = enumerate(zip(text, prompt))  # the prompt may say more than is in the whole
+        pairs = enumerate(zip(text, prompt))  # the prompt may end with what the text lacks
         return text, next((n for n, (a, b) in pairs if a != b), min(len(text), len(prompt)))
 
     def encode(self, text):
@@ -315,7 +314,7 @@ class Template:
             ids += [special[part]] if n % 2 else self.tokenizer.encode(plain)
         return ids
 
-    def rows(self, messages, tools=None, learned=None, variables=None):
+    def rows(self, messages, tools=None, learned=lambda i: True):
         """[(ids, mask, numbers of the messages that are learned)] of a conversation: one row with
         all turns of the assistant for which learned(i) holds, or several if the template writes
         earlier turns differently once there are later ones, as Qwen3's does with thoughts.
@@ -326,10 +325,10 @@ class Template:
         (messages, tools), end = self.escaped(messages, tools), self.tokenizer.decode([self.end])
         rows = []  # (text, where each turn that is learned starts and stops, their numbers)
         for i, m in enumerate(messages):
-            if m["role"] != "assistant" or not (learned is None or learned(i)):
+            if m["role"] != "assistant" or not learned(i):
                 continue
             try:
-                text, start = self.write_answer(messages[: i + 1], tools, variables)
+                text, start = self.write_answer(messages[: i + 1], tools)
             except ValueError:
                 if i:
                     raise
@@ -345,8 +344,9 @@ class Template:
         return [(*self.encode_row(text, borders), turns) for text, borders, turns in rows]
 
     def encode_row(self, text, borders):
-        """(ids, mask) of a text, learned between the 1st and 2nd of the borders, the 3rd and 4th...
-        No token crosses a border, since the model reads the prompt before it writes."""
+        """(ids, mask) of a text that is learned between the first and the second of the borders,
+        the third and the fourth, and so on. No token crosses a border, since the model reads the
+        prompt before it writes."""
         ids, mask = [], []
         for n, (start, stop) in enumerate(pairwise([0, *borders, len(text)])):
             part = self.encode(text[start:stop])
@@ -375,7 +375,7 @@ class Template:
             text, found, after = text.rpartition(CONTINUE_HERE.strip())
             if not found:
                 raise ValueError("the chat template does not write the message to be continued")
-            text = text if after.startswith(" ") else text.rstrip()  # as it trims messages
+            text = text if after.startswith(" ") else text.rstrip()  # some trim messages
         return self.encode(text)
 
     def fit_prompt(self, messages, tools, room, variables=None):

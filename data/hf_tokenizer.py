@@ -99,8 +99,11 @@ def hub_tokens(model, added):
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"model {model['type']}: only byte-level BPE can be read")
     for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-        if model.get(key):  # byte_fallback is SentencePiece's: Llama 2, Mistral 7B
-            raise ValueError(f"model: {key} {model[key]!r}: only byte-level BPE can be read")
+        if model.get(key):
+            raise ValueError(
+                f"model: {key} {model[key]!r}: only byte-level BPE can be read, no SentencePiece "
+                f"(Llama 2, TinyLlama, Mistral 7B)"
+            )
     vocab = model["vocab"]
     ranks = {unspell(text): i for text, i in vocab.items() if text not in added}
     ids = [*ranks.values(), *added.values()]

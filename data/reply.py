@@ -61,12 +61,11 @@ THOUGHT = "reasoning_content"
 
 
 class Reply:
-    """An answer as its ids come: `feed` and `finish` return the text that can be shown now,
-    {"content" or "reasoning_content": text}, `ended` says whether the answer is over, and `message`
-    returns it.
+    """An answer as its ids come. `feed` and `finish` return the text that can be shown now,
+    {"content" or "reasoning_content": text}; `ended` says whether the answer is over.
 
     With a Template the answer is a turn of a chat, whose calls are not shown. `ids` are its first
-    ids if the prompt ends with them. `stop_ids` end it, too, and are not shown; stop strings are
+    ids if the prompt ends with them. `stop_ids` end it, too, and are not shown. Stop strings are
     only looked for after `min_tokens` ids."""
 
     def __init__(self, tokenizer, template=None, stops=(), ids=(), stop_ids=(), min_tokens=0):
@@ -106,8 +105,8 @@ class Reply:
         return new
 
     def take(self, last=False):
-        """The part of `pending` that can be shown. What may become a tag is held back; blanks
-        at the end of an answer, a thought or before calls are dropped."""
+        """The part of `pending` that can be shown. What may become a tag is held back. Blanks
+        before a tag are dropped."""
         new, bare_calls = {}, self.template is not None and self.template.call_tag == ""
         while self.kind != "call":
             said_nothing = self.kind not in self.begun
@@ -130,7 +129,8 @@ class Reply:
             if not tag:
                 break
             self.show(new, "", self.stream.finish())
-            self.begun |= {self.kind} & {THOUGHT}
+            if self.kind == THOUGHT:  # it has begun even if it is empty
+                self.begun.add(THOUGHT)
             self.kind = tags[tag]
         return new
 
@@ -142,13 +142,15 @@ class Reply:
             self.said[self.kind] = self.said.get(self.kind, "") + text
 
     def finish(self):
-        """What was held back until the end, without an incomplete character. A malformed call is
-        text; other calls get an id each."""
+        """What was held back until the end, without an incomplete character. Malformed calls are
+        text; each of the others gets an id."""
         self.pending += self.source.finish().rstrip(UNKNOWN)
         new, held = self.take(last=True), ""
         if self.kind == "call":
             self.kind, self.calls = "content", read_calls(self.pending, self.template)
-            held = "" if self.calls else self.pending.replace(MARK, "").rstrip(UNKNOWN)
+            text = self.pending.replace(MARK, "").rstrip(UNKNOWN)
+            text = text if self.said["content"] else text.lstrip("\n")
+            held = "" if self.calls else text
             for n, call in enumerate(self.calls):
                 if call.get("id") in (None, *(c["id"] for c in self.calls[:n])):
                     call["id"] = secrets.token_hex(5)[:9]  # the length that Mistral's requires
@@ -161,9 +163,9 @@ class Reply:
         return {"role": "assistant"} | self.said | calls
 
 
-def parse(ids, template):
-    """The assistant's message that the generated ids of an answer mean."""
-    reply = Reply(template.tokenizer, template)
+def parse(ids, template, prompt=()):
+    """The assistant's message that the ids generated after a prompt mean."""
+    reply = Reply(template.tokenizer, template, ids=template.opened(prompt))
     for i in ids:
         reply.feed(i)
     reply.finish()
@@ -180,15 +182,18 @@ def read_calls(text, template):
     try:
         if template.call_tag == "[TOOL_CALLS]":
             parts = [json.dumps(call, ensure_ascii=False) for call in json.loads(parts[0])]
-        return [json_call(part.partition("</tool_call>")[0].strip()) for part in parts]
+        if not tag:
+            json.loads(text)  # nothing may follow a call without a tag
+        return list(map(json_call, parts))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return []
 
 
 def json_call(text):
-    """The call that a JSON object with a name and arguments (Llama: parameters) is, its arguments
-    as they are written there. ValueError if it is none."""
-    call = json.loads(text)
+    """The call at the start of a text, a JSON object with a name and arguments (Llama: parameters)
+    that stay as they are written. ValueError if there is none."""
+    text = text.lstrip()
+    call, _ = json.JSONDecoder().raw_decode(text)
     key = "arguments" if "arguments" in call else "parameters"
     if not isinstance(call["name"], str) or not isinstance(call[key], dict):
         raise ValueError("not a call")

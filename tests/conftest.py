@@ -153,7 +153,7 @@ def render_chat(messages, tokenizer, add_generation_prompt=False, tools=None, **
     prompt = {"add_generation_prompt": add_generation_prompt}
     ids = template.prompt_ids(messages, tools, variables | prompt)
     mask = [0] * len(ids)
-    for row, learned, _ in template.rows(messages, tools, variables=variables)[-1:]:
+    for row, learned, _ in template.rows(messages, tools)[-1:]:
         stop = len(learned) - learned[::-1].index(1) if 1 in learned else 0
         mask[:stop] = learned[:stop] if ids[:stop] == row[:stop] else mask[:stop]
     return ids, mask

@@ -102,9 +102,11 @@ def test_a_broken_call_is_text_and_arguments_stay_as_they_were_written():
     for broken in ("{", '{"name": 3, "arguments": {}}', '{"name": "f"}', "[]", "[" * 100_000):
         got = parse([mark, *ours.encode(broken)], template)
         assert got == turn("assistant", "<tool_call>" + broken)
-    ours, _ = pair("qwen3")
-    ids = [ours.special["<think>"], *ours.encode("Hm")]  # it never came to an end
-    assert parse(ids, get_template(ours)) == turn("assistant", "") | {"reasoning_content": "Hm"}
+    template = get_template(pair("qwen3")[0])
+    wanted = turn("assistant", "") | {"reasoning_content": "Hm"}
+    assert parse(template.encode("<think>Hm"), template) == wanted  # it never came to an end
+    prompt = template.encode("<think>\n")  # DeepSeek-R1's template begins the thought
+    assert parse(template.encode("Hm\n</think>Hi"), template, prompt) == wanted | {"content": "Hi"}
 
 
 def test_ids_are_read_as_an_answer_or_as_calls():

@@ -32,8 +32,6 @@ def test_a_label_is_all_that_a_text_row_learns():
     assert (row.ids, cut) == ([*film, 256, 258], False)
     assert row.mask == [0] * 12 + [1]
     assert row.targets() == [-100] * 11 + [258]
-    row, _ = label_row("a fine film", "pos", names, 64, loss_on="all")
-    assert row.targets() == [*film[1:], 256, 258]
     assert label_row("a fine film", None, names, 64)[0].ids == [*film, 256]
     row, cut = label_row("a fine film", "neg", names, 5)  # the end of a text is kept
     assert (row.ids, cut, row.targets()) == ([*b"film", 256, 257], True, [-100] * 4 + [257])
@@ -53,7 +51,6 @@ def test_the_mask_of_a_conversation_with_a_tool_call():
         U q E A C f _ { } E T r E A o k E U m E A y e s E
         0 0 0 0 1 1 1 1 1 1 0 0 0 0 1 1 1 0 0 0 0 1 1 1 1   assistant
         0 0 0 0 1 1 1 1 1 1                                 call
-        1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1   all
     """
     tokens, *masks = drawn.strip().split("\n")
     names = {"U": USER, "A": ASSISTANT, "C": CALL, "T": TOOL, "E": END, "_": 32}
@@ -61,9 +58,8 @@ def test_the_mask_of_a_conversation_with_a_tool_call():
     for line in masks:
         *mask, loss_on = line.split()
         row, cut = chat_row(talk, CHAT, 99, loss_on)
-        more = [USER, *b"bye", END] if loss_on == "all" else []
-        assert row.ids == ids[: len(mask)] + more and not cut
-        assert row.mask == [int(m) for m in mask] + [1] * len(more)
+        assert row.ids == ids[: len(mask)] and not cut
+        assert row.mask == [int(m) for m in mask]
     row, _ = chat_row(talk, CHAT, 99)
     after_role = row.ids.index(ASSISTANT)
     assert row.targets()[after_role] == CALL  # the first token of an answer is learned
@@ -140,30 +136,30 @@ def test_the_oldest_turns_are_cut_first_and_at_their_borders():
 
 def test_any_conversation_keeps_a_target_and_the_turns_before_it():
     rng = random.Random(0)
-    kept_whole = 0
-    for _ in range(1500):
+    uncut = 0
+    for _ in range(600):
         roles = rng.choices(["user", "assistant", "call", "tool"], k=rng.randint(1, 7))
         roles += ["assistant"] if not {"assistant", "call"} & set(roles) else []
         roles = ["system", *roles] if rng.random() < 0.3 else roles
         talk = [turn(r, words(rng.choice((1, 3, 8, 30)))) for r in roles]
-        context, loss_on = rng.randint(3, 60), rng.choice(("assistant", "all"))
-        row, cut = chat_row(talk, CHAT, context, loss_on)
-        parts = [render_chat([m], CHAT)[0] for m in talk]
-        while loss_on != "all" and roles[-1] not in ("assistant", "call"):
-            parts.pop()
+        context = rng.randint(3, 60)
+        row, cut = chat_row(talk, CHAT, context)
+        turns = [render_chat([m], CHAT)[0] for m in talk]
+        while roles[-1] not in ("assistant", "call"):
+            turns.pop()
             roles.pop()
-        system, rest = (parts[:1], parts[1:]) if roles[0] == "system" else ([], parts)
+        system, rest = (turns[:1], turns[1:]) if roles[0] == "system" else ([], turns)
         tails = [joined(system + rest[k:]) for k in range(max(1, len(rest) - 1))]
         fitting = [t for t in tails if len(t) <= context + 1]
         assert len(row.ids) == len(row.mask) <= context + 1
         assert any(t != -100 for t in row.targets())
         if fitting:
-            kept_whole += 1
+            uncut += 1
             assert row.ids == fitting[0] and cut == (fitting[0] != tails[0])
         else:
             room, last = context + 1, tails[-1]
             assert cut and row.ids in [last[at : at + room] for at in range(len(last) - room + 1)]
-    assert 300 < kept_whole < 1400
+    assert 100 < uncut < 550
 
 
 # ---- batches -------------------------------------------------------------------------------

@@ -444,7 +444,7 @@ def test_weights_that_lie_in_parts_are_no_random_ones(desk, capsys, main, flags)
 def test_resuming_is_refused_for_other_data_other_scripts_and_fixed_flags(desk, capsys):
     tune(*SFT, "--max_steps", "2")
     for flags, named in ((["--val", 0.3], "--val"), (["--context", 20], "--context"),
-                         (["--lora_rank", 2], "--lora_rank"), (["--loss_on", "all"], "--loss_on"),
+                         (["--lora_rank", 2], "--lora_rank"), (["--loss_on", "call"], "--loss_on"),
                          (["--out", "out/x"], "--out"),
                          (["--data", "pairs.jsonl"], "not the data")):
         assert named in refused(capsys, "--resume", "out/run", *flags)
@@ -519,7 +519,7 @@ def test_a_classifier_end_to_end(desk, capsys):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--token_dropout", "0.1", "--loss_on", "all"],
+        ["--token_dropout", "0.1"],
         ["--data", "tools.jsonl", "--loss_on", "call"],
         [*LORA, "--quantize", "int8", "--lora_targets", "mlp", "--lora_alpha", "16"],
         [*LORA, "--quantize", "nf4"],

@@ -24,7 +24,7 @@ from data.hotel import (
 )
 from data.rows import to_example
 
-U, A, EMPTY = turn("user", "q"), turn("assistant", "a"), turn("tool", "[]")
+A, ROLES = turn("assistant", "a"), ("user", "call", "tool", "assistant")
 
 
 # ---- augmentation --------------------------------------------------------------------------
@@ -75,8 +75,7 @@ def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
     def talk(name, phone):
         records = json.dumps([{"name": name, "phone": phone, "type": "豪华型"}], ensure_ascii=False)
         texts = ("找一家酒店", 'search {"rating": 4}', records, f"推荐{name}，电话{phone}。")
-        roles = ("user", "call", "tool", "assistant")
-        return {"messages": [turn(role, text) for role, text in zip(roles, texts)]}
+        return {"messages": list(map(turn, ROLES, texts))}
 
     pool = {"tool.name": ["听涛宾馆"], "tool.phone": ["1-2"], "tool.type": ["经济型"]}
     after = substitute(talk("北京饭店", "010-1"), pool, 1.0, random.Random(0), made_up=0)
@@ -89,8 +88,7 @@ def test_numbers_that_the_assistant_reads_out_are_exchanged_unless_the_guest_has
         records = json.dumps([{"price": price, "rating": rating, "phone": "010-45867", "size": 12}])
         texts = ("450元以上的", 'search {"price_range_lower": 450}', records)
         spoken = f"{price}元，{rating}分，电话010-45867，450元以上，12间"
-        roles = ("user", "call", "tool", "assistant")
-        return {"messages": [turn(role, text) for role, text in zip(roles, (*texts, spoken))]}
+        return {"messages": list(map(turn, ROLES, (*texts, spoken)))}
 
     pool = {"tool.price": [612], "tool.rating": [4.9], "tool.phone": ["010-45867"]}
     after = substitute(talk(458, 4.5), pool, 1.0, random.Random(0), made_up=0)
@@ -127,18 +125,16 @@ def test_odd_values_survive_an_exchange():
 
 
 def test_made_up_values_begin_like_one_and_end_like_another():
-    before, pool = hotel_talk(["健身房", "SPA"]), {"call.facilities": ["甲乙丙", "一二三"]}
+    before, values = hotel_talk(["健身房", "SPA"]), ["甲乙丙", "一二三"]
     seen = set()
     for seed in range(200):
+        pool = {"call.facilities": values}
         after = substitute(before, pool, 1.0, random.Random(seed), made_up=1)
         new = parse_call(after["messages"][1]["tool_calls"][0])[1]["facilities"]
         assert after == hotel_talk(new)
         seen |= set(new) - {"健身房", "SPA"}
-    starts, ends = ({v[:n] for v in pool["call.facilities"] for n in (1, 2, 3)},
-                    {v[-n:] for v in pool["call.facilities"] for n in (1, 2, 3)})
-    mixed = {"call.facilities": ["甲", 374]}
-    assert [substitute(before, mixed, 1.0, random.Random(s), made_up=1) for s in range(20)]
-    assert all(any(v == a + b for a in starts for b in ends) for v in seen) and len(seen) > 20
+    parts = [(a[:i], b[-j:]) for a in values for b in values for i in (1, 2, 3) for j in (1, 2, 3)]
+    assert seen <= {start + end for start, end in parts} and len(seen) > 20
 
 
 def test_calls_are_tidied_and_say_the_same():

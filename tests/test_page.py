@@ -241,7 +241,7 @@ def test_a_server_that_goes_away_and_comes_back_answers_after_all(chat, visit):
     say(page, "during")
     expect(page.locator("#live .text")).not_to_be_empty()
     chat.kill()
-    expect(page.locator("#banner")).to_contain_text("away")
+    expect(page.locator("#banner")).to_contain_text("reached")
     set_number(page, "Max tokens", 24)
     chat.start()
     expect(page.locator("#log .answer")).to_have_count(2)

@@ -1,5 +1,6 @@
 """Learning from rewards: what is counted of an answer, GRPO's loss, and whole runs."""
 
+import argparse
 import json
 import os
 import random
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import real, turn
+from conftest import CHAT, real, turn
 from test_finetune_runs import (
     QUICK,
     TABLES,
@@ -30,7 +31,6 @@ from test_finetune_runs import (
 import finetune as ft
 import sample
 from data.batches import chat_rows, pad
-from data.chat import CHAT_TOKENS
 from data.cli import UserError
 from data.facts import FACTS, ask, count_facts, fact_scores, in_order, records_of
 from data.rewards import REWARDS, load_reward, rate
@@ -140,10 +140,6 @@ def test_questions_are_answered_by_what_was_returned():
     asked = ("查到了哪些酒店？", "一共查到了哪些酒店？", "它们的评分？", "电话号码给我一下。")
     assert all(seen[once] for once in ("phone", "price", "rating", every, *asked))
     assert seen["{北}饭店的价格暂时未知。"] and seen["{北}饭店的评分是4.1分。"]
-    both = json.dumps([unknown, {**unknown, "name": "云", "price": 9}], ensure_ascii=False)
-    asked = [ask([turn("tool", both)], random.Random(seed)) for seed in range(300)]
-    answers = {a["content"] for q, a in asked if q["content"] == "它们的价格？"}
-    assert answers == {"{北}饭店的价格暂时未知，云的价格是9元。"}
     assert ask(ASKED[:2], random.Random(0)) == []
 
 
@@ -287,6 +283,7 @@ def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(c
 
 LETTERS = "abc"
 GRPO = ["--data", "letters.jsonl", "--objective", "grpo", *QUICK, "--eval_rows", "4"]
+GRPO += ["--val_data", "val.jsonl"]
 EXACT = [*GRPO, "--reward", "exact"]
 
 
@@ -320,7 +317,7 @@ def room(tmp_path, monkeypatch, talker):
     return tmp_path
 
 
-LEARN = "--val_data val.jsonl --data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3"
+LEARN = "--data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3"
 LEARN += " --embed_lr 2e-3 --head_lr 2e-3 --schedule constant --batch_tokens 8192 --grad_accum 1"
 LEARN = [*LEARN.split(), "--eval_every", "999"]
 
@@ -354,7 +351,7 @@ def test_the_letter_that_the_prompt_names_is_learned_from_reward_alone(room):
     "flags", [["--updates", "2", "--kl", "0.1"], ["--lora_rank", "4", "--kl", "0.1"]]
 )
 def test_what_a_run_writes(room, flags):
-    out = tune(*EXACT, *flags, "--val_data", "val.jsonl", "--max_steps", "4", "--eval_every", "2")
+    out = tune(*EXACT, *flags, "--max_steps", "4", "--eval_every", "2")
     for r in [r for r in metrics(out) if "reward" in r]:
         assert 0 <= r["reward"] <= 1 and 0 <= r["equal_groups"] <= 1 and r["answer_tokens"] >= 1
         assert r["reward_std"] >= 0 and 0 <= r["clipped"] <= 1 and r["entropy"] > 1 / 9
@@ -390,7 +387,7 @@ def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monk
 
     monkeypatch.setattr(sample, "sample_token", draw)
     monkeypatch.setattr(ft, "grpo_loss", watched)
-    tune(*EXACT, "--val_data", "val.jsonl", "--kl", "1", "--max_steps", "1")  # no group is left out
+    tune(*EXACT, "--kl", "1", "--max_steps", "1")  # no group is left out
     assert sorted(learned) == pytest.approx(sorted(drawn), abs=1e-4)
 
 
@@ -399,31 +396,26 @@ def test_answers_of_a_draw_serve_several_updates(room, monkeypatch):
     write_answers = ft.generate_turns
     draw = lambda *a, **k: drawn.append(k) or write_answers(*a, **k)  # noqa: E731
     monkeypatch.setattr(ft, "generate_turns", draw)
-    tune(*EXACT, "--val_data", "val.jsonl", "--updates", "3", "--grad_accum", "2", "--max_steps",
+    tune(*EXACT, "--updates", "3", "--grad_accum", "2", "--max_steps",
          "7", "--eval_every", "100")
     seeds = [k["seeds"] for k in drawn if "seeds" in k]
     assert len(seeds) == 3 * 2 and len({tuple(s) for s in seeds}) == 6
 
 
-def test_the_reference_of_an_adapter_is_its_base(room):
+def test_the_reference_is_the_model_at_the_start(room):
     """With equal rewards only the divergence moves the weights, and nothing does at the start."""
     Path("flat.py").write_text("def reward(messages, answer, wanted):\n    return 1\n")
-    flags = [*GRPO, "--reward", "flat.py", "--val_data", "val.jsonl", "--max_steps", "2"]
-    for more in (["--lora_rank", "4"], []):
-        out = tune(*flags, *more, "--kl", "1", out=f"out/flat{len(more)}")
+    flags = [*GRPO, "--reward", "flat.py", "--max_steps", "2", "--kl", "1"]
+    for name, more in (("adapter", ["--lora_rank", "4"]), ("full", [])):
+        out = tune(*flags, *more, out=f"out/{name}")
         assert values(out, "kl") == [0, 0] and values(out, "equal_groups") == [1, 1]
         assert max(map(abs, losses(out))) < 1e-6
-
-
-def test_the_reference_of_a_base_without_the_tokens_of_a_chat_is_the_start(room):
-    save_base(Path("out/plain/best.pt"), d_model=32)
-    flags = [*EXACT, "--val_data", "val.jsonl", "--kl", "1", "--max_steps", "1"]
-    out = tune(*flags, ckpt="out/plain", out="out/kl")
-    assert values(out, "kl") == [0]
+    save_base(Path("out/plain/best.pt"), d_model=32)  # without the tokens of a chat
+    assert values(tune(*flags, ckpt="out/plain", out="out/kl"), "kl")[0] == 0
 
 
 def test_killed_and_resumed_equals_straight_through_bitwise(room):
-    flags = [*EXACT, "--val_data", "val.jsonl", "--updates", "2", "--kl", "0.1", "--dropout", "0.1",
+    flags = [*EXACT, "--updates", "2", "--kl", "0.1", "--dropout", "0.1",
              "--max_steps", "10", "--eval_every", "3"]
     tune(*flags, out="out/straight")
     with killed_in_step(8):
@@ -437,35 +429,30 @@ def test_killed_and_resumed_equals_straight_through_bitwise(room):
 
 @pytest.mark.slow
 def test_two_processes_give_the_rewards_and_losses_of_one(room):
-    flags = [*EXACT, "--val_data", "val.jsonl", "--max_steps", "6", "--eval_every", "3"]
+    flags = [*EXACT, "--max_steps", "6", "--eval_every", "3"]
     tune(*flags, "--grad_accum", "4", out="out/one")
     in_two_processes(*flags, "--grad_accum", "2")
     for key in ("loss", "reward", "equal_groups", "entropy", "val_reward"):
         assert values("out/two", key) == pytest.approx(values("out/one", key), abs=1e-5)
 
 
-@pytest.mark.parametrize("flags", [["--lora_rank", "4"], ["--grad_accum", "2"]])
-def test_a_reward_model_prefers_what_was_chosen_and_rewards_it(room, flags):
-    tune("--data", "pairs.jsonl", "--val_data", "pairs.jsonl", "--objective", "reward", *QUICK,
-         *flags, "--max_steps", "150", "--lr", "3e-3", "--embed_lr", "3e-3", "--head_lr", "3e-3",
-         out="out/judge")
+def test_a_reward_model_prefers_what_was_chosen_and_rewards_it(room):
+    pairs = ["--data", "pairs.jsonl", "--val_data", "pairs.jsonl", *QUICK, "--lr", "3e-3"]
+    tune(*pairs, "--objective", "reward", "--lora_rank", "4", "--max_steps", "150", out="out/judge")
     scores = json.loads(Path("out/judge/scores.json").read_text())["val"]
     assert scores["reward_accuracy"] == 1 and scores["reward_margin"] > 1
-    tune("--eval_only", "--data", "pairs.jsonl", "--val_data", "pairs.jsonl", "--objective",
-         "reward", ckpt="out/judge", out="out/judged")
-    out = tune("--data", "pairs.jsonl", "--val_data", "pairs.jsonl",
-               "--objective", "grpo", "--reward", "out/judge", *QUICK, "--eval_rows", "4",
-               "--epochs", "3", "--lr", "3e-3", "--batch_tokens", "2048", out="out/better")
+    flags = ["--eval_only", "--data", "pairs.jsonl", "--objective", "reward"]
+    tune(*flags, ckpt="out/judge", out="out/judged")
+    out = tune(*pairs, "--objective", "grpo", "--reward", "out/judge", "--eval_rows", "4",
+               "--epochs", "3", "--batch_tokens", "2048", out="out/better")
     rewards = values(out, "val_reward")
     assert rewards[-1] > rewards[0] - 1e-6 and rewards[-1] > values(out, "reward")[0]
 
 
 def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     torch.manual_seed(0)
-    tokenizer = ft.Tokenizer({"kind": "byte"}).with_special([*CHAT_TOKENS, ft.REWARD_TOKEN])
-    model = small_model(vocab_size=320).double()
-    args = ft.argparse.Namespace(context=48, loss_on="assistant")
-    objective = ft.RewardModel(args, tokenizer)
+    tokenizer, model = CHAT.with_special([ft.REWARD_TOKEN]), small_model().double()
+    objective = ft.RewardModel(argparse.Namespace(context=48, loss_on="assistant"), tokenizer)
     sides = {"chosen": [A], "rejected": [turn("assistant", "bad one")]}
     other = {"chosen": [turn("assistant", "x")], "rejected": [A]}
     asked = {"messages": [turn("user", "q")]}, {"messages": [turn("user", "what")]}
@@ -480,19 +467,16 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     assert objective.count(*batch) == 2
 
 
-def test_prompts_are_the_turns_that_the_reward_is_for(room, capsys):
-    path = real("hotel/dev.jsonl")
-    chats = load_data(str(path))[1]["train"]
+def test_prompts_are_the_turns_that_the_reward_is_for():
+    chats = load_data(str(real("hotel/dev.jsonl")))[1]["train"][:100]
     jobs = ft.answer_jobs(chats)
-    spoken = [job for job in jobs if "tool_calls" not in job.wanted]
-    stated = (count_facts(job.messages, job.wanted["content"]) for job in spoken)
+    calls = sum("tool_calls" in job.wanted for job in jobs)
+    stated = [count_facts(j.messages, j.wanted["content"]) for j in jobs]
     stating = sum(any(counts[fact] for fact in FACTS) for counts in stated)
-    for reward, count in (("slots", len(jobs) - len(spoken)), ("faithful", stating)):
-        args = ft.argparse.Namespace(context=512, loss_on="assistant", reward=reward, device=None,
-                                     samples=4)
-        tokenizer = ft.Tokenizer({"kind": "byte"}).with_special(CHAT_TOKENS)
-        split = ft.GRPO(args, tokenizer).make_split(chats)
-        assert len(split.prompts) == count > 300
+    for reward, count in (("slots", calls), ("faithful", stating)):
+        args = dict(context=512, loss_on="assistant", reward=reward, device=None, samples=4)
+        split = ft.GRPO(argparse.Namespace(**args), CHAT).make_split(chats)
+        assert len(split.prompts) == count > 50
         assert all(("tool_calls" in p.turn.wanted) == (reward == "slots") for p in split.prompts)
 
 
