@@ -36,8 +36,9 @@ FIELDS = {
     "tied": ("tie_word_embeddings", True, "tie_word_embeddings", False),
     "eps": ("layer_norm_epsilon", 1e-5, "rms_norm_eps", 1e-6),
 }
-GPT2_ACTIVATIONS = dict(gelu_new="gelu_tanh", gelu_pytorch_tanh="gelu_tanh")
-GPT2_ACTIVATIONS |= dict(gelu="gelu", relu="relu")
+GPT2_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
+}  # fmt: skip
 LLAMA_ACTIVATIONS = dict(silu="swiglu", swish="swiglu")
 # Biases that a family never has, whatever config.json says
 NO_BIAS = dict(mistral={"out_bias", "ff_bias"}, qwen2={"out_bias", "ff_bias"}, qwen3={"ff_bias"})

@@ -46,9 +46,11 @@ def fit_error(expected, state):
 # safetensors: a length, a table of contents in JSON, and the bytes of all tensors
 # --------------------------------------------------------------------------------------------
 
-SAFE_DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
-SAFE_DTYPES |= dict(I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8)
-SAFE_DTYPES |= dict(U8=torch.uint8, BOOL=torch.bool)
+SAFE_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 HEADER_LIMIT = 100_000_000  # the format's own
 
 
