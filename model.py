@@ -645,8 +645,9 @@ class Transformer(nn.Module):
         c, T = self.config, ids.shape[1]
         if cache is None and c.context < T:
             raise UserError(f"{T} tokens do not fit the context of {c.context}")
-        if step is None:  # not a slice without a cache: each length would be compiled anew
-            step = cache.begin(ids) if cache is not None else Step(torch.arange(T, device=ids.device))
+        if step is None and cache is None:  # not a slice: each length would be compiled anew
+            step = Step(torch.arange(T, device=ids.device))
+        step = step or cache.begin(ids)
         x, rope = self.embed(ids), None  # (B, T, C)
         if c.position == "rope":  # (1, T, hs) or (B, 1, T, hs): the same for every head
             rope = [table[step.positions].unsqueeze(-3) for table in (self.cos, self.sin)]
