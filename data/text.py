@@ -20,8 +20,10 @@ BLOCK = 1 << 20  # bytes read at a time; no file of text is ever held whole
 SAMPLE = 1 << 20  # bytes at the start of a file from which its encoding is recognised
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
-DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError, zlib.error)
-DAMAGE += (zipfile.BadZipFile, RuntimeError)  # RuntimeError: encrypted, or of an unknown packing
+DAMAGE = (
+    EOFError, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error,
+    RuntimeError,  # a zip file that is encrypted, or packed in a way that Python lacks
+)  # fmt: skip
 
 # --------------------------------------------------------------------------------------------
 # Encodings
