@@ -163,18 +163,18 @@ def job_prompt(job, tokenizer, context):
     return chat.get_template(tokenizer).fit_prompt(job.messages, job.tools, room)
 
 
-def generate_turns(model, tokenizer, prompts, slots=48, seeds=None, **settings):
-    """The turn that the model writes after each of the prompts, as lists of ids; prompt i is
-    sampled with seeds[i]. A turn that ends makes room for the next one."""
+def generate_turns(model, tokenizer, prompts, seeds=None):
+    """The turn that the model writes after each of the prompts, as lists of ids: greedily, or
+    sampled with a seed for each prompt. A turn that ends makes room for the next one."""
     template, allowed = chat.get_template(tokenizer), allowed_ids(model, tokenizer, chat=True)
     max_tokens = max_answer(model.config.context)
     turns, waiting, running = [[] for _ in prompts], deque(range(len(prompts))), {}
-    engine = Engine(model, min(slots, len(prompts)), 256)
+    engine = Engine(model, min(48, len(prompts)), 256)
     while waiting or running:
         while waiting and engine.busy < len(engine.slots):
             i = waiting.popleft()
-            seed = {"seed": seeds[i]} if seeds else {}
-            running[engine.add(prompts[i], allowed=allowed, **settings, **seed)] = i
+            options = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
+            running[engine.add(prompts[i], allowed=allowed, **options)] = i
         for slot, new_id in engine.step().items():
             turn = turns[running[slot]]
             turn.append(new_id)
@@ -187,7 +187,7 @@ def generate_turns(model, tokenizer, prompts, slots=48, seeds=None, **settings):
 def answer(model, tokenizer, jobs):
     """The model's greedy answers to `answer_jobs`, as messages."""
     prompts = [job_prompt(job, tokenizer, model.config.context) for job in jobs]
-    turns = generate_turns(model, tokenizer, prompts, temperature=0.0)
+    turns = generate_turns(model, tokenizer, prompts)
     template = chat.get_template(tokenizer)
     return [parse(ids, template, prompt) for ids, prompt in zip(turns, prompts)]
 
@@ -304,9 +304,8 @@ class SFT:
 
     def scores(self, jobs, turns):
         """The figures of answers to jobs, and those that the data set adds."""
-        source = SOURCES.get(self.args.data)
-        added = source.scores(jobs, turns) if source and source.scores else {}
-        return chat_scores(jobs, turns) | added
+        scores, source = chat_scores(jobs, turns), SOURCES.get(self.args.data)
+        return scores | (source.scores(jobs, turns) if source and source.scores else {})
 
     def report(self, model, split):
         """(figures of a whole Split, rows for predictions.jsonl, lines to print)."""
@@ -734,7 +733,7 @@ def resolve(args):
     examples}, {split: sha256})."""
     given = {k: v for k, v in vars(args).items() if v is not None}
     content, settings = None, given
-    if args.resume is not None:
+    if args.resume is not None and not args.eval_only:
         settings, content = train.resumed_settings(args, given, FIXED)
     elif "data" not in given:
         raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
@@ -831,14 +830,14 @@ def build_model(args, base, content, special_tokens, runtime):
         adapter = dict(targets=args.lora_targets, rank=args.lora_rank, dropout=args.lora_dropout)
         adapter["alpha"] = args.lora_alpha or 2 * args.lora_rank
         # rows of special tokens that the base has never seen must learn
-        tables = [] if tokenizer is bare else ["embed", "value_embed", "head"]
-        adapter["modules_to_save"] = tables
+        new_tokens = tokenizer is not bare
+        adapter["modules_to_save"] = ["embed", "value_embed", "head"] if new_tokens else []
         if args.quantize:
             lora.quantize(model, args.quantize, device=runtime.device)
         lora.add_lora(model, **adapter)
         sha256 = runtime.of_first(None if runtime.rank else lora.fingerprint(base["model"]))
-        adapter |= dict(quantize=args.quantize, base=args.ckpt, base_sha256=sha256)
-        adapter |= dict(base_vocab=bare.n_vocab)
+        adapter |= dict(quantize=args.quantize, base=args.ckpt, base_sha256=sha256,
+                        base_vocab=bare.n_vocab)  # fmt: skip
     model.grad_checkpoint = bool(args.grad_checkpoint)
     return model, tokenizer, adapter
 

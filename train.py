@@ -209,14 +209,11 @@ OPTIMIZERS = {"muon": (Muon, 0.02)}
 def make_optimizers(model, args):
     """The optimizers over all parameters that want a gradient; each group keeps its "peak" lr.
 
-    Read from args: optimizer, lr, embed_lr, head_lr (None: lr), NAME_lr of OPTIMIZERS,
-    weight_decay, beta1, beta2. The matrices inside blocks and `inputs` go to AdamW with decay,
-    or to one of OPTIMIZERS. Everything else goes to AdamW without decay: it would shrink norms'
-    scales and biases for nothing, and undo what rarely seen rows of the tables and head learned.
+    The matrices inside blocks and `inputs` go to AdamW with decay, or to one of OPTIMIZERS. The
+    rest goes to AdamW without decay, which would shrink norms' scales and biases for nothing, and
+    undo what rarely seen rows of the tables and head learned.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not named:
-        raise UserError("nothing to train: no parameter wants a gradient")
     lookups = model.lookup_tables()
     inner = {n for n, p in named if p.dim() == 2 and n.startswith(("blocks.", "inputs."))}
     inner -= set(lookups)
@@ -234,14 +231,10 @@ def make_optimizers(model, args):
         optimizers.append(make(matrices, lr=rate, weight_decay=args.weight_decay))
     else:
         groups.append(dict(params=matrices, lr=args.lr, weight_decay=args.weight_decay))
-    groups = [g for g in groups if g["params"]]
-    if groups:
-        optimizers.append(
-            # eps far below the usual 1e-8: gradients of a *mean* over thousands of tokens are tiny
-            torch.optim.AdamW(
-                groups, betas=(args.beta1, args.beta2), eps=1e-10, weight_decay=0.0, fused=True
-            )
-        )
+    if groups := [g for g in groups if g["params"]]:
+        # eps far below the usual 1e-8: gradients of a *mean* over thousands of tokens are tiny
+        more = dict(betas=(args.beta1, args.beta2), eps=1e-10, weight_decay=0.0, fused=True)
+        optimizers.append(torch.optim.AdamW(groups, **more))
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak"] = group["lr"]
     return optimizers
@@ -272,10 +265,9 @@ def lr_at(step, fraction, lr, min_lr=0.0, warmup_steps=0, schedule="cosine"):
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     """Loss over non-overlapping windows of `tokens`, every target once; a dict for metrics.
 
-    All of the split, its last short window included, or `limit` tokens in evenly spread windows.
-    A window has `context` targets, by default the model's context.
-    val_loss is nats a token, val_ppl its exponential, val_bpb bits per byte of text (which compares
-    across tokenizers), val_share what share of the split was read.
+    The windows, of `context` targets (default: the model's), cover the split or, if it has more
+    than `limit` tokens, are spread over it. val_loss is in nats a token, val_ppl its exponential,
+    val_bpb in bits per byte of text (which compares across tokenizers), val_share the share read.
     """
     T, targets = context or model.config.context, len(tokens) - 1
     if targets < 1:
@@ -400,62 +392,23 @@ def make_runner(model, task, args, runtime, step=0):
     No BF16Copy is made on a GPU, where casting costs little; with DDP, which would exchange the
     copy's gradients; or where weights are frozen, which need not be held twice.
     """
-    if runtime.sharded:  # `place` has set the precision
-        return model, replace(runtime, dtype="fp32"), lambda: None
     runner, precision, after_step = model, runtime, lambda: None
-    alone_on_cpu = runtime.device.type == "cpu" and runtime.world == 1
-    copied = runtime.dtype == "bf16" and alone_on_cpu and not args.autocast
-    if copied and all(p.requires_grad for p in model.parameters()):
-        runner, precision = BF16Copy(model), replace(runtime, dtype="fp32")
+    device, fp32 = runtime.device, replace(runtime, dtype="fp32")
+    if runtime.sharded:  # `place` has set the precision
+        return model, fp32, after_step
+    copied = runtime.dtype == "bf16" and device.type == "cpu" and runtime.world == 1
+    if copied and not args.autocast and all(p.requires_grad for p in model.parameters()):
+        runner, precision = BF16Copy(model), fp32
         after_step = runner.sync_weights
-    cuda = runtime.device.type == "cuda"
-    # since Ampere compiling is worth its minute
-    if args.compile or (args.compile is None and cuda
-                        and torch.cuda.get_device_capability(runtime.device) >= (8, 0)):
+    compiled = args.compile
+    if compiled is None and device.type == "cuda":  # worth its minute since Ampere
+        compiled = torch.cuda.get_device_capability(device) >= (8, 0)
+    if compiled:
         compile_blocks(getattr(runner, "low", runner), task, precision, step)
     if runtime.world > 1:
         # buffers are only tables of positions
         runner = nn.parallel.DistributedDataParallel(runner, forward_sync_buffers=False)
     return runner, precision, after_step
-
-
-def save_shards(path, model, optimizers, adapters):
-    """Write a folder to which each process adds its part of the optimizers' state, and of the
-    weights, unless `adapters` alone are trained."""
-    from torch.distributed import checkpoint
-
-    checkpoint.save(sharded_state(model, optimizers, adapters), checkpoint_id=path)
-
-
-def load_shards(path, model, optimizers, adapters):
-    """Read what `save_shards` wrote, perhaps in another number of processes."""
-    from torch.distributed import checkpoint
-
-    if not path.is_dir():
-        raise UserError(f"{path}, a part of this run's checkpoint, is gone")
-    state = sharded_state(model, optimizers, adapters)
-    checkpoint.load(state, checkpoint_id=path)
-    checkpoint.state_dict.set_optimizer_state_dict(model, optimizers, state["optimizers"])
-    if not adapters:
-        checkpoint.state_dict.set_model_state_dict(model, state["model"])
-
-
-def sharded_state(model, optimizers, adapters):
-    """{"optimizers": {...}, "model": {...}} of this process's parts."""
-    from torch.distributed.checkpoint import state_dict
-
-    state = {"optimizers": state_dict.get_optimizer_state_dict(model, optimizers)}
-    return state if adapters else state | {"model": state_dict.get_model_state_dict(model)}
-
-
-def full_weights(model, runtime):
-    """All weights, in float32 on the CPU; of a sharded model only rank 0 gets them."""
-    if not runtime.sharded:
-        return {k: v.to("cpu", torch.float32) for k, v in model.state_dict().items()}
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options)
 
 
 def launch(fit, report, runtime, out):
@@ -684,15 +637,20 @@ class Run:
     def save(self, best=False):
         """Write last.pt, and best.pt if this is the best evaluation. best.pt comes first: after a
         crash in between, resuming from the older last.pt writes it again."""
-        shards, adapters, weights = None, self.task.weights is not None, {}
-        self.saved_at = self.state["seconds"]
+        self.saved_at, shards, weights = self.state["seconds"], None, {}
         if self.runtime.sharded:
-            shards = f"parts-{self.state['step']}"
-            save_shards(self.out / shards, self.model, self.optimizers, adapters)
-        if adapters:
+            from torch.distributed import checkpoint
+            from torch.distributed.checkpoint import state_dict
+
+            shards = f"parts-{self.state['step']}"  # a folder to which each process adds its part
+            checkpoint.save(self.sharded_state(), checkpoint_id=self.out / shards)
+        if self.task.weights:
             weights = self.task.weights(self.model)
-        elif best or not shards:
-            weights = full_weights(self.model, self.runtime)
+        elif not shards:
+            weights = {k: v.to("cpu", torch.float32) for k, v in self.model.state_dict().items()}
+        elif best:
+            options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights = state_dict.get_model_state_dict(self.model, options=options)
         if self.runtime.rank > 0:
             return
         inference = {"config": asdict(self.model.config), "model": weights, **self.task.extra}
@@ -700,9 +658,9 @@ class Run:
         if best:
             lm.save_checkpoint(self.out / "best.pt", inference)
         resuming = {
-            "model": weights if adapters or not shards else {},
+            "model": weights if self.task.weights or not shards else {},
             "optimizers": [] if shards else [o.state_dict() for o in self.optimizers],
-            "parts": shards,  # the folder with the optimizers' state, and the weights
+            "parts": shards,
             "scaler": self.scaler.state_dict(),
             "state": dict(self.state),
             "args": vars(self.args),
@@ -712,13 +670,31 @@ class Run:
         for old in set(self.out.glob("parts-*")) - {self.out / str(shards)}:
             shutil.rmtree(old)
 
+    def sharded_state(self):
+        """{"optimizers", "model"}: this process's part of the optimizers' state, and of the weights
+        unless adapters alone are trained, by parameter names."""
+        from torch.distributed.checkpoint import state_dict
+
+        state = {"optimizers": state_dict.get_optimizer_state_dict(self.model, self.optimizers)}
+        if self.task.weights is None:
+            state["model"] = state_dict.get_model_state_dict(self.model)
+        return state
+
     def restore(self, content):
         """Restore all that `save` wrote, except the weights, which the model has already (unless
         they are in shards). Rates and decay are this call's, which may be new ones."""
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self.groups]
-        if content.get("parts"):
-            adapters = self.task.weights is not None
-            load_shards(self.out / content["parts"], self.model, self.optimizers, adapters)
+        if content.get("parts"):  # perhaps written by another number of processes
+            from torch.distributed import checkpoint
+
+            folder, state = self.out / content["parts"], self.sharded_state()
+            if not folder.is_dir():
+                raise UserError(f"{folder}, a part of this run's checkpoint, is gone")
+            checkpoint.load(state, checkpoint_id=folder)
+            restore = checkpoint.state_dict
+            restore.set_optimizer_state_dict(self.model, self.optimizers, state["optimizers"])
+            if "model" in state:
+                restore.set_model_state_dict(self.model, state["model"])
         else:
             for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)

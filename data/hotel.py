@@ -1,6 +1,6 @@
-"""Hotels: the search tool, the dialogue sets, invented dialogues, and exchanging values in them.
+"""Hotels: a search tool, a set of dialogues, invented dialogues, and values exchanged in them.
 
-`sample.py --tools hotel` uses what `get_tools` returns.
+`sample.py --tools hotel` uses what `get_tools` returns; questions and scores are in data/facts.py.
 """
 
 import itertools
@@ -23,23 +23,17 @@ from data.scores import arguments_of
 
 HOTEL_DB = DATA / "hotel" / "hotel_db.json"  # the public one, once fetched
 OWN_HOTELS = Path(__file__).with_name("hotels.json")  # a small one of our own invention
-# CrossWOZ's fields and what the dialogues call them; a record begins with what replies say the
-# most: a number close to the hotel's name is easier to find
+# CrossWOZ's fields and what the dialogues call them. Records begin with the fields that replies
+# mention most: a number close to the hotel's name is easier to find.
 HOTEL_KEYS = {
-    "名称": "name",
-    "价格": "price",
-    "评分": "rating",
-    "酒店类型": "type",
-    "电话": "phone",
-    "地铁": "subway",
-    "地址": "address",
-    "酒店设施": "facilities",
-}
+    "名称": "name", "价格": "price", "评分": "rating", "酒店类型": "type",
+    "电话": "phone", "地铁": "subway", "地址": "address", "酒店设施": "facilities",
+}  # fmt: skip
 
 
 def read_hotels(path=None):
-    """A hotel database as a list of records: CrossWOZ's [[name, {...}], ...] or one of records as
-    they are. Default: the public one if it has been fetched, else our own small one."""
+    """The records of a hotel database: CrossWOZ's [[name, {...}], ...], or a list of records. The
+    default is the public one if it has been fetched, else our own small one."""
     path = Path(path or (HOTEL_DB if HOTEL_DB.exists() else OWN_HOTELS))
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
@@ -52,7 +46,7 @@ def read_hotels(path=None):
 
 
 def ordered(record):
-    """The record with its fields in the order of HOTEL_KEYS, others after them."""
+    """The record with its fields in the order of HOTEL_KEYS, then any others."""
     return {k: record[k] for k in (*HOTEL_KEYS.values(), *record) if k in record}
 
 
@@ -66,10 +60,9 @@ def search_hotels(
     rating_range_lower: float | None = None,
     rating_range_upper: float | None = None,
 ):
-    """The hotels (records of `read_hotels`) that fit all that is given, the best rated first, two
-    at most: a record takes 150 tokens, and a small model's context is short. Guests name facilities
-    in their own words, so these are compared by their characters.
-    """
+    """The two best rated hotels (records of `read_hotels`) that fit all that is given: a record
+    takes 150 tokens, and a small model's context is short. Guests name facilities in their own
+    words, so these are compared by their characters."""
 
     def within(value, low, high):
         if low is None and high is None:
@@ -77,12 +70,13 @@ def search_hotels(
         return value is not None and (low or 0) <= value <= (math.inf if high is None else high)
 
     def offers(hotel, wanted):
+        letters = set(wanted)
         return any(
-            wanted in has or has in wanted or len(set(wanted) & set(has)) >= 0.7 * len(set(wanted))
+            wanted in has or has in wanted or len(letters & set(has)) >= 0.7 * len(letters)
             for has in hotel["facilities"]
         )
 
-    found = [
+    fitting = [
         h
         for h in hotels
         if (not name or name in h["name"] or h["name"] in name)
@@ -91,13 +85,13 @@ def search_hotels(
         and within(h["rating"], rating_range_lower, rating_range_upper)
         and all(offers(h, f) for f in facilities or [])
     ]
-    return sorted(found, key=lambda h: -(h["rating"] or 0))[:2]
+    return sorted(fitting, key=lambda h: -(h["rating"] or 0))[:2]
 
 
 def get_tools():
     """{name: function} for `sample.py --tools hotel`."""
     search = partial(search_hotels, read_hotels())
-    search.needs_no_schema = True  # our hotel model knows it by training
+    search.needs_no_schema = True  # our hotel model knows it from training
     return {"search": search}
 
 
@@ -107,8 +101,8 @@ def get_tools():
 
 
 def join_dialogues(path):
-    """Read dialogues, lists of turns, from a file whose rows are {"context": the turns so far,
-    "response": the next one}, both JSON in strings; the records that they hold are `ordered`."""
+    """The dialogues, lists of turns, in a file whose rows are {"context": the turns so far,
+    "response": the next one}, both JSON in strings. Their records are `ordered`."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         turns = [[*json.loads(r["context"]), json.loads(r["response"])] for r in rows]
@@ -128,21 +122,21 @@ _WAYS = {  # how a guest may ask for each argument
 }
 _NONE = "抱歉，没有符合要求的酒店。"
 _OPENINGS = ("你好，帮我找个酒店，", "我想订酒店，", "请推荐一家酒店，", "您好，我要住酒店，")
-QUESTIONS = (  # a field, its name, how it is asked for without the hotel's name, the answer
+QUESTIONS = (  # a field, its name, questions that do not name the hotel, the answer
     ("phone", "电话", ("这家酒店的电话是多少？", "电话号码给我一下。"), "{name}的电话是{phone}"),
     ("address", "地址", ("这家酒店在哪里？", "地址是什么？"), "{name}的地址是{address}"),
     ("price", "价格", ("一晚多少钱？", "价格是多少？"), "{name}的价格是{price}元"),
     ("rating", "评分", ("评分怎么样？", "这家的评分是多少？"), "{name}的评分是{rating}分"),
 )
-# What of a result may be asked for, as `values_of` calls it
+# What a question may be about, as `values_of` names it
 ASKED = {"tool.name", *(f"tool.{field}" for field, *_ in QUESTIONS)}
 
 
 def answer_about(record, question):
     """The answer, without a full stop, to one of QUESTIONS about a hotel."""
-    field, what, _, answer = question
+    field, label, _, answer = question
     if record.get(field) in (None, "", -1):
-        return f"{record['name']}的{what}暂时未知"
+        return f"{record['name']}的{label}暂时未知"
     return answer.format(**record)
 
 

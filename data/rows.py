@@ -11,14 +11,7 @@ from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 
-from data.chat import (
-    content_text,
-    drop_continued,
-    normalize_numbers,
-    parse_call,
-    read_call,
-    split_system,
-)
+from data import chat
 from data.cli import UserError
 from data.hub_rows import hub_name, hub_rows
 from data.row_files import is_row_file, read_rows
@@ -72,27 +65,28 @@ def read_message(turn, unread):
         raise ValueError(f"role {name!r} is unknown")
     content, calls = turn.take("content", "value"), read_json(turn.take("tool_calls")) or []
     if role == "call" and "arguments" in turn:  # a hotel search, named after its role
-        calls = [{"name": name, "arguments": normalize_numbers(turn.take("arguments"))}]
+        calls = [{"name": name, "arguments": chat.normalize_numbers(turn.take("arguments"))}]
     elif role == "call":  # ShareGPT: {"name": ..., "arguments": {...}}, or a list of such
         calls, content = read_json(content), None
         calls = calls if isinstance(calls, list) else [calls]
     elif role == "tool" and not isinstance(content, (str, list)):
-        records = normalize_numbers(turn.take("records")) if "records" in turn else content
+        records = chat.normalize_numbers(turn.take("records")) if "records" in turn else content
         content = json.dumps(records, ensure_ascii=False)
     legacy = turn.take("function_call")
-    calls = [read_call(read_json(call)) for call in [*calls, *([legacy] if legacy else [])]]
+    calls = [chat.read_call(read_json(call)) for call in [*calls, *([legacy] if legacy else [])]]
     if calls and role not in ("call", "assistant"):
         raise ValueError(f"a turn of {name} has tool calls")
     for call in calls:
-        parse_call(call)  # a ValueError if its arguments are not JSON
-    message = {"role": "assistant" if role == "call" else role, "content": content_text(content)}
+        chat.parse_call(call)  # a ValueError if its arguments are not JSON
+    role = "assistant" if role == "call" else role
+    message = {"role": role, "content": chat.content_text(content)}
     message |= {"tool_calls": calls} if calls else {}
-    message["reasoning_content"] = content_text(turn.take("reasoning_content", "reasoning"))
+    message["reasoning_content"] = chat.content_text(turn.take("reasoning_content", "reasoning"))
     message |= {key: turn.take(key) for key in ("tool_call_id", "name", "weight", "tools")}
     message = {k: v for k, v in message.items() if v not in (None, "") or k == "content"}
     if message.get("weight", 1) not in (0, 1):
         raise ValueError(f"the weight is {message['weight']!r}, only 0 and 1 are possible")
-    if role in ("user", "assistant", "call") and not calls and not message["content"].strip():
+    if role in ("user", "assistant") and not calls and not message["content"].strip():
         raise ValueError(f"a turn of {name} has no text")
     turn.close(unread, "turn.")
     return message
@@ -125,7 +119,7 @@ def read_messages(turns, unread, role="user"):
 def conversation(messages, row):
     """{"messages", perhaps "tools"} of messages, with the system text and the tools of their row.
     """
-    system, (first, rest) = content_text(row.take("system")), split_system(messages)
+    system, (first, rest) = chat.content_text(row.take("system")), chat.split_system(messages)
     first = dict(first[0]) if first else {"role": "system", "content": ""} if system else {}
     tools = read_json(first.pop("tools", None) or row.take("tools", "functions") or None)
     if system:
@@ -176,10 +170,10 @@ def read_preference(row, unread):
     elif given := source.take("conversations", "messages"):
         turns = read_messages(given, unread)
     source.close(unread, "input.") if source is not row else None
-    told, asked = split_system(turns)
+    told, asked = chat.split_system(turns)
     for name in ("chosen", "rejected"):
         side = read_messages(transcript(row.take(name)), unread, "assistant")
-        system, said = split_system(side)
+        system, said = chat.split_system(side)
         if not said or said[0]["role"] != "user":
             said = [*asked, *said]
         elif asked and asked[0]["content"].strip() != said[0]["content"].strip():
@@ -237,7 +231,7 @@ def to_example(row, unread=None):
     if {"chosen", "rejected"} <= keys or {"preferred_output", "non_preferred_output"} <= keys:
         kind, example = "prefer", read_preference(row, unread)
     elif (example := read_chat(row, unread)) is None and {"text", "label"} <= keys:
-        text, label = row.take("text"), normalize_numbers(row.take("label"))
+        text, label = row.take("text"), chat.normalize_numbers(row.take("label"))
         if not isinstance(text, str) or not text.strip():
             raise ValueError("the text is empty")
         if not isinstance(label, (str, int)) or label == "":
@@ -312,7 +306,7 @@ def read_examples(path, rows=None, limit=None, encoding=None):
         names = ", ".join(f"{name} ({count:,})" for name, count in unread.most_common(12))
         print(f"{path}: fields that are not used, with their rows: {names}", file=sys.stderr)
     if kind == "chat":  # the last row of a dialogue teaches the answers of the rows before it, too
-        examples = drop_continued(examples, key=lambda e: e["messages"])
+        examples = chat.drop_continued(examples, key=lambda e: e["messages"])
     return kind, examples
 
 

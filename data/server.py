@@ -99,20 +99,20 @@ class Server(http.server.ThreadingHTTPServer):
             self.open += 1
             self.reading[request] = True
             oldest = next(iter(self.reading)) if self.open > MAX_CONNECTIONS else None
-        if self.is_reading(oldest):
+        if self.finish_reading(oldest):
             with contextlib.suppress(OSError):
                 oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and returns
         super().process_request(request, client_address)
 
-    def is_reading(self, request):
-        """Whether the connection's request was still awaited. It no longer is from now on."""
+    def finish_reading(self, request):
+        """Note that no more of the connection's request is awaited; False if none was."""
         with self.lock:
             return self.reading.pop(request, False)
 
     def shutdown_request(self, request):
         """Close a connection. What the client still sends is read for half a second: otherwise the
         answer might be lost. The connection no longer counts as open meanwhile."""
-        self.is_reading(request)
+        self.finish_reading(request)
         with self.lock:
             self.open -= 1
         deadline = time.monotonic() + 0.5
@@ -152,16 +152,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with service.lock:
             service.requests += 1
         try:
-            # any other Host may be the name of another site, made to lead here (DNS rebinding);
-            # with a key its pages have nothing to ask with
+            # another Host may be a foreign site's name that resolves to this machine (DNS
+            # rebinding); where a key is needed, that site's pages do not have it
             hosts = self.headers.get_all("Host") or [""]
             if len(hosts) > 1 or not (service.key or LOCAL_HOST.fullmatch(hosts[0])):
                 raise ApiError(403, f"the Host {hosts[0][:80]!r} is not served here")
             if self.command == "OPTIONS":
                 return self.send(204, b"", "text/plain")
             function, argument = self.route()
-            if not self.server.is_reading(self.connection):
-                raise ConnectionError  # closed as the oldest one
+            if not self.server.finish_reading(self.connection):
+                raise ConnectionError  # it was closed as the oldest one
             self.give(function(service, argument))
         except ApiError as e:
             self.fail(e)

@@ -36,12 +36,13 @@ class Chat:
 
     def tools_problem(self):
         """Why the model cannot be told of its tools; None if it can."""
-        shortest = [{"role": "user", "content": "?"}]
-        if self.schemas and not self.template.supports_tools:
+        if not self.schemas:
+            return None
+        if not self.template.supports_tools:
             return "the chat template has no place for tools: the model is not told of them"
-        if len(self.template.prompt_ids(shortest, self.schemas)) > self.room:
-            return "the tools are too long for the context: the model is not told of them"
-        return None
+        shortest = self.template.prompt_ids([{"role": "user", "content": "?"}], self.schemas)
+        too_long = "the tools are too long for the context: the model is not told of them"
+        return too_long if len(shortest) > self.room else None
 
     def turn(self, show, may_call):
         """Generate and remember one message; show(text) gets its text as it comes. Ctrl-C ends the
