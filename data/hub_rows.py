@@ -46,6 +46,8 @@ def hub_rows(repo, part, limits):
         return {"train": fetch(url, token=hub_token(url))}
     try:
         splits = ask("splits", 2, dataset=repo)["splits"]
+        if not splits:
+            raise UserError("it has no splits")
     except UserError as e:
         raise UserError(
             f"{repo} is no file or folder here, and the Hub's viewer does not give its rows: name "
@@ -61,7 +63,7 @@ def ask(endpoint, tries, **query):
     url = f"{VIEWER}/{endpoint}?{urlencode(query)}"
     with contextlib.redirect_stderr(io.StringIO()):  # there may be hundreds of downloads
         answer = read_json(fetch(url, tries=tries, token=hub_token(url)))
-    if not answer.get(endpoint):
+    if not isinstance(answer.get(endpoint), list):
         raise UserError(f"{url} has no {endpoint}")
     return answer
 

@@ -61,12 +61,11 @@ THOUGHT = "reasoning_content"
 
 
 class Reply:
-    """An answer as its ids come: `feed` and `finish` return the text that can be shown now,
-    {"content" or "reasoning_content": text}, `ended` says whether the answer is over, and `message`
-    returns it.
+    """An answer as its ids come. `feed` and `finish` return the text that can be shown now,
+    {"content" or "reasoning_content": text}; `ended` says whether the answer is over.
 
     With a Template the answer is a turn of a chat, whose calls are not shown. `ids` are its first
-    ids if the prompt ends with them. `stop_ids` end it, too, and are not shown; stop strings are
+    ids if the prompt ends with them. `stop_ids` end it, too, and are not shown. Stop strings are
     only looked for after `min_tokens` ids."""
 
     def __init__(self, tokenizer, template=None, stops=(), ids=(), stop_ids=(), min_tokens=0):
@@ -106,8 +105,8 @@ class Reply:
         return new
 
     def take(self, last=False):
-        """The part of `pending` that can be shown. What may become a tag is held back; blanks
-        at the end of an answer, a thought or before calls are dropped."""
+        """The part of `pending` that can be shown. What may become a tag is held back. Blanks
+        before a tag are dropped."""
         new, bare_calls = {}, self.template is not None and self.template.call_tag == ""
         while self.kind != "call":
             said_nothing = self.kind not in self.begun
@@ -130,7 +129,8 @@ class Reply:
             if not tag:
                 break
             self.show(new, "", self.stream.finish())
-            self.begun |= {self.kind} & {THOUGHT}
+            if self.kind == THOUGHT:  # it has begun even if it is empty
+                self.begun.add(THOUGHT)
             self.kind = tags[tag]
         return new
 
@@ -142,8 +142,8 @@ class Reply:
             self.said[self.kind] = self.said.get(self.kind, "") + text
 
     def finish(self):
-        """What was held back until the end, without an incomplete character. A malformed call is
-        text; other calls get an id each."""
+        """What was held back until the end, without an incomplete character. Malformed calls are
+        text; each of the others gets an id."""
         self.pending += self.source.finish().rstrip(UNKNOWN)
         new, held = self.take(last=True), ""
         if self.kind == "call":
