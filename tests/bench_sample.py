@@ -175,7 +175,8 @@ def server(preset, slots, dtype):
 async def ask(url, rng, model):
     """(when it was sent, when each event came, tokens) of one streamed completion, whose prompt
     nobody has sent before."""
-    prompt = " ".join(rng.choice(["the", "of", "and", "to", "in", "a", "is", "that", "it", "was"]) for _ in range(8))
+    words = ["the", "of", "and", "to", "in", "a", "is", "that", "it", "was"]
+    prompt = " ".join(rng.choices(words, k=8))
     body = dict(prompt=prompt, max_tokens=STREAMED, stream=True, temperature=0.8)
     body |= dict(seed=rng.randrange(2**31), stream_options={"include_usage": True})
     content = json.dumps(body | ({"model": model} if model else {})).encode()
