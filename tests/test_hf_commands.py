@@ -348,7 +348,7 @@ def test_an_exported_chat_is_rendered_alike(family, tmp_path):
     config = lm.Config(vocab_size=tokenizer.n_vocab, n_layer=1, n_head=2, d_model=16, context=32)
     content = {"config": vars(config), "model": lm.Transformer(config).state_dict()}
     lm.save_checkpoint(tmp_path / "x.pt", content | {"tokenizer": tokenizer.spec})
-    lm.export(tmp_path / "x.pt", tmp_path / "hf")
+    lm.main(["--ckpt", str(tmp_path / "x.pt"), "--export", str(tmp_path / "hf")])
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     talks = ["turns", "system"] + ["a result", "calls"] * (family not in ("named", "llama3.1"))
     for talk, tools in itertools.product(map(TALKS.get, talks), (None, TOOLS)):
