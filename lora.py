@@ -75,11 +75,8 @@ def quantize_nf4(weight):
 
 
 class QuantLinear(nn.Module):
-    """A frozen Linear in `int8` or `nf4`, dequantized whenever it is used.
-
-    Each block of 64 weights has a scale; the scales, less their mean, are int8 codes in turn, so a
-    weight takes 4.13 or 8.13 bits.
-    """
+    """A frozen Linear in `int8` or `nf4`, dequantized whenever it is used. Each block of 64 weights
+    has a scale; the scales, less their mean, are int8 codes in turn: 8.13 or 4.13 bits a weight."""
 
     def __init__(self, linear, kind):
         super().__init__()
@@ -91,19 +88,16 @@ class QuantLinear(nn.Module):
         codes, scales = quantize_nf4(weight) if kind == "nf4" else quantize_int8(weight)
         mean = scales.mean()
         scale_codes, scale_scales = quantize_int8(scales - mean, SCALE_BLOCK)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale_codes", scale_codes)
-        self.register_buffer("scale_scales", scale_scales)
-        self.register_buffer("scale_mean", mean)
+        buffers = dict(codes=codes, scale_codes=scale_codes, scale_scales=scale_scales)
+        for name, buffer in (buffers | dict(scale_mean=mean)).items():
+            self.register_buffer(name, buffer)
         if kind == "nf4":
             # the two floats that a byte stands for, (256,), looked up as one long integer: that
             # takes a fifth of the time of looking up rows of two
             levels = torch.tensor(NF4, device=weight.device)
             pairs = torch.cartesian_prod(levels, levels).view(torch.int64)[:, 0]
             self.register_buffer("pairs", pairs.contiguous(), persistent=False)
-        self.bias = linear.bias
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        self.bias = linear.requires_grad_(False).bias
 
     @property
     def weight(self):
@@ -190,12 +184,9 @@ class Named(nn.ParameterDict):
 
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha / rank * B(A(dropout(x))) for each active adapter. Hu et al. 2021, section
-    4.1.
-
-    A (rank, in) starts random, B (out, rank) at zero, so a new adapter changes nothing. Several
-    adapters may share one base; `active` names those in use.
-    """
+    """base(x) + alpha / rank * B(A(dropout(x))) for each adapter that is `active` over the base.
+    A (rank, in) starts random, B (out, rank) at zero, so a new adapter changes nothing. Hu et al.
+    2021, section 4.1."""
 
     def __init__(self, base):
         super().__init__()

@@ -273,35 +273,15 @@ def course_table(history):
 # Pictures
 # --------------------------------------------------------------------------------------------
 
-FONT = (  # the digits 0 to 9 and >, three pixels wide and a gap
-    "### .#. ### ### #.# ### ### ### ### ### #.. ",
-    "#.# ##. ..# ..# #.# #.. #.. ..# #.# #.# .#. ",
-    "#.# .#. ### ### ### ### ### ..# ### ### ..# ",
-    "#.# .#. #.. ..# ..# ..# #.# ..# #.# ..# .#. ",
-    "### ### ### ### ..# ### ### ..# ### ### #.. ",
-)
 
-
-def stamp(area, text, shade):
-    """Draw digits and > into the middle of `area` (H, W), each font pixel as 2 x 2."""
-    font = np.array([list(line) for line in FONT]) == "#"
-    letters = [font[:, 4 * i : 4 * i + 4] for i in map("0123456789>".index, text)]
-    pixels = np.kron(np.hstack([font[:, :0], *letters])[:, :-1], np.ones((2, 2), bool))
-    top, left = (np.array(area.shape) - pixels.shape) // 2
-    area[top : top + pixels.shape[0], left : left + pixels.shape[1]][pixels] = shade
-
-
-def sheet(tiles, columns, scale=1, captions=()):
-    """Tiles (N, h, w) uint8, enlarged, in rows of `columns`, each with its caption below."""
+def sheet(tiles, columns, scale=1):
+    """Tiles (N, h, w) uint8, enlarged, in rows of `columns`."""
     tiles = np.kron(tiles, np.ones((1, scale, scale), np.uint8))
     n, h, w = tiles.shape
-    below, gap, rows = 16 if captions else 0, 2, -(-n // columns)
-    page = np.full((rows, columns, h + below + gap, w + gap), 64, np.uint8)
-    for i, cell in enumerate(page.reshape(-1, *page.shape[2:])[:n]):
-        cell[:h, :w] = tiles[i]
-        if captions:
-            stamp(cell[h : h + below, :w], captions[i], 255)
-    return page.swapaxes(1, 2).reshape(rows * (h + below + gap), -1)
+    rows, gap = -(-n // columns), 2
+    page = np.full((rows, columns, h + gap, w + gap), 64, np.uint8)
+    page.reshape(-1, h + gap, w + gap)[:n, :h, :w] = tiles
+    return page.swapaxes(1, 2).reshape(rows * (h + gap), -1)
 
 
 def grey(images):
@@ -309,32 +289,22 @@ def grey(images):
     return (images * STD + MEAN).clamp(0, 1).mul(255).round().byte().cpu().numpy()
 
 
-def confusion_sheet(counts):
-    """Counts [true digit, read as] (10, 10) as a picture: a row for each true digit, errors shaded.
-    """
-    errors = counts * (1 - np.eye(10, dtype=int))
-    tiles = np.zeros((121, 24, 44), np.uint8)
-    shades = 255 * np.sqrt(errors / max(errors.max(), 1))
-    tiles.reshape(11, 11, 24, 44)[1:, 1:] = shades[:, :, None, None]
-    texts = [">", *"0123456789"]
-    for digit in range(10):
-        texts += [str(digit), *(str(n) if n else "" for n in counts[digit])]
-    for tile, text in zip(tiles, texts):
-        stamp(tile, text, 255 if tile[0, 0] < 128 else 0)
-    return sheet(tiles, 11)
-
-
 def write_pictures(out, model, images, labels):
-    """Write confusion.png, wrong.png (the most confident errors, as true > read) and weights.png
-    (what each unit of the first layer responds to: white for ink, black for paper)."""
+    """Write confusion.png (a row for each true digit, a column for each digit read, the brighter
+    the more errors), wrong.png (the most confident errors) and weights.png (what each unit of the
+    first layer responds to: white for ink, black for paper). Prints the most frequent errors."""
     confidence, read = log_probabilities(model, images).max(-1)
-    counts = torch.bincount(10 * labels + read, minlength=100).view(10, 10)
-    write_png(out / "confusion.png", confusion_sheet(counts.cpu().numpy()))
+    errors = torch.bincount(10 * labels + read, minlength=100).view(10, 10).fill_diagonal_(0).cpu()
+    shades = 255 * (errors / errors.max().clamp(min=1)).sqrt()[..., None, None]
+    write_png(out / "confusion.png", sheet(shades.byte().view(100, 1, 1).numpy(), 10, 32))
+    counts, cells = errors.flatten().topk(5)
+    pairs = [(n, *divmod(i, 10)) for n, i in zip(counts.tolist(), cells.tolist()) if n]
+    texts = [f"{digit} read as {other} ({n} times)" for n, digit, other in pairs]
+    print("Most frequent errors:", ", ".join(texts) or "none")
     wrong = (read != labels).nonzero()[:, 0]
     wrong = wrong[confidence[wrong].argsort(descending=True)][:60]
     if len(wrong):
-        captions = [f"{labels[i]}>{read[i]}" for i in wrong]
-        write_png(out / "wrong.png", sheet(grey(images[wrong]), 12, 2, captions))
+        write_png(out / "wrong.png", sheet(grey(images[wrong]), 12, 2))
     first = next(p for p in model.parameters() if p.dim() > 1).detach()  # (units, ... 784 or h, w)
     size = 28 if first.dim() == 2 else first.shape[-1]
     first = first.reshape(-1, size, size).cpu()

@@ -1,16 +1,13 @@
-"""The whole transformer, by hand, in PyTorch.
+"""The whole transformer, written by hand in PyTorch.
 
-    python model.py --preset gpt2                 what a shape costs: parameters, bytes, FLOPs
+    python model.py --preset gpt2                 parameters, memory and FLOPs of a shape
     python model.py --preset novel --tokens 77919 and the loss that a scaling law predicts for it
     python model.py --ckpt out/stdlib             the same for a trained model
-    python model.py --ckpt out/llama --export hf  a folder that transformers reads
+    python model.py --ckpt out/llama --export hf  write a folder that transformers can read
 
-One Transformer covers GPT-2, the Llama and Qwen families and the course's own model: every
-difference between them is a field of `Config`, read once where the module is built. The chapters:
-configuration, the parts of a block, the loss, the model and its key/value cache, checkpoints, what
-a shape costs, and models of the Hugging Face Hub.
-
-Text is in prepare_data.py and data/, optimizers are in train.py, sampling is in sample.py.
+One Transformer covers GPT-2, the Llama and Qwen families and the course's own model. Their
+differences are fields of `Config`, read once where the module is built. Preparing text is in
+prepare_data.py, optimizers are in train.py, sampling is in sample.py.
 
 Shapes in comments: B batch, T time, C channels (d_model), nh query heads, nkv key/value heads,
 hs head size, V vocabulary, N rows (B*T flattened), S cached keys.
@@ -35,7 +32,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import costs, hf_weights
-from data.cli import Parser, UserError, check_limits, run_cli
+from data.cli import Parser, UserError, at_least, run_cli
 from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_json, write_whole
 from data.hf_tokenizer import generation_config, hub_tokenizer, tokenizer_config, tokenizer_json
@@ -43,11 +40,11 @@ from data.tensors import fit_error, load_pt
 from data.tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------------------
-# Configuration: every architectural choice, and the shapes that have names
+# Configuration: every architectural choice, and named shapes
 # --------------------------------------------------------------------------------------------
 
 POSITIONS = ("rope", "learned", "sinusoidal")
-NORMS = ("rmsnorm", "layernorm")
+NORMS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
 
 # To add an activation: name it here, and in GATED if it is a gated one.
 ACTIVATIONS = {
@@ -60,7 +57,7 @@ ACTIVATIONS = {
 GATED = ("swiglu",)  # their feed-forward has a third matrix
 INITS = ("zero_out", "gpt2")
 _LLAMA3 = "factor low_freq_factor high_freq_factor original_max_position_embeddings"
-# for more context than the model was first trained with; their parameters
+# Ways to extend the context that a model was first trained with, and their parameters
 ROPE_SCALINGS = {"linear": {"factor"}, "llama3": set(_LLAMA3.split())}
 
 
@@ -72,10 +69,10 @@ class Config:
     n_layer: int = 4
     n_head: int = 4
     d_model: int = 128
-    context: int = 128  # the most tokens the model can look at
-    n_kv_head: int | None = None  # grouped-query attention; None: as many as n_head
+    context: int = 128  # the most tokens that the model can look at
+    n_kv_head: int | None = None  # fewer than n_head is grouped-query attention; None: n_head
     head_size: int | None = None  # None: d_model / n_head
-    d_ff: int | None = None  # None: 4 * d_model, for swiglu about 8/3 * d_model (as many weights)
+    d_ff: int | None = None  # None: 4 * d_model; for swiglu 8/3 * d_model, which is as many weights
     position: str = "rope"
     norm: str = "rmsnorm"
     norm_weight: bool = True  # a learned scale (and, for layernorm, shift) in every norm
@@ -85,10 +82,10 @@ class Config:
     ff_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False  # RMS-normalise queries and keys per head
-    embed_norm: bool = False  # one more norm, right after the embedding
+    embed_norm: bool = False  # another norm, right after the embedding
     value_embed: bool = False  # a second table, whose rows are added to the values of each layer
-    bigram: int = 0  # rows of a table for pairs of tokens, see `pair_rows`; 0 is none
-    induction: bool = False  # an id that may be copied, see `copy_candidates`, is an input, too
+    bigram: int = 0  # rows of the `BigramEmbedding`; 0 is none
+    induction: bool = False  # whether there is an `Induction`
     tied: bool = False  # the head is the embedding table, transposed
     dropout: float = 0.0
     eps: float = 1e-5
@@ -104,56 +101,53 @@ class Config:
         if self.head_size is None:
             self.head_size = self.d_model // self.n_head
         if self.d_ff is None:
-            wide = 4 * self.d_model
-            self.d_ff = wide if self.activation not in GATED else (wide * 2 // 3 + 7) // 8 * 8
+            gated = self.activation in GATED
+            self.d_ff = (4 * self.d_model * 2 // 3 + 7) // 8 * 8 if gated else 4 * self.d_model
         self.check()
 
     def check(self):
-        """Raise UserError for a value or a combination that no model can have."""
-        known = dict(position=POSITIONS, norm=NORMS, activation=ACTIVATIONS, init=INITS)
-        for name, allowed in known.items():
-            if getattr(self, name) not in allowed:
-                value = getattr(self, name)
+        """UserError for a value or a combination that no model can have."""
+        choices = dict(position=POSITIONS, norm=NORMS, activation=ACTIVATIONS, init=INITS)
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
                 raise UserError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
-        sizes = ("vocab_size", "n_layer", "d_model", "context", "n_kv_head", "head_size", "d_ff")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.n_head % self.n_kv_head:
-            raise UserError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
-        if self.position == "rope" and self.head_size % 2:
-            raise UserError(f"rope turns pairs of channels: head size {self.head_size} is odd")
+        lows = dict.fromkeys(("vocab_size", "n_layer", "d_model", "context", "n_kv_head"), 1)
+        for name, low in (lows | dict(head_size=1, d_ff=1, bigram=0)).items():
+            if getattr(self, name) < low:
+                raise UserError(f"{name} {getattr(self, name)} must be at least {low}")
         for name in ("eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} {getattr(self, name)} must be above 0")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+        if self.position == "rope" and self.head_size % 2:
+            raise UserError(f"rope rotates pairs of channels: head size {self.head_size} is odd")
         if self.rope_scaling is not None:
             numbers = dict(self.rope_scaling)
             kind = numbers.pop("rope_type", None)
             if set(numbers) != ROPE_SCALINGS.get(kind) or not min(numbers.values()) > 0:
-                raise UserError(f"rope_scaling {self.rope_scaling} is none that we can compute")
-        if self.bigram < 0:
-            raise UserError(f"bigram {self.bigram} must be at least 0")
+                raise UserError(f"rope_scaling {self.rope_scaling} is not implemented")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout} must be in [0, 1)")
         if self.tied and self.head_bias:
             raise UserError("a tied head has no bias of its own: drop tied or head_bias")
 
     @classmethod
-    def from_dict(cls, values):
-        """Config from a plain dict, e.g. of a checkpoint; an unknown field is an error."""
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise UserError(f"unknown config fields: {', '.join(sorted(unknown))}")
+    def from_dict(cls, values, where="the config"):
+        """The Config with the fields of a plain dict, such as a checkpoint's; UserError for an
+        unknown field or a bad value."""
         try:
+            if unknown := set(values) - {f.name for f in fields(cls)}:
+                raise UserError(f"unknown fields: {', '.join(sorted(unknown))}")
             return cls(**values)
-        except TypeError as e:
-            raise UserError(f"a config field has a value of the wrong type: {e}") from e
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{where} cannot be built: {e}") from e
 
 
-# What learned fastest in our trials at this size (tests/BENCHMARKS.md): norms without weights, one
-# more of them after the embedding, tables for values and for pairs of tokens, a candidate to be
-# copied as an input, squared ReLU, an untied head, and outputs that start at zero.
-# LayerNorm learns like RMSNorm here, and torch's kernel for it is twice as fast on a CPU.
+# What learned fastest in our trials at this size (tests/BENCHMARKS.md): norms without weights and
+# another one after the embedding, tables for values and pairs of tokens, a candidate to copy as an
+# input, squared ReLU, an untied head, and outputs that start at zero. LayerNorm learns like RMSNorm
+# here, and torch's kernel for it is twice as fast on a CPU.
 _OURS = dict(
     norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True,
     value_embed=True, bigram=8192, induction=True,
@@ -169,7 +163,7 @@ _NOVEL = dict(
     out_bias=True, ff_bias=True, head_bias=True, dropout=0.1, init="gpt2",
 )  # fmt: skip
 
-# train.py replaces vocab_size by what the prepared data needs, rounded up to a multiple of 64.
+# train.py replaces vocab_size by the `padded_vocab` of the prepared data.
 PRESETS = {
     "tiny": Config(n_layer=4, n_head=4, d_model=160, context=128, **_OURS),
     "small": Config(vocab_size=4096, n_layer=6, n_head=8, d_model=256, context=256, **_OURS),
@@ -178,7 +172,7 @@ PRESETS = {
     "gpt2-medium": Config(n_layer=24, n_head=16, d_model=1024, **_GPT2),
     "gpt2-large": Config(n_layer=36, n_head=20, d_model=1280, **_GPT2),
     "gpt2-xl": Config(n_layer=48, n_head=25, d_model=1600, **_GPT2),
-    # a Llama of tiny's size, which transformers can read
+    # as small as tiny, but transformers can read it
     "llama": Config(n_layer=4, n_head=4, d_model=160, context=128),
     "llama-8b": Config(n_layer=32, n_head=32, n_kv_head=8, d_model=4096, d_ff=14336, **_LLAMA3_8B),
     "novel": Config(n_layer=12, n_head=8, d_model=512, **_NOVEL),
@@ -186,13 +180,13 @@ PRESETS = {
 
 
 def padded_vocab(size):
-    """A vocabulary's size, rounded up to a multiple of 64: matrix products are faster so."""
+    """The size rounded up to a multiple of 64, which makes matrix products faster."""
     return -(-size // 64) * 64
 
 
 def preset(name, **changes):
     """A copy of the named preset with some fields changed. `d_ff` and the head size follow
-    `d_model` and `n_head` unless they are among the changes. UserError for an unknown name."""
+    `d_model` and `n_head` unless they are changed themselves. UserError for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
     derived = {}
@@ -206,30 +200,16 @@ def preset(name, **changes):
 # --------------------------------------------------------------------------------------------
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x), times a learned weight if there is one. Zhang & Sennrich 2019, eq. 4."""
-
-    def __init__(self, size, eps, weight):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size)) if weight else None
-
-    def forward(self, x):
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
 def make_norm(config, size):
-    """The norm that `config` asks for, over the last dimension of length `size`."""
-    if config.norm == "rmsnorm":
-        return RMSNorm(size, config.eps, config.norm_weight)
-    return nn.LayerNorm(size, config.eps, elementwise_affine=config.norm_weight)
+    """The norm of `config` over the last dimension, of length `size`."""
+    return NORMS[config.norm](size, config.eps, elementwise_affine=config.norm_weight)
 
 
 def rope_tables(context, head_size, theta, scaling=None):
     """Cosines and sines of the rotation angles, each (context, hs). RoFormer, Su et al. 2021.
 
-    Channel i turns together with channel i + hs/2 (the layout of Llama and Qwen weights), at
-    position t by the angle t * theta ** (-2i / hs): the first pairs fast, the last slowly.
+    Channel i is rotated with channel i + hs/2 (the layout of Llama and Qwen weights), at position t
+    by the angle t * theta ** (-2i / hs): the first pairs fast, the last ones slowly.
     """
     # on the CPU even where the default device is meta; rounded in transformers' order
     channel = torch.arange(0, head_size, 2, device="cpu").float()
@@ -240,9 +220,9 @@ def rope_tables(context, head_size, theta, scaling=None):
 
 
 def scale_frequency(frequency, scaling):
-    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or only those
-    of fewer than low_freq_factor turns in the original context, and up to high_freq_factor turns a
-    blend (`llama3`, Llama 3.1's)."""
+    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or those that
+    turn less than low_freq_factor times in the original context, and a blend up to high_freq_factor
+    (`llama3`, of Llama 3.1)."""
     kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
     if kind != "llama3":
         return frequency / factor
@@ -255,18 +235,18 @@ def scale_frequency(frequency, scaling):
 def apply_rope(x, cos, sin):
     """Rotate x (B, nh, T, hs) by the rows of `cos` and `sin` (broadcastable to x).
 
-    Dot products of rotated queries and keys depend on the distance of their positions alone. Two
+    The dot product of a rotated query and key depends only on the distance of their positions. Two
     channels a and b, hs/2 apart, become
 
-        a cos - b sin    (so the first half of `rope_tables`' sines has the minus)
+        a cos - b sin    (the minus is in the first half of the sines of `rope_tables`)
         b cos + a sin
     """
-    other = x.roll(x.shape[-1] // 2, dims=-1)  # b where a was, and a where b was
+    other = x.roll(x.shape[-1] // 2, dims=-1)  # b in the place of a, and a of b
     return (x * cos + other * sin).to(x.dtype)
 
 
 def sinusoid_table(context, d_model):
-    """The fixed positions of "Attention Is All You Need" (2017), section 3.5: (context, C)."""
+    """The positions of "Attention Is All You Need" (2017), section 3.5: (context, C)."""
     frequency = 10000.0 ** (-torch.arange(0, d_model, 2, device="cpu").float() / d_model)
     angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, ceil(C/2))
     table = torch.stack((angle.sin(), angle.cos()), dim=-1)  # even channels sine, odd cosine
@@ -274,11 +254,11 @@ def sinusoid_table(context, d_model):
 
 
 def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True):
-    """Attention written out, for reading; the model calls `attention`, which a test holds equal.
+    """Attention written out. The model calls `attention`; a test holds the two equal.
 
     q (B, nh, T, hs); k and v (B, nkv, S, hs), each key head shared by nh/nkv query heads.
-    `mask` is True where a query may look, broadcastable to (B, nh, T, S); without one a query looks
-    at itself and what came before, or everywhere if not `causal`.
+    `mask` is True where a query may look, broadcastable to (B, nh, T, S). Without one a query looks
+    at itself and all before it, or everywhere if not `causal`.
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -291,16 +271,15 @@ def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True):
 
 
 def attention(q, k, v, mask=None, dropout=0.0, causal=True):
-    """`naive_attention` by torch's fused kernel, which never holds the (T, S) scores."""
+    """`naive_attention` in torch's fused kernel, which never stores the (T, S) scores."""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    if mask is None and causal and 1 < T < S:  # with a cache T queries face S > T keys
+    if mask is None and causal and 1 < T < S:  # torch would align them at the first key
         mask = causal_mask(T, S, q.device)
     if group > 1 and mask is not None and q.is_cuda:  # no fused CUDA kernel has a mask and groups
         k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
-    if mask is not None or T == 1:  # one query sees all keys
-        causal = False
-    how = dict(is_causal=causal, enable_gqa=group > 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, **how)
+    causal = causal and mask is None and T > 1  # a single query sees all keys
+    options = dict(is_causal=causal, enable_gqa=group > 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options)
 
 
 def causal_mask(T, S, device=None):
@@ -313,8 +292,7 @@ def causal_mask(T, S, device=None):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, with fewer key/value heads where the config says so; causal, as
-    text needs it, unless told otherwise."""
+    """Multi-head self-attention, causal by default, with `n_kv_head` heads of keys and values."""
 
     def __init__(self, config, causal=True):
         super().__init__()
@@ -325,13 +303,13 @@ class Attention(nn.Module):
         self.k = nn.Linear(c.d_model, c.n_kv_head * c.head_size, bias=c.qkv_bias)
         self.v = nn.Linear(c.d_model, c.n_kv_head * c.head_size, bias=c.qkv_bias)
         self.out = nn.Linear(c.n_head * c.head_size, c.d_model, bias=c.out_bias)
-        # per head, and RMS whatever the block's norm is: it is there to bound the scores
-        self.q_norm = RMSNorm(c.head_size, c.eps, c.norm_weight) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_size, c.eps, c.norm_weight) if c.qk_norm else nn.Identity()
+        # RMS whatever the norm of the block is: these only bound the scores
+        norm = partial(nn.RMSNorm, elementwise_affine=c.norm_weight) if c.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(c.head_size, c.eps), norm(c.head_size, c.eps)
 
     def forward(self, x, rope=None, update_cache=None, mask=None, values=None):
-        """x (B, T, C) -> (B, T, C). `update_cache(k, v)` gives all keys and values so far; `values`
-        (B, T, nkv * hs) are added to the new ones."""
+        """x (B, T, C) -> (B, T, C). `update_cache(k, v)` stores the new keys and values and returns
+        all of them; `values` (B, T, nkv * hs) are added to the new values."""
         B, T, _ = x.shape
         q = self.q_norm(self.q(x).view(B, T, self.n_head, self.head_size))
         k = self.k_norm(self.k(x).view(B, T, self.n_kv_head, self.head_size))
@@ -347,16 +325,14 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two matrices with an activation between them, applied at each position alone."""
+    """Two matrices with an activation in between, applied to each position separately."""
 
     def __init__(self, config):
         super().__init__()
         c = config
         self.activation = ACTIVATIONS[c.activation]
         self.up = nn.Linear(c.d_model, c.d_ff, bias=c.ff_bias)
-        self.gate = (
-            nn.Linear(c.d_model, c.d_ff, bias=c.ff_bias) if c.activation in GATED else None
-        )
+        self.gate = nn.Linear(c.d_model, c.d_ff, bias=c.ff_bias) if c.activation in GATED else None
         self.down = nn.Linear(c.d_ff, c.d_model, bias=c.ff_bias)
 
     def forward(self, x):
@@ -471,16 +447,16 @@ INPUTS = {"bigram": BigramEmbedding, "induction": Induction}
 
 
 # --------------------------------------------------------------------------------------------
-# The loss, without ever holding all logits
+# The loss, without ever storing all logits
 # --------------------------------------------------------------------------------------------
 
-LOSS_ROWS = 256  # rows of logits at a time: 64 was 27 % slower at V = 100,256, more takes memory
+LOSS_ROWS = 256  # rows of logits at a time; 64 was 27 % slower at V = 100,256
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of a linear head, a few rows of logits at a time.
+    """Summed cross-entropy of a linear head, computed a few rows of logits at a time.
 
-    Full logits are (N, V): 2,048 rows of a 100,256-id vocabulary are 0.8 GB, and their softmax and
+    Full logits are (N, V): 2,048 rows of a 100,256-id vocabulary take 0.8 GB, and their softmax and
     gradient as much again. Here the loss *and* the gradient of each chunk of rows are computed
     together, then its logits are freed: d loss / d logits = softmax(logits) - onehot(target).
     The backward pass only scales the stored gradients.
@@ -488,7 +464,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets, with_grad, dtype):
-        low = dtype or x.dtype  # what the matrix products run in (bf16 under autocast)
+        low = dtype or x.dtype  # dtype of the matrix products
         x_low, w_low, b_low = x.to(low), weight.to(low), None if bias is None else bias.to(low)
         full = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=full, device=x.device)
@@ -496,7 +472,7 @@ class ChunkedLoss(torch.autograd.Function):
         grad_x = torch.empty_like(x) if need_x else None
         grad_w = torch.zeros_like(weight, dtype=full) if need_w else None
         grad_b = torch.zeros_like(bias, dtype=full) if need_b else None
-        # on a GPU large products pay: 2^28 logits are 1 GiB in float32
+        # large products are faster on a GPU: 2^28 logits are 1 GiB in float32
         step = max(LOSS_ROWS, 2**28 // len(weight)) if x.is_cuda else LOSS_ROWS
         for i in range(0, len(x), step):
             rows, goal = x_low[i : i + step], targets[i : i + step, None]
@@ -520,7 +496,7 @@ class ChunkedLoss(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("ChunkedLoss went backward twice: call the model again instead")
         grads, ctx.grads = ctx.grads, None
-        # in place: another (V, C) copy would be the largest tensor of the step
+        # in place, because another (V, C) would be the largest tensor of the step
         return tuple(None if g is None else g.mul_(scale) for g in grads)
 
 
@@ -530,50 +506,47 @@ def add_product(total, a, b):
         total.addmm_(a, b)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # a piece at a time: adding another dtype makes a copy of it
-        for part, piece in zip(total.split(4096), a.split(4096)):
-            part += piece @ b
+    else:  # adding another dtype makes a copy, so do it for a few rows at a time
+        for total_rows, a_rows in zip(total.split(4096), a.split(4096)):
+            total_rows += a_rows @ b
 
 
 def chunked_loss(x, weight, bias, targets, places=None):
-    """Sum of -log softmax(x @ weight.T + bias)[target] over rows, a float32 scalar (of float64
-    states a float64 one).
+    """The sum of -log softmax(x @ weight.T + bias)[target], a float32 scalar (float64 for float64
+    states). Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
 
-    x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100
-    for "no loss": such rows cost nothing. Equal to F.cross_entropy(..., reduction="sum"), value and
-    gradients.
-    `places` are those of the other targets, flattened; to look them up a GPU must be waited for.
+    x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100 for "no loss": such rows
+    cost nothing. `places` are the indices of all other targets, flattened; without them a GPU has
+    to be waited for to find them.
     """
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     if places is None:
         places = targets != -100
         places = slice(None) if places.all() else places
-    x, targets = x[places], targets[places]
     device = x.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     with torch.autocast(device, enabled=False):
-        return ChunkedLoss.apply(x, weight, bias, targets, torch.is_grad_enabled(), low)
+        args = x[places], weight, bias, targets[places]
+        return ChunkedLoss.apply(*args, torch.is_grad_enabled(), low)
 
 
 def token_logps(x, weight, bias, targets, allowed=None):
-    """log softmax(x @ weight.T + bias)[target] of each place (...), 0 where the target is -100, in
-    float32 (of float64 states in float64): for losses that are no plain sum over tokens. Ids that
-    are not `allowed`, bools (V,), have probability 0. Logits are made a few rows at a time and made
-    again in the backward pass, so they are never all held."""
+    """log softmax(x @ weight.T + bias)[target] of each position (...), 0 where the target is -100,
+    in float32 (float64 for float64 states). Ids outside of `allowed`, bools (V,), have probability
+    0. Logits are computed a few rows at a time, and again in the backward pass."""
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
 
-    def logps(rows, goal):
+    def row_logps(rows, goal):
         logits = F.linear(rows, weight, bias)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
-        log_p = logits.log_softmax(-1, dtype=full)
-        return log_p.gather(1, goal[:, None])[:, 0]
+        return logits.log_softmax(-1, dtype=full).gather(1, goal[:, None])[:, 0]
 
     keep = targets != -100
-    kept, goals = x[keep].split(LOSS_ROWS), targets[keep].split(LOSS_ROWS)
-    parts = [recompute(logps, r, g, use_reentrant=False) for r, g in zip(kept, goals)]
+    chunks = zip(x[keep].split(LOSS_ROWS), targets[keep].split(LOSS_ROWS))
+    logps = [recompute(row_logps, *chunk, use_reentrant=False) for chunk in chunks]
     out = torch.zeros(targets.shape, dtype=full, device=x.device)
-    return out.masked_scatter(keep, torch.cat(parts))
+    return out.masked_scatter(keep, torch.cat(logps))
 
 
 # --------------------------------------------------------------------------------------------
@@ -584,10 +557,10 @@ def token_logps(x, weight, bias, targets, allowed=None):
 class Transformer(nn.Module):
     """A decoder-only language model.
 
-    `model(ids)` gives logits (B, T, V); `model(ids, targets)` the *summed* negative log-likelihood
-    of the targets in float32 (see `chunked_loss`), which the training loop divides by their number.
-    With `reduction="none"` it gives the log probability of every target, (B, T), among the ids that
-    are `allowed`; with "logits" the logits (N, V) of the places that have a target.
+    `model(ids)` returns logits (B, T, V). `model(ids, targets)` returns the *summed* negative log-
+    likelihood of the targets in float32 (see `chunked_loss`), which the training loop divides by
+    their number; with `reduction="none"` the log probability of each target, (B, T) (see
+    `token_logps`), and with "logits" the logits (N, V) at the positions that have a target.
 
     >>> model = Transformer(preset("tiny"))
     >>> model(torch.tensor([[1, 2, 3]])).shape
@@ -626,7 +599,7 @@ class Transformer(nn.Module):
         `zero_out`: each residual branch and the head start at zero, so the first steps learn little
         more than bigrams and no layer dominates another; inner matrices get std 0.577 / sqrt(C),
         which keeps a normalised input at a third of its variance. In our trials this halved the
-        steps to the same loss. In both, what is added to the embedding starts small, or at 0.
+        steps to the same loss.
         """
         c, gpt2 = self.config, self.config.init == "gpt2"
         # a tied table is also the head: at std 1 its first loss would be enormous
@@ -648,18 +621,16 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=0.02 if gpt2 else 0.577 / math.sqrt(c.d_model))
 
     @torch.no_grad()
-    def grow_vocabulary(self, vocab_size, known):
-        """Room for at least `vocab_size` ids, of which the first `known` were in use until now. All
-        rows after those, unused ones included, start at the mean of the known rows."""
+    def grow_vocabulary(self, vocab_size, used):
+        """Make room for at least `vocab_size` ids, of which the first `used` were in use until now.
+        All rows after those, spare ones included, start at the mean of the used rows."""
         c, grown = self.config, max(self.config.vocab_size, vocab_size)
         for table in filter(None, (self.embed, self.value_embed, None if c.tied else self.head)):
             for name in ("weight", "bias"):
-                old = getattr(table, name, None)
-                if old is not None:
-                    kept = old[:known]  # fewer, if there is an end of text that the model lacks
+                if (old := getattr(table, name, None)) is not None:
+                    kept = old[:used]  # shorter if the tokenizer's end of text is not in the model
                     mean = kept.float().mean(0, keepdim=True).to(old.dtype)
-                    new = mean.repeat(grown, *[1] * (old.dim() - 1))
-                    new[: len(kept)] = kept
+                    new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
                     setattr(table, name, nn.Parameter(new, old.requires_grad))
         if c.tied:
             self.head.weight = self.embed.weight
@@ -668,28 +639,27 @@ class Transformer(nn.Module):
     def hidden(self, ids, cache=None, step=None):
         """The final, normalised states (B, T, C) of ids (B, T); logits are `model.head` of them.
 
-        With a `KVCache`, ids are the tokens after those that each of its rows holds; `step` is
-        what `cache.begin(ids)` gives, if it was called before.
+        With a `KVCache` the ids follow those that each of its rows holds. `step` is the result of
+        `cache.begin(ids)` if the caller has called it (see data/graphs.py).
         """
         c, T = self.config, ids.shape[1]
-        if cache is None:
-            if c.context < T:
-                raise UserError(f"{T} tokens do not fit the context of {c.context}")
-            step = Step(slice(0, T))
-        step = step or cache.begin(ids)
-        tables = [table[step.positions] for table in self.position_tables()]
+        if cache is None and c.context < T:
+            raise UserError(f"{T} tokens do not fit the context of {c.context}")
+        step = step or (cache.begin(ids) if cache is not None else Step(slice(0, T)))
         x, rope = self.embed(ids), None  # (B, T, C)
         if c.position == "rope":  # (1, T, hs) or (B, 1, T, hs): the same for every head
-            rope = [table.unsqueeze(-3) for table in tables]
+            rope = [table[step.positions].unsqueeze(-3) for table in (self.cos, self.sin)]
         else:
-            x = x + tables[0].to(x.dtype)
+            table = self.position.weight if c.position == "learned" else self.sines
+            x = x + table[step.positions].to(x.dtype)
         x = self.embed_norm(x)
         if self.inputs:
-            seen, at = ids if cache is None else cache.past(step), step.positions
-            if isinstance(at, slice):
-                at = torch.arange(at.start, at.stop, device=ids.device).expand_as(ids)
+            seen, positions = ids if cache is None else cache.past(step), step.positions
+            if isinstance(positions, slice):
+                positions = torch.arange(positions.start, positions.stop, device=ids.device)
+                positions = positions.expand_as(ids)
             for module in self.inputs.values():
-                x = x + module(seen, at, self.embed_ids)
+                x = x + module(seen, positions, self.embed_ids)
         x = self.drop(x)
         values = self.value_embed(ids) if self.value_embed is not None else None
         for i, block in enumerate(self.blocks):
@@ -703,23 +673,17 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def embed_ids(self, ids):
-        """The normalised embedding of ids alone, without position: what an input looks up."""
+        """The normalised embedding of ids alone, without their positions."""
         return self.embed_norm(self.embed(ids))
 
     def lookup_tables(self):
-        """Names of the weights beside `embed` and `position` that ids or matches are looked up in:
-        they learn with the embedding's rate."""
+        """Names of the tables other than `embed` and `position`: they learn at the embedding's rate
+        and not as matrices do."""
         names = [f"{n}.weight" for n, m in self.named_modules() if isinstance(m, Table)]
         return [n for n in names if n.startswith(("value_embed.", "inputs."))]
 
-    def position_tables(self):
-        """The tables that `hidden` looks positions up in: (context, ...) each."""
-        if self.config.position == "learned":
-            return [self.position.weight]
-        return [self.sines] if self.config.position == "sinusoidal" else [self.cos, self.sin]
-
     def last_logits(self, ids, cache, step=None):
-        """Logits (B, V) of what comes after the last of the ids (B, T): all that sampling needs."""
+        """Logits (B, V) of the token after the last of the ids (B, T): all that sampling needs."""
         return self.head(self.hidden(ids, cache, step)[:, -1])
 
     def forward(self, ids, targets=None, cache=None, reduction="sum", places=None, allowed=None):
@@ -734,18 +698,18 @@ class Transformer(nn.Module):
 
 
 class Step(NamedTuple):
-    """Where the T new tokens of each row stand, and what they may look at."""
+    """The positions of the T new tokens of each row, and what they may look at."""
 
-    positions: slice | torch.Tensor  # of all rows, or (B, T) where these have different lengths
+    positions: slice | torch.Tensor  # the same for all rows, or (B, T)
     mask: torch.Tensor | None = None  # (B, 1, T, S), see `naive_attention`
-    layers: list | None = None  # (keys, values) of a KVCache up to the newest, (B, nkv, S, hs)
+    layers: list | None = None  # (keys, values) in the cache so far and new, (B, nkv, S, hs)
 
 
 class KVCache:
     """Keys and values of all tokens seen so far, allocated once: (L, B, nkv, S, hs) each.
 
-    Decoding one token then costs one row of matrix products and not T of them. `lengths` says how
-    many tokens each row holds; it lies on the CPU, so that no one waits for a GPU to read it.
+    Decoding one token then costs one row of matrix products and not T of them. `lengths` is the
+    number of tokens in each row. It lies on the CPU, so reading it does not wait for a GPU.
     """
 
     def __init__(self, model, batch, length=None):
@@ -770,8 +734,8 @@ class KVCache:
         return part
 
     def begin(self, ids, static=False):
-        """The Step of ids (B, T) that follow those of each row, which it writes; `hidden` adds T to
-        the lengths at its end. With `static` its shapes are the same whatever the lengths."""
+        """Store ids (B, T) after those of each row, and return their Step. `hidden` adds T to the
+        lengths when all layers are done. With `static` shapes do not depend on the lengths."""
         T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
         start, stop = max(lengths), max(lengths) + T
         if stop > self.room:
@@ -789,7 +753,7 @@ class KVCache:
         return Step(positions, mask, list(zip(keys, values)))
 
     def update(self, i, step, *new):
-        """Write the new keys and values of layer i, (B, nkv, T, hs) each; those of all tokens."""
+        """Store the new keys and values of layer i, (B, nkv, T, hs) each; return those of all."""
         for cached, t in zip(step.layers[i], new):
             if isinstance(step.positions, slice):
                 cached.narrow(2, step.positions.start, t.shape[2]).copy_(t)
@@ -799,12 +763,11 @@ class KVCache:
         return step.layers[i]
 
     def past(self, step):
-        """All ids up to the newest, (B, S)."""
+        """The ids so far and the new ones, (B, S)."""
         return self.ids[:, : step.layers[0][0].shape[2]]
 
     def copy_rows(self, sources, targets=slice(None), n=None):
-        """Give the rows `targets`, by default all, what the rows `sources` hold, or the first n
-        tokens of it."""
+        """Copy what the rows `sources` hold, or the first n tokens of it, to the rows `targets`."""
         lengths = self.lengths[sources].clamp(max=n if n is not None else self.room)
         n = int(lengths.max())
         for t in (self.keys, self.values):
@@ -823,7 +786,7 @@ class KVCache:
 
 
 def meta_model(config):
-    """The model without its memory: every shape, no storage (torch's meta device)."""
+    """The model with every shape but no storage, on torch's meta device."""
     with torch.device("meta"):
         return Transformer(config)
 
@@ -835,7 +798,7 @@ def meta_model(config):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """The model without dropout and gradients for as long as the `with` lasts, then as it was."""
+    """Within the `with` block the model is in evaluation mode and records no gradients."""
     was_training = model.training
     model.eval()
     try:
@@ -855,59 +818,66 @@ def unwrapped_state(module):
 
 def save_checkpoint(path, content):
     """Write a dict of tensors and plain values: temporary file, fsync, rename. UserError if the
-    disk is full or read-only; what stood at `path` is then still whole."""
+    disk is full or read-only; the previous file is then intact."""
     write_whole(path, lambda f: torch.save(content, f))
 
 
+def find_checkpoint(name):
+    """The path of a checkpoint: a file, a run's folder, a folder in Hugging Face's layout, or a
+    model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), which is downloaded."""
+    path = Path(name)
+    local = path.exists() or path.parts[0] in ("out", "data")
+    local = local or (path.parent != Path() and path.parent.is_dir())
+    if local or not is_hub_name(str(name)):
+        return path
+    return snapshot_download(str(name), check=check_readable)
+
+
 def load_checkpoint(path, dtype=None, resuming=False):
-    """The dict that `save_checkpoint` wrote, its tensors mapped from disk and read when touched; or
-    the like of what `find_checkpoint` finds, its tensors in `dtype` where they must be copied.
+    """The dict that `save_checkpoint` wrote, its tensors mapped from disk and read when touched, or
+    an equivalent dict read from a Hugging Face folder (see `load_hf` for `dtype`).
 
     Only tensors and plain values are unpickled (weights_only), never code. With `resuming`, for a
-    run that will write the file again, the tensors are in memory (Windows does not replace a file
-    that is mapped), and weights in parts are left to `Run.restore`; without, they are missing.
+    run that will replace the file, tensors are read into memory: Windows replaces no mapped file.
     """
     path = find_checkpoint(path)
     if (path / "config.json").exists():
-        own = {"tokenizer": hub_tokenizer(path)} if (path / "tokenizer.json").exists() else {}
-        return load_hf(path, dtype) | own
+        has_tokenizer = (path / "tokenizer.json").exists()
+        tokenizer = {"tokenizer": hub_tokenizer(path)} if has_tokenizer else {}
+        return load_hf(path, dtype) | tokenizer
     if (path / "adapter_config.json").exists():
-        raise UserError(f"{path} is an adapter of peft's, which cannot be read here")
+        raise UserError(f"{path} is an adapter of peft's, which cannot be read: train one here")
     if path.is_dir():
-        found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
-        if not found:
+        files = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
+        if not files:
             raise UserError(f"{path} holds no best.pt or last.pt; train first, or name a file")
-        path = found[0]
+        path = files[0]
     if not path.exists():
         raise UserError(
-            f"checkpoint {path} does not exist; a file, a run's folder, or a model of the Hub "
-            f"(gpt2, or owner/name)?"
+            f"checkpoint {path} does not exist; name a file, a run's folder, or a model of the Hub "
+            f"(gpt2, or owner/name)"
         )
     content = load_pt(path, mapped=not resuming)
     if not isinstance(content, dict) or not {"config", "model"} <= set(content):
         raise UserError(f"{path} is no checkpoint of scratchlm: it has no config and model")
     if not resuming:
-        content.pop("parts", None)
+        content.pop("parts", None)  # where a sharded run keeps what it resumes from
     return content
 
 
 def load_weights(model, state, where="checkpoint", assign=False):
-    """Copy a state dict into the model, or with `assign` make its tensors the model's own;
-    UserError names the first key or shape that misfits."""
-    problem = fit_error(model.state_dict(), state)
-    if problem:
+    """Copy a state dict into the model, or with `assign` make its tensors the model's parameters;
+    UserError names the first key or shape that does not fit."""
+    if problem := fit_error(model.state_dict(), state):
         raise UserError(f"{where} does not fit: {problem}")
     model.load_state_dict(state, assign=assign)
 
 
 def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="checkpoint"):
-    """The Transformer in a loaded checkpoint, on `device`, in evaluation mode. Its weights are in
-    `dtype`; for None as they lie in the file, and mapped from it if they stay on the CPU."""
-    try:
-        config = Config.from_dict(dict(content["config"]))
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{where} has a config that cannot be built: {e}") from e
-    if content.get("parts"):  # a sharded run is resumed: `Run.restore` loads the weights
+    """The Transformer of a loaded checkpoint, on `device`, in evaluation mode. With `dtype` None
+    weights keep their dtype, and stay mapped from the file as long as they are on the CPU."""
+    config = Config.from_dict(content["config"], f"the config of {where}")
+    if content.get("parts"):  # a sharded run is resumed, which loads the weights itself
         return Transformer(config).eval()
     model = meta_model(config)  # no memory for weights that would be overwritten at once
     state = {k: v.to(device=device, dtype=dtype) for k, v in content["model"].items()}
@@ -918,33 +888,110 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
 
 
 # --------------------------------------------------------------------------------------------
-# What a shape costs
+# Hugging Face's layout, in and out
+# --------------------------------------------------------------------------------------------
+
+
+def check_readable(folder):
+    """UserError for a config or tokenizer that is not supported. Checked before the weights are
+    downloaded, so that an unsupported model fails early."""
+    config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    if (folder / "tokenizer.json").exists():
+        hub_tokenizer(folder)
+
+
+def config_from_hf(values, where="config.json", verbose=False):
+    """The Config of a Hugging Face config.json, a dict; UserError if it is not supported. With
+    `verbose`, a line on stderr names the ignored fields."""
+    try:
+        config_fields, ignored = hf_weights.config_from_hf(values)
+        config = Config(**config_fields)
+    except TypeError as e:
+        raise UserError(f"{where} lacks a field or has one of the wrong type: {e}") from e
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e
+    if ignored and verbose:
+        print(f"[{where}: ignored fields: {', '.join(ignored)}]", file=sys.stderr)
+    return config
+
+
+def config_to_hf(config):
+    """(config.json as a dict, its Config) of the Hugging Face architecture that computes the same.
+    It may have additional biases and norm weights, which are then zeros and ones. UserError names a
+    field that no architecture has."""
+    values = hf_weights.config_to_hf(asdict(config))
+    nearest = config_from_hf(values)
+    for name, value in asdict(config).items():
+        other = getattr(nearest, name)
+        added = other is True and (name == "norm_weight" or name.endswith("_bias"))
+        if value != other and not added and name not in ("dropout", "init"):
+            raise UserError(
+                f"no Hugging Face architecture has {name} {value} with the rest of this model (the "
+                f"nearest, {values['model_type']}, has {other})"
+            )
+    return values, nearest
+
+
+def load_hf(folder, dtype=None):
+    """The checkpoint dict {"config", "model"} of a folder in Hugging Face's layout. Tensors that
+    need no change stay on disk until they are touched; others are copied, to `dtype` if given."""
+    folder = Path(folder)
+    values = read_json(folder / "config.json")
+    config = config_from_hf(values, str(folder / "config.json"), verbose=True)
+    if config.context < values.get("max_position_embeddings", 0):
+        print(f"[sliding attention: the context is its window, {config.context}]", file=sys.stderr)
+    shapes = {name: t.shape for name, t in meta_model(config).state_dict().items()}
+    gpt2 = config.position == "learned"
+    state = hf_weights.read_state(folder, shapes, gpt2, config.tied, dtype)
+    return {"config": asdict(config), "model": state}
+
+
+def export_hf(content, folder):
+    """Write a checkpoint's model, and its tokenizer if it has one, as transformers reads them;
+    returns config.json as a dict."""
+    folder, config = Path(folder), Config.from_dict(content["config"])
+    values, nearest = config_to_hf(config)
+    if problem := fit_error(meta_model(config).state_dict(), content["model"]):
+        raise UserError(f"this checkpoint does not fit its own config: {problem}")
+    tokenizer = Tokenizer(content["tokenizer"]) if "tokenizer" in content else None
+    if tokenizer:
+        values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    shapes = {name: t.shape for name, t in meta_model(nearest).state_dict().items()}
+    if nearest.tied:
+        del shapes["head.weight"]
+    hf_weights.write_model(folder, values, shapes, content["model"])
+    if tokenizer:
+        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
+        write_json(folder / "generation_config.json", generation_config(tokenizer))
+    return values
+
+
+# --------------------------------------------------------------------------------------------
+# The command line: what a shape costs
 # --------------------------------------------------------------------------------------------
 
 
 def count_parameters(model):
-    """{part: parameters}, a tied table counted once, and "total"."""
-    parts = {k: 0 for k in ("embedding", "positions", "attention", "feed-forward", "norms", "head")}
-    for name, p in model.named_parameters():  # a tied head is listed once, as the embedding
-        if "norm" in name:
-            part = "norms"
-        elif name.startswith(("embed.", "value_embed.", "inputs.")):
-            part = "embedding"
-        elif name.startswith(("position.", "head.")):
-            part = {"p": "positions", "h": "head"}[name[0]]
-        else:
-            part = "attention" if ".attention." in name else "feed-forward"
-        parts[part] += p.numel()
-    return {**parts, "total": sum(parts.values())}
+    """{part: parameters} and their "total"; a tied head is counted once, as the embedding."""
+    parts = "embedding", "positions", "attention", "feed-forward", "norms", "head"
+    counts = dict.fromkeys(parts, 0)
+    tops = dict(embed="embedding", value_embed="embedding", inputs="embedding")
+    tops |= dict(position="positions", head="head")
+    for name, p in model.named_parameters():
+        block_part = "attention" if ".attention." in name else "feed-forward"
+        part = "norms" if "norm" in name else tops.get(name.split(".")[0], block_part)
+        counts[part] += p.numel()
+    return {**counts, "total": sum(counts.values())}
 
 
 def flops_per_token(config, length=None):
     """Floating-point operations to train on one token of rows that are `length` tokens long (by
     default the context), forward and backward.
 
-    Six per weight that takes part in a product (a multiply and an add, three times: forward, by
-    the input, by the weight), plus the attention scores: 12 n_layer nh hs length. That counts the
-    masked half too, as PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT do, so MFUs compare.
+    Six per weight of a matrix product (a multiply and an add, three times: forward, by the input,
+    by the weight), plus the attention scores: 12 n_layer nh hs length. That counts the masked half
+    too, as PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT do, so MFUs compare.
     """
     c = config
     qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
@@ -955,152 +1002,45 @@ def flops_per_token(config, length=None):
 
 
 def report(name, config, tokens=None, world=None, shard=False):
-    """The lines that `python model.py` prints."""
-    parts = count_parameters(meta_model(config))
-    flops = flops_per_token(config)
-    lines = costs.shape_lines(name, asdict(config), parts, flops, tokens)
-    if world:  # the tables and two blocks of a model that is cut are gathered at once
-        total, blocks = parts["total"], parts["attention"] + parts["feed-forward"]
-        gathered = total - blocks + 2 * blocks // config.n_layer
-        lines += costs.world_lines(config, total, gathered, flops, world, shard)
+    """What `python model.py` prints."""
+    counts, flops = count_parameters(meta_model(config)), flops_per_token(config)
+    lines = costs.shape_lines(name, asdict(config), counts, flops, tokens)
+    if world:
+        lines += costs.world_lines(config, counts, flops, world, shard)
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------
-# Hugging Face's layout, in and out
-# --------------------------------------------------------------------------------------------
-
-
-def find_checkpoint(name):
-    """The path that `name` means: a file, a run's folder, a folder of Hugging Face's layout, or
-    else a model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), downloaded."""
-    path = Path(name)
-    local = path.exists() or path.parts[0] in ("out", "data")
-    local = local or (path.parent != Path() and path.parent.is_dir())
-    if local or not is_hub_name(str(name)):
-        return path
-    return snapshot_download(str(name), check=readable)
-
-
-def readable(folder):
-    """UserError if we cannot read config or tokenizer in a folder of Hugging Face's
-    layout: to be said before the weights are downloaded."""
-    config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    if (folder / "tokenizer.json").exists():
-        hub_tokenizer(folder)
-
-
-def config_from_hf(values, where="config.json", verbose=False):
-    """Our Config of a Hugging Face config.json, a dict; UserError if we cannot compute it. With
-    `verbose`, a line on stderr names the fields that are passed over."""
-    try:
-        found, spare = hf_weights.config_from_hf(values)
-        config = Config(**found)
-    except TypeError as e:
-        raise UserError(f"{where} lacks a field or has one of the wrong type: {e}") from e
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from e
-    if spare and verbose:
-        print(f"[{where}: ignored fields: {', '.join(spare)}]", file=sys.stderr)
-    return config
-
-
-def config_to_hf(config):
-    """(config.json as a dict, the Config that it means) of the Hugging Face architecture that
-    computes what ours does: it may have additional biases and norm weights, which change nothing.
-    UserError names a field that no architecture has."""
-    values = hf_weights.config_to_hf(asdict(config))
-    full = config_from_hf(values)
-    for name, value in asdict(config).items():
-        other = getattr(full, name)
-        added = other is True and (name == "norm_weight" or name.endswith("_bias"))
-        if value != other and not added and name not in ("dropout", "init"):
-            raise UserError(
-                f"no Hugging Face architecture has {name} {value} with the rest of this model (the "
-                f"nearest, {values['model_type']}, has {other})"
-            )
-    return values, full
-
-
-def load_hf(folder, dtype=None):
-    """The checkpoint dict {"config", "model"} of a folder in Hugging Face's layout, tensors as
-    `hf_weights.read_state` gives them."""
-    values = read_json(Path(folder, "config.json"))
-    config = config_from_hf(values, str(Path(folder, "config.json")), verbose=True)
-    if config.context < values.get("max_position_embeddings", 0):
-        window = f"the window of {config.context} is the context"
-        print(f"[its attention slides: {window}]", file=sys.stderr)
-    shapes = {name: t.shape for name, t in meta_model(config).state_dict().items()}
-    gpt2 = config.position == "learned"
-    state = hf_weights.read_state(Path(folder), shapes, gpt2, config.tied, dtype)
-    return {"config": asdict(config), "model": state}
-
-
-def export_hf(content, folder, more=None):
-    """Write config.json, with `more` fields, and model.safetensors of a checkpoint's model, for
-    transformers to read."""
-    config = Config.from_dict(dict(content["config"]))
-    values, full = config_to_hf(config)
-    if problem := fit_error(meta_model(config).state_dict(), content["model"]):
-        raise UserError(f"this checkpoint does not fit its own config: {problem}")
-    wanted = {name: t.shape for name, t in meta_model(full).state_dict().items()}
-    if full.tied:
-        del wanted["head.weight"]
-    hf_weights.write_model(Path(folder), values | (more or {}), wanted, content["model"])
-
-
-def export(name, folder):
-    """Write what --ckpt means as a folder for transformers; a line about it."""
-    folder, content = Path(folder), load_checkpoint(name)
-    if "adapter" in content:
-        raise UserError(f"{name} is an adapter: export it with lora.py, or merge it first")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: name a new folder for --export")
-    tokenizer = Tokenizer(content["tokenizer"]) if "tokenizer" in content else None
-    more = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
-    export_hf(content, folder, more)
-    if tokenizer:
-        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
-        write_json(folder / "generation_config.json", generation_config(tokenizer))
-    return f"{folder}: {read_json(folder / 'config.json')['architectures'][0]}"
-
-
-# --------------------------------------------------------------------------------------------
-# The command line
-# --------------------------------------------------------------------------------------------
-
-# What every --ckpt takes: see `find_checkpoint`
+# The values of every --ckpt; see `find_checkpoint`
 WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the Hub"
 
 
 def build_parser():
     p = Parser(description="Parameters, memory and FLOPs of a model.")
-    which = p.add_mutually_exclusive_group()
-    which.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default: tiny)")
-    which.add_argument("--ckpt", help=f"{WHAT_CKPT}, instead of a preset")
-    p.add_argument("--tokens", type=int, help="training tokens, for the predicted loss")
-    p.add_argument("--world", type=int, help="GPUs: what each holds and sends")
-    p.add_argument("--shard", action="store_true", help="with --world: cut over them")
+    model = p.add_mutually_exclusive_group()
+    model.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default: tiny)")
+    model.add_argument("--ckpt", help=f"{WHAT_CKPT}, instead of a preset")
+    p.add_argument("--tokens", type=at_least(1), help="training tokens, to predict the loss")
+    p.add_argument("--world", type=at_least(1), help="GPUs: what each one stores and sends")
+    p.add_argument("--shard", action="store_true", help="with --world: shard the model over them")
     p.add_argument("--export", metavar="DIR", help="write --ckpt as transformers reads it")
     return p
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    check_limits(vars(args))
     if args.export and not args.ckpt:
         raise UserError("--export needs --ckpt, the model to write")
-    if args.export and args.tokens:
-        raise UserError("--tokens means nothing with --export")
-    if args.export:
-        print(export(args.ckpt, args.export))
-    else:
-        name, config = args.ckpt or args.preset, None
-        if args.ckpt:
-            config = Config.from_dict(dict(load_checkpoint(args.ckpt)["config"]))
-        config = config or preset(name)
-        print(report(name, config, args.tokens, args.world, args.shard))
+    if not args.ckpt:
+        return print(report(args.preset, preset(args.preset), args.tokens, args.world, args.shard))
+    folder, content = Path(args.export or ""), load_checkpoint(args.ckpt)
+    if not args.export:
+        config = Config.from_dict(content["config"])
+        return print(report(args.ckpt, config, args.tokens, args.world, args.shard))
+    if "adapter" in content:
+        raise UserError(f"{args.ckpt} is an adapter: export it with lora.py, or merge it first")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} exists: name a new folder for --export")
+    print(f"{folder}: {export_hf(content, folder)['architectures'][0]}")
 
 
 if __name__ == "__main__":

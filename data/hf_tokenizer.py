@@ -82,7 +82,7 @@ def hub_pattern(pre):
             # Their regular expressions are Ruby's, where these mean something else than in Rust's
             bare = re.sub(r"\\[pP]\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]", "", pattern)
             if re.search(r"[$^]|\}\+|\(\?[a-z-]*[msx]", bare) or regex.fullmatch(pattern, ""):
-                raise ValueError(f"pre_tokenizer: its pattern {pattern!r} splits otherwise here")
+                raise ValueError(f"pre_tokenizer: pattern {pattern!r} has another meaning here")
             return pattern
     raise ValueError(
         f"pre_tokenizer {' + '.join(kinds)}, with its settings, is none of ByteLevel, Digits + "

@@ -37,18 +37,11 @@ FIELDS = {
     "eps": ("layer_norm_epsilon", 1e-5, "rms_norm_eps", 1e-6),
 }
 GPT2_ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-}
-LLAMA_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu"}
-# Biases that depend on the family alone, whatever config.json says: these are off
-NO_BIAS = {
-    "mistral": {"out_bias", "ff_bias"},
-    "qwen2": {"out_bias", "ff_bias"},
-    "qwen3": {"ff_bias"},
-}
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
+}  # fmt: skip
+LLAMA_ACTIVATIONS = dict(silu="swiglu", swish="swiglu")
+# Biases that a family never has, whatever config.json says
+NO_BIAS = dict(mistral={"out_bias", "ff_bias"}, qwen2={"out_bias", "ff_bias"}, qwen3={"ff_bias"})
 # Fields of transformers' classes that do not change what the model computes
 IGNORED = """_name_or_path architectures attention_dropout attn_pdrop bos_token_id
 chunk_size_feed_forward dtype embd_pdrop eos_token_id gradient_checkpointing id2label
@@ -57,31 +50,17 @@ model_type n_ctx output_attentions output_hidden_states output_past pad_token_id
 problem_type reorder_and_upcast_attn resid_pdrop return_dict summary_activation
 summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
 task_specific_params torch_dtype transformers.js_config transformers_version use_cache"""
-# Fields that change it, with the values that we support: those of one family's class,
+# Fields that change it in any config.json, unless they are off (null, false, 0 or empty) or 1
+OFF = """add_cross_attention alibi attention_multiplier attn_logit_softcapping
+final_logit_softcapping is_encoder_decoder layer_types quantization_config rope_interleaved
+rope_parameters rope_scaling use_mrope"""
+ONE = "embedding_multiplier logits_scaling partial_rotary_factor residual_multiplier"
+# and those of one family's class, with the value that we support
 FAMILY_FIELDS = {
-    "gpt2": {"scale_attn_by_inverse_layer_idx": (False,), "scale_attn_weights": (True,)},
-    "llama": {"pretraining_tp": (1,)},
-    "qwen2": {"use_sliding_window": (False,)},
-    "qwen3": {"use_sliding_window": (False,)},
-}
-# and those that are refused in any config.json
-COMMON_FIELDS = {
-    "add_cross_attention": (False,),
-    "alibi": (False,),
-    "attention_multiplier": (),
-    "attn_logit_softcapping": (),
-    "embedding_multiplier": (1.0,),
-    "final_logit_softcapping": (),
-    "is_encoder_decoder": (False,),
-    "layer_types": (),
-    "logits_scaling": (1.0,),
-    "partial_rotary_factor": (1.0,),
-    "quantization_config": ({},),
-    "residual_multiplier": (1.0,),
-    "rope_interleaved": (False,),
-    "rope_parameters": ({},),
-    "rope_scaling": ({},),
-    "use_mrope": (False,),
+    "gpt2": dict(scale_attn_by_inverse_layer_idx=False, scale_attn_weights=True),
+    "llama": dict(pretraining_tp=1),
+    "qwen2": dict(use_sliding_window=False),
+    "qwen3": dict(use_sliding_window=False),
 }
 ROPE_FIELDS = {"default": (), "linear": ("factor",)}  # other fields beside these have no effect
 
@@ -123,9 +102,10 @@ def config_from_hf(values):
             windowed = left.get("max_window_layers", 28) < config["n_layer"] and not layers
             if not windowed or window >= config["context"]:
                 del left["use_sliding_window"]
-    supported = COMMON_FIELDS | FAMILY_FIELDS.get(family, {})
+    supported = dict.fromkeys(OFF.split(), False) | dict.fromkeys(ONE.split(), 1)
+    supported |= FAMILY_FIELDS.get(family, {})
     for name, value in left.items():
-        if name in supported and value not in supported[name]:
+        if name in supported and (value or False) != supported[name]:
             refuse(name, value)
     return config, sorted(left.keys() - supported.keys() - set(IGNORED.split()))
 
@@ -142,10 +122,8 @@ def rope_from_hf(left, refuse):
     if "partial_rotary_factor" in rope:
         left["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     rope = {n: v for n, v in rope.items() if n in ROPE_FIELDS.get(kind, rope)}
-    return {
-        "rope_theta": theta,
-        "rope_scaling": None if kind == "default" else {"rope_type": kind, **rope},
-    }
+    scaling = None if kind == "default" else {"rope_type": kind, **rope}
+    return dict(rope_theta=theta, rope_scaling=scaling)
 
 
 def config_to_hf(config):
@@ -330,19 +308,12 @@ def write_peft(content, heights, gpt2, folder, base=None):
             tensors[f"base_model.model.{module}.lora_A.weight"] = torch.cat(inputs)
             tensors[f"base_model.model.{module}.lora_B.weight"] = torch.block_diag(*outputs)
             ranks[module] = len(inputs)
-    values = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "target_modules": list(ranks),
-        "r": adapter["rank"],
-        "lora_alpha": adapter["alpha"],
-        "rank_pattern": {m: n * adapter["rank"] for m, n in ranks.items() if n > 1},
-        "alpha_pattern": {m: n * adapter["alpha"] for m, n in ranks.items() if n > 1},
-        "lora_dropout": adapter["dropout"],
-        "fan_in_fan_out": gpt2,  # its matrices are (in, out)
-        "bias": "none",
-        "inference_mode": True,
-    }
+    rank, alpha = adapter["rank"], adapter["alpha"]
+    values = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base)
+    values |= dict(r=rank, lora_alpha=alpha, lora_dropout=adapter["dropout"], bias="none")
+    values |= dict(target_modules=list(ranks), inference_mode=True)
+    values["rank_pattern"] = {m: n * rank for m, n in ranks.items() if n > 1}
+    values["alpha_pattern"] = {m: n * alpha for m, n in ranks.items() if n > 1}
+    values["fan_in_fan_out"] = gpt2  # its matrices are (in, out)
     write_safetensors(Path(folder, "adapter_model.safetensors"), tensors)
     write_json(Path(folder, "adapter_config.json"), values)

@@ -62,7 +62,7 @@ def adapted_model(preset, runtime):
             if isinstance(module, torch.nn.Linear) and module is not model.head:
                 module.to(torch.bfloat16)
     for module in model.modules():
-        if isinstance(module, lm.RMSNorm):
+        if isinstance(module, torch.nn.RMSNorm):
             module.weight = torch.nn.Parameter(torch.ones(module.weight.shape))
     lora.quantize(model, "nf4", device=runtime.device)
     lora.add_lora(model, "all", rank=8, alpha=16)

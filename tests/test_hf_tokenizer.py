@@ -205,20 +205,14 @@ def test_old_files_are_read_too():
     assert_same(ours(data), theirs)
 
 
-def with_tokens(data, **tokens):
-    """`data` with tokens of the model (spelled, id) that no merge makes."""
-    data["model"]["vocab"] |= tokens
-    return data
-
-
 def test_a_token_that_no_merge_makes_is_a_whole_piece_or_refused():
-    data = with_tokens(json.loads(trained().to_str()), **{"Ġxyzzyq": 700})
+    data = json.loads(trained().to_str())
+    data["model"]["vocab"]["Ġxyzzyq"] = 700
     with pytest.raises(UserError, match=r"'Ġxyzzyq' .*made by none of the merges"):
         ours(data)
     data["model"]["ignore_merges"] = True
-    t = ours(data)
+    t, reference = ours(data), tokenizers.Tokenizer.from_str(json.dumps(data))
     assert t.encode(" xyzzyq") == [700]
-    reference = tokenizers.Tokenizer.from_str(json.dumps(data))
     assert_same(t, reference, [" xyzzyq", " xyzzyqs", "xyzzyq"])
 
 
@@ -316,8 +310,6 @@ def test_special_tokens_go_on_top():
     assert [more.special[n] for n in CHAT_TOKENS] == list(range(700, 706))
     assert (more.eos_id, more.bos_id, more.name) == (t.eos_id, None, "theirs")
     assert Tokenizer(more.spec).special == more.special
-    ids, mask = render_chat([{"role": "user", "content": "hi"}], more)
-    assert more.decode(ids) == "<|user|>hi<|end|>" and len(mask) == len(ids)
 
 
 BEGIN = processors.TemplateProcessing(
@@ -366,12 +358,6 @@ def test_begin_is_what_stands_in_front(post, begin):
 def test_end_of_text_is_what_the_files_say(beside, end):
     t = ours(trained(front=["<s>", "</s>", END, "<u>"]), **beside)
     assert t.eos_id == t.special[end]
-
-
-def test_an_end_is_added_behind_where_there_is_none():
-    t = ours(trained(front=["<s>"]))
-    assert (t.eos_id, t.n_vocab, t.special[END]) == (700, 701, 700)
-    assert t.byte_lengths[700] == 0
 
 
 # --------------------------------------------------------------------------------------------
@@ -446,10 +432,10 @@ def pattern(text):
         ("pre_tokenizer", steps(ISOLATED | {"invert": True}, NO_REGEX), "Split"),
         ("pre_tokenizer", steps(DIGITS, NO_REGEX), r"pre_tokenizer Digits \+ ByteLevel"),
         ("pre_tokenizer", steps(DIGITS | {"individual_digits": False}, PLAIN), "Digits"),
-        ("pre_tokenizer", pattern(r"\s++$|\S+"), "its pattern"),
-        ("pre_tokenizer", pattern(r"^\S+"), "its pattern"),
-        ("pre_tokenizer", pattern(r"\p{N}{1,3}+|\D+"), "its pattern"),
-        ("pre_tokenizer", pattern(r"\s*"), "its pattern"),
+        ("pre_tokenizer", pattern(r"\s++$|\S+"), "has another meaning"),
+        ("pre_tokenizer", pattern(r"^\S+"), "has another meaning"),
+        ("pre_tokenizer", pattern(r"\p{N}{1,3}+|\D+"), "has another meaning"),
+        ("pre_tokenizer", pattern(r"\s*"), "has another meaning"),
         ("pre_tokenizer", pattern(r"\p{Nobody}"), "tokenizer.json"),
         ("post_processor", {"type": "RobertaProcessing"}, "post_processor RobertaProcessing"),
         ("post_processor.single.0", {"SpecialToken": {"id": "<x>"}}, "'<x>' is missing"),
@@ -464,13 +450,6 @@ def test_what_tiktoken_would_read_otherwise_is_refused(good, path, value, said):
     assert "\n" not in str(e.value)
 
 
-def test_a_pattern_may_hold_those_characters_as_plain_ones():
-    text = r"[$^]+|\$\^|\p{N}+|[^$]"
-    theirs = trained("gpt2")
-    theirs.pre_tokenizer = split(text)
-    assert_same(ours(theirs), theirs, ["a$$^^ 12$", *ALL_TEXTS])
-
-
 def test_ids_must_rise_along_the_merges(good):
     vocab, data = good["model"]["vocab"], copy.deepcopy(good)
     first, last = "".join(good["model"]["merges"][0]), max(vocab, key=vocab.get)
@@ -482,7 +461,8 @@ def test_ids_must_rise_along_the_merges(good):
 def test_a_pair_that_theirs_does_not_merge_is_refused(good):
     """tiktoken merges whatever joins to a token; theirs only what is listed."""
     vocab = good["model"]["vocab"]
-    data = with_tokens(copy.deepcopy(good), **{"Qx": 300, "Qxy": 301, "xy": 302})
+    data = copy.deepcopy(good)
+    data["model"]["vocab"] |= {"Qx": 300, "Qxy": 301, "xy": 302}
     data["model"]["merges"] = [*good["model"]["merges"], ["Q", "x"], ["Qx", "y"], ["x", "y"]]
     assert "Qx" not in vocab and ours(data).encode("Qxy") == [301]
     data["model"]["merges"][-2:] = [["Q", "xy"], ["x", "y"]]
@@ -630,15 +610,6 @@ def test_transformers_renders_our_chats(kind):
     with pytest.raises(Exception, match="nobody"):
         theirs.apply_chat_template([{"role": "nobody", "content": ""}])
     assert "chat_template" not in tokenizer_config(make("byte"))
-
-
-def test_merges_are_found_again():
-    """Those of the trainer, in their order, out of the tokens alone."""
-    theirs = json.loads(trained("gpt2").to_str())
-    found = tokenizer_json(ours(theirs))["model"]
-    assert found["merges"] == theirs["model"]["merges"]
-    vocab = found["vocab"]
-    assert vocab.pop(END) == 700 and vocab == theirs["model"]["vocab"]
 
 
 def test_a_special_token_spelled_like_an_ordinary_one_is_refused():

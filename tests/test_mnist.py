@@ -1,6 +1,7 @@
 """mnist.py: the loop beside the course's log, resuming, pictures, and drawn digits."""
 
 import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -312,7 +313,6 @@ def test_a_sheet_holds_its_tiles_in_reading_order():
     for i in range(5):
         row, column = divmod(i, 2)
         assert (page[8 * row : 8 * row + 6, 10 * column : 10 * column + 8] == i + 1).all()
-    assert mnist.sheet(tiles, 2, 8, captions=["1>2"] * 5).shape == (3 * 42, 2 * 34)
 
 
 class Fixed(nn.Module):
@@ -326,30 +326,23 @@ class Fixed(nn.Module):
         return F.one_hot(images[:, 0, 0].long(), 10) * images[:, 0, 1, None]
 
 
-def test_the_pictures_show_what_was_read_as_what(tmp_path, monkeypatch):
-    labels, read = torch.tensor([0, 1, 1, 2, 2, 2]), torch.tensor([0, 1, 7, 2, 5, 9])
+def test_the_pictures_show_what_was_read_as_what(tmp_path, capsys):
+    labels, read = torch.tensor([0, 1, 1, 2, 2, 2]), torch.tensor([0, 1, 7, 5, 5, 9])
     images = torch.zeros(6, 28, 28)
     images[:, 0, 0], images[:, 0, 1] = read, torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 2.0])
-    written, sheet, confusion = {}, mnist.sheet, mnist.confusion_sheet
-
-    def spy(tiles, columns, scale=1, captions=()):
-        written["captions"] = captions or written.get("captions")
-        return sheet(tiles, columns, scale, captions)
-
-    monkeypatch.setattr(mnist, "sheet", spy)
-    monkeypatch.setattr(
-        mnist, "confusion_sheet", lambda counts: written.update(counts=counts) or confusion(counts)
-    )
     mnist.write_pictures(tmp_path, Fixed(), images, labels)
-    assert written["captions"] == ["2>5", "2>9", "1>7"]  # the surest first
-    wanted = np.zeros((10, 10), int)
-    for pair in zip(labels, read):
-        wanted[pair] += 1
-    assert (written["counts"] == wanted).all()
-    assert Image.open(tmp_path / "confusion.png").size == (11 * 46, 11 * 26)
+    assert "errors: 2 read as 5 (2 times), " in capsys.readouterr().out
+    picture = np.array(Image.open(tmp_path / "confusion.png"))
+    assert picture.shape == (340, 340)
+    shades = {(1, 7): 180, (2, 9): 180, (2, 5): 255}  # the square root of the share
+    cells = itertools.product(range(10), repeat=2)
+    assert all(picture[34 * i, 34 * j] == shades.get((i, j), 0) for i, j in cells)
+    wrong = mnist.grey(images[[4, 5, 2, 3]])  # the surest first
+    picture = np.array(Image.open(tmp_path / "wrong.png"))
+    assert all((picture[:56:2, 58 * n : 58 * n + 56 : 2] == wrong[n]).all() for n in range(2))
     (tmp_path / "wrong.png").unlink()
     mnist.write_pictures(tmp_path, Fixed(), images, read)
-    assert not (tmp_path / "wrong.png").exists()
+    assert not (tmp_path / "wrong.png").exists() and "errors: none" in capsys.readouterr().out
 
 
 # ---- The fast reader -----------------------------------------------------------------------------
