@@ -9,8 +9,9 @@
 writes out/NAME/last.pt (all that resuming needs), best.pt (what sampling needs), metrics.jsonl and
 loss.svg. Text becomes token files in prepare_data.py; train.py calls it if they are not there.
 
-The chapters: the recipe, batches, optimizers and schedule, evaluation, what a run shows, then
-`fit`, the one training loop (fine-tuning calls it, too), and the command line.
+The chapters: the recipe, batches, optimizers and schedule, evaluation, how a model runs (in bf16,
+compiled, in several processes), `fit`, the one training loop (fine-tuning calls it, too), and the
+command line.
 """
 
 import argparse
