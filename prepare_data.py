@@ -252,13 +252,14 @@ def prepare(
     start = time.monotonic()
     sources = [source] if isinstance(source, str) else source
     files = [file for s in sources for file in find_files(s)]
-    source, known = " ".join(sources), SOURCES.get(sources[0], Source(None))
+    first = SOURCES.get(sources[0], Source(None))
+    source = " ".join(sources)
     shards = any(isinstance(file, tuple) for file in files)
     if shards and max_tokens is None:
         raise UserError(f"{source} has no end: say how much of it by --max_tokens, as 1e8")
     streams = [s for f in files for s in ([f] if isinstance(f, tuple) else file_streams(f))]
     texts = [SOURCES[s].fetch() for s in sources if s in SOURCES and not SOURCES[s].rows]
-    read = partial(Documents, encoding=encoding, field=field, separator=known.separator)
+    read = partial(Documents, encoding=encoding, field=field, separator=first.separator)
     documents = read(streams)
     held_out = read([stream for t in texts if "val" in t for stream in file_streams(t["val"])])
     many = not held_out.files and len(list(itertools.islice(documents, MANY))) == MANY
@@ -270,7 +271,7 @@ def prepare(
     total_bytes = 0 if shards else sum(file.stat().st_size for file in files)
     if hold_out and (tokenizer or "bpe").startswith("bpe"):
         learn_from = (d for n, d in enumerate(learn_from, start=1) if n % hold_out)
-    tok = make_tokenizer(tokenizer or known.tokenizer, learn_from, total_bytes)
+    tok = make_tokenizer(tokenizer or first.tokenizer, learn_from, total_bytes)
     folder = DATA / (name or default_name(sources[0]))
     workers = workers or min(8, os.cpu_count() or 1)  # more would only hold more text in memory
     with locked(folder):

@@ -21,15 +21,9 @@ SAMPLE = 1 << 20  # bytes at the start of a file from which its encoding is reco
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
 DAMAGE = (
-    EOFError,
-    NotImplementedError,  # a zip file that is packed in a way that Python lacks
-    RuntimeError,  # an encrypted zip file
-    gzip.BadGzipFile,
-    lzma.LZMAError,
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+    EOFError, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error,
+    RuntimeError,  # a zip file that is encrypted, or packed in a way that Python lacks
+)  # fmt: skip
 
 # --------------------------------------------------------------------------------------------
 # Encodings
@@ -184,7 +178,10 @@ def json_rows(blocks, name):
                 if more:
                     text, start = text[begin:] + more, 0
                     continue
-            reason = f"{e.msg}: column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
+            reason = e
+            if isinstance(e, json.JSONDecodeError):  # its own line number counts from the block
+                error_line = line + text.count("\n", begin, e.pos)
+                reason = f"{e.msg}: line {error_line} column {e.colno}"
             value, start = UserError(f"{where}: broken JSON ({reason})"), text.find("\n", begin)
             start = start if start >= 0 else len(text)
         lines = text.count("\n", begin, start)

@@ -158,7 +158,7 @@ BAD_ROWS = [  # (the third line of a.jsonl, what the message says)
     ("7", "a.jsonl:3 is neither text nor a dialogue but 7"),
     ("null", "a.jsonl:3 is neither text nor a dialogue but None"),
     ('{"text": 5}', "a.jsonl:3: its text is neither text nor a dialogue but 5"),
-    ('{"text": "cut', "a.jsonl:3: broken JSON .*column"),
+    ('{"text": "cut', "a.jsonl:3: broken JSON .*line 3 column 14"),
 ]
 
 
