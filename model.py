@@ -645,7 +645,9 @@ class Transformer(nn.Module):
         c, T = self.config, ids.shape[1]
         if cache is None and c.context < T:
             raise UserError(f"{T} tokens do not fit the context of {c.context}")
-        step = step or (cache.begin(ids) if cache is not None else Step(slice(0, T)))
+        if step is None and cache is None:  # not a slice: each length would be compiled anew
+            step = Step(torch.arange(T, device=ids.device))
+        step = step or cache.begin(ids)
         x, rope = self.embed(ids), None  # (B, T, C)
         if c.position == "rope":  # (1, T, hs) or (B, 1, T, hs): the same for every head
             rope = [table[step.positions].unsqueeze(-3) for table in (self.cos, self.sin)]
@@ -657,7 +659,7 @@ class Transformer(nn.Module):
             seen, positions = ids if cache is None else cache.past(step), step.positions
             if isinstance(positions, slice):
                 positions = torch.arange(positions.start, positions.stop, device=ids.device)
-                positions = positions.expand_as(ids)
+            positions = positions.expand_as(ids)
             for module in self.inputs.values():
                 x = x + module(seen, positions, self.embed_ids)
         x = self.drop(x)

@@ -171,10 +171,10 @@ def orthogonalize(g, steps=5):
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for the matrices inside blocks (Keller Jordan, 2024).
 
-    Adam scales each entry by its own history; Muon scales each *direction* of the whole matrix:
-    every singular value of the step is about one, so rare directions are learned as fast as
-    frequent ones. It costs a few matrix products a step and halves the
-    steps to the same loss at our sizes.
+    Adam scales each entry by its own history; Muon scales each *direction* of the matrix: every
+    singular value of the step is about one, so rare directions are learned as fast as frequent
+    ones. It costs a few matrix products a step and halves the steps to the same loss at our sizes.
+    torch.optim.Muon multiplies in bf16 on every device, which many CPUs only emulate.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
@@ -1052,33 +1052,24 @@ def header(model, args, runtime, tokens, per_batch, length):
     return lines
 
 
-def closing_lines(model, tokenizer, meta, result, out, prompt_ids):
+def closing_text(model, tokenizer, meta, result, out, prompt_ids):
     """What is printed at the end: figures, xz's beside them, and a sample."""
     from sample import allowed_ids, generate  # not above: training is read before sampling
 
-    lines = [
-        f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
-        f"best val loss {result['best']:.4f} at step {result['best_step']}",
-    ]
-    if meta.get("xz_bits_per_byte") and result.get("val_bpb"):
-        lines.append(
-            f"held-out text: {result['val_bpb']:.3f} bits per byte; xz -9e takes "
-            f"{meta['xz_bits_per_byte']:.3f}"
-        )
     prompt_ids = prompt_ids[: model.config.context]
     allowed = allowed_ids(model, tokenizer)
     with lm.evaluating(model):
         rows = generate(model, [prompt_ids], 160, temperature=0.8, top_p=0.95, allowed=allowed)
-        ids = [row[0] for row in rows]
-    return [
-        *lines,
-        "",
-        f"--- a sample ({len(prompt_ids)} tokens of prompt) ---",
-        printable(tokenizer.decode(prompt_ids + ids)),
-        "---",
-        f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg",
-        f"write with it: python sample.py --ckpt {out}",
-    ]
+        text = printable(tokenizer.decode(prompt_ids + [row[0] for row in rows]))
+    bpb, xz = result.get("val_bpb"), meta.get("xz_bits_per_byte")
+    lines = f"held-out text: {bpb:.3f} bits per byte; xz -9e takes {xz:.3f}\n" if bpb and xz else ""
+    return (
+        f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
+        f"best val loss {result['best']:.4f} at step {result['best_step']}\n{lines}\n"
+        f"--- a sample ({len(prompt_ids)} tokens of prompt) ---\n{text}\n---\n"
+        f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg\n"
+        f"write with it: python sample.py --ckpt {out}"
+    )
 
 
 def main(argv=None):
@@ -1114,9 +1105,9 @@ def main(argv=None):
 
     def report(result):
         prompt = tokenizer.encode(args.prompt) if args.prompt else val[:16].tolist()
-        lines = closing_lines(model, tokenizer, meta, result, out, prompt)
+        text = closing_text(model, tokenizer, meta, result, out, prompt)
         if runtime.rank == 0:
-            print("\n".join(lines))
+            print(text)
 
     launch(partial(fit, model, task, args, runtime, out, content), report, runtime, out)
 

@@ -120,6 +120,14 @@ def test_ids_are_read_as_an_answer_or_as_calls():
     assert parse([], template) == turn("assistant", "")
 
 
+def test_a_row_that_begins_with_the_assistant_learns_its_words_alone():
+    ((ids, mask, _),) = get_template(CHAT).rows([calls("f {}")], TOOLS)
+    assert CHAT.decode([i for i, m in zip(ids, mask) if m]) == "<|call|>f {}<|end|>"
+    messages = [turn("assistant", "Hello!"), turn("user", "hi"), turn("assistant", "Yes?")]
+    rows = get_template(pair("qwen2.5")[0]).rows(messages)  # it refuses an empty conversation
+    assert [turns for _, _, turns in rows] == [[2]]
+
+
 def test_a_tokenizer_without_a_template_has_none_and_our_tokens_win():
     assert get_template(BYTE) is None
     assert get_template(pair("qwen2.5")[0].with_special(CHAT_TOKENS)).ours
