@@ -176,7 +176,7 @@ def seeded(seed):
 
 
 class Run:
-    """A training run over `images` many images: its model, optimizer and progress.
+    """A training run: its model, optimizer and progress. `images` is the number of images.
 
     `history` has a row {"step", "training": mean loss} for every hundred steps, and one with the
     results of `evaluate` for every epoch. Without `out` nothing is printed or written."""
@@ -360,7 +360,7 @@ def distort(images):
 # Pictures from words: a transformer that turns noise into the digit it is asked for
 # --------------------------------------------------------------------------------------------
 
-NOBODY = 10  # the label of "any digit", which guidance needs: it hides one in ten in training
+NOBODY = 10  # the label "any digit", for guidance: it replaces one label in ten in training
 PATCH = 7  # a patch is 7 x 7 pixels, an image 4 x 4 patches: the transformer's 16 tokens
 
 
@@ -542,7 +542,7 @@ def settle(args):
     saved = lm.load_checkpoint(folder / "mnist.pt", resuming=True)
     old, free = saved["args"], {"resume", "epochs", "data", "device"}
     if args.epochs not in (None, old["epochs"]) and old["schedule"] != "constant":
-        free.remove("epochs")  # the schedule is for so many
+        free.remove("epochs")  # such a schedule depends on their number
     if changed := [k for k in given if k not in free and given[k] != old[k]]:
         raise UserError(f"--{changed[0]} cannot change when resuming {folder}")
     vars(args).update(old | given | {"out": str(folder)})  # the folder may have been moved

@@ -745,7 +745,7 @@ class KVCache:
             raise UserError(f"{stop} tokens do not fit the {limit} of {self.room}")
         if start == min(lengths) and not static:
             positions, mask = slice(start, stop), None
-            self.ids[:, positions] = ids
+            self.ids.narrow(1, start, T).copy_(ids)
         else:
             stop = self.room if static else stop
             positions = (self.lengths[:, None] + torch.arange(T)).to(device)

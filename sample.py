@@ -8,9 +8,10 @@
     python sample.py --ckpt out/sentiment-ft --prompt "a fine film"  a classifier's verdict
     python sample.py --ckpt out/hotel-ft --serve --tools hotel      a page, and OpenAI's API
 
-The chapters: sampling filters (logits in, one token out), generation with a key/value cache, beam
-search, labels, the fast copy of the model for writing on a CPU, and the command line. Ids to text:
-data/reply.py. The chat in the terminal: data/terminal.py. The server: data/server.py.
+The chapters: sampling filters (logits in, one token out), generation without and with a key/value
+cache, beam search, labels, and the command line. Faster Linear layers for a CPU are in
+data/matmul.py, ids to text in data/reply.py, the chat in data/terminal.py, the server in
+data/server.py.
 """
 
 import math
@@ -33,16 +34,7 @@ import torch
 import lora
 from data.analogy import analogy
 from data.chat import get_template, label_token, labels_of
-from data.cli import (
-    Parser,
-    UserError,
-    at_least,
-    between,
-    positive,
-    printable,
-    run_cli,
-    share,
-)
+from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, dtype_name, native_dtype
 from data.matmul import make_fast, timing_lines
@@ -76,8 +68,8 @@ def repetition_penalty(logits, previous, penalty):
 
 
 def count_penalty(logits, drawn, frequency, presence):
-    """Take `frequency` off a logit for each time that its id is in `drawn` (one list a row), and
-    `presence` once, as OpenAI's API documents it. 0 and 0 change nothing."""
+    """Subtract `frequency` from a logit for each time that its id is in `drawn` (one list a row),
+    and `presence` once, as OpenAI's API documents it. 0 and 0 change nothing."""
     out = logits.clone()
     for row, ids in zip(out, drawn):
         count = torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(row)).to(row)
@@ -91,27 +83,27 @@ def temperature(logits, t):
 
 
 def top_k(logits, k):
-    """Keep the k largest logits of each row (and all that equal the k-th)."""
+    """Keep the k largest logits of each row, and those equal to the k-th."""
     smallest = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]
     return logits.masked_fill(logits < smallest, -math.inf)
 
 
 def top_p(logits, p):
-    """Keep the most likely tokens until their probabilities reach p (Holtzman et al. 2020): the one
-    that crosses p is kept, so there is always one.
+    """Keep the most likely tokens until their probabilities add up to p (Holtzman et al. 2020). The
+    token that crosses p is kept, so one always remains.
 
     >>> top_p(torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log(), 0.5).exp()
     tensor([[0.4000, 0.3000, 0.0000, 0.0000]])
     """
     total = logits.logsumexp(dim=-1, keepdim=True)
-    for k in (1000, logits.shape[-1]):  # to sort all of a large vocabulary is seldom necessary
+    for k in (1000, logits.shape[-1]):  # sorting all of a large vocabulary is seldom necessary
         ordered, order = logits.topk(min(k, logits.shape[-1]), dim=-1)
         probs = (ordered - total).exp()
-        before = probs.cumsum(dim=-1) - probs  # probability of all that is more likely
+        before = probs.cumsum(dim=-1) - probs  # the probability of all tokens that are more likely
         if (before[:, -1] >= p).all():
             break
     drop = torch.ones_like(logits, dtype=torch.bool).scatter(1, order, before >= p)
-    drop.scatter_(1, order[:, :1], False)  # p = 0 keeps one, too
+    drop.scatter_(1, order[:, :1], False)  # p = 0 keeps one token as well
     return logits.masked_fill(drop, -math.inf)
 
 
@@ -138,7 +130,7 @@ FILTERS = {
     "top_p": Filter(top_p, 1.0, 0.95, share, "keep the likeliest up to p; 1 is all"),
     "min_p": Filter(min_p, 0.0, 0.0, share, "keep those of p times the likeliest's p; 0 is all"),
 }
-# All settings of generation; by default each does nothing.
+# All settings of generation, at values that change nothing.
 DECODING = {
     "temperature": 1.0,
     "repetition_penalty": 1.0,
@@ -149,12 +141,11 @@ DECODING = {
 
 
 def next_token(logits, previous, generators, settings, prompts=None):
-    """One id a row from logits (B, V): all sampling filters, then a random choice.
+    """Draw one id for each row of logits (B, V), after all sampling filters.
 
-    `previous` are the ids so far, one list a row, of which the first prompts[r] were given;
-    `generators` one torch.Generator a row, so a row's sample does not depend on its batch.
-    Temperature 0 takes the largest logit. The penalties come first: the other filters see the
-    distribution that they leave.
+    `previous` is a list of the ids so far for each row, the first prompts[r] of which were given.
+    `generators` has a torch.Generator for each row, so that its sample does not depend on the
+    batch. Temperature 0 takes the largest logit. The penalties are applied before the filters.
     """
     s = DECODING | settings
     logits = logits.float()
@@ -163,7 +154,7 @@ def next_token(logits, previous, generators, settings, prompts=None):
         logits = count_penalty(logits, drawn, s["frequency_penalty"], s["presence_penalty"])
     if s["repetition_penalty"] != 1:
         logits = repetition_penalty(logits, previous, s["repetition_penalty"])
-    if s["temperature"] < 1e-6:  # 0, or so little that a float has no room for the quotients
+    if s["temperature"] < 1e-6:  # 0, or so little that logits / t would overflow
         return logits.argmax(dim=-1).tolist()
     logits = temperature(logits, s["temperature"])
     for name, f in FILTERS.items():
@@ -174,12 +165,12 @@ def next_token(logits, previous, generators, settings, prompts=None):
 
 
 def sample_token(probs, generator):
-    """One id by its probability: the first whose sum with all before it reaches a random share of
-    the whole, above 0, so never one of probability 0. One random number and not, as in
-    torch.multinomial, one for each token: that took a millisecond with GPT-2's vocabulary."""
-    reached = probs.cumsum(0, dtype=torch.float64)
-    share = 1 - torch.rand(1, generator=generator, dtype=torch.float64)  # (0, 1]
-    return torch.searchsorted(reached, share * reached[-1]).item()
+    """Draw one id by inverting the cumulative distribution at a random point above 0, so that no id
+    of probability 0 is drawn. torch.multinomial draws a random number for each token, which took a
+    millisecond with GPT-2's vocabulary."""
+    cumulative = probs.cumsum(0, dtype=torch.float64)
+    point = 1 - torch.rand(1, generator=generator, dtype=torch.float64)  # (0, 1]
+    return torch.searchsorted(cumulative, point * cumulative[-1]).item()
 
 
 # --------------------------------------------------------------------------------------------
@@ -476,7 +467,7 @@ def check_ids(rows, vocab_size):
 
 
 # --------------------------------------------------------------------------------------------
-# Beam search: the likeliest whole continuation, not the likeliest next token
+# Beam search: the likeliest continuation as a whole, not token by token
 # --------------------------------------------------------------------------------------------
 
 
@@ -484,16 +475,16 @@ def check_ids(rows, vocab_size):
 def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None, allowed=None):
     """The best continuations of `prompt`, as [(score, ids)], best first, at most `beams` of them.
 
-    A score is the sum of log probabilities over len(ids) ** length_penalty, the `end` id counted
-    in both (Wu et al. 2016 without its constants). A finished beam waits beside the live ones: the
-    search ends only when none of these can still get a better score.
-    Prompt and continuation must fit the context (UserError).
+    A score is the sum of log probabilities divided by len(ids) ** length_penalty, both including
+    the `end` id (Wu et al. 2016 without its constants). The search ends only when no live beam can
+    still reach a better score than the finished ones. UserError if prompt and continuation do not
+    fit the context.
     """
     check_ids([prompt], model.config.vocab_size)
     device = model.embed.weight.device
     cache = KVCache(model, beams, len(prompt) + max_tokens)
     ids = torch.tensor([prompt] * beams, device=device)
-    live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # equal at first: only one may grow
+    live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # all are equal at first, so only one may grow
     done = []
     for n in range(1, max_tokens + 1):
         logits = model.last_logits(ids, cache).float()  # (beams, V)
@@ -501,7 +492,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
             logits = logits.masked_fill(~allowed, -math.inf)
         so_far = torch.tensor([[s] for s, _ in live], dtype=torch.float64)
         total = logits.log_softmax(-1).cpu().double() + so_far
-        # each live beam has one way to end, so 2 x beams candidates leave enough that go on
+        # each live beam can end in one way, so enough of 2 x beams candidates go on
         score, flat = total.flatten().topk(min(2 * beams, total.numel()))
         parent, token = flat // total.shape[1], flat % total.shape[1]
         grown = []
@@ -516,7 +507,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
         done = sorted(done, key=lambda b: -b[0])[:beams]
         if not grown:
             break
-        # log probabilities only fall; a longer row may divide them by more
+        # sums of log probabilities only fall, but a longer row may divide them by more
         reach = grown[0][0] / (max_tokens if length_penalty > 0 else n + 1) ** length_penalty
         if len(done) == beams and reach <= done[-1][0]:
             break
@@ -534,8 +525,8 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
 
 @torch.inference_mode()
 def classify(model, prompts, goals, batch=64):
-    """Log probabilities (N, L) of the label ids `goals` after each prompt (lists of ids), among
-    these labels alone."""
+    """Log probabilities (N, L) of the label ids `goals` after each prompt (a list of ids), relative
+    to these labels only."""
     device, out = model.embed.weight.device, []
     for start in range(0, len(prompts), batch):
         rows = prompts[start : start + batch]
@@ -731,7 +722,7 @@ def prompt_text(tokenizer, ids):
 
 
 def write_beams(model, tokenizer, prompt, args):
-    """Beam search from one prompt; prints the beams, the best first, and returns their ids."""
+    """Beam search from one prompt: prints the beams, the best first, and returns their ids."""
     room = model.config.context - len(prompt)
     if room < 1:
         raise UserError(f"the prompt has {len(prompt)} tokens; beams need room in the context")
@@ -784,10 +775,10 @@ def make_service(model, tokenizer, path, args, tools):
     engine = Engine(model, args.slots, 256, chunk=256)
     scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
     settings = decoding_settings(args)
-    known = {n for n, f in (tools or {}).items() if getattr(f, "needs_no_schema", False)}
+    without = {n for n, f in (tools or {}).items() if getattr(f, "needs_no_schema", False)}
     schemas = [function_schema(name, f) for name, f in (tools or {}).items()]
-    how = masks, settings, schemas, known
-    api = Api(scheduler, tokenizer, adapters, model.config.context, *how)
+    context = model.config.context
+    api = Api(scheduler, tokenizer, adapters, context, masks, settings, schemas, without)
     command = f"python finetune.py --ckpt {args.ckpt or path} --data {CHOICES}"
     info = {"model": api.names[0], "models": api.names, "labels": labels}
     info["kind"] = "classifier" if labels else "chat" if template else "base"

@@ -3,9 +3,9 @@ import torch
 
 
 class GraphedSteps:
-    """`step`, the `last_logits` of a model, for one new token a row on a GPU. A graph is recorded
-    for a cache and a number of rows; shapes must stay the same, so it attends to all of the cache's
-    room under a mask."""
+    """`step`, the `last_logits` of a model, for one new token a row on a GPU. One graph is recorded
+    for each cache and number of rows. Its shapes must stay the same, so that it attends to all of
+    the cache's room, under a mask."""
 
     def __init__(self, step):
         self.step, self.key = step, None
@@ -23,10 +23,10 @@ class GraphedSteps:
             static.copy_(t)
         self.graph.replay()
         cache.lengths += 1
-        return self.logits
+        return self.logits.clone()  # another group of rows may be run before these are read
 
     def record(self, cache, begun):
-        """Run a step on a stream of its own, as PyTorch wants it first, then record one."""
+        """Run a step on another stream, as PyTorch requires, then record one."""
         ids, positions, mask = self.inputs
         begun, lengths = begun._replace(positions=positions, mask=mask), cache.lengths.clone()
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -36,4 +36,4 @@ class GraphedSteps:
         here.wait_stream(aside)
         with torch.cuda.graph(self.graph):
             self.logits = self.step(ids, cache, begun)
-        cache.lengths.copy_(lengths)  # that was no token
+        cache.lengths.copy_(lengths)  # recording has written no token
