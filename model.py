@@ -277,7 +277,8 @@ def attention(q, k, v, mask=None, dropout=0.0, causal=True):
         mask = causal_mask(T, S, q.device)
     if group > 1 and mask is not None and q.is_cuda:  # no fused CUDA kernel has a mask and groups
         k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
-    causal = causal and mask is None and T > 1  # a single query sees all keys
+    if mask is not None or T == 1:  # one query sees all keys; an expression of T breaks the graph
+        causal = False
     options = dict(is_causal=causal, enable_gqa=group > 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options)
 
@@ -745,7 +746,7 @@ class KVCache:
             raise UserError(f"{stop} tokens do not fit the {limit} of {self.room}")
         if start == min(lengths) and not static:
             positions, mask = slice(start, stop), None
-            self.ids[:, positions] = ids
+            self.ids.narrow(1, start, T).copy_(ids)
         else:
             stop = self.room if static else stop
             positions = (self.lengths[:, None] + torch.arange(T)).to(device)

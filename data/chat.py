@@ -114,7 +114,7 @@ CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|call|>", "<|tool|>"
 THINK = ("<think>", "</think>")
 # Tags in an assistant's content that become special tokens where the vocabulary has them.
 ASSISTANT_TAGS = (*THINK, "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
-CALL_TAGS = ("<|call|>", "<tool_call>", "[TOOL_CALLS]")  # what a call may begin with
+CALL_TAGS = ("<tool_call>", "[TOOL_CALLS]")  # with which calls begin in others' templates
 # Escapes the name of a special token in a message, so that it is encoded as plain text. It is a
 # Unicode noncharacter; a text that contains it has it doubled.
 MARK = "\ufdd0"
@@ -187,12 +187,12 @@ class Template:
 
     ours      whether it is ours: <|user|>hi<|end|><|assistant|>hello<|end|>
     end       the id that closes an assistant's turn; `ends` are all ids that do
-    call_tag  the one of CALL_TAGS with which a call begins, "" if calls are bare JSON, None if the
-              template writes none; `call` is its id, None if it is not a token
-    tags      {tag of a thought or a call: how it stands in the text of an answer}: behind a MARK if
-              it is a token, since the same characters are text then; `tag_ids` {id: the same}
-    blanks    what it writes before and after an answer, as Llama 2's does
-    spoken    ids of the special tokens that an answer may contain
+    call_tag  the tag with which a call begins, "" if calls are bare JSON, None if it writes none;
+              `call` is the id of that tag, None if it is not a token
+    tags      {tag of a thought or a call: how `Reply` spells it}: after a MARK if it is a token,
+              since the same characters are plain text then; `tag_ids` is {id: the same}
+    blanks    the white space that it writes before and after an answer, as Llama 2's does
+    spoken    the ids of the special tokens that an answer may contain
     supports_tools  whether it writes the schemas of tools
     """
 
@@ -224,7 +224,8 @@ class Template:
         blanks = before, after.split(tokenizer.decode([self.end]))[0]
         self.blanks = [text if text.isspace() else "" for text in blanks]
         self.ends = {self.end, tokenizer.eos_id, *tokenizer.spec.get("ends", ())}
-        tag = next((tag for tag in CALL_TAGS if tag in self.called), None)
+        tags = CHAT_TOKENS[3:4] if self.ours else CALL_TAGS
+        tag = next((tag for tag in tags if tag in self.called), None)
         self.call_tag = "" if tag is None and self.called.lstrip().startswith("{") else tag
         self.call = special.get(tag)
         tags = [t for t in (*THINK, tag) if t and (t in special or not self.ours)]

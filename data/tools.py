@@ -142,8 +142,8 @@ def function_schema(name, function):
 
 
 def convert(value, hint):
-    """The argument that a JSON value is for a parameter of a type: for an Enum its member. Types
-    that JSON does not know take any value; ValueError if others do not fit."""
+    """The argument to pass for a JSON value, according to the parameter's type: for an Enum it is
+    the member. A type that JSON does not know accepts any value; ValueError if one does not fit."""
     kind, options = split_hint(hint)
     if kind is typing.Union:
         for option in options:

@@ -466,8 +466,11 @@ def test_rows_of_different_lengths_go_on_as_each_alone(shape, T):
     cache = KVCache(model, 4)
     for row, n in enumerate(lengths):
         model(ids[row, None, :n], cache=cache.rows(row + 1, row + 2))
-    new = torch.stack([row[n : n + T] for row, n in zip(ids, lengths)])
-    logits = model(new, cache=cache.rows(1, 4))
+    new, rows = torch.stack([row[n : n + T] for row, n in zip(ids, lengths)]), cache.rows(1, 4)
+    static = model.last_logits(new, rows, rows.begin(new, static=True))  # as for a CUDA graph
+    rows.lengths -= T
+    logits = model(new, cache=rows)
+    same(static, logits[:, -1], rtol=1e-5, atol=1e-5)
     assert cache.lengths.tolist() == [0, *(n + T for n in lengths)]
     for row, n, ours in zip(ids, lengths, logits):
         same(ours, model(row[None, : n + T])[0, n:], rtol=1e-5, atol=1e-5)
