@@ -330,7 +330,9 @@ class Engine:
             if T in (0, unread):  # else the same prompt goes on
                 row += len(group)
             limit -= T * len(group) if unread > 1 else 0
-        return self.draw(slots, torch.cat(logits)) if slots else {}
+        if not slots:
+            return {}
+        return self.draw(slots, logits[0] if len(logits) == 1 else torch.cat(logits))
 
     def next_group(self, row, limit):
         """(the slots from `row` on that one pass can read, the most unread ids of one of them).
