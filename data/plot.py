@@ -53,13 +53,14 @@ def line_svg(title, curves, x_label="steps", y_label=""):
         parts.append(f'<path d="M{LEFT} {y}H{RIGHT}" stroke="#ddd"/>')
         parts.append(text(LEFT - 6, f"{y + 5:.1f}", f"{tick:g}"))
     for tick in xs:
-        x, label = position(tick, 0).split(",")[0], f"{tick / 1000:g}k" if last >= 1e4 else tick
+        x = position(tick, 0).split(",")[0]
+        label = f"{tick / 1000:g}k" if last >= 1e4 else f"{tick:g}"
         parts.append(f'<path d="M{x} {BOTTOM}v5" stroke="#222"/>')
-        parts.append(text(x, BOTTOM + 20, f"{label}".removesuffix(".0"), 'text-anchor="middle"'))
+        parts.append(text(x, BOTTOM + 20, label, 'text-anchor="middle"'))
     parts.append(f'<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}" fill="none" stroke="#222"/>')
     for i, (name, points) in enumerate(curves.items()):
-        color, path = COLORS[i % len(COLORS)], " ".join(position(x, y) for x, y in points)
-        # round ends make a dot of a curve of one point
+        color, points = COLORS[i % len(COLORS)], points * 2 if len(points) == 1 else points
+        path = " ".join(position(x, y) for x, y in points)  # round ends make a single point a dot
         style = f'fill="none" stroke="{color}" stroke-width="2" stroke-linecap="round"'
         parts.append(f'<polyline points="{path}" {style}/>')
         y = TOP + 16 + 22 * i
