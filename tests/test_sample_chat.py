@@ -339,7 +339,7 @@ def test_a_chat_from_a_pipe_ends_with_it(tmp_path):
         (["--tools", "hotel"], "--tools is for --chat"),
         (["--chat", "--tools", "none.py"], "none.py"),
         (["--chat", "--adapter", "./nowhere"], "nowhere"),
-        (["--chat", "--adapter", "m.pt"], "no adapter"),
+        (["--chat", "--adapter", "m.pt"], "whole model"),
         (["--chat", "--max_tokens", "0"], "--max_new_tokens 0"),
     ],
 )
