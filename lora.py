@@ -171,7 +171,7 @@ def find_layers(model, targets, kinds):
     if not layers or (unknown and targets not in TARGETS):
         raise UserError(
             f"no layer is called {', '.join(sorted(unknown))}: choose {', '.join(TARGETS)}, or "
-            f"among {', '.join(sorted(names)) or 'none is left'}"
+            f"layers by name: {', '.join(sorted(names))}"
         )
     return layers
 
@@ -371,7 +371,7 @@ def load_adapted(base, adapters, where="the base"):
     and {name: content of an adapter checkpoint}. UserError if it is not their base."""
     for name, content in adapters.items():
         if "adapter" not in content:
-            raise UserError(f"{name} is no adapter but a whole model: use it as --ckpt")
+            raise UserError(f"{name} is a whole model, not an adapter: use it as --ckpt")
     infos = {name: content["adapter"] for name, content in adapters.items()}
     quantized = next((info["quantize"] for info in infos.values() if info["quantize"]), None)
     model = lm.model_from_checkpoint(base, dtype=None if quantized else torch.float32, where=where)

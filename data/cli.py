@@ -141,50 +141,6 @@ class StopSignal:
             signal.signal(s, handler)
 
 
-# What the value of a flag must be, whatever script it belongs to.
-LIMITS = (
-    (
-        "batch_size batch_tokens eval_every grad_accum judge log_every max_new_tokens max_rows "
-        "max_steps max_tokens num_samples show_mask steps tokens total_batch_tokens updates "
-        "workers world",
-        "at least 1",
-        lambda v: 1 <= v <= 2**62,
-    ),
-    (
-        "clip distill_temperature dpo_beta epochs guidance lora_alpha lr max_minutes "
-        "repetition_penalty",
-        "above 0 and finite",  # any NAME_lr, too
-        lambda v: 0 < v < math.inf,
-    ),
-    (
-        "beams eval_rows grad_clip kl lora_rank min_lr save_minutes temperature top_k warmup_steps "
-        "weight_decay",
-        "finite, from 0",
-        lambda v: 0 <= v < math.inf,
-    ),
-    ("eval_tokens patience save_every seed", "from 0 to 2**50", lambda v: 0 <= v <= 2**50),
-    ("augment distill_lambda min_p token_dropout top_p", "from 0 to 1", lambda v: 0 <= v <= 1),
-    ("beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1),
-    ("val", "between 0 and 1", lambda v: 0 < v < 1),
-    ("val_fraction", "above 0 and at most 0.5", lambda v: 0 < v <= 0.5),
-    ("length_penalty", "from -10 to 10", lambda v: -10 <= v <= 10),
-    ("frequency_penalty presence_penalty", "from -2 to 2", lambda v: -2 <= v <= 2),
-    ("samples", "from 2 to 4096", lambda v: 2 <= v <= 4096),
-    ("slots", "from 1 to 256", lambda v: 1 <= v <= 256),
-    ("serve", "a port from 0 to 65535", lambda v: 0 <= v < 2**16),
-)
-
-
-def check_limits(values):
-    """UserError for the first of `values`, {flag: value or None}, that is outside of LIMITS."""
-    limits = {name: limit for names, *limit in LIMITS for name in names.split()}
-    for name, value in values.items():
-        rate = limits["lr"] if name.endswith("_lr") else (None, None)
-        wanted, good = limits.get(name, rate)
-        if good and value is not None and not good(value):
-            raise UserError(f"--{name} {value} must be {wanted}")
-
-
 def printable(text):
     """`text` with control characters other than tab and newline as \\x1b: printed as they are they
     could clear the terminal, or worse."""

@@ -297,7 +297,7 @@ def write_peft(content, heights, gpt2, folder, base=None):
         ("quantize", f"a base in {adapter['quantize']}, which peft's files cannot describe"),
     ):
         if adapter[field]:
-            raise UserError(f"the adapter has learned {reason}: merge it, export the whole model")
+            raise UserError(f"the adapter needs {reason}: merge it, export the whole model")
     modules, tensors, ranks = {}, {}, {}
     for name in heights:
         module = hf_name(f"{name}.weight", gpt2).removesuffix(".weight")

@@ -55,8 +55,8 @@ def line_svg(title, curves, x_label="steps", y_label=""):
         elements.append(text(x, BOTTOM + 20, label, 'text-anchor="middle"'))
     for i, (name, points) in enumerate(curves.items()):
         stroke, y = f'stroke="{COLORS[i % len(COLORS)]}"', TOP + 16 + 22 * i
+        points = points * 2 if len(points) == 1 else points  # round ends make a single one a dot
         path = " ".join("{:.1f},{:.1f}".format(*position(*point)) for point in points)
-        # round ends make a dot of a curve of one point
         style = 'fill="none" stroke-width="2" stroke-linecap="round"'
         elements.append(f'<polyline points="{path}" {style} {stroke}/>')
         elements.append(f'<path d="M{RIGHT + 10} {y - 5}h16" {stroke} stroke-width="3"/>')

@@ -125,5 +125,5 @@ def test_an_adapter_that_peft_cannot_express_is_refused_in_one_line(tmp_path):
     export(tmp_path, base, content)
     with pytest.raises(UserError, match="exists: name another --out"):
         export(tmp_path, base, content)
-    with pytest.raises(UserError, match="an adapter of peft's, which cannot be read here"):
+    with pytest.raises(UserError, match="an adapter of peft's, which cannot be read"):
         lm.load_checkpoint(tmp_path / "peft")

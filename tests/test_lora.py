@@ -258,11 +258,11 @@ def fine_tuned(folder, base, quantize=None, seed=1):
     settings = dict(ckpt=str(base), lora_rank=4, quantize=quantize, dropout=None, shard=None)
     args = argparse.Namespace(**(finetune.RECIPE | settings | dict(grad_checkpoint=None)))
     content, special = lm.load_checkpoint(base), lambda t: CHAT_TOKENS
-    model, tokenizer, about = finetune.build_model(args, content, None, special, CPU)
-    assert about["modules_to_save"] and about["base_vocab"] == 257
+    model, tokenizer, adapter = finetune.build_model(args, content, None, special, CPU)
+    assert adapter["modules_to_save"] and adapter["base_vocab"] == 257
     learn_something(model, seed)
     content = {"config": asdict(model.config), "model": lora.adapter_state(model)}
-    content |= {"tokenizer": tokenizer.spec, "data": {}, "adapter": about, "step": 1}
+    content |= {"tokenizer": tokenizer.spec, "data": {}, "adapter": adapter, "step": 1}
     lm.save_checkpoint(folder / "best.pt", content)
     return model.eval()
 
@@ -298,7 +298,7 @@ def test_the_merge_command_writes_base_and_adapter_as_one(tmp_path, capsys, quan
         (dict(ckpt=out, out=new), "merged.pt is another model, or has it merged in already"),
         (dict(ckpt=other, out=new), "b.pt is another model, or has it merged in"),
         (dict(), "merged.pt exists: name another --out"),
-        (dict(adapter=other, out=new), "no adapter but a whole model"),
+        (dict(adapter=other, out=new), "a whole model, not an adapter"),
         (dict(ckpt=tmp_path / "run", out=new), "does not fit"),
         (dict(ckpt=tmp_path / "nothing.pt", out=new), "does not exist"),
     ):
