@@ -95,8 +95,8 @@ def check_fields(body, chat, size):
 
 
 def read_messages(messages):
-    """The messages of a request; ApiError if one is malformed. Arguments of a call that are not
-    JSON stay as the model wrote them, so that it can correct them in its next turn."""
+    """The messages of a request; ApiError if one is malformed. The arguments of a call need not be
+    JSON: the model sees what it wrote, and can correct it in its next turn."""
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message", "messages")
     roles, out = ("system", "developer", "user", "assistant", "tool"), []
@@ -116,8 +116,8 @@ def read_messages(messages):
 
 
 def read_tools(body, default):
-    """(schemas of the tools, whether one may be called, the name of the one that must be called).
-    The name is None if no call is required, "" if any tool will do."""
+    """(schemas of the tools, whether one may be called, the name of the one that must be called:
+    None if no call is required, "" if any tool will do)."""
     tools, choice = body.get("tools", default), body.get("tool_choice", "auto")
     try:
         names = {tool["function"]["name"]: tool["function"]["name"] for tool in tools}
@@ -136,8 +136,8 @@ class Api:
     context     of the model, in tokens
     allowed     {(chat, may call tools): bools (V,), the ids that may be generated}
     settings    the values of sampling settings that a request does not name
-    tools       schemas of the tools for requests that name none
-    known       names of tools that the model knows by training: it is not told of them
+    tools       the schemas of the tools for requests that name none
+    known       names of tools that the model knows by training; their schemas stay out of prompts
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class Api:
             else:
                 ids = self.template.prompt_ids(messages, tools, variables)
             given = [] if forced is None else self.template.call_start(forced)
-        except (ValueError, RecursionError) as e:  # what is nested too deeply cannot be escaped
+        except (ValueError, RecursionError) as e:  # a template refuses, or nesting is too deep
             raise ApiError(400, str(e), "messages") from e
         ids, given = ids + given, given or self.template.opened(ids)
         top = body.get("top_logprobs", 0) if body.get("logprobs") else None
@@ -240,7 +240,7 @@ class Api:
             raise ApiError(400, "the vocabulary lacks some ids of the prompt", "prompt")
         return prompt
 
-    # As vLLM has them: lm-eval uses them as a tokenizer.
+    # The same endpoints as vLLM's: lm-eval uses them as its tokenizer.
 
     def tokenize(self, body):
         """The ids of a text, in which names of special tokens become these tokens."""
@@ -257,7 +257,7 @@ class Api:
         return {"prompt": self.tokenizer.decode(self.prompt_ids(body.get("tokens")))}
 
     def tokenizer_info(self):
-        """What a client must know of the tokenizer."""
+        """The special tokens, for clients that build prompts themselves."""
         t, names = self.tokenizer, {i: name for name, i in self.tokenizer.special.items()}
         info = {"eos_token": names.get(t.eos_id), "bos_token": names.get(t.bos_id)}
         return info | {"pad_token": None, "tokenizer_class": t.name, "chat_template": None}

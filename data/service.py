@@ -14,9 +14,14 @@ CHOICES = OUT / "choices.jsonl"
 
 
 class Service:
-    """Answers to the ROUTES: of an Api and, for the page, of `info`, of the tools {name: function}
-    and of classify(text) -> [(label, probability)], which is None if the model is no classifier.
-    With a `key`, clients must send it; pages of the origin `cors` may use the API."""
+    """Answers the requests of ROUTES.
+
+    info        the model as the page shows it
+    tools       {name: function}, which the page may call
+    classify    classify(text) gives [(label, probability)]; None without a classifier
+    key         if set, clients must send it
+    cors        the origin whose pages may use the API
+    """
 
     def __init__(self, api, info, tools, classify=None, key=None, cors=None):
         self.api, self.tools, self.classify, self.key, self.cors = api, tools, classify, key, cors
