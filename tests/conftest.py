@@ -168,10 +168,6 @@ def tokens_of(folder, *splits):
     return list(itertools.chain(*ids))
 
 
-def normal(text):
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def pieces_of(*files, **options):
     """The text of each document in files, as prepare would read them."""
     streams = [s for f in files for s in file_streams(Path(f))]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import tiktoken.registry
-from conftest import ALL_TEXT, ROOT, TIKTOKEN, needs_vocabularies, normal, real, tokens_of
+from conftest import ALL_TEXT, ROOT, TIKTOKEN, needs_vocabularies, real, tokens_of
 
 import prepare_data
 from data.cli import UserError
@@ -220,7 +220,7 @@ def test_a_source_may_be_a_url(mirror):
     mirror.files["/books/tale.txt"] = ALL_TEXT.encode()
     folder = prepare(mirror.base + "/books/tale.txt", "byte")
     assert folder == Path("data/tale")
-    assert bytes(tokens_of(folder)) == normal(ALL_TEXT).encode()
+    assert bytes(tokens_of(folder)) == ALL_TEXT.encode()
 
 
 @needs_vocabularies

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from conftest import ALL_TEXT, ROOT, TEXTS, needs_vocabularies, normal, pieces_of
+from conftest import ALL_TEXT, ROOT, TEXTS, needs_vocabularies, pieces_of
 
 from conftest import set_block, tokens_of, write_documents  # isort: skip
 
@@ -164,7 +164,7 @@ def test_dtype_follows_the_vocabulary():
 def test_ids_above_65535_do_not_wrap():
     Path("a.txt").write_bytes((ALL_TEXT * 20).encode())
     folder = prepare("a.txt", "cl100k_base")
-    wanted = tiktoken.get_encoding("cl100k_base").encode(normal(ALL_TEXT) * 20)
+    wanted = tiktoken.get_encoding("cl100k_base").encode(ALL_TEXT * 20)
     assert max(wanted) > 65_535
     assert tokens_of(folder) == wanted
     assert np.dtype(read_meta(folder)["dtype"]).itemsize == 4
@@ -194,7 +194,7 @@ def prepared(elsewhere):
 
 
 def test_meta_counts_what_the_files_hold(prepared):
-    meta, text = read_meta(prepared), normal(ALL_TEXT) * 5
+    meta, text = read_meta(prepared), ALL_TEXT * 5
     t = Tokenizer(meta["tokenizer"])
     ids = tokens_of(prepared)
     assert t.decode(ids) == text
