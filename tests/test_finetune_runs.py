@@ -290,9 +290,9 @@ def test_distilling_is_cross_entropy_and_softened_kl(share):
 
 
 def task_of(rows, objective, batch_tokens, accum, reference=None, **changes):
-    made = ft.OBJECTIVES[objective][0]
+    made = ft.OBJECTIVES[objective]
     args = dict(objective=objective, grad_accum=accum, context=48, updates=None)
-    args = argparse.Namespace(**(ft.RECIPE | made.defaults() | args | changes))
+    args = argparse.Namespace(**(ft.RECIPE | made.recipe | args | changes))
     batches = BucketLoader(lambda _: rows, batch_tokens, 0)
     learned, split = made(args, CHAT, (), CPU), ft.Split([], rows, reference=reference)
     return batches.per_epoch, ft.make_task(args, learned, {"train": split}, batches, {})

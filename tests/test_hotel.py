@@ -12,6 +12,7 @@ from conftest import CHAT, SHARED, calls, turn
 import finetune as ft
 from data.chat import parse_call
 from data.cli import UserError
+from data.facts import augment
 from data.hotel import (
     HOTEL_KEYS,
     read_hotels,
@@ -158,21 +159,16 @@ def test_rarely_passed_keys_come_in_the_share_of_conversations_that_is_wanted():
     assert max(repeats([talk(**{f"key{i}": 1}) for i in range(300)])) == 8
 
 
-def test_augmented_epochs_depend_on_seed_and_epoch_alone():
+def test_augmented_epochs_depend_on_their_seed_alone():
     rows = synthetic_dialogues(40, "x")
     examples = [tidy_calls(to_example(r)[1]) for r in rows]
-    args = argparse.Namespace(
-        context=4000, loss_on="assistant", data="hotel", augment=0.5, seed=3
-    )
-    objective = ft.SFT(args, CHAT)
+    objective = ft.SFT(argparse.Namespace(context=4000, loss_on="assistant"), CHAT)
 
-    def make(epoch):
-        return ft.augmented(examples, objective, args, epoch).rows
+    def make(seed):
+        return objective.make_split(augment(examples, 0.5, random.Random(seed))).rows
 
-    first, second = make(0), make(1)
-    assert make(0) == first != second
-    args.seed = 4
-    assert make(0) != first
+    first, second = make("3 0"), make("3 1")
+    assert make("3 0") == first != second
     assert len(first) == len(second) == 40
     for row in first:
         text = CHAT.decode(row.ids)

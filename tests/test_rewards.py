@@ -330,7 +330,7 @@ def test_what_is_rewarded_becomes_likelier(room):
     def probability(ckpt):
         model, tokenizer, _ = sample.load(ckpt, dtype="fp32")
         chats = [[turn("user", f"say {a}"), turn("assistant", "b")] for a in LETTERS]
-        rows = [chat_rows({"messages": c}, tokenizer, 48)[0][0] for c in chats]
+        rows = [chat_rows({"messages": c}, tokenizer, 48)[0] for c in chats]
         with torch.no_grad():
             return model(*pad(rows), reduction="none").sum(1).exp().mean().item()
 
@@ -457,7 +457,7 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     other = {"chosen": [turn("assistant", "x")], "rejected": [A]}
     asked = {"messages": [turn("user", "q")]}, {"messages": [turn("user", "what")]}
     pairs = [asked[0] | sides, asked[1] | other]
-    rows = [objective.rows(p)[0][0] for p in pairs]
+    rows = [objective.rows(p)[0] for p in pairs]
     token, total = tokenizer.special[ft.REWARD_TOKEN], 0.0
     for chosen, rejected in rows:
         scores = [model(torch.tensor([r.ids[:-1]]))[0, -1, token] for r in (chosen, rejected)]
