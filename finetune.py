@@ -613,7 +613,7 @@ class GRPO(SFT):
         seeds = np.random.default_rng((a.seed, 2, number)).integers(2**62, size=len(prompts))
         with lm.evaluating(self.model) as model, self.runtime.autocast():
             prompt_ids = [p.ids for p in prompts]
-            answers, turns = generate_turns(model, self.tokenizer, prompt_ids, seeds.tolist())
+            answers, turns = generate_turns(model, self.tokenizer, prompt_ids, seeds=seeds.tolist())
         jobs = [p.turn for p in prompts]
         rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
         if None in rewards:
@@ -995,7 +995,7 @@ def build_parser():
     add("--eval_only", action="store_true", default=None, help="measure --ckpt on --split, or "
         "on all of a file without --val; train nothing")
     add("--split", help="to report on at the end: val (default; dev), test, train")
-    add("--best_by", help="figure that picks best.pt, or last (default val_loss; accuracy of labels)")
+    add("--best_by", help="figure that selects best.pt, or last (default val_loss, or accuracy)")
     add("--eval_rows", type=at_least(0),
         help="answers to generate at an evaluation, 0 is none (default 64; the last one: all)")
     add("--show_mask", type=at_least(1), metavar="N", help="print N rows token by token and stop")
