@@ -330,11 +330,14 @@ class Engine:
             if T in (0, unread):  # else the same prompt goes on
                 row += len(group)
             limit -= T * len(group) if unread > 1 else 0
-        return self.draw(slots, torch.cat(logits)) if slots else {}
+        if not slots:
+            return {}
+        return self.draw(slots, logits[0] if len(logits) == 1 else torch.cat(logits))
 
     def next_group(self, row, limit):
-        """(slots from `row` on whose unread ids one pass can read, at most `limit` of a prompt; the
-        most unread ids of one of them). A prompt is copied from another row as far as possible."""
+        """(the slots from `row` on that one pass can read, the most unread ids of one of them).
+        Padded prompts have at most `limit` ids, unless there is only one. The beginning of a prompt
+        is first copied from the row that holds most of it."""
         group, longest, total, most_held = [], 0, 0, 0
         lengths = self.cache.lengths.tolist()
         for slot in self.slots[row : self.busy]:
@@ -363,8 +366,8 @@ class Engine:
         return group, longest
 
     def read(self, group, T):
-        """Run the next T ids of each slot, or as many as it has, through the model. Logits (B, V)
-        of what comes next."""
+        """Run the next T ids of each slot, or as many as it has, through the model. Returns the
+        logits (B, V) of what comes next."""
         first, last = group[0].row, group[-1].row + 1
         held = self.cache.lengths[first:last].tolist()
         rows = [slot.ids[slot.start + n :][:T] for slot, n in zip(group, held)]
@@ -373,7 +376,7 @@ class Engine:
         cache = self.cache if len(group) == len(self.slots) else self.cache.rows(first, last)
         # causal: padding behind a row changes nothing, and later ids are written over it
         ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=self.device)
-        if T == 1:
+        if T == 1 and not any(slot.echo for slot in group):
             return self.model.last_logits(ids, cache)
         states = self.model.hidden(ids, cache)  # (B, T, C)
         cache.lengths.copy_(torch.tensor([n + len(row) for n, row in zip(held, rows)]))
@@ -484,7 +487,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
     device = model.embed.weight.device
     cache = KVCache(model, beams, len(prompt) + max_tokens)
     ids = torch.tensor([prompt] * beams, device=device)
-    live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # all are equal at first, so only one may grow
+    live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # equal at first: one grows
     done = []
     for n in range(1, max_tokens + 1):
         logits = model.last_logits(ids, cache).float()  # (beams, V)

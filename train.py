@@ -219,10 +219,11 @@ def make_optimizers(model, args):
     inner = {n for n, p in named if p.dim() == 2 and n.startswith(("blocks.", "inputs."))}
     inner -= set(lookups)
     matrices = [p for n, p in named if n in inner]
-    # a tied table is embedding and head at once: neither's own learning rate suits it
-    tied = model.config.tied
-    tables = {} if tied else {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
-    tables |= dict.fromkeys(lookups, args.embed_lr)
+    tables = dict.fromkeys(lookups, args.embed_lr)
+    if not model.config.tied:
+        tables |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
+    elif args.embed_lr and args.embed_lr < args.lr:  # a table that is the head, too: no higher rate
+        tables["embed.weight"] = args.embed_lr
     groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
     others = [p for n, p in named if n not in tables and n not in inner]
     groups.append(dict(params=others, lr=args.lr))

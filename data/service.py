@@ -30,8 +30,9 @@ class Service:
 
     def metrics(self, _):
         """Figures in Prometheus' text format."""
-        count = f"# TYPE scratchlm_requests_total counter\nscratchlm_requests_total {self.requests}"
-        return "\n".join([count, *self.api.scheduler.lines(), ""])
+        name = "scratchlm_requests_total"
+        lines = [f"# TYPE {name} counter", f"{name} {self.requests}", *self.api.scheduler.lines()]
+        return "\n".join(lines) + "\n"
 
     def page_info(self, _):
         """What the page shows of the model, and the number of choices so far."""
@@ -71,14 +72,10 @@ class Service:
 
     def run(self, query):
         """The settings and metrics of one run."""
-        if query.get("name") not in [run["name"] for run in run_list()]:
-            raise ApiError(404, f"there is no run {query.get('name', '')[:80]!r} in {OUT}/")
-        return read_run(query["name"])
-
-
-def list_models(service, _):
-    """The models of the Api."""
-    return {"object": "list", "data": [service.api.model(name) for name in service.api.names]}
+        name = query.get("name", "")
+        if name not in [run["name"] for run in run_list()]:
+            raise ApiError(404, f"there is no run {name[:80]!r} in {OUT}/")
+        return read_run(name)
 
 
 # path: (method, whether no key is needed, function of a Service and the request's query or body)
@@ -86,7 +83,7 @@ ROUTES = {
     "/": ("GET", True, lambda s, _: PAGE.read_text(encoding="utf-8")),
     "/health": ("GET", True, Service.health),
     "/metrics": ("GET", False, Service.metrics),
-    "/v1/models": ("GET", False, list_models),
+    "/v1/models": ("GET", False, lambda s, _: s.api.list_models()),
     "/v1/models/": ("GET", False, lambda s, query: s.api.model(query["name"])),
     "/v1/chat/completions": ("POST", False, lambda s, body: s.api.chat(body)),
     "/v1/completions": ("POST", False, lambda s, body: s.api.completion(body)),

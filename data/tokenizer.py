@@ -58,13 +58,13 @@ ANY_CHARACTER = r"(?s:.)"
 tiktoken.load.read_file = lambda url: fetch(url).read_bytes()
 
 
-def rebuilt(encoding, more=None):
-    """A copy of a tiktoken.Encoding, with `more` special tokens."""
+def rebuilt(encoding, special_tokens=()):
+    """A copy of a tiktoken.Encoding, with more special tokens."""
     return tiktoken.Encoding(
         encoding.name,
         pat_str=encoding._pat_str,
         mergeable_ranks=encoding._mergeable_ranks,
-        special_tokens=encoding._special_tokens | (more or {}),
+        special_tokens=encoding._special_tokens | dict(special_tokens),
     )
 
 
@@ -123,7 +123,7 @@ class Tokenizer:
                 raise UserError(f"added token {word!r}: its setting {min(unread)} is not supported")
         if new := [name for name in special if name not in words]:  # behind all others
             ids = itertools.count(self.encoding.n_vocab)
-            self.encoding = rebuilt(self.encoding, dict(zip(new, ids)))
+            self.encoding = rebuilt(self.encoding, zip(new, ids))
         # Words are parts of any text, unless a chat's template writes them, as it does <think>
         tags = {w for w in words if w[0] in "<[" and w in str(spec.get("chat_template"))}
         self.words = {w: i for w, (i, *_) in words.items() if w not in {*special, *tags}}
@@ -158,8 +158,7 @@ class Tokenizer:
         return self.spec.get("name") or {"bpe": f"bpe{han}:{size}"}.get(kind, kind)
 
     def encode_array(self, text):
-        """Token ids of `text` as uint32, special tokens' names read as plain text. Runs without
-        Python's lock, so threads help."""
+        """Token ids of `text` as uint32; names of special tokens are plain text in it."""
         if self.spec["kind"] == "char":
             text = self._unknown.sub(UNKNOWN, text)
         if self.spec.get("nfc"):  # é is one character, however it was typed
@@ -189,9 +188,8 @@ class Tokenizer:
         return np.fromiter(ids, dtype=np.uint32)
 
     def for_one_thread(self):
-        """The same tokenizer for a thread of its own: threads that share an Encoding contend for
-        its regex scratch space. Two threads took longer than one, and with an Encoding each half
-        as long."""
+        """The same tokenizer for another thread. Two threads that shared an Encoding, and so its
+        regex scratch space, took longer than one; with an Encoding each they took half as long."""
         tokenizer = copy.copy(self)
         tokenizer.encoding = rebuilt(self.encoding)
         return tokenizer

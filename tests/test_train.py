@@ -167,6 +167,9 @@ def test_embedding_and_head_have_their_own_rates_unless_they_are_one_table():
         assert rate[id(model.embed.weight)] == (1e-3 if tied else 0.5)
         assert rate[id(model.head.weight)] == (1e-3 if tied else 0.25)
         assert rate[id(model.blocks[0].attention.q.weight)] == 1e-3
+    args.embed_lr = 1e-4  # LoRA's recipe has a lower rate for tables than for adapters
+    groups = train.make_optimizers(model, args)[0].param_groups
+    assert [g["peak"] for g in groups if g["params"][0] is model.embed.weight] == [1e-4]
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8)])
