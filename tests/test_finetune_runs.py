@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import gc
-import io
 import itertools
 import json
 import math
@@ -332,27 +331,13 @@ def test_micro_batches_of_any_target_count_give_the_gradient_of_the_whole(
 # ---- preference pairs ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flags", [["--split", "train"], [*LORA, "--quantize", "nf4"], ["--dtype", "bf16"]]
-)
-def test_rewards_start_at_zero(desk, flags):
-    still = ["--lr", "1e-12", "--embed_lr", "1e-12", "--head_lr", "1e-12", "--max_steps", "1"]
-    out = tune(*DPO, *still, *flags)
-    (split, scores), = json.loads((out / "scores.json").read_text()).items()
-    assert split == ("train" if "train" in flags else "val")
-    near = 0.05 if "bf16" in flags else 1e-4  # its report is in fp32
-    for row in (scores, metrics(out)[-1]):
-        assert row["val_loss"] == pytest.approx(math.log(2), abs=near)
-        assert abs(row["reward_chosen"]) < near and abs(row["reward_rejected"]) < near
-        near = 1e-4
-
-
-def test_dpo_learns_what_is_preferred(desk):
-    out = tune(*DPO, "--epochs", "4", "--lr", "3e-3", "--eval_every", "10")
+@pytest.mark.parametrize("flags", [[], [*LORA, "--quantize", "nf4"], ["--dtype", "bf16"]])
+def test_rewards_start_at_zero_and_what_is_preferred_is_learned(desk, flags):
+    out = tune(*DPO, "--epochs", "4", "--lr", "3e-3", "--eval_every", "10", *flags)
+    assert losses(out)[0] == pytest.approx(math.log(2), abs=0.05 if "bf16" in flags else 1e-4)
     assert values(out, "reward_accuracy")[-1] == 1 and values(out, "reward_margin")[-1] > 0.5
-    assert values(out, "val_loss")[-1] < 0.5 and losses(out)[0] == pytest.approx(math.log(2))
     scores = json.loads((out / "scores.json").read_text())["val"]
-    assert scores["reward_accuracy"] == 1
+    assert scores["reward_accuracy"] == 1 and scores["val_loss"] < 0.5
 
 
 def test_the_reference_is_the_base_itself_and_is_kept_in_last_pt(desk):
@@ -533,14 +518,6 @@ def test_every_way_to_train_learns(desk, flags):
     assert values(out, "val_loss")[-1] < math.log(320)
 
 
-def test_gradient_checkpointing_changes_no_loss(desk):
-    flags = [*SFT, "--max_steps", "5", "--dropout", "0.1"]
-    for more in ([], LORA):
-        tune(*flags, *more, out=f"out/plain{len(more)}")
-        tune(*flags, *more, "--grad_checkpoint", out=f"out/thrifty{len(more)}")
-        assert losses(f"out/plain{len(more)}") == losses(f"out/thrifty{len(more)}")
-
-
 def test_a_run_learns_from_a_teacher_that_speaks_its_language(desk, capsys):
     teacher = tune(*SFT, "--epochs", "2", out="out/teacher")
     flags = [*SFT, "--objective", "distill", "--max_steps", "20"]
@@ -685,47 +662,18 @@ def test_an_adapter_brings_its_base_or_says_in_a_line_what_is_wrong_with_it(desk
     shutil.rmtree("out/base")
     Path("out/moved").rename("out/base")
     ft.main([str(f) for f in resume])
-
-
-def test_two_adapters_over_one_base_are_switched_in_a_chat(desk, monkeypatch, capsys):
-    for name, seed in (("poet", 1), ("clerk", 2)):
-        tune(*SFT, *LORA, "--max_steps", "15", "--lr", "0.03", "--seed", seed, out=f"out/{name}")
-    model, _, _ = sample.load("out/base", adapters=["out/poet", "out/clerk"])
-    ids = torch.tensor([CHAT.encode("to be") + [259]])
-    for name in ("poet", "clerk", "poet"):
-        lora.set_adapter(model, name)
-        alone, _, _ = sample.load(f"out/{name}")
-        with torch.no_grad():
-            assert (model(ids) - alone(ids)).abs().max() < 1e-6
-    flags = ["--ckpt", "out/base", "--adapter", "out/poet", "--adapter", "out/clerk", "--chat"]
-    lines = "to be\n/adapter clerk\n/retry\n/adapter nobody\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    sample.main([*flags, "--max_tokens", "5", "--seed", "0"])
-    said = capsys.readouterr().out
-    assert "active adapter: clerk" in said and "no adapter nobody" in said
     classifier = tune(*LABELS, *LORA, "--max_steps", "1", out="out/labels")
-    mixed = ["--ckpt", "out/poet", "--adapter", classifier, "--prompt", "a"]
+    mixed = ["--ckpt", out, "--adapter", classifier, "--prompt", "a"]
     assert "special tokens" in refused(capsys, *mixed, main=sample.main)
 
 
 # ---- processes -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "more", [[], pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"]
-)
-def test_two_processes_give_the_losses_of_one(desk, more):
-    flags = [*SFT, *more, "--max_steps", "6", "--eval_every", "3"]
-    tune(*flags, "--grad_accum", "2", out="out/one")
-    assert in_two_processes(*flags).count("on val:") == 1
-    assert losses("out/two") == pytest.approx(losses("out/one"), abs=1e-5)
-    assert values("out/two", "val_loss") == pytest.approx(values("out/one", "val_loss"), abs=1e-5)
-
-
-@pytest.mark.slow
-def test_two_processes_decide_by_the_scores_of_the_first(desk):
+def test_two_processes_decide_by_the_scores_of_the_first_and_report_once(desk):
     flags = "--data tools.jsonl --best_by slot_f1 --eval_every 1 --max_steps 4 --patience 2"
-    assert "stopping early" in in_two_processes(*flags.split(), "--eval_rows", "4")
+    said = in_two_processes(*flags.split(), "--eval_rows", "4")
+    assert "stopping early" in said and said.count("on val:") == 1
     assert len(values("out/two", "slot_f1")) > 2
 
 
