@@ -138,7 +138,8 @@ def encoded(pieces, tokenizer):
     local = threading.local()
 
     def start():
-        local.tokenizer = tokenizer.for_one_thread()
+        # two threads that shared an Encoding, and so its regex scratch space, took longer than one
+        local.tokenizer = Tokenizer(tokenizer.spec)
 
     def encode(split, first, text):
         return split, first, len(text), local.tokenizer.encode_array(text)

@@ -9,12 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ALL_TEXT, TEXTS, pieces_of, set_block, tokens_of
+from conftest import ALL_TEXT, TEXTS, pieces_of, set_block
 
 from data.cli import UserError
 from data.text import decode, json_rows, split
-from data.tokenizer import Tokenizer
-from prepare_data import prepare, read_meta
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -24,18 +22,17 @@ RECOGNISED = [  # (encoding, byte order mark, text)
     ("utf-8", b"\xef\xbb\xbf", ALL_TEXT),
     ("utf-16-le", b"\xff\xfe", ALL_TEXT),
     ("utf-16-be", b"\xfe\xff", ALL_TEXT),
-    ("utf-16-le", b"", TEXTS["english"] + TEXTS["code"]),
     ("utf-16-be", b"", TEXTS["english"] + TEXTS["code"]),
-    ("gb18030", b"", TEXTS["chinese"]),
-    ("gbk", b"", TEXTS["english"].replace("—", "-") * 30 + TEXTS["chinese"] * 30),
-    ("gb18030", b"", TEXTS["chinese"] * 60 + "\U0001f600"),
-    ("gbk", b"", "他說：學而時習之，不亦說乎？我們今天去北京的時候，天氣很好！"),
-    ("gbk", b"", "import os  # 用 os 的 path\nprint('A和B')  # 这是一个例子\n"),
-    ("gbk", b"", "床前明月光，疑是地上霜。"),
     ("utf-16-le", b"", TEXTS["chinese"] + "\n"),
     ("utf-16-be", b"", TEXTS["chinese"] + "\n"),
     ("utf-16-le", b"", TEXTS["russian"]),
     ("utf-16-be", b"", TEXTS["japanese"]),
+    ("gb18030", b"", TEXTS["chinese"]),
+    ("gb18030", b"", TEXTS["chinese"] * 60 + "\U0001f600"),
+    ("gbk", b"", TEXTS["english"].replace("—", "-") * 30 + TEXTS["chinese"] * 30),
+    ("gbk", b"", "他說：學而時習之，不亦說乎？我們今天去北京的時候，天氣很好！"),
+    ("gbk", b"", "import os  # 用 os 的 path\nprint('A和B')  # 这是一个例子\n"),
+    ("gbk", b"", "床前明月光，疑是地上霜。"),
 ]
 
 
@@ -228,25 +225,17 @@ def test_the_bytes_of_a_file_are_decoded_by_the_same_rules():
 
 def test_half_a_surrogate_pair_in_json_is_no_crash():
     """Scraped JSON has them (an emoji cut by a length limit), and UTF-8 has no bytes for them."""
-    rows = "".join(json.dumps({"text": f"cut emoji {i} \ud83d"}) + "\n" for i in range(30))
-    Path("a.jsonl").write_text(rows)
-    for tokenizer in ("byte", "char", "bpe:270"):
-        folder = prepare("a.jsonl", tokenizer)
-        text = Tokenizer(read_meta(folder)["tokenizer"]).decode(tokens_of(folder))
-        assert text.count("cut emoji") == 30
+    Path("a.jsonl").write_text(json.dumps({"text": "cut emoji \ud83d, whole emoji 😀"}))
+    assert pieces_of("a.jsonl") == ["cut emoji \ufffd, whole emoji 😀"]
 
 
-def test_a_damaged_gz_is_named():
+def test_a_damaged_gz_or_zip_is_named():
     data = gzip.compress(random.Random(0).randbytes(5000).hex().encode())
     flipped = data[:2000] + bytes([data[2000] ^ 255]) + data[2001:]
     for damaged in (data[:-2000], flipped, b"text"):
         Path("a.txt.gz").write_bytes(damaged)
-        for encoding in (None, "utf-8"):
-            with pytest.raises(UserError, match=r"a\.txt\.gz: damaged"):
-                pieces_of("a.txt.gz", encoding=encoding)
-
-
-def test_a_damaged_or_encrypted_zip_is_named():
+        with pytest.raises(UserError, match=r"a\.txt\.gz: damaged"):
+            pieces_of("a.txt.gz")
     with zipfile.ZipFile("a.zip", "w", zipfile.ZIP_STORED) as z:
         z.writestr("b.txt", "x" * 5000)
     data = Path("a.zip").read_bytes()
