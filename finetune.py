@@ -245,8 +245,7 @@ class SFT:
         if tools and not chat.get_template(self.tokenizer).supports_tools:
             print("[the chat template has no place for tools: they are left out]", file=sys.stderr)
         if not split.rows:
-            loss_on = self.args.loss_on
-            raise UserError(f"no row has a target for --loss_on {loss_on}: nothing to learn")
+            raise UserError(f"no row has anything to learn with --loss_on {self.args.loss_on}")
         return split
 
     def start(self, model, splits, saved):
@@ -277,11 +276,11 @@ class SFT:
             loss += counts * float(model(*batch))
             targets += counts * int((batch[1] != -100).sum())
         loss, targets = self.runtime.total(loss, targets)
-        idle = self.runtime.rank > 0 and not self.runtime.sharded
-        if final or not self.args.eval_rows or idle:
-            return {"val_loss": loss / targets}
-        jobs = self.jobs(split, self.args.eval_rows)
-        return {"val_loss": loss / targets} | self.scores(jobs, answer(model, self.tokenizer, jobs))
+        scores, answers = {"val_loss": loss / targets}, self.args.eval_rows and not final
+        if answers and (self.runtime.rank == 0 or self.runtime.sharded):
+            jobs = self.jobs(split, self.args.eval_rows)
+            scores |= self.scores(jobs, answer(model, self.tokenizer, jobs))
+        return scores
 
     def jobs(self, split, limit=None):
         """The `answer_jobs` of the turns that are learned."""
@@ -376,8 +375,8 @@ class DPO(SFT):
     def batch(self, split, numbers, rows, number=0):
         """(ids, targets, reference): the chosen rows, then the rejected ones; log probabilities
         (P, 2) under the reference."""
-        known = split.reference is not None
-        reference = split.reference[numbers] if known else torch.zeros(len(rows), 2)
+        reference = split.reference
+        reference = torch.zeros(len(rows), 2) if reference is None else reference[numbers]
         return *batches.pad([row for side in zip(*rows) for row in side]), reference
 
     def rewards(self, model, ids, targets, reference):
@@ -422,10 +421,7 @@ class Distill(SFT):
         name, device = self.args.teacher, str(self.runtime.device)
         self.teacher, tokenizer, _ = load(name, device, "fp32")
         if tokenizer.spec != self.tokenizer.spec:
-            raise UserError(
-                f"--teacher {name} has other tokens, or special tokens, than the model: fine-tune "
-                f"it on such rows first"
-            )
+            raise UserError(f"--teacher {name} has other tokens: fine-tune it on such rows first")
         return {}
 
     def loss(self, model, ids, targets, places):
@@ -704,9 +700,8 @@ OWN_FLAGS = {
 
 
 def resolve(args):
-    """Fill in every flag that the user left out; the kind of the rows decides on the objective.
-    Returns (args, the objective's class, the content of the last.pt to resume or None, {split:
-    examples}, {split: sha256})."""
+    """Fill in every flag that the user left out. Returns (args, the objective's class, the content
+    of the last.pt to resume or None, {split: examples}, {split: sha256})."""
     given = {k: v for k, v in vars(args).items() if v is not None}
     content, settings = None, given
     if args.resume is not None and not args.eval_only:
@@ -715,12 +710,10 @@ def resolve(args):
         raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
     elif "ckpt" not in given:
         settings = given | {"ckpt": str(newest_run())}
-    every_row = bool(args.eval_only) and "val" not in given
-    options = {name: settings.get(name) for name in ("rows", "max_rows", "encoding")}
     data, fraction = settings["data"], settings.get("val", RECIPE["val"])
-    kind, splits, hashes = load_data(
-        data, settings.get("val_data"), fraction, **options, every_row=every_row
-    )
+    options = {name: settings.get(name) for name in ("rows", "max_rows", "encoding")}
+    options["every_row"] = bool(args.eval_only) and "val" not in given
+    kind, splits, hashes = load_data(data, settings.get("val_data"), fraction, **options)
     if content is not None and content["data"] != hashes:
         raise UserError(f"{data} is not the data that the run began with")
     names = [settings["objective"]] if "objective" in settings else OBJECTIVES
@@ -850,7 +843,7 @@ def make_task(args, objective, splits, loader, extra):
 
 
 def shorten(text, width=160):
-    """`text` on one line, at most `width` characters of it."""
+    """At most `width` characters of `text`, on one line."""
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
 
