@@ -118,16 +118,13 @@ class Tokenizer:
                 special_tokens=dict(spec["added"]) if kind == "hf" else {END: len(tokens)},
             )
         special, words = spec.get("special", []), spec.get("words", {})
-        for word, (_, *flags) in words.items():
-            if unread := set(flags) - {"normalized"}:
-                raise UserError(f"added token {word!r}: its setting {min(unread)} is not supported")
         if new := [name for name in special if name not in words]:  # behind all others
             ids = itertools.count(self.encoding.n_vocab)
             self.encoding = rebuilt(self.encoding, dict(zip(new, ids)))
         # Words are parts of any text, unless a chat's template writes them, as it does <think>
         tags = {w for w in words if w[0] in "<[" and w in str(spec.get("chat_template"))}
-        self.words = {w: i for w, (i, *_) in words.items() if w not in {*special, *tags}}
-        self.special = self.encoding._special_tokens | {w: words[w][0] for w in words}  # name -> id
+        self.words = {w: i for w, i in words.items() if w not in {*special, *tags}}
+        self.special = self.encoding._special_tokens | words  # name -> id
         self.special = {name: i for name, i in self.special.items() if name not in self.words}
         longest_first = sorted(self.words, key=len, reverse=True)
         self._words = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
