@@ -9,8 +9,9 @@
 writes out/NAME/last.pt (all that resuming needs), best.pt (what sampling needs), metrics.jsonl and
 loss.svg. Text becomes token files in prepare_data.py; train.py calls it if they are not there.
 
-The chapters: the recipe, batches, optimizers and schedule, evaluation, what a run shows, then
-`fit`, the one training loop (fine-tuning calls it, too), and the command line.
+The chapters: the recipe, batches, optimizers and schedule, evaluation, how a model runs (in bf16,
+compiled, in several processes), `fit`, the one training loop (fine-tuning calls it, too), and the
+command line.
 """
 
 import argparse
@@ -218,10 +219,11 @@ def make_optimizers(model, args):
     inner = {n for n, p in named if p.dim() == 2 and n.startswith(("blocks.", "inputs."))}
     inner -= set(lookups)
     matrices = [p for n, p in named if n in inner]
-    # a tied table is embedding and head at once: neither's own learning rate suits it
-    tied = model.config.tied
-    tables = {} if tied else {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
-    tables |= dict.fromkeys(lookups, args.embed_lr)
+    tables = dict.fromkeys(lookups, args.embed_lr)
+    if not model.config.tied:
+        tables |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
+    elif args.embed_lr and args.embed_lr < args.lr:  # a table that is the head, too: no higher rate
+        tables["embed.weight"] = args.embed_lr
     groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
     others = [p for n, p in named if n not in tables and n not in inner]
     groups.append(dict(params=others, lr=args.lr))
@@ -1001,7 +1003,7 @@ def check_context(context, model):
 
 def settle(args, model, runtime):
     """`args` completed by what follows from the model and the machine: context, precision, steps,
-    accumulation, learning rates. Nothing changes the settings after this."""
+    accumulation, learning rates. After this only the folders, `data` and `out`, are filled in."""
     a = argparse.Namespace(**vars(args))
     a.dtype, a.context = runtime.dtype, check_context(args.context, model)
     # of accumulation and tokens a step either follows from the other; a run that goes on in another
@@ -1016,8 +1018,7 @@ def settle(args, model, runtime):
         )
     if a.max_tokens:
         a.max_steps = min(a.max_steps or math.inf, math.ceil(a.max_tokens / a.total_batch_tokens))
-    if a.ckpt:  # lower rates for larger models: 1e-3 for the default shape, 6e-5 for GPT-2, by the
-        # trials in tests/BENCHMARKS.md
+    if a.ckpt:  # lower rates for larger models: 1e-3 for the default shape, 6e-5 for GPT-2
         size = sum(p.numel() for p in model.parameters())
         a.lr = a.lr or float(f"{min(1e-3, 15 / size ** (2 / 3)):.1e}")
         for name, rate in optimizer_rates().items():

@@ -11,13 +11,12 @@ from data.scheduler import Job
 class ApiError(Exception):
     """Becomes an answer with an HTTP status of 400 or more, its `body` as OpenAI has it."""
 
-    TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-
     def __init__(self, status, message, param=None, code=None):
         super().__init__(message)
-        default = "server_error" if status >= 500 else "invalid_request_error"
-        error = {"message": message, "type": self.TYPES.get(status, default)}
-        self.status, self.body = status, {"error": error | {"param": param, "code": code}}
+        types = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        kind = types.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        error = {"message": message, "type": kind, "param": param, "code": code}
+        self.status, self.body = status, {"error": error}
 
 
 @dataclass(eq=False)
@@ -68,10 +67,10 @@ class Answer:
                 yield choice, self.add(choice, value, scores)
 
     def add(self, choice, i, scores):
-        """The new parts of the message after id `i`."""
-        job, echoed, new = choice.job, "", {}
-        if self.body.get("echo") and not choice.count:
-            echoed = self.tokenizer.decode(job.prompt)
+        """The new parts of the message after id `i`, the first of which the prompt precedes where
+        it is echoed."""
+        job, new, echoed = choice.job, {}, self.body.get("echo") and not choice.count
+        if echoed:
             prompt_scores = [(None, ()), *job.scored]
             choice.tokens += [(i, *scores) for i, scores in zip(job.prompt, prompt_scores)]
         if job.max_tokens:  # with 0 only the prompt is echoed
@@ -81,23 +80,24 @@ class Answer:
                 choice.tokens.append((i, *scores))
         if choice.reply.ended:
             choice.finish, job.cancelled = "stop", True
-        return new | ({"content": echoed + new.get("content", "")} if echoed else {})
+        if echoed:
+            new["content"] = self.tokenizer.decode(job.prompt) + new.get("content", "")
+        return new
 
     def complete(self, choice, reason):
         """The last parts of the message; sets the complete one."""
         new, choice.finish = choice.reply.finish(), choice.finish or reason
         choice.message = choice.reply.message()
         if calls := choice.message.get("tool_calls"):
-            calls = calls[:1] if self.body.get("parallel_tool_calls") is False else calls
-            text = choice.message["content"] or None
-            choice.message |= {"content": text, "tool_calls": calls}
+            one = self.body.get("parallel_tool_calls") is False
+            choice.message["tool_calls"] = calls[:1] if one else calls
+            choice.message["content"] = choice.message["content"] or None
             choice.finish = "tool_calls" if choice.finish == "stop" else choice.finish
         return new
 
     def usage(self):
         """Counts of tokens. The choices of one prompt share its list of ids, which counts once."""
-        jobs = sorted((choice.job for choice in self.choices), key=lambda job: job.cached)
-        jobs = {id(job.prompt): job for job in jobs}.values()
+        jobs = {id(choice.job.prompt): choice.job for choice in self.choices}.values()
         read, new = sum(len(job.prompt) for job in jobs), sum(c.count for c in self.choices)
         usage = {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
         return usage | {"prompt_tokens_details": {"cached_tokens": sum(j.cached for j in jobs)}}
@@ -108,21 +108,20 @@ class Answer:
             return None
         tokens, choice.tokens = choice.tokens, []
 
-        def name(i):  # "bytes:\xe4" for a part of a character
-            content = self.tokenizer.token_bytes(i) or f"<|{i}|>".encode()
-            escaped = "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
-            text = content.decode(errors="replace")
-            return text if text.encode() == content else escaped
-
         def entry(i, logprob):
             content = self.tokenizer.token_bytes(i) or b""
             text = content.decode(errors="replace")
             return {"token": text, "logprob": finite(logprob), "bytes": list(content)}
 
+        def name(i):  # "bytes:\xe4" for a part of a character
+            content = self.tokenizer.token_bytes(i) or f"<|{i}|>".encode()
+            text = content.decode(errors="replace")
+            escaped = "".join(f"\\x{byte:02x}" for byte in content)
+            return text if text.encode() == content else f"bytes:{escaped}"
+
         if self.chat:
-            return {"content": [
-                entry(i, p) | {"top_logprobs": [entry(*t) for t in top]} for i, p, top in tokens
-            ]}  # fmt: skip
+            best = [{"top_logprobs": [entry(*t) for t in top]} for _, _, top in tokens]
+            return {"content": [entry(i, p) | b for (i, p, _), b in zip(tokens, best)]}
         return {
             "tokens": [name(i) for i, _, _ in tokens],
             "token_logprobs": [finite(p) for _, p, _ in tokens],
@@ -141,13 +140,12 @@ class Answer:
         for choice in self.choices if self.chat else ():
             yield chunk(choice, {"role": "assistant", "content": ""})
         for update in self.updates():
+            choice, new = update or (None, {})
             if update is None:
                 yield None
-                continue
-            choice, new = update
             for key, text in new.items():
                 yield chunk(choice, {key if self.chat else "text": text})
-            if choice.message:
+            if choice and choice.message:
                 calls = enumerate(choice.message.get("tool_calls", ()))
                 if calls := [{"index": n} | call for n, call in calls]:
                     yield chunk(choice, {"tool_calls": calls})

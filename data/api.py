@@ -16,20 +16,29 @@ from data.chat import content_text, get_template, read_call
 from data.reply import Reply
 from data.scheduler import Job
 
-# --------------------------------------------------------------------------------------------
-# Fields
-# --------------------------------------------------------------------------------------------
+# Fields of OpenAI's and vLLM's servers that would change the answer and are not supported, with
+# the values that change nothing.
+UNSUPPORTED = (
+    ("response_format", {"type": "text"}),
+    ("function_call", "none"),
+    ("modalities", ["text"]),
+    ("reasoning_effort verbosity", "medium"),
+    ("skip_special_tokens", True),
+    ("prompt_logprobs truncate_prompt_tokens guided_json",),
+    (
+        "functions suffix audio prediction web_search_options guided_regex guided_choice "
+        "guided_grammar structured_outputs use_beam_search allowed_token_ids bad_words "
+        "include_stop_str_in_output",
+        False, "", [], {},
+    ),
+)  # fmt: skip
+TURNS = ("add_generation_prompt", "continue_final_message")  # where the prompt of a chat ends
 
 
 def number(low, high, types=(int, float)):
-    """An entry of FIELDS: numbers from `low` to `high`."""
+    """An entry of `field_rules`: numbers from `low` to `high`."""
     wanted = f"{'a number' if float in types else 'an integer'} from {low} to {high}"
     return wanted, lambda value: type(value) in types and low <= value <= high
-
-
-def is_text(value):
-    """Whether `value` is a text with at least one character."""
-    return isinstance(value, str) and value != ""
 
 
 def is_list(value, is_valid):
@@ -37,60 +46,42 @@ def is_list(value, is_valid):
     return isinstance(value, list) and all(map(is_valid, value))
 
 
-FLAG = "true or false", lambda value: type(value) is bool
-OBJECT = "an object", lambda value: isinstance(value, dict)
-TURNS = ("add_generation_prompt", "continue_final_message")  # where the prompt of a chat ends
-FIELDS = {  # name: (what its value must be, whether a value is that)
-    **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls", *TURNS), FLAG),
-    **dict.fromkeys(("stream_options", "chat_template_kwargs"), OBJECT),
-    "temperature": number(0, 2),
-    **dict.fromkeys(("top_p", "min_p"), number(0, 1)),
-    "repetition_penalty": number(0.01, 100),
-    **dict.fromkeys(("frequency_penalty", "presence_penalty"), number(-2, 2)),
-    **dict.fromkeys(("top_k", "min_tokens"), number(0, 2**31, (int,))),
-    "n": number(1, 16, (int,)),
-    "seed": number(-(2**63), 2**63 - 1, (int,)),
-    "top_logprobs": number(0, 20, (int,)),
-    "stop": ("a text, or a list of at most 4 texts",
-             lambda value: is_text(value) or (is_list(value, is_text) and len(value) <= 4)),
-}  # fmt: skip
-# Fields of OpenAI's, vLLM's and llama.cpp's servers that would change the answer and are not
-# supported: (their names, the values that change nothing).
-UNSUPPORTED = (
-    ("response_format", {"type": "text"}),
-    ("function_call", "none"),
-    ("modalities", [], ["text"]),
-    ("reasoning_effort verbosity", "medium"),
-    ("reasoning_format", "auto", "deepseek"),
-    ("include_reasoning skip_special_tokens parse_tool_calls", True),
-    ("best_of length_penalty typical_p repeat_penalty", 1),
-    ("n_predict thinking_token_budget top_n_sigma", -1),
-    ("prompt_logprobs truncate_prompt_tokens guided_json json_schema",),
-    (
-        "functions suffix audio prediction web_search_options use_beam_search early_stopping "
-        "guided_regex guided_choice guided_grammar structured_outputs structural_tag "
-        "grammar logits_processors allowed_token_ids bad_words documents chat_template "
-        "include_stop_str_in_output prompt_embeds mm_processor_kwargs logprob_token_ids "
-        "return_token_ids return_tokens_as_token_ids return_tokens post_sampling_probs n_probs "
-        "response_fields mirostat dynatemp_range xtc_probability dry_multiplier min_keep samplers "
-        "input_prefix input_suffix input_extra image_data lora t_max_predict_ms",
-        False, 0, "", [], {},
-    ),
-)  # fmt: skip
+def field_rules(body, chat, size):
+    """{field: (what its value must be, whether a value is that)}. `size` is the vocabulary's."""
+    flag = "true or false", lambda value: type(value) is bool
+    mapping = "an object", lambda value: isinstance(value, dict)
+    limit, bias = number(0 if body.get("echo") else 1, 2**31, (int,)), number(-100, 100)[1]
+    ids = f"ids from 0 to {size - 1}"
+    return {
+        **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls", *TURNS), flag),
+        **dict.fromkeys(("stream_options", "chat_template_kwargs"), mapping),
+        **dict.fromkeys(("max_tokens", "max_completion_tokens"), limit),
+        **dict.fromkeys(("frequency_penalty", "presence_penalty"), number(-2, 2)),
+        **dict.fromkeys(("top_p", "min_p"), number(0, 1)),
+        **dict.fromkeys(("top_k", "min_tokens"), number(0, 2**31, (int,))),
+        "temperature": number(0, 2),
+        "repetition_penalty": number(0.01, 100),
+        "n": number(1, 16, (int,)),
+        "seed": number(-(2**63), 2**63 - 1, (int,)),
+        "logprobs": flag if chat else number(0, 20, (int,)),
+        "top_logprobs": number(0, 20, (int,)),
+        "stop": ("a text, or a list of at most 4 texts", lambda value: isinstance(value, str) or (
+            is_list(value, lambda text: isinstance(text, str)) and len(value) <= 4)),
+        "stop_token_ids": (f"a list of {ids}", lambda value: is_list(
+            value, lambda i: type(i) is int and 0 <= i < size)),
+        "logit_bias": (f'{{"ID": bias}}, {ids}, biases from -100 to 100', lambda value: (
+            isinstance(value, dict) and is_list([*value.values()], bias)
+            and is_list([*value], lambda i: re.fullmatch("[0-9]{1,9}", i) and int(i) < size))),
+    }  # fmt: skip
 
 
 def parse_body(raw):
     """The JSON object in the body of a request, without its null fields."""
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=refuse)
+        body = json.loads(raw.decode("utf-8"))
         json.dumps(body, ensure_ascii=False).encode()  # a lone surrogate, \ud83d, is not text
     except (ValueError, RecursionError) as e:
-        reason = "nested too deeply" if isinstance(e, RecursionError) else str(e)
-        raise ApiError(400, f"the body is not JSON in UTF-8: {reason}") from e
+        raise ApiError(400, f"the body is not JSON in UTF-8: {e}") from e
     if not isinstance(body, dict):
         raise ApiError(400, "the body is not a JSON object")
     for name in ("max_tokens", "max_completion_tokens"):
@@ -102,23 +93,12 @@ def parse_body(raw):
 def check_fields(body, chat, size):
     """ApiError for a field that is not supported or has a wrong value. `size` is the vocabulary's.
     """
-    for names, *harmless in (*UNSUPPORTED, ("echo" if chat else "", False)):
+    more = ("echo" if chat else "", False), ("best_of", 1, body.get("n"))
+    for names, *harmless in (*UNSUPPORTED, *more):
         for name in names.split():
             if name in body and body[name] not in harmless:
                 raise ApiError(400, f"this value of {name} is not supported: leave it out", name)
-    limit, bias = number(0 if body.get("echo") else 1, 2**31, (int,)), number(-100, 100)[1]
-    ids = f"ids from 0 to {size - 1}"
-    fields = FIELDS | {
-        "max_tokens": limit,
-        "max_completion_tokens": limit,
-        "logprobs": FLAG if chat else number(0, 20, (int,)),
-        "stop_token_ids": (f"a list of {ids}", lambda value: is_list(
-            value, lambda i: type(i) is int and 0 <= i < size)),
-        "logit_bias": (f'{{"ID": bias}}, {ids}, biases from -100 to 100', lambda value: (
-            isinstance(value, dict) and is_list([*value.values()], bias)
-            and is_list([*value], lambda i: re.fullmatch("[0-9]{1,9}", i) and int(i) < size))),
-    }  # fmt: skip
-    for name, (wanted, is_valid) in fields.items():
+    for name, (wanted, is_valid) in field_rules(body, chat, size).items():
         if name in body and not is_valid(body[name]):
             raise ApiError(400, f"{name} must be {wanted}", name)
 
@@ -128,16 +108,14 @@ def read_messages(messages):
     JSON stay as the model wrote them, so that it can correct them in its next turn."""
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message", "messages")
-    roles, out = ("system", "developer", "user", "assistant", "tool", "function"), []
+    roles, out = ("system", "developer", "user", "assistant", "tool"), []
     for n, message in enumerate(messages):
         where = f"messages[{n}]"
         if not isinstance(message, dict) or message.get("role") not in roles:
             raise ApiError(400, f"{where} has no known role", f"{where}.role")
         try:
-            new = {"role": message["role"].replace("function", "tool")}
-            new["content"] = content_text(message.get("content"))
-            legacy = [{"function": call} for call in [message.get("function_call")] if call]
-            if calls := [read_call(call) for call in message.get("tool_calls") or legacy]:
+            new = {"role": message["role"], "content": content_text(message.get("content"))}
+            if calls := [read_call(call) for call in message.get("tool_calls") or ()]:
                 new["tool_calls"] = calls
             if calls and new["role"] != "assistant":
                 raise ValueError("only an assistant calls tools")
@@ -166,11 +144,6 @@ def read_tools(body, default):
     return tools, bool(tools) and choice != "none", forced
 
 
-# --------------------------------------------------------------------------------------------
-# Requests
-# --------------------------------------------------------------------------------------------
-
-
 class Api:
     """Answers requests with the model of a Scheduler.
 
@@ -196,6 +169,9 @@ class Api:
             message = f"there is no model {name!r:.80}, only {', '.join(self.names)}"
             raise ApiError(404, message, "model", "model_not_found")
         return {"id": name, "object": "model", "created": self.started, "owned_by": "scratchlm"}
+
+    def list_models(self):
+        return {"object": "list", "data": [self.model(name) for name in self.names]}
 
     def answer(self, body, prompts, limit, top, allowed, chat=False, given=()):
         """The Answer to `prompts`, of at most `limit` new ids each."""

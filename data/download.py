@@ -1,9 +1,6 @@
-"""Downloads, the only way by which anything comes from the network: files of any host by `fetch`,
-models of the Hugging Face Hub by `snapshot_download`.
-"""
+"""Downloads: files of any host by `fetch`, models of the Hub by `snapshot_download`."""
 import glob
 import hashlib
-import json
 import os
 import re
 import sys
@@ -12,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from data.cli import Progress, UserError
-from data.files import file_sha256, git_sha1, write_once
+from data.files import file_sha256, read_json, write_once
 
 DATA = Path("data")
 MB = 1_000_000
@@ -54,18 +51,17 @@ def download_path(url):
 def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
     """Download `url` to `dest` (default: `download_path`) unless it is there, and return the path.
 
-    Bytes go to a .part file that is renamed once it is complete and its sha256, if one is given, is
-    right. A cut connection is resumed by a Range request, up to `tries` times with doubling pauses
-    from `wait` seconds, and by the next call if the server names versions (ETag). A `token` is
-    shown to the host of `url` alone. UserError if the host is unreachable, refuses (HTTPError), or
-    sends other bytes than `sha256` or the Hugging Face Hub's own hash says.
+    A cut download is resumed, up to `tries` times with doubling pauses from `wait` seconds, and by
+    the next call. A `token` is shown to the host of `url` alone. UserError if the host is
+    unreachable, refuses (HTTPError), or sends other bytes than `sha256` or the Hugging Face Hub's
+    own hash says.
     """
     dest = Path(dest) if dest else download_path(url)
-
-    def is_downloaded():
-        return dest.exists() and (sha256 is None or file_sha256(dest) == sha256)
-
-    write_once(dest, is_downloaded, lambda: download(url, dest, sha256, tries, wait, token))
+    write_once(
+        dest,
+        lambda: dest.exists() and (sha256 is None or file_sha256(dest) == sha256),
+        lambda: download(url, dest, sha256, tries, wait, token),
+    )
     return dest
 
 
@@ -73,7 +69,6 @@ def download(url, dest, sha256, tries, wait, token):
     """What `fetch` does where the file is not there."""
     import requests  # not above: most runs download nothing, and it takes longer than all the rest
 
-    transient = requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError
     url = resolve_url(url)
     for attempt in range(tries):
         if attempt:
@@ -81,12 +76,10 @@ def download(url, dest, sha256, tries, wait, token):
         try:
             part, hub_hash = download_part(url, dest, token)
             break
-        except transient as e:
-            reason = readable(e)
-        except UserError:
+        except HTTPError:
             raise
-        except (requests.RequestException, ValueError) as e:  # redirects in a circle or to no URL
-            raise UserError(f"cannot download {url}: {readable(e)}") from e
+        except (requests.RequestException, ValueError) as e:  # the latter if a redirect is no URL
+            reason = str(e).split(": ")[-1].strip("\"')")[:100] or type(e).__name__
     else:
         raise UserError(
             f"cannot download {url}: gave up after {tries} tries ({reason}). Offline or behind a "
@@ -101,31 +94,30 @@ def download(url, dest, sha256, tries, wait, token):
     os.replace(part, dest)
 
 
-def readable(error):
-    """The end of a nested requests / urllib3 error, without its object addresses."""
-    text = re.sub(r"<[^>]*>:? ?|\(?Caused by |[\w.]*Error\(|[()'\"]", "", str(error))
-    return text.strip().split(": ")[-1][:100] or type(error).__name__
+def git_sha1(path):
+    """The name that git gives a file's content: the sha1 of its length and bytes."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def find_hub_hash(answers):
     """The sha256 or git sha1 by which the Hub, in one of its `answers`, names a file's content.
 
-    It is in X-Linked-ETag, usually of the redirect to the host that holds the bytes. That host's
-    own ETag may look like a sha256 and be something else; the Hub's (its answers carry
-    X-Repo-Commit) is git's sha1 for a small file. None on other servers.
+    It is in X-Linked-ETag, usually of the redirect to the host that holds the bytes, or for a small
+    file in the ETag of the Hub itself (its answers carry X-Repo-Commit). None on other servers.
     """
     for headers in (answer.headers for answer in answers):
         tag, digest = headers.get("X-Linked-ETag"), "[0-9a-f]{64}|[0-9a-f]{40}"
         if tag is None and "X-Repo-Commit" in headers:
             tag, digest = headers.get("ETag"), "[0-9a-f]{40}"
-        if found := re.fullmatch(f'(?:W/)?"?({digest})"?', tag or ""):
-            return found[1]
+        if match := re.fullmatch(f'(?:W/)?"?({digest})"?', tag or ""):
+            return match[1]
     return None
 
 
-def download_part(url, dest, token=None):
-    """One attempt at `fetch`: fill dest.VERSION.part, continuing the one that is there, and return
-    it with the hash that the Hub gives for it, or None."""
+def download_part(url, dest, token):
+    """Fill dest.VERSION.part in one attempt, continuing the one that is there, and return it with
+    the hash that the Hub gives for it, or None. VERSION is from the server's ETag or the like."""
     import requests
 
     old = next(dest.parent.glob(f"{glob.escape(dest.name)}.????????.part"), None)
@@ -151,17 +143,15 @@ def download_part(url, dest, token=None):
             if r.status_code != 200:
                 raise requests.ConnectionError("the file changed on the server")
         start, progress = size if resumed else 0, Progress()
-        length = r.headers.get("Content-Length")
-        total = start + int(length) if length else None
+        total = start + int(r.headers.get("Content-Length", 0))  # start, if it is not known
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab" if resumed else "wb") as f:
             for block in r.iter_content(1 << 18):
                 f.write(block)
-                of = f" of {total / MB:.1f}" if total else ""
-                progress(f"{dest.name}  {f.tell() / MB:.1f}{of} MB")
+                progress(f"{dest.name}  {f.tell() / MB:.1f} of {total / MB:.1f} MB")
             size = f.tell()
     progress.clear()
-    if total is not None and size != total:
+    if size < total:
         raise requests.ConnectionError(f"{size:,} of {total:,} bytes came")
     print(f"downloaded {dest.name}: {size:,} bytes", file=sys.stderr)
     return part, hub_hash
@@ -175,11 +165,8 @@ MODELS = "https://huggingface.co"
 VIEWER = "https://datasets-server.huggingface.co"  # gives rows of the Hub's data sets
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
 EXTRAS = (  # not all models have them
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
 INDEX = "model.safetensors.index.json"  # says which file of many holds which tensor
 WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
 
@@ -194,11 +181,9 @@ def snapshot_download(name, files=None, check=None):
 
     `name` is OWNER/NAME or one of GPT2_MODELS; @ and a branch, tag or commit may follow. Downloads
     only `files`, if they are given; else config.json, those of EXTRAS that there are, and the first
-    of WEIGHTS that there is (an index with all its shards). A file that is here is not asked for
-    again, nor is anything if the model is complete: this works offline, and a branch that has moved
-    on goes unnoticed. check(folder) is called before any weights are downloaded, and may raise.
-    Private and gated models need HF_TOKEN. UserError if a name is bad, a needed file is missing or
-    a download fails.
+    of WEIGHTS that there is (an index with all its shards). check(folder) is called before any
+    weights are downloaded, and may raise. What is here is not asked for again: this works offline,
+    and a branch that has moved on goes unnoticed.
     """
     repo, at, revision = name.partition("@")
     revision = revision if at else "main"
@@ -230,21 +215,18 @@ def snapshot_download(name, files=None, check=None):
 
 def weight_files(folder):
     """The files that hold the weights in a model's folder: its index's shards, whether they are
-    there or not; or the one file; or []. UserError if the index is damaged or names a strange file.
-    """
+    there or not; or the one file; or []. UserError if the index could name a file elsewhere."""
     index = folder / INDEX
     if not index.exists():
         return [file for file in WEIGHTS[1:] if (folder / file).exists()][:1]
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{index} has no weight_map of names to files; delete it") from e
-    if not shards:
-        raise UserError(f"{index} has an empty weight_map; delete it")
-    for file in shards:  # which must not leave the folder
-        if not isinstance(file, str) or not re.fullmatch(r"\w+((-+|\.)\w+)*", file, re.ASCII):
-            raise UserError(f"{index}: {file!r} is no plain file name")
-    return sorted(shards)
+        shards = sorted(set(read_json(index)["weight_map"].values()))
+        valid = shards and all(re.fullmatch(r"\w+((-+|\.)\w+)*", s, re.ASCII) for s in shards)
+    except (UserError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        raise UserError(f"{index} has no weight_map of plain file names; delete it")
+    return shards
 
 
 def hub_token(url):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_fast import ARCHITECTURES, build, fast_copy
+from test_matmul import ARCHITECTURES, build, fast_copy
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -145,7 +145,7 @@ def test_a_long_prompt_lets_others_write():
     assert [set(new) for new in steps] == [{short}, {short}, {short}, {short, long}]
 
 
-@pytest.mark.parametrize("chunk", [7, 10**9])
+@pytest.mark.parametrize("chunk", [1, 7, 10**9])
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 def test_log_probabilities_are_the_models(fast, chunk):
     model = build("qwen3")

@@ -150,26 +150,17 @@ def both(create, **request):
             assert content == (choice.message.content or "")
             calls = [c.function.model_dump() for p in parts for c in p.delta.tool_calls or ()]
             assert calls == [c.function.model_dump() for c in choice.message.tool_calls or ()]
-        for name, value in vars(choice.logprobs).items() if choice.logprobs else ():
-            sent = [getattr(p.logprobs, name) or [] for p in parts if p.logprobs]
-            assert_near(list(itertools.chain(*sent)), value or [])
+        for name, value in choice.logprobs.model_dump().items() if choice.logprobs else ():
+            sent = [p.logprobs.model_dump()[name] or [] for p in parts if p.logprobs]
+            assert list(itertools.chain(*sent)) == nearly(value or [])
     return whole
 
 
-def assert_near(found, expected):
-    """Equal but for the rounding of log probabilities: the cache is filled in other passes."""
-    if isinstance(expected, openai.BaseModel):
-        found, expected = vars(found), vars(expected)
-    if isinstance(expected, dict):
-        assert list(found) == list(expected)
-        found, expected = list(found.values()), list(expected.values())
-    if isinstance(expected, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected):
-            assert_near(one, other)
-    else:
-        wanted = pytest.approx(expected, abs=1e-4) if isinstance(expected, float) else expected
-        assert found == wanted
+def nearly(value):
+    """`value`, whose numbers equal others that differ by rounding: caches are filled in other
+    passes."""
+    near = functools.partial(pytest.approx, abs=1e-4)
+    return json.loads(json.dumps(value), parse_float=lambda number: near(float(number)))
 
 
 # ---- OpenAI's client -------------------------------------------------------------------------
@@ -195,33 +186,32 @@ def test_a_model_calls_a_tool_reads_its_result_and_speaks(chat):
     assert all(s.top_logprobs[0].token == s.token and len(s.top_logprobs) == 2 for s in scores)
 
 
-def test_without_tools_of_its_own_a_request_has_the_servers(chat):
-    tokens = [chat.chat(messages=HELLO, max_tokens=1, tools=t).usage.prompt_tokens
-              for t in ([], chat.service.info["tools"], openai.omit)]  # fmt: skip
-    assert tokens[0] < tokens[1] == tokens[2]
-
-
 def test_tool_choice_says_whether_and_what_is_called(chat):
-    tools, asked = [tool("search"), tool("wait")], dict(messages=TALK[:1], max_tokens=30)
-    assert not both(chat.chat, **asked).choices[0].message.tool_calls  # without any tools
-    silent = both(chat.chat, **asked, tools=tools, tool_choice="none")
-    assert not silent.choices[0].message.tool_calls
-    forced = both(chat.chat, messages=HELLO, tools=tools[:1], tool_choice="required")
-    assert forced.choices[0].message.tool_calls
+    tools, asked = [tool("search"), tool("wait")], dict(messages=TALK[:1], max_tokens=40)
     named = {"type": "function", "function": {"name": "wait"}}
-    forced = both(chat.chat, messages=HELLO, tools=tools, tool_choice=named, max_tokens=40)
-    assert forced.choices[0].message.tool_calls[0].function.name == "wait"
-    # a tool that the model does not know by training is told of in the system turn
-    known, told = (chat.chat(messages=HELLO, tools=[t], max_tokens=1).usage for t in tools)
-    assert told.prompt_tokens > known.prompt_tokens + 50
+    for request, name in (
+        (asked, None),  # without any tools
+        (asked | {"tools": tools, "tool_choice": "none"}, None),
+        (asked | {"messages": HELLO, "tools": tools[:1], "tool_choice": "required"}, "?"),
+        (asked | {"messages": HELLO, "tools": tools, "tool_choice": named}, "wait"),
+    ):
+        choice = both(chat.chat, **request).choices[0]
+        called = [c.function.name for c in choice.message.tool_calls or ()]
+        assert len(called) == bool(name) and (called == [name] or name != "wait")
     cut = both(chat.chat, messages=TALK[:1], tools=tools[:1], max_tokens=5).choices[0]
     assert cut.finish_reason == "length"  # nobody is to run half a call
+    known, told, none, ours, unnamed = (
+        chat.chat(messages=HELLO, tools=t, max_tokens=1).usage.prompt_tokens
+        for t in (tools[:1], tools[1:], [], chat.service.info["tools"], openai.omit)
+    )
+    # only a tool that the model does not know by training is told of in the system turn
+    assert told > known + 50 and none < ours == unnamed
 
 
 def test_a_call_that_is_no_json_can_be_sent_back(chat):
     """Models write such calls; the conversation must go on, as it does in the terminal."""
     answer = {"role": "tool", "tool_call_id": "a", "content": '{"error": "no JSON"}'}
-    for arguments in ('{"name": ', "", "[1]", '{"a": "\\ud83d"}'):
+    for arguments in ('{"name": ', '{"a": "\\ud83d"}'):
         function = {"name": "search", "arguments": arguments}
         call = {"id": "a", "type": "function", "function": function}
         called = {"role": "assistant", "content": None, "tool_calls": [call]}
@@ -229,10 +219,9 @@ def test_a_call_that_is_no_json_can_be_sent_back(chat):
 
 
 def test_lengths_stops_seeds_and_penalties(chat, text):
-    short = both(chat.chat, messages=HELLO, max_tokens=4)
+    short = both(chat.chat, messages=HELLO, max_completion_tokens=4)
     assert short.choices[0].message.content == "hi " and short.usage.completion_tokens == 4
     assert short.choices[0].finish_reason == "length"  # the fourth byte is a third of 你
-    assert both(chat.chat, messages=HELLO, max_completion_tokens=2).usage.completion_tokens == 2
     stopped = both(chat.chat, messages=HELLO, stop=["，请", "never"]).choices[0]
     assert (stopped.message.content, stopped.finish_reason) == ("hi 你好", "stop")
     hot = dict(prompt="it", max_tokens=24, temperature=1.5)
@@ -244,38 +233,33 @@ def test_lengths_stops_seeds_and_penalties(chat, text):
     stream = sample.TextStream(BYTE)
     words = "".join(map(stream.feed, [*ids, 256][: [*ids, 256].index(256)])) + stream.finish()
     assert several[2].text == words.rstrip("\ufffd")
-    assert both(text.write, **hot | {"seed": 3}).choices[0].text == several[2].text
     greedy = dict(prompt=SAYING[:4], max_tokens=60, temperature=0)
-    plain = both(text.write, **greedy).choices[0].text
+    plain = text.write(**greedy).choices[0].text
     assert plain.startswith(SAYING[4:])
-    assert both(text.write, **greedy, frequency_penalty=2).choices[0].text != plain
+    assert text.write(**greedy, frequency_penalty=2).choices[0].text != plain
+    penalised = text.write(**hot, presence_penalty=2, seed=3).choices[0]
+    assert penalised.text != several[2].text
     assert text.write(**greedy, extra_body={"top_k": 1, "min_p": 0.5}).choices[0].text == plain
-    poet = dict(prompt="it", model="poet", max_tokens=60, temperature=1)
-    penalised = text.write(**poet, presence_penalty=2).choices[0]
-    assert penalised.text != text.write(**poet).choices[0].text
 
 
 def test_limits_biases_and_ends_that_a_request_names(chat, text):
-    said = {"messages": HELLO, "temperature": 0}
-    hi = both(chat.chat, **said).choices[0].message.content
-    assert hi == GREETING
+    said, count = {"messages": HELLO, "temperature": 0}, len(GREETING.encode()) + 20
+    assert both(chat.chat, **said).choices[0].message.content == GREETING
     for none in {"max_tokens": -1}, {"max_tokens": None}, {"max_completion_tokens": -1}:
-        assert chat.chat(**said, extra_body=none).choices[0].message.content == hi
-        if "max_tokens" in none:
-            answer = text.write(prompt="it", temperature=0, extra_body=none)
-            assert answer.usage.completion_tokens > 100
+        assert chat.chat(**said, extra_body=none).choices[0].message.content == GREETING
+    answer = text.write(prompt="it", temperature=0, extra_body={"max_tokens": None})
+    assert answer.usage.completion_tokens > 100
     comma = BYTE.encode("，")[0]
-    cut = both(chat.chat, **said, extra_body={"stop_token_ids": [comma]}).choices[0]
-    assert (cut.message.content, cut.finish_reason) == ("hi 你好", "stop")
-    later = dict(stop=["你", "坐"], extra_body={"min_tokens": 8})
-    assert both(chat.chat, **said, **later).choices[0].message.content == "hi 你好，请"
-    count = len(GREETING.encode()) + 20
-    for more in {"min_tokens": count}, {"ignore_eos": True, "max_tokens": count}:
-        answer = both(chat.chat, **said, extra_body=more)
-        assert answer.choices[0].message.content.startswith(hi)
+    for extra, content in (
+        ({"stop_token_ids": [comma]}, "hi 你好"),
+        ({"stop": ["你", "坐"], "min_tokens": 8}, "hi 你好，请"),
+    ):
+        choice = both(chat.chat, **said, extra_body=extra).choices[0]
+        assert (choice.message.content, choice.finish_reason) == (content, "stop")
+    for extra in {"min_tokens": count}, {"ignore_eos": True, "max_tokens": count}:
+        answer = both(chat.chat, **said, extra_body=extra)
+        assert answer.choices[0].message.content.startswith(GREETING)
         assert answer.usage.completion_tokens >= count
-    ends = {"stop_token_ids": list(range(320)), "min_tokens": 3}  # nothing else can come
-    assert text.write(prompt="a", extra_body=ends).choices[0].finish_reason == "stop"
     asked = dict(prompt="it", max_tokens=20, temperature=1.5, seed=5)
     settings = text.service.api.settings | dict(temperature=1.5, seed=5, logit_bias={89: 12})
     settings |= {"allowed": sample.allowed_ids(text.model, BYTE), "ends": [256], "min_tokens": 20}
@@ -344,33 +328,34 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
             create(**asked, stream=stream)
         assert e.value.code == "context_length_exceeded"
     assert chat.chat(messages=long, extra_body={"truncation": "auto"}, max_tokens=2).choices
-    bad = dict(temperature=3, n=0, max_tokens=0, stop=["a"] * 5, seed="x", top_p=7, tools="x")
-    bad |= dict(tool_choice={"function": {"name": []}}, top_logprobs=21, messages=[])
-    for name, value in bad.items():
-        with pytest.raises(openai.BadRequestError):
-            chat.chat(**{"messages": HELLO, name: value})
-    bad = dict(logit_bias={"a": 1}, stop_token_ids=[320], min_tokens=-1, ignore_eos=1, best_of=2)
-    bad |= dict(response_format={"type": "json_object"}, functions=[tool("f")], suffix="x")
-    bad |= dict(function_call="auto", modalities=["text", "audio"], prediction={"content": "x"})
-    bad |= dict(guided_json={}, grammar="root ::= 'a'", structured_outputs={"choice": ["a"]})
-    bad |= dict(use_beam_search=True, prompt_logprobs=0, repeat_penalty=1.1, mirostat=2)
-    bad |= dict(parallel_tool_calls="no", truncate_prompt_tokens=5, include_reasoning=False)
+    bad = dict(temperature=3, n=0, max_tokens=0, stop=["a"] * 5, seed="x", top_p=7, min_tokens=-1)
+    bad |= dict(logit_bias={"a": 1}, stop_token_ids=[320], ignore_eos=1, best_of=2, suffix="x")
+    bad |= dict(response_format={"type": "json_object"}, functions=[tool("f")], guided_json={})
+    bad |= dict(function_call="auto", modalities=["text", "audio"], prompt_logprobs=0)
+    bad |= dict(parallel_tool_calls="no", logit_bias={"1": float("nan")}, stream_options=[])
     fine = dict(response_format={"type": "text"}, functions=[], function_call="none", best_of=1)
-    fine |= dict(modalities=["text"], audio=None, prediction=None, suffix="", guided_json=None)
-    fine |= dict(use_beam_search=False, prompt_logprobs=None, repeat_penalty=1.0, logit_bias={})
-    fine |= dict(parallel_tool_calls=False, user="me", metadata={"a": "b"}, store=True)
-    fine |= dict(service_tier="auto", safety_identifier="x", prompt_cache_key="y", priority=3)
-    fine |= dict(stop_token_ids=[], min_tokens=0, ignore_eos=False, cache_prompt=True, new=[1])
+    fine |= dict(modalities=["text"], audio=None, suffix="", logit_bias={}, stop_token_ids=[])
+    fine |= dict(parallel_tool_calls=False, user="me", metadata={"a": "b"}, store=True, new=[1])
     for path, asked in (ASK, GOOD), (WRITE, {"prompt": "a", "max_tokens": 2}):
         plain = fetch(chat.port, post(path, asked | {"seed": 1}))[2]["choices"]
         assert fetch(chat.port, post(path, asked | {"seed": 1} | fine))[2]["choices"] == plain
+        assert fetch(chat.port, post(path, asked | {"n": 2, "best_of": 2}))[0] == 200
         for name, value in bad.items():
             status, _, answer = fetch(chat.port, post(path, asked | {name: value}))
             assert (status, answer["error"]["param"]) == (400, name) and name in str(answer)
-    monkeypatch.setattr(chat.service, "key", "schlüssel")
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}
+    for name, value in (
+        *[("messages", m) for m in ([], "x", [5], [{"role": "x"}], [turn("user", 5)], [call])],
+        *[("tools", t) for t in ("x", [5], [{"function": {}}])],
+        *[("tool_choice", c) for c in ("x", 5, {"function": {"name": []}})],
+    ):
+        assert fetch(chat.port, post(ASK, GOOD | {"tools": [tool("f")], name: value}))[0] == 400
+    for prompt in [], [[]], [300], [-1], [[1.5]], {"a": 1}:
+        assert fetch(text.port, post(WRITE, {"prompt": prompt}))[0] == 400
+    monkeypatch.setattr(chat.service, "key", "k1")
     with pytest.raises(openai.AuthenticationError):
         chat.client.models.list()
-    for status, given in (200, "Bearer schlüssel"), (401, "Bearer schl"), (401, "schlüssel"):
+    for status, given in (200, "Bearer k1"), (401, "Bearer k"), (401, "k1"), (401, "Bearer ü"):
         assert get(chat.port, "/v1/models", f"Authorization: {given}")[0] == status
     open_to_all = {path for path in data.service.ROUTES if get(chat.port, path)[0] == 200}
     assert open_to_all == {"/", "/health"}
@@ -470,75 +455,38 @@ ASK, WRITE, LENGTH = "/v1/chat/completions", "/v1/completions", "Content-Length:
 GOOD = {"model": "tiny", "messages": HELLO, "max_tokens": 2}
 CHOICE = {"messages": HELLO, "chosen": "hi 你好", "rejected": "no"}
 POSTS = [path for path, (method, *_) in data.service.ROUTES.items() if method == "POST"]
-CHUNKED, BODY = "Transfer-Encoding: chunked", json.dumps(GOOD).encode()
-SIZE = b"%X" % len(BODY)
-CHUNKS = SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n"
-
-
-def chunked(content, sizes=(1, 0, 7, 10**6), extension=b"", trailers=b""):
-    """A request to chat whose body comes in chunks of `sizes`, again and again."""
-    out = request(f"POST {ASK} HTTP/1.1", CHUNKED)
-    for size in filter(None, itertools.cycle(sizes)):
-        if not content:
-            return out + b"0" + extension + b"\r\n" + trailers + b"\r\n"
-        part, content = content[:size], content[size:]
-        out += b"%X%s\r\n%s\r\n" % (len(part), extension, part)
-
-
-HOSTS = ("evil.example", "localhost.evil.example", "127.0.0.1@evil.example", "", "[::1].evil", "[",
-         "127.0.0.2", ":80")  # fmt: skip
-SITES = "http://evil.example", "null", "http://localhost:1", "localhost", "", "file://"
+HOSTS = "evil.example", "localhost.evil.example", "127.0.0.1@evil.example", "", "127.0.0.2"
+SITES = "http://evil.example", "null", "http://localhost:1", "localhost", ""
 REFUSED = [  # (request, its status, perhaps that no more is sent)
     *[(post(ASK, body), 400) for body in (
-        "{", "[]", "null", "{'a': 1}", b"\xff\xfe", b"\xef\xbb\xbf{}", "[" * 10**5, '{"a": ' * 9000,
-        '{"messages": ' + "[" * 5000 + "]" * 5000 + "}", '{"a": NaN}', '{"a": -Infinity}', "{}",
-        '{"a": "\\ud83d"}', '{"\\ude00": 1}', f'{{"seed": {"9" * 9999}}}', json.dumps(GOOD) + "x",
+        "{", "[]", "{'a': 1}", b"\xff\xfe", "[" * 10**5, "{}", '{"a": "\\ud83d"}',
+        '{"messages": ' + "[" * 5000 + "]" * 5000 + "}", f'{{"seed": {"9" * 9999}}}',
     )],
-    (post(ASK, b"", LENGTH + "0"), 400), (post(ASK, GOOD, LENGTH + "5000"), 400, True),
-    *[(post(ASK, GOOD, LENGTH + n), 411) for n in ("-1", "+5", "5_0", "0x10", "1e3", "٣", "1.0")],
-    *[(post(ASK, GOOD, LENGTH + n), 413) for n in ("1048577", "9" * 40)],
-    (post(ASK, b"x" * (1 << 20) + b"y"), 413), (request(f"POST {ASK} HTTP/1.1"), 411),
-    (post(ASK, GOOD, LENGTH + "67", LENGTH + "67"), 411), (post(ASK, GOOD, CHUNKED), 400),
-    (request(f"POST {ASK} HTTP/1.1", CHUNKED, body=CHUNKS), 400),
-    (request(f"POST {ASK} HTTP/1.0", CHUNKED) + CHUNKS, 400),
-    *[(request(f"POST {ASK} HTTP/1.1", *codings) + CHUNKS, status) for *codings, status in (
-        ("Transfer-Encoding: gzip, chunked", 501), ("Transfer-Encoding:", 501),
-        (CHUNKED, CHUNKED, 501), ("Transfer-Encoding : chunked", 400), ("X", CHUNKED, 400),
-    )],
-    *[(request(f"POST {ASK} HTTP/1.1", CHUNKED) + body, 400, True) for body in (
-        b"", CHUNKS[:-1], CHUNKS[:-2], CHUNKS[:-5], CHUNKS[:9], CHUNKS.replace(b"\r\n", b"\n"),
-        CHUNKS.replace(b"}\r\n", b"}"), SIZE + b";\n" + CHUNKS[4:], CHUNKS[:-2] + b"X\r\n\r\n",
-        *[size + CHUNKS[2:] for size in (
-            b"", b" " + SIZE, b"+" + SIZE, b"-" + SIZE, b"0x" + SIZE, SIZE + b"_", SIZE + b";\0",
-            b"0000000" + SIZE, b"\xb2", b"%X" % (len(BODY) + 1), b"%X" % (len(BODY) - 1),
-        )],
-    )],
-    (chunked(b"x" * (1 << 20) + b"y"), 413), (chunked(b"x" * 300_000, (1,)), 0),
-    (chunked(b"{}", (2,), b";" + b"x" * (1 << 21)), 0),
-    (chunked(b"{}", (2,), b"", b"X: y\r\n" * 300_000), 0),
-    (request(f"POST {ASK} HTTP/1.1", CHUNKED) + b"FFFFFFFF\r\n", 413),
+    (post(ASK, GOOD, LENGTH + "5000"), 400, True), (post(ASK, GOOD)[:-9], 400, True),
+    *[(post(ASK, GOOD, LENGTH + n), 411) for n in ("-1", "+5", "0x10", "٣", "1.0", "9" * 40)],
+    (post(ASK, GOOD, LENGTH + "1048577"), 413), (post(ASK, b"x" * (1 << 20) + b"y"), 413),
+    (post(ASK, GOOD, LENGTH + "67", LENGTH + "67"), 411), (request(f"POST {ASK} HTTP/1.1"), 411),
+    (post(ASK, GOOD, "Transfer-Encoding: chunked"), 411),
     *[(post(path, GOOD, f"Host: {host}"), 403) for path in POSTS for host in HOSTS],
     *[(post(path, GOOD, f"Origin: {site}"), 403) for path in POSTS for site in SITES],
-    (post(ASK, GOOD, "Host: localhost", "Host: evil.example"), 403),
     (b"GET / HTTP/1.1\r\n\r\n", 403), (request("GET / HTTP/1.1", "Host: evil.example"), 403),
     *[(request(f"GET {path} HTTP/1.1"), 405) for path in POSTS],
     *[(request(f"{verb} / HTTP/1.1"), 405) for verb in ("POST", "PUT", "DELETE", "PATCH")],
-    *[(request(f"{verb} / HTTP/1.1"), 501) for verb in ("TRACE", "CONNECT", "get", "X" * 99)],
+    *[(request(f"{verb} / HTTP/1.1"), 501) for verb in ("TRACE", "X" * 99)],
     *[(request(f"GET {path} HTTP/1.1"), 404) for path in (
-        "/nothing", "/../model.py", "/..%2fmodel.py", "//etc/passwd", "/v1/models/", "*",
+        "/nothing", "/../model.py", "/..%2fmodel.py", "//etc/passwd", "/v1/models/", "http://[",
         *[f"/page/run{n}" for n in ("", "?name=../..", "?name=..%2f..", "?name=%00", "?name=/etc")],
     )],
-    *[(request(f"GET {path} HTTP/1.1"), 400) for path in ("http://[", "/page/run?" + "a=b&" * 99)],
-    *[(request(f"GET / {v}"), n) for v, n in (("HTTP/2.0", 505), ("HTTP", 400), ("X/1.1 Y", 400))],
-    (request("GET / HTTP/1.1", *["X: y"] * 200), 431), (b"GET /" + b"x" * 70000, 0),
-    (request("GET / HTTP/1.1", "X: " + "y" * 66000), 0), (b"\x00" * 70000, 0),
-    (bytes(range(256)) * 4, 400, True), (b"\r\n\r\n", 0), (b"", 0, True), (b"POST", 400, True),
-    (b"POST / HT", 400, True), (post(ASK, GOOD)[:60], 400, True), (b"POST /\r\n\r\n", 400),
+    (request("GET / HTTP/1.1", *["X: y"] * 200), 431), (b"GET /" + b"x" * 70000, 414),
+    (request("GET / HTTP/1.1", "X: " + "y" * 66000), 431), (bytes(range(256)) * 4, 400, True),
+    (b"\r\n\r\n", 0), (b"", 0, True), (b"POST / HT", 400, True), (post(ASK, GOOD)[:60], 411, True),
 ]  # fmt: skip
 
 
+BEGINNINGS = {"header": b"GET / HT", "body": post(ASK, GOOD)[:-9]}
+
+
 def test_bad_requests_are_refused_and_change_nothing(chat, monkeypatch):
-    monkeypatch.setattr(data.server, "SECONDS", 3)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda case: fetch(chat.port, case[0], *case[2:])[0], REFUSED))
     assert [(c[0][:200], c[1], s) for c, s in zip(REFUSED, found) if c[1] != s] == []
@@ -546,44 +494,10 @@ def test_bad_requests_are_refused_and_change_nothing(chat, monkeypatch):
     two = post(ASK, GOOD, "Host: [::1]:80") + post("/page/choose", CHOICE)
     assert fetch(chat.port, two)[0] == 200  # the second one is not read
     assert get(chat.port, "/health")[2] == {"status": "ok"} and not Path("out").exists()
-
-
-def test_a_body_in_chunks_is_the_same_request(chat):
-    body = json.dumps(GOOD | {"user": "好" * 99_000}, ensure_ascii=False).encode()
-    whole = fetch(chat.port, post(ASK, body))[2]["choices"]
-    for how in {}, {"extension": b' ;a=b;c="d e"'}, {"trailers": b"X: y\r\nZ:\r\n"}:
-        for sizes in (9000,), (1, 0, 7, 10**6), (300, 5):
-            status, _, answer = fetch(chat.port, chunked(body, sizes, **how) + post(ASK, GOOD))
-            assert status == 200 and answer["choices"] == whole
-    loud = request(f"POST {ASK} HTTP/1.1", "transfer-encoding:\tCHUNKED ")
-    assert fetch(chat.port, loud + CHUNKS)[0] == 200
-
-
-ROLE = '[{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "%s"}}]}]'
-JUNK = ["null", "true", "-1", "0", "1.5", "1e400", "1" * 401, '"x"', '""', f'"{"好" * 99}"', "[]",
-        "{}", "[[]]", "[null]", '{"a": 1}', '["a", 5]', "[1, 2]", '[{"role": "user"}]', "[[1, -1]]",
-        "[" * 99 + "]" * 99, '[{"type": "function"}]', '[{"function": {"name": 5}}]', ROLE % "[[",
-        '{"function": {"name": "x"}}', '[{"role": "tool", "tool_calls": {"a": 1}}]',
-        '[{"role": [], "content": ""}]', ROLE % "1e999"]  # fmt: skip
-
-
-def test_any_value_in_any_field_has_an_answer(chat, text):
-    """Never a 5xx: a step that fails would end everybody's answers."""
-    fields = dict.fromkeys([*data.api.FIELDS, "logprobs", "logit_bias", "stop_token_ids", "model"])
-    more = dict.fromkeys(["tools", "tool_choice", "truncation"])
-    cases = [(chat, ASK, fields | more | GOOD),
-             (text, WRITE, fields | {"prompt": "a", "model": "tiny", "max_tokens": 2}),
-             (chat, "/page/tool", {"name": "search", "arguments": "{}"}),
-             (chat, "/page/classify", {"text": "a"}), (chat, "/page/choose", CHOICE)]  # fmt: skip
-    others = set(POSTS) - {path for _, path, _ in cases}
-    cases += [(text, path, dict.fromkeys(["prompt", "tokens"])) for path in sorted(others)]
-    for serving, path, good in cases:
-        for name, value in itertools.product(good, JUNK):
-            rest = json.dumps({k: v for k, v in good.items() if k != name and v is not None})
-            body = "{" + f'"{name}": {value}' + (", " if len(rest) > 2 else "") + rest[1:]
-            status, _, answer = fetch(serving.port, post(path, body))
-            assert status in (200, 400, 404), body
-            assert "server_error" not in str(answer), body
+    monkeypatch.setattr(data.server, "SECONDS", 0.3)
+    began = time.monotonic()  # what is not sent in time is not waited for
+    assert all(raw(chat.port, start) == b"" for start in (b"", *BEGINNINGS.values()))
+    assert time.monotonic() - began < 5
 
 
 def test_requests_that_are_much_work_are_refused_or_soon_done(chat, text):
@@ -599,11 +513,8 @@ def test_requests_that_are_much_work_are_refused_or_soon_done(chat, text):
 
 # ---- slow clients, lost clients, failures ----------------------------------------------------
 
-BEGINNINGS = {"header": b"GET / HT", "body": post(ASK, GOOD)[:-9]}
-BEGINNINGS["refused"] = b"X / HTTP/1.1\r\n\r\n"
 
-
-@pytest.mark.parametrize("start", BEGINNINGS.values(), ids=BEGINNINGS)
+@pytest.mark.parametrize("start", [*BEGINNINGS.values(), b"X / HTTP/1.1\r\n\r\n"])
 def test_200_slow_clients_do_not_keep_out_a_real_one(chat, start):
     slow, over = [], threading.Event()
 
@@ -627,7 +538,7 @@ def test_200_slow_clients_do_not_keep_out_a_real_one(chat, start):
             over.set()
             for s in slow:
                 s.close()
-    wait_until(lambda: chat.server.open == 0)
+    wait_until(lambda: not chat.server.open)
 
 
 @pytest.fixture
@@ -641,20 +552,23 @@ def slowly(text, monkeypatch):
 
 
 def test_a_client_that_goes_frees_its_slot_and_its_place_in_the_queue(text, slowly):
-    def asking(body, more=b""):
+    def asking(body, rest=b""):
         s = socket.create_connection(("127.0.0.1", text.port))
-        s.sendall(post(WRITE, LONG | body) + more)
+        s.sendall(post(WRITE, LONG | body) + rest)
         return s
 
-    for stream, more in itertools.product((False, True), (b"", b"\r\n", post(WRITE, LONG))):
-        with asking({"n": 2, "stream": stream}, more):
-            wait_until(lambda: metrics(text.port)["slots_busy"] == 2)
-        assert wait_until(lambda: metrics(text.port)["slots_busy"] == 0) < 2  # of six seconds
+    def wait_for(name, count):
+        return wait_until(lambda: metrics(text.port)[name] == count)
+
+    for stream, rest in (False, b""), (True, post(WRITE, LONG)):
+        with asking({"n": 2, "stream": stream}, rest):
+            wait_for("slots_busy", 2)
+        assert wait_for("slots_busy", 0) < 2  # of six seconds
     with asking({"n": 4}):
-        wait_until(lambda: metrics(text.port)["slots_busy"] == 4)
+        wait_for("slots_busy", 4)
         with asking({"n": 3}):
-            wait_until(lambda: metrics(text.port)["queue"] == 3)
-        assert wait_until(lambda: metrics(text.port)["queue"] == 0) < 2
+            wait_for("queue", 3)
+        assert wait_for("queue", 0) < 2
         assert metrics(text.port)["slots_busy"] == 4
 
 
@@ -816,12 +730,11 @@ def test_choices_are_rows_that_finetune_reads(chat):
         assert fetch(chat.port, post("/page/choose", row))[0] == 400
     info = get(chat.port, "/page/info")[2]["choices"]
     assert info["count"] == 3 and info["file"] == str(Path("out/choices.jsonl"))
-    kind, parts, _ = load_data(info["file"])
-    assert kind == "prefer" and len(parts["train"]) + len(parts["val"]) == 3
-
-
-def test_a_disk_that_fails_is_said(chat):
-    Path("out").write_text("no folder", encoding="utf-8")
+    kind, splits, _ = load_data(info["file"])
+    assert kind == "prefer" and len(splits["train"]) + len(splits["val"]) == 3
+    Path("out/choices.jsonl").unlink()
+    Path("out").rmdir()
+    Path("out").write_text("no folder", encoding="utf-8")  # an error that is said
     assert fetch(chat.port, post("/page/choose", CHOICE))[0] == 500
 
 
@@ -832,12 +745,12 @@ def test_runs_and_their_figures(chat):
     texts = {"long": "".join(json.dumps(r) + "\n" for r in rows)}
     texts["cut 好"] = '{"step": 1, "loss": NaN}\n{"step": 2, "loss": Infinity}\n{"step": 3, "lo'
     texts |= {"empty": "", "odd": '5\n[1]\n\nnull\n{"val_loss": 1}\n'}
+    settings = {"long": '{"lr": 0.1}', "odd": "{"}
     for n, (name, content) in enumerate(texts.items()):
         Path("out", name).mkdir(parents=True)
         Path("out", name, "metrics.jsonl").write_text(content, encoding="utf-8")
+        Path("out", name, "settings.json").write_text(settings.get(name, ""), encoding="utf-8")
         os.utime(Path("out", name, "metrics.jsonl"), (time.time() - n, time.time() - n))
-    Path("out/long/settings.json").write_text('{"lr": 0.1}', encoding="utf-8")
-    Path("out/odd/settings.json").write_text("{", encoding="utf-8")
     Path("out/no run").mkdir()
     with data.runs.lock_folder("out/odd"):
         runs = get(chat.port, "/page/runs")[2]["runs"]
