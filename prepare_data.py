@@ -45,6 +45,8 @@ from data.tokenizer import PATTERNS, UNKNOWN, Tokenizer, learn_bpe
 def find_files(source):
     """The files of a SOURCE, downloaded if need be: paths, or (name, open) pairs of data.sources'
     `shards`. UserError if there are none."""
+    if not source.strip():
+        raise UserError("the source is empty: name a file, a folder, a URL, stdlib, ...")
     if source in SOURCES:
         files = SOURCES[source].fetch()["train"]
         return files if isinstance(files, list) else [files]

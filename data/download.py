@@ -12,6 +12,7 @@ from data.cli import Progress, UserError
 from data.files import file_sha256, read_json, write_once
 
 DATA = Path("data")
+MODELS = "https://huggingface.co"
 MB = 1_000_000
 
 
@@ -32,8 +33,8 @@ def resolve_url(url):
     """The address to ask in place of `url`: the Hub's mirror from HF_ENDPOINT, then
     SCRATCHLM_MIRROR=BASE, which serves https://host/path as BASE/host/path."""
     hub = os.environ.get("HF_ENDPOINT", "").rstrip("/")
-    if hub and url.startswith("https://huggingface.co/"):
-        url = hub + url.removeprefix("https://huggingface.co")
+    if hub and url.startswith(f"{MODELS}/"):
+        url = hub + url.removeprefix(MODELS)
     mirror = os.environ.get("SCRATCHLM_MIRROR", "").rstrip("/")
     return f"{mirror}/{url.split('://', 1)[1]}" if mirror else url
 
@@ -131,8 +132,9 @@ def download_part(url, dest, token):
         if r.status_code in (408, 429) or r.status_code >= 500:
             raise requests.ConnectionError(f"HTTP {r.status_code}")
         if r.status_code not in (200, 206) and not (size and r.status_code == 416):
-            message = f"cannot download {url}: HTTP {r.status_code} {r.reason}"
-            raise HTTPError(message + " (a wrong name?)" * (r.status_code == 404), r.status_code)
+            hint = " (a wrong name?)" if r.status_code == 404 else ""
+            message = f"cannot download {url}: HTTP {r.status_code} {r.reason}{hint}"
+            raise HTTPError(message, r.status_code)
         hub_hash = find_hub_hash([*r.history, r])
         version = hub_hash or r.headers.get("ETag") or r.headers.get("Last-Modified")
         version = version and "." + hashlib.sha1(version.encode()).hexdigest()[:8]
@@ -161,7 +163,6 @@ def download_part(url, dest, token):
 # Models of the Hugging Face Hub: which files make one, and how to ask for them
 # --------------------------------------------------------------------------------------------
 
-MODELS = "https://huggingface.co"
 VIEWER = "https://datasets-server.huggingface.co"  # gives rows of the Hub's data sets
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
 EXTRAS = (  # not all models have them
@@ -185,13 +186,13 @@ def snapshot_download(name, files=None, check=None):
     weights are downloaded, and may raise. What is here is not asked for again: this works offline,
     and a branch that has moved on goes unnoticed.
     """
-    repo, at, revision = name.partition("@")
-    revision = revision if at else "main"
-    repo = f"openai-community/{repo}" if repo in GPT2_MODELS else repo
-    if not re.fullmatch(r"(\w|\w[\w.-]{0,94}\w)/(\w|\w[\w.-]{0,94}\w)", repo, re.ASCII):
-        raise UserError(f"model {name!r} is neither OWNER/NAME nor one of {', '.join(GPT2_MODELS)}")
-    if not revision.strip(". "):
-        raise UserError(f"revision {revision!r} of {repo} is no branch, tag or commit")
+    owner = "openai-community/" if name.partition("@")[0] in GPT2_MODELS else ""
+    part = r"\w(?:[\w.-]{0,94}\w)?"
+    match = re.fullmatch(rf"({part}/{part})(?:@(.*[^. ].*))?", owner + name, re.ASCII)
+    if not match:
+        models = ", ".join(GPT2_MODELS)
+        raise UserError(f"model {name!r} is not {models} or OWNER/NAME, maybe with an @revision")
+    repo, revision = match[1], match[2] or "main"
     folder = DATA.joinpath("hub", *repo.split("/"), quote(revision, safe=""))
     if files is not None:
         for file in files:
@@ -201,9 +202,8 @@ def snapshot_download(name, files=None, check=None):
     needed = ["config.json", *weight_files(folder)]
     if len(needed) > 1 and all((folder / file).exists() for file in needed):
         return folder
-    fetch_from_hub(repo, revision, "config.json", folder)
-    for file in EXTRAS:
-        fetch_from_hub(repo, revision, file, folder, optional=True)
+    for file in ("config.json", *EXTRAS):
+        fetch_from_hub(repo, revision, file, folder, optional=file in EXTRAS)
     if check:
         check(folder)
     if not any(fetch_from_hub(repo, revision, file, folder, optional=True) for file in WEIGHTS):
