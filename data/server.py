@@ -25,7 +25,6 @@ from data.service import ROUTES
 MAX_BODY = 1 << 20  # bytes
 MAX_CONNECTIONS = 64
 SECONDS = 10  # to send a request, and to take a part of an answer
-LOCAL = ("localhost", "127.0.0.1", "::1")
 LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d*)?", re.IGNORECASE)
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "

@@ -1,16 +1,51 @@
 """What a server answers: OpenAI's API, the page, and what the page asks for."""
 import json
+import os
+import re
 import threading
 from pathlib import Path
 
 from data.answer import ApiError
-from data.chat import tool_call
+from data.api import Api
+from data.chat import get_template, labels_of, tool_call
+from data.cli import UserError
 from data.rows import to_example
 from data.runs import OUT, read_run, run_list
-from data.tools import call_tool
+from data.tools import call_tool, function_schema
 
 PAGE = Path(__file__).with_name("page.html")
 CHOICES = OUT / "choices.jsonl"
+LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+def make_service(scheduler, tokenizer, adapters, allowed, settings, tools, classify, ckpt, args):
+    """The Service of a Scheduler's model, from the flags `args` of sample.py; the other arguments
+    are those of Api and Service. UserError for an unsafe --host, --api_key or --cors."""
+    key = args.api_key or os.environ.get("SCRATCHLM_API_KEY")
+    if args.host not in (None, *LOCAL) and not key:
+        raise UserError(f"--host {args.host} opens the server to others: give it an --api_key")
+    if key and not re.fullmatch("[!-~]+", key):
+        raise UserError("--api_key must be of ASCII letters, digits and signs, as HTTP wants it")
+    if args.cors and not re.fullmatch(r"https?://[^/\s]+", args.cors):
+        raise UserError(f"--cors {args.cors} is no origin like https://example.org")
+    known = {n for n, f in tools.items() if getattr(f, "needs_no_schema", False)}
+    schemas = [function_schema(name, f) for name, f in tools.items()]
+    context, labels = scheduler.engine.context, labels_of(tokenizer)
+    api = Api(scheduler, tokenizer, adapters, context, allowed, settings, schemas, known)
+    command = f"python finetune.py --ckpt {ckpt} --data {CHOICES}"
+    info = {
+        "kind": "classifier" if labels else "chat" if get_template(tokenizer) else "base",
+        "model": api.names[0],
+        "models": api.names,
+        "labels": labels,
+        "settings": settings,
+        "context": context,
+        "max_tokens": min(args.max_new_tokens, context // 2),
+        "system": args.system or "",
+        "tools": schemas,
+        "choices": {"file": str(CHOICES), "command": command},
+    }
+    return Service(api, info, tools, classify if labels else None, key, args.cors)
 
 
 class Service:
