@@ -22,7 +22,7 @@ MB = 1_000_000
 
 
 class HTTPError(UserError):
-    """The server refuses, and will refuse again; `status` is its HTTP code."""
+    """The server refused the request for good; `status` is its HTTP code."""
 
     def __init__(self, message, status):
         super().__init__(message)
@@ -40,7 +40,7 @@ def resolve_url(url):
 
 
 def download_path(url):
-    """Where `url` is kept: data/downloads/host/path, no part of which can leave that folder."""
+    """The path at which `url` is kept: data/downloads/host/path, and never outside of it."""
     u = urlsplit(url)
     host = u.netloc.strip(".") or "unknown"
     names = [p for p in unquote(u.path).split("/") if p not in ("", ".", "..")] or ["index.html"]
@@ -67,19 +67,18 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
 
 
 def download(url, dest, sha256, tries, wait, token):
-    """What `fetch` does where the file is not there."""
+    """Download a file for `fetch`."""
     import requests  # not above: most runs download nothing, and it takes longer than all the rest
 
     url = resolve_url(url)
     for attempt in range(tries):
-        if attempt:
-            time.sleep(wait * 2 ** (attempt - 1))
+        time.sleep(wait * 2 ** (attempt - 1) if attempt else 0)
         try:
             part, hub_hash = download_part(url, dest, token)
             break
         except HTTPError:
             raise
-        except (requests.RequestException, ValueError) as e:  # the latter if a redirect is no URL
+        except (requests.RequestException, ValueError) as e:  # ValueError: a redirect to no URL
             reason = str(e).split(": ")[-1].strip("\"')")[:100] or type(e).__name__
     else:
         raise UserError(
@@ -118,7 +117,7 @@ def find_hub_hash(answers):
 
 def download_part(url, dest, token):
     """Fill dest.VERSION.part in one attempt, continuing the one that is there, and return it with
-    the hash that the Hub gives for it, or None. VERSION is from the server's ETag or the like."""
+    the hash that the Hub gives for it, or None. VERSION is a hash of what the server calls it."""
     import requests
 
     old = next(dest.parent.glob(f"{glob.escape(dest.name)}.????????.part"), None)
