@@ -1062,7 +1062,7 @@ def build_parser():
     add("--lora_rank", type=at_least(0),
         help="adapters of this rank, all else frozen (default 0: none)")
     add("--lora_alpha", type=positive, help="adapters count alpha / rank times (default 2 x rank)")
-    add("--lora_dropout", type=float, help="in front of the adapters (default 0)")
+    add("--lora_dropout", type=between(0, 0.99), help="in front of the adapters (default 0)")
     add("--lora_targets", help="attention, mlp, all (default), or names of layers with commas")
     add("--quantize", choices=("int8", "nf4"), help="the frozen base, with --lora_rank")
     add = p.add_argument_group("objectives").add_argument
