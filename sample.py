@@ -750,7 +750,7 @@ def make_service(model, tokenizer, path, args, tools):
     masks[False, False] = allowed_ids(model, tokenizer)
 
     def activate(name):
-        lora.set_adapter(model, *([name] if name else []))
+        lora.set_adapter(model, name)
 
     def classify_text(text):
         return label_shares(model, tokenizer, [tokenizer.encode(text)])[0]
@@ -776,8 +776,8 @@ def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=
         ):  # fmt: skip
             pass
 
-    def set_adapter(*names):
-        lora.set_adapter(model, *names)
+    def set_adapter(name):
+        lora.set_adapter(model, name)
         engine.forget()
 
     chat.write, chat.set_adapter = write, set_adapter
