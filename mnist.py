@@ -49,11 +49,8 @@ MEAN, STD = 0.1307, 0.3081  # of the training pixels, scaled to [0, 1]
 
 def load_mnist(device="cpu", folder=None):
     """((images, labels), (test images, test labels)) on `device`: images (N, 28, 28) float32 with
-    mean 0 and standard deviation 1, labels (N,) int64. Downloaded, or read from `folder`.
-
-    All images together are 220 MB, so they are converted once: a batch is then one indexing
-    operation.
-    """
+    mean 0 and standard deviation 1, labels (N,) int64. Downloaded, or read from `folder`. All
+    images together are 220 MB: converted once, a batch is one indexing operation."""
     read = partial(read_folder_idx, folder) if folder else download_idx
     train_x, train_y, test_x, test_y = (read(name) for name in FILES)
     for x, y in ((train_x, train_y), (test_x, test_y)):
@@ -91,17 +88,12 @@ class MLP(nn.Module):
         return F.log_softmax(self.layers(images.flatten(1)), dim=-1)
 
 
-def one_hot(labels):
-    """(B,) -> (B, 10): 1 at the label, 0 elsewhere."""
-    return F.one_hot(labels, 10).float()
-
-
 # What to minimise. Each takes log probabilities (B, 10) and labels (B,), and returns a mean.
 LOSSES = {
     "nll": F.nll_loss,
-    "mse": lambda log_p, labels: F.mse_loss(log_p.exp(), one_hot(labels)),
+    "mse": lambda log_p, labels: F.mse_loss(log_p.exp(), F.one_hot(labels, 10).float()),
     "cosine": lambda log_p, labels: F.cosine_embedding_loss(
-        log_p.exp(), one_hot(labels), torch.ones_like(labels)
+        log_p.exp(), F.one_hot(labels, 10).float(), torch.ones_like(labels)
     ),
 }
 
@@ -136,10 +128,8 @@ SCHEDULES = {
 
 def fit(run, images, labels, batch_loss, evaluate):
     """Train `run.model` for `run.args.epochs` to minimise batch_loss(model, images, labels). What
-    `evaluate()` returns after each epoch goes into `run.history`.
-
-    Returns 0, or the number of the signal after Ctrl-C or SIGTERM, once the run is saved.
-    """
+    `evaluate()` returns after each epoch goes into `run.history`. Ctrl-C and SIGTERM save the run
+    first. Returns the exit code."""
     a, model, optimizer = run.args, run.model, run.optimizer
 
     def backward(rows):
@@ -159,7 +149,9 @@ def fit(run, images, labels, batch_loss, evaluate):
             for rows in order.split(a.batch_size)[run.step % run.per_epoch :]:
                 if stop.number:
                     run.save()
-                    return stop.number
+                    if run.out:
+                        print(f"stopped at step {run.step}: continue with --resume {run.out}")
+                    return 128 + stop.number
                 start = time.perf_counter()
                 # most optimizers call backward once and then step; lbfgs calls it several times
                 loss = optimizer.step(partial(backward, rows.to(images.device))).item()
@@ -191,9 +183,9 @@ class Run:
         steps = args.epochs * self.per_epoch
         self.schedule = SCHEDULES[args.schedule](self.optimizer, args.lr, steps)
         self.step, self.seconds, self.recent, self.history = 0, 0.0, [], []
-        if saved and saved["images"] != images:
-            raise UserError(f"{out} is a run over {saved['images']:,} images, here are {images:,}")
         if saved:
+            if (n := saved["images"]) != images:
+                raise UserError(f"{out} is a run over {n:,} images, here are {images:,}")
             lm.load_weights(model, saved["model"], str(out))
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
@@ -225,10 +217,8 @@ class Run:
         content |= {"config": {"recipe": self.args.recipe}, "args": vars(self.args)}
         content |= {"progress": (self.step, self.seconds, self.recent, self.history)}
         lm.save_checkpoint(self.out / "mnist.pt", content | {"images": self.images})
-        curves = {
-            name: [(row["step"], row[name]) for row in self.history if name in row]
-            for name in ("training", "validation", "test")
-        }
+        names = ("training", "validation", "test")
+        curves = {n: [(row["step"], row[n]) for row in self.history if n in row] for n in names}
         svg = line_svg(self.out.name, curves, "steps", "loss")
         (self.out / "loss.svg").write_text(svg, encoding="utf-8")
 
@@ -446,7 +436,7 @@ def digits_of(text):
     for c, digit in zip(text, digits):
         if digit not in (None, *range(10)):
             raise UserError(f'--draw {text!r}: {c!r} is not a digit; try --draw "3 1 4"')
-    if set(digits) <= {None}:
+    if not text.strip():
         raise UserError('--draw: there is no digit to draw; try --draw "3 1 4"')
     return [None if digit is None else int(digit) for digit in digits]
 
@@ -457,7 +447,6 @@ def digits_of(text):
 
 # fmt: off (one line a recipe, one line a flag)
 NETWORKS = {"course": MLP, "fast": ConvNet, "diffusion": Denoiser}
-FOLDERS = {"course": "mnist", "fast": "mnist-fast", "diffusion": "mnist-diffusion"}
 RECIPES = {  # for flags that are not given; those of "fast" were found with the validation images
     "course": dict(optimizer="sgd", schedule="constant", epochs=5, loss="nll"),
     "fast": dict(optimizer="adamw", schedule="onecycle", batch_size=128, epochs=4, loss="nll",
@@ -553,7 +542,7 @@ def start(args, saved, device, images):
     """The run with these settings, its model on `device`; prints the first line."""
     torch.manual_seed(args.seed)
     model = NETWORKS[args.recipe]().to(device)
-    args.out = args.out or str(new_run(FOLDERS[args.recipe]))
+    args.out = args.out or str(new_run(f"mnist-{args.recipe}".removesuffix("-course")))
     run = Run(model, args, images, Path(args.out), saved)
     run.out.mkdir(parents=True, exist_ok=True)
     run.lock = lock_folder(run.out)
@@ -563,12 +552,6 @@ def start(args, saved, device, images):
         f"({args.schedule}), {args.epochs} epochs of {images:,} images, {device}"
     )
     return run
-
-
-def stopped(run, number):
-    """Print how to resume a run that a signal stopped; returns the exit code."""
-    print(f"stopped at step {run.step} and saved: continue with --resume {run.out}")
-    return 128 + number
 
 
 def train_reader(args, saved, device):
@@ -589,8 +572,8 @@ def train_reader(args, saved, device):
         print(result_line(row, name, len(eval_set[1])), flush=True)
         return row
 
-    if signal_number := fit(run, images, labels, lambda m, x, y: loss(m(augment(x)), y), evaluate):
-        return stopped(run, signal_number)
+    if code := fit(run, images, labels, lambda m, x, y: loss(m(augment(x)), y), evaluate):
+        return code
     if name != "test":
         print(result_line(score(run.model, loss, *test, "test"), "test", len(test[1])))
     if args.recipe == "course":
@@ -612,12 +595,12 @@ def compare(args, device):
         run, loss = Run(MLP().to(device), a, len(images)), LOSSES[a.loss]
         evaluate = partial(score, run.model, loss, *test, "test")
         try:
-            number = fit(run, images, labels, lambda m, x, y, loss=loss: loss(m(x), y), evaluate)
+            code = fit(run, images, labels, lambda m, x, y, loss=loss: loss(m(x), y), evaluate)
         except UserError as e:  # this one diverged; the others may not
             print(f"{value:10} {a.lr:6g} {e}")
             continue
-        if number:
-            return 128 + number
+        if code:
+            return code
         rights = [row["right"] for row in run.history if "right" in row]
         print(f"{value:10} {a.lr:6g} {run.seconds:8.1f} ", *(f"{n:6}" for n in rights), flush=True)
         curves[value] = [(i + 1, 100 - 100 * n / len(test[1])) for i, n in enumerate(rights)]
@@ -643,8 +626,8 @@ def train_denoiser(args, saved, device):
         print(f"Test set: Average loss: {loss:.4f}  ({run.seconds / 60:.1f} min)", flush=True)
         return {"test": loss}
 
-    if signal_number := fit(run, images, labels, flow_loss, evaluate):
-        return stopped(run, signal_number)
+    if code := fit(run, images, labels, flow_loss, evaluate):
+        return code
     print(f"{run.seconds / 60:.1f} minutes of training")
     labels = torch.arange(100, device=device) // 10
     drawn = draw(run.model, labels, args.steps, args.guidance, args.seed)

@@ -12,14 +12,12 @@ The chapters: sources, writing, reading back, the command line. Downloads, encod
 are modules in data/. No torch here.
 """
 
-import contextlib
 import glob
 import itertools
 import json
 import lzma
 import os
 import re
-import signal
 import threading
 import time
 from collections import Counter, deque
@@ -27,9 +25,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
-
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import tiktoken
@@ -65,8 +60,6 @@ def find_files(source):
         names = (p.relative_to(path).as_posix() for p in sorted(paths))
         suffixes = tuple(s + z for s in TEXT_SUFFIXES for z in ("", ".gz")) + ARCHIVES
         return [path / name for name in choose_texts(f"folder {source}", names, suffixes)]
-    if path.exists():
-        raise UserError(f"{source} is no regular file: it is read more than once, so save it first")
     paths = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
     if not paths:
         raise UserError(
@@ -84,9 +77,9 @@ def default_name(source):
 
 
 def make_tokenizer(name, documents, total_bytes):
-    """The Tokenizer that the user calls `name`, trained on the documents where it needs to be: one
-    of the names that build_parser lists, any other of tiktoken's, or a folder with a meta.json or a
-    tokenizer.json."""
+    """The Tokenizer of this name, trained on the documents if its kind is char or bpe. The name is
+    one of those that build_parser lists, any other of tiktoken's, or a folder with a meta.json or
+    a tokenizer.json."""
     if name == "byte":
         return Tokenizer({"kind": "byte"})
     if name == "char":
@@ -121,7 +114,8 @@ def make_tokenizer(name, documents, total_bytes):
 
 FORMAT = 1
 MANY = 10  # documents from which on whole documents are held out
-XZ_LIMIT = 4 * MB  # bytes of validation text up to which xz is asked, too (a few seconds)
+XZ_LIMIT = 4 * MB  # bytes of validation text up to which xz compresses it, too (a few seconds)
+WORKERS = min(8, os.cpu_count() or 1)  # more threads would only hold more text in memory
 
 
 def token_dtype(n_vocab):
@@ -140,39 +134,29 @@ def labelled_pieces(documents, hold_out):
                 first = False
 
 
-def batched(pieces):
-    """Lists of labelled pieces of about a block each: small documents share one job."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[2])
-        if size >= BLOCK:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-def encoded(pieces, tokenizer, workers):
+def encoded(pieces, tokenizer):
     """(split, first piece of its document?, characters, ids) of labelled pieces, in their order.
-    Threads encode a few blocks ahead and no more, so that memory is bounded."""
+    Threads encode a few pieces ahead and no more, so that memory is bounded."""
     local = threading.local()
 
-    def encode(batch):
-        if not hasattr(local, "tokenizer"):
-            local.tokenizer = tokenizer.for_one_thread()
-        return [(*label, len(text), local.tokenizer.encode_array(text)) for *label, text in batch]
+    def start():
+        # two threads that shared an Encoding, and so its regex scratch space, took longer than one
+        local.tokenizer = Tokenizer(tokenizer.spec)
 
-    with ThreadPoolExecutor(workers) as pool:
+    def encode(split, first, text):
+        return split, first, len(text), local.tokenizer.encode_array(text)
+
+    with ThreadPoolExecutor(WORKERS, initializer=start) as pool:
         jobs = deque()
-        for batch in batched(pieces):
-            jobs.append(pool.submit(encode, batch))
-            if len(jobs) > 2 * workers:
-                yield from jobs.popleft().result()
+        for piece in pieces:
+            jobs.append(pool.submit(encode, *piece))
+            if len(jobs) > 2 * WORKERS:
+                yield jobs.popleft().result()
         while jobs:
-            yield from jobs.popleft().result()
+            yield jobs.popleft().result()
 
 
-def write_tokens(documents, tokenizer, folder, hold_out, workers, max_tokens=None, held_out=()):
+def write_tokens(documents, tokenizer, folder, hold_out, max_tokens=None, held_out=()):
     """Write the documents' tokens to folder/{train,val}.tmp, end-of-text between them, at most
     `max_tokens` for training if that is given; and those of the documents `held_out` to val.tmp.
 
@@ -183,7 +167,7 @@ def write_tokens(documents, tokenizer, folder, hold_out, workers, max_tokens=Non
     with open(folder / "train.tmp", "wb") as train, open(folder / "val.tmp", "wb") as val:
         files = {"train": train, "val": val}
         for pieces in labelled_pieces(documents, hold_out), labelled_pieces(held_out, 1):
-            for split, first, characters, ids in encoded(pieces, tokenizer, workers):
+            for split, first, characters, ids in encoded(pieces, tokenizer):
                 if first and size[split]:
                     ids = np.concatenate([[tokenizer.eos_id], ids])
                 if split == "train":
@@ -202,7 +186,7 @@ def write_tokens(documents, tokenizer, folder, hold_out, workers, max_tokens=Non
 
 
 def split_tail(folder, dtype, fraction):
-    """Move the last `fraction` of train.tmp's tokens to val.tmp (few documents: no whole ones)."""
+    """Move the last `fraction` of train.tmp's tokens to val.tmp."""
     with open(folder / "train.tmp", "r+b") as train, open(folder / "val.tmp", "wb") as val:
         tokens = os.path.getsize(train.name) // dtype.itemsize
         end = train.seek(int(tokens * (1 - fraction)) * dtype.itemsize)
@@ -212,7 +196,7 @@ def split_tail(folder, dtype, fraction):
 
 
 def describe_split(path, tokenizer):
-    """What meta.json says of a file of tokens, and the largest id in it."""
+    """The entry of meta.json for a file of tokens, and the largest id in it."""
     total = largest = 0
     dtype = token_dtype(tokenizer.n_vocab)
     with open(path, "rb") as f:
@@ -238,7 +222,6 @@ def prepare(
     val_fraction=0.1,
     encoding=None,
     field=None,
-    workers=None,
     max_tokens=None,
 ):
     """SOURCE, or several of them -> data/NAME/{train.bin, val.bin, meta.json}; returns the folder.
@@ -265,25 +248,21 @@ def prepare(
     many = not held_out.files and len(list(itertools.islice(documents, MANY))) == MANY
     hold_out = round(1 / val_fraction) if many else None
 
-    # of shards a tokenizer learns from the first; a char vocabulary needs every character, while
-    # merges need no held-out text
+    # A tokenizer learns from the first shard only. A char vocabulary needs the characters of the
+    # held-out documents, too, but merges learned from them would flatter the model.
     learn_from = watched(read(streams[:1]) if shards else documents, "reading document")
     total_bytes = 0 if shards else sum(file.stat().st_size for file in files)
     if hold_out and (tokenizer or "bpe").startswith("bpe"):
         learn_from = (d for n, d in enumerate(learn_from, start=1) if n % hold_out)
     tok = make_tokenizer(tokenizer or first.tokenizer, learn_from, total_bytes)
     folder = DATA / (name or default_name(sources[0]))
-    workers = workers or min(8, os.cpu_count() or 1)  # more would only hold more text in memory
     with locked(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            stats = write_tokens(documents, tok, folder, hold_out, workers, max_tokens, held_out)
+            stats = write_tokens(documents, tok, folder, hold_out, max_tokens, held_out)
             if not os.path.getsize(folder / "val.tmp"):
                 split_tail(folder, token_dtype(tok.n_vocab), val_fraction)
             meta = describe(folder, source, tok, stats, documents)
-            with contextlib.suppress(UserError):  # there may be none, or a damaged one
-                if (old := read_meta(folder)["source"]) != source:
-                    print(f"{folder} held {old!r} before; it is replaced")
             (folder / "meta.json").unlink(missing_ok=True)  # no moment with a meta of other files
             for split in ("train", "val"):
                 os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")
@@ -326,7 +305,7 @@ def describe(folder, source, tokenizer, stats, documents):
 
 
 def summary(folder, meta, tokenizer, seconds):
-    """What the user sees when a corpus is ready."""
+    """The lines to print when a text is ready."""
     train, val = meta["splits"]["train"], meta["splits"]["val"]
     tokens, n_bytes = train["tokens"] + val["tokens"], train["bytes"] + val["bytes"]
     encodings = ", ".join(f"{n} {name}" for name, n in meta["encodings"].items())
@@ -347,6 +326,7 @@ def summary(folder, meta, tokenizer, seconds):
 # Reading back: meta.json is checked against the files
 # --------------------------------------------------------------------------------------------
 
+KEYS = {"tokens", "bytes", "sha256"}  # what meta.json says of each split
 HASH_LIMIT = 1000 * MB  # larger files are checked by size alone: hashing them takes a minute
 
 
@@ -356,19 +336,14 @@ def read_meta(folder):
     if not path.exists():
         raise UserError(f"{path} does not exist: prepare the text first (python prepare_data.py)")
     meta = read_json(path)
-    if meta.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has format {meta.get('format')}, this version reads {FORMAT}: prepare the "
-            f"text again"
-        )
     try:
-        dtype, splits = token_dtype(meta["vocab_size"]).str, meta["splits"]
-        consistent = meta["dtype"] == dtype and meta["largest_id"] < meta["vocab_size"]
-        complete = all({"tokens", "bytes", "sha256"} <= {*splits[s]} for s in ("train", "val"))
-    except (KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({e}); prepare the text again") from e
-    if not (consistent and complete):
-        raise UserError(f"{path} contradicts itself; prepare the text again")
+        valid = meta["format"] == FORMAT and meta["largest_id"] < meta["vocab_size"]
+        valid = valid and meta["dtype"] == token_dtype(meta["vocab_size"]).str
+        valid = valid and all(meta["splits"][s].keys() >= KEYS for s in ("train", "val"))
+    except (KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        raise UserError(f"{path} is damaged or of another version: prepare the text again")
     return meta
 
 
@@ -376,16 +351,10 @@ def read_tokens(folder, split):
     """The ids of one split, mapped from disk; UserError if they are not what meta.json says."""
     meta, path = read_meta(folder), Path(folder) / f"{split}.bin"
     dtype, expected = np.dtype(meta["dtype"]), meta["splits"][split]
-    if not path.exists():
-        raise UserError(f"{path} does not exist; prepare the text again")
-    size = path.stat().st_size
-    if size != expected["tokens"] * dtype.itemsize:
-        raise UserError(
-            f"{path} has {size:,} bytes, meta.json says {expected['tokens']:,} tokens of "
-            f"{dtype.itemsize}; prepare the text again"
-        )
-    if size <= HASH_LIMIT and file_sha256(path) != expected["sha256"]:
-        raise UserError(f"{path} is damaged (its sha256 is another); prepare the text again")
+    size = path.stat().st_size if path.exists() else 0
+    intact = size == expected["tokens"] * dtype.itemsize
+    if not intact or (size <= HASH_LIMIT and file_sha256(path) != expected["sha256"]):
+        raise UserError(f"{path} is damaged or missing: prepare the text again")
     return np.memmap(path, dtype=dtype, mode="r")
 
 
@@ -412,7 +381,7 @@ def find_data(source, resuming=False):
         raise UserError(f"{source}, the text of this run, is gone: prepare it again")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"prepare the text before several processes: prepare_data.py {source}")
-    with locked(DATA / default_name(source)):
+    with locked(DATA / default_name(source) / "meta.json"):
         if folder := prepared_folder(source, resuming):
             return folder
         print(f"preparing {source} first (python prepare_data.py {source})")
@@ -420,7 +389,7 @@ def find_data(source, resuming=False):
 
 
 def data_hashes(meta):
-    """What tells one prepared text from another: {split: sha256}."""
+    """The hashes that identify a prepared text: {split: sha256}."""
     return {split: values["sha256"] for split, values in meta["splits"].items()}
 
 
@@ -436,7 +405,7 @@ def build_parser():
     add = p.add_argument
     add("source", nargs="*", default=("stdlib",),
         help="stdlib (default), sales, shakespeare, tinystories, fineweb-edu, c4, c4-zh, or files, "
-        "folders, globs, http(s) URLs; of fineweb-edu and c4 as much as --max_tokens wants")
+        "folders, globs, http(s) URLs; fineweb-edu and c4 need --max_tokens")
     add("--tokenizer",
         help="byte, char, bpe:N, bpe-han:N (each Chinese character a token), gpt2, cl100k_base, "
         "o200k_base, a prepared folder, or a model's folder or name on the Hub (default: bpe:2048 "
@@ -446,9 +415,8 @@ def build_parser():
         default=0.1, help="share held out, about (default 0.1)")
     add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
     add("--field", help="of .jsonl objects that holds the text (default: text, else content)")
-    add("--workers", type=at_least(1), help="encoding threads (default: one a core, at most 8)")
     add("--max_tokens", type=at_least(1, float),
-        help="stop at about so many training tokens, 1e8 for example")
+        help="stop at this number of training tokens, 1e8 for example")
     return p
 
 

@@ -15,13 +15,10 @@ data/server.py.
 """
 
 import math
-import os
-import re
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +27,7 @@ if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; s
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import lora
 from data.analogy import analogy
@@ -42,7 +40,7 @@ from data.reply import TextStream
 from data.runs import newest_run
 from data.terminal import Chat, talk
 from data.tokenizer import Tokenizer
-from data.tools import function_schema, load_tools
+from data.tools import load_tools
 from model import (
     LOSS_ROWS,
     WHAT_CKPT,
@@ -211,10 +209,11 @@ class Slot:
     prompt: int = 0  # the length of the prompt
     ended: int = 0  # a count of ended texts at its end: the lowest has been free the longest
     generator: torch.Generator | None = None
+    settings: dict = field(default_factory=dict)  # as in DECODING
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
-    # (n, ids, values): before its first n new ids are drawn, `values` are added to these logits
-    biases: list = field(default_factory=list)
-    settings: dict = field(default_factory=dict)
+    logit_bias: dict = field(default_factory=dict)  # {id: added to its logit before any filter}
+    ends: tuple = ()  # none of the first `min_tokens` new ids is in `ends`, if any other may come
+    min_tokens: int = 0
     # `logprobs` gets (log probability, [(id, log probability) of the `top` likeliest]) for each new
     # id, unless `top` is None; with `echo` those of the prompt come first
     top: int | None = None
@@ -232,8 +231,8 @@ class Engine:
     slots   the most texts at once
     length  tokens that the cache has room for at first; it grows up to the context
     chunk   the most ids of prompts that a step reads, so that other texts need not wait long
-    slide   slide(kept) is called with how many ids are kept: the last ones of a prompt longer than
-            the context; of a full context the newest half, read again from position 0
+
+    When the context is full, the newest half of it is read again, from position 0.
 
     >>> engine = Engine(model, slots=4)
     >>> slot = engine.add([5, 7], temperature=0)
@@ -242,28 +241,23 @@ class Engine:
     """
 
     @torch.inference_mode()
-    def __init__(self, model, slots, length=None, chunk=math.inf, slide=None):
-        self.model, self.chunk, self.slide = model, chunk, slide or (lambda kept: None)
-        self.context, self.device = model.config.context, model.embed.weight.device
+    def __init__(self, model, slots, length=None, chunk=math.inf):
+        self.model, self.chunk, self.context = model, chunk, model.config.context
+        self.device = model.embed.weight.device
         self.cache = KVCache(model, slots, length)
         self.slots, self.busy, self.ended = [Slot(row) for row in range(slots)], 0, 0
 
     @torch.inference_mode()
     def add(
-        self, prompt, *, seed=0, allowed=None, top=None, echo=False, logit_bias=None, ends=(),
-        min_tokens=0, **settings
+        self, prompt, *, seed=0, allowed=None, logit_bias=None, ends=(), min_tokens=0, top=None,
+        echo=False, **settings
     ):  # fmt: skip
-        """Begin a text and return its Slot: `prompt` is a list of ids, `settings` are as in
-        DECODING. `logit_bias` is {id: value added to its logit before any filter}. None of the
-        first `min_tokens` new ids is in `ends`, if any other may come. The other arguments are
-        described in Slot. One slot must be free. UserError for ids outside the vocabulary."""
-        biases = (math.inf, logit_bias or {}), (min_tokens, dict.fromkeys(ends, -1e9))
-        biases = [(n, [*bias], [*map(float, bias.values())]) for n, bias in biases if n and bias]
-        check_ids([prompt, *(ids for _, ids, _ in biases)], self.model.config.vocab_size)
+        """Begin a text and return its Slot, which describes the arguments; `prompt` is a list of
+        ids. One slot must be free. UserError for ids outside the vocabulary."""
+        logit_bias, ends = logit_bias or {}, tuple(ends) if min_tokens else ()
+        check_ids([prompt, *filter(None, (logit_bias, ends))], self.model.config.vocab_size)
         assert set(settings) <= set(DECODING), f"no such filter: {set(settings) - set(DECODING)}"
         start = max(0, len(prompt) - self.context)
-        if start:
-            self.slide(self.context)
         window = prompt[start:-1]
 
         def gain(slot):  # of its row: what is shared, less what is lost
@@ -272,11 +266,10 @@ class Engine:
 
         old = max(self.slots[self.busy :], key=gain)
         self.cache.lengths[old.row] = 0 if echo else self.shared(old, window)
-        tensor = partial(torch.tensor, device=self.device)
-        biases = [(n, tensor(ids), tensor(values)) for n, ids, values in biases]
-        slot = Slot(old.row, list(prompt), start, len(prompt), allowed=allowed, biases=biases)
-        slot.generator = torch.Generator().manual_seed(seed)
-        slot.settings, slot.top, slot.echo = settings, top, echo
+        slot = Slot(
+            old.row, list(prompt), start, len(prompt), 0, torch.Generator().manual_seed(seed),
+            settings, allowed, logit_bias, ends, min_tokens, top, echo,
+        )  # fmt: skip
         self.slots[slot.row] = slot
         self.swap(slot.row, self.busy)
         self.busy += 1
@@ -315,18 +308,16 @@ class Engine:
         """Draw the next id of each text whose prompt has been read; {slot: id}."""
         for slot in self.slots[: self.busy]:
             if len(slot.ids) - slot.start > self.context:  # full: go on from the newest half
-                kept = max(1, self.context // 2)
-                slot.start, self.cache.lengths[slot.row] = len(slot.ids) - kept, 0
-                self.slide(kept)
+                slot.start = len(slot.ids) - max(1, self.context // 2)
+                self.cache.lengths[slot.row] = 0
         slots, logits, limit, row = [], [], self.chunk, 0
         while row < self.busy:
             group, unread = self.next_group(row, min(limit, MAX_READ))
             T = min(unread, limit, MAX_READ) if unread > 1 else 1
-            if unread == T:
-                logits.append(self.read(group, T))
+            last = self.read(group, T) if T > 0 else None
+            if unread == T:  # else it is a long prompt, alone
+                logits.append(last)
                 slots += group
-            elif T > 0:  # a long prompt, alone
-                self.read(group, T)
             if T in (0, unread):  # else the same prompt goes on
                 row += len(group)
             limit -= T * len(group) if unread > 1 else 0
@@ -383,10 +374,7 @@ class Engine:
         for slot, n, x in zip(group, held, states):
             if slot.echo and len(slot.ids) == slot.prompt:
                 after = slot.ids[slot.start + n + 1 :][:T]
-                for i in range(0, len(after), LOSS_ROWS):
-                    goals = after[i : i + LOSS_ROWS]
-                    logits = self.model.head(x[i : i + len(goals)])
-                    slot.logprobs += top_logprobs(logits, goals, slot.top)
+                slot.logprobs += echo_logprobs(self.model, x, after, slot.top)
         return self.model.head(states[range(len(rows)), [len(row) - 1 for row in rows]])
 
     def draw(self, slots, logits):
@@ -394,10 +382,10 @@ class Engine:
         biased, groups, new = logits, {}, {}
         for r, slot in enumerate(slots):
             groups.setdefault((id(slot.allowed), *slot.settings.items()), []).append(r)
-            for n, ids, values in slot.biases:
-                if len(slot.ids) - slot.prompt < n:
-                    biased = logits.float().clone() if biased is logits else biased
-                    biased[r, ids] += values
+            early = len(slot.ids) - slot.prompt < slot.min_tokens
+            if bias := slot.logit_bias | dict.fromkeys(slot.ends if early else (), -1e9):
+                biased = logits.float().clone() if biased is logits else biased
+                biased[r, list(bias)] += torch.tensor(list(bias.values())).to(biased)
         for rows in groups.values():
             group = [slots[r] for r in rows]
             x = biased if len(rows) == len(slots) else biased[rows]
@@ -418,33 +406,20 @@ def common(a, b):
     return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def top_logprobs(logits, chosen, n):
-    """[(log probability of the chosen id, [(id, log probability) of the n likeliest])] of each row
-    of logits (B, V), before any filter."""
-    logps = logits.float().log_softmax(-1)
-    best = logps.topk(n)
-    rows = zip(chosen, logps, best.indices.tolist(), best.values.tolist())
-    return [(row[i].item(), list(zip(ids, values))) for i, row, ids, values in rows]
-
-
 def generate(
-    model, prompts, max_new_tokens, *, seed=0, seeds=None, allowed=None, stop=None, slide=None,
-    engine=None, **settings
-):  # fmt: skip
+    model, prompts, max_new_tokens, *, seed=0, seeds=None, stop=None, engine=None, **settings
+):
     """Yield lists of new ids, one for each prompt and step (None for a row that has stopped).
 
     prompts      lists of ids, of any lengths: each row gets what it would get alone
-    settings     as in DECODING; row r draws with seeds[r], or with `seed`
-    allowed      bools (V,): ids that may come; None is all
+    settings     of Engine.add; row r draws with seeds[r], or with `seed`
     stop(r, id)  is called with each new id; True ends row r, the id included
-    slide(kept)  see Engine
     engine       one that has read other texts before; by default a new one
     """
     check_ids(prompts, model.config.vocab_size)
     if engine is None:
         length = min(max(map(len, prompts)) + max_new_tokens, model.config.context)
-        engine = Engine(model, len(prompts), length, slide=slide)
-    settings["allowed"] = allowed
+        engine = Engine(model, len(prompts), length)
     slots = [engine.add(p, seed=s, **settings) for p, s in zip(prompts, seeds or repeat(seed))]
     try:
         for _ in range(max_new_tokens):
@@ -522,7 +497,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
 
 
 # --------------------------------------------------------------------------------------------
-# A classifier's labels
+# Labels of a classifier
 # --------------------------------------------------------------------------------------------
 
 
@@ -530,16 +505,46 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
 def classify(model, prompts, goals, batch=64):
     """Log probabilities (N, L) of the label ids `goals` after each prompt (a list of ids), relative
     to these labels only."""
-    device, out = model.embed.weight.device, []
+    out = []
     for start in range(0, len(prompts), batch):
-        rows = prompts[start : start + batch]
-        ends = torch.tensor([len(r) - 1 for r in rows], device=device)
-        ids = torch.zeros(len(rows), int(ends.max()) + 1, dtype=torch.long, device=device)
-        for row, r in zip(ids, rows):  # causal: padding behind a row changes nothing
-            row[: len(r)] = torch.tensor(r)
-        last = model.hidden(ids)[torch.arange(len(rows)), ends]  # (B, C)
+        rows = [torch.tensor(ids) for ids in prompts[start : start + batch]]
+        # causal: padding behind a row changes nothing
+        ids = pad_sequence(rows, batch_first=True).to(model.embed.weight.device)
+        last = model.hidden(ids)[range(len(rows)), [len(row) - 1 for row in rows]]  # (B, C)
         out.append(model.head(last)[:, goals].float().log_softmax(-1).cpu())
     return torch.cat(out)
+
+
+def label_shares(model, tokenizer, prompts):
+    """[(label, probability)], the likeliest first, of each prompt (lists of ids)."""
+    labels = labels_of(tokenizer)
+    rows = [[*p[1 - model.config.context :], tokenizer.eos_id] for p in prompts]
+    goals = [tokenizer.special[label_token(name)] for name in labels]
+    shares = classify(model, rows, goals).exp().tolist()
+    return [sorted(zip(labels, row), key=lambda pair: -pair[1]) for row in shares]
+
+
+# --------------------------------------------------------------------------------------------
+# Log probabilities of ids, before any filter
+# --------------------------------------------------------------------------------------------
+
+
+def top_logprobs(logits, chosen, n):
+    """[(log probability of the chosen id, [(id, log probability) of the n likeliest])] of each row
+    of logits (B, V)."""
+    logps = logits.float().log_softmax(-1)
+    best = logps.topk(n)
+    rows = zip(chosen, logps, best.indices.tolist(), best.values.tolist())
+    return [(row[i].item(), list(zip(ids, values))) for i, row, ids, values in rows]
+
+
+def echo_logprobs(model, states, ids, n):
+    """`top_logprobs` of the ids of a prompt that follow each of the states (T, C)."""
+    logprobs = []
+    for i in range(0, len(ids), LOSS_ROWS):
+        chosen = ids[i : i + LOSS_ROWS]
+        logprobs += top_logprobs(model.head(states[i : i + len(chosen)]), chosen, n)
+    return logprobs
 
 
 # --------------------------------------------------------------------------------------------
@@ -547,14 +552,13 @@ def classify(model, prompts, goals, batch=64):
 # --------------------------------------------------------------------------------------------
 
 
-def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
+def load(ckpt=None, device=None, dtype="auto", adapters=(), ids_alone=False):
     """(model, tokenizer, path) of a checkpoint or run's folder, by default the newest run. The base
     of an adapter is loaded with it. `adapters` are added to a base, the first one active, named by
     their folder or file. With `ids_alone` the tokenizer may be missing, and is None."""
     path = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
-    if dtype in (None, "auto"):
-        dtype = native_dtype(device)
+    dtype = native_dtype(device) if dtype == "auto" else dtype
     dtype = DTYPES["fp32" if dtype == "int8" else dtype]  # `make_fast` rounds to int8
     # an adapter recognises its base by the weights as they are on disk
     content, base, paths = load_checkpoint(path, None if adapters else dtype), path, adapters
@@ -613,24 +617,19 @@ def fast_model(model, rows, args):
     return model
 
 
-def allowed_ids(model, tokenizer, chat=False):
+def allowed_ids(model, tokenizer, chat=False, may_call=True):
     """Bools (V,): the ids that have a token; the spare rows of the table must never be drawn. Of
     the special ones only the end of the text is allowed, or in a `chat` those of the template."""
+    template = get_template(tokenizer) if chat else None
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     lengths = torch.from_numpy(tokenizer.byte_lengths[: len(allowed)])
     allowed[: len(lengths)] = lengths > 0
-    for i in get_template(tokenizer).spoken if chat else (tokenizer.eos_id,):
+    for i in template.spoken if template else (tokenizer.eos_id,):
         if i < len(allowed):
             allowed[i] = True
-    return allowed.to(model.embed.weight.device)
-
-
-def chat_ids(model, tokenizer, template, may_call):
-    """`allowed_ids` of an answer in a chat; of a transcript if there is no template."""
-    allowed = allowed_ids(model, tokenizer, chat=template is not None)
-    if template is not None and template.call is not None:
+    if template and template.call is not None:
         allowed[template.call] = may_call
-    return allowed
+    return allowed.to(model.embed.weight.device)
 
 
 def resolve_prompt(prompt):
@@ -679,14 +678,14 @@ def write_rows(model, tokenizer, prompts, args):
     Sample j of each prompt draws with seed + j, so that it can be had again alone. Returns the new
     ids; without a tokenizer there is no text, and no id that ends one."""
     seed = args.seed if args.seed is not None else torch.seed() % 2**31
-    settings = decoding_settings(args)
+    settings, context = decoding_settings(args), model.config.context
     settings["seeds"] = [seed + j for _ in prompts for j in range(args.num_samples)]
     prompts = [p for p in prompts for _ in range(args.num_samples)]
     if tokenizer is None:
         steps = generate(model, prompts, args.max_new_tokens, **settings)
         return [list(row) for row in zip(*steps)]
     streams = [TextStream(tokenizer, args.stop or ()) for _ in prompts]
-    texts, ids, alone, slid = [""] * len(prompts), [[] for _ in prompts], len(prompts) == 1, []
+    texts, ids, alone, full = [""] * len(prompts), [[] for _ in prompts], len(prompts) == 1, False
 
     def show(r, text):
         texts[r] += text
@@ -698,17 +697,14 @@ def write_rows(model, tokenizer, prompts, args):
         show(r, streams[r].feed(i))
         return i == tokenizer.eos_id or streams[r].stopped
 
-    def slide(kept):
-        if not slid:
-            note = f"the context of {model.config.context} tokens is full: going on with the newest"
-            print(f"[{note} {kept}]", file=sys.stderr)
-        slid.append(kept)
-
     if alone:
         print(prompt_text(tokenizer, prompts[0]), end="", flush=True)
-    settings |= dict(allowed=allowed_ids(model, tokenizer), stop=stop, slide=slide)
+    settings |= dict(allowed=allowed_ids(model, tokenizer), stop=stop)
     for _ in generate(model, prompts, args.max_new_tokens, **settings):
-        pass
+        if not full and max(len(p) + len(new) for p, new in zip(prompts, ids)) > context:
+            full = True
+            note = f"the context of {context} tokens is full: going on with its newest half"
+            print(f"[{note}]", file=sys.stderr)
     for r, stream in enumerate(streams):
         show(r, stream.finish())
         if not alone:
@@ -742,64 +738,36 @@ def write_beams(model, tokenizer, prompt, args):
     return [ids for _, ids in beams]
 
 
-def label_shares(model, tokenizer, prompts):
-    """[(label, probability)], the likeliest first, of each prompt (lists of ids)."""
-    labels = labels_of(tokenizer)
-    rows = [[*p[1 - model.config.context :], tokenizer.eos_id] for p in prompts]
-    goals = [tokenizer.special[label_token(name)] for name in labels]
-    shares = classify(model, rows, goals).exp().tolist()
-    return [sorted(zip(labels, row), key=lambda pair: -pair[1]) for row in shares]
-
-
 def make_service(model, tokenizer, path, args, tools):
     """What --serve serves: an Engine with its Scheduler behind OpenAI's API, and the page."""
-    from data.api import Api  # not above: nobody else needs an HTTP server
-    from data.scheduler import Scheduler
-    from data.server import LOCAL
-    from data.service import CHOICES, Service
+    from data.scheduler import Scheduler  # not above: nobody else needs an HTTP server
+    from data.service import Service
 
-    key = args.api_key or os.environ.get("SCRATCHLM_API_KEY")
-    if args.host not in (None, *LOCAL) and not key:
-        raise UserError(f"--host {args.host} opens the server to others: give it an --api_key")
-    if key and not re.fullmatch("[!-~]+", key):
-        raise UserError("--api_key must be of ASCII letters, digits and signs, as HTTP wants it")
-    if args.cors and not re.fullmatch(r"https?://[^/\s]+", args.cors):
-        raise UserError(f"--cors {args.cors} is no origin like https://example.org")
-    labels, template = labels_of(tokenizer), get_template(tokenizer)
     named = lora.adapter_names(model)
     base = (path.parent if path.suffix == ".pt" else path).name or "model"
     adapters = {n: n for n in named} | {"base" if base in named else base: None}
-    masks = {(True, call): chat_ids(model, tokenizer, template, call) for call in (True, False)}
+    masks = {(True, call): allowed_ids(model, tokenizer, True, call) for call in (True, False)}
     masks[False, False] = allowed_ids(model, tokenizer)
 
     def activate(name):
-        lora.set_adapter(model, *([name] if name else []))
-
-    engine = Engine(model, args.slots, 256, chunk=256)
-    scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
-    settings = decoding_settings(args)
-    without = {n for n, f in (tools or {}).items() if getattr(f, "needs_no_schema", False)}
-    schemas = [function_schema(name, f) for name, f in (tools or {}).items()]
-    context = model.config.context
-    api = Api(scheduler, tokenizer, adapters, context, masks, settings, schemas, without)
-    command = f"python finetune.py --ckpt {args.ckpt or path} --data {CHOICES}"
-    info = {"model": api.names[0], "models": api.names, "labels": labels}
-    info["kind"] = "classifier" if labels else "chat" if template else "base"
-    info |= {"settings": settings, "context": api.context, "system": args.system or ""}
-    info["max_tokens"] = min(args.max_new_tokens, api.context // 2)
-    info["tools"], info["choices"] = schemas, {"file": str(CHOICES), "command": command}
+        lora.set_adapter(model, name)
 
     def classify_text(text):
         return label_shares(model, tokenizer, [tokenizer.encode(text)])[0]
 
-    return Service(api, info, tools or {}, classify_text if labels else None, key, args.cors)
+    engine = Engine(model, args.slots, 256, chunk=256)
+    scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
+    return Service(
+        scheduler, tokenizer, adapters, masks, decoding_settings(args), tools or {},
+        classify_text, args.ckpt or path, args,
+    )  # fmt: skip
 
 
 def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=None):
     """A data.terminal.Chat with the model; its cache keeps the history between the turns."""
     engine = Engine(model, 1, 256)
     chat = Chat(tokenizer, model.config.context, tools, max_tokens, seed)
-    masks = {call: chat_ids(model, tokenizer, chat.template, call) for call in (True, False)}
+    masks = {call: allowed_ids(model, tokenizer, True, call) for call in (True, False)}
 
     def write(prompt, seed, may_call, stop):
         for _ in generate(
@@ -808,8 +776,8 @@ def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=
         ):  # fmt: skip
             pass
 
-    def set_adapter(*names):
-        lora.set_adapter(model, *names)
+    def set_adapter(name):
+        lora.set_adapter(model, name)
         engine.forget()
 
     chat.write, chat.set_adapter = write, set_adapter

@@ -1,9 +1,6 @@
-"""Downloads, the only way by which anything comes from the network: files of any host by `fetch`,
-models of the Hugging Face Hub by `snapshot_download`.
-"""
+"""Downloads: files of any host by `fetch`, models of the Hub by `snapshot_download`."""
 import glob
 import hashlib
-import json
 import os
 import re
 import sys
@@ -12,9 +9,10 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from data.cli import Progress, UserError
-from data.files import file_sha256, git_sha1, write_once
+from data.files import file_sha256, read_json, write_once
 
 DATA = Path("data")
+MODELS = "https://huggingface.co"
 MB = 1_000_000
 
 
@@ -24,7 +22,7 @@ MB = 1_000_000
 
 
 class HTTPError(UserError):
-    """The server refuses, and will refuse again; `status` is its HTTP code."""
+    """The server refused the request for good; `status` is its HTTP code."""
 
     def __init__(self, message, status):
         super().__init__(message)
@@ -35,14 +33,14 @@ def resolve_url(url):
     """The address to ask in place of `url`: the Hub's mirror from HF_ENDPOINT, then
     SCRATCHLM_MIRROR=BASE, which serves https://host/path as BASE/host/path."""
     hub = os.environ.get("HF_ENDPOINT", "").rstrip("/")
-    if hub and url.startswith("https://huggingface.co/"):
-        url = hub + url.removeprefix("https://huggingface.co")
+    if hub and url.startswith(f"{MODELS}/"):
+        url = hub + url.removeprefix(MODELS)
     mirror = os.environ.get("SCRATCHLM_MIRROR", "").rstrip("/")
     return f"{mirror}/{url.split('://', 1)[1]}" if mirror else url
 
 
 def download_path(url):
-    """Where `url` is kept: data/downloads/host/path, no part of which can leave that folder."""
+    """The path at which `url` is kept: data/downloads/host/path, and never outside of it."""
     u = urlsplit(url)
     host = u.netloc.strip(".") or "unknown"
     names = [p for p in unquote(u.path).split("/") if p not in ("", ".", "..")] or ["index.html"]
@@ -54,39 +52,34 @@ def download_path(url):
 def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
     """Download `url` to `dest` (default: `download_path`) unless it is there, and return the path.
 
-    Bytes go to a .part file that is renamed once it is complete and its sha256, if one is given, is
-    right. A cut connection is resumed by a Range request, up to `tries` times with doubling pauses
-    from `wait` seconds, and by the next call if the server names versions (ETag). A `token` is
-    shown to the host of `url` alone. UserError if the host is unreachable, refuses (HTTPError), or
-    sends other bytes than `sha256` or the Hugging Face Hub's own hash says.
+    A cut download is resumed, up to `tries` times with doubling pauses from `wait` seconds, and by
+    the next call. A `token` is shown to the host of `url` alone. UserError if the host is
+    unreachable, refuses (HTTPError), or sends other bytes than `sha256` or the Hugging Face Hub's
+    own hash says.
     """
     dest = Path(dest) if dest else download_path(url)
-
-    def is_downloaded():
-        return dest.exists() and (sha256 is None or file_sha256(dest) == sha256)
-
-    write_once(dest, is_downloaded, lambda: download(url, dest, sha256, tries, wait, token))
+    write_once(
+        dest,
+        lambda: dest.exists() and (sha256 is None or file_sha256(dest) == sha256),
+        lambda: download(url, dest, sha256, tries, wait, token),
+    )
     return dest
 
 
 def download(url, dest, sha256, tries, wait, token):
-    """What `fetch` does where the file is not there."""
+    """Download a file for `fetch`."""
     import requests  # not above: most runs download nothing, and it takes longer than all the rest
 
-    transient = requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError
     url = resolve_url(url)
     for attempt in range(tries):
-        if attempt:
-            time.sleep(wait * 2 ** (attempt - 1))
+        time.sleep(wait * 2 ** (attempt - 1) if attempt else 0)
         try:
             part, hub_hash = download_part(url, dest, token)
             break
-        except transient as e:
-            reason = readable(e)
-        except UserError:
+        except HTTPError:
             raise
-        except (requests.RequestException, ValueError) as e:  # redirects in a circle or to no URL
-            raise UserError(f"cannot download {url}: {readable(e)}") from e
+        except (requests.RequestException, ValueError) as e:  # ValueError: a redirect to no URL
+            reason = str(e).split(": ")[-1].strip("\"')")[:100] or type(e).__name__
     else:
         raise UserError(
             f"cannot download {url}: gave up after {tries} tries ({reason}). Offline or behind a "
@@ -101,31 +94,30 @@ def download(url, dest, sha256, tries, wait, token):
     os.replace(part, dest)
 
 
-def readable(error):
-    """The end of a nested requests / urllib3 error, without its object addresses."""
-    text = re.sub(r"<[^>]*>:? ?|\(?Caused by |[\w.]*Error\(|[()'\"]", "", str(error))
-    return text.strip().split(": ")[-1][:100] or type(error).__name__
+def git_sha1(path):
+    """The name that git gives a file's content: the sha1 of its length and bytes."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def find_hub_hash(answers):
     """The sha256 or git sha1 by which the Hub, in one of its `answers`, names a file's content.
 
-    It is in X-Linked-ETag, usually of the redirect to the host that holds the bytes. That host's
-    own ETag may look like a sha256 and be something else; the Hub's (its answers carry
-    X-Repo-Commit) is git's sha1 for a small file. None on other servers.
+    It is in X-Linked-ETag, usually of the redirect to the host that holds the bytes, or for a small
+    file in the ETag of the Hub itself (its answers carry X-Repo-Commit). None on other servers.
     """
     for headers in (answer.headers for answer in answers):
         tag, digest = headers.get("X-Linked-ETag"), "[0-9a-f]{64}|[0-9a-f]{40}"
         if tag is None and "X-Repo-Commit" in headers:
             tag, digest = headers.get("ETag"), "[0-9a-f]{40}"
-        if found := re.fullmatch(f'(?:W/)?"?({digest})"?', tag or ""):
-            return found[1]
+        if match := re.fullmatch(f'(?:W/)?"?({digest})"?', tag or ""):
+            return match[1]
     return None
 
 
-def download_part(url, dest, token=None):
-    """One attempt at `fetch`: fill dest.VERSION.part, continuing the one that is there, and return
-    it with the hash that the Hub gives for it, or None."""
+def download_part(url, dest, token):
+    """Fill dest.VERSION.part in one attempt, continuing the one that is there, and return it with
+    the hash that the Hub gives for it, or None. VERSION is a hash of what the server calls it."""
     import requests
 
     old = next(dest.parent.glob(f"{glob.escape(dest.name)}.????????.part"), None)
@@ -139,8 +131,9 @@ def download_part(url, dest, token=None):
         if r.status_code in (408, 429) or r.status_code >= 500:
             raise requests.ConnectionError(f"HTTP {r.status_code}")
         if r.status_code not in (200, 206) and not (size and r.status_code == 416):
-            message = f"cannot download {url}: HTTP {r.status_code} {r.reason}"
-            raise HTTPError(message + " (a wrong name?)" * (r.status_code == 404), r.status_code)
+            hint = " (a wrong name?)" if r.status_code == 404 else ""
+            message = f"cannot download {url}: HTTP {r.status_code} {r.reason}{hint}"
+            raise HTTPError(message, r.status_code)
         hub_hash = find_hub_hash([*r.history, r])
         version = hub_hash or r.headers.get("ETag") or r.headers.get("Last-Modified")
         version = version and "." + hashlib.sha1(version.encode()).hexdigest()[:8]
@@ -151,17 +144,15 @@ def download_part(url, dest, token=None):
             if r.status_code != 200:
                 raise requests.ConnectionError("the file changed on the server")
         start, progress = size if resumed else 0, Progress()
-        length = r.headers.get("Content-Length")
-        total = start + int(length) if length else None
+        total = start + int(r.headers.get("Content-Length", 0))  # start, if it is not known
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab" if resumed else "wb") as f:
             for block in r.iter_content(1 << 18):
                 f.write(block)
-                of = f" of {total / MB:.1f}" if total else ""
-                progress(f"{dest.name}  {f.tell() / MB:.1f}{of} MB")
+                progress(f"{dest.name}  {f.tell() / MB:.1f} of {total / MB:.1f} MB")
             size = f.tell()
     progress.clear()
-    if total is not None and size != total:
+    if size < total:
         raise requests.ConnectionError(f"{size:,} of {total:,} bytes came")
     print(f"downloaded {dest.name}: {size:,} bytes", file=sys.stderr)
     return part, hub_hash
@@ -171,15 +162,11 @@ def download_part(url, dest, token=None):
 # Models of the Hugging Face Hub: which files make one, and how to ask for them
 # --------------------------------------------------------------------------------------------
 
-MODELS = "https://huggingface.co"
 VIEWER = "https://datasets-server.huggingface.co"  # gives rows of the Hub's data sets
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
 EXTRAS = (  # not all models have them
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
 INDEX = "model.safetensors.index.json"  # says which file of many holds which tensor
 WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
 
@@ -194,19 +181,17 @@ def snapshot_download(name, files=None, check=None):
 
     `name` is OWNER/NAME or one of GPT2_MODELS; @ and a branch, tag or commit may follow. Downloads
     only `files`, if they are given; else config.json, those of EXTRAS that there are, and the first
-    of WEIGHTS that there is (an index with all its shards). A file that is here is not asked for
-    again, nor is anything if the model is complete: this works offline, and a branch that has moved
-    on goes unnoticed. check(folder) is called before any weights are downloaded, and may raise.
-    Private and gated models need HF_TOKEN. UserError if a name is bad, a needed file is missing or
-    a download fails.
+    of WEIGHTS that there is (an index with all its shards). check(folder) is called before any
+    weights are downloaded, and may raise. What is here is not asked for again: this works offline,
+    and a branch that has moved on goes unnoticed.
     """
-    repo, at, revision = name.partition("@")
-    revision = revision if at else "main"
-    repo = f"openai-community/{repo}" if repo in GPT2_MODELS else repo
-    if not re.fullmatch(r"(\w|\w[\w.-]{0,94}\w)/(\w|\w[\w.-]{0,94}\w)", repo, re.ASCII):
-        raise UserError(f"model {name!r} is neither OWNER/NAME nor one of {', '.join(GPT2_MODELS)}")
-    if not revision.strip(". "):
-        raise UserError(f"revision {revision!r} of {repo} is no branch, tag or commit")
+    owner = "openai-community/" if name.partition("@")[0] in GPT2_MODELS else ""
+    part = r"\w(?:[\w.-]{0,94}\w)?"
+    match = re.fullmatch(rf"({part}/{part})(?:@(.*[^. ].*))?", owner + name, re.ASCII)
+    if not match:
+        models = ", ".join(GPT2_MODELS)
+        raise UserError(f"model {name!r} is not {models} or OWNER/NAME, maybe with an @revision")
+    repo, revision = match[1], match[2] or "main"
     folder = DATA.joinpath("hub", *repo.split("/"), quote(revision, safe=""))
     if files is not None:
         for file in files:
@@ -216,9 +201,8 @@ def snapshot_download(name, files=None, check=None):
     needed = ["config.json", *weight_files(folder)]
     if len(needed) > 1 and all((folder / file).exists() for file in needed):
         return folder
-    fetch_from_hub(repo, revision, "config.json", folder)
-    for file in EXTRAS:
-        fetch_from_hub(repo, revision, file, folder, optional=True)
+    for file in ("config.json", *EXTRAS):
+        fetch_from_hub(repo, revision, file, folder, optional=file in EXTRAS)
     if check:
         check(folder)
     if not any(fetch_from_hub(repo, revision, file, folder, optional=True) for file in WEIGHTS):
@@ -230,21 +214,18 @@ def snapshot_download(name, files=None, check=None):
 
 def weight_files(folder):
     """The files that hold the weights in a model's folder: its index's shards, whether they are
-    there or not; or the one file; or []. UserError if the index is damaged or names a strange file.
-    """
+    there or not; or the one file; or []. UserError if the index could name a file elsewhere."""
     index = folder / INDEX
     if not index.exists():
         return [file for file in WEIGHTS[1:] if (folder / file).exists()][:1]
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{index} has no weight_map of names to files; delete it") from e
-    if not shards:
-        raise UserError(f"{index} has an empty weight_map; delete it")
-    for file in shards:  # which must not leave the folder
-        if not isinstance(file, str) or not re.fullmatch(r"\w+((-+|\.)\w+)*", file, re.ASCII):
-            raise UserError(f"{index}: {file!r} is no plain file name")
-    return sorted(shards)
+        shards = sorted(set(read_json(index)["weight_map"].values()))
+        valid = shards and all(re.fullmatch(r"\w+((-+|\.)\w+)*", s, re.ASCII) for s in shards)
+    except (UserError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        raise UserError(f"{index} has no weight_map of plain file names; delete it")
+    return shards
 
 
 def hub_token(url):

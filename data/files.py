@@ -1,7 +1,6 @@
 """Files: written whole or not at all, locks between processes, JSON, hashes."""
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -33,31 +32,26 @@ def write_whole(path, write):
 
 
 LOCKS = Path("data/locks")
-HELD = set()  # the locks that this process holds
 
 
 @contextlib.contextmanager
 def locked(path):
     """Hold the lock of a file or folder that is to be written: other processes wait until this one
-    leaves the context or ends. A process may take a lock again that it holds."""
-    lock = LOCKS / hashlib.sha1(os.fsencode(os.path.realpath(path))).hexdigest()
-    if lock in HELD:
-        yield
-        return
+    leaves the context or ends."""
+    lock, waiting = LOCKS / hashlib.sha1(os.fsencode(os.path.realpath(path))).hexdigest(), False
     LOCKS.mkdir(parents=True, exist_ok=True)
-    for attempt in itertools.count():
+    while True:
         with open(lock, "ab") as file:
             if try_lock(file):
-                HELD.add(lock)
                 try:
                     yield
                 finally:
-                    HELD.remove(lock)
                     with contextlib.suppress(OSError):  # Windows keeps a file that is open
                         lock.unlink()
                 return
-        if not attempt:
+        if not waiting:
             print(f"waiting for another process that writes {path}", file=sys.stderr)
+        waiting = True
         time.sleep(0.1)
 
 
@@ -79,12 +73,12 @@ def try_lock(file):
 
 
 def write_once(path, is_written, write):
-    """Call write() unless is_written(). If several processes call this at once, one of them writes
-    and the others wait."""
-    if not is_written():
-        with locked(path):
-            if not is_written():
-                write()
+    """Call write() unless is_written(). Of several processes one writes and the others wait."""
+    if is_written():
+        return
+    with locked(path):
+        if not is_written():
+            write()
 
 
 def write_json(path, values):
@@ -94,27 +88,19 @@ def write_json(path, values):
 
 def read_json(path):
     """The object in a JSON file; UserError if there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"{path} is missing") from e
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from e
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is no JSON ({e})") from e
-    if not isinstance(data, dict):
+    if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object")
-    return data
+    return values
 
 
 def file_sha256(path):
     """The sha256 of a file's bytes, as hex digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def git_sha1(path):
-    """The name that git gives a file's content: the sha1 of its length and bytes, as hex digits."""
-    with open(path, "rb") as f:
-        start = b"blob %d\0" % os.fstat(f.fileno()).st_size
-        return hashlib.file_digest(f, lambda: hashlib.sha1(start)).hexdigest()

@@ -19,7 +19,7 @@ CHAT_HELP = (
 
 class Chat:
     """A conversation. The caller sets `write(prompt, seed, may_call, stop)`, which calls stop(row,
-    id) for each new id until it returns True, and `set_adapter(*names)`."""
+    id) for each new id until it returns True, and `set_adapter(name)`."""
 
     def __init__(self, tokenizer, context, tools=None, max_tokens=200, seed=None):
         self.tokenizer, self.tools, self.seed = tokenizer, tools or {}, seed
@@ -28,33 +28,30 @@ class Chat:
         self.template, self.messages, self.turns = get_template(tokenizer), [], 0
         if self.template is None:
             raise UserError("this model has no chat template: use --prompt, or fine-tune it first")
-        self.schemas = [
-            function_schema(name, function)
-            for name, function in self.tools.items()
-            if not (self.template.ours and getattr(function, "needs_no_schema", False))
-        ]
+        known = {n for n, f in self.tools.items() if getattr(f, "needs_no_schema", False)}
+        told = self.tools.keys() - (known if self.template.ours else set())
+        self.schemas = [function_schema(n, f) for n, f in self.tools.items() if n in told]
 
     def tools_problem(self):
         """Why the model cannot be told of its tools; None if it can."""
-        if not self.schemas:
-            return None
-        if not self.template.supports_tools:
+        question = [{"role": "user", "content": "?"}]
+        if self.schemas and not self.template.supports_tools:
             return "the chat template has no place for tools: the model is not told of them"
-        shortest = self.template.prompt_ids([{"role": "user", "content": "?"}], self.schemas)
-        too_long = "the tools are too long for the context: the model is not told of them"
-        return too_long if len(shortest) > self.room else None
+        if len(self.template.prompt_ids(question, self.schemas)) > self.room:
+            return "the tools are too long for the context: the model is not told of them"
 
     def turn(self, show, may_call):
         """Generate and remember one message; show(text) gets its text as it comes. Ctrl-C ends the
         message, or within a call the whole answer."""
         prompt = self.template.fit_prompt(self.messages, self.schemas, self.room)
         reply = Reply(self.tokenizer, self.template, ids=self.template.opened(prompt))
-        kinds, stopped = [], ""
+        kind = stopped = ""
 
         def show_new(new):
-            for kind, text in new.items():
-                show("\n\n" * (kinds[-1:] == [THOUGHT] != [kind]) + text)
-                kinds.append(kind)
+            nonlocal kind
+            for new_kind, text in new.items():
+                show("\n\n" * (kind == THOUGHT != new_kind) + text)
+                kind = new_kind
 
         def stop(row, i):
             show_new(reply.feed(i))
@@ -69,7 +66,7 @@ class Chat:
                 raise
             stopped = " [stopped]"
         show_new(reply.finish())
-        show(stopped or "\n" * bool(kinds and reply.calls))
+        show(stopped or "\n" * bool(kind and reply.calls))
         self.messages.append(reply.message())
         return reply.calls
 
@@ -91,25 +88,25 @@ class Chat:
         """Carry out a line that begins with a slash. Returns what to tell the user, or None to
         answer the last question again."""
         name, _, rest = line[1:].partition(" ")
-        n_system = len([m for m in self.messages[:1] if m["role"] == "system"])
+        n_system = sum(m["role"] == "system" for m in self.messages[:1])
         questions = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
-        if name == "reset":
-            del self.messages[n_system:]
-            return "forgotten"
-        if name == "retry" and questions:
-            del self.messages[questions[-1] + 1 :]
-            return None
-        if name == "system":
-            self.messages[:n_system] = [{"role": "system", "content": rest}] if rest else []
-            return f"system message: {rest or 'none'}"
         try:
+            if name == "reset":
+                del self.messages[n_system:]
+                return "forgotten"
+            if name == "retry" and questions:
+                del self.messages[questions[-1] + 1 :]
+                return None
+            if name == "system":
+                self.messages[:n_system] = [{"role": "system", "content": rest}] if rest else []
+                return f"system message: {rest or 'none'}"
             if name == "save" and rest:
                 row = {"messages": self.messages, "tools": self.schemas}
                 text = json.dumps({k: v for k, v in row.items() if v}, ensure_ascii=False)
                 Path(rest).write_text(text + "\n", encoding="utf-8")
                 return f"saved to {rest}"
             if name == "adapter":
-                self.set_adapter(*rest.split())
+                self.set_adapter(rest or None)
                 return f"active adapter: {rest or 'none'}"
         except (OSError, UserError) as e:
             return str(e)
@@ -122,10 +119,6 @@ def talk(chat):
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() uses it from now on; a paste is then one input)
     warned = False
-
-    def show(text):
-        print(printable(text), end="", flush=True)
-
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").removeprefix("\ufeff").strip()
@@ -142,7 +135,7 @@ def talk(chat):
             if length > chat.room and not warned:
                 print("[the context is full: the oldest turns are left out]", file=sys.stderr)
                 warned = True
-            chat.answer(show)
+            chat.answer(lambda text: print(printable(text), end="", flush=True))
         except EOFError:
             return
         except UnicodeDecodeError:

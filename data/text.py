@@ -6,6 +6,7 @@ import itertools
 import json
 import lzma
 import re
+import string
 import sys
 import tarfile
 import zipfile
@@ -29,61 +30,44 @@ DAMAGE = (
 # Encodings
 # --------------------------------------------------------------------------------------------
 
-BOMS = (  # UTF-32's little-endian mark begins with UTF-16's, so it comes first
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-WIDE = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
 COMMON = (  # nearly half of the characters of modern Chinese
     "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作"
     "里用道行所然家种事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心本前开但因只从想实"
+)
+KANA = "".join(map(chr, range(0x3041, 0x3100)))
+PLAIN = frozenset(string.printable + KANA + COMMON)
+REMEDY = (
+    "UTF-8, UTF-16 or GB18030; save it as UTF-8, or name its encoding: --encoding cp1252, "
+    "shift_jis, euc_jp, big5, euc_kr, cp1251, koi8-r, gb18030, ..."
 )
 
 
 def detect_encoding(head):
     """The encoding of a file that begins with the bytes `head`: the one that its byte order mark
-    names, UTF-16 or UTF-32 if there are zero bytes, GB18030, or else UTF-8.
+    names, UTF-16 if there are zero bytes, GB18030, or else UTF-8.
 
     GB18030 accepts nearly anything, a damaged UTF-8 file included. It is chosen only if no run of
-    valid UTF-8 comes before the first bad byte and if what it gives is Chinese.
+    valid UTF-8 comes before the first bad byte and if the decoded text is Chinese: text in another
+    encoding gives letters and ideographs, too, but rare ones.
     """
-    for bom, encoding in BOMS:
-        if head.startswith(bom):
-            return encoding
+    if head.startswith(codecs.BOM_UTF8):
+        return "utf-8-sig"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
     if 0 in head[:4096]:
-        shares = {encoding: plain_share(decode_start(head[:4096], encoding)) for encoding in WIDE}
-        best = max(shares, key=shares.get)
-        return best if shares[best] > 0.1 else "utf-8"
+        for encoding in ("utf-16-le", "utf-16-be"):
+            text = head[:4096].decode(encoding, "ignore")
+            if "\0" not in text and sum(c in PLAIN for c in text) > 0.1 * len(text):
+                return encoding
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < SAMPLE)
     except UnicodeDecodeError as e:
-        valid = head[: e.start].decode()
-        if sum(not c.isascii() for c in valid) < 8 and is_chinese(decode_start(head, "gb18030")):
+        text, valid = head.decode("gb18030", "ignore"), head[: e.start].decode()
+        letters = [c for c in text if c.isalpha() and not c.isascii()]
+        common = sum(c in COMMON for c in letters)
+        if sum(not c.isascii() for c in valid) < 8 and common >= max(1, 0.15 * len(letters)):
             return "gb18030"
     return "utf-8"
-
-
-def decode_start(head, encoding):
-    """The text of the beginning of a file; empty if the bytes are not in this encoding."""
-    try:
-        return codecs.getincrementaldecoder(encoding)().decode(head)
-    except UnicodeDecodeError:
-        return ""
-
-
-def plain_share(text):
-    """The share of printable ASCII, kana and common Chinese in a text; 0 for binary data."""
-    plain = sum(" " <= c <= "~" or c in "\t\r\n" or "ぁ" <= c <= "ヿ" or c in COMMON for c in text)
-    return 0 if "\0" in text else plain / max(len(text), 1)
-
-
-def is_chinese(text):
-    """Whether text decoded as GB18030 is Chinese: other encodings give letters and ideographs, too,
-    but rare ones."""
-    letters = [c for c in text if c.isalpha() and not c.isascii()]
-    return sum(c in COMMON for c in letters) >= max(1, 0.15 * len(letters))
 
 
 def decode(raw, name, encoding=None):
@@ -110,12 +94,19 @@ def safe_pieces(blocks):
     yield rest
 
 
+def split(blocks, separator):
+    """The strings between separators in a stream of text."""
+    rest = ""
+    for block in itertools.chain(blocks, [separator]):
+        *strings, rest = (rest + block).split(separator)
+        yield from strings
+
+
 # --------------------------------------------------------------------------------------------
 # Rows of JSON
 # --------------------------------------------------------------------------------------------
 
 TEXT_FIELDS = ("text", "content", "messages", "conversations", "items")
-BLANK, REST_OF_LINE = re.compile(r"\s*"), re.compile(r"[ \t\r]*(\n|\Z)")
 
 
 def row_text(row, field, where):
@@ -124,18 +115,17 @@ def row_text(row, field, where):
     if isinstance(row, dict) and not field and {"instruction", "output"} <= row.keys():
         row = [{"content": row.get(k) or ""} for k in ("instruction", "input", "output")]
     elif isinstance(row, dict):
-        wanted = [field] if field else TEXT_FIELDS
-        if (key := next((k for k in wanted if k in row), None)) is None:
+        fields = [field] if field else TEXT_FIELDS
+        if not (present := [key for key in fields if key in row]):
             keys = f"its keys are {', '.join(row)}"
-            raise UserError(f"{where}: no {' or '.join(wanted)}; {keys}: name one by --field")
-        row, where = row[key], f"{where}: its {key}"
+            raise UserError(f"{where}: no {' or '.join(fields)}; {keys}: name one by --field")
+        row = row[present[0]]
     if isinstance(row, list) and all(isinstance(turn, dict) for turn in row):
         row = "\n".join(filter(None, map(turn_text, row)))
     if not isinstance(row, str):
         raise UserError(f"{where} is neither text nor a dialogue but {row!r:.40}")
-    if re.search("[\ud800-\udfff]", row):  # halves of characters, which JSON can spell
-        row = row.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return row
+    # halves of characters, which JSON can spell, become U+FFFD
+    return row.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def turn_text(turn):
@@ -145,63 +135,43 @@ def turn_text(turn):
 
 
 def json_rows(blocks, name):
-    """(where it is, row) of each JSON value in a stream of text, on one line or on several. A list
-    gives its items, unless it is a line of a .jsonl file. A row that is no JSON is a UserError;
-    reading goes on at the next line."""
-    if not name.lower().removesuffix(".gz").endswith(".jsonl"):
-        blocks = ["".join(blocks)]
-        if blocks[0].lstrip().startswith("["):
-            try:
-                rows = json.loads(blocks[0])
-            except (ValueError, RecursionError) as e:
+    """(where it is, row) of each row in a stream of JSON: the items of a list, or values that
+    follow each other. In a .jsonl file each line is a row, unless the first line only opens a
+    value. A line that is not JSON gives a UserError in place of its row."""
+    blocks = iter(blocks)
+    start = next(blocks, "")
+    takes_lines = re.match(r"\s*[\[{]\s*\n", start)
+    if takes_lines or not name.lower().removesuffix(".gz").endswith(".jsonl"):
+        start += "".join(blocks)
+        try:
+            rows = json_values(start)
+        except (ValueError, RecursionError) as e:
+            if takes_lines or start.lstrip().startswith("["):
                 raise UserError(f"{name}: broken JSON ({e})") from e
+        else:
             yield from ((f"{name}: row {n}", row) for n, row in enumerate(rows, start=1))
             return
-    blocks, text, start, line = whole_lines(blocks), "", 0, 1
-    decoder = json.JSONDecoder()
-    while True:
-        begin = BLANK.match(text, start).end()
-        line += text.count("\n", start, begin)
-        if begin == len(text):
-            if not (text := next(blocks, "")):
-                return
-            start = 0
-            continue
-        where = f"{name}:{line}"
-        try:
-            value, start = decoder.raw_decode(text, begin)
-            if not REST_OF_LINE.match(text, start):
-                raise json.JSONDecodeError("Extra data", text, start)
-        except (ValueError, RecursionError) as e:
-            if getattr(e, "pos", None) == len(text):  # the value goes on, so double the text
-                more = "".join(itertools.islice(blocks, 1 + len(text) // BLOCK))
-                if more:
-                    text, start = text[begin:] + more, 0
-                    continue
-            reason = e
-            if isinstance(e, json.JSONDecodeError):  # its own line number counts from the block
-                error_line = line + text.count("\n", begin, e.pos)
-                reason = f"{e.msg}: line {error_line} column {e.colno}"
-            value, start = UserError(f"{where}: broken JSON ({reason})"), text.find("\n", begin)
-            start = start if start >= 0 else len(text)
-        lines = text.count("\n", begin, start)
-        line += lines
-        if lines and isinstance(value, list):
-            yield from ((f"{where}: row {n}", row) for n, row in enumerate(value, start=1))
-        else:
-            yield where, value
+    for number, line in enumerate(split(itertools.chain([start], blocks), "\n"), start=1):
+        if line.strip():
+            where = f"{name}:{number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                row = UserError(f"{where}: broken JSON ({e})".replace("line 1 ", ""))
+            yield where, row
 
 
-def whole_lines(blocks):
-    """A stream of text in blocks that end where lines end."""
-    rest = ""
-    for block in blocks:
-        lines, newline, tail = block.rpartition("\n")
-        if newline:
-            yield rest + lines + newline
-            rest = ""
-        rest += tail
-    yield rest
+def json_values(text):
+    """The items of the list that a text holds, or the values that follow each other in it."""
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    blank, decoder, values = re.compile(r"\s*"), json.JSONDecoder(), []
+    start = blank.match(text).end()
+    while start < len(text):
+        value, start = decoder.raw_decode(text, start)
+        values.append(value)
+        start = blank.match(text, start).end()
+    return values
 
 
 # --------------------------------------------------------------------------------------------
@@ -213,22 +183,13 @@ class Documents:
     """The documents of a source, in a fixed order, as often as you iterate: (name, text pieces).
 
     `files` are (name, open) pairs, open() giving a binary stream. Text is only read when the pieces
-    are, and never more than a few blocks of it at once. `encodings` maps names to what was
-    recognised. A `separator` stands between the documents of a file of text.
+    are, and never more than a few blocks of it at once. `encodings` maps names to encodings. A
+    `separator` stands between the documents of a file of text.
     """
 
     def __init__(self, files, encoding=None, field=None, separator=None):
         self.files, self.field, self.separator = files, field, separator
         self.encoding, self.encodings = encoding, {}
-
-    def encoding_of(self, name, head):
-        """The encoding of a file that begins with `head`; one line on stderr if it is not UTF-8."""
-        encoding = self.encoding or self.encodings.get(name) or detect_encoding(head)
-        expected = {"utf-8", "utf-8-sig", self.encoding}
-        if encoding not in expected and encoding not in self.encodings.values():
-            print(f"{name}: read as {encoding}; if it is not, save it as UTF-8", file=sys.stderr)
-        self.encodings[name] = encoding
-        return encoding
 
     def text(self, name, open_stream):
         """Blocks of one file's text; UserError if it is damaged or not in its encoding."""
@@ -236,7 +197,13 @@ class Documents:
         try:
             with open_stream() as stream:
                 head = stream.read(SAMPLE)
-                decoder = codecs.getincrementaldecoder(self.encoding_of(name, head))()
+                encoding = self.encoding or detect_encoding(head)
+                is_new = encoding not in self.encodings.values()
+                if is_new and encoding not in ("utf-8", "utf-8-sig", self.encoding):
+                    remedy = "if that is wrong, save it as UTF-8"
+                    print(f"{name}: read as {encoding}; {remedy}", file=sys.stderr)
+                self.encodings[name] = encoding
+                decoder = codecs.getincrementaldecoder(encoding)()
                 starts = (head[i : i + BLOCK] for i in range(0, len(head), BLOCK))
                 for block in itertools.chain(starts, iter(partial(stream.read, BLOCK), b""), [b""]):
                     pending = len(decoder.getstate()[0])  # bytes of a character that was cut
@@ -244,13 +211,7 @@ class Documents:
                     offset += len(block)
         except UnicodeDecodeError as e:
             at = f"byte {e.object[e.start]:#04x} at offset {e.start + offset - pending:,}"
-            if self.encoding:
-                raise UserError(f"{name}: {at} is not text in {self.encoding}") from e
-            raise UserError(
-                f"{name}: {at} is not text in UTF-8, UTF-16 or GB18030; save it as UTF-8, or name "
-                f"its encoding: --encoding cp1252, shift_jis, euc_jp, big5, euc_kr, cp1251, "
-                f"koi8-r, gb18030, ..."
-            ) from e
+            raise UserError(f"{name}: {at} is not text in {self.encoding or REMEDY}") from e
         except LookupError as e:
             raise UserError(f"--encoding {self.encoding}: {e}") from e
         except DAMAGE as e:
@@ -267,30 +228,24 @@ class Documents:
                     blocks = (text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
                     yield where, safe_pieces(blocks)
             elif self.separator:
-                yield from ((name, [text]) for text in split_documents(blocks, self.separator))
+                texts = (text.strip("\n") for text in split(blocks, self.separator))
+                yield from ((name, [text]) for text in texts if text)
             else:
                 yield name, safe_pieces(blocks)
 
 
-def split_documents(blocks, separator):
-    """The documents in a stream of text that are not empty, without line ends around them."""
-    rest = ""
-    for block in itertools.chain(blocks, [separator]):
-        *documents, rest = (rest + block).split(separator)
-        yield from filter(None, (text.strip("\n") for text in documents))
+HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^/.])")
 
 
 def choose_texts(where, names, suffixes=TEXT_SUFFIXES):
     """The names of texts among a folder's or an archive's files, hidden ones left out. One line on
     stderr counts the others by suffix; UserError if there are no texts."""
-    hidden = re.compile(r"(^|/)(__MACOSX/|\.[^/.])")
-    names = [name for name in names if not hidden.search(name)]
+    names = [name for name in names if not HIDDEN.search(name)]
     chosen = [name for name in names if name.lower().endswith(suffixes)]
-    others = Counter(Path(n).suffix.lower() or "without suffix" for n in set(names) - set(chosen))
-    others = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common())
+    others = Counter(Path(name).suffix.lower() for name in set(names) - set(chosen))
+    others = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in others.most_common())
     if not chosen:
-        others = f"; it has {others}" if others else ""
-        raise UserError(f"{where} holds no {', '.join(suffixes)} file{others}")
+        raise UserError(f"{where} holds no {', '.join(suffixes)} file; it has {others or 'none'}")
     if others:
         print(f"{where}: files left out: {others}", file=sys.stderr)
     return chosen

@@ -1,7 +1,6 @@
 """Tokenizers: all of them tiktoken encodings, so all of them encode at its speed; and a byte-level
 BPE trainer."""
 import base64
-import copy
 import heapq
 import itertools
 import re
@@ -58,16 +57,6 @@ ANY_CHARACTER = r"(?s:.)"
 tiktoken.load.read_file = lambda url: fetch(url).read_bytes()
 
 
-def rebuilt(encoding, more=None):
-    """A copy of a tiktoken.Encoding, with `more` special tokens."""
-    return tiktoken.Encoding(
-        encoding.name,
-        pat_str=encoding._pat_str,
-        mergeable_ranks=encoding._mergeable_ranks,
-        special_tokens=encoding._special_tokens | (more or {}),
-    )
-
-
 def load_tiktoken(name):
     """One of tiktoken's own encodings; UserError if its vocabulary cannot be downloaded."""
     try:
@@ -96,43 +85,38 @@ class Tokenizer:
     def __init__(self, spec):
         self.spec, kind, pattern = spec, spec.get("kind"), ANY_CHARACTER
         # To add a tokenizer: a kind here, and its spec in prepare_data.make_tokenizer.
+        if kind == "byte":
+            tokens = [bytes([b]) for b in range(256)]
+        elif kind == "char":
+            tokens = [c.encode() for c in spec["chars"] + UNKNOWN]
+            self._unknown = re.compile(f"[^{re.escape(spec['chars'] + UNKNOWN)}]")
+        elif kind in ("bpe", "hf"):  # None where an added token of Hugging Face's has the id
+            tokens = [t if t is None else base64.b64decode(t) for t in spec["tokens"]]
+            pattern = spec["pattern"]
+        elif kind != "tiktoken":
+            raise UserError(f"tokenizer kind {kind!r} is unknown to this version")
         if kind == "tiktoken":
-            self.encoding = load_tiktoken(spec["name"])
+            base = load_tiktoken(spec["name"])
+            pattern, ranks, added = base._pat_str, base._mergeable_ranks, base._special_tokens
         else:
-            if kind == "byte":
-                tokens = [bytes([b]) for b in range(256)]
-            elif kind == "char":
-                tokens = [c.encode() for c in spec["chars"] + UNKNOWN]
-                self._unknown = re.compile(f"[^{re.escape(spec['chars'] + UNKNOWN)}]")
-            elif kind in ("bpe", "hf"):  # None where an added token of Hugging Face's has the id
-                tokens = [t if t is None else base64.b64decode(t) for t in spec["tokens"]]
-                pattern = spec["pattern"]
-            else:
-                raise UserError(f"tokenizer kind {kind!r} is unknown to this version")
-            if kind == "hf":  # text between two matches is a piece for them, nothing for tiktoken
-                pattern = f"{pattern}|(?:(?!{pattern}){ANY_CHARACTER})+"
-            self.encoding = tiktoken.Encoding(
-                kind,
-                pat_str=pattern,
-                mergeable_ranks={t: i for i, t in enumerate(tokens) if t is not None},
-                special_tokens=dict(spec["added"]) if kind == "hf" else {END: len(tokens)},
-            )
+            ranks = {t: i for i, t in enumerate(tokens) if t is not None}
+            added = dict(spec["added"]) if kind == "hf" else {END: len(tokens)}
+        if kind == "hf":  # text between two matches is a piece for them, nothing for tiktoken
+            pattern = f"{pattern}|(?:(?!{pattern}){ANY_CHARACTER})+"
         special, words = spec.get("special", []), spec.get("words", {})
-        for word, (_, *flags) in words.items():
-            if unread := set(flags) - {"normalized"}:
-                raise UserError(f"added token {word!r}: its setting {min(unread)} is not supported")
-        if new := [name for name in special if name not in words]:  # behind all others
-            ids = itertools.count(self.encoding.n_vocab)
-            self.encoding = rebuilt(self.encoding, dict(zip(new, ids)))
+        new = [name for name in special if name not in words]  # their ids are behind all others
+        added = added | dict(zip(new, itertools.count(max(*ranks.values(), *added.values()) + 1)))
+        self.encoding = tiktoken.Encoding(
+            kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=added
+        )
         # Words are parts of any text, unless a chat's template writes them, as it does <think>
         tags = {w for w in words if w[0] in "<[" and w in str(spec.get("chat_template"))}
-        self.words = {w: i for w, (i, *_) in words.items() if w not in {*special, *tags}}
-        self.special = self.encoding._special_tokens | {w: words[w][0] for w in words}  # name -> id
+        self.words = {w: i for w, i in words.items() if w not in {*special, *tags}}
+        self.special = added | words  # name -> id
         self.special = {name: i for name, i in self.special.items() if name not in self.words}
         longest_first = sorted(self.words, key=len, reverse=True)
         self._words = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self.n_vocab = self.encoding.n_vocab  # the largest id + 1
-        ranks = self.encoding._mergeable_ranks
         self._no_token = bytes(b for b in range(256) if kind == "hf" and bytes([b]) not in ranks)
         self.eos_id = spec["end"] if kind == "hf" else self.encoding.eot_token
         self.bos_id = spec.get("begin")
@@ -158,8 +142,7 @@ class Tokenizer:
         return self.spec.get("name") or {"bpe": f"bpe{han}:{size}"}.get(kind, kind)
 
     def encode_array(self, text):
-        """Token ids of `text` as uint32, special tokens' names read as plain text. Runs without
-        Python's lock, so threads help."""
+        """Token ids of `text` as uint32; names of special tokens are plain text in it."""
         if self.spec["kind"] == "char":
             text = self._unknown.sub(UNKNOWN, text)
         if self.spec.get("nfc"):  # é is one character, however it was typed
@@ -187,14 +170,6 @@ class Tokenizer:
         kept = filter(None, (piece.translate(None, self._no_token) for piece in pieces))
         ids = itertools.chain.from_iterable(map(self.encoding._encode_single_piece, kept))
         return np.fromiter(ids, dtype=np.uint32)
-
-    def for_one_thread(self):
-        """The same tokenizer for a thread of its own: threads that share an Encoding contend for
-        its regex scratch space. Two threads took longer than one, and with an Encoding each half
-        as long."""
-        tokenizer = copy.copy(self)
-        tokenizer.encoding = rebuilt(self.encoding)
-        return tokenizer
 
     def encode(self, text):
         """Token ids of `text` as a list."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_fast import ARCHITECTURES, build, fast_copy
+from test_matmul import ARCHITECTURES, build, fast_copy
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

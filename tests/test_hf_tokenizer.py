@@ -280,7 +280,7 @@ def test_added_words_are_cut_out_of_text(with_words):
 def test_added_words_that_take_blanks_along_are_refused(setting):
     theirs = trained()
     theirs.add_tokens([tokenizers.AddedToken("<a>", **{setting: True})])
-    with pytest.raises(UserError, match=f"added token '<a>': its setting {setting} is not"):
+    with pytest.raises(UserError, match="added token '<a>' takes blanks or word borders"):
         ours(theirs)
 
 
@@ -406,36 +406,23 @@ def pattern(text):
     [
         ("model.type", "WordPiece", "model WordPiece"),
         ("model.byte_fallback", True, "byte_fallback True"),
-        ("model.end_of_word_suffix", "</w>", "end_of_word_suffix '</w>'"),
         ("model.vocab.▁the", 400, "'▁the' is not byte-level"),
         ("model.vocab", {"a": 1}, "255 bytes have no token, 0x00 first"),
-        ("model.vocab.!", 2, "disagree about id 2"),
-        ("model.vocab.!", -1, "-1 is no token id"),
-        ("model.vocab.!", 10**9, "1000000000 is no token id"),
-        ("model.vocab.<s>", 5, "disagree about id"),
+        ("model.vocab.!", 2, "token ids are repeated"),
+        ("model.vocab.!", 10**9, "not from 0 to 1,000,000"),
         ("model.vocab.ĠQx", 300, "'ĠQx' .* made by none of the merges"),
-        ("model.merges.0", ["Q", "x"], "does not make a token"),
-        ("model.merges.0", ["Ġ", "a", "n"], "does not make a token"),
-        ("model.merges", [], "made by none of the merges"),
+        ("model.merges.0", ["Q", "x"], "b'Qx' is missing"),
         ("model.merges", KeyError, "'merges' is missing"),
         ("model", None, "cannot be read"),
-        ("added_tokens", {"<s>": 0}, "cannot be read"),
-        ("added_tokens.0.id", KeyError, "'id' is missing"),
-        ("added_tokens.0.content", "  ", "'  ' is text like any other"),
         ("normalizer", {"type": "Lowercase"}, "normalizer Lowercase"),
         ("pre_tokenizer", None, "pre_tokenizer none"),
         ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁"}, "pre_tokenizer Metaspace"),
-        ("pre_tokenizer", NO_REGEX, "pre_tokenizer ByteLevel"),
         ("pre_tokenizer", PLAIN | {"add_prefix_space": True}, "pre_tokenizer ByteLevel"),
         ("pre_tokenizer", steps(ISOLATED, PLAIN), r"pre_tokenizer Split \+ ByteLevel"),
         ("pre_tokenizer", steps(ISOLATED | {"behavior": "Removed"}, NO_REGEX), "Split"),
-        ("pre_tokenizer", steps(ISOLATED | {"invert": True}, NO_REGEX), "Split"),
-        ("pre_tokenizer", steps(DIGITS, NO_REGEX), r"pre_tokenizer Digits \+ ByteLevel"),
         ("pre_tokenizer", steps(DIGITS | {"individual_digits": False}, PLAIN), "Digits"),
         ("pre_tokenizer", pattern(r"\s++$|\S+"), "has another meaning"),
-        ("pre_tokenizer", pattern(r"^\S+"), "has another meaning"),
         ("pre_tokenizer", pattern(r"\p{N}{1,3}+|\D+"), "has another meaning"),
-        ("pre_tokenizer", pattern(r"\s*"), "has another meaning"),
         ("pre_tokenizer", pattern(r"\p{Nobody}"), "tokenizer.json"),
         ("post_processor", {"type": "RobertaProcessing"}, "post_processor RobertaProcessing"),
         ("post_processor.single.0", {"SpecialToken": {"id": "<x>"}}, "'<x>' is missing"),
@@ -610,11 +597,6 @@ def test_transformers_renders_our_chats(kind):
     with pytest.raises(Exception, match="nobody"):
         theirs.apply_chat_template([{"role": "nobody", "content": ""}])
     assert "chat_template" not in tokenizer_config(make("byte"))
-
-
-def test_a_special_token_spelled_like_an_ordinary_one_is_refused():
-    with pytest.raises(UserError, match="special token 'a' is spelled like an ordinary one"):
-        tokenizer_json(Tokenizer({"kind": "byte"}).with_special(["a"]))
 
 
 def test_spelling_is_gpt2s():

@@ -3,7 +3,6 @@
 Needs playwright and a chromium (SCRATCHLM_CHROMIUM, default /usr/bin/chromium); skipped without.
 """
 
-import itertools
 import json
 import os
 import re
@@ -53,14 +52,7 @@ class Serving:
         self.start()
 
     def start(self):
-        connections = self.connections = []
-
-        class Server(data.server.Server):
-            def get_request(self):
-                connections.append(super().get_request())
-                return connections[-1]
-
-        self.server = Server(("127.0.0.1", self.port), self.service)
+        self.server = data.server.Server(("127.0.0.1", self.port), self.service)
         self.port = self.server.server_port
         self.url = f"http://127.0.0.1:{self.port}/"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -68,9 +60,8 @@ class Serving:
     def kill(self):
         self.server.shutdown()
         self.server.server_close()
-        for connection, _ in self.connections:
-            if connection.fileno() >= 0:
-                connection.shutdown(socket.SHUT_RDWR)
+        for connection in list(self.server.open):
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -184,10 +175,9 @@ def test_an_answer_grows_and_escape_stops_it(chat, visit):
     expect(page.locator("#send")).to_have_text("Send")
     expect(page.locator("#log .answer")).to_contain_text("Stopped")
     assert last_answer(page).inner_text().startswith(early.strip()[:20])
-    expect(page.locator("#draft")).to_be_focused()
 
 
-def test_regenerate_draws_another_answer_and_edit_asks_another_question(chat, visit):
+def test_regenerate_edit_and_reload(chat, visit):
     page = visit(chat)
     first = ask(page, "one")
     page.get_by_role("button", name="Regenerate").click()
@@ -195,43 +185,32 @@ def test_regenerate_draws_another_answer_and_edit_asks_another_question(chat, vi
     expect(page.locator("#log article")).to_have_count(2)
     ask(page, "two")
     page.get_by_role("button", name="Edit").first.click()
-    expect(page.locator("#editor")).to_be_focused()
     page.fill("#editor", "three")
     page.press("#editor", "Enter")
     expect(page.locator("#log article")).to_have_count(2)
     expect(page.locator("#log .user")).to_contain_text("three")
-    assert ask(page, "four") and page.locator("#log article").count() == 4
+    text = ask(page, "four")
+    page.fill("#draft", "half a thought")
+    page.reload()
+    expect(last_answer(page)).to_have_text(text)
+    expect(page.locator("#draft")).to_have_value("half a thought")
 
 
 def test_what_is_sent_has_the_settings_and_the_system_prompt(chat, visit):
     page = visit(chat)
     page.get_by_label("System prompt").fill("be kind")
-    set_number(page, "Temperature", 0.5)
-    set_number(page, "top_k", 7)
-    set_number(page, "Seed", 11)
+    for name, value in (("Temperature", 0.5), ("top_k", 7), ("Seed", 11)):
+        set_number(page, name, value)
+    page.fill("#draft", "hi")
+    page.dispatch_event("#draft", "keydown", {"key": "Enter", "isComposing": True})
+    page.press("#draft", "Shift+Enter")  # neither of these sends
+    assert page.input_value("#draft") == "hi\n" and page.locator("#log article").count() == 0
     with page.expect_request("**/v1/chat/completions") as request:
         ask(page, "hi")
     body = request.value.post_data_json
     assert body["messages"] == [asked("system", "be kind"), asked("user", "hi")]
     found = [body[k] for k in ("temperature", "top_k", "seed", "stream", "logprobs")]
     assert found == [0.5, 7, 11, True, True]
-
-
-def test_enter_while_composing_does_not_send_and_shift_enter_breaks_a_line(chat, visit):
-    page = visit(chat)
-    page.fill("#draft", "你")
-    page.dispatch_event("#draft", "keydown", {"key": "Enter", "isComposing": True})
-    page.press("#draft", "Shift+Enter")
-    assert page.input_value("#draft") == "你\n" and page.locator("#log article").count() == 0
-
-
-def test_a_reload_keeps_the_conversation_and_the_draft(chat, visit):
-    page = visit(chat)
-    text = ask(page, "hi")
-    page.fill("#draft", "half a thought")
-    page.reload()
-    expect(last_answer(page)).to_have_text(text)
-    expect(page.locator("#draft")).to_have_value("half a thought")
 
 
 def test_a_server_that_goes_away_and_comes_back_answers_after_all(chat, visit):
@@ -250,43 +229,30 @@ def test_a_server_that_goes_away_and_comes_back_answers_after_all(chat, visit):
     assert len(last_answer(page).inner_text()) > 1000
 
 
-def test_a_key_is_asked_for_once(chat, visit, browser):
-    context = browser.new_context(locale="en-US")
-    page, asked_for = context.new_page(), []
-
-    def guard(route):
-        if route.request.headers.get("authorization") == "Bearer secret":
-            route.continue_()
-        else:
-            error = {"error": {"message": "no key", "type": "x", "param": None, "code": None}}
-            route.fulfill(status=401, json=error)
-
-    page.route("**/page/**", guard)
-    page.on("dialog", lambda d: (asked_for.append(d.message), d.accept("secret")))
-    page.goto(chat.url)
-    expect(page.locator("#draft")).to_have_attribute("placeholder", "Message")
-    assert len(asked_for) == 1 and "API key" in asked_for[0]
-    context.close()
+def test_a_key_is_asked_for_once(chat, browser, monkeypatch):
+    monkeypatch.setattr(chat.service, "key", "secret")
+    with browser.new_context(locale="en-US") as context:
+        page, asked_for = context.new_page(), []
+        page.on("dialog", lambda d: (asked_for.append(d.message), d.accept("secret")))
+        page.goto(chat.url)
+        expect(page.locator("#draft")).to_have_attribute("placeholder", "Message")
+        assert len(asked_for) == 1 and "API key" in asked_for[0]
 
 
-def test_an_error_is_shown_and_the_question_can_be_asked_again(chat, visit):
-    page = visit(chat)
-    error = {"error": {"message": "too long for me", "type": "x", "param": None, "code": None}}
-    page.route("**/v1/chat/completions", lambda r: r.fulfill(status=400, json=error), times=1)
-    say(page, "hi")
-    expect(page.get_by_role("alert").filter(has_text="too long for me")).to_be_visible()
-    page.get_by_role("button", name="Ask again").click()
-    expect(page.locator("#log .answer")).to_have_count(1)
-
-
-def test_a_busy_server_is_asked_again(chat, visit):
-    page = visit(chat)
+def test_an_error_is_shown_and_a_busy_server_is_asked_again(chat, visit):
+    page, url = visit(chat), "**/v1/chat/completions"
     busy = {"status": 429, "headers": {"Retry-After": "1"}, "json": {"error": {"message": "full"}}}
-    page.route("**/v1/chat/completions", lambda r: r.fulfill(**busy), times=1)
+    page.route(url, lambda r: r.fulfill(**busy), times=1)
     say(page, "hi")
     expect(page.locator("#banner")).to_contain_text("busy")
     expect(page.locator("#log .answer")).to_have_count(1)
     expect(page.locator("#banner")).to_be_hidden()
+    error = {"error": {"message": "too long for me", "type": "x", "param": None, "code": None}}
+    page.route(url, lambda r: r.fulfill(status=400, json=error), times=1)
+    say(page, "hi")
+    expect(page.get_by_role("alert").filter(has_text="too long for me")).to_be_visible()
+    page.get_by_role("button", name="Ask again").click()
+    expect(page.locator("#log .answer")).to_have_count(2)
 
 
 # ---- tools and Markdown ----------------------------------------------------------------------
@@ -328,7 +294,7 @@ def test_a_tool_call_is_made_shown_and_answered(chat, visit):
 
 HOSTILE = """<img src=x onerror="document.title='hacked'"> <script>document.title='hacked'</script>
 
-[click](javascript:document.title='hacked') [data](data:text/html,x) [ok](https://example.com/)
+[click](javascript:document.title='hacked') [ok](https://example.com/)
 
 ```html
 <b>not bold</b>
@@ -353,13 +319,12 @@ def test_hostile_text_stays_text_and_markdown_is_shown(chat, visit):
     page = visit(chat, stored={"messages": messages})
     log = page.locator("#log")
     assert log.locator("img, script, b, i, u").count() == 0 and "hacked" not in page.title()
-    links = [a.get_attribute("href") for a in log.locator("a").all()]
-    assert links == ["https://example.com/"]
-    assert log.locator("pre").inner_text() == "<b>not bold</b>"
-    assert log.locator("td").all_inner_texts() == ["<i>c</i>", "d"]
-    assert log.locator("td strong").inner_text() == "d"
-    assert log.locator("ol ul em").inner_text() == "two"
-    assert log.locator("blockquote code").first.inner_text() == "<u>"
+    assert log.locator("a").all_inner_texts() == ["ok"]
+    for selector, text in (
+        ("pre", "<b>not bold</b>"), ("td", "<i>c</i>"), ("td strong", "d"), ("ol ul em", "two"),
+        ("blockquote code", "<u>"),
+    ):  # fmt: skip
+        assert log.locator(selector).first.inner_text() == text
     page.get_by_role("button", name="Tokens").click()
     expect(page.locator(".token").first).to_have_text(image)
     assert log.locator("img").count() == 0
@@ -381,22 +346,15 @@ def test_tokens_have_shades_and_alternatives_by_keyboard_too(chat, visit):
     alternatives = page.locator("#alternatives")
     expect(alternatives).to_be_visible()
     assert alternatives.locator("i").count() >= 5 and alternatives.locator("b.mono").count() == 1
-    page.keyboard.press("Escape")
-    expect(alternatives).to_be_hidden()
 
 
 def test_tokens_are_joined_to_whole_characters(chat, visit):
-    def token(text, data):
-        return {"text": text, "bytes": list(data), "logprob": -0.5, "top": []}
-
     half = "好".encode()
-    tokens = [token("\ufffd", half[:2]), token("\ufffd", half[2:]), token("a", b"a")]
+    tokens = [{"text": text, "bytes": list(data), "logprob": -0.5, "top": []}
+              for text, data in (("\ufffd", half[:2]), ("\ufffd", half[2:]), ("a", b"a"))]
     answer = asked("assistant", "好a", tokens=tokens, finish="stop", seed=1)
     page = visit(chat, stored={"messages": [asked("user", "x"), answer], "shaded": True})
     assert page.locator(".token").all_inner_texts() == ["好", "a"]
-    page.locator(".token").first.click()
-    expect(page.locator("#alternatives .bars")).to_have_count(2)
-    assert page.locator("#alternatives b.mono").all_inner_texts() == ["e5 a5", "bd"]
 
 
 def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
@@ -415,48 +373,6 @@ def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
     assert [row[k].strip() for k in ("chosen", "rejected")] == [two.strip(), one.strip()]
     assert last_answer(page).inner_text() == two
     expect(page.locator("#draft")).to_be_enabled()
-
-
-def test_each_side_of_a_choice_calls_its_own_tools(chat, visit):
-    page, bodies = visit(chat, "#choose"), []
-
-    def answer(route):
-        bodies.append(route.request.post_data_json)
-        seed, last = bodies[-1]["seed"], bodies[-1]["messages"][-1]["role"]
-        function = {"name": "search", "arguments": "{}"}
-        call = {"index": 0, "id": f"c{seed}", "type": "function", "function": function}
-        called = events({"tool_calls": [call]}, finish="tool_calls")
-        spoken = events({"content": f"answer {seed}"})
-        route.fulfill(body=spoken if last == "tool" else called)
-
-    page.route("**/v1/chat/completions", answer)
-    set_number(page, "Seed", 7)
-    say(page, "a hotel")
-    with page.expect_response("**/page/choose"):
-        page.get_by_role("button", name="Better (2)").click()
-    expect(page.locator("#log .answer").last).to_contain_text("answer 8")
-    expect(page.locator("#log .card")).to_have_count(1)
-    row = last_choice()
-    assert [m["role"] for m in row["prompt"]] == ["user", "assistant", "tool"]
-    assert (row["chosen"], row["rejected"]) == ("answer 8", "answer 7")
-    page.locator("nav a").first.click()
-    say(page, "thanks")
-    expect(page.locator("#log .card")).to_have_count(2)
-    roles = ["user", "assistant", "tool", "assistant", "user"]
-    assert roles in [[m["role"] for m in b["messages"]] for b in bodies]
-
-
-def test_equal_answers_cannot_be_compared(chat, visit):
-    page = visit(chat, "#choose")
-    page.route("**/v1/chat/completions", lambda r: r.fulfill(body=events({"content": "same"})))
-    say(page, "hi")
-    expect(page.get_by_text("Both answers are equal")).to_be_visible()
-    page.keyboard.press("1")
-    assert page.locator(".pair").count() == 1
-    page.get_by_role("button", name="Neither").click()
-    set_number(page, "Temperature", 0)
-    page.get_by_role("button", name="Ask again").click()
-    expect(page.get_by_text("At temperature 0")).to_be_visible()
 
 
 # ---- runs ------------------------------------------------------------------------------------
@@ -482,26 +398,12 @@ def test_runs_are_laid_over_each_other_and_grow_while_they_train(base, visit):
     assert page.locator("#figure polyline").count() == 2
     labels = page.locator("#list label")
     before = labels.filter(has_text="new").inner_text()
-    stop = threading.Event()
-
-    def train():
-        for step in itertools.count(6):
-            write_run("new", [step], "a")
-            if stop.wait(0.1):
-                return
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    try:
-        expect(labels.filter(has_text="new")).not_to_have_text(before)
-        longest = "els => Math.max(...els.map(e => e.getAttribute('points').split(' ').length))"
-        short = lines.evaluate_all(longest)
-        now = page.locator("#compare tr").filter(has_text="tokens")
-        expect(now).not_to_have_text(now.inner_text())
-        assert lines.evaluate_all(longest) >= short
-    finally:
-        stop.set()
-        thread.join()
+    tokens = page.locator("#compare tr", has_text="tokens")
+    now, points = tokens.inner_text(), lines.first.get_attribute("points")
+    write_run("new", range(6, 60), "a")
+    expect(labels.filter(has_text="new")).not_to_have_text(before)
+    expect(tokens).not_to_have_text(now)
+    expect(lines.first).not_to_have_attribute("points", points)  # the axis is longer
     page.focus("#loss")
     page.keyboard.press("ArrowLeft")
     expect(page.locator("#runs figcaption").first).to_contain_text("step")
@@ -554,8 +456,7 @@ def test_every_word_of_the_page_is_in_both_languages():
     assert {a or b for a, b in used} <= known
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_wider_than_a_phone(chat, visit, scheme):
+def test_nothing_is_wider_than_a_phone(chat, visit):
     hotels = [{"name": "很长的名字" * 5, "price": 1, "address": "x" * 80}] * 2
     call = {"id": "c", "type": "function", "function": {"name": "search", "arguments": "x" * 200}}
     messages = [
@@ -564,8 +465,8 @@ def test_nothing_is_wider_than_a_phone(chat, visit, scheme):
         asked("tool", json.dumps(hotels), tool_call_id="c"),
         asked("assistant", "```\n" + "y" * 300 + "\n```", finish="stop", seed=1),
     ]
-    phone = dict(viewport={"width": 390, "height": 844}, color_scheme=scheme)
-    page = visit(chat, stored={"messages": messages}, **phone)
+    phone = {"width": 390, "height": 844}
+    page = visit(chat, stored={"messages": messages}, viewport=phone, color_scheme="dark")
     for view in ("#talk", "#choose", "#runs"):
         page.locator(f"nav a[href='{view}']").click()
         expect(page.locator("nav a[aria-current]")).to_have_attribute("href", view)
@@ -574,4 +475,4 @@ def test_nothing_is_wider_than_a_phone(chat, visit, scheme):
     page.get_by_role("button", name="Settings").click()
     expect(page.get_by_label("System prompt")).to_be_in_viewport()
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    assert background != "rgb(255, 255, 255)"

@@ -1,5 +1,6 @@
 """Every command of the READMEs runs, in their order, at toy size; both languages show the same."""
 
+import importlib
 import json
 import os
 import re
@@ -9,17 +10,15 @@ import subprocess
 import sys
 import tarfile
 import urllib.request
-from pathlib import Path
 
 import pytest
-from conftest import serve_folder
+from conftest import ROOT, serve_folder
+from conftest import SHARED as REAL
 from test_hf_commands import QWEN_TOKENS, save_model
 from test_mnist import toy_files
 
 from data.sources import CROSSWOZ, LAB, REVIEWS, SOURCES
 
-ROOT = Path(__file__).resolve().parent.parent
-REAL = Path(os.environ.get("SCRATCHLM_DATA", ROOT.parent / "shared" / "data"))
 # appended to a command of each script: argparse takes the last value of a flag
 SHORT = "--batch_size 2 --grad_accum 1 --max_steps 3 --eval_every 2 --eval_tokens 64 --log_every 1"
 TOY = {
@@ -49,30 +48,35 @@ def test_both_languages_show_the_same_commands():
     assert len(commands("README.md")) > 15
 
 
+def test_the_scripts_know_every_flag_of_the_readme():
+    for line in commands("README.md"):
+        if script := re.search(r"(?<![/\w])(\w+)\.py\b(.*)", line):
+            parser = importlib.import_module(script[1]).build_parser()
+            parser.parse_args(shlex.split(script[2]))  # a wrong one ends in SystemExit
+
+
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory):
     """The public hosts' files under their paths, on this machine."""
     if not (REAL / "sales_textbook.txt").exists():
         pytest.skip(f"needs the real texts in {REAL} (or SCRATCHLM_DATA)")
     folder = tmp_path_factory.mktemp("mirror")
-    sys.path.insert(0, str(ROOT))
-
     files = {"sales": "sales_textbook.txt", "shakespeare": "tinyshakespeare.txt"}
     for name, file in (files | {"dpo-zh": "instruct/dpo_zh_demo.json"}).items():
-        place = folder / SOURCES[name].fetch.keywords["train"].split("://")[1]
-        place.parent.mkdir(parents=True)
-        place.symlink_to(REAL / file)
+        path = folder / SOURCES[name].fetch.keywords["train"].split("://")[1]
+        path.parent.mkdir(parents=True)
+        path.symlink_to(REAL / file)
     if (REAL / "hotel").exists():
         lab = folder / LAB.split("://")[1]
         lab.mkdir(parents=True)
         for split, source in (("train", "train"), ("dev", "dev"), ("test", "dev")):
             write_hotel_rows(REAL / "hotel" / f"{source}.jsonl", lab / f"{split}.full.jsonl")
-        place = folder / CROSSWOZ.split("://")[1]
-        place.mkdir(parents=True)
-        (place / "hotel_db.json").symlink_to(REAL / "hotel" / "hotel_db.json")
-        place = folder / REVIEWS.split("://")[1]
-        place.parent.mkdir(parents=True)
-        with tarfile.open(place, "w:gz") as archive:
+        crosswoz = folder / CROSSWOZ.split("://")[1]
+        crosswoz.mkdir(parents=True)
+        (crosswoz / "hotel_db.json").symlink_to(REAL / "hotel" / "hotel_db.json")
+        reviews = folder / REVIEWS.split("://")[1]
+        reviews.parent.mkdir(parents=True)
+        with tarfile.open(reviews, "w:gz") as archive:
             archive.add(REAL / "rotten_tomatoes", "rt-polaritydata")
     save_hub(folder / "huggingface.co")
     with serve_folder(folder) as url:
@@ -158,6 +162,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs(mirror, tmp_path):
     words = ["我们", "学习", "a", "model", "from", "scratch", "。", "\n"]
     (tmp_path / "my_novel.txt").write_text(" ".join(words * 400), encoding="utf-8")

@@ -401,7 +401,6 @@ NAMED = "{{ 'NAME ' + messages[0].content }}"
         ({"default": "a", "tool_use": "b"}, "", "ab"),
         ({"tool_use": "b", "rag": "c", "default": "a"}, "", "ab"),
         ("a", "chat_template.jinja", "dd"),
-        ("a", "chat_template.jinja additional_chat_templates/tool_use.jinja", "de"),
     ],
 )
 def test_templates_are_found_where_transformers_finds_them(tools, config, files, found, tmp_path):

@@ -9,12 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ALL_TEXT, TEXTS, pieces_of, set_block, tokens_of
+from conftest import ALL_TEXT, TEXTS, pieces_of, set_block
 
 from data.cli import UserError
-from data.text import decode, json_rows, split_documents
-from data.tokenizer import Tokenizer
-from prepare_data import prepare, read_meta
+from data.text import decode, json_rows, split
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -24,19 +22,17 @@ RECOGNISED = [  # (encoding, byte order mark, text)
     ("utf-8", b"\xef\xbb\xbf", ALL_TEXT),
     ("utf-16-le", b"\xff\xfe", ALL_TEXT),
     ("utf-16-be", b"\xfe\xff", ALL_TEXT),
-    ("utf-16-le", b"", TEXTS["english"] + TEXTS["code"]),
     ("utf-16-be", b"", TEXTS["english"] + TEXTS["code"]),
-    ("gb18030", b"", TEXTS["chinese"]),
-    ("gbk", b"", TEXTS["english"].replace("—", "-") * 30 + TEXTS["chinese"] * 30),
-    ("gb18030", b"", TEXTS["chinese"] * 60 + "\U0001f600"),
-    ("gbk", b"", "他說：學而時習之，不亦說乎？我們今天去北京的時候，天氣很好！"),
-    ("gbk", b"", "import os  # 用 os 的 path\nprint('A和B')  # 这是一个例子\n"),
-    ("gbk", b"", "床前明月光，疑是地上霜。"),
     ("utf-16-le", b"", TEXTS["chinese"] + "\n"),
     ("utf-16-be", b"", TEXTS["chinese"] + "\n"),
     ("utf-16-le", b"", TEXTS["russian"]),
     ("utf-16-be", b"", TEXTS["japanese"]),
-    ("utf-32-le", b"", TEXTS["english"]),
+    ("gb18030", b"", TEXTS["chinese"]),
+    ("gb18030", b"", TEXTS["chinese"] * 60 + "\U0001f600"),
+    ("gbk", b"", TEXTS["english"].replace("—", "-") * 30 + TEXTS["chinese"] * 30),
+    ("gbk", b"", "他說：學而時習之，不亦說乎？我們今天去北京的時候，天氣很好！"),
+    ("gbk", b"", "import os  # 用 os 的 path\nprint('A和B')  # 这是一个例子\n"),
+    ("gbk", b"", "床前明月光，疑是地上霜。"),
 ]
 
 
@@ -157,8 +153,8 @@ BAD_ROWS = [  # (the third line of a.jsonl, what the message says)
     ('["x"]', r"a.jsonl:3 is neither text nor a dialogue but \['x'\]"),
     ("7", "a.jsonl:3 is neither text nor a dialogue but 7"),
     ("null", "a.jsonl:3 is neither text nor a dialogue but None"),
-    ('{"text": 5}', "a.jsonl:3: its text is neither text nor a dialogue but 5"),
-    ('{"text": "cut', "a.jsonl:3: broken JSON .*line 3 column 14"),
+    ('{"text": 5}', "a.jsonl:3 is neither text nor a dialogue but 5"),
+    ('{"text": "cut', "a.jsonl:3: broken JSON .*column 10"),
 ]
 
 
@@ -190,7 +186,7 @@ def test_a_json_list_is_read_as_its_rows_are():
     Path("zip.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
     assert pieces_of("zip.json.gz") == wanted
     Path("bad.json").write_text(json.dumps([*rows, {"text": 5}]))
-    with pytest.raises(UserError, match=r"bad\.json: row 8: its text is neither"):
+    with pytest.raises(UserError, match=r"bad\.json: row 8 is neither"):
         pieces_of("bad.json")
     Path("cut.json").write_text(json.dumps(rows)[:-9])
     with pytest.raises(UserError, match=r"cut\.json: broken JSON \(.*line 1 column"):
@@ -219,35 +215,29 @@ def test_a_row_cut_short_takes_no_other_with_it(cut):
     assert [where for where, _ in rows] == wanted
     assert [r for _, r in rows if not isinstance(r, UserError)] == ROWS
     assert all(f"{wanted[i]}: broken JSON" in str(rows[i][1]) for i in (1, 4))
+    with pytest.raises(UserError, match=r"a\.jsonl: broken JSON \(.*line 3"):
+        list(json_rows(['{\n"text": "a",\n{}\n'], "a.jsonl"))
 
 
 def test_the_bytes_of_a_file_are_decoded_by_the_same_rules():
     text = json.dumps(TEXTS, ensure_ascii=False)
-    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le"):
         assert json.loads(decode(text.encode(encoding), "a.json")) == TEXTS, encoding
 
 
 def test_half_a_surrogate_pair_in_json_is_no_crash():
     """Scraped JSON has them (an emoji cut by a length limit), and UTF-8 has no bytes for them."""
-    rows = "".join(json.dumps({"text": f"cut emoji {i} \ud83d"}) + "\n" for i in range(30))
-    Path("a.jsonl").write_text(rows)
-    for tokenizer in ("byte", "char", "bpe:270"):
-        folder = prepare("a.jsonl", tokenizer)
-        text = Tokenizer(read_meta(folder)["tokenizer"]).decode(tokens_of(folder))
-        assert text.count("cut emoji") == 30
+    Path("a.jsonl").write_text(json.dumps({"text": "cut emoji \ud83d, whole emoji 😀"}))
+    assert pieces_of("a.jsonl") == ["cut emoji \ufffd, whole emoji 😀"]
 
 
-def test_a_damaged_gz_is_named():
+def test_a_damaged_gz_or_zip_is_named():
     data = gzip.compress(random.Random(0).randbytes(5000).hex().encode())
     flipped = data[:2000] + bytes([data[2000] ^ 255]) + data[2001:]
     for damaged in (data[:-2000], flipped, b"text"):
         Path("a.txt.gz").write_bytes(damaged)
-        for encoding in (None, "utf-8"):
-            with pytest.raises(UserError, match=r"a\.txt\.gz: damaged"):
-                pieces_of("a.txt.gz", encoding=encoding)
-
-
-def test_a_damaged_or_encrypted_zip_is_named():
+        with pytest.raises(UserError, match=r"a\.txt\.gz: damaged"):
+            pieces_of("a.txt.gz")
     with zipfile.ZipFile("a.zip", "w", zipfile.ZIP_STORED) as z:
         z.writestr("b.txt", "x" * 5000)
     data = Path("a.zip").read_bytes()
@@ -267,4 +257,4 @@ def test_a_separator_keeps_the_documents_of_a_file_apart():
     text = "<|endoftext|>\n".join(["一 story\n", "\n", "two\nlines\n", "three"])
     for size in (1, 5, 20, 1000):
         blocks = [text[i : i + size] for i in range(0, len(text), size)]
-        assert list(split_documents(blocks, "<|endoftext|>")) == ["一 story", "two\nlines", "three"]
+        assert list(split(blocks, "<|endoftext|>")) == text.split("<|endoftext|>")

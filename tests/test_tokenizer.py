@@ -12,6 +12,7 @@ import pytest
 import tiktoken
 from conftest import ALL_TEXT, ROOT, TEXTS, TIKTOKEN, needs_vocabularies, real, set_block, tokens_of
 
+from data.hf_tokenizer import CHAR_BYTES
 from data.text import safe_pieces
 from data.tokenizer import PATTERN, Tokenizer, learn_bpe, train_bpe
 from prepare_data import make_tokenizer, prepare
@@ -47,13 +48,8 @@ def test_round_trip(tokenizer, language):
     assert max(ids) < tokenizer.n_vocab
     assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
-
-
-@every_tokenizer
-def test_a_spec_that_went_through_json_gives_the_same_tokenizer(tokenizer):
     again = Tokenizer(json.loads(json.dumps(tokenizer.spec)))
-    assert again.encode(ALL_TEXT) == tokenizer.encode(ALL_TEXT)
-    assert (again.n_vocab, again.eos_id) == (tokenizer.n_vocab, tokenizer.eos_id)
+    assert (again.encode(text), again.n_vocab) == (ids, tokenizer.n_vocab)
 
 
 @tokenizers_of("byte", "bpe:700")
@@ -86,8 +82,6 @@ def test_the_name_of_a_special_token_is_ordinary_text(tokenizer):
     ids = tokenizer.encode(text)
     assert tokenizer.eos_id not in ids
     assert tokenizer.byte_lengths[ids].min() > 0
-    own = tokenizer.for_one_thread()
-    assert own.encode(text) == ids and own.encoding is not tokenizer.encoding
     if tokenizer.spec["kind"] != "char":
         assert tokenizer.decode(ids) == text
     if tokenizer.name == "byte":
@@ -99,7 +93,7 @@ def test_the_name_of_a_special_token_is_ordinary_text(tokenizer):
 @tokenizers_of(*KINDS[2:])
 def test_runs_too_long_for_tiktokens_regex_have_the_ids_they_would_have(tokenizer):
     for run in (" ", "\t", "\u00a0", "\n", " \n", "-", "a", "中", "1", '"a', "'"):
-        for text in (run * 3000, f"x{run * 3000}y", f"x {run * 3000} y\n{run * 50}"):
+        for text in (run * 300, f"x{run * 300}y", f"x {run * 300} y\n{run * 50}"):
             assert tokenizer._encode_by_piece(text).tolist() == tokenizer.encode(text), (run, text)
     parts = "word", " " * 999_999, " word"
     ids = tokenizer.encode("".join(parts))
@@ -169,42 +163,33 @@ def test_train_bpe_equals_recounting_everything(alphabet):
 
 
 def test_train_bpe_stops_at_its_size_and_never_merges_what_occurs_once():
-    assert len(train_bpe({b"abcdefgh": 100}, 259)) == 259
-    assert len(train_bpe({b"abcd": 1, b"efgh": 1}, 300)) == 256
-    assert len(train_bpe({}, 300)) == 256
+    counts = {b"abcdefgh": 100}, {b"abcd": 1, b"efgh": 1}, {}
+    assert [len(train_bpe(c, 259)) for c in counts] == [259, 256, 256]
 
 
 def test_train_bpe_agrees_with_the_tokenizers_library():
     """Equal up to ties: among pairs that occur equally often we take the smallest ids and the
-    library the smallest of its own ids, which number the bytes in another order. A tie taken the
-    other way changes a few rare tokens (and only those that come last stay out), so nearly all
-    tokens must be common, and the corpus must come out equally short.
+    library the smallest of its own ids, which number the bytes in another order. So a few rare
+    tokens differ, and the corpus must come out equally short.
     """
     tokenizers = pytest.importorskip("tokenizers")
-    pre, trainers = tokenizers.pre_tokenizers, tokenizers.trainers
+    pre = tokenizers.pre_tokenizers
     rows = json.loads(real("instruct/alpaca_zh_demo.json").read_text(encoding="utf-8"))
     text = "\n".join(r["output"] for r in rows)[:40_000]
     text += real("tinyshakespeare.txt").read_text(encoding="utf-8")[:200_000]
-    size = 1200
-    ours = Tokenizer(learn_bpe(size + 1, [("", [text])], 1))
+    ours = Tokenizer(learn_bpe(1201, [("", [text])], 1))
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     split = pre.Split(tokenizers.Regex(PATTERN), "isolated")
     byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
     theirs.pre_tokenizer = pre.Sequence([split, byte_level])
-    alphabet = pre.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=1200, min_frequency=2, initial_alphabet=pre.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
     theirs.train_from_iterator([text], trainer)
-    # ByteLevel writes each byte as a printable character: the printable ones as themselves, the
-    # others as the characters from 256 on
-    printable = {c: ord(c) for c in alphabet if ord(c) < 256}
-    others = sorted(set(range(256)) - set(printable.values()))
-    byte_of = printable | dict(zip(sorted(c for c in alphabet if ord(c) > 255), others))
-    vocabulary = {bytes(byte_of[c] for c in token) for token in theirs.get_vocab()}
+    vocabulary = {bytes(map(CHAR_BYTES.get, token)) for token in theirs.get_vocab()}
     mine = {base64.b64decode(t) for t in ours.spec["tokens"]}
-    assert len(mine) == len(vocabulary) == size
-    assert len(mine & vocabulary) >= 0.99 * size
+    assert len(mine) == len(vocabulary) == 1200 and len(mine & vocabulary) >= 0.99 * 1200
     a, b = len(ours.encode(text)), len(theirs.encode(text).ids)
     assert abs(a - b) <= 0.001 * b
 

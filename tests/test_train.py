@@ -576,6 +576,51 @@ def test_gradient_checkpointing_changes_nothing_but_memory(corpus):
     assert losses("out/re") == losses("out/plain")
 
 
+def test_a_bf16_copy_learns_as_fp32_does():
+    """Steps that are too small for bf16 add up in the master's weights."""
+    ids = torch.randint(50, (4, 12), generator=torch.Generator().manual_seed(0))
+    changes = []
+    for make in (lambda model: model, train.BF16Copy):
+        torch.manual_seed(0)
+        model = lm.Transformer(lm.preset("llama", n_layer=1, d_model=32, vocab_size=50))
+        runs, optimizer = make(model), torch.optim.SGD(model.parameters(), lr=2e-4)
+        before = [p.detach().clone() for p in model.parameters()]
+        for _ in range(200):
+            for rows in ids.split(2):  # gradients of two micro-batches add up
+                runs(rows, rows).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            getattr(runs, "sync_weights", lambda: None)()
+        pairs = zip(model.parameters(), before)
+        changes.append(torch.cat([(p - q).flatten() for p, q in pairs]))
+        assert changes[0].norm() > 0.1
+    assert (changes[1] - changes[0]).norm() < 0.05 * changes[0].norm()
+    assert {p.dtype for p in runs.low.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_compilers_trial_leaves_nothing_behind(works, monkeypatch, capsys):
+    """It falls back to eager mode with one line; only training is compiled."""
+    model = lm.Transformer(lm.preset("tiny", n_layer=1, d_model=16, vocab_size=64))
+    hidden, ids, calls = model.hidden, torch.zeros(1, 4).long(), []
+
+    def compiled(*args):
+        calls.append(args)
+        if not works:
+            raise RuntimeError("no compiler here\nand a long story")
+        return hidden(*args)
+
+    monkeypatch.setattr(torch, "compile", lambda plain: compiled)
+    train.compile_blocks(model, train.Task(lambda step: [(ids, ids)], None, {}), CPU, 0)
+    said = capsys.readouterr().out
+    assert said.count("\n") == ("no compiler here" in said) == (not works)
+    assert len(calls) == 1 and all(p.grad is None for p in model.parameters())
+    model(ids, ids)
+    with lm.evaluating(model):
+        model(ids, ids)
+    assert len(calls) == 1 + works
+
+
 def test_training_goes_on_from_a_checkpoints_weights(corpus):
     run(*SMALL, "--max_steps", 60, "--out", "out/base")
     more = ["--data", "words", "--ckpt", "out/base", "--max_steps", 1, "--log_every", 1]
