@@ -27,14 +27,13 @@ from data.cli import UserError
 
 def test_a_label_is_all_that_a_text_row_learns():
     names = BYTE.with_special([label_token(n) for n in ("neg", "pos")])
-    row, cut = label_row("a fine film", "pos", names, 64)
+    row = label_row("a fine film", "pos", names, 64)
     film = [97, 32, 102, 105, 110, 101, 32, 102, 105, 108, 109]
-    assert (row.ids, cut) == ([*film, 256, 258], False)
+    assert (row.ids, row.cut) == ([*film, 256, 258], False)
     assert row.mask == [0] * 12 + [1]
     assert row.targets() == [-100] * 11 + [258]
-    assert label_row("a fine film", None, names, 64)[0].ids == [*film, 256]
-    row, cut = label_row("a fine film", "neg", names, 5)  # the end of a text is kept
-    assert (row.ids, cut, row.targets()) == ([*b"film", 256, 257], True, [-100] * 4 + [257])
+    row = label_row("a fine film", "neg", names, 5)  # the end of a text is kept
+    assert (row.ids, row.cut, row.targets()) == ([*b"film", 256, 257], True, [-100] * 4 + [257])
 
 
 def test_the_mask_of_a_conversation_with_a_tool_call():
@@ -103,8 +102,8 @@ def test_context_cuts_the_rows_of_a_run_and_cannot_be_more_than_the_checkpoint_s
 
 def chat_row(messages, *how):
     """The Row of a conversation, of which our template makes one, and whether it was cut."""
-    (row,), cut = chat_rows({"messages": messages}, *how)
-    return row, cut
+    (row,) = chat_rows({"messages": messages}, *how)
+    return row, row.cut
 
 
 def words(n):
@@ -120,7 +119,7 @@ def test_the_oldest_turns_are_cut_first_and_at_their_borders():
     assert (row.ids, cut) == (render_chat([talk[0], *talk[-4:]], CHAT)[0], True)
     args = argparse.Namespace(context=20, loss_on="assistant")
     split = ft.SFT(args, CHAT).make_split([{"messages": talk}, {"messages": talk[:3]}])
-    assert (len(split.rows), split.cut) == (2, 1)
+    assert [row.cut for row in split.rows] == [True, False]
     long = [turn("user", words(50)), turn("assistant", "ok")]
     row, cut = chat_row(long, CHAT, 10)  # the end of a question that is too long, and the answer
     assert (row.ids, cut) == (render_chat(long, CHAT)[0][-11:], True) and row.mask[-3:] == [1] * 3
@@ -129,8 +128,8 @@ def test_the_oldest_turns_are_cut_first_and_at_their_borders():
     assert (row.ids, cut) == (render_chat(long, CHAT)[0][:11], True)
     sides = {"chosen": [turn("assistant", words(50))], "rejected": [turn("assistant", "no")]}
     chosen = {"messages": long[:1]} | sides
-    (good, bad), cut = preference_rows(chosen, CHAT, 10)
-    assert cut and len(good.ids) == 11 and good.mask == [0] * 4 + [1] * 7
+    good, bad = preference_rows(chosen, CHAT, 10)
+    assert good.cut and not bad.cut and len(good.ids) == 11 and good.mask == [0] * 4 + [1] * 7
     assert bad.ids == [USER, 113, END, ASSISTANT, *b"no", END] and sum(bad.mask) == 3
 
 

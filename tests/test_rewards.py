@@ -48,42 +48,36 @@ ASKED = [turn("user", "找一家500元以下的酒店"), turn("call", "search {}
 # ---- what a reply says -------------------------------------------------------------------------
 
 
-def facts(reply, *more):
-    counts = count_facts([*ASKED, *more], reply)
-    assert counts.pop("replies") == 1
-    return {k: v for k, v in counts.items() if v}
+SAID = turn("assistant", "为您推荐松园饭店(南店)。"), turn("user", "多少钱？")
+NAMED = {"name": 1, "right name": 1}
 
 
 @pytest.mark.parametrize(
-    "reply, counted",
+    "reply, more, counted",
     [
-        ("好的，祝您入住愉快！", {}),
-        ("推荐云海大厦和云海大厦。", {"name": 2, "right name": 2, "again": 1, "doubled": 1}),
-        ("推荐如家(北京某店)。", {"name": 1}),
-        ("云海大厦的价格是1005.0元。", {"name": 1, "right name": 1, "price": 1, "right price": 1}),
-        ("云海大厦的价格是374元。", {"name": 1, "right name": 1, "price": 1}),
-        ("价格374元的松园饭店(南店)。", {"name": 1, "right name": 1, "price": 1, "right price": 1}),
-        ("没有500元以下的。", {}),  # the guest's own number
-        ("没有400-600元的。", {}),  # a range
-        ("评分是5分的云海大厦", {"name": 1, "right name": 1, "rating": 1, "right rating": 1}),
-        ("云海大厦的电话是010-60350829。",
-         {"name": 1, "right name": 1, "phone": 1, "right phone": 1}),
-        ("云海大厦的电话是010-603508281。", {"name": 1, "right name": 1, "phone": 1}),
-        ("云海大厦，评分15.0分", {"name": 1, "right name": 1, "rating": 1}),
-        ("走5分钟到云海大厦。", {"name": 1, "right name": 1}),
-        ("松园饭店(南店)374元、云海大厦374元",
+        ("好的，祝您入住愉快！", (), {}),
+        ("推荐云海大厦和云海大厦。", (), {"name": 2, "right name": 2, "again": 1, "doubled": 1}),
+        ("推荐如家(北京某店)。", (), {"name": 1}),
+        ("云海大厦的价格是1005.0元。", (), {**NAMED, "price": 1, "right price": 1}),
+        ("云海大厦的价格是374元。", (), {**NAMED, "price": 1}),
+        ("价格374元的松园饭店(南店)。", (), {**NAMED, "price": 1, "right price": 1}),
+        ("没有500元以下的。", (), {}),  # the guest's own number
+        ("没有400-600元的。", (), {}),  # a range
+        ("评分是5分的云海大厦", (), {**NAMED, "rating": 1, "right rating": 1}),
+        ("云海大厦的电话是010-60350829。", (), {**NAMED, "phone": 1, "right phone": 1}),
+        ("云海大厦的电话是010-603508281。", (), {**NAMED, "phone": 1}),
+        ("云海大厦，评分15.0分", (), {**NAMED, "rating": 1}),
+        ("走5分钟到云海大厦。", (), NAMED),
+        ("松园饭店(南店)374元、云海大厦374元", (),
          {"name": 2, "right name": 2, "price": 2, "right price": 1}),
+        # without a name it is that of the hotel named last
+        ("价格是374元。", SAID, {"price": 1, "right price": 1}),
+        ("价格是1005元。", SAID, {"price": 1}),
+        ("价格是1005元。", (*SAID, turn("user", "云海大厦呢？")), {"price": 1, "right price": 1}),
     ],
 )
-def test_names_and_numbers_are_counted_and_compared(reply, counted):
-    assert facts(reply) == counted
-
-
-def test_a_number_without_a_name_is_that_of_the_hotel_named_last():
-    said = turn("assistant", "为您推荐松园饭店(南店)。"), turn("user", "多少钱？")
-    assert facts("价格是374元。", *said) == {"price": 1, "right price": 1}
-    assert facts("价格是1005元。", *said) == {"price": 1}
-    assert facts("价格是1005元。", *said, turn("user", "云海大厦呢？"))["right price"] == 1
+def test_names_and_numbers_are_counted_and_compared(reply, more, counted):
+    assert +count_facts([*ASKED, *more], reply) == Counter(counted, replies=1)
 
 
 def test_before_a_search_nothing_is_counted():
@@ -113,14 +107,6 @@ def test_the_hotels_of_a_result_are_named_in_its_order():
     for more in ([turn("user", "比")], [turn("tool", "[]")], []):
         said = "山月9元、云海8元" if not more else "山月、云海"
         assert in_order(later := [*told, *more, turn("assistant", said)]) == later
-
-
-def test_of_names_that_begin_alike_the_one_that_was_said_is_asked_about():
-    rows = [{"name": n, "price": p, "rating": 5} for n, p in (("云海", 9), ("云海大厦", 7))]
-    told = [turn("tool", json.dumps(rows, ensure_ascii=False)), turn("assistant", "推荐云海大厦。")]
-    asked = [ask(told, random.Random(seed)) for seed in range(100)]
-    prices = [a["content"] for q, a in asked if q["content"] == "一晚多少钱？"]
-    assert set(prices) == {"云海大厦的价格是7元。"}
 
 
 def test_questions_are_answered_by_what_was_returned():
@@ -330,21 +316,12 @@ def test_what_is_rewarded_becomes_likelier(room):
     def probability(ckpt):
         model, tokenizer, _ = sample.load(ckpt, dtype="fp32")
         chats = [[turn("user", f"say {a}"), turn("assistant", "b")] for a in LETTERS]
-        rows = [chat_rows({"messages": c}, tokenizer, 48)[0][0] for c in chats]
+        rows = [chat_rows({"messages": c}, tokenizer, 48)[0] for c in chats]
         with torch.no_grad():
             return model(*pad(rows), reduction="none").sum(1).exp().mean().item()
 
     before, after = map(probability, ("out/base", out / "last.pt"))
     assert after > before + 0.2
-
-
-@pytest.mark.slow
-def test_the_letter_that_the_prompt_names_is_learned_from_reward_alone(room):
-    """--kl holds back a letter that gains ground with all prompts: once it is the only answer, the
-    rewards of a group are equal and teach nothing. Of ten seeds on three instruction sets the
-    slowest had learned it after 120 draws of these 220, the others after 40 to 100."""
-    out = tune(*EXACT, *LEARN, "--max_steps", "440")
-    assert values(out, "reward")[0] < 0.5 < 0.95 < values(out, "val_reward")[-1]
 
 
 @pytest.mark.parametrize(
@@ -429,9 +406,9 @@ def test_killed_and_resumed_equals_straight_through_bitwise(room):
 
 @pytest.mark.slow
 def test_two_processes_give_the_rewards_and_losses_of_one(room):
-    flags = [*EXACT, "--max_steps", "6", "--eval_every", "3"]
-    tune(*flags, "--grad_accum", "4", out="out/one")
-    in_two_processes(*flags, "--grad_accum", "2")
+    flags = [*EXACT, "--max_steps", "6", "--eval_every", "3", "--grad_accum"]
+    tune(*flags, "4", out="out/one")
+    in_two_processes(*flags, "2")
     for key in ("loss", "reward", "equal_groups", "entropy", "val_reward"):
         assert values("out/two", key) == pytest.approx(values("out/one", key), abs=1e-5)
 
@@ -457,7 +434,7 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     other = {"chosen": [turn("assistant", "x")], "rejected": [A]}
     asked = {"messages": [turn("user", "q")]}, {"messages": [turn("user", "what")]}
     pairs = [asked[0] | sides, asked[1] | other]
-    rows = [objective.rows(p)[0][0] for p in pairs]
+    rows = [objective.rows(p)[0] for p in pairs]
     token, total = tokenizer.special[ft.REWARD_TOKEN], 0.0
     for chosen, rejected in rows:
         scores = [model(torch.tensor([r.ids[:-1]]))[0, -1, token] for r in (chosen, rejected)]
@@ -465,19 +442,6 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     batch = objective.batch(ft.Split(pairs, rows), [0, 1], rows)
     assert objective.loss(model, *batch).item() == pytest.approx(total.item(), abs=1e-6)
     assert objective.count(*batch) == 2
-
-
-def test_prompts_are_the_turns_that_the_reward_is_for():
-    chats = load_data(str(real("hotel/dev.jsonl")))[1]["train"][:100]
-    jobs = ft.answer_jobs(chats)
-    calls = sum("tool_calls" in job.wanted for job in jobs)
-    stated = [count_facts(j.messages, j.wanted["content"]) for j in jobs]
-    stating = sum(any(counts[fact] for fact in FACTS) for counts in stated)
-    for reward, count in (("slots", calls), ("faithful", stating)):
-        args = dict(context=512, loss_on="assistant", reward=reward, device=None, samples=4)
-        split = ft.GRPO(argparse.Namespace(**args), CHAT).make_split(chats)
-        assert len(split.prompts) == count > 50
-        assert all(("tool_calls" in p.turn.wanted) == (reward == "slots") for p in split.prompts)
 
 
 @pytest.mark.parametrize(
