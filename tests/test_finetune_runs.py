@@ -80,8 +80,8 @@ def taught(tmp_path_factory):
 
 
 def write(path, rows):
-    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    Path(path).write_text(text, encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 def tool_chat(word, n):
@@ -504,10 +504,8 @@ def test_a_classifier_end_to_end(desk, capsys):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--token_dropout", "0.1"],
-        ["--data", "tools.jsonl", "--loss_on", "call"],
+        ["--data", "tools.jsonl", "--loss_on", "call", "--token_dropout", "0.1"],
         [*LORA, "--quantize", "int8", "--lora_targets", "mlp", "--lora_alpha", "16"],
-        [*LORA, "--quantize", "nf4"],
         ["--optimizer", "muon", "--context", "20"],
     ],
     ids=" ".join,
