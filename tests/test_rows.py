@@ -128,7 +128,7 @@ def test_a_chat_of_every_known_form(name):
 
 def test_a_turn_of_weight_0_is_read_and_not_learned():
     talk = [U, turn("assistant", "no") | {"weight": 0}, U, A]
-    (row,), _ = chat_rows({"messages": talk}, CHAT, 99)
+    (row,) = chat_rows({"messages": talk}, CHAT, 99)
     assert "<|assistant|>no<|end|>" in CHAT.decode(row.ids)
     assert CHAT.decode([i for i, m in zip(row.ids, row.mask) if m]) == "a<|end|>"
 
@@ -163,7 +163,7 @@ PAIRS = [  # (row, the messages before the two answers)
 def test_all_turns_before_the_answers_of_a_pair_are_kept(row, before):
     kind, pair = to_example(row)
     assert (kind, pair) == ("prefer", {"messages": before} | sides())
-    rows, _ = preference_rows(pair, CHAT, 999)
+    rows = preference_rows(pair, CHAT, 999)
     texts = [CHAT.decode([i for i, m in zip(r.ids, r.mask) if m]) for r in rows]
     assert texts == ["good<|end|>", "bad<|end|>"]
 
@@ -190,10 +190,10 @@ def test_what_is_learned_of_a_public_file_is_what_it_says(name):
     for row in rows[:300]:
         kind, example = to_example(row)
         if kind == "prefer":
-            found, _ = preference_rows(example, CHAT, 10**6)
+            found = preference_rows(example, CHAT, 10**6)
             wanted = [[row["chosen"]["value"]], [row["rejected"]["value"]]]
         else:
-            found, _ = chat_rows(example, CHAT, 10**6)
+            found = chat_rows(example, CHAT, 10**6)
             turns = row.get("conversations") or [{"from": "gpt", "value": row["output"]}]
             wanted = [[t["value"] for t in turns if t["from"] in ("gpt", "function_call")]]
             for n, text in enumerate(wanted[0]):
