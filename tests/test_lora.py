@@ -291,7 +291,7 @@ def test_adapters_and_their_tables_survive_files_and_switching(tmp_path, tied, q
     for name in ("rude!", "kind"):
         lora.set_adapter(both, name)
         assert torch.equal(both(ids), models[name](ids))
-        again = lora.adapter_state(both, name)
+        again = lora.adapter_state(both)
         assert again.keys() == saved[name]["model"].keys()
         assert all(torch.equal(t, saved[name]["model"][k]) for k, t in again.items())
     narrow = saved["kind"] | {"adapter": saved["kind"]["adapter"] | {"rank": 2}}
