@@ -740,8 +740,8 @@ def write_beams(model, tokenizer, prompt, args):
 
 def make_service(model, tokenizer, path, args, tools):
     """What --serve serves: an Engine with its Scheduler behind OpenAI's API, and the page."""
-    from data import service  # not above: nobody else needs an HTTP server
-    from data.scheduler import Scheduler
+    from data.scheduler import Scheduler  # not above: nobody else needs an HTTP server
+    from data.service import Service
 
     named = lora.adapter_names(model)
     base = (path.parent if path.suffix == ".pt" else path).name or "model"
@@ -757,10 +757,9 @@ def make_service(model, tokenizer, path, args, tools):
 
     engine = Engine(model, args.slots, 256, chunk=256)
     scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
-    settings = decoding_settings(args)
-    return service.make_service(
-        scheduler, tokenizer, adapters, masks, settings, tools or {}, classify_text,
-        args.ckpt or path, args,
+    return Service(
+        scheduler, tokenizer, adapters, masks, decoding_settings(args), tools or {},
+        classify_text, args.ckpt or path, args,
     )  # fmt: skip
 
 

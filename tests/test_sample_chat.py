@@ -151,7 +151,7 @@ def test_tools_are_told_at_the_end_of_the_system_turn(script, hear, tmp_path):
         f"<|system|>be kind\n{schema}<|end|><|user|>a<|end|><|assistant|>"
     )
     _, example = to_example(json.loads((tmp_path / "s.jsonl").read_text()))
-    ids = chat_rows(example, CHAT, 1000)[0][0].ids  # what was told is what is learned
+    ids = chat_rows(example, CHAT, 1000)[0].ids  # what was told is what is learned
     assert ids[: len(seen[0].prompt)] == seen[0].prompt
     partial = functools.partial(lambda city, day: city, day=1)
     for tools in load_tools("hotel"), {"weather": partial}, None:

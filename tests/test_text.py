@@ -215,6 +215,8 @@ def test_a_row_cut_short_takes_no_other_with_it(cut):
     assert [where for where, _ in rows] == wanted
     assert [r for _, r in rows if not isinstance(r, UserError)] == ROWS
     assert all(f"{wanted[i]}: broken JSON" in str(rows[i][1]) for i in (1, 4))
+    with pytest.raises(UserError, match=r"a\.jsonl: broken JSON \(.*line 3"):
+        list(json_rows(['{\n"text": "a",\n{}\n'], "a.jsonl"))
 
 
 def test_the_bytes_of_a_file_are_decoded_by_the_same_rules():
