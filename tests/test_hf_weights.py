@@ -49,9 +49,6 @@ MODELS = {
     "qwen3 biases": ("Qwen3", TINY | dict(head_dim=8, attention_bias=True)),
 }
 
-every_model = pytest.mark.parametrize("name", MODELS)
-
-
 def theirs(name, dtype=torch.float32):
     """A random model of transformers', its biases and norms not at their idle start values."""
     family, settings = MODELS[name]
@@ -87,7 +84,7 @@ def some_ids(model, T=60, B=2):
     return torch.randint(model.config.vocab_size, (B, T))
 
 
-@every_model
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_theirs_in_fp32_and_fp64(name, tmp_path):
     reference = theirs(name)
     reference.save_pretrained(tmp_path)

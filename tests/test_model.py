@@ -116,12 +116,6 @@ def test_candidates_to_copy_are_found_by_looking_back(S):
     assert torch.equal(torch.stack(lm.copy_candidates(ids, positions), -1), torch.tensor(expected))
 
 
-def test_a_grown_vocabulary_has_rows_for_values_too():
-    model = build(value_embed=True, vocab_size=20)
-    model.grow_vocabulary(64, 20)
-    assert len(model.value_embed.weight) == 64 and model(torch.tensor([[63]])).shape[-1] == 64
-
-
 def test_flops_per_token_by_hand():
     shape = dict(vocab_size=10, n_layer=2, n_head=2, n_kv_head=1, d_model=8, d_ff=12, context=16)
     # a block: q 64, k and v 32 each, out 64, three 8 x 12; the head 80; scores 12 L nh hs context
@@ -380,16 +374,10 @@ def test_more_tokens_than_the_context_are_refused():
     with pytest.raises(UserError, match=r"17 .*16"):
         model(some_ids(T=7), cache=cache)
     assert cache.lengths.tolist() == [10, 10]
-
-
-@pytest.mark.parametrize("T", [1, 2])
-@torch.no_grad()
-def test_more_tokens_than_a_short_cache_are_refused_and_not_forgotten(T):
-    model = build()
-    cache = KVCache(model, 2, length=4)
-    model(some_ids(T=4), cache=cache)
+    short = KVCache(model, 2, length=4)
+    model(some_ids(T=4), cache=short)
     with pytest.raises(UserError, match="4"):
-        model(some_ids(T=T), cache=cache)
+        model(some_ids(T=1), cache=short)
 
 
 @torch.no_grad()
@@ -590,12 +578,6 @@ def test_flipped_bytes_are_found_by_their_checksum(saved):
             lm.load_checkpoint(saved)
     saved.write_bytes(whole)
     assert lm.load_checkpoint(saved)["step"] == 7 and len(starts) > 10
-
-
-def test_a_checkpoint_is_a_plain_mappable_file(saved):
-    content = torch.load(saved, weights_only=True, mmap=True)
-    assert type(content) is dict and content["step"] == 7
-    same(content["model"]["embed.weight"], build().embed.weight.detach())
 
 
 class Wrapped(nn.Module):
