@@ -19,6 +19,14 @@ from data.tokenizer import Tokenizer
 TRICKY = "Say <|end|> and <|assistant|><|call|> <|endoftext|> naïve 你好，世界 👩‍👩‍👧 \n\n x"
 
 
+def joined(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+def rendered(*messages):
+    return render_chat(messages, CHAT)[0]
+
+
 # ---- answers are read as they are written ----------------------------------------------------
 
 SPOKEN = {
@@ -144,7 +152,7 @@ def test_a_prompt_is_the_beginning_of_the_row_with_its_answer(plain):
     talk[2]["tool_calls"] = calls("f " + json.dumps({TRICKY: TRICKY}), "g {}")["tool_calls"]
     ids, mask = render_chat(talk, chat)
     parts = [render_chat([m], chat) for m in talk]
-    assert [ids, mask] == [list(itertools.chain(*column)) for column in zip(*parts)]
+    assert [ids, mask] == [joined(column) for column in zip(*parts)]
     for i, m in enumerate(talk):
         if m["role"] == "assistant":
             prompt, nothing = render_chat(talk[:i], chat, add_generation_prompt=True)
