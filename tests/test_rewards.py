@@ -6,6 +6,7 @@ import os
 import random
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -303,15 +304,12 @@ def room(tmp_path, monkeypatch, talker):
     return tmp_path
 
 
-LEARN = "--data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3"
-LEARN += " --embed_lr 2e-3 --head_lr 2e-3 --schedule constant --batch_tokens 8192 --grad_accum 1"
-LEARN = [*LEARN.split(), "--eval_every", "999"]
-
-
 def test_what_is_rewarded_becomes_likelier(room):
     """Its probability is compared, not what happens to be sampled in the end."""
     Path("b.py").write_text("def reward(messages, answer, wanted):\n    return answer == 'b'\n")
-    out = tune(*GRPO, "--reward", "b.py", *LEARN, "--max_steps", "20")
+    flags = "--data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3 --embed_lr 2e-3"
+    flags += " --head_lr 2e-3 --schedule constant --batch_tokens 8192 --grad_accum 1"
+    out = tune(*GRPO, "--reward", "b.py", *flags.split(), "--max_steps", "20")
 
     def probability(ckpt):
         model, tokenizer, _ = sample.load(ckpt, dtype="fp32")
@@ -324,11 +322,8 @@ def test_what_is_rewarded_becomes_likelier(room):
     assert after > before + 0.2
 
 
-@pytest.mark.parametrize(
-    "flags", [["--updates", "2", "--kl", "0.1"], ["--lora_rank", "4", "--kl", "0.1"]]
-)
-def test_what_a_run_writes(room, flags):
-    out = tune(*EXACT, *flags, "--max_steps", "4", "--eval_every", "2")
+def test_what_a_run_writes(room):
+    out = tune(*EXACT, "--updates", "2", "--kl", "0.1", "--max_steps", "4", "--eval_every", "2")
     for r in [r for r in metrics(out) if "reward" in r]:
         assert 0 <= r["reward"] <= 1 and 0 <= r["equal_groups"] <= 1 and r["answer_tokens"] >= 1
         assert r["reward_std"] >= 0 and 0 <= r["clipped"] <= 1 and r["entropy"] > 1 / 9
@@ -369,14 +364,11 @@ def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monk
 
 
 def test_answers_of_a_draw_serve_several_updates(room, monkeypatch):
-    drawn = []
-    write_answers = ft.generate_turns
-    draw = lambda *a, **k: drawn.append(k) or write_answers(*a, **k)  # noqa: E731
+    draw = Mock(wraps=ft.generate_turns)
     monkeypatch.setattr(ft, "generate_turns", draw)
-    tune(*EXACT, "--updates", "3", "--grad_accum", "2", "--max_steps",
-         "7", "--eval_every", "100")
-    seeds = [k["seeds"] for k in drawn if "seeds" in k]
-    assert len(seeds) == 3 * 2 and len({tuple(s) for s in seeds}) == 6
+    tune(*EXACT, "--updates", "3", "--grad_accum", "2", "--max_steps", "7", "--eval_every", "100")
+    seeds = [tuple(c.kwargs["seeds"]) for c in draw.call_args_list if "seeds" in c.kwargs]
+    assert len(seeds) == len(set(seeds)) == 3 * 2
 
 
 def test_the_reference_is_the_model_at_the_start(room):
@@ -392,12 +384,12 @@ def test_the_reference_is_the_model_at_the_start(room):
 
 
 def test_killed_and_resumed_equals_straight_through_bitwise(room):
-    flags = [*EXACT, "--updates", "2", "--kl", "0.1", "--dropout", "0.1",
+    flags = [*EXACT, "--updates", "4", "--kl", "0.1", "--dropout", "0.1",
              "--max_steps", "10", "--eval_every", "3"]
     tune(*flags, out="out/straight")
     with killed_in_step(8):
         tune(*flags, out="out/killed")
-    assert content("out/killed/last.pt")["step"] == 6
+    assert content("out/killed/last.pt")["step"] == 6  # between updates with the same answers
     ft.main(["--resume", "out/killed"])
     for key in ("loss", "reward", "kl", "clipped", "val_reward", "val_loss"):
         assert values("out/killed", key) == values("out/straight", key)
@@ -430,10 +422,8 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     torch.manual_seed(0)
     tokenizer, model = CHAT.with_special([ft.REWARD_TOKEN]), small_model().double()
     objective = ft.RewardModel(argparse.Namespace(context=48, loss_on="assistant"), tokenizer)
-    sides = {"chosen": [A], "rejected": [turn("assistant", "bad one")]}
-    other = {"chosen": [turn("assistant", "x")], "rejected": [A]}
-    asked = {"messages": [turn("user", "q")]}, {"messages": [turn("user", "what")]}
-    pairs = [asked[0] | sides, asked[1] | other]
+    bad, asked = turn("assistant", "bad one"), {"messages": [turn("user", "q")]}
+    pairs = [asked | {"chosen": [A], "rejected": [bad]}, asked | {"chosen": [bad], "rejected": [A]}]
     rows = [objective.rows(p)[0] for p in pairs]
     token, total = tokenizer.special[ft.REWARD_TOKEN], 0.0
     for chosen, rejected in rows:
