@@ -36,8 +36,8 @@ def run_cli(main):
     except (UserError, OSError) as e:
         name = getattr(e, "filename", None)
         print(f"{script}: {f'{name}: {e.strerror}' if name else e}", file=sys.stderr)
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
+    except RuntimeError as e:  # of no class of its own if it is a CPU's memory that is full
+        if "allocate memory" not in str(e) and "out of memory" not in str(e):
             raise
         advice = "use smaller batches (a larger --grad_accum), --grad_checkpoint or a smaller model"
         print(f"{script}: out of memory: {advice}", file=sys.stderr)
@@ -45,11 +45,6 @@ def run_cli(main):
         print(f"\n{script}: interrupted", file=sys.stderr)
         code = 130
     raise SystemExit(code)
-
-
-def is_out_of_memory(error):
-    """Whether torch had too little memory: on a CPU it raises a mere RuntimeError."""
-    return any(words in str(error) for words in ("allocate memory", "out of memory"))
 
 
 # What other projects (nanoGPT, transformers, OpenAI) call our flags.
@@ -62,8 +57,8 @@ ALIASES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse where flags may also be written with dashes or called as in ALIASES, never
-    abbreviated, and where a mistake ends in one line."""
+    """An ArgumentParser whose flags may be written with dashes or named as in ALIASES, but not
+    abbreviated, and whose errors are one line."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
@@ -166,7 +161,7 @@ class Progress:
 
 
 def watched(items, name):
-    """Pass items through, counting them on a line of the terminal as `name` 1, 2, 3 ..."""
+    """Yield the items, and count them on a line of the terminal that begins with `name`."""
     progress = Progress()
     for count, item in enumerate(items, start=1):
         progress(f"{name} {count:,}")
