@@ -71,9 +71,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Handle a connection in a thread."""
         with self.lock:
             self.open[request] = time.monotonic() + SECONDS
+        self.service_actions()  # before a thread reads this request, too
         super().process_request(request, client_address)
 
-    def service_actions(self):
+    def service_actions(self):  # also called by serve_forever, several times a second
         with self.lock:
             for connection, deadline in list(self.open.items()):
                 excess = len(self.open) > MAX_CONNECTIONS and deadline < math.inf

@@ -13,12 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, toy_files
+from conftest import ROOT, SHARED, toy_files
 from PIL import Image
 from torch import nn
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import mnist
 import model as lm

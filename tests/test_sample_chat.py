@@ -12,13 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ASSISTANT, BYTE, CALL, CHAT, END, SYSTEM, TOOL, USER, render_chat, turn
+from conftest import ASSISTANT, BYTE, CALL, CHAT, END, ROOT, SYSTEM, TOOL, USER, render_chat, turn
 from test_chat import rendered
 from test_templates import pair
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 
 import lora
 import model as lm
