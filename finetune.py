@@ -1017,7 +1017,7 @@ def build_parser():
     for name, (default, kind, text) in OWN_FLAGS.items():
         add(f"--{name}", type=kind, help=f"{text} (default {default:g})")
     add = train.add_optimization(p)
-    add("--epochs", type=positive, help="passes over the rows, unless limited otherwise (default 3)")
+    add("--epochs", type=positive, help="passes over the rows (default 3 without another limit)")
     add("--max_steps", type=at_least(1), help="instead of --epochs")
     add("--max_minutes", type=positive, help="of training, evaluation not counted")
     return p
