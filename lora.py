@@ -9,8 +9,7 @@ outside, by replacing its Linear layers one by one:
     LoRA       y = W x  +  alpha / rank * B (A x)    W is frozen, only the thin A and B learn
     quantized  y = dequantize(codes, scales) x       W takes 4 or 8 bits a weight instead of 32
 
-Together they are QLoRA. Neither depends on the Transformer: any module with nn.Linear inside will
-do. The chapters: quantized layers, adapters, saving and loading them, merging, the command line.
+Together they are QLoRA. Neither depends on the Transformer: any module with nn.Linear will do.
 """
 
 import contextlib
@@ -326,20 +325,19 @@ def fingerprint(state):
     return digest.hexdigest()
 
 
-def adapter_parameters(model, name="default"):
-    """{name: parameter} of the active adapter, `name`: the layers' a and b, and the
-    `modules_to_save`."""
-    parameters, base = {}, base_parameters(model)
+def adapter_parameters(model):
+    """{name: parameter} of the active adapter: the layers' a and b, and the `modules_to_save`."""
+    name, base, parameters = model.active_adapter, base_parameters(model), {}
     for full, layer in adapted(model).items():
         if name in layer.a:
             parameters |= {f"{full}.a": layer.a[name], f"{full}.b": layer.b[name]}
     return parameters | {n: base[n] for n in model.saved_tables[name]}
 
 
-def adapter_state(model, name="default"):
-    """The tensors of `adapter_parameters`, copied to the CPU."""
-    parameters = adapter_parameters(model, name)
-    return {n: full_tensor(p.detach()).cpu().clone() for n, p in parameters.items()}
+def adapter_state(model):
+    """The tensors of the active adapter, copied to the CPU."""
+    parameters = adapter_parameters(model).items()
+    return {n: full_tensor(p.detach()).cpu().clone() for n, p in parameters}
 
 
 @torch.no_grad()
@@ -347,7 +345,7 @@ def load_adapter(model, content, name="default"):
     """Make the adapter `name` active and copy the tensors of an adapter checkpoint into it;
     UserError if they do not fit."""
     set_adapter(model, name)
-    parameters, state = adapter_parameters(model, name), content["model"]
+    parameters, state = adapter_parameters(model), content["model"]
     if problem := fit_error(parameters, state):
         raise UserError(f"adapter {name} does not fit this base: {problem}")
     for n, parameter in parameters.items():
@@ -374,8 +372,8 @@ def load_adapted(base, adapters, where="the base"):
     if quantized:
         quantize(model, quantized)
     for name, info in infos.items():
-        settings = ("targets", "rank", "alpha", "dropout", "modules_to_save")
-        add_lora(model, **{key: info[key] for key in settings}, name=name)
+        settings = {k: info[k] for k in ("targets", "rank", "alpha", "dropout", "modules_to_save")}
+        add_lora(model, **settings, name=name)
         load_adapter(model, adapters[name], name)
     set_adapter(model, next(iter(adapters)))
     return model.eval()
@@ -397,11 +395,8 @@ def merge(model):
     layers = {n: m for n, m in layers.items() if n.rpartition(".")[0] not in layers}
     for full, layer in layers.items():
         path, _, child = full.rpartition(".")
-        weight, bias = layer.weight.float(), layer.bias
-        merged = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device)
-        merged.weight.copy_(weight)
-        if bias is not None:
-            merged.bias.copy_(bias)
+        merged = nn.Linear(*layer.weight.T.shape, bias=False, device="meta")
+        merged.weight, merged.bias = nn.Parameter(layer.weight.float()), layer.bias
         setattr(model.get_submodule(path), child, merged)
     return list(layers)
 

