@@ -109,13 +109,6 @@ def test_samples_of_one_prompt_read_it_once(monkeypatch):
     assert sizes == [30, 3]
 
 
-def test_rows_of_like_lengths_are_read_in_one_pass(monkeypatch):
-    model = build("default")
-    sizes = count_ids(model, monkeypatch)
-    next(generate(model, [[1] * 10, [2] * 8, [3] * 9], 5))
-    assert sizes == [30]
-
-
 def test_a_conversations_history_outlives_short_questions_of_others():
     """A new prompt takes the row of which it has the most, then an empty one, then the oldest."""
     engine = Engine(build("default"), 3)
