@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -706,8 +707,8 @@ def write_beams(model, tokenizer, prompt, args):
 
 def make_service(model, tokenizer, path, args, tools):
     """What --serve serves: an Engine with its Scheduler behind OpenAI's API, and the page."""
-    from data import service  # not above: nobody else needs an HTTP server
-    from data.scheduler import Scheduler
+    from data.scheduler import Scheduler  # not above: nobody else needs an HTTP server
+    from data.service import Service
 
     named = lora.adapter_names(model)
     base = (path.parent if path.suffix == ".pt" else path).name or "model"
@@ -715,17 +716,15 @@ def make_service(model, tokenizer, path, args, tools):
     masks = {(True, call): allowed_ids(model, tokenizer, True, call) for call in (True, False)}
     masks[False, False] = allowed_ids(model, tokenizer)
 
-    def activate(name):
-        lora.set_adapter(model, *([name] if name else []))
-
     def classify_text(text):
         return label_shares(model, tokenizer, [tokenizer.encode(text)])[0]
 
     engine = Engine(model, args.slots, 256, chunk=256)
+    activate = partial(lora.set_adapter, model)
     scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
-    return service.make_service(
-        scheduler, tokenizer, adapters, masks, decoding_settings(args), tools or {}, classify_text,
-        args.ckpt or path, args,
+    return Service(
+        scheduler, tokenizer, adapters, masks, decoding_settings(args), tools or {},
+        classify_text, args.ckpt or path, args,
     )  # fmt: skip
 
 
@@ -742,8 +741,8 @@ def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=
         ):  # fmt: skip
             pass
 
-    def set_adapter(*names):
-        lora.set_adapter(model, *names)
+    def set_adapter(name):
+        lora.set_adapter(model, name)
         engine.forget()
 
     chat.write, chat.set_adapter = write, set_adapter

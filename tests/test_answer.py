@@ -1,16 +1,11 @@
 """Answers of the API, streamed and whole, of a model that writes what a test says."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from conftest import BYTE, CHAT, prompt_ids, render_chat, turn
 from test_chat import SPOKEN, WRITES
 from test_templates import CHATML, TOOLS, pair
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from data.answer import ApiError
 from data.api import Api

@@ -3,42 +3,15 @@
 What other templates write is compared with transformers in test_templates.py.
 """
 
+import itertools
 import json
-import sys
-from pathlib import Path
 
 import pytest
-from conftest import (
-    ASSISTANT,
-    BYTE,
-    CALL,
-    CHAT,
-    END,
-    USER,
-    calls,
-    prompt_ids,
-    real,
-    render_chat,
-    turn,
-)  # fmt: skip
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import itertools
-
+from conftest import ASSISTANT, BYTE, CALL, CHAT, END, USER, calls, prompt_ids, render_chat, turn
 from test_templates import FAMILIES, TOOLS, pair
 
 import prepare_data
-from data.chat import (
-    CHAT_TOKENS,
-    THINK,
-    get_template,
-    label_token,
-    labels_of,
-    message_text,
-    parse_call,
-)
+from data.chat import CHAT_TOKENS, THINK, get_template, label_token, labels_of, parse_call
 from data.cli import UserError
 from data.reply import parse
 from data.tokenizer import Tokenizer
@@ -50,9 +23,12 @@ def joined(lists):
     return list(itertools.chain.from_iterable(lists))
 
 
+def rendered(*messages):
+    return render_chat(messages, CHAT)[0]
+
+
 # ---- answers are read as they are written ----------------------------------------------------
 
-CALLED = calls('sky {"z": [1, 500.0], "a": "好"}')["tool_calls"]
 SPOKEN = {
     "text": turn("assistant", "Hello!"),
     "a call": calls('sky {"z": [1, 500.0], "a": "好"}'),
@@ -114,9 +90,10 @@ def test_ids_are_read_as_an_answer_or_as_calls():
     said = "你好 <|call|>"
     assert parse([*CHAT.encode(said), END], template) == turn("assistant", said)
     ids = [CALL, *CHAT.encode('search {"name": "x'), END]  # cut off: the model sees its mistake
-    assert message_text(parse(ids, template)) == 'search {"name": "x'
+    (call,) = parse(ids, template)["tool_calls"]
+    assert call["function"] == {"name": "search", "arguments": '{"name": "x'}
     with pytest.raises(ValueError, match="not JSON"):
-        parse_call(parse(ids, template)["tool_calls"][0])
+        parse_call(call)
     assert parse([], template) == turn("assistant", "")
 
 
@@ -153,10 +130,8 @@ def test_a_prompt_that_is_too_long_keeps_its_frame(family):
 # ---- the chat template ---------------------------------------------------------------------
 
 
-@pytest.fixture(params=["byte", "char", "bpe:300", "gpt2"])
-def plain(request, monkeypatch):
-    if request.param == "gpt2":
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(real("tiktoken")))
+@pytest.fixture(params=["byte", "char", "bpe:300"])
+def plain(request):
     return prepare_data.make_tokenizer(request.param, [("", [TRICKY * 9])], 9)
 
 
@@ -184,28 +159,22 @@ def test_a_prompt_is_the_beginning_of_the_row_with_its_answer(plain):
             assert prompt == ids[: len(prompt)] and mask[len(prompt)] == 1
             assert sum(nothing) == sum(mask[: len(prompt)])
     specials = [chat.decode([i]) for i in ids if i in chat.special.values()]
-    call = lambda m: ["<|call|>"] * len(m.get("tool_calls", ()))  # noqa: E731
-    wanted = joined([f"<|{m['role']}|>", *call(m), "<|end|>"] for m in talk)
+    names = ("system", "user", "assistant call call", "tool", "assistant", "user", "assistant")
+    wanted = [f"<|{name}|>" for turn in names for name in f"{turn} end".split()]
     assert specials == wanted  # and none from the text, whatever it spells
     assert chat.decode(parts[1][0][1:-1]) == talk[1]["content"]
-
-
-def rendered(*messages):
-    return render_chat(messages, CHAT)[0]
 
 
 def test_a_prompt_drops_whole_turns_from_the_oldest_on_and_keeps_the_system_s():
     talk = [turn("system", "be kind"), turn("user", "a" * 9), turn("assistant", "b" * 9),
             turn("user", "c" * 9)]
-    whole = [*rendered(*talk), ASSISTANT]
-    left = [*rendered(talk[0], *talk[2:]), ASSISTANT]
-    last = [*rendered(talk[0], talk[3]), ASSISTANT]
-    cut = [*rendered(talk[0]), USER, *CHAT.encode("c" * 6), END, ASSISTANT]
+    full = prompt_ids(talk, CHAT)
+    shorter = prompt_ids([talk[0], *talk[2:]], CHAT)
+    last = prompt_ids([talk[0], talk[3]], CHAT)
+    cut = prompt_ids([talk[0], turn("user", "c" * 6)], CHAT)
     alone = [USER, *CHAT.encode("c" * 9), END, ASSISTANT]
-    for room, ids in (
-        (len(whole), whole), (len(whole) - 1, left), (len(left), left), (len(left) - 1, last),
-        (18, cut), (len(alone), alone),
-    ):  # fmt: skip
+    rooms = (len(full), full), (len(full) - 1, shorter), (len(shorter) - 1, last), (18, cut)
+    for room, ids in (*rooms, (len(alone), alone)):
         assert prompt_ids(talk, CHAT, room=room) == ids
     for room in range(1, 9):
         ids = prompt_ids([talk[0], talk[3]], CHAT, room=room)

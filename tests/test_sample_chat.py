@@ -12,13 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ASSISTANT, BYTE, CALL, CHAT, END, SYSTEM, TOOL, USER, render_chat, turn
+from conftest import ASSISTANT, BYTE, CALL, CHAT, END, ROOT, SYSTEM, TOOL, USER, render_chat, turn
 from test_chat import rendered
 from test_templates import pair
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 
 import lora
 import model as lm
@@ -151,7 +147,7 @@ def test_tools_are_told_at_the_end_of_the_system_turn(script, hear, tmp_path):
         f"<|system|>be kind\n{schema}<|end|><|user|>a<|end|><|assistant|>"
     )
     _, example = to_example(json.loads((tmp_path / "s.jsonl").read_text()))
-    ids = chat_rows(example, CHAT, 1000)[0][0].ids  # what was told is what is learned
+    ids = chat_rows(example, CHAT, 1000)[0].ids  # what was told is what is learned
     assert ids[: len(seen[0].prompt)] == seen[0].prompt
     partial = functools.partial(lambda city, day: city, day=1)
     for tools in load_tools("hotel"), {"weather": partial}, None:
@@ -250,9 +246,9 @@ def test_adapters_are_switched_in_the_middle_of_a_talk(script, hear):
     script(*[say("x")] * 3)
     bot = sample.make_chat(model, CHAT)
     answer, layer = bot.answer, next(iter(lora.adapted(model).values()))
-    bot.answer = lambda show: (active.append(list(layer.active)), answer(show))
+    bot.answer = lambda show: (active.append(layer.active), answer(show))
     out = hear(bot, "a", "/adapter clerk", "b", "/adapter", "c").out
-    assert active == [["poet"], ["clerk"], []] and "active adapter: clerk" in out
+    assert active == ["poet", "clerk", None] and "active adapter: clerk" in out
 
 
 def test_a_full_context_is_cut_at_turns_and_said_once(script, hear):
