@@ -96,10 +96,8 @@ class TokenLoader:
         self.tokens, self.context, self.seed = tokens, context, seed
         possible = (len(tokens) - 1) // context
         if possible < 1:
-            raise UserError(
-                f"the training text has {len(tokens)} tokens, fewer than the context of {context} "
-                f"plus one: use a shorter --context or more text"
-            )
+            length = f"{len(tokens)} tokens, fewer than the context of {context} plus one"
+            raise UserError(f"the training text has {length}: use a shorter --context or more text")
         self.n = max(1, possible - 1)  # one less leaves room for every phase
         self.epoch, self.starts = None, None
 
@@ -229,12 +227,22 @@ SCHEDULES = {
 }
 
 
-def lr_at(step, fraction, lr, min_lr=0.0, warmup_steps=0, schedule="cosine"):
-    """The learning rate of `step`: a linear warmup from lr / warmup_steps to lr, then `schedule`
-    from lr to min_lr as `fraction` (of the run after the warmup) goes from 0 to 1."""
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    return min_lr + (lr - min_lr) * SCHEDULES[schedule](min(1.0, max(0.0, fraction)))
+def fraction_done(args, step, seconds):
+    """The fraction of the run that is over after so many steps and seconds: of its steps or of its
+    minutes, whichever is larger."""
+    of_steps = step / args.max_steps if args.max_steps else 0.0
+    return max(of_steps, seconds / 60 / args.max_minutes if args.max_minutes else 0.0)
+
+
+def scheduled_lr(args, state):
+    """The learning rate of the coming step: a linear warmup from lr / warmup_steps to lr, then the
+    schedule from lr to min_lr over what the warmup left of the limits of this call."""
+    if state["step"] < args.warmup_steps:
+        return args.lr * (state["step"] + 1) / args.warmup_steps
+    warm = fraction_done(args, args.warmup_steps, state["warm_seconds"])
+    fraction = (fraction_done(args, state["step"], state["seconds"]) - warm) / (1 - warm)
+    share = SCHEDULES[args.schedule](min(1.0, max(0.0, fraction)))
+    return args.min_lr + (args.lr - args.min_lr) * share
 
 
 # --------------------------------------------------------------------------------------------
@@ -456,13 +464,6 @@ class Run:
 # --------------------------------------------------------------------------------------------
 
 
-def fraction_done(args, step, seconds):
-    """The fraction of the run that is over after so many steps and seconds: of its steps or of its
-    minutes, whichever is larger."""
-    of_steps = step / args.max_steps if args.max_steps else 0.0
-    return max(of_steps, seconds / 60 / args.max_minutes if args.max_minutes else 0.0)
-
-
 def end_reason(args, state):
     """Why no step is left to do, in one line; None if there is one."""
     if fraction_done(args, state["step"], state["seconds"]) >= 1:
@@ -471,15 +472,6 @@ def end_reason(args, state):
         bad = f"{state['bad']} evaluations without a better one"
         return f"{bad}: stopping early; a larger --patience would go on"
     return None
-
-
-def scheduled_lr(args, state):
-    """The learning rate of the coming step. The decay begins where the warmup ended, as a fraction
-    of the limits of this call."""
-    step = state["step"]
-    warm = fraction_done(args, min(step, args.warmup_steps), state["warm_seconds"])
-    fraction = (fraction_done(args, step, state["seconds"]) - warm) / (1 - warm)
-    return lr_at(step, fraction, args.lr, args.min_lr, args.warmup_steps, args.schedule)
 
 
 class Meter:
@@ -499,9 +491,8 @@ class Meter:
         for at, (loss, self.norm) in enumerate(rows, start=step - len(rows) + 1):
             if not (math.isfinite(loss) and (math.isfinite(self.norm) or self.inf_norms)):
                 raise UserError(
-                    f"step {at}: the loss ({loss}) or its gradient is not a number; the run's "
-                    f"folder keeps the checkpoint of the last evaluation. Try a lower --lr, a "
-                    f"longer --warmup_steps or --dtype fp32"
+                    f"step {at}: the loss ({loss}) or its gradient is not a number; the last "
+                    f"checkpoint is kept. Try a lower --lr, more --warmup_steps or --dtype fp32"
                 )
             self.losses.append(loss)
         self.unread.clear()
@@ -693,26 +684,21 @@ def place(model, args, runtime):
 
 def make_runner(model, task, args, runtime, step=0):
     """(the module to call in place of `model`, the Runtime to call it in, what to call after each
-    optimizer step). The module is the model or its BF16Copy, perhaps compiled or in DDP.
-
-    No BF16Copy is made on a GPU, where casting costs little; with DDP, which would exchange the
-    copy's gradients; or where weights are frozen, which need not be held twice.
-    """
+    optimizer step). The module is the model or its BF16Copy, perhaps compiled or in DDP."""
     runner, precision, after_step = model, runtime, lambda: None
     device, fp32 = runtime.device, replace(runtime, dtype="fp32")
     if runtime.sharded:  # `place` has set the precision
         return model, fp32, after_step
+    # no copy on a GPU, where casting costs little, with DDP, which would exchange the copy's
+    # gradients, or of frozen weights, which need not be held twice
     copied = runtime.dtype == "bf16" and device.type == "cpu" and runtime.world == 1
     if copied and not args.autocast and all(p.requires_grad for p in model.parameters()):
         runner, precision = BF16Copy(model), fp32
         after_step = runner.sync_weights
-    compiled = args.compile
-    if compiled is None and device.type == "cuda":  # worth its minute since Ampere
-        compiled = torch.cuda.get_device_capability(device) >= (8, 0)
-    if compiled:
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if args.compile or (args.compile is None and ampere):  # where it is worth its minute
         compile_blocks(getattr(runner, "low", runner), task, precision, step)
-    if runtime.world > 1:
-        # buffers are only tables of positions
+    if runtime.world > 1:  # buffers are only tables of positions
         runner = nn.parallel.DistributedDataParallel(runner, forward_sync_buffers=False)
     return runner, precision, after_step
 
@@ -843,7 +829,7 @@ def add_optimization(p):
     return add
 
 
-# The fields of a shape that are flags; a rope_scaling only comes with models of the Hub
+# The fields of a shape that are flags; rope_scaling only comes with models of the Hub
 SHAPE = tuple(f.name for f in fields(lm.Config) if f.name != "rope_scaling")
 
 
@@ -918,8 +904,7 @@ def resumed_settings(args, given, fixed):
     run = Path(args.resume) if args.resume else newest_run()
     path = run / "last.pt" if run.is_dir() else run
     if run.is_dir() and not path.exists():
-        advice = f"--ckpt {run} starts from its weights" if any(run.glob("*.pt")) else "start anew"
-        raise UserError(f"{run} has no last.pt to resume: {advice}")
+        raise UserError(f"{run} has no last.pt to resume: start anew, perhaps from --ckpt")
     content = lm.load_checkpoint(path, resuming=True)
     if "args" not in content:
         raise UserError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
@@ -974,10 +959,8 @@ def build_model(args, content, folder, meta, tokenizer):
             size = max(tokenizer.n_vocab, model.config.vocab_size)  # it may lack the end of text
             model.grow_vocabulary(lm.padded_vocab(size), model.config.vocab_size)
     if meta["largest_id"] >= model.config.vocab_size:
-        raise UserError(
-            f"token id {meta['largest_id']} in {folder} is not below the model's vocab_size "
-            f"{model.config.vocab_size}"
-        )
+        size = f"the model's vocab_size {model.config.vocab_size}"
+        raise UserError(f"token id {meta['largest_id']} in {folder} is not below {size}")
     model.grad_checkpoint = bool(args.grad_checkpoint)
     return model
 
@@ -1001,10 +984,9 @@ def settle(args, model, runtime, context, folder):
     a.total_batch_tokens = a.total_batch_tokens or tokens * a.grad_accum
     a.grad_accum, rest = divmod(a.total_batch_tokens, tokens)
     if rest:
-        raise UserError(
-            f"--total_batch_tokens {a.total_batch_tokens} is not a multiple of {tokens}, the "
-            f"--batch_size x --context of {runtime.world} process(es)"
-        )
+        total = f"--total_batch_tokens {a.total_batch_tokens}"
+        share = f"{tokens}, the --batch_size x --context of {runtime.world} process(es)"
+        raise UserError(f"{total} is not a multiple of {share}")
     if a.ckpt:  # lower rates for larger models: 1e-3 for the default shape, 6e-5 for GPT-2
         size = sum(p.numel() for p in model.parameters())
         a.lr = a.lr or float(f"{min(1e-3, 15 / size ** (2 / 3)):.1e}")

@@ -12,7 +12,6 @@ from urllib.parse import quote
 
 import pytest
 from conftest import CHAT, calls, real, turn
-from test_download import Mirror, mirror  # noqa: F401
 
 from data.batches import chat_rows, preference_rows
 from data.chat import tool_call
@@ -434,7 +433,7 @@ def test_an_encoding_may_be_given(elsewhere):
 
 
 @pytest.fixture
-def hub(elsewhere, monkeypatch, mirror):  # noqa: F811
+def hub(elsewhere, monkeypatch, mirror):
     """A mirror of the Hub: hub(repo, {config: {split: rows}}) adds a data set to its viewer."""
     monkeypatch.setenv("SCRATCHLM_MIRROR", mirror.base)
 
@@ -464,7 +463,7 @@ def films(n, label=None):
 def test_a_data_set_of_the_hub_comes_page_by_page_and_once(hub, capsys):
     splits = {"train": films(250), "validation": films(7), "test": films(3, -1)}
     hub("me/films", {"default": splits})
-    hub.mirror.faults = [None, None, 404]  # the third answer
+    hub.mirror.faults[None] = [None, None, 404]  # the third answer
     with pytest.raises(UserError, match=r"404.*; 100 rows of train are kept"):
         load_data("me/films")
     kind, parts, _ = load_data("me/films")
@@ -473,7 +472,7 @@ def test_a_data_set_of_the_hub_comes_page_by_page_and_once(hub, capsys):
     assert parts["train"][249]["text"] == "film 249"
     said = capsys.readouterr().err
     assert "me/films: 3 of 3 rows of test have no label" in said and "downloaded" not in said
-    asked = [path for path, _ in hub.mirror.log if "datasets-server" in path]
+    asked = [path for path, _, _ in hub.mirror.log if "datasets-server" in path]
     assert len(asked) == 7 and len(set(asked)) == 6  # two lists, five pages, one of them twice
     kind = {"names": {"dtype": "string", "_type": "Value"}}  # a field "names" of an object
     rows = [{"row": {"who": {"names": "x"}}}]

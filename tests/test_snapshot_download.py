@@ -4,15 +4,10 @@ import hashlib
 import json
 import random
 import re
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from conftest import Site, serving
 
 import prepare_data
 from data.cli import UserError
@@ -31,76 +26,15 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr(prepare_data.time, "sleep", lambda seconds: None)
 
 
-class Site(ThreadingHTTPServer):
-    """A web server: `files` maps paths to (bytes, headers), `redirects` to (status, where to,
-    headers), and `faults` to a list of what happens instead the next times: an HTTP status, or
-    the number of bytes after which the line goes dead. `always` is such a status for all paths;
-    who does not show the `token`, if there is one, gets a 401."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.redirects, self.faults, self.log = {}, {}, {}, []
-        self.always = self.token = None
-        self.base = f"http://127.0.0.1:{self.server_port}"
-
-    @property
-    def asked(self):
-        """The file names that were asked for."""
-        return [path.split("/")[-1] for path, _, _ in self.log]
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        site, wanted, bearer = self.server, self.headers["Range"], self.headers["Authorization"]
-        site.log.append((self.path, wanted, bearer))
-        faults = site.faults.get(self.path)
-        fault = faults.pop(0) if faults else None
-        if status := site.always or (fault if fault in range(400, 600) else None):
-            return self.send_error(status)
-        if site.token and bearer != f"Bearer {site.token}":
-            return self.send_error(401)
-        if self.path in site.redirects:
-            status, place, headers = site.redirects[self.path]
-            return self.answer(status, b"elsewhere", {"Location": place} | headers)
-        if self.path not in site.files:
-            return self.send_error(404)
-        body, headers = site.files[self.path]
-        start = int(re.match(r"bytes=(\d+)-", wanted)[1]) if wanted else 0
-        if wanted:
-            headers = headers | {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
-        self.answer(206 if wanted else 200, body[start:], headers, fault)
-
-    def answer(self, status, body, headers, cut=None):
-        self.send_response(status)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            if value is not None:
-                self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(body[:cut])
-
-    def log_message(self, *args):
-        pass
-
-
-def served():
-    with Site() as site:
-        thread = threading.Thread(target=site.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        yield site
-        site.shutdown()
-        thread.join()
-
-
 @pytest.fixture
 def cdn():
-    yield from served()
+    with serving(Site()) as site:
+        yield site
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    for site in served():
+    with serving(Site()) as site:
         monkeypatch.setenv("HF_ENDPOINT", site.base)
         yield site
 
