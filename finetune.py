@@ -120,9 +120,9 @@ def distill_loss(model, ids, targets, teacher, weight, temperature):
     keep = targets != -100
     logits = model(ids, targets, reduction="logits").float()  # (N, V)
     with torch.no_grad():
-        goal = teacher(ids, targets, reduction="logits").float()
-    V, T = min(logits.shape[1], goal.shape[1]), temperature  # one may have more spare rows
-    ours, theirs = (x[:, :V].div(T).log_softmax(-1) for x in (logits, goal))
+        taught = teacher(ids, targets, reduction="logits").float()
+    V, T = min(logits.shape[1], taught.shape[1]), temperature  # one may have more spare rows
+    ours, theirs = (x[:, :V].div(T).log_softmax(-1) for x in (logits, taught))
     kl = F.kl_div(ours, theirs, reduction="sum", log_target=True)
     hard = F.cross_entropy(logits, targets[keep], reduction="sum")
     return weight * hard + (1 - weight) * T**2 * kl
@@ -152,7 +152,7 @@ def answer_jobs(examples, limit=None, calls_only=False):
 
 
 def job_prompt(job, tokenizer, context):
-    """The ids of the chat before a Turn, cut so that an answer fits in the context behind them."""
+    """The ids of the chat before a Turn, cut so that an answer fits in the context after them."""
     room = context - max_answer(context)
     return chat.get_template(tokenizer).fit_prompt(job.messages, job.tools, room)
 
@@ -350,7 +350,7 @@ class DPO(SFT):
     one, relative to the reference, which is the model before training."""
 
     kinds, noun, figure = ("prefer",), "preference pairs", "reward_accuracy"
-    flags = {"dpo_beta": (positive, "how tightly DPO holds on to the reference")}
+    flags = {"dpo_beta": (positive, "strength of the pull towards the reference")}
     recipe = dict(dpo_beta=0.1, lr=1e-4, embed_lr=1e-4, head_lr=1e-4, epochs=1.0)
 
     def rows(self, example):
@@ -479,8 +479,8 @@ def load_rewards(source, device):
     def rewards(answers):
         rows, out = [], torch.zeros(len(answers))
         for messages, turn, _ in answers:
-            example = {"messages": [*messages, turn]}
-            row = batches.chat_rows(example, tokenizer, context - 1, first=len(messages))[-1]
+            example, first = {"messages": [*messages, turn]}, len(messages)
+            row = batches.chat_rows(example, tokenizer, context - 1, first=first)[-1]
             rows.append(batches.reward_row(row, token))
         for numbers in batches.bucket(range(len(rows)), rows, 4096):
             ids, targets = (t.to(device) for t in batches.pad([rows[i] for i in numbers]))
@@ -522,15 +522,14 @@ def group_logps(runner, model, ids, targets, lengths, allowed=None):
     """Log probabilities (N, T) of targets among the `allowed` ids, answers to prompts of these
     lengths, in batches as `GRPO.batch` makes them: each prompt is computed once. `runner`: see
     train.make_runner."""
-    found = []
-    for row, goal, n in zip(ids, targets.chunk(len(ids)), lengths.tolist()):
-        shared, prompt, T = SharedPrompt(model), row[None, :n], most_targets(goal)
+    groups = []
+    for row, group, n in zip(ids, targets.chunk(len(ids)), lengths.tolist()):
+        shared, prompt, T = SharedPrompt(model), row[None, :n], most_targets(group)
         runner(prompt, torch.full_like(prompt, -100), shared, reduction="none")
-        answers = row[n : n + len(goal) * T].view(-1, T)
-        goals = goal[:, :T].contiguous()
-        logps = runner(answers, goals, shared, reduction="none", allowed=allowed)
-        found.append(F.pad(logps, (0, goal.shape[1] - T)))
-    return torch.cat(found)
+        answers, wanted = row[n : n + len(group) * T].view(-1, T), group[:, :T].contiguous()
+        logps = runner(answers, wanted, shared, reduction="none", allowed=allowed)
+        groups.append(F.pad(logps, (0, group.shape[1] - T)))
+    return torch.cat(groups)
 
 
 def most_targets(targets):
@@ -545,9 +544,9 @@ class GRPO(SFT):
     kinds, noun, figure = ("chat", "prefer", "label"), "examples", "val_reward"
     curves, unit = (("drawn", "reward"), ("greedy, validation", "val_reward")), "reward"
     flags = {
-        "samples": (between(2, 4096, int), "answers drawn to each prompt"),
+        "samples": (between(2, 4096, int), "answers sampled for each prompt"),
         "updates": (at_least(1), "optimizer steps with the same answers"),
-        "clip": (positive, "how far from 1 a ratio of probabilities may move them"),
+        "clip": (positive, "ratios of probabilities are clipped to 1 +- this"),
         "kl": (at_least(0, float), "weight of the divergence from the model at the start"),
     }
     recipe = dict(
@@ -981,36 +980,36 @@ def build_parser():
         "or on the Hub OWNER/NAME, OWNER/NAME:CONFIG, OWNER/NAME:FILE")
     add("--val_data", help="rows to measure on (default: the set's own, or --val)")
     add("--val", type=number(float, "between 0 and 1", lambda v: 0 < v < 1),
-        help="else the share of conversations held out (default 0.1)")
-    add("--objective", choices=tuple(OBJECTIVES), help="default: what the rows suit")
+        help="share of conversations held out if there are no validation rows (default 0.1)")
+    add("--objective", choices=tuple(OBJECTIVES), help="default: the one that suits the rows")
     add("--out", help="folder of the run (default: out/DATA-ft, or with --eval_only out/CKPT-eval, "
         "numbered if taken)")
     train.add_machine(add)
     add("--eval_only", action="store_true", default=None, help="measure --ckpt on --split, or "
         "on all of a file without --val; train nothing")
-    add("--split", help="to report on at the end: val (default; dev), test, train")
+    add("--split", help="split to report on at the end: val (default, also dev), test or train")
     add("--best_by", help="figure that selects best.pt, or last (default val_loss, or accuracy)")
     add("--eval_rows", type=at_least(0),
-        help="answers to generate at an evaluation, 0 is none (default 64; the last one: all)")
+        help="answers generated in each evaluation but the last, which is of all (default 64)")
     add("--show_mask", type=at_least(1), metavar="N", help="print N rows token by token and stop")
     add = p.add_argument_group("rows").add_argument
-    add("--rows", metavar="START:STOP", help="this part of the training rows, as 1000:5001")
+    add("--rows", metavar="START:STOP", help="slice of the training rows, such as 1000:5001")
     add("--max_rows", type=at_least(1), help="the first rows of each split only (default: all)")
-    add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
+    add("--encoding", help="of the files (default: recognise UTF-8, UTF-16 and GB18030)")
     add("--loss_on", choices=("assistant", "call"),
         help="learn the assistant's turns (default), or its tool calls only")
-    add("--augment", type=share, help="hotel dialogues: the chance that a value is exchanged "
-        "everywhere in one, and that a question is added (default 0)")
-    add("--token_dropout", type=share, help="the chance that a token is hidden (default 0)")
+    add("--augment", type=share, help="hotel dialogues: probability that a value is exchanged "
+        "throughout a dialogue, and that a question is added (default 0)")
+    add("--token_dropout", type=share, help="probability of hiding a token (default 0)")
     add("--dropout", type=float, help="of the model (default: the checkpoint's)")
     add("--batch_tokens", type=at_least(1), help="of a micro-batch, with padding (default 4096)")
-    add("--context", type=int, help="rows are cut to it (default and most: the checkpoint's)")
+    add("--context", type=int, help="longest row (default and maximum: the checkpoint's)")
     add = p.add_argument_group("few parameters, little memory").add_argument
     add("--lora_rank", type=at_least(0), help="of adapters, all else frozen (default 0: none)")
-    add("--lora_alpha", type=positive, help="adapters count alpha / rank times (default 2 x rank)")
-    add("--lora_dropout", type=between(0, 0.99), help="in front of the adapters (default 0)")
+    add("--lora_alpha", type=positive, help="adapters are scaled by alpha / rank (default: 2 rank)")
+    add("--lora_dropout", type=between(0, 0.99), help="of the adapters' inputs (default 0)")
     add("--lora_targets", help="attention, mlp, all (default), or names of layers with commas")
-    add("--quantize", choices=("int8", "nf4"), help="the frozen base, with --lora_rank")
+    add("--quantize", choices=("int8", "nf4"), help="quantize the frozen base; needs --lora_rank")
     add = p.add_argument_group("objectives").add_argument
     add("--teacher", help="checkpoint that distill learns from")
     add("--reward", help=f"what grpo learns from: {', '.join(REWARDS)}, a .py file with a function "
@@ -1018,7 +1017,7 @@ def build_parser():
     for name, (default, kind, text) in OWN_FLAGS.items():
         add(f"--{name}", type=kind, help=f"{text} (default {default:g})")
     add = train.add_optimization(p)
-    add("--epochs", type=positive, help="passes over the rows, without the two below (default 3)")
+    add("--epochs", type=positive, help="passes over the rows (default 3 without another limit)")
     add("--max_steps", type=at_least(1), help="instead of --epochs")
     add("--max_minutes", type=positive, help="of training, evaluation not counted")
     return p

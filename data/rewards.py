@@ -30,13 +30,13 @@ def slots(messages, answer, wanted):
 
 
 def label(messages, answer, wanted):
-    """1 if the answer begins with the wanted one, a label, whatever it adds; else 0."""
+    """1 if the answer begins with the wanted label, whatever follows; else 0."""
     wanted, said = (message_text(m).strip().lower() for m in (wanted, answer))
     return float(bool(re.match(rf"{re.escape(wanted)}(?![0-9a-z])", said)))
 
 
 def exact(messages, answer, wanted):
-    """1 if the answer is the wanted one, white space around it aside; else 0."""
+    """1 if the answer equals the wanted one, ignoring surrounding white space; else 0."""
     same_text = message_text(answer).strip() == message_text(wanted).strip()
     return float(same_text and ("tool_calls" in answer) == ("tool_calls" in wanted))
 

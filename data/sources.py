@@ -1,4 +1,4 @@
-"""Texts and sets of rows that have a name: where they come from."""
+"""Named texts and sets of rows, and where they come from."""
 import gzip
 import io
 import json
@@ -31,7 +31,7 @@ def stdlib_files():
 
 
 def download(sha256=None, **urls):
-    """{split: path} of files that are taken as they are."""
+    """{split: path} of files that are used unchanged."""
     return {split: fetch(url, sha256=sha256) for split, url in urls.items()}
 
 
@@ -84,7 +84,7 @@ def invented_dialogues():
 
 
 def shards(name, urls, read):
-    """[(name, open)] of the files of a large text, as `Documents` takes them. Each is downloaded
+    """[(name, open)] of the files of a large text, as `Documents` expects them. Each is downloaded
     when it is first opened, so a limit of tokens limits the downloads, too. read(path) returns a
     binary stream of lines of JSON."""
     opens = [lambda url=url: read(fetch(url)) for url in urls]
