@@ -36,8 +36,8 @@ def run_cli(main):
     except (UserError, OSError) as e:
         name = getattr(e, "filename", None)
         print(f"{script}: {f'{name}: {e.strerror}' if name else e}", file=sys.stderr)
-    except RuntimeError as e:  # of no class of its own if it is a CPU's memory that is full
-        if "allocate memory" not in str(e) and "out of memory" not in str(e):
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
             raise
         advice = "use smaller batches (a larger --grad_accum), --grad_checkpoint or a smaller model"
         print(f"{script}: out of memory: {advice}", file=sys.stderr)
@@ -45,6 +45,11 @@ def run_cli(main):
         print(f"\n{script}: interrupted", file=sys.stderr)
         code = 130
     raise SystemExit(code)
+
+
+def is_out_of_memory(error):
+    """Whether torch had too little memory: on a CPU it raises a mere RuntimeError."""
+    return any(words in str(error) for words in ("allocate memory", "out of memory"))
 
 
 # What other projects (nanoGPT, transformers, OpenAI) call our flags.
