@@ -131,11 +131,11 @@ class DequantizedProduct(torch.autograd.Function):
         return grad_x.to(ctx.x_dtype), None, None
 
 
-def quantize(model, kind, targets="all", device="cpu"):
-    """Replace the target Linears (see `TARGETS`) by frozen, quantized ones, in place, and convert
-    the rest of the model to float32. Returns their names; UserError if there are none. The layers
-    go to `device` one by one, so that it never holds the full weights."""
-    layers = find_layers(model, targets, nn.Linear)
+def quantize(model, kind, device="cpu"):
+    """Replace the Linears of the blocks by frozen, quantized ones, in place, and convert the rest
+    of the model to float32; returns their names. The layers go to `device` one by one, so that it
+    never holds the full weights."""
+    layers = find_layers(model, "all", nn.Linear)
     for parent, name, linear in layers.values():
         setattr(parent, name, QuantLinear(linear.to(device), kind))
     model.float()
@@ -402,13 +402,8 @@ def merge(model):
 
 
 @torch.no_grad()
-def merge_files(ckpt, adapter, out):
-    """The merge command: write a checkpoint like any other, verified by its logits."""
-    path = Path(out) if out.endswith(".pt") else Path(out, "best.pt")
-    if path.exists():
-        raise UserError(f"{path} exists: name another --out")
-    base, content = lm.load_checkpoint(ckpt), lm.load_checkpoint(adapter)
-    model = load_adapted(base, {str(adapter): content}, ckpt)
+def merge_and_save(model, tokenizer, path):
+    """Merge the active adapter and write a checkpoint like any other, verified by its logits."""
     torch.manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, min(64, model.config.context)))
     before = model(ids)
@@ -416,24 +411,21 @@ def merge_files(ckpt, adapter, out):
     difference = float((model(ids) - before).abs().max() / before.abs().max())
     if not difference < 1e-3:
         raise UserError(f"merging changed the logits by {difference:.1e} of their size: not saved")
-    merged = {"config": asdict(model.config), "model": lm.unwrapped_state(model)}
-    lm.save_checkpoint(path, merged | {"tokenizer": content["tokenizer"]})
+    content = {"config": asdict(model.config), "model": lm.unwrapped_state(model)}
+    lm.save_checkpoint(path, content | {"tokenizer": tokenizer})
     print(f"{path}: {len(names)} layers merged, logits differ by {difference:.1e} of their size")
 
 
-def export_files(ckpt, adapter, out):
-    """The export command: write a folder that peft reads over the exported base."""
-    base, content = lm.load_checkpoint(ckpt), lm.load_checkpoint(adapter)
-    if (path := Path(out, "adapter_config.json")).exists():
-        raise UserError(f"{path} exists: name another --out")
-    load_adapted(base, {str(adapter): content}, ckpt)  # raises if it is not their base
+def export(base, adapter, folder, ckpt):
+    """Write a folder that peft reads over the exported base. `base` and `adapter` are contents of
+    checkpoints, `ckpt` is what the user calls the base."""
     config = lm.Config.from_dict(dict(base["config"]))
     gpt2 = lm.config_to_hf(config)[0]["model_type"] == "gpt2"
     modules = lm.meta_model(config).named_modules()
     heights = {n: m.out_features for n, m in modules if isinstance(m, nn.Linear)}
     in_transformers = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()
-    write_peft(content, heights, gpt2, out, ckpt if in_transformers else None)
-    print(f"{out}: an adapter for peft, over the model that {ckpt} exports to")
+    write_peft(adapter, heights, gpt2, folder, ckpt if in_transformers else None)
+    print(f"{folder}: an adapter for peft, over the model that {ckpt} exports to")
 
 
 # --------------------------------------------------------------------------------------------
@@ -443,22 +435,27 @@ def export_files(ckpt, adapter, out):
 
 def build_parser():
     p = Parser(description="Work with adapters; finetune.py trains them.")
-    commands = p.add_subparsers(dest="command", required=True)
-    for command, text, out in (
-        ("merge", "write the weights of base and adapter as one checkpoint", "folder or .pt file"),
-        ("export", "write an adapter for Hugging Face's peft", "folder"),
-    ):
-        c = commands.add_parser(command, help=text)
-        c.add_argument("--ckpt", required=True, help=f"the base: {lm.WHAT_CKPT}")
-        c.add_argument("--adapter", required=True, help="the adapter: a run's folder or its file")
-        c.add_argument("--out", required=True, help=f"{out} to write")
+    p.add_argument("command", choices=("merge", "export"), help="merge: write base and adapter as "
+                   "one checkpoint; export: write the adapter for Hugging Face's peft")  # fmt: skip
+    p.add_argument("--ckpt", required=True, help=f"the base: {lm.WHAT_CKPT}")
+    p.add_argument("--adapter", required=True, help="the adapter: a run's folder or its file")
+    p.add_argument("--out", required=True, help="folder to write, or for merge a .pt file")
     return p
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    work = {"merge": merge_files, "export": export_files}
-    work[args.command](args.ckpt, args.adapter, args.out)
+    path = Path(args.out)
+    if args.command == "export" or path.suffix != ".pt":
+        path /= "best.pt" if args.command == "merge" else "adapter_config.json"
+    if path.exists():
+        raise UserError(f"{path} exists: name another --out")
+    base, content = lm.load_checkpoint(args.ckpt), lm.load_checkpoint(args.adapter)
+    model = load_adapted(base, {args.adapter: content}, args.ckpt)  # raises if not their base
+    if args.command == "merge":
+        merge_and_save(model, content["tokenizer"], path)
+    else:
+        export(base, content, path.parent, args.ckpt)
 
 
 if __name__ == "__main__":

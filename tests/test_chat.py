@@ -23,10 +23,6 @@ def joined(lists):
     return list(itertools.chain.from_iterable(lists))
 
 
-def rendered(*messages):
-    return render_chat(messages, CHAT)[0]
-
-
 # ---- answers are read as they are written ----------------------------------------------------
 
 SPOKEN = {

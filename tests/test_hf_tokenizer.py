@@ -1,19 +1,18 @@
 """Hugging Face's tokenizers in and out of prepare_data.py, beside tokenizers and transformers."""
 
 import copy
+import functools
 import hashlib
-import itertools
 import json
 import random
 import sys
-import time
 import unicodedata
 from pathlib import Path
 
 import conftest
 import numpy as np
 import pytest
-from conftest import TIKTOKEN, calls, render_chat
+from conftest import TIKTOKEN
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -214,24 +213,18 @@ def test_merges_of_one_token_may_be_several():
 
 def test_gaps_between_ids_have_no_token():
     theirs = json.loads(trained(front=["<a>"]).to_str())
-    theirs["model"]["vocab"] = {
-        t: i + 7 if i >= 400 else i for t, i in theirs["model"]["vocab"].items()
-    }
+    vocab = theirs["model"]["vocab"].items()
+    theirs["model"]["vocab"] = {t: i + 7 if i >= 400 else i for t, i in vocab}
     theirs["model"]["vocab"]["<b>"] = 403  # below the others' largest, and in the model, too
-    theirs["added_tokens"].append(dict(theirs["added_tokens"][0], id=403, content="<b>"))
-    theirs["added_tokens"].append(dict(theirs["added_tokens"][0], id=720, content="<c>"))
+    for name, i in ("<b>", 403), ("<c>", 720):
+        theirs["added_tokens"].append(dict(theirs["added_tokens"][0], id=i, content=name))
     t = ours(theirs)
-    assert t.special == {"<a>": 0, "<b>": 403, "<c>": 720, END: 721}
-    assert (t.n_vocab, t.eos_id) == (722, 721)
+    assert t.special == {"<a>": 0, "<b>": 403, "<c>": 720, END: 721} and t.n_vocab == 722
     lengths, nothing = t.byte_lengths, [i for i in range(722) if t.token_bytes(i) is None]
     assert nothing == [400, 401, 402, 404, 405, 406, *range(707, 720)]
     assert np.flatnonzero(lengths == -1).tolist() == nothing
     assert np.flatnonzero(lengths == 0).tolist() == [0, 403, 720, 721]
-    assert lengths.shape == t.fallback.shape == (722,)
     assert not t.fallback[nothing].any() and t.fallback[t.encode("\U00012345")].all()
-    assert t.token_bytes(403) == b"<b>" and t.decode([0, 403, 720]) == "<a><b><c>"
-    with pytest.raises(KeyError):
-        t.decode([400])
     assert t.decode(t.encode("<b> text")) == "<b> text" and 403 not in t.encode("<b> text")
 
 
@@ -260,10 +253,9 @@ def test_added_words_are_cut_out_of_text(with_words):
     assert t.with_special(CHAT_TOKENS).encode(" ".join(t.words)) == t.encode(" ".join(t.words))
 
 
-@pytest.mark.parametrize("setting", ["single_word", "lstrip", "rstrip"])
-def test_added_words_that_take_blanks_along_are_refused(setting):
+def test_added_words_that_take_blanks_along_are_refused():
     theirs = trained()
-    theirs.add_tokens([tokenizers.AddedToken("<a>", **{setting: True})])
+    theirs.add_tokens([tokenizers.AddedToken("<a>", rstrip=True)])
     with pytest.raises(UserError, match="added token '<a>' takes blanks or word borders"):
         ours(theirs)
 
@@ -341,16 +333,10 @@ def good():
 
 
 def edited(good, path, value):
-    """A copy with the value at path ("model.vocab") replaced, or dropped if `value` is KeyError."""
+    """A copy with the value at path ("model.vocab") replaced."""
     data = copy.deepcopy(good)
-    *way, last = path.split(".")
-    place = data
-    for key in way:
-        place = place[int(key) if isinstance(place, list) else key]
-    if value is KeyError:
-        del place[last]
-    else:
-        place[int(last) if isinstance(place, list) else last] = value
+    *way, last = (int(key) if key == "0" else key for key in path.split("."))
+    functools.reduce(lambda values, key: values[key], way, data)[last] = value
     return data
 
 
@@ -373,7 +359,6 @@ def pattern(text):
         ("model.vocab.!", 10**9, "not from 0 to 1,000,000"),
         ("model.vocab.ĠQx", 300, "'ĠQx' .* made by none of the merges"),
         ("model.merges.0", ["Q", "x"], "b'Qx' is missing"),
-        ("model.merges", KeyError, "'merges' is missing"),
         ("model", None, "cannot be read"),
         ("normalizer", {"type": "Lowercase"}, "normalizer Lowercase"),
         ("pre_tokenizer", None, "pre_tokenizer none"),
@@ -436,37 +421,18 @@ def make(name):
     return prepare_data.make_tokenizer(name, documents, 1)
 
 
-MESSAGES = [
-    {"role": "system", "content": "You sell rooms.\n"},
-    {"role": "user", "content": "  有什么酒店？\r\n\n"},
-    calls('search {"n": 2, "area": "北京"}', "f {}", content="I look."),
-    {"role": "tool", "content": "[]"},
-    {"role": "assistant", "content": "Nothing, {{ sorry }} {% raw %} it's <b>full</b> 10 & 20."},
-    {"role": "user", "content": ""},
-]
-
-
 def saved(tokenizer, folder="out"):
     """transformers' own reading of what we write."""
     write(folder, tokenizer_json(tokenizer), tokenizer_config=tokenizer_config(tokenizer))
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
+LARGE = pytest.param("cl100k_base", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("special", [(), CHAT_TOKENS], ids=["bare", "chat"])
-@pytest.mark.parametrize("kind", ["byte", "char", "bpe:700", "hf"])
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe:700", "hf", LARGE])
 def test_transformers_reads_our_tokenizers(kind, special):
-    check_reading(kind, special)
-
-
-@pytest.mark.slow
-def test_transformers_reads_a_large_tokenizer_of_ours():
-    start = time.process_time()
-    assert len(tokenizer_json(make("cl100k_base"))["model"]["merges"]) == 100_000
-    assert time.process_time() - start < 60
-    check_reading("cl100k_base", CHAT_TOKENS)
-
-
-def check_reading(kind, special):
     t = make(kind).with_special(special)
     theirs = saved(t)
     assert_same(t, theirs.backend_tokenizer)
@@ -495,18 +461,3 @@ def check_reading(kind, special):
         ]
     ids = [t.eos_id, *t.encode("text"), t.eos_id]
     assert theirs.decode(ids, skip_special_tokens=True) == "text"
-
-
-@pytest.mark.parametrize("kind", ["byte", "hf"])
-def test_transformers_renders_our_chats(kind):
-    t = make(kind).with_special(CHAT_TOKENS)
-    theirs = saved(t)
-    for length, prompt in itertools.product(range(1, len(MESSAGES) + 1), [False, True]):
-        ids, _ = render_chat(MESSAGES[:length], t, add_generation_prompt=prompt)
-        got = theirs.apply_chat_template(
-            MESSAGES[:length], add_generation_prompt=prompt, return_dict=True
-        )
-        assert got["input_ids"] == ids
-    with pytest.raises(Exception, match="nobody"):
-        theirs.apply_chat_template([{"role": "nobody", "content": ""}])
-    assert "chat_template" not in tokenizer_config(make("byte"))
