@@ -8,10 +8,8 @@
     python sample.py --ckpt out/sentiment-ft --prompt "a fine film"  a classifier's verdict
     python sample.py --ckpt out/hotel-ft --serve --tools hotel      a page, and OpenAI's API
 
-The chapters: sampling filters (logits in, one token out), generation without and with a key/value
-cache, beam search, labels, and the command line. Faster Linear layers for a CPU are in
-data/matmul.py, ids to text in data/reply.py, the chat in data/terminal.py, the server in
-data/server.py.
+Faster Linear layers for a CPU are in data/matmul.py, ids to text in data/reply.py, the chat in
+data/terminal.py, the server in data/server.py.
 """
 
 import math
@@ -19,6 +17,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -195,7 +194,7 @@ def naive_generate(model, ids, max_new_tokens, seed=0, **settings):
     return new
 
 
-MAX_READ = 4096  # ids that one pass reads at most, padding included
+MAX_READ = 4096  # ids of a prompt that one pass reads at most
 
 
 @dataclass(eq=False)
@@ -312,70 +311,52 @@ class Engine:
                 self.cache.lengths[slot.row] = 0
         slots, logits, limit, row = [], [], self.chunk, 0
         while row < self.busy:
-            group, unread = self.next_group(row, min(limit, MAX_READ))
+            group, unread = self.next_group(row)
             T = min(unread, limit, MAX_READ) if unread > 1 else 1
             last = self.read(group, T) if T > 0 else None
-            if unread == T:  # else it is a long prompt, alone
+            if unread == T:  # otherwise it is a long prompt
                 logits.append(last)
                 slots += group
-            if T in (0, unread):  # else the same prompt goes on
+            if T in (0, unread):  # otherwise its next ids follow at once
                 row += len(group)
-            limit -= T * len(group) if unread > 1 else 0
+            limit -= T if unread > 1 else 0
         if not slots:
             return {}
         return self.draw(slots, logits[0] if len(logits) == 1 else torch.cat(logits))
 
-    def next_group(self, row, limit):
-        """(the slots from `row` on that one pass can read, the most unread ids of one of them).
-        Padded prompts have at most `limit` ids, unless there is only one. The beginning of a prompt
-        is first copied from the row that holds most of it."""
-        group, longest, total, most_held = [], 0, 0, 0
-        lengths = self.cache.lengths.tolist()
+    def next_group(self, row):
+        """(the slots from `row` on that one pass reads, how many ids of each are unread): a prompt
+        alone, or all texts of which only the last id is unread. The beginning of a prompt is first
+        copied from the row that holds most of it."""
+        group = []
         for slot in self.slots[row : self.busy]:
-            held, length = lengths[slot.row], len(slot.ids) - slot.start
-            if length - held > 1:
+            held, length = self.held(slot), len(slot.ids) - slot.start
+            if length - held > 1 and not slot.echo:
                 window = slot.ids[slot.start : -1]
                 source = max(self.slots, key=lambda s: self.shared(s, window))
-                shared = 0 if slot.echo else self.shared(source, window)
-                if shared > held:
+                if (shared := self.shared(source, window)) > held:
                     self.cache.copy_rows([source.row], [slot.row], shared)
                     held = shared
-                overlap = max((common(window, s.ids[s.start :]) for s in group), default=0)
-                if 2 * (overlap - held) > length - held:
-                    break  # it can have a copy once that one is read
-            unread = length - held
-            total, most_held = total + unread, max(most_held, held)
-            padded = max(longest, unread) * (len(group) + 1)
-            if group and max(longest, unread) > 1 and (
-                min(longest, unread) == 1  # a text that is being written does not wait for prompts
-                or padded > min(limit, max(256, 1.5 * total))
-                or most_held + max(longest, unread) > self.context
-            ):  # fmt: skip
-                break
+            if length - held > 1:
+                return (group, 1) if group else ([slot], length - held)
             group.append(slot)
-            longest = max(longest, unread)
-        return group, longest
+        return group, 1
 
     def read(self, group, T):
-        """Run the next T ids of each slot, or as many as it has, through the model. Returns the
-        logits (B, V) of what comes next."""
+        """Run the next T ids of each slot through the model; the logits (B, V) of what follows."""
         first, last = group[0].row, group[-1].row + 1
         held = self.cache.lengths[first:last].tolist()
-        rows = [slot.ids[slot.start + n :][:T] for slot, n in zip(group, held)]
         if max(held) + T > self.cache.room:
             self.cache.grow(min(self.context, 2 * (max(held) + T)))
         cache = self.cache if len(group) == len(self.slots) else self.cache.rows(first, last)
-        # causal: padding behind a row changes nothing, and later ids are written over it
-        ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=self.device)
-        if T == 1 and not any(slot.echo for slot in group):
+        rows = [slot.ids[slot.start + n :][:T] for slot, n in zip(group, held)]
+        ids, slot = torch.tensor(rows, device=self.device), group[0]
+        if not slot.echo or len(slot.ids) > slot.prompt:
             return self.model.last_logits(ids, cache)
         states = self.model.hidden(ids, cache)  # (B, T, C)
-        cache.lengths.copy_(torch.tensor([n + len(row) for n, row in zip(held, rows)]))
-        for slot, n, x in zip(group, held, states):
-            if slot.echo and len(slot.ids) == slot.prompt:
-                after = slot.ids[slot.start + n + 1 :][:T]
-                slot.logprobs += echo_logprobs(self.model, x, after, slot.top)
-        return self.model.head(states[range(len(rows)), [len(row) - 1 for row in rows]])
+        after = slot.ids[slot.start + held[0] + 1 :][:T]
+        slot.logprobs += echo_logprobs(self.model, states[0], after, slot.top)
+        return self.model.head(states[:, -1])
 
     def draw(self, slots, logits):
         """Append to each slot an id drawn from its row of logits (B, V); {slot: id}."""
@@ -497,7 +478,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
 
 
 # --------------------------------------------------------------------------------------------
-# Labels of a classifier
+# Labels of a classifier, and log probabilities of tokens
 # --------------------------------------------------------------------------------------------
 
 
@@ -524,14 +505,9 @@ def label_shares(model, tokenizer, prompts):
     return [sorted(zip(labels, row), key=lambda pair: -pair[1]) for row in shares]
 
 
-# --------------------------------------------------------------------------------------------
-# Log probabilities of ids, before any filter
-# --------------------------------------------------------------------------------------------
-
-
 def top_logprobs(logits, chosen, n):
     """[(log probability of the chosen id, [(id, log probability) of the n likeliest])] of each row
-    of logits (B, V)."""
+    of logits (B, V), before any filter."""
     logps = logits.float().log_softmax(-1)
     best = logps.topk(n)
     rows = zip(chosen, logps, best.indices.tolist(), best.values.tolist())
@@ -548,7 +524,7 @@ def echo_logprobs(model, states, ids, n):
 
 
 # --------------------------------------------------------------------------------------------
-# What the command line reads
+# The command line
 # --------------------------------------------------------------------------------------------
 
 
@@ -599,17 +575,17 @@ def fast_model(model, rows, args):
     stays as it is, since they may be switched. UserError if a flag asks for the impossible."""
     device = model.embed.weight.device.type
     adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
-    if args.cuda_graphs:
-        if adapted or device != "cuda":
-            reason = "excludes adapters" if adapted else f"needs a GPU, the model is on {device}"
-            raise UserError(f"--cuda_graphs {reason}")
-        model.last_logits = GraphedSteps(model.last_logits)
     fast = device == "cpu" and not (args.no_fast or adapted)
+    if args.cuda_graphs and (adapted or device != "cuda"):
+        reason = "excludes adapters" if adapted else f"needs a GPU, the model is on {device}"
+        raise UserError(f"--cuda_graphs {reason}")
     if args.dtype == "int8" and not fast:
         reason = "excludes --no_fast" if args.no_fast else f"is for a CPU, not {device}"
         if adapted:
             reason = "does not round adapters: lora.py merge writes a checkpoint without them"
         raise UserError(f"--dtype int8 {reason}")
+    if args.cuda_graphs:
+        model.last_logits = GraphedSteps(model.last_logits)
     if fast:
         make_fast(model, rows, args.dtype == "int8")
         if args.verbose:
@@ -632,7 +608,7 @@ def allowed_ids(model, tokenizer, chat=False, may_call=True):
     return allowed.to(model.embed.weight.device)
 
 
-def resolve_prompt(prompt):
+def prompt_text(prompt):
     """The text of a --prompt: itself, the content of @FILE, or for None standard input."""
     source = "the prompt"
     try:
@@ -650,27 +626,22 @@ def resolve_prompt(prompt):
 
 def read_prompts(args, tokenizer, vocab_size):
     """The prompts as lists of ids: from --prompt_ids, --prompt, or a pipe into this script."""
-    if args.prompt_ids is not None:
+    if args.prompt_ids is None:  # an empty prompt begins a document
+        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        texts = [prompt_text(p) for p in args.prompt or [None]]
+        rows = [begin + tokenizer.encode(t) or [tokenizer.eos_id] for t in texts]
+    else:
         try:
             rows = [[int(i) for i in args.prompt_ids.split(",")]]
         except ValueError as e:
             raise UserError(f"--prompt_ids {args.prompt_ids!r} must be like 5,17,200") from e
-    else:  # an empty prompt begins a document
-        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        texts = [resolve_prompt(p) for p in args.prompt or [None]]
-        rows = [begin + tokenizer.encode(t) or [tokenizer.eos_id] for t in texts]
     check_ids(rows, vocab_size)
     return rows
 
 
-# --------------------------------------------------------------------------------------------
-# What the command line does
-# --------------------------------------------------------------------------------------------
-
-
 def decoding_settings(args):
-    """The values of the flags that DECODING names."""
-    return {name: getattr(args, name) for name in DECODING}
+    """The values of the flags that DECODING names; there are none for OpenAI's penalties."""
+    return {name: getattr(args, name, off) for name, off in DECODING.items()}
 
 
 def write_rows(model, tokenizer, prompts, args):
@@ -685,10 +656,11 @@ def write_rows(model, tokenizer, prompts, args):
         steps = generate(model, prompts, args.max_new_tokens, **settings)
         return [list(row) for row in zip(*steps)]
     streams = [TextStream(tokenizer, args.stop or ()) for _ in prompts]
-    texts, ids, alone, full = [""] * len(prompts), [[] for _ in prompts], len(prompts) == 1, False
+    texts = [shown(tokenizer, p) for p in prompts]
+    ids, alone, full = [[] for _ in prompts], len(prompts) == 1, False
 
     def show(r, text):
-        texts[r] += text
+        texts[r] += printable(text)
         if alone:
             print(printable(text), end="", flush=True)
 
@@ -697,8 +669,7 @@ def write_rows(model, tokenizer, prompts, args):
         show(r, streams[r].feed(i))
         return i == tokenizer.eos_id or streams[r].stopped
 
-    if alone:
-        print(prompt_text(tokenizer, prompts[0]), end="", flush=True)
+    print(texts[0] if alone else "", end="", flush=True)
     settings |= dict(allowed=allowed_ids(model, tokenizer), stop=stop)
     for _ in generate(model, prompts, args.max_new_tokens, **settings):
         if not full and max(len(p) + len(new) for p, new in zip(prompts, ids)) > context:
@@ -707,14 +678,11 @@ def write_rows(model, tokenizer, prompts, args):
             print(f"[{note}]", file=sys.stderr)
     for r, stream in enumerate(streams):
         show(r, stream.finish())
-        if not alone:
-            print(f"--- {r + 1} ---\n{prompt_text(tokenizer, prompts[r])}{printable(texts[r])}")
-    if alone:
-        print()
+        print("" if alone else f"--- {r + 1} ---\n{texts[r]}")
     return ids
 
 
-def prompt_text(tokenizer, ids):
+def shown(tokenizer, ids):
     """Printable text of ids, without the end-of-text token and ids that no token has."""
     ids = [i for i in ids if i != tokenizer.eos_id and tokenizer.token_bytes(i)]
     return printable(tokenizer.decode(ids))
@@ -727,14 +695,13 @@ def write_beams(model, tokenizer, prompt, args):
         raise UserError(f"the prompt has {len(prompt)} tokens; beams need room in the context")
     if room < args.max_new_tokens:
         print(f"[beams end with the context, after {room} tokens]", file=sys.stderr)
-    beams = beam_search(
-        model, prompt, min(room, args.max_new_tokens), args.beams, args.length_penalty,
-        tokenizer.eos_id, allowed_ids(model, tokenizer),
-    )[: args.num_samples]  # fmt: skip
+    length, allowed = min(room, args.max_new_tokens), allowed_ids(model, tokenizer)
+    options = args.beams, args.length_penalty, tokenizer.eos_id, allowed
+    beams = beam_search(model, prompt, length, *options)[: args.num_samples]
     for score, ids in beams:
         if len(beams) > 1:
             print(f"--- {score:.4f} ---")
-        print(prompt_text(tokenizer, prompt) + prompt_text(tokenizer, ids))
+        print(shown(tokenizer, prompt) + shown(tokenizer, ids))
     return [ids for _, ids in beams]
 
 
@@ -749,13 +716,11 @@ def make_service(model, tokenizer, path, args, tools):
     masks = {(True, call): allowed_ids(model, tokenizer, True, call) for call in (True, False)}
     masks[False, False] = allowed_ids(model, tokenizer)
 
-    def activate(name):
-        lora.set_adapter(model, name)
-
     def classify_text(text):
         return label_shares(model, tokenizer, [tokenizer.encode(text)])[0]
 
     engine = Engine(model, args.slots, 256, chunk=256)
+    activate = partial(lora.set_adapter, model)
     scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
     return Service(
         scheduler, tokenizer, adapters, masks, decoding_settings(args), tools or {},
@@ -801,10 +766,6 @@ def build_parser():
     for name, f in FILTERS.items():
         add(f"--{name}", type=f.type, default=f.default, help=f"{f.help} (default {f.default})")
     add("--repetition_penalty", type=positive, default=1.0, help="above 1 discourages (default 1)")
-    add("--frequency_penalty", type=between(-2, 2), default=0.0,
-        help="subtracted from a token's logit for each time that it was drawn (default 0)")
-    add("--presence_penalty", type=between(-2, 2), default=0.0,
-        help="subtracted once from the logit of a token that was drawn (default 0)")
     add("--beams", type=at_least(0), default=0, help="width of a beam search; 0 samples (default)")
     add("--length_penalty", type=between(-10, 10), default=1.0,
         help="of beams: above 1 favours long ones (default 1)")

@@ -67,9 +67,8 @@ class Service:
 
     def metrics(self, _):
         """Figures in Prometheus' text format."""
-        name = "scratchlm_requests_total"
-        lines = [f"# TYPE {name} counter", f"{name} {self.requests}", *self.api.scheduler.lines()]
-        return "\n".join(lines) + "\n"
+        count = f"scratchlm_requests_total {self.requests}"
+        return "\n".join([count, *self.api.scheduler.lines(), ""])
 
     def page_info(self, _):
         """What the page shows of the model, and the number of choices so far."""
