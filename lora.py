@@ -1,15 +1,15 @@
-"""Fine-tune a few parameters of a large model, in little memory.
+"""LoRA adapters and quantized layers: fine-tune a large model in little memory.
 
     python lora.py merge --ckpt out/stdlib --adapter out/chat --out out/merged
-    python lora.py export --ckpt gpt2 --adapter out/style --out peft/style           for peft
-    python lora.py import --ckpt gpt2 --adapter their-folder --out out/theirs        from peft
+    python lora.py export --ckpt gpt2 --adapter out/style --out peft/style     for peft
 
-Two ideas, both applied to a model from outside, by replacing its Linear layers one by one:
+finetune.py trains adapters (--lora_rank, --quantize). Two ideas, both applied to a model from
+outside, by replacing its Linear layers one by one:
 
     LoRA       y = W x  +  alpha / rank * B (A x)    W is frozen, only the thin A and B learn
-    quantized  y = dequantize(codes, scales) x       W takes 4 or 8 bits a weight in place of 32
+    quantized  y = dequantize(codes, scales) x       W takes 4 or 8 bits a weight instead of 32
 
-and together QLoRA. Neither depends on what a Transformer is: any module with nn.Linear inside will
+Together they are QLoRA. Neither depends on the Transformer: any module with nn.Linear inside will
 do. The chapters: quantized layers, adapters, saving and loading them, merging, the command line.
 """
 
@@ -27,21 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import model as lm
 from data.cli import Parser, UserError, run_cli
 from data.download import is_hub_name
-from data.hf_adapter import export_peft, import_peft
-from data.runner import cut_like, whole
+from data.hf_weights import write_peft
+from data.machine import full_tensor, shard_like
 from data.tensors import fit_error
-from model import (
-    WHAT_CKPT,
-    Config,
-    config_to_hf,
-    load_checkpoint,
-    meta_model,
-    model_from_checkpoint,
-    save_checkpoint,
-    unwrapped_state,
-)
 
 # --------------------------------------------------------------------------------------------
 # Quantization: a frozen Linear whose weights are codes of 4 or 8 bits
@@ -60,35 +51,32 @@ SCALE_BLOCK = 256  # scales that share a scale of their own (double quantization
 
 
 def blocks_of(x, size):
-    """x flattened and cut into rows of `size`, the last one filled up with zeros."""
+    """x flattened and cut into rows of `size`; the last row is padded with zeros."""
     x = x.reshape(-1)
     return F.pad(x, (0, -len(x) % size)).view(-1, size)
 
 
-def absmax_int8(x, size):
-    """Codes (blocks, size) int8 and scales (blocks, 1): x is about codes * scales."""
+def quantize_int8(x, size=BLOCK):
+    """Codes (blocks, size) int8 and scales (blocks, 1) with x ~ codes * scales."""
     blocks = blocks_of(x, size)
     scales = blocks.abs().amax(dim=1, keepdim=True) / 127
     return torch.round(blocks / scales.clamp(min=1e-30)).to(torch.int8), scales
 
 
 def quantize_nf4(weight):
-    """Packed codes (blocks, 32) uint8, two a byte, the first in the high half, and the largest
+    """Codes (blocks, 32) uint8, two a byte with the first in the high half, and the largest
     absolute value of each block (blocks, 1)."""
     blocks = blocks_of(weight, BLOCK)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
     levels = torch.tensor(NF4, device=weight.device)
-    # the nearest level: borders lie half way between neighbours
+    # the nearest level: the borders lie half way between neighbours
     codes = torch.bucketize(blocks / absmax.clamp(min=1e-30), (levels[1:] + levels[:-1]) / 2)
     return (codes[:, 0::2] << 4 | codes[:, 1::2]).to(torch.uint8), absmax
 
 
 class QuantLinear(nn.Module):
-    """A frozen Linear in `int8` or `nf4`, dequantized whenever it is used.
-
-    Weights go through it forward and backward but get no gradient themselves. Each block of 64 has
-    a scale; the scales, less their mean, are int8 codes in turn: 4.13 or 8.13 bits a weight.
-    """
+    """A frozen Linear in `int8` or `nf4`, dequantized whenever it is used. Each block of 64 weights
+    has a scale; the scales, less their mean, are int8 codes in turn: 8.13 or 4.13 bits a weight."""
 
     def __init__(self, linear, kind):
         super().__init__()
@@ -97,22 +85,19 @@ class QuantLinear(nn.Module):
         self.kind = kind
         self.out_features, self.in_features = linear.weight.shape
         weight = linear.weight.detach().float()
-        codes, scales = quantize_nf4(weight) if kind == "nf4" else absmax_int8(weight, BLOCK)
+        codes, scales = quantize_nf4(weight) if kind == "nf4" else quantize_int8(weight)
         mean = scales.mean()
-        scale_codes, scale_scales = absmax_int8(scales - mean, SCALE_BLOCK)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale_codes", scale_codes)
-        self.register_buffer("scale_scales", scale_scales)
-        self.register_buffer("scale_mean", mean)
+        scale_codes, scale_scales = quantize_int8(scales - mean, SCALE_BLOCK)
+        buffers = dict(codes=codes, scale_codes=scale_codes, scale_scales=scale_scales)
+        for name, buffer in (buffers | dict(scale_mean=mean)).items():
+            self.register_buffer(name, buffer)
         if kind == "nf4":
-            # what a byte of two codes stands for, (256,): two floats, looked up as if they were one
-            # long integer, which takes a fifth of the time of looking up rows of two
+            # the two floats that a byte stands for, (256,), looked up as one long integer: that
+            # takes a fifth of the time of looking up rows of two
             levels = torch.tensor(NF4, device=weight.device)
             pairs = torch.cartesian_prod(levels, levels).view(torch.int64)[:, 0]
             self.register_buffer("pairs", pairs.contiguous(), persistent=False)
-        self.bias = linear.bias
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        self.bias = linear.requires_grad_(False).bias
 
     @property
     def weight(self):
@@ -127,94 +112,81 @@ class QuantLinear(nn.Module):
         size = self.out_features * self.in_features
         return values.view(-1)[:size].view(self.out_features, self.in_features)
 
-    def _apply(self, fn, recurse=True):
-        """Move between devices like any module, but keep every number as it is: a scale in half
-        precision would lose digits."""
-        exact = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            setattr(self, name, buffer.to(getattr(self, name).device))
-        return self
-
     def forward(self, x):
         return DequantizedProduct.apply(x, self, self.bias)
 
 
 class DequantizedProduct(torch.autograd.Function):
-    """x W^T + b with a W that exists only while it is needed, once forward and once backward:
-    autograd would have kept the dequantized copy of every layer."""
+    """x W^T + b where W is dequantized once for the forward pass and once more for the backward
+    pass: autograd would keep a dequantized copy of every layer in between."""
 
     @staticmethod
     def forward(ctx, x, layer, bias):
         device = x.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.layer, ctx.low, ctx.given = layer, low, x.dtype
+        ctx.layer, ctx.low, ctx.x_dtype = layer, low, x.dtype
         return F.linear(x.to(low), layer.weight.to(low), None if bias is None else bias.to(low))
 
     @staticmethod
     def backward(ctx, grad):
         grad_x = grad.to(ctx.low) @ ctx.layer.weight.to(ctx.low)
-        return grad_x.to(ctx.given), None, None
+        return grad_x.to(ctx.x_dtype), None, None
 
 
 def quantize(model, kind, targets="all", device="cpu"):
-    """Replace the target Linears (see `TARGETS`) by frozen, quantized ones, in place; each goes to
-    `device` first, alone, and what else the model has ends in float32. Returns their names;
-    UserError if there are none."""
-    found = find(model, targets, nn.Linear)
-    for parent, name, linear in found.values():
+    """Replace the target Linears (see `TARGETS`) by frozen, quantized ones, in place, and convert
+    the rest of the model to float32. Returns their names; UserError if there are none. The layers
+    go to `device` one by one, so that it never holds the full weights."""
+    layers = find_layers(model, targets, nn.Linear)
+    for parent, name, linear in layers.values():
         setattr(parent, name, QuantLinear(linear.to(device), kind))
     model.float()
-    return list(found)
+    return list(layers)
 
 
 # --------------------------------------------------------------------------------------------
 # Adapters
 # --------------------------------------------------------------------------------------------
 
-# What --lora_targets may say: a group, or names of layers with commas between them.
+# Values of --lora_targets: a group, or names of layers separated by commas.
 TARGETS = {"attention": ("q", "k", "v", "out"), "mlp": ("up", "gate", "down")}
 TARGETS["all"] = TARGETS["attention"] + TARGETS["mlp"]
 
 
-def find(model, targets, kinds):
+def find_layers(model, targets, kinds):
     """{full name: (parent, name, layer)} of the layers of `kinds` that `targets` names, each by its
     last or its full name. UserError if there are none."""
     wanted = set(TARGETS.get(targets) or (t.strip() for t in targets.split(",")))
-    found, others = {}, set()
+    layers, names = {}, set()
     for path, parent in model.named_modules():
         if isinstance(parent, LoRALinear):
-            continue  # what is inside belongs to it
+            continue  # its base is part of it
         for name, layer in parent.named_children():
-            full = f"{path}.{name}".removeprefix(".")
-            if isinstance(layer, kinds) and wanted & {name, full}:
-                found[full] = parent, name, layer
-            elif isinstance(layer, kinds):
-                others.add(name)
-    strange = wanted - set(found) - {name for _, name, _ in found.values()}
-    if not found or (strange and targets not in TARGETS):
-        names = ", ".join(sorted(others | {n for _, n, _ in found.values()})) or "none is left"
+            if isinstance(layer, kinds):
+                names.add(name)
+                full = f"{path}.{name}".removeprefix(".")
+                if wanted & {name, full}:
+                    layers[full] = parent, name, layer
+    unknown = wanted - set(layers) - names
+    if not layers or (unknown and targets not in TARGETS):
         raise UserError(
-            f"no layer is called {', '.join(sorted(strange))}: choose {', '.join(TARGETS)}, or "
-            f"among {names}"
+            f"no layer is called {', '.join(sorted(unknown))}: choose {', '.join(TARGETS)}, or "
+            f"layers by name: {', '.join(sorted(names))}"
         )
-    return found
+    return layers
 
 
 class Named(nn.ParameterDict):
-    """Parameters under any name: torch refuses one with a dot, or of a dict's method (`copy`)."""
+    """Parameters under any name: torch refuses names with a dot, and those of methods (`copy`)."""
 
     def _key_to_attr(self, key):
         return "name_" + key.replace("%", "%25").replace(".", "%2E")
 
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha / rank * B(A(dropout(x))), for each adapter that is active.
-
-    A (rank, in) starts random, B (out, rank) at zero, so a new adapter changes nothing.
-    Hu et al. 2021, section 4.1. Several adapters may lie over one base; `active` names those in
-    use.
-    """
+    """base(x) + alpha / rank * B(A(dropout(x))) for each adapter that is `active` over the base.
+    A (rank, in) starts random, B (out, rank) at zero, so a new adapter changes nothing. Hu et al.
+    2021, section 4.1."""
 
     def __init__(self, base):
         super().__init__()
@@ -223,27 +195,22 @@ class LoRALinear(nn.Module):
         self.scale, self.dropout, self.active = {}, {}, []
 
     def add(self, name, rank, alpha, dropout=0.0):
-        """A new adapter, active from now on."""
+        """Add an adapter, not active yet."""
         device = next(self.base.buffers(), next(self.base.parameters(), None)).device
         a = torch.empty(rank, self.base.in_features, device=device)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as nn.Linear's own
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # like a Linear's weight
         self.a[name] = nn.Parameter(a)
         self.b[name] = nn.Parameter(torch.zeros(self.base.out_features, rank, device=device))
         self.scale[name], self.dropout[name] = alpha / rank, dropout
-        self.active.append(name)
-
-    def delta(self):
-        """What the active adapters add to the weight, (out, in); 0 if none is active."""
-        return sum(self.scale[n] * (self.b[n] @ self.a[n]) for n in self.active)
 
     @property
     def weight(self):
-        """The weight as the active adapters change it."""
-        return self.base.weight + self.delta()
+        """The weight (out, in) with what the active adapters add to it."""
+        deltas = (self.scale[n] * (self.b[n] @ self.a[n]) for n in self.active)
+        return self.base.weight + sum(deltas)
 
     @property
     def bias(self):
-        """The base's own bias."""
         return self.base.bias
 
     def forward(self, x):
@@ -254,12 +221,16 @@ class LoRALinear(nn.Module):
         return y
 
 
-def add_lora(model, targets="attention", rank=8, alpha=16, dropout=0.0, name="default"):
-    """Adapters for the target layers, everything else frozen; returns the layers' names.
+def add_lora(
+    model, targets="attention", rank=8, alpha=16, dropout=0.0, name="default", modules_to_save=()
+):
+    """Add adapters to the target layers and freeze everything else; returns the layers' names.
 
     targets: attention, mlp, all, or layer names with commas. A second call with another `name` adds
-    a second adapter over the same base. UserError if no layer matches, for a target that shares
-    its weight with another layer (a tied head: the embedding could not follow), or for bad numbers.
+    a second adapter over the same base; both are then active. `modules_to_save` (peft's term) are
+    modules that learn whole beside this adapter and are saved with it: the tables of a base that
+    lacks the chat's special tokens. UserError if no layer matches, for a target that shares its
+    weight with another layer (a tied head: the embedding could not follow), or for bad numbers.
 
     >>> add_lora(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
     ['0']
@@ -268,20 +239,29 @@ def add_lora(model, targets="attention", rank=8, alpha=16, dropout=0.0, name="de
         raise UserError(
             f"LoRA wants rank >= 1, alpha > 0 and 0 <= dropout < 1, not {rank}, {alpha}, {dropout}"
         )
-    found = find(model, targets, (nn.Linear, QuantLinear, LoRALinear))
+    layers = find_layers(model, targets, (nn.Linear, QuantLinear, LoRALinear))
     ids = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
-    for full, (_, _, layer) in found.items():
+    for full, (_, _, layer) in layers.items():
         if isinstance(layer, nn.Linear) and ids.count(id(layer.weight)) > 1:
             raise UserError(f"{full} shares its weight (a tied head): it cannot have an adapter")
         if isinstance(layer, LoRALinear) and name in layer.a:
             raise UserError(f"there is an adapter {name!r} already: choose another name")
     model.requires_grad_(False)
-    for parent, child, layer in found.values():
+    for parent, child, layer in layers.values():
         if not isinstance(layer, LoRALinear):
             layer = LoRALinear(layer).train(parent.training)
             setattr(parent, child, layer)
         layer.add(name, rank, alpha, dropout)
-    return list(found)
+    if not hasattr(model, "saved_tables"):
+        model.active_adapters, model.saved_tables = [], {None: {}}  # None: the base's own tables
+    base, tables = model.saved_tables[None], {}
+    for full, parameter in model.named_parameters():
+        if full.rpartition(".")[0] in modules_to_save:
+            tables[full] = base.setdefault(full, parameter.detach().clone())
+            parameter.requires_grad_(True)
+    model.saved_tables[name] = tables
+    set_adapter(model, *model.active_adapters, name)
+    return list(layers)
 
 
 def adapted(model):
@@ -289,74 +269,59 @@ def adapted(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def adapter_names(model):
-    """The names of a model's adapters."""
-    return list(dict.fromkeys(n for layer in adapted(model).values() for n in layer.a))
-
-
-def train_new_embeddings(model, tables, first):
-    """Let rows from `first` on of the named weight tables learn beside the adapters: those of
-    special tokens that the base has never seen. They are a parameter of their own, `rows`, which
-    counts in place of the table's: no other row gets a gradient or moments."""
-
-    def look_up(module, args, found):
-        new = F.embedding((args[0] - first).clamp(min=0), module.rows)
-        return torch.where((args[0] >= first)[..., None], new, found)
-
-    def project(module, args, found):
-        new = F.linear(args[0], head.rows, None if module.bias is None else module.bias[first:])
-        return torch.cat((found[..., :first], new), dim=-1)
-
-    for table in tables:
-        module = model.get_submodule(table.removesuffix(".weight"))
-        module.rows = nn.Parameter(module.weight.detach()[first:])  # in the table's memory
-        if isinstance(module, nn.Embedding):
-            module.register_forward_hook(look_up)
-    head = model.embed if model.config.tied else model.head
-    if hasattr(head, "rows"):
-        model.head.register_forward_hook(project)
-        model.head_pieces = lambda: (model.head.weight[:first], head.rows)
-    if not hasattr(model, "adapter_rows"):
-        model.adapter_rows = {None: (first, table_rows(model, tables, first))}
-
-
 def hold_frozen(model, dtype):
-    """Hold the weights of frozen Linears in `dtype`, that of autocast, which would cast each anew
-    in every pass, and autograd keep the copies."""
+    """Convert the weights of frozen Linears to `dtype`, that of autocast: it would cast each of
+    them in every pass, and autograd would keep the copies."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
             layer.to(dtype)
 
 
+@torch.no_grad()
 def set_adapter(model, *names):
-    """Make exactly the adapters `names` active, without a name none; their table rows come along.
-    UserError for a name that the model has not."""
-    known = adapter_names(model)
-    if missing := set(names) - set(known):
-        has = ", ".join(sorted(known)) or "none"
-        raise UserError(f"there is no adapter {', '.join(sorted(missing))}; the model has {has}")
+    """Make exactly the adapters `names` active, or none. The `modules_to_save` of the last one are
+    written into the model, and what the previous adapter learned there is kept for its return.
+    UserError for an unknown name."""
+    existing = adapter_names(model)
+    if missing := set(names) - set(existing):
+        listed = ", ".join(sorted(existing)) or "none"
+        raise UserError(f"there is no adapter {', '.join(sorted(missing))}; the model has {listed}")
     for layer in adapted(model).values():
         layer.active = [n for n in names if n in layer.a]
-    put_rows(model, names[-1] if names else None)
+    before, after = (n[-1] if n else None for n in (active_adapters(model), names))
+    if before != after:
+        saved, parameters = model.saved_tables, base_parameters(model)
+        if before is not None:
+            saved[before] = {n: parameters[n].detach().clone() for n in saved[before]}
+        for n, table in (saved[None] | saved.get(after, {})).items():
+            parameters[n].copy_(shard_like(table.to(parameters[n].device), parameters[n]))
+    model.active_adapters = list(names)
+
+
+def adapter_names(model):
+    """The names of a model's adapters."""
+    return [name for name in getattr(model, "saved_tables", {}) if name is not None]
+
+
+def active_adapters(model):
+    """The names of a model's active adapters."""
+    return getattr(model, "active_adapters", [])
+
+
+def base_parameters(model):
+    """{name: parameter} of a model, under the names that its base has without adapters."""
+    return {n.replace(".base.", "."): p for n, p in model.named_parameters()}
 
 
 @contextlib.contextmanager
 def disable_adapter(model):
     """The bare base, for as long as the `with` lasts (the reference model of DPO)."""
-    was = {layer: layer.active for layer in adapted(model).values()}
-    names = next(iter(was.values()), [])
-    if names and hasattr(model, "adapter_rows"):  # keep what its rows have learned until now
-        first, bare = model.adapter_rows[None]
-        model.adapter_rows[names[-1]] = first, table_rows(model, bare, first)
+    names = active_adapters(model)
+    set_adapter(model)
     try:
-        for layer in was:
-            layer.active = []
-        put_rows(model, None)
         yield model
     finally:
-        for layer, active in was.items():
-            layer.active = active
-        put_rows(model, names[-1] if names else None)
+        set_adapter(model, *names)
 
 
 # --------------------------------------------------------------------------------------------
@@ -365,7 +330,7 @@ def disable_adapter(model):
 
 
 def fingerprint(state):
-    """sha256 over names and bytes of a state dict: what tells one base from another."""
+    """sha256 over the names and bytes of a state dict, by which an adapter knows its base."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
@@ -373,95 +338,71 @@ def fingerprint(state):
     return digest.hexdigest()
 
 
-def adapter_state(model, about, name="default"):
-    """The tensors of one adapter, on the CPU: layer.a, layer.b, and the rows it trained."""
-    state = {}
+def adapter_parameters(model, name="default"):
+    """{name: parameter} of the adapter `name`, which is the last active one: the layers' a and b,
+    and the `modules_to_save`."""
+    parameters, base = {}, base_parameters(model)
     for full, layer in adapted(model).items():
         if name in layer.a:
-            state |= {f"{full}.a": layer.a[name], f"{full}.b": layer.b[name]}
-    state |= {f"{t}.rows": new_rows(model, t, about["first_row"]) for t in about["tables"]}
-    return {k: whole(v.detach()).cpu().clone() for k, v in state.items()}
+            parameters |= {f"{full}.a": layer.a[name], f"{full}.b": layer.b[name]}
+    return parameters | {n: base[n] for n in model.saved_tables[name]}
 
 
-def attach(model, content, name="default", where="adapter"):
-    """Lay a saved adapter over a model as it was trained: quantize, adapt, load. The model must be
-    its base, grown to its vocabulary (UserError if shapes say otherwise)."""
-    about = content["adapter"]
-    if about["quantize"] and not any(isinstance(m, QuantLinear) for m in model.modules()):
-        quantize(model, about["quantize"])
-    settings = {k: about[k] for k in ("targets", "rank", "alpha", "dropout")}
-    add_lora(model, **settings, name=name)
-    load_adapter(model, content, name, where)
-
-
-def load_adapter(model, content, name="default", where="adapter"):
-    """Copy a saved adapter's tensors into the one of that name; UserError if they do not fit."""
-    about, state = content["adapter"], content["model"]
-    if problem := fit_error(adapter_state(model, about, name), state):
-        raise UserError(f"{where} does not fit this base: {problem}")
-    with torch.no_grad():
-        for full, layer in adapted(model).items():
-            if name in layer.a:
-                layer.a[name].copy_(cut_like(state[f"{full}.a"], layer.a[name]))
-                layer.b[name].copy_(cut_like(state[f"{full}.b"], layer.b[name]))
-    first, tables = about["first_row"], about["tables"]
-    bare = table_rows(model, tables, first)
-    known = getattr(model, "adapter_rows", {None: (first, bare)})  # None: those of the base itself
-    model.adapter_rows = known | {name: (first, {t: state[f"{t}.rows"] for t in tables})}
-    put_rows(model, name)
-
-
-def new_rows(model, table, first):
-    """The rows of a weight table from `first` on: the parameter of `train_new_embeddings`, or a
-    part of the table."""
-    rows = getattr(model.get_submodule(table.removesuffix(".weight")), "rows", None)
-    return model.get_parameter(table)[first:] if rows is None else rows
-
-
-def table_rows(model, tables, first):
-    """{table: copy of its rows from `first` on} of the named weight tables."""
-    return {t: whole(new_rows(model, t, first).detach()).clone() for t in tables}
+def adapter_state(model, name="default"):
+    """The tensors of `adapter_parameters`, copied to the CPU."""
+    parameters = adapter_parameters(model, name)
+    return {n: full_tensor(p.detach()).cpu().clone() for n, p in parameters.items()}
 
 
 @torch.no_grad()
-def put_rows(model, name):
-    """Write the table rows that adapter `name` trained into the model's tables."""
-    first, rows = getattr(model, "adapter_rows", {}).get(name, (0, {}))
-    for table, values in rows.items():
-        own = new_rows(model, table, first)
-        own.copy_(cut_like(values.to(own), own))
+def load_adapter(model, content, name="default"):
+    """Make the adapter `name` the only active one and copy the tensors of an adapter checkpoint
+    into it; UserError if they do not fit."""
+    set_adapter(model, name)
+    parameters, state = adapter_parameters(model, name), content["model"]
+    if problem := fit_error(parameters, state):
+        raise UserError(f"adapter {name} does not fit this base: {problem}")
+    for n, parameter in parameters.items():
+        parameter.copy_(shard_like(state[n], parameter))
 
 
 def load_adapted(base, adapters, where="the base"):
     """A model with adapters over it, the first one active: from the content of the base checkpoint
     and {name: content of an adapter checkpoint}. UserError if it is not their base."""
-    quantized = any(content.get("adapter", {}).get("quantize") for content in adapters.values())
-    model = model_from_checkpoint(base, dtype=None if quantized else torch.float32, where=where)
-    mark = fingerprint(base["model"])
     for name, content in adapters.items():
         if "adapter" not in content:
-            raise UserError(f"{name} is no adapter but a whole model: use it as --ckpt")
-        if content["adapter"]["base_sha256"] != mark:
+            raise UserError(f"{name} is a whole model, not an adapter: use it as --ckpt")
+    infos = {name: content["adapter"] for name, content in adapters.items()}
+    quantized = next((info["quantize"] for info in infos.values() if info["quantize"]), None)
+    model = lm.model_from_checkpoint(base, dtype=None if quantized else torch.float32, where=where)
+    sha256 = fingerprint(base["model"])
+    for name, info in infos.items():
+        if info["base_sha256"] != sha256:
             raise UserError(
-                f"adapter {name} was trained over {content['adapter']['base']}; {where} is another "
-                f"model, or has it merged in already"
+                f"adapter {name} was trained over {info['base']}; {where} is another model, or has "
+                f"it merged in already"
             )
-        model.grow_vocabulary(content["config"]["vocab_size"], content["adapter"]["first_row"])
-        attach(model, content, name, name)
+        model.grow_vocabulary(adapters[name]["config"]["vocab_size"], info["base_vocab"])
+    if quantized:
+        quantize(model, quantized)
+    for name, info in infos.items():
+        settings = ("targets", "rank", "alpha", "dropout", "modules_to_save")
+        add_lora(model, **{key: info[key] for key in settings}, name=name)
+        load_adapter(model, adapters[name], name)
     set_adapter(model, *list(adapters)[:1])
     return model.eval()
 
 
 # --------------------------------------------------------------------------------------------
-# Merging: the adapters' work written into plain weights
+# Merging adapters into plain weights, and writing them for peft
 # --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def merge(model):
     """Replace each adapted layer by a plain Linear, W + alpha / rank * B A of the active adapters,
-    added up in float32; a quantized base becomes a plain one. Returns the names of what was merged:
-    none the second time. The trainable model is left in evaluation mode."""
+    in float32, and each quantized layer by a plain one. Returns their names: none the second time.
+    The model is left in evaluation mode."""
     model.eval()  # dropout cannot be merged
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (LoRALinear, QuantLinear))}
     # the quantized base of an adapted layer is merged with its adapter
@@ -477,23 +418,13 @@ def merge(model):
     return list(layers)
 
 
-# --------------------------------------------------------------------------------------------
-# The command line
-# --------------------------------------------------------------------------------------------
-
-
-def new_file(out):
-    """The checkpoint file that --out names; UserError if it exists."""
-    path = Path(out) if out.endswith(".pt") else Path(out, "best.pt")
-    if path.exists():
-        raise UserError(f"{path} exists: name another --out")
-    return path
-
-
 @torch.no_grad()
 def merge_files(ckpt, adapter, out):
     """The merge command: write a checkpoint like any other, verified by its logits."""
-    base, content, path = load_checkpoint(ckpt), load_checkpoint(adapter), new_file(out)
+    path = Path(out) if out.endswith(".pt") else Path(out, "best.pt")
+    if path.exists():
+        raise UserError(f"{path} exists: name another --out")
+    base, content = lm.load_checkpoint(ckpt), lm.load_checkpoint(adapter)
     model = load_adapted(base, {str(adapter): content}, ckpt)
     torch.manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, min(64, model.config.context)))
@@ -502,80 +433,48 @@ def merge_files(ckpt, adapter, out):
     difference = float((model(ids) - before).abs().max() / before.abs().max())
     if not difference < 1e-3:
         raise UserError(f"merging changed the logits by {difference:.1e} of their size: not saved")
-    kept = {k: content[k] for k in ("tokenizer",) if k in content}
-    merged = {"config": asdict(model.config), "model": unwrapped_state(model), **kept}
-    save_checkpoint(path, merged)
+    merged = {"config": asdict(model.config), "model": lm.unwrapped_state(model)}
+    lm.save_checkpoint(path, merged | {"tokenizer": content["tokenizer"]})
     print(f"{path}: {len(names)} layers merged, logits differ by {difference:.1e} of their size")
-
-
-def linears(config):
-    """({name: (out, in)} of every Linear of a model, whether transformers has it as a GPT-2).
-    UserError if transformers has no such model."""
-    layers, values = meta_model(config).named_modules(), config_to_hf(config)[0]
-    shapes = {n: tuple(m.weight.shape) for n, m in layers if isinstance(m, nn.Linear)}
-    return shapes, values["model_type"] == "gpt2"
-
-
-def import_adapter(folder, config):
-    """The content of an adapter checkpoint, all but its base and tokenizer, of a folder of peft's;
-    `config` is the base's Config."""
-    settings, state = import_peft(folder, *linears(config))
-    add_lora(meta_model(config), **settings)  # only for its checks
-    about = settings | dict(quantize=None, tables=[], first_row=config.vocab_size)
-    return {"config": asdict(config), "model": state, "adapter": about}
 
 
 def export_files(ckpt, adapter, out):
     """The export command: write a folder that peft reads over the exported base."""
-    base, content = load_checkpoint(ckpt), load_checkpoint(adapter)
+    base, content = lm.load_checkpoint(ckpt), lm.load_checkpoint(adapter)
     if (path := Path(out, "adapter_config.json")).exists():
         raise UserError(f"{path} exists: name another --out")
-    load_adapted(base, {str(adapter): content}, ckpt)  # only to check that it is their base
-    known = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()  # to transformers
-    config = Config.from_dict(dict(base["config"]))
-    export_peft(content, *linears(config), out, ckpt if known else None)
-    print(f"{out}: an adapter of peft's for the model that {ckpt} exports to")
+    load_adapted(base, {str(adapter): content}, ckpt)  # raises if it is not their base
+    config = lm.Config.from_dict(dict(base["config"]))
+    gpt2 = lm.config_to_hf(config)[0]["model_type"] == "gpt2"
+    modules = lm.meta_model(config).named_modules()
+    heights = {n: m.out_features for n, m in modules if isinstance(m, nn.Linear)}
+    in_transformers = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()
+    write_peft(content, heights, gpt2, out, ckpt if in_transformers else None)
+    print(f"{out}: an adapter for peft, over the model that {ckpt} exports to")
 
 
-def import_files(ckpt, adapter, out):
-    """The import command: write an adapter checkpoint over the base `ckpt`, as if trained here."""
-    base, path = load_checkpoint(ckpt), new_file(out)
-    if "adapter" in base:
-        raise UserError(f"{ckpt} is an adapter itself: --ckpt is the base under both")
-    content = import_adapter(adapter, Config.from_dict(dict(base["config"])))
-    content["adapter"] |= dict(base=str(ckpt), base_sha256=fingerprint(base["model"]))
-    content |= {k: base[k] for k in ("tokenizer",) if k in base}
-    load_adapted(base, {str(adapter): content}, ckpt)
-    save_checkpoint(path, content)
-    print(f"{path}: {len(content['model']) // 2} layers adapted, to use over {ckpt}")
+# --------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------
 
 
-RUN, CHECKPOINT = WHAT_CKPT, "folder, or file ending in .pt, to write"
-PEFT_FOLDER = "a folder with adapter_config.json and adapter_model.safetensors"
-
-
-# fmt: off (one line a flag)
 def build_parser():
     p = Parser(description="Work with adapters; finetune.py trains them.")
     commands = p.add_subparsers(dest="command", required=True)
-    for command, text, adapter, out in (
-        ("merge", "write the weights of base and adapter as one checkpoint", RUN, CHECKPOINT),
-        ("export", "write an adapter for Hugging Face's peft", RUN, "folder to write"),
-        ("import", "turn an adapter of peft's into one of ours", PEFT_FOLDER, CHECKPOINT),
+    for command, text, out in (
+        ("merge", "write the weights of base and adapter as one checkpoint", "folder or .pt file"),
+        ("export", "write an adapter for Hugging Face's peft", "folder"),
     ):
         c = commands.add_parser(command, help=text)
-        c.add_argument("--ckpt", required=True, help=f"the base: {RUN}")
-        c.add_argument("--adapter", required=True, help=f"the adapter: {adapter}")
-        c.add_argument("--out", required=True, help=out)
+        c.add_argument("--ckpt", required=True, help=f"the base: {lm.WHAT_CKPT}")
+        c.add_argument("--adapter", required=True, help="the adapter: a run's folder or its file")
+        c.add_argument("--out", required=True, help=f"{out} to write")
     return p
-
-
-# fmt: on
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    work = {"merge": merge_files, "export": export_files, "import": import_files}
+    work = {"merge": merge_files, "export": export_files}
     work[args.command](args.ckpt, args.adapter, args.out)
 
 

@@ -9,19 +9,17 @@
 
 A run writes mnist.pt, loss.svg and pictures to out/mnist, out/mnist-fast or out/mnist-diffusion.
 
-The course is the first three chapters: the data, the network, the loop. These are a complete
-training run. Then come pictures made by hand, a better network, a transformer
-that turns noise into digits, and the command line. No language model here: of the other scripts
-only the download, checkpoints and, to draw, the transformer's blocks are used.
+The first three chapters, the data, the network and the loop, are a complete training run. Then
+come pictures, a better network, a transformer that turns noise into digits, and the command line.
+Nothing here is a language model: the other scripts only lend the download, checkpoints and, to
+draw, the transformer's blocks.
 
 Shapes in comments: B batch, T patches of an image, C channels.
 """
 
 import argparse
-import itertools
 import math
 import signal
-import sys
 import time
 import unicodedata
 from functools import partial
@@ -36,33 +34,30 @@ import torch.nn.functional as F
 from torch import nn
 
 import model as lm
-from data.cli import Parser, StopSignal, UserError, check_limits, run_cli
+from data.cli import Parser, StopSignal, UserError, at_least, positive, run_cli
 from data.idx import FILES, download_idx, read_folder_idx
 from data.machine import choose_device, random_state, set_random_state
 from data.plot import line_svg, write_png
-from data.runs import OUT, lock_folder
+from data.runs import OUT, lock_folder, new_run
 
 # --------------------------------------------------------------------------------------------
 # The data: 60,000 digits to learn from, 10,000 to be tested on
 # --------------------------------------------------------------------------------------------
-
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels, scaled to [0, 1]
 
 
 def load_mnist(device="cpu", folder=None):
     """((images, labels), (test images, test labels)) on `device`: images (N, 28, 28) float32 with
-    mean 0 and standard deviation 1, labels (N,) int64. Downloaded, or from the user's `folder`.
-
-    All of it is 220 MB, so it is converted once and kept: a batch is then one indexing operation.
-    """
+    mean 0 and standard deviation 1, labels (N,) int64. Downloaded, or read from `folder`. All
+    images together are 220 MB: converted once, a batch is one indexing operation."""
     read = partial(read_folder_idx, folder) if folder else download_idx
     train_x, train_y, test_x, test_y = (read(name) for name in FILES)
     for x, y in ((train_x, train_y), (test_x, test_y)):
         if x.shape != (len(y), 28, 28) or len(y) == 0 or y.max() > 9:
             raise UserError(
-                f"{len(y):,} labels up to {max(y, default=0)} do not go with images of shape "
-                f"{x.shape}: wanted are N labels from 0 to 9 and N images of 28 x 28"
+                f"{len(y):,} labels up to {max(y, default=0)} do not fit images of shape "
+                f"{x.shape}: N labels from 0 to 9 and N images of 28 x 28 are needed"
             )
 
     def tensors(x, y):
@@ -93,17 +88,12 @@ class MLP(nn.Module):
         return F.log_softmax(self.layers(images.flatten(1)), dim=-1)
 
 
-def one_hot(labels):
-    """(B,) -> (B, 10): 1 at the label, 0 elsewhere."""
-    return F.one_hot(labels, 10).float()
-
-
-# What to make small. Each takes log probabilities (B, 10) and labels (B,), and gives a mean.
+# What to minimise. Each takes log probabilities (B, 10) and labels (B,), and returns a mean.
 LOSSES = {
     "nll": F.nll_loss,
-    "mse": lambda log_p, labels: F.mse_loss(log_p.exp(), one_hot(labels)),
+    "mse": lambda log_p, labels: F.mse_loss(log_p.exp(), F.one_hot(labels, 10).float()),
     "cosine": lambda log_p, labels: F.cosine_embedding_loss(
-        log_p.exp(), one_hot(labels), torch.ones_like(labels)
+        log_p.exp(), F.one_hot(labels, 10).float(), torch.ones_like(labels)
     ),
 }
 
@@ -115,7 +105,7 @@ OPTIMIZERS = {
     "adagrad": (torch.optim.Adagrad, 0.01, {}),
     "adam": (torch.optim.Adam, 0.001, {}),
     "adamw": (torch.optim.AdamW, 0.001, dict(weight_decay=0.05)),
-    # it estimates the curvature, which is too noisy on small batches: it gets batches of 2,000
+    # estimates the curvature, which is too noisy on small batches: it gets batches of 2,000
     "lbfgs": (torch.optim.LBFGS, 1.0, dict(max_iter=5, line_search_fn="strong_wolfe")),
 }
 
@@ -125,12 +115,8 @@ SCHEDULES = {
     "step": lambda o, lr, steps: torch.optim.lr_scheduler.StepLR(o, max(1, steps // 4), gamma=0.5),
     "cosine": lambda o, lr, steps: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps),
     "onecycle": lambda o, lr, steps: torch.optim.lr_scheduler.OneCycleLR(  # up, then down to 0
-        o,
-        lr,
-        max(4, steps),
-        pct_start=max(0.2, 2 / max(4, steps)),  # torch wants two steps at least for the way up
-        anneal_strategy="linear",
-        cycle_momentum=False,
+        o, lr, max(4, steps), anneal_strategy="linear", cycle_momentum=False,
+        pct_start=max(0.2, 2 / max(4, steps)),  # torch requires at least two steps for the way up
     ),
 }
 
@@ -141,11 +127,9 @@ SCHEDULES = {
 
 
 def fit(run, images, labels, batch_loss, evaluate):
-    """Train `run.model` to make batch_loss(model, images, labels) small, until `run.args.epochs`
-    are over. `evaluate()` is called after each of them and returns what to remember of it.
-
-    Returns 0, or after Ctrl-C or SIGTERM the signal's number, the run saved.
-    """
+    """Train `run.model` for `run.args.epochs` to minimise batch_loss(model, images, labels). What
+    `evaluate()` returns after each epoch goes into `run.history`. Ctrl-C and SIGTERM save the run
+    first. Returns the exit code."""
     a, model, optimizer = run.args, run.model, run.optimizer
 
     def backward(rows):
@@ -157,15 +141,17 @@ def fit(run, images, labels, batch_loss, evaluate):
     model.train()
     with StopSignal() as stop:
         for epoch in range(run.step // run.per_epoch, a.epochs):
-            # the course reads them in the file's order; a new order each time is the better habit
+            # the course reads the images in the file's order; a new order each time is better
             order = torch.arange(len(images))
             if a.shuffle:
                 order = torch.randperm(len(images), generator=seeded(1000 * a.seed + epoch))
-            # a resumed run skips what it has seen of this epoch
+            # a resumed run skips the batches of this epoch that it has seen
             for rows in order.split(a.batch_size)[run.step % run.per_epoch :]:
                 if stop.number:
                     run.save()
-                    return stop.number
+                    if run.out:
+                        print(f"stopped at step {run.step}: continue with --resume {run.out}")
+                    return 128 + stop.number
                 start = time.perf_counter()
                 # most optimizers call backward once and then step; lbfgs calls it several times
                 loss = optimizer.step(partial(backward, rows.to(images.device))).item()
@@ -177,15 +163,15 @@ def fit(run, images, labels, batch_loss, evaluate):
 
 
 def seeded(seed):
-    """A generator of its own: what is drawn from it disturbs no other randomness."""
+    """A new generator, so that drawing from it does not affect torch's global one."""
     return torch.Generator().manual_seed(seed)
 
 
 class Run:
-    """A run over so many `images`: model, optimizer, how far it is, and how `out` keeps all that.
+    """A training run: its model, optimizer and progress. `images` is the number of images.
 
-    `history` has a row {"step", "training": mean loss} of every hundred steps, and what `evaluate`
-    returned. Without `out` nothing is printed or written."""
+    `history` has a row {"step", "training": mean loss} for every hundred steps, and one with the
+    results of `evaluate` for every epoch. Without `out` nothing is printed or written."""
 
     def __init__(self, model, args, images, out=None, saved=None):
         self.model, self.args, self.out = model, args, out
@@ -193,13 +179,13 @@ class Run:
         args.lr = args.lr or lr
         args.batch_size = args.batch_size or (2000 if args.optimizer == "lbfgs" else 64)
         self.images, self.per_epoch = images, math.ceil(images / args.batch_size)
-        steps = args.epochs * self.per_epoch
         self.optimizer = make(model.parameters(), lr=args.lr, **settings)
+        steps = args.epochs * self.per_epoch
         self.schedule = SCHEDULES[args.schedule](self.optimizer, args.lr, steps)
         self.step, self.seconds, self.recent, self.history = 0, 0.0, [], []
-        if saved and saved["images"] != images:
-            raise UserError(f"{out} is a run over {saved['images']:,} images, here are {images:,}")
         if saved:
+            if (n := saved["images"]) != images:
+                raise UserError(f"{out} is a run over {n:,} images, here are {images:,}")
             lm.load_weights(model, saved["model"], str(out))
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
@@ -207,9 +193,9 @@ class Run:
             set_random_state(saved["random"])
 
     def log_step(self, loss, seconds):
-        """Count a step; print the course's line for every hundredth, with the loss of its batch."""
+        """Count a step; print the loss of every hundredth batch, as the course does."""
         if not math.isfinite(loss):
-            kept = "what was saved after the last whole epoch is kept"
+            kept = "the checkpoint of the last complete epoch is kept"
             raise UserError(f"step {self.step}: the loss is {loss}; {kept}. Try a lower --lr")
         epoch, batch = divmod(self.step, self.per_epoch)
         if batch % 100 == 0 and self.out:
@@ -223,111 +209,69 @@ class Run:
             self.recent = []
 
     def save(self):
-        """Write mnist.pt, which has all that resuming needs, and loss.svg."""
+        """Write mnist.pt, which has everything that resuming needs, and loss.svg."""
         if self.out is None:
             return
-        content = {
-            "config": {"recipe": self.args.recipe},
-            "images": self.images,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "progress": (self.step, self.seconds, self.recent, self.history),
-            "random": random_state(),
-            "args": vars(self.args),
-        }
-        lm.save_checkpoint(self.out / "mnist.pt", content)
-        curves = {
-            name: [(row["step"], row[name]) for row in self.history if name in row]
-            for name in ("training", "validation", "test")
-        }
+        content = {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
+        content |= {"schedule": self.schedule.state_dict(), "random": random_state()}
+        content |= {"config": {"recipe": self.args.recipe}, "args": vars(self.args)}
+        content |= {"progress": (self.step, self.seconds, self.recent, self.history)}
+        lm.save_checkpoint(self.out / "mnist.pt", content | {"images": self.images})
+        names = ("training", "validation", "test")
+        curves = {n: [(row["step"], row[n]) for row in self.history if n in row] for n in names}
         svg = line_svg(self.out.name, curves, "steps", "loss")
         (self.out / "loss.svg").write_text(svg, encoding="utf-8")
-
-    def stopped(self, number):
-        """Print how to resume the run that a signal stopped; the exit code."""
-        print(f"stopped at step {self.step}, saved: go on with --resume {self.out}")
-        return 128 + number
 
 
 # --------------------------------------------------------------------------------------------
 # The report: how many are right, beside what the course saw
 # --------------------------------------------------------------------------------------------
 
-COURSE = (  # its log of the default run: right of 10,000, and test loss, after each epoch
-    (8522, 0.5133),
-    (9035, 0.3203),
-    (9262, 0.2456),
-    (9388, 0.2007),
-    (9461, 0.1718),
-)
+# The course's log of the default run: right of 10,000, and test loss, after each epoch
+COURSE = ((8522, 0.5133), (9035, 0.3203), (9262, 0.2456), (9388, 0.2007), (9461, 0.1718))
 
 
 def log_probabilities(model, images):
-    """What the classifier thinks of all images, (N, 10)."""
+    """The classifier's log probabilities for all images, (N, 10)."""
     with lm.evaluating(model):
-        return torch.cat([model(part) for part in images.split(1000)])
+        return torch.cat([model(batch) for batch in images.split(1000)])
 
 
 def score(model, loss, images, labels, name):
-    """{name: mean loss, "right": how many} of these images."""
+    """{name: mean loss, "right": count of images read right}."""
     log_p = log_probabilities(model, images)
     right = (log_p.argmax(-1) == labels).sum().item()
     return {name: loss(log_p, labels).item(), "right": right}
 
 
 def result_line(row, name, total):
-    """What `score` found, as the course prints it."""
-    return (
-        f"{name.capitalize()} set: Average loss: {row[name]:.4f}, "
-        f"Accuracy: {row['right']}/{total} ({row['right'] / total:.2%})"
-    )
+    """A result of `score` as the course prints it."""
+    accuracy = f"Accuracy: {row['right']}/{total} ({row['right'] / total:.2%})"
+    return f"{name.capitalize()} set: Average loss: {row[name]:.4f}, {accuracy}"
 
 
 def course_table(history):
-    """Our epochs beside the course's log, as lines."""
-    lines = ["epoch   right  the course's    test loss  the course's"]
+    """The lines of a table of our epochs beside the course's."""
+    yield "epoch   right  the course's    test loss  the course's"
     rows = [row for row in history if "test" in row]
     for i, row in enumerate(rows):
         right, loss = COURSE[i] if i < len(COURSE) else ("", "")
-        lines.append(f"{i + 1:5} {row['right']:7} {right:13} {row['test']:12.4f} {loss:13}")
-    return lines
+        yield f"{i + 1:5} {row['right']:7} {right:13} {row['test']:12.4f} {loss:13}"
 
 
 # --------------------------------------------------------------------------------------------
 # Pictures
 # --------------------------------------------------------------------------------------------
 
-FONT = (  # the digits 0 to 9 and >, three pixels wide and a gap
-    "### .#. ### ### #.# ### ### ### ### ### #.. ",
-    "#.# ##. ..# ..# #.# #.. #.. ..# #.# #.# .#. ",
-    "#.# .#. ### ### ### ### ### ..# ### ### ..# ",
-    "#.# .#. #.. ..# ..# ..# #.# ..# #.# ..# .#. ",
-    "### ### ### ### ..# ### ### ..# ### ### #.. ",
-)
 
-
-def stamp(area, text, shade):
-    """Draw digits and > into the middle of `area` (H, W), each font pixel as 2 x 2."""
-    font = np.array([list(line) for line in FONT]) == "#"
-    letters = [font[:, 4 * i : 4 * i + 4] for i in map("0123456789>".index, text)]
-    pixels = np.kron(np.hstack([font[:, :0], *letters])[:, :-1], np.ones((2, 2), bool))
-    top, left = (np.array(area.shape) - pixels.shape) // 2
-    area[top : top + pixels.shape[0], left : left + pixels.shape[1]][pixels] = shade
-
-
-def sheet(tiles, columns, scale=1, captions=()):
-    """Tiles (N, h, w) uint8, enlarged, in rows of `columns`, each with its caption below."""
+def sheet(tiles, columns, scale=1):
+    """Tiles (N, h, w) uint8, enlarged, in rows of `columns`."""
     tiles = np.kron(tiles, np.ones((1, scale, scale), np.uint8))
     n, h, w = tiles.shape
-    below, gap = 16 if captions else 0, 2
-    rows = -(-n // columns)
-    page = np.full((rows, columns, h + below + gap, w + gap), 64, np.uint8)
-    for i, place in enumerate(page.reshape(-1, *page.shape[2:])[:n]):
-        place[:h, :w] = tiles[i]
-        if captions:
-            stamp(place[h : h + below, :w], captions[i], 255)
-    return page.swapaxes(1, 2).reshape(rows * (h + below + gap), -1)
+    rows, gap = -(-n // columns), 2
+    page = np.full((rows, columns, h + gap, w + gap), 64, np.uint8)
+    page.reshape(-1, h + gap, w + gap)[:n, :h, :w] = tiles
+    return page.swapaxes(1, 2).reshape(rows * (h + gap), -1)
 
 
 def grey(images):
@@ -335,37 +279,26 @@ def grey(images):
     return (images * STD + MEAN).clamp(0, 1).mul(255).round().byte().cpu().numpy()
 
 
-def confusion_sheet(counts):
-    """Counts [true digit, read as] (10, 10) as a picture: a row a true digit, the errors shaded."""
-    errors = counts * (1 - np.eye(10, dtype=int))
-    tiles = np.zeros((121, 24, 44), np.uint8)
-    shades = 255 * np.sqrt(errors / max(errors.max(), 1))
-    tiles.reshape(11, 11, 24, 44)[1:, 1:] = shades[:, :, None, None]
-    cells = [">", *"0123456789"]
-    for digit in range(10):
-        cells += [str(digit), *(str(n) if n else "" for n in counts[digit])]
-    for tile, text in zip(tiles, cells):
-        stamp(tile, text, 255 if tile[0, 0] < 128 else 0)
-    return sheet(tiles, 11)
-
-
 def write_pictures(out, model, images, labels):
-    """confusion.png, wrong.png (the errors the model was surest of, as true > read) and weights.png
-    (what each unit of the first layer looks for: white for ink, black for paper)."""
-    log_p = log_probabilities(model, images)
-    sure, read = log_p.max(-1)
-    counts = torch.zeros(10, 10, dtype=torch.long, device=labels.device)
-    counts.index_put_((labels, read), torch.ones_like(labels), accumulate=True)
-    write_png(out / "confusion.png", confusion_sheet(counts.cpu().numpy()))
+    """Write confusion.png (a row for each true digit, a column for each digit read, the brighter
+    the more errors), wrong.png (the most confident errors) and weights.png (what each unit of the
+    first layer responds to: white for ink, black for paper). Prints the most frequent errors."""
+    confidence, read = log_probabilities(model, images).max(-1)
+    errors = torch.bincount(10 * labels + read, minlength=100).view(10, 10).fill_diagonal_(0).cpu()
+    shades = 255 * (errors / errors.max().clamp(min=1)).sqrt()[..., None, None]
+    write_png(out / "confusion.png", sheet(shades.byte().view(100, 1, 1).numpy(), 10, 32))
+    counts, cells = errors.flatten().topk(5)
+    pairs = [(n, *divmod(i, 10)) for n, i in zip(counts.tolist(), cells.tolist()) if n]
+    texts = [f"{digit} read as {other} ({n} times)" for n, digit, other in pairs]
+    print("Most frequent errors:", ", ".join(texts) or "none")
     wrong = (read != labels).nonzero()[:, 0]
-    wrong = wrong[sure[wrong].argsort(descending=True)][:60]
+    wrong = wrong[confidence[wrong].argsort(descending=True)][:60]
     if len(wrong):
-        captions = [f"{labels[i]}>{read[i]}" for i in wrong]
-        write_png(out / "wrong.png", sheet(grey(images[wrong]), 12, 2, captions))
+        write_png(out / "wrong.png", sheet(grey(images[wrong]), 12, 2))
     first = next(p for p in model.parameters() if p.dim() > 1).detach()  # (units, ... 784 or h, w)
     size = 28 if first.dim() == 2 else first.shape[-1]
     first = first.reshape(-1, size, size).cpu()
-    first = first[first.square().sum((1, 2)).argsort(descending=True)[:64]]  # the most decided
+    first = first[first.square().sum((1, 2)).argsort(descending=True)[:64]]  # the largest weights
     first = 128 + 127 * first / first.abs().amax(dim=(1, 2), keepdim=True)
     write_png(out / "weights.png", sheet(first.byte().numpy(), 16, max(1, 56 // size)))
 
@@ -383,7 +316,7 @@ def convolution(inputs, outputs, size, stride=1):
 
 class ConvNet(nn.Module):
     """Three convolutions, from 28 x 28 pixels to 14 x 14 x 16 and 7 x 7 x 64 features, and a linear
-    layer. A unit looks at a few pixels and is used everywhere: a 7 is a 7 wherever it stands."""
+    layer. The same few weights are applied everywhere: a 7 is a 7 in any position."""
 
     def __init__(self, width=16):
         super().__init__()
@@ -402,16 +335,13 @@ class ConvNet(nn.Module):
 
 
 def distort(images):
-    """Turn, stretch, shear and shift each of the images (B, 28, 28) at random, by a little: a pixel
-    comes from the place A (x, y) + b, where A is nearly 1 and b nearly 0."""
+    """Rotate, stretch, shear and shift each of the images (B, 28, 28) at random, by a little: the
+    pixel at (x, y) comes from A (x, y) + b, where A is nearly 1 and b nearly 0."""
     most = torch.tensor([[0.15, 0.25, 0.15], [0.25, 0.15, 0.15]], device=images.device)
     noise = torch.rand(len(images), 2, 3, device=images.device) * 2 - 1
-    grid = F.affine_grid(
-        torch.eye(2, 3, device=images.device) + most * noise,
-        (len(images), 1, 28, 28),
-        align_corners=False,
-    )
-    # beyond the edge it goes on as at the edge, which is empty
+    transforms = torch.eye(2, 3, device=images.device) + most * noise
+    grid = F.affine_grid(transforms, (len(images), 1, 28, 28), align_corners=False)
+    # pixels from beyond the edge are those of the edge, which is empty
     moved = F.grid_sample(images[:, None], grid, padding_mode="border", align_corners=False)
     return moved[:, 0]
 
@@ -420,28 +350,24 @@ def distort(images):
 # Pictures from words: a transformer that turns noise into the digit it is asked for
 # --------------------------------------------------------------------------------------------
 
-NOBODY = 10  # the label of "any digit": seen now and then in training, needed for guidance
+NOBODY = 10  # the label "any digit", for guidance: it replaces one label in ten in training
 PATCH = 7  # a patch is 7 x 7 pixels, an image 4 x 4 patches: the transformer's 16 tokens
 
 
 class Denoiser(nn.Module):
-    """From an image that is partly noise, how far it is already, and a label: the clean image.
+    """Predicts the clean image from an image that is partly noise, the time t and a label.
 
-    A small DiT (Peebles & Xie 2022) out of the language model's own blocks, which here look in all
-    directions: patches of pixels take the place of tokens, and the label and the time are added
-    to every one of them before each block.
+    A small DiT (Peebles & Xie 2022) out of the language model's own blocks, here without the causal
+    mask: patches of pixels are the tokens, and the label and the time are added to each of them
+    before each block.
     """
 
     def __init__(self, width=192, layers=4, heads=4):
         super().__init__()
         config = lm.Config(
-            n_layer=layers,
-            n_head=heads,
-            d_model=width,
-            norm="layernorm",
-            activation="relu2",
+            n_layer=layers, n_head=heads, d_model=width, norm="layernorm", activation="relu2",
             qk_norm=True,
-        )
+        )  # fmt: skip
         self.patch = nn.Linear(PATCH**2, width)
         self.position = nn.Parameter(0.02 * torch.randn((28 // PATCH) ** 2, width))
         self.label = nn.Embedding(11, width)
@@ -471,12 +397,12 @@ def flow_loss(denoiser, images, labels):
 
         t = 0  noise ---- x = (1 - t) noise + t image ---->  image  t = 1
 
-    and let the denoiser guess the image. Who knows it knows the velocity along this line as well,
-    image - noise = (image - x) / (1 - t), whose squared error is the loss: errors near the end of
-    the line weigh more (Li & He 2025). One label in ten is hidden, for `draw` to compare with.
+    and let the denoiser predict the image. This also gives the velocity along the line, image -
+    noise = (image - x) / (1 - t), whose squared error is the loss: errors near the end of the line
+    weigh more (Li & He 2025). One label in ten is hidden, for the guidance in `draw`.
     """
     B, device = len(images), images.device
-    t = torch.randn(B, device=device).sigmoid()  # mostly the middle, where guessing is hard
+    t = torch.randn(B, device=device).sigmoid()  # mostly the middle, where predicting is hard
     x = torch.lerp(torch.randn_like(images), images, t[:, None, None])
     labels = labels.masked_fill(torch.rand(B, device=device) < 0.1, NOBODY)
     error = denoiser(x, t, labels) - images
@@ -484,12 +410,12 @@ def flow_loss(denoiser, images, labels):
 
 
 def draw(denoiser, labels, steps=30, guidance=2.0, seed=0):
-    """Images (N, 28, 28) of the digits `labels` (N,), from noise in so many steps, each on the
-    straight line to the image that the denoiser sees in x by now, and the last one all the way.
+    """Images (N, 28, 28) of the digits `labels` (N,), from noise. Each step goes along the straight
+    line from x to the image that the denoiser predicts, the last one all the way.
 
-    What x may become is an average at first; as x moves, it becomes one of the possibilities.
-    Classifier-free guidance (Ho & Salimans 2022): go further in the direction in which the label
-    makes a difference. 1 is the plain guess, more is clearer and less varied.
+    The prediction is an average of possible images at first, and then one of them. Classifier-free
+    guidance (Ho & Salimans 2022) goes further in the direction in which the label makes a
+    difference: 1 is the plain prediction, more is clearer and less varied.
     """
     noise = torch.randn(len(labels), 28, 28, generator=seeded(seed)).to(labels.device)
     drawn = []
@@ -505,17 +431,14 @@ def draw(denoiser, labels, steps=30, guidance=2.0, seed=0):
 
 
 def digits_of(text):
-    """The digits in a text, None for a space: "3 1" is [3, None, 1], and so is "三 １".
-    UserError for anything else."""
-    digits = []
-    for c in text:
-        value = unicodedata.numeric(c, -1)
-        if not c.isspace() and value not in range(10):
-            raise UserError(f'--draw {text!r}: {c!r} is no digit; try --draw "3 1 4"')
-        digits.append(None if c.isspace() else int(value))
-    if not any(d is not None for d in digits):
-        raise UserError('--draw: no digit to draw; try --draw "3 1 4"')
-    return digits
+    """The digits in a text, None for a space: "3 1" and "三 １" are [3, None, 1]."""
+    digits = [None if c.isspace() else unicodedata.numeric(c, -1) for c in text]
+    for c, digit in zip(text, digits):
+        if digit not in (None, *range(10)):
+            raise UserError(f'--draw {text!r}: {c!r} is not a digit; try --draw "3 1 4"')
+    if not text.strip():
+        raise UserError('--draw: there is no digit to draw; try --draw "3 1 4"')
+    return [None if digit is None else int(digit) for digit in digits]
 
 
 # --------------------------------------------------------------------------------------------
@@ -524,8 +447,7 @@ def digits_of(text):
 
 # fmt: off (one line a recipe, one line a flag)
 NETWORKS = {"course": MLP, "fast": ConvNet, "diffusion": Denoiser}
-FOLDERS = {"course": "mnist", "fast": "mnist-fast", "diffusion": "mnist-diffusion"}
-RECIPES = {  # for flags that are not given; what is fast was found with the validation images
+RECIPES = {  # for flags that are not given; those of "fast" were found with the validation images
     "course": dict(optimizer="sgd", schedule="constant", epochs=5, loss="nll"),
     "fast": dict(optimizer="adamw", schedule="onecycle", batch_size=128, epochs=4, loss="nll",
                  lr=0.01, shuffle=True),
@@ -541,25 +463,25 @@ def build_parser():
     add("--recipe", choices=("course", "fast"), help="which reader to train (default: course)")
     add("--diffusion", dest="recipe", action="store_const", const="diffusion", help="learn to draw")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--compare", choices=tuple(SWITCHES), help="the course's network, once with each of these")
+    add("--compare", choices=tuple(SWITCHES), help="train the course's network with each of these")
     add("--draw", metavar="TEXT", help='write a picture of these digits, e.g. "3 1 4"')
-    add("--judge", type=int, metavar="N", help="draw N digits and count what --recipe fast reads")
-    add("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: newest)")
+    add("--judge", type=at_least(1), metavar="N", help="let --recipe fast read N drawn digits")
+    add("--resume", nargs="?", const="", metavar="RUN", help="continue a run (default: newest)")
     add = p.add_argument_group("training").add_argument
-    add("--epochs", type=int, help="passes over the images (default 5, fast 4, diffusion 16)")
-    add("--batch_size", type=int, help="images a step (64, lbfgs 2,000; fast, diffusion 128)")
+    add("--epochs", type=at_least(1), help="default 5, fast 4, diffusion 16")
+    add("--batch_size", type=at_least(1), help="images a step (64, lbfgs 2,000; others 128)")
     add("--optimizer", choices=tuple(OPTIMIZERS), help="default sgd; fast and diffusion adamw")
-    add("--lr", type=float, help="largest learning rate (default: what suits the optimizer)")
+    add("--lr", type=positive, help="largest learning rate (default: what suits the optimizer)")
     add("--schedule", choices=tuple(SCHEDULES), help="default constant; fast, diffusion onecycle")
     add("--loss", choices=tuple(LOSSES), help="of the readers (default nll)")
     add("--shuffle", action=argparse.BooleanOptionalAction, help="a new order every epoch")
-    add("--seed", type=int, help="of weights, order and dropout (default 42), or of a drawing (0)")
+    add("--seed", type=at_least(0), help="of weights, order, dropout (default 42), of drawings (0)")
     add("--data", metavar="DIR", help="a folder with four IDX files (default: download MNIST)")
     add("--out", metavar="DIR", help="folder of the run (default: out/mnist..., numbered if taken)")
     add("--device", help="auto (default), cpu, cuda, mps")
     add = p.add_argument_group("drawing").add_argument
-    add("--steps", type=int, help="from noise to digit (default 30)")
-    add("--guidance", type=float, help="1 is plain, more is clearer (default 2)")
+    add("--steps", type=at_least(1), help="from noise to digit (default 30)")
+    add("--guidance", type=positive, help="1 is plain, more is clearer (default 2)")
     return p
 
 
@@ -567,13 +489,10 @@ def build_parser():
 
 
 def newest_run(recipe=None):
-    """The folder under out/ of the last run of that recipe, or of any; UserError without one."""
+    """The folder under out/ of the newest run, of that recipe if one is given."""
     for path in sorted(OUT.glob("*/mnist.pt"), key=lambda path: -path.stat().st_mtime):
-        try:
-            if recipe in (None, lm.load_checkpoint(path)["config"].get("recipe")):
-                return path.parent
-        except UserError as e:
-            print(f"passed over: {e}", file=sys.stderr)
+        if recipe in (None, lm.load_checkpoint(path)["config"]["recipe"]):
+            return path.parent
     flag = {"fast": " --recipe fast", "diffusion": " --diffusion"}.get(recipe, "")
     raise UserError(f"no such run in {OUT}/: train it first, python mnist.py{flag}")
 
@@ -585,70 +504,47 @@ def load_run(recipe, device):
     return model.to(device), folder
 
 
-def unused(template):
-    """The first of template % "", "-2", "-3" ... that is no file yet: nothing is written over."""
-    numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
-    return next(path for n in numbers if not (path := OUT / (template % n)).exists())
-
-
 def check_flags(args):
-    """UserError for a flag that would mean nothing beside the others."""
-    given = {k for k, v in vars(args).items() if v is not None}
-    task = next((name for name in ("draw", "judge", "compare") if name in given), None)
+    """UserError for a flag that would have no effect."""
+    given, drawing = {k for k, v in vars(args).items() if v is not None}, {"steps", "guidance"}
+    task = next((t for t in ("draw", "judge", "compare") if t in given), args.recipe or "course")
+    unused = {"compare": {"recipe", "out", *drawing}, "diffusion": {"loss"}}.get(task, drawing)
     if task in ("draw", "judge"):
-        spare = given - {task, "steps", "guidance", "seed", "device"}
-    else:
-        spare = given & ({"out"} if task else set())
-        spare |= given & {"steps", "guidance"} if args.recipe != "diffusion" else set()
-    if spare:
-        raise UserError(f"--{min(spare)} means nothing {f'with --{task}' if task else 'here'}")
-
-
-def resume(args, given):
-    """(settings, content) of the mnist.pt that --resume means."""
-    folder = Path(args.resume) if args.resume else newest_run(args.recipe)
-    path = folder / "mnist.pt" if folder.is_dir() else folder
-    saved = lm.load_checkpoint(path, resuming=True)
-    if not {"progress", "args", "images"} <= set(saved):
-        raise UserError(f"{folder} is no run of mnist.py")
-    old, free = saved["args"], {"resume", "epochs", "data", "device"}
-    if changed := [k for k in given if k not in free and given[k] != old[k]]:
-        raise UserError(f"--{changed[0]} cannot change when resuming {folder}")
-    if args.epochs not in (None, old["epochs"]) and old["schedule"] != "constant":
-        raise UserError(
-            f"--epochs cannot change: the schedule {old['schedule']} of {folder} is for "
-            f"{old['epochs']}; start a new run"
-        )
-    out = folder if folder.is_dir() else folder.parent  # it may have been moved
-    return old | given | {"out": str(out)}, saved
+        unused = given - {task, "seed", "device", *drawing}
+    if given & unused:
+        raise UserError(f"--{min(given & unused)} has no effect with {task}")
 
 
 def settle(args):
-    """Fill in the flags that were not given, from the run to resume or else the recipe. Returns
-    the content of the mnist.pt to resume, or None."""
-    given, saved = {k: v for k, v in vars(args).items() if v is not None}, None
-    if args.resume is not None:
-        settings, saved = resume(args, given)
-    else:
+    """Fill in the flags that were not given, from the run to resume or from the recipe. Returns the
+    checkpoint to resume, or None."""
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    if args.resume is None:
         recipe = args.recipe or "course"
-        settings = dict(recipe=recipe, seed=42, shuffle=False) | RECIPES[recipe] | given
-        settings["out"] = args.out or str(unused(FOLDERS[recipe] + "%s/mnist.pt").parent)
-        if Path(settings["out"], "mnist.pt").exists():
-            raise UserError(f"{args.out} holds a run already: --resume it, or another --out")
-        if recipe == "diffusion" and args.loss:
-            raise UserError("--loss is for reading; drawing has its own")
-        if recipe != "course" and args.compare:
-            raise UserError("--compare is for the course's network alone")
-    vars(args).update(settings)
+        if args.out and Path(args.out, "mnist.pt").exists():
+            raise UserError(f"{args.out} already holds a run: --resume it, or another --out")
+        vars(args).update(dict(recipe=recipe, seed=42, shuffle=False) | RECIPES[recipe] | given)
+        return None
+    folder = Path(args.resume) if args.resume else newest_run(args.recipe)
+    if not (folder / "mnist.pt").exists():
+        raise UserError(f"--resume {folder}: there is no {folder / 'mnist.pt'}")
+    saved = lm.load_checkpoint(folder / "mnist.pt", resuming=True)
+    old, free = saved["args"], {"resume", "epochs", "data", "device"}
+    if args.epochs not in (None, old["epochs"]) and old["schedule"] != "constant":
+        free.remove("epochs")  # such a schedule depends on their number
+    if changed := [k for k in given if k not in free and given[k] != old[k]]:
+        raise UserError(f"--{changed[0]} cannot change when resuming {folder}")
+    vars(args).update(old | given | {"out": str(folder)})  # the folder may have been moved
     return saved
 
 
 def start(args, saved, device, images):
-    """The run of these settings, its model on `device`; the first line of what it shows."""
+    """The run with these settings, its model on `device`; prints the first line."""
     torch.manual_seed(args.seed)
     model = NETWORKS[args.recipe]().to(device)
+    args.out = args.out or str(new_run(f"mnist-{args.recipe}".removesuffix("-course")))
     run = Run(model, args, images, Path(args.out), saved)
-    run.out.mkdir(parents=True, exist_ok=True)  # now, and not after an epoch
+    run.out.mkdir(parents=True, exist_ok=True)
     run.lock = lock_folder(run.out)
     size = sum(p.numel() for p in model.parameters())
     print(
@@ -659,25 +555,25 @@ def start(args, saved, device, images):
 
 
 def train_reader(args, saved, device):
-    """Train the course's network or the fast one, report, draw its pictures. Returns exit code."""
+    """Train the course's network or the fast one, report, draw its pictures. Returns the exit code.
+    """
     (images, labels), test = load_mnist(device, args.data)
-    judges, name, augment = test, "test", lambda x: x
+    eval_set, name, augment = test, "test", lambda x: x
     if args.recipe == "fast":  # its settings were chosen, so not by the test images
         order = torch.randperm(len(images), generator=seeded(0)).to(device)
         held_out, order = order.split([n := -(-len(order) // 12), len(order) - n])
-        judges, name, augment = (images[held_out], labels[held_out]), "validation", distort
+        eval_set, name, augment = (images[held_out], labels[held_out]), "validation", distort
         images, labels = images[order], labels[order]
     loss = LOSSES[args.loss]
     run = start(args, saved, device, len(images))
 
     def evaluate():
-        row = score(run.model, loss, *judges, name)
-        print(result_line(row, name, len(judges[1])), flush=True)
+        row = score(run.model, loss, *eval_set, name)
+        print(result_line(row, name, len(eval_set[1])), flush=True)
         return row
 
-    stopped = fit(run, images, labels, lambda m, x, y: loss(m(augment(x)), y), evaluate)
-    if stopped:
-        return run.stopped(stopped)
+    if code := fit(run, images, labels, lambda m, x, y: loss(m(augment(x)), y), evaluate):
+        return code
     if name != "test":
         print(result_line(score(run.model, loss, *test, "test"), "test", len(test[1])))
     if args.recipe == "course":
@@ -688,38 +584,35 @@ def train_reader(args, saved, device):
 
 
 def compare(args, device):
-    """Train the course's network once with each optimizer, loss or schedule: a table, an SVG of
-    the share of test images read wrong. Returns the exit code."""
+    """Train the course's network with each optimizer, loss or schedule: a table, and an SVG of the
+    share of test images read wrong. Returns the exit code."""
     switch, (images, labels), test = args.compare, *load_mnist(device, args.data)
-    curves, stopped = {}, 0
+    curves = {}
     print(f"{switch:10} {'lr':>6} {'seconds':>8} {'right':>6}  after each of {args.epochs} epochs")
     for value in SWITCHES[switch]:
-        a = argparse.Namespace(**vars(args))
-        setattr(a, switch, value)
+        a = argparse.Namespace(**vars(args) | {switch: value})
         torch.manual_seed(a.seed)
-        loss = LOSSES[a.loss]
-        run = Run(MLP().to(device), a, len(images))
+        run, loss = Run(MLP().to(device), a, len(images)), LOSSES[a.loss]
         evaluate = partial(score, run.model, loss, *test, "test")
         try:
-            stopped = fit(run, images, labels, lambda m, x, y, loss=loss: loss(m(x), y), evaluate)
+            code = fit(run, images, labels, lambda m, x, y, loss=loss: loss(m(x), y), evaluate)
         except UserError as e:  # this one diverged; the others may not
             print(f"{value:10} {a.lr:6g} {e}")
             continue
+        if code:
+            return code
         rights = [row["right"] for row in run.history if "right" in row]
         print(f"{value:10} {a.lr:6g} {run.seconds:8.1f} ", *(f"{n:6}" for n in rights), flush=True)
         curves[value] = [(i + 1, 100 - 100 * n / len(test[1])) for i, n in enumerate(rights)]
-        if stopped:
-            break
-    path = unused(f"mnist-compare/{switch}%s.svg")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = new_run("mnist-compare") / f"{switch}.svg"
     svg = line_svg(switch, curves, "epochs", "% of test images read wrong")
     path.write_text(svg, encoding="utf-8")
     print(f"curves: {path}")
-    return 128 + stopped if stopped else 0
+    return 0
 
 
 def train_denoiser(args, saved, device):
-    """Train the denoiser, then let it draw a sheet. Returns the exit code."""
+    """Train the denoiser, then draw a sheet of digits. Returns the exit code."""
     (images, labels), test = load_mnist(device, args.data)
     run = start(args, saved, device, len(images))
 
@@ -727,15 +620,14 @@ def train_denoiser(args, saved, device):
         before = random_state()
         torch.manual_seed(0)  # the same noise every time
         with lm.evaluating(run.model):
-            parts = zip(*(part[:2000].split(500) for part in test))
-            loss = np.mean([flow_loss(run.model, *part).item() for part in parts]).item()
+            batches = zip(*(tensor[:2000].split(500) for tensor in test))
+            loss = np.mean([flow_loss(run.model, *batch).item() for batch in batches]).item()
         set_random_state(before)
         print(f"Test set: Average loss: {loss:.4f}  ({run.seconds / 60:.1f} min)", flush=True)
         return {"test": loss}
 
-    stopped = fit(run, images, labels, flow_loss, evaluate)
-    if stopped:
-        return run.stopped(stopped)
+    if code := fit(run, images, labels, flow_loss, evaluate):
+        return code
     print(f"{run.seconds / 60:.1f} minutes of training")
     labels = torch.arange(100, device=device) // 10
     drawn = draw(run.model, labels, args.steps, args.guidance, args.seed)
@@ -744,7 +636,7 @@ def train_denoiser(args, saved, device):
     return 0
 
 
-def draw_words(args, device):
+def draw_text(args, device):
     """Draw the digits of --draw into one PNG. Returns the exit code."""
     digits = digits_of(args.draw)
     labels = torch.tensor([d for d in digits if d is not None], device=device)
@@ -760,33 +652,27 @@ def draw_words(args, device):
 
 
 def judge(args, device):
-    """Draw --judge digits, as many of each, and count which of them the fast reader reads as what
-    was asked. It has never seen a drawn one."""
+    """Draw --judge digits, as many of each, and count how many the fast reader, which has never
+    seen a drawn one, reads as the digit that was asked for. Returns the exit code."""
     (reader, _), (denoiser, _) = load_run("fast", device), load_run("diffusion", device)
-    labels = torch.arange(args.judge, device=device) % 10
-    start = time.perf_counter()
+    labels, start = torch.arange(args.judge, device=device) % 10, time.perf_counter()
     drawn = draw(denoiser, labels, args.steps, args.guidance, args.seed or 0)
     seconds = time.perf_counter() - start
     right = log_probabilities(reader, drawn).argmax(-1) == labels
-    for digit in labels.unique().tolist():
-        of = labels == digit
-        print(f"{digit}: {right[of].sum()} of {of.sum()} read as {digit}")
     share = f"{right.sum()} of {len(labels)} ({right.float().mean():.1%})"
-    print(f"{share} in all; {seconds / len(labels):.3f} s a digit")
+    print(f"{share} are read as what was asked for; {seconds / len(labels):.3f} s a digit")
     return 0
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    check_limits(vars(args))
     check_flags(args)
     device = choose_device(args.device)
-    saved = settle(args) if args.draw is None and not args.judge else None
+    draws = args.draw is not None or args.judge
+    saved = None if draws else settle(args)
     args.steps, args.guidance = args.steps or 30, args.guidance or 2.0
-    if args.draw is not None:
-        return draw_words(args, device)
-    if args.judge:
-        return judge(args, device)
+    if draws:
+        return judge(args, device) if args.judge else draw_text(args, device)
     if args.compare:
         return compare(args, device)
     return (train_denoiser if args.recipe == "diffusion" else train_reader)(args, saved, device)

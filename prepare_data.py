@@ -12,14 +12,12 @@ The chapters: sources, writing, reading back, the command line. Downloads, encod
 are modules in data/. No torch here.
 """
 
-import contextlib
 import glob
 import itertools
 import json
 import lzma
 import os
 import re
-import signal
 import threading
 import time
 from collections import Counter, deque
@@ -28,17 +26,14 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import numpy as np
 import tiktoken
 
-from data.cli import Parser, Progress, UserError, check_limits, run_cli, watched
+from data.cli import Parser, Progress, UserError, at_least, number, run_cli, watched
 from data.download import DATA, MB, fetch, is_hub_name, snapshot_download
-from data.files import file_sha256, locked
+from data.files import file_sha256, locked, read_json, write_whole
 from data.hf_tokenizer import hub_tokenizer
-from data.sources import SOURCES
+from data.sources import SOURCES, Source
 from data.text import ARCHIVES, BLOCK, TEXT_SUFFIXES, Documents, choose_texts, file_streams
 from data.tokenizer import PATTERNS, UNKNOWN, Tokenizer, learn_bpe
 
@@ -48,31 +43,27 @@ from data.tokenizer import PATTERNS, UNKNOWN, Tokenizer, learn_bpe
 
 
 def find_files(source):
-    """The paths behind a SOURCE, fetched if need be, or data.sources' `shards`; UserError if there
-    are none."""
-    if not source.strip():
-        raise UserError("the source is empty: name a file, a folder, a URL, stdlib, ...")
+    """The files of a SOURCE, downloaded if need be: paths, or (name, open) pairs of data.sources'
+    `shards`. UserError if there are none."""
     if source in SOURCES:
-        found = SOURCES[source].fetch()["train"]
-        return found if isinstance(found, list) else [found]
+        files = SOURCES[source].fetch()["train"]
+        return files if isinstance(files, list) else [files]
     if source.startswith(("http://", "https://")):
         return [fetch(source)]
     path = Path(source)
+    if path.is_file():
+        return [path]
     if path.is_dir():
-        found = [p for p in watched(path.rglob("*"), "listing file") if p.is_file()]
-        names = (p.relative_to(path).as_posix() for p in sorted(found))
+        paths = [p for p in watched(path.rglob("*"), "listing file") if p.is_file()]
+        names = (p.relative_to(path).as_posix() for p in sorted(paths))
         suffixes = tuple(s + z for s in TEXT_SUFFIXES for z in ("", ".gz")) + ARCHIVES
         return [path / name for name in choose_texts(f"folder {source}", names, suffixes)]
-    if path.exists() and not path.is_file():
-        raise UserError(f"{source} is no regular file: it is read more than once, so save it first")
-    if path.exists():
-        return [path]
-    found = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
-    if not found:
+    paths = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
+    if not paths:
         raise UserError(
             f"source {source!r} is no file, folder, glob or URL, nor one of {', '.join(SOURCES)}"
         )
-    return found
+    return paths
 
 
 def default_name(source):
@@ -84,12 +75,9 @@ def default_name(source):
 
 
 def make_tokenizer(name, documents, total_bytes):
-    """The Tokenizer that the user calls `name`, trained on the documents where it needs to be.
-
-    byte | char | bpe:N | bpe-han:N | gpt2 | cl100k_base | o200k_base | any of tiktoken's | a
-    prepared folder whose tokenizer is to be used again | a folder with a tokenizer.json | a model
-    of the Hub.
-    """
+    """The Tokenizer that the user calls `name`, trained on the documents where it needs to be: one
+    of the names that build_parser lists, any other of tiktoken's, or a folder with a meta.json or a
+    tokenizer.json."""
     if name == "byte":
         return Tokenizer({"kind": "byte"})
     if name == "char":
@@ -100,7 +88,7 @@ def make_tokenizer(name, documents, total_bytes):
     kind, colon, size = name.partition(":")
     if kind in PATTERNS and colon:
         if not size.isdecimal() or not 257 <= int(size) <= 1_000_000:
-            raise UserError(f"tokenizer {name!r}: {kind}:N wants a size from 257 to 1,000,000")
+            raise UserError(f"tokenizer {name!r}: N must be a size from 257 to 1,000,000")
         return Tokenizer(learn_bpe(int(size), documents, total_bytes, PATTERNS[kind]))
     if name in tiktoken.list_encoding_names():
         return Tokenizer({"kind": "tiktoken", "name": name})
@@ -124,7 +112,8 @@ def make_tokenizer(name, documents, total_bytes):
 
 FORMAT = 1
 MANY = 10  # documents from which on whole documents are held out
-XZ_LIMIT = 4 * MB  # bytes of validation text up to which xz is asked, too (a few seconds)
+XZ_LIMIT = 4 * MB  # bytes of validation text up to which xz compresses it, too (a few seconds)
+WORKERS = min(8, os.cpu_count() or 1)  # more threads would only hold more text in memory
 
 
 def token_dtype(n_vocab):
@@ -134,8 +123,8 @@ def token_dtype(n_vocab):
 
 def labelled_pieces(documents, hold_out):
     """(split, first piece of its document?, text); every `hold_out`-th document goes to val."""
-    for number, (_, pieces) in enumerate(documents, start=1):
-        split = "val" if hold_out and number % hold_out == 0 else "train"
+    for n, (_, pieces) in enumerate(documents, start=1):
+        split = "val" if hold_out and n % hold_out == 0 else "train"
         first = True
         for piece in pieces:
             if piece:
@@ -143,97 +132,78 @@ def labelled_pieces(documents, hold_out):
                 first = False
 
 
-def batched(pieces):
-    """Lists of labelled pieces of about a block each: small documents share one job."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[2])
-        if size >= BLOCK:
-            yield batch
-            batch, size = [], 0
-    yield batch
+def encoded(pieces, tokenizer):
+    """(split, first piece of its document?, characters, ids) of labelled pieces, in their order.
+    Threads encode a few pieces ahead and no more, so that memory is bounded."""
+    local = threading.local()
+
+    def start():
+        # two threads that shared an Encoding, and so its regex scratch space, took longer than one
+        local.tokenizer = Tokenizer(tokenizer.spec)
+
+    def encode(split, first, text):
+        return split, first, len(text), local.tokenizer.encode_array(text)
+
+    with ThreadPoolExecutor(WORKERS, initializer=start) as pool:
+        jobs = deque()
+        for piece in pieces:
+            jobs.append(pool.submit(encode, *piece))
+            if len(jobs) > 2 * WORKERS:
+                yield jobs.popleft().result()
+        while jobs:
+            yield jobs.popleft().result()
 
 
-def parallel_map(work, jobs, workers):
-    """work(job) for each job, in order, on threads, a few ahead and no more (bounded memory)."""
-    with ThreadPoolExecutor(workers) as pool:
-        ahead = deque()
-        for job in jobs:
-            ahead.append(pool.submit(work, job))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+def write_tokens(documents, tokenizer, folder, hold_out, max_tokens=None, held_out=()):
+    """Write the documents' tokens to folder/{train,val}.tmp, end-of-text between them, at most
+    `max_tokens` for training if that is given; and those of the documents `held_out` to val.tmp.
 
-
-def encoded(pieces, tokenizer, workers):
-    """(split, first piece of its document?, characters, ids) of labelled pieces, in their order."""
-    own = threading.local()
-
-    def encode(batch):
-        if not hasattr(own, "tokenizer"):
-            own.tokenizer = tokenizer.for_one_thread()
-        ids = [own.tokenizer.encode_array(text) for _, _, text in batch]
-        return [(split, first, len(text), i) for (split, first, text), i in zip(batch, ids)]
-
-    for done in parallel_map(encode, batched(pieces), workers):
-        yield from done
-
-
-def write_tokens(documents, tokenizer, folder, hold_out, workers, max_tokens=None, held_out=()):
-    """Append the documents' tokens to folder/{train,val}.tmp, end-of-text between them; up to
-    `max_tokens` for training, if that is given. Then those of the documents `held_out`.
-
-    Returns ({split: tokens}, stats); stats counts documents, characters and fallback tokens.
+    Returns how many documents, characters and fallback tokens there are.
     """
     stats, size, dtype = Counter(), Counter(), token_dtype(tokenizer.n_vocab)
-    end = np.array([tokenizer.eos_id], dtype=dtype)
-    most = int(max_tokens or 2**62)
-    parts = (labelled_pieces(documents, hold_out), most), (labelled_pieces(held_out, 1), 2**62)
+    limit, start, progress = int(max_tokens or 2**62), time.monotonic(), Progress()
     with open(folder / "train.tmp", "wb") as train, open(folder / "val.tmp", "wb") as val:
-        out, start, progress = {"train": train, "val": val}, time.monotonic(), Progress()
-        for pieces, most in parts:
-            for split, first, characters, ids in encoded(pieces, tokenizer, workers):
+        files = {"train": train, "val": val}
+        for pieces in labelled_pieces(documents, hold_out), labelled_pieces(held_out, 1):
+            for split, first, characters, ids in encoded(pieces, tokenizer):
                 if first and size[split]:
-                    out[split].write(end)
-                    size[split] += 1
-                ids = ids[: most - size["train"]] if split == "train" else ids
-                out[split].write(ids.astype(dtype))
+                    ids = np.concatenate([[tokenizer.eos_id], ids])
+                if split == "train":
+                    ids = ids[: limit - size["train"]]
+                files[split].write(ids.astype(dtype))
                 size[split] += len(ids)
                 stats["documents"] += first
                 stats["characters"] += characters
                 stats["fallback"] += int(tokenizer.fallback[ids].sum())
-                read = stats["characters"] / MB
-                rate = read / max(time.monotonic() - start, 1e-3)
-                about = f"{stats['documents']:,} documents, {read:.0f} M characters"
-                progress(f"encoding: {about}, {rate:.1f} M/s")
-                if size["train"] >= most:
+                rate = stats["characters"] / MB / max(time.monotonic() - start, 1e-3)
+                progress(f"encoding: {stats['documents']:,} documents, {rate:.1f} M characters/s")
+                if split == "train" and size["train"] >= limit:
                     break
     progress.clear()
-    return size, stats
+    return stats
 
 
-def split_tail(folder, size, dtype, fraction):
+def split_tail(folder, dtype, fraction):
     """Move the last `fraction` of train.tmp's tokens to val.tmp (few documents: no whole ones)."""
-    keep = int(size["train"] * (1 - fraction))
     with open(folder / "train.tmp", "r+b") as train, open(folder / "val.tmp", "wb") as val:
-        train.seek(keep * dtype.itemsize)
+        tokens = os.path.getsize(train.name) // dtype.itemsize
+        end = train.seek(int(tokens * (1 - fraction)) * dtype.itemsize)
         while block := train.read(BLOCK):
             val.write(block)
-        train.truncate(keep * dtype.itemsize)
-    size["val"], size["train"] = size["train"] - keep, keep
+        train.truncate(end)
 
 
-def text_bytes(path, tokenizer):
-    """Bytes of text that the tokens of a .bin stand for, and the largest id in it."""
+def describe_split(path, tokenizer):
+    """What meta.json says of a file of tokens, and the largest id in it."""
     total = largest = 0
+    dtype = token_dtype(tokenizer.n_vocab)
     with open(path, "rb") as f:
         while block := f.read(BLOCK):
-            ids = np.frombuffer(block, dtype=token_dtype(tokenizer.n_vocab))
+            ids = np.frombuffer(block, dtype=dtype)
             total += int(tokenizer.byte_lengths[ids].sum())
             largest = max(largest, int(ids.max()))
-    return total, largest
+    tokens = path.stat().st_size // dtype.itemsize
+    return {"tokens": tokens, "bytes": total, "sha256": file_sha256(path)}, largest
 
 
 def xz_bits_per_byte(path, tokenizer):
@@ -243,54 +213,6 @@ def xz_bits_per_byte(path, tokenizer):
     return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
 
 
-def default_workers():
-    """A thread a core; more than eight would only hold more text in memory."""
-    return min(8, os.cpu_count() or 1)
-
-
-def check_settings(name, val_fraction, encoding, workers, max_tokens):
-    """UserError for a setting of `prepare` that makes no sense."""
-    check_limits(dict(val_fraction=val_fraction, workers=workers, max_tokens=max_tokens))
-    try:
-        "".encode(encoding or "utf-8")
-    except LookupError as e:
-        raise UserError(f"--encoding {encoding}: {e}") from e
-    if name and (Path(name).name != name or name in (".", "..")):
-        raise UserError(f"--name {name!r} must be one plain name: it becomes {DATA}/NAME")
-
-
-def open_texts(sources, paths, encoding, field, max_tokens):
-    """Documents of the paths (or `shards`) behind sources; of shards those of the first file, which
-    a tokenizer is to learn from; and those that named sources have for validation. UserError for
-    shards without a limit."""
-    streams = [f for p in paths for f in ([p] if isinstance(p, tuple) else file_streams(p))]
-    texts = [SOURCES[s].fetch() for s in sources if s in SOURCES and not SOURCES[s].rows]
-    held_out = [f for t in texts if "val" in t for f in file_streams(t["val"])]
-    endless = any(isinstance(p, tuple) for p in paths)
-    if endless and max_tokens is None:
-        raise UserError(f"{sources[0]} has no end: say how much of it by --max_tokens, as 1e8")
-    separator = SOURCES[sources[0]].separator if sources[0] in SOURCES else None
-    read = partial(Documents, encoding=encoding, field=field, separator=separator)
-    return read(streams), read(streams[:1]) if endless else None, read(held_out)
-
-
-@contextlib.contextmanager
-def being_written(folder):
-    """A folder, made and locked for this process, that is left without temporary files, or gone if
-    it is empty."""
-    with locked(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            yield
-        except OSError as e:  # a full disk's does not say where
-            raise OSError(e.errno, e.strerror, e.filename or str(folder)) from e
-        finally:
-            for leftover in folder.glob("*.tmp"):
-                leftover.unlink()
-            if not any(folder.iterdir()):
-                folder.rmdir()
-
-
 def prepare(
     source=("stdlib",),
     tokenizer=None,
@@ -298,76 +220,84 @@ def prepare(
     val_fraction=0.1,
     encoding=None,
     field=None,
-    workers=None,
     max_tokens=None,
 ):
     """SOURCE, or several of them -> data/NAME/{train.bin, val.bin, meta.json}; returns the folder.
 
-    With ten documents or more every tenth (1 / val_fraction) is held out whole; else the last
-    val_fraction of the tokens; but what a named source has for validation is that. Files appear
-    under their names only when all is done.
+    A named source may have its own validation text. Otherwise every tenth document is held out (one
+    in 1 / val_fraction), or, of fewer than ten documents, the last val_fraction of the tokens.
+    Files appear under their names only when all is done.
     """
-    check_settings(name, val_fraction, encoding, workers, max_tokens)
+    if name and (Path(name).name != name or name in (".", "..")):
+        raise UserError(f"--name {name!r} must be one plain name: it becomes {DATA}/NAME")
     start = time.monotonic()
     sources = [source] if isinstance(source, str) else source
-    paths = [path for s in sources for path in find_files(s)]
-    source, first = " ".join(sources), sources[0]
-    documents, first_file, held_out = open_texts(sources, paths, encoding, field, max_tokens)
+    files = [file for s in sources for file in find_files(s)]
+    first = SOURCES.get(sources[0], Source(None))
+    source = " ".join(sources)
+    shards = any(isinstance(file, tuple) for file in files)
+    if shards and max_tokens is None:
+        raise UserError(f"{source} has no end: say how much of it by --max_tokens, as 1e8")
+    streams = [s for f in files for s in ([f] if isinstance(f, tuple) else file_streams(f))]
+    texts = [SOURCES[s].fetch() for s in sources if s in SOURCES and not SOURCES[s].rows]
+    read = partial(Documents, encoding=encoding, field=field, separator=first.separator)
+    documents = read(streams)
+    held_out = read([stream for t in texts if "val" in t for stream in file_streams(t["val"])])
     many = not held_out.files and len(list(itertools.islice(documents, MANY))) == MANY
     hold_out = round(1 / val_fraction) if many else None
-    # a char vocabulary needs every character; merges need no held-out text
-    learn_from = watched(first_file or documents, "reading document")
-    total_bytes = 0 if first_file else sum(p.stat().st_size for p in paths)
+
+    # of shards a tokenizer learns from the first; a char vocabulary needs every character, while
+    # merges need no held-out text
+    learn_from = watched(read(streams[:1]) if shards else documents, "reading document")
+    total_bytes = 0 if shards else sum(file.stat().st_size for file in files)
     if hold_out and (tokenizer or "bpe").startswith("bpe"):
         learn_from = (d for n, d in enumerate(learn_from, start=1) if n % hold_out)
-    default = SOURCES[first].tokenizer if first in SOURCES else "bpe:4096"
-    tok = make_tokenizer(tokenizer or default, learn_from, total_bytes)
-    folder = DATA / (name or default_name(first))
-    dtype = token_dtype(tok.n_vocab)
-    with being_written(folder):
-        workers = workers or default_workers()
-        size, stats = write_tokens(documents, tok, folder, hold_out, workers, max_tokens, held_out)
-        if not size["val"]:
-            split_tail(folder, size, dtype, val_fraction)
-        if not (size["train"] and size["val"]):
-            found = size["train"] + size["val"]
-            raise UserError(f"{source}: {found} tokens of text are too few to split")
-        meta = describe(folder, source, tok, size, stats, documents)
-        with contextlib.suppress(UserError):  # there may be none, or a damaged one
-            if (old := read_meta(folder)["source"]) != source:
-                print(f"{folder} held {old!r} before; it is replaced")
-        (folder / "meta.json").unlink(missing_ok=True)  # no moment with a meta of other files
-        for split in ("train", "val"):
-            os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")
-        (folder / "meta.tmp").write_text(json.dumps(meta), encoding="utf-8")
-        os.replace(folder / "meta.tmp", folder / "meta.json")
-        print(summary(folder, meta, tok, time.monotonic() - start))
+    tok = make_tokenizer(tokenizer or first.tokenizer, learn_from, total_bytes)
+    folder = DATA / (name or default_name(sources[0]))
+    with locked(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            stats = write_tokens(documents, tok, folder, hold_out, max_tokens, held_out)
+            if not os.path.getsize(folder / "val.tmp"):
+                split_tail(folder, token_dtype(tok.n_vocab), val_fraction)
+            meta = describe(folder, source, tok, stats, documents)
+            (folder / "meta.json").unlink(missing_ok=True)  # no moment with a meta of other files
+            for split in ("train", "val"):
+                os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")
+            write_whole(folder / "meta.json", lambda f: f.write(json.dumps(meta).encode()))
+            print(summary(folder, meta, tok, time.monotonic() - start))
+        except OSError as e:  # a full disk's does not say where
+            raise OSError(e.errno, e.strerror, e.filename or str(folder)) from e
+        finally:
+            for leftover in folder.glob("*.tmp"):
+                leftover.unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
     return folder
 
 
-def describe(folder, source, tokenizer, size, stats, documents):
-    """The content of meta.json; the .tmp files are complete."""
-    splits, largest = {}, 0
-    for split in ("train", "val"):
-        path = folder / f"{split}.tmp"
-        n_bytes, top = text_bytes(path, tokenizer)
-        largest = max(largest, top)
-        splits[split] = {"tokens": size[split], "bytes": n_bytes, "sha256": file_sha256(path)}
+def describe(folder, source, tokenizer, stats, documents):
+    """The content of meta.json; the .tmp files are complete. UserError if a split is empty."""
+    paths = {split: folder / f"{split}.tmp" for split in ("train", "val")}
+    (train, top), (val, val_top) = (describe_split(path, tokenizer) for path in paths.values())
+    if not (train["tokens"] and val["tokens"]):
+        tokens = train["tokens"] + val["tokens"]
+        raise UserError(f"{source}: {tokens} tokens of text are too few to split")
     xz = None
-    if 1000 <= splits["val"]["bytes"] <= XZ_LIMIT:  # of less text xz's header is a good part
-        xz = xz_bits_per_byte(folder / "val.tmp", tokenizer)
+    if 1000 <= val["bytes"] <= XZ_LIMIT:  # of less text xz's header is a good part
+        xz = xz_bits_per_byte(paths["val"], tokenizer)
     return {
         "format": FORMAT,
         "source": source,
         "tokenizer": tokenizer.spec,
         "vocab_size": tokenizer.n_vocab,
         "dtype": token_dtype(tokenizer.n_vocab).str,
-        "largest_id": largest,
-        "splits": splits,
+        "largest_id": max(top, val_top),
+        "splits": {"train": train, "val": val},
         "documents": stats["documents"],
         "characters": stats["characters"],
         "fallback_tokens": stats["fallback"],
-        "encodings": dict(Counter(documents.known.values())),
+        "encodings": dict(Counter(documents.encodings.values())),
         "xz_bits_per_byte": xz,
     }
 
@@ -394,6 +324,7 @@ def summary(folder, meta, tokenizer, seconds):
 # Reading back: meta.json is checked against the files
 # --------------------------------------------------------------------------------------------
 
+KEYS = {"tokens", "bytes", "sha256"}  # what meta.json says of each split
 HASH_LIMIT = 1000 * MB  # larger files are checked by size alone: hashing them takes a minute
 
 
@@ -402,36 +333,26 @@ def read_meta(folder):
     path = Path(folder) / "meta.json"
     if not path.exists():
         raise UserError(f"{path} does not exist: prepare the text first (python prepare_data.py)")
+    meta = read_json(path)
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        version, dtype = meta["format"], token_dtype(meta["vocab_size"]).str
-        same = meta["dtype"] == dtype and meta["largest_id"] < meta["vocab_size"]
-        complete = all(
-            {"tokens", "bytes", "sha256"} <= set(meta["splits"][s]) for s in ("train", "val")
-        )
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({e}); prepare the text again") from e
-    if version != FORMAT:
-        raise UserError(f"{path} has format {version}, this version reads {FORMAT}: prepare again")
-    if not (same and complete):
-        raise UserError(f"{path} contradicts itself; prepare the text again")
+        valid = meta["format"] == FORMAT and meta["largest_id"] < meta["vocab_size"]
+        valid = valid and meta["dtype"] == token_dtype(meta["vocab_size"]).str
+        valid = valid and all(meta["splits"][s].keys() >= KEYS for s in ("train", "val"))
+    except (KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        raise UserError(f"{path} is damaged or of another version: prepare the text again")
     return meta
 
 
 def read_tokens(folder, split):
     """The ids of one split, mapped from disk; UserError if they are not what meta.json says."""
     meta, path = read_meta(folder), Path(folder) / f"{split}.bin"
-    dtype, wanted = np.dtype(meta["dtype"]), meta["splits"][split]
-    if not path.exists():
-        raise UserError(f"{path} does not exist; prepare the text again")
-    size = path.stat().st_size
-    if size != wanted["tokens"] * dtype.itemsize:
-        raise UserError(
-            f"{path} has {size:,} bytes, meta.json says {wanted['tokens']:,} tokens of "
-            f"{dtype.itemsize}; prepare the text again"
-        )
-    if size <= HASH_LIMIT and file_sha256(path) != wanted["sha256"]:
-        raise UserError(f"{path} is damaged (its sha256 is another); prepare the text again")
+    dtype, expected = np.dtype(meta["dtype"]), meta["splits"][split]
+    size = path.stat().st_size if path.exists() else 0
+    intact = size == expected["tokens"] * dtype.itemsize
+    if not intact or (size <= HASH_LIMIT and file_sha256(path) != expected["sha256"]):
+        raise UserError(f"{path} is damaged or missing: prepare the text again")
     return np.memmap(path, dtype=dtype, mode="r")
 
 
@@ -449,16 +370,16 @@ def prepared_folder(source, resuming):
 
 
 def find_data(source, resuming=False):
-    """The prepared folder that --data means, preparing it first where that is still to do, or to
-    do again because the file has changed since; never for a run that is resumed. Of several
-    processes one prepares the text, and the others wait."""
+    """The prepared folder that --data means. The text is prepared first if it has not been, or if
+    the file has changed since, but never for a run that is resumed. If several processes call this
+    at once, one of them prepares the text and the others wait."""
     if folder := prepared_folder(source, resuming):
         return folder
     if resuming:
         raise UserError(f"{source}, the text of this run, is gone: prepare it again")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"prepare the text before several processes: prepare_data.py {source}")
-    with locked(DATA / default_name(source)):
+    with locked(DATA / default_name(source) / "meta.json"):
         if folder := prepared_folder(source, resuming):
             return folder
         print(f"preparing {source} first (python prepare_data.py {source})")
@@ -467,7 +388,7 @@ def find_data(source, resuming=False):
 
 def data_hashes(meta):
     """What tells one prepared text from another: {split: sha256}."""
-    return {split: about["sha256"] for split, about in meta["splits"].items()}
+    return {split: values["sha256"] for split, values in meta["splits"].items()}
 
 
 # --------------------------------------------------------------------------------------------
@@ -482,17 +403,18 @@ def build_parser():
     add = p.add_argument
     add("source", nargs="*", default=("stdlib",),
         help="stdlib (default), sales, shakespeare, tinystories, fineweb-edu, c4, c4-zh, or files, "
-        "folders, globs, http(s) URLs; of fineweb-edu and c4 as much as --max_tokens wants")
+        "folders, globs, http(s) URLs; fineweb-edu and c4 need --max_tokens")
     add("--tokenizer",
         help="byte, char, bpe:N, bpe-han:N (each Chinese character a token), gpt2, cl100k_base, "
         "o200k_base, a prepared folder, or a model's folder or name on the Hub (default: bpe:2048 "
         "for stdlib, cl100k_base for sales, char for shakespeare, else bpe:4096)")
     add("--name", help="write to data/NAME (default: the first source's own name)")
-    add("--val_fraction", type=float, default=0.1, help="share held out, about (default 0.1)")
+    add("--val_fraction", type=number(float, "above 0 and at most 0.5", lambda v: 0 < v <= 0.5),
+        default=0.1, help="share held out, about (default 0.1)")
     add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
     add("--field", help="of .jsonl objects that holds the text (default: text, else content)")
-    add("--workers", type=int, help="encoding threads (default: one a core, at most 8)")
-    add("--max_tokens", type=float, help="stop at about so many training tokens, 1e8 for example")
+    add("--max_tokens", type=at_least(1, float),
+        help="stop at this number of training tokens, 1e8 for example")
     return p
 
 

@@ -8,9 +8,10 @@
     python sample.py --ckpt out/sentiment-ft --prompt "a fine film"  a classifier's verdict
     python sample.py --ckpt out/hotel-ft --serve --tools hotel      a page, and OpenAI's API
 
-The chapters: sampling filters (logits in, one token out), generation with a key/value cache, beam
-search, labels, the fast copy of the model for writing on a CPU, and the command line. Ids to text:
-data/reply.py. The chat in the terminal: data/terminal.py. The server: data/server.py.
+The chapters: sampling filters (logits in, one token out), generation without and with a key/value
+cache, beam search, labels, and the command line. Faster Linear layers for a CPU are in
+data/matmul.py, ids to text in data/reply.py, the chat in data/terminal.py, the server in
+data/server.py.
 """
 
 import math
@@ -19,7 +20,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -29,34 +30,26 @@ if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; s
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import lora
 from data.analogy import analogy
-from data.chat import find_template, label_token, labels_of
-from data.cli import Parser, UserError, check_limits, printable, run_cli
+from data.chat import get_template, label_token, labels_of
+from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, dtype_name, native_dtype
-from data.matmul import product, timing_lines
+from data.matmul import make_fast, timing_lines
 from data.reply import TextStream
 from data.runs import newest_run
 from data.terminal import Chat, talk
 from data.tokenizer import Tokenizer
 from data.tools import function_schema, load_tools
 from model import (
-    ACTIVATIONS,
-    GATED,
     LOSS_ROWS,
     WHAT_CKPT,
     KVCache,
-    apply_rope,
-    attention,
-    copy_candidates,
     find_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
-    pair_rows,
 )
 
 # --------------------------------------------------------------------------------------------
@@ -75,8 +68,8 @@ def repetition_penalty(logits, previous, penalty):
 
 
 def count_penalty(logits, drawn, frequency, presence):
-    """Take `frequency` off a logit for each time that its id is in `drawn` (one list a row), and
-    `presence` once, as OpenAI's API documents it. 0 and 0 change nothing."""
+    """Subtract `frequency` from a logit for each time that its id is in `drawn` (one list a row),
+    and `presence` once, as OpenAI's API documents it. 0 and 0 change nothing."""
     out = logits.clone()
     for row, ids in zip(out, drawn):
         count = torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(row)).to(row)
@@ -90,27 +83,27 @@ def temperature(logits, t):
 
 
 def top_k(logits, k):
-    """Keep the k largest logits of each row (and all that equal the k-th)."""
+    """Keep the k largest logits of each row, and those equal to the k-th."""
     smallest = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]
     return logits.masked_fill(logits < smallest, -math.inf)
 
 
 def top_p(logits, p):
-    """Keep the most likely tokens until their probabilities reach p (Holtzman et al. 2020): the one
-    that crosses p is kept, so there is always one.
+    """Keep the most likely tokens until their probabilities add up to p (Holtzman et al. 2020). The
+    token that crosses p is kept, so one always remains.
 
     >>> top_p(torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log(), 0.5).exp()
     tensor([[0.4000, 0.3000, 0.0000, 0.0000]])
     """
     total = logits.logsumexp(dim=-1, keepdim=True)
-    for k in (1000, logits.shape[-1]):  # to sort all of a large vocabulary is seldom necessary
+    for k in (1000, logits.shape[-1]):  # sorting all of a large vocabulary is seldom necessary
         ordered, order = logits.topk(min(k, logits.shape[-1]), dim=-1)
         probs = (ordered - total).exp()
-        before = probs.cumsum(dim=-1) - probs  # probability of all that is more likely
+        before = probs.cumsum(dim=-1) - probs  # the probability of all tokens that are more likely
         if (before[:, -1] >= p).all():
             break
     drop = torch.ones_like(logits, dtype=torch.bool).scatter(1, order, before >= p)
-    drop.scatter_(1, order[:, :1], False)  # p = 0 keeps one, too
+    drop.scatter_(1, order[:, :1], False)  # p = 0 keeps one token as well
     return logits.masked_fill(drop, -math.inf)
 
 
@@ -121,22 +114,23 @@ def min_p(logits, p):
 
 
 class Filter(NamedTuple):
-    """A sampling filter: a function of logits and its setting. `off` is the value that keeps all,
-    `default` that of the flag."""
+    """A sampling filter: a function of logits and a number. `off` is the value that keeps all
+    tokens; `default`, `type` and `help` are those of its flag."""
 
     function: Callable
     off: float
     default: float
+    type: Callable
     help: str
 
 
 # To add a sampling filter: a line here. They are applied in this order.
 FILTERS = {
-    "top_k": Filter(top_k, 0, 0, "keep the k likeliest tokens; 0 is all"),
-    "top_p": Filter(top_p, 1.0, 0.95, "keep the likeliest up to p; 1 is all"),
-    "min_p": Filter(min_p, 0.0, 0.0, "keep what has p times the likeliest's probability; 0 is all"),
+    "top_k": Filter(top_k, 0, 0, at_least(0), "keep the k likeliest tokens; 0 is all"),
+    "top_p": Filter(top_p, 1.0, 0.95, share, "keep the likeliest up to p; 1 is all"),
+    "min_p": Filter(min_p, 0.0, 0.0, share, "keep those of p times the likeliest's p; 0 is all"),
 }
-# All settings of generation; by default each does nothing.
+# All settings of generation, at values that change nothing.
 DECODING = {
     "temperature": 1.0,
     "repetition_penalty": 1.0,
@@ -147,12 +141,11 @@ DECODING = {
 
 
 def next_token(logits, previous, generators, settings, prompts=None):
-    """One id a row from logits (B, V): all sampling filters, then a random choice.
+    """Draw one id for each row of logits (B, V), after all sampling filters.
 
-    `previous` are the ids so far, one list a row, of which the first prompts[r] were given;
-    `generators` one torch.Generator a row, so a row's sample does not depend on its batch.
-    Temperature 0 takes the largest logit. The penalties come first: the other filters see the
-    distribution that they leave.
+    `previous` is a list of the ids so far for each row, the first prompts[r] of which were given.
+    `generators` has a torch.Generator for each row, so that its sample does not depend on the
+    batch. Temperature 0 takes the largest logit. The penalties are applied before the filters.
     """
     s = DECODING | settings
     logits = logits.float()
@@ -161,7 +154,7 @@ def next_token(logits, previous, generators, settings, prompts=None):
         logits = count_penalty(logits, drawn, s["frequency_penalty"], s["presence_penalty"])
     if s["repetition_penalty"] != 1:
         logits = repetition_penalty(logits, previous, s["repetition_penalty"])
-    if s["temperature"] < 1e-6:  # 0, or so little that a float has no room for the quotients
+    if s["temperature"] < 1e-6:  # 0, or so little that logits / t would overflow
         return logits.argmax(dim=-1).tolist()
     logits = temperature(logits, s["temperature"])
     for name, f in FILTERS.items():
@@ -172,67 +165,73 @@ def next_token(logits, previous, generators, settings, prompts=None):
 
 
 def sample_token(probs, generator):
-    """One id by its probability: the first whose sum with all before it reaches a random share of
-    the whole, above 0, so never one of probability 0. One random number and not, as in
-    torch.multinomial, one for each token: that took a millisecond with GPT-2's vocabulary."""
-    reached = probs.cumsum(0, dtype=torch.float64)
-    share = 1 - torch.rand(1, generator=generator, dtype=torch.float64)  # (0, 1]
-    return torch.searchsorted(reached, share * reached[-1]).item()
+    """Draw one id by inverting the cumulative distribution at a random point above 0, so that no id
+    of probability 0 is drawn. torch.multinomial draws a random number for each token, which took a
+    millisecond with GPT-2's vocabulary."""
+    cumulative = probs.cumsum(0, dtype=torch.float64)
+    point = 1 - torch.rand(1, generator=generator, dtype=torch.float64)  # (0, 1]
+    return torch.searchsorted(cumulative, point * cumulative[-1]).item()
 
 
 # --------------------------------------------------------------------------------------------
-# Generation: several texts at once, one new token each a step
+# Generation: the plain loop, and an engine that writes several texts at once
 # --------------------------------------------------------------------------------------------
 
-READ = 4096  # ids that are read in one pass at most, padding included
+
+@torch.inference_mode()
+def naive_generate(model, ids, max_new_tokens, seed=0, **settings):
+    """Generation written out, for reading: the new ids after the prompt `ids`. The model runs over
+    all of the text for each of them. `Engine` does not, and a test holds the two equal.
+
+    A text longer than the context goes on from the newest half of it; `settings` as in DECODING.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    context, window, new = model.config.context, ids[-model.config.context :], []
+    for _ in range(max_new_tokens):
+        if len(window) > context:
+            window = window[-max(1, context // 2) :]
+        logits = model(torch.tensor([window]))[:, -1]  # (1, V)
+        [i] = next_token(logits, [ids + new], [generator], settings, [len(ids)])
+        window = [*window, i]
+        new.append(i)
+    return new
+
+
+MAX_READ = 4096  # ids that one pass reads at most, padding included
 
 
 @dataclass(eq=False)
 class Slot:
-    """A text that an `Engine` writes: its prompt and what has been drawn since are `ids`. The model
-    looks at ids[start:], of which the first `held` are in row `row` of the cache."""
+    """A text that an `Engine` writes: `ids` are its prompt and what has been drawn since. The model
+    looks at ids[start:], and row `row` of the cache holds the first of those."""
 
     row: int
     ids: list = field(default_factory=list)
     start: int = 0
-    held: int = 0
     prompt: int = 0  # the length of the prompt
-    ended: int = 0  # how many texts had ended when it did: the least is free the longest
+    ended: int = 0  # a count of ended texts at its end: the lowest has been free the longest
     generator: torch.Generator | None = None
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
     # (n, ids, values): before its first n new ids are drawn, `values` are added to these logits
     biases: list = field(default_factory=list)
     settings: dict = field(default_factory=dict)
-    # how many of the likeliest ids `logprobs` shows for each new one (None: it stays empty), a list
-    # of (log probability, [(id, log probability)]); with `echo` those of the prompt come first
+    # `logprobs` gets (log probability, [(id, log probability) of the `top` likeliest]) for each new
+    # id, unless `top` is None; with `echo` those of the prompt come first
     top: int | None = None
     echo: bool = False
     logprobs: list = field(default_factory=list)
-
-    def unread(self):
-        """How many of the ids the cache lacks."""
-        return len(self.ids) - self.start - self.held
-
-    def shared(self, ids):
-        """How many of `ids` the cache holds, because this text begins with them."""
-        return common(self.ids[self.start : self.start + self.held], ids)
-
-
-def common(a, b):
-    """The length of the common beginning of two lists."""
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 class Engine:
     """Writes several texts at once, which begin and end at any step. Each gets the ids that it
     would get alone, but for rounding: float products depend on the number of rows in the last bit.
 
-    The first `busy` rows of one KVCache are being written. The others are free, and keep what they
-    held: what a prompt has in common with any row is not read again.
+    The first `busy` rows of one KVCache are being written. The others are free and keep what they
+    hold: the beginning that a prompt shares with any row is copied, not read again.
 
-    slots   texts at once, at most
+    slots   the most texts at once
     length  tokens that the cache has room for at first; it grows up to the context
-    chunk   ids of prompts that a step reads at most, so that other texts wait only so long
+    chunk   the most ids of prompts that a step reads, so that other texts need not wait long
     slide   slide(kept) is called with how many ids are kept: the last ones of a prompt longer than
             the context; of a full context the newest half, read again from position 0
 
@@ -245,20 +244,19 @@ class Engine:
     @torch.inference_mode()
     def __init__(self, model, slots, length=None, chunk=math.inf, slide=None):
         self.model, self.chunk, self.slide = model, chunk, slide or (lambda kept: None)
-        self.context, self.static = model.config.context, getattr(model, "static", False)
-        self.cache, self.view = KVCache(model, slots, length), None
-        self.device = self.cache.keys.device
+        self.context, self.device = model.config.context, model.embed.weight.device
+        self.cache = KVCache(model, slots, length)
         self.slots, self.busy, self.ended = [Slot(row) for row in range(slots)], 0, 0
-        self.ready, self.groups = [], []  # slots in the last step, and their groups: `by_settings`
 
+    @torch.inference_mode()
     def add(
         self, prompt, *, seed=0, allowed=None, top=None, echo=False, logit_bias=None, ends=(),
         min_tokens=0, **settings
     ):  # fmt: skip
-        """A new text, as a Slot: `prompt` is a list of ids, `settings` are those of DECODING.
-        `logit_bias` is {id: what is added to its logit before any filter}; none of the first
-        `min_tokens` new ids is in `ends` if any other may come. The rest is described there. One
-        slot must be free. UserError for ids that cannot be."""
+        """Begin a text and return its Slot: `prompt` is a list of ids, `settings` are as in
+        DECODING. `logit_bias` is {id: value added to its logit before any filter}. None of the
+        first `min_tokens` new ids is in `ends`, if any other may come. The other arguments are
+        described in Slot. One slot must be free. UserError for ids outside the vocabulary."""
         biases = (math.inf, logit_bias or {}), (min_tokens, dict.fromkeys(ends, -1e9))
         biases = [(n, [*bias], [*map(float, bias.values())]) for n, bias in biases if n and bias]
         check_ids([prompt, *(ids for _, ids, _ in biases)], self.model.config.vocab_size)
@@ -268,174 +266,156 @@ class Engine:
             self.slide(self.context)
         window = prompt[start:-1]
 
-        def gain(slot):  # of its place: what is shared, less what is lost
-            return max(0, 2 * slot.shared(window) - slot.held), not slot.held, -slot.ended
+        def gain(slot):  # of its row: what is shared, less what is lost
+            shared, held = self.shared(slot, window), self.held(slot)
+            return max(0, 2 * shared - held), not held, -slot.ended
 
         old = max(self.slots[self.busy :], key=gain)
-        held = 0 if echo else old.shared(window)
-        slot = Slot(old.row, list(prompt), start, held, len(prompt))
-        slot.generator = torch.Generator().manual_seed(seed)
-        slot.allowed, slot.settings, slot.top, slot.echo = allowed, settings, top, echo
+        self.cache.lengths[old.row] = 0 if echo else self.shared(old, window)
         tensor = partial(torch.tensor, device=self.device)
-        slot.biases = [(n, tensor(ids), tensor(values)) for n, ids, values in biases]
+        biases = [(n, tensor(ids), tensor(values)) for n, ids, values in biases]
+        slot = Slot(old.row, list(prompt), start, len(prompt), allowed=allowed, biases=biases)
+        slot.generator = torch.Generator().manual_seed(seed)
+        slot.settings, slot.top, slot.echo = settings, top, echo
         self.slots[slot.row] = slot
         self.swap(slot.row, self.busy)
         self.busy += 1
         return slot
 
+    @torch.inference_mode()
     def remove(self, slot):
-        """End a text. The cache holds it until another takes its place."""
+        """End a text. Its row of the cache keeps it until another text takes the row."""
         if slot in self.slots[: self.busy]:
             self.busy -= 1
             slot.ended = self.ended = self.ended + 1
             self.swap(slot.row, self.busy)
 
-    def forget(self):
-        """Do not use again what free slots hold: the model has changed."""
-        for slot in self.slots[self.busy :]:
-            slot.held = 0
-
     @torch.inference_mode()
+    def forget(self):
+        """Do not use again what the free rows hold: the model has changed."""
+        self.cache.lengths[self.busy :] = 0
+
     def swap(self, a, b):
         """Exchange two rows."""
         if a != b:
-            one, other = self.slots[a], self.slots[b]
-            self.cache.copy_rows([b, a], max(one.held, other.held), [a, b])
-            self.slots[a], self.slots[b], one.row, other.row = other, one, b, a
+            self.cache.copy_rows([b, a], [a, b])
+            self.slots[a], self.slots[b] = self.slots[b], self.slots[a]
+            self.slots[a].row, self.slots[b].row = a, b
+
+    def held(self, slot):
+        """How many ids of the text, from slot.start on, the cache holds."""
+        return int(self.cache.lengths[slot.row])
+
+    def shared(self, slot, ids):
+        """How many of `ids` the cache holds in the row of `slot`."""
+        return common(slot.ids[slot.start :][: self.held(slot)], ids)
 
     @torch.inference_mode()
     def step(self):
-        """{slot: its next id} of the texts whose prompts are read; it is in their `ids`, too."""
-        slots, logits, unread = self.slots[: self.busy], None, False
-        for slot in slots:
-            length = len(slot.ids) - slot.start
-            if length > self.context:
-                length = max(1, self.context // 2)
-                slot.start, slot.held = len(slot.ids) - length, 0
-                self.slide(length)
-            unread = unread or length - slot.held > 1
-        if unread:
-            logits = self.read()
-            slots = slots[: next((s.row for s in slots if s.unread() > 1), self.busy)]
+        """Draw the next id of each text whose prompt has been read; {slot: id}."""
+        for slot in self.slots[: self.busy]:
+            if len(slot.ids) - slot.start > self.context:  # full: go on from the newest half
+                kept = max(1, self.context // 2)
+                slot.start, self.cache.lengths[slot.row] = len(slot.ids) - kept, 0
+                self.slide(kept)
+        slots, logits, limit, row = [], [], self.chunk, 0
+        while row < self.busy:
+            group, unread = self.next_group(row, min(limit, MAX_READ))
+            T = min(unread, limit, MAX_READ) if unread > 1 else 1
+            if unread == T:
+                logits.append(self.read(group, T))
+                slots += group
+            elif T > 0:  # a long prompt, alone
+                self.read(group, T)
+            if T in (0, unread):  # else the same prompt goes on
+                row += len(group)
+            limit -= T * len(group) if unread > 1 else 0
         if not slots:
             return {}
-        logits, new = self.next_logits(slots) if logits is None else logits, {}
-        biased = self.add_biases(logits, slots)
-        for group, *how in self.by_settings(slots):
-            some = biased if len(group) == len(slots) else biased[[s.row for s in group]]
-            if group[0].allowed is not None:
-                some = some.masked_fill(~group[0].allowed, -math.inf)
-            new |= zip(group, next_token(some, *how))
-        for slot, i in new.items():
-            if slot.top is not None:
-                slot.logprobs += top_logprobs(logits[slot.row, None], [i], slot.top)
-            slot.ids.append(i)
-        return new
+        return self.draw(slots, logits[0] if len(logits) == 1 else torch.cat(logits))
 
-    def add_biases(self, logits, slots):
-        """Logits (B, V) with the biases of each slot in its own row."""
-        out = logits
-        for slot in slots:
-            for n, ids, values in slot.biases:
-                if len(slot.ids) - slot.prompt < n:
-                    out = logits.to(torch.float32, copy=True) if out is logits else out
-                    out[slot.row, ids] += values
-        return out
-
-    def by_settings(self, slots):
-        """[(slots with the same settings, arguments of `next_token` for them)]."""
-        if slots != self.ready:
-            self.ready, groups = slots, {}
-            for slot in slots:
-                groups.setdefault((id(slot.allowed), *slot.settings.items()), []).append(slot)
-            self.groups = [
-                (g, [s.ids for s in g], [s.generator for s in g], g[0].settings,
-                 [s.prompt for s in g]) for g in groups.values()
-            ]  # fmt: skip
-        return self.groups
-
-    def next_logits(self, slots):
-        """Run the last ids of the first slots; logits (B, V) of what comes next."""
-        held, device = [slot.held for slot in slots], self.device
-        longest, ids = max(held), torch.tensor([[slot.ids[-1]] for slot in slots], device=device)
-        self.make_room(longest + 1)
-        if self.view is None or self.view.keys.shape[1] != len(slots):
-            self.view = self.cache.rows(0, len(slots))
-        # a model whose steps are recorded looks at all places of the cache
-        S = self.cache.keys.shape[3] if self.static else longest + 1
-        self.view.length, self.view.lengths = S - 1, None
-        if min(held) == S - 1:
-            logits = self.model.last_logits(ids, self.view)
-        else:
-            self.view.lengths = lengths = torch.tensor(held, device=device).view(-1, 1, 1, 1)
-            visible = torch.arange(S, device=device) <= lengths  # (B, 1, 1, S)
-            logits = self.model.last_logits(ids, self.view, lengths[:, 0, 0], visible)
-        for slot in slots:  # not before: Ctrl-C may have come in between
-            slot.held += 1
-        return logits
-
-    def read(self):
-        """Bring all ids but the last of each text into the cache, or `chunk` of them. If that is
-        one pass for all texts, the last ones, too: returns the logits (B, V) of what comes next."""
-        limit = min(self.chunk, READ)
-        while limit > 0 and (group := self.next_group(limit)):
-            first, T = group[0], max(slot.unread() for slot in group)
-            whole = len(group) == self.busy and limit >= T
-            T = min(limit, T - (not whole))
-            self.make_room(first.held + T)
-            rows = [s.ids[s.start + s.held : len(s.ids) - (not whole)][:T] for s in group]
-            # causal: padding behind a row changes nothing, and later ids are written over it
-            ids = [row + [0] * (T - len(row)) for row in rows]
-            ids = torch.tensor(ids, device=self.device)
-            view = self.cache.rows(first.row, first.row + len(group))
-            view.length = first.held
-            states = self.model.hidden(ids, view)  # (B, T, C)
-            for slot, row in zip(group, rows):
-                slot.held += len(row)
-            if first.echo and len(first.ids) == first.prompt:  # it is read alone
-                after = first.ids[first.held - T + 1 :]
-                for n, x in enumerate(states[0].split(LOSS_ROWS)):
-                    goals = after[n * LOSS_ROWS :][: len(x)]
-                    first.logprobs += top_logprobs(self.model.head(x), goals, first.top)
-            if whole:
-                return self.model.head(states[range(len(rows)), [len(row) - 1 for row in rows]])
-            if self.chunk < math.inf:
-                limit -= ids.numel()
-        return None
-
-    def next_group(self, limit):
-        """Slots to read in one pass, of at most `limit` padded ids: side by side in the cache, as
-        much held, about as much to read. First they get copies of what other rows hold."""
-        group = []
-        for slot in [s for s in self.slots[: self.busy] if s.unread() > 1]:
-            window = slot.ids[slot.start : -1]
-            if any(2 * common(window, s.ids[s.start :]) > len(window) for s in group):
-                break  # it can have a copy once that one is read
-            source = max(self.slots, key=lambda s: s.shared(window))
-            shared = 0 if slot.echo else source.shared(window)
-            if shared > slot.held:
-                self.cache.copy_rows(source.row, shared, slot.row)
-                slot.held = shared
-            if slot.unread() < 2:
-                if group:
-                    break
-                continue
-            sizes = [s.unread() - 1 for s in (*group, slot)]
-            padded = max(sizes) * len(sizes)
-            if group and (
-                slot.echo or group[0].echo or slot.held != group[0].held
-                or slot.row != group[-1].row + 1
-                or padded > min(limit, max(256, 1.5 * sum(sizes)))
-            ):
+    def next_group(self, row, limit):
+        """(the slots from `row` on that one pass can read, the most unread ids of one of them).
+        Padded prompts have at most `limit` ids, unless there is only one. The beginning of a prompt
+        is first copied from the row that holds most of it."""
+        group, longest, total, most_held = [], 0, 0, 0
+        lengths = self.cache.lengths.tolist()
+        for slot in self.slots[row : self.busy]:
+            held, length = lengths[slot.row], len(slot.ids) - slot.start
+            if length - held > 1:
+                window = slot.ids[slot.start : -1]
+                source = max(self.slots, key=lambda s: self.shared(s, window))
+                shared = 0 if slot.echo else self.shared(source, window)
+                if shared > held:
+                    self.cache.copy_rows([source.row], [slot.row], shared)
+                    held = shared
+                overlap = max((common(window, s.ids[s.start :]) for s in group), default=0)
+                if 2 * (overlap - held) > length - held:
+                    break  # it can have a copy once that one is read
+            unread = length - held
+            total, most_held = total + unread, max(most_held, held)
+            padded = max(longest, unread) * (len(group) + 1)
+            if group and max(longest, unread) > 1 and (
+                min(longest, unread) == 1  # a text that is being written does not wait for prompts
+                or padded > min(limit, max(256, 1.5 * total))
+                or most_held + max(longest, unread) > self.context
+            ):  # fmt: skip
                 break
             group.append(slot)
-        return group
+            longest = max(longest, unread)
+        return group, longest
 
-    def make_room(self, length):
-        """Let the cache hold so many tokens of each text."""
-        if length > self.cache.keys.shape[3]:
-            self.cache.grow(min(self.context, 2 * length))
-            self.view = None
+    def read(self, group, T):
+        """Run the next T ids of each slot, or as many as it has, through the model. Returns the
+        logits (B, V) of what comes next."""
+        first, last = group[0].row, group[-1].row + 1
+        held = self.cache.lengths[first:last].tolist()
+        rows = [slot.ids[slot.start + n :][:T] for slot, n in zip(group, held)]
+        if max(held) + T > self.cache.room:
+            self.cache.grow(min(self.context, 2 * (max(held) + T)))
+        cache = self.cache if len(group) == len(self.slots) else self.cache.rows(first, last)
+        # causal: padding behind a row changes nothing, and later ids are written over it
+        ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=self.device)
+        if T == 1 and not any(slot.echo for slot in group):
+            return self.model.last_logits(ids, cache)
+        states = self.model.hidden(ids, cache)  # (B, T, C)
+        cache.lengths.copy_(torch.tensor([n + len(row) for n, row in zip(held, rows)]))
+        for slot, n, x in zip(group, held, states):
+            if slot.echo and len(slot.ids) == slot.prompt:
+                after = slot.ids[slot.start + n + 1 :][:T]
+                for i in range(0, len(after), LOSS_ROWS):
+                    goals = after[i : i + LOSS_ROWS]
+                    logits = self.model.head(x[i : i + len(goals)])
+                    slot.logprobs += top_logprobs(logits, goals, slot.top)
+        return self.model.head(states[range(len(rows)), [len(row) - 1 for row in rows]])
+
+    def draw(self, slots, logits):
+        """Append to each slot an id drawn from its row of logits (B, V); {slot: id}."""
+        biased, groups, new = logits, {}, {}
+        for r, slot in enumerate(slots):
+            groups.setdefault((id(slot.allowed), *slot.settings.items()), []).append(r)
+            for n, ids, values in slot.biases:
+                if len(slot.ids) - slot.prompt < n:
+                    biased = logits.float().clone() if biased is logits else biased
+                    biased[r, ids] += values
+        for rows in groups.values():
+            group = [slots[r] for r in rows]
+            x = biased if len(rows) == len(slots) else biased[rows]
+            if group[0].allowed is not None:
+                x = x.masked_fill(~group[0].allowed, -math.inf)
+            previous, prompts = [s.ids for s in group], [s.prompt for s in group]
+            generators = [s.generator for s in group]
+            new |= zip(group, next_token(x, previous, generators, group[0].settings, prompts))
+        for r, slot in enumerate(slots):
+            if slot.top is not None:
+                slot.logprobs += top_logprobs(logits[r, None], [new[slot]], slot.top)
+            slot.ids.append(new[slot])
+        return new
+
+
+def common(a, b):
+    """The length of the common beginning of two lists."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def top_logprobs(logits, chosen, n):
@@ -448,26 +428,26 @@ def top_logprobs(logits, chosen, n):
 
 
 def generate(
-    model, prompts, max_tokens, *, seed=0, seeds=None, allowed=None, stop=None, slide=None,
+    model, prompts, max_new_tokens, *, seed=0, seeds=None, allowed=None, stop=None, slide=None,
     engine=None, **settings
 ):  # fmt: skip
-    """Yield lists of new ids, one a prompt and step (None for a row that has stopped).
+    """Yield lists of new ids, one for each prompt and step (None for a row that has stopped).
 
     prompts      lists of ids, of any lengths: each row gets what it would get alone
-    settings     of Engine.add, see DECODING; row r draws with seeds[r], or with `seed`
+    settings     as in DECODING; row r draws with seeds[r], or with `seed`
     allowed      bools (V,): ids that may come; None is all
-    stop(r, id)  called with each new id; True ends row r, the id included
+    stop(r, id)  is called with each new id; True ends row r, the id included
     slide(kept)  see Engine
-    engine       one to write with that has read other texts before; without it, a new one
+    engine       one that has read other texts before; by default a new one
     """
-    prompts = [list(p) for p in prompts]
     check_ids(prompts, model.config.vocab_size)
-    length = min(max(map(len, prompts)) + max_tokens, model.config.context)
-    engine = engine or Engine(model, len(prompts), length, slide=slide)
-    how = settings | {"allowed": allowed}
-    slots = [engine.add(p, seed=s, **how) for p, s in zip(prompts, seeds or repeat(seed))]
+    if engine is None:
+        length = min(max(map(len, prompts)) + max_new_tokens, model.config.context)
+        engine = Engine(model, len(prompts), length, slide=slide)
+    settings["allowed"] = allowed
+    slots = [engine.add(p, seed=s, **settings) for p, s in zip(prompts, seeds or repeat(seed))]
     try:
-        for _ in range(max_tokens):
+        for _ in range(max_new_tokens):
             new = engine.step()
             yield [new.get(slot) for slot in slots]
             for r, slot in enumerate(slots):
@@ -490,7 +470,7 @@ def check_ids(rows, vocab_size):
 
 
 # --------------------------------------------------------------------------------------------
-# Beam search: the likeliest whole continuation, not the likeliest next token
+# Beam search: the likeliest continuation as a whole, not token by token
 # --------------------------------------------------------------------------------------------
 
 
@@ -498,16 +478,16 @@ def check_ids(rows, vocab_size):
 def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None, allowed=None):
     """The best continuations of `prompt`, as [(score, ids)], best first, at most `beams` of them.
 
-    A score is the sum of log probabilities over len(ids) ** length_penalty, the `end` id counted
-    in both (Wu et al. 2016 without its constants). A finished beam waits beside the live ones: the
-    search ends only when none of these can still get a better score.
-    Prompt and continuation must fit the context (UserError).
+    A score is the sum of log probabilities divided by len(ids) ** length_penalty, both including
+    the `end` id (Wu et al. 2016 without its constants). The search ends only when no live beam can
+    still reach a better score than the finished ones. UserError if prompt and continuation do not
+    fit the context.
     """
     check_ids([prompt], model.config.vocab_size)
     device = model.embed.weight.device
     cache = KVCache(model, beams, len(prompt) + max_tokens)
     ids = torch.tensor([prompt] * beams, device=device)
-    live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # equal at first: only one may grow
+    live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # equal at first: one grows
     done = []
     for n in range(1, max_tokens + 1):
         logits = model.last_logits(ids, cache).float()  # (beams, V)
@@ -515,7 +495,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
             logits = logits.masked_fill(~allowed, -math.inf)
         so_far = torch.tensor([[s] for s, _ in live], dtype=torch.float64)
         total = logits.log_softmax(-1).cpu().double() + so_far
-        # each live beam has one way to end, so 2 x beams candidates leave enough that go on
+        # each live beam can end in one way, so enough of 2 x beams candidates go on
         score, flat = total.flatten().topk(min(2 * beams, total.numel()))
         parent, token = flat // total.shape[1], flat % total.shape[1]
         grown = []
@@ -530,13 +510,13 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
         done = sorted(done, key=lambda b: -b[0])[:beams]
         if not grown:
             break
-        # log probabilities only fall; a longer row may divide them by more
+        # sums of log probabilities only fall, but a longer row may divide them by more
         reach = grown[0][0] / (max_tokens if length_penalty > 0 else n + 1) ** length_penalty
         if len(done) == beams and reach <= done[-1][0]:
             break
         grown += [(-math.inf, grown[0][1], grown[0][2])] * (beams - len(grown))
         live = [(s, b) for s, b, _ in grown]
-        cache.copy_rows([p for *_, p in grown], cache.length)
+        cache.copy_rows([p for *_, p in grown])
         ids = torch.tensor([[b[-1]] for _, b in live], device=device)
     return done
 
@@ -548,8 +528,8 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
 
 @torch.inference_mode()
 def classify(model, prompts, goals, batch=64):
-    """Log probabilities (N, L) of the label ids `goals` after each prompt (lists of ids), among
-    these labels alone."""
+    """Log probabilities (N, L) of the label ids `goals` after each prompt (a list of ids), relative
+    to these labels only."""
     device, out = model.embed.weight.device, []
     for start in range(0, len(prompts), batch):
         rows = prompts[start : start + batch]
@@ -563,225 +543,83 @@ def classify(model, prompts, goals, batch=64):
 
 
 # --------------------------------------------------------------------------------------------
-# The same model once more, flat and fast: for sampling on a CPU
-# --------------------------------------------------------------------------------------------
-
-
-class FastTransformer:
-    """A Transformer that can only sample, but fast: the same `hidden`, `head` and `last_logits`,
-    behind a KVCache. `Transformer` is the one to read; a test holds the two equal.
-
-    A new token reads all weights once, so memory bandwidth limits its speed. The Transformer is
-    slower than that for two reasons. Its matrix products are not the fastest that this CPU has for
-    one row of x: `product` chooses by timing. And a small model spends its time between the
-    operations: here are fewer of them (q, k and v are one product, and rotated together) and no
-    modules to call.
-
-    `int8` rounds the matrices to eight bits (see data/matmul.py); `rows` is how many texts will be
-    written at once. `model` is used up: its matrices move, so that memory holds them once.
-    """
-
-    # The fields of Config, and the weights, that this class knows. To add one, compute it in
-    # `hidden`, too: until then a model that has it is used as it is, see `fast_model`.
-    FIELDS = """vocab_size n_layer n_head d_model context n_kv_head head_size d_ff position norm
-    norm_weight activation qkv_bias out_bias ff_bias head_bias qk_norm embed_norm value_embed bigram
-    induction tied dropout eps rope_theta rope_scaling init"""
-    WEIGHTS = """embed value_embed bigram induction match position embed_norm norm1
-    attention.q attention.k attention.v attention.q_norm attention.k_norm attention.out norm2
-    feed_forward.gate feed_forward.up feed_forward.down norm head"""
-
-    @classmethod
-    def can_compute(cls, model):
-        """Whether the model has no other weights, and its Config no other field that is set."""
-        others = [f for f in fields(model.config) if f.name not in cls.FIELDS.split()]
-        names = {re.sub(r"^blocks\.\d+\.|\.\w+$", "", n) for n, _ in model.named_parameters()}
-        same = all(getattr(model.config, f.name) == f.default for f in others)
-        return same and names <= set(cls.WEIGHTS.split())
-
-    def __init__(self, model, int8=False, rows=1):
-        c, self.config, self.embed = model.config, model.config, model.embed
-        self.value_embed = model.value_embed if c.value_embed else None
-        self.bigram = model.bigram if c.bigram else None
-        self.start, self.end = self.norm_of(model.embed_norm), self.norm_of(model.norm)
-        self.activation, self.tables = ACTIVATIONS[c.activation], model.position_tables()
-        scale = 1.0
-        if c.activation == "gelu" and self.embed.weight.dtype == torch.float32:
-            self.activation, scale = half_gelu, 0.5
-        self.layers, make = [], partial(product, int8=int8, rows=rows)
-        for block in model.blocks:
-            a, f = block.attention, block.feed_forward
-            qk_weight = None  # the weights of the norms of q and k, (nh + nkv, hs)
-            if c.qk_norm and c.norm_weight:
-                heads = [a.q_norm.weight] * c.n_head + [a.k_norm.weight] * c.n_kv_head
-                qk_weight = torch.stack(heads).detach()
-            up = (f.up,) if f.gate is None else (f.gate, f.up)
-            products = make((a.q, a.k, a.v)), make((a.out,)), make(up, scale=scale), make((f.down,))
-            norms = self.norm_of(block.norm1), self.norm_of(block.norm2)
-            self.layers.append((*norms, qk_weight, *products))
-        if c.induction:
-            self.induction, self.match = make((model.induction,)), model.match
-        self.head = make((model.head,))
-
-    def norm_of(self, module):
-        """The norm of `make_norm`, as a function of x alone."""
-        if isinstance(module, nn.Identity):
-            return module.forward
-        size, weight, eps = (self.config.d_model,), module.weight, module.eps
-        if self.config.norm == "rmsnorm":
-            return lambda x: torch.rms_norm(x, size, weight, eps)
-        return lambda x: torch.layer_norm(x, size, weight, module.bias, eps)
-
-    @torch.inference_mode()
-    def hidden(self, ids, cache, positions=None, mask=None):
-        """As `Transformer.hidden`: ids (B, T), after those that the cache holds, to (B, T, C)."""
-        c, (B, T), start = self.config, ids.shape, cache.length
-        nh, nkv, hs = c.n_head, c.n_kv_head, c.head_size
-        at = slice(start, start + T) if positions is None else positions
-        tables = [table[at] for table in self.tables]  # (T, ...) or (B, T, ...)
-        x = F.embedding(ids, self.embed.weight)
-        if c.position != "rope":
-            x = x + tables[0].to(x.dtype)
-        else:  # the same for all heads
-            cos, sin = (t.unsqueeze(-2) for t in tables)
-        x = self.start(x)
-        seen, place = cache.past(ids) if c.bigram or c.induction else (ids, None)
-        if c.bigram:
-            x = x + self.bigram(pair_rows(seen, place, c.bigram))
-        x = x.view(B * T, -1)
-        if c.induction:
-            copied, length = (y.view(-1) for y in copy_candidates(seen, place))
-            x = x + self.match(length) * self.induction(self.start(self.embed(copied)))
-        if c.value_embed:
-            values = self.value_embed(ids).view(B, T, nkv, hs)
-        for i, (norm1, norm2, qk_weight, qkv, out, up, down) in enumerate(self.layers):
-            y = qkv(norm1(x)).view(B, T, nh + 2 * nkv, hs)
-            q, k, v = torch.split_with_sizes(y, (nh, nkv, nkv), dim=2)
-            if c.qk_norm or c.position == "rope":
-                qk = y[:, :, : nh + nkv]
-                if c.qk_norm:
-                    qk = torch.rms_norm(qk, (hs,), None, c.eps)
-                    qk = qk if qk_weight is None else qk * qk_weight
-                if c.position == "rope":
-                    qk = apply_rope(qk, cos, sin)
-                q, k = torch.split_with_sizes(qk, (nh, nkv), dim=2)
-            if c.value_embed:
-                v = v + values
-            k, v = cache.layer(i)(k.transpose(1, 2), v.transpose(1, 2))  # (B, nkv, S, hs)
-            if T == 1:  # the query heads of a group become positions of their one key head
-                q = q.reshape(B, nkv, nh // nkv, hs)
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            else:
-                y = attention(q.transpose(1, 2), k, v, mask).transpose(1, 2)
-            x = x + out(y.reshape(B * T, nh * hs))
-            y = up(norm2(x))
-            if c.activation in GATED:
-                gate, y = y.chunk(2, dim=-1)
-                x = x + down(self.activation(gate) * y)
-            else:
-                x = x + down(self.activation(y))
-        cache.length += T
-        return self.end(x).view(B, T, -1)
-
-    def last_logits(self, ids, cache, positions=None, mask=None):
-        """As `Transformer.last_logits`."""
-        return self.head(self.hidden(ids, cache, positions, mask)[:, -1])
-
-
-ROOT = torch.tensor(2**0.5)  # a number would become such a tensor at every use
-
-
-def half_gelu(h):
-    """gelu(x) = x/2 + x/2 erf(x / sqrt(2)) of h = x/2; the half lies in the matrix before. torch's
-    own calls oneDNN, whose overhead is larger than this computation."""
-    return torch.addcmul(h, h, torch.erf(h * ROOT))
-
-
-# --------------------------------------------------------------------------------------------
-# The command line
+# What the command line reads
 # --------------------------------------------------------------------------------------------
 
 
 def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
-    """(model, tokenizer, where) of a checkpoint or run's folder, the newest run if None. An adapter
-    brings its base along; `adapters` are laid over a base, the first one active, and are called by
-    their folder's or file's name. With `ids_alone` the tokenizer may be missing, and is None."""
-    where = Path(ckpt) if ckpt is not None else newest_run()
+    """(model, tokenizer, path) of a checkpoint or run's folder, by default the newest run. The base
+    of an adapter is loaded with it. `adapters` are added to a base, the first one active, named by
+    their folder or file. With `ids_alone` the tokenizer may be missing, and is None."""
+    path = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
-    dtype = "fp32" if dtype == "int8" else dtype  # which the FastTransformer makes of it
     if dtype in (None, "auto"):
         dtype = native_dtype(device)
-    # an adapter knows its base by the weights as they are on disk
-    content = load_checkpoint(where, None if adapters else DTYPES[dtype])
-    over = [Path(a) for a in adapters]
+    dtype = DTYPES["fp32" if dtype == "int8" else dtype]  # `make_fast` rounds to int8
+    # an adapter recognises its base by the weights as they are on disk
+    content, base, paths = load_checkpoint(path, None if adapters else dtype), path, adapters
     if "adapter" in content:
-        over, base = [where, *over], find_checkpoint(content["adapter"]["base"])
+        paths, base = [path, *adapters], find_checkpoint(content["adapter"]["base"])
         if not base.exists():
             raise UserError(
-                f"{where} is an adapter over {base}, which is not there: name its base with --ckpt "
+                f"{path} is an adapter over {base}, which is not there: name its base with --ckpt "
                 f"and this one with --adapter"
             )
         content = load_checkpoint(base)
-    else:
-        base = where
-    names = [(p.parent if p.name in ("best.pt", "last.pt") else p).name for p in over]
-    names = [name.removesuffix(".pt") for name in names]
-    if len(set(names)) < len(names):
-        raise UserError(f"two adapters are called alike: {', '.join(names)}")
-    named = {name: load_checkpoint(p) for name, p in zip(names, over)}
-    if "tokenizer" not in content and not (ids_alone and not named):
+    named = {}
+    for p in map(Path, paths):
+        name = (p.parent if p.name in ("best.pt", "last.pt") else p).name.removesuffix(".pt")
+        if name in named:
+            raise UserError(f"two adapters have the same name: {name}")
+        named[name] = load_checkpoint(p)
+    if "tokenizer" not in content and (named or not ids_alone):
         raise UserError(
-            f"{where} carries no tokenizer (or no tokenizer.json): sample.py --prompt_ids 1,2 "
+            f"{path} carries no tokenizer (or no tokenizer.json): sample.py --prompt_ids 1,2 "
             f"--print_ids needs none"
         )
-    specs = [a["tokenizer"] for a in named.values()] or [content.get("tokenizer")]
-    if any(s != specs[0] for s in specs):
-        raise UserError("the adapters have other special tokens: only alike ones go together")
+    spec, *others = [a["tokenizer"] for a in named.values()] or [content.get("tokenizer")]
+    if any(other != spec for other in others):
+        raise UserError("the adapters have different special tokens and cannot be used together")
     if named:
         model = lora.load_adapted(content, named, base).to(device)
         for p in model.parameters():  # not the tables of positions, which stay in fp32
-            p.data = p.data.to(DTYPES[dtype])
+            p.data = p.data.to(dtype)
     else:
-        model = model_from_checkpoint(content, device, DTYPES[dtype], where)
-    return model, specs[0] and Tokenizer(specs[0]), where
+        model = model_from_checkpoint(content, device, dtype, path)
+    return model, spec and Tokenizer(spec), path
 
 
 def fast_model(model, rows, args):
-    """What to write `rows` texts at once with: the model's FastTransformer on a CPU, and on a GPU
-    with args.cuda_graphs, if that can compute it, unless it has adapters (they may be switched) or
-    args.no_fast says no. UserError if args.dtype int8 or CUDA graphs are not possible."""
-    int8, no_fast = args.dtype == "int8", args.no_fast
-    adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
+    """Make the model ready to write `rows` texts at once, in place, and return it: on a CPU its
+    Linears are replaced by faster ones, on a GPU --cuda_graphs records its steps. One with adapters
+    stays as it is, since they may be switched. UserError if a flag asks for the impossible."""
     device = model.embed.weight.device.type
-    known = FastTransformer.can_compute(model)
-    usable = known and not (no_fast or adapted)
-    if args.cuda_graphs and device != "cuda":
-        raise UserError(f"--cuda_graphs needs a GPU with CUDA, the model is on {device}")
-    if usable and args.cuda_graphs and not int8:
-        fast = FastTransformer(model, rows=rows)
-        fast.last_logits, fast.static = GraphedSteps(fast.last_logits), True
-        return fast
-    if usable and device == "cpu":
-        fast = FastTransformer(model, int8, rows)
-        if args.verbose:
-            print("\n".join(timing_lines()), file=sys.stderr)
-        return fast
-    if int8:
-        reason = f"is for a CPU, not {device}"
-        if not known:
-            reason = "is for models that the FastTransformer can compute"
+    adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
+    if args.cuda_graphs:
+        if adapted or device != "cuda":
+            reason = "excludes adapters" if adapted else f"needs a GPU, the model is on {device}"
+            raise UserError(f"--cuda_graphs {reason}")
+        model.last_logits = GraphedSteps(model.last_logits)
+    fast = device == "cpu" and not (args.no_fast or adapted)
+    if args.dtype == "int8" and not fast:
+        reason = "excludes --no_fast" if args.no_fast else f"is for a CPU, not {device}"
         if adapted:
             reason = "does not round adapters: lora.py merge writes a checkpoint without them"
-        raise UserError(f"--dtype int8 {'excludes --no_fast' if no_fast else reason}")
+        raise UserError(f"--dtype int8 {reason}")
+    if fast:
+        make_fast(model, rows, args.dtype == "int8")
+        if args.verbose:
+            print("\n".join(timing_lines()), file=sys.stderr)
     return model
 
 
 def allowed_ids(model, tokenizer, chat=False):
-    """Bools (V,): the ids that a token has; the table's spare rows must never be drawn. Of the
-    special ones only the end of the text may come, or in a `chat` those of `Template.spoken`."""
+    """Bools (V,): the ids that have a token; the spare rows of the table must never be drawn. Of
+    the special ones only the end of the text is allowed, or in a `chat` those of the template."""
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     lengths = torch.from_numpy(tokenizer.byte_lengths[: len(allowed)])
     allowed[: len(lengths)] = lengths > 0
-    for i in find_template(tokenizer).spoken if chat else (tokenizer.eos_id,):
+    for i in get_template(tokenizer).spoken if chat else (tokenizer.eos_id,):
         if i < len(allowed):
             allowed[i] = True
     return allowed.to(model.embed.weight.device)
@@ -796,22 +634,19 @@ def chat_ids(model, tokenizer, template, may_call):
 
 
 def resolve_prompt(prompt):
-    """What a --prompt means: itself, the content of @FILE, or of standard input for None."""
-    where = "the prompt"
+    """The text of a --prompt: itself, the content of @FILE, or for None standard input."""
+    source = "the prompt"
     try:
         if prompt is None:
-            where = "standard input"
-            piped = sys.stdin is not None and not sys.stdin.isatty()
-            text = sys.stdin.read() if piped else ""
+            source, piped = "standard input", sys.stdin is not None and not sys.stdin.isatty()
+            prompt = sys.stdin.read() if piped else ""
         elif prompt.startswith("@"):
-            where = prompt[1:]
-            text = Path(where).read_text(encoding="utf-8")
-        else:
-            text = prompt
-        text.encode("utf-8")  # bytes that a shell could not read hide as lone surrogates
-        return text.removeprefix("\ufeff")  # the mark that Windows' editors and shells write
+            source = prompt[1:]
+            prompt = Path(source).read_text(encoding="utf-8")
+        prompt.encode("utf-8")  # bytes that a shell could not decode are lone surrogates
+        return prompt.removeprefix("\ufeff")  # the mark that Windows' editors and shells write
     except UnicodeError as e:
-        raise UserError(f"{where} is not text in UTF-8 ({e.reason} at {e.start})") from e
+        raise UserError(f"{source} is not text in UTF-8 ({e.reason} at {e.start})") from e
 
 
 def read_prompts(args, tokenizer, vocab_size):
@@ -820,33 +655,42 @@ def read_prompts(args, tokenizer, vocab_size):
         try:
             rows = [[int(i) for i in args.prompt_ids.split(",")]]
         except ValueError as e:
-            raise UserError(f"--prompt_ids {args.prompt_ids!r}: numbers with commas, please") from e
-    else:  # nothing at all means: begin a document
-        texts = [resolve_prompt(p) for p in args.prompt or [None]]
+            raise UserError(f"--prompt_ids {args.prompt_ids!r} must be like 5,17,200") from e
+    else:  # an empty prompt begins a document
         begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        texts = [resolve_prompt(p) for p in args.prompt or [None]]
         rows = [begin + tokenizer.encode(t) or [tokenizer.eos_id] for t in texts]
     check_ids(rows, vocab_size)
     return rows
 
 
-def batch_of(prompts, args):
-    """(each prompt --num_samples times, settings of `generate`). Sample j of any prompt draws with
-    seed + j, so each can be had again alone."""
-    seed = args.seed if args.seed is not None else torch.seed() % 2**31
-    seeds = [seed + j for _ in prompts for j in range(args.num_samples)]
-    settings = {name: getattr(args, name) for name in DECODING}
-    return [p for p in prompts for _ in range(args.num_samples)], settings | {"seeds": seeds}
+# --------------------------------------------------------------------------------------------
+# What the command line does
+# --------------------------------------------------------------------------------------------
+
+
+def decoding_settings(args):
+    """The values of the flags that DECODING names."""
+    return {name: getattr(args, name) for name in DECODING}
 
 
 def write_rows(model, tokenizer, prompts, args):
-    """Generate for every prompt, --num_samples times; print text as it comes. Returns the ids."""
-    prompts, settings = batch_of(prompts, args)
+    """Continue every prompt --num_samples times and print the texts, a single one as it comes.
+    Sample j of each prompt draws with seed + j, so that it can be had again alone. Returns the new
+    ids; without a tokenizer there is no text, and no id that ends one."""
+    seed = args.seed if args.seed is not None else torch.seed() % 2**31
+    settings = decoding_settings(args)
+    settings["seeds"] = [seed + j for _ in prompts for j in range(args.num_samples)]
+    prompts = [p for p in prompts for _ in range(args.num_samples)]
+    if tokenizer is None:
+        steps = generate(model, prompts, args.max_new_tokens, **settings)
+        return [list(row) for row in zip(*steps)]
     streams = [TextStream(tokenizer, args.stop or ()) for _ in prompts]
-    texts, ids, said = [""] * len(prompts), [[] for _ in prompts], []
+    texts, ids, alone, slid = [""] * len(prompts), [[] for _ in prompts], len(prompts) == 1, []
 
     def show(r, text):
         texts[r] += text
-        if len(prompts) == 1:
+        if alone:
             print(printable(text), end="", flush=True)
 
     def stop(r, i):
@@ -855,50 +699,42 @@ def write_rows(model, tokenizer, prompts, args):
         return i == tokenizer.eos_id or streams[r].stopped
 
     def slide(kept):
-        if not said:
-            context = model.config.context
-            note = f"the context of {context} tokens is full: going on with the newest {kept}"
-            print(f"[{note}]", file=sys.stderr)
-        said.append(kept)
+        if not slid:
+            note = f"the context of {model.config.context} tokens is full: going on with the newest"
+            print(f"[{note} {kept}]", file=sys.stderr)
+        slid.append(kept)
 
-    if len(prompts) == 1:
+    if alone:
         print(prompt_text(tokenizer, prompts[0]), end="", flush=True)
     settings |= dict(allowed=allowed_ids(model, tokenizer), stop=stop, slide=slide)
     for _ in generate(model, prompts, args.max_new_tokens, **settings):
         pass
     for r, stream in enumerate(streams):
         show(r, stream.finish())
-        if len(prompts) > 1:
+        if not alone:
             print(f"--- {r + 1} ---\n{prompt_text(tokenizer, prompts[r])}{printable(texts[r])}")
-    if len(prompts) == 1:
+    if alone:
         print()
     return ids
 
 
-def write_ids(model, prompts, args):
-    """`write_rows` for a model without a tokenizer: no text, and no id that ends one."""
-    prompts, settings = batch_of(prompts, args)
-    rows = generate(model, prompts, args.max_new_tokens, slide=lambda kept: None, **settings)
-    return [list(row) for row in zip(*rows)]
-
-
 def prompt_text(tokenizer, ids):
     """Printable text of ids, without the end-of-text token and ids that no token has."""
-    known = [i for i in ids if i != tokenizer.eos_id and tokenizer.token_bytes(i)]
-    return printable(tokenizer.decode(known))
+    ids = [i for i in ids if i != tokenizer.eos_id and tokenizer.token_bytes(i)]
+    return printable(tokenizer.decode(ids))
 
 
 def write_beams(model, tokenizer, prompt, args):
-    """Beam search from one prompt; prints the beams, best first. Returns the ids."""
+    """Beam search from one prompt: prints the beams, the best first, and returns their ids."""
     room = model.config.context - len(prompt)
     if room < 1:
         raise UserError(f"the prompt has {len(prompt)} tokens; beams need room in the context")
     if room < args.max_new_tokens:
         print(f"[beams end with the context, after {room} tokens]", file=sys.stderr)
-    how = dict(length_penalty=args.length_penalty, end=tokenizer.eos_id)
-    how |= dict(allowed=allowed_ids(model, tokenizer))
-    beams = beam_search(model, prompt, min(room, args.max_new_tokens), args.beams, **how)
-    beams = beams[: args.num_samples]
+    beams = beam_search(
+        model, prompt, min(room, args.max_new_tokens), args.beams, args.length_penalty,
+        tokenizer.eos_id, allowed_ids(model, tokenizer),
+    )[: args.num_samples]  # fmt: skip
     for score, ids in beams:
         if len(beams) > 1:
             print(f"--- {score:.4f} ---")
@@ -906,45 +742,22 @@ def write_beams(model, tokenizer, prompt, args):
     return [ids for _, ids in beams]
 
 
-SLOTS = 16
+def label_shares(model, tokenizer, prompts):
+    """[(label, probability)], the likeliest first, of each prompt (lists of ids)."""
+    labels = labels_of(tokenizer)
+    rows = [[*p[1 - model.config.context :], tokenizer.eos_id] for p in prompts]
+    goals = [tokenizer.special[label_token(name)] for name in labels]
+    shares = classify(model, rows, goals).exp().tolist()
+    return [sorted(zip(labels, row), key=lambda pair: -pair[1]) for row in shares]
 
 
-def make_service(model, tokenizer, where, args, tools):
+def make_service(model, tokenizer, path, args, tools):
     """What --serve serves: an Engine with its Scheduler behind OpenAI's API, and the page."""
     from data.api import Api  # not above: nobody else needs an HTTP server
     from data.scheduler import Scheduler
     from data.server import LOCAL
     from data.service import CHOICES, Service
 
-    labels, template = labels_of(tokenizer), find_template(tokenizer)
-    named = [] if isinstance(model, FastTransformer) else lora.adapter_names(model)
-    base = (where.parent if where.suffix == ".pt" else where).name or "model"
-    adapters = {n: n for n in named} | {"base" if base in named else base: None}
-    masks = {(True, call): chat_ids(model, tokenizer, template, call) for call in (True, False)}
-    masks[False, False] = allowed_ids(model, tokenizer)
-
-    def activate(name):
-        lora.set_adapter(model, *([name] if name else []))
-
-    def verdict(text):
-        ids = [*tokenizer.encode(text)[1 - model.config.context :], tokenizer.eos_id]
-        goals = [tokenizer.special[label_token(name)] for name in labels]
-        shares = classify(model, [ids], goals)[0].exp().tolist()
-        return sorted(zip(labels, shares), key=lambda pair: -pair[1])
-
-    engine = Engine(model, args.slots or SLOTS, 256, chunk=256)
-    scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
-    settings = {name: getattr(args, name) for name in DECODING}
-    known = {n for n, f in (tools or {}).items() if getattr(f, "needs_no_schema", False)}
-    schemas = [function_schema(name, f) for name, f in (tools or {}).items()]
-    how = masks, settings, schemas, known
-    api = Api(scheduler, tokenizer, adapters, model.config.context, *how)
-    command = f"python finetune.py --ckpt {args.ckpt or where} --data {CHOICES}"
-    info = {"model": api.names[0], "models": api.names, "labels": labels}
-    info["kind"] = "classifier" if labels else "chat" if template else "base"
-    info |= {"settings": settings, "context": api.context, "system": args.system or ""}
-    info["max_tokens"] = min(args.max_new_tokens, api.context // 2)
-    info["tools"], info["choices"] = schemas, {"file": str(CHOICES), "command": command}
     key = args.api_key or os.environ.get("SCRATCHLM_API_KEY")
     if args.host not in (None, *LOCAL) and not key:
         raise UserError(f"--host {args.host} opens the server to others: give it an --api_key")
@@ -952,23 +765,50 @@ def make_service(model, tokenizer, where, args, tools):
         raise UserError("--api_key must be of ASCII letters, digits and signs, as HTTP wants it")
     if args.cors and not re.fullmatch(r"https?://[^/\s]+", args.cors):
         raise UserError(f"--cors {args.cors} is no origin like https://example.org")
-    return Service(api, info, tools or {}, verdict if labels else None, key, args.cors)
+    labels, template = labels_of(tokenizer), get_template(tokenizer)
+    named = lora.adapter_names(model)
+    base = (path.parent if path.suffix == ".pt" else path).name or "model"
+    adapters = {n: n for n in named} | {"base" if base in named else base: None}
+    masks = {(True, call): chat_ids(model, tokenizer, template, call) for call in (True, False)}
+    masks[False, False] = allowed_ids(model, tokenizer)
+
+    def activate(name):
+        lora.set_adapter(model, *([name] if name else []))
+
+    engine = Engine(model, args.slots, 256, chunk=256)
+    scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
+    settings = decoding_settings(args)
+    without = {n for n, f in (tools or {}).items() if getattr(f, "needs_no_schema", False)}
+    schemas = [function_schema(name, f) for name, f in (tools or {}).items()]
+    context = model.config.context
+    api = Api(scheduler, tokenizer, adapters, context, masks, settings, schemas, without)
+    command = f"python finetune.py --ckpt {args.ckpt or path} --data {CHOICES}"
+    info = {"model": api.names[0], "models": api.names, "labels": labels}
+    info["kind"] = "classifier" if labels else "chat" if template else "base"
+    info |= {"settings": settings, "context": api.context, "system": args.system or ""}
+    info["max_tokens"] = min(args.max_new_tokens, api.context // 2)
+    info["tools"], info["choices"] = schemas, {"file": str(CHOICES), "command": command}
+
+    def classify_text(text):
+        return label_shares(model, tokenizer, [tokenizer.encode(text)])[0]
+
+    return Service(api, info, tools or {}, classify_text if labels else None, key, args.cors)
 
 
 def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=None):
     """A data.terminal.Chat with the model; its cache keeps the history between the turns."""
-    engine, adapted = Engine(model, 1, 256), not isinstance(model, FastTransformer)
+    engine = Engine(model, 1, 256)
     chat = Chat(tokenizer, model.config.context, tools, max_tokens, seed)
     masks = {call: chat_ids(model, tokenizer, chat.template, call) for call in (True, False)}
 
     def write(prompt, seed, may_call, stop):
-        how = dict(settings or {}, seed=seed, allowed=masks[may_call], stop=stop, engine=engine)
-        for _ in generate(model, [prompt], chat.max_tokens, **how):
+        for _ in generate(
+            model, [prompt], chat.max_tokens, seed=seed, allowed=masks[may_call], stop=stop,
+            engine=engine, **settings or {},
+        ):  # fmt: skip
             pass
 
     def set_adapter(*names):
-        if not adapted:  # it was made of a model without adapters
-            raise UserError("this model has no adapters: sample.py --adapter RUN lays one over it")
         lora.set_adapter(model, *names)
         engine.forget()
 
@@ -986,39 +826,42 @@ def build_parser():
         help="text, or @FILE; given several times it is a batch (default: standard input if it is "
         "a pipe, else the model begins a document)")
     start.add_argument("--prompt_ids", help="token ids instead, e.g. 5,17,200")
-    add("--print_ids", action="store_true", help="the new ids on the last line, a line a sample")
-    add("--max_new_tokens", type=int, default=200, help="new tokens at most (default 200)")
-    add("--num_samples", type=int, default=1, help="per prompt, in one batch (default 1)")
-    add("--temperature", type=float, help="0 is greedy (default 0.8; with --tools 0)")
+    add("--print_ids", action="store_true", help="print the new ids last, a line for each sample")
+    add("--max_new_tokens", type=at_least(1), default=200, help="of each sample (default 200)")
+    add("--num_samples", type=at_least(1), default=1, help="per prompt, in one batch (default 1)")
+    add("--temperature", type=at_least(0, float), help="0 is greedy (default 0.8; with --tools 0)")
     for name, f in FILTERS.items():
-        text = f"{f.help} (default {f.default})"
-        add(f"--{name}", type=type(f.off), default=f.default, help=text)
-    add("--repetition_penalty", type=float, default=1.0, help="above 1 discourages (default 1)")
-    add("--frequency_penalty", type=float, default=0.0,
-        help="taken off a token's logit for each time it was drawn (default 0)")
-    add("--presence_penalty", type=float, default=0.0, help="and once if it was drawn (default 0)")
-    add("--beams", type=int, default=0, help="beam search of this width; 0 samples (default)")
-    add("--length_penalty", type=float, default=1.0, help="of beams: above 1 favours long ones (1)")
+        add(f"--{name}", type=f.type, default=f.default, help=f"{f.help} (default {f.default})")
+    add("--repetition_penalty", type=positive, default=1.0, help="above 1 discourages (default 1)")
+    add("--frequency_penalty", type=between(-2, 2), default=0.0,
+        help="subtracted from a token's logit for each time that it was drawn (default 0)")
+    add("--presence_penalty", type=between(-2, 2), default=0.0,
+        help="subtracted once from the logit of a token that was drawn (default 0)")
+    add("--beams", type=at_least(0), default=0, help="width of a beam search; 0 samples (default)")
+    add("--length_penalty", type=between(-10, 10), default=1.0,
+        help="of beams: above 1 favours long ones (default 1)")
     add("--stop", action="append", help="end at this text; may be given several times")
-    add("--seed", type=int, help="of the drawing (default: another one each time)")
+    add("--seed", type=between(0, 2**50, int), help="of the drawing (default: a new one each time)")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
     add("--dtype", default="auto", type=dtype_name,
         choices=("auto", "fp32", "bf16", "fp16", "int8"),
         help="of the weights (default auto: on CUDA bf16, or fp16 before Ampere; else fp32); "
         "int8 is for CPUs")
-    add("--no_fast", action="store_true", help="write with the Transformer itself")
-    add("--cuda_graphs", action="store_true", help="on a GPU: start a step by one call")
-    add("--verbose", action="store_true", help="show which products the FastTransformer timed")
-    add("--adapter", action="append", help="LoRA run to lay over --ckpt; several can be switched")
+    add("--no_fast", action="store_true", help="keep PyTorch's own Linear layers on a CPU")
+    add("--cuda_graphs", action="store_true", help="on a GPU: start each step by one call")
+    add("--verbose", action="store_true", help="show the times of the faster Linear layers")
+    add("--adapter", action="append", default=[],
+        help="LoRA run to add to --ckpt; several can be switched")
     add("--chat", action="store_true", help="talk in the terminal")
-    add("--system", metavar="TEXT", help="with --chat: what the model is told before the talk")
-    add("--tools", help="with --chat: hotel, or a .py file whose functions the model may call")
-    add("--serve", type=int, nargs="?", const=6006, metavar="PORT",
+    add("--system", metavar="TEXT", help="with --chat and --serve: the system turn")
+    add("--tools", help="with --chat and --serve: hotel, or a .py file of functions to call")
+    add("--serve", type=between(0, 65535, int), nargs="?", const=6006, metavar="PORT",
         help="a page and OpenAI's API on this port (default 6006; 0 is any that is free)")
     add("--host", help="with --serve: the address (default 127.0.0.1; another needs a key)")
-    add("--api_key", help="with --serve: what clients must know (default: SCRATCHLM_API_KEY)")
+    add("--api_key", help="with --serve: the key that clients send (default: SCRATCHLM_API_KEY)")
     add("--cors", metavar="ORIGIN", help="with --serve: a site whose pages may use the API")
-    add("--slots", type=int, help=f"with --serve: texts at once (default {SLOTS})")
+    add("--slots", type=between(1, 256, int), default=16,
+        help="with --serve: texts at once (default 16)")
     add("--analogy", help='nearest tokens of e.g. "king - man + woman" in the embedding table')
     add("--choices", help="with --analogy: pick among these, separated by commas")
     return p
@@ -1028,20 +871,21 @@ def build_parser():
 
 
 def check_settings(args):
-    """UserError for a number or a combination of flags that makes no sense."""
-    check_limits(vars(args))
-    if args.serve is not None and (args.chat or args.prompt or args.prompt_ids or args.beams):
+    """UserError for a combination of flags that makes no sense."""
+    serving, prompted = args.serve is not None, args.prompt or args.prompt_ids or args.beams
+    if serving and (args.chat or prompted):
         raise UserError("--serve takes no --chat, --prompt, --prompt_ids or --beams")
-    if args.chat and (args.prompt or args.prompt_ids or args.beams or args.num_samples > 1):
+    if args.chat and (prompted or args.num_samples > 1):
         raise UserError("--chat takes no --prompt, --beams or --num_samples")
-    if args.choices and not args.analogy:
-        raise UserError("--choices is for --analogy")
-    for name in ("host", "api_key", "cors", "slots"):
-        if getattr(args, name) is not None and args.serve is None:
-            raise UserError(f"--{name} is for --serve")
-    for name in ("tools", "system"):
-        if getattr(args, name) is not None and not args.chat and args.serve is None:
-            raise UserError(f"--{name} is for --chat and --serve")
+    talking = args.chat or serving
+    for names, possible, flags in (
+        ("choices", args.analogy, "--analogy"),
+        ("host api_key cors", serving, "--serve"),
+        ("tools system", talking, "--chat and --serve"),
+    ):
+        for name in names.split():
+            if getattr(args, name) is not None and not possible:
+                raise UserError(f"--{name} is for {flags}")
     if args.beams and args.stop:
         raise UserError("--stop does not work with --beams, which end with the end of the text")
     if args.beams and args.num_samples > args.beams:
@@ -1050,56 +894,47 @@ def check_settings(args):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    check_settings(args)
     if args.temperature is None:
         args.temperature = 0.0 if args.tools else 0.8
-    check_settings(args)
     tools = load_tools(args.tools) if args.tools else None
     ids_alone = args.prompt_ids is not None and args.print_ids and not args.beams
-    adapters = args.adapter or ()
-    model, tokenizer, where = load(args.ckpt, args.device, args.dtype, adapters, ids_alone)
+    model, tokenizer, path = load(args.ckpt, args.device, args.dtype, args.adapter, ids_alone)
     if args.ckpt is None:
-        print(f"[{where}]", file=sys.stderr)
+        print(f"[{path}]", file=sys.stderr)
+    labels = labels_of(tokenizer) if tokenizer else []
     if args.analogy is not None:
         choices = [c.strip() for c in (args.choices or "").split(",") if c.strip()]
         table = model.embed.weight.detach().cpu()
         for text, cosine in analogy(args.analogy, tokenizer, table, choices):
             print(f"{cosine:7.3f}  {text!r}")
-        return
-    if args.serve is not None:
-        if tokenizer is None:
-            raise UserError(f"{where} carries no tokenizer: it can only continue --prompt_ids")
-        labels = labels_of(tokenizer)
-        model = model if labels else fast_model(model, args.slots or SLOTS, args)
-        service = make_service(model, tokenizer, where, args, tools)
-        return service.serve(args.host or "127.0.0.1", args.serve)
-    if args.chat:
-        model = fast_model(model, 1, args)
-        settings = {name: getattr(args, name) for name in DECODING}
+    elif args.serve is not None:
+        from data.server import serve  # see make_service
+
+        model = model if labels else fast_model(model, args.slots, args)
+        service = make_service(model, tokenizer, path, args, tools)
+        return serve(service, args.host or "127.0.0.1", args.serve)
+    elif args.chat:
+        model, settings = fast_model(model, 1, args), decoding_settings(args)
         chat = make_chat(model, tokenizer, tools, args.max_new_tokens, args.seed, settings)
         if problem := chat.tools_problem():
             print(f"[{problem}]", file=sys.stderr)
         if args.system:
             chat.command(f"/system {args.system}")
         talk(chat)
-        return
-    prompts = read_prompts(args, tokenizer, model.config.vocab_size)
-    if labels := tokenizer and labels_of(tokenizer):
-        rows = [p[1 - model.config.context :] + [tokenizer.eos_id] for p in prompts]
-        goals = [tokenizer.special[label_token(name)] for name in labels]
-        for row in classify(model, rows, goals).exp().tolist():
-            best = sorted(zip(row, labels), reverse=True)
-            print("  ".join(f"{name} {p:.3f}" for p, name in best))
-        return
-    rows = args.beams or len(prompts) * args.num_samples
-    model = fast_model(model, rows, args)
-    if args.beams:
-        ids = [i for p in prompts for i in write_beams(model, tokenizer, p, args)]
-    elif tokenizer is None:
-        ids = write_ids(model, prompts, args)
+    elif labels:
+        prompts = read_prompts(args, tokenizer, model.config.vocab_size)
+        for shares in label_shares(model, tokenizer, prompts):
+            print("  ".join(f"{name} {p:.3f}" for name, p in shares))
     else:
-        ids = write_rows(model, tokenizer, prompts, args)
-    if args.print_ids:
-        print("\n".join(",".join(map(str, row)) for row in ids))
+        prompts = read_prompts(args, tokenizer, model.config.vocab_size)
+        model = fast_model(model, args.beams or len(prompts) * args.num_samples, args)
+        if args.beams:
+            ids = [i for p in prompts for i in write_beams(model, tokenizer, p, args)]
+        else:
+            ids = write_rows(model, tokenizer, prompts, args)
+        if args.print_ids:
+            print("\n".join(",".join(map(str, row)) for row in ids))
 
 
 if __name__ == "__main__":

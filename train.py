@@ -9,28 +9,32 @@
 writes out/NAME/last.pt (all that resuming needs), best.pt (what sampling needs), metrics.jsonl and
 loss.svg. Text becomes token files in prepare_data.py; train.py calls it if they are not there.
 
-The chapters: the recipe, batches, optimizers and schedule, evaluation, what a run shows, then
-`fit`, the one training loop (fine-tuning calls it, too), and the command line.
+The chapters: the recipe, batches, optimizers and schedule, evaluation, how a model runs (in bf16,
+compiled, in several processes), `fit`, the one training loop (fine-tuning calls it, too), and the
+command line.
 """
 
 import argparse
 import contextlib
-import io
+import copy
+import gc
 import math
+import os
 import shutil
 import signal
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 
 if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import model as lm
@@ -38,27 +42,24 @@ from data.cli import (
     Parser,
     StopSignal,
     UserError,
-    check_limits,
+    at_least,
+    is_out_of_memory,
+    number,
+    positive,
     printable,
     run_cli,
 )
 from data.costs import check_memory, memory_needed
-from data.files import write_json, write_whole
-from data.machine import dtype_name, make_runtime
-from data.plot import line_svg
-from data.runner import (
-    cut_like,
-    is_cut,
-    launch,
-    load_parts,
-    make_runner,
-    place,
-    save_parts,
-    whole,
-    whole_state,
-    whole_tensors,
+from data.files import write_json
+from data.machine import (
+    DTYPES,
+    dtype_name,
+    full_tensor,
+    is_sharded,
+    make_runtime,
+    shard_like,
 )
-from data.runs import Log, clock, eval_line, resumed_settings, run_folder
+from data.runs import Log, clock, eval_line, newest_run, run_folder
 from data.tokenizer import Tokenizer
 from prepare_data import data_hashes, find_data, read_meta, read_tokens
 
@@ -171,10 +172,10 @@ def orthogonalize(g, steps=5):
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for the matrices inside blocks (Keller Jordan, 2024).
 
-    Adam scales each entry by its own history; Muon scales each *direction* of the whole matrix:
-    every singular value of the step is about one, so rare directions are learned as fast as
-    frequent ones. It costs a few matrix products a step and halves the
-    steps to the same loss at our sizes.
+    Adam scales each entry by its own history; Muon scales each *direction* of the matrix: every
+    singular value of the step is about one, so rare directions are learned as fast as frequent
+    ones. It costs a few matrix products a step and halves the steps to the same loss at our sizes.
+    torch.optim.Muon multiplies in bf16 on every device, which many CPUs only emulate.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
@@ -184,22 +185,21 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         """One step; a closure, as other optimizers take it, is not called."""
         for group in self.param_groups:
-            # matrices of one shape go through the products together; one that is cut over several
-            # processes is gathered alone
+            # matrices of one shape go through the products together, a sharded one alone
             alike = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike[p if is_cut(p) else p.shape].append(p)
+            for p in (p for p in group["params"] if p.grad is not None):
+                alike[p if is_sharded(p) else p.shape].append(p)
             for params in alike.values():
-                ahead = []
+                updates = []
                 for p in params:
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     momentum.lerp_(p.grad, 1 - group["momentum"])
-                    ahead.append(whole(p.grad.lerp(momentum, group["momentum"])))  # Nesterov
+                    nesterov = p.grad.lerp(momentum, group["momentum"])
+                    updates.append(full_tensor(nesterov))
                 size = group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5
-                for p, direction in zip(params, orthogonalize(torch.stack(ahead))):
+                for p, update in zip(params, orthogonalize(torch.stack(updates))):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(cut_like(direction, p), alpha=size)
+                    p.sub_(shard_like(update, p), alpha=size)
 
 
 # To add an optimizer for the matrices inside blocks: {name: (class, its learning rate)}. The flag
@@ -210,23 +210,22 @@ OPTIMIZERS = {"muon": (Muon, 0.02)}
 def make_optimizers(model, args):
     """The optimizers over all parameters that want a gradient; each group keeps its "peak" lr.
 
-    Read from args: optimizer, lr, embed_lr, head_lr (None: lr), NAME_lr of OPTIMIZERS,
-    weight_decay, beta1, beta2. The matrices inside blocks, and `induction`, go to AdamW with decay,
-    or to one of OPTIMIZERS. Everything else goes to AdamW without decay: it would shrink norms'
-    scales and biases for nothing, and undo what rarely seen rows of the tables and head learned.
+    The matrices inside blocks and `inputs` go to AdamW with decay, or to one of OPTIMIZERS. The
+    rest goes to AdamW without decay, which would shrink norms' scales and biases for nothing, and
+    undo what rarely seen rows of the tables and head learned.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not named:
-        raise UserError("nothing to train: no parameter wants a gradient")
-    inner = {n for n, p in named if p.dim() == 2 and ("blocks." in n or n == "induction.weight")}
+    lookups = model.lookup_tables()
+    inner = {n for n, p in named if p.dim() == 2 and n.startswith(("blocks.", "inputs."))}
+    inner -= set(lookups)
     matrices = [p for n, p in named if n in inner]
-    # a tied table is embedding and head at once: neither's own learning rate suits it
-    tied = model.config.tied
-    tables = {} if tied else {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
-    tables |= {f"{name}.weight": args.embed_lr for name in ("value_embed", "bigram", "match")}
-    named = {n.replace(".rows", ".weight"): p for n, p in named}  # new rows alone, beside adapters
-    groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named.items() if n in tables]
-    others = [p for n, p in named.items() if n not in tables and n not in inner]
+    tables = dict.fromkeys(lookups, args.embed_lr)
+    if not model.config.tied:
+        tables |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
+    elif args.embed_lr and args.embed_lr < args.lr:  # a table that is the head, too: no higher rate
+        tables["embed.weight"] = args.embed_lr
+    groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
+    others = [p for n, p in named if n not in tables and n not in inner]
     groups.append(dict(params=others, lr=args.lr))
     optimizers = []
     if args.optimizer in OPTIMIZERS and matrices:
@@ -234,14 +233,10 @@ def make_optimizers(model, args):
         optimizers.append(make(matrices, lr=rate, weight_decay=args.weight_decay))
     else:
         groups.append(dict(params=matrices, lr=args.lr, weight_decay=args.weight_decay))
-    groups = [g for g in groups if g["params"]]
-    if groups:
-        optimizers.append(
-            # eps far below the usual 1e-8: gradients of a *mean* over thousands of tokens are tiny
-            torch.optim.AdamW(
-                groups, betas=(args.beta1, args.beta2), eps=1e-10, weight_decay=0.0, fused=True
-            )
-        )
+    if groups := [g for g in groups if g["params"]]:
+        # eps far below the usual 1e-8: gradients of a *mean* over thousands of tokens are tiny
+        more = dict(betas=(args.beta1, args.beta2), eps=1e-10, weight_decay=0.0, fused=True)
+        optimizers.append(torch.optim.AdamW(groups, **more))
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak"] = group["lr"]
     return optimizers
@@ -272,10 +267,9 @@ def lr_at(step, fraction, lr, min_lr=0.0, warmup_steps=0, schedule="cosine"):
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     """Loss over non-overlapping windows of `tokens`, every target once; a dict for metrics.
 
-    All of the split, its last short window included, or `limit` tokens in evenly spread windows.
-    A window has `context` targets, by default the model's context.
-    val_loss is nats a token, val_ppl its exponential, val_bpb bits per byte of text (which compares
-    across tokenizers), val_share what share of the split was read.
+    The windows, of `context` targets (default: the model's), cover the split or, if it has more
+    than `limit` tokens, are spread over it. val_loss is in nats a token, val_ppl its exponential,
+    val_bpb in bits per byte of text (which compares across tokenizers), val_share the share read.
     """
     T, targets = context or model.config.context, len(tokens) - 1
     if targets < 1:
@@ -309,33 +303,144 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
 
 
 # --------------------------------------------------------------------------------------------
-# What a run shows
+# How a model runs while it is trained: in bf16, compiled, in several processes
 # --------------------------------------------------------------------------------------------
 
 
-def header(model, args, runtime, tokens, per_batch, length):
-    """The lines before the first step: what is trained, on what, and what it will take. `tokens`
-    are those of the training text, `per_batch` those of a micro-batch, `length` those of a row."""
-    c, n = model.config, lm.count_parameters(lm.meta_model(model.config))["total"]
-    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    share = f", {learned:,} trained ({learned / n:.2%})" if learned != n else ""
-    memory = memory_needed(model, per_batch) / 2**20
-    per_step = per_batch * args.grad_accum * runtime.world
-    lines = [
-        f"device {runtime.device}, {runtime.dtype}, {runtime.world} process(es), matmul peak "
-        f"{runtime.peak / 1e9:,.0f} GFLOP/s ({runtime.peak_source})",
-        f"{n:,} parameters{share}: {c.n_layer} layers x {c.d_model}, {c.n_head} heads, context "
-        f"{c.context}, vocabulary {c.vocab_size:,}",
-        f"{tokens:,} training tokens, {tokens / n:.2g} per parameter (Chinchilla advises 20)",
-        f"memory about {memory:,.0f} MB; {per_step:,} tokens a step",
-    ]
-    if args.max_steps:
-        flops = lm.flops_per_token(c, length) * per_step * args.max_steps
-        least = clock(flops / (runtime.peak * runtime.world))
-        lines[-1] += f"; {args.max_steps:,} steps take {least} at least, by the matmul peak"
-    if args.max_minutes:
-        lines.append(f"stops after {args.max_minutes:g} minutes of training at the latest")
-    return lines
+class BF16Copy(nn.Module):
+    """A bf16 copy of a model, for forward and backward passes on a CPU.
+
+    Autocast casts every weight in every pass and keeps what flows between layers in float32; here
+    all of that is bf16, which was 1.2 times as fast at GPT-2's shape. But bf16 has three digits,
+    and a step changes a weight by less than that. So the model itself, the master, stays in
+    float32: gradients are added up and the optimizer steps there, and `sync_weights` rounds it into
+    the copy. (Mixed Precision Training, Micikevicius et al. 2018, section 3.1.)
+    """
+
+    def __init__(self, master):
+        super().__init__()
+        self.low = copy.deepcopy(master)
+        self.masters, self.lows = list(master.parameters()), list(self.low.parameters())
+        for p, low in zip(self.masters, self.lows):
+            low.data = low.data.bfloat16()
+            low.register_post_accumulate_grad_hook(partial(self.move_grad, p))
+
+    def forward(self, *args, **kwargs):
+        return self.low(*args, **kwargs)
+
+    @staticmethod
+    def move_grad(master, low):
+        """Add the gradient of a weight of the copy to that of its master, in float32."""
+        grad, low.grad = low.grad, None
+        master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
+
+    @torch.no_grad()
+    def sync_weights(self):
+        """Round the master's weights into the copy."""
+        torch._foreach_copy_(self.lows, self.masters)
+
+
+def compile_blocks(model, task, runtime, step):
+    """Compile the blocks of `model` and try them on a batch of that step; if that fails the model
+    stays as it is. The loss is not compiled: each number of targets would need a graph of its own.
+    """
+    eager, compiled = model.hidden, torch.compile(model.hidden)
+
+    def hidden(ids, cache=None, *args):
+        runs = eager if cache is not None or not model.training else compiled
+        return runs(ids, cache, *args)
+
+    model.hidden = hidden
+    try:
+        with runtime.autocast():
+            task.loss(model, *runtime.upload(task.batches(step)[0])).backward()
+    except Exception as e:  # whatever the compiler raised, eager mode still works
+        del model.hidden
+        reason = str(e).strip().split("\n")[0][:100]
+        print(f"--compile does not work here, going on without ({type(e).__name__}: {reason})")
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def place(model, args, runtime):
+    """Move the model to the device. With --shard each process keeps a part of every parameter (rows
+    of it): a block is gathered in the runtime's precision when it runs, while weights, gradients
+    and moments stay in float32. (ZeRO stage 3, Rajbhandari et al. 2020; torch's FSDP2.)"""
+    if not args.shard or runtime.world == 1:
+        return model.to(runtime.device, torch.float32)
+    if runtime.dtype == "fp16":
+        raise UserError("--shard is for bf16 and fp32: fp16's loss scaling needs whole gradients")
+    if args.compile:
+        raise UserError("--shard does not go together with --compile")
+    from torch.distributed import fsdp  # takes a second
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(runtime.device.type, (runtime.world,))
+    dtype = None if runtime.dtype == "fp32" else DTYPES[runtime.dtype]
+    # inputs are not cast: tables of positions are float32 for a reason
+    policy = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for module in (*model.blocks, model):  # a model mapped from its file is read part by part
+        fsdp.fully_shard(module.float(), mesh=mesh, mp_policy=policy)
+    for method in ("hidden", "last_logits"):  # called beside forward
+        fsdp.register_fsdp_forward_method(model, method)
+    runtime.sharded = True
+    return model
+
+
+def make_runner(model, task, args, runtime, step=0):
+    """(the module to call in place of `model`, the Runtime to call it in, what to call after each
+    optimizer step). The module is the model or its BF16Copy, perhaps compiled or in DDP.
+
+    No BF16Copy is made on a GPU, where casting costs little; with DDP, which would exchange the
+    copy's gradients; or where weights are frozen, which need not be held twice.
+    """
+    runner, precision, after_step = model, runtime, lambda: None
+    device, fp32 = runtime.device, replace(runtime, dtype="fp32")
+    if runtime.sharded:  # `place` has set the precision
+        return model, fp32, after_step
+    copied = runtime.dtype == "bf16" and device.type == "cpu" and runtime.world == 1
+    if copied and not args.autocast and all(p.requires_grad for p in model.parameters()):
+        runner, precision = BF16Copy(model), fp32
+        after_step = runner.sync_weights
+    compiled = args.compile
+    if compiled is None and device.type == "cuda":  # worth its minute since Ampere
+        compiled = torch.cuda.get_device_capability(device) >= (8, 0)
+    if compiled:
+        compile_blocks(getattr(runner, "low", runner), task, precision, step)
+    if runtime.world > 1:
+        # buffers are only tables of positions
+        runner = nn.parallel.DistributedDataParallel(runner, forward_sync_buffers=False)
+    return runner, precision, after_step
+
+
+def launch(fit, report, runtime, out):
+    """Call fit(), let all processes leave together, then call report(its result), if there is one,
+    on rank 0 (on all ranks of a sharded model, which must compute together). UserError with advice
+    if the memory is full or another process has ended."""
+    try:
+        result = fit()
+        if result and runtime.sharded:
+            dist.barrier()  # until best.pt is written
+            report(result)
+        if runtime.world > 1:
+            dist.barrier()
+            gc.collect()  # DDP: a process that exits while DDP still uses gloo's threads is aborted
+    except RuntimeError as e:
+        if is_out_of_memory(e):
+            advice = "halve the batch and double --grad_accum, or try --grad_checkpoint"
+            if runtime.device.type == "cuda":
+                advice += " or PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+            raise UserError(f"out of memory: {advice}") from e
+        if isinstance(e, dist.DistError) or "gloo" in str(e):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would hide this line
+            advice = f"--resume {out} goes on from its last checkpoint"
+            raise UserError(f"another process of this run has ended: {advice}") from e
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if result and runtime.rank == 0 and not runtime.sharded:
+        report(result)
 
 
 # --------------------------------------------------------------------------------------------
@@ -347,13 +452,15 @@ def header(model, args, runtime, tokens, per_batch, length):
 class Task:
     """What `fit` needs to know of what is being learned.
 
-    `batches(step)` gives this process's micro-batches, tuples of tensors that begin with the ids.
-    `loss(model, *batch)` is the *summed* loss of one, `count(*batch)` what it is divided by in the
-    end: by default the targets that are not -100, the last tensor. `evaluate(model, final)` returns
-    a dict with at least "val_loss"; final asks for the whole split. `score` of such a dict is least
-    where the model is best. `weights(model)` is what of the model a checkpoint keeps, `extra` goes
-    beside it (the tokenizer's spec, for one). `metrics()` are more for a line of the log; `curves`
-    says what loss.svg shows, (name, key in metrics.jsonl), and `unit` in what.
+    batches(step): this process's micro-batches, tuples of tensors that begin with the ids.
+    evaluate(model, final): a dict with at least "val_loss", of the whole split if `final`.
+    extra: what checkpoints contain beside weights, such as the tokenizer's spec.
+    loss(model, *batch): the *summed* loss of a micro-batch.
+    count(*batch): what losses are divided by; by default the targets (last tensor) except -100.
+    weights(model): what checkpoints keep, where only adapters are trained; None is all weights.
+    score(evaluation): the smallest one is best.
+    metrics(): {name: number} that is added to a line of the log.
+    curves, unit: loss.svg shows (name, key in metrics.jsonl), measured in `unit`.
     """
 
     batches: Callable
@@ -361,7 +468,7 @@ class Task:
     extra: dict
     loss: Callable = lambda model, ids, targets: model(ids, targets)
     count: Callable = lambda *batch: int((batch[-1] != -100).sum())
-    weights: Callable = lm.unwrapped_state
+    weights: Callable | None = None
     score: Callable = lambda row: row["val_loss"]
     metrics: Callable = dict
     curves: tuple = (("train", "loss"), ("validation", "val_loss"))
@@ -370,7 +477,7 @@ class Task:
 
 def training_step(model, task, batches, runtime, scaler, seed):
     """Forward and backward over this step's micro-batches. Returns (this process's part of the mean
-    loss, tokens read by all). Nothing waits for a GPU: the loss is a tensor.
+    loss, a tensor, so that a GPU need not be waited for; tokens read by all processes).
 
     The summed losses are divided by the target tokens of the whole step, over all micro-batches and
     processes: so it never matters how a batch was cut, nor how unevenly its targets lie. Dropout is
@@ -385,16 +492,15 @@ def training_step(model, task, batches, runtime, scaler, seed):
     for i, batch in enumerate(batches):
         number = runtime.rank * len(batches) + i
         torch.manual_seed(int(np.random.SeedSequence((*seed, number)).generate_state(1)[0]))
-        batch = runtime.upload(batch)
-        last, quiet = i == len(batches) - 1, contextlib.nullcontext()
-        if runtime.sharded:  # gradients are exchanged once a step, with the last backward pass
+        last, sync = i == len(batches) - 1, contextlib.nullcontext()
+        if runtime.sharded:  # gradients are exchanged once a step, in the last backward pass
             model.set_requires_gradient_sync(last)
         elif runtime.world > 1 and not last:
-            quiet = model.no_sync()
-        with quiet:
+            sync = model.no_sync()
+        with sync:
             with runtime.autocast():
-                loss = task.loss(model, *batch)
-            # both ways average over processes; what is wanted is the sum
+                loss = task.loss(model, *runtime.upload(batch))
+            # DDP and FSDP average over processes, but the sum is wanted
             scaler.scale(loss * (runtime.world / count)).backward()
         total = total + loss.detach()
     return total / count, int(tokens)
@@ -413,14 +519,14 @@ def clear_gradients(model):
             p.grad = torch.zeros_like(p)
 
 
-def optimizer_step(model, optimizers, scaler, grad_clip, ahead=False):
+def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
     """Clip, step, clear. Returns the gradient's norm before clipping, a tensor."""
     for o in optimizers:
         scaler.unscale_(o)
     params = [p for p in model.parameters() if p.grad is not None]
-    norm = whole(nn.utils.get_total_norm([p.grad for p in params]))
+    norm = full_tensor(nn.utils.get_total_norm([p.grad for p in params]))
     # most norms are smaller: spare a CPU the pass over all gradients, and a GPU the question
-    if grad_clip and (ahead or norm > grad_clip):
+    if grad_clip and (runtime.asynchronous or norm > grad_clip):
         nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
     for o in optimizers:
         scaler.step(o)
@@ -429,274 +535,266 @@ def optimizer_step(model, optimizers, scaler, grad_clip, ahead=False):
     return norm
 
 
-class Run:
-    """A run in progress: the optimizers, what changes with every step, and how it is shown and
-    saved. `state` is plain numbers; with weights and optimizers it is all that resuming needs.
-    """
+def fraction_done(args, step, seconds):
+    """The fraction of the run that is over after so many steps and seconds: of its steps or of its
+    minutes, whichever is larger."""
+    of_steps = step / args.max_steps if args.max_steps else 0.0
+    return max(of_steps, seconds / 60 / args.max_minutes if args.max_minutes else 0.0)
 
-    def __init__(self, model, task, args, runtime, out, resume=None):
-        self.model, self.task, self.args, self.runtime, self.out = model, task, args, runtime, out
-        self.optimizers = make_optimizers(model, args)
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == "fp16")
-        # bad: evaluations since the best one; warm_seconds: duration of the warmup
-        self.state = dict(step=0, tokens=0, seconds=0.0, warm_seconds=0.0)
-        self.state |= dict(best=math.inf, best_step=0, bad=0)
-        if resume:
-            self.restore(resume)
-        self.log = Log(out, self.state["step"], quiet=runtime.rank > 0)
-        self.last = {}  # the last evaluation
-        # A window over the latest steps, so that every log line averages as many: (tokens, FLOPs,
-        # seconds), losses, and [loss, norm], tensors that no one has waited for
-        self.recent, self.losses = (deque(maxlen=args.log_every) for _ in range(2))
-        self.unread, self.norm = [], 0.0
-        self.writer, self.writing = ThreadPoolExecutor(1), None
-        self.saved = self.state["seconds"]
 
-    def write_settings(self):
-        """Write settings.json: this call's flags, and the model's shape."""
-        settings = vars(self.args) | asdict(self.model.config)
-        settings["parameters"] = sum(p.numel() for p in self.model.parameters())
-        write_json(self.out / "settings.json", settings)
+def end_reason(args, state):
+    """Why no step is left to do, in one line; None if there is one."""
+    if fraction_done(args, state["step"], state["seconds"]) >= 1:
+        return "this run is finished: a larger --max_steps or --max_minutes would go on"
+    if args.patience and state["bad"] >= args.patience:
+        return (
+            f"{state['bad']} evaluations without a better one: stopping early; a larger "
+            f"--patience or another limit would go on"
+        )
+    return None
 
-    def fraction(self, step, seconds):
-        """The fraction of the run that is over after so many steps and seconds: of its steps or of
-        its minutes, whichever is further."""
-        steps, minutes = self.args.max_steps, self.args.max_minutes
-        return max(step / steps if steps else 0.0, seconds / 60 / minutes if minutes else 0.0)
 
-    def progress(self):
-        """The fraction of the run that is over."""
-        return self.fraction(self.state["step"], self.state["seconds"])
+def scheduled_lr(args, state):
+    """The learning rate of the coming step. The decay begins where the warmup ended, as a fraction
+    of the limits of this call."""
+    step = state["step"]
+    warm = fraction_done(args, min(step, args.warmup_steps), state["warm_seconds"])
+    fraction = (fraction_done(args, step, state["seconds"]) - warm) / (1 - warm)
+    return lr_at(step, fraction, args.lr, args.min_lr, args.warmup_steps, args.schedule)
 
-    def over(self):
-        """Why there is no step to do, in a line; None if there is one."""
-        if self.progress() >= 1:
-            return "this run is finished: a larger --max_steps or --max_minutes would go on"
-        if self.args.patience and self.state["bad"] >= self.args.patience:
-            return (
-                f"{self.state['bad']} evaluations without a better one: stopping early; a larger "
-                f"--patience or another limit would go on"
-            )
-        return None
 
-    def set_lr(self):
-        """Give every parameter group its learning rate for the coming step; returns AdamW's."""
-        a, step, s = self.args, self.state["step"], self.state
-        if step <= a.warmup_steps:
-            s["warm_seconds"] = s["seconds"]
-        # where the decay begins, under the limits of this call
-        warm = self.fraction(min(step, a.warmup_steps), s["warm_seconds"])
-        fraction = (self.progress() - warm) / (1 - warm)
-        lr = lr_at(step, fraction, a.lr, a.min_lr, a.warmup_steps, a.schedule)
-        for group in (g for o in self.optimizers for g in o.param_groups):
-            group["lr"] = group["peak"] * lr / a.lr
-        return lr
+class Meter:
+    """Loss, gradient norm and speed over the latest `window` steps, so that every line averages as
+    many. Losses stay tensors until `read`: on a GPU to read one is to wait for it."""
 
-    def read_losses(self):
-        """Wait for loss and gradient norm of the last steps. UserError if one is no number (fp16's
-        loss scaling expects such norms, and skips these steps by itself)."""
+    def __init__(self, window, inf_norms=False):
+        self.speeds, self.losses = deque(maxlen=window), deque(maxlen=window)
+        self.unread, self.norm, self.inf_norms = [], 0.0, inf_norms
+
+    def read(self, step):
+        """Wait for the losses up to `step`. UserError if one, or its gradient, is not a number
+        (fp16's loss scaling expects such norms and skips these steps)."""
         if not self.unread:
             return
         rows = torch.stack([torch.stack(pair) for pair in self.unread]).tolist()
-        first = self.state["step"] - len(rows) + 1
-        self.unread.clear()
-        for step, (loss, self.norm) in enumerate(rows, first):
-            fine = math.isfinite(self.norm) or self.scaler.is_enabled()
-            if not (fine and math.isfinite(loss)):
+        for at, (loss, self.norm) in enumerate(rows, start=step - len(rows) + 1):
+            if not (math.isfinite(loss) and (math.isfinite(self.norm) or self.inf_norms)):
                 raise UserError(
-                    f"step {step}: the loss ({loss}) or its gradient is no number; {self.out} "
-                    f"keeps the checkpoint of the last evaluation. Try a lower --lr, a longer "
-                    f"--warmup_steps or --dtype fp32"
+                    f"step {at}: the loss ({loss}) or its gradient is not a number; the run's "
+                    f"folder keeps the checkpoint of the last evaluation. Try a lower --lr, a "
+                    f"longer --warmup_steps or --dtype fp32"
                 )
             self.losses.append(loss)
+        self.unread.clear()
 
-    def log_step(self, loss, norm, tokens, length, start, lr):
-        """Count a step that began at `start` and whose rows are `length` tokens long; every
-        log_every steps, print a line and write a row of metrics. A GPU is waited for then, and at
-        every tenth step: in between it has always more to do."""
-        s, flops = self.state, tokens * lm.flops_per_token(self.model.config, length)
-        s["step"] += 1
-        s["tokens"] += tokens
-        self.unread.append((loss.float(), norm.float()))
-        due = s["step"] % self.args.log_every == 0
-        if due or s["step"] % 10 == 0 or not self.runtime.ahead:
-            self.read_losses()
-        # one clock for all processes: they must agree on when the time is up
-        seconds = self.runtime.total(time.perf_counter() - start)[0] / self.runtime.world
-        s["seconds"] += seconds
-        self.recent.append((tokens, flops, seconds))
-        done = self.progress()
-        if not due and done < 1:
-            return
-        self.read_losses()
-        counts, flops, times = zip(*self.recent)
-        tok_s, flop_s = sum(counts) / sum(times), sum(flops) / sum(times)
-        mfu = flop_s / (self.runtime.peak * self.runtime.world)
-        row = dict(step=s["step"], tokens=s["tokens"], seconds=round(s["seconds"], 3))
-        row["loss"] = self.runtime.total(sum(self.losses))[0] / len(self.losses)
-        row |= dict(lr=lr, grad_norm=self.norm, tok_s=round(tok_s), mfu=mfu)
-        more = self.task.metrics()
-        self.log.write(**row, **more)
-        of = f"/{self.args.max_steps}" if self.args.max_steps else ""
-        eta = clock(s["seconds"] * (1 - done) / done)
-        self.log.line(
-            f"step {s['step']}{of}  loss {row['loss']:.3f}  lr {lr:.2e}  norm {self.norm:.2f}  "
-            f"{tok_s:,.0f} tok/s  mfu {mfu:.0%}  eta {eta}"
-            + "".join(f"  {k.replace('_', ' ')} {v:.3g}" for k, v in more.items()),
-            rewrite=True,
-        )
+    def row(self, state, lr, runtime):
+        """The row of metrics.jsonl."""
+        self.read(state["step"])
+        tokens, flops, seconds = (sum(column) for column in zip(*self.speeds))
+        row = dict(step=state["step"], tokens=state["tokens"], seconds=round(state["seconds"], 3))
+        row["loss"] = runtime.total(sum(self.losses))[0] / len(self.losses)
+        mfu = flops / seconds / (runtime.peak * runtime.world)
+        return row | dict(lr=lr, grad_norm=self.norm, tok_s=round(tokens / seconds), mfu=mfu)
 
-    def evaluate_and_save(self):
-        """Evaluate, show, save: last.pt always, best.pt if this was the best so far."""
-        s, row = self.state, {"step": self.state["step"], **self.task.evaluate(self.model, False)}
-        score = self.task.score(row)
-        better = score < s["best"]
-        s.update(dict(best=score, best_step=s["step"], bad=0) if better else {})
-        s["bad"] += not better
-        self.last = row
-        self.log.write(**row)
-        self.log.line(eval_line(row) + ("  best" if better else ""))
-        self.save(better)
 
-    def wants_saving(self):
+def step_line(row, metrics, args, done):
+    """One line about a training step; `done` is the fraction of the run that is over."""
+    of = f"/{args.max_steps}" if args.max_steps else ""
+    more = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in metrics.items())
+    return (
+        f"step {row['step']}{of}  loss {row['loss']:.3f}  lr {row['lr']:.2e}  "
+        f"norm {row['grad_norm']:.2f}  {row['tok_s']:,} tok/s  mfu {row['mfu']:.0%}  "
+        f"eta {clock(row['seconds'] * (1 - done) / done)}{more}"
+    )
+
+
+class Run:
+    """All that resuming needs: the model, optimizers, loss scaling and `state`, plain numbers."""
+
+    def __init__(self, model, task, args, runtime, out):
+        self.model, self.task, self.args, self.runtime, self.out = model, task, args, runtime, out
+        self.optimizers = make_optimizers(model, args)
+        self.groups = [group for o in self.optimizers for group in o.param_groups]
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == "fp16")
+        # warm_seconds: duration of the warmup; bad: evaluations since the best one
+        self.state = dict(step=0, tokens=0, seconds=0.0, warm_seconds=0.0)
+        self.state |= dict(best=math.inf, best_step=0, bad=0)
+        self.saved_at = 0.0  # seconds
+
+    def compare(self, score):
+        """Note the score of an evaluation; returns whether it is the best (smallest) one."""
+        state, better = self.state, score < self.state["best"]
+        state["bad"] = 0 if better else state["bad"] + 1
+        if better:
+            state["best"], state["best_step"] = score, state["step"]
+        return better
+
+    def save_due(self):
         """Whether it is time for a checkpoint between evaluations."""
         every, minutes = self.args.save_every, self.args.save_minutes
-        late = minutes and self.state["seconds"] - self.saved >= 60 * minutes
-        return late or bool(every and self.state["step"] % every == 0)
+        if every and self.state["step"] % every == 0:
+            return True
+        return bool(minutes and self.state["seconds"] - self.saved_at >= 60 * minutes)
 
     def save(self, best=False):
-        """Write the checkpoints and the picture. best.pt first: a crash in between costs nothing,
-        since resuming from the older last.pt would write it again."""
-        self.read_losses()  # weights that are no numbers are not to be saved
-        self.saved = self.state["seconds"]
-        # a model that is cut is saved in parts; adapters over it are small enough to be gathered
-        parts, weights, optimizers = None, {}, []
-        if self.runtime.sharded and self.task.weights is lm.unwrapped_state:
-            parts = f"parts-{self.state['step']}"
-            save_parts(self.out / parts, self.model, self.optimizers)
-        else:
-            optimizers = [whole_state(o) for o in self.optimizers]
-        if best or not parts:
-            weights = whole_tensors(self.task.weights(self.model))
+        """Write last.pt, and best.pt if this is the best evaluation. best.pt comes first: after a
+        crash in between, resuming from the older last.pt writes it again."""
+        self.saved_at, shards, weights = self.state["seconds"], None, {}
+        if self.runtime.sharded:
+            from torch.distributed import checkpoint
+            from torch.distributed.checkpoint import state_dict
+
+            shards = f"parts-{self.state['step']}"  # a folder to which each process adds its part
+            checkpoint.save(self.sharded_state(), checkpoint_id=self.out / shards)
+        if self.task.weights:
+            weights = self.task.weights(self.model)
+        elif not shards:
+            weights = {k: v.to("cpu", torch.float32) for k, v in self.model.state_dict().items()}
+        elif best:
+            options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights = state_dict.get_model_state_dict(self.model, options=options)
         if self.runtime.rank > 0:
             return
         inference = {"config": asdict(self.model.config), "model": weights, **self.task.extra}
         inference |= {"step": self.state["step"], "best": self.state["best"]}
         if best:
-            self.write("best.pt", inference)
+            lm.save_checkpoint(self.out / "best.pt", inference)
         resuming = {
-            "model": {} if parts else weights,
-            "optimizers": optimizers,
-            "parts": parts,  # the folder with weights and optimizers
+            "model": weights if self.task.weights or not shards else {},
+            "optimizers": [] if shards else [o.state_dict() for o in self.optimizers],
+            "parts": shards,
             "scaler": self.scaler.state_dict(),
             "state": dict(self.state),
             "args": vars(self.args),
             "device": self.runtime.device.type,
         }
-        self.write("last.pt", inference | resuming)
-        for old in set(self.out.glob("parts-*")) - {self.out / str(parts)}:
-            self.finish_writing()
+        lm.save_checkpoint(self.out / "last.pt", inference | resuming)
+        for old in set(self.out.glob("parts-*")) - {self.out / str(shards)}:
             shutil.rmtree(old)
-        rows = [r for r in self.log.rows if not r.get("final")]
-        curves = {k: [(r["step"], r[c]) for r in rows if c in r] for k, c in self.task.curves}
-        svg = line_svg(self.out.name, curves, "steps", self.task.unit)
-        (self.out / "loss.svg").write_text(svg, encoding="utf-8")
 
-    def write(self, name, content):
-        """Write a checkpoint. A GPU goes on meanwhile: a thread writes what is copied now."""
-        self.finish_writing()
-        if not self.runtime.ahead:
-            return lm.save_checkpoint(self.out / name, content)
-        copy = io.BytesIO()
-        torch.save(content, copy)
-        path, data = self.out / name, copy.getbuffer()
-        self.writing = self.writer.submit(write_whole, path, lambda f: f.write(data))
+    def sharded_state(self):
+        """{"optimizers", "model"}: this process's part of the optimizers' state, and of the weights
+        unless adapters alone are trained, by parameter names."""
+        from torch.distributed.checkpoint import state_dict
 
-    def finish_writing(self):
-        """Wait for the last checkpoint to be written; UserError if it could not be."""
-        if self.writing:
-            self.writing.result()
+        state = {"optimizers": state_dict.get_optimizer_state_dict(self.model, self.optimizers)}
+        if self.task.weights is None:
+            state["model"] = state_dict.get_model_state_dict(self.model)
+        return state
 
     def restore(self, content):
-        """Put back all that `save` took, except the weights (but for those in parts)."""
-        groups = [group for o in self.optimizers for group in o.param_groups]
-        own = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        if content.get("parts"):
-            load_parts(self.out / content["parts"], self.model, self.optimizers)
+        """Restore all that `save` wrote, except the weights, which the model has already (unless
+        they are in shards). Rates and decay are this call's, which may be new ones."""
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.groups]
+        if content.get("parts"):  # perhaps written by another number of processes
+            from torch.distributed import checkpoint
+
+            folder, state = self.out / content["parts"], self.sharded_state()
+            if not folder.is_dir():
+                raise UserError(f"{folder}, a part of this run's checkpoint, is gone")
+            checkpoint.load(state, checkpoint_id=folder)
+            restore = checkpoint.state_dict
+            restore.set_optimizer_state_dict(self.model, self.optimizers, state["optimizers"])
+            if "model" in state:
+                restore.set_model_state_dict(self.model, state["model"])
         else:
             for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
                 for p, moments in optimizer.state.items():
-                    for k, v in moments.items():
-                        if v.dim():  # where only new rows learn, older runs have the whole table's
-                            moments[k] = cut_like(v[-len(p) :], p)
-        groups = [group for o in self.optimizers for group in o.param_groups]
-        for group, settings in zip(groups, own):
-            group.update(settings)  # rates and decay are this call's, which may be new ones
-        if content["scaler"]:  # empty of a run in another precision
+                    moments |= {k: shard_like(v, p) for k, v in moments.items() if v.dim()}
+        self.groups = [group for o in self.optimizers for group in o.param_groups]
+        for group, values in zip(self.groups, settings):
+            group.update(values)
+        if content["scaler"]:  # empty if the run was in another precision
             self.scaler.load_state_dict(content["scaler"])
         del content["model"], content["optimizers"]  # a GPU has copies
-        s, was = self.state, content["args"]
-        s.update(content["state"])
-        if s.pop("warm", None):  # of an older run: a fraction of its limit
-            s["warm_seconds"] = s["seconds"] * min(1, self.args.warmup_steps / s["step"])
-        if any(was.get(k) != getattr(self.args, k) for k in ("max_steps", "max_minutes")):
-            s["bad"] = 0  # with another limit, --patience begins anew
+        self.state.update(content["state"])
+        self.saved_at = self.state["seconds"]
+        limits = ("max_steps", "max_minutes")
+        if any(content["args"].get(k) != getattr(self.args, k) for k in limits):
+            self.state["bad"] = 0  # with another limit, --patience begins anew
 
 
 def fit(model, task, args, runtime, out, resume=None):
-    """Train `model` on `task`, write the run to folder `out`. Returns the final metrics, or None if
-    the run to resume is over and has them.
+    """Train `model` on `task` and write the run to folder `out`. Returns the final metrics, or None
+    if the run to resume is over and has them.
 
-    Read from args: max_steps, max_minutes (None: no limit), what `make_optimizers` reads, min_lr,
-    warmup_steps, schedule, grad_clip, eval_every, save_every, save_minutes, log_every, patience,
-    seed, compile, autocast.
-    `resume` is the content of a last.pt, its weights already in the model.
-    Raises UserError at a loss that is no number, SystemExit(130 or 143) after Ctrl-C or SIGTERM,
-    the run saved.
+    Reads from args the flags of `add_optimization`, max_steps, max_minutes, seed and compile.
+    `resume` is the content of a last.pt whose weights the model already has. Raises UserError if a
+    loss is not a number, SystemExit(130 or 143) when the run is saved after Ctrl-C or SIGTERM.
     """
-    run = Run(model, task, args, runtime, out, resume)
-    if over := run.over():
-        run.log.line(over)
-        step = run.state["step"]
-        if runtime.of_first(any(r.get("final") and r["step"] == step for r in run.log.rows)):
+    run = Run(model, task, args, runtime, out)
+    if resume:
+        run.restore(resume)
+    state, evaluation = run.state, {}
+    log = Log(out, state["step"], quiet=runtime.rank > 0)
+    if over := end_reason(args, state):
+        log.line(over)
+        if runtime.of_first(any(r.get("final") and r["step"] == state["step"] for r in log.rows)):
             return None
     if runtime.rank == 0:
-        run.write_settings()
+        size = sum(p.numel() for p in model.parameters())
+        write_json(out / "settings.json", vars(args) | asdict(model.config) | {"parameters": size})
     model.train()
-    runner, precision, after_step = make_runner(model, task, args, runtime, run.state["step"])
+    runner, precision, after_step = make_runner(model, task, args, runtime, state["step"])
     clear_gradients(model)
-    with StopSignal() as stop, run.log:
-        while not run.over():
-            start, lr = time.perf_counter(), run.set_lr()
-            batches = task.batches(run.state["step"])
-            seed = args.seed, run.state["step"]
+    meter = Meter(args.log_every, run.scaler.is_enabled())
+    with StopSignal() as stop, log:
+        while not end_reason(args, state):
+            start = time.perf_counter()
+            if state["step"] <= args.warmup_steps:
+                state["warm_seconds"] = state["seconds"]
+            lr = scheduled_lr(args, state)
+            for group in run.groups:
+                group["lr"] = group["peak"] * lr / args.lr
+            batches, seed = task.batches(state["step"]), (args.seed, state["step"])
             loss, tokens = training_step(runner, task, batches, precision, run.scaler, seed)
-            clip = args.grad_clip
-            norm = optimizer_step(model, run.optimizers, run.scaler, clip, runtime.ahead)
+            norm = optimizer_step(model, run.optimizers, run.scaler, args.grad_clip, runtime)
             after_step()
+
+            # count the step; a GPU is waited for at each line and each tenth step only
+            state["step"] += 1
+            state["tokens"] += tokens
+            meter.unread.append((loss.float(), norm.float()))
+            log_now = state["step"] % args.log_every == 0
+            if log_now or state["step"] % 10 == 0 or not runtime.asynchronous:
+                meter.read(state["step"])
+            # one clock for all processes: they must agree on when the time is up
+            seconds = runtime.total(time.perf_counter() - start)[0] / runtime.world
+            state["seconds"] += seconds
             length = sum(b[0].numel() for b in batches) / sum(len(b[0]) for b in batches)
-            run.log_step(loss, norm, tokens, length, start, lr)
-            if runtime.total(stop.number)[0]:
-                run.save()
-                run.finish_writing()
-                step = run.state["step"]
-                run.log.line(f"stopped at step {step}, saved: go on with --resume {out}")
+            flops = tokens * lm.flops_per_token(model.config, length)
+            meter.speeds.append((tokens, flops, seconds))
+            done = fraction_done(args, state["step"], state["seconds"])
+            if log_now or done >= 1:
+                row, metrics = meter.row(state, lr, runtime), task.metrics()
+                log.write(**row, **metrics)
+                log.line(step_line(row, metrics, args, done), rewrite=True)
+
+            # evaluate, save, stop
+            stopping, better = runtime.total(stop.number)[0], False
+            evaluate_now = done >= 1 or state["step"] % args.eval_every == 0
+            if evaluate_now and not stopping:
+                evaluation = {"step": state["step"], **task.evaluate(model, False)}
+                better = run.compare(task.score(evaluation))
+                log.write(**evaluation)
+                log.line(eval_line(evaluation) + ("  best" if better else ""))
+            if stopping or evaluate_now or run.save_due():
+                meter.read(state["step"])  # weights that are not numbers are not to be saved
+                run.save(better)
+                log.draw(task.curves, task.unit)
+            if stopping:
+                log.line(f"stopped at step {state['step']}, saved: go on with --resume {out}")
                 raise SystemExit(128 + (stop.number or signal.SIGINT))
-            if run.state["step"] % args.eval_every == 0 or run.progress() >= 1:
-                run.evaluate_and_save()
-            elif run.wants_saving():
-                run.save()
-    if not over and run.progress() < 1:
-        run.log.line(run.over())
-    final = run.last  # it may have been of this step and the whole split
-    if final.get("step") != run.state["step"] or final.get("val_share", 1) < 1:
-        final = {"step": run.state["step"], **task.evaluate(model, True)}
-        run.log.line(eval_line(final))
-    final["final"] = True
-    run.log.write(**final)
-    run.finish_writing()
-    return {**final, **run.state}
+    if not over and done < 1:
+        log.line(end_reason(args, state))
+    # the last evaluation may have been of this step and of the whole split
+    if evaluation.get("step") != state["step"] or evaluation.get("val_share", 1) < 1:
+        evaluation = {"step": state["step"], **task.evaluate(model, True)}
+        log.line(eval_line(evaluation))
+    evaluation["final"] = True
+    log.write(**evaluation)
+    return {**evaluation, **state}
 
 
 # --------------------------------------------------------------------------------------------
@@ -709,7 +807,7 @@ def add_machine(add):
     """Give a parser's group, by its add_argument, the flags of any run: where it is computed, and
     how it goes on."""
     add("--resume", nargs="?", const="", help="go on with this run (default: the newest one)")
-    add("--seed", type=int, help="of weights, adapters, batches and dropout")
+    add("--seed", type=at_least(0), help="of weights, adapters, batches and dropout")
     add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
     add("--dtype", type=dtype_name,
         help="auto (default), fp32, bf16, fp16: precision of matrix products")
@@ -717,7 +815,7 @@ def add_machine(add):
         help="torch.compile the model (default: on GPUs since Ampere)")
     add("--grad_checkpoint", action="store_true", default=None, help="less memory, slower")
     add("--shard", action=argparse.BooleanOptionalAction,
-        help="cut model and optimizer over torchrun's processes, in place of a copy in each")
+        help="split model and optimizer over torchrun's processes instead of copying them")
     add("--autocast", action="store_true", default=None,
         help="bf16 on a CPU without a bf16 copy of the weights")
 
@@ -726,29 +824,31 @@ def add_optimization(p):
     """Give a parser the flags that `fit` reads whatever is being learned; returns add_argument of
     their group."""
     add = p.add_argument_group("optimization").add_argument
-    add("--grad_accum", type=int, help="micro-batches a step and process")
+    beta = number(float, "from 0 to below 1", lambda v: 0 <= v < 1)
+    add("--grad_accum", type=at_least(1), help="micro-batches a step and process")
     add("--optimizer", choices=("adamw", *OPTIMIZERS), help="of the matrices inside blocks")
-    add("--lr", type=float, help="peak learning rate")
-    add("--embed_lr", type=float, help="of the embedding table")
-    add("--head_lr", type=float, help="of an untied head")
+    add("--lr", type=positive, help="peak learning rate")
+    add("--embed_lr", type=positive, help="of the embedding table")
+    add("--head_lr", type=positive, help="of an untied head")
     for name, (_, rate) in OPTIMIZERS.items():
-        add(f"--{name}_lr", type=float, help=f"peak, with {name} (pretraining: {rate})")
-    add("--min_lr", type=float, help="where the schedule ends")
-    add("--warmup_steps", type=int, help="steps of linear warmup")
+        add(f"--{name}_lr", type=positive, help=f"peak, with {name} (pretraining: {rate})")
+    add("--min_lr", type=at_least(0, float), help="where the schedule ends")
+    add("--warmup_steps", type=at_least(0), help="steps of linear warmup")
     add("--schedule", choices=tuple(SCHEDULES), help="after the warmup")
-    add("--weight_decay", type=float, help="of the matrices inside blocks")
-    add("--beta1", type=float, help="AdamW's first beta")
-    add("--beta2", type=float, help="AdamW's second beta")
-    add("--grad_clip", type=float, help="largest gradient norm; 0 is no clipping")
-    add("--eval_every", type=int, help="steps between evaluations, each with a checkpoint")
-    add("--save_every", type=int, help="steps between checkpoints beside those; 0 is none")
-    add("--save_minutes", type=float, help="minutes between them; 0 is none")
-    add("--log_every", type=int, help="steps between lines")
-    add("--patience", type=int, help="stop after so many evaluations without a better one; 0 never")
+    add("--weight_decay", type=at_least(0, float), help="of the matrices inside blocks")
+    add("--beta1", type=beta, help="AdamW's first beta")
+    add("--beta2", type=beta, help="AdamW's second beta")
+    add("--grad_clip", type=at_least(0, float), help="largest gradient norm; 0 is no clipping")
+    add("--eval_every", type=at_least(1), help="steps between evaluations, each with a checkpoint")
+    add("--save_every", type=at_least(0), help="steps between further checkpoints; 0 is none")
+    add("--save_minutes", type=at_least(0, float), help="minutes between them; 0 is none")
+    add("--log_every", type=at_least(1), help="steps between lines")
+    add("--patience", type=at_least(0),
+        help="stop after so many evaluations without a better one; 0 never")
     return add
 
 
-# The fields of a shape that are flags; a rope_scaling comes with models of the Hub alone
+# The fields of a shape that are flags; a rope_scaling only comes with models of the Hub
 SHAPE = tuple(f.name for f in fields(lm.Config) if f.name != "rope_scaling")
 
 
@@ -764,26 +864,25 @@ def build_parser():
     add_machine(add)
     add("--prompt", help="of the sample at the end (default: how the validation text begins)")
     add = add_optimization(p)
-    add("--max_steps", type=int, help=f"default {DEFAULT_STEPS} if --max_minutes is not given")
-    add("--max_tokens", type=float, help="also a limit: training tokens, 1e9 for example")
-    add("--max_minutes", type=float,
+    add("--max_steps", type=at_least(1),
+        help=f"default {DEFAULT_STEPS} if --max_minutes is not given")
+    add("--max_tokens", type=at_least(1, float), help="training tokens, 1e9 for example")
+    add("--max_minutes", type=positive,
         help=f"of training, evaluation not counted (default {DEFAULT_MINUTES} if --max_steps is "
-        "not given); with both, whichever comes first")
-    add("--batch_size", type=int, help="rows a micro-batch (and process)")
-    add("--total_batch_tokens", type=int,
+        "not given); with several limits, whichever comes first")
+    add("--batch_size", type=at_least(1), help="rows a micro-batch (and process)")
+    add("--total_batch_tokens", type=at_least(1),
         help="tokens a step of all processes, in place of --grad_accum")
-    add("--eval_tokens", type=int,
+    add("--eval_tokens", type=at_least(0),
         help="validation tokens an evaluation reads; 0 is all (the last one always reads all)")
     shape = p.add_argument_group("model shape, in place of the preset's (see model.Config)")
     for name in SHAPE:
         kind = type(getattr(lm.PRESETS["tiny"], name))
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
+        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if kind is str:
-            how["choices"] = tuple(getattr(lm, f"{name.upper()}S"))
-        shape.add_argument(f"--{name}", help=f"Config.{name}", **how)
+            options["choices"] = tuple(getattr(lm, f"{name.upper()}S"))
+        shape.add_argument(f"--{name}", help=f"Config.{name}", **options)
     return p
-
-
 # fmt: on
 
 
@@ -793,162 +892,203 @@ def optimizer_rates():
 
 
 def resolve(args):
-    """Fill in every flag the user left out. Returns (args, the checkpoint to resume or None).
+    """Fill in every flag that the user left out. Returns (args, the checkpoint to resume or None).
 
-    What was given wins; a resumed run's own settings come next, then the recipe of the preset.
+    The flags given win; then come the settings of the run that is resumed, or the recipe.
     """
     given = {k: v for k, v in vars(args).items() if v is not None}
     shape = {*SHAPE, "preset", "ckpt"}
-    fixed = shape | {"optimizer", "seed"}  # what a run cannot change on its way
+    content = None
+    if {"grad_accum", "total_batch_tokens"} <= set(given):
+        raise UserError("--grad_accum follows from --total_batch_tokens: give one of them")
     if args.resume is not None:
-        settings, content = resumed_settings(args, given, fixed, lm.load_checkpoint)
+        settings, content = resumed_settings(args, given, shape | {"optimizer", "seed"})
     else:
-        content = None
-        if "ckpt" in given and (shaped := sorted(shape & set(given) - {"ckpt", "context"})):
-            raise UserError(f"--{shaped[0]} cannot be given with --ckpt, which brings its shape")
+        if "ckpt" in given and (changed := sorted(shape & set(given) - {"ckpt", "context"})):
+            raise UserError(f"--{changed[0]} cannot be given with --ckpt, which brings its shape")
         preset, optimizer = given.get("preset", "tiny"), given.get("optimizer", "adamw")
         settings = RECIPE | RECIPES.get(optimizer, {}) | RECIPES.get(preset, {})
         settings |= GOING_ON if "ckpt" in given else optimizer_rates()
         settings = {"data": "stdlib", "preset": preset} | settings | given
         if not {"max_steps", "max_tokens", "max_minutes"} & set(given):
             settings |= dict(max_steps=DEFAULT_STEPS, max_minutes=DEFAULT_MINUTES)
-    if {"grad_accum", "total_batch_tokens"} <= set(given):
-        raise UserError("--grad_accum follows from --total_batch_tokens: give one of them")
     if "grad_accum" in given:
         settings["total_batch_tokens"] = None
-    args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
-    check_limits(settings)
-    return args, content
+    return argparse.Namespace(**{k: settings.get(k) for k in vars(args)}), content
 
 
-def build_model(args, content, meta, tokenizer):
+def resumed_settings(args, given, fixed):
+    """(settings, content of last.pt) of the run that --resume names: its own settings, changed by
+    the flags `given` now. UserError if one of the `fixed` flags would change."""
+    run = Path(args.resume) if args.resume else newest_run()
+    path = run / "last.pt" if run.is_dir() else run
+    if run.is_dir() and not path.exists():
+        advice = f"--ckpt {run} starts from its weights" if any(run.glob("*.pt")) else "start anew"
+        raise UserError(f"{run} has no last.pt to resume: {advice}")
+    content = lm.load_checkpoint(path, resuming=True)
+    if "args" not in content:
+        raise UserError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
+    if ("objective" in content["args"]) != ("objective" in vars(args)):
+        script = "finetune.py" if "objective" in content["args"] else "train.py"
+        raise UserError(f"{path} was written by {script}: resume it with that, or name another run")
+    if "out" in given:
+        raise UserError(f"--out cannot be given with --resume, which goes on in {path.parent}")
+    inherited = {k: v for k, v in content["args"].items() if v is not None}
+    if changed := [k for k in given if k in fixed and given[k] != inherited.get(k)]:
+        raise UserError(f"--{changed[0]} cannot change when resuming {path}")
+    limits = dict.fromkeys(("max_steps", "max_tokens", "max_minutes", "epochs"))
+    if set(limits) & set(given):  # a new limit replaces the old ones
+        inherited |= limits
+    if int(os.environ.get("RANK", 0)) == 0:
+        new = " and ".join(f"{k} {v}" for k, v in given.items() if k != "resume")
+        but = f", but {new}" if new else ""
+        print(f"resuming {path} at step {content['step']}; settings are the run's own{but}")
+    if "dtype" in given:
+        content.pop("device", None)  # the given dtype is kept on another device, too
+    return inherited | given | {"out": str(path.parent)}, content
+
+
+def build_model(args, content, folder, meta, tokenizer):
     """The model to train: resumed, from --ckpt, or new in the preset's shape."""
-    if content is None and args.ckpt:
+    resuming = content is not None
+    if args.ckpt and not resuming:
         content = lm.load_checkpoint(args.ckpt)
-    if content is not None and "adapter" in content:
-        raise UserError(f"{args.ckpt} is an adapter: merge it first (python lora.py merge)")
-    if content is not None:
-        if args.resume is not None and content.get("data") != data_hashes(meta):
+    if content is None:
+        changes = {k: getattr(args, k) for k in SHAPE if getattr(args, k) is not None}
+        # a multiple of 64 suits the hardware and leaves rows for a chat's special tokens
+        changes.setdefault("vocab_size", lm.padded_vocab(tokenizer.n_vocab))
+        try:
+            model = lm.Transformer(lm.preset(args.preset, **changes))
+        except RuntimeError as e:  # torch could not allocate it, or its size overflows
+            reason = str(e).split("\n")[0]
+            raise UserError(f"a model of this size cannot be built here ({reason})") from e
+    else:
+        if "adapter" in content:
+            raise UserError(f"{args.ckpt} is an adapter: merge it first (python lora.py merge)")
+        if resuming and content.get("data") != data_hashes(meta):
             raise UserError(
-                f"{args.data} is not the text that the run began with: resume with that one, or "
+                f"{folder} is not the text that the run began with: resume with that one, or "
                 f"start a new run from these weights with --ckpt"
             )
         if not Tokenizer(content["tokenizer"]).same_ids(tokenizer):
             theirs = Tokenizer(content["tokenizer"]).name
             raise UserError(
-                f"the checkpoint's tokenizer is {theirs}, that of {args.data} {tokenizer.name} (or "
+                f"the checkpoint's tokenizer is {theirs}, that of {folder} {tokenizer.name} (or "
                 f"one with other tokens): prepare the text with the same one (prepare_data.py "
                 f"--tokenizer takes a prepared folder, and a model of the Hub)"
             )
-        # one that is to be cut stays mapped from its file, so that no process ever holds all of it
-        where = args.ckpt if args.resume is None else args.out
+        # with --shard it stays mapped from its file, so that no process ever holds all of it
         dtype = None if args.shard else torch.float32
-        model = lm.model_from_checkpoint(content, dtype=dtype, where=where)
-        size = max(tokenizer.n_vocab, model.config.vocab_size)  # it may lack the end of text
-        if args.resume is None:
+        where = args.out if resuming else args.ckpt
+        model = lm.model_from_checkpoint(content, dtype=dtype, where=where).train()
+        if not resuming:
+            size = max(tokenizer.n_vocab, model.config.vocab_size)  # it may lack the end of text
             model.grow_vocabulary(lm.padded_vocab(size), model.config.vocab_size)
-        model.train()
-    else:
-        changes = {k: getattr(args, k) for k in SHAPE if getattr(args, k) is not None}
-        # a multiple of 64 suits the hardware and leaves rows for a chat's special tokens
-        changes.setdefault("vocab_size", lm.padded_vocab(tokenizer.n_vocab))
-        model = lm.Transformer(lm.preset(args.preset, **changes))
     if meta["largest_id"] >= model.config.vocab_size:
         raise UserError(
-            f"token id {meta['largest_id']} in {args.data} is not below the model's vocab_size "
+            f"token id {meta['largest_id']} in {folder} is not below the model's vocab_size "
             f"{model.config.vocab_size}"
         )
     model.grad_checkpoint = bool(args.grad_checkpoint)
     return model
 
 
-def settle_context(args, model):
-    """Fill in --context, the length of training windows: a checkpoint's model may be able to look
-    at more. UserError if it is less."""
+def check_context(context, model):
+    """The length of training rows: --context, or the model's. UserError if the model's is less."""
     most = model.config.context
-    args.context = most if args.context is None else args.context
-    if not 2 <= args.context <= most:
-        raise UserError(f"--context {args.context} must be from 2 to the model's {most}")
+    if context is not None and not 2 <= context <= most:
+        raise UserError(f"--context {context} must be from 2 to the model's {most}")
+    return context or most
 
 
-def settle_steps(args, tokens, world):
-    """Fill in --grad_accum and --total_batch_tokens, each from the other, and --max_steps from
-    --max_tokens, for micro-batches of so many tokens in each of `world` processes. A run that goes
-    on in more or fewer processes keeps its tokens a step, and so the order of its rows."""
-    total = args.total_batch_tokens or tokens * world * args.grad_accum
-    args.total_batch_tokens, args.grad_accum = total, total // (tokens * world)
-    if total % (tokens * world) or not args.grad_accum:
+def settle(args, model, runtime):
+    """`args` completed by what follows from the model and the machine: context, precision, steps,
+    accumulation, learning rates. After this only the folders, `data` and `out`, are filled in."""
+    a = argparse.Namespace(**vars(args))
+    a.dtype, a.context = runtime.dtype, check_context(args.context, model)
+    # of accumulation and tokens a step either follows from the other; a run that goes on in another
+    # number of processes keeps its tokens a step, and so the order of its rows
+    tokens = a.batch_size * a.context * runtime.world
+    a.total_batch_tokens = a.total_batch_tokens or tokens * a.grad_accum
+    a.grad_accum, rest = divmod(a.total_batch_tokens, tokens)
+    if rest:
         raise UserError(
-            f"--total_batch_tokens {total} is no multiple of {tokens * world}: in {world} "
-            f"process(es) each micro-batch has {tokens} tokens (--batch_size x --context)"
+            f"--total_batch_tokens {a.total_batch_tokens} is not a multiple of {tokens}, the "
+            f"--batch_size x --context of {runtime.world} process(es)"
         )
-    if args.max_tokens:
-        args.max_steps = min(args.max_steps or math.inf, math.ceil(args.max_tokens / total))
-
-
-def settle_rates(args, model):
-    """Fill in the learning rates of a run that goes on from weights, where none are given: smaller
-    for larger models, 1e-3 for the default shape, 6e-5 for GPT-2. The trials: tests/BENCHMARKS.md.
-    """
-    if not args.ckpt:
-        return
-    if args.lr is None:
+    if a.max_tokens:
+        a.max_steps = min(a.max_steps or math.inf, math.ceil(a.max_tokens / a.total_batch_tokens))
+    if a.ckpt:  # lower rates for larger models: 1e-3 for the default shape, 6e-5 for GPT-2
         size = sum(p.numel() for p in model.parameters())
-        args.lr = float(f"{min(1e-3, 15 / size ** (2 / 3)):.1e}")
-    for name, rate in optimizer_rates().items():
-        setattr(args, name, getattr(args, name) or rate * args.lr / 2e-3)  # half where lr is 1e-3
-    if model.config.init == "zero_out":  # about the ratios of RECIPE
-        args.embed_lr, args.head_lr = args.embed_lr or 10 * args.lr, args.head_lr or 3 * args.lr
+        a.lr = a.lr or float(f"{min(1e-3, 15 / size ** (2 / 3)):.1e}")
+        for name, rate in optimizer_rates().items():
+            setattr(a, name, getattr(a, name) or rate * a.lr / 2e-3)  # half of it where lr is 1e-3
+        if model.config.init == "zero_out":  # about the ratios of RECIPE
+            a.embed_lr, a.head_lr = a.embed_lr or 10 * a.lr, a.head_lr or 3 * a.lr
+    return a
 
 
-def closing_lines(model, tokenizer, runtime, meta, result, out, prompt_ids):
+def header(model, args, runtime, tokens, per_batch, length):
+    """The lines before the first step: what is trained, on what, and what it will take. The text
+    has `tokens`, a micro-batch `per_batch`, a row `length` of them."""
+    c, n = model.config, lm.count_parameters(lm.meta_model(model.config))["total"]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = f", {trained:,} trained ({trained / n:.2%})" if trained != n else ""
+    memory = memory_needed(model, per_batch) / 2**20
+    per_step = per_batch * args.grad_accum * runtime.world
+    lines = [
+        f"device {runtime.device}, {runtime.dtype}, {runtime.world} process(es), matmul peak "
+        f"{runtime.peak / 1e9:,.0f} GFLOP/s",
+        f"{n:,} parameters{share}: {c.n_layer} layers x {c.d_model}, {c.n_head} heads, context "
+        f"{c.context}, vocabulary {c.vocab_size:,}",
+        f"{tokens:,} training tokens, {tokens / n:.2g} per parameter (Chinchilla advises 20)",
+        f"memory about {memory:,.0f} MB; {per_step:,} tokens a step",
+    ]
+    if args.max_steps:
+        flops = lm.flops_per_token(c, length) * per_step * args.max_steps
+        least = clock(flops / (runtime.peak * runtime.world))
+        lines[-1] += f"; {args.max_steps:,} steps take {least} at least, by the matmul peak"
+    if args.max_minutes:
+        lines.append(f"stops after {args.max_minutes:g} minutes of training at the latest")
+    return lines
+
+
+def closing_text(model, tokenizer, meta, result, out, prompt_ids):
     """What is printed at the end: figures, xz's beside them, and a sample."""
     from sample import allowed_ids, generate  # not above: training is read before sampling
 
-    lines = [
-        f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
-        f"best val loss {result['best']:.4f} at step {result['best_step']}",
-    ]
-    if meta.get("xz_bits_per_byte") and result.get("val_bpb"):
-        lines.append(
-            f"held-out text: {result['val_bpb']:.3f} bits per byte; xz -9e takes "
-            f"{meta['xz_bits_per_byte']:.3f}"
-        )
     prompt_ids = prompt_ids[: model.config.context]
     allowed = allowed_ids(model, tokenizer)
     with lm.evaluating(model):
         rows = generate(model, [prompt_ids], 160, temperature=0.8, top_p=0.95, allowed=allowed)
-        ids = [row[0] for row in rows]
-    text = printable(tokenizer.decode(prompt_ids + ids))
-    lines += ["", f"--- a sample ({len(prompt_ids)} tokens of prompt) ---", text, "---"]
-    lines.append(f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg")
-    lines.append(f"write with it: python sample.py --ckpt {out}")
-    return lines
+        text = printable(tokenizer.decode(prompt_ids + [row[0] for row in rows]))
+    bpb, xz = result.get("val_bpb"), meta.get("xz_bits_per_byte")
+    lines = f"held-out text: {bpb:.3f} bits per byte; xz -9e takes {xz:.3f}\n" if bpb and xz else ""
+    return (
+        f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
+        f"best val loss {result['best']:.4f} at step {result['best_step']}\n{lines}\n"
+        f"--- a sample ({len(prompt_ids)} tokens of prompt) ---\n{text}\n---\n"
+        f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg\n"
+        f"write with it: python sample.py --ckpt {out}"
+    )
 
 
 def main(argv=None):
     args, content = resolve(build_parser().parse_args(argv))
     folder = find_data(args.data, resuming=content is not None)
-    args.data = str(folder)
-    meta = read_meta(folder)
+    meta, train, val = read_meta(folder), read_tokens(folder, "train"), read_tokens(folder, "val")
     tokenizer = Tokenizer(meta["tokenizer"])
     torch.manual_seed(args.seed)
-    try:
-        model = build_model(args, content, meta, tokenizer)
-    except RuntimeError as e:  # torch could not allocate it, or its size overflows
-        reason = str(e).split("\n")[0]
-        raise UserError(f"a model of this size cannot be built here ({reason})") from e
-    was, wide = (content or {}).get("device"), model.config.d_model >= 512
-    runtime = make_runtime(args.device, args.dtype, wide, was)
-    args.dtype = runtime.dtype
+    model = build_model(args, content, folder, meta, tokenizer)
+    previous, wide = (content or {}).get("device"), model.config.d_model >= 512
+    runtime = make_runtime(args.device, args.dtype, wide, previous)
     place(model, args, runtime)
-    train, val = read_tokens(folder, "train"), read_tokens(folder, "val")
-    settle_context(args, model)
-    settle_rates(args, model)
-    settle_steps(args, args.batch_size * args.context, runtime.world)
+    args = settle(args, model, runtime)
+    per_batch = args.batch_size * args.context
     loader = TokenLoader(train, args.context, args.seed)
-    check_memory(model, args.batch_size * args.context, runtime)
-    out = run_folder(args, content, folder.name, runtime)
+    check_memory(model, per_batch, runtime)
+    out = Path(args.out) if content else run_folder(args.out, folder.name, runtime)
+    args.data, args.out = str(folder), str(out)
     task = Task(
         batches=lambda step: micro_batches(
             loader, step, args.batch_size, args.grad_accum, runtime.rank, runtime.world
@@ -959,17 +1099,16 @@ def main(argv=None):
         ),
         extra={"tokenizer": tokenizer.spec, "data": data_hashes(meta)},
         loss=lambda m, ids, targets: m(ids, targets, places=slice(None)),  # none is -100
-    )
+    )  # fmt: skip
     if runtime.rank == 0:
-        per_batch = args.batch_size * args.context
-        about = header(model, args, runtime, len(train), per_batch, args.context)
-        print("\n".join([f"{out}: {folder}, {tokenizer.name}, {args.optimizer}", *about]))
+        lines = header(model, args, runtime, len(train), per_batch, args.context)
+        print("\n".join([f"{out}: {folder}, {tokenizer.name}, {args.optimizer}", *lines]))
 
     def report(result):
         prompt = tokenizer.encode(args.prompt) if args.prompt else val[:16].tolist()
-        lines = closing_lines(model, tokenizer, runtime, meta, result, out, prompt)
+        text = closing_text(model, tokenizer, meta, result, out, prompt)
         if runtime.rank == 0:
-            print("\n".join(lines))
+            print(text)
 
     launch(partial(fit, model, task, args, runtime, out, content), report, runtime, out)
 

@@ -7,12 +7,12 @@ from data.cli import UserError
 
 
 def word_vector(word, tokenizer, table):
-    """(embedding, ids) of a word: of its single token, best with a space before it as words have in
-    running text, else the mean of its tokens."""
-    ways = [tokenizer.encode(" " + word), tokenizer.encode(word)]
-    ids = next((w for w in ways if len(w) == 1), ways[1])
+    """(embedding, ids) of a word: of its single token, preferably the one with a space before it,
+    as in running text; else the mean of its tokens."""
+    spellings = [tokenizer.encode(" " + word), tokenizer.encode(word)]
+    ids = next((ids for ids in spellings if len(ids) == 1), spellings[1])
     if not ids or max(ids) >= len(table):
-        raise UserError(f"--analogy: the model knows no {word!r}")
+        raise UserError(f"--analogy: {word!r} is not in the model's vocabulary")
     return table[ids].float().mean(0), ids
 
 
@@ -22,23 +22,19 @@ def analogy(expression, tokenizer, table, choices=(), n=10):
     table (V, C) is the embedding table. Candidates are `choices`, or all tokens but those of the
     expression. Mikolov et al. 2013: directions between words carry meaning.
     """
-    parts = re.findall(r"([+-]?)\s*([^\s+-]+)", expression)
-    if not parts:
-        raise UserError(f"--analogy {expression!r}: words with + and - between them, please")
-    goal, used = torch.zeros(table.shape[1]), set()
-    for sign, word in parts:
+    terms = re.findall(r"([+-]?)\s*([^\s+-]+)", expression)
+    if not terms:
+        raise UserError(f"--analogy {expression!r} must be words with + and - between them")
+    goal, used, candidates = torch.zeros(table.shape[1]), set(), list(choices)
+    for sign, word in terms:
         vector, ids = word_vector(word, tokenizer, table)
         goal = goal - vector if sign == "-" else goal + vector
         used.update(ids)
     if choices:
-        names, vectors = list(choices), [word_vector(c, tokenizer, table)[0] for c in choices]
-        near = torch.cosine_similarity(torch.stack(vectors), goal, dim=-1)
+        vectors = torch.stack([word_vector(word, tokenizer, table)[0] for word in choices])
     else:
-        known = [
-            i for i in range(min(tokenizer.n_vocab, len(table))) if tokenizer.byte_lengths[i] > 0
-        ]
-        known = [i for i in known if i not in used]
-        names = [tokenizer.decode([i]) for i in known]
-        near = torch.cosine_similarity(table[known].float(), goal, dim=-1)
-    best = near.topk(min(n, len(names)))
-    return [(names[i], s) for s, i in zip(best.values.tolist(), best.indices.tolist())]
+        lengths = tokenizer.byte_lengths[: len(table)]
+        ids = [i for i, length in enumerate(lengths) if length > 0 and i not in used]
+        candidates, vectors = [tokenizer.decode([i]) for i in ids], table[ids].float()
+    best = torch.cosine_similarity(vectors, goal, dim=-1).topk(min(n, len(candidates)))
+    return [(candidates[i], c) for c, i in zip(best.values.tolist(), best.indices.tolist())]

@@ -1,9 +1,9 @@
-"""OpenAI's API: requests checked and turned into jobs; what becomes of them is in data/answer.py.
+"""OpenAI's API: checks requests and turns them into jobs; data/answer.py has the answers.
 
-Chat completions, completions and models, as https://platform.openai.com/docs/api-reference has
-them. Beyond it: top_k, min_p, repetition_penalty, stop_token_ids, min_tokens and ignore_eos;
-`truncation: "auto"` leaves the oldest turns out where a conversation exceeds the context. A field
-that would change the answer and is not supported is refused; others are ignored.
+Chat completions, completions and models as in https://platform.openai.com/docs/api-reference, and
+also top_k, min_p, repetition_penalty, stop_token_ids, min_tokens, ignore_eos, and
+`truncation: "auto"`, which leaves out the oldest turns of a conversation that exceeds the context.
+A field that would change the answer and is not supported is an error; other fields are ignored.
 """
 import json
 import queue
@@ -11,133 +11,96 @@ import re
 import secrets
 import time
 
-from data.answer import Answer, ApiError, Choice, finite
-from data.chat import chat_prompt, content_text, find_template, prompt_ids, read_call
+from data.answer import Answer, ApiError, Choice
+from data.chat import content_text, get_template, read_call
 from data.reply import Reply
 from data.scheduler import Job
 
-# --------------------------------------------------------------------------------------------
-# Requests
-# --------------------------------------------------------------------------------------------
-
-# field: (its types, the least, the most)
-NUMBERS = {
-    "temperature": ((int, float), 0, 2),
-    "top_p": ((int, float), 0, 1),
-    "min_p": ((int, float), 0, 1),
-    "top_k": ((int,), 0, 2**31),
-    "repetition_penalty": ((int, float), 0.01, 100),
-    "frequency_penalty": ((int, float), -2, 2),
-    "presence_penalty": ((int, float), -2, 2),
-    "max_tokens": ((int,), -1, 2**31),
-    "max_completion_tokens": ((int,), -1, 2**31),
-    "min_tokens": ((int,), 0, 2**31),
-    "n": ((int,), 1, 16),
-    "seed": ((int,), -(2**63), 2**63 - 1),
-    "top_logprobs": ((int,), 0, 20),
-    "logprobs": ((int,), 0, 20),
-}
-TURNS = ("add_generation_prompt", "continue_final_message")  # where the prompt of a chat ends
-FLAGS = ("stream", "echo", "ignore_eos", "parallel_tool_calls", *TURNS)
-# Fields of OpenAI's, vLLM's and llama.cpp's servers that would change the answer and are not
-# supported: (their names, the values that change nothing).
+# Fields of OpenAI's and vLLM's servers that would change the answer and are not supported, with
+# the values that change nothing.
 UNSUPPORTED = (
     ("response_format", {"type": "text"}),
     ("function_call", "none"),
-    ("modalities", [], ["text"]),
+    ("modalities", ["text"]),
     ("reasoning_effort verbosity", "medium"),
-    ("reasoning_format", "auto", "deepseek"),
-    ("include_reasoning skip_special_tokens parse_tool_calls", True),
-    ("length_penalty typical_p repeat_penalty", 1),
-    ("n_predict thinking_token_budget top_n_sigma", -1),
-    ("prompt_logprobs truncate_prompt_tokens guided_json json_schema",),
+    ("skip_special_tokens", True),
+    ("prompt_logprobs truncate_prompt_tokens guided_json",),
     (
-        "functions suffix audio prediction web_search_options use_beam_search early_stopping "
-        "guided_regex guided_choice guided_grammar structured_outputs structural_tag "
-        "grammar logits_processors allowed_token_ids bad_words documents chat_template "
-        "include_stop_str_in_output prompt_embeds mm_processor_kwargs logprob_token_ids "
-        "return_token_ids return_tokens_as_token_ids return_tokens post_sampling_probs n_probs "
-        "response_fields mirostat dynatemp_range xtc_probability dry_multiplier min_keep samplers "
-        "input_prefix input_suffix input_extra image_data lora t_max_predict_ms",
-        False, 0, "", [], {},
+        "functions suffix audio prediction web_search_options guided_regex guided_choice "
+        "guided_grammar structured_outputs use_beam_search allowed_token_ids bad_words "
+        "include_stop_str_in_output",
+        False, "", [], {},
     ),
 )  # fmt: skip
+TURNS = ("add_generation_prompt", "continue_final_message")  # where the prompt of a chat ends
+
+
+def number(low, high, types=(int, float)):
+    """An entry of `field_rules`: numbers from `low` to `high`."""
+    wanted = f"{'a number' if float in types else 'an integer'} from {low} to {high}"
+    return wanted, lambda value: type(value) in types and low <= value <= high
+
+
+def is_list(value, is_valid):
+    """Whether `value` is a list of valid items."""
+    return isinstance(value, list) and all(map(is_valid, value))
+
+
+def field_rules(body, chat, size):
+    """{field: (what its value must be, whether a value is that)}. `size` is the vocabulary's."""
+    flag = "true or false", lambda value: type(value) is bool
+    mapping = "an object", lambda value: isinstance(value, dict)
+    limit, bias = number(0 if body.get("echo") else 1, 2**31, (int,)), number(-100, 100)[1]
+    ids = f"ids from 0 to {size - 1}"
+    return {
+        **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls", *TURNS), flag),
+        **dict.fromkeys(("stream_options", "chat_template_kwargs"), mapping),
+        **dict.fromkeys(("max_tokens", "max_completion_tokens"), limit),
+        **dict.fromkeys(("frequency_penalty", "presence_penalty"), number(-2, 2)),
+        **dict.fromkeys(("top_p", "min_p"), number(0, 1)),
+        **dict.fromkeys(("top_k", "min_tokens"), number(0, 2**31, (int,))),
+        "temperature": number(0, 2),
+        "repetition_penalty": number(0.01, 100),
+        "n": number(1, 16, (int,)),
+        "seed": number(-(2**63), 2**63 - 1, (int,)),
+        "logprobs": flag if chat else number(0, 20, (int,)),
+        "top_logprobs": number(0, 20, (int,)),
+        "stop": ("a text, or a list of at most 4 texts", lambda value: isinstance(value, str) or (
+            is_list(value, lambda text: isinstance(text, str)) and len(value) <= 4)),
+        "stop_token_ids": (f"a list of {ids}", lambda value: is_list(
+            value, lambda i: type(i) is int and 0 <= i < size)),
+        "logit_bias": (f'{{"ID": bias}}, {ids}, biases from -100 to 100', lambda value: (
+            isinstance(value, dict) and is_list([*value.values()], bias)
+            and is_list([*value], lambda i: re.fullmatch("[0-9]{1,9}", i) and int(i) < size))),
+    }  # fmt: skip
 
 
 def parse_body(raw):
-    """The JSON object of a request's body; ApiError if it is none."""
-
-    def no_number(name):
-        raise ValueError(f"{name} is no JSON")
-
+    """The JSON object in the body of a request, without its null fields."""
     try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=no_number)
-        json.dumps(body, ensure_ascii=False).encode()  # half of a pair, \ud83d, is no text
+        body = json.loads(raw.decode("utf-8"))
+        json.dumps(body, ensure_ascii=False).encode()  # a lone surrogate, \ud83d, is not text
     except (ValueError, RecursionError) as e:
-        reason = "nested too deeply" if isinstance(e, RecursionError) else str(e)
-        raise ApiError(400, f"the body is no JSON in UTF-8: {reason}") from e
+        raise ApiError(400, f"the body is not JSON in UTF-8: {e}") from e
     if not isinstance(body, dict):
-        raise ApiError(400, "the body is no JSON object")
-    if "max_tokens" in body and body["max_tokens"] is None:
-        body["max_tokens"] = -1  # no limit; a completion that does not name it has 16
+        raise ApiError(400, "the body is not a JSON object")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if name in body and body[name] in (None, -1):
+            body[name] = 2**31  # no limit; a completion without this field has 16
     return {k: v for k, v in body.items() if v is not None}
 
 
-def check_fields(body, chat):
-    """ApiError for a number or flag of a wrong type or outside of its limits, and for what is not
-    supported. A limit of -1 becomes one that is never reached."""
-    own = ("best_of", body.get("n", 1)), ("add_special_tokens", not chat)
-    for names, *harmless in (*UNSUPPORTED, *own, ("echo" if chat else "", False)):
+def check_fields(body, chat, size):
+    """ApiError for a field that is not supported or has a wrong value. `size` is the vocabulary's.
+    """
+    more = ("echo" if chat else "", False), ("best_of", 1, body.get("n"))
+    for names, *harmless in (*UNSUPPORTED, *more):
         for name in names.split():
             if name in body and body[name] not in harmless:
                 raise ApiError(400, f"this value of {name} is not supported: leave it out", name)
-    flags = (*FLAGS, "logprobs") if chat else FLAGS
-    for name in flags:
-        if not isinstance(body.get(name, False), bool):
-            raise ApiError(400, f"{name} must be true or false", name)
-    for name, (types, low, high) in NUMBERS.items():
-        value = body.get(name, low)
-        if name in flags:
-            continue
-        if type(value) not in types or not low <= value <= high:
-            kind = "an integer" if types == (int,) else "a number"
-            raise ApiError(400, f"{name} must be {kind} from {low} to {high}", name)
-    for name in ("max_tokens", "max_completion_tokens"):
-        if body.get(name) == 0 and (chat or not body.get("echo")):
-            raise ApiError(400, f"{name} must be -1 or at least 1 (0 is for echo alone)", name)
-        if body.get(name) == -1:
-            body[name] = 2**31
-        if body.get("min_tokens", 0) > body.get(name, 2**31):
-            raise ApiError(400, f"min_tokens is more than {name}", "min_tokens")
-    options = body.get("stream_options", {})
-    if not isinstance(options, dict):
-        raise ApiError(400, "stream_options must be an object", "stream_options")
-
-
-def stop_strings(body):
-    """The texts that end an answer."""
-    stops = body.get("stop", [])
-    stops = [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-        raise ApiError(400, "stop must be a text, or up to four of them", "stop")
-    if len(stops) > 4:
-        raise ApiError(400, f"stop has {len(stops)} texts, at most 4 are possible", "stop")
-    return stops
-
-
-def token_settings(body, size):
-    """(`logit_bias` as {id: number}, `stop_token_ids` as a set) for a vocabulary of `size` ids."""
-    bias, ends = body.get("logit_bias") or {}, body.get("stop_token_ids") or []
-    if not isinstance(bias, dict) or not all(
-        re.fullmatch("[0-9]{1,9}", i) and int(i) < size
-        and type(value) in (int, float) and -100 <= value <= 100 for i, value in bias.items()
-    ):  # fmt: skip
-        wanted = f'{{"ID": bias}}, ids from 0 to {size - 1}, biases from -100 to 100'
-        raise ApiError(400, f"logit_bias must be {wanted}", "logit_bias")
-    if not isinstance(ends, list) or not all(type(i) is int and 0 <= i < size for i in ends):
-        wanted = f"a list of ids from 0 to {size - 1}"
-        raise ApiError(400, f"stop_token_ids must be {wanted}", "stop_token_ids")
-    return {int(i): value for i, value in bias.items()}, set(ends)
+    for name, (wanted, is_valid) in field_rules(body, chat, size).items():
+        if name in body and not is_valid(body[name]):
+            raise ApiError(400, f"{name} must be {wanted}", name)
 
 
 def read_messages(messages):
@@ -146,61 +109,50 @@ def read_messages(messages):
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message", "messages")
     roles, out = ("system", "developer", "user", "assistant", "tool"), []
-    for n, m in enumerate(messages):
+    for n, message in enumerate(messages):
         where = f"messages[{n}]"
-        role = m.get("role") if isinstance(m, dict) else None
-        role = "tool" if role == "function" else role
-        if role not in roles:
-            raise ApiError(400, f"{where} has no role that is known", f"{where}.role")
+        if not isinstance(message, dict) or message.get("role") not in roles:
+            raise ApiError(400, f"{where} has no known role", f"{where}.role")
         try:
-            new = {"role": role, "content": content_text(m.get("content"))}
-        except (ValueError, AttributeError) as e:
-            raise ApiError(400, f"{where}: {e}", f"{where}.content") from e
-        kept = ("reasoning_content", "tool_call_id", "name")
-        new |= {key: m[key] for key in kept if isinstance(m.get(key), str)}
-        calls = m.get("tool_calls") or [{"function": c} for c in [m.get("function_call")] if c]
-        try:
-            if calls and role != "assistant":
-                raise ValueError("only an assistant calls")
-            calls = [read_call(call) for call in calls]
+            new = {"role": message["role"], "content": content_text(message.get("content"))}
+            if calls := [read_call(call) for call in message.get("tool_calls") or ()]:
+                new["tool_calls"] = calls
+            if calls and new["role"] != "assistant":
+                raise ValueError("only an assistant calls tools")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            raise ApiError(400, f"{where} has a bad tool call ({e})", f"{where}.tool_calls") from e
-        out.append(new | ({"tool_calls": calls} if calls else {}))
+            raise ApiError(400, f"{where} has bad content or tool calls ({e})", where) from e
+        texts = ("reasoning_content", "tool_call_id", "name")
+        out.append(new | {k: message[k] for k in texts if isinstance(message.get(k), str)})
     return out
 
 
 def read_tools(body, default):
-    """(the schemas of `tools`, by default the server's, whether one may be called, and what must
-    be: None is nothing, "" any of them, else a name)."""
+    """(schemas of the tools, whether one may be called, the name of the one that must be called).
+    The name is None if no call is required, "" if any tool will do."""
     tools, choice = body.get("tools", default), body.get("tool_choice", "auto")
     try:
-        names = [t["function"]["name"] for t in tools]
-        known = {"auto": None, "none": None} | ({"required": ""} if tools else {})
-        forced = known[choice] if isinstance(choice, str) else choice["function"]["name"]
+        names = [tool["function"]["name"] for tool in tools]
+        choices = {"auto": None, "none": None} | ({"required": ""} if tools else {})
+        forced = choices[choice] if isinstance(choice, str) else choice["function"]["name"]
         if not isinstance(tools, list) or not all(isinstance(name, str) for name in names):
             raise TypeError
         if not isinstance(choice, str) and forced not in names:
             raise KeyError(forced)
     except (TypeError, KeyError) as e:
         expected = 'tools must be a list of {"type": "function", "function": {"name": ...}}'
-        raise ApiError(400, f"{expected}, and tool_choice one of these", "tools") from e
+        raise ApiError(400, f"{expected}, and tool_choice one of them", "tools") from e
     return tools, bool(tools) and choice != "none", forced
 
 
-# --------------------------------------------------------------------------------------------
-# What is asked of the model
-# --------------------------------------------------------------------------------------------
-
-
 class Api:
-    """What a Scheduler's model is asked for.
+    """Answers requests with the model of a Scheduler.
 
-    names       of the model: the base, then its adapters; `adapters` maps them to the Scheduler's
+    adapters    {name of a model: name of the Scheduler's adapter}; the first is the default
     context     of the model, in tokens
-    allowed     {(chat, may_call): bools (V,), the ids that may come}
-    settings    what holds for a request that does not say otherwise
-    tools       schemas of what it may call if a request names no tools of its own
-    known       names of functions that the model knows, and need not be told of
+    allowed     {(chat, may call tools): bools (V,), the ids that may be generated}
+    settings    the values of sampling settings that a request does not name
+    tools       schemas of the tools for requests that name none
+    known       names of tools that the model knows by training: it is not told of them
     """
 
     def __init__(
@@ -209,156 +161,110 @@ class Api:
         self.scheduler, self.tokenizer, self.context = scheduler, tokenizer, context
         self.adapters, self.names, self.known = adapters, list(adapters), set(known)
         self.allowed, self.settings, self.tools = allowed, settings, list(tools)
-        self.started = int(time.time())
-        self.special = {i: name for name, i in tokenizer.special.items()}
-        self.template = find_template(tokenizer)
-
-    def token(self, i):
-        """What the API calls an id: its text, or bytes:\\xe4 for a part of a character."""
-        if i in self.special:
-            return self.special[i]
-        raw = self.tokenizer.token_bytes(i) or f"<|{i}|>".encode()
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
-
-    def scored(self, i, logprob):
-        """An id and its log probability, as a chat's `logprobs` have them."""
-        raw = None if i in self.special else self.tokenizer.token_bytes(i)
-        text = self.special.get(i, "") if raw is None else raw.decode(errors="replace")
-        return {"token": text, "logprob": finite(logprob), "bytes": list(raw or text.encode())}
+        self.started, self.template = int(time.time()), get_template(tokenizer)
 
     def model(self, name):
-        """What there is to say of a model."""
-        self.check_model(name)
-        about = {"object": "model", "created": self.started, "owned_by": "scratchlm"}
-        return {"id": name} | about
+        """The description of a model; ApiError if it is not served."""
+        if not isinstance(name, str) or name not in self.adapters:
+            message = f"there is no model {name!r:.80}, only {', '.join(self.names)}"
+            raise ApiError(404, message, "model", "model_not_found")
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "scratchlm"}
 
-    def models(self):
-        """The answer to /v1/models."""
+    def list_models(self):
         return {"object": "list", "data": [self.model(name) for name in self.names]}
 
-    def check_model(self, name):
-        """ApiError for a model that is not served."""
-        if not isinstance(name, str) or name not in self.adapters:
-            raise ApiError(
-                404, f"there is no model {name!r:.80}, only {', '.join(self.names)}", "model",
-                "model_not_found",
-            )  # fmt: skip
-
-    def answer(self, body, prompts, room, top, chat, allowed, given=()):
-        """The Answer to `prompts`, of at most `room` new ids each."""
-        settings = {k: body.get(k, v) for k, v in self.settings.items()}
-        echo = bool(body.get("echo")) and not chat
+    def answer(self, body, prompts, limit, top, allowed, chat=False, given=()):
+        """The Answer to `prompts`, of at most `limit` new ids each."""
+        echo, min_tokens = bool(body.get("echo")), body.get("min_tokens", 0)
+        stop_ids, stops = set(body.get("stop_token_ids", ())), body.get("stop", ())
+        stops = [stops] if isinstance(stops, str) else stops
+        settings = {name: body.get(name, value) for name, value in self.settings.items()}
         settings |= {"top": top, "echo": echo and top is not None, "allowed": allowed}
-        seed = body.get("seed", secrets.randbits(31)) % 2**63
-        adapter, stops = self.adapters[body.get("model", self.names[0])], stop_strings(body)
-        bias, stop_ids = token_settings(body, len(allowed))
-        template, least = self.template if chat else None, body.get("min_tokens", 0)
+        settings |= {"min_tokens": min_tokens}
+        bias = {int(i): value for i, value in body.get("logit_bias", {}).items()}
+        seed, template = body.get("seed", secrets.randbits(31)), self.template if chat else None
         events, choices = queue.SimpleQueue(), []
         for prompt in prompts:
-            if len(prompt) > self.context or room(prompt) < (not echo):
-                raise ApiError(
-                    400, f"this model's context is {self.context} tokens, the prompt has "
-                    f"{len(prompt)}", "messages" if chat else "prompt", "context_length_exceeded",
-                )  # fmt: skip
+            room = min(limit, self.context - len(prompt))
+            if room < (not echo):
+                message = f"the prompt has {len(prompt)} tokens, the context {self.context}"
+                param = "messages" if chat else "prompt"
+                raise ApiError(400, message, param, "context_length_exceeded")
             for n in range(body.get("n", 1)):
-                reply = Reply(self.tokenizer, template, stops, given, stop_ids, least)
+                reply = Reply(self.tokenizer, template, stops, given, stop_ids, min_tokens)
                 ends = frozenset(i for i in reply.ends if i < len(allowed))
                 never = dict.fromkeys(ends - stop_ids, -1e9) if body.get("ignore_eos") else {}
-                job = Job(prompt, room(prompt), ends, adapter=adapter, events=events)
-                job.settings, job.index = settings | {"seed": (seed + n) % 2**63}, len(choices)
-                job.settings |= {"ends": ends, "min_tokens": least, "logit_bias": bias | never}
+                choice = {"seed": (seed + n) % 2**63, "ends": ends, "logit_bias": bias | never}
+                adapter, index = self.adapters[body["model"]], len(choices)
+                job = Job(prompt, room, ends, settings | choice, adapter, index, events)
                 choices.append(Choice(job, reply))
-        return Answer(self, body, choices, chat)
+        answer = Answer(body, self.tokenizer, choices, chat)
+        self.scheduler.submit([choice.job for choice in choices])
+        return answer
 
     def chat(self, body):
         """The Answer to a request for a chat completion."""
-        check_fields(body, chat=True)
-        self.check_model(body.get("model", self.names[0]))
-        messages, default = read_messages(body.get("messages")), self.tools if self.template else []
-        tools, may_call, forced = read_tools(body, default)
+        self.model(body.setdefault("model", self.names[0]))
+        check_fields(body, True, len(self.allowed[True, True]))
         if self.template is None:
-            raise ApiError(
-                400, "this model has no chat template, so it knows no turns and calls no tools: "
-                "ask /v1/completions", "messages", "no_chat_template",
-            )  # fmt: skip
+            message = "this model has no chat template: use /v1/completions"
+            raise ApiError(400, message, "messages", "no_chat_template")
+        messages = read_messages(body.get("messages"))
+        tools, may_call, forced = read_tools(body, self.tools)
         known = self.known if self.template.ours else ()
-        told = [t for t in tools if may_call and t["function"]["name"] not in known]
+        tools = [t for t in tools if may_call and t["function"]["name"] not in known]
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
-        variables = body.get("chat_template_kwargs", {})
-        own = {"messages", "tools", "tokenizer", "room", "self"}  # are no variables of a template
-        if not isinstance(variables, dict) or own & set(variables):
-            name = "chat_template_kwargs"
-            raise ApiError(400, f"{name} must be an object without {', '.join(sorted(own))}", name)
-        variables = variables | {name: body[name] for name in TURNS if name in body}
+        variables = {name: body[name] for name in TURNS if name in body}
+        variables |= body.get("chat_template_kwargs", {})
         try:
             if body.get("truncation") == "auto":
                 room = self.context - min(limit, self.context // 2)
-                ids = chat_prompt(messages, self.tokenizer, room, told, **variables)
+                ids = self.template.fit_prompt(messages, tools, room, variables)
             else:
-                ids = prompt_ids(messages, self.tokenizer, told, **variables)
-        except ValueError as e:
+                ids = self.template.prompt_ids(messages, tools, variables)
+            given = [] if forced is None else self.template.call_start(forced)
+        except (ValueError, RecursionError) as e:  # what is nested too deeply cannot be escaped
             raise ApiError(400, str(e), "messages") from e
-        given = self.forced_ids(forced)
         ids, given = ids + given, given or self.template.opened(ids)
         top = body.get("top_logprobs", 0) if body.get("logprobs") else None
-        allowed = self.allowed[True, may_call]
-        limit = min(limit, self.context - len(ids))
-        return self.answer(body, [ids], lambda prompt: limit, top, True, allowed, given)
-
-    def forced_ids(self, name):
-        """The ids with which a call of that function begins; none for None."""
-        if name is None:
-            return []
-        try:
-            return self.template.call_start(name)
-        except ValueError as e:
-            raise ApiError(400, str(e), "tool_choice") from e
+        return self.answer(body, [ids], limit, top, self.allowed[True, may_call], True, given)
 
     def completion(self, body):
         """The Answer to a request for a completion."""
-        check_fields(body, chat=False)
-        self.check_model(body.get("model", self.names[0]))
-        prompt = body.get("prompt", "")
-        several = isinstance(prompt, list) and not all(type(i) is int for i in prompt)
-        count, most = (len(prompt) if several else 1) * body.get("n", 1), self.scheduler.max_waiting
+        self.model(body.setdefault("model", self.names[0]))
+        allowed = self.allowed[False, False]
+        check_fields(body, False, len(allowed))
+        prompts = body.get("prompt", "")
+        if not isinstance(prompts, list) or all(type(i) is int for i in prompts):
+            prompts = [prompts]
+        count, most = len(prompts) * body.get("n", 1), self.scheduler.max_waiting
         if count > most:
             raise ApiError(400, f"{count} texts at once, at most {most} are possible", "prompt")
-        prompts = [self.prompt_ids(p) for p in (prompt if several else [prompt])]
-        limit = body.get("max_tokens", 16)
-
-        def room(ids):
-            return min(limit, self.context - len(ids))
-
-        allowed = self.allowed[False, False]
-        return self.answer(body, prompts, room, body.get("logprobs"), False, allowed)
+        prompts = [self.prompt_ids(prompt) for prompt in prompts]
+        return self.answer(body, prompts, body.get("max_tokens", 16), body.get("logprobs"), allowed)
 
     def prompt_ids(self, prompt):
-        """The ids of one prompt, which is a text or a list of ids already."""
+        """The ids of one prompt, which is a text or already a list of ids."""
         t = self.tokenizer
         if isinstance(prompt, str):
             begin = [] if t.bos_id is None else [t.bos_id]
             return begin + t.encode(prompt) or [t.eos_id]
         if not isinstance(prompt, list) or not prompt or not all(type(i) is int for i in prompt):
-            raise ApiError(400, "prompt must be a text, ids, or a list of such", "prompt")
+            raise ApiError(400, "prompt must be a text, a list of ids, or a list of both", "prompt")
         if not all(0 <= i < t.n_vocab and t.token_bytes(i) is not None for i in prompt):
-            raise ApiError(400, "prompt has ids that no token has", "prompt")
+            raise ApiError(400, "the vocabulary lacks some ids of the prompt", "prompt")
         return prompt
 
-    # As vLLM has them; lm-eval tokenizes with these.
+    # As vLLM has them: lm-eval uses them as a tokenizer.
 
     def tokenize(self, body):
-        """The ids of a text in which special tokens may be spelt out."""
-        if "prompt" not in body:
-            raise ApiError(400, "a prompt is needed", "prompt")
-        text, special = body["prompt"], self.tokenizer.special
+        """The ids of a text, in which names of special tokens become these tokens."""
+        text, special = body.get("prompt"), self.tokenizer.special
         if not isinstance(text, str):
             raise ApiError(400, "prompt must be a text", "prompt")
-        parts = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
-        parts = [[special[p]] if p in special else self.tokenizer.encode(p) for p in parts]
-        ids = [i for part in parts for i in part]
+        pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
+        ids = [[special[p]] if p in special else self.tokenizer.encode(p) for p in pieces]
+        ids = [i for piece in ids for i in piece]
         return {"tokens": ids, "count": len(ids), "max_model_len": self.context}
 
     def detokenize(self, body):
@@ -367,6 +273,7 @@ class Api:
 
     def tokenizer_info(self):
         """What a client must know of the tokenizer."""
-        t = self.tokenizer
-        names = {"eos_token": self.special.get(t.eos_id), "bos_token": self.special.get(t.bos_id)}
-        return {"tokenizer_class": t.name, **names, "pad_token": None, "chat_template": None}
+        names = {i: name for name, i in self.tokenizer.special.items()}
+        names = [names.get(i) for i in (self.tokenizer.eos_id, self.tokenizer.bos_id)]
+        info = {"eos_token": names[0], "bos_token": names[1], "pad_token": None}
+        return info | {"tokenizer_class": self.tokenizer.name, "chat_template": None}

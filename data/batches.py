@@ -2,12 +2,12 @@
 
 import contextlib
 import math
-import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from data.chat import get_template, label_token, split_system
 
@@ -29,59 +29,61 @@ class Row:
 
 
 class Turn(NamedTuple):
-    """A turn of the assistant's in the data, what was said before it, and the schemas of tools."""
+    """A turn of the assistant's in the data, the messages before it, and the schemas of tools."""
 
     messages: list
     wanted: dict
     tools: list | None = None
 
 
-def chat_rows(example, tokenizer, context, loss_on="assistant", first=0):
-    """([Row], cut) of a conversation {"messages", perhaps "tools"}, of whose messages those before
-    `first` are not learned; `cut` says that one was too long. There are several Rows only where the
-    template writes earlier turns otherwise once there are later ones.
+@dataclass
+class Prompt(Row):
+    """The ids before a turn of the assistant's, that turn, and how many ids all answers to the
+    prompt may take together."""
 
-    Nothing behind the last target is kept, since nothing can be learned from it. What is longer
-    than context + 1 ids loses its oldest turns, never the system's; a question and answer that are
-    too long by themselves lose the end. ValueError if the template refuses the conversation.
+    turn: Turn
+    room: int
+
+
+def chat_rows(example, tokenizer, context, loss_on="assistant", first=0):
+    """([Row], cut) of a conversation {"messages", perhaps "tools"}. Messages before number `first`
+    are not learned; `cut` is True if a row was too long. There are several Rows only where the
+    template writes earlier turns differently once later ones follow.
+
+    A row ends with its last target, since nothing can be learned from what follows. If it has more
+    than context + 1 ids, its oldest turns are dropped, except the system's; a question and an
+    answer that are too long by themselves lose their end. ValueError if the template refuses the
+    conversation.
     """
     template, messages, tools = get_template(tokenizer), example["messages"], example.get("tools")
-    if loss_on == "all":
-        text = template.render(messages, tools)
-        texts = [(text, [(0, len(text))], None)]
-    else:
-        def learned(i):
-            wanted = loss_on != "call" or messages[i].get("tool_calls")
-            return i >= first and messages[i].get("weight", 1) and wanted
 
-        texts = template.rows(messages, tools, learned)
-    found = [fit_row(template, *text, messages, tools, context + 1) for text in texts]
-    return [row for row, _ in found], any(cut for _, cut in found)
+    def learned(i):
+        wanted = loss_on != "call" or messages[i].get("tool_calls")
+        return i >= first and messages[i].get("weight", 1) and wanted
+
+    rows = template.rows(messages, tools, learned)
+    fitted = [fit_row(template, *row, messages, tools, context + 1) for row in rows]
+    return [row for row, _ in fitted], any(cut for _, cut in fitted)
 
 
-def fit_row(template, text, spans, turns, messages, tools, room):
-    """(Row, cut) of one of `Template.rows`, with at most `room` ids, see `chat_rows`. `turns` are
-    the numbers of the messages that are learned, None for the whole conversation."""
-    system, rest = split_system(messages if turns is None else messages[: turns[-1] + 1])
-    dropped, cut = 0, False
-    while True:
-        ids, mask = template.encode_row(text, spans)
+def fit_row(template, ids, mask, turns, messages, tools, room):
+    """(Row, cut) of one of `Template.rows`, with at most `room` ids; see `chat_rows`."""
+
+    def until_last_target(ids, mask):
         stop = len(mask) - mask[::-1].index(1) if any(mask) else 0
-        ids, mask = ids[:stop], mask[:stop]
-        if ids and ids[-1] not in template.ends:
-            ids, mask = [*ids, template.end], [*mask, 1]
-        cut, text = cut or len(ids) > room, None
-        while len(ids) > room and text is None and dropped + 2 < len(rest):
-            dropped += 1
-            kept = [*system, *rest[dropped:]]
-            with contextlib.suppress(ValueError):  # some templates require a user turn first
-                if turns is None:
-                    text = template.render(kept, tools)
-                    spans = [(0, len(text))]
-                elif rows := template.rows(kept, tools, {i - dropped for i in turns}.__contains__):
-                    text, spans, _ = rows[-1]
-        if text is None:
+        end = [template.end] if stop and ids[stop - 1] not in template.ends else []
+        return ids[:stop] + end, mask[:stop] + [1] * len(end)
+
+    system, rest = split_system(messages[: turns[-1] + 1])
+    ids, mask = until_last_target(ids, mask)
+    cut = len(ids) > room
+    for dropped in range(1, len(rest) - 1):
+        if len(ids) <= room:
             break
+        kept = [*system, *rest[dropped:]]
+        with contextlib.suppress(ValueError):  # some templates require a user turn first
+            if rows := template.rows(kept, tools, {i - dropped for i in turns}.__contains__):
+                ids, mask = until_last_target(*rows[-1][:2])
     # a question that leaves no room for its answer loses its beginning: its end takes half the row,
     # or more where the answer is short
     first = mask.index(1) if 1 in mask else 0
@@ -89,8 +91,9 @@ def fit_row(template, text, spans, turns, messages, tools, room):
     return Row(ids[start : start + room], mask[start : start + room]), cut
 
 
-def label_row(text, label, tokenizer, context, loss_on="assistant"):
-    """(Row, cut): the course's form. Only the label is learned, or with `all` the text, too.
+def label_row(text, label, tokenizer, context):
+    """(Row, cut) of a labelled text, of which only the label is learned. A `label` of None leaves
+    the label out.
 
     a fine film <|endoftext|> <|label:pos|>
     0 0    0    0             1
@@ -98,54 +101,45 @@ def label_row(text, label, tokenizer, context, loss_on="assistant"):
     ids = tokenizer.encode(text)
     cut = len(ids) > context - 1
     ids = [*ids[-(context - 1) :], tokenizer.eos_id]
-    mask = [int(loss_on == "all")] * len(ids)
-    if label is None:
-        return Row(ids, mask), cut
-    return Row([*ids, tokenizer.special[label_token(label)]], [*mask, 1]), cut
+    targets = [] if label is None else [tokenizer.special[label_token(label)]]
+    return Row(ids + targets, [0] * len(ids) + [1] * len(targets)), cut
 
 
-def pair_rows(example, tokenizer, context):
-    """((chosen Row, rejected Row), cut) of a preference pair: one prompt, two endings, of which
-    alone anything is learned."""
+def preference_rows(example, tokenizer, context):
+    """((chosen Row, rejected Row), cut) of a preference pair: one prompt and two answers, of which
+    only the answers are learned."""
     rows, cuts, first = [], [], len(example["messages"])
-    for which in ("chosen", "rejected"):
-        whole = example | {"messages": [*example["messages"], *example[which]]}
-        some, cut = chat_rows(whole, tokenizer, context, first=first)
-        rows.append(some[-1])
+    for side in ("chosen", "rejected"):
+        conversation = example | {"messages": [*example["messages"], *example[side]]}
+        side_rows, cut = chat_rows(conversation, tokenizer, context, first=first)
+        rows.append(side_rows[-1])
         cuts.append(cut)
     return tuple(rows), any(cuts)
 
 
 def reward_row(row, token):
-    """The Row whose one place with a target is the last id of `row`: there the logit of `token` is
-    the reward."""
+    """A Row whose only target is `token` after the last id of `row`: its logit is the reward."""
     return Row([*row.ids, token], [0] * len(row.ids) + [1])
 
 
-@dataclass
-class Prompt(Row):
-    """A conversation up to a turn of the assistant's, as ids, that turn in the data, and how many
-    ids the answers to it may take."""
+def sequences(row):
+    """The Rows in a Row or a tuple of Rows."""
+    return row if isinstance(row, tuple) else (row,)
 
-    turn: Turn
-    room: int
+
+def has_target(row):
+    """Whether something can be learned from each of the `sequences`."""
+    return all(any(r.mask[1:]) for r in sequences(row))
 
 
 def show_mask(rows, tokenizer, count):
-    """Print rows token by token: what is learned in green, the rest grey (plain in a file: a * in
-    front of what is learned), with ids."""
-    color = sys.stdout.isatty()
-    flat = [r for row in rows for r in (row if isinstance(row, tuple) else (row,))]
+    """Print the first `count` rows, a token a line: its place, a * if it is learned, id, text."""
+    flat = [r for row in rows for r in sequences(row)]
     for number, row in enumerate(flat[:count], start=1):
         print(f"--- row {number}: {len(row.ids)} tokens, {sum(row.mask)} of them learned ---")
-        for at, (i, m) in enumerate(zip(row.ids, row.mask)):
+        for place, (i, m) in enumerate(zip(row.ids, row.mask)):
             text = repr(tokenizer.decode([i]))[1:-1]
-            if color:
-                print(f"\033[{'32' if m else '90'}m{text}\033[0m", end="")
-            else:
-                print(f"{at:5} {'*' if m else ' '} {i:7} {text}")
-        if color:
-            print(f"\nids {row.ids}")
+            print(f"{place:5} {'*' if m else ' '} {i:7} {text}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -154,47 +148,40 @@ def show_mask(rows, tokenizer, count):
 
 
 def pad(rows):
-    """(ids, targets), both (B, T), of rows; short ones are filled with id 0 and -100 behind."""
-    T = max(len(r.ids) for r in rows) - 1
-    ids = torch.zeros(len(rows), T, dtype=torch.long)
-    targets = torch.full((len(rows), T), -100)
-    for b, r in enumerate(rows):
-        ids[b, : len(r.ids) - 1] = torch.tensor(r.ids[:-1])
-        targets[b, : len(r.ids) - 1] = torch.tensor(r.targets())
-    return ids, targets
+    """(ids, targets) of rows, both (B, T), padded at the end with id 0 and target -100."""
+    ids = [torch.tensor(r.ids[:-1]) for r in rows]
+    targets = [torch.tensor(r.targets()) for r in rows]
+    return pad_sequence(ids, True), pad_sequence(targets, True, -100)
 
 
-def size_of(row):
-    """(tokens of the longest sequence, sequences) of a Row or a tuple of Rows; one sequence is a
-    Prompt with its answers."""
+def row_size(row):
+    """(tokens of the longest sequence, sequences) of a Row or a tuple of Rows. A Prompt with its
+    answers is one sequence."""
     if isinstance(row, Prompt):
         return len(row.ids) - 1 + row.room, 1
-    rows = row if isinstance(row, tuple) else (row,)
-    return max(len(r.ids) for r in rows) - 1, len(rows)
+    return max(len(r.ids) for r in sequences(row)) - 1, len(sequences(row))
 
 
 def bucket(order, rows, batch_tokens):
-    """Lists of row numbers, about one length in each, of at most `batch_tokens` padded tokens."""
+    """Lists of row numbers, of similar lengths in each, with at most `batch_tokens` padded tokens
+    (or one row)."""
     batches = []
-    for i in sorted(order, key=lambda i: size_of(rows[i])[0]):  # keeps the order of equal lengths
-        if not batches or (len(batches[-1]) + 1) * math.prod(size_of(rows[i])) > batch_tokens:
+    for i in sorted(order, key=lambda i: row_size(rows[i])[0]):  # keeps the order of equal lengths
+        if not batches or (len(batches[-1]) + 1) * math.prod(row_size(rows[i])) > batch_tokens:
             batches.append([])
         batches[-1].append(i)
     return batches
 
 
 class BucketLoader:
-    """All rows of an epoch, in batches of similar lengths, in another order each epoch.
+    """The rows of each epoch, epoch_rows(epoch), in batches of similar lengths and random order.
 
-    A batch holds at most `batch_tokens` padded tokens (or one row); padding adds 1 to 3 % to the
-    hotel dialogues. Batch n of the whole run is always the same, so resuming needs only the step.
-    `epoch_rows(epoch)`, if given, makes each epoch's rows anew (augmentation); the batches of any
-    epoch are as many as those of epoch 0.
+    Padding adds 1 to 3 % to the hotel dialogues. Batch n of the whole run is always the same, so
+    resuming needs only the step. All epochs have as many batches as epoch 0.
     """
 
-    def __init__(self, rows, batch_tokens, seed, epoch_rows=None):
-        self.batch_tokens, self.seed = batch_tokens, seed
-        self.epoch_rows = epoch_rows or (lambda epoch: rows)
+    def __init__(self, epoch_rows, batch_tokens, seed):
+        self.epoch_rows, self.batch_tokens, self.seed = epoch_rows, batch_tokens, seed
         self.begin(0)
         self.per_epoch = len(self.batches)
 
@@ -208,16 +195,16 @@ class BucketLoader:
 
     def get(self, number):
         """(row numbers, rows) of batch `number` of the run."""
-        epoch, at = divmod(number, self.per_epoch)
+        epoch, index = divmod(number, self.per_epoch)
         if epoch != self.epoch:
             self.begin(epoch)
-        # rows made anew may give more batches or fewer: some are left out then, or come again
-        chosen = self.batches[at % len(self.batches)]
-        return chosen, [self.rows[i] for i in chosen]
+        # new rows may make more batches or fewer: then some are left out, or repeated
+        numbers = self.batches[index % len(self.batches)]
+        return numbers, [self.rows[i] for i in numbers]
 
 
 def drop_tokens(ids, share, end, rng):
     """ids with a random `share` of them replaced by `end`: a model that sees few texts must not
     rely on any single word of them."""
-    gone = torch.from_numpy(rng.random(ids.shape) < share)
-    return torch.where(gone, end, ids)
+    dropped = torch.from_numpy(rng.random(ids.shape) < share)
+    return torch.where(dropped, end, ids)

@@ -1,16 +1,15 @@
-"""Conversations as token ids, written by the model's own chat template, and answers read back.
+"""Conversations as token ids, written by the model's own chat template.
 
-Messages are OpenAI's: {"role": system | developer | user | assistant | tool, "content": text}, an
-assistant's perhaps with "tool_calls" and "reasoning_content"; the schemas of tools stand beside
-them. The arguments of a call are a dict, or the JSON text in which they were written.
+Messages are OpenAI's: {"role": system | developer | user | assistant | tool, "content": text}. An
+assistant's message may have "tool_calls" and "reasoning_content". The schemas of tools stand beside
+the messages. The arguments of a call are a dict, or the JSON text in which they were written.
 """
 import contextlib
 import json
 import re
-from collections import deque
 from datetime import datetime
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -19,8 +18,21 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from data.cli import UserError
 
 # --------------------------------------------------------------------------------------------
-# Tool calls
+# Messages and tool calls
 # --------------------------------------------------------------------------------------------
+
+
+def content_text(content):
+    """The text of a message's content: a text, None, or a list of text parts. ValueError for any
+    other content."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise ValueError(f"the content is not text but {content!r:.40}")
+    parts = [part if isinstance(part, str) else part.get("text") for part in content]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"a part of the content is not text: {content!r:.60}")
+    return "".join(parts)
 
 
 def tool_call(name, arguments, call_id=None):
@@ -30,8 +42,8 @@ def tool_call(name, arguments, call_id=None):
 
 
 def read_call(call):
-    """An entry of `tool_calls` from one of somebody else's, or from {"name", "arguments"}: the
-    arguments stay as they are written. ValueError if the name or the arguments cannot be any."""
+    """The `tool_call` that an entry of someone else's `tool_calls`, or {"name", "arguments"},
+    means. The arguments stay as they are written. ValueError if it is malformed."""
     function = call.get("function", call)
     name, arguments = function["name"], function.get("arguments", function.get("parameters"))
     if not isinstance(name, str) or name.split() != [name]:
@@ -42,8 +54,8 @@ def read_call(call):
 
 
 def parse_call(call):
-    """(name, arguments as a dict) of an entry of `tool_calls`; ValueError if they are no JSON
-    object. An empty text is no arguments."""
+    """(name, arguments as a dict) of an entry of `tool_calls`. ValueError if the arguments are not
+    a JSON object; an empty text means no arguments."""
     name, arguments = call["function"]["name"], call["function"]["arguments"]
     if isinstance(arguments, str):
         try:
@@ -55,14 +67,23 @@ def parse_call(call):
     return name, arguments
 
 
+def normalize_numbers(value):
+    """A JSON value with 500.0 written as 500, so that the two are the same text."""
+
+    def number(text):
+        return int(float(text)) if float(text).is_integer() else float(text)
+
+    return json.loads(json.dumps(value), parse_float=number)
+
+
 def split_system(messages):
-    """(the system message that the messages begin with, as a list, perhaps empty; the others)."""
+    """(the system message at the start of the messages as a list, perhaps empty; the others)."""
     n = int(bool(messages) and messages[0]["role"] in ("system", "developer"))
     return messages[:n], messages[n:]
 
 
 def message_text(message):
-    """A message as text for people: what it says, then a line `name {arguments}` for each call."""
+    """A message as text for people: its content, then a line `name {arguments}` for each call."""
     lines = [message["content"]] if message.get("content") else []
     for call in message.get("tool_calls") or ():
         name, arguments = call["function"]["name"], call["function"]["arguments"]
@@ -72,21 +93,33 @@ def message_text(message):
     return "\n".join(lines)
 
 
+def drop_continued(rows, key=lambda turns: turns):
+    """The rows without those whose turns, key(row), are the beginning of the next row's."""
+    kept = []
+    for row, following in zip_longest(rows, rows[1:]):
+        turns, longer = key(row), key(following) if following else []
+        if len(longer) <= len(turns) or longer[: len(turns)] != turns:
+            kept.append(row)
+    return kept
+
+
 # --------------------------------------------------------------------------------------------
 # Jinja
 # --------------------------------------------------------------------------------------------
 
-TEMPLATES = Path(__file__).with_name("chat_templates")
-# The special tokens of our own template: one for each role, one that ends a turn, and the one
-# that begins a call. <think> and </think> are added where rows have thoughts.
+OURS = Path(__file__).with_name("chat_templates") / "ours.jinja"
+# The special tokens of our own template: one for each role, one that ends a turn, and one that
+# begins a call. <think> and </think> are added where rows have thoughts.
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|call|>", "<|tool|>", "<|end|>")
 THINK = ("<think>", "</think>")
-# Tags in an assistant's content that become special tokens where the vocabulary has them
-OWN_TAGS = (*THINK, "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
-
-
-class Escaped(dict):
-    """A message that `Template.for_template` returned, in which special tokens are escaped."""
+# Tags in an assistant's content that become special tokens where the vocabulary has them.
+ASSISTANT_TAGS = (*THINK, "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
+CALL_TAGS = ("<tool_call>", "[TOOL_CALLS]")  # with which calls begin in others' templates
+# Escapes the name of a special token in a message, so that it is encoded as plain text. It is a
+# Unicode noncharacter; a text that contains it has it doubled.
+MARK = "\ufdd0"
+CONTINUE_HERE = "\ufdd1 "  # appended to a message that is to be continued, to find its end
+CONTENT, TOOL, KEY = "Zq7", "Zq8", "Zq9"  # probes that are easy to find in a template's output
 
 
 class Arguments(dict):
@@ -111,13 +144,13 @@ def raise_exception(message):
 
 @lru_cache(maxsize=64)
 def compile_template(source):
-    """A chat template in Jinja, with what transformers gives to one. UserError if it is broken."""
+    """A chat template in Jinja, with what transformers provides. UserError if it is malformed."""
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     env.filters["tojson"] = to_json
-    env.globals |= {"raise_exception": raise_exception}
-    env.globals |= {"strftime_now": lambda form: datetime.now().strftime(form)}
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     # {% generation %} marks the assistant's text in some templates: the mask does not need it
     source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
     source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
@@ -127,19 +160,14 @@ def compile_template(source):
         raise UserError(f"the model's chat template cannot be read: {e}") from e
 
 
-# --------------------------------------------------------------------------------------------
-# Templates
-# --------------------------------------------------------------------------------------------
-
-# Escapes the name of a special token in a message, so that it is encoded as plain text. It is a
-# Unicode noncharacter; a text that contains it has it doubled.
-MARK = "\ufdd0"
-CONTINUE_HERE = "\ufdd1 "  # appended to a message that is to be continued, to find its end
-PROBE = "Zq7"  # message content that is easy to find in a template's output
+def either(names):
+    """A pattern that finds each of the names, the longest one if several share a prefix."""
+    names = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
 def escape(value, names):
-    """The value with MARK inside each match of the pattern `names`, in all texts that it holds."""
+    """The value with a MARK inside each match of the pattern `names`, in all texts in it."""
     if isinstance(value, str):
         return names.sub(lambda m: m[0][0] + MARK + m[0][1:], value.replace(MARK, 2 * MARK))
     if isinstance(value, list | tuple):
@@ -149,197 +177,179 @@ def escape(value, names):
     return value
 
 
-def either(names):
-    """A pattern that finds each of the names, the longest one if several share a beginning."""
-    names = sorted(names, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+# --------------------------------------------------------------------------------------------
+# Templates
+# --------------------------------------------------------------------------------------------
 
 
 class Template:
     """The chat template of a tokenizer: the Jinja that its model came with, or ours.
 
-    ours    whether it is ours: <|user|>hi<|end|><|assistant|>hello<|end|>
-    end     the id that closes an assistant's turn; `ends` are all ids that do
-    call    the id with which a call begins, None if calls are plain text; `bare_calls` says
-            whether they are mere JSON, as Llama's
-    spoken  the special tokens that an answer may hold, ids
-    tags    {name: how it stands in an answer} of what begins and ends thoughts and calls; `own` are
-            the names of those that are tokens, by id
+    ours      whether it is ours: <|user|>hi<|end|><|assistant|>hello<|end|>
+    end       the id that closes an assistant's turn; `ends` are all ids that do
+    call_tag  the tag with which a call begins, "" if calls are bare JSON, None if it writes none;
+              `call` is the id of that tag, None if it is not a token
+    tags      {tag of a thought or a call: how `Reply` spells it}: after a MARK if it is a token,
+              since the same characters are plain text then; `tag_ids` is {id: the same}
+    blanks    the white space that it writes before and after an answer, as Llama 2's does
+    spoken    the ids of the special tokens that an answer may contain
     supports_tools  whether it writes the schemas of tools
-
-    UserError if the tokenizer has no template.
     """
 
     def __init__(self, tokenizer):
         self.tokenizer, special = tokenizer, tokenizer.special
         self.ours = set(CHAT_TOKENS) <= set(special)
-        given = None if self.ours else tokenizer.spec.get("chat_template")
-        if not self.ours and not given:
-            raise UserError(f"the tokenizer {tokenizer.name} has no chat template")
-        given = given or {"default": (TEMPLATES / "ours.jinja").read_text(encoding="utf-8")}
-        given = given if isinstance(given, dict) else {"default": given}
-        self.sources = {name: (source, compile_template(source)) for name, source in given.items()}
+        sources = OURS.read_text(encoding="utf-8") if self.ours else tokenizer.spec["chat_template"]
+        self.sources = sources if isinstance(sources, dict) else {"default": sources}
         names = {i: name for name, i in special.items()}
         marks = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        self.variables = {key: names[i] for key, i in marks.items() if i in names}
-        self.variables = tokenizer.spec.get("template_tokens", self.variables)
+        marks = {key: names[i] for key, i in marks.items() if i in names}
+        self.variables = {"add_generation_prompt": False, "documents": None}
+        self.variables |= tokenizer.spec.get("template_tokens", marks)
         self.split = re.compile(f"({either(special).pattern})")
         self.typed = either(special)
-        self.typed_by_assistant = either(set(special) - set(OWN_TAGS))
-        own = ["<|call|>", *(n for n in THINK if n in special)] if self.ours else OWN_TAGS
-        self.own = {special[name]: name for name in own if name in special}
-        # a tag that is a token counts only as one; MARK goes before it
-        self.tags = {name: (MARK if name in special else "") + name for name in own}
+        self.typed_by_assistant = either(set(special) - set(ASSISTANT_TAGS))
+        self.supports_tools = "tools" in self.source_for(tools=True)
         try:
-            self.probe()
+            said = self.probe({"content": CONTENT})
         except ValueError as e:
             raise UserError(f"the model's chat template cannot be used: {e}") from e
+        call = tool_call(TOOL, {KEY: 0}, "call00000")
+        try:
+            self.called = self.probe({"content": "", "tool_calls": [call]})
+        except ValueError:
+            self.called = ""
+        before, _, after = said.rpartition(CONTENT)
+        self.end = next((i for i in self.encode(after) if i in names), tokenizer.eos_id)
+        blanks = before, after.split(tokenizer.decode([self.end]))[0]
+        self.blanks = [text if text.isspace() else "" for text in blanks]
+        self.ends = {self.end, tokenizer.eos_id, *tokenizer.spec.get("ends", ())}
+        tags = CHAT_TOKENS[3:4] if self.ours else CALL_TAGS
+        tag = next((tag for tag in tags if tag in self.called), None)
+        self.call_tag = "" if tag is None and self.called.lstrip().startswith("{") else tag
+        self.call = special.get(tag)
+        tags = [t for t in (*THINK, tag) if t and (t in special or not self.ours)]
+        self.tags = {t: (MARK if t in special else "") + t for t in tags}
+        self.tag_ids = {special[t]: self.tags[t] for t in tags if t in special}
+        spoken = {i for i in self.encode(said + self.called) if i in names}
+        spoken |= {special[t] for t in ASSISTANT_TAGS if t in special}
+        self.spoken = sorted(spoken | ({self.end} if self.ours else self.ends))
 
-    def probe(self):
-        """Find `ends`, `call` and `spoken` in what the template writes."""
-        special = self.tokenizer.special
-        asked = [{"role": "user", "content": PROBE}]
-        said = self.answer(asked, {"role": "assistant", "content": PROBE})
-        behind = self.encode(said.rpartition(PROBE)[2])
-        known = set(special.values())
-        self.end = next((i for i in behind if i in known), self.tokenizer.eos_id)
-        blanks = said.split(self.tokenizer.decode([self.end]))[0].split(PROBE)
-        self.blanks = [text if text.isspace() else "" for text in (blanks[0], blanks[-1])]
-        self.ends = {self.end, self.tokenizer.eos_id, *self.tokenizer.spec.get("ends", ())}
-        plain, calling = known & set(self.encode(said)), ""
-        with contextlib.suppress(ValueError):
-            calling = self.call_turn(PROBE)
-        called = [i for i in self.encode(calling) if i in known]
-        self.call = next((i for i in called if i not in plain | self.ends), None)
-        self.bare_calls = self.call is None and calling.lstrip().startswith("{")
-        tags = (special[name] for name in OWN_TAGS if name in special)
-        ends = {self.end} if self.ours else self.ends
-        self.spoken = sorted({*ends, *plain, *called, *tags})
-        tools = [{"type": "function", "function": {"name": 2 * PROBE, "parameters": {}}}]
-        self.supports_tools = False
-        with contextlib.suppress(ValueError):
-            self.supports_tools = 2 * PROBE in self.render(asked, tools, True)
-
-    def call_turn(self, name):
-        """What a template writes for a call of the tool `name` with the argument PROBE."""
-        call = tool_call(name, {PROBE: 0}, "call00000")
-        schema = {"name": name, "description": "", "parameters": {"type": "object"}}
-        tools = [{"type": "function", "function": schema}]
-        message = {"role": "assistant", "content": "", "tool_calls": [call]}
-        return self.answer([{"role": "user", "content": PROBE}], message, tools)
+    def probe(self, message):
+        """What the template writes for an assistant's message that answers a question."""
+        messages = [{"role": "user", "content": CONTENT}, {"role": "assistant"} | message]
+        schema = {"name": TOOL, "description": "", "parameters": {"type": "object"}}
+        tools = [{"type": "function", "function": schema}] if "tool_calls" in message else None
+        text, start = self.write_answer(*self.escaped(messages, tools))
+        return text[start:]
 
     def call_start(self, name):
-        """The ids with which a call of the tool `name` begins, up to its arguments; "" is any tool.
-        ValueError if the template writes no calls."""
-        turn = self.call_turn(name or PROBE)
+        """The ids with which a call of the tool `name` begins, up to its arguments; "" stands for
+        any tool. ValueError if the template writes no calls."""
         if not name and self.call is not None:
-            ids = self.encode(turn)
+            ids = self.encode(self.called)
             return ids[: ids.index(self.call) + 1]
-        start, found, _ = turn.partition(f'{{"{PROBE}"' if name else PROBE)
+        start, found, _ = self.called.partition(f'{{"{KEY}"' if name else TOOL)
         if not found:
             raise ValueError("this model's chat template writes no calls")
-        # a blank belongs to the next token; in our template it is what ends the name
-        return self.encode(start if self.ours else start.rstrip())
+        # a blank belongs to the next token, except in our template, where it ends the name
+        start = start if self.ours else start.rstrip()
+        return self.encode(start.replace(TOOL, escape(name, self.typed)))
+
+    def opened(self, prompt):
+        """The ids of <think> if a prompt ends with it, as DeepSeek-R1's does; else none."""
+        begins = self.tokenizer.decode(prompt[-9:]).rstrip().endswith(THINK[0])
+        return self.encode(THINK[0]) if begins and THINK[0] in self.tags else []
 
     def source_for(self, tools):
-        """(source, compiled template) of the template for conversations with or without tools."""
-        which = "tool_use" if tools and "tool_use" in self.sources else "default"
-        return self.sources.get(which) or next(iter(self.sources.values()))
+        """The Jinja for conversations with or without tools."""
+        named = self.sources.get("tool_use") if tools else None
+        return named or self.sources.get("default") or next(iter(self.sources.values()))
 
-    def for_template(self, message, source):
-        """A message as the template is given it: the names of special tokens in it are escaped."""
-        if isinstance(message, Escaped):
-            return message
-        names = self.typed_by_assistant if message["role"] == "assistant" else self.typed
-        out = {k: v for k, v in message.items() if k != "tool_calls"}
-        out = Escaped(escape(out, names))
-        out["content"] = content_text(out.get("content"))
-        if out["role"] == "developer" and "developer" not in source:  # OpenAI's name for system
-            out["role"] = "system"
-        calls = message.get("tool_calls") or []
-        if calls:
-            out["tool_calls"] = [self.call_for_template(call) for call in calls]
-        return out
+    def escaped(self, messages, tools):
+        """The messages and schemas as the template receives them: special tokens in them are
+        escaped, and calls' arguments are `Arguments` if they are an object."""
+        has_developer = "developer" in self.source_for(tools)
+        found = []
+        for m in messages:
+            names = self.typed_by_assistant if m["role"] == "assistant" else self.typed
+            new = {k: escape(v, names) for k, v in m.items() if k != "tool_calls"}
+            new["content"] = new.get("content") or ""
+            if m["role"] == "developer" and not has_developer:  # OpenAI's name for system
+                new["role"] = "system"
+            if calls := escape(m.get("tool_calls"), self.typed):
+                new["tool_calls"] = calls
+            for call in calls or ():
+                text = call["function"]["arguments"]
+                with contextlib.suppress(ValueError):
+                    arguments = Arguments(parse_call(call)[1])
+                    arguments.text = text if isinstance(text, str) else None
+                    call["function"]["arguments"] = arguments
+            found.append(new)
+        return found, escape(tools, self.typed) or None
 
-    def call_for_template(self, call):
-        """An entry of `tool_calls`, escaped, its arguments as `Arguments` if they are an object."""
-        call = escape(call, self.typed)
-        text = call["function"]["arguments"]
-        with contextlib.suppress(ValueError):
-            arguments = Arguments(parse_call(call)[1])
-            arguments.text = text if isinstance(text, str) else None
-            call["function"] |= {"arguments": arguments}
-        return call
-
-    def render(self, messages, tools=None, add_generation_prompt=False, **variables):
-        """The text of a conversation, what people typed escaped. ValueError, with the template's
-        own words, if it refuses the conversation."""
-        source, template = self.source_for(tools)
-        variables = self.variables | variables | {"documents": None}
+    def write(self, messages, tools, variables=None):
+        """The text of an `escaped` conversation. ValueError, with the template's own words, if it
+        refuses the conversation."""
+        variables = self.variables | (variables or {}) | {"messages": messages, "tools": tools}
         try:
-            messages = [self.for_template(m, source) for m in messages]
-            variables["tools"] = escape(tools, self.typed) or None
-            return template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **variables
-            )
-        except Exception as e:  # a template is a program of somebody's
+            return compile_template(self.source_for(tools)).render(variables)
+        except Exception as e:  # a template is a program that someone else wrote
             raise ValueError(f"the chat template refuses the conversation: {e}") from e
 
+    def write_answer(self, messages, tools):
+        """(text of an `escaped` conversation, where its last message begins). The text before that
+        is the prompt, which the model reads before it writes the message."""
+        text = self.write(messages, tools)
+        prompt = self.write(messages[:-1], tools, {"add_generation_prompt": True})
+        if text.startswith(prompt):
+            return text, len(prompt)
+        pairs = enumerate(zip(text, prompt))  # the prompt may end with what the text lacks
+        return text, next((n for n, (a, b) in pairs if a != b), min(len(text), len(prompt)))
+
     def encode(self, text):
-        """The ids of a text of `render`: names of special tokens are these tokens."""
+        """The ids of a text that the template wrote: names of special tokens are these tokens."""
         special, ids = self.tokenizer.special, []
         for n, part in enumerate(self.split.split(text)):
             plain = re.sub(f"{MARK}({MARK}?)", r"\1", part) if MARK in part else part
             ids += [special[part]] if n % 2 else self.tokenizer.encode(plain)
         return ids
 
-    def answer(self, before, message, tools=None):
-        """What the template writes for an answer behind the prompt for it."""
-        return self.turn([*before, message], len(before), tools)[1]
+    def rows(self, messages, tools=None, learned=lambda i: True):
+        """[(ids, mask, numbers of the messages that are learned)] of a conversation: one row with
+        all turns of the assistant for which learned(i) holds, or several if the template writes
+        earlier turns differently once there are later ones, as Qwen3's does with thoughts.
 
-    def turn(self, messages, i, tools=None, **variables):
-        """(prompt, answer), two texts: what the model reads before it writes message i, and what
-        it is to write then. Where the prompt says more than comes before the answer in the whole,
-        they part where the two differ."""
-        whole = self.render(messages[: i + 1], tools, **variables)
-        try:
-            prompt = self.render(messages[:i], tools, True, **variables)
-        except ValueError:  # many templates refuse an empty conversation
-            if i:
-                raise
-            prompt = whole[: whole.find(content_text(messages[0].get("content")))]
-        if not whole.startswith(prompt):
-            same = (n for n, (a, b) in enumerate(zip(whole, prompt)) if a != b)
-            prompt = whole[: next(same, min(len(whole), len(prompt)))]
-        return prompt, whole[len(prompt) :]
-
-    def rows(self, messages, tools=None, learned=None, **variables):
-        """[(text, [(start, stop) of what is learned in it], [the messages that these are])] of a
-        conversation: one, with all turns of the assistant for which learned(i) holds, or several if
-        the template writes earlier turns otherwise when there are later ones, as Qwen3's does with
-        thoughts."""
-        rows, end = [], self.tokenizer.decode([self.end])
-        source, _ = self.source_for(tools)
-        messages = [self.for_template(m, source) for m in messages]
+        <|user|> hi <|end|> <|assistant|> hello <|end|>
+        0        0  0       0             1     1
+        """
+        (messages, tools), end = self.escaped(messages, tools), self.tokenizer.decode([self.end])
+        rows = []  # (text, where each turn that is learned starts and stops, their numbers)
         for i, m in enumerate(messages):
-            if m["role"] != "assistant" or not (learned is None or learned(i)):
+            if m["role"] != "assistant" or not learned(i):
                 continue
-            prompt, answer = self.turn(messages, i, tools, **variables)
-            if any(c["function"]["name"] not in answer for c in m.get("tool_calls") or ()):
+            try:
+                text, start = self.write_answer(messages[: i + 1], tools)
+            except ValueError:
+                if i:
+                    raise
+                continue  # many templates refuse an empty conversation: there is no prompt
+            if any(c["function"]["name"] not in text[start:] for c in m.get("tool_calls", ())):
                 raise ValueError("the chat template writes no tool calls")
-            own, found, _ = answer.partition(end)
-            span = len(prompt), len(prompt) + len(own + found)
-            if rows and prompt.startswith(rows[-1][0][: rows[-1][1][-1][1]]):
-                rows[-1] = prompt + answer, [*rows[-1][1], span], [*rows[-1][2], i]
+            at = text.find(end, start)
+            borders = [start, at + len(end) if at >= 0 else len(text)]
+            if rows and text[:start].startswith(rows[-1][0][: rows[-1][1][-1]]):
+                rows[-1] = text, rows[-1][1] + borders, [*rows[-1][2], i]
             else:
-                rows.append((prompt + answer, [span], [i]))
-        return rows
+                rows.append((text, borders, [i]))
+        return [(*self.encode_row(text, borders), turns) for text, borders, turns in rows]
 
-    def encode_row(self, text, spans):
-        """(ids, mask) of one of `rows`; the borders of spans are borders of tokens, too, since the
-        model reads the prompt before it writes."""
-        cuts, ids, mask = [0, *(at for span in spans for at in span), len(text)], [], []
-        for n, (start, stop) in enumerate(pairwise(cuts)):
+    def encode_row(self, text, borders):
+        """(ids, mask) of a text that is learned between the first and the second of the borders,
+        the third and the fourth, and so on. No token crosses a border, since the model reads the
+        prompt before it writes."""
+        ids, mask = [], []
+        for n, (start, stop) in enumerate(pairwise([0, *borders, len(text)])):
             part = self.encode(text[start:stop])
             if part and n % 2 == 0 and mask and mask[-1] and ids[-1] not in self.ends:
                 mask += [int(part[0] in self.ends)] + [0] * (len(part) - 1)  # GLM: the next role
@@ -348,210 +358,63 @@ class Template:
             ids += part
         return ids, mask
 
-    def opened(self, prompt):
-        """The ids of <think> if a prompt ends with it, as DeepSeek-R1's does; else none."""
-        begins = self.tokenizer.decode(prompt[-9:]).rstrip().endswith(THINK[0])
-        return self.encode(THINK[0]) if begins and THINK[0] in self.tags else []
+    def prompt_ids(self, messages, tools=None, variables=None):
+        """Ids of a conversation up to where the answer begins. The template's `variables` may have
+        add_generation_prompt=False, so that they end with the last turn, and
+        continue_final_message=True, so that they end within it. ValueError if the template refuses
+        the conversation, or does not write the message that is to be continued."""
+        variables, last = variables or {}, messages[-1] if messages else {}
+        continued = variables.get("continue_final_message", False)
+        variables = {"add_generation_prompt": not continued} | variables
+        if continued:
+            if variables["add_generation_prompt"] or last.get("tool_calls"):
+                reason = "add_generation_prompt, or tool calls in the last message"
+                raise ValueError(f"continue_final_message is not possible with {reason}")
+            messages = [*messages[:-1], last | {"content": last["content"] + CONTINUE_HERE}]
+        text = self.write(*self.escaped(messages, tools), variables)
+        if continued:
+            text, found, after = text.rpartition(CONTINUE_HERE.strip())
+            if not found:
+                raise ValueError("the chat template does not write the message to be continued")
+            text = text if after.startswith(" ") else text.rstrip()  # some trim messages
+        return self.encode(text)
 
-    def parse(self, ids):
-        """The assistant's message that generated ids mean, with `tool_calls` and
-        `reasoning_content` where it has some."""
-        hidden, text, run = set(self.tokenizer.special.values()), "", []
-        for i in [*ids, None]:
-            if i is None or i in self.own:
-                text += self.tokenizer.decode(run).replace(MARK, "")
-                text += self.tags[self.own[i]] if i in self.own else ""
-                run = []
-            elif i not in hidden:
-                run.append(i)
-        tag = self.tags
-        message = {"role": "assistant", "content": ""}
-        if THINK[0] in tag:
-            before, closed, after = text.rpartition(tag[THINK[1]])
-            opened = text.lstrip().startswith(tag[THINK[0]])
-            if closed or opened:
-                thought = (before if closed else text).partition(tag[THINK[0]])
-                message["reasoning_content"] = (thought[2] or thought[0]).strip("\n")
-                text = after.lstrip("\n") if closed else ""
-                if not message["reasoning_content"].strip():
-                    del message["reasoning_content"]
-        before, after = self.blanks
-        said, calls = self.parse_calls(text.removeprefix(before).removesuffix(after), tag)
-        if calls:
-            message["tool_calls"] = calls
-        return message | {"content": said.replace(MARK, "")}
-
-    def parse_calls(self, text, tag):
-        """(text before the calls, calls) of an answer without its thought; no calls, and all of the
-        text, if one of them is broken."""
-        try:
-            if self.ours:
-                said, *parts = text.split(tag["<|call|>"])
-                calls = [name_and_json(part) for part in parts]
-            elif tag["<tool_call>"] in text:
-                said, *parts = text.split(tag["<tool_call>"])
-                parts = [part.partition(tag["</tool_call>"])[0] for part in parts]
-                calls = [json_call(part) for part in parts]
-            elif tag["[TOOL_CALLS]"] in text:
-                said, _, inner = text.partition(tag["[TOOL_CALLS]"])
-                calls = [json_call(json.dumps(c, ensure_ascii=False)) for c in json.loads(inner)]
-            elif not self.bare_calls:
-                return text, []
-            else:
-                said, inner = "", text.replace(tag["<|python_tag|>"], "")
-                calls = [json_call(inner)]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return text, []
-        return said.rstrip("\n") if calls else said, calls
-
-
-def name_and_json(text):
-    """The call that `name {arguments}` is, as our template writes it: what follows the name stays
-    as the model wrote it, so that it can see what was wrong with it."""
-    name, _, arguments = text.strip().partition(" ")
-    return tool_call(name, arguments)
-
-
-def json_call(text):
-    """The call that a JSON object with a name and arguments (Llama: parameters) is, the arguments
-    as they are written there; ValueError if it is none."""
-    text = text.strip()
-    call = json.loads(text)
-    key = "arguments" if "arguments" in call else "parameters"
-    if not isinstance(call["name"], str) or not isinstance(call[key], dict):
-        raise ValueError("no call")
-    for found in re.finditer(rf'"{key}"\s*:\s*', text):
-        with contextlib.suppress(ValueError):
-            value, end = json.JSONDecoder().raw_decode(text, found.end())
-            if value == call[key]:
-                call_id = call.get("id") if isinstance(call.get("id"), str) else None
-                return tool_call(call["name"], text[found.end() : end], call_id)
-    raise ValueError("no call")
-
-
-def content_text(content):
-    """The text of a message's content: a text, None, or a list of parts of text. ValueError for
-    parts of another kind."""
-    if isinstance(content, list):
-        parts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
-        for part in parts:
-            if not isinstance(part.get("text"), str):
-                raise ValueError(f"a part of kind {part.get('type')!r:.40}, only text is known")
-        return "".join(part["text"] for part in parts)
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f"the content is not text but {content!r:.40}")
-    return content or ""
+    def fit_prompt(self, messages, tools, room, variables=None):
+        """`prompt_ids`, at most `room`: the oldest turns are dropped first, but not the system
+        message. If the last turn is still too long, a system message of more than half of the room
+        is dropped, then the tools, then the start of that turn."""
+        system, turns = split_system(messages)
+        lengths = [len(self.tokenizer.encode(message_text(m))) for m in turns]
+        first = 0
+        while first < len(turns) - 1 and sum(lengths[first:]) > room:
+            first += 1  # what cannot fit need not be written
+        attempts = [([*system, *turns[n:]], tools) for n in range(first, max(1, len(turns)))]
+        if system and len(self.tokenizer.encode(system[0]["content"])) + 2 > (room + 1) // 2:
+            system = []
+        attempts += [([*system, *turns[-1:]], tools), ([*system, *turns[-1:]], None)]
+        ids = error = None
+        for messages, tools in attempts:
+            try:
+                ids = self.prompt_ids(messages, tools, variables)
+            except ValueError as e:  # some templates require that a user's turn comes first
+                error = e
+                continue
+            if len(ids) <= room:
+                return ids
+        if ids is None:
+            raise error
+        while len(ids) > room and turns and (said := self.tokenizer.encode(turns[-1]["content"])):
+            text = self.tokenizer.decode(said[len(ids) - room :]).lstrip("\ufffd")
+            turns = [turns[-1] | {"content": text}]
+            ids = self.prompt_ids([*system, *turns], None, variables)
+        return ids[-room:]
 
 
 @lru_cache(maxsize=16)
-def find_template(tokenizer):
-    """The Template of a tokenizer; None if it has none, as that of a base model."""
+def get_template(tokenizer):
+    """The Template of a tokenizer; None for the tokenizer of a base model, which has none."""
     ours = set(CHAT_TOKENS) <= set(tokenizer.special)
     return Template(tokenizer) if ours or tokenizer.spec.get("chat_template") else None
-
-
-def get_template(tokenizer):
-    """The Template of a tokenizer; UserError if it has none."""
-    return find_template(tokenizer) or Template(tokenizer)
-
-
-# --------------------------------------------------------------------------------------------
-# Conversations
-# --------------------------------------------------------------------------------------------
-
-
-def render_chat(messages, tokenizer, add_generation_prompt=False, tools=None, **variables):
-    """(ids, mask) of a conversation, mask 1 where the assistant's own words are to be learned.
-
-    With `add_generation_prompt` the row ends where an answer begins, a prefix of the row with it.
-    `variables` are the template's own (enable_thinking=False). ValueError if it refuses.
-
-        <|user|> hi <|end|> <|assistant|> hello <|end|>
-        0        0  0       0             1     1
-    """
-    template = get_template(tokenizer)
-    text = template.render(messages, tools, add_generation_prompt, **variables)
-    for row, spans, _ in template.rows(messages, tools, **variables)[-1:]:
-        if text.startswith(row[: spans[-1][1]]):
-            return template.encode_row(text, spans)
-    return template.encode_row(text, [])
-
-
-def prompt_ids(
-    messages, tokenizer, tools=None, add_generation_prompt=None, continue_final_message=False,
-    **variables,
-):  # fmt: skip
-    """Ids of a conversation up to where the answer begins. With add_generation_prompt=False they
-    end with the last turn, with continue_final_message=True within it. ValueError if the template
-    refuses the conversation, or does not write the message that is to be continued."""
-    template, going_on = get_template(tokenizer), continue_final_message
-    if add_generation_prompt is None:
-        add_generation_prompt = not going_on
-    if going_on:
-        last = messages[-1]
-        if add_generation_prompt or last.get("tool_calls"):
-            reason = "tool calls in the last message"
-            reason = "add_generation_prompt" if add_generation_prompt else reason
-            raise ValueError(f"continue_final_message is not possible with {reason}")
-        last = last | {"content": content_text(last.get("content")) + CONTINUE_HERE}
-        messages = [*messages[:-1], last]
-    text = template.render(messages, tools, add_generation_prompt, **variables)
-    if going_on:
-        text, found, after = text.rpartition(CONTINUE_HERE.strip())
-        if not found:
-            raise ValueError("continue_final_message: the chat template does not write the message")
-        text = text if after.startswith(" ") else text.rstrip()  # as the template trims messages
-    return template.encode(text)
-
-
-def chat_prompt(messages, tokenizer, room, tools=None, **variables):
-    """`prompt_ids`, at most `room`: the oldest turns are left out first, never the system's. If
-    the last one is still too long, a system turn of more than half of the room is left out, too,
-    then the tools, and the last one loses its beginning. ValueError if the template refuses."""
-    system, rest = split_system(list(messages))
-    kept, left = deque(), room
-    for m in reversed(rest):  # earlier ones cannot fit: do not render them
-        left -= len(tokenizer.encode(message_text(m)))
-        if left < 0 and kept:
-            break
-        kept.appendleft(m)
-
-    def ids():
-        with contextlib.suppress(ValueError):  # some templates require a user turn first
-            return prompt_ids([*system, *kept], tokenizer, tools, **variables)
-        return None
-
-    found = ids()
-    while len(kept) > 1 and (found is None or len(found) > room):
-        kept.popleft()
-        found = ids() or found
-    if found is None:  # raises the template's own error
-        return prompt_ids([*system, *kept], tokenizer, tools, **variables)
-    if len(found) > room and system:
-        alone = len(tokenizer.encode(content_text(system[0].get("content")))) + 2
-        system = [] if alone > (room + 1) // 2 else system
-        found = ids() or found
-    if len(found) > room and tools:
-        tools = None
-        found = ids() or found
-    while len(found) > room and kept and (said := tokenizer.encode(kept[-1]["content"] or "")):
-        text = tokenizer.decode(said[len(found) - room :]).lstrip("\ufffd")
-        kept[-1] = kept[-1] | {"content": text}
-        found = ids() or found
-    if len(found) > room and system:
-        system = []
-        found = ids() or found
-    return found[-room:] if len(found) > room else found
-
-
-def drop_continued(rows, key=lambda turns: turns):
-    """The rows without those that the next one only continues: their turns, key(row), begin its."""
-    following = [key(row) for row in rows[1:]] + [[]]
-
-    def continued(turns, longer):
-        return len(longer) > len(turns) and longer[: len(turns)] == turns
-
-    return [row for row, longer in zip(rows, following) if not continued(key(row), longer)]
 
 
 # --------------------------------------------------------------------------------------------

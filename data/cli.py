@@ -15,17 +15,17 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A user's mistake about data: one line that names the thing, the value and the remedy."""
+    """A user's mistake: one line that names the thing, the value and the remedy."""
 
 
 def run_cli(main):
     """Run a script's `main` as a program: a UserError or an OSError becomes one line on stderr and
     exit code 2, Ctrl-C exit code 130."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # no console's encoding ends a script
-    if hasattr(sys.stdin, "reconfigure"):  # there may be none, or a stand-in
-        sys.stdin.reconfigure(encoding="utf-8")  # what is piped in is text like any other
-    script = Path(sys.argv[0]).name
+        stream.reconfigure(errors="replace")  # printing never fails, whatever the encoding
+    if hasattr(sys.stdin, "reconfigure"):  # there may be no stdin, or a stand-in
+        sys.stdin.reconfigure(encoding="utf-8")
+    script, code = Path(sys.argv[0]).name, 2
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts' imports do without
     try:
         code = main() or 0
@@ -33,18 +33,13 @@ def run_cli(main):
     except BrokenPipeError:  # closed by `| head`; keep the interpreter from flushing again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except UserError as e:
-        print(f"{script}: {e}", file=sys.stderr)
-        code = 2
-    except OSError as e:
-        what = f"{e.filename}: {e.strerror}" if e.filename else str(e)
-        print(f"{script}: {what}", file=sys.stderr)
-        code = 2
+    except (UserError, OSError) as e:
+        name = getattr(e, "filename", None)
+        print(f"{script}: {f'{name}: {e.strerror}' if name else e}", file=sys.stderr)
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
         print(f"{script}: out of memory: use fewer rows or a smaller model", file=sys.stderr)
-        code = 2
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
         code = 130
@@ -56,21 +51,13 @@ def is_out_of_memory(error):
     return any(words in str(error) for words in ("allocate memory", "out of memory"))
 
 
-# What our flags are called in nanoGPT and transformers, or were called before.
+# What other projects (nanoGPT, transformers, OpenAI) call our flags.
 ALIASES = {
-    "max_new_tokens": "max_tokens",
-    "lr": "learning_rate",
-    "d_model": "n_embd",
-    "out": "out_dir",
-    "max_steps": "max_iters",
-    "context": "block_size",
-    "eval_every": "eval_interval",
-    "log_every": "log_interval",
-    "warmup_steps": "warmup_iters",
-    "grad_accum": "gradient_accumulation_steps",
-    "no_fast": "plain",
-    "autocast": "plain",
-}
+    "max_tokens": "max_new_tokens", "learning_rate": "lr", "n_embd": "d_model", "out_dir": "out",
+    "max_iters": "max_steps", "block_size": "context", "eval_interval": "eval_every",
+    "log_interval": "log_every", "warmup_iters": "warmup_steps",
+    "gradient_accumulation_steps": "grad_accum",
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,30 +67,28 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
 
-    def own_name(self, word):
-        """`word`, or if it is a flag under another name, the same under ours."""
+    def our_name(self, word):
+        """`word`, where a flag is replaced by this parser's name for it, if it has one."""
         flag, equals, value = word.partition("=")
-        if not flag.startswith("--") or flag in self._option_string_actions:
-            return word
+        ours = {option[2:].replace("-", "_"): option for option in self._option_string_actions}
         name = flag[2:].replace("-", "_")
-        known = {option[2:].replace("-", "_"): option for option in self._option_string_actions}
-        known = {ALIASES[n]: option for n, option in known.items() if n in ALIASES} | known
-        return known.get(name, flag) + equals + value
+        if flag.startswith("--"):
+            flag = ours.get(name) or ours.get(ALIASES.get(name), flag)
+        return flag + equals + value
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse's, of the words by their names here."""
+        """argparse's, after the flags are replaced by this parser's names."""
         words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self.own_name(word) for word in words], namespace)
+        return super().parse_known_args([self.our_name(word) for word in words], namespace)
 
     def error(self, message):
-        """One line on stderr, exit code 2; with the flag that is most like an unknown one."""
+        """Print one line, with the flag closest to an unknown one, and exit with code 2."""
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            own = self._option_string_actions
-            known = [*own, *(f"--{alias}" for alias in ALIASES.values())]
-            known = {name: self.own_name(name) for name in known if self.own_name(name) in own}
-            near = [known[name] for name in difflib.get_close_matches(unknown[1], known, 1)]
+            names = [*self._option_string_actions, *(f"--{alias}" for alias in ALIASES)]
+            names = [n for n in names if self.our_name(n) in self._option_string_actions]
+            near = difflib.get_close_matches(unknown[1], names, 1)
             message = f"unknown argument {unknown[1]}"
-            message += f": did you mean {near[0]}?" if near else " (--help lists what there is)"
+            message += f": did you mean {self.our_name(near[0])}?" if near else " (see --help)"
         message = re.sub(r"^argument (\S+): (\S+ must be)", r"\1 \2", message)
         self.exit(2, f"{self.prog}: {message}\n")
 
@@ -141,71 +126,24 @@ class StopSignal:
 
     def __enter__(self):
         self.number, self.old = 0, {}
-        with contextlib.suppress(ValueError):  # signals only reach the main thread
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for s in (signal.SIGINT, signal.SIGTERM):
                 self.old[s] = signal.signal(s, self.handle)
         return self
 
     def handle(self, number, frame):
-        """The signal handler: note it, and give the next one its usual effect."""
+        """Remember the signal, and give the next one its usual effect."""
         self.number = number
-        self.restore()
+        self.__exit__()
 
-    def restore(self):
+    def __exit__(self, *_):
         for s, handler in self.old.items():
             signal.signal(s, handler)
 
-    def __exit__(self, *_):
-        self.restore()
-
-
-# What the value of a flag must be, whatever script it belongs to.
-LIMITS = (
-    (
-        "batch_size batch_tokens eval_every grad_accum judge log_every max_new_tokens max_rows "
-        "max_steps max_tokens num_samples show_mask steps tokens total_batch_tokens updates "
-        "workers world",
-        "at least 1",
-        lambda v: 1 <= v <= 2**62,
-    ),
-    (
-        "clip distill_temperature dpo_beta epochs guidance lora_alpha lr max_minutes "
-        "repetition_penalty",
-        "above 0 and finite",  # any NAME_lr, too
-        lambda v: 0 < v < math.inf,
-    ),
-    (
-        "beams eval_rows grad_clip kl lora_rank min_lr save_minutes temperature top_k warmup_steps "
-        "weight_decay",
-        "finite, from 0",
-        lambda v: 0 <= v < math.inf,
-    ),
-    ("eval_tokens patience save_every seed", "from 0 to 2**50", lambda v: 0 <= v <= 2**50),
-    ("augment distill_lambda min_p token_dropout top_p", "from 0 to 1", lambda v: 0 <= v <= 1),
-    ("beta1 beta2", "from 0 to below 1", lambda v: 0 <= v < 1),
-    ("val", "between 0 and 1", lambda v: 0 < v < 1),
-    ("val_fraction", "above 0 and at most 0.5", lambda v: 0 < v <= 0.5),
-    ("length_penalty", "from -10 to 10", lambda v: -10 <= v <= 10),
-    ("frequency_penalty presence_penalty", "from -2 to 2", lambda v: -2 <= v <= 2),
-    ("samples", "from 2 to 4096", lambda v: 2 <= v <= 4096),
-    ("slots", "from 1 to 256", lambda v: 1 <= v <= 256),
-    ("serve", "a port from 0 to 65535", lambda v: 0 <= v < 2**16),
-)
-
-
-def check_limits(values):
-    """UserError for the first of `values`, {flag: value or None}, that is outside of LIMITS."""
-    limits = {name: limit for names, *limit in LIMITS for name in names.split()}
-    for name, value in values.items():
-        rate = limits["lr"] if name.endswith("_lr") else (None, None)
-        wanted, good = limits.get(name, rate)
-        if good and value is not None and not good(value):
-            raise UserError(f"--{name} {value} must be {wanted}")
-
 
 def printable(text):
-    """`text` with its control characters, line ends and tabs apart, as \\x1b: printed as they are
-    they would clear the terminal, or worse."""
+    """`text` with control characters other than tab and newline as \\x1b: printed as they are they
+    could clear the terminal, or worse."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
@@ -213,23 +151,23 @@ class Progress:
     """A line on a terminal that rewrites itself, at most twice a second; nothing elsewhere."""
 
     def __init__(self):
-        self.shown, self.width = time.monotonic(), 0
+        self.shown = time.monotonic()
 
     def __call__(self, text):
         if sys.stderr.isatty() and time.monotonic() - self.shown > 0.5:
-            self.shown, self.width = time.monotonic(), len(text)
-            print(f"\r{text} ", end="", flush=True, file=sys.stderr)
+            self.shown = time.monotonic()
+            print(f"\r\033[K{text} ", end="", flush=True, file=sys.stderr)
 
     def clear(self):
-        """Leave an empty line to whatever comes next."""
-        if self.width:
-            print("\r" + " " * self.width, end="\r", file=sys.stderr)
+        """Empty the line."""
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)
 
 
-def watched(items, what):
-    """Pass items through, with their number on a line of the terminal."""
+def watched(items, name):
+    """Pass items through, counting them on a line of the terminal as `name` 1, 2, 3 ..."""
     progress = Progress()
-    for number, item in enumerate(items, start=1):
-        progress(f"{what} {number:,}")
+    for count, item in enumerate(items, start=1):
+        progress(f"{name} {count:,}")
         yield item
     progress.clear()

@@ -1,12 +1,11 @@
-"""What a model costs: arithmetic with its sizes. Memory, on one machine and on several GPUs, what
-these exchange, and the loss that a scaling law predicts."""
+"""What a model costs, by arithmetic: memory on one machine and on several GPUs, the bytes that GPUs
+exchange, and the loss that a scaling law predicts."""
 import os
 
 from data.cli import UserError
 
-GIB, GB = 2**30, 1e9
 # bytes a second in one direction: between the GPUs of a machine (NVLink 4) and of two (400 Gbit/s)
-LINKS = {"NVLink": 450 * GB, "400 Gbit/s": 50 * GB}
+LINKS = {"NVLink": 450e9, "400 Gbit/s": 50e9}
 H100 = 0.5 * 989e12  # FLOP/s: half of the datasheet's, which good runs reach
 
 
@@ -16,15 +15,13 @@ def chinchilla_loss(parameters, tokens):
     return 1.69 + 406.4 / parameters**0.34 + 410.7 / tokens**0.28
 
 
-def shape_lines(name, shape, parts, flops, tokens=None):
-    """Lines about a model of that shape, a dict: {part: parameters}, FLOPs a token, and if it is to
-    see so many `tokens` the loss that is predicted."""
-    total = parts["total"]
-    shown = ", ".join(f"{k} {v}" for k, v in shape.items())
-    lines = [f"{name}: {shown}", "", f"{'part':14}{'parameters':>16}{'share':>9}"]
-    for part, n in parts.items():
-        lines.append(f"{part:14}{n:16,}{n / total:9.1%}")
-    mib = total / 2**20
+def shape_lines(name, shape, counts, flops, tokens=None):
+    """Lines about a model: its shape, a dict, its {part: parameters}, its FLOPs a token, and the
+    predicted loss if it is trained on `tokens`."""
+    total, mib = counts["total"], counts["total"] / 2**20
+    lines = [f"{name}: " + ", ".join(f"{k} {v}" for k, v in shape.items())]
+    lines += ["", f"{'part':14}{'parameters':>16}{'share':>9}"]
+    lines += [f"{part:14}{n:16,}{n / total:9.1%}" for part, n in counts.items()]
     lines += [
         "",
         f"weights            {4 * mib:8,.1f} MiB in fp32, {2 * mib:,.1f} MiB in bf16",
@@ -43,63 +40,53 @@ def shape_lines(name, shape, parts, flops, tokens=None):
 
 def activation_bytes(config, tokens, checkpointed=False):
     """Bytes that the layers keep in fp32 for the backward pass of `tokens` tokens; with gradient
-    checkpointing only each layer's input, and one layer in full."""
+    checkpointing only the input of each layer, and one layer in full."""
     layer = tokens * (12 * config.d_model + 3 * config.d_ff) * 4
-    if checkpointed:
-        return layer + config.n_layer * tokens * config.d_model * 4
-    return config.n_layer * layer
+    inputs = config.n_layer * tokens * config.d_model * 4
+    return layer + inputs if checkpointed else config.n_layer * layer
 
 
 def memory_needed(model, tokens):
-    """Bytes that training takes in this process, roughly, with `tokens` in a micro-batch: weights,
-    gradients and two moments in fp32, and what each layer keeps for its backward pass."""
-    own = [(p, p.to_local() if hasattr(p, "to_local") else p) for p in model.parameters()]
-    tensors = [part for _, part in own] + list(model.buffers())
-    held = sum(t.numel() * t.element_size() for t in tensors)
-    learned = sum(part.numel() for p, part in own if p.requires_grad)
-    return held + 12 * learned + activation_bytes(model.config, tokens, model.grad_checkpoint)
+    """Bytes that this process needs, roughly, to train with `tokens` in a micro-batch: weights,
+    gradients and two moments in fp32, and what the layers keep for the backward pass."""
+    parameters = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    stored = sum(t.numel() * t.element_size() for t in [*parameters, *model.buffers()])
+    trained = sum(t.numel() for t, p in zip(parameters, model.parameters()) if p.requires_grad)
+    return stored + 12 * trained + activation_bytes(model.config, tokens, model.grad_checkpoint)
 
 
 def check_memory(model, tokens, runtime):
-    """UserError if training with `tokens` in a micro-batch cannot fit this machine's memory (its
-    CPU's; a GPU tells by itself)."""
-    needed = memory_needed(model, tokens)
+    """UserError if training with `tokens` in a micro-batch cannot fit this machine's memory. A GPU
+    reports that itself."""
     if runtime.device.type == "cpu" and hasattr(os, "sysconf"):
-        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > has:
+        needed = memory_needed(model, tokens)
+        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > installed:
             raise UserError(
                 f"this needs about {needed / 2**30:,.0f} GiB of memory, the machine has "
-                f"{has / 2**30:,.0f}: use smaller batches, a shorter context or a smaller model"
+                f"{installed / 2**30:,.0f}: use smaller batches, a shorter context, a smaller model"
             )
 
 
-def memory_per_gpu(parameters, gathered, world, shard):
-    """{what: bytes} that each of `world` GPUs holds in mixed bf16: fp32 weights, gradients and
-    AdamW's moments, whole or a part. `gathered` parameters of a model that is cut are there at
-    once, in bf16."""
-    parts = world if shard else 1
-    held = {"weights": 4 * parameters / parts, "gradients": 4 * parameters / parts}
-    held["moments"] = 8 * parameters / parts
-    return held | ({"gathered": 2 * gathered} if shard else {})
-
-
-def traffic(parameters, world, shard, accumulation):
-    """Bytes that each GPU sends in a step: gradients once in fp32, and of a model that is cut its
-    weights in bf16 twice for each micro-batch."""
-    share = (world - 1) / world
-    if not shard:
-        return 2 * share * 4 * parameters  # reduce, then spread the sums
-    return share * (4 + accumulation * 2 * 2) * parameters
-
-
-def world_lines(config, parameters, gathered, flops, world, shard):
-    """Lines about a step of one micro-batch of one context on each GPU; `flops` are a token's."""
-    held, tokens = memory_per_gpu(parameters, gathered, world, shard), config.context
-    full, thin = (activation_bytes(config, tokens, checkpointed) / 2 for checkpointed in (0, 1))
-    held |= {"activations": full, "with --grad_checkpoint": thin}
-    lines = ["", f"{world} GPUs, {'each with a part' if shard else 'each with a copy'}, in bf16:"]
-    lines += [f"  {what:24}{n / GIB:8,.1f} GiB a GPU" for what, n in held.items()]
-    sent, seconds = traffic(parameters, world, shard, 1), flops * tokens / H100
-    lines.append(f"  {tokens:,} tokens take {seconds:.3f} s at half of an H100's peak; to send")
-    times = [f"{sent / speed:.3f} s by {link}" for link, speed in LINKS.items()]
-    return [*lines, f"  {sent / GB:,.2f} GB a step takes {', '.join(times)}"]
+def world_lines(config, counts, flops, world, shard):
+    """Lines about a step of one micro-batch of one context on each of `world` GPUs in mixed bf16:
+    fp32 weights, gradients and AdamW's moments, replicated or sharded. `flops` are a token's."""
+    total, tokens, parts = counts["total"], config.context, world if shard else 1
+    stored = {"weights": 4 * total, "gradients": 4 * total, "moments": 8 * total}
+    stored = {what: n / parts for what, n in stored.items()}
+    if shard:  # tables and two blocks are gathered at once, in bf16
+        blocks = counts["attention"] + counts["feed-forward"]
+        stored["gathered"] = 2 * (total - blocks + 2 * blocks // config.n_layer)
+    for checkpointed, what in enumerate(("activations", "with --grad_checkpoint")):
+        stored[what] = activation_bytes(config, tokens, checkpointed) / 2
+    # gradients are reduced in fp32; then sums are spread, or bf16 weights gathered twice
+    sent = (world - 1) / world * (4 + 2 * 2 if shard else 2 * 4) * total
+    seconds = flops * tokens / H100
+    times = ", ".join(f"{sent / speed:.3f} s by {link}" for link, speed in LINKS.items())
+    return [
+        "",
+        f"{world} GPUs, {'each with a part' if shard else 'each with a copy'}, in bf16:",
+        *(f"  {what:24}{n / 2**30:8,.1f} GiB a GPU" for what, n in stored.items()),
+        f"  {tokens:,} tokens take {seconds:.3f} s at half of an H100's peak; to send",
+        f"  {sent / 1e9:,.2f} GB a step takes {times}",
+    ]

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, JSON, hashes, locks."""
+"""Files: written whole or not at all, locks between processes, JSON, hashes."""
 import contextlib
 import hashlib
 import json
@@ -12,7 +12,7 @@ from data.cli import UserError
 
 
 def write_whole(path, write):
-    """Let write(file) fill a temporary file, then give it the name `path`, as `save_checkpoint`."""
+    """Let write(file) fill a temporary file, then give it the name `path`."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -32,52 +32,33 @@ def write_whole(path, write):
 
 
 LOCKS = Path("data/locks")
-HELD = set()  # the locks that this process has
 
 
 @contextlib.contextmanager
 def locked(path):
-    """Hold the lock of a file or folder that is to be written: other processes wait for it, until
-    this one leaves the context or ends. A process may take a lock again that it has."""
-    key = hashlib.sha1(os.fsencode(os.path.realpath(path))).hexdigest()
-    if key in HELD:
-        yield
-        return
-    lock, told = LOCKS / key, False
-    while (file := lock_file(lock)) is None:
-        if not told:
+    """Hold the lock of a file or folder that is to be written: other processes wait until this one
+    leaves the context or ends."""
+    lock, waiting = LOCKS / hashlib.sha1(os.fsencode(os.path.realpath(path))).hexdigest(), False
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(lock, "ab") as file:
+            if try_lock(file):
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(OSError):  # Windows keeps a file that is open
+                        lock.unlink()
+                return
+        if not waiting:
             print(f"waiting for another process that writes {path}", file=sys.stderr)
-        told = True
+        waiting = True
         time.sleep(0.1)
-    HELD.add(key)
+
+
+def try_lock(file):
+    """Lock an open file until it is closed. False if another process holds the lock or has just
+    removed the file."""
     try:
-        yield
-    finally:
-        HELD.remove(key)
-        with contextlib.suppress(OSError):  # Windows keeps a file that is open
-            lock.unlink()
-            os.removedirs(LOCKS)
-        file.close()
-
-
-def write_once(path, is_written, write):
-    """Call write() unless is_written(). Of several processes one writes, the others wait."""
-    if not is_written():
-        with locked(path):
-            if not is_written():
-                write()
-
-
-def lock_file(path):
-    """Open the lock file `path` and lock it until it is closed; None if another process holds the
-    lock."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")  # noqa: SIM115 (open as long as it is locked)
-    except FileNotFoundError:  # the folder was empty, and removed with the last lock
-        return None
-    # suppressed: another process holds the lock, or has just removed the file
-    with contextlib.suppress(BlockingIOError, PermissionError, FileNotFoundError):
         if os.name == "nt":
             import msvcrt
 
@@ -86,10 +67,18 @@ def lock_file(path):
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            return file
-    file.close()
-    return None
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        return False
+
+
+def write_once(path, is_written, write):
+    """Call write() unless is_written(). Of several processes one writes and the others wait."""
+    if is_written():
+        return
+    with locked(path):
+        if not is_written():
+            write()
 
 
 def write_json(path, values):
@@ -98,36 +87,20 @@ def write_json(path, values):
 
 
 def read_json(path):
-    """The object that a JSON file holds; UserError if it holds none."""
+    """The object in a JSON file; UserError if there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"{path} is missing") from e
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from e
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is no JSON ({e})") from e
-    if not isinstance(data, dict):
+    if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object")
-    return data
-
-
-def parse_json(text, where):
-    """json.loads; UserError if it is no JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: broken JSON ({e})") from e
+    return values
 
 
 def file_sha256(path):
     """The sha256 of a file's bytes, as hex digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def git_sha1(path):
-    """The name that git gives a file's content: the sha1 of its length and bytes, as hex digits."""
-    with open(path, "rb") as f:
-        start = b"blob %d\0" % os.fstat(f.fileno()).st_size
-        return hashlib.file_digest(f, lambda: hashlib.sha1(start)).hexdigest()

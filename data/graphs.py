@@ -3,34 +3,37 @@ import torch
 
 
 class GraphedSteps:
-    """`step`, the `last_logits` of a sample.FastTransformer, for one new token a text on a GPU. A
-    graph is recorded for a cache and a number of texts; shapes must stay the same, so the Engine
-    shows such a model, whose `static` is True, all places of its cache."""
+    """`step`, the `last_logits` of a model, for one new token a row on a GPU. One graph is recorded
+    for each cache and number of rows. Its shapes must stay the same, so that it attends to all of
+    the cache's room, under a mask."""
 
     def __init__(self, step):
         self.step, self.key = step, None
 
-    def __call__(self, ids, cache, positions=None, mask=None):
-        if ids.shape[1] > 1 or mask is None:
-            return self.step(ids, cache, positions, mask)
-        new = ids, cache.lengths, positions, mask
-        if self.key != (key := (cache.keys.data_ptr(), ids.shape, mask.shape)):
-            self.key, self.inputs = key, [t.clone() for t in new]
+    def __call__(self, ids, cache):
+        if ids.shape[1] > 1:
+            return self.step(ids, cache)
+        begun = cache.begin(ids, static=True)
+        inputs = ids, begun.positions, begun.mask
+        if self.key != (key := (cache.keys.data_ptr(), begun.mask.shape)):
+            self.key, self.inputs = key, [t.clone() for t in inputs]
             self.graph = torch.cuda.CUDAGraph()
-            self.record(cache)
-        for own, t in zip(self.inputs, new):
-            own.copy_(t)
+            self.record(cache, begun)
+        for static, t in zip(self.inputs, inputs):
+            static.copy_(t)
         self.graph.replay()
-        return self.logits
+        cache.lengths += 1
+        return self.logits.clone()  # another group of rows may be run before these are read
 
-    def record(self, cache):
-        """Run a step on a stream of its own, as PyTorch wants it first, then record one."""
-        (ids, cache.lengths, *rest), length = self.inputs, cache.length
+    def record(self, cache, begun):
+        """Run a step on another stream, as PyTorch requires, then record one."""
+        ids, positions, mask = self.inputs
+        begun, lengths = begun._replace(positions=positions, mask=mask), cache.lengths.clone()
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
-            self.step(ids, cache, *rest)
+            self.step(ids, cache, begun)
         here.wait_stream(aside)
-        cache.length = length
         with torch.cuda.graph(self.graph):
-            self.logits = self.step(ids, cache, *rest)
+            self.logits = self.step(ids, cache, begun)
+        cache.lengths.copy_(lengths)  # recording has written no token

@@ -1,21 +1,21 @@
-"""Hotels: the search tool, the dialogue sets, invented dialogues, and exchanging values in them.
+"""Hotels: a search tool, a set of dialogues, invented dialogues, and values exchanged in them.
 
-`sample.py --tools hotel` uses what `get_tools` returns.
+`sample.py --tools hotel` uses what `get_tools` returns; questions and scores are in data/facts.py.
 """
 
-import contextlib
 import itertools
 import json
 import math
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
 from data.chat import drop_continued, parse_call, tool_call
 from data.cli import UserError
 from data.download import DATA
+from data.scores import arguments_of
 
 # --------------------------------------------------------------------------------------------
 # The hotels and the search
@@ -23,23 +23,17 @@ from data.download import DATA
 
 HOTEL_DB = DATA / "hotel" / "hotel_db.json"  # the public one, once fetched
 OWN_HOTELS = Path(__file__).with_name("hotels.json")  # a small one of our own invention
-# CrossWOZ's fields and what the dialogues call them; a record begins with what replies say the
-# most: a number close to the hotel's name is easier to find
+# CrossWOZ's fields and what the dialogues call them. Records begin with the fields that replies
+# mention most: a number close to the hotel's name is easier to find.
 HOTEL_KEYS = {
-    "名称": "name",
-    "价格": "price",
-    "评分": "rating",
-    "酒店类型": "type",
-    "电话": "phone",
-    "地铁": "subway",
-    "地址": "address",
-    "酒店设施": "facilities",
-}
+    "名称": "name", "价格": "price", "评分": "rating", "酒店类型": "type",
+    "电话": "phone", "地铁": "subway", "地址": "address", "酒店设施": "facilities",
+}  # fmt: skip
 
 
 def read_hotels(path=None):
-    """A hotel database as a list of records: CrossWOZ's [[name, {...}], ...] or one of records as
-    they are. Default: the public one if it has been fetched, else our own small one."""
+    """The records of a hotel database: CrossWOZ's [[name, {...}], ...], or a list of records. The
+    default is the public one if it has been fetched, else our own small one."""
     path = Path(path or (HOTEL_DB if HOTEL_DB.exists() else OWN_HOTELS))
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
@@ -52,7 +46,7 @@ def read_hotels(path=None):
 
 
 def ordered(record):
-    """The record with its fields in the order of HOTEL_KEYS, others after them."""
+    """The record with its fields in the order of HOTEL_KEYS, then any others."""
     return {k: record[k] for k in (*HOTEL_KEYS.values(), *record) if k in record}
 
 
@@ -66,10 +60,9 @@ def search_hotels(
     rating_range_lower: float | None = None,
     rating_range_upper: float | None = None,
 ):
-    """The hotels (records of `read_hotels`) that fit all that is given, the best rated first, two
-    at most: a record takes 150 tokens, and a small model's context is short. Guests name facilities
-    in their own words, so these are compared by their characters.
-    """
+    """The two best rated hotels (records of `read_hotels`) that fit all that is given: a record
+    takes 150 tokens, and a small model's context is short. Guests name facilities in their own
+    words, so these are compared by their characters."""
 
     def within(value, low, high):
         if low is None and high is None:
@@ -77,12 +70,13 @@ def search_hotels(
         return value is not None and (low or 0) <= value <= (math.inf if high is None else high)
 
     def offers(hotel, wanted):
+        letters = set(wanted)
         return any(
-            wanted in has or has in wanted or len(set(wanted) & set(has)) >= 0.7 * len(set(wanted))
+            wanted in has or has in wanted or len(letters & set(has)) >= 0.7 * len(letters)
             for has in hotel["facilities"]
         )
 
-    found = [
+    fitting = [
         h
         for h in hotels
         if (not name or name in h["name"] or h["name"] in name)
@@ -91,13 +85,13 @@ def search_hotels(
         and within(h["rating"], rating_range_lower, rating_range_upper)
         and all(offers(h, f) for f in facilities or [])
     ]
-    return sorted(found, key=lambda h: -(h["rating"] or 0))[:2]
+    return sorted(fitting, key=lambda h: -(h["rating"] or 0))[:2]
 
 
 def get_tools():
     """{name: function} for `sample.py --tools hotel`."""
     search = partial(search_hotels, read_hotels())
-    search.needs_no_schema = True  # our hotel model knows it by training
+    search.needs_no_schema = True  # our hotel model knows it from training
     return {"search": search}
 
 
@@ -107,8 +101,8 @@ def get_tools():
 
 
 def join_dialogues(path):
-    """Read dialogues, lists of turns, from a file whose rows are {"context": the turns so far,
-    "response": the next one}, both JSON in strings; the records that they hold are `ordered`."""
+    """The dialogues, lists of turns, in a file whose rows are {"context": the turns so far,
+    "response": the next one}, both JSON in strings. Their records are `ordered`."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         turns = [[*json.loads(r["context"]), json.loads(r["response"])] for r in rows]
@@ -126,95 +120,104 @@ _WAYS = {  # how a guest may ask for each argument
     "price": ("价格在{0}-{1}元", "{0}到{1}元之间", "预算{0}-{1}元"),
     "rating": ("评分{}分以上", "评分在{}分以上的", "评分不低于{}分"),
 }
+_NONE = "抱歉，没有符合要求的酒店。"
 _OPENINGS = ("你好，帮我找个酒店，", "我想订酒店，", "请推荐一家酒店，", "您好，我要住酒店，")
-QUESTIONS = (  # a field, its name, how it is asked for without the hotel's name, the answer
+QUESTIONS = (  # a field, its name, questions that do not name the hotel, the answer
     ("phone", "电话", ("这家酒店的电话是多少？", "电话号码给我一下。"), "{name}的电话是{phone}"),
     ("address", "地址", ("这家酒店在哪里？", "地址是什么？"), "{name}的地址是{address}"),
     ("price", "价格", ("一晚多少钱？", "价格是多少？"), "{name}的价格是{price}元"),
     ("rating", "评分", ("评分怎么样？", "这家的评分是多少？"), "{name}的评分是{rating}分"),
 )
-# What of a result may be asked for, as `values_of` calls it
+# What a question may be about, as `values_of` names it
 ASKED = {"tool.name", *(f"tool.{field}" for field, *_ in QUESTIONS)}
 
 
 def answer_about(record, question):
     """The answer, without a full stop, to one of QUESTIONS about a hotel."""
-    field, what, _, answer = question
+    field, label, _, answer = question
     if record.get(field) in (None, "", -1):
-        return f"{record['name']}的{what}暂时未知"
+        return f"{record['name']}的{label}暂时未知"
     return answer.format(**record)
 
 
 def synthetic_dialogues(count, seed):
     """`count` invented hotel dialogues, each a list of turns with the public set's schema and exact
-    arguments: the same ones for the same seed, on any machine."""
+    arguments. They depend on the seed alone."""
     hotels, rng = read_hotels(OWN_HOTELS), random.Random(f"hotel-synthetic {seed}")
-    rows = []
-    while len(rows) < count:
+    dialogues = []
+    while len(dialogues) < count:
         wish = rng.choice(hotels)  # so that something is found
-        arguments, words = {}, []
+        arguments, wishes = {}, []
         for key in rng.sample(sorted(_WAYS), rng.randint(1, 3)):
             way = rng.choice(_WAYS[key])
             if key == "price":
                 low = int(wish["price"] // 100 * 100)
-                arguments |= {"price_range_lower": low, "price_range_upper": low + 100}
-                words.append(way.format(low, low + 100))
+                values = {"price_range_lower": low, "price_range_upper": low + 100}
             elif key == "rating":
                 low = rng.choice((4, 4.5)) if wish["rating"] >= 4.5 else 4
-                arguments["rating_range_lower"] = low
-                words.append(way.format(low))
+                values = {"rating_range_lower": low}
             elif key == "facilities":
-                chosen = rng.sample(wish["facilities"], rng.randint(1, 2))
-                arguments[key] = chosen
-                words.append(way.format("和".join(chosen)))
+                values = {key: rng.sample(wish[key], rng.randint(1, 2))}
             else:
-                arguments[key] = wish[key]
-                words.append(way.format(wish[key]))
+                values = {key: wish[key]}
+            arguments |= values
+            texts = ("和".join(v) if isinstance(v, list) else v for v in values.values())
+            wishes.append(way.format(*texts))
         records = search_hotels(hotels, **arguments)
-        names = "、".join(r["name"] for r in records) or "没有找到"
-        reply = f"为您推荐{names}。" if records else "抱歉，没有符合要求的酒店。"
+        names = "、".join(r["name"] for r in records)
         turns = [
-            {"role": "user", "content": rng.choice(_OPENINGS) + "，".join(words) + "。"},
+            {"role": "user", "content": rng.choice(_OPENINGS) + "，".join(wishes) + "。"},
             {"role": "search", "arguments": arguments},
             {"role": "return", "records": records},
-            {"role": "assistant", "content": reply},
+            {"role": "assistant", "content": f"为您推荐{names}。" if records else _NONE},
         ]
         if len(records) == 1 and rng.random() < 0.7:
             question = rng.choice(QUESTIONS)
+            answer = answer_about(records[0], question) + "。"
             turns.append({"role": "user", "content": rng.choice(question[2])})
-            turns.append(
-                {"role": "assistant", "content": answer_about(records[0], question) + "。"}
-            )
-        rows.append(turns)
-    return rows
+            turns.append({"role": "assistant", "content": answer})
+        dialogues.append(turns)
+    return dialogues
+
+
+def tidy_calls(example):
+    """The conversation with each call's arguments in one order, which is easier to learn: keys
+    sorted, lists of texts in the order in which the user has named their items. The meaning stays
+    the same, since a list in this set is a set of wishes."""
+    said, messages = "", []
+    for m in example["messages"]:
+        if m["role"] == "user":
+            said += "\n" + m["content"]
+        calls = []
+        for name, arguments in map(parse_call, m.get("tool_calls") or ()):
+            arguments = dict(sorted(arguments.items()))
+            for key, value in arguments.items():
+                if isinstance(value, list) and all(isinstance(v, str) for v in value):
+                    arguments[key] = sorted(value, key=lambda v: (v not in said, said.rfind(v), v))
+            calls.append(tool_call(name, arguments))
+        messages.append(m | {"tool_calls": calls} if calls else m)
+    return example | {"messages": messages}
 
 
 # --------------------------------------------------------------------------------------------
-# Values exchanged for others
+# Augmentation: values are exchanged for others
 # --------------------------------------------------------------------------------------------
-
-
-def calls_of(message):
-    """[(name, arguments)] of the calls of a message."""
-    return [parse_call(call) for call in message.get("tool_calls") or ()]
 
 
 def values_of(message):
-    """(key, value) of each text that a call passes or a tool has returned, and of its numbers."""
-    objects, kind = [arguments for _, arguments in calls_of(message)], "call"
+    """(key, value) of each text in the arguments of a call ("call.KEY") or in the records that a
+    search returned ("tool.KEY"), and of the latter's numbers."""
+    found, kind = arguments_of(message) or [], "call"
     if message["role"] == "tool":
-        kind = "tool"
-        with contextlib.suppress(ValueError, RecursionError):  # a result may be any text
-            found = json.loads(message["content"])
-            objects = found if isinstance(found, list) else [found]
-    for key, value in (pair for o in objects if isinstance(o, dict) for pair in o.items()):
+        found, kind = json.loads(message["content"]), "tool"
+    for key, value in (pair for o in found for pair in o.items()):
         for v in value if isinstance(value, list) else [value]:
             if (isinstance(v, str) and v) or (kind == "tool" and is_number(v)):
                 yield f"{kind}.{key}", v
 
 
 def is_number(value):
-    """Whether a JSON value is a number of three characters or more: a 5 stands in any text."""
+    """Whether a JSON value is a number of at least three characters: a 5 stands in any text."""
     return type(value) in (int, float) and len(str(value)) > 2
 
 
@@ -225,35 +228,33 @@ def value_pattern(value):
 
 
 def is_in(value, text):
-    """Whether a text holds a value as `value_pattern` finds it."""
+    """Whether `value_pattern` finds the value in a text."""
     return str(value) in text and bool(re.search(value_pattern(value), text))
 
 
 def values_by_key(examples):
-    """{"call.KEY" or "tool.KEY": all values it has anywhere}: what `substitute` draws from. What
-    tools have returned under a key may be passed, too, and counts once there."""
-    pool = {}
-    for key, v in (pair for e in examples for m in e["messages"] for pair in values_of(m)):
-        pool.setdefault(key, []).append(v)
-    for key, values in pool.items():
-        if key.startswith("call."):
-            values += dict.fromkeys(pool.get(key.replace("call.", "tool."), ()))
+    """{"call.KEY" or "tool.KEY": all its values}, from which `substitute` draws. A value that was
+    returned under a key may be passed under that key, too, and counts once there."""
+    pool = defaultdict(list)
+    for key, value in (pair for e in examples for m in e["messages"] for pair in values_of(m)):
+        pool[key].append(value)
+    for key in [key for key in pool if key.startswith("call.")]:
+        pool[key] += dict.fromkeys(pool.get(key.replace("call.", "tool."), ()))
     return pool
 
 
 def repeats(examples, share=1 / 6):
-    """How often each conversation should come in an epoch, 1 to 8 times, so that each key that
-    calls pass is in that share of them: 100 calls among 3,000 do not teach to copy a name."""
-    calls = [[call for m in e["messages"] for call in calls_of(m)] for e in examples]
-    keys = [{key for _, arguments in some for key in arguments} for some in calls]
-    counts = Counter(key for some in keys for key in some)
-    wanted = {key: share * len(keys) / count for key, count in counts.items()}
-    return [min(8, max([1, *(wanted[key] for key in some)])) for some in keys]
+    """How often each conversation should come in an epoch, 1 to 8 times, so that each argument
+    occurs in that share of them: 100 calls among 3,000 do not teach to copy a name."""
+    calls = [[a for m in e["messages"] for a in arguments_of(m) or ()] for e in examples]
+    keys = [set().union(*arguments) for arguments in calls]
+    counts = Counter(key for passed in keys for key in passed)
+    return [min(8, max([1, *(share * len(keys) / counts[k] for k in passed)])) for passed in keys]
 
 
 def another_value(values, made_up, rng):
-    """One of the values, or of texts with probability `made_up` one that nobody has said, the start
-    of one and the end of another: a model that has seen all values would not need to copy them."""
+    """One of the values. A text is with probability `made_up` a new one, the start of one value and
+    the end of another: a model that has seen all values would not need to copy them."""
     a = rng.choice(values)
     if not isinstance(a, str) or rng.random() >= made_up:
         return a
@@ -262,25 +263,24 @@ def another_value(values, made_up, rng):
 
 
 def substitute(example, pool, share, rng, made_up=0.5):
-    """The conversation with some values exchanged, everywhere in it at once.
+    """The conversation with some values exchanged, each everywhere at once.
 
         user  找一家有健身房的酒店           user  找一家有接机服务的酒店
         call  {"facilities": ["健身房"]}     call  {"facilities": ["接机服务"]}
 
-    What a call passes as the user has said it, what the assistant says as a tool has returned it,
-    and what of a result may be asked for becomes with probability `share` another value: so the
-    model has to read it, not to recall it. Numbers that a user has said or a call passes stay.
+    With probability `share` another value takes the place of one that a call passes as the user has
+    said it, that the assistant says as the search has returned it, or that may be asked for: the
+    model has to read it and cannot recall it. Numbers that the user says or a call passes stay.
     """
-    said = dict.fromkeys(("user", "call", "tool", "assistant", "system"), "")
+    texts = {"user": "", "assistant": "", "tool": "", "system": ""}
     for m in example["messages"]:
-        said[m["role"].replace("developer", "system")] += m["content"] + "\n"
-        for _, arguments in calls_of(m):
-            said["call"] += json.dumps(arguments, ensure_ascii=False) + "\n"
+        texts[m["role"]] += m["content"] + "\n"
+    passed = json.dumps([arguments_of(m) for m in example["messages"]], ensure_ascii=False)
     swap = {}
     for m in example["messages"]:
-        source = said["user" if m.get("tool_calls") else "assistant"]
+        source = texts["user" if m.get("tool_calls") else "assistant"]
         for key, v in values_of(m):
-            free = isinstance(v, str) or not is_in(v, said["user"] + said["call"])
+            free = isinstance(v, str) or not is_in(v, texts["user"] + passed)
             eligible = free and key in pool and (key in ASKED or is_in(v, source))
             if v not in swap and eligible and rng.random() < share:
                 new = another_value(pool[key], made_up, rng)
@@ -289,59 +289,26 @@ def substitute(example, pool, share, rng, made_up=0.5):
     if not swap:
         return example
     longest_first = sorted(swap, key=lambda v: len(str(v)), reverse=True)
-    found = re.compile("|".join(map(value_pattern, longest_first)))
-    texts = {str(v): v for v in swap}
+    pattern = re.compile("|".join(map(value_pattern, longest_first)))
+    new_texts = {str(v): str(new) for v, new in swap.items()}
 
     def exchange(value):
         if isinstance(value, str):
-            return found.sub(lambda hit: str(swap[texts[hit[0]]]), value)
-        if is_number(value):
-            return swap.get(value, value)
+            return pattern.sub(lambda match: new_texts[match[0]], value)
         if isinstance(value, list):
             return [exchange(v) for v in value]
-        return {k: exchange(v) for k, v in value.items()} if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            return {k: exchange(v) for k, v in value.items()}
+        return swap.get(value, value) if is_number(value) else value
 
-    def exchange_call(call):
-        name, old = parse_call(call)
-        new = exchange(old)
-        return call if new == old else tool_call(name, new, call.get("id"))
-
-    def rewrite(message):
-        if message["role"] == "tool":
-            with contextlib.suppress(ValueError, RecursionError):
-                new = exchange(old := json.loads(message["content"]))
-                return {"content": json.dumps(new, ensure_ascii=False)} if new != old else {}
-        new = {k: exchange(message[k]) for k in ("content", "reasoning_content") if k in message}
-        if "tool_calls" in message:  # JSON stays JSON, its keys stay as they are
-            new["tool_calls"] = list(map(exchange_call, message["tool_calls"]))
+    def rewrite(m):
+        if m["role"] == "tool":
+            records = exchange(json.loads(m["content"]))
+            return m | {"content": json.dumps(records, ensure_ascii=False)}
+        new = m | {"content": exchange(m["content"])}
+        if "tool_calls" in m:
+            calls = map(parse_call, m["tool_calls"])
+            new["tool_calls"] = [tool_call(name, exchange(values)) for name, values in calls]
         return new
 
-    return example | {"messages": [m | rewrite(m) for m in example["messages"]]}
-
-
-def whole(value):
-    """A JSON value with 500.0 as 500, so that the two are learned as one."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [whole(v) for v in value]
-    return {k: whole(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def tidy_calls(example):
-    """The hotel conversation with each call's arguments in one order: keys by the alphabet, the
-    items of a list as the user has named them, which is easier to copy. What they say stays the
-    same: a list of this set is a set of wishes."""
-    said, messages = "", []
-    for m in example["messages"]:
-        if m["role"] == "user":
-            said += "\n" + m["content"]
-        calls = calls_of(m)
-        for _, arguments in calls:
-            for key, value in arguments.items():
-                if isinstance(value, list) and all(isinstance(v, str) for v in value):
-                    arguments[key] = sorted(value, key=lambda v: (v not in said, said.rfind(v), v))
-        if calls:
-            m = m | {"tool_calls": [tool_call(name, dict(sorted(a.items()))) for name, a in calls]}
-        messages.append(m)
-    return example | {"messages": messages, "tidy": True}
+    return example | {"messages": list(map(rewrite, example["messages"]))}

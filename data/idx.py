@@ -1,4 +1,4 @@
-"""MNIST's four files, in its own format IDX: downloaded, or from the user's own folder."""
+"""MNIST's four files, in its own format IDX: downloaded, or from a folder of the user's."""
 import gzip
 import hashlib
 import math
@@ -12,7 +12,7 @@ import numpy as np
 from data.cli import UserError
 from data.download import fetch
 
-MIRRORS = (  # the site of their authors has stopped giving them out
+MIRRORS = (  # the authors' own site no longer has the files
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
@@ -24,36 +24,28 @@ FILES = {  # sha256 of what is inside the .gz: the mirrors compressed it differe
 }
 
 
-def parse_idx(content, dims, name):
-    """The uint8 array in the bytes of an IDX file: two zero bytes, the type (8: unsigned bytes),
-    the number of dimensions, each size as a big-endian uint32, the values. UserError otherwise."""
-    if content[:4] != bytes([0, 0, 8, dims]):
-        found = content[:4].hex(" ") or "nothing"
-        raise UserError(f"{name} begins with {found}, not with 00 00 08 0{dims} as it should")
-    if len(content) < 4 + 4 * dims:
-        raise UserError(f"{name} ends in the middle of its header: cut short?")
-    sizes = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
-    values = content[4 + 4 * dims :]
-    if len(values) != math.prod(sizes):
-        shape = " x ".join(map(str, sizes))
-        raise UserError(f"{name} has {len(values):,} values, its header says {shape}: cut short?")
-    return np.frombuffer(values, np.uint8).reshape(sizes)
-
-
 def read_idx(path, name):
-    """(array, whether it is MNIST's own) of the file `path`, in a .gz or not."""
-    content = Path(path).read_bytes()
+    """(uint8 array, whether it is MNIST's own) of an IDX file, maybe in a .gz: two zero bytes, the
+    type (8: unsigned bytes), the number of dimensions, their sizes as big-endian uint32, values."""
+    content, dims = Path(path).read_bytes(), 3 if "idx3" in name else 1
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
     except (EOFError, OSError, zlib.error) as e:
-        raise UserError(f"{path} is no whole .gz file ({e})") from e
-    array = parse_idx(content, 3 if "idx3" in name else 1, str(path))
+        raise UserError(f"{path} is not a complete .gz file ({e})") from e
+    header, values = content[: 4 + 4 * dims], content[4 + 4 * dims :]
+    if header[:4] != bytes([0, 0, 8, dims]) or len(header) < 4 + 4 * dims:
+        raise UserError(f"{path} begins with {header.hex(' ')!r}, not with an IDX header")
+    sizes = struct.unpack(f">{dims}I", header[4:])
+    if len(values) != math.prod(sizes):
+        shape = " x ".join(map(str, sizes))
+        raise UserError(f"{path} has {len(values):,} values, its header says {shape}: cut short?")
+    array = np.frombuffer(values, np.uint8).reshape(sizes)
     return array, hashlib.sha256(content).hexdigest() == FILES[name]
 
 
 def download_idx(name):
-    """The array of one of FILES, from the first mirror whose file is what it should be."""
+    """The array of one of FILES, from the first mirror whose file has the right checksum."""
     problems = []
     for mirror in MIRRORS:
         try:
@@ -61,20 +53,18 @@ def download_idx(name):
             array, genuine = read_idx(path, name)
             if genuine:
                 return array
-            problems.append(f"{path} has other contents than MNIST's")
+            problems.append(f"{path} does not have MNIST's contents")
         except UserError as e:
             problems.append(str(e))
-    raise UserError("; ".join(problems) + ". Delete a damaged file to download it anew")
+    raise UserError("; ".join(problems) + ". Delete a damaged file to download it again")
 
 
 def read_folder_idx(folder, name):
-    """The array of one of FILES in the user's own folder, where it may be another data set's."""
+    """The array of one of FILES in the user's own folder, which may be another data set's."""
     for path in (Path(folder, name), Path(folder, f"{name}.gz")):
         if path.exists():
             array, genuine = read_idx(path, name)
             if not genuine:
                 print(f"{path} is not MNIST's own: damaged, or another data set", file=sys.stderr)
             return array
-    if not Path(folder).is_dir():
-        raise UserError(f"--data {folder} is no folder")
-    raise UserError(f"{folder} has no {name} or {name}.gz")
+    raise UserError(f"--data {folder} has no {name} or {name}.gz")

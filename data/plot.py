@@ -1,5 +1,4 @@
 """Pictures by hand: an SVG is text, a PNG is a header, zlib's bytes and checksums."""
-
 import html
 import math
 import struct
@@ -8,63 +7,61 @@ import zlib
 import numpy as np
 
 COLORS = ("#8ab4e8", "#c62f2f", "#3f9142", "#e08a1e", "#8457a8", "#8c6a4f", "#111")
+LEFT, RIGHT, TOP, BOTTOM = 52, 452, 44, 264  # of the axes
+STYLE = 'viewBox="0 0 580 310" font-family="sans-serif" font-size="15" fill="#222"'
 
 
-def nice_ticks(low, high, n=5):
-    """About n round numbers that cover low .. high."""
-    rough = (high - low) / n or 1.0
+def nice_ticks(low, high):
+    """About five round numbers that cover low .. high."""
+    rough = (high - low) / 5 or 1.0
     power = 10 ** math.floor(math.log10(rough))
     step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(s - rough))
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(i * step, 10) for i in range(first, last + 1)]
+    return [round(i * step, 10) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 def line_svg(title, curves, x_label="steps", y_label=""):
-    """An SVG of `curves`, {name: [(x, y), ...]}; what lies above its scale is drawn at the top.
-
-    The first twentieth of x is left out of the scale, and so is the highest twentieth of all
-    points if there are many: the initial drop of a loss would flatten the rest of the curve.
-    """
+    """An SVG of `curves`, {name: [(x, y), ...]}. The scale ignores the first twentieth of x and the
+    highest twentieth of the other values, which are drawn at its top: the initial drop of a loss
+    would flatten the rest of the curve."""
     curves = {name: points for name, points in curves.items() if points}
-    points = [point for each in curves.values() for point in each]
+    points = [point for curve in curves.values() for point in curve]
     last = max((x for x, _ in points), default=1) or 1
     seen = sorted(y for x, y in points if x >= last / 20) or [0.0, 1.0]
-    high = seen[int(0.95 * (len(seen) - 1))] if len(seen) > 20 else seen[-1]
+    high = seen[-1 - len(seen) // 20]
     xs, ys = nice_ticks(0, last), nice_ticks(seen[0], high if high > seen[0] else seen[0] + 1)
-    left, right, top, bottom = 52, 452, 44, 264
 
-    def place(x, y):
-        up = (min(y, ys[-1]) - ys[0]) / (ys[-1] - ys[0])
-        return f"{left + (right - left) * x / xs[-1]:.1f},{bottom - (bottom - top) * up:.1f}"
+    def position(x, y):
+        height = (min(y, ys[-1]) - ys[0]) / (ys[-1] - ys[0])
+        return LEFT + (RIGHT - LEFT) * x / xs[-1], BOTTOM - (BOTTOM - TOP) * height
 
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 580 310" '
-        'font-family="sans-serif" font-size="15" fill="#222">',
+    def text(x, y, content, attributes='text-anchor="end"'):
+        return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{html.escape(content)}</text>'
+
+    elements = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {STYLE}>',
         '<rect width="580" height="310" fill="#fff"/>',
-        f'<text x="{left}" y="20" font-weight="bold">{html.escape(title)}</text>',
-        f'<text x="{left}" y="38" font-size="13" fill="#666">{html.escape(y_label)}</text>',
-        f'<text x="{right}" y="{bottom + 40}" text-anchor="end">{html.escape(x_label)}</text>',
+        text(LEFT, 20, title, 'font-weight="bold"'),
+        text(LEFT, 38, y_label, 'font-size="13" fill="#666"'),
+        text(RIGHT, BOTTOM + 40, x_label),
+        f'<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}" fill="none" stroke="#222"/>',
     ]
-    for t in ys:
-        y = float(place(0, t).split(",")[1])
-        parts.append(f'<path d="M{left} {y}H{right}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 5:.1f}" text-anchor="end">{t:g}</text>')
-    for t in xs:
-        x, label = place(t, 0).split(",")[0], f"{t / 1000:g}k" if last >= 10000 else f"{t:g}"
-        parts.append(f'<path d="M{x} {bottom}v5" stroke="#222"/>')
-        parts.append(f'<text x="{x}" y="{bottom + 20}" text-anchor="middle">{label}</text>')
-    parts.append(f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#222"/>')
+    for tick in ys:
+        y = position(0, tick)[1]
+        elements.append(f'<path d="M{LEFT} {y:.1f}H{RIGHT}" stroke="#ddd"/>')
+        elements.append(text(LEFT - 6, y + 5, f"{tick:g}"))
+    for tick in xs:
+        x, label = position(tick, 0)[0], f"{tick / 1000:g}k" if last >= 1e4 else f"{tick:g}"
+        elements.append(f'<path d="M{x:.1f} {BOTTOM}v5" stroke="#222"/>')
+        elements.append(text(x, BOTTOM + 20, label, 'text-anchor="middle"'))
     for i, (name, points) in enumerate(curves.items()):
-        color, places = COLORS[i % len(COLORS)], [place(x, y) for x, y in points]
-        path = " ".join(places)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-        if len(points) < 30:  # one alone is no line
-            dots = (p.split(",") for p in places)
-            parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>' for x, y in dots]
-        at = top + 16 + 22 * i
-        parts.append(f'<path d="M{right + 10} {at - 5}h16" stroke="{color}" stroke-width="3"/>')
-        parts.append(f'<text x="{right + 30}" y="{at}">{html.escape(name)}</text>')
-    return "\n".join([*parts, "</svg>\n"])
+        stroke, y = f'stroke="{COLORS[i % len(COLORS)]}"', TOP + 16 + 22 * i
+        points = points * 2 if len(points) == 1 else points  # round ends make a single one a dot
+        path = " ".join("{:.1f},{:.1f}".format(*position(*point)) for point in points)
+        style = 'fill="none" stroke-width="2" stroke-linecap="round"'
+        elements.append(f'<polyline points="{path}" {style} {stroke}/>')
+        elements.append(f'<path d="M{RIGHT + 10} {y - 5}h16" {stroke} stroke-width="3"/>')
+        elements.append(text(RIGHT + 30, y, name, ""))
+    return "\n".join([*elements, "</svg>\n"])
 
 
 def write_png(path, pixels):

@@ -14,8 +14,8 @@ import runpy
 
 from data.chat import message_text
 from data.cli import UserError
-from data.facts import FACTS, count_facts
-from data.scores import arguments_of, bleu4, slot_counts
+from data.scores import arguments_of, slot_counts
+from data.sources import SOURCES
 
 
 def slots(messages, answer, wanted):
@@ -27,21 +27,6 @@ def slots(messages, answer, wanted):
         return 0.0
     right, said, asked = slot_counts(ours, arguments_of(wanted))
     return 2 * right / (said + asked) if said + asked else 1.0
-
-
-def faithful(messages, answer, wanted):
-    """The mean of BLEU-4, which keeps the wording, and the right facts over the larger number of
-    those that are stated and those that should be (for each kind; a name said again is a wrong
-    one)."""
-    theirs = count_facts(messages, wanted["content"])
-    if wanted.get("tool_calls") or not any(theirs[fact] for fact in FACTS):
-        return None
-    if answer.get("tool_calls"):
-        return 0.0
-    ours = count_facts(messages, answer["content"])
-    right = sum(ours[f"right {fact}"] for fact in FACTS) - ours["again"]
-    most = sum(max(ours[fact], theirs[fact]) for fact in FACTS)
-    return (max(0, right) / most + bleu4(answer["content"], wanted["content"])) / 2
 
 
 def label(messages, answer, wanted):
@@ -64,31 +49,33 @@ def length(messages, answer, wanted):
 
 
 # To add a reward: a function here.
-REWARDS = {f.__name__: f for f in (slots, faithful, label, exact, length)}
+REWARDS = {f.__name__: f for f in (slots, label, exact, length)} | {
+    name: f for source in SOURCES.values() for name, f in source.rewards.items()
+}
 
 
 def load_reward(source):
-    """The reward that --reward names: one of REWARDS, the function `reward` of a Python file, or of
-    several with commas between the first that is for a turn."""
+    """The reward that --reward names: one of REWARDS, the function `reward` of a Python file, or
+    several names with commas between them, of which the first that is for a turn counts."""
     if "," in source:
-        several = [load_reward(name) for name in source.split(",")]
-        return lambda *turn: next((r for f in several if (r := f(*turn)) is not None), None)
+        rewards = [load_reward(name) for name in source.split(",")]
+        return lambda *turn: next((r for f in rewards if (r := f(*turn)) is not None), None)
     if source in REWARDS:
         return REWARDS[source]
     try:
-        found = runpy.run_path(source).get("reward")
+        reward = runpy.run_path(source).get("reward")
     except (Exception, SystemExit) as e:  # the user's own code can fail in any way
         raise UserError(f"--reward {source} cannot be loaded ({type(e).__name__}: {e})") from e
-    if not callable(found):
+    if not callable(reward):
         raise UserError(f"--reward {source} defines no function reward(messages, answer, wanted)")
-    return lambda messages, *answers: found(
+    return lambda messages, *answers: reward(
         copy.deepcopy(messages), *map(message_text, answers)
     )
 
 
 def rate(reward, messages, answer, wanted):
-    """The reward of an answer as a float, None if it is not for this turn; UserError names the row
-    if it fails or is no number."""
+    """The reward of an answer as a float, or None if it is not for this turn. UserError names the
+    answer if the function fails or returns no finite number."""
     try:
         value = reward(messages, answer, wanted)
         if value is None or math.isfinite(float(value)):
@@ -96,5 +83,5 @@ def rate(reward, messages, answer, wanted):
         problem = f"is {value}"
     except Exception as e:  # the user's own code can fail in any way
         problem = f"fails ({type(e).__name__}: {e})"
-    asked, said = message_text(messages[-1]), message_text(answer)
-    raise UserError(f"the reward {problem} for {said!r:.80} in answer to {asked!r:.80}")
+    question, text = message_text(messages[-1]), message_text(answer)
+    raise UserError(f"the reward {problem} for {text!r:.80} in answer to {question!r:.80}")

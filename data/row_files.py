@@ -11,21 +11,7 @@ from data.text import decode, json_rows
 
 ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 KNOWN = f"{', '.join(ROW_SUFFIXES)} file, .gz too"
-
-# Formats that need other packages than ours: how these open the file `f`.
-CONVERTERS = {
-    ".parquet": "import pandas; pandas.read_parquet({f})",
-    ".arrow": "import pyarrow; pyarrow.ipc.open_stream(open({f}, 'rb')).read_pandas()",
-    ".feather": "import pandas; pandas.read_feather({f})",
-    ".xlsx": "import pandas; pandas.read_excel({f})",
-}
-# How files of other formats begin, whatever their suffix says.
-KINDS = {
-    b"PAR1": ".parquet",
-    b"ARROW1": ".feather",  # Arrow's file format; .arrow files of the Hub are streams
-    b"PK\x03\x04": "a .zip archive",
-    b"\x1f\x8b": "a .gz file",
-}
+READERS = {".parquet": "read_parquet", ".feather": "read_feather", ".xlsx": "read_excel"}  # pandas
 
 
 def is_row_file(name):
@@ -35,14 +21,12 @@ def is_row_file(name):
 
 def read_rows(path, encoding=None):
     """(where it is, row or the UserError that it is) for each row of a file. A row of CSV is a dict
-    of strings. `encoding`: see `decode`. UserError if the file cannot be read: it says what the
-    file is, and what helps."""
+    of strings. `encoding`: see `decode`. UserError if the file cannot be read."""
     path = Path(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is no regular file"
-        what = what if path.exists() else "does not exist"
+        state = "is a folder" if path.is_dir() else "does not exist"
         sets = ", ".join(ROW_SETS)
-        raise UserError(f"{path} {what}: name a {KNOWN}, OWNER/NAME of the Hub, or {sets}")
+        raise UserError(f"{path} {state}: name a {KNOWN}, OWNER/NAME of the Hub, or {sets}")
     raw, name = path.read_bytes(), str(path).lower()
     if name.endswith(".gz"):
         name = name.removesuffix(".gz")
@@ -50,7 +34,12 @@ def read_rows(path, encoding=None):
             raw = gzip.decompress(raw)
         except (gzip.BadGzipFile, EOFError, zlib.error) as e:
             raise UserError(f"{path}: damaged, or no .gz file ({e})") from e
-    refuse_binary(path, name, raw)
+    suffix = ".parquet" if raw.startswith(b"PAR1") else Path(name).suffix
+    if suffix in READERS:
+        file, target = path.as_posix(), path.with_suffix(".jsonl").as_posix()
+        code = f"import pandas; pandas.{READERS[suffix]}({file!r}).to_json({target!r}, "
+        code += "orient='records', lines=True, force_ascii=False)"
+        raise UserError(f'{path} is in {suffix[1:]} format: convert it by python -c "{code}"')
     try:
         text = decode(raw, str(path), encoding)
     except UserError:
@@ -64,27 +53,13 @@ def read_rows(path, encoding=None):
     return json_rows([text], str(path))
 
 
-def refuse_binary(path, name, raw):
-    """UserError for a file of another format, with the command that converts it to JSON lines."""
-    kind = next((kind for magic, kind in KINDS.items() if raw.startswith(magic)), None)
-    suffix = Path(name).suffix
-    kind = suffix if suffix in CONVERTERS and kind != ".feather" else kind
-    if kind in CONVERTERS:
-        code = CONVERTERS[kind].format(f=repr(path.as_posix()))
-        new = repr(path.with_suffix(".jsonl").as_posix())
-        code += f".to_json({new}, orient='records', lines=True, force_ascii=False)"
-        raise UserError(f'{path} is in {kind[1:]} format: convert it by python -c "{code}"')
-    if kind:
-        raise UserError(f"{path} is {kind}, not rows: name a {KNOWN}")
-
-
 def csv_rows(text, name, delimiter=None):
-    """(where it is, {column: text} or the UserError that it is) for each row of CSV behind its
+    """(where it is, {column: text} or the UserError that it is) for each row of CSV after its
     header. The delimiter is the one that the header has most of: Excel writes ; in much of Europe.
     """
     csv.field_size_limit(2**31 - 1)  # a cell may hold a book; the module's limit is 128 KiB
     lines = list(io.StringIO(text, newline=""))
-    delimiter = delimiter or max(",;\t", key=lines[0].count if lines else len)
+    delimiter = delimiter or max(",;\t", key="".join(lines[:1]).count)
     settings = dict(delimiter=delimiter, strict=True)
     if delimiter == "\t":  # TSV may be written without quoting: then a quote is a character
         try:

@@ -1,19 +1,18 @@
-"""Rows of any shape, as they are fine-tuned on: chats, labelled texts, preference pairs.
+"""Rows of any public form as examples to fine-tune on: chats, labelled texts, preference pairs.
 
-An example is {"messages", perhaps "tools"}, the same with "chosen" and "rejected", two lists of
-messages that go on from there, or {"text", "label"}.
+An example is {"messages", perhaps "tools"}; the same with "chosen" and "rejected", two lists of
+messages that continue it; or {"text", "label"}.
 """
-import hashlib
 import itertools
 import json
 import re
 import sys
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
-from data.chat import content_text, drop_continued, parse_call, read_call, split_system
-from data.cli import UserError, check_limits
-from data.hotel import tidy_calls, whole
+from data import chat
+from data.cli import UserError
 from data.hub_rows import hub_name, hub_rows
 from data.row_files import is_row_file, read_rows
 from data.sources import SOURCES
@@ -31,7 +30,6 @@ FORMS = (
     "preferred_output and non_preferred_output (OpenAI), text and label"
 )
 
-
 # --------------------------------------------------------------------------------------------
 # Turns -> messages
 # --------------------------------------------------------------------------------------------
@@ -41,10 +39,9 @@ class Fields(dict):
     """A JSON object that is read field by field. `take` removes a field; `close` counts those that
     remain in `unread`, a Counter, so that unused fields can be reported."""
 
-    def take(self, *names, default=None):
+    def take(self, *names):
         """Remove and return the first of the fields `names` that exists and is not null."""
-        found = next((name for name in names if self.get(name) is not None), None)
-        return default if found is None else self.pop(found)
+        return self.pop(next((name for name in names if self.get(name) is not None), None), None)
 
     def close(self, unread, where=""):
         """Count the fields that remain, except empty ones."""
@@ -53,107 +50,81 @@ class Fields(dict):
 
 def read_json(value):
     """JSON inside JSON, or the value as it is."""
-    return json.loads(value) if isinstance(value, str) else value
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as e:
+        raise ValueError(f"{value!r:.40} is not JSON ({e})") from e
 
 
-def to_call(call):
-    """`read_call` of a call, or of JSON text; ValueError, too, if its arguments are not JSON."""
-    new = read_call(read_json(call))
-    parse_call(new)
-    return new
-
-
-def to_messages(turn, unread):
-    """The messages of one turn of a ShareGPT, OpenAI or hotel conversation, or of a question with
-    its answer; ValueError if it is bad."""
-    if not isinstance(turn, dict):
-        raise ValueError(f"a turn is not an object but {turn!r:.40}")
+def read_message(turn, unread):
+    """The message of a turn of a ShareGPT, OpenAI or hotel conversation."""
     turn = Fields(turn)
-    for asked, answered in (("question", "answer"), ("human", "assistant")):
-        if asked in turn and answered in turn:
-            texts = zip(("user", "assistant"), (turn.take(asked), turn.take(answered)))
-            turn.close(unread, "turn.")
-            return [{"role": role, "content": required_text(text, role)} for role, text in texts]
     name = turn.take("role", "from")
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         raise ValueError(f"role {name!r} is unknown")
-    content, calls = turn.take("content", "value"), []
-    if role == "call":
-        if "arguments" in turn:  # a search of the hotel dialogues, named after its role
-            calls = [{"name": name, "arguments": whole(turn.take("arguments"))}]
-        elif name == "call" and isinstance(content, str) and content.lstrip()[:1] not in "[{":
-            called, _, arguments = content.strip().partition(" ")  # as older versions saved chats
-            calls = [{"name": called, "arguments": arguments}]
-        else:  # ShareGPT: {"name": ..., "arguments": {...}}, or a list of such
-            calls = read_json(content)
-            calls = calls if isinstance(calls, list) else [calls]
-        role, content = "assistant", None
-    elif "records" in turn:
-        content = json.dumps(whole(turn.take("records")), ensure_ascii=False)
-    calls = [*calls, *(read_json(turn.take("tool_calls")) or [])]
-    calls += [c for c in [turn.take("function_call")] if c]
-    if role != "assistant" and calls:
+    content, calls = turn.take("content", "value"), read_json(turn.take("tool_calls")) or []
+    if role == "call" and "arguments" in turn:  # a hotel search, named after its role
+        calls = [{"name": name, "arguments": chat.normalize_numbers(turn.take("arguments"))}]
+    elif role == "call":  # ShareGPT: {"name": ..., "arguments": {...}}, or a list of such
+        calls, content = read_json(content), None
+        calls = calls if isinstance(calls, list) else [calls]
+    elif role == "tool" and not isinstance(content, (str, list)):
+        records = chat.normalize_numbers(turn.take("records")) if "records" in turn else content
+        content = json.dumps(records, ensure_ascii=False)
+    legacy = turn.take("function_call")
+    calls = [chat.read_call(read_json(call)) for call in [*calls, *([legacy] if legacy else [])]]
+    if calls and role not in ("call", "assistant"):
         raise ValueError(f"a turn of {name} has tool calls")
-    if role == "tool" and isinstance(content, dict):
-        content = json.dumps(content, ensure_ascii=False)
-    message = {"role": role, "content": content_text(content)}
-    message |= {"tool_calls": list(map(to_call, calls))} if calls else {}
-    if thought := content_text(turn.take("reasoning_content", "reasoning")):
-        message["reasoning_content"] = thought
-    kept = {key: turn.take(key) for key in ("tool_call_id", "name", "weight", "tools")}
-    message |= {key: value for key, value in kept.items() if value is not None}
+    for call in calls:
+        chat.parse_call(call)  # a ValueError if its arguments are not JSON
+    role = "assistant" if role == "call" else role
+    message = {"role": role, "content": chat.content_text(content)}
+    message |= {"tool_calls": calls} if calls else {}
+    message["reasoning_content"] = chat.content_text(turn.take("reasoning_content", "reasoning"))
+    message |= {key: turn.take(key) for key in ("tool_call_id", "name", "weight", "tools")}
+    message = {k: v for k, v in message.items() if v not in (None, "") or k == "content"}
     if message.get("weight", 1) not in (0, 1):
         raise ValueError(f"the weight is {message['weight']!r}, only 0 and 1 are possible")
     if role in ("user", "assistant") and not calls and not message["content"].strip():
         raise ValueError(f"a turn of {name} has no text")
     turn.close(unread, "turn.")
-    return [message]
+    return message
 
 
-def required_text(text, what):
-    """The text of a content; ValueError if it is blank or not text."""
-    text = content_text(text)
-    if not text.strip():
-        raise ValueError(f"a turn of {what} has no text")
-    return text
-
-
-def messages_of(turns, unread):
-    """The messages of a text that the user says, or of a list of turns. A call in a turn of its own
-    joins what the assistant has said before it, or its other calls."""
-    if isinstance(turns, str):
-        return [{"role": "user", "content": required_text(turns, "user")}]
-    turns = [turns] if isinstance(turns, dict) else turns
-    if not isinstance(turns, list):
-        raise ValueError(f"the conversation is not a list but {turns!r:.40}")
-    messages = []
-    for turn in turns:
-        for m in to_messages(turn, unread):
-            last = messages[-1] if messages else {}
-            if m.get("tool_calls") and not m["content"] and last.get("role") == "assistant":
-                calls = [*last.get("tool_calls", ()), *m["tool_calls"]]
-                messages[-1] = m | last | {"tool_calls": calls}
-            else:
-                messages.append(m)
+def read_messages(turns, unread, role="user"):
+    """The messages of a list of turns, or of a text that `role` says. A call in a turn of its own
+    joins the assistant's turn before it."""
+    turns = {"role": role, "content": turns} if isinstance(turns, str) else turns
+    split, messages = [], []
+    for turn in [turns] if isinstance(turns, dict) else turns:
+        if not isinstance(turn, dict):
+            raise ValueError(f"a turn is not an object but {turn!r:.40}")
+        for asked, answered in (("question", "answer"), ("human", "assistant")):
+            if {asked, answered} <= turn.keys():  # COIG, MOSS: two turns in one
+                split.append({"role": "user", "content": turn[asked]})
+                rest = {key: turn[key] for key in turn if key not in (asked, answered)}
+                turn = rest | {"role": "assistant", "content": turn[answered]}
+        split.append(turn)
+    for turn in split:
+        message, last = read_message(turn, unread), messages[-1] if messages else {}
+        calls = message.get("tool_calls")
+        if calls and not message["content"] and last.get("role") == "assistant":
+            messages[-1] = message | last | {"tool_calls": [*last.get("tool_calls", ()), *calls]}
+        else:
+            messages.append(message)
     return messages
 
 
-def conversation(messages, system="", tools=None):
-    """{"messages", perhaps "tools"} of messages behind a system text; ValueError if nothing in it
-    is the assistant's."""
-    own, messages = split_system(messages)
-    own = dict(own[0]) if own else {"role": "system", "content": ""} if system else {}
-    tools = tools or own.get("tools")
-    own.pop("tools", None)
-    try:
-        tools = read_json(tools or None)
-    except ValueError:  # a description in words
-        own = own or {"role": "system"}
-        system, tools = "\n".join(filter(None, (system, tools))), None
-    if system:  # two system texts become one
-        own["content"] = "\n".join(filter(None, (system, own.get("content"))))
-    messages = [own, *messages] if own else messages
+def conversation(messages, row):
+    """{"messages", perhaps "tools"} of messages, with the system text and the tools of their row.
+    """
+    system, (first, rest) = chat.content_text(row.take("system")), chat.split_system(messages)
+    first = dict(first[0]) if first else {"role": "system", "content": ""} if system else {}
+    tools = read_json(first.pop("tools", None) or row.take("tools", "functions") or None)
+    if system:
+        first["content"] = "\n".join(filter(None, (system, first["content"])))
+    messages = [first, *rest] if first else rest
     if not any(m["role"] == "assistant" and m.get("weight", 1) for m in messages):
         raise ValueError("no turn of the assistant, so nothing to learn")
     tools = [tools] if isinstance(tools, dict) else tools
@@ -166,165 +137,134 @@ def conversation(messages, system="", tools=None):
 
 
 def transcript(text):
-    """The messages of a text in the form of Anthropic's HH: "\n\nHuman: ...\n\nAssistant: ...", of
-    which the last may be missing; anything else as it is."""
-    if not isinstance(text, str):
+    """The turns of a text in the form of Anthropic's HH, "\n\nHuman: ...\n\nAssistant: ...", whose
+    last turn may be empty; anything else as it is."""
+    before, *parts = re.split(r"\n\n(Human|Assistant): ?", text) if isinstance(text, str) else [""]
+    if len(parts) < 4 or before.strip():
         return text
-    parts = re.split(r"\n\n(Human|Assistant): ?", text)
-    if len(parts) < 5 or parts[0].strip():
-        return text
-    parts = parts[:-2] if not parts[-1].strip() else parts
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2])]
+    turns = [{"from": who.lower(), "value": said.strip()} for who, said in zip(*[iter(parts)] * 2)]
+    return turns if turns[-1]["value"] else turns[:-1]
 
 
-def whole_conversation(prompt, side):
-    """The whole conversation of one side of a pair, which may repeat the prompt or not."""
-    (told, asked), (system, said) = split_system(prompt), split_system(side)
-    if not said or said[0]["role"] != "user":
-        return prompt + side
-    if asked and asked[0]["content"].strip() != said[0]["content"].strip():
-        raise ValueError("chosen or rejected begins with another question than the prompt")
-    return (system or told) + said
+def read_prompt(row, unread):
+    """The messages before an answer: a prompt or question, or Alpaca's history and instruction."""
+    turns = read_json(row.take("history") or [])
+    pairs = [dict(zip(("question", "answer"), t)) if isinstance(t, list) else t for t in turns]
+    text = row.take("prompt", "question")
+    if text is None:
+        text = "\n".join(t for t in (row.take("instruction"), row.take("input")) if t)
+    return read_messages(pairs, unread) + read_messages(transcript(text), unread)
 
 
-def preference(chosen, rejected, prompt, row, unread):
-    """A preference pair: {"messages", "chosen", "rejected", perhaps "tools"}, the last two lists of
-    messages. Both sides may be whole conversations; then what they share is the prompt."""
-    system, tools = content_text(row.take("system")), row.take("tools")
-    prompt = messages_of(transcript(prompt), unread) if prompt else []
-    sides = []
-    for side in (chosen, rejected):
-        side = transcript(side)
-        if isinstance(side, str):
-            side = [{"role": "assistant", "content": required_text(side, "assistant")}]
-        sides.append(whole_conversation(prompt, messages_of(side, unread)))
-    same = 0
-    while same < min(map(len, sides)) and sides[0][same] == sides[1][same]:
-        same += 1
-    if same == len(sides[0]) == len(sides[1]):
+def read_preference(row, unread):
+    """The example of a preference pair, whose sides may repeat the prompt. The messages that they
+    share become the prompt."""
+    source = row
+    if "preferred_output" in row:  # OpenAI
+        row |= {"chosen": row.pop("preferred_output"), "rejected": row.pop("non_preferred_output")}
+        source = Fields(row.take("input"))
+        row["tools"] = source.take("tools")
+    turns, sides = [], []
+    if {"prompt", "question", "instruction"} & source.keys():
+        turns = read_prompt(source, unread)
+    elif given := source.take("conversations", "messages"):
+        turns = read_messages(given, unread)
+    source.close(unread, "input.") if source is not row else None
+    told, asked = chat.split_system(turns)
+    for name in ("chosen", "rejected"):
+        side = read_messages(transcript(row.take(name)), unread, "assistant")
+        system, said = chat.split_system(side)
+        if not said or said[0]["role"] != "user":
+            said = [*asked, *said]
+        elif asked and asked[0]["content"].strip() != said[0]["content"].strip():
+            raise ValueError(f"{name} begins with another question than the prompt")
+        sides.append([*(system or told), *said])
+    chosen, rejected = sides
+    pairs = enumerate(zip(chosen, rejected))
+    same = next((n for n, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    if same == len(chosen) == len(rejected):
         raise ValueError("chosen and rejected are the same")
-    if not same or any(side[same:] == [] or side[-1]["role"] != "assistant" for side in sides):
+    if not same or any(s[same:] == [] or s[-1]["role"] != "assistant" for s in sides):
         raise ValueError("a pair without a prompt, or a side that does not end with an answer")
-    example = conversation(sides[0], system, tools)
-    more = len(example["messages"]) - len(sides[0])  # the system text in front
-    example["messages"] = example["messages"][: same + more]
-    return example | {"chosen": sides[0][same:], "rejected": sides[1][same:]}
+    example = conversation(chosen, row)
+    messages = example["messages"][: len(example["messages"]) - len(chosen[same:])]
+    return example | {"messages": messages, "chosen": chosen[same:], "rejected": rejected[same:]}
+
+
+TURNS = ("messages", "conversations", "conversation", "items")
+ANSWERS = ("completion", "output", "target", "answer")
+
+
+def read_chat(row, unread):
+    """The example of a conversation; None for other rows. To add a form: recognise its keys."""
+    keys = row.keys()
+    if {"context", "response"} <= keys:  # the hotel dialogues as they are published
+        turns = [*read_json(row.take("context")), read_json(row.take("response"))]
+        messages = read_messages(turns, unread)
+    elif keys & set(TURNS):
+        messages = read_messages(read_json(row.take(*TURNS)), unread)
+        if "instruction" in row and "system" not in row:  # COIG
+            row["system"] = row.take("instruction")
+    elif keys & set(ANSWERS) and keys & {"prompt", "question", "instruction", "input"}:
+        messages, answer = read_prompt(row, unread), row.take(*ANSWERS)
+        if isinstance(answer, str):
+            answer = {"role": "assistant", "content": answer}
+            answer["reasoning_content"] = row.take("reasoning_content", "reasoning")
+        messages += read_messages(answer, unread)
+    else:
+        return None
+    return conversation(messages, row)
 
 
 def to_example(row, unread=None):
-    """(kind, example) of a row of any shape we know, kind being chat, label or prefer. `unread`, a
+    """(kind, example) of a row of any known form; the kind is chat, label or prefer. `unread`, a
     Counter, gets the names of fields that nothing reads. ValueError says what is wrong with a row.
     """
-    # To add a format: recognise its keys here.
     unread = Counter() if unread is None else unread
-    if isinstance(row, list):
-        row = {"messages": row}
+    row = {"messages": row} if isinstance(row, list) else row
     if not isinstance(row, dict):
         raise ValueError(f"neither an object nor a list of turns but {row!r:.40}")
-    keys, row = ", ".join(map(str, row)), Fields(row)
-    found = pair_example(row, unread) or chat_example(row, unread) or label_example(row)
-    if found is None:
-        raise ValueError(f"no known format has the keys {keys:.80}; known are {FORMS}")
-    row.close(unread)
-    return found
-
-
-def alpaca_turns(row):
-    """The turns of Alpaca's history, instruction and input."""
-    text = "\n".join(t for t in (row.take("instruction"), row.take("input")) if t)
-    turns, names = read_json(row.take("history") or []), ("question", "answer")
-    turns = [dict(zip(names, t)) if isinstance(t, list) and len(t) == 2 else t for t in turns]
-    return [*turns, {"role": "user", "content": text}]
-
-
-def pair_example(row, unread):
-    """`to_example` of preference pairs; None for other rows."""
-    if {"preferred_output", "non_preferred_output"} <= set(row):  # OpenAI's
-        given = Fields(row.take("input"))
-        row |= {"tools": given.take("tools")}
-        sides = row.take("preferred_output"), row.take("non_preferred_output")
-        prompt = given.take("messages")
-        given.close(unread, "input.")
-        return "prefer", preference(*sides, prompt, row, unread)
-    if {"chosen", "rejected"} <= set(row):
-        sides = row.take("chosen"), row.take("rejected")
-        prompt = row.take("prompt", "question") or ("instruction" in row and alpaca_turns(row))
-        prompt = prompt or row.take("conversations", "messages")
-        return "prefer", preference(*sides, prompt, row, unread)
-    return None
-
-
-def chat_example(row, unread):
-    """`to_example` of conversations; None for other rows."""
-    keys, tidy = set(row), False
+    row, keys, kind = Fields(row), set(row), "chat"
     rated = None if "text" in keys else row.get("label", row.get("kto_tag"))
     if isinstance(rated, bool) or (rated is not None and {"prompt", "completion"} <= keys):
-        raise ValueError(
-            "answers that are labelled good or bad one by one (KTO) cannot be learned from; "
-            "pairs of chosen and rejected can"
-        )
-    if {"prompt", "completion"} <= keys:
-        completion = row.take("completion")
-        if isinstance(completion, str):
-            completion = [{"role": "assistant", "content": completion}]
-        turns = [*messages_of(row.take("prompt"), unread), *messages_of(completion, unread)]
-    elif {"context", "response"} <= keys and not {"instruction"} & keys:
-        turns = [*read_json(row.take("context")), read_json(row.take("response"))]
-    elif keys & {"messages", "conversations", "conversation", "items"}:
-        turns = read_json(row.take("messages", "conversations", "conversation", "items"))
-        if "instruction" in row and "system" not in row:  # COIG's
-            row["system"] = row.take("instruction")
-    elif {"instruction", "output"} <= keys or {"input", "target"} <= keys:  # Alpaca, Firefly
-        turns = alpaca_turns(row)
-        answer = {"role": "assistant", "content": row.take("output", "target")}
-        answer |= {"reasoning_content": row.take("reasoning_content", "reasoning")}
-        turns.append(answer)
-    elif {"question", "answer"} <= keys:
-        turns = [{"question": row.take("question"), "answer": row.take("answer")}]
-    elif "chat" in keys and "meta_instruction" in keys:
-        raise ValueError("MOSS's plugin format is not read: turn it into messages")
-    else:
-        return None
-    if isinstance(turns, list):
-        tidy = any(isinstance(t, dict) and {"role", "arguments"} <= set(t) for t in turns)
-    system, tools = content_text(row.take("system")), row.take("tools", "functions")
-    example = conversation(messages_of(turns, unread), system, tools)
-    return "chat", tidy_calls(example) if tidy else example
-
-
-def label_example(row):
-    """`to_example` of labelled texts; None for other rows."""
-    if not {"text", "label"} <= set(row):
-        return None
-    text, label = row.take("text"), whole(row.take("label"))
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError("the text is empty")
-    if not isinstance(label, (str, int)) or label == "":
-        raise ValueError(f"the label is {label!r:.40}")
-    return "label", {"text": text, "label": str(label)}
+        raise ValueError("answers rated one by one (KTO) cannot be learned from; pairs can")
+    if {"chosen", "rejected"} <= keys or {"preferred_output", "non_preferred_output"} <= keys:
+        kind, example = "prefer", read_preference(row, unread)
+    elif (example := read_chat(row, unread)) is None and {"text", "label"} <= keys:
+        text, label = row.take("text"), chat.normalize_numbers(row.take("label"))
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("the text is empty")
+        if not isinstance(label, (str, int)) or label == "":
+            raise ValueError(f"the label is {label!r:.40}")
+        kind, example = "label", {"text": text, "label": str(label)}
+    elif example is None:
+        raise ValueError(f"no known format has the keys {', '.join(row):.80}; known are {FORMS}")
+    row.close(unread)
+    return kind, example
 
 
 def as_chat(example):
-    """An example of any kind as a conversation: the preferred answer, or the label, ends it."""
+    """An example of any kind as a conversation that ends with the chosen answer or the label."""
     if "messages" not in example:
         asked = {"role": "user", "content": example["text"]}
         return {"messages": [asked, {"role": "assistant", "content": example["label"]}]}
-    if "chosen" not in example:
-        return example
-    rest = {key: value for key, value in example.items() if key not in ("chosen", "rejected")}
-    return rest | {"messages": [*example["messages"], *example["chosen"]]}
+    example = {key: value for key, value in example.items() if key != "rejected"}
+    return example | {"messages": [*example["messages"], *example.pop("chosen", ())]}
 
+
+# --------------------------------------------------------------------------------------------
+# Files -> examples
+# --------------------------------------------------------------------------------------------
 
 MAX_BAD = 0.01  # share of rows that may be bad
 
 
 def row_slice(text):
     """The slice that --rows START:STOP means, both ends optional."""
-    found = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text or ":")
-    if not found:
+    match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text or ":")
+    if not match:
         raise UserError(f"--rows {text} must be START:STOP, as 1000:5001, 1000: or :500")
-    return slice(*(int(n) if n else None for n in found.groups()))
+    return slice(*(int(n) if n else None for n in match.groups()))
 
 
 def report_bad(bad, total, path):
@@ -338,41 +278,40 @@ def report_bad(bad, total, path):
         print(f"{path}: {len(bad)} of {total} rows are bad and left out", file=sys.stderr)
 
 
-def read_examples(path, rows=None, most=None, encoding=None):
-    """(kind, examples) of a file, or of `row_slice(rows)` of its first `most` rows. Bad rows are
+def read_examples(path, rows=None, limit=None, encoding=None):
+    """(kind, examples) of a file, or of `row_slice(rows)` of its first `limit` rows. Bad rows are
     named on stderr and left out; UserError if more than 1 % are bad or none is left. Rows that
-    continue each other are one conversation again."""
-    found, bad, kind, unread = [], [], None, Counter()
-    for where, row in list(itertools.islice(read_rows(path, encoding), most))[row_slice(rows)]:
+    continue each other become one conversation again."""
+    examples, bad, kind, unread = [], [], None, Counter()
+    for where, row in list(itertools.islice(read_rows(path, encoding), limit))[row_slice(rows)]:
+        if isinstance(row, UserError):
+            bad.append(str(row))
+            continue
         try:
-            if isinstance(row, ValueError):
-                bad.append(str(row))
-                continue
-            this, example = to_example(row, unread)
-            kind = kind or this
-            if this != kind:
-                raise ValueError(f"a row of {this} among rows of {kind}")
-            json.dumps(example, ensure_ascii=False).encode()  # no half characters, as \ud83d
-            found.append(example)
+            row_kind, example = to_example(row, unread)
+            kind = kind or row_kind
+            if row_kind != kind:
+                raise ValueError(f"a row of {row_kind} among rows of {kind}")
+            json.dumps(example, ensure_ascii=False).encode()  # fails for half a character, \ud83d
+            examples.append(example)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            reason = f"no {e}" if isinstance(e, KeyError) else str(e)
-            if isinstance(e, (TypeError, AttributeError)):
-                reason = f"a value of the wrong type ({e})"
-            bad.append(f"{where}: {reason}")
-    total = len(found) + len(bad)
+            wrong_type = f"a value of the wrong type ({e})"
+            reasons = {KeyError: f"no {e}", TypeError: wrong_type, AttributeError: wrong_type}
+            bad.append(f"{where}: {reasons.get(type(e), e)}")
+    total = len(examples) + len(bad)
     if not total:
         raise UserError(f"{path} holds no rows" + (f" at --rows {rows}" if rows else ""))
     report_bad(bad, total, path)
     if unread:
         names = ", ".join(f"{name} ({count:,})" for name, count in unread.most_common(12))
         print(f"{path}: fields that are not used, with their rows: {names}", file=sys.stderr)
-    if kind == "chat":  # learning a dialogue's last row teaches the answers of all before it
-        found = drop_continued(found, key=lambda e: e["messages"])
-    return kind, found
+    if kind == "chat":  # the last row of a dialogue teaches the answers of the rows before it, too
+        examples = chat.drop_continued(examples, key=lambda e: e["messages"])
+    return kind, examples
 
 
 def first_words(example):
-    """What conversations are told apart by: the first thing the user says, or the text."""
+    """What tells conversations apart: the first thing that the user says, or the text."""
     if "text" in example:
         return example["text"]
     return next((m["content"] for m in example["messages"] if m["role"] == "user"), "")
@@ -380,24 +319,21 @@ def first_words(example):
 
 def split_off(examples, fraction):
     """(train, val): about `fraction` of the conversations, always the same ones, with all their
-    rows: no beginning of one is learned while its continuation is measured."""
-    groups = {}
-    for e in examples:
-        groups.setdefault(first_words(e), []).append(e)
-    order = sorted(groups, key=lambda words: hashlib.sha256(words.encode()).digest())
-    n = min(max(1, round(fraction * len(groups))), len(groups) - 1)
-    if len(groups) < 2:
+    rows, so that no conversation is learned in part and measured in part."""
+    order = sorted({first_words(e) for e in examples}, key=lambda w: sha256(w.encode()).digest())
+    if len(order) < 2:
         raise UserError(f"{len(examples)} row(s) cannot be split, all begin alike: give --val_data")
-    val = {id(e) for words in order[:n] for e in groups[words]}
-    return [e for e in examples if id(e) not in val], [e for e in examples if id(e) in val]
+    held = set(order[: min(max(1, round(fraction * len(order))), len(order) - 1)])
+    train = [e for e in examples if first_words(e) not in held]
+    return train, [e for e in examples if first_words(e) in held]
 
 
-def row_paths(source, most):
-    """{split: path} of what --data or --val_data names; `most`: see `hub_rows`."""
+def row_paths(source, limits):
+    """{split: path} of what --data or --val_data names; `limits`: see `hub_rows`."""
     if source in SOURCES and SOURCES[source].rows:
         return dict(SOURCES[source].fetch())
-    found = hub_name(str(source))
-    return hub_rows(*found, most) if found else {"train": source}
+    name = hub_name(str(source))
+    return hub_rows(*name, limits) if name else {"train": source}
 
 
 def load_data(
@@ -405,28 +341,29 @@ def load_data(
 ):
     """(kind, {"train", "val", perhaps "test": examples}, {split: sha256}) of --data: a file, a
     named set, or a data set of the Hub. `rows` START:STOP is the part of the training rows to take,
-    `max_rows` how many rows a split has at most. `fraction` of the training rows is for validation
-    where nothing else is, or, with `every_row`, all rows of a file that was named."""
-    check_limits({"max_rows": max_rows})
-    part, most = row_slice(rows), dict.fromkeys(("train", "val", "test"), max_rows)
-    held = row_paths(val_source, most) if val_source else None
+    `max_rows` the most rows that a split has. `fraction` of the training rows becomes the
+    validation rows if there are no others, or with `every_row` all rows of a file do."""
+    part, limits = row_slice(rows), dict.fromkeys(("train", "val", "test"), max_rows)
+    held = row_paths(val_source, limits) if val_source else None
     if part.stop is not None and min(part.start or 0, part.stop) >= 0:
-        most["train"] = min(part.stop, max_rows or part.stop)  # no more need be downloaded
-    paths = row_paths(source, most)
+        limits["train"] = min(part.stop, max_rows or part.stop)  # no more need be downloaded
+    paths = row_paths(source, limits)
     if held:
         paths["dev"] = held.get("dev") or held.get("val") or held["train"]
-    kinds, parts, hashes = {}, {}, {}
-    for split, path in paths.items():
-        split = "val" if split == "dev" else split
-        wanted = rows if split == "train" else None
-        kinds[split], parts[split] = read_examples(path, wanted, max_rows, encoding)
-        hashes[split] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    tidy = SOURCES[source].tidy if source in SOURCES else None
+    kinds, splits, hashes = {}, {}, {}
+    for name, path in paths.items():
+        name = "val" if name == "dev" else name
+        part = rows if name == "train" else None
+        kinds[name], splits[name] = read_examples(path, part, max_rows, encoding)
+        splits[name] = list(map(tidy, splits[name])) if tidy else splits[name]
+        hashes[name] = sha256(Path(path).read_bytes()).hexdigest()
     if len(set(kinds.values())) > 1:
         raise UserError(f"{source} and its validation rows are of different kinds: {kinds}")
-    how = dict(rows=rows, max_rows=max_rows, encoding=encoding)  # other rows of the same files
-    hashes |= {name: value for name, value in how.items() if value}
-    if "val" not in parts and every_row and source not in SOURCES and is_row_file(source):
-        parts["val"] = parts["train"]
-    elif "val" not in parts:
-        parts["train"], parts["val"] = split_off(parts["train"], fraction)
-    return kinds["train"], parts, hashes
+    options = dict(rows=rows, max_rows=max_rows, encoding=encoding)  # other rows of the same files
+    hashes |= {name: value for name, value in options.items() if value}
+    if "val" not in splits and every_row and source not in SOURCES and is_row_file(source):
+        splits["val"] = splits["train"]
+    elif "val" not in splits:
+        splits["train"], splits["val"] = split_off(splits["train"], fraction)
+    return kinds["train"], splits, hashes

@@ -1,27 +1,28 @@
-"""Folders of runs under out/: which is the newest, a new one, its lock, its metrics.jsonl."""
+"""Folders of runs under out/: the newest, a new one, its lock, metrics.jsonl and loss.svg."""
 import contextlib
 import itertools
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 from data.cli import UserError
+from data.files import try_lock, write_whole
+from data.plot import line_svg
 
-OUT = Path("out")  # runs
+OUT = Path("out")
 
 
 def newest_run():
     """The folder under out/ whose checkpoint was written last; UserError if there is none."""
-    found = [p for name in ("last.pt", "best.pt") for p in OUT.glob(f"*/{name}")]
-    if not found:
+    paths = [p for name in ("last.pt", "best.pt") for p in OUT.glob(f"*/{name}")]
+    if not paths:
         raise UserError(f"no run in {OUT}/: train one (python train.py), or name it with --ckpt")
-    return max(found, key=lambda p: p.stat().st_mtime).parent
+    return max(paths, key=lambda p: p.stat().st_mtime).parent
 
 
 def new_run(name):
-    """out/NAME, or out/NAME-2, -3 ..., made here and now: no run ever writes into another's."""
+    """out/NAME, or out/NAME-2, -3 ..., created at once so that no run writes into another's."""
     for n in itertools.count(1):
         out = OUT / (name if n == 1 else f"{name}-{n}")
         with contextlib.suppress(FileExistsError):
@@ -29,69 +30,37 @@ def new_run(name):
             return out
 
 
-def run_folder(args, content, name, runtime):
-    """The folder that the run writes to, --out or a new one called `name`; kept in args.out."""
-    if args.out and Path(args.out).is_file():
-        raise UserError(f"--out {args.out} is a file: name a folder")
-    if args.out and content is None and any(Path(args.out).glob("*.pt")):
-        raise UserError(f"{args.out} holds a run already: --resume {args.out}, or another --out")
-    if args.out is None:  # the other processes write nothing
-        args.out = str(new_run(name) if runtime.rank == 0 else OUT / name)
-    return Path(args.out)
+def run_folder(out, name, runtime):
+    """The folder of a new run: `out`, or a new one called `name`. UserError if it holds a run."""
+    if out is None:  # rank 0 decides and tells the others
+        return runtime.of_first(new_run(name) if runtime.rank == 0 else None)
+    if Path(out).is_file():
+        raise UserError(f"--out {out} is a file: name a folder")
+    if any(Path(out).glob("*.pt")):
+        raise UserError(f"{out} holds a run already: --resume {out}, or another --out")
+    return Path(out)
 
 
 def lock_folder(folder):
-    """Lock a run's folder for this process, until the returned file is closed or the process ends;
-    UserError if another process has it. Windows has no such lock."""
-    try:
-        import fcntl
-    except ImportError:
-        return open(os.devnull, "rb")
-    file = open(Path(folder, ".lock"), "wb")  # noqa: SIM115 (open as long as the run)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+    """Lock a run's folder until the returned file is closed or the process ends; UserError if
+    another process has locked it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder, ".lock"), "ab")  # noqa: SIM115 (open as long as the run)
+    if not try_lock(file):
         file.close()
-        raise UserError(f"{folder} is being written by another process: wait for its end") from e
+        raise UserError(f"{folder} is being written by another process: wait for its end")
     return file
 
 
 def is_locked(folder):
-    """Whether a process has the lock of a run's folder; False where there are no such locks."""
-    with contextlib.suppress(ImportError, FileNotFoundError):
-        import fcntl
-
-        with open(Path(folder, ".lock"), "rb") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return True
+    """Whether a process has locked a run's folder."""
+    with contextlib.suppress(FileNotFoundError), open(Path(folder, ".lock"), "rb+") as file:
+        return not try_lock(file)
     return False
 
 
-def run_list():
-    """[{"name", "step", "bytes", "age", "live"}] of the runs under out/, the newest first: how long
-    metrics.jsonl is, how many seconds ago it grew, whether a process writes it."""
-    found = []
-    for path in OUT.glob("*/metrics.jsonl"):
-        with contextlib.suppress(OSError):
-            stat = path.stat()
-            about = {"name": path.parent.name, "bytes": stat.st_size}
-            about |= {"step": max((r.get("step", 0) for r in tail(path)), default=0)}
-            about |= {"age": time.time() - stat.st_mtime, "live": is_locked(path.parent)}
-            found.append(about)
-    return sorted(found, key=lambda run: run["age"])
-
-
-def tail(path, size=4096):
-    """The rows in the last `size` bytes of a file of JSON lines."""
-    with open(path, "rb") as f:
-        f.seek(max(0, path.stat().st_size - size))
-        return list(json_lines(f.read().decode("utf-8", "replace")))
-
-
 def json_lines(text):
-    """The objects in JSON lines; not a number is None, and lines that are cut are left out."""
+    """The objects in JSON lines. NaN and infinity become None; a line cut by a crash is skipped."""
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             row = json.loads(line, parse_constant=lambda name: None)
@@ -99,8 +68,24 @@ def json_lines(text):
                 yield row
 
 
+def run_list():
+    """[{"name", "step", "bytes", "age", "live"}] of the runs under out/, the newest first: bytes of
+    metrics.jsonl, seconds since it grew, whether a process writes it."""
+    runs = []
+    for path in OUT.glob("*/metrics.jsonl"):
+        with contextlib.suppress(OSError), open(path, "rb") as f:
+            stat = path.stat()
+            f.seek(max(0, stat.st_size - 4096))
+            rows = json_lines(f.read().decode("utf-8", "replace"))
+            step = max((row.get("step", 0) for row in rows), default=0)
+            age, live = time.time() - stat.st_mtime, is_locked(path.parent)
+            runs.append(dict(name=path.parent.name, step=step, bytes=stat.st_size, age=age,
+                             live=live))  # fmt: skip
+    return sorted(runs, key=lambda run: run["age"])
+
+
 def read_run(name, most=600):
-    """{"name", "settings", "rows"} of a run: its metrics, of which about `most` are kept."""
+    """{"name", "settings", "rows"} of a run, with about `most` of its rows of training steps."""
     folder, settings = OUT / name, {}
     with contextlib.suppress(OSError, ValueError):
         text = (folder / "settings.json").read_text(encoding="utf-8")
@@ -109,56 +94,58 @@ def read_run(name, most=600):
     rows = list(json_lines(text))
     steps = [r for r in rows if "loss" in r]
     every = max(1, len(steps) // most)
-    kept = {id(r) for r in steps[-1 % every :: every]} | {id(r) for r in steps[-1:]}
+    kept = {id(r) for r in steps[-1 % every :: every] + steps[-1:]}
     rows = [r for r in rows if "loss" not in r or id(r) in kept]
     return {"name": name, "settings": settings, "rows": rows}
 
 
 class Log:
-    """metrics.jsonl, and lines on the screen. `resume_step` drops what was logged after it."""
+    """metrics.jsonl, loss.svg, and lines on the screen. Rows after `resume_step` are dropped. With
+    `quiet` it writes nothing."""
 
     def __init__(self, out, resume_step=0, quiet=False):
-        self.path, self.quiet, self.open_line = out / "metrics.jsonl", quiet, False
-        self.rows = []
+        self.out, self.quiet, self.open_line, self.rows = out, quiet, False, []
         if quiet:
             return
-        out.mkdir(parents=True, exist_ok=True)
-        self.lock = lock_folder(out)
-        if resume_step and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # a line that a crash cut short
-                    self.rows.append(json.loads(line))
-            self.rows = [r for r in self.rows if r["step"] <= resume_step]
-        fresh = self.path.with_suffix(".tmp")
+        self.lock, path = lock_folder(out), out / "metrics.jsonl"
+        if resume_step and path.exists():
+            rows = json_lines(path.read_text(encoding="utf-8"))
+            self.rows = [r for r in rows if r["step"] <= resume_step]
         text = "".join(json.dumps(r) + "\n" for r in self.rows)
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, self.path)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open to the end)
+        write_whole(path, lambda f: f.write(text.encode()))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open to the end)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         if self.open_line:
-            print()  # whatever comes next, an error perhaps, begins a line of its own
+            print()  # whatever comes next, perhaps an error, begins a line of its own
         self.open_line = False
         if not self.quiet:
             self.lock.close()
 
     def write(self, **row):
-        """One row of metrics, on disk at once."""
+        """Write one row of metrics, flushed at once."""
         self.rows.append(row)
         if not self.quiet:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
 
     def line(self, text, rewrite=False):
-        """Print a line; one that may be rewritten stays open on a terminal."""
-        if self.quiet:
-            return
-        start = "\r\033[K" if self.open_line else ""
-        self.open_line = rewrite and sys.stdout.isatty()
-        print(start + text, end="" if self.open_line else "\n", flush=True)
+        """Print a line; with `rewrite` the next one replaces it on a terminal."""
+        if not self.quiet:
+            start = "\r\033[K" if self.open_line else ""
+            self.open_line = rewrite and sys.stdout.isatty()
+            print(start + text, end="" if self.open_line else "\n", flush=True)
+
+    def draw(self, curves, y_label):
+        """Write loss.svg: `curves` are (name, key of the rows)."""
+        rows = [r for r in self.rows if not r.get("final")]
+        points = {name: [(r["step"], r[key]) for r in rows if key in r] for name, key in curves}
+        svg = line_svg(self.out.name, points, "steps", y_label)
+        if not self.quiet:
+            (self.out / "loss.svg").write_text(svg, encoding="utf-8")
 
 
 def clock(seconds):
@@ -167,51 +154,15 @@ def clock(seconds):
     return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
 
 
+EVAL_FORMATS = {
+    "step": "step {}", "val_loss": "val loss {:.4f}", "val_ppl": "ppl {:,.2f}",
+    "val_bpb": "bits/byte {:.4f}", "val_share": "({:.0%} of val)",
+}  # fmt: skip
+
+
 def eval_line(row):
-    """One line about an evaluation row."""
-    text = f"step {row['step']}  val loss {row['val_loss']:.4f}"
-    if row.get("val_ppl"):
-        text += f"  ppl {row['val_ppl']:,.2f}"
-    if row.get("val_bpb"):
-        text += f"  bits/byte {row['val_bpb']:.4f}"
-    if row.get("val_share"):
-        text += f"  ({row['val_share']:.0%} of val)"
-    known = {"step", "final", "val_loss", "val_ppl", "val_bpb", "val_share"}
-    for name, value in row.items():  # whatever else a task measures
-        if name not in known:
-            text += f"  {name.removeprefix('val_').replace('_', ' ')} {value:.4g}"
-    return text
-
-
-def resumed_settings(args, given, fixed, load):
-    """(settings, content of last.pt, read by load(path, resuming=True)) of the run that --resume
-    means: its own settings, changed by what was `given` now, as long as that is not among the
-    `fixed` ones."""
-    run = Path(args.resume) if args.resume else newest_run()
-    path = run / "last.pt" if run.is_dir() else run
-    if run.is_dir() and not path.exists():
-        instead = f"--ckpt {run} starts from its weights" if any(run.glob("*.pt")) else "start anew"
-        raise UserError(f"{run} has no last.pt to resume: {instead}")
-    content = load(path, resuming=True)
-    if "args" not in content:
-        raise UserError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
-    if ("objective" in content["args"]) != ("objective" in vars(args)):
-        script = "finetune.py" if "objective" in content["args"] else "train.py"
-        raise UserError(f"{path} was written by {script}: resume it with that, or name another run")
-    if "out" in given:
-        raise UserError(f"--out cannot be given with --resume, which goes on in {path.parent}")
-    inherited = {k: v for k, v in content["args"].items() if v is not None}
-    inherited["autocast"] = inherited.pop("plain", inherited.get("autocast"))  # its old name
-    if changed := [k for k in given if k in fixed and given[k] != inherited.get(k)]:
-        raise UserError(f"--{changed[0]} cannot change when resuming {path}")
-    limits = dict.fromkeys(("max_steps", "max_tokens", "max_minutes", "epochs"))
-    if set(limits) & set(given):  # a new limit replaces the old ones
-        inherited |= limits
-    settings = inherited | given | {"out": str(path.parent)}
-    new = " and ".join(f"{k} {v}" for k, v in given.items() if k != "resume")
-    but = f", but {new}" if new else ""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"resuming {path} at step {content['step']}; settings are the run's own{but}")
-    if "dtype" in given:
-        content.pop("device", None)  # whose dtype it would keep
-    return settings, content
+    """One line about an evaluation, {name: number or None}."""
+    shown = {name: value for name, value in row.items() if value is not None and name != "final"}
+    names = [*EVAL_FORMATS, *(n for n in shown if n not in EVAL_FORMATS)]
+    other = {n: n.removeprefix("val_").replace("_", " ") + " {:.4g}" for n in names}
+    return "  ".join((other | EVAL_FORMATS)[n].format(shown[n]) for n in names if n in shown)

@@ -1,6 +1,6 @@
-"""One thread that runs the model for all who ask: jobs, their queue, and what they took.
+"""One thread that runs the model for all connections: jobs and their queue.
 
-A connection's thread submits jobs and reads their events; the scheduler gives each job a slot of
+A connection's thread submits jobs and reads their events. The scheduler gives each job a slot of
 the Engine as soon as one is free, in the order of their arrival.
 """
 import queue
@@ -24,7 +24,7 @@ class Job:
 
     events     gets (index, id, its log probability or None) for each new id, and at the end
                (index, "stop", "length", "cancelled" or an exception, None); or what function() gave
-    cancelled  is set by whoever does not want any more of it
+    cancelled  is set by the client's thread to end the job early
     scored     the log probabilities of the prompt, if the settings ask for them
     """
 
@@ -43,30 +43,9 @@ class Job:
     at: float = field(default_factory=time.monotonic)  # when it was submitted, or got its last id
 
 
-class Histogram:
-    """Counts of seconds in buckets, as Prometheus has them: each counts all up to its bound."""
-
-    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-
-    def __init__(self):
-        self.counts, self.total, self.n = [0] * len(self.BOUNDS), 0.0, 0
-
-    def add(self, seconds):
-        """Count one."""
-        self.counts = [c + (seconds <= b) for c, b in zip(self.counts, self.BOUNDS)]
-        self.total, self.n = self.total + seconds, self.n + 1
-
-    def lines(self, name):
-        """Its lines in Prometheus' text format."""
-        for bound, count in [*zip(self.BOUNDS, self.counts), ("+Inf", self.n)]:
-            yield f'{name}_bucket{{le="{bound}"}} {count}'
-        yield f"{name}_sum {self.total:.6f}"
-        yield f"{name}_count {self.n}"
-
-
 class Scheduler(threading.Thread):
-    """Runs an Engine for jobs until `close`. activate(name) makes another adapter the active one;
-    that waits until all texts of the one before are written."""
+    """Runs an Engine for jobs until `close`. activate(name) makes another adapter the active one,
+    once all texts of the previous one are written."""
 
     def __init__(self, engine, activate=None, adapter=None, max_waiting=64):
         super().__init__(name="model", daemon=True)
@@ -74,10 +53,10 @@ class Scheduler(threading.Thread):
         self.waiting, self.max_waiting, self.writing = deque(), max_waiting, {}
         self.changed, self.closing = threading.Condition(), False
         self.counts = dict(prompt_tokens=0, cached_tokens=0, completion_tokens=0, failures=0)
-        self.first_token, self.next_token = Histogram(), Histogram()
+        self.seconds = {"first_token": (0.0, 0), "next_token": (0.0, 0)}  # sum, count
 
     def submit(self, jobs):
-        """Queue jobs, all or none of them; Busy if there is no room."""
+        """Queue all of the jobs or none; Busy if there is no room."""
         with self.changed:
             if self.closing or len(self.waiting) + len(jobs) > self.max_waiting:
                 raise Busy("the server is closing" if self.closing else "the queue is full")
@@ -85,7 +64,7 @@ class Scheduler(threading.Thread):
             self.changed.notify()
 
     def call(self, function):
-        """What function() returns in the model's thread, with all adapters as they are."""
+        """What function() returns in the model's thread, whichever adapter is active."""
         job = Job([], function=function)
         self.submit([job])
         _, result, _ = job.events.get()
@@ -96,11 +75,11 @@ class Scheduler(threading.Thread):
         return result
 
     def close(self, seconds):
-        """Take no more jobs; return when all are done, or after `seconds` have been cancelled."""
+        """Take no more jobs and return when all are done; cancel those that are not by then."""
         with self.changed:
             self.closing = True
             self.changed.notify()
-            for job in list(self.waiting):  # a copy: the thread takes from it meanwhile
+            for job in self.waiting:
                 job.cancelled = True
         self.join(seconds)
         for job in list(self.writing.values()):
@@ -108,7 +87,7 @@ class Scheduler(threading.Thread):
         self.join(1)
 
     def run(self):
-        """The thread's loop: a step for all that are being written, then the next one."""
+        """The thread's loop: a step for all texts that are being written, then the next one."""
         while True:
             with self.changed:
                 while not (self.waiting or self.writing or self.closing):
@@ -119,65 +98,57 @@ class Scheduler(threading.Thread):
                 self.drop_cancelled()
                 self.admit()
                 self.hand_out(self.engine.step() if self.writing else {})
-            except Exception as e:  # whatever a model raises ends these answers, not the server
+            except Exception as e:  # whatever a model raises ends these texts, not the server
                 traceback.print_exc()
                 self.fail(e)
 
     def drop_cancelled(self):
-        """Free the slots, and the places in the queue, of those who do not want any more."""
+        """End the cancelled jobs, those in the queue included."""
         for slot in [s for s, job in self.writing.items() if job.cancelled]:
             self.end(slot, "cancelled")
         with self.changed:
-            gone = [job for job in self.waiting if job.cancelled]
-            for job in gone:
+            cancelled = [job for job in self.waiting if job.cancelled]
+            for job in cancelled:
                 self.waiting.remove(job)
-        for job in gone:
+        for job in cancelled:
             job.events.put((job.index, "cancelled", None))
 
     def admit(self):
-        """Give free slots to those who wait, in their order."""
+        """Begin the jobs that wait, in their order, while there are free slots."""
         while self.waiting:
             job = self.waiting[0]
-            same = job.function or job.adapter == self.adapter
-            if self.engine.busy == len(self.engine.slots) or (self.writing and not same):
+            switch = not job.function and job.adapter != self.adapter
+            if self.engine.busy == len(self.engine.slots) or (self.writing and switch):
                 return
-            self.waiting.popleft()
-            if job.cancelled:
-                job.events.put((job.index, "cancelled", None))
-            elif job.function:
-                try:
-                    result = job.function()
-                except Exception as e:  # it is raised where it was asked for, see `call`
-                    result = e
-                job.events.put((0, result, None))
-            else:
-                self.start_job(job)
-
-    def start_job(self, job):
-        """Give a job its slot, and its adapter if that is another one."""
-        try:
-            if job.adapter != self.adapter:
-                self.activate(job.adapter)
-                self.adapter = job.adapter
-                self.engine.forget()
-            slot = self.engine.add(job.prompt, **job.settings)
-        except Exception as e:
-            job.events.put((job.index, e, None))
-            return
-        job.left, job.cached = job.max_tokens, slot.held
-        self.writing[slot] = job
-        self.counts["prompt_tokens"] += len(job.prompt)
-        self.counts["cached_tokens"] += slot.held
+            with self.changed:
+                self.waiting.popleft()
+            try:
+                if job.function:
+                    job.events.put((0, job.function(), None))
+                    continue
+                if switch:
+                    self.activate(job.adapter)
+                    self.adapter = job.adapter
+                    self.engine.forget()
+                slot = self.engine.add(job.prompt, **job.settings)
+            except Exception as e:  # the connection's thread reports it
+                job.events.put((job.index, e, None))
+                continue
+            job.left, job.cached, self.writing[slot] = job.max_tokens, self.engine.held(slot), job
+            self.counts["prompt_tokens"] += len(job.prompt)
+            self.counts["cached_tokens"] += job.cached
 
     def hand_out(self, new):
-        """Pass new ids on, and end what is over."""
+        """Pass new ids on, and end the texts that are complete."""
         now = time.monotonic()
         for slot, i in new.items():
             job = self.writing[slot]
             first = job.left == job.max_tokens
-            (self.first_token if first else self.next_token).add(now - job.at)
             if first:
                 job.scored = slot.logprobs[:-1]
+            name = "first_token" if first else "next_token"
+            total, count = self.seconds[name]
+            self.seconds[name] = total + now - job.at, count + 1
             job.at, job.left = now, job.left - 1
             self.counts["completion_tokens"] += 1
             job.events.put((job.index, i, slot.logprobs[-1] if slot.logprobs else None))
@@ -185,13 +156,13 @@ class Scheduler(threading.Thread):
                 self.end(slot, "stop" if i in job.ends else "length")
 
     def end(self, slot, reason):
-        """A text is over."""
+        """End a text; `reason` is the last event of its job."""
         self.engine.remove(slot)
         job = self.writing.pop(slot)
         job.events.put((job.index, reason, None))
 
     def fail(self, error):
-        """End all that is being written; what the cache holds is not to be trusted any more."""
+        """End all texts that are being written, and trust nothing in the cache any more."""
         self.counts["failures"] += 1
         if is_out_of_memory(error):
             error = MemoryError("out of memory: fewer --slots, or shorter prompts")
@@ -201,14 +172,14 @@ class Scheduler(threading.Thread):
 
     def lines(self):
         """All figures in Prometheus' text format."""
-        figures = {f"{k}_total": ("counter", v) for k, v in self.counts.items()}
+        figures = {f"{name}_total": ("counter", n) for name, n in self.counts.items()}
         figures["queue"] = "gauge", len(self.waiting)
         figures["slots_busy"] = "gauge", self.engine.busy
         figures["slots"] = "gauge", len(self.engine.slots)
         for name, (kind, value) in figures.items():
             yield f"# TYPE scratchlm_{name} {kind}"
             yield f"scratchlm_{name} {value}"
-        named = {"first_token": self.first_token, "next_token": self.next_token}
-        for name, histogram in named.items():
-            yield f"# TYPE scratchlm_{name}_seconds histogram"
-            yield from histogram.lines(f"scratchlm_{name}_seconds")
+        for name, (total, count) in self.seconds.items():
+            yield f"# TYPE scratchlm_{name}_seconds summary"
+            yield f"scratchlm_{name}_seconds_sum {total:.6f}"
+            yield f"scratchlm_{name}_seconds_count {count}"

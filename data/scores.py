@@ -1,17 +1,16 @@
-"""What can be counted of answers and labels: slot F1, BLEU, a confusion matrix."""
+"""Figures of answers and labels: slot F1, BLEU, a confusion matrix."""
+
 import json
 import math
 from collections import Counter
 
 import numpy as np
 
-from data.chat import parse_call
-from data.facts import FACTS, count_facts
-from data.hotel import whole
+from data.chat import normalize_numbers, parse_call
 
 
 def arguments_of(message):
-    """A list of the arguments of a message's calls; None if it has none, or one is no JSON."""
+    """A list of the arguments of a message's calls; None if it has no calls or one is not JSON."""
     try:
         return [parse_call(call)[1] for call in message.get("tool_calls") or ()] or None
     except ValueError:
@@ -19,21 +18,21 @@ def arguments_of(message):
 
 
 def slot_counts(predicted, reference):
-    """(right, predicted, wanted) values of two lists of argument dicts, the items of a list one by
-    one, as the course counts them; None for `predicted` means no arguments at all."""
+    """How many values of two lists of argument dicts are (right, predicted, wanted); each item of a
+    list counts, as in the course. None for `predicted` means no arguments at all."""
 
     def values(calls):
-        items = (pair for arguments in calls or () for pair in arguments.items())
-        items = ((k, v if isinstance(v, list) else [v]) for k, v in items)
-        return Counter((k, json.dumps(whole(v), sort_keys=True)) for k, vs in items for v in vs)
+        items = [item for a in calls or () for item in normalize_numbers(a).items()]
+        items = [(k, v if isinstance(v, list) else [v]) for k, v in items]
+        return Counter((k, json.dumps(v, sort_keys=True)) for k, vs in items for v in vs)
 
     ours, wanted = values(predicted), values(reference)
     return (ours & wanted).total(), ours.total(), wanted.total()
 
 
 def bleu4(prediction, reference):
-    """Sentence BLEU over characters, n-grams of 1 to 4 (Papineni et al. 2002), from 0 to 1; the
-    k-th precision that is zero counts as 1 / (2^k * n-grams), NLTK's smoothing method 3."""
+    """Sentence BLEU from 0 to 1 over character n-grams of 1 to 4 (Papineni et al. 2002). The k-th
+    precision that is zero counts as 1 / (2^k * n-grams), NLTK's smoothing method 3."""
     prediction, reference = prediction.strip(), reference.strip()
     if not set(prediction) & set(reference):
         return 0.0
@@ -53,7 +52,7 @@ def bleu4(prediction, reference):
 
 
 def confusion(predicted, wanted, n):
-    """(n, n) counts, a row for what was wanted, a column for what was predicted."""
+    """(n, n) counts: a row for each wanted class, a column for each predicted one."""
     table = np.zeros((n, n), dtype=int)
     np.add.at(table, (wanted, predicted), 1)
     return table
@@ -65,28 +64,17 @@ def macro_f1(table):
 
 
 def chat_scores(jobs, turns):
-    """A dict of what can be counted: where a tool should be called slot precision, recall and F1
-    and the share of calls that parse; elsewhere BLEU-4 (a call in that place scores 0), and after
-    a search for hotels what share of the names, prices, ratings and phones is right, and what share
-    of the replies names a hotel twice."""
-    slots, parsed, bleu, facts = [0, 0, 0], [], [], Counter()
-    for job, got in zip(jobs, turns):
-        goal = job.wanted
-        if not goal.get("tool_calls"):
-            same = not got.get("tool_calls")
-            bleu.append(bleu4(got["content"], goal["content"]) if same else 0.0)
-            facts += count_facts(job.messages, got["content"]) if same else Counter()
-            continue
-        arguments = arguments_of(got)
-        parsed.append(arguments is not None)
-        counts = slot_counts(arguments, arguments_of(goal))
-        slots = [total + n for total, n in zip(slots, counts)]
-    scores, (right, predicted, wanted) = {}, slots
-    if parsed:
+    """The figures of answers to jobs: where a tool should be called, precision, recall and F1 of
+    the slots and the share of calls that parse; elsewhere BLEU-4, which is 0 for a call."""
+    scores, pairs = {}, [(turn, job.wanted) for job, turn in zip(jobs, turns)]
+    calls = [(arguments_of(t), arguments_of(w)) for t, w in pairs if w.get("tool_calls")]
+    replies = [(t, w) for t, w in pairs if not w.get("tool_calls")]
+    if calls:
+        right, predicted, wanted = map(sum, zip(*(slot_counts(*pair) for pair in calls)))
         scores |= dict(slot_p=right / max(1, predicted), slot_r=right / max(1, wanted))
-        scores |= dict(slot_f1=2 * right / max(1, predicted + wanted))
-        scores |= dict(valid_json=sum(parsed) / len(parsed))
-    scores |= dict(bleu4=sum(bleu) / len(bleu)) if bleu else {}
-    scores |= {f"{fact}s": facts[f"right {fact}"] / facts[fact] for fact in FACTS if facts[fact]}
-    replies = facts["replies"]
-    return scores | (dict(doubled=facts["doubled"] / replies) if replies else {})
+        scores["slot_f1"] = 2 * right / max(1, predicted + wanted)
+        scores["valid_json"] = sum(arguments is not None for arguments, _ in calls) / len(calls)
+    if replies:
+        bleu = (0 if "tool_calls" in t else bleu4(t["content"], w["content"]) for t, w in replies)
+        scores["bleu4"] = sum(bleu) / len(replies)
+    return scores

@@ -1,13 +1,13 @@
-"""HTTP: requests read within limits, checked, and handed to a data.service.Service.
+"""HTTP: reads requests within limits, checks them, and sends what a data.service.Service answers.
 
-One request a connection, a thread each; the model runs in the Scheduler's thread. Standard library
-alone: http.server reads the request line and headers, the limits are here.
+One request a connection, a thread each; the model runs in the Scheduler's thread. Only the standard
+library: http.server reads the request line and headers, the limits are here.
 """
 import contextlib
 import hmac
 import http.server
-import io
 import json
+import math
 import re
 import select
 import socket
@@ -18,154 +18,118 @@ import urllib.parse
 
 from data.answer import ApiError
 from data.api import parse_body
+from data.cli import StopSignal, UserError
 from data.scheduler import Busy
+from data.service import ROUTES
 
-MAX_HEADER = 1 << 16  # bytes
-MAX_BODY = 1 << 20
-TOO_LONG = f"the body is longer than {MAX_BODY:,} bytes"
+MAX_BODY = 1 << 20  # bytes
 MAX_CONNECTIONS = 64
-SECONDS = 10  # to send a request
-CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n\0]*)?\r\n")  # its size, extensions
-TRAILER = re.compile(rb"[^\s:]+:[^\r\n\0]*\r\n")
+SECONDS = 10  # to send a request, and to take a part of an answer
 LOCAL = ("localhost", "127.0.0.1", "::1")
+LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d*)?", re.IGNORECASE)
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
-BUSY = json.dumps(ApiError(503, "too many connections: try again in a second").body())
-BUSY = (
-    "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
-    f"Content-Type: application/json\r\nContent-Length: {len(BUSY)}\r\n\r\n{BUSY}"
-).encode()
 
-
-class LimitedReader(io.RawIOBase):
-    """A connection's bytes, so many of them and until a deadline at most: TimeoutError then."""
-
-    def __init__(self, connection):
-        self.connection, self.left = connection, MAX_HEADER
-        self.deadline = time.monotonic() + SECONDS
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        """As RawIOBase has it."""
-        rest = self.deadline - time.monotonic()
-        if rest <= 0 or self.left <= 0:
-            raise TimeoutError("too slow" if rest <= 0 else "too much")
-        self.connection.settimeout(rest)
-        n = self.connection.recv_into(memoryview(buffer)[: self.left])
-        self.left -= n
-        return n
+def serve(service, host, port):
+    """Serve until Ctrl-C or SIGTERM; answers in progress then have five seconds. Returns the exit
+    code."""
+    scheduler = service.api.scheduler
+    try:
+        server = Server((host, port), service)
+    except OSError as e:
+        raise UserError(f"--serve {port}: {host}:{port} cannot be used ({e.strerror})") from e
+    with server, StopSignal() as stop:
+        scheduler.start()
+        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+        name = f"[{host}]" if ":" in host else host
+        print(f"http://{name}:{server.server_port}/", flush=True)
+        while not stop.number and scheduler.is_alive():
+            time.sleep(0.1)
+        scheduler.close(5)
+        server.shutdown()
+        deadline = time.monotonic() + 1  # for the last bytes to be sent
+        while server.open and time.monotonic() < deadline:
+            time.sleep(0.02)
+    return 128 + stop.number
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Listens for `service`, which see. Of the connections that are too many the oldest one that
-    has not sent its request yet is closed: slow ones cannot keep out those that ask."""
+    """Accepts connections for `service`. Closes those that have not sent their request after
+    SECONDS, and the oldest of them when more than MAX_CONNECTIONS are open."""
 
-    daemon_threads = True
     request_queue_size = 128
 
     def __init__(self, address, service):
-        self.service, self.lock, self.open, self.reading = service, threading.Lock(), 0, {}
+        self.service, self.lock = service, threading.Lock()
+        self.open = {}  # connection: until when its request must arrive; infinity once it has
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, Handler)
 
     def process_request(self, request, client_address):
-        """Count the connection, make room for it, and handle it in a thread."""
+        """Handle a connection in a thread."""
         with self.lock:
-            self.open += 1
-            self.reading[request] = time.monotonic()
-            slow = next(iter(self.reading)) if self.open > MAX_CONNECTIONS else None
-        if slow is request:  # all others are being answered
-            return threading.Thread(target=self.refuse, args=(request,), daemon=True).start()
-        if slow is not None:
-            self.answered(slow)
-            with contextlib.suppress(OSError):
-                slow.send(BUSY)  # it may have been about to be read
-                slow.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and leaves
-        return super().process_request(request, client_address)
+            self.open[request] = time.monotonic() + SECONDS
+        super().process_request(request, client_address)
 
-    def refuse(self, request):
-        """Answer that there are too many connections."""
-        with contextlib.suppress(OSError):
-            request.send(BUSY)
-        self.shutdown_request(request)
-
-    def answered(self, request):
-        """The connection has sent its request, or never will."""
+    def service_actions(self):
         with self.lock:
-            self.reading.pop(request, None)
+            for connection, deadline in list(self.open.items()):
+                excess = len(self.open) > MAX_CONNECTIONS and deadline < math.inf
+                if excess or deadline < time.monotonic():
+                    del self.open[connection]
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)  # its thread reads the end
+
+    def finish_reading(self, connection):
+        """Note that a request has arrived; ConnectionError if its connection was closed."""
+        with self.lock:
+            if connection not in self.open:
+                raise ConnectionError
+            self.open[connection] = math.inf
 
     def shutdown_request(self, request):
-        """Close a connection; what it still sends, for half a second, is read first, or it might
-        lose our answer. It counts no more: nobody is kept out by those that go on sending."""
-        self.answered(request)
+        """Close a connection. What the client still sends is read for half a second: otherwise the
+        answer might be lost. The connection no longer counts as open meanwhile."""
         with self.lock:
-            self.open -= 1
+            self.open.pop(request, None)
         deadline = time.monotonic() + 0.5
         with contextlib.suppress(OSError):
             request.shutdown(socket.SHUT_WR)
-            while (rest := deadline - time.monotonic()) > 0:
-                request.settimeout(rest)
+            while (seconds := deadline - time.monotonic()) > 0:
+                request.settimeout(seconds)
                 if not request.recv(1 << 16):
                     break
         self.close_request(request)
 
     def handle_error(self, request, client_address):
-        """A client that goes away is no error; anything else is ours."""
-        if not isinstance(sys.exception(), (OSError, TimeoutError)):
+        """Print errors of ours; a client that goes away is none."""
+        if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One request: read, checked, answered."""
+    """Reads, checks and answers one request."""
 
-    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
-    server_version, sys_version = "scratchlm", ""
-
-    def setup(self):
-        """Read through a LimitedReader."""
-        super().setup()
-        self.rfile = io.BufferedReader(LimitedReader(self.connection))
-        self.sent = False
-
-    def handle(self):
-        """One request, whatever the client says of keeping the connection."""
-        with contextlib.suppress(TimeoutError):
-            self.handle_one_request()
+    protocol_version, server_version, sys_version = "HTTP/1.1", "scratchlm", ""
+    timeout, disable_nagle_algorithm = SECONDS, True
+    head_sent = False
 
     def log_message(self, *args):
         pass
 
     def do_GET(self):
-        """Answer any method alike."""
         service, self.close_connection = self.server.service, True
         with service.lock:
             service.requests += 1
         try:
-            self.check_host()
-            path, query = self.address()
             if self.command == "OPTIONS":
                 return self.send(204, b"", "text/plain")
-            if path.startswith("/v1/models/"):
-                query = {"name": urllib.parse.unquote(path.removeprefix("/v1/models/"))}
-                path = "/v1/models/"
-            route = service.routes.get(path)
-            if route is None:
-                raise ApiError(404, f"there is no {path[:80]}", code="not_found")
-            method, open_to_all, function = route
-            if self.command != method and not (method == "GET" and self.command == "HEAD"):
-                raise ApiError(405, f"{path} takes {method}", code="method_not_allowed")
-            if not open_to_all:
-                self.check_key()
-            if method == "POST":
-                self.check_origin()
-                query = self.body()
-            self.server.answered(self.connection)  # all of it is here: it is slow no more
-            self.give(function(service, query))
+            function, argument = self.route()
+            self.server.finish_reading(self.connection)
+            self.give(function(service, argument))
         except ApiError as e:
             self.fail(e)
         except Busy as e:
@@ -176,156 +140,100 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.handle_error(self.connection, self.client_address)
             self.fail(ApiError(500, f"{type(e).__name__}: {e}"))
 
-    do_POST = do_OPTIONS = do_HEAD = do_PUT = do_DELETE = do_PATCH = do_GET
+    do_POST = do_OPTIONS = do_PUT = do_DELETE = do_PATCH = do_GET
 
-    def send_error(self, code, message=None, explain=None):
-        """What http.server finds wrong with a request, in the API's shape."""
-        self.server.answered(self.connection)
-        self.request_version = self.protocol_version  # or there would be no headers
-        self.fail(ApiError(int(code), message or http.HTTPStatus(code).phrase))
-
-    def address(self):
-        """(path, {name: value} behind its question mark)."""
-        try:
-            parts = urllib.parse.urlsplit(self.path)
-            return parts.path, dict(urllib.parse.parse_qsl(parts.query, max_num_fields=10))
-        except ValueError as e:
-            raise ApiError(400, f"the address cannot be read: {e}") from e
-
-    def check_host(self):
-        """ApiError for a Host that is not ours: a page of another site whose name was made to lead
-        here (DNS rebinding). With a key that page has nothing to ask with."""
-        hosts = self.headers.get_all("Host") or []
-        name = hosts[0].rsplit(":", 1)[0] if len(hosts) == 1 else ""
-        name = hosts[0] if name.startswith("[") and not name.endswith("]") else name
-        if not name or not (self.server.service.key or name.lower().strip("[]") in LOCAL):
-            raise ApiError(403, f"the Host {name[:80]!r} is not served here", code="wrong_host")
-
-    def check_origin(self):
-        """ApiError for a request that a page of another site has sent."""
-        origin, host = self.headers.get("Origin"), self.headers.get("Host")
-        ours = origin is None or origin == self.server.service.cors
-        if not ours and origin.partition("://")[2] != host:
-            raise ApiError(403, f"the Origin {origin[:80]!r} may not write", code="wrong_origin")
-
-    def check_key(self):
-        """ApiError without the key, if there is one."""
-        key, given = self.server.service.key, self.headers.get("Authorization", "")
-        expected = f"Bearer {key}".encode()
-        if key and not hmac.compare_digest(given.encode("latin-1", "replace"), expected):
+    def route(self):
+        """(function of ROUTES, query or body); ApiError if the request is not allowed."""
+        service, host = self.server.service, self.headers.get("Host", "")
+        # another Host may be a foreign site's name that resolves to this machine (DNS
+        # rebinding); where a key is needed, that site's pages do not have it
+        if not (service.key or LOCAL_HOST.fullmatch(host)):
+            raise ApiError(403, f"the Host {host[:80]!r} is not served here")
+        path, _, query = self.path.partition("?")
+        argument = dict(urllib.parse.parse_qsl(query))
+        if path.startswith("/v1/models/"):
+            argument = {"name": urllib.parse.unquote(path.removeprefix("/v1/models/"))}
+            path = "/v1/models/"
+        if path not in ROUTES:
+            raise ApiError(404, f"there is no {path[:80]}", code="not_found")
+        method, is_public, function = ROUTES[path]
+        if self.command != method:
+            raise ApiError(405, f"{path} takes {method}", code="method_not_allowed")
+        given = self.headers.get("Authorization", "").encode()
+        has_key = hmac.compare_digest(given, f"Bearer {service.key}".encode())
+        if service.key and not is_public and not has_key:
             message = "a key is needed: Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key")
+        if method == "GET":
+            return function, argument
+        origin = self.headers.get("Origin")
+        if origin not in (None, service.cors) and origin.partition("://")[2] != host:
+            message = f"pages of the Origin {origin[:80]!r} may not write here"
+            raise ApiError(403, message, code="wrong_origin")
+        return function, parse_body(self.body())
 
     def body(self):
-        """The JSON object that was sent, with one Content-Length or in chunks. What a proxy might
-        understand otherwise than this server is refused."""
         lengths = self.headers.get_all("Content-Length") or []
-        codings = self.headers.get_all("Transfer-Encoding") or []
-        if self.headers.defects:
-            raise ApiError(400, "the headers are malformed")
-        if codings and (lengths or self.request_version != "HTTP/1.1"):
-            raise ApiError(400, "Transfer-Encoding takes HTTP/1.1 and no Content-Length")
-        if codings and [c.strip().lower() for c in codings] != ["chunked"]:
-            raise ApiError(501, "the only Transfer-Encoding here is chunked")
-        if codings:
-            return parse_body(self.chunks())
-        if len(lengths) != 1:
-            raise ApiError(411, "a request needs one Content-Length, or Transfer-Encoding: chunked")
-        if not lengths[0].isascii() or not lengths[0].isdigit():
-            raise ApiError(400, "Content-Length is no number")
-        if len(lengths[0]) > 9 or int(lengths[0]) > MAX_BODY:
-            raise ApiError(413, TOO_LONG)
-        self.rfile.raw.left = int(lengths[0])
-        raw = self.rfile.read(int(lengths[0]))
-        if len(raw) < int(lengths[0]):
+        known = len(lengths) == 1 and re.fullmatch("[0-9]{1,9}", lengths[0])
+        if not known or "Transfer-Encoding" in self.headers:
+            raise ApiError(411, "a request needs one Content-Length and no Transfer-Encoding")
+        length = int(lengths[0])
+        if length > MAX_BODY:
+            raise ApiError(413, f"the body is longer than {MAX_BODY:,} bytes")
+        content = self.rfile.read(length)
+        if len(content) < length:
             raise ApiError(400, "the body ends before its Content-Length")
-        return parse_body(raw)
+        return content
 
-    def chunks(self):
-        """The bytes of a body that is sent in chunks (RFC 9112, section 7.1). Extensions and
-        trailers are dropped. With them it has at most MAX_BODY + MAX_HEADER bytes."""
-        content, size, self.rfile.raw.left = bytearray(), None, MAX_BODY + MAX_HEADER
-        malformed = ApiError(400, "the body is not in chunks of the sizes that it names")
-        try:
-            while size != 0:
-                if not (found := CHUNK.fullmatch(self.rfile.readline())):
-                    raise malformed
-                size = int(found[1], 16)
-                if len(content) + size > MAX_BODY:
-                    raise ApiError(413, TOO_LONG)
-                content += self.rfile.read(size)
-                if size and self.rfile.read(2) != b"\r\n":
-                    raise malformed
-            while (line := self.rfile.readline()) != b"\r\n":
-                if not TRAILER.fullmatch(line):
-                    raise malformed
-        except TimeoutError:
-            if self.rfile.raw.left > 0:
-                raise
-            raise ApiError(413, TOO_LONG) from None
-        return bytes(content)
-
-    def head(self, status, kind, length=None, **more):
+    def send_head(self, status, content_type, **headers):
         """Send the status and the headers."""
-        self.sent = True
+        self.head_sent, cors = True, self.server.service.cors
         self.send_response(status)
-        headers = {"Content-Type": kind, "Content-Length": length, "Connection": "close"}
-        headers |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-        headers |= {name.replace("_", "-"): value for name, value in more.items()}
-        if self.server.service.cors:
-            headers |= {"Access-Control-Allow-Origin": self.server.service.cors, "Vary": "Origin"}
-            headers |= {"Access-Control-Allow-Headers": "Authorization, Content-Type"}
+        headers |= {"Content_Type": content_type, "Connection": "close"}
+        headers |= {"X_Content_Type_Options": "nosniff", "Cache_Control": "no-store"}
+        headers["Content_Security_Policy"] = POLICY
+        if cors:
+            headers |= {"Access_Control_Allow_Origin": cors, "Vary": "Origin"}
+            headers |= {"Access_Control_Allow_Headers": "Authorization, Content-Type"}
         for name, value in headers.items():
-            if value is not None:
-                self.send_header(name, str(value))
+            self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
 
-    def send(self, status, content, kind, **headers):
-        """Send a whole answer."""
-        self.head(status, kind, len(content), **headers)
-        if self.command != "HEAD":
-            self.wfile.write(content)
+    def send(self, status, content, content_type="application/json", **headers):
+        """Send a complete answer."""
+        self.send_head(status, content_type, Content_Length=len(content), **headers)
+        self.wfile.write(content)
 
     def fail(self, error):
         """Send an ApiError: as the answer, or as an event of a stream that has begun."""
-        content = json.dumps(error.body()).encode()
-        with contextlib.suppress(OSError, TimeoutError):
-            if self.sent:
+        content = json.dumps(error.body).encode()
+        with contextlib.suppress(OSError):
+            if self.head_sent:
                 self.wfile.write(b"data: " + content + b"\n\n")
             else:
-                again = {"Retry_After": 1} if error.status in (429, 503) else {}
-                self.send(error.status, content, "application/json", **again)
+                retry = {"Retry_After": 1} if error.status in (429, 503) else {}
+                self.send(error.status, content, **retry)
 
     def give(self, answer):
-        """Send what a route has returned: text, an object, or an api.Answer."""
+        """Send the result of a route: a text, an object, or a data.answer.Answer."""
         if isinstance(answer, str):
-            kind = "text/html" if answer.startswith("<!") else "text/plain"
-            more = {"Content_Security_Policy": POLICY} if kind == "text/html" else {}
-            return self.send(200, answer.encode(), f"{kind}; charset=utf-8", **more)
+            kind = "html" if answer.startswith("<!") else "plain"
+            return self.send(200, answer.encode(), f"text/{kind}; charset=utf-8")
         if isinstance(answer, dict):
-            return self.send(200, json.dumps(answer).encode(), "application/json")
-        self.connection.settimeout(SECONDS)
+            return self.send(200, json.dumps(answer).encode())
+        stream = answer.body.get("stream")
         try:
-            if not answer.body.get("stream"):
-                for content in answer.whole():
-                    self.check_client()
-                    if content is not None:
-                        self.give(content)
-                return None
-            self.head(200, "text/event-stream")
-            for chunk in answer.chunks():
-                self.check_client()
-                if chunk is not None:
-                    self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
-            self.wfile.write(b"data: [DONE]\n\n")
+            if stream:
+                self.send_head(200, "text/event-stream")
+            for content in answer.chunks() if stream else answer.result():
+                readable = select.select([self.connection], [], [], 0)[0]
+                if readable and not self.connection.recv(1 << 16):  # a second request is not read
+                    raise ConnectionError
+                if content and stream:
+                    self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
+                elif content:
+                    self.give(content)
+            if stream:
+                self.wfile.write(b"data: [DONE]\n\n")
         finally:
             answer.close()
-
-    def check_client(self):
-        """ConnectionError if the client has gone."""
-        if select.select([self.connection], [], [], 0)[0]:
-            self.connection.settimeout(0)
-            with contextlib.suppress(BlockingIOError):
-                if not self.connection.recv(1 << 16):  # a second request is never read
-                    raise ConnectionError
-            self.connection.settimeout(SECONDS)

@@ -5,24 +5,27 @@ import json
 import sysconfig
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from data.cli import UserError
 from data.download import DATA, VIEWER, fetch
+from data.facts import augment, fact_scores, faithful
 from data.files import read_json, write_once, write_whole
-from data.hotel import HOTEL_DB, join_dialogues, synthetic_dialogues
+from data.hotel import HOTEL_DB, join_dialogues, synthetic_dialogues, tidy_calls
 
 HUB = "https://huggingface.co/datasets"
+GITHUB = "https://raw.githubusercontent.com"
 REVIEWS = "https://www.cs.cornell.edu/people/pabo/movie-review-data/rt-polaritydata.tar.gz"
-LAB = "https://raw.githubusercontent.com/agiclass/fine-tuning-lab/main/data"
-CROSSWOZ = "https://raw.githubusercontent.com/thu-coai/CrossWOZ/master/data/crosswoz/database"
+LAB = f"{GITHUB}/agiclass/fine-tuning-lab/main/data"
+CROSSWOZ = f"{GITHUB}/thu-coai/CrossWOZ/master/data/crosswoz/database"
 
 
 def stdlib_files():
-    """Python's own source: no packages, no tests, and none of the tables that teach nothing."""
+    """Python's own source, without packages, tests and tables."""
     skip = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3"}
     root = Path(sysconfig.get_path("stdlib"))
     return [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts[:-1])]
@@ -34,8 +37,8 @@ def download(sha256=None, **urls):
 
 
 def made(name, splits, make):
-    """{split: data/NAME/SPLIT.jsonl}, written with the rows of `make()`, {split: rows}, unless all
-    are there."""
+    """{split: data/NAME/SPLIT.jsonl}. Unless all files exist, they are written with the rows of
+    `make()`, {split: rows}."""
     paths = {split: DATA / name / f"{split}.jsonl" for split in splits}
 
     def write():
@@ -48,31 +51,29 @@ def made(name, splits, make):
 
 
 def film_reviews():
-    """Pang and Lee's sentences, labelled pos or neg."""
-    splits = ("train", "val", "test")
-    return made("sentiment", splits, lambda: split_reviews(fetch(REVIEWS)))
+    """Pang and Lee's film review sentences (2005), labelled pos or neg: the first 80 % of each
+    class, the next 10 and the last 10, as the Hugging Face set splits them."""
 
+    def rows():
+        splits, archive = {"train": [], "val": [], "test": []}, fetch(REVIEWS)
+        try:
+            with tarfile.open(archive) as tar:
+                for label in ("pos", "neg"):
+                    text = tar.extractfile(f"rt-polaritydata/rt-polarity.{label}").read()
+                    lines = text.decode("latin-1").strip("\n").split("\n")
+                    ends = [round(share * len(lines)) for share in (0, 0.8, 0.9, 1)]
+                    for split, start, stop in zip(splits, ends, ends[1:]):
+                        new = [{"text": x.strip(), "label": label} for x in lines[start:stop]]
+                        splits[split] += new
+        except (tarfile.TarError, KeyError, EOFError, zlib.error) as e:
+            raise UserError(f"{archive}: damaged, or not the archive of reviews ({e})") from e
+        return splits
 
-def split_reviews(archive):
-    """{split: [{"text", "label"}]} of Pang and Lee's film review sentences (2005): the first 80 %
-    of each class, the next 10 and the last 10, as the Hugging Face set cuts them."""
-    rows = {"train": [], "val": [], "test": []}
-    try:
-        with tarfile.open(archive) as tar:
-            for label in ("pos", "neg"):
-                text = tar.extractfile(f"rt-polaritydata/rt-polarity.{label}").read()
-                lines = text.decode("latin-1").strip("\n").split("\n")
-                ends = round(0.8 * len(lines)), round(0.9 * len(lines))
-                for i, line in enumerate(lines):
-                    split = "train" if i < ends[0] else "val" if i < ends[1] else "test"
-                    rows[split].append({"text": line.strip(), "label": label})
-    except (tarfile.TarError, KeyError, EOFError, zlib.error) as e:
-        raise UserError(f"{archive}: damaged, or not the archive of reviews ({e})") from e
-    return rows
+    return made("sentiment", ("train", "val", "test"), rows)
 
 
 def hotel_dialogues():
-    """CrossWOZ's hotel dialogues as the course has cut them, and the hotels themselves."""
+    """CrossWOZ's hotel dialogues as the course splits them, and the hotels themselves."""
     fetch(f"{CROSSWOZ}/hotel_db.json", HOTEL_DB)
     urls = {split: f"{LAB}/{split}.full.jsonl" for split in ("train", "dev", "test")}
     return made("hotel", urls, lambda: {s: join_dialogues(fetch(url)) for s, url in urls.items()})
@@ -81,22 +82,23 @@ def hotel_dialogues():
 def invented_dialogues():
     """The same for the few hotels in data/hotels.json, without a network."""
     sizes = {"train": 3000, "dev": 300, "test": 300}
-    rows = lambda: {s: synthetic_dialogues(n, s) for s, n in sizes.items()}  # noqa: E731
-    return made("hotel-synthetic", sizes, rows)
+    return made(
+        "hotel-synthetic", sizes, lambda: {s: synthetic_dialogues(n, s) for s, n in sizes.items()}
+    )
 
 
 def shards(name, urls, read):
-    """[(name, open)] of the files of a large text, as `Documents` takes them: each is downloaded
-    when it is opened first, so a limit of tokens is one of downloads, too. read(path) is a binary
-    stream of lines of JSON."""
+    """[(name, open)] of the files of a large text, as `Documents` takes them. Each is downloaded
+    when it is first opened, so a limit of tokens limits the downloads, too. read(path) returns a
+    binary stream of lines of JSON."""
     return [
         (f"{name}-{i:05}.jsonl", lambda url=url: read(fetch(url))) for i, url in enumerate(urls)
     ]
 
 
 def fineweb_edu():
-    """A sample of FineWeb-Edu (Penedo et al. 2024) of 10 billion tokens, of which the Hub has files
-    of Parquet alone; but its viewer gives JSON, a hundred rows a page."""
+    """A sample of 10 billion tokens of FineWeb-Edu (Penedo et al. 2024). The Hub has it only as
+    Parquet, but its viewer returns JSON, a hundred rows a page."""
     page = f"{VIEWER}/rows?dataset=HuggingFaceFW%2Ffineweb-edu&config=sample-10BT&split=train"
     urls = [f"{page}&offset={n}&length=100" for n in range(0, 9_672_000, 100)]
     return {"train": shards("fineweb-edu", urls, viewer_rows)}
@@ -117,74 +119,57 @@ def c4(folder, name, count):
 
 class Source(NamedTuple):
     """A text or set that has a name. `fetch()` returns {split: path, list of paths, or `shards`}
-    and downloads or makes what is not there; `rows` is True for JSON rows that finetune.py takes.
-    A `separator` stands between the documents of its files.
+    and downloads or makes what is missing. A `separator` stands between the documents of its files.
+
+    `rows` is True for JSON rows that finetune.py takes. What belongs to one set of rows alone:
+    `tidy(example)` returns the example as it is to be learned; `augment(examples, share, rng)`
+    returns the examples of an epoch, for --augment; `scores(jobs, turns)` returns more figures of
+    the answers to jobs; `rewards` are {name: function} as in data/rewards.py.
     """
 
     fetch: Callable
     tokenizer: str = "bpe:4096"
-    rows: bool = False
     separator: str | None = None
+    rows: bool = False
+    tidy: Callable | None = None
+    augment: Callable | None = None
+    scores: Callable | None = None
+    rewards: Mapping = MappingProxyType({})
 
+
+_SALES = "goendalf666/sales-textbook_for_convincing_and_selling/resolve/main"
+SALES = f"{HUB}/{_SALES}/sales_textbook.txt"
+SALES_SHA256 = "1994f20f5becd3f0b3d7a632e5a68513cc38cf6c9737a9f38243f1b652e962da"
+SHAKESPEARE = f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TINY_STORIES = f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
+ALPACA_ZH = f"{HUB}/shibing624/alpaca-zh/resolve/main/alpaca_gpt4_data_zh.json"
+DPO_ZH = f"{GITHUB}/hiyouga/LLaMA-Factory/main/data/dpo_zh_demo.json"
+SHAREGPT = f"{HUB}/openchat/openchat_sharegpt4_dataset/resolve/main/sharegpt_gpt4.json"
+HOTEL = dict(
+    rows=True, tidy=tidy_calls, augment=augment, scores=fact_scores, rewards={"faithful": faithful}
+)
 
 # To add a text or a set of rows: a line here.
 SOURCES = {
     "stdlib": Source(lambda: {"train": stdlib_files()}, "bpe:2048"),
-    "sales": Source(
-        partial(
-            download,
-            "1994f20f5becd3f0b3d7a632e5a68513cc38cf6c9737a9f38243f1b652e962da",
-            train=f"{HUB}/goendalf666/sales-textbook_for_convincing_and_selling/resolve/main/"
-            "sales_textbook.txt",
-        ),
-        "cl100k_base",
-    ),
-    "shakespeare": Source(
-        partial(
-            download,
-            "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-            train="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
-            "tinyshakespeare/input.txt",
-        ),
-        "char",
-    ),
+    "sales": Source(partial(download, SALES_SHA256, train=SALES), "cl100k_base"),
+    "shakespeare": Source(partial(download, SHAKESPEARE_SHA256, train=SHAKESPEARE), "char"),
     "tinystories": Source(
-        partial(
-            download,
-            train=f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
-            val=f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt",
-        ),
+        partial(download, train=f"{TINY_STORIES}-train.txt", val=f"{TINY_STORIES}-valid.txt"),
         separator="<|endoftext|>",
     ),
     "fineweb-edu": Source(fineweb_edu, "gpt2"),
     "c4": Source(partial(c4, "en/c4-train.", "c4", 1024), "gpt2"),
     "c4-zh": Source(partial(c4, "multilingual/c4-zh.tfrecord-", "c4-zh", 1024), "bpe:16384"),
     "sentiment": Source(film_reviews, rows=True),
-    "hotel": Source(hotel_dialogues, rows=True),
-    "hotel-synthetic": Source(invented_dialogues, rows=True),
-    "alpaca-zh": Source(
-        partial(
-            download, train=f"{HUB}/shibing624/alpaca-zh/resolve/main/alpaca_gpt4_data_zh.json"
-        ),
-        rows=True,
-    ),
-    "dpo-zh": Source(
-        partial(
-            download,
-            train="https://raw.githubusercontent.com/hiyouga/LLaMA-Factory/main/data/"
-            "dpo_zh_demo.json",
-        ),
-        rows=True,
-    ),
-    "sharegpt": Source(
-        partial(
-            download,
-            train=f"{HUB}/openchat/openchat_sharegpt4_dataset/resolve/main/sharegpt_gpt4.json",
-        ),
-        rows=True,
-    ),
+    "hotel": Source(hotel_dialogues, **HOTEL),
+    "hotel-synthetic": Source(invented_dialogues, **HOTEL),
+    "alpaca-zh": Source(partial(download, train=ALPACA_ZH), rows=True),
+    "dpo-zh": Source(partial(download, train=DPO_ZH), rows=True),
+    "sharegpt": Source(partial(download, train=SHAREGPT), rows=True),
 }
 ROW_SETS = tuple(name for name, source in SOURCES.items() if source.rows)
-# The same reviews as the course and the Hub call them.
+# The same reviews, as the course and the Hub call them
 SOURCES["rotten_tomatoes"] = SOURCES["sentiment"]
 SOURCES["cornell-movie-review-data/rotten_tomatoes"] = SOURCES["sentiment"]

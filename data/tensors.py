@@ -1,4 +1,4 @@
-"""Files of tensors, mapped from disk: what torch.save wrote, and safetensors."""
+"""Files of tensors, mapped from disk: those of torch.save, and safetensors."""
 
 import json
 import math
@@ -14,32 +14,32 @@ from data.files import write_whole
 
 
 def load_pt(path, mapped=True):
-    """What torch.save wrote: plain values and tensors, never code; the tensors are mapped from disk
-    or, without `mapped`, in memory. UserError if it is another file or damaged: its zip's checksums
-    are compared, 0.3 s for GPT-2's weights."""
+    """What torch.save wrote: plain values and tensors, never code. The tensors are mapped from disk
+    or, without `mapped`, in memory. UserError if it is another file or damaged: the checksums in
+    its zip are compared, which takes 0.3 s for GPT-2's weights."""
     try:
         with zipfile.ZipFile(path) as records:
             damaged = records.testzip()
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:
-        # torch and zipfile tell of a foreign or cut file in a dozen ways; one is enough
+        # torch and zipfile report a foreign or truncated file in a dozen ways; one is enough
         raise UserError(f"{path} is not a checkpoint of ours, or is cut short") from e
     if damaged:
-        raise UserError(f"{path} is damaged: the checksum of {damaged} is another")
+        raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong")
     return content
 
 
-def fit_error(expected, found):
-    """One line on how a state dict `found` misfits `expected`, or None. Both name -> tensor."""
-    if expected and not found:
+def fit_error(expected, state):
+    """One line on how a state dict misfits `expected`, or None. Both are name -> tensor."""
+    if expected and not state:
         return "its weights lie in parts: --resume the run; each better evaluation writes best.pt"
     for name, tensor in expected.items():
-        if name not in found:
+        if name not in state:
             return f"{name} {tuple(tensor.shape)} is missing"
-        if found[name].shape != tensor.shape:
-            return f"{name} is {tuple(found[name].shape)}, the model has {tuple(tensor.shape)}"
-    extra = [name for name in found if name not in expected]
-    return f"{extra[0]} {tuple(found[extra[0]].shape)} is unknown to the model" if extra else None
+        if state[name].shape != tensor.shape:
+            return f"{name} is {tuple(state[name].shape)}, the model has {tuple(tensor.shape)}"
+    extra = [name for name in state if name not in expected]
+    return f"{extra[0]} {tuple(state[extra[0]].shape)} is unknown to the model" if extra else None
 
 
 # --------------------------------------------------------------------------------------------
@@ -47,17 +47,10 @@ def fit_error(expected, found):
 # --------------------------------------------------------------------------------------------
 
 SAFE_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 HEADER_LIMIT = 100_000_000  # the format's own
 
 
@@ -71,47 +64,30 @@ class Safetensors:
     """
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path, self.entries, end = Path(path), {}, 0
         try:
             with open(path, "rb") as f:
                 size = os.fstat(f.fileno()).st_size
                 length = int.from_bytes(f.read(8), "little")
-                if size < 8 or not 2 <= length <= min(size - 8, HEADER_LIMIT):
-                    raise UserError(f"{path} is no safetensors file, or is cut short")
+                if not 2 <= length <= min(size - 8, HEADER_LIMIT):
+                    raise ValueError("its header does not fit")
                 header = json.loads(f.read(length).decode(), object_pairs_hook=unique_keys)
                 self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (ValueError, RecursionError) as e:
-            if isinstance(e, UserError):
-                raise
-            raise UserError(f"{path} is no safetensors file: its header is no JSON ({e})") from e
-        if not isinstance(header, dict):
-            raise UserError(f"{path} is no safetensors file: its header is no JSON object")
-        header.pop("__metadata__", None)
-        self.start, self.entries = 8 + length, {}
-        for name, entry in header.items():
-            self.entries[name] = self.check(name, entry, size - self.start)
-        end = 0
-        for name, (_, _, begin, stop) in sorted(self.entries.items(), key=lambda e: e[1][2:]):
-            if begin != end:
-                raise UserError(f"{path}: tensor {name} begins at {begin}, not at {end}")
-            end = stop
-        if end != size - self.start:
-            raise UserError(f"{path} has {size - self.start} bytes of tensors, its header {end}")
-
-    def check(self, name, entry, size):
-        """(dtype, shape, begin, end) of a header's entry, or UserError."""
-        try:
-            dtype, shape = SAFE_DTYPES[entry["dtype"]], tuple(entry["shape"])
-            begin, end = entry["data_offsets"]
-        except (KeyError, TypeError, ValueError) as e:
-            what = entry.get("dtype") if isinstance(entry, dict) else entry
-            raise UserError(f"{self.path}: tensor {name} is described badly ({what})") from e
-        numbers = (*shape, begin, end)
-        if not all(type(n) is int and 0 <= n <= size for n in numbers) or begin > end:
-            raise UserError(f"{self.path}: tensor {name} {shape} lies outside of the file")
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise UserError(f"{self.path}: tensor {name} {shape} takes no {end - begin} bytes")
-        return dtype, shape, begin, end
+            self.start = 8 + length
+            header.pop("__metadata__", None)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                dtype, shape = SAFE_DTYPES[entry["dtype"]], tuple(entry["shape"])
+                begin, stop = entry["data_offsets"]
+                whole_numbers = all(type(n) is int and n >= 0 for n in (*shape, begin, stop))
+                if not whole_numbers or stop - begin != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"tensor {name!r} {shape} is not as long as its bytes")
+                if begin != end:
+                    raise ValueError(f"tensor {name!r} begins at {begin}, not at {end}")
+                self.entries[name], end = (dtype, shape, begin, stop), stop
+            if end != size - self.start:
+                raise ValueError(f"its header describes {end} of {size - self.start} bytes")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise UserError(f"{path} is no safetensors file, or is damaged: {e}") from e
 
     def __getitem__(self, name):
         dtype, shape, begin, end = self.entries[name]
@@ -132,21 +108,20 @@ class Safetensors:
 
 def unique_keys(pairs):
     """A dict of a JSON object's pairs; ValueError if a key comes twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         raise ValueError("a name comes twice")
-    return found
+    return unique
 
 
-def write_safetensors(path, tensors, metadata=None):
+def write_safetensors(path, tensors):
     """Write {name: tensor} as a .safetensors file, whole or not at all."""
     names = {dtype: name for name, dtype in SAFE_DTYPES.items()}
-    header, end = {"__metadata__": metadata or {"format": "pt"}}, 0
+    header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.dtype.itemsize
-        about = dict(dtype=names[tensor.dtype], shape=list(tensor.shape))
-        header[name] = about | dict(data_offsets=[end, end + size])
-        end += size
+        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        entry = dict(dtype=names[tensor.dtype], shape=list(tensor.shape), data_offsets=[begin, end])
+        header[name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
 

@@ -2,11 +2,10 @@
 import contextlib
 import json
 import secrets
-import select
 import sys
 from pathlib import Path
 
-from data.chat import chat_prompt, find_template, message_text, prompt_ids
+from data.chat import get_template, message_text
 from data.cli import UserError, printable
 from data.reply import THOUGHT, Reply
 from data.tools import call_tool, function_schema
@@ -19,193 +18,132 @@ CHAT_HELP = (
 
 
 class Chat:
-    """A conversation: the messages so far, and how the next one is made.
-
-    A model that was never taught to chat (its tokenizer has no role tokens) is given a transcript
-    to continue instead. Before the first turn it wants `write(prompt, seed, may_call, stop)`, which
-    calls stop(row, id) for each new id until that is True, and `set_adapter(*names)`.
-    """
+    """A conversation. The caller sets `write(prompt, seed, may_call, stop)`, which calls stop(row,
+    id) for each new id until it returns True, and `set_adapter(*names)`."""
 
     def __init__(self, tokenizer, context, tools=None, max_tokens=200, seed=None):
-        self.tokenizer, self.tools, self.context, self.seed = tokenizer, tools or {}, context, seed
+        self.tokenizer, self.tools, self.seed = tokenizer, tools or {}, seed
         self.max_tokens = min(max_tokens, context // 2)
-        self.template = find_template(tokenizer)
-        self.is_base = self.template is None
-        ours = self.is_base or self.template.ours
-        self.schemas = [
-            function_schema(name, f)
-            for name, f in self.tools.items()
-            if not (ours and getattr(f, "needs_no_schema", False))
-        ]
-        self.messages, self.turns = [], 0
-
-    def prompt(self):
-        """(ids to continue, whether the oldest turns had to be left out)."""
-        room = self.context - self.max_tokens
-        if not self.is_base:
-            how = self.messages, self.tokenizer
-            try:
-                full = len(prompt_ids(*how, self.schemas))
-                return chat_prompt(*how, room, self.schemas), full > room
-            except ValueError as e:
-                raise UserError(str(e)) from e
-        said = "".join(f"{m['role'].title()}: {m['content']}\n" for m in self.messages)
-        ids = self.tokenizer.encode(said + "Assistant:")
-        return ids[-room:], len(ids) > room
+        self.room = context - self.max_tokens  # for the prompt
+        self.template, self.messages, self.turns = get_template(tokenizer), [], 0
+        if self.template is None:
+            raise UserError("this model has no chat template: use --prompt, or fine-tune it first")
+        known = {n for n, f in self.tools.items() if getattr(f, "needs_no_schema", False)}
+        told = self.tools.keys() - (known if self.template.ours else set())
+        self.schemas = [function_schema(n, f) for n, f in self.tools.items() if n in told]
 
     def tools_problem(self):
         """Why the model cannot be told of its tools; None if it can."""
-        if self.is_base or not self.schemas:
-            return None
-        if not self.template.supports_tools:
+        question = [{"role": "user", "content": "?"}]
+        if self.schemas and not self.template.supports_tools:
             return "the chat template has no place for tools: the model is not told of them"
-        asked = [{"role": "user", "content": "?"}]
-        length = len(prompt_ids(asked, self.tokenizer, self.schemas))
-        too_long = length > self.context - self.max_tokens
-        return "the tools are too long for the context: not told" if too_long else None
+        if len(self.template.prompt_ids(question, self.schemas)) > self.room:
+            return "the tools are too long for the context: the model is not told of them"
 
-    def turn(self, show, may_call=True):
-        """Generate and remember one message; show(text) gets its words as they come. An answer
-        that Ctrl-C stops is remembered as far as it went; in the middle of a call it is passed on.
-        """
-        stops, stopped = ["\nUser:", "\nSystem:"] if self.is_base else (), ""
-        prompt, kinds = self.prompt()[0], []
-        opened = () if self.is_base else self.template.opened(prompt)
-        reply = Reply(self.tokenizer, self.template, stops, opened)
+    def turn(self, show, may_call):
+        """Generate and remember one message; show(text) gets its text as it comes. Ctrl-C ends the
+        message, or within a call the whole answer."""
+        prompt = self.template.fit_prompt(self.messages, self.schemas, self.room)
+        reply = Reply(self.tokenizer, self.template, ids=self.template.opened(prompt))
+        kind = stopped = ""
 
-        def tell(new):
-            for kind, text in new.items():
-                show("\n\n" * (kinds[-1:] == [THOUGHT] != [kind]) + text)
-                kinds.append(kind)
+        def show_new(new):
+            nonlocal kind
+            for new_kind, text in new.items():
+                show("\n\n" * (kind == THOUGHT != new_kind) + text)
+                kind = new_kind
 
-        def stop(r, i):
-            tell(reply.feed(i))  # a call is shown when it is whole
+        def stop(row, i):
+            show_new(reply.feed(i))
             return reply.ended
 
         seed = secrets.randbits(31) if self.seed is None else self.seed + self.turns
         self.turns += 1
         try:
-            self.write(prompt, seed, may_call and bool(self.tools), stop)
+            self.write(prompt, seed, may_call, stop)
         except KeyboardInterrupt:
             if reply.kind == "call":
                 raise
             stopped = " [stopped]"
-        tell(reply.finish())
-        show(stopped or "\n" * bool(kinds and reply.calls))
-        message = reply.message()
-        if self.is_base:
-            message["content"] = message["content"].strip()
-        self.messages.append(message)
-        return message
+        show_new(reply.finish())
+        show(stopped or "\n" * bool(kind and reply.calls))
+        self.messages.append(reply.message())
+        return reply.calls
 
     def answer(self, show):
-        """Turns until the model has spoken: calls are shown, made, and what they return is fed
-        back, at most MAX_CALLS times."""
+        """Generate turns until one calls no tool. Results of calls are fed back, at most MAX_CALLS
+        times."""
         for left in reversed(range(MAX_CALLS + 1)):
-            message = self.turn(show, may_call=left > 0)
-            for call in message.get("tool_calls") or ():
+            calls = self.turn(show, left > 0 and bool(self.tools))
+            for call in calls:
                 show(f"-> {message_text({'tool_calls': [call]})}\n")
                 result = call_tool(self.tools, call)
                 show(f"<- {result if len(result) < 400 else result[:400] + '…'}\n")
-                about = {"tool_call_id": call["id"], "name": call["function"]["name"]}
-                self.messages.append({"role": "tool", "content": result} | about)
-            if not message.get("tool_calls"):
+                names = {"tool_call_id": call["id"], "name": call["function"]["name"]}
+                self.messages.append({"role": "tool", "content": result} | names)
+            if not calls:
                 return
 
     def command(self, line):
-        """Do what a line with a slash says. Returns what to tell the user, or None to answer the
-        last question again."""
+        """Carry out a line that begins with a slash. Returns what to tell the user, or None to
+        answer the last question again."""
         name, _, rest = line[1:].partition(" ")
-        system = [m for m in self.messages[:1] if m["role"] == "system"]
-        if name == "reset":
-            self.messages = system
-            return "forgotten"
-        if name == "retry":
-            asked = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
-            if not asked:
-                return "nothing has been asked yet"
-            del self.messages[asked[-1] + 1 :]
-            return None
-        if name == "system":
-            text = {"role": "system", "content": rest}
-            self.messages = ([text] if rest else []) + self.messages[len(system) :]
-            return "the system turn is set" if rest else "no system turn any more"
-        if name == "save" and rest:
-            saved = {"messages": self.messages} | ({"tools": self.schemas} if self.schemas else {})
-            text = json.dumps(saved, ensure_ascii=False)
-            try:
+        n_system = sum(m["role"] == "system" for m in self.messages[:1])
+        questions = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
+        try:
+            if name == "reset":
+                del self.messages[n_system:]
+                return "forgotten"
+            if name == "retry" and questions:
+                del self.messages[questions[-1] + 1 :]
+                return None
+            if name == "system":
+                self.messages[:n_system] = [{"role": "system", "content": rest}] if rest else []
+                return f"system message: {rest or 'none'}"
+            if name == "save" and rest:
+                row = {"messages": self.messages, "tools": self.schemas}
+                text = json.dumps({k: v for k, v in row.items() if v}, ensure_ascii=False)
                 Path(rest).write_text(text + "\n", encoding="utf-8")
-            except OSError as e:
-                return f"{rest}: {e.strerror}"
-            return f"saved to {rest}"
-        if name == "adapter":
-            try:
+                return f"saved to {rest}"
+            if name == "adapter":
                 self.set_adapter(*rest.split())
-            except UserError as e:
-                return str(e)
-            return f"active adapter: {rest or 'none'}"
-        return CHAT_HELP
-
-
-def read_message():
-    """What the user types: a line, or the lines of one paste. With readline, where Python has it,
-    lines can be edited and called back; in a terminal it hands a paste over as one input."""
-    text = input("> " if sys.stdin.isatty() else "")
-    while sys.stdin.isatty() and text[:1] != "/" and more_waits():
-        text += "\n" + input()
-    return text.removeprefix("\ufeff").strip()  # a byte order mark may begin what is piped in
-
-
-def more_waits():
-    """Is there another line already, as behind the first one of a paste? Nobody types so fast."""
-    try:
-        return bool(select.select([sys.stdin], [], [], 0.05)[0])
-    except (OSError, ValueError):  # Windows can only ask sockets
-        return False
+                return f"active adapter: {rest or 'none'}"
+        except (OSError, UserError) as e:
+            return str(e)
+        return "nothing has been asked yet" if name == "retry" else CHAT_HELP
 
 
 def talk(chat):
-    """Read messages, answer them, until the input ends or /quit."""
-    if chat.is_base:
-        print("[a base model: it continues the transcript, nobody has taught it to answer]")
+    """Read messages and answer them until the input ends or /quit."""
     print(f"[{CHAT_HELP}]", file=sys.stderr)
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (input() uses it from now on)
-    told = False
-
-    def show(text):
-        print(printable(text), end="", flush=True)
-
+        import readline  # noqa: F401 (input() uses it from now on; a paste is then one input)
+    warned = False
     while True:
         try:
-            line = read_message()
+            line = input("> " if sys.stdin.isatty() else "").removeprefix("\ufeff").strip()
+            if line == "/quit":
+                return
+            if line.startswith("/") and (note := chat.command(line)):
+                print(f"[{note}]")
+                continue
+            if not line:
+                continue
+            if line[0] != "/":
+                chat.messages.append({"role": "user", "content": line})
+            length = len(chat.template.prompt_ids(chat.messages, chat.schemas))
+            if length > chat.room and not warned:
+                print("[the context is full: the oldest turns are left out]", file=sys.stderr)
+                warned = True
+            chat.answer(lambda text: print(printable(text), end="", flush=True))
         except EOFError:
             return
-        except KeyboardInterrupt:
-            print("\n[/quit or Ctrl-D leaves]", file=sys.stderr)
-            continue
         except UnicodeDecodeError:
-            print("[that was no UTF-8]", file=sys.stderr)
-            continue
-        if not line:
-            continue
-        if line == "/quit":
-            return
-        if line.startswith("/"):
-            reply = chat.command(line)
-            if reply is not None:
-                print(f"[{reply}]")
-                continue
-        else:
-            chat.messages.append({"role": "user", "content": line})
-        try:
-            if chat.prompt()[1] and not told:
-                told = True
-                print("[the context is full: the oldest turns are left out]", file=sys.stderr)
-            chat.answer(show)
-        except KeyboardInterrupt:  # in the middle of a tool
-            show("[stopped]")
-        except UserError as e:  # the template refuses the conversation
-            chat.messages = chat.messages[:-1]
+            print("[that was not UTF-8]", file=sys.stderr)
+        except ValueError as e:  # the template refuses the conversation
+            chat.messages.pop()
             print(f"[{e}]", file=sys.stderr)
-        print()
+        except KeyboardInterrupt:
+            print("[stopped; /quit or Ctrl-D leaves]")
+        else:
+            print()

@@ -1,7 +1,6 @@
 """Tokenizers: all of them tiktoken encodings, so all of them encode at its speed; and a byte-level
 BPE trainer."""
 import base64
-import copy
 import heapq
 import itertools
 import re
@@ -58,44 +57,16 @@ ANY_CHARACTER = r"(?s:.)"
 tiktoken.load.read_file = lambda url: fetch(url).read_bytes()
 
 
-def rebuilt(e, more=None):
-    """A tiktoken.Encoding like `e` that shares nothing with it, with `more` special tokens."""
-    return tiktoken.Encoding(
-        e.name,
-        pat_str=e._pat_str,
-        mergeable_ranks=e._mergeable_ranks,
-        special_tokens=e._special_tokens | (more or {}),
-    )
-
-
-BLANK = regex.compile(r"\p{White_Space}*")
-WORD = regex.compile(r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]")  # Rust's \w
-
-
-def cut_words(text, words, pattern):
-    """`text` as a list of texts and of the ids of the `words` in it, {word: (id, flags)}, found by
-    `pattern`, in the way of the tokenizers library: a word with the flag single_word has no letter
-    beside it, and one with lstrip or rstrip takes along the blanks before or behind it.
-
-    >>> cut_words("a <b> c", {"<b>": (7, ["rstrip"])}, re.compile("<b>"))
-    ['a ', 7, 'c']
-    """
-    parts, done = [], 0
-    for m in pattern.finditer(text):
-        (i, flags), (start, stop) = words[m[0]], m.span()
-        beside = text[start - 1 : start] + text[stop : stop + 1]
-        if "single_word" in flags and WORD.search(beside):
-            continue
-        if "lstrip" in flags:  # not what a word before has taken
-            while start > done and BLANK.fullmatch(text[start - 1]):
-                start -= 1
-            start = max(start, done)
-        if "rstrip" in flags:
-            stop = BLANK.match(text, stop).end()
-        parts += [text[done:start]] if done < start else []
-        parts += [i] if start < stop else []
-        done = stop
-    return parts + ([text[done:]] if done < len(text) else [])
+def load_tiktoken(name):
+    """One of tiktoken's own encodings; UserError if its vocabulary cannot be downloaded."""
+    try:
+        return tiktoken.get_encoding(name)
+    except ValueError as e:  # tiktoken's own checks: unknown name, wrong hash
+        reason = str(e)
+        for url in re.findall(r"from (https?://\S+)", reason):
+            download_path(url).unlink(missing_ok=True)  # so that the next call downloads it again
+            reason = reason.replace(url, resolve_url(url))
+        raise UserError(f"tokenizer {name}: {reason}") from e
 
 
 class Tokenizer:
@@ -112,55 +83,50 @@ class Tokenizer:
     """
 
     def __init__(self, spec):
-        self.spec, kind = spec, spec.get("kind")
-        pattern = ANY_CHARACTER
+        self.spec, kind, pattern = spec, spec.get("kind"), ANY_CHARACTER
         # To add a tokenizer: a kind here, and its spec in prepare_data.make_tokenizer.
+        if kind == "byte":
+            tokens = [bytes([b]) for b in range(256)]
+        elif kind == "char":
+            tokens = [c.encode() for c in spec["chars"] + UNKNOWN]
+            self._unknown = re.compile(f"[^{re.escape(spec['chars'] + UNKNOWN)}]")
+        elif kind in ("bpe", "hf"):  # None where an added token of Hugging Face's has the id
+            tokens = [t if t is None else base64.b64decode(t) for t in spec["tokens"]]
+            pattern = spec["pattern"]
+        elif kind != "tiktoken":
+            raise UserError(f"tokenizer kind {kind!r} is unknown to this version")
         if kind == "tiktoken":
-            try:
-                self.encoding = tiktoken.get_encoding(spec["name"])
-            except ValueError as e:  # tiktoken's own checks: unknown name, wrong hash
-                reason = str(e)
-                for url in re.findall(r"from (https?://\S+)", reason):
-                    download_path(url).unlink(missing_ok=True)  # or it would fail for ever
-                    reason = reason.replace(url, resolve_url(url))
-                raise UserError(f"tokenizer {spec['name']}: {reason}") from e
+            base = load_tiktoken(spec["name"])
+            pattern, ranks, added = base._pat_str, base._mergeable_ranks, base._special_tokens
         else:
-            if kind == "byte":
-                tokens = [bytes([b]) for b in range(256)]
-            elif kind == "char":
-                tokens = [c.encode() for c in spec["chars"] + UNKNOWN]
-                self._strange = re.compile(f"[^{re.escape(spec['chars'] + UNKNOWN)}]")
-            elif kind in ("bpe", "hf"):  # no token where an added one of Hugging Face's has the id
-                tokens = [t if t is None else base64.b64decode(t) for t in spec["tokens"]]
-                pattern = spec["pattern"]
-            else:
-                raise UserError(f"tokenizer kind {kind!r} is unknown to this version")
-            if kind == "hf":  # text between two matches is a piece for them, nothing for tiktoken
-                pattern = f"{pattern}|(?:(?!{pattern}){ANY_CHARACTER})+"
-            self.encoding = tiktoken.Encoding(
-                kind,
-                pat_str=pattern,
-                mergeable_ranks={t: i for i, t in enumerate(tokens) if t is not None},
-                special_tokens=dict(spec["added"]) if kind == "hf" else {END: len(tokens)},
-            )
-        added, words = spec.get("special", []), spec.get("words", {})
-        if new := [name for name in added if name not in words]:  # behind all others
-            names = enumerate(new, start=self.encoding.n_vocab)
-            self.encoding = rebuilt(self.encoding, {name: i for i, name in names})
+            ranks = {t: i for i, t in enumerate(tokens) if t is not None}
+            added = dict(spec["added"]) if kind == "hf" else {END: len(tokens)}
+        if kind == "hf":  # text between two matches is a piece for them, nothing for tiktoken
+            pattern = f"{pattern}|(?:(?!{pattern}){ANY_CHARACTER})+"
+        special, words = spec.get("special", []), spec.get("words", {})
+        for word, (_, *flags) in words.items():
+            if unread := set(flags) - {"normalized"}:
+                raise UserError(f"added token {word!r}: its setting {min(unread)} is not supported")
+        new = [name for name in special if name not in words]  # their ids are behind all others
+        added = added | dict(zip(new, itertools.count(max(*ranks.values(), *added.values()) + 1)))
+        self.encoding = tiktoken.Encoding(
+            kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=added
+        )
         # Words are parts of any text, unless a chat's template writes them, as it does <think>
         tags = {w for w in words if w[0] in "<[" and w in str(spec.get("chat_template"))}
-        self.special = self.encoding._special_tokens | {w: words[w][0] for w in words}  # name -> id
-        self.words = {w: (i, flags) for w, (i, *flags) in words.items() if w not in {*added, *tags}}
+        self.words = {w: i for w, (i, *_) in words.items() if w not in {*special, *tags}}
+        self.special = added | {w: words[w][0] for w in words}  # name -> id
         self.special = {name: i for name, i in self.special.items() if name not in self.words}
+        longest_first = sorted(self.words, key=len, reverse=True)
+        self._words = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self.n_vocab = self.encoding.n_vocab  # the largest id + 1
-        known = self.encoding._mergeable_ranks
-        self._lost = bytes(b for b in range(256) if kind == "hf" and bytes([b]) not in known)
+        self._no_token = bytes(b for b in range(256) if kind == "hf" and bytes([b]) not in ranks)
         self.eos_id = spec["end"] if kind == "hf" else self.encoding.eot_token
         self.bos_id = spec.get("begin")
 
     def with_special(self, names):
-        """This tokenizer with the special tokens `names` added behind its vocabulary, those that it
-        has already left as they are. Text can never spell a special token, only `special` can."""
+        """This tokenizer with the special tokens `names` added behind its vocabulary, except those
+        that it has. Text can never spell a special token, only `special` can."""
         new = [n for n in names if n not in self.special]
         if not new:
             return self
@@ -179,40 +145,18 @@ class Tokenizer:
         return self.spec.get("name") or {"bpe": f"bpe{han}:{size}"}.get(kind, kind)
 
     def encode_array(self, text):
-        """Token ids of `text` as uint32, special tokens' names read as plain text. Runs without
-        Python's lock, so threads help."""
+        """Token ids of `text` as uint32; names of special tokens are plain text in it."""
         if self.spec["kind"] == "char":
-            text = self._strange.sub(UNKNOWN, text)
-        if not self.words:
-            return self._encode_text(self._normalize(text))
-        (soon, late), ids = self._words_to_cut, [[]]
-        for part in cut_words(text, *soon):
-            whole = isinstance(part, int)
-            for piece in [part] if whole else cut_words(self._normalize(part), *late):
-                ids.append([piece] if isinstance(piece, int) else self._encode_text(piece))
+            text = self._unknown.sub(UNKNOWN, text)
+        if self.spec.get("nfc"):  # é is one character, however it was typed
+            text = unicodedata.normalize("NFC", text)
+        parts = self._words.split(text)  # texts and words by turns
+        ids = [[self.words[p]] if i % 2 else self._encode_text(p) for i, p in enumerate(parts)]
         return np.concatenate(ids).astype(np.uint32)
-
-    @cached_property
-    def _words_to_cut(self):
-        """(words, pattern) twice, for `cut_words`: those that are looked for in the text as it is,
-        and those with the flag "normalized", in the normalized text."""
-        soon, late = {}, {}
-        for word, (i, flags) in self.words.items():
-            if "normalized" in flags:
-                late[self._normalize(word)] = i, flags
-            else:
-                soon[word] = i, flags
-        longest_first = (sorted(words, key=len, reverse=True) for words in (soon, late))
-        patterns = ("|".join(map(re.escape, words)) or "(?!)" for words in longest_first)
-        return list(zip((soon, late), map(re.compile, patterns)))
-
-    def _normalize(self, text):
-        """é as one character, however it was typed, if the tokenizer wants it so."""
-        return unicodedata.normalize("NFC", text) if self.spec.get("nfc") else text
 
     def _encode_text(self, text):
         """The ids of a text without `words`, uint32."""
-        if self._lost and len(data := text.encode()) > len(data.translate(None, self._lost)):
+        if self._no_token and set(self._no_token) & set(text.encode()):
             return self._encode_by_piece(text)
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
@@ -223,20 +167,12 @@ class Tokenizer:
 
     def _encode_by_piece(self, text):
         """The same ids by Python's regex, which is slow but has no limit. Bytes without a token
-        (some models lack those of rare characters, SmolLM2 does) fall out of each piece before it
-        is merged, as in Hugging Face's."""
+        (SmolLM2 lacks those of rare characters) are dropped from each piece, as in Hugging Face's.
+        """
         pieces = (m[0].encode() for m in regex.finditer(self.encoding._pat_str, text))
-        kept = filter(None, (piece.translate(None, self._lost) for piece in pieces))
+        kept = filter(None, (piece.translate(None, self._no_token) for piece in pieces))
         ids = itertools.chain.from_iterable(map(self.encoding._encode_single_piece, kept))
         return np.fromiter(ids, dtype=np.uint32)
-
-    def for_one_thread(self):
-        """The same tokenizer for a thread of its own: threads that share an Encoding contend for
-        its regex scratch space. Two threads took longer than one, and with an Encoding each half
-        as long."""
-        own = copy.copy(self)
-        own.encoding = rebuilt(self.encoding)
-        return own
 
     def encode(self, text):
         """Token ids of `text` as a list."""
@@ -255,26 +191,18 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self):
-        """Bytes of text per id, (n_vocab,): what loss is divided by for bits per byte. Special
-        tokens count 0, ids that no token has -1."""
-        special = set(self.special.values())
-        lengths = np.zeros(self.n_vocab, dtype=np.int64)
-        for i in range(self.n_vocab):
-            token = self.token_bytes(i)
-            lengths[i] = -1 if token is None else 0 if i in special else len(token)
+        """Bytes of text per id, (n_vocab,): what loss is divided by for bits per byte. 0 for
+        special tokens, -1 for ids that no token has."""
+        tokens = map(self.token_bytes, range(self.n_vocab))
+        lengths = np.array([-1 if token is None else len(token) for token in tokens])
+        lengths[list(self.special.values())] = 0
         return lengths
 
     @cached_property
     def fallback(self):
         """Bools, (n_vocab,): tokens that are a piece of a character, or the unknown one."""
-
-        def broken(token):
-            try:
-                return token is not None and UNKNOWN in token.decode()
-            except UnicodeDecodeError:
-                return True
-
-        return np.array([broken(self.token_bytes(i)) for i in range(self.n_vocab)])
+        tokens = (self.token_bytes(i) or b"" for i in range(self.n_vocab))
+        return np.array([UNKNOWN in token.decode(errors="replace") for token in tokens])
 
 
 # --------------------------------------------------------------------------------------------
@@ -293,7 +221,8 @@ def train_bpe(counts, size):
     ['er', 'lo', 'low', 'ew']
     """
     tokens = [bytes([b]) for b in range(256)]
-    words = [(list(piece), n) for piece, n in counts.items()]
+    # a piece is a str whose characters are the ids: str.replace merges a pair
+    words = [(piece.decode("latin-1"), n) for piece, n in counts.items()]
     total, where = Counter(), defaultdict(set)  # pair -> occurrences, pair -> words with it
     for w, (word, n) in enumerate(words):
         for pair in itertools.pairwise(word):
@@ -309,37 +238,23 @@ def train_bpe(counts, size):
             continue
         if -n < 2:
             break
-        new = len(tokens)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        grown = set()
+        new, changed = chr(len(tokens)), set()
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
         for w in where.pop(pair):
             word, n = words[w]
-            shorter = merge(word, pair, new)
+            merged = word.replace("".join(pair), new)
+            words[w] = merged, n
             for p in itertools.pairwise(word):
                 total[p] -= n
-            for p in itertools.pairwise(shorter):
+            for p in itertools.pairwise(merged):
                 total[p] += n
                 if new in p:
                     where[p].add(w)
-                    grown.add(p)
-            words[w] = shorter, n
+                    changed.add(p)
         del total[pair]
-        for p in grown:
+        for p in changed:
             heapq.heappush(heap, (-total[p], p))
     return tokens
-
-
-def merge(word, pair, new):
-    """`word` (a list of ids) with each `pair` in it replaced by `new`, from the left."""
-    out, i = [], 0
-    while i < len(word):
-        if i + 1 < len(word) and word[i] == pair[0] and word[i + 1] == pair[1]:
-            out.append(new)
-            i += 2
-        else:
-            out.append(word[i])
-            i += 1
-    return out
 
 
 BPE_SAMPLE = 64 * MB  # characters to count at most; more text does not move a small vocabulary

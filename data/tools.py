@@ -14,73 +14,58 @@ from data.chat import parse_call
 from data.cli import UserError
 
 NAMED = {"hotel": Path(__file__).with_name("hotel.py")}
+JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array",
+              types.NoneType: "null", tuple: "array", dict: "object"}  # fmt: skip
 
 
 def load_tools(source):
     """{name: function} of --tools, a Python file or one of NAMED: what its `get_tools()` returns,
     or else its public functions.
 
-    To add a tool of your own: a file with a function; its parameters and their types are the
-    schema, what it returns (anything that JSON has) is what the model reads.
+    To add a tool of your own, write a file with a function. Its parameters and their types are the
+    schema, and the model reads what it returns, any value of JSON.
     """
-    path = str(NAMED.get(source, source))
+    path, where = str(NAMED.get(source, source)), f"--tools {source}"
     if not Path(path).is_file():
-        raise UserError(f"--tools {source}: no such file; name a .py file, or {', '.join(NAMED)}")
+        raise UserError(f"{where}: no such file; name a .py file, or {', '.join(NAMED)}")
+
+    def is_own(f):
+        f = inspect.unwrap(f) if callable(f) else f  # look into a decorator's wrapper
+        return inspect.isfunction(f) and f.__code__.co_filename == path
+
     try:
-        found = runpy.run_path(path)
-        own = {n: f for n, f in found.items() if n[0] != "_" and is_function_of(path, f)}
-        if "get_tools" in own:
-            own = own["get_tools"]()
+        names = runpy.run_path(path)
+        tools = {n: f for n, f in names.items() if n[0] != "_" and is_own(f)}
+        tools = tools["get_tools"]() if "get_tools" in tools else tools
     except UserError:
         raise
-    except (Exception, SystemExit) as e:  # the user's own code can fail in any way
-        raise UserError(f"--tools {source} cannot be loaded ({type(e).__name__}: {e})") from e
-    if not isinstance(own, dict):
-        raise UserError(f"--tools {source}: get_tools() must return a dict {{name: function}}")
-    if not own:
-        raise UserError(f"--tools {source} defines no function")
-    for name, f in own.items():
-        check_tool(f"--tools {source}: {name}", f)
-    return own
+    except (Exception, SystemExit) as e:  # the user's code can fail in any way
+        raise UserError(f"{where} cannot be loaded ({type(e).__name__}: {e})") from e
+    if not isinstance(tools, dict):
+        raise UserError(f"{where}: get_tools() must return a dict {{name: function}}")
+    if not tools:
+        raise UserError(f"{where} defines no function")
+    for name, function in tools.items():
+        if inspect.isclass(function) or not callable(function):
+            raise UserError(f"{where}: {name} is no function: write a function that uses it")
+        try:
+            function_schema(name, function)
+        except Exception as e:  # annotations are the user's code
+            wanted = "write a function with types of JSON, such as str, int, list[str], Literal"
+            problem = f"has a signature that cannot be read ({type(e).__name__}: {e})"
+            raise UserError(f"{where}: {name} {problem}: {wanted}") from e
+    return tools
 
 
-def is_function_of(path, f):
-    """Whether `f` is a function that the file defines, maybe in a decorator's wrapper."""
-    f = inspect.unwrap(f) if callable(f) else f
-    return inspect.isfunction(f) and f.__code__.co_filename == path
-
-
-def check_tool(where, function):
-    """UserError, which begins with `where`, for what a model cannot be told of or cannot call."""
-    if inspect.isclass(function) or not callable(function):
-        raise UserError(f"{where} is no function: write a function that uses it")
-    try:
-        function_schema("", function)
-        parameters = inspect.signature(function).parameters.values()
-    except Exception as e:  # annotations are the user's own code
-        raise UserError(
-            f"{where} has a signature that cannot be read ({type(e).__name__}: {e}): write a "
-            "function whose parameters have types of JSON, such as str, int, list[str], Literal"
-        ) from e
-    if bad := [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]:
-        raise UserError(
-            f"{where} takes {bad[0]} by position only, and models give arguments by name: write a "
-            "function without / among its parameters"
-        )
-
-
-JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array",
-              types.NoneType: "null", tuple: "array", dict: "object"}  # fmt: skip
-
-
-def kind_of(hint):
+def split_hint(hint):
     """(list, (str,)) of list[str]: a type and its parameters. Annotated is what it annotates, an
     Enum the Literal of its members."""
     if typing.get_origin(hint) is typing.Annotated:
         hint = hint.__origin__
     if isinstance(hint, enum.EnumMeta):
         return typing.Literal, tuple(hint)
-    return typing.get_origin(hint) or hint, typing.get_args(hint)
+    kind = typing.get_origin(hint) or hint
+    return typing.Union if kind is types.UnionType else kind, typing.get_args(hint)
 
 
 def json_value(choice):
@@ -90,63 +75,62 @@ def json_value(choice):
 
 def type_schema(hint):
     """The JSON schema of a type hint; {} for a type that JSON does not know."""
-    kind, parts = kind_of(hint)
-    if kind in (typing.Union, types.UnionType):
-        schemas = [type_schema(p) for p in parts if p is not types.NoneType]
+    kind, options = split_hint(hint)
+    if kind is typing.Union:
+        schemas = [type_schema(option) for option in options if option is not types.NoneType]
         schema = {"anyOf": schemas}
         if len(schemas) == 1:
             schema = schemas[0]
         elif all(s.keys() == {"type"} and isinstance(s["type"], str) for s in schemas):
             names = sorted({s["type"] for s in schemas})
             schema = {"type": names if len(names) > 1 else names[0]}
-        return schema | ({"nullable": True} if types.NoneType in parts else {})
+        return schema | ({"nullable": True} if types.NoneType in options else {})
     if kind is typing.Literal:
-        values = [json_value(p) for p in parts]
-        names = list(dict.fromkeys(JSON_TYPES[type(v)] for v in values))
+        values = [json_value(option) for option in options]
+        names = list(dict.fromkeys(JSON_TYPES[type(value)] for value in values))
         return {"type": names if len(names) > 1 else names[0], "enum": values}
     schema = {"type": JSON_TYPES[kind]} if kind in JSON_TYPES else {}
-    if kind is list and parts:
-        schema["items"] = type_schema(parts[0])
-    elif kind is tuple and parts:
-        schema["prefixItems"] = [type_schema(p) for p in parts]
-    elif kind is dict and parts:
-        schema["additionalProperties"] = type_schema(parts[1])
+    if kind is list and options:
+        schema["items"] = type_schema(options[0])
+    elif kind is tuple and options:
+        schema["prefixItems"] = [type_schema(option) for option in options]
+    elif kind is dict and options:
+        schema["additionalProperties"] = type_schema(options[1])
     return schema
 
 
 def read_choices(text, kind):
-    """The list in a docstring's (choices: ...): JSON, or texts between commas. `kind` is the type
-    in the parameter's schema: 1, 2 are numbers unless that is "string"."""
-    for written in (text, f"[{text}]" if kind != "string" else ""):
-        with contextlib.suppress(ValueError):
-            if isinstance(found := json.loads(written), list):
-                return [c.strip() if isinstance(c, str) else c for c in found]
-    return [c.strip().strip("\"'`") for c in text.strip("[]").split(",")]
+    """The list in a docstring's (choices: a, b), which may be JSON; numbers if the schema's type
+    `kind` is one."""
+    choices = [choice.strip(" \"'`") for choice in text.strip("[]").split(",")]
+    return [json.loads(c) for c in choices] if kind in ("integer", "number") else choices
 
 
 def function_schema(name, function):
     """The JSON schema by which a model is told of a function: its parameters, their types, and what
-    its docstring says in Google's style; the same as transformers.utils.get_json_schema makes."""
-    text = "\n" + (inspect.getdoc(getattr(function, "func", function)) or "")
-    head, *rest = re.split(r"\n\s*(Args|Returns|Raises):[ \t]*\n", text)
-    sections, about, known = dict(zip(rest[::2], rest[1::2])), {}, None
+    its docstring says in Google's style. It equals transformers.utils.get_json_schema's."""
+    doc = "\n" + (inspect.getdoc(getattr(function, "func", function)) or "")
+    head, *rest = re.split(r"\n\s*(Args|Returns|Raises):[ \t]*\n", doc)
+    sections, descriptions, key = dict(zip(rest[::2], rest[1::2])), {}, None
     lines = [line for line in sections.get("Args", "").split("\n") if line.strip()]
     margin = len(lines[0]) - len(lines[0].lstrip()) if lines else 0
     for line in lines:
-        found = re.match(rf"\s{{{margin}}}(\w+)(?:[ \t]*\([^()]*\))?:(.*)", line)
-        known = found[1] if found else known
-        about[known] = f"{about.get(known, '')} {(found[2] if found else line).strip()}".strip()
+        match = re.match(rf"\s{{{margin}}}(\w+)(?:[ \t]*\([^()]*\))?:(.*)", line)
+        key, line = match.groups() if match else (key, line)
+        descriptions[key] = f"{descriptions.get(key, '')} {line.strip()}".strip()
     signature = inspect.signature(function, eval_str=True)
     properties, required = {}, []
-    for key, p in signature.parameters.items():
-        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+    for key, parameter in signature.parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        schema, said = type_schema(p.annotation), about.get(key, "")
-        if choices := re.search(r"\(choices:\s*(.*?)\)\s*$", said, re.IGNORECASE):
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise TypeError(f"{key} is taken by position only, and models give arguments by name")
+        schema, description = type_schema(parameter.annotation), descriptions.get(key, "")
+        if choices := re.search(r"\(choices:\s*(.*?)\)\s*$", description, re.IGNORECASE):
             schema["enum"] = read_choices(choices[1], schema.get("type"))
-            said = said[: choices.start()].strip()
-        properties[key] = schema | {"description": said}
-        required += [key] if p.default is p.empty else []
+            description = description[: choices.start()].strip()
+        properties[key] = schema | {"description": description}
+        required += [key] if parameter.default is parameter.empty else []
     parameters = {"type": "object", "properties": properties}
     parameters |= {"required": required} if required else {}
     schema = {"name": name, "description": head.strip(), "parameters": parameters}
@@ -157,38 +141,34 @@ def function_schema(name, function):
     return {"type": "function", "function": schema}
 
 
-def suits(value, annotation):
-    """Whether a JSON value may be given for a parameter of that type. Types that JSON does not know
-    are not checked."""
-    kind, parts = kind_of(annotation)  # list[str]: its items are not looked at
-    if kind in (typing.Union, types.UnionType):
-        return any(suits(value, p) for p in parts)
-    if kind is typing.Literal:
-        return value in map(json_value, parts)
-    if kind not in (str, int, float, bool, list, dict, types.NoneType):
-        return True
-    if isinstance(value, bool):  # for Python an int, too
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def to_argument(value, annotation):
-    """What the function gets for a JSON value that suits: the Enum's member for its value."""
-    kind, parts = kind_of(annotation)
-    if kind in (typing.Union, types.UnionType):
-        return next((to_argument(value, p) for p in parts if suits(value, p)), value)
-    if kind is typing.Literal:
-        return next((p for p in parts if json_value(p) == value), value)
-    if kind is list and parts:
-        return [to_argument(v, parts[0]) for v in value]
-    return value
+def convert(value, hint):
+    """The argument to pass for a JSON value, according to the parameter's type: for an Enum it is
+    the member. A type that JSON does not know accepts any value; ValueError if one does not fit."""
+    kind, options = split_hint(hint)
+    if kind is typing.Union:
+        for option in options:
+            with contextlib.suppress(ValueError):
+                return convert(value, option)
+    elif kind is typing.Literal:
+        for option in options:
+            if json_value(option) == value:
+                return option
+    elif kind not in JSON_TYPES or kind is tuple:
+        return value
+    elif isinstance(value, bool):  # for Python it is an int, too
+        if kind is bool:
+            return value
+    elif isinstance(value, (int, float) if kind is float else kind):
+        return [convert(v, *options) for v in value] if kind is list and options else value
+    raise ValueError(f"cannot be {value!r}")
 
 
 def call_tool(tools, call):
     """What a tool returns for an entry of `tool_calls`, as JSON text. A call that does not fit the
     function's parameters never reaches it: the model reads {"error": ...} instead."""
+    name = call["function"]["name"]
     try:
-        name, arguments = parse_call(call)
+        _, arguments = parse_call(call)
         if name not in tools:
             raise ValueError(f"there is no tool {name!r}, only {', '.join(tools)}")
         signature = inspect.signature(tools[name], eval_str=True)
@@ -196,11 +176,11 @@ def call_tool(tools, call):
             signature.bind(**arguments)
         except TypeError as e:
             raise ValueError(f"{name}: {e}") from e
-        for key, value in arguments.items():
-            parameter = signature.parameters.get(key)  # none if **others take it
-            if parameter and not suits(value, parameter.annotation):
-                raise ValueError(f"{name}: {key} cannot be {value!r}")
-            arguments[key] = to_argument(value, parameter.annotation) if parameter else value
+        for key in arguments.keys() & signature.parameters.keys():  # **others take any value
+            try:
+                arguments[key] = convert(arguments[key], signature.parameters[key].annotation)
+            except ValueError as e:
+                raise ValueError(f"{name}: {key} {e}") from e
     except ValueError as e:
         return json.dumps({"error": str(e)}, ensure_ascii=False)
     try:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train
-from data.machine import Runtime, keep_freed_memory
+from data.machine import Runtime, keep_freed_memory, synchronize
 
 
 def load_module(path, name):
@@ -35,42 +35,42 @@ def clocked(work):
     return time.perf_counter() - start
 
 
-def make_work(make, settings):
-    """In a process of its own: make what it is to do whenever `do_work` is called there."""
-    global work
-    work = make(**settings)
+def make_job(make, settings):
+    """In a process of its own: make the job that `do_job` does there."""
+    global job
+    job = make(**settings)
 
 
-def do_work():
-    """Seconds that the work of this process takes."""
-    return clocked(work)
+def do_job():
+    """Seconds that the job of this process takes."""
+    return clocked(job)
 
 
-def take_turns(works, rounds=5):
-    """{name: seconds of each round} of works that run one after the other, A B A B ..., so that a
-    slow moment of the machine meets them all; a round before is not counted.
+def take_turns(jobs, rounds=5):
+    """{name: seconds of each round} of jobs that run in turn, A B A B ..., so that a slow moment of
+    the machine affects all of them; a first round is not counted.
 
-    `works` are {name: (make, settings)}: each is made in a process of its own by make(**settings),
-    as its user would have it, with the memory and threads that its own scripts ask for. What a
-    process raises, or BrokenProcessPool if it dies, is raised here at once.
+    `jobs` are {name: (make, settings)}: each is made in a process of its own by make(**settings),
+    with the memory and threads that its own scripts ask for. What a process raises, or
+    BrokenProcessPool if it dies, is raised here at once.
     """
-    context, seconds, pools = mp.get_context("spawn"), {name: [] for name in works}, {}
+    context, seconds, pools = mp.get_context("spawn"), {name: [] for name in jobs}, {}
     with contextlib.ExitStack() as stack:
-        for name, (make, settings) in works.items():
+        for name, (make, settings) in jobs.items():
             pools[name] = stack.enter_context(ProcessPoolExecutor(1, context))
-            pools[name].submit(make_work, make, settings).result()
+            pools[name].submit(make_job, make, settings).result()
         for i in range(rounds + 1):
             for name, pool in pools.items():
-                time.sleep(0.3)  # the last one's threads may still look for more
-                took = pool.submit(do_work).result()
+                time.sleep(0.3)  # threads of the job before may still be spinning
+                took = pool.submit(do_job).result()
                 if i:
                     seconds[name].append(took)
     return seconds
 
 
 def table(seconds, units, unit, peer, floor=None):
-    """Markdown: the median rate of each work, its slowest and fastest round, and the median over
-    the rounds of its speed as a multiple of `peer`'s in the same round."""
+    """Markdown: the median rate of each job, its slowest and fastest round, and the median of its
+    speed as a multiple of `peer`'s in the same round."""
     lines = [f"| | {unit}, median | slowest to fastest | x {peer} |"]
     lines.append("| --- | ---: | ---: | ---: |")
     for name, took in seconds.items():
@@ -84,32 +84,36 @@ def table(seconds, units, unit, peer, floor=None):
 
 
 def our_step(model, batches, dtype="fp32", steps=1):
-    """A work: steps of train.py on `batches` with AdamW, as its `fit` makes them."""
+    """A job: steps of train.py on `batches` with AdamW, as its `fit` makes them."""
     keep_freed_memory()
-    flags = ["--optimizer", "adamw", "--max_steps", "100", "--data", "none"]
-    flags += ["--lr", "6e-4"]  # nanoGPT's: random tokens must not drive weights to extremes
+    # nanoGPT's rate: random tokens must not drive weights to extremes
+    flags = ["--optimizer", "adamw", "--max_steps", "100", "--data", "none", "--lr", "6e-4"]
+    return training_job(model, flags, batches, Runtime(torch.device("cpu"), dtype), steps)
+
+
+def training_job(model, flags, batches, runtime, steps):
+    """A job: `steps` training steps of a model that `train.place` has placed."""
     args, _ = train.resolve(train.build_parser().parse_args(flags))
-    task = train.Task(batches=None, evaluate=None, extra={})
-    runtime = Runtime(torch.device("cpu"), dtype)
+    task = train.Task(lambda step: [next(batches)], evaluate=None, extra={})
+    model.train()
     runner, precision, after_step = train.make_runner(model, task, args, runtime)
     optimizers = train.make_optimizers(model, args)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    model.train()
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == "fp16")
     train.clear_gradients(model)
 
-    def work():
-        for _ in range(steps):
-            train.training_step(runner, task, [next(batches)], precision, scaler, (0,))
-            train.optimizer_step(model, optimizers, scaler, 1.0)
+    def job():
+        for step in range(steps):
+            train.training_step(runner, task, task.batches(step), precision, scaler, (0, step))
+            train.optimizer_step(model, optimizers, scaler, 1.0, runtime)
             after_step()
+        synchronize(runtime.device)
 
-    return work
+    return job
 
 
 def random_batches(vocab, rows, length):
-    """Endless (ids, targets), each (rows, length), as a language model's batches are. They are all
-    different: a single one is soon known by heart, its gradients become too small to be normal
-    numbers, and a CPU takes several times as long for those."""
+    """Endless different (ids, targets), each (rows, length). The same one again and again would be
+    memorised, and a CPU takes several times as long for gradients that are denormal numbers."""
     generator = torch.Generator().manual_seed(0)
     while True:
         ids = torch.randint(vocab, (rows, length + 1), generator=generator)

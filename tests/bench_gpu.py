@@ -6,76 +6,44 @@
     python tests/bench_gpu.py write
 
 train: tokens a second of whole steps in bf16, compiled and not, AdamW and Muon, in turn with
-nanoGPT's model and optimizer as its bench.py has them, compiled; MFU by the datasheet; peak memory.
+nanoGPT's as its bench.py has them, compiled; MFU by the measured matrix product; peak memory.
 lora: a step of rank 8 adapters over nf4 weights. write: tokens a second, greedy, eager, by CUDA
 graphs, and transformers. Prints markdown for tests/BENCHMARKS.md. On a CPU, with --preset tiny, it
 only shows that it runs.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from bench_common import load_module, take_turns
+from bench_common import load_module, random_batches, take_turns, training_job
 
 import lora
 import model as lm
 import sample
 import train
-from data.machine import make_runtime
-from data.runner import make_runner, place
+from data.machine import make_runtime, synchronize
 
 
-def wait():
-    """Wait for the GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def tell_peak(name):
-    """Print what this process has held on the GPU at most."""
-    if torch.cuda.is_available():
+def tell_peak(name, device):
+    """Print the peak of the GPU memory that this process has held."""
+    if device.type == "cuda":
         gib = torch.cuda.max_memory_allocated() / 2**30
         print(f"{name}: {gib:.1f} GiB at most", file=sys.stderr)
 
 
-def random_batch(vocab, rows, length, runtime):
-    """(ids, targets) of a language model, (rows, length) each."""
-    ids = torch.randint(vocab, (rows, length + 1))
-    return runtime.upload([ids[:, :-1].contiguous(), ids[:, 1:].contiguous()])
-
-
-def make_steps(preset, rows, steps, flags=(), prepare=None):
-    """A work: `steps` training steps as `train.fit` makes them."""
-    flags = ["--preset", preset, "--max_steps", "9", *flags]
-    args, _ = train.resolve(train.build_parser().parse_args(flags))
-    runtime = make_runtime()
-    model = (prepare or new_model)(preset, runtime)
-    place(model, args, runtime)
-    batch = random_batch(model.config.vocab_size, rows, model.config.context, runtime)
-    task = train.Task(
-        lambda step: [batch], evaluate=None, extra={},
-        loss=lambda m, ids, targets: m(ids, targets, places=slice(None)),
-        count=lambda ids, targets: targets.numel(),
-    )  # fmt: skip
-    model.train()
-    runner, precision, after_step = make_runner(model, task, args, runtime)
-    optimizers = train.make_optimizers(model, args)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == "fp16")
-
-    def work():
-        for step in range(steps):
-            train.training_step(runner, task, [batch], precision, scaler, (0, step))
-            train.optimizer_step(model, optimizers, scaler, 1.0, runtime.ahead)
-            after_step()
-        wait()
-        tell_peak(" ".join(flags))
-
-    return work
+def make_steps(preset, rows, steps, flags=(), adapt=False):
+    """A job: `steps` training steps as `train.fit` makes them."""
+    flags, runtime = ["--preset", preset, "--max_steps", "9", *flags], make_runtime()
+    model = (adapted_model if adapt else new_model)(preset, runtime)
+    train.place(model, train.resolve(train.build_parser().parse_args(flags))[0], runtime)
+    batch = next(random_batches(model.config.vocab_size, rows, model.config.context))
+    job = training_job(model, flags, itertools.repeat(batch), runtime, steps)
+    return lambda: (job(), tell_peak(" ".join(flags), runtime.device))
 
 
 def new_model(preset, runtime):
@@ -94,7 +62,7 @@ def adapted_model(preset, runtime):
             if isinstance(module, torch.nn.Linear) and module is not model.head:
                 module.to(torch.bfloat16)
     for module in model.modules():
-        if isinstance(module, lm.RMSNorm):
+        if isinstance(module, torch.nn.RMSNorm):
             module.weight = torch.nn.Parameter(torch.ones(module.weight.shape))
     lora.quantize(model, "nf4", device=runtime.device)
     lora.add_lora(model, "all", rank=8, alpha=16)
@@ -103,7 +71,7 @@ def adapted_model(preset, runtime):
 
 
 def make_nanogpt(folder, rows, steps):
-    """A work: steps of nanoGPT's model, as its bench.py has them."""
+    """A job: steps of nanoGPT's model, as its bench.py has them."""
     nanogpt = load_module(Path(folder) / "model.py", "nanogpt_model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -112,21 +80,21 @@ def make_nanogpt(folder, rows, steps):
     model = torch.compile(model)
     ids, targets = (torch.randint(50304, (rows, 1024), device=device) for _ in range(2))
 
-    def work():
+    def job():
         for _ in range(steps):
             with torch.autocast(device, torch.bfloat16):
                 loss = model(ids, targets)[1]
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        wait()
-        tell_peak("nanoGPT")
+        synchronize(torch.device(device))
+        tell_peak("nanoGPT", torch.device(device))
 
-    return work
+    return job
 
 
 def make_writer(preset, new, graphs=False, folder=None):
-    """A work: greedy writing of `new` tokens after 32, ours or transformers'."""
+    """A job: greedy writing of `new` tokens after 32, ours or transformers'."""
     runtime = make_runtime()
     prompt = list(range(32))
     if folder:
@@ -142,16 +110,16 @@ def make_writer(preset, new, graphs=False, folder=None):
         flags = ["--cuda_graphs", "--prompt", "x"]
         model = sample.fast_model(model, 1, sample.build_parser().parse_args(flags))
 
-    def work():
+    def job():
         for _ in sample.generate(model, [prompt], new, temperature=0.0):
             pass
-        wait()
+        synchronize(runtime.device)
 
-    return work
+    return job
 
 
 def show(seconds, tokens, flops=None):
-    """Print a row for each work: the median of its rounds, and the spread."""
+    """Print a row for each job: the median of its rounds, and the spread."""
     runtime = make_runtime()
     print("| | tokens/s, median | slowest to fastest | MFU |\n| --- | ---: | ---: | ---: |")
     for name, took in seconds.items():
@@ -159,8 +127,7 @@ def show(seconds, tokens, flops=None):
         middle = statistics.median(rates)
         mfu = f"{middle * flops / runtime.peak:.1%}" if flops else ""
         print(f"| {name} | {middle:,.0f} | {rates[0]:,.0f} to {rates[-1]:,.0f} | {mfu} |")
-    peak = f"peak {runtime.peak / 1e12:.4g} TFLOP/s, {runtime.peak_source}"
-    print(f"{peak}; torch {torch.__version__}")
+    print(f"measured peak {runtime.peak / 1e12:.4g} TFLOP/s; torch {torch.__version__}")
 
 
 def main():
@@ -170,35 +137,33 @@ def main():
     p.add_argument("--preset", help="gpt2; llama-8b for lora")
     p.add_argument("--rows", type=int, default=32, help="of a batch (32; lora: 1)")
     p.add_argument("--steps", type=int, default=10, help="a turn (10)")
-    p.add_argument("--rounds", type=int, default=5, help="turns that each work has (5)")
+    p.add_argument("--rounds", type=int, default=5, help="turns that each job has (5)")
     args = p.parse_args()
     preset = args.preset or ("llama-8b" if args.what == "lora" else "gpt2")
-    config, works = lm.preset(preset), {}
+    config, jobs = lm.preset(preset), {}
     rows = 1 if args.what == "lora" else args.rows
     own = dict(preset=preset, rows=rows, steps=args.steps)
     if args.what == "train":
         for name, flags in (("compiled", ()), ("eager", ("--no-compile",)),
                             ("compiled, Muon", ("--optimizer", "muon"))):
-            works[f"ours, {name}"] = make_steps, own | {"flags": flags}
+            jobs[f"ours, {name}"] = make_steps, own | {"flags": flags}
         if args.nanogpt:
             other = dict(folder=args.nanogpt, rows=rows, steps=args.steps)
-            works["nanoGPT, compiled"] = make_nanogpt, other
+            jobs["nanoGPT, compiled"] = make_nanogpt, other
     elif args.what == "lora":
-        works["rank 8 over nf4"] = make_steps, own | {"prepare": adapted_model}
-    start = time.perf_counter()
+        jobs["rank 8 over nf4"] = make_steps, own | {"adapt": True}
     with tempfile.TemporaryDirectory() as folder:
         if args.what == "write":
             state = new_model(preset, None).state_dict()
             lm.export_hf({"config": vars(config), "model": state}, folder)
             new = min(256, config.context - 32)
-            works["eager"] = make_writer, dict(preset=preset, new=new)
-            works["CUDA graphs"] = make_writer, dict(preset=preset, new=new, graphs=True)
-            works["transformers"] = make_writer, dict(preset=preset, new=new, folder=folder)
-            show(take_turns(works, args.rounds), new)
+            jobs["eager"] = make_writer, dict(preset=preset, new=new)
+            jobs["CUDA graphs"] = make_writer, dict(preset=preset, new=new, graphs=True)
+            jobs["transformers"] = make_writer, dict(preset=preset, new=new, folder=folder)
+            show(take_turns(jobs, args.rounds), new)
         else:
             tokens = rows * config.context * args.steps
-            show(take_turns(works, args.rounds), tokens, lm.flops_per_token(config))
-    print(f"({time.perf_counter() - start:.0f} s)")
+            show(take_turns(jobs, args.rounds), tokens, lm.flops_per_token(config))
 
 
 if __name__ == "__main__":

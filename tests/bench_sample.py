@@ -1,49 +1,47 @@
-"""How fast sample.py's model writes, beside transformers, nanoGPT and the course's model.
+"""How fast sample.py writes, alone and as a server, beside transformers and nanoGPT.
 
-    git clone https://github.com/karpathy/nanoGPT
-    git clone https://github.com/waylandzhang/Transformer-from-scratch
-    python tests/bench_sample.py gpt2 --nanogpt nanoGPT --course Transformer-from-scratch
-    python tests/bench_sample.py small --nanogpt nanoGPT
-    python tests/bench_sample.py start --nanogpt nanoGPT
+    python tests/bench_sample.py gpt2 --nanogpt nanoGPT    the 124M shape, one row and eight
+    python tests/bench_sample.py small --nanogpt nanoGPT   500 tokens by 0.8M parameters
     python tests/bench_sample.py int8 --ckpt out/stdlib --data data/stdlib
+    python tests/bench_sample.py load                      --serve with 1 to 64 clients
+    python tests/bench_sample.py load --url http://127.0.0.1:8000 --shapes gpt2
 
-gpt2: 32 tokens of prompt and 128 new ones by the 124M shape with random weights, greedy; all in
-turn. transformers and its own cache, fp32 and bf16; ours the same, and int8; then eight rows.
+gpt2: 32 + 128 tokens, greedy, random weights. small: temperature 0.8, the context sliding. int8:
+what bf16 and int8 cost in perplexity. load: each client streams completions of 64 tokens, one after
+the other; our server with 16 slots and with one, or another server with OpenAI's API.
 
-small: 500 tokens by 0.8M parameters at temperature 0.8, the context sliding.
-
-start: the whole process of `sample.py --prompt x` on a tiny model, nanoGPT's sample.py the same.
-
-int8: what the rounding of `--dtype int8` (and bf16) costs: perplexity of validation text.
-
-It is a benchmark, not a test: pytest does not collect it. Prints markdown tables for
-tests/BENCHMARKS.md; ten minutes on two cores.
+pytest does not collect it. Prints markdown tables for tests/BENCHMARKS.md.
 """
 
 import argparse
+import asyncio
 import contextlib
 import copy
-import io
+import json
 import math
-import os
+import random
+import statistics
 import subprocess
 import sys
 import tempfile
-from functools import partial
+import time
+import urllib.parse
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from bench_common import ROOT, about_machine, read_rate, table, take_turns
-from bench_train import CHARS, GPT2, course_model, nanogpt_model, our_small, run_ours
 
 import model as lm
 import prepare_data
 import sample
 from data.machine import DTYPES
-from sample import FastTransformer
+from data.matmul import make_fast
+from data.tokenizer import Tokenizer
 
-NEW, PROMPT = 128, 32
+PROMPT, NEW, STREAMED = 32, 128, 64
 
 
 def low(model, dtype=torch.bfloat16):
@@ -53,11 +51,12 @@ def low(model, dtype=torch.bfloat16):
 
 
 def make_ours(config, prompts, new, kind="fp32", plain=False, **settings):
-    """A work: generate as sample.py does."""
+    """A job: generate as sample.py does."""
     torch.manual_seed(0)
     model = lm.Transformer(config).eval()
     model = low(model) if kind == "bf16" else model
-    model = model if plain else FastTransformer(model, kind == "int8", len(prompts))
+    if not plain:
+        make_fast(model, len(prompts), kind == "int8")
 
     def work():
         for _ in sample.generate(model, prompts, new, slide=lambda kept: None, **settings):
@@ -67,7 +66,7 @@ def make_ours(config, prompts, new, kind="fp32", plain=False, **settings):
 
 
 def make_transformers(folder, prompts, dtype):
-    """A work: transformers' generate, greedy, with its cache."""
+    """A job: transformers' generate, greedy, with its cache."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -77,14 +76,18 @@ def make_transformers(folder, prompts, dtype):
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **how)
 
 
-def make_peer(folder, prompt, new, shape=None, **settings):
-    """A work: nanoGPT's generate, or the course's, which remember nothing between tokens."""
-    model = (nanogpt_model(folder, shape) if shape else course_model(folder))[0].eval()
+def make_nanogpt(folder, shape, prompt, new, **settings):
+    """A job: nanoGPT's generate, which keeps no cache."""
+    from bench_train import nanogpt_model
+
+    model = nanogpt_model(folder, shape)[0].eval()
     return torch.no_grad()(lambda: model.generate(torch.tensor([prompt]), new, **settings))
 
 
 def gpt2(args):
     """The 124M shape: one row, then eight."""
+    from bench_train import GPT2
+
     torch.manual_seed(0)
     config = lm.preset("gpt2")
     model = lm.Transformer(config)
@@ -93,86 +96,48 @@ def gpt2(args):
     with tempfile.TemporaryDirectory() as folder:
         lm.export_hf({"config": vars(config), "model": model.state_dict()}, folder)
         for prompts in (rows[:1], rows):
-            n, works, peers = len(prompts), {}, {}
-            for dtype in ("fp32", "bf16"):
-                hf = dict(folder=folder, prompts=prompts, dtype=dtype)
-                works[f"transformers {dtype}"] = make_transformers, hf
+            n, jobs = len(prompts), {}
             for kind in ("fp32", "bf16", "int8"):
-                own = dict(config=config, prompts=prompts, new=NEW, kind=kind, temperature=0)
+                ours = dict(config=config, prompts=prompts, new=NEW, kind=kind, temperature=0)
                 if kind != "int8":
-                    works[f"ours {kind} --no_fast"] = make_ours, own | {"plain": True}
-                works[f"ours {kind}"] = make_ours, own
+                    theirs = dict(folder=folder, prompts=prompts, dtype=kind)
+                    jobs[f"transformers {kind}"] = make_transformers, theirs
+                    jobs[f"ours {kind} --no_fast"] = make_ours, ours | {"plain": True}
+                jobs[f"ours {kind}"] = make_ours, ours
             if n == 1 and args.nanogpt:
-                own = dict(folder=args.nanogpt, prompt=prompts[0], new=NEW, shape=GPT2)
-                peers["nanoGPT fp32"] = make_peer, own
-            if n == 1 and args.course:
-                own = dict(folder=args.course, prompt=prompts[0], new=NEW)
-                peers["the course, its own 140.57M, fp32"] = make_peer, own
-            seconds = take_turns(works | peers, args.rounds)
+                theirs = dict(folder=args.nanogpt, shape=GPT2, prompt=prompts[0], new=NEW)
+                jobs["nanoGPT fp32"] = make_nanogpt, theirs
             print(f"\nGPT-2 124M, {PROMPT} + {NEW} tokens, {n} row(s):\n")
-            print(table(seconds, NEW * n, "tokens/s", "transformers fp32"))
+            print(table(take_turns(jobs, args.rounds), NEW * n, "tokens/s", "transformers fp32"))
             rate = n * read_rate() / (4 * weights)
-            print(f"\nfloor by bytes: {rate:.0f} fp32, {2 * rate:.0f} bf16, {4 * rate:.0f} int8\n")
-            bf16 = {k: v for k, v in seconds.items() if "bf16" in k}
-            print(table(bf16, NEW * n, "tokens/s", "transformers bf16"), flush=True)
+            print(f"\nfloor by bytes: {rate:.0f} fp32, {2 * rate:.0f} bf16, {4 * rate:.0f} int8")
 
 
 def small(args):
     """0.8M parameters, 500 tokens: there the operations count, not the bytes."""
-    own = dict(config=our_small(), prompts=[[0]], new=500, temperature=0.8, top_k=64)
+    from bench_train import CHARS, our_small
+
+    ours = dict(config=our_small(), prompts=[[0]], new=500, temperature=0.8, top_k=64)
     tiny = dict(config=lm.preset("tiny"), prompts=[[0]], new=500, temperature=0.8, top_p=0.95)
-    works = {"ours --no_fast": (make_ours, own | {"plain": True}), "ours": (make_ours, own)}
-    works["ours, the default model (1.9M), top_p 0.95"] = make_ours, tiny
+    jobs = {"ours --no_fast": (make_ours, ours | {"plain": True}), "ours": (make_ours, ours)}
+    jobs["ours, the default model (1.9M), top_p 0.95"] = make_ours, tiny
     peer = "ours --no_fast"
     if args.nanogpt:
-        peer, own = "nanoGPT", dict(folder=args.nanogpt, prompt=[0], new=500, shape=CHARS)
-        works[peer] = make_peer, own | dict(temperature=0.8, top_k=64)
+        peer, theirs = "nanoGPT", dict(folder=args.nanogpt, shape=CHARS, prompt=[0], new=500)
+        jobs[peer] = make_nanogpt, theirs | dict(temperature=0.8, top_k=64)
     print("\n0.8M parameters, 500 tokens:\n")
-    print(table(take_turns(works, args.rounds), 500, "tokens/s", peer))
-
-
-def make_command(command, cwd):
-    """A work: the whole of a process."""
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return partial(subprocess.run, command, check=True, cwd=cwd, **quiet)
-
-
-def start(args):
-    """The whole process of sample.py on a tiny model, and of nanoGPT's sample.py."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        with contextlib.redirect_stdout(io.StringIO()):
-            data = prepare_data.prepare("shakespeare", "char", name="shakespeare")
-            run_ours(data, 2, [])
-        commands, peer = {"import torch": [sys.executable, "-c", "import torch"]}, "ours"
-        flags = ["--prompt", "x", "--max_new_tokens", "10", "--top_k", "20"]
-        commands["ours"] = [sys.executable, str(ROOT / "sample.py"), *flags]
-        if args.nanogpt:
-            peer, module = "nanoGPT", nanogpt_model(args.nanogpt, CHARS)[0]
-            os.makedirs("theirs")
-            content = {"model_args": dict(CHARS, dropout=0.0), "model": module.state_dict()}
-            torch.save(content | {"config": {}}, "theirs/ckpt.pt")
-            more = f"--out_dir={folder}/theirs --device=cpu --dtype=float32"
-            more += " --start=!"  # whose id is 0
-            script = str(Path(args.nanogpt, "sample.py"))
-            more += " --num_samples=1 --max_new_tokens=10"
-            commands[peer] = [sys.executable, script, *more.split()]
-        print("\nwhole process, 10 tokens:\n")
-        works = {name: (make_command, dict(command=c, cwd=folder)) for name, c in commands.items()}
-        if args.nanogpt:  # its sample.py reads a file beside it
-            works[peer][1]["cwd"] = args.nanogpt
-        print(table(take_turns(works, args.rounds), 1, "a second", peer))
+    print(table(take_turns(jobs, args.rounds), 500, "tokens/s", peer))
 
 
 @torch.no_grad()
 def perplexity(model, tokens, length):
-    """exp of the mean negative log-likelihood over windows of `length`, a token after another where
-    it is a FastTransformer (so with one row a product, as in writing)."""
+    """exp of the mean negative log-likelihood over windows of `length`, one token after another,
+    as in writing."""
     total = count = 0
     for at in range(0, len(tokens) - length, length):
         ids = torch.from_numpy(tokens[at : at + length + 1].astype(np.int64))[None]
-        cache, logits = lm.KVCache(model, 1, length), []
-        for part in ids[:, :-1].split(1 if isinstance(model, FastTransformer) else length, dim=1):
-            logits.append(model.head(model.hidden(part, cache)[0]))
+        cache = lm.KVCache(model, 1, length)
+        logits = [model.head(model.hidden(i, cache)[0]) for i in ids[:, :-1].split(1, dim=1)]
         losses = torch.cat(logits).float().log_softmax(-1).gather(1, ids[0, 1:, None])
         total, count = total - losses.sum().item(), count + length
     return math.exp(total / count)
@@ -181,36 +146,119 @@ def perplexity(model, tokens, length):
 def int8(args):
     """Perplexity of the first validation tokens by each kind of weights."""
     tokens = prepare_data.read_tokens(args.data, "val")[: args.tokens]
-    content = lm.load_checkpoint(args.ckpt)
-    plain = lm.model_from_checkpoint(content)
-    length = plain.config.context
-    kinds = {
-        "fp32": plain,
-        "fp32, FastTransformer": FastTransformer(copy.deepcopy(plain)),
-        "bf16, FastTransformer": FastTransformer(low(plain)),
-        "int8, FastTransformer": FastTransformer(copy.deepcopy(plain), int8=True),
-    }
+    plain = lm.model_from_checkpoint(lm.load_checkpoint(args.ckpt))
+    kinds = {"fp32": plain, "bf16": low(plain), "int8": copy.deepcopy(plain)}
+    make_fast(kinds["int8"], int8=True)
     print("| weights | perplexity | |\n| --- | ---: | ---: |")
-    first = None
-    for name, model in kinds.items():
-        value = perplexity(model, tokens, length)
-        first = first or value
-        print(f"| {name} | {value:.4f} | {value / first - 1:+.3%} |", flush=True)
+    values = {n: perplexity(m, tokens, plain.config.context) for n, m in kinds.items()}
+    for name, value in values.items():
+        print(f"| {name} | {value:.4f} | {value / values['fp32'] - 1:+.3%} |")
+
+
+@contextlib.contextmanager
+def server(preset, slots, dtype):
+    """The URL of our server of that shape with random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        model, path = lm.Transformer(lm.preset(preset, init="gpt2")), Path(folder, "m.pt")
+        content = {"config": asdict(model.config), "model": model.state_dict(), "step": 0}
+        lm.save_checkpoint(path, content | {"tokenizer": Tokenizer({"kind": "byte"}).spec})
+        command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", str(path), "--serve", "0"]
+        command += ["--slots", str(slots), "--dtype", dtype]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                yield process.stdout.readline().strip()
+            finally:
+                process.terminate()
+
+
+async def ask(url, rng, model):
+    """(when it was sent, when each event came, tokens) of one streamed completion, whose prompt
+    nobody has sent before."""
+    words = ["the", "of", "and", "to", "in", "a", "is", "that", "it", "was"]
+    prompt = " ".join(rng.choices(words, k=8))
+    body = dict(prompt=prompt, max_tokens=STREAMED, stream=True, temperature=0.8)
+    body |= dict(seed=rng.randrange(2**31), stream_options={"include_usage": True})
+    content = json.dumps(body | ({"model": model} if model else {})).encode()
+    address, sent = urllib.parse.urlsplit(url), time.perf_counter()
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: "
+    head += f"{len(content)}\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+    writer.write(head.encode() + content)
+    times, tokens = [], None
+    status = (await reader.readline()).decode()
+    if " 200 " not in status:
+        raise RuntimeError(f"{status} {(await reader.read(2000)).decode()}")
+    while line := await reader.readline():
+        if line.startswith(b"data: {"):
+            times.append(time.perf_counter())
+            event = json.loads(line[6:])
+            if not event["choices"]:
+                tokens = event["usage"]["completion_tokens"]
+    writer.close()
+    return sent, times, tokens or len(times)
+
+
+async def measure(url, clients, seconds, model):
+    """Tokens a second; median and 99th percentile, in ms, of the time to the first token and of
+    that between two."""
+    end, first, between, tokens = time.perf_counter() + seconds, [], [], 0
+
+    async def client(number):
+        nonlocal tokens
+        rng = random.Random(number)
+        while time.perf_counter() < end:
+            sent, times, written = await ask(url, rng, model)
+            in_time = sum(t <= end for t in times)  # an answer counts by this share
+            tokens += written * in_time / max(1, len(times))
+            first.append(1000 * (times[0] - sent))
+            between.extend(1000 * (b - a) for a, b in pairwise(times))
+
+    await asyncio.gather(*(client(n) for n in range(clients)))
+    figures = [tokens / seconds]
+    for values in (first, between):
+        worst = statistics.quantiles(values + values[-1:], n=100)[98]
+        figures += [statistics.median(values), worst]
+    return figures
+
+
+def load(args):
+    """Tokens a second and latencies of each server at each number of clients."""
+    print("| | clients | tokens/s | x | first token, ms: p50 | p99 | between tokens: p50 | p99 |")
+    print("| --- " + "| ---: " * 7 + "|")
+    for shape in args.shapes.split(","):
+        with contextlib.ExitStack() as stack:
+            urls = {"the other one": args.url}
+            if not args.url:
+                urls = {f"{n} slot(s)": stack.enter_context(server(shape, n, args.dtype))
+                        for n in (1, 16)}  # fmt: skip
+            for clients in args.clients:
+                base = None
+                for name, url in urls.items():
+                    rate, *times = asyncio.run(measure(url, clients, args.seconds, args.model))
+                    base = base or rate
+                    cells = [f"{shape}, {name}", f"{clients}", f"{rate:,.0f}", f"{rate / base:.2f}"]
+                    print(f"| {' | '.join(cells + [f'{t:,.1f}' for t in times])} |", flush=True)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=("gpt2", "small", "start", "int8"))
+    p.add_argument("what", choices=("gpt2", "small", "int8", "load"))
     p.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT")
-    p.add_argument("--course", help="a clone of waylandzhang/Transformer-from-scratch")
-    p.add_argument("--rounds", type=int, default=5, help="turns that each work has (5)")
+    p.add_argument("--rounds", type=int, default=5, help="turns of each job (5)")
     p.add_argument("--ckpt", default="out/stdlib", help="for int8")
     p.add_argument("--data", default="data/stdlib", help="for int8")
     p.add_argument("--tokens", type=int, default=20_000, help="of validation, for int8 (20,000)")
+    p.add_argument("--seconds", type=float, default=30, help="of each measurement of load (30)")
+    p.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="(1 4 16 64)")
+    p.add_argument("--shapes", default="gpt2,tiny", help="presets of ours (gpt2,tiny)")
+    p.add_argument("--dtype", default="fp32", help="of our server's weights (fp32)")
+    p.add_argument("--url", help="of another server")
+    p.add_argument("--model", help="what requests call its model")
     args = p.parse_args()
     args.nanogpt = args.nanogpt and str(Path(args.nanogpt).resolve())
     print(about_machine())
-    {"gpt2": gpt2, "small": small, "start": start, "int8": int8}[args.what](args)
+    {"gpt2": gpt2, "small": small, "int8": int8, "load": load}[args.what](args)
 
 
 if __name__ == "__main__":

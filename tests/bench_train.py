@@ -1,27 +1,27 @@
-"""How fast train.py is, and how fast its recipe learns, beside nanoGPT and the course's model.
+"""How fast train.py, finetune.py and mnist.py are, beside nanoGPT, the course's model, peft and a
+DataLoader, and how fast the recipe learns.
 
     git clone https://github.com/karpathy/nanoGPT
     git clone https://github.com/waylandzhang/Transformer-from-scratch
     python tests/bench_train.py speed --nanogpt nanoGPT --course Transformer-from-scratch
-    python tests/bench_train.py memory --nanogpt nanoGPT
     python tests/bench_train.py learning --nanogpt nanoGPT
-    python tests/bench_train.py prepare
+    python tests/bench_train.py lora
+    python tests/bench_train.py mnist
+    python tests/bench_train.py load
 
 speed: tokens a second of whole steps (forward, backward, clipping, AdamW), ours and the peer's in
 turn on the same batch, in fp32 and bf16. The peers get what their own scripts do, bf16 by autocast.
 
-memory: the same for one row of 1,024 tokens (or --rows), each variant in a process of its own, for
-its peak.
-
 learning: nanoGPT's model and optimizer with its own CPU setting (tiny Shakespeare by characters,
-4 layers, 128 wide, context 64, batch 12, 2,000 steps), and train.py in the same shape, batch and
-context with AdamW and with Muon. Losses are nats per character over the *whole* validation split,
-in the same non-overlapping windows; seconds are of training alone.
+4 layers, 128 wide, context 64, batch 12, 2,000 steps), and train.py in the same shape with AdamW
+and with Muon. Losses are nats per character over the *whole* validation split.
 
-prepare: prepare_data.py on a gigabyte of text with gpt2's ids, and tiktoken alone.
+lora: steps of rank 8 adapters on attention, 124M, 8 rows of 32 tokens, and peft's. mnist: epochs of
+the course's network on images in memory, and through a DataLoader that converts each image when it
+is asked for. load: peak memory while real weights are loaded, beside the size of their file.
 
 It is a benchmark, not a test: pytest does not collect it. Prints markdown tables for
-tests/BENCHMARKS.md; ten minutes each on two cores, half an hour for speed.
+tests/BENCHMARKS.md; two to ten minutes each on two cores, half an hour for speed.
 """
 
 import argparse
@@ -29,18 +29,18 @@ import contextlib
 import io
 import json
 import math
-import subprocess
-import sys
+import multiprocessing as mp
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from bench_common import (
     about_machine,
-    clocked,
     load_module,
     matmul_rate,
     our_step,
@@ -49,6 +49,8 @@ from bench_common import (
     take_turns,
 )
 
+import lora
+import mnist
 import model as lm
 import prepare_data
 import train
@@ -73,9 +75,7 @@ def run_nanogpt(folder, data):
     tokens = torch.from_numpy(np.array(prepare_data.read_tokens(data, "train")).astype(np.int64))
     val = prepare_data.read_tokens(data, "val")
     torch.manual_seed(1337)
-    # its README: train.py config/train_shakespeare_char.py --device=cpu --compile=False
-    #   --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000
-    #   --lr_decay_iters=2000 --dropout=0.0
+    # as its README's command for a CPU
     config = nanogpt.GPTConfig(
         block_size=CONTEXT, vocab_size=65, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False
     )
@@ -119,23 +119,16 @@ def run_ours(data, steps, flags):
 
 
 def learning_table(runs):
-    """Validation loss by step, one column a run, and what each needs for nanoGPT's last loss."""
-    lines = ["| step | tokens | " + " | ".join(runs) + " |", "| --- " * (len(runs) + 2) + "|"]
-    for step in (100, 200, 300, 400, 500, 600, 800, 1000, 1200, 1400, 1600, 1800, 2000):
-        cells = []
-        for points in runs.values():
-            hit = [f"{loss:.3f} ({sec:.0f} s)" for s, sec, loss in points if s == step]
-            cells.append(hit[0] if hit else "")
-        if any(cells):
-            lines.append(f"| {step} | {step * BATCH * CONTEXT:,} | " + " | ".join(cells) + " |")
+    """Validation losses by step, and the first step with nanoGPT's last loss, of {name: points}."""
+    steps = [step for step, _, _ in next(iter(runs.values()))][::4]
+    lines = ["| step | " + " | ".join(map(str, steps)) + " | nanoGPT's last loss at |"]
+    lines.append("| --- " * (len(steps) + 2) + "|")
     goal = runs["nanoGPT"][-1][2] if "nanoGPT" in runs else 1.898
     for name, points in runs.items():
-        reached = [(s, sec) for s, sec, loss in points if loss <= goal]
-        when = "not reached"
-        if reached:
-            step, sec = reached[0]
-            when = f"step {step}, {step / STEPS:.2f} of nanoGPT's tokens, {sec:.0f} s"
-        lines.append(f"\n{name}: last {points[-1][2]:.4f}; {goal:.3f} reached: {when}")
+        losses = {step: f"{loss:.3f}" for step, _, loss in points}
+        reached = [f"step {step}, {sec:.0f} s" for step, sec, loss in points if loss <= goal]
+        cells = [losses.get(step, "") for step in steps] + [*reached, "never"][:1]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -158,9 +151,9 @@ def learning(args):
 
 
 def peer_step(model, optimizer, batches, bf16=False, clip=1.0, steps=1):
-    """A work: steps as the peers' scripts make them."""
+    """A job: steps as the peers' scripts make them."""
 
-    def work():
+    def job():
         for _ in range(steps):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 _, loss = model(*next(batches))
@@ -170,7 +163,7 @@ def peer_step(model, optimizer, batches, bf16=False, clip=1.0, steps=1):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
 
-    return work
+    return job
 
 
 GPT2 = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=True)
@@ -207,7 +200,7 @@ def shape_of(case):
 
 
 def make_peer(case, folder, bf16):
-    """The work of a case's peer."""
+    """The job of a case's peer."""
     config, rows, length, steps = shape_of(case)
     batches = random_batches(config.vocab_size, rows, length)
     if "novel" in case:  # the course does not clip
@@ -217,7 +210,7 @@ def make_peer(case, folder, bf16):
 
 
 def make_ours(case, dtype):
-    """Our work of a case."""
+    """Our job of a case."""
     config, rows, length, steps = shape_of(case)
     batches = random_batches(config.vocab_size, rows, length)
     return our_step(lm.Transformer(config), batches, dtype, steps)
@@ -232,101 +225,164 @@ def speed(args):
     ):
         config, rows, length, steps = shape_of(case)
         for dtype in ("fp32",) if "0.8M" in case else ("fp32", "bf16"):
-            works = {peer: (make_peer, dict(case=case, folder=folder, bf16=dtype == "bf16"))}
-            works = (works if folder else {}) | {"ours": (make_ours, dict(case=case, dtype=dtype))}
+            jobs = {peer: (make_peer, dict(case=case, folder=folder, bf16=dtype == "bf16"))}
+            jobs = (jobs if folder else {}) | {"ours": (make_ours, dict(case=case, dtype=dtype))}
             # the floor is that of its matrix products, attention at this length counted
             flops = lm.flops_per_token(replace(config, context=length))
             floor = matmul_rate(DTYPES[dtype]) / flops
-            seconds = take_turns(works, args.rounds)
+            seconds = take_turns(jobs, args.rounds)
             print(f"\n{case}, {dtype}:\n")
             tokens = rows * length * steps
-            print(table(seconds, tokens, "tokens/s", next(iter(works)), floor), flush=True)
+            print(table(seconds, tokens, "tokens/s", next(iter(jobs)), floor), flush=True)
 
 
-VARIANTS = ("nanoGPT", "ours", "ours --grad_checkpoint")
+def make_peft(folder, dtype):
+    """A job: a step of peft's LoRA over the exported model."""
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+    config = peft.LoraConfig(
+        r=8, lora_alpha=16, target_modules=["c_attn", "attn.c_proj"], fan_in_fan_out=True
+    )
+    model, batches = peft.get_peft_model(base, config).train(), random_batches(50257, 8, 32)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    # transformers shifts the labels itself
+    run = lambda ids, _: (None, model(input_ids=ids, labels=ids).loss)  # noqa: E731
+    run.parameters = model.parameters
+    return peer_step(run, optimizer, batches)
 
 
-def one_variant(args):
-    """In a process of its own: seconds of each step of a variant, and its peak memory."""
-    import resource  # Unix alone has it, and tests import what is above
-
-    batches = random_batches(50304, args.rows, 1024)
-    if args.variant == "nanoGPT":
-        work = peer_step(*nanogpt_model(args.nanogpt, GPT2), batches)
-    else:
-        model = lm.Transformer(lm.preset("gpt2", vocab_size=50304))
-        model.grad_checkpoint = "checkpoint" in args.variant
-        work = our_step(model, batches)
-    seconds = [clocked(work) for _ in range(args.rounds + 1)][1:]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "peak": before * 1024}))
+def make_lora(quantized, dtype):
+    """A job: a step of finetune.py's LoRA over a base that is perhaps quantized."""
+    torch.manual_seed(0)
+    model = lm.Transformer(lm.preset("gpt2"))
+    if quantized:
+        lora.quantize(model, quantized)
+    lora.add_lora(model, "attention", rank=8, alpha=16)
+    return our_step(model, random_batches(50257, 8, 32), dtype)
 
 
-def memory(args):
-    """Seconds and peak of the variants, each a few times in turn."""
-    seconds, peaks = {v: [] for v in VARIANTS if args.nanogpt or v != "nanoGPT"}, {}
-    for _ in range(2):
-        for v in seconds:
-            command = [sys.executable, __file__, "one", "--variant", v, "--rounds", "3"]
-            command += ["--rows", str(args.rows)]
-            command += ["--nanogpt", args.nanogpt] if args.nanogpt else []
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-            seconds[v] += found["seconds"]
-            peaks[v] = found["peak"]
-    print(f"\nGPT-2 124M, {args.rows} x 1024, fp32:\n")
-    print(table(seconds, args.rows * 1024, "tokens/s", next(iter(seconds))))
-    print("\npeak of the process: " + ", ".join(f"{v} {p / 1e9:.2f} GB" for v, p in peaks.items()))
+def lora_steps(args):
+    """Steps of ours and peft's LoRA in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = lm.Transformer(lm.preset("gpt2"))
+        lm.export_hf({"config": vars(model.config), "model": model.state_dict()}, folder)
+        jobs = {f"peft {d}": (make_peft, dict(folder=folder, dtype=d)) for d in ("fp32", "bf16")}
+        for base, dtype in ((None, "fp32"), (None, "bf16"), ("int8", "fp32"), ("nf4", "bf16")):
+            settings = dict(quantized=base, dtype=dtype)
+            jobs[f"ours {dtype}, {base or 'full'} base"] = make_lora, settings
+        seconds = take_turns(jobs, args.rounds)
+    print(table(seconds, 8, "samples/s", "peft fp32"))
 
 
-def prepare(args):
-    """MB/s of prepare_data.py on a large text, and of tiktoken alone on one thread."""
-    import tiktoken
+class Converting(torch.utils.data.Dataset):
+    """Images converted one at a time, in the steps of torchvision's ToTensor and Normalize."""
 
-    text = "".join(p.read_text(encoding="utf-8", errors="ignore") for p in stdlib_files())
-    encoding = tiktoken.get_encoding("gpt2")
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        size = args.megabytes * 1_000_000
-        with open("big.txt", "w", encoding="utf-8") as f:
-            while f.tell() < size:
-                f.write(text)
-        size = Path("big.txt").stat().st_size
-        script = str(Path(prepare_data.__file__))
-        command = [sys.executable, script, "big.txt", "--tokenizer", "gpt2"]
-        # a process begins with its parent's peak: let a small one start it
-        small = "import resource as r, subprocess as s, sys; s.run(sys.argv[1:], check=True); "
-        small += "print(r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss * 1024)"
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", small, *command], check=True, text=True,
-                              stdout=subprocess.PIPE)  # fmt: skip
-        ours, peak = time.perf_counter() - start, int(done.stdout.split()[-1])
-    one = clocked(lambda: encoding.encode_ordinary(text))
-    alone = len(text.encode()) / one / 1e6
-    print(f"prepare_data.py {size / ours / 1e6:.1f} MB/s, peak of its largest process "
-          f"{peak / 1e6:.0f} MB; tiktoken alone, one thread, {alone:.1f} MB/s")
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        from PIL import Image
+
+        image = np.array(Image.fromarray(self.images[i]), np.uint8, copy=True)
+        image = torch.from_numpy(image).view(28, 28, 1).permute(2, 0, 1).contiguous().float()
+        return image.div(255).sub_(mnist.MEAN).div_(mnist.STD), int(self.labels[i])
 
 
-def stdlib_files():
-    """The source files that the default corpus is made of."""
-    return sorted(Path(argparse.__file__).parent.glob("*.py"))
+def make_loader(folder):
+    """A job: an epoch through the DataLoader."""
+    (images, labels), _ = mnist.load_mnist(folder=folder)
+    raw = ((images * mnist.STD + mnist.MEAN) * 255).round().byte().numpy()
+    loader = torch.utils.data.DataLoader(Converting(raw, labels.numpy()), batch_size=64)
+
+    def job():
+        model = mnist.MLP().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.nll_loss(model(x), y).backward()
+            optimizer.step()
+
+    return job
+
+
+def make_epoch(folder):
+    """A job: an epoch of mnist.fit."""
+    (images, labels), _ = mnist.load_mnist(folder=folder)
+    args = mnist.build_parser().parse_args(["--epochs", "1", "--out", "unused"])
+    mnist.settle(args)
+
+    def job():
+        run = mnist.Run(mnist.MLP(), args, len(images))
+        mnist.fit(run, images, labels, lambda model, x, y: F.nll_loss(model(x), y), dict)
+
+    return job
+
+
+def mnist_epochs(args):
+    """Epochs of both in turn."""
+    count = len(mnist.load_mnist(folder=args.data)[0][0])
+    settings = dict(folder=args.data)
+    jobs = {"DataLoader": (make_loader, settings), "mnist.py": (make_epoch, settings)}
+    print(table(take_turns(jobs, args.rounds), count / 1000, "1,000 images/s", "mnist.py"))
+
+
+def save_hf(kind, fields, folder):
+    """Save a model of transformers with random weights."""
+    import transformers
+
+    config = getattr(transformers, kind)(**fields)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def measure_load(folder, dtype):
+    """(bytes of the weights in memory, peak before loading, peak after a forward pass)."""
+    import resource  # not on Windows
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    model = lm.model_from_checkpoint(lm.load_hf(folder, DTYPES[dtype]), dtype=DTYPES[dtype])
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3, 4]]))
+    weights = sum(p.nbytes for p in model.parameters())
+    return weights, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def load(args):
+    """Peak memory of loading, in a process for each model and dtype."""
+    llama = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=24,
+                 num_attention_heads=16, vocab_size=32000, tie_word_embeddings=False)  # fmt: skip
+    models = {"GPT2Config": dict(n_embd=1024, n_layer=24, n_head=16), "LlamaConfig": llama}
+    print("| model | file | loaded as | weights | peak | of which torch |\n" + "| --- " * 6 + "|")
+    for kind, fields in models.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for dtype in (None, "fp32", "bf16"):
+                with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
+                    if dtype is None:
+                        pool.submit(save_hf, kind, fields, folder).result()
+                        continue
+                    sizes = pool.submit(measure_load, folder, dtype).result()
+                size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
+                weights, before, peak = (f"{n / 1e9:.2f} GB" for n in sizes)
+                cells = f"{size / 1e9:.2f} GB | {dtype} | {weights} | {peak} | {before}"
+                print(f"| {kind} | {cells} |")
 
 
 def main():
+    jobs = dict(speed=speed, learning=learning, lora=lora_steps, mnist=mnist_epochs, load=load)
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=("speed", "memory", "learning", "prepare", "one"))
+    p.add_argument("what", choices=tuple(jobs))
     p.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT; without it only ours is run")
     p.add_argument("--course", help="a clone of waylandzhang/Transformer-from-scratch")
-    p.add_argument("--rounds", type=int, default=5, help="turns that each work has (5)")
+    p.add_argument("--rounds", type=int, default=5, help="turns that each job has (5)")
     p.add_argument("--source", default="shakespeare", help="for learning (shakespeare)")
-    p.add_argument("--megabytes", type=int, default=1000, help="of text to prepare (1000)")
-    p.add_argument("--rows", type=int, default=1, help="of 1,024 tokens, for memory (1)")
-    p.add_argument("--variant", help=argparse.SUPPRESS)
+    p.add_argument("--data", help="a folder with MNIST's files (default: download)")
     args = p.parse_args()
-    if args.what == "one":
-        one_variant(args)
-        return
-    print(about_machine())
-    {"speed": speed, "memory": memory, "learning": learning, "prepare": prepare}[args.what](args)
+    print(about_machine() + "\n")
+    jobs[args.what](args)
 
 
 if __name__ == "__main__":

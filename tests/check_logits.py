@@ -1,7 +1,7 @@
-"""Are we right? Our logits of a model beside those of somebody else.
+"""Compare our logits of a model with those of transformers, or of a file.
 
-    python tests/check_logits.py Qwen/Qwen3-0.6B                            transformers'
-    python tests/check_logits.py gpt2 --against theirs.pt --ids 464,3290    or what a file records
+    python tests/check_logits.py Qwen/Qwen3-0.6B
+    python tests/check_logits.py gpt2 --against theirs.pt
 
 Exit code 0 if they are equal but for rounding, 1 if not.
 """
@@ -19,11 +19,11 @@ from model import find_checkpoint, load_checkpoint, load_hf, model_from_checkpoi
 
 
 def recorded_logits(path):
-    """(ids (B, T), logits (B, T, V)) of somebody else, in a file that torch.save wrote of {"ids",
-    "logits"}; a single row may lack its B."""
+    """(ids (B, T), logits (B, T, V)) from a file that torch.save wrote of {"ids", "logits"}; a
+    single row may lack its B."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        ids, logits = torch.as_tensor(found["ids"]), torch.as_tensor(found["logits"])
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        ids, logits = torch.as_tensor(content["ids"]), torch.as_tensor(content["logits"])
         assert logits.is_floating_point() and not ids.is_floating_point()
         ids, logits = (t[None] if ids.dim() == 1 else t for t in (ids, logits))
         assert ids.dim() == 2 and ids.shape == logits.shape[:-1] and ids.numel()
@@ -47,13 +47,13 @@ def transformers_logits(folder, ids):
 
 
 def check(name, against=None, ids=None):
-    """(lines that say how far our logits for a model are from those that a file records, or that
-    transformers computes from a folder or model of the Hub, by default the same one; whether they
-    are the same but for rounding)."""
+    """(a report of how far our logits are from those in the file `against`, or from those that
+    transformers computes for that model, by default the same; whether they are equal but for
+    rounding)."""
     folder = find_checkpoint(name)
     hub = (folder / "config.json").exists()
     if not hub and against is None:
-        raise UserError(f"{name} is no Hugging Face model: --against what?")
+        raise UserError(f"{name} is no Hugging Face model: name a reference with --against")
     content = load_hf(folder) if hub else load_checkpoint(folder)
     model = model_from_checkpoint(content, where=str(name))
     vocab, length = model.config.vocab_size, min(64, model.config.context)
@@ -69,22 +69,14 @@ def check(name, against=None, ids=None):
     theirs = transformers_logits(against, ids) if theirs is None else theirs
     if ours.shape != theirs.shape:
         raise UserError(f"our logits are {tuple(ours.shape)}, theirs {tuple(theirs.shape)}")
-    found = compare_logits(ours, theirs)
-    same = found["max"] <= 1e-3 * max(1.0, theirs.abs().max().item())
+    error, top1 = (ours.double() - theirs.double()).abs(), ours.argmax(-1) == theirs.argmax(-1)
+    same = error.max() <= 1e-3 * max(1.0, float(theirs.abs().max()))
     return [
         f"{ids.numel()} places, {vocab} logits each, in float32:",
-        f"largest difference {found['max']:.2e}, mean {found['mean']:.2e}",
-        f"the same best token at {found['top1']:.2%} of the places",
+        f"largest difference {error.max():.2e}, mean {error.mean():.2e}",
+        f"the same best token at {float(top1.double().mean()):.2%} of the places",
         "equal but for rounding" if same else "NOT EQUAL: this is more than rounding",
     ], same
-
-
-def compare_logits(ours, theirs):
-    """{"max", "mean": absolute differences, "top1": share of places with the same best id} of two
-    tensors of logits (..., V)."""
-    apart = (ours.double() - theirs.double()).abs()
-    same = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
-    return {"max": apart.max().item(), "mean": apart.mean().item(), "top1": same.item()}
 
 
 def main(argv=None):
@@ -97,7 +89,7 @@ def main(argv=None):
     try:
         ids = args.ids and torch.tensor([[int(i) for i in args.ids.split(",")]])
     except ValueError as e:
-        raise UserError(f"--ids {args.ids!r}: numbers with commas, please") from e
+        raise UserError(f"--ids {args.ids!r} must be numbers with commas") from e
     lines, same = check(args.model, args.against, ids)
     print("\n".join(lines))
     return 0 if same else 1

@@ -1,4 +1,4 @@
-"""What several test files need: one thread each, a folder of their own, the real data, a server."""
+"""What several test files need: one thread, an own folder, real data, a server, chats."""
 
 import contextlib
 import functools
@@ -14,24 +14,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# tests run in several processes at once, one a core: so torch is to use one thread in each
+# tests run in several processes at once, one for each core: so torch uses one thread in each
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # stand-ins for other machines: without oneDNN, without the int8 operations for x86
 if without := os.environ.get("SCRATCHLM_WITHOUT"):
     import torch
 
+    assert without in ("mkldnn", "x86_int8")
     if without == "mkldnn":
         torch.backends.mkldnn.set_flags(False)
-    elif without == "x86_int8":
-        torch.backends.quantized.engine = "qnnpack"  # for ARM
     else:
-        raise ValueError(f"SCRATCHLM_WITHOUT={without} is neither mkldnn nor x86_int8")
+        torch.backends.quantized.engine = "qnnpack"  # for ARM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.chat import CHAT_TOKENS, tool_call
+from data.chat import CHAT_TOKENS, get_template, tool_call
 from data.text import Documents, file_streams
 from data.tokenizer import Tokenizer
 from prepare_data import read_tokens
@@ -59,8 +58,8 @@ needs_vocabularies = pytest.mark.skipif(
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """The test works in a folder of its own, with no mirror, proxy or token of the machine's, and
-    Hugging Face's libraries stay offline; tiktoken finds its vocabularies if they are here."""
+    """The test works in its own folder, without the machine's mirror, proxy or token; Hugging
+    Face's libraries stay offline; tiktoken finds its vocabularies if they are here."""
     monkeypatch.chdir(tmp_path)
     for name in ("SCRATCHLM_MIRROR", "HF_ENDPOINT", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
@@ -76,28 +75,26 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.fixture
 def windows(monkeypatch):
     """Files that this process has mapped cannot be replaced, as on Windows."""
-    maps, real = Path("/proc/self/maps"), os.replace
+    maps, os_replace = Path("/proc/self/maps"), os.replace
     if not maps.exists():
         pytest.skip("no list of mapped files here")
 
     def replace(source, target):
         if f"{Path(target).resolve()}\n" in maps.read_text():
             raise PermissionError(13, "Access is denied", str(target))
-        real(source, target)
+        os_replace(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves files and says nothing about it."""
-
     def log_message(self, *args):
         pass
 
 
 @contextlib.contextmanager
 def serve_folder(folder):
-    """A server on this machine has the files of `folder`, as they are when asked for; its URL."""
+    """The URL of a server on this machine that has the files of `folder`."""
     handler = functools.partial(Quiet, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
@@ -131,16 +128,36 @@ def turn(role, content):
 
 def calls(*texts, content=""):
     """The assistant's message with calls, each `name {arguments}`."""
-    parts, found = [text.partition(" ") for text in texts], []
-    for name, _, arguments in parts:
+    tool_calls = []
+    for name, _, arguments in (text.partition(" ") for text in texts):
         with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
-        found.append(tool_call(name, arguments))
-    return {"role": "assistant", "content": content, "tool_calls": found}
+        tool_calls.append(tool_call(name, arguments))
+    return {"role": "assistant", "content": content, "tool_calls": tool_calls}
+
+
+def prompt_ids(messages, tokenizer, tools=None, room=None, **variables):
+    """The ids of a prompt, at most `room`."""
+    template = get_template(tokenizer)
+    if room is not None:
+        return template.fit_prompt(messages, tools, room, variables)
+    return template.prompt_ids(messages, tools, variables)
+
+
+def render_chat(messages, tokenizer, add_generation_prompt=False, tools=None, **variables):
+    """(ids, mask) of a conversation, mask 1 where the assistant's own words are learned."""
+    template = get_template(tokenizer)
+    prompt = {"add_generation_prompt": add_generation_prompt}
+    ids = template.prompt_ids(messages, tools, variables | prompt)
+    mask = [0] * len(ids)
+    for row, learned, _ in template.rows(messages, tools)[-1:]:
+        stop = len(learned) - learned[::-1].index(1) if 1 in learned else 0
+        mask[:stop] = learned[:stop] if ids[:stop] == row[:stop] else mask[:stop]
+    return ids, mask
 
 
 def set_block(monkeypatch, size):
-    """Text is read, encoded and written in pieces of so many bytes."""
+    """Text is read, encoded and written in pieces of `size` bytes."""
     monkeypatch.setattr("data.text.BLOCK", size)
     monkeypatch.setattr("prepare_data.BLOCK", size)
 
@@ -149,10 +166,6 @@ def tokens_of(folder, *splits):
     """The ids in a prepared folder."""
     ids = [read_tokens(folder, s).tolist() for s in splits or ("train", "val")]
     return list(itertools.chain(*ids))
-
-
-def normal(text):
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def pieces_of(*files, **options):

@@ -8,13 +8,24 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ASSISTANT, BYTE, CALL, CHAT, END, SYSTEM, TOOL, USER, calls, real, turn
+from conftest import (
+    ASSISTANT,
+    BYTE,
+    CALL,
+    CHAT,
+    END,
+    USER,
+    calls,
+    prompt_ids,
+    real,
+    render_chat,
+    turn,
+)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import itertools
-import random
 
 from test_templates import FAMILIES, TOOLS, pair
 
@@ -22,17 +33,14 @@ import prepare_data
 from data.chat import (
     CHAT_TOKENS,
     THINK,
-    chat_prompt,
-    find_template,
     get_template,
     label_token,
     labels_of,
     message_text,
     parse_call,
-    prompt_ids,
-    render_chat,
 )
 from data.cli import UserError
+from data.reply import parse
 from data.tokenizer import Tokenizer
 
 TRICKY = "Say <|end|> and <|assistant|><|call|> <|endoftext|> naïve 你好，世界 👩‍👩‍👧 \n\n x"
@@ -71,7 +79,7 @@ def test_what_is_learned_is_understood_again(family, what):
     whole, mask = render_chat(messages, ours, tools=TOOLS)
     answer = [i for i, m in zip(whole, mask) if m]
     assert whole[: len(ids)] == ids and answer[-1] == template.end
-    got = template.parse(answer)
+    got = parse(answer, template)
     found = [parse_call(c) for c in got.pop("tool_calls", ())]
     wanted = dict(SPOKEN[what])
     assert found == [parse_call(c) for c in wanted.pop("tool_calls", ())] and got == wanted
@@ -86,39 +94,47 @@ def test_a_broken_call_is_text_and_arguments_stay_as_they_were_written():
     template, mark = get_template(ours), ours.special["<tool_call>"]
     written = '{"n": 1e3,  "n2": "\\u4f60"}'
     said = ours.encode('\n{"name": "f", "arguments": ' + written + "}\n")
-    (call,) = template.parse([mark, *said])["tool_calls"]
+    (call,) = parse([mark, *said], template)["tool_calls"]
     assert call["function"]["arguments"] == written
     again = turn("assistant", "") | {"tool_calls": [call]}
     ids, mask = render_chat([turn("user", "hi"), again], ours)
     assert [i for i, m in zip(ids, mask) if m][: len(said) + 1] == [mark, *said]
     for broken in ("{", '{"name": 3, "arguments": {}}', '{"name": "f"}', "[]", "[" * 100_000):
-        got = template.parse([mark, *ours.encode(broken)])
+        got = parse([mark, *ours.encode(broken)], template)
         assert got == turn("assistant", "<tool_call>" + broken)
-    ours, _ = pair("qwen3")
-    ids = [ours.special["<think>"], *ours.encode("Hm")]  # it never came to an end
-    assert get_template(ours).parse(ids) == turn("assistant", "") | {"reasoning_content": "Hm"}
+    template = get_template(pair("qwen3")[0])
+    wanted = turn("assistant", "") | {"reasoning_content": "Hm"}
+    assert parse(template.encode("<think>Hm"), template) == wanted  # it never came to an end
+    prompt = template.encode("<think>\n")  # DeepSeek-R1's template begins the thought
+    assert parse(template.encode("Hm\n</think>Hi"), template, prompt) == wanted | {"content": "Hi"}
 
 
 def test_ids_are_read_as_an_answer_or_as_calls():
     template = get_template(CHAT)
     said = "你好 <|call|>"
-    assert template.parse([*CHAT.encode(said), END]) == turn("assistant", said)
+    assert parse([*CHAT.encode(said), END], template) == turn("assistant", said)
     ids = [CALL, *CHAT.encode('search {"name": "x'), END]  # cut off: the model sees its mistake
-    assert message_text(template.parse(ids)) == 'search {"name": "x'
+    assert message_text(parse(ids, template)) == 'search {"name": "x'
     with pytest.raises(ValueError, match="not JSON"):
-        parse_call(template.parse(ids)["tool_calls"][0])
-    assert template.parse([]) == turn("assistant", "")
+        parse_call(parse(ids, template)["tool_calls"][0])
+    assert parse([], template) == turn("assistant", "")
+
+
+def test_a_row_that_begins_with_the_assistant_learns_its_words_alone():
+    ((ids, mask, _),) = get_template(CHAT).rows([calls("f {}")], TOOLS)
+    assert CHAT.decode([i for i, m in zip(ids, mask) if m]) == "<|call|>f {}<|end|>"
+    messages = [turn("assistant", "Hello!"), turn("user", "hi"), turn("assistant", "Yes?")]
+    rows = get_template(pair("qwen2.5")[0]).rows(messages)  # it refuses an empty conversation
+    assert [turns for _, _, turns in rows] == [[2]]
 
 
 def test_a_tokenizer_without_a_template_has_none_and_our_tokens_win():
-    assert find_template(BYTE) is None
-    with pytest.raises(UserError, match="has no chat template"):
-        render_chat([turn("user", "hi")], BYTE)
+    assert get_template(BYTE) is None
     assert get_template(pair("qwen2.5")[0].with_special(CHAT_TOKENS)).ours
     for source, says in (("{% if %}", "cannot be read: Expected an expression"),
                          ("{{ raise_exception('no') }}", "cannot be used: .* conversation: no")):
         with pytest.raises(UserError, match=f"chat template {says}"):
-            find_template(Tokenizer(BYTE.spec | {"chat_template": source}))
+            get_template(Tokenizer(BYTE.spec | {"chat_template": source}))
 
 
 @pytest.mark.parametrize("family", ["ours", *FAMILIES])
@@ -128,7 +144,7 @@ def test_a_prompt_that_is_too_long_keeps_its_frame(family):
     talk = [*talk, turn("user", "x" * 300 + "!")]
     frame = len(prompt_ids([turn("user", "")], ours))
     for room in (frame + 20, frame + 200, 2000):
-        ids = chat_prompt(talk, ours, room)
+        ids = prompt_ids(talk, ours, room=room)
         assert len(ids) <= room and prompt_ids([turn("user", "!")], ours)[-2:] == ids[-2:]
         assert ids[:1] == prompt_ids(talk[:1], ours)[:1]
     assert ids == prompt_ids(talk, ours)
@@ -137,23 +153,21 @@ def test_a_prompt_that_is_too_long_keeps_its_frame(family):
 # ---- the chat template ---------------------------------------------------------------------
 
 
-@pytest.fixture(params=["byte", "char", "bpe:300", "gpt2", "cl100k_base"])
+@pytest.fixture(params=["byte", "char", "bpe:300", "gpt2"])
 def plain(request, monkeypatch):
-    if request.param in ("gpt2", "cl100k_base"):
+    if request.param == "gpt2":
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(real("tiktoken")))
     return prepare_data.make_tokenizer(request.param, [("", [TRICKY * 9])], 9)
 
 
-def test_special_tokens_stand_behind_the_vocabulary_and_the_spec_travels_as_json(plain):
+def test_special_tokens_follow_the_vocabulary_and_the_spec_travels_as_json(plain):
     chat = plain.with_special(CHAT_TOKENS)
     assert [chat.special[n] for n in CHAT_TOKENS] == list(range(plain.n_vocab, plain.n_vocab + 6))
     assert (chat.n_vocab, chat.eos_id) == (plain.n_vocab + 6, plain.eos_id)
-    assert chat.encode(TRICKY) == plain.encode(TRICKY) and chat.name == plain.name
     again = Tokenizer(json.loads(json.dumps(chat.spec)))
-    assert again.special == chat.special and again.encode(TRICKY) == chat.encode(TRICKY)
+    assert again.special == chat.special
+    assert again.encode(TRICKY) == chat.encode(TRICKY) == plain.encode(TRICKY)
     assert chat.with_special(CHAT_TOKENS).spec == chat.spec == again.spec
-    more = chat.with_special([CHAT_TOKENS[0], "<|label:a|(*b|>"])
-    assert more.special["<|label:a|(*b|>"] == chat.n_vocab == more.n_vocab - 1
 
 
 def test_a_prompt_is_the_beginning_of_the_row_with_its_answer(plain):
@@ -180,45 +194,22 @@ def rendered(*messages):
     return render_chat(messages, CHAT)[0]
 
 
-# ---- prompts and answers -------------------------------------------------------------------
-
-
 def test_a_prompt_drops_whole_turns_from_the_oldest_on_and_keeps_the_system_s():
     talk = [turn("system", "be kind"), turn("user", "a" * 9), turn("assistant", "b" * 9),
             turn("user", "c" * 9)]
     whole = [*rendered(*talk), ASSISTANT]
-    assert chat_prompt(talk, CHAT, len(whole)) == whole
     left = [*rendered(talk[0], *talk[2:]), ASSISTANT]
-    assert chat_prompt(talk, CHAT, len(whole) - 1) == left
-    assert chat_prompt(talk, CHAT, len(left)) == left
     last = [*rendered(talk[0], talk[3]), ASSISTANT]
-    assert chat_prompt(talk, CHAT, len(left) - 1) == last
-    assert chat_prompt(talk, CHAT, 18) == [
-        *rendered(talk[0]), USER, *CHAT.encode("c" * 6), END, ASSISTANT
-    ]
-
-
-def test_no_prompt_is_longer_than_its_room_and_all_end_where_the_answer_begins():
-    rng = random.Random(0)
-    for _ in range(300):
-        talk = [turn(rng.choice(("user", "assistant", "call", "tool")), "x" * rng.randrange(30))
-                for _ in range(rng.randint(1, 6))]
-        talk = [turn("system", "s" * rng.randrange(20))] * rng.randint(0, 1) + talk
-        room = rng.randint(1, 120)
-        ids = chat_prompt(talk, CHAT, room)
+    cut = [*rendered(talk[0]), USER, *CHAT.encode("c" * 6), END, ASSISTANT]
+    alone = [USER, *CHAT.encode("c" * 9), END, ASSISTANT]
+    for room, ids in (
+        (len(whole), whole), (len(whole) - 1, left), (len(left), left), (len(left) - 1, last),
+        (18, cut), (len(alone), alone),
+    ):  # fmt: skip
+        assert prompt_ids(talk, CHAT, room=room) == ids
+    for room in range(1, 9):
+        ids = prompt_ids([talk[0], talk[3]], CHAT, room=room)
         assert len(ids) <= room and ids[-1] == ASSISTANT
-        body, whole = ids[:-1], rendered(*talk)
-        head = rendered(talk[0]) if talk[0]["role"] == "system" else []
-        if body[: len(head)] == head:
-            body = body[len(head) :]
-        else:  # the question needs the system's place
-            assert len(head) + len(rendered(talk[-1])) + 1 > room
-            whole = rendered(talk[-1])
-        shortened = body[1:] == whole[len(whole) + 1 - len(body) :] or not body
-        assert whole[len(whole) - len(body) :] == body or shortened  # the newest, word for word
-        one = len(rendered(talk[-1]))
-        if len(head) + one + 1 <= room:  # then only whole turns are missing
-            assert len(body) >= one and body[0] in (USER, ASSISTANT, TOOL, SYSTEM)
 
 
 def test_labels_come_from_the_tokenizer_alone():

@@ -9,19 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ASSISTANT, BYTE, CALL, CHAT, END, TOOL, USER, turn
+from conftest import ASSISTANT, BYTE, CALL, CHAT, END, TOOL, USER, render_chat, turn
 from test_chat import joined
 from test_rows import alpaca, write
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sys
-from pathlib import Path
-
 import finetune as ft
 import model as lm
-from data.chat import label_token, render_chat
+from data.batches import BucketLoader, Row, chat_rows, label_row, pad, preference_rows, show_mask
+from data.chat import label_token
 from data.cli import UserError
 
 # ---- masks ---------------------------------------------------------------------------------
@@ -29,15 +27,13 @@ from data.cli import UserError
 
 def test_a_label_is_all_that_a_text_row_learns():
     names = BYTE.with_special([label_token(n) for n in ("neg", "pos")])
-    row, cut = ft.label_row("a fine film", "pos", names, 64)
+    row, cut = label_row("a fine film", "pos", names, 64)
     film = [97, 32, 102, 105, 110, 101, 32, 102, 105, 108, 109]
     assert (row.ids, cut) == ([*film, 256, 258], False)
     assert row.mask == [0] * 12 + [1]
     assert row.targets() == [-100] * 11 + [258]
-    row, _ = ft.label_row("a fine film", "pos", names, 64, loss_on="all")
-    assert row.targets() == [*film[1:], 256, 258]
-    assert ft.label_row("a fine film", None, names, 64)[0].ids == [*film, 256]
-    row, cut = ft.label_row("a fine film", "neg", names, 5)  # the end of a text is kept
+    assert label_row("a fine film", None, names, 64)[0].ids == [*film, 256]
+    row, cut = label_row("a fine film", "neg", names, 5)  # the end of a text is kept
     assert (row.ids, cut, row.targets()) == ([*b"film", 256, 257], True, [-100] * 4 + [257])
 
 
@@ -55,7 +51,6 @@ def test_the_mask_of_a_conversation_with_a_tool_call():
         U q E A C f _ { } E T r E A o k E U m E A y e s E
         0 0 0 0 1 1 1 1 1 1 0 0 0 0 1 1 1 0 0 0 0 1 1 1 1   assistant
         0 0 0 0 1 1 1 1 1 1                                 call
-        1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1   all
     """
     tokens, *masks = drawn.strip().split("\n")
     names = {"U": USER, "A": ASSISTANT, "C": CALL, "T": TOOL, "E": END, "_": 32}
@@ -63,9 +58,8 @@ def test_the_mask_of_a_conversation_with_a_tool_call():
     for line in masks:
         *mask, loss_on = line.split()
         row, cut = chat_row(talk, CHAT, 99, loss_on)
-        more = [USER, *b"bye", END] if loss_on == "all" else []
-        assert row.ids == ids[: len(mask)] + more and not cut
-        assert row.mask == [int(m) for m in mask] + [1] * len(more)
+        assert row.ids == ids[: len(mask)] and not cut
+        assert row.mask == [int(m) for m in mask]
     row, _ = chat_row(talk, CHAT, 99)
     after_role = row.ids.index(ASSISTANT)
     assert row.targets()[after_role] == CALL  # the first token of an answer is learned
@@ -74,7 +68,7 @@ def test_the_mask_of_a_conversation_with_a_tool_call():
 
 def test_show_mask_marks_what_is_learned(capsys):
     row, _ = chat_row([turn("user", "q"), turn("assistant", "ok\n")], CHAT, 99)
-    ft.show_mask([row, row], CHAT, 1)
+    show_mask([row, row], CHAT, 1)
     assert capsys.readouterr().out.split("\n") == [
         "--- row 1: 8 tokens, 4 of them learned ---",
         "    0       258 <|user|>",
@@ -109,7 +103,7 @@ def test_context_cuts_the_rows_of_a_run_and_cannot_be_more_than_the_checkpoint_s
 
 def chat_row(messages, *how):
     """The Row of a conversation, of which our template makes one, and whether it was cut."""
-    (row,), cut = ft.chat_rows({"messages": messages}, *how)
+    (row,), cut = chat_rows({"messages": messages}, *how)
     return row, cut
 
 
@@ -135,37 +129,37 @@ def test_the_oldest_turns_are_cut_first_and_at_their_borders():
     assert (row.ids, cut) == (render_chat(long, CHAT)[0][:11], True)
     sides = {"chosen": [turn("assistant", words(50))], "rejected": [turn("assistant", "no")]}
     chosen = {"messages": long[:1]} | sides
-    (good, bad), cut = ft.pair_rows(chosen, CHAT, 10)
+    (good, bad), cut = preference_rows(chosen, CHAT, 10)
     assert cut and len(good.ids) == 11 and good.mask == [0] * 4 + [1] * 7
     assert bad.ids == [USER, 113, END, ASSISTANT, *b"no", END] and sum(bad.mask) == 3
 
 
 def test_any_conversation_keeps_a_target_and_the_turns_before_it():
     rng = random.Random(0)
-    kept_whole = 0
-    for _ in range(1500):
+    uncut = 0
+    for _ in range(600):
         roles = rng.choices(["user", "assistant", "call", "tool"], k=rng.randint(1, 7))
         roles += ["assistant"] if not {"assistant", "call"} & set(roles) else []
         roles = ["system", *roles] if rng.random() < 0.3 else roles
         talk = [turn(r, words(rng.choice((1, 3, 8, 30)))) for r in roles]
-        context, loss_on = rng.randint(3, 60), rng.choice(("assistant", "all"))
-        row, cut = chat_row(talk, CHAT, context, loss_on)
-        parts = [render_chat([m], CHAT)[0] for m in talk]
-        while loss_on != "all" and roles[-1] not in ("assistant", "call"):
-            parts.pop()
+        context = rng.randint(3, 60)
+        row, cut = chat_row(talk, CHAT, context)
+        turns = [render_chat([m], CHAT)[0] for m in talk]
+        while roles[-1] not in ("assistant", "call"):
+            turns.pop()
             roles.pop()
-        system, rest = (parts[:1], parts[1:]) if roles[0] == "system" else ([], parts)
+        system, rest = (turns[:1], turns[1:]) if roles[0] == "system" else ([], turns)
         tails = [joined(system + rest[k:]) for k in range(max(1, len(rest) - 1))]
         fitting = [t for t in tails if len(t) <= context + 1]
         assert len(row.ids) == len(row.mask) <= context + 1
         assert any(t != -100 for t in row.targets())
         if fitting:
-            kept_whole += 1
+            uncut += 1
             assert row.ids == fitting[0] and cut == (fitting[0] != tails[0])
         else:
             room, last = context + 1, tails[-1]
             assert cut and row.ids in [last[at : at + room] for at in range(len(last) - room + 1)]
-    assert 300 < kept_whole < 1400
+    assert 100 < uncut < 550
 
 
 # ---- batches -------------------------------------------------------------------------------
@@ -177,7 +171,7 @@ def random_rows(count, longest=30, seed=0, low=2):
     for _ in range(count):
         n = rng.randint(low, longest)
         ids = [rng.randrange(64) for _ in range(n)]
-        rows.append(ft.Row(ids, [0, *(rng.randint(0, 1) for _ in range(n - 2)), 1]))
+        rows.append(Row(ids, [0, *(rng.randint(0, 1) for _ in range(n - 2)), 1]))
     return rows
 
 
@@ -185,7 +179,7 @@ def random_rows(count, longest=30, seed=0, low=2):
 def test_an_epoch_of_batches_holds_each_row_once_within_the_budget(pairs):
     rows = random_rows(200)
     rows = list(zip(rows[:100], rows[100:])) if pairs else rows
-    batches = ft.BucketLoader(rows, 120, seed=5)
+    batches = BucketLoader(lambda _: rows, 120, seed=5)
     epochs = []
     for epoch in range(3):
         drawn = [batches.get(epoch * batches.per_epoch + i) for i in range(batches.per_epoch)]
@@ -193,23 +187,23 @@ def test_an_epoch_of_batches_holds_each_row_once_within_the_budget(pairs):
         for chosen, got in drawn:
             assert [rows[i] for i in chosen] == got
             flat = [r for pair in got for r in pair] if pairs else got
-            assert ft.pad(flat)[0].numel() <= 120
+            assert pad(flat)[0].numel() <= 120
         epochs.append([chosen for chosen, _ in drawn])
     assert epochs[0] != epochs[1] != epochs[2]
     numbers = random.Random(1).sample(range(3 * batches.per_epoch), 40)
-    again = ft.BucketLoader(rows, 120, seed=5)
+    again = BucketLoader(lambda _: rows, 120, seed=5)
     for n in numbers:  # in any order, as after a resume
         epoch, at = divmod(n, batches.per_epoch)
         assert again.get(n)[0] == epochs[epoch][at]
-    assert ft.BucketLoader(rows, 120, seed=6).get(0)[0] != epochs[0][0]
-    assert ft.BucketLoader(rows, 1, seed=5).per_epoch == len(rows)  # a larger row is a batch
+    assert BucketLoader(lambda _: rows, 120, seed=6).get(0)[0] != epochs[0][0]
+    assert BucketLoader(lambda _: rows, 1, seed=5).per_epoch == len(rows)  # a larger row is a batch
 
 
 def test_epochs_that_are_made_anew_have_as_many_batches_as_the_first():
     sizes = [30, 4, 30, 60, 15]
     epochs = [random_rows(40, longest, seed=e, low=3) for e, longest in enumerate(sizes)]
-    batches = ft.BucketLoader(epochs[0], 60, 0, epochs.__getitem__)
-    native = [ft.BucketLoader(rows, 60, 0).per_epoch for rows in epochs]
+    batches = BucketLoader(epochs.__getitem__, 60, 0)
+    native = [BucketLoader([rows].__getitem__, 60, 0).per_epoch for rows in epochs]
     assert native[1] < 7 < native[0] < native[3]
     for epoch, rows in enumerate(epochs):
         n = batches.per_epoch
@@ -217,12 +211,12 @@ def test_epochs_that_are_made_anew_have_as_many_batches_as_the_first():
         assert all(got == [rows[i] for i in chosen] for chosen, got in drawn)
         seen = {i for chosen, _ in drawn for i in chosen}
         assert len(seen) == 40 or native[epoch] > n
-    assert batches.get(n - 1)[0] == ft.BucketLoader(epochs[0], 60, 0).get(n - 1)[0]
+    assert batches.get(n - 1)[0] == BucketLoader(lambda _: epochs[0], 60, 0).get(n - 1)[0]
 
 
 def test_padding_adds_no_targets():
-    rows = [ft.Row([1, 2, 3], [0, 0, 1]), ft.Row([4, 5, 6, 7], [0, 1, 0, 1])]
-    ids, targets = ft.pad(rows)
+    rows = [Row([1, 2, 3], [0, 0, 1]), Row([4, 5, 6, 7], [0, 1, 0, 1])]
+    ids, targets = pad(rows)
     assert ids.tolist() == [[1, 2, 0], [4, 5, 6]]
     assert targets.tolist() == [[-100, 3, -100], [5, -100, 7]]
     pairs = [(rows[0], rows[1]), (rows[1], rows[0])]

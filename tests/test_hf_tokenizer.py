@@ -13,7 +13,7 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
-from conftest import TIKTOKEN, calls
+from conftest import TIKTOKEN, calls, render_chat
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,12 +24,11 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from data.chat import CHAT_TOKENS, render_chat
+from data.chat import CHAT_TOKENS
 from data.cli import UserError
 from data.hf_tokenizer import (
     BYTE_CHARS,
     CHAR_BYTES,
-    WORD_FLAGS,
     hub_tokenizer,
     spell,
     tokenizer_config,
@@ -156,26 +155,25 @@ def gpt2_files():
     return paths
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_ids_of_the_real_gpt2_are_theirs(step):
+def test_ids_and_merges_of_the_real_gpt2_are_theirs():
     theirs = tokenizers.Tokenizer(models.BPE.from_file(*map(str, gpt2_files())))
-    theirs.pre_tokenizer, theirs.decoder = STEPS[step], tokenizers.decoders.ByteLevel()
+    theirs.pre_tokenizer, theirs.decoder = STEPS["gpt2"], tokenizers.decoders.ByteLevel()
     theirs.add_special_tokens([END])
-    t = ours(theirs)
+    t, reference = ours(theirs), Tokenizer({"kind": "tiktoken", "name": "gpt2"})
     assert_same(t, theirs, ALL_TEXTS + strings(500, seed=1))
     assert (t.n_vocab, t.eos_id) == (50257, 50256)
-    if step == "gpt2":
-        reference = Tokenizer({"kind": "tiktoken", "name": "gpt2"})
-        assert [t.token_bytes(i) for i in range(50257)] == [
-            reference.token_bytes(i) for i in range(50257)
-        ]
+    assert all(t.token_bytes(i) == reference.token_bytes(i) for i in range(50257))
+    vocab, merges = (path.read_text(encoding="utf-8") for path in gpt2_files())
+    model = tokenizer_json(reference)["model"]  # merges are found again from the ids
+    assert model["merges"] == [line.split() for line in merges.splitlines()[1:]]
+    assert model["vocab"] == json.loads(vocab)
 
 
 def test_digits_are_split_alike_in_every_neighbourhood():
     """All short texts over the characters that decide where a piece ends."""
     theirs = trained("smollm2")
     t = ours(theirs)
-    texts = map("".join, itertools.product("1 \na's", repeat=5))
+    texts = map("".join, itertools.product("1 \na's", repeat=4))
     assert_same(t, theirs, list(texts))
 
 
@@ -207,20 +205,14 @@ def test_old_files_are_read_too():
     assert_same(ours(data), theirs)
 
 
-def with_tokens(data, **tokens):
-    """`data` with tokens of the model (spelled, id) that no merge makes."""
-    data["model"]["vocab"] |= tokens
-    return data
-
-
 def test_a_token_that_no_merge_makes_is_a_whole_piece_or_refused():
-    data = with_tokens(json.loads(trained().to_str()), **{"Ġxyzzyq": 700})
+    data = json.loads(trained().to_str())
+    data["model"]["vocab"]["Ġxyzzyq"] = 700
     with pytest.raises(UserError, match=r"'Ġxyzzyq' .*made by none of the merges"):
         ours(data)
     data["model"]["ignore_merges"] = True
-    t = ours(data)
+    t, reference = ours(data), tokenizers.Tokenizer.from_str(json.dumps(data))
     assert t.encode(" xyzzyq") == [700]
-    reference = tokenizers.Tokenizer.from_str(json.dumps(data))
     assert_same(t, reference, [" xyzzyq", " xyzzyqs", "xyzzyq"])
 
 
@@ -263,11 +255,9 @@ def test_gaps_between_ids_have_no_token():
 def with_words(request):
     """A tokenizer of theirs with words of all kinds, which overlap each other and its tokens."""
     theirs = trained(request.param, nfc=request.param == "qwen2", front=["<s>"])
-    words = "covid covid-19 19a 北京 é e\u0301t the _x . <cite> <c ite> 's ² \u0301"
-    rng = random.Random(request.param)
+    words = "covid covid-19 19a 北京 é the _x . <cite> <c ite> 's ²"
     for word in [*words.split(), "  ", "\n\n", "a\nb", " x ", "a b"]:
-        flags = {flag: rng.random() < 0.4 for flag in WORD_FLAGS}
-        theirs.add_tokens([tokenizers.AddedToken(word, **flags)])
+        theirs.add_tokens([word])
         assert not theirs.get_added_tokens_decoder()[theirs.token_to_id(word)].special
     return theirs
 
@@ -275,7 +265,7 @@ def with_words(request):
 def test_added_words_are_cut_out_of_text(with_words):
     t, rng = ours(with_words), random.Random(1)
     parts = [*t.words, " ", "  ", "\n", "\u3000", "\x1c", *"_b9é中\u0301<", "xx"]
-    texts = ["".join(rng.choices(parts, k=rng.randint(1, 9))) for _ in range(4000)]
+    texts = ["".join(rng.choices(parts, k=rng.randint(1, 9))) for _ in range(1000)]
     texts += [*ALL_TEXTS, *(f"x {w} {w}{w}y" for w in t.words)]
     reloaded, again = saved(t, "words"), ours(tokenizer_json(t))
     for text in texts:
@@ -284,6 +274,14 @@ def test_added_words_are_cut_out_of_text(with_words):
         assert reloaded.encode(text, add_special_tokens=False) == ids, text
     assert again.words == t.words and "<s>" in t.special
     assert t.with_special(CHAT_TOKENS).encode(" ".join(t.words)) == t.encode(" ".join(t.words))
+
+
+@pytest.mark.parametrize("setting", ["single_word", "lstrip", "rstrip"])
+def test_added_words_that_take_blanks_along_are_refused(setting):
+    theirs = trained()
+    theirs.add_tokens([tokenizers.AddedToken("<a>", **{setting: True})])
+    with pytest.raises(UserError, match=f"added token '<a>': its setting {setting} is not"):
+        ours(theirs)
 
 
 def test_added_words_are_drawn_and_shown_and_special_tokens_are_not():
@@ -312,8 +310,6 @@ def test_special_tokens_go_on_top():
     assert [more.special[n] for n in CHAT_TOKENS] == list(range(700, 706))
     assert (more.eos_id, more.bos_id, more.name) == (t.eos_id, None, "theirs")
     assert Tokenizer(more.spec).special == more.special
-    ids, mask = render_chat([{"role": "user", "content": "hi"}], more)
-    assert more.decode(ids) == "<|user|>hi<|end|>" and len(mask) == len(ids)
 
 
 BEGIN = processors.TemplateProcessing(
@@ -364,12 +360,6 @@ def test_end_of_text_is_what_the_files_say(beside, end):
     assert t.eos_id == t.special[end]
 
 
-def test_an_end_is_added_behind_where_there_is_none():
-    t = ours(trained(front=["<s>"]))
-    assert (t.eos_id, t.n_vocab, t.special[END]) == (700, 701, 700)
-    assert t.byte_lengths[700] == 0
-
-
 # --------------------------------------------------------------------------------------------
 # Refused
 # --------------------------------------------------------------------------------------------
@@ -415,65 +405,41 @@ def pattern(text):
     "path, value, said",
     [
         ("model.type", "WordPiece", "model WordPiece"),
-        ("model.type", "Unigram", "model Unigram"),
-        ("model.type", "WordLevel", "model WordLevel"),
-        ("model.byte_fallback", True, "byte_fallback is SentencePiece's"),
-        ("model.continuing_subword_prefix", "##", "continuing_subword_prefix '##'"),
+        ("model.byte_fallback", True, "byte_fallback True"),
         ("model.end_of_word_suffix", "</w>", "end_of_word_suffix '</w>'"),
-        ("model.dropout", 0.1, "dropout 0.1"),
         ("model.vocab.▁the", 400, "'▁the' is not byte-level"),
         ("model.vocab", {"a": 1}, "255 bytes have no token, 0x00 first"),
         ("model.vocab.!", 2, "disagree about id 2"),
         ("model.vocab.!", -1, "-1 is no token id"),
-        ("model.vocab.!", True, "True is no token id"),
-        ("model.vocab.!", 1.5, "1.5 is no token id"),
         ("model.vocab.!", 10**9, "1000000000 is no token id"),
         ("model.vocab.<s>", 5, "disagree about id"),
         ("model.vocab.ĠQx", 300, "'ĠQx' .* made by none of the merges"),
-        ("model.vocab.Qx", 300, "'Qx' .* made by none of the merges"),
         ("model.merges.0", ["Q", "x"], "does not make a token"),
-        ("model.merges.0", "Q x", "does not make a token"),
-        ("model.merges.0", "Qx", "does not make a token"),
         ("model.merges.0", ["Ġ", "a", "n"], "does not make a token"),
         ("model.merges", [], "made by none of the merges"),
         ("model.merges", KeyError, "'merges' is missing"),
-        ("model.vocab", KeyError, "'vocab' is missing"),
-        ("model", KeyError, "'model' is missing"),
-        ("model", None, "damaged"),
-        ("model", [], "damaged"),
-        ("added_tokens", {"<s>": 0}, "damaged"),
+        ("model", None, "cannot be read"),
+        ("added_tokens", {"<s>": 0}, "cannot be read"),
         ("added_tokens.0.id", KeyError, "'id' is missing"),
-        ("added_tokens.0.id", "0", "'0' is no token id"),
         ("added_tokens.0.content", "  ", "'  ' is text like any other"),
-        ("added_tokens.0.content", "", "'' is text like any other"),
         ("normalizer", {"type": "Lowercase"}, "normalizer Lowercase"),
-        ("normalizer", {"type": "NFKC"}, "normalizer NFKC"),
-        ("normalizer", {"type": "Sequence", "normalizers": []}, "normalizer Sequence"),
         ("pre_tokenizer", None, "pre_tokenizer none"),
         ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁"}, "pre_tokenizer Metaspace"),
-        ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer Whitespace"),
         ("pre_tokenizer", NO_REGEX, "pre_tokenizer ByteLevel"),
         ("pre_tokenizer", PLAIN | {"add_prefix_space": True}, "pre_tokenizer ByteLevel"),
-        ("pre_tokenizer", steps(ISOLATED), "pre_tokenizer Split"),
         ("pre_tokenizer", steps(ISOLATED, PLAIN), r"pre_tokenizer Split \+ ByteLevel"),
-        ("pre_tokenizer", steps(ISOLATED, ISOLATED, NO_REGEX), "Split . Split . ByteLevel"),
         ("pre_tokenizer", steps(ISOLATED | {"behavior": "Removed"}, NO_REGEX), "Split"),
         ("pre_tokenizer", steps(ISOLATED | {"invert": True}, NO_REGEX), "Split"),
-        ("pre_tokenizer", steps(ISOLATED | {"pattern": {"String": " "}}, NO_REGEX), "its pattern"),
         ("pre_tokenizer", steps(DIGITS, NO_REGEX), r"pre_tokenizer Digits \+ ByteLevel"),
         ("pre_tokenizer", steps(DIGITS | {"individual_digits": False}, PLAIN), "Digits"),
-        ("pre_tokenizer", steps(), "damaged"),
-        ("pre_tokenizer", pattern(r"\s++$|\S+"), "its pattern"),
-        ("pre_tokenizer", pattern(r"^\S+"), "its pattern"),
-        ("pre_tokenizer", pattern(r"\p{N}{1,3}+|\D+"), "its pattern"),
-        ("pre_tokenizer", pattern(r"(?m:.)"), "its pattern"),
-        ("pre_tokenizer", pattern(r"\s*"), "its pattern"),
-        ("pre_tokenizer", pattern(r"("), "tokenizer.json"),
+        ("pre_tokenizer", pattern(r"\s++$|\S+"), "has another meaning"),
+        ("pre_tokenizer", pattern(r"^\S+"), "has another meaning"),
+        ("pre_tokenizer", pattern(r"\p{N}{1,3}+|\D+"), "has another meaning"),
+        ("pre_tokenizer", pattern(r"\s*"), "has another meaning"),
         ("pre_tokenizer", pattern(r"\p{Nobody}"), "tokenizer.json"),
         ("post_processor", {"type": "RobertaProcessing"}, "post_processor RobertaProcessing"),
         ("post_processor.single.0", {"SpecialToken": {"id": "<x>"}}, "'<x>' is missing"),
         ("post_processor.special_tokens.<s>.ids", [0, 0], r"ids \[0, 0\] in front"),
-        ("post_processor.special_tokens.<s>.ids", [17], r"ids \[17\] in front"),
     ],
 )
 def test_what_tiktoken_would_read_otherwise_is_refused(good, path, value, said):
@@ -484,25 +450,19 @@ def test_what_tiktoken_would_read_otherwise_is_refused(good, path, value, said):
     assert "\n" not in str(e.value)
 
 
-def test_a_pattern_may_hold_those_characters_as_plain_ones():
-    text = r"[$^]+|\$\^|\p{N}+|[^$]"
-    theirs = trained("gpt2")
-    theirs.pre_tokenizer = split(text)
-    assert_same(ours(theirs), theirs, ["a$$^^ 12$", *ALL_TEXTS])
-
-
 def test_ids_must_rise_along_the_merges(good):
     vocab, data = good["model"]["vocab"], copy.deepcopy(good)
     first, last = "".join(good["model"]["merges"][0]), max(vocab, key=vocab.get)
     data["model"]["vocab"] |= {first: vocab[last], last: vocab[first]}
-    with pytest.raises(UserError, match=r"makes id \d+ after id 299; .* the ids must rise"):
+    with pytest.raises(UserError, match="the ids do not rise along the merges"):
         ours(data)
 
 
 def test_a_pair_that_theirs_does_not_merge_is_refused(good):
     """tiktoken merges whatever joins to a token; theirs only what is listed."""
     vocab = good["model"]["vocab"]
-    data = with_tokens(copy.deepcopy(good), **{"Qx": 300, "Qxy": 301, "xy": 302})
+    data = copy.deepcopy(good)
+    data["model"]["vocab"] |= {"Qx": 300, "Qxy": 301, "xy": 302}
     data["model"]["merges"] = [*good["model"]["merges"], ["Q", "x"], ["Qx", "y"], ["x", "y"]]
     assert "Qx" not in vocab and ours(data).encode("Qxy") == [301]
     data["model"]["merges"][-2:] = [["Q", "xy"], ["x", "y"]]
@@ -511,33 +471,13 @@ def test_a_pair_that_theirs_does_not_merge_is_refused(good):
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "config", "generation_config", "tokenizer_config"])
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"{", b"[]", b"3", b'"\xff"', b"[" * 100_000, b'{"a": 1' + b"0" * 5000 + b"}"],
-    ids=["empty", "cut", "list", "number", "latin", "deep", "digits"],
-)
-def test_what_is_no_json_is_said_so(good, name, data):
-    write("theirs", good)
-    Path(f"theirs/{name}.json").write_bytes(data)
-    with pytest.raises(UserError, match=rf"theirs.{name}.json (is no JSON|holds no JSON object)"):
-        hub_tokenizer("theirs")
-
-
-@pytest.mark.parametrize("name", ["config", "generation_config"])
-@pytest.mark.parametrize("ids", ["2", 1.5, True, {}, ["2"], [[2]]])
-def test_an_eos_token_id_is_a_number(good, name, ids):
-    with pytest.raises(UserError, match=rf"theirs.{name}.json: eos_token_id .* is no token id"):
-        ours(good, **{name: {"eos_token_id": ids}})
-
-
-def test_an_eos_token_is_a_name(good):
-    for eos in (3, [], {"content": 3}):
-        with pytest.raises(UserError, match=r"tokenizer_config.json: eos_token .* is no name"):
-            ours(good, tokenizer_config={"eos_token": eos})
-
-
-def test_a_folder_without_tokenizer_is_named():
-    Path("empty").mkdir()
+def test_what_is_no_json_object_is_said_so(good, name):
+    for data in (b"", b"{", b"[]", b'"\xff"', b"[" * 100_000, b'{"a": 1' + b"0" * 5000 + b"}"):
+        write("theirs", good)
+        Path(f"theirs/{name}.json").write_bytes(data)
+        with pytest.raises(UserError, match=rf"theirs.{name}.json (is no JSON|holds no JSON)"):
+            hub_tokenizer("theirs")
+    Path("empty").mkdir(exist_ok=True)
     with pytest.raises(UserError, match=r"empty.tokenizer\.json is missing"):
         hub_tokenizer("empty")
 
@@ -546,7 +486,7 @@ def places(value, way=()):
     """The paths of all values of a JSON object, a few of each long one."""
     if isinstance(value, (dict, list)) and value:
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        for key in keys[:3] if len(keys) > 20 else keys:
+        for key in keys[:2] if len(keys) > 20 else keys:
             yield (*way, key)
             yield from places(value[key], (*way, key))
 
@@ -559,7 +499,7 @@ def test_any_other_value_anywhere_is_read_or_refused_in_one_line(good):
         place = data
         for key in way[:-1]:
             place = place[key]
-        for value in [*rng.sample(junk, 5), KeyError]:
+        for value in [*rng.sample(junk, 2), KeyError]:
             if value is KeyError:
                 del place[way[-1]]
             else:
@@ -569,7 +509,7 @@ def test_any_other_value_anywhere_is_read_or_refused_in_one_line(good):
             except UserError as e:
                 refused += 1
                 assert "\n" not in str(e)
-    assert refused > 100
+    assert refused > 40
 
 
 # --------------------------------------------------------------------------------------------
@@ -587,7 +527,7 @@ def hub_example():
 def make(name):
     if name == "hf":
         return hub_example()
-    if name in ("gpt2", "cl100k_base"):
+    if name == "cl100k_base":
         if not TIKTOKEN.is_dir():
             pytest.skip(f"no tiktoken vocabularies in {TIKTOKEN}")
         return Tokenizer({"kind": "tiktoken", "name": name})
@@ -595,7 +535,6 @@ def make(name):
     return prepare_data.make_tokenizer(name, documents, 1)
 
 
-KINDS = ["byte", "char", "bpe:700", "gpt2", "cl100k_base", "hf"]
 MESSAGES = [
     {"role": "system", "content": "You sell rooms.\n"},
     {"role": "user", "content": "  有什么酒店？\r\n\n"},
@@ -613,12 +552,16 @@ def saved(tokenizer, folder="out"):
 
 
 @pytest.mark.parametrize("special", [(), CHAT_TOKENS], ids=["bare", "chat"])
-@pytest.mark.parametrize("kind", ["byte", "char", "bpe:700", "gpt2", "hf"])
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe:700", "hf"])
 def test_transformers_reads_our_tokenizers(kind, special):
     check_reading(kind, special)
 
 
+@pytest.mark.slow
 def test_transformers_reads_a_large_tokenizer_of_ours():
+    start = time.process_time()
+    assert len(tokenizer_json(make("cl100k_base"))["model"]["merges"]) == 100_000
+    assert time.process_time() - start < 60
     check_reading("cl100k_base", CHAT_TOKENS)
 
 
@@ -654,7 +597,7 @@ def check_reading(kind, special):
     assert theirs.decode(ids, skip_special_tokens=True) == "text"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["byte", "hf"])
 def test_transformers_renders_our_chats(kind):
     t = make(kind).with_special(CHAT_TOKENS)
     theirs = saved(t)
@@ -667,29 +610,6 @@ def test_transformers_renders_our_chats(kind):
     with pytest.raises(Exception, match="nobody"):
         theirs.apply_chat_template([{"role": "nobody", "content": ""}])
     assert "chat_template" not in tokenizer_config(make("byte"))
-
-
-def test_merges_are_found_again():
-    """Those of the trainer, in their order, out of the tokens alone."""
-    theirs = json.loads(trained("gpt2").to_str())
-    found = tokenizer_json(ours(theirs))["model"]
-    assert found["merges"] == theirs["model"]["merges"]
-    vocab = found["vocab"]
-    assert vocab.pop(END) == 700 and vocab == theirs["model"]["vocab"]
-
-
-def test_the_merges_of_gpt2_are_found_again():
-    vocab, merges = (path.read_text(encoding="utf-8") for path in gpt2_files())
-    found = tokenizer_json(make("gpt2"))["model"]
-    assert found["merges"] == [line.split() for line in merges.splitlines()[1:]]
-    assert found["vocab"] == json.loads(vocab)
-
-
-def test_a_large_vocabulary_takes_seconds():
-    t, start = make("cl100k_base"), time.process_time()
-    data = tokenizer_json(t)
-    assert len(data["model"]["merges"]) == 100_000
-    assert time.process_time() - start < 60
 
 
 def test_a_special_token_spelled_like_an_ordinary_one_is_refused():

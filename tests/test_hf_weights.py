@@ -14,39 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model as lm
+import sample
 from data.cli import UserError
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-ROPE3 = {
-    "rope_type": "llama3",
-    "rope_theta": 50_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+ROPE3 = dict(rope_type="llama3", rope_theta=50_000.0, factor=8.0, low_freq_factor=1.0)
+ROPE3 |= dict(high_freq_factor=4.0, original_max_position_embeddings=32)
 
-TINY = dict(
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    vocab_size=331,
-)
-
-MIDDLE = dict(
-    hidden_size=320,
-    intermediate_size=900,
-    num_hidden_layers=5,
-    num_attention_heads=10,
-    num_key_value_heads=5,
-    max_position_embeddings=256,
-    vocab_size=5003,
-)
+TINY = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6)
+TINY |= dict(num_key_value_heads=2, max_position_embeddings=128, vocab_size=331)
 
 MODELS = {
     "gpt2": ("GPT2", dict(n_embd=48, n_layer=2, n_head=4, n_positions=128, vocab_size=331)),
@@ -54,9 +32,6 @@ MODELS = {
         "GPT2",
         dict(n_embd=32, n_layer=1, n_head=2, n_positions=128, vocab_size=97, n_inner=50)
         | dict(tie_word_embeddings=False, activation_function="gelu"),
-    ),
-    "gpt2 middle": (
-        "GPT2", dict(n_embd=256, n_layer=4, n_head=8, n_positions=256, vocab_size=5003)
     ),
     "llama": ("Llama", TINY),
     "llama tied, biases": (
@@ -68,15 +43,11 @@ MODELS = {
         "Llama",
         TINY | dict(rope_parameters={"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}),
     ),
-    "llama middle": ("Llama", MIDDLE | dict(rope_parameters=ROPE3, tie_word_embeddings=True)),
     "mistral": ("Mistral", TINY | dict(head_dim=8, sliding_window=None)),
     "mistral window": ("Mistral", TINY | dict(head_dim=8, sliding_window=100)),
-    "mistral middle": ("Mistral", MIDDLE | dict(head_dim=32, sliding_window=None)),
     "qwen2": ("Qwen2", TINY | dict(tie_word_embeddings=True)),
-    "qwen2 middle": ("Qwen2", MIDDLE),
     "qwen3": ("Qwen3", TINY | dict(head_dim=12, tie_word_embeddings=True)),
     "qwen3 biases": ("Qwen3", TINY | dict(head_dim=8, attention_bias=True)),
-    "qwen3 middle": ("Qwen3", MIDDLE | dict(head_dim=40)),
 }
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -133,10 +104,8 @@ def test_logits_equal_theirs_in_fp32_and_fp64(name, tmp_path):
         torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-9, atol=1e-9)
 
 
-@every_model
+@pytest.mark.parametrize("name", ["gpt2", "llama 3 rope", "qwen3"])
 def test_greedy_text_is_theirs(name, tmp_path):
-    import sample
-
     reference = theirs(name)
     reference.save_pretrained(tmp_path)
     ids = some_ids(reference, 9, 1)
@@ -153,29 +122,22 @@ def test_greedy_text_is_theirs(name, tmp_path):
 SLIDING = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1, layer_types=None)
 REFUSED = [
     ("gpt2", dict(activation_function="swish"), "activation_function = 'swish'"),
-    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
     ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights = False"),
-    ("gpt2", dict(add_cross_attention=True), "add_cross_attention = True"),
-    ("llama", dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
     ("llama", dict(pretraining_tp=2), "pretraining_tp = 2"),
     ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "json: rope_scaling"),
     ("llama", dict(rope_scaling={"type": "dynamic", "factor": 4.0}), "config.json: rope_scaling"),
-    ("llama", dict(rope_parameters={"rope_type": "linear", "factor": 0}), "rope_scaling"),
     ("llama", dict(quantization_config={"bits": 4}), "quantization_config"),
     ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
     ("llama", dict(embedding_multiplier=12.0), "embedding_multiplier = 12.0"),
     ("llama", dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial"),
     ("llama", dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "rope_parameters ="),
     ("llama", dict(rope_scaling="linear"), "rope_parameters = 'linear'"),
-    ("gpt2", dict(rope_scaling={"type": "linear", "factor": 4.0}), "rope_scaling ="),
     ("llama", dict(final_logit_softcapping=30.0), "final_logit_softcapping = 30.0"),
     ("qwen2", SLIDING, "use_sliding_window = True"),
-    ("qwen3", SLIDING | dict(sliding_window="?"), "wrong type"),
     ("mistral", dict(sliding_window="?"), "wrong type"),
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
     ("llama", dict(model_type="mamba"), "model_type 'mamba' is none of gpt2, llama"),
     ("llama", dict(hidden_size=None), "hidden_size|wrong type|d_model"),
-    ("llama", dict(num_hidden_layers="two"), "wrong type|n_layer"),
     ("llama", dict(num_attention_heads=5), "n_head 5 is no multiple of n_kv_head 2"),
 ]
 
@@ -242,80 +204,38 @@ def theirs_config(name):
 
 @every_model
 def test_every_field_that_transformers_writes_is_understood(name):
-    family, settings = MODELS[name]
-    for use_diff in (True, False):
-        config = getattr(transformers, f"{family}Config")(**settings)
-        values = json.loads(config.to_json_string(use_diff=use_diff))
-        lm.config_from_hf(values | {"model_type": config.model_type})
+    values = theirs_config(name)
+    assert lm.config_from_hf(values).vocab_size == values["vocab_size"]
 
 
-# As they are on the Hub (config.json of each, as published)
+# What matters of config.json as published on the Hub, and the model's parameters
 PUBLISHED = {
     "openai-community/gpt2": (
-        dict(activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1)
-        | dict(bos_token_id=50256, embd_pdrop=0.1, eos_token_id=50256, initializer_range=0.02)
-        | dict(layer_norm_epsilon=1e-05, model_type="gpt2", n_ctx=1024, n_embd=768, n_head=12)
-        | dict(n_layer=12, n_positions=1024, resid_pdrop=0.1, summary_activation=None)
-        | dict(summary_first_dropout=0.1, summary_proj_to_labels=True, summary_type="cls_index")
-        | dict(summary_use_proj=True, vocab_size=50257)
-        | dict(task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}}),
+        dict(activation_function="gelu_new", layer_norm_epsilon=1e-05, model_type="gpt2")
+        | dict(n_ctx=1024, n_embd=768, n_head=12, n_layer=12, n_positions=1024, vocab_size=50257),
         124_439_808,
     ),
     "meta-llama/Llama-3.2-1B": (
-        dict(architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0)
-        | dict(bos_token_id=128000, eos_token_id=128001, head_dim=64, hidden_act="silu")
-        | dict(hidden_size=2048, initializer_range=0.02, intermediate_size=8192, mlp_bias=False)
-        | dict(max_position_embeddings=131072, model_type="llama", num_attention_heads=32)
-        | dict(num_hidden_layers=16, num_key_value_heads=8, pretraining_tp=1, rms_norm_eps=1e-05)
-        | dict(rope_theta=500000.0, tie_word_embeddings=True, torch_dtype="bfloat16")
-        | dict(transformers_version="4.45.0.dev0", use_cache=True, vocab_size=128256)
-        | {
-            "rope_scaling": dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0)
-            | dict(original_max_position_embeddings=8192, rope_type="llama3")
-        },
+        dict(attention_bias=False, head_dim=64, hidden_act="silu", hidden_size=2048)
+        | dict(intermediate_size=8192, mlp_bias=False, max_position_embeddings=131072)
+        | dict(model_type="llama", num_attention_heads=32, num_hidden_layers=16)
+        | dict(num_key_value_heads=8, pretraining_tp=1, rms_norm_eps=1e-05, rope_theta=500000.0)
+        | dict(tie_word_embeddings=True, vocab_size=128256, rope_scaling=ROPE3),
         1_235_814_400,
     ),
     "Qwen/Qwen2.5-0.5B": (
-        dict(architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id=151643)
-        | dict(eos_token_id=151643, hidden_act="silu", hidden_size=896, initializer_range=0.02)
-        | dict(intermediate_size=4864, max_position_embeddings=32768, max_window_layers=24)
-        | dict(model_type="qwen2", num_attention_heads=14, num_hidden_layers=24)
-        | dict(num_key_value_heads=2, rms_norm_eps=1e-06, rope_theta=1000000.0)
-        | dict(sliding_window=32768, tie_word_embeddings=True, torch_dtype="bfloat16")
-        | dict(transformers_version="4.40.1", use_cache=True, use_mrope=False)
-        | dict(use_sliding_window=False, vocab_size=151936),
+        dict(hidden_act="silu", hidden_size=896, intermediate_size=4864, max_window_layers=24)
+        | dict(max_position_embeddings=32768, model_type="qwen2", num_attention_heads=14)
+        | dict(num_hidden_layers=24, num_key_value_heads=2, rms_norm_eps=1e-06)
+        | dict(rope_theta=1000000.0, sliding_window=32768, tie_word_embeddings=True)
+        | dict(use_mrope=False, use_sliding_window=False, vocab_size=151936),
         494_032_768,
     ),
-    "Qwen/Qwen3-0.6B": (
-        dict(architectures=["Qwen3ForCausalLM"], attention_bias=False, attention_dropout=0.0)
-        | dict(bos_token_id=151643, eos_token_id=151645, head_dim=128, hidden_act="silu")
-        | dict(hidden_size=1024, initializer_range=0.02, intermediate_size=3072)
-        | dict(max_position_embeddings=40960, max_window_layers=28, model_type="qwen3")
-        | dict(num_attention_heads=16, num_hidden_layers=28, num_key_value_heads=8)
-        | dict(rms_norm_eps=1e-06, rope_scaling=None, rope_theta=1000000, sliding_window=None)
-        | dict(tie_word_embeddings=True, torch_dtype="bfloat16", transformers_version="4.51.0")
-        | dict(use_cache=True, use_sliding_window=False, vocab_size=151936),
-        596_049_920,
-    ),
-    "HuggingFaceTB/SmolLM2-135M": (
-        dict(architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0)
-        | dict(bos_token_id=0, eos_token_id=0, hidden_act="silu", hidden_size=576)
-        | dict(initializer_range=0.041666666666666664, intermediate_size=1536)
-        | dict(is_llama_config=True, max_position_embeddings=8192, model_type="llama")
-        | dict(num_attention_heads=9, num_hidden_layers=30, num_key_value_heads=3)
-        | dict(pretraining_tp=1, rms_norm_eps=1e-05, rope_interleaved=False, rope_scaling=None)
-        | dict(rope_theta=100000, tie_word_embeddings=True, torch_dtype="bfloat16")
-        | dict(transformers_version="4.40.1", use_cache=True, vocab_size=49152),
-        134_515_008,
-    ),
     "mistralai/Mistral-7B-v0.1": (
-        dict(architectures=["MistralForCausalLM"], bos_token_id=1, eos_token_id=2)
-        | dict(hidden_act="silu", hidden_size=4096, initializer_range=0.02)
-        | dict(intermediate_size=14336, max_position_embeddings=32768, model_type="mistral")
-        | dict(num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8)
-        | dict(rms_norm_eps=1e-05, rope_theta=10000.0, sliding_window=4096)
-        | dict(tie_word_embeddings=False, torch_dtype="bfloat16")
-        | dict(transformers_version="4.34.0.dev0", use_cache=True, vocab_size=32000),
+        dict(hidden_act="silu", hidden_size=4096, intermediate_size=14336, vocab_size=32000)
+        | dict(max_position_embeddings=32768, model_type="mistral", num_attention_heads=32)
+        | dict(num_hidden_layers=32, num_key_value_heads=8, rms_norm_eps=1e-05)
+        | dict(rope_theta=10000.0, sliding_window=4096, tie_word_embeddings=False),
         7_241_732_096,
     ),
 }
@@ -467,15 +387,15 @@ print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_loading_takes_little_more_memory_than_the_weights(family, tmp_path):
-    shape = dict(vocab_size=20_000, n_layer=6, d_model=768, n_head=12, context=64)
-    fields = EXPORTED[family] | shape | dict(head_size=64, n_kv_head=12, tied=True)
-    config = lm.Config(**fields)
-    model = lm.Transformer(config)
-    lm.export_hf({"config": vars(config), "model": model.state_dict()}, tmp_path)
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
+    shape = dict(vocab_size=20_000, n_layer=3, d_model=768, n_head=12, context=64)
+    with torch.device("meta"):
+        model = lm.Transformer(lm.Config(**(EXPORTED["gpt2"] | shape)))
+    state = {name: torch.zeros(t.shape) for name, t in model.state_dict().items()}
+    state["head.weight"] = state["embed.weight"]
+    lm.export_hf({"config": vars(model.config), "model": state}, tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
     code = PEAK.format(root=str(ROOT), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     before, peak = (int(n) * 1024 for n in done.stdout.split())
-    assert size > 150e6 and peak - before < 1.3 * size
+    assert size > 100e6 and peak - before < 1.3 * size

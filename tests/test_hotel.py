@@ -24,7 +24,7 @@ from data.hotel import (
 )
 from data.rows import to_example
 
-U, A, EMPTY = turn("user", "q"), turn("assistant", "a"), turn("tool", "[]")
+A, ROLES = turn("assistant", "a"), ("user", "call", "tool", "assistant")
 
 
 # ---- augmentation --------------------------------------------------------------------------
@@ -71,24 +71,11 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
     assert record["name"] == "听涛宾馆" and record["facilities"] == ["健身房", "SPA"]
 
 
-def test_thoughts_change_with_the_rest_and_a_call_without_the_value_stays_as_it_is_written():
-    talk = hotel_talk(["健身房"])["messages"]
-    talk[1]["tool_calls"][0]["id"], talk[3]["reasoning_content"] = "call00001", "要健身房"
-    talk.insert(1, calls("f", content="健身房？"))
-    talk[1]["tool_calls"][0]["function"]["arguments"] = written = '{"a":1.50}'
-    pool = {"call.facilities": ["接机"]}
-    after = substitute({"messages": talk}, pool, 1.0, random.Random(0), made_up=0)["messages"]
-    assert after[1]["tool_calls"][0]["function"]["arguments"] == written
-    assert after[2]["tool_calls"][0]["id"] == "call00001"
-    assert after[4]["reasoning_content"] == "要接机"
-
-
 def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
     def talk(name, phone):
         records = json.dumps([{"name": name, "phone": phone, "type": "豪华型"}], ensure_ascii=False)
         texts = ("找一家酒店", 'search {"rating": 4}', records, f"推荐{name}，电话{phone}。")
-        roles = ("user", "call", "tool", "assistant")
-        return {"messages": [turn(role, text) for role, text in zip(roles, texts)]}
+        return {"messages": list(map(turn, ROLES, texts))}
 
     pool = {"tool.name": ["听涛宾馆"], "tool.phone": ["1-2"], "tool.type": ["经济型"]}
     after = substitute(talk("北京饭店", "010-1"), pool, 1.0, random.Random(0), made_up=0)
@@ -101,8 +88,7 @@ def test_numbers_that_the_assistant_reads_out_are_exchanged_unless_the_guest_has
         records = json.dumps([{"price": price, "rating": rating, "phone": "010-45867", "size": 12}])
         texts = ("450元以上的", 'search {"price_range_lower": 450}', records)
         spoken = f"{price}元，{rating}分，电话010-45867，450元以上，12间"
-        roles = ("user", "call", "tool", "assistant")
-        return {"messages": [turn(role, text) for role, text in zip(roles, (*texts, spoken))]}
+        return {"messages": list(map(turn, ROLES, (*texts, spoken)))}
 
     pool = {"tool.price": [612], "tool.rating": [4.9], "tool.phone": ["010-45867"]}
     after = substitute(talk(458, 4.5), pool, 1.0, random.Random(0), made_up=0)
@@ -139,28 +125,16 @@ def test_odd_values_survive_an_exchange():
 
 
 def test_made_up_values_begin_like_one_and_end_like_another():
-    before, pool = hotel_talk(["健身房", "SPA"]), {"call.facilities": ["甲乙丙", "一二三"]}
+    before, values = hotel_talk(["健身房", "SPA"]), ["甲乙丙", "一二三"]
     seen = set()
     for seed in range(200):
+        pool = {"call.facilities": values}
         after = substitute(before, pool, 1.0, random.Random(seed), made_up=1)
         new = parse_call(after["messages"][1]["tool_calls"][0])[1]["facilities"]
         assert after == hotel_talk(new)
         seen |= set(new) - {"健身房", "SPA"}
-    starts, ends = ({v[:n] for v in pool["call.facilities"] for n in (1, 2, 3)},
-                    {v[-n:] for v in pool["call.facilities"] for n in (1, 2, 3)})
-    mixed = {"call.facilities": ["甲", 374]}
-    assert [substitute(before, mixed, 1.0, random.Random(s), made_up=1) for s in range(20)]
-    assert all(any(v == a + b for a in starts for b in ends) for v in seen) and len(seen) > 20
-
-
-def test_a_tool_result_that_is_no_json_is_text_and_one_without_the_value_stays_as_it_is():
-    talk = hotel_talk(["健身房"])["messages"]
-    for result, wanted in (("有 健身房!", "有 接机!"), ('{"a":  1.50}', '{"a":  1.50}')):
-        talk[2] = turn("tool", result)
-        pool = {"call.facilities": ["接机"]}
-        after = substitute({"messages": talk}, pool, 1.0, random.Random(0), made_up=0)
-        assert after["messages"][2]["content"] == wanted
-        assert after["messages"][0]["content"] == "要有接机的"
+    parts = [(a[:i], b[-j:]) for a in values for b in values for i in (1, 2, 3) for j in (1, 2, 3)]
+    assert seen <= {start + end for start, end in parts} and len(seen) > 20
 
 
 def test_calls_are_tidied_and_say_the_same():
@@ -187,13 +161,18 @@ def test_rarely_passed_keys_come_in_the_share_of_conversations_that_is_wanted():
 def test_augmented_epochs_depend_on_seed_and_epoch_alone():
     rows = synthetic_dialogues(40, "x")
     examples = [tidy_calls(to_example(r)[1]) for r in rows]
-    args = argparse.Namespace(context=4000, loss_on="assistant")
+    args = argparse.Namespace(
+        context=4000, loss_on="assistant", data="hotel", augment=0.5, seed=3
+    )
     objective = ft.SFT(args, CHAT)
-    make = ft.augmented(examples, objective, 0.5, seed=3)
+
+    def make(epoch):
+        return ft.augmented(examples, objective, args, epoch).rows
+
     first, second = make(0), make(1)
-    again = ft.augmented(examples, objective, 0.5, seed=3)
-    assert make(0) == first != second and again(1) == second
-    assert ft.augmented(examples, objective, 0.5, seed=4)(0) != first
+    assert make(0) == first != second
+    args.seed = 4
+    assert make(0) != first
     assert len(first) == len(second) == 40
     for row in first:
         text = CHAT.decode(row.ids)

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import runpy
 import statistics
 import sys
 from dataclasses import asdict
@@ -20,7 +19,7 @@ import finetune
 import lora
 import model as lm
 import sample
-import train
+from data.chat import CHAT_TOKENS
 from data.cli import UserError
 from data.machine import Runtime
 
@@ -51,12 +50,12 @@ def close(a, b, tolerance=1e-5):
 
 
 @torch.no_grad()
-def learn_something(model, seed=0, first=0):
-    """Stand in for training: all that may learn is random now, tables from row `first` on."""
+def learn_something(model, seed=0):
+    """Stand in for training: all that may learn is random now."""
     torch.manual_seed(seed)
     for p in model.parameters():
         if p.requires_grad:
-            p[first if p.shape[0] > first else 0 :].normal_(std=0.05)
+            p.normal_(std=0.05)
 
 
 # ---- like peft -----------------------------------------------------------------------------
@@ -67,16 +66,16 @@ ADAPTERS = {"two": dict(rank=3, alpha=2), "one": dict(rank=4, alpha=12)}
 def twins():
     """(ours, peft's): the same model with the same two adapters, B not zero, "one" active."""
     peft = pytest.importorskip("peft")
-    ours = theirs = tiny()
+    ours = theirs = tiny(tied=False)  # peft's copy of a tied table is not tied
     for name, s in ADAPTERS.items():
         modules = ["q", "k", "v", "out", "up", "down"]
         settings = dict(r=s["rank"], lora_alpha=s["alpha"], target_modules=modules)
-        config = peft.LoraConfig(**settings, init_lora_weights=False)
+        config = peft.LoraConfig(**settings, modules_to_save=["embed"], init_lora_weights=False)
         if theirs is ours:
             theirs = peft.get_peft_model(copy.deepcopy(ours), config, adapter_name=name)
         else:
             theirs.add_adapter(name, config)
-        assert sorted(lora.add_lora(ours, "all", **s, name=name)) == names()
+        lora.add_lora(ours, "all", **s, name=name, modules_to_save=["embed"])
     with torch.no_grad():
         for name in ADAPTERS:
             for our, their in pairs(ours, theirs, name):
@@ -95,13 +94,13 @@ def pairs(ours, theirs, name):
         yield layer.b[name], other.lora_B[name].weight
 
 
-def test_outputs_gradients_and_ten_adamw_steps_are_pefts():
+def test_outputs_gradients_and_adamw_steps_of_adapters_and_table_are_pefts():
     ours, theirs = twins()
     sides = [ours, theirs.base_model.model]
     optimizers = [
         torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in sides
     ]
-    for _ in range(10):
+    for _ in range(5):
         close(sides[0](IDS), sides[1](IDS))
         for side, optimizer in zip(sides, optimizers):
             optimizer.zero_grad()
@@ -111,21 +110,20 @@ def test_outputs_gradients_and_ten_adamw_steps_are_pefts():
             close(our.grad, their.grad)
         for optimizer in optimizers:
             optimizer.step()
-    close(sides[0](IDS), sides[1](IDS))
+    one = [side(IDS) for side in sides]
+    close(*one)
     for name in ADAPTERS:
         for our, their in pairs(ours, theirs, name):
             close(our, their)
-
-
-def test_two_adapters_over_one_base_are_switched_like_pefts():
-    ours, theirs = twins()
+    close(ours.embed.weight, theirs.base_model.model.embed.modules_to_save["one"].weight)
     seen = []
-    for name in ("two", "one", ["one", "two"]):
-        lora.set_adapter(ours, *([name] if isinstance(name, str) else name))
-        theirs.base_model.set_adapter(name)
-        seen.append(ours(IDS))
-        close(seen[-1], theirs.base_model.model(IDS))
-    assert min((seen[i] - seen[i - 1]).abs().max() for i in range(3)) > 1e-2
+    for name in ("two", "one", "two"):  # an adapter brings its table along
+        lora.set_adapter(ours, name)
+        theirs.set_adapter(name)
+        seen.append(sides[0](IDS))
+        close(seen[-1], sides[1](IDS))
+    assert torch.equal(seen[1], one[0]) and torch.equal(seen[0], seen[2])
+    assert (seen[0] - seen[1]).abs().max() > 1e-2
     with pytest.raises(UserError, match="no adapter three; the model has one, two"):
         lora.set_adapter(ours, "three")
 
@@ -151,17 +149,25 @@ def test_an_adapter_starts_as_no_change_and_disabled_is_the_base_exactly(kind):
     assert torch.equal(model(IDS), plain)
 
 
-def test_table_rows_of_the_bare_base_come_and_go_with_it():
+def test_tables_that_learn_beside_an_adapter_are_switched_with_it():
     model = tiny(tied=False)
-    lora.add_lora(model, "all")
-    lora.train_new_embeddings(model, ["embed.weight"], first=30)
-    bare, new = model.embed.weight.detach().clone(), model.embed.weight.detach().clone()
-    new[30:] += 1
-    with torch.no_grad():
-        model.embed.weight.copy_(new)  # what they learn
+    bare = copy.deepcopy(model.state_dict())
+    lora.add_lora(model, "q", name="one", modules_to_save=["embed", "head"])
+    learn_something(model, 1)
+    one = model(IDS)
     with lora.disable_adapter(model):
-        assert torch.equal(model.embed.weight, bare)
-    assert torch.equal(model.embed.weight, new)
+        assert torch.equal(model.embed.weight, bare["embed.weight"])
+    assert torch.equal(model(IDS), one)
+    lora.add_lora(model, "head", name="two", modules_to_save=["embed"])  # the head is adapted
+    lora.set_adapter(model, "two")
+    assert torch.equal(model.head.weight, bare["head.weight"])
+    learn_something(model, 2)
+    two = model(IDS)
+    for names, expected in (["one"], one), (["two"], two), (["one"], one):
+        lora.set_adapter(model, *names)
+        assert torch.equal(model(IDS), expected)
+    lora.set_adapter(model)
+    assert all(torch.equal(lora.base_parameters(model)[n], bare[n]) for n in bare)
 
 
 def test_targets_are_groups_last_names_or_full_ones_and_nothing_else_learns():
@@ -185,7 +191,7 @@ def test_targets_are_groups_last_names_or_full_ones_and_nothing_else_learns():
 def test_bad_settings_are_refused_and_change_nothing():
     model = lm.Transformer(lm.preset("tiny", tied=True, n_layer=1))
     for settings, message in (
-        (dict(targets="query"), "no layer is called query.*attention, mlp, all.*head, induction"),
+        (dict(targets="query"), "no layer is called query.*attention, mlp, all.*head.*project"),
         (dict(targets="head"), "head shares its weight"),
         (dict(targets="q,head"), "head shares its weight"),
         (dict(rank=0), "rank >= 1"),
@@ -211,17 +217,7 @@ def test_a_name_is_taken_once_and_may_be_any_word():
     with pytest.raises(UserError, match="no layer is called base"):
         lora.add_lora(model, "base", name="inside")
     assert sorted(lora.adapted(model)) == names(LAYERS[:1])
-    layer = lora.adapted(model)["blocks.0.attention.q"]
-    assert list(layer.a) == words and len(list(layer.parameters())) == 2 + 2 * len(words)
-
-
-@pytest.mark.parametrize("training", (True, False))
-def test_dropout_acts_in_train_mode_only(training):
-    model = tiny().train(training)
-    lora.add_lora(model, "all", dropout=0.5)
-    learn_something(model)
-    assert torch.equal(model(IDS), model(IDS)) is not training
-    assert torch.equal(model.eval()(IDS), model(IDS))
+    assert lora.adapter_names(model) == lora.active_adapters(model) == words
 
 
 @pytest.mark.parametrize("kind", (None, "int8", "nf4"))
@@ -233,6 +229,7 @@ def test_merged_is_unmerged_in_train_mode_too_and_only_once(kind):
         lora.add_lora(model, "attention", rank=4, alpha=12, dropout=dropout, name=name)
         learn_something(model, len(name + str(dropout)))
     lora.set_adapter(model, "one", "two")
+    assert not torch.equal(model.train()(IDS), model(IDS))  # dropout
     before, layer = model.eval()(IDS), model.blocks[1].attention.v
     delta = sum(3 * layer.b[n].double() @ layer.a[n].double() for n in ("one", "two"))
     by_hand = (layer.base.weight.double() + delta).float()
@@ -260,12 +257,12 @@ def fine_tuned(folder, base, quantize=None, seed=1):
     writes it."""
     settings = dict(ckpt=str(base), lora_rank=4, quantize=quantize, dropout=None, shard=None)
     args = argparse.Namespace(**(finetune.RECIPE | settings | dict(grad_checkpoint=None)))
-    content, special = lm.load_checkpoint(base), lambda t: finetune.CHAT_TOKENS
-    model, tokenizer, about = finetune.build_model(args, content, None, special, CPU)
-    assert about["tables"] and about["first_row"] == 257
-    learn_something(model, seed, first=257)
-    content = {"config": asdict(model.config), "model": lora.adapter_state(model, about)}
-    content |= {"tokenizer": tokenizer.spec, "data": {}, "adapter": about, "step": 1}
+    content, special = lm.load_checkpoint(base), lambda t: CHAT_TOKENS
+    model, tokenizer, adapter = finetune.build_model(args, content, None, special, CPU)
+    assert adapter["modules_to_save"] and adapter["base_vocab"] == 257
+    learn_something(model, seed)
+    content = {"config": asdict(model.config), "model": lora.adapter_state(model)}
+    content |= {"tokenizer": tokenizer.spec, "data": {}, "adapter": adapter, "step": 1}
     lm.save_checkpoint(folder / "best.pt", content)
     return model.eval()
 
@@ -273,103 +270,47 @@ def fine_tuned(folder, base, quantize=None, seed=1):
 def test_in_bf16_an_adapted_model_keeps_its_tables_of_positions(tmp_path):
     base = base_file(tmp_path / "base/best.pt", position="rope")
     fine_tuned(tmp_path / "tuned", base)
-    content = lm.load_checkpoint(tmp_path / "tuned")
-    state = {k: torch.zeros_like(v) if k.endswith(".b") else v for k, v in content["model"].items()}
-    for table in content["adapter"]["tables"]:
-        del state[f"{table}.rows"]
-    content["adapter"]["tables"] = []
-    lm.save_checkpoint(tmp_path / "none/best.pt", {**content, "model": state})
-    plain, *_ = sample.load(base, "cpu", "bf16")
-    adapted, *_ = sample.load(tmp_path / "none", "cpu", "bf16")
-    assert adapted.cos.dtype == plain.cos.dtype == torch.float32
+    adapted, *_ = sample.load(tmp_path / "tuned", "cpu", "bf16")
+    assert adapted.cos.dtype == torch.float32
     assert adapted.blocks[0].attention.q.base.weight.dtype == torch.bfloat16
-    ids = torch.randint(200, (1, 12))
-    known = content["adapter"]["first_row"]
-    assert torch.equal(adapted(ids)[..., :known], plain(ids)[..., :known])
-
-
-def merge_command(monkeypatch, **flags):
-    """Exit code of `python lora.py merge --...`, run as that in this process."""
-    words = [x for k, v in flags.items() for x in (f"--{k}", str(v))]
-    monkeypatch.setattr(sys, "argv", ["lora.py", "merge", *words])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "lora.py"), run_name="__main__")
-    return end.value.code
 
 
 @pytest.mark.parametrize("quantize, tied", [(None, True), ("nf4", False)])
-def test_the_merge_command_writes_base_and_adapter_as_one(tmp_path, monkeypatch, quantize, tied):
-    base, folder = base_file(tmp_path / "base.pt", tied=tied), tmp_path / "chat-v1.2"
-    model = fine_tuned(folder, base, quantize)
-    flags = dict(ckpt=base, adapter=folder / "best.pt", out=tmp_path / "merged")
-    assert merge_command(monkeypatch, **flags) == 0
-    merged, tokenizer, _ = sample.load(tmp_path / "merged", "cpu")
+def test_the_merge_command_writes_base_and_adapter_as_one(tmp_path, capsys, quantize, tied):
+    base, other = base_file(tmp_path / "base.pt", tied=tied), base_file(tmp_path / "b.pt", seed=1)
+    model = fine_tuned(tmp_path / "run", base, quantize)
+    out, new = tmp_path / "merged.pt", tmp_path / "new.pt"
+    good = dict(ckpt=base, adapter=tmp_path / "run", out=out)
+
+    def merge(**changes):
+        flags = (good | changes).items()
+        lora.main(["merge", *(word for k, v in flags for word in (f"--{k}", str(v)))])
+
+    merge()
+    assert "12 layers merged" in capsys.readouterr().out
+    written = out.read_bytes()
+    merged, tokenizer, _ = sample.load(out, "cpu")
     assert type(merged) is lm.Transformer and "<|user|>" in tokenizer.special
     ids = torch.randint(320, (2, 32))
     close(merged(ids), model(ids))
     assert (merged(IDS) - tiny(vocab_size=320, tied=tied)(IDS)).abs().max() > 0.01
-
-
-def test_the_merge_command_refuses_in_one_line(tmp_path, monkeypatch, capsys):
-    base, other = base_file(tmp_path / "base.pt"), base_file(tmp_path / "other.pt", seed=1)
-    fine_tuned(tmp_path / "run", base)
-    out, new = tmp_path / "merged.pt", tmp_path / "new.pt"
-    good = dict(ckpt=base, adapter=tmp_path / "run", out=out)
-    assert merge_command(monkeypatch, **good) == 0
-    assert "12 layers merged" in capsys.readouterr().out
-    written = out.read_bytes()
-    for change, message in (
-        (dict(ckpt=out, out=new), f"{out} is another model, or has it merged in already"),
-        (dict(ckpt=other, out=new), f"{other} is another model, or has it merged in"),
-        (dict(), f"{out} exists: name another --out"),
-        (dict(adapter=other, out=new), "no adapter but a whole model"),
+    for changes, message in (
+        (dict(ckpt=out, out=new), "merged.pt is another model, or has it merged in already"),
+        (dict(ckpt=other, out=new), "b.pt is another model, or has it merged in"),
+        (dict(), "merged.pt exists: name another --out"),
+        (dict(adapter=other, out=new), "a whole model, not an adapter"),
         (dict(ckpt=tmp_path / "run", out=new), "does not fit"),
         (dict(ckpt=tmp_path / "nothing.pt", out=new), "does not exist"),
     ):
-        assert merge_command(monkeypatch, **(good | change)) == 2
-        said = capsys.readouterr()
-        assert message in said.err and said.err.startswith("lora.py: ")
-        assert said.err.count("\n") == 1 and said.out == ""
+        with pytest.raises(UserError, match=message) as error:
+            merge(**changes)
+        assert "\n" not in str(error.value)
     assert out.read_bytes() == written and not new.exists()
 
 
-def test_an_adapter_of_gpt2_is_a_file_of_under_two_and_a_half_megabytes(tmp_path):
-    model = lm.meta_model(lm.preset("gpt2"))
-    assert len(lora.add_lora(model, "attention", rank=8)) == 48
-    for layer in lora.adapted(model).values():  # the adapters alone take memory
-        for matrices in (layer.a, layer.b):
-            matrices["default"] = nn.Parameter(torch.zeros(matrices["default"].shape))
-    about = dict(tables=[], first_row=50257, base_sha256="0" * 64)
-    content = {"config": asdict(model.config), "model": lora.adapter_state(model, about)}
-    lm.save_checkpoint(tmp_path / "adapter.pt", content | {"adapter": about})
-    assert 2.3e6 < (tmp_path / "adapter.pt").stat().st_size < 2.5e6
-
-
-@pytest.mark.parametrize("tied", (True, False))
-def test_rows_of_known_tokens_get_no_gradient_and_no_optimizer_touches_them(tied):
-    model, ids = tiny(tied=tied), torch.arange(64).view(2, 32)
-    tables = ["embed.weight"] if tied else ["embed.weight", "head.weight"]
-    lora.add_lora(model)
-    lora.train_new_embeddings(model, tables, 60)
-    before = {t: model.get_parameter(t).detach().clone() for t in tables}
-    args = argparse.Namespace(**(train.RECIPE | dict(optimizer="adamw", weight_decay=0.3)))
-    optimizers = train.make_optimizers(model, args)
-    for _ in range(3):
-        model(ids, ids.roll(-1, 1)).backward()
-        for table in tables:
-            assert model.get_parameter(table).grad is None
-            assert model.get_parameter(table.replace("weight", "rows")).grad.any(1).all()
-        for optimizer in optimizers:
-            optimizer.step()
-    for table in tables:
-        now = model.get_parameter(table)
-        assert torch.equal(now[:60], before[table][:60])
-        assert (now != before[table])[60:].any(1).all()
-
-
-@pytest.mark.parametrize("tied, quantize", [(True, None), (False, "nf4")])
-def test_adapters_and_their_table_rows_survive_files_and_switching(tmp_path, tied, quantize):
-    base, ids = base_file(tmp_path / "base.pt", tied=tied), IDS + 240  # special ones among them
+@pytest.mark.parametrize("tied, quantize", [(True, None), (False, "nf4"), (False, "int8")])
+def test_adapters_and_their_tables_survive_files_and_switching(tmp_path, tied, quantize):
+    base, ids = base_file(tmp_path / "base.pt", tied=tied), IDS + 240  # new tokens among them
     models = {n: fine_tuned(tmp_path / n, base, quantize, seed=len(n)) for n in ("kind", "rude!")}
     saved = {name: lm.load_checkpoint(tmp_path / name) for name in models}
     both = lora.load_adapted(lm.load_checkpoint(base), saved)
@@ -377,37 +318,28 @@ def test_adapters_and_their_table_rows_survive_files_and_switching(tmp_path, tie
     for name in ("rude!", "kind"):
         lora.set_adapter(both, name)
         assert torch.equal(both(ids), models[name](ids))
-        assert torch.equal(both.embed.weight, models[name].embed.weight)
-        again = lora.adapter_state(both, saved[name]["adapter"], name)
+        again = lora.adapter_state(both, name)
         assert again.keys() == saved[name]["model"].keys()
         assert all(torch.equal(t, saved[name]["model"][k]) for k, t in again.items())
-    first, second = (m.embed.weight for m in models.values())
-    assert torch.equal(first[:257], second[:257]) and not torch.equal(first, second)
+    assert not torch.equal(models["kind"].embed.weight, models["rude!"].embed.weight)
+    with lora.disable_adapter(both):
+        bare = lm.model_from_checkpoint(lm.load_checkpoint(base))
+        close(both.embed.weight[:257], bare.embed.weight[:257])
     lora.load_adapter(both, saved["rude!"], "rude!")
-    assert torch.equal(both.embed.weight, second)
+    assert torch.equal(both(ids), models["rude!"](ids))
     narrow = saved["kind"] | {"adapter": saved["kind"]["adapter"] | {"rank": 2}}
     with pytest.raises(UserError, match=r"my.pt does not fit this base: .* is \(4, 64\)"):
-        lora.attach(both, narrow, "more", "my.pt")
+        lora.load_adapted(lm.load_checkpoint(base), {"my.pt": narrow})
 
 
 # ---- quantization --------------------------------------------------------------------------
 
-# Appendix E of the QLoRA paper, typed off once more.
-PAPER_NF4 = """
-    -1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635
-    -0.18477343022823334 -0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725
-    0.24611230194568634 0.33791524171829224 0.44070982933044434 0.5626170039176941
-    0.7229568362236023 1.0"""
-PAPER_NF4 = torch.tensor([float(x) for x in PAPER_NF4.split()], dtype=torch.float64)
-
-
-def test_nf4_levels_are_the_papers_and_quantiles_of_a_normal_distribution():
-    assert torch.equal(torch.tensor(lora.NF4, dtype=torch.float64), PAPER_NF4)
+def test_nf4_levels_are_quantiles_of_a_normal_distribution():
     offset, quantile = 0.9677083, statistics.NormalDist().inv_cdf  # of bitsandbytes' authors
     halves = [torch.linspace(offset, 0.5, n, dtype=torch.float64)[:-1] for n in (8, 9)]
     low, high = ([quantile(float(p)) for p in half] for half in halves)
     levels = torch.tensor(sorted([-x for x in low] + [0.0] + high), dtype=torch.float64)
-    close(PAPER_NF4, levels / levels.max(), 1e-6)
+    close(torch.tensor(lora.NF4, dtype=torch.float64), levels / levels.max(), 1e-6)
 
 
 def weights_of_all_sorts():
@@ -420,13 +352,13 @@ def weights_of_all_sorts():
 
 def in_blocks(x, size=64):
     """(blocks, size) in float64, the last one filled up with zeros."""
-    whole = torch.zeros(-(-x.numel() // size) * size, dtype=torch.float64)
-    whole[: x.numel()] = x.detach().flatten()
-    return whole.view(-1, size)
+    padded = torch.zeros(-(-x.numel() // size) * size, dtype=torch.float64)
+    padded[: x.numel()] = x.detach().flatten()
+    return padded.view(-1, size)
 
 
 def halves_of(codes):
-    """(blocks, 64) codes of 4 bits: of each byte the high half first."""
+    """(blocks, 64) codes of 4 bits: the high half of each byte first."""
     return torch.stack((codes // 16, codes % 16), -1).flatten(1).long()
 
 
@@ -439,28 +371,29 @@ def scale_error(scales):
 def dequantized(weight, kind):
     linear = nn.Linear(*weight.T.shape)
     linear.weight = nn.Parameter(weight)
-    found = lora.QuantLinear(linear, kind).weight
-    assert found.shape == weight.shape and found.dtype == torch.float32
-    return in_blocks(found)
+    values = lora.QuantLinear(linear, kind).weight
+    assert values.shape == weight.shape and values.dtype == torch.float32
+    return in_blocks(values)
 
 
 def test_nf4_codes_are_the_nearest_levels_and_stand_for_them_times_8_bit_scales():
+    levels = torch.tensor(lora.NF4, dtype=torch.float64)
     for weight in weights_of_all_sorts():
         blocks = in_blocks(weight)
         largest = blocks.abs().amax(1, keepdim=True)
         unit = blocks / torch.where(largest > 0, largest, 1)
-        nearest = (unit[..., None] - PAPER_NF4).abs().argmin(-1)
+        nearest = (unit[..., None] - levels).abs().argmin(-1)
         codes, absmax = lora.quantize_nf4(weight)
         assert codes.dtype == torch.uint8 and codes.shape == (len(blocks), 32)
         assert torch.equal(halves_of(codes), nearest) and torch.equal(absmax.double(), largest)
-        error = (dequantized(weight, "nf4") - PAPER_NF4[nearest] * largest).abs()
-        assert (error <= PAPER_NF4[nearest].abs() * scale_error(absmax)).all()
+        error = (dequantized(weight, "nf4") - levels[nearest] * largest).abs()
+        assert (error <= levels[nearest].abs() * scale_error(absmax)).all()
 
 
 def test_int8_is_off_by_half_a_step_and_the_scales_own_error_at_most():
     for weight in weights_of_all_sorts():
         blocks = in_blocks(weight)
-        codes, scales = lora.absmax_int8(weight, 64)
+        codes, scales = lora.quantize_int8(weight)
         assert codes.dtype == torch.int8 and codes.abs().max() <= 127
         close(scales.double(), blocks.abs().amax(1, keepdim=True) / 127, 1e-6)
         assert ((codes * scales.double() - blocks).abs() <= 0.50001 * scales).all()
@@ -468,6 +401,7 @@ def test_int8_is_off_by_half_a_step_and_the_scales_own_error_at_most():
         assert (error <= 0.50001 * scales + codes.abs() * scale_error(scales)).all()
 
 
+@pytest.mark.slow
 def test_nf4_codes_and_values_are_bitsandbytes_own():
     bnb = pytest.importorskip("bitsandbytes.functional")
     for weight in weights_of_all_sorts():
@@ -491,44 +425,31 @@ def quantized(kind, seed=0):
 
 
 @every_kind
-def test_a_quantized_layer_is_a_linear_of_its_dequantized_weight_and_keeps_no_copy(kind):
+def test_a_quantized_layer_is_a_linear_of_its_dequantized_weight_in_either_precision(kind):
     layer, x = quantized(kind)
-    weight, up, kept = layer.weight, torch.randn(5, 3, 40), []
-    hooks = lambda t: kept.append(t.numel()) or t, lambda t: t
+    weight, up = layer.weight, torch.randn(5, 3, 40)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(*hooks):
+    kept = []  # what autograd keeps for the backward pass: not the dequantized weight
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, id):
         y = layer(ours)
-        assert weight.numel() not in kept
-        expected = F.linear(theirs, weight, layer.bias)
-    assert weight.numel() in kept, "a plain product keeps it for the backward pass"
-    assert not any(isinstance(v, torch.Tensor) for v in vars(y.grad_fn).values())
+    assert weight.numel() not in kept
+    expected = F.linear(theirs, weight, layer.bias)
     close(y, expected, 1e-6)
     (y * up).sum().backward()
     (expected * up).sum().backward()
     close(ours.grad, theirs.grad, 1e-6)
     assert all(p.grad is None and not p.requires_grad for p in (weight, *layer.parameters()))
-
-
-@every_kind
-def test_a_quantized_layer_works_in_every_precision_and_its_state_dict_brings_it_back(kind):
-    layer, x = quantized(kind)
-    exact, state = layer(x), copy.deepcopy(layer.state_dict())
-    x.requires_grad_()
+    ours.grad = None
     with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-    y.float().sum().backward()
-    assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
-    close(y.float(), exact, 3e-2)
-    close(x.grad, layer.weight.sum(0).expand_as(x), 3e-2)
+        low = layer(ours)
+    (low.float() * up).sum().backward()
+    assert low.dtype == torch.bfloat16 and ours.grad.dtype == torch.float32
+    close(low.float(), expected, 3e-2)
+    close(ours.grad, theirs.grad, 5e-2)
     other, _ = quantized(kind, seed=1)
-    assert not torch.equal(other(x), exact)
-    other.load_state_dict(state)
-    assert torch.equal(other(x), exact)
-    for dtype in (torch.float16, torch.float64, torch.bfloat16, torch.float32):
-        y = layer.to(dtype)(x.detach().to(dtype))
-        assert y.dtype == dtype
-        close(y.float(), exact, 3e-2)
-        assert all(torch.equal(v, state[k]) for k, v in layer.state_dict().items() if k != "bias")
+    assert not torch.equal(other(x), y)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), y)
 
 
 @pytest.mark.parametrize("kind, bits", [("nf4", 4.13), ("int8", 8.13)])
@@ -538,50 +459,29 @@ def test_a_frozen_gpt2_takes_at_most_three_tenths_of_its_bytes(kind, bits):
         return sum(t.numel() * t.element_size() for t in tensors)
 
     blocks = lm.Transformer(lm.preset("gpt2", n_layer=1, vocab_size=64)).blocks
-    whole = held(blocks)
-    assert whole == 4 * sum(p.numel() for p in blocks.parameters())
+    before = held(blocks)
     lora.quantize(blocks, kind)
-    assert held(blocks) <= 0.30 * whole
+    assert held(blocks) <= 0.30 * before
     state = blocks[0].feed_forward.up.state_dict()
     stored = sum(t.numel() * t.element_size() for n, t in state.items() if n != "bias")
     assert 8 * stored / (768 * 3072) == pytest.approx(bits, abs=0.005)
 
 
-def chain(following, rows, seed):
-    """Rows of ids, each followed by the one that `following` says, but one in ten by any."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(64, (rows, 33), generator=generator)
-    odd = torch.rand(rows, 33, generator=generator) < 0.1
-    for t in range(1, 33):
-        ids[:, t] = torch.where(odd[:, t], ids[:, t], following[ids[:, t - 1]])
-    return ids[:, :-1], ids[:, 1:]
-
-
-def learn(model, following, lr, steps=120):
-    """The loss before and after, on rows that are not learned."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    losses = []
-    for step in range(steps + 1):
-        if step in (0, steps):
-            with torch.no_grad():
-                losses.append(float(model(*chain(following, 64, 999))) / (64 * 32))
-        optimizer.zero_grad()
-        ids, targets = chain(following, 16, step)
-        (model(ids, targets) / targets.numel()).backward()
-        optimizer.step()
-    return losses
-
-
-def test_learning_through_a_quantized_base_ends_where_plain_lora_does():
-    known = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    base, ends = tiny(), {}
-    learn(base, known, lr=3e-3)
-    for kind in (None, "int8", "nf4"):
-        model = copy.deepcopy(base)
-        if kind:
-            lora.quantize(model, kind)
-        torch.manual_seed(0)  # the same A for all three
-        lora.add_lora(model, "all", rank=8, alpha=16)
-        before, ends[kind] = learn(model, known.roll(1), lr=5e-3)
-        assert ends[kind] < 0.5 * before
-    assert [ends["int8"], ends["nf4"]] == pytest.approx([ends[None]] * 2, rel=0.02)
+@every_kind
+def test_adapters_learn_through_a_quantized_base_as_over_its_dequantized_weights(kind):
+    quantized_base, plain = tiny(), tiny()
+    lora.quantize(quantized_base, kind)
+    for name, layer in quantized_base.named_modules():
+        if isinstance(layer, lora.QuantLinear):
+            plain.get_submodule(name).weight.data = layer.weight
+    losses, gradients = [], []
+    for model in (quantized_base, plain):
+        lora.add_lora(model, "all", rank=4)
+        learn_something(model)
+        losses.append(model(IDS, IDS.roll(-1, 1)))
+        losses[-1].backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    close(*losses)
+    assert len(gradients[0]) == 2 * 12
+    for ours, theirs in zip(*gradients):
+        close(ours, theirs, 1e-4)

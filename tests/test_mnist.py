@@ -1,6 +1,7 @@
-"""mnist.py: the files, the loop beside the course's log, pictures, and drawn digits."""
+"""mnist.py: the loop beside the course's log, resuming, pictures, and drawn digits."""
 
 import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -21,53 +22,58 @@ sys.path.insert(0, str(ROOT))
 
 import mnist
 import model as lm
-from data.cli import UserError
+from data.cli import UserError, run_cli
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-REAL = SHARED / "mnist"
+@pytest.fixture
+def run(capsys):
+    """run(*flags): what mnist.py prints, after its exit code was checked."""
+
+    def main(*flags, code=0):
+        with pytest.raises(SystemExit) as e:
+            run_cli(lambda: mnist.main(list(map(str, flags))))
+        out, err = capsys.readouterr()
+        assert e.value.code == code, out + err
+        return err if code else out
+
+    return main
 
 
-needs_mnist = pytest.mark.skipif(not REAL.is_dir(), reason=f"no MNIST files in {REAL}")
-
-
-def run(*flags, code=0, **kwargs):
-    """mnist.py as a command: its output, after the exit code was looked at."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "mnist.py"), *flags],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
-        **kwargs,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout if code == 0 else done.stderr
+@pytest.fixture
+def small_denoiser(monkeypatch):
+    small = functools.partial(mnist.Denoiser, width=16, layers=1, heads=2)
+    monkeypatch.setitem(mnist.NETWORKS, "diffusion", small)
 
 
 def settled(*flags):
     args = mnist.build_parser().parse_args(["--out", "run", *flags])
-    return args, mnist.settle(args)
+    mnist.settle(args)
+    return args
 
 
-# --------------------------------------------------------------------------------------------
-# The course's run
-# --------------------------------------------------------------------------------------------
+def saved(folder):
+    return lm.load_checkpoint(f"{folder}/mnist.pt")
 
 
-@needs_mnist
-def test_the_default_run_is_the_courses_within_a_hundredth_and_fifty_digits():
-    output = run("--data", str(REAL))
-    rows = [line.split() for line in output.split("epoch   right")[1].splitlines()[1:6]]
-    assert [int(r[0]) for r in rows] == [1, 2, 3, 4, 5]
+def same_weights(one, other):
+    one, other = saved(one)["model"], saved(other)["model"]
+    return all(value.equal(other[name]) for name, value in one.items())
+
+
+# ---- The course's run ----------------------------------------------------------------------------
+
+@pytest.mark.skipif(not (SHARED / "mnist").is_dir(), reason="no MNIST files")
+@pytest.mark.parametrize("epochs", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_the_default_run_is_the_courses_within_a_hundredth_and_fifty_digits(run, epochs):
+    output = run("--data", SHARED / "mnist", "--epochs", epochs)
+    rows = [line.split() for line in output.split("epoch   right")[1].splitlines()[1 : epochs + 1]]
+    assert [int(r[0]) for r in rows] == list(range(1, epochs + 1))
     for row, (right, loss) in zip(rows, mnist.COURSE):
         assert (int(row[2]), float(row[4])) == (right, loss)
         assert abs(int(row[1]) - right) <= 50 and abs(float(row[3]) - loss) <= 0.01
-    assert "Train Epoch: 5 [57600/60000 (96%)]\tLoss: " in output
-    assert "Test set: Average loss: " in output
+    assert f"Train Epoch: {epochs} [57600/60000 (96%)]\tLoss: " in output
     for name in ("confusion", "wrong", "weights"):
         assert Image.open(f"out/mnist/{name}.png").size[0] > 300
     ElementTree.parse("out/mnist/loss.svg")
@@ -75,8 +81,7 @@ def test_the_default_run_is_the_courses_within_a_hundredth_and_fifty_digits():
 
 def test_the_network_is_the_courses():
     sizes = [tuple(p.shape) for p in mnist.MLP().parameters()]
-    want = [(256, 784), (256,), (128, 256), (128,), (64, 128), (64,), (10, 64), (10,)]
-    assert sizes == want
+    assert sizes == [(256, 784), (256,), (128, 256), (128,), (64, 128), (64,), (10, 64), (10,)]
     net, x = mnist.MLP().eval(), torch.randn(3, 28, 28)
     h = x.reshape(3, 784)
     for i, layer in enumerate(m for m in net.modules() if isinstance(m, nn.Linear)):
@@ -87,20 +92,19 @@ def test_the_network_is_the_courses():
 
 def test_losses_by_hand():
     p = torch.tensor([[0.7, 0.2, *[0.0125] * 8], [0.1, 0.6, *[0.0375] * 8]])
-    labels = torch.tensor([0, 1])
-    got = {name: f(p.log(), labels).item() for name, f in mnist.LOSSES.items()}
-    first = 0.3**2 + 0.2**2 + 8 * 0.0125**2, 0.1**2 + 0.4**2 + 8 * 0.0375**2
+    losses = {name: f(p.log(), torch.tensor([0, 1])).item() for name, f in mnist.LOSSES.items()}
+    squares = 0.3**2 + 0.2**2 + 8 * 0.0125**2 + 0.1**2 + 0.4**2 + 8 * 0.0375**2
     lengths = [(row**2).sum().item() ** 0.5 for row in p]
-    assert got["nll"] == pytest.approx(-(np.log(0.7) + np.log(0.6)) / 2)
-    assert got["mse"] == pytest.approx(sum(first) / 20)
-    assert got["cosine"] == pytest.approx(1 - (0.7 / lengths[0] + 0.6 / lengths[1]) / 2)
+    assert losses == pytest.approx({
+        "nll": -(np.log(0.7) + np.log(0.6)) / 2,
+        "mse": squares / 20,
+        "cosine": 1 - (0.7 / lengths[0] + 0.6 / lengths[1]) / 2,
+    })  # fmt: skip
 
 
 def rates(schedule, steps=8):
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    schedule = mnist.SCHEDULES[schedule](optimizer, 1.0, steps)
-    found = []
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, found = mnist.SCHEDULES[schedule](optimizer, 1.0, steps), []
     for _ in range(steps):
         found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -115,30 +119,20 @@ def test_schedules_by_hand():
     cycle = rates("onecycle", 100)
     assert max(cycle) == pytest.approx(1) and 17 <= np.argmax(cycle) <= 21
     assert cycle[0] == pytest.approx(0.04) and cycle[-1] < 1e-3
-    up, down = np.diff(cycle[:19]), np.diff(cycle[21:])
-    assert np.allclose(up, up[0]) and np.allclose(down, down[0])  # straight lines
+    assert min(rates("onecycle", 1)) >= 0  # no error of torch's
 
 
 @pytest.mark.parametrize("name", mnist.OPTIMIZERS)
 def test_every_optimizer_learns_the_toy(toy, name):
-    args, _ = settled("--optimizer", name, "--epochs", "3", "--data", toy, "--batch_size", "30")
+    args = settled("--optimizer", name, "--epochs", "3", "--data", toy, "--batch_size", "30")
     assert mnist.train_reader(args, None, torch.device("cpu")) == 0
-    history = lm.load_checkpoint("run/mnist.pt")["progress"][3]
-    losses = [row["test"] for row in history if "test" in row]
+    losses = [row["test"] for row in saved("run")["progress"][3] if "test" in row]
     assert len(losses) == 3 and losses[2] < max(losses[0], 0.01)
-
-
-def test_only_lbfgs_has_large_batches_of_its_own():
-    for flags, size in (([], 64), (["--optimizer", "lbfgs"], 2000), (["--recipe", "fast"], 128)):
-        for given in ([], ["--batch_size", "7"]):
-            args, _ = settled(*flags, *given)
-            mnist.Run(nn.Linear(1, 1), args, 300)
-            assert args.batch_size == (7 if given else size)
 
 
 def test_sgd_by_hand(toy):
     """Two batches in file order, the gradient's step written out."""
-    args, _ = settled("--data", toy, "--batch_size", "200", "--epochs", "1")
+    args = settled("--data", toy, "--batch_size", "200", "--epochs", "1")
     mnist.train_reader(args, None, torch.device("cpu"))
     (x, y), _ = mnist.load_mnist(folder=toy)
     torch.manual_seed(42)
@@ -147,14 +141,13 @@ def test_sgd_by_hand(toy):
         loss = F.nll_loss(net(x[rows]), y[rows])
         for p, g in zip(net.parameters(), torch.autograd.grad(loss, list(net.parameters()))):
             p.data -= 0.01 * g
-    for name, value in lm.load_checkpoint("run/mnist.pt")["model"].items():
+    for name, value in saved("run")["model"].items():
         torch.testing.assert_close(value, net.state_dict()[name])
 
 
-def test_shuffling_takes_every_image_once_and_anew_each_epoch(toy):
-    args, _ = settled("--shuffle", "--batch_size", "7", "--epochs", "2")
-    (x, y), _ = mnist.load_mnist(folder=toy)
-    y = torch.arange(300)
+def test_shuffling_takes_every_image_once_and_in_another_order_each_epoch(toy):
+    args = settled("--shuffle", "--batch_size", "7", "--epochs", "2")
+    (x, _), _ = mnist.load_mnist(folder=toy)
     net, seen = nn.Linear(1, 1), []
 
     def batch_loss(model, images, labels):
@@ -162,19 +155,12 @@ def test_shuffling_takes_every_image_once_and_anew_each_epoch(toy):
         seen.extend(labels.tolist())
         return model(torch.ones(1)).sum()
 
-    assert mnist.fit(mnist.Run(net, args, 300), x, y, batch_loss, dict) == 0
+    assert mnist.fit(mnist.Run(net, args, 300), x, torch.arange(300), batch_loss, dict) == 0
     assert sorted(seen[:300]) == sorted(seen[300:]) == list(range(300))
     assert seen[:300] != seen[300:] and seen[:300] != list(range(300))
 
 
-# --------------------------------------------------------------------------------------------
-# Stopping and going on
-# --------------------------------------------------------------------------------------------
-
-
-def weights(folder):
-    return lm.load_checkpoint(f"{folder}/mnist.pt")["model"]
-
+# ---- Stopping and resuming -----------------------------------------------------------------------
 
 RUNS = {
     "course": ["--optimizer", "momentum", "--schedule", "cosine"],
@@ -186,10 +172,8 @@ RUNS = {
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_run_stopped_anywhere_goes_on_to_the_same_last_bit(toy, kind, monkeypatch):
+def test_a_run_stopped_anywhere_resumes_to_the_last_bit(toy, kind, monkeypatch, small_denoiser):
     flags = [*RUNS[kind], "--data", toy, "--epochs", "2", "--batch_size", "50", "--seed", "3"]
-    small = functools.partial(mnist.Denoiser, width=16, layers=1, heads=2)
-    monkeypatch.setitem(mnist.NETWORKS, "diffusion", small)
     assert mnist.main([*flags, "--out", "straight"]) == 0
     count, stops = mnist.Run.log_step, [2, 5, 6, 9]
 
@@ -205,169 +189,98 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_last_bit(toy, kind, monkeypa
         torch.rand(7)  # what else the process draws does not matter
         codes.append(mnist.main(["--resume", "halting"]))
     assert codes[:4] == [130, 143, 130, 143] and codes[-1] == 0 and not stops
-    for name, value in weights("straight").items():
-        assert value.equal(weights("halting")[name]), name
-    a, b = (lm.load_checkpoint(f"{f}/mnist.pt")["progress"] for f in ("straight", "halting"))
+    assert same_weights("straight", "halting")
+    a, b = (saved(folder)["progress"] for folder in ("straight", "halting"))
     assert a[0] == b[0] and a[3] == b[3]
 
 
-def test_ctrl_c_in_the_shell_saves_and_says_how_to_go_on(toy):
-    process = subprocess.Popen(
-        [sys.executable, "-u", str(ROOT / "mnist.py"), "--data", toy, "--epochs", "100000"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def test_ctrl_c_in_the_shell_saves_and_says_how_to_resume(toy, run):
+    command = [sys.executable, "-u", str(ROOT / "mnist.py"), "--data", toy, "--epochs", "100000"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     while "Test set" not in process.stdout.readline():
         pass
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume out/mnist" in rest
-    step = lm.load_checkpoint("out/mnist/mnist.pt")["progress"][0]
-    epochs = str(step // 5 + 1)
+    epochs = saved("out/mnist")["progress"][0] // 5 + 1
     assert "right  the course's" in run("--resume", "--epochs", epochs)
     err = run("--resume", "--batch_size", "10", code=2)
     assert err.strip().endswith("--batch_size cannot change when resuming out/mnist")
 
 
-def test_no_run_writes_into_anothers_folder(toy):
-    for name in ("mnist", "mnist-2", "mnist-3"):
+def test_no_run_writes_into_another_ones_folder(toy, run):
+    for name in ("mnist", "mnist-2"):
         run("--data", toy, "--epochs", "1")
         assert Path("out", name, "mnist.pt").exists()
     err = run("--data", toy, "--out", "out/mnist-2", code=2)
-    assert "out/mnist-2 holds a run already" in err
-    assert mnist.newest_run("course") == Path("out/mnist-3")
+    assert "out/mnist-2 already holds a run" in err
 
 
-def test_epochs_can_be_added_unless_the_schedule_has_ended(toy):
+def test_a_run_may_get_more_epochs_or_move_but_not_change_its_images(toy, tmp_path):
     flags = ["--data", toy, "--batch_size", "50"]
     mnist.main([*flags, "--epochs", "3", "--out", "straight"])
-    mnist.main([*flags, "--epochs", "1", "--out", "longer"])
-    mnist.main(["--resume", "longer", "--epochs", "3"])
-    for name, value in weights("straight").items():
-        assert value.equal(weights("longer")[name])
+    mnist.main([*flags, "--epochs", "1", "--out", "before"])
+    Path("before").rename("after")
+    mnist.main(["--resume", "after", "--epochs", "3"])
+    assert same_weights("straight", "after") and not Path("before").exists()
     mnist.main([*flags, "--epochs", "1", "--schedule", "cosine", "--out", "ended"])
     with pytest.raises(UserError, match="--epochs cannot change"):
         mnist.main(["--resume", "ended", "--epochs", "2"])
+    for name, content in toy_files(train=400).items():
+        (tmp_path / "toy" / name).write_bytes(content)
+    with pytest.raises(UserError, match="after is a run over 300 images, here are 400"):
+        mnist.main(["--resume", "after", "--epochs", "4"])
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is(toy):
-    mnist.main(["--data", toy, "--epochs", "1", "--out", "before"])
-    Path("before").rename("after")
-    mnist.main(["--resume", "after", "--epochs", "2"])
-    assert not Path("before").exists() and (Path("after") / "wrong.png").exists()
-    assert lm.load_checkpoint("after/mnist.pt")["progress"][0] == 10
-
-
-def test_without_a_name_the_newest_run_goes_on_with_its_own_settings(toy, monkeypatch):
-    small = functools.partial(mnist.Denoiser, width=16, layers=1, heads=2)
-    monkeypatch.setitem(mnist.NETWORKS, "diffusion", small)
-    mnist.main(["--data", toy, "--epochs", "1"])  # finished, and older
-    save, counted = mnist.Run.log_step, []
-
-    def stop(self, *rest):
-        save(self, *rest)
-        counted.append(self.step)
-        if len(counted) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(mnist.Run, "log_step", stop)
-    draws = ["--diffusion", "--steps", "3", "--guidance", "1.5"]
-    assert mnist.main([*draws, "--data", toy, "--epochs", "1"]) == 130
-    args = lm.load_checkpoint("out/mnist-diffusion/mnist.pt")["args"]
+def test_without_a_name_the_newest_run_resumes_with_its_own_settings(toy, small_denoiser):
+    mnist.main(["--data", toy, "--epochs", "1"])  # older
+    flags = ["--diffusion", "--steps", "3", "--guidance", "1.5", "--data", toy, "--epochs", "1"]
+    mnist.main(flags)
+    args, sheet = saved("out/mnist-diffusion")["args"], Path("out/mnist-diffusion/sheet.png")
     assert (args["steps"], args["guidance"]) == (3, 1.5)
-    counted[:] = [1]
-    assert mnist.main(["--resume"]) == 0  # of whatever recipe
-    assert len(counted) > 2 and Path("out/mnist-diffusion/sheet.png").exists()
-    assert mnist.main(["--diffusion", "--resume"]) == 0
+    sheet.unlink()
+    assert mnist.main(["--resume"]) == 0 and sheet.exists()  # of any recipe
     with pytest.raises(UserError, match="--steps cannot change"):
         mnist.main(["--diffusion", "--resume", "--steps", "4"])
 
 
-def test_a_run_goes_on_over_as_many_images_only(toy, tmp_path):
-    mnist.main(["--data", toy, "--epochs", "1", "--out", "run"])
-    for name, content in toy_files(train=400).items():
-        (tmp_path / "toy" / name).write_bytes(content)
-    with pytest.raises(UserError, match="run is a run over 300 images, here are 400"):
-        mnist.main(["--resume", "run", "--epochs", "2", "--data", toy])
+def test_compare_trains_each_of_a_kind_and_draws_them(toy, run):
+    for n, (switch, table) in enumerate(mnist.SWITCHES.items()):
+        output = run("--compare", switch, "--data", toy, "--epochs", "2")
+        assert [line.split()[0] for line in output.splitlines()[1:-1]] == list(table)
+        tree = ElementTree.parse(f"out/mnist-compare{f'-{n + 1}' * (n > 0)}/{switch}.svg")
+        assert len([e for e in tree.iter() if e.tag.endswith("polyline")]) == len(table)
+    assert not list(Path("out").rglob("mnist.pt"))
+    output = run("--compare", "loss", "--lr", "1e9", "--data", toy, "--epochs", "1")
+    assert "the loss is nan" in output and "curves: " in output
+    assert "Try a lower --lr" in run("--lr", "1e9", "--data", toy, "--epochs", "3", code=2)
 
 
-@pytest.mark.parametrize("images", [1, 10, 100, 500, 640])
-def test_a_one_cycle_of_few_steps_is_no_error(tmp_path, images):
-    folder = tmp_path / "few"
-    folder.mkdir()
-    for name, content in toy_files(train=images + 1).items():
-        (folder / name).write_bytes(content)
-    flags = ["--recipe", "fast", "--data", str(folder), "--epochs", "1", "--batch_size", "90"]
-    assert mnist.main([*flags, "--out", "run"]) == 0
-    assert min(rates("onecycle", max(1, images // 90))) >= 0
-
-
-def test_a_damaged_neighbour_is_passed_over(toy, capsys):
-    mnist.main(["--data", toy, "--epochs", "1"])
-    Path("out/broken").mkdir()
-    Path("out/broken/mnist.pt").write_bytes(b"no")
-    assert mnist.newest_run("course") == Path("out/mnist")
-    assert "passed over: out/broken/mnist.pt" in capsys.readouterr().err
-
-
-def test_one_that_diverges_does_not_end_the_comparison(toy):
-    output = run("--compare", "optimizer", "--lr", "1e9", "--data", toy, "--epochs", "2")
-    assert "the loss is nan" in output and Path("out/mnist-compare/optimizer.svg").exists()
-    run("--compare", "loss", "--data", toy, "--epochs", "1")
-    run("--compare", "loss", "--data", toy, "--epochs", "1")
-    assert Path("out/mnist-compare/loss-2.svg").exists()
-
-
-MISTAKES = [
-    (["--epochs", "0"], "--epochs 0 must be above 0 and finite"),
-    (["--lr", "-1"], "--lr -1.0 must be above 0 and finite"),
-    (["--lr", "nan"], "--lr nan must be above 0 and finite"),
-    (["--optimizer", "sdg"], "invalid choice: 'sdg'"),
-    (["--draw", "3 x"], "'x' is no digit"),
-    (["--draw", " "], "no digit to draw"),
-    (["--draw", "7"], "no such run in out/: train it first, python mnist.py --diffusion"),
-    (["--judge", "5"], "no such run in out/: train it first, python mnist.py --recipe fast"),
-    (["--resume"], "no such run in out/: train it first, python mnist.py\n"),
-    (["--resume", "nowhere"], "checkpoint nowhere does not exist"),
-    (["--data", "nowhere"], "--data nowhere is no folder"),
-    (["--draw", "3", "--epochs", "2"], "--epochs means nothing with --draw"),
-    (["--judge", "3", "--out", "x"], "--out means nothing with --judge"),
-    (["--compare", "loss", "--out", "x"], "--out means nothing with --compare"),
-    (["--guidance", "3"], "--guidance means nothing here"),
-    (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
-    (["--compare", "loss", "--recipe", "fast"], "--compare is for the course's network"),
-    (["--diffusion", "--loss", "mse"], "--loss is for reading"),
-]
-
-
-@pytest.mark.parametrize("flags, words", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_2(flags, words):
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--epochs", "0"], "--epochs 0 must be at least 1"),
+        (["--lr", "nan"], "--lr nan must be above 0 and finite"),
+        (["--optimizer", "sdg"], "invalid choice: 'sdg'"),
+        (["--draw", "3 x"], "'x' is not a digit"),
+        (["--draw", " "], "there is no digit to draw"),
+        (["--draw", "7"], "no such run in out/: train it first, python mnist.py --diffusion"),
+        (["--judge", "5"], "no such run in out/: train it first, python mnist.py --recipe fast"),
+        (["--resume", "nowhere"], "--resume nowhere: there is no nowhere/mnist.pt"),
+        (["--data", "nowhere"], "--data nowhere has no train-images-idx3-ubyte"),
+        (["--draw", "3", "--epochs", "2"], "--epochs has no effect with draw"),
+        (["--compare", "loss", "--recipe", "fast"], "--recipe has no effect with compare"),
+        (["--guidance", "3"], "--guidance has no effect with course"),
+        (["--diffusion", "--loss", "mse"], "--loss has no effect with diffusion"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, flags, words):
     err = run(*flags, code=2)
-    assert words in err
-    if "usage:" not in err:
-        assert err.count("\n") == 1 and err.startswith("mnist.py: ")
+    assert words in err and err.count("\n") == 1
 
 
-def test_a_loss_that_is_no_number_stops_the_run(toy):
-    err = run("--data", toy, "--lr", "1e9", "--epochs", "3", code=2)
-    assert "the loss is nan" in err and "lower --lr" in err
-
-
-def test_the_font_draws_each_character_as_it_looks():
-    area = np.zeros((10, 14), np.uint8)
-    mnist.stamp(area, "7>", 9)
-    rows = ["".join(".#"[int(v > 0)] for v in row[::2]) for row in area[::2]]
-    assert rows == ["###.#..", "..#..#.", "..#...#", "..#..#.", "..#.#.."]
-    assert set(area.ravel().tolist()) == {0, 9}
-    for digit in "0123456789":  # all different
-        one = np.zeros((10, 6), np.uint8)
-        mnist.stamp(one, digit, 1)
-        assert 5 * 4 <= one.sum() <= 13 * 4
-    untouched = area.copy()
-    mnist.stamp(area, "", 5)
-    assert (area == untouched).all()
-
+# ---- Pictures ------------------------------------------------------------------------------------
 
 def test_a_sheet_holds_its_tiles_in_reading_order():
     tiles = np.arange(1, 6, dtype=np.uint8)[:, None, None] * np.ones((5, 3, 4), np.uint8)
@@ -376,11 +289,10 @@ def test_a_sheet_holds_its_tiles_in_reading_order():
     for i in range(5):
         row, column = divmod(i, 2)
         assert (page[8 * row : 8 * row + 6, 10 * column : 10 * column + 8] == i + 1).all()
-    assert mnist.sheet(tiles, 2, 8, captions=["1>2"] * 5).shape == (3 * 42, 2 * 34)
 
 
 class Fixed(nn.Module):
-    """Reads every image as the number written in its first pixel."""
+    """Reads every image as the number in its first pixel, as surely as its second one says."""
 
     def __init__(self):
         super().__init__()
@@ -390,56 +302,38 @@ class Fixed(nn.Module):
         return F.one_hot(images[:, 0, 0].long(), 10) * images[:, 0, 1, None]
 
 
-def test_the_pictures_show_what_was_read_as_what(tmp_path, monkeypatch):
-    labels = torch.tensor([0, 1, 1, 2, 2, 2])
+def test_the_pictures_show_what_was_read_as_what(tmp_path, capsys):
+    labels, read = torch.tensor([0, 1, 1, 2, 2, 2]), torch.tensor([0, 1, 7, 5, 5, 9])
     images = torch.zeros(6, 28, 28)
-    images[:, 0, 0] = torch.tensor([0, 1, 7, 2, 5, 9])  # three errors
-    images[:, 0, 1] = torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 2.0])  # the surest: 2 as 5
-    seen = {}
-    real = mnist.sheet
-
-    def sheet(tiles, columns, scale=1, captions=()):
-        seen["captions"] = captions or seen.get("captions")
-        return real(tiles, columns, scale, captions)
-
-    monkeypatch.setattr(mnist, "sheet", sheet)
-    monkeypatch.setattr(
-        mnist, "confusion_sheet", lambda counts: seen.update(counts=counts) or counts.astype("u1")
-    )
+    images[:, 0, 0], images[:, 0, 1] = read, torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 2.0])
     mnist.write_pictures(tmp_path, Fixed(), images, labels)
-    assert seen["captions"] == ["2>5", "2>9", "1>7"]
-    want = np.zeros((10, 10), int)
-    for true, read in zip(labels.tolist(), [0, 1, 7, 2, 5, 9]):
-        want[true, read] += 1
-    assert (seen["counts"] == want).all()
+    assert "errors: 2 read as 5 (2 times), " in capsys.readouterr().out
+    picture = np.array(Image.open(tmp_path / "confusion.png"))
+    assert picture.shape == (340, 340)
+    shades = {(1, 7): 180, (2, 9): 180, (2, 5): 255}  # the square root of the share
+    cells = itertools.product(range(10), repeat=2)
+    assert all(picture[34 * i, 34 * j] == shades.get((i, j), 0) for i, j in cells)
+    wrong = mnist.grey(images[[4, 5, 2, 3]])  # the surest first
+    picture = np.array(Image.open(tmp_path / "wrong.png"))
+    assert all((picture[:56:2, 58 * n : 58 * n + 56 : 2] == wrong[n]).all() for n in range(2))
+    (tmp_path / "wrong.png").unlink()
+    mnist.write_pictures(tmp_path, Fixed(), images, read)
+    assert not (tmp_path / "wrong.png").exists() and "errors: none" in capsys.readouterr().out
 
 
-def test_a_reader_without_errors_still_gets_its_pictures(tmp_path):
-    labels, images = torch.tensor([0, 1]), torch.zeros(2, 28, 28)
-    images[:, 0] = torch.tensor([[0.0], [1.0]])
-    mnist.write_pictures(tmp_path, Fixed(), images, labels)
-    assert Image.open(tmp_path / "confusion.png").size == (11 * 46, 11 * 26)
-
-
-# --------------------------------------------------------------------------------------------
-# The fast reader
-# --------------------------------------------------------------------------------------------
-
+# ---- The fast reader -----------------------------------------------------------------------------
 
 def test_distorted_digits_stay_near_where_they_were():
     torch.manual_seed(0)
     x = torch.full((500, 28, 28), -0.4)
     x[:, 13:15, 13:15] = 2.0
     moved = mnist.distort(x)
-    assert moved.shape == x.shape and not moved.equal(x)
     light = (moved + 0.4).clamp(min=0)
-    ticks = torch.arange(28.0)
-    cx = (light.sum(1) * ticks).sum(1) / light.sum((1, 2)) - 13.5
+    cx = (light.sum(1) * torch.arange(28.0)).sum(1) / light.sum((1, 2)) - 13.5
     assert cx.abs().max() < 0.15 * 14 / 0.85 + 0.5 and cx.abs().mean() > 0.5
     assert cx.mean().abs() < 0.2  # as often to the left as to the right
     assert (moved[:, 0] + 0.4).abs().max() < 1e-5  # nothing comes in from outside
-    again = mnist.distort(x)
-    assert not again.equal(moved)
+    assert not mnist.distort(x).equal(moved)
 
 
 def test_the_test_images_are_read_once_and_never_while_training(toy, monkeypatch):
@@ -449,52 +343,22 @@ def test_the_test_images_are_read_once_and_never_while_training(toy, monkeypatch
     assert names == [("validation", 25), ("validation", 25), ("test", 100)]
 
 
-def test_compare_runs_each_of_a_kind_and_draws_them(toy):
-    for switch, table in mnist.SWITCHES.items():
-        output = run("--compare", switch, "--data", toy, "--epochs", "2")
-        assert [line.split()[0] for line in output.splitlines()[1:-1]] == list(table)
-        tree = ElementTree.parse(f"out/mnist-compare/{switch}.svg")
-        assert len([e for e in tree.iter() if e.tag.endswith("polyline")]) == len(table)
-    assert not list(Path("out").rglob("mnist.pt"))
-
-
-# --------------------------------------------------------------------------------------------
-# Drawing
-# --------------------------------------------------------------------------------------------
-
+# ---- Drawing -------------------------------------------------------------------------------------
 
 def denoiser(**shape):
     torch.manual_seed(0)
     return mnist.Denoiser(**(dict(width=32, layers=2, heads=2) | shape)).eval()
 
 
-def test_patches_come_out_where_they_went_in():
-    """At first the blocks add nothing: each patch of the output then depends on the same patch of
-    the input, and on no other."""
-    net, x = denoiser(), torch.randn(1, 28, 28)
-    p = mnist.PATCH
-    base = net(x, torch.tensor([0.5]), torch.tensor([3]))
-    for row, column in ((0, 0), (1, 3), (28 // p - 1, 2)):
-        place = (0, slice(p * row, p * row + p), slice(p * column, p * column + p))
-        changed = x.detach().clone()
-        changed[place] += torch.randn(p, p)
-        moved = net(changed, torch.tensor([0.5]), torch.tensor([3])) != base
-        assert moved[place].all()
-        moved[place] = False
-        assert not moved.any()
-
-
 def test_pixels_keep_their_order():
     p = mnist.PATCH**2
     net = denoiser(width=p + -p % 4)  # an even head size
     with torch.no_grad():
+        for parameter in (net.position, *net.condition.parameters()):
+            parameter.zero_()
         for layer in (net.patch, net.pixels):
             layer.weight.copy_(torch.eye(*layer.weight.shape))
             layer.bias.zero_()
-        net.position.zero_()
-        for condition in net.condition:
-            condition.weight.zero_()
-            condition.bias.zero_()
     net.norm = nn.Identity()
     x = torch.randn(2, 28, 28)
     torch.testing.assert_close(net(x, torch.rand(2), torch.tensor([1, 2])), x)
@@ -523,71 +387,52 @@ class Perfect(nn.Module):
         return self.images[labels]
 
 
-def test_a_perfect_denoiser_draws_exactly_its_image():
+@pytest.mark.parametrize("steps, guidance", [(1, 1), (7, 1), (40, 1), (9, 3)])
+def test_a_perfect_denoiser_draws_exactly_its_image(steps, guidance):
     net, labels = Perfect(), torch.tensor([3, 9, 3])
-    for steps in (1, 7, 40):
-        torch.testing.assert_close(
-            mnist.draw(net, labels, steps, guidance=1.0, seed=5), net.images[labels].detach(),
-            atol=1e-4, rtol=1e-4,
-        )
-    further = net.images[10] + 3.0 * (net.images[labels] - net.images[10])
-    torch.testing.assert_close(
-        mnist.draw(net, labels, 9, guidance=3.0), further.detach(), atol=1e-4, rtol=1e-4
-    )
+    wanted = (net.images[10] + guidance * (net.images[labels] - net.images[10])).detach()
+    drawn = mnist.draw(net, labels, steps, guidance=guidance, seed=5)
+    torch.testing.assert_close(drawn, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_drawing_depends_on_the_seed_alone():
-    net, labels = denoiser(), torch.arange(4)
-    nn.init.normal_(net.pixels.weight)
-    a, b = (mnist.draw(net, labels, 3, seed=1) for _ in range(2))
-    assert a.equal(b) and not a.equal(mnist.draw(net, labels, 3, seed=2))
+def test_the_flow_loss_is_the_squared_error_of_the_velocity():
+    images, seen = Perfect().images[0].detach().expand(2000, 28, 28), {}
+    labels = torch.zeros(2000, dtype=torch.long)
 
+    def guess(x, t, labels, error=0.0):
+        seen.update(x=x, t=t[:, None, None], labels=labels)
+        return images + error
 
-def test_the_flow_loss_is_zero_for_who_knows_the_image():
-    net, labels = Perfect(), torch.zeros(2000, dtype=torch.long)
-    images, seen = net.images[0].detach().expand(2000, 28, 28), {}
-
-    class Spy(nn.Module):
-        def forward(self, x, t, labels):
-            seen.update(x=x, t=t, labels=labels)
-            return images + seen.get("error", 0.0)
-
-    assert mnist.flow_loss(Spy(), images, labels).item() == 0
-    x, t = seen["x"], seen["t"][:, None, None]
-    noise, early = (x - t * images) / (1 - t), seen["t"] < 0.9
-    assert abs(noise[early].mean()) < 0.02 and noise[early].std() == pytest.approx(1, abs=0.02)
+    assert mnist.flow_loss(guess, images, labels).item() == 0
+    x, t = seen["x"], seen["t"]
+    noise = ((x - t * images) / (1 - t))[t.flatten() < 0.9]
+    assert abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(1, abs=0.02)
     assert t.mean() == pytest.approx(0.5, abs=0.03) and t.min() > 0 and t.max() < 1
     assert (seen["labels"] == mnist.NOBODY).float().mean() == pytest.approx(0.1, abs=0.03)
-    seen["error"] = 0.5  # of the image: 0.5 / (1 - t) of the velocity
-    loss = mnist.flow_loss(Spy(), images, labels).item()
-    velocity = (images + 0.5 - seen["x"]) / (1 - seen["t"][:, None, None]).clamp(min=0.05)
-    right = (images - seen["x"]) / (1 - seen["t"][:, None, None]).clamp(min=0.05)
-    assert loss == pytest.approx(F.mse_loss(velocity, right).item(), rel=1e-4)
+    loss = mnist.flow_loss(functools.partial(guess, error=0.5), images, labels).item()
+    velocities = ((image - seen["x"]) / (1 - seen["t"]).clamp(min=0.05)
+                  for image in (images + 0.5, images))  # fmt: skip
+    assert loss == pytest.approx(F.mse_loss(*velocities).item(), rel=1e-4)
 
 
 def test_digits_in_any_script():
     assert mnist.digits_of("3 14") == [3, None, 1, 4]
     assert mnist.digits_of("三　１〇") == [3, None, 1, 0]
     for bad in ("3,1", "½", "十", "-1", "三十"):
-        with pytest.raises(UserError, match="is no digit"):
+        with pytest.raises(UserError, match="is not a digit"):
             mnist.digits_of(bad)
 
 
-def test_learning_to_draw_and_drawing_from_the_shell(toy):
-    small = ["--data", toy, "--epochs", "1", "--batch_size", "100", "--steps", "2"]
-    output = run("--diffusion", *small)
+def test_learning_to_draw_and_drawing(toy, run, small_denoiser):
+    small = ["--data", toy, "--epochs", "1", "--batch_size", "100"]
+    output = run("--diffusion", *small, "--steps", "2")
     assert "Test set: Average loss" in output and "sheet.png" in output
     assert Image.open("out/mnist-diffusion/sheet.png").size == (10 * 58, 10 * 58)
     output = run("--draw", "3 1七", "--steps", "2")
     assert "out/mnist-diffusion/draw-3-17.png" in output
     assert Image.open("out/mnist-diffusion/draw-3-17.png").size == (4 * 112, 112)
-    run("--recipe", "fast", "--data", toy, "--epochs", "1")
-    output = run("--judge", "20", "--steps", "2")
-    counts = [line.split() for line in output.splitlines()]
-    assert [row[2:4] for row in counts[:10]] == [["2", "read"] for _ in range(10)] or (
-        [row[3] for row in counts[:10]] == ["2"] * 10
-    )
-    assert " of 20 (" in counts[10][0] + " " + " ".join(counts[10][1:])
+    run("--recipe", "fast", *small)
+    assert " of 20 (" in run("--judge", "20", "--steps", "2")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")

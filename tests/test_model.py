@@ -21,10 +21,10 @@ sys.path.insert(0, str(ROOT))
 import model as lm
 from data import costs
 from data.cli import UserError
-from data.tensors import fit_error
 from model import Config, KVCache, Transformer
 
 V, CONTEXT = 50, 16
+KEY = "blocks.1.attention.k.weight"
 same = torch.testing.assert_close
 
 
@@ -43,55 +43,30 @@ def some_ids(B=2, T=CONTEXT, seed=1):
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-def run_model_py(*arguments):
-    command = [sys.executable, str(ROOT / "model.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60)
-
-
 # --------------------------------------------------------------------------------------------
 # Configuration and what a shape costs
 # --------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_the_novel_presets_parameters():
-    done = run_model_py("--preset", "novel")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith("140,573,600 parameters")
-
-
-def test_an_unknown_preset_is_one_line_and_exit_code_2():
-    done = run_model_py("--preset", "gpt9")
-    assert done.returncode == 2 and done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert "gpt9" in line and "gpt2" in line
-
-
-@pytest.mark.parametrize("name, total", [("gpt2", 124_439_808), ("gpt2-xl", 1_557_611_200)])
-def test_known_shapes_have_their_known_parameters(name, total):
-    assert lm.count_parameters(lm.meta_model(lm.preset(name)))["total"] == total
-
-
-@pytest.mark.parametrize("name", lm.PRESETS)
-def test_the_parts_sum_to_the_total(name):
-    model = lm.meta_model(lm.preset(name))
-    parts = lm.count_parameters(model)
-    total = parts.pop("total")
-    assert total == sum(parts.values()) == sum(p.numel() for p in model.parameters())
+@pytest.mark.parametrize(
+    "name, total",
+    dict(tiny=3_549_600, novel=140_573_600, gpt2=124_439_808).items(),
+)
+def test_known_shapes_have_their_known_parameters(name, total, capsys):
+    parts = lm.count_parameters(lm.meta_model(lm.preset(name)))
+    assert parts.pop("total") == total == sum(parts.values())
+    lm.main(["--preset", name, "--tokens", "1000", "--world", "8", "--shard"])
+    out = capsys.readouterr().out
+    assert f"\n{name}: {total:,} parameters\n" in out and "nats a token" in out
 
 
 def test_the_table_counts_each_part_by_hand():
     parts = lm.count_parameters(
         lm.meta_model(Config(vocab_size=10, n_layer=2, n_head=2, n_kv_head=1, d_model=8, d_ff=12))
     )
-    assert parts == {
-        "embedding": 80,
-        "positions": 0,
-        "attention": 2 * (64 + 32 + 32 + 64),
-        "feed-forward": 2 * 3 * 8 * 12,
-        "norms": 5 * 8,
-        "head": 80,
-        "total": 80 + 384 + 576 + 40 + 80,
-    }
+    attention, feed_forward, norms = 2 * (64 + 32 + 32 + 64), 2 * 3 * 8 * 12, 5 * 8
+    assert list(parts.values()) == [80, 0, attention, feed_forward, norms, 80, sum((
+        80, attention, feed_forward, norms, 80))]  # fmt: skip
 
 
 def test_chinchilla_loss_is_the_papers_formula():
@@ -106,7 +81,7 @@ def test_tables_for_values_and_pairs_by_hand():
     """v = W x + values[id], x = norm(embedding) + pairs[row]; both tables start at zero."""
     ids, shape = torch.tensor([[3, 5, 5, 1]]), dict(value_embed=True, bigram=7, embed_norm=True)
     new = Transformer(lm.preset("tiny", n_layer=1))
-    assert not new.value_embed.weight.any() and not new.bigram.weight.any()
+    assert not new.value_embed.weight.any() and not new.inputs.bigram.weight.any()
     model, seen = build(n_layer=1, **shape), {}
     block = model.blocks[0]
     block.norm1.register_forward_hook(lambda m, args, out: seen.update(x=args[0], norm=out))
@@ -117,13 +92,13 @@ def test_tables_for_values_and_pairs_by_hand():
     finally:
         lm.attention = attend
     rows = [(a * 36313 ^ b * 27191) % 7 for a, b in ((3, 3), (3, 5), (5, 5), (5, 1))]
-    same(seen["x"], model.embed_norm(model.embed(ids)) + model.bigram.weight[rows])
+    same(seen["x"], model.embed_ids(ids) + model.inputs.bigram.weight[rows])
     v = block.attention.v(seen["norm"]) + model.value_embed(ids)
     same(seen["v"], v.view(1, 4, -1, model.config.head_size).transpose(1, 2))
 
 
 def candidate(ids, t):
-    """`copy_candidates` for one place, by looking back."""
+    """`copy_candidates` of one position, by looking back."""
     for n in range(lm.LONGEST_MATCH, 0, -1):
         for j in range(t - 1, n - 2, -1):
             if t >= n - 1 and ids[j - n + 1 : j + 1] == ids[t - n + 1 : t + 1]:
@@ -131,21 +106,13 @@ def candidate(ids, t):
     return 0, 0
 
 
-@pytest.mark.parametrize("S", [1, 2, 3, 40])
+@pytest.mark.parametrize("S", [1, 2, 3, 40, 4000])
 def test_candidates_to_copy_are_found_by_looking_back(S):
     ids = torch.cat([torch.randint(2, (3, S)), torch.randint(6, (3, S))])
-    wanted = torch.tensor([[candidate(row, t) for t in range(S)] for row in ids.tolist()])
-    found = torch.stack(lm.copy_candidates(ids, torch.arange(S).expand(6, S)), dim=-1)
-    assert torch.equal(found, wanted)
-    at = torch.randint(S, (6, 1))
-    some = torch.stack(lm.copy_candidates(ids, at), dim=-1)
-    assert torch.equal(some[:, 0], wanted[range(6), at[:, 0]])
-
-
-def test_candidates_are_found_in_long_rows_too():
-    ids, at = torch.randint(9, (1, 4000)), torch.tensor([[3999, 1234]])
-    wanted = [candidate(ids[0].tolist(), t) for t in at[0]]
-    assert torch.stack(lm.copy_candidates(ids, at), dim=-1)[0].tolist() == [list(w) for w in wanted]
+    positions = torch.randint(S, (6, 1)) if S > 40 else torch.arange(S).expand(6, S)
+    rows = zip(ids.tolist(), positions.tolist())
+    expected = [[candidate(row, t) for t in positions] for row, positions in rows]
+    assert torch.equal(torch.stack(lm.copy_candidates(ids, positions), -1), torch.tensor(expected))
 
 
 def test_a_grown_vocabulary_has_rows_for_values_too():
@@ -162,67 +129,27 @@ def test_flops_per_token_by_hand():
     assert lm.flops_per_token(plain) == 6 * (2 * (192 + 192) + 80) + 12 * 2 * 8 * 16
 
 
-def test_a_prediction_needs_tokens():
-    assert "nats a token" in lm.report("tiny", lm.preset("tiny"), tokens=1000)
-    with pytest.raises(UserError, match="--tokens 0"):
-        lm.main(["--tokens", "0"])
-
-
-BAD_VALUES = {
-    "position": "alibi",
-    "norm": "batchnorm",
-    "activation": "mish",
-    "init": "xavier",
-    "vocab_size": 0,
-    "n_layer": 0,
-    "n_head": 0,
-    "d_model": 0,
-    "context": 0,
-    "head_size": -2,
-    "d_ff": 0,
-    "n_kv_head": 3,
-    "dropout": 1.0,
-}
-
-
-@pytest.mark.parametrize("field", BAD_VALUES)
-def test_a_bad_value_is_named(field):
-    value = BAD_VALUES[field]
-    with pytest.raises(UserError) as error:
-        Config(**{field: value})
-    assert field.replace("_", " ") in str(error.value).replace("_", " ")
-    assert str(value) in str(error.value) and "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize(
-    "field, value",
+    "fields, message",
     [
-        ("n_kv_head", -2),
-        ("n_kv_head", 0),  # None alone means "derived"
-        ("head_size", 0),
-        ("dropout", -0.1),
-        ("dropout", math.nan),
-        ("rope_theta", 0.0),  # would be NaN at position 0
-        ("eps", -1.0),
+        *((dict([pair]), "{} .*{}".format(*pair)) for pair in [
+            ("position", "alibi"), ("norm", "batch"), ("activation", "mish"), ("init", "xavier"),
+            ("vocab_size", 0), ("n_layer", 0), ("n_head", 0), ("d_model", 0), ("context", 0),
+            ("n_kv_head", 0), ("n_kv_head", -2), ("head_size", 0), ("head_size", -2), ("d_ff", 0),
+            ("n_kv_head", 3), ("dropout", 1.0), ("dropout", -0.1), ("dropout", math.nan),
+            ("rope_theta", 0.0), ("eps", -1.0), ("bigram", -1),
+        ]),
+        (dict(d_model=30), "d_model 30 .* n_head 4"),
+        (dict(head_size=5), "rope .* 5"),
+        (dict(tied=True, head_bias=True), "tied .* head_bias"),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), "yarn"),
+        (dict(rope_scaling=dict(rope_type="linear", factor=0.0)), "factor"),
     ],
-)
-def test_a_value_below_its_range_is_named(field, value):
-    with pytest.raises(UserError, match=rf"{field}.* {value}"):
-        Config(**{field: value})
-
-
-@pytest.mark.parametrize(
-    "fields, words",
-    [
-        (dict(d_model=30), ("d_model 30", "n_head 4")),
-        (dict(head_size=5), ("rope", "5")),
-        (dict(tied=True, head_bias=True), ("tied", "head_bias")),
-    ],
-)
-def test_a_bad_combination_is_named(fields, words):
-    with pytest.raises(UserError) as error:
+)  # fmt: skip
+def test_a_bad_value_or_combination_is_named(fields, message):
+    with pytest.raises(UserError, match=message) as error:
         Config(**fields)
-    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
 
 
 def test_a_config_survives_a_dict_and_refuses_an_unknown_field():
@@ -293,13 +220,6 @@ def test_attention_equals_the_reference_with_its_gradients(nkv, T, S, seen):
         same(plain, reference, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("T, S", [(9, 9), (1, 9), (4, 9)])
-@pytest.mark.parametrize("nkv", [4, 2, 1])
-def test_attention_in_float32_equals_the_reference(nkv, T, S):
-    q, k, v = qkv(nkv, T, S, torch.float32)
-    same(lm.attention(q, k, v).double(), reference_attention(q, k, v), rtol=1e-5, atol=1e-5)
-
-
 def test_only_a_block_that_is_not_causal_looks_ahead():
     c, x = Config(n_head=4, d_model=32), torch.randn(1, 6, 32)
     later = x.clone()
@@ -319,33 +239,6 @@ def test_attention_dropout_keeps_the_mean(f):
     assert y.mean().item() == pytest.approx(1, abs=0.05) and y.std() > 0.1
 
 
-def test_rope_equals_llamas():
-    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    from transformers import LlamaConfig
-
-    T, nh, hs, theta = 40, 3, 8, 50_000.0
-    config = LlamaConfig(
-        hidden_size=nh * hs,
-        num_attention_heads=nh,
-        max_position_embeddings=T,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-    )
-    q, k = torch.randn(2, nh, T, hs), torch.randn(2, 1, T, hs)
-    theirs = llama.LlamaRotaryEmbedding(config)(q, torch.arange(T)[None])
-    expected = llama.apply_rotary_pos_emb(q, k, *theirs)
-    tables = lm.rope_tables(T, hs, theta)
-    for x, y in zip((q, k), expected):
-        same(lm.apply_rope(x, *tables), y, rtol=1e-5, atol=1e-5)
-
-
-def test_rope_turns_without_stretching():
-    x = torch.randn(2, 3, 30, 8)
-    y = lm.apply_rope(x, *lm.rope_tables(30, 8, 10_000.0))
-    same(y.norm(dim=-1), x.norm(dim=-1))
-    same(y[:, :, 0], x[:, :, 0])  # position 0 is not turned
-    assert (y[:, :, 1:] - x[:, :, 1:]).abs().amax(-1).min() > 1e-3
-
-
 def test_rope_dot_products_know_only_the_distance():
     torch.manual_seed(0)
     q, k = torch.randn(8).expand(1, 1, 30, 8), torch.randn(8).expand(1, 1, 30, 8)
@@ -357,131 +250,14 @@ def test_rope_dot_products_know_only_the_distance():
     assert (dots[0, 5] - dots[0, 6]).abs() > 1e-3
 
 
-def test_rmsnorm_equals_torchs_and_llamas():
-    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    x, weight = torch.randn(3, 5, 24), torch.randn(24)
-    ours, torchs, theirs = (
-        lm.RMSNorm(24, 1e-3, True),
-        nn.RMSNorm(24, 1e-3),
-        llama.LlamaRMSNorm(24, 1e-3),
-    )
-    for norm in (ours, torchs, theirs):
-        norm.weight.data.copy_(weight)
-    same(ours(x), torchs(x))
-    same(ours(x), theirs(x))
-    same(lm.RMSNorm(24, 1e-3, False)(x) * weight, ours(x))
-
-
-def test_the_swiglu_feed_forward_equals_llamas():
-    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    from transformers import LlamaConfig
-
-    ours = lm.FeedForward(Config(n_head=4, d_model=24, d_ff=56, activation="swiglu"))
-    shape = dict(hidden_size=24, intermediate_size=56, num_attention_heads=4)
-    theirs = llama.LlamaMLP(LlamaConfig(**shape))
-    names = {"up": "up_proj", "gate": "gate_proj", "down": "down_proj"}
-    for our_name, their_name in names.items():
-        getattr(theirs, their_name).weight.data.copy_(getattr(ours, our_name).weight.data)
-    x = torch.randn(2, 7, 24)
-    same(ours(x), theirs(x))
-
-
-@pytest.mark.parametrize("C", [32, 64])
+@pytest.mark.parametrize("C", [5, 64])
 def test_the_sinusoids_are_the_courses(C):
     position = torch.arange(0, 128, dtype=torch.float).unsqueeze(1)
     div = torch.exp(torch.arange(0, C, 2).float() * (-math.log(10000.0) / C))
     pe = torch.zeros(128, C)
     pe[:, 0::2] = torch.sin(position * div)
-    pe[:, 1::2] = torch.cos(position * div)
+    pe[:, 1::2] = torch.cos(position * div)[:, : C // 2]
     same(lm.sinusoid_table(128, C), pe, rtol=0, atol=5e-5)
-
-
-def test_an_odd_width_has_sinusoids_too():
-    assert lm.sinusoid_table(4, 5).shape == (4, 5)
-
-
-# --------------------------------------------------------------------------------------------
-# The whole model against other people's
-# --------------------------------------------------------------------------------------------
-
-
-def their_logits(theirs, state, ids, allowed_missing=()):
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert set(missing) <= set(allowed_missing) and not unexpected
-    with torch.no_grad():
-        return theirs.eval()(input_ids=ids).logits
-
-
-def test_a_gpt2_shape_equals_transformers_gpt2():
-    transformers = pytest.importorskip("transformers")
-    c = dict(position="learned", norm="layernorm", activation="gelu_tanh", init="gpt2")
-    ours = build(**c, qkv_bias=True, out_bias=True, ff_bias=True, tied=True)
-    s = ours.state_dict()
-    state = {"transformer.wte.weight": s["embed.weight"], "lm_head.weight": s["embed.weight"]}
-    state["transformer.wpe.weight"] = s["position.weight"]
-    for kind in ("weight", "bias"):
-        state[f"transformer.ln_f.{kind}"] = s[f"norm.{kind}"]
-        for i in range(2):
-            a, h = f"blocks.{i}.", f"transformer.h.{i}."
-            matrices = {
-                "attn.c_attn": torch.cat([s[f"{a}attention.{n}.{kind}"] for n in "qkv"]),
-                "attn.c_proj": s[f"{a}attention.out.{kind}"],
-                "mlp.c_fc": s[f"{a}feed_forward.up.{kind}"],
-                "mlp.c_proj": s[f"{a}feed_forward.down.{kind}"],
-            }
-            for name, x in matrices.items():  # their Conv1D holds (in, out), a Linear (out, in)
-                state[f"{h}{name}.{kind}"] = x.T if kind == "weight" else x
-            state[f"{h}ln_1.{kind}"] = s[f"{a}norm1.{kind}"]
-            state[f"{h}ln_2.{kind}"] = s[f"{a}norm2.{kind}"]
-    config = transformers.GPT2Config(
-        vocab_size=V, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4, n_inner=40
-    )
-    ids = some_ids()
-    theirs = their_logits(transformers.GPT2LMHeadModel(config), state, ids)
-    same(ours(ids), theirs, rtol=1e-4, atol=1e-4)
-
-
-LLAMAS = {  # what each family changes in our Config
-    "Llama": dict(),
-    "Qwen2": dict(qkv_bias=True),
-    "Qwen3": dict(qk_norm=True, head_size=12),
-}
-
-
-@pytest.mark.parametrize("family", LLAMAS)
-def test_a_llama_shape_equals_transformers(family):
-    transformers = pytest.importorskip("transformers")
-    ours = build(n_kv_head=2, rope_theta=500_000.0, eps=1e-6, **LLAMAS[family])
-    names = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
-    names |= {f"attention.{n}": f"self_attn.{n}_proj" for n in "qkv"}
-    names |= {"attention.out": "self_attn.o_proj"}
-    names |= {f"attention.{n}_norm": f"self_attn.{n}_norm" for n in "qk"}
-    names |= {f"feed_forward.{n}": f"mlp.{n}_proj" for n in ("up", "gate", "down")}
-    state = {}
-    for name, tensor in ours.state_dict().items():
-        module, kind = name.rsplit(".", 1)
-        if module.startswith("blocks."):
-            _, i, part = module.split(".", 2)
-            state[f"model.layers.{i}.{names[part]}.{kind}"] = tensor
-        else:
-            top = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-            state[f"{top[module]}.{kind}"] = tensor
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=V,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=ours.config.head_size,
-        max_position_embeddings=CONTEXT,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-        tie_word_embeddings=False,
-    )
-    ids = some_ids()
-    theirs = their_logits(getattr(transformers, f"{family}ForCausalLM")(config), state, ids)
-    same(ours(ids), theirs, rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------
@@ -509,7 +285,7 @@ def full_loss(x, weight, bias, targets):
     return F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=-100)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 5, 10, 256])
+@pytest.mark.parametrize("rows", [1, 3, 256])
 @pytest.mark.parametrize("ignored", [0, 4])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_the_loss_is_cross_entropy_with_its_gradients(monkeypatch, rows, ignored, with_bias):
@@ -525,34 +301,23 @@ def test_the_loss_is_cross_entropy_with_its_gradients(monkeypatch, rows, ignored
         same(ours, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_no_target_at_all_is_no_loss_and_no_gradient(few_rows):
-    x, weight, bias, targets = loss_inputs(ignored=14)
-    loss = lm.chunked_loss(x, weight, bias, targets)
-    loss.backward()
-    assert loss.item() == 0
-    for p in (x, weight, bias):
-        assert torch.equal(p.grad, torch.zeros_like(p))
-
-
-@pytest.mark.parametrize("frozen", [0, 1, 2])
-def test_a_frozen_part_gets_no_gradient_and_the_others_theirs(few_rows, frozen):
+@pytest.mark.parametrize("frozen", [None, 0, 1, 2])
+@pytest.mark.parametrize("ignored", [4, 14])
+def test_a_frozen_part_gets_no_gradient_and_the_others_theirs(few_rows, frozen, ignored):
     results = []
     for f in (lm.chunked_loss, full_loss):
-        *parts, targets = loss_inputs()
-        parts[frozen].requires_grad_(False)
-        f(*parts, targets).backward()
-        assert parts[frozen].grad is None
-        results.append([p.grad for i, p in enumerate(parts) if i != frozen])
-    for ours, expected in zip(*results):
-        same(ours, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_without_grad_the_loss_is_the_same_and_keeps_nothing(few_rows):
-    inputs = loss_inputs()
-    with torch.no_grad():
-        loss = lm.chunked_loss(*inputs)
-    assert not loss.requires_grad
-    same(loss, full_loss(*inputs).detach(), rtol=1e-12, atol=0)
+        *parts, targets = loss_inputs(ignored=ignored)
+        if frozen is not None:
+            parts[frozen].requires_grad_(False)
+        loss = f(*parts, targets)
+        loss.backward()
+        with torch.no_grad():
+            same(f(*parts, targets), loss.detach())
+        results.append((loss, *(p.grad for p in parts)))
+    for i, (ours, expected) in enumerate(zip(*results)):
+        assert ours is expected is None if i - 1 == frozen else True
+        if ours is not None:
+            same(ours, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_going_backward_twice_is_an_error_and_not_a_wrong_gradient(few_rows):
@@ -618,9 +383,9 @@ import torch.nn.functional as F
 def peak():
     return next(int(s.split()[1]) for s in open("/proc/self/status") if s.startswith("VmHWM"))
 
-x = torch.randn(2048, 512, requires_grad=True)
-weight = torch.empty(100256, 512).normal_(std=0.02).requires_grad_()
-targets = torch.randint(100256, (2048,))
+x = torch.randn(2048, 64, requires_grad=True)
+weight = torch.empty(40000, 64).normal_(std=0.02).requires_grad_()
+targets = torch.randint(40000, (2048,))
 def full(x, weight, bias, targets):
     return F.cross_entropy(F.linear(x, weight), targets, reduction="sum")
 
@@ -632,6 +397,7 @@ for f in (lm.chunked_loss, full):  # the smaller first: a peak never comes down
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read in /proc")
 def test_the_loss_takes_at_most_two_fifths_of_the_memory():
     done = subprocess.run(
@@ -639,7 +405,7 @@ def test_the_loss_takes_at_most_two_fifths_of_the_memory():
     )
     assert done.returncode == 0, done.stderr
     ours, full = map(int, done.stdout.split())
-    assert full > 1_500_000  # kB: the full logits and their gradient were really there
+    assert full > 600_000  # kB: the full logits and their gradient were really there
     assert ours <= 0.40 * full, (ours, full)
 
 
@@ -657,7 +423,7 @@ def test_cached_logits_equal_uncached(position, n_kv_head, chunks):
     cache = KVCache(model, 2)
     parts = [model(piece, cache=cache) for piece in ids.split(chunks, dim=1)]
     same(torch.cat(parts, dim=1), model(ids), rtol=1e-5, atol=1e-5)
-    assert cache.length == CONTEXT
+    assert cache.lengths.tolist() == [CONTEXT] * 2
 
 
 @torch.no_grad()
@@ -669,7 +435,7 @@ def test_more_tokens_than_the_context_are_refused():
     model(some_ids(T=10), cache=cache)
     with pytest.raises(UserError, match=r"17 .*16"):
         model(some_ids(T=7), cache=cache)
-    assert cache.length == 10
+    assert cache.lengths.tolist() == [10, 10]
 
 
 @pytest.mark.parametrize("T", [1, 2])
@@ -680,8 +446,6 @@ def test_more_tokens_than_a_short_cache_are_refused_and_not_forgotten(T):
     model(some_ids(T=4), cache=cache)
     with pytest.raises(UserError, match="4"):
         model(some_ids(T=T), cache=cache)
-    with pytest.raises(UserError, match="4"):  # nor with positions of the caller's own
-        model(some_ids(T=T), cache=cache, positions=torch.arange(T))
 
 
 @torch.no_grad()
@@ -689,24 +453,27 @@ def test_reordered_rows_go_on_as_the_rows_they_copied():
     model, ids, rows = build(n_kv_head=2), some_ids(B=3), torch.tensor([2, 0, 0])
     cache = KVCache(model, 3)
     model(ids[:, :9], cache=cache)
-    cache.copy_rows(rows, cache.length)
+    cache.copy_rows(rows)
     expected = model(torch.cat((ids[rows, :9], ids[:, 9:]), dim=1))[:, 9:]
     same(model(ids[:, 9:], cache=cache), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("position", lm.POSITIONS)
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("shape", [*(dict(position=p) for p in lm.POSITIONS), lm._OURS])
 @torch.no_grad()
-def test_a_left_padded_row_equals_itself_alone(position):
-    model, ids = build(position=position, n_kv_head=2), some_ids(B=1, T=9)
-    padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids), dim=1)
-    batch = torch.cat((padded, some_ids(B=1, T=13, seed=5)))
-    pad = torch.tensor([4, 0])[:, None]
-    positions = (torch.arange(13) - pad).clamp(min=0)  # (B, T)
-    real = torch.arange(13) >= pad
-    mask = lm.causal_mask(13, 13) & (real[:, None, :] | torch.eye(13, dtype=torch.bool))
-    logits = model(batch, positions=positions, mask=mask[:, None])
-    same(logits[:1, 4:], model(ids), rtol=1e-5, atol=1e-5)
-    same(logits[1:], model(batch[1:]), rtol=1e-5, atol=1e-5)
+def test_rows_of_different_lengths_go_on_as_each_alone(shape, T):
+    model, ids, lengths = build(n_kv_head=2, **shape), some_ids(B=3), [9, 2, 5]
+    cache = KVCache(model, 4)
+    for row, n in enumerate(lengths):
+        model(ids[row, None, :n], cache=cache.rows(row + 1, row + 2))
+    new, rows = torch.stack([row[n : n + T] for row, n in zip(ids, lengths)]), cache.rows(1, 4)
+    static = model.last_logits(new, rows, rows.begin(new, static=True))  # as for a CUDA graph
+    rows.lengths -= T
+    logits = model(new, cache=rows)
+    same(static, logits[:, -1], rtol=1e-5, atol=1e-5)
+    assert cache.lengths.tolist() == [0, *(n + T for n in lengths)]
+    for row, n, ours in zip(ids, lengths, logits):
+        same(ours, model(row[None, : n + T])[0, n:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("position", lm.POSITIONS)
@@ -821,46 +588,25 @@ def test_zero_out_starts_at_the_loss_of_knowing_nothing(fields):
     assert not model(some_ids()).any()
     loss = model(some_ids(), some_ids(seed=2)) / some_ids().numel()
     assert loss.item() == pytest.approx(math.log(V), rel=1e-6)
-
-
-def test_zero_out_tied_starts_near_that_loss():
-    model = Transformer(Config(vocab_size=V, tied=True, init="zero_out"))
-    loss = model(some_ids(), some_ids(seed=2)) / some_ids().numel()
+    tied = Transformer(Config(vocab_size=V, tied=True, init="zero_out"))
+    loss = tied(some_ids(), some_ids(seed=2)) / some_ids().numel()
     assert loss.item() == pytest.approx(math.log(V), abs=0.3)
 
 
 @pytest.mark.parametrize("init", lm.INITS)
 def test_each_init_has_its_deviations(init):
     torch.manual_seed(0)
-    C, L = 128, 3
-    model = Transformer(
-        Config(
-            vocab_size=500,
-            n_layer=L,
-            d_model=C,
-            position="learned",
-            norm="layernorm",
-            qkv_bias=True,
-            qk_norm=True,
-            head_bias=True,
-            init=init,
-        )
-    )
-    inner, embed, out = 0.577 / C**0.5, 1.0, 0.0
-    if init == "gpt2":
-        inner, embed, out = 0.02, 0.02, 0.02 / (2 * L) ** 0.5
+    C, L, gpt2 = 128, 3, init == "gpt2"
+    shape = dict(vocab_size=500, n_layer=L, d_model=C, position="learned", norm="layernorm")
+    model = Transformer(Config(**shape, qkv_bias=True, qk_norm=True, head_bias=True, init=init))
+    stds = {"embed.weight": 0.02 if gpt2 else 1.0, "head.weight": 0.02 if gpt2 else 0.0}
     for name, p in model.named_parameters():
         if p.dim() == 1:
-            value = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            assert (p == value).all(), name
+            assert (p == float("norm" in name and name.endswith("weight"))).all(), name
             continue
-        expected = inner
-        if name == "embed.weight":
-            expected = embed
-        elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
-            expected = out
-        elif name == "head.weight":
-            expected = 0.02 if init == "gpt2" else 0.0
+        expected = stds.get(name, 0.02 if gpt2 else 0.577 / C**0.5)
+        if name.endswith(("attention.out.weight", "feed_forward.down.weight")):
+            expected = 0.02 / (2 * L) ** 0.5 if gpt2 else 0.0
         assert p.std().item() == pytest.approx(expected, rel=0.03), name
         assert abs(p.mean().item()) <= 0.03 * expected, name
 
@@ -916,26 +662,19 @@ def test_a_checkpoint_is_a_plain_mappable_file(saved):
 
 
 class Wrapped(nn.Module):
-    """What DistributedDataParallel does to the names."""
+    """What DistributedDataParallel (`module`) and torch.compile (`_orig_mod`) do to the names."""
 
-    def __init__(self, module):
+    def __init__(self, model, name="module"):
         super().__init__()
-        self.module = module
+        self.add_module(name, model)
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        torch.compile,
-        Wrapped,
-        lambda m: Wrapped(torch.compile(m)),
-        lambda m: torch.compile(Wrapped(m)),
-    ],
-    ids=["compile", "ddp", "ddp of compile", "compile of ddp"],
-)
-def test_plain_state_knows_no_wrappers(wrap):
-    model = build()
-    wrapped = wrap(model)
+@pytest.mark.parametrize("names", [["_orig_mod"], ["module"], ["_orig_mod", "module"],
+                                   ["module", "_orig_mod"]])  # fmt: skip
+def test_plain_state_knows_no_wrappers(names):
+    model = wrapped = build()
+    for name in names:
+        wrapped = Wrapped(wrapped, name)
     assert list(wrapped.state_dict()) != list(model.state_dict())
     state = lm.unwrapped_state(wrapped)
     assert list(state) == list(model.state_dict())
@@ -982,37 +721,27 @@ class Command:
         return os.system, (f"echo ran > {self.marker}",)
 
 
-def damaged(kind, saved):
-    whole = saved.read_bytes()
-    if kind == "empty":
-        saved.write_bytes(b"")
-    elif kind == "cut":
-        saved.write_bytes(whole[: len(whole) // 2])
-    elif kind == "last bytes gone":
-        saved.write_bytes(whole[:-10])
-    elif kind == "random":
-        saved.write_bytes(bytes(range(256)) * 20)
-    elif kind == "text":
-        saved.write_text("Once upon a time", encoding="utf-8")
-    elif kind == "object":
-        torch.save({**content_of(build()), "more": Wrapped(build())}, saved)
-    elif kind == "code":
-        torch.save({**content_of(build()), "more": Command(saved.parent / "marker")}, saved)
-    elif kind == "old pickle with code":
-        bad = {"more": Command(saved.parent / "marker")}
-        torch.save(bad, saved, _use_new_zipfile_serialization=False)
-    elif kind == "list":
-        torch.save([1, 2, 3], saved)
-    elif kind == "weights alone":
-        torch.save(build().state_dict(), saved)
+DAMAGES = {
+    "empty": lambda path, data: path.write_bytes(b""),
+    "cut": lambda path, data: path.write_bytes(data[: len(data) // 2]),
+    "last bytes gone": lambda path, data: path.write_bytes(data[:-10]),
+    "random": lambda path, data: path.write_bytes(bytes(range(256)) * 20),
+    "text": lambda path, data: path.write_text("Once upon a time", encoding="utf-8"),
+    "list": lambda path, data: torch.save([1, 2, 3], path),
+    "weights alone": lambda path, data: torch.save(build().state_dict(), path),
+    "object": lambda path, data: torch.save(content_of(build(), more=Wrapped(build())), path),
+    "code": lambda path, data: torch.save(
+        content_of(build(), more=Command(path.parent / "marker")), path
+    ),
+    "old pickle with code": lambda path, data: torch.save(
+        {"more": Command(path.parent / "marker")}, path, _use_new_zipfile_serialization=False
+    ),
+}
 
 
-DAMAGES = ["empty", "cut", "last bytes gone", "random", "text", "list", "weights alone"]
-
-
-@pytest.mark.parametrize("kind", DAMAGES + ["object", "code", "old pickle with code"])
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_what_is_no_checkpoint_is_refused_by_name_and_runs_nothing(saved, kind):
-    damaged(kind, saved)
+    DAMAGES[kind](saved, saved.read_bytes())
     with pytest.raises(UserError) as caught:
         lm.load_checkpoint(saved)
     assert str(saved) in str(caught.value) and "\n" not in str(caught.value)
@@ -1034,23 +763,18 @@ def test_an_empty_folder_and_a_missing_file_are_named(tmp_path):
         lm.load_checkpoint(tmp_path / "none.pt")
 
 
-def test_a_misfit_is_named_with_its_shapes():
-    model = build()
-    name, state = "blocks.1.attention.k.weight", model.state_dict()
-    cases = {
-        r"run/last\.pt.*blocks\.1\.attention\.k\.weight \(32, 32\) is missing": {
-            k: v for k, v in state.items() if k != name
-        },
-        r"attention\.k\.weight is \(16, 32\), the model has \(32, 32\)": {
-            **state,
-            name: torch.zeros(16, 32),
-        },
-        r"wings \(2, 3\) is unknown": {**state, "wings": torch.zeros(2, 3)},
-    }
-    for message, bad in cases.items():
-        with pytest.raises(UserError, match=message):
-            lm.load_weights(model, bad, "run/last.pt")
-    assert fit_error(state, state) is None
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({KEY: None}, r"run/last\.pt.*blocks\.1\.attention\.k\.weight \(32, 32\) is missing"),
+        ({KEY: torch.zeros(16, 32)}, r"k\.weight is \(16, 32\), the model has \(32, 32\)"),
+        ({"wings": torch.zeros(2, 3)}, r"wings \(2, 3\) is unknown"),
+    ],
+)
+def test_a_misfit_is_named_with_its_shapes(change, message):
+    state = build().state_dict() | change
+    with pytest.raises(UserError, match=message):
+        lm.load_weights(build(), {k: v for k, v in state.items() if v is not None}, "run/last.pt")
 
 
 @pytest.mark.parametrize("bad", [{"wings": 2}, {"n_layer": 0}, {"vocab_size": "many"}])

@@ -1,16 +1,14 @@
-"""data/page.html in a browser, talking to `sample.py --serve` with tiny models of random weights.
+"""data/page.html in a browser, talking to servers of this process with tiny models.
 
 Needs playwright and a chromium (SCRATCHLM_CHROMIUM, default /usr/bin/chromium); skipped without.
 """
 
-import itertools
 import json
 import os
 import re
-import subprocess
+import socket
 import sys
 import threading
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,8 +18,11 @@ from conftest import BYTE, CHAT
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import data.server
 import model as lm
+import sample
 from data.chat import label_token
+from data.tools import load_tools
 
 CHROMIUM = os.environ.get("SCRATCHLM_CHROMIUM", "/usr/bin/chromium")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -30,42 +31,45 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}")
 expect = playwright.expect
 expect.set_options(timeout=15_000)
-SCRIPT = ROOT / "sample.py"
-WRITTEN = set(b"abcdefghijklmnopqrstuvwxyz ")  # what the models write: a random row of these
+LETTERS = list(b"abcdefghijklmnopqrstuvwxyz ")  # what the models write: a random row of these
+CHOICES = Path("out/choices.jsonl")
 
 
-def save_model(path, tokenizer):
-    """A model that writes letters and never ends by itself."""
-    torch.manual_seed(0)
-    shape = dict(vocab_size=320, context=8192, n_layer=1, n_head=2, d_model=16, head_bias=True)
-    model = lm.Transformer(lm.Config(**shape))
-    with torch.no_grad():
-        model.head.bias.fill_(-50)[list(WRITTEN)] = 0
-    path.parent.mkdir(parents=True)
-    content = {"config": asdict(model.config), "model": model.state_dict()}
-    lm.save_checkpoint(path, content | {"tokenizer": tokenizer.spec, "step": 0})
+class Serving:
+    """A server whose model writes letters and never ends by itself. It can be killed, and started
+    again on the same port."""
 
-
-class Server:
-    """`sample.py --serve` as a process that can be killed and started again on the same port."""
-
-    def __init__(self, folder, *flags):
-        self.folder, self.flags, self.port = folder, flags, 0
+    def __init__(self, name, tokenizer, tools=None):
+        torch.manual_seed(0)
+        shape = dict(vocab_size=320, n_layer=1, n_head=2, d_model=16, head_bias=True)
+        model = lm.Transformer(lm.Config(context=8192, **shape)).eval()
+        with torch.no_grad():
+            model.head.bias.fill_(-50)[LETTERS] = 0
+        flags = ["--ckpt", f"out/{name}", "--max_new_tokens", "24", "--temperature", "1"]
+        args, ckpt = sample.build_parser().parse_args(flags), Path("out", name, "best.pt")
+        self.service, self.port = sample.make_service(model, tokenizer, ckpt, args, tools), 0
+        self.service.api.scheduler.start()
         self.start()
 
     def start(self):
-        command = [sys.executable, SCRIPT, *self.flags, "--serve", self.port]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        pipes = dict(stdout=subprocess.PIPE, text=True, encoding="utf-8")
-        command = list(map(str, command))
-        self.process = subprocess.Popen(command, cwd=self.folder, env=env, **pipes)
-        self.url = re.search(r"http://127\.0\.0\.1:(\d+)/", self.process.stdout.readline())
-        self.port, self.url = int(self.url[1]), self.url[0]
+        self.server = data.server.Server(("127.0.0.1", self.port), self.service)
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def kill(self):
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
+        self.server.shutdown()
+        self.server.server_close()
+        for connection in list(self.server.open):
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """The servers' folder, in which out/ is."""
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(tmp_path_factory.mktemp("served"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,21 +80,19 @@ def browser():
         browser.close()
 
 
-def serving(name, tokenizer, *flags):
-    """A fixture: a server of its own folder, for all tests of this file."""
+def serving(*args):
+    """A fixture: a server for all tests of this file."""
 
     @pytest.fixture(scope="module")
-    def server(tmp_path_factory):
-        folder = tmp_path_factory.mktemp(name)
-        save_model(folder / "out" / name / "best.pt", tokenizer)
-        server = Server(folder, "--ckpt", f"out/{name}", "--max_new_tokens", 24, *flags)
+    def server(folder):
+        server = Serving(*args)
         yield server
         server.kill()
 
     return server
 
 
-chat = serving("chat", CHAT, "--tools", "hotel", "--temperature", 1)
+chat = serving("chat", CHAT, load_tools("hotel"))
 base = serving("base", BYTE)
 critic = serving("critic", BYTE.with_special([label_token("neg"), label_token("pos")]))
 
@@ -145,6 +147,10 @@ def last_answer(page):
     return page.locator("#log .answer .text").last
 
 
+def last_choice():
+    return json.loads(CHOICES.read_text(encoding="utf-8").splitlines()[-1])
+
+
 def set_number(page, label, value):
     page.get_by_label(label, exact=True).fill(str(value))
 
@@ -169,10 +175,9 @@ def test_an_answer_grows_and_escape_stops_it(chat, visit):
     expect(page.locator("#send")).to_have_text("Send")
     expect(page.locator("#log .answer")).to_contain_text("Stopped")
     assert last_answer(page).inner_text().startswith(early.strip()[:20])
-    expect(page.locator("#draft")).to_be_focused()
 
 
-def test_regenerate_draws_another_answer_and_edit_asks_another_question(chat, visit):
+def test_regenerate_edit_and_reload(chat, visit):
     page = visit(chat)
     first = ask(page, "one")
     page.get_by_role("button", name="Regenerate").click()
@@ -180,43 +185,32 @@ def test_regenerate_draws_another_answer_and_edit_asks_another_question(chat, vi
     expect(page.locator("#log article")).to_have_count(2)
     ask(page, "two")
     page.get_by_role("button", name="Edit").first.click()
-    expect(page.locator("#editor")).to_be_focused()
     page.fill("#editor", "three")
     page.press("#editor", "Enter")
     expect(page.locator("#log article")).to_have_count(2)
     expect(page.locator("#log .user")).to_contain_text("three")
-    assert ask(page, "four") and page.locator("#log article").count() == 4
+    text = ask(page, "four")
+    page.fill("#draft", "half a thought")
+    page.reload()
+    expect(last_answer(page)).to_have_text(text)
+    expect(page.locator("#draft")).to_have_value("half a thought")
 
 
 def test_what_is_sent_has_the_settings_and_the_system_prompt(chat, visit):
     page = visit(chat)
     page.get_by_label("System prompt").fill("be kind")
-    set_number(page, "Temperature", 0.5)
-    set_number(page, "top_k", 7)
-    set_number(page, "Seed", 11)
+    for name, value in (("Temperature", 0.5), ("top_k", 7), ("Seed", 11)):
+        set_number(page, name, value)
+    page.fill("#draft", "hi")
+    page.dispatch_event("#draft", "keydown", {"key": "Enter", "isComposing": True})
+    page.press("#draft", "Shift+Enter")  # neither of these sends
+    assert page.input_value("#draft") == "hi\n" and page.locator("#log article").count() == 0
     with page.expect_request("**/v1/chat/completions") as request:
         ask(page, "hi")
     body = request.value.post_data_json
     assert body["messages"] == [asked("system", "be kind"), asked("user", "hi")]
     found = [body[k] for k in ("temperature", "top_k", "seed", "stream", "logprobs")]
     assert found == [0.5, 7, 11, True, True]
-
-
-def test_enter_while_composing_does_not_send_and_shift_enter_breaks_a_line(chat, visit):
-    page = visit(chat)
-    page.fill("#draft", "你")
-    page.dispatch_event("#draft", "keydown", {"key": "Enter", "isComposing": True})
-    page.press("#draft", "Shift+Enter")
-    assert page.input_value("#draft") == "你\n" and page.locator("#log article").count() == 0
-
-
-def test_a_reload_keeps_the_conversation_and_the_draft(chat, visit):
-    page = visit(chat)
-    text = ask(page, "hi")
-    page.fill("#draft", "half a thought")
-    page.reload()
-    expect(last_answer(page)).to_have_text(text)
-    expect(page.locator("#draft")).to_have_value("half a thought")
 
 
 def test_a_server_that_goes_away_and_comes_back_answers_after_all(chat, visit):
@@ -226,7 +220,7 @@ def test_a_server_that_goes_away_and_comes_back_answers_after_all(chat, visit):
     say(page, "during")
     expect(page.locator("#live .text")).not_to_be_empty()
     chat.kill()
-    expect(page.locator("#banner")).to_contain_text("away")
+    expect(page.locator("#banner")).to_contain_text("reached")
     set_number(page, "Max tokens", 24)
     chat.start()
     expect(page.locator("#log .answer")).to_have_count(2)
@@ -235,43 +229,30 @@ def test_a_server_that_goes_away_and_comes_back_answers_after_all(chat, visit):
     assert len(last_answer(page).inner_text()) > 1000
 
 
-def test_a_key_is_asked_for_once(chat, visit, browser):
-    context = browser.new_context(locale="en-US")
-    page, asked_for = context.new_page(), []
-
-    def guard(route):
-        if route.request.headers.get("authorization") == "Bearer secret":
-            route.continue_()
-        else:
-            error = {"error": {"message": "no key", "type": "x", "param": None, "code": None}}
-            route.fulfill(status=401, json=error)
-
-    page.route("**/page/**", guard)
-    page.on("dialog", lambda d: (asked_for.append(d.message), d.accept("secret")))
-    page.goto(chat.url)
-    expect(page.locator("#draft")).to_have_attribute("placeholder", "Message")
-    assert len(asked_for) == 1 and "API key" in asked_for[0]
-    context.close()
+def test_a_key_is_asked_for_once(chat, browser, monkeypatch):
+    monkeypatch.setattr(chat.service, "key", "secret")
+    with browser.new_context(locale="en-US") as context:
+        page, asked_for = context.new_page(), []
+        page.on("dialog", lambda d: (asked_for.append(d.message), d.accept("secret")))
+        page.goto(chat.url)
+        expect(page.locator("#draft")).to_have_attribute("placeholder", "Message")
+        assert len(asked_for) == 1 and "API key" in asked_for[0]
 
 
-def test_an_error_is_shown_and_the_question_can_be_asked_again(chat, visit):
-    page = visit(chat)
-    error = {"error": {"message": "too long for me", "type": "x", "param": None, "code": None}}
-    page.route("**/v1/chat/completions", lambda r: r.fulfill(status=400, json=error), times=1)
-    say(page, "hi")
-    expect(page.get_by_role("alert").filter(has_text="too long for me")).to_be_visible()
-    page.get_by_role("button", name="Ask again").click()
-    expect(page.locator("#log .answer")).to_have_count(1)
-
-
-def test_a_busy_server_is_asked_again(chat, visit):
-    page = visit(chat)
+def test_an_error_is_shown_and_a_busy_server_is_asked_again(chat, visit):
+    page, url = visit(chat), "**/v1/chat/completions"
     busy = {"status": 429, "headers": {"Retry-After": "1"}, "json": {"error": {"message": "full"}}}
-    page.route("**/v1/chat/completions", lambda r: r.fulfill(**busy), times=1)
+    page.route(url, lambda r: r.fulfill(**busy), times=1)
     say(page, "hi")
     expect(page.locator("#banner")).to_contain_text("busy")
     expect(page.locator("#log .answer")).to_have_count(1)
     expect(page.locator("#banner")).to_be_hidden()
+    error = {"error": {"message": "too long for me", "type": "x", "param": None, "code": None}}
+    page.route(url, lambda r: r.fulfill(status=400, json=error), times=1)
+    say(page, "hi")
+    expect(page.get_by_role("alert").filter(has_text="too long for me")).to_be_visible()
+    page.get_by_role("button", name="Ask again").click()
+    expect(page.locator("#log .answer")).to_have_count(2)
 
 
 # ---- tools and Markdown ----------------------------------------------------------------------
@@ -313,7 +294,7 @@ def test_a_tool_call_is_made_shown_and_answered(chat, visit):
 
 HOSTILE = """<img src=x onerror="document.title='hacked'"> <script>document.title='hacked'</script>
 
-[click](javascript:document.title='hacked') [data](data:text/html,x) [ok](https://example.com/)
+[click](javascript:document.title='hacked') [ok](https://example.com/)
 
 ```html
 <b>not bold</b>
@@ -338,13 +319,12 @@ def test_hostile_text_stays_text_and_markdown_is_shown(chat, visit):
     page = visit(chat, stored={"messages": messages})
     log = page.locator("#log")
     assert log.locator("img, script, b, i, u").count() == 0 and "hacked" not in page.title()
-    links = [a.get_attribute("href") for a in log.locator("a").all()]
-    assert links == ["https://example.com/"]
-    assert log.locator("pre").inner_text() == "<b>not bold</b>"
-    assert log.locator("td").all_inner_texts() == ["<i>c</i>", "d"]
-    assert log.locator("td strong").inner_text() == "d"
-    assert log.locator("ol ul em").inner_text() == "two"
-    assert log.locator("blockquote code").first.inner_text() == "<u>"
+    assert log.locator("a").all_inner_texts() == ["ok"]
+    for selector, text in (
+        ("pre", "<b>not bold</b>"), ("td", "<i>c</i>"), ("td strong", "d"), ("ol ul em", "two"),
+        ("blockquote code", "<u>"),
+    ):  # fmt: skip
+        assert log.locator(selector).first.inner_text() == text
     page.get_by_role("button", name="Tokens").click()
     expect(page.locator(".token").first).to_have_text(image)
     assert log.locator("img").count() == 0
@@ -366,26 +346,19 @@ def test_tokens_have_shades_and_alternatives_by_keyboard_too(chat, visit):
     alternatives = page.locator("#alternatives")
     expect(alternatives).to_be_visible()
     assert alternatives.locator("i").count() >= 5 and alternatives.locator("b.mono").count() == 1
-    page.keyboard.press("Escape")
-    expect(alternatives).to_be_hidden()
 
 
 def test_tokens_are_joined_to_whole_characters(chat, visit):
-    def token(text, data):
-        return {"text": text, "bytes": list(data), "logprob": -0.5, "top": []}
-
     half = "好".encode()
-    tokens = [token("\ufffd", half[:2]), token("\ufffd", half[2:]), token("a", b"a")]
+    tokens = [{"text": text, "bytes": list(data), "logprob": -0.5, "top": []}
+              for text, data in (("\ufffd", half[:2]), ("\ufffd", half[2:]), ("a", b"a"))]
     answer = asked("assistant", "好a", tokens=tokens, finish="stop", seed=1)
     page = visit(chat, stored={"messages": [asked("user", "x"), answer], "shaded": True})
     assert page.locator(".token").all_inner_texts() == ["好", "a"]
-    page.locator(".token").first.click()
-    expect(page.locator("#alternatives .bars")).to_have_count(2)
-    assert page.locator("#alternatives b.mono").all_inner_texts() == ["e5 a5", "bd"]
 
 
 def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
-    page, file = visit(chat, "#choose"), chat.folder / "out" / "choices.jsonl"
+    page = visit(chat, "#choose")
     say(page, "which?")
     pair = page.locator(".pair .text")
     expect(page.get_by_role("button", name="Better (2)")).to_be_visible()
@@ -395,60 +368,18 @@ def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
         page.keyboard.press("2")
     expect(page.locator("#count")).to_contain_text(re.compile("Choices: [1-9]"))
     expect(page.locator("#bar code")).to_contain_text("finetune.py")
-    row = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
+    row = last_choice()
     assert row["prompt"] == [asked("user", "which?")]
     assert [row[k].strip() for k in ("chosen", "rejected")] == [two.strip(), one.strip()]
     assert last_answer(page).inner_text() == two
     expect(page.locator("#draft")).to_be_enabled()
 
 
-def test_each_side_of_a_choice_calls_its_own_tools(chat, visit):
-    page, file, bodies = visit(chat, "#choose"), chat.folder / "out" / "choices.jsonl", []
-
-    def answer(route):
-        bodies.append(route.request.post_data_json)
-        seed, last = bodies[-1]["seed"], bodies[-1]["messages"][-1]["role"]
-        function = {"name": "search", "arguments": "{}"}
-        call = {"index": 0, "id": f"c{seed}", "type": "function", "function": function}
-        called = events({"tool_calls": [call]}, finish="tool_calls")
-        spoken = events({"content": f"answer {seed}"})
-        route.fulfill(body=spoken if last == "tool" else called)
-
-    page.route("**/v1/chat/completions", answer)
-    set_number(page, "Seed", 7)
-    say(page, "a hotel")
-    with page.expect_response("**/page/choose"):
-        page.get_by_role("button", name="Better (2)").click()
-    expect(page.locator("#log .answer").last).to_contain_text("answer 8")
-    expect(page.locator("#log .card")).to_have_count(1)
-    row = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
-    assert [m["role"] for m in row["prompt"]] == ["user", "assistant", "tool"]
-    assert (row["chosen"], row["rejected"]) == ("answer 8", "answer 7")
-    page.locator("nav a").first.click()
-    say(page, "thanks")
-    expect(page.locator("#log .card")).to_have_count(2)
-    roles = ["user", "assistant", "tool", "assistant", "user"]
-    assert roles in [[m["role"] for m in b["messages"]] for b in bodies]
-
-
-def test_equal_answers_cannot_be_compared(chat, visit):
-    page = visit(chat, "#choose")
-    page.route("**/v1/chat/completions", lambda r: r.fulfill(body=events({"content": "same"})))
-    say(page, "hi")
-    expect(page.get_by_text("Both answers are equal")).to_be_visible()
-    page.keyboard.press("1")
-    assert page.locator(".pair").count() == 1
-    page.get_by_role("button", name="Neither").click()
-    set_number(page, "Temperature", 0)
-    page.get_by_role("button", name="Ask again").click()
-    expect(page.get_by_text("At temperature 0")).to_be_visible()
-
-
 # ---- runs ------------------------------------------------------------------------------------
 
 
-def write_run(folder, name, steps, file_mode="w"):
-    path = folder / "out" / name / "metrics.jsonl"
+def write_run(name, steps, file_mode="w"):
+    path = Path("out", name, "metrics.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, file_mode, encoding="utf-8") as file:
         for step in steps:
@@ -459,34 +390,20 @@ def write_run(folder, name, steps, file_mode="w"):
 
 
 def test_runs_are_laid_over_each_other_and_grow_while_they_train(base, visit):
-    write_run(base.folder, "old", range(1, 21))
-    write_run(base.folder, "new", range(1, 6))
+    write_run("old", range(1, 21))
+    write_run("new", range(1, 6))
     page = visit(base, "#runs")
     lines = page.locator("#loss polyline")
     expect(lines).to_have_count(4)  # training and evaluation of each
     assert page.locator("#figure polyline").count() == 2
     labels = page.locator("#list label")
     before = labels.filter(has_text="new").inner_text()
-    stop = threading.Event()
-
-    def train():
-        for step in itertools.count(6):
-            write_run(base.folder, "new", [step], "a")
-            if stop.wait(0.1):
-                return
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    try:
-        expect(labels.filter(has_text="new")).not_to_have_text(before)
-        longest = "els => Math.max(...els.map(e => e.getAttribute('points').split(' ').length))"
-        short = lines.evaluate_all(longest)
-        now = page.locator("#compare tr").filter(has_text="tokens")
-        expect(now).not_to_have_text(now.inner_text())
-        assert lines.evaluate_all(longest) >= short
-    finally:
-        stop.set()
-        thread.join()
+    tokens = page.locator("#compare tr", has_text="tokens")
+    now, points = tokens.inner_text(), lines.first.get_attribute("points")
+    write_run("new", range(6, 60), "a")
+    expect(labels.filter(has_text="new")).not_to_have_text(before)
+    expect(tokens).not_to_have_text(now)
+    expect(lines.first).not_to_have_attribute("points", points)  # the axis is longer
     page.focus("#loss")
     page.keyboard.press("ArrowLeft")
     expect(page.locator("#runs figcaption").first).to_contain_text("step")
@@ -497,23 +414,17 @@ def test_runs_are_laid_over_each_other_and_grow_while_they_train(base, visit):
 # ---- base models and classifiers -------------------------------------------------------------
 
 
-def test_a_base_model_completes_and_goes_on(base, visit):
+def test_a_base_model_completes_goes_on_and_has_choices_of_a_prompt(base, visit):
     page = visit(base)
     text = ask(page, "def ")
     page.get_by_role("button", name="Continue from here").click()
     assert page.input_value("#draft").startswith("def ")
     assert page.input_value("#draft")[4:].split() == text.split()
-    page.get_by_role("button", name="Tokens").click()
-    expect(page.locator(".token")).to_have_count(24)
-
-
-def test_a_base_model_has_choices_of_a_prompt(base, visit):
     page = visit(base, "#choose")
     say(page, "Once")
-    page.get_by_role("button", name="Better (1)").click()
-    expect(page.locator("#count")).to_contain_text("Choices: 1")
-    file = base.folder / "out" / "choices.jsonl"
-    assert json.loads(file.read_text(encoding="utf-8"))["prompt"] == "Once"
+    with page.expect_response("**/page/choose"):
+        page.get_by_role("button", name="Better (1)").click()
+    assert last_choice()["prompt"] == "Once"
 
 
 def test_a_classifiers_verdict_is_bars(critic, visit):
@@ -545,8 +456,7 @@ def test_every_word_of_the_page_is_in_both_languages():
     assert {a or b for a, b in used} <= known
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_wider_than_a_phone(chat, visit, scheme):
+def test_nothing_is_wider_than_a_phone(chat, visit):
     hotels = [{"name": "很长的名字" * 5, "price": 1, "address": "x" * 80}] * 2
     call = {"id": "c", "type": "function", "function": {"name": "search", "arguments": "x" * 200}}
     messages = [
@@ -555,8 +465,8 @@ def test_nothing_is_wider_than_a_phone(chat, visit, scheme):
         asked("tool", json.dumps(hotels), tool_call_id="c"),
         asked("assistant", "```\n" + "y" * 300 + "\n```", finish="stop", seed=1),
     ]
-    phone = dict(viewport={"width": 390, "height": 844}, color_scheme=scheme)
-    page = visit(chat, stored={"messages": messages}, **phone)
+    phone = {"width": 390, "height": 844}
+    page = visit(chat, stored={"messages": messages}, viewport=phone, color_scheme="dark")
     for view in ("#talk", "#choose", "#runs"):
         page.locator(f"nav a[href='{view}']").click()
         expect(page.locator("nav a[aria-current]")).to_have_attribute("href", view)
@@ -565,4 +475,4 @@ def test_nothing_is_wider_than_a_phone(chat, visit, scheme):
     page.get_by_role("button", name="Settings").click()
     expect(page.get_by_label("System prompt")).to_be_in_viewport()
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    assert background != "rgb(255, 255, 255)"

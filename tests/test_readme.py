@@ -1,5 +1,6 @@
 """Every command of the READMEs runs, in their order, at toy size; both languages show the same."""
 
+import importlib
 import json
 import os
 import re
@@ -9,17 +10,15 @@ import subprocess
 import sys
 import tarfile
 import urllib.request
-from pathlib import Path
 
 import pytest
-from conftest import serve_folder
+from conftest import ROOT, serve_folder
+from conftest import SHARED as REAL
 from test_hf_commands import QWEN_TOKENS, save_model
 from test_mnist import toy_files
 
 from data.sources import CROSSWOZ, LAB, REVIEWS, SOURCES
 
-ROOT = Path(__file__).resolve().parent.parent
-REAL = Path(os.environ.get("SCRATCHLM_DATA", ROOT.parent / "shared" / "data"))
 # appended to a command of each script: argparse takes the last value of a flag
 SHORT = "--batch_size 2 --grad_accum 1 --max_steps 3 --eval_every 2 --eval_tokens 64 --log_every 1"
 TOY = {
@@ -49,30 +48,35 @@ def test_both_languages_show_the_same_commands():
     assert len(commands("README.md")) > 15
 
 
+def test_the_scripts_know_every_flag_of_the_readme():
+    for line in commands("README.md"):
+        if script := re.search(r"(?<![/\w])(\w+)\.py\b(.*)", line):
+            parser = importlib.import_module(script[1]).build_parser()
+            parser.parse_args(shlex.split(script[2]))  # a wrong one ends in SystemExit
+
+
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory):
     """The public hosts' files under their paths, on this machine."""
     if not (REAL / "sales_textbook.txt").exists():
         pytest.skip(f"needs the real texts in {REAL} (or SCRATCHLM_DATA)")
     folder = tmp_path_factory.mktemp("mirror")
-    sys.path.insert(0, str(ROOT))
-
     files = {"sales": "sales_textbook.txt", "shakespeare": "tinyshakespeare.txt"}
     for name, file in (files | {"dpo-zh": "instruct/dpo_zh_demo.json"}).items():
-        place = folder / SOURCES[name].fetch.keywords["train"].split("://")[1]
-        place.parent.mkdir(parents=True)
-        place.symlink_to(REAL / file)
+        path = folder / SOURCES[name].fetch.keywords["train"].split("://")[1]
+        path.parent.mkdir(parents=True)
+        path.symlink_to(REAL / file)
     if (REAL / "hotel").exists():
         lab = folder / LAB.split("://")[1]
         lab.mkdir(parents=True)
         for split, source in (("train", "train"), ("dev", "dev"), ("test", "dev")):
             write_hotel_rows(REAL / "hotel" / f"{source}.jsonl", lab / f"{split}.full.jsonl")
-        place = folder / CROSSWOZ.split("://")[1]
-        place.mkdir(parents=True)
-        (place / "hotel_db.json").symlink_to(REAL / "hotel" / "hotel_db.json")
-        place = folder / REVIEWS.split("://")[1]
-        place.parent.mkdir(parents=True)
-        with tarfile.open(place, "w:gz") as archive:
+        crosswoz = folder / CROSSWOZ.split("://")[1]
+        crosswoz.mkdir(parents=True)
+        (crosswoz / "hotel_db.json").symlink_to(REAL / "hotel" / "hotel_db.json")
+        reviews = folder / REVIEWS.split("://")[1]
+        reviews.parent.mkdir(parents=True)
+        with tarfile.open(reviews, "w:gz") as archive:
             archive.add(REAL / "rotten_tomatoes", "rt-polaritydata")
     save_hub(folder / "huggingface.co")
     with serve_folder(folder) as url:
@@ -140,28 +144,54 @@ def check_server(command, cwd, env):
     assert process.returncode == 128 + signal.SIGTERM
 
 
+# Runs scripts in forks of one process, since importing torch takes longer than most of them.
+FORKS = """
+import json, os, runpy, signal, sys
+import numpy, requests, tiktoken, torch._dynamo
+for line in sys.stdin:
+    sys.argv, log = json.loads(line)
+    if pid := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
+    signal.alarm(120)
+    sys.stdin, output = open(os.devnull), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1), os.dup2(output, 2)
+    sys.path[0] = os.path.dirname(sys.argv[0])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.exit()
+"""
+
+
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs(mirror, tmp_path):
     words = ["我们", "学习", "a", "model", "from", "scratch", "。", "\n"]
     (tmp_path / "my_novel.txt").write_text(" ".join(words * 400), encoding="utf-8")
     (tmp_path / "toy").mkdir()
     for name, content in toy_files().items():
         (tmp_path / "toy" / name).write_bytes(content)
-    env = {
-        **os.environ,
-        "SCRATCHLM_MIRROR": mirror,
-        "TIKTOKEN_CACHE_DIR": str(REAL / "tiktoken"),
-        "OMP_NUM_THREADS": "1",
-    }
-    for line in commands("README.md"):
-        command = toy(line)
-        if command is None:
-            continue
-        if "--serve" in line:
-            check_server(command, tmp_path, env)
-            continue
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True,
-            timeout=120, stdin=subprocess.DEVNULL,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stderr
+    vocabularies = {"TIKTOKEN_CACHE_DIR": str(REAL / "tiktoken")}
+    env = {**os.environ, "SCRATCHLM_MIRROR": mirror, "OMP_NUM_THREADS": "1", **vocabularies}
+    log, pipe = tmp_path / "log.txt", subprocess.PIPE
+    forks = subprocess.Popen(
+        [sys.executable, "-c", FORKS], cwd=tmp_path, env=env, stdin=pipe, stdout=pipe, text=True
+    )
+    with forks:
+        toys = {toy(line): line for line in commands("README.md")}  # some differ only in size
+        for command, line in toys.items():
+            if command is None:
+                continue
+            if "--serve" in line:
+                check_server(command, tmp_path, env)
+                continue
+            if "|" in line or "torchrun" in line:
+                with open(log, "w", encoding="utf-8") as file:
+                    code = subprocess.run(
+                        ["bash", "-c", command], cwd=tmp_path, env=env, stdout=file, stderr=file,
+                        stdin=subprocess.DEVNULL, timeout=120,
+                    ).returncode
+            else:
+                argv = shlex.split(command)[1:]
+                print(json.dumps([argv, str(log)]), file=forks.stdin, flush=True)
+                code = int(forks.stdout.readline())
+            output = log.read_text(encoding="utf-8")
+            assert code == 0 and "Traceback" not in output, f"{line}\n{output}"

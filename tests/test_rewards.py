@@ -1,40 +1,40 @@
 """Learning from rewards: what is counted of an answer, GRPO's loss, and whole runs."""
 
+import argparse
 import json
 import os
 import random
-import re
-import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, real, turn
+from conftest import CHAT, real, turn
 from test_finetune_runs import (
-    KILLED,
     QUICK,
     TABLES,
     content,
+    in_two_processes,
+    killed_in_step,
     losses,
     metrics,
+    refused,
+    same_weights,
     save_base,
     small_model,
     tool_chat,
     tune,
     values,
     write,
-)
+)  # fmt: skip
 
 import finetune as ft
 import sample
+from data.batches import chat_rows, pad
 from data.cli import UserError
-from data.facts import FACTS, ask, count_facts, in_order, records_of
+from data.facts import FACTS, ask, count_facts, fact_scores, in_order, records_of
 from data.rewards import REWARDS, load_reward, rate
 from data.rows import load_data
-from data.scores import chat_scores
 
 A = turn("assistant", "good")
 HOTELS = [
@@ -58,11 +58,8 @@ def facts(reply, *more):
     "reply, counted",
     [
         ("好的，祝您入住愉快！", {}),
-        ("推荐云海大厦。", {"name": 1, "right name": 1}),
         ("推荐云海大厦和云海大厦。", {"name": 2, "right name": 2, "again": 1, "doubled": 1}),
-        ("推荐北京好梦酒店。", {"name": 1}),
         ("推荐如家(北京某店)。", {"name": 1}),
-        ("云海大厦的价格是1005元。", {"name": 1, "right name": 1, "price": 1, "right price": 1}),
         ("云海大厦的价格是1005.0元。", {"name": 1, "right name": 1, "price": 1, "right price": 1}),
         ("云海大厦的价格是374元。", {"name": 1, "right name": 1, "price": 1}),
         ("价格374元的松园饭店(南店)。", {"name": 1, "right name": 1, "price": 1, "right price": 1}),
@@ -71,7 +68,6 @@ def facts(reply, *more):
         ("评分是5分的云海大厦", {"name": 1, "right name": 1, "rating": 1, "right rating": 1}),
         ("云海大厦的电话是010-60350829。",
          {"name": 1, "right name": 1, "phone": 1, "right phone": 1}),
-        ("云海大厦的电话是010-6035082。", {"name": 1, "right name": 1, "phone": 1}),
         ("云海大厦的电话是010-603508281。", {"name": 1, "right name": 1, "phone": 1}),
         ("云海大厦，评分15.0分", {"name": 1, "right name": 1, "rating": 1}),
         ("走5分钟到云海大厦。", {"name": 1, "right name": 1}),
@@ -103,7 +99,7 @@ def test_people_are_faithful():
     """What the humans of the data said: 556 of their 558 names had been returned."""
     path = real("hotel/dev.jsonl")
     jobs = ft.answer_jobs(load_data(str(path))[1]["train"])
-    scores = chat_scores(jobs, [job.wanted for job in jobs])
+    scores = fact_scores(jobs, [job.wanted for job in jobs])
     assert scores["names"] > 0.995 and scores["doubled"] < 0.005
     assert min(scores["prices"], scores["phones"], scores["ratings"]) > 0.99
 
@@ -144,10 +140,6 @@ def test_questions_are_answered_by_what_was_returned():
     asked = ("查到了哪些酒店？", "一共查到了哪些酒店？", "它们的评分？", "电话号码给我一下。")
     assert all(seen[once] for once in ("phone", "price", "rating", every, *asked))
     assert seen["{北}饭店的价格暂时未知。"] and seen["{北}饭店的评分是4.1分。"]
-    both = json.dumps([unknown, {**unknown, "name": "云", "price": 9}], ensure_ascii=False)
-    asked = [ask([turn("tool", both)], random.Random(seed)) for seed in range(300)]
-    answers = {a["content"] for q, a in asked if q["content"] == "它们的价格？"}
-    assert answers == {"{北}饭店的价格暂时未知，云的价格是9元。"}
     assert ask(ASKED[:2], random.Random(0)) == []
 
 
@@ -168,15 +160,11 @@ CALL = turn("call", 'search {"facilities": ["泳池", "SPA"], "type": "经济型
         ("slots", CALL, turn("assistant", "hi"), None),
         ("exact", turn("assistant", " yes\n"), turn("assistant", "yes"), 1.0),
         ("exact", turn("call", "yes"), turn("assistant", "yes"), 0.0),
-        ("exact", CALL, CALL, 1.0),
         ("label", turn("assistant", "Positive, I think"), turn("assistant", "positive"), 1.0),
-        ("label", turn("assistant", "negative"), turn("assistant", "positive"), 0.0),
         ("label", turn("assistant", "10"), turn("assistant", "1"), 0.0),
         ("length", turn("assistant", "abc"), turn("assistant", "abcd"), 0.75),
-        ("length", turn("assistant", "a" * 9), turn("assistant", "abcd"), 0.0),
         ("faithful", turn("assistant", "推荐云海大厦。"), turn("assistant", "推荐云海大厦。"), 1.0),
         ("faithful", CALL, turn("assistant", "推荐云海大厦。"), 0.0),
-        ("faithful", CALL, turn("assistant", "再见"), None),
         ("faithful", CALL, CALL, None),
     ],
 )
@@ -258,16 +246,10 @@ def test_the_loss_and_its_gradient_are_the_papers(kl):
     assert 0 < clipped < 1 and divergence > 0 and not ours[~chosen].any()
 
 
-def test_the_divergence_is_unbiased_and_never_negative():
-    p, q = (torch.randn(5, dtype=torch.float64).log_softmax(0) for _ in range(2))
-    gap = q - p
-    terms = gap.exp() - gap - 1
-    assert terms.min() >= 0
-    assert (p.exp() * terms).sum() == pytest.approx((p.exp() * (p - q)).sum().item())
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("changes", [TABLES, dict(position="learned"), dict(tied=True)])
+@pytest.mark.parametrize(
+    "changes, recompute",
+    [(TABLES, False), (dict(position="learned"), True), (dict(tied=True), False)],
+)
 def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(changes, recompute):
     model = small_model(n_layer=2, **changes).double()
     with torch.no_grad():
@@ -301,6 +283,7 @@ def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(c
 
 LETTERS = "abc"
 GRPO = ["--data", "letters.jsonl", "--objective", "grpo", *QUICK, "--eval_rows", "4"]
+GRPO += ["--val_data", "val.jsonl"]
 EXACT = [*GRPO, "--reward", "exact"]
 
 
@@ -334,14 +317,33 @@ def room(tmp_path, monkeypatch, talker):
     return tmp_path
 
 
+LEARN = "--data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3"
+LEARN += " --embed_lr 2e-3 --head_lr 2e-3 --schedule constant --batch_tokens 8192 --grad_accum 1"
+LEARN = [*LEARN.split(), "--eval_every", "999"]
+
+
+def test_what_is_rewarded_becomes_likelier(room):
+    """Its probability is compared, not what happens to be sampled in the end."""
+    Path("b.py").write_text("def reward(messages, answer, wanted):\n    return answer == 'b'\n")
+    out = tune(*GRPO, "--reward", "b.py", *LEARN, "--max_steps", "20")
+
+    def probability(ckpt):
+        model, tokenizer, _ = sample.load(ckpt, dtype="fp32")
+        chats = [[turn("user", f"say {a}"), turn("assistant", "b")] for a in LETTERS]
+        rows = [chat_rows({"messages": c}, tokenizer, 48)[0][0] for c in chats]
+        with torch.no_grad():
+            return model(*pad(rows), reduction="none").sum(1).exp().mean().item()
+
+    before, after = map(probability, ("out/base", out / "last.pt"))
+    assert after > before + 0.2
+
+
+@pytest.mark.slow
 def test_the_letter_that_the_prompt_names_is_learned_from_reward_alone(room):
     """--kl holds back a letter that gains ground with all prompts: once it is the only answer, the
     rewards of a group are equal and teach nothing. Of ten seeds on three instruction sets the
     slowest had learned it after 120 draws of these 220, the others after 40 to 100."""
-    flags = "--val_data val.jsonl --data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3"
-    flags += " --embed_lr 2e-3 --head_lr 2e-3 --schedule constant --batch_tokens 8192"
-    flags += " --grad_accum 1 --max_steps 440 --eval_every 999"
-    out = tune(*EXACT, *flags.split())
+    out = tune(*EXACT, *LEARN, "--max_steps", "440")
     assert values(out, "reward")[0] < 0.5 < 0.95 < values(out, "val_reward")[-1]
 
 
@@ -349,7 +351,7 @@ def test_the_letter_that_the_prompt_names_is_learned_from_reward_alone(room):
     "flags", [["--updates", "2", "--kl", "0.1"], ["--lora_rank", "4", "--kl", "0.1"]]
 )
 def test_what_a_run_writes(room, flags):
-    out = tune(*EXACT, *flags, "--val_data", "val.jsonl", "--max_steps", "4", "--eval_every", "2")
+    out = tune(*EXACT, *flags, "--max_steps", "4", "--eval_every", "2")
     for r in [r for r in metrics(out) if "reward" in r]:
         assert 0 <= r["reward"] <= 1 and 0 <= r["equal_groups"] <= 1 and r["answer_tokens"] >= 1
         assert r["reward_std"] >= 0 and 0 <= r["clipped"] <= 1 and r["entropy"] > 1 / 9
@@ -385,87 +387,72 @@ def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monk
 
     monkeypatch.setattr(sample, "sample_token", draw)
     monkeypatch.setattr(ft, "grpo_loss", watched)
-    tune(*EXACT, "--val_data", "val.jsonl", "--kl", "1", "--max_steps", "1")  # no group is left out
+    tune(*EXACT, "--kl", "1", "--max_steps", "1")  # no group is left out
     assert sorted(learned) == pytest.approx(sorted(drawn), abs=1e-4)
 
 
 def test_answers_of_a_draw_serve_several_updates(room, monkeypatch):
     drawn = []
-    write_answers = ft.write
-    monkeypatch.setattr(ft, "write", lambda *a, **k: drawn.append(k) or write_answers(*a, **k))
-    tune(*EXACT, "--val_data", "val.jsonl", "--updates", "3", "--grad_accum", "2", "--max_steps",
+    write_answers = ft.generate_turns
+    draw = lambda *a, **k: drawn.append(k) or write_answers(*a, **k)  # noqa: E731
+    monkeypatch.setattr(ft, "generate_turns", draw)
+    tune(*EXACT, "--updates", "3", "--grad_accum", "2", "--max_steps",
          "7", "--eval_every", "100")
     seeds = [k["seeds"] for k in drawn if "seeds" in k]
     assert len(seeds) == 3 * 2 and len({tuple(s) for s in seeds}) == 6
 
 
-def test_the_reference_of_an_adapter_is_its_base(room):
+def test_the_reference_is_the_model_at_the_start(room):
     """With equal rewards only the divergence moves the weights, and nothing does at the start."""
     Path("flat.py").write_text("def reward(messages, answer, wanted):\n    return 1\n")
-    flags = [*GRPO, "--reward", "flat.py", "--val_data", "val.jsonl", "--max_steps", "2"]
-    for more in (["--lora_rank", "4"], []):
-        out = tune(*flags, *more, "--kl", "1", out=f"out/flat{len(more)}")
+    flags = [*GRPO, "--reward", "flat.py", "--max_steps", "2", "--kl", "1"]
+    for name, more in (("adapter", ["--lora_rank", "4"]), ("full", [])):
+        out = tune(*flags, *more, out=f"out/{name}")
         assert values(out, "kl") == [0, 0] and values(out, "equal_groups") == [1, 1]
         assert max(map(abs, losses(out))) < 1e-6
-
-
-def test_the_reference_of_a_base_without_the_tokens_of_a_chat_is_the_start(room):
-    save_base(Path("out/plain/best.pt"), d_model=32)
-    flags = [*EXACT, "--val_data", "val.jsonl", "--kl", "1", "--max_steps", "1"]
-    out = tune(*flags, ckpt="out/plain", out="out/kl")
-    assert values(out, "kl") == [0]
+    save_base(Path("out/plain/best.pt"), d_model=32)  # without the tokens of a chat
+    assert values(tune(*flags, ckpt="out/plain", out="out/kl"), "kl")[0] == 0
 
 
 def test_killed_and_resumed_equals_straight_through_bitwise(room):
-    flags = [*EXACT, "--val_data", "val.jsonl", "--updates", "2", "--kl", "0.1", "--dropout", "0.1",
+    flags = [*EXACT, "--updates", "2", "--kl", "0.1", "--dropout", "0.1",
              "--max_steps", "10", "--eval_every", "3"]
     tune(*flags, out="out/straight")
-    code = ["-c", KILLED.format(root=str(ROOT)), "--ckpt", "out/base", "--out", "out/killed"]
-    killed = subprocess.run([sys.executable, *code, *flags], capture_output=True, timeout=100)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    with killed_in_step(8):
+        tune(*flags, out="out/killed")
     assert content("out/killed/last.pt")["step"] == 6
     ft.main(["--resume", "out/killed"])
-    keys = ("loss", "reward", "kl", "clipped", "val_reward", "val_loss")
-    for key in keys:
+    for key in ("loss", "reward", "kl", "clipped", "val_reward", "val_loss"):
         assert values("out/killed", key) == values("out/straight", key)
-    straight, resumed = (content(f"out/{o}/last.pt")["model"] for o in ("straight", "killed"))
-    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+    assert same_weights("killed", "straight")
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_rewards_and_losses_of_one(room):
-    flags = [*EXACT, "--val_data", "val.jsonl", "--max_steps", "6", "--eval_every", "3"]
+    flags = [*EXACT, "--max_steps", "6", "--eval_every", "3"]
     tune(*flags, "--grad_accum", "4", out="out/one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", str(ROOT / "finetune.py"), "--ckpt", "out/base", *flags, "--grad_accum", "2"]
-    done = subprocess.run([*command, "--out", "out/two"], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    in_two_processes(*flags, "--grad_accum", "2")
     for key in ("loss", "reward", "equal_groups", "entropy", "val_reward"):
         assert values("out/two", key) == pytest.approx(values("out/one", key), abs=1e-5)
 
 
-@pytest.mark.parametrize("flags", [[], ["--lora_rank", "4"], ["--grad_accum", "2"]])
-def test_a_reward_model_prefers_what_was_chosen_and_rewards_it(room, flags):
-    tune("--data", "pairs.jsonl", "--val_data", "pairs.jsonl", "--objective", "reward", *QUICK,
-         *flags, "--max_steps", "150", "--lr", "3e-3", "--embed_lr", "3e-3", "--head_lr", "3e-3",
-         out="out/judge")
+def test_a_reward_model_prefers_what_was_chosen_and_rewards_it(room):
+    pairs = ["--data", "pairs.jsonl", "--val_data", "pairs.jsonl", *QUICK, "--lr", "3e-3"]
+    tune(*pairs, "--objective", "reward", "--lora_rank", "4", "--max_steps", "150", out="out/judge")
     scores = json.loads(Path("out/judge/scores.json").read_text())["val"]
     assert scores["reward_accuracy"] == 1 and scores["reward_margin"] > 1
-    tune("--eval_only", "--data", "pairs.jsonl", "--val_data", "pairs.jsonl", "--objective",
-         "reward", ckpt="out/judge", out="out/judged")
-    out = tune("--data", "pairs.jsonl", "--val_data", "pairs.jsonl",
-               "--objective", "grpo", "--reward", "out/judge", *QUICK, "--eval_rows", "4",
-               "--epochs", "3", "--lr", "3e-3", "--batch_tokens", "2048", out="out/better")
+    flags = ["--eval_only", "--data", "pairs.jsonl", "--objective", "reward"]
+    tune(*flags, ckpt="out/judge", out="out/judged")
+    out = tune(*pairs, "--objective", "grpo", "--reward", "out/judge", "--eval_rows", "4",
+               "--epochs", "3", "--batch_tokens", "2048", out="out/better")
     rewards = values(out, "val_reward")
     assert rewards[-1] > rewards[0] - 1e-6 and rewards[-1] > values(out, "reward")[0]
 
 
 def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     torch.manual_seed(0)
-    tokenizer = ft.Tokenizer({"kind": "byte"}).with_special([*ft.CHAT_TOKENS, ft.REWARD_TOKEN])
-    model = small_model(vocab_size=320).double()
-    args = ft.argparse.Namespace(context=48, loss_on="assistant")
-    objective = ft.RewardModel(args, tokenizer)
+    tokenizer, model = CHAT.with_special([ft.REWARD_TOKEN]), small_model().double()
+    objective = ft.RewardModel(argparse.Namespace(context=48, loss_on="assistant"), tokenizer)
     sides = {"chosen": [A], "rejected": [turn("assistant", "bad one")]}
     other = {"chosen": [turn("assistant", "x")], "rejected": [A]}
     asked = {"messages": [turn("user", "q")]}, {"messages": [turn("user", "what")]}
@@ -480,19 +467,16 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     assert objective.count(*batch) == 2
 
 
-def test_prompts_are_the_turns_that_the_reward_is_for(room, capsys):
-    path = real("hotel/dev.jsonl")
-    chats = load_data(str(path))[1]["train"]
+def test_prompts_are_the_turns_that_the_reward_is_for():
+    chats = load_data(str(real("hotel/dev.jsonl")))[1]["train"][:100]
     jobs = ft.answer_jobs(chats)
-    spoken = [job for job in jobs if "tool_calls" not in job.wanted]
-    stated = (count_facts(job.messages, job.wanted["content"]) for job in spoken)
+    calls = sum("tool_calls" in job.wanted for job in jobs)
+    stated = [count_facts(j.messages, j.wanted["content"]) for j in jobs]
     stating = sum(any(counts[fact] for fact in FACTS) for counts in stated)
-    for reward, count in (("slots", len(jobs) - len(spoken)), ("faithful", stating)):
-        args = ft.argparse.Namespace(context=512, loss_on="assistant", reward=reward, device=None,
-                                     samples=4)
-        tokenizer = ft.Tokenizer({"kind": "byte"}).with_special(ft.CHAT_TOKENS)
-        split = ft.GRPO(args, tokenizer).make_split(chats)
-        assert len(split.prompts) == count > 300
+    for reward, count in (("slots", calls), ("faithful", stating)):
+        args = dict(context=512, loss_on="assistant", reward=reward, device=None, samples=4)
+        split = ft.GRPO(argparse.Namespace(**args), CHAT).make_split(chats)
+        assert len(split.prompts) == count > 50
         assert all(("tool_calls" in p.turn.wanted) == (reward == "slots") for p in split.prompts)
 
 
@@ -504,17 +488,11 @@ def test_prompts_are_the_turns_that_the_reward_is_for(room, capsys):
         ([*GRPO, "--reward", "nothing"], "nothing"),
         ([*GRPO, "--reward", "out/base"], "no reward model"),
         ([*EXACT, "--samples", "1"], "--samples"),
-        ([*EXACT, "--updates", "0"], "--updates"),
-        ([*EXACT, "--kl", "-1"], "--kl"),
-        ([*EXACT, "--clip", "0"], "--clip"),
         ([*EXACT, "--token_dropout", "0.1"], "--token_dropout"),
         (["--kl", "0.1"], "--kl is not for --objective sft"),
-        ([*EXACT, "--data", "pairs.jsonl", "--augment", "0.5"], "--augment"),
-        ([*EXACT, "--best_by", "accuracy"], "--best_by accuracy"),
         ([*GRPO, "--reward", "slots"], "slots"),
-        (["--objective", "reward"], "--objective reward"),
     ],
 )
-def test_a_users_mistake_is_one_line_that_names_it(room, flags, named):
-    with pytest.raises(UserError, match=re.escape(named)):
-        tune("--data", "letters.jsonl", *flags, "--max_steps", "1")
+def test_a_users_mistake_is_one_line_that_names_it(room, capsys, flags, named):
+    flags = ["--ckpt", "out/base", "--data", "letters.jsonl", *flags, "--max_steps", "1"]
+    assert named in refused(capsys, *flags)

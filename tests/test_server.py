@@ -20,8 +20,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
-from conftest import BYTE, CHAT, turn
-from test_templates import CHATML, QWEN25
+from conftest import BYTE, CHAT, render_chat, turn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,10 +30,9 @@ import data.service
 import lora
 import model as lm
 import sample
-from data.chat import label_token, render_chat
+from data.chat import label_token
 from data.cli import UserError
 from data.rows import load_data
-from data.tokenizer import Tokenizer
 
 openai = pytest.importorskip("openai", reason="the openai package is not installed")
 
@@ -135,15 +133,15 @@ def tool(name):
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def both(create, **asked):
-    """What create(**asked) returns in one piece, after it was the same in pieces."""
-    whole = create(**asked)
-    *chunks, last = create(**asked, stream=True, stream_options={"include_usage": True})
+def both(create, **request):
+    """What create(**request) returns complete, after it was the same as a stream."""
+    whole = create(**request)
+    *chunks, last = create(**request, stream=True, stream_options={"include_usage": True})
     assert last.choices == [] and last.usage.total_tokens == whole.usage.total_tokens
     for choice in whole.choices:
         parts = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
-        assert parts.pop(-1).finish_reason == choice.finish_reason
-        assert not any(p.finish_reason for p in parts)
+        assert {p.finish_reason for p in parts[:-1]} <= {None}
+        assert parts[-1].finish_reason == choice.finish_reason
         if hasattr(choice, "text"):
             assert "".join(p.text for p in parts) == choice.text
         else:
@@ -152,31 +150,17 @@ def both(create, **asked):
             assert content == (choice.message.content or "")
             calls = [c.function.model_dump() for p in parts for c in p.delta.tool_calls or ()]
             assert calls == [c.function.model_dump() for c in choice.message.tool_calls or ()]
-    again = create(**asked, stream=True)  # each chunk has the log probabilities of its tokens
-    scores = [(c.choices[0].index, c.choices[0].logprobs) for c in again if c.choices[0].logprobs]
-    for choice in whole.choices:
-        for name, value in vars(choice.logprobs).items() if choice.logprobs else ():
-            sent = [getattr(s, name) or [] for index, s in scores if index == choice.index]
-            assert_near(list(itertools.chain(*sent)), value or [])
+        for name, value in choice.logprobs.model_dump().items() if choice.logprobs else ():
+            sent = [p.logprobs.model_dump()[name] or [] for p in parts if p.logprobs]
+            assert list(itertools.chain(*sent)) == nearly(value or [])
     return whole
 
 
-def assert_near(found, expected):
-    """Equal but for the rounding of log probabilities: what is in the cache is not computed again,
-    and one pass over a prompt rounds otherwise than two."""
-    if isinstance(expected, openai.BaseModel):
-        found, expected = vars(found), vars(expected)
-    if isinstance(expected, dict):
-        assert list(found) == list(expected)
-        found, expected = list(found.values()), list(expected.values())
-    if isinstance(expected, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected):
-            assert_near(one, other)
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, abs=1e-4)
-    else:
-        assert found == expected
+def nearly(value):
+    """`value`, whose numbers equal others that differ by rounding: caches are filled in other
+    passes."""
+    near = functools.partial(pytest.approx, abs=1e-4)
+    return json.loads(json.dumps(value), parse_float=lambda number: near(float(number)))
 
 
 # ---- OpenAI's client -------------------------------------------------------------------------
@@ -202,52 +186,42 @@ def test_a_model_calls_a_tool_reads_its_result_and_speaks(chat):
     assert all(s.top_logprobs[0].token == s.token and len(s.top_logprobs) == 2 for s in scores)
 
 
-def test_without_tools_of_its_own_a_request_has_the_servers(chat):
-    tokens = [chat.chat(messages=HELLO, max_tokens=1, tools=t).usage.prompt_tokens
-              for t in ([], chat.service.info["tools"], openai.omit)]  # fmt: skip
-    assert tokens[0] < tokens[1] == tokens[2]
-
-
 def test_tool_choice_says_whether_and_what_is_called(chat):
-    tools, asked = [tool("search"), tool("wait")], dict(messages=TALK[:1], max_tokens=30)
-    assert not both(chat.chat, **asked).choices[0].message.tool_calls  # without any tools
-    silent = both(chat.chat, **asked, tools=tools, tool_choice="none")
-    assert not silent.choices[0].message.tool_calls
-    forced = both(chat.chat, messages=HELLO, tools=tools[:1], tool_choice="required")
-    assert forced.choices[0].message.tool_calls
+    tools, asked = [tool("search"), tool("wait")], dict(messages=TALK[:1], max_tokens=40)
     named = {"type": "function", "function": {"name": "wait"}}
-    forced = both(chat.chat, messages=HELLO, tools=tools, tool_choice=named, max_tokens=40)
-    assert forced.choices[0].message.tool_calls[0].function.name == "wait"
-    # a tool that the model does not know by training is told of in the system turn
-    known, told = (chat.chat(messages=HELLO, tools=[t], max_tokens=1).usage for t in tools)
-    assert told.prompt_tokens > known.prompt_tokens + 50
+    for request, name in (
+        (asked, None),  # without any tools
+        (asked | {"tools": tools, "tool_choice": "none"}, None),
+        (asked | {"messages": HELLO, "tools": tools[:1], "tool_choice": "required"}, "?"),
+        (asked | {"messages": HELLO, "tools": tools, "tool_choice": named}, "wait"),
+    ):
+        choice = both(chat.chat, **request).choices[0]
+        called = [c.function.name for c in choice.message.tool_calls or ()]
+        assert len(called) == bool(name) and (called == [name] or name != "wait")
     cut = both(chat.chat, messages=TALK[:1], tools=tools[:1], max_tokens=5).choices[0]
     assert cut.finish_reason == "length"  # nobody is to run half a call
+    known, told, none, ours, unnamed = (
+        chat.chat(messages=HELLO, tools=t, max_tokens=1).usage.prompt_tokens
+        for t in (tools[:1], tools[1:], [], chat.service.info["tools"], openai.omit)
+    )
+    # only a tool that the model does not know by training is told of in the system turn
+    assert told > known + 50 and none < ours == unnamed
 
 
-def test_a_call_that_is_no_json_is_told_and_can_be_sent_back(chat):
+def test_a_call_that_is_no_json_can_be_sent_back(chat):
     """Models write such calls; the conversation must go on, as it does in the terminal."""
     answer = {"role": "tool", "tool_call_id": "a", "content": '{"error": "no JSON"}'}
-    for arguments in ('{"name": ', "", "[1]", '{"a": "\\ud83d"}'):
+    for arguments in ('{"name": ', '{"a": "\\ud83d"}'):
         function = {"name": "search", "arguments": arguments}
         call = {"id": "a", "type": "function", "function": function}
         called = {"role": "assistant", "content": None, "tool_calls": [call]}
         assert chat.chat(messages=[TALK[0], called, answer], max_tokens=2).choices
-    names = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
-    model = trained([([1, 2], [1, 1])], 1, context=1024)
-    tokenizer = Tokenizer(BYTE.with_special(names).spec | {"chat_template": QWEN25 + CHATML})
-    with Serving(model, tokenizer, temperature=0.5, seed=3) as qwen:
-        asked = dict(messages=HELLO, tools=[tool("f")], tool_choice="required", max_tokens=60)
-        choice = both(qwen.chat, **asked).choices[0]
-    assert choice.finish_reason == "length" and not choice.message.tool_calls
-    assert choice.message.content  # what it wrote in the place of a call
 
 
 def test_lengths_stops_seeds_and_penalties(chat, text):
-    short = both(chat.chat, messages=HELLO, max_tokens=4)
+    short = both(chat.chat, messages=HELLO, max_completion_tokens=4)
     assert short.choices[0].message.content == "hi " and short.usage.completion_tokens == 4
     assert short.choices[0].finish_reason == "length"  # the fourth byte is a third of 你
-    assert both(chat.chat, messages=HELLO, max_completion_tokens=2).usage.completion_tokens == 2
     stopped = both(chat.chat, messages=HELLO, stop=["，请", "never"]).choices[0]
     assert (stopped.message.content, stopped.finish_reason) == ("hi 你好", "stop")
     hot = dict(prompt="it", max_tokens=24, temperature=1.5)
@@ -259,49 +233,40 @@ def test_lengths_stops_seeds_and_penalties(chat, text):
     stream = sample.TextStream(BYTE)
     words = "".join(map(stream.feed, [*ids, 256][: [*ids, 256].index(256)])) + stream.finish()
     assert several[2].text == words.rstrip("\ufffd")
-    assert both(text.write, **hot | {"seed": 3}).choices[0].text == several[2].text
     greedy = dict(prompt=SAYING[:4], max_tokens=60, temperature=0)
-    plain = both(text.write, **greedy).choices[0].text
+    plain = text.write(**greedy).choices[0].text
     assert plain.startswith(SAYING[4:])
-    assert both(text.write, **greedy, frequency_penalty=2).choices[0].text != plain
+    assert text.write(**greedy, frequency_penalty=2).choices[0].text != plain
+    penalised = text.write(**hot, presence_penalty=2, seed=3).choices[0]
+    assert penalised.text != several[2].text
     assert text.write(**greedy, extra_body={"top_k": 1, "min_p": 0.5}).choices[0].text == plain
-    poet = dict(prompt="it", model="poet", max_tokens=60, temperature=1)
-    penalised = text.write(**poet, presence_penalty=2).choices[0]
-    assert penalised.text != text.write(**poet).choices[0].text
 
 
 def test_limits_biases_and_ends_that_a_request_names(chat, text):
-    said = {"messages": HELLO, "temperature": 0}
-    hi = both(chat.chat, **said).choices[0].message.content
-    assert hi == GREETING
+    said, count = {"messages": HELLO, "temperature": 0}, len(GREETING.encode()) + 20
+    assert both(chat.chat, **said).choices[0].message.content == GREETING
     for none in {"max_tokens": -1}, {"max_tokens": None}, {"max_completion_tokens": -1}:
-        assert chat.chat(**said, extra_body=none).choices[0].message.content == hi
-        if "max_tokens" in none:
-            answer = text.write(prompt="it", temperature=0, extra_body=none)
-            assert answer.usage.completion_tokens > 100
+        assert chat.chat(**said, extra_body=none).choices[0].message.content == GREETING
+    answer = text.write(prompt="it", temperature=0, extra_body={"max_tokens": None})
+    assert answer.usage.completion_tokens > 100
     comma = BYTE.encode("，")[0]
-    cut = both(chat.chat, **said, extra_body={"stop_token_ids": [comma]}).choices[0]
-    assert (cut.message.content, cut.finish_reason) == ("hi 你好", "stop")
-    later = dict(stop=["你", "坐"], extra_body={"min_tokens": 8})
-    assert both(chat.chat, **said, **later).choices[0].message.content == "hi 你好，请"
-    count = len(GREETING.encode()) + 20
-    for more in {"min_tokens": count}, {"ignore_eos": True, "max_tokens": count}:
-        answer = both(chat.chat, **said, extra_body=more)
-        assert answer.choices[0].message.content.startswith(hi)
+    for extra, content in (
+        ({"stop_token_ids": [comma]}, "hi 你好"),
+        ({"stop": ["你", "坐"], "min_tokens": 8}, "hi 你好，请"),
+    ):
+        choice = both(chat.chat, **said, extra_body=extra).choices[0]
+        assert (choice.message.content, choice.finish_reason) == (content, "stop")
+    for extra in {"min_tokens": count}, {"ignore_eos": True, "max_tokens": count}:
+        answer = both(chat.chat, **said, extra_body=extra)
+        assert answer.choices[0].message.content.startswith(GREETING)
         assert answer.usage.completion_tokens >= count
-    ends = {"stop_token_ids": list(range(320)), "min_tokens": 3}  # nothing else can come
-    assert text.write(prompt="a", extra_body=ends).choices[0].finish_reason == "stop"
-    bias = {"89": 12, "310": 100}  # no token has the id 310
     asked = dict(prompt="it", max_tokens=20, temperature=1.5, seed=5)
     settings = text.service.api.settings | dict(temperature=1.5, seed=5, logit_bias={89: 12})
     settings |= {"allowed": sample.allowed_ids(text.model, BYTE), "ends": [256], "min_tokens": 20}
     ids = [i for (i,) in sample.generate(text.model, [BYTE.encode("it")], 20, **settings)]
-    own = dict(logit_bias=bias, extra_body={"min_tokens": 20})
-    with ThreadPoolExecutor(4) as pool:  # beside others, as alone
-        plain = text.write(**asked).choices[0].text
-        jobs = [pool.submit(text.write, **asked, **own if n % 2 else {}) for n in range(8)]
-        found = [job.result().choices[0].text for job in jobs]
-    assert found == [plain, BYTE.decode(ids).rstrip("\ufffd")] * 4 and found[0] != found[1]
+    biases = {"89": 12, "310": 100}  # no token has the id 310
+    biased = text.write(**asked, logit_bias=biases, extra_body={"min_tokens": 20}).choices[0].text
+    assert biased == BYTE.decode(ids).rstrip("\ufffd") != text.write(**asked).choices[0].text
 
 
 def torch_logprobs(model, ids):
@@ -310,10 +275,16 @@ def torch_logprobs(model, ids):
         return model(torch.tensor([ids]))[0].log_softmax(-1)
 
 
+def token_names():
+    """{what the API calls a token: its id}."""
+    names = {chr(i) if i < 128 else f"bytes:\\x{i:02x}": i for i in range(256)}
+    return names | {"<|endoftext|>": 256}
+
+
 def test_logprobs_are_the_models_own(text):
     asked = dict(prompt=SAYING[:3] + " it", max_tokens=12, temperature=1.2, logprobs=4, echo=True)
     choice = both(text.write, **asked).choices[0]
-    found, names = choice.logprobs, {text.service.api.token(i): i for i in range(320)}
+    found, names = choice.logprobs, token_names()
     ids = [names[token] for token in found.tokens]
     assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
     assert BYTE.decode(ids).startswith(SAYING[:3] + " it")
@@ -322,9 +293,6 @@ def test_logprobs_are_the_models_own(text):
         assert logprob == pytest.approx(row[i].item(), abs=1e-4)
         assert [names[name] for name in best] == row.topk(4).indices.tolist()
         assert list(best.values()) == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
-    for token, at in zip(found.tokens, found.text_offset):
-        assert token.startswith(("bytes:", "<|")) or choice.text[at:].startswith(token)
-    assert both(text.write, **asked | {"echo": False}).choices[0].logprobs.text_offset[0] == 0
 
 
 def test_a_scoring_client_gets_the_models_sums(text):
@@ -360,47 +328,37 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
             create(**asked, stream=stream)
         assert e.value.code == "context_length_exceeded"
     assert chat.chat(messages=long, extra_body={"truncation": "auto"}, max_tokens=2).choices
-    bad = dict(temperature=3, n=0, max_tokens=0, stop=["a"] * 5, seed="x", top_p=7, tools="x")
-    bad |= dict(tool_choice={"function": {"name": []}}, top_logprobs=21, messages=[])
-    for name, value in bad.items():
-        with pytest.raises(openai.BadRequestError):
-            chat.chat(**{"messages": HELLO, name: value})
-    bad = dict(logit_bias={"a": 1}, stop_token_ids=[320], min_tokens=-1, ignore_eos=1, best_of=2)
-    bad |= dict(response_format={"type": "json_object"}, functions=[tool("f")], suffix="x")
-    bad |= dict(function_call="auto", modalities=["text", "audio"], prediction={"content": "x"})
-    bad |= dict(guided_json={}, grammar="root ::= 'a'", structured_outputs={"choice": ["a"]})
-    bad |= dict(use_beam_search=True, prompt_logprobs=0, repeat_penalty=1.1, mirostat=2)
-    bad |= dict(parallel_tool_calls="no", truncate_prompt_tokens=5, include_reasoning=False)
+    bad = dict(temperature=3, n=0, max_tokens=0, stop=["a"] * 5, seed="x", top_p=7, min_tokens=-1)
+    bad |= dict(logit_bias={"a": 1}, stop_token_ids=[320], ignore_eos=1, best_of=2, suffix="x")
+    bad |= dict(response_format={"type": "json_object"}, functions=[tool("f")], guided_json={})
+    bad |= dict(function_call="auto", modalities=["text", "audio"], prompt_logprobs=0)
+    bad |= dict(parallel_tool_calls="no", logit_bias={"1": float("nan")}, stream_options=[])
     fine = dict(response_format={"type": "text"}, functions=[], function_call="none", best_of=1)
-    fine |= dict(modalities=["text"], audio=None, prediction=None, suffix="", guided_json=None)
-    fine |= dict(use_beam_search=False, prompt_logprobs=None, repeat_penalty=1.0, logit_bias={})
-    fine |= dict(parallel_tool_calls=False, user="me", metadata={"a": "b"}, store=True)
-    fine |= dict(service_tier="auto", safety_identifier="x", prompt_cache_key="y", priority=3)
-    fine |= dict(stop_token_ids=[], min_tokens=0, ignore_eos=False, cache_prompt=True, new=[1])
+    fine |= dict(modalities=["text"], audio=None, suffix="", logit_bias={}, stop_token_ids=[])
+    fine |= dict(parallel_tool_calls=False, user="me", metadata={"a": "b"}, store=True, new=[1])
     for path, asked in (ASK, GOOD), (WRITE, {"prompt": "a", "max_tokens": 2}):
         plain = fetch(chat.port, post(path, asked | {"seed": 1}))[2]["choices"]
         assert fetch(chat.port, post(path, asked | {"seed": 1} | fine))[2]["choices"] == plain
+        assert fetch(chat.port, post(path, asked | {"n": 2, "best_of": 2}))[0] == 200
         for name, value in bad.items():
             status, _, answer = fetch(chat.port, post(path, asked | {name: value}))
             assert (status, answer["error"]["param"]) == (400, name) and name in str(answer)
-    monkeypatch.setattr(chat.service, "key", "schlüssel")
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}
+    for name, value in (
+        *[("messages", m) for m in ([], "x", [5], [{"role": "x"}], [turn("user", 5)], [call])],
+        *[("tools", t) for t in ("x", [5], [{"function": {}}])],
+        *[("tool_choice", c) for c in ("x", 5, {"function": {"name": []}})],
+    ):
+        assert fetch(chat.port, post(ASK, GOOD | {"tools": [tool("f")], name: value}))[0] == 400
+    for prompt in [], [[]], [300], [-1], [[1.5]], {"a": 1}:
+        assert fetch(text.port, post(WRITE, {"prompt": prompt}))[0] == 400
+    monkeypatch.setattr(chat.service, "key", "k1")
     with pytest.raises(openai.AuthenticationError):
         chat.client.models.list()
-    for status, given in (200, "Bearer schlüssel"), (401, "Bearer schl"), (401, "schlüssel"):
+    for status, given in (200, "Bearer k1"), (401, "Bearer k"), (401, "k1"), (401, "Bearer ü"):
         assert get(chat.port, "/v1/models", f"Authorization: {given}")[0] == status
     open_to_all = {path for path in data.service.ROUTES if get(chat.port, path)[0] == 200}
     assert open_to_all == {"/", "/health"}
-
-
-def test_a_second_turn_finds_the_first_in_the_cache(chat):
-    question = turn("user", "what is the way to the station?")
-    first = chat.chat(messages=[question], max_tokens=40)
-    said = turn("assistant", first.choices[0].message.content)
-    again = chat.chat(messages=[question, said, turn("user", "and?")], max_tokens=2).usage
-    assert again.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens + 5
-    for _ in range(2):
-        usage = chat.chat(messages=[question], max_tokens=2, n=4).usage
-    assert 0 < usage.prompt_tokens_details.cached_tokens <= usage.prompt_tokens
 
 
 def test_sixteen_at_once_get_what_each_gets_alone(text):
@@ -454,16 +412,16 @@ def post(path, body, *headers):
 
 
 def fetch(port, content, end=False):
-    """(status, headers, JSON or text) of the answer; status 0 for a connection that was closed. An
-    error must have OpenAI's shape."""
+    """(status, headers, JSON or text) of the answer; status 0 for a connection that was closed. Our
+    errors must have OpenAI's shape; http.server's own have no headers for HTTP/0.9 and unknown."""
     head, _, body = raw(port, content, end).decode().partition("\r\n\r\n")
-    if not head:
-        return 0, {}, ""
+    if not head.startswith("HTTP/1.1 "):
+        return int(([0, *re.findall(r"Error code: (\d+)", head)])[-1]), {}, ""
     line, *headers = head.split("\r\n")
     status, headers = int(line.split()[1]), dict(h.split(": ", 1) for h in headers)
     if headers.get("Content-Type") == "application/json":
         body = json.loads(body, parse_constant=pytest.fail)
-    if status >= 400:
+    if status >= 400 and isinstance(body, dict):
         assert set(body["error"]) == {"message", "type", "param", "code"}
         assert body["error"]["message"] and ("Retry-After" in headers) == (status in (429, 503))
     return status, headers, body
@@ -477,8 +435,8 @@ def metrics(port):
     """{name: value} of /metrics, every line of which must be Prometheus'."""
     found = {}
     for line in get(port, "/metrics")[2].splitlines():
-        if not re.fullmatch(r"# TYPE \w+ (counter|gauge|histogram)", line):
-            name, value = re.fullmatch(r'scratchlm_(\w+(?:\{le="[^"]+"\})?) (\d\S*)', line).groups()
+        if not re.fullmatch(r"# TYPE \w+ (counter|gauge|summary)", line):
+            name, value = re.fullmatch(r"scratchlm_(\w+) (\d\S*)", line).groups()
             assert name not in found
             found[name] = float(value)
     return found
@@ -497,87 +455,38 @@ ASK, WRITE, LENGTH = "/v1/chat/completions", "/v1/completions", "Content-Length:
 GOOD = {"model": "tiny", "messages": HELLO, "max_tokens": 2}
 CHOICE = {"messages": HELLO, "chosen": "hi 你好", "rejected": "no"}
 POSTS = [path for path, (method, *_) in data.service.ROUTES.items() if method == "POST"]
-CHUNKED, BODY = "Transfer-Encoding: chunked", json.dumps(GOOD).encode()
-SIZE = b"%X" % len(BODY)
-CHUNKS = SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n"
-
-
-def chunked(content, sizes=(1, 0, 7, 10**6), extension=b"", trailers=b""):
-    """A request to chat whose body comes in chunks of `sizes`, again and again."""
-    out = request(f"POST {ASK} HTTP/1.1", CHUNKED)
-    for size in filter(None, itertools.cycle(sizes)):
-        if not content:
-            return out + b"0" + extension + b"\r\n" + trailers + b"\r\n"
-        part, content = content[:size], content[size:]
-        out += b"%X%s\r\n%s\r\n" % (len(part), extension, part)
-
-
+HOSTS = "evil.example", "localhost.evil.example", "127.0.0.1@evil.example", "", "127.0.0.2"
+SITES = "http://evil.example", "null", "http://localhost:1", "localhost", ""
 REFUSED = [  # (request, its status, perhaps that no more is sent)
     *[(post(ASK, body), 400) for body in (
-        "{", "[]", "5", "null", '"x"', "{'a': 1}", b"\xff\xfe", b"\xef\xbb\xbf{}", "[" * 10**5,
-        '{"messages": ' + "[" * 5000 + "]" * 5000 + "}", '{"a": ' * 9000, '{"a": NaN}', "{}",
-        '{"a": -Infinity}', '{"a": "\\ud83d"}', '{"\\ude00": 1}', f'{{"seed": {"9" * 9999}}}',
-        json.dumps(GOOD)[:-1], json.dumps(GOOD) + "x", json.dumps(GOOD).encode("utf-16"),
+        "{", "[]", "{'a': 1}", b"\xff\xfe", "[" * 10**5, "{}", '{"a": "\\ud83d"}',
+        '{"messages": ' + "[" * 5000 + "]" * 5000 + "}", f'{{"seed": {"9" * 9999}}}',
     )],
-    (post(ASK, b"", LENGTH + "0"), 400), (post(ASK, GOOD, LENGTH + "5"), 400),
-    (post(ASK, GOOD, LENGTH + "5000"), 400, True),
-    *[(post(ASK, GOOD, LENGTH + n), 400) for n in ("-1", "+5", "5_0", "0x10", "1e3", "٣", "1.0")],
-    *[(post(ASK, GOOD, LENGTH + n), 413) for n in ("1048577", "9" * 40)],
-    (post(ASK, b"x" * (1 << 20) + b"y"), 413), (request(f"POST {ASK} HTTP/1.1"), 411),
-    (post(ASK, GOOD, LENGTH + "67", LENGTH + "67"), 411), (post(ASK, GOOD, CHUNKED), 400),
-    (request(f"POST {ASK} HTTP/1.1", CHUNKED, body=CHUNKS), 400),
-    (request(f"POST {ASK} HTTP/1.0", CHUNKED) + CHUNKS, 400),
-    *[(request(f"POST {ASK} HTTP/1.1", *codings) + CHUNKS, status) for *codings, status in (
-        ("Transfer-Encoding: gzip, chunked", 501), ("Transfer-Encoding: identity", 501),
-        ("Transfer-Encoding:", 501), (CHUNKED, CHUNKED, 501), ("Transfer-Encoding : chunked", 400),
-        ("X", CHUNKED, 400), (": x", CHUNKED, 400),
-    )],
-    *[(request(f"POST {ASK} HTTP/1.1", CHUNKED) + body, 400, True) for body in (
-        b"", CHUNKS[:-1], CHUNKS[:-2], CHUNKS[:-5], CHUNKS[:9], CHUNKS.replace(b"\r\n", b"\n"),
-        *[CHUNKS.replace(b"}\r\n", end) for end in (b"}", b"}\n")], SIZE + b";\n" + CHUNKS[4:],
-        *[CHUNKS[:-2] + trailer + b"\r\n" for trailer in (b"X\r\n", b"X: y\n", b" X: y\r\n")],
-        *[size + CHUNKS[2:] for size in (
-            b"", b" " + SIZE, b"+" + SIZE, b"-" + SIZE, b"0x" + SIZE, SIZE + b"_", SIZE + b";\0",
-            SIZE + b" a", b"0000000" + SIZE, b"\xb2", b";" + SIZE, b"%X" % (len(BODY) + 1),
-            b"%X" % (len(BODY) - 1),
-        )],
-    )],
-    *[(chunked(*how), 413) for how in (
-        (b"x" * (1 << 20) + b"y",), (b"x" * 300_000, (1,)), (b"{}", (2,), b";" + b"x" * (1 << 20)),
-        (b"{}", (2,), b"", b"X: y\r\n" * 200_000),
-    )],
-    (request(f"POST {ASK} HTTP/1.1", CHUNKED) + b"FFFFFFFF\r\n", 413),
-    *[(post(path, GOOD, f"Host: {host}"), 403) for path in POSTS for host in (
-        "evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1@evil.example", "",
-        "127.0.0.2", "[::1].evil", "[", ":80", "::1",
-    )],
-    *[(post(path, GOOD, f"Origin: {site}"), 403) for path in POSTS for site in (
-        "http://evil.example", "null", "http://localhost:1", "localhost", "", "file://",
-    )],
-    (post(ASK, GOOD, "Host: localhost", "Host: evil.example"), 403),
+    (post(ASK, GOOD, LENGTH + "5000"), 400, True), (post(ASK, GOOD)[:-9], 400, True),
+    *[(post(ASK, GOOD, LENGTH + n), 411) for n in ("-1", "+5", "0x10", "٣", "1.0", "9" * 40)],
+    (post(ASK, GOOD, LENGTH + "1048577"), 413), (post(ASK, b"x" * (1 << 20) + b"y"), 413),
+    (post(ASK, GOOD, LENGTH + "67", LENGTH + "67"), 411), (request(f"POST {ASK} HTTP/1.1"), 411),
+    (post(ASK, GOOD, "Transfer-Encoding: chunked"), 411),
+    *[(post(path, GOOD, f"Host: {host}"), 403) for path in POSTS for host in HOSTS],
+    *[(post(path, GOOD, f"Origin: {site}"), 403) for path in POSTS for site in SITES],
     (b"GET / HTTP/1.1\r\n\r\n", 403), (request("GET / HTTP/1.1", "Host: evil.example"), 403),
     *[(request(f"GET {path} HTTP/1.1"), 405) for path in POSTS],
     *[(request(f"{verb} / HTTP/1.1"), 405) for verb in ("POST", "PUT", "DELETE", "PATCH")],
-    *[(request(f"{verb} / HTTP/1.1"), 501) for verb in ("TRACE", "CONNECT", "get", "X" * 99)],
+    *[(request(f"{verb} / HTTP/1.1"), 501) for verb in ("TRACE", "X" * 99)],
     *[(request(f"GET {path} HTTP/1.1"), 404) for path in (
-        "/nothing", "/../model.py", "/..%2fmodel.py", "//etc/passwd", "/page", "/v1/models/", "*",
-        "x", "/page/run", "/page/run?name=../..", "/page/run?name=..%2f..", "/page/run?name=%00",
-        "/page/run?name=/etc", "/page/run?name=" + "x" * 9999, "http://evil.example/x", "/%00",
+        "/nothing", "/../model.py", "/..%2fmodel.py", "//etc/passwd", "/v1/models/", "http://[",
+        *[f"/page/run{n}" for n in ("", "?name=../..", "?name=..%2f..", "?name=%00", "?name=/etc")],
     )],
-    *[(request(f"GET {path} HTTP/1.1"), 400) for path in ("http://[", "/page/run?" + "a=b&" * 99)],
-    *[(request(f"GET / {version}"), status) for version, status in (
-        ("HTTP/2.0", 505), ("HTTP/9", 400), ("HTTP", 400), ("X/1.1 Y", 400),
-    )],
-    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), (request("GET / HTTP/1.1", *["X: y"] * 200), 431),
-    (request("GET / HTTP/1.1", "X: " + "y" * 66000), 0), (b"GET /" + b"x" * 70000, 0),
-    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9 + b"\r\n", 400), (b"\x00" * 70000, 0),
-    (bytes(range(256)) * 4, 400, True), (b"\r\n\r\n", 0), (b"", 0, True), (b"POST", 400, True),
-    (b"POST / HT", 400, True), (post(ASK, GOOD)[:60], 400, True), (b"POST /\r\n\r\n", 400),
+    (request("GET / HTTP/1.1", *["X: y"] * 200), 431), (b"GET /" + b"x" * 70000, 414),
+    (request("GET / HTTP/1.1", "X: " + "y" * 66000), 431), (bytes(range(256)) * 4, 400, True),
+    (b"\r\n\r\n", 0), (b"", 0, True), (b"POST / HT", 400, True), (post(ASK, GOOD)[:60], 411, True),
 ]  # fmt: skip
 
 
+BEGINNINGS = {"header": b"GET / HT", "body": post(ASK, GOOD)[:-9]}
+
+
 def test_bad_requests_are_refused_and_change_nothing(chat, monkeypatch):
-    monkeypatch.setattr(data.server, "SECONDS", 3)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda case: fetch(chat.port, case[0], *case[2:])[0], REFUSED))
     assert [(c[0][:200], c[1], s) for c, s in zip(REFUSED, found) if c[1] != s] == []
@@ -585,70 +494,10 @@ def test_bad_requests_are_refused_and_change_nothing(chat, monkeypatch):
     two = post(ASK, GOOD, "Host: [::1]:80") + post("/page/choose", CHOICE)
     assert fetch(chat.port, two)[0] == 200  # the second one is not read
     assert get(chat.port, "/health")[2] == {"status": "ok"} and not Path("out").exists()
-
-
-def test_a_body_in_chunks_is_the_same_request(chat):
-    body = json.dumps(GOOD | {"user": "好" * 99_000}, ensure_ascii=False).encode()
-    whole = fetch(chat.port, post(ASK, body))[2]["choices"]
-    for how in {}, {"extension": b' ;a=b;c="d e"'}, {"trailers": b"X: y\r\nZ:\r\n"}:
-        for sizes in (9000,), (1, 0, 7, 10**6), (300, 5):
-            status, _, answer = fetch(chat.port, chunked(body, sizes, **how) + post(ASK, GOOD))
-            assert status == 200 and answer["choices"] == whole
-    loud = request(f"POST {ASK} HTTP/1.1", "transfer-encoding:\tCHUNKED ")
-    assert fetch(chat.port, loud + CHUNKS)[0] == 200
-
-
-ROLE = '[{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "%s"}}]}]'
-JUNK = ["null", "true", "-1", "0", "1.5", "1e400", "1" * 401, '"x"', '""', f'"{"好" * 99}"', "[]",
-        "{}", "[[]]", "[null]", '{"a": 1}', '["a", 5]', "[1, 2]", '[{"role": "user"}]', "[[1, -1]]",
-        "[" * 99 + "]" * 99, '[{"type": "function"}]', '[{"function": {"name": 5}}]', ROLE % "[[",
-        '{"function": {"name": "x"}}', '[{"role": "tool", "tool_calls": {"a": 1}}]',
-        '[{"role": [], "content": ""}]', ROLE % "1e999"]  # fmt: skip
-
-
-def test_any_value_in_any_field_has_an_answer(chat, text):
-    """Never a 5xx: a step that fails would end everybody's answers."""
-    fields = dict.fromkeys([*data.api.NUMBERS, *data.api.FLAGS, "model", "stop", "stream_options"])
-    more = dict.fromkeys(["tools", "tool_choice", "truncation"])
-    cases = [(chat, ASK, fields | more | GOOD),
-             (text, WRITE, fields | {"prompt": "a", "model": "tiny", "max_tokens": 2}),
-             (chat, "/page/tool", {"name": "search", "arguments": "{}"}),
-             (chat, "/page/classify", {"text": "a"}), (chat, "/page/choose", CHOICE)]  # fmt: skip
-    others = set(POSTS) - {path for _, path, _ in cases}
-    cases += [(text, path, dict.fromkeys(["prompt", "tokens"])) for path in sorted(others)]
-    for serving, path, good in cases:
-        for name, value in itertools.product(good, JUNK):
-            rest = json.dumps({k: v for k, v in good.items() if k != name and v is not None})
-            body = "{" + f'"{name}": {value}' + (", " if len(rest) > 2 else "") + rest[1:]
-            status, _, answer = fetch(serving.port, post(path, body))
-            assert status in (200, 400, 404), body
-            assert "server_error" not in str(answer), body
-
-
-def mutated(content, rng):
-    """A request with some of its bytes lost, changed, doubled or moved."""
-    for _ in range(rng.choice([1, 1, 2, 5])):
-        a = rng.randrange(len(content) + 1)
-        b = min(len(content), a + rng.choice([1, 3, 50]))
-        new = bytes(rng.randrange(256) for _ in range(b - a))
-        new = rng.choice([b"", new, content[a:b] * 2, content[a:b][::-1], b"\r\n", b'"', b"9" * 30])
-        content = content[:a] + new + content[b:]
-    return content
-
-
-def test_mutated_requests(chat, monkeypatch):
-    monkeypatch.setattr(data.server, "SECONDS", 0.5)
-    rng, info = random.Random(7), request("GET /page/info HTTP/1.1")
-    some = [post(ASK, GOOD | {"stream": True}, "Origin: http://localhost"), info]
-    some += [post(ASK, GOOD | {"tools": [tool("search")], "stop": ["a"]})]
-    some += [post("/page/choose", CHOICE), chunked(BODY, (9, 40))]
-    with ThreadPoolExecutor(16) as pool:
-        cases = [mutated(rng.choice(some), rng) for _ in range(200)]
-        answers = list(pool.map(lambda case: raw(chat.port, case), cases))
-    statuses = [int(a.split()[1]) if a.startswith(b"HTTP/1.1 ") else 0 for a in answers]
-    assert {200, 400} < set(statuses) and max(statuses) < 506 and 500 not in statuses
-    assert get(chat.port, "/health")[0] == 200
-    wait_until(lambda: metrics(chat.port)["slots_busy"] == 0)
+    monkeypatch.setattr(data.server, "SECONDS", 0.3)
+    began = time.monotonic()  # what is not sent in time is not waited for
+    assert all(raw(chat.port, start) == b"" for start in (b"", *BEGINNINGS.values()))
+    assert time.monotonic() - began < 5
 
 
 def test_requests_that_are_much_work_are_refused_or_soon_done(chat, text):
@@ -664,11 +513,8 @@ def test_requests_that_are_much_work_are_refused_or_soon_done(chat, text):
 
 # ---- slow clients, lost clients, failures ----------------------------------------------------
 
-BEGINNINGS = {"header": b"GET / HT", "body": post(ASK, GOOD)[:-9]}
-BEGINNINGS["refused"] = b"X / HTTP/1.1\r\n\r\n"
 
-
-@pytest.mark.parametrize("start", BEGINNINGS.values(), ids=BEGINNINGS)
+@pytest.mark.parametrize("start", [*BEGINNINGS.values(), b"X / HTTP/1.1\r\n\r\n"])
 def test_200_slow_clients_do_not_keep_out_a_real_one(chat, start):
     slow, over = [], threading.Event()
 
@@ -692,7 +538,7 @@ def test_200_slow_clients_do_not_keep_out_a_real_one(chat, start):
             over.set()
             for s in slow:
                 s.close()
-    wait_until(lambda: chat.server.open == 0)
+    wait_until(lambda: not chat.server.open)
 
 
 @pytest.fixture
@@ -706,20 +552,23 @@ def slowly(text, monkeypatch):
 
 
 def test_a_client_that_goes_frees_its_slot_and_its_place_in_the_queue(text, slowly):
-    def asking(body, more=b""):
+    def asking(body, rest=b""):
         s = socket.create_connection(("127.0.0.1", text.port))
-        s.sendall(post(WRITE, LONG | body) + more)
+        s.sendall(post(WRITE, LONG | body) + rest)
         return s
 
-    for stream, more in itertools.product((False, True), (b"", b"\r\n", post(WRITE, LONG))):
-        with asking({"n": 2, "stream": stream}, more):
-            wait_until(lambda: metrics(text.port)["slots_busy"] == 2)
-        assert wait_until(lambda: metrics(text.port)["slots_busy"] == 0) < 2  # of six seconds
+    def wait_for(name, count):
+        return wait_until(lambda: metrics(text.port)[name] == count)
+
+    for stream, rest in (False, b""), (True, post(WRITE, LONG)):
+        with asking({"n": 2, "stream": stream}, rest):
+            wait_for("slots_busy", 2)
+        assert wait_for("slots_busy", 0) < 2  # of six seconds
     with asking({"n": 4}):
-        wait_until(lambda: metrics(text.port)["slots_busy"] == 4)
+        wait_for("slots_busy", 4)
         with asking({"n": 3}):
-            wait_until(lambda: metrics(text.port)["queue"] == 3)
-        assert wait_until(lambda: metrics(text.port)["queue"] == 0) < 2
+            wait_for("queue", 3)
+        assert wait_for("queue", 0) < 2
         assert metrics(text.port)["slots_busy"] == 4
 
 
@@ -732,7 +581,7 @@ def test_a_full_queue_and_too_many_connections(text, slowly, monkeypatch):
                 text.write(**LONG)
             assert e.value.response.headers["Retry-After"] == "1"
             monkeypatch.setattr(data.server, "MAX_CONNECTIONS", 2)
-            with pytest.raises(openai.InternalServerError, match="too many connections"):
+            with pytest.raises(openai.APIConnectionError):
                 text.client.models.list()
         monkeypatch.setattr(data.server, "MAX_CONNECTIONS", 64)
         assert get(text.port, "/health")[0] == 200
@@ -742,36 +591,19 @@ def test_a_step_that_fails_ends_its_answers_and_not_the_server(text, monkeypatch
     def fail(*_, **settings):
         raise RuntimeError("broken 好")
 
-    step, asked = text.engine.step, dict(prompt="it", max_tokens=9)
+    request = dict(prompt="it", max_tokens=9)
     failures = metrics(text.port)["failures_total"]
-    expected = text.write(**asked).choices[0].text
+    expected = text.write(**request).choices[0].text
     engine, scheduler = text.engine, text.scheduler
     cases = (engine, "step", "tiny"), (engine, "add", "tiny"), (scheduler, "activate", "poet")
-    for owner, name, model in cases:
-        with monkeypatch.context() as m, pytest.raises(openai.InternalServerError, match="broken"):
+    for (owner, name, model), stream in itertools.product(cases, (False, True)):
+        with monkeypatch.context() as m, pytest.raises(openai.APIError, match="broken 好"):
             m.setattr(owner, name, fail)
-            text.write(**asked | {"model": model})
-    assert text.write(**asked).choices[0].text == expected
-    monkeypatch.setattr(text.engine, "step", lambda: (time.sleep(0.01), step())[1])
-    with pytest.raises(openai.APIError, match="broken 好"):
-        for _ in text.write(**LONG, stream=True):
-            monkeypatch.setattr(text.engine, "step", fail)
-    monkeypatch.setattr(text.engine, "step", step)
-    assert text.write(**asked).choices[0].text == expected
+            list(text.write(**request | {"model": model}, stream=stream))
+        assert text.write(**request).choices[0].text == expected
     after = metrics(text.port)
     assert after["failures_total"] == failures + 2 and after["slots_busy"] == 0
     assert capfd.readouterr().err.count("RuntimeError: broken 好") == 2
-
-
-def test_a_tool_that_fails_is_news_for_the_model(chat):
-    def use(name, arguments):
-        body = {"name": name, "arguments": arguments}
-        return json.loads(fetch(chat.port, post("/page/tool", body))[2]["content"])
-
-    assert use("search", '{"name": "Inn"}') == json.loads(INNS)
-    assert "no time" in use("wait", '{"seconds": 1}')["error"]
-    for name, arguments in (("wait", "{"), ("wait", '{"seconds": "x"}'), ("rm", "{}"), ("", "")):
-        assert use(name, arguments)["error"]
 
 
 def test_closing_finishes_what_is_written_and_cuts_what_never_ends(capfd):
@@ -806,7 +638,7 @@ def test_closing_finishes_what_is_written_and_cuts_what_never_ends(capfd):
 
 
 @contextlib.contextmanager
-def process(*flags, **variables):
+def process(*flags):
     """`sample.py --serve 0` with a model that writes letters and never ends: (Popen, port)."""
     torch.manual_seed(0)
     shape = dict(vocab_size=320, context=1 << 16, n_layer=1, n_head=2, d_model=16, head_bias=True)
@@ -819,7 +651,7 @@ def process(*flags, **variables):
     command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", "run", "--serve", "0"]
     command += ["--slots", "3", *flags]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=env, **pipes) as p:
         try:
             yield p, int(re.fullmatch(r"http://[\d.]+:(\d+)/\n", p.stdout.readline())[1])
@@ -828,36 +660,28 @@ def process(*flags, **variables):
 
 
 SITE = "https://site.example"
-PUBLIC = ["--cors", SITE, "--host", "0.0.0.0", "--api_key", "k1"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize("name, code, flags", [("SIGTERM", 143, PUBLIC), ("SIGINT", 130, [])])
-def test_a_signal_lets_answers_end_and_a_key_is_needed(name, code, flags):
-    with process(*flags, **({} if flags else {"SCRATCHLM_API_KEY": "k1"})) as (p, port):
+def test_a_signal_lets_answers_end_and_a_key_is_needed():
+    with process("--cors", SITE, "--host", "0.0.0.0", "--api_key", "k1") as (p, port):
         assert [get(port, path)[0] for path in ("/v1/models", "/", "/health")] == [401, 200, 200]
         key, site, body = "Authorization: Bearer k1", f"Origin: {SITE}", GOOD | {"model": "run"}
         status, headers, _ = fetch(port, post(ASK, body, key, site))
-        assert status == (200 if flags else 403)
-        assert headers.get("Access-Control-Allow-Origin") == (SITE if flags else None)
+        assert (status, headers["Access-Control-Allow-Origin"]) == (200, SITE)
         status, headers, _ = fetch(port, request(f"OPTIONS {ASK} HTTP/1.1", site))
-        assert status == 204 and ("Access-Control-Allow-Headers" in headers) == bool(flags)
+        assert status == 204 and "Access-Control-Allow-Headers" in headers
         create = functools.partial(client(port, "k1").chat.completions.create, **body)
-        ends = create(max_tokens=600, stream=True)
-        never = create(max_tokens=65000, stream=True) if flags else ()
-        chunks = [next(ends)]
-        p.send_signal(getattr(signal, name))
-        start = time.monotonic()
+        stream = create(max_tokens=600, stream=True)
+        chunks = [next(stream)]
+        p.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         with pytest.raises((openai.RateLimitError, openai.APIConnectionError)):
             create()
-        chunks += ends
+        chunks += stream
         assert sum(len(c.choices[0].delta.content or "") for c in chunks) == 600
         assert chunks[-1].choices[0].finish_reason == "length"
-        with pytest.raises(openai.APIError, match="closing") if flags else contextlib.nullcontext():
-            list(never)
-        assert p.wait(10) == code and time.monotonic() - start < 8
-        assert p.stderr.read() == ""
+        assert p.wait(10) == 143 and p.stderr.read() == ""
 
 
 def test_what_cannot_be_served_is_one_line(chat, monkeypatch):
@@ -865,15 +689,17 @@ def test_what_cannot_be_served_is_one_line(chat, monkeypatch):
     monkeypatch.setattr(sample, "load", lambda *args: (chat.model, CHAT, Path("tiny.pt")))
     for flags, words in (
         (["--serve", str(chat.port)], "cannot be used"),
-        (["--serve", "70000"], "port"),
         (["--serve", "0", "--host", "0.0.0.0"], "give it an --api_key"),
         (["--serve", "0", "--host", "no such host", "--api_key", "k"], "cannot be used"),
     ):
         with pytest.raises(UserError, match=words) as e:
             sample.main([*flags, "--no_fast", "--ckpt", "tiny.pt"])
         assert "\n" not in str(e.value)
-    args = sample.build_parser().parse_args(["--host", "::1"])  # nobody else's: no key
-    assert sample.make_service(chat.model, CHAT, Path("tiny.pt"), args, None).key is None
+    args = sample.build_parser().parse_args(["--host", "::1"])  # local: needs no key
+    for key in (None, "k1"):
+        if key:
+            monkeypatch.setenv("SCRATCHLM_API_KEY", key)
+        assert sample.make_service(chat.model, CHAT, Path("tiny.pt"), args, None).key == key
 
 
 # ---- figures and the page's own routes -------------------------------------------------------
@@ -890,32 +716,25 @@ def test_figures_count_what_was_asked(chat):
     assert new["cached_tokens_total"] == sum(u.prompt_tokens_details.cached_tokens for u in usage)
     for name, count in (("first_token", 3), ("next_token", 7)):
         assert new[f"{name}_seconds_count"] == count and new[f"{name}_seconds_sum"] > 0
-        buckets = [v for k, v in after.items() if k.startswith(f"{name}_seconds_bucket")]
-        assert buckets == sorted(buckets) and buckets[-1] == after[f"{name}_seconds_count"]
 
 
 def test_choices_are_rows_that_finetune_reads(chat):
     assert get(chat.port, "/page/info")[2]["choices"]["count"] == 0
     call = {"function": {"name": "search", "arguments": "{}"}}
     talk = [*HELLO, {"role": "assistant", "tool_calls": [call]}, turn("tool", "[]")]
-    more = '{"prompt": [{"role": "user", "content": "a", "b": 1e400, "c": %s}], ' % ("9" * 400)
-    good = [CHOICE, CHOICE | {"messages": talk}, more + '"chosen": "x", "rejected": "y", "d": 1}']
-    good += [{"prompt": "学 it", "chosen": "a", "rejected": "b"}]
+    good = [CHOICE, CHOICE | {"messages": talk}, {"prompt": "学", "chosen": "a", "rejected": "b"}]
     for n, row in enumerate(good, start=1):
         assert fetch(chat.port, post("/page/choose", row))[::2] == (200, {"count": n})
-    for bad in ({"rejected": "hi 你好"}, {"chosen": " "}, {"chosen": 5}, {"chosen": None},
-                {"messages": []}, {"messages": [turn("x", "y")]}):
-        assert fetch(chat.port, post("/page/choose", CHOICE | bad))[0] == 400
-    for bad in ({}, {"prompt": "a", "chosen": "b"}, {"messages": [*HELLO, turn("assistant", "x")]}):
-        assert fetch(chat.port, post("/page/choose", bad))[0] == 400
+    bad = [CHOICE | {"rejected": "hi 你好"}, CHOICE | {"chosen": " "}, CHOICE | {"messages": []}]
+    for row in (*bad, {}, {"prompt": "a", "chosen": "b"}, CHOICE | {"messages": [turn("x", "y")]}):
+        assert fetch(chat.port, post("/page/choose", row))[0] == 400
     info = get(chat.port, "/page/info")[2]["choices"]
-    assert info["count"] == 4 and info["file"] == str(Path("out/choices.jsonl"))
-    kind, parts, _ = load_data(info["file"])
-    assert kind == "prefer" and len(parts["train"]) + len(parts["val"]) == 4
-
-
-def test_a_disk_that_fails_is_said(chat):
-    Path("out").write_text("no folder", encoding="utf-8")
+    assert info["count"] == 3 and info["file"] == str(Path("out/choices.jsonl"))
+    kind, splits, _ = load_data(info["file"])
+    assert kind == "prefer" and len(splits["train"]) + len(splits["val"]) == 3
+    Path("out/choices.jsonl").unlink()
+    Path("out").rmdir()
+    Path("out").write_text("no folder", encoding="utf-8")  # an error that is said
     assert fetch(chat.port, post("/page/choose", CHOICE))[0] == 500
 
 
@@ -926,12 +745,12 @@ def test_runs_and_their_figures(chat):
     texts = {"long": "".join(json.dumps(r) + "\n" for r in rows)}
     texts["cut 好"] = '{"step": 1, "loss": NaN}\n{"step": 2, "loss": Infinity}\n{"step": 3, "lo'
     texts |= {"empty": "", "odd": '5\n[1]\n\nnull\n{"val_loss": 1}\n'}
+    settings = {"long": '{"lr": 0.1}', "odd": "{"}
     for n, (name, content) in enumerate(texts.items()):
         Path("out", name).mkdir(parents=True)
         Path("out", name, "metrics.jsonl").write_text(content, encoding="utf-8")
+        Path("out", name, "settings.json").write_text(settings.get(name, ""), encoding="utf-8")
         os.utime(Path("out", name, "metrics.jsonl"), (time.time() - n, time.time() - n))
-    Path("out/long/settings.json").write_text('{"lr": 0.1}', encoding="utf-8")
-    Path("out/odd/settings.json").write_text("{", encoding="utf-8")
     Path("out/no run").mkdir()
     with data.runs.lock_folder("out/odd"):
         runs = get(chat.port, "/page/runs")[2]["runs"]

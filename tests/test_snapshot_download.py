@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import prepare_data
 from data.cli import UserError
-from data.download import EXTRAS, VIEWER, fetch, hub_token, snapshot_download
+from data.download import VIEWER, fetch, hub_token, snapshot_download
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 BODY = random.Random(1).randbytes(1_000_000)
@@ -190,10 +190,9 @@ def test_a_model_in_one_file_comes_with_all_that_belongs_to_it(hub, cdn):
     assert json.loads((FOLDER / "config.json").read_bytes()) == {"file": "config.json"}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
-def test_gpt2_needs_no_owner(hub, cdn, name):
-    put_model(hub, cdn, repo=f"openai-community/{name}")
-    assert snapshot_download(name) == Path(f"data/hub/openai-community/{name}/main")
+def test_gpt2_needs_no_owner(hub, cdn):
+    put_model(hub, cdn, repo="openai-community/gpt2-medium")
+    assert snapshot_download("gpt2-medium") == Path("data/hub/openai-community/gpt2-medium/main")
 
 
 def test_shards_come_by_their_index(hub, cdn):
@@ -211,10 +210,8 @@ def test_old_weights_are_taken_if_there_are_no_others(hub, cdn):
     snapshot_download("ann/tiny")
     assert kept() == ["config.json", "pytorch_model.bin"]
     assert hub.asked[-3:] == [INDEX, "model.safetensors", "pytorch_model.bin"]
-
-
-def test_a_model_without_weights_is_told_what_was_looked_for(hub):
-    put_small(hub, "config.json")
+    (FOLDER / "pytorch_model.bin").unlink()
+    del hub.redirects[address("pytorch_model.bin")]
     line = refusal("ann/tiny")
     for name in ("ann/tiny", "main", INDEX, "model.safetensors", "pytorch_model.bin"):
         assert name in line
@@ -238,26 +235,22 @@ def test_a_revision_has_a_folder_of_its_own(hub, cdn):
     assert snapshot_download("ann/tiny") == FOLDER and len(kept()) == 10
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["", "x", "bert-base", "../x", "x/..", "./x", "a/b/c", "/a", "a/", "a/b/", "a/.b", "a b/c"]
-    + ["a/b?c", "a/b#c", "a\\b/c", "..\\a/b", "a/%2e%2e", "a/b\n", "https://huggingface.co/a/b"],
-)
-def test_a_name_that_is_none_is_refused_before_anything_is_asked(hub, name):
-    assert "OWNER/NAME" in refusal(name)
-    assert hub.log == [] and not Path("data").exists()
+NO_NAMES = """
+x bert-base ../x x/.. ./x a/b/c /a a/ a/b/ a/.b a/b?c a/b#c a\\b/c ..\\a/b a/%2e%2e
+https://huggingface.co/a/b ann/tiny@ ann/tiny@. ann/tiny@..
+"""
 
 
-@pytest.mark.parametrize("revision", ["", " ", ".", ".."])
-def test_a_revision_that_is_none_is_refused(hub, revision):
-    assert "revision" in refusal(f"ann/tiny@{revision}")
+def test_a_name_that_is_none_is_refused_before_anything_is_asked(hub):
+    for name in ["", "a b/c", "a/b\n", *NO_NAMES.split()]:
+        assert ("revision" if "@" in name else "OWNER/NAME") in refusal(name)
     assert hub.log == [] and not Path("data").exists()
 
 
 @pytest.mark.parametrize(
     "shard",
-    ["../evil.safetensors", "a/b.safetensors", "/etc/passwd", "..", ".", "", ".hidden", "a..b"]
-    + ["a\\b", "C:b", "a%2fb", "a?b", "a\x00b", "a\n", 5, None, ["a"], {}],
+    ["../evil.safetensors", "a/b.safetensors", "/etc/passwd", "..", "", ".hidden", "a\\b", "C:b"]
+    + ["a%2fb", "a?b", "a\x00b", "a\n", 5, None, ["a"]],
 )
 def test_a_shard_that_is_no_plain_file_is_refused_before_any_is_asked_for(hub, cdn, shard):
     put_shards(hub, cdn, [*SHARDS, shard])
@@ -265,14 +258,9 @@ def test_a_shard_that_is_no_plain_file_is_refused_before_any_is_asked_for(hub, c
     assert INDEX in line and ("plain file name" in line or "weight_map" in line)
     assert hub.asked[-1] == INDEX and cdn.log == []
     assert kept() == ["config.json", INDEX]
-    assert "plain file name" in refusal("ann/tiny", files=["config.json", shard])
 
 
-@pytest.mark.parametrize(
-    "text",
-    [b"", b"{", b"[]", b"5", b"{}", b'{"weight_map": []}', b'{"weight_map": {}}']
-    + [b"\xff", b"[" * 99_999],
-)
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"weight_map": []}', b"\xff", b"[" * 99_999])
 def test_an_index_that_is_none_is_named(hub, text):
     put_small(hub, "config.json")
     put_small(hub, INDEX, text)
@@ -297,14 +285,6 @@ def test_the_second_call_asks_nothing_at_all(hub, cdn, put, monkeypatch):
     assert snapshot_download("ann/tiny") == folder
 
 
-def test_a_model_put_there_by_hand_is_taken_as_it_is(hub):
-    FOLDER.mkdir(parents=True)
-    for file in ("config.json", "model.safetensors"):
-        (FOLDER / file).write_bytes(b"{}")
-    assert snapshot_download("ann/tiny") == FOLDER
-    assert hub.log == []
-
-
 def test_of_half_a_model_only_the_rest_is_asked_for(hub, cdn):
     put_shards(hub, cdn)
     hub.faults[address(SHARDS[1])] = [404]
@@ -313,14 +293,6 @@ def test_of_half_a_model_only_the_rest_is_asked_for(hub, cdn):
     snapshot_download("ann/tiny")
     assert cdn.asked == [f"{SHARDS[1]}?sign=1"]
     assert not {"config.json", INDEX, SHARDS[0]} & set(hub.asked)
-
-
-def test_what_may_be_missing_may_be_missing(hub, cdn):
-    put_model(hub, cdn)
-    for file in EXTRAS:
-        hub.files.pop(address(file), None), hub.redirects.pop(address(file), None)
-    snapshot_download("ann/tiny")
-    assert kept() == ["config.json", "model.safetensors"]
 
 
 # --------------------------------------------------------------------------------------------
@@ -337,9 +309,6 @@ def test_a_redirect_within_the_hub_is_followed(hub, cdn):
     snapshot_download("ann/tiny")
     assert (FOLDER / "config.json").read_bytes() == body
     assert hub.log[1][0] == place
-    hub.files[place] = b"another", {}
-    (FOLDER / "config.json").unlink()
-    assert "arrived damaged: git's sha1" in refusal("ann/tiny")
 
 
 def test_a_model_that_was_renamed_is_found(hub, cdn):
@@ -397,16 +366,11 @@ def test_weights_with_another_sha256_are_not_kept(hub, cdn):
     put_large(hub, cdn, "model.safetensors", BODY, hashed=BODY[::-1])
     line = refusal("ann/tiny")
     assert "model.safetensors" in line and "arrived damaged: sha256" in line
-    assert not list(FOLDER.glob("model*"))
-
-
-def test_a_small_file_with_another_git_hash_is_not_kept(hub, cdn):
-    put_model(hub, cdn)
-    _, headers = hub.files[address("config.json")]
-    hub.files[address("config.json")] = b'{"file": "config.jsoM"}', headers
-    line = refusal("ann/tiny")
-    assert "config.json" in line and "arrived damaged: git's sha1" in line
-    assert kept() == []
+    assert not list(FOLDER.glob("model*"))  # nor small files with another git hash:
+    (FOLDER / "config.json").unlink()
+    hub.files[address("config.json")] = b"{}", hub.files[address("config.json")][1]
+    assert "arrived damaged: git's sha1" in refusal("ann/tiny")
+    assert not list(FOLDER.glob("config*"))
 
 
 def test_an_etag_that_is_not_the_hubs_says_nothing_of_the_content(hub, cdn):
@@ -433,20 +397,10 @@ def test_the_token_is_for_the_hub_alone(hub, cdn, monkeypatch):
     snapshot_download("ann/tiny")
     assert {bearer for _, _, bearer in hub.log} == {"Bearer hf_secret"}
     assert len(cdn.log) == 2 and {bearer for _, _, bearer in cdn.log} == {None}
-
-
-def test_no_token_no_header(hub, cdn):
-    put_model(hub, cdn)
-    snapshot_download("ann/tiny")
-    assert {bearer for _, _, bearer in hub.log + cdn.log} == {None}
-
-
-def test_other_downloads_show_no_token(hub, cdn, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub.files["/datasets/a"] = cdn.files["/a"] = BODY, {}
-    fetch("https://huggingface.co/datasets/a")
-    fetch(cdn.base + "/a")
-    assert [bearer for _, _, bearer in hub.log + cdn.log] == [None, None]
+    hub.files["/datasets/a"], hub.token = (BODY, {}), None
+    hub.log.clear()
+    fetch("https://huggingface.co/datasets/a")  # other downloads show none
+    assert hub.log[0][2] is None
 
 
 def test_a_mirror_of_everything_is_not_shown_the_token(hub, cdn, monkeypatch):
@@ -474,7 +428,7 @@ def test_a_password_of_the_machine_does_not_displace_the_token(hub, cdn, monkeyp
     assert hub.log[0][2] == "Bearer hf_secret"
 
 
-@pytest.mark.parametrize("token", ["hf secret", "hf_secret\r\nX: y", "hf_sécret"])
+@pytest.mark.parametrize("token", ["hf_secret\r\nX: y", "hf_sécret"])
 def test_a_token_that_is_none_is_refused_and_not_shown(hub, monkeypatch, token):
     monkeypatch.setenv("HF_TOKEN", token)
     line = refusal("ann/tiny")
@@ -500,24 +454,12 @@ def test_a_private_or_gated_model_names_the_licence_and_the_token(hub, status, m
     assert kept() == []
 
 
-def test_a_file_that_is_refused_is_not_taken_for_one_that_is_not_there(hub, cdn):
-    put_model(hub, cdn)
-    hub.faults[address("generation_config.json")] = [403]
-    assert "private or gated" in refusal("ann/tiny")
-
-
 def test_a_model_that_is_not_there_is_named(hub):
     line = refusal("ann/tiny@v2")
-    for part in ("404", "no such model, revision or file", "ann/tiny", "v2", "config.json"):
+    for part in ("404", "a wrong name?", "ann/tiny", "v2", "config.json"):
         assert part in line
     assert len(hub.log) == 1
-    assert not Path("data").exists()  # and leaves no folder of that name
-
-
-def test_a_shard_that_is_not_there_is_named(hub, cdn):
-    put_shards(hub, cdn)
-    del hub.redirects[address(SHARDS[1])]
-    assert SHARDS[1] in refusal("ann/tiny")
+    assert kept() == []
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors"])
@@ -530,25 +472,16 @@ def test_a_server_in_trouble_is_asked_four_times(hub, cdn, file):
     assert hub.asked.count(file) == 4
 
 
-def test_a_server_that_recovers_is_asked_again(hub, cdn):
-    put_model(hub, cdn)
-    hub.faults[address("config.json")] = [500, 429]
-    assert snapshot_download("ann/tiny") == FOLDER
-
-
 @pytest.mark.parametrize(
     "place, status",
     [
         (address("config.json"), 302),
-        ("http://127.0.0.1:1/config.json", 302),
         ("http://[bad/", 302),
-        ("http:///config.json", 302),
         ("ftp://127.0.0.1/config.json", 302),
         ("file:///etc/passwd", 302),
         ("http://127.0.0.1:99999/", 302),
         ("/\xff", 302),
         (None, 302),
-        (None, 304),
         (None, 204),
     ],
 )

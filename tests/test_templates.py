@@ -8,13 +8,13 @@ import tempfile
 from collections import Counter, namedtuple
 
 import pytest
+from conftest import render_chat
 
 transformers = pytest.importorskip("transformers")
 from jinja2 import TemplateError
 from test_hf_tokenizer import trained, write
 from tokenizers import AddedToken
 
-from data.chat import render_chat
 from data.hf_tokenizer import hub_tokenizer
 from data.tokenizer import Tokenizer
 
@@ -297,14 +297,14 @@ def learned(family, ids, mask):
     return [ours.decode(run) for run in runs]
 
 
-def turns(theirs, messages, family, tools, **variables):
-    """(prompt, what is written behind it up to its end) of each turn of the assistant; None where
+def turns(theirs, messages, family, tools):
+    """(prompt, what is written after it up to its end) of each turn of the assistant; None where
     the prompt changes once it is answered, or nothing is written."""
     end = FAMILIES[family].learned.split("{}")[1].strip()
     for i, m in enumerate(messages):
         if m["role"] == "assistant":
-            before = rendered(theirs, messages[:i], tools, True, **variables)
-            after = rendered(theirs, messages[: i + 1], tools, **variables)
+            before = rendered(theirs, messages[:i], tools, True)
+            after = rendered(theirs, messages[: i + 1], tools)
             own = after.removeprefix(before)
             own = own[: own.index(end) + len(end)] if end else own
             yield (before, own) if own and after.startswith(before) else None
@@ -315,18 +315,18 @@ def test_what_is_learned_is_what_the_assistant_wrote(family, talk):
     ours, theirs = pair(family)
     last = max((i for i, m in enumerate(TALKS[talk]) if m["role"] == "assistant"), default=0)
     messages = TALKS[talk][: last + 1]
-    for tools, more in itertools.product((None, TOOLS), FAMILIES[family].variables):
-        whole = rendered(theirs, messages, tools, **more)
+    for tools in (None, TOOLS):
+        whole = rendered(theirs, messages, tools)
         if not last or isinstance(whole, TemplateError):
             continue
-        wrote = list(turns(theirs, messages, family, tools, **more))
-        ids, mask = render_chat(messages, ours, tools=tools, **more)
+        wrote = list(turns(theirs, messages, family, tools))
+        ids, mask = render_chat(messages, ours, tools=tools)
         got = learned(family, ids, mask)
         if all(turn and whole.startswith("".join(turn)) for turn in wrote):  # no history rewritten
-            assert got == [own for _, own in wrote], more
+            assert got == [own for _, own in wrote]
         if wrote[-1]:
-            assert got[-1] == wrote[-1][1], more
-            prompt, nothing = render_chat(messages[:last], ours, True, tools=tools, **more)
+            assert got[-1] == wrote[-1][1]
+            prompt, nothing = render_chat(messages[:last], ours, True, tools=tools)
             assert prompt == ids[: len(prompt)] and mask[len(prompt)] == 1
             assert len(nothing) == len(prompt)
 

@@ -59,70 +59,46 @@ def test_a_released_tensor_is_read_again_from_disk(tmp_path):
 
 
 def mutate(content, rng):
-    """A damaged copy of a good file: lengths, offsets, shapes, dtypes, names, JSON, bytes."""
-    content = bytearray(content)
+    """A damaged copy of a good file: its length, its header's numbers and names, its bytes."""
     length = int.from_bytes(content[:8], "little")
-    kind = rng.randrange(8)
+    kind = rng.randrange(6)
     if kind == 0:
-        content[:8] = rng.choice(
-            [0, 1, 2, length - 1, length + 1, len(content), 2**31, 2**63, 2**64 - 1]
-        ).to_bytes(8, "little")
-    elif kind == 1:
-        del content[rng.randrange(len(content)) :]
-    elif kind == 2:
-        content += bytes(rng.randrange(1, 20))
-    elif kind == 3:
-        content[rng.randrange(8 + length)] = rng.randrange(256)
-    elif kind == 4:
-        at = rng.randrange(8, 8 + length)
-        content[at : at + rng.randrange(1, 9)] = rng.randbytes(rng.randrange(9))
+        lengths = [0, 1, 2, length - 1, length + 1, len(content), 2**31, 2**63, 2**64 - 1]
+        return rng.choice(lengths).to_bytes(8, "little") + content[8:]
+    if kind == 1:
+        return content[: rng.randrange(len(content))]
+    if kind == 2:
+        return content + bytes(rng.randrange(1, 20))
+    if kind == 3:
+        at = rng.randrange(8 + length)
+        return content[:at] + rng.randbytes(rng.randrange(9)) + content[at + rng.randrange(9) :]
+    header = json.loads(content[8 : 8 + length])
+    name = rng.choice([n for n in header if n != "__metadata__"])
+    strange = [-1, 0, 1, 3, 2**31, 2**63, 2**64, 1e300, 1.5, True, None, "4", [], {}, [1, 2]]
+    if kind == 4:
+        header[name][rng.choice(["dtype", "shape", "data_offsets"])] = rng.choice([*strange, "F32"])
     else:
-        header = json.loads(content[8 : 8 + length])
-        name = rng.choice([n for n in header if n != "__metadata__"])
-        entry, other = header[name], header[rng.choice([n for n in header if n != "__metadata__"])]
-        strange = [-1, 0, 1, 3, 2**31, 2**63, 2**64, 1e300, 1.5, True, None, "4", [], {}, [1, 2]]
-        if kind == 5:
-            key = rng.choice(["dtype", "shape", "data_offsets"])
-            entry[key] = rng.choice([*strange, "F32", "BF16", "I8", "f32", other[key]])
-        elif kind == 6:
-            numbers = rng.choice([entry["shape"], entry["data_offsets"]])
-            if numbers:
-                numbers[rng.randrange(len(numbers))] = rng.choice([*strange, -4, 4, 8, 16, 1000])
-        else:
-            action = rng.randrange(4)
-            if action == 0:
-                header[name] = rng.choice(strange)
-            elif action == 1:
-                del header[name]
-            elif action == 2:
-                del entry[rng.choice(list(entry))]
-            else:
-                header["copy"] = dict(entry)
-        text = json.dumps(header).encode()
-        content[: 8 + length] = len(text).to_bytes(8, "little") + text
-    return bytes(content)
+        numbers = header[name][rng.choice(["shape", "data_offsets"])] or [0]
+        numbers[rng.randrange(len(numbers))] = rng.choice([*strange, -4, 4, 8, 16, 1000])
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def test_a_thousand_damaged_files_raise_or_load_as_the_library_reads_them(tmp_path):
+def test_damaged_files_raise_or_load_as_the_library_reads_them(tmp_path):
     tensors, path, rng = some_tensors(), tmp_path / "x", random.Random(0)
     write_safetensors(path, tensors)
-    good, refused, wrong = path.read_bytes(), 0, []
-    for i in range(1000):
+    good, refused = path.read_bytes(), 0
+    for _ in range(400):
         damaged = mutate(good, rng)
         path.write_bytes(damaged)
         try:
             file = Safetensors(path)
-            found = {n: file[n].clone() for n in file.entries}
         except UserError as e:
             assert "\n" not in str(e) and str(path) in str(e)
             refused += 1
-            continue
-        try:
-            same_tensors(found, safetensors.load(damaged))
-        except Exception as e:
-            wrong.append((i, damaged[8:80], repr(e)[:200]))
-    assert wrong == []
-    assert 600 < refused < 1000
+        else:
+            same_tensors({n: file[n] for n in file.entries}, safetensors.load(damaged))
+    assert 240 < refused < 400
 
 
 @pytest.mark.parametrize("depth", [10, 100_000])

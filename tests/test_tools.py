@@ -6,7 +6,6 @@ import json
 import sys
 import typing
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import CHAT, calls
@@ -14,19 +13,16 @@ from conftest import CHAT, calls
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sys
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from data import tools as data_tools
 from data.cli import UserError
-from data.tools import function_schema, load_tools, suits
+from data.tools import convert, function_schema, load_tools
 
 
 def call_tool(tools, text):
     """What a tool returns for `name {arguments}`."""
     return data_tools.call_tool(tools, calls(text)["tool_calls"][0])
-
 
 
 def test_hotel_is_a_search_of_the_data_base(tmp_path, monkeypatch):
@@ -64,19 +60,15 @@ def test_the_public_functions_of_a_file_are_tools_and_nothing_else(tmp_path):
     [
         (None, "no such file"),
         ("def f(:\n", "SyntaxError"),
-        ("import nosuchmodule\n", "nosuchmodule"),
         ("1 / 0\n", "ZeroDivisionError"),
         ("def f(x: 'Nothing'): pass\n", ": f has a .*Nothing.*: write a function"),
         ("from typing import *\ndef f(x: Literal[b'a']): pass\n", ": f has a .*bytes.*: write"),
-        ("def f(x: [1]): pass\n", ": f has a .*list.*: write a function"),
         ("def get_tools(): return {'low': min}\n", ": low has a .*no signature.*: write a"),
-        ("import math\ndef get_tools(): return {'s': math.sqrt}\n", ": s takes x by .*: write a"),
+        ("import math\ndef get_tools(): return {'s': math.sqrt}\n", ": s has .* x is taken by pos"),
         ("def get_tools(): return {'a': int}\n", ": a is no function: write a"),
-        ("class A: pass\ndef get_tools(): return {'a': A}\n", ": a is no function: write a"),
         ("def get_tools(): return {'a': 5}\n", ": a is no function: write a"),
         ("def get_tools(): return [min]\n", "must return a dict"),
         ("from json import dumps\ndef _f(): pass\n", "no function"),
-        ("", "no function"),
     ],
 )
 def test_a_file_of_tools_that_cannot_be_used_is_named(tmp_path, text, reason):
@@ -92,34 +84,29 @@ def test_a_file_of_tools_that_cannot_be_used_is_named(tmp_path, text, reason):
     "annotation, good, bad",
     [
         (str, ["", "x"], [1, None, True, [], {}]),
-        (str | None, ["x", None], [1, False]),
         (typing.Optional[str], ["x", None], [1]),  # noqa: UP045
         (list, [[], [1]], ["x", {}, None]),
-        (list[str], [["a"], [1]], ["a", None]),  # items are not looked at
-        (list[str] | None, [["a"], None], ["a", 1]),
-        (dict[str, int], [{}], [[], "x"]),
-        (float, [1, 1.5], [True, "1", None]),
+        (list[str], [["a"], []], ["a", None, [1]]),
         (float | None, [1, 1.5, None], [False, "1"]),
         (int, [1, -2], [1.5, True, "1"]),
         (int | str, [1, "1"], [1.5, True]),
         (bool, [True, False], [0, 1, "true"]),
         (typing.Literal["a", "b"], ["a", "b"], ["c", 1, None, []]),
         (typing.Any, [1, None, "x", []], []),
-        (SimpleNamespace.__init__, [1, None], []),
         (inspect.Parameter.empty, [1, None, "x", [], {}], []),
     ],
 )
 def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
-    assert all(suits(v, annotation) for v in good)
-    assert not any(suits(v, annotation) for v in bad)
+    assert [convert(v, annotation) for v in good] == good
+    for v in bad:
+        with pytest.raises(ValueError, match="cannot be"):
+            convert(v, annotation)
 
 
 @pytest.mark.parametrize(
     "content, reason",
     [
-        ("book {'city': 'x'}", "not JSON"),
         ('book {"city": "x"', "not JSON"),
-        ("book", "city"),
         ("", "no tool ''"),
         ("book [1]", "not a JSON object"),
         ("book " + "[" * 100_000, "not JSON"),
@@ -127,7 +114,6 @@ def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
         ('book {"city": "x", "stars": 1}', "stars"),
         ('book {"nights": 1}', "city"),
         ('book {"city": 7}', "city cannot be 7"),
-        ('book {"city": null}', "city cannot be None"),
         ('book {"city": "x", "nights": 1.5}', "nights cannot be 1.5"),
         ('book {"city": "x", "nights": true}', "nights cannot be True"),
     ],
@@ -160,7 +146,7 @@ def test_what_tools_return_is_json_and_what_they_raise_is_told():
 # ---- tools: what the model is told, against transformers ------------------------------------
 
 
-def look_up(city: str, days: int = 3, units: Literal["c", "f"] = "c") -> list[dict]:
+def look_up(city: str, days: int = 3, units: Literal["c", "f"] = "c", k: str = "u") -> list[dict]:
     """The weather of a city,
     day by day.
 
@@ -169,31 +155,10 @@ def look_up(city: str, days: int = 3, units: Literal["c", "f"] = "c") -> list[di
             language.
         days (int): How many days.
         units: Of the temperature.
+        k: One of these (choices: ["u", "v"])
 
     Returns:
         A list, one for each day.
-    """
-
-
-def mixed(
-    a: str | None, b: int | float, c: list[int], d: dict[str, float], e: bool | None = None,
-    f: tuple[int, str] = (), g: list = (), h: dict | list[str] = (), i: Any = None,
-    j: Literal[1, "x"] = 1, k: str = "u",
-):
-    """Many kinds.
-
-    Args:
-        a: A.
-        b: B.
-        c: C.
-        d: D.
-        e: E.
-        f: F.
-        g: G.
-        h: H.
-        i: I.
-        j: J.
-        k: One of these (choices: ["u", "v"])
     """
 
 
@@ -201,14 +166,15 @@ class Unit(enum.Enum):
     C, F = "c", 1
 
 
-def annotated(a: Unit, b: Annotated[int, "?"], c: list[Unit] | None = None):
-    """Others.
+def mixed(
+    a: str | None, b: int | float, c: list[int], d: dict[str, float], e: bool | None = None,
+    f: tuple[int, str] = (), g: list = (), h: dict | list[str] = (), i: Any = None,
+    j: Literal[1, "x"] = 1, k: Unit = None, m: Annotated[int, "?"] = 1, n: list[Unit] | None = None,
+):  # fmt: skip
+    pass
 
-    Args:
-        a: A.
-        b: B.
-        c: C.
-    """
+
+mixed.__doc__ = "Many kinds.\n\nArgs:\n" + "".join(f"    {x}: {x}.\n" for x in "abcdefghijkmn")
 
 
 def test_an_enums_members_are_called_by_their_values():
@@ -241,7 +207,7 @@ def test_choices_in_a_docstring(kind, said, choices):
     assert properties["x"] == {"enum": choices, "description": "Which one."}
 
 
-@pytest.mark.parametrize("function", [look_up, mixed, annotated])
+@pytest.mark.parametrize("function", [look_up, mixed])
 def test_a_functions_schema_is_that_of_transformers(function):
     theirs = pytest.importorskip("transformers").utils.get_json_schema(function)
     ours = function_schema(function.__name__, function)
