@@ -7,17 +7,12 @@
     python finetune.py --data hotel --objective grpo --reward slots   sampled answers, rewarded
     python finetune.py --data my_chats.jsonl --show_mask 2      what is learned, token by token
 
-It writes a run as train.py does, with the same loop (train.fit), and predictions.jsonl. The kind of
-the rows is recognised by their shape: chats (Alpaca, ShareGPT, OpenAI messages, hotel dialogues),
-labelled texts, preference pairs.
-
-The chapters: the recipe, losses, answers, objectives, rewards, the run, the command line.
-data/rows.py reads rows of any shape, data/batches.py makes batches of them.
+It writes a run as train.py does, with the same loop (train.fit), then predictions.jsonl and
+scores.json. data/rows.py recognises the rows by their shape: chats (Alpaca, ShareGPT, OpenAI
+messages, hotel dialogues), labelled texts, preference pairs.
 """
 
 import argparse
-import contextlib
-import io
 import itertools
 import json
 import math
@@ -35,7 +30,6 @@ if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; s
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import lora
 import model as lm
@@ -126,9 +120,9 @@ def distill_loss(model, ids, targets, teacher, weight, temperature):
     keep = targets != -100
     logits = model(ids, targets, reduction="logits").float()  # (N, V)
     with torch.no_grad():
-        goal = teacher(ids, targets, reduction="logits").float()
-    V, T = min(logits.shape[1], goal.shape[1]), temperature  # one may have more spare rows
-    ours, theirs = (x[:, :V].div(T).log_softmax(-1) for x in (logits, goal))
+        taught = teacher(ids, targets, reduction="logits").float()
+    V, T = min(logits.shape[1], taught.shape[1]), temperature  # one may have more spare rows
+    ours, theirs = (x[:, :V].div(T).log_softmax(-1) for x in (logits, taught))
     kl = F.kl_div(ours, theirs, reduction="sum", log_target=True)
     hard = F.cross_entropy(logits, targets[keep], reduction="sum")
     return weight * hard + (1 - weight) * T**2 * kl
@@ -158,14 +152,14 @@ def answer_jobs(examples, limit=None, calls_only=False):
 
 
 def job_prompt(job, tokenizer, context):
-    """The ids of the chat before a Turn, cut so that an answer fits in the context behind them."""
+    """The ids of the chat before a Turn, cut so that an answer fits in the context after them."""
     room = context - max_answer(context)
     return chat.get_template(tokenizer).fit_prompt(job.messages, job.tools, room)
 
 
 def generate_turns(model, tokenizer, prompts, seeds=None):
-    """The turn that the model writes after each of the prompts, as lists of ids: greedily, or
-    sampled with a seed for each prompt. A turn that ends makes room for the next one."""
+    """The turns that the model writes after the prompts: (lists of ids, messages). They are greedy,
+    or sampled with a seed for each prompt. A turn that ends makes room for the next one."""
     template, allowed = chat.get_template(tokenizer), allowed_ids(model, tokenizer, chat=True)
     max_tokens = max_answer(model.config.context)
     turns, waiting, running = [[] for _ in prompts], deque(range(len(prompts))), {}
@@ -181,15 +175,13 @@ def generate_turns(model, tokenizer, prompts, seeds=None):
             if new_id in template.ends or len(turn) == max_tokens:
                 engine.remove(slot)
                 del running[slot]
-    return turns
+    return turns, [parse(ids, template, prompt) for ids, prompt in zip(turns, prompts)]
 
 
 def answer(model, tokenizer, jobs):
     """The model's greedy answers to `answer_jobs`, as messages."""
     prompts = [job_prompt(job, tokenizer, model.config.context) for job in jobs]
-    turns = generate_turns(model, tokenizer, prompts)
-    template = chat.get_template(tokenizer)
-    return [parse(ids, template, prompt) for ids, prompt in zip(turns, prompts)]
+    return generate_turns(model, tokenizer, prompts)[1]
 
 
 # --------------------------------------------------------------------------------------------
@@ -199,11 +191,10 @@ def answer(model, tokenizer, jobs):
 
 @dataclass
 class Split:
-    """Examples, the rows that an objective made of them, and how many of these were cut."""
+    """Examples, and the rows that an objective made of them."""
 
     examples: list
     rows: list
-    cut: int = 0
     prompts: list = field(default_factory=list)  # of GRPO, which learns from these and not the rows
     reference: torch.Tensor | None = None  # of DPO: log probabilities (N, 2) before training
 
@@ -217,13 +208,8 @@ class SFT:
 
     kinds, noun, figure = ("chat",), "conversations", "slot_f1"  # figure: what --best_by may name
     curves, unit = train.Task.curves, train.Task.unit  # of loss.svg
-    recipe = {}  # what differs from RECIPE
-    flags = {}  # flags of this objective alone: {name: (default, argparse type, help)}
-
-    @classmethod
-    def defaults(cls):
-        """The defaults of `flags`, and what differs from RECIPE."""
-        return {name: default for name, (default, _, _) in cls.flags.items()} | cls.recipe
+    flags = {}  # flags of this objective alone: {name: (argparse type, help)}
+    recipe = {}  # the defaults of `flags`, and what differs from RECIPE
 
     @staticmethod
     def special_tokens(tokenizer, splits, labels):
@@ -238,7 +224,7 @@ class SFT:
         self.args, self.tokenizer, self.labels, self.runtime = args, tokenizer, labels, runtime
 
     def rows(self, example):
-        """([Row or tuple of Rows], whether one was cut) of an example."""
+        """The rows of an example: a list of Rows or of tuples of Rows."""
         return batches.chat_rows(example, self.tokenizer, self.args.context, self.args.loss_on)
 
     def make_split(self, examples):
@@ -247,12 +233,11 @@ class SFT:
         split, bad = Split([], []), []
         for example in examples:
             try:
-                rows, cut = self.rows(example)
+                rows = self.rows(example)
             except ValueError as e:
                 bad.append(f"{shorten(first_words(example), 60)!r}: {e}")
                 continue
             split.examples.append(example)
-            split.cut += cut
             split.rows += filter(batches.has_target, rows)
         if bad:
             report_bad(bad, len(examples), self.args.data)
@@ -260,8 +245,7 @@ class SFT:
         if tools and not chat.get_template(self.tokenizer).supports_tools:
             print("[the chat template has no place for tools: they are left out]", file=sys.stderr)
         if not split.rows:
-            loss_on = self.args.loss_on
-            raise UserError(f"no row has a target for --loss_on {loss_on}: nothing to learn")
+            raise UserError(f"no row has anything to learn with --loss_on {self.args.loss_on}")
         return split
 
     def start(self, model, splits, saved):
@@ -292,11 +276,11 @@ class SFT:
             loss += counts * float(model(*batch))
             targets += counts * int((batch[1] != -100).sum())
         loss, targets = self.runtime.total(loss, targets)
-        idle = self.runtime.rank > 0 and not self.runtime.sharded
-        if final or not self.args.eval_rows or idle:
-            return {"val_loss": loss / targets}
-        jobs = self.jobs(split, self.args.eval_rows)
-        return {"val_loss": loss / targets} | self.scores(jobs, answer(model, self.tokenizer, jobs))
+        scores, answers = {"val_loss": loss / targets}, self.args.eval_rows and not final
+        if answers and (self.runtime.rank == 0 or self.runtime.sharded):
+            jobs = self.jobs(split, self.args.eval_rows)
+            scores |= self.scores(jobs, answer(model, self.tokenizer, jobs))
+        return scores
 
     def jobs(self, split, limit=None):
         """The `answer_jobs` of the turns that are learned."""
@@ -336,25 +320,22 @@ class Classify(SFT):
         return [chat.label_token(name) for name in labels]
 
     def rows(self, example):
-        text, label, context = example["text"], example["label"], self.args.context
-        row, cut = batches.label_row(text, label, self.tokenizer, context)
-        return [row], cut
+        text, label = example["text"], example["label"]
+        return [batches.label_row(text, label, self.tokenizer, self.args.context)]
 
     def evaluate(self, model, split, final=True):
         return self.report(model, split)[0]
 
     def report(self, model, split):
         """The figures are over the label tokens alone; the lines show the confusion matrix."""
-        t, context, examples = self.tokenizer, model.config.context, split.examples
-        prompts = [batches.label_row(e["text"], None, t, context)[0].ids for e in examples]
-        label_ids = [t.special[chat.label_token(name)] for name in self.labels]
-        logps = classify(model, prompts, label_ids)  # (N, labels)
-        wanted = torch.tensor([self.labels.index(e["label"]) for e in examples])
+        label_ids = [self.tokenizer.special[chat.label_token(name)] for name in self.labels]
+        logps = classify(model, [row.ids[:-1] for row in split.rows], label_ids)  # (N, labels)
+        wanted = torch.tensor([self.labels.index(e["label"]) for e in split.examples])
         best, rows = logps.argmax(1), []
         table = confusion(best.numpy(), wanted.numpy(), len(self.labels))
         scores = {"val_loss": float(F.nll_loss(logps, wanted))}
         scores |= {"accuracy": float((best == wanted).float().mean()), "f1": macro_f1(table)}
-        for e, i, p in zip(examples, best, logps.exp().tolist()):
+        for e, i, p in zip(split.examples, best, logps.exp().tolist()):
             row = {"text": e["text"], "reference": e["label"], "prediction": self.labels[i]}
             rows.append(row | {"p": p})
         names = [shorten(name, 11) for name in self.labels]
@@ -369,15 +350,19 @@ class DPO(SFT):
     one, relative to the reference, which is the model before training."""
 
     kinds, noun, figure = ("prefer",), "preference pairs", "reward_accuracy"
-    recipe = dict(lr=1e-4, embed_lr=1e-4, head_lr=1e-4, epochs=1.0)
-    flags = {"dpo_beta": (0.1, positive, "how tightly DPO holds on to the reference")}
+    flags = {"dpo_beta": (positive, "strength of the pull towards the reference")}
+    recipe = dict(dpo_beta=0.1, lr=1e-4, embed_lr=1e-4, head_lr=1e-4, epochs=1.0)
 
     def rows(self, example):
-        pair, cut = batches.preference_rows(example, self.tokenizer, self.args.context)
-        return [pair], cut
+        return [batches.preference_rows(example, self.tokenizer, self.args.context)]
 
     def start(self, model, splits, saved):
         """Compute the log probabilities of all answers under the reference, once."""
+        if self.args.eval_only and not lora.adapted(model):
+            raise UserError(
+                f"pairs are measured against the model before DPO, which {self.args.ckpt} does not "
+                f"bring along: see its metrics.jsonl, or train with --lora_rank"
+            )
         reference = saved and saved["reference"]
         if not reference:
             with lm.evaluating(model), self.runtime.autocast(), lora.disable_adapter(model):
@@ -390,8 +375,8 @@ class DPO(SFT):
     def batch(self, split, numbers, rows, number=0):
         """(ids, targets, reference): the chosen rows, then the rejected ones; log probabilities
         (P, 2) under the reference."""
-        known = split.reference is not None
-        reference = split.reference[numbers] if known else torch.zeros(len(rows), 2)
+        reference = split.reference
+        reference = torch.zeros(len(rows), 2) if reference is None else reference[numbers]
         return *batches.pad([row for side in zip(*rows) for row in side]), reference
 
     def rewards(self, model, ids, targets, reference):
@@ -414,41 +399,34 @@ class DPO(SFT):
         and their difference."""
         rewards = self.over_pairs(split, partial(self.rewards, model))
         chosen, rejected = rewards.unbind(1)
-        means = dict(accuracy=chosen > rejected, chosen=chosen, rejected=rejected)
-        means |= dict(margin=chosen - rejected)
+        means = {"accuracy": chosen > rejected, "chosen": chosen, "rejected": rejected}
+        means["margin"] = chosen - rejected
         scores = {"val_loss": float(preference_loss(rewards)) / len(rewards)}
         return scores | {f"reward_{name}": float(v.float().mean()) for name, v in means.items()}
 
     def report(self, model, split):
-        with self.runtime.autocast():
-            return self.evaluate(model, split), [], []
+        return self.evaluate(model, split), [], []
 
 
 class Distill(SFT):
     """Chats that are learned from a teacher's probabilities as well (Hinton et al. 2015)."""
 
     flags = {
-        "distill_lambda": (0.5, share, "share of the cross-entropy"),
-        "distill_temperature": (2.0, positive, "softens teacher and model"),
+        "distill_lambda": (share, "share of the cross-entropy"),
+        "distill_temperature": (positive, "softens teacher and model"),
     }
+    recipe = dict(distill_lambda=0.5, distill_temperature=2.0)
 
     def start(self, model, splits, saved):
         name, device = self.args.teacher, str(self.runtime.device)
         self.teacher, tokenizer, _ = load(name, device, "fp32")
         if tokenizer.spec != self.tokenizer.spec:
-            raise UserError(
-                f"--teacher {name} has other tokens, or special tokens, than the model: fine-tune "
-                f"it on such rows first"
-            )
+            raise UserError(f"--teacher {name} has other tokens: fine-tune it on such rows first")
         return {}
 
     def loss(self, model, ids, targets, places):
         weight, temperature = self.args.distill_lambda, self.args.distill_temperature
         return distill_loss(model, ids, targets, self.teacher, weight, temperature)
-
-
-class DistillLabels(Distill, Classify):
-    """The same for labelled texts."""
 
 
 # --------------------------------------------------------------------------------------------
@@ -469,9 +447,9 @@ class RewardModel(DPO):
         return [*SFT.special_tokens(tokenizer, splits, labels), REWARD_TOKEN]
 
     def rows(self, example):
-        pair, cut = batches.preference_rows(example, self.tokenizer, self.args.context - 1)
+        pair = batches.preference_rows(example, self.tokenizer, self.args.context - 1)
         token = self.tokenizer.special[REWARD_TOKEN]
-        return [tuple(batches.reward_row(row, token) for row in pair)], cut
+        return [tuple(batches.reward_row(row, token) for row in pair)]
 
     def start(self, model, splits, saved):
         return {}  # there is no reference
@@ -501,8 +479,8 @@ def load_rewards(source, device):
     def rewards(answers):
         rows, out = [], torch.zeros(len(answers))
         for messages, turn, _ in answers:
-            example = {"messages": [*messages, turn]}
-            row = batches.chat_rows(example, tokenizer, context - 1, first=len(messages))[0][-1]
+            example, first = {"messages": [*messages, turn]}, len(messages)
+            row = batches.chat_rows(example, tokenizer, context - 1, first=first)[-1]
             rows.append(batches.reward_row(row, token))
         for numbers in batches.bucket(range(len(rows)), rows, 4096):
             ids, targets = (t.to(device) for t in batches.pad([rows[i] for i in numbers]))
@@ -544,15 +522,14 @@ def group_logps(runner, model, ids, targets, lengths, allowed=None):
     """Log probabilities (N, T) of targets among the `allowed` ids, answers to prompts of these
     lengths, in batches as `GRPO.batch` makes them: each prompt is computed once. `runner`: see
     train.make_runner."""
-    found = []
-    for row, goal, n in zip(ids, targets.chunk(len(ids)), lengths.tolist()):
-        shared, prompt, T = SharedPrompt(model), row[None, :n], most_targets(goal)
+    groups = []
+    for row, group, n in zip(ids, targets.chunk(len(ids)), lengths.tolist()):
+        shared, prompt, T = SharedPrompt(model), row[None, :n], most_targets(group)
         runner(prompt, torch.full_like(prompt, -100), shared, reduction="none")
-        answers = row[n : n + len(goal) * T].view(-1, T)
-        goals = goal[:, :T].contiguous()
-        logps = runner(answers, goals, shared, reduction="none", allowed=allowed)
-        found.append(F.pad(logps, (0, goal.shape[1] - T)))
-    return torch.cat(found)
+        answers, wanted = row[n : n + len(group) * T].view(-1, T), group[:, :T].contiguous()
+        logps = runner(answers, wanted, shared, reduction="none", allowed=allowed)
+        groups.append(F.pad(logps, (0, group.shape[1] - T)))
+    return torch.cat(groups)
 
 
 def most_targets(targets):
@@ -565,16 +542,18 @@ class GRPO(SFT):
     its reward is above the mean of its group, the answers to the same prompt (Shao et al. 2024)."""
 
     kinds, noun, figure = ("chat", "prefer", "label"), "examples", "val_reward"
-    recipe = dict(best_by="val_reward", lr=1e-4, embed_lr=1e-4, head_lr=1e-4, muon_lr=1e-3)
-    recipe |= dict(epochs=1.0, batch_tokens=8192, grad_accum=4, eval_every=20, log_every=5)
-    curves = (("drawn", "reward"), ("greedy, validation", "val_reward"))
-    unit = "reward"
+    curves, unit = (("drawn", "reward"), ("greedy, validation", "val_reward")), "reward"
     flags = {
-        "samples": (8, between(2, 4096, int), "answers drawn to each prompt"),
-        "updates": (1, at_least(1), "optimizer steps with the same answers"),
-        "clip": (0.2, positive, "how far from 1 a ratio of probabilities may move them"),
-        "kl": (0.0, at_least(0, float), "weight of the divergence from the model at the start"),
+        "samples": (between(2, 4096, int), "answers sampled for each prompt"),
+        "updates": (at_least(1), "optimizer steps with the same answers"),
+        "clip": (positive, "ratios of probabilities are clipped to 1 +- this"),
+        "kl": (at_least(0, float), "weight of the divergence from the model at the start"),
     }
+    recipe = dict(
+        samples=8, updates=1, clip=0.2, kl=0.0, best_by="val_reward", lr=1e-4, embed_lr=1e-4,
+        head_lr=1e-4, muon_lr=1e-3, epochs=1.0, batch_tokens=8192, grad_accum=4, eval_every=20,
+        log_every=5,
+    )  # fmt: skip
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -591,7 +570,7 @@ class GRPO(SFT):
             if reward is not None:
                 ids = job_prompt(job, self.tokenizer, context)
                 room = self.args.samples * max_answer(context)
-                split.prompts.append(batches.Prompt(ids, [0] * len(ids), job, room))
+                split.prompts.append(batches.Prompt(ids, job, room))
         if not split.prompts:
             raise UserError(f"--reward {self.args.reward} is None for all of these turns")
         return split
@@ -630,9 +609,7 @@ class GRPO(SFT):
         seeds = np.random.default_rng((a.seed, 2, number)).integers(2**62, size=len(prompts))
         with lm.evaluating(self.model) as model, self.runtime.autocast():
             prompt_ids = [p.ids for p in prompts]
-            answers = generate_turns(model, self.tokenizer, prompt_ids, seeds=seeds.tolist())
-        template = chat.get_template(self.tokenizer)
-        turns = [parse(new, template, prompt) for new, prompt in zip(answers, prompt_ids)]
+            answers, turns = generate_turns(model, self.tokenizer, prompt_ids, seeds=seeds.tolist())
         jobs = [p.turn for p in prompts]
         rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
         if None in rewards:
@@ -653,7 +630,7 @@ class GRPO(SFT):
         heads = [torch.tensor(p.ids[:-1]) for p, kept in zip(rows, keep) if kept]
         ends = [ids[:, : most_targets(t)].flatten() for ids, t in zip(*groups)]
         texts = [torch.cat(pair) for pair in zip(heads, ends)]
-        ids, targets = nn.utils.rnn.pad_sequence(texts, batch_first=True), groups[1].flatten(0, 1)
+        ids, targets = batches.pad_sequence(texts, True), groups[1].flatten(0, 1)
         lengths = torch.tensor([len(head) for head in heads])
         logps = self.fixed_logps(ids, targets, lengths)
         batch = ids, targets, lengths, advantage, *logps, rewards.flatten()
@@ -665,19 +642,17 @@ class GRPO(SFT):
 
     def fixed_logps(self, *batch):
         """`group_logps` under the model now and under the reference; zeros if not needed."""
-        batch, zeros = [t.to(self.runtime.device) for t in batch], torch.zeros(batch[1].shape)
 
-        def logps(model):
+        def logps(model, needed):
+            if not needed:
+                return torch.zeros(batch[1].shape)
+            on_device = [t.to(self.runtime.device) for t in batch]
             with lm.evaluating(model), self.runtime.autocast():
-                return group_logps(model, model, *batch, self.allowed).cpu()
+                return group_logps(model, model, *on_device, self.allowed).cpu()
 
-        old = logps(self.model) if self.args.updates > 1 else zeros
-        if not self.args.kl:
-            return old, zeros
-        if self.reference:
-            return old, logps(self.reference)
+        old = logps(self.model, self.args.updates > 1)
         with lora.disable_adapter(self.model):
-            return old, logps(self.model)
+            return old, logps(self.reference or self.model, self.args.kl)
 
     def loss(self, model, ids, targets, lengths, advantage, old, reference, rewards):
         a, sampled = self.args, targets != -100
@@ -708,18 +683,14 @@ class GRPO(SFT):
         return {k: s / n for k, s, n in zip(names, sums, sums[len(names) :]) if n}
 
 
-# --objective: the first of its classes that takes rows of the data's kind; by default the first of
-# all
+# --objective; by default the first one that takes rows of the data's kind
 OBJECTIVES = {
-    "sft": [SFT],
-    "classify": [Classify],
-    "dpo": [DPO],
-    "distill": [Distill, DistillLabels],
-    "reward": [RewardModel],
-    "grpo": [GRPO],
+    "sft": SFT, "classify": Classify, "dpo": DPO, "distill": Distill, "reward": RewardModel,
+    "grpo": GRPO,
+}  # fmt: skip
+OWN_FLAGS = {
+    name: (c.recipe[name], *flag) for c in OBJECTIVES.values() for name, flag in c.flags.items()
 }
-CLASSES = [c for classes in OBJECTIVES.values() for c in classes]
-OWN_FLAGS = {name: flag for c in CLASSES for name, flag in c.flags.items()}
 
 
 # --------------------------------------------------------------------------------------------
@@ -728,9 +699,8 @@ OWN_FLAGS = {name: flag for c in CLASSES for name, flag in c.flags.items()}
 
 
 def resolve(args):
-    """Fill in every flag that the user left out; the kind of the rows decides on the objective.
-    Returns (args, the objective's class, the content of the last.pt to resume or None, {split:
-    examples}, {split: sha256})."""
+    """Fill in every flag that the user left out. Returns (args, the objective's class, the content
+    of the last.pt to resume or None, {split: examples}, {split: sha256})."""
     given = {k: v for k, v in vars(args).items() if v is not None}
     content, settings = None, given
     if args.resume is not None and not args.eval_only:
@@ -739,22 +709,20 @@ def resolve(args):
         raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
     elif "ckpt" not in given:
         settings = given | {"ckpt": str(newest_run())}
-    every_row = bool(args.eval_only) and "val" not in given
-    options = {name: settings.get(name) for name in ("rows", "max_rows", "encoding")}
     data, fraction = settings["data"], settings.get("val", RECIPE["val"])
-    kind, splits, hashes = load_data(
-        data, settings.get("val_data"), fraction, **options, every_row=every_row
-    )
+    options = {name: settings.get(name) for name in ("rows", "max_rows", "encoding")}
+    options["every_row"] = bool(args.eval_only) and "val" not in given
+    kind, splits, hashes = load_data(data, settings.get("val_data"), fraction, **options)
     if content is not None and content["data"] != hashes:
         raise UserError(f"{data} is not the data that the run began with")
     names = [settings["objective"]] if "objective" in settings else OBJECTIVES
-    suitable = [(name, c) for name in names for c in OBJECTIVES[name] if kind in c.kinds]
-    if not suitable:
+    name = next((name for name in names if kind in OBJECTIVES[name].kinds), None)
+    if name is None:
         raise UserError(f"--objective {names[0]} does not suit {data}, rows of {kind}")
-    name, objective = suitable[0]
+    objective = OBJECTIVES[name]
     if content is None:
         rates = LORA_RECIPE if given.get("lora_rank") else {}
-        settings = RECIPE | rates | objective.defaults() | settings | {"objective": name}
+        settings = RECIPE | rates | objective.recipe | settings | {"objective": name}
     settings["split"] = "val" if settings["split"] == "dev" else settings["split"]
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
     check_settings(args, objective, splits, given)
@@ -774,7 +742,7 @@ def check_settings(args, objective, splits, given):
         (a.quantize and not a.lora_rank,
          "--quantize freezes the base: add --lora_rank 8, so that something learns"),
         (a.best_by not in ("val_loss", "last", figure),
-         f"--best_by {a.best_by} is not measured with {name}: {figure} is"),
+         f"--best_by {a.best_by} is not measured with {name}: val_loss and {figure} are"),
         (a.best_by == figure and "chat" in objective.kinds and not a.eval_rows,
          f"--best_by {a.best_by} needs --eval_rows"),
         (a.best_by == "slot_f1" and not calls,
@@ -798,12 +766,6 @@ def find_labels(splits):
     if unknown := set().union(*labels.values()) - labels["train"]:
         raise UserError(f"label {min(unknown)!r} is not among the training rows' labels")
     return sorted(labels["train"])
-
-
-def augmented(examples, objective, args, epoch):
-    """The Split of an epoch, of examples as the data set's `augment` changes them."""
-    rng = random.Random(f"{args.seed} {epoch}")
-    return objective.make_split(SOURCES[args.data].augment(examples, args.augment, rng))
 
 
 def build_model(args, base, content, special_tokens, runtime):
@@ -849,9 +811,10 @@ def make_task(args, objective, splits, loader, extra):
     def batch(number):
         numbers, rows = loader.get(number)
         ids, *rest = objective.batch(splits["train"], numbers, rows, number)
-        if args.token_dropout:
+        if args.token_dropout:  # so that no single word of few texts is relied on
             rng = np.random.default_rng((args.seed, 1, number))
-            ids = batches.drop_tokens(ids, args.token_dropout, objective.tokenizer.eos_id, rng)
+            dropped = torch.from_numpy(rng.random(ids.shape) < args.token_dropout)
+            ids = ids.masked_fill(dropped, objective.tokenizer.eos_id)
         return ids, *rest
 
     def step_batches(step):
@@ -879,21 +842,23 @@ def make_task(args, objective, splits, loader, extra):
 
 
 def shorten(text, width=160):
-    """`text` on one line, at most `width` characters of it."""
+    """At most `width` characters of `text`, on one line."""
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def write_report(objective, model, split, out):
-    """Print the figures of a model on a Split and return them; write predictions.jsonl to `out`."""
-    with lm.evaluating(model):
+    """Print the figures of a model on a Split; write scores.json and predictions.jsonl to `out`."""
+    with lm.evaluating(model), objective.runtime.autocast():
         scores, rows, lines = objective.report(model, split)
-    out.mkdir(parents=True, exist_ok=True)
-    if rows and objective.runtime.rank == 0:
+    if objective.runtime.rank > 0:
+        return
+    write_json(out / "scores.json", {objective.args.split: scores})
+    print(*lines, "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in scores.items()), sep="\n")
+    if rows:
         text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
         (out / "predictions.jsonl").write_text(text, encoding="utf-8")
-    print(*lines, "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in scores.items()), sep="\n")
-    return scores
+        print(f"{out}/predictions.jsonl")
 
 
 def report_best(model, args, objective, splits, examples):
@@ -906,11 +871,9 @@ def report_best(model, args, objective, splits, examples):
         lm.load_weights(model, {k: shard_like(v, state[k]) for k, v in best["model"].items()})
     # pairs only have the training and validation rows, whose reference is known
     split = splits.get(args.split) or objective.make_split(examples[args.split])
-    print(f"{out}/best.pt, step {best['step']}, on {args.split}:")
-    with objective.runtime.autocast():
-        scores = write_report(objective, model, split, out)
     if objective.runtime.rank == 0:
-        write_json(out / "scores.json", {args.split: scores})
+        print(f"{out}/best.pt, step {best['step']}, on {args.split}:")
+    write_report(objective, model, split, out)
 
 
 def evaluate_only(args, objective_class, examples):
@@ -918,30 +881,17 @@ def evaluate_only(args, objective_class, examples):
     runtime = make_runtime(args.device, args.dtype)
     model, tokenizer, where = load(args.ckpt, args.device, runtime.dtype)
     args = settle(args, context=train.check_context(args.context, model))
-    labels, all_rows = find_labels(examples), examples["val"] is examples["train"]
-    needed = objective_class.special_tokens(tokenizer, examples, labels)
+    needed = objective_class.special_tokens(tokenizer, examples, find_labels(examples))
     if missing := [name for name in needed if name not in tokenizer.special]:
         raise UserError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
-    if labels and all_rows:  # these rows may lack some
-        labels = chat.labels_of(tokenizer)
     run = where.parent if where.suffix == ".pt" else where
     out = run_folder(args.out, f"{run.name}-eval", runtime)
-    objective = objective_class(args, tokenizer, labels, runtime)
+    objective = objective_class(args, tokenizer, chat.labels_of(tokenizer), runtime)
     split = objective.make_split(examples[args.split])
-    if objective_class is DPO and not lora.adapted(model):
-        raise UserError(
-            f"pairs are measured against the model before DPO, which {where} does not bring along: "
-            f"see its metrics.jsonl, or train with --lora_rank"
-        )
-    if isinstance(objective, DPO):
-        objective.start(model, {args.split: split}, None)
-    held_out = args.val_data if args.split == "val" else None
-    rows = "all rows" if all_rows or held_out else args.split
-    noun = f"{len(split.examples):,} {objective.noun}"
-    print(f"measuring {noun}: {rows} of {held_out or args.data}")
+    objective.start(model, {args.split: split}, None)
+    rows = "all rows" if examples["val"] is examples["train"] else args.split
+    print(f"measuring {len(split.examples):,} {objective.noun}: {rows} of {args.data}")
     write_report(objective, model, split, out)
-    if (out / "predictions.jsonl").exists():
-        print(f"{out}/predictions.jsonl")
 
 
 def header(model, args, objective, splits, loader):
@@ -949,16 +899,14 @@ def header(model, args, objective, splits, loader):
     split, val = splits["train"], splits["val"]
     sizes = [batches.row_size(row) for row in loader.rows]
     longest, tokens = max(length for length, _ in sizes), sum(map(math.prod, sizes))
-    lines = [
+    cut = sum(any(r.cut for r in batches.sequences(row)) for row in split.rows)
+    text = (
         f"{args.out}: {args.objective} from {args.ckpt} on {args.data}: {len(split.examples):,} "
         f"{objective.noun} to learn, {len(val.examples):,} to measure; {len(sizes):,} rows of at "
-        f"most {longest:,} tokens, {split.cut:,} of them cut; {loader.per_epoch:,} batches an epoch"
-    ]
+        f"most {longest:,} tokens, {cut:,} cut to --context; {loader.per_epoch:,} batches an epoch"
+    )
     mean = tokens / len(sizes)
-    lines += train.header(model, args, objective.runtime, tokens, args.batch_tokens, mean)
-    if split.cut > len(split.rows) / 10:
-        lines.append("many rows are cut: a longer --context, or a base that has one, keeps more")
-    return lines
+    return [text, *train.header(model, args, objective.runtime, tokens, args.batch_tokens, mean)]
 
 
 def settle(args, **values):
@@ -988,7 +936,10 @@ def main(argv=None):
     check_memory(model, args.batch_tokens, runtime)
 
     def epoch_rows(epoch):
-        new = augmented(examples["train"], objective, args, epoch) if args.augment else split
+        new = split
+        if args.augment:
+            augment, rng = SOURCES[args.data].augment, random.Random(f"{args.seed} {epoch}")
+            new = objective.make_split(augment(examples["train"], args.augment, rng))
         return new.prompts or new.rows
 
     loader = batches.BucketLoader(epoch_rows, args.batch_tokens, args.seed)
@@ -1007,12 +958,10 @@ def main(argv=None):
         print("\n".join(header(model, args, objective, splits, loader)))
 
     def report(result):
-        with contextlib.redirect_stdout(sys.stdout if runtime.rank == 0 else io.StringIO()):
-            report_best(model, args, objective, splits, examples)
+        report_best(model, args, objective, splits, examples)
 
     fit = partial(train.fit, model, task, args, runtime, out, content)
-    train.launch(fit, report, runtime, out)
-    return None
+    return train.launch(fit, report, runtime, out)
 
 
 # --------------------------------------------------------------------------------------------
@@ -1031,40 +980,36 @@ def build_parser():
         "or on the Hub OWNER/NAME, OWNER/NAME:CONFIG, OWNER/NAME:FILE")
     add("--val_data", help="rows to measure on (default: the set's own, or --val)")
     add("--val", type=number(float, "between 0 and 1", lambda v: 0 < v < 1),
-        help="else the share of conversations held out (default 0.1)")
-    add("--objective", choices=tuple(OBJECTIVES), help="default: what the rows suit")
+        help="share of conversations held out if there are no validation rows (default 0.1)")
+    add("--objective", choices=tuple(OBJECTIVES), help="default: the one that suits the rows")
     add("--out", help="folder of the run (default: out/DATA-ft, or with --eval_only out/CKPT-eval, "
         "numbered if taken)")
     train.add_machine(add)
     add("--eval_only", action="store_true", default=None, help="measure --ckpt on --split, or "
         "on all of a file without --val; train nothing")
-    add("--split", help="to report on at the end: val (default; dev), test, train")
-    add("--best_by", choices=("val_loss", *dict.fromkeys(c.figure for c in CLASSES), "last"),
-        help="which evaluation makes best.pt (default val_loss; accuracy for labels)")
+    add("--split", help="split to report on at the end: val (default, also dev), test or train")
+    add("--best_by", help="figure that selects best.pt, or last (default val_loss, or accuracy)")
     add("--eval_rows", type=at_least(0),
-        help="answers to generate at an evaluation, 0 is none (default 64; the last one: all)")
-    add("--show_mask", type=at_least(1), metavar="N",
-        help="print N rows token by token, train nothing")
+        help="answers generated in each evaluation but the last, which is of all (default 64)")
+    add("--show_mask", type=at_least(1), metavar="N", help="print N rows token by token and stop")
     add = p.add_argument_group("rows").add_argument
-    add("--rows", metavar="START:STOP", help="this part of the training rows, as 1000:5001")
+    add("--rows", metavar="START:STOP", help="slice of the training rows, such as 1000:5001")
     add("--max_rows", type=at_least(1), help="the first rows of each split only (default: all)")
-    add("--encoding", help="of the files (default: UTF-8, UTF-16 or GB18030 recognised)")
+    add("--encoding", help="of the files (default: recognise UTF-8, UTF-16 and GB18030)")
     add("--loss_on", choices=("assistant", "call"),
         help="learn the assistant's turns (default), or its tool calls only")
-    add("--augment", type=share, help="hotel dialogues: the chance that a value is exchanged "
-        "everywhere in one, and that a question is added (default 0)")
-    add("--token_dropout", type=share, help="the chance that a token is hidden (default 0)")
+    add("--augment", type=share, help="hotel dialogues: probability that a value is exchanged "
+        "throughout a dialogue, and that a question is added (default 0)")
+    add("--token_dropout", type=share, help="probability of hiding a token (default 0)")
     add("--dropout", type=float, help="of the model (default: the checkpoint's)")
-    add("--batch_tokens", type=at_least(1),
-        help="the most tokens in a micro-batch, padding included (default 4096)")
-    add("--context", type=int, help="rows are cut to it (default and most: the checkpoint's)")
+    add("--batch_tokens", type=at_least(1), help="of a micro-batch, with padding (default 4096)")
+    add("--context", type=int, help="longest row (default and maximum: the checkpoint's)")
     add = p.add_argument_group("few parameters, little memory").add_argument
-    add("--lora_rank", type=at_least(0),
-        help="adapters of this rank, all else frozen (default 0: none)")
-    add("--lora_alpha", type=positive, help="adapters count alpha / rank times (default 2 x rank)")
-    add("--lora_dropout", type=float, help="in front of the adapters (default 0)")
+    add("--lora_rank", type=at_least(0), help="of adapters, all else frozen (default 0: none)")
+    add("--lora_alpha", type=positive, help="adapters are scaled by alpha / rank (default: 2 rank)")
+    add("--lora_dropout", type=between(0, 0.99), help="of the adapters' inputs (default 0)")
     add("--lora_targets", help="attention, mlp, all (default), or names of layers with commas")
-    add("--quantize", choices=("int8", "nf4"), help="the frozen base, with --lora_rank")
+    add("--quantize", choices=("int8", "nf4"), help="quantize the frozen base; needs --lora_rank")
     add = p.add_argument_group("objectives").add_argument
     add("--teacher", help="checkpoint that distill learns from")
     add("--reward", help=f"what grpo learns from: {', '.join(REWARDS)}, a .py file with a function "
@@ -1072,7 +1017,7 @@ def build_parser():
     for name, (default, kind, text) in OWN_FLAGS.items():
         add(f"--{name}", type=kind, help=f"{text} (default {default:g})")
     add = train.add_optimization(p)
-    add("--epochs", type=positive, help="passes over the rows, without the two below (default 3)")
+    add("--epochs", type=positive, help="passes over the rows (default 3 without another limit)")
     add("--max_steps", type=at_least(1), help="instead of --epochs")
     add("--max_minutes", type=positive, help="of training, evaluation not counted")
     return p

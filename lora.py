@@ -9,8 +9,7 @@ outside, by replacing its Linear layers one by one:
     LoRA       y = W x  +  alpha / rank * B (A x)    W is frozen, only the thin A and B learn
     quantized  y = dequantize(codes, scales) x       W takes 4 or 8 bits a weight instead of 32
 
-Together they are QLoRA. Neither depends on the Transformer: any module with nn.Linear inside will
-do. The chapters: quantized layers, adapters, saving and loading them, merging, the command line.
+Together they are QLoRA. Neither depends on the Transformer: any module with nn.Linear will do.
 """
 
 import contextlib
@@ -80,17 +79,16 @@ class QuantLinear(nn.Module):
 
     def __init__(self, linear, kind):
         super().__init__()
-        if kind not in ("int8", "nf4"):
-            raise UserError(f"quantization {kind!r} is unknown; choose int8 or nf4")
         self.kind = kind
         self.out_features, self.in_features = linear.weight.shape
         weight = linear.weight.detach().float()
         codes, scales = quantize_nf4(weight) if kind == "nf4" else quantize_int8(weight)
         mean = scales.mean()
         scale_codes, scale_scales = quantize_int8(scales - mean, SCALE_BLOCK)
-        buffers = dict(codes=codes, scale_codes=scale_codes, scale_scales=scale_scales)
-        for name, buffer in (buffers | dict(scale_mean=mean)).items():
-            self.register_buffer(name, buffer)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale_codes", scale_codes)
+        self.register_buffer("scale_scales", scale_scales)
+        self.register_buffer("scale_mean", mean)
         if kind == "nf4":
             # the two floats that a byte stands for, (256,), looked up as one long integer: that
             # takes a fifth of the time of looking up rows of two
@@ -133,11 +131,11 @@ class DequantizedProduct(torch.autograd.Function):
         return grad_x.to(ctx.x_dtype), None, None
 
 
-def quantize(model, kind, targets="all", device="cpu"):
-    """Replace the target Linears (see `TARGETS`) by frozen, quantized ones, in place, and convert
-    the rest of the model to float32. Returns their names; UserError if there are none. The layers
-    go to `device` one by one, so that it never holds the full weights."""
-    layers = find_layers(model, targets, nn.Linear)
+def quantize(model, kind, device="cpu"):
+    """Replace the Linears of the blocks by frozen, quantized ones, in place, and convert the rest
+    of the model to float32; returns their names. The layers go to `device` one by one, so that it
+    never holds the full weights."""
+    layers = find_layers(model, "all", nn.Linear)
     for parent, name, linear in layers.values():
         setattr(parent, name, QuantLinear(linear.to(device), kind))
     model.float()
@@ -184,7 +182,7 @@ class Named(nn.ParameterDict):
 
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha / rank * B(A(dropout(x))) for each adapter that is `active` over the base.
+    """base(x) + alpha / rank * B(A(dropout(x))) for the active one of the adapters over the base.
     A (rank, in) starts random, B (out, rank) at zero, so a new adapter changes nothing. Hu et al.
     2021, section 4.1."""
 
@@ -192,9 +190,9 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.a, self.b = Named(), Named()
-        self.scale, self.dropout, self.active = {}, {}, []
+        self.scale, self.dropout, self.active = {}, {}, None
 
-    def add(self, name, rank, alpha, dropout=0.0):
+    def add(self, name, rank, alpha, dropout):
         """Add an adapter, not active yet."""
         device = next(self.base.buffers(), next(self.base.parameters(), None)).device
         a = torch.empty(rank, self.base.in_features, device=device)
@@ -205,47 +203,43 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self):
-        """The weight (out, in) with what the active adapters add to it."""
-        deltas = (self.scale[n] * (self.b[n] @ self.a[n]) for n in self.active)
-        return self.base.weight + sum(deltas)
+        """The weight (out, in) with what the active adapter adds to it."""
+        if (n := self.active) is None:
+            return self.base.weight
+        return self.base.weight + self.scale[n] * (self.b[n] @ self.a[n])
 
     @property
     def bias(self):
         return self.base.bias
 
     def forward(self, x):
-        y = self.base(x)
-        for n in self.active:
-            thin = F.linear(F.dropout(x, self.dropout[n], self.training), self.a[n].to(x.dtype))
-            y = y + self.scale[n] * F.linear(thin, self.b[n].to(thin.dtype))
-        return y
+        y, n = self.base(x), self.active
+        if n is None:
+            return y
+        thin = F.linear(F.dropout(x, self.dropout[n], self.training), self.a[n].to(x.dtype))
+        return y + self.scale[n] * F.linear(thin, self.b[n].to(thin.dtype))
 
 
 def add_lora(
     model, targets="attention", rank=8, alpha=16, dropout=0.0, name="default", modules_to_save=()
 ):
-    """Add adapters to the target layers and freeze everything else; returns the layers' names.
+    """Add adapters to the target layers, make them active, and freeze everything else; returns the
+    layers' names.
 
     targets: attention, mlp, all, or layer names with commas. A second call with another `name` adds
-    a second adapter over the same base; both are then active. `modules_to_save` (peft's term) are
-    modules that learn whole beside this adapter and are saved with it: the tables of a base that
-    lacks the chat's special tokens. UserError if no layer matches, for a target that shares its
-    weight with another layer (a tied head: the embedding could not follow), or for bad numbers.
+    a second adapter over the same base. `modules_to_save` (peft's term) are modules that learn
+    whole beside this adapter and are saved with it: the tables of a base that lacks the chat's
+    special tokens. UserError if no layer matches, or for a target that shares its weight with
+    another layer (a tied head: the embedding could not follow).
 
     >>> add_lora(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
     ['0']
     """
-    if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
-        raise UserError(
-            f"LoRA wants rank >= 1, alpha > 0 and 0 <= dropout < 1, not {rank}, {alpha}, {dropout}"
-        )
     layers = find_layers(model, targets, (nn.Linear, QuantLinear, LoRALinear))
     ids = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     for full, (_, _, layer) in layers.items():
         if isinstance(layer, nn.Linear) and ids.count(id(layer.weight)) > 1:
             raise UserError(f"{full} shares its weight (a tied head): it cannot have an adapter")
-        if isinstance(layer, LoRALinear) and name in layer.a:
-            raise UserError(f"there is an adapter {name!r} already: choose another name")
     model.requires_grad_(False)
     for parent, child, layer in layers.values():
         if not isinstance(layer, LoRALinear):
@@ -253,14 +247,14 @@ def add_lora(
             setattr(parent, child, layer)
         layer.add(name, rank, alpha, dropout)
     if not hasattr(model, "saved_tables"):
-        model.active_adapters, model.saved_tables = [], {None: {}}  # None: the base's own tables
+        model.active_adapter, model.saved_tables = None, {None: {}}  # None: the base's own tables
     base, tables = model.saved_tables[None], {}
     for full, parameter in model.named_parameters():
         if full.rpartition(".")[0] in modules_to_save:
             tables[full] = base.setdefault(full, parameter.detach().clone())
             parameter.requires_grad_(True)
     model.saved_tables[name] = tables
-    set_adapter(model, *model.active_adapters, name)
+    set_adapter(model, name)
     return list(layers)
 
 
@@ -278,34 +272,27 @@ def hold_frozen(model, dtype):
 
 
 @torch.no_grad()
-def set_adapter(model, *names):
-    """Make exactly the adapters `names` active, or none. The `modules_to_save` of the last one are
-    written into the model, and what the previous adapter learned there is kept for its return.
-    UserError for an unknown name."""
-    existing = adapter_names(model)
-    if missing := set(names) - set(existing):
-        listed = ", ".join(sorted(existing)) or "none"
-        raise UserError(f"there is no adapter {', '.join(sorted(missing))}; the model has {listed}")
+def set_adapter(model, name=None):
+    """Make the adapter `name` the active one, or none. Its `modules_to_save` are written into the
+    model, and what the previous adapter learned there is kept for its return. UserError for an
+    unknown name."""
+    if name not in (None, *adapter_names(model)):
+        listed = ", ".join(adapter_names(model)) or "none"
+        raise UserError(f"there is no adapter {name}; the model has {listed}")
     for layer in adapted(model).values():
-        layer.active = [n for n in names if n in layer.a]
-    before, after = (n[-1] if n else None for n in (active_adapters(model), names))
-    if before != after:
+        layer.active = name if name in layer.a else None
+    if (before := getattr(model, "active_adapter", None)) != name:
         saved, parameters = model.saved_tables, base_parameters(model)
         if before is not None:
             saved[before] = {n: parameters[n].detach().clone() for n in saved[before]}
-        for n, table in (saved[None] | saved.get(after, {})).items():
+        for n, table in (saved[None] | saved[name]).items():
             parameters[n].copy_(shard_like(table.to(parameters[n].device), parameters[n]))
-    model.active_adapters = list(names)
+    model.active_adapter = name
 
 
 def adapter_names(model):
     """The names of a model's adapters."""
     return [name for name in getattr(model, "saved_tables", {}) if name is not None]
-
-
-def active_adapters(model):
-    """The names of a model's active adapters."""
-    return getattr(model, "active_adapters", [])
 
 
 def base_parameters(model):
@@ -316,12 +303,12 @@ def base_parameters(model):
 @contextlib.contextmanager
 def disable_adapter(model):
     """The bare base, for as long as the `with` lasts (the reference model of DPO)."""
-    names = active_adapters(model)
+    name = getattr(model, "active_adapter", None)
     set_adapter(model)
     try:
         yield model
     finally:
-        set_adapter(model, *names)
+        set_adapter(model, name)
 
 
 # --------------------------------------------------------------------------------------------
@@ -338,28 +325,27 @@ def fingerprint(state):
     return digest.hexdigest()
 
 
-def adapter_parameters(model, name="default"):
-    """{name: parameter} of the adapter `name`, which is the last active one: the layers' a and b,
-    and the `modules_to_save`."""
-    parameters, base = {}, base_parameters(model)
+def adapter_parameters(model):
+    """{name: parameter} of the active adapter: the layers' a and b, and the `modules_to_save`."""
+    name, base, parameters = model.active_adapter, base_parameters(model), {}
     for full, layer in adapted(model).items():
         if name in layer.a:
             parameters |= {f"{full}.a": layer.a[name], f"{full}.b": layer.b[name]}
     return parameters | {n: base[n] for n in model.saved_tables[name]}
 
 
-def adapter_state(model, name="default"):
-    """The tensors of `adapter_parameters`, copied to the CPU."""
-    parameters = adapter_parameters(model, name)
-    return {n: full_tensor(p.detach()).cpu().clone() for n, p in parameters.items()}
+def adapter_state(model):
+    """The tensors of the active adapter, copied to the CPU."""
+    parameters = adapter_parameters(model).items()
+    return {n: full_tensor(p.detach()).cpu().clone() for n, p in parameters}
 
 
 @torch.no_grad()
 def load_adapter(model, content, name="default"):
-    """Make the adapter `name` the only active one and copy the tensors of an adapter checkpoint
-    into it; UserError if they do not fit."""
+    """Make the adapter `name` active and copy the tensors of an adapter checkpoint into it;
+    UserError if they do not fit."""
     set_adapter(model, name)
-    parameters, state = adapter_parameters(model, name), content["model"]
+    parameters, state = adapter_parameters(model), content["model"]
     if problem := fit_error(parameters, state):
         raise UserError(f"adapter {name} does not fit this base: {problem}")
     for n, parameter in parameters.items():
@@ -386,10 +372,10 @@ def load_adapted(base, adapters, where="the base"):
     if quantized:
         quantize(model, quantized)
     for name, info in infos.items():
-        settings = ("targets", "rank", "alpha", "dropout", "modules_to_save")
-        add_lora(model, **{key: info[key] for key in settings}, name=name)
+        settings = {k: info[k] for k in ("targets", "rank", "alpha", "dropout", "modules_to_save")}
+        add_lora(model, **settings, name=name)
         load_adapter(model, adapters[name], name)
-    set_adapter(model, *list(adapters)[:1])
+    set_adapter(model, next(iter(adapters)))
     return model.eval()
 
 
@@ -400,7 +386,7 @@ def load_adapted(base, adapters, where="the base"):
 
 @torch.no_grad()
 def merge(model):
-    """Replace each adapted layer by a plain Linear, W + alpha / rank * B A of the active adapters,
+    """Replace each adapted layer by a plain Linear, W + alpha / rank * B A of the active adapter,
     in float32, and each quantized layer by a plain one. Returns their names: none the second time.
     The model is left in evaluation mode."""
     model.eval()  # dropout cannot be merged
@@ -409,23 +395,15 @@ def merge(model):
     layers = {n: m for n, m in layers.items() if n.rpartition(".")[0] not in layers}
     for full, layer in layers.items():
         path, _, child = full.rpartition(".")
-        weight, bias = layer.weight.float(), layer.bias
-        merged = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device)
-        merged.weight.copy_(weight)
-        if bias is not None:
-            merged.bias.copy_(bias)
+        merged = nn.Linear(*layer.weight.T.shape, bias=False, device="meta")
+        merged.weight, merged.bias = nn.Parameter(layer.weight.float()), layer.bias
         setattr(model.get_submodule(path), child, merged)
     return list(layers)
 
 
 @torch.no_grad()
-def merge_files(ckpt, adapter, out):
-    """The merge command: write a checkpoint like any other, verified by its logits."""
-    path = Path(out) if out.endswith(".pt") else Path(out, "best.pt")
-    if path.exists():
-        raise UserError(f"{path} exists: name another --out")
-    base, content = lm.load_checkpoint(ckpt), lm.load_checkpoint(adapter)
-    model = load_adapted(base, {str(adapter): content}, ckpt)
+def merge_and_save(model, tokenizer, path):
+    """Merge the active adapter and write a checkpoint like any other, verified by its logits."""
     torch.manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, min(64, model.config.context)))
     before = model(ids)
@@ -433,24 +411,21 @@ def merge_files(ckpt, adapter, out):
     difference = float((model(ids) - before).abs().max() / before.abs().max())
     if not difference < 1e-3:
         raise UserError(f"merging changed the logits by {difference:.1e} of their size: not saved")
-    merged = {"config": asdict(model.config), "model": lm.unwrapped_state(model)}
-    lm.save_checkpoint(path, merged | {"tokenizer": content["tokenizer"]})
+    content = {"config": asdict(model.config), "model": lm.unwrapped_state(model)}
+    lm.save_checkpoint(path, content | {"tokenizer": tokenizer})
     print(f"{path}: {len(names)} layers merged, logits differ by {difference:.1e} of their size")
 
 
-def export_files(ckpt, adapter, out):
-    """The export command: write a folder that peft reads over the exported base."""
-    base, content = lm.load_checkpoint(ckpt), lm.load_checkpoint(adapter)
-    if (path := Path(out, "adapter_config.json")).exists():
-        raise UserError(f"{path} exists: name another --out")
-    load_adapted(base, {str(adapter): content}, ckpt)  # raises if it is not their base
+def export(base, adapter, folder, ckpt):
+    """Write a folder that peft reads over the exported base. `base` and `adapter` are contents of
+    checkpoints, `ckpt` is what the user calls the base."""
     config = lm.Config.from_dict(dict(base["config"]))
     gpt2 = lm.config_to_hf(config)[0]["model_type"] == "gpt2"
     modules = lm.meta_model(config).named_modules()
     heights = {n: m.out_features for n, m in modules if isinstance(m, nn.Linear)}
     in_transformers = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()
-    write_peft(content, heights, gpt2, out, ckpt if in_transformers else None)
-    print(f"{out}: an adapter for peft, over the model that {ckpt} exports to")
+    write_peft(adapter, heights, gpt2, folder, ckpt if in_transformers else None)
+    print(f"{folder}: an adapter for peft, over the model that {ckpt} exports to")
 
 
 # --------------------------------------------------------------------------------------------
@@ -460,22 +435,27 @@ def export_files(ckpt, adapter, out):
 
 def build_parser():
     p = Parser(description="Work with adapters; finetune.py trains them.")
-    commands = p.add_subparsers(dest="command", required=True)
-    for command, text, out in (
-        ("merge", "write the weights of base and adapter as one checkpoint", "folder or .pt file"),
-        ("export", "write an adapter for Hugging Face's peft", "folder"),
-    ):
-        c = commands.add_parser(command, help=text)
-        c.add_argument("--ckpt", required=True, help=f"the base: {lm.WHAT_CKPT}")
-        c.add_argument("--adapter", required=True, help="the adapter: a run's folder or its file")
-        c.add_argument("--out", required=True, help=f"{out} to write")
+    p.add_argument("command", choices=("merge", "export"), help="merge: write base and adapter as "
+                   "one checkpoint; export: write the adapter for Hugging Face's peft")  # fmt: skip
+    p.add_argument("--ckpt", required=True, help=f"the base: {lm.WHAT_CKPT}")
+    p.add_argument("--adapter", required=True, help="the adapter: a run's folder or its file")
+    p.add_argument("--out", required=True, help="folder to write, or for merge a .pt file")
     return p
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    work = {"merge": merge_files, "export": export_files}
-    work[args.command](args.ckpt, args.adapter, args.out)
+    path = Path(args.out)
+    if args.command == "export" or path.suffix != ".pt":
+        path /= "best.pt" if args.command == "merge" else "adapter_config.json"
+    if path.exists():
+        raise UserError(f"{path} exists: name another --out")
+    base, content = lm.load_checkpoint(args.ckpt), lm.load_checkpoint(args.adapter)
+    model = load_adapted(base, {args.adapter: content}, args.ckpt)  # raises if not their base
+    if args.command == "merge":
+        merge_and_save(model, content["tokenizer"], path)
+    else:
+        export(base, content, path.parent, args.ckpt)
 
 
 if __name__ == "__main__":

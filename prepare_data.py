@@ -45,6 +45,8 @@ from data.tokenizer import PATTERNS, UNKNOWN, Tokenizer, learn_bpe
 def find_files(source):
     """The files of a SOURCE, downloaded if need be: paths, or (name, open) pairs of data.sources'
     `shards`. UserError if there are none."""
+    if not source.strip():
+        raise UserError("the source is empty: name a file, a folder, a URL, stdlib, ...")
     if source in SOURCES:
         files = SOURCES[source].fetch()["train"]
         return files if isinstance(files, list) else [files]
@@ -75,9 +77,9 @@ def default_name(source):
 
 
 def make_tokenizer(name, documents, total_bytes):
-    """The Tokenizer that the user calls `name`, trained on the documents where it needs to be: one
-    of the names that build_parser lists, any other of tiktoken's, or a folder with a meta.json or a
-    tokenizer.json."""
+    """The Tokenizer of this name, trained on the documents if its kind is char or bpe. The name is
+    one of those that build_parser lists, any other of tiktoken's, or a folder with a meta.json or
+    a tokenizer.json."""
     if name == "byte":
         return Tokenizer({"kind": "byte"})
     if name == "char":
@@ -184,7 +186,7 @@ def write_tokens(documents, tokenizer, folder, hold_out, max_tokens=None, held_o
 
 
 def split_tail(folder, dtype, fraction):
-    """Move the last `fraction` of train.tmp's tokens to val.tmp (few documents: no whole ones)."""
+    """Move the last `fraction` of train.tmp's tokens to val.tmp."""
     with open(folder / "train.tmp", "r+b") as train, open(folder / "val.tmp", "wb") as val:
         tokens = os.path.getsize(train.name) // dtype.itemsize
         end = train.seek(int(tokens * (1 - fraction)) * dtype.itemsize)
@@ -194,7 +196,7 @@ def split_tail(folder, dtype, fraction):
 
 
 def describe_split(path, tokenizer):
-    """What meta.json says of a file of tokens, and the largest id in it."""
+    """The entry of meta.json for a file of tokens, and the largest id in it."""
     total = largest = 0
     dtype = token_dtype(tokenizer.n_vocab)
     with open(path, "rb") as f:
@@ -246,8 +248,8 @@ def prepare(
     many = not held_out.files and len(list(itertools.islice(documents, MANY))) == MANY
     hold_out = round(1 / val_fraction) if many else None
 
-    # of shards a tokenizer learns from the first; a char vocabulary needs every character, while
-    # merges need no held-out text
+    # A tokenizer learns from the first shard only. A char vocabulary needs the characters of the
+    # held-out documents, too, but merges learned from them would flatter the model.
     learn_from = watched(read(streams[:1]) if shards else documents, "reading document")
     total_bytes = 0 if shards else sum(file.stat().st_size for file in files)
     if hold_out and (tokenizer or "bpe").startswith("bpe"):
@@ -303,7 +305,7 @@ def describe(folder, source, tokenizer, stats, documents):
 
 
 def summary(folder, meta, tokenizer, seconds):
-    """What the user sees when a corpus is ready."""
+    """The lines to print when a text is ready."""
     train, val = meta["splits"]["train"], meta["splits"]["val"]
     tokens, n_bytes = train["tokens"] + val["tokens"], train["bytes"] + val["bytes"]
     encodings = ", ".join(f"{n} {name}" for name, n in meta["encodings"].items())
@@ -387,7 +389,7 @@ def find_data(source, resuming=False):
 
 
 def data_hashes(meta):
-    """What tells one prepared text from another: {split: sha256}."""
+    """The hashes that identify a prepared text: {split: sha256}."""
     return {split: values["sha256"] for split, values in meta["splits"].items()}
 
 

@@ -8,15 +8,11 @@
     python sample.py --ckpt out/sentiment-ft --prompt "a fine film"  a classifier's verdict
     python sample.py --ckpt out/hotel-ft --serve --tools hotel      a page, and OpenAI's API
 
-The chapters: sampling filters (logits in, one token out), generation without and with a key/value
-cache, beam search, labels, and the command line. Faster Linear layers for a CPU are in
-data/matmul.py, ids to text in data/reply.py, the chat in data/terminal.py, the server in
-data/server.py.
+Faster Linear layers for a CPU are in data/matmul.py, ids to text in data/reply.py, the chat in
+data/terminal.py, the server in data/server.py.
 """
 
 import math
-import os
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -30,6 +26,7 @@ if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; s
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import lora
 from data.analogy import analogy
@@ -42,7 +39,7 @@ from data.reply import TextStream
 from data.runs import newest_run
 from data.terminal import Chat, talk
 from data.tokenizer import Tokenizer
-from data.tools import function_schema, load_tools
+from data.tools import load_tools
 from model import (
     LOSS_ROWS,
     WHAT_CKPT,
@@ -197,7 +194,7 @@ def naive_generate(model, ids, max_new_tokens, seed=0, **settings):
     return new
 
 
-MAX_READ = 4096  # ids that one pass reads at most, padding included
+MAX_READ = 4096  # ids of a prompt that one pass reads at most
 
 
 @dataclass(eq=False)
@@ -211,10 +208,11 @@ class Slot:
     prompt: int = 0  # the length of the prompt
     ended: int = 0  # a count of ended texts at its end: the lowest has been free the longest
     generator: torch.Generator | None = None
+    settings: dict = field(default_factory=dict)  # as in DECODING
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
-    # (n, ids, values): before its first n new ids are drawn, `values` are added to these logits
-    biases: list = field(default_factory=list)
-    settings: dict = field(default_factory=dict)
+    logit_bias: dict = field(default_factory=dict)  # {id: added to its logit before any filter}
+    ends: tuple = ()  # none of the first `min_tokens` new ids is in `ends`, if any other may come
+    min_tokens: int = 0
     # `logprobs` gets (log probability, [(id, log probability) of the `top` likeliest]) for each new
     # id, unless `top` is None; with `echo` those of the prompt come first
     top: int | None = None
@@ -232,8 +230,8 @@ class Engine:
     slots   the most texts at once
     length  tokens that the cache has room for at first; it grows up to the context
     chunk   the most ids of prompts that a step reads, so that other texts need not wait long
-    slide   slide(kept) is called with how many ids are kept: the last ones of a prompt longer than
-            the context; of a full context the newest half, read again from position 0
+
+    When the context is full, the newest half of it is read again, from position 0.
 
     >>> engine = Engine(model, slots=4)
     >>> slot = engine.add([5, 7], temperature=0)
@@ -242,28 +240,23 @@ class Engine:
     """
 
     @torch.inference_mode()
-    def __init__(self, model, slots, length=None, chunk=math.inf, slide=None):
-        self.model, self.chunk, self.slide = model, chunk, slide or (lambda kept: None)
-        self.context, self.device = model.config.context, model.embed.weight.device
+    def __init__(self, model, slots, length=None, chunk=math.inf):
+        self.model, self.chunk, self.context = model, chunk, model.config.context
+        self.device = model.embed.weight.device
         self.cache = KVCache(model, slots, length)
         self.slots, self.busy, self.ended = [Slot(row) for row in range(slots)], 0, 0
 
     @torch.inference_mode()
     def add(
-        self, prompt, *, seed=0, allowed=None, top=None, echo=False, logit_bias=None, ends=(),
-        min_tokens=0, **settings
+        self, prompt, *, seed=0, allowed=None, logit_bias=None, ends=(), min_tokens=0, top=None,
+        echo=False, **settings
     ):  # fmt: skip
-        """Begin a text and return its Slot: `prompt` is a list of ids, `settings` are as in
-        DECODING. `logit_bias` is {id: value added to its logit before any filter}. None of the
-        first `min_tokens` new ids is in `ends`, if any other may come. The other arguments are
-        described in Slot. One slot must be free. UserError for ids outside the vocabulary."""
-        biases = (math.inf, logit_bias or {}), (min_tokens, dict.fromkeys(ends, -1e9))
-        biases = [(n, [*bias], [*map(float, bias.values())]) for n, bias in biases if n and bias]
-        check_ids([prompt, *(ids for _, ids, _ in biases)], self.model.config.vocab_size)
+        """Begin a text and return its Slot, which describes the arguments; `prompt` is a list of
+        ids. One slot must be free. UserError for ids outside the vocabulary."""
+        logit_bias, ends = logit_bias or {}, tuple(ends) if min_tokens else ()
+        check_ids([prompt, *filter(None, (logit_bias, ends))], self.model.config.vocab_size)
         assert set(settings) <= set(DECODING), f"no such filter: {set(settings) - set(DECODING)}"
         start = max(0, len(prompt) - self.context)
-        if start:
-            self.slide(self.context)
         window = prompt[start:-1]
 
         def gain(slot):  # of its row: what is shared, less what is lost
@@ -272,11 +265,10 @@ class Engine:
 
         old = max(self.slots[self.busy :], key=gain)
         self.cache.lengths[old.row] = 0 if echo else self.shared(old, window)
-        tensor = partial(torch.tensor, device=self.device)
-        biases = [(n, tensor(ids), tensor(values)) for n, ids, values in biases]
-        slot = Slot(old.row, list(prompt), start, len(prompt), allowed=allowed, biases=biases)
-        slot.generator = torch.Generator().manual_seed(seed)
-        slot.settings, slot.top, slot.echo = settings, top, echo
+        slot = Slot(
+            old.row, list(prompt), start, len(prompt), 0, torch.Generator().manual_seed(seed),
+            settings, allowed, logit_bias, ends, min_tokens, top, echo,
+        )  # fmt: skip
         self.slots[slot.row] = slot
         self.swap(slot.row, self.busy)
         self.busy += 1
@@ -315,89 +307,66 @@ class Engine:
         """Draw the next id of each text whose prompt has been read; {slot: id}."""
         for slot in self.slots[: self.busy]:
             if len(slot.ids) - slot.start > self.context:  # full: go on from the newest half
-                kept = max(1, self.context // 2)
-                slot.start, self.cache.lengths[slot.row] = len(slot.ids) - kept, 0
-                self.slide(kept)
+                slot.start = len(slot.ids) - max(1, self.context // 2)
+                self.cache.lengths[slot.row] = 0
         slots, logits, limit, row = [], [], self.chunk, 0
         while row < self.busy:
-            group, unread = self.next_group(row, min(limit, MAX_READ))
+            group, unread = self.next_group(row)
             T = min(unread, limit, MAX_READ) if unread > 1 else 1
-            if unread == T:
-                logits.append(self.read(group, T))
+            last = self.read(group, T) if T > 0 else None
+            if unread == T:  # otherwise it is a long prompt
+                logits.append(last)
                 slots += group
-            elif T > 0:  # a long prompt, alone
-                self.read(group, T)
-            if T in (0, unread):  # else the same prompt goes on
+            if T in (0, unread):  # otherwise its next ids follow at once
                 row += len(group)
-            limit -= T * len(group) if unread > 1 else 0
+            limit -= T if unread > 1 else 0
         if not slots:
             return {}
         return self.draw(slots, logits[0] if len(logits) == 1 else torch.cat(logits))
 
-    def next_group(self, row, limit):
-        """(the slots from `row` on that one pass can read, the most unread ids of one of them).
-        Padded prompts have at most `limit` ids, unless there is only one. The beginning of a prompt
-        is first copied from the row that holds most of it."""
-        group, longest, total, most_held = [], 0, 0, 0
-        lengths = self.cache.lengths.tolist()
+    def next_group(self, row):
+        """(the slots from `row` on that one pass reads, how many ids of each are unread): a prompt
+        alone, or all texts of which only the last id is unread. The beginning of a prompt is first
+        copied from the row that holds most of it."""
+        group = []
         for slot in self.slots[row : self.busy]:
-            held, length = lengths[slot.row], len(slot.ids) - slot.start
-            if length - held > 1:
+            held, length = self.held(slot), len(slot.ids) - slot.start
+            if length - held > 1 and not slot.echo:
                 window = slot.ids[slot.start : -1]
                 source = max(self.slots, key=lambda s: self.shared(s, window))
-                shared = 0 if slot.echo else self.shared(source, window)
-                if shared > held:
+                if (shared := self.shared(source, window)) > held:
                     self.cache.copy_rows([source.row], [slot.row], shared)
                     held = shared
-                overlap = max((common(window, s.ids[s.start :]) for s in group), default=0)
-                if 2 * (overlap - held) > length - held:
-                    break  # it can have a copy once that one is read
-            unread = length - held
-            total, most_held = total + unread, max(most_held, held)
-            padded = max(longest, unread) * (len(group) + 1)
-            if group and max(longest, unread) > 1 and (
-                min(longest, unread) == 1  # a text that is being written does not wait for prompts
-                or padded > min(limit, max(256, 1.5 * total))
-                or most_held + max(longest, unread) > self.context
-            ):  # fmt: skip
-                break
+            if length - held > 1:
+                return (group, 1) if group else ([slot], length - held)
             group.append(slot)
-            longest = max(longest, unread)
-        return group, longest
+        return group, 1
 
     def read(self, group, T):
-        """Run the next T ids of each slot, or as many as it has, through the model. Returns the
-        logits (B, V) of what comes next."""
+        """Run the next T ids of each slot through the model; the logits (B, V) of what follows."""
         first, last = group[0].row, group[-1].row + 1
         held = self.cache.lengths[first:last].tolist()
-        rows = [slot.ids[slot.start + n :][:T] for slot, n in zip(group, held)]
         if max(held) + T > self.cache.room:
             self.cache.grow(min(self.context, 2 * (max(held) + T)))
         cache = self.cache if len(group) == len(self.slots) else self.cache.rows(first, last)
-        # causal: padding behind a row changes nothing, and later ids are written over it
-        ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=self.device)
-        if T == 1 and not any(slot.echo for slot in group):
+        rows = [slot.ids[slot.start + n :][:T] for slot, n in zip(group, held)]
+        ids, slot = torch.tensor(rows, device=self.device), group[0]
+        if not slot.echo or len(slot.ids) > slot.prompt:
             return self.model.last_logits(ids, cache)
         states = self.model.hidden(ids, cache)  # (B, T, C)
-        cache.lengths.copy_(torch.tensor([n + len(row) for n, row in zip(held, rows)]))
-        for slot, n, x in zip(group, held, states):
-            if slot.echo and len(slot.ids) == slot.prompt:
-                after = slot.ids[slot.start + n + 1 :][:T]
-                for i in range(0, len(after), LOSS_ROWS):
-                    goals = after[i : i + LOSS_ROWS]
-                    logits = self.model.head(x[i : i + len(goals)])
-                    slot.logprobs += top_logprobs(logits, goals, slot.top)
-        return self.model.head(states[range(len(rows)), [len(row) - 1 for row in rows]])
+        after = slot.ids[slot.start + held[0] + 1 :][:T]
+        slot.logprobs += echo_logprobs(self.model, states[0], after, slot.top)
+        return self.model.head(states[:, -1])
 
     def draw(self, slots, logits):
         """Append to each slot an id drawn from its row of logits (B, V); {slot: id}."""
         biased, groups, new = logits, {}, {}
         for r, slot in enumerate(slots):
             groups.setdefault((id(slot.allowed), *slot.settings.items()), []).append(r)
-            for n, ids, values in slot.biases:
-                if len(slot.ids) - slot.prompt < n:
-                    biased = logits.float().clone() if biased is logits else biased
-                    biased[r, ids] += values
+            early = len(slot.ids) - slot.prompt < slot.min_tokens
+            if bias := slot.logit_bias | dict.fromkeys(slot.ends if early else (), -1e9):
+                biased = logits.float().clone() if biased is logits else biased
+                biased[r, list(bias)] += torch.tensor(list(bias.values())).to(biased)
         for rows in groups.values():
             group = [slots[r] for r in rows]
             x = biased if len(rows) == len(slots) else biased[rows]
@@ -418,33 +387,20 @@ def common(a, b):
     return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def top_logprobs(logits, chosen, n):
-    """[(log probability of the chosen id, [(id, log probability) of the n likeliest])] of each row
-    of logits (B, V), before any filter."""
-    logps = logits.float().log_softmax(-1)
-    best = logps.topk(n)
-    rows = zip(chosen, logps, best.indices.tolist(), best.values.tolist())
-    return [(row[i].item(), list(zip(ids, values))) for i, row, ids, values in rows]
-
-
 def generate(
-    model, prompts, max_new_tokens, *, seed=0, seeds=None, allowed=None, stop=None, slide=None,
-    engine=None, **settings
-):  # fmt: skip
+    model, prompts, max_new_tokens, *, seed=0, seeds=None, stop=None, engine=None, **settings
+):
     """Yield lists of new ids, one for each prompt and step (None for a row that has stopped).
 
     prompts      lists of ids, of any lengths: each row gets what it would get alone
-    settings     as in DECODING; row r draws with seeds[r], or with `seed`
-    allowed      bools (V,): ids that may come; None is all
+    settings     of Engine.add; row r draws with seeds[r], or with `seed`
     stop(r, id)  is called with each new id; True ends row r, the id included
-    slide(kept)  see Engine
     engine       one that has read other texts before; by default a new one
     """
     check_ids(prompts, model.config.vocab_size)
     if engine is None:
         length = min(max(map(len, prompts)) + max_new_tokens, model.config.context)
-        engine = Engine(model, len(prompts), length, slide=slide)
-    settings["allowed"] = allowed
+        engine = Engine(model, len(prompts), length)
     slots = [engine.add(p, seed=s, **settings) for p, s in zip(prompts, seeds or repeat(seed))]
     try:
         for _ in range(max_new_tokens):
@@ -522,7 +478,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
 
 
 # --------------------------------------------------------------------------------------------
-# A classifier's labels
+# Labels of a classifier, and log probabilities of tokens
 # --------------------------------------------------------------------------------------------
 
 
@@ -530,31 +486,55 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
 def classify(model, prompts, goals, batch=64):
     """Log probabilities (N, L) of the label ids `goals` after each prompt (a list of ids), relative
     to these labels only."""
-    device, out = model.embed.weight.device, []
+    out = []
     for start in range(0, len(prompts), batch):
-        rows = prompts[start : start + batch]
-        ends = torch.tensor([len(r) - 1 for r in rows], device=device)
-        ids = torch.zeros(len(rows), int(ends.max()) + 1, dtype=torch.long, device=device)
-        for row, r in zip(ids, rows):  # causal: padding behind a row changes nothing
-            row[: len(r)] = torch.tensor(r)
-        last = model.hidden(ids)[torch.arange(len(rows)), ends]  # (B, C)
+        rows = [torch.tensor(ids) for ids in prompts[start : start + batch]]
+        # causal: padding behind a row changes nothing
+        ids = pad_sequence(rows, batch_first=True).to(model.embed.weight.device)
+        last = model.hidden(ids)[range(len(rows)), [len(row) - 1 for row in rows]]  # (B, C)
         out.append(model.head(last)[:, goals].float().log_softmax(-1).cpu())
     return torch.cat(out)
 
 
+def label_shares(model, tokenizer, prompts):
+    """[(label, probability)], the likeliest first, of each prompt (lists of ids)."""
+    labels = labels_of(tokenizer)
+    rows = [[*p[1 - model.config.context :], tokenizer.eos_id] for p in prompts]
+    goals = [tokenizer.special[label_token(name)] for name in labels]
+    shares = classify(model, rows, goals).exp().tolist()
+    return [sorted(zip(labels, row), key=lambda pair: -pair[1]) for row in shares]
+
+
+def top_logprobs(logits, chosen, n):
+    """[(log probability of the chosen id, [(id, log probability) of the n likeliest])] of each row
+    of logits (B, V), before any filter."""
+    logps = logits.float().log_softmax(-1)
+    best = logps.topk(n)
+    rows = zip(chosen, logps, best.indices.tolist(), best.values.tolist())
+    return [(row[i].item(), list(zip(ids, values))) for i, row, ids, values in rows]
+
+
+def echo_logprobs(model, states, ids, n):
+    """`top_logprobs` of the ids of a prompt that follow each of the states (T, C)."""
+    logprobs = []
+    for i in range(0, len(ids), LOSS_ROWS):
+        chosen = ids[i : i + LOSS_ROWS]
+        logprobs += top_logprobs(model.head(states[i : i + len(chosen)]), chosen, n)
+    return logprobs
+
+
 # --------------------------------------------------------------------------------------------
-# What the command line reads
+# The command line
 # --------------------------------------------------------------------------------------------
 
 
-def load(ckpt=None, device=None, dtype=None, adapters=(), ids_alone=False):
+def load(ckpt=None, device=None, dtype="auto", adapters=(), ids_alone=False):
     """(model, tokenizer, path) of a checkpoint or run's folder, by default the newest run. The base
     of an adapter is loaded with it. `adapters` are added to a base, the first one active, named by
     their folder or file. With `ids_alone` the tokenizer may be missing, and is None."""
     path = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
-    if dtype in (None, "auto"):
-        dtype = native_dtype(device)
+    dtype = native_dtype(device) if dtype == "auto" else dtype
     dtype = DTYPES["fp32" if dtype == "int8" else dtype]  # `make_fast` rounds to int8
     # an adapter recognises its base by the weights as they are on disk
     content, base, paths = load_checkpoint(path, None if adapters else dtype), path, adapters
@@ -595,17 +575,17 @@ def fast_model(model, rows, args):
     stays as it is, since they may be switched. UserError if a flag asks for the impossible."""
     device = model.embed.weight.device.type
     adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
-    if args.cuda_graphs:
-        if adapted or device != "cuda":
-            reason = "excludes adapters" if adapted else f"needs a GPU, the model is on {device}"
-            raise UserError(f"--cuda_graphs {reason}")
-        model.last_logits = GraphedSteps(model.last_logits)
     fast = device == "cpu" and not (args.no_fast or adapted)
+    if args.cuda_graphs and (adapted or device != "cuda"):
+        reason = "excludes adapters" if adapted else f"needs a GPU, the model is on {device}"
+        raise UserError(f"--cuda_graphs {reason}")
     if args.dtype == "int8" and not fast:
         reason = "excludes --no_fast" if args.no_fast else f"is for a CPU, not {device}"
         if adapted:
             reason = "does not round adapters: lora.py merge writes a checkpoint without them"
         raise UserError(f"--dtype int8 {reason}")
+    if args.cuda_graphs:
+        model.last_logits = GraphedSteps(model.last_logits)
     if fast:
         make_fast(model, rows, args.dtype == "int8")
         if args.verbose:
@@ -613,27 +593,22 @@ def fast_model(model, rows, args):
     return model
 
 
-def allowed_ids(model, tokenizer, chat=False):
+def allowed_ids(model, tokenizer, chat=False, may_call=True):
     """Bools (V,): the ids that have a token; the spare rows of the table must never be drawn. Of
     the special ones only the end of the text is allowed, or in a `chat` those of the template."""
+    template = get_template(tokenizer) if chat else None
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     lengths = torch.from_numpy(tokenizer.byte_lengths[: len(allowed)])
     allowed[: len(lengths)] = lengths > 0
-    for i in get_template(tokenizer).spoken if chat else (tokenizer.eos_id,):
+    for i in template.spoken if template else (tokenizer.eos_id,):
         if i < len(allowed):
             allowed[i] = True
+    if template and template.call is not None:
+        allowed[template.call] = may_call
     return allowed.to(model.embed.weight.device)
 
 
-def chat_ids(model, tokenizer, template, may_call):
-    """`allowed_ids` of an answer in a chat; of a transcript if there is no template."""
-    allowed = allowed_ids(model, tokenizer, chat=template is not None)
-    if template is not None and template.call is not None:
-        allowed[template.call] = may_call
-    return allowed
-
-
-def resolve_prompt(prompt):
+def prompt_text(prompt):
     """The text of a --prompt: itself, the content of @FILE, or for None standard input."""
     source = "the prompt"
     try:
@@ -651,27 +626,22 @@ def resolve_prompt(prompt):
 
 def read_prompts(args, tokenizer, vocab_size):
     """The prompts as lists of ids: from --prompt_ids, --prompt, or a pipe into this script."""
-    if args.prompt_ids is not None:
+    if args.prompt_ids is None:  # an empty prompt begins a document
+        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        texts = [prompt_text(p) for p in args.prompt or [None]]
+        rows = [begin + tokenizer.encode(t) or [tokenizer.eos_id] for t in texts]
+    else:
         try:
             rows = [[int(i) for i in args.prompt_ids.split(",")]]
         except ValueError as e:
             raise UserError(f"--prompt_ids {args.prompt_ids!r} must be like 5,17,200") from e
-    else:  # an empty prompt begins a document
-        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        texts = [resolve_prompt(p) for p in args.prompt or [None]]
-        rows = [begin + tokenizer.encode(t) or [tokenizer.eos_id] for t in texts]
     check_ids(rows, vocab_size)
     return rows
 
 
-# --------------------------------------------------------------------------------------------
-# What the command line does
-# --------------------------------------------------------------------------------------------
-
-
 def decoding_settings(args):
-    """The values of the flags that DECODING names."""
-    return {name: getattr(args, name) for name in DECODING}
+    """The values of the flags that DECODING names; there are none for OpenAI's penalties."""
+    return {name: getattr(args, name, off) for name, off in DECODING.items()}
 
 
 def write_rows(model, tokenizer, prompts, args):
@@ -679,17 +649,18 @@ def write_rows(model, tokenizer, prompts, args):
     Sample j of each prompt draws with seed + j, so that it can be had again alone. Returns the new
     ids; without a tokenizer there is no text, and no id that ends one."""
     seed = args.seed if args.seed is not None else torch.seed() % 2**31
-    settings = decoding_settings(args)
+    settings, context = decoding_settings(args), model.config.context
     settings["seeds"] = [seed + j for _ in prompts for j in range(args.num_samples)]
     prompts = [p for p in prompts for _ in range(args.num_samples)]
     if tokenizer is None:
         steps = generate(model, prompts, args.max_new_tokens, **settings)
         return [list(row) for row in zip(*steps)]
     streams = [TextStream(tokenizer, args.stop or ()) for _ in prompts]
-    texts, ids, alone, slid = [""] * len(prompts), [[] for _ in prompts], len(prompts) == 1, []
+    texts = [shown(tokenizer, p) for p in prompts]
+    ids, alone, full = [[] for _ in prompts], len(prompts) == 1, False
 
     def show(r, text):
-        texts[r] += text
+        texts[r] += printable(text)
         if alone:
             print(printable(text), end="", flush=True)
 
@@ -698,27 +669,20 @@ def write_rows(model, tokenizer, prompts, args):
         show(r, streams[r].feed(i))
         return i == tokenizer.eos_id or streams[r].stopped
 
-    def slide(kept):
-        if not slid:
-            note = f"the context of {model.config.context} tokens is full: going on with the newest"
-            print(f"[{note} {kept}]", file=sys.stderr)
-        slid.append(kept)
-
-    if alone:
-        print(prompt_text(tokenizer, prompts[0]), end="", flush=True)
-    settings |= dict(allowed=allowed_ids(model, tokenizer), stop=stop, slide=slide)
+    print(texts[0] if alone else "", end="", flush=True)
+    settings |= dict(allowed=allowed_ids(model, tokenizer), stop=stop)
     for _ in generate(model, prompts, args.max_new_tokens, **settings):
-        pass
+        if not full and max(len(p) + len(new) for p, new in zip(prompts, ids)) > context:
+            full = True
+            note = f"the context of {context} tokens is full: going on with its newest half"
+            print(f"[{note}]", file=sys.stderr)
     for r, stream in enumerate(streams):
         show(r, stream.finish())
-        if not alone:
-            print(f"--- {r + 1} ---\n{prompt_text(tokenizer, prompts[r])}{printable(texts[r])}")
-    if alone:
-        print()
+        print("" if alone else f"--- {r + 1} ---\n{texts[r]}")
     return ids
 
 
-def prompt_text(tokenizer, ids):
+def shown(tokenizer, ids):
     """Printable text of ids, without the end-of-text token and ids that no token has."""
     ids = [i for i in ids if i != tokenizer.eos_id and tokenizer.token_bytes(i)]
     return printable(tokenizer.decode(ids))
@@ -731,75 +695,44 @@ def write_beams(model, tokenizer, prompt, args):
         raise UserError(f"the prompt has {len(prompt)} tokens; beams need room in the context")
     if room < args.max_new_tokens:
         print(f"[beams end with the context, after {room} tokens]", file=sys.stderr)
-    beams = beam_search(
-        model, prompt, min(room, args.max_new_tokens), args.beams, args.length_penalty,
-        tokenizer.eos_id, allowed_ids(model, tokenizer),
-    )[: args.num_samples]  # fmt: skip
+    length, allowed = min(room, args.max_new_tokens), allowed_ids(model, tokenizer)
+    options = args.beams, args.length_penalty, tokenizer.eos_id, allowed
+    beams = beam_search(model, prompt, length, *options)[: args.num_samples]
     for score, ids in beams:
         if len(beams) > 1:
             print(f"--- {score:.4f} ---")
-        print(prompt_text(tokenizer, prompt) + prompt_text(tokenizer, ids))
+        print(shown(tokenizer, prompt) + shown(tokenizer, ids))
     return [ids for _, ids in beams]
-
-
-def label_shares(model, tokenizer, prompts):
-    """[(label, probability)], the likeliest first, of each prompt (lists of ids)."""
-    labels = labels_of(tokenizer)
-    rows = [[*p[1 - model.config.context :], tokenizer.eos_id] for p in prompts]
-    goals = [tokenizer.special[label_token(name)] for name in labels]
-    shares = classify(model, rows, goals).exp().tolist()
-    return [sorted(zip(labels, row), key=lambda pair: -pair[1]) for row in shares]
 
 
 def make_service(model, tokenizer, path, args, tools):
     """What --serve serves: an Engine with its Scheduler behind OpenAI's API, and the page."""
-    from data.api import Api  # not above: nobody else needs an HTTP server
-    from data.scheduler import Scheduler
-    from data.server import LOCAL
-    from data.service import CHOICES, Service
+    from data.scheduler import Scheduler  # not above: nobody else needs an HTTP server
+    from data.service import Service
 
-    key = args.api_key or os.environ.get("SCRATCHLM_API_KEY")
-    if args.host not in (None, *LOCAL) and not key:
-        raise UserError(f"--host {args.host} opens the server to others: give it an --api_key")
-    if key and not re.fullmatch("[!-~]+", key):
-        raise UserError("--api_key must be of ASCII letters, digits and signs, as HTTP wants it")
-    if args.cors and not re.fullmatch(r"https?://[^/\s]+", args.cors):
-        raise UserError(f"--cors {args.cors} is no origin like https://example.org")
-    labels, template = labels_of(tokenizer), get_template(tokenizer)
     named = lora.adapter_names(model)
     base = (path.parent if path.suffix == ".pt" else path).name or "model"
     adapters = {n: n for n in named} | {"base" if base in named else base: None}
-    masks = {(True, call): chat_ids(model, tokenizer, template, call) for call in (True, False)}
+    masks = {(True, call): allowed_ids(model, tokenizer, True, call) for call in (True, False)}
     masks[False, False] = allowed_ids(model, tokenizer)
-
-    def activate(name):
-        lora.set_adapter(model, *([name] if name else []))
-
-    engine = Engine(model, args.slots, 256, chunk=256)
-    scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
-    settings = decoding_settings(args)
-    without = {n for n, f in (tools or {}).items() if getattr(f, "needs_no_schema", False)}
-    schemas = [function_schema(name, f) for name, f in (tools or {}).items()]
-    context = model.config.context
-    api = Api(scheduler, tokenizer, adapters, context, masks, settings, schemas, without)
-    command = f"python finetune.py --ckpt {args.ckpt or path} --data {CHOICES}"
-    info = {"model": api.names[0], "models": api.names, "labels": labels}
-    info["kind"] = "classifier" if labels else "chat" if template else "base"
-    info |= {"settings": settings, "context": api.context, "system": args.system or ""}
-    info["max_tokens"] = min(args.max_new_tokens, api.context // 2)
-    info["tools"], info["choices"] = schemas, {"file": str(CHOICES), "command": command}
 
     def classify_text(text):
         return label_shares(model, tokenizer, [tokenizer.encode(text)])[0]
 
-    return Service(api, info, tools or {}, classify_text if labels else None, key, args.cors)
+    engine = Engine(model, args.slots, 256, chunk=256)
+    activate = partial(lora.set_adapter, model)
+    scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
+    return Service(
+        scheduler, tokenizer, adapters, masks, decoding_settings(args), tools or {},
+        classify_text, args.ckpt or path, args,
+    )  # fmt: skip
 
 
 def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=None):
     """A data.terminal.Chat with the model; its cache keeps the history between the turns."""
     engine = Engine(model, 1, 256)
     chat = Chat(tokenizer, model.config.context, tools, max_tokens, seed)
-    masks = {call: chat_ids(model, tokenizer, chat.template, call) for call in (True, False)}
+    masks = {call: allowed_ids(model, tokenizer, True, call) for call in (True, False)}
 
     def write(prompt, seed, may_call, stop):
         for _ in generate(
@@ -808,8 +741,8 @@ def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=
         ):  # fmt: skip
             pass
 
-    def set_adapter(*names):
-        lora.set_adapter(model, *names)
+    def set_adapter(name):
+        lora.set_adapter(model, name)
         engine.forget()
 
     chat.write, chat.set_adapter = write, set_adapter
@@ -833,10 +766,6 @@ def build_parser():
     for name, f in FILTERS.items():
         add(f"--{name}", type=f.type, default=f.default, help=f"{f.help} (default {f.default})")
     add("--repetition_penalty", type=positive, default=1.0, help="above 1 discourages (default 1)")
-    add("--frequency_penalty", type=between(-2, 2), default=0.0,
-        help="subtracted from a token's logit for each time that it was drawn (default 0)")
-    add("--presence_penalty", type=between(-2, 2), default=0.0,
-        help="subtracted once from the logit of a token that was drawn (default 0)")
     add("--beams", type=at_least(0), default=0, help="width of a beam search; 0 samples (default)")
     add("--length_penalty", type=between(-10, 10), default=1.0,
         help="of beams: above 1 favours long ones (default 1)")

@@ -9,9 +9,8 @@
 writes out/NAME/last.pt (all that resuming needs), best.pt (what sampling needs), metrics.jsonl and
 loss.svg. Text becomes token files in prepare_data.py; train.py calls it if they are not there.
 
-The chapters: the recipe, batches, optimizers and schedule, evaluation, how a model runs (in bf16,
-compiled, in several processes), `fit`, the one training loop (fine-tuning calls it, too), and the
-command line.
+Read it from here to the end of `fit`, the one training loop (fine-tuning calls it, too). After that
+come what only some runs need (bf16, a compiler, several processes) and the command line.
 """
 
 import argparse
@@ -38,27 +37,10 @@ import torch.distributed as dist
 from torch import nn
 
 import model as lm
-from data.cli import (
-    Parser,
-    StopSignal,
-    UserError,
-    at_least,
-    is_out_of_memory,
-    number,
-    positive,
-    printable,
-    run_cli,
-)
+from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 from data.costs import check_memory, memory_needed
 from data.files import write_json
-from data.machine import (
-    DTYPES,
-    dtype_name,
-    full_tensor,
-    is_sharded,
-    make_runtime,
-    shard_like,
-)
+from data.machine import DTYPES, dtype_name, full_tensor, is_sharded, make_runtime, shard_like
 from data.runs import Log, clock, eval_line, newest_run, run_folder
 from data.tokenizer import Tokenizer
 from prepare_data import data_hashes, find_data, read_meta, read_tokens
@@ -93,10 +75,6 @@ RECIPES = {
     "novel": _LARGE | dict(lr=6e-4, batch_size=4),
 }
 
-# With --ckpt: the first steps must not undo what the weights have learned. Rates that are None
-# follow from the model's size, see `settle_rates`.
-GOING_ON = dict(lr=None, embed_lr=None, head_lr=None)
-
 # Without --max_steps and --max_minutes: whichever of the two comes first.
 DEFAULT_STEPS, DEFAULT_MINUTES = 2500, 2.9
 
@@ -118,10 +96,8 @@ class TokenLoader:
         self.tokens, self.context, self.seed = tokens, context, seed
         possible = (len(tokens) - 1) // context
         if possible < 1:
-            raise UserError(
-                f"the training text has {len(tokens)} tokens, fewer than the context of {context} "
-                f"plus one: use a shorter --context or more text"
-            )
+            length = f"{len(tokens)} tokens, fewer than the context of {context} plus one"
+            raise UserError(f"the training text has {length}: use a shorter --context or more text")
         self.n = max(1, possible - 1)  # one less leaves room for every phase
         self.epoch, self.starts = None, None
 
@@ -156,8 +132,8 @@ def micro_batches(loader, step, batch_size, grad_accum, rank=0, world=1):
 def orthogonalize(g, steps=5):
     """The nearest (semi-)orthogonal matrix to each matrix of g (..., rows, columns), roughly.
 
-    An odd polynomial of X, iterated: singular values between 0 and 1 all end between 0.7 and 1.2,
-    by nothing but matrix products (Newton-Schulz; coefficients by Keller Jordan, 2024).
+    Iterates an odd polynomial of X, which takes every singular value from 0 to 1 to between 0.7 and
+    1.2 by matrix products alone (Newton-Schulz; coefficients by Keller Jordan, 2024).
     """
     x = g.bfloat16() if g.is_cuda else g.float()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -183,7 +159,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step; a closure, as other optimizers take it, is not called."""
+        """One step; `closure`, as other optimizers take it, is not called."""
         for group in self.param_groups:
             # matrices of one shape go through the products together, a sharded one alone
             alike = defaultdict(list)
@@ -251,12 +227,22 @@ SCHEDULES = {
 }
 
 
-def lr_at(step, fraction, lr, min_lr=0.0, warmup_steps=0, schedule="cosine"):
-    """The learning rate of `step`: a linear warmup from lr / warmup_steps to lr, then `schedule`
-    from lr to min_lr as `fraction` (of the run after the warmup) goes from 0 to 1."""
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    return min_lr + (lr - min_lr) * SCHEDULES[schedule](min(1.0, max(0.0, fraction)))
+def fraction_done(args, step, seconds):
+    """The fraction of the run that is over after so many steps and seconds: of its steps or of its
+    minutes, whichever is larger."""
+    of_steps = step / args.max_steps if args.max_steps else 0.0
+    return max(of_steps, seconds / 60 / args.max_minutes if args.max_minutes else 0.0)
+
+
+def scheduled_lr(args, state):
+    """The learning rate of the coming step: a linear warmup from lr / warmup_steps to lr, then the
+    schedule from lr to min_lr over what the warmup left of the limits of this call."""
+    if state["step"] < args.warmup_steps:
+        return args.lr * (state["step"] + 1) / args.warmup_steps
+    warm = fraction_done(args, args.warmup_steps, state["warm_seconds"])
+    fraction = (fraction_done(args, state["step"], state["seconds"]) - warm) / (1 - warm)
+    share = SCHEDULES[args.schedule](min(1.0, max(0.0, fraction)))
+    return args.min_lr + (args.lr - args.min_lr) * share
 
 
 # --------------------------------------------------------------------------------------------
@@ -277,12 +263,12 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     starts = np.arange(0, targets, T)
     if limit and limit < targets:
         wanted = max(1, limit // T)
-        starts = [starts[i * len(starts) // wanted] for i in range(wanted)]
-    loss, count, n_bytes = 0.0, 0, 0
-    full = [s for s in starts if s + T <= targets]
+        starts = starts[np.arange(wanted) * len(starts) // wanted]
+    full = starts[starts + T <= targets]
     per_batch = max(1, 8192 // T)
     batches = [full[i : i + per_batch] for i in range(0, len(full), per_batch)]
     batches += [[s] for s in starts if s + T > targets]  # the short rest, in a batch of its own
+    loss, count, n_bytes = 0.0, 0, 0
     for batch, counts in runtime.share(batches):
         length = min(T, targets - batch[0])
         window = np.asarray(batch)[:, None] + np.arange(length + 1)
@@ -303,148 +289,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
 
 
 # --------------------------------------------------------------------------------------------
-# How a model runs while it is trained: in bf16, compiled, in several processes
-# --------------------------------------------------------------------------------------------
-
-
-class BF16Copy(nn.Module):
-    """A bf16 copy of a model, for forward and backward passes on a CPU.
-
-    Autocast casts every weight in every pass and keeps what flows between layers in float32; here
-    all of that is bf16, which was 1.2 times as fast at GPT-2's shape. But bf16 has three digits,
-    and a step changes a weight by less than that. So the model itself, the master, stays in
-    float32: gradients are added up and the optimizer steps there, and `sync_weights` rounds it into
-    the copy. (Mixed Precision Training, Micikevicius et al. 2018, section 3.1.)
-    """
-
-    def __init__(self, master):
-        super().__init__()
-        self.low = copy.deepcopy(master)
-        self.masters, self.lows = list(master.parameters()), list(self.low.parameters())
-        for p, low in zip(self.masters, self.lows):
-            low.data = low.data.bfloat16()
-            low.register_post_accumulate_grad_hook(partial(self.move_grad, p))
-
-    def forward(self, *args, **kwargs):
-        return self.low(*args, **kwargs)
-
-    @staticmethod
-    def move_grad(master, low):
-        """Add the gradient of a weight of the copy to that of its master, in float32."""
-        grad, low.grad = low.grad, None
-        master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
-
-    @torch.no_grad()
-    def sync_weights(self):
-        """Round the master's weights into the copy."""
-        torch._foreach_copy_(self.lows, self.masters)
-
-
-def compile_blocks(model, task, runtime, step):
-    """Compile the blocks of `model` and try them on a batch of that step; if that fails the model
-    stays as it is. The loss is not compiled: each number of targets would need a graph of its own.
-    """
-    eager, compiled = model.hidden, torch.compile(model.hidden)
-
-    def hidden(ids, cache=None, *args):
-        runs = eager if cache is not None or not model.training else compiled
-        return runs(ids, cache, *args)
-
-    model.hidden = hidden
-    try:
-        with runtime.autocast():
-            task.loss(model, *runtime.upload(task.batches(step)[0])).backward()
-    except Exception as e:  # whatever the compiler raised, eager mode still works
-        del model.hidden
-        reason = str(e).strip().split("\n")[0][:100]
-        print(f"--compile does not work here, going on without ({type(e).__name__}: {reason})")
-    finally:
-        model.zero_grad(set_to_none=True)
-
-
-def place(model, args, runtime):
-    """Move the model to the device. With --shard each process keeps a part of every parameter (rows
-    of it): a block is gathered in the runtime's precision when it runs, while weights, gradients
-    and moments stay in float32. (ZeRO stage 3, Rajbhandari et al. 2020; torch's FSDP2.)"""
-    if not args.shard or runtime.world == 1:
-        return model.to(runtime.device, torch.float32)
-    if runtime.dtype == "fp16":
-        raise UserError("--shard is for bf16 and fp32: fp16's loss scaling needs whole gradients")
-    if args.compile:
-        raise UserError("--shard does not go together with --compile")
-    from torch.distributed import fsdp  # takes a second
-    from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh(runtime.device.type, (runtime.world,))
-    dtype = None if runtime.dtype == "fp32" else DTYPES[runtime.dtype]
-    # inputs are not cast: tables of positions are float32 for a reason
-    policy = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for module in (*model.blocks, model):  # a model mapped from its file is read part by part
-        fsdp.fully_shard(module.float(), mesh=mesh, mp_policy=policy)
-    for method in ("hidden", "last_logits"):  # called beside forward
-        fsdp.register_fsdp_forward_method(model, method)
-    runtime.sharded = True
-    return model
-
-
-def make_runner(model, task, args, runtime, step=0):
-    """(the module to call in place of `model`, the Runtime to call it in, what to call after each
-    optimizer step). The module is the model or its BF16Copy, perhaps compiled or in DDP.
-
-    No BF16Copy is made on a GPU, where casting costs little; with DDP, which would exchange the
-    copy's gradients; or where weights are frozen, which need not be held twice.
-    """
-    runner, precision, after_step = model, runtime, lambda: None
-    device, fp32 = runtime.device, replace(runtime, dtype="fp32")
-    if runtime.sharded:  # `place` has set the precision
-        return model, fp32, after_step
-    copied = runtime.dtype == "bf16" and device.type == "cpu" and runtime.world == 1
-    if copied and not args.autocast and all(p.requires_grad for p in model.parameters()):
-        runner, precision = BF16Copy(model), fp32
-        after_step = runner.sync_weights
-    compiled = args.compile
-    if compiled is None and device.type == "cuda":  # worth its minute since Ampere
-        compiled = torch.cuda.get_device_capability(device) >= (8, 0)
-    if compiled:
-        compile_blocks(getattr(runner, "low", runner), task, precision, step)
-    if runtime.world > 1:
-        # buffers are only tables of positions
-        runner = nn.parallel.DistributedDataParallel(runner, forward_sync_buffers=False)
-    return runner, precision, after_step
-
-
-def launch(fit, report, runtime, out):
-    """Call fit(), let all processes leave together, then call report(its result), if there is one,
-    on rank 0 (on all ranks of a sharded model, which must compute together). UserError with advice
-    if the memory is full or another process has ended."""
-    try:
-        result = fit()
-        if result and runtime.sharded:
-            dist.barrier()  # until best.pt is written
-            report(result)
-        if runtime.world > 1:
-            dist.barrier()
-            gc.collect()  # DDP: a process that exits while DDP still uses gloo's threads is aborted
-    except RuntimeError as e:
-        if is_out_of_memory(e):
-            advice = "halve the batch and double --grad_accum, or try --grad_checkpoint"
-            if runtime.device.type == "cuda":
-                advice += " or PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-            raise UserError(f"out of memory: {advice}") from e
-        if isinstance(e, dist.DistError) or "gloo" in str(e):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would hide this line
-            advice = f"--resume {out} goes on from its last checkpoint"
-            raise UserError(f"another process of this run has ended: {advice}") from e
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if result and runtime.rank == 0 and not runtime.sharded:
-        report(result)
-
-
-# --------------------------------------------------------------------------------------------
-# fit: the training loop, the only one in the project
+# A step: any micro-batches, one gradient
 # --------------------------------------------------------------------------------------------
 
 
@@ -492,12 +337,7 @@ def training_step(model, task, batches, runtime, scaler, seed):
     for i, batch in enumerate(batches):
         number = runtime.rank * len(batches) + i
         torch.manual_seed(int(np.random.SeedSequence((*seed, number)).generate_state(1)[0]))
-        last, sync = i == len(batches) - 1, contextlib.nullcontext()
-        if runtime.sharded:  # gradients are exchanged once a step, in the last backward pass
-            model.set_requires_gradient_sync(last)
-        elif runtime.world > 1 and not last:
-            sync = model.no_sync()
-        with sync:
+        with exchange_gradients(model, runtime, i == len(batches) - 1):
             with runtime.autocast():
                 loss = task.loss(model, *runtime.upload(batch))
             # DDP and FSDP average over processes, but the sum is wanted
@@ -507,12 +347,9 @@ def training_step(model, task, batches, runtime, scaler, seed):
 
 
 def clear_gradients(model):
-    """Clear the gradients; with gradient checkpointing those in blocks become zeros.
-
-    Pre-allocated, because gradients allocated mid-backward, between activations that come and go,
-    fragment the heap: 4 rows of 1,024 tokens at GPT-2's shape peaked at 4.7 GB, and at 3.5 GB with
-    zeros allocated before.
-    """
+    """Clear the gradients. With gradient checkpointing those in blocks become zeros: allocated in
+    the backward pass, between activations that come and go, they would fragment the heap (4 rows of
+    1,024 tokens at GPT-2's shape peaked at 4.7 GB, and at 3.5 GB with zeros allocated before)."""
     model.zero_grad(set_to_none=True)
     if model.grad_checkpoint:
         for p in (p for p in model.blocks.parameters() if p.requires_grad):
@@ -535,11 +372,96 @@ def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
     return norm
 
 
-def fraction_done(args, step, seconds):
-    """The fraction of the run that is over after so many steps and seconds: of its steps or of its
-    minutes, whichever is larger."""
-    of_steps = step / args.max_steps if args.max_steps else 0.0
-    return max(of_steps, seconds / 60 / args.max_minutes if args.max_minutes else 0.0)
+# --------------------------------------------------------------------------------------------
+# Checkpoints: all that resuming needs
+# --------------------------------------------------------------------------------------------
+
+
+class Run:
+    """What a checkpoint contains: model, optimizers, loss scaling and `state`, plain numbers."""
+
+    def __init__(self, model, task, args, runtime, out):
+        self.model, self.task, self.args, self.runtime, self.out = model, task, args, runtime, out
+        self.optimizers = make_optimizers(model, args)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == "fp16")
+        # warm_seconds: duration of the warmup; bad: evaluations since the best one
+        self.state = dict(step=0, tokens=0, seconds=0.0, warm_seconds=0.0)
+        self.state |= dict(best=math.inf, best_step=0, bad=0)
+        self.saved_at = 0.0  # seconds
+
+    @property
+    def groups(self):
+        """The parameter groups of all optimizers."""
+        return [group for o in self.optimizers for group in o.param_groups]
+
+    def compare(self, score):
+        """Note the score of an evaluation; returns whether it is the best (smallest) one."""
+        state, better = self.state, score < self.state["best"]
+        state["bad"] = 0 if better else state["bad"] + 1
+        if better:
+            state["best"], state["best_step"] = score, state["step"]
+        return better
+
+    def save_due(self):
+        """Whether it is time for a checkpoint between evaluations."""
+        every, minutes = self.args.save_every, self.args.save_minutes
+        if every and self.state["step"] % every == 0:
+            return True
+        return bool(minutes and self.state["seconds"] - self.saved_at >= 60 * minutes)
+
+    def save(self, best=False):
+        """Write last.pt, and best.pt if this is the best evaluation. best.pt comes first: after a
+        crash in between, resuming from the older last.pt writes it again."""
+        self.saved_at = self.state["seconds"]
+        shards = save_shards(self) if self.runtime.sharded else None
+        if self.task.weights:
+            weights = self.task.weights(self.model)
+        elif shards:
+            weights = gathered_weights(self.model) if best else {}
+        else:
+            weights = {k: v.to("cpu", torch.float32) for k, v in self.model.state_dict().items()}
+        if self.runtime.rank > 0:
+            return
+        inference = {"config": asdict(self.model.config), "model": weights, **self.task.extra}
+        inference |= {"step": self.state["step"], "best": self.state["best"]}
+        if best:
+            lm.save_checkpoint(self.out / "best.pt", inference)
+        resuming = {
+            "model": weights if self.task.weights or not shards else {},
+            "optimizers": [] if shards else [o.state_dict() for o in self.optimizers],
+            "parts": shards,
+            "scaler": self.scaler.state_dict(),
+            "state": dict(self.state),
+            "args": vars(self.args),
+            "device": self.runtime.device.type,
+        }
+        lm.save_checkpoint(self.out / "last.pt", inference | resuming)
+        for old in set(self.out.glob("parts-*")) - {self.out / str(shards)}:
+            shutil.rmtree(old)
+
+    def restore(self, content):
+        """Restore all that `save` wrote, except the weights, which the model has already (unless
+        they are in shards). Rates and decay are this call's, which may be new ones."""
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.groups]
+        if content.get("parts"):
+            load_shards(self, self.out / content["parts"])
+        else:
+            for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+                for p, moments in optimizer.state.items():
+                    moments |= {k: shard_like(v, p) for k, v in moments.items() if v.dim()}
+        for group, values in zip(self.groups, settings):
+            group.update(values)
+        if content["scaler"]:  # empty if the run was in another precision
+            self.scaler.load_state_dict(content["scaler"])
+        del content["model"], content["optimizers"]  # a GPU has copies
+        self.state.update(content["state"])
+        self.saved_at = self.state["seconds"]
+
+
+# --------------------------------------------------------------------------------------------
+# fit: the training loop, the only one in the project
+# --------------------------------------------------------------------------------------------
 
 
 def end_reason(args, state):
@@ -547,20 +469,9 @@ def end_reason(args, state):
     if fraction_done(args, state["step"], state["seconds"]) >= 1:
         return "this run is finished: a larger --max_steps or --max_minutes would go on"
     if args.patience and state["bad"] >= args.patience:
-        return (
-            f"{state['bad']} evaluations without a better one: stopping early; a larger "
-            f"--patience or another limit would go on"
-        )
+        bad = f"{state['bad']} evaluations without a better one"
+        return f"{bad}: stopping early; a larger --patience would go on"
     return None
-
-
-def scheduled_lr(args, state):
-    """The learning rate of the coming step. The decay begins where the warmup ended, as a fraction
-    of the limits of this call."""
-    step = state["step"]
-    warm = fraction_done(args, min(step, args.warmup_steps), state["warm_seconds"])
-    fraction = (fraction_done(args, step, state["seconds"]) - warm) / (1 - warm)
-    return lr_at(step, fraction, args.lr, args.min_lr, args.warmup_steps, args.schedule)
 
 
 class Meter:
@@ -580,9 +491,8 @@ class Meter:
         for at, (loss, self.norm) in enumerate(rows, start=step - len(rows) + 1):
             if not (math.isfinite(loss) and (math.isfinite(self.norm) or self.inf_norms)):
                 raise UserError(
-                    f"step {at}: the loss ({loss}) or its gradient is not a number; the run's "
-                    f"folder keeps the checkpoint of the last evaluation. Try a lower --lr, a "
-                    f"longer --warmup_steps or --dtype fp32"
+                    f"step {at}: the loss ({loss}) or its gradient is not a number; the last "
+                    f"checkpoint is kept. Try a lower --lr, more --warmup_steps or --dtype fp32"
                 )
             self.losses.append(loss)
         self.unread.clear()
@@ -606,113 +516,6 @@ def step_line(row, metrics, args, done):
         f"norm {row['grad_norm']:.2f}  {row['tok_s']:,} tok/s  mfu {row['mfu']:.0%}  "
         f"eta {clock(row['seconds'] * (1 - done) / done)}{more}"
     )
-
-
-class Run:
-    """All that resuming needs: the model, optimizers, loss scaling and `state`, plain numbers."""
-
-    def __init__(self, model, task, args, runtime, out):
-        self.model, self.task, self.args, self.runtime, self.out = model, task, args, runtime, out
-        self.optimizers = make_optimizers(model, args)
-        self.groups = [group for o in self.optimizers for group in o.param_groups]
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == "fp16")
-        # warm_seconds: duration of the warmup; bad: evaluations since the best one
-        self.state = dict(step=0, tokens=0, seconds=0.0, warm_seconds=0.0)
-        self.state |= dict(best=math.inf, best_step=0, bad=0)
-        self.saved_at = 0.0  # seconds
-
-    def compare(self, score):
-        """Note the score of an evaluation; returns whether it is the best (smallest) one."""
-        state, better = self.state, score < self.state["best"]
-        state["bad"] = 0 if better else state["bad"] + 1
-        if better:
-            state["best"], state["best_step"] = score, state["step"]
-        return better
-
-    def save_due(self):
-        """Whether it is time for a checkpoint between evaluations."""
-        every, minutes = self.args.save_every, self.args.save_minutes
-        if every and self.state["step"] % every == 0:
-            return True
-        return bool(minutes and self.state["seconds"] - self.saved_at >= 60 * minutes)
-
-    def save(self, best=False):
-        """Write last.pt, and best.pt if this is the best evaluation. best.pt comes first: after a
-        crash in between, resuming from the older last.pt writes it again."""
-        self.saved_at, shards, weights = self.state["seconds"], None, {}
-        if self.runtime.sharded:
-            from torch.distributed import checkpoint
-            from torch.distributed.checkpoint import state_dict
-
-            shards = f"parts-{self.state['step']}"  # a folder to which each process adds its part
-            checkpoint.save(self.sharded_state(), checkpoint_id=self.out / shards)
-        if self.task.weights:
-            weights = self.task.weights(self.model)
-        elif not shards:
-            weights = {k: v.to("cpu", torch.float32) for k, v in self.model.state_dict().items()}
-        elif best:
-            options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-            weights = state_dict.get_model_state_dict(self.model, options=options)
-        if self.runtime.rank > 0:
-            return
-        inference = {"config": asdict(self.model.config), "model": weights, **self.task.extra}
-        inference |= {"step": self.state["step"], "best": self.state["best"]}
-        if best:
-            lm.save_checkpoint(self.out / "best.pt", inference)
-        resuming = {
-            "model": weights if self.task.weights or not shards else {},
-            "optimizers": [] if shards else [o.state_dict() for o in self.optimizers],
-            "parts": shards,
-            "scaler": self.scaler.state_dict(),
-            "state": dict(self.state),
-            "args": vars(self.args),
-            "device": self.runtime.device.type,
-        }
-        lm.save_checkpoint(self.out / "last.pt", inference | resuming)
-        for old in set(self.out.glob("parts-*")) - {self.out / str(shards)}:
-            shutil.rmtree(old)
-
-    def sharded_state(self):
-        """{"optimizers", "model"}: this process's part of the optimizers' state, and of the weights
-        unless adapters alone are trained, by parameter names."""
-        from torch.distributed.checkpoint import state_dict
-
-        state = {"optimizers": state_dict.get_optimizer_state_dict(self.model, self.optimizers)}
-        if self.task.weights is None:
-            state["model"] = state_dict.get_model_state_dict(self.model)
-        return state
-
-    def restore(self, content):
-        """Restore all that `save` wrote, except the weights, which the model has already (unless
-        they are in shards). Rates and decay are this call's, which may be new ones."""
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.groups]
-        if content.get("parts"):  # perhaps written by another number of processes
-            from torch.distributed import checkpoint
-
-            folder, state = self.out / content["parts"], self.sharded_state()
-            if not folder.is_dir():
-                raise UserError(f"{folder}, a part of this run's checkpoint, is gone")
-            checkpoint.load(state, checkpoint_id=folder)
-            restore = checkpoint.state_dict
-            restore.set_optimizer_state_dict(self.model, self.optimizers, state["optimizers"])
-            if "model" in state:
-                restore.set_model_state_dict(self.model, state["model"])
-        else:
-            for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-                for p, moments in optimizer.state.items():
-                    moments |= {k: shard_like(v, p) for k, v in moments.items() if v.dim()}
-        self.groups = [group for o in self.optimizers for group in o.param_groups]
-        for group, values in zip(self.groups, settings):
-            group.update(values)
-        if content["scaler"]:  # empty if the run was in another precision
-            self.scaler.load_state_dict(content["scaler"])
-        del content["model"], content["optimizers"]  # a GPU has copies
-        self.state.update(content["state"])
-        self.saved_at = self.state["seconds"]
-        limits = ("max_steps", "max_minutes")
-        if any(content["args"].get(k) != getattr(self.args, k) for k in limits):
-            self.state["bad"] = 0  # with another limit, --patience begins anew
 
 
 def fit(model, task, args, runtime, out, resume=None):
@@ -798,14 +601,192 @@ def fit(model, task, args, runtime, out, resume=None):
 
 
 # --------------------------------------------------------------------------------------------
+# How a model runs: in bf16, compiled, in several processes
+# --------------------------------------------------------------------------------------------
+
+
+class BF16Copy(nn.Module):
+    """A bf16 copy of a model, for forward and backward passes on a CPU. At GPT-2's shape it is 1.2
+    times as fast as autocast, which casts every weight in every pass.
+
+    bf16 has three digits, and a step changes a weight by less than that. So the model itself, the
+    master, stays in float32: gradients are added up and the optimizer steps there, and
+    `sync_weights` rounds it into the copy. (Micikevicius et al. 2018, section 3.1.)
+    """
+
+    def __init__(self, master):
+        super().__init__()
+        self.low = copy.deepcopy(master)
+        self.masters, self.lows = list(master.parameters()), list(self.low.parameters())
+        for p, low in zip(self.masters, self.lows):
+            low.data = low.data.bfloat16()
+            low.register_post_accumulate_grad_hook(partial(self.move_grad, p))
+
+    def forward(self, *args, **kwargs):
+        return self.low(*args, **kwargs)
+
+    @staticmethod
+    def move_grad(master, low):
+        """Add the gradient of a weight of the copy to that of its master, in float32."""
+        grad, low.grad = low.grad, None
+        master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
+
+    @torch.no_grad()
+    def sync_weights(self):
+        """Round the master's weights into the copy."""
+        torch._foreach_copy_(self.lows, self.masters)
+
+
+def compile_blocks(model, task, runtime, step):
+    """Compile the blocks of `model` and try them on a batch of that step; if that fails the model
+    stays as it is. The loss is not compiled: each number of targets would need a graph of its own.
+    """
+    eager, compiled = model.hidden, torch.compile(model.hidden)
+
+    def hidden(ids, cache=None, *args):
+        runs = eager if cache is not None or not model.training else compiled
+        return runs(ids, cache, *args)
+
+    model.hidden = hidden
+    try:
+        with runtime.autocast():
+            task.loss(model, *runtime.upload(task.batches(step)[0])).backward()
+    except Exception as e:  # whatever the compiler raised, eager mode still works
+        del model.hidden
+        reason = str(e).strip().split("\n")[0][:100]
+        print(f"--compile does not work here, going on without ({type(e).__name__}: {reason})")
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def place(model, args, runtime):
+    """Move the model to the device. With --shard each process keeps a part of every parameter (rows
+    of it): a block is gathered in the runtime's precision when it runs, while weights, gradients
+    and moments stay in float32. (ZeRO stage 3, Rajbhandari et al. 2020; torch's FSDP2.)"""
+    if not args.shard or runtime.world == 1:
+        return model.to(runtime.device, torch.float32)
+    if runtime.dtype == "fp16" or args.compile:
+        raise UserError("--shard works in bf16 and fp32 and without --compile")
+    from torch.distributed import fsdp  # takes a second
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(runtime.device.type, (runtime.world,))
+    dtype = None if runtime.dtype == "fp32" else DTYPES[runtime.dtype]
+    # inputs are not cast: tables of positions are float32 for a reason
+    policy = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for module in (*model.blocks, model):  # a model mapped from its file is read part by part
+        fsdp.fully_shard(module.float(), mesh=mesh, mp_policy=policy)
+    for method in ("hidden", "last_logits"):  # called beside forward
+        fsdp.register_fsdp_forward_method(model, method)
+    runtime.sharded = True
+    return model
+
+
+def make_runner(model, task, args, runtime, step=0):
+    """(the module to call in place of `model`, the Runtime to call it in, what to call after each
+    optimizer step). The module is the model or its BF16Copy, perhaps compiled or in DDP."""
+    runner, precision, after_step = model, runtime, lambda: None
+    device, fp32 = runtime.device, replace(runtime, dtype="fp32")
+    if runtime.sharded:  # `place` has set the precision
+        return model, fp32, after_step
+    # no copy on a GPU, where casting costs little, with DDP, which would exchange the copy's
+    # gradients, or of frozen weights, which need not be held twice
+    copied = runtime.dtype == "bf16" and device.type == "cpu" and runtime.world == 1
+    if copied and not args.autocast and all(p.requires_grad for p in model.parameters()):
+        runner, precision = BF16Copy(model), fp32
+        after_step = runner.sync_weights
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if args.compile or (args.compile is None and ampere):  # where it is worth its minute
+        compile_blocks(getattr(runner, "low", runner), task, precision, step)
+    if runtime.world > 1:  # buffers are only tables of positions
+        runner = nn.parallel.DistributedDataParallel(runner, forward_sync_buffers=False)
+    return runner, precision, after_step
+
+
+def exchange_gradients(model, runtime, last):
+    """A context for a backward pass. Processes exchange gradients once a step, in the last one."""
+    if runtime.sharded:
+        model.set_requires_gradient_sync(last)
+    elif runtime.world > 1 and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def gathered_weights(model):
+    """The whole state dict of a sharded model, on the CPU of rank 0. This is a collective."""
+    from torch.distributed.checkpoint import state_dict  # takes a second
+
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return state_dict.get_model_state_dict(model, options=options)
+
+
+def sharded_state(run):
+    """{"optimizers", "model"}: this process's part of the optimizers' state, and of the weights
+    unless adapters alone are trained, by parameter names."""
+    from torch.distributed.checkpoint import state_dict
+
+    state = {"optimizers": state_dict.get_optimizer_state_dict(run.model, run.optimizers)}
+    if run.task.weights is None:
+        state["model"] = state_dict.get_model_state_dict(run.model)
+    return state
+
+
+def save_shards(run):
+    """Write each process's part of a checkpoint to a folder in the run's; returns its name."""
+    from torch.distributed import checkpoint
+
+    name = f"parts-{run.state['step']}"
+    checkpoint.save(sharded_state(run), checkpoint_id=run.out / name)
+    return name
+
+
+def load_shards(run, folder):
+    """Restore what `save_shards` wrote, perhaps in another number of processes."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict
+
+    if not folder.is_dir():
+        raise UserError(f"{folder}, a part of this run's checkpoint, is gone")
+    state = sharded_state(run)
+    checkpoint.load(state, checkpoint_id=folder)
+    state_dict.set_optimizer_state_dict(run.model, run.optimizers, state["optimizers"])
+    if "model" in state:
+        state_dict.set_model_state_dict(run.model, state["model"])
+
+
+def launch(fit, report, runtime, out):
+    """Call fit(), let all processes leave together, then call report(its result), if there is one,
+    on rank 0 (on all ranks of a sharded model, which must compute together). UserError if another
+    process has ended."""
+    try:
+        result = fit()
+        if result and runtime.sharded:
+            dist.barrier()  # until best.pt is written
+            report(result)
+        if runtime.world > 1:
+            dist.barrier()
+            gc.collect()  # DDP: a process that exits while DDP still uses gloo's threads is aborted
+    except RuntimeError as e:
+        if isinstance(e, dist.DistError) or "gloo" in str(e):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would hide this line
+            advice = f"--resume {out} goes on from its last checkpoint"
+            raise UserError(f"another process of this run has ended: {advice}") from e
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if result and runtime.rank == 0 and not runtime.sharded:
+        report(result)
+
+
+# --------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------
 
 
 # fmt: off (one line a flag)
 def add_machine(add):
-    """Give a parser's group, by its add_argument, the flags of any run: where it is computed, and
-    how it goes on."""
+    """Add the flags that any run has: where it is computed, and how it goes on."""
     add("--resume", nargs="?", const="", help="go on with this run (default: the newest one)")
     add("--seed", type=at_least(0), help="of weights, adapters, batches and dropout")
     add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
@@ -821,10 +802,10 @@ def add_machine(add):
 
 
 def add_optimization(p):
-    """Give a parser the flags that `fit` reads whatever is being learned; returns add_argument of
-    their group."""
+    """Add the flags that `fit` reads whatever is being learned; returns their group's
+    add_argument."""
     add = p.add_argument_group("optimization").add_argument
-    beta = number(float, "from 0 to below 1", lambda v: 0 <= v < 1)
+    beta = between(0, 0.99999)
     add("--grad_accum", type=at_least(1), help="micro-batches a step and process")
     add("--optimizer", choices=("adamw", *OPTIMIZERS), help="of the matrices inside blocks")
     add("--lr", type=positive, help="peak learning rate")
@@ -848,7 +829,7 @@ def add_optimization(p):
     return add
 
 
-# The fields of a shape that are flags; a rope_scaling only comes with models of the Hub
+# The fields of a shape that are flags; rope_scaling only comes with models of the Hub
 SHAPE = tuple(f.name for f in fields(lm.Config) if f.name != "rope_scaling")
 
 
@@ -862,11 +843,9 @@ def build_parser():
     add("--ckpt", help=f"start from weights, shape and tokenizer of {lm.WHAT_CKPT}")
     add("--out", help="folder of the run (default: out/NAME of the data, numbered if taken)")
     add_machine(add)
-    add("--prompt", help="of the sample at the end (default: how the validation text begins)")
     add = add_optimization(p)
     add("--max_steps", type=at_least(1),
         help=f"default {DEFAULT_STEPS} if --max_minutes is not given")
-    add("--max_tokens", type=at_least(1, float), help="training tokens, 1e9 for example")
     add("--max_minutes", type=positive,
         help=f"of training, evaluation not counted (default {DEFAULT_MINUTES} if --max_steps is "
         "not given); with several limits, whichever comes first")
@@ -907,10 +886,12 @@ def resolve(args):
         if "ckpt" in given and (changed := sorted(shape & set(given) - {"ckpt", "context"})):
             raise UserError(f"--{changed[0]} cannot be given with --ckpt, which brings its shape")
         preset, optimizer = given.get("preset", "tiny"), given.get("optimizer", "adamw")
-        settings = RECIPE | RECIPES.get(optimizer, {}) | RECIPES.get(preset, {})
-        settings |= GOING_ON if "ckpt" in given else optimizer_rates()
-        settings = {"data": "stdlib", "preset": preset} | settings | given
-        if not {"max_steps", "max_tokens", "max_minutes"} & set(given):
+        settings = {"data": "stdlib", "preset": preset} | RECIPE | optimizer_rates()
+        settings |= RECIPES.get(optimizer, {}) | RECIPES.get(preset, {})
+        if "ckpt" in given:  # rates follow from the model's size, see `settle`
+            settings |= dict.fromkeys(("lr", "embed_lr", "head_lr", *optimizer_rates()))
+        settings |= given
+        if not {"max_steps", "max_minutes"} & set(given):
             settings |= dict(max_steps=DEFAULT_STEPS, max_minutes=DEFAULT_MINUTES)
     if "grad_accum" in given:
         settings["total_batch_tokens"] = None
@@ -923,20 +904,17 @@ def resumed_settings(args, given, fixed):
     run = Path(args.resume) if args.resume else newest_run()
     path = run / "last.pt" if run.is_dir() else run
     if run.is_dir() and not path.exists():
-        advice = f"--ckpt {run} starts from its weights" if any(run.glob("*.pt")) else "start anew"
-        raise UserError(f"{run} has no last.pt to resume: {advice}")
+        raise UserError(f"{run} has no last.pt to resume: start anew, perhaps from --ckpt")
     content = lm.load_checkpoint(path, resuming=True)
     if "args" not in content:
         raise UserError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
     if ("objective" in content["args"]) != ("objective" in vars(args)):
         script = "finetune.py" if "objective" in content["args"] else "train.py"
         raise UserError(f"{path} was written by {script}: resume it with that, or name another run")
-    if "out" in given:
-        raise UserError(f"--out cannot be given with --resume, which goes on in {path.parent}")
     inherited = {k: v for k, v in content["args"].items() if v is not None}
-    if changed := [k for k in given if k in fixed and given[k] != inherited.get(k)]:
+    if changed := [k for k in given if k in fixed | {"out"} and given[k] != inherited.get(k)]:
         raise UserError(f"--{changed[0]} cannot change when resuming {path}")
-    limits = dict.fromkeys(("max_steps", "max_tokens", "max_minutes", "epochs"))
+    limits = dict.fromkeys(("max_steps", "max_minutes", "epochs"))
     if set(limits) & set(given):  # a new limit replaces the old ones
         inherited |= limits
     if int(os.environ.get("RANK", 0)) == 0:
@@ -957,67 +935,58 @@ def build_model(args, content, folder, meta, tokenizer):
         changes = {k: getattr(args, k) for k in SHAPE if getattr(args, k) is not None}
         # a multiple of 64 suits the hardware and leaves rows for a chat's special tokens
         changes.setdefault("vocab_size", lm.padded_vocab(tokenizer.n_vocab))
-        try:
-            model = lm.Transformer(lm.preset(args.preset, **changes))
-        except RuntimeError as e:  # torch could not allocate it, or its size overflows
-            reason = str(e).split("\n")[0]
-            raise UserError(f"a model of this size cannot be built here ({reason})") from e
+        model = lm.Transformer(lm.preset(args.preset, **changes))
     else:
         if "adapter" in content:
             raise UserError(f"{args.ckpt} is an adapter: merge it first (python lora.py merge)")
         if resuming and content.get("data") != data_hashes(meta):
             raise UserError(
-                f"{folder} is not the text that the run began with: resume with that one, or "
+                f"{folder} is not the text that the run began with: to go on with another one, "
                 f"start a new run from these weights with --ckpt"
             )
-        if not Tokenizer(content["tokenizer"]).same_ids(tokenizer):
-            theirs = Tokenizer(content["tokenizer"]).name
+        theirs = Tokenizer(content["tokenizer"])
+        if not theirs.same_ids(tokenizer):
             raise UserError(
-                f"the checkpoint's tokenizer is {theirs}, that of {folder} {tokenizer.name} (or "
-                f"one with other tokens): prepare the text with the same one (prepare_data.py "
-                f"--tokenizer takes a prepared folder, and a model of the Hub)"
+                f"the checkpoint's tokenizer is {theirs.name}, that of {folder} {tokenizer.name} "
+                f"(or has other tokens): prepare the text with the checkpoint's own "
+                f"(prepare_data.py --tokenizer takes a prepared folder or a model of the Hub)"
             )
         # with --shard it stays mapped from its file, so that no process ever holds all of it
         dtype = None if args.shard else torch.float32
         where = args.out if resuming else args.ckpt
-        model = lm.model_from_checkpoint(content, dtype=dtype, where=where).train()
+        model = lm.model_from_checkpoint(content, dtype=dtype, where=where)
         if not resuming:
             size = max(tokenizer.n_vocab, model.config.vocab_size)  # it may lack the end of text
             model.grow_vocabulary(lm.padded_vocab(size), model.config.vocab_size)
     if meta["largest_id"] >= model.config.vocab_size:
-        raise UserError(
-            f"token id {meta['largest_id']} in {folder} is not below the model's vocab_size "
-            f"{model.config.vocab_size}"
-        )
+        size = f"the model's vocab_size {model.config.vocab_size}"
+        raise UserError(f"token id {meta['largest_id']} in {folder} is not below {size}")
     model.grad_checkpoint = bool(args.grad_checkpoint)
     return model
 
 
 def check_context(context, model):
     """The length of training rows: --context, or the model's. UserError if the model's is less."""
-    most = model.config.context
-    if context is not None and not 2 <= context <= most:
-        raise UserError(f"--context {context} must be from 2 to the model's {most}")
-    return context or most
+    longest = model.config.context
+    if context is not None and not 2 <= context <= longest:
+        raise UserError(f"--context {context} must be from 2 to the model's {longest}")
+    return context or longest
 
 
-def settle(args, model, runtime):
-    """`args` completed by what follows from the model and the machine: context, precision, steps,
-    accumulation, learning rates. After this only the folders, `data` and `out`, are filled in."""
+def settle(args, model, runtime, context, folder):
+    """`args` completed by what follows from the model, the machine and the folder of the text:
+    precision, accumulation, steps, learning rates, folders. Nothing changes settings after this."""
     a = argparse.Namespace(**vars(args))
-    a.dtype, a.context = runtime.dtype, check_context(args.context, model)
+    a.dtype, a.context, a.data = runtime.dtype, context, str(folder)
     # of accumulation and tokens a step either follows from the other; a run that goes on in another
     # number of processes keeps its tokens a step, and so the order of its rows
     tokens = a.batch_size * a.context * runtime.world
     a.total_batch_tokens = a.total_batch_tokens or tokens * a.grad_accum
     a.grad_accum, rest = divmod(a.total_batch_tokens, tokens)
     if rest:
-        raise UserError(
-            f"--total_batch_tokens {a.total_batch_tokens} is not a multiple of {tokens}, the "
-            f"--batch_size x --context of {runtime.world} process(es)"
-        )
-    if a.max_tokens:
-        a.max_steps = min(a.max_steps or math.inf, math.ceil(a.max_tokens / a.total_batch_tokens))
+        total = f"--total_batch_tokens {a.total_batch_tokens}"
+        share = f"{tokens}, the --batch_size x --context of {runtime.world} process(es)"
+        raise UserError(f"{total} is not a multiple of {share}")
     if a.ckpt:  # lower rates for larger models: 1e-3 for the default shape, 6e-5 for GPT-2
         size = sum(p.numel() for p in model.parameters())
         a.lr = a.lr or float(f"{min(1e-3, 15 / size ** (2 / 3)):.1e}")
@@ -1025,6 +994,8 @@ def settle(args, model, runtime):
             setattr(a, name, getattr(a, name) or rate * a.lr / 2e-3)  # half of it where lr is 1e-3
         if model.config.init == "zero_out":  # about the ratios of RECIPE
             a.embed_lr, a.head_lr = a.embed_lr or 10 * a.lr, a.head_lr or 3 * a.lr
+    if a.resume is None:  # last, because it creates the folder of the run
+        a.out = str(run_folder(a.out, folder.name, runtime))
     return a
 
 
@@ -1034,15 +1005,14 @@ def header(model, args, runtime, tokens, per_batch, length):
     c, n = model.config, lm.count_parameters(lm.meta_model(model.config))["total"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = f", {trained:,} trained ({trained / n:.2%})" if trained != n else ""
-    memory = memory_needed(model, per_batch) / 2**20
-    per_step = per_batch * args.grad_accum * runtime.world
+    memory, per_step = memory_needed(model, per_batch), per_batch * args.grad_accum * runtime.world
     lines = [
         f"device {runtime.device}, {runtime.dtype}, {runtime.world} process(es), matmul peak "
         f"{runtime.peak / 1e9:,.0f} GFLOP/s",
         f"{n:,} parameters{share}: {c.n_layer} layers x {c.d_model}, {c.n_head} heads, context "
         f"{c.context}, vocabulary {c.vocab_size:,}",
         f"{tokens:,} training tokens, {tokens / n:.2g} per parameter (Chinchilla advises 20)",
-        f"memory about {memory:,.0f} MB; {per_step:,} tokens a step",
+        f"memory about {memory / 2**20:,.0f} MB; {per_step:,} tokens a step",
     ]
     if args.max_steps:
         flops = lm.flops_per_token(c, length) * per_step * args.max_steps
@@ -1053,11 +1023,12 @@ def header(model, args, runtime, tokens, per_batch, length):
     return lines
 
 
-def closing_text(model, tokenizer, meta, result, out, prompt_ids):
-    """What is printed at the end: figures, xz's beside them, and a sample."""
+def closing_text(model, tokenizer, meta, result, out, val):
+    """What is printed at the end: figures, xz's beside them, and a sample that goes on from how the
+    validation text begins."""
     from sample import allowed_ids, generate  # not above: training is read before sampling
 
-    prompt_ids = prompt_ids[: model.config.context]
+    prompt_ids = val[: min(16, model.config.context)].tolist()
     allowed = allowed_ids(model, tokenizer)
     with lm.evaluating(model):
         rows = generate(model, [prompt_ids], 160, temperature=0.8, top_p=0.95, allowed=allowed)
@@ -1083,12 +1054,11 @@ def main(argv=None):
     previous, wide = (content or {}).get("device"), model.config.d_model >= 512
     runtime = make_runtime(args.device, args.dtype, wide, previous)
     place(model, args, runtime)
-    args = settle(args, model, runtime)
-    per_batch = args.batch_size * args.context
-    loader = TokenLoader(train, args.context, args.seed)
+    loader = TokenLoader(train, check_context(args.context, model), args.seed)
+    per_batch = args.batch_size * loader.context
     check_memory(model, per_batch, runtime)
-    out = Path(args.out) if content else run_folder(args.out, folder.name, runtime)
-    args.data, args.out = str(folder), str(out)
+    args = settle(args, model, runtime, loader.context, folder)
+    out = Path(args.out)
     task = Task(
         batches=lambda step: micro_batches(
             loader, step, args.batch_size, args.grad_accum, runtime.rank, runtime.world
@@ -1105,8 +1075,7 @@ def main(argv=None):
         print("\n".join([f"{out}: {folder}, {tokenizer.name}, {args.optimizer}", *lines]))
 
     def report(result):
-        prompt = tokenizer.encode(args.prompt) if args.prompt else val[:16].tolist()
-        text = closing_text(model, tokenizer, meta, result, out, prompt)
+        text = closing_text(model, tokenizer, meta, result, out, val)
         if runtime.rank == 0:
             print(text)
 

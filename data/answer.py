@@ -21,14 +21,14 @@ class ApiError(Exception):
 
 @dataclass(eq=False)
 class Choice:
-    """One of the texts of an answer."""
+    """One text of an answer."""
 
     job: Job
     reply: Reply
     tokens: list = field(default_factory=list)  # (id, log probability, top ids), not sent yet
-    count: int = 0  # new ids
+    count: int = 0  # of new ids
     finish: str | None = None  # why the text ended
-    message: dict | None = None  # once it is complete
+    message: dict | None = None  # set when it is complete
 
 
 class Answer:
@@ -67,8 +67,7 @@ class Answer:
                 yield choice, self.add(choice, value, scores)
 
     def add(self, choice, i, scores):
-        """The new parts of the message after id `i`, the first of which the prompt precedes where
-        it is echoed."""
+        """The new parts of the message after id `i`. The first ones begin with an echoed prompt."""
         job, new, echoed = choice.job, {}, self.body.get("echo") and not choice.count
         if echoed:
             prompt_scores = [(None, ()), *job.scored]
@@ -89,10 +88,10 @@ class Answer:
         new, choice.finish = choice.reply.finish(), choice.finish or reason
         choice.message = choice.reply.message()
         if calls := choice.message.get("tool_calls"):
-            one = self.body.get("parallel_tool_calls") is False
-            choice.message["tool_calls"] = calls[:1] if one else calls
-            choice.message["content"] = choice.message["content"] or None
+            calls = calls[:1] if self.body.get("parallel_tool_calls") is False else calls
+            choice.message |= {"content": choice.message["content"] or None, "tool_calls": calls}
             choice.finish = "tool_calls" if choice.finish == "stop" else choice.finish
+            new = new | {"tool_calls": [{"index": n} | call for n, call in enumerate(calls)]}
         return new
 
     def usage(self):
@@ -143,12 +142,9 @@ class Answer:
             choice, new = update or (None, {})
             if update is None:
                 yield None
-            for key, text in new.items():
-                yield chunk(choice, {key if self.chat else "text": text})
+            for key, value in new.items():
+                yield chunk(choice, {key if self.chat else "text": value})
             if choice and choice.message:
-                calls = enumerate(choice.message.get("tool_calls", ()))
-                if calls := [{"index": n} | call for n, call in calls]:
-                    yield chunk(choice, {"tool_calls": calls})
                 yield chunk(choice, {} if self.chat else {"text": ""}, choice.finish)
         if self.body.get("stream_options", {}).get("include_usage"):
             yield head | {"choices": [], "usage": self.usage()}

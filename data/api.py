@@ -35,46 +35,6 @@ UNSUPPORTED = (
 TURNS = ("add_generation_prompt", "continue_final_message")  # where the prompt of a chat ends
 
 
-def number(low, high, types=(int, float)):
-    """An entry of `field_rules`: numbers from `low` to `high`."""
-    wanted = f"{'a number' if float in types else 'an integer'} from {low} to {high}"
-    return wanted, lambda value: type(value) in types and low <= value <= high
-
-
-def is_list(value, is_valid):
-    """Whether `value` is a list of valid items."""
-    return isinstance(value, list) and all(map(is_valid, value))
-
-
-def field_rules(body, chat, size):
-    """{field: (what its value must be, whether a value is that)}. `size` is the vocabulary's."""
-    flag = "true or false", lambda value: type(value) is bool
-    mapping = "an object", lambda value: isinstance(value, dict)
-    limit, bias = number(0 if body.get("echo") else 1, 2**31, (int,)), number(-100, 100)[1]
-    ids = f"ids from 0 to {size - 1}"
-    return {
-        **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls", *TURNS), flag),
-        **dict.fromkeys(("stream_options", "chat_template_kwargs"), mapping),
-        **dict.fromkeys(("max_tokens", "max_completion_tokens"), limit),
-        **dict.fromkeys(("frequency_penalty", "presence_penalty"), number(-2, 2)),
-        **dict.fromkeys(("top_p", "min_p"), number(0, 1)),
-        **dict.fromkeys(("top_k", "min_tokens"), number(0, 2**31, (int,))),
-        "temperature": number(0, 2),
-        "repetition_penalty": number(0.01, 100),
-        "n": number(1, 16, (int,)),
-        "seed": number(-(2**63), 2**63 - 1, (int,)),
-        "logprobs": flag if chat else number(0, 20, (int,)),
-        "top_logprobs": number(0, 20, (int,)),
-        "stop": ("a text, or a list of at most 4 texts", lambda value: isinstance(value, str) or (
-            is_list(value, lambda text: isinstance(text, str)) and len(value) <= 4)),
-        "stop_token_ids": (f"a list of {ids}", lambda value: is_list(
-            value, lambda i: type(i) is int and 0 <= i < size)),
-        "logit_bias": (f'{{"ID": bias}}, {ids}, biases from -100 to 100', lambda value: (
-            isinstance(value, dict) and is_list([*value.values()], bias)
-            and is_list([*value], lambda i: re.fullmatch("[0-9]{1,9}", i) and int(i) < size))),
-    }  # fmt: skip
-
-
 def parse_body(raw):
     """The JSON object in the body of a request, without its null fields."""
     try:
@@ -90,54 +50,79 @@ def parse_body(raw):
     return {k: v for k, v in body.items() if v is not None}
 
 
+def number(low, high, types=(int, float)):
+    """A rule of `check_fields`: numbers from `low` to `high`."""
+    wanted = f"{'a number' if float in types else 'an integer'} from {low} to {high}"
+    return wanted, lambda value: type(value) in types and low <= value <= high
+
+
 def check_fields(body, chat, size):
     """ApiError for a field that is not supported or has a wrong value. `size` is the vocabulary's.
     """
-    more = ("echo" if chat else "", False), ("best_of", 1, body.get("n"))
-    for names, *harmless in (*UNSUPPORTED, *more):
+    unsupported = (*UNSUPPORTED, ("echo" if chat else "", False), ("best_of", 1, body.get("n")))
+    for names, *harmless in unsupported:
         for name in names.split():
             if name in body and body[name] not in harmless:
                 raise ApiError(400, f"this value of {name} is not supported: leave it out", name)
-    for name, (wanted, is_valid) in field_rules(body, chat, size).items():
+    flag = "true or false", lambda value: type(value) is bool
+    mapping = "an object", lambda value: isinstance(value, dict)
+    limit, bias = number(0 if body.get("echo") else 1, 2**31, (int,)), number(-100, 100)[1]
+    ids = f"ids from 0 to {size - 1}"
+    rules = {  # field: (what its value must be, whether a value is that)
+        **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls", *TURNS), flag),
+        **dict.fromkeys(("stream_options", "chat_template_kwargs"), mapping),
+        **dict.fromkeys(("max_tokens", "max_completion_tokens"), limit),
+        **dict.fromkeys(("frequency_penalty", "presence_penalty"), number(-2, 2)),
+        **dict.fromkeys(("top_p", "min_p"), number(0, 1)),
+        **dict.fromkeys(("top_k", "min_tokens"), number(0, 2**31, (int,))),
+        "temperature": number(0, 2),
+        "repetition_penalty": number(0.01, 100),
+        "n": number(1, 16, (int,)),
+        "seed": number(-(2**63), 2**63 - 1, (int,)),
+        "logprobs": flag if chat else number(0, 20, (int,)),
+        "top_logprobs": number(0, 20, (int,)),
+        "stop": ("a text, or a list of at most 4 texts", lambda value: isinstance(value, str) or (
+            isinstance(value, list) and len(value) <= 4 and all(type(s) is str for s in value))),
+        "stop_token_ids": (f"a list of {ids}", lambda value: isinstance(value, list) and all(
+            type(i) is int and 0 <= i < size for i in value)),
+        "logit_bias": (f'{{"ID": bias}}, {ids}, biases from -100 to 100', lambda value: (
+            isinstance(value, dict) and all(map(bias, value.values()))
+            and all(re.fullmatch("[0-9]{1,9}", i) and int(i) < size for i in value))),
+    }  # fmt: skip
+    for name, (wanted, is_valid) in rules.items():
         if name in body and not is_valid(body[name]):
             raise ApiError(400, f"{name} must be {wanted}", name)
 
 
 def read_messages(messages):
-    """The messages of a request; ApiError if one is malformed. Arguments of a call that are not
-    JSON stay as the model wrote them, so that it can correct them in its next turn."""
+    """The messages of a request; ApiError if one is malformed. The arguments of a call need not be
+    JSON: the model sees what it wrote, and can correct it in its next turn."""
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message", "messages")
     roles, out = ("system", "developer", "user", "assistant", "tool"), []
     for n, message in enumerate(messages):
-        where = f"messages[{n}]"
-        if not isinstance(message, dict) or message.get("role") not in roles:
-            raise ApiError(400, f"{where} has no known role", f"{where}.role")
         try:
-            new = {"role": message["role"], "content": content_text(message.get("content"))}
-            if calls := [read_call(call) for call in message.get("tool_calls") or ()]:
-                new["tool_calls"] = calls
-            if calls and new["role"] != "assistant":
-                raise ValueError("only an assistant calls tools")
+            role, calls = message["role"], list(map(read_call, message.get("tool_calls") or ()))
+            if role not in roles or (calls and role != "assistant"):
+                raise ValueError(f"the role cannot be {role!r:.40}")
+            new = {"role": role, "content": content_text(message.get("content"))}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            raise ApiError(400, f"{where} has bad content or tool calls ({e})", where) from e
+            problem = f"messages[{n}] has a bad role, content or tool call"
+            raise ApiError(400, f"{problem} ({type(e).__name__}: {e})", f"messages[{n}]") from e
         texts = ("reasoning_content", "tool_call_id", "name")
-        out.append(new | {k: message[k] for k in texts if isinstance(message.get(k), str)})
+        new |= {k: message[k] for k in texts if isinstance(message.get(k), str)}
+        out.append(new | ({"tool_calls": calls} if calls else {}))
     return out
 
 
 def read_tools(body, default):
-    """(schemas of the tools, whether one may be called, the name of the one that must be called).
-    The name is None if no call is required, "" if any tool will do."""
+    """(schemas of the tools, whether one may be called, the name of the one that must be called:
+    None if no call is required, "" if any tool will do)."""
     tools, choice = body.get("tools", default), body.get("tool_choice", "auto")
     try:
-        names = [tool["function"]["name"] for tool in tools]
-        choices = {"auto": None, "none": None} | ({"required": ""} if tools else {})
-        forced = choices[choice] if isinstance(choice, str) else choice["function"]["name"]
-        if not isinstance(tools, list) or not all(isinstance(name, str) for name in names):
-            raise TypeError
-        if not isinstance(choice, str) and forced not in names:
-            raise KeyError(forced)
+        names = {tool["function"]["name"]: tool["function"]["name"] for tool in tools}
+        words = {"auto": None, "none": None} | ({"required": ""} if tools else {})
+        forced = words[choice] if isinstance(choice, str) else names[choice["function"]["name"]]
     except (TypeError, KeyError) as e:
         expected = 'tools must be a list of {"type": "function", "function": {"name": ...}}'
         raise ApiError(400, f"{expected}, and tool_choice one of them", "tools") from e
@@ -151,8 +136,8 @@ class Api:
     context     of the model, in tokens
     allowed     {(chat, may call tools): bools (V,), the ids that may be generated}
     settings    the values of sampling settings that a request does not name
-    tools       schemas of the tools for requests that name none
-    known       names of tools that the model knows by training: it is not told of them
+    tools       the schemas of the tools for requests that name none
+    known       names of tools that the model knows by training; their schemas stay out of prompts
     """
 
     def __init__(
@@ -223,7 +208,7 @@ class Api:
             else:
                 ids = self.template.prompt_ids(messages, tools, variables)
             given = [] if forced is None else self.template.call_start(forced)
-        except (ValueError, RecursionError) as e:  # what is nested too deeply cannot be escaped
+        except (ValueError, RecursionError) as e:  # a template refuses, or nesting is too deep
             raise ApiError(400, str(e), "messages") from e
         ids, given = ids + given, given or self.template.opened(ids)
         top = body.get("top_logprobs", 0) if body.get("logprobs") else None
@@ -255,7 +240,7 @@ class Api:
             raise ApiError(400, "the vocabulary lacks some ids of the prompt", "prompt")
         return prompt
 
-    # As vLLM has them: lm-eval uses them as a tokenizer.
+    # The same endpoints as vLLM's: lm-eval uses them as its tokenizer.
 
     def tokenize(self, body):
         """The ids of a text, in which names of special tokens become these tokens."""
@@ -272,8 +257,7 @@ class Api:
         return {"prompt": self.tokenizer.decode(self.prompt_ids(body.get("tokens")))}
 
     def tokenizer_info(self):
-        """What a client must know of the tokenizer."""
-        names = {i: name for name, i in self.tokenizer.special.items()}
-        names = [names.get(i) for i in (self.tokenizer.eos_id, self.tokenizer.bos_id)]
-        info = {"eos_token": names[0], "bos_token": names[1], "pad_token": None}
-        return info | {"tokenizer_class": self.tokenizer.name, "chat_template": None}
+        """The special tokens, for clients that build prompts themselves."""
+        t, names = self.tokenizer, {i: name for name, i in self.tokenizer.special.items()}
+        info = {"eos_token": names.get(t.eos_id), "bos_token": names.get(t.bos_id)}
+        return info | {"pad_token": None, "tokenizer_class": t.name, "chat_template": None}

@@ -18,10 +18,12 @@ from data.chat import get_template, label_token, split_system
 
 @dataclass
 class Row:
-    """Token ids and, for each of them, whether it is to be learned (a target)."""
+    """Token ids, for each of them whether it is to be learned (a target), and whether ids were cut
+    off to fit the context."""
 
     ids: list
     mask: list
+    cut: bool = False
 
     def targets(self):
         """The ids to predict after each of ids[:-1]; -100 is none."""
@@ -37,18 +39,19 @@ class Turn(NamedTuple):
 
 
 @dataclass
-class Prompt(Row):
+class Prompt:
     """The ids before a turn of the assistant's, that turn, and how many ids all answers to the
     prompt may take together."""
 
+    ids: list
     turn: Turn
     room: int
 
 
 def chat_rows(example, tokenizer, context, loss_on="assistant", first=0):
-    """([Row], cut) of a conversation {"messages", perhaps "tools"}. Messages before number `first`
-    are not learned; `cut` is True if a row was too long. There are several Rows only where the
-    template writes earlier turns differently once later ones follow.
+    """The Rows of a conversation {"messages", perhaps "tools"}, of which messages before number
+    `first` are not learned. There are several Rows only where the template writes earlier turns
+    differently once later ones follow.
 
     A row ends with its last target, since nothing can be learned from what follows. If it has more
     than context + 1 ids, its oldest turns are dropped, except the system's; a question and an
@@ -62,12 +65,11 @@ def chat_rows(example, tokenizer, context, loss_on="assistant", first=0):
         return i >= first and messages[i].get("weight", 1) and wanted
 
     rows = template.rows(messages, tools, learned)
-    fitted = [fit_row(template, *row, messages, tools, context + 1) for row in rows]
-    return [row for row, _ in fitted], any(cut for _, cut in fitted)
+    return [fit_row(template, *row, messages, tools, context + 1) for row in rows]
 
 
 def fit_row(template, ids, mask, turns, messages, tools, room):
-    """(Row, cut) of one of `Template.rows`, with at most `room` ids; see `chat_rows`."""
+    """The Row of one of `Template.rows`, with at most `room` ids; see `chat_rows`."""
 
     def until_last_target(ids, mask):
         stop = len(mask) - mask[::-1].index(1) if any(mask) else 0
@@ -88,38 +90,35 @@ def fit_row(template, ids, mask, turns, messages, tools, room):
     # or more where the answer is short
     first = mask.index(1) if 1 in mask else 0
     start = max(0, min(first - room // 2, len(ids) - room)) if first >= room else 0
-    return Row(ids[start : start + room], mask[start : start + room]), cut
+    return Row(ids[start : start + room], mask[start : start + room], cut)
 
 
 def label_row(text, label, tokenizer, context):
-    """(Row, cut) of a labelled text, of which only the label is learned. A `label` of None leaves
-    the label out.
+    """The Row of a labelled text, of which only the label is learned.
 
     a fine film <|endoftext|> <|label:pos|>
     0 0    0    0             1
     """
     ids = tokenizer.encode(text)
-    cut = len(ids) > context - 1
-    ids = [*ids[-(context - 1) :], tokenizer.eos_id]
-    targets = [] if label is None else [tokenizer.special[label_token(label)]]
-    return Row(ids + targets, [0] * len(ids) + [1] * len(targets)), cut
+    kept = [*ids[-(context - 1) :], tokenizer.eos_id]
+    target = tokenizer.special[label_token(label)]
+    return Row([*kept, target], [0] * len(kept) + [1], len(ids) > context - 1)
 
 
 def preference_rows(example, tokenizer, context):
-    """((chosen Row, rejected Row), cut) of a preference pair: one prompt and two answers, of which
-    only the answers are learned."""
-    rows, cuts, first = [], [], len(example["messages"])
-    for side in ("chosen", "rejected"):
-        conversation = example | {"messages": [*example["messages"], *example[side]]}
-        side_rows, cut = chat_rows(conversation, tokenizer, context, first=first)
-        rows.append(side_rows[-1])
-        cuts.append(cut)
-    return tuple(rows), any(cuts)
+    """(chosen Row, rejected Row) of a preference pair: one prompt and two answers, of which only
+    the answers are learned."""
+
+    def answered(answer):
+        conversation = example | {"messages": example["messages"] + answer}
+        return chat_rows(conversation, tokenizer, context, first=len(example["messages"]))[-1]
+
+    return answered(example["chosen"]), answered(example["rejected"])
 
 
 def reward_row(row, token):
     """A Row whose only target is `token` after the last id of `row`: its logit is the reward."""
-    return Row([*row.ids, token], [0] * len(row.ids) + [1])
+    return Row([*row.ids, token], [0] * len(row.ids) + [1], row.cut)
 
 
 def sequences(row):
@@ -133,13 +132,12 @@ def has_target(row):
 
 
 def show_mask(rows, tokenizer, count):
-    """Print the first `count` rows, a token a line: its place, a * if it is learned, id, text."""
+    """Print the first `count` rows, a token a line: position, a * if it is learned, id, text."""
     flat = [r for row in rows for r in sequences(row)]
     for number, row in enumerate(flat[:count], start=1):
         print(f"--- row {number}: {len(row.ids)} tokens, {sum(row.mask)} of them learned ---")
-        for place, (i, m) in enumerate(zip(row.ids, row.mask)):
-            text = repr(tokenizer.decode([i]))[1:-1]
-            print(f"{place:5} {'*' if m else ' '} {i:7} {text}")
+        for n, (i, learned) in enumerate(zip(row.ids, row.mask)):
+            print(f"{n:5} {' *'[learned]} {i:7} {repr(tokenizer.decode([i]))[1:-1]}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -175,10 +173,8 @@ def bucket(order, rows, batch_tokens):
 
 class BucketLoader:
     """The rows of each epoch, epoch_rows(epoch), in batches of similar lengths and random order.
-
-    Padding adds 1 to 3 % to the hotel dialogues. Batch n of the whole run is always the same, so
-    resuming needs only the step. All epochs have as many batches as epoch 0.
-    """
+    Batch n of the whole run is always the same, so resuming needs only the step. All epochs have as
+    many batches as epoch 0."""
 
     def __init__(self, epoch_rows, batch_tokens, seed):
         self.epoch_rows, self.batch_tokens, self.seed = epoch_rows, batch_tokens, seed
@@ -201,10 +197,3 @@ class BucketLoader:
         # new rows may make more batches or fewer: then some are left out, or repeated
         numbers = self.batches[index % len(self.batches)]
         return numbers, [self.rows[i] for i in numbers]
-
-
-def drop_tokens(ids, share, end, rng):
-    """ids with a random `share` of them replaced by `end`: a model that sees few texts must not
-    rely on any single word of them."""
-    dropped = torch.from_numpy(rng.random(ids.shape) < share)
-    return torch.where(dropped, end, ids)

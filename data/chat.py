@@ -9,7 +9,7 @@ import json
 import re
 from datetime import datetime
 from functools import lru_cache
-from itertools import pairwise, zip_longest
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -25,14 +25,11 @@ from data.cli import UserError
 def content_text(content):
     """The text of a message's content: a text, None, or a list of text parts. ValueError for any
     other content."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise ValueError(f"the content is not text but {content!r:.40}")
-    parts = [part if isinstance(part, str) else part.get("text") for part in content]
-    if not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"a part of the content is not text: {content!r:.60}")
-    return "".join(parts)
+    parts = content if isinstance(content, list) else [content or ""]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"the content is not text but {content!r:.60}")
+    return "".join(texts)
 
 
 def tool_call(name, arguments, call_id=None):
@@ -45,11 +42,9 @@ def read_call(call):
     """The `tool_call` that an entry of someone else's `tool_calls`, or {"name", "arguments"},
     means. The arguments stay as they are written. ValueError if it is malformed."""
     function = call.get("function", call)
-    name, arguments = function["name"], function.get("arguments", function.get("parameters"))
+    name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
     if not isinstance(name, str) or name.split() != [name]:
         raise ValueError(f"a tool cannot be called {name!r}")
-    if not isinstance(arguments or {}, dict | str):
-        raise ValueError("the arguments are not a JSON object")
     return tool_call(name, arguments or {}, call.get("id"))
 
 
@@ -86,11 +81,15 @@ def message_text(message):
     """A message as text for people: its content, then a line `name {arguments}` for each call."""
     lines = [message["content"]] if message.get("content") else []
     for call in message.get("tool_calls") or ():
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        lines.append(f"{name} {arguments}")
+        text = call["function"]["arguments"]
+        text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+        lines.append(f"{call['function']['name']} {text}")
     return "\n".join(lines)
+
+
+def common_length(a, b):
+    """The number of items with which two texts or lists begin alike."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def drop_continued(rows, key=lambda turns: turns):
@@ -112,9 +111,9 @@ OURS = Path(__file__).with_name("chat_templates") / "ours.jinja"
 # begins a call. <think> and </think> are added where rows have thoughts.
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|call|>", "<|tool|>", "<|end|>")
 THINK = ("<think>", "</think>")
-# Tags in an assistant's content that become special tokens where the vocabulary has them.
+# Tags in an assistant's content that become special tokens if the vocabulary has them.
 ASSISTANT_TAGS = (*THINK, "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
-CALL_TAGS = ("<tool_call>", "[TOOL_CALLS]")  # with which calls begin in others' templates
+CALL_TAGS = ("<tool_call>", "[TOOL_CALLS]")  # calls begin with these in others' templates
 # Escapes the name of a special token in a message, so that it is encoded as plain text. It is a
 # Unicode noncharacter; a text that contains it has it doubled.
 MARK = "\ufdd0"
@@ -152,8 +151,7 @@ def compile_template(source):
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     # {% generation %} marks the assistant's text in some templates: the mask does not need it
-    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
-    source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
+    source = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source)
     try:
         return env.from_string(source)
     except TemplateError as e:
@@ -183,17 +181,16 @@ def escape(value, names):
 
 
 class Template:
-    """The chat template of a tokenizer: the Jinja that its model came with, or ours.
+    """The chat template of a tokenizer: the Jinja that its model came with, or ours, which writes
+    <|user|>hi<|end|><|assistant|>hello<|end|>.
 
-    ours      whether it is ours: <|user|>hi<|end|><|assistant|>hello<|end|>
-    end       the id that closes an assistant's turn; `ends` are all ids that do
-    call_tag  the tag with which a call begins, "" if calls are bare JSON, None if it writes none;
+    end       the id that closes an assistant's turn; `ends` are all ids that end one
+    call_tag  the tag with which a call begins, "" if calls are bare JSON, None if there are none;
               `call` is the id of that tag, None if it is not a token
     tags      {tag of a thought or a call: how `Reply` spells it}: after a MARK if it is a token,
               since the same characters are plain text then; `tag_ids` is {id: the same}
     blanks    the white space that it writes before and after an answer, as Llama 2's does
     spoken    the ids of the special tokens that an answer may contain
-    supports_tools  whether it writes the schemas of tools
     """
 
     def __init__(self, tokenizer):
@@ -206,19 +203,16 @@ class Template:
         marks = {key: names[i] for key, i in marks.items() if i in names}
         self.variables = {"add_generation_prompt": False, "documents": None}
         self.variables |= tokenizer.spec.get("template_tokens", marks)
-        self.split = re.compile(f"({either(special).pattern})")
         self.typed = either(special)
         self.typed_by_assistant = either(set(special) - set(ASSISTANT_TAGS))
         self.supports_tools = "tools" in self.source_for(tools=True)
-        try:
-            said = self.probe({"content": CONTENT})
-        except ValueError as e:
-            raise UserError(f"the model's chat template cannot be used: {e}") from e
         call = tool_call(TOOL, {KEY: 0}, "call00000")
         try:
-            self.called = self.probe({"content": "", "tool_calls": [call]})
-        except ValueError:
-            self.called = ""
+            said, self.called = self.probe({"content": CONTENT}), ""
+            with contextlib.suppress(ValueError):
+                self.called = self.probe({"content": "", "tool_calls": [call]})
+        except ValueError as e:
+            raise UserError(f"the model's chat template cannot be used: {e}") from e
         before, _, after = said.rpartition(CONTENT)
         self.end = next((i for i in self.encode(after) if i in names), tokenizer.eos_id)
         blanks = before, after.split(tokenizer.decode([self.end]))[0]
@@ -249,8 +243,8 @@ class Template:
         if not name and self.call is not None:
             ids = self.encode(self.called)
             return ids[: ids.index(self.call) + 1]
-        start, found, _ = self.called.partition(f'{{"{KEY}"' if name else TOOL)
-        if not found:
+        start, mark, _ = self.called.partition(f'{{"{KEY}"' if name else TOOL)
+        if not mark:
             raise ValueError("this model's chat template writes no calls")
         # a blank belongs to the next token, except in our template, where it ends the name
         start = start if self.ours else start.rstrip()
@@ -270,7 +264,7 @@ class Template:
         """The messages and schemas as the template receives them: special tokens in them are
         escaped, and calls' arguments are `Arguments` if they are an object."""
         has_developer = "developer" in self.source_for(tools)
-        found = []
+        result = []
         for m in messages:
             names = self.typed_by_assistant if m["role"] == "assistant" else self.typed
             new = {k: escape(v, names) for k, v in m.items() if k != "tool_calls"}
@@ -285,8 +279,8 @@ class Template:
                     arguments = Arguments(parse_call(call)[1])
                     arguments.text = text if isinstance(text, str) else None
                     call["function"]["arguments"] = arguments
-            found.append(new)
-        return found, escape(tools, self.typed) or None
+            result.append(new)
+        return result, escape(tools, self.typed) or None
 
     def write(self, messages, tools, variables=None):
         """The text of an `escaped` conversation. ValueError, with the template's own words, if it
@@ -302,15 +296,13 @@ class Template:
         is the prompt, which the model reads before it writes the message."""
         text = self.write(messages, tools)
         prompt = self.write(messages[:-1], tools, {"add_generation_prompt": True})
-        if text.startswith(prompt):
-            return text, len(prompt)
-        pairs = enumerate(zip(text, prompt))  # the prompt may end with what the text lacks
-        return text, next((n for n, (a, b) in pairs if a != b), min(len(text), len(prompt)))
+        # the prompt may end with what the text lacks
+        return text, len(prompt) if text.startswith(prompt) else common_length(text, prompt)
 
     def encode(self, text):
         """The ids of a text that the template wrote: names of special tokens are these tokens."""
         special, ids = self.tokenizer.special, []
-        for n, part in enumerate(self.split.split(text)):
+        for n, part in enumerate(re.split(f"({self.typed.pattern})", text)):
             plain = re.sub(f"{MARK}({MARK}?)", r"\1", part) if MARK in part else part
             ids += [special[part]] if n % 2 else self.tokenizer.encode(plain)
         return ids
@@ -336,13 +328,13 @@ class Template:
                 continue  # many templates refuse an empty conversation: there is no prompt
             if any(c["function"]["name"] not in text[start:] for c in m.get("tool_calls", ())):
                 raise ValueError("the chat template writes no tool calls")
-            at = text.find(end, start)
-            borders = [start, at + len(end) if at >= 0 else len(text)]
+            before, mark, _ = text[start:].partition(end)
+            borders, numbers = [start, start + len(before + mark)], [i]
             if rows and text[:start].startswith(rows[-1][0][: rows[-1][1][-1]]):
-                rows[-1] = text, rows[-1][1] + borders, [*rows[-1][2], i]
-            else:
-                rows.append((text, borders, [i]))
-        return [(*self.encode_row(text, borders), turns) for text, borders, turns in rows]
+                _, earlier, turns = rows.pop()
+                borders, numbers = earlier + borders, turns + numbers
+            rows.append((text, borders, numbers))
+        return [(*self.encode_row(text, borders), numbers) for text, borders, numbers in rows]
 
     def encode_row(self, text, borders):
         """(ids, mask) of a text that is learned between the first and the second of the borders,
@@ -363,18 +355,19 @@ class Template:
         add_generation_prompt=False, so that they end with the last turn, and
         continue_final_message=True, so that they end within it. ValueError if the template refuses
         the conversation, or does not write the message that is to be continued."""
-        variables, last = variables or {}, messages[-1] if messages else {}
+        variables = variables or {}
         continued = variables.get("continue_final_message", False)
         variables = {"add_generation_prompt": not continued} | variables
         if continued:
+            last = messages[-1]
             if variables["add_generation_prompt"] or last.get("tool_calls"):
                 reason = "add_generation_prompt, or tool calls in the last message"
                 raise ValueError(f"continue_final_message is not possible with {reason}")
             messages = [*messages[:-1], last | {"content": last["content"] + CONTINUE_HERE}]
         text = self.write(*self.escaped(messages, tools), variables)
         if continued:
-            text, found, after = text.rpartition(CONTINUE_HERE.strip())
-            if not found:
+            text, mark, after = text.rpartition(CONTINUE_HERE.strip())
+            if not mark:
                 raise ValueError("the chat template does not write the message to be continued")
             text = text if after.startswith(" ") else text.rstrip()  # some trim messages
         return self.encode(text)
@@ -384,25 +377,18 @@ class Template:
         message. If the last turn is still too long, a system message of more than half of the room
         is dropped, then the tools, then the start of that turn."""
         system, turns = split_system(messages)
-        lengths = [len(self.tokenizer.encode(message_text(m))) for m in turns]
-        first = 0
-        while first < len(turns) - 1 and sum(lengths[first:]) > room:
-            first += 1  # what cannot fit need not be written
-        attempts = [([*system, *turns[n:]], tools) for n in range(first, max(1, len(turns)))]
-        if system and len(self.tokenizer.encode(system[0]["content"])) + 2 > (room + 1) // 2:
+        sizes = accumulate(len(self.tokenizer.encode(message_text(m))) for m in turns[::-1])
+        most = max(1, sum(size <= room for size in sizes))  # turns that may fit
+        attempts = [([*system, *turns[-n:]], tools) for n in range(most, 0, -1)]
+        if turns and room < 3 + 2 * sum(len(self.tokenizer.encode(m["content"])) for m in system):
             system = []
         attempts += [([*system, *turns[-1:]], tools), ([*system, *turns[-1:]], None)]
-        ids = error = None
-        for messages, tools in attempts:
-            try:
-                ids = self.prompt_ids(messages, tools, variables)
-            except ValueError as e:  # some templates require that a user's turn comes first
-                error = e
-                continue
-            if len(ids) <= room:
-                return ids
-        if ids is None:
-            raise error
+        for attempt in attempts:
+            with contextlib.suppress(ValueError):  # some templates require a user turn first
+                ids = self.prompt_ids(*attempt, variables)
+                if len(ids) <= room:
+                    return ids
+        ids = self.prompt_ids(*attempts[-1], variables)
         while len(ids) > room and turns and (said := self.tokenizer.encode(turns[-1]["content"])):
             text = self.tokenizer.decode(said[len(ids) - room :]).lstrip("\ufffd")
             turns = [turns[-1] | {"content": text}]

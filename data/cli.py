@@ -39,7 +39,8 @@ def run_cli(main):
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
-        print(f"{script}: out of memory: use fewer rows or a smaller model", file=sys.stderr)
+        advice = "use smaller batches (a larger --grad_accum), --grad_checkpoint or a smaller model"
+        print(f"{script}: out of memory: {advice}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
         code = 130

@@ -12,6 +12,7 @@ from data.cli import Progress, UserError
 from data.files import file_sha256, read_json, write_once
 
 DATA = Path("data")
+MODELS = "https://huggingface.co"
 MB = 1_000_000
 
 
@@ -21,7 +22,7 @@ MB = 1_000_000
 
 
 class HTTPError(UserError):
-    """The server refuses, and will refuse again; `status` is its HTTP code."""
+    """The server refused the request for good; `status` is its HTTP code."""
 
     def __init__(self, message, status):
         super().__init__(message)
@@ -32,14 +33,14 @@ def resolve_url(url):
     """The address to ask in place of `url`: the Hub's mirror from HF_ENDPOINT, then
     SCRATCHLM_MIRROR=BASE, which serves https://host/path as BASE/host/path."""
     hub = os.environ.get("HF_ENDPOINT", "").rstrip("/")
-    if hub and url.startswith("https://huggingface.co/"):
-        url = hub + url.removeprefix("https://huggingface.co")
+    if hub and url.startswith(f"{MODELS}/"):
+        url = hub + url.removeprefix(MODELS)
     mirror = os.environ.get("SCRATCHLM_MIRROR", "").rstrip("/")
     return f"{mirror}/{url.split('://', 1)[1]}" if mirror else url
 
 
 def download_path(url):
-    """Where `url` is kept: data/downloads/host/path, no part of which can leave that folder."""
+    """The path at which `url` is kept: data/downloads/host/path, and never outside of it."""
     u = urlsplit(url)
     host = u.netloc.strip(".") or "unknown"
     names = [p for p in unquote(u.path).split("/") if p not in ("", ".", "..")] or ["index.html"]
@@ -66,19 +67,18 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
 
 
 def download(url, dest, sha256, tries, wait, token):
-    """What `fetch` does where the file is not there."""
+    """Download a file for `fetch`."""
     import requests  # not above: most runs download nothing, and it takes longer than all the rest
 
     url = resolve_url(url)
     for attempt in range(tries):
-        if attempt:
-            time.sleep(wait * 2 ** (attempt - 1))
+        time.sleep(wait * 2 ** (attempt - 1) if attempt else 0)
         try:
             part, hub_hash = download_part(url, dest, token)
             break
         except HTTPError:
             raise
-        except (requests.RequestException, ValueError) as e:  # the latter if a redirect is no URL
+        except (requests.RequestException, ValueError) as e:  # ValueError: a redirect to no URL
             reason = str(e).split(": ")[-1].strip("\"')")[:100] or type(e).__name__
     else:
         raise UserError(
@@ -117,7 +117,7 @@ def find_hub_hash(answers):
 
 def download_part(url, dest, token):
     """Fill dest.VERSION.part in one attempt, continuing the one that is there, and return it with
-    the hash that the Hub gives for it, or None. VERSION is from the server's ETag or the like."""
+    the hash that the Hub gives for it, or None. VERSION is a hash of what the server calls it."""
     import requests
 
     old = next(dest.parent.glob(f"{glob.escape(dest.name)}.????????.part"), None)
@@ -131,8 +131,9 @@ def download_part(url, dest, token):
         if r.status_code in (408, 429) or r.status_code >= 500:
             raise requests.ConnectionError(f"HTTP {r.status_code}")
         if r.status_code not in (200, 206) and not (size and r.status_code == 416):
-            message = f"cannot download {url}: HTTP {r.status_code} {r.reason}"
-            raise HTTPError(message + " (a wrong name?)" * (r.status_code == 404), r.status_code)
+            hint = " (a wrong name?)" if r.status_code == 404 else ""
+            message = f"cannot download {url}: HTTP {r.status_code} {r.reason}{hint}"
+            raise HTTPError(message, r.status_code)
         hub_hash = find_hub_hash([*r.history, r])
         version = hub_hash or r.headers.get("ETag") or r.headers.get("Last-Modified")
         version = version and "." + hashlib.sha1(version.encode()).hexdigest()[:8]
@@ -161,7 +162,6 @@ def download_part(url, dest, token):
 # Models of the Hugging Face Hub: which files make one, and how to ask for them
 # --------------------------------------------------------------------------------------------
 
-MODELS = "https://huggingface.co"
 VIEWER = "https://datasets-server.huggingface.co"  # gives rows of the Hub's data sets
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
 EXTRAS = (  # not all models have them
@@ -185,13 +185,13 @@ def snapshot_download(name, files=None, check=None):
     weights are downloaded, and may raise. What is here is not asked for again: this works offline,
     and a branch that has moved on goes unnoticed.
     """
-    repo, at, revision = name.partition("@")
-    revision = revision if at else "main"
-    repo = f"openai-community/{repo}" if repo in GPT2_MODELS else repo
-    if not re.fullmatch(r"(\w|\w[\w.-]{0,94}\w)/(\w|\w[\w.-]{0,94}\w)", repo, re.ASCII):
-        raise UserError(f"model {name!r} is neither OWNER/NAME nor one of {', '.join(GPT2_MODELS)}")
-    if not revision.strip(". "):
-        raise UserError(f"revision {revision!r} of {repo} is no branch, tag or commit")
+    owner = "openai-community/" if name.partition("@")[0] in GPT2_MODELS else ""
+    part = r"\w(?:[\w.-]{0,94}\w)?"
+    match = re.fullmatch(rf"({part}/{part})(?:@(.*[^. ].*))?", owner + name, re.ASCII)
+    if not match:
+        models = ", ".join(GPT2_MODELS)
+        raise UserError(f"model {name!r} is not {models} or OWNER/NAME, maybe with an @revision")
+    repo, revision = match[1], match[2] or "main"
     folder = DATA.joinpath("hub", *repo.split("/"), quote(revision, safe=""))
     if files is not None:
         for file in files:
@@ -201,9 +201,8 @@ def snapshot_download(name, files=None, check=None):
     needed = ["config.json", *weight_files(folder)]
     if len(needed) > 1 and all((folder / file).exists() for file in needed):
         return folder
-    fetch_from_hub(repo, revision, "config.json", folder)
-    for file in EXTRAS:
-        fetch_from_hub(repo, revision, file, folder, optional=True)
+    for file in ("config.json", *EXTRAS):
+        fetch_from_hub(repo, revision, file, folder, optional=file in EXTRAS)
     if check:
         check(folder)
     if not any(fetch_from_hub(repo, revision, file, folder, optional=True) for file in WEIGHTS):

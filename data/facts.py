@@ -11,7 +11,7 @@ from data import hotel
 from data.chat import either
 from data.scores import bleu4
 
-# What a reply says of a hotel by a number: the field of its record, and how it is written
+# The numbers that a reply may say of a hotel: the field of its record, and how it is written
 NUMBERS = {
     "price": r"(?<![-\d.])\d+(?:\.\d+)?(?=元)",
     "rating": r"(?<![\d.])\d+(?:\.\d+)?(?=分(?!钟))",
@@ -29,7 +29,8 @@ def records_of(messages):
         with contextlib.suppress(ValueError, TypeError, RecursionError):  # it may be any text
             for r in json.loads(m["content"]):
                 if {"name", "price", "rating"} <= set(r) and isinstance(r["name"], str):
-                    records |= {r["name"]: r} if r["name"] else {}
+                    records[r["name"]] = r
+    records.pop("", None)
     return records
 
 
@@ -69,12 +70,11 @@ def ask(messages, rng):
         text, subjects = rng.choice(phrases), named[-1:]
     else:
         text, subjects = f"{other}的{label}？", [other]
-    answers = [hotel.answer_about(records[name], question) for name in subjects]
+    answer = "，".join(hotel.answer_about(records[name], question) for name in subjects)
     if rng.random() < 0.2:
         text, names = rng.choice((("查到了哪些酒店？", last), ("一共查到了哪些酒店？", records)))
-        answers = ["、".join(names)]
-    answer = "，".join(answers) + "。"
-    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        answer = "、".join(names)
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": f"{answer}。"}]
 
 
 def in_order(messages):
@@ -99,7 +99,7 @@ def in_order(messages):
 
 
 @cache
-def known_names():
+def database_names():
     """The names of all hotels in the database."""
     return frozenset(h["name"] for h in hotel.read_hotels())
 
@@ -107,7 +107,7 @@ def known_names():
 @lru_cache
 def names_pattern(others):
     """The pattern of the names in the database, and `others`."""
-    return either(known_names() | others)
+    return either(database_names() | others)
 
 
 def count_facts(messages, reply):
@@ -116,20 +116,19 @@ def count_facts(messages, reply):
     ("again"), 1 for "doubled" if any is, and 1 for "replies". Empty before any result.
 
     A name is right if a search has returned it. A number is right if it is that of the hotel named
-    before it, else after it, else of one of those named last in the conversation. Numbers that the
-    guest has said do not count.
+    before it, else after it, else of those named last in the conversation. Numbers that the guest
+    has said do not count.
     """
-    records, counts = records_of(messages), Counter()
+    records = records_of(messages)
     if not records:
-        return counts
-    pattern = names_pattern(frozenset(records) - known_names())
+        return Counter()
+    pattern = names_pattern(frozenset(records) - database_names())
     matches = list(pattern.finditer(reply))
     names = [m[0] for m in matches]
     rest = pattern.sub(lambda m: "\n" * len(m[0]), reply)
     invented = [s for s in INVENTED.findall(rest) if not any(s in name for name in records)]
-    counts["replies"], counts["name"] = 1, len(names) + len(invented)
+    counts = Counter(replies=1, name=len(names) + len(invented), again=len(names) - len({*names}))
     counts["right name"] = sum(name in records for name in names)
-    counts["again"] = len(names) - len(set(names))
     counts["doubled"] = int(counts["again"] > 0)
     texts = [m["content"] for m in messages if m["role"] in ("user", "assistant")]
     guest = "\n".join(m["content"] for m in messages if m["role"] == "user")
@@ -140,19 +139,14 @@ def count_facts(messages, reply):
                 continue
             before = [m[0] for m in matches if m.start() < number.start()]
             subjects = set(before[-1:] or names[:1] or earlier) & set(records)
+            stated = [records[name].get(fact) for name in subjects]
+            if fact == "phone":  # a hotel may have several
+                right = any(number[0] in re.findall(written, str(phones)) for phones in stated)
+            else:
+                right = float(number[0]) in stated
             counts[fact] += 1
-            counts[f"right {fact}"] += any(
-                is_value(number[0], records[name].get(fact)) for name in subjects
-            )
+            counts[f"right {fact}"] += right
     return counts
-
-
-def is_value(text, value):
-    """Whether `text` in a reply states a record's `value`: an equal number, or one of its phones.
-    """
-    if isinstance(value, (int, float)) and "-" not in text:
-        return float(text) == value
-    return bool(re.search(rf"(?<![\d.]){re.escape(text)}(?![\d.])", str(value)))
 
 
 def fact_scores(jobs, turns):

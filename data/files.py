@@ -38,7 +38,8 @@ LOCKS = Path("data/locks")
 def locked(path):
     """Hold the lock of a file or folder that is to be written: other processes wait until this one
     leaves the context or ends."""
-    lock, waiting = LOCKS / hashlib.sha1(os.fsencode(os.path.realpath(path))).hexdigest(), False
+    lock = LOCKS / hashlib.sha1(os.fsencode(os.path.realpath(path))).hexdigest()
+    waiting = False
     LOCKS.mkdir(parents=True, exist_ok=True)
     while True:
         with open(lock, "ab") as file:

@@ -1,8 +1,8 @@
 """Hugging Face's tokenizers in and out: tokenizer.json and its neighbours."""
 import base64
 import itertools
+import math
 import re
-from collections import Counter
 from pathlib import Path
 
 import regex
@@ -28,9 +28,8 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 DIGITS_PATTERN = r"\p{N}|" + GPT2_PATTERN.replace(r"| ?\p{N}+", "").replace(
     r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)"
 )
+ID_LIMIT = 1_000_000  # no vocabulary is as large
 MAX_MISSING_BYTES = 64  # SmolLM2 lacks tokens for some 20 bytes, those of rare characters
-WORD_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-ID_LIMIT = 1_000_000  # no vocabulary is as large; a larger id is a damaged file
 
 
 def spell(token):
@@ -57,12 +56,12 @@ def bpe_parts(token, ranks):
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        joined = [ranks.get(a + b, ID_LIMIT) for a, b in itertools.pairwise(parts)]
-        best = min(joined)
-        if best == ID_LIMIT:
+        joined = [a + b for a, b in itertools.pairwise(parts)]
+        best = min(joined, key=lambda token: ranks.get(token, math.inf))
+        if best not in ranks:
             break
         i = joined.index(best)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        parts[i : i + 2] = [best]
     return parts
 
 
@@ -70,18 +69,17 @@ def hub_pattern(pre):
     """The split pattern of a pre_tokenizer; ValueError if it is none of the three that we know."""
     steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     kinds, first, last = [s["type"] for s in steps], steps[0], steps[-1]
-    use_regex = last.get("use_regex", True)
     if kinds[-1] == "ByteLevel" and last.get("add_prefix_space") is False:
-        if use_regex and kinds == ["ByteLevel"]:
-            return GPT2_PATTERN
-        if use_regex and kinds == ["Digits", "ByteLevel"] and first["individual_digits"] is True:
-            return DIGITS_PATTERN
-        isolated = first.get("behavior") == "Isolated" and not first.get("invert")
-        if not use_regex and kinds == ["Split", "ByteLevel"] and isolated:
-            pattern = first["pattern"].get("Regex", "")
+        if last.get("use_regex", True):
+            if kinds == ["ByteLevel"]:
+                return GPT2_PATTERN
+            if kinds == ["Digits", "ByteLevel"] and first["individual_digits"] is True:
+                return DIGITS_PATTERN
+        elif kinds == ["Split", "ByteLevel"] and first["behavior"] == "Isolated":
+            pattern = first["pattern"]["Regex"]
             # Their regular expressions are Ruby's, where these mean something else than in Rust's
             bare = re.sub(r"\\[pP]\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]", "", pattern)
-            if re.search(r"[$^]|\}\+|\(\?[a-z-]*[msx]", bare) or regex.fullmatch(pattern, ""):
+            if re.search(r"[$^]|\}\+|\(\?[a-z-]*[msx]", bare):
                 raise ValueError(f"pre_tokenizer: pattern {pattern!r} has another meaning here")
             return pattern
     raise ValueError(
@@ -98,41 +96,31 @@ def hub_tokens(model, added):
     """
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"model {model['type']}: only byte-level BPE can be read")
-    for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+    for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise ValueError(
                 f"model: {key} {model[key]!r}: only byte-level BPE can be read, no SentencePiece "
                 f"(Llama 2, TinyLlama, Mistral 7B)"
             )
-    vocab = model["vocab"]
-    ranks = {unspell(text): i for text, i in vocab.items() if text not in added}
-    ids = [*ranks.values(), *added.values()]
-    if bad := [i for i in ids if type(i) is not int or not 0 <= i < ID_LIMIT]:
-        raise ValueError(f"{bad[0]!r} is no token id")
-    twice = [i for i, n in Counter(ids).items() if n > 1]
-    twice += [i for name, i in added.items() if vocab.get(name, i) != i]
-    if twice:
-        raise ValueError(f"model and added_tokens disagree about id {twice[0]}")
+    ranks = {unspell(text): i for text, i in model["vocab"].items() if text not in added}
+    ids = {*ranks.values(), *added.values()}
+    if len(ids) < len(ranks) + len(added) or not 0 <= min(ids) <= max(ids) < ID_LIMIT:
+        raise ValueError(f"token ids are repeated, or not from 0 to {ID_LIMIT:,}")
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing and (len(missing) > MAX_MISSING_BYTES or model.get("unk_token") is not None):
         raise ValueError(f"model: {len(missing)} bytes have no token, 0x{missing[0]:02X} first")
-    check_merges(model["merges"], ranks, model.get("ignore_merges"))
-    return ranks
-
-
-def check_merges(merges, ranks, ignore_merges):
-    """ValueError unless merging by id is what the `merges` of tokenizer.json say."""
-    pairs = [tuple(map(unspell, m.split(" ") if isinstance(m, str) else m)) for m in merges]
-    made = [ranks.get(b"".join(pair), -1) for pair in pairs]
-    if min(made, default=0) < 0 or any(len(p) != 2 or not ranks.keys() >= {*p} for p in pairs):
-        raise ValueError("a merge does not make a token of two others")
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    pairs = [tuple(map(unspell, pair)) for pair in pairs]
+    made = [ranks[b"".join(pair)] for pair in pairs]
     if made != sorted(made):
         raise ValueError("tiktoken merges by id, but the ids do not rise along the merges")
     listed = set(pairs)
     for token, i in ranks.items():
         parts = tuple(bpe_parts(token, ranks))  # over two: reached only as a whole piece
-        if parts not in listed and len(parts) > 1 and (len(parts) == 2 or not ignore_merges):
+        unreached = len(parts) > 2 and not model.get("ignore_merges")
+        if unreached or (len(parts) == 2 and parts not in listed):
             raise ValueError(f"token {spell(token)!r} (id {i}) is made by none of the merges")
+    return ranks
 
 
 def hub_begin(post, added):
@@ -150,33 +138,17 @@ def hub_begin(post, added):
     return begin[0] if begin else None
 
 
-def read_config(folder, name):
-    """The object in a JSON file of a model's folder; {} if there is no such file."""
-    return read_json(folder / name) if (folder / name).exists() else {}
-
-
-def end_ids(folder, name):
-    """The ids that a config file says end a text."""
-    ids = read_config(folder, name).get("eos_token_id")
-    return ids if isinstance(ids, list) else [ids]
-
-
-def token_names(folder):
+def token_names(config):
     """The special tokens that a chat template may write: {"bos_token": name, ...}."""
-    config, names = read_config(folder, "tokenizer_config.json"), {}
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        name = config.get(key)
-        names[key] = name.get("content") if isinstance(name, dict) else name
-    return {key: name for key, name in names.items() if isinstance(name, str)}
+    names = {key: config.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    return {key: n["content"] if isinstance(n, dict) else n for key, n in names.items() if n}
 
 
-def hub_template(folder):
+def hub_template(folder, config):
     """{name: chat template in Jinja} from a model's folder, or None."""
-    if (path := folder / "chat_template.jinja").exists():
-        others = (folder / "additional_chat_templates").glob("*.jinja")
-        paths = {other.stem: other for other in others} | {"default": path}
-        return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
-    template = read_config(folder, "tokenizer_config.json").get("chat_template")
+    path, template = folder / "chat_template.jinja", config.get("chat_template")
+    if path.exists():
+        template = path.read_text(encoding="utf-8")
     if isinstance(template, list):
         return {entry["name"]: entry["template"] for entry in template}
     return template and {"default": template}
@@ -187,7 +159,7 @@ def hub_tokenizer(folder):
 
     pattern, nfc, tokens    how text is split, and base64 of each token; its place is its id
     added, end, begin       name -> id; the ids at the end and (or None) in front of a text
-    words                   name -> [id, flags...] of added tokens that are not special
+    words                   name -> id of added tokens that are not special
     name, chat_template, template_tokens, ends    for chats, see data/chat.py, and exports
 
     Text never encodes to special tokens, but `words` are cut out of it. UserError if a file is
@@ -195,44 +167,41 @@ def hub_tokenizer(folder):
     """
     path = Path(folder) / "tokenizer.json"
     folder, data = path.parent, read_json(path)
+    files = [folder / f"{name}config.json" for name in ("tokenizer_", "generation_", "")]
+    config, *others = (read_json(file) if file.exists() else {} for file in files)
     try:
-        model, added, words = data["model"], {}, {}
-        for t in data.get("added_tokens") or []:
-            name = t["content"]
-            added[name] = t["id"]
-            if not t.get("special", True):
-                words[name] = [t["id"], *(flag for flag in WORD_FLAGS if t.get(flag))]
-            if not (name if name in words else name.strip()):
-                raise ValueError(f"added_tokens: {name!r} is text like any other, not a mark in it")
-        merged = model.get("merges", ()) if words else ()
-        merged = {"".join(m.split(" ") if isinstance(m, str) else m) for m in merged}
-        for word in words:  # one that the model makes by itself remains its token, too
-            if (word in CHAR_BYTES or word in merged) and model["vocab"].get(word) == added[word]:
-                del added[word]
+        model, entries = data["model"], data.get("added_tokens") or []
+        ids = {t["content"]: t["id"] for t in entries}
+        words = {t["content"]: t["id"] for t in entries if not t.get("special", True)}
+        for t in entries:
+            if t["content"] in words and any(map(t.get, ("single_word", "lstrip", "rstrip"))):
+                raise ValueError(f"added token {t['content']!r} takes blanks or word borders along")
+        merges = model.get("merges", ()) if words else ()
+        made = {"".join(m.split(" ") if isinstance(m, str) else m) for m in merges}
+        made = {word for word in words if word in made or word in CHAR_BYTES}
+        made = {word for word in made if model["vocab"].get(word) == words[word]}
+        added = {name: i for name, i in ids.items() if name not in made}  # these stay tokens, too
         ranks = hub_tokens(model, added)
         if (normalizer := data.get("normalizer") or {"type": None})["type"] not in (None, "NFC"):
             raise ValueError(f"normalizer {normalizer['type']} can't be read, only NFC")
-        pattern = hub_pattern(data.get("pre_tokenizer") or {"type": "none"})
-        ids = added | {word: i for word, (i, *_) in words.items()}
-        begin, names = hub_begin(data.get("post_processor"), ids), token_names(folder)
-        ends = [i for i in end_ids(folder, "generation_config.json") if i in ids.values()]
+        begin, names = hub_begin(data.get("post_processor"), ids), token_names(config)
+        ends = [other.get("eos_token_id") for other in others]
+        ends = [[i for i in (e if isinstance(e, list) else [e]) if i in ids.values()] for e in ends]
         # a config.json may carry a default eos_token_id that is an ordinary token of this model
-        end = next((i for i in ends + end_ids(folder, "config.json") if i in ids.values()), None)
-        end = ids.get(names.get("eos_token"), ids.get(END)) if end is None else end
+        end = next(itertools.chain(*ends), ids.get(names.get("eos_token"), ids.get(END)))
         if end is None:
             end = added[END] = max(*ranks.values(), *ids.values()) + 1
         tokens = [None] * (max(ranks.values()) + 1)
         for token, i in ranks.items():
             tokens[i] = base64.b64encode(token).decode()
-        words = {w: word for w, word in words.items() if word[0] not in (end, begin)}
+        words = {word: i for word, i in words.items() if i not in (end, begin)}
+        pattern = hub_pattern(data.get("pre_tokenizer") or {"type": "none"})
         spec = dict(kind="hf", pattern=pattern, nfc=normalizer["type"] == "NFC", tokens=tokens)
-        spec |= dict(added=added, words=words, end=end, begin=begin, ends=ends)
+        spec |= dict(added=added, words=words, end=end, begin=begin, ends=ends[0])
         parts = folder.resolve().parts  # .../hub/OWNER/NAME/REVISION if it was downloaded
         spec["name"] = "/".join(parts[-3:-1] if parts[-4:-3] == ("hub",) else parts[-1:])
-        spec |= dict(chat_template=hub_template(folder), template_tokens=names)
+        spec |= dict(chat_template=hub_template(folder, config), template_tokens=names)
         Tokenizer(spec)  # tiktoken has not seen the pattern yet
-    except UserError:
-        raise
     except KeyError as e:
         raise UserError(f"{path}: {e} is missing") from e
     except (ValueError, TypeError, AttributeError, IndexError, regex.error) as e:
@@ -256,13 +225,11 @@ def tokenizer_json(tokenizer):
     """The content of tokenizer.json for a Tokenizer, from which transformers gets the same ids.
 
     Merges are found again from the ids (a second or two for 100,000 tokens). One thing differs
-    there: text that spells a special token becomes it. UserError if an ordinary token is spelled
-    like a special one: tokenizer.json could not tell them apart.
+    there: text that spells a special token becomes it.
     """
     ranks = dict(sorted(tokenizer.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
     spec, words = tokenizer.spec, tokenizer.spec.get("words", {})
-    added = tokenizer.special | {w: i for w, (i, *_) in words.items()}
-    added = dict(sorted(added.items(), key=lambda item: item[1]))
+    added = dict(sorted((tokenizer.special | words).items(), key=lambda item: item[1]))
     pattern = spec["pattern"] if spec["kind"] == "hf" else None
     pattern = pattern or ruby_pattern(tokenizer.encoding._pat_str)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
@@ -280,13 +247,12 @@ def tokenizer_json(tokenizer):
         decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
         decoder["use_regex"] = False
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, decoder]}
-    if clash := {name for name, i in added.items() if vocab.get(name, i) != i}:
-        raise UserError(f"special token {min(clash)!r} is spelled like an ordinary one")
     model["vocab"] = vocab | added  # in the model, too, they keep their ids whatever gaps there are
     tokens = []
     for name, i in added.items():
-        flags = {flag: flag in words.get(name, ()) for flag in WORD_FLAGS}
-        tokens.append({"id": i, "content": name, **flags, "special": name not in words})
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        flags |= dict(normalized=name in words, special=name not in words)
+        tokens.append({"id": i, "content": name, **flags})
     return {
         "version": "1.0",
         "added_tokens": tokens,

@@ -3,7 +3,6 @@
 Configs and weights go in and out as plain dicts; model.py builds a Transformer from them.
 """
 
-import math
 import re
 from pathlib import Path
 
@@ -46,22 +45,16 @@ NO_BIAS = dict(mistral={"out_bias", "ff_bias"}, qwen2={"out_bias", "ff_bias"}, q
 IGNORED = """_name_or_path architectures attention_dropout attn_pdrop bos_token_id
 chunk_size_feed_forward dtype embd_pdrop eos_token_id gradient_checkpointing id2label
 initializer_range is_llama_config keys_to_ignore_at_inference label2id max_window_layers
-model_type n_ctx output_attentions output_hidden_states output_past pad_token_id
+model_type n_ctx output_attentions output_hidden_states output_past pad_token_id pretraining_tp
 problem_type reorder_and_upcast_attn resid_pdrop return_dict summary_activation
 summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
 task_specific_params torch_dtype transformers.js_config transformers_version use_cache"""
-# Fields that change it in any config.json, unless they are off (null, false, 0 or empty) or 1
+# Fields that change it, unless they are off (null, false, 0 or empty) or 1
 OFF = """add_cross_attention alibi attention_multiplier attn_logit_softcapping
 final_logit_softcapping is_encoder_decoder layer_types quantization_config rope_interleaved
-rope_parameters rope_scaling use_mrope"""
-ONE = "embedding_multiplier logits_scaling partial_rotary_factor residual_multiplier"
-# and those of one family's class, with the value that we support
-FAMILY_FIELDS = {
-    "gpt2": dict(scale_attn_by_inverse_layer_idx=False, scale_attn_weights=True),
-    "llama": dict(pretraining_tp=1),
-    "qwen2": dict(use_sliding_window=False),
-    "qwen3": dict(use_sliding_window=False),
-}
+rope_parameters rope_scaling scale_attn_by_inverse_layer_idx use_mrope use_sliding_window"""
+ONE = """embedding_multiplier logits_scaling partial_rotary_factor residual_multiplier
+scale_attn_weights"""
 ROPE_FIELDS = {"default": (), "linear": ("factor",)}  # other fields beside these have no effect
 
 
@@ -97,13 +90,7 @@ def config_from_hf(values):
             config["context"] = min(config["context"], window)  # inside it, attention is full
         if set(layers := left.pop("layer_types", [])) - {"full_attention"}:
             refuse("layer_types", layers)
-        if left.get("use_sliding_window"):  # Qwen's, in layers from max_window_layers on
-            window = values.get("sliding_window", 4096) or math.inf  # null is none
-            windowed = left.get("max_window_layers", 28) < config["n_layer"] and not layers
-            if not windowed or window >= config["context"]:
-                del left["use_sliding_window"]
     supported = dict.fromkeys(OFF.split(), False) | dict.fromkeys(ONE.split(), 1)
-    supported |= FAMILY_FIELDS.get(family, {})
     for name, value in left.items():
         if name in supported and (value or False) != supported[name]:
             refuse(name, value)
@@ -219,12 +206,7 @@ def hf_tensors(folder):
     if files[0].suffix == ".bin":
         state = load_pt(files[0])
         return dict.fromkeys(state, state)
-    tensors = {}
-    for file in map(Safetensors, files):
-        if twice := tensors.keys() & file.entries.keys():
-            raise UserError(f"{folder}: the tensor {min(twice)} is in two of its files")
-        tensors |= dict.fromkeys(file.entries, file)
-    return tensors
+    return {name: file for file in map(Safetensors, files) for name in file.entries}
 
 
 def read_state(folder, shapes, gpt2, tied, dtype=None):
@@ -292,12 +274,11 @@ def write_peft(content, heights, gpt2, folder, base=None):
     with zero rows in B for one that has none, and n alpha, so that alpha / rank stays the same.
     """
     adapter, state = content["adapter"], content["model"]
-    for field, reason in (
-        ("modules_to_save", "embeddings of new special tokens, which the exported base lacks"),
-        ("quantize", f"a base in {adapter['quantize']}, which peft's files cannot describe"),
-    ):
-        if adapter[field]:
-            raise UserError(f"the adapter needs {reason}: merge it, export the whole model")
+    if adapter["modules_to_save"] or adapter["quantize"]:
+        raise UserError(
+            "the adapter needs embeddings of new special tokens or a quantized base, which peft's "
+            "files cannot describe: merge it and export the whole model"
+        )
     modules, tensors, ranks = {}, {}, {}
     for name in heights:
         module = hf_name(f"{name}.weight", gpt2).removesuffix(".weight")

@@ -32,22 +32,18 @@ HOTEL_KEYS = {
 
 
 def read_hotels(path=None):
-    """The records of a hotel database: CrossWOZ's [[name, {...}], ...], or a list of records. The
-    default is the public one if it has been fetched, else our own small one."""
+    """The records of a hotel database: CrossWOZ's [[name, {...}], ...], or a list of records. By
+    default the public one, or our own small one if that has not been fetched."""
     path = Path(path or (HOTEL_DB if HOTEL_DB.exists() else OWN_HOTELS))
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         if rows and isinstance(rows[0], list):
             rows = [{new: row[old] for old, new in HOTEL_KEYS.items()} for _, row in rows]
-        rows = [r | {"facilities": [f.strip() for f in r["facilities"] if f.strip()]} for r in rows]
-        return list(map(ordered, rows))
+        return [
+            r | {"facilities": [f.strip() for f in r["facilities"] if f.strip()]} for r in rows
+        ]
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is no hotel database ({e!r})") from e
-
-
-def ordered(record):
-    """The record with its fields in the order of HOTEL_KEYS, then any others."""
-    return {k: record[k] for k in (*HOTEL_KEYS.values(), *record) if k in record}
 
 
 def search_hotels(
@@ -69,23 +65,20 @@ def search_hotels(
             return True
         return value is not None and (low or 0) <= value <= (math.inf if high is None else high)
 
-    def offers(hotel, wanted):
-        letters = set(wanted)
-        return any(
-            wanted in has or has in wanted or len(letters & set(has)) >= 0.7 * len(letters)
-            for has in hotel["facilities"]
+    def similar(wanted, offered):
+        shared = len(set(wanted) & set(offered))
+        return wanted in offered or offered in wanted or shared >= 0.7 * len(set(wanted))
+
+    def fits(h):
+        return (
+            (not name or name in h["name"] or h["name"] in name)
+            and (not type or h["type"] == type)
+            and within(h["price"], price_range_lower, price_range_upper)
+            and within(h["rating"], rating_range_lower, rating_range_upper)
+            and all(any(similar(f, has) for has in h["facilities"]) for f in facilities or ())
         )
 
-    fitting = [
-        h
-        for h in hotels
-        if (not name or name in h["name"] or h["name"] in name)
-        and (not type or h["type"] == type)
-        and within(h["price"], price_range_lower, price_range_upper)
-        and within(h["rating"], rating_range_lower, rating_range_upper)
-        and all(offers(h, f) for f in facilities or [])
-    ]
-    return sorted(fitting, key=lambda h: -(h["rating"] or 0))[:2]
+    return sorted(filter(fits, hotels), key=lambda h: -(h["rating"] or 0))[:2]
 
 
 def get_tools():
@@ -102,25 +95,28 @@ def get_tools():
 
 def join_dialogues(path):
     """The dialogues, lists of turns, in a file whose rows are {"context": the turns so far,
-    "response": the next one}, both JSON in strings. Their records are `ordered`."""
+    "response": the next one}, both JSON in strings. The fields of records are in the order of
+    HOTEL_KEYS."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         turns = [[*json.loads(r["context"]), json.loads(r["response"])] for r in rows]
         for turn in itertools.chain(*turns):
             if "records" in turn:
-                turn["records"] = list(map(ordered, turn["records"]))
+                turn["records"] = [
+                    {k: r[k] for k in (*HOTEL_KEYS.values(), *r) if k in r} for r in turn["records"]
+                ]
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} holds no rows of context and response ({e!r})") from e
     return drop_continued(turns)
 
 
-_WAYS = {  # how a guest may ask for each argument
+# How a guest may ask for each property of a hotel
+_WISHES = {
     "type": ("{}的酒店", "{}酒店", "一家{}的"),
     "facilities": ("能提供{}", "有{}", "带{}的", "提供{}服务"),
     "price": ("价格在{0}-{1}元", "{0}到{1}元之间", "预算{0}-{1}元"),
     "rating": ("评分{}分以上", "评分在{}分以上的", "评分不低于{}分"),
 }
-_NONE = "抱歉，没有符合要求的酒店。"
 _OPENINGS = ("你好，帮我找个酒店，", "我想订酒店，", "请推荐一家酒店，", "您好，我要住酒店，")
 QUESTIONS = (  # a field, its name, questions that do not name the hotel, the answer
     ("phone", "电话", ("这家酒店的电话是多少？", "电话号码给我一下。"), "{name}的电话是{phone}"),
@@ -145,36 +141,33 @@ def synthetic_dialogues(count, seed):
     arguments. They depend on the seed alone."""
     hotels, rng = read_hotels(OWN_HOTELS), random.Random(f"hotel-synthetic {seed}")
     dialogues = []
-    while len(dialogues) < count:
-        wish = rng.choice(hotels)  # so that something is found
+    for _ in range(count):
+        hotel = rng.choice(hotels)  # one that the search finds
         arguments, wishes = {}, []
-        for key in rng.sample(sorted(_WAYS), rng.randint(1, 3)):
-            way = rng.choice(_WAYS[key])
+        for key in rng.sample(sorted(_WISHES), rng.randint(1, 3)):
+            wish, values = rng.choice(_WISHES[key]), {key: hotel[key]}
             if key == "price":
-                low = int(wish["price"] // 100 * 100)
+                low = int(hotel["price"] // 100 * 100)
                 values = {"price_range_lower": low, "price_range_upper": low + 100}
             elif key == "rating":
-                low = rng.choice((4, 4.5)) if wish["rating"] >= 4.5 else 4
+                low = rng.choice((4, 4.5)) if hotel["rating"] >= 4.5 else 4
                 values = {"rating_range_lower": low}
             elif key == "facilities":
-                values = {key: rng.sample(wish[key], rng.randint(1, 2))}
-            else:
-                values = {key: wish[key]}
+                values[key] = rng.sample(hotel[key], rng.randint(1, 2))
             arguments |= values
             texts = ("和".join(v) if isinstance(v, list) else v for v in values.values())
-            wishes.append(way.format(*texts))
+            wishes.append(wish.format(*texts))
         records = search_hotels(hotels, **arguments)
-        names = "、".join(r["name"] for r in records)
         turns = [
             {"role": "user", "content": rng.choice(_OPENINGS) + "，".join(wishes) + "。"},
             {"role": "search", "arguments": arguments},
             {"role": "return", "records": records},
-            {"role": "assistant", "content": f"为您推荐{names}。" if records else _NONE},
+            {"role": "assistant", "content": f"为您推荐{'、'.join(r['name'] for r in records)}。"},
         ]
         if len(records) == 1 and rng.random() < 0.7:
             question = rng.choice(QUESTIONS)
-            answer = answer_about(records[0], question) + "。"
             turns.append({"role": "user", "content": rng.choice(question[2])})
+            answer = answer_about(records[0], question) + "。"
             turns.append({"role": "assistant", "content": answer})
         dialogues.append(turns)
     return dialogues
@@ -207,10 +200,10 @@ def tidy_calls(example):
 def values_of(message):
     """(key, value) of each text in the arguments of a call ("call.KEY") or in the records that a
     search returned ("tool.KEY"), and of the latter's numbers."""
-    found, kind = arguments_of(message) or [], "call"
+    kind, objects = "call", arguments_of(message) or []
     if message["role"] == "tool":
-        found, kind = json.loads(message["content"]), "tool"
-    for key, value in (pair for o in found for pair in o.items()):
+        kind, objects = "tool", json.loads(message["content"])
+    for key, value in (pair for o in objects for pair in o.items()):
         for v in value if isinstance(value, list) else [value]:
             if (isinstance(v, str) and v) or (kind == "tool" and is_number(v)):
                 yield f"{kind}.{key}", v
@@ -246,9 +239,11 @@ def values_by_key(examples):
 def repeats(examples, share=1 / 6):
     """How often each conversation should come in an epoch, 1 to 8 times, so that each argument
     occurs in that share of them: 100 calls among 3,000 do not teach to copy a name."""
-    calls = [[a for m in e["messages"] for a in arguments_of(m) or ()] for e in examples]
-    keys = [set().union(*arguments) for arguments in calls]
-    counts = Counter(key for passed in keys for key in passed)
+    keys = [
+        {key for m in e["messages"] for passed in arguments_of(m) or () for key in passed}
+        for e in examples
+    ]
+    counts = Counter(itertools.chain(*keys))
     return [min(8, max([1, *(share * len(keys) / counts[k] for k in passed)])) for passed in keys]
 
 
@@ -301,14 +296,14 @@ def substitute(example, pool, share, rng, made_up=0.5):
             return {k: exchange(v) for k, v in value.items()}
         return swap.get(value, value) if is_number(value) else value
 
-    def rewrite(m):
-        if m["role"] == "tool":
-            records = exchange(json.loads(m["content"]))
-            return m | {"content": json.dumps(records, ensure_ascii=False)}
+    messages = []
+    for m in example["messages"]:
         new = m | {"content": exchange(m["content"])}
+        if m["role"] == "tool":  # not as one text, in which keys and quotes could be exchanged
+            records = exchange(json.loads(m["content"]))
+            new["content"] = json.dumps(records, ensure_ascii=False)
         if "tool_calls" in m:
             calls = map(parse_call, m["tool_calls"])
             new["tool_calls"] = [tool_call(name, exchange(values)) for name, values in calls]
-        return new
-
-    return example | {"messages": list(map(rewrite, example["messages"]))}
+        messages.append(new)
+    return example | {"messages": messages}

@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face Hub as files of rows: OWNER/NAME, OWNER/NAME:CONFIG.
 
-The Hub's viewer gives the rows of most of them as JSON, a hundred a page, with the names of labels.
-Of others OWNER/NAME:FILE names a file of the repository to be read. Downloads are kept.
+The Hub's viewer gives the rows of most sets as JSON, a hundred a page. For other sets,
+OWNER/NAME:FILE names a file of the repository. Downloads are kept.
 """
 import contextlib
 import io
@@ -20,7 +20,7 @@ from data.sources import HUB, made
 PART = r"\w(?:[\w.-]{0,94}\w)?"
 NAME = re.compile(rf"(({PART})/{PART})(?::(.+))?", re.ASCII)
 FILE = re.compile(r"\.(jsonl?|[ct]sv|gz|zip|txt|parquet|arrow|feather|xlsx)$", re.IGNORECASE)
-# The names of splits there; the last one counts most.
+# The Hub's names of our splits; the last one that a data set has is used.
 SPLITS = {"train": ("train",), "val": ("dev", "val", "valid", "validation"), "test": ("test",)}
 PAGE = 100  # rows, the most that the viewer gives at once
 MOST_ROWS = 100_000  # larger splits are only downloaded with --max_rows
@@ -45,7 +45,7 @@ def hub_rows(repo, part, limits):
         url = f"{HUB}/{repo}/resolve/main/{quote(part)}"
         return {"train": fetch(url, token=hub_token(url))}
     try:
-        splits = ask("splits", 2, dataset=repo)["splits"]
+        splits = ask("splits", dataset=repo)["splits"]
         if not splits:
             raise UserError("it has no splits")
     except UserError as e:
@@ -58,11 +58,11 @@ def hub_rows(repo, part, limits):
     return {s: path for s, path in paths.items() if s == "train" or path.stat().st_size}
 
 
-def ask(endpoint, tries, **query):
-    """The viewer's answer, an object whose list is named after the endpoint."""
+def ask(endpoint, **query):
+    """The viewer's answer, an object with a list that is named after the endpoint."""
     url = f"{VIEWER}/{endpoint}?{urlencode(query)}"
     with contextlib.redirect_stderr(io.StringIO()):  # there may be hundreds of downloads
-        answer = read_json(fetch(url, tries=tries, token=hub_token(url)))
+        answer = read_json(fetch(url, token=hub_token(url)))
     if not isinstance(answer.get(endpoint), list):
         raise UserError(f"{url} has no {endpoint}")
     return answer
@@ -72,19 +72,16 @@ def choose_splits(repo, part, splits):
     """(configuration, {our name of a split: its name there}) of what `part` of a data set means."""
     configs = list(dict.fromkeys(s["config"] for s in splits))
     config = next(c for c in (part, "default", *configs) if c in configs)
-    if len(configs) > 1 and config not in (part, "default"):
-        ask_for_one(repo, "has several configurations: name one", configs)
     there = [s["split"] for s in splits if s["config"] == config]
     wanted = SPLITS if part in (None, config) else {"train": (part,)}
     names = {ours: name for ours, known in wanted.items() for name in known if name in there}
-    if "train" not in names:
-        ask_for_one(repo, f"has no split {wanted['train'][0]}: name one to learn from", there)
-    return config, names
-
-
-def ask_for_one(repo, problem, names):
-    """UserError that asks for one of the names behind a colon."""
-    raise UserError(f"{repo} {problem}, as {repo}:{names[0]}; it has {', '.join(names):.300}")
+    if len(configs) > 1 and config not in (part, "default"):
+        problem, choices = "has several configurations: name one", configs
+    elif "train" not in names:
+        problem, choices = f"has no split {wanted['train'][0]}: name one to learn from", there
+    else:
+        return config, names
+    raise UserError(f"{repo} {problem}, as {repo}:{choices[0]}; it has {', '.join(choices):.300}")
 
 
 def viewer_file(repo, config, split, limit):
@@ -104,7 +101,7 @@ def viewer_rows(repo, config, split, limit):
         if n >= count:
             break
         try:
-            page = ask("rows", 6, **query, offset=n, length=PAGE)  # patient: rates are limited
+            page = ask("rows", **query, offset=n, length=PAGE)
         except UserError as e:
             raise UserError(f"{e}; {n:,} rows of {split} are kept: run this again to go on") from e
         rows += page_rows(page)
@@ -123,10 +120,8 @@ def viewer_rows(repo, config, split, limit):
 
 def page_rows(page):
     """The rows of a page, labels replaced by their names, or by None if there is none (-1)."""
-    names = {}
-    for feature in page.get("features", ()):
-        kind = feature["type"]  # a list or a dict of others if it is nested
-        if isinstance(kind, dict) and kind.get("_type") == "ClassLabel":
-            names[feature["name"]] = dict(enumerate(kind["names"]))
+    types = {f["name"]: f["type"] for f in page.get("features", ())}  # nested types may be lists
+    labels = [k for k, t in types.items() if isinstance(t, dict) and t.get("_type") == "ClassLabel"]
+    names = {key: dict(enumerate(types[key]["names"])) for key in labels}
     rows = [entry["row"] for entry in page["rows"]]
-    return [row | {key: label.get(row.get(key)) for key, label in names.items()} for row in rows]
+    return [row | {key: names[key].get(row.get(key)) for key in labels} for row in rows]

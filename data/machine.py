@@ -21,12 +21,10 @@ def dtype_name(text):
 def choose_device(name=None):
     """The torch.device called `name`; for None or "auto" CUDA, Apple's MPS or the CPU, whichever is
     there first. Each torchrun process uses its own GPU. UserError if it cannot be used here."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # MPS cannot exchange gradients
     if name in (None, "auto"):
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # MPS cannot exchange gradients
         mps = torch.backends.mps.is_available() and not several
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if several and name.startswith("mps"):
-        raise UserError(f"--device {name} is for one process: use cpu or cuda with torchrun")
     if name == "cuda":
         name += f":{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -103,13 +101,12 @@ def is_sharded(tensor):
 
 
 def full_tensor(tensor):
-    """The whole of a sharded tensor (this is a collective: every process must call it), or `tensor`
-    itself if it is not sharded."""
+    """The whole of a sharded tensor (a collective: every process must call it), or `tensor`."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def shard_like(tensor, other):
-    """This process's part of a whole tensor if `other` is sharded, else `tensor` itself."""
+    """This process's part of a whole tensor if `other` is sharded, else `tensor`."""
     if not is_sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor  # takes a second
@@ -120,9 +117,9 @@ def shard_like(tensor, other):
 def make_runtime(device=None, dtype=None, wide=False, previous=None):
     """Choose device and precision, and join the other processes if torchrun started this one.
 
-    A `dtype` of None or "auto" is the GPU's `native_dtype`; on a CPU fp32, or bf16 for a `wide`
-    model if that is measurably faster there (AMX). So is that of a run whose `previous` kind of
-    device was another one.
+    A `dtype` of None or "auto" is the GPU's `native_dtype`; on a CPU it is fp32, or bf16 for a
+    `wide` model if that is measurably faster there (AMX). It is chosen anew for a run whose
+    `previous` kind of device was another one.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device)
@@ -131,10 +128,8 @@ def make_runtime(device=None, dtype=None, wide=False, previous=None):
         torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     if world > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=gpu)
     if dtype in (None, "auto") or previous not in (None, device.type):
         dtype = native_dtype(device)
         if device.type == "cpu" and wide:
@@ -146,12 +141,8 @@ def make_runtime(device=None, dtype=None, wide=False, previous=None):
 
 
 def keep_freed_memory():
-    """Let glibc keep large freed blocks instead of returning them to the kernel at once.
-
-    A training step on the CPU frees and takes the same blocks again and again, and each time the
-    kernel would hand them out page by page: that made a norm three times slower here, and a step of
-    GPT-2's shape a sixth slower.
-    """
+    """Let glibc keep large freed blocks. A training step on the CPU takes the same blocks again and
+    again, and the kernel would hand them out page by page: a sixth slower at GPT-2's shape."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc: nothing to do
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block gets pages of its own, which come zeroed each time
@@ -176,19 +167,18 @@ def measure_peak(device, dtype, size=None):
 
 def synchronize(device):
     """Wait for the GPU, so that a clock read after this is right."""
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def random_state():
     """{device: state of its random number generator} for every kind that this machine has."""
-    kinds = [k for k in ("cuda", "mps") if getattr(torch, k).is_available()]
-    return {"cpu": torch.get_rng_state()} | {k: getattr(torch, k).get_rng_state() for k in kinds}
+    kinds = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
+    kinds = {k: m for k, m in kinds.items() if k == "cpu" or m.is_available()}
+    return {k: m.get_rng_state() for k, m in kinds.items()}
 
 
 def set_random_state(states):
     """Restore what `random_state` returned, perhaps on another machine."""
-    torch.set_rng_state(states["cpu"])
-    for kind in ("cuda", "mps"):
-        if kind in states and getattr(torch, kind).is_available():
-            getattr(torch, kind).set_rng_state(states[kind])
+    for kind in states.keys() & random_state().keys():
+        (torch if kind == "cpu" else getattr(torch, kind)).set_rng_state(states[kind])

@@ -1,4 +1,4 @@
-"""Ids to text as they come, and the message that an answer is."""
+"""Turns ids into text as they are generated, and the text of an answer into a message."""
 import codecs
 import contextlib
 import json
@@ -12,9 +12,8 @@ from data.tokenizer import UNKNOWN
 class TextStream:
     """Ids to text as they come: `feed` returns what can be shown already.
 
-    An incomplete character (a Chinese one takes three bytes, often two tokens) is held back, and so
-    is text that may turn out to begin a stop string. After a stop string `stopped` is True and
-    nothing more is returned.
+    An incomplete character and text that may begin a stop string are held back. After a stop string
+    `stopped` is True and nothing more is returned.
     """
 
     def __init__(self, tokenizer, stops=()):
@@ -23,9 +22,9 @@ class TextStream:
         self.held, self.stopped = "", False
 
     def feed(self, i):
-        """The text that id `i` completes, perhaps none."""
-        hidden = i in self.tokenizer.special.values()
-        token = b"" if hidden else self.tokenizer.token_bytes(i) or b""
+        """The text that id `i` completes, perhaps none; special tokens have none."""
+        special = i in self.tokenizer.special.values()
+        token = b"" if special else self.tokenizer.token_bytes(i) or b""
         return self.push(self.decoder.decode(token))
 
     def finish(self):
@@ -34,12 +33,11 @@ class TextStream:
         return text
 
     def push(self, text):
-        """What can be shown once `text` is there, too."""
+        """What can be shown after a further `text`."""
         if self.stopped:
             return ""
-        text, stop, self.held = split_at(self.held + text, self.stops)
-        self.stopped = bool(stop)
-        self.held = "" if stop else self.held
+        text, stop, rest = split_at(self.held + text, self.stops)
+        self.stopped, self.held = bool(stop), "" if stop else rest
         return text
 
 
@@ -48,13 +46,9 @@ def split_at(text, marks, last=False):
     rest is the end of the text that may begin one; nothing if the text is the `last`."""
     at, mark = min(((text.find(m), m) for m in marks if m in text), default=(len(text), ""))
     if not mark and not last:
-        at -= max((overlap(text, m) for m in marks), default=0)
+        starts = range(max(0, at - max(map(len, marks), default=0)), at)
+        at = next((n for n in starts if any(m.startswith(text[n:]) for m in marks)), at)
     return text[:at], mark, text[at + len(mark) :]
-
-
-def overlap(text, mark):
-    """The length of the longest end of `text` that begins `mark`."""
-    return next((n for n in range(min(len(text), len(mark)), 0, -1) if text.endswith(mark[:n])), 0)
 
 
 THOUGHT = "reasoning_content"
@@ -71,25 +65,11 @@ class Reply:
     def __init__(self, tokenizer, template=None, stops=(), ids=(), stop_ids=(), min_tokens=0):
         self.source, self.stream = TextStream(tokenizer), TextStream(tokenizer, stops)
         self.template, self.kind, self.ended, self.calls = template, "content", False, []
-        self.tags = template.tags if template else {}
-        self.call_tag = self.tags.get(template.call_tag) if template else None
-        self.pending, self.begun, self.said = "", set(), {"content": ""}
-        self.ends = template.ends if template else {tokenizer.eos_id}
-        self.stops, self.wait, self.stop_ids = self.stream.stops, min_tokens + len(ids), ()
-        for i in ids:
-            self.feed(i)
-        self.said, self.stop_ids = {"content": ""}, set(stop_ids)
-        self.ends = self.ends | self.stop_ids
-
-    def next_tags(self):
-        """{tag that may come next: the kind of the text after it}."""
-        if self.kind == THOUGHT:
-            return {self.tags[THINK[1]]: "content"}
-        tags = {self.call_tag: "call"} if self.call_tag else {}
-        think, text = self.tags.get(THINK[0]), self.pending.lstrip()
-        if think and not self.begun and (text.startswith(think) or think.startswith(text)):
-            tags[think] = THOUGHT
-        return tags
+        self.stops, self.stop_ids, self.wait = self.stream.stops, set(stop_ids), min_tokens
+        self.ends = self.stop_ids | (template.ends if template else {tokenizer.eos_id})
+        self.tags = template.tag_ids if template else {}
+        self.text = "".join(self.tags.get(i) or self.source.feed(i) for i in ids)
+        self.shown, self.said = {}, {"content": ""}
 
     def feed(self, i):
         """The text that can be shown after id `i`."""
@@ -98,69 +78,82 @@ class Reply:
             return {}
         self.stream.stops = [] if self.wait > 0 else self.stops
         self.wait -= 1
-        tag = self.template.tag_ids.get(i) if self.template else None
-        self.pending += tag if tag in self.next_tags() else self.source.feed(i)
-        new = self.take()
+        self.text += self.tags.get(i) or self.source.feed(i)
+        new = self.show(split_answer(self.text, self.template))
         self.ended = i in self.ends or self.stream.stopped
         return new
 
-    def take(self, last=False):
-        """The part of `pending` that can be shown. What may become a tag is held back. Blanks
-        before a tag are dropped."""
-        new, bare_calls = {}, self.template is not None and self.template.call_tag == ""
-        while self.kind != "call":
-            said_nothing = self.kind not in self.begun
-            bare = bare_calls and said_nothing and self.kind == "content"
-            if bare and self.pending.lstrip().startswith("{"):
-                self.kind = "call"
-                break
-            tags = self.next_tags()
-            text, tag, rest = split_at(self.pending, tags, last)
-            if self.template:
-                ended = last and not tag and self.kind == "content"
-                text = text.removesuffix(self.template.blanks[1]) if ended else text.rstrip()
-            # the text of calls is kept whole, since it is content if it turns out to be malformed
-            to_call = tags.get(tag, "call") == "call"
-            self.pending = self.pending[len(text) :] if to_call else rest
-            if self.template and said_nothing:
-                first = self.kind == "content" and not self.begun
-                text = text.removeprefix(self.template.blanks[0]) if first else text.lstrip("\n")
-            self.show(new, text)
-            if not tag:
-                break
-            self.show(new, "", self.stream.finish())
-            if self.kind == THOUGHT:  # it has begun even if it is empty
-                self.begun.add(THOUGHT)
-            self.kind = tags[tag]
+    def show(self, parts):
+        """The text in `parts` that was not shown before, up to a stop string."""
+        new = {}
+        for kind, text in parts.items():
+            if self.shown.get(kind) == text:
+                continue
+            if kind != self.kind:
+                self.add(new, self.stream.finish())
+                self.kind = kind
+            if kind != "call":
+                self.add(new, self.stream.push(text[len(self.shown.get(kind, "")) :]))
+            self.shown[kind] = text
         return new
 
-    def show(self, new, text, held=""):
-        """Add `text`, up to a stop string, and `held` to what is new and to what was said."""
-        self.begun |= {self.kind} if text else set()
-        if text := self.stream.push(text) + held:
-            new[self.kind] = new.get(self.kind, "") + text
-            self.said[self.kind] = self.said.get(self.kind, "") + text
+    def add(self, new, text):
+        """Add a text of the current kind to what is new and to what was said."""
+        for texts in (new, self.said) if text else ():
+            texts[self.kind] = texts.get(self.kind, "") + text
 
     def finish(self):
         """What was held back until the end, without an incomplete character. Malformed calls are
         text; each of the others gets an id."""
-        self.pending += self.source.finish().rstrip(UNKNOWN)
-        new, held = self.take(last=True), ""
-        if self.kind == "call":
-            self.kind, self.calls = "content", read_calls(self.pending, self.template)
-            text = self.pending.replace(MARK, "").rstrip(UNKNOWN)
-            text = text if self.said["content"] else text.lstrip("\n")
-            held = "" if self.calls else text
-            for n, call in enumerate(self.calls):
-                if call.get("id") in (None, *(c["id"] for c in self.calls[:n])):
-                    call["id"] = secrets.token_hex(5)[:9]  # the length that Mistral's requires
-        self.show(new, "", self.stream.finish() + held)
+        self.text += self.source.finish().rstrip(UNKNOWN)
+        parts = split_answer(self.text, self.template, last=True)
+        if call := parts.pop("call", ""):
+            self.calls = read_calls(call, self.template)
+            content, text = parts.get("content", ""), call.replace(MARK, "").rstrip(UNKNOWN)
+            parts["content"] = content if self.calls else content + text
+        for n, call in enumerate(self.calls):
+            if call.get("id") in (None, *(c["id"] for c in self.calls[:n])):
+                call["id"] = secrets.token_hex(5)[:9]  # the length that Mistral's requires
+        new = self.show(parts)
+        self.add(new, self.stream.finish())
         return new
 
     def message(self):
         """The assistant's message; complete after `finish`."""
         calls = {"tool_calls": self.calls} if self.calls else {}
         return {"role": "assistant"} | self.said | calls
+
+
+def split_answer(text, template, last=False):
+    """{"reasoning_content", "content", "call": text} of an answer, or of its beginning if it is not
+    the `last`: then what may become a tag is left out. Blanks before a tag are dropped. A call
+    includes its tag, since it is content if it turns out to be malformed."""
+    if template is None:
+        return {"content": text}
+    parts, (think, end_think) = {}, map(template.tags.get, THINK)
+    call_tag = template.tags.get(template.call_tag)
+
+    def plain(part, kept=None):  # the tokens of other tags mean nothing in a part
+        for tag in {*template.tag_ids.values()} - {kept}:
+            part = part.replace(tag, "")
+        return part
+
+    start = text.lstrip()
+    if think and start.startswith(think):
+        thought, tag, text = split_at(start[len(think) :], [end_think], last)
+        parts[THOUGHT] = plain(thought).lstrip("\n").rstrip()
+        if not tag:
+            return parts
+    elif think and think.startswith(start) and not last:
+        return {}
+    if template.call_tag == "" and text.lstrip().startswith("{"):
+        return parts | {"call": plain(text)}
+    content, tag, _ = split_at(text, [call_tag] if call_tag else [], last)
+    content = content.removesuffix(template.blanks[1]) if last and not tag else content.rstrip()
+    call = {"call": plain(text[len(content) :], call_tag)} if tag else {}
+    content = plain(content)
+    content = content.lstrip("\n") if parts else content.removeprefix(template.blanks[0])
+    return parts | {"content": content} | call
 
 
 def parse(ids, template, prompt=()):
@@ -194,13 +187,10 @@ def json_call(text):
     that stay as they are written. ValueError if there is none."""
     text = text.lstrip()
     call, _ = json.JSONDecoder().raw_decode(text)
-    key = "arguments" if "arguments" in call else "parameters"
-    if not isinstance(call["name"], str) or not isinstance(call[key], dict):
-        raise ValueError("not a call")
-    for found in re.finditer(rf'"{key}"\s*:\s*', text):
+    name, key = call["name"], "arguments" if "arguments" in call else "parameters"
+    for match in re.finditer(rf'"{key}"\s*:\s*', text):
         with contextlib.suppress(ValueError):
-            value, end = json.JSONDecoder().raw_decode(text, found.end())
-            if value == call[key]:
-                call_id = call.get("id") if isinstance(call.get("id"), str) else None
-                return tool_call(call["name"], text[found.end() : end], call_id)
+            value, end = json.JSONDecoder().raw_decode(text, match.end())
+            if value == call[key] and isinstance(value, dict) and isinstance(name, str):
+                return tool_call(name, text[match.end() : end], call.get("id"))
     raise ValueError("not a call")

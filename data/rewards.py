@@ -2,7 +2,7 @@
 
 A reward is a function of the conversation so far (a list of messages), the answer (a message) and
 the data's own answer. Where it gives None for the data's own answer, the turn is not learned from.
-The function of a file of yours gets both answers as text (a call is `search {"price": 300}`):
+The function of a file of yours gets both answers as text, a call as `search {"price": 300}`:
 
     def reward(messages, answer, wanted):
         return float("酒店" in answer)
@@ -30,15 +30,15 @@ def slots(messages, answer, wanted):
 
 
 def label(messages, answer, wanted):
-    """1 if the answer begins with the wanted one, a label, whatever it adds; else 0."""
+    """1 if the answer begins with the wanted label, whatever follows; else 0."""
     wanted, said = (message_text(m).strip().lower() for m in (wanted, answer))
     return float(bool(re.match(rf"{re.escape(wanted)}(?![0-9a-z])", said)))
 
 
 def exact(messages, answer, wanted):
-    """1 if the answer is the wanted one, white space around it aside; else 0."""
-    ours, theirs = ((message_text(m).strip(), "tool_calls" in m) for m in (answer, wanted))
-    return float(ours == theirs)
+    """1 if the answer equals the wanted one, ignoring surrounding white space; else 0."""
+    same_text = message_text(answer).strip() == message_text(wanted).strip()
+    return float(same_text and ("tool_calls" in answer) == ("tool_calls" in wanted))
 
 
 def length(messages, answer, wanted):
@@ -49,14 +49,13 @@ def length(messages, answer, wanted):
 
 
 # To add a reward: a function here.
-REWARDS = {f.__name__: f for f in (slots, label, exact, length)} | {
-    name: f for source in SOURCES.values() for name, f in source.rewards.items()
-}
+REWARDS = (slots, label, exact, length, *(f for s in SOURCES.values() for f in s.rewards))
+REWARDS = {f.__name__: f for f in REWARDS}
 
 
 def load_reward(source):
-    """The reward that --reward names: one of REWARDS, the function `reward` of a Python file, or
-    several names with commas between them, of which the first that is for a turn counts."""
+    """The function that --reward names: one of REWARDS, `reward` of a Python file, or several names
+    with commas between them, of which the first that is for a turn counts."""
     if "," in source:
         rewards = [load_reward(name) for name in source.split(",")]
         return lambda *turn: next((r for f in rewards if (r := f(*turn)) is not None), None)
@@ -68,9 +67,7 @@ def load_reward(source):
         raise UserError(f"--reward {source} cannot be loaded ({type(e).__name__}: {e})") from e
     if not callable(reward):
         raise UserError(f"--reward {source} defines no function reward(messages, answer, wanted)")
-    return lambda messages, *answers: reward(
-        copy.deepcopy(messages), *map(message_text, answers)
-    )
+    return lambda messages, *turns: reward(copy.deepcopy(messages), *map(message_text, turns))
 
 
 def rate(reward, messages, answer, wanted):
@@ -78,8 +75,10 @@ def rate(reward, messages, answer, wanted):
     answer if the function fails or returns no finite number."""
     try:
         value = reward(messages, answer, wanted)
-        if value is None or math.isfinite(float(value)):
-            return None if value is None else float(value)
+        if value is None:
+            return None
+        if math.isfinite(float(value)):
+            return float(value)
         problem = f"is {value}"
     except Exception as e:  # the user's own code can fail in any way
         problem = f"fails ({type(e).__name__}: {e})"

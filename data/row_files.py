@@ -40,35 +40,24 @@ def read_rows(path, encoding=None):
         code = f"import pandas; pandas.{READERS[suffix]}({file!r}).to_json({target!r}, "
         code += "orient='records', lines=True, force_ascii=False)"
         raise UserError(f'{path} is in {suffix[1:]} format: convert it by python -c "{code}"')
-    try:
-        text = decode(raw, str(path), encoding)
-    except UserError:
-        if b"\0" not in raw:
-            raise
-        text = "\0"
+    text = decode(raw, str(path), encoding)
     if "\0" in text:
         raise UserError(f"{path} is a binary file, not rows: name a {KNOWN}")
-    if name.endswith((".csv", ".tsv")):
-        return csv_rows(text, str(path), "\t" if name.endswith(".tsv") else None)
+    if suffix in (".csv", ".tsv"):
+        return csv_rows(text, path, suffix)
     return json_rows([text], str(path))
 
 
-def csv_rows(text, name, delimiter=None):
+def csv_rows(text, path, suffix):
     """(where it is, {column: text} or the UserError that it is) for each row of CSV after its
     header. The delimiter is the one that the header has most of: Excel writes ; in much of Europe.
     """
     csv.field_size_limit(2**31 - 1)  # a cell may hold a book; the module's limit is 128 KiB
     lines = list(io.StringIO(text, newline=""))
-    delimiter = delimiter or max(",;\t", key="".join(lines[:1]).count)
-    settings = dict(delimiter=delimiter, strict=True)
-    if delimiter == "\t":  # TSV may be written without quoting: then a quote is a character
-        try:
-            list(csv.reader(lines, **settings))
-        except csv.Error:
-            settings["quoting"] = csv.QUOTE_NONE
-    reader, columns = csv.reader(lines, **settings), None
+    delimiter = "\t" if suffix == ".tsv" else max(",;\t", key="".join(lines[:1]).count)
+    reader, columns = csv.reader(lines, delimiter=delimiter, strict=True), None
     while reader.line_num < len(lines):
-        where = f"{name}:{reader.line_num + 1}"
+        where = f"{path}:{reader.line_num + 1}"
         try:
             cells = next(reader, [])
         except csv.Error as e:

@@ -60,30 +60,29 @@ def read_message(turn, unread):
     """The message of a turn of a ShareGPT, OpenAI or hotel conversation."""
     turn = Fields(turn)
     name = turn.take("role", "from")
-    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    role = ROLES.get(str(name).strip().lower())
     if role is None:
         raise ValueError(f"role {name!r} is unknown")
-    content, calls = turn.take("content", "value"), read_json(turn.take("tool_calls")) or []
+    content = turn.take("content", "value")
+    calls = turn.take("tool_calls") or turn.take("function_call") or []
     if role == "call" and "arguments" in turn:  # a hotel search, named after its role
-        calls = [{"name": name, "arguments": chat.normalize_numbers(turn.take("arguments"))}]
+        calls = {"name": name, "arguments": chat.normalize_numbers(turn.take("arguments"))}
     elif role == "call":  # ShareGPT: {"name": ..., "arguments": {...}}, or a list of such
-        calls, content = read_json(content), None
-        calls = calls if isinstance(calls, list) else [calls]
+        calls, content = content, None
     elif role == "tool" and not isinstance(content, (str, list)):
         records = chat.normalize_numbers(turn.take("records")) if "records" in turn else content
         content = json.dumps(records, ensure_ascii=False)
-    legacy = turn.take("function_call")
-    calls = [chat.read_call(read_json(call)) for call in [*calls, *([legacy] if legacy else [])]]
+    calls = read_json(calls)
+    calls = [chat.read_call(read_json(c)) for c in (calls if isinstance(calls, list) else [calls])]
     if calls and role not in ("call", "assistant"):
         raise ValueError(f"a turn of {name} has tool calls")
     for call in calls:
         chat.parse_call(call)  # a ValueError if its arguments are not JSON
     role = "assistant" if role == "call" else role
-    message = {"role": role, "content": chat.content_text(content)}
-    message |= {"tool_calls": calls} if calls else {}
+    message = {"role": role, "content": chat.content_text(content), "tool_calls": calls}
     message["reasoning_content"] = chat.content_text(turn.take("reasoning_content", "reasoning"))
     message |= {key: turn.take(key) for key in ("tool_call_id", "name", "weight", "tools")}
-    message = {k: v for k, v in message.items() if v not in (None, "") or k == "content"}
+    message = {k: v for k, v in message.items() if v not in (None, "", []) or k == "content"}
     if message.get("weight", 1) not in (0, 1):
         raise ValueError(f"the weight is {message['weight']!r}, only 0 and 1 are possible")
     if role in ("user", "assistant") and not calls and not message["content"].strip():
@@ -96,17 +95,17 @@ def read_messages(turns, unread, role="user"):
     """The messages of a list of turns, or of a text that `role` says. A call in a turn of its own
     joins the assistant's turn before it."""
     turns = {"role": role, "content": turns} if isinstance(turns, str) else turns
-    split, messages = [], []
+    single, messages = [], []
     for turn in [turns] if isinstance(turns, dict) else turns:
         if not isinstance(turn, dict):
             raise ValueError(f"a turn is not an object but {turn!r:.40}")
         for asked, answered in (("question", "answer"), ("human", "assistant")):
             if {asked, answered} <= turn.keys():  # COIG, MOSS: two turns in one
-                split.append({"role": "user", "content": turn[asked]})
-                rest = {key: turn[key] for key in turn if key not in (asked, answered)}
-                turn = rest | {"role": "assistant", "content": turn[answered]}
-        split.append(turn)
-    for turn in split:
+                turn = Fields(turn)
+                single.append({"role": "user", "content": turn.pop(asked)})
+                turn |= {"role": "assistant", "content": turn.pop(answered)}
+        single.append(turn)
+    for turn in single:
         message, last = read_message(turn, unread), messages[-1] if messages else {}
         calls = message.get("tool_calls")
         if calls and not message["content"] and last.get("role") == "assistant":
@@ -119,12 +118,12 @@ def read_messages(turns, unread, role="user"):
 def conversation(messages, row):
     """{"messages", perhaps "tools"} of messages, with the system text and the tools of their row.
     """
-    system, (first, rest) = chat.content_text(row.take("system")), chat.split_system(messages)
-    first = dict(first[0]) if first else {"role": "system", "content": ""} if system else {}
-    tools = read_json(first.pop("tools", None) or row.take("tools", "functions") or None)
-    if system:
-        first["content"] = "\n".join(filter(None, (system, first["content"])))
-    messages = [first, *rest] if first else rest
+    head, rest = chat.split_system(messages)
+    system = dict(head[0]) if head else {"role": "system", "content": ""}
+    tools = read_json(system.pop("tools", None) or row.take("tools", "functions") or None)
+    texts = chat.content_text(row.take("system")), system["content"]
+    system["content"] = "\n".join(filter(None, texts))
+    messages = [system, *rest] if head or system["content"] else rest
     if not any(m["role"] == "assistant" and m.get("weight", 1) for m in messages):
         raise ValueError("no turn of the assistant, so nothing to learn")
     tools = [tools] if isinstance(tools, dict) else tools
@@ -134,6 +133,12 @@ def conversation(messages, row):
 # --------------------------------------------------------------------------------------------
 # Rows -> examples
 # --------------------------------------------------------------------------------------------
+
+# The fields that hold a conversation, the question before an answer, the answer, and a pair.
+TURNS = ("messages", "conversations", "conversation", "items")
+QUESTIONS = ("prompt", "question", "instruction", "input")
+ANSWERS = ("completion", "output", "target", "answer")
+PAIRS = ("chosen", "preferred_output"), ("rejected", "non_preferred_output")
 
 
 def transcript(text):
@@ -146,7 +151,7 @@ def transcript(text):
     return turns if turns[-1]["value"] else turns[:-1]
 
 
-def read_prompt(row, unread):
+def read_question(row, unread):
     """The messages before an answer: a prompt or question, or Alpaca's history and instruction."""
     turns = read_json(row.take("history") or [])
     pairs = [dict(zip(("question", "answer"), t)) if isinstance(t, list) else t for t in turns]
@@ -156,69 +161,40 @@ def read_prompt(row, unread):
     return read_messages(pairs, unread) + read_messages(transcript(text), unread)
 
 
-def read_preference(row, unread):
+def read_pair(row, unread):
     """The example of a preference pair, whose sides may repeat the prompt. The messages that they
     share become the prompt."""
-    source = row
-    if "preferred_output" in row:  # OpenAI
-        row |= {"chosen": row.pop("preferred_output"), "rejected": row.pop("non_preferred_output")}
-        source = Fields(row.take("input"))
-        row["tools"] = source.take("tools")
-    turns, sides = [], []
-    if {"prompt", "question", "instruction"} & source.keys():
-        turns = read_prompt(source, unread)
-    elif given := source.take("conversations", "messages"):
-        turns = read_messages(given, unread)
-    source.close(unread, "input.") if source is not row else None
-    told, asked = chat.split_system(turns)
-    for name in ("chosen", "rejected"):
-        side = read_messages(transcript(row.take(name)), unread, "assistant")
+    if isinstance(row.get("input"), dict):  # OpenAI
+        row |= row.pop("input")
+    if row.keys() & set(QUESTIONS):
+        turns = read_question(row, unread)
+    else:
+        turns = read_messages(row.take(*TURNS) or [], unread)
+    (told, asked), sides = chat.split_system(turns), []
+    for names in PAIRS:
+        side = read_messages(transcript(row.take(*names)), unread, "assistant")
         system, said = chat.split_system(side)
         if not said or said[0]["role"] != "user":
             said = [*asked, *said]
         elif asked and asked[0]["content"].strip() != said[0]["content"].strip():
-            raise ValueError(f"{name} begins with another question than the prompt")
+            raise ValueError(f"{names[0]} begins with another question than the prompt")
         sides.append([*(system or told), *said])
     chosen, rejected = sides
-    pairs = enumerate(zip(chosen, rejected))
-    same = next((n for n, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    same = chat.common_length(chosen, rejected)
     if same == len(chosen) == len(rejected):
         raise ValueError("chosen and rejected are the same")
     if not same or any(s[same:] == [] or s[-1]["role"] != "assistant" for s in sides):
         raise ValueError("a pair without a prompt, or a side that does not end with an answer")
     example = conversation(chosen, row)
-    messages = example["messages"][: len(example["messages"]) - len(chosen[same:])]
+    messages = example["messages"][: same - len(chosen)]
     return example | {"messages": messages, "chosen": chosen[same:], "rejected": rejected[same:]}
-
-
-TURNS = ("messages", "conversations", "conversation", "items")
-ANSWERS = ("completion", "output", "target", "answer")
-
-
-def read_chat(row, unread):
-    """The example of a conversation; None for other rows. To add a form: recognise its keys."""
-    keys = row.keys()
-    if {"context", "response"} <= keys:  # the hotel dialogues as they are published
-        turns = [*read_json(row.take("context")), read_json(row.take("response"))]
-        messages = read_messages(turns, unread)
-    elif keys & set(TURNS):
-        messages = read_messages(read_json(row.take(*TURNS)), unread)
-        if "instruction" in row and "system" not in row:  # COIG
-            row["system"] = row.take("instruction")
-    elif keys & set(ANSWERS) and keys & {"prompt", "question", "instruction", "input"}:
-        messages, answer = read_prompt(row, unread), row.take(*ANSWERS)
-        if isinstance(answer, str):
-            answer = {"role": "assistant", "content": answer}
-            answer["reasoning_content"] = row.take("reasoning_content", "reasoning")
-        messages += read_messages(answer, unread)
-    else:
-        return None
-    return conversation(messages, row)
 
 
 def to_example(row, unread=None):
     """(kind, example) of a row of any known form; the kind is chat, label or prefer. `unread`, a
     Counter, gets the names of fields that nothing reads. ValueError says what is wrong with a row.
+
+    To add a form, recognise its keys here.
     """
     unread = Counter() if unread is None else unread
     row = {"messages": row} if isinstance(row, list) else row
@@ -228,16 +204,30 @@ def to_example(row, unread=None):
     rated = None if "text" in keys else row.get("label", row.get("kto_tag"))
     if isinstance(rated, bool) or (rated is not None and {"prompt", "completion"} <= keys):
         raise ValueError("answers rated one by one (KTO) cannot be learned from; pairs can")
-    if {"chosen", "rejected"} <= keys or {"preferred_output", "non_preferred_output"} <= keys:
-        kind, example = "prefer", read_preference(row, unread)
-    elif (example := read_chat(row, unread)) is None and {"text", "label"} <= keys:
-        text, label = row.take("text"), chat.normalize_numbers(row.take("label"))
+    if all(keys & set(names) for names in PAIRS):
+        kind, example = "prefer", read_pair(row, unread)
+    elif {"context", "response"} <= keys:  # the hotel dialogues as they are published
+        turns = [*read_json(row.take("context")), read_json(row.take("response"))]
+        example = conversation(read_messages(turns, unread), row)
+    elif keys & set(TURNS):
+        messages = read_messages(read_json(row.take(*TURNS)), unread)
+        if "instruction" in row and "system" not in row:  # COIG
+            row["system"] = row.take("instruction")
+        example = conversation(messages, row)
+    elif keys & set(ANSWERS) and keys & set(QUESTIONS):
+        messages, answer = read_question(row, unread), row.take(*ANSWERS)
+        if isinstance(answer, str):
+            answer = {"role": "assistant", "content": answer}
+            answer["reasoning_content"] = row.take("reasoning_content", "reasoning")
+        example = conversation(messages + read_messages(answer, unread), row)
+    elif {"text", "label"} <= keys:
+        kind, text, label = "label", row.take("text"), chat.normalize_numbers(row.take("label"))
         if not isinstance(text, str) or not text.strip():
             raise ValueError("the text is empty")
         if not isinstance(label, (str, int)) or label == "":
             raise ValueError(f"the label is {label!r:.40}")
-        kind, example = "label", {"text": text, "label": str(label)}
-    elif example is None:
+        example = {"text": text, "label": str(label)}
+    else:
         raise ValueError(f"no known format has the keys {', '.join(row):.80}; known are {FORMS}")
     row.close(unread)
     return kind, example
@@ -268,8 +258,8 @@ def row_slice(text):
 
 
 def report_bad(bad, total, path):
-    """Name the bad ones of `total` rows, a list of messages, on stderr; UserError if more than 1 %
-    are bad."""
+    """Print the first of the messages `bad`, one for each bad row out of `total` rows; UserError if
+    more than 1 % are bad."""
     for message in bad[:5]:
         print(f"bad row: {message}", file=sys.stderr)
     if len(bad) > MAX_BAD * total:
@@ -292,12 +282,12 @@ def read_examples(path, rows=None, limit=None, encoding=None):
             kind = kind or row_kind
             if row_kind != kind:
                 raise ValueError(f"a row of {row_kind} among rows of {kind}")
-            json.dumps(example, ensure_ascii=False).encode()  # fails for half a character, \ud83d
+            json.dumps(example, ensure_ascii=False).encode()  # fails for a lone surrogate, \ud83d
             examples.append(example)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            wrong_type = f"a value of the wrong type ({e})"
-            reasons = {KeyError: f"no {e}", TypeError: wrong_type, AttributeError: wrong_type}
-            bad.append(f"{where}: {reasons.get(type(e), e)}")
+        except (ValueError, RecursionError) as e:
+            bad.append(f"{where}: {e}")
+        except (TypeError, KeyError, AttributeError) as e:
+            bad.append(f"{where}: a value of the wrong type ({e})")
     total = len(examples) + len(bad)
     if not total:
         raise UserError(f"{path} holds no rows" + (f" at --rows {rows}" if rows else ""))
@@ -312,9 +302,8 @@ def read_examples(path, rows=None, limit=None, encoding=None):
 
 def first_words(example):
     """What tells conversations apart: the first thing that the user says, or the text."""
-    if "text" in example:
-        return example["text"]
-    return next((m["content"] for m in example["messages"] if m["role"] == "user"), "")
+    said = (m["content"] for m in example.get("messages", ()) if m["role"] == "user")
+    return example.get("text") or next(said, "")
 
 
 def split_off(examples, fraction):
@@ -329,9 +318,11 @@ def split_off(examples, fraction):
 
 
 def row_paths(source, limits):
-    """{split: path} of what --data or --val_data names; `limits`: see `hub_rows`."""
+    """{"train", perhaps "val", "test": path} of what --data or --val_data names; `limits`: see
+    `hub_rows`."""
     if source in SOURCES and SOURCES[source].rows:
-        return dict(SOURCES[source].fetch())
+        paths = SOURCES[source].fetch()
+        return {"val" if split == "dev" else split: path for split, path in paths.items()}
     name = hub_name(str(source))
     return hub_rows(*name, limits) if name else {"train": source}
 
@@ -344,20 +335,19 @@ def load_data(
     `max_rows` the most rows that a split has. `fraction` of the training rows becomes the
     validation rows if there are no others, or with `every_row` all rows of a file do."""
     part, limits = row_slice(rows), dict.fromkeys(("train", "val", "test"), max_rows)
-    held = row_paths(val_source, limits) if val_source else None
+    held = row_paths(val_source, limits) if val_source else {}
     if part.stop is not None and min(part.start or 0, part.stop) >= 0:
         limits["train"] = min(part.stop, max_rows or part.stop)  # no more need be downloaded
     paths = row_paths(source, limits)
     if held:
-        paths["dev"] = held.get("dev") or held.get("val") or held["train"]
+        paths["val"] = held.get("val", held["train"])
     tidy = SOURCES[source].tidy if source in SOURCES else None
     kinds, splits, hashes = {}, {}, {}
-    for name, path in paths.items():
-        name = "val" if name == "dev" else name
-        part = rows if name == "train" else None
-        kinds[name], splits[name] = read_examples(path, part, max_rows, encoding)
-        splits[name] = list(map(tidy, splits[name])) if tidy else splits[name]
-        hashes[name] = sha256(Path(path).read_bytes()).hexdigest()
+    for split, path in paths.items():
+        part = rows if split == "train" else None
+        kinds[split], examples = read_examples(path, part, max_rows, encoding)
+        splits[split] = list(map(tidy, examples)) if tidy else examples
+        hashes[split] = sha256(Path(path).read_bytes()).hexdigest()
     if len(set(kinds.values())) > 1:
         raise UserError(f"{source} and its validation rows are of different kinds: {kinds}")
     options = dict(rows=rows, max_rows=max_rows, encoding=encoding)  # other rows of the same files

@@ -34,20 +34,16 @@ def run_folder(out, name, runtime):
     """The folder of a new run: `out`, or a new one called `name`. UserError if it holds a run."""
     if out is None:  # rank 0 decides and tells the others
         return runtime.of_first(new_run(name) if runtime.rank == 0 else None)
-    if Path(out).is_file():
-        raise UserError(f"--out {out} is a file: name a folder")
     if any(Path(out).glob("*.pt")):
         raise UserError(f"{out} holds a run already: --resume {out}, or another --out")
     return Path(out)
 
 
 def lock_folder(folder):
-    """Lock a run's folder until the returned file is closed or the process ends; UserError if
-    another process has locked it."""
+    """Lock a run's folder until the returned file is closed or the process ends."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = open(Path(folder, ".lock"), "ab")  # noqa: SIM115 (open as long as the run)
     if not try_lock(file):
-        file.close()
         raise UserError(f"{folder} is being written by another process: wait for its end")
     return file
 
@@ -78,18 +74,17 @@ def run_list():
             f.seek(max(0, stat.st_size - 4096))
             rows = json_lines(f.read().decode("utf-8", "replace"))
             step = max((row.get("step", 0) for row in rows), default=0)
-            age, live = time.time() - stat.st_mtime, is_locked(path.parent)
-            runs.append(dict(name=path.parent.name, step=step, bytes=stat.st_size, age=age,
-                             live=live))  # fmt: skip
+            run = dict(name=path.parent.name, step=step, bytes=stat.st_size)
+            runs.append(run | dict(age=time.time() - stat.st_mtime, live=is_locked(path.parent)))
     return sorted(runs, key=lambda run: run["age"])
 
 
 def read_run(name, most=600):
     """{"name", "settings", "rows"} of a run, with about `most` of its rows of training steps."""
     folder, settings = OUT / name, {}
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError):
         text = (folder / "settings.json").read_text(encoding="utf-8")
-        settings = json.loads(text, parse_constant=lambda name: None)
+        settings = next(json_lines(text.replace("\n", " ")), {})
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
     rows = list(json_lines(text))
     steps = [r for r in rows if "loss" in r]
@@ -162,7 +157,6 @@ EVAL_FORMATS = {
 
 def eval_line(row):
     """One line about an evaluation, {name: number or None}."""
-    shown = {name: value for name, value in row.items() if value is not None and name != "final"}
-    names = [*EVAL_FORMATS, *(n for n in shown if n not in EVAL_FORMATS)]
-    other = {n: n.removeprefix("val_").replace("_", " ") + " {:.4g}" for n in names}
-    return "  ".join((other | EVAL_FORMATS)[n].format(shown[n]) for n in names if n in shown)
+    other = {n: n.removeprefix("val_").replace("_", " ") + " {:.4g}" for n in row}
+    formats = other | EVAL_FORMATS
+    return "  ".join(formats[n].format(v) for n, v in row.items() if v is not None)

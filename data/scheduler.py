@@ -13,6 +13,12 @@ from dataclasses import dataclass, field
 
 from data.cli import is_out_of_memory
 
+COUNTS = (
+    "prompt_tokens_total cached_tokens_total completion_tokens_total failures_total "
+    "first_token_seconds_sum first_token_seconds_count next_token_seconds_sum "
+    "next_token_seconds_count"
+)
+
 
 class Busy(Exception):
     """The queue is full, or the server is closing: try again later."""
@@ -52,8 +58,7 @@ class Scheduler(threading.Thread):
         self.engine, self.activate, self.adapter = engine, activate, adapter
         self.waiting, self.max_waiting, self.writing = deque(), max_waiting, {}
         self.changed, self.closing = threading.Condition(), False
-        self.counts = dict(prompt_tokens=0, cached_tokens=0, completion_tokens=0, failures=0)
-        self.seconds = {"first_token": (0.0, 0), "next_token": (0.0, 0)}  # sum, count
+        self.counts = dict.fromkeys(COUNTS.split(), 0)
 
     def submit(self, jobs):
         """Queue all of the jobs or none; Busy if there is no room."""
@@ -104,12 +109,12 @@ class Scheduler(threading.Thread):
 
     def drop_cancelled(self):
         """End the cancelled jobs, those in the queue included."""
-        for slot in [s for s, job in self.writing.items() if job.cancelled]:
-            self.end(slot, "cancelled")
+        for slot, job in list(self.writing.items()):
+            if job.cancelled:
+                self.end(slot, "cancelled")
         with self.changed:
             cancelled = [job for job in self.waiting if job.cancelled]
-            for job in cancelled:
-                self.waiting.remove(job)
+            self.waiting = deque(job for job in self.waiting if not job.cancelled)
         for job in cancelled:
             job.events.put((job.index, "cancelled", None))
 
@@ -135,22 +140,21 @@ class Scheduler(threading.Thread):
                 job.events.put((job.index, e, None))
                 continue
             job.left, job.cached, self.writing[slot] = job.max_tokens, self.engine.held(slot), job
-            self.counts["prompt_tokens"] += len(job.prompt)
-            self.counts["cached_tokens"] += job.cached
+            self.counts["prompt_tokens_total"] += len(job.prompt)
+            self.counts["cached_tokens_total"] += job.cached
 
     def hand_out(self, new):
         """Pass new ids on, and end the texts that are complete."""
         now = time.monotonic()
         for slot, i in new.items():
             job = self.writing[slot]
-            first = job.left == job.max_tokens
-            if first:
-                job.scored = slot.logprobs[:-1]
-            name = "first_token" if first else "next_token"
-            total, count = self.seconds[name]
-            self.seconds[name] = total + now - job.at, count + 1
+            name = "next_token_seconds"
+            if job.left == job.max_tokens:
+                name, job.scored = "first_token_seconds", slot.logprobs[:-1]
+            self.counts[f"{name}_sum"] += now - job.at
+            self.counts[f"{name}_count"] += 1
+            self.counts["completion_tokens_total"] += 1
             job.at, job.left = now, job.left - 1
-            self.counts["completion_tokens"] += 1
             job.events.put((job.index, i, slot.logprobs[-1] if slot.logprobs else None))
             if i in job.ends or job.left <= 0:
                 self.end(slot, "stop" if i in job.ends else "length")
@@ -163,7 +167,7 @@ class Scheduler(threading.Thread):
 
     def fail(self, error):
         """End all texts that are being written, and trust nothing in the cache any more."""
-        self.counts["failures"] += 1
+        self.counts["failures_total"] += 1
         if is_out_of_memory(error):
             error = MemoryError("out of memory: fewer --slots, or shorter prompts")
         for slot in list(self.writing):
@@ -172,14 +176,6 @@ class Scheduler(threading.Thread):
 
     def lines(self):
         """All figures in Prometheus' text format."""
-        figures = {f"{name}_total": ("counter", n) for name, n in self.counts.items()}
-        figures["queue"] = "gauge", len(self.waiting)
-        figures["slots_busy"] = "gauge", self.engine.busy
-        figures["slots"] = "gauge", len(self.engine.slots)
-        for name, (kind, value) in figures.items():
-            yield f"# TYPE scratchlm_{name} {kind}"
-            yield f"scratchlm_{name} {value}"
-        for name, (total, count) in self.seconds.items():
-            yield f"# TYPE scratchlm_{name}_seconds summary"
-            yield f"scratchlm_{name}_seconds_sum {total:.6f}"
-            yield f"scratchlm_{name}_seconds_count {count}"
+        engine, waiting = self.engine, len(self.waiting)
+        now = {"queue": waiting, "slots_busy": engine.busy, "slots": len(engine.slots)}
+        return [f"scratchlm_{name} {value}" for name, value in (self.counts | now).items()]

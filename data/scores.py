@@ -23,8 +23,8 @@ def slot_counts(predicted, reference):
 
     def values(calls):
         items = [item for a in calls or () for item in normalize_numbers(a).items()]
-        items = [(k, v if isinstance(v, list) else [v]) for k, v in items]
-        return Counter((k, json.dumps(v, sort_keys=True)) for k, vs in items for v in vs)
+        lists = [(k, v if isinstance(v, list) else [v]) for k, v in items]
+        return Counter((k, json.dumps(v, sort_keys=True)) for k, vs in lists for v in vs)
 
     ours, wanted = values(predicted), values(reference)
     return (ours & wanted).total(), ours.total(), wanted.total()
@@ -38,10 +38,8 @@ def bleu4(prediction, reference):
         return 0.0
     total, zeros = 0.0, 0
     for n in range(1, 5):
-        ours, wanted = (
-            Counter(text[i : i + n] for i in range(len(text) - n + 1))
-            for text in (prediction, reference)
-        )
+        ours = Counter(prediction[i : i + n] for i in range(len(prediction) - n + 1))
+        wanted = Counter(reference[i : i + n] for i in range(len(reference) - n + 1))
         right, count = (ours & wanted).total(), max(1, ours.total())
         if not right:
             zeros += 1
@@ -66,15 +64,15 @@ def macro_f1(table):
 def chat_scores(jobs, turns):
     """The figures of answers to jobs: where a tool should be called, precision, recall and F1 of
     the slots and the share of calls that parse; elsewhere BLEU-4, which is 0 for a call."""
-    scores, pairs = {}, [(turn, job.wanted) for job, turn in zip(jobs, turns)]
-    calls = [(arguments_of(t), arguments_of(w)) for t, w in pairs if w.get("tool_calls")]
-    replies = [(t, w) for t, w in pairs if not w.get("tool_calls")]
+    scores, calls, bleu = {}, [], []
+    for turn, wanted in zip(turns, (job.wanted for job in jobs)):
+        if wanted.get("tool_calls"):
+            calls.append((arguments_of(turn), arguments_of(wanted)))
+        else:
+            bleu.append(0 if "tool_calls" in turn else bleu4(turn["content"], wanted["content"]))
     if calls:
         right, predicted, wanted = map(sum, zip(*(slot_counts(*pair) for pair in calls)))
         scores |= dict(slot_p=right / max(1, predicted), slot_r=right / max(1, wanted))
         scores["slot_f1"] = 2 * right / max(1, predicted + wanted)
         scores["valid_json"] = sum(arguments is not None for arguments, _ in calls) / len(calls)
-    if replies:
-        bleu = (0 if "tool_calls" in t else bleu4(t["content"], w["content"]) for t, w in replies)
-        scores["bleu4"] = sum(bleu) / len(replies)
-    return scores
+    return scores | ({"bleu4": sum(bleu) / len(bleu)} if bleu else {})

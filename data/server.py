@@ -1,7 +1,7 @@
 """HTTP: reads requests within limits, checks them, and sends what a data.service.Service answers.
 
-One request a connection, a thread each; the model runs in the Scheduler's thread. Only the standard
-library: http.server reads the request line and headers, the limits are here.
+Each connection carries one request and has a thread of its own; the model runs in the Scheduler's
+thread. http.server reads the request line and the headers.
 """
 import contextlib
 import hmac
@@ -25,7 +25,6 @@ from data.service import ROUTES
 MAX_BODY = 1 << 20  # bytes
 MAX_CONNECTIONS = 64
 SECONDS = 10  # to send a request, and to take a part of an answer
-LOCAL = ("localhost", "127.0.0.1", "::1")
 LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d*)?", re.IGNORECASE)
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -34,8 +33,8 @@ POLICY = (
 
 
 def serve(service, host, port):
-    """Serve until Ctrl-C or SIGTERM; answers in progress then have five seconds. Returns the exit
-    code."""
+    """Serve until Ctrl-C or SIGTERM, then allow answers in progress five more seconds. Returns the
+    exit code."""
     scheduler = service.api.scheduler
     try:
         server = Server((host, port), service)
@@ -72,9 +71,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Handle a connection in a thread."""
         with self.lock:
             self.open[request] = time.monotonic() + SECONDS
+        self.service_actions()  # before a thread reads this request, too
         super().process_request(request, client_address)
 
-    def service_actions(self):
+    def service_actions(self):  # also called by serve_forever, several times a second
         with self.lock:
             for connection, deadline in list(self.open.items()):
                 excess = len(self.open) > MAX_CONNECTIONS and deadline < math.inf
@@ -84,7 +84,7 @@ class Server(http.server.ThreadingHTTPServer):
                         connection.shutdown(socket.SHUT_RDWR)  # its thread reads the end
 
     def finish_reading(self, connection):
-        """Note that a request has arrived; ConnectionError if its connection was closed."""
+        """Note that the request has arrived; ConnectionError if `service_actions` was faster."""
         with self.lock:
             if connection not in self.open:
                 raise ConnectionError
@@ -105,7 +105,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.close_request(request)
 
     def handle_error(self, request, client_address):
-        """Print errors of ours; a client that goes away is none."""
+        """Print an error, unless the client has only gone away."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 

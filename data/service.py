@@ -1,26 +1,63 @@
 """What a server answers: OpenAI's API, the page, and what the page asks for."""
 import json
+import os
+import re
 import threading
 from pathlib import Path
 
 from data.answer import ApiError
-from data.chat import tool_call
+from data.api import Api
+from data.chat import labels_of, tool_call
+from data.cli import UserError
 from data.rows import to_example
 from data.runs import OUT, read_run, run_list
-from data.tools import call_tool
+from data.tools import call_tool, function_schema
 
 PAGE = Path(__file__).with_name("page.html")
 CHOICES = OUT / "choices.jsonl"
+LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 class Service:
-    """Answers to the ROUTES: of an Api and, for the page, of `info`, of the tools {name: function}
-    and of classify(text) -> [(label, probability)], which is None if the model is no classifier.
-    With a `key`, clients must send it; pages of the origin `cors` may use the API."""
+    """Answers the requests of ROUTES with the model of a Scheduler.
 
-    def __init__(self, api, info, tools, classify=None, key=None, cors=None):
-        self.api, self.tools, self.classify, self.key, self.cors = api, tools, classify, key, cors
-        self.info, self.requests, self.lock = info, 0, threading.Lock()
+    adapters, allowed, settings    see Api
+    tools       {name: function}, which the page may call
+    classify    classify(text) gives [(label, probability)], if the model is a classifier
+    ckpt        the checkpoint to name in the command for finetune.py
+    args        sample.py's flags; UserError for an unsafe --host, --api_key or --cors
+    """
+
+    def __init__(
+        self, scheduler, tokenizer, adapters, allowed, settings, tools, classify, ckpt, args
+    ):
+        self.key = args.api_key or os.environ.get("SCRATCHLM_API_KEY")
+        self.cors = args.cors
+        if args.host not in (None, *LOCAL) and not self.key:
+            raise UserError(f"--host {args.host} opens the server to others: give it an --api_key")
+        if self.key and not re.fullmatch("[!-~]+", self.key):
+            raise UserError("--api_key must be ASCII letters, digits and signs, as HTTP needs it")
+        if self.cors and not re.fullmatch(r"https?://[^/\s]+", self.cors):
+            raise UserError(f"--cors {self.cors} is no origin like https://example.org")
+        known = {n for n, f in tools.items() if getattr(f, "needs_no_schema", False)}
+        schemas = [function_schema(name, f) for name, f in tools.items()]
+        context, labels = scheduler.engine.context, labels_of(tokenizer)
+        self.api = Api(scheduler, tokenizer, adapters, context, allowed, settings, schemas, known)
+        self.tools, self.classify = tools, classify if labels else None
+        self.requests, self.lock = 0, threading.Lock()
+        command = f"python finetune.py --ckpt {ckpt} --data {CHOICES}"
+        self.info = {  # what the page shows
+            "kind": "classifier" if labels else "chat" if self.api.template else "base",
+            "model": self.api.names[0],
+            "models": self.api.names,
+            "labels": labels,
+            "settings": settings,
+            "context": context,
+            "max_tokens": min(args.max_new_tokens, context // 2),
+            "system": args.system or "",
+            "tools": schemas,
+            "choices": {"file": str(CHOICES), "command": command},
+        }
 
     def health(self, _):
         """Whether the model's thread is alive."""
@@ -30,9 +67,8 @@ class Service:
 
     def metrics(self, _):
         """Figures in Prometheus' text format."""
-        name = "scratchlm_requests_total"
-        lines = [f"# TYPE {name} counter", f"{name} {self.requests}", *self.api.scheduler.lines()]
-        return "\n".join(lines) + "\n"
+        count = f"scratchlm_requests_total {self.requests}"
+        return "\n".join([count, *self.api.scheduler.lines(), ""])
 
     def page_info(self, _):
         """What the page shows of the model, and the number of choices so far."""
@@ -44,8 +80,6 @@ class Service:
         name, arguments = body.get("name"), body.get("arguments")
         if not isinstance(name, str) or not isinstance(arguments, str):
             raise ApiError(400, "name and arguments must be texts")
-        if not self.tools:
-            raise ApiError(404, "this server has no tools: start it with --tools")
         return {"content": call_tool(self.tools, tool_call(name, arguments))}
 
     def labels(self, body):

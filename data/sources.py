@@ -1,14 +1,13 @@
-"""Texts and sets of rows that have a name: where they come from."""
+"""Named texts and sets of rows, and where they come from."""
 import gzip
 import io
 import json
 import sysconfig
 import tarfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from data.cli import UserError
@@ -32,7 +31,7 @@ def stdlib_files():
 
 
 def download(sha256=None, **urls):
-    """{split: path} of files that are taken as they are."""
+    """{split: path} of files that are used unchanged."""
     return {split: fetch(url, sha256=sha256) for split, url in urls.items()}
 
 
@@ -56,17 +55,16 @@ def film_reviews():
 
     def rows():
         splits, archive = {"train": [], "val": [], "test": []}, fetch(REVIEWS)
-        try:
-            with tarfile.open(archive) as tar:
-                for label in ("pos", "neg"):
+        for label in ("pos", "neg"):
+            try:
+                with tarfile.open(archive) as tar:
                     text = tar.extractfile(f"rt-polaritydata/rt-polarity.{label}").read()
-                    lines = text.decode("latin-1").strip("\n").split("\n")
-                    ends = [round(share * len(lines)) for share in (0, 0.8, 0.9, 1)]
-                    for split, start, stop in zip(splits, ends, ends[1:]):
-                        new = [{"text": x.strip(), "label": label} for x in lines[start:stop]]
-                        splits[split] += new
-        except (tarfile.TarError, KeyError, EOFError, zlib.error) as e:
-            raise UserError(f"{archive}: damaged, or not the archive of reviews ({e})") from e
+            except (tarfile.TarError, KeyError, EOFError, zlib.error) as e:
+                raise UserError(f"{archive}: damaged, or not the archive of reviews ({e})") from e
+            lines = text.decode("latin-1").strip("\n").split("\n")
+            ends = [round(share * len(lines)) for share in (0, 0.8, 0.9, 1)]
+            for split, start, stop in zip(splits, ends, ends[1:]):
+                splits[split] += [{"text": x.strip(), "label": label} for x in lines[start:stop]]
         return splits
 
     return made("sentiment", ("train", "val", "test"), rows)
@@ -80,20 +78,17 @@ def hotel_dialogues():
 
 
 def invented_dialogues():
-    """The same for the few hotels in data/hotels.json, without a network."""
-    sizes = {"train": 3000, "dev": 300, "test": 300}
-    return made(
-        "hotel-synthetic", sizes, lambda: {s: synthetic_dialogues(n, s) for s, n in sizes.items()}
-    )
+    """Dialogues of the same kind about the hotels in data/hotels.json, without a network."""
+    n = {"train": 3000, "dev": 300, "test": 300}
+    return made("hotel-synthetic", n, lambda: {s: synthetic_dialogues(n[s], s) for s in n})
 
 
 def shards(name, urls, read):
-    """[(name, open)] of the files of a large text, as `Documents` takes them. Each is downloaded
+    """[(name, open)] of the files of a large text, as `Documents` expects them. Each is downloaded
     when it is first opened, so a limit of tokens limits the downloads, too. read(path) returns a
     binary stream of lines of JSON."""
-    return [
-        (f"{name}-{i:05}.jsonl", lambda url=url: read(fetch(url))) for i, url in enumerate(urls)
-    ]
+    opens = [lambda url=url: read(fetch(url)) for url in urls]
+    return [(f"{name}-{i:05}.jsonl", open_url) for i, open_url in enumerate(opens)]
 
 
 def fineweb_edu():
@@ -124,7 +119,7 @@ class Source(NamedTuple):
     `rows` is True for JSON rows that finetune.py takes. What belongs to one set of rows alone:
     `tidy(example)` returns the example as it is to be learned; `augment(examples, share, rng)`
     returns the examples of an epoch, for --augment; `scores(jobs, turns)` returns more figures of
-    the answers to jobs; `rewards` are {name: function} as in data/rewards.py.
+    the answers to jobs; `rewards` are functions as in data/rewards.py.
     """
 
     fetch: Callable
@@ -134,7 +129,7 @@ class Source(NamedTuple):
     tidy: Callable | None = None
     augment: Callable | None = None
     scores: Callable | None = None
-    rewards: Mapping = MappingProxyType({})
+    rewards: tuple = ()
 
 
 _SALES = "goendalf666/sales-textbook_for_convincing_and_selling/resolve/main"
@@ -147,7 +142,7 @@ ALPACA_ZH = f"{HUB}/shibing624/alpaca-zh/resolve/main/alpaca_gpt4_data_zh.json"
 DPO_ZH = f"{GITHUB}/hiyouga/LLaMA-Factory/main/data/dpo_zh_demo.json"
 SHAREGPT = f"{HUB}/openchat/openchat_sharegpt4_dataset/resolve/main/sharegpt_gpt4.json"
 HOTEL = dict(
-    rows=True, tidy=tidy_calls, augment=augment, scores=fact_scores, rewards={"faithful": faithful}
+    rows=True, tidy=tidy_calls, augment=augment, scores=fact_scores, rewards=(faithful,)
 )
 
 # To add a text or a set of rows: a line here.

@@ -71,18 +71,17 @@ class Safetensors:
                 length = int.from_bytes(f.read(8), "little")
                 if not 2 <= length <= min(size - 8, HEADER_LIMIT):
                     raise ValueError("its header does not fit")
-                header = json.loads(f.read(length).decode(), object_pairs_hook=unique_keys)
+                header = json.loads(f.read(length).decode())
                 self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
             self.start = 8 + length
             header.pop("__metadata__", None)
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 dtype, shape = SAFE_DTYPES[entry["dtype"]], tuple(entry["shape"])
                 begin, stop = entry["data_offsets"]
-                whole_numbers = all(type(n) is int and n >= 0 for n in (*shape, begin, stop))
-                if not whole_numbers or stop - begin != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"tensor {name!r} {shape} is not as long as its bytes")
-                if begin != end:
-                    raise ValueError(f"tensor {name!r} begins at {begin}, not at {end}")
+                counts = all(type(n) is int and n >= 0 for n in (*shape, begin, stop))
+                size_fits = counts and stop - begin == math.prod(shape) * dtype.itemsize
+                if not size_fits or begin != end:
+                    raise ValueError(f"tensor {name!r} {shape} is not what its bytes hold")
                 self.entries[name], end = (dtype, shape, begin, stop), stop
             if end != size - self.start:
                 raise ValueError(f"its header describes {end} of {size - self.start} bytes")
@@ -104,14 +103,6 @@ class Safetensors:
         length = self.start + end - first
         if length > 0 and hasattr(self.map, "madvise"):
             self.map.madvise(mmap.MADV_DONTNEED, first, length)
-
-
-def unique_keys(pairs):
-    """A dict of a JSON object's pairs; ValueError if a key comes twice."""
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        raise ValueError("a name comes twice")
-    return unique
 
 
 def write_safetensors(path, tensors):

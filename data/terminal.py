@@ -19,7 +19,7 @@ CHAT_HELP = (
 
 class Chat:
     """A conversation. The caller sets `write(prompt, seed, may_call, stop)`, which calls stop(row,
-    id) for each new id until it returns True, and `set_adapter(*names)`."""
+    id) for each new id until it returns True, and `set_adapter(name)`."""
 
     def __init__(self, tokenizer, context, tools=None, max_tokens=200, seed=None):
         self.tokenizer, self.tools, self.seed = tokenizer, tools or {}, seed
@@ -106,7 +106,7 @@ class Chat:
                 Path(rest).write_text(text + "\n", encoding="utf-8")
                 return f"saved to {rest}"
             if name == "adapter":
-                self.set_adapter(*rest.split())
+                self.set_adapter(rest or None)
                 return f"active adapter: {rest or 'none'}"
         except (OSError, UserError) as e:
             return str(e)

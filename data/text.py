@@ -135,18 +135,18 @@ def turn_text(turn):
 
 
 def json_rows(blocks, name):
-    """(where it is, row) of each row in a stream of JSON: the items of a list, or values behind
-    each other. In a .jsonl file each line is a row, unless the first one only opens a value. A line
-    that is not JSON gives a UserError in place of its row."""
+    """(where it is, row) of each row in a stream of JSON: the items of a list, or values that
+    follow each other. In a .jsonl file each line is a row, unless the first line only opens a
+    value. A line that is not JSON gives a UserError in place of its row."""
     blocks = iter(blocks)
     start = next(blocks, "")
-    is_jsonl = name.lower().removesuffix(".gz").endswith(".jsonl")
-    if not is_jsonl or re.match(r"\s*[\[{]\s*\n", start):
+    takes_lines = re.match(r"\s*[\[{]\s*\n", start)
+    if takes_lines or not name.lower().removesuffix(".gz").endswith(".jsonl"):
         start += "".join(blocks)
         try:
             rows = json_values(start)
         except (ValueError, RecursionError) as e:
-            if not is_jsonl and start.lstrip().startswith("["):
+            if takes_lines or start.lstrip().startswith("["):
                 raise UserError(f"{name}: broken JSON ({e})") from e
         else:
             yield from ((f"{name}: row {n}", row) for n, row in enumerate(rows, start=1))
@@ -162,7 +162,7 @@ def json_rows(blocks, name):
 
 
 def json_values(text):
-    """The items of the list that a text holds, or the values that stand behind each other in it."""
+    """The items of the list that a text holds, or the values that follow each other in it."""
     if text.lstrip().startswith("["):
         return json.loads(text)
     blank, decoder, values = re.compile(r"\s*"), json.JSONDecoder(), []
@@ -198,7 +198,8 @@ class Documents:
             with open_stream() as stream:
                 head = stream.read(SAMPLE)
                 encoding = self.encoding or detect_encoding(head)
-                if encoding not in ("utf-8", "utf-8-sig", self.encoding, *self.encodings.values()):
+                is_new = encoding not in self.encodings.values()
+                if is_new and encoding not in ("utf-8", "utf-8-sig", self.encoding):
                     remedy = "if that is wrong, save it as UTF-8"
                     print(f"{name}: read as {encoding}; {remedy}", file=sys.stderr)
                 self.encodings[name] = encoding

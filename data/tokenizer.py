@@ -104,9 +104,6 @@ class Tokenizer:
         if kind == "hf":  # text between two matches is a piece for them, nothing for tiktoken
             pattern = f"{pattern}|(?:(?!{pattern}){ANY_CHARACTER})+"
         special, words = spec.get("special", []), spec.get("words", {})
-        for word, (_, *flags) in words.items():
-            if unread := set(flags) - {"normalized"}:
-                raise UserError(f"added token {word!r}: its setting {min(unread)} is not supported")
         new = [name for name in special if name not in words]  # their ids are behind all others
         added = added | dict(zip(new, itertools.count(max(*ranks.values(), *added.values()) + 1)))
         self.encoding = tiktoken.Encoding(
@@ -114,8 +111,8 @@ class Tokenizer:
         )
         # Words are parts of any text, unless a chat's template writes them, as it does <think>
         tags = {w for w in words if w[0] in "<[" and w in str(spec.get("chat_template"))}
-        self.words = {w: i for w, (i, *_) in words.items() if w not in {*special, *tags}}
-        self.special = added | {w: words[w][0] for w in words}  # name -> id
+        self.words = {w: i for w, i in words.items() if w not in {*special, *tags}}
+        self.special = added | words  # name -> id
         self.special = {name: i for name, i in self.special.items() if name not in self.words}
         longest_first = sorted(self.words, key=len, reverse=True)
         self._words = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")

@@ -1,4 +1,4 @@
-"""Tools: Python functions that a model may call, their JSON schemas, and the calls."""
+"""Tools: Python functions that a model may call, their JSON schemas, and how they are called."""
 import asyncio
 import contextlib
 import enum
@@ -22,32 +22,26 @@ def load_tools(source):
     """{name: function} of --tools, a Python file or one of NAMED: what its `get_tools()` returns,
     or else its public functions.
 
-    To add a tool of your own, write a file with a function. Its parameters and their types are the
-    schema, and the model reads what it returns, any value of JSON.
+    To add a tool of your own, write a file with a function. Its parameters and their types become
+    the schema, and the model reads what it returns, any JSON value.
     """
     path, where = str(NAMED.get(source, source)), f"--tools {source}"
     if not Path(path).is_file():
         raise UserError(f"{where}: no such file; name a .py file, or {', '.join(NAMED)}")
 
-    def is_own(f):
+    def is_defined_here(f):
         f = inspect.unwrap(f) if callable(f) else f  # look into a decorator's wrapper
         return inspect.isfunction(f) and f.__code__.co_filename == path
 
     try:
         names = runpy.run_path(path)
-        tools = {n: f for n, f in names.items() if n[0] != "_" and is_own(f)}
+        tools = {n: f for n, f in names.items() if n[0] != "_" and is_defined_here(f)}
         tools = tools["get_tools"]() if "get_tools" in tools else tools
-    except UserError:
-        raise
     except (Exception, SystemExit) as e:  # the user's code can fail in any way
         raise UserError(f"{where} cannot be loaded ({type(e).__name__}: {e})") from e
-    if not isinstance(tools, dict):
-        raise UserError(f"{where}: get_tools() must return a dict {{name: function}}")
-    if not tools:
-        raise UserError(f"{where} defines no function")
+    if not tools or not isinstance(tools, dict):
+        raise UserError(f"{where} has no function, or get_tools() returns no {{name: function}}")
     for name, function in tools.items():
-        if inspect.isclass(function) or not callable(function):
-            raise UserError(f"{where}: {name} is no function: write a function that uses it")
         try:
             function_schema(name, function)
         except Exception as e:  # annotations are the user's code
@@ -58,10 +52,8 @@ def load_tools(source):
 
 
 def split_hint(hint):
-    """(list, (str,)) of list[str]: a type and its parameters. Annotated is what it annotates, an
-    Enum the Literal of its members."""
-    if typing.get_origin(hint) is typing.Annotated:
-        hint = hint.__origin__
+    """(list, (str,)) for list[str]: a type and its parameters. An Enum is the Literal of its
+    members."""
     if isinstance(hint, enum.EnumMeta):
         return typing.Literal, tuple(hint)
     kind = typing.get_origin(hint) or hint
@@ -78,12 +70,7 @@ def type_schema(hint):
     kind, options = split_hint(hint)
     if kind is typing.Union:
         schemas = [type_schema(option) for option in options if option is not types.NoneType]
-        schema = {"anyOf": schemas}
-        if len(schemas) == 1:
-            schema = schemas[0]
-        elif all(s.keys() == {"type"} and isinstance(s["type"], str) for s in schemas):
-            names = sorted({s["type"] for s in schemas})
-            schema = {"type": names if len(names) > 1 else names[0]}
+        schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
         return schema | ({"nullable": True} if types.NoneType in options else {})
     if kind is typing.Literal:
         values = [json_value(option) for option in options]
@@ -92,23 +79,14 @@ def type_schema(hint):
     schema = {"type": JSON_TYPES[kind]} if kind in JSON_TYPES else {}
     if kind is list and options:
         schema["items"] = type_schema(options[0])
-    elif kind is tuple and options:
-        schema["prefixItems"] = [type_schema(option) for option in options]
     elif kind is dict and options:
         schema["additionalProperties"] = type_schema(options[1])
     return schema
 
 
-def read_choices(text, kind):
-    """The list in a docstring's (choices: a, b), which may be JSON; numbers if the schema's type
-    `kind` is one."""
-    choices = [choice.strip(" \"'`") for choice in text.strip("[]").split(",")]
-    return [json.loads(c) for c in choices] if kind in ("integer", "number") else choices
-
-
 def function_schema(name, function):
     """The JSON schema by which a model is told of a function: its parameters, their types, and what
-    its docstring says in Google's style. It equals transformers.utils.get_json_schema's."""
+    its docstring, in Google's style, says of them, as transformers.utils.get_json_schema does."""
     doc = "\n" + (inspect.getdoc(getattr(function, "func", function)) or "")
     head, *rest = re.split(r"\n\s*(Args|Returns|Raises):[ \t]*\n", doc)
     sections, descriptions, key = dict(zip(rest[::2], rest[1::2])), {}, None
@@ -126,41 +104,40 @@ def function_schema(name, function):
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise TypeError(f"{key} is taken by position only, and models give arguments by name")
         schema, description = type_schema(parameter.annotation), descriptions.get(key, "")
-        if choices := re.search(r"\(choices:\s*(.*?)\)\s*$", description, re.IGNORECASE):
-            schema["enum"] = read_choices(choices[1], schema.get("type"))
-            description = description[: choices.start()].strip()
+        if match := re.search(r"\(choices:\s*(.*?)\)\s*$", description, re.IGNORECASE):
+            choices = [choice.strip(" \"'`") for choice in match[1].strip("[]").split(",")]
+            numeric = schema.get("type") in ("integer", "number")
+            schema["enum"] = list(map(json.loads, choices)) if numeric else choices
+            description = description[: match.start()].strip()
         properties[key] = schema | {"description": description}
         required += [key] if parameter.default is parameter.empty else []
     parameters = {"type": "object", "properties": properties}
     parameters |= {"required": required} if required else {}
     schema = {"name": name, "description": head.strip(), "parameters": parameters}
-    if signature.return_annotation is not signature.empty:
-        schema["return"] = type_schema(signature.return_annotation)
-        if "Returns" in sections:
-            schema["return"]["description"] = sections["Returns"].strip()
     return {"type": "function", "function": schema}
 
 
-def convert(value, hint):
-    """The argument to pass for a JSON value, according to the parameter's type: for an Enum it is
-    the member. A type that JSON does not know accepts any value; ValueError if one does not fit."""
+def convert(value, hint, name):
+    """The argument to pass for the JSON value of the parameter `name`, according to its type: for
+    an Enum it is the member. A type that JSON does not know accepts any value; ValueError if one
+    does not fit."""
     kind, options = split_hint(hint)
     if kind is typing.Union:
         for option in options:
             with contextlib.suppress(ValueError):
-                return convert(value, option)
+                return convert(value, option, name)
     elif kind is typing.Literal:
         for option in options:
             if json_value(option) == value:
                 return option
     elif kind not in JSON_TYPES or kind is tuple:
         return value
-    elif isinstance(value, bool):  # for Python it is an int, too
+    elif isinstance(value, bool):  # in Python a bool is an int, too
         if kind is bool:
             return value
     elif isinstance(value, (int, float) if kind is float else kind):
-        return [convert(v, *options) for v in value] if kind is list and options else value
-    raise ValueError(f"cannot be {value!r}")
+        return [convert(v, *options, name) for v in value] if kind is list and options else value
+    raise ValueError(f"{name} cannot be {value!r}")
 
 
 def call_tool(tools, call):
@@ -170,24 +147,18 @@ def call_tool(tools, call):
     try:
         _, arguments = parse_call(call)
         if name not in tools:
-            raise ValueError(f"there is no tool {name!r}, only {', '.join(tools)}")
+            raise ValueError(f"no such tool, only {', '.join(tools)}")
         signature = inspect.signature(tools[name], eval_str=True)
-        try:
-            signature.bind(**arguments)
-        except TypeError as e:
-            raise ValueError(f"{name}: {e}") from e
+        signature.bind(**arguments)
         for key in arguments.keys() & signature.parameters.keys():  # **others take any value
-            try:
-                arguments[key] = convert(arguments[key], signature.parameters[key].annotation)
-            except ValueError as e:
-                raise ValueError(f"{name}: {key} {e}") from e
-    except ValueError as e:
-        return json.dumps({"error": str(e)}, ensure_ascii=False)
+            arguments[key] = convert(arguments[key], signature.parameters[key].annotation, key)
+    except (TypeError, ValueError) as e:
+        return json.dumps({"error": f"{name}: {e}"}, ensure_ascii=False)
     try:
         result = tools[name](**arguments)
         result = asyncio.run(result) if inspect.iscoroutine(result) else result
         result = json.dumps(result, ensure_ascii=False, allow_nan=False)
-    except Exception as e:  # a tool that fails is news for the model, no reason to stop talking
+    except Exception as e:  # the model reads of a tool's failure and goes on
         error = f"{name} failed: {type(e).__name__}: {e}"
         result = json.dumps({"error": error}, ensure_ascii=False)
-    return result.encode("utf-8", "replace").decode()  # half of a pair, \ud83d, is no text
+    return result.encode("utf-8", "replace").decode()  # a lone surrogate, \ud83d, is no text

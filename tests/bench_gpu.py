@@ -6,7 +6,8 @@
     python tests/bench_gpu.py write
 
 train: tokens a second of whole steps in bf16, compiled and not, AdamW and Muon, in turn with
-nanoGPT's as its bench.py has them, compiled; MFU by the measured matrix product; peak memory.
+nanoGPT's as its bench.py has them, compiled, and what the measured speed of matrix products would
+allow; peak memory.
 lora: a step of rank 8 adapters over nf4 weights. write: tokens a second, greedy, eager, by CUDA
 graphs, and transformers. Prints markdown for tests/BENCHMARKS.md. On a CPU, with --preset tiny, it
 only shows that it runs.
@@ -14,13 +15,12 @@ only shows that it runs.
 
 import argparse
 import itertools
-import statistics
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from bench_common import load_module, random_batches, take_turns, training_job
+from bench_common import load_module, random_batches, table, take_turns, training_job
 
 import lora
 import model as lm
@@ -118,18 +118,6 @@ def make_writer(preset, new, graphs=False, folder=None):
     return job
 
 
-def show(seconds, tokens, flops=None):
-    """Print a row for each job: the median of its rounds, and the spread."""
-    runtime = make_runtime()
-    print("| | tokens/s, median | slowest to fastest | MFU |\n| --- | ---: | ---: | ---: |")
-    for name, took in seconds.items():
-        rates = sorted(tokens / s for s in took)
-        middle = statistics.median(rates)
-        mfu = f"{middle * flops / runtime.peak:.1%}" if flops else ""
-        print(f"| {name} | {middle:,.0f} | {rates[0]:,.0f} to {rates[-1]:,.0f} | {mfu} |")
-    print(f"measured peak {runtime.peak / 1e12:.4g} TFLOP/s; torch {torch.__version__}")
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("what", choices=("train", "lora", "write"))
@@ -152,18 +140,20 @@ def main():
             jobs["nanoGPT, compiled"] = make_nanogpt, other
     elif args.what == "lora":
         jobs["rank 8 over nf4"] = make_steps, own | {"adapt": True}
+    tokens, peak = rows * config.context * args.steps, make_runtime().peak
     with tempfile.TemporaryDirectory() as folder:
         if args.what == "write":
             state = new_model(preset, None).state_dict()
             lm.export_hf({"config": vars(config), "model": state}, folder)
-            new = min(256, config.context - 32)
-            jobs["eager"] = make_writer, dict(preset=preset, new=new)
-            jobs["CUDA graphs"] = make_writer, dict(preset=preset, new=new, graphs=True)
-            jobs["transformers"] = make_writer, dict(preset=preset, new=new, folder=folder)
-            show(take_turns(jobs, args.rounds), new)
-        else:
-            tokens = rows * config.context * args.steps
-            show(take_turns(jobs, args.rounds), tokens, lm.flops_per_token(config))
+            tokens = min(256, config.context - 32)
+            for name, settings in (("eager", {}), ("CUDA graphs", {"graphs": True}),
+                                   ("transformers", {"folder": folder})):
+                jobs[name] = make_writer, dict(preset=preset, new=tokens) | settings
+        seconds = take_turns(jobs, args.rounds)
+    # the floor is that of training's matrix products, by their measured speed
+    floor = peak / lm.flops_per_token(config) if args.what != "write" else None
+    print(table(seconds, tokens, "tokens/s", next(iter(jobs)), floor))
+    print(f"measured peak {peak / 1e12:.4g} TFLOP/s; torch {torch.__version__}")
 
 
 if __name__ == "__main__":

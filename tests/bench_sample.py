@@ -59,7 +59,7 @@ def make_ours(config, prompts, new, kind="fp32", plain=False, **settings):
         make_fast(model, len(prompts), kind == "int8")
 
     def work():
-        for _ in sample.generate(model, prompts, new, slide=lambda kept: None, **settings):
+        for _ in sample.generate(model, prompts, new, **settings):
             pass
 
     return work

@@ -1,13 +1,11 @@
-"""How fast train.py, finetune.py and mnist.py are, beside nanoGPT, the course's model, peft and a
-DataLoader, and how fast the recipe learns.
+"""How fast train.py and finetune.py are, beside nanoGPT, the course's model and peft, and how fast
+the recipe learns.
 
     git clone https://github.com/karpathy/nanoGPT
     git clone https://github.com/waylandzhang/Transformer-from-scratch
     python tests/bench_train.py speed --nanogpt nanoGPT --course Transformer-from-scratch
     python tests/bench_train.py learning --nanogpt nanoGPT
     python tests/bench_train.py lora
-    python tests/bench_train.py mnist
-    python tests/bench_train.py load
 
 speed: tokens a second of whole steps (forward, backward, clipping, AdamW), ours and the peer's in
 turn on the same batch, in fp32 and bf16. The peers get what their own scripts do, bf16 by autocast.
@@ -16,9 +14,7 @@ learning: nanoGPT's model and optimizer with its own CPU setting (tiny Shakespea
 4 layers, 128 wide, context 64, batch 12, 2,000 steps), and train.py in the same shape with AdamW
 and with Muon. Losses are nats per character over the *whole* validation split.
 
-lora: steps of rank 8 adapters on attention, 124M, 8 rows of 32 tokens, and peft's. mnist: epochs of
-the course's network on images in memory, and through a DataLoader that converts each image when it
-is asked for. load: peak memory while real weights are loaded, beside the size of their file.
+lora: steps of rank 8 adapters on attention, 124M, 8 rows of 32 tokens, and peft's.
 
 It is a benchmark, not a test: pytest does not collect it. Prints markdown tables for
 tests/BENCHMARKS.md; two to ten minutes each on two cores, half an hour for speed.
@@ -29,16 +25,13 @@ import contextlib
 import io
 import json
 import math
-import multiprocessing as mp
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from bench_common import (
     about_machine,
     load_module,
@@ -50,18 +43,19 @@ from bench_common import (
 )
 
 import lora
-import mnist
 import model as lm
 import prepare_data
 import train
 from data.machine import DTYPES
 
 STEPS, EVERY, BATCH, CONTEXT = 2000, 100, 12, 64
+GPT2 = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=True)
+CHARS = dict(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, bias=False)
 SHAPE = "--n_layer 4 --n_head 4 --d_model 128 --context 64 --batch_size 12".split()  # noqa: SIM905
 
 
 @torch.no_grad()
-def whole_loss(loss_of, tokens):
+def split_loss(loss_of, tokens):
     """Nats per token over all of `tokens` in windows of CONTEXT, for any summed-loss function."""
     n = (len(tokens) - 1) // CONTEXT * CONTEXT
     ids = torch.from_numpy(tokens[: n + 1].astype(np.int64))
@@ -75,17 +69,13 @@ def run_nanogpt(folder, data):
     tokens = torch.from_numpy(np.array(prepare_data.read_tokens(data, "train")).astype(np.int64))
     val = prepare_data.read_tokens(data, "val")
     torch.manual_seed(1337)
-    # as its README's command for a CPU
-    config = nanogpt.GPTConfig(
-        block_size=CONTEXT, vocab_size=65, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False
-    )
-    model = nanogpt.GPT(config)
+    model = nanogpt.GPT(nanogpt.GPTConfig(dropout=0.0, **CHARS))  # its README's, for a CPU
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
     points, seconds = [], 0.0
     for step in range(STEPS + 1):
         if step % EVERY == 0:
             model.eval()
-            loss = whole_loss(lambda a, b: model(a, b)[1].item() * a.numel(), val)
+            loss = split_loss(lambda a, b: model(a, b)[1].item() * a.numel(), val)
             model.train()
             points.append((step, seconds, loss))
         start = time.perf_counter()
@@ -166,24 +156,6 @@ def peer_step(model, optimizer, batches, bf16=False, clip=1.0, steps=1):
     return job
 
 
-GPT2 = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=True)
-CHARS = dict(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, bias=False)
-
-
-def nanogpt_model(folder, shape):
-    """nanoGPT's model and AdamW."""
-    module = load_module(Path(folder) / "model.py", "nanogpt_model")
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = module.GPT(module.GPTConfig(dropout=0.0, **shape))
-        return model, model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
-
-
-def course_model(folder):
-    """The course's 140.57M model and AdamW."""
-    model = load_module(Path(folder) / "scifi-demo" / "model.py", "course_model").Model()
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-
 def our_small():
     """nanoGPT's 0.8M shape in our model."""
     shape = dict(vocab_size=65, n_layer=4, n_head=4, d_model=128, context=64, position="learned")
@@ -200,13 +172,19 @@ def shape_of(case):
 
 
 def make_peer(case, folder, bf16):
-    """The job of a case's peer."""
+    """The job of a case's peer: the course's 140.57M model, which it does not clip, or nanoGPT."""
     config, rows, length, steps = shape_of(case)
     batches = random_batches(config.vocab_size, rows, length)
-    if "novel" in case:  # the course does not clip
-        return peer_step(*course_model(folder), batches, bf16, 0, steps)
-    shape = GPT2 if "GPT-2" in case else CHARS
-    return peer_step(*nanogpt_model(folder, shape), batches, bf16, 1.0, steps)
+    if "novel" in case:
+        model = load_module(Path(folder) / "scifi-demo" / "model.py", "course_model").Model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        return peer_step(model, optimizer, batches, bf16, 0, steps)
+    nanogpt = load_module(Path(folder) / "model.py", "nanogpt_model")
+    with contextlib.redirect_stdout(io.StringIO()):
+        shape = GPT2 if "GPT-2" in case else CHARS
+        model = nanogpt.GPT(nanogpt.GPTConfig(dropout=0.0, **shape))
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
+    return peer_step(model, optimizer, batches, bf16, 1.0, steps)
 
 
 def make_ours(case, dtype):
@@ -276,110 +254,14 @@ def lora_steps(args):
     print(table(seconds, 8, "samples/s", "peft fp32"))
 
 
-class Converting(torch.utils.data.Dataset):
-    """Images converted one at a time, in the steps of torchvision's ToTensor and Normalize."""
-
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        from PIL import Image
-
-        image = np.array(Image.fromarray(self.images[i]), np.uint8, copy=True)
-        image = torch.from_numpy(image).view(28, 28, 1).permute(2, 0, 1).contiguous().float()
-        return image.div(255).sub_(mnist.MEAN).div_(mnist.STD), int(self.labels[i])
-
-
-def make_loader(folder):
-    """A job: an epoch through the DataLoader."""
-    (images, labels), _ = mnist.load_mnist(folder=folder)
-    raw = ((images * mnist.STD + mnist.MEAN) * 255).round().byte().numpy()
-    loader = torch.utils.data.DataLoader(Converting(raw, labels.numpy()), batch_size=64)
-
-    def job():
-        model = mnist.MLP().train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        for x, y in loader:
-            optimizer.zero_grad()
-            F.nll_loss(model(x), y).backward()
-            optimizer.step()
-
-    return job
-
-
-def make_epoch(folder):
-    """A job: an epoch of mnist.fit."""
-    (images, labels), _ = mnist.load_mnist(folder=folder)
-    args = mnist.build_parser().parse_args(["--epochs", "1", "--out", "unused"])
-    mnist.settle(args)
-
-    def job():
-        run = mnist.Run(mnist.MLP(), args, len(images))
-        mnist.fit(run, images, labels, lambda model, x, y: F.nll_loss(model(x), y), dict)
-
-    return job
-
-
-def mnist_epochs(args):
-    """Epochs of both in turn."""
-    count = len(mnist.load_mnist(folder=args.data)[0][0])
-    settings = dict(folder=args.data)
-    jobs = {"DataLoader": (make_loader, settings), "mnist.py": (make_epoch, settings)}
-    print(table(take_turns(jobs, args.rounds), count / 1000, "1,000 images/s", "mnist.py"))
-
-
-def save_hf(kind, fields, folder):
-    """Save a model of transformers with random weights."""
-    import transformers
-
-    config = getattr(transformers, kind)(**fields)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-
-
-def measure_load(folder, dtype):
-    """(bytes of the weights in memory, peak before loading, peak after a forward pass)."""
-    import resource  # not on Windows
-
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    model = lm.model_from_checkpoint(lm.load_hf(folder, DTYPES[dtype]), dtype=DTYPES[dtype])
-    with torch.no_grad():
-        model(torch.tensor([[1, 2, 3, 4]]))
-    weights = sum(p.nbytes for p in model.parameters())
-    return weights, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def load(args):
-    """Peak memory of loading, in a process for each model and dtype."""
-    llama = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=24,
-                 num_attention_heads=16, vocab_size=32000, tie_word_embeddings=False)  # fmt: skip
-    models = {"GPT2Config": dict(n_embd=1024, n_layer=24, n_head=16), "LlamaConfig": llama}
-    print("| model | file | loaded as | weights | peak | of which torch |\n" + "| --- " * 6 + "|")
-    for kind, fields in models.items():
-        with tempfile.TemporaryDirectory() as folder:
-            for dtype in (None, "fp32", "bf16"):
-                with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
-                    if dtype is None:
-                        pool.submit(save_hf, kind, fields, folder).result()
-                        continue
-                    sizes = pool.submit(measure_load, folder, dtype).result()
-                size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
-                weights, before, peak = (f"{n / 1e9:.2f} GB" for n in sizes)
-                cells = f"{size / 1e9:.2f} GB | {dtype} | {weights} | {peak} | {before}"
-                print(f"| {kind} | {cells} |")
-
-
 def main():
-    jobs = dict(speed=speed, learning=learning, lora=lora_steps, mnist=mnist_epochs, load=load)
+    jobs = dict(speed=speed, learning=learning, lora=lora_steps)
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("what", choices=tuple(jobs))
     p.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT; without it only ours is run")
     p.add_argument("--course", help="a clone of waylandzhang/Transformer-from-scratch")
     p.add_argument("--rounds", type=int, default=5, help="turns that each job has (5)")
     p.add_argument("--source", default="shakespeare", help="for learning (shakespeare)")
-    p.add_argument("--data", help="a folder with MNIST's files (default: download)")
     args = p.parse_args()
     print(about_machine() + "\n")
     jobs[args.what](args)

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import hashlib
 import http.server
 import itertools
 import json
 import os
+import re
 import struct
 import sys
 import threading
@@ -96,14 +98,89 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 def serve_folder(folder):
     """The URL of a server on this machine that has the files of `folder`."""
     handler = functools.partial(Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)) as server:
+        yield f"http://127.0.0.1:{server.server_port}"
+
+
+class Site(http.server.ThreadingHTTPServer):
+    """A web server with faults. `files` maps paths to bytes or (bytes, headers), `redirects` to
+    (status, address, headers), and `faults` a path, or None for any, to what happens instead the
+    next times: an HTTP status, the number of bytes after which the line goes dead, or None.
+    `always` is such a status for all paths; a request without the `token`, if there is one, gets a
+    401. `log` has (path, range, bearer) of each request."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), SiteHandler)
+        self.files, self.redirects, self.faults, self.log = {}, {}, {}, []
+        self.always = self.token = None
+        self.names_versions = self.takes_ranges = True
+        self.base = f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def ranges(self):
+        return [wanted for _, wanted, _ in self.log]
+
+    @property
+    def asked(self):
+        return [path.split("/")[-1] for path, _, _ in self.log]
+
+
+class SiteHandler(Quiet):
+    def do_GET(self):
+        site, wanted, bearer = self.server, self.headers["Range"], self.headers["Authorization"]
+        site.log.append((self.path, wanted, bearer))
+        faults = site.faults.get(self.path) or site.faults.get(None)
+        fault = faults.pop(0) if faults else None
+        if status := site.always or (fault if fault in range(400, 600) else None):
+            return self.send_error(status)
+        if site.token and bearer != f"Bearer {site.token}":
+            return self.send_error(401)
+        if self.path in site.redirects:
+            status, address, headers = site.redirects[self.path]
+            return self.answer(status, b"elsewhere", {"Location": address} | headers)
+        if self.path not in site.files:
+            return self.send_error(404)
+        body, headers = site.files[self.path], {}
+        if isinstance(body, tuple):
+            body, headers = body
+        elif site.names_versions:
+            headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"'}
+        if not wanted or not site.takes_ranges:
+            return self.answer(200, body, headers, fault)
+        start = int(re.match(r"bytes=(\d+)-", wanted)[1])
+        if start >= len(body):
+            return self.send_error(416)
+        headers = headers | {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
+        self.answer(206, body[start:], headers, fault)
+
+    def answer(self, status, body, headers, cut=None):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            if value is not None:
+                self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body[:cut])
+
+
+@contextlib.contextmanager
+def serving(server):
+    """The server, answering in a thread."""
+    with server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}"
+            yield server
         finally:
             server.shutdown()
             thread.join()
+
+
+@pytest.fixture
+def mirror():
+    with serving(Site()) as site:
+        yield site
 
 
 def real(name):

@@ -1,7 +1,6 @@
 """finetune.py before and after training: rows of every shape, masks, batches, metrics."""
 
 import argparse
-import dataclasses
 import random
 import re
 import sys
@@ -11,13 +10,13 @@ import pytest
 import torch
 from conftest import ASSISTANT, BYTE, CALL, CHAT, END, TOOL, USER, render_chat, turn
 from test_chat import joined
+from test_finetune_runs import save_base
 from test_rows import alpaca, write
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import finetune as ft
-import model as lm
 from data.batches import BucketLoader, Row, chat_rows, label_row, pad, preference_rows, show_mask
 from data.chat import label_token
 from data.cli import UserError
@@ -27,14 +26,13 @@ from data.cli import UserError
 
 def test_a_label_is_all_that_a_text_row_learns():
     names = BYTE.with_special([label_token(n) for n in ("neg", "pos")])
-    row, cut = label_row("a fine film", "pos", names, 64)
+    row = label_row("a fine film", "pos", names, 64)
     film = [97, 32, 102, 105, 110, 101, 32, 102, 105, 108, 109]
-    assert (row.ids, cut) == ([*film, 256, 258], False)
+    assert (row.ids, row.cut) == ([*film, 256, 258], False)
     assert row.mask == [0] * 12 + [1]
     assert row.targets() == [-100] * 11 + [258]
-    assert label_row("a fine film", None, names, 64)[0].ids == [*film, 256]
-    row, cut = label_row("a fine film", "neg", names, 5)  # the end of a text is kept
-    assert (row.ids, cut, row.targets()) == ([*b"film", 256, 257], True, [-100] * 4 + [257])
+    row = label_row("a fine film", "neg", names, 5)  # the end of a text is kept
+    assert (row.ids, row.cut, row.targets()) == ([*b"film", 256, 257], True, [-100] * 4 + [257])
 
 
 def test_the_mask_of_a_conversation_with_a_tool_call():
@@ -84,9 +82,8 @@ def test_show_mask_marks_what_is_learned(capsys):
 
 
 def test_context_cuts_the_rows_of_a_run_and_cannot_be_more_than_the_checkpoint_s(tmp_path, capsys):
-    model, path = small_model("rope", 257), tmp_path / "model.pt"
-    content = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
-    lm.save_checkpoint(path, content | {"tokenizer": BYTE.spec, "step": 0})
+    path = tmp_path / "model.pt"
+    save_base(path)
     data = write(tmp_path / "x.jsonl", [{"instruction": words(60), "output": "a"}, *alpaca(3)])
     flags = ["--ckpt", str(path), "--data", str(data), "--show_mask", "4"]
     for given, longest in (([], 49), (["--context", "9"], 10)):
@@ -103,8 +100,8 @@ def test_context_cuts_the_rows_of_a_run_and_cannot_be_more_than_the_checkpoint_s
 
 def chat_row(messages, *how):
     """The Row of a conversation, of which our template makes one, and whether it was cut."""
-    (row,), cut = chat_rows({"messages": messages}, *how)
-    return row, cut
+    (row,) = chat_rows({"messages": messages}, *how)
+    return row, row.cut
 
 
 def words(n):
@@ -120,17 +117,14 @@ def test_the_oldest_turns_are_cut_first_and_at_their_borders():
     assert (row.ids, cut) == (render_chat([talk[0], *talk[-4:]], CHAT)[0], True)
     args = argparse.Namespace(context=20, loss_on="assistant")
     split = ft.SFT(args, CHAT).make_split([{"messages": talk}, {"messages": talk[:3]}])
-    assert (len(split.rows), split.cut) == (2, 1)
+    assert [row.cut for row in split.rows] == [True, False]
     long = [turn("user", words(50)), turn("assistant", "ok")]
     row, cut = chat_row(long, CHAT, 10)  # the end of a question that is too long, and the answer
     assert (row.ids, cut) == (render_chat(long, CHAT)[0][-11:], True) and row.mask[-3:] == [1] * 3
-    long = [turn("user", "q"), turn("assistant", words(50))]
-    row, cut = chat_row(long, CHAT, 10)
-    assert (row.ids, cut) == (render_chat(long, CHAT)[0][:11], True)
     sides = {"chosen": [turn("assistant", words(50))], "rejected": [turn("assistant", "no")]}
-    chosen = {"messages": long[:1]} | sides
-    (good, bad), cut = preference_rows(chosen, CHAT, 10)
-    assert cut and len(good.ids) == 11 and good.mask == [0] * 4 + [1] * 7
+    good, bad = preference_rows({"messages": [turn("user", "q")]} | sides, CHAT, 10)
+    assert good.cut and not bad.cut and good.mask == [0] * 4 + [1] * 7
+    assert good.ids == [USER, 113, END, ASSISTANT, *words(7).encode()]
     assert bad.ids == [USER, 113, END, ASSISTANT, *b"no", END] and sum(bad.mask) == 3
 
 
@@ -226,20 +220,8 @@ def test_padding_adds_no_targets():
     assert reference.tolist() == [[1, 2], [3, 4]]
 
 
-def small_model(position, vocab=64):
-    torch.manual_seed(0)
-    shape = dict(vocab_size=vocab, n_layer=2, n_head=2, d_model=32, context=48, init="gpt2")
-    model = lm.Transformer(lm.Config(**shape, position=position))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model
-
-
-U, A, EMPTY = turn("user", "q"), turn("assistant", "a"), turn("tool", "[]")
-
-
 def test_every_answer_but_an_opening_one_is_a_job_and_a_few_are_spread_evenly():
+    U, A = turn("user", "q"), turn("assistant", "a")
     greeting = {"messages": [A, U, turn("call", "f {}"), turn("tool", "r"), A]}
     jobs = ft.answer_jobs([greeting, {"messages": [U, A]}])
     asked = [(len(job.messages), "tool_calls" in job.wanted) for job in jobs]

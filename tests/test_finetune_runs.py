@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import gc
-import io
 import itertools
 import json
 import math
@@ -81,8 +80,8 @@ def taught(tmp_path_factory):
 
 
 def write(path, rows):
-    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    Path(path).write_text(text, encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 def tool_chat(word, n):
@@ -188,13 +187,10 @@ def refused(capsys, *flags, main=None):
 # ---- what is minimised ---------------------------------------------------------------------
 
 
-def close(ours, theirs, tolerance):
-    size = max(1e-30, float(theirs.abs().max()))
-    assert float((ours.double() - theirs).abs().max()) <= tolerance * size
-
-
-def gradients(model):
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+def same_gradients(model, exact, tolerance):
+    for (name, p), q in zip(model.named_parameters(), exact.parameters()):
+        size = max(1e-30, float(q.grad.abs().max()))
+        assert float((p.grad.double() - q.grad).abs().max()) <= tolerance * size, name
 
 
 def some_rows(lengths, seed=0):
@@ -261,10 +257,7 @@ def test_dpo_and_its_gradients_are_the_papers_formula(shape, dtype, tolerance):
     wanted = direct_dpo(exact, pairs, reference.double(), 0.3)
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=tolerance)
-    ours, theirs = gradients(model), gradients(exact)
-    assert set(ours) == set(theirs) == {n for n, _ in model.named_parameters()}
-    for name in theirs:
-        close(ours[name], theirs[name], tolerance)
+    same_gradients(model, exact, tolerance)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -282,20 +275,17 @@ def test_distilling_is_cross_entropy_and_softened_kl(share):
     wanted = wanted + (1 - share) * 2.5**2 * F.kl_div(soft, hard, reduction="sum")
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
-    theirs = gradients(exact)
-    for name, gradient in gradients(model).items():
-        close(gradient, theirs[name], 1e-4)
+    same_gradients(model, exact, 1e-4)
     if share == 1:
         assert loss.item() == pytest.approx(model(ids, targets).item(), rel=1e-6)
 
 
-def task_of(rows, objective, batch_tokens, accum, reference=None, **changes):
-    made = ft.OBJECTIVES[objective][0]
-    args = dict(objective=objective, grad_accum=accum, context=48, updates=None)
-    args = argparse.Namespace(**(ft.RECIPE | made.defaults() | args | changes))
-    batches = BucketLoader(lambda _: rows, batch_tokens, 0)
-    learned, split = made(args, CHAT, (), CPU), ft.Split([], rows, reference=reference)
-    return batches.per_epoch, ft.make_task(args, learned, {"train": split}, batches, {})
+def task_of(rows, name, batch_tokens, accum, reference=None):
+    args = dict(objective=name, grad_accum=accum, context=48, updates=None)
+    args = argparse.Namespace(**(ft.RECIPE | ft.OBJECTIVES[name].recipe | args))
+    loader, split = BucketLoader(lambda _: rows, batch_tokens, 0), ft.Split([], rows)
+    objective, split.reference = ft.OBJECTIVES[name](args, CHAT, (), CPU), reference
+    return loader.per_epoch, ft.make_task(args, objective, {"train": split}, loader, {})
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
@@ -318,41 +308,27 @@ def test_micro_batches_of_any_target_count_give_the_gradient_of_the_whole(
         batches = task.batches(0)
         assert len(batches) == accum
         loss, _ = train.training_step(model, task, batches, CPU, scaler, (0, 0))
-        results.append((float(loss), gradients(model)))
+        results.append((float(loss), model))
     (cut, ours), (whole, theirs) = results
     if objective == "dpo":  # a mean over pairs, whatever their lengths
         margin = ft.dpo_margin(small_model().to(dtype), *pair_batch(rows, reference))
         total = ft.preference_loss(0.1 * margin).item()
         assert whole == pytest.approx(total / 5, rel=1e-5)
     assert cut == pytest.approx(whole, rel=max(tolerance, 1e-12))
-    for name in theirs:
-        close(ours[name], theirs[name].double(), tolerance)
+    same_gradients(ours, theirs, tolerance)
 
 
 # ---- preference pairs ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flags", [["--split", "train"], [*LORA, "--quantize", "nf4"], ["--dtype", "bf16"]]
-)
-def test_rewards_start_at_zero(desk, flags):
-    still = ["--lr", "1e-12", "--embed_lr", "1e-12", "--head_lr", "1e-12", "--max_steps", "1"]
-    out = tune(*DPO, *still, *flags)
-    (split, scores), = json.loads((out / "scores.json").read_text()).items()
-    assert split == ("train" if "train" in flags else "val")
-    near = 0.05 if "bf16" in flags else 1e-4  # its report is in fp32
-    for row in (scores, metrics(out)[-1]):
-        assert row["val_loss"] == pytest.approx(math.log(2), abs=near)
-        assert abs(row["reward_chosen"]) < near and abs(row["reward_rejected"]) < near
-        near = 1e-4
-
-
-def test_dpo_learns_what_is_preferred(desk):
-    out = tune(*DPO, "--epochs", "4", "--lr", "3e-3", "--eval_every", "10")
-    assert values(out, "reward_accuracy")[-1] == 1 and values(out, "reward_margin")[-1] > 0.5
-    assert values(out, "val_loss")[-1] < 0.5 and losses(out)[0] == pytest.approx(math.log(2))
+@pytest.mark.parametrize("flags", [[], [*LORA, "--quantize", "nf4"], ["--dtype", "bf16"]])
+def test_rewards_start_at_zero_and_what_is_preferred_is_learned(desk, flags):
+    limit = ["--max_steps", "1"] if flags else ["--epochs", "4"]
+    out = tune(*DPO, *limit, "--lr", "3e-3", "--eval_every", "10", *flags)
+    assert losses(out)[0] == pytest.approx(math.log(2), abs=0.05 if "bf16" in flags else 1e-4)
     scores = json.loads((out / "scores.json").read_text())["val"]
-    assert scores["reward_accuracy"] == 1
+    learned = scores["reward_accuracy"] == 1 and scores["reward_margin"] > 0.5
+    assert learned or flags
 
 
 def test_the_reference_is_the_base_itself_and_is_kept_in_last_pt(desk):
@@ -360,14 +336,13 @@ def test_the_reference_is_the_base_itself_and_is_kept_in_last_pt(desk):
     thin = content(tune(*DPO, *LORA, "--max_steps", "3", out="out/thin") / "last.pt")["reference"]
     model = lm.model_from_checkpoint(lm.load_checkpoint("out/base")).double()
     model.grow_vocabulary(320, KNOWN)
-    _, parts, _ = load_data("pairs.jsonl")
+    _, splits, _ = load_data("pairs.jsonl")
     for split in ("train", "val"):
-        rows = ft.DPO(FITS, CHAT).make_split(parts[split]).rows
+        rows = ft.DPO(FITS, CHAT).make_split(splits[split]).rows
         with torch.no_grad():
-            direct = [[float(model(torch.tensor([r.ids[:-1]]), torch.tensor([r.targets()]),
-                                   reduction="none").sum()) for r in pair] for pair in rows]
+            logps = [float(model(*pad([r]), reduction="none").sum()) for pair in rows for r in pair]
         assert torch.equal(full[split], thin[split])
-        assert (full[split].double() - torch.tensor(direct).double()).abs().max() < 1e-3
+        assert full[split].flatten().tolist() == pytest.approx(logps, abs=1e-3)
     for name, before in (("full", full), ("thin", thin)):
         ft.main(["--resume", f"out/{name}", "--max_steps", "6"])
         after = content(f"out/{name}/last.pt")
@@ -381,12 +356,13 @@ def test_the_reference_is_the_base_itself_and_is_kept_in_last_pt(desk):
     "flags",
     [
         [*SFT, "--dropout", "0.2", "--grad_accum", "2"],
-        [*SFT, *LORA, "--dropout", "0.1"],
+        [*SFT, *LORA, "--dropout", "0.1", "--quantize", "int8", "--lora_targets", "mlp",
+         "--lora_alpha", "16", "--context", "20"],
         [*SFT, *LORA, "--lora_dropout", "0.2", "--quantize", "nf4", "--token_dropout", "0.2"],
-        [*SFT, "--data", "tools.jsonl", "--optimizer", "muon"],
+        [*SFT, "--data", "tools.jsonl", "--loss_on", "call", "--optimizer", "muon"],
         [*DPO, "--dropout", "0.1"],
     ],
-    ids=["dropout", "lora", "nf4", "muon", "dpo"],
+    ids=["dropout", "int8", "nf4", "muon", "dpo"],
 )
 def test_killed_and_resumed_equals_straight_through_bitwise(desk, flags):
     flags = [*flags, "--max_steps", "10", "--eval_every", "4", "--eval_rows", "3"]
@@ -448,27 +424,22 @@ def test_resuming_is_refused_for_other_data_other_scripts_and_fixed_flags(desk, 
                          (["--out", "out/x"], "--out"),
                          (["--data", "pairs.jsonl"], "not the data")):
         assert named in refused(capsys, "--resume", "out/run", *flags)
-    err = refused(capsys, "--resume", "out/run", main=train.main)
-    assert "finetune.py" in err
+    assert "finetune.py" in refused(capsys, "--resume", "out/run", main=train.main)
     assert "for sampling only" in refused(capsys, "--resume", "out/run/best.pt")
     write("chats.jsonl", [{"instruction": str(i), "output": "x"} for i in range(9)])
     assert "not the data that the run began with" in refused(capsys, "--resume", "out/run")
-
-    Path("words.txt").write_text("to be or not " * 300)
-    train.main(["--data", "words.txt", "--n_layer", "1", "--n_head", "2", "--d_model", "16",
-                "--context", "16", "--batch_size", "2", "--max_steps", "1", "--out", "out/plain"])
-    assert "train.py" in refused(capsys, "--resume", "out/plain")
+    lm.save_checkpoint("out/plain/last.pt", content("out/run/last.pt") | {"args": {}})
+    assert "written by train.py" in refused(capsys, "--resume", "out/plain")
     assert "no last.pt" in refused(capsys, "--resume", "out/base")
 
 
 def test_a_resumed_run_goes_on_for_more_epochs_and_reports_on_its_own_split(desk, capsys):
     tune(*SFT, "--epochs", "1", "--split", "train", "--eval_every", "4")
     n = len(losses("out/run"))
-    capsys.readouterr()
     ft.main(["--resume", "out/run", "--epochs", "2"])
     out = capsys.readouterr().out
-    assert "settings are the run's own, but epochs 2" in out.replace("2.0", "2")
-    assert "on train:" in out and len(losses("out/run")) == 2 * n
+    assert "settings are the run's own, but epochs 2.0" in out
+    assert out.count("on train:") == 2 and len(losses("out/run")) == 2 * n
 
 
 # ---- whole runs --------------------------------------------------------------------------------
@@ -514,31 +485,6 @@ def test_a_classifier_end_to_end(desk, capsys):
     sample.main(["--ckpt", str(out), "--prompt", rows[0]["text"]])
     first, p, _, _ = capsys.readouterr().out.split()
     assert first == rows[0]["prediction"] and float(p) == pytest.approx(max(rows[0]["p"]), abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--token_dropout", "0.1"],
-        ["--data", "tools.jsonl", "--loss_on", "call"],
-        [*LORA, "--quantize", "int8", "--lora_targets", "mlp", "--lora_alpha", "16"],
-        [*LORA, "--quantize", "nf4"],
-        ["--optimizer", "muon", "--context", "20"],
-    ],
-    ids=" ".join,
-)
-def test_every_way_to_train_learns(desk, flags):
-    out = tune(*SFT, "--epochs", "4", "--lr", "0.01", *flags)
-    assert epoch_losses(out, 4)[-1] < 0.8 * epoch_losses(out, 4)[0]
-    assert values(out, "val_loss")[-1] < math.log(320)
-
-
-def test_gradient_checkpointing_changes_no_loss(desk):
-    flags = [*SFT, "--max_steps", "5", "--dropout", "0.1"]
-    for more in ([], LORA):
-        tune(*flags, *more, out=f"out/plain{len(more)}")
-        tune(*flags, *more, "--grad_checkpoint", out=f"out/thrifty{len(more)}")
-        assert losses(f"out/plain{len(more)}") == losses(f"out/thrifty{len(more)}")
 
 
 def test_a_run_learns_from_a_teacher_that_speaks_its_language(desk, capsys):
@@ -643,13 +589,10 @@ def test_under_lora_tables_that_lack_tokens_learn_and_travel_with_the_adapter(de
     model, tokenizer, _ = sample.load(out)
     assert tokenizer.spec == CHAT.spec
     for table in tables:
-        now, mean = model.get_parameter(table), base[table][:KNOWN].mean(0)
-        assert torch.equal(now, state[table])
-        learned = [0, 1, 2, 5] if table[0] == "e" else [5]  # turns that the chats have
-        assert ((now[NEW] - mean).abs().amax(1)[learned] > 1e-4 * (table[0] != "e")).any()
-        assert (now[NEW] - mean).abs().max() > 1e-3
-    _, parts, _ = load_data("chats.jsonl")
-    ids, targets = pad(ft.SFT(FITS, CHAT).make_split(parts["val"]).rows)
+        assert torch.equal(model.get_parameter(table), state[table])
+        assert (state[table][NEW] - base[table][:KNOWN].mean(0)).abs().max() > 1e-3
+    _, splits, _ = load_data("chats.jsonl")
+    ids, targets = pad(ft.SFT(FITS, CHAT).make_split(splits["val"]).rows)
     loss = model(ids, targets).item() / int((targets != -100).sum())
     assert loss == pytest.approx(values(out, "val_loss")[-1], rel=1e-5)  # nothing else has learned
     assert "adapter" in content(out / "last.pt") and (out / "last.pt").stat().st_size < 10**6
@@ -673,8 +616,8 @@ def test_an_adapter_brings_its_base_or_says_in_a_line_what_is_wrong_with_it(desk
     said = capsys.readouterr().out
     assert "bleu4" in said and "out/run-eval/predictions.jsonl" in said
     assert sorted(out.iterdir()) == before
-    more = ["--eval_only", "--ckpt", out, "--data", "chats.jsonl"]
-    assert "holds a run already" in refused(capsys, *more, "--out", "out/run")
+    flags = ["--eval_only", "--ckpt", out, "--data", "chats.jsonl"]
+    assert "holds a run already" in refused(capsys, *flags, "--out", "out/run")
     talk, resume = ["--ckpt", out, "--prompt", "to"], ["--resume", out, "--max_steps", "5"]
     Path("out/base").rename("out/moved")
     for flags, main in ((talk, sample.main), (resume, ft.main)):
@@ -685,47 +628,19 @@ def test_an_adapter_brings_its_base_or_says_in_a_line_what_is_wrong_with_it(desk
     shutil.rmtree("out/base")
     Path("out/moved").rename("out/base")
     ft.main([str(f) for f in resume])
-
-
-def test_two_adapters_over_one_base_are_switched_in_a_chat(desk, monkeypatch, capsys):
-    for name, seed in (("poet", 1), ("clerk", 2)):
-        tune(*SFT, *LORA, "--max_steps", "15", "--lr", "0.03", "--seed", seed, out=f"out/{name}")
-    model, _, _ = sample.load("out/base", adapters=["out/poet", "out/clerk"])
-    ids = torch.tensor([CHAT.encode("to be") + [259]])
-    for name in ("poet", "clerk", "poet"):
-        lora.set_adapter(model, name)
-        alone, _, _ = sample.load(f"out/{name}")
-        with torch.no_grad():
-            assert (model(ids) - alone(ids)).abs().max() < 1e-6
-    flags = ["--ckpt", "out/base", "--adapter", "out/poet", "--adapter", "out/clerk", "--chat"]
-    lines = "to be\n/adapter clerk\n/retry\n/adapter nobody\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    sample.main([*flags, "--max_tokens", "5", "--seed", "0"])
-    said = capsys.readouterr().out
-    assert "active adapter: clerk" in said and "no adapter nobody" in said
     classifier = tune(*LABELS, *LORA, "--max_steps", "1", out="out/labels")
-    mixed = ["--ckpt", "out/poet", "--adapter", classifier, "--prompt", "a"]
+    mixed = ["--ckpt", out, "--adapter", classifier, "--prompt", "a"]
     assert "special tokens" in refused(capsys, *mixed, main=sample.main)
 
 
 # ---- processes -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "more", [[], pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"]
-)
-def test_two_processes_give_the_losses_of_one(desk, more):
-    flags = [*SFT, *more, "--max_steps", "6", "--eval_every", "3"]
-    tune(*flags, "--grad_accum", "2", out="out/one")
-    assert in_two_processes(*flags).count("on val:") == 1
-    assert losses("out/two") == pytest.approx(losses("out/one"), abs=1e-5)
-    assert values("out/two", "val_loss") == pytest.approx(values("out/one", "val_loss"), abs=1e-5)
-
-
 @pytest.mark.slow
-def test_two_processes_decide_by_the_scores_of_the_first(desk):
+def test_two_processes_decide_by_the_scores_of_the_first_and_report_once(desk):
     flags = "--data tools.jsonl --best_by slot_f1 --eval_every 1 --max_steps 4 --patience 2"
-    assert "stopping early" in in_two_processes(*flags.split(), "--eval_rows", "4")
+    said = in_two_processes(*flags.split(), "--eval_rows", "4")
+    assert "stopping early" in said and said.count("on val:") == 1
     assert len(values("out/two", "slot_f1")) > 2
 
 
@@ -748,7 +663,9 @@ def test_two_processes_decide_by_the_scores_of_the_first(desk):
         ([*SFT, "--best_by", "slot_f1", "--eval_rows", "4"], "not measured on chats without calls"),
         ([*DPO, "--token_dropout", "0.5"], "--token_dropout"),
         ([*SFT, *LORA, "--lora_targets", "nonsense"], "nonsense"),
-        ([*SFT, *LORA, "--lora_targets", "head", "--ckpt", "out/tied.pt"], "tied head"),
+        ([*SFT, *LORA, "--lora_targets", "head", "--ckpt", "tied.pt"], "tied head"),
+        ([*SFT, "--ckpt", "adapter.pt"], "merge it first"),
+        ([*SFT, "--ckpt", "bare.pt"], "no tokenizer"),
         ([*SFT, "--split", "test"], "no split 'test'"),
         ([*LABELS, "--val_data", "strange.jsonl"], "'meh'"),
         ([*LABELS, "--val_data", "chats.jsonl"], "different kinds"),
@@ -769,16 +686,11 @@ def test_two_processes_decide_by_the_scores_of_the_first(desk):
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 def test_a_users_mistake_is_one_line_that_names_it(desk, capsys, flags, named):
-    save_base("out/tied.pt", tied=True)
+    save_base("tied.pt", tied=True)
+    base = content("out/base/best.pt")
+    lm.save_checkpoint("adapter.pt", base | {"adapter": {}})
+    lm.save_checkpoint("bare.pt", {k: v for k, v in base.items() if k != "tokenizer"})
     write("strange.jsonl", [{"text": "x", "label": "meh"}])
     ckpt = [] if "--ckpt" in flags or "--resume" in flags else ["--ckpt", "out/base"]
     assert named in refused(capsys, *ckpt, *flags)
-    assert {p.name for p in Path("out").iterdir()} == {"base", "tied.pt"}  # no run was begun
-
-
-def test_a_base_that_is_an_adapter_or_has_no_tokenizer_is_refused(desk, capsys):
-    tune(*SFT, *LORA, "--max_steps", "1")
-    assert "merge it first" in refused(capsys, "--ckpt", "out/run", *SFT)
-    bare = {k: v for k, v in content("out/base/best.pt").items() if k != "tokenizer"}
-    lm.save_checkpoint("out/bare.pt", bare)
-    assert "no tokenizer" in refused(capsys, "--ckpt", "out/bare.pt", *SFT)
+    assert {p.name for p in Path("out").iterdir()} == {"base"}  # no run was begun

@@ -108,7 +108,7 @@ def test_an_adapter_that_peft_cannot_express_is_refused_in_one_line(tmp_path):
     table["model"] = state | {"embed.weight": base["model"]["embed.weight"]}
     for base_, change, message in (
         (base, table, "special tokens"),
-        (base, dict(adapter=info | dict(quantize="nf4")), "base in nf4.* export the whole model"),
+        (base, dict(adapter=info | dict(quantize="nf4")), "quantized base"),
         (base, dict(adapter=info | dict(rank=5)), r"does not fit this base: .* has \(5, 32\)"),
         (base, dict(model=state | wide), r"attention.q.a is \(4, 40\), the model has \(4, 32\)"),
         (base, dict(model={k: v for k, v in state.items() if k != name}), f"{name} .* is missing"),

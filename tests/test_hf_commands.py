@@ -131,28 +131,17 @@ def test_check_against_recorded_logits(run, hub):
     ids = torch.tensor([[5, 7, 300, 11]])
     with torch.no_grad():
         logits = reference(ids).logits
-    torch.save({"ids": ids, "logits": logits}, "good.pt")
+    torch.save({"ids": ids[0].tolist(), "logits": logits[0]}, "good.pt")
     torch.save({"ids": ids, "logits": logits + torch.eye(4, 384) * 3}, "bad.pt")
-    torch.save({"ids": ids[0].tolist(), "logits": logits[0]}, "row.pt")
-    torch.save({"ids": ids, "logits": logits[:, 1:]}, "short.pt")
-    for file in ("good.pt", "row.pt"):
-        assert "100.00%" in run("check_logits.py", "ann/qwen", "--against", file)
+    assert "100.00%" in run("check_logits.py", "ann/qwen", "--against", "good.pt")
     told = run("check_logits.py", "ann/qwen", "--against", "bad.pt", code=1)
     assert "difference 3.0" in told and "NOT EQUAL" in told
-    for flags, words in (
-        (("--ids", "1,x"), "numbers with commas"),
-        (("--ids", "1,384"), "the ids must be from 0 to 383"),
-        (("--against", "short.pt"), "short.pt holds no ids and logits"),
-    ):
-        assert words in run("check_logits.py", "ann/qwen", *flags, code=2)
+    told = run("check_logits.py", "ann/qwen", "--ids", "1,384", code=2)
+    assert "the ids must be from 0 to 383" in told
 
 
 def test_names_that_are_no_models_are_named(run):
-    for name, words in (
-        ("out/nothing", "checkpoint out/nothing does not exist"),
-        ("ann/none", "ann/none"),
-        ("nothing", "checkpoint nothing does not exist"),
-    ):
+    for name, words in ("ann/none", "ann/none"), ("nothing", "checkpoint nothing does not exist"):
         assert words in run("sample.py", "--ckpt", name, "--prompt", "x", code=2)
 
 
@@ -182,7 +171,7 @@ def assert_same_text(run, ours, theirs):
 
 
 SHAPES = {
-    "LlamaForCausalLM": "--norm rmsnorm --norm_weight --activation swiglu --no-qk_norm",
+    "LlamaForCausalLM": "--preset llama",
     "Qwen3ForCausalLM": "--norm rmsnorm --activation swiglu --norm_weight",
     "GPT2LMHeadModel": "--position learned --activation gelu --no-qk_norm --norm_weight "
     "--qkv_bias --out_bias --ff_bias --init gpt2",
@@ -191,12 +180,7 @@ SHAPES = {
 
 @pytest.mark.parametrize(
     "family, tokenizer",
-    [
-        ("LlamaForCausalLM", "byte"),
-        ("LlamaForCausalLM", "char"),
-        ("Qwen3ForCausalLM", "bpe:300"),
-        ("GPT2LMHeadModel", "bpe:300"),
-    ],
+    [("LlamaForCausalLM", "char"), ("Qwen3ForCausalLM", "byte"), ("GPT2LMHeadModel", "bpe:300")],
 )
 def test_a_model_trained_here_writes_the_same_under_transformers(run, family, tokenizer):
     Path("text.txt").write_text(TEXT, encoding="utf-8")
@@ -250,18 +234,6 @@ def test_an_export_hands_on_how_to_talk_and_spares_what_is_there(run, hub, tmp_p
     assert "name a new folder for --export" in run(*export, code=2)
 
 
-def test_the_llama_preset_is_one_that_transformers_reads(tmp_path):
-    torch.manual_seed(0)
-    model = lm.Transformer(lm.preset("llama", vocab_size=320, n_layer=1))
-    state = {k: (v + torch.randn_like(v) * 0.05).bfloat16() for k, v in model.state_dict().items()}
-    lm.export_hf({"config": vars(model.config), "model": state}, tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    assert theirs.dtype == torch.bfloat16 and type(theirs).__name__ == "LlamaForCausalLM"
-    ids = torch.randint(320, (1, 20))
-    ours = lm.model_from_checkpoint({"config": vars(model.config), "model": state})
-    torch.testing.assert_close(ours(ids), theirs.float()(ids).logits, rtol=1e-4, atol=1e-4)
-
-
 def test_a_model_without_a_tokenizer_can_be_exported(run, hub, tmp_path):
     shutil.copytree(hub[1] / "ann/qwen/resolve/main", tmp_path / "bare")
     (tmp_path / "bare/tokenizer.json").unlink()
@@ -293,15 +265,14 @@ def test_what_cannot_be_read_is_refused_before_its_weights_come(run, hub, what):
     assert not list(Path("data/hub/old").rglob("*.safetensors*"))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_model_without_an_end_token_can_do_all_that_others_can(run, tmp_path, tied):
+def test_a_model_without_an_end_token_is_given_one(run, tmp_path):
     folder = tmp_path / "endless"
     save_model(folder, transformers.LlamaConfig(**LLAMA), QWEN_TOKENS[:1])
     model = edit(folder / "tokenizer.json", added_tokens=[])["model"]
     model["vocab"].pop(QWEN_TOKENS[0], None)
     edit(folder / "tokenizer.json", model=model)
     full = len(model["vocab"])
-    config = transformers.LlamaConfig(**LLAMA, vocab_size=full, tie_word_embeddings=tied)
+    config = transformers.LlamaConfig(**LLAMA, vocab_size=full, tie_word_embeddings=True)
     config.eos_token_id = config.bos_token_id = None
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for name in ("tokenizer_config.json", "generation_config.json"):
@@ -315,11 +286,9 @@ def test_a_model_without_an_end_token_can_do_all_that_others_can(run, tmp_path, 
     run("train.py", *flags, *short)
     rows = [{"instruction": f"Say {i}", "output": f"{i}!"} for i in range(20)]
     Path("rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    tune = ("finetune.py", "--data", "rows.json", *short)
-    for ckpt, *thin in (("endless",), ("out/more",), ("endless", "--lora_rank", "2")):
-        out = f"out/tuned-{len(list(Path('out').iterdir()))}"
-        run(*tune, "--ckpt", ckpt, *thin, "--out", out)
-        run("sample.py", "--ckpt", out, "--chat", "--max_new_tokens", "4", stdin="Say 3\n")
+    tune = ("finetune.py", "--data", "rows.json", *short, "--lora_rank", "2", "--out", "out/tuned")
+    run(*tune, "--ckpt", "endless")
+    run("sample.py", "--ckpt", "out/tuned", "--chat", "--max_new_tokens", "4", stdin="Say 3\n")
     grown = lm.load_checkpoint("out/more")["model"]["embed.weight"]
     first = lm.load_checkpoint("endless")["model"]["embed.weight"]
     assert len(first) == full < len(grown) and (grown[:full] - first).abs().max() < 0.1

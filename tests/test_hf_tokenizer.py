@@ -1,19 +1,18 @@
 """Hugging Face's tokenizers in and out of prepare_data.py, beside tokenizers and transformers."""
 
 import copy
+import functools
 import hashlib
-import itertools
 import json
 import random
 import sys
-import time
 import unicodedata
 from pathlib import Path
 
 import conftest
 import numpy as np
 import pytest
-from conftest import TIKTOKEN, calls, render_chat
+from conftest import TIKTOKEN
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,15 +25,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from data.chat import CHAT_TOKENS
 from data.cli import UserError
-from data.hf_tokenizer import (
-    BYTE_CHARS,
-    CHAR_BYTES,
-    hub_tokenizer,
-    spell,
-    tokenizer_config,
-    tokenizer_json,
-    unspell,
-)
+from data.hf_tokenizer import BYTE_CHARS, hub_tokenizer, tokenizer_config, tokenizer_json
 from data.tokenizer import END, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -169,14 +160,6 @@ def test_ids_and_merges_of_the_real_gpt2_are_theirs():
     assert model["vocab"] == json.loads(vocab)
 
 
-def test_digits_are_split_alike_in_every_neighbourhood():
-    """All short texts over the characters that decide where a piece ends."""
-    theirs = trained("smollm2")
-    t = ours(theirs)
-    texts = map("".join, itertools.product("1 \na's", repeat=4))
-    assert_same(t, theirs, list(texts))
-
-
 @pytest.mark.parametrize("step", STEPS)
 def test_bytes_without_a_token_are_left_out_as_theirs_leaves_them_out(step):
     """SmolLM2's vocabulary has only the bytes that its text had."""
@@ -230,24 +213,18 @@ def test_merges_of_one_token_may_be_several():
 
 def test_gaps_between_ids_have_no_token():
     theirs = json.loads(trained(front=["<a>"]).to_str())
-    theirs["model"]["vocab"] = {
-        t: i + 7 if i >= 400 else i for t, i in theirs["model"]["vocab"].items()
-    }
+    vocab = theirs["model"]["vocab"].items()
+    theirs["model"]["vocab"] = {t: i + 7 if i >= 400 else i for t, i in vocab}
     theirs["model"]["vocab"]["<b>"] = 403  # below the others' largest, and in the model, too
-    theirs["added_tokens"].append(dict(theirs["added_tokens"][0], id=403, content="<b>"))
-    theirs["added_tokens"].append(dict(theirs["added_tokens"][0], id=720, content="<c>"))
+    for name, i in ("<b>", 403), ("<c>", 720):
+        theirs["added_tokens"].append(dict(theirs["added_tokens"][0], id=i, content=name))
     t = ours(theirs)
-    assert t.special == {"<a>": 0, "<b>": 403, "<c>": 720, END: 721}
-    assert (t.n_vocab, t.eos_id) == (722, 721)
+    assert t.special == {"<a>": 0, "<b>": 403, "<c>": 720, END: 721} and t.n_vocab == 722
     lengths, nothing = t.byte_lengths, [i for i in range(722) if t.token_bytes(i) is None]
     assert nothing == [400, 401, 402, 404, 405, 406, *range(707, 720)]
     assert np.flatnonzero(lengths == -1).tolist() == nothing
     assert np.flatnonzero(lengths == 0).tolist() == [0, 403, 720, 721]
-    assert lengths.shape == t.fallback.shape == (722,)
     assert not t.fallback[nothing].any() and t.fallback[t.encode("\U00012345")].all()
-    assert t.token_bytes(403) == b"<b>" and t.decode([0, 403, 720]) == "<a><b><c>"
-    with pytest.raises(KeyError):
-        t.decode([400])
     assert t.decode(t.encode("<b> text")) == "<b> text" and 403 not in t.encode("<b> text")
 
 
@@ -276,11 +253,10 @@ def test_added_words_are_cut_out_of_text(with_words):
     assert t.with_special(CHAT_TOKENS).encode(" ".join(t.words)) == t.encode(" ".join(t.words))
 
 
-@pytest.mark.parametrize("setting", ["single_word", "lstrip", "rstrip"])
-def test_added_words_that_take_blanks_along_are_refused(setting):
+def test_added_words_that_take_blanks_along_are_refused():
     theirs = trained()
-    theirs.add_tokens([tokenizers.AddedToken("<a>", **{setting: True})])
-    with pytest.raises(UserError, match=f"added token '<a>': its setting {setting} is not"):
+    theirs.add_tokens([tokenizers.AddedToken("<a>", rstrip=True)])
+    with pytest.raises(UserError, match="added token '<a>' takes blanks or word borders"):
         ours(theirs)
 
 
@@ -303,56 +279,33 @@ def test_added_words_are_drawn_and_shown_and_special_tokens_are_not():
     assert known[2] not in more.encode("a <cite>") and more.n_vocab == t.n_vocab + 1
 
 
-def test_special_tokens_go_on_top():
-    t = ours(trained(front=[END]))
-    more = t.with_special(CHAT_TOKENS)
-    assert more.encode("a <|user|>") == t.encode("a <|user|>")
-    assert [more.special[n] for n in CHAT_TOKENS] == list(range(700, 706))
-    assert (more.eos_id, more.bos_id, more.name) == (t.eos_id, None, "theirs")
-    assert Tokenizer(more.spec).special == more.special
-
-
 BEGIN = processors.TemplateProcessing(
     single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
 )
 
 
-@pytest.mark.parametrize(
-    "post, begin",
-    [
-        (None, None),
-        (processors.ByteLevel(trim_offsets=False), None),
-        (BEGIN, 0),
-        (processors.Sequence([processors.ByteLevel(trim_offsets=False), BEGIN]), 0),
-        (processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)]), None),
-    ],
-    ids=["none", "bytes", "template", "sequence", "behind"],
-)
-def test_begin_is_what_stands_in_front(post, begin):
-    theirs = trained(front=["<s>", "</s>"])
-    if post:
+def test_begin_is_what_stands_in_front():
+    theirs, offsets = trained(front=["<s>", "</s>"]), processors.ByteLevel(trim_offsets=False)
+    assert ours(theirs).bos_id is None
+    for post in BEGIN, processors.Sequence([offsets, BEGIN]):
         theirs.post_processor = post
-    t = ours(theirs)
-    assert t.bos_id == begin
-    if begin is not None:
-        assert [t.bos_id, *t.encode("hi you")] == theirs.encode("hi you").ids
-    assert Tokenizer({"kind": "byte"}).bos_id is None
+        t = ours(theirs)
+        assert t.bos_id == 0 and [0, *t.encode("hi you")] == theirs.encode("hi you").ids
+    behind = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    theirs.post_processor = behind
+    assert ours(theirs).bos_id is None
 
 
 @pytest.mark.parametrize(
     "beside, end",
     [
         ({}, END),
-        ({"tokenizer_config": {"eos_token": "</s>"}}, "</s>"),
         ({"tokenizer_config": {"eos_token": {"content": "</s>", "lstrip": False}}}, "</s>"),
-        ({"tokenizer_config": {"eos_token": None}}, END),
         ({"tokenizer_config": {"eos_token": "<nobody's>"}}, END),
         ({"config": {"eos_token_id": 0}, "tokenizer_config": {"eos_token": "</s>"}}, "<s>"),
         ({"config": {"eos_token_id": 0}, "generation_config": {"eos_token_id": [3, 1]}}, "<u>"),
-        ({"config": {"eos_token_id": 0}, "generation_config": {"eos_token_id": None}}, "<s>"),
         ({"config": {"eos_token_id": 0}, "generation_config": {"eos_token_id": []}}, "<s>"),
         ({"config": {"eos_token_id": 99}, "tokenizer_config": {"eos_token": "<u>"}}, "<u>"),
-        ({"config": {"eos_token_id": 9999}}, END),
     ],
 )
 def test_end_of_text_is_what_the_files_say(beside, end):
@@ -380,16 +333,10 @@ def good():
 
 
 def edited(good, path, value):
-    """A copy with the value at path ("model.vocab") replaced, or dropped if `value` is KeyError."""
+    """A copy with the value at path ("model.vocab") replaced."""
     data = copy.deepcopy(good)
-    *way, last = path.split(".")
-    place = data
-    for key in way:
-        place = place[int(key) if isinstance(place, list) else key]
-    if value is KeyError:
-        del place[last]
-    else:
-        place[int(last) if isinstance(place, list) else last] = value
+    *way, last = (int(key) if key == "0" else key for key in path.split("."))
+    functools.reduce(lambda values, key: values[key], way, data)[last] = value
     return data
 
 
@@ -406,36 +353,22 @@ def pattern(text):
     [
         ("model.type", "WordPiece", "model WordPiece"),
         ("model.byte_fallback", True, "byte_fallback True"),
-        ("model.end_of_word_suffix", "</w>", "end_of_word_suffix '</w>'"),
         ("model.vocab.▁the", 400, "'▁the' is not byte-level"),
         ("model.vocab", {"a": 1}, "255 bytes have no token, 0x00 first"),
-        ("model.vocab.!", 2, "disagree about id 2"),
-        ("model.vocab.!", -1, "-1 is no token id"),
-        ("model.vocab.!", 10**9, "1000000000 is no token id"),
-        ("model.vocab.<s>", 5, "disagree about id"),
+        ("model.vocab.!", 2, "token ids are repeated"),
+        ("model.vocab.!", 10**9, "not from 0 to 1,000,000"),
         ("model.vocab.ĠQx", 300, "'ĠQx' .* made by none of the merges"),
-        ("model.merges.0", ["Q", "x"], "does not make a token"),
-        ("model.merges.0", ["Ġ", "a", "n"], "does not make a token"),
-        ("model.merges", [], "made by none of the merges"),
-        ("model.merges", KeyError, "'merges' is missing"),
+        ("model.merges.0", ["Q", "x"], "b'Qx' is missing"),
         ("model", None, "cannot be read"),
-        ("added_tokens", {"<s>": 0}, "cannot be read"),
-        ("added_tokens.0.id", KeyError, "'id' is missing"),
-        ("added_tokens.0.content", "  ", "'  ' is text like any other"),
         ("normalizer", {"type": "Lowercase"}, "normalizer Lowercase"),
         ("pre_tokenizer", None, "pre_tokenizer none"),
         ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁"}, "pre_tokenizer Metaspace"),
-        ("pre_tokenizer", NO_REGEX, "pre_tokenizer ByteLevel"),
         ("pre_tokenizer", PLAIN | {"add_prefix_space": True}, "pre_tokenizer ByteLevel"),
         ("pre_tokenizer", steps(ISOLATED, PLAIN), r"pre_tokenizer Split \+ ByteLevel"),
         ("pre_tokenizer", steps(ISOLATED | {"behavior": "Removed"}, NO_REGEX), "Split"),
-        ("pre_tokenizer", steps(ISOLATED | {"invert": True}, NO_REGEX), "Split"),
-        ("pre_tokenizer", steps(DIGITS, NO_REGEX), r"pre_tokenizer Digits \+ ByteLevel"),
         ("pre_tokenizer", steps(DIGITS | {"individual_digits": False}, PLAIN), "Digits"),
         ("pre_tokenizer", pattern(r"\s++$|\S+"), "has another meaning"),
-        ("pre_tokenizer", pattern(r"^\S+"), "has another meaning"),
         ("pre_tokenizer", pattern(r"\p{N}{1,3}+|\D+"), "has another meaning"),
-        ("pre_tokenizer", pattern(r"\s*"), "has another meaning"),
         ("pre_tokenizer", pattern(r"\p{Nobody}"), "tokenizer.json"),
         ("post_processor", {"type": "RobertaProcessing"}, "post_processor RobertaProcessing"),
         ("post_processor.single.0", {"SpecialToken": {"id": "<x>"}}, "'<x>' is missing"),
@@ -458,21 +391,9 @@ def test_ids_must_rise_along_the_merges(good):
         ours(data)
 
 
-def test_a_pair_that_theirs_does_not_merge_is_refused(good):
-    """tiktoken merges whatever joins to a token; theirs only what is listed."""
-    vocab = good["model"]["vocab"]
-    data = copy.deepcopy(good)
-    data["model"]["vocab"] |= {"Qx": 300, "Qxy": 301, "xy": 302}
-    data["model"]["merges"] = [*good["model"]["merges"], ["Q", "x"], ["Qx", "y"], ["x", "y"]]
-    assert "Qx" not in vocab and ours(data).encode("Qxy") == [301]
-    data["model"]["merges"][-2:] = [["Q", "xy"], ["x", "y"]]
-    with pytest.raises(UserError, match=r"'Qxy' .* made by none of the merges"):
-        ours(data)
-
-
 @pytest.mark.parametrize("name", ["tokenizer", "config", "generation_config", "tokenizer_config"])
 def test_what_is_no_json_object_is_said_so(good, name):
-    for data in (b"", b"{", b"[]", b'"\xff"', b"[" * 100_000, b'{"a": 1' + b"0" * 5000 + b"}"):
+    for data in (b"", b"[]", b'"\xff"', b"[" * 100_000):
         write("theirs", good)
         Path(f"theirs/{name}.json").write_bytes(data)
         with pytest.raises(UserError, match=rf"theirs.{name}.json (is no JSON|holds no JSON)"):
@@ -482,51 +403,16 @@ def test_what_is_no_json_object_is_said_so(good, name):
         hub_tokenizer("empty")
 
 
-def places(value, way=()):
-    """The paths of all values of a JSON object, a few of each long one."""
-    if isinstance(value, (dict, list)) and value:
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        for key in keys[:2] if len(keys) > 20 else keys:
-            yield (*way, key)
-            yield from places(value[key], (*way, key))
-
-
-def test_any_other_value_anywhere_is_read_or_refused_in_one_line(good):
-    rng, junk = random.Random(0), [None, True, -1, 7, 1.5, "x", "", [], {}, [None], {"type": "x"}]
-    refused = 0
-    for way in places(good):
-        data = copy.deepcopy(good)
-        place = data
-        for key in way[:-1]:
-            place = place[key]
-        for value in [*rng.sample(junk, 2), KeyError]:
-            if value is KeyError:
-                del place[way[-1]]
-            else:
-                place[way[-1]] = value
-            try:
-                ours(data).encode("any text, 12 of it")
-            except UserError as e:
-                refused += 1
-                assert "\n" not in str(e)
-    assert refused > 40
-
-
 # --------------------------------------------------------------------------------------------
 # Out
 # --------------------------------------------------------------------------------------------
 
 
-def hub_example():
-    """A tokenizer of kind hf with everything: NFC, digits, specials in front, a begin."""
-    theirs = trained("smollm2", nfc=True, front=["<s>", "</s>"], behind=["<x>"])
-    theirs.post_processor = BEGIN
-    return ours(theirs, config={"eos_token_id": 1})
-
-
 def make(name):
-    if name == "hf":
-        return hub_example()
+    if name == "hf":  # with everything: NFC, digits, specials in front, a begin
+        theirs = trained("smollm2", nfc=True, front=["<s>", "</s>"], behind=["<x>"])
+        theirs.post_processor = BEGIN
+        return ours(theirs, config={"eos_token_id": 1})
     if name == "cl100k_base":
         if not TIKTOKEN.is_dir():
             pytest.skip(f"no tiktoken vocabularies in {TIKTOKEN}")
@@ -535,37 +421,18 @@ def make(name):
     return prepare_data.make_tokenizer(name, documents, 1)
 
 
-MESSAGES = [
-    {"role": "system", "content": "You sell rooms.\n"},
-    {"role": "user", "content": "  有什么酒店？\r\n\n"},
-    calls('search {"n": 2, "area": "北京"}', "f {}", content="I look."),
-    {"role": "tool", "content": "[]"},
-    {"role": "assistant", "content": "Nothing, {{ sorry }} {% raw %} it's <b>full</b> 10 & 20."},
-    {"role": "user", "content": ""},
-]
-
-
 def saved(tokenizer, folder="out"):
     """transformers' own reading of what we write."""
     write(folder, tokenizer_json(tokenizer), tokenizer_config=tokenizer_config(tokenizer))
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
+LARGE = pytest.param("cl100k_base", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("special", [(), CHAT_TOKENS], ids=["bare", "chat"])
-@pytest.mark.parametrize("kind", ["byte", "char", "bpe:700", "hf"])
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe:700", "hf", LARGE])
 def test_transformers_reads_our_tokenizers(kind, special):
-    check_reading(kind, special)
-
-
-@pytest.mark.slow
-def test_transformers_reads_a_large_tokenizer_of_ours():
-    start = time.process_time()
-    assert len(tokenizer_json(make("cl100k_base"))["model"]["merges"]) == 100_000
-    assert time.process_time() - start < 60
-    check_reading("cl100k_base", CHAT_TOKENS)
-
-
-def check_reading(kind, special):
     t = make(kind).with_special(special)
     theirs = saved(t)
     assert_same(t, theirs.backend_tokenizer)
@@ -587,7 +454,6 @@ def check_reading(kind, special):
         assert again is None or again.encode(text) == ids
         front = [] if t.bos_id is None else [t.bos_id]
         assert theirs(text)["input_ids"] == front + ids
-    assert theirs.eos_token_id == t.eos_id
     for name, i in t.special.items():
         assert theirs.convert_tokens_to_ids(name) == i
         assert theirs.encode(f"a{name}b", add_special_tokens=False) == [
@@ -595,30 +461,3 @@ def check_reading(kind, special):
         ]
     ids = [t.eos_id, *t.encode("text"), t.eos_id]
     assert theirs.decode(ids, skip_special_tokens=True) == "text"
-
-
-@pytest.mark.parametrize("kind", ["byte", "hf"])
-def test_transformers_renders_our_chats(kind):
-    t = make(kind).with_special(CHAT_TOKENS)
-    theirs = saved(t)
-    for length, prompt in itertools.product(range(1, len(MESSAGES) + 1), [False, True]):
-        ids, _ = render_chat(MESSAGES[:length], t, add_generation_prompt=prompt)
-        got = theirs.apply_chat_template(
-            MESSAGES[:length], add_generation_prompt=prompt, return_dict=True
-        )
-        assert got["input_ids"] == ids
-    with pytest.raises(Exception, match="nobody"):
-        theirs.apply_chat_template([{"role": "nobody", "content": ""}])
-    assert "chat_template" not in tokenizer_config(make("byte"))
-
-
-def test_a_special_token_spelled_like_an_ordinary_one_is_refused():
-    with pytest.raises(UserError, match="special token 'a' is spelled like an ordinary one"):
-        tokenizer_json(Tokenizer({"kind": "byte"}).with_special(["a"]))
-
-
-def test_spelling_is_gpt2s():
-    assert set(CHAR_BYTES) == set(pre_tokenizers.ByteLevel.alphabet())
-    assert spell(" é\n".encode()) == "ĠÃ©Ċ"
-    everything = bytes(range(256))
-    assert unspell(spell(everything)) == everything

@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model as lm
-import sample
 from data.cli import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -49,9 +48,6 @@ MODELS = {
     "qwen3": ("Qwen3", TINY | dict(head_dim=12, tie_word_embeddings=True)),
     "qwen3 biases": ("Qwen3", TINY | dict(head_dim=8, attention_bias=True)),
 }
-
-every_model = pytest.mark.parametrize("name", MODELS)
-
 
 def theirs(name, dtype=torch.float32):
     """A random model of transformers', its biases and norms not at their idle start values."""
@@ -88,7 +84,7 @@ def some_ids(model, T=60, B=2):
     return torch.randint(model.config.vocab_size, (B, T))
 
 
-@every_model
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_theirs_in_fp32_and_fp64(name, tmp_path):
     reference = theirs(name)
     reference.save_pretrained(tmp_path)
@@ -104,40 +100,23 @@ def test_logits_equal_theirs_in_fp32_and_fp64(name, tmp_path):
         torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama 3 rope", "qwen3"])
-def test_greedy_text_is_theirs(name, tmp_path):
-    reference = theirs(name)
-    reference.save_pretrained(tmp_path)
-    ids = some_ids(reference, 9, 1)
-    model = ours(tmp_path)
-    want = reference.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None)
-    got = [row[0] for row in sample.generate(model, ids.tolist(), 64, temperature=0)]
-    assert got == want[0, 9:].tolist()
-
-
 # --------------------------------------------------------------------------------------------
 # config.json: what we cannot compute is named
 # --------------------------------------------------------------------------------------------
 
-SLIDING = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1, layer_types=None)
 REFUSED = [
-    ("gpt2", dict(activation_function="swish"), "activation_function = 'swish'"),
     ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights = False"),
-    ("llama", dict(pretraining_tp=2), "pretraining_tp = 2"),
     ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "json: rope_scaling"),
     ("llama", dict(rope_scaling={"type": "dynamic", "factor": 4.0}), "config.json: rope_scaling"),
     ("llama", dict(quantization_config={"bits": 4}), "quantization_config"),
     ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
-    ("llama", dict(embedding_multiplier=12.0), "embedding_multiplier = 12.0"),
     ("llama", dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial"),
     ("llama", dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "rope_parameters ="),
-    ("llama", dict(rope_scaling="linear"), "rope_parameters = 'linear'"),
     ("llama", dict(final_logit_softcapping=30.0), "final_logit_softcapping = 30.0"),
-    ("qwen2", SLIDING, "use_sliding_window = True"),
+    ("qwen2", dict(use_sliding_window=True), "use_sliding_window = True"),
     ("mistral", dict(sliding_window="?"), "wrong type"),
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
     ("llama", dict(model_type="mamba"), "model_type 'mamba' is none of gpt2, llama"),
-    ("llama", dict(hidden_size=None), "hidden_size|wrong type|d_model"),
     ("llama", dict(num_attention_heads=5), "n_head 5 is no multiple of n_kv_head 2"),
 ]
 
@@ -160,10 +139,6 @@ def test_only_mistral_uses_a_window_that_no_other_field_asks_for(capsys):
 @pytest.mark.parametrize(
     "name, change",
     [
-        ("qwen2", SLIDING | dict(max_window_layers=2)),  # of two layers
-        ("qwen2", SLIDING | dict(sliding_window=None)),
-        ("qwen3", SLIDING | dict(sliding_window=128)),
-        ("qwen3", SLIDING | dict(layer_types=["full_attention"] * 2)),
         ("qwen2", dict(attention_bias=True, mlp_bias=True)),  # fields of Llama's
         ("mistral", dict(attention_bias=True, mlp_bias=True)),
         ("qwen3", dict(mlp_bias=True)),
@@ -171,15 +146,11 @@ def test_only_mistral_uses_a_window_that_no_other_field_asks_for(capsys):
         ("llama", dict(rope_scaling={"type": "default", "partial_rotary_factor": 1.0})),
         ("llama", dict(embedding_multiplier=1.0, final_logit_softcapping=None, alibi=False)),
         ("llama", dict(use_sliding_window=False, max_window_layers=None, sliding_window="?")),
-        ("mistral", dict(scale_attn_weights=False, pretraining_tp=4)),  # fields of others
     ],
 )
 def test_what_changes_nothing_is_no_reason_to_refuse(name, change):
     values = theirs_config(name)
     assert lm.config_from_hf(values | change) == lm.config_from_hf(values)
-    config = getattr(transformers, f"{MODELS[name][0]}Config").from_dict(values | change)
-    layers = getattr(config, "layer_types", None) or []
-    assert "sliding_attention" not in layers or config.sliding_window == 128  # the context
 
 
 METADATA = dict(unsloth_fixed=True, auto_map={"AutoConfig": "a.B"}, tokenizer_class="X")
@@ -202,12 +173,6 @@ def theirs_config(name):
     return json.loads(config.to_json_string(use_diff=False))
 
 
-@every_model
-def test_every_field_that_transformers_writes_is_understood(name):
-    values = theirs_config(name)
-    assert lm.config_from_hf(values).vocab_size == values["vocab_size"]
-
-
 # What matters of config.json as published on the Hub, and the model's parameters
 PUBLISHED = {
     "openai-community/gpt2": (
@@ -222,14 +187,6 @@ PUBLISHED = {
         | dict(num_key_value_heads=8, pretraining_tp=1, rms_norm_eps=1e-05, rope_theta=500000.0)
         | dict(tie_word_embeddings=True, vocab_size=128256, rope_scaling=ROPE3),
         1_235_814_400,
-    ),
-    "Qwen/Qwen2.5-0.5B": (
-        dict(hidden_act="silu", hidden_size=896, intermediate_size=4864, max_window_layers=24)
-        | dict(max_position_embeddings=32768, model_type="qwen2", num_attention_heads=14)
-        | dict(num_hidden_layers=24, num_key_value_heads=2, rms_norm_eps=1e-06)
-        | dict(rope_theta=1000000.0, sliding_window=32768, tie_word_embeddings=True)
-        | dict(use_mrope=False, use_sliding_window=False, vocab_size=151936),
-        494_032_768,
     ),
     "mistralai/Mistral-7B-v0.1": (
         dict(hidden_act="silu", hidden_size=4096, intermediate_size=14336, vocab_size=32000)
@@ -358,21 +315,10 @@ def test_a_folder_that_misfits_says_how(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": path.name, "b": "b.safetensors"}}))
     with pytest.raises(UserError, match=r"lacks b\.safetensors, which .* names"):
         lm.load_hf(tmp_path)
-    safetensors.save_file(state, tmp_path / "b.safetensors")
-    with pytest.raises(UserError, match="is in two of its files"):
-        lm.load_hf(tmp_path)
     index.unlink()
     path.unlink()
     with pytest.raises(UserError, match="has none of"):
         lm.load_hf(tmp_path)
-    for index, words in (
-        ({"weight_map": {"a": "../../etc/passwd"}}, "no plain file name"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "no plain file name"),
-        ({"weight_map": ["a"]}, "no weight_map"),
-    ):
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-        with pytest.raises(UserError, match=words):
-            lm.load_hf(tmp_path)
 
 
 PEAK = """

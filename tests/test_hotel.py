@@ -1,17 +1,14 @@
 """data/hotel.py: the search, and values exchanged in dialogues."""
 
-import argparse
-import copy
 import json
 import random
-import re
 
 import pytest
-from conftest import CHAT, SHARED, calls, turn
+from conftest import calls, real, turn
 
-import finetune as ft
 from data.chat import parse_call
 from data.cli import UserError
+from data.facts import augment
 from data.hotel import (
     HOTEL_KEYS,
     read_hotels,
@@ -25,9 +22,6 @@ from data.hotel import (
 from data.rows import to_example
 
 A, ROLES = turn("assistant", "a"), ("user", "call", "tool", "assistant")
-
-
-# ---- augmentation --------------------------------------------------------------------------
 
 
 def calling(name, arguments):
@@ -49,13 +43,13 @@ def hotel_talk(facilities, note=""):
 
 def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
     before = hotel_talk(["健身房", "SPA"], "健身房在二楼")
-    kept = copy.deepcopy(before)
     pool = {"call.facilities": ["接机"], "tool.facilities": ["酒吧"], "tool.name": ["听涛宾馆"]}
 
     rng = random.Random(0)
     rng.random = iter([0.0, *[0.9] * 9]).__next__  # only the first value is exchanged
     after = substitute(before, pool, 0.5, rng, made_up=0)
-    assert after == hotel_talk(["接机", "SPA"], "接机在二楼") and before == kept
+    assert after == hotel_talk(["接机", "SPA"], "接机在二楼")
+    assert before == hotel_talk(["健身房", "SPA"], "健身房在二楼")
     assert substitute(before, pool, 0.0, random.Random(0), made_up=0) is before
     assert substitute(before, {}, 1.0, random.Random(0)) is before
     # as what a call passes the second would become the same as the first
@@ -143,8 +137,7 @@ def test_calls_are_tidied_and_say_the_same():
     after = tidy_calls({"messages": [*talk, A]})["messages"]
     tidy = parse_call(after[1]["tool_calls"][0])[1]
     assert list(tidy) == ["facilities", "n", "type"] and after[0] == talk[0] and after[2] == A
-    assert tidy["facilities"] == ["b", "c", "a", "z"] and tidy["n"] == [2, 1]
-    assert sorted(tidy["facilities"]) == sorted(arguments["facilities"])
+    assert tidy == arguments | {"facilities": ["b", "c", "a", "z"]}
     assert tidy_calls({"messages": after})["messages"] == after
 
 
@@ -158,71 +151,55 @@ def test_rarely_passed_keys_come_in_the_share_of_conversations_that_is_wanted():
     assert max(repeats([talk(**{f"key{i}": 1}) for i in range(300)])) == 8
 
 
-def test_augmented_epochs_depend_on_seed_and_epoch_alone():
-    rows = synthetic_dialogues(40, "x")
-    examples = [tidy_calls(to_example(r)[1]) for r in rows]
-    args = argparse.Namespace(
-        context=4000, loss_on="assistant", data="hotel", augment=0.5, seed=3
-    )
-    objective = ft.SFT(args, CHAT)
-
-    def make(epoch):
-        return ft.augmented(examples, objective, args, epoch).rows
-
-    first, second = make(0), make(1)
-    assert make(0) == first != second
-    args.seed = 4
-    assert make(0) != first
-    assert len(first) == len(second) == 40
-    for row in first:
-        text = CHAT.decode(row.ids)
-        for content in re.findall(r"<\|call\|>(.*?)<\|end\|>", text, re.S):
-            said = text[: text.index("<|call|>")]
-            for value in json.loads(content.partition(" ")[2]).values():
-                for v in value if isinstance(value, list) else [value]:
-                    assert str(v) in said
+def test_augmented_epochs_depend_on_their_seed_alone():
+    examples = [tidy_calls(to_example(row)[1]) for row in synthetic_dialogues(40, "x")]
+    first, again, second = (augment(examples, 0.5, random.Random(seed)) for seed in (3, 3, 4))
+    assert first == again != second and len(first) == len(second) == 40
 
 
 # ---- hotels ----------------------------------------------------------------------------------
 
 
-def hotel(name, price=500, rating=4.5, facilities=(), type="舒适型"):
+def hotel(name, price, rating, facilities=(), type="舒适型"):
     return dict(name=name, price=price, rating=rating, facilities=list(facilities), type=type)
 
 
-def names(found):
-    return [h["name"] for h in found]
+FOUR = [
+    hotel("北京饭店", 300, 4.0, ["公共区域和部分房间提供wifi", "健身房"], "豪华型"),
+    hotel("听涛宾馆", 400, 4.5, ["洗衣服务"]),
+    hotel("c", None, None),
+    hotel("d", 401, 4.9),
+]
 
 
-def test_ranges_include_their_ends_and_unknown_prices_fit_no_range():
-    hotels = [hotel("a", 300, 4.0), hotel("b", 400, 4.5), hotel("c", None, None), hotel("d", 401)]
-    by_price = dict(price_range_lower=300, price_range_upper=400)
-    assert names(search_hotels(hotels, **by_price)) == ["b", "a"]
-    assert names(search_hotels(hotels, price_range_upper=300)) == ["a"]
-    assert names(search_hotels(hotels, price_range_lower=401)) == ["d"]
-    assert names(search_hotels(hotels, price_range_upper=0)) == []
-    by_rating = dict(rating_range_lower=4.0, rating_range_upper=4.0)
-    assert names(search_hotels(hotels, **by_rating)) == ["a"]
-    assert "c" in names(search_hotels([hotels[2]])) and len(search_hotels(hotels)) == 2
+@pytest.mark.parametrize(
+    "wanted, names",
+    [
+        ({}, ["d", "听涛宾馆"]),  # the two best rated
+        (dict(price_range_lower=300, price_range_upper=400), ["听涛宾馆", "北京饭店"]),
+        (dict(price_range_upper=300), ["北京饭店"]),
+        (dict(price_range_lower=401), ["d"]),
+        (dict(price_range_upper=0), []),
+        (dict(rating_range_lower=4.0, rating_range_upper=4.0), ["北京饭店"]),
+        (dict(name="c"), ["c"]),  # an unknown price is outside of ranges only
+        (dict(name="c", price_range_lower=0), []),
+        (dict(name="听涛"), ["听涛宾馆"]),
+        (dict(name="听涛宾馆（西直门店）"), ["听涛宾馆"]),
+        (dict(type="豪华型"), ["北京饭店"]),
+        (dict(type="舒适型", price_range_upper=None), ["d", "听涛宾馆"]),
+        (dict(facilities=["健身房"]), ["北京饭店"]),
+        (dict(facilities=["部分房间提供wifi", "健身房"]), ["北京饭店"]),
+        (dict(facilities=["房间和公共区域提供wifi"]), ["北京饭店"]),
+        (dict(facilities=["洗衣"]), ["听涛宾馆"]),
+        (dict(facilities=["健身房", "洗衣服务"]), []),
+    ],
+)
+def test_a_search_finds_what_fits_all_that_is_wanted_in_the_guests_words(wanted, names):
+    assert [h["name"] for h in search_hotels(FOUR, **wanted)] == names
 
 
-def test_the_two_best_rated_come_first_and_unrated_ones_last():
-    hotels = [hotel(str(r), rating=r) for r in (4.1, None, 4.9, 4.4, 4.8)]
-    assert [h["rating"] for h in search_hotels(hotels)] == [4.9, 4.8]
-    assert [h["rating"] for h in search_hotels(hotels[:2])] == [4.1, None]
-    assert search_hotels([]) == []
-
-
-def test_names_types_and_facilities_in_the_guests_words():
-    hotels = [hotel("北京饭店", facilities=["公共区域和部分房间提供wifi", "健身房"], type="豪华型"),
-              hotel("听涛宾馆", facilities=["洗衣服务"])]
-    assert names(search_hotels(hotels, name="听涛")) == ["听涛宾馆"]
-    assert names(search_hotels(hotels, name="听涛宾馆（西直门店）")) == ["听涛宾馆"]
-    assert names(search_hotels(hotels, type="豪华型")) == ["北京饭店"]
-    for wanted in (["健身房"], ["部分房间提供wifi", "健身房"], ["房间和公共区域提供wifi"]):
-        assert names(search_hotels(hotels, facilities=wanted)) == ["北京饭店"]
-    assert names(search_hotels(hotels, facilities=["洗衣"])) == ["听涛宾馆"]
-    assert search_hotels(hotels, facilities=["健身房", "洗衣服务"]) == []
+def test_an_unrated_hotel_comes_last():
+    assert search_hotels(FOUR[2:0:-1]) == FOUR[1:3] and search_hotels([]) == []
 
 
 def test_our_own_hotels_have_all_fields_and_can_all_be_found(tmp_path, monkeypatch):
@@ -230,21 +207,16 @@ def test_our_own_hotels_have_all_fields_and_can_all_be_found(tmp_path, monkeypat
     hotels = read_hotels()
     assert len(hotels) >= 50
     for h in hotels:
-        assert {*HOTEL_KEYS.values()} <= set(h) and h["facilities"]
+        assert list(h)[:8] == [*HOTEL_KEYS.values()] and h["facilities"]
         assert h in search_hotels(hotels, name=h["name"], facilities=h["facilities"])
 
 
 def test_the_public_data_base_is_read_into_the_same_fields():
-    path = SHARED / "hotel" / "hotel_db.json"
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
-    hotels = read_hotels(path)
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    assert len(hotels) == len(raw) and [h["name"] for h in hotels] == [name for name, _ in raw]
-    assert all(set(h) == {*HOTEL_KEYS.values()} for h in hotels)
+    path = real("hotel/hotel_db.json")
+    hotels, raw = read_hotels(path), json.loads(path.read_text(encoding="utf-8"))
+    assert [h["name"] for h in hotels] == [name for name, _ in raw]
+    assert all(list(h) == [*HOTEL_KEYS.values()] for h in hotels)
     assert not any(f != f.strip() or not f for h in hotels for f in h["facilities"])
-    found = search_hotels(hotels, price_range_upper=500, facilities=["健身房"])
-    assert found and all(h["price"] <= 500 for h in found)
 
 
 @pytest.mark.parametrize("text", ["{", '[["a"]]', "[1]", '[{"name": "a"}]', '[["a", {"名称": 1}]]'])

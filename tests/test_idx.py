@@ -2,16 +2,12 @@
 
 import gzip
 import hashlib
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import SHARED, idx, serve_folder, toy_files
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import mnist
 from data.cli import UserError

@@ -110,21 +110,15 @@ def test_outputs_gradients_and_adamw_steps_of_adapters_and_table_are_pefts():
             close(our.grad, their.grad)
         for optimizer in optimizers:
             optimizer.step()
-    one = [side(IDS) for side in sides]
-    close(*one)
     for name in ADAPTERS:
         for our, their in pairs(ours, theirs, name):
             close(our, their)
     close(ours.embed.weight, theirs.base_model.model.embed.modules_to_save["one"].weight)
-    seen = []
-    for name in ("two", "one", "two"):  # an adapter brings its table along
+    for name in ("one", "two", "one"):  # an adapter brings its table along
         lora.set_adapter(ours, name)
         theirs.set_adapter(name)
-        seen.append(sides[0](IDS))
-        close(seen[-1], sides[1](IDS))
-    assert torch.equal(seen[1], one[0]) and torch.equal(seen[0], seen[2])
-    assert (seen[0] - seen[1]).abs().max() > 1e-2
-    with pytest.raises(UserError, match="no adapter three; the model has one, two"):
+        close(sides[0](IDS), sides[1](IDS))
+    with pytest.raises(UserError, match="no adapter three; the model has two, one"):
         lora.set_adapter(ours, "three")
 
 
@@ -145,8 +139,6 @@ def test_an_adapter_starts_as_no_change_and_disabled_is_the_base_exactly(kind):
         assert torch.equal(model(IDS), plain)
         raise KeyError
     assert torch.equal(model(IDS), changed) and not torch.equal(changed, plain)
-    lora.set_adapter(model)
-    assert torch.equal(model(IDS), plain)
 
 
 def test_tables_that_learn_beside_an_adapter_are_switched_with_it():
@@ -155,19 +147,16 @@ def test_tables_that_learn_beside_an_adapter_are_switched_with_it():
     lora.add_lora(model, "q", name="one", modules_to_save=["embed", "head"])
     learn_something(model, 1)
     one = model(IDS)
-    with lora.disable_adapter(model):
-        assert torch.equal(model.embed.weight, bare["embed.weight"])
-    assert torch.equal(model(IDS), one)
     lora.add_lora(model, "head", name="two", modules_to_save=["embed"])  # the head is adapted
-    lora.set_adapter(model, "two")
     assert torch.equal(model.head.weight, bare["head.weight"])
     learn_something(model, 2)
     two = model(IDS)
-    for names, expected in (["one"], one), (["two"], two), (["one"], one):
-        lora.set_adapter(model, *names)
+    for name, expected in ("one", one), ("two", two), ("one", one):
+        lora.set_adapter(model, name)
         assert torch.equal(model(IDS), expected)
-    lora.set_adapter(model)
-    assert all(torch.equal(lora.base_parameters(model)[n], bare[n]) for n in bare)
+    with lora.disable_adapter(model):
+        assert all(torch.equal(lora.base_parameters(model)[n], bare[n]) for n in bare)
+    assert torch.equal(model(IDS), one)
 
 
 def test_targets_are_groups_last_names_or_full_ones_and_nothing_else_learns():
@@ -188,36 +177,24 @@ def test_targets_are_groups_last_names_or_full_ones_and_nothing_else_learns():
     assert "blocks.0.feed_forward.gate" in lora.add_lora(gated, "mlp")
 
 
-def test_bad_settings_are_refused_and_change_nothing():
+def test_bad_targets_are_refused_and_change_nothing():
     model = lm.Transformer(lm.preset("tiny", tied=True, n_layer=1))
-    for settings, message in (
-        (dict(targets="query"), "no layer is called query.*attention, mlp, all.*head.*project"),
-        (dict(targets="head"), "head shares its weight"),
-        (dict(targets="q,head"), "head shares its weight"),
-        (dict(rank=0), "rank >= 1"),
-        (dict(alpha=0), "alpha > 0"),
-        (dict(alpha=float("nan")), "alpha > 0"),
-        (dict(dropout=1.0), "dropout < 1"),
-        (dict(dropout=-0.1), "0 <= dropout"),
+    for targets, message in (
+        ("query", "no layer is called query.*attention, mlp, all.*head.*project"),
+        ("q,head", "head shares its weight"),
     ):
         with pytest.raises(UserError, match=message):
-            lora.add_lora(model, **settings)
-    for kind, targets in (("int4", "all"), ("nf4", "nobody")):
-        with pytest.raises(UserError, match=r"int4|nobody"):
-            lora.quantize(model, kind, targets)
+            lora.add_lora(model, targets)
     assert not lora.adapted(model) and all(p.requires_grad for p in model.parameters())
 
 
-def test_a_name_is_taken_once_and_may_be_any_word():
+def test_a_name_may_be_any_word():
     model, words = tiny(), ["chat-v1.2", "out/chat/best.pt", "copy", "keys", "a%2Eb", "a.b"]
     for name in words:
         lora.add_lora(model, "q", name=name)
-    with pytest.raises(UserError, match=r"adapter 'a\.b' already"):
-        lora.add_lora(model, "all", name="a.b")
     with pytest.raises(UserError, match="no layer is called base"):
         lora.add_lora(model, "base", name="inside")
-    assert sorted(lora.adapted(model)) == names(LAYERS[:1])
-    assert lora.adapter_names(model) == lora.active_adapters(model) == words
+    assert sorted(lora.adapted(model)) == names(LAYERS[:1]) and lora.adapter_names(model) == words
 
 
 @pytest.mark.parametrize("kind", (None, "int8", "nf4"))
@@ -225,21 +202,18 @@ def test_merged_is_unmerged_in_train_mode_too_and_only_once(kind):
     model = tiny(tied=False)
     if kind:
         assert sorted(lora.quantize(model, kind)) == names()
-    for name, dropout in (("one", 0.3), ("two", 0.0), ("off", 0.0)):
-        lora.add_lora(model, "attention", rank=4, alpha=12, dropout=dropout, name=name)
-        learn_something(model, len(name + str(dropout)))
-    lora.set_adapter(model, "one", "two")
+    for name in ("off", "on"):
+        lora.add_lora(model, "attention", rank=4, alpha=12, dropout=0.3, name=name)
+        learn_something(model)
     assert not torch.equal(model.train()(IDS), model(IDS))  # dropout
     before, layer = model.eval()(IDS), model.blocks[1].attention.v
-    delta = sum(3 * layer.b[n].double() @ layer.a[n].double() for n in ("one", "two"))
+    delta = 3 * layer.b["on"].double() @ layer.a["on"].double()
     by_hand = (layer.base.weight.double() + delta).float()
     assert sorted(lora.merge(model.train())) == names(LAYERS if kind else LAYERS[:4])
     assert not model.training and lora.merge(model) == []
     close(model(IDS), before)
     close(model.blocks[1].attention.v.weight, by_hand, 1e-6)
-    plain = lm.Transformer(model.config).eval()
-    lm.load_weights(plain, model.state_dict())
-    assert torch.equal(plain(IDS), model(IDS))
+    lm.load_weights(lm.Transformer(model.config), model.state_dict())  # a plain model's names
 
 
 # ---- files ---------------------------------------------------------------------------------
@@ -296,11 +270,8 @@ def test_the_merge_command_writes_base_and_adapter_as_one(tmp_path, capsys, quan
     assert (merged(IDS) - tiny(vocab_size=320, tied=tied)(IDS)).abs().max() > 0.01
     for changes, message in (
         (dict(ckpt=out, out=new), "merged.pt is another model, or has it merged in already"),
-        (dict(ckpt=other, out=new), "b.pt is another model, or has it merged in"),
         (dict(), "merged.pt exists: name another --out"),
         (dict(adapter=other, out=new), "a whole model, not an adapter"),
-        (dict(ckpt=tmp_path / "run", out=new), "does not fit"),
-        (dict(ckpt=tmp_path / "nothing.pt", out=new), "does not exist"),
     ):
         with pytest.raises(UserError, match=message) as error:
             merge(**changes)
@@ -318,15 +289,9 @@ def test_adapters_and_their_tables_survive_files_and_switching(tmp_path, tied, q
     for name in ("rude!", "kind"):
         lora.set_adapter(both, name)
         assert torch.equal(both(ids), models[name](ids))
-        again = lora.adapter_state(both, name)
+        again = lora.adapter_state(both)
         assert again.keys() == saved[name]["model"].keys()
         assert all(torch.equal(t, saved[name]["model"][k]) for k, t in again.items())
-    assert not torch.equal(models["kind"].embed.weight, models["rude!"].embed.weight)
-    with lora.disable_adapter(both):
-        bare = lm.model_from_checkpoint(lm.load_checkpoint(base))
-        close(both.embed.weight[:257], bare.embed.weight[:257])
-    lora.load_adapter(both, saved["rude!"], "rude!")
-    assert torch.equal(both(ids), models["rude!"](ids))
     narrow = saved["kind"] | {"adapter": saved["kind"]["adapter"] | {"rank": 2}}
     with pytest.raises(UserError, match=r"my.pt does not fit this base: .* is \(4, 64\)"):
         lora.load_adapted(lm.load_checkpoint(base), {"my.pt": narrow})
@@ -401,24 +366,6 @@ def test_int8_is_off_by_half_a_step_and_the_scales_own_error_at_most():
         assert (error <= 0.50001 * scales + codes.abs() * scale_error(scales)).all()
 
 
-@pytest.mark.slow
-def test_nf4_codes_and_values_are_bitsandbytes_own():
-    bnb = pytest.importorskip("bitsandbytes.functional")
-    for weight in weights_of_all_sorts():
-        if weight.numel() % 2:
-            continue  # the two fill the last byte up in their own ways
-        try:
-            packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-            values = bnb.dequantize_4bit(packed, state)
-        except (RuntimeError, NotImplementedError, AssertionError) as e:
-            pytest.skip(f"bitsandbytes cannot do it on a CPU: {e}")
-        codes, absmax = lora.quantize_nf4(weight)
-        assert torch.equal(codes.flatten()[: weight.numel() // 2], packed.flatten())
-        assert torch.equal(absmax.flatten(), state.absmax)
-        ours = (torch.tensor(lora.NF4)[halves_of(codes)] * absmax).flatten()[: weight.numel()]
-        assert torch.equal(ours.view_as(weight), values)
-
-
 def quantized(kind, seed=0):
     torch.manual_seed(seed)
     return lora.QuantLinear(nn.Linear(96, 40), kind), torch.randn(5, 3, 96)
@@ -446,24 +393,12 @@ def test_a_quantized_layer_is_a_linear_of_its_dequantized_weight_in_either_preci
     assert low.dtype == torch.bfloat16 and ours.grad.dtype == torch.float32
     close(low.float(), expected, 3e-2)
     close(ours.grad, theirs.grad, 5e-2)
-    other, _ = quantized(kind, seed=1)
-    assert not torch.equal(other(x), y)
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(x), y)
 
 
 @pytest.mark.parametrize("kind, bits", [("nf4", 4.13), ("int8", 8.13)])
-def test_a_frozen_gpt2_takes_at_most_three_tenths_of_its_bytes(kind, bits):
-    def held(module):
-        tensors = (*module.parameters(), *module.buffers())
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    blocks = lm.Transformer(lm.preset("gpt2", n_layer=1, vocab_size=64)).blocks
-    before = held(blocks)
-    lora.quantize(blocks, kind)
-    assert held(blocks) <= 0.30 * before
-    state = blocks[0].feed_forward.up.state_dict()
-    stored = sum(t.numel() * t.element_size() for n, t in state.items() if n != "bias")
+def test_a_quantized_weight_takes_so_many_bits(kind, bits):
+    state = lora.QuantLinear(nn.Linear(768, 3072, bias=False), kind).state_dict()
+    stored = sum(t.numel() * t.element_size() for t in state.values())
     assert 8 * stored / (768 * 3072) == pytest.approx(bits, abs=0.005)
 
 

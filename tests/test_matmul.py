@@ -1,17 +1,86 @@
-"""data/matmul.py: each layout computes the product, and the fastest that works is chosen."""
+"""data/matmul.py: each layout computes the product, the fastest that works is chosen, and a model
+made fast writes what it wrote before."""
 
+import argparse
+import contextlib
+import copy
+import io
+import itertools
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bench_sample import perplexity
+from conftest import real
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import lora
+import model as lm
+import prepare_data
+import sample
+import train
 from data import matmul
 from data.cli import UserError
-from data.matmul import FLOAT_LINEARS, INT8_LINEARS, FastLinear, Int8Linear, fastest, int8_scale
+from data.matmul import FLOAT_LAYOUTS, INT8_LAYOUTS, fastest, int8, int8_scale, plain
+from data.tokenizer import Tokenizer
+
+LLAMA = dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2, rope_theta=5e5)
+ARCHITECTURES = {
+    "gpt2": dict(position="learned", norm="layernorm", activation="gelu_tanh", qkv_bias=True,
+                 out_bias=True, ff_bias=True, tied=True),
+    "llama": LLAMA,
+    "qwen3": LLAMA | dict(qk_norm=True, tied=True, head_size=24),
+    "qwen2": LLAMA | dict(qkv_bias=True),
+    "default": dict(norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True,
+                    value_embed=True, bigram=50, induction=True, embed_norm=True),
+    "course": dict(position="sinusoidal", norm="layernorm", activation="relu", out_bias=True,
+                   ff_bias=True, head_bias=True),
+}  # fmt: skip
+THREE = ["gpt2", "llama", "default"]
+
+
+def build(name, d_model=64, context=48, seed=0, **changes):
+    """A model of that architecture with random weights that are not small."""
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=300, n_layer=2, n_head=4, d_model=d_model, context=context)
+    model = lm.Transformer(lm.Config(**shape | ARCHITECTURES[name] | changes))
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.normal_(1.0 if "norm" in n and n.endswith("weight") else 0.0, 0.1)
+    return model.eval()
+
+
+def fast_copy(model, rows=1, int8=False):
+    model = copy.deepcopy(model)
+    matmul.make_fast(model, rows, int8)
+    return model
+
+
+def bf16_copy(model):
+    content = {"config": vars(model.config), "model": model.state_dict()}
+    return lm.model_from_checkpoint(content, dtype=torch.bfloat16)
+
+
+def save(model, path):
+    content = {"config": vars(model.config), "model": model.state_dict()}
+    lm.save_checkpoint(path, content | {"tokenizer": Tokenizer({"kind": "byte"}).spec})
+
+
+# ---- products --------------------------------------------------------------------------------
+
+
+def pack_or_skip(layout, weight, x):
+    """The function that computes x @ weight.T, or a skip with the reason."""
+    try:
+        linear = layout(weight, None, len(x))
+        linear(x)
+        return linear
+    except (RuntimeError, AttributeError) as e:
+        pytest.skip(f"not on this machine: {e}")
 
 
 def rounding(step, values):
@@ -19,29 +88,19 @@ def rounding(step, values):
     return step / 12**0.5 / values.square().mean(-1).sqrt()
 
 
-def build_or_skip(cls, weight, rows, x):
-    """A layer of that class that can compute x, or a skip with the reason."""
-    try:
-        layer = cls(weight, rows=rows)
-        layer(x)
-        return layer
-    except (RuntimeError, AttributeError) as e:
-        pytest.skip(f"not on this machine: {e}")
-
-
 @pytest.mark.parametrize("vnni", [True, False])
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("cls", INT8_LINEARS)
-def test_int8_errs_by_what_its_bits_leave(cls, rows, vnni, monkeypatch):
+@pytest.mark.parametrize("layout", INT8_LAYOUTS)
+def test_int8_errs_by_what_its_bits_leave(layout, rows, vnni, monkeypatch):
     if vnni and not torch.cpu._is_vnni_supported():
         pytest.skip("this CPU has no VNNI: pairs of products of 8 bits do not fit its 16")
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     torch.manual_seed(0)
     weight = torch.randn(512, 256) * torch.logspace(-3, 0, 512)[:, None]  # one scale would not do
     x = torch.randn(rows, 256) * torch.logspace(-2, 1, rows)[:, None]
-    y = build_or_skip(cls, weight, rows, x)(x)
+    y = pack_or_skip(layout, weight, x)(x)
     x_error = 2.0**-9  # bf16 has 8 bits, the sign not counted
-    if cls is Int8Linear:
+    if layout is int8:
         unit = x / x.abs().amax(-1, keepdim=True)
         x_error = rounding((unit.max() - unit.min()) / (2 ** (8 if vnni else 7) - 1), unit)
     exact, weight_error = x @ weight.T, rounding(int8_scale(weight), weight)  # (512,)
@@ -54,34 +113,139 @@ def test_int8_errs_by_what_its_bits_leave(cls, rows, vnni, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("cls", FLOAT_LINEARS)
-def test_each_layout_gives_the_product(cls, rows, dtype):
+@pytest.mark.parametrize("layout", FLOAT_LAYOUTS)
+def test_each_layout_gives_the_product(layout, rows, dtype):
     torch.manual_seed(0)
     weight, few = torch.randn(640, 320).to(dtype), torch.randn(rows, 320).to(dtype)
-    layer = build_or_skip(cls, weight, rows, few)
+    linear = pack_or_skip(layout, weight, few)
     for x in (few, torch.randn(70, 320).to(dtype)):  # a prompt has more rows
         exact = x.double() @ weight.double().T
         bound = 4 * torch.finfo(dtype).eps * exact.norm()
-        assert (layer(x).double() - exact).norm() < bound and layer(x).dtype == dtype
+        assert (linear(x).double() - exact).norm() < bound and linear(x).dtype == dtype
 
 
 def test_the_fastest_that_works_is_chosen(monkeypatch):
-    class Broken(FastLinear):
-        def forward(self, x):
-            raise RuntimeError("not on this CPU")
+    def broken(weight, bias, rows):
+        raise RuntimeError("not on this CPU")
 
-    class Slow(FastLinear):
-        def forward(self, x):
-            return torch.stack([torch.nn.functional.linear(x, self.weight)] * 200)[0]
+    def slow(weight, bias, rows):
+        return lambda x: torch.stack([x @ weight.T] * 200)[0]
 
     linear, timings = torch.nn.Linear(300, 1024), {}
     monkeypatch.setattr(matmul, "timings", timings)
-    monkeypatch.setattr(matmul, "FLOAT_LINEARS", (Broken, Slow, FastLinear))
-    assert type(fastest([linear], 1, False)) is FastLinear
-    assert next(iter(timings.values())).keys() == {Slow, FastLinear}
-    assert "FastLinear" in next(matmul.timing_lines())
-    small = torch.nn.Linear(300, 8)  # so small that nothing is timed but the first that works
-    assert type(fastest([small], 1, False)) is Slow
-    monkeypatch.setattr(matmul, "INT8_LINEARS", (Broken,))
+    fastest([linear], 1, (broken, slow, plain))
+    assert next(iter(timings.values())).keys() == {slow, plain}
+    assert "microseconds: plain" in next(matmul.timing_lines())
+    fastest([torch.nn.Linear(300, 8)], 1, (broken, slow, plain))
+    assert list(timings.values())[1].keys() == {slow}  # of a small one the first that works
     with pytest.raises(UserError, match="int8 cannot be computed on this machine: not on this"):
-        fastest([linear], 1, True)
+        fastest([linear], 1, (broken,))
+
+
+# ---- models ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def logits(model, ids, steps=3):
+    """Of a prompt in one pass and of some tokens after it, one by one."""
+    cache = lm.KVCache(model, len(ids))
+    passes = (ids[:, :-steps], *ids[:, -steps:].split(1, dim=1))
+    return torch.cat([model.head(model.hidden(piece, cache)) for piece in passes], dim=1)
+
+
+@pytest.mark.parametrize("layout", FLOAT_LAYOUTS)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_the_models(name, rows, layout, monkeypatch):
+    pack_or_skip(layout, torch.ones(4, 4), torch.ones(rows, 4))
+    monkeypatch.setattr(matmul, "FLOAT_LAYOUTS", (layout,))
+    model, ids = build(name), torch.randint(300, (rows, 12))
+    fast = fast_copy(model, rows)
+    assert not any(type(m) is torch.nn.Linear for m in fast.modules())
+    torch.testing.assert_close(logits(fast, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", THREE)
+@pytest.mark.parametrize("prompts", [[[5, 7]], [[5, 7, 9], [2], [30] * 20]], ids=["one", "three"])
+def test_greedy_text_is_the_models(name, prompts):
+    model = build(name, 640)
+    texts = list(sample.generate(model, prompts, 100, temperature=0))
+    fast = fast_copy(model, len(prompts))
+    assert list(sample.generate(fast, prompts, 100, temperature=0)) == texts
+    assert len(texts) == 100 and len(set(itertools.chain(*texts))) > 5
+
+
+def test_a_joint_product_serves_each_input_anew():
+    """Its outputs may be asked for in any order, or not at all."""
+    attention = build("qwen2").blocks[0].attention
+    fast = fast_copy(attention)
+    for names in ("qkv", "vqk", "k", "qq", "kv", "qkv"):
+        x = torch.randn(1, 2, 64)
+        for name in names:
+            wanted = getattr(attention, name)(x)
+            torch.testing.assert_close(getattr(fast, name)(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", THREE)
+def test_bfloat16_is_as_near_as_bfloat16_is(name):
+    model, ids = build(name, 640), torch.randint(300, (1, 12))
+    low = bf16_copy(model)
+    exact, slow, fast = (logits(m, ids) for m in (model, low, fast_copy(low)))
+    error = (fast - exact).norm() / exact.norm()
+    assert error < 1.5 * (slow - exact).norm() / exact.norm() + 1e-3 and error < 0.05
+
+
+def test_int8_costs_less_than_half_a_percent_of_perplexity(tmp_path, monkeypatch):
+    text = real("tinyshakespeare.txt").read_text(encoding="utf-8")[:150_000]
+    monkeypatch.chdir(tmp_path)
+    Path("part.txt").write_text(text, encoding="utf-8")
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = prepare_data.prepare("part.txt", "char", name="shakespeare")
+        flags = "--n_layer 2 --n_head 4 --d_model 64 --context 64 --batch_size 6 --max_steps 60"
+        train.main(["--data", str(data), *flags.split(), "--eval_every", "60", "--dtype", "fp32"])
+    tokens = prepare_data.read_tokens(data, "val")[:2000]
+    model = lm.model_from_checkpoint(lm.load_checkpoint("out/shakespeare"))
+    exact, rounded = (perplexity(m, tokens, 64) for m in (model, fast_copy(model, int8=True)))
+    assert exact < 20  # it has learned something
+    assert rounded != exact and abs(rounded / exact - 1) < 0.005
+
+
+# ---- flags -----------------------------------------------------------------------------------
+
+
+def test_loading_and_writing_need_no_compiler(tmp_path):
+    """torch._dynamo takes longer to import than torch itself."""
+    save(build("gpt2"), tmp_path / "x.pt")
+    code = "import sys, sample; sample.main(); assert 'torch._dynamo' not in sys.modules"
+    flags = ["--ckpt", str(tmp_path / "x.pt"), "--prompt", "x", "--max_new_tokens", "3"]
+    subprocess.run([sys.executable, "-c", code, *flags], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("flags", ["", "--no_fast", "--num_samples 3", "--beams 2"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_every_path_writes_on_this_machine(dtype, flags, tmp_path, capsys):
+    save(build("default", 512, n_layer=1), tmp_path / "x.pt")
+    command = f"--ckpt {tmp_path}/x.pt --prompt x --max_new_tokens 6 --print_ids --dtype {dtype} "
+    command = ["--verbose", *command.split(), *flags.split()]
+    if dtype == "int8" and flags == "--no_fast":
+        with pytest.raises(UserError, match="--dtype int8 excludes --no_fast"):
+            sample.main(command)
+        return
+    sample.main(command)
+    out, err = capsys.readouterr()
+    assert 1 <= len(out.strip().split("\n")[-1].split(",")) <= 6
+    assert ("2048 x 512" in err) is (flags != "--no_fast")  # what was chosen, for each shape
+
+
+def test_what_cannot_be_is_named():
+    model = build("llama")
+    args = argparse.Namespace(dtype="fp32", no_fast=False, verbose=False, cuda_graphs=True)
+    with pytest.raises(UserError, match="--cuda_graphs needs a GPU"):
+        sample.fast_model(model, 1, args)
+    args.cuda_graphs = False
+    lora.add_lora(model, "attention", rank=2, alpha=4)
+    sample.fast_model(model, 1, args)  # adapters may be switched: it stays as it is
+    assert isinstance(model.blocks[0].attention.q.base, torch.nn.Linear)
+    args.dtype = "int8"
+    with pytest.raises(UserError, match=r"int8 does not round adapters: lora\.py merge"):
+        sample.fast_model(model, 1, args)

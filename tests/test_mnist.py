@@ -13,12 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, toy_files
+from conftest import ROOT, SHARED, toy_files
 from PIL import Image
 from torch import nn
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import mnist
 import model as lm
@@ -128,21 +125,6 @@ def test_every_optimizer_learns_the_toy(toy, name):
     assert mnist.train_reader(args, None, torch.device("cpu")) == 0
     losses = [row["test"] for row in saved("run")["progress"][3] if "test" in row]
     assert len(losses) == 3 and losses[2] < max(losses[0], 0.01)
-
-
-def test_sgd_by_hand(toy):
-    """Two batches in file order, the gradient's step written out."""
-    args = settled("--data", toy, "--batch_size", "200", "--epochs", "1")
-    mnist.train_reader(args, None, torch.device("cpu"))
-    (x, y), _ = mnist.load_mnist(folder=toy)
-    torch.manual_seed(42)
-    net = mnist.MLP().train()
-    for rows in (slice(0, 200), slice(200, 300)):
-        loss = F.nll_loss(net(x[rows]), y[rows])
-        for p, g in zip(net.parameters(), torch.autograd.grad(loss, list(net.parameters()))):
-            p.data -= 0.01 * g
-    for name, value in saved("run")["model"].items():
-        torch.testing.assert_close(value, net.state_dict()[name])
 
 
 def test_shuffling_takes_every_image_once_and_in_another_order_each_epoch(toy):
@@ -387,7 +369,7 @@ class Perfect(nn.Module):
         return self.images[labels]
 
 
-@pytest.mark.parametrize("steps, guidance", [(1, 1), (7, 1), (40, 1), (9, 3)])
+@pytest.mark.parametrize("steps, guidance", [(1, 1), (40, 1), (9, 3)])
 def test_a_perfect_denoiser_draws_exactly_its_image(steps, guidance):
     net, labels = Perfect(), torch.tensor([3, 9, 3])
     wanted = (net.images[10] + guidance * (net.images[labels] - net.images[10])).detach()

@@ -4,7 +4,6 @@ import math
 import os
 import re
 import struct
-import subprocess
 import sys
 import zipfile
 from dataclasses import asdict
@@ -14,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -115,12 +116,6 @@ def test_candidates_to_copy_are_found_by_looking_back(S):
     assert torch.equal(torch.stack(lm.copy_candidates(ids, positions), -1), torch.tensor(expected))
 
 
-def test_a_grown_vocabulary_has_rows_for_values_too():
-    model = build(value_embed=True, vocab_size=20)
-    model.grow_vocabulary(64, 20)
-    assert len(model.value_embed.weight) == 64 and model(torch.tensor([[63]])).shape[-1] == 64
-
-
 def test_flops_per_token_by_hand():
     shape = dict(vocab_size=10, n_layer=2, n_head=2, n_kv_head=1, d_model=8, d_ff=12, context=16)
     # a block: q 64, k and v 32 each, out 64, three 8 x 12; the head 80; scores 12 L nh hs context
@@ -133,11 +128,8 @@ def test_flops_per_token_by_hand():
     "fields, message",
     [
         *((dict([pair]), "{} .*{}".format(*pair)) for pair in [
-            ("position", "alibi"), ("norm", "batch"), ("activation", "mish"), ("init", "xavier"),
-            ("vocab_size", 0), ("n_layer", 0), ("n_head", 0), ("d_model", 0), ("context", 0),
-            ("n_kv_head", 0), ("n_kv_head", -2), ("head_size", 0), ("head_size", -2), ("d_ff", 0),
-            ("n_kv_head", 3), ("dropout", 1.0), ("dropout", -0.1), ("dropout", math.nan),
-            ("rope_theta", 0.0), ("eps", -1.0), ("bigram", -1),
+            ("position", "alibi"), ("init", "xavier"), ("vocab_size", 0), ("n_kv_head", -2),
+            ("n_kv_head", 3), ("dropout", math.nan), ("rope_theta", 0.0), ("bigram", -1),
         ]),
         (dict(d_model=30), "d_model 30 .* n_head 4"),
         (dict(head_size=5), "rope .* 5"),
@@ -231,14 +223,6 @@ def test_only_a_block_that_is_not_causal_looks_ahead():
         same(block(x), block(x, mask=None if not causal else lm.causal_mask(6, 6)))
 
 
-@pytest.mark.parametrize("f", [lm.attention, lm.naive_attention])
-def test_attention_dropout_keeps_the_mean(f):
-    q, k, v = (torch.randn(4, 8, 32, 8) for _ in range(3))
-    torch.manual_seed(0)
-    y = f(q, k, torch.ones_like(v), None, 0.3)
-    assert y.mean().item() == pytest.approx(1, abs=0.05) and y.std() > 0.1
-
-
 def test_rope_dot_products_know_only_the_distance():
     torch.manual_seed(0)
     q, k = torch.randn(8).expand(1, 1, 30, 8), torch.randn(8).expand(1, 1, 30, 8)
@@ -286,36 +270,22 @@ def full_loss(x, weight, bias, targets):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 256])
-@pytest.mark.parametrize("ignored", [0, 4])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_the_loss_is_cross_entropy_with_its_gradients(monkeypatch, rows, ignored, with_bias):
+@pytest.mark.parametrize("ignored", [0, 4, 14])
+@pytest.mark.parametrize("frozen", [None, 0, 1, 2, "no bias"])
+def test_the_loss_is_cross_entropy_with_its_gradients(monkeypatch, rows, ignored, frozen):
     monkeypatch.setattr(lm, "LOSS_ROWS", rows)
     results = []
     for f in (lm.chunked_loss, full_loss):
-        x, weight, bias, targets = loss_inputs(ignored=ignored)
-        wanted = (x, weight, bias) if with_bias else (x, weight)
-        loss = f(x, weight, bias if with_bias else None, targets)
-        # upstream: whoever divides by the token count scales the gradients
-        results.append((loss, *torch.autograd.grad(loss * 0.37, wanted)))
-    for ours, expected in zip(*results):
-        same(ours, expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("frozen", [None, 0, 1, 2])
-@pytest.mark.parametrize("ignored", [4, 14])
-def test_a_frozen_part_gets_no_gradient_and_the_others_theirs(few_rows, frozen, ignored):
-    results = []
-    for f in (lm.chunked_loss, full_loss):
         *parts, targets = loss_inputs(ignored=ignored)
-        if frozen is not None:
+        if frozen == "no bias":
+            parts[2] = None
+        elif frozen is not None:
             parts[frozen].requires_grad_(False)
         loss = f(*parts, targets)
-        loss.backward()
-        with torch.no_grad():
-            same(f(*parts, targets), loss.detach())
-        results.append((loss, *(p.grad for p in parts)))
-    for i, (ours, expected) in enumerate(zip(*results)):
-        assert ours is expected is None if i - 1 == frozen else True
+        (loss * 0.37).backward()  # whoever divides by the token count scales the gradients
+        results.append((loss.detach(), *(p if p is None else p.grad for p in parts)))
+    for ours, expected in zip(*results):
+        assert (ours is None) == (expected is None)
         if ours is not None:
             same(ours, expected, rtol=1e-9, atol=1e-9)
 
@@ -348,19 +318,6 @@ def test_the_loss_under_bf16_autocast_is_close_and_float32(few_rows):
         assert (ours.grad - theirs.grad).norm() < 0.02 * theirs.grad.norm()
 
 
-def test_the_loss_of_bf16_weights_has_bf16_gradients(few_rows):
-    *parts, targets = loss_inputs(torch.bfloat16)
-    exact = [p.detach().double().requires_grad_() for p in parts]
-    loss, expected = lm.chunked_loss(*parts, targets), full_loss(*exact, targets)
-    loss.backward()
-    expected.backward()
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
-    for ours, theirs in zip(parts, exact):
-        assert ours.grad.dtype == torch.bfloat16
-        assert (ours.grad - theirs.grad).norm() < 0.02 * theirs.grad.norm()
-
-
 @pytest.mark.parametrize("fields", [dict(), dict(tied=True), dict(head_bias=True)])
 def test_a_models_loss_is_that_of_its_logits(few_rows, fields):
     model, ids, targets = build(**fields), some_ids(), some_ids(seed=2)
@@ -375,38 +332,19 @@ def test_a_models_loss_is_that_of_its_logits(few_rows, fields):
         same(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-# VmHWM and not ru_maxrss: the latter begins at the peak of the process that started us
-PEAKS = """
-import torch, model as lm
-import torch.nn.functional as F
+def test_the_loss_never_holds_all_logits(few_rows):
+    sizes = []
 
-def peak():
-    return next(int(s.split()[1]) for s in open("/proc/self/status") if s.startswith("VmHWM"))
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+            return result
 
-x = torch.randn(2048, 64, requires_grad=True)
-weight = torch.empty(40000, 64).normal_(std=0.02).requires_grad_()
-targets = torch.randint(40000, (2048,))
-def full(x, weight, bias, targets):
-    return F.cross_entropy(F.linear(x, weight), targets, reduction="sum")
-
-before = peak()
-for f in (lm.chunked_loss, full):  # the smaller first: a peak never comes down
-    f(x, weight, None, targets).backward()
-    x.grad = weight.grad = None
-    print(peak() - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read in /proc")
-def test_the_loss_takes_at_most_two_fifths_of_the_memory():
-    done = subprocess.run(
-        [sys.executable, "-c", PEAKS], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    ours, full = map(int, done.stdout.split())
-    assert full > 600_000  # kB: the full logits and their gradient were really there
-    assert ours <= 0.40 * full, (ours, full)
+    inputs = loss_inputs()
+    with Sizes():
+        lm.chunked_loss(*inputs).backward()
+    assert inputs[1].numel() <= max(sizes) <= inputs[0].numel() < 10 * len(inputs[1])
 
 
 # --------------------------------------------------------------------------------------------
@@ -436,16 +374,10 @@ def test_more_tokens_than_the_context_are_refused():
     with pytest.raises(UserError, match=r"17 .*16"):
         model(some_ids(T=7), cache=cache)
     assert cache.lengths.tolist() == [10, 10]
-
-
-@pytest.mark.parametrize("T", [1, 2])
-@torch.no_grad()
-def test_more_tokens_than_a_short_cache_are_refused_and_not_forgotten(T):
-    model = build()
-    cache = KVCache(model, 2, length=4)
-    model(some_ids(T=4), cache=cache)
+    short = KVCache(model, 2, length=4)
+    model(some_ids(T=4), cache=short)
     with pytest.raises(UserError, match="4"):
-        model(some_ids(T=T), cache=cache)
+        model(some_ids(T=1), cache=short)
 
 
 @torch.no_grad()
@@ -575,13 +507,6 @@ def test_a_tied_head_is_the_embedding_and_counted_once():
     assert parts["total"] == lm.count_parameters(untied)["total"] - V * 32
 
 
-def test_a_model_keeps_its_own_copy_of_the_config():
-    config = Config(vocab_size=V)
-    model = Transformer(config)
-    config.context = 1
-    assert model.config.context == 128
-
-
 @pytest.mark.parametrize("fields", [dict(), lm._OURS, dict(norm="layernorm", ff_bias=True)])
 def test_zero_out_starts_at_the_loss_of_knowing_nothing(fields):
     model = Transformer(Config(**{**fields, "vocab_size": V, "init": "zero_out"}))
@@ -655,12 +580,6 @@ def test_flipped_bytes_are_found_by_their_checksum(saved):
     assert lm.load_checkpoint(saved)["step"] == 7 and len(starts) > 10
 
 
-def test_a_checkpoint_is_a_plain_mappable_file(saved):
-    content = torch.load(saved, weights_only=True, mmap=True)
-    assert type(content) is dict and content["step"] == 7
-    same(content["model"]["embed.weight"], build().embed.weight.detach())
-
-
 class Wrapped(nn.Module):
     """What DistributedDataParallel (`module`) and torch.compile (`_orig_mod`) do to the names."""
 
@@ -705,12 +624,6 @@ def test_a_failing_write_keeps_the_old_file_and_leaves_no_other(saved, monkeypat
     assert saved.read_bytes() == before and os.listdir(saved.parent) == ["last.pt"]
 
 
-def test_a_file_in_the_place_of_the_folder_is_a_users_mistake(tmp_path):
-    (tmp_path / "out").write_text("not a folder", encoding="utf-8")
-    with pytest.raises(UserError, match="cannot write"):
-        lm.save_checkpoint(tmp_path / "out" / "last.pt", content_of(build()))
-
-
 class Command:
     """A pickle of this runs a shell command when it is loaded."""
 
@@ -725,11 +638,7 @@ DAMAGES = {
     "empty": lambda path, data: path.write_bytes(b""),
     "cut": lambda path, data: path.write_bytes(data[: len(data) // 2]),
     "last bytes gone": lambda path, data: path.write_bytes(data[:-10]),
-    "random": lambda path, data: path.write_bytes(bytes(range(256)) * 20),
-    "text": lambda path, data: path.write_text("Once upon a time", encoding="utf-8"),
-    "list": lambda path, data: torch.save([1, 2, 3], path),
     "weights alone": lambda path, data: torch.save(build().state_dict(), path),
-    "object": lambda path, data: torch.save(content_of(build(), more=Wrapped(build())), path),
     "code": lambda path, data: torch.save(
         content_of(build(), more=Command(path.parent / "marker")), path
     ),

@@ -6,6 +6,7 @@ import os
 import random
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -48,42 +49,36 @@ ASKED = [turn("user", "找一家500元以下的酒店"), turn("call", "search {}
 # ---- what a reply says -------------------------------------------------------------------------
 
 
-def facts(reply, *more):
-    counts = count_facts([*ASKED, *more], reply)
-    assert counts.pop("replies") == 1
-    return {k: v for k, v in counts.items() if v}
+SAID = turn("assistant", "为您推荐松园饭店(南店)。"), turn("user", "多少钱？")
+NAMED = {"name": 1, "right name": 1}
 
 
 @pytest.mark.parametrize(
-    "reply, counted",
+    "reply, more, counted",
     [
-        ("好的，祝您入住愉快！", {}),
-        ("推荐云海大厦和云海大厦。", {"name": 2, "right name": 2, "again": 1, "doubled": 1}),
-        ("推荐如家(北京某店)。", {"name": 1}),
-        ("云海大厦的价格是1005.0元。", {"name": 1, "right name": 1, "price": 1, "right price": 1}),
-        ("云海大厦的价格是374元。", {"name": 1, "right name": 1, "price": 1}),
-        ("价格374元的松园饭店(南店)。", {"name": 1, "right name": 1, "price": 1, "right price": 1}),
-        ("没有500元以下的。", {}),  # the guest's own number
-        ("没有400-600元的。", {}),  # a range
-        ("评分是5分的云海大厦", {"name": 1, "right name": 1, "rating": 1, "right rating": 1}),
-        ("云海大厦的电话是010-60350829。",
-         {"name": 1, "right name": 1, "phone": 1, "right phone": 1}),
-        ("云海大厦的电话是010-603508281。", {"name": 1, "right name": 1, "phone": 1}),
-        ("云海大厦，评分15.0分", {"name": 1, "right name": 1, "rating": 1}),
-        ("走5分钟到云海大厦。", {"name": 1, "right name": 1}),
-        ("松园饭店(南店)374元、云海大厦374元",
+        ("好的，祝您入住愉快！", (), {}),
+        ("推荐云海大厦和云海大厦。", (), {"name": 2, "right name": 2, "again": 1, "doubled": 1}),
+        ("推荐如家(北京某店)。", (), {"name": 1}),
+        ("云海大厦的价格是1005.0元。", (), {**NAMED, "price": 1, "right price": 1}),
+        ("云海大厦的价格是374元。", (), {**NAMED, "price": 1}),
+        ("价格374元的松园饭店(南店)。", (), {**NAMED, "price": 1, "right price": 1}),
+        ("没有500元以下的。", (), {}),  # the guest's own number
+        ("没有400-600元的。", (), {}),  # a range
+        ("评分是5分的云海大厦", (), {**NAMED, "rating": 1, "right rating": 1}),
+        ("云海大厦的电话是010-60350829。", (), {**NAMED, "phone": 1, "right phone": 1}),
+        ("云海大厦的电话是010-603508281。", (), {**NAMED, "phone": 1}),
+        ("云海大厦，评分15.0分", (), {**NAMED, "rating": 1}),
+        ("走5分钟到云海大厦。", (), NAMED),
+        ("松园饭店(南店)374元、云海大厦374元", (),
          {"name": 2, "right name": 2, "price": 2, "right price": 1}),
+        # without a name it is that of the hotel named last
+        ("价格是374元。", SAID, {"price": 1, "right price": 1}),
+        ("价格是1005元。", SAID, {"price": 1}),
+        ("价格是1005元。", (*SAID, turn("user", "云海大厦呢？")), {"price": 1, "right price": 1}),
     ],
 )
-def test_names_and_numbers_are_counted_and_compared(reply, counted):
-    assert facts(reply) == counted
-
-
-def test_a_number_without_a_name_is_that_of_the_hotel_named_last():
-    said = turn("assistant", "为您推荐松园饭店(南店)。"), turn("user", "多少钱？")
-    assert facts("价格是374元。", *said) == {"price": 1, "right price": 1}
-    assert facts("价格是1005元。", *said) == {"price": 1}
-    assert facts("价格是1005元。", *said, turn("user", "云海大厦呢？"))["right price"] == 1
+def test_names_and_numbers_are_counted_and_compared(reply, more, counted):
+    assert +count_facts([*ASKED, *more], reply) == Counter(counted, replies=1)
 
 
 def test_before_a_search_nothing_is_counted():
@@ -113,14 +108,6 @@ def test_the_hotels_of_a_result_are_named_in_its_order():
     for more in ([turn("user", "比")], [turn("tool", "[]")], []):
         said = "山月9元、云海8元" if not more else "山月、云海"
         assert in_order(later := [*told, *more, turn("assistant", said)]) == later
-
-
-def test_of_names_that_begin_alike_the_one_that_was_said_is_asked_about():
-    rows = [{"name": n, "price": p, "rating": 5} for n, p in (("云海", 9), ("云海大厦", 7))]
-    told = [turn("tool", json.dumps(rows, ensure_ascii=False)), turn("assistant", "推荐云海大厦。")]
-    asked = [ask(told, random.Random(seed)) for seed in range(100)]
-    prices = [a["content"] for q, a in asked if q["content"] == "一晚多少钱？"]
-    assert set(prices) == {"云海大厦的价格是7元。"}
 
 
 def test_questions_are_answered_by_what_was_returned():
@@ -212,35 +199,20 @@ def test_a_reward_of_ones_own_and_what_is_wrong_with_it(tmp_path):
 # ---- the loss ----------------------------------------------------------------------------------
 
 
-def reference_loss(logps, old, reference, rewards, lengths, clip, kl):
-    """GRPO by loops in float64: groups of rewards, answers of some lengths."""
-    total, row = torch.zeros((), dtype=torch.float64), 0
-    for group in rewards:
-        mean = sum(group) / len(group)
-        for r in group:
-            for t in range(lengths[row]):
-                ratio = torch.exp(logps[row, t] - old[row, t])
-                bounded = min(max(ratio, torch.tensor(1 - clip)), torch.tensor(1 + clip))
-                gain = min(ratio * (r - mean), bounded * (r - mean))
-                q = torch.exp(reference[row, t] - logps[row, t])
-                total = total - gain + kl * (q - 1 - torch.log(q))
-            row += 1
-    return total
-
-
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 def test_the_loss_and_its_gradient_are_the_papers(kl):
     torch.manual_seed(0)
-    rewards = [[1.0, 0.0, 0.5], [0.2, 0.2, 0.9], [0.0, 1.0, 1.0]]
-    lengths, shape = [4, 1, 3, 2, 4, 4, 1, 2, 3], (9, 4)
-    logps = (-2 * torch.rand(shape, dtype=torch.float64)).requires_grad_()
-    old = logps.detach() + 0.4 * torch.randn(shape, dtype=torch.float64)
-    reference = logps.detach() + 0.4 * torch.randn(shape, dtype=torch.float64)
-    r = torch.tensor(rewards, dtype=torch.float64)
-    advantage = (r - r.mean(1, keepdim=True)).view(-1, 1)
-    chosen = torch.arange(4) < torch.tensor(lengths)[:, None]
+    logps = (-2 * torch.rand(9, 4, dtype=torch.float64)).requires_grad_()
+    old, reference = (logps.detach() + 0.4 * torch.randn(2, 9, 4, dtype=torch.float64)).unbind()
+    advantage = torch.randn(9, 1, dtype=torch.float64)
+    chosen = torch.arange(4) < torch.tensor([4, 1, 3, 2, 4, 4, 1, 2, 3])[:, None]
     loss, clipped, divergence = ft.grpo_loss(logps, old, reference, advantage, chosen, 0.2, kl)
-    wanted = reference_loss(logps, old, reference, rewards, lengths, 0.2, kl)
+    wanted = 0.0
+    for n, t in chosen.nonzero().tolist():
+        ratio, a = torch.exp(logps[n, t] - old[n, t]), advantage[n, 0]
+        q = torch.exp(reference[n, t] - logps[n, t])
+        gain = min(ratio * a, min(max(ratio, torch.tensor(0.8)), torch.tensor(1.2)) * a)
+        wanted = wanted - gain + kl * (q - 1 - torch.log(q))
     ours, theirs = (torch.autograd.grad(x, logps)[0] for x in (loss, wanted))
     assert torch.allclose(loss, wanted) and torch.allclose(ours, theirs)
     assert 0 < clipped < 1 and divergence > 0 and not ours[~chosen].any()
@@ -317,20 +289,17 @@ def room(tmp_path, monkeypatch, talker):
     return tmp_path
 
 
-LEARN = "--data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3"
-LEARN += " --embed_lr 2e-3 --head_lr 2e-3 --schedule constant --batch_tokens 8192 --grad_accum 1"
-LEARN = [*LEARN.split(), "--eval_every", "999"]
-
-
 def test_what_is_rewarded_becomes_likelier(room):
     """Its probability is compared, not what happens to be sampled in the end."""
     Path("b.py").write_text("def reward(messages, answer, wanted):\n    return answer == 'b'\n")
-    out = tune(*GRPO, "--reward", "b.py", *LEARN, "--max_steps", "20")
+    flags = "--data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3 --embed_lr 2e-3"
+    flags += " --head_lr 2e-3 --schedule constant --batch_tokens 8192 --grad_accum 1"
+    out = tune(*GRPO, "--reward", "b.py", *flags.split(), "--max_steps", "20")
 
     def probability(ckpt):
         model, tokenizer, _ = sample.load(ckpt, dtype="fp32")
         chats = [[turn("user", f"say {a}"), turn("assistant", "b")] for a in LETTERS]
-        rows = [chat_rows({"messages": c}, tokenizer, 48)[0][0] for c in chats]
+        rows = [chat_rows({"messages": c}, tokenizer, 48)[0] for c in chats]
         with torch.no_grad():
             return model(*pad(rows), reduction="none").sum(1).exp().mean().item()
 
@@ -338,20 +307,8 @@ def test_what_is_rewarded_becomes_likelier(room):
     assert after > before + 0.2
 
 
-@pytest.mark.slow
-def test_the_letter_that_the_prompt_names_is_learned_from_reward_alone(room):
-    """--kl holds back a letter that gains ground with all prompts: once it is the only answer, the
-    rewards of a group are equal and teach nothing. Of ten seeds on three instruction sets the
-    slowest had learned it after 120 draws of these 220, the others after 40 to 100."""
-    out = tune(*EXACT, *LEARN, "--max_steps", "440")
-    assert values(out, "reward")[0] < 0.5 < 0.95 < values(out, "val_reward")[-1]
-
-
-@pytest.mark.parametrize(
-    "flags", [["--updates", "2", "--kl", "0.1"], ["--lora_rank", "4", "--kl", "0.1"]]
-)
-def test_what_a_run_writes(room, flags):
-    out = tune(*EXACT, *flags, "--max_steps", "4", "--eval_every", "2")
+def test_what_a_run_writes(room):
+    out = tune(*EXACT, "--updates", "2", "--kl", "0.1", "--max_steps", "4", "--eval_every", "2")
     for r in [r for r in metrics(out) if "reward" in r]:
         assert 0 <= r["reward"] <= 1 and 0 <= r["equal_groups"] <= 1 and r["answer_tokens"] >= 1
         assert r["reward_std"] >= 0 and 0 <= r["clipped"] <= 1 and r["entropy"] > 1 / 9
@@ -392,14 +349,11 @@ def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monk
 
 
 def test_answers_of_a_draw_serve_several_updates(room, monkeypatch):
-    drawn = []
-    write_answers = ft.generate_turns
-    draw = lambda *a, **k: drawn.append(k) or write_answers(*a, **k)  # noqa: E731
+    draw = Mock(wraps=ft.generate_turns)
     monkeypatch.setattr(ft, "generate_turns", draw)
-    tune(*EXACT, "--updates", "3", "--grad_accum", "2", "--max_steps",
-         "7", "--eval_every", "100")
-    seeds = [k["seeds"] for k in drawn if "seeds" in k]
-    assert len(seeds) == 3 * 2 and len({tuple(s) for s in seeds}) == 6
+    tune(*EXACT, "--updates", "3", "--grad_accum", "2", "--max_steps", "7", "--eval_every", "100")
+    seeds = [tuple(c.kwargs["seeds"]) for c in draw.call_args_list if "seeds" in c.kwargs]
+    assert len(seeds) == len(set(seeds)) == 3 * 2
 
 
 def test_the_reference_is_the_model_at_the_start(room):
@@ -415,12 +369,12 @@ def test_the_reference_is_the_model_at_the_start(room):
 
 
 def test_killed_and_resumed_equals_straight_through_bitwise(room):
-    flags = [*EXACT, "--updates", "2", "--kl", "0.1", "--dropout", "0.1",
+    flags = [*EXACT, "--updates", "4", "--kl", "0.1", "--dropout", "0.1",
              "--max_steps", "10", "--eval_every", "3"]
     tune(*flags, out="out/straight")
     with killed_in_step(8):
         tune(*flags, out="out/killed")
-    assert content("out/killed/last.pt")["step"] == 6
+    assert content("out/killed/last.pt")["step"] == 6  # between updates with the same answers
     ft.main(["--resume", "out/killed"])
     for key in ("loss", "reward", "kl", "clipped", "val_reward", "val_loss"):
         assert values("out/killed", key) == values("out/straight", key)
@@ -429,9 +383,9 @@ def test_killed_and_resumed_equals_straight_through_bitwise(room):
 
 @pytest.mark.slow
 def test_two_processes_give_the_rewards_and_losses_of_one(room):
-    flags = [*EXACT, "--max_steps", "6", "--eval_every", "3"]
-    tune(*flags, "--grad_accum", "4", out="out/one")
-    in_two_processes(*flags, "--grad_accum", "2")
+    flags = [*EXACT, "--max_steps", "6", "--eval_every", "3", "--grad_accum"]
+    tune(*flags, "4", out="out/one")
+    in_two_processes(*flags, "2")
     for key in ("loss", "reward", "equal_groups", "entropy", "val_reward"):
         assert values("out/two", key) == pytest.approx(values("out/one", key), abs=1e-5)
 
@@ -453,11 +407,9 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     torch.manual_seed(0)
     tokenizer, model = CHAT.with_special([ft.REWARD_TOKEN]), small_model().double()
     objective = ft.RewardModel(argparse.Namespace(context=48, loss_on="assistant"), tokenizer)
-    sides = {"chosen": [A], "rejected": [turn("assistant", "bad one")]}
-    other = {"chosen": [turn("assistant", "x")], "rejected": [A]}
-    asked = {"messages": [turn("user", "q")]}, {"messages": [turn("user", "what")]}
-    pairs = [asked[0] | sides, asked[1] | other]
-    rows = [objective.rows(p)[0][0] for p in pairs]
+    bad, asked = turn("assistant", "bad one"), {"messages": [turn("user", "q")]}
+    pairs = [asked | {"chosen": [A], "rejected": [bad]}, asked | {"chosen": [bad], "rejected": [A]}]
+    rows = [objective.rows(p)[0] for p in pairs]
     token, total = tokenizer.special[ft.REWARD_TOKEN], 0.0
     for chosen, rejected in rows:
         scores = [model(torch.tensor([r.ids[:-1]]))[0, -1, token] for r in (chosen, rejected)]
@@ -465,19 +417,6 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     batch = objective.batch(ft.Split(pairs, rows), [0, 1], rows)
     assert objective.loss(model, *batch).item() == pytest.approx(total.item(), abs=1e-6)
     assert objective.count(*batch) == 2
-
-
-def test_prompts_are_the_turns_that_the_reward_is_for():
-    chats = load_data(str(real("hotel/dev.jsonl")))[1]["train"][:100]
-    jobs = ft.answer_jobs(chats)
-    calls = sum("tool_calls" in job.wanted for job in jobs)
-    stated = [count_facts(j.messages, j.wanted["content"]) for j in jobs]
-    stating = sum(any(counts[fact] for fact in FACTS) for counts in stated)
-    for reward, count in (("slots", calls), ("faithful", stating)):
-        args = dict(context=512, loss_on="assistant", reward=reward, device=None, samples=4)
-        split = ft.GRPO(argparse.Namespace(**args), CHAT).make_split(chats)
-        assert len(split.prompts) == count > 50
-        assert all(("tool_calls" in p.turn.wanted) == (reward == "slots") for p in split.prompts)
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,16 @@
 
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import random
 import re
-import sys
 import tarfile
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 from conftest import CHAT, calls, real, turn
-from test_download import Mirror, mirror  # noqa: F401
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from data.batches import chat_rows, preference_rows
 from data.chat import tool_call
@@ -68,8 +62,7 @@ HOTEL_READ = [
 ]
 WRITTEN = {"role": "assistant", "content": "", "tool_calls": [tool_call("f", '{"x": 500.0}')]}
 FORMS = {  # (row, the messages that it means)
-    "alpaca": ({"instruction": "q", "input": "", "output": "a"}, [U, A]),
-    "alpaca with input": (
+    "alpaca": (
         {"instruction": "i", "input": "n", "output": "a", "system": "s"},
         [SYSTEM, turn("user", "i\nn"), A],
     ),
@@ -83,23 +76,18 @@ FORMS = {  # (row, the messages that it means)
     "sharegpt": (
         {
             "conversations": [
-                said("human", "q"),
-                said("function_call", '{"name": "f", "arguments": {"x": "高"}}'),
-                said("observation", "[]"),
-                said("gpt", "a"),
+                said("human", "q"), said("function_call", '{"name": "f", "arguments": {"x": 1}}'),
+                said("observation", "[]"), said("gpt", "a"),
             ],
             "tools": json.dumps(TOLD),
             "system": "s",
         },
-        [SYSTEM, U, turn("call", 'f {"x": "高"}'), turn("tool", "[]"), A],
+        [SYSTEM, U, turn("call", 'f {"x": 1}'), turn("tool", "[]"), A],
     ),
-    "several calls in one turn": (
-        [U, said("function_call", '[{"name": "f"}, {"name": "g"}]')], [U, calls("f {}", "g {}")]
-    ),
-    "belle": ({"conversations": [said("human", "q"), said("assistant", "a")]}, [U, A]),
-    "coig": (
-        {"instruction": "s", "conversations": [{"question": "q", "answer": "a"}]}, [SYSTEM, U, A]
-    ),
+    "calls": ([U, said("function_call", '[{"name": "f"}, {"name": "g"}]')],
+              [U, calls("f {}", "g {}")]),
+    "coig": ({"instruction": "s", "conversations": [{"question": "q", "answer": "a"}]},
+             [SYSTEM, U, A]),
     "moss": ({"conversation_id": 3, "conversation": [{"human": "q", "assistant": "a"}]}, [U, A]),
     "minimind": (
         {"conversations": [turn("system", "") | {"tools": json.dumps(TOLD)}, U,
@@ -107,29 +95,23 @@ FORMS = {  # (row, the messages that it means)
         [turn("system", ""), U, calls("f {}")],
     ),
     "openai": (
-        {"messages": [SYSTEM, *call(name="f", arguments='{"x": 500.0}'), turn("tool", "[]"), A]},
+        {"messages": [SYSTEM, *call(name="f", arguments='{"x": 500.0}'), turn("tool", "[]"), A],
+         "tools": TOLD},
         [SYSTEM, U, WRITTEN, turn("tool", "[]"), A],
     ),
-    "openai with tools": ({"messages": [U, A], "tools": TOLD}, [U, A]),
     "openai tuning": ({"messages": [U, A | {"weight": 0}, U, A]}, [U, A | {"weight": 0}, U, A]),
     "no arguments": (call(name="f", arguments=""), [U, calls("f {}")]),
     "order and numbers": (
         call(name="git", arguments={"b": ["git", "commit", "-m"], "a": 500.0}),
         [U, calls('git {"b": ["git", "commit", "-m"], "a": 500.0}')],
     ),
-    "legacy function_call beside text": (
-        [U, {"role": "assistant", "content": "I look", "function_call": {"name": "f"}}],
-        [U, calls("f {}", content="I look")],
-    ),
-    "parts, developer, capitals": (
-        [turn("Developer", "d"), turn("USER", [{"type": "text", "text": "q"}]), A],
-        [turn("developer", "d"), U, A],
-    ),
+    "legacy": ([U, turn("assistant", "I look") | {"function_call": {"name": "f"}}],
+               [U, calls("f {}", content="I look")]),
+    "parts, capitals": ([turn("Developer", "d"), turn("USER", [{"type": "text", "text": "q"}]), A],
+                        [turn("developer", "d"), U, A]),
     "in a cell of a table": ({"messages": json.dumps([U, A])}, [U, A]),
     "hotel": (HOTEL, HOTEL_READ),
-    "hotel, as published": (
-        {"context": json.dumps(HOTEL[:3]), "response": json.dumps(A)}, HOTEL_READ
-    ),
+    "published": ({"context": json.dumps(HOTEL[:3]), "response": json.dumps(A)}, HOTEL_READ),
     "saved by the chat": ({"messages": HOTEL_READ}, HOTEL_READ),
 }  # fmt: skip
 
@@ -138,14 +120,14 @@ FORMS = {  # (row, the messages that it means)
 def test_a_chat_of_every_known_form(name):
     row, messages = FORMS[name]
     kind, example = to_example(row)
-    tools = {"tools": TOLD} if name in ("sharegpt", "minimind", "openai with tools") else {}
+    tools = {"tools": TOLD} if name in ("sharegpt", "minimind", "openai") else {}
     assert (kind, example) == ("chat", {"messages": messages} | tools)
     assert json.dumps(example["messages"]) == json.dumps(messages)  # the order of keys, 500.0
 
 
 def test_a_turn_of_weight_0_is_read_and_not_learned():
     talk = [U, turn("assistant", "no") | {"weight": 0}, U, A]
-    (row,), _ = chat_rows({"messages": talk}, CHAT, 99)
+    (row,) = chat_rows({"messages": talk}, CHAT, 99)
     assert "<|assistant|>no<|end|>" in CHAT.decode(row.ids)
     assert CHAT.decode([i for i, m in zip(row.ids, row.mask) if m]) == "a<|end|>"
 
@@ -162,12 +144,10 @@ TALK, TEXTS = [SYSTEM, U, A, turn("user", "2")], {"chosen": "good", "rejected": 
 PAIRS = [  # (row, the messages before the two answers)
     ({"prompt": "q", **TEXTS}, [U]),
     ({"prompt": "q", "messages": TALK, **sides(*TALK[1:])}, TALK[1:]),  # ultrafeedback
-    ({"prompt": "q", **sides(*TALK)}, TALK),
     ({"prompt": TALK, **sides(*TALK[1:])}, TALK),
     ({"prompt": [U, A], **sides(U)}, [U]),
-    ({"prompt": TALK, **sides()}, TALK),
     (sides(*TALK), TALK),  # TRL without a prompt, minimind
-    ({"chosen": hh("good"), "rejected": hh("bad")}, TALK[1:]),
+    ({"chosen": hh("good"), "rejected": hh("bad")}, TALK[1:]),  # HH
     ({"prompt": hh(""), **TEXTS}, TALK[1:]),
     ({"instruction": "2", "history": [["q", "a"]], "system": "s", **TEXTS}, TALK),  # LLaMA-Factory
     ({"conversations": [said("human", "q")], "chosen": said("gpt", "good"),
@@ -182,7 +162,7 @@ PAIRS = [  # (row, the messages before the two answers)
 def test_all_turns_before_the_answers_of_a_pair_are_kept(row, before):
     kind, pair = to_example(row)
     assert (kind, pair) == ("prefer", {"messages": before} | sides())
-    rows, _ = preference_rows(pair, CHAT, 999)
+    rows = preference_rows(pair, CHAT, 999)
     texts = [CHAT.decode([i for i, m in zip(r.ids, r.mask) if m]) for r in rows]
     assert texts == ["good<|end|>", "bad<|end|>"]
 
@@ -209,10 +189,10 @@ def test_what_is_learned_of_a_public_file_is_what_it_says(name):
     for row in rows[:300]:
         kind, example = to_example(row)
         if kind == "prefer":
-            found, _ = preference_rows(example, CHAT, 10**6)
+            found = preference_rows(example, CHAT, 10**6)
             wanted = [[row["chosen"]["value"]], [row["rejected"]["value"]]]
         else:
-            found, _ = chat_rows(example, CHAT, 10**6)
+            found = chat_rows(example, CHAT, 10**6)
             turns = row.get("conversations") or [{"from": "gpt", "value": row["output"]}]
             wanted = [[t["value"] for t in turns if t["from"] in ("gpt", "function_call")]]
             for n, text in enumerate(wanted[0]):
@@ -231,28 +211,18 @@ def test_a_list_lines_a_gz_and_a_byte_order_mark_are_read_alike(tmp_path):
     texts = {"list.json": json.dumps(alpaca(3), indent=2), "bom.json": "\ufeff" + lines}
     for name, text in (texts | {"lines.jsonl": lines, "lines.JSON": lines}).items():
         raw = text.encode("utf-16" if name.startswith("lines") else "utf-8")
-        (tmp_path / name).write_bytes(raw)
-        (tmp_path / f"{name}.GZ").write_bytes(gzip.compress(raw))
-        for path in (tmp_path / name, tmp_path / f"{name}.GZ"):
-            kind, examples = read_examples(path)
+        for path, content in ((name, raw), (f"{name}.GZ", gzip.compress(raw))):
+            (tmp_path / path).write_bytes(content)
+            kind, examples = read_examples(tmp_path / path)
             asked = [e["messages"][0]["content"] for e in examples]
             assert (kind, asked) == ("chat", ["q0", "q1", "q2"]), path
 
 
-COUNTS = {
-    "instruct/alpaca_en_demo.json": 999, "instruct/alpaca_zh_demo.json": 1000,
-    "instruct/dpo_en_demo.json": 300, "instruct/dpo_zh_demo.json": 300,
-    "instruct/glaive_toolcall_zh_demo.json": 300, "hotel/dev.jsonl": 395,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_public_files_are_read_whole(name, capsys):
-    kind, examples = read_examples(real(name))
-    assert (len(examples), capsys.readouterr().err) == (COUNTS[name], "")
-    assert kind == ("prefer" if "dpo" in name else "chat")
-    found = [c for e in examples for m in e["messages"] for c in m.get("tool_calls", ())]
-    assert bool(found) == ("hotel" in name or "glaive" in name)
+@pytest.mark.parametrize("name, count", [("alpaca_en", 999), ("dpo_en", 300)])
+def test_public_files_are_read_whole(name, count, capsys):
+    kind, examples = read_examples(real(f"instruct/{name}_demo.json"))
+    assert (kind, len(examples)) == ("prefer" if "dpo" in name else "chat", count)
+    assert capsys.readouterr().err == ""
 
 
 # ---- files ---------------------------------------------------------------------------------
@@ -265,9 +235,7 @@ def table(d):
 
 
 TABLES = {
-    "a.csv": table(","),
     "A.CSV": table(",").replace("\n", "\r\n"),
-    "a.csv.gz": table(","),
     "A.TSV.GZ": table("\t"),
     "european.csv": table(";"),
     "tabs.csv": table("\t"),
@@ -286,9 +254,7 @@ def test_the_rows_of_a_table_are_text_under_the_names_of_its_header(tmp_path, na
         assert read_examples(path) == ("label", FILMS)
 
 
-def test_a_table_without_quoting_keeps_its_quotes_and_one_with_bad_rows_names_them(tmp_path):
-    (tmp_path / "x.tsv").write_text('text\tlabel\n"Oh\t0\nno" he said\t1\n', encoding="utf-8")
-    assert [r["text"] for _, r in read_rows(tmp_path / "x.tsv")] == ['"Oh', 'no" he said']
+def test_bad_rows_of_a_table_are_named(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text('text,label\na,0\n"b"c,1\nd\n"e\ne",f,0\ng,1\n' + "x" * 200_000 + ",1\n")
     (_, a), *bad, (where, g), (_, x) = read_rows(path)
@@ -304,15 +270,13 @@ def test_a_table_without_quoting_keeps_its_quotes_and_one_with_bad_rows_names_th
 
 
 UNREADABLE = {  # name: (content, what the message says)
-    "x.parquet": (b"PAR1\0", "pandas.read_parquet('x.parquet').to_json('x.jsonl', orient="),
     "train.json": (b"PAR1\0", "pandas.read_parquet('train.json').to_json('train.jsonl', orient="),
     "y.feather": (b"ARROW1\0\0", "pandas.read_feather('y.feather').to_json('y.jsonl', orient="),
     "x.XLSX": (b"PK\x03\x04", "x.XLSX is in xlsx format: convert it by python -c"),
     "x.zip": (b"PK\x03\x04\0", "x.zip is a binary file, not rows: name a .json, .jsonl, .csv"),
-    "x.jsonl": (b"\x1f\x8b\x08\0", "x.jsonl is a binary file, not rows"),
+    "x.jsonl": (b"\x1f\x8b\x08\0", "x.jsonl: byte 0x8b at offset 1 is not text in UTF-8"),
     "x.json.gz": (b"[]", "x.json.gz: damaged, or no .gz file"),
-    "x.csv": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "x.csv is a binary file, not rows"),
-    "y.jsonl": (bytes(range(256)), "y.jsonl is a binary file, not rows"),
+    "x.csv": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "x.csv: byte 0x89 at offset 0 is not text"),
     "folder": (None, "folder is a folder: name a .json"),
     "nothing.json": (None, "nothing.json does not exist: name a .json"),
 }
@@ -334,26 +298,19 @@ def test_a_file_that_holds_no_rows_says_what_it_is(elsewhere, name):
 BAD = [
     (7, "neither an object nor a list of turns but 7"),
     ({"texts": "a"}, "no known format has the keys texts"),
-    ({"conversation_id": 1, "meta_instruction": "", "chat": {}}, "no known format has the keys"),
     ([U], "no turn of the assistant"),
     ([None, A], "a turn is not an object but None"),
     ([turn(["user"], "x"), A], "role ['user'] is unknown"),
-    ([turn("user", None), A], "a turn of user has no text"),
     ([turn("user", 3), A], "the content is not text but 3"),
     ([U, turn("assistant", " \n")], "a turn of assistant has no text"),
-    ([U, turn("assistant", [{"deep": [{}]}])], "a part of the content is not text"),
     ([U, A | {"weight": 0.5}], "the weight is 0.5"),
     ([U, turn("assistant", "\ud83d")], "surrogates not allowed"),
     ({"messages": None}, "a value of the wrong type"),
-    ({"messages": [U, A], "system": 3}, "the content is not text but 3"),
     ({"messages": [U, A], "tools": "f: finds"}, "'f: finds' is not JSON"),
-    ({"instruction": "i", "output": ""}, "a turn of assistant has no text"),
     ({"instruction": 3, "output": "a"}, "expected str"),
     ({"instruction": "q", "output": "a", "history": [["p"]]}, "role None is unknown"),
     (call(name="f", arguments="[1]"), "the arguments are not a JSON object"),
-    (call(name="f", arguments="no"), "the arguments are not JSON"),
     (call(name="two words", arguments="{}"), "a tool cannot be called 'two words'"),
-    (call(arguments="{}"), "no 'name'"),
     ([U, said("function_call", "[[]]")], "'list' object has no attribute"),
     ([U | {"tool_calls": [{"name": "f"}]}, A], "a turn of user has tool calls"),
     ({"context": "[", "response": "{}"}, "'[' is not JSON"),
@@ -379,7 +336,7 @@ def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path, capsys, row, reaso
     assert (kind, len(examples)) == ("chat", 150)
 
 
-def test_broken_lines_are_bad_rows_and_a_broken_list_is_refused_at_its_line(tmp_path, capsys):
+def test_broken_lines_are_bad_rows_and_a_broken_list_is_refused(tmp_path, capsys):
     good = [json.dumps(r) for r in alpaca(300)]
     deep, long = "[" * 100_000, "1" * 5000
     path = tmp_path / "x.jsonl"
@@ -388,36 +345,26 @@ def test_broken_lines_are_bad_rows_and_a_broken_list_is_refused_at_its_line(tmp_
     errors = capsys.readouterr().err.splitlines()
     for error, line in zip(errors, (302, 303, 304)):  # the empty line counts as a line
         assert error.startswith(f"bad row: {path}:{line}: broken JSON (")
-    for broken in ('{"a" 1}', deep, long, "", '{"instruction": "q"'):
-        path = tmp_path / "x.json"
+    path = tmp_path / "x.json"
+    for broken in ('{"a" 1}', deep, long, "", f"{good[0]}]\n[{good[1]}]"):
         path.write_text("[\n" + good[0] + ",\n\n" + broken, encoding="utf-8")
         with pytest.raises(UserError, match=re.escape(f"{path}: broken JSON (")):
             read_examples(path)
-    path.write_text(f"[{good[0]}]\n[{good[1]}]", encoding="utf-8")
-    with pytest.raises(UserError, match=r"x\.json: broken JSON \(Extra data: line 2 column 1"):
-        read_examples(path)
-
-
-@pytest.mark.parametrize("indent", [None, 1])
-def test_the_rows_of_a_list_are_numbered(tmp_path, capsys, indent):
-    rows = alpaca(200)
-    rows[150] = {"instruction": "q", "output": ""}
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps(rows, indent=indent), encoding="utf-8")
-    assert len(read_examples(path)[1]) == 199
+    bad = [*alpaca(150), {"instruction": "q", "output": ""}]
+    path.write_text(json.dumps(bad, indent=1), encoding="utf-8")  # rows of a list are numbered
+    assert len(read_examples(path)[1]) == 150
     assert f"{path}: row 151: a turn of assistant has no text" in capsys.readouterr().err
 
 
 def test_more_than_one_percent_or_nothing_left_is_refused(tmp_path):
     bad = [{"instruction": "", "output": "x"}]
     assert len(read_examples(write(tmp_path / "x.jsonl", alpaca(99) + bad))[1]) == 99
-    for rows, says in (
-        (alpaca(98) + bad, "1 of 99 rows are bad, first "), (bad, "1 of 1 rows"), ([], "no rows")
-    ):  # fmt: skip
+    counts = (alpaca(98) + bad, "1 of 99 rows are bad, first"), (bad, "1 of 1"), ([], "no rows")
+    for rows, says in counts:
         with pytest.raises(UserError, match=says):
             read_examples(write(tmp_path / "x.jsonl", rows))
     packed = gzip.compress(b"{}" * 99)
-    for content in (b"", b"xx", packed[:-9], packed[:12] + b"\xff" * 3 + packed[15:]):
+    for content in (b"xx", packed[:-9], packed[:12] + b"\xff" * 3 + packed[15:]):
         (tmp_path / "x.json.gz").write_bytes(content)
         with pytest.raises(UserError, match=r"x\.json\.gz"):
             read_examples(tmp_path / "x.json.gz")
@@ -468,16 +415,12 @@ def test_a_part_of_the_rows(elsewhere, rows, last):
     _, parts, hashes = load_data(train, val, rows=rows)
     asked = [e["messages"][0]["content"] for e in parts["train"]]
     assert ("".join(q[-1] for q in asked), len(parts["val"])) == (last, 3)
-    assert hashes.get("rows") == rows  # a run that goes on is asked for the same ones
+    assert hashes.get("rows") == rows  # a resumed run must have the same ones
     _, parts, _ = load_data(train, rows=rows, max_rows=18, every_row=True)
     assert parts["val"] is parts["train"] and len(parts["val"]) <= 18
-
-
-@pytest.mark.parametrize("rows", ["5", "1-5", "a:b", "1:5:2", ":-", "9:", "5:3"])
-def test_a_part_that_is_none_is_a_line(elsewhere, rows):
-    write(Path("t.jsonl"), alpaca(9))
-    with pytest.raises(UserError, match=f"--rows {rows}"):
-        load_data("t.jsonl", rows=rows)
+    for none in ("5", "1-5", "a:b", "1:5:2", ":-", "90:", "5:3"):
+        with pytest.raises(UserError, match=f"--rows {none}"):
+            load_data(train, rows=none)
 
 
 def test_an_encoding_may_be_given(elsewhere):
@@ -490,7 +433,7 @@ def test_an_encoding_may_be_given(elsewhere):
 
 
 @pytest.fixture
-def hub(elsewhere, monkeypatch, mirror):  # noqa: F811
+def hub(elsewhere, monkeypatch, mirror):
     """A mirror of the Hub: hub(repo, {config: {split: rows}}) adds a data set to its viewer."""
     monkeypatch.setenv("SCRATCHLM_MIRROR", mirror.base)
 
@@ -520,19 +463,22 @@ def films(n, label=None):
 def test_a_data_set_of_the_hub_comes_page_by_page_and_once(hub, capsys):
     splits = {"train": films(250), "validation": films(7), "test": films(3, -1)}
     hub("me/films", {"default": splits})
-    hub.mirror.faults = [None, None, 404]  # the third answer
+    hub.mirror.faults[None] = [None, None, 404]  # the third answer
     with pytest.raises(UserError, match=r"404.*; 100 rows of train are kept"):
         load_data("me/films")
     kind, parts, _ = load_data("me/films")
     assert (kind, {s: len(p) for s, p in parts.items()}) == ("label", {"train": 250, "val": 7})
     assert [e["label"] for e in parts["train"]] == ["neg", "pos"] * 125
     assert parts["train"][249]["text"] == "film 249"
-    said = capsys.readouterr().err
-    assert "me/films: 3 of 3 rows of test have no label" in said and "downloaded" not in said
-    asked = [path for path, _ in hub.mirror.log if "datasets-server" in path]
+    err = capsys.readouterr().err
+    assert "me/films: 3 of 3 rows of test have no label" in err and "downloaded" not in err
+    asked = [path for path, _, _ in hub.mirror.log if "datasets-server" in path]
     assert len(asked) == 7 and len(set(asked)) == 6  # two lists, five pages, one of them twice
-    kind = {"names": {"dtype": "string", "_type": "Value"}}  # a field "names" of an object
+
+
+def test_a_field_of_an_object_may_be_called_names():
     rows = [{"row": {"who": {"names": "x"}}}]
+    kind = {"names": {"dtype": "string", "_type": "Value"}}
     page = {"features": [{"name": "who", "type": kind}], "rows": rows}
     assert page_rows(page) == [rows[0]["row"]]
 
@@ -595,84 +541,57 @@ def test_files_of_a_repository(hub):
     assert sizes(train, val_source=train) == {"train": 4, "val": 4}
 
 
-def test_the_names_that_the_course_and_the_hub_have_for_a_set(offline):
+def test_the_names_that_the_course_and_the_hub_have_for_a_set():
     for name in ("rotten_tomatoes", "cornell-movie-review-data/rotten_tomatoes"):
         assert SOURCES[name] is SOURCES["sentiment"] and default_name(name) == "rotten_tomatoes"
     assert default_name("me/many:en") == "many-en" and default_name("me/a:b/c.jsonl") == "c"
 
 
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """An empty folder to work in, without a network."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("no test asks the network")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("requests.get", refuse)
-
-
 def test_synthetic_dialogues_say_what_their_calls_ask_and_find_what_fits():
     rows = synthetic_dialogues(300, "train")
     assert rows == synthetic_dialogues(300, "train") != synthetic_dialogues(300, "dev")
-    hotels = read_hotels(OWN_HOTELS)
     for user, search, result, answer, *_ in rows:
-        asked, a = user["content"], search["arguments"]
-        low, high = a.get("price_range_lower"), a.get("price_range_upper")
-        clauses = ["type" in a, "facilities" in a, low is not None, "rating_range_lower" in a]
-        assert asked.rstrip("。").split("酒店，", 1)[1].count("，") + 1 == sum(clauses), asked
-        assert all(f in asked for f in [a.get("type", ""), *a.get("facilities", [])])
-        assert low is None or f"{low}-{high}元" in asked or f"{low}到{high}元" in asked
-        rating = a.get("rating_range_lower", 0)
-        assert not rating or re.search(rf"(?<![\d.]){rating}分", asked)
-
-        def fits(h, a=a, low=low, high=high, rating=rating):
-            cheap = low is None or low <= h["price"] <= high
-            return cheap and a.get("type", h["type"]) == h["type"] and h["rating"] >= rating
-
-        assert all(fits(r) and r["name"] in answer["content"] for r in result["records"])
-        exact = [h for h in hotels if fits(h) and {*a.get("facilities", [])} <= {*h["facilities"]}]
-        assert min(len(exact), 2) <= len(result["records"]) <= 2
+        arguments, asked = search["arguments"], user["content"]
+        words = [arguments.get("type", ""), *arguments.get("facilities", ())]
+        words += [str(value) for value in arguments.values() if isinstance(value, int | float)]
+        assert all(word in asked for word in words)
+        assert result["records"] == search_hotels(read_hotels(OWN_HOTELS), **arguments)
+        assert all(record["name"] in answer["content"] for record in result["records"])
     assert sum(not r[2]["records"] for r in rows) < 0.1 * len(rows)
 
 
-def test_film_reviews_are_split_as_the_public_set_is(offline):
+def test_film_reviews_are_split_as_the_public_set_is(elsewhere):
     folder, files = real("rotten_tomatoes"), {}
     archive = download_path(REVIEWS)
     archive.parent.mkdir(parents=True)
-    with tarfile.open(archive, "w:gz") as tar:
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
         for label in ("pos", "neg"):
-            raw = (folder / f"rt-polarity.{label}").read_bytes()
-            files[label] = [line.strip() for line in raw.decode("latin-1").strip().split("\n")]
-            member = tarfile.TarInfo(f"rt-polaritydata/rt-polarity.{label}")
-            member.size = len(raw)
-            tar.addfile(member, io.BytesIO(raw))
+            path = folder / f"rt-polarity.{label}"
+            files[label] = [x.strip() for x in path.read_text("latin-1").strip().split("\n")]
+            tar.add(path, f"rt-polaritydata/{path.name}")
     kind, parts, _ = load_data("sentiment")
-    assert kind == "label"
-    assert {s: len(rows) for s, rows in parts.items()} == dict(train=8530, val=1066, test=1066)
     ends = {"train": (0, 4265), "val": (4265, 4798), "test": (4798, 5331)}
+    assert (kind, parts.keys()) == ("label", ends.keys())
     for split, (start, stop) in ends.items():
-        for label in ("pos", "neg"):
-            texts = [e["text"] for e in parts[split] if e["label"] == label]
-            assert texts == files[label][start:stop]
-    first, last = parts["train"][0]["text"], parts["test"][-1]["text"]
-    assert first.startswith("the rock is destined to be the 21st century's new")
-    assert last.startswith("enigma is well-made , but it's just too dry")
+        assert parts[split] == [
+            {"text": text, "label": label}
+            for label in ("pos", "neg")
+            for text in files[label][start:stop]
+        ]
+    assert parts["train"][0]["text"].startswith("the rock is destined to be the 21st century's new")
 
 
-def test_the_public_hotel_set_with_its_database(offline):
+def test_the_public_hotel_set_with_its_database(elsewhere):
     for split in ("train", "dev", "test"):
         path = download_path(f"{LAB}/{split}.full.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = []
         for line in real("hotel/dev.jsonl").read_text(encoding="utf-8").splitlines()[:40]:
             turns = json.loads(line)
-            rows += [
-                json.dumps({"context": json.dumps(turns[:i]), "response": json.dumps(turn)})
-                for i, turn in enumerate(turns)
-                if turn["role"] in ("search", "assistant")
-            ]
-        path.write_text("\n".join(rows), encoding="utf-8")
+            for i, reply in enumerate(turns):
+                if reply["role"] in ("search", "assistant"):
+                    rows.append({"context": json.dumps(turns[:i]), "response": json.dumps(reply)})
+        write(path, rows)
     HOTEL_DB.parent.mkdir(parents=True)
     HOTEL_DB.write_bytes(real("hotel/hotel_db.json").read_bytes())
     kind, parts, hashes = load_data("hotel")

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import sample
 from data.analogy import word_vector
@@ -26,7 +27,6 @@ from data.tokenizer import Tokenizer
 from model import Config, Transformer, load_checkpoint, save_checkpoint
 from sample import TextStream, analogy, beam_search, generate, naive_generate, next_token
 
-SCRIPT = Path(__file__).resolve().parent.parent / "sample.py"
 INF = math.inf
 BYTES = Tokenizer({"kind": "byte"})
 
@@ -69,9 +69,7 @@ def random_prompt(n, seed=0, vocab=40):
     return torch.randint(vocab, (n,), generator=g).tolist()
 
 
-# --------------------------------------------------------------------------------------------
-# Sampling filters
-# --------------------------------------------------------------------------------------------
+# ---- sampling filters ------------------------------------------------------------------------
 
 PROBS = [0.1, 0.4, 0.05, 0.15, 0.3]  # unsorted on purpose
 
@@ -84,26 +82,17 @@ def logits_of(probs):
     return torch.tensor([probs]).log()
 
 
-def test_temperature_divides_the_logits():
-    x = torch.tensor([[2.0, -1.0, 0.0, 4.0, -3.0]])
-    assert sample.temperature(x, 0.5).tolist() == [[4.0, -2.0, 0.0, 8.0, -6.0]]
-
-
 @pytest.mark.parametrize(
     "name, number, ids",
     [
         ("top_k", 2, [1, 4]),
         ("top_k", 1, [1]),
-        ("top_k", 5, [0, 1, 2, 3, 4]),
         ("top_k", 1000, [0, 1, 2, 3, 4]),
         ("top_p", 0.0, [1]),
-        ("top_p", 0.39, [1]),
         ("top_p", 0.41, [1, 4]),  # 0.4 is not enough: the token that crosses 0.41 stays
         ("top_p", 0.69, [1, 4]),
-        ("top_p", 0.71, [1, 3, 4]),
         ("top_p", 0.96, [0, 1, 2, 3, 4]),
         ("min_p", 0.0, [0, 1, 2, 3, 4]),
-        ("min_p", 0.2, [0, 1, 3, 4]),
         ("min_p", 0.5, [1, 4]),
         ("min_p", 1.0, [1]),
     ],
@@ -115,16 +104,11 @@ def test_a_filter_keeps_these_ids_and_leaves_its_input_alone(name, number, ids):
     assert torch.equal(x, before) and out.data_ptr() != x.data_ptr()
 
 
-def test_ties_and_equals():
+def test_temperature_divides_and_equals_are_kept():
+    x = torch.tensor([[2.0, -1.0, 0.0, 4.0, -3.0]])
+    assert sample.temperature(x, 0.5).tolist() == [[4.0, -2.0, 0.0, 8.0, -6.0]]
     assert kept(sample.top_k(torch.tensor([[1.0, 2.0, 1.0, 0.0, 3.0]]), 3)) == [0, 1, 2, 4]
     assert len(kept(sample.top_p(torch.zeros(1, 5), 0.5))) == 3  # 0.2, 0.4, then 0.6 crosses
-    assert len(kept(sample.top_p(torch.zeros(1, 5), 0.0))) == 1
-
-
-def test_repetition_penalty_lowers_positive_and_negative_logits_once():
-    x = torch.tensor([[4.0, -2.0, 0.0, 1.0, -1.0]] * 3)
-    out = sample.repetition_penalty(x, [[0, 1, 1, 2, 0], [3], []], 2.0)
-    assert out.tolist() == [[2, -4, 0, 1, -1], [4, -2, 0, 0.5, -1], x[2].tolist()]
 
 
 def test_filters_agree_with_transformers():
@@ -153,11 +137,8 @@ def test_temperature_zero_is_argmax_after_the_repetition_penalty():
         assert next_token(x, [[0]] * 4, [None] * 4, settings) == x.argmax(-1).tolist()
     x, settings = torch.tensor([[1.0, 5.0, 4.0]]), dict(temperature=0, repetition_penalty=2.0)
     assert next_token(x, [[1]], [None], settings) == [2]
-
-
-@pytest.mark.parametrize("t", [1e-6, 1e-30, 1e-40, 1e-60])
-def test_a_tiny_temperature_is_nearly_greedy_and_never_nan(t):
-    assert set(draw(torch.tensor([[1.0, 9.0, 3.0, -20.0, 8.0]]), 20, temperature=t)) == {1}
+    for t in (1e-6, 1e-30, 1e-60):  # nearly greedy, and never NaN
+        assert set(draw(torch.tensor([[1.0, 9.0, 3.0, -20.0, 8.0]]), 20, temperature=t)) == {1}
 
 
 @pytest.mark.parametrize(
@@ -201,9 +182,7 @@ def test_a_rows_draw_depends_on_its_seed_and_not_on_its_neighbours():
     assert draw(logits_of(PROBS), 50, seed=3) != draw(logits_of(PROBS), 50, seed=4)
 
 
-# --------------------------------------------------------------------------------------------
-# Generation
-# --------------------------------------------------------------------------------------------
+# ---- generation ------------------------------------------------------------------------------
 
 SHAPES = [
     dict(position="rope", value_embed=True, bigram=40, induction=True),
@@ -234,28 +213,11 @@ def test_the_repetition_penalty_remembers_what_slid_out_of_the_window():
     assert len(set(prompt + ids)) == 30 + len(set(prompt))
 
 
-def test_slide_is_called_with_what_is_kept_each_time_that_the_context_is_full():
-    model, calls, at = noisy_model(), [], []
-    for n, _ in enumerate(generate(model, [[1, 2, 3]], 40, slide=calls.append), start=1):
-        at.append((n, len(calls)))
-    # 3 + 10 tokens are one too many: 6 stay. Then each 7 new ones are one too many again.
-    assert calls == [6] * 5
-    first = [next(n for n, c in at if c == k) for k in (1, 2, 3)]
-    assert first == [11, 18, 25]  # seen when the next token comes
-
-
-def test_slide_is_not_called_while_everything_fits():
-    calls = []
-    assert len(list(generate(noisy_model(), [[1, 2, 3]], 10, slide=calls.append))) == 10
-    assert calls == []
-
-
 @pytest.mark.parametrize("length", [11, 12, 13, 40])
 def test_a_prompt_around_or_beyond_the_context_is_read_from_its_end(length):
-    model, prompt, calls = noisy_model(), random_prompt(length), []
-    ids = rows_of(generate(model, [prompt], 9, temperature=0, slide=calls.append))[0]
+    model, prompt = noisy_model(), random_prompt(length)
+    ids = rows_of(generate(model, [prompt], 9, temperature=0))[0]
     assert ids == naive_generate(model, prompt, 9, temperature=0)
-    assert (calls[0] == 12) == (length > 12)
 
 
 LENGTHS = (1, 5, 12, 3, 30, 9)
@@ -272,13 +234,12 @@ def test_prompts_of_different_lengths_give_what_each_gives_alone(shape):
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS[:4], (12, 1, 1, 2), (40, 2, 13, 12)])
-@pytest.mark.parametrize("quits", [(0,), (0, 1, 3)])
+@pytest.mark.parametrize("quits", [(0,), (0, 1, 3), (0, 1, 2, 3)])
 def test_a_row_that_stops_leaves_its_neighbours_alone(lengths, quits):
     """The longest row may stop first, which makes the others slide at columns beyond the context"""
     model = noisy_model(position="learned")
-    prompts, last = [random_prompt(n, seed=n + r) for r, n in enumerate(lengths)], {}
-    for r in quits:
-        last[r] = 2 + 5 * r  # the row ends with its token of this number
+    prompts = [random_prompt(n, seed=n + r) for r, n in enumerate(lengths)]
+    last = {r: 2 + 5 * r for r in quits}  # the row ends with its token of this number
     count = [0] * 4
 
     def stop(r, i):
@@ -286,31 +247,11 @@ def test_a_row_that_stops_leaves_its_neighbours_alone(lengths, quits):
         return count[r] == last.get(r)
 
     steps = list(generate(model, prompts, 40, seeds=[1, 2, 3, 4], stop=stop))
+    assert len(steps) == (17 if len(quits) == 4 else 40)
     for r, (p, ids) in enumerate(zip(prompts, rows_of(steps))):
-        n = last.get(r, 40)
-        assert ids == naive_generate(model, p, n, seed=r + 1)
-        assert [s[r] is None for s in steps] == [False] * n + [True] * (40 - n)
-
-
-@pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 33])
-def test_exactly_max_tokens_come(n):
-    assert [len(r) for r in rows_of(generate(noisy_model(), [[1, 2, 3], [4]], n))] == [n, n]
-
-
-def test_the_stop_id_is_the_last_one_and_generation_ends_when_all_rows_have():
-    model, asked = noisy_model(), []
-    free = rows_of(generate(model, [[1], [2]], 30, seeds=[1, 2]))
-    ends = [free[0][4], free[1][9]]  # ids that will come
-    until = [free[0].index(ends[0]) + 1, free[1].index(ends[1]) + 1]
-
-    def stop(r, i):
-        asked.append(r)
-        return i == ends[r]
-
-    steps = list(generate(model, [[1], [2]], 30, seeds=[1, 2], stop=stop))
-    assert rows_of(steps) == [free[0][: until[0]], free[1][: until[1]]]
-    assert len(steps) == max(until)
-    assert (asked.count(0), asked.count(1)) == tuple(until)  # not asked again after its end
+        n = count[r]  # it is not asked again after its end
+        assert n == last.get(r, 40) and ids == naive_generate(model, p, n, seed=r + 1)
+        assert [s[r] is None for s in steps] == [False] * n + [True] * (len(steps) - n)
 
 
 @pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=5.0)])
@@ -319,8 +260,6 @@ def test_only_allowed_ids_come(settings):
     allowed[[3, 17, 30]] = True
     rows = rows_of(generate(model, [[1, 2], [5]], 40, allowed=allowed, **settings))
     assert {i for row in rows for i in row} <= {3, 17, 30}
-    free = rows_of(generate(model, [[1, 2], [5]], 40, **settings))
-    assert not {i for row in free for i in row} <= {3, 17, 30}
 
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], []], [[40]], [[1], [3, -1]], [[1, 10**6]]])
@@ -329,9 +268,7 @@ def test_an_empty_prompt_or_an_id_outside_the_vocabulary_is_a_data_error(prompts
         next(generate(noisy_model(), prompts, 5))
 
 
-# --------------------------------------------------------------------------------------------
-# Beam search
-# --------------------------------------------------------------------------------------------
+# ---- beam search -----------------------------------------------------------------------------
 
 
 def all_continuations(model, prompt, n, end, penalty):
@@ -379,12 +316,6 @@ def test_stopping_early_never_misses_what_a_full_search_of_the_same_width_finds(
     assert [s for s, _ in found] == pytest.approx([s for s, _ in wanted], abs=1e-4)
 
 
-def test_one_beam_is_greedy():
-    model, prompt = noisy_model(), random_prompt(3)
-    [(_, ids)] = beam_search(model, prompt, 9, beams=1)
-    assert [ids] == rows_of(generate(model, [prompt], 9, temperature=0))
-
-
 # 0 ends, 1 begins. Ending at once is the likeliest first token, "2 0" is one of two tokens.
 HASTY = [
     [0.25, 0.25, 0.25, 0.25],
@@ -421,9 +352,7 @@ def test_beams_refuse_what_they_cannot_do():
     assert len(beam_search(model, [1] * 10, 2)[0][1]) == 2
 
 
-# --------------------------------------------------------------------------------------------
-# Text as it comes
-# --------------------------------------------------------------------------------------------
+# ---- text as it comes ------------------------------------------------------------------------
 
 
 def feed_all(stream, ids):
@@ -440,17 +369,14 @@ def test_characters_come_whole(text):
         assert "".join(shown[:n]) == done
 
 
-def test_broken_bytes_become_the_replacement_character():
+def test_broken_bytes_become_the_replacement_character_and_other_ids_are_silent():
     assert feed_all(TextStream(BYTES), [65, 0xFF, 66]) == ["A", "\ufffd", "B", ""]
     assert feed_all(TextStream(BYTES), [0xE4, 0xB8]) == ["", "", "\ufffd"]  # finish says it
+    assert feed_all(TextStream(BYTES), [65, BYTES.eos_id, 300, 66]) == ["A", "", "", "B", ""]
     g = torch.Generator().manual_seed(0)
     for _ in range(50):  # random bytes: most are broken
         ids = torch.randint(256, (30,), generator=g).tolist()
         assert "".join(feed_all(TextStream(BYTES), ids)) == BYTES.decode(ids)
-
-
-def test_end_of_text_and_ids_without_a_token_are_silent():
-    assert feed_all(TextStream(BYTES), [65, BYTES.eos_id, 300, 66]) == ["A", "", "", "B", ""]
 
 
 @pytest.mark.parametrize(
@@ -459,11 +385,9 @@ def test_end_of_text_and_ids_without_a_token_are_silent():
         ("one END two", ("END",), "one "),
         ("aaab", ("aab",), "a"),
         ("aaaaabaab", ("aab",), "aaa"),
-        ("ababac!", ("abac",), "ab"),
         ("x\n\nyz", ("yz", "\n\n"), "x"),
         ("abcde", ("cd", "bcx"), "ab"),
         ("你好。再见。", ("。",), "你好"),
-        ("END", ("END",), ""),
         ("see 👍🏽 there", ("🏽",), "see 👍"),
         ("EN END", ("ENDE", "XX", ""), None),
         ("aaaa", ("aab",), None),
@@ -490,39 +414,29 @@ def test_a_stop_inside_one_token_cuts_the_token():
 
 
 
-# --------------------------------------------------------------------------------------------
-# Analogies
-# --------------------------------------------------------------------------------------------
+# ---- analogies -------------------------------------------------------------------------------
 
 WORDS = ["king", "man", "woman", "queen", "apple"]
 
 
-def word_tokenizer():
+@pytest.fixture
+def words():
+    """(tokenizer, table): royal, male, female, fruit; all other tokens point elsewhere."""
     # merges from left to right: every prefix of " king" is a token before " king" is
     tokens = [bytes([b]) for b in range(256)]
     for w in WORDS:
         word = b" " + w.encode()
         tokens += [word[:n] for n in range(2, len(word) + 1) if word[:n] not in tokens]
-    return bpe_tokenizer(tokens, r" ?\w+|\s+|.")
-
-
-def word_table(tokenizer):
-    """Royal, male, female, fruit: four directions; all other tokens point elsewhere."""
+    tokenizer = bpe_tokenizer(tokens, r" ?\w+|\s+|.")
     table = torch.zeros(tokenizer.n_vocab + 20, 8)
     table[:, 4:] = torch.randn(len(table), 4, generator=torch.Generator().manual_seed(0))
     directions = [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0.3], [0, 0, 0, 1]]
     for word, direction in zip(WORDS, directions):
         [i] = tokenizer.encode(" " + word)
         table[i] = torch.tensor([*direction, 0, 0, 0, 0], dtype=torch.float)
-    table[tokenizer.eos_id] = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0])  # perfect, but no word
-    table[-5] = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0])  # a spare row of the table
-    return table
-
-
-@pytest.fixture
-def words():
-    tokenizer = word_tokenizer()
-    return tokenizer, word_table(tokenizer)
+    for i in (tokenizer.eos_id, -5):  # perfect, but no word; a spare row of the table
+        table[i] = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0])
+    return tokenizer, table
 
 
 def test_king_minus_man_plus_woman_is_queen(words):
@@ -542,9 +456,7 @@ def test_king_minus_man_plus_woman_is_queen(words):
             analogy(expression, *words)
 
 
-# --------------------------------------------------------------------------------------------
-# The command line
-# --------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------
 
 
 def write_run(path, seed=0, only=b"abcdefgh "):
@@ -567,25 +479,24 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def say(run, capsys, tmp_path, monkeypatch):
-    """say("--prompt", "a", ...) -> what sample.py prints for the little checkpoint."""
+    """say("--prompt", "a", ...) -> what sample.py prints for the little checkpoint; what it prints
+    to stderr is in say.err."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
 
-    def call(*argv):
-        sample.main(["--ckpt", run[0], "--device", "cpu", *argv])
-        return capsys.readouterr().out
+    def call(*argv, ckpt=run[0]):
+        sample.main([*(["--ckpt", str(ckpt)] if ckpt else ()), "--device", "cpu", *argv])
+        out, call.err = capsys.readouterr()
+        return out
 
     return call
 
 
-def script(*argv, cwd, stdin=b""):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(SCRIPT), *argv]
-    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, env=env, timeout=60)
-
-
 def last_ids(out):
     return [int(i) for i in out.splitlines()[-1].split(",")]
+
+
+TEN = ("--temperature", "0", "--max_tokens", "10", "--print_ids")
 
 
 def test_prompt_then_text_then_ids(say, run):
@@ -594,49 +505,37 @@ def test_prompt_then_text_then_ids(say, run):
     ids = last_ids(out)
     assert len(ids) == 40 and end == ""
     assert text == "abc" + BYTES.decode(ids)
-    allowed = torch.arange(320) < 257
-    settings = dict(temperature=0.8, top_p=0.95)
-    wanted = rows_of(generate(run[1], [[97, 98, 99]], 40, seed=3, allowed=allowed, **settings))
-    assert [ids] == wanted and line == ",".join(map(str, ids))
+    settings = dict(temperature=0.8, top_p=0.95, allowed=torch.arange(320) < 257)
+    assert [ids] == rows_of(generate(run[1], [[97, 98, 99]], 40, seed=3, **settings))
+    assert line == ",".join(map(str, ids))
+    assert say.err.count("\n") == 1 and "context of 32 tokens is full" in say.err  # once
 
 
 def test_prompt_from_a_file_or_a_pipe_equals_the_prompt(say, tmp_path, monkeypatch):
-    flags = ("--temperature", "0", "--max_tokens", "10")
-    text = "ab 中文 gh"
-    wanted = say("--prompt", text, *flags)
-    assert wanted.startswith(text) and len(wanted) == len(text) + 10 + 1
-    for mark in ("", "\ufeff"):
-        (tmp_path / "p.txt").write_text(mark + text, encoding="utf-8")
-        assert say("--prompt", "@p.txt", *flags) == wanted
-        monkeypatch.setattr(sys, "stdin", io.StringIO(mark + text))
-        assert say(*flags) == wanted
-
-
-def test_piped_text_that_begins_with_an_at_sign_is_text(say, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("@dataclass"))
-    assert say("--max_tokens", "5").startswith("@dataclass")
+    for text in ("ab 中文 gh", "@dataclass"):  # piped text that begins with @ is text
+        wanted = say("--prompt_ids", ",".join(map(str, text.encode())), *TEN)
+        assert wanted.startswith(text) and len(last_ids(wanted)) == 10
+        for mark in ("", "\ufeff"):
+            (tmp_path / "p.txt").write_text(mark + text, encoding="utf-8")
+            assert say("--prompt", "@p.txt", *TEN) == wanted
+            monkeypatch.setattr(sys, "stdin", io.StringIO(mark + text))
+            assert say(*TEN) == wanted
 
 
 def test_without_a_prompt_the_model_begins_a_document(say, run, monkeypatch):
-    flags = ("--temperature", "0", "--max_tokens", "10", "--print_ids")
     wanted = naive_generate(run[1], [BYTES.eos_id], 10, temperature=0)
-    assert last_ids(say(*flags)) == wanted
-    assert last_ids(say("--prompt", "", *flags)) == wanted
+    assert last_ids(say(*TEN)) == last_ids(say("--prompt", "", *TEN)) == wanted
     monkeypatch.setattr(sys, "stdin", None)  # pythonw has none
-    assert last_ids(say(*flags)) == wanted
+    assert last_ids(say(*TEN)) == wanted
 
 
-def test_several_prompts_are_a_batch_and_each_what_it_is_alone(say):
-    flags = ("--temperature", "0", "--max_tokens", "50", "--print_ids")
+def test_a_batch_gives_each_prompt_and_sample_what_it_is_alone(say):
     prompts = ["a", "bcd efg", "h " * 30]
-    alone = [say("--prompt", p, *flags).splitlines() for p in prompts]
-    lines = say(*(f for p in prompts for f in ("--prompt", p)), *flags).splitlines()
+    alone = [say("--prompt", p, *TEN).splitlines() for p in prompts]
+    lines = say(*(f for p in prompts for f in ("--prompt", p)), *TEN).splitlines()
     assert lines[:-3] == [x for r, a in enumerate(alone) for x in (f"--- {r + 1} ---", a[0])]
     assert lines[-3:] == [a[1] for a in alone]
-
-
-def test_sample_j_of_each_prompt_is_what_seed_plus_j_gives_alone(say):
-    flags = ("--max_tokens", "30", "--print_ids")
+    flags = ("--max_tokens", "30", "--print_ids")  # sample j has the seed 7 + j
     batch = say("--prompt", "a", "--prompt", "bc", "--num_samples", "2", "--seed", "7", *flags)
     alone = [say("--prompt", p, "--seed", s, *flags) for p in ("a", "bc") for s in ("7", "8")]
     assert batch.splitlines()[-4:] == [out.splitlines()[-1] for out in alone]
@@ -644,10 +543,10 @@ def test_sample_j_of_each_prompt_is_what_seed_plus_j_gives_alone(say):
 
 
 def test_temperature_zero_needs_no_seed(say):
-    flags = ("--prompt", "ab", "--temperature", "0", "--max_tokens", "40")
-    assert say(*flags) == say(*flags) == say(*flags, "--seed", "99")
-    free = ("--prompt", "ab", "--max_tokens", "40")
-    assert say(*free) != say(*free)  # another one each time
+    flags = ("--prompt", "ab", "--max_tokens", "40")
+    greedy = (*flags, "--temperature", "0")
+    assert say(*greedy) == say(*greedy, "--seed", "99")
+    assert say(*flags) != say(*flags)  # another one each time
 
 
 def test_stop_ends_before_its_text(say):
@@ -655,44 +554,26 @@ def test_stop_ends_before_its_text(say):
     text = say(*flags).removeprefix("ab").rstrip("\n")
     stop = text[20:23]
     wanted = text[: text.index(stop)]
-    assert wanted
-    assert say(*flags, "--stop", stop) == f"ab{wanted}\n"
-    assert say(*flags, "--stop", "zzz", "--stop", stop) == f"ab{wanted}\n"
+    assert wanted and say(*flags, "--stop", "zzz", "--stop", stop) == f"ab{wanted}\n"
     ids = last_ids(say(*flags, "--stop", stop, "--print_ids"))
     assert BYTES.decode(ids) == wanted + stop  # the ids are what the model wrote
 
 
-def test_a_long_text_says_once_that_the_context_is_full(run, capsys):
-    argv = ["--ckpt", run[0], "--prompt", "ab", "--max_tokens", "100", "--device", "cpu"]
-    sample.main(argv)
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "context of 32 tokens" in err and "newest 16" in err
-
-
-def test_end_of_text_ends_the_text(tmp_path, capsys):
-    write_run(tmp_path / "last.pt", only=[256])
-    flags = ["--prompt", "ab", "--print_ids", "--device", "cpu"]
-    sample.main(["--ckpt", str(tmp_path), *flags])
-    assert capsys.readouterr().out == "ab\n256\n"
-
-
-def test_spare_rows_of_the_table_are_never_drawn(tmp_path, capsys):
+def test_end_of_text_ends_and_spare_rows_of_the_table_are_never_drawn(say, tmp_path):
     write_run(tmp_path / "last.pt", only=range(256, 320))  # one of these 64 has a token
     flags = ["--prompt", "ab", "--print_ids", "--top_p", "1", "--temperature", "2", "--beams"]
     for beams in ("0", "2"):
-        sample.main(["--ckpt", str(tmp_path), "--device", "cpu", *flags, beams])
-        assert last_ids(capsys.readouterr().out) == [256]
+        assert say(*flags, beams, ckpt=tmp_path) == "ab\n256\n"
 
 
 def test_allowed_ids_are_those_with_text_and_end_of_text(run):
     """Ids may be special (0 bytes) or gaps (-1) in the middle, and spare at the end."""
-    lengths = np.array([1, 0, 3, -1, 2, 0])
-    tokenizer = SimpleNamespace(byte_lengths=lengths, eos_id=5)
+    tokenizer = SimpleNamespace(byte_lengths=np.array([1, 0, 3, -1, 2, 0]), eos_id=5)
     allowed = sample.allowed_ids(run[1], tokenizer)
     assert allowed.nonzero().flatten().tolist() == [0, 2, 4, 5] and len(allowed) == 320
 
 
-def test_beams_print_the_best_and_as_many_as_asked(say, run):
+def test_beams_print_the_best_and_as_many_as_asked_and_end_with_the_context(say, run):
     flags = ("--prompt", "ab", "--max_tokens", "6", "--beams", "4", "--print_ids")
     wanted = beam_search(run[1], [97, 98], 6, 4)
     assert last_ids(say(*flags)) == wanted[0][1]
@@ -701,57 +582,44 @@ def test_beams_print_the_best_and_as_many_as_asked(say, run):
         x for s, ids in wanted[:2] for x in (f"--- {s:.4f} ---", "ab" + BYTES.decode(ids))
     ]
     assert lines[4:] == [",".join(map(str, ids)) for _, ids in wanted[:2]]
-
-
-def test_beams_end_with_the_context(run, capsys):
-    argv = ["--ckpt", run[0], "--prompt", "a" * 30, "--beams", "2", "--print_ids"]
-    sample.main([*argv, "--device", "cpu"])
-    out, err = capsys.readouterr()
-    assert len(last_ids(out)) == 2 and "after 2 tokens" in err
-    argv[3] = "a" * 32
+    out = say("--beams", "2", "--print_ids", "--prompt", "a" * 30)
+    assert len(last_ids(out)) == 2 and "after 2 tokens" in say.err
     with pytest.raises(UserError, match="32 tokens"):
-        sample.main(argv)
+        say("--beams", "2", "--prompt", "a" * 32)
 
 
-def test_the_newest_run_is_taken_and_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_newest_run_is_taken_and_named(say, tmp_path):
     for name, seed, when in (("one", 1, 1000), ("two", 2, 2000), ("three", 3, 500)):
         path = tmp_path / "out" / name / "last.pt"
         write_run(path, seed)
         os.utime(path, (when, when))
-    flags = ["--prompt", "ab", "--temperature", "0", "--device", "cpu"]
-    texts = []
-    for ckpt in ([], ["--ckpt", "out/two"], ["--ckpt", "out/one"]):
-        sample.main([*flags, *ckpt])
-        texts.append(capsys.readouterr())
-    assert "two" in texts[0].err.splitlines()[0]
-    assert texts[0].out == texts[1].out != texts[2].out
+    newest = say("--prompt", "ab", *TEN, ckpt=None)
+    assert "two" in say.err.splitlines()[0]
+    one, two = (say("--prompt", "ab", *TEN, ckpt=f"out/{name}") for name in ("one", "two"))
+    assert newest == two != one
 
 
-def test_control_characters_are_shown_and_not_obeyed(tmp_path, capsys):
+def test_control_characters_are_shown_and_not_obeyed(say, tmp_path):
     text = "a\x1b[2Jb\r\x07\x9b\tc\nd é 好"
     assert printable(text) == "a\\x1b[2Jb\\x0d\\x07\\x9b\tc\nd é 好"
     write_run(tmp_path / "x.pt", only=b"\x1b")
-    flags = ["--ckpt", str(tmp_path / "x.pt"), "--prompt", "\x1b[1m", "--max_new_tokens", "3"]
+    flags = ["--prompt", "\x1b[1m", "--max_new_tokens", "3", "--print_ids"]
     for more in ([], ["--num_samples", "2"], ["--beams", "2"]):
-        sample.main([*flags, *more, "--print_ids"])
-        out = capsys.readouterr().out
+        out = say(*flags, *more, ckpt="x.pt")
         assert "\x1b" not in out and "\\x1b[1m\\x1b\\x1b\\x1b\n" in out and "27,27,27" in out
 
 
-def test_a_model_without_a_tokenizer_continues_ids(tmp_path, run, capsys):
+def test_a_model_without_a_tokenizer_continues_ids(say, tmp_path, run):
     content = load_checkpoint(run[0])
     save_checkpoint(tmp_path / "x.pt", {k: content[k] for k in ("config", "model")})
     flags = ["--prompt_ids", "97,98", "--print_ids", "--seed", "3", "--max_new_tokens", "40"]
     for more in ([], ["--num_samples", "2"], ["--temperature", "0"]):
-        sample.main(["--ckpt", str(tmp_path / "x.pt"), *flags, *more])
-        bare = capsys.readouterr().out
-        sample.main(["--ckpt", str(run[0]), *flags, *more])
-        lines = capsys.readouterr().out.splitlines()[-bare.count("\n") :]
-        assert bare.splitlines() == lines and len(lines[0].split(",")) == 40
+        bare = say(*flags, *more, ckpt="x.pt").splitlines()
+        assert bare == say(*flags, *more).splitlines()[-len(bare) :]
+        assert len(bare[0].split(",")) == 40
     for flags in (["--prompt", "ab"], ["--prompt_ids", "97"], ["--chat"]):
         with pytest.raises(UserError, match=r"carries no tokenizer.*--prompt_ids 1,2"):
-            sample.main(["--ckpt", str(tmp_path / "x.pt"), *flags])
+            say(*flags, ckpt="x.pt")
 
 
 def test_analogy_and_choices_on_the_command_line(say, run):
@@ -760,8 +628,6 @@ def test_analogy_and_choices_on_the_command_line(say, run):
     assert lines == [f"{c:7.3f}  {t!r}" for t, c in wanted] and len(lines) == 10
     lines = say("--analogy", "a - b + c", "--choices", "x, y,z").splitlines()
     assert sorted(line.split()[1] for line in lines) == ["'x'", "'y'", "'z'"]
-    with pytest.raises(UserError, match="--analogy"):
-        say("--analogy", "")
 
 
 @pytest.mark.parametrize(
@@ -773,7 +639,6 @@ def test_analogy_and_choices_on_the_command_line(say, run):
         ("--max_tokens 0", "--max_new_tokens 0"),
         ("--temperature inf", "--temperature inf must be at least 0"),
         ("--repetition_penalty 0", "--repetition_penalty 0"),
-        ("--length_penalty 1e9", "--length_penalty"),
         ("--prompt_ids a,b", "a,b"),
         ("--prompt_ids 5,,6", "5,,6"),
         ("--prompt_ids 5,320", "320 .*0 to 319"),
@@ -783,58 +648,38 @@ def test_analogy_and_choices_on_the_command_line(say, run):
         ("--choices a,b", "--choices is for --analogy"),
         ("--system kind", "--system is for --chat"),
         ("--beams 2 --num_samples 3", "--num_samples 3 is more than --beams 2"),
-        ("--top_q 1", "--top_q"),
-        ("--max_new_tokens many", "many"),
         ("--dtype int4", "int4"),
         ("x", "x"),
+        ("--prompt @gb.txt", "gb.txt is not text in UTF-8"),
+        ("--prompt @none.txt", "none.txt"),
+        ("--prompt ab\udcff", "the prompt is not text in UTF-8"),  # a shell of another encoding
+        ("--ckpt nowhere.pt", r"nowhere\.pt does not exist"),
+        ("--ckpt .", r"best\.pt or last\.pt"),
+        ("--ckpt gb.txt", r"gb\.txt"),
     ],
-)
+)  # fmt: skip
 def test_a_value_that_makes_no_sense_is_named(say, capsys, flags, named):
     """By our own check, or by argparse in the same words."""
-    try:
+    Path("gb.txt").write_bytes("中文".encode("gb18030"))
+    with pytest.raises((UserError, OSError, SystemExit)) as e:
         say(*flags.split())
-        message = ""
-    except UserError as e:
-        message = str(e)
-    except SystemExit as e:
-        assert e.code == 2
+    message = str(e.value)
+    if e.type is SystemExit:
+        assert e.value.code == 2
         message = capsys.readouterr().err
     assert re.search(named, message)
 
 
-def test_a_prompt_that_is_no_utf8_or_not_there_is_named(say, tmp_path, monkeypatch):
-    """Python hands over bytes that a shell could not decode as lone surrogates."""
-    (tmp_path / "gb.txt").write_bytes("中文".encode("gb18030"))
-    for prompt, words in (("@gb.txt", "gb.txt"), ("@none.txt", "none.txt"), ("ab\udcff", "UTF-8")):
-        with pytest.raises((UserError, OSError), match=words):
-            say("--prompt", prompt)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\udcff"))
-    with pytest.raises(UserError, match="UTF-8"):
-        say()
-
-
-def test_a_checkpoint_that_is_missing_foreign_or_without_tokenizer_is_named(tmp_path, run):
-    with pytest.raises(UserError, match=r"nowhere\.pt"):
-        sample.main(["--ckpt", str(tmp_path / "nowhere.pt")])
-    with pytest.raises(UserError, match=r"best\.pt or last\.pt"):
-        sample.main(["--ckpt", str(tmp_path)])
-    (tmp_path / "x.pt").write_text("hello")
-    with pytest.raises(UserError, match=r"x\.pt"):
-        sample.main(["--ckpt", str(tmp_path / "x.pt")])
-    model = run[1]
-    content = {"config": asdict(model.config), "model": model.state_dict()}
-    save_checkpoint(tmp_path / "bare.pt", content)
-    with pytest.raises(UserError, match="tokenizer"):
-        sample.main(["--ckpt", str(tmp_path / "bare.pt"), "--device", "cpu"])
-
-
 def test_as_a_program_it_continues_what_is_piped_in_or_exits_with_2(run, tmp_path, say):
-    flags = ("--temperature", "0", "--max_tokens", "10", "--print_ids", "--device", "cpu")
-    done = script("--ckpt", run[0], *flags, cwd=tmp_path, stdin="ab 中文".encode())
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stderr == b""
-    assert done.stdout.decode().splitlines() == say("--prompt", "ab 中文", *flags).splitlines()
-    done = script("--prompt", "a", cwd=tmp_path)  # there is no run
+    def script(*argv, stdin=b""):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+        command = [sys.executable, str(ROOT / "sample.py"), *argv]
+        return subprocess.run(command, input=stdin, capture_output=True, env=env, timeout=60)
+
+    done = script("--ckpt", run[0], *TEN, "--device", "cpu", stdin="ab 中文".encode())
+    assert done.returncode == 0 and done.stderr == b""
+    assert done.stdout.decode().splitlines() == say("--prompt", "ab 中文", *TEN).splitlines()
+    done = script("--prompt", "a")  # there is no run
     err = done.stderr.decode()
     assert (done.returncode, done.stdout) == (2, b"")
     assert err.startswith("sample.py: ") and err.count("\n") == 1

@@ -12,13 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ASSISTANT, BYTE, CALL, CHAT, END, SYSTEM, TOOL, USER, render_chat, turn
-from test_chat import rendered
+from conftest import ASSISTANT, BYTE, CALL, CHAT, END, ROOT, SYSTEM, TOOL, USER, render_chat, turn
 from test_templates import pair
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 
 import lora
 import model as lm
@@ -112,7 +107,7 @@ def chat(tools=None, context=1024, tokenizer=CHAT, **settings):
 
 
 def told(bot, *messages):
-    """`rendered`, where a model is told of its tools first."""
+    """The ids of messages, where a model is told of its tools first."""
     return render_chat(messages, CHAT, tools=bot.schemas)[0]
 
 
@@ -151,7 +146,7 @@ def test_tools_are_told_at_the_end_of_the_system_turn(script, hear, tmp_path):
         f"<|system|>be kind\n{schema}<|end|><|user|>a<|end|><|assistant|>"
     )
     _, example = to_example(json.loads((tmp_path / "s.jsonl").read_text()))
-    ids = chat_rows(example, CHAT, 1000)[0][0].ids  # what was told is what is learned
+    ids = chat_rows(example, CHAT, 1000)[0].ids  # what was told is what is learned
     assert ids[: len(seen[0].prompt)] == seen[0].prompt
     partial = functools.partial(lambda city, day: city, day=1)
     for tools in load_tools("hotel"), {"weather": partial}, None:
@@ -231,9 +226,9 @@ def test_commands(script, hear, monkeypatch, tmp_path):
                "/quit", "never read").out  # fmt: skip
     assert bot.messages == [turn("user", "r"), turn("assistant", "three")]
     system = turn("system", "要友好")
-    prompt = [*rendered(system, turn("user", "q")), ASSISTANT]
+    prompt = [*told(bot, system, turn("user", "q")), ASSISTANT]
     assert seen[0].prompt == seen[1].prompt == prompt and seen[0].seed != seen[1].seed
-    assert seen[2].prompt == [*rendered(system, turn("user", "r")), ASSISTANT]
+    assert seen[2].prompt == [*told(bot, system, turn("user", "r")), ASSISTANT]
     assert json.loads(Path("talk.json").read_text(encoding="utf-8")) == {
         "messages": [system, turn("user", "q"), turn("assistant", "two")]
     }
@@ -250,17 +245,17 @@ def test_adapters_are_switched_in_the_middle_of_a_talk(script, hear):
     script(*[say("x")] * 3)
     bot = sample.make_chat(model, CHAT)
     answer, layer = bot.answer, next(iter(lora.adapted(model).values()))
-    bot.answer = lambda show: (active.append(list(layer.active)), answer(show))
+    bot.answer = lambda show: (active.append(layer.active), answer(show))
     out = hear(bot, "a", "/adapter clerk", "b", "/adapter", "c").out
-    assert active == [["poet"], ["clerk"], []] and "active adapter: clerk" in out
+    assert active == ["poet", "clerk", None] and "active adapter: clerk" in out
 
 
 def test_a_full_context_is_cut_at_turns_and_said_once(script, hear):
     seen = script(*[say("y" * 10)] * 6)
     bot = chat(context=96)
     assert hear(bot, "/system short", *["x" * 12] * 6).err.count("the context is full") == 1
-    assert all(s.prompt[:7] == rendered(turn("system", "short")) for s in seen)
-    assert len(seen[-1].prompt) < len(rendered(*bot.messages[:-1]))
+    assert all(s.prompt[:7] == told(bot, turn("system", "short")) for s in seen)
+    assert len(seen[-1].prompt) < len(told(bot, *bot.messages[:-1]))
 
 
 def test_a_chat_of_a_real_model_is_as_long_as_it_may_be(hear):

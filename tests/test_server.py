@@ -20,10 +20,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
-from conftest import BYTE, CHAT, render_chat, turn
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from conftest import BYTE, CHAT, ROOT, render_chat, turn
 
 import data.server
 import data.service
@@ -206,16 +203,11 @@ def test_tool_choice_says_whether_and_what_is_called(chat):
     )
     # only a tool that the model does not know by training is told of in the system turn
     assert told > known + 50 and none < ours == unnamed
-
-
-def test_a_call_that_is_no_json_can_be_sent_back(chat):
-    """Models write such calls; the conversation must go on, as it does in the terminal."""
-    answer = {"role": "tool", "tool_call_id": "a", "content": '{"error": "no JSON"}'}
-    for arguments in ('{"name": ', '{"a": "\\ud83d"}'):
-        function = {"name": "search", "arguments": arguments}
-        call = {"id": "a", "type": "function", "function": function}
-        called = {"role": "assistant", "content": None, "tool_calls": [call]}
-        assert chat.chat(messages=[TALK[0], called, answer], max_tokens=2).choices
+    # a call that is no JSON can be sent back: the conversation goes on, as it does in the terminal
+    call = {"id": "a", "type": "function", "function": {"name": "search", "arguments": '{"na'}}
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "a", "content": '{"error": "no JSON"}'}
+    assert chat.chat(messages=[TALK[0], called, result], max_tokens=2).choices
 
 
 def test_lengths_stops_seeds_and_penalties(chat, text):
@@ -260,56 +252,32 @@ def test_limits_biases_and_ends_that_a_request_names(chat, text):
         answer = both(chat.chat, **said, extra_body=extra)
         assert answer.choices[0].message.content.startswith(GREETING)
         assert answer.usage.completion_tokens >= count
-    asked = dict(prompt="it", max_tokens=20, temperature=1.5, seed=5)
-    settings = text.service.api.settings | dict(temperature=1.5, seed=5, logit_bias={89: 12})
-    settings |= {"allowed": sample.allowed_ids(text.model, BYTE), "ends": [256], "min_tokens": 20}
-    ids = [i for (i,) in sample.generate(text.model, [BYTE.encode("it")], 20, **settings)]
-    biases = {"89": 12, "310": 100}  # no token has the id 310
-    biased = text.write(**asked, logit_bias=biases, extra_body={"min_tokens": 20}).choices[0].text
-    assert biased == BYTE.decode(ids).rstrip("\ufffd") != text.write(**asked).choices[0].text
+    biases = {"89": 100, "310": 100}  # no token has the id 310
+    assert text.write(prompt="it", max_tokens=5, logit_bias=biases).choices[0].text == "YYYYY"
 
 
-def torch_logprobs(model, ids):
-    """Log probabilities (T, V) of what follows each id."""
-    with torch.no_grad():
-        return model(torch.tensor([ids]))[0].log_softmax(-1)
-
-
-def token_names():
-    """{what the API calls a token: its id}."""
-    names = {chr(i) if i < 128 else f"bytes:\\x{i:02x}": i for i in range(256)}
-    return names | {"<|endoftext|>": 256}
-
-
-def test_logprobs_are_the_models_own(text):
-    asked = dict(prompt=SAYING[:3] + " it", max_tokens=12, temperature=1.2, logprobs=4, echo=True)
-    choice = both(text.write, **asked).choices[0]
-    found, names = choice.logprobs, token_names()
-    ids = [names[token] for token in found.tokens]
-    assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
-    assert BYTE.decode(ids).startswith(SAYING[:3] + " it")
-    rows = zip(torch_logprobs(text.model, ids), ids[1:], found.token_logprobs[1:])
-    for (row, i, logprob), best in zip(rows, found.top_logprobs[1:]):
-        assert logprob == pytest.approx(row[i].item(), abs=1e-4)
-        assert [names[name] for name in best] == row.topk(4).indices.tolist()
-        assert list(best.values()) == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
-
-
-def test_a_scoring_client_gets_the_models_sums(text):
+def test_logprobs_are_the_models_own_and_its_sums_a_scoring_clients(text):
     """What lm-eval's local-completions sends, up to prompts as long as the context."""
+    names = {chr(i) if i < 128 else f"bytes:\\x{i:02x}": i for i in range(256)}
+    names["<|endoftext|>"] = 256
     g = torch.Generator().manual_seed(1)
     prompts = [torch.randint(256, (n,), generator=g).tolist() for n in (2, 320, 17, 300, 2, 1)]
-    asked = dict(prompt=prompts, echo=True, max_tokens=1, logprobs=1, temperature=0, seed=1234)
-    for choice, ids in zip(both(text.write, **asked).choices, prompts):
-        found = choice.logprobs.token_logprobs[: len(ids)]
-        exact = torch_logprobs(text.model, ids)[:-1].gather(1, torch.tensor(ids)[1:, None])
-        assert found[0] is None and len(found) == len(ids)
-        assert sum(found[1:]) == pytest.approx(exact.sum().item(), abs=1e-4 * len(ids))
+    asked = dict(prompt=prompts, echo=True, max_tokens=1, logprobs=4, seed=1234)
+    for choice, prompt in zip(both(text.write, **asked).choices, prompts):
+        logprobs, ids = choice.logprobs, [names[token] for token in choice.logprobs.tokens]
+        assert ids[: len(prompt)] == prompt and len(ids) == min(320, len(prompt) + 1)
+        assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
+        with torch.no_grad():
+            rows = text.model(torch.tensor([ids]))[0].log_softmax(-1)
+        wanted = rows[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist()
+        assert logprobs.token_logprobs[1:] == pytest.approx(wanted, abs=1e-4)
+        for row, best in zip(rows, logprobs.top_logprobs[1:]):
+            assert list(best.values()) == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
     alone = text.write(prompt=prompts[2], echo=True, max_tokens=0, logprobs=0)
     assert len(alone.choices[0].logprobs.tokens) == 17 and alone.usage.completion_tokens == 0
     echoed = both(text.write, prompt=["a", "bc", [100, 101]], echo=True, n=2, max_tokens=3).choices
-    starts = ["a", "a", "bc", "bc", "de", "de"]
     assert [c.index for c in echoed] == list(range(6))
+    starts = ["a", "a", "bc", "bc", "de", "de"]
     assert all(c.text.startswith(start) for c, start in zip(echoed, starts))
 
 
@@ -362,18 +330,18 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
 
 
 def test_sixteen_at_once_get_what_each_gets_alone(text):
-    rng, asked = random.Random(5), []
-    for n in range(16):
-        request = dict(prompt="".join(rng.choices("ab 学", k=rng.randint(1, 60))), seed=n)
-        request |= dict(model=rng.choice(["tiny", "poet", "clerk"]), temperature=rng.choice([0, 1]))
-        asked.append(request | dict(max_tokens=rng.randint(1, 40)))
-
     def write(request):
         return text.write(**request).choices[0].text
 
     def stream(request):
         return "".join(c.choices[0].text for c in text.write(**request, stream=True))
 
+    rng, models = random.Random(5), itertools.cycle(["tiny", "poet", "clerk"])
+    asked = [
+        dict(prompt="".join(rng.choices("ab 学", k=rng.randint(1, 60))), model=next(models),
+             seed=n, temperature=n % 2, max_tokens=rng.randint(1, 40))
+        for n in range(16)
+    ]  # fmt: skip
     alone = [write(request) for request in asked]
     assert len(set(alone)) > 12
     with ThreadPoolExecutor(16) as pool:
@@ -432,14 +400,10 @@ def get(port, path, *headers):
 
 
 def metrics(port):
-    """{name: value} of /metrics, every line of which must be Prometheus'."""
-    found = {}
-    for line in get(port, "/metrics")[2].splitlines():
-        if not re.fullmatch(r"# TYPE \w+ (counter|gauge|summary)", line):
-            name, value = re.fullmatch(r"scratchlm_(\w+) (\d\S*)", line).groups()
-            assert name not in found
-            found[name] = float(value)
-    return found
+    """{name: value} of /metrics."""
+    lines = get(port, "/metrics")[2].splitlines()
+    lines = [x for x in lines if not re.fullmatch(r"# TYPE \w+ (counter|gauge|summary)", x)]
+    return {name.removeprefix("scratchlm_"): float(n) for name, n in map(str.split, lines)}
 
 
 def wait_until(true, seconds=5):
@@ -505,9 +469,8 @@ def test_requests_that_are_much_work_are_refused_or_soon_done(chat, text):
     start, turns = time.monotonic(), [turn("user", "a")] * 20_000
     assert fetch(text.port, post(WRITE, {"prompt": [""] * 200_000, "n": 16}))[0] == 400
     assert fetch(chat.port, post(ASK, GOOD | {"messages": turns, "truncation": "auto"}))[0] == 200
-    for depth in (50, 900):
-        tools = [tool("wait") | {"deep": json.loads("[" * depth + "]" * depth)}]
-        assert fetch(chat.port, post(ASK, GOOD | {"tools": tools}))[0] in (200, 400)
+    deep = [tool("wait") | {"deep": json.loads("[" * 900 + "]" * 900)}]
+    assert fetch(chat.port, post(ASK, GOOD | {"tools": deep}))[0] in (200, 400)
     assert time.monotonic() - start < 10
 
 
@@ -637,9 +600,12 @@ def test_closing_finishes_what_is_written_and_cuts_what_never_ends(capfd):
 # ---- the process -----------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def process(*flags):
-    """`sample.py --serve 0` with a model that writes letters and never ends: (Popen, port)."""
+SITE = "https://site.example"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_a_signal_lets_answers_end_and_a_key_is_needed():
+    """The process, with a model that writes letters and never ends."""
     torch.manual_seed(0)
     shape = dict(vocab_size=320, context=1 << 16, n_layer=1, n_head=2, d_model=16, head_bias=True)
     model = lm.Transformer(lm.Config(**shape))
@@ -649,22 +615,11 @@ def process(*flags):
     Path("run").mkdir()
     lm.save_checkpoint(Path("run/best.pt"), content | {"tokenizer": CHAT.spec})
     command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", "run", "--serve", "0"]
-    command += ["--slots", "3", *flags]
+    command += ["--slots", "3", "--cors", SITE, "--host", "0.0.0.0", "--api_key", "k1"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=env, **pipes) as p:
-        try:
-            yield p, int(re.fullmatch(r"http://[\d.]+:(\d+)/\n", p.stdout.readline())[1])
-        finally:
-            p.kill()
-
-
-SITE = "https://site.example"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-def test_a_signal_lets_answers_end_and_a_key_is_needed():
-    with process("--cors", SITE, "--host", "0.0.0.0", "--api_key", "k1") as (p, port):
+        port = int(re.fullmatch(r"http://[\d.]+:(\d+)/\n", p.stdout.readline())[1])
         assert [get(port, path)[0] for path in ("/v1/models", "/", "/health")] == [401, 200, 200]
         key, site, body = "Authorization: Bearer k1", f"Origin: {SITE}", GOOD | {"model": "run"}
         status, headers, _ = fetch(port, post(ASK, body, key, site))
@@ -744,7 +699,7 @@ def test_runs_and_their_figures(chat):
     rows.insert(1000, {"step": 1000, "val_loss": 2.0})
     texts = {"long": "".join(json.dumps(r) + "\n" for r in rows)}
     texts["cut 好"] = '{"step": 1, "loss": NaN}\n{"step": 2, "loss": Infinity}\n{"step": 3, "lo'
-    texts |= {"empty": "", "odd": '5\n[1]\n\nnull\n{"val_loss": 1}\n'}
+    texts["odd"] = '5\n[1]\n\nnull\n{"val_loss": 1}\n'
     settings = {"long": '{"lr": 0.1}', "odd": "{"}
     for n, (name, content) in enumerate(texts.items()):
         Path("out", name).mkdir(parents=True)
@@ -755,12 +710,10 @@ def test_runs_and_their_figures(chat):
     with data.runs.lock_folder("out/odd"):
         runs = get(chat.port, "/page/runs")[2]["runs"]
     assert [r["name"] for r in runs] == list(texts) and runs[0]["bytes"] == len(texts["long"])
-    assert [r["step"] for r in runs] == [2000, 2, 0, 0] and all(-1 < r["age"] < 60 for r in runs)
-    assert [r["live"] for r in runs] == [False, False, False, True]
+    assert [(r["step"], r["live"]) for r in runs] == [(2000, False), (2, False), (0, True)]
     found = {n: get(chat.port, "/page/run?name=" + quote(n))[2] for n in texts}
     long = found["long"]["rows"]
     assert found["long"]["settings"] == {"lr": 0.1} and 500 < len(long) < 800
     assert rows[1000] in long and long[-1] == rows[-1] and all(r in rows for r in long)
     assert found["cut 好"]["rows"] == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]
-    assert found["empty"] == {"name": "empty", "settings": {}, "rows": []}
     assert found["odd"] == {"name": "odd", "settings": {}, "rows": [{"val_loss": 1}]}

@@ -26,11 +26,9 @@ CHATML = r"""{%- set given = messages[0].role == 'system' %}
 {%- set own = messages[0].content if given else usual %}
 {%- if given or own or tools %}{{- '<|im_start|>system\n' + own }}
 {%- if tools %}{{- '\n\n' if given or own }}
-{{- '# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are ' }}
-{{- 'provided with function signatures within <tools></tools> XML tags:\n<tools>' }}
+{{- '# Tools\n\nYou may call one or more functions:\n<tools>' }}
 {%- for t in tools %}{{- '\n' + t | tojson }}{%- endfor %}
-{{- '\n</tools>\n\nFor each function call, return a json object with function name and ' }}
-{{- 'arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": ' }}
+{{- '\n</tools>\n\nFor each call, return\n<tool_call>\n{"name": ' }}
 {{- '<function-name>, "arguments": <args-json-object>}\n</tool_call>' }}{%- endif %}
 {{- '<|im_end|>\n' }}{%- endif %}{%- set last = namespace(query=messages | length - 1) %}
 {%- for m in messages %}
@@ -55,7 +53,7 @@ CHATML = r"""{%- set given = messages[0].role == 'system' %}
 {{- '<|im_end|>\n' if loop.last or loop.nextitem.role != 'tool' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- if enable_thinking is false %}
 {{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"""
-QWEN25 = "{% set usual = 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' %}"
+QWEN25 = "{% set usual = 'You are a helpful assistant.' %}"
 MINIMIND = "{% set usual = '' if tools else 'You are a helpful assistant' %}"
 LLAMA3 = r"""{%- macro head(role) %}{{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' }}
 {%- endmacro %}{{- bos_token }}{%- if date_string is not defined %}
@@ -66,10 +64,8 @@ LLAMA3 = r"""{%- macro head(role) %}{{- '<|start_header_id|>' + role + '<|end_he
 {{- 'Cutting Knowledge Date: December 2023\nToday Date: ' + date_string + '\n\n' + own }}
 {{- '<|eot_id|>' }}{%- if tools is not none %}{%- if not messages %}
 {{- raise_exception('no user turn') }}{%- endif %}
-{{- head('user') + 'Given the following functions, please respond with a JSON for a function ' }}
-{{- 'call with its proper arguments that best answers the given prompt.\n\nRespond in the ' }}
-{{- 'format {"name": function name, "parameters": dictionary of argument name and its value}.' }}
-{{- 'Do not use variables.\n\n' }}{%- for t in tools %}{{- t | tojson(indent=4) + '\n\n' }}
+{{- head('user') + 'Respond in the format {"name": function name, "parameters": ...}.\n\n' }}
+{%- for t in tools %}{{- t | tojson(indent=4) + '\n\n' }}
 {%- endfor %}{{- messages[0].content | trim + '<|eot_id|>' }}{%- set messages = messages[1:] %}
 {%- endif %}{%- for m in messages %}{%- if 'tool_calls' in m %}{%- if m.tool_calls | length != 1 %}
 {{- raise_exception('This model only supports single tool-calls at once!') }}{%- endif %}
@@ -80,8 +76,7 @@ LLAMA3 = r"""{%- macro head(role) %}{{- '<|start_header_id|>' + role + '<|end_he
 {{- head(m.role) + m.content | trim + '<|eot_id|>' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- head('assistant') }}{%- endif %}"""
 SMOLLM2 = r"""{% for m in messages %}{% if loop.first and m.role != 'system' %}
-{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face' }}
-{{- '<|im_end|>\n' }}{% endif %}
+{{ '<|im_start|>system\nYou are SmolLM.<|im_end|>\n' }}{% endif %}
 {{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 LLAMA2 = r"""{%- set own = '' %}{%- set turns = messages %}{%- if messages[0].role == 'system' %}
@@ -144,7 +139,8 @@ PHI3 = r"""{%- for m in messages if m.role in ('system', 'user', 'assistant') %}
 {{- '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{%- endfor %}
 {{- '<|assistant|>\n' if add_generation_prompt else eos_token }}"""
 
-# More special tokens, what is learned of an assistant's {}, tokens that are not special, variables.
+# `special` are further special tokens, `learned` is what is learned of an assistant's text {},
+# `words` are added tokens that are not special, `variables` are those of a template.
 FIELDS = "template bos eos special learned words variables"
 Family = namedtuple("Family", FIELDS, defaults=("{}<|im_end|>", "", ({},)))
 START, IM, BEGIN, END = "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|endoftext|>"
@@ -205,16 +201,13 @@ SYSTEM, CALL = said("system", "Be kind."), called(("hotel", {"type": "豪华型"
 THOUGHT = BOT | {"reasoning_content": "One.\nTwo?"}
 WRITTEN = said("assistant", "<think>\nOne.\nTwo?\n</think>\n\nHello!")
 TALKS = {
-    "plain": [USER],
     "system": [SYSTEM, USER, BOT],
     "turns": [USER, BOT, USER, said("assistant", "Again?"), USER],
     "a later system": [SYSTEM, USER, BOT, said("system", "Be brief."), USER, BOT],
-    "chinese": [said("system", "你是助手。"), said("user", "你好👩‍👧"), said("assistant", "好！")],
     "blanks": [said("system", "\n\nA \n"), said("user", "\n  b\n\n"), said("assistant", "c  \n")],
-    "empty": [said("system", ""), said("user", ""), said("assistant", "")],
+    "empty": [said("system", ""), said("user", ""), said("assistant", "好👩‍👧")],
     "two of a role": [USER, USER, BOT],
     "thoughts": [USER, THOUGHT, USER, THOUGHT],
-    "a thought": [USER, BOT, USER, THOUGHT, USER, BOT],
     "thoughts in the text": [USER, WRITTEN, USER, WRITTEN],
     "a call in the text": [USER, said("assistant", 'So\n<tool_call>\n{"name": "a"}\n</tool_call>')],
     "a call": [SYSTEM, USER, CALL],
@@ -230,7 +223,7 @@ TALKS = {
     ],
     "a short id": [USER, said("assistant", "", tool_calls=[CALL["tool_calls"][0] | {"id": "1"}])],
 }
-# Templates without tools leave calls out, or fail in Jinja's own words: these are no cases.
+# Templates without tools leave calls out, or fail with Jinja's own message: these are no cases.
 CALLING = {name for name, messages in TALKS.items() if any("tool_calls" in m for m in messages)}
 CASES = [c for c in itertools.product(FAMILIES, TALKS) if c[0] in WITH_TOOLS or c[1] not in CALLING]
 every_case = pytest.mark.parametrize("family, talk", CASES)
@@ -238,8 +231,8 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def both(folder, theirs, **config):
-    """(our Tokenizer, transformers') of a tokenizer of theirs, saved with tokenizer_config.json.
-    generation_config.json ends answers with another token than the one that templates write."""
+    """(our Tokenizer, transformers') of a tokenizer of theirs, saved with tokenizer_config.json. A
+    generation_config.json names another token that ends answers than the template writes."""
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     other = {"eos_token_id": theirs.get_vocab_size() - 1}
     write(folder, theirs, tokenizer_config=config, generation_config=other)
@@ -249,7 +242,7 @@ def both(folder, theirs, **config):
 
 @functools.cache
 def pair(name):
-    """The two tokenizers of a family; one has its eos_token in the old way, as an object."""
+    """The two tokenizers of a family. Llama 2's has its eos_token in the old way, as an object."""
     template, bos, eos, special, _, words, _ = FAMILIES[name]
     theirs = trained(behind=list(dict.fromkeys([bos or eos, eos, *special.split()])))
     theirs.add_tokens([AddedToken(word, normalized=False) for word in words.split()])
@@ -297,9 +290,9 @@ def learned(family, ids, mask):
     return [ours.decode(run) for run in runs]
 
 
-def turns(theirs, messages, family, tools):
-    """(prompt, what is written after it up to its end) of each turn of the assistant; None where
-    the prompt changes once it is answered, or nothing is written."""
+def written(theirs, messages, family, tools):
+    """(prompt, the text after it up to its end) of each turn of the assistant; None where the
+    prompt changes once it is answered, or nothing is written."""
     end = FAMILIES[family].learned.split("{}")[1].strip()
     for i, m in enumerate(messages):
         if m["role"] == "assistant":
@@ -316,19 +309,18 @@ def test_what_is_learned_is_what_the_assistant_wrote(family, talk):
     last = max((i for i, m in enumerate(TALKS[talk]) if m["role"] == "assistant"), default=0)
     messages = TALKS[talk][: last + 1]
     for tools in (None, TOOLS):
-        whole = rendered(theirs, messages, tools)
-        if not last or isinstance(whole, TemplateError):
+        text = rendered(theirs, messages, tools)
+        if not last or isinstance(text, TemplateError):
             continue
-        wrote = list(turns(theirs, messages, family, tools))
+        turns = list(written(theirs, messages, family, tools))
         ids, mask = render_chat(messages, ours, tools=tools)
         got = learned(family, ids, mask)
-        if all(turn and whole.startswith("".join(turn)) for turn in wrote):  # no history rewritten
-            assert got == [own for _, own in wrote]
-        if wrote[-1]:
-            assert got[-1] == wrote[-1][1]
-            prompt, nothing = render_chat(messages[:last], ours, True, tools=tools)
+        if all(turn and text.startswith("".join(turn)) for turn in turns):  # no history rewritten
+            assert got == [own for _, own in turns]
+        if turns[-1]:
+            assert got[-1] == turns[-1][1]
+            prompt, _ = render_chat(messages[:last], ours, True, tools=tools)
             assert prompt == ids[: len(prompt)] and mask[len(prompt)] == 1
-            assert len(nothing) == len(prompt)
 
 
 @every_family
@@ -379,7 +371,7 @@ def test_arguments_may_be_json(family):
 
 @every_family
 def test_a_developer_is_never_lost(family):
-    """The role's name may stand where a template writes any; else it is the system's."""
+    """The message is written under its own role where the template knows it; else as system."""
     (ours, theirs), messages = pair(family), [said("developer", "Be kind."), USER]
     want = [rendered(theirs, m, None, True, True) for m in ([SYSTEM, USER], messages)]
     want = [ids for ids in want if isinstance(ids, list) and "Be kind." in ours.decode(ids)]
@@ -390,29 +382,25 @@ def test_a_developer_is_never_lost(family):
             render_chat(messages, ours, True)
 
 
-NAMED = "{{ 'NAME ' + messages[0].content }}"
+def named(letter):
+    return f"{{{{ '{letter} ' + messages[0].content }}}}"
 
 
-@pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
-@pytest.mark.parametrize(
-    "config, files, found",
-    [
-        ("a", "", "aa"),
-        ({"default": "a", "tool_use": "b"}, "", "ab"),
-        ({"tool_use": "b", "rag": "c", "default": "a"}, "", "ab"),
-        ("a", "chat_template.jinja", "dd"),
-        ("a", "chat_template.jinja additional_chat_templates/tool_use.jinja", "de"),
-    ],
+PLACES = (  # templates in tokenizer_config.json, in a file, those used without and with tools
+    ("a", None, "aa"),
+    ({"tool_use": "b", "rag": "c", "default": "a"}, None, "ab"),
+    ("a", "d", "dd"),
 )
-def test_templates_are_found_where_transformers_finds_them(tools, config, files, found, tmp_path):
-    if isinstance(config, dict):
-        config = [{"name": k, "template": NAMED.replace("NAME", v)} for k, v in config.items()]
-    else:
-        config = NAMED.replace("NAME", config)
-    for letter, path in zip("de", map(tmp_path.joinpath, files.split())):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(NAMED.replace("NAME", letter), encoding="utf-8")
+
+
+@pytest.mark.parametrize("config, file, wanted", PLACES)
+def test_templates_are_found_where_transformers_finds_them(config, file, wanted, tmp_path):
+    if file:
+        (tmp_path / "chat_template.jinja").write_text(named(file), encoding="utf-8")
+    listed = isinstance(config, dict) and config.items()
+    config = [{"name": k, "template": named(v)} for k, v in listed] if listed else named(config)
     ours, theirs = both(tmp_path, trained(behind=["<e>"]), chat_template=config, eos_token="<e>")
-    want = rendered(theirs, [USER], tools, tokenize=True)
-    assert theirs.decode(want) == f"{found[bool(tools)]} Hi there!"
-    assert render_chat([USER], ours, tools=tools)[0] == want
+    for letter, tools in zip(wanted, (None, TOOLS)):
+        ids = rendered(theirs, [USER], tools, tokenize=True)
+        assert theirs.decode(ids) == f"{letter} Hi there!"
+        assert render_chat([USER], ours, tools=tools)[0] == ids

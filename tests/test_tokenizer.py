@@ -48,13 +48,8 @@ def test_round_trip(tokenizer, language):
     assert max(ids) < tokenizer.n_vocab
     assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
-
-
-@every_tokenizer
-def test_a_spec_that_went_through_json_gives_the_same_tokenizer(tokenizer):
     again = Tokenizer(json.loads(json.dumps(tokenizer.spec)))
-    assert again.encode(ALL_TEXT) == tokenizer.encode(ALL_TEXT)
-    assert (again.n_vocab, again.eos_id) == (tokenizer.n_vocab, tokenizer.eos_id)
+    assert (again.encode(text), again.n_vocab) == (ids, tokenizer.n_vocab)
 
 
 @tokenizers_of("byte", "bpe:700")
