@@ -45,8 +45,6 @@ def read_call(call):
     name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
     if not isinstance(name, str) or name.split() != [name]:
         raise ValueError(f"a tool cannot be called {name!r}")
-    if not isinstance(arguments or {}, dict | str):
-        raise ValueError("the arguments are not a JSON object")
     return tool_call(name, arguments or {}, call.get("id"))
 
 
@@ -83,10 +81,9 @@ def message_text(message):
     """A message as text for people: its content, then a line `name {arguments}` for each call."""
     lines = [message["content"]] if message.get("content") else []
     for call in message.get("tool_calls") or ():
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        lines.append(f"{name} {arguments}")
+        text = call["function"]["arguments"]
+        text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+        lines.append(f"{call['function']['name']} {text}")
     return "\n".join(lines)
 
 
@@ -114,9 +111,9 @@ OURS = Path(__file__).with_name("chat_templates") / "ours.jinja"
 # begins a call. <think> and </think> are added where rows have thoughts.
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|call|>", "<|tool|>", "<|end|>")
 THINK = ("<think>", "</think>")
-# Tags in an assistant's content that become special tokens where the vocabulary has them.
+# Tags in an assistant's content that become special tokens if the vocabulary has them.
 ASSISTANT_TAGS = (*THINK, "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
-CALL_TAGS = ("<tool_call>", "[TOOL_CALLS]")  # with which calls begin in others' templates
+CALL_TAGS = ("<tool_call>", "[TOOL_CALLS]")  # calls begin with these in others' templates
 # Escapes the name of a special token in a message, so that it is encoded as plain text. It is a
 # Unicode noncharacter; a text that contains it has it doubled.
 MARK = "\ufdd0"
@@ -187,8 +184,8 @@ class Template:
     """The chat template of a tokenizer: the Jinja that its model came with, or ours, which writes
     <|user|>hi<|end|><|assistant|>hello<|end|>.
 
-    end       the id that closes an assistant's turn; `ends` are all ids that do
-    call_tag  the tag with which a call begins, "" if calls are bare JSON, None if it writes none;
+    end       the id that closes an assistant's turn; `ends` are all ids that end one
+    call_tag  the tag with which a call begins, "" if calls are bare JSON, None if there are none;
               `call` is the id of that tag, None if it is not a token
     tags      {tag of a thought or a call: how `Reply` spells it}: after a MARK if it is a token,
               since the same characters are plain text then; `tag_ids` is {id: the same}

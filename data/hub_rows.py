@@ -20,7 +20,7 @@ from data.sources import HUB, made
 PART = r"\w(?:[\w.-]{0,94}\w)?"
 NAME = re.compile(rf"(({PART})/{PART})(?::(.+))?", re.ASCII)
 FILE = re.compile(r"\.(jsonl?|[ct]sv|gz|zip|txt|parquet|arrow|feather|xlsx)$", re.IGNORECASE)
-# The names of splits there; the last one counts most.
+# The Hub's names of our splits; the last one that a data set has is used.
 SPLITS = {"train": ("train",), "val": ("dev", "val", "valid", "validation"), "test": ("test",)}
 PAGE = 100  # rows, the most that the viewer gives at once
 MOST_ROWS = 100_000  # larger splits are only downloaded with --max_rows
@@ -120,10 +120,8 @@ def viewer_rows(repo, config, split, limit):
 
 def page_rows(page):
     """The rows of a page, labels replaced by their names, or by None if there is none (-1)."""
-    names = {}
-    for feature in page.get("features", ()):
-        kind = feature["type"]  # a list or a dict of others if it is nested
-        if isinstance(kind, dict) and kind.get("_type") == "ClassLabel":
-            names[feature["name"]] = dict(enumerate(kind["names"]))
+    types = {f["name"]: f["type"] for f in page.get("features", ())}  # nested types may be lists
+    labels = [k for k, t in types.items() if isinstance(t, dict) and t.get("_type") == "ClassLabel"]
+    names = {key: dict(enumerate(types[key]["names"])) for key in labels}
     rows = [entry["row"] for entry in page["rows"]]
-    return [row | {key: label.get(row.get(key)) for key, label in names.items()} for row in rows]
+    return [row | {key: names[key].get(row.get(key)) for key in labels} for row in rows]

@@ -1,4 +1,4 @@
-"""Ids to text as they come, and the message that an answer is."""
+"""Turns ids into text as they are generated, and the text of an answer into a message."""
 import codecs
 import contextlib
 import json

@@ -258,8 +258,8 @@ def row_slice(text):
 
 
 def report_bad(bad, total, path):
-    """Name the bad ones of `total` rows, a list of messages, on stderr; UserError if more than 1 %
-    are bad."""
+    """Print the first of the messages `bad`, one for each bad row out of `total` rows; UserError if
+    more than 1 % are bad."""
     for message in bad[:5]:
         print(f"bad row: {message}", file=sys.stderr)
     if len(bad) > MAX_BAD * total:
@@ -282,7 +282,7 @@ def read_examples(path, rows=None, limit=None, encoding=None):
             kind = kind or row_kind
             if row_kind != kind:
                 raise ValueError(f"a row of {row_kind} among rows of {kind}")
-            json.dumps(example, ensure_ascii=False).encode()  # fails for half a character, \ud83d
+            json.dumps(example, ensure_ascii=False).encode()  # fails for a lone surrogate, \ud83d
             examples.append(example)
         except (ValueError, RecursionError) as e:
             bad.append(f"{where}: {e}")
@@ -302,9 +302,8 @@ def read_examples(path, rows=None, limit=None, encoding=None):
 
 def first_words(example):
     """What tells conversations apart: the first thing that the user says, or the text."""
-    if "text" in example:
-        return example["text"]
-    return next((m["content"] for m in example["messages"] if m["role"] == "user"), "")
+    said = (m["content"] for m in example.get("messages", ()) if m["role"] == "user")
+    return example.get("text") or next(said, "")
 
 
 def split_off(examples, fraction):

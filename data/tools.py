@@ -1,4 +1,4 @@
-"""Tools: Python functions that a model may call, their JSON schemas, and the calls."""
+"""Tools: Python functions that a model may call, their JSON schemas, and how they are called."""
 import asyncio
 import contextlib
 import enum
@@ -86,8 +86,7 @@ def type_schema(hint):
 
 def function_schema(name, function):
     """The JSON schema by which a model is told of a function: its parameters, their types, and what
-    its docstring, in Google's style, says of them: transformers.utils.get_json_schema's for plain
-    types."""
+    its docstring, in Google's style, says of them, as transformers.utils.get_json_schema does."""
     doc = "\n" + (inspect.getdoc(getattr(function, "func", function)) or "")
     head, *rest = re.split(r"\n\s*(Args|Returns|Raises):[ \t]*\n", doc)
     sections, descriptions, key = dict(zip(rest[::2], rest[1::2])), {}, None
@@ -115,10 +114,6 @@ def function_schema(name, function):
     parameters = {"type": "object", "properties": properties}
     parameters |= {"required": required} if required else {}
     schema = {"name": name, "description": head.strip(), "parameters": parameters}
-    if signature.return_annotation is not signature.empty:
-        schema["return"] = type_schema(signature.return_annotation)
-        if "Returns" in sections:
-            schema["return"]["description"] = sections["Returns"].strip()
     return {"type": "function", "function": schema}
 
 
@@ -137,7 +132,7 @@ def convert(value, hint, name):
                 return option
     elif kind not in JSON_TYPES or kind is tuple:
         return value
-    elif isinstance(value, bool):  # for Python it is an int, too
+    elif isinstance(value, bool):  # in Python a bool is an int, too
         if kind is bool:
             return value
     elif isinstance(value, (int, float) if kind is float else kind):
@@ -163,7 +158,7 @@ def call_tool(tools, call):
         result = tools[name](**arguments)
         result = asyncio.run(result) if inspect.iscoroutine(result) else result
         result = json.dumps(result, ensure_ascii=False, allow_nan=False)
-    except Exception as e:  # a tool that fails is news for the model, no reason to stop talking
+    except Exception as e:  # the model reads of a tool's failure and goes on
         error = f"{name} failed: {type(e).__name__}: {e}"
         result = json.dumps({"error": error}, ensure_ascii=False)
-    return result.encode("utf-8", "replace").decode()  # half of a pair, \ud83d, is no text
+    return result.encode("utf-8", "replace").decode()  # a lone surrogate, \ud83d, is no text

@@ -139,7 +139,8 @@ PHI3 = r"""{%- for m in messages if m.role in ('system', 'user', 'assistant') %}
 {{- '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{%- endfor %}
 {{- '<|assistant|>\n' if add_generation_prompt else eos_token }}"""
 
-# More special tokens, what is learned of an assistant's {}, tokens that are not special, variables.
+# `special` are further special tokens, `learned` is what is learned of an assistant's text {},
+# `words` are added tokens that are not special, `variables` are those of a template.
 FIELDS = "template bos eos special learned words variables"
 Family = namedtuple("Family", FIELDS, defaults=("{}<|im_end|>", "", ({},)))
 START, IM, BEGIN, END = "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|endoftext|>"
@@ -241,7 +242,7 @@ def both(folder, theirs, **config):
 
 @functools.cache
 def pair(name):
-    """The two tokenizers of a family; one has its eos_token in the old way, as an object."""
+    """The two tokenizers of a family. Llama 2's has its eos_token in the old way, as an object."""
     template, bos, eos, special, _, words, _ = FAMILIES[name]
     theirs = trained(behind=list(dict.fromkeys([bos or eos, eos, *special.split()])))
     theirs.add_tokens([AddedToken(word, normalized=False) for word in words.split()])

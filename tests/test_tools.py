@@ -209,6 +209,7 @@ def test_choices_in_a_docstring(kind, said, choices):
 def test_a_functions_schema_is_that_of_transformers(function):
     theirs = pytest.importorskip("transformers").utils.get_json_schema(function)
     ours = function_schema(function.__name__, function)
+    theirs["function"].pop("return", None)
     assert json.dumps(ours) == json.dumps(theirs)  # the order counts: it is text for a model
 
 
