@@ -62,7 +62,7 @@ RECIPE = train.RECIPE | train.optimizer_rates() | dict(
     lora_rank=0, lora_alpha=None, lora_dropout=0.0, lora_targets="all",  # alpha: twice the rank
 )  # fmt: skip
 
-# The tables learn, too, where the base lacks special tokens: whole, and more slowly than adapters.
+# Where the base lacks special tokens, its tables are trained in full, at a lower rate.
 LORA_RECIPE = dict(lr=3e-3, embed_lr=1e-3, head_lr=1e-3)
 
 # What a resumed run cannot change

@@ -175,12 +175,13 @@ def hub_tokenizer(folder):
         words = {t["content"]: t["id"] for t in entries if not t.get("special", True)}
         for t in entries:
             if t["content"] in words and any(map(t.get, ("single_word", "lstrip", "rstrip"))):
-                raise ValueError(f"added token {t['content']!r} takes blanks or word borders along")
+                raise ValueError(f"{t['content']!r} has single_word, lstrip or rstrip set")
+        # A word that the model also makes by itself remains one of its ordinary tokens
         merges = model.get("merges", ()) if words else ()
         made = {"".join(m.split(" ") if isinstance(m, str) else m) for m in merges}
         made = {word for word in words if word in made or word in CHAR_BYTES}
         made = {word for word in made if model["vocab"].get(word) == words[word]}
-        added = {name: i for name, i in ids.items() if name not in made}  # these stay tokens, too
+        added = {name: i for name, i in ids.items() if name not in made}
         ranks = hub_tokens(model, added)
         if (normalizer := data.get("normalizer") or {"type": None})["type"] not in (None, "NFC"):
             raise ValueError(f"normalizer {normalizer['type']} can't be read, only NFC")
