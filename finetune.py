@@ -62,7 +62,7 @@ RECIPE = train.RECIPE | train.optimizer_rates() | dict(
     lora_rank=0, lora_alpha=None, lora_dropout=0.0, lora_targets="all",  # alpha: twice the rank
 )  # fmt: skip
 
-# The tables learn, too, where the base lacks special tokens: whole, and more slowly than adapters.
+# Where the base lacks special tokens, its tables are trained in full, at a lower rate.
 LORA_RECIPE = dict(lr=3e-3, embed_lr=1e-3, head_lr=1e-3)
 
 # What a resumed run cannot change
@@ -884,11 +884,11 @@ def evaluate_only(args, objective_class, examples):
     needed = objective_class.special_tokens(tokenizer, examples, find_labels(examples))
     if missing := [name for name in needed if name not in tokenizer.special]:
         raise UserError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
-    run = where.parent if where.suffix == ".pt" else where
-    out = run_folder(args.out, f"{run.name}-eval", runtime)
     objective = objective_class(args, tokenizer, chat.labels_of(tokenizer), runtime)
     split = objective.make_split(examples[args.split])
     objective.start(model, {args.split: split}, None)
+    run = where.parent if where.suffix == ".pt" else where
+    out = run_folder(args.out, f"{run.name}-eval", runtime)
     rows = "all rows" if examples["val"] is examples["train"] else args.split
     print(f"measuring {len(split.examples):,} {objective.noun}: {rows} of {args.data}")
     write_report(objective, model, split, out)
@@ -988,9 +988,11 @@ def build_parser():
     add("--eval_only", action="store_true", default=None, help="measure --ckpt on --split, or "
         "on all of a file without --val; train nothing")
     add("--split", help="split to report on at the end: val (default, also dev), test or train")
-    add("--best_by", help="figure that selects best.pt, or last (default val_loss, or accuracy)")
+    figures = ", ".join(dict.fromkeys(c.figure for c in OBJECTIVES.values()))
+    add("--best_by",
+        help=f"what selects best.pt: last, {figures}, or val_loss (default for chats and pairs)")
     add("--eval_rows", type=at_least(0),
-        help="answers generated in each evaluation but the last, which is of all (default 64)")
+        help="answers generated per evaluation (default 64; 0: none), all of them at the end")
     add("--show_mask", type=at_least(1), metavar="N", help="print N rows token by token and stop")
     add = p.add_argument_group("rows").add_argument
     add("--rows", metavar="START:STOP", help="slice of the training rows, such as 1000:5001")

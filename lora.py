@@ -158,7 +158,7 @@ def find_layers(model, targets, kinds):
     layers, names = {}, set()
     for path, parent in model.named_modules():
         if isinstance(parent, LoRALinear):
-            continue  # its base is part of it
+            continue  # its base is no target of its own
         for name, layer in parent.named_children():
             if isinstance(layer, kinds):
                 names.add(name)
@@ -227,9 +227,9 @@ def add_lora(
     layers' names.
 
     targets: attention, mlp, all, or layer names with commas. A second call with another `name` adds
-    a second adapter over the same base. `modules_to_save` (peft's term) are modules that learn
-    whole beside this adapter and are saved with it: the tables of a base that lacks the chat's
-    special tokens. UserError if no layer matches, or for a target that shares its weight with
+    a second adapter over the same base. `modules_to_save` (peft's term) are modules that are
+    trained in full beside this adapter and saved with it: the tables of a base that lacks the
+    chat's special tokens. UserError if no layer matches, or if a target shares its weight with
     another layer (a tied head: the embedding could not follow).
 
     >>> add_lora(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)

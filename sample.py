@@ -206,12 +206,12 @@ class Slot:
     ids: list = field(default_factory=list)
     start: int = 0
     prompt: int = 0  # the length of the prompt
-    ended: int = 0  # a count of ended texts at its end: the lowest has been free the longest
+    ended: int = 0  # how many texts had ended when it did: the lowest has been free the longest
     generator: torch.Generator | None = None
     settings: dict = field(default_factory=dict)  # as in DECODING
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
     logit_bias: dict = field(default_factory=dict)  # {id: added to its logit before any filter}
-    ends: tuple = ()  # none of the first `min_tokens` new ids is in `ends`, if any other may come
+    ends: tuple = ()  # ids that do not come among the first `min_tokens`, unless nothing else can
     min_tokens: int = 0
     # `logprobs` gets (log probability, [(id, log probability) of the `top` likeliest]) for each new
     # id, unless `top` is None; with `echo` those of the prompt come first
@@ -225,13 +225,12 @@ class Engine:
     would get alone, but for rounding: float products depend on the number of rows in the last bit.
 
     The first `busy` rows of one KVCache are being written. The others are free and keep what they
-    hold: the beginning that a prompt shares with any row is copied, not read again.
+    hold: the beginning that a prompt shares with any row is copied, not read again. When a text
+    fills the context, the newest half of it is read again, from position 0.
 
     slots   the most texts at once
     length  tokens that the cache has room for at first; it grows up to the context
     chunk   the most ids of prompts that a step reads, so that other texts need not wait long
-
-    When the context is full, the newest half of it is read again, from position 0.
 
     >>> engine = Engine(model, slots=4)
     >>> slot = engine.add([5, 7], temperature=0)

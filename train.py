@@ -112,8 +112,9 @@ class TokenLoader:
 
     def rows(self, first, count):
         """Rows first .. first + count - 1 of the run: ids and targets, both (count, context)."""
-        at = [self.epoch_starts(r // self.n)[r % self.n] for r in range(first, first + count)]
-        window = np.asarray(at)[:, None] + np.arange(self.context + 1)
+        rows = range(first, first + count)
+        starts = [self.epoch_starts(row // self.n)[row % self.n] for row in rows]
+        window = np.asarray(starts)[:, None] + np.arange(self.context + 1)
         block = torch.from_numpy(self.tokens[window].astype(np.int64))
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
@@ -138,7 +139,7 @@ def orthogonalize(g, steps=5):
     x = g.bfloat16() if g.is_cuda else g.float()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x  # the products below are of the smaller side
+    x = x.mT if tall else x  # so that x @ x.mT is the smaller of the two products
     for _ in range(steps):
         a = x @ x.mT
         x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
@@ -184,7 +185,7 @@ OPTIMIZERS = {"muon": (Muon, 0.02)}
 
 
 def make_optimizers(model, args):
-    """The optimizers over all parameters that want a gradient; each group keeps its "peak" lr.
+    """The optimizers of all parameters that require a gradient; each group keeps its "peak" lr.
 
     The matrices inside blocks and `inputs` go to AdamW with decay, or to one of OPTIMIZERS. The
     rest goes to AdamW without decay, which would shrink norms' scales and biases for nothing, and
@@ -198,7 +199,7 @@ def make_optimizers(model, args):
     tables = dict.fromkeys(lookups, args.embed_lr)
     if not model.config.tied:
         tables |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
-    elif args.embed_lr and args.embed_lr < args.lr:  # a table that is the head, too: no higher rate
+    elif args.embed_lr and args.embed_lr < args.lr:  # a higher rate would be too high for a head
         tables["embed.weight"] = args.embed_lr
     groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
     others = [p for n, p in named if n not in tables and n not in inner]
@@ -210,9 +211,9 @@ def make_optimizers(model, args):
     else:
         groups.append(dict(params=matrices, lr=args.lr, weight_decay=args.weight_decay))
     if groups := [g for g in groups if g["params"]]:
-        # eps far below the usual 1e-8: gradients of a *mean* over thousands of tokens are tiny
-        more = dict(betas=(args.beta1, args.beta2), eps=1e-10, weight_decay=0.0, fused=True)
-        optimizers.append(torch.optim.AdamW(groups, **more))
+        # eps is far below the usual 1e-8: gradients of a mean over thousands of tokens are tiny
+        options = dict(betas=(args.beta1, args.beta2), eps=1e-10, weight_decay=0.0, fused=True)
+        optimizers.append(torch.optim.AdamW(groups, **options))
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak"] = group["lr"]
     return optimizers
@@ -251,7 +252,7 @@ def scheduled_lr(args, state):
 
 
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
-    """Loss over non-overlapping windows of `tokens`, every target once; a dict for metrics.
+    """Loss over non-overlapping windows of `tokens`, each target once; a dict for metrics.jsonl.
 
     The windows, of `context` targets (default: the model's), cover the split or, if it has more
     than `limit` tokens, are spread over it. val_loss is in nats a token, val_ppl its exponential,
@@ -362,7 +363,7 @@ def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
         scaler.unscale_(o)
     params = [p for p in model.parameters() if p.grad is not None]
     norm = full_tensor(nn.utils.get_total_norm([p.grad for p in params]))
-    # most norms are smaller: spare a CPU the pass over all gradients, and a GPU the question
+    # most norms are smaller: a CPU then skips the pass over all gradients; a GPU is not waited for
     if grad_clip and (runtime.asynchronous or norm > grad_clip):
         nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
     for o in optimizers:
@@ -488,10 +489,10 @@ class Meter:
         if not self.unread:
             return
         rows = torch.stack([torch.stack(pair) for pair in self.unread]).tolist()
-        for at, (loss, self.norm) in enumerate(rows, start=step - len(rows) + 1):
+        for number, (loss, self.norm) in enumerate(rows, start=step - len(rows) + 1):
             if not (math.isfinite(loss) and (math.isfinite(self.norm) or self.inf_norms)):
                 raise UserError(
-                    f"step {at}: the loss ({loss}) or its gradient is not a number; the last "
+                    f"step {number}: the loss ({loss}) or its gradient is not a number; the last "
                     f"checkpoint is kept. Try a lower --lr, more --warmup_steps or --dtype fp32"
                 )
             self.losses.append(loss)
@@ -509,12 +510,12 @@ class Meter:
 
 def step_line(row, metrics, args, done):
     """One line about a training step; `done` is the fraction of the run that is over."""
-    of = f"/{args.max_steps}" if args.max_steps else ""
-    more = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in metrics.items())
+    total = f"/{args.max_steps}" if args.max_steps else ""
+    others = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in metrics.items())
     return (
-        f"step {row['step']}{of}  loss {row['loss']:.3f}  lr {row['lr']:.2e}  "
+        f"step {row['step']}{total}  loss {row['loss']:.3f}  lr {row['lr']:.2e}  "
         f"norm {row['grad_norm']:.2f}  {row['tok_s']:,} tok/s  mfu {row['mfu']:.0%}  "
-        f"eta {clock(row['seconds'] * (1 - done) / done)}{more}"
+        f"eta {clock(row['seconds'] * (1 - done) / done)}{others}"
     )
 
 
@@ -583,7 +584,7 @@ def fit(model, task, args, runtime, out, resume=None):
                 log.write(**evaluation)
                 log.line(eval_line(evaluation) + ("  best" if better else ""))
             if stopping or evaluate_now or run.save_due():
-                meter.read(state["step"])  # weights that are not numbers are not to be saved
+                meter.read(state["step"])  # never save weights that are not numbers
                 run.save(better)
                 log.draw(task.curves, task.unit)
             if stopping:
@@ -704,7 +705,7 @@ def make_runner(model, task, args, runtime, step=0):
 
 
 def exchange_gradients(model, runtime, last):
-    """A context for a backward pass. Processes exchange gradients once a step, in the last one."""
+    """The context of a backward pass: processes exchange gradients in a step's last one only."""
     if runtime.sharded:
         model.set_requires_gradient_sync(last)
     elif runtime.world > 1 and not last:
@@ -873,7 +874,7 @@ def optimizer_rates():
 def resolve(args):
     """Fill in every flag that the user left out. Returns (args, the checkpoint to resume or None).
 
-    The flags given win; then come the settings of the run that is resumed, or the recipe.
+    Flags that were given win over the settings of the resumed run, or over the recipe.
     """
     given = {k: v for k, v in vars(args).items() if v is not None}
     shape = {*SHAPE, "preset", "ckpt"}
@@ -975,10 +976,10 @@ def check_context(context, model):
 
 def settle(args, model, runtime, context, folder):
     """`args` completed by what follows from the model, the machine and the folder of the text:
-    precision, accumulation, steps, learning rates, folders. Nothing changes settings after this."""
+    precision, accumulation, learning rates, folders. Nothing changes settings after this."""
     a = argparse.Namespace(**vars(args))
     a.dtype, a.context, a.data = runtime.dtype, context, str(folder)
-    # of accumulation and tokens a step either follows from the other; a run that goes on in another
+    # accumulation follows from the tokens a step, or they from it. A run that is resumed in another
     # number of processes keeps its tokens a step, and so the order of its rows
     tokens = a.batch_size * a.context * runtime.world
     a.total_batch_tokens = a.total_batch_tokens or tokens * a.grad_accum
@@ -1034,13 +1035,13 @@ def closing_text(model, tokenizer, meta, result, out, val):
         rows = generate(model, [prompt_ids], 160, temperature=0.8, top_p=0.95, allowed=allowed)
         text = printable(tokenizer.decode(prompt_ids + [row[0] for row in rows]))
     bpb, xz = result.get("val_bpb"), meta.get("xz_bits_per_byte")
-    lines = f"held-out text: {bpb:.3f} bits per byte; xz -9e takes {xz:.3f}\n" if bpb and xz else ""
+    bits = f"held-out text: {bpb:.3f} bits per byte; xz -9e takes {xz:.3f}\n" if bpb and xz else ""
     return (
         f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
-        f"best val loss {result['best']:.4f} at step {result['best_step']}\n{lines}\n"
+        f"best val loss {result['best']:.4f} at step {result['best_step']}\n{bits}\n"
         f"--- a sample ({len(prompt_ids)} tokens of prompt) ---\n{text}\n---\n"
         f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg\n"
-        f"write with it: python sample.py --ckpt {out}"
+        f"generate text with it: python sample.py --ckpt {out}"
     )
 
 

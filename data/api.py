@@ -28,8 +28,9 @@ UNSUPPORTED = (
     (
         "functions suffix audio prediction web_search_options guided_regex guided_choice "
         "guided_grammar structured_outputs use_beam_search allowed_token_ids bad_words "
-        "include_stop_str_in_output",
-        False, "", [], {},
+        "include_stop_str_in_output grammar json_schema mirostat dry_multiplier xtc_probability "
+        "documents chat_template lora",
+        False, 0, "", [], {},
     ),
 )  # fmt: skip
 TURNS = ("add_generation_prompt", "continue_final_message")  # where the prompt of a chat ends

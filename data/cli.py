@@ -62,8 +62,8 @@ ALIASES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse where flags may also be written with dashes or called as in ALIASES, never
-    abbreviated, and where a mistake ends in one line."""
+    """An ArgumentParser whose flags may be written with dashes or named as in ALIASES, but not
+    abbreviated, and whose errors are one line."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
@@ -166,7 +166,7 @@ class Progress:
 
 
 def watched(items, name):
-    """Pass items through, counting them on a line of the terminal as `name` 1, 2, 3 ..."""
+    """Yield the items, and count them on a line of the terminal that begins with `name`."""
     progress = Progress()
     for count, item in enumerate(items, start=1):
         progress(f"{name} {count:,}")

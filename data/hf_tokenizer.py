@@ -175,12 +175,13 @@ def hub_tokenizer(folder):
         words = {t["content"]: t["id"] for t in entries if not t.get("special", True)}
         for t in entries:
             if t["content"] in words and any(map(t.get, ("single_word", "lstrip", "rstrip"))):
-                raise ValueError(f"added token {t['content']!r} takes blanks or word borders along")
+                raise ValueError(f"{t['content']!r} has single_word, lstrip or rstrip set")
+        # A word that the model also makes by itself remains one of its ordinary tokens
         merges = model.get("merges", ()) if words else ()
         made = {"".join(m.split(" ") if isinstance(m, str) else m) for m in merges}
         made = {word for word in words if word in made or word in CHAR_BYTES}
         made = {word for word in made if model["vocab"].get(word) == words[word]}
-        added = {name: i for name, i in ids.items() if name not in made}  # these stay tokens, too
+        added = {name: i for name, i in ids.items() if name not in made}
         ranks = hub_tokens(model, added)
         if (normalizer := data.get("normalizer") or {"type": None})["type"] not in (None, "NFC"):
             raise ValueError(f"normalizer {normalizer['type']} can't be read, only NFC")
@@ -232,8 +233,7 @@ def tokenizer_json(tokenizer):
     added = dict(sorted((tokenizer.special | words).items(), key=lambda item: item[1]))
     pattern = spec["pattern"] if spec["kind"] == "hf" else None
     pattern = pattern or ruby_pattern(tokenizer.encoding._pat_str)
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-    split["invert"] = False
+    split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
     if spec["kind"] == "char":
         vocab = {token.decode(): i for token, i in ranks.items()}
         model = {"type": "WordLevel", "unk_token": UNKNOWN}
@@ -244,8 +244,8 @@ def tokenizer_json(tokenizer):
         model = {"type": "BPE", "merges": [list(map(spell, p)) for p in parts if len(p) == 2]}
         # tiktoken takes a piece that is a token as it is, before any merge, but not a word
         model["ignore_merges"] = not words or any(len(p) > 2 for p in parts)
-        decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-        decoder["use_regex"] = False
+        flags = dict.fromkeys(("add_prefix_space", "trim_offsets", "use_regex"), False)
+        decoder = {"type": "ByteLevel"} | flags
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, decoder]}
     model["vocab"] = vocab | added  # in the model, too, they keep their ids whatever gaps there are
     tokens = []
@@ -271,12 +271,9 @@ def begin_template(tokenizer):
     name = next(name for name, i in tokenizer.special.items() if i == tokenizer.bos_id)
     front = {"SpecialToken": {"id": name, "type_id": 0}}
     first, second = ({"Sequence": {"id": n, "type_id": t}} for n, t in (("A", 0), ("B", 1)))
-    return {
-        "type": "TemplateProcessing",
-        "single": [front, first],
-        "pair": [front, first, second],
-        "special_tokens": {name: {"id": name, "ids": [tokenizer.bos_id], "tokens": [name]}},
-    }
+    special = {name: {"id": name, "ids": [tokenizer.bos_id], "tokens": [name]}}
+    template = dict(single=[front, first], pair=[front, first, second], special_tokens=special)
+    return {"type": "TemplateProcessing"} | template
 
 
 def tokenizer_config(tokenizer):

@@ -101,8 +101,8 @@ def rope_from_hf(left, refuse):
     """The rotary fields of a model.Config from those of a config.json, which are taken out."""
     rope = left.pop("rope_parameters", {})  # the newer name; transformers, too, prefers the older
     rope = left.pop("rope_scaling", None) or rope
-    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
-        refuse("rope_parameters", rope)  # not a dict, or a dict for each type of layer
+    if any(isinstance(v, dict) for v in rope.values()):  # one for each type of layer
+        refuse("rope_parameters", rope)
     rope = {"rope_theta": left.pop("rope_theta", 10000.0)} | rope
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     theta = rope.pop("rope_theta")
@@ -293,8 +293,8 @@ def write_peft(content, heights, gpt2, folder, base=None):
     values = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base)
     values |= dict(r=rank, lora_alpha=alpha, lora_dropout=adapter["dropout"], bias="none")
     values |= dict(target_modules=list(ranks), inference_mode=True)
-    values["rank_pattern"] = {m: n * rank for m, n in ranks.items() if n > 1}
-    values["alpha_pattern"] = {m: n * alpha for m, n in ranks.items() if n > 1}
+    values["rank_pattern"] = {m: n * rank for m, n in ranks.items()}
+    values["alpha_pattern"] = {m: n * alpha for m, n in ranks.items()}
     values["fan_in_fan_out"] = gpt2  # its matrices are (in, out)
     write_safetensors(Path(folder, "adapter_model.safetensors"), tensors)
     write_json(Path(folder, "adapter_config.json"), values)

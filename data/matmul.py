@@ -39,11 +39,12 @@ def packed(weight, bias, rows):
 
 def int8(weight, bias, rows):
     """Weights and x in 8 bits: a scale for each output, and one for each row of x as it comes."""
-    n_in, scale = weight.shape[1], int8_scale(weight).double()
+    n_in = weight.shape[1]
+    scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127  # the largest weight becomes 127
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch recommends another package for this
         zero = torch.zeros(len(scale), dtype=torch.long)
-        codes = torch.quantize_per_channel(weight.float(), scale, zero, 0, torch.qint8)
+        codes = torch.quantize_per_channel(weight.float(), scale.double(), zero, 0, torch.qint8)
     weight = torch.ops.quantized.linear_prepack(codes, None)
     # CPUs without VNNI add pairs of products in 16 bits; with 7 bits for x they fit
     reduced = not torch.cpu._is_vnni_supported()
@@ -61,38 +62,21 @@ def int8(weight, bias, rows):
     return forward
 
 
-def int8_weight(weight, bias, rows):
-    """Only the weights in 8 bits; x in bf16, sums in fp32."""
-    n_in, scale = weight.shape[1], int8_scale(weight)
-    weight, low = (weight / scale[:, None]).round().to(torch.int8), scale.bfloat16()
-
-    def forward(x):
-        y = torch._weight_int8pack_mm(x.bfloat16().reshape(-1, n_in), weight, low)
-        return add_bias(y.view(*x.shape[:-1], -1).to(x.dtype), bias)
-
-    return forward
-
-
 def add_bias(y, bias):
     """y + bias, if there is one."""
     return y if bias is None else y + bias
 
 
-def int8_scale(weight):
-    """The scale of each output, (out,), by which its largest weight becomes 127."""
-    return weight.float().abs().amax(1).clamp(min=1e-12) / 127
-
-
 FLOAT_LAYOUTS = (transposed, plain, packed)
-INT8_LAYOUTS = (int8, int8_weight)
+INT8_LAYOUTS = (int8,)
 SMALL = 1 << 18  # a smaller matrix stays in a core's cache, where its layout hardly matters
 TIMED = 1 << 22  # of a larger one only so many weights are timed
 timings = {}  # (shape, dtype, rows, layouts) -> {layout: seconds}, filled once a process
 
 
 def time_layouts(weight, rows, layouts):
-    """{layout: seconds} of those that work here, of a small matrix only the first such one.
-    UserError if there is none."""
+    """{layout: seconds} of the layouts that work here; for a small matrix only of the first one.
+    UserError if none works."""
     x, linears, seconds, error = weight.new_ones(rows, weight.shape[1]), {}, {}, ""
     memory = torch.ones(1 << 23)
 
@@ -160,8 +144,8 @@ JOINT = (("q", "k", "v"), ("gate", "up"))  # siblings with the same input
 
 
 def make_fast(model, rows=1, int8=False):
-    """Replace the model's nn.Linears, in place, by the fastest functions for `rows` rows of x; by
-    such of 8 bits with `int8`. The model can then be evaluated only."""
+    """Replace the model's nn.Linears, in place, with the functions that are fastest for `rows` rows
+    of x; with `int8` their weights have 8 bits. From then on the model can only be evaluated."""
     layouts = INT8_LAYOUTS if int8 else FLOAT_LAYOUTS
     for parent in list(model.modules()):
         linears = {n: m for n, m in parent.named_children() if type(m) is nn.Linear}

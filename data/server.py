@@ -173,16 +173,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return function, parse_body(self.body())
 
     def body(self):
+        """The body of the request, which has one Content-Length or is sent in chunks."""
         lengths = self.headers.get_all("Content-Length") or []
-        known = len(lengths) == 1 and re.fullmatch("[0-9]{1,9}", lengths[0])
-        if not known or "Transfer-Encoding" in self.headers:
-            raise ApiError(411, "a request needs one Content-Length and no Transfer-Encoding")
-        length = int(lengths[0])
-        if length > MAX_BODY:
+        codings = self.headers.get_all("Transfer-Encoding") or []
+        if [coding.strip().lower() for coding in codings] == ["chunked"] and not lengths:
+            return self.chunks()
+        if codings or len(lengths) != 1 or not re.fullmatch("[0-9]{1,9}", lengths[0]):
+            message = "a request needs one Content-Length, or else Transfer-Encoding: chunked"
+            raise ApiError(411, message)
+        return self.read(int(lengths[0]))
+
+    def read(self, size, length=0):
+        """The next `size` bytes of a body of which `length` bytes have been read."""
+        if length + size > MAX_BODY:
             raise ApiError(413, f"the body is longer than {MAX_BODY:,} bytes")
-        content = self.rfile.read(length)
-        if len(content) < length:
-            raise ApiError(400, "the body ends before its Content-Length")
+        content = self.rfile.read(size)
+        if len(content) < size:
+            raise ApiError(400, "the body ends too early")
+        return content
+
+    def chunks(self):
+        """A body in chunks, each after a line with its size: RFC 9112, section 7.1."""
+        content, size = b"", 1
+        while size:
+            line = self.rfile.readline(1 << 12)
+            if not (match := re.fullmatch(rb"([0-9a-fA-F]{1,8})[ \t]*(;.*)?\r\n", line)):
+                raise ApiError(400, "the body is not in chunks of the sizes that it names")
+            size = int(match[1], 16)
+            content += self.read(size, len(content))
+            if size and self.read(2) != b"\r\n":
+                raise ApiError(400, "a chunk is longer than its size")
+        while self.rfile.readline(1 << 12).strip():  # trailers
+            pass
         return content
 
     def send_head(self, status, content_type, **headers):

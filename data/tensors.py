@@ -81,7 +81,7 @@ class Safetensors:
                 counts = all(type(n) is int and n >= 0 for n in (*shape, begin, stop))
                 size_fits = counts and stop - begin == math.prod(shape) * dtype.itemsize
                 if not size_fits or begin != end:
-                    raise ValueError(f"tensor {name!r} {shape} is not what its bytes hold")
+                    raise ValueError(f"tensor {name!r} {shape} does not match its bytes")
                 self.entries[name], end = (dtype, shape, begin, stop), stop
             if end != size - self.start:
                 raise ValueError(f"its header describes {end} of {size - self.start} bytes")

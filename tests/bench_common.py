@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train
-from data.machine import Runtime, keep_freed_memory, synchronize
+from data.machine import Runtime, keep_freed_memory, measure_peak, synchronize
 
 
 def load_module(path, name):
@@ -120,14 +120,6 @@ def random_batches(vocab, rows, length):
         yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def matmul_rate(dtype=torch.float32, size=1536):
-    """FLOP/s of a large square product, the best of several, or of as many as fit two seconds."""
-    a, times = torch.ones(size, size, dtype=dtype), []
-    while len(times) < 8 and sum(times) < 2:
-        times.append(clocked(lambda: a @ a))
-    return 2 * size**3 / min(times)
-
-
 def read_rate():
     """Bytes a second of summing up a gigabyte of float32, the best of several."""
     a = torch.ones(1 << 28)
@@ -140,8 +132,9 @@ def about_machine():
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    fp32, bf16 = (measure_peak(torch.device("cpu"), dtype) / 1e9 for dtype in ("fp32", "bf16"))
     return (
         f"{time.strftime('%Y-%m-%d')}, {name}, {os.cpu_count()} cores, torch {torch.__version__}; "
-        f"matrix products {matmul_rate() / 1e9:,.0f} GFLOP/s in fp32, "
-        f"{matmul_rate(torch.bfloat16) / 1e9:,.0f} in bf16; reading {read_rate() / 1e9:,.0f} GB/s"
+        f"matrix products {fp32:,.0f} GFLOP/s in fp32, {bf16:,.0f} in bf16; "
+        f"reading {read_rate() / 1e9:,.0f} GB/s"
     )

@@ -32,21 +32,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_common import (
-    about_machine,
-    load_module,
-    matmul_rate,
-    our_step,
-    random_batches,
-    table,
-    take_turns,
-)
+from bench_common import about_machine, load_module, our_step, random_batches, table, take_turns
 
 import lora
 import model as lm
 import prepare_data
 import train
-from data.machine import DTYPES
+from data.machine import DTYPES, measure_peak
 
 STEPS, EVERY, BATCH, CONTEXT = 2000, 100, 12, 64
 GPT2 = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=True)
@@ -156,24 +148,22 @@ def peer_step(model, optimizer, batches, bf16=False, clip=1.0, steps=1):
     return job
 
 
-def our_small():
-    """nanoGPT's 0.8M shape in our model."""
-    shape = dict(vocab_size=65, n_layer=4, n_head=4, d_model=128, context=64, position="learned")
-    return lm.Config(**shape, norm="layernorm", activation="gelu", tied=True, init="gpt2")
-
-
-def shape_of(case):
-    """(our Config, rows, length, steps a round) of a case."""
-    return {
-        "GPT-2 124M, 4 x 256": (lm.preset("gpt2", vocab_size=50304), 4, 256, 1),
-        "0.8M, 12 x 64": (our_small(), 12, 64, 100),
-        "novel 140.57M, 4 x 128": (lm.preset("novel", dropout=0.1), 4, 128, 1),
-    }[case]
+# nanoGPT's 0.8M shape in our model
+SMALL = lm.Config(
+    vocab_size=65, n_layer=4, n_head=4, d_model=128, context=64, position="learned",
+    norm="layernorm", activation="gelu", tied=True, init="gpt2",
+)  # fmt: skip
+# {case: (our Config, rows, length, steps a round)}
+CASES = {
+    "GPT-2 124M, 4 x 256": (lm.preset("gpt2", vocab_size=50304), 4, 256, 1),
+    "0.8M, 12 x 64": (SMALL, 12, 64, 100),
+    "novel 140.57M, 4 x 128": (lm.preset("novel", dropout=0.1), 4, 128, 1),
+}
 
 
 def make_peer(case, folder, bf16):
     """The job of a case's peer: the course's 140.57M model, which it does not clip, or nanoGPT."""
-    config, rows, length, steps = shape_of(case)
+    config, rows, length, steps = CASES[case]
     batches = random_batches(config.vocab_size, rows, length)
     if "novel" in case:
         model = load_module(Path(folder) / "scifi-demo" / "model.py", "course_model").Model()
@@ -189,25 +179,22 @@ def make_peer(case, folder, bf16):
 
 def make_ours(case, dtype):
     """Our job of a case."""
-    config, rows, length, steps = shape_of(case)
+    config, rows, length, steps = CASES[case]
     batches = random_batches(config.vocab_size, rows, length)
     return our_step(lm.Transformer(config), batches, dtype, steps)
 
 
 def speed(args):
     """Steps of ours and the peers' in turn."""
-    for case, peer, folder in (
-        ("GPT-2 124M, 4 x 256", "nanoGPT", args.nanogpt),
-        ("0.8M, 12 x 64", "nanoGPT", args.nanogpt),
-        ("novel 140.57M, 4 x 128", "the course", args.course),
-    ):
-        config, rows, length, steps = shape_of(case)
+    for case, (config, rows, length, steps) in CASES.items():
+        novel = "novel" in case
+        peer, folder = ("the course", args.course) if novel else ("nanoGPT", args.nanogpt)
         for dtype in ("fp32",) if "0.8M" in case else ("fp32", "bf16"):
             jobs = {peer: (make_peer, dict(case=case, folder=folder, bf16=dtype == "bf16"))}
             jobs = (jobs if folder else {}) | {"ours": (make_ours, dict(case=case, dtype=dtype))}
             # the floor is that of its matrix products, attention at this length counted
             flops = lm.flops_per_token(replace(config, context=length))
-            floor = matmul_rate(DTYPES[dtype]) / flops
+            floor = measure_peak(torch.device("cpu"), dtype) / flops
             seconds = take_turns(jobs, args.rounds)
             print(f"\n{case}, {dtype}:\n")
             tokens = rows * length * steps

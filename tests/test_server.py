@@ -421,6 +421,13 @@ CHOICE = {"messages": HELLO, "chosen": "hi 你好", "rejected": "no"}
 POSTS = [path for path, (method, *_) in data.service.ROUTES.items() if method == "POST"]
 HOSTS = "evil.example", "localhost.evil.example", "127.0.0.1@evil.example", "", "127.0.0.2"
 SITES = "http://evil.example", "null", "http://localhost:1", "localhost", ""
+
+
+def chunked(content):
+    """A request whose body is sent in chunks."""
+    return request(f"POST {ASK} HTTP/1.1", "Transfer-Encoding: chunked") + content
+
+
 REFUSED = [  # (request, its status, perhaps that no more is sent)
     *[(post(ASK, body), 400) for body in (
         "{", "[]", "{'a': 1}", b"\xff\xfe", "[" * 10**5, "{}", '{"a": "\\ud83d"}',
@@ -430,7 +437,10 @@ REFUSED = [  # (request, its status, perhaps that no more is sent)
     *[(post(ASK, GOOD, LENGTH + n), 411) for n in ("-1", "+5", "0x10", "٣", "1.0", "9" * 40)],
     (post(ASK, GOOD, LENGTH + "1048577"), 413), (post(ASK, b"x" * (1 << 20) + b"y"), 413),
     (post(ASK, GOOD, LENGTH + "67", LENGTH + "67"), 411), (request(f"POST {ASK} HTTP/1.1"), 411),
-    (post(ASK, GOOD, "Transfer-Encoding: chunked"), 411),
+    (post(ASK, GOOD, "Transfer-Encoding: chunked", LENGTH + "67"), 411),
+    (request(f"POST {ASK} HTTP/1.1", "Transfer-Encoding: gzip, chunked"), 411),
+    (chunked(b"zz\r\n"), 400), (chunked(b"5\r\nab"), 400, True), (chunked(b"1\r\nabc"), 400),
+    (chunked(b"fffffff\r\n"), 413),
     *[(post(path, GOOD, f"Host: {host}"), 403) for path in POSTS for host in HOSTS],
     *[(post(path, GOOD, f"Origin: {site}"), 403) for path in POSTS for site in SITES],
     (b"GET / HTTP/1.1\r\n\r\n", 403), (request("GET / HTTP/1.1", "Host: evil.example"), 403),
@@ -462,6 +472,15 @@ def test_bad_requests_are_refused_and_change_nothing(chat, monkeypatch):
     began = time.monotonic()  # what is not sent in time is not waited for
     assert all(raw(chat.port, start) == b"" for start in (b"", *BEGINNINGS.values()))
     assert time.monotonic() - began < 5
+
+
+def test_a_body_in_chunks_is_the_same_request(chat):
+    body = json.dumps(GOOD | {"temperature": 0}).encode()
+    pieces = [body[:1], body[1:9], body[9:]]
+    content = b"".join(b"%x;a=b\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+    answers = [chunked(content + b"0\r\nTrailer: x\r\n\r\n"), post(ASK, body)]
+    texts = [fetch(chat.port, answer)[2]["choices"] for answer in answers]
+    assert texts[0] == texts[1]
 
 
 def test_requests_that_are_much_work_are_refused_or_soon_done(chat, text):
