@@ -909,7 +909,7 @@ def config_from_hf(values, where="config.json", verbose=False):
     try:
         config_fields, ignored = hf_weights.config_from_hf(values)
         config = Config(**config_fields)
-    except TypeError as e:
+    except (AttributeError, TypeError) as e:
         raise UserError(f"{where} lacks a field or has one of the wrong type: {e}") from e
     except UserError as e:
         raise UserError(f"{where}: {e}") from e

@@ -47,7 +47,7 @@ def split_at(text, marks, last=False):
     at, mark = min(((text.find(m), m) for m in marks if m in text), default=(len(text), ""))
     if not mark and not last:
         starts = range(max(0, at - max(map(len, marks), default=0)), at)
-        at = next((n for n in starts if any(m.startswith(text[n:]) for m in marks)), at)
+        at = next((n for n in starts for m in marks if m.startswith(text[n:])), at)
     return text[:at], mark, text[at + len(mark) :]
 
 
@@ -134,8 +134,8 @@ def split_answer(text, template, last=False):
     call_tag = template.tags.get(template.call_tag)
 
     def plain(part, kept=None):  # the tokens of other tags mean nothing in a part
-        for tag in {*template.tag_ids.values()} - {kept}:
-            part = part.replace(tag, "")
+        for tag in template.tag_ids.values() if MARK in part else ():
+            part = part if tag == kept else part.replace(tag, "")
         return part
 
     start = text.lstrip()
