@@ -722,8 +722,8 @@ def gathered_weights(model):
 
 
 def sharded_state(run):
-    """{"optimizers", "model"}: this process's part of the optimizers' state, and of the weights
-    unless adapters alone are trained, by parameter names."""
+    """This process's part of the optimizers' state, and of the weights unless only adapters are
+    trained."""
     from torch.distributed.checkpoint import state_dict
 
     state = {"optimizers": state_dict.get_optimizer_state_dict(run.model, run.optimizers)}
@@ -913,6 +913,7 @@ def resumed_settings(args, given, fixed):
         script = "finetune.py" if "objective" in content["args"] else "train.py"
         raise UserError(f"{path} was written by {script}: resume it with that, or name another run")
     inherited = {k: v for k, v in content["args"].items() if v is not None}
+    inherited["out"] = str(path.parent)  # the folder may have been moved
     if changed := [k for k in given if k in fixed | {"out"} and given[k] != inherited.get(k)]:
         raise UserError(f"--{changed[0]} cannot change when resuming {path}")
     limits = dict.fromkeys(("max_steps", "max_minutes", "epochs"))
@@ -924,7 +925,7 @@ def resumed_settings(args, given, fixed):
         print(f"resuming {path} at step {content['step']}; settings are the run's own{but}")
     if "dtype" in given:
         content.pop("device", None)  # the given dtype is kept on another device, too
-    return inherited | given | {"out": str(path.parent)}, content
+    return inherited | given, content
 
 
 def build_model(args, content, folder, meta, tokenizer):

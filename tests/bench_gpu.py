@@ -103,8 +103,8 @@ def make_writer(preset, new, graphs=False, folder=None):
         load = transformers.AutoModelForCausalLM.from_pretrained
         model = load(folder, dtype=torch.bfloat16).eval().to(runtime.device)
         ids = torch.tensor([prompt], device=runtime.device)
-        how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-        return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **how) is None
+        options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options) is None
     model = new_model(preset, runtime).eval().to(runtime.device, torch.bfloat16)
     if graphs:
         flags = ["--cuda_graphs", "--prompt", "x"]
@@ -130,16 +130,16 @@ def main():
     preset = args.preset or ("llama-8b" if args.what == "lora" else "gpt2")
     config, jobs = lm.preset(preset), {}
     rows = 1 if args.what == "lora" else args.rows
-    own = dict(preset=preset, rows=rows, steps=args.steps)
+    common = dict(preset=preset, rows=rows, steps=args.steps)
     if args.what == "train":
         for name, flags in (("compiled", ()), ("eager", ("--no-compile",)),
                             ("compiled, Muon", ("--optimizer", "muon"))):
-            jobs[f"ours, {name}"] = make_steps, own | {"flags": flags}
+            jobs[f"ours, {name}"] = make_steps, common | {"flags": flags}
         if args.nanogpt:
             other = dict(folder=args.nanogpt, rows=rows, steps=args.steps)
             jobs["nanoGPT, compiled"] = make_nanogpt, other
     elif args.what == "lora":
-        jobs["rank 8 over nf4"] = make_steps, own | {"adapt": True}
+        jobs["rank 8 over nf4"] = make_steps, common | {"adapt": True}
     tokens, peak = rows * config.context * args.steps, make_runtime().peak
     with tempfile.TemporaryDirectory() as folder:
         if args.what == "write":
