@@ -265,9 +265,10 @@ class Engine:
         old = max(self.slots[self.busy :], key=gain)
         self.cache.lengths[old.row] = 0 if echo else self.shared(old, window)
         slot = Slot(
-            old.row, list(prompt), start, len(prompt), 0, torch.Generator().manual_seed(seed),
-            settings, allowed, logit_bias, ends, min_tokens, top, echo,
+            old.row, list(prompt), start, len(prompt), settings=settings, allowed=allowed,
+            logit_bias=logit_bias, ends=ends, min_tokens=min_tokens, top=top, echo=echo,
         )  # fmt: skip
+        slot.generator = torch.Generator().manual_seed(seed)
         self.slots[slot.row] = slot
         self.swap(slot.row, self.busy)
         self.busy += 1

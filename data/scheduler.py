@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from data.cli import is_out_of_memory
 
 COUNTS = (
-    "prompt_tokens_total cached_tokens_total completion_tokens_total failures_total "
-    "first_token_seconds_sum first_token_seconds_count next_token_seconds_sum "
-    "next_token_seconds_count"
-)
+    "prompt_tokens_total", "cached_tokens_total", "completion_tokens_total", "failures_total",
+    "first_token_seconds_sum", "first_token_seconds_count",
+    "next_token_seconds_sum", "next_token_seconds_count",
+)  # fmt: skip
 
 
 class Busy(Exception):
@@ -58,7 +58,7 @@ class Scheduler(threading.Thread):
         self.engine, self.activate, self.adapter = engine, activate, adapter
         self.waiting, self.max_waiting, self.writing = deque(), max_waiting, {}
         self.changed, self.closing = threading.Condition(), False
-        self.counts = dict.fromkeys(COUNTS.split(), 0)
+        self.counts = dict.fromkeys(COUNTS, 0)
 
     def submit(self, jobs):
         """Queue all of the jobs or none; Busy if there is no room."""
@@ -176,6 +176,6 @@ class Scheduler(threading.Thread):
 
     def lines(self):
         """All figures in Prometheus' text format."""
-        engine, waiting = self.engine, len(self.waiting)
-        now = {"queue": waiting, "slots_busy": engine.busy, "slots": len(engine.slots)}
-        return [f"scratchlm_{name} {value}" for name, value in (self.counts | now).items()]
+        figures = self.counts | {"queue": len(self.waiting)}
+        figures |= {"slots_busy": self.engine.busy, "slots": len(self.engine.slots)}
+        return [f"scratchlm_{name} {value}" for name, value in figures.items()]
