@@ -31,14 +31,12 @@ def calling(name, arguments):
 def hotel_talk(facilities, note=""):
     arguments = {"facilities": facilities, "rating_range_lower": 4}
     records = [{"name": "wifi", "facilities": facilities, "note": note}]
-    return {
-        "messages": [
-            turn("user", f"要有{'和'.join(facilities)}的"),
-            calling("search", arguments),
-            turn("tool", json.dumps(records, ensure_ascii=False)),
-            turn("assistant", f"它有{'、'.join(facilities)}。"),
-        ]
-    }
+    return {"messages": [
+        turn("user", f"要有{'和'.join(facilities)}的"),
+        calling("search", arguments),
+        turn("tool", json.dumps(records, ensure_ascii=False)),
+        turn("assistant", f"它有{'、'.join(facilities)}。"),
+    ]}
 
 
 def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
@@ -58,7 +56,6 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
     assert both == hotel_talk(["接机", "酒吧"], "接机在二楼")
     # what was not said stays, but for what may be asked for
     unsaid = {"messages": [turn("user", "x"), *before["messages"][1:3]]}
-    pool = {"call.facilities": ["接机"], "tool.facilities": ["酒吧"]}
     assert substitute(unsaid, pool, 1.0, random.Random(0)) is unsaid
     result = substitute(unsaid, {"tool.name": ["听涛宾馆"]}, 1.0, random.Random(0), made_up=0)
     record, = json.loads(result["messages"][2]["content"])
@@ -119,8 +116,7 @@ def test_odd_values_survive_an_exchange():
 
 
 def test_made_up_values_begin_like_one_and_end_like_another():
-    before, values = hotel_talk(["健身房", "SPA"]), ["甲乙丙", "一二三"]
-    seen = set()
+    before, values, seen = hotel_talk(["健身房", "SPA"]), ["甲乙丙", "一二三"], set()
     for seed in range(200):
         pool = {"call.facilities": values}
         after = substitute(before, pool, 1.0, random.Random(seed), made_up=1)
@@ -177,17 +173,12 @@ FOUR = [
     [
         ({}, ["d", "听涛宾馆"]),  # the two best rated
         (dict(price_range_lower=300, price_range_upper=400), ["听涛宾馆", "北京饭店"]),
-        (dict(price_range_upper=300), ["北京饭店"]),
-        (dict(price_range_lower=401), ["d"]),
         (dict(price_range_upper=0), []),
         (dict(rating_range_lower=4.0, rating_range_upper=4.0), ["北京饭店"]),
         (dict(name="c"), ["c"]),  # an unknown price is outside of ranges only
         (dict(name="c", price_range_lower=0), []),
-        (dict(name="听涛"), ["听涛宾馆"]),
         (dict(name="听涛宾馆（西直门店）"), ["听涛宾馆"]),
-        (dict(type="豪华型"), ["北京饭店"]),
         (dict(type="舒适型", price_range_upper=None), ["d", "听涛宾馆"]),
-        (dict(facilities=["健身房"]), ["北京饭店"]),
         (dict(facilities=["部分房间提供wifi", "健身房"]), ["北京饭店"]),
         (dict(facilities=["房间和公共区域提供wifi"]), ["北京饭店"]),
         (dict(facilities=["洗衣"]), ["听涛宾馆"]),
@@ -199,11 +190,10 @@ def test_a_search_finds_what_fits_all_that_is_wanted_in_the_guests_words(wanted,
 
 
 def test_an_unrated_hotel_comes_last():
-    assert search_hotels(FOUR[2:0:-1]) == FOUR[1:3] and search_hotels([]) == []
+    assert search_hotels(FOUR[2:0:-1]) == FOUR[1:3]
 
 
-def test_our_own_hotels_have_all_fields_and_can_all_be_found(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_our_own_hotels_have_all_fields_and_can_all_be_found(elsewhere):
     hotels = read_hotels()
     assert len(hotels) >= 50
     for h in hotels:
@@ -219,9 +209,9 @@ def test_the_public_data_base_is_read_into_the_same_fields():
     assert not any(f != f.strip() or not f for h in hotels for f in h["facilities"])
 
 
-@pytest.mark.parametrize("text", ["{", '[["a"]]', "[1]", '[{"name": "a"}]', '[["a", {"名称": 1}]]'])
-def test_what_is_no_data_base_is_said(tmp_path, text):
+def test_what_is_no_data_base_is_said(tmp_path):
     path = tmp_path / "hotels.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"hotels.json is no hotel database"):
-        read_hotels(path)
+    for text in ("{", '[["a"]]', "[1]", '[{"name": "a"}]', '[["a", {"名称": 1}]]'):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"hotels.json is no hotel database"):
+            read_hotels(path)
