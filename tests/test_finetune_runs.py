@@ -5,12 +5,9 @@ import gc
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,6 +17,7 @@ import test_train
 import torch
 import torch.nn.functional as F
 from conftest import BYTE, CHAT, ROOT
+from test_runner import torchrun
 from test_train import killed_in_step, losses, metrics
 
 import finetune as ft
@@ -126,12 +124,11 @@ def content(path):
 
 def in_two_processes(*flags):
     """Run finetune.py over out/base into out/two in two processes; returns what it prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", str(ROOT / "finetune.py"), "--ckpt", "out/base", "--out", "out/two", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    flags = ["--ckpt", "out/base", "--out", "out/two", *flags]
+    done = torchrun(2, ROOT / "finetune.py", *flags)
+    said, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, said
+    return said
 
 
 def same_weights(a, b, name="last.pt"):
