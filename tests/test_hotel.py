@@ -21,22 +21,25 @@ from data.hotel import (
 )
 from data.rows import to_example
 
-A, ROLES = turn("assistant", "a"), ("user", "call", "tool", "assistant")
+A = turn("assistant", "a")
 
 
 def calling(name, arguments):
     return calls(f"{name} {json.dumps(arguments, ensure_ascii=False)}")
 
 
+def told(asked, arguments, record, spoken):
+    """A conversation with one search, which returns one record."""
+    result = turn("tool", json.dumps([record], ensure_ascii=False))
+    talk = [turn("user", asked), calling("search", arguments), result, turn("assistant", spoken)]
+    return {"messages": talk}
+
+
 def hotel_talk(facilities, note=""):
     arguments = {"facilities": facilities, "rating_range_lower": 4}
-    records = [{"name": "wifi", "facilities": facilities, "note": note}]
-    return {"messages": [
-        turn("user", f"要有{'和'.join(facilities)}的"),
-        calling("search", arguments),
-        turn("tool", json.dumps(records, ensure_ascii=False)),
-        turn("assistant", f"它有{'、'.join(facilities)}。"),
-    ]}
+    record = {"name": "wifi", "facilities": facilities, "note": note}
+    asked, spoken = f"要有{'和'.join(facilities)}的", f"它有{'、'.join(facilities)}。"
+    return told(asked, arguments, record, spoken)
 
 
 def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
@@ -64,9 +67,8 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
 
 def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
     def talk(name, phone):
-        records = json.dumps([{"name": name, "phone": phone, "type": "豪华型"}], ensure_ascii=False)
-        texts = ("找一家酒店", 'search {"rating": 4}', records, f"推荐{name}，电话{phone}。")
-        return {"messages": list(map(turn, ROLES, texts))}
+        record = {"name": name, "phone": phone, "type": "豪华型"}
+        return told("找一家酒店", {"rating": 4}, record, f"推荐{name}，电话{phone}。")
 
     pool = {"tool.name": ["听涛宾馆"], "tool.phone": ["1-2"], "tool.type": ["经济型"]}
     after = substitute(talk("北京饭店", "010-1"), pool, 1.0, random.Random(0), made_up=0)
@@ -76,10 +78,9 @@ def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
 
 def test_numbers_that_the_assistant_reads_out_are_exchanged_unless_the_guest_has_said_them():
     def talk(price, rating):
-        records = json.dumps([{"price": price, "rating": rating, "phone": "010-45867", "size": 12}])
-        texts = ("450元以上的", 'search {"price_range_lower": 450}', records)
+        record = {"price": price, "rating": rating, "phone": "010-45867", "size": 12}
         spoken = f"{price}元，{rating}分，电话010-45867，450元以上，12间"
-        return {"messages": list(map(turn, ROLES, (*texts, spoken)))}
+        return told("450元以上的", {"price_range_lower": 450}, record, spoken)
 
     pool = {"tool.price": [612], "tool.rating": [4.9], "tool.phone": ["010-45867"]}
     after = substitute(talk(458, 4.5), pool, 1.0, random.Random(0), made_up=0)

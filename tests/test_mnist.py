@@ -21,15 +21,8 @@ import model as lm
 from data.cli import UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
-
-
-def run(*flags):
-    """What mnist.py prints."""
-    return test_train.run(*flags, main=mnist.main).stdout
-
-
-def refused(*flags):
-    return test_train.refused(*flags, main=mnist.main)
+run = functools.partial(test_train.run, main=mnist.main)
+refused = functools.partial(test_train.refused, main=mnist.main)
 
 
 @pytest.fixture
@@ -58,7 +51,7 @@ def same_weights(one, other):
 @pytest.mark.skipif(not (SHARED / "mnist").is_dir(), reason="no MNIST files")
 @pytest.mark.parametrize("epochs", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_the_default_run_is_the_courses_within_a_hundredth_and_fifty_digits(epochs):
-    output = run("--data", SHARED / "mnist", "--epochs", epochs)
+    output = run("--data", SHARED / "mnist", "--epochs", epochs).stdout
     rows = [line.split() for line in output.split("epoch   right")[1].splitlines()[1 : epochs + 1]]
     assert [int(r[0]) for r in rows] == list(range(1, epochs + 1))
     for row, (right, loss) in zip(rows, mnist.COURSE):
@@ -209,12 +202,12 @@ def test_without_a_name_the_newest_run_resumes_with_its_own_settings(toy, small_
 
 def test_compare_trains_each_of_a_kind_and_draws_them(toy):
     for n, (switch, table) in enumerate(mnist.SWITCHES.items()):
-        output = run("--compare", switch, "--data", toy, "--epochs", "2")
+        output = run("--compare", switch, "--data", toy, "--epochs", "2").stdout
         assert [line.split()[0] for line in output.splitlines()[1:-1]] == list(table)
         tree = ElementTree.parse(f"out/mnist-compare{f'-{n + 1}' * (n > 0)}/{switch}.svg")
         assert len([e for e in tree.iter() if e.tag.endswith("polyline")]) == len(table)
     assert not list(Path("out").rglob("mnist.pt"))
-    output = run("--compare", "loss", "--lr", "1e9", "--data", toy, "--epochs", "1")
+    output = run("--compare", "loss", "--lr", "1e9", "--data", toy, "--epochs", "1").stdout
     assert "the loss is nan" in output and "curves: " in output
     with pytest.raises(UserError, match="Try a lower --lr"):
         mnist.main(["--lr", "1e9", "--data", toy, "--epochs", "3"])
@@ -382,14 +375,14 @@ def test_digits_in_any_script():
 
 def test_learning_to_draw_and_drawing(toy, small_denoiser):
     small = ["--data", toy, "--epochs", "1", "--batch_size", "100"]
-    output = run("--diffusion", *small, "--steps", "2")
+    output = run("--diffusion", *small, "--steps", "2").stdout
     assert "Test set: Average loss" in output and "sheet.png" in output
     assert Image.open("out/mnist-diffusion/sheet.png").size == (10 * 58, 10 * 58)
-    output = run("--draw", "3 1七", "--steps", "2")
+    output = run("--draw", "3 1七", "--steps", "2").stdout
     assert "out/mnist-diffusion/draw-3-17.png" in output
     assert Image.open("out/mnist-diffusion/draw-3-17.png").size == (4 * 112, 112)
     run("--recipe", "fast", *small)
-    assert " of 20 (" in run("--judge", "20", "--steps", "2")
+    assert " of 20 (" in run("--judge", "20", "--steps", "2").stdout
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
