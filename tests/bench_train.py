@@ -16,8 +16,8 @@ and with Muon. Losses are nats per character over the *whole* validation split.
 
 lora: steps of rank 8 adapters on attention, 124M, 8 rows of 32 tokens, and peft's.
 
-It is a benchmark, not a test: pytest does not collect it. Prints markdown tables for
-tests/BENCHMARKS.md; two to ten minutes each on two cores, half an hour for speed.
+Prints markdown tables for tests/BENCHMARKS.md; two to ten minutes each on two cores, half an hour
+for speed.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import io
 import json
 import math
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,26 +61,25 @@ def run_nanogpt(folder, data):
     torch.manual_seed(1337)
     model, optimizer = bench.load_nanogpt(folder, (0.1, 1e-3, (0.9, 0.99)), **CHARS)  # its README's
     points, seconds = [], 0.0
+
+    def batches():
+        while True:
+            at = torch.randint(len(tokens) - CONTEXT, (BATCH,))
+            rows = torch.stack([tokens[i : i + CONTEXT + 1] for i in at])
+            yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    train_step = bench.peer_step(model, optimizer, batches())
     for step in range(STEPS + 1):
         if step % EVERY == 0:
             model.eval()
             loss = split_loss(lambda a, b: model(a, b)[1].item() * a.numel(), val)
             model.train()
             points.append((step, seconds, loss))
-        start = time.perf_counter()
         decay = 0.5 * (1 + math.cos(math.pi * (step - 100) / (STEPS - 100)))
         lr = 1e-3 * (step + 1) / 101 if step < 100 else 1e-4 + decay * 9e-4
         for group in optimizer.param_groups:
             group["lr"] = lr
-        at = torch.randint(len(tokens) - CONTEXT, (BATCH,))
-        x = torch.stack([tokens[i : i + CONTEXT] for i in at])
-        y = torch.stack([tokens[i + 1 : i + 1 + CONTEXT] for i in at])
-        _, loss = model(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds += time.perf_counter() - start
+        seconds += bench.clocked(train_step)
     return points
 
 

@@ -190,10 +190,6 @@ def test_a_search_finds_what_fits_all_that_is_wanted_in_the_guests_words(wanted,
     assert [h["name"] for h in search_hotels(FOUR, **wanted)] == names
 
 
-def test_an_unrated_hotel_comes_last():
-    assert search_hotels(FOUR[2:0:-1]) == FOUR[1:3]
-
-
 def test_our_own_hotels_have_all_fields_and_can_all_be_found(elsewhere):
     hotels = read_hotels()
     assert len(hotels) >= 50

@@ -58,8 +58,16 @@ def learn_something(model, seed=0):
 ADAPTERS = {"two": dict(rank=3, alpha=2), "one": dict(rank=4, alpha=12)}
 
 
-def twins():
-    """(ours, peft's): the same model with the same two adapters, B not zero, "one" active."""
+def pairs(ours, theirs, name):
+    """(ours, peft's) of every A and B of an adapter."""
+    for full, layer in lora.adapted(ours).items():
+        other = theirs.base_model.model.get_submodule(full)
+        yield layer.a[name], other.lora_A[name].weight
+        yield layer.b[name], other.lora_B[name].weight
+
+
+def test_outputs_gradients_and_adamw_steps_of_adapters_and_table_are_pefts():
+    """The same model with the same two adapters, B not zero."""
     peft = pytest.importorskip("peft")
     ours, modules = tiny(tied=False), ["q", "k", "v", "out", "up", "down"]
     configs = {
@@ -78,19 +86,6 @@ def twins():
                 assert our.abs().max() > 0.01
     lora.set_adapter(ours, "one")
     theirs.set_adapter("one")
-    return ours, theirs
-
-
-def pairs(ours, theirs, name):
-    """(ours, peft's) of every A and B of an adapter."""
-    for full, layer in lora.adapted(ours).items():
-        other = theirs.base_model.model.get_submodule(full)
-        yield layer.a[name], other.lora_A[name].weight
-        yield layer.b[name], other.lora_B[name].weight
-
-
-def test_outputs_gradients_and_adamw_steps_of_adapters_and_table_are_pefts():
-    ours, theirs = twins()
     sides = [ours, theirs.base_model.model]
     optimizers = [torch.optim.AdamW(side.parameters(), lr=1e-3) for side in sides]
     for _ in range(5):

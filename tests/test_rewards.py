@@ -1,6 +1,7 @@
 """Learning from rewards: what is counted of an answer, GRPO's loss, and whole runs."""
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -251,9 +252,8 @@ def talker(tmp_path_factory):
     os.chdir(folder)
     ours = dict(norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True)
     save_base(Path("base.pt"), d_model=64, n_layer=2, init="zero_out", value_embed=True, **ours)
-    rows = [{"prompt": f"say {a}", "response": b} for a in LETTERS for b in LETTERS]
-    rows = [[turn("user", r["prompt"]), turn("assistant", r["response"])] for r in rows]
-    write("any.jsonl", rows)
+    pairs = itertools.product(LETTERS, LETTERS)
+    write("any.jsonl", [[turn("user", f"say {a}"), turn("assistant", b)] for a, b in pairs])
     flags = "--data any.jsonl --val_data any.jsonl --epochs 60 --lr 3e-3 --eval_rows 0"
     tune(*flags.split(), ckpt="base.pt", out="talker")
     return folder / "talker" / "best.pt"

@@ -165,7 +165,7 @@ def test_a_stop_signal_ends_all_processes_after_the_same_step(desk):
     train.main(["--resume", "out/stopped", "--max_steps", str(before + 1)])
 
 
-# ---- what a GPU would wait for ---------------------------------------------------------------
+# ---- what a GPU would wait for, and what is compiled -----------------------------------------
 
 
 class Waits(TorchDispatchMode):
@@ -198,9 +198,6 @@ def test_python_seldom_waits_for_a_gpu(desk, optimizer, monkeypatch):
     with Waits(waits):
         train.fit(model, task, args, Runtime(torch.device("cpu"), peak=1e9), Path("out", optimizer))
     assert 0 < len(waits) <= 15 and "tolist" in waits
-
-
-# ---- the compiler ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)])

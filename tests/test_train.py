@@ -93,9 +93,6 @@ def tiny(**changes):
     return lm.Transformer(lm.preset("tiny", **(shape | changes)))
 
 
-# ---- schedule ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("schedule, wanted", [("cosine", (1.0, 0.6, 0.2)),
                          ("linear", (1.0, 0.6, 0.2)), ("wsd", (1.0, 1.0, 0.2)),
                          ("constant", (1.0, 1.0, 1.0))])
@@ -123,9 +120,9 @@ def test_an_epoch_shows_each_window_once_and_epochs_differ():
 def test_rows_depend_on_nothing_but_their_number():
     """Neither on the rows before them nor on how processes and micro-batches cut a step."""
     tokens = np.arange(500, dtype=np.uint16)
-    ids, targets = train.TokenLoader(tokens, 7, seed=1).rows(40, 8)
-    assert torch.equal(targets, ids + 1) and ids.dtype == torch.int64
     loader = train.TokenLoader(tokens, 7, seed=1)
+    ids, targets = loader.rows(40, 8)
+    assert torch.equal(targets, ids + 1) and ids.dtype == torch.int64
     cut = [train.micro_batches(loader, 5, 2, 2, rank, world=2) for rank in (1, 0)]
     cut = [ids for rank in reversed(cut) for ids, _ in rank]
     assert torch.equal(torch.cat(cut), ids)
@@ -288,9 +285,6 @@ def test_the_whole_split_is_read_and_told_of_once_at_the_end(corpus):
     assert rows[0]["val_loss"] == pytest.approx(metrics("out/words")[-1]["val_loss"])
 
 
-# ---- what is measured ----------------------------------------------------------------------
-
-
 def test_flops_are_those_of_the_rows_that_are_read(corpus):
     model = tiny(n_head=1, d_model=8, context=4096, vocab_size=320)
     ids = torch.randint(320, (2, 16))
@@ -400,9 +394,6 @@ def test_an_edited_file_is_prepared_again(corpus):
         f.write("more")
     os.utime("words.txt", (2e9, 2e9))
     assert "preparing words.txt first" in run(*flags).stdout
-
-
-# ---- processes -----------------------------------------------------------------------------
 
 
 def test_accumulation_follows_from_the_tokens_of_a_step():
@@ -522,7 +513,7 @@ def test_a_bf16_copy_learns_as_fp32_does():
 @pytest.mark.parametrize("works", [True, False])
 def test_the_compilers_trial_leaves_nothing_behind(works, monkeypatch, capsys):
     """It falls back to eager mode with one line; only training is compiled."""
-    model = lm.Transformer(lm.preset("tiny", n_layer=1, d_model=16, vocab_size=64))
+    model = tiny()
     hidden, ids, calls = model.hidden, torch.zeros(1, 4).long(), []
 
     def compiled(*args):
