@@ -33,17 +33,17 @@ def once(x: int = 1): return x
 async def slow(x: int):
     await asyncio.sleep(0)
     return [x]
-async def bad(): raise KeyError(7)
+async def bad(): raise KeyError("没有")
 """
 
 
 def test_the_public_functions_of_a_file_are_tools_and_nothing_else(tmp_path):
     path = tmp_path / "tools.py"
-    path.write_text(FILE)
+    path.write_text(FILE, encoding="utf-8")
     tools = load_tools(str(path))
     assert set(tools) == {"double", "now", "once", "slow", "bad"}
     assert call_tool(tools, 'slow {"x": 21}') == "[21]" and call_tool(tools, "once {}") == "1"
-    assert json.loads(call_tool(tools, "bad {}")) == {"error": "bad failed: KeyError: 7"}
+    assert json.loads(call_tool(tools, "bad {}")) == {"error": "bad failed: KeyError: '没有'"}
     assert call_tool(tools, 'double {"x": 21}') == "42"
     assert "x cannot be 'a'" in call_tool(tools, 'double {"x": "a"}')
 
@@ -88,10 +88,8 @@ VALUES = (  # a type, values that suit it, values that do not
     (list[str], [["a"], []], ["a", None, [1]]),
     (float | None, [1, 1.5, None], [False, "1"]),
     (int, [1, -2], [1.5, True, "1"]),
-    (int | str, [1, "1"], [1.5, True]),
     (bool, [True, False], [0, 1, "true"]),
     (typing.Literal["a", "b"], ["a", "b"], ["c", 1, None, []]),
-    (typing.Any, [1, None, "x", []], []),
     (inspect.Parameter.empty, [1, None, "x", [], {}], []),
 )
 
@@ -130,14 +128,9 @@ def test_what_tools_return_is_json_and_what_they_raise_is_told():
     def echo(text: str, **others):
         return {"heard": text, **others}
 
-    def fail():
-        raise KeyError("没有")
-
-    tools = {"echo": echo, "fail": fail, "odd": lambda: {1, 2}}
+    tools = {"echo": echo, "odd": lambda: {1, 2}}
     assert call_tool(tools, 'echo {"text": "你好 👩"}') == '{"heard": "你好 👩"}'
     assert json.loads(call_tool(tools, 'echo {"text": "a", "b": [1]}'))["b"] == [1]
-    failed = json.loads(call_tool(tools, "fail {}"))
-    assert failed == {"error": "fail failed: KeyError: '没有'"}
     assert "odd failed: TypeError" in call_tool(tools, "odd {}")
     half = call_tool(tools, r'echo {"text": "\ud83d"}')  # half of a pair, as models write
     assert CHAT.decode(CHAT.encode(half)) and json.loads(half)
