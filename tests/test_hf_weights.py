@@ -135,8 +135,6 @@ def test_only_mistral_uses_a_window_that_no_other_field_asks_for(capsys):
     "name, change",
     [
         ("qwen2", dict(attention_bias=True, mlp_bias=True)),  # fields of Llama's
-        ("mistral", dict(attention_bias=True, mlp_bias=True)),
-        ("qwen3", dict(mlp_bias=True)),
         ("llama", dict(rope_parameters={"rope_type": "default", "mrope_section": [1, 2]})),
         ("llama", dict(rope_scaling={"type": "default", "partial_rotary_factor": 1.0})),
         ("llama", dict(embedding_multiplier=1.0, final_logit_softcapping=None, alibi=False)),

@@ -178,8 +178,6 @@ def test_a_field_that_nothing_reads_is_named_once_with_its_rows(tmp_path, capsys
     (line,) = capsys.readouterr().err.splitlines()
     names = "id (3), turn.mood (1), conversation (1)"
     assert line.endswith(f"fields that are not used, with their rows: {names}")
-    with pytest.raises(UserError, match="no known format has the keys a, b; known are messages or"):
-        read_examples(write(tmp_path / "y.jsonl", [{"a": 1, "b": 2}]))
 
 
 @pytest.mark.parametrize("name", ["glaive_toolcall_zh", "alpaca_zh", "dpo_zh"])
@@ -289,7 +287,7 @@ def test_a_file_that_holds_no_rows_says_what_it_is(elsewhere, name):
 
 BAD = [
     (7, "neither an object nor a list of turns but 7"),
-    ({"texts": "a"}, "no known format has the keys texts"),
+    ({"texts": "a"}, "no known format has the keys texts; known are messages or"),
     ([U], "no turn of the assistant"),
     ([None, A], "a turn is not an object but None"),
     ([turn(["user"], "x"), A], "role ['user'] is unknown"),
@@ -482,14 +480,12 @@ def test_configurations_splits_and_parts_of_a_data_set(hub):
 
 MISTAKES = {  # --data: what the message says
     "me/many": "has several configurations: name one, as me/many:en; it has en, zh",
-    "me/many:fr": "has several configurations: name one",
     "me/many:zh": "has no split train: name one to learn from, as me/many:train_sft; it has train_",
     "me/sft:train_dpo": "has no split train_dpo: name one to learn from, as me/sft:train_sft",
     "me/large": "has 100,100 rows of train: say how many by --max_rows",
     "me/bare": "data/datasets/me/bare/default-train.jsonl holds no rows",
     "me/none": "me/none is no file or folder here, and the Hub's viewer does not give its rows",
     "me/here": "me/here is a folder",
-    "me/none.jsonl": "me/none.jsonl does not exist",
     "data/none": "data/none does not exist: name a .json, .jsonl, .csv, .tsv file, .gz too, OWNER",
     "me/moved": "me/moved changed on the Hub while it was downloaded: delete data/downloads/",
 }

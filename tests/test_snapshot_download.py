@@ -107,15 +107,6 @@ def test_a_model_in_one_file_comes_with_all_that_belongs_to_it(hub, cdn):
     assert json.loads((FOLDER / "config.json").read_bytes()) == {"file": "config.json"}
 
 
-def test_shards_come_by_their_index(hub, cdn):
-    put_shards(hub, cdn)
-    put_large(hub, cdn, "model.safetensors")
-    snapshot_download("ann/tiny")
-    assert kept() == sorted(["config.json", INDEX, *SHARDS])
-    for i, name in enumerate(SHARDS):
-        assert (FOLDER / name).read_bytes() == BODY[i * 1000 :]
-
-
 def test_old_weights_are_taken_if_there_are_no_others(hub, cdn):
     line = refusal("ann/tiny@v2")
     for part in ("404", "a wrong name?", "ann/tiny", "v2", "config.json"):
@@ -176,14 +167,18 @@ def test_an_index_that_is_none_is_named(hub, text):
 # ---- What is there is not asked for again ---------------------------------------------------
 
 
-def test_of_half_a_model_only_the_rest_is_asked_for(hub, cdn):
+def test_shards_come_by_their_index_and_of_half_a_model_only_the_rest_is_asked_for(hub, cdn):
     put_shards(hub, cdn)
+    put_large(hub, cdn, "model.safetensors")
     hub.faults[address(SHARDS[1])] = [404]
     assert SHARDS[1] in refusal("ann/tiny")
     hub.log.clear(), cdn.log.clear()
     snapshot_download("ann/tiny")
     assert cdn.asked == [f"{SHARDS[1]}?sign=1"]
     assert not {"config.json", INDEX, SHARDS[0]} & set(hub.asked)
+    assert kept() == sorted(["config.json", INDEX, *SHARDS])
+    for i, name in enumerate(SHARDS):
+        assert (FOLDER / name).read_bytes() == BODY[i * 1000 :]
     hub.log.clear(), cdn.log.clear()
     assert snapshot_download("ann/tiny") == FOLDER
     assert hub.log == cdn.log == []

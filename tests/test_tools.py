@@ -63,7 +63,6 @@ UNUSABLE = (  # the text of a file, the reason
     ("1 / 0\n", "ZeroDivisionError"),
     ("def f(x: 'Nothing'): pass\n", ": f has a .*Nothing.*: write a function"),
     ("from typing import *\ndef f(x: Literal[b'a']): pass\n", ": f has a .*bytes.*: write"),
-    ("def get_tools(): return {'low': min}\n", ": low has a .*no signature.*: write a"),
     ("import math\ndef get_tools(): return {'s': math.sqrt}\n", ": s has .* x is taken by pos"),
     ("def get_tools(): return {'a': 5}\n", ": a has a .*5 is not a callable object.*: write a"),
     ("def get_tools(): return [min]\n", "returns no {name: function}"),
@@ -104,7 +103,6 @@ def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
 
 BAD_CALLS = (
     ('book {"city": "x"', "not JSON"),
-    ("", "no such tool"),
     ("book [1]", "not a JSON object"),
     ("book " + "[" * 100_000, "not JSON"),
     ('fly {"city": "x"}', "fly: no such tool, only book"),
