@@ -110,9 +110,10 @@ def test_schedules_warm_up_from_above_zero_and_fall_to_their_floor(schedule, wan
 
 def test_an_epoch_shows_each_window_once_and_epochs_differ():
     windows = train.TokenLoader(np.arange(1000, dtype=np.uint16), context=10, seed=3)
-    first = [int(windows.rows(r, 1)[0][0, 0]) for r in range(windows.n)]
-    second = [int(windows.rows(r, 1)[0][0, 0]) for r in range(windows.n, 2 * windows.n)]
-    assert len(set(first)) == windows.n == 98
+    first = [int(windows.rows(r, 1)[0][0, 0]) for r in range(windows.per_epoch)]
+    n = windows.per_epoch
+    second = [int(windows.rows(r, 1)[0][0, 0]) for r in range(n, 2 * n)]
+    assert len(set(first)) == windows.per_epoch == 98
     assert np.all(np.diff(sorted(first)) == 10)
     assert first != second and sorted(first) != sorted(second)  # other order, other phase
 
@@ -321,7 +322,7 @@ def test_a_stop_signal_saves_the_step_and_sets_the_exit_code(corpus, number, cod
     stopped = lambda *a: a[-1] == (0, 2) and os.kill(os.getpid(), number)  # noqa: E731
     monkeypatch.setattr(train, "training_step", lambda *a: stopped(*a) or step(*a))
     done = run(*SMALL, "--max_steps", 99, "--out", "out/stop", check=False)
-    assert done.returncode == code and "stopped at step 3, saved: go on with" in done.stdout
+    assert done.returncode == code and "stopped at step 3, saved: continue with" in done.stdout
     assert last("out/stop")["step"] == 3 and not done.stderr
 
 
@@ -460,8 +461,8 @@ def test_a_run_that_is_over_says_so_and_writes_nothing(corpus, capsys):
         said, step = resumed(*flags)
         assert step == 6 and said.count("stopping early") == 1 and "a sample" not in said
     assert contents() == files
-    for flags, wanted in ((["--patience", 4], 10), ([], 10),
-                          (["--patience", 0, "--max_steps", 12], 12)):
+    for flags, wanted in ((["--patience", 4], 10), ([], 10), (["--max_steps", 300], 18),
+                          (["--patience", 0, "--max_steps", 20], 20)):
         assert resumed(*flags)[1] == wanted
     files = contents()
     said, _ = resumed()
