@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 from conftest import ASSISTANT, BYTE, CALL, CHAT, END, TOOL, USER, render_chat, turn
-from test_chat import joined
 from test_finetune_runs import save_base, some_rows
 from test_rows import alpaca, write
 
@@ -123,12 +122,11 @@ def test_any_conversation_keeps_a_target_and_the_turns_before_it():
         talk = [turn(r, words(rng.choice((1, 3, 8, 30)))) for r in roles]
         context = rng.randint(3, 60)
         row, cut = chat_row(talk, CHAT, context)
-        turns = [render_chat([m], CHAT)[0] for m in talk]
-        while roles[-1] not in ("assistant", "call"):
-            turns.pop()
-            roles.pop()
-        system, rest = (turns[:1], turns[1:]) if roles[0] == "system" else ([], turns)
-        tails = [joined(system + rest[k:]) for k in range(max(1, len(rest) - 1))]
+        while roles.pop() not in ("assistant", "call"):
+            talk.pop()
+        first = int(talk[0]["role"] == "system")
+        starts = range(first, max(first + 1, len(talk) - 1))
+        tails = [render_chat(talk[:first] + talk[k:], CHAT)[0] for k in starts]
         assert len(row.ids) == len(row.mask) <= context + 1
         assert any(t != -100 for t in row.targets())
         for tail in tails:

@@ -110,10 +110,10 @@ def test_schedules_warm_up_from_above_zero_and_fall_to_their_floor(schedule, wan
 
 def test_an_epoch_shows_each_window_once_and_epochs_differ():
     windows = train.TokenLoader(np.arange(1000, dtype=np.uint16), context=10, seed=3)
-    first = [int(windows.rows(r, 1)[0][0, 0]) for r in range(windows.per_epoch)]
-    n = windows.per_epoch
-    second = [int(windows.rows(r, 1)[0][0, 0]) for r in range(n, 2 * n)]
-    assert len(set(first)) == windows.per_epoch == 98
+    assert windows.per_epoch == 98
+    starts = [int(windows.rows(r, 1)[0][0, 0]) for r in range(2 * 98)]
+    first, second = starts[:98], starts[98:]
+    assert len(set(first)) == 98
     assert np.all(np.diff(sorted(first)) == 10)
     assert first != second and sorted(first) != sorted(second)  # other order, other phase
 
@@ -130,7 +130,7 @@ def test_rows_depend_on_nothing_but_their_number():
 
 
 def test_a_text_of_exactly_one_window_trains_and_a_shorter_one_says_so():
-    assert train.TokenLoader(np.arange(17, dtype=np.uint16), 16, seed=0).n == 1
+    assert train.TokenLoader(np.arange(17, dtype=np.uint16), 16, seed=0).per_epoch == 1
     with pytest.raises(UserError, match=r"16 tokens.*context of 16"):
         train.TokenLoader(np.arange(16, dtype=np.uint16), 16, seed=0)
 
