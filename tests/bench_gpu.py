@@ -9,8 +9,8 @@ train: tokens a second of whole steps in bf16, compiled and not, AdamW and Muon,
 nanoGPT's as its bench.py has them, compiled, and what the measured speed of matrix products would
 allow; peak memory.
 lora: a step of rank 8 adapters over nf4 weights. write: tokens a second, greedy, eager, by CUDA
-graphs, and transformers. Prints markdown for tests/BENCHMARKS.md. On a CPU, with --preset tiny, it
-only shows that it runs.
+graphs, and transformers. Prints markdown for tests/BENCHMARKS.md. On a CPU, `train` and `lora` with
+--preset llama only show that they run; `write` needs a GPU.
 """
 
 import argparse
@@ -60,8 +60,7 @@ def adapted_model(preset, runtime):
             torch.nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, torch.nn.Linear) and module is not model.head:
                 module.to(torch.bfloat16)
-    for module in model.modules():
-        if isinstance(module, torch.nn.RMSNorm):
+        elif isinstance(module, torch.nn.RMSNorm):
             module.weight = torch.nn.Parameter(torch.ones(module.weight.shape))
     lora.quantize(model, "nf4", device=runtime.device)
     lora.add_lora(model, "all", rank=8, alpha=16)

@@ -9,22 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import test_finetune_runs as runs
 import torch
 from conftest import CHAT, real, turn
-from test_finetune_runs import (
-    QUICK,
-    TABLES,
-    content,
-    in_two_processes,
-    refused,
-    same_weights,
-    save_base,
-    small_model,
-    tool_chat,
-    tune,
-    values,
-    write,
-)  # fmt: skip
+from test_finetune_runs import QUICK, in_two_processes, refused, save_base, tune, values, write
 from test_train import killed_in_step, losses, metrics
 
 import finetune as ft
@@ -206,10 +194,10 @@ def test_the_loss_and_its_gradient_are_the_papers(kl):
 
 @pytest.mark.parametrize(
     "changes, recompute",
-    [(TABLES, False), (dict(position="learned"), True), (dict(tied=True), False)],
+    [(runs.TABLES, False), (dict(position="learned"), True), (dict(tied=True), False)],
 )
 def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(changes, recompute):
-    model = small_model(n_layer=2, **changes).double()
+    model = runs.small_model(n_layer=2, **changes).double()
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.3)
@@ -302,7 +290,7 @@ def test_what_a_run_writes(room):
 
 
 def test_a_reward_for_calls_leaves_the_other_turns_alone(room):
-    write("tools.jsonl", [tool_chat(a, n) for n, a in enumerate(LETTERS * 2)])
+    write("tools.jsonl", [runs.tool_chat(a, n) for n, a in enumerate(LETTERS * 2)])
     flags = ["--data", "tools.jsonl", "--val_data", "tools.jsonl", "--objective", "grpo", *QUICK]
     out = tune(*flags, "--reward", "slots", "--eval_rows", "5", "--max_steps", "2")
     assert values(out, "val_reward") and values(out, "bleu4")
@@ -351,11 +339,11 @@ def test_killed_and_resumed_equals_straight_through_bitwise(room):
     tune(*flags, out="out/straight")
     with killed_in_step(8):
         tune(*flags, out="out/killed")
-    assert content("out/killed/last.pt")["step"] == 6  # between updates with the same answers
+    assert runs.content("out/killed/last.pt")["step"] == 6  # between updates with the same answers
     ft.main(["--resume", "out/killed"])
     for key in ("loss", "reward", "kl", "clipped", "val_reward", "val_loss"):
         assert values("out/killed", key) == values("out/straight", key)
-    assert same_weights("killed", "straight")
+    assert runs.same_weights("killed", "straight")
 
 
 @pytest.mark.slow
@@ -384,7 +372,7 @@ def test_a_reward_model_prefers_what_was_chosen_and_rewards_it(room):
 
 def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     torch.manual_seed(0)
-    tokenizer, model = CHAT.with_special([ft.REWARD_TOKEN]), small_model().double()
+    tokenizer, model = CHAT.with_special([ft.REWARD_TOKEN]), runs.small_model().double()
     objective = ft.RewardModel(argparse.Namespace(context=48, loss_on="assistant"), tokenizer)
     good, bad = [turn("assistant", "good")], [turn("assistant", "bad one")]
     pairs = [{"messages": [turn("user", "q")], "chosen": a, "rejected": b}
