@@ -1,17 +1,11 @@
 """sample.Engine: texts that come and go, each equal to itself alone."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from test_matmul import ARCHITECTURES, build, fast_copy
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import lora
 import sample
 from data.cli import UserError
 from sample import Engine, generate
@@ -70,21 +64,15 @@ def test_each_of_64_texts_is_what_it_is_alone(name, fast):
     assert len({tuple(ids) for ids in alone}) > 60
 
 
-def count_ids(model, monkeypatch):
-    """A list that gets the number of ids of each pass through the model."""
-    sizes, hidden = [], model.hidden
+def test_what_is_in_the_cache_is_not_read_again(monkeypatch):
+    model, sizes = build("llama"), []
+    engine, hidden = Engine(model, 2), model.hidden
 
     def counted(ids, *args):
         sizes.append(ids.numel())
         return hidden(ids, *args)
 
     monkeypatch.setattr(model, "hidden", counted)
-    return sizes
-
-
-def test_what_is_in_the_cache_is_not_read_again(monkeypatch):
-    model = build("llama")
-    engine, sizes = Engine(model, 2), count_ids(model, monkeypatch)
     slot = engine.add(list(range(20)), temperature=0)
     engine.step()
     assert sizes == [20]
@@ -155,29 +143,6 @@ def test_log_probabilities_are_the_models(fast, chunk, most, monkeypatch):
         assert [p for _, p in best] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
 
 
-def test_an_engine_with_adapters_writes_as_the_active_one(tmp_path):
-    model = build("llama")
-    plain = write_alone(model, [3, 4], dict(temperature=0), 8)
-    lora.add_lora(model, "attention", rank=4, alpha=64)
-    for p in model.parameters():
-        if p.requires_grad:
-            torch.nn.init.normal_(p, std=0.3)
-    engine = Engine(model, 2)
-
-    def write():
-        slot = engine.add([3, 4], temperature=0)
-        for _ in range(8):
-            engine.step()
-        engine.remove(slot)
-        return slot.ids[2:]
-
-    adapted = write()
-    assert adapted != plain
-    lora.set_adapter(model)
-    engine.forget()
-    assert write() == plain
-
-
 def test_penalties_are_those_of_the_api():
     logits = torch.zeros(2, 6)
     out = sample.count_penalty(logits, [[1, 1, 4], []], frequency=0.5, presence=0.25)
@@ -218,10 +183,14 @@ def test_biases_are_added_before_the_filters_and_ends_wait(heat):
 
 
 def test_prompts_and_biases_that_cannot_be_are_refused():
-    engine = Engine(build("gpt2"), 1)
+    model = build("gpt2")
+    engine = Engine(model, 1)
     for bad, bias in ([], {}), ([300], {}), ([-1], {}), ([1], {300: 1}), ([1], {-1: 1}):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=r"empty prompt|id -?\d+ .*0 to 299"):
             engine.add(bad, logit_bias=bias)
+    for bad in [], [[1], []], [[1], [3, -1]]:
+        with pytest.raises(UserError, match=r"empty prompt|id -1"):
+            next(generate(model, bad, 5))
     assert engine.busy == 0
 
 
