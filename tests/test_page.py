@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BYTE, CHAT, ROOT
+from conftest import BYTE, CHAT, ROOT, turn
 
 import data.server
 import model as lm
@@ -151,10 +151,6 @@ def set_number(page, label, value):
     page.get_by_label(label, exact=True).fill(str(value))
 
 
-def asked(role, content, **more):
-    return {"role": role, "content": content, **more}
-
-
 # ---- conversation ----------------------------------------------------------------------------
 
 
@@ -204,7 +200,7 @@ def test_what_is_sent_has_the_settings_and_the_system_prompt(chat, visit):
     with page.expect_request("**/v1/chat/completions") as request:
         ask(page, "hi")
     body = request.value.post_data_json
-    assert body["messages"] == [asked("system", "be kind"), asked("user", "hi")]
+    assert body["messages"] == [turn("system", "be kind"), turn("user", "hi")]
     found = [body[k] for k in ("temperature", "top_k", "seed", "stream", "logprobs")]
     assert found == [0.5, 7, 11, True, True]
 
@@ -307,10 +303,13 @@ HOSTILE = """<img src=x onerror="document.title='hacked'"> <script>document.titl
 
 
 def test_hostile_text_stays_text_and_markdown_is_shown(chat, visit):
-    deep = asked("assistant", ">" * 20_000 + "\n" + "- " * 5_000)
-    messages = [asked("user", "<b>hi</b>"), asked("assistant", HOSTILE), asked("user", "x"), deep]
-    image = "<img src=x onerror=1>"
-    tokens = [{"text": image, "bytes": list(image.encode()), "logprob": -1, "top": []}]
+    deep = turn("assistant", ">" * 20_000 + "\n" + "- " * 5_000)
+    messages = [turn("user", "<b>hi</b>"), turn("assistant", HOSTILE), turn("user", "x"), deep]
+    image, half = "<img src=x onerror=1>", "好".encode()
+    tokens = [
+        {"text": text, "bytes": list(content), "logprob": -1, "top": []}
+        for text, content in ((image, image.encode()), ("\ufffd", half[:2]), ("\ufffd", half[2:]))
+    ]
     messages[1] |= {"tokens": tokens, "seed": 1, "finish": "stop"}
     page = visit(chat, stored={"messages": messages})
     log = page.locator("#log")
@@ -322,7 +321,7 @@ def test_hostile_text_stays_text_and_markdown_is_shown(chat, visit):
     ):  # fmt: skip
         assert log.locator(selector).first.inner_text() == text
     page.get_by_role("button", name="Tokens").click()
-    expect(page.locator(".token").first).to_have_text(image)
+    expect(page.locator(".token")).to_have_text([image, "好"])  # joined to whole characters
     assert log.locator("img").count() == 0
 
 
@@ -344,15 +343,6 @@ def test_tokens_have_shades_and_alternatives_by_keyboard_too(chat, visit):
     assert alternatives.locator("i").count() >= 5 and alternatives.locator("b.mono").count() == 1
 
 
-def test_tokens_are_joined_to_whole_characters(chat, visit):
-    half = "好".encode()
-    tokens = [{"text": text, "bytes": list(data), "logprob": -0.5, "top": []}
-              for text, data in (("\ufffd", half[:2]), ("\ufffd", half[2:]), ("a", b"a"))]
-    answer = asked("assistant", "好a", tokens=tokens, finish="stop", seed=1)
-    page = visit(chat, stored={"messages": [asked("user", "x"), answer], "shaded": True})
-    assert page.locator(".token").all_inner_texts() == ["好", "a"]
-
-
 def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
     page = visit(chat, "#choose")
     say(page, "which?")
@@ -365,7 +355,7 @@ def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
     expect(page.locator("#count")).to_contain_text(re.compile("Choices: [1-9]"))
     expect(page.locator("#bar code")).to_contain_text("finetune.py")
     row = last_choice()
-    assert row["prompt"] == [asked("user", "which?")]
+    assert row["prompt"] == [turn("user", "which?")]
     assert [row[k].strip() for k in ("chosen", "rejected")] == [two.strip(), one.strip()]
     assert last_answer(page).inner_text() == two
     expect(page.locator("#draft")).to_be_enabled()
@@ -438,8 +428,6 @@ def test_the_page_speaks_the_browsers_language(chat, visit):
     page = visit(chat, locale="zh-CN")
     expect(page.locator("#draft")).to_have_attribute("placeholder", "输入消息")
     assert page.locator("html").get_attribute("lang") == "zh-CN"
-    page = visit(chat, locale="de-DE")
-    expect(page.locator("#draft")).to_have_attribute("placeholder", "Message")
 
 
 def test_every_word_of_the_page_is_in_both_languages():
@@ -456,10 +444,10 @@ def test_nothing_is_wider_than_a_phone(chat, visit):
     hotels = [{"name": "很长的名字" * 5, "price": 1, "address": "x" * 80}] * 2
     call = {"id": "c", "type": "function", "function": {"name": "search", "arguments": "x" * 200}}
     messages = [
-        asked("user", "w" * 300),
-        asked("assistant", None, tool_calls=[call]),
-        asked("tool", json.dumps(hotels), tool_call_id="c"),
-        asked("assistant", "```\n" + "y" * 300 + "\n```", finish="stop", seed=1),
+        turn("user", "w" * 300),
+        turn("assistant", None) | {"tool_calls": [call]},
+        turn("tool", json.dumps(hotels)) | {"tool_call_id": "c"},
+        turn("assistant", "```\n" + "y" * 300 + "\n```") | {"finish": "stop", "seed": 1},
     ]
     phone = {"width": 390, "height": 844}
     page = visit(chat, stored={"messages": messages}, viewport=phone, color_scheme="dark")

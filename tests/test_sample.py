@@ -41,18 +41,6 @@ def noisy_model(seed=0, **shape):
     return model
 
 
-def bigram_model(rows):
-    """A Transformer whose next-token probabilities are exactly rows[last id]."""
-    V = len(rows)
-    model = Transformer(
-        Config(vocab_size=V, n_layer=1, d_model=V, context=64, head_size=2, n_head=1)
-    ).eval()
-    with torch.no_grad():  # its blocks add nothing, and a normalised one-hot is sqrt(V) of itself
-        model.embed.weight.copy_(100 * torch.eye(V))
-        model.head.weight.copy_(torch.tensor(rows).log().clamp(min=-50).T / math.sqrt(V))
-    return model
-
-
 def rows_of(steps):
     """What `generate` yields, turned to one list a row, without the Nones."""
     return [[i for i in row if i is not None] for row in zip(*steps)]
@@ -243,24 +231,6 @@ def test_beams_are_those_of_a_plain_search_without_cache_or_early_end(
     found = beam_search(model, prompt, n, width, penalty, end)
     assert [ids for _, ids in found] == [ids for _, ids in wanted]
     assert [s for s, _ in found] == pytest.approx([s for s, _ in wanted], abs=1e-4)
-
-
-# 0 ends, 1 begins. Ending at once is the likeliest first token, "2 0" is one of two tokens.
-HASTY = [
-    [0.25, 0.25, 0.25, 0.25],
-    [0.40, 0.00, 0.35, 0.25],
-    [0.90, 0.00, 0.05, 0.05],
-    [0.10, 0.00, 0.45, 0.45],
-]
-
-
-def test_the_first_beam_that_ends_waits_for_better_ones():
-    model = bigram_model(HASTY)
-    # alone 0.40 beats 0.35 * 0.90; as a mean of logs, log(0.315) / 2 beats log(0.40)
-    assert beam_search(model, [1], 2, 2, 0.0, 0)[0][1] == [0]
-    score, ids = beam_search(model, [1], 2, 2, 1.0, 0)[0]
-    assert ids == [2, 0]
-    assert score == pytest.approx(math.log(0.35 * 0.90) / 2, abs=1e-4)
 
 
 def test_beams_keep_to_the_allowed_ids_and_refuse_what_they_cannot_do():
