@@ -3,12 +3,10 @@ made fast writes what it wrote before."""
 
 import argparse
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import BYTE, ROOT
+from conftest import BYTE
 
 import lora
 import model as lm
@@ -151,14 +149,6 @@ def test_bfloat16_is_as_near_as_bfloat16_is_and_int8_nearly(name):
 
 
 # ---- flags -----------------------------------------------------------------------------------
-
-
-def test_loading_and_writing_need_no_compiler(tmp_path):
-    """torch._dynamo takes longer to import than torch itself."""
-    save(build("gpt2"), tmp_path / "x.pt")
-    code = "import sys, sample; sample.main(); assert 'torch._dynamo' not in sys.modules"
-    flags = ["--ckpt", str(tmp_path / "x.pt"), "--prompt", "x", "--max_new_tokens", "3"]
-    subprocess.run([sys.executable, "-c", code, *flags], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(
