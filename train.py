@@ -458,6 +458,9 @@ class Run:
         del content["model"], content["optimizers"]  # a GPU has copies
         self.state.update(content["state"])
         self.saved_at = self.state["seconds"]
+        limits = "max_steps", "max_minutes"
+        if any(content["args"].get(name) != getattr(self.args, name) for name in limits):
+            self.state["bad"] = 0  # with another limit, --patience counts anew
 
 
 # --------------------------------------------------------------------------------------------
@@ -471,7 +474,7 @@ def end_reason(args, state):
         return "this run is finished: a larger --max_steps or --max_minutes would go on"
     if args.patience and state["bad"] >= args.patience:
         bad = f"{state['bad']} evaluations without a better one"
-        return f"{bad}: stopping early; a larger --patience would go on"
+        return f"{bad}: stopping early; a larger --patience or another limit would go on"
     return None
 
 

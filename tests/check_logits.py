@@ -6,7 +6,6 @@
 Exit code 0 if they are equal but for rounding, 1 if not.
 """
 
-import importlib
 import sys
 from pathlib import Path
 
@@ -35,63 +34,41 @@ def recorded_logits(path):
 
 def transformers_logits(folder, ids):
     """The logits that transformers computes from a folder in its layout, if it is installed."""
-    if not (Path(folder) / "config.json").exists():
-        raise UserError(f"{folder} is neither a file of ids and logits nor a folder with a model")
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} is no Hugging Face model: name a reference with --against")
     try:
-        transformers = importlib.import_module("transformers")
+        from transformers import AutoModelForCausalLM
     except ImportError as e:
-        raise UserError("transformers is not installed: name a file by --against") from e
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        return model(ids).logits
+        raise UserError("transformers is not installed: name a file with --against") from e
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
 
 
-def check(name, against=None, ids=None):
-    """(a report of how far our logits are from those in the file `against`, or from those that
-    transformers computes for that model, by default the same; whether they are equal but for
-    rounding)."""
-    folder = find_checkpoint(name)
-    hub = (folder / "config.json").exists()
-    if not hub and against is None:
-        raise UserError(f"{name} is no Hugging Face model: name a reference with --against")
-    content = load_hf(folder) if hub else load_checkpoint(folder)
-    model = model_from_checkpoint(content, where=str(name))
-    vocab, length = model.config.vocab_size, min(64, model.config.context)
-    if ids is None:  # any ids will do
-        ids = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(0))
-    against, theirs = find_checkpoint(against or folder), None
-    if against.is_file():
-        ids, theirs = recorded_logits(against)
-    if ids.numel() == 0 or not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
-        raise UserError(f"the ids must be from 0 to {vocab - 1}")
-    with torch.no_grad():
-        ours = model(ids)
-    theirs = transformers_logits(against, ids) if theirs is None else theirs
-    if ours.shape != theirs.shape:
-        raise UserError(f"our logits are {tuple(ours.shape)}, theirs {tuple(theirs.shape)}")
-    error, top1 = (ours.double() - theirs.double()).abs(), ours.argmax(-1) == theirs.argmax(-1)
-    same = error.max() <= 1e-3 * max(1.0, float(theirs.abs().max()))
-    return [
-        f"{ids.numel()} places, {vocab} logits each, in float32:",
-        f"largest difference {error.max():.2e}, mean {error.mean():.2e}",
-        f"the same best token at {float(top1.double().mean()):.2%} of the places",
-        "equal but for rounding" if same else "NOT EQUAL: this is more than rounding",
-    ], same
-
-
+@torch.no_grad()
 def main(argv=None):
     p = Parser(description="Compare our logits with a reference's.")
     p.add_argument("model", help="a model of the Hub, a folder like one, or a checkpoint")
     p.add_argument("--against", help="a model, for transformers (default: the same), or a file, "
                    "torch.save of {'ids', 'logits'}")
-    p.add_argument("--ids", help="token ids, e.g. 464,3290 (default: 64 random ones)")
     args = p.parse_args(argv)
-    try:
-        ids = args.ids and torch.tensor([[int(i) for i in args.ids.split(",")]])
-    except ValueError as e:
-        raise UserError(f"--ids {args.ids!r} must be numbers with commas") from e
-    lines, same = check(args.model, args.against, ids)
-    print("\n".join(lines))
+    folder = find_checkpoint(args.model)
+    content = load_hf(folder) if (folder / "config.json").exists() else load_checkpoint(folder)
+    model = model_from_checkpoint(content, where=args.model)
+    vocab, length = model.config.vocab_size, min(64, model.config.context)
+    ids = torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(0))
+    against, theirs = find_checkpoint(args.against or folder), None
+    if args.against and against.is_file():
+        ids, theirs = recorded_logits(against)
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        raise UserError(f"the ids must be from 0 to {vocab - 1}")
+    ours, theirs = model(ids), transformers_logits(against, ids) if theirs is None else theirs
+    if ours.shape != theirs.shape:
+        raise UserError(f"our logits are {tuple(ours.shape)}, theirs {tuple(theirs.shape)}")
+    error, top1 = (ours.double() - theirs.double()).abs(), ours.argmax(-1) == theirs.argmax(-1)
+    same = error.max() <= 1e-3 * max(1.0, float(theirs.abs().max()))
+    print(f"{ids.numel()} positions, {vocab} logits each, in float32:")
+    print(f"largest difference {error.max():.2e}, mean {error.mean():.2e}")
+    print(f"the same best token at {float(top1.double().mean()):.2%} of the positions")
+    print("equal but for rounding" if same else "NOT EQUAL: this is more than rounding")
     return 0 if same else 1
 
 

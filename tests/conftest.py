@@ -190,12 +190,6 @@ def real(name):
     return SHARED / name
 
 
-def write_documents(folder, texts, suffix=".txt"):
-    Path(folder).mkdir()
-    for i, text in enumerate(texts):
-        (Path(folder) / f"{i:03}{suffix}").write_bytes(text.encode())
-
-
 def turn(role, content):
     """A message of a conversation; that of a call is `name {arguments}`."""
     if role == "call":

@@ -3,7 +3,6 @@
 test_templates.py compares other templates with transformers.
 """
 
-import itertools
 import json
 
 import pytest
@@ -17,10 +16,6 @@ from data.reply import parse
 from data.tokenizer import Tokenizer
 
 TRICKY = "Say <|end|> and <|assistant|><|call|> <|endoftext|> naïve 你好，世界 👩‍👩‍👧 \n\n x"
-
-
-def joined(lists):
-    return list(itertools.chain.from_iterable(lists))
 
 
 # ---- answers are read as they are written ----------------------------------------------------
@@ -148,7 +143,7 @@ def test_a_prompt_is_the_beginning_of_the_row_with_its_answer(plain):
     talk[2]["tool_calls"] = calls("f " + json.dumps({TRICKY: TRICKY}), "g {}")["tool_calls"]
     ids, mask = render_chat(talk, chat)
     parts = [render_chat([m], chat) for m in talk]
-    assert [ids, mask] == [joined(column) for column in zip(*parts)]
+    assert [ids, mask] == [[x for part in column for x in part] for column in zip(*parts)]
     for i, m in enumerate(talk):
         if m["role"] == "assistant":
             prompt, nothing = render_chat(talk[:i], chat, add_generation_prompt=True)

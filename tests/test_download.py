@@ -3,8 +3,6 @@
 import hashlib
 import os
 import random
-import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,11 +35,11 @@ def parts_left():
     return list(Path("data").rglob("*.part"))
 
 
-def cut_download(mirror, path="/a.bin"):
+def cut_download(mirror):
     """The first part of a file is here, from a run that gave up."""
-    mirror.files[path], mirror.faults = BODY, {None: [600_000]}
+    mirror.files["/a.bin"], mirror.faults = BODY, {None: [600_000]}
     with pytest.raises(UserError, match="gave up"):
-        fetch(mirror.base + path, tries=1)
+        fetch(mirror.base + "/a.bin", tries=1)
     assert parts_left()
     mirror.log.clear()
 
@@ -66,17 +64,6 @@ def test_hf_endpoint_stands_for_the_hub_only(mirror, monkeypatch):
     assert resolve_url("https://github.com/x") == "https://github.com/x"
 
 
-def test_a_cut_download_is_resumed_where_it_broke(mirror):
-    mirror.files["/a.bin"] = BODY
-    mirror.faults[None] = [700_000]
-    path = fetch(mirror.base + "/a.bin", sha256=BODY_SHA, wait=0.01)
-    assert path.read_bytes() == BODY
-    assert mirror.ranges[0] is None
-    resumed_at = int(re.fullmatch(r"bytes=(\d+)-", mirror.ranges[1])[1])
-    assert 400_000 < resumed_at <= 700_000
-    assert not parts_left()
-
-
 @pytest.mark.parametrize("versions, takes_ranges", [(True, True), (False, True), (True, False)])
 def test_the_next_call_resumes_what_an_earlier_one_could_not_finish(mirror, versions, takes_ranges):
     """If the server names versions and knows ranges; else it starts over."""
@@ -93,14 +80,6 @@ def test_a_file_that_changed_on_the_server_is_never_spliced(mirror, new):
     assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == new
     assert mirror.ranges[0] is not None and mirror.ranges[-1] is None
     assert not parts_left()
-
-
-def test_one_download_leaves_the_part_of_another_alone(mirror):
-    mirror.files["/a.txt"] = b"text"
-    cut_download(mirror, "/a.txt.gz")
-    left = parts_left()
-    assert fetch(mirror.base + "/a.txt", wait=0.01).read_bytes() == b"text"
-    assert parts_left() == left != []
 
 
 def test_wrong_content_is_refused_and_not_kept(mirror):
@@ -121,12 +100,9 @@ def test_404_is_final_and_a_server_in_trouble_is_asked_again(mirror):
 
 
 def test_an_unreachable_host_names_the_remedies():
-    with socket.socket() as s:  # a port that was free a moment ago: nobody listens there
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     with pytest.raises(UserError, match="SCRATCHLM_MIRROR") as e:
-        fetch(f"http://127.0.0.1:{port}/a.bin", tries=2, wait=0.01)
-    assert "HF_ENDPOINT" in str(e.value) and f"127.0.0.1:{port}" in str(e.value)
+        fetch("http://127.0.0.1:9/a.bin", tries=2, wait=0.01)
+    assert "HF_ENDPOINT" in str(e.value) and "127.0.0.1:9/" in str(e.value)
     assert "\n" not in str(e.value)
 
 

@@ -4,10 +4,8 @@ import math
 import os
 import re
 import struct
-import sys
 import zipfile
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import model as lm
 from data import costs
@@ -44,9 +39,7 @@ def some_ids(B=2, T=CONTEXT, seed=1):
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-# --------------------------------------------------------------------------------------------
-# Configuration and what a shape costs
-# --------------------------------------------------------------------------------------------
+# ---- Configuration and what a shape costs ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -61,21 +54,20 @@ def test_known_shapes_have_their_known_parameters(name, total, capsys):
     assert f"\n{name}: {total:,} parameters\n" in out and "nats a token" in out
 
 
-def test_the_table_counts_each_part_by_hand():
-    parts = lm.count_parameters(
-        lm.meta_model(Config(vocab_size=10, n_layer=2, n_head=2, n_kv_head=1, d_model=8, d_ff=12))
-    )
-    attention, feed_forward, norms = 2 * (64 + 32 + 32 + 64), 2 * 3 * 8 * 12, 5 * 8
-    assert list(parts.values()) == [80, 0, attention, feed_forward, norms, 80, sum((
-        80, attention, feed_forward, norms, 80))]  # fmt: skip
+def test_parameters_and_flops_by_hand():
+    # a block: q 64, k and v 32 each, out 64, three 8 x 12; the head 80; scores 12 L nh hs context
+    shape = dict(vocab_size=10, n_layer=2, n_head=2, n_kv_head=1, d_model=8, d_ff=12, context=16)
+    parts = list(lm.count_parameters(lm.meta_model(Config(**shape))).values())
+    assert parts == [80, 0, 2 * 192, 2 * 288, 5 * 8, 80, 80 + 384 + 576 + 40 + 80]
+    assert lm.flops_per_token(Config(**shape)) == 6 * (2 * (192 + 288) + 80) + 12 * 2 * 8 * 16
+    plain = Config(**shape, activation="relu")
+    assert lm.flops_per_token(plain) == 6 * (2 * (192 + 192) + 80) + 12 * 2 * 8 * 16
 
 
 def test_chinchilla_loss_is_the_papers_formula():
     # powers that make the roots whole: N^0.34 = 2^17, D^0.28 = 2^7
     by_hand = 1.69 + 406.4 / 131072 + 410.7 / 128
     assert costs.chinchilla_loss(2**50, 2**25) == pytest.approx(by_hand, rel=1e-12)
-    # Chinchilla itself, 70e9 parameters on 1.4e12 tokens
-    assert costs.chinchilla_loss(70e9, 1.4e12) == pytest.approx(1.9366, abs=2e-4)
 
 
 def test_tables_for_values_and_pairs_by_hand():
@@ -116,14 +108,6 @@ def test_candidates_to_copy_are_found_by_looking_back(S):
     assert torch.equal(torch.stack(lm.copy_candidates(ids, positions), -1), torch.tensor(expected))
 
 
-def test_flops_per_token_by_hand():
-    shape = dict(vocab_size=10, n_layer=2, n_head=2, n_kv_head=1, d_model=8, d_ff=12, context=16)
-    # a block: q 64, k and v 32 each, out 64, three 8 x 12; the head 80; scores 12 L nh hs context
-    assert lm.flops_per_token(Config(**shape)) == 6 * (2 * (192 + 288) + 80) + 12 * 2 * 8 * 16
-    plain = Config(**shape, activation="relu")
-    assert lm.flops_per_token(plain) == 6 * (2 * (192 + 192) + 80) + 12 * 2 * 8 * 16
-
-
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -144,13 +128,6 @@ def test_a_bad_value_or_combination_is_named(fields, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_config_survives_a_dict_and_refuses_an_unknown_field():
-    config = Config(n_kv_head=2, activation="gelu")
-    assert Config.from_dict(asdict(config)) == config
-    with pytest.raises(UserError, match="n_heads"):
-        Config.from_dict({"n_heads": 4})
-
-
 def test_a_preset_follows_its_changes_and_stays_as_it_was():
     before = asdict(lm.PRESETS["gpt2"])
     changed = lm.preset("gpt2", d_model=96, n_head=4, tied=False)
@@ -161,33 +138,17 @@ def test_a_preset_follows_its_changes_and_stays_as_it_was():
         lm.preset("gpt3")
 
 
-# --------------------------------------------------------------------------------------------
-# The parts of a block
-# --------------------------------------------------------------------------------------------
+# ---- The parts of a block -------------------------------------------------------------------
 
 
-def reference_attention(q, k, v, mask=None):
-    """Head by head, query by query, in float64: softmax over the keys that may be seen."""
-    B, nh, T, hs = q.shape
-    S, group = k.shape[2], q.shape[1] // k.shape[1]
-    q, k, v = q.double(), k.double(), v.double()
-    rows = []
-    for b in range(B):
-        for h in range(nh):
-            keys, values = k[b, h // group], v[b, h // group]
-            for t in range(T):
-                seen = range(S - T + t + 1) if mask is None else mask[t].nonzero().flatten()
-                seen = torch.as_tensor(list(seen))
-                score = torch.stack([(q[b, h, t] * keys[s]).sum() for s in seen]) / hs**0.5
-                weight = score.exp() / score.exp().sum()
-                rows.append(torch.einsum("s,sc->c", weight, values[seen]))
-    return torch.stack(rows).view(B, nh, T, hs)
-
-
-def qkv(nkv, T, S, dtype=torch.float64):
-    torch.manual_seed(0)
-    shapes = (2, 4, T, 6), (2, nkv, S, 6), (2, nkv, S, 6)
-    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
+def reference_attention(q, k, v, mask, causal):
+    """Softmax over the keys that may be seen, each step written out."""
+    T, S = q.shape[2], k.shape[2]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if mask is None:
+        mask = torch.ones(T, S).tril(S - T if causal else S)
+    weights = (q @ k.mT / q.shape[-1] ** 0.5).exp() * mask
+    return weights / weights.sum(-1, keepdim=True) @ v
 
 
 @pytest.mark.parametrize("seen", ["before", "some", "all"])
@@ -198,13 +159,11 @@ def test_attention_equals_the_reference_with_its_gradients(nkv, T, S, seen):
     if seen == "some":  # any pattern in which each query sees something
         mask = torch.rand(T, S, generator=torch.Generator().manual_seed(2)) > 0.4
         mask[:, 0] = True
-
-    def reference(q, k, v, mask, causal):
-        return reference_attention(q, k, v, mask if causal else torch.ones(T, S))
-
+    torch.manual_seed(0)
+    shapes = (2, 4, T, 6), (2, nkv, S, 6), (2, nkv, S, 6)
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     results = []
-    for f in (lm.attention, lm.naive_attention, reference):
-        inputs = qkv(nkv, T, S)
+    for f in (lm.attention, lm.naive_attention, reference_attention):
         y = f(*inputs, mask, causal=seen != "all")
         results.append((y, *torch.autograd.grad((y * torch.arange(6) ** 2).sum(), inputs)))
     for fused, plain, reference in zip(*results):
@@ -223,17 +182,6 @@ def test_only_a_block_that_is_not_causal_looks_ahead():
         same(block(x), block(x, mask=None if not causal else lm.causal_mask(6, 6)))
 
 
-def test_rope_dot_products_know_only_the_distance():
-    torch.manual_seed(0)
-    q, k = torch.randn(8).expand(1, 1, 30, 8), torch.randn(8).expand(1, 1, 30, 8)
-    tables = lm.rope_tables(30, 8, 10_000.0)
-    dots = (lm.apply_rope(q, *tables) @ lm.apply_rope(k, *tables).transpose(-2, -1))[0, 0]
-    for distance in (-7, 0, 1, 12):
-        line = dots.diagonal(distance)
-        same(line, line[:1].expand_as(line), rtol=1e-4, atol=1e-5)
-    assert (dots[0, 5] - dots[0, 6]).abs() > 1e-3
-
-
 @pytest.mark.parametrize("C", [5, 64])
 def test_the_sinusoids_are_the_courses(C):
     position = torch.arange(0, 128, dtype=torch.float).unsqueeze(1)
@@ -244,9 +192,7 @@ def test_the_sinusoids_are_the_courses(C):
     same(lm.sinusoid_table(128, C), pe, rtol=0, atol=5e-5)
 
 
-# --------------------------------------------------------------------------------------------
-# The loss
-# --------------------------------------------------------------------------------------------
+# ---- The loss -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -288,13 +234,6 @@ def test_the_loss_is_cross_entropy_with_its_gradients(monkeypatch, rows, ignored
         assert (ours is None) == (expected is None)
         if ours is not None:
             same(ours, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_going_backward_twice_is_an_error_and_not_a_wrong_gradient(few_rows):
-    loss = lm.chunked_loss(*loss_inputs())
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        loss.backward()
 
 
 def test_the_loss_under_bf16_autocast_is_close_and_float32(few_rows):
@@ -343,13 +282,14 @@ def test_the_loss_never_holds_all_logits(few_rows):
 
     inputs = loss_inputs()
     with Sizes():
-        lm.chunked_loss(*inputs).backward()
+        loss = lm.chunked_loss(*inputs)
+        loss.backward(retain_graph=True)
     assert inputs[1].numel() <= max(sizes) <= inputs[0].numel() < 10 * len(inputs[1])
+    with pytest.raises(RuntimeError, match="twice"):  # not a wrong gradient
+        loss.backward()
 
 
-# --------------------------------------------------------------------------------------------
-# The cache, and what a token may see
-# --------------------------------------------------------------------------------------------
+# ---- The cache, and what a token may see ----------------------------------------------------
 
 
 @pytest.mark.parametrize("chunks", [[1] * CONTEXT, [5, 4, 1, 1, 5], [CONTEXT], [1, 15]])
@@ -422,30 +362,16 @@ def test_a_later_token_never_changes_an_earlier_logit(position):
         assert moved.min() > 1e-4  # and it does change its own and all later ones
 
 
-# --------------------------------------------------------------------------------------------
-# The model as a module: switches, dropout, initialisation
-# --------------------------------------------------------------------------------------------
-
-
-def assert_it_trains(model):
-    ids, targets = some_ids(T=8), some_ids(T=8, seed=2)
-    assert model(ids).shape == (2, 8, V)
-    loss = model.train()(ids, targets)
-    loss.backward()
-    assert math.isfinite(loss.item())
-    for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all(), name
-        assert p.grad.any(), f"{name} takes no part"
-
-
-@pytest.mark.parametrize("activation", lm.ACTIVATIONS)
-@pytest.mark.parametrize("norm", lm.NORMS)
-@pytest.mark.parametrize("position", lm.POSITIONS)
-def test_all_positions_norms_and_activations_train(position, norm, activation):
-    assert_it_trains(build(position=position, norm=norm, activation=activation))
+# ---- The model as a module: switches, dropout, initialisation -------------------------------
 
 
 FEATURES = {
+    **{
+        f"{position} {norm} {activation}": dict(position=position, norm=norm, activation=activation)
+        for position in lm.POSITIONS
+        for norm in lm.NORMS
+        for activation in lm.ACTIVATIONS
+    },
     "course": dict(position="sinusoidal", out_bias=True, ff_bias=True, head_bias=True),
     "ours": lm._OURS,
     # not with learned positions: there softmax cannot see a key bias, its gradient is zero
@@ -458,7 +384,14 @@ FEATURES = {
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_feature_trains(name):
-    assert_it_trains(build(**FEATURES[name]))
+    model, ids, targets = build(**FEATURES[name]), some_ids(T=8), some_ids(T=8, seed=2)
+    assert model(ids).shape == (2, 8, V)
+    loss = model.train()(ids, targets)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        assert p.grad.any(), f"{name} takes no part"
 
 
 @pytest.mark.parametrize("activation", lm.ACTIVATIONS)
@@ -499,23 +432,12 @@ def test_grad_checkpoint_recomputes_and_changes_no_gradient(dropout):
         assert torch.equal(plain, recomputed)
 
 
-def test_a_tied_head_is_the_embedding_and_counted_once():
-    tied, untied = build(tied=True), build()
-    assert tied.head.weight.data_ptr() == tied.embed.weight.data_ptr()
-    parts = lm.count_parameters(tied)
-    assert parts["head"] == 0 and parts["embedding"] == V * 32
-    assert parts["total"] == lm.count_parameters(untied)["total"] - V * 32
-
-
 @pytest.mark.parametrize("fields", [dict(), lm._OURS, dict(norm="layernorm", ff_bias=True)])
 def test_zero_out_starts_at_the_loss_of_knowing_nothing(fields):
     model = Transformer(Config(**{**fields, "vocab_size": V, "init": "zero_out"}))
     assert not model(some_ids()).any()
     loss = model(some_ids(), some_ids(seed=2)) / some_ids().numel()
     assert loss.item() == pytest.approx(math.log(V), rel=1e-6)
-    tied = Transformer(Config(vocab_size=V, tied=True, init="zero_out"))
-    loss = tied(some_ids(), some_ids(seed=2)) / some_ids().numel()
-    assert loss.item() == pytest.approx(math.log(V), abs=0.3)
 
 
 @pytest.mark.parametrize("init", lm.INITS)
@@ -536,9 +458,7 @@ def test_each_init_has_its_deviations(init):
         assert abs(p.mean().item()) <= 0.03 * expected, name
 
 
-# --------------------------------------------------------------------------------------------
-# Checkpoints
-# --------------------------------------------------------------------------------------------
+# ---- Checkpoints ----------------------------------------------------------------------------
 
 
 def content_of(model, **more):
@@ -580,18 +500,10 @@ def test_flipped_bytes_are_found_by_their_checksum(saved):
     assert lm.load_checkpoint(saved)["step"] == 7 and len(starts) > 10
 
 
-class Wrapped(nn.Module):
-    """What DistributedDataParallel (`module`) and torch.compile (`_orig_mod`) do to the names."""
-
-    def __init__(self, model, name="module"):
-        super().__init__()
-        self.add_module(name, model)
-
-
 def test_plain_state_knows_no_wrappers():
+    """Those of DistributedDataParallel (`module`) and of torch.compile (`_orig_mod`)."""
     model = build()
-    wrapped = Wrapped(Wrapped(model, "module"), "_orig_mod")
-    assert list(wrapped.state_dict()) != list(model.state_dict())
+    wrapped = nn.ModuleDict({"_orig_mod": nn.ModuleDict({"module": model})})
     state = lm.unwrapped_state(wrapped)
     assert list(state) == list(model.state_dict())
     lm.load_weights(build(seed=1), state)
@@ -656,14 +568,10 @@ def test_a_folder_means_its_best_then_its_last(saved):
     lm.save_checkpoint(saved.with_name("best.pt"), content_of(build(), step=5))
     assert lm.load_checkpoint(saved.parent)["step"] == 5
     assert lm.load_checkpoint(saved)["step"] == 7
-
-
-def test_an_empty_folder_and_a_missing_file_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"best\.pt") as caught:
-        lm.load_checkpoint(tmp_path)
-    assert str(tmp_path) in str(caught.value)
+    with pytest.raises(UserError, match=r"holds no best\.pt"):
+        lm.load_checkpoint(saved.parent.parent)
     with pytest.raises(UserError, match=r"none\.pt does not exist"):
-        lm.load_checkpoint(tmp_path / "none.pt")
+        lm.load_checkpoint(saved.with_name("none.pt"))
 
 
 @pytest.mark.parametrize(
@@ -681,17 +589,8 @@ def test_a_misfit_is_named_with_its_shapes(change, message):
 
 
 @pytest.mark.parametrize("bad", [{"wings": 2}, {"n_layer": 0}, {"vocab_size": "many"}])
-def test_a_checkpoint_with_an_impossible_config_is_a_users_mistake(tmp_path, bad):
+def test_a_checkpoint_with_an_impossible_config_is_a_users_mistake(bad):
     content = content_of(build())
     content["config"] |= bad
     with pytest.raises(UserError, match=r"run/last\.pt"):
         lm.model_from_checkpoint(content, where="run/last.pt")
-    lm.save_checkpoint(tmp_path / "last.pt", content)
-    with pytest.raises(UserError):
-        lm.main(["--ckpt", str(tmp_path)])
-
-
-def test_the_command_describes_a_checkpoint(saved, capsys):
-    lm.main(["--ckpt", str(saved.parent)])
-    total = lm.count_parameters(build())["total"]
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f"{total:,} parameters")

@@ -1,7 +1,6 @@
 """prepare_data.py, from sources to a damaged token file. Nothing here leaves 127.0.0.1."""
 
 import base64
-import errno
 import gzip
 import json
 import lzma
@@ -15,9 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from conftest import ALL_TEXT, ROOT, TEXTS, needs_vocabularies, pieces_of
-
-from conftest import set_block, tokens_of, write_documents  # isort: skip
+from conftest import ALL_TEXT, ROOT, TEXTS, needs_vocabularies, pieces_of, set_block, tokens_of
 
 import prepare_data
 from data import sources
@@ -43,12 +40,8 @@ def test_a_folder_gives_its_text_files_in_order(capsys):
     texts = pieces_of(*prepare_data.find_files("books"))
     assert texts == ["<a.md>", "<b.TXT>", "<d>", "<sub/c.py>"]
     assert capsys.readouterr().err.startswith("folder books: files left out: 2 .png, 1 ")
-
-
-def test_a_glob_gives_its_files():
-    write_documents("novels", ["one", "two", "three"])
-    assert pieces_of(*prepare_data.find_files("novels/00[12].txt")) == ["two", "three"]
-    assert pieces_of(*prepare_data.find_files("**/*.txt")) == ["one", "two", "three"]
+    assert pieces_of(*prepare_data.find_files("books/[ax].*")) == ["<a.md>"]
+    assert pieces_of(*prepare_data.find_files("**/*.py")) == ["<sub/c.py>"]
 
 
 NAMES = {
@@ -71,17 +64,6 @@ def test_several_sources_are_one_text():
     meta, text = read_meta("data/mix"), text_of("data/mix")
     assert meta["source"] == "a.txt b d.jsonl" and meta["documents"] == 3
     assert [text.count(f"from the {w}") for w in ("file", "folder", "line")] == [20, 20, 1]
-
-
-def test_a_full_disk_is_named(monkeypatch):
-    def full(self, *_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    Path("a.txt").write_text("text " * 20)
-    monkeypatch.setattr(prepare_data, "write_tokens", full)
-    with pytest.raises(OSError, match="No space left on device: 'data/a'"):
-        prepare("a.txt", "byte")
-    assert not Path("data/a").exists()
 
 
 def test_a_source_without_text_is_named():
@@ -117,7 +99,9 @@ def split_at(ids, mark):
 
 
 def prepare_books(texts, *args, **settings):
-    write_documents("books", texts)
+    Path("books").mkdir()
+    for i, text in enumerate(texts):
+        Path(f"books/{i:03}.txt").write_text(text)
     return prepare("books", *args, **settings)
 
 
@@ -265,7 +249,7 @@ def test_a_crash_between_the_files_leaves_nothing_that_reads_as_whole(prepared, 
         good(a, b)
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space left on device: 'data/tale'"):
         prepare("tale.txt", "byte")
     with pytest.raises(UserError):
         read_meta(prepared)
@@ -304,12 +288,9 @@ def test_if_several_processes_prepare_a_text_one_does_and_the_others_wait(name):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nosuch"], "nosuch"),
-        (["tale.txt", "--tokenizer", "nosuch"], "nosuch"),
         *((["tale.txt", f"--val_fraction={f}"], f"--val_fraction {f} must be above 0")
           for f in ("2", "0", "-1", "nan")),
         (["tale.txt", "--encoding", "klingon"], "--encoding klingon"),
-        (["--nosuch"], "--nosuch"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named(arguments, message, capsys):
@@ -341,13 +322,12 @@ print("peak", re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
-@pytest.mark.parametrize("size", [60_000_000, pytest.param(200_000_000, marks=pytest.mark.slow)])
-def test_memory_does_not_grow_with_the_text(size):
+def test_memory_does_not_grow_with_the_text():
     rng = random.Random(0)
     lengths = rng.choices(range(1, 10), k=5000)
     words = ["".join(rng.choices("etaoinshrdlu的一是不了人我在有他这", k=k)) for k in lengths]
     block = (" ".join(rng.choices(words, k=150_000)) + ".\n").encode()
-    Path("big.txt").write_bytes(block * (size // len(block)))
+    Path("big.txt").write_bytes(block * (60_000_000 // len(block)))
     command = [sys.executable, "-c", MEASURED, ROOT, "big.txt", "--tokenizer", "byte"]
     out = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
     meta = read_meta("data/big")

@@ -47,13 +47,10 @@ def quoted(digest):
     return f'"{digest.hexdigest()}"'
 
 
-def git_tag(body):
-    return quoted(hashlib.sha1(b"blob %d\0" % len(body) + body))
-
-
 def put_small(hub, file, body=b"{}", **where):
     """As the Hub serves what git holds: itself, under git's own hash."""
-    headers = {"ETag": git_tag(body), "X-Repo-Commit": "c0ffee"}
+    tag = quoted(hashlib.sha1(b"blob %d\0" % len(body) + body))
+    headers = {"ETag": tag, "X-Repo-Commit": "c0ffee"}
     hub.files[address(file, **where)] = body, headers
 
 
@@ -96,9 +93,7 @@ def refusal(*args, **kwargs):
     return line
 
 
-# --------------------------------------------------------------------------------------------
-# What comes, and where to
-# --------------------------------------------------------------------------------------------
+# ---- What comes, and where to ---------------------------------------------------------------
 
 
 def test_a_model_in_one_file_comes_with_all_that_belongs_to_it(hub, cdn):
@@ -110,15 +105,6 @@ def test_a_model_in_one_file_comes_with_all_that_belongs_to_it(hub, cdn):
     assert kept() == [*names.split(), "tokenizer_config.json"]
     assert (FOLDER / "model.safetensors").read_bytes() == BODY
     assert json.loads((FOLDER / "config.json").read_bytes()) == {"file": "config.json"}
-
-
-def test_shards_come_by_their_index(hub, cdn):
-    put_shards(hub, cdn)
-    put_large(hub, cdn, "model.safetensors")
-    snapshot_download("ann/tiny")
-    assert kept() == sorted(["config.json", INDEX, *SHARDS])
-    for i, name in enumerate(SHARDS):
-        assert (FOLDER / name).read_bytes() == BODY[i * 1000 :]
 
 
 def test_old_weights_are_taken_if_there_are_no_others(hub, cdn):
@@ -178,32 +164,27 @@ def test_an_index_that_is_none_is_named(hub, text):
     assert refusal("ann/tiny") == line
 
 
-# --------------------------------------------------------------------------------------------
-# What is there is not asked for again
-# --------------------------------------------------------------------------------------------
+# ---- What is there is not asked for again ---------------------------------------------------
 
 
-def test_the_second_call_asks_nothing_at_all(hub, cdn):
+def test_shards_come_by_their_index_and_of_half_a_model_only_the_rest_is_asked_for(hub, cdn):
     put_shards(hub, cdn)
-    folder = snapshot_download("ann/tiny")
-    hub.log.clear(), cdn.log.clear()
-    assert snapshot_download("ann/tiny") == folder
-    assert hub.log == cdn.log == []
-
-
-def test_of_half_a_model_only_the_rest_is_asked_for(hub, cdn):
-    put_shards(hub, cdn)
+    put_large(hub, cdn, "model.safetensors")
     hub.faults[address(SHARDS[1])] = [404]
     assert SHARDS[1] in refusal("ann/tiny")
     hub.log.clear(), cdn.log.clear()
     snapshot_download("ann/tiny")
     assert cdn.asked == [f"{SHARDS[1]}?sign=1"]
     assert not {"config.json", INDEX, SHARDS[0]} & set(hub.asked)
+    assert kept() == sorted(["config.json", INDEX, *SHARDS])
+    for i, name in enumerate(SHARDS):
+        assert (FOLDER / name).read_bytes() == BODY[i * 1000 :]
+    hub.log.clear(), cdn.log.clear()
+    assert snapshot_download("ann/tiny") == FOLDER
+    assert hub.log == cdn.log == []
 
 
-# --------------------------------------------------------------------------------------------
-# Redirects, ranges and hashes
-# --------------------------------------------------------------------------------------------
+# ---- Redirects, ranges and hashes -----------------------------------------------------------
 
 
 def test_a_model_that_was_renamed_is_found(hub, cdn):
@@ -235,18 +216,6 @@ def test_a_cut_is_mended_by_asking_for_the_rest_in_this_call_or_the_next(hub, cd
         (FOLDER / "model.safetensors").unlink()
 
 
-def test_weights_that_changed_in_between_are_never_spliced(hub, cdn):
-    put_model(hub, cdn)
-    path = "/store/model.safetensors?sign=1"
-    cdn.faults[path] = [600_000, 503, 503, 503]
-    refusal("ann/tiny")
-    put_large(hub, cdn, "model.safetensors", BODY[::-1])
-    snapshot_download("ann/tiny")
-    assert (FOLDER / "model.safetensors").read_bytes() == BODY[::-1]
-    assert cdn.log[-1][1] is None
-    assert not list(FOLDER.glob("*.part"))
-
-
 def test_weights_with_another_sha256_are_not_kept(hub, cdn):
     put_model(hub, cdn)
     put_large(hub, cdn, "model.safetensors", BODY, hashed=BODY[::-1])
@@ -259,9 +228,7 @@ def test_weights_with_another_sha256_are_not_kept(hub, cdn):
     assert not list(FOLDER.glob("config*"))
 
 
-# --------------------------------------------------------------------------------------------
-# The token
-# --------------------------------------------------------------------------------------------
+# ---- The token ------------------------------------------------------------------------------
 
 
 def test_the_token_is_for_the_hub_alone(hub, cdn, monkeypatch):
@@ -304,9 +271,7 @@ def test_a_token_that_is_none_is_refused_and_not_shown(hub, monkeypatch):
     assert hub.log == []
 
 
-# --------------------------------------------------------------------------------------------
-# What goes wrong ends in one line
-# --------------------------------------------------------------------------------------------
+# ---- What goes wrong ends in one line -------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -18,9 +18,7 @@ from tokenizers import AddedToken
 from data.hf_tokenizer import hub_tokenizer
 from data.tokenizer import Tokenizer
 
-# --------------------------------------------------------------------------------------------
-# Twelve families: templates that write what the public ones do
-# --------------------------------------------------------------------------------------------
+# ---- Twelve families: templates that write what the public ones do --------------------------
 
 CHATML = r"""{%- set given = messages[0].role == 'system' %}
 {%- set own = messages[0].content if given else usual %}
@@ -329,9 +327,7 @@ def test_an_answer_is_learned_with_its_end(family):
     assert found == [FAMILIES[family].learned.format("Hello!")]
 
 
-# --------------------------------------------------------------------------------------------
-# Special tokens in somebody's text; forms of messages; places of templates
-# --------------------------------------------------------------------------------------------
+# ---- Special tokens in somebody's text; forms of messages; places of templates --------------
 
 
 def talks_with(family, text):
@@ -359,14 +355,6 @@ def test_no_text_of_others_becomes_a_special_token(family):
     for text in [*names, " ".join(names), "".join(names)]:
         found = [count(*given) for given in talks_with(family, f"a{text} b{text}")]
         assert found == plain, text
-
-
-@pytest.mark.parametrize("family", WITH_TOOLS)
-def test_arguments_may_be_json(family):
-    messages, (ours, _) = copy.deepcopy(TALKS["a call"]), pair(family)
-    function = messages[-1]["tool_calls"][0]["function"]
-    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-    assert render_chat(messages, ours) == render_chat(TALKS["a call"], ours)
 
 
 @every_family

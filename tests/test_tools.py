@@ -33,17 +33,17 @@ def once(x: int = 1): return x
 async def slow(x: int):
     await asyncio.sleep(0)
     return [x]
-async def bad(): raise KeyError(7)
+async def bad(): raise KeyError("没有")
 """
 
 
 def test_the_public_functions_of_a_file_are_tools_and_nothing_else(tmp_path):
     path = tmp_path / "tools.py"
-    path.write_text(FILE)
+    path.write_text(FILE, encoding="utf-8")
     tools = load_tools(str(path))
     assert set(tools) == {"double", "now", "once", "slow", "bad"}
     assert call_tool(tools, 'slow {"x": 21}') == "[21]" and call_tool(tools, "once {}") == "1"
-    assert json.loads(call_tool(tools, "bad {}")) == {"error": "bad failed: KeyError: 7"}
+    assert json.loads(call_tool(tools, "bad {}")) == {"error": "bad failed: KeyError: '没有'"}
     assert call_tool(tools, 'double {"x": 21}') == "42"
     assert "x cannot be 'a'" in call_tool(tools, 'double {"x": "a"}')
 
@@ -63,7 +63,6 @@ UNUSABLE = (  # the text of a file, the reason
     ("1 / 0\n", "ZeroDivisionError"),
     ("def f(x: 'Nothing'): pass\n", ": f has a .*Nothing.*: write a function"),
     ("from typing import *\ndef f(x: Literal[b'a']): pass\n", ": f has a .*bytes.*: write"),
-    ("def get_tools(): return {'low': min}\n", ": low has a .*no signature.*: write a"),
     ("import math\ndef get_tools(): return {'s': math.sqrt}\n", ": s has .* x is taken by pos"),
     ("def get_tools(): return {'a': 5}\n", ": a has a .*5 is not a callable object.*: write a"),
     ("def get_tools(): return [min]\n", "returns no {name: function}"),
@@ -88,10 +87,8 @@ VALUES = (  # a type, values that suit it, values that do not
     (list[str], [["a"], []], ["a", None, [1]]),
     (float | None, [1, 1.5, None], [False, "1"]),
     (int, [1, -2], [1.5, True, "1"]),
-    (int | str, [1, "1"], [1.5, True]),
     (bool, [True, False], [0, 1, "true"]),
     (typing.Literal["a", "b"], ["a", "b"], ["c", 1, None, []]),
-    (typing.Any, [1, None, "x", []], []),
     (inspect.Parameter.empty, [1, None, "x", [], {}], []),
 )
 
@@ -106,7 +103,6 @@ def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
 
 BAD_CALLS = (
     ('book {"city": "x"', "not JSON"),
-    ("", "no such tool"),
     ("book [1]", "not a JSON object"),
     ("book " + "[" * 100_000, "not JSON"),
     ('fly {"city": "x"}', "fly: no such tool, only book"),
@@ -130,14 +126,9 @@ def test_what_tools_return_is_json_and_what_they_raise_is_told():
     def echo(text: str, **others):
         return {"heard": text, **others}
 
-    def fail():
-        raise KeyError("没有")
-
-    tools = {"echo": echo, "fail": fail, "odd": lambda: {1, 2}}
+    tools = {"echo": echo, "odd": lambda: {1, 2}}
     assert call_tool(tools, 'echo {"text": "你好 👩"}') == '{"heard": "你好 👩"}'
     assert json.loads(call_tool(tools, 'echo {"text": "a", "b": [1]}'))["b"] == [1]
-    failed = json.loads(call_tool(tools, "fail {}"))
-    assert failed == {"error": "fail failed: KeyError: '没有'"}
     assert "odd failed: TypeError" in call_tool(tools, "odd {}")
     half = call_tool(tools, r'echo {"text": "\ud83d"}')  # half of a pair, as models write
     assert CHAT.decode(CHAT.encode(half)) and json.loads(half)

@@ -490,8 +490,8 @@ def test_a_run_that_is_over_says_so_and_writes_nothing(corpus, capsys):
         said, step = resumed(*flags)
         assert step == 6 and said.count("stopping early") == 1 and "a sample" not in said
     assert contents() == files
-    for flags, wanted in ((["--patience", 4], 10), ([], 10),
-                          (["--patience", 0, "--max_steps", 12], 12)):
+    for flags, wanted in ((["--patience", 4], 10), ([], 10), (["--max_steps", 300], 18),
+                          (["--patience", 0, "--max_steps", 20], 20)):
         assert resumed(*flags)[1] == wanted
     files = contents()
     said, _ = resumed()
