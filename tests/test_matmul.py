@@ -47,11 +47,6 @@ def fast_copy(model, rows=1, int8=False):
     return model
 
 
-def save(model, path):
-    content = {"config": vars(model.config), "model": model.state_dict()}
-    lm.save_checkpoint(path, content | {"tokenizer": BYTE.spec})
-
-
 # ---- products --------------------------------------------------------------------------------
 
 
@@ -157,7 +152,9 @@ def test_bfloat16_is_as_near_as_bfloat16_is_and_int8_nearly(name):
      "int8 --num_samples 3", "int8 --beams 2"],
 )  # fmt: skip
 def test_every_path_writes_on_this_machine(flags, tmp_path, capsys):
-    save(build("default", 512, n_layer=1), tmp_path / "x.pt")
+    model = build("default", 512, n_layer=1)
+    content = {"config": vars(model.config), "model": model.state_dict(), "tokenizer": BYTE.spec}
+    lm.save_checkpoint(tmp_path / "x.pt", content)
     command = f"--ckpt {tmp_path}/x.pt --prompt x --max_new_tokens 6 --print_ids --dtype {flags}"
     sample.main(["--verbose", *command.split()])
     out, err = capsys.readouterr()

@@ -6,12 +6,11 @@ Needs playwright and a chromium (SCRATCHLM_CHROMIUM, default /usr/bin/chromium);
 import json
 import os
 import re
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BYTE, CHAT, ROOT, turn
+from conftest import BYTE, CHAT, ROOT, serving, turn
 
 import data.server
 import model as lm
@@ -30,24 +29,6 @@ LETTERS = list(b"abcdefghijklmnopqrstuvwxyz ")  # what the models write: a rando
 CHOICES = Path("out/choices.jsonl")
 
 
-class Serving:
-    """A server whose model writes letters and never ends by itself."""
-
-    def __init__(self, name, tokenizer, tools=None):
-        torch.manual_seed(0)
-        shape = dict(vocab_size=320, n_layer=1, n_head=2, d_model=16, head_bias=True)
-        model = lm.Transformer(lm.Config(context=8192, **shape)).eval()
-        with torch.no_grad():
-            model.head.bias.fill_(-50)[LETTERS] = 0
-        flags = ["--ckpt", f"out/{name}", "--max_new_tokens", "24", "--temperature", "1"]
-        args, ckpt = sample.build_parser().parse_args(flags), Path("out", name, "best.pt")
-        self.service = sample.make_service(model, tokenizer, ckpt, args, tools)
-        self.service.api.scheduler.start()
-        self.server = data.server.Server(("127.0.0.1", 0), self.service)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
     """The servers' folder, in which out/ is."""
@@ -64,22 +45,31 @@ def browser():
         browser.close()
 
 
-def serving(*args):
-    """A fixture: a server for all tests of this file."""
+def serve(name, tokenizer, tools=None):
+    """A fixture: a server for all tests of this file, whose model writes letters and never ends by
+    itself."""
 
     @pytest.fixture(scope="module")
     def server(folder):
-        server = Serving(*args)
-        yield server
-        server.server.shutdown()
-        server.server.server_close()
+        torch.manual_seed(0)
+        shape = dict(vocab_size=320, n_layer=1, n_head=2, d_model=16, head_bias=True)
+        model = lm.Transformer(lm.Config(context=8192, **shape)).eval()
+        with torch.no_grad():
+            model.head.bias.fill_(-50)[LETTERS] = 0
+        flags = ["--ckpt", f"out/{name}", "--max_new_tokens", "24", "--temperature", "1"]
+        args, ckpt = sample.build_parser().parse_args(flags), Path("out", name, "best.pt")
+        service = sample.make_service(model, tokenizer, ckpt, args, tools)
+        service.api.scheduler.start()
+        with serving(data.server.Server(("127.0.0.1", 0), service)) as server:
+            server.url = f"http://127.0.0.1:{server.server_port}/"
+            yield server
 
     return server
 
 
-chat = serving("chat", CHAT, load_tools("hotel"))
-base = serving("base", BYTE)
-critic = serving("critic", BYTE.with_special([label_token("neg"), label_token("pos")]))
+chat = serve("chat", CHAT, load_tools("hotel"))
+base = serve("base", BYTE)
+critic = serve("critic", BYTE.with_special([label_token("neg"), label_token("pos")]))
 
 
 @pytest.fixture
@@ -214,9 +204,10 @@ def test_an_error_is_shown_and_a_busy_or_lost_server_is_asked_again(chat, visit)
     expect(page.locator("#banner")).to_be_hidden()
     cut = events({"content": "0"}).removesuffix("data: [DONE]\n\n")  # the server goes away
     page.route(url, lambda r: r.fulfill(body=cut, content_type="text/event-stream"), times=1)
-    page.route("**/health", lambda r: r.abort(), times=1)
+    page.route("**/health", lambda r: r.abort())
     say(page, "hi")
     expect(page.locator("#banner")).to_contain_text("reached")
+    page.unroute("**/health")
     expect(page.locator("#log .answer")).to_have_count(2)
     expect(page.locator("#banner")).to_be_hidden()
     assert "0" not in last_answer(page).inner_text()

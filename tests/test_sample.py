@@ -18,7 +18,6 @@ import torch
 from conftest import BYTE, ROOT
 
 import sample
-from data.analogy import word_vector
 from data.cli import UserError, printable
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, load_checkpoint, save_checkpoint
@@ -149,31 +148,20 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
-def test_the_engine_equals_the_naive_loop(shape):
-    """40 tokens are more than three contexts of 12: the window slides six times."""
-    model, prompt = noisy_model(**shape), random_prompt(3)
-    for settings in (
-        dict(temperature=0, repetition_penalty=1e6),  # it remembers what slid out of the window
-        dict(temperature=0),
-        dict(seed=5, temperature=1.5, top_p=0.9),
-    ):
-        ids = rows_of(generate(model, [prompt], 40, **settings))[0]
-        assert ids == naive_generate(model, prompt, 40, **settings)
-    assert len(set(ids)) > 5  # a constant would prove little
-
-
 LENGTHS = (1, 5, 12, 3, 30, 13)
 
 
-@pytest.mark.parametrize("shape", SHAPES[:5], ids=lambda s: "-".join(map(str, s.values())))
-def test_prompts_of_different_lengths_give_what_each_gives_alone(shape):
-    model, settings = noisy_model(**shape), dict(temperature=1.3, top_p=0.95)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
+def test_each_prompt_of_a_batch_gives_what_the_naive_loop_gives(shape):
+    """40 tokens are more than three contexts of 12: the window slides six times."""
+    model, seeds = noisy_model(**shape), range(10, 16)
     prompts = [random_prompt(n, seed=n) for n in LENGTHS]
-    seeds = list(range(10, 16))
-    together = rows_of(generate(model, prompts, 40, seeds=seeds, **settings))
-    alone = [naive_generate(model, p, 40, seed=s, **settings) for p, s in zip(prompts, seeds)]
-    assert together == alone
+    forgets_nothing = dict(temperature=0, repetition_penalty=1e6)  # of what slid out of the window
+    for settings in forgets_nothing, dict(temperature=1.3, top_p=0.95):
+        together = rows_of(generate(model, prompts, 40, seeds=seeds, **settings))
+        alone = [naive_generate(model, p, 40, seed=s, **settings) for p, s in zip(prompts, seeds)]
+        assert together == alone
+    assert min(len(set(ids)) for ids in together) > 5  # a constant would prove little
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS[:4], (12, 1, 1, 2), (40, 2, 13, 12)])
@@ -337,8 +325,6 @@ def test_king_minus_man_plus_woman_is_queen():
     assert len(everything) == tokenizer.n_vocab - 1 - 3  # nor end-of-text, nor spare rows
     found = analogy("king - man + woman", *words, ["apple", "queen", "man"])
     assert found[0][0] == "queen" and sorted(t for t, _ in found) == ["apple", "man", "queen"]
-    vector, ids = word_vector("ax", *words)  # the mean of its tokens
-    assert ids == [97, 120] and torch.allclose(vector, table[[97, 120]].mean(0))
     for expression in ("", "- +"):
         with pytest.raises(UserError, match="--analogy"):
             analogy(expression, *words)
@@ -458,7 +444,6 @@ def test_allowed_ids_are_those_with_text_and_end_of_text(run):
 def test_beams_print_the_best_and_as_many_as_asked_and_end_with_the_context(say, run):
     flags = ("--prompt", "ab", "--max_tokens", "6", "--beams", "4", "--print_ids")
     wanted = beam_search(run[1], [97, 98], 6, 4)
-    assert last_ids(say(*flags)) == wanted[0][1]
     lines = say(*flags, "--num_samples", "2").splitlines()
     assert lines[:4] == [
         x for s, ids in wanted[:2] for x in (f"--- {s:.4f} ---", "ab" + BYTE.decode(ids))
@@ -521,7 +506,6 @@ def test_analogy_and_choices_on_the_command_line(say, run):
         ("--top_k -1", "--top_k -1"),
         ("--max_tokens 0", "--max_new_tokens 0"),
         ("--temperature inf", "--temperature inf must be at least 0"),
-        ("--repetition_penalty 0", "--repetition_penalty 0"),
         ("--prompt_ids a,b", "a,b"),
         ("--prompt_ids 5,320", "320 .*0 to 319"),
         (f"--prompt a --seed {2**70}", "--seed"),
@@ -530,7 +514,6 @@ def test_analogy_and_choices_on_the_command_line(say, run):
         ("--system kind", "--system is for --chat"),
         ("--dtype int8 --no_fast", "--dtype int8 excludes --no_fast"),
         ("--beams 2 --num_samples 3", "--num_samples 3 is more than --beams 2"),
-        ("--dtype int4", "int4"),
         ("--prompt @gb.txt", "gb.txt is not text in UTF-8"),
         ("--prompt @none.txt", "none.txt"),
         ("--prompt ab\udcff", "the prompt is not text in UTF-8"),  # a shell of another encoding

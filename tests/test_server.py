@@ -128,6 +128,10 @@ def tool(name):
 
 def both(create, **request):
     """What create(**request) returns complete, after it was the same as a stream."""
+
+    def about(number):
+        return pytest.approx(float(number), abs=1e-4)
+
     whole = create(**request)
     *chunks, last = create(**request, stream=True, stream_options={"include_usage": True})
     assert last.choices == [] and last.usage.total_tokens == whole.usage.total_tokens
@@ -142,15 +146,10 @@ def both(create, **request):
             assert content == (choice.message.content or "")
         for name, value in choice.logprobs.model_dump().items() if choice.logprobs else ():
             sent = [p.logprobs.model_dump()[name] or [] for p in parts if p.logprobs]
-            assert list(itertools.chain(*sent)) == nearly(value or [])
+            # numbers differ by rounding: caches are filled in other passes
+            value = json.loads(json.dumps(value or []), parse_float=about)
+            assert list(itertools.chain(*sent)) == value
     return whole
-
-
-def nearly(value):
-    """`value`, whose numbers equal others that differ by rounding: caches are filled in other
-    passes."""
-    near = functools.partial(pytest.approx, abs=1e-4)
-    return json.loads(json.dumps(value), parse_float=lambda number: near(float(number)))
 
 
 # ---- OpenAI's client -------------------------------------------------------------------------
@@ -435,7 +434,7 @@ REFUSED = [  # (request, its status, perhaps that no more is sent)
     (b"GET / HTTP/1.1\r\n\r\n", 403), (request("GET / HTTP/1.1", "Host: evil.example"), 403),
     *[(request(f"GET {path} HTTP/1.1"), 405) for path in POSTS],
     *[(request(f"{verb} / HTTP/1.1"), 405) for verb in ("POST", "PUT", "DELETE", "PATCH")],
-    *[(request(f"{verb} / HTTP/1.1"), 501) for verb in ("TRACE", "X" * 99)],
+    *[(request(f"{verb} / HTTP/1.1"), 501) for verb in ("TRACE", "X")],
     *[(request(f"GET {path} HTTP/1.1"), 404) for path in (
         "/nothing", "/../model.py", "/..%2fmodel.py", "//etc/passwd", "/v1/models/", "http://[",
         *[f"/page/run{n}" for n in ("", "?name=../..", "?name=..%2f..", "?name=%00", "?name=/etc")],
@@ -653,16 +652,14 @@ def test_what_cannot_be_served_is_one_line(chat, monkeypatch):
     for flags, words in (
         (["--serve", str(chat.port)], "cannot be used"),
         (["--serve", "0", "--host", "0.0.0.0"], "give it an --api_key"),
-        (["--serve", "0", "--host", "no such host", "--api_key", "k"], "cannot be used"),
     ):
         with pytest.raises(UserError, match=words) as e:
             sample.main([*flags, "--no_fast", "--ckpt", "tiny.pt"])
         assert "\n" not in str(e.value)
     args = sample.build_parser().parse_args(["--host", "::1"])  # local: needs no key
-    for key in (None, "k1"):
-        if key:
-            monkeypatch.setenv("SCRATCHLM_API_KEY", key)
-        assert sample.make_service(chat.model, CHAT, Path("tiny.pt"), args, None).key == key
+    assert sample.make_service(chat.model, CHAT, Path("tiny.pt"), args, None).key is None
+    monkeypatch.setenv("SCRATCHLM_API_KEY", "k1")
+    assert sample.make_service(chat.model, CHAT, Path("tiny.pt"), args, None).key == "k1"
 
 
 # ---- figures and the page's own routes -------------------------------------------------------
