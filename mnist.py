@@ -1,18 +1,18 @@
-"""A first training loop: a network reads handwritten digits; later in this file one draws them.
+"""A first training loop: a network reads handwritten digits; another one, later, draws them.
 
     python mnist.py                                the course's network, five epochs
-    python mnist.py --optimizer adam --epochs 15   other solvers, --loss and --schedule
+    python mnist.py --optimizer adam --epochs 15   another optimizer, or --loss, --schedule
     python mnist.py --compare optimizer            all of them, their curves in one picture
     python mnist.py --recipe fast                  a convolutional net, a minute for 99.4 %
     python mnist.py --diffusion                    learn to draw, in half an hour
     python mnist.py --draw "3 1 4"                 a picture of these digits
 
-A run writes mnist.pt, loss.svg and pictures to out/mnist, out/mnist-fast or out/mnist-diffusion.
+A run writes mnist.pt, loss.svg and pictures to out/mnist, out/mnist-fast or out/mnist-diffusion (a
+second run to out/mnist-2, and so on). "The course" is waylandzhang/Transformer-from-scratch.
 
-The first three chapters, the data, the network and the loop, are a complete training run. Then
-come pictures, a better network, a transformer that turns noise into digits, and the command line.
-Nothing here is a language model: the other scripts only lend the download, checkpoints and, to
-draw, the transformer's blocks.
+The first three chapters (data, network, loop) are a complete training run. Then come pictures, a
+better network, a transformer that turns noise into digits, and the command line. Nothing here is a
+language model: from model.py come only the checkpoints and, for drawing, the transformer's blocks.
 
 Shapes in comments: B batch, T patches of an image, C channels.
 """
@@ -48,9 +48,9 @@ MEAN, STD = 0.1307, 0.3081  # of the training pixels, scaled to [0, 1]
 
 
 def load_mnist(device="cpu", folder=None):
-    """((images, labels), (test images, test labels)) on `device`: images (N, 28, 28) float32 with
-    mean 0 and standard deviation 1, labels (N,) int64. Downloaded, or read from `folder`. All
-    images together are 220 MB: converted once, a batch is one indexing operation."""
+    """((images, labels), (test images, test labels)) on `device`: images (N, 28, 28) float32,
+    normalised by MNIST's training mean and standard deviation, labels (N,) int64. Downloaded, or
+    read from `folder`. They are converted once (220 MB), so that a batch is one index operation."""
     read = partial(read_folder_idx, folder) if folder else download_idx
     train_x, train_y, test_x, test_y = (read(name) for name in FILES)
     for x, y in ((train_x, train_y), (test_x, test_y)):
@@ -109,7 +109,7 @@ OPTIMIZERS = {
     "lbfgs": (torch.optim.LBFGS, 1.0, dict(max_iter=5, line_search_fn="strong_wolfe")),
 }
 
-# How the learning rate changes over all `steps` of a run, from its largest value `lr`.
+# How the learning rate changes over the `steps` of a run; `lr` is its largest value.
 SCHEDULES = {
     "constant": lambda o, lr, steps: torch.optim.lr_scheduler.ConstantLR(o, factor=1.0),
     "step": lambda o, lr, steps: torch.optim.lr_scheduler.StepLR(o, max(1, steps // 4), gamma=0.5),
@@ -129,10 +129,10 @@ SCHEDULES = {
 def fit(run, images, labels, batch_loss, evaluate):
     """Train `run.model` for `run.args.epochs` to minimise batch_loss(model, images, labels). What
     `evaluate()` returns after each epoch goes into `run.history`. Ctrl-C and SIGTERM save the run
-    first. Returns the exit code."""
+    first. Returns the exit code. `run` is a `Run`, below."""
     a, model, optimizer = run.args, run.model, run.optimizer
 
-    def backward(rows):
+    def closure(rows):
         optimizer.zero_grad()
         loss = batch_loss(model, images[rows], labels[rows])
         loss.backward()
@@ -153,8 +153,8 @@ def fit(run, images, labels, batch_loss, evaluate):
                         print(f"stopped at step {run.step}: continue with --resume {run.out}")
                     return 128 + stop.number
                 start = time.perf_counter()
-                # most optimizers call backward once and then step; lbfgs calls it several times
-                loss = optimizer.step(partial(backward, rows.to(images.device))).item()
+                # most optimizers call the closure once and then step; lbfgs calls it several times
+                loss = optimizer.step(partial(closure, rows.to(images.device))).item()
                 run.schedule.step()
                 run.log_step(loss, time.perf_counter() - start)
             run.history.append({"step": run.step, **evaluate()})
@@ -185,7 +185,7 @@ class Run:
         self.step, self.seconds, self.recent, self.history = 0, 0.0, [], []
         if saved:
             if (n := saved["images"]) != images:
-                raise UserError(f"{out} is a run over {n:,} images, here are {images:,}")
+                raise UserError(f"{out} was trained on {n:,} images, but this data has {images:,}")
             lm.load_weights(model, saved["model"], str(out))
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])

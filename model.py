@@ -6,7 +6,7 @@
     python model.py --ckpt out/llama --export hf  write a folder that transformers can read
 
 One Transformer covers GPT-2, the Llama and Qwen families and the course's own model. Their
-differences are fields of `Config`, read once where the module is built. Preparing text is in
+differences are fields of `Config`. Preparing text is in
 prepare_data.py, optimizers are in train.py, sampling is in sample.py.
 
 Shapes in comments: B batch, T time, C channels (d_model), nh query heads, nkv key/value heads,
@@ -119,7 +119,7 @@ class Config:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} {getattr(self, name)} must be above 0")
         if self.n_head % self.n_kv_head:
-            raise UserError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
+            raise UserError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.position == "rope" and self.head_size % 2:
             raise UserError(f"rope rotates pairs of channels: head size {self.head_size} is odd")
         if self.rope_scaling is not None:
@@ -144,10 +144,10 @@ class Config:
             raise UserError(f"{where} cannot be built: {e}") from e
 
 
-# What learned fastest in our trials at this size (tests/BENCHMARKS.md): norms without weights and
-# another one after the embedding, tables for values and pairs of tokens, a candidate to copy as an
-# input, squared ReLU, an untied head, and outputs that start at zero. LayerNorm learns like RMSNorm
-# here, and torch's kernel for it is twice as fast on a CPU.
+# What learned fastest in our trials at these sizes (tests/BENCHMARKS.md): norms without weights and
+# another one after the embedding, tables for values and pairs of tokens, a token to copy
+# (`Induction`), squared ReLU, an untied head, and output projections that start at zero. LayerNorm
+# learns as well as RMSNorm here, and torch's kernel for it is twice as fast on a CPU.
 _OURS = dict(
     norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True,
     value_embed=True, bigram=8192, induction=True,
@@ -172,7 +172,7 @@ PRESETS = {
     "gpt2-medium": Config(n_layer=24, n_head=16, d_model=1024, **_GPT2),
     "gpt2-large": Config(n_layer=36, n_head=20, d_model=1280, **_GPT2),
     "gpt2-xl": Config(n_layer=48, n_head=25, d_model=1600, **_GPT2),
-    # as small as tiny, but transformers can read it
+    # tiny's layers and width, as a Llama that Hugging Face transformers can read
     "llama": Config(n_layer=4, n_head=4, d_model=160, context=128),
     "llama-8b": Config(n_layer=32, n_head=32, n_kv_head=8, d_model=4096, d_ff=14336, **_LLAMA3_8B),
     "novel": Config(n_layer=12, n_head=8, d_model=512, **_NOVEL),
@@ -185,8 +185,9 @@ def padded_vocab(size):
 
 
 def preset(name, **changes):
-    """A copy of the named preset with some fields changed. `d_ff` and the head size follow
-    `d_model` and `n_head` unless they are changed themselves. UserError for an unknown name."""
+    """A copy of the named preset with some fields changed. If `d_model`, `n_head` or `activation`
+    changes, `n_kv_head`, `head_size` and `d_ff` return to their defaults unless they are given.
+    UserError for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
     derived = {}
@@ -211,7 +212,7 @@ def rope_tables(context, head_size, theta, scaling=None):
     Channel i is rotated with channel i + hs/2 (the layout of Llama and Qwen weights), at position t
     by the angle t * theta ** (-2i / hs): the first pairs fast, the last ones slowly.
     """
-    # on the CPU even where the default device is meta; rounded in transformers' order
+    # on the CPU even where the default device is meta; in transformers' order, to round alike
     channel = torch.arange(0, head_size, 2, device="cpu").float()
     frequency = scale_frequency(1.0 / theta ** (channel / head_size), scaling or {})  # (hs/2,)
     angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, hs/2)
@@ -220,9 +221,9 @@ def rope_tables(context, head_size, theta, scaling=None):
 
 
 def scale_frequency(frequency, scaling):
-    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or those that
-    turn less than low_freq_factor times in the original context, and a blend up to high_freq_factor
-    (`llama3`, of Llama 3.1)."""
+    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or only those
+    that turn fewer than low_freq_factor times in the original context, blending to none at
+    high_freq_factor turns (`llama3`, of Llama 3.1)."""
     kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
     if kind != "llama3":
         return frequency / factor
@@ -254,7 +255,7 @@ def sinusoid_table(context, d_model):
 
 
 def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True):
-    """Attention written out. The model calls `attention`; a test holds the two equal.
+    """Attention written out. The model calls `attention`; a test checks that they agree.
 
     q (B, nh, T, hs); k and v (B, nkv, S, hs), each key head shared by nh/nkv query heads.
     `mask` is True where a query may look, broadcastable to (B, nh, T, S). Without one a query looks
@@ -273,18 +274,18 @@ def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True):
 def attention(q, k, v, mask=None, dropout=0.0, causal=True):
     """`naive_attention` in torch's fused kernel, which never stores the (T, S) scores."""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    if mask is None and causal and 1 < T < S:  # torch would align them at the first key
+    if mask is None and causal and 1 < T < S:  # is_causal would align the first query and key
         mask = causal_mask(T, S, q.device)
     if group > 1 and mask is not None and q.is_cuda:  # no fused CUDA kernel has a mask and groups
         k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
-    if mask is not None or T == 1:  # one query sees all keys; an expression of T breaks the graph
+    if mask is not None or T == 1:  # a single query sees all keys (an `if`: T > 1 breaks the graph)
         causal = False
     options = dict(is_causal=causal, enable_gqa=group > 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options)
 
 
 def causal_mask(T, S, device=None):
-    """(T, S) bools: the last query sees all S keys, each one before it sees one key less.
+    """(T, S) bools: the last query sees all S keys, each earlier query sees one key fewer.
 
     T=2, S=4:   1 1 1 0
                 1 1 1 1
@@ -304,7 +305,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(c.d_model, c.n_kv_head * c.head_size, bias=c.qkv_bias)
         self.v = nn.Linear(c.d_model, c.n_kv_head * c.head_size, bias=c.qkv_bias)
         self.out = nn.Linear(c.n_head * c.head_size, c.d_model, bias=c.out_bias)
-        # RMS whatever the norm of the block is: these only bound the scores
+        # always RMS, whichever norm the block has: their only purpose is to bound the scores
         norm = partial(nn.RMSNorm, elementwise_affine=c.norm_weight) if c.qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(c.head_size, c.eps), norm(c.head_size, c.eps)
 
@@ -373,8 +374,8 @@ class Table(nn.Embedding):
 
 
 class BigramEmbedding(Table):
-    """A table with a row for the pair of ids that ends at each position. The row is a hash of the
-    pair, so some pairs share one (fastText, Bojanowski et al. 2017)."""
+    """Embeds the pair (previous id, this id) at each position. A hash of the pair selects the row,
+    so some pairs share one (fastText, Bojanowski et al. 2017)."""
 
     def __init__(self, config):
         super().__init__(config.bigram, config.d_model)
@@ -396,35 +397,36 @@ def copy_candidates(ids, positions):
     """(the id that may come next because it did so before, the length of the match), (B, T) each,
     for `positions` (B, T) of ids (B, S).
 
-    The candidate follows the earlier position whose last ids are the same as the last ids here for
-    the longest stretch, up to LONGEST_MATCH; the latest one if several are as long. Without any
+    The candidate is the id after the earlier position at which the most preceding ids (up to
+    LONGEST_MATCH) equal those here; the latest such position if there are several. Without any
     match both are 0.
 
     >>> copy_candidates(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]), torch.tensor([[4, 5, 6]]))
     (tensor([[0, 9, 7]]), tensor([[0, 1, 2]]))
     """
     S, earlier = ids.shape[1], torch.arange(ids.shape[1], device=ids.device)
-    small = torch.int16 if S * (LONGEST_MATCH + 1) < 2**15 else torch.int32  # faster, (B, T, S)
+    # of the (B, T, S) tensors; int16 is faster, if length * S fits
+    dtype = torch.int16 if S * (LONGEST_MATCH + 1) < 2**15 else torch.int32
     padded = F.pad(ids.int(), (LONGEST_MATCH - 1, 0), value=-1)
     windows = padded.unfold(1, LONGEST_MATCH, 1)  # (B, S, 8): the ids that end at each position
     here = windows.gather(1, positions[..., None].expand(-1, -1, LONGEST_MATCH))  # (B, T, 8)
     pairs = zip(windows[:, None].unbind(-1), here[:, :, None].unbind(-1))
     same = earlier < positions[..., None]  # (B, T, S)
-    length = torch.zeros_like(same, dtype=small)
+    length = torch.zeros_like(same, dtype=dtype)
     for theirs, ours in reversed(list(pairs)):  # from the newest id backwards
         same = same & (theirs == ours)
         length += same
-    best = (length * S + earlier.to(small)).amax(-1).long()  # the longest, then the latest
+    best = (length * S + earlier.to(dtype)).amax(-1).long()  # the longest, then the latest
     copied = ids.gather(1, (best % S + 1).clamp(max=S - 1))
     return torch.where(best < S, 0, copied), best // S
 
 
 class Induction(nn.Module):
-    """The embedding of the id that `copy_candidates` proposes, projected, times what a match of
-    that length is worth.
+    """The embedding of the id that `copy_candidates` proposes, projected, times a learned vector
+    for the match's length.
 
     An induction head finds that id, too (Olsson et al. 2022), but takes thousands of steps to form;
-    given it, a model copies after a hundred (n-gram heads, Akyürek et al. 2024).
+    given the id, a model learns to copy within a hundred (n-gram heads, Akyürek et al. 2024).
     """
 
     def __init__(self, config):
@@ -517,8 +519,8 @@ def chunked_loss(x, weight, bias, targets, places=None):
     states). Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
 
     x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100 for "no loss": such rows
-    cost nothing. `places` are the indices of all other targets, flattened; without them a GPU has
-    to be waited for to find them.
+    cost nothing. `places` are the indices of the flattened targets that are not -100; finding them
+    here would synchronise a GPU.
     """
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     if places is None:
@@ -599,8 +601,8 @@ class Transformer(nn.Module):
 
         `zero_out`: each residual branch and the head start at zero, so the first steps learn little
         more than bigrams and no layer dominates another; inner matrices get std 0.577 / sqrt(C),
-        which keeps a normalised input at a third of its variance. In our trials this halved the
-        steps to the same loss.
+        so that outputs have a third of the variance of a normalised input. In our trials this took
+        half the steps to the same loss.
         """
         c, gpt2 = self.config, self.config.init == "gpt2"
         # a tied table is also the head: at std 1 its first loss would be enormous
@@ -610,7 +612,7 @@ class Transformer(nn.Module):
         for name, p in self.named_parameters():
             if name.startswith(("embed.", "inputs.")):
                 continue
-            if p.dim() < 2:  # biases 0, norm weights 1
+            if p.dim() < 2:
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
             elif name == "value_embed.weight":
                 p.zero_()
@@ -629,7 +631,7 @@ class Transformer(nn.Module):
         for table in filter(None, (self.embed, self.value_embed, None if c.tied else self.head)):
             for name in ("weight", "bias"):
                 if (old := getattr(table, name, None)) is not None:
-                    kept = old[:used]  # shorter if the tokenizer's end of text is not in the model
+                    kept = old[:used]  # the tokenizer's end of text may have no row yet
                     mean = kept.float().mean(0, keepdim=True).to(old.dtype)
                     new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
                     setattr(table, name, nn.Parameter(new, old.requires_grad))
@@ -641,12 +643,13 @@ class Transformer(nn.Module):
         """The final, normalised states (B, T, C) of ids (B, T); logits are `model.head` of them.
 
         With a `KVCache` the ids follow those that each of its rows holds. `step` is the result of
-        `cache.begin(ids)` if the caller has called it (see data/graphs.py).
+        `cache.begin(ids)` if the caller has called it (see data/graphs.py). Both classes follow.
         """
         c, T = self.config, ids.shape[1]
         if cache is None and c.context < T:
             raise UserError(f"{T} tokens do not fit the context of {c.context}")
-        if step is None and cache is None:  # not a slice: each length would be compiled anew
+        if step is None and cache is None:
+            # a tensor: torch.compile would compile each length of a slice anew
             step = Step(torch.arange(T, device=ids.device))
         step = step or cache.begin(ids)
         x, rope = self.embed(ids), None  # (B, T, C)
@@ -705,11 +708,12 @@ class Step(NamedTuple):
 
     positions: slice | torch.Tensor  # the same for all rows, or (B, T)
     mask: torch.Tensor | None = None  # (B, 1, T, S), see `naive_attention`
-    layers: list | None = None  # (keys, values) in the cache so far and new, (B, nkv, S, hs)
+    layers: list | None = None  # per layer (keys, values), old and new tokens, (B, nkv, S, hs)
 
 
 class KVCache:
-    """Keys and values of all tokens seen so far, allocated once: (L, B, nkv, S, hs) each.
+    """Ids, keys and values of all tokens seen so far, allocated ahead of use; `grow` enlarges it.
+    Keys and values are (n_layer, B, nkv, S, hs) each.
 
     Decoding one token then costs one row of matrix products and not T of them. `lengths` is the
     number of tokens in each row. It lies on the CPU, so reading it does not wait for a GPU.
@@ -738,7 +742,8 @@ class KVCache:
 
     def begin(self, ids, static=False):
         """Store ids (B, T) after those of each row, and return their Step. `hidden` adds T to the
-        lengths when all layers are done. With `static` shapes do not depend on the lengths."""
+        lengths when all layers are done. If `static`, no shape
+        depends on the lengths, as CUDA graphs need."""
         T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
         start, stop = max(lengths), max(lengths) + T
         if stop > self.room:
@@ -756,7 +761,8 @@ class KVCache:
         return Step(positions, mask, list(zip(keys, values)))
 
     def update(self, i, step, *new):
-        """Store the new keys and values of layer i, (B, nkv, T, hs) each; return those of all."""
+        """Store the new keys and values of layer i, (B, nkv, T, hs) each; return layer i's keys and
+        values of all tokens."""
         for cached, t in zip(step.layers[i], new):
             if isinstance(step.positions, slice):
                 cached.narrow(2, step.positions.start, t.shape[2]).copy_(t)
@@ -779,7 +785,7 @@ class KVCache:
         self.lengths[targets] = lengths
 
     def grow(self, room):
-        """Make room for more tokens."""
+        """Enlarge the cache to `room` tokens a row."""
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:3], room, old.shape[4])

@@ -8,8 +8,9 @@
     python sample.py --ckpt out/sentiment-ft --prompt "a fine film"  a classifier's verdict
     python sample.py --ckpt out/hotel-ft --serve --tools hotel      a page, and OpenAI's API
 
-Faster Linear layers for a CPU are in data/matmul.py, ids to text in data/reply.py, the chat in
-data/terminal.py, the server in data/server.py.
+Read it from here to beam search: filters, the plain loop, the engine. Faster Linear layers for a
+CPU are in data/matmul.py, ids to text in data/reply.py, the chat in data/terminal.py, the server in
+data/server.py.
 """
 
 import math
@@ -125,7 +126,7 @@ class Filter(NamedTuple):
 FILTERS = {
     "top_k": Filter(top_k, 0, 0, at_least(0), "keep the k likeliest tokens; 0 is all"),
     "top_p": Filter(top_p, 1.0, 0.95, share, "keep the likeliest up to p; 1 is all"),
-    "min_p": Filter(min_p, 0.0, 0.0, share, "keep those of p times the likeliest's p; 0 is all"),
+    "min_p": Filter(min_p, 0.0, 0.0, share, "keep all of p times the largest probability or more"),
 }
 # All settings of generation, at values that change nothing.
 DECODING = {
@@ -137,17 +138,18 @@ DECODING = {
 }
 
 
-def next_token(logits, previous, generators, settings, prompts=None):
+def next_token(logits, previous, generators, settings, prompt_lengths=None):
     """Draw one id for each row of logits (B, V), after all sampling filters.
 
-    `previous` is a list of the ids so far for each row, the first prompts[r] of which were given.
-    `generators` has a torch.Generator for each row, so that its sample does not depend on the
-    batch. Temperature 0 takes the largest logit. The penalties are applied before the filters.
+    `previous` has, for each row, the list of its ids so far; the first prompt_lengths[r] of them
+    are the prompt. `generators` has a torch.Generator for each row, so that its sample does not
+    depend on the batch. Temperature 0 takes the largest logit. The penalties come before the
+    filters.
     """
     s = DECODING | settings
     logits = logits.float()
     if s["frequency_penalty"] or s["presence_penalty"]:
-        drawn = [ids[n:] for ids, n in zip(previous, prompts or repeat(0))]
+        drawn = [ids[n:] for ids, n in zip(previous, prompt_lengths or repeat(0))]
         logits = count_penalty(logits, drawn, s["frequency_penalty"], s["presence_penalty"])
     if s["repetition_penalty"] != 1:
         logits = repetition_penalty(logits, previous, s["repetition_penalty"])
@@ -178,7 +180,7 @@ def sample_token(probs, generator):
 @torch.inference_mode()
 def naive_generate(model, ids, max_new_tokens, seed=0, **settings):
     """Generation written out, for reading: the new ids after the prompt `ids`. The model runs over
-    all of the text for each of them. `Engine` does not, and a test holds the two equal.
+    all of the text for each of them. `Engine` does not; a test checks that they agree.
 
     A text longer than the context goes on from the newest half of it; `settings` as in DECODING.
     """
@@ -200,23 +202,22 @@ MAX_READ = 4096  # ids of a prompt that one pass reads at most
 @dataclass(eq=False)
 class Slot:
     """A text that an `Engine` writes: `ids` are its prompt and what has been drawn since. The model
-    looks at ids[start:], and row `row` of the cache holds the first of those."""
+    looks at ids[start:]. Row `row` of the cache holds a prefix of those; the rest are unread."""
 
     row: int
     ids: list = field(default_factory=list)
     start: int = 0
-    prompt: int = 0  # the length of the prompt
-    ended: int = 0  # how many texts had ended when it did: the lowest has been free the longest
+    prompt_length: int = 0
+    ended_at: int = 0  # how many texts had ended then: the smallest has been free the longest
     generator: torch.Generator | None = None
     settings: dict = field(default_factory=dict)  # as in DECODING
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
     logit_bias: dict = field(default_factory=dict)  # {id: added to its logit before any filter}
-    ends: tuple = ()  # ids that do not come among the first `min_tokens`, unless nothing else can
+    ends: tuple = ()  # kept out of the first `min_tokens` new ids, unless no other id is allowed
     min_tokens: int = 0
-    # `logprobs` gets (log probability, [(id, log probability) of the `top` likeliest]) for each new
-    # id, unless `top` is None; with `echo` those of the prompt come first
-    top: int | None = None
-    echo: bool = False
+    top: int | None = None  # how many alternatives `logprobs` shows; None: it stays empty
+    echo: bool = False  # whether `logprobs` begins with the ids of the prompt
+    # (log probability, [(id, log probability) of the `top` likeliest]) for each id
     logprobs: list = field(default_factory=list)
 
 
@@ -256,11 +257,11 @@ class Engine:
         check_ids([prompt, *filter(None, (logit_bias, ends))], self.model.config.vocab_size)
         assert set(settings) <= set(DECODING), f"no such filter: {set(settings) - set(DECODING)}"
         start = max(0, len(prompt) - self.context)
-        window = prompt[start:-1]
+        window = prompt[start:-1]  # the last id is always read, for its logits
 
-        def gain(slot):  # of its row: what is shared, less what is lost
+        def gain(slot):  # ids reused less ids overwritten; then empty rows; then the longest free
             shared, held = self.shared(slot, window), self.held(slot)
-            return max(0, 2 * shared - held), not held, -slot.ended
+            return max(0, 2 * shared - held), not held, -slot.ended_at
 
         old = max(self.slots[self.busy :], key=gain)
         self.cache.lengths[old.row] = 0 if echo else self.shared(old, window)
@@ -279,7 +280,7 @@ class Engine:
         """End a text. Its row of the cache keeps it until another text takes the row."""
         if slot in self.slots[: self.busy]:
             self.busy -= 1
-            slot.ended = self.ended = self.ended + 1
+            slot.ended_at = self.ended = self.ended + 1
             self.swap(slot.row, self.busy)
 
     @torch.inference_mode()
@@ -288,7 +289,7 @@ class Engine:
         self.cache.lengths[self.busy :] = 0
 
     def swap(self, a, b):
-        """Exchange two rows."""
+        """Exchange two slots, and what the cache holds of them."""
         if a != b:
             self.cache.copy_rows([b, a], [a, b])
             self.slots[a], self.slots[b] = self.slots[b], self.slots[a]
@@ -300,7 +301,7 @@ class Engine:
 
     def shared(self, slot, ids):
         """How many of `ids` the cache holds in the row of `slot`."""
-        return common(slot.ids[slot.start :][: self.held(slot)], ids)
+        return common_length(slot.ids[slot.start :][: self.held(slot)], ids)
 
     @torch.inference_mode()
     def step(self):
@@ -309,25 +310,25 @@ class Engine:
             if len(slot.ids) - slot.start > self.context:  # full: go on from the newest half
                 slot.start = len(slot.ids) - max(1, self.context // 2)
                 self.cache.lengths[slot.row] = 0
-        slots, logits, limit, row = [], [], self.chunk, 0
+        slots, logits, budget, row = [], [], self.chunk, 0
         while row < self.busy:
             group, unread = self.next_group(row)
-            T = min(unread, limit, MAX_READ) if unread > 1 else 1
+            T = min(unread, budget, MAX_READ) if unread > 1 else 1
             last = self.read(group, T) if T > 0 else None
-            if unread == T:  # otherwise it is a long prompt
+            if unread == T:  # the prompt is read to its end: draw
                 logits.append(last)
                 slots += group
-            if T in (0, unread):  # otherwise its next ids follow at once
+            if T in (0, unread):  # else the same prompt again, until the budget is spent (T = 0)
                 row += len(group)
-            limit -= T if unread > 1 else 0
+            budget -= T if unread > 1 else 0
         if not slots:
             return {}
         return self.draw(slots, logits[0] if len(logits) == 1 else torch.cat(logits))
 
     def next_group(self, row):
         """(the slots from `row` on that one pass reads, how many ids of each are unread): a prompt
-        alone, or all texts of which only the last id is unread. The beginning of a prompt is first
-        copied from the row that holds most of it."""
+        alone, or the consecutive texts of which only the last id is unread. The prefix of a prompt
+        that some row holds is copied first."""
         group = []
         for slot in self.slots[row : self.busy]:
             held, length = self.held(slot), len(slot.ids) - slot.start
@@ -350,8 +351,9 @@ class Engine:
             self.cache.grow(min(self.context, 2 * (max(held) + T)))
         cache = self.cache if len(group) == len(self.slots) else self.cache.rows(first, last)
         rows = [slot.ids[slot.start + n :][:T] for slot, n in zip(group, held)]
+        # only a prompt, which is alone in its group, has anything to echo
         ids, slot = torch.tensor(rows, device=self.device), group[0]
-        if not slot.echo or len(slot.ids) > slot.prompt:
+        if not slot.echo or len(slot.ids) > slot.prompt_length:
             return self.model.last_logits(ids, cache)
         states = self.model.hidden(ids, cache)  # (B, T, C)
         after = slot.ids[slot.start + held[0] + 1 :][:T]
@@ -361,9 +363,9 @@ class Engine:
     def draw(self, slots, logits):
         """Append to each slot an id drawn from its row of logits (B, V); {slot: id}."""
         biased, groups, new = logits, {}, {}
-        for r, slot in enumerate(slots):
+        for r, slot in enumerate(slots):  # slots with equal settings are drawn together
             groups.setdefault((id(slot.allowed), *slot.settings.items()), []).append(r)
-            early = len(slot.ids) - slot.prompt < slot.min_tokens
+            early = len(slot.ids) - slot.prompt_length < slot.min_tokens
             if bias := slot.logit_bias | dict.fromkeys(slot.ends if early else (), -1e9):
                 biased = logits.float().clone() if biased is logits else biased
                 biased[r, list(bias)] += torch.tensor(list(bias.values())).to(biased)
@@ -372,9 +374,9 @@ class Engine:
             x = biased if len(rows) == len(slots) else biased[rows]
             if group[0].allowed is not None:
                 x = x.masked_fill(~group[0].allowed, -math.inf)
-            previous, prompts = [s.ids for s in group], [s.prompt for s in group]
+            previous, lengths = [s.ids for s in group], [s.prompt_length for s in group]
             generators = [s.generator for s in group]
-            new |= zip(group, next_token(x, previous, generators, group[0].settings, prompts))
+            new |= zip(group, next_token(x, previous, generators, group[0].settings, lengths))
         for r, slot in enumerate(slots):
             if slot.top is not None:
                 slot.logprobs += top_logprobs(logits[r, None], [new[slot]], slot.top)
@@ -382,15 +384,15 @@ class Engine:
         return new
 
 
-def common(a, b):
-    """The length of the common beginning of two lists."""
+def common_length(a, b):
+    """The length of the common prefix of two lists."""
     return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def generate(
     model, prompts, max_new_tokens, *, seed=0, seeds=None, stop=None, engine=None, **settings
 ):
-    """Yield lists of new ids, one for each prompt and step (None for a row that has stopped).
+    """At each step, yield a list with one new id per prompt (None for a row that has stopped).
 
     prompts      lists of ids, of any lengths: each row gets what it would get alone
     settings     of Engine.add; row r draws with seeds[r], or with `seed`

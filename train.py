@@ -3,14 +3,15 @@
     python train.py                                        the default corpus, three minutes
     python train.py --data sales --preset baby --max_steps 2000
     python train.py --data data/mynovel --optimizer muon
-    python train.py --resume                               go on with the newest run
+    python train.py --resume                               continue the newest run
     torchrun --nproc_per_node 2 train.py --batch_size 6    several processes or GPUs
 
-writes out/NAME/last.pt (all that resuming needs), best.pt (what sampling needs), metrics.jsonl and
-loss.svg. Text becomes token files in prepare_data.py; train.py calls it if they are not there.
+A run writes out/NAME/last.pt (all that resuming needs), best.pt (what sampling needs),
+metrics.jsonl and loss.svg. Text becomes token files in prepare_data.py; train.py calls it if they
+are not there.
 
-Read it from here to the end of `fit`, the one training loop (fine-tuning calls it, too). After that
-come what only some runs need (bf16, a compiler, several processes) and the command line.
+Read it from here to the end of `fit`, the loop that fine-tuning also uses. After that come what
+only some runs need (bf16, a compiler, several processes) and the command line.
 """
 
 import argparse
@@ -50,9 +51,10 @@ from prepare_data import data_hashes, find_data, read_meta, read_tokens
 # --------------------------------------------------------------------------------------------
 
 # Found by experiment on the default corpus with two CPU cores; tests/BENCHMARKS.md has the trials.
-# What mattered most: the embedding (rows of standard deviation 1, each seen seldom) wants ten times
-# the matrices' learning rate, the head, which starts at zero, three times. Then small batches, so
-# that three minutes hold many steps, and a linear decay to zero (cosine ended 0.015 higher).
+# What mattered most: the embedding (rows of standard deviation 1, each rarely seen) needs ten times
+# the matrices' learning rate; the head (which starts at zero) needs three times. Then small
+# batches, so that three minutes hold many steps, and a linear decay to zero (cosine ended 0.015
+# bits per byte higher).
 RECIPE = dict(
     batch_size=8, grad_accum=1, optimizer="adamw", schedule="linear", warmup_steps=60,
     lr=3e-3, embed_lr=3e-2, head_lr=1e-2, min_lr=0.0, weight_decay=0.1, beta1=0.9, beta2=0.99,
@@ -75,7 +77,7 @@ RECIPES = {
     "novel": _LARGE | dict(lr=6e-4, batch_size=4),
 }
 
-# Without --max_steps and --max_minutes: whichever of the two comes first.
+# If neither --max_steps nor --max_minutes is given, a run ends at whichever of these comes first.
 DEFAULT_STEPS, DEFAULT_MINUTES = 2500, 2.9
 
 
@@ -85,7 +87,7 @@ DEFAULT_STEPS, DEFAULT_MINUTES = 2500, 2.9
 
 
 class TokenLoader:
-    """Windows of `context` + 1 tokens in a seeded random order, each once an epoch.
+    """Windows of `context` + 1 tokens in a seeded random order, each once per epoch.
 
     An epoch cuts the text at a random phase into windows and permutes them, so no two epochs show
     the same cuts. Row r of the whole run is always the same window: resuming needs only the step,
@@ -98,22 +100,22 @@ class TokenLoader:
         if possible < 1:
             length = f"{len(tokens)} tokens, fewer than the context of {context} plus one"
             raise UserError(f"the training text has {length}: use a shorter --context or more text")
-        self.n = max(1, possible - 1)  # one less leaves room for every phase
+        self.per_epoch = max(1, possible - 1)  # one less leaves room for every phase
         self.epoch, self.starts = None, None
 
     def epoch_starts(self, epoch):
         """Where the windows of an epoch begin, (n,), in its order."""
         if epoch != self.epoch:
             rng = np.random.default_rng((self.seed, epoch))
-            room = len(self.tokens) - 1 - self.n * self.context
+            room = len(self.tokens) - 1 - self.per_epoch * self.context
             phase = rng.integers(min(room, self.context - 1) + 1)
-            self.epoch, self.starts = epoch, rng.permutation(self.n) * self.context + phase
+            self.epoch, self.starts = epoch, rng.permutation(self.per_epoch) * self.context + phase
         return self.starts
 
     def rows(self, first, count):
         """Rows first .. first + count - 1 of the run: ids and targets, both (count, context)."""
         rows = range(first, first + count)
-        starts = [self.epoch_starts(row // self.n)[row % self.n] for row in rows]
+        starts = [self.epoch_starts(row // self.per_epoch)[row % self.per_epoch] for row in rows]
         window = np.asarray(starts)[:, None] + np.arange(self.context + 1)
         block = torch.from_numpy(self.tokens[window].astype(np.int64))
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
@@ -133,8 +135,9 @@ def micro_batches(loader, step, batch_size, grad_accum, rank=0, world=1):
 def orthogonalize(g, steps=5):
     """The nearest (semi-)orthogonal matrix to each matrix of g (..., rows, columns), roughly.
 
-    Iterates an odd polynomial of X, which takes every singular value from 0 to 1 to between 0.7 and
-    1.2 by matrix products alone (Newton-Schulz; coefficients by Keller Jordan, 2024).
+    Applies an odd polynomial `steps` times, by matrix products alone. This brings the singular
+    values of x, which are at most 1, to between 0.7 and 1.2, except those very near 0
+    (Newton-Schulz; coefficients by Keller Jordan, 2024).
     """
     x = g.bfloat16() if g.is_cuda else g.float()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -151,8 +154,8 @@ class Muon(torch.optim.Optimizer):
 
     Adam scales each entry by its own history; Muon scales each *direction* of the matrix: every
     singular value of the step is about one, so rare directions are learned as fast as frequent
-    ones. It costs a few matrix products a step and halves the steps to the same loss at our sizes.
-    torch.optim.Muon multiplies in bf16 on every device, which many CPUs only emulate.
+    ones. It costs a few matrix products a step and takes half the steps to the same loss at our
+    sizes. Not torch.optim.Muon, because that multiplies in bf16, which many CPUs only emulate.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
@@ -173,10 +176,11 @@ class Muon(torch.optim.Optimizer):
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     nesterov = p.grad.lerp(momentum, group["momentum"])
                     updates.append(full_tensor(nesterov))
-                size = group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5
+                rows, columns = params[0].shape
+                step_size = group["lr"] * max(1, rows / columns) ** 0.5
                 for p, update in zip(params, orthogonalize(torch.stack(updates))):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(shard_like(update, p), alpha=size)
+                    p.sub_(shard_like(update, p), alpha=step_size)
 
 
 # To add an optimizer for the matrices inside blocks: {name: (class, its learning rate)}. The flag
@@ -196,13 +200,13 @@ def make_optimizers(model, args):
     inner = {n for n, p in named if p.dim() == 2 and n.startswith(("blocks.", "inputs."))}
     inner -= set(lookups)
     matrices = [p for n, p in named if n in inner]
-    tables = dict.fromkeys(lookups, args.embed_lr)
+    table_rates = dict.fromkeys(lookups, args.embed_lr)
     if not model.config.tied:
-        tables |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
+        table_rates |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
     elif args.embed_lr and args.embed_lr < args.lr:  # a higher rate would be too high for a head
-        tables["embed.weight"] = args.embed_lr
-    groups = [dict(params=[p], lr=tables[n] or args.lr) for n, p in named if n in tables]
-    others = [p for n, p in named if n not in tables and n not in inner]
+        table_rates["embed.weight"] = args.embed_lr
+    groups = [dict(params=[p], lr=table_rates[n] or args.lr) for n, p in named if n in table_rates]
+    others = [p for n, p in named if n not in table_rates and n not in inner]
     groups.append(dict(params=others, lr=args.lr))
     optimizers = []
     if args.optimizer in OPTIMIZERS and matrices:
@@ -237,7 +241,8 @@ def fraction_done(args, step, seconds):
 
 def scheduled_lr(args, state):
     """The learning rate of the coming step: a linear warmup from lr / warmup_steps to lr, then the
-    schedule from lr to min_lr over what the warmup left of the limits of this call."""
+    schedule from lr to min_lr over the rest of the run, by the limits given now (a resumed run may
+    have new ones)."""
     if state["step"] < args.warmup_steps:
         return args.lr * (state["step"] + 1) / args.warmup_steps
     warm = fraction_done(args, args.warmup_steps, state["warm_seconds"])
@@ -251,16 +256,20 @@ def scheduled_lr(args, state):
 # --------------------------------------------------------------------------------------------
 
 
+# `runtime` (data/machine.py) is the device, the precision and the processes. With one process,
+# `total` returns its arguments and `share` all batches.
+
+
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     """Loss over non-overlapping windows of `tokens`, each target once; a dict for metrics.jsonl.
 
     The windows, of `context` targets (default: the model's), cover the split or, if it has more
-    than `limit` tokens, are spread over it. val_loss is in nats a token, val_ppl its exponential,
+    than `limit` tokens, are spread over it. val_loss is in nats per token, val_ppl its exponential,
     val_bpb in bits per byte of text (which compares across tokenizers), val_share the share read.
     """
     T, targets = context or model.config.context, len(tokens) - 1
     if targets < 1:
-        raise UserError(f"the validation text has {len(tokens)} tokens: two at least are needed")
+        raise UserError(f"the validation text has {len(tokens)} tokens: at least two are needed")
     starts = np.arange(0, targets, T)
     if limit and limit < targets:
         wanted = max(1, limit // T)
@@ -270,15 +279,15 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     batches = [full[i : i + per_batch] for i in range(0, len(full), per_batch)]
     batches += [[s] for s in starts if s + T > targets]  # the short rest, in a batch of its own
     loss, count, n_bytes = 0.0, 0, 0
-    for batch, counts in runtime.share(batches):
+    for batch, weight in runtime.share(batches):  # 0 for a batch that another process counts
         length = min(T, targets - batch[0])
         window = np.asarray(batch)[:, None] + np.arange(length + 1)
         block = torch.from_numpy(tokens[window].astype(np.int64))
-        n_bytes += counts * int(byte_lengths[block[:, 1:].numpy()].clip(0).sum())
-        count += counts * block[:, 1:].numel()
+        n_bytes += weight * int(byte_lengths[block[:, 1:].numpy()].clip(0).sum())
+        count += weight * block[:, 1:].numel()
         block = block.to(runtime.device)
         with lm.evaluating(model), runtime.autocast():
-            loss += counts * model(block[:, :-1], block[:, 1:]).item()
+            loss += weight * model(block[:, :-1], block[:, 1:]).item()
     loss, count, n_bytes = runtime.total(loss, count, n_bytes)
     mean = loss / count
     return {
@@ -290,7 +299,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
 
 
 # --------------------------------------------------------------------------------------------
-# A step: any micro-batches, one gradient
+# A step: any number of micro-batches, one gradient
 # --------------------------------------------------------------------------------------------
 
 
@@ -322,8 +331,8 @@ class Task:
 
 
 def training_step(model, task, batches, runtime, scaler, seed):
-    """Forward and backward over this step's micro-batches. Returns (this process's part of the mean
-    loss, a tensor, so that a GPU need not be waited for; tokens read by all processes).
+    """Forward and backward over this step's micro-batches. Returns this process's part of the
+    mean loss, as a tensor (to avoid a GPU sync), and the number of tokens that all processes read.
 
     The summed losses are divided by the target tokens of the whole step, over all micro-batches and
     processes: so it never matters how a batch was cut, nor how unevenly its targets lie. Dropout is
@@ -348,9 +357,9 @@ def training_step(model, task, batches, runtime, scaler, seed):
 
 
 def clear_gradients(model):
-    """Clear the gradients. With gradient checkpointing those in blocks become zeros: allocated in
-    the backward pass, between activations that come and go, they would fragment the heap (4 rows of
-    1,024 tokens at GPT-2's shape peaked at 4.7 GB, and at 3.5 GB with zeros allocated before)."""
+    """With gradient checkpointing, gradients in blocks become zeros: allocated in the backward
+    pass, between activations that come and go, they would fragment the heap (4 rows of 1,024 tokens
+    at GPT-2's shape peaked at 4.7 GB, and at 3.5 GB with zeros allocated before)."""
     model.zero_grad(set_to_none=True)
     if model.grad_checkpoint:
         for p in (p for p in model.blocks.parameters() if p.requires_grad):
@@ -363,7 +372,8 @@ def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
         scaler.unscale_(o)
     params = [p for p in model.parameters() if p.grad is not None]
     norm = full_tensor(nn.utils.get_total_norm([p.grad for p in params]))
-    # most norms are smaller: a CPU then skips the pass over all gradients; a GPU is not waited for
+    # on a CPU, skip the pass over all gradients if the norm is small, as it mostly is; on a GPU
+    # always clip, because comparing the norm would be a GPU sync
     if grad_clip and (runtime.asynchronous or norm > grad_clip):
         nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
     for o in optimizers:
@@ -379,7 +389,8 @@ def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
 
 
 class Run:
-    """What a checkpoint contains: model, optimizers, loss scaling and `state`, plain numbers."""
+    """A run in progress: what a checkpoint saves (model, optimizers, loss scaling, and `state`,
+    plain numbers), and when and where it is saved."""
 
     def __init__(self, model, task, args, runtime, out):
         self.model, self.task, self.args, self.runtime, self.out = model, task, args, runtime, out
@@ -395,8 +406,8 @@ class Run:
         """The parameter groups of all optimizers."""
         return [group for o in self.optimizers for group in o.param_groups]
 
-    def compare(self, score):
-        """Note the score of an evaluation; returns whether it is the best (smallest) one."""
+    def record_score(self, score):
+        """Record the score of an evaluation; returns whether it is the best (smallest) one."""
         state, better = self.state, score < self.state["best"]
         state["bad"] = 0 if better else state["bad"] + 1
         if better:
@@ -455,7 +466,7 @@ class Run:
             group.update(values)
         if content["scaler"]:  # empty if the run was in another precision
             self.scaler.load_state_dict(content["scaler"])
-        del content["model"], content["optimizers"]  # a GPU has copies
+        del content["model"], content["optimizers"]  # free the CPU's copies if a GPU has its own
         self.state.update(content["state"])
         self.saved_at = self.state["seconds"]
         limits = "max_steps", "max_minutes"
@@ -464,38 +475,38 @@ class Run:
 
 
 # --------------------------------------------------------------------------------------------
-# fit: the training loop, the only one in the project
+# fit: the training loop of every language model here
 # --------------------------------------------------------------------------------------------
 
 
 def end_reason(args, state):
-    """Why no step is left to do, in one line; None if there is one."""
+    """Why the run is over, in one line; None while it is not."""
     if fraction_done(args, state["step"], state["seconds"]) >= 1:
-        return "this run is finished: a larger --max_steps or --max_minutes would go on"
+        return "this run is finished: raise --max_steps or --max_minutes to continue"
     if args.patience and state["bad"] >= args.patience:
         bad = f"{state['bad']} evaluations without a better one"
-        return f"{bad}: stopping early; a larger --patience or another limit would go on"
+        return f"{bad}: stopping early; raise --patience or a limit to continue"
     return None
 
 
 class Meter:
-    """Loss, gradient norm and speed over the latest `window` steps, so that every line averages as
-    many. Losses stay tensors until `read`: on a GPU to read one is to wait for it."""
+    """Mean loss and speed over the latest `window` steps, so that every line averages as many, and
+    the last gradient norm. Losses stay tensors until `read`, since reading one is a GPU sync."""
 
     def __init__(self, window, inf_norms=False):
         self.speeds, self.losses = deque(maxlen=window), deque(maxlen=window)
         self.unread, self.norm, self.inf_norms = [], 0.0, inf_norms
 
     def read(self, step):
-        """Wait for the losses up to `step`. UserError if one, or its gradient, is not a number
-        (fp16's loss scaling expects such norms and skips these steps)."""
+        """Read the losses up to `step`. UserError if one, or its gradient, is not finite (fp16's
+        loss scaling expects such norms and skips these steps)."""
         if not self.unread:
             return
         rows = torch.stack([torch.stack(pair) for pair in self.unread]).tolist()
         for number, (loss, self.norm) in enumerate(rows, start=step - len(rows) + 1):
             if not (math.isfinite(loss) and (math.isfinite(self.norm) or self.inf_norms)):
                 raise UserError(
-                    f"step {number}: the loss ({loss}) or its gradient is not a number; the last "
+                    f"step {number}: the loss ({loss}) or its gradient is not finite; the last "
                     f"checkpoint is kept. Try a lower --lr, more --warmup_steps or --dtype fp32"
                 )
             self.losses.append(loss)
@@ -524,18 +535,18 @@ def step_line(row, metrics, args, done):
 
 def fit(model, task, args, runtime, out, resume=None):
     """Train `model` on `task` and write the run to folder `out`. Returns the final metrics, or None
-    if the run to resume is over and has them.
+    if it was already complete.
 
     Reads from args the flags of `add_optimization`, max_steps, max_minutes, seed and compile.
     `resume` is the content of a last.pt whose weights the model already has. Raises UserError if a
-    loss is not a number, SystemExit(130 or 143) when the run is saved after Ctrl-C or SIGTERM.
+    loss is not finite, SystemExit(130 or 143) when the run is saved after Ctrl-C or SIGTERM.
     """
     run = Run(model, task, args, runtime, out)
     if resume:
         run.restore(resume)
     state, evaluation = run.state, {}
     log = Log(out, state["step"], quiet=runtime.rank > 0)
-    if over := end_reason(args, state):
+    if over := end_reason(args, state):  # a run that was killed before its final evaluation gets it
         log.line(over)
         if runtime.of_first(any(r.get("final") and r["step"] == state["step"] for r in log.rows)):
             return None
@@ -543,7 +554,8 @@ def fit(model, task, args, runtime, out, resume=None):
         size = sum(p.numel() for p in model.parameters())
         write_json(out / "settings.json", vars(args) | asdict(model.config) | {"parameters": size})
     model.train()
-    runner, precision, after_step = make_runner(model, task, args, runtime, state["step"])
+    # mostly the model itself; a bf16 copy, compiled blocks or DDP differ (see the next chapter)
+    runner, run_mode, after_step = make_runner(model, task, args, runtime, state["step"])
     clear_gradients(model)
     meter = Meter(args.log_every, run.scaler.is_enabled())
     with StopSignal() as stop, log:
@@ -555,11 +567,11 @@ def fit(model, task, args, runtime, out, resume=None):
             for group in run.groups:
                 group["lr"] = group["peak"] * lr / args.lr
             batches, seed = task.batches(state["step"]), (args.seed, state["step"])
-            loss, tokens = training_step(runner, task, batches, precision, run.scaler, seed)
+            loss, tokens = training_step(runner, task, batches, run_mode, run.scaler, seed)
             norm = optimizer_step(model, run.optimizers, run.scaler, args.grad_clip, runtime)
             after_step()
 
-            # count the step; a GPU is waited for at each line and each tenth step only
+            # count the step; reading a loss is a GPU sync: only at each line and each tenth step
             state["step"] += 1
             state["tokens"] += tokens
             meter.unread.append((loss.float(), norm.float()))
@@ -578,24 +590,23 @@ def fit(model, task, args, runtime, out, resume=None):
                 log.write(**row, **metrics)
                 log.line(step_line(row, metrics, args, done), rewrite=True)
 
-            # evaluate, save, stop
             stopping, better = runtime.total(stop.number)[0], False
             evaluate_now = done >= 1 or state["step"] % args.eval_every == 0
             if evaluate_now and not stopping:
                 evaluation = {"step": state["step"], **task.evaluate(model, False)}
-                better = run.compare(task.score(evaluation))
+                better = run.record_score(task.score(evaluation))
                 log.write(**evaluation)
                 log.line(eval_line(evaluation) + ("  best" if better else ""))
             if stopping or evaluate_now or run.save_due():
-                meter.read(state["step"])  # never save weights that are not numbers
+                meter.read(state["step"])  # never save weights that are not finite
                 run.save(better)
                 log.draw(task.curves, task.unit)
             if stopping:
-                log.line(f"stopped at step {state['step']}, saved: go on with --resume {out}")
+                log.line(f"stopped at step {state['step']}, saved: continue with --resume {out}")
                 raise SystemExit(128 + (stop.number or signal.SIGINT))
     if not over and done < 1:
         log.line(end_reason(args, state))
-    # the last evaluation may have been of this step and of the whole split
+    # evaluate again, unless the last evaluation was of this step and the whole split
     if evaluation.get("step") != state["step"] or evaluation.get("val_share", 1) < 1:
         evaluation = {"step": state["step"], **task.evaluate(model, True)}
         log.line(eval_line(evaluation))
@@ -791,7 +802,7 @@ def launch(fit, report, runtime, out):
 # fmt: off (one line a flag)
 def add_machine(add):
     """Add the flags that any run has: where it is computed, and how it goes on."""
-    add("--resume", nargs="?", const="", help="go on with this run (default: the newest one)")
+    add("--resume", nargs="?", const="", help="continue this run (default: the newest one)")
     add("--seed", type=at_least(0), help="of weights, adapters, batches and dropout")
     add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
     add("--dtype", type=dtype_name,

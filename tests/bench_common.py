@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import multiprocessing as mp
 import os
 import platform
@@ -26,6 +27,31 @@ def load_module(path, name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def load_nanogpt(folder, settings, device="cpu", **shape):
+    """nanoGPT's model and its optimizer, made with `settings`: decay, rate, betas."""
+    nanogpt = load_module(Path(folder) / "model.py", "nanogpt_model")
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = nanogpt.GPT(nanogpt.GPTConfig(dropout=0.0, **shape)).to(device)
+        return model, model.configure_optimizers(*settings, device)
+
+
+def peer_step(model, optimizer, batches, bf16=False, clip=1.0, steps=1, device="cpu"):
+    """A job: steps as the peers' scripts make them."""
+
+    def job():
+        for _ in range(steps):
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                _, loss = model(*next(batches))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+        synchronize(torch.device(device))
+
+    return job
 
 
 def clocked(work):
@@ -83,17 +109,14 @@ def table(seconds, units, unit, peer, floor=None):
     return "\n".join(lines)
 
 
-def our_step(model, batches, dtype="fp32", steps=1):
-    """A job: steps of train.py on `batches` with AdamW, as its `fit` makes them."""
+def our_step(model, batches, dtype="fp32", steps=1, flags=(), runtime=None):
+    """A job: steps as `train.fit` makes them, with AdamW if no flag says otherwise."""
     keep_freed_memory()
+    runtime = runtime or Runtime(torch.device("cpu"), dtype)
     # nanoGPT's rate: random tokens must not drive weights to extremes
-    flags = ["--optimizer", "adamw", "--max_steps", "100", "--data", "none", "--lr", "6e-4"]
-    return training_job(model, flags, batches, Runtime(torch.device("cpu"), dtype), steps)
-
-
-def training_job(model, flags, batches, runtime, steps):
-    """A job: `steps` training steps of a model that `train.place` has placed."""
+    flags = ["--optimizer", "adamw", "--max_steps", "100", "--lr", "6e-4", *flags]
     args, _ = train.resolve(train.build_parser().parse_args(flags))
+    train.place(model, args, runtime)
     task = train.Task(lambda step: [next(batches)], evaluate=None, extra={})
     model.train()
     runner, precision, after_step = train.make_runner(model, task, args, runtime)
@@ -129,9 +152,8 @@ def read_rate():
 def about_machine():
     """A line for the head of a table."""
     name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    with contextlib.suppress(OSError, IndexError):
+        name = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     fp32, bf16 = (measure_peak(torch.device("cpu"), dtype) / 1e9 for dtype in ("fp32", "bf16"))
     return (
         f"{time.strftime('%Y-%m-%d')}, {name}, {os.cpu_count()} cores, torch {torch.__version__}; "

@@ -17,16 +17,16 @@ import argparse
 import itertools
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
-from bench_common import load_module, random_batches, table, take_turns, training_job
+from bench_common import load_nanogpt, our_step, peer_step, random_batches, table, take_turns
 
 import lora
 import model as lm
 import sample
-import train
 from data.machine import make_runtime, synchronize
+
+STEPS = 10  # of training in a turn
 
 
 def tell_peak(name, device):
@@ -36,14 +36,13 @@ def tell_peak(name, device):
         print(f"{name}: {gib:.1f} GiB at most", file=sys.stderr)
 
 
-def make_steps(preset, rows, steps, flags=(), adapt=False):
-    """A job: `steps` training steps as `train.fit` makes them."""
-    flags, runtime = ["--preset", preset, "--max_steps", "9", *flags], make_runtime()
+def make_steps(preset, rows, flags=(), adapt=False):
+    """A job: training steps as `train.fit` makes them."""
+    runtime = make_runtime()
     model = (adapted_model if adapt else new_model)(preset, runtime)
-    train.place(model, train.resolve(train.build_parser().parse_args(flags))[0], runtime)
     batch = next(random_batches(model.config.vocab_size, rows, model.config.context))
-    job = training_job(model, flags, itertools.repeat(batch), runtime, steps)
-    return lambda: (job(), tell_peak(" ".join(flags), runtime.device))
+    job = our_step(model, itertools.repeat(batch), steps=STEPS, flags=flags, runtime=runtime)
+    return lambda: (job(), tell_peak(f"ours {flags}", runtime.device))
 
 
 def new_model(preset, runtime):
@@ -70,27 +69,16 @@ def adapted_model(preset, runtime):
     return model
 
 
-def make_nanogpt(folder, rows, steps):
+def make_nanogpt(folder, rows):
     """A job: steps of nanoGPT's model, as its bench.py has them."""
-    nanogpt = load_module(Path(folder) / "model.py", "nanogpt_model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    model = nanogpt.GPT(nanogpt.GPTConfig(block_size=1024, dropout=0, bias=False)).to(device)
-    optimizer = model.configure_optimizers(1e-2, 1e-4, (0.9, 0.95), device)
-    model = torch.compile(model)
-    ids, targets = (torch.randint(50304, (rows, 1024), device=device) for _ in range(2))
-
-    def job():
-        for _ in range(steps):
-            with torch.autocast(device, torch.bfloat16):
-                loss = model(ids, targets)[1]
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        synchronize(torch.device(device))
-        tell_peak("nanoGPT", torch.device(device))
-
-    return job
+    settings = 1e-2, 1e-4, (0.9, 0.95)
+    model, optimizer = load_nanogpt(folder, settings, device, block_size=1024, bias=False)
+    batch = torch.randint(50304, (2, rows, 1024), device=device).unbind()
+    batches = itertools.repeat(batch)
+    job = peer_step(torch.compile(model), optimizer, batches, True, 0, STEPS, device)
+    return lambda: (job(), tell_peak("nanoGPT", torch.device(device)))
 
 
 def make_writer(preset, new, graphs=False, folder=None):
@@ -124,23 +112,20 @@ def main():
     p.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT")
     p.add_argument("--preset", help="gpt2; llama-8b for lora")
     p.add_argument("--rows", type=int, default=32, help="of a batch (32; lora: 1)")
-    p.add_argument("--steps", type=int, default=10, help="a turn (10)")
-    p.add_argument("--rounds", type=int, default=5, help="turns that each job has (5)")
     args = p.parse_args()
     preset = args.preset or ("llama-8b" if args.what == "lora" else "gpt2")
     config, jobs = lm.preset(preset), {}
     rows = 1 if args.what == "lora" else args.rows
-    common = dict(preset=preset, rows=rows, steps=args.steps)
+    common = dict(preset=preset, rows=rows)
     if args.what == "train":
         for name, flags in (("compiled", ()), ("eager", ("--no-compile",)),
                             ("compiled, Muon", ("--optimizer", "muon"))):
             jobs[f"ours, {name}"] = make_steps, common | {"flags": flags}
         if args.nanogpt:
-            other = dict(folder=args.nanogpt, rows=rows, steps=args.steps)
-            jobs["nanoGPT, compiled"] = make_nanogpt, other
+            jobs["nanoGPT, compiled"] = make_nanogpt, dict(folder=args.nanogpt, rows=rows)
     elif args.what == "lora":
         jobs["rank 8 over nf4"] = make_steps, common | {"adapt": True}
-    tokens, peak = rows * config.context * args.steps, make_runtime().peak
+    tokens, peak = rows * config.context * STEPS, make_runtime().peak
     with tempfile.TemporaryDirectory() as folder:
         if args.what == "write":
             state = new_model(preset, None).state_dict()
@@ -149,7 +134,7 @@ def main():
             for name, settings in (("eager", {}), ("CUDA graphs", {"graphs": True}),
                                    ("transformers", {"folder": folder})):
                 jobs[name] = make_writer, dict(preset=preset, new=tokens) | settings
-        seconds = take_turns(jobs, args.rounds)
+        seconds = take_turns(jobs)
     # the floor is that of training's matrix products, by their measured speed
     floor = peak / lm.flops_per_token(config) if args.what != "write" else None
     print(table(seconds, tokens, "tokens/s", next(iter(jobs)), floor))

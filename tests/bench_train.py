@@ -16,8 +16,8 @@ and with Muon. Losses are nats per character over the *whole* validation split.
 
 lora: steps of rank 8 adapters on attention, 124M, 8 rows of 32 tokens, and peft's.
 
-It is a benchmark, not a test: pytest does not collect it. Prints markdown tables for
-tests/BENCHMARKS.md; two to ten minutes each on two cores, half an hour for speed.
+Prints markdown tables for tests/BENCHMARKS.md; two to ten minutes each on two cores, half an hour
+for speed.
 """
 
 import argparse
@@ -26,13 +26,12 @@ import io
 import json
 import math
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
+import bench_common as bench
 import numpy as np
 import torch
-from bench_common import about_machine, load_module, our_step, random_batches, table, take_turns
 
 import lora
 import model as lm
@@ -57,33 +56,30 @@ def split_loss(loss_of, tokens):
 
 def run_nanogpt(folder, data):
     """nanoGPT's model, optimizer, schedule and batches: [(step, seconds, val loss)]."""
-    nanogpt = load_module(Path(folder) / "model.py", "nanogpt_model")
     tokens = torch.from_numpy(np.array(prepare_data.read_tokens(data, "train")).astype(np.int64))
     val = prepare_data.read_tokens(data, "val")
     torch.manual_seed(1337)
-    model = nanogpt.GPT(nanogpt.GPTConfig(dropout=0.0, **CHARS))  # its README's, for a CPU
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+    model, optimizer = bench.load_nanogpt(folder, (0.1, 1e-3, (0.9, 0.99)), **CHARS)  # its README's
     points, seconds = [], 0.0
+
+    def batches():
+        while True:
+            at = torch.randint(len(tokens) - CONTEXT, (BATCH,))
+            rows = torch.stack([tokens[i : i + CONTEXT + 1] for i in at])
+            yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    train_step = bench.peer_step(model, optimizer, batches())
     for step in range(STEPS + 1):
         if step % EVERY == 0:
             model.eval()
             loss = split_loss(lambda a, b: model(a, b)[1].item() * a.numel(), val)
             model.train()
             points.append((step, seconds, loss))
-        start = time.perf_counter()
         decay = 0.5 * (1 + math.cos(math.pi * (step - 100) / (STEPS - 100)))
         lr = 1e-3 * (step + 1) / 101 if step < 100 else 1e-4 + decay * 9e-4
         for group in optimizer.param_groups:
             group["lr"] = lr
-        at = torch.randint(len(tokens) - CONTEXT, (BATCH,))
-        x = torch.stack([tokens[i : i + CONTEXT] for i in at])
-        y = torch.stack([tokens[i + 1 : i + 1 + CONTEXT] for i in at])
-        _, loss = model(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds += time.perf_counter() - start
+        seconds += bench.clocked(train_step)
     return points
 
 
@@ -100,59 +96,33 @@ def run_ours(data, steps, flags):
     return [(s, seconds[s], loss) for s, loss in sorted(seen.items()) if s in seconds]
 
 
-def learning_table(runs):
-    """Validation losses by step, and the first step with nanoGPT's last loss, of {name: points}."""
-    steps = [step for step, _, _ in next(iter(runs.values()))][::4]
-    lines = ["| step | " + " | ".join(map(str, steps)) + " | nanoGPT's last loss at |"]
-    lines.append("| --- " * (len(steps) + 2) + "|")
+def print_losses(runs):
+    """Print validation losses by step, and the first step with nanoGPT's last loss."""
+    steps = range(0, STEPS + 1, 4 * EVERY)
+    print("| step", *steps, "nanoGPT's last loss at |", sep=" | ")
+    print("| --- " * (len(steps) + 2) + "|")
     goal = runs["nanoGPT"][-1][2] if "nanoGPT" in runs else 1.898
     for name, points in runs.items():
         losses = {step: f"{loss:.3f}" for step, _, loss in points}
         reached = [f"step {step}, {sec:.0f} s" for step, sec, loss in points if loss <= goal]
-        cells = [losses.get(step, "") for step in steps] + [*reached, "never"][:1]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        print(f"| {name}", *(losses.get(s, "") for s in steps), [*reached, "never"][0] + " |",
+              sep=" | ")
 
 
 def learning(args):
     """The losses of nanoGPT and ours by steps and seconds."""
     nanogpt = Path(args.nanogpt).resolve() if args.nanogpt else None
-    source = str(Path(args.source).resolve()) if Path(args.source).exists() else args.source
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        data = prepare_data.prepare(source, "char", name="shakespeare")
+        data = prepare_data.prepare("shakespeare", "char")
         runs = {"nanoGPT": run_nanogpt(nanogpt, data)} if nanogpt else {}
-        for steps, flags in (
-            (660, []),
-            (400, ["--optimizer", "muon"]),
-            (2000, []),
-            (2000, ["--optimizer", "muon"]),
-        ):
-            name = f"ours, {flags[-1] if flags else 'adamw'}, {steps} steps"
-            runs[name] = run_ours(data, steps, flags)
-    print(learning_table(runs))
-
-
-def peer_step(model, optimizer, batches, bf16=False, clip=1.0, steps=1):
-    """A job: steps as the peers' scripts make them."""
-
-    def job():
-        for _ in range(steps):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                _, loss = model(*next(batches))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-
-    return job
+        for steps, kind in ((660, "adamw"), (400, "muon"), (2000, "adamw"), (2000, "muon")):
+            runs[f"ours, {kind}, {steps} steps"] = run_ours(data, steps, ["--optimizer", kind])
+    print_losses(runs)
 
 
 # nanoGPT's 0.8M shape in our model
-SMALL = lm.Config(
-    vocab_size=65, n_layer=4, n_head=4, d_model=128, context=64, position="learned",
-    norm="layernorm", activation="gelu", tied=True, init="gpt2",
-)  # fmt: skip
+SMALL = lm.Config(vocab_size=65, n_layer=4, n_head=4, d_model=128, context=64, tied=True,
+                  position="learned", norm="layernorm", activation="gelu", init="gpt2")
 # {case: (our Config, rows, length, steps a round)}
 CASES = {
     "GPT-2 124M, 4 x 256": (lm.preset("gpt2", vocab_size=50304), 4, 256, 1),
@@ -164,24 +134,21 @@ CASES = {
 def make_peer(case, folder, bf16):
     """The job of a case's peer: the course's 140.57M model, which it does not clip, or nanoGPT."""
     config, rows, length, steps = CASES[case]
-    batches = random_batches(config.vocab_size, rows, length)
+    batches = bench.random_batches(config.vocab_size, rows, length)
     if "novel" in case:
-        model = load_module(Path(folder) / "scifi-demo" / "model.py", "course_model").Model()
+        model = bench.load_module(Path(folder) / "scifi-demo" / "model.py", "course_model").Model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        return peer_step(model, optimizer, batches, bf16, 0, steps)
-    nanogpt = load_module(Path(folder) / "model.py", "nanogpt_model")
-    with contextlib.redirect_stdout(io.StringIO()):
-        shape = GPT2 if "GPT-2" in case else CHARS
-        model = nanogpt.GPT(nanogpt.GPTConfig(dropout=0.0, **shape))
-        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
-    return peer_step(model, optimizer, batches, bf16, 1.0, steps)
+        return bench.peer_step(model, optimizer, batches, bf16, 0, steps)
+    shape = GPT2 if "GPT-2" in case else CHARS
+    model, optimizer = bench.load_nanogpt(folder, (0.1, 6e-4, (0.9, 0.95)), **shape)
+    return bench.peer_step(model, optimizer, batches, bf16, 1.0, steps)
 
 
 def make_ours(case, dtype):
     """Our job of a case."""
     config, rows, length, steps = CASES[case]
-    batches = random_batches(config.vocab_size, rows, length)
-    return our_step(lm.Transformer(config), batches, dtype, steps)
+    batches = bench.random_batches(config.vocab_size, rows, length)
+    return bench.our_step(lm.Transformer(config), batches, dtype, steps)
 
 
 def speed(args):
@@ -195,10 +162,10 @@ def speed(args):
             # the floor is that of its matrix products, attention at this length counted
             flops = lm.flops_per_token(replace(config, context=length))
             floor = measure_peak(torch.device("cpu"), dtype) / flops
-            seconds = take_turns(jobs, args.rounds)
+            seconds = bench.take_turns(jobs, args.rounds)
             print(f"\n{case}, {dtype}:\n")
             tokens = rows * length * steps
-            print(table(seconds, tokens, "tokens/s", next(iter(jobs)), floor), flush=True)
+            print(bench.table(seconds, tokens, "tokens/s", next(iter(jobs)), floor), flush=True)
 
 
 def make_peft(folder, dtype):
@@ -207,15 +174,14 @@ def make_peft(folder, dtype):
     import transformers
 
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
-    config = peft.LoraConfig(
-        r=8, lora_alpha=16, target_modules=["c_attn", "attn.c_proj"], fan_in_fan_out=True
-    )
-    model, batches = peft.get_peft_model(base, config).train(), random_batches(50257, 8, 32)
+    layers = ["c_attn", "attn.c_proj"]
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=layers, fan_in_fan_out=True)
+    model, batches = peft.get_peft_model(base, config).train(), bench.random_batches(50257, 8, 32)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     # transformers shifts the labels itself
     run = lambda ids, _: (None, model(input_ids=ids, labels=ids).loss)  # noqa: E731
     run.parameters = model.parameters
-    return peer_step(run, optimizer, batches)
+    return bench.peer_step(run, optimizer, batches)
 
 
 def make_lora(quantized, dtype):
@@ -225,7 +191,7 @@ def make_lora(quantized, dtype):
     if quantized:
         lora.quantize(model, quantized)
     lora.add_lora(model, "attention", rank=8, alpha=16)
-    return our_step(model, random_batches(50257, 8, 32), dtype)
+    return bench.our_step(model, bench.random_batches(50257, 8, 32), dtype)
 
 
 def lora_steps(args):
@@ -237,8 +203,8 @@ def lora_steps(args):
         for base, dtype in ((None, "fp32"), (None, "bf16"), ("int8", "fp32"), ("nf4", "bf16")):
             settings = dict(quantized=base, dtype=dtype)
             jobs[f"ours {dtype}, {base or 'full'} base"] = make_lora, settings
-        seconds = take_turns(jobs, args.rounds)
-    print(table(seconds, 8, "samples/s", "peft fp32"))
+        seconds = bench.take_turns(jobs, args.rounds)
+    print(bench.table(seconds, 8, "samples/s", "peft fp32"))
 
 
 def main():
@@ -248,9 +214,8 @@ def main():
     p.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT; without it only ours is run")
     p.add_argument("--course", help="a clone of waylandzhang/Transformer-from-scratch")
     p.add_argument("--rounds", type=int, default=5, help="turns that each job has (5)")
-    p.add_argument("--source", default="shakespeare", help="for learning (shakespeare)")
     args = p.parse_args()
-    print(about_machine() + "\n")
+    print(bench.about_machine() + "\n")
     jobs[args.what](args)
 
 

@@ -1,25 +1,17 @@
 """The benchmarks' common part: jobs that run in turn, each in a process of its own."""
 
+import operator
 import os
 import time
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
+import bench_common
 import pytest
 import torch
-from bench_common import our_step, random_batches, take_turns
+from bench_common import mp, our_step, random_batches, take_turns
 
 import model as lm
-
-
-def make(fail=None, then=None):
-    if fail:
-        fail()
-    return then or (lambda: time.sleep(0.01))
-
-
-def wrong():
-    raise ValueError("this work is broken")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -30,16 +22,14 @@ def test_the_step_that_is_timed_is_that_of_a_run(dtype):
     assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_works_take_turns_in_processes_of_their_own():
-    seconds = take_turns({"a": (make, {}), "b": (make, {})}, rounds=2)
+def test_jobs_take_turns_and_one_that_fails_or_dies_ends_the_benchmark(monkeypatch):
+    fork = mp.get_context("fork")  # a benchmark's processes are spawned, which takes seconds
+    monkeypatch.setattr(bench_common.mp, "get_context", lambda kind: fork)
+    good = partial(partial, time.sleep, 0.01), {}  # makes the job
+    seconds = take_turns({"a": good, "b": good}, rounds=2)
     assert [len(took) for took in seconds.values()] == [2, 2]
     assert all(0.009 < s < 1 for took in seconds.values() for s in took)
-
-
-@pytest.mark.parametrize(
-    "settings, error",
-    [({"fail": wrong}, ValueError), ({"then": partial(os._exit, 3)}, BrokenProcessPool)],
-)
-def test_a_worker_that_dies_ends_the_benchmark_with_its_error(settings, error):
-    with pytest.raises(error):
-        take_turns({"good": (make, {}), "bad": (make, settings)}, rounds=1)
+    fails, dies = partial(partial, operator.truediv, 1, 0), partial(partial, os._exit, 3)
+    for bad, error in ((fails, ZeroDivisionError), (dies, BrokenProcessPool)):
+        with pytest.raises(error):
+            take_turns({"good": good, "bad": (bad, {})}, rounds=1)

@@ -3,18 +3,12 @@
 import argparse
 import random
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ASSISTANT, BYTE, CALL, CHAT, END, TOOL, USER, render_chat, turn
-from test_chat import joined
-from test_finetune_runs import save_base
+from test_finetune_runs import save_base, some_rows
 from test_rows import alpaca, write
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import finetune as ft
 from data.batches import BucketLoader, Row, chat_rows, label_row, pad, preference_rows, show_mask
@@ -67,18 +61,9 @@ def test_the_mask_of_a_conversation_with_a_tool_call():
 def test_show_mask_marks_what_is_learned(capsys):
     row, _ = chat_row([turn("user", "q"), turn("assistant", "ok\n")], CHAT, 99)
     show_mask([row, row], CHAT, 1)
-    assert capsys.readouterr().out.split("\n") == [
-        "--- row 1: 8 tokens, 4 of them learned ---",
-        "    0       258 <|user|>",
-        "    1       113 q",
-        "    2       262 <|end|>",
-        "    3       259 <|assistant|>",
-        "    4 *     111 o",
-        "    5 *     107 k",
-        "    6 *      10 \\n",
-        "    7 *     262 <|end|>",
-        "",
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "--- row 1: 8 tokens, 4 of them learned ---" and len(lines) == 9
+    assert lines[4] == "    3       259 <|assistant|>" and lines[7] == "    6 *      10 \\n"
 
 
 def test_context_cuts_the_rows_of_a_run_and_cannot_be_more_than_the_checkpoint_s(tmp_path, capsys):
@@ -130,7 +115,6 @@ def test_the_oldest_turns_are_cut_first_and_at_their_borders():
 
 def test_any_conversation_keeps_a_target_and_the_turns_before_it():
     rng = random.Random(0)
-    uncut = 0
     for _ in range(600):
         roles = rng.choices(["user", "assistant", "call", "tool"], k=rng.randint(1, 7))
         roles += ["assistant"] if not {"assistant", "call"} & set(roles) else []
@@ -138,22 +122,19 @@ def test_any_conversation_keeps_a_target_and_the_turns_before_it():
         talk = [turn(r, words(rng.choice((1, 3, 8, 30)))) for r in roles]
         context = rng.randint(3, 60)
         row, cut = chat_row(talk, CHAT, context)
-        turns = [render_chat([m], CHAT)[0] for m in talk]
-        while roles[-1] not in ("assistant", "call"):
-            turns.pop()
-            roles.pop()
-        system, rest = (turns[:1], turns[1:]) if roles[0] == "system" else ([], turns)
-        tails = [joined(system + rest[k:]) for k in range(max(1, len(rest) - 1))]
-        fitting = [t for t in tails if len(t) <= context + 1]
+        while roles.pop() not in ("assistant", "call"):
+            talk.pop()
+        first = int(talk[0]["role"] == "system")
+        starts = range(first, max(first + 1, len(talk) - 1))
+        tails = [render_chat(talk[:first] + talk[k:], CHAT)[0] for k in starts]
         assert len(row.ids) == len(row.mask) <= context + 1
         assert any(t != -100 for t in row.targets())
-        if fitting:
-            uncut += 1
-            assert row.ids == fitting[0] and cut == (fitting[0] != tails[0])
+        for tail in tails:
+            if len(tail) <= context + 1:
+                assert row.ids == tail and cut == (tail != tails[0])
+                break
         else:
-            room, last = context + 1, tails[-1]
-            assert cut and row.ids in [last[at : at + room] for at in range(len(last) - room + 1)]
-    assert 100 < uncut < 550
+            assert cut and any(row.ids == tails[-1][at : at + context + 1] for at in range(300))
 
 
 # ---- batches -------------------------------------------------------------------------------
@@ -161,12 +142,7 @@ def test_any_conversation_keeps_a_target_and_the_turns_before_it():
 
 def random_rows(count, longest=30, seed=0, low=2):
     rng = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        n = rng.randint(low, longest)
-        ids = [rng.randrange(64) for _ in range(n)]
-        rows.append(Row(ids, [0, *(rng.randint(0, 1) for _ in range(n - 2)), 1]))
-    return rows
+    return some_rows([rng.randint(low, longest) for _ in range(count)], seed)
 
 
 @pytest.mark.parametrize("pairs", [False, True])

@@ -1,28 +1,24 @@
 """finetune.py at work: what is minimised, whole runs of every kind, resuming, mistakes."""
 
 import argparse
-import contextlib
 import gc
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import pytest
+import test_train
 import torch
 import torch.nn.functional as F
-from conftest import BYTE, CHAT
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from conftest import BYTE, CHAT, ROOT
+from test_runner import torchrun
+from test_train import killed_in_step, losses, metrics
 
 import finetune as ft
 import lora
@@ -31,7 +27,6 @@ import sample
 import train
 from data.batches import BucketLoader, Row, pad
 from data.chat import CHAT_TOKENS, labels_of
-from data.cli import run_cli
 from data.machine import Runtime
 from data.rows import load_data
 from data.sources import SOURCES, Source
@@ -45,6 +40,7 @@ QUICK = ["--eval_rows", "0", "--log_every", "1", "--batch_tokens", "128", "--war
 SFT = ["--data", "chats.jsonl", *QUICK]
 LABELS = ["--data", "labels.jsonl", *QUICK]
 DPO = ["--data", "pairs.jsonl", *QUICK]
+refused = partial(test_train.refused, main=ft.main)  # what a mistake prints
 LORA = ["--lora_rank", "4"]
 TABLES = dict(value_embed=True, bigram=64, induction=True)
 
@@ -55,10 +51,13 @@ def small_model(seed=0, **changes):
     return lm.Transformer(lm.Config(**(shape | changes)))
 
 
-def save_base(path, tokenizer=BYTE, **changes):
-    model = small_model(**changes)
+def save_model(path, model):
     content = {"config": asdict(model.config), "model": model.state_dict()}
-    lm.save_checkpoint(path, content | {"tokenizer": tokenizer.spec, "step": 0})
+    lm.save_checkpoint(path, content | {"tokenizer": BYTE.spec, "step": 0})
+
+
+def save_base(path, **changes):
+    save_model(path, small_model(**changes))
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +73,7 @@ def taught(tmp_path_factory):
         (model(ids[:, :-1], ids[:, 1:].contiguous()) / ids[:, 1:].numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    content = {"config": asdict(model.config), "model": model.state_dict()}
-    lm.save_checkpoint(path, content | {"tokenizer": BYTE.spec, "step": 0})
+    save_model(path, model)
     return path
 
 
@@ -116,21 +114,6 @@ def tune(*flags, out="out/run", ckpt="out/base"):
     return Path(out)
 
 
-def metrics(out):
-    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(out):
-    return [r["loss"] for r in metrics(out) if "loss" in r]
-
-
-def epoch_losses(out, epochs):
-    """The mean loss of each pass: losses of single batches differ too much to be compared."""
-    found = losses(out)
-    n = len(found) // epochs
-    return [sum(found[i : i + n]) / n for i in range(0, n * epochs, n)]
-
-
 def values(out, key):
     return [r[key] for r in metrics(out) if key in r]
 
@@ -139,49 +122,18 @@ def content(path):
     return torch.load(path, weights_only=True)
 
 
-@contextlib.contextmanager
-def killed_in_step(number):
-    """`fit` as it is, but it dies in the middle of that step, as if the process were killed."""
-    step, steps = train.training_step, itertools.count(1)
-
-    def training_step(*args):
-        result = step(*args)
-        if next(steps) == number:
-            raise Killed
-        return result
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, "training_step", training_step)
-        yield
-
-
-class Killed(BaseException):
-    pass
-
-
 def in_two_processes(*flags):
     """Run finetune.py over out/base into out/two in two processes; returns what it prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", str(ROOT / "finetune.py"), "--ckpt", "out/base", "--out", "out/two", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    flags = ["--ckpt", "out/base", "--out", "out/two", *flags]
+    done = torchrun(2, ROOT / "finetune.py", *flags)
+    said, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, said
+    return said
 
 
 def same_weights(a, b, name="last.pt"):
     a, b = (content(f"out/{out}/{name}")["model"] for out in (a, b))
     return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def refused(capsys, *flags, main=None):
-    """What stands on stderr when the flags are a mistake: one line, exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
-        run_cli(lambda: (main or ft.main)([str(f) for f in flags]))
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and len(err.strip().splitlines()) == 1, err
-    return err
 
 
 # ---- what is minimised ---------------------------------------------------------------------
@@ -202,7 +154,7 @@ def some_rows(lengths, seed=0):
     return rows
 
 
-@pytest.mark.parametrize("bias, allowed", [(False, 50), (True, 50), (False, 20), (True, 20)])
+@pytest.mark.parametrize("bias, allowed", [(False, 50), (True, 20)])
 def test_token_log_probabilities_are_those_of_the_full_softmax(bias, allowed):
     torch.manual_seed(0)
     x, weight = torch.randn(3, 200, 8).double(), torch.randn(50, 8).double()
@@ -222,31 +174,14 @@ def test_token_log_probabilities_are_those_of_the_full_softmax(bias, allowed):
     assert nothing.dtype == torch.float32 and not nothing.any()
 
 
-def direct_dpo(model, pairs, reference, beta):
-    total = 0.0
-    for pair, known in zip(pairs, reference):
-        gain = []
-        for row, ref in zip(pair, known):
-            log_p = model(torch.tensor([row.ids[:-1]]))[0].log_softmax(-1)
-            own = log_p.gather(1, torch.tensor(row.ids[1:])[:, None])[:, 0]
-            gain.append((own * torch.tensor(row.mask[1:])).sum() - ref)
-        total = total + torch.log1p(torch.exp(-beta * (gain[0] - gain[1])))
-    return total
-
-
 def pair_batch(pairs, reference):
     split = ft.Split([], pairs, reference=reference)
     return ft.DPO(None, CHAT).batch(split, list(range(len(pairs))), pairs)
 
 
-@pytest.mark.parametrize(
-    "shape, dtype, tolerance",
-    [
-        ({}, torch.float32, 2e-4),
-        ({"tied": True}, torch.float64, 1e-10),
-        ({"head_bias": True, "position": "learned"}, torch.float64, 1e-10),
-    ],
-)
+@pytest.mark.parametrize("shape, dtype, tolerance", [({}, torch.float32, 2e-4),
+                         (dict(tied=True), torch.float64, 1e-10),
+                         (dict(head_bias=True, position="learned"), torch.float64, 1e-10)])
 def test_dpo_and_its_gradients_are_the_papers_formula(shape, dtype, tolerance):
     rows = some_rows((9, 30, 12, 12, 25, 5, 2, 40))
     pairs = list(zip(rows[::2], rows[1::2]))
@@ -254,7 +189,14 @@ def test_dpo_and_its_gradients_are_the_papers_formula(shape, dtype, tolerance):
     model, exact = small_model(**shape).to(dtype), small_model(**shape).double()
     loss = ft.preference_loss(0.3 * ft.dpo_margin(model, *pair_batch(pairs, reference)))
     loss.backward()
-    wanted = direct_dpo(exact, pairs, reference.double(), 0.3)
+    wanted = 0.0
+    for pair, base in zip(pairs, reference.double()):
+        gain = []
+        for row, ref in zip(pair, base):
+            log_p = exact(torch.tensor([row.ids[:-1]]))[0].log_softmax(-1)
+            logps = log_p.gather(1, torch.tensor(row.ids[1:])[:, None])[:, 0]
+            gain.append((logps * torch.tensor(row.mask[1:])).sum() - ref)
+        wanted = wanted + torch.log1p(torch.exp(-0.3 * (gain[0] - gain[1])))
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=tolerance)
     same_gradients(model, exact, tolerance)
@@ -276,8 +218,6 @@ def test_distilling_is_cross_entropy_and_softened_kl(share):
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
     same_gradients(model, exact, 1e-4)
-    if share == 1:
-        assert loss.item() == pytest.approx(model(ids, targets).item(), rel=1e-6)
 
 
 def task_of(rows, name, batch_tokens, accum, reference=None):
@@ -289,10 +229,7 @@ def task_of(rows, name, batch_tokens, accum, reference=None):
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_micro_batches_of_any_target_count_give_the_gradient_of_the_whole(
-    objective, dtype, tolerance
-):
+def test_micro_batches_of_any_target_count_give_the_gradient_of_the_whole(objective):
     rows = some_rows((3, 40, 12, 5, 33, 48, 2, 9, 17, 26))
     for row in rows[::4]:  # one target against dozens
         row.mask = [0] * (len(row.ids) - 1) + [1]
@@ -303,7 +240,7 @@ def test_micro_batches_of_any_target_count_give_the_gradient_of_the_whole(
     n, _ = task_of(rows, objective, 60, 1, reference)
     assert n > 3
     for batch_tokens, accum in ((60, n), (10**6, 1)):
-        model = small_model().to(dtype)
+        model = small_model().double()
         _, task = task_of(rows, objective, batch_tokens, accum, reference)
         batches = task.batches(0)
         assert len(batches) == accum
@@ -311,11 +248,11 @@ def test_micro_batches_of_any_target_count_give_the_gradient_of_the_whole(
         results.append((float(loss), model))
     (cut, ours), (whole, theirs) = results
     if objective == "dpo":  # a mean over pairs, whatever their lengths
-        margin = ft.dpo_margin(small_model().to(dtype), *pair_batch(rows, reference))
+        margin = ft.dpo_margin(small_model().double(), *pair_batch(rows, reference))
         total = ft.preference_loss(0.1 * margin).item()
         assert whole == pytest.approx(total / 5, rel=1e-5)
-    assert cut == pytest.approx(whole, rel=max(tolerance, 1e-12))
-    same_gradients(ours, theirs, tolerance)
+    assert cut == pytest.approx(whole, rel=1e-12)
+    same_gradients(ours, theirs, 1e-12)
 
 
 # ---- preference pairs ------------------------------------------------------------------------
@@ -343,11 +280,6 @@ def test_the_reference_is_the_base_itself_and_is_kept_in_last_pt(desk):
             logps = [float(model(*pad([r]), reduction="none").sum()) for pair in rows for r in pair]
         assert torch.equal(full[split], thin[split])
         assert full[split].flatten().tolist() == pytest.approx(logps, abs=1e-3)
-    for name, before in (("full", full), ("thin", thin)):
-        ft.main(["--resume", f"out/{name}", "--max_steps", "6"])
-        after = content(f"out/{name}/last.pt")
-        assert after["step"] == 6  # the model has moved, what it is compared with has not
-        assert all(torch.equal(after["reference"][s], before[s]) for s in before)
 
 
 # ---- resuming --------------------------------------------------------------------------------
@@ -403,43 +335,42 @@ def test_what_a_run_has_on_is_switched_off_when_it_is_resumed(desk):
     [
         (sample.main, "--ckpt out/cut --prompt to"),
         (ft.main, "--ckpt out/cut --data chats.jsonl"),
-        (ft.main, "--ckpt out/cut --data chats.jsonl --eval_only"),
         (lora.main, "merge --ckpt out/cut --adapter out/adapter --out out/merged"),
         (lm.main, "--ckpt out/cut --export out/export"),
     ],
 )
-def test_weights_that_lie_in_parts_are_no_random_ones(desk, capsys, main, flags):
+def test_weights_that_lie_in_parts_are_no_random_ones(desk, main, flags):
     """The folder of a run of several processes, stopped before its first evaluation."""
     tune(*SFT, *LORA, "--max_steps", "1", out="out/adapter")
     save_base("out/cut/last.pt")
     lm.save_checkpoint("out/cut/last.pt", content("out/cut/last.pt") | dict(model={}, parts="p-2"))
-    err = refused(capsys, *flags.split(), main=main)
+    err = refused(*flags.split(), main=main)
     assert "its weights lie in parts: --resume the run" in err
 
 
-def test_resuming_is_refused_for_other_data_other_scripts_and_fixed_flags(desk, capsys):
+def test_resuming_is_refused_for_other_data_other_scripts_and_fixed_flags(desk):
     tune(*SFT, "--max_steps", "2")
     for flags, named in ((["--val", 0.3], "--val"), (["--context", 20], "--context"),
                          (["--lora_rank", 2], "--lora_rank"), (["--loss_on", "call"], "--loss_on"),
                          (["--out", "out/x"], "--out"),
                          (["--data", "pairs.jsonl"], "not the data")):
-        assert named in refused(capsys, "--resume", "out/run", *flags)
-    assert "finetune.py" in refused(capsys, "--resume", "out/run", main=train.main)
-    assert "for sampling only" in refused(capsys, "--resume", "out/run/best.pt")
+        assert named in refused("--resume", "out/run", *flags)
+    assert "finetune.py" in refused("--resume", "out/run", main=train.main)
+    assert "for sampling only" in refused("--resume", "out/run/best.pt")
     write("chats.jsonl", [{"instruction": str(i), "output": "x"} for i in range(9)])
-    assert "not the data that the run began with" in refused(capsys, "--resume", "out/run")
+    assert "not the data that the run began with" in refused("--resume", "out/run")
     lm.save_checkpoint("out/plain/last.pt", content("out/run/last.pt") | {"args": {}})
-    assert "written by train.py" in refused(capsys, "--resume", "out/plain")
-    assert "no last.pt" in refused(capsys, "--resume", "out/base")
+    assert "written by train.py" in refused("--resume", "out/plain")
+    assert "no last.pt" in refused("--resume", "out/base")
 
 
 def test_a_resumed_run_goes_on_for_more_epochs_and_reports_on_its_own_split(desk, capsys):
-    tune(*SFT, "--epochs", "1", "--split", "train", "--eval_every", "4")
-    n = len(losses("out/run"))
-    ft.main(["--resume", "out/run", "--epochs", "2"])
+    tune(*SFT, "--epochs", "0.5", "--split", "train", "--eval_every", "4", "--grad_accum", "3")
+    ft.main(["--resume", "out/run", "--epochs", "1.4"])
     out = capsys.readouterr().out
-    assert "settings are the run's own, but epochs 2.0" in out
-    assert out.count("on train:") == 2 and len(losses("out/run")) == 2 * n
+    n = int(re.search(r"(\d+) batches an epoch", out)[1])
+    assert "settings are the run's own, but epochs 1.4" in out
+    assert out.count("on train:") == 2 and len(losses("out/run")) == math.ceil(1.4 * n / 3)
 
 
 # ---- whole runs --------------------------------------------------------------------------------
@@ -453,23 +384,15 @@ def test_supervised_fine_tuning_end_to_end(desk, capsys):
         "last.pt", "best.pt", "metrics.jsonl", "loss.svg", "predictions.jsonl", "scores.json",
         "settings.json",
     }
-    assert epoch_losses(out, 3)[-1] < 0.7 * epoch_losses(out, 3)[0]
     said = capsys.readouterr().out
-    n = int(re.search(r"([\d,]+) batches an epoch", said)[1])
-    assert len(losses(out)) == 3 * n
+    n = int(re.search(r"(\d+) batches an epoch", said)[1])
+    assert len(losses(out)) == 3 * n and sum(losses(out)[2 * n:]) < 0.7 * sum(losses(out)[:n])
     assert "54 conversations to learn, 6 to measure" in said and "answered" in said
     rows = [json.loads(r) for r in (out / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and set(rows[0]) == {"prompt", "reference", "prediction"}
     assert "bleu4" in metrics(out)[-2]
     ft.main(["--ckpt", "out/base", *SFT, "--max_steps", "1"])
     assert Path("out/chats-ft-2/best.pt").exists()
-
-
-@pytest.mark.parametrize("epochs, accum", [("0.5", 1), ("1.4", 3)])
-def test_epochs_are_passes_over_all_rows(desk, capsys, epochs, accum):
-    tune(*SFT, "--epochs", epochs, "--grad_accum", accum)
-    n = int(re.search(r"(\d+) batches an epoch", capsys.readouterr().out)[1])
-    assert content("out/run/last.pt")["step"] == math.ceil(float(epochs) * n / accum)
 
 
 def test_a_classifier_end_to_end(desk, capsys):
@@ -487,18 +410,17 @@ def test_a_classifier_end_to_end(desk, capsys):
     assert first == rows[0]["prediction"] and float(p) == pytest.approx(max(rows[0]["p"]), abs=1e-3)
 
 
-def test_a_run_learns_from_a_teacher_that_speaks_its_language(desk, capsys):
+def test_a_run_learns_from_a_teacher_that_speaks_its_language(desk):
     teacher = tune(*SFT, "--epochs", "2", out="out/teacher")
     flags = [*SFT, "--objective", "distill", "--max_steps", "20"]
     tune(*flags, "--teacher", teacher)
-    first, *_, last = epoch_losses("out/run", 4)
-    assert last < 0.8 * first
+    assert sum(losses("out/run")[15:]) < 0.8 * sum(losses("out/run")[:5])
     thin = tune(*SFT, *LORA, "--max_steps", "2", out="out/thin")  # an adapter brings its base along
     tune(*flags, "--max_steps", "1", "--teacher", thin, out="out/b")
     tune(*flags, "--max_steps", "1", "--teacher", teacher, "--distill_lambda", "1", out="out/c")
     tune(*SFT, "--max_steps", "1", out="out/d")
     assert losses("out/c") == pytest.approx(losses("out/d"), rel=1e-6)
-    assert "other tokens" in refused(capsys, "--ckpt", "out/base", *flags, "--teacher", "out/base")
+    assert "other tokens" in refused("--ckpt", "out/base", *flags, "--teacher", "out/base")
 
 
 def test_eval_only_measures_a_split_and_trains_nothing(desk, monkeypatch, capsys):
@@ -519,9 +441,9 @@ def test_eval_only_measures_a_split_and_trains_nothing(desk, monkeypatch, capsys
         assert f"measuring {n} labelled texts: {name} of films\n" in said
         assert f"accuracy {scores['accuracy']:.4f}" in said or split != "dev"
     assert (out / "last.pt").read_bytes() == before
-    assert "does not know" in refused(capsys, *flags, "--ckpt", "out/base")
+    assert "does not know" in refused(*flags, "--ckpt", "out/base")
     Path("test.jsonl").write_text('{"text": "a", "label": "neutral"}\n')
-    assert "'neutral'" in refused(capsys, *flags)
+    assert "'neutral'" in refused(*flags)
 
 
 @pytest.mark.parametrize("data, noun", [(SFT, "conversations"), (LABELS, "labelled texts"),
@@ -544,7 +466,7 @@ def test_eval_only_measures_pairs_against_the_base_of_an_adapter_alone(desk, cap
     for out, flags in (("out/full", []), ("out/thin", LORA)):
         tune(*DPO, "--val_data", "pairs.jsonl", *flags, "--max_steps", "3", out=out)
     flags = ["--eval_only", "--data", "pairs.jsonl", "--ckpt"]
-    assert "before DPO, which out/full does not bring" in refused(capsys, *flags, "out/full")
+    assert "before DPO, which out/full does not bring" in refused(*flags, "out/full")
     ft.main([*flags, "out/thin", "--out", "out/seen"])
     scores = json.loads(Path("out/thin/scores.json").read_text())["val"]
     assert f"reward margin {scores['reward_margin']:.4f}" in capsys.readouterr().out
@@ -617,23 +539,20 @@ def test_an_adapter_brings_its_base_or_says_in_a_line_what_is_wrong_with_it(desk
     assert "bleu4" in said and "out/run-eval/predictions.jsonl" in said
     assert sorted(out.iterdir()) == before
     flags = ["--eval_only", "--ckpt", out, "--data", "chats.jsonl"]
-    assert "holds a run already" in refused(capsys, *flags, "--out", "out/run")
+    assert "holds a run already" in refused(*flags, "--out", "out/run")
     talk, resume = ["--ckpt", out, "--prompt", "to"], ["--resume", out, "--max_steps", "5"]
     Path("out/base").rename("out/moved")
     for flags, main in ((talk, sample.main), (resume, ft.main)):
-        assert "out/base" in refused(capsys, *flags, main=main)
+        assert "out/base" in refused(*flags, main=main)
     save_base("out/base/best.pt", seed=1)
     for flags, main in ((talk, sample.main), (resume, ft.main)):
-        assert "another model" in refused(capsys, *flags, main=main)
+        assert "another model" in refused(*flags, main=main)
     shutil.rmtree("out/base")
     Path("out/moved").rename("out/base")
     ft.main([str(f) for f in resume])
     classifier = tune(*LABELS, *LORA, "--max_steps", "1", out="out/labels")
     mixed = ["--ckpt", out, "--adapter", classifier, "--prompt", "a"]
-    assert "special tokens" in refused(capsys, *mixed, main=sample.main)
-
-
-# ---- processes -------------------------------------------------------------------------------
+    assert "special tokens" in refused(*mixed, main=sample.main)
 
 
 @pytest.mark.slow
@@ -651,13 +570,9 @@ def test_two_processes_decide_by_the_scores_of_the_first_and_report_once(desk):
     "flags, named",
     [
         ([], "--data is missing"),
-        (["--eval_only"], "--data is missing"),
-        (["--data", "none.jsonl"], "none.jsonl"),
         ([*SFT, "--ckpt", "out/none"], "out/none"),
-        ([*SFT, "--ckpt", "chats.jsonl"], "chats.jsonl"),
         ([*SFT, "--quantize", "nf4"], "--lora_rank"),
         ([*SFT, "--objective", "distill"], "--teacher"),
-        ([*SFT, "--objective", "distill", "--teacher", "out/none"], "out/none"),
         ([*SFT, "--objective", "dpo"], "--objective dpo"),
         ([*SFT, "--augment", "0.5"], "--augment is for --data hotel"),
         ([*SFT, "--best_by", "slot_f1", "--eval_rows", "4"], "not measured on chats without calls"),
@@ -669,28 +584,18 @@ def test_two_processes_decide_by_the_scores_of_the_first_and_report_once(desk):
         ([*SFT, "--split", "test"], "no split 'test'"),
         ([*LABELS, "--val_data", "strange.jsonl"], "'meh'"),
         ([*LABELS, "--val_data", "chats.jsonl"], "different kinds"),
-        ([*SFT, "--epochs", "0"], "--epochs 0"),
-        ([*SFT, "--val", "2"], "--val 2"),
         ([*SFT, "--batch_tokens", "10000000000"], "memory"),
         ([*SFT, "--dropout", "2"], "dropout 2"),
-        ([*SFT, *LORA, "--lora_dropout", "1"], "dropout"),
-        ([*SFT, "--context", "49"], "--context 49"),
-        ([*SFT, "--context", "49", "--eval_only"], "--context 49"),
-        ([*SFT, "--augment", "1.5"], "--augment 1.5"),
-        ([*DPO, "--dpo_beta", "0"], "--dpo_beta 0"),
-        ([*SFT, "--out", "chats.jsonl"], "chats.jsonl"),
         ([*SFT, "--out", "out/base"], "--resume out/base"),
-        ([*SFT, "--device", "tpu"], "tpu"),
-        (["--resume", "out/none"], "out/none"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_a_users_mistake_is_one_line_that_names_it(desk, capsys, flags, named):
+def test_a_users_mistake_is_one_line_that_names_it(desk, flags, named):
     save_base("tied.pt", tied=True)
     base = content("out/base/best.pt")
     lm.save_checkpoint("adapter.pt", base | {"adapter": {}})
     lm.save_checkpoint("bare.pt", {k: v for k, v in base.items() if k != "tokenizer"})
     write("strange.jsonl", [{"text": "x", "label": "meh"}])
     ckpt = [] if "--ckpt" in flags or "--resume" in flags else ["--ckpt", "out/base"]
-    assert named in refused(capsys, *ckpt, *flags)
+    assert named in refused(*ckpt, *flags)
     assert {p.name for p in Path("out").iterdir()} == {"base"}  # no run was begun

@@ -112,7 +112,7 @@ REFUSED = [
     ("mistral", dict(sliding_window="?"), "wrong type"),
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
     ("llama", dict(model_type="mamba"), "model_type 'mamba' is none of gpt2, llama"),
-    ("llama", dict(num_attention_heads=5), "n_head 5 is no multiple of n_kv_head 2"),
+    ("llama", dict(num_attention_heads=5), "n_head 5 is not a multiple of n_kv_head 2"),
 ]
 
 

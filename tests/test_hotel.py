@@ -21,24 +21,25 @@ from data.hotel import (
 )
 from data.rows import to_example
 
-A, ROLES = turn("assistant", "a"), ("user", "call", "tool", "assistant")
+A = turn("assistant", "a")
 
 
 def calling(name, arguments):
     return calls(f"{name} {json.dumps(arguments, ensure_ascii=False)}")
 
 
+def told(asked, arguments, record, spoken):
+    """A conversation with one search, which returns one record."""
+    result = turn("tool", json.dumps([record], ensure_ascii=False))
+    talk = [turn("user", asked), calling("search", arguments), result, turn("assistant", spoken)]
+    return {"messages": talk}
+
+
 def hotel_talk(facilities, note=""):
     arguments = {"facilities": facilities, "rating_range_lower": 4}
-    records = [{"name": "wifi", "facilities": facilities, "note": note}]
-    return {
-        "messages": [
-            turn("user", f"要有{'和'.join(facilities)}的"),
-            calling("search", arguments),
-            turn("tool", json.dumps(records, ensure_ascii=False)),
-            turn("assistant", f"它有{'、'.join(facilities)}。"),
-        ]
-    }
+    record = {"name": "wifi", "facilities": facilities, "note": note}
+    asked, spoken = f"要有{'和'.join(facilities)}的", f"它有{'、'.join(facilities)}。"
+    return told(asked, arguments, record, spoken)
 
 
 def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
@@ -58,7 +59,6 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
     assert both == hotel_talk(["接机", "酒吧"], "接机在二楼")
     # what was not said stays, but for what may be asked for
     unsaid = {"messages": [turn("user", "x"), *before["messages"][1:3]]}
-    pool = {"call.facilities": ["接机"], "tool.facilities": ["酒吧"]}
     assert substitute(unsaid, pool, 1.0, random.Random(0)) is unsaid
     result = substitute(unsaid, {"tool.name": ["听涛宾馆"]}, 1.0, random.Random(0), made_up=0)
     record, = json.loads(result["messages"][2]["content"])
@@ -67,9 +67,8 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
 
 def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
     def talk(name, phone):
-        records = json.dumps([{"name": name, "phone": phone, "type": "豪华型"}], ensure_ascii=False)
-        texts = ("找一家酒店", 'search {"rating": 4}', records, f"推荐{name}，电话{phone}。")
-        return {"messages": list(map(turn, ROLES, texts))}
+        record = {"name": name, "phone": phone, "type": "豪华型"}
+        return told("找一家酒店", {"rating": 4}, record, f"推荐{name}，电话{phone}。")
 
     pool = {"tool.name": ["听涛宾馆"], "tool.phone": ["1-2"], "tool.type": ["经济型"]}
     after = substitute(talk("北京饭店", "010-1"), pool, 1.0, random.Random(0), made_up=0)
@@ -79,10 +78,9 @@ def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
 
 def test_numbers_that_the_assistant_reads_out_are_exchanged_unless_the_guest_has_said_them():
     def talk(price, rating):
-        records = json.dumps([{"price": price, "rating": rating, "phone": "010-45867", "size": 12}])
-        texts = ("450元以上的", 'search {"price_range_lower": 450}', records)
+        record = {"price": price, "rating": rating, "phone": "010-45867", "size": 12}
         spoken = f"{price}元，{rating}分，电话010-45867，450元以上，12间"
-        return {"messages": list(map(turn, ROLES, (*texts, spoken)))}
+        return told("450元以上的", {"price_range_lower": 450}, record, spoken)
 
     pool = {"tool.price": [612], "tool.rating": [4.9], "tool.phone": ["010-45867"]}
     after = substitute(talk(458, 4.5), pool, 1.0, random.Random(0), made_up=0)
@@ -119,8 +117,7 @@ def test_odd_values_survive_an_exchange():
 
 
 def test_made_up_values_begin_like_one_and_end_like_another():
-    before, values = hotel_talk(["健身房", "SPA"]), ["甲乙丙", "一二三"]
-    seen = set()
+    before, values, seen = hotel_talk(["健身房", "SPA"]), ["甲乙丙", "一二三"], set()
     for seed in range(200):
         pool = {"call.facilities": values}
         after = substitute(before, pool, 1.0, random.Random(seed), made_up=1)
@@ -177,17 +174,12 @@ FOUR = [
     [
         ({}, ["d", "听涛宾馆"]),  # the two best rated
         (dict(price_range_lower=300, price_range_upper=400), ["听涛宾馆", "北京饭店"]),
-        (dict(price_range_upper=300), ["北京饭店"]),
-        (dict(price_range_lower=401), ["d"]),
         (dict(price_range_upper=0), []),
         (dict(rating_range_lower=4.0, rating_range_upper=4.0), ["北京饭店"]),
         (dict(name="c"), ["c"]),  # an unknown price is outside of ranges only
         (dict(name="c", price_range_lower=0), []),
-        (dict(name="听涛"), ["听涛宾馆"]),
         (dict(name="听涛宾馆（西直门店）"), ["听涛宾馆"]),
-        (dict(type="豪华型"), ["北京饭店"]),
         (dict(type="舒适型", price_range_upper=None), ["d", "听涛宾馆"]),
-        (dict(facilities=["健身房"]), ["北京饭店"]),
         (dict(facilities=["部分房间提供wifi", "健身房"]), ["北京饭店"]),
         (dict(facilities=["房间和公共区域提供wifi"]), ["北京饭店"]),
         (dict(facilities=["洗衣"]), ["听涛宾馆"]),
@@ -198,12 +190,7 @@ def test_a_search_finds_what_fits_all_that_is_wanted_in_the_guests_words(wanted,
     assert [h["name"] for h in search_hotels(FOUR, **wanted)] == names
 
 
-def test_an_unrated_hotel_comes_last():
-    assert search_hotels(FOUR[2:0:-1]) == FOUR[1:3] and search_hotels([]) == []
-
-
-def test_our_own_hotels_have_all_fields_and_can_all_be_found(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_our_own_hotels_have_all_fields_and_can_all_be_found(elsewhere):
     hotels = read_hotels()
     assert len(hotels) >= 50
     for h in hotels:
@@ -219,9 +206,9 @@ def test_the_public_data_base_is_read_into_the_same_fields():
     assert not any(f != f.strip() or not f for h in hotels for f in h["facilities"])
 
 
-@pytest.mark.parametrize("text", ["{", '[["a"]]', "[1]", '[{"name": "a"}]', '[["a", {"名称": 1}]]'])
-def test_what_is_no_data_base_is_said(tmp_path, text):
+def test_what_is_no_data_base_is_said(tmp_path):
     path = tmp_path / "hotels.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"hotels.json is no hotel database"):
-        read_hotels(path)
+    for text in ("{", '[["a"]]', "[1]", '[{"name": "a"}]', '[["a", {"名称": 1}]]'):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"hotels.json is no hotel database"):
+            read_hotels(path)

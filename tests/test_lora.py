@@ -3,17 +3,12 @@
 import argparse
 import copy
 import statistics
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import finetune
 import lora
@@ -63,29 +58,6 @@ def learn_something(model, seed=0):
 ADAPTERS = {"two": dict(rank=3, alpha=2), "one": dict(rank=4, alpha=12)}
 
 
-def twins():
-    """(ours, peft's): the same model with the same two adapters, B not zero, "one" active."""
-    peft = pytest.importorskip("peft")
-    ours = theirs = tiny(tied=False)  # peft's copy of a tied table is not tied
-    for name, s in ADAPTERS.items():
-        modules = ["q", "k", "v", "out", "up", "down"]
-        settings = dict(r=s["rank"], lora_alpha=s["alpha"], target_modules=modules)
-        config = peft.LoraConfig(**settings, modules_to_save=["embed"], init_lora_weights=False)
-        if theirs is ours:
-            theirs = peft.get_peft_model(copy.deepcopy(ours), config, adapter_name=name)
-        else:
-            theirs.add_adapter(name, config)
-        lora.add_lora(ours, "all", **s, name=name, modules_to_save=["embed"])
-    with torch.no_grad():
-        for name in ADAPTERS:
-            for our, their in pairs(ours, theirs, name):
-                our.copy_(their)
-                assert our.abs().max() > 0.01
-    lora.set_adapter(ours, "one")
-    theirs.set_adapter("one")
-    return ours, theirs
-
-
 def pairs(ours, theirs, name):
     """(ours, peft's) of every A and B of an adapter."""
     for full, layer in lora.adapted(ours).items():
@@ -95,15 +67,31 @@ def pairs(ours, theirs, name):
 
 
 def test_outputs_gradients_and_adamw_steps_of_adapters_and_table_are_pefts():
-    ours, theirs = twins()
+    """The same model with the same two adapters, B not zero."""
+    peft = pytest.importorskip("peft")
+    ours, modules = tiny(tied=False), ["q", "k", "v", "out", "up", "down"]
+    configs = {
+        name: peft.LoraConfig(r=s["rank"], lora_alpha=s["alpha"], target_modules=modules,
+                              modules_to_save=["embed"], init_lora_weights=False)
+        for name, s in ADAPTERS.items()
+    }  # peft's copy of a tied table is not tied
+    theirs = peft.get_peft_model(copy.deepcopy(ours), configs["two"], adapter_name="two")
+    theirs.add_adapter("one", configs["one"])
+    for name, s in ADAPTERS.items():
+        lora.add_lora(ours, "all", **s, name=name, modules_to_save=["embed"])
+    with torch.no_grad():
+        for name in ADAPTERS:
+            for our, their in pairs(ours, theirs, name):
+                our.copy_(their)
+                assert our.abs().max() > 0.01
+    lora.set_adapter(ours, "one")
+    theirs.set_adapter("one")
     sides = [ours, theirs.base_model.model]
-    optimizers = [
-        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in sides
-    ]
+    optimizers = [torch.optim.AdamW(side.parameters(), lr=1e-3) for side in sides]
     for _ in range(5):
         close(sides[0](IDS), sides[1](IDS))
-        for side, optimizer in zip(sides, optimizers):
-            optimizer.zero_grad()
+        for side in sides:
+            side.zero_grad()
             (side(IDS, IDS.roll(-1, 1)) / IDS.numel()).backward()
         for our, their in pairs(ours, theirs, "one"):
             assert our.grad.abs().max() > 1e-4
@@ -131,7 +119,7 @@ def test_an_adapter_starts_as_no_change_and_disabled_is_the_base_exactly(kind):
     if kind:
         lora.quantize(model, kind)
     plain = model(IDS)
-    lora.add_lora(model, "all")
+    lora.add_lora(model, "all", modules_to_save=["embed"])
     assert torch.equal(model(IDS), plain)
     learn_something(model)
     changed = model(IDS)
@@ -141,31 +129,9 @@ def test_an_adapter_starts_as_no_change_and_disabled_is_the_base_exactly(kind):
     assert torch.equal(model(IDS), changed) and not torch.equal(changed, plain)
 
 
-def test_tables_that_learn_beside_an_adapter_are_switched_with_it():
-    model = tiny(tied=False)
-    bare = copy.deepcopy(model.state_dict())
-    lora.add_lora(model, "q", name="one", modules_to_save=["embed", "head"])
-    learn_something(model, 1)
-    one = model(IDS)
-    lora.add_lora(model, "head", name="two", modules_to_save=["embed"])  # the head is adapted
-    assert torch.equal(model.head.weight, bare["head.weight"])
-    learn_something(model, 2)
-    two = model(IDS)
-    for name, expected in ("one", one), ("two", two), ("one", one):
-        lora.set_adapter(model, name)
-        assert torch.equal(model(IDS), expected)
-    with lora.disable_adapter(model):
-        assert all(torch.equal(lora.base_parameters(model)[n], bare[n]) for n in bare)
-    assert torch.equal(model(IDS), one)
-
-
 def test_targets_are_groups_last_names_or_full_ones_and_nothing_else_learns():
-    for targets, layers in (
-        ("attention", LAYERS[:4]),
-        ("mlp", LAYERS[4:]),
-        ("all", LAYERS),
-        ("q, down", [LAYERS[0], LAYERS[5]]),
-    ):
+    for targets, layers in (("attention", LAYERS[:4]), ("mlp", LAYERS[4:]), ("all", LAYERS),
+                            ("q, down", [LAYERS[0], LAYERS[5]])):
         model = tiny(tied=False)
         assert sorted(lora.add_lora(model, targets)) == names(layers) == sorted(lora.adapted(model))
         learning = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -179,17 +145,15 @@ def test_targets_are_groups_last_names_or_full_ones_and_nothing_else_learns():
 
 def test_bad_targets_are_refused_and_change_nothing():
     model = lm.Transformer(lm.preset("tiny", tied=True, n_layer=1))
-    for targets, message in (
-        ("query", "no layer is called query.*attention, mlp, all.*head.*project"),
-        ("q,head", "head shares its weight"),
-    ):
+    for targets, message in (("query", "no layer is called query.*attention, mlp, all.*head"),
+                             ("q,head", "head shares its weight")):
         with pytest.raises(UserError, match=message):
             lora.add_lora(model, targets)
     assert not lora.adapted(model) and all(p.requires_grad for p in model.parameters())
 
 
 def test_a_name_may_be_any_word():
-    model, words = tiny(), ["chat-v1.2", "out/chat/best.pt", "copy", "keys", "a%2Eb", "a.b"]
+    model, words = tiny(), ["out/chat-v1.2/best.pt", "keys", "a%2Eb", "a.b"]
     for name in words:
         lora.add_lora(model, "q", name=name)
     with pytest.raises(UserError, match="no layer is called base"):
@@ -279,7 +243,7 @@ def test_the_merge_command_writes_base_and_adapter_as_one(tmp_path, capsys, quan
     assert out.read_bytes() == written and not new.exists()
 
 
-@pytest.mark.parametrize("tied, quantize", [(True, None), (False, "nf4"), (False, "int8")])
+@pytest.mark.parametrize("tied, quantize", [(True, None), (False, "nf4")])
 def test_adapters_and_their_tables_survive_files_and_switching(tmp_path, tied, quantize):
     base, ids = base_file(tmp_path / "base.pt", tied=tied), IDS + 240  # new tokens among them
     models = {n: fine_tuned(tmp_path / n, base, quantize, seed=len(n)) for n in ("kind", "rude!")}
@@ -322,58 +286,44 @@ def in_blocks(x, size=64):
     return padded.view(-1, size)
 
 
-def halves_of(codes):
-    """(blocks, 64) codes of 4 bits: the high half of each byte first."""
-    return torch.stack((codes // 16, codes % 16), -1).flatten(1).long()
-
-
 def scale_error(scales):
     """The most that 8-bit codes of scales, less their mean, may be off, block by block."""
     off = in_blocks(scales - scales.double().mean(), 256).abs().amax(1, keepdim=True) / 254
     return off.expand(-1, 256).reshape(-1)[: len(scales), None] * 1.0001 + 1e-7 * scales.max()
 
 
-def dequantized(weight, kind):
-    linear = nn.Linear(*weight.T.shape)
-    linear.weight = nn.Parameter(weight)
-    values = lora.QuantLinear(linear, kind).weight
-    assert values.shape == weight.shape and values.dtype == torch.float32
-    return in_blocks(values)
-
-
-def test_nf4_codes_are_the_nearest_levels_and_stand_for_them_times_8_bit_scales():
-    levels = torch.tensor(lora.NF4, dtype=torch.float64)
+@every_kind
+def test_codes_are_the_nearest_levels_and_stand_for_them_times_8_bit_scales(kind):
     for weight in weights_of_all_sorts():
         blocks = in_blocks(weight)
         largest = blocks.abs().amax(1, keepdim=True)
-        unit = blocks / torch.where(largest > 0, largest, 1)
-        nearest = (unit[..., None] - levels).abs().argmin(-1)
-        codes, absmax = lora.quantize_nf4(weight)
-        assert codes.dtype == torch.uint8 and codes.shape == (len(blocks), 32)
-        assert torch.equal(halves_of(codes), nearest) and torch.equal(absmax.double(), largest)
-        error = (dequantized(weight, "nf4") - levels[nearest] * largest).abs()
-        assert (error <= levels[nearest].abs() * scale_error(absmax)).all()
-
-
-def test_int8_is_off_by_half_a_step_and_the_scales_own_error_at_most():
-    for weight in weights_of_all_sorts():
-        blocks = in_blocks(weight)
-        codes, scales = lora.quantize_int8(weight)
-        assert codes.dtype == torch.int8 and codes.abs().max() <= 127
-        close(scales.double(), blocks.abs().amax(1, keepdim=True) / 127, 1e-6)
-        assert ((codes * scales.double() - blocks).abs() <= 0.50001 * scales).all()
-        error = (dequantized(weight, "int8") - blocks).abs()
-        assert (error <= 0.50001 * scales + codes.abs() * scale_error(scales)).all()
-
-
-def quantized(kind, seed=0):
-    torch.manual_seed(seed)
-    return lora.QuantLinear(nn.Linear(96, 40), kind), torch.randn(5, 3, 96)
+        if kind == "nf4":
+            codes, scales = lora.quantize_nf4(weight)
+            assert codes.dtype == torch.uint8 and codes.shape == (len(blocks), 32)
+            levels = torch.tensor(lora.NF4, dtype=torch.float64)
+            unit = blocks / torch.where(largest > 0, largest, 1)
+            nearest = (unit[..., None] - levels).abs().argmin(-1)
+            halves = torch.stack((codes // 16, codes % 16), -1)  # the high half of a byte first
+            assert torch.equal(halves.flatten(1).long(), nearest)
+            assert torch.equal(scales.double(), largest)
+            levels = levels[nearest]
+        else:
+            levels, scales = lora.quantize_int8(weight)
+            assert levels.dtype == torch.int8 and levels.abs().max() <= 127
+            close(scales.double(), largest / 127, 1e-6)
+            assert ((levels * scales.double() - blocks).abs() <= 0.50001 * scales).all()
+        linear = nn.Linear(*weight.T.shape)
+        linear.weight = nn.Parameter(weight)
+        values = lora.QuantLinear(linear, kind).weight
+        assert values.shape == weight.shape and values.dtype == torch.float32
+        error = (in_blocks(values) - levels * scales.double()).abs()
+        assert (error <= levels.abs() * scale_error(scales)).all()
 
 
 @every_kind
 def test_a_quantized_layer_is_a_linear_of_its_dequantized_weight_in_either_precision(kind):
-    layer, x = quantized(kind)
+    torch.manual_seed(0)
+    layer, x = lora.QuantLinear(nn.Linear(96, 40), kind), torch.randn(5, 3, 96)
     weight, up = layer.weight, torch.randn(5, 3, 40)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     kept = []  # what autograd keeps for the backward pass: not the dequantized weight
@@ -400,23 +350,3 @@ def test_a_quantized_weight_takes_so_many_bits(kind, bits):
     state = lora.QuantLinear(nn.Linear(768, 3072, bias=False), kind).state_dict()
     stored = sum(t.numel() * t.element_size() for t in state.values())
     assert 8 * stored / (768 * 3072) == pytest.approx(bits, abs=0.005)
-
-
-@every_kind
-def test_adapters_learn_through_a_quantized_base_as_over_its_dequantized_weights(kind):
-    quantized_base, plain = tiny(), tiny()
-    lora.quantize(quantized_base, kind)
-    for name, layer in quantized_base.named_modules():
-        if isinstance(layer, lora.QuantLinear):
-            plain.get_submodule(name).weight.data = layer.weight
-    losses, gradients = [], []
-    for model in (quantized_base, plain):
-        lora.add_lora(model, "all", rank=4)
-        learn_something(model)
-        losses.append(model(IDS, IDS.roll(-1, 1)))
-        losses[-1].backward()
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    close(*losses)
-    assert len(gradients[0]) == 2 * 12
-    for ours, theirs in zip(*gradients):
-        close(ours, theirs, 1e-4)

@@ -1,12 +1,12 @@
 """Learning from rewards: what is counted of an answer, GRPO's loss, and whole runs."""
 
 import argparse
+import itertools
 import json
 import os
 import random
 from collections import Counter
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,9 +16,6 @@ from test_finetune_runs import (
     TABLES,
     content,
     in_two_processes,
-    killed_in_step,
-    losses,
-    metrics,
     refused,
     same_weights,
     save_base,
@@ -28,6 +25,7 @@ from test_finetune_runs import (
     values,
     write,
 )  # fmt: skip
+from test_train import killed_in_step, losses, metrics
 
 import finetune as ft
 import sample
@@ -37,7 +35,6 @@ from data.facts import FACTS, ask, count_facts, fact_scores, in_order, records_o
 from data.rewards import REWARDS, load_reward, rate
 from data.rows import load_data
 
-A = turn("assistant", "good")
 HOTELS = [
     {"name": "松园饭店(南店)", "price": 374.0, "rating": 4.8, "phone": "010-65127788"},
     {"name": "云海大厦", "price": 1005, "rating": 5.0, "phone": "010-60350828, 010-60350829"},
@@ -58,22 +55,18 @@ NAMED = {"name": 1, "right name": 1}
     [
         ("好的，祝您入住愉快！", (), {}),
         ("推荐云海大厦和云海大厦。", (), {"name": 2, "right name": 2, "again": 1, "doubled": 1}),
-        ("推荐如家(北京某店)。", (), {"name": 1}),
         ("云海大厦的价格是1005.0元。", (), {**NAMED, "price": 1, "right price": 1}),
         ("云海大厦的价格是374元。", (), {**NAMED, "price": 1}),
         ("价格374元的松园饭店(南店)。", (), {**NAMED, "price": 1, "right price": 1}),
         ("没有500元以下的。", (), {}),  # the guest's own number
-        ("没有400-600元的。", (), {}),  # a range
         ("评分是5分的云海大厦", (), {**NAMED, "rating": 1, "right rating": 1}),
         ("云海大厦的电话是010-60350829。", (), {**NAMED, "phone": 1, "right phone": 1}),
         ("云海大厦的电话是010-603508281。", (), {**NAMED, "phone": 1}),
-        ("云海大厦，评分15.0分", (), {**NAMED, "rating": 1}),
         ("走5分钟到云海大厦。", (), NAMED),
         ("松园饭店(南店)374元、云海大厦374元", (),
          {"name": 2, "right name": 2, "price": 2, "right price": 1}),
         # without a name it is that of the hotel named last
         ("价格是374元。", SAID, {"price": 1, "right price": 1}),
-        ("价格是1005元。", SAID, {"price": 1}),
         ("价格是1005元。", (*SAID, turn("user", "云海大厦呢？")), {"price": 1, "right price": 1}),
     ],
 )
@@ -85,9 +78,7 @@ def test_before_a_search_nothing_is_counted():
     assert not count_facts(ASKED[:2], "推荐云海大厦，374元。")
     assert not count_facts([turn("tool", "no JSON"), turn("tool", "[1]")], "推荐云海大厦。")
     assert not count_facts([turn("tool", '{"name": "A person"}')], "A person")
-    for name in ("null", "[1]", '""'):
-        record = f'{{"name": {name}, "price": 1, "rating": 2}}'
-        assert not count_facts([turn("tool", record)], "null")
+    assert not count_facts([turn("tool", '{"name": null, "price": 1, "rating": 2}')], "null")
 
 
 def test_people_are_faithful():
@@ -125,7 +116,7 @@ def test_questions_are_answered_by_what_was_returned():
         seen |= counts | Counter([question, answer])
     every = "、".join([*records_of(ASKED), "{北}饭店"]) + "。"
     asked = ("查到了哪些酒店？", "一共查到了哪些酒店？", "它们的评分？", "电话号码给我一下。")
-    assert all(seen[once] for once in ("phone", "price", "rating", every, *asked))
+    assert all(seen[once] for once in (*FACTS, every, *asked))
     assert seen["{北}饭店的价格暂时未知。"] and seen["{北}饭店的评分是4.1分。"]
     assert ask(ASKED[:2], random.Random(0)) == []
 
@@ -142,16 +133,13 @@ CALL = turn("call", 'search {"facilities": ["泳池", "SPA"], "type": "经济型
         ("slots", CALL, CALL, 1.0),
         ("slots", turn("call", 'search {"facilities": ["SPA"], "type": "豪华型"}'), CALL, 0.4),
         ("slots", turn("call", "search {"), CALL, 0.0),
-        ("slots", turn("assistant", "SPA"), CALL, 0.0),
         ("slots", turn("call", "search {}"), turn("call", "search {}"), 1.0),
         ("slots", CALL, turn("assistant", "hi"), None),
         ("exact", turn("assistant", " yes\n"), turn("assistant", "yes"), 1.0),
-        ("exact", turn("call", "yes"), turn("assistant", "yes"), 0.0),
         ("label", turn("assistant", "Positive, I think"), turn("assistant", "positive"), 1.0),
         ("label", turn("assistant", "10"), turn("assistant", "1"), 0.0),
         ("length", turn("assistant", "abc"), turn("assistant", "abcd"), 0.75),
         ("faithful", turn("assistant", "推荐云海大厦。"), turn("assistant", "推荐云海大厦。"), 1.0),
-        ("faithful", CALL, turn("assistant", "推荐云海大厦。"), 0.0),
         ("faithful", CALL, CALL, None),
     ],
 )
@@ -161,14 +149,12 @@ def test_rewards_by_hand(name, answer, wanted, value):
 
 
 def test_silence_and_repetition_earn_less_than_the_truth():
-    wanted = turn("assistant", "推荐云海大厦。")
-
-    def earned(text):
-        return REWARDS["faithful"](ASKED, turn("assistant", text), wanted)
-
-    assert earned("推荐松园饭店(南店)。") > earned("推荐北京好梦酒店。")
-    assert earned("推荐云海大厦。") > earned("推荐云海大厦和云海大厦。") > 0
-    assert earned("好的。") < earned("推荐松园饭店(南店)。")
+    texts = ("推荐云海大厦。", "推荐云海大厦和云海大厦。", "推荐松园饭店(南店)。",
+             "推荐北京好梦酒店。", "好的。")
+    truth, twice, other, invented, silence = (
+        REWARDS["faithful"](ASKED, turn("assistant", text), turn("assistant", texts[0]))
+        for text in texts)
+    assert truth > twice > 0 and other > invented and other > silence
 
 
 def test_of_several_rewards_the_first_that_is_for_a_turn_counts():
@@ -184,7 +170,7 @@ def test_a_reward_of_ones_own_and_what_is_wrong_with_it(tmp_path):
     path.write_text("def reward(messages, answer, wanted):\n"
                     "    messages[0].clear()\n    return len(answer) + (answer == wanted)\n")
     assert rate(load_reward(str(path)), asked, said, said) == 5.0 and asked == ASKED
-    for body, problem in (("return 'x'", "x"), ("return float('nan')", "nan"), ("1 / 0", "Zero")):
+    for body, problem in (("return float('nan')", "nan"), ("1 / 0", "Zero")):
         path.write_text(f"def reward(messages, answer, wanted):\n    {body}\n")
         with pytest.raises(UserError, match=f"(?s){problem}.*four.*|four.*{problem}"):
             rate(load_reward(str(path)), ASKED, said, turn("assistant", "other"))
@@ -266,9 +252,8 @@ def talker(tmp_path_factory):
     os.chdir(folder)
     ours = dict(norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True)
     save_base(Path("base.pt"), d_model=64, n_layer=2, init="zero_out", value_embed=True, **ours)
-    rows = [{"prompt": f"say {a}", "response": b} for a in LETTERS for b in LETTERS]
-    rows = [[turn("user", r["prompt"]), turn("assistant", r["response"])] for r in rows]
-    write("any.jsonl", rows)
+    pairs = itertools.product(LETTERS, LETTERS)
+    write("any.jsonl", [[turn("user", f"say {a}"), turn("assistant", b)] for a, b in pairs])
     flags = "--data any.jsonl --val_data any.jsonl --epochs 60 --lr 3e-3 --eval_rows 0"
     tune(*flags.split(), ckpt="base.pt", out="talker")
     return folder / "talker" / "best.pt"
@@ -284,8 +269,6 @@ def room(tmp_path, monkeypatch, talker):
     rows = [[turn("user", f"say {a}"), turn("assistant", a)] for a in LETTERS]
     write("letters.jsonl", [r for r in rows for _ in range(8)])
     write("val.jsonl", rows)
-    write("pairs.jsonl", [{"prompt": f"say {a}", "chosen": "a", "rejected": b}
-                          for a in LETTERS for b in LETTERS if b != "a"])
     return tmp_path
 
 
@@ -330,7 +313,8 @@ def test_a_reward_for_calls_leaves_the_other_turns_alone(room):
 
 
 def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monkeypatch):
-    """An id that is never drawn has none: else nothing would hold it back, and it would grow."""
+    """An id that is never drawn has none: else nothing would hold it back, and it would grow. The
+    answers of a draw serve several updates."""
     drawn, learned, sample_token, loss = [], [], sample.sample_token, ft.grpo_loss
 
     def draw(p, generator):
@@ -344,16 +328,9 @@ def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monk
 
     monkeypatch.setattr(sample, "sample_token", draw)
     monkeypatch.setattr(ft, "grpo_loss", watched)
-    tune(*EXACT, "--kl", "1", "--max_steps", "1")  # no group is left out
-    assert sorted(learned) == pytest.approx(sorted(drawn), abs=1e-4)
-
-
-def test_answers_of_a_draw_serve_several_updates(room, monkeypatch):
-    draw = Mock(wraps=ft.generate_turns)
-    monkeypatch.setattr(ft, "generate_turns", draw)
-    tune(*EXACT, "--updates", "3", "--grad_accum", "2", "--max_steps", "7", "--eval_every", "100")
-    seeds = [tuple(c.kwargs["seeds"]) for c in draw.call_args_list if "seeds" in c.kwargs]
-    assert len(seeds) == len(set(seeds)) == 3 * 2
+    flags = "--lr 1e-12 --embed_lr 1e-12 --head_lr 1e-12 --updates 2 --max_steps 2"
+    tune(*EXACT, *flags.split(), "--kl", "1")  # no group is left out
+    assert sorted(learned) == pytest.approx(sorted(drawn * 2), abs=1e-4)
 
 
 def test_the_reference_is_the_model_at_the_start(room):
@@ -391,6 +368,8 @@ def test_two_processes_give_the_rewards_and_losses_of_one(room):
 
 
 def test_a_reward_model_prefers_what_was_chosen_and_rewards_it(room):
+    write("pairs.jsonl", [{"prompt": f"say {a}", "chosen": "a", "rejected": b}
+                          for a in LETTERS for b in LETTERS if b != "a"])
     pairs = ["--data", "pairs.jsonl", "--val_data", "pairs.jsonl", *QUICK, "--lr", "3e-3"]
     tune(*pairs, "--objective", "reward", "--lora_rank", "4", "--max_steps", "150", out="out/judge")
     scores = json.loads(Path("out/judge/scores.json").read_text())["val"]
@@ -407,8 +386,9 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     torch.manual_seed(0)
     tokenizer, model = CHAT.with_special([ft.REWARD_TOKEN]), small_model().double()
     objective = ft.RewardModel(argparse.Namespace(context=48, loss_on="assistant"), tokenizer)
-    bad, asked = turn("assistant", "bad one"), {"messages": [turn("user", "q")]}
-    pairs = [asked | {"chosen": [A], "rejected": [bad]}, asked | {"chosen": [bad], "rejected": [A]}]
+    good, bad = [turn("assistant", "good")], [turn("assistant", "bad one")]
+    pairs = [{"messages": [turn("user", "q")], "chosen": a, "rejected": b}
+             for a, b in ((good, bad), (bad, good))]
     rows = [objective.rows(p)[0] for p in pairs]
     token, total = tokenizer.special[ft.REWARD_TOKEN], 0.0
     for chosen, rejected in rows:
@@ -423,15 +403,13 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     "flags, named",
     [
         (["--objective", "grpo"], "--reward"),
-        (["--reward", "exact"], "--objective grpo"),
         ([*GRPO, "--reward", "nothing"], "nothing"),
         ([*GRPO, "--reward", "out/base"], "no reward model"),
-        ([*EXACT, "--samples", "1"], "--samples"),
         ([*EXACT, "--token_dropout", "0.1"], "--token_dropout"),
         (["--kl", "0.1"], "--kl is not for --objective sft"),
         ([*GRPO, "--reward", "slots"], "slots"),
     ],
 )
-def test_a_users_mistake_is_one_line_that_names_it(room, capsys, flags, named):
+def test_a_users_mistake_is_one_line_that_names_it(room, flags, named):
     flags = ["--ckpt", "out/base", "--data", "letters.jsonl", *flags, "--max_steps", "1"]
-    assert named in refused(capsys, *flags)
+    assert named in refused(*flags)

@@ -8,17 +8,12 @@ import json
 import math
 import os
 import signal
-import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 
 import lora
 import model as lm
@@ -46,20 +41,20 @@ def corpus(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*flags, check=True):
-    """train.py as its user runs it: its exit code, stdout and stderr."""
+def run(*flags, check=True, main=train.main):
+    """A script as its user runs it: its exit code, stdout and stderr."""
     streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
     out, err = contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1])
     with out, err, pytest.raises(SystemExit) as e:
-        run_cli(lambda: train.main([*map(str, flags)]))
+        run_cli(lambda: main([*map(str, flags)]))
     out, err = (s.buffer.getvalue().decode() for s in streams)
     assert not check or e.value.code == 0, err
     return argparse.Namespace(returncode=e.value.code, stdout=out, stderr=err)
 
 
-def refused(*flags):
-    """The one line on stderr with which train.py ends with exit code 2."""
-    done = run(*flags, check=False)
+def refused(*flags, main=train.main):
+    """The one line on stderr with which a script ends with exit code 2."""
+    done = run(*flags, check=False, main=main)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     return done.stderr
 
@@ -76,6 +71,15 @@ def last(out):
     return torch.load(Path(out, "last.pt"), weights_only=True)
 
 
+@contextlib.contextmanager
+def killed_in_step(number):
+    """`fit` as it is, but it dies in that step, as if the process were killed."""
+    step = train.training_step
+    with pytest.MonkeyPatch.context() as m, pytest.raises(ZeroDivisionError):
+        m.setattr(train, "training_step", lambda *a: 1 / 0 if a[-1][1] == number - 1 else step(*a))
+        yield
+
+
 def settings(**changes):
     base = train.RECIPE | train.optimizer_rates() | dict.fromkeys(
         ("max_minutes", "compile", "ckpt", "autocast", "total_batch_tokens"))
@@ -89,24 +93,15 @@ def tiny(**changes):
     return lm.Transformer(lm.preset("tiny", **(shape | changes)))
 
 
-# ---- schedule ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "schedule, steps, wanted",
-    [
-        ("cosine", (4, 52, 100), (1.0, 0.6, 0.2)),
-        ("linear", (4, 52, 100), (1.0, 0.6, 0.2)),
-        ("wsd", (4, 60, 100), (1.0, 1.0, 0.2)),
-        ("constant", (4, 100), (1.0, 1.0)),
-    ],
-)
-def test_schedules_warm_up_from_above_zero_and_fall_to_their_floor(schedule, steps, wanted):
+@pytest.mark.parametrize("schedule, wanted", [("cosine", (1.0, 0.6, 0.2)),
+                         ("linear", (1.0, 0.6, 0.2)), ("wsd", (1.0, 1.0, 0.2)),
+                         ("constant", (1.0, 1.0, 1.0))])
+def test_schedules_warm_up_from_above_zero_and_fall_to_their_floor(schedule, wanted):
     args = settings(max_steps=100, warmup_steps=4, lr=1.0, min_lr=0.2, schedule=schedule)
     times = dict(seconds=0.0, warm_seconds=0.0)
     lrs = [train.scheduled_lr(args, times | {"step": step}) for step in range(101)]
     assert lrs[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert [lrs[s] for s in steps] == pytest.approx(wanted)
+    assert [lrs[s] for s in (4, 52, 100)] == pytest.approx(wanted)
     assert all(a >= b for a, b in itertools.pairwise(lrs[4:]))
 
 
@@ -115,9 +110,10 @@ def test_schedules_warm_up_from_above_zero_and_fall_to_their_floor(schedule, ste
 
 def test_an_epoch_shows_each_window_once_and_epochs_differ():
     windows = train.TokenLoader(np.arange(1000, dtype=np.uint16), context=10, seed=3)
-    first = [int(windows.rows(r, 1)[0][0, 0]) for r in range(windows.n)]
-    second = [int(windows.rows(r, 1)[0][0, 0]) for r in range(windows.n, 2 * windows.n)]
-    assert len(set(first)) == windows.n == 98
+    assert windows.per_epoch == 98
+    starts = [int(windows.rows(r, 1)[0][0, 0]) for r in range(2 * 98)]
+    first, second = starts[:98], starts[98:]
+    assert len(set(first)) == 98
     assert np.all(np.diff(sorted(first)) == 10)
     assert first != second and sorted(first) != sorted(second)  # other order, other phase
 
@@ -125,17 +121,16 @@ def test_an_epoch_shows_each_window_once_and_epochs_differ():
 def test_rows_depend_on_nothing_but_their_number():
     """Neither on the rows before them nor on how processes and micro-batches cut a step."""
     tokens = np.arange(500, dtype=np.uint16)
-    ids, targets = train.TokenLoader(tokens, 7, seed=1).rows(40, 8)
-    assert torch.equal(targets, ids + 1) and ids.dtype == torch.int64
     loader = train.TokenLoader(tokens, 7, seed=1)
+    ids, targets = loader.rows(40, 8)
+    assert torch.equal(targets, ids + 1) and ids.dtype == torch.int64
     cut = [train.micro_batches(loader, 5, 2, 2, rank, world=2) for rank in (1, 0)]
     cut = [ids for rank in reversed(cut) for ids, _ in rank]
     assert torch.equal(torch.cat(cut), ids)
 
 
 def test_a_text_of_exactly_one_window_trains_and_a_shorter_one_says_so():
-    ids, _ = train.TokenLoader(np.arange(17, dtype=np.uint16), 16, seed=0).rows(0, 3)
-    assert torch.equal(ids[0], torch.arange(16))
+    assert train.TokenLoader(np.arange(17, dtype=np.uint16), 16, seed=0).per_epoch == 1
     with pytest.raises(UserError, match=r"16 tokens.*context of 16"):
         train.TokenLoader(np.arange(16, dtype=np.uint16), 16, seed=0)
 
@@ -171,27 +166,18 @@ def test_embedding_and_head_have_their_own_rates_unless_they_are_one_table():
     assert [g["peak"] for g in groups if g["params"][0] is model.embed.weight] == [1e-4]
 
 
-class SignSGD(torch.optim.SGD):
-    """An optimizer that a hacker adds."""
-
-    def step(self):
-        for p in (p for g in self.param_groups for p in g["params"]):
-            p.grad.sign_()
-        return super().step()
-
-
 def test_an_optimizer_is_added_by_a_line_and_has_a_flag_for_its_rate(corpus, monkeypatch):
-    monkeypatch.setitem(train.OPTIMIZERS, "sign", (SignSGD, 0.004))
+    monkeypatch.setitem(train.OPTIMIZERS, "sgd", (torch.optim.SGD, 0.004))
     parse = train.build_parser().parse_args
-    for flags, rate in (([], 0.004), (["--sign_lr", "0.01"], 0.01)):
-        args = train.resolve(parse(["--optimizer", "sign", "--out", "out/x", *flags]))[0]
+    for flags, rate in (([], 0.004), (["--sgd_lr", "0.01"], 0.01)):
+        args = train.resolve(parse(["--optimizer", "sgd", "--out", "out/x", *flags]))[0]
         first, second = train.make_optimizers(tiny(), args)
-        assert isinstance(first, SignSGD) and isinstance(second, torch.optim.AdamW)
+        assert isinstance(first, torch.optim.SGD) and isinstance(second, torch.optim.AdamW)
         assert {g["peak"] for g in first.param_groups} == {rate}
-    args.ckpt, args.lr, args.sign_lr = "out/base", 1e-3, None
+    args.ckpt, args.lr, args.sgd_lr = "out/base", 1e-3, None
     args = train.settle(args, tiny(), CPU, 8, Path("words"))
-    assert args.sign_lr == 0.002  # half of its own, as 1e-3 is of AdamW's 2e-3
-    train.main([*SMALL, "--optimizer", "sign", "--max_steps", "3"])
+    assert args.sgd_lr == 0.002  # half of its own, as 1e-3 is of AdamW's 2e-3
+    train.main([*SMALL, "--optimizer", "sgd", "--max_steps", "3"])
 
 
 def test_muon_equals_torchs_own():
@@ -199,9 +185,7 @@ def test_muon_equals_torchs_own():
     a = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 8), (24, 8), (8, 24), (8, 8))]
     b = [torch.nn.Parameter(p.detach().clone()) for p in a]
     ours = train.Muon(a, lr=0.02, momentum=0.95)
-    theirs = torch.optim.Muon(
-        b, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True, adjust_lr_fn="original"
-    )
+    theirs = torch.optim.Muon(b, lr=0.02, momentum=0.95, weight_decay=0, adjust_lr_fn="original")
     for _ in range(5):
         for p, q in zip(a, b):
             p.grad = torch.randn_like(p)
@@ -302,9 +286,6 @@ def test_the_whole_split_is_read_and_told_of_once_at_the_end(corpus):
     assert rows[0]["val_loss"] == pytest.approx(metrics("out/words")[-1]["val_loss"])
 
 
-# ---- what is measured ----------------------------------------------------------------------
-
-
 def test_flops_are_those_of_the_rows_that_are_read(corpus):
     model = tiny(n_head=1, d_model=8, context=4096, vocab_size=320)
     ids = torch.randint(320, (2, 16))
@@ -314,24 +295,21 @@ def test_flops_are_those_of_the_rows_that_are_read(corpus):
     row = next(r for r in metrics("run") if "mfu" in r)
     each = row["mfu"] * CPU.peak / row["tok_s"]
     assert each == pytest.approx(lm.flops_per_token(model.config, 16), rel=0.01)
-    assert each < lm.flops_per_token(model.config) / 5
 
 
 # ---- resuming ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_killed_and_resumed_equals_straight_through_bitwise(corpus, optimizer, monkeypatch):
+def test_killed_and_resumed_equals_straight_through_bitwise(corpus, optimizer):
+    """Gradient checkpointing changes nothing, either."""
     flags = [*SMALL, "--dropout", "0.2", "--max_steps", "9", "--log_every", "1", "--eval_every",
              "4", "--optimizer", optimizer]
     run(*flags, "--out", "out/straight")
-    step = train.training_step
-    with monkeypatch.context() as m:  # after step 6 it ends, two steps after its checkpoint
-        m.setattr(train, "training_step", lambda *a: 1 / 0 if a[-1] == (0, 6) else step(*a))
-        with pytest.raises(ZeroDivisionError):
-            train.main([*flags, "--out", "out/killed"])
+    with killed_in_step(7):  # two steps after its checkpoint
+        train.main([*flags, "--out", "out/killed"])
     assert last("out/killed")["step"] == 4
-    run("--resume", "out/killed")
+    run("--resume", "out/killed", "--grad_checkpoint")
     straight, resumed = last("out/straight")["model"], last("out/killed")["model"]
     assert all(torch.equal(straight[k], resumed[k]) for k in straight)
     assert losses("out/straight") == losses("out/killed")
@@ -344,7 +322,7 @@ def test_a_stop_signal_saves_the_step_and_sets_the_exit_code(corpus, number, cod
     stopped = lambda *a: a[-1] == (0, 2) and os.kill(os.getpid(), number)  # noqa: E731
     monkeypatch.setattr(train, "training_step", lambda *a: stopped(*a) or step(*a))
     done = run(*SMALL, "--max_steps", 99, "--out", "out/stop", check=False)
-    assert done.returncode == code and "stopped at step 3, saved: go on with" in done.stdout
+    assert done.returncode == code and "stopped at step 3, saved: continue with" in done.stdout
     assert last("out/stop")["step"] == 3 and not done.stderr
 
 
@@ -415,12 +393,8 @@ def test_an_edited_file_is_prepared_again(corpus):
     run(*flags)
     with open("words.txt", "a", encoding="utf-8") as f:
         f.write("more")
-    later = time.time() + 5
-    os.utime("words.txt", (later, later))
+    os.utime("words.txt", (2e9, 2e9))
     assert "preparing words.txt first" in run(*flags).stdout
-
-
-# ---- processes -----------------------------------------------------------------------------
 
 
 def test_accumulation_follows_from_the_tokens_of_a_step():
@@ -428,19 +402,16 @@ def test_accumulation_follows_from_the_tokens_of_a_step():
 
     def settled(world, batch_size=1, context=64, **changes):
         args = settings(batch_size=batch_size, **(dict(grad_accum=2) | changes))
-        runtime = Runtime(torch.device("cpu"), world=world)
-        args = train.settle(args, model, runtime, context, Path("words"))
+        args = train.settle(args, model, replace(CPU, world=world), context, Path("words"))
         return args.grad_accum, args.total_batch_tokens
 
-    assert settled(1) == (2, 128)
     assert settled(4) == (2, 512)
     assert settled(1, context=32) == (2, 64)
     with pytest.raises(UserError, match="--context 65 must be from 2 to the model's 64"):
         train.check_context(65, model)
     for world, accum in ((1, 8), (2, 4), (8, 1)):
         assert settled(world, total_batch_tokens=512) == (accum, 512)
-    with pytest.raises(UserError, match="--grad_accum follows from --total_batch_tokens"):
-        train.main(["--data", "words", "--total_batch_tokens", "512", "--grad_accum", "2"])
+    assert "--grad_accum follows from" in refused("--total_batch_tokens", 512, "--grad_accum", 2)
     for rows, world in ((1, 3), (1, 16), (3, 1)):
         with pytest.raises(UserError, match=f"512 is not a multiple of {64 * rows * world}"):
             settled(world, rows, total_batch_tokens=512)
@@ -501,9 +472,8 @@ def test_a_run_that_is_over_says_so_and_writes_nothing(corpus, capsys):
 
 
 def test_minutes_end_a_run_and_the_schedule_with_it(corpus):
-    run(*SMALL, "--max_minutes", "0.01", "--warmup_steps", 5, "--log_every", 1, "--out",
-        "out/m")
-    steps = [r for r in metrics("out/m") if "lr" in r]
+    run(*SMALL, "--max_minutes", "0.01", "--warmup_steps", 5, "--log_every", 1)
+    steps = [r for r in metrics("out/words") if "lr" in r]
     assert 0.6 <= steps[-1]["seconds"] < 3
     assert steps[-1]["lr"] < 0.3 * max(r["lr"] for r in steps)
 
@@ -517,13 +487,6 @@ def test_low_precision_trains_nearly_like_fp32(corpus):
         run(*flags, dtype, *more, "--out", out)
         assert losses(out)[-1] == pytest.approx(losses("out/fp32")[-1], rel=0.02)
         assert all(w.dtype == torch.float32 for w in last(out)["model"].values())
-
-
-def test_gradient_checkpointing_changes_nothing_but_memory(corpus):
-    flags = [*SMALL, "--max_steps", 5, "--log_every", 1, "--dropout", 0.1]
-    run(*flags, "--out", "out/plain")
-    run(*flags, "--grad_checkpoint", "--out", "out/re")
-    assert losses("out/re") == losses("out/plain")
 
 
 def test_a_bf16_copy_learns_as_fp32_does():
@@ -551,7 +514,7 @@ def test_a_bf16_copy_learns_as_fp32_does():
 @pytest.mark.parametrize("works", [True, False])
 def test_the_compilers_trial_leaves_nothing_behind(works, monkeypatch, capsys):
     """It falls back to eager mode with one line; only training is compiled."""
-    model = lm.Transformer(lm.preset("tiny", n_layer=1, d_model=16, vocab_size=64))
+    model = tiny()
     hidden, ids, calls = model.hidden, torch.zeros(1, 4).long(), []
 
     def compiled(*args):
@@ -607,14 +570,10 @@ def test_a_second_process_or_script_is_refused(corpus):
         ("--data nosuch", "nosuch"),
         ("--data words --preset huge", "huge"),
         ("--data words --n_head 3", "n_head 3"),
-        ("--data words --vocab_size 100", "100"),
         ("--data words --context 1000000", "1000000"),
-        ("--data words --batch_size 0", "--batch_size 0"),
         ("--data words --batch_size 100000000", "memory"),
         ("--data words --vocab_size 99999999999999", "out of memory"),
-        ("--data words --min_lr inf", "--min_lr inf"),
         ("--data words --out words.txt", "words.txt"),
-        ("--data words --dtype int3", "int3"),
         ("--data words --device tpu", "tpu"),
         ("--resume out/none", "out/none"),
         ("--resume", "out/"),
@@ -630,8 +589,6 @@ def test_a_users_mistake_is_one_line_that_names_it(corpus, flags, named):
     [
         ("--max_iters 7", "max_steps", 7),
         ("--max-steps=7", "max_steps", 7),
-        ("--learning-rate=1e-3", "lr", 1e-3),
-        ("--no-qk-norm", "qk_norm", False),
         ("--no-qk_norm", "qk_norm", False),
         ("--dtype bfloat16", "dtype", "bf16"),
         ("--data=--max-iters", "data", "--max-iters"),
@@ -645,13 +602,9 @@ def test_flags_may_be_called_as_elsewhere(flags, name, value):
     "script, flags, said",
     [
         (train, "--lrr 3", "unknown argument --lrr: did you mean --lr?"),
-        (train, "--warmup 3", "unknown argument --warmup: did you mean --warmup_steps?"),
         (train, "--max_step 3", "did you mean --max_steps?"),  # no abbreviations
-        (train, "--laerning_rate 3", "did you mean --lr?"),
         (sample, "--block_siz 3", "unknown argument --block_siz (see --help)"),
-        (train, "--lr abc", "argument --lr: invalid float value: 'abc'"),
-        (train, "--optimizer sgd", "invalid choice: 'sgd'"),
-        (train, "words", "unknown argument words"),
+        (train, "--optimizer lion", "invalid choice: 'lion'"),
         (lora, "merge", "the following arguments are required: --ckpt, --adapter, --out"),
         (lora, "merge --ckpt a --adapter b --oute c", "--out"),
     ],
