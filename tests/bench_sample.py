@@ -20,7 +20,6 @@ import copy
 import json
 import math
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -215,11 +214,8 @@ async def measure(url, clients, seconds, model):
             between.extend(1000 * (b - a) for a, b in pairwise(times))
 
     await asyncio.gather(*(client(n) for n in range(clients)))
-    figures = [tokens / seconds]
-    for values in (first, between):
-        worst = statistics.quantiles(values + values[-1:], n=100)[98]
-        figures += [statistics.median(values), worst]
-    return figures
+    latencies = [np.percentile(values, (50, 99)) for values in (first, between)]
+    return [tokens / seconds, *np.concatenate(latencies)]
 
 
 def load(args):

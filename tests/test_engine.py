@@ -1,17 +1,11 @@
 """sample.Engine: texts that come and go, each equal to itself alone."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from test_matmul import ARCHITECTURES, build, fast_copy
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import lora
 import sample
 from data.cli import UserError
 from sample import Engine, generate
@@ -70,21 +64,15 @@ def test_each_of_64_texts_is_what_it_is_alone(name, fast):
     assert len({tuple(ids) for ids in alone}) > 60
 
 
-def count_ids(model, monkeypatch):
-    """A list that gets the number of ids of each pass through the model."""
-    sizes, hidden = [], model.hidden
+def test_what_is_in_the_cache_is_not_read_again(monkeypatch):
+    model, sizes = build("llama"), []
+    engine, hidden = Engine(model, 2), model.hidden
 
     def counted(ids, *args):
         sizes.append(ids.numel())
         return hidden(ids, *args)
 
     monkeypatch.setattr(model, "hidden", counted)
-    return sizes
-
-
-def test_what_is_in_the_cache_is_not_read_again(monkeypatch):
-    model = build("llama")
-    engine, sizes = Engine(model, 2), count_ids(model, monkeypatch)
     slot = engine.add(list(range(20)), temperature=0)
     engine.step()
     assert sizes == [20]
@@ -155,29 +143,6 @@ def test_log_probabilities_are_the_models(fast, chunk, most, monkeypatch):
         assert [p for _, p in best] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
 
 
-def test_an_engine_with_adapters_writes_as_the_active_one(tmp_path):
-    model = build("llama")
-    plain = write_alone(model, [3, 4], dict(temperature=0), 8)
-    lora.add_lora(model, "attention", rank=4, alpha=64)
-    for p in model.parameters():
-        if p.requires_grad:
-            torch.nn.init.normal_(p, std=0.3)
-    engine = Engine(model, 2)
-
-    def write():
-        slot = engine.add([3, 4], temperature=0)
-        for _ in range(8):
-            engine.step()
-        engine.remove(slot)
-        return slot.ids[2:]
-
-    adapted = write()
-    assert adapted != plain
-    lora.set_adapter(model)
-    engine.forget()
-    assert write() == plain
-
-
 def test_penalties_are_those_of_the_api():
     logits = torch.zeros(2, 6)
     out = sample.count_penalty(logits, [[1, 1, 4], []], frequency=0.5, presence=0.25)
@@ -190,17 +155,15 @@ def test_penalties_are_those_of_the_api():
 
 @pytest.mark.parametrize("heat", [0, 1.3])
 def test_biases_are_added_before_the_filters_and_ends_wait(heat):
-    model, V, n = build("llama"), 300, 12
+    model, V = build("llama"), 300
     bias, even = {i: 3.0 for i in range(0, V, 3)} | {1: 100, 2: -100}, torch.arange(V) % 2 == 0
-    how = dict(logit_bias=bias, allowed=even, ends=range(0, V, 4), min_tokens=5)
-    how |= dict(seed=3, top=2, temperature=heat, top_k=40, repetition_penalty=1.2)
-    engine, others = Engine(model, 3), dict(seed=4, temperature=heat, top=0, allowed=even)
-    alone = write_alone(model, [7, 8], others, n)
-    beside = [engine.add([7, 8], **others)]
-    slot, _ = engine.add([5, 6], **how), beside.append(engine.add([7, 8], **others))
-    for _ in range(n):
+    filters = dict(temperature=heat, top_k=40, repetition_penalty=1.2)
+    engine = Engine(model, 3)
+    engine.add([7, 8])
+    ends = dict(ends=range(0, V, 4), min_tokens=5)
+    slot = engine.add([5, 6], logit_bias=bias, allowed=even, seed=3, top=2, **ends, **filters)
+    for _ in range(12):
         engine.step()
-    assert [s.ids[2:] for s in beside] == [alone, alone]
     ids, g = [5, 6], torch.Generator().manual_seed(3)
     for _, best in slot.logprobs:
         with torch.no_grad():
@@ -212,16 +175,19 @@ def test_biases_are_added_before_the_filters_and_ends_wait(heat):
         logits[1::2] = -torch.inf
         if len(ids) < 2 + 5:
             logits[::4] = -torch.inf
-        filters = dict(temperature=heat, top_k=40, repetition_penalty=1.2)
         ids += sample.next_token(logits[None], [ids], [g], filters)
     assert slot.ids == ids and {i % 4 for i in ids[2:7]} == {2} and {i % 4 for i in ids[7:]} != {2}
 
 
 def test_prompts_and_biases_that_cannot_be_are_refused():
-    engine = Engine(build("gpt2"), 1)
+    model = build("gpt2")
+    engine = Engine(model, 1)
     for bad, bias in ([], {}), ([300], {}), ([-1], {}), ([1], {300: 1}), ([1], {-1: 1}):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=r"empty prompt|id -?\d+ .*0 to 299"):
             engine.add(bad, logit_bias=bias)
+    for bad in [], [[1], []], [[1], [3, -1]]:
+        with pytest.raises(UserError, match=r"empty prompt|id -1"):
+            next(generate(model, bad, 5))
     assert engine.busy == 0
 
 

@@ -2,31 +2,18 @@
 made fast writes what it wrote before."""
 
 import argparse
-import contextlib
 import copy
-import io
-import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from bench_sample import perplexity
-from conftest import real
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from conftest import BYTE
 
 import lora
 import model as lm
-import prepare_data
 import sample
-import train
 from data import matmul
 from data.cli import UserError
 from data.matmul import FLOAT_LAYOUTS, fastest, int8, plain
-from data.tokenizer import Tokenizer
 
 LLAMA = dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2, rope_theta=5e5)
 ARCHITECTURES = {
@@ -40,7 +27,6 @@ ARCHITECTURES = {
     "course": dict(position="sinusoidal", norm="layernorm", activation="relu", out_bias=True,
                    ff_bias=True, head_bias=True),
 }  # fmt: skip
-THREE = ["gpt2", "llama", "default"]
 
 
 def build(name, d_model=64, context=48, seed=0, **changes):
@@ -57,26 +43,17 @@ def build(name, d_model=64, context=48, seed=0, **changes):
 def fast_copy(model, rows=1, int8=False):
     model = copy.deepcopy(model)
     matmul.make_fast(model, rows, int8)
+    assert not any(type(m) is torch.nn.Linear for m in model.modules())
     return model
-
-
-def bf16_copy(model):
-    content = {"config": vars(model.config), "model": model.state_dict()}
-    return lm.model_from_checkpoint(content, dtype=torch.bfloat16)
-
-
-def save(model, path):
-    content = {"config": vars(model.config), "model": model.state_dict()}
-    lm.save_checkpoint(path, content | {"tokenizer": Tokenizer({"kind": "byte"}).spec})
 
 
 # ---- products --------------------------------------------------------------------------------
 
 
-def pack_or_skip(layout, weight, x):
-    """The function that computes x @ weight.T, or a skip with the reason."""
+def pack_or_skip(layout, weight, x, bias=None):
+    """The function that computes x @ weight.T + bias, or a skip with the reason."""
     try:
-        linear = layout(weight, None, len(x))
+        linear = layout(weight, bias, len(x))
         linear(x)
         return linear
     except (RuntimeError, AttributeError) as e:
@@ -113,9 +90,10 @@ def test_int8_errs_by_what_its_bits_leave(rows, vnni, monkeypatch):
 def test_each_layout_gives_the_product(layout, rows, dtype):
     torch.manual_seed(0)
     weight, few = torch.randn(640, 320).to(dtype), torch.randn(rows, 320).to(dtype)
-    linear = pack_or_skip(layout, weight, few)
+    bias = torch.randn(640).to(dtype)
+    linear = pack_or_skip(layout, weight, few, bias)
     for x in (few, torch.randn(70, 320).to(dtype)):  # a prompt has more rows
-        exact = x.double() @ weight.double().T
+        exact = x.double() @ weight.double().T + bias.double()
         bound = 4 * torch.finfo(dtype).eps * exact.norm()
         assert (linear(x).double() - exact).norm() < bound and linear(x).dtype == dtype
 
@@ -141,36 +119,6 @@ def test_the_fastest_that_works_is_chosen(monkeypatch):
 # ---- models ----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def logits(model, ids, steps=3):
-    """Of a prompt in one pass and of some tokens after it, one by one."""
-    cache = lm.KVCache(model, len(ids))
-    passes = (ids[:, :-steps], *ids[:, -steps:].split(1, dim=1))
-    return torch.cat([model.head(model.hidden(piece, cache)) for piece in passes], dim=1)
-
-
-@pytest.mark.parametrize("layout", FLOAT_LAYOUTS)
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logits_are_the_models(name, rows, layout, monkeypatch):
-    pack_or_skip(layout, torch.ones(4, 4), torch.ones(rows, 4))
-    monkeypatch.setattr(matmul, "FLOAT_LAYOUTS", (layout,))
-    model, ids = build(name), torch.randint(300, (rows, 12))
-    fast = fast_copy(model, rows)
-    assert not any(type(m) is torch.nn.Linear for m in fast.modules())
-    torch.testing.assert_close(logits(fast, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", THREE)
-@pytest.mark.parametrize("prompts", [[[5, 7]], [[5, 7, 9], [2], [30] * 20]], ids=["one", "three"])
-def test_greedy_text_is_the_models(name, prompts):
-    model = build(name, 640)
-    texts = list(sample.generate(model, prompts, 100, temperature=0))
-    fast = fast_copy(model, len(prompts))
-    assert list(sample.generate(fast, prompts, 100, temperature=0)) == texts
-    assert len(texts) == 100 and len(set(itertools.chain(*texts))) > 5
-
-
 def test_a_joint_product_serves_each_input_anew():
     """Its outputs may be asked for in any order, or not at all."""
     attention = build("qwen2").blocks[0].attention
@@ -182,55 +130,36 @@ def test_a_joint_product_serves_each_input_anew():
             torch.testing.assert_close(getattr(fast, name)(x), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", THREE)
-def test_bfloat16_is_as_near_as_bfloat16_is(name):
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "llama", "default"])
+def test_bfloat16_is_as_near_as_bfloat16_is_and_int8_nearly(name):
     model, ids = build(name, 640), torch.randint(300, (1, 12))
-    low = bf16_copy(model)
-    exact, slow, fast = (logits(m, ids) for m in (model, low, fast_copy(low)))
-    error = (fast - exact).norm() / exact.norm()
-    assert error < 1.5 * (slow - exact).norm() / exact.norm() + 1e-3 and error < 0.05
-
-
-def test_int8_costs_less_than_half_a_percent_of_perplexity(tmp_path, monkeypatch):
-    text = real("tinyshakespeare.txt").read_text(encoding="utf-8")[:150_000]
-    monkeypatch.chdir(tmp_path)
-    Path("part.txt").write_text(text, encoding="utf-8")
-    with contextlib.redirect_stdout(io.StringIO()):
-        data = prepare_data.prepare("part.txt", "char", name="shakespeare")
-        flags = "--n_layer 2 --n_head 4 --d_model 64 --context 64 --batch_size 6 --max_steps 60"
-        train.main(["--data", str(data), *flags.split(), "--eval_every", "60", "--dtype", "fp32"])
-    tokens = prepare_data.read_tokens(data, "val")[:2000]
-    model = lm.model_from_checkpoint(lm.load_checkpoint("out/shakespeare"))
-    exact, rounded = (perplexity(m, tokens, 64) for m in (model, fast_copy(model, int8=True)))
-    assert exact < 20  # it has learned something
-    assert rounded != exact and abs(rounded / exact - 1) < 0.005
+    content = {"config": vars(model.config), "model": model.state_dict()}
+    low = lm.model_from_checkpoint(content, dtype=torch.bfloat16)
+    copies = low, fast_copy(low), fast_copy(model, int8=True)
+    exact = model(ids)
+    plain, fast, rounded = ((m(ids) - exact).norm() / exact.norm() for m in copies)
+    assert fast < 1.5 * plain + 1e-3 and fast < 0.05
+    assert 1e-4 < rounded < 0.2
 
 
 # ---- flags -----------------------------------------------------------------------------------
 
 
-def test_loading_and_writing_need_no_compiler(tmp_path):
-    """torch._dynamo takes longer to import than torch itself."""
-    save(build("gpt2"), tmp_path / "x.pt")
-    code = "import sys, sample; sample.main(); assert 'torch._dynamo' not in sys.modules"
-    flags = ["--ckpt", str(tmp_path / "x.pt"), "--prompt", "x", "--max_new_tokens", "3"]
-    subprocess.run([sys.executable, "-c", code, *flags], check=True, cwd=ROOT)
-
-
-@pytest.mark.parametrize("flags", ["", "--no_fast", "--num_samples 3", "--beams 2"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
-def test_every_path_writes_on_this_machine(dtype, flags, tmp_path, capsys):
-    save(build("default", 512, n_layer=1), tmp_path / "x.pt")
-    command = f"--ckpt {tmp_path}/x.pt --prompt x --max_new_tokens 6 --print_ids --dtype {dtype} "
-    command = ["--verbose", *command.split(), *flags.split()]
-    if dtype == "int8" and flags == "--no_fast":
-        with pytest.raises(UserError, match="--dtype int8 excludes --no_fast"):
-            sample.main(command)
-        return
-    sample.main(command)
+@pytest.mark.parametrize(
+    "flags",
+    ["fp32 --no_fast", "bf16 --no_fast", "fp32 --beams 2", "bf16 --num_samples 3", "int8",
+     "int8 --num_samples 3", "int8 --beams 2"],
+)  # fmt: skip
+def test_every_path_writes_on_this_machine(flags, tmp_path, capsys):
+    model = build("default", 512, n_layer=1)
+    content = {"config": vars(model.config), "model": model.state_dict(), "tokenizer": BYTE.spec}
+    lm.save_checkpoint(tmp_path / "x.pt", content)
+    command = f"--ckpt {tmp_path}/x.pt --prompt x --max_new_tokens 6 --print_ids --dtype {flags}"
+    sample.main(["--verbose", *command.split()])
     out, err = capsys.readouterr()
     assert 1 <= len(out.strip().split("\n")[-1].split(",")) <= 6
-    assert ("2048 x 512" in err) is (flags != "--no_fast")  # what was chosen, for each shape
+    assert ("2048 x 512" in err) is ("--no_fast" not in flags)  # what was chosen, for each shape
 
 
 def test_what_cannot_be_is_named():

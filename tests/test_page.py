@@ -6,13 +6,11 @@ Needs playwright and a chromium (SCRATCHLM_CHROMIUM, default /usr/bin/chromium);
 import json
 import os
 import re
-import socket
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BYTE, CHAT, ROOT
+from conftest import BYTE, CHAT, ROOT, serving, turn
 
 import data.server
 import model as lm
@@ -31,35 +29,6 @@ LETTERS = list(b"abcdefghijklmnopqrstuvwxyz ")  # what the models write: a rando
 CHOICES = Path("out/choices.jsonl")
 
 
-class Serving:
-    """A server whose model writes letters and never ends by itself. It can be killed, and started
-    again on the same port."""
-
-    def __init__(self, name, tokenizer, tools=None):
-        torch.manual_seed(0)
-        shape = dict(vocab_size=320, n_layer=1, n_head=2, d_model=16, head_bias=True)
-        model = lm.Transformer(lm.Config(context=8192, **shape)).eval()
-        with torch.no_grad():
-            model.head.bias.fill_(-50)[LETTERS] = 0
-        flags = ["--ckpt", f"out/{name}", "--max_new_tokens", "24", "--temperature", "1"]
-        args, ckpt = sample.build_parser().parse_args(flags), Path("out", name, "best.pt")
-        self.service, self.port = sample.make_service(model, tokenizer, ckpt, args, tools), 0
-        self.service.api.scheduler.start()
-        self.start()
-
-    def start(self):
-        self.server = data.server.Server(("127.0.0.1", self.port), self.service)
-        self.port = self.server.server_port
-        self.url = f"http://127.0.0.1:{self.port}/"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def kill(self):
-        self.server.shutdown()
-        self.server.server_close()
-        for connection in list(self.server.open):
-            connection.shutdown(socket.SHUT_RDWR)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
     """The servers' folder, in which out/ is."""
@@ -76,21 +45,31 @@ def browser():
         browser.close()
 
 
-def serving(*args):
-    """A fixture: a server for all tests of this file."""
+def serve(name, tokenizer, tools=None):
+    """A fixture: a server for all tests of this file, whose model writes letters and never ends by
+    itself."""
 
     @pytest.fixture(scope="module")
     def server(folder):
-        server = Serving(*args)
-        yield server
-        server.kill()
+        torch.manual_seed(0)
+        shape = dict(vocab_size=320, n_layer=1, n_head=2, d_model=16, head_bias=True)
+        model = lm.Transformer(lm.Config(context=8192, **shape)).eval()
+        with torch.no_grad():
+            model.head.bias.fill_(-50)[LETTERS] = 0
+        flags = ["--ckpt", f"out/{name}", "--max_new_tokens", "24", "--temperature", "1"]
+        args, ckpt = sample.build_parser().parse_args(flags), Path("out", name, "best.pt")
+        service = sample.make_service(model, tokenizer, ckpt, args, tools)
+        service.api.scheduler.start()
+        with serving(data.server.Server(("127.0.0.1", 0), service)) as server:
+            server.url = f"http://127.0.0.1:{server.server_port}/"
+            yield server
 
     return server
 
 
-chat = serving("chat", CHAT, load_tools("hotel"))
-base = serving("base", BYTE)
-critic = serving("critic", BYTE.with_special([label_token("neg"), label_token("pos")]))
+chat = serve("chat", CHAT, load_tools("hotel"))
+base = serve("base", BYTE)
+critic = serve("critic", BYTE.with_special([label_token("neg"), label_token("pos")]))
 
 
 @pytest.fixture
@@ -151,10 +130,6 @@ def set_number(page, label, value):
     page.get_by_label(label, exact=True).fill(str(value))
 
 
-def asked(role, content, **more):
-    return {"role": role, "content": content, **more}
-
-
 # ---- conversation ----------------------------------------------------------------------------
 
 
@@ -204,25 +179,9 @@ def test_what_is_sent_has_the_settings_and_the_system_prompt(chat, visit):
     with page.expect_request("**/v1/chat/completions") as request:
         ask(page, "hi")
     body = request.value.post_data_json
-    assert body["messages"] == [asked("system", "be kind"), asked("user", "hi")]
+    assert body["messages"] == [turn("system", "be kind"), turn("user", "hi")]
     found = [body[k] for k in ("temperature", "top_k", "seed", "stream", "logprobs")]
     assert found == [0.5, 7, 11, True, True]
-
-
-def test_a_server_that_goes_away_and_comes_back_answers_after_all(chat, visit):
-    page = visit(chat)
-    before = ask(page, "before")
-    set_number(page, "Max tokens", 1500)
-    say(page, "during")
-    expect(page.locator("#live .text")).not_to_be_empty()
-    chat.kill()
-    expect(page.locator("#banner")).to_contain_text("reached")
-    set_number(page, "Max tokens", 24)
-    chat.start()
-    expect(page.locator("#log .answer")).to_have_count(2)
-    expect(page.locator("#banner")).to_be_hidden()
-    assert page.locator("#log .answer .text").first.inner_text() == before
-    assert len(last_answer(page).inner_text()) > 1000
 
 
 def test_a_key_is_asked_for_once(chat, browser, monkeypatch):
@@ -235,7 +194,7 @@ def test_a_key_is_asked_for_once(chat, browser, monkeypatch):
         assert len(asked_for) == 1 and "API key" in asked_for[0]
 
 
-def test_an_error_is_shown_and_a_busy_server_is_asked_again(chat, visit):
+def test_an_error_is_shown_and_a_busy_or_lost_server_is_asked_again(chat, visit):
     page, url = visit(chat), "**/v1/chat/completions"
     busy = {"status": 429, "headers": {"Retry-After": "1"}, "json": {"error": {"message": "full"}}}
     page.route(url, lambda r: r.fulfill(**busy), times=1)
@@ -243,12 +202,21 @@ def test_an_error_is_shown_and_a_busy_server_is_asked_again(chat, visit):
     expect(page.locator("#banner")).to_contain_text("busy")
     expect(page.locator("#log .answer")).to_have_count(1)
     expect(page.locator("#banner")).to_be_hidden()
+    cut = events({"content": "0"}).removesuffix("data: [DONE]\n\n")  # the server goes away
+    page.route(url, lambda r: r.fulfill(body=cut, content_type="text/event-stream"), times=1)
+    page.route("**/health", lambda r: r.abort())
+    say(page, "hi")
+    expect(page.locator("#banner")).to_contain_text("reached")
+    page.unroute("**/health")
+    expect(page.locator("#log .answer")).to_have_count(2)
+    expect(page.locator("#banner")).to_be_hidden()
+    assert "0" not in last_answer(page).inner_text()
     error = {"error": {"message": "too long for me", "type": "x", "param": None, "code": None}}
     page.route(url, lambda r: r.fulfill(status=400, json=error), times=1)
     say(page, "hi")
     expect(page.get_by_role("alert").filter(has_text="too long for me")).to_be_visible()
     page.get_by_role("button", name="Ask again").click()
-    expect(page.locator("#log .answer")).to_have_count(2)
+    expect(page.locator("#log .answer")).to_have_count(3)
 
 
 # ---- tools and Markdown ----------------------------------------------------------------------
@@ -307,10 +275,13 @@ HOSTILE = """<img src=x onerror="document.title='hacked'"> <script>document.titl
 
 
 def test_hostile_text_stays_text_and_markdown_is_shown(chat, visit):
-    deep = asked("assistant", ">" * 20_000 + "\n" + "- " * 5_000)
-    messages = [asked("user", "<b>hi</b>"), asked("assistant", HOSTILE), asked("user", "x"), deep]
-    image = "<img src=x onerror=1>"
-    tokens = [{"text": image, "bytes": list(image.encode()), "logprob": -1, "top": []}]
+    deep = turn("assistant", ">" * 20_000 + "\n" + "- " * 5_000)
+    messages = [turn("user", "<b>hi</b>"), turn("assistant", HOSTILE), turn("user", "x"), deep]
+    image, half = "<img src=x onerror=1>", "好".encode()
+    tokens = [
+        {"text": text, "bytes": list(content), "logprob": -1, "top": []}
+        for text, content in ((image, image.encode()), ("\ufffd", half[:2]), ("\ufffd", half[2:]))
+    ]
     messages[1] |= {"tokens": tokens, "seed": 1, "finish": "stop"}
     page = visit(chat, stored={"messages": messages})
     log = page.locator("#log")
@@ -322,7 +293,7 @@ def test_hostile_text_stays_text_and_markdown_is_shown(chat, visit):
     ):  # fmt: skip
         assert log.locator(selector).first.inner_text() == text
     page.get_by_role("button", name="Tokens").click()
-    expect(page.locator(".token").first).to_have_text(image)
+    expect(page.locator(".token")).to_have_text([image, "好"])  # joined to whole characters
     assert log.locator("img").count() == 0
 
 
@@ -344,15 +315,6 @@ def test_tokens_have_shades_and_alternatives_by_keyboard_too(chat, visit):
     assert alternatives.locator("i").count() >= 5 and alternatives.locator("b.mono").count() == 1
 
 
-def test_tokens_are_joined_to_whole_characters(chat, visit):
-    half = "好".encode()
-    tokens = [{"text": text, "bytes": list(data), "logprob": -0.5, "top": []}
-              for text, data in (("\ufffd", half[:2]), ("\ufffd", half[2:]), ("a", b"a"))]
-    answer = asked("assistant", "好a", tokens=tokens, finish="stop", seed=1)
-    page = visit(chat, stored={"messages": [asked("user", "x"), answer], "shaded": True})
-    assert page.locator(".token").all_inner_texts() == ["好", "a"]
-
-
 def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
     page = visit(chat, "#choose")
     say(page, "which?")
@@ -365,7 +327,7 @@ def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
     expect(page.locator("#count")).to_contain_text(re.compile("Choices: [1-9]"))
     expect(page.locator("#bar code")).to_contain_text("finetune.py")
     row = last_choice()
-    assert row["prompt"] == [asked("user", "which?")]
+    assert row["prompt"] == [turn("user", "which?")]
     assert [row[k].strip() for k in ("chosen", "rejected")] == [two.strip(), one.strip()]
     assert last_answer(page).inner_text() == two
     expect(page.locator("#draft")).to_be_enabled()
@@ -438,8 +400,6 @@ def test_the_page_speaks_the_browsers_language(chat, visit):
     page = visit(chat, locale="zh-CN")
     expect(page.locator("#draft")).to_have_attribute("placeholder", "输入消息")
     assert page.locator("html").get_attribute("lang") == "zh-CN"
-    page = visit(chat, locale="de-DE")
-    expect(page.locator("#draft")).to_have_attribute("placeholder", "Message")
 
 
 def test_every_word_of_the_page_is_in_both_languages():
@@ -456,10 +416,10 @@ def test_nothing_is_wider_than_a_phone(chat, visit):
     hotels = [{"name": "很长的名字" * 5, "price": 1, "address": "x" * 80}] * 2
     call = {"id": "c", "type": "function", "function": {"name": "search", "arguments": "x" * 200}}
     messages = [
-        asked("user", "w" * 300),
-        asked("assistant", None, tool_calls=[call]),
-        asked("tool", json.dumps(hotels), tool_call_id="c"),
-        asked("assistant", "```\n" + "y" * 300 + "\n```", finish="stop", seed=1),
+        turn("user", "w" * 300),
+        turn("assistant", None) | {"tool_calls": [call]},
+        turn("tool", json.dumps(hotels)) | {"tool_call_id": "c"},
+        turn("assistant", "```\n" + "y" * 300 + "\n```") | {"finish": "stop", "seed": 1},
     ]
     phone = {"width": 390, "height": 844}
     page = visit(chat, stored={"messages": messages}, viewport=phone, color_scheme="dark")

@@ -3,7 +3,6 @@ search, text as it comes, and the command line on a checkpoint of a few kilobyte
 
 import base64
 import io
-import itertools
 import math
 import os
 import re
@@ -16,19 +15,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from conftest import BYTE, ROOT
 
 import sample
-from data.analogy import word_vector
 from data.cli import UserError, printable
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, load_checkpoint, save_checkpoint
 from sample import TextStream, analogy, beam_search, generate, naive_generate, next_token
-
-INF = math.inf
-BYTES = Tokenizer({"kind": "byte"})
 
 
 def bpe_tokenizer(tokens, pattern):
@@ -44,18 +37,6 @@ def noisy_model(seed=0, **shape):
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.6)
-    return model
-
-
-def bigram_model(rows):
-    """A Transformer whose next-token probabilities are exactly rows[last id]."""
-    V = len(rows)
-    model = Transformer(
-        Config(vocab_size=V, n_layer=1, d_model=V, context=64, head_size=2, n_head=1)
-    ).eval()
-    with torch.no_grad():  # its blocks add nothing, and a normalised one-hot is sqrt(V) of itself
-        model.embed.weight.copy_(100 * torch.eye(V))
-        model.head.weight.copy_(torch.tensor(rows).log().clamp(min=-50).T / math.sqrt(V))
     return model
 
 
@@ -75,7 +56,7 @@ PROBS = [0.1, 0.4, 0.05, 0.15, 0.3]  # unsorted on purpose
 
 
 def kept(logits):
-    return [i for i, x in enumerate(logits[0].tolist()) if x > -INF]
+    return [i for i, x in enumerate(logits[0].tolist()) if x > -math.inf]
 
 
 def logits_of(probs):
@@ -86,13 +67,10 @@ def logits_of(probs):
     "name, number, ids",
     [
         ("top_k", 2, [1, 4]),
-        ("top_k", 1, [1]),
         ("top_k", 1000, [0, 1, 2, 3, 4]),
         ("top_p", 0.0, [1]),
         ("top_p", 0.41, [1, 4]),  # 0.4 is not enough: the token that crosses 0.41 stays
-        ("top_p", 0.69, [1, 4]),
         ("top_p", 0.96, [0, 1, 2, 3, 4]),
-        ("min_p", 0.0, [0, 1, 2, 3, 4]),
         ("min_p", 0.5, [1, 4]),
         ("min_p", 1.0, [1]),
     ],
@@ -104,25 +82,13 @@ def test_a_filter_keeps_these_ids_and_leaves_its_input_alone(name, number, ids):
     assert torch.equal(x, before) and out.data_ptr() != x.data_ptr()
 
 
-def test_temperature_divides_and_equals_are_kept():
+def test_temperature_and_penalty_divide_and_equals_are_kept():
     x = torch.tensor([[2.0, -1.0, 0.0, 4.0, -3.0]])
     assert sample.temperature(x, 0.5).tolist() == [[4.0, -2.0, 0.0, 8.0, -6.0]]
+    penalised = sample.repetition_penalty(x, [[1, 1, 3]], 2.0)
+    assert penalised.tolist() == [[2.0, -2.0, 0.0, 2.0, -3.0]]
     assert kept(sample.top_k(torch.tensor([[1.0, 2.0, 1.0, 0.0, 3.0]]), 3)) == [0, 1, 2, 4]
     assert len(kept(sample.top_p(torch.zeros(1, 5), 0.5))) == 3  # 0.2, 0.4, then 0.6 crosses
-
-
-def test_filters_agree_with_transformers():
-    hf = pytest.importorskip("transformers.generation.logits_process")
-    torch.manual_seed(0)
-    x, previous = 3 * torch.randn(8, 200), torch.randint(200, (8, 30))
-    for k in (1, 7, 199, 500):
-        assert torch.equal(sample.top_k(x, k), hf.TopKLogitsWarper(k)(None, x))
-    for p in (0.01, 0.3, 0.9, 0.999):
-        assert torch.equal(sample.top_p(x, p), hf.TopPLogitsWarper(p)(None, x))
-        assert torch.equal(sample.min_p(x, p), hf.MinPLogitsWarper(p)(None, x))
-    for penalty in (0.7, 1.3, 5.0):
-        wanted = hf.RepetitionPenaltyLogitsProcessor(penalty)(previous, x)
-        assert torch.equal(sample.repetition_penalty(x, previous.tolist(), penalty), wanted)
 
 
 def draw(logits, n, seed=0, **settings):
@@ -165,21 +131,8 @@ def test_top_p_sees_the_distribution_after_temperature_and_penalty():
     # at temperature 2 the largest of PROBS has only 0.30, so 0.35 needs a second token
     assert set(draw(logits_of(PROBS), 300, top_p=0.35)) == {1}
     assert set(draw(logits_of(PROBS), 300, top_p=0.35, temperature=2.0)) == {1, 4}
-    g = [torch.Generator()]
-    x = torch.tensor([[5.0, 1.0, 1.0]])
-    assert next_token(x, [[0]], g, dict(top_k=1, repetition_penalty=50.0))[0] in (1, 2)
-
-
-def test_a_rows_draw_depends_on_its_seed_and_not_on_its_neighbours():
-    x = torch.randn(6, 50, generator=torch.Generator().manual_seed(1))
-
-    def gen(r):
-        return torch.Generator().manual_seed(r)
-
-    together = next_token(x, [[0]] * 6, [gen(r) for r in range(6)], {})
-    alone = [next_token(x[r : r + 1], [[0]], [gen(r)], {})[0] for r in range(6)]
-    assert together == alone
-    assert draw(logits_of(PROBS), 50, seed=3) != draw(logits_of(PROBS), 50, seed=4)
+    x, settings = torch.tensor([[5.0, 1.0, 1.0]]), dict(top_k=1, repetition_penalty=50.0)
+    assert set(draw(x, 20, **settings)) == {1, 2}
 
 
 # ---- generation ------------------------------------------------------------------------------
@@ -195,42 +148,20 @@ SHAPES = [
 ]
 
 
+LENGTHS = (1, 5, 12, 3, 30, 13)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
-def test_the_engine_equals_the_naive_loop(shape):
+def test_each_prompt_of_a_batch_gives_what_the_naive_loop_gives(shape):
     """40 tokens are more than three contexts of 12: the window slides six times."""
-    model, prompt = noisy_model(**shape), random_prompt(3)
-    for settings in (dict(temperature=0), dict(seed=5, temperature=1.5, top_p=0.9)):
-        ids = rows_of(generate(model, [prompt], 40, **settings))[0]
-        assert ids == naive_generate(model, prompt, 40, **settings)
-    assert len(set(ids)) > 5  # a constant would prove little
-
-
-def test_the_repetition_penalty_remembers_what_slid_out_of_the_window():
-    model, prompt = noisy_model(), random_prompt(3)
-    settings = dict(temperature=0, repetition_penalty=1e6)
-    ids = rows_of(generate(model, [prompt], 30, **settings))[0]
-    assert ids == naive_generate(model, prompt, 30, **settings)
-    assert len(set(prompt + ids)) == 30 + len(set(prompt))
-
-
-@pytest.mark.parametrize("length", [11, 12, 13, 40])
-def test_a_prompt_around_or_beyond_the_context_is_read_from_its_end(length):
-    model, prompt = noisy_model(), random_prompt(length)
-    ids = rows_of(generate(model, [prompt], 9, temperature=0))[0]
-    assert ids == naive_generate(model, prompt, 9, temperature=0)
-
-
-LENGTHS = (1, 5, 12, 3, 30, 9)
-
-
-@pytest.mark.parametrize("shape", SHAPES[:5], ids=lambda s: "-".join(map(str, s.values())))
-def test_prompts_of_different_lengths_give_what_each_gives_alone(shape):
-    model, settings = noisy_model(**shape), dict(temperature=1.3, top_p=0.95)
+    model, seeds = noisy_model(**shape), range(10, 16)
     prompts = [random_prompt(n, seed=n) for n in LENGTHS]
-    seeds = list(range(10, 16))
-    together = rows_of(generate(model, prompts, 40, seeds=seeds, **settings))
-    alone = [naive_generate(model, p, 40, seed=s, **settings) for p, s in zip(prompts, seeds)]
-    assert together == alone
+    forgets_nothing = dict(temperature=0, repetition_penalty=1e6)  # of what slid out of the window
+    for settings in forgets_nothing, dict(temperature=1.3, top_p=0.95):
+        together = rows_of(generate(model, prompts, 40, seeds=seeds, **settings))
+        alone = [naive_generate(model, p, 40, seed=s, **settings) for p, s in zip(prompts, seeds)]
+        assert together == alone
+    assert min(len(set(ids)) for ids in together) > 5  # a constant would prove little
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS[:4], (12, 1, 1, 2), (40, 2, 13, 12)])
@@ -254,51 +185,24 @@ def test_a_row_that_stops_leaves_its_neighbours_alone(lengths, quits):
         assert [s[r] is None for s in steps] == [False] * n + [True] * (len(steps) - n)
 
 
-@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=5.0)])
-def test_only_allowed_ids_come(settings):
-    model, allowed = noisy_model(), torch.zeros(40, dtype=torch.bool)
-    allowed[[3, 17, 30]] = True
-    rows = rows_of(generate(model, [[1, 2], [5]], 40, allowed=allowed, **settings))
-    assert {i for row in rows for i in row} <= {3, 17, 30}
-
-
-@pytest.mark.parametrize("prompts", [[], [[]], [[1], []], [[40]], [[1], [3, -1]], [[1, 10**6]]])
-def test_an_empty_prompt_or_an_id_outside_the_vocabulary_is_a_data_error(prompts):
-    with pytest.raises(UserError, match=r"empty prompt|id -?\d+ .*0 to 39"):
-        next(generate(noisy_model(), prompts, 5))
-
-
 # ---- beam search -----------------------------------------------------------------------------
 
 
-def all_continuations(model, prompt, n, end, penalty):
-    """[(score, ids)] of every continuation of up to n ids that ends with `end` or has n."""
-    V, found = model.config.vocab_size, []
-    for length in range(1, n + 1):
-        for ids in itertools.product(range(V), repeat=length):
-            if end in ids[:-1] or (length < n and ids[-1] != end):
-                continue
-            with torch.no_grad():
-                logp = model(torch.tensor([[*prompt, *ids]])).double().log_softmax(-1)[0]
-            total = sum(logp[len(prompt) - 1 + t, i].item() for t, i in enumerate(ids))
-            found.append((total / length**penalty, list(ids)))
-    return sorted(found, key=lambda f: -f[0])
-
-
-@pytest.mark.parametrize("end, penalty", [(0, 0.0), (0, 2.0), (None, 1.0)])
-def test_wide_enough_beams_are_exhaustive_search(end, penalty):
-    model, n = noisy_model(3, vocab_size=5, n_layer=1), 4 if end == 0 else 3
-    wanted = all_continuations(model, [1, 4], n, end, penalty)
-    assert len(wanted) == (1 + 4 + 16 + 64 * 5 if end == 0 else 125)
-    found = beam_search(model, [1, 4], n, 400, penalty, end)
-    assert [ids for _, ids in found] == [ids for _, ids in wanted]
-    assert [s for s, _ in found] == pytest.approx([s for s, _ in wanted], abs=1e-4)
-
-
-@pytest.mark.parametrize("seed, penalty", [(0, -1.0), (1, 0.0), (2, 1.0), (0, 2.0)])
-def test_stopping_early_never_misses_what_a_full_search_of_the_same_width_finds(seed, penalty):
-    """The same beams written plainly, without cache or early end."""
-    model, prompt, n, width, end = noisy_model(seed, vocab_size=7), [1, 2], 8, 3, 0
+@pytest.mark.parametrize(
+    "seed, V, n, width, penalty, end",
+    [
+        (3, 5, 4, 400, 2.0, 0),  # beams as wide as this are exhaustive search
+        (3, 5, 3, 400, 1.0, None),
+        (0, 7, 8, 3, -1.0, 0),
+        (1, 7, 8, 3, 0.0, 0),
+        (2, 7, 8, 3, 1.0, 0),
+        (0, 7, 8, 3, 2.0, 0),
+    ],
+)
+def test_beams_are_those_of_a_plain_search_without_cache_or_early_end(
+    seed, V, n, width, penalty, end
+):
+    model, prompt = noisy_model(seed, vocab_size=V), [1, 2]
     live, done = [(0.0, [])], []
     for length in range(1, n + 1):
         grown = []
@@ -316,34 +220,12 @@ def test_stopping_early_never_misses_what_a_full_search_of_the_same_width_finds(
     assert [s for s, _ in found] == pytest.approx([s for s, _ in wanted], abs=1e-4)
 
 
-# 0 ends, 1 begins. Ending at once is the likeliest first token, "2 0" is one of two tokens.
-HASTY = [
-    [0.25, 0.25, 0.25, 0.25],
-    [0.40, 0.00, 0.35, 0.25],
-    [0.90, 0.00, 0.05, 0.05],
-    [0.10, 0.00, 0.45, 0.45],
-]
-
-
-def test_the_first_beam_that_ends_waits_for_better_ones():
-    model = bigram_model(HASTY)
-    # alone 0.40 beats 0.35 * 0.90; as a mean of logs, log(0.315) / 2 beats log(0.40)
-    assert beam_search(model, [1], 2, 2, 0.0, 0)[0][1] == [0]
-    score, ids = beam_search(model, [1], 2, 2, 1.0, 0)[0]
-    assert ids == [2, 0]
-    assert score == pytest.approx(math.log(0.35 * 0.90) / 2, abs=1e-4)
-
-
-def test_beams_keep_to_the_allowed_ids():
+def test_beams_keep_to_the_allowed_ids_and_refuse_what_they_cannot_do():
     model, allowed = noisy_model(), torch.zeros(40, dtype=torch.bool)
     allowed[[3, 17]] = True
     found = beam_search(model, [1, 2], 5, 4, allowed=allowed)
     assert len(found) == 4 and {i for _, ids in found for i in ids} == {3, 17}
     assert len(beam_search(model, [1, 2], 1, 4, allowed=allowed)) == 2  # there are no more
-
-
-def test_beams_refuse_what_they_cannot_do():
-    model = noisy_model()
     for prompt in ([], [40], [-1]):
         with pytest.raises(UserError):
             beam_search(model, prompt, 3)
@@ -359,9 +241,9 @@ def feed_all(stream, ids):
     return [stream.feed(i) for i in ids] + [stream.finish()]
 
 
-@pytest.mark.parametrize("text", ["中文字，一个", "😀👍🏽 é", "plain", "a中b😀c"])
+@pytest.mark.parametrize("text", ["😀👍🏽 é", "a中b😀c"])
 def test_characters_come_whole(text):
-    shown = feed_all(TextStream(BYTES), BYTES.encode(text))
+    shown = feed_all(TextStream(BYTE), BYTE.encode(text))
     assert "".join(shown) == text
     assert not any("\ufffd" in s for s in shown)
     for n in range(1, len(shown)):  # nothing is late: what the bytes complete is out
@@ -370,37 +252,34 @@ def test_characters_come_whole(text):
 
 
 def test_broken_bytes_become_the_replacement_character_and_other_ids_are_silent():
-    assert feed_all(TextStream(BYTES), [65, 0xFF, 66]) == ["A", "\ufffd", "B", ""]
-    assert feed_all(TextStream(BYTES), [0xE4, 0xB8]) == ["", "", "\ufffd"]  # finish says it
-    assert feed_all(TextStream(BYTES), [65, BYTES.eos_id, 300, 66]) == ["A", "", "", "B", ""]
+    assert feed_all(TextStream(BYTE), [65, 0xFF, 66]) == ["A", "\ufffd", "B", ""]
+    assert feed_all(TextStream(BYTE), [0xE4, 0xB8]) == ["", "", "\ufffd"]  # finish says it
+    assert feed_all(TextStream(BYTE), [65, BYTE.eos_id, 300, 66]) == ["A", "", "", "B", ""]
     g = torch.Generator().manual_seed(0)
     for _ in range(50):  # random bytes: most are broken
         ids = torch.randint(256, (30,), generator=g).tolist()
-        assert "".join(feed_all(TextStream(BYTES), ids)) == BYTES.decode(ids)
+        assert "".join(feed_all(TextStream(BYTE), ids)) == BYTE.decode(ids)
 
 
 @pytest.mark.parametrize(
     "text, stops, wanted",
     [
         ("one END two", ("END",), "one "),
-        ("aaab", ("aab",), "a"),
         ("aaaaabaab", ("aab",), "aaa"),
         ("x\n\nyz", ("yz", "\n\n"), "x"),
-        ("abcde", ("cd", "bcx"), "ab"),
         ("你好。再见。", ("。",), "你好"),
         ("see 👍🏽 there", ("🏽",), "see 👍"),
         ("EN END", ("ENDE", "XX", ""), None),
-        ("aaaa", ("aab",), None),
     ],
 )
 def test_text_ends_before_the_stop_string_and_nothing_is_lost_without_one(text, stops, wanted):
-    stream = TextStream(BYTES, stops)
-    shown = "".join(feed_all(stream, BYTES.encode(text)))
+    stream = TextStream(BYTE, stops)
+    shown = "".join(feed_all(stream, BYTE.encode(text)))
     assert (shown, stream.stopped) == ((text, False) if wanted is None else (wanted, True))
 
 
 def test_a_possible_stop_is_held_back_and_released_when_it_is_none():
-    stream = TextStream(BYTES, ["END"])
+    stream = TextStream(BYTE, ["END"])
     assert [stream.feed(i) for i in b"aENxENEN"] == ["a", "", "", "ENx", "", "", "EN", ""]
     assert stream.finish() == "EN" and not stream.stopped
 
@@ -412,46 +291,41 @@ def test_a_stop_inside_one_token_cuts_the_token():
     assert stream.feed(65) == "" and stream.finish() == ""
 
 
-
-
 # ---- analogies -------------------------------------------------------------------------------
 
-WORDS = ["king", "man", "woman", "queen", "apple"]
+DIRECTIONS = {  # royal, male, female, fruit
+    " king": [1, 1, 0, 0],
+    " man": [0, 1, 0, 0],
+    " woman": [0, 0, 1, 0],
+    " queen": [1, 0, 1, 0.3],
+    " apple": [0, 0, 0, 1],
+}
 
 
-@pytest.fixture
-def words():
-    """(tokenizer, table): royal, male, female, fruit; all other tokens point elsewhere."""
+def test_king_minus_man_plus_woman_is_queen():
     # merges from left to right: every prefix of " king" is a token before " king" is
     tokens = [bytes([b]) for b in range(256)]
-    for w in WORDS:
-        word = b" " + w.encode()
+    for word in map(str.encode, DIRECTIONS):
         tokens += [word[:n] for n in range(2, len(word) + 1) if word[:n] not in tokens]
     tokenizer = bpe_tokenizer(tokens, r" ?\w+|\s+|.")
-    table = torch.zeros(tokenizer.n_vocab + 20, 8)
+    table = torch.zeros(tokenizer.n_vocab + 20, 8)  # all other tokens point elsewhere
     table[:, 4:] = torch.randn(len(table), 4, generator=torch.Generator().manual_seed(0))
-    directions = [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0.3], [0, 0, 0, 1]]
-    for word, direction in zip(WORDS, directions):
-        [i] = tokenizer.encode(" " + word)
-        table[i] = torch.tensor([*direction, 0, 0, 0, 0], dtype=torch.float)
+    words = tokenizer, table
+    ids = [tokenizer.encode(word)[0] for word in DIRECTIONS]
+    for i, direction in zip(ids, DIRECTIONS.values()):
+        table[i] = torch.tensor([*direction, 0, 0, 0, 0])
     for i in (tokenizer.eos_id, -5):  # perfect, but no word; a spare row of the table
         table[i] = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0])
-    return tokenizer, table
-
-
-def test_king_minus_man_plus_woman_is_queen(words):
     found = analogy("king - man + woman", *words)
     # goal (1, 0, 1), queen (1, 0, 1, 0.3): cosine 2 / (sqrt 2 sqrt 2.09)
     assert found[0] == (" queen", pytest.approx(2 / math.sqrt(2 * 2.09), abs=1e-5))
     assert len(found) == 10 and found == sorted(found, key=lambda pair: -pair[1])
     everything = [t for t, _ in analogy("king - man + woman", *words, n=10**6)]
     assert {" queen", " apple"} <= set(everything) and not {" king", " man"} & set(everything)
-    assert len(everything) == words[0].n_vocab - 1 - 3  # nor end-of-text, nor spare rows
+    assert len(everything) == tokenizer.n_vocab - 1 - 3  # nor end-of-text, nor spare rows
     found = analogy("king - man + woman", *words, ["apple", "queen", "man"])
     assert found[0][0] == "queen" and sorted(t for t, _ in found) == ["apple", "man", "queen"]
-    vector, ids = word_vector("ax", *words)  # the mean of its tokens
-    assert ids == [97, 120] and torch.allclose(vector, words[1][[97, 120]].mean(0))
-    for expression in ("", "  ", "+", "- +"):
+    for expression in ("", "- +"):
         with pytest.raises(UserError, match="--analogy"):
             analogy(expression, *words)
 
@@ -465,7 +339,7 @@ def write_run(path, seed=0, only=b"abcdefgh "):
     with torch.no_grad():
         model.head.bias.fill_(-1000.0)
         model.head.bias[list(only)] = 0.0
-    content = {"config": asdict(model.config), "model": model.state_dict(), "tokenizer": BYTES.spec}
+    content = {"config": asdict(model.config), "model": model.state_dict(), "tokenizer": BYTE.spec}
     save_checkpoint(path, content | {"step": 1, "val_loss": 1.0})
     return model
 
@@ -504,7 +378,7 @@ def test_prompt_then_text_then_ids(say, run):
     text, line, end = out.split("\n")
     ids = last_ids(out)
     assert len(ids) == 40 and end == ""
-    assert text == "abc" + BYTES.decode(ids)
+    assert text == "abc" + BYTE.decode(ids)
     settings = dict(temperature=0.8, top_p=0.95, allowed=torch.arange(320) < 257)
     assert [ids] == rows_of(generate(run[1], [[97, 98, 99]], 40, seed=3, **settings))
     assert line == ",".join(map(str, ids))
@@ -523,7 +397,7 @@ def test_prompt_from_a_file_or_a_pipe_equals_the_prompt(say, tmp_path, monkeypat
 
 
 def test_without_a_prompt_the_model_begins_a_document(say, run, monkeypatch):
-    wanted = naive_generate(run[1], [BYTES.eos_id], 10, temperature=0)
+    wanted = naive_generate(run[1], [BYTE.eos_id], 10, temperature=0)
     assert last_ids(say(*TEN)) == last_ids(say("--prompt", "", *TEN)) == wanted
     monkeypatch.setattr(sys, "stdin", None)  # pythonw has none
     assert last_ids(say(*TEN)) == wanted
@@ -540,13 +414,7 @@ def test_a_batch_gives_each_prompt_and_sample_what_it_is_alone(say):
     alone = [say("--prompt", p, "--seed", s, *flags) for p in ("a", "bc") for s in ("7", "8")]
     assert batch.splitlines()[-4:] == [out.splitlines()[-1] for out in alone]
     assert len(set(alone)) == 4
-
-
-def test_temperature_zero_needs_no_seed(say):
-    flags = ("--prompt", "ab", "--max_tokens", "40")
-    greedy = (*flags, "--temperature", "0")
-    assert say(*greedy) == say(*greedy, "--seed", "99")
-    assert say(*flags) != say(*flags)  # another one each time
+    assert say("--prompt", "a") != say("--prompt", "a")  # without a seed another one each time
 
 
 def test_stop_ends_before_its_text(say):
@@ -556,7 +424,7 @@ def test_stop_ends_before_its_text(say):
     wanted = text[: text.index(stop)]
     assert wanted and say(*flags, "--stop", "zzz", "--stop", stop) == f"ab{wanted}\n"
     ids = last_ids(say(*flags, "--stop", stop, "--print_ids"))
-    assert BYTES.decode(ids) == wanted + stop  # the ids are what the model wrote
+    assert BYTE.decode(ids) == wanted + stop  # the ids are what the model wrote
 
 
 def test_end_of_text_ends_and_spare_rows_of_the_table_are_never_drawn(say, tmp_path):
@@ -576,10 +444,9 @@ def test_allowed_ids_are_those_with_text_and_end_of_text(run):
 def test_beams_print_the_best_and_as_many_as_asked_and_end_with_the_context(say, run):
     flags = ("--prompt", "ab", "--max_tokens", "6", "--beams", "4", "--print_ids")
     wanted = beam_search(run[1], [97, 98], 6, 4)
-    assert last_ids(say(*flags)) == wanted[0][1]
     lines = say(*flags, "--num_samples", "2").splitlines()
     assert lines[:4] == [
-        x for s, ids in wanted[:2] for x in (f"--- {s:.4f} ---", "ab" + BYTES.decode(ids))
+        x for s, ids in wanted[:2] for x in (f"--- {s:.4f} ---", "ab" + BYTE.decode(ids))
     ]
     assert lines[4:] == [",".join(map(str, ids)) for _, ids in wanted[:2]]
     out = say("--beams", "2", "--print_ids", "--prompt", "a" * 30)
@@ -589,6 +456,8 @@ def test_beams_print_the_best_and_as_many_as_asked_and_end_with_the_context(say,
 
 
 def test_the_newest_run_is_taken_and_named(say, tmp_path):
+    with pytest.raises(UserError, match=r"train\.py.*--ckpt"):  # there is none
+        say("--prompt", "a", ckpt=None)
     for name, seed, when in (("one", 1, 1000), ("two", 2, 2000), ("three", 3, 500)):
         path = tmp_path / "out" / name / "last.pt"
         write_run(path, seed)
@@ -624,7 +493,7 @@ def test_a_model_without_a_tokenizer_continues_ids(say, tmp_path, run):
 
 def test_analogy_and_choices_on_the_command_line(say, run):
     lines = say("--analogy", "a - b + c").splitlines()
-    wanted = analogy("a - b + c", BYTES, run[1].embed.weight.detach())
+    wanted = analogy("a - b + c", BYTE, run[1].embed.weight.detach())
     assert lines == [f"{c:7.3f}  {t!r}" for t, c in wanted] and len(lines) == 10
     lines = say("--analogy", "a - b + c", "--choices", "x, y,z").splitlines()
     assert sorted(line.split()[1] for line in lines) == ["'x'", "'y'", "'z'"]
@@ -634,22 +503,17 @@ def test_analogy_and_choices_on_the_command_line(say, run):
     "flags, named",
     [
         ("--top_p 2", "--top_p 2"),
-        ("--top_p nan", "--top_p nan"),
         ("--top_k -1", "--top_k -1"),
         ("--max_tokens 0", "--max_new_tokens 0"),
         ("--temperature inf", "--temperature inf must be at least 0"),
-        ("--repetition_penalty 0", "--repetition_penalty 0"),
         ("--prompt_ids a,b", "a,b"),
-        ("--prompt_ids 5,,6", "5,,6"),
         ("--prompt_ids 5,320", "320 .*0 to 319"),
-        ("--prompt_ids 5,-1", "-1 .*0 to 319"),
         (f"--prompt a --seed {2**70}", "--seed"),
         ("--device abacus", "--device abacus"),
         ("--choices a,b", "--choices is for --analogy"),
         ("--system kind", "--system is for --chat"),
+        ("--dtype int8 --no_fast", "--dtype int8 excludes --no_fast"),
         ("--beams 2 --num_samples 3", "--num_samples 3 is more than --beams 2"),
-        ("--dtype int4", "int4"),
-        ("x", "x"),
         ("--prompt @gb.txt", "gb.txt is not text in UTF-8"),
         ("--prompt @none.txt", "none.txt"),
         ("--prompt ab\udcff", "the prompt is not text in UTF-8"),  # a shell of another encoding
@@ -670,17 +534,10 @@ def test_a_value_that_makes_no_sense_is_named(say, capsys, flags, named):
     assert re.search(named, message)
 
 
-def test_as_a_program_it_continues_what_is_piped_in_or_exits_with_2(run, tmp_path, say):
-    def script(*argv, stdin=b""):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-        command = [sys.executable, str(ROOT / "sample.py"), *argv]
-        return subprocess.run(command, input=stdin, capture_output=True, env=env, timeout=60)
-
-    done = script("--ckpt", run[0], *TEN, "--device", "cpu", stdin="ab 中文".encode())
+def test_as_a_program_it_continues_what_is_piped_in(run, say):
+    env = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", run[0], *TEN, "--device", "cpu"]
+    text = "ab 中文"
+    done = subprocess.run(command, input=text.encode(), capture_output=True, env=env, timeout=60)
     assert done.returncode == 0 and done.stderr == b""
-    assert done.stdout.decode().splitlines() == say("--prompt", "ab 中文", *TEN).splitlines()
-    done = script("--prompt", "a")  # there is no run
-    err = done.stderr.decode()
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert err.startswith("sample.py: ") and err.count("\n") == 1
-    assert "train.py" in err and "--ckpt" in err
+    assert done.stdout.decode().splitlines() == say("--prompt", text, *TEN).splitlines()
