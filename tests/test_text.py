@@ -43,7 +43,7 @@ def test_encodings_are_recognised(encoding, start, text, block, monkeypatch):
     assert pieces_of("a.txt") == [text]
 
 
-@pytest.mark.parametrize("text", ["姓名,城市\n张三,北京\n", "问题0,答案0\n", "床前明月光，疑是地上霜。"])
+@pytest.mark.parametrize("text", ["城市\n北京\n上海", "问题0,答案0\n", "床前明月光，疑是地上霜。"])
 def test_short_texts_and_tables_in_gbk_are_recognised(text):
     Path("a.txt").write_bytes(text.encode("gbk"))
     assert pieces_of("a.txt") == [text]
