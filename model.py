@@ -115,6 +115,8 @@ class Config:
         for name, low in (lows | dict(head_size=1, d_ff=1, bigram=0)).items():
             if getattr(self, name) < low:
                 raise UserError(f"{name} {getattr(self, name)} must be at least {low}")
+        if self.context > 2**24:
+            raise UserError(f"context {self.context} must be at most {2**24}")
         for name in ("eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} {getattr(self, name)} must be above 0")

@@ -12,6 +12,7 @@ The chapters: sources, writing, reading back, the command line. Downloads, encod
 are modules in data/. No torch here.
 """
 
+import contextlib
 import glob
 import itertools
 import json
@@ -267,6 +268,9 @@ def prepare(
             if not os.path.getsize(folder / "val.tmp"):
                 split_tail(folder, token_dtype(tok.n_vocab), val_fraction)
             meta = describe(folder, source, tok, stats, documents)
+            with contextlib.suppress(UserError):  # there may be none, or a damaged one
+                if (old := read_meta(folder)["source"]) != meta["source"]:
+                    print(f"{folder} held {old!r} before; it is replaced")
             (folder / "meta.json").unlink(missing_ok=True)  # no moment with a meta of other files
             for split in ("train", "val"):
                 os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")

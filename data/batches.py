@@ -135,7 +135,8 @@ def show_mask(rows, tokenizer, count):
     """Print the first `count` rows, a token a line: position, a * if it is learned, id, text."""
     flat = [r for row in rows for r in sequences(row)]
     for number, row in enumerate(flat[:count], start=1):
-        print(f"--- row {number}: {len(row.ids)} tokens, {sum(row.mask)} of them learned ---")
+        cut = ", cut to --context" if row.cut else ""
+        print(f"--- row {number}: {len(row.ids)} tokens, {sum(row.mask)} of them learned{cut} ---")
         for n, (i, learned) in enumerate(zip(row.ids, row.mask)):
             print(f"{n:5} {' *'[learned]} {i:7} {repr(tokenizer.decode([i]))[1:-1]}")
 

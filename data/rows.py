@@ -309,12 +309,15 @@ def first_words(example):
 def split_off(examples, fraction):
     """(train, val): about `fraction` of the conversations, always the same ones, with all their
     rows, so that no conversation is learned in part and measured in part."""
-    order = sorted({first_words(e) for e in examples}, key=lambda w: sha256(w.encode()).digest())
+    keys = [first_words(e) for e in examples]
+    if len(set(keys)) < 2:  # they all begin with the same greeting
+        keys = [json.dumps(e, sort_keys=True) for e in examples]
+    order = sorted(set(keys), key=lambda key: sha256(key.encode()).digest())
     if len(order) < 2:
-        raise UserError(f"{len(examples)} row(s) cannot be split, all begin alike: give --val_data")
+        raise UserError(f"{len(examples)} row(s) cannot be split, all are alike: give --val_data")
     held = set(order[: min(max(1, round(fraction * len(order))), len(order) - 1)])
-    train = [e for e in examples if first_words(e) not in held]
-    return train, [e for e in examples if first_words(e) in held]
+    train = [e for key, e in zip(keys, examples) if key not in held]
+    return train, [e for key, e in zip(keys, examples) if key in held]
 
 
 def row_paths(source, limits):

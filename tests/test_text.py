@@ -43,6 +43,12 @@ def test_encodings_are_recognised(encoding, start, text, block, monkeypatch):
     assert pieces_of("a.txt") == [text]
 
 
+@pytest.mark.parametrize("text", ["城市\n北京\n上海", "问题0,答案0\n", "床前明月光，疑是地上霜。"])
+def test_short_texts_and_tables_in_gbk_are_recognised(text):
+    Path("a.txt").write_bytes(text.encode("gbk"))
+    assert pieces_of("a.txt") == [text]
+
+
 TAKEN_FOR_GB18030 = [
     ("cp1252", "She\u2019s the seller\u2019s \u201cfriend\u201d\u2014don\u2019t talk. "),
     ("cp1252", "Größere Bücher für Schüler; schön, wärmer, möglich. "),
@@ -168,17 +174,18 @@ def test_a_json_list_is_read_as_its_rows_are():
     rows = [
         "plain", {"text": "t"}, [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}],
         {"instruction": "i", "input": "", "output": "o"},
-        {"instruction": "i", "input": "n", "output": "o"},
+        {"system": "s", "history": [["h", "g"]], "instruction": "i", "input": "n", "output": "o"},
         {"id": 1, "items": [{"from": "human", "value": "你好"}]},
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "q"}, {"content": None, "tool_calls": [5]}]},
     ]
-    wanted = ["plain", "t", "hi\nho", "i\no", "i\nn\no", "你好", "q\na"]
+    wanted = ["plain", "t", "hi\nho", "i\no", "s\nh\ng\ni\nn\no", "你好", "q\na", "q\n[5]"]
     Path("a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert pieces_of("a.jsonl") == wanted
     Path("zip.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
     assert pieces_of("zip.json.gz") == wanted
     Path("bad.json").write_text(json.dumps([*rows, {"text": 5}]))
-    with pytest.raises(UserError, match=r"bad\.json: row 8 is neither"):
+    with pytest.raises(UserError, match=r"bad\.json: row 9 is neither"):
         pieces_of("bad.json")
     Path("cut.json").write_text(json.dumps(rows)[:-9])
     with pytest.raises(UserError, match=r"cut\.json: broken JSON \(.*line 1 column"):
