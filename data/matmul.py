@@ -29,6 +29,23 @@ def transposed(weight, bias, rows):
     return lambda x: add_bias(x @ weight, bias)
 
 
+def halves(weight, bias, rows):
+    """The weight as (in, out), in two products with half of the inputs each: torch computes a
+    product with one row on one core, and two such products on two."""
+    if rows > 1 or weight.shape[1] % 2:
+        raise RuntimeError("for one row and an even number of inputs")
+    weight, half = weight.t().contiguous(), weight.shape[1] // 2
+    pair = weight.view(2, half, -1)
+
+    def forward(x):
+        if x.numel() > 2 * half:  # a prompt
+            return add_bias(x @ weight, bias)
+        y = torch.bmm(x.reshape(2, 1, half), pair).sum(0)
+        return add_bias(y.view(*x.shape[:-1], -1), bias)
+
+    return forward
+
+
 def packed(weight, bias, rows):
     """The weight in the layout that oneDNN prefers on this CPU for so many rows."""
     if not torch.backends.mkldnn.enabled:
@@ -67,7 +84,7 @@ def add_bias(y, bias):
     return y if bias is None else y + bias
 
 
-FLOAT_LAYOUTS = (transposed, plain, packed)
+FLOAT_LAYOUTS = (transposed, plain, halves, packed)
 INT8_LAYOUTS = (int8,)
 SMALL = 1 << 18  # a smaller matrix stays in a core's cache, where its layout hardly matters
 TIMED = 1 << 22  # of a larger one only so many weights are timed
