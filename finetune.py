@@ -305,7 +305,7 @@ class SFT:
         return self.scores(jobs, turns), rows, lines
 
     def metrics(self):
-        """Further values for a line of metrics.jsonl, of the steps since the last call."""
+        """Further metrics for metrics.jsonl, averaged over the steps since the last call."""
         return {}
 
 
@@ -469,9 +469,9 @@ def load_rewards(source, device):
     try:
         model, tokenizer, where = load(source, device, "fp32")
     except UserError as e:
-        raise UserError(f"--reward {source} is none of {', '.join(REWARDS)}: {e}") from e
+        raise UserError(f"--reward {source} is not one of {', '.join(REWARDS)}, and {e}") from e
     if REWARD_TOKEN not in tokenizer.special:
-        raise UserError(f"{where} is no reward model: --objective reward makes one")
+        raise UserError(f"{where} is not a reward model: --objective reward makes one")
     token, context = tokenizer.special[REWARD_TOKEN], model.config.context
     device = model.head.weight.device
 

@@ -44,7 +44,7 @@ from data.runs import OUT, lock_folder, new_run
 # The data: 60,000 digits to learn from, 10,000 to be tested on
 # --------------------------------------------------------------------------------------------
 
-MEAN, STD = 0.1307, 0.3081  # of the training pixels, scaled to [0, 1]
+MEAN, STD = 0.1307, 0.3081  # mean and standard deviation of the training pixels, in [0, 1]
 
 
 def load_mnist(device="cpu", folder=None):

@@ -407,7 +407,7 @@ def copy_candidates(ids, positions):
     (tensor([[0, 9, 7]]), tensor([[0, 1, 2]]))
     """
     S, earlier = ids.shape[1], torch.arange(ids.shape[1], device=ids.device)
-    # of the (B, T, S) tensors; int16 is faster, if length * S fits
+    # int16 is faster for the (B, T, S) tensors, but length * S must not overflow it
     dtype = torch.int16 if S * (LONGEST_MATCH + 1) < 2**15 else torch.int32
     padded = F.pad(ids.int(), (LONGEST_MATCH - 1, 0), value=-1)
     windows = padded.unfold(1, LONGEST_MATCH, 1)  # (B, S, 8): the ids that end at each position
@@ -861,7 +861,7 @@ def load_checkpoint(path, dtype=None, resuming=False):
     if path.is_dir():
         files = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
         if not files:
-            raise UserError(f"{path} holds no best.pt or last.pt; train first, or name a file")
+            raise UserError(f"{path} has no best.pt or last.pt; train first, or name a file")
         path = files[0]
     if not path.exists():
         raise UserError(
@@ -870,7 +870,7 @@ def load_checkpoint(path, dtype=None, resuming=False):
         )
     content = load_pt(path, mapped=not resuming)
     if not isinstance(content, dict) or not {"config", "model"} <= set(content):
-        raise UserError(f"{path} is no checkpoint of scratchlm: it has no config and model")
+        raise UserError(f"{path} is not a checkpoint of scratchlm: it has no config and model")
     if not resuming:
         content.pop("parts", None)  # where a sharded run keeps what it resumes from
     return content

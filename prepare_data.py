@@ -67,8 +67,9 @@ def find_files(source):
         return [path / name for name in choose_texts(f"folder {source}", names, suffixes)]
     paths = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
     if not paths:
+        names = ", ".join(SOURCES)
         raise UserError(
-            f"source {source!r} is no file, folder, glob or URL, nor one of {', '.join(SOURCES)}"
+            f"source {source!r} is not a file, folder, glob or URL, and not one of {names}"
         )
     return paths
 

@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import lora
 from data.analogy import analogy
-from data.chat import get_template, label_token, labels_of
+from data.chat import common_length, get_template, label_token, labels_of
 from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, dtype_name, native_dtype
@@ -382,11 +382,6 @@ class Engine:
                 slot.logprobs += top_logprobs(logits[r, None], [new[slot]], slot.top)
             slot.ids.append(new[slot])
         return new
-
-
-def common_length(a, b):
-    """The length of the common prefix of two lists."""
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def generate(

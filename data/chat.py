@@ -88,7 +88,7 @@ def message_text(message):
 
 
 def common_length(a, b):
-    """The number of items with which two texts or lists begin alike."""
+    """The length of the common prefix of two texts or lists."""
     return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 

@@ -74,7 +74,8 @@ def try_lock(file):
 
 
 def write_once(path, is_written, write):
-    """Call write() unless is_written(). Of several processes one writes and the others wait."""
+    """Call write() unless is_written() is true. If several processes do so at the same time, one of
+    them writes and the others wait."""
     if is_written():
         return
     with locked(path):
@@ -95,9 +96,9 @@ def read_json(path):
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is no JSON ({e})") from e
+        raise UserError(f"{path} is not JSON ({e})") from e
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path} is not a JSON object")
     return values
 
 

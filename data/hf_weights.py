@@ -64,7 +64,7 @@ def config_from_hf(values):
     whose value changes the model in a way that we do not compute."""
     family = values.get("model_type")
     if family not in FAMILIES:
-        raise UserError(f"model_type {family!r} is none of {', '.join(FAMILIES)}")
+        raise UserError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
 
     def refuse(name, value):
         raise UserError(f"{name} = {value!r} is not implemented here")
@@ -114,8 +114,8 @@ def rope_from_hf(left, refuse):
 
 
 def config_to_hf(config):
-    """The config.json, as a dict, of the model family closest to `config`, the fields of a
-    model.Config. The caller reads it back to see whether it computes the same."""
+    """Convert the fields of a model.Config, a dict, to the config.json of the closest model family.
+    The caller has to read the result back and compare, since that family may lack a field."""
     c, gpt2 = config, config["position"] == "learned"
     if gpt2:
         family, architecture = "gpt2", "GPT2LMHeadModel"

@@ -43,7 +43,7 @@ def read_hotels(path=None):
             r | {"facilities": [f.strip() for f in r["facilities"] if f.strip()]} for r in rows
         ]
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is no hotel database ({e!r})") from e
+        raise UserError(f"{path} is not a hotel database ({e!r})") from e
 
 
 def search_hotels(
@@ -106,7 +106,7 @@ def join_dialogues(path):
                     {k: r[k] for k in (*HOTEL_KEYS.values(), *r) if k in r} for r in turn["records"]
                 ]
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} holds no rows of context and response ({e!r})") from e
+        raise UserError(f"{path} has no rows of context and response ({e!r})") from e
     return drop_continued(turns)
 
 

@@ -50,8 +50,8 @@ def hub_rows(repo, part, limits):
             raise UserError("it has no splits")
     except UserError as e:
         raise UserError(
-            f"{repo} is no file or folder here, and the Hub's viewer does not give its rows: name "
-            f"one of its files, as {repo}:FILE ({e})"
+            f"{repo} is not a file or folder here, and the Hub's viewer does not give its rows: "
+            f"name one of its files, as {repo}:FILE ({e})"
         ) from e
     config, names = choose_splits(repo, part, splits)
     paths = {s: viewer_file(repo, config, name, limits[s]) for s, name in names.items()}

@@ -87,7 +87,7 @@ def add_bias(y, bias):
 FLOAT_LAYOUTS = (transposed, plain, halves, packed)
 INT8_LAYOUTS = (int8,)
 SMALL = 1 << 18  # a smaller matrix stays in a core's cache, where its layout hardly matters
-TIMED = 1 << 22  # of a larger one only so many weights are timed
+TIMED = 1 << 22  # of a larger matrix, only this many weights are used for the timing
 timings = {}  # (shape, dtype, rows, layouts) -> {layout: seconds}, filled once a process
 
 

@@ -308,10 +308,14 @@ def first_words(example):
 
 def split_off(examples, fraction):
     """(train, val): about `fraction` of the conversations, always the same ones, with all their
-    rows, so that no conversation is learned in part and measured in part."""
+    rows, so that no conversation is learned in part and measured in part. First words that more
+    than `fraction` of the rows share are a common greeting: such rows are told apart as a whole."""
     keys = [first_words(e) for e in examples]
-    if len(set(keys)) < 2:  # they all begin with the same greeting
-        keys = [json.dumps(e, sort_keys=True) for e in examples]
+    sizes, most = Counter(keys), max(1, fraction * len(examples))
+    keys = [
+        key if sizes[key] <= most else json.dumps(e, sort_keys=True)
+        for key, e in zip(keys, examples)
+    ]
     order = sorted(set(keys), key=lambda key: sha256(key.encode()).digest())
     if len(order) < 2:
         raise UserError(f"{len(examples)} row(s) cannot be split, all are alike: give --val_data")

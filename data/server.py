@@ -134,7 +134,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.fail(e)
         except Busy as e:
             self.fail(ApiError(429, f"{e}: try again in a second", code="rate_limit_exceeded"))
-        except (ConnectionError, TimeoutError):  # the client went away
+        except (ConnectionError, TimeoutError):  # the client is gone: nobody is left to answer
             pass
         except Exception as e:
             self.server.handle_error(self.connection, self.client_address)

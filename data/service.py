@@ -11,7 +11,7 @@ from data.chat import labels_of, tool_call
 from data.cli import UserError
 from data.rows import to_example
 from data.runs import OUT, read_run, run_list
-from data.tools import call_tool, function_schema
+from data.tools import call_tool, function_schema, known_by_training
 
 PAGE = Path(__file__).with_name("page.html")
 CHOICES = OUT / "choices.jsonl"
@@ -38,8 +38,8 @@ class Service:
         if self.key and not re.fullmatch("[!-~]+", self.key):
             raise UserError("--api_key must be ASCII letters, digits and signs, as HTTP needs it")
         if self.cors and not re.fullmatch(r"https?://[^/\s]+", self.cors):
-            raise UserError(f"--cors {self.cors} is no origin like https://example.org")
-        known = {n for n, f in tools.items() if getattr(f, "needs_no_schema", False)}
+            raise UserError(f"--cors {self.cors} is not an origin like https://example.org")
+        known = known_by_training(tools)
         schemas = [function_schema(name, f) for name, f in tools.items()]
         context, labels = scheduler.engine.context, labels_of(tokenizer)
         self.api = Api(scheduler, tokenizer, adapters, context, allowed, settings, schemas, known)

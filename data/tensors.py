@@ -86,7 +86,7 @@ class Safetensors:
             if end != size - self.start:
                 raise ValueError(f"its header describes {end} of {size - self.start} bytes")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise UserError(f"{path} is no safetensors file, or is damaged: {e}") from e
+            raise UserError(f"{path} is not a safetensors file, or is damaged: {e}") from e
 
     def __getitem__(self, name):
         dtype, shape, begin, end = self.entries[name]

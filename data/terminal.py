@@ -8,7 +8,7 @@ from pathlib import Path
 from data.chat import get_template, message_text
 from data.cli import UserError, printable
 from data.reply import THOUGHT, Reply
-from data.tools import call_tool, function_schema
+from data.tools import call_tool, function_schema, known_by_training
 
 MAX_CALLS = 3  # tool calls in one turn of the model
 CHAT_HELP = (
@@ -28,9 +28,8 @@ class Chat:
         self.template, self.messages, self.turns = get_template(tokenizer), [], 0
         if self.template is None:
             raise UserError("this model has no chat template: use --prompt, or fine-tune it first")
-        known = {n for n, f in self.tools.items() if getattr(f, "needs_no_schema", False)}
-        told = self.tools.keys() - (known if self.template.ours else set())
-        self.schemas = [function_schema(n, f) for n, f in self.tools.items() if n in told]
+        known = known_by_training(self.tools) if self.template.ours else ()
+        self.schemas = [function_schema(n, f) for n, f in self.tools.items() if n not in known]
 
     def tools_problem(self):
         """Why the model cannot be told of its tools; None if it can."""

@@ -135,10 +135,12 @@ def row_text(row, field, where):
 
 def turn_text(turn):
     """The text of one turn of a dialogue; calls, arguments and records as JSON."""
-    names = ("reasoning_content", "content", "value", "arguments", "records", "tool_calls")
-    values = [turn[name] for name in names if turn.get(name) not in (None, "", [])]
+    names = ("content", "value", "arguments", "records")
+    content = next((turn[name] for name in names if turn.get(name) is not None), "")
+    values = [turn.get("reasoning_content"), content, turn.get("tool_calls")]
+    values = [value for value in values if value is not None]
     texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
-    return "\n".join(texts)
+    return "\n".join(filter(None, texts))
 
 
 def json_rows(blocks, name):

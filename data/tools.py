@@ -84,6 +84,11 @@ def type_schema(hint):
     return schema
 
 
+def known_by_training(tools):
+    """The names of those of the tools {name: function} that our models call without a schema."""
+    return {name for name, f in tools.items() if getattr(f, "needs_no_schema", False)}
+
+
 def function_schema(name, function):
     """The JSON schema by which a model is told of a function: its parameters, their types, and what
     its docstring, in Google's style, says of them, as transformers.utils.get_json_schema does."""

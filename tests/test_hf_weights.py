@@ -111,7 +111,7 @@ REFUSED = [
     ("qwen2", dict(use_sliding_window=True), "use_sliding_window = True"),
     ("mistral", dict(sliding_window="?"), "wrong type"),
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
-    ("llama", dict(model_type="mamba"), "model_type 'mamba' is none of gpt2, llama"),
+    ("llama", dict(model_type="mamba"), "model_type 'mamba' is not one of gpt2, llama"),
     ("llama", dict(num_attention_heads=5), "n_head 5 is not a multiple of n_kv_head 2"),
 ]
 

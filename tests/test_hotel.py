@@ -210,5 +210,5 @@ def test_what_is_no_data_base_is_said(tmp_path):
     path = tmp_path / "hotels.json"
     for text in ("{", '[["a"]]', "[1]", '[{"name": "a"}]', '[["a", {"名称": 1}]]'):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(UserError, match=r"hotels.json is no hotel database"):
+        with pytest.raises(UserError, match=r"hotels.json is not a hotel database"):
             read_hotels(path)

@@ -568,7 +568,7 @@ def test_a_folder_means_its_best_then_its_last(saved):
     lm.save_checkpoint(saved.with_name("best.pt"), content_of(build(), step=5))
     assert lm.load_checkpoint(saved.parent)["step"] == 5
     assert lm.load_checkpoint(saved)["step"] == 7
-    with pytest.raises(UserError, match=r"holds no best\.pt"):
+    with pytest.raises(UserError, match=r"has no best\.pt"):
         lm.load_checkpoint(saved.parent.parent)
     with pytest.raises(UserError, match=r"none\.pt does not exist"):
         lm.load_checkpoint(saved.with_name("none.pt"))

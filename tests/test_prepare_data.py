@@ -69,7 +69,7 @@ def test_several_sources_are_one_text():
 def test_a_source_without_text_is_named():
     Path("empty").mkdir()
     Path("a.txt").write_text("a")
-    message = {"nosuch": "nor one of stdlib", "empty": "holds no", "a.txt": "1 tokens .* too few"}
+    message = {"nosuch": "not one of stdlib", "empty": "holds no", "a.txt": "1 tokens .* too few"}
     for source, reason in message.items():
         with pytest.raises(UserError, match=f"{source}.*{reason}"):
             prepare(source, "byte")
@@ -217,7 +217,7 @@ DAMAGE = [  # (file, what happens to its content, what the message says)
         ("format", 2), ("dtype", "<u4"), ("dtype", ">u2"), ("vocab_size", 70_000),
         ("largest_id", 400), ("splits", {"train": {}, "val": {}}), ("splits", 5))),
     ("meta.json", lambda data: b'{"format": 1}', DAMAGED),
-    *(("meta.json", lambda _, text=text: text, "(is|holds) no JSON")
+    *(("meta.json", lambda _, text=text: text, "is not (JSON|a JSON object)")
       for text in (b"", b"[]", b'{"format": 1', b"\xff\xfe", b"null")),
 ]  # fmt: skip
 

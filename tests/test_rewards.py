@@ -392,7 +392,7 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     [
         (["--objective", "grpo"], "--reward"),
         ([*GRPO, "--reward", "nothing"], "nothing"),
-        ([*GRPO, "--reward", "out/base"], "no reward model"),
+        ([*GRPO, "--reward", "out/base"], "not a reward model"),
         ([*EXACT, "--token_dropout", "0.1"], "--token_dropout"),
         (["--kl", "0.1"], "--kl is not for --objective sft"),
         ([*GRPO, "--reward", "slots"], "slots"),

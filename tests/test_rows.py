@@ -372,7 +372,9 @@ def test_beginnings_of_a_dialogue_are_joined_and_never_split(tmp_path):
     assert [e["text"] for e in split_off(five, 0.4)[1]] == ["c", "d"]  # everywhere, for ever
     for fraction in (0.01, 0.5, 0.99):
         assert all(split_off(examples[2:7], fraction))
-    assert all(split_off(examples[:2], 0.5))  # with one greeting for all, rows are split
+    greeted = [{"messages": [turn("user", "hi"), turn("assistant", str(n))]} for n in range(50)]
+    train, val = split_off([*greeted, examples[5]], 0.2)  # a greeting does not join conversations
+    assert len(val) == 10 and len(train) == 41
     with pytest.raises(UserError, match="cannot be split, all are alike"):
         split_off(examples[1:3], 0.5)
 
@@ -485,7 +487,7 @@ MISTAKES = {  # --data: what the message says
     "me/sft:train_dpo": "has no split train_dpo: name one to learn from, as me/sft:train_sft",
     "me/large": "has 100,100 rows of train: say how many by --max_rows",
     "me/bare": "data/datasets/me/bare/default-train.jsonl holds no rows",
-    "me/none": "me/none is no file or folder here, and the Hub's viewer does not give its rows",
+    "me/none": "me/none is not a file or folder here, and the Hub's viewer does not give its rows",
     "me/here": "me/here is a folder",
     "data/none": "data/none does not exist: name a .json, .jsonl, .csv, .tsv file, .gz too, OWNER",
     "me/moved": "me/moved changed on the Hub while it was downloaded: delete data/downloads/",

@@ -83,5 +83,5 @@ def test_damaged_files_raise_or_load_as_the_library_reads_them(tmp_path):
 def test_deep_json_in_a_header_is_no_crash(tmp_path, depth):
     text = b"[" * depth + b"]" * depth
     (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text)
-    with pytest.raises(UserError, match="no safetensors file"):
+    with pytest.raises(UserError, match="not a safetensors file"):
         Safetensors(tmp_path / "x")

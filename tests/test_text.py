@@ -178,14 +178,16 @@ def test_a_json_list_is_read_as_its_rows_are():
         {"id": 1, "items": [{"from": "human", "value": "你好"}]},
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
         {"messages": [{"role": "user", "content": "q"}, {"content": None, "tool_calls": [5]}]},
+        [{"role": "search", "arguments": {}}, {"role": "return", "records": []}],
     ]
     wanted = ["plain", "t", "hi\nho", "i\no", "s\nh\ng\ni\nn\no", "你好", "q\na", "q\n[5]"]
+    wanted.append("{}\n[]")
     Path("a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert pieces_of("a.jsonl") == wanted
     Path("zip.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
     assert pieces_of("zip.json.gz") == wanted
     Path("bad.json").write_text(json.dumps([*rows, {"text": 5}]))
-    with pytest.raises(UserError, match=r"bad\.json: row 9 is neither"):
+    with pytest.raises(UserError, match=r"bad\.json: row 10 is neither"):
         pieces_of("bad.json")
     Path("cut.json").write_text(json.dumps(rows)[:-9])
     with pytest.raises(UserError, match=r"cut\.json: broken JSON \(.*line 1 column"):
