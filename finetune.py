@@ -46,7 +46,7 @@ from data.rows import as_chat, first_words, load_data, report_bad
 from data.runs import newest_run, run_folder
 from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS, SOURCES
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, label_token, labels_of
 from prepare_data import default_name
 from sample import Engine, allowed_ids, classify, load
 
@@ -317,7 +317,7 @@ class Classify(SFT):
 
     @staticmethod
     def special_tokens(tokenizer, splits, labels):
-        return [chat.label_token(name) for name in labels]
+        return [label_token(name) for name in labels]
 
     def rows(self, example):
         text, label = example["text"], example["label"]
@@ -328,7 +328,7 @@ class Classify(SFT):
 
     def report(self, model, split):
         """The figures are over the label tokens alone; the lines show the confusion matrix."""
-        label_ids = [self.tokenizer.special[chat.label_token(name)] for name in self.labels]
+        label_ids = [self.tokenizer.special[label_token(name)] for name in self.labels]
         logps = classify(model, [row.ids[:-1] for row in split.rows], label_ids)  # (N, labels)
         wanted = torch.tensor([self.labels.index(e["label"]) for e in split.examples])
         best, rows = logps.argmax(1), []
@@ -884,7 +884,7 @@ def evaluate_only(args, objective_class, examples):
     needed = objective_class.special_tokens(tokenizer, examples, find_labels(examples))
     if missing := [name for name in needed if name not in tokenizer.special]:
         raise UserError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
-    objective = objective_class(args, tokenizer, chat.labels_of(tokenizer), runtime)
+    objective = objective_class(args, tokenizer, labels_of(tokenizer), runtime)
     split = objective.make_split(examples[args.split])
     objective.start(model, {args.split: split}, None)
     run = where.parent if where.suffix == ".pt" else where

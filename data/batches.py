@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data.chat import get_template, label_token, split_system
+from data.chat import get_template, split_system
+from data.tokenizer import label_token
 
 # --------------------------------------------------------------------------------------------
 # Examples -> token rows

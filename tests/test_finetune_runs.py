@@ -26,11 +26,11 @@ import model as lm
 import sample
 import train
 from data.batches import BucketLoader, Row, pad
-from data.chat import CHAT_TOKENS, labels_of
+from data.chat import CHAT_TOKENS
 from data.machine import Runtime
 from data.rows import load_data
 from data.sources import SOURCES, Source
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, labels_of
 
 CPU = Runtime(torch.device("cpu"), peak=1e11)
 FITS = argparse.Namespace(context=48, loss_on="assistant")
