@@ -142,11 +142,6 @@ def show_mask(rows, tokenizer, count):
             print(f"{n:5} {' *'[learned]} {i:7} {repr(tokenizer.decode([i]))[1:-1]}")
 
 
-# --------------------------------------------------------------------------------------------
-# Rows -> batches: a pure function of (seed, number)
-# --------------------------------------------------------------------------------------------
-
-
 def pad(rows):
     """(ids, targets) of rows, both (B, T), padded at the end with id 0 and target -100."""
     ids = [torch.tensor(r.ids[:-1]) for r in rows]

@@ -34,11 +34,6 @@ def records_of(messages):
     return records
 
 
-# --------------------------------------------------------------------------------------------
-# Augmentation
-# --------------------------------------------------------------------------------------------
-
-
 def augment(examples, share, rng):
     """The conversations of an epoch, those with rare arguments more often (see `hotel.repeats`):
     each value is exchanged with probability `share` (see `hotel.substitute`), and up to three
@@ -91,11 +86,6 @@ def in_order(messages):
             m = m | {"content": pattern.sub(lambda _, new=new: next(new), m["content"])}
         ordered.append(m)
     return ordered
-
-
-# --------------------------------------------------------------------------------------------
-# Figures and a reward
-# --------------------------------------------------------------------------------------------
 
 
 @cache
