@@ -129,9 +129,8 @@ class DequantizedProduct(torch.autograd.Function):
 
 
 def quantize(model, kind, device="cpu"):
-    """Replace the Linears of the blocks by frozen, quantized ones, in place, and convert the rest
-    of the model to float32; returns their names. The layers go to `device` one by one, so that it
-    never holds the full weights."""
+    """Replace the Linears of the blocks by frozen, quantized ones, and return their names. They go
+    to `device` one by one, so that it never holds the full weights; the rest becomes float32."""
     layers = find_layers(model, "all", nn.Linear)
     for name, linear in layers.items():
         model.set_submodule(name, QuantLinear(linear.to(device), kind))
@@ -178,8 +177,7 @@ class Named(nn.ParameterDict):
 
 class LoRALinear(nn.Module):
     """base(x) + alpha / rank * B(A(dropout(x))) for the active one of the adapters over the base.
-    A (rank, in) starts random, B (out, rank) at zero, so a new adapter changes nothing. Hu et al.
-    2021, section 4.1."""
+    A (rank, in) starts random, B (out, rank) at zero: it changes nothing yet (Hu et al. 2021)."""
 
     def __init__(self, base):
         super().__init__()
@@ -269,8 +267,7 @@ def hold_frozen(model, dtype):
 @torch.no_grad()
 def set_adapter(model, name=None):
     """Make the adapter `name` the active one, or none. Its `modules_to_save` are written into the
-    model, and what the previous adapter learned there is kept for its return. UserError for an
-    unknown name."""
+    model, and what the previous adapter learned there is kept for its return."""
     if name not in (None, *adapter_names(model)):
         listed = ", ".join(adapter_names(model)) or "none"
         raise UserError(f"there is no adapter {name}; the model has {listed}")
@@ -337,8 +334,7 @@ def adapter_state(model):
 
 @torch.no_grad()
 def load_adapter(model, content, name="default"):
-    """Make the adapter `name` active and copy the tensors of an adapter checkpoint into it;
-    UserError if they do not fit."""
+    """Make the adapter `name` active and copy the tensors of its checkpoint into it."""
     set_adapter(model, name)
     parameters, state = adapter_parameters(model), content["model"]
     if problem := fit_error(parameters, state):

@@ -38,8 +38,8 @@ def tool_call(name, arguments, call_id=None):
 
 
 def read_call(call):
-    """The `tool_call` that an entry of someone else's `tool_calls`, or {"name", "arguments"},
-    means. The arguments stay as they are written. ValueError if it is malformed."""
+    """The `tool_call` of an entry of `tool_calls`, or of {"name", "arguments"}, as somebody else
+    wrote it. ValueError if it is malformed."""
     function = call.get("function", call)
     name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
     if not isinstance(name, str) or name.split() != [name]:
@@ -48,8 +48,7 @@ def read_call(call):
 
 
 def parse_call(call):
-    """(name, arguments as a dict) of an entry of `tool_calls`. ValueError if the arguments are not
-    a JSON object; an empty text means no arguments."""
+    """(name, arguments as a dict) of a `tool_call`. ValueError if they are not a JSON object."""
     name, arguments = call["function"]["name"], call["function"]["arguments"]
     if isinstance(arguments, str):
         try:
@@ -122,8 +121,7 @@ CONTENT, TOOL, KEY = "Zq7", "Zq8", "Zq9"  # probes that are easy to find in a te
 
 
 class Arguments(dict):
-    """The arguments of a call as templates receive them. If they came as JSON text, `text` holds
-    it, and `tojson` writes it unchanged."""
+    """A call's arguments for a template. If they came as text, `tojson` writes that `text`."""
 
     text = None
 
@@ -256,8 +254,8 @@ class Template:
         return named or self.sources.get("default") or next(iter(self.sources.values()))
 
     def escaped(self, messages, tools):
-        """The messages and schemas as the template receives them: special tokens in them are
-        escaped, and calls' arguments are `Arguments` if they are an object."""
+        """The messages and schemas for the template: special tokens in them escaped, calls'
+        arguments as `Arguments` if they are an object."""
         has_developer = "developer" in self.source_for(tools)
         result = []
         for m in messages:
@@ -330,9 +328,8 @@ class Template:
         return [(*self.encode_row(text, borders), numbers) for text, borders, numbers in rows]
 
     def encode_row(self, text, borders):
-        """(ids, mask) of a text that is learned between the first and the second of the borders,
-        the third and the fourth, and so on. No token crosses a border, since the model reads the
-        prompt before it writes."""
+        """(ids, mask) of a text that is learned between borders 0 and 1, 2 and 3, and so on. No
+        token crosses a border, since the model reads the prompt before it writes."""
         ids, mask = [], []
         for n, (start, stop) in enumerate(pairwise([0, *borders, len(text)])):
             part = self.encode(text[start:stop])

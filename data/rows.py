@@ -91,8 +91,8 @@ def read_message(turn, unread):
 
 
 def read_messages(turns, unread, role="user"):
-    """The messages of a list of turns, or of a text that `role` says. A call in a turn of its own
-    joins the assistant's turn before it."""
+    """The messages of a list of turns, or of a text that `role` says. A separate call joins the
+    assistant's turn before it."""
     turns = {"role": role, "content": turns} if isinstance(turns, str) else turns
     single, messages = [], []
     for turn in [turns] if isinstance(turns, dict) else turns:
@@ -160,8 +160,7 @@ def read_question(row, unread):
 
 
 def read_pair(row, unread):
-    """The example of a preference pair, whose sides may repeat the prompt. The messages that they
-    share become the prompt."""
+    """The example of a preference pair. The messages that both sides share become the prompt."""
     if isinstance(row.get("input"), dict):  # OpenAI
         row |= row.pop("input")
     if row.keys() & set(QUESTIONS):

@@ -50,8 +50,8 @@ class Job:
 
 
 class Scheduler(threading.Thread):
-    """Runs an Engine for jobs until `close`. activate(name) makes another adapter the active one,
-    once all texts of the previous one are written."""
+    """Runs an Engine for jobs until `close`. activate(name) makes another adapter active, once all
+    texts of the previous one are written."""
 
     def __init__(self, engine, activate=None, adapter=None, max_waiting=64):
         super().__init__(name="model", daemon=True)
@@ -80,7 +80,7 @@ class Scheduler(threading.Thread):
         return result
 
     def close(self, seconds):
-        """Take no more jobs and return when all are done; cancel those that are not by then."""
+        """Take no more jobs, and return when all are done or, after `seconds`, cancelled."""
         with self.changed:
             self.closing = True
             self.changed.notify()
