@@ -555,6 +555,102 @@ def token_logps(x, weight, bias, targets, allowed=None):
 
 
 # --------------------------------------------------------------------------------------------
+# The cache: what generation keeps of the tokens so far
+# --------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """The positions of the T new tokens of each row, and what they may look at."""
+
+    positions: slice | torch.Tensor  # the same for all rows, or (B, T)
+    mask: torch.Tensor | None = None  # (B, 1, T, S), see `naive_attention`
+    layers: list | None = None  # per layer (keys, values), old and new tokens, (B, nkv, S, hs)
+
+
+class KVCache:
+    """Ids, keys and values of all tokens seen so far, allocated ahead of use; `grow` enlarges it.
+    Keys and values are (n_layer, B, nkv, S, hs) each.
+
+    Decoding one token then costs one row of matrix products and not T of them. `lengths` is the
+    number of tokens in each row. It lies on the CPU, so reading it does not wait for a GPU.
+    """
+
+    def __init__(self, model, batch, length=None):
+        c, weight = model.config, model.embed.weight
+        shape = (c.n_layer, batch, c.n_kv_head, min(length or c.context, c.context), c.head_size)
+        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.zeros_like(self.keys)
+        self.ids = torch.zeros(batch, shape[3], dtype=torch.long, device=weight.device)
+        self.lengths = torch.zeros(batch, dtype=torch.long)
+        self.context = c.context
+
+    @property
+    def room(self):
+        """The most tokens that a row can hold."""
+        return self.keys.shape[3]
+
+    def rows(self, first, last):
+        """A KVCache of some of the rows, in the same memory."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
+        part.ids, part.lengths = self.ids[first:last], self.lengths[first:last]
+        return part
+
+    def begin(self, ids, static=False):
+        """Store ids (B, T) after those of each row, and return their Step. `hidden` adds T to the
+        lengths when all layers are done. If `static`, no shape depends on the lengths, as CUDA
+        graphs need."""
+        T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
+        start, stop = max(lengths), max(lengths) + T
+        if stop > self.room:
+            limit = "context" if self.room == self.context else "cache"
+            raise UserError(f"{stop} tokens do not fit the {limit} of {self.room}")
+        if start == min(lengths) and not static:
+            positions, mask = slice(start, stop), None
+            self.ids.narrow(1, start, T).copy_(ids)
+        else:
+            stop = self.room if static else stop
+            positions = (self.lengths[:, None] + torch.arange(T)).to(device)
+            mask = torch.arange(stop, device=device) <= positions[:, None, :, None]
+            self.ids.scatter_(1, positions, ids)
+        keys, values = self.keys.narrow(3, 0, stop), self.values.narrow(3, 0, stop)
+        return Step(positions, mask, list(zip(keys, values)))
+
+    def update(self, i, step, *new):
+        """Store the new keys and values of layer i, (B, nkv, T, hs) each; return layer i's keys and
+        values of all tokens."""
+        for cached, t in zip(step.layers[i], new):
+            if isinstance(step.positions, slice):
+                cached.narrow(2, step.positions.start, t.shape[2]).copy_(t)
+            else:
+                index = step.positions[:, None, :, None]
+                cached.scatter_(2, index.expand_as(t), t.to(cached.dtype))
+        return step.layers[i]
+
+    def past(self, step):
+        """The ids so far and the new ones, (B, S)."""
+        return self.ids[:, : step.layers[0][0].shape[2]]
+
+    def copy_rows(self, sources, targets=slice(None), n=None):
+        """Copy what the rows `sources` hold, or the first n tokens of it, to the rows `targets`."""
+        lengths = self.lengths[sources].clamp(max=n if n is not None else self.room)
+        n = int(lengths.max())
+        for t in (self.keys, self.values):
+            t[:, targets, :, :n] = t[:, sources, :, :n]
+        self.ids[targets, :n] = self.ids[sources, :n]
+        self.lengths[targets] = lengths
+
+    def grow(self, room):
+        """Enlarge the cache to `room` tokens a row."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:3], room, old.shape[4])
+            new[:, :, :, : old.shape[3]] = old
+            setattr(self, name, new)
+        self.ids = F.pad(self.ids, (0, room - self.ids.shape[1]))
+
+
+# --------------------------------------------------------------------------------------------
 # The model
 # --------------------------------------------------------------------------------------------
 
@@ -625,27 +721,11 @@ class Transformer(nn.Module):
             else:
                 nn.init.normal_(p, std=0.02 if gpt2 else 0.577 / math.sqrt(c.d_model))
 
-    @torch.no_grad()
-    def grow_vocabulary(self, vocab_size, used):
-        """Make room for at least `vocab_size` ids, of which the first `used` were in use until now.
-        All rows after those, spare ones included, start at the mean of the used rows."""
-        c, grown = self.config, max(self.config.vocab_size, vocab_size)
-        for table in filter(None, (self.embed, self.value_embed, None if c.tied else self.head)):
-            for name in ("weight", "bias"):
-                if (old := getattr(table, name, None)) is not None:
-                    kept = old[:used]  # the tokenizer's end of text may have no row yet
-                    mean = kept.float().mean(0, keepdim=True).to(old.dtype)
-                    new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
-                    setattr(table, name, nn.Parameter(new, old.requires_grad))
-        if c.tied:
-            self.head.weight = self.embed.weight
-        self.embed.num_embeddings = self.head.out_features = c.vocab_size = grown
-
     def hidden(self, ids, cache=None, step=None):
         """The final, normalised states (B, T, C) of ids (B, T); logits are `model.head` of them.
 
         With a `KVCache` the ids follow those that each of its rows holds. `step` is the result of
-        `cache.begin(ids)` if the caller has called it (see data/graphs.py). Both classes follow.
+        `cache.begin(ids)` if the caller has called it (see data/graphs.py).
         """
         c, T = self.config, ids.shape[1]
         if cache is None and c.context < T:
@@ -704,96 +784,21 @@ class Transformer(nn.Module):
             return token_logps(x, self.head.weight, self.head.bias, targets, allowed)  # (B, T)
         return chunked_loss(x, self.head.weight, self.head.bias, targets, places)
 
-
-class Step(NamedTuple):
-    """The positions of the T new tokens of each row, and what they may look at."""
-
-    positions: slice | torch.Tensor  # the same for all rows, or (B, T)
-    mask: torch.Tensor | None = None  # (B, 1, T, S), see `naive_attention`
-    layers: list | None = None  # per layer (keys, values), old and new tokens, (B, nkv, S, hs)
-
-
-class KVCache:
-    """Ids, keys and values of all tokens seen so far, allocated ahead of use; `grow` enlarges it.
-    Keys and values are (n_layer, B, nkv, S, hs) each.
-
-    Decoding one token then costs one row of matrix products and not T of them. `lengths` is the
-    number of tokens in each row. It lies on the CPU, so reading it does not wait for a GPU.
-    """
-
-    def __init__(self, model, batch, length=None):
-        c, weight = model.config, model.embed.weight
-        shape = (c.n_layer, batch, c.n_kv_head, min(length or c.context, c.context), c.head_size)
-        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.zeros_like(self.keys)
-        self.ids = torch.zeros(batch, shape[3], dtype=torch.long, device=weight.device)
-        self.lengths = torch.zeros(batch, dtype=torch.long)
-        self.context = c.context
-
-    @property
-    def room(self):
-        """The most tokens that a row can hold."""
-        return self.keys.shape[3]
-
-    def rows(self, first, last):
-        """A KVCache of some of the rows, in the same memory."""
-        part = copy.copy(self)
-        part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
-        part.ids, part.lengths = self.ids[first:last], self.lengths[first:last]
-        return part
-
-    def begin(self, ids, static=False):
-        """Store ids (B, T) after those of each row, and return their Step. `hidden` adds T to the
-        lengths when all layers are done. If `static`, no shape
-        depends on the lengths, as CUDA graphs need."""
-        T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
-        start, stop = max(lengths), max(lengths) + T
-        if stop > self.room:
-            limit = "context" if self.room == self.context else "cache"
-            raise UserError(f"{stop} tokens do not fit the {limit} of {self.room}")
-        if start == min(lengths) and not static:
-            positions, mask = slice(start, stop), None
-            self.ids.narrow(1, start, T).copy_(ids)
-        else:
-            stop = self.room if static else stop
-            positions = (self.lengths[:, None] + torch.arange(T)).to(device)
-            mask = torch.arange(stop, device=device) <= positions[:, None, :, None]
-            self.ids.scatter_(1, positions, ids)
-        keys, values = self.keys.narrow(3, 0, stop), self.values.narrow(3, 0, stop)
-        return Step(positions, mask, list(zip(keys, values)))
-
-    def update(self, i, step, *new):
-        """Store the new keys and values of layer i, (B, nkv, T, hs) each; return layer i's keys and
-        values of all tokens."""
-        for cached, t in zip(step.layers[i], new):
-            if isinstance(step.positions, slice):
-                cached.narrow(2, step.positions.start, t.shape[2]).copy_(t)
-            else:
-                index = step.positions[:, None, :, None]
-                cached.scatter_(2, index.expand_as(t), t.to(cached.dtype))
-        return step.layers[i]
-
-    def past(self, step):
-        """The ids so far and the new ones, (B, S)."""
-        return self.ids[:, : step.layers[0][0].shape[2]]
-
-    def copy_rows(self, sources, targets=slice(None), n=None):
-        """Copy what the rows `sources` hold, or the first n tokens of it, to the rows `targets`."""
-        lengths = self.lengths[sources].clamp(max=n if n is not None else self.room)
-        n = int(lengths.max())
-        for t in (self.keys, self.values):
-            t[:, targets, :, :n] = t[:, sources, :, :n]
-        self.ids[targets, :n] = self.ids[sources, :n]
-        self.lengths[targets] = lengths
-
-    def grow(self, room):
-        """Enlarge the cache to `room` tokens a row."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:3], room, old.shape[4])
-            new[:, :, :, : old.shape[3]] = old
-            setattr(self, name, new)
-        self.ids = F.pad(self.ids, (0, room - self.ids.shape[1]))
+    @torch.no_grad()
+    def grow_vocabulary(self, vocab_size, used):
+        """Make room for at least `vocab_size` ids, of which the first `used` were in use until now.
+        All rows after those, spare ones included, start at the mean of the used rows."""
+        c, grown = self.config, max(self.config.vocab_size, vocab_size)
+        for table in filter(None, (self.embed, self.value_embed, None if c.tied else self.head)):
+            for name in ("weight", "bias"):
+                if (old := getattr(table, name, None)) is not None:
+                    kept = old[:used]  # the tokenizer's end of text may have no row yet
+                    mean = kept.float().mean(0, keepdim=True).to(old.dtype)
+                    new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
+                    setattr(table, name, nn.Parameter(new, old.requires_grad))
+        if c.tied:
+            self.head.weight = self.embed.weight
+        self.embed.num_embeddings = self.head.out_features = c.vocab_size = grown
 
 
 def meta_model(config):
