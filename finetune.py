@@ -80,7 +80,7 @@ FIXED = {
 def dpo_margin(model, ids, targets, reference):
     """(P, 2): the log probabilities of chosen and rejected answers under `model` minus those under
     the reference, for a batch of `DPO.batch`."""
-    logps = model(ids, targets, reduction="none").sum(1)  # (2 P,)
+    logps = model(ids, targets, output="log_probs").sum(1)  # (2 P,)
     return torch.stack(logps.chunk(2), dim=1) - reference
 
 
@@ -118,9 +118,9 @@ def distill_loss(model, ids, targets, teacher, weight, temperature):
     """weight * cross-entropy + (1 - weight) * T^2 * KL(teacher || model), summed over the targets;
     the temperature T softens both distributions. Hinton et al. 2015, section 2."""
     keep = targets != -100
-    logits = model(ids, targets, reduction="logits").float()  # (N, V)
+    logits = model(ids, targets, output="logits").float()  # (N, V)
     with torch.no_grad():
-        taught = teacher(ids, targets, reduction="logits").float()
+        taught = teacher(ids, targets, output="logits").float()
     V, T = min(logits.shape[1], taught.shape[1]), temperature  # one may have more spare rows
     ours, theirs = (x[:, :V].div(T).log_softmax(-1) for x in (logits, taught))
     kl = F.kl_div(ours, theirs, reduction="sum", log_target=True)
@@ -165,7 +165,7 @@ def generate_turns(model, tokenizer, prompts, seeds=None):
     turns, waiting, running = [[] for _ in prompts], deque(range(len(prompts))), {}
     engine = Engine(model, min(48, len(prompts)), 256)
     while waiting or running:
-        while waiting and engine.busy < len(engine.slots):
+        while waiting and engine.busy < len(engine.texts):
             i = waiting.popleft()
             options = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
             running[engine.add(prompts[i], allowed=allowed, **options)] = i
@@ -456,7 +456,7 @@ class RewardModel(DPO):
 
     def rewards(self, model, ids, targets, reference):
         token = self.tokenizer.special[REWARD_TOKEN]
-        logits = model(ids, targets, reduction="logits")[:, token].float()
+        logits = model(ids, targets, output="logits")[:, token].float()
         return torch.stack(logits.chunk(2), dim=1)
 
 
@@ -485,7 +485,7 @@ def load_rewards(source, device):
         for numbers in batches.bucket(range(len(rows)), rows, 4096):
             ids, targets = (t.to(device) for t in batches.pad([rows[i] for i in numbers]))
             with torch.autocast(device.type, enabled=False):
-                out[numbers] = model(ids, targets, reduction="logits")[:, token].cpu()
+                out[numbers] = model(ids, targets, output="logits")[:, token].cpu()
         return out.tolist()
 
     return rewards
@@ -503,18 +503,18 @@ class SharedPrompt(lm.KVCache):
         """As `KVCache.begin`."""
         start = self.ids.shape[1]
         self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
-        return lm.Step(slice(start, start + ids.shape[1]))
+        return lm.NewTokens(slice(start, start + ids.shape[1]))
 
-    def update(self, i, step, *new):
+    def update(self, i, new, *keys_and_values):
         """As `KVCache.update`."""
-        if not step.positions.start:
-            self.kept[i] = new
-            return new
-        old = (t.expand(len(new[0]), -1, -1, -1) for t in self.kept[i])
-        return [torch.cat(pair, dim=2) for pair in zip(old, new)]
+        if not new.positions.start:
+            self.kept[i] = keys_and_values
+            return keys_and_values
+        old = (t.expand(len(keys_and_values[0]), -1, -1, -1) for t in self.kept[i])
+        return [torch.cat(pair, dim=2) for pair in zip(old, keys_and_values)]
 
-    def past(self, step):
-        """As `KVCache.past`."""
+    def seen_ids(self, new):
+        """As `KVCache.seen_ids`."""
         return self.ids
 
 
@@ -525,9 +525,9 @@ def group_logps(runner, model, ids, targets, lengths, allowed=None):
     groups = []
     for row, group, n in zip(ids, targets.chunk(len(ids)), lengths.tolist()):
         shared, prompt, T = SharedPrompt(model), row[None, :n], most_targets(group)
-        runner(prompt, torch.full_like(prompt, -100), shared, reduction="none")
+        runner(prompt, torch.full_like(prompt, -100), shared, output="log_probs")
         answers, wanted = row[n : n + len(group) * T].view(-1, T), group[:, :T].contiguous()
-        logps = runner(answers, wanted, shared, reduction="none", allowed=allowed)
+        logps = runner(answers, wanted, shared, output="log_probs", allowed=allowed)
         groups.append(F.pad(logps, (0, group.shape[1] - T)))
     return torch.cat(groups)
 

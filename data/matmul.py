@@ -179,8 +179,12 @@ def make_fast(model, rows=1, int8=False):
 
 
 def direct(module):
-    """What module(x) computes, as a function without the microseconds of nn.Module's own call."""
-    if type(module) is nn.LayerNorm:  # nor those of F.layer_norm
+    """What module(x) computes, as a function without the microseconds of nn.Module's own call, and
+    for a norm without those of torch.nn.functional."""
+    if type(module) is nn.LayerNorm:
         shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
         return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+    if type(module) is nn.RMSNorm:
+        shape, weight, eps = module.normalized_shape, module.weight, module.eps
+        return lambda x: torch.rms_norm(x, shape, weight, eps)
     return module.forward

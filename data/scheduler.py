@@ -123,7 +123,7 @@ class Scheduler(threading.Thread):
         while self.waiting:
             job = self.waiting[0]
             switch = not job.function and job.adapter != self.adapter
-            if self.engine.busy == len(self.engine.slots) or (self.writing and switch):
+            if self.engine.busy == len(self.engine.texts) or (self.writing and switch):
                 return
             with self.changed:
                 self.waiting.popleft()
@@ -177,5 +177,5 @@ class Scheduler(threading.Thread):
     def lines(self):
         """All figures in Prometheus' text format."""
         figures = self.counts | {"queue": len(self.waiting)}
-        figures |= {"slots_busy": self.engine.busy, "slots": len(self.engine.slots)}
+        figures |= {"slots_busy": self.engine.busy, "slots": len(self.engine.texts)}
         return [f"scratchlm_{name} {value}" for name, value in figures.items()]
