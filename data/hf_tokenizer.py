@@ -12,10 +12,6 @@ from data.cli import UserError
 from data.files import read_json
 from data.tokenizer import ANY_CHARACTER, END, UNKNOWN, Tokenizer
 
-# --------------------------------------------------------------------------------------------
-# In
-# --------------------------------------------------------------------------------------------
-
 # tokenizer.json spells the bytes of a token as characters, as GPT-2 did: printable characters of
 # Latin-1 stand for themselves, the other bytes for the characters from U+0100 on (a space is Ġ).
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -138,12 +134,6 @@ def hub_begin(post, added):
     return begin[0] if begin else None
 
 
-def token_names(config):
-    """The special tokens that a chat template may write: {"bos_token": name, ...}."""
-    names = {key: config.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    return {key: n["content"] if isinstance(n, dict) else n for key, n in names.items() if n}
-
-
 def hub_template(folder, config):
     """{name: chat template in Jinja} from a model's folder, or None."""
     path, template = folder / "chat_template.jinja", config.get("chat_template")
@@ -185,7 +175,10 @@ def hub_tokenizer(folder):
         ranks = hub_tokens(model, added)
         if (normalizer := data.get("normalizer") or {"type": None})["type"] not in (None, "NFC"):
             raise ValueError(f"normalizer {normalizer['type']} can't be read, only NFC")
-        begin, names = hub_begin(data.get("post_processor"), ids), token_names(config)
+        begin = hub_begin(data.get("post_processor"), ids)
+        keys = ("bos_token", "eos_token", "unk_token", "pad_token")  # a template may write these
+        names = {key: config[key] for key in keys if config.get(key)}
+        names = {key: n["content"] if isinstance(n, dict) else n for key, n in names.items()}
         ends = [other.get("eos_token_id") for other in others]
         ends = [[i for i in (e if isinstance(e, list) else [e]) if i in ids.values()] for e in ends]
         # a config.json may carry a default eos_token_id that is an ordinary token of this model
@@ -208,11 +201,6 @@ def hub_tokenizer(folder):
     except (ValueError, TypeError, AttributeError, IndexError, regex.error) as e:
         raise UserError(f"{path} cannot be read: {' '.join(str(e).splitlines())}") from e
     return spec
-
-
-# --------------------------------------------------------------------------------------------
-# Out
-# --------------------------------------------------------------------------------------------
 
 
 def ruby_pattern(pattern):
@@ -272,8 +260,8 @@ def begin_template(tokenizer):
     front = {"SpecialToken": {"id": name, "type_id": 0}}
     first, second = ({"Sequence": {"id": n, "type_id": t}} for n, t in (("A", 0), ("B", 1)))
     special = {name: {"id": name, "ids": [tokenizer.bos_id], "tokens": [name]}}
-    template = dict(single=[front, first], pair=[front, first, second], special_tokens=special)
-    return {"type": "TemplateProcessing"} | template
+    sides = dict(single=[front, first], pair=[front, first, second])
+    return {"type": "TemplateProcessing", "special_tokens": special} | sides
 
 
 def tokenizer_config(tokenizer):
