@@ -172,27 +172,10 @@ def hf_name(name, gpt2):
     return ".".join(["transformer" if gpt2 else "model", *where, part, leaf])
 
 
-def transposed(part, tensor, gpt2):
-    """Our weight or bias of `part` from theirs, and back: GPT-2 keeps matrices as (in, out)."""
-    matrix = tensor.dim() == 2 and part in ("q", "k", "v", "out", "up", "down")
+def transposed(name, tensor, gpt2):
+    """Our tensor `name` from theirs, and back: GPT-2 keeps the blocks' matrices as (in, out)."""
+    matrix = tensor.dim() == 2 and name.startswith("blocks.")
     return tensor.T if gpt2 and matrix else tensor
-
-
-def from_hf(name, tensor, gpt2):
-    """Our tensor `name` out of theirs: GPT-2 keeps q, k and v side by side."""
-    part = name.split(".")[-2]
-    if gpt2 and part in ("q", "k", "v"):
-        tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
-    return transposed(part, tensor, gpt2)
-
-
-def to_hf(state, gpt2):
-    """{their name: tensor} of a state dict of ours; the inverse of `from_hf`."""
-    joined = {}
-    for name, tensor in state.items():
-        part = transposed(name.split(".")[-2], tensor, gpt2)
-        joined.setdefault(hf_name(name, gpt2), []).append(part)
-    return {name: torch.cat(tensors, dim=-1) for name, tensors in joined.items()}
 
 
 def hf_tensors(folder):
@@ -225,7 +208,10 @@ def read_state(folder, shapes, gpt2, tied, dtype=None):
         if theirs not in files:
             raise UserError(f"{folder} lacks the tensor {theirs} {tuple(shape)}")
         file, used = files[theirs], used | {theirs}
-        tensor = from_hf(name, file[theirs], gpt2)
+        tensor, part = file[theirs], name.split(".")[-2]
+        if gpt2 and part in ("q", "k", "v"):  # side by side in one tensor
+            tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
+        tensor = transposed(name, tensor, gpt2)
         if tensor.shape != shape or not tensor.is_floating_point():
             raise UserError(
                 f"{folder}: {theirs} gives {tensor.dtype} {tuple(tensor.shape)} for {name}, the "
@@ -246,11 +232,12 @@ IGNORED_TENSORS = r"(attn\.(masked_)?bias|rotary_emb\.inv_freq)$"
 def write_model(folder, values, shapes, state):
     """Write config.json and model.safetensors of a model whose tensors, by our names, are to have
     `shapes`. A norm weight or bias that `state` lacks is filled with ones or zeros."""
-    filled, dtype = {}, state["embed.weight"].dtype
+    parts, dtype, gpt2 = {}, state["embed.weight"].dtype, values["model_type"] == "gpt2"
     for name, shape in shapes.items():
         filler = torch.ones if name.endswith("weight") else torch.zeros
-        filled[name] = state[name] if name in state else filler(shape, dtype=dtype)
-    tensors = to_hf(filled, values["model_type"] == "gpt2")
+        tensor = state[name] if name in state else filler(shape, dtype=dtype)
+        parts.setdefault(hf_name(name, gpt2), []).append(transposed(name, tensor, gpt2))
+    tensors = {name: torch.cat(tensors, dim=-1) for name, tensors in parts.items()}
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", values | {"torch_dtype": str(dtype).removeprefix("torch.")})
 
