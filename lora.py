@@ -14,7 +14,6 @@ Together they are QLoRA. Neither depends on the Transformer: any module with nn.
 
 import contextlib
 import hashlib
-import math
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -188,9 +187,8 @@ class LoRALinear(nn.Module):
     def add(self, name, rank, alpha, dropout):
         """Add an adapter, not active yet."""
         device = next(self.base.buffers(), next(self.base.parameters(), None)).device
-        a = torch.empty(rank, self.base.in_features, device=device)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # like a Linear's weight
-        self.a[name] = nn.Parameter(a)
+        a = nn.Linear(self.base.in_features, rank, bias=False, device=device)
+        self.a[name] = a.weight
         self.b[name] = nn.Parameter(torch.zeros(self.base.out_features, rank, device=device))
         self.scale[name], self.dropout[name] = alpha / rank, dropout
 

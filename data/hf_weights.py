@@ -207,8 +207,9 @@ def read_state(folder, shapes, gpt2, tied, dtype=None):
             continue
         if theirs not in files:
             raise UserError(f"{folder} lacks the tensor {theirs} {tuple(shape)}")
-        file, used = files[theirs], used | {theirs}
-        tensor, part = file[theirs], name.split(".")[-2]
+        file, part = files[theirs], name.split(".")[-2]
+        used.add(theirs)
+        tensor = file[theirs]
         if gpt2 and part in ("q", "k", "v"):  # side by side in one tensor
             tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
         tensor = transposed(name, tensor, gpt2)
@@ -219,7 +220,7 @@ def read_state(folder, shapes, gpt2, tied, dtype=None):
             )
         state[name] = tensor.to(dtype or tensor.dtype).contiguous()
         if isinstance(file, Safetensors) and state[name] is not tensor:
-            file.release(theirs)
+            file.release()
     if extra := [n for n in files if n not in used and not re.search(IGNORED_TENSORS, n)]:
         raise UserError(f"{folder}: the tensor {extra[0]} is unknown to the model")
     return state
