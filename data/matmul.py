@@ -92,8 +92,7 @@ timings = {}  # (shape, dtype, rows, layouts) -> {layout: seconds}, filled once 
 
 
 def time_layouts(weight, rows, layouts):
-    """{layout: seconds} of the layouts that work here; for a small matrix only of the first one.
-    UserError if none works."""
+    """{layout: seconds} of the layouts that work here, for a small matrix only of the first."""
     x, linears, seconds, error = weight.new_ones(rows, weight.shape[1]), {}, {}, ""
     memory = torch.ones(1 << 23)
 
