@@ -727,18 +727,10 @@ def make_runner(model, task, args, runtime, step=0):
 def flops_per_token(model, batches):
     """`lm.flops_per_token` of micro-batches (ids, targets, ...)."""
     tokens = sum(b[0].numel() for b in batches)
-    length, learned = tokens / sum(len(b[0]) for b in batches), sum(map(count_targets, batches))
-    return lm.flops_per_token(model.config, length, learned / tokens, is_frozen(model))
-
-
-def count_targets(batch):
-    """How many targets of a micro-batch (ids, targets, ...) are not -100."""
-    return int((batch[1] != -100).sum())
-
-
-def is_frozen(model):
-    """Whether adapters are trained and the matrices of the blocks are not."""
-    return not all(p.requires_grad for p in model.parameters())
+    length = tokens / sum(len(b[0]) for b in batches)
+    learned = sum(np.count_nonzero(b[1].numpy() != -100) for b in batches)
+    frozen = not all(p.requires_grad for p in model.parameters())
+    return lm.flops_per_token(model.config, length, learned / tokens, frozen)
 
 
 def exchange_gradients(model, runtime, last):
