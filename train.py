@@ -63,6 +63,7 @@ RECIPE = dict(
 )  # fmt: skip
 # None: the same as lr
 _LARGE = dict(embed_lr=None, head_lr=None, beta2=0.95, warmup_steps=200, schedule="cosine")
+# grad_accum follows from the tokens a step, see `settle`
 _GPT2 = _LARGE | dict(warmup_steps=700, total_batch_tokens=2**19)
 
 # What differs for a preset or an optimizer. GPT-2's are customary values, not tried here.
@@ -90,9 +91,9 @@ DEFAULT_STEPS, DEFAULT_MINUTES = 2500, 2.9
 class TokenLoader:
     """Windows of `context` + 1 tokens in a seeded random order, each once per epoch.
 
-    An epoch cuts the text at a random phase into windows and permutes them, so no two epochs show
-    the same cuts. Row r of the whole run is always the same window: resuming needs only the step,
-    and processes that share a step each take their slice of its rows.
+    An epoch cuts the text at a random phase into windows and permutes them, so two epochs seldom
+    show the same cuts. Row r of the whole run is always the same window: resuming needs only the
+    step, and processes that share a step each take their slice of its rows.
     """
 
     def __init__(self, tokens, context, seed):
@@ -151,7 +152,7 @@ def orthogonalize(g, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum for the matrices inside blocks (Keller Jordan, 2024).
+    """Orthogonalised momentum for the matrices inside blocks and inputs (Keller Jordan, 2024).
 
     Adam scales each entry by its own history; Muon scales each *direction* of the matrix: every
     singular value of the step is about one, so rare directions are learned as fast as frequent
@@ -164,7 +165,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step; `closure`, as other optimizers take it, is not called."""
+        """One step. `closure` is there because torch's optimizers take one; it is not called."""
         for group in self.param_groups:
             # matrices of one shape go through the products together; a sharded one (--shard) is
             # gathered first and goes alone
@@ -186,7 +187,7 @@ class Muon(torch.optim.Optimizer):
                     p.sub_(shard_like(update, p), alpha=step_size)
 
 
-# Optimizers for the matrices inside blocks, other than AdamW: {name: (class, its learning rate)}.
+# Optimizers for the matrices in blocks and inputs, but AdamW: {name: (class, its learning rate)}.
 # The flag --NAME_lr changes the rate; RECIPE_CHANGES has other settings. To add one: a line here.
 MATRIX_OPTIMIZERS = {"muon": (Muon, 0.02)}
 
@@ -206,7 +207,7 @@ def make_optimizers(model, args):
     table_rates = dict.fromkeys(lookups, args.embed_lr)
     if not model.config.tied:
         table_rates |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
-    elif args.embed_lr and args.embed_lr < args.lr:  # it is the head as well
+    elif args.embed_lr and args.embed_lr < args.lr:  # also the head, for which lr is the most
         table_rates["embed.weight"] = args.embed_lr
     groups = [dict(params=[p], lr=table_rates[n] or args.lr) for n, p in named if n in table_rates]
     others = [p for n, p in named if n not in table_rates and n not in inner]
@@ -226,8 +227,8 @@ def make_optimizers(model, args):
     return optimizers
 
 
-# To add a schedule: the share of lr - min_lr that is left when a fraction f of the run after the
-# warmup has passed.
+# The share of lr - min_lr that is left when a fraction f of the run after the warmup has passed. To
+# add a schedule: a line here.
 SCHEDULES = {
     "cosine": lambda f: 0.5 * (1 + math.cos(math.pi * f)),
     "linear": lambda f: 1 - f,
@@ -261,8 +262,8 @@ def scheduled_lr(args, state):
 
 
 # `runtime` (data/machine.py) is the device, the precision and the processes. runtime.total(a, b)
-# lists the sums of a and of b over all processes; runtime.share(batches) yields this process's
-# batches, each with 1, or with 0 if it is a repeat that keeps a sharded model's processes in step.
+# lists the sums of a and of b over all processes; runtime.share(batches) yields (batch, weight) for
+# this process's batches: 1, or 0 for a repeat that keeps a sharded model's processes in step.
 
 
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
@@ -271,7 +272,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     The windows, of `context` targets (default: the model's), cover the split or, if it has more
     than `limit` tokens, are spread over it. val_loss is in nats per token, val_ppl its exponential,
     val_bpb in bits per byte of text (which compares across tokenizers), val_share the share read.
-    `byte_lengths` has the bytes of each id, -1 for ids that no token has.
+    `byte_lengths` is the number of bytes of each id, -1 for ids without a token.
     """
     T, targets = context or model.config.context, len(tokens) - 1
     if targets < 1:
@@ -497,8 +498,8 @@ def end_reason(args, state):
 
 
 class Meter:
-    """Mean loss and speed over the latest `window` steps (as many for every line of the log), and
-    the last gradient norm. Losses stay tensors until `read`, since reading one is a GPU sync."""
+    """Mean loss and speed over the latest `window` steps, and the last gradient norm. Losses stay
+    tensors until `read`, since reading one is a GPU sync."""
 
     def __init__(self, window, allow_inf_norms):
         self.work, self.losses = deque(maxlen=window), deque(maxlen=window)
@@ -579,7 +580,7 @@ def fit(model, task, args, runtime, out, resume=None):
             norm = optimizer_step(model, run.optimizers, run.scaler, args.grad_clip, runtime)
             after_step()
 
-            # count the step. Reading a loss makes a GPU wait, so only for lines and each tenth step
+            # count the step. Reading a loss waits for the GPU: only for lines, and each tenth step
             state["step"] += 1
             state["tokens"] += tokens
             meter.unread.append((loss.float(), norm.float()))
