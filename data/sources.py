@@ -1,4 +1,5 @@
 """Named texts and sets of rows, and where they come from."""
+
 import gzip
 import io
 import json
