@@ -14,7 +14,6 @@ Together they are QLoRA. Neither depends on the Transformer: any module with nn.
 
 import contextlib
 import hashlib
-import math
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -151,14 +150,10 @@ def find_layers(model, targets, kinds):
     full name. UserError if there are none."""
     wanted = set(TARGETS.get(targets) or (t.strip() for t in targets.split(",")))
     bases = {layer.base for layer in adapted(model).values()}  # they are no targets of their own
-    layers, names = {}, set()
-    for full, layer in model.named_modules():
-        name = full.rpartition(".")[2]
-        if isinstance(layer, kinds) and layer not in bases:
-            names.add(name)
-            if wanted & {name, full}:
-                layers[full] = layer
-    unknown = wanted - set(layers) - names
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in bases}
+    names = {n.rpartition(".")[2] for n in layers}
+    unknown = wanted - names - set(layers)
+    layers = {n: m for n, m in layers.items() if wanted & {n, n.rpartition(".")[2]}}
     if not layers or (unknown and targets not in TARGETS):
         raise UserError(
             f"no layer is called {', '.join(sorted(unknown))}: choose {', '.join(TARGETS)}, or "
@@ -187,9 +182,8 @@ class LoRALinear(nn.Module):
     def add(self, name, rank, alpha, dropout):
         """Add an adapter, not active yet."""
         device = next(self.base.buffers(), next(self.base.parameters(), None)).device
-        a = torch.empty(rank, self.base.in_features, device=device)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # like a Linear's weight
-        self.a[name] = nn.Parameter(a)
+        a = nn.Linear(self.base.in_features, rank, bias=False, device=device)
+        self.a[name] = a.weight
         self.b[name] = nn.Parameter(torch.zeros(self.base.out_features, rank, device=device))
         self.scale[name], self.dropout[name] = alpha / rank, dropout
 
@@ -219,9 +213,8 @@ def add_lora(
     layers' names. A second call with another `name` adds a second adapter over the same base.
 
     targets: attention, mlp, all, or layer names with commas. `modules_to_save` (peft's term) are
-    trained in full beside this adapter and saved with it: the tables of a base that lacks the
-    chat's special tokens. UserError if no layer matches, or if a target shares its weight with
-    another layer (a tied head: the embedding could not follow).
+    trained in full beside the adapter and saved with it: the tables of a base that lacks the chat's
+    special tokens. UserError if no layer matches or one shares its weight, as a tied head does.
 
     >>> add_lora(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
     ['0']
@@ -375,7 +368,7 @@ def load_adapted(base, adapters, where="the base"):
 def merge(model):
     """Replace each adapted layer by a plain Linear, W + alpha / rank * B A of the active adapter,
     in float32, and each quantized layer by a plain one. Returns their names: none the second time.
-    The model is left in evaluation mode."""
+    """
     model.eval()  # dropout cannot be merged
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (LoRALinear, QuantLinear))}
     # the quantized base of an adapted layer is merged with its adapter

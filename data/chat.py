@@ -112,7 +112,6 @@ CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|call|>", "<|tool|>"
 THINK = ("<think>", "</think>")
 # Tags in an assistant's content that become special tokens if the vocabulary has them.
 ASSISTANT_TAGS = (*THINK, "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
-CALL_TAGS = ("<tool_call>", "[TOOL_CALLS]")  # calls begin with these in others' templates
 # Escapes the name of a special token in a message, so that it is encoded as plain text. It is a
 # Unicode noncharacter; a text that contains it has it doubled.
 MARK = "\ufdd0"
@@ -211,7 +210,7 @@ class Template:
         blanks = before, after.split(tokenizer.decode([self.end]))[0]
         self.blanks = [text if text.isspace() else "" for text in blanks]
         self.ends = {self.end, tokenizer.eos_id, *tokenizer.spec.get("ends", ())}
-        tags = CHAT_TOKENS[3:4] if self.ours else CALL_TAGS
+        tags = CHAT_TOKENS[3:4] if self.ours else ("<tool_call>", "[TOOL_CALLS]")
         tag = next((tag for tag in tags if tag in self.called), None)
         self.call_tag = "" if tag is None and self.called.lstrip().startswith("{") else tag
         self.call = special.get(tag)

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import runpy
+import sys
 import types
 import typing
 from pathlib import Path
@@ -48,6 +49,8 @@ def load_tools(source):
             wanted = "write a function with types of JSON, such as str, int, list[str], Literal"
             problem = f"has a signature that cannot be read ({type(e).__name__}: {e})"
             raise UserError(f"{where}: {name} {problem}: {wanted}") from e
+        if database := getattr(function, "database", None):
+            print(f"[{name} knows {database}]", file=sys.stderr)
     return tools
 
 
