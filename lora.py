@@ -102,8 +102,8 @@ class QuantLinear(nn.Module):
             values = pairs.view(torch.float32).view(-1, BLOCK).mul_(scales)
         else:
             values = self.codes * scales
-        shape = self.out_features, self.in_features
-        return values.view(-1)[: math.prod(shape)].view(shape)
+        shape = torch.Size((self.out_features, self.in_features))
+        return values.view(-1)[: shape.numel()].view(shape)
 
     def forward(self, x):
         return DequantizedProduct.apply(x, self, self.bias)
