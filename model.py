@@ -1008,20 +1008,22 @@ def count_parameters(model):
     return {**counts, "total": sum(counts.values())}
 
 
-def flops_per_token(config, length=None):
+def flops_per_token(config, length=None, learned=1.0, frozen=False):
     """Floating-point operations to train on one token of rows that are `length` tokens long (by
     default the context), forward and backward.
 
     Six per weight of a matrix product (a multiply and an add, three times: forward, by the input,
-    by the weight), plus the attention scores: 12 n_layer nh hs length. That counts the masked half
-    too, as PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT do, so MFUs compare.
+    by the weight; four of a `frozen` model with adapters), plus the attention scores: 12 n_layer nh
+    hs length. That counts the masked half too, as PaLM (Chowdhery et al. 2022, appendix B) and
+    nanoGPT do, so MFUs compare. The head is computed for the share of tokens that is `learned`.
     """
     c = config
     qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
     feed_forward = c.d_model * c.d_ff * (3 if c.activation in GATED else 2)
     block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
-    weights = c.n_layer * block + c.d_model * c.vocab_size + c.induction * c.d_model**2
-    return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
+    weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
+    scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
+    return (4 if frozen else 6) * weights + scores
 
 
 def report(name, config, tokens=None, world=None, shard=False):

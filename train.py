@@ -42,7 +42,7 @@ from data.cli import Parser, StopSignal, UserError, at_least, between, positive,
 from data.costs import check_memory, memory_needed
 from data.files import write_json
 from data.machine import DTYPES, dtype_name, full_tensor, is_sharded, make_runtime, shard_like
-from data.runs import Log, clock, eval_line, newest_run, run_folder
+from data.runs import Log, clock, eval_line, mfu_text, newest_run, run_folder
 from data.tokenizer import Tokenizer
 from prepare_data import data_hashes, find_data, read_meta, read_tokens
 
@@ -527,8 +527,8 @@ class Meter:
         tokens, flops, seconds = (sum(column) for column in zip(*self.work))
         row = dict(step=state["step"], tokens=state["tokens"], seconds=round(state["seconds"], 3))
         row["loss"] = runtime.total(sum(self.losses))[0] / len(self.losses)
-        mfu = flops / seconds / (runtime.peak * runtime.world)
-        return row | dict(lr=lr, grad_norm=self.norm, tok_s=round(tokens / seconds), mfu=mfu)
+        row |= dict(lr=lr, grad_norm=self.norm, tok_s=round(tokens / seconds))
+        return row | dict(mfu=runtime.utilization(flops / seconds))
 
 
 def step_line(row, metrics, args, done):
@@ -537,8 +537,8 @@ def step_line(row, metrics, args, done):
     others = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in metrics.items())
     return (
         f"step {row['step']}{total}  loss {row['loss']:.3f}  lr {row['lr']:.2e}  "
-        f"norm {row['grad_norm']:.2f}  {row['tok_s']:,} tok/s  mfu {row['mfu']:.0%}  "
-        f"eta {clock(row['seconds'] * (1 - done) / done)}{others}"
+        f"norm {row['grad_norm']:.2f}  {row['tok_s']:,} tok/s  {mfu_text(row['mfu'])}  "
+        f"eta {clock(row['seconds'] * max(0, 1 / done - 1))}{others}"
     )
 
 
@@ -590,9 +590,7 @@ def fit(model, task, args, runtime, out, resume=None):
             # one clock for all processes: they must agree on when the time is up
             seconds = runtime.total(time.perf_counter() - start)[0] / runtime.world
             state["seconds"] += seconds
-            length = sum(b[0].numel() for b in batches) / sum(len(b[0]) for b in batches)
-            flops = tokens * lm.flops_per_token(model.config, length)
-            meter.work.append((tokens, flops, seconds))
+            meter.work.append((tokens, tokens * flops_per_token(model, batches), seconds))
             done = fraction_done(args, state["step"], state["seconds"])
             if log_now or done >= 1:
                 row, metrics = meter.row(state, lr, runtime), task.metrics()
@@ -725,6 +723,15 @@ def make_runner(model, task, args, runtime, step=0):
     if runtime.world > 1:  # buffers are only tables of positions
         runner = nn.parallel.DistributedDataParallel(runner, forward_sync_buffers=False)
     return runner, precision, after_step
+
+
+def flops_per_token(model, batches):
+    """`lm.flops_per_token` of micro-batches (ids, targets, ...)."""
+    tokens = sum(b[0].numel() for b in batches)
+    length = tokens / sum(len(b[0]) for b in batches)
+    learned = sum(np.count_nonzero(b[1].numpy() != -100) for b in batches)
+    frozen = not all(p.requires_grad for p in model.parameters())
+    return lm.flops_per_token(model.config, length, learned / tokens, frozen)
 
 
 def exchange_gradients(model, runtime, last):
@@ -1024,24 +1031,25 @@ def settle(args, model, runtime, context, folder):
     return a
 
 
-def header(model, args, runtime, tokens, per_batch, length):
-    """The lines before the first step: what is trained, on what, and what it will take. The text
-    has `tokens`, a micro-batch `per_batch`, a row `length` of them."""
+def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
+    """The lines before the first step: what is trained, and what it will take. A micro-batch has at
+    most `per_batch` tokens, a step `per_step` (None: unknown), a row `length`; of them a share is
+    `learned`."""
     c, n = model.config, lm.count_parameters(lm.meta_model(model.config))["total"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = f", {trained:,} trained ({trained / n:.2%})" if trained != n else ""
-    memory, per_step = memory_needed(model, per_batch), per_batch * args.grad_accum * runtime.world
     lines = [
         f"device {runtime.device}, {runtime.dtype}, {runtime.world} process(es), matmul peak "
         f"{runtime.peak / 1e9:,.0f} GFLOP/s",
         f"{n:,} parameters{share}: {c.n_layer} layers x {c.d_model}, {c.n_head} heads, context "
         f"{c.context}, vocabulary {c.vocab_size:,}",
-        f"{tokens:,} training tokens, {tokens / n:.2g} per parameter (Chinchilla advises 20)",
-        f"memory about {memory / 2**20:,.0f} MB; {per_step:,} tokens a step",
+        f"memory about {memory_needed(model, per_batch) / 2**20:,.0f} MB",
     ]
-    if args.max_steps:
-        flops = lm.flops_per_token(c, length) * per_step * args.max_steps
-        least = clock(flops / (runtime.peak * runtime.world))
+    if per_step:
+        lines[-1] += f"; {per_step:,.0f} tokens a step"
+    if args.max_steps and per_step:  # half of the scores are masked and need not be computed
+        flops = lm.flops_per_token(c, length / 2, learned, trained != n)
+        least = clock(flops * per_step * args.max_steps / (runtime.peak * runtime.world))
         lines[-1] += f"; {args.max_steps:,} steps take {least} at least, by the matmul peak"
     if args.max_minutes:
         lines.append(f"stops after {args.max_minutes:g} minutes of training at the latest")
@@ -1058,8 +1066,9 @@ def closing_text(model, tokenizer, meta, result, out, val):
     with lm.evaluating(model):
         rows = generate(model, [prompt_ids], 160, temperature=0.8, top_p=0.95, allowed=allowed)
         text = printable(tokenizer.decode(prompt_ids + [row[0] for row in rows]))
-    bpb, xz = result.get("val_bpb"), meta.get("xz_bits_per_byte")
-    bits = f"held-out text: {bpb:.3f} bits per byte; xz -9e takes {xz:.3f}\n" if bpb and xz else ""
+    bits, bpb, xz = "", result.get("val_bpb"), meta.get("xz_after_training_text")
+    if bpb and xz:
+        bits = f"held-out text: {bpb:.3f} bits per byte; xz -9e after the training text {xz:.3f}\n"
     return (
         f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
         f"best val loss {result['best']:.4f} at step {result['best_step']}\n{bits}\n"
@@ -1076,11 +1085,10 @@ def main(argv=None):
     tokenizer = Tokenizer(meta["tokenizer"])
     torch.manual_seed(args.seed)
     model = build_model(args, content, folder, meta, tokenizer)
-    previous, wide = (content or {}).get("device"), model.config.d_model >= 512
-    runtime = make_runtime(args.device, args.dtype, wide, previous)
+    previous, context = (content or {}).get("device"), check_context(args.context, model)
+    loader, per_batch = TokenLoader(train, context, args.seed), args.batch_size * context
+    runtime = make_runtime(args.device, args.dtype, previous, model.config, per_batch)
     place(model, args, runtime)
-    loader = TokenLoader(train, check_context(args.context, model), args.seed)
-    per_batch = args.batch_size * loader.context
     check_memory(model, per_batch, runtime)
     args = settle(args, model, runtime, loader.context, folder)
     out = Path(args.out)
@@ -1096,8 +1104,10 @@ def main(argv=None):
         loss=lambda m, ids, targets: m(ids, targets, places=slice(None)),  # none is -100
     )  # fmt: skip
     if runtime.rank == 0:
-        lines = header(model, args, runtime, len(train), per_batch, args.context)
-        print("\n".join([f"{out}: {folder}, {tokenizer.name}, {args.optimizer}", *lines]))
+        ratio = len(train) / sum(p.numel() for p in model.parameters())
+        print(f"{out}: {folder}, {tokenizer.name}, {args.optimizer}")
+        print(f"{len(train):,} training tokens, {ratio:.2g} per parameter (Chinchilla advises 20)")
+        print(*header(model, args, runtime, per_batch, args.total_batch_tokens, context), sep="\n")
 
     def report(result):
         text = closing_text(model, tokenizer, meta, result, out, val)

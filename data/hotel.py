@@ -31,10 +31,14 @@ HOTEL_KEYS = {
 }  # fmt: skip
 
 
+def hotel_db():
+    """The path of the public database, or of our own small one until `--data hotel` is complete."""
+    return HOTEL_DB if HOTEL_DB.exists() else OWN_HOTELS
+
+
 def read_hotels(path=None):
-    """The records of a hotel database: CrossWOZ's [[name, {...}], ...], or a list of records. The
-    default is the public one if it has been fetched, else our own."""
-    path = Path(path or (HOTEL_DB if HOTEL_DB.exists() else OWN_HOTELS))
+    """The records of a hotel database: CrossWOZ's [[name, {...}], ...], or a list of records."""
+    path = Path(path or hotel_db())
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         if rows and isinstance(rows[0], list):
@@ -83,8 +87,11 @@ def search_hotels(
 
 def get_tools():
     """{name: function} for `sample.py --tools hotel`."""
-    search = partial(search_hotels, read_hotels())
+    path = hotel_db()
+    hotels = read_hotels(path)
+    search = partial(search_hotels, hotels)
     search.needs_no_schema = True  # our hotel model knows it from training
+    search.database = f"{len(hotels):,} hotels of {path}"
     return {"search": search}
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import runpy
+import sys
 import textwrap
 import types
 import typing
@@ -49,6 +50,8 @@ def load_tools(source):
             problem = f"{name} has a signature that cannot be read ({type(e).__name__}: {e})"
             wanted = "write a function with types of JSON, such as str, int, list[str], Literal"
             raise UserError(f"{where}: {problem}: {wanted}") from e
+        if database := getattr(function, "database", None):
+            print(f"[{name} knows {database}]", file=sys.stderr)
     return tools
 
 
