@@ -150,7 +150,7 @@ def row_size(row):
 
 
 def bucket(order, rows, batch_tokens):
-    """Numbers of rows of similar length, at most `batch_tokens` padded tokens or one row a list."""
+    """Lists of row numbers of similar lengths, at most `batch_tokens` padded tokens or one row."""
     batches = []
     for i in sorted(order, key=lambda i: row_size(rows[i])[0]):  # keeps the order of equal lengths
         if not batches or (len(batches[-1]) + 1) * math.prod(row_size(rows[i])) > batch_tokens:
