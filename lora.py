@@ -294,7 +294,7 @@ def disable_adapter(model):
 
 
 # --------------------------------------------------------------------------------------------
-# Files: an adapter alone, without its base
+# Files: an adapter alone, merged into its base, or written for peft
 # --------------------------------------------------------------------------------------------
 
 
@@ -357,11 +357,6 @@ def load_adapted(base, adapters, where="the base"):
         load_adapter(model, adapters[name], name)
     set_adapter(model, next(iter(adapters)))
     return model.eval()
-
-
-# --------------------------------------------------------------------------------------------
-# Merging adapters into plain weights, and writing them for peft
-# --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
