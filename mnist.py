@@ -10,9 +10,9 @@
 A run writes mnist.pt, loss.svg and pictures to out/mnist, out/mnist-fast or out/mnist-diffusion (a
 second run to out/mnist-2, and so on). "The course" is waylandzhang/Transformer-from-scratch.
 
-The first three chapters (data, network, loop) are a complete training run. Then come a report, a
-better network, a transformer that turns noise into digits, and the command line. From model.py come
-only the checkpoints and, for drawing, the transformer's blocks.
+The first three chapters hold the data, the network and the training loop. Then come a report, a
+better network, a transformer that turns noise into digits, and the command line. Nothing here is a
+language model: from model.py come only the checkpoints and, for drawing, the transformer's blocks.
 
 Shapes in comments: B batch, T patches of an image, C channels.
 """
@@ -132,9 +132,9 @@ SCHEDULES = {
 
 
 def fit(run, images, labels, batch_loss, evaluate):
-    """Train `run.model`, a `Run`'s (below), for `run.args.epochs` epochs to minimise batch_loss(
-    model, images, labels). What `evaluate()` returns after each epoch goes into `run.log`.
-    Ctrl-C and SIGTERM save the run first. Returns the exit code."""
+    """Train the model of `run`, a `Run` (below), for `run.args.epochs` epochs. Minimises
+    batch_loss(model, images, labels). What `evaluate()` returns after each epoch goes into
+    `run.log`. Ctrl-C and SIGTERM save the run first. Returns the exit code."""
     a, model, optimizer = run.args, run.model, run.optimizer
 
     def closure(rows):
@@ -169,27 +169,27 @@ def fit(run, images, labels, batch_loss, evaluate):
 
 
 class Run:
-    """A training run: its model, optimizer and progress. `images` is the number of images, `saved`
-    the content of the mnist.pt that is resumed.
+    """A training run: its model, optimizer and progress. `saved` is the content of the mnist.pt
+    that is resumed.
 
     `log.rows` has the mean loss of every hundred steps, and what `evaluate` gave for every epoch;
     metrics.jsonl has the same rows. Without `out` nothing is printed or written."""
 
-    def __init__(self, model, args, images, out=None, saved=None):
+    def __init__(self, model, args, n_images, out=None, saved=None):
         self.model, self.args, self.out = model, args, out
         make, lr, settings = OPTIMIZERS[args.optimizer]
         if make is torch.optim.SGD:
             lr = read_loss(args.loss or "nll")[1]
         args.lr = args.lr or lr
         args.batch_size = args.batch_size or BATCH_SIZES.get(args.optimizer, 64)
-        self.images, self.per_epoch = images, math.ceil(images / args.batch_size)
+        self.n_images, self.per_epoch = n_images, math.ceil(n_images / args.batch_size)
         self.optimizer = make(model.parameters(), lr=args.lr, **settings)
         steps = args.epochs * self.per_epoch
         self.schedule = SCHEDULES[args.schedule](self.optimizer, args, steps)
         self.step, self.seconds, self.recent, rows = 0, 0.0, [], []
         if saved:
-            if (n := saved["images"]) != images:
-                raise UserError(f"{out} was trained on {n:,} images, but this data has {images:,}")
+            if (n := saved["images"]) != n_images:
+                raise UserError(f"{out} was trained on {n:,} images, this data has {n_images:,}")
             lm.load_weights(model, saved["model"], str(out))
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
@@ -207,7 +207,7 @@ class Run:
         epoch, batch = divmod(self.step, self.per_epoch)
         if batch % 100 == 0 and self.out:
             seen = batch * self.args.batch_size
-            done = f"{seen}/{self.images} ({seen / self.images:.0%})"
+            done = f"{seen}/{self.n_images} ({seen / self.n_images:.0%})"
             print(f"Train Epoch: {epoch + 1} [{done}]\tLoss: {loss:.4f}", flush=True)
         self.step, self.seconds = self.step + 1, self.seconds + seconds
         self.recent.append(loss)
@@ -224,7 +224,7 @@ class Run:
         content = {name: getattr(self, name).state_dict() for name in names}
         content |= {"config": {"recipe": self.args.recipe}, "args": vars(self.args)}
         content |= {"progress": (self.step, self.seconds, self.recent, self.log.rows)}
-        content |= {"images": self.images, "random": random_state()}
+        content |= {"images": self.n_images, "random": random_state()}
         lm.save_checkpoint(self.out / "mnist.pt", content)
         self.log.draw((("train", "loss"), ("validation", "val_loss")), "loss")
 

@@ -85,7 +85,7 @@ class Config:
     embed_norm: bool = False  # another norm, right after the embedding
     value_embed: bool = False  # a second table, whose rows are added to the values of each layer
     bigram: int = 0  # rows of a table for pairs of ids, see `BigramEmbedding`; 0 is none
-    induction: bool = False  # also embed the id that followed the longest earlier match
+    induction: bool = False  # also embed an id that may be copied, see `Induction`
     tied: bool = False  # the head is the embedding table, transposed
     dropout: float = 0.0
     eps: float = 1e-5
@@ -148,9 +148,9 @@ class Config:
 
 # What learned fastest in our trials at these sizes (tests/BENCHMARKS.md): norms without weights and
 # another one after the embedding, tables for values and pairs of tokens, a token to copy
-# (`Induction`), squared ReLU; and Config's defaults, an untied head and output projections that
-# start at zero. LayerNorm learns just as well as RMSNorm, and torch's kernel for it is twice as
-# fast on a CPU.
+# (`Induction`), squared ReLU; and two of Config's defaults: an untied head, and output projections
+# that start at zero. LayerNorm learns just as well as RMSNorm, and torch's kernel for it is twice
+# as fast on a CPU.
 _OURS = dict(
     norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True,
     value_embed=True, bigram=8192, induction=True,
@@ -215,7 +215,7 @@ def rope_tables(context, head_size, theta, scaling=None):
     Channel i is rotated with channel i + hs/2 (the layout of Llama and Qwen weights), at position t
     by the angle t * theta ** (-2i / hs): the first pairs fast, the last ones slowly.
     """
-    # on the CPU even where the default device is meta; in the order of Hugging Face's transformers,
+    # on the CPU even where the default device is meta; computed as by Hugging Face's transformers,
     # to round alike
     channel = torch.arange(0, head_size, 2, device="cpu").float()
     frequency = scale_frequency(1.0 / theta ** (channel / head_size), scaling or {})  # (hs/2,)
@@ -226,8 +226,8 @@ def rope_tables(context, head_size, theta, scaling=None):
 
 def scale_frequency(frequency, scaling):
     """Rotation frequencies slowed down for a longer context: all of them (`linear`), or only those
-    that turn fewer than low_freq_factor times in the original context, blending to none at
-    high_freq_factor turns (`llama3`, of Llama 3.1)."""
+    that turn fewer than low_freq_factor times in the original context, others less, and not at all
+    from high_freq_factor turns on (`llama3`, of Llama 3.1)."""
     kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
     if kind != "llama3":
         return frequency / factor
@@ -282,8 +282,9 @@ def attention(q, k, v, mask=None, dropout=0.0, causal=True):
         mask = causal_mask(T, S, q.device)
     if group > 1 and mask is not None and q.is_cuda:  # no fused CUDA kernel has a mask and groups
         k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    # an `if`, because torch.compile cannot trace `is_causal=causal and T > 1`
     if mask is not None or T == 1:  # a single query sees all keys
-        causal = False  # torch.compile cannot trace `causal and T > 1` as a value
+        causal = False
     options = dict(is_causal=causal, enable_gqa=group > 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options)
 
@@ -369,7 +370,8 @@ class Block(nn.Module):
 
 # To add an input to the embedding: a field of Config and a module, made if the field is set, and a
 # line in INPUTS below. Its `forward` gets all ids so far (B, S), the positions (B, T) of the new
-# ones among them, and the function that embeds ids; it returns what is added, (B, T, C).
+# ones among them, and the function that embeds ids; it returns what is added, (B, T, C). Its
+# `init_weights` sets all its parameters.
 
 
 class Table(nn.Embedding):
@@ -405,9 +407,9 @@ def copy_candidates(ids, positions):
     """(the id that may come next because it did so before, the length of the match), (B, T) each,
     for `positions` (B, T) of ids (B, S).
 
-    Compares the ids that end at each earlier position with those that end here, from the last one
-    backwards. The candidate is the id after the position where the most agree (at most
-    LONGEST_MATCH), the latest such position if there are several. Without a match both are 0.
+    Compares the run of ids that ends at each earlier position with the run that ends here, newest
+    id first. The candidate is the id after the earlier position with the longest equal run (at most
+    LONGEST_MATCH ids), the latest one if several are as long. Without a match both are 0.
 
     >>> copy_candidates(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]), torch.tensor([[4, 5, 6]]))
     (tensor([[0, 9, 7]]), tensor([[0, 1, 2]]))
@@ -416,7 +418,7 @@ def copy_candidates(ids, positions):
     # int16 is faster for the (B, T, S) tensors, but length * S must not overflow it
     dtype = torch.int16 if S * (LONGEST_MATCH + 1) < 2**15 else torch.int32
     padded = F.pad(ids.int(), (LONGEST_MATCH - 1, 0), value=-1)
-    windows = padded.unfold(1, LONGEST_MATCH, 1)  # (B, S, 8): the ids that end at each position
+    windows = padded.unfold(1, LONGEST_MATCH, 1)  # (B, S, 8): the last 8 ids at each
     here = windows.gather(1, positions[..., None].expand(-1, -1, LONGEST_MATCH))  # (B, T, 8)
     pairs = zip(windows[:, None].unbind(-1), here[:, :, None].unbind(-1))
     same = earlier < positions[..., None]  # (B, T, S)
@@ -520,8 +522,8 @@ def add_product(total, a, b):
 
 
 def chunked_loss(x, weight, bias, targets, places=None):
-    """The sum of -log softmax(x @ weight.T + bias)[target], a float32 scalar (float64 for float64
-    states). Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
+    """The sum of -log softmax(x @ weight.T + bias)[target], a float32 scalar (float64 if x is
+    float64). Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
 
     x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100 for "no loss": such rows
     cost nothing. `places` are the indices of the flattened targets that are not -100; finding them
@@ -540,7 +542,7 @@ def chunked_loss(x, weight, bias, targets, places=None):
 
 def token_logps(x, weight, bias, targets, allowed=None):
     """log softmax(x @ weight.T + bias)[target] of each position (...), 0 where the target is -100,
-    in float32 (float64 for float64 states). Ids outside of `allowed`, bools (V,), have probability
+    in float32 (float64 if x is float64). Ids outside of `allowed`, bools (V,), have probability
     0. Logits are computed a few rows at a time, and again in the backward pass."""
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -572,10 +574,10 @@ class NewTokens(NamedTuple):
 
 class KVCache:
     """Ids, keys and values of all tokens seen so far, allocated ahead of use; `grow` enlarges it.
-    Keys and values are (n_layer, B, nkv, S, hs) each.
+    Keys and values are (n_layer, B, nkv, room, hs) each.
 
-    With it, decoding one token runs the matrix products for one row instead of T. `lengths` is the
-    number of tokens in each row. It lies on the CPU, so reading it does not wait for a GPU.
+    With it, decoding one token runs the matrix products for one position instead of T. `lengths` is
+    the number of tokens in each row. It lies on the CPU, so reading it does not wait for a GPU.
     """
 
     def __init__(self, model, batch, length=None):
@@ -796,7 +798,7 @@ class Transformer(nn.Module):
         for table in filter(None, (self.embed, self.value_embed, None if c.tied else self.head)):
             for name in ("weight", "bias"):
                 if (old := getattr(table, name, None)) is not None:
-                    # fewer rows if the tokenizer has added an end of text, which has none yet
+                    # may be fewer: an end of text that the tokenizer has just added has no row
                     kept = old[:used]
                     mean = kept.float().mean(0, keepdim=True).to(old.dtype)
                     new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
@@ -807,7 +809,7 @@ class Transformer(nn.Module):
 
 
 def meta_model(config):
-    """The model with every shape but no storage, on torch's meta device."""
+    """The model with every shape but without weights, on torch's meta device."""
     with torch.device("meta"):
         return Transformer(config)
 
@@ -1006,20 +1008,22 @@ def count_parameters(model):
     return {**counts, "total": sum(counts.values())}
 
 
-def flops_per_token(config, length=None):
+def flops_per_token(config, length=None, learned=1.0, frozen=False):
     """Floating-point operations to train on one token of rows that are `length` tokens long (by
     default the context), forward and backward.
 
     Six per weight of a matrix product (a multiply and an add, three times: forward, by the input,
-    by the weight), plus the attention scores: 12 n_layer nh hs length. That counts the masked half
-    too, as PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT do, so MFUs compare.
+    by the weight; four of a `frozen` model with adapters), plus the attention scores: 12 n_layer nh
+    hs length. That counts the masked half too, as PaLM (Chowdhery et al. 2022, appendix B) and
+    nanoGPT do, so MFUs compare. The head is computed for the share of tokens that is `learned`.
     """
     c = config
     qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
     feed_forward = c.d_model * c.d_ff * (3 if c.activation in GATED else 2)
     block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
-    weights = c.n_layer * block + c.d_model * c.vocab_size + c.induction * c.d_model**2
-    return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
+    weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
+    scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
+    return (4 if frozen else 6) * weights + scores
 
 
 def report(name, config, tokens=None, world=None, shard=False):
