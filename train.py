@@ -187,7 +187,7 @@ class Muon(torch.optim.Optimizer):
                     p.sub_(shard_like(update, p), alpha=step_size)
 
 
-# Optimizers for the matrices in blocks and inputs, but AdamW: {name: (class, its learning rate)}.
+# Optimizers other than AdamW for matrices in blocks and `model.inputs`: {name: (class, its rate)}.
 # The flag --NAME_lr changes the rate; RECIPE_CHANGES has other settings. To add one: a line here.
 MATRIX_OPTIMIZERS = {"muon": (Muon, 0.02)}
 
@@ -207,7 +207,7 @@ def make_optimizers(model, args):
     table_rates = dict.fromkeys(lookups, args.embed_lr)
     if not model.config.tied:
         table_rates |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
-    elif args.embed_lr and args.embed_lr < args.lr:  # also the head, for which lr is the most
+    elif args.embed_lr and args.embed_lr < args.lr:  # also the head: no higher rate than lr
         table_rates["embed.weight"] = args.embed_lr
     groups = [dict(params=[p], lr=table_rates[n] or args.lr) for n, p in named if n in table_rates]
     others = [p for n, p in named if n not in table_rates and n not in inner]
@@ -262,8 +262,9 @@ def scheduled_lr(args, state):
 
 
 # `runtime` (data/machine.py) is the device, the precision and the processes. runtime.total(a, b)
-# lists the sums of a and of b over all processes; runtime.share(batches) yields (batch, weight) for
-# this process's batches: 1, or 0 for a repeat that keeps a sharded model's processes in step.
+# lists the sums of a and of b over all processes. runtime.share(batches) yields (batch, weight) for
+# each batch of this process. The weight is 0 for one that it only repeats, because all processes of
+# a sharded model must run equally often; else 1.
 
 
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
@@ -548,8 +549,9 @@ def fit(model, task, args, runtime, out, resume=None):
         run.restore(resume)
     state, evaluation = run.state, {}
     log = Log(out, state["step"], quiet=runtime.rank > 0)
-    if over := end_reason(args, state):  # a run that was killed before its final evaluation gets it
+    if over := end_reason(args, state):
         log.line(over)
+        # a run that was killed before its final evaluation goes on to that, past the loop
         if runtime.of_first(any(r.get("final") and r["step"] == state["step"] for r in log.rows)):
             return None
     if runtime.rank == 0:
