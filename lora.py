@@ -385,7 +385,7 @@ def merge_and_save(model, tokenizer, path):
     difference = float((model(ids) - before).abs().max() / before.abs().max())
     if not difference < 1e-3:
         raise UserError(f"merging changed the logits by {difference:.1e} of their size: not saved")
-    content = {"config": asdict(model.config), "model": lm.unwrapped_state(model)}
+    content = {"config": asdict(model.config), "model": dict(model.state_dict())}
     lm.save_checkpoint(path, content | {"tokenizer": tokenizer})
     print(f"{path}: {len(names)} layers merged, logits differ by {difference:.1e} of their size")
 

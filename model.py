@@ -16,7 +16,6 @@ hs head size, V vocabulary, N rows (positions of all texts, flattened), S keys (
 import contextlib
 import copy
 import math
-import re
 import signal
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -834,12 +833,6 @@ def evaluating(model):
         model.train(was_training)
 
 
-def unwrapped_state(module):
-    """The module's state dict without the prefixes that torch.compile and DDP add to its keys."""
-    state = module.state_dict()
-    return {re.sub(r"^((_orig_mod|module)\.)+", "", k): v for k, v in state.items()}
-
-
 def save_checkpoint(path, content):
     """Write a dict of tensors and plain values: temporary file, fsync, rename. UserError if the
     disk is full or read-only; the previous file is then intact."""
@@ -850,8 +843,8 @@ def find_checkpoint(name):
     """The path of a checkpoint: a file, a run's folder, a folder in Hugging Face's layout, or a
     model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), which is downloaded."""
     path = Path(name)
-    local = path.exists() or path.parts[0] in ("out", "data")
-    local = local or (path.parent != Path() and path.parent.is_dir())
+    in_folder = path.parent != Path() and path.parent.is_dir()
+    local = path.exists() or in_folder or path.parts[0] in ("out", "data")
     if local or not is_hub_name(str(name)):
         return path
     return snapshot_download(str(name), check=check_readable)
