@@ -35,6 +35,7 @@ import lora
 import model as lm
 import train
 from data import batches, chat
+from data.chat import REWARD_TOKEN
 from data.cli import Parser, UserError, at_least, between, number, positive, run_cli, share
 from data.costs import check_memory
 from data.files import write_json
@@ -432,8 +433,6 @@ class Distill(SFT):
 # --------------------------------------------------------------------------------------------
 # Rewards: a model that rewards answers, and one that learns from rewards
 # --------------------------------------------------------------------------------------------
-
-REWARD_TOKEN = "<|reward|>"  # its logit after an answer is the answer's reward
 
 
 class RewardModel(DPO):

@@ -15,6 +15,7 @@ Together they are QLoRA. Neither depends on the Transformer: any module with nn.
 import contextlib
 import hashlib
 import math
+import re
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -146,7 +147,7 @@ def quantize(model, kind, device="cpu"):
 # Adapters
 # --------------------------------------------------------------------------------------------
 
-# Values of --lora_targets: a group, or names of layers separated by commas.
+# Values of --lora_targets: a group, or names of layers separated by commas, ours or transformers'.
 TARGETS = {"attention": ("q", "k", "v", "out"), "mlp": ("up", "gate", "down")}
 TARGETS["all"] = TARGETS["attention"] + TARGETS["mlp"]
 
@@ -154,7 +155,8 @@ TARGETS["all"] = TARGETS["attention"] + TARGETS["mlp"]
 def find_layers(model, targets, kinds):
     """{full name: (parent, name, layer)} of the layers of `kinds` that `targets` names, each by its
     last or its full name. UserError if there are none."""
-    wanted = set(TARGETS.get(targets) or (t.strip() for t in targets.split(",")))
+    names = (name.removesuffix("_proj") for name in re.findall(r"[\w.]+", targets))
+    wanted = set(TARGETS.get(targets) or ("out" if name == "o" else name for name in names))
     layers, names = {}, set()
     for path, parent in model.named_modules():
         if isinstance(parent, LoRALinear):

@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import lora
 from data.analogy import analogy
-from data.chat import common_length, get_template, label_token, labels_of
+from data.chat import REWARD_TOKEN, common_length, get_template, label_token, labels_of
 from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, dtype_name, native_dtype
@@ -818,6 +818,20 @@ def check_settings(args):
         raise UserError(f"--num_samples {args.num_samples} is more than --beams {args.beams}")
 
 
+def check_kind(tokenizer, path, args):
+    """UserError for a model that cannot do what the flags ask for; a note where another flag suits
+    it better."""
+    labels = labels_of(tokenizer)
+    if REWARD_TOKEN in tokenizer.special and args.analogy is None:
+        advice = f"it rates answers: finetune.py --objective grpo --reward {path} learns from it"
+        raise UserError(f"{path} is a reward model and writes nothing; {advice}")
+    if labels and args.chat:
+        raise UserError(f"{path} is a classifier of {', '.join(labels)}: give the text as --prompt")
+    if args.prompt and not labels and get_template(tokenizer):
+        note = "a chat model continues the text: --chat asks it, and --serve opens a page"
+        print(f"[{note}]", file=sys.stderr)
+
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_settings(args)
@@ -828,6 +842,8 @@ def main(argv=None):
     model, tokenizer, path = load(args.ckpt, args.device, args.dtype, args.adapter, ids_alone)
     if args.ckpt is None:
         print(f"[{path}]", file=sys.stderr)
+    if tokenizer:
+        check_kind(tokenizer, path, args)
     labels = labels_of(tokenizer) if tokenizer else []
     if args.analogy is not None:
         choices = [c.strip() for c in (args.choices or "").split(",") if c.strip()]

@@ -404,9 +404,10 @@ def get_template(tokenizer):
 
 
 # --------------------------------------------------------------------------------------------
-# Labels
+# Models that do not write: labels and rewards
 # --------------------------------------------------------------------------------------------
 
+REWARD_TOKEN = "<|reward|>"  # its logit after an answer is the answer's reward
 
 def label_token(label):
     """The special token that stands for a label of a classifier."""

@@ -1,6 +1,7 @@
 """Tokenizers: all of them tiktoken encodings, so all of them encode at its speed; and a byte-level
 BPE trainer."""
 import base64
+import codecs
 import heapq
 import itertools
 import re
@@ -185,6 +186,11 @@ class Tokenizer:
     def decode(self, ids):
         """Text of token ids; a broken character shows as U+FFFD."""
         return self.encoding.decode(list(map(int, ids)))
+
+    def texts(self, ids):
+        """The text of each id. That of a character of several tokens stands at the last of them."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return [decoder.decode(self.token_bytes(i) or b"") for i in ids]
 
     @cached_property
     def byte_lengths(self):
