@@ -84,18 +84,15 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
         weight = linear.weight.detach().float()
         codes, scales = quantize_nf4(weight) if kind == "nf4" else quantize_int8(weight)
-        mean = scales.mean()
-        scale_codes, scale_scales = quantize_int8(scales - mean, SCALE_BLOCK)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale_codes", scale_codes)
-        self.register_buffer("scale_scales", scale_scales)
-        self.register_buffer("scale_mean", mean)
+        self.codes, self.scale_mean = nn.Buffer(codes), nn.Buffer(scales.mean())
+        scale_codes, scale_scales = quantize_int8(scales - self.scale_mean, SCALE_BLOCK)
+        self.scale_codes, self.scale_scales = nn.Buffer(scale_codes), nn.Buffer(scale_scales)
         if kind == "nf4":
             # the two floats that a byte stands for, (256,), looked up as one long integer: that
             # takes a fifth of the time of looking up rows of two
             levels = torch.tensor(NF4, device=weight.device)
             pairs = torch.cartesian_prod(levels, levels).view(torch.int64)[:, 0]
-            self.register_buffer("pairs", pairs.contiguous(), persistent=False)
+            self.pairs = nn.Buffer(pairs.contiguous(), persistent=False)
         self.bias = linear.requires_grad_(False).bias
 
     @property
@@ -133,12 +130,11 @@ class DequantizedProduct(torch.autograd.Function):
 
 
 def quantize(model, kind, device="cpu"):
-    """Replace the Linears of the blocks by frozen, quantized ones, in place, and convert the rest
-    of the model to float32; returns their names. The layers go to `device` one by one, so that it
-    never holds the full weights."""
+    """Replace the Linears of the blocks by frozen, quantized ones, and return their names. They go
+    to `device` one by one, so that it never holds the full weights; the rest becomes float32."""
     layers = find_layers(model, "all", nn.Linear)
-    for parent, name, linear in layers.values():
-        setattr(parent, name, QuantLinear(linear.to(device), kind))
+    for name, linear in layers.items():
+        model.set_submodule(name, QuantLinear(linear.to(device), kind))
     model.float()
     return list(layers)
 
@@ -153,20 +149,18 @@ TARGETS["all"] = TARGETS["attention"] + TARGETS["mlp"]
 
 
 def find_layers(model, targets, kinds):
-    """{full name: (parent, name, layer)} of the layers of `kinds` that `targets` names, each by its
-    last or its full name. UserError if there are none."""
-    names = (name.removesuffix("_proj") for name in re.findall(r"[\w.]+", targets))
-    wanted = set(TARGETS.get(targets) or ("out" if name == "o" else name for name in names))
+    """{full name: layer} of the layers of `kinds` that `targets` names, each by its last or its
+    full name. UserError if there are none."""
+    theirs = (name.removesuffix("_proj") for name in re.findall(r"[\w.]+", targets))
+    wanted = set(TARGETS.get(targets) or ("out" if name == "o" else name for name in theirs))
+    bases = {layer.base for layer in adapted(model).values()}  # they are no targets of their own
     layers, names = {}, set()
-    for path, parent in model.named_modules():
-        if isinstance(parent, LoRALinear):
-            continue  # its base is no target of its own
-        for name, layer in parent.named_children():
-            if isinstance(layer, kinds):
-                names.add(name)
-                full = f"{path}.{name}".removeprefix(".")
-                if wanted & {name, full}:
-                    layers[full] = parent, name, layer
+    for full, layer in model.named_modules():
+        name = full.rpartition(".")[2]
+        if isinstance(layer, kinds) and layer not in bases:
+            names.add(name)
+            if wanted & {name, full}:
+                layers[full] = layer
     unknown = wanted - set(layers) - names
     if not layers or (unknown and targets not in TARGETS):
         raise UserError(
@@ -185,8 +179,7 @@ class Named(nn.ParameterDict):
 
 class LoRALinear(nn.Module):
     """base(x) + alpha / rank * B(A(dropout(x))) for the active one of the adapters over the base.
-    A (rank, in) starts random, B (out, rank) at zero, so a new adapter changes nothing. Hu et al.
-    2021, section 4.1."""
+    A (rank, in) starts random, B (out, rank) at zero: it changes nothing yet (Hu et al. 2021)."""
 
     def __init__(self, base):
         super().__init__()
@@ -239,14 +232,14 @@ def add_lora(
     """
     layers = find_layers(model, targets, (nn.Linear, QuantLinear, LoRALinear))
     ids = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
-    for full, (_, _, layer) in layers.items():
+    for full, layer in layers.items():
         if isinstance(layer, nn.Linear) and ids.count(id(layer.weight)) > 1:
             raise UserError(f"{full} shares its weight (a tied head): it cannot have an adapter")
     model.requires_grad_(False)
-    for parent, child, layer in layers.values():
+    for full, layer in layers.items():
         if not isinstance(layer, LoRALinear):
-            layer = LoRALinear(layer).train(parent.training)
-            setattr(parent, child, layer)
+            layer = LoRALinear(layer).train(layer.training)
+            model.set_submodule(full, layer)
         layer.add(name, rank, alpha, dropout)
     if not hasattr(model, "saved_tables"):
         model.active_adapter, model.saved_tables = None, {None: {}}  # None: the base's own tables
@@ -276,8 +269,7 @@ def hold_frozen(model, dtype):
 @torch.no_grad()
 def set_adapter(model, name=None):
     """Make the adapter `name` the active one, or none. Its `modules_to_save` are written into the
-    model, and what the previous adapter learned there is kept for its return. UserError for an
-    unknown name."""
+    model, and what the previous adapter learned there is kept for its return."""
     if name not in (None, *adapter_names(model)):
         listed = ", ".join(adapter_names(model)) or "none"
         raise UserError(f"there is no adapter {name}; the model has {listed}")
@@ -344,8 +336,7 @@ def adapter_state(model):
 
 @torch.no_grad()
 def load_adapter(model, content, name="default"):
-    """Make the adapter `name` active and copy the tensors of an adapter checkpoint into it;
-    UserError if they do not fit."""
+    """Make the adapter `name` active and copy the tensors of its checkpoint into it."""
     set_adapter(model, name)
     parameters, state = adapter_parameters(model), content["model"]
     if problem := fit_error(parameters, state):
@@ -395,11 +386,10 @@ def merge(model):
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (LoRALinear, QuantLinear))}
     # the quantized base of an adapted layer is merged with its adapter
     layers = {n: m for n, m in layers.items() if n.rpartition(".")[0] not in layers}
-    for full, layer in layers.items():
-        path, _, child = full.rpartition(".")
+    for name, layer in layers.items():
         merged = nn.Linear(*layer.weight.T.shape, bias=False, device="meta")
         merged.weight, merged.bias = nn.Parameter(layer.weight.float()), layer.bias
-        setattr(model.get_submodule(path), child, merged)
+        model.set_submodule(name, merged)
     return list(layers)
 
 

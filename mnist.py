@@ -10,9 +10,10 @@
 A run writes mnist.pt, loss.svg and pictures to out/mnist, out/mnist-fast or out/mnist-diffusion (a
 second run to out/mnist-2, and so on). "The course" is waylandzhang/Transformer-from-scratch.
 
-The first three chapters (data, network, loop) are a complete training run. Then come pictures, a
-better network, a transformer that turns noise into digits, and the command line. Nothing here is a
-language model: from model.py come only the checkpoints and, for drawing, the transformer's blocks.
+The first three chapters (data, network, loop) are a complete training run. Then come a report,
+pictures, a better network, a transformer that turns noise into digits, and the command line.
+Nothing here is a language model: from model.py come only the checkpoints and, for drawing, the
+transformer's blocks.
 
 Shapes in comments: B batch, T patches of an image, C channels.
 """
@@ -127,9 +128,9 @@ SCHEDULES = {
 
 
 def fit(run, images, labels, batch_loss, evaluate):
-    """Train `run.model` for `run.args.epochs` to minimise batch_loss(model, images, labels). What
-    `evaluate()` returns after each epoch goes into `run.history`. Ctrl-C and SIGTERM save the run
-    first. Returns the exit code. `run` is a `Run`, below."""
+    """Train `run.model`, a `Run`'s (below), for `run.args.epochs` epochs to minimise batch_loss(
+    model, images, labels). What `evaluate()` returns after each epoch goes into `run.history`.
+    Ctrl-C and SIGTERM save the run first. Returns the exit code."""
     a, model, optimizer = run.args, run.model, run.optimizer
 
     def closure(rows):
@@ -141,7 +142,7 @@ def fit(run, images, labels, batch_loss, evaluate):
     model.train()
     with StopSignal() as stop:
         for epoch in range(run.step // run.per_epoch, a.epochs):
-            # the course reads the images in the file's order; a new order each time is better
+            # the course and the default read the images in the file's order; --shuffle is better
             order = torch.arange(len(images))
             if a.shuffle:
                 order = torch.randperm(len(images), generator=seeded(1000 * a.seed + epoch))
@@ -168,7 +169,8 @@ def seeded(seed):
 
 
 class Run:
-    """A training run: its model, optimizer and progress. `images` is the number of images.
+    """A training run: its model, optimizer and progress. `images` is the number of images, `saved`
+    the content of the mnist.pt that is resumed.
 
     `history` has a row {"step", "training": mean loss} for every hundred steps, and one with the
     results of `evaluate` for every epoch. Without `out` nothing is printed or written."""
@@ -195,7 +197,7 @@ class Run:
     def log_step(self, loss, seconds):
         """Count a step; print the loss of every hundredth batch, as the course does."""
         if not math.isfinite(loss):
-            kept = "the checkpoint of the last complete epoch is kept"
+            kept = "the last checkpoint, if there is one, is kept"
             raise UserError(f"step {self.step}: the loss is {loss}; {kept}. Try a lower --lr")
         epoch, batch = divmod(self.step, self.per_epoch)
         if batch % 100 == 0 and self.out:

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -12,13 +13,17 @@ from data.cli import Progress, UserError
 from data.files import file_sha256, read_json, write_once
 
 DATA = Path("data")
-MODELS = "https://huggingface.co"
 MB = 1_000_000
-
-
-# --------------------------------------------------------------------------------------------
-# One file
-# --------------------------------------------------------------------------------------------
+MODELS = "https://huggingface.co"
+_PART = r"\w(?:[\w.-]{0,94}\w)?"
+REPO = rf"{_PART}/{_PART}"  # OWNER/NAME of a model or data set on the Hub
+VIEWER = "https://datasets-server.huggingface.co"  # gives rows of the Hub's data sets
+GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
+EXTRAS = (  # not all models have them
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
+INDEX = "model.safetensors.index.json"  # says which file of many holds which tensor
+WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
 
 
 class HTTPError(UserError):
@@ -112,7 +117,6 @@ def find_hub_hash(answers):
             tag, digest = headers.get("ETag"), "[0-9a-f]{40}"
         if match := re.fullmatch(f'(?:W/)?"?({digest})"?', tag or ""):
             return match[1]
-    return None
 
 
 def download_part(url, dest, token):
@@ -158,19 +162,6 @@ def download_part(url, dest, token):
     return part, hub_hash
 
 
-# --------------------------------------------------------------------------------------------
-# Models of the Hugging Face Hub: which files make one, and how to ask for them
-# --------------------------------------------------------------------------------------------
-
-VIEWER = "https://datasets-server.huggingface.co"  # gives rows of the Hub's data sets
-GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
-EXTRAS = (  # not all models have them
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-)  # fmt: skip
-INDEX = "model.safetensors.index.json"  # says which file of many holds which tensor
-WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
-
-
 def is_hub_name(name):
     """Does `name` look like a model of the Hub: gpt2, OWNER/NAME, OWNER/NAME@REVISION?"""
     return re.fullmatch(rf"({'|'.join(GPT2_MODELS)}|[\w.-]+/[\w.-]+)(@.*)?", name) is not None
@@ -186,29 +177,29 @@ def snapshot_download(name, files=None, check=None):
     and a branch that has moved on goes unnoticed.
     """
     owner = "openai-community/" if name.partition("@")[0] in GPT2_MODELS else ""
-    part = r"\w(?:[\w.-]{0,94}\w)?"
-    match = re.fullmatch(rf"({part}/{part})(?:@(.*[^. ].*))?", owner + name, re.ASCII)
+    match = re.fullmatch(rf"({REPO})(?:@(.*[^. ].*))?", owner + name, re.ASCII)
     if not match:
         models = ", ".join(GPT2_MODELS)
         raise UserError(f"model {name!r} is not {models} or OWNER/NAME, maybe with an @revision")
     repo, revision = match[1], match[2] or "main"
     folder = DATA.joinpath("hub", *repo.split("/"), quote(revision, safe=""))
+    get = partial(fetch_from_hub, repo, revision, folder)
     if files is not None:
         for file in files:
-            fetch_from_hub(repo, revision, file, folder)
+            get(file)
         return folder
     # the weights come last: if they are complete, the server has been asked for all the rest
-    needed = ["config.json", *weight_files(folder)]
-    if len(needed) > 1 and all((folder / file).exists() for file in needed):
+    weights = weight_files(folder)
+    if weights and all((folder / file).exists() for file in ("config.json", *weights)):
         return folder
     for file in ("config.json", *EXTRAS):
-        fetch_from_hub(repo, revision, file, folder, optional=file in EXTRAS)
+        get(file, optional=file in EXTRAS)
     if check:
         check(folder)
-    if not any(fetch_from_hub(repo, revision, file, folder, optional=True) for file in WEIGHTS):
+    if not any(get(file, optional=True) for file in WEIGHTS):
         raise UserError(f"{repo} has no weights that we read, at {revision}: {', '.join(WEIGHTS)}")
     for file in weight_files(folder):
-        fetch_from_hub(repo, revision, file, folder)
+        get(file)
     return folder
 
 
@@ -238,7 +229,7 @@ def hub_token(url):
     return token if resolve_url(url).startswith(hosts) else None
 
 
-def fetch_from_hub(repo, revision, file, folder, optional=False):
+def fetch_from_hub(repo, revision, folder, file, optional=False):
     """The path of one file of a model, or None if it is `optional` and the Hub has none."""
     url = f"{MODELS}/{repo}/resolve/{quote(revision, safe='')}/{file}"
     token = hub_token(url)

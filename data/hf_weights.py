@@ -196,8 +196,7 @@ def to_hf(state, gpt2):
 
 
 def hf_tensors(folder):
-    """{their name: the Safetensors or dict that holds it} of the weights in a folder of Hugging
-    Face's layout."""
+    """{their name: the Safetensors or dict that holds it} of the weights in their folder."""
     files = [Path(folder, file) for file in weight_files(Path(folder))]
     if not files:
         raise UserError(f"{folder} has none of {', '.join(WEIGHTS)}")
@@ -210,8 +209,7 @@ def hf_tensors(folder):
 
 
 def read_state(folder, shapes, gpt2, tied, dtype=None):
-    """{our name: tensor} of the weights in a folder of Hugging Face's layout; `shapes` are those
-    that our names must have.
+    """{our name: tensor} of the weights in their folder; `shapes` are those that ours must have.
 
     Tensors that have our layout and `dtype` stay on disk until they are touched. The others are
     converted one by one, so that two copies of the weights are never in memory.

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from data.answer import ApiError
 from data.api import Api
-from data.chat import labels_of, tool_call
+from data.chat import tool_call
 from data.cli import UserError
 from data.rows import to_example
 from data.runs import OUT, read_run, run_list
+from data.tokenizer import labels_of
 from data.tools import call_tool, function_schema, known_by_training
 
 PAGE = Path(__file__).with_name("page.html")

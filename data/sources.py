@@ -36,8 +36,7 @@ def download(sha256=None, **urls):
 
 
 def made(name, splits, make):
-    """{split: data/NAME/SPLIT.jsonl}. Unless all files exist, they are written with the rows of
-    `make()`, {split: rows}."""
+    """{split: data/NAME/SPLIT.jsonl}, written with `make()`, {split: rows}, unless all exist."""
     paths = {split: DATA / name / f"{split}.jsonl" for split in splits}
 
     def write():
@@ -84,9 +83,8 @@ def invented_dialogues():
 
 
 def shards(name, urls, read):
-    """[(name, open)] of the files of a large text, as `Documents` expects them. Each is downloaded
-    when it is first opened, so a limit of tokens limits the downloads, too. read(path) returns a
-    binary stream of lines of JSON."""
+    """[(name, open)] of the files of a large text, for `Documents`. Each is downloaded when it is
+    opened, so a limit of tokens limits the downloads. read(path) returns lines of JSON, binary."""
     opens = [lambda url=url: read(fetch(url)) for url in urls]
     return [(f"{name}-{i:05}.jsonl", open_url) for i, open_url in enumerate(opens)]
 

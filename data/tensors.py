@@ -42,10 +42,6 @@ def fit_error(expected, state):
     return f"{extra[0]} {tuple(state[extra[0]].shape)} is unknown to the model" if extra else None
 
 
-# --------------------------------------------------------------------------------------------
-# safetensors: a length, a table of contents in JSON, and the bytes of all tensors
-# --------------------------------------------------------------------------------------------
-
 SAFE_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,

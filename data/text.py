@@ -49,9 +49,8 @@ def detect_encoding(head):
     """The encoding of a file that begins with the bytes `head`: the one that its byte order mark
     names, UTF-16 if there are zero bytes, GB18030, or else UTF-8.
 
-    GB18030 accepts nearly anything, a damaged UTF-8 file included. It is chosen only if no run of
-    valid UTF-8 comes before the first bad byte and if the decoded text is Chinese: text in another
-    encoding gives letters and ideographs, too, but rare ones.
+    GB18030 accepts nearly anything, so it is chosen only if no run of valid UTF-8 comes before the
+    first bad byte and the decoded text is Chinese: other encodings give rare ideographs.
     """
     if head.startswith(codecs.BOM_UTF8):
         return "utf-8-sig"
@@ -262,8 +261,7 @@ def choose_texts(where, names, suffixes=TEXT_SUFFIXES):
 
 def file_streams(path):
     """(name, open) of one file, or of each text member of an archive, in its order. Members are
-    streamed and never unpacked, so their names cannot write outside; links and devices are ignored.
-    """
+    never unpacked, so their names cannot write outside; links and devices are ignored."""
     name = path.name.lower()
     if not name.endswith(ARCHIVES):
         return [(str(path), partial(gzip.open if name.endswith(".gz") else open, path, "rb"))]

@@ -52,8 +52,7 @@ def load_tools(source):
 
 
 def split_hint(hint):
-    """(list, (str,)) for list[str]: a type and its parameters. An Enum is the Literal of its
-    members."""
+    """(list, (str,)) for list[str]: a type and its parameters. An Enum is read as a Literal."""
     if isinstance(hint, enum.EnumMeta):
         return typing.Literal, tuple(hint)
     kind = typing.get_origin(hint) or hint
@@ -123,9 +122,8 @@ def function_schema(name, function):
 
 
 def convert(value, hint, name):
-    """The argument to pass for the JSON value of the parameter `name`, according to its type: for
-    an Enum it is the member. A type that JSON does not know accepts any value; ValueError if one
-    does not fit."""
+    """The argument for the JSON value of the parameter `name`, such as the member of an Enum. A
+    type that JSON does not know accepts any value; ValueError if one does not fit."""
     kind, options = split_hint(hint)
     if kind is typing.Union:
         for option in options:

@@ -39,7 +39,7 @@ IMPORTS = {
     "data.rows": "data.hub_rows",
     "data.terminal": "data.reply data.tools",
     "data.rewards": "data.sources",
-    "data.batches": "data.chat",
+    "data.batches": "data.chat data.tokenizer",
     "data.scheduler": "data.cli",
     "data.answer": "data.reply data.scheduler",
     "data.api": "data.answer data.rows",

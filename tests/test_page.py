@@ -15,7 +15,7 @@ from conftest import BYTE, CHAT, ROOT, serving, turn
 import data.server
 import model as lm
 import sample
-from data.chat import label_token
+from data.tokenizer import label_token
 from data.tools import load_tools
 
 CHROMIUM = os.environ.get("SCRATCHLM_CHROMIUM", "/usr/bin/chromium")
