@@ -833,6 +833,7 @@ def check_kind(tokenizer, path, args):
     if args.prompt and not labels and get_template(tokenizer):
         note = "a chat model continues the text: --chat asks it, and --serve opens a page"
         print(f"[{note}]", file=sys.stderr)
+    return labels
 
 
 def main(argv=None):

@@ -99,7 +99,7 @@ lora_target_modules, lora_targets=all: target_modules=all-linear lora_target_mod
 objective=sft: stage=sft, objective=dpo: stage=dpo, objective=reward: stage=rm, dpo_beta: pref_beta
 beta, reward: reward_model reward_funcs, samples: num_generations, teacher: teacher_model,
 
-prompt: start, max_new_tokens: max_tokens max_completion_tokens n_predict, num_samples:
+prompt: start, max_new_tokens: max_tokens max_completion_tokens n_predict predict, num_samples:
 num_return_sequences n, beams: num_beams, temperature=0: do_sample=false, temperature: temp,
 repetition_penalty: repeat_penalty, stop: stop_strings reverse_prompt, system: system_prompt
 default_system, serve: port, slots: max_num_seqs, chat: interactive, eval_only: do_predict,
@@ -108,9 +108,10 @@ default_system, serve: port, slots: max_num_seqs, chat: interactive, eval_only: 
 do_sample do_train do_eval overwrite_output_dir overwrite_cache plot_loss template
 always_save_checkpoint save_total_limit save_strategy save_only_model eval_strategy
 evaluation_strategy logging_strategy logging_first_step load_best_model_at_end greater_is_better
-per_device_eval_batch_size num_workers preprocessing_num_workers dataloader_num_workers ddp_timeout
-ddp_find_unused_parameters local_rank trust_remote_code use_fast_tokenizer remove_unused_columns
-low_cpu_mem_usage flash_attn tf32 backend attn_implementation group_by_length assistant_only_loss
+per_device_eval_batch_size num_workers preprocessing_num_workers dataloader_num_workers disable_tqdm
+ddp_timeout ddp_find_unused_parameters local_rank trust_remote_code use_fast_tokenizer
+remove_unused_columns low_cpu_mem_usage flash_attn tf32 backend attn_implementation group_by_length
+assistant_only_loss
 """
 FOREIGN = [group.split(":") for group in FOREIGN.split(",")]
 FOREIGN = {flag: ours.strip() for ours, theirs in FOREIGN for flag in theirs.split()}
@@ -252,7 +253,8 @@ class Parser(argparse.ArgumentParser):
                 return f"unknown argument {flag}: {it} is a flag of {scripts}"
         known = {option[2:]: option for option in self._option_string_actions}
         known |= {them: new[0] for them in FOREIGN if (new := self.translate(f"--{them}", "")[0])}
-        near = difflib.get_close_matches(name, known, 1, cutoff=0.8)
+        alike = [k for k in known if flag[:2] == "--" and abs(len(k) - len(name)) < 3]
+        near = difflib.get_close_matches(name, alike, 1, cutoff=0.85 if len(name) > 4 else 0.8)
         what = f": did you mean {known[near[0]]}?" if near else " (see --help)"
         return f"unknown argument {flag}{what}"
 
