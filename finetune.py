@@ -323,6 +323,13 @@ class Classify(SFT):
         text, label = example["text"], example["label"]
         return [batches.label_row(text, label, self.tokenizer, self.args.context)]
 
+    def loss(self, model, ids, targets, places):
+        """The summed loss among the labels alone, as it is measured."""
+        goals = [self.tokenizer.special[chat.label_token(name)] for name in self.labels]
+        allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=ids.device)
+        allowed[goals] = True
+        return -model(ids, targets, reduction="none", allowed=allowed).sum()
+
     def evaluate(self, model, split, final=True):
         return self.report(model, split)[0]
 
@@ -903,8 +910,13 @@ def header(model, args, objective, splits, loader):
         f"{objective.noun} to learn, {len(val.examples):,} to measure; {len(sizes):,} rows of at "
         f"most {longest:,} tokens, {cut:,} cut to --context; {loader.per_epoch:,} batches an epoch"
     )
-    mean = tokens / len(sizes)
-    return [text, *train.header(model, args, objective.runtime, tokens, args.batch_tokens, mean)]
+    per_step = tokens / loader.per_epoch * args.grad_accum * objective.runtime.world
+    if split.prompts:  # answers may be of any length
+        per_step = None
+    learned = sum(sum(r.mask[1:]) for row in split.rows for r in batches.sequences(row)) / tokens
+    mean = tokens / sum(n for _, n in sizes)
+    runtime, most = objective.runtime, args.batch_tokens
+    return [text, *train.header(model, args, runtime, most, per_step, mean, learned)]
 
 
 def settle(args, **values):
@@ -918,8 +930,8 @@ def main(argv=None):
         return evaluate_only(args, objective_class, examples)
     labels = find_labels(examples)
     base = content if content and not args.lora_rank else lm.load_checkpoint(args.ckpt)
-    previous, wide = (content or {}).get("device"), base["config"]["d_model"] >= 512
-    runtime = make_runtime(args.device, args.dtype, wide, previous)
+    previous, config = (content or {}).get("device"), lm.Config.from_dict(base["config"])
+    runtime = make_runtime(args.device, args.dtype, previous, config, args.batch_tokens)
     torch.manual_seed(args.seed)
     special_tokens = partial(objective_class.special_tokens, splits=examples, labels=labels)
     model, tokenizer, adapter = build_model(args, base, content, special_tokens, runtime)

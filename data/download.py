@@ -1,4 +1,5 @@
 """Downloads: files of any host by `fetch`, models of the Hub by `snapshot_download`."""
+
 import glob
 import hashlib
 import os
@@ -28,10 +29,6 @@ WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
 
 class HTTPError(UserError):
     """The server refused the request for good; `status` is its HTTP code."""
-
-    def __init__(self, message, status):
-        super().__init__(message)
-        self.status = status
 
 
 def resolve_url(url):
@@ -92,17 +89,16 @@ def download(url, dest, sha256, tries, wait, token):
             f"the Hugging Face Hub), or put the file at {dest}"
         )
     for wanted in filter(None, (sha256, hub_hash)):
-        kind, digest = ("sha256", file_sha256) if len(wanted) == 64 else ("git's sha1", git_sha1)
-        if (actual := digest(part)) != wanted:
+        if len(wanted) == 64:
+            kind, actual = "sha256", file_sha256(part)
+        else:  # a small file
+            content = part.read_bytes()
+            blob = b"blob %d\0" % len(content) + content
+            kind, actual = "git's sha1", hashlib.sha1(blob).hexdigest()
+        if actual != wanted:
             part.unlink()
             raise UserError(f"{url} arrived damaged: {kind} {actual[:12]}…, wanted {wanted[:12]}…")
     os.replace(part, dest)
-
-
-def git_sha1(path):
-    """The name that git gives a file's content: the sha1 of its length and bytes."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def find_hub_hash(answers):
@@ -136,8 +132,9 @@ def download_part(url, dest, token):
             raise requests.ConnectionError(f"HTTP {r.status_code}")
         if r.status_code not in (200, 206) and not (size and r.status_code == 416):
             hint = " (a wrong name?)" if r.status_code == 404 else ""
-            message = f"cannot download {url}: HTTP {r.status_code} {r.reason}{hint}"
-            raise HTTPError(message, r.status_code)
+            error = HTTPError(f"cannot download {url}: HTTP {r.status_code} {r.reason}{hint}")
+            error.status = r.status_code
+            raise error
         hub_hash = find_hub_hash([*r.history, r])
         version = hub_hash or r.headers.get("ETag") or r.headers.get("Last-Modified")
         version = version and "." + hashlib.sha1(version.encode()).hexdigest()[:8]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.chat import get_template, message_text
 from data.cli import UserError, printable
-from data.reply import THOUGHT, Reply
+from data.reply import Reply
 from data.tools import call_tool, function_schema, known_by_training
 
 MAX_CALLS = 3  # tool calls in one turn of the model
@@ -49,7 +49,7 @@ class Chat:
         def show_new(new):
             nonlocal kind
             for new_kind, text in new.items():
-                show("\n\n" * (kind == THOUGHT != new_kind) + text)
+                show("\n\n" * (kind == "reasoning_content" != new_kind) + text)
                 kind = new_kind
 
         def stop(row, i):
