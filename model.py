@@ -226,9 +226,9 @@ def rope_tables(context, head_size, theta, scaling=None):
 
 
 def scale_frequency(frequency, scaling):
-    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or only those
-    that turn fewer than low_freq_factor times in the original context, others less, and not at all
-    from high_freq_factor turns on (`llama3`, of Llama 3.1)."""
+    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or according
+    to how often they turn in the original context (`llama3`, of Llama 3.1): in full below
+    low_freq_factor turns, not at all above high_freq_factor turns, in part in between."""
     kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
     if kind != "llama3":
         return frequency / factor
@@ -479,6 +479,7 @@ class ChunkedLoss(torch.autograd.Function):
         x_low, w_low, b_low = x.to(low), weight.to(low), None if bias is None else bias.to(low)
         full = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=full, device=x.device)
+        # needs_input_grad does not know of torch.no_grad, and in here no gradients are recorded
         need_x, need_w, need_b = (n and with_grad for n in ctx.needs_input_grad[:3])
         grad_x = torch.empty_like(x) if need_x else None
         grad_w = torch.zeros_like(weight, dtype=full) if need_w else None
@@ -570,7 +571,8 @@ class NewTokens(NamedTuple):
 
     positions: slice | torch.Tensor  # a slice or (T,) if the same for all rows, else (B, T)
     mask: torch.Tensor | None = None  # (B, 1, T, S), see `naive_attention`
-    layers: list | None = None  # per layer (keys, values), old and new tokens, (B, nkv, S, hs)
+    # per layer (keys, values) (B, nkv, S, hs): parts of the cache, with room for the new tokens
+    layers: list | None = None
 
 
 class KVCache:
@@ -793,13 +795,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def grow_vocabulary(self, vocab_size, used):
-        """Make room for at least `vocab_size` ids, of which the first `used` were in use until now.
+        """Make room for at least `vocab_size` ids, of which the tokenizer had `used` until now.
         All rows after those, spare ones included, start at the mean of the used rows."""
         c, grown = self.config, max(self.config.vocab_size, vocab_size)
         for table in filter(None, (self.embed, self.value_embed, None if c.tied else self.head)):
             for name in ("weight", "bias"):
                 if (old := getattr(table, name, None)) is not None:
-                    # may be fewer: an end of text that the tokenizer has just added has no row
+                    # fewer than `used` if a model has no row for its tokenizer's end of text
                     kept = old[:used]
                     mean = kept.float().mean(0, keepdim=True).to(old.dtype)
                     new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
