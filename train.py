@@ -540,10 +540,8 @@ class Meter:
 
 def fit(model, task, args, runtime, out, resume=None):
     """Train `model` on `task` and write the run to folder `out`. Returns the final metrics, or None
-    if it was already complete.
-
-    Reads from args the flags of `add_optimization`, max_steps, max_minutes, seed and compile.
-    `resume` is the content of a last.pt whose weights the model already has. Raises UserError if a
+    if it was complete. `args` has what `add_optimization` adds, max_steps, max_minutes, seed and
+    compile; `resume` is the content of a last.pt whose weights the model has. Raises UserError if a
     loss is not finite, SystemExit(130 or 143) when the run is saved after Ctrl-C or SIGTERM.
     """
     run = Run(model, task, args, runtime, out)
