@@ -65,33 +65,33 @@ ROPE_SCALINGS = {"linear": {"factor"}, "llama3": set(_LLAMA3.split())}
 class Config:
     """The shape of a Transformer. The sizes that are None follow from the others."""
 
-    vocab_size: int = 2048
-    n_layer: int = 4
-    n_head: int = 4
-    d_model: int = 128
+    vocab_size: int = 2048  # rows of the embedding and of the head
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # heads of queries in each block
+    d_model: int = 128  # channels between the blocks
     context: int = 128  # the most tokens that the model can look at
-    n_kv_head: int | None = None  # fewer than n_head is grouped-query attention; None: n_head
-    head_size: int | None = None  # None: d_model / n_head
+    n_kv_head: int | None = None  # of keys and values; fewer: grouped-query attention; None: n_head
+    head_size: int | None = None  # channels of a head; None: d_model / n_head
     d_ff: int | None = None  # None: 4 * d_model; for swiglu 8/3 * d_model, which is as many weights
-    position: str = "rope"
-    norm: str = "rmsnorm"
+    position: str = "rope"  # how a model knows the order of its tokens
+    norm: str = "rmsnorm"  # before attention, before feed-forward and at the end
     norm_weight: bool = True  # a learned scale (and, for layernorm, shift) in every norm
-    activation: str = "swiglu"
-    qkv_bias: bool = False
+    activation: str = "swiglu"  # in the feed-forward
+    qkv_bias: bool = False  # on the projections to queries, keys and values
     out_bias: bool = False  # on the projection after attention
-    ff_bias: bool = False
-    head_bias: bool = False
+    ff_bias: bool = False  # on the two or three matrices of the feed-forward
+    head_bias: bool = False  # on the logits
     qk_norm: bool = False  # RMS-normalise queries and keys per head
     embed_norm: bool = False  # another norm, right after the embedding
     value_embed: bool = False  # a second table, whose rows are added to the values of each layer
     bigram: int = 0  # rows of a table for pairs of ids, see `BigramEmbedding`; 0 is none
     induction: bool = False  # also embed an id that may be copied, see `Induction`
     tied: bool = False  # the head is the embedding table, transposed
-    dropout: float = 0.0
-    eps: float = 1e-5
-    rope_theta: float = 10000.0
+    dropout: float = 0.0  # of the embedding, attention weights and block outputs, in training
+    eps: float = 1e-5  # of the norms
+    rope_theta: float = 10000.0  # the larger, the slower rope turns its slow channels
     rope_scaling: dict | None = None  # {"rope_type": one of ROPE_SCALINGS, its parameters...}
-    init: str = "zero_out"  # see `Transformer.init_weights`
+    init: str = "zero_out"  # initial weights: `Transformer.init_weights`
 
     def __post_init__(self):
         if self.n_head < 1 or (self.head_size is None and self.d_model % self.n_head):
