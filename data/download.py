@@ -1,10 +1,12 @@
 """Downloads: files of any host by `fetch`, models of the Hub by `snapshot_download`."""
+import contextlib
 import glob
 import hashlib
 import os
 import re
 import sys
 import time
+from contextvars import ContextVar
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -12,6 +14,7 @@ from data.cli import Progress, UserError
 from data.files import file_sha256, read_json, write_once
 
 DATA = Path("data")
+OFFLINE = ContextVar("OFFLINE", default=False)
 MODELS = "https://huggingface.co"
 MB = 1_000_000
 
@@ -66,8 +69,20 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
     return dest
 
 
+@contextlib.contextmanager
+def offline():
+    """In this context `fetch` raises UserError for a file that is not here."""
+    token = OFFLINE.set(True)
+    try:
+        yield
+    finally:
+        OFFLINE.reset(token)
+
+
 def download(url, dest, sha256, tries, wait, token):
     """Download a file for `fetch`."""
+    if OFFLINE.get():
+        raise UserError(f"{dest} is missing")
     import requests  # not above: most runs download nothing, and it takes longer than all the rest
 
     url = resolve_url(url)
