@@ -46,7 +46,7 @@ from data.rows import as_chat, first_words, load_data, report_bad
 from data.runs import newest_run, run_folder
 from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS, SOURCES
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, label_token, labels_of
 from prepare_data import default_name
 from sample import Engine, allowed_ids, classify, load
 
@@ -80,7 +80,7 @@ FIXED = {
 def dpo_margin(model, ids, targets, reference):
     """(P, 2): the log probabilities of chosen and rejected answers under `model` minus those under
     the reference, for a batch of `DPO.batch`."""
-    logps = model(ids, targets, reduction="none").sum(1)  # (2 P,)
+    logps = model(ids, targets, output="log_probs").sum(1)  # (2 P,)
     return torch.stack(logps.chunk(2), dim=1) - reference
 
 
@@ -118,9 +118,9 @@ def distill_loss(model, ids, targets, teacher, weight, temperature):
     """weight * cross-entropy + (1 - weight) * T^2 * KL(teacher || model), summed over the targets;
     the temperature T softens both distributions. Hinton et al. 2015, section 2."""
     keep = targets != -100
-    logits = model(ids, targets, reduction="logits").float()  # (N, V)
+    logits = model(ids, targets, output="logits").float()  # (N, V)
     with torch.no_grad():
-        taught = teacher(ids, targets, reduction="logits").float()
+        taught = teacher(ids, targets, output="logits").float()
     V, T = min(logits.shape[1], taught.shape[1]), temperature  # one may have more spare rows
     ours, theirs = (x[:, :V].div(T).log_softmax(-1) for x in (logits, taught))
     kl = F.kl_div(ours, theirs, reduction="sum", log_target=True)
@@ -165,7 +165,7 @@ def generate_turns(model, tokenizer, prompts, seeds=None):
     turns, waiting, running = [[] for _ in prompts], deque(range(len(prompts))), {}
     engine = Engine(model, min(48, len(prompts)), 256)
     while waiting or running:
-        while waiting and engine.busy < len(engine.slots):
+        while waiting and engine.busy < len(engine.texts):
             i = waiting.popleft()
             options = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
             running[engine.add(prompts[i], allowed=allowed, **options)] = i
@@ -317,18 +317,25 @@ class Classify(SFT):
 
     @staticmethod
     def special_tokens(tokenizer, splits, labels):
-        return [chat.label_token(name) for name in labels]
+        return [label_token(name) for name in labels]
 
     def rows(self, example):
         text, label = example["text"], example["label"]
         return [batches.label_row(text, label, self.tokenizer, self.args.context)]
+
+    def loss(self, model, ids, targets, places):
+        """The summed loss among the labels alone, as it is measured."""
+        goals = [self.tokenizer.special[chat.label_token(name)] for name in self.labels]
+        allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=ids.device)
+        allowed[goals] = True
+        return -model(ids, targets, reduction="none", allowed=allowed).sum()
 
     def evaluate(self, model, split, final=True):
         return self.report(model, split)[0]
 
     def report(self, model, split):
         """The figures are over the label tokens alone; the lines show the confusion matrix."""
-        label_ids = [self.tokenizer.special[chat.label_token(name)] for name in self.labels]
+        label_ids = [self.tokenizer.special[label_token(name)] for name in self.labels]
         logps = classify(model, [row.ids[:-1] for row in split.rows], label_ids)  # (N, labels)
         wanted = torch.tensor([self.labels.index(e["label"]) for e in split.examples])
         best, rows = logps.argmax(1), []
@@ -456,7 +463,7 @@ class RewardModel(DPO):
 
     def rewards(self, model, ids, targets, reference):
         token = self.tokenizer.special[REWARD_TOKEN]
-        logits = model(ids, targets, reduction="logits")[:, token].float()
+        logits = model(ids, targets, output="logits")[:, token].float()
         return torch.stack(logits.chunk(2), dim=1)
 
 
@@ -485,7 +492,7 @@ def load_rewards(source, device):
         for numbers in batches.bucket(range(len(rows)), rows, 4096):
             ids, targets = (t.to(device) for t in batches.pad([rows[i] for i in numbers]))
             with torch.autocast(device.type, enabled=False):
-                out[numbers] = model(ids, targets, reduction="logits")[:, token].cpu()
+                out[numbers] = model(ids, targets, output="logits")[:, token].cpu()
         return out.tolist()
 
     return rewards
@@ -503,18 +510,18 @@ class SharedPrompt(lm.KVCache):
         """As `KVCache.begin`."""
         start = self.ids.shape[1]
         self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
-        return lm.Step(slice(start, start + ids.shape[1]))
+        return lm.NewTokens(slice(start, start + ids.shape[1]))
 
-    def update(self, i, step, *new):
+    def update(self, i, new, *keys_and_values):
         """As `KVCache.update`."""
-        if not step.positions.start:
-            self.kept[i] = new
-            return new
-        old = (t.expand(len(new[0]), -1, -1, -1) for t in self.kept[i])
-        return [torch.cat(pair, dim=2) for pair in zip(old, new)]
+        if not new.positions.start:
+            self.kept[i] = keys_and_values
+            return keys_and_values
+        old = (t.expand(len(keys_and_values[0]), -1, -1, -1) for t in self.kept[i])
+        return [torch.cat(pair, dim=2) for pair in zip(old, keys_and_values)]
 
-    def past(self, step):
-        """As `KVCache.past`."""
+    def seen_ids(self, new):
+        """As `KVCache.seen_ids`."""
         return self.ids
 
 
@@ -525,9 +532,9 @@ def group_logps(runner, model, ids, targets, lengths, allowed=None):
     groups = []
     for row, group, n in zip(ids, targets.chunk(len(ids)), lengths.tolist()):
         shared, prompt, T = SharedPrompt(model), row[None, :n], most_targets(group)
-        runner(prompt, torch.full_like(prompt, -100), shared, reduction="none")
+        runner(prompt, torch.full_like(prompt, -100), shared, output="log_probs")
         answers, wanted = row[n : n + len(group) * T].view(-1, T), group[:, :T].contiguous()
-        logps = runner(answers, wanted, shared, reduction="none", allowed=allowed)
+        logps = runner(answers, wanted, shared, output="log_probs", allowed=allowed)
         groups.append(F.pad(logps, (0, group.shape[1] - T)))
     return torch.cat(groups)
 
@@ -884,7 +891,7 @@ def evaluate_only(args, objective_class, examples):
     needed = objective_class.special_tokens(tokenizer, examples, find_labels(examples))
     if missing := [name for name in needed if name not in tokenizer.special]:
         raise UserError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
-    objective = objective_class(args, tokenizer, chat.labels_of(tokenizer), runtime)
+    objective = objective_class(args, tokenizer, labels_of(tokenizer), runtime)
     split = objective.make_split(examples[args.split])
     objective.start(model, {args.split: split}, None)
     run = where.parent if where.suffix == ".pt" else where
@@ -905,8 +912,13 @@ def header(model, args, objective, splits, loader):
         f"{objective.noun} to learn, {len(val.examples):,} to measure; {len(sizes):,} rows of at "
         f"most {longest:,} tokens, {cut:,} cut to --context; {loader.per_epoch:,} batches an epoch"
     )
-    mean = tokens / len(sizes)
-    return [text, *train.header(model, args, objective.runtime, tokens, args.batch_tokens, mean)]
+    per_step = tokens / loader.per_epoch * args.grad_accum * objective.runtime.world
+    if split.prompts:  # answers may be of any length
+        per_step = None
+    learned = sum(sum(r.mask[1:]) for row in split.rows for r in batches.sequences(row)) / tokens
+    mean = tokens / sum(n for _, n in sizes)
+    runtime, most = objective.runtime, args.batch_tokens
+    return [text, *train.header(model, args, runtime, most, per_step, mean, learned)]
 
 
 def settle(args, **values):
@@ -920,8 +932,8 @@ def main(argv=None):
         return evaluate_only(args, objective_class, examples)
     labels = find_labels(examples)
     base = content if content and not args.lora_rank else lm.load_checkpoint(args.ckpt)
-    previous, wide = (content or {}).get("device"), base["config"]["d_model"] >= 512
-    runtime = make_runtime(args.device, args.dtype, wide, previous)
+    previous, config = (content or {}).get("device"), lm.Config.from_dict(base["config"])
+    runtime = make_runtime(args.device, args.dtype, previous, config, args.batch_tokens)
     torch.manual_seed(args.seed)
     special_tokens = partial(objective_class.special_tokens, splits=examples, labels=labels)
     model, tokenizer, adapter = build_model(args, base, content, special_tokens, runtime)

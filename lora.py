@@ -14,7 +14,6 @@ Together they are QLoRA. Neither depends on the Transformer: any module with nn.
 
 import contextlib
 import hashlib
-import math
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -83,18 +82,15 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
         weight = linear.weight.detach().float()
         codes, scales = quantize_nf4(weight) if kind == "nf4" else quantize_int8(weight)
-        mean = scales.mean()
-        scale_codes, scale_scales = quantize_int8(scales - mean, SCALE_BLOCK)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale_codes", scale_codes)
-        self.register_buffer("scale_scales", scale_scales)
-        self.register_buffer("scale_mean", mean)
+        self.codes, self.scale_mean = nn.Buffer(codes), nn.Buffer(scales.mean())
+        scale_codes, scale_scales = quantize_int8(scales - self.scale_mean, SCALE_BLOCK)
+        self.scale_codes, self.scale_scales = nn.Buffer(scale_codes), nn.Buffer(scale_scales)
         if kind == "nf4":
             # the two floats that a byte stands for, (256,), looked up as one long integer: that
             # takes a fifth of the time of looking up rows of two
             levels = torch.tensor(NF4, device=weight.device)
             pairs = torch.cartesian_prod(levels, levels).view(torch.int64)[:, 0]
-            self.register_buffer("pairs", pairs.contiguous(), persistent=False)
+            self.pairs = nn.Buffer(pairs.contiguous(), persistent=False)
         self.bias = linear.requires_grad_(False).bias
 
     @property
@@ -132,12 +128,11 @@ class DequantizedProduct(torch.autograd.Function):
 
 
 def quantize(model, kind, device="cpu"):
-    """Replace the Linears of the blocks by frozen, quantized ones, in place, and convert the rest
-    of the model to float32; returns their names. The layers go to `device` one by one, so that it
-    never holds the full weights."""
+    """Replace the Linears of the blocks by frozen, quantized ones, and return their names. They go
+    to `device` one by one, so that it never holds the full weights; the rest becomes float32."""
     layers = find_layers(model, "all", nn.Linear)
-    for parent, name, linear in layers.values():
-        setattr(parent, name, QuantLinear(linear.to(device), kind))
+    for name, linear in layers.items():
+        model.set_submodule(name, QuantLinear(linear.to(device), kind))
     model.float()
     return list(layers)
 
@@ -152,20 +147,14 @@ TARGETS["all"] = TARGETS["attention"] + TARGETS["mlp"]
 
 
 def find_layers(model, targets, kinds):
-    """{full name: (parent, name, layer)} of the layers of `kinds` that `targets` names, each by its
-    last or its full name. UserError if there are none."""
+    """{full name: layer} of the layers of `kinds` that `targets` names, each by its last or its
+    full name. UserError if there are none."""
     wanted = set(TARGETS.get(targets) or (t.strip() for t in targets.split(",")))
-    layers, names = {}, set()
-    for path, parent in model.named_modules():
-        if isinstance(parent, LoRALinear):
-            continue  # its base is no target of its own
-        for name, layer in parent.named_children():
-            if isinstance(layer, kinds):
-                names.add(name)
-                full = f"{path}.{name}".removeprefix(".")
-                if wanted & {name, full}:
-                    layers[full] = parent, name, layer
-    unknown = wanted - set(layers) - names
+    bases = {layer.base for layer in adapted(model).values()}  # they are no targets of their own
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in bases}
+    names = {n.rpartition(".")[2] for n in layers}
+    unknown = wanted - names - set(layers)
+    layers = {n: m for n, m in layers.items() if wanted & {n, n.rpartition(".")[2]}}
     if not layers or (unknown and targets not in TARGETS):
         raise UserError(
             f"no layer is called {', '.join(sorted(unknown))}: choose {', '.join(TARGETS)}, or "
@@ -183,8 +172,7 @@ class Named(nn.ParameterDict):
 
 class LoRALinear(nn.Module):
     """base(x) + alpha / rank * B(A(dropout(x))) for the active one of the adapters over the base.
-    A (rank, in) starts random, B (out, rank) at zero, so a new adapter changes nothing. Hu et al.
-    2021, section 4.1."""
+    A (rank, in) starts random, B (out, rank) at zero: it changes nothing yet (Hu et al. 2021)."""
 
     def __init__(self, base):
         super().__init__()
@@ -195,9 +183,8 @@ class LoRALinear(nn.Module):
     def add(self, name, rank, alpha, dropout):
         """Add an adapter, not active yet."""
         device = next(self.base.buffers(), next(self.base.parameters(), None)).device
-        a = torch.empty(rank, self.base.in_features, device=device)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # like a Linear's weight
-        self.a[name] = nn.Parameter(a)
+        a = nn.Linear(self.base.in_features, rank, bias=False, device=device)
+        self.a[name] = a.weight
         self.b[name] = nn.Parameter(torch.zeros(self.base.out_features, rank, device=device))
         self.scale[name], self.dropout[name] = alpha / rank, dropout
 
@@ -227,24 +214,23 @@ def add_lora(
     layers' names.
 
     targets: attention, mlp, all, or layer names with commas. A second call with another `name` adds
-    a second adapter over the same base. `modules_to_save` (peft's term) are modules that are
-    trained in full beside this adapter and saved with it: the tables of a base that lacks the
-    chat's special tokens. UserError if no layer matches, or if a target shares its weight with
-    another layer (a tied head: the embedding could not follow).
+    a second adapter over the same base. `modules_to_save` (peft's term) are trained in full beside
+    the adapter and saved with it: the tables of a base that lacks the chat's special tokens.
+    UserError if no layer matches, or if one shares its weight (a tied head could not follow).
 
     >>> add_lora(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
     ['0']
     """
     layers = find_layers(model, targets, (nn.Linear, QuantLinear, LoRALinear))
     ids = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
-    for full, (_, _, layer) in layers.items():
+    for full, layer in layers.items():
         if isinstance(layer, nn.Linear) and ids.count(id(layer.weight)) > 1:
             raise UserError(f"{full} shares its weight (a tied head): it cannot have an adapter")
     model.requires_grad_(False)
-    for parent, child, layer in layers.values():
+    for full, layer in layers.items():
         if not isinstance(layer, LoRALinear):
-            layer = LoRALinear(layer).train(parent.training)
-            setattr(parent, child, layer)
+            layer = LoRALinear(layer).train(layer.training)
+            model.set_submodule(full, layer)
         layer.add(name, rank, alpha, dropout)
     if not hasattr(model, "saved_tables"):
         model.active_adapter, model.saved_tables = None, {None: {}}  # None: the base's own tables
@@ -274,8 +260,7 @@ def hold_frozen(model, dtype):
 @torch.no_grad()
 def set_adapter(model, name=None):
     """Make the adapter `name` the active one, or none. Its `modules_to_save` are written into the
-    model, and what the previous adapter learned there is kept for its return. UserError for an
-    unknown name."""
+    model, and what the previous adapter learned there is kept for its return."""
     if name not in (None, *adapter_names(model)):
         listed = ", ".join(adapter_names(model)) or "none"
         raise UserError(f"there is no adapter {name}; the model has {listed}")
@@ -342,8 +327,7 @@ def adapter_state(model):
 
 @torch.no_grad()
 def load_adapter(model, content, name="default"):
-    """Make the adapter `name` active and copy the tensors of an adapter checkpoint into it;
-    UserError if they do not fit."""
+    """Make the adapter `name` active and copy the tensors of its checkpoint into it."""
     set_adapter(model, name)
     parameters, state = adapter_parameters(model), content["model"]
     if problem := fit_error(parameters, state):
@@ -388,16 +372,15 @@ def load_adapted(base, adapters, where="the base"):
 def merge(model):
     """Replace each adapted layer by a plain Linear, W + alpha / rank * B A of the active adapter,
     in float32, and each quantized layer by a plain one. Returns their names: none the second time.
-    The model is left in evaluation mode."""
+    """
     model.eval()  # dropout cannot be merged
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (LoRALinear, QuantLinear))}
     # the quantized base of an adapted layer is merged with its adapter
     layers = {n: m for n, m in layers.items() if n.rpartition(".")[0] not in layers}
-    for full, layer in layers.items():
-        path, _, child = full.rpartition(".")
+    for name, layer in layers.items():
         merged = nn.Linear(*layer.weight.T.shape, bias=False, device="meta")
         merged.weight, merged.bias = nn.Parameter(layer.weight.float()), layer.bias
-        setattr(model.get_submodule(path), child, merged)
+        model.set_submodule(name, merged)
     return list(layers)
 
 

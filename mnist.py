@@ -10,9 +10,10 @@
 A run writes mnist.pt, loss.svg and pictures to out/mnist, out/mnist-fast or out/mnist-diffusion (a
 second run to out/mnist-2, and so on). "The course" is waylandzhang/Transformer-from-scratch.
 
-The first three chapters (data, network, loop) are a complete training run. Then come pictures, a
-better network, a transformer that turns noise into digits, and the command line. Nothing here is a
-language model: from model.py come only the checkpoints and, for drawing, the transformer's blocks.
+The first three chapters hold the data, the network and the training loop. Then come a report,
+pictures, a better network, a transformer that turns noise into digits, and the command line.
+Nothing here is a language model: from model.py come only the checkpoints and, for drawing, the
+transformer's blocks.
 
 Shapes in comments: B batch, T patches of an image, C channels.
 """
@@ -127,9 +128,9 @@ SCHEDULES = {
 
 
 def fit(run, images, labels, batch_loss, evaluate):
-    """Train `run.model` for `run.args.epochs` to minimise batch_loss(model, images, labels). What
-    `evaluate()` returns after each epoch goes into `run.history`. Ctrl-C and SIGTERM save the run
-    first. Returns the exit code. `run` is a `Run`, below."""
+    """Train the model of `run`, a `Run` (below), for `run.args.epochs` epochs. Minimises
+    batch_loss(model, images, labels). What `evaluate()` returns after each epoch goes into
+    `run.history`. Ctrl-C and SIGTERM save the run first. Returns the exit code."""
     a, model, optimizer = run.args, run.model, run.optimizer
 
     def closure(rows):
@@ -141,7 +142,7 @@ def fit(run, images, labels, batch_loss, evaluate):
     model.train()
     with StopSignal() as stop:
         for epoch in range(run.step // run.per_epoch, a.epochs):
-            # the course reads the images in the file's order; a new order each time is better
+            # the course and the default read the images in the file's order; --shuffle is better
             order = torch.arange(len(images))
             if a.shuffle:
                 order = torch.randperm(len(images), generator=seeded(1000 * a.seed + epoch))
@@ -168,24 +169,25 @@ def seeded(seed):
 
 
 class Run:
-    """A training run: its model, optimizer and progress. `images` is the number of images.
+    """A training run: its model, optimizer and progress. `saved` is the content of the mnist.pt
+    that is resumed.
 
     `history` has a row {"step", "training": mean loss} for every hundred steps, and one with the
     results of `evaluate` for every epoch. Without `out` nothing is printed or written."""
 
-    def __init__(self, model, args, images, out=None, saved=None):
+    def __init__(self, model, args, n_images, out=None, saved=None):
         self.model, self.args, self.out = model, args, out
         make, lr, settings = OPTIMIZERS[args.optimizer]
         args.lr = args.lr or lr
         args.batch_size = args.batch_size or (2000 if args.optimizer == "lbfgs" else 64)
-        self.images, self.per_epoch = images, math.ceil(images / args.batch_size)
+        self.n_images, self.per_epoch = n_images, math.ceil(n_images / args.batch_size)
         self.optimizer = make(model.parameters(), lr=args.lr, **settings)
         steps = args.epochs * self.per_epoch
         self.schedule = SCHEDULES[args.schedule](self.optimizer, args.lr, steps)
         self.step, self.seconds, self.recent, self.history = 0, 0.0, [], []
         if saved:
-            if (n := saved["images"]) != images:
-                raise UserError(f"{out} was trained on {n:,} images, but this data has {images:,}")
+            if (n := saved["images"]) != n_images:
+                raise UserError(f"{out} was trained on {n:,} images, this data has {n_images:,}")
             lm.load_weights(model, saved["model"], str(out))
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
@@ -195,12 +197,12 @@ class Run:
     def log_step(self, loss, seconds):
         """Count a step; print the loss of every hundredth batch, as the course does."""
         if not math.isfinite(loss):
-            kept = "the checkpoint of the last complete epoch is kept"
+            kept = "the last checkpoint, if there is one, is kept"
             raise UserError(f"step {self.step}: the loss is {loss}; {kept}. Try a lower --lr")
         epoch, batch = divmod(self.step, self.per_epoch)
         if batch % 100 == 0 and self.out:
             seen = batch * self.args.batch_size
-            done = f"{seen}/{self.images} ({seen / self.images:.0%})"
+            done = f"{seen}/{self.n_images} ({seen / self.n_images:.0%})"
             print(f"Train Epoch: {epoch + 1} [{done}]\tLoss: {loss:.4f}", flush=True)
         self.step, self.seconds = self.step + 1, self.seconds + seconds
         self.recent.append(loss)
@@ -216,7 +218,7 @@ class Run:
         content |= {"schedule": self.schedule.state_dict(), "random": random_state()}
         content |= {"config": {"recipe": self.args.recipe}, "args": vars(self.args)}
         content |= {"progress": (self.step, self.seconds, self.recent, self.history)}
-        lm.save_checkpoint(self.out / "mnist.pt", content | {"images": self.images})
+        lm.save_checkpoint(self.out / "mnist.pt", content | {"images": self.n_images})
         names = ("training", "validation", "test")
         curves = {n: [(row["step"], row[n]) for row in self.history if n in row] for n in names}
         svg = line_svg(self.out.name, curves, "steps", "loss")

@@ -1,16 +1,16 @@
 """The whole transformer, written by hand in PyTorch.
 
-    python model.py --preset gpt2                 parameters, memory and FLOPs of a shape
-    python model.py --preset novel --tokens 77919 and the loss that a scaling law predicts for it
-    python model.py --ckpt out/stdlib             the same for a trained model
-    python model.py --ckpt out/llama --export hf  write a folder that transformers can read
+    python model.py --preset gpt2                   parameters, memory and FLOPs of a shape
+    python model.py --preset novel --tokens 77919   also the loss that a scaling law predicts
+    python model.py --ckpt out/stdlib               the same for a trained model
+    python model.py --ckpt out/llama --export hf    write a folder that transformers can read
 
 One Transformer covers GPT-2, the Llama and Qwen families and the course's own model. Their
-differences are fields of `Config`. Preparing text is in
-prepare_data.py, optimizers are in train.py, sampling is in sample.py.
+differences are fields of `Config`. prepare_data.py prepares text, train.py has the optimizers,
+sample.py samples.
 
 Shapes in comments: B batch, T time, C channels (d_model), nh query heads, nkv key/value heads,
-hs head size, V vocabulary, N rows (B*T flattened), S cached keys.
+hs head size, V vocabulary, N rows (positions of all texts, flattened), S keys (cached and new).
 """
 
 import contextlib
@@ -63,7 +63,7 @@ ROPE_SCALINGS = {"linear": {"factor"}, "llama3": set(_LLAMA3.split())}
 
 @dataclass
 class Config:
-    """The shape of a Transformer. Fields left at None follow from the others."""
+    """The shape of a Transformer. The sizes that are None follow from the others."""
 
     vocab_size: int = 2048
     n_layer: int = 4
@@ -84,14 +84,14 @@ class Config:
     qk_norm: bool = False  # RMS-normalise queries and keys per head
     embed_norm: bool = False  # another norm, right after the embedding
     value_embed: bool = False  # a second table, whose rows are added to the values of each layer
-    bigram: int = 0  # rows of the `BigramEmbedding`; 0 is none
-    induction: bool = False  # whether there is an `Induction`
+    bigram: int = 0  # rows of a table for pairs of ids, see `BigramEmbedding`; 0 is none
+    induction: bool = False  # also embed an id that may be copied, see `Induction`
     tied: bool = False  # the head is the embedding table, transposed
     dropout: float = 0.0
     eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": one of ROPE_SCALINGS, its parameters...}
-    init: str = "zero_out"
+    init: str = "zero_out"  # see `Transformer.init_weights`
 
     def __post_init__(self):
         if self.n_head < 1 or (self.head_size is None and self.d_model % self.n_head):
@@ -148,8 +148,9 @@ class Config:
 
 # What learned fastest in our trials at these sizes (tests/BENCHMARKS.md): norms without weights and
 # another one after the embedding, tables for values and pairs of tokens, a token to copy
-# (`Induction`), squared ReLU, an untied head, and output projections that start at zero. LayerNorm
-# learns as well as RMSNorm here, and torch's kernel for it is twice as fast on a CPU.
+# (`Induction`), squared ReLU; and two of Config's defaults: an untied head, and output projections
+# that start at zero. LayerNorm learns just as well as RMSNorm, and torch's kernel for it is twice
+# as fast on a CPU.
 _OURS = dict(
     norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True,
     value_embed=True, bigram=8192, induction=True,
@@ -214,7 +215,8 @@ def rope_tables(context, head_size, theta, scaling=None):
     Channel i is rotated with channel i + hs/2 (the layout of Llama and Qwen weights), at position t
     by the angle t * theta ** (-2i / hs): the first pairs fast, the last ones slowly.
     """
-    # on the CPU even where the default device is meta; in transformers' order, to round alike
+    # on the CPU even where the default device is meta; computed as by Hugging Face's transformers,
+    # to round alike
     channel = torch.arange(0, head_size, 2, device="cpu").float()
     frequency = scale_frequency(1.0 / theta ** (channel / head_size), scaling or {})  # (hs/2,)
     angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, hs/2)
@@ -224,8 +226,8 @@ def rope_tables(context, head_size, theta, scaling=None):
 
 def scale_frequency(frequency, scaling):
     """Rotation frequencies slowed down for a longer context: all of them (`linear`), or only those
-    that turn fewer than low_freq_factor times in the original context, blending to none at
-    high_freq_factor turns (`llama3`, of Llama 3.1)."""
+    that turn fewer than low_freq_factor times in the original context, others less, and not at all
+    from high_freq_factor turns on (`llama3`, of Llama 3.1)."""
     kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
     if kind != "llama3":
         return frequency / factor
@@ -280,7 +282,8 @@ def attention(q, k, v, mask=None, dropout=0.0, causal=True):
         mask = causal_mask(T, S, q.device)
     if group > 1 and mask is not None and q.is_cuda:  # no fused CUDA kernel has a mask and groups
         k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
-    if mask is not None or T == 1:  # a single query sees all keys (an `if`: T > 1 breaks the graph)
+    # an `if`, because torch.compile cannot trace `is_causal=causal and T > 1`
+    if mask is not None or T == 1:  # a single query sees all keys
         causal = False
     options = dict(is_causal=causal, enable_gqa=group > 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options)
@@ -311,13 +314,13 @@ class Attention(nn.Module):
         norm = partial(nn.RMSNorm, elementwise_affine=c.norm_weight) if c.qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(c.head_size, c.eps), norm(c.head_size, c.eps)
 
-    def forward(self, x, rope=None, update_cache=None, mask=None, values=None):
+    def forward(self, x, rope=None, update_cache=None, mask=None, extra_values=None):
         """x (B, T, C) -> (B, T, C). `update_cache(k, v)` stores the new keys and values and returns
-        all of them; `values` (B, T, nkv * hs) are added to the new values."""
+        all of them; `extra_values` (B, T, nkv * hs) are added to the new values."""
         B, T, _ = x.shape
         q = self.q_norm(self.q(x).view(B, T, self.n_head, self.head_size))
         k = self.k_norm(self.k(x).view(B, T, self.n_kv_head, self.head_size))
-        v = self.v(x) if values is None else self.v(x) + values
+        v = self.v(x) if extra_values is None else self.v(x) + extra_values
         v = v.view(B, T, self.n_kv_head, self.head_size)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, hs)
         if rope is not None:
@@ -356,14 +359,19 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
-    def forward(self, x, rope=None, update_cache=None, mask=None, values=None):
-        x = x + self.drop(self.attention(self.norm1(x), rope, update_cache, mask, values))
+    def forward(self, x, rope=None, update_cache=None, mask=None, extra_values=None):
+        x = x + self.drop(self.attention(self.norm1(x), rope, update_cache, mask, extra_values))
         return x + self.drop(self.feed_forward(self.norm2(x)))
 
 
 # --------------------------------------------------------------------------------------------
 # What is added to the embedding
 # --------------------------------------------------------------------------------------------
+
+# To add an input to the embedding: a field of Config and a module, made if the field is set, and a
+# line in INPUTS below. Its `forward` gets all ids so far (B, S), the positions (B, T) of the new
+# ones among them, and the function that embeds ids; it returns what is added, (B, T, C). Its
+# `init_weights` sets all its parameters.
 
 
 class Table(nn.Embedding):
@@ -399,9 +407,9 @@ def copy_candidates(ids, positions):
     """(the id that may come next because it did so before, the length of the match), (B, T) each,
     for `positions` (B, T) of ids (B, S).
 
-    The candidate is the id after the earlier position at which the most preceding ids (up to
-    LONGEST_MATCH) equal those here; the latest such position if there are several. Without any
-    match both are 0.
+    Compares the run of ids that ends at each earlier position with the run that ends here, newest
+    id first. The candidate is the id after the earlier position with the longest equal run (at most
+    LONGEST_MATCH ids), the latest one if several are as long. Without a match both are 0.
 
     >>> copy_candidates(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]), torch.tensor([[4, 5, 6]]))
     (tensor([[0, 9, 7]]), tensor([[0, 1, 2]]))
@@ -410,7 +418,7 @@ def copy_candidates(ids, positions):
     # int16 is faster for the (B, T, S) tensors, but length * S must not overflow it
     dtype = torch.int16 if S * (LONGEST_MATCH + 1) < 2**15 else torch.int32
     padded = F.pad(ids.int(), (LONGEST_MATCH - 1, 0), value=-1)
-    windows = padded.unfold(1, LONGEST_MATCH, 1)  # (B, S, 8): the ids that end at each position
+    windows = padded.unfold(1, LONGEST_MATCH, 1)  # (B, S, 8): the last 8 ids at each
     here = windows.gather(1, positions[..., None].expand(-1, -1, LONGEST_MATCH))  # (B, T, 8)
     pairs = zip(windows[:, None].unbind(-1), here[:, :, None].unbind(-1))
     same = earlier < positions[..., None]  # (B, T, S)
@@ -445,9 +453,6 @@ class Induction(nn.Module):
         return self.match(length) * self.project(embed(copied))
 
 
-# To add an input to the embedding: a field of Config and a module, made if the field is set. Its
-# `forward` gets all ids so far (B, S), the positions (B, T) of the new ones among them, and the
-# function that embeds ids; it returns what is added to the embedding, (B, T, C).
 INPUTS = {"bigram": BigramEmbedding, "induction": Induction}
 
 
@@ -517,8 +522,8 @@ def add_product(total, a, b):
 
 
 def chunked_loss(x, weight, bias, targets, places=None):
-    """The sum of -log softmax(x @ weight.T + bias)[target], a float32 scalar (float64 for float64
-    states). Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
+    """The sum of -log softmax(x @ weight.T + bias)[target], a float32 scalar (float64 if x is
+    float64). Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
 
     x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100 for "no loss": such rows
     cost nothing. `places` are the indices of the flattened targets that are not -100; finding them
@@ -537,7 +542,7 @@ def chunked_loss(x, weight, bias, targets, places=None):
 
 def token_logps(x, weight, bias, targets, allowed=None):
     """log softmax(x @ weight.T + bias)[target] of each position (...), 0 where the target is -100,
-    in float32 (float64 for float64 states). Ids outside of `allowed`, bools (V,), have probability
+    in float32 (float64 if x is float64). Ids outside of `allowed`, bools (V,), have probability
     0. Logits are computed a few rows at a time, and again in the backward pass."""
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -555,6 +560,102 @@ def token_logps(x, weight, bias, targets, allowed=None):
 
 
 # --------------------------------------------------------------------------------------------
+# The cache: what generation keeps of the tokens so far
+# --------------------------------------------------------------------------------------------
+
+
+class NewTokens(NamedTuple):
+    """The positions of the T new tokens of each row, and what they may look at."""
+
+    positions: slice | torch.Tensor  # a slice or (T,) if the same for all rows, else (B, T)
+    mask: torch.Tensor | None = None  # (B, 1, T, S), see `naive_attention`
+    layers: list | None = None  # per layer (keys, values), old and new tokens, (B, nkv, S, hs)
+
+
+class KVCache:
+    """Ids, keys and values of all tokens seen so far, allocated ahead of use; `grow` enlarges it.
+    Keys and values are (n_layer, B, nkv, room, hs) each.
+
+    With it, decoding one token runs the matrix products for one position instead of T. `lengths` is
+    the number of tokens in each row. It lies on the CPU, so reading it does not wait for a GPU.
+    """
+
+    def __init__(self, model, batch, length=None):
+        c, weight = model.config, model.embed.weight
+        shape = (c.n_layer, batch, c.n_kv_head, min(length or c.context, c.context), c.head_size)
+        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.zeros_like(self.keys)
+        self.ids = torch.zeros(batch, shape[3], dtype=torch.long, device=weight.device)
+        self.lengths = torch.zeros(batch, dtype=torch.long)
+        self.context = c.context
+
+    @property
+    def room(self):
+        """The most tokens that a row can hold."""
+        return self.keys.shape[3]
+
+    def rows(self, first, last):
+        """A KVCache of some of the rows, in the same memory."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
+        part.ids, part.lengths = self.ids[first:last], self.lengths[first:last]
+        return part
+
+    def begin(self, ids, static=False):
+        """Store ids (B, T) after those of each row, and return their NewTokens. `hidden` adds T to
+        the lengths when all layers are done. If `static`, no shape depends on the lengths, as CUDA
+        graphs need."""
+        T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
+        start, stop = max(lengths), max(lengths) + T
+        if stop > self.room:
+            limit = "context" if self.room == self.context else "cache"
+            raise UserError(f"{stop} tokens do not fit the {limit} of {self.room}")
+        if start == min(lengths) and not static:
+            positions, mask = slice(start, stop), None
+            self.ids.narrow(1, start, T).copy_(ids)
+        else:
+            stop = self.room if static else stop
+            positions = (self.lengths[:, None] + torch.arange(T)).to(device)
+            mask = torch.arange(stop, device=device) <= positions[:, None, :, None]
+            self.ids.scatter_(1, positions, ids)
+        keys, values = self.keys.narrow(3, 0, stop), self.values.narrow(3, 0, stop)
+        return NewTokens(positions, mask, list(zip(keys, values)))
+
+    def update(self, i, new, *keys_and_values):
+        """Store the keys and values of the NewTokens in layer i, (B, nkv, T, hs) each; return layer
+        i's keys and values of all tokens."""
+        for cached, t in zip(new.layers[i], keys_and_values):
+            if isinstance(new.positions, slice):
+                cached.narrow(2, new.positions.start, t.shape[2]).copy_(t)
+            else:
+                index = new.positions[:, None, :, None]
+                cached.scatter_(2, index.expand_as(t), t.to(cached.dtype))
+        return new.layers[i]
+
+    def seen_ids(self, new):
+        """The ids of all tokens, old and new, (B, S)."""
+        return self.ids[:, : new.layers[0][0].shape[2]]
+
+    def copy_rows(self, sources, targets=slice(None), n=None):
+        """Copy what the rows `sources` hold, or the first n tokens of it, to the rows `targets`."""
+        lengths = self.lengths[sources].clamp(max=n if n is not None else self.room)
+        n = int(lengths.max())
+        for t in (self.keys, self.values):
+            t[:, targets, :, :n] = t[:, sources, :, :n]
+        self.ids[targets, :n] = self.ids[sources, :n]
+        self.lengths[targets] = lengths
+
+    def grow(self, room):
+        """Enlarge the cache to `room` tokens a row."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            larger = old.new_zeros(*old.shape[:3], room, old.shape[4])
+            larger[:, :, :, : old.shape[3]] = old
+            setattr(self, name, larger)
+        self.ids = F.pad(self.ids, (0, room - self.ids.shape[1]))
+
+
+# --------------------------------------------------------------------------------------------
 # The model
 # --------------------------------------------------------------------------------------------
 
@@ -564,8 +665,8 @@ class Transformer(nn.Module):
 
     `model(ids)` returns logits (B, T, V). `model(ids, targets)` returns the *summed* negative log-
     likelihood of the targets in float32 (see `chunked_loss`), which the training loop divides by
-    their number; with `reduction="none"` the log probability of each target, (B, T) (see
-    `token_logps`), and with "logits" the logits (N, V) at the positions that have a target.
+    their number. With `output="log_probs"` it returns the log probability of each target, (B, T)
+    (see `token_logps`), with "logits" the logits (N, V) at the positions that have a target.
 
     >>> model = Transformer(preset("tiny"))
     >>> model(torch.tensor([[1, 2, 3]])).shape
@@ -625,57 +726,42 @@ class Transformer(nn.Module):
             else:
                 nn.init.normal_(p, std=0.02 if gpt2 else 0.577 / math.sqrt(c.d_model))
 
-    @torch.no_grad()
-    def grow_vocabulary(self, vocab_size, used):
-        """Make room for at least `vocab_size` ids, of which the first `used` were in use until now.
-        All rows after those, spare ones included, start at the mean of the used rows."""
-        c, grown = self.config, max(self.config.vocab_size, vocab_size)
-        for table in filter(None, (self.embed, self.value_embed, None if c.tied else self.head)):
-            for name in ("weight", "bias"):
-                if (old := getattr(table, name, None)) is not None:
-                    kept = old[:used]  # the tokenizer's end of text may have no row yet
-                    mean = kept.float().mean(0, keepdim=True).to(old.dtype)
-                    new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
-                    setattr(table, name, nn.Parameter(new, old.requires_grad))
-        if c.tied:
-            self.head.weight = self.embed.weight
-        self.embed.num_embeddings = self.head.out_features = c.vocab_size = grown
-
-    def hidden(self, ids, cache=None, step=None):
+    def hidden(self, ids, cache=None, new=None):
         """The final, normalised states (B, T, C) of ids (B, T); logits are `model.head` of them.
 
-        With a `KVCache` the ids follow those that each of its rows holds. `step` is the result of
-        `cache.begin(ids)` if the caller has called it (see data/graphs.py). Both classes follow.
+        With a `KVCache` the ids follow those that each of its rows holds. `new` is the result of
+        `cache.begin(ids)` if the caller has called it (see data/graphs.py).
         """
         c, T = self.config, ids.shape[1]
         if cache is None and c.context < T:
             raise UserError(f"{T} tokens do not fit the context of {c.context}")
-        if step is None and cache is None:
-            # a tensor: torch.compile would compile each length of a slice anew
-            step = Step(torch.arange(T, device=ids.device))
-        step = step or cache.begin(ids)
+        if cache is None:  # no slice, for which torch.compile would compile each length anew
+            new = NewTokens(torch.arange(T, device=ids.device))
+        elif new is None:
+            new = cache.begin(ids)
         x, rope = self.embed(ids), None  # (B, T, C)
         if c.position == "rope":  # (1, T, hs) or (B, 1, T, hs): the same for every head
-            rope = [table[step.positions].unsqueeze(-3) for table in (self.cos, self.sin)]
+            rope = [table[new.positions].unsqueeze(-3) for table in (self.cos, self.sin)]
         else:
             table = self.position.weight if c.position == "learned" else self.sines
-            x = x + table[step.positions].to(x.dtype)
+            x = x + table[new.positions].to(x.dtype)
         x = self.embed_norm(x)
         if self.inputs:
-            seen, positions = ids if cache is None else cache.past(step), step.positions
+            seen, positions = ids if cache is None else cache.seen_ids(new), new.positions
             if isinstance(positions, slice):
                 positions = torch.arange(positions.start, positions.stop, device=ids.device)
             positions = positions.expand_as(ids)
             for module in self.inputs.values():
                 x = x + module(seen, positions, self.embed_ids)
         x = self.drop(x)
-        values = self.value_embed(ids) if self.value_embed is not None else None
+        extra_values = self.value_embed(ids) if self.value_embed is not None else None
         for i, block in enumerate(self.blocks):
-            update_cache = partial(cache.update, i, step) if cache is not None else None
+            update_cache = partial(cache.update, i, new) if cache is not None else None
+            args = x, rope, update_cache, new.mask, extra_values
             if self.grad_checkpoint and self.training:
-                x = recompute(block, x, rope, update_cache, step.mask, values, use_reentrant=False)
+                x = recompute(block, *args, use_reentrant=False)
             else:
-                x = block(x, rope, update_cache, step.mask, values)
+                x = block(*args)
         if cache is not None:
             cache.lengths += T
         return self.norm(x)
@@ -690,114 +776,40 @@ class Transformer(nn.Module):
         names = [f"{n}.weight" for n, m in self.named_modules() if isinstance(m, Table)]
         return [n for n in names if n.startswith(("value_embed.", "inputs."))]
 
-    def last_logits(self, ids, cache, step=None):
+    def last_logits(self, ids, cache, new=None):
         """Logits (B, V) of the token after the last of the ids (B, T): all that sampling needs."""
-        return self.head(self.hidden(ids, cache, step)[:, -1])
+        return self.head(self.hidden(ids, cache, new)[:, -1])
 
-    def forward(self, ids, targets=None, cache=None, reduction="sum", places=None, allowed=None):
+    def forward(self, ids, targets=None, cache=None, output="loss", places=None, allowed=None):
         x = self.hidden(ids, cache)
         if targets is None:
             return self.head(x)  # (B, T, V)
-        if reduction == "logits":
+        if output == "logits":
             return self.head(x[targets != -100])  # (N, V)
-        if reduction == "none":
+        if output == "log_probs":
             return token_logps(x, self.head.weight, self.head.bias, targets, allowed)  # (B, T)
         return chunked_loss(x, self.head.weight, self.head.bias, targets, places)
 
-
-class Step(NamedTuple):
-    """The positions of the T new tokens of each row, and what they may look at."""
-
-    positions: slice | torch.Tensor  # the same for all rows, or (B, T)
-    mask: torch.Tensor | None = None  # (B, 1, T, S), see `naive_attention`
-    layers: list | None = None  # per layer (keys, values), old and new tokens, (B, nkv, S, hs)
-
-
-class KVCache:
-    """Ids, keys and values of all tokens seen so far, allocated ahead of use; `grow` enlarges it.
-    Keys and values are (n_layer, B, nkv, S, hs) each.
-
-    Decoding one token then costs one row of matrix products and not T of them. `lengths` is the
-    number of tokens in each row. It lies on the CPU, so reading it does not wait for a GPU.
-    """
-
-    def __init__(self, model, batch, length=None):
-        c, weight = model.config, model.embed.weight
-        shape = (c.n_layer, batch, c.n_kv_head, min(length or c.context, c.context), c.head_size)
-        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.zeros_like(self.keys)
-        self.ids = torch.zeros(batch, shape[3], dtype=torch.long, device=weight.device)
-        self.lengths = torch.zeros(batch, dtype=torch.long)
-        self.context = c.context
-
-    @property
-    def room(self):
-        """The most tokens that a row can hold."""
-        return self.keys.shape[3]
-
-    def rows(self, first, last):
-        """A KVCache of some of the rows, in the same memory."""
-        part = copy.copy(self)
-        part.keys, part.values = self.keys[:, first:last], self.values[:, first:last]
-        part.ids, part.lengths = self.ids[first:last], self.lengths[first:last]
-        return part
-
-    def begin(self, ids, static=False):
-        """Store ids (B, T) after those of each row, and return their Step. `hidden` adds T to the
-        lengths when all layers are done. If `static`, no shape
-        depends on the lengths, as CUDA graphs need."""
-        T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
-        start, stop = max(lengths), max(lengths) + T
-        if stop > self.room:
-            limit = "context" if self.room == self.context else "cache"
-            raise UserError(f"{stop} tokens do not fit the {limit} of {self.room}")
-        if start == min(lengths) and not static:
-            positions, mask = slice(start, stop), None
-            self.ids.narrow(1, start, T).copy_(ids)
-        else:
-            stop = self.room if static else stop
-            positions = (self.lengths[:, None] + torch.arange(T)).to(device)
-            mask = torch.arange(stop, device=device) <= positions[:, None, :, None]
-            self.ids.scatter_(1, positions, ids)
-        keys, values = self.keys.narrow(3, 0, stop), self.values.narrow(3, 0, stop)
-        return Step(positions, mask, list(zip(keys, values)))
-
-    def update(self, i, step, *new):
-        """Store the new keys and values of layer i, (B, nkv, T, hs) each; return layer i's keys and
-        values of all tokens."""
-        for cached, t in zip(step.layers[i], new):
-            if isinstance(step.positions, slice):
-                cached.narrow(2, step.positions.start, t.shape[2]).copy_(t)
-            else:
-                index = step.positions[:, None, :, None]
-                cached.scatter_(2, index.expand_as(t), t.to(cached.dtype))
-        return step.layers[i]
-
-    def past(self, step):
-        """The ids so far and the new ones, (B, S)."""
-        return self.ids[:, : step.layers[0][0].shape[2]]
-
-    def copy_rows(self, sources, targets=slice(None), n=None):
-        """Copy what the rows `sources` hold, or the first n tokens of it, to the rows `targets`."""
-        lengths = self.lengths[sources].clamp(max=n if n is not None else self.room)
-        n = int(lengths.max())
-        for t in (self.keys, self.values):
-            t[:, targets, :, :n] = t[:, sources, :, :n]
-        self.ids[targets, :n] = self.ids[sources, :n]
-        self.lengths[targets] = lengths
-
-    def grow(self, room):
-        """Enlarge the cache to `room` tokens a row."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:3], room, old.shape[4])
-            new[:, :, :, : old.shape[3]] = old
-            setattr(self, name, new)
-        self.ids = F.pad(self.ids, (0, room - self.ids.shape[1]))
+    @torch.no_grad()
+    def grow_vocabulary(self, vocab_size, used):
+        """Make room for at least `vocab_size` ids, of which the first `used` were in use until now.
+        All rows after those, spare ones included, start at the mean of the used rows."""
+        c, grown = self.config, max(self.config.vocab_size, vocab_size)
+        for table in filter(None, (self.embed, self.value_embed, None if c.tied else self.head)):
+            for name in ("weight", "bias"):
+                if (old := getattr(table, name, None)) is not None:
+                    # may be fewer: an end of text that the tokenizer has just added has no row
+                    kept = old[:used]
+                    mean = kept.float().mean(0, keepdim=True).to(old.dtype)
+                    new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
+                    setattr(table, name, nn.Parameter(new, old.requires_grad))
+        if c.tied:
+            self.head.weight = self.embed.weight
+        self.embed.num_embeddings = self.head.out_features = c.vocab_size = grown
 
 
 def meta_model(config):
-    """The model with every shape but no storage, on torch's meta device."""
+    """The model with every shape but without weights, on torch's meta device."""
     with torch.device("meta"):
         return Transformer(config)
 
@@ -996,20 +1008,22 @@ def count_parameters(model):
     return {**counts, "total": sum(counts.values())}
 
 
-def flops_per_token(config, length=None):
+def flops_per_token(config, length=None, learned=1.0, frozen=False):
     """Floating-point operations to train on one token of rows that are `length` tokens long (by
     default the context), forward and backward.
 
     Six per weight of a matrix product (a multiply and an add, three times: forward, by the input,
-    by the weight), plus the attention scores: 12 n_layer nh hs length. That counts the masked half
-    too, as PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT do, so MFUs compare.
+    by the weight; four of a `frozen` model with adapters), plus the attention scores: 12 n_layer nh
+    hs length. That counts the masked half too, as PaLM (Chowdhery et al. 2022, appendix B) and
+    nanoGPT do, so MFUs compare. The head is computed for the share of tokens that is `learned`.
     """
     c = config
     qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
     feed_forward = c.d_model * c.d_ff * (3 if c.activation in GATED else 2)
     block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
-    weights = c.n_layer * block + c.d_model * c.vocab_size + c.induction * c.d_model**2
-    return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
+    weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
+    scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
+    return (4 if frozen else 6) * weights + scores
 
 
 def report(name, config, tokens=None, world=None, shard=False):

@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import lora
 from data.analogy import analogy
-from data.chat import common_length, get_template, label_token, labels_of
+from data.chat import common_length, get_template
 from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, dtype_name, native_dtype
@@ -39,7 +39,7 @@ from data.matmul import make_fast, timing_lines
 from data.reply import TextStream
 from data.runs import newest_run
 from data.terminal import Chat, talk
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, label_token, labels_of
 from data.tools import load_tools
 from model import (
     LOSS_ROWS,
@@ -51,7 +51,7 @@ from model import (
 )
 
 # --------------------------------------------------------------------------------------------
-# Sampling filters: each takes logits (B, V) and returns new ones
+# Penalties, temperature, filters: each takes logits (B, V) and returns new ones
 # --------------------------------------------------------------------------------------------
 
 
@@ -128,7 +128,7 @@ FILTERS = {
     "top_p": Filter(top_p, 1.0, 0.95, share, "keep the likeliest up to p; 1 is all"),
     "min_p": Filter(min_p, 0.0, 0.0, share, "keep all of p times the largest probability or more"),
 }
-# All settings of generation, at values that change nothing.
+# The settings of `next_token`, at values that change nothing.
 DECODING = {
     "temperature": 1.0,
     "repetition_penalty": 1.0,
@@ -139,12 +139,11 @@ DECODING = {
 
 
 def next_token(logits, previous, generators, settings, prompt_lengths=None):
-    """Draw one id for each row of logits (B, V), after all sampling filters.
+    """Draw one id for each row of logits (B, V), after the penalties, the temperature and FILTERS.
 
     `previous` has, for each row, the list of its ids so far; the first prompt_lengths[r] of them
     are the prompt. `generators` has a torch.Generator for each row, so that its sample does not
-    depend on the batch. Temperature 0 takes the largest logit. The penalties come before the
-    filters.
+    depend on the batch. Temperature 0 takes the largest logit.
     """
     s = DECODING | settings
     logits = logits.float()
@@ -179,10 +178,11 @@ def sample_token(probs, generator):
 
 @torch.inference_mode()
 def naive_generate(model, ids, max_new_tokens, seed=0, **settings):
-    """Generation written out, for reading: the new ids after the prompt `ids`. The model runs over
-    all of the text for each of them. `Engine` does not; a test checks that they agree.
+    """Generation written out, for reading. Returns the new ids after the prompt `ids`. For each one
+    the model reads the whole text again; `Engine` does not. A test checks that they agree.
 
-    A text longer than the context goes on from the newest half of it; `settings` as in DECODING.
+    The model sees the last `context` ids of a longer prompt. A text that outgrows the context goes
+    on from its last context // 2 ids. `settings` are those of DECODING.
     """
     generator = torch.Generator().manual_seed(seed)
     context, window, new = model.config.context, ids[-model.config.context :], []
@@ -196,25 +196,26 @@ def naive_generate(model, ids, max_new_tokens, seed=0, **settings):
     return new
 
 
-MAX_READ = 4096  # ids of a prompt that one pass reads at most
+MAX_READ = 4096  # the most ids of a prompt that one pass reads
 
 
 @dataclass(eq=False)
-class Slot:
-    """A text that an `Engine` writes: `ids` are its prompt and what has been drawn since. The model
-    looks at ids[start:]. Row `row` of the cache holds a prefix of those; the rest are unread."""
+class Text:
+    """A text that an `Engine` writes or has written: `ids` are its prompt and what has been drawn
+    since. The model looks at ids[start:]. Row `row` of the cache holds a prefix of those; the rest
+    are unread."""
 
     row: int
     ids: list = field(default_factory=list)
     start: int = 0
     prompt_length: int = 0
-    ended_at: int = 0  # how many texts had ended then: the smallest has been free the longest
+    ended_at: int = 0  # how many texts had ended by then, this one included
     generator: torch.Generator | None = None
     settings: dict = field(default_factory=dict)  # as in DECODING
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
     logit_bias: dict = field(default_factory=dict)  # {id: added to its logit before any filter}
-    ends: tuple = ()  # kept out of the first `min_tokens` new ids, unless no other id is allowed
-    min_tokens: int = 0
+    ends: tuple = ()  # ids at which the caller ends the text; empty if `min_tokens` is 0
+    min_tokens: int = 0  # none of `ends` is among so many first ids, unless no other is allowed
     top: int | None = None  # how many alternatives `logprobs` shows; None: it stays empty
     echo: bool = False  # whether `logprobs` begins with the ids of the prompt
     # (log probability, [(id, log probability) of the `top` likeliest]) for each id
@@ -223,19 +224,19 @@ class Slot:
 
 class Engine:
     """Writes several texts at once, which begin and end at any step. Each gets the ids that it
-    would get alone, but for rounding: float products depend on the number of rows in the last bit.
+    would get alone, except for rounding: the last bit of a product depends on the number of rows.
 
     The first `busy` rows of one KVCache are being written. The others are free and keep what they
     hold: the beginning that a prompt shares with any row is copied, not read again. When a text
-    fills the context, the newest half of it is read again, from position 0.
+    outgrows the context, its last context // 2 ids are read again, from position 0.
 
     slots   the most texts at once
     length  tokens that the cache has room for at first; it grows up to the context
     chunk   the most ids of prompts that a step reads, so that other texts need not wait long
 
     >>> engine = Engine(model, slots=4)
-    >>> slot = engine.add([5, 7], temperature=0)
-    >>> engine.step()[slot]
+    >>> text = engine.add([5, 7], temperature=0)
+    >>> engine.step()[text]
     29
     """
 
@@ -244,153 +245,156 @@ class Engine:
         self.model, self.chunk, self.context = model, chunk, model.config.context
         self.device = model.embed.weight.device
         self.cache = KVCache(model, slots, length)
-        self.slots, self.busy, self.ended = [Slot(row) for row in range(slots)], 0, 0
+        self.texts, self.busy, self.ended = [Text(row) for row in range(slots)], 0, 0
 
     @torch.inference_mode()
     def add(
         self, prompt, *, seed=0, allowed=None, logit_bias=None, ends=(), min_tokens=0, top=None,
         echo=False, **settings
     ):  # fmt: skip
-        """Begin a text and return its Slot, which describes the arguments; `prompt` is a list of
-        ids. One slot must be free. UserError for ids outside the vocabulary."""
+        """Begin a text and return its Text, which describes the arguments; `prompt` is a list of
+        ids. One row must be free. UserError for ids outside the vocabulary."""
         logit_bias, ends = logit_bias or {}, tuple(ends) if min_tokens else ()
         check_ids([prompt, *filter(None, (logit_bias, ends))], self.model.config.vocab_size)
-        assert set(settings) <= set(DECODING), f"no such filter: {set(settings) - set(DECODING)}"
+        assert set(settings) <= set(DECODING), f"no such setting: {set(settings) - set(DECODING)}"
         start = max(0, len(prompt) - self.context)
         window = prompt[start:-1]  # the last id is always read, for its logits
 
-        def gain(slot):  # ids reused less ids overwritten; then empty rows; then the longest free
-            shared, held = self.shared(slot, window), self.held(slot)
-            return max(0, 2 * shared - held), not held, -slot.ended_at
+        def gain(text):  # ids reused less ids overwritten; then empty rows; then the longest free
+            reused, held = self.shared(text, window), self.held(text)
+            return max(0, 2 * reused - held), not held, -text.ended_at
 
-        old = max(self.slots[self.busy :], key=gain)
+        old = max(self.texts[self.busy :], key=gain)
         self.cache.lengths[old.row] = 0 if echo else self.shared(old, window)
-        slot = Slot(
+        text = Text(
             old.row, list(prompt), start, len(prompt), settings=settings, allowed=allowed,
             logit_bias=logit_bias, ends=ends, min_tokens=min_tokens, top=top, echo=echo,
         )  # fmt: skip
-        slot.generator = torch.Generator().manual_seed(seed)
-        self.slots[slot.row] = slot
-        self.swap(slot.row, self.busy)
+        text.generator = torch.Generator().manual_seed(seed)
+        self.texts[text.row] = text
+        self.swap(text.row, self.busy)
         self.busy += 1
-        return slot
+        return text
 
     @torch.inference_mode()
-    def remove(self, slot):
+    def remove(self, text):
         """End a text. Its row of the cache keeps it until another text takes the row."""
-        if slot in self.slots[: self.busy]:
+        if text in self.texts[: self.busy]:
             self.busy -= 1
-            slot.ended_at = self.ended = self.ended + 1
-            self.swap(slot.row, self.busy)
+            text.ended_at = self.ended = self.ended + 1
+            self.swap(text.row, self.busy)
 
     @torch.inference_mode()
     def forget(self):
-        """Do not use again what the free rows hold: the model has changed."""
+        """Drop what the free rows hold, after the model has changed."""
         self.cache.lengths[self.busy :] = 0
 
     def swap(self, a, b):
-        """Exchange two slots, and what the cache holds of them."""
+        """Exchange two rows: their texts, and what the cache holds of them."""
         if a != b:
             self.cache.copy_rows([b, a], [a, b])
-            self.slots[a], self.slots[b] = self.slots[b], self.slots[a]
-            self.slots[a].row, self.slots[b].row = a, b
+            self.texts[a], self.texts[b] = self.texts[b], self.texts[a]
+            self.texts[a].row, self.texts[b].row = a, b
 
-    def held(self, slot):
-        """How many ids of the text, from slot.start on, the cache holds."""
-        return int(self.cache.lengths[slot.row])
+    def held(self, text):
+        """How many ids of the text, from text.start on, the cache holds."""
+        return int(self.cache.lengths[text.row])
 
-    def shared(self, slot, ids):
-        """How many of `ids` the cache holds in the row of `slot`."""
-        return common_length(slot.ids[slot.start :][: self.held(slot)], ids)
+    def shared(self, text, ids):
+        """How many of `ids` the cache holds in the row of `text`."""
+        return common_length(text.ids[text.start :][: self.held(text)], ids)
 
     @torch.inference_mode()
     def step(self):
-        """Draw the next id of each text whose prompt has been read; {slot: id}."""
-        for slot in self.slots[: self.busy]:
-            if len(slot.ids) - slot.start > self.context:  # full: go on from the newest half
-                slot.start = len(slot.ids) - max(1, self.context // 2)
-                self.cache.lengths[slot.row] = 0
-        slots, logits, budget, row = [], [], self.chunk, 0
+        """Draw the next id of each text whose prompt has been read; {text: id}."""
+        for text in self.texts[: self.busy]:
+            if len(text.ids) - text.start > self.context:  # go on from the last half
+                text.start = len(text.ids) - max(1, self.context // 2)
+                self.cache.lengths[text.row] = 0
+        # A text with one unread id costs no budget. A prompt is read in passes of at most MAX_READ
+        # ids, to its end or until the budget is spent (then T is 0).
+        texts, logits, budget, row = [], [], self.chunk, 0
         while row < self.busy:
             group, unread = self.next_group(row)
             T = min(unread, budget, MAX_READ) if unread > 1 else 1
             last = self.read(group, T) if T > 0 else None
-            if unread == T:  # the prompt is read to its end: draw
+            if unread == T:  # the prompt is read to its end
                 logits.append(last)
-                slots += group
-            if T in (0, unread):  # else the same prompt again, until the budget is spent (T = 0)
+                texts += group
+            if T in (0, unread):  # otherwise another pass over the same prompt
                 row += len(group)
             budget -= T if unread > 1 else 0
-        if not slots:
+        if not texts:
             return {}
-        return self.draw(slots, logits[0] if len(logits) == 1 else torch.cat(logits))
+        return self.draw(texts, logits[0] if len(logits) == 1 else torch.cat(logits))
 
     def next_group(self, row):
-        """(the slots from `row` on that one pass reads, how many ids of each are unread): a prompt
-        alone, or the consecutive texts of which only the last id is unread. The prefix of a prompt
+        """(the texts from `row` on that one pass reads, how many ids of each are unread): a prompt
+        alone, or consecutive texts of which only the last id is unread. The prefix of a prompt
         that some row holds is copied first."""
         group = []
-        for slot in self.slots[row : self.busy]:
-            held, length = self.held(slot), len(slot.ids) - slot.start
-            if length - held > 1 and not slot.echo:
-                window = slot.ids[slot.start : -1]
-                source = max(self.slots, key=lambda s: self.shared(s, window))
-                if (shared := self.shared(source, window)) > held:
-                    self.cache.copy_rows([source.row], [slot.row], shared)
-                    held = shared
-            if length - held > 1:
-                return (group, 1) if group else ([slot], length - held)
-            group.append(slot)
+        for text in self.texts[row : self.busy]:
+            unread = len(text.ids) - text.start - self.held(text)
+            if unread > 1 and not text.echo:
+                window = text.ids[text.start : -1]
+                source = max(self.texts, key=lambda t: self.shared(t, window))
+                if (gained := self.shared(source, window) - self.held(text)) > 0:
+                    self.cache.copy_rows([source.row], [text.row], self.held(text) + gained)
+                    unread -= gained
+            if unread > 1:
+                return (group, 1) if group else ([text], unread)
+            group.append(text)
         return group, 1
 
     def read(self, group, T):
-        """Run the next T ids of each slot through the model; the logits (B, V) of what follows."""
+        """Run the next T ids of each text through the model; the logits (B, V) of what follows."""
         first, last = group[0].row, group[-1].row + 1
         held = self.cache.lengths[first:last].tolist()
         if max(held) + T > self.cache.room:
             self.cache.grow(min(self.context, 2 * (max(held) + T)))
-        cache = self.cache if len(group) == len(self.slots) else self.cache.rows(first, last)
-        rows = [slot.ids[slot.start + n :][:T] for slot, n in zip(group, held)]
+        cache = self.cache.rows(first, last)
+        rows = [text.ids[text.start + n :][:T] for text, n in zip(group, held)]
         # only a prompt, which is alone in its group, has anything to echo
-        ids, slot = torch.tensor(rows, device=self.device), group[0]
-        if not slot.echo or len(slot.ids) > slot.prompt_length:
+        ids, text = torch.tensor(rows, device=self.device), group[0]
+        if not text.echo or len(text.ids) > text.prompt_length:
             return self.model.last_logits(ids, cache)
         states = self.model.hidden(ids, cache)  # (B, T, C)
-        after = slot.ids[slot.start + held[0] + 1 :][:T]
-        slot.logprobs += echo_logprobs(self.model, states[0], after, slot.top)
+        after = text.ids[text.start + held[0] + 1 :][:T]
+        text.logprobs += echo_logprobs(self.model, states[0], after, text.top)
         return self.model.head(states[:, -1])
 
-    def draw(self, slots, logits):
-        """Append to each slot an id drawn from its row of logits (B, V); {slot: id}."""
+    def draw(self, texts, logits):
+        """Append to each text an id drawn from its row of logits (B, V); {text: id}."""
         biased, groups, new = logits, {}, {}
-        for r, slot in enumerate(slots):  # slots with equal settings are drawn together
-            groups.setdefault((id(slot.allowed), *slot.settings.items()), []).append(r)
-            early = len(slot.ids) - slot.prompt_length < slot.min_tokens
-            if bias := slot.logit_bias | dict.fromkeys(slot.ends if early else (), -1e9):
+        for r, text in enumerate(texts):  # texts with equal settings are drawn together
+            groups.setdefault((id(text.allowed), *text.settings.items()), []).append(r)
+            early = len(text.ids) - text.prompt_length < text.min_tokens
+            if bias := text.logit_bias | dict.fromkeys(text.ends if early else (), -1e9):
                 biased = logits.float().clone() if biased is logits else biased
                 biased[r, list(bias)] += torch.tensor(list(bias.values())).to(biased)
         for rows in groups.values():
-            group = [slots[r] for r in rows]
-            x = biased if len(rows) == len(slots) else biased[rows]
+            group = [texts[r] for r in rows]
+            x = biased if len(rows) == len(texts) else biased[rows]
             if group[0].allowed is not None:
                 x = x.masked_fill(~group[0].allowed, -math.inf)
-            previous, lengths = [s.ids for s in group], [s.prompt_length for s in group]
-            generators = [s.generator for s in group]
+            previous, lengths = [t.ids for t in group], [t.prompt_length for t in group]
+            generators = [t.generator for t in group]
             new |= zip(group, next_token(x, previous, generators, group[0].settings, lengths))
-        for r, slot in enumerate(slots):
-            if slot.top is not None:
-                slot.logprobs += top_logprobs(logits[r, None], [new[slot]], slot.top)
-            slot.ids.append(new[slot])
+        for r, text in enumerate(texts):
+            if text.top is not None:
+                text.logprobs += top_logprobs(logits[r, None], [new[text]], text.top)
+            text.ids.append(new[text])
         return new
 
 
 def generate(
-    model, prompts, max_new_tokens, *, seed=0, seeds=None, stop=None, engine=None, **settings
+    model, prompts, max_new_tokens, *, seed=0, seeds=None, stop=None, engine=None, **options
 ):
-    """At each step, yield a list with one new id per prompt (None for a row that has stopped).
+    """At each step, yield a list with one new id per prompt (None for a row that has stopped,
+    or whose prompt is still being read).
 
     prompts      lists of ids, of any lengths: each row gets what it would get alone
-    settings     of Engine.add; row r draws with seeds[r], or with `seed`
+    options      of Engine.add; row r draws with seeds[r], or with `seed`
     stop(r, id)  is called with each new id; True ends row r, the id included
     engine       one that has read other texts before; by default a new one
     """
@@ -398,19 +402,19 @@ def generate(
     if engine is None:
         length = min(max(map(len, prompts)) + max_new_tokens, model.config.context)
         engine = Engine(model, len(prompts), length)
-    slots = [engine.add(p, seed=s, **settings) for p, s in zip(prompts, seeds or repeat(seed))]
+    texts = [engine.add(p, seed=s, **options) for p, s in zip(prompts, seeds or repeat(seed))]
     try:
         for _ in range(max_new_tokens):
             new = engine.step()
-            yield [new.get(slot) for slot in slots]
-            for r, slot in enumerate(slots):
-                if slot in new and stop and stop(r, new[slot]):
-                    engine.remove(slot)
+            yield [new.get(text) for text in texts]
+            for r, text in enumerate(texts):
+                if text in new and stop and stop(r, new[text]):
+                    engine.remove(text)
             if not engine.busy:
                 return
     finally:
-        for slot in slots:
-            engine.remove(slot)
+        for text in texts:
+            engine.remove(text)
 
 
 def check_ids(rows, vocab_size):
@@ -428,27 +432,27 @@ def check_ids(rows, vocab_size):
 
 
 @torch.inference_mode()
-def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None, allowed=None):
+def beam_search(model, prompt, max_new_tokens, beams=4, length_penalty=1.0, end=None, allowed=None):
     """The best continuations of `prompt`, as [(score, ids)], best first, at most `beams` of them.
 
     A score is the sum of log probabilities divided by len(ids) ** length_penalty, both including
-    the `end` id (Wu et al. 2016 without its constants). The search ends only when no live beam can
-    still reach a better score than the finished ones. UserError if prompt and continuation do not
-    fit the context.
+    the `end` id (Wu et al. 2016 without its constants). The search ends early only when `beams` are
+    finished and no live beam can still beat the worst of them. UserError if prompt and continuation
+    do not fit the context.
     """
     check_ids([prompt], model.config.vocab_size)
     device = model.embed.weight.device
-    cache = KVCache(model, beams, len(prompt) + max_tokens)
+    cache = KVCache(model, beams, len(prompt) + max_new_tokens)
     ids = torch.tensor([prompt] * beams, device=device)
-    live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # equal at first: one grows
+    live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # all beams are equal at first: one grows
     done = []
-    for n in range(1, max_tokens + 1):
+    for n in range(1, max_new_tokens + 1):
         logits = model.last_logits(ids, cache).float()  # (beams, V)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
         so_far = torch.tensor([[s] for s, _ in live], dtype=torch.float64)
         total = logits.log_softmax(-1).cpu().double() + so_far
-        # each live beam can end in one way, so enough of 2 x beams candidates go on
+        # one candidate of each live beam may be its end, so `beams` of the best 2 * beams go on
         score, flat = total.flatten().topk(min(2 * beams, total.numel()))
         parent, token = flat // total.shape[1], flat % total.shape[1]
         grown = []
@@ -456,7 +460,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
             if s == -math.inf:
                 continue
             beam = live[p][1] + [t]
-            if t == end or n == max_tokens:
+            if t == end or n == max_new_tokens:
                 done.append((s / n**length_penalty, beam))
             elif len(grown) < beams:
                 grown.append((s, beam, p))
@@ -464,7 +468,7 @@ def beam_search(model, prompt, max_tokens, beams=4, length_penalty=1.0, end=None
         if not grown:
             break
         # sums of log probabilities only fall, but a longer row may divide them by more
-        reach = grown[0][0] / (max_tokens if length_penalty > 0 else n + 1) ** length_penalty
+        reach = grown[0][0] / (max_new_tokens if length_penalty > 0 else n + 1) ** length_penalty
         if len(done) == beams and reach <= done[-1][0]:
             break
         grown += [(-math.inf, grown[0][1], grown[0][2])] * (beams - len(grown))

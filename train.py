@@ -42,12 +42,12 @@ from data.cli import Parser, StopSignal, UserError, at_least, between, positive,
 from data.costs import check_memory, memory_needed
 from data.files import write_json
 from data.machine import DTYPES, dtype_name, full_tensor, is_sharded, make_runtime, shard_like
-from data.runs import Log, clock, eval_line, newest_run, run_folder
+from data.runs import Log, clock, eval_line, mfu_text, newest_run, run_folder
 from data.tokenizer import Tokenizer
 from prepare_data import data_hashes, find_data, read_meta, read_tokens
 
 # --------------------------------------------------------------------------------------------
-# The recipe: every default in one place
+# The recipe: the defaults of training
 # --------------------------------------------------------------------------------------------
 
 # Found by experiment on the default corpus with two CPU cores; tests/BENCHMARKS.md has the trials.
@@ -61,11 +61,13 @@ RECIPE = dict(
     grad_clip=1.0, eval_every=250, eval_tokens=32768, save_every=0, save_minutes=0.0,
     log_every=20, patience=0, seed=0,
 )  # fmt: skip
+# None: the same as lr
 _LARGE = dict(embed_lr=None, head_lr=None, beta2=0.95, warmup_steps=200, schedule="cosine")
+# grad_accum follows from the tokens a step, see `settle`
 _GPT2 = _LARGE | dict(warmup_steps=700, total_batch_tokens=2**19)
 
-# Differences for other shapes and optimizers. GPT-2's are customary values, not tried here.
-RECIPES = {
+# What differs for a preset or an optimizer. GPT-2's are customary values, not tried here.
+RECIPE_CHANGES = {
     # orthogonalising costs the same for a larger batch
     "muon": dict(batch_size=12, weight_decay=0.0),
     "small": dict(lr=2e-3, batch_size=16),
@@ -89,9 +91,9 @@ DEFAULT_STEPS, DEFAULT_MINUTES = 2500, 2.9
 class TokenLoader:
     """Windows of `context` + 1 tokens in a seeded random order, each once per epoch.
 
-    An epoch cuts the text at a random phase into windows and permutes them, so no two epochs show
-    the same cuts. Row r of the whole run is always the same window: resuming needs only the step,
-    and processes that share a step each take their slice of its rows.
+    An epoch cuts the text at a random phase into windows and permutes them, so two epochs seldom
+    show the same cuts. Row r of the whole run is always the same window: resuming needs only the
+    step, and processes that share a step each take their slice of its rows.
     """
 
     def __init__(self, tokens, context, seed):
@@ -136,8 +138,8 @@ def orthogonalize(g, steps=5):
     """The nearest (semi-)orthogonal matrix to each matrix of g (..., rows, columns), roughly.
 
     Applies an odd polynomial `steps` times, by matrix products alone. This brings the singular
-    values of x, which are at most 1, to between 0.7 and 1.2, except those very near 0
-    (Newton-Schulz; coefficients by Keller Jordan, 2024).
+    values of the normalised g, which are at most 1, to between 0.7 and 1.2, except those very near
+    0 (Newton-Schulz; coefficients by Keller Jordan, 2024).
     """
     x = g.bfloat16() if g.is_cuda else g.float()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -150,7 +152,7 @@ def orthogonalize(g, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum for the matrices inside blocks (Keller Jordan, 2024).
+    """Orthogonalised momentum for the matrices inside blocks and inputs (Keller Jordan, 2024).
 
     Adam scales each entry by its own history; Muon scales each *direction* of the matrix: every
     singular value of the step is about one, so rare directions are learned as fast as frequent
@@ -163,37 +165,39 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step; `closure`, as other optimizers take it, is not called."""
+        """One step. `closure` is there because torch's optimizers take one; it is not called."""
         for group in self.param_groups:
-            # matrices of one shape go through the products together, a sharded one alone
+            # matrices of one shape go through the products together; a sharded one (--shard) is
+            # gathered first and goes alone
             alike = defaultdict(list)
             for p in (p for p in group["params"] if p.grad is not None):
                 alike[p if is_sharded(p) else p.shape].append(p)
             for params in alike.values():
                 updates = []
                 for p in params:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    nesterov = p.grad.lerp(momentum, group["momentum"])
+                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    buffer.lerp_(p.grad, 1 - group["momentum"])
+                    nesterov = p.grad.lerp(buffer, group["momentum"])
                     updates.append(full_tensor(nesterov))
                 rows, columns = params[0].shape
+                # each output of a tall matrix then changes as much as one of a square matrix
                 step_size = group["lr"] * max(1, rows / columns) ** 0.5
                 for p, update in zip(params, orthogonalize(torch.stack(updates))):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.sub_(shard_like(update, p), alpha=step_size)
 
 
-# To add an optimizer for the matrices inside blocks: {name: (class, its learning rate)}. The flag
-# --NAME_lr changes the rate; what else it wants differently goes to RECIPES.
-OPTIMIZERS = {"muon": (Muon, 0.02)}
+# Optimizers for the matrices in blocks and inputs, but AdamW: {name: (class, its learning rate)}.
+# The flag --NAME_lr changes the rate; RECIPE_CHANGES has other settings. To add one: a line here.
+MATRIX_OPTIMIZERS = {"muon": (Muon, 0.02)}
 
 
 def make_optimizers(model, args):
     """The optimizers of all parameters that require a gradient; each group keeps its "peak" lr.
 
-    The matrices inside blocks and `inputs` go to AdamW with decay, or to one of OPTIMIZERS. The
-    rest goes to AdamW without decay, which would shrink norms' scales and biases for nothing, and
-    undo what rarely seen rows of the tables and head learned.
+    The matrices inside blocks and `inputs` go to AdamW with decay, or to one of MATRIX_OPTIMIZERS.
+    The rest goes to AdamW without decay: decay would shrink the scales and biases of norms for
+    nothing, and undo what rarely seen rows of tables and head have learned.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     lookups = model.lookup_tables()
@@ -203,14 +207,14 @@ def make_optimizers(model, args):
     table_rates = dict.fromkeys(lookups, args.embed_lr)
     if not model.config.tied:
         table_rates |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
-    elif args.embed_lr and args.embed_lr < args.lr:  # a higher rate would be too high for a head
+    elif args.embed_lr and args.embed_lr < args.lr:  # also the head, for which lr is the most
         table_rates["embed.weight"] = args.embed_lr
     groups = [dict(params=[p], lr=table_rates[n] or args.lr) for n, p in named if n in table_rates]
     others = [p for n, p in named if n not in table_rates and n not in inner]
     groups.append(dict(params=others, lr=args.lr))
     optimizers = []
-    if args.optimizer in OPTIMIZERS and matrices:
-        make, rate = OPTIMIZERS[args.optimizer][0], getattr(args, f"{args.optimizer}_lr")
+    if args.optimizer in MATRIX_OPTIMIZERS and matrices:
+        make, rate = MATRIX_OPTIMIZERS[args.optimizer][0], getattr(args, f"{args.optimizer}_lr")
         optimizers.append(make(matrices, lr=rate, weight_decay=args.weight_decay))
     else:
         groups.append(dict(params=matrices, lr=args.lr, weight_decay=args.weight_decay))
@@ -223,7 +227,8 @@ def make_optimizers(model, args):
     return optimizers
 
 
-# To add a schedule: the share of the peak that is left when a fraction f of the decay has passed.
+# The share of lr - min_lr that is left when a fraction f of the run after the warmup has passed. To
+# add a schedule: a line here.
 SCHEDULES = {
     "cosine": lambda f: 0.5 * (1 + math.cos(math.pi * f)),
     "linear": lambda f: 1 - f,
@@ -242,7 +247,7 @@ def fraction_done(args, step, seconds):
 def scheduled_lr(args, state):
     """The learning rate of the coming step: a linear warmup from lr / warmup_steps to lr, then the
     schedule from lr to min_lr over the rest of the run, by the limits given now (a resumed run may
-    have new ones)."""
+    have new ones). `state` is a `Run`'s; warm_seconds is how long the warmup took."""
     if state["step"] < args.warmup_steps:
         return args.lr * (state["step"] + 1) / args.warmup_steps
     warm = fraction_done(args, args.warmup_steps, state["warm_seconds"])
@@ -256,8 +261,9 @@ def scheduled_lr(args, state):
 # --------------------------------------------------------------------------------------------
 
 
-# `runtime` (data/machine.py) is the device, the precision and the processes. With one process,
-# `total` returns its arguments and `share` all batches.
+# `runtime` (data/machine.py) is the device, the precision and the processes. runtime.total(a, b)
+# lists the sums of a and of b over all processes; runtime.share(batches) yields (batch, weight) for
+# this process's batches: 1, or 0 for a repeat that keeps a sharded model's processes in step.
 
 
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
@@ -266,6 +272,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     The windows, of `context` targets (default: the model's), cover the split or, if it has more
     than `limit` tokens, are spread over it. val_loss is in nats per token, val_ppl its exponential,
     val_bpb in bits per byte of text (which compares across tokenizers), val_share the share read.
+    `byte_lengths` is the number of bytes of each id, -1 for ids without a token.
     """
     T, targets = context or model.config.context, len(tokens) - 1
     if targets < 1:
@@ -279,7 +286,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     batches = [full[i : i + per_batch] for i in range(0, len(full), per_batch)]
     batches += [[s] for s in starts if s + T > targets]  # the short rest, in a batch of its own
     loss, count, n_bytes = 0.0, 0, 0
-    for batch, weight in runtime.share(batches):  # 0 for a batch that another process counts
+    for batch, weight in runtime.share(batches):
         length = min(T, targets - batch[0])
         window = np.asarray(batch)[:, None] + np.arange(length + 1)
         block = torch.from_numpy(tokens[window].astype(np.int64))
@@ -305,11 +312,11 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
 
 @dataclass
 class Task:
-    """What `fit` needs to know of what is being learned.
+    """What `fit` needs to know about what is learned.
 
     batches(step): this process's micro-batches, tuples of tensors that begin with the ids.
     evaluate(model, final): a dict with at least "val_loss", of the whole split if `final`.
-    extra: what checkpoints contain beside weights, such as the tokenizer's spec.
+    extra: what checkpoints contain besides weights, such as the tokenizer's spec.
     loss(model, *batch): the *summed* loss of a micro-batch.
     count(*batch): what losses are divided by; by default the targets (last tensor) except -100.
     weights(model): what checkpoints keep, where only adapters are trained; None is all weights.
@@ -357,9 +364,9 @@ def training_step(model, task, batches, runtime, scaler, seed):
 
 
 def clear_gradients(model):
-    """With gradient checkpointing, gradients in blocks become zeros: allocated in the backward
-    pass, between activations that come and go, they would fragment the heap (4 rows of 1,024 tokens
-    at GPT-2's shape peaked at 4.7 GB, and at 3.5 GB with zeros allocated before)."""
+    """Drop all gradients. With gradient checkpointing those of the blocks become zeros instead: if
+    they were allocated in the backward pass, between activations that come and go, they would
+    fragment the heap (4 rows of 1,024 tokens at GPT-2's shape peaked at 4.7 GB, not 3.5)."""
     model.zero_grad(set_to_none=True)
     if model.grad_checkpoint:
         for p in (p for p in model.blocks.parameters() if p.requires_grad):
@@ -425,10 +432,10 @@ class Run:
         """Write last.pt, and best.pt if this is the best evaluation. best.pt comes first: after a
         crash in between, resuming from the older last.pt writes it again."""
         self.saved_at = self.state["seconds"]
-        shards = save_shards(self) if self.runtime.sharded else None
+        parts = save_parts(self) if self.runtime.sharded else None  # the name of their folder
         if self.task.weights:
             weights = self.task.weights(self.model)
-        elif shards:
+        elif parts:
             weights = gathered_weights(self.model) if best else {}
         else:
             weights = {k: v.to("cpu", torch.float32) for k, v in self.model.state_dict().items()}
@@ -439,24 +446,25 @@ class Run:
         if best:
             lm.save_checkpoint(self.out / "best.pt", inference)
         resuming = {
-            "model": weights if self.task.weights or not shards else {},
-            "optimizers": [] if shards else [o.state_dict() for o in self.optimizers],
-            "parts": shards,
+            "model": weights if self.task.weights or not parts else {},
+            "optimizers": [] if parts else [o.state_dict() for o in self.optimizers],
+            "parts": parts,
             "scaler": self.scaler.state_dict(),
             "state": dict(self.state),
             "args": vars(self.args),
             "device": self.runtime.device.type,
         }
         lm.save_checkpoint(self.out / "last.pt", inference | resuming)
-        for old in set(self.out.glob("parts-*")) - {self.out / str(shards)}:
+        for old in set(self.out.glob("parts-*")) - {self.out / str(parts)}:
             shutil.rmtree(old)
 
     def restore(self, content):
         """Restore all that `save` wrote, except the weights, which the model has already (unless
-        they are in shards). Rates and decay are this call's, which may be new ones."""
+        they are in parts). Learning rates and weight decay stay those of the current command, which
+        may differ from the saved ones."""
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self.groups]
         if content.get("parts"):
-            load_shards(self, self.out / content["parts"])
+            load_parts(self, self.out / content["parts"])
         else:
             for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
@@ -490,12 +498,12 @@ def end_reason(args, state):
 
 
 class Meter:
-    """Mean loss and speed over the latest `window` steps, so that every line averages as many, and
-    the last gradient norm. Losses stay tensors until `read`, since reading one is a GPU sync."""
+    """Mean loss and speed over the latest `window` steps, and the last gradient norm. Losses stay
+    tensors until `read`, since reading one is a GPU sync."""
 
-    def __init__(self, window, inf_norms=False):
-        self.speeds, self.losses = deque(maxlen=window), deque(maxlen=window)
-        self.unread, self.norm, self.inf_norms = [], 0.0, inf_norms
+    def __init__(self, window, allow_inf_norms):
+        self.work, self.losses = deque(maxlen=window), deque(maxlen=window)
+        self.unread, self.norm, self.allow_inf_norms = [], 0.0, allow_inf_norms
 
     def read(self, step):
         """Read the losses up to `step`. UserError if one, or its gradient, is not finite (fp16's
@@ -503,23 +511,24 @@ class Meter:
         if not self.unread:
             return
         rows = torch.stack([torch.stack(pair) for pair in self.unread]).tolist()
-        for number, (loss, self.norm) in enumerate(rows, start=step - len(rows) + 1):
-            if not (math.isfinite(loss) and (math.isfinite(self.norm) or self.inf_norms)):
+        for number, (loss, norm) in enumerate(rows, start=step - len(rows) + 1):
+            if not (math.isfinite(loss) and (math.isfinite(norm) or self.allow_inf_norms)):
                 raise UserError(
                     f"step {number}: the loss ({loss}) or its gradient is not finite; the last "
                     f"checkpoint is kept. Try a lower --lr, more --warmup_steps or --dtype fp32"
                 )
             self.losses.append(loss)
+            self.norm = norm
         self.unread.clear()
 
     def row(self, state, lr, runtime):
         """The row of metrics.jsonl."""
         self.read(state["step"])
-        tokens, flops, seconds = (sum(column) for column in zip(*self.speeds))
+        tokens, flops, seconds = (sum(column) for column in zip(*self.work))
         row = dict(step=state["step"], tokens=state["tokens"], seconds=round(state["seconds"], 3))
         row["loss"] = runtime.total(sum(self.losses))[0] / len(self.losses)
-        mfu = flops / seconds / (runtime.peak * runtime.world)
-        return row | dict(lr=lr, grad_norm=self.norm, tok_s=round(tokens / seconds), mfu=mfu)
+        row |= dict(lr=lr, grad_norm=self.norm, tok_s=round(tokens / seconds))
+        return row | dict(mfu=runtime.utilization(flops / seconds))
 
 
 def step_line(row, metrics, args, done):
@@ -528,8 +537,8 @@ def step_line(row, metrics, args, done):
     others = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in metrics.items())
     return (
         f"step {row['step']}{total}  loss {row['loss']:.3f}  lr {row['lr']:.2e}  "
-        f"norm {row['grad_norm']:.2f}  {row['tok_s']:,} tok/s  mfu {row['mfu']:.0%}  "
-        f"eta {clock(row['seconds'] * (1 - done) / done)}{others}"
+        f"norm {row['grad_norm']:.2f}  {row['tok_s']:,} tok/s  {mfu_text(row['mfu'])}  "
+        f"eta {clock(row['seconds'] * max(0, 1 / done - 1))}{others}"
     )
 
 
@@ -554,10 +563,10 @@ def fit(model, task, args, runtime, out, resume=None):
         size = sum(p.numel() for p in model.parameters())
         write_json(out / "settings.json", vars(args) | asdict(model.config) | {"parameters": size})
     model.train()
-    # mostly the model itself; a bf16 copy, compiled blocks or DDP differ (see the next chapter)
-    runner, run_mode, after_step = make_runner(model, task, args, runtime, state["step"])
+    # mostly the model and the runtime themselves; see the next chapter for what differs
+    step_model, step_runtime, after_step = make_runner(model, task, args, runtime, state["step"])
     clear_gradients(model)
-    meter = Meter(args.log_every, run.scaler.is_enabled())
+    meter = Meter(args.log_every, allow_inf_norms=run.scaler.is_enabled())
     with StopSignal() as stop, log:
         while not end_reason(args, state):
             start = time.perf_counter()
@@ -567,11 +576,11 @@ def fit(model, task, args, runtime, out, resume=None):
             for group in run.groups:
                 group["lr"] = group["peak"] * lr / args.lr
             batches, seed = task.batches(state["step"]), (args.seed, state["step"])
-            loss, tokens = training_step(runner, task, batches, run_mode, run.scaler, seed)
+            loss, tokens = training_step(step_model, task, batches, step_runtime, run.scaler, seed)
             norm = optimizer_step(model, run.optimizers, run.scaler, args.grad_clip, runtime)
             after_step()
 
-            # count the step; reading a loss is a GPU sync: only at each line and each tenth step
+            # count the step. Reading a loss waits for the GPU: only for lines, and each tenth step
             state["step"] += 1
             state["tokens"] += tokens
             meter.unread.append((loss.float(), norm.float()))
@@ -581,9 +590,7 @@ def fit(model, task, args, runtime, out, resume=None):
             # one clock for all processes: they must agree on when the time is up
             seconds = runtime.total(time.perf_counter() - start)[0] / runtime.world
             state["seconds"] += seconds
-            length = sum(b[0].numel() for b in batches) / sum(len(b[0]) for b in batches)
-            flops = tokens * lm.flops_per_token(model.config, length)
-            meter.speeds.append((tokens, flops, seconds))
+            meter.work.append((tokens, tokens * flops_per_token(model, batches), seconds))
             done = fraction_done(args, state["step"], state["seconds"])
             if log_now or done >= 1:
                 row, metrics = meter.row(state, lr, runtime), task.metrics()
@@ -604,7 +611,7 @@ def fit(model, task, args, runtime, out, resume=None):
             if stopping:
                 log.line(f"stopped at step {state['step']}, saved: continue with --resume {out}")
                 raise SystemExit(128 + (stop.number or signal.SIGINT))
-    if not over and done < 1:
+    if not over and done < 1:  # stopped early
         log.line(end_reason(args, state))
     # evaluate again, unless the last evaluation was of this step and the whole split
     if evaluation.get("step") != state["step"] or evaluation.get("val_share", 1) < 1:
@@ -718,6 +725,15 @@ def make_runner(model, task, args, runtime, step=0):
     return runner, precision, after_step
 
 
+def flops_per_token(model, batches):
+    """`lm.flops_per_token` of micro-batches (ids, targets, ...)."""
+    tokens = sum(b[0].numel() for b in batches)
+    length = tokens / sum(len(b[0]) for b in batches)
+    learned = sum(np.count_nonzero(b[1].numpy() != -100) for b in batches)
+    frozen = not all(p.requires_grad for p in model.parameters())
+    return lm.flops_per_token(model.config, length, learned / tokens, frozen)
+
+
 def exchange_gradients(model, runtime, last):
     """The context of a backward pass: processes exchange gradients in a step's last one only."""
     if runtime.sharded:
@@ -746,7 +762,7 @@ def sharded_state(run):
     return state
 
 
-def save_shards(run):
+def save_parts(run):
     """Write each process's part of a checkpoint to a folder in the run's; returns its name."""
     from torch.distributed import checkpoint
 
@@ -755,8 +771,8 @@ def save_shards(run):
     return name
 
 
-def load_shards(run, folder):
-    """Restore what `save_shards` wrote, perhaps in another number of processes."""
+def load_parts(run, folder):
+    """Restore what `save_parts` wrote, perhaps in another number of processes."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint import state_dict
 
@@ -822,11 +838,11 @@ def add_optimization(p):
     add = p.add_argument_group("optimization").add_argument
     beta = between(0, 0.99999)
     add("--grad_accum", type=at_least(1), help="micro-batches a step and process")
-    add("--optimizer", choices=("adamw", *OPTIMIZERS), help="of the matrices inside blocks")
+    add("--optimizer", choices=("adamw", *MATRIX_OPTIMIZERS), help="of the matrices inside blocks")
     add("--lr", type=positive, help="peak learning rate")
     add("--embed_lr", type=positive, help="of the embedding table")
     add("--head_lr", type=positive, help="of an untied head")
-    for name, (_, rate) in OPTIMIZERS.items():
+    for name, (_, rate) in MATRIX_OPTIMIZERS.items():
         add(f"--{name}_lr", type=positive, help=f"peak, with {name} (pretraining: {rate})")
     add("--min_lr", type=at_least(0, float), help="where the schedule ends")
     add("--warmup_steps", type=at_least(0), help="steps of linear warmup")
@@ -881,8 +897,8 @@ def build_parser():
 
 
 def optimizer_rates():
-    """{flag: value} of the learning rates of OPTIMIZERS."""
-    return {f"{name}_lr": rate for name, (_, rate) in OPTIMIZERS.items()}
+    """{flag: value} of the learning rates of MATRIX_OPTIMIZERS."""
+    return {f"{name}_lr": rate for name, (_, rate) in MATRIX_OPTIMIZERS.items()}
 
 
 def resolve(args):
@@ -902,7 +918,7 @@ def resolve(args):
             raise UserError(f"--{changed[0]} cannot be given with --ckpt, which brings its shape")
         preset, optimizer = given.get("preset", "tiny"), given.get("optimizer", "adamw")
         settings = {"data": "stdlib", "preset": preset} | RECIPE | optimizer_rates()
-        settings |= RECIPES.get(optimizer, {}) | RECIPES.get(preset, {})
+        settings |= RECIPE_CHANGES.get(optimizer, {}) | RECIPE_CHANGES.get(preset, {})
         if "ckpt" in given:  # rates follow from the model's size, see `settle`
             settings |= dict.fromkeys(("lr", "embed_lr", "head_lr", *optimizer_rates()))
         settings |= given
@@ -1015,24 +1031,25 @@ def settle(args, model, runtime, context, folder):
     return a
 
 
-def header(model, args, runtime, tokens, per_batch, length):
-    """The lines before the first step: what is trained, on what, and what it will take. The text
-    has `tokens`, a micro-batch `per_batch`, a row `length` of them."""
+def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
+    """The lines before the first step: what is trained, and what it will take. A micro-batch has at
+    most `per_batch` tokens, a step `per_step` (None: unknown), a row `length`; of them a share is
+    `learned`."""
     c, n = model.config, lm.count_parameters(lm.meta_model(model.config))["total"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = f", {trained:,} trained ({trained / n:.2%})" if trained != n else ""
-    memory, per_step = memory_needed(model, per_batch), per_batch * args.grad_accum * runtime.world
     lines = [
         f"device {runtime.device}, {runtime.dtype}, {runtime.world} process(es), matmul peak "
         f"{runtime.peak / 1e9:,.0f} GFLOP/s",
         f"{n:,} parameters{share}: {c.n_layer} layers x {c.d_model}, {c.n_head} heads, context "
         f"{c.context}, vocabulary {c.vocab_size:,}",
-        f"{tokens:,} training tokens, {tokens / n:.2g} per parameter (Chinchilla advises 20)",
-        f"memory about {memory / 2**20:,.0f} MB; {per_step:,} tokens a step",
+        f"memory about {memory_needed(model, per_batch) / 2**20:,.0f} MB",
     ]
-    if args.max_steps:
-        flops = lm.flops_per_token(c, length) * per_step * args.max_steps
-        least = clock(flops / (runtime.peak * runtime.world))
+    if per_step:
+        lines[-1] += f"; {per_step:,.0f} tokens a step"
+    if args.max_steps and per_step:  # half of the scores are masked and need not be computed
+        flops = lm.flops_per_token(c, length / 2, learned, trained != n)
+        least = clock(flops * per_step * args.max_steps / (runtime.peak * runtime.world))
         lines[-1] += f"; {args.max_steps:,} steps take {least} at least, by the matmul peak"
     if args.max_minutes:
         lines.append(f"stops after {args.max_minutes:g} minutes of training at the latest")
@@ -1049,8 +1066,9 @@ def closing_text(model, tokenizer, meta, result, out, val):
     with lm.evaluating(model):
         rows = generate(model, [prompt_ids], 160, temperature=0.8, top_p=0.95, allowed=allowed)
         text = printable(tokenizer.decode(prompt_ids + [row[0] for row in rows]))
-    bpb, xz = result.get("val_bpb"), meta.get("xz_bits_per_byte")
-    bits = f"held-out text: {bpb:.3f} bits per byte; xz -9e takes {xz:.3f}\n" if bpb and xz else ""
+    bits, bpb, xz = "", result.get("val_bpb"), meta.get("xz_after_training_text")
+    if bpb and xz:
+        bits = f"held-out text: {bpb:.3f} bits per byte; xz -9e after the training text {xz:.3f}\n"
     return (
         f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
         f"best val loss {result['best']:.4f} at step {result['best_step']}\n{bits}\n"
@@ -1067,11 +1085,10 @@ def main(argv=None):
     tokenizer = Tokenizer(meta["tokenizer"])
     torch.manual_seed(args.seed)
     model = build_model(args, content, folder, meta, tokenizer)
-    previous, wide = (content or {}).get("device"), model.config.d_model >= 512
-    runtime = make_runtime(args.device, args.dtype, wide, previous)
+    previous, context = (content or {}).get("device"), check_context(args.context, model)
+    loader, per_batch = TokenLoader(train, context, args.seed), args.batch_size * context
+    runtime = make_runtime(args.device, args.dtype, previous, model.config, per_batch)
     place(model, args, runtime)
-    loader = TokenLoader(train, check_context(args.context, model), args.seed)
-    per_batch = args.batch_size * loader.context
     check_memory(model, per_batch, runtime)
     args = settle(args, model, runtime, loader.context, folder)
     out = Path(args.out)
@@ -1087,8 +1104,10 @@ def main(argv=None):
         loss=lambda m, ids, targets: m(ids, targets, places=slice(None)),  # none is -100
     )  # fmt: skip
     if runtime.rank == 0:
-        lines = header(model, args, runtime, len(train), per_batch, args.context)
-        print("\n".join([f"{out}: {folder}, {tokenizer.name}, {args.optimizer}", *lines]))
+        ratio = len(train) / sum(p.numel() for p in model.parameters())
+        print(f"{out}: {folder}, {tokenizer.name}, {args.optimizer}")
+        print(f"{len(train):,} training tokens, {ratio:.2g} per parameter (Chinchilla advises 20)")
+        print(*header(model, args, runtime, per_batch, args.total_batch_tokens, context), sep="\n")
 
     def report(result):
         text = closing_text(model, tokenizer, meta, result, out, val)

@@ -9,17 +9,13 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data.chat import get_template, label_token, split_system
-
-# --------------------------------------------------------------------------------------------
-# Examples -> token rows
-# --------------------------------------------------------------------------------------------
+from data.chat import get_template, split_system
+from data.tokenizer import label_token
 
 
 @dataclass
 class Row:
-    """Token ids, for each of them whether it is to be learned (a target), and whether ids were cut
-    off to fit the context."""
+    """Token ids, whether each is to be learned, and whether some were cut off for the context."""
 
     ids: list
     mask: list
@@ -40,8 +36,7 @@ class Turn(NamedTuple):
 
 @dataclass
 class Prompt:
-    """The ids before a turn of the assistant's, that turn, and how many ids all answers to the
-    prompt may take together."""
+    """The ids before a turn of the assistant's, that turn, and the room for all answers to it."""
 
     ids: list
     turn: Turn
@@ -106,8 +101,7 @@ def label_row(text, label, tokenizer, context):
 
 
 def preference_rows(example, tokenizer, context):
-    """(chosen Row, rejected Row) of a preference pair: one prompt and two answers, of which only
-    the answers are learned."""
+    """(chosen Row, rejected Row) of a preference pair, of which only the answers are learned."""
 
     def answered(answer):
         conversation = example | {"messages": example["messages"] + answer}
@@ -141,11 +135,6 @@ def show_mask(rows, tokenizer, count):
             print(f"{n:5} {' *'[learned]} {i:7} {repr(tokenizer.decode([i]))[1:-1]}")
 
 
-# --------------------------------------------------------------------------------------------
-# Rows -> batches: a pure function of (seed, number)
-# --------------------------------------------------------------------------------------------
-
-
 def pad(rows):
     """(ids, targets) of rows, both (B, T), padded at the end with id 0 and target -100."""
     ids = [torch.tensor(r.ids[:-1]) for r in rows]
@@ -154,16 +143,14 @@ def pad(rows):
 
 
 def row_size(row):
-    """(tokens of the longest sequence, sequences) of a Row or a tuple of Rows. A Prompt with its
-    answers is one sequence."""
+    """(tokens of the longest sequence, sequences). A Prompt with its answers is one sequence."""
     if isinstance(row, Prompt):
         return len(row.ids) - 1 + row.room, 1
     return max(len(r.ids) for r in sequences(row)) - 1, len(sequences(row))
 
 
 def bucket(order, rows, batch_tokens):
-    """Lists of row numbers, of similar lengths in each, with at most `batch_tokens` padded tokens
-    (or one row)."""
+    """Numbers of rows of similar length, at most `batch_tokens` padded tokens or one row a list."""
     batches = []
     for i in sorted(order, key=lambda i: row_size(rows[i])[0]):  # keeps the order of equal lengths
         if not batches or (len(batches[-1]) + 1) * math.prod(row_size(rows[i])) > batch_tokens:
@@ -173,9 +160,8 @@ def bucket(order, rows, batch_tokens):
 
 
 class BucketLoader:
-    """The rows of each epoch, epoch_rows(epoch), in batches of similar lengths and random order.
-    Batch n of the whole run is always the same, so resuming needs only the step. All epochs have as
-    many batches as epoch 0."""
+    """The rows of each epoch, epoch_rows(epoch), in batches of similar lengths and random order:
+    a pure function of the seed and the number of the batch, so resuming needs only the step."""
 
     def __init__(self, epoch_rows, batch_tokens, seed):
         self.epoch_rows, self.batch_tokens, self.seed = epoch_rows, batch_tokens, seed
@@ -195,6 +181,7 @@ class BucketLoader:
         epoch, index = divmod(number, self.per_epoch)
         if epoch != self.epoch:
             self.begin(epoch)
-        # new rows may make more batches or fewer: then some are left out, or repeated
+        # all epochs are as long as the first: if rows make more or fewer batches, some are left
+        # out or repeated
         numbers = self.batches[index % len(self.batches)]
         return numbers, [self.rows[i] for i in numbers]

@@ -9,7 +9,7 @@ import json
 import re
 from datetime import datetime
 from functools import lru_cache
-from itertools import accumulate, pairwise, zip_longest
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -23,8 +23,7 @@ from data.cli import UserError
 
 
 def content_text(content):
-    """The text of a message's content: a text, None, or a list of text parts. ValueError for any
-    other content."""
+    """The text of a content: a text, None, or a list of text parts. ValueError for any other."""
     parts = content if isinstance(content, list) else [content or ""]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     if not all(isinstance(text, str) for text in texts):
@@ -39,8 +38,8 @@ def tool_call(name, arguments, call_id=None):
 
 
 def read_call(call):
-    """The `tool_call` that an entry of someone else's `tool_calls`, or {"name", "arguments"},
-    means. The arguments stay as they are written. ValueError if it is malformed."""
+    """The `tool_call` of an entry of `tool_calls`, or of {"name", "arguments"}, as somebody else
+    wrote it. ValueError if it is malformed."""
     function = call.get("function", call)
     name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
     if not isinstance(name, str) or name.split() != [name]:
@@ -49,8 +48,7 @@ def read_call(call):
 
 
 def parse_call(call):
-    """(name, arguments as a dict) of an entry of `tool_calls`. ValueError if the arguments are not
-    a JSON object; an empty text means no arguments."""
+    """(name, arguments as a dict) of a `tool_call`. ValueError if they are not a JSON object."""
     name, arguments = call["function"]["name"], call["function"]["arguments"]
     if isinstance(arguments, str):
         try:
@@ -95,10 +93,11 @@ def common_length(a, b):
 def drop_continued(rows, key=lambda turns: turns):
     """The rows without those whose turns, key(row), are the beginning of the next row's."""
     kept = []
-    for row, following in zip_longest(rows, rows[1:]):
-        turns, longer = key(row), key(following) if following else []
-        if len(longer) <= len(turns) or longer[: len(turns)] != turns:
-            kept.append(row)
+    for row in rows:
+        turns, last = key(row), key(kept[-1]) if kept else None
+        if kept and turns != last and turns[: len(last)] == last:
+            kept.pop()
+        kept.append(row)
     return kept
 
 
@@ -113,7 +112,6 @@ CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|call|>", "<|tool|>"
 THINK = ("<think>", "</think>")
 # Tags in an assistant's content that become special tokens if the vocabulary has them.
 ASSISTANT_TAGS = (*THINK, "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
-CALL_TAGS = ("<tool_call>", "[TOOL_CALLS]")  # calls begin with these in others' templates
 # Escapes the name of a special token in a message, so that it is encoded as plain text. It is a
 # Unicode noncharacter; a text that contains it has it doubled.
 MARK = "\ufdd0"
@@ -122,31 +120,27 @@ CONTENT, TOOL, KEY = "Zq7", "Zq8", "Zq9"  # probes that are easy to find in a te
 
 
 class Arguments(dict):
-    """The arguments of a call as templates receive them. If they came as JSON text, `text` holds
-    it, and `tojson` writes it unchanged."""
+    """A call's arguments for a template. If they came as text, `tojson` writes that `text`."""
 
     text = None
 
 
-def to_json(value, indent=None, ensure_ascii=False, separators=None, sort_keys=False):
+def to_json(value, indent=None, ensure_ascii=False, **options):
     """Jinja's `tojson` as transformers has it: without escapes for HTML."""
     if isinstance(value, Arguments) and value.text and indent is None:
         return value.text
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-        sort_keys=sort_keys)  # fmt: skip
-
-
-def raise_exception(message):
-    """Refuse a conversation: templates call this."""
-    raise TemplateError(message)
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
 
 
 @lru_cache(maxsize=64)
 def compile_template(source):
     """A chat template in Jinja, with what transformers provides. UserError if it is malformed."""
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    loops = "jinja2.ext.loopcontrols"
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loops])
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
     env.filters["tojson"] = to_json
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -199,10 +193,8 @@ class Template:
         sources = OURS.read_text(encoding="utf-8") if self.ours else tokenizer.spec["chat_template"]
         self.sources = sources if isinstance(sources, dict) else {"default": sources}
         names = {i: name for name, i in special.items()}
-        marks = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        marks = {key: names[i] for key, i in marks.items() if i in names}
         self.variables = {"add_generation_prompt": False, "documents": None}
-        self.variables |= tokenizer.spec.get("template_tokens", marks)
+        self.variables |= tokenizer.spec.get("template_tokens", {})
         self.typed = either(special)
         self.typed_by_assistant = either(set(special) - set(ASSISTANT_TAGS))
         self.supports_tools = "tools" in self.source_for(tools=True)
@@ -218,7 +210,7 @@ class Template:
         blanks = before, after.split(tokenizer.decode([self.end]))[0]
         self.blanks = [text if text.isspace() else "" for text in blanks]
         self.ends = {self.end, tokenizer.eos_id, *tokenizer.spec.get("ends", ())}
-        tags = CHAT_TOKENS[3:4] if self.ours else CALL_TAGS
+        tags = CHAT_TOKENS[3:4] if self.ours else ("<tool_call>", "[TOOL_CALLS]")
         tag = next((tag for tag in tags if tag in self.called), None)
         self.call_tag = "" if tag is None and self.called.lstrip().startswith("{") else tag
         self.call = special.get(tag)
@@ -261,8 +253,8 @@ class Template:
         return named or self.sources.get("default") or next(iter(self.sources.values()))
 
     def escaped(self, messages, tools):
-        """The messages and schemas as the template receives them: special tokens in them are
-        escaped, and calls' arguments are `Arguments` if they are an object."""
+        """The messages and schemas for the template: special tokens in them escaped, calls'
+        arguments as `Arguments` if they are an object."""
         has_developer = "developer" in self.source_for(tools)
         result = []
         for m in messages:
@@ -283,8 +275,7 @@ class Template:
         return result, escape(tools, self.typed) or None
 
     def write(self, messages, tools, variables=None):
-        """The text of an `escaped` conversation. ValueError, with the template's own words, if it
-        refuses the conversation."""
+        """The text of an `escaped` conversation. ValueError if the template refuses it."""
         variables = self.variables | (variables or {}) | {"messages": messages, "tools": tools}
         try:
             return compile_template(self.source_for(tools)).render(variables)
@@ -292,8 +283,7 @@ class Template:
             raise ValueError(f"the chat template refuses the conversation: {e}") from e
 
     def write_answer(self, messages, tools):
-        """(text of an `escaped` conversation, where its last message begins). The text before that
-        is the prompt, which the model reads before it writes the message."""
+        """(text of an `escaped` conversation, where its last message begins: the prompt's end)."""
         text = self.write(messages, tools)
         prompt = self.write(messages[:-1], tools, {"add_generation_prompt": True})
         # the prompt may end with what the text lacks
@@ -337,9 +327,8 @@ class Template:
         return [(*self.encode_row(text, borders), numbers) for text, borders, numbers in rows]
 
     def encode_row(self, text, borders):
-        """(ids, mask) of a text that is learned between the first and the second of the borders,
-        the third and the fourth, and so on. No token crosses a border, since the model reads the
-        prompt before it writes."""
+        """(ids, mask) of a text that is learned between borders 0 and 1, 2 and 3, and so on. No
+        token crosses a border, since the model reads the prompt before it writes."""
         ids, mask = [], []
         for n, (start, stop) in enumerate(pairwise([0, *borders, len(text)])):
             part = self.encode(text[start:stop])
@@ -361,8 +350,8 @@ class Template:
         if continued:
             last = messages[-1]
             if variables["add_generation_prompt"] or last.get("tool_calls"):
-                reason = "add_generation_prompt, or tool calls in the last message"
-                raise ValueError(f"continue_final_message is not possible with {reason}")
+                excluded = "add_generation_prompt, or tool calls in the last message"
+                raise ValueError(f"continue_final_message is not possible with {excluded}")
             messages = [*messages[:-1], last | {"content": last["content"] + CONTINUE_HERE}]
         text = self.write(*self.escaped(messages, tools), variables)
         if continued:
@@ -401,19 +390,3 @@ def get_template(tokenizer):
     """The Template of a tokenizer; None for the tokenizer of a base model, which has none."""
     ours = set(CHAT_TOKENS) <= set(tokenizer.special)
     return Template(tokenizer) if ours or tokenizer.spec.get("chat_template") else None
-
-
-# --------------------------------------------------------------------------------------------
-# Labels
-# --------------------------------------------------------------------------------------------
-
-
-def label_token(label):
-    """The special token that stands for a label of a classifier."""
-    return f"<|label:{label}|>"
-
-
-def labels_of(tokenizer):
-    """The labels that a classifier's tokenizer knows; none for other models."""
-    begin, end = label_token("\0").split("\0")
-    return [n[len(begin) : -len(end)] for n in tokenizer.special if n.startswith(begin)]

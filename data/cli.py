@@ -166,9 +166,11 @@ class Progress:
 
 
 def watched(items, name):
-    """Yield the items, and count them on a line of the terminal that begins with `name`."""
+    """Yield the items, and count them on a line of the terminal that begins with `name`, with how
+    many there are if that is known."""
     progress = Progress()
+    total = f" of {len(items):,}" if hasattr(items, "__len__") else ""
     for count, item in enumerate(items, start=1):
-        progress(f"{name} {count:,}")
+        progress(f"{name} {count:,}{total}")
         yield item
     progress.clear()

@@ -1,5 +1,5 @@
 """Downloads: files of any host by `fetch`, models of the Hub by `snapshot_download`."""
-import contextlib
+
 import glob
 import hashlib
 import os
@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -14,22 +15,22 @@ from data.cli import Progress, UserError
 from data.files import file_sha256, read_json, write_once
 
 DATA = Path("data")
-OFFLINE = ContextVar("OFFLINE", default=False)
-MODELS = "https://huggingface.co"
+OFFLINE = ContextVar("OFFLINE", default=False)  # True where nothing is to be downloaded
 MB = 1_000_000
-
-
-# --------------------------------------------------------------------------------------------
-# One file
-# --------------------------------------------------------------------------------------------
+MODELS = "https://huggingface.co"
+_PART = r"\w(?:[\w.-]{0,94}\w)?"
+REPO = rf"{_PART}/{_PART}"  # OWNER/NAME of a model or data set on the Hub
+VIEWER = "https://datasets-server.huggingface.co"  # gives rows of the Hub's data sets
+GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
+EXTRAS = (  # not all models have them
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
+INDEX = "model.safetensors.index.json"  # says which file of many holds which tensor
+WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
 
 
 class HTTPError(UserError):
     """The server refused the request for good; `status` is its HTTP code."""
-
-    def __init__(self, message, status):
-        super().__init__(message)
-        self.status = status
 
 
 def resolve_url(url):
@@ -69,16 +70,6 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
     return dest
 
 
-@contextlib.contextmanager
-def offline():
-    """In this context `fetch` raises UserError for a file that is not here."""
-    token = OFFLINE.set(True)
-    try:
-        yield
-    finally:
-        OFFLINE.reset(token)
-
-
 def download(url, dest, sha256, tries, wait, token):
     """Download a file for `fetch`."""
     if OFFLINE.get():
@@ -102,17 +93,16 @@ def download(url, dest, sha256, tries, wait, token):
             f"the Hugging Face Hub), or put the file at {dest}"
         )
     for wanted in filter(None, (sha256, hub_hash)):
-        kind, digest = ("sha256", file_sha256) if len(wanted) == 64 else ("git's sha1", git_sha1)
-        if (actual := digest(part)) != wanted:
+        if len(wanted) == 64:
+            kind, actual = "sha256", file_sha256(part)
+        else:  # a small file
+            content = part.read_bytes()
+            blob = b"blob %d\0" % len(content) + content
+            kind, actual = "git's sha1", hashlib.sha1(blob).hexdigest()
+        if actual != wanted:
             part.unlink()
             raise UserError(f"{url} arrived damaged: {kind} {actual[:12]}…, wanted {wanted[:12]}…")
     os.replace(part, dest)
-
-
-def git_sha1(path):
-    """The name that git gives a file's content: the sha1 of its length and bytes."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def find_hub_hash(answers):
@@ -127,7 +117,6 @@ def find_hub_hash(answers):
             tag, digest = headers.get("ETag"), "[0-9a-f]{40}"
         if match := re.fullmatch(f'(?:W/)?"?({digest})"?', tag or ""):
             return match[1]
-    return None
 
 
 def download_part(url, dest, token):
@@ -147,8 +136,9 @@ def download_part(url, dest, token):
             raise requests.ConnectionError(f"HTTP {r.status_code}")
         if r.status_code not in (200, 206) and not (size and r.status_code == 416):
             hint = " (a wrong name?)" if r.status_code == 404 else ""
-            message = f"cannot download {url}: HTTP {r.status_code} {r.reason}{hint}"
-            raise HTTPError(message, r.status_code)
+            error = HTTPError(f"cannot download {url}: HTTP {r.status_code} {r.reason}{hint}")
+            error.status = r.status_code
+            raise error
         hub_hash = find_hub_hash([*r.history, r])
         version = hub_hash or r.headers.get("ETag") or r.headers.get("Last-Modified")
         version = version and "." + hashlib.sha1(version.encode()).hexdigest()[:8]
@@ -173,19 +163,6 @@ def download_part(url, dest, token):
     return part, hub_hash
 
 
-# --------------------------------------------------------------------------------------------
-# Models of the Hugging Face Hub: which files make one, and how to ask for them
-# --------------------------------------------------------------------------------------------
-
-VIEWER = "https://datasets-server.huggingface.co"  # gives rows of the Hub's data sets
-GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
-EXTRAS = (  # not all models have them
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-)  # fmt: skip
-INDEX = "model.safetensors.index.json"  # says which file of many holds which tensor
-WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
-
-
 def is_hub_name(name):
     """Does `name` look like a model of the Hub: gpt2, OWNER/NAME, OWNER/NAME@REVISION?"""
     return re.fullmatch(rf"({'|'.join(GPT2_MODELS)}|[\w.-]+/[\w.-]+)(@.*)?", name) is not None
@@ -201,29 +178,29 @@ def snapshot_download(name, files=None, check=None):
     and a branch that has moved on goes unnoticed.
     """
     owner = "openai-community/" if name.partition("@")[0] in GPT2_MODELS else ""
-    part = r"\w(?:[\w.-]{0,94}\w)?"
-    match = re.fullmatch(rf"({part}/{part})(?:@(.*[^. ].*))?", owner + name, re.ASCII)
+    match = re.fullmatch(rf"({REPO})(?:@(.*[^. ].*))?", owner + name, re.ASCII)
     if not match:
         models = ", ".join(GPT2_MODELS)
         raise UserError(f"model {name!r} is not {models} or OWNER/NAME, maybe with an @revision")
     repo, revision = match[1], match[2] or "main"
     folder = DATA.joinpath("hub", *repo.split("/"), quote(revision, safe=""))
+    get = partial(fetch_from_hub, repo, revision, folder)
     if files is not None:
         for file in files:
-            fetch_from_hub(repo, revision, file, folder)
+            get(file)
         return folder
     # the weights come last: if they are complete, the server has been asked for all the rest
-    needed = ["config.json", *weight_files(folder)]
-    if len(needed) > 1 and all((folder / file).exists() for file in needed):
+    weights = weight_files(folder)
+    if weights and all((folder / file).exists() for file in ("config.json", *weights)):
         return folder
     for file in ("config.json", *EXTRAS):
-        fetch_from_hub(repo, revision, file, folder, optional=file in EXTRAS)
+        get(file, optional=file in EXTRAS)
     if check:
         check(folder)
-    if not any(fetch_from_hub(repo, revision, file, folder, optional=True) for file in WEIGHTS):
+    if not any(get(file, optional=True) for file in WEIGHTS):
         raise UserError(f"{repo} has no weights that we read, at {revision}: {', '.join(WEIGHTS)}")
     for file in weight_files(folder):
-        fetch_from_hub(repo, revision, file, folder)
+        get(file)
     return folder
 
 
@@ -253,7 +230,7 @@ def hub_token(url):
     return token if resolve_url(url).startswith(hosts) else None
 
 
-def fetch_from_hub(repo, revision, file, folder, optional=False):
+def fetch_from_hub(repo, revision, folder, file, optional=False):
     """The path of one file of a model, or None if it is `optional` and the Hub has none."""
     url = f"{MODELS}/{repo}/resolve/{quote(revision, safe='')}/{file}"
     token = hub_token(url)

@@ -34,11 +34,6 @@ def records_of(messages):
     return records
 
 
-# --------------------------------------------------------------------------------------------
-# Augmentation
-# --------------------------------------------------------------------------------------------
-
-
 def augment(examples, share, rng):
     """The conversations of an epoch, those with rare arguments more often (see `hotel.repeats`):
     each value is exchanged with probability `share` (see `hotel.substitute`), and up to three
@@ -55,8 +50,8 @@ def augment(examples, share, rng):
 
 
 def ask(messages, rng):
-    """A question about the hotels found, and its answer, as two messages: about one of them, all of
-    the last result, or all. An empty list if there are none."""
+    """A question about one or all of the hotels found, and its answer, as two messages; an empty
+    list if there are no hotels."""
     records = records_of(messages)
     if not records:
         return []
@@ -78,9 +73,8 @@ def ask(messages, rng):
 
 
 def in_order(messages):
-    """The messages, with the hotels that a reply to a result names in the order of the result: a
-    model that has named one then knows which one is next. Replies with prices, ratings or phones,
-    which belong to a name, stay as they are."""
+    """The messages, with hotels named in the order of the result: a model that has named one then
+    knows the next. Replies with prices, ratings or phones, which belong to a name, stay."""
     ordered = messages[:1]
     for previous, m in pairwise(messages):
         names = list(records_of([previous]))
@@ -91,11 +85,6 @@ def in_order(messages):
             m = m | {"content": pattern.sub(lambda _, new=new: next(new), m["content"])}
         ordered.append(m)
     return ordered
-
-
-# --------------------------------------------------------------------------------------------
-# Figures and a reward
-# --------------------------------------------------------------------------------------------
 
 
 @cache
@@ -116,8 +105,7 @@ def count_facts(messages, reply):
     ("again"), 1 for "doubled" if any is, and 1 for "replies". Empty before any result.
 
     A name is right if a search has returned it. A number is right if it is that of the hotel named
-    before it, else after it, else of those named last in the conversation. Numbers that the guest
-    has said do not count.
+    before it, else after it, else of those named last. Numbers said by the guest do not count.
     """
     records = records_of(messages)
     if not records:

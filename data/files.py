@@ -1,6 +1,8 @@
 """Files: written whole or not at all, locks between processes, JSON, hashes."""
+
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -36,12 +38,10 @@ LOCKS = Path("data/locks")
 
 @contextlib.contextmanager
 def locked(path):
-    """Hold the lock of a file or folder that is to be written: other processes wait until this one
-    leaves the context or ends."""
+    """Hold the lock of a file or folder that is to be written, while other processes wait."""
     lock = LOCKS / hashlib.sha1(os.fsencode(os.path.realpath(path))).hexdigest()
-    waiting = False
     LOCKS.mkdir(parents=True, exist_ok=True)
-    while True:
+    for attempt in itertools.count():
         with open(lock, "ab") as file:
             if try_lock(file):
                 try:
@@ -50,15 +50,13 @@ def locked(path):
                     with contextlib.suppress(OSError):  # Windows keeps a file that is open
                         lock.unlink()
                 return
-        if not waiting:
+        if attempt == 0:
             print(f"waiting for another process that writes {path}", file=sys.stderr)
-        waiting = True
         time.sleep(0.1)
 
 
 def try_lock(file):
-    """Lock an open file until it is closed. False if another process holds the lock or has just
-    removed the file."""
+    """Lock an open file until it is closed. False if another process holds or has removed it."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -74,8 +72,7 @@ def try_lock(file):
 
 
 def write_once(path, is_written, write):
-    """Call write() unless is_written() is true. If several processes do so at the same time, one of
-    them writes and the others wait."""
+    """Call write() unless is_written() is true. Only one of several processes writes."""
     if is_written():
         return
     with locked(path):

@@ -3,6 +3,7 @@
 Configs and weights go in and out as plain dicts; model.py builds a Transformer from them.
 """
 
+import fnmatch
 import re
 from pathlib import Path
 
@@ -12,10 +13,6 @@ from data.cli import UserError
 from data.download import WEIGHTS, weight_files
 from data.files import write_json
 from data.tensors import Safetensors, load_pt, write_safetensors
-
-# --------------------------------------------------------------------------------------------
-# config.json
-# --------------------------------------------------------------------------------------------
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 # To add an architecture, add its model_type here and what is special about it to config_from_hf and
@@ -35,20 +32,16 @@ FIELDS = {
     "tied": ("tie_word_embeddings", True, "tie_word_embeddings", False),
     "eps": ("layer_norm_epsilon", 1e-5, "rms_norm_eps", 1e-6),
 }
-GPT2_ACTIVATIONS = {
-    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
-}  # fmt: skip
+_TANH = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh")
+GPT2_ACTIVATIONS = _TANH | dict(gelu="gelu", relu="relu")
 LLAMA_ACTIVATIONS = dict(silu="swiglu", swish="swiglu")
 # Biases that a family never has, whatever config.json says
 NO_BIAS = dict(mistral={"out_bias", "ff_bias"}, qwen2={"out_bias", "ff_bias"}, qwen3={"ff_bias"})
 # Fields of transformers' classes that do not change what the model computes
-IGNORED = """_name_or_path architectures attention_dropout attn_pdrop bos_token_id
-chunk_size_feed_forward dtype embd_pdrop eos_token_id gradient_checkpointing id2label
-initializer_range is_llama_config keys_to_ignore_at_inference label2id max_window_layers
-model_type n_ctx output_attentions output_hidden_states output_past pad_token_id pretraining_tp
-problem_type reorder_and_upcast_attn resid_pdrop return_dict summary_activation
-summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-task_specific_params torch_dtype transformers.js_config transformers_version use_cache"""
+IGNORED = """*_pdrop *_token_id *dropout *dtype _name_or_path architectures chunk_size_feed_forward
+gradient_checkpointing id2label initializer_range is_llama_config keys_to_ignore_at_inference
+label2id max_window_layers model_type n_ctx output_* pretraining_tp problem_type
+reorder_and_upcast_attn return_dict summary_* task_specific_params transformers* use_cache"""
 # Fields that change it, unless they are off (null, false, 0 or empty) or 1
 OFF = """add_cross_attention alibi attention_multiplier attn_logit_softcapping
 final_logit_softcapping is_encoder_decoder layer_types quantization_config rope_interleaved
@@ -60,8 +53,8 @@ ROPE_FIELDS = {"default": (), "linear": ("factor",)}  # other fields beside thes
 
 def config_from_hf(values):
     """The fields of a model.Config that a config.json means, as a dict, and the names of the fields
-    that are ignored because transformers does not read them either. UserError names the first field
-    whose value changes the model in a way that we do not compute."""
+    that transformers does not read either. UserError names the first field whose value changes the
+    model in a way that we do not compute."""
     family = values.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
@@ -94,7 +87,8 @@ def config_from_hf(values):
     for name, value in left.items():
         if name in supported and (value or False) != supported[name]:
             refuse(name, value)
-    return config, sorted(left.keys() - supported.keys() - set(IGNORED.split()))
+    known = (name for pattern in IGNORED.split() for name in fnmatch.filter(left, pattern))
+    return config, sorted(left.keys() - supported.keys() - set(known))
 
 
 def rope_from_hf(left, refuse):
@@ -135,11 +129,7 @@ def config_to_hf(config):
     return values
 
 
-# --------------------------------------------------------------------------------------------
-# Names: which of their tensors holds which of ours
-# --------------------------------------------------------------------------------------------
-
-# Ours, GPT-2's, and the other families'
+# The names of layers: ours, GPT-2's, and the other families'
 NAMES = {
     "embed": ("wte", "embed_tokens"),
     "position": ("wpe", None),
@@ -156,6 +146,8 @@ NAMES = {
     "feed_forward.up": ("mlp.c_fc", "mlp.up_proj"),
     "feed_forward.down": ("mlp.c_proj", "mlp.down_proj"),
 }
+# Buffers that old checkpoints carry: causal masks, and rotary frequencies that follow from config
+IGNORED_TENSORS = r"(attn\.(masked_)?bias|rotary_emb\.inv_freq)$"
 
 
 def hf_name(name, gpt2):
@@ -172,32 +164,13 @@ def hf_name(name, gpt2):
     return ".".join(["transformer" if gpt2 else "model", *where, part, leaf])
 
 
-def transposed(part, tensor, gpt2):
-    """Our weight or bias of `part` from theirs, and back: GPT-2 keeps matrices as (in, out)."""
-    matrix = tensor.dim() == 2 and part in ("q", "k", "v", "out", "up", "down")
-    return tensor.T if gpt2 and matrix else tensor
-
-
-def from_hf(name, tensor, gpt2):
-    """Our tensor `name` out of theirs: GPT-2 keeps q, k and v side by side."""
-    part = name.split(".")[-2]
-    if gpt2 and part in ("q", "k", "v"):
-        tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
-    return transposed(part, tensor, gpt2)
-
-
-def to_hf(state, gpt2):
-    """{their name: tensor} of a state dict of ours; the inverse of `from_hf`."""
-    joined = {}
-    for name, tensor in state.items():
-        part = transposed(name.split(".")[-2], tensor, gpt2)
-        joined.setdefault(hf_name(name, gpt2), []).append(part)
-    return {name: torch.cat(tensors, dim=-1) for name, tensors in joined.items()}
+def transposed(name, tensor, gpt2):
+    """Our tensor `name` from theirs, and back: GPT-2 keeps the blocks' matrices as (in, out)."""
+    return tensor.T if gpt2 and name.startswith("blocks.") and tensor.dim() == 2 else tensor
 
 
 def hf_tensors(folder):
-    """{their name: the Safetensors or dict that holds it} of the weights in a folder of Hugging
-    Face's layout."""
+    """{their name: the Safetensors or dict that holds it} of the weights in their folder."""
     files = [Path(folder, file) for file in weight_files(Path(folder))]
     if not files:
         raise UserError(f"{folder} has none of {', '.join(WEIGHTS)}")
@@ -210,8 +183,7 @@ def hf_tensors(folder):
 
 
 def read_state(folder, shapes, gpt2, tied, dtype=None):
-    """{our name: tensor} of the weights in a folder of Hugging Face's layout; `shapes` are those
-    that our names must have.
+    """{our name: tensor} of the weights in their folder; `shapes` are those that ours must have.
 
     Tensors that have our layout and `dtype` stay on disk until they are touched. The others are
     converted one by one, so that two copies of the weights are never in memory.
@@ -219,15 +191,18 @@ def read_state(folder, shapes, gpt2, tied, dtype=None):
     files, state, used = hf_tensors(folder), {}, {"lm_head.weight"}
     bare = gpt2 and "wte.weight" in files  # the first GPT-2 files have no "transformer."
     for name, shape in shapes.items():
-        theirs = hf_name(name, gpt2)
-        theirs = theirs.removeprefix("transformer.") if bare else theirs
         if name == "head.weight" and tied:
             state[name] = state["embed.weight"]
             continue
+        theirs = hf_name(name, gpt2).removeprefix("transformer." if bare else "")
         if theirs not in files:
             raise UserError(f"{folder} lacks the tensor {theirs} {tuple(shape)}")
-        file, used = files[theirs], used | {theirs}
-        tensor = from_hf(name, file[theirs], gpt2)
+        used.add(theirs)
+        file, part = files[theirs], name.split(".")[-2]
+        tensor = file[theirs]
+        if gpt2 and part in ("q", "k", "v"):  # side by side in one tensor
+            tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
+        tensor = transposed(name, tensor, gpt2)
         if tensor.shape != shape or not tensor.is_floating_point():
             raise UserError(
                 f"{folder}: {theirs} gives {tensor.dtype} {tuple(tensor.shape)} for {name}, the "
@@ -235,31 +210,23 @@ def read_state(folder, shapes, gpt2, tied, dtype=None):
             )
         state[name] = tensor.to(dtype or tensor.dtype).contiguous()
         if isinstance(file, Safetensors) and state[name] is not tensor:
-            file.release(theirs)
+            file.release()
     if extra := [n for n in files if n not in used and not re.search(IGNORED_TENSORS, n)]:
         raise UserError(f"{folder}: the tensor {extra[0]} is unknown to the model")
     return state
 
 
-# Buffers that old checkpoints carry: causal masks, and rotary frequencies that follow from config
-IGNORED_TENSORS = r"(attn\.(masked_)?bias|rotary_emb\.inv_freq)$"
-
-
 def write_model(folder, values, shapes, state):
     """Write config.json and model.safetensors of a model whose tensors, by our names, are to have
     `shapes`. A norm weight or bias that `state` lacks is filled with ones or zeros."""
-    filled, dtype = {}, state["embed.weight"].dtype
+    parts, dtype, gpt2 = {}, state["embed.weight"].dtype, values["model_type"] == "gpt2"
     for name, shape in shapes.items():
         filler = torch.ones if name.endswith("weight") else torch.zeros
-        filled[name] = state[name] if name in state else filler(shape, dtype=dtype)
-    tensors = to_hf(filled, values["model_type"] == "gpt2")
+        tensor = state[name] if name in state else filler(shape, dtype=dtype)
+        parts.setdefault(hf_name(name, gpt2), []).append(transposed(name, tensor, gpt2))
+    tensors = {name: torch.cat(p, dim=-1) for name, p in parts.items()}  # GPT-2's q, k and v
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", values | {"torch_dtype": str(dtype).removeprefix("torch.")})
-
-
-# --------------------------------------------------------------------------------------------
-# Adapters for peft
-# --------------------------------------------------------------------------------------------
 
 
 def write_peft(content, heights, gpt2, folder, base=None):

@@ -31,10 +31,14 @@ HOTEL_KEYS = {
 }  # fmt: skip
 
 
+def hotel_db():
+    """The path of the public database, or of our own small one until `--data hotel` is complete."""
+    return HOTEL_DB if HOTEL_DB.exists() else OWN_HOTELS
+
+
 def read_hotels(path=None):
-    """The records of a hotel database: CrossWOZ's [[name, {...}], ...], or a list of records. By
-    default the public one, or our own small one if that has not been fetched."""
-    path = Path(path or (HOTEL_DB if HOTEL_DB.exists() else OWN_HOTELS))
+    """The records of a hotel database: CrossWOZ's [[name, {...}], ...], or a list of records."""
+    path = Path(path or hotel_db())
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         if rows and isinstance(rows[0], list):
@@ -83,8 +87,11 @@ def search_hotels(
 
 def get_tools():
     """{name: function} for `sample.py --tools hotel`."""
-    search = partial(search_hotels, read_hotels())
+    path = hotel_db()
+    hotels = read_hotels(path)
+    search = partial(search_hotels, hotels)
     search.needs_no_schema = True  # our hotel model knows it from training
+    search.database = f"{len(hotels):,} hotels of {path}"
     return {"search": search}
 
 
@@ -94,9 +101,8 @@ def get_tools():
 
 
 def join_dialogues(path):
-    """The dialogues, lists of turns, in a file whose rows are {"context": the turns so far,
-    "response": the next one}, both JSON in strings. The fields of records are in the order of
-    HOTEL_KEYS."""
+    """The dialogues, lists of turns, of rows {"context": the turns so far, "response": the next},
+    both JSON in strings. The fields of records are in the order of HOTEL_KEYS."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         turns = [[*json.loads(r["context"]), json.loads(r["response"])] for r in rows]
@@ -137,8 +143,7 @@ def answer_about(record, question):
 
 
 def synthetic_dialogues(count, seed):
-    """`count` invented hotel dialogues, each a list of turns with the public set's schema and exact
-    arguments. They depend on the seed alone."""
+    """`count` invented hotel dialogues, lists of turns with the public set's schema."""
     hotels, rng = read_hotels(OWN_HOTELS), random.Random(f"hotel-synthetic {seed}")
     dialogues = []
     for _ in range(count):
@@ -174,9 +179,8 @@ def synthetic_dialogues(count, seed):
 
 
 def tidy_calls(example):
-    """The conversation with each call's arguments in one order, which is easier to learn: keys
-    sorted, lists of texts in the order in which the user has named their items. The meaning stays
-    the same, since a list in this set is a set of wishes."""
+    """The conversation with each call's arguments in an order that is easier to learn: keys sorted,
+    lists of texts, which are sets of wishes here, as the user has named their items."""
     said, messages = "", []
     for m in example["messages"]:
         if m["role"] == "user":
@@ -198,8 +202,8 @@ def tidy_calls(example):
 
 
 def values_of(message):
-    """(key, value) of each text in the arguments of a call ("call.KEY") or in the records that a
-    search returned ("tool.KEY"), and of the latter's numbers."""
+    """(key, value) of each text in a call's arguments ("call.KEY"), and of each text and number in
+    the records that a search returned ("tool.KEY")."""
     kind, objects = "call", arguments_of(message) or []
     if message["role"] == "tool":
         kind, objects = "tool", json.loads(message["content"])

@@ -8,17 +8,17 @@ import io
 import itertools
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from data.cli import UserError, watched
-from data.download import VIEWER, download_path, fetch, hub_token
+from data.download import REPO, VIEWER, download_path, fetch, hub_token
 from data.files import read_json
 from data.row_files import is_row_file
 from data.sources import HUB, made
 
-PART = r"\w(?:[\w.-]{0,94}\w)?"
-NAME = re.compile(rf"(({PART})/{PART})(?::(.+))?", re.ASCII)
+NAME = re.compile(rf"({REPO})(?::(.+))?", re.ASCII)
 FILE = re.compile(r"\.(jsonl?|[ct]sv|gz|zip|txt|parquet|arrow|feather|xlsx)$", re.IGNORECASE)
 # The Hub's names of our splits; the last one that a data set has is used.
 SPLITS = {"train": ("train",), "val": ("dev", "val", "valid", "validation"), "test": ("test",)}
@@ -27,13 +27,13 @@ MOST_ROWS = 100_000  # larger splits are only downloaded with --max_rows
 
 
 def hub_name(name):
-    """("OWNER/NAME", what follows it behind a colon or None) if `name` means a data set of the Hub,
-    and no file or folder here. Else None."""
+    """("OWNER/NAME", what follows a colon or None) if `name` means a data set of the Hub, None if
+    it means a file or folder here."""
     match = NAME.fullmatch(name)
     if not match or Path(match[1]).exists() or Path(name).exists():
         return None
-    local = match[2] in ("data", "out") or FILE.search(match[1])
-    return None if local else (match[1], match[3])
+    local = match[1].startswith(("data/", "out/")) or FILE.search(match[1])
+    return None if local else match.groups()
 
 
 def hub_rows(repo, part, limits):
@@ -87,21 +87,18 @@ def choose_splits(repo, part, splits):
 def viewer_file(repo, config, split, limit):
     """The path of a file with the first `limit` rows of a split, or with all of them."""
     name = "-".join(quote(str(n), safe="") for n in (config, split, limit) if n is not None)
-
-    def rows():
-        return {name: viewer_rows(repo, config, split, limit)}
-
-    return made(f"datasets/{repo}", [name], rows)[name]
+    rows = partial(viewer_rows, repo, config, split, limit)
+    return made(f"datasets/{repo}", [name], lambda: {name: rows()})[name]
 
 
 def viewer_rows(repo, config, split, limit):
     """The first `limit` rows of a split as the viewer gives them, without unlabelled rows."""
-    query, rows, count = dict(dataset=repo, config=config, split=split), [], PAGE
+    rows, count = [], PAGE
     for n in watched(itertools.count(0, PAGE), f"{repo}: page"):
         if n >= count:
             break
         try:
-            page = ask("rows", **query, offset=n, length=PAGE)
+            page = ask("rows", dataset=repo, config=config, split=split, offset=n, length=PAGE)
         except UserError as e:
             raise UserError(f"{e}; {n:,} rows of {split} are kept: run this again to go on") from e
         rows += page_rows(page)

@@ -4,6 +4,7 @@ A new token reads every weight once, so what counts is how they lie in memory. W
 depends on the CPU, the dtype, the shape and the number of rows: each candidate is timed, and one
 that raises because the CPU or this build of torch lacks something is left out.
 """
+
 import time
 import warnings
 from functools import partial
@@ -92,8 +93,7 @@ timings = {}  # (shape, dtype, rows, layouts) -> {layout: seconds}, filled once 
 
 
 def time_layouts(weight, rows, layouts):
-    """{layout: seconds} of the layouts that work here; for a small matrix only of the first one.
-    UserError if none works."""
+    """{layout: seconds} of the layouts that work here, for a small matrix only of the first."""
     x, linears, seconds, error = weight.new_ones(rows, weight.shape[1]), {}, {}, ""
     memory = torch.ones(1 << 23)
 
@@ -180,8 +180,12 @@ def make_fast(model, rows=1, int8=False):
 
 
 def direct(module):
-    """What module(x) computes, as a function without the microseconds of nn.Module's own call."""
-    if type(module) is nn.LayerNorm:  # nor those of F.layer_norm
+    """What module(x) computes, as a function without the microseconds of nn.Module's own call, and
+    for a norm without those of torch.nn.functional."""
+    if type(module) is nn.LayerNorm:
         shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
         return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+    if type(module) is nn.RMSNorm:
+        shape, weight, eps = module.normalized_shape, module.weight, module.eps
+        return lambda x: torch.rms_norm(x, shape, weight, eps)
     return module.forward

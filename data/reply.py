@@ -10,11 +10,8 @@ from data.tokenizer import UNKNOWN
 
 
 class TextStream:
-    """Ids to text as they come: `feed` returns what can be shown already.
-
-    An incomplete character and text that may begin a stop string are held back. After a stop string
-    `stopped` is True and nothing more is returned.
-    """
+    """Ids to text as they come: `feed` returns what can be shown already. An incomplete character
+    and text that may begin a stop string are held back. Nothing follows a stop string."""
 
     def __init__(self, tokenizer, stops=()):
         self.tokenizer, self.stops = tokenizer, [s for s in stops if s]
@@ -51,16 +48,13 @@ def split_at(text, marks, last=False):
     return text[:at], mark, text[at + len(mark) :]
 
 
-THOUGHT = "reasoning_content"
-
-
 class Reply:
     """An answer as its ids come. `feed` and `finish` return the text that can be shown now,
     {"content" or "reasoning_content": text}; `ended` says whether the answer is over.
 
     With a Template the answer is a turn of a chat, whose calls are not shown. `ids` are its first
-    ids if the prompt ends with them. `stop_ids` end it, too, and are not shown. Stop strings are
-    only looked for after `min_tokens` ids."""
+    ids if the prompt ends with them. `stop_ids` end it, too, and are not shown. Stop strings count
+    only after `min_tokens` ids."""
 
     def __init__(self, tokenizer, template=None, stops=(), ids=(), stop_ids=(), min_tokens=0):
         self.source, self.stream = TextStream(tokenizer), TextStream(tokenizer, stops)
@@ -141,7 +135,7 @@ def split_answer(text, template, last=False):
     start = text.lstrip()
     if think and start.startswith(think):
         thought, tag, text = split_at(start[len(think) :], [end_think], last)
-        parts[THOUGHT] = plain(thought).lstrip("\n").rstrip()
+        parts["reasoning_content"] = plain(thought).lstrip("\n").rstrip()
         if not tag:
             return parts
     elif think and think.startswith(start) and not last:

@@ -42,8 +42,7 @@ def exact(messages, answer, wanted):
 
 
 def length(messages, answer, wanted):
-    """1 if the answer has as many characters as the wanted one; 0 if it has none, or twice as
-    many."""
+    """1 if the answer has as many characters as the wanted one, 0 if none or twice as many."""
     goal = max(1, len(message_text(wanted)))
     return max(0.0, 1 - abs(len(message_text(answer)) - goal) / goal)
 
@@ -54,8 +53,8 @@ REWARDS = {f.__name__: f for f in REWARDS}
 
 
 def load_reward(source):
-    """The function that --reward names: one of REWARDS, `reward` of a Python file, or several names
-    with commas between them, of which the first that is for a turn counts."""
+    """The function that --reward names: one of REWARDS, `reward` of a Python file, or, for several
+    names with commas, the first that applies to the turn."""
     if "," in source:
         rewards = [load_reward(name) for name in source.split(",")]
         return lambda *turn: next((r for f in rewards if (r := f(*turn)) is not None), None)
@@ -71,8 +70,8 @@ def load_reward(source):
 
 
 def rate(reward, messages, answer, wanted):
-    """The reward of an answer as a float, or None if it is not for this turn. UserError names the
-    answer if the function fails or returns no finite number."""
+    """The reward of an answer as a float, or None if it is not for this turn. UserError if the
+    function fails or returns no finite number."""
     try:
         value = reward(messages, answer, wanted)
         if value is None:

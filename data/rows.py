@@ -26,8 +26,7 @@ ROLES = {
 }
 FORMS = (
     "messages or conversations (OpenAI, ShareGPT), instruction and output (Alpaca), question and "
-    "answer, prompt and completion, input and target (Firefly), chosen and rejected, "
-    "preferred_output and non_preferred_output (OpenAI), text and label"
+    "answer, prompt and completion, input and target (Firefly), chosen and rejected, text and label"
 )
 
 # --------------------------------------------------------------------------------------------
@@ -36,15 +35,14 @@ FORMS = (
 
 
 class Fields(dict):
-    """A JSON object that is read field by field. `take` removes a field; `close` counts those that
-    remain in `unread`, a Counter, so that unused fields can be reported."""
+    """A JSON object that is read field by field."""
 
     def take(self, *names):
         """Remove and return the first of the fields `names` that exists and is not null."""
         return self.pop(next((name for name in names if self.get(name) is not None), None), None)
 
     def close(self, unread, where=""):
-        """Count the fields that remain, except empty ones."""
+        """Count the fields that remain, except empty ones, in the Counter `unread`."""
         unread.update(f"{where}{name}" for name, value in self.items() if value not in (None, ""))
 
 
@@ -92,8 +90,8 @@ def read_message(turn, unread):
 
 
 def read_messages(turns, unread, role="user"):
-    """The messages of a list of turns, or of a text that `role` says. A call in a turn of its own
-    joins the assistant's turn before it."""
+    """The messages of a list of turns, or of a text that `role` says. A separate call joins the
+    assistant's turn before it."""
     turns = {"role": role, "content": turns} if isinstance(turns, str) else turns
     single, messages = [], []
     for turn in [turns] if isinstance(turns, dict) else turns:
@@ -116,8 +114,7 @@ def read_messages(turns, unread, role="user"):
 
 
 def conversation(messages, row):
-    """{"messages", perhaps "tools"} of messages, with the system text and the tools of their row.
-    """
+    """{"messages", perhaps "tools"} of messages, with the system text and tools of their row."""
     head, rest = chat.split_system(messages)
     system = dict(head[0]) if head else {"role": "system", "content": ""}
     tools = read_json(system.pop("tools", None) or row.take("tools", "functions") or None)
@@ -154,16 +151,15 @@ def transcript(text):
 def read_question(row, unread):
     """The messages before an answer: a prompt or question, or Alpaca's history and instruction."""
     turns = read_json(row.take("history") or [])
-    pairs = [dict(zip(("question", "answer"), t)) if isinstance(t, list) else t for t in turns]
+    turns = [dict(zip(("question", "answer"), t)) if isinstance(t, list) else t for t in turns]
     text = row.take("prompt", "question")
     if text is None:
-        text = "\n".join(t for t in (row.take("instruction"), row.take("input")) if t)
-    return read_messages(pairs, unread) + read_messages(transcript(text), unread)
+        text = "\n".join(filter(None, (row.take("instruction"), row.take("input"))))
+    return read_messages(turns, unread) + read_messages(transcript(text), unread)
 
 
 def read_pair(row, unread):
-    """The example of a preference pair, whose sides may repeat the prompt. The messages that they
-    share become the prompt."""
+    """The example of a preference pair. The messages that both sides share become the prompt."""
     if isinstance(row.get("input"), dict):  # OpenAI
         row |= row.pop("input")
     if row.keys() & set(QUESTIONS):
@@ -246,8 +242,6 @@ def as_chat(example):
 # Files -> examples
 # --------------------------------------------------------------------------------------------
 
-MAX_BAD = 0.01  # share of rows that may be bad
-
 
 def row_slice(text):
     """The slice that --rows START:STOP means, both ends optional."""
@@ -258,11 +252,10 @@ def row_slice(text):
 
 
 def report_bad(bad, total, path):
-    """Print the first of the messages `bad`, one for each bad row out of `total` rows; UserError if
-    more than 1 % are bad."""
+    """Print the first of `bad`, messages on bad rows of `total`; UserError if they are over 1 %."""
     for message in bad[:5]:
         print(f"bad row: {message}", file=sys.stderr)
-    if len(bad) > MAX_BAD * total:
+    if len(bad) > 0.01 * total:
         raise UserError(f"{path}: {len(bad)} of {total} rows are bad, first {bad[0]}")
     if bad:
         print(f"{path}: {len(bad)} of {total} rows are bad and left out", file=sys.stderr)
@@ -310,12 +303,11 @@ def split_off(examples, fraction):
     """(train, val): about `fraction` of the conversations, always the same ones, with all their
     rows, so that no conversation is learned in part and measured in part. First words that more
     than `fraction` of the rows share are a common greeting: such rows are told apart as a whole."""
-    keys = [first_words(e) for e in examples]
+    keys = list(map(first_words, examples))
     sizes, most = Counter(keys), max(1, fraction * len(examples))
-    keys = [
-        key if sizes[key] <= most else json.dumps(e, sort_keys=True)
-        for key, e in zip(keys, examples)
-    ]
+    for n, key in enumerate(keys):
+        if sizes[key] > most:
+            keys[n] = json.dumps(examples[n], sort_keys=True)
     order = sorted(set(keys), key=lambda key: sha256(key.encode()).digest())
     if len(order) < 2:
         raise UserError(f"{len(examples)} row(s) cannot be split, all are alike: give --val_data")
@@ -325,8 +317,7 @@ def split_off(examples, fraction):
 
 
 def row_paths(source, limits):
-    """{"train", perhaps "val", "test": path} of what --data or --val_data names; `limits`: see
-    `hub_rows`."""
+    """{"train", perhaps "val", "test": path} of what --data names; `limits`: see `hub_rows`."""
     if source in SOURCES and SOURCES[source].rows:
         paths = SOURCES[source].fetch()
         return {"val" if split == "dev" else split: path for split, path in paths.items()}

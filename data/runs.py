@@ -149,6 +149,12 @@ def clock(seconds):
     return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
 
 
+def mfu_text(mfu):
+    """The MFU as step lines show it."""
+    reason = " (the machine was busier when its peak was measured)" if mfu > 1 else ""
+    return f"mfu {mfu:.0%}{reason}"
+
+
 EVAL_FORMATS = {
     "step": "step {}", "val_loss": "val loss {:.4f}", "val_ppl": "ppl {:,.2f}",
     "val_bpb": "bits/byte {:.4f}", "val_share": "({:.0%} of val)",

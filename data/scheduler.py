@@ -50,8 +50,8 @@ class Job:
 
 
 class Scheduler(threading.Thread):
-    """Runs an Engine for jobs until `close`. activate(name) makes another adapter the active one,
-    once all texts of the previous one are written."""
+    """Runs an Engine for jobs until `close`. activate(name) makes another adapter active, once all
+    texts of the previous one are written."""
 
     def __init__(self, engine, activate=None, adapter=None, max_waiting=64):
         super().__init__(name="model", daemon=True)
@@ -80,7 +80,7 @@ class Scheduler(threading.Thread):
         return result
 
     def close(self, seconds):
-        """Take no more jobs and return when all are done; cancel those that are not by then."""
+        """Take no more jobs, and return when all are done or, after `seconds`, cancelled."""
         with self.changed:
             self.closing = True
             self.changed.notify()
@@ -123,7 +123,7 @@ class Scheduler(threading.Thread):
         while self.waiting:
             job = self.waiting[0]
             switch = not job.function and job.adapter != self.adapter
-            if self.engine.busy == len(self.engine.slots) or (self.writing and switch):
+            if self.engine.busy == len(self.engine.texts) or (self.writing and switch):
                 return
             with self.changed:
                 self.waiting.popleft()
@@ -177,5 +177,5 @@ class Scheduler(threading.Thread):
     def lines(self):
         """All figures in Prometheus' text format."""
         figures = self.counts | {"queue": len(self.waiting)}
-        figures |= {"slots_busy": self.engine.busy, "slots": len(self.engine.slots)}
+        figures |= {"slots_busy": self.engine.busy, "slots": len(self.engine.texts)}
         return [f"scratchlm_{name} {value}" for name, value in figures.items()]

@@ -1,5 +1,6 @@
 """What a server answers: OpenAI's API, the page, and what the page asks for."""
 import contextlib
+import contextvars
 import io
 import json
 import os
@@ -9,12 +10,13 @@ from pathlib import Path
 
 from data.answer import ApiError
 from data.api import Api
-from data.chat import labels_of, tool_call
+from data.chat import tool_call
 from data.cli import UserError
-from data.download import offline
+from data.download import OFFLINE
 from data.files import read_json
 from data.rows import first_words, load_data, to_example
 from data.runs import OUT, read_run, run_list
+from data.tokenizer import labels_of
 from data.tools import call_tool, function_schema, known_by_training
 
 PAGE = Path(__file__).with_name("page.html")
@@ -25,11 +27,12 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 def example_questions(run, count=4):
     """What users ask in `count` validation rows of a run with these settings, from all over the
     split; none if the rows are not on this machine, since nothing is downloaded for them."""
-    given = [run.get(name) for name in ("val", "rows", "max_rows", "encoding")]
+    context, given = contextvars.copy_context(), ("val_data", "val", "rows", "max_rows", "encoding")
+    context.run(OFFLINE.set, True)
     try:
-        with offline(), contextlib.redirect_stderr(io.StringIO()):
-            _, splits, _ = load_data(run["data"], run.get("val_data"), *given)
-    except (UserError, OSError, KeyError):
+        with contextlib.redirect_stderr(io.StringIO()):
+            splits = context.run(load_data, run["data"], *map(run.get, given))[1]
+    except (UserError, OSError, KeyError, TypeError):  # TypeError: train.py has no "val"
         return []
     short = [q for q in dict.fromkeys(map(first_words, splits["val"])) if 0 < len(q) <= 160]
     return short[:: max(1, len(short) // count)][:count]

@@ -1,4 +1,5 @@
 """Named texts and sets of rows, and where they come from."""
+
 import gzip
 import io
 import json
@@ -36,8 +37,7 @@ def download(sha256=None, **urls):
 
 
 def made(name, splits, make):
-    """{split: data/NAME/SPLIT.jsonl}. Unless all files exist, they are written with the rows of
-    `make()`, {split: rows}."""
+    """{split: data/NAME/SPLIT.jsonl}, written with `make()`, {split: rows}, unless all exist."""
     paths = {split: DATA / name / f"{split}.jsonl" for split in splits}
 
     def write():
@@ -71,10 +71,12 @@ def film_reviews():
 
 
 def hotel_dialogues():
-    """CrossWOZ's hotel dialogues as the course splits them, and the hotels themselves."""
-    fetch(f"{CROSSWOZ}/hotel_db.json", HOTEL_DB)
+    """CrossWOZ's hotel dialogues as the course splits them, and the hotels themselves, which come
+    last: until all is there, the search knows our own hotels, as before."""
     urls = {split: f"{LAB}/{split}.full.jsonl" for split in ("train", "dev", "test")}
-    return made("hotel", urls, lambda: {s: join_dialogues(fetch(url)) for s, url in urls.items()})
+    paths = made("hotel", urls, lambda: {s: join_dialogues(fetch(u)) for s, u in urls.items()})
+    fetch(f"{CROSSWOZ}/hotel_db.json", HOTEL_DB)
+    return paths
 
 
 def invented_dialogues():
@@ -84,9 +86,8 @@ def invented_dialogues():
 
 
 def shards(name, urls, read):
-    """[(name, open)] of the files of a large text, as `Documents` expects them. Each is downloaded
-    when it is first opened, so a limit of tokens limits the downloads, too. read(path) returns a
-    binary stream of lines of JSON."""
+    """[(name, open)] of the files of a large text, for `Documents`. Each is downloaded when it is
+    opened, so a limit of tokens limits the downloads. read(path) returns lines of JSON, binary."""
     opens = [lambda url=url: read(fetch(url)) for url in urls]
     return [(f"{name}-{i:05}.jsonl", open_url) for i, open_url in enumerate(opens)]
 

@@ -202,6 +202,17 @@ class Tokenizer:
         return np.array([UNKNOWN in token.decode(errors="replace") for token in tokens])
 
 
+def label_token(label):
+    """The special token that stands for a label of a classifier."""
+    return f"<|label:{label}|>"
+
+
+def labels_of(tokenizer):
+    """The labels that a classifier's tokenizer knows; none for other models."""
+    begin, end = label_token("\0").split("\0")
+    return [n[len(begin) : -len(end)] for n in tokenizer.special if n.startswith(begin)]
+
+
 # --------------------------------------------------------------------------------------------
 # Byte-pair encoding
 # --------------------------------------------------------------------------------------------

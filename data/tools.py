@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import runpy
+import sys
 import types
 import typing
 from pathlib import Path
@@ -48,12 +49,13 @@ def load_tools(source):
             wanted = "write a function with types of JSON, such as str, int, list[str], Literal"
             problem = f"has a signature that cannot be read ({type(e).__name__}: {e})"
             raise UserError(f"{where}: {name} {problem}: {wanted}") from e
+        if database := getattr(function, "database", None):
+            print(f"[{name} knows {database}]", file=sys.stderr)
     return tools
 
 
 def split_hint(hint):
-    """(list, (str,)) for list[str]: a type and its parameters. An Enum is the Literal of its
-    members."""
+    """(list, (str,)) for list[str]: a type and its parameters. An Enum is read as a Literal."""
     if isinstance(hint, enum.EnumMeta):
         return typing.Literal, tuple(hint)
     kind = typing.get_origin(hint) or hint
@@ -123,9 +125,8 @@ def function_schema(name, function):
 
 
 def convert(value, hint, name):
-    """The argument to pass for the JSON value of the parameter `name`, according to its type: for
-    an Enum it is the member. A type that JSON does not know accepts any value; ValueError if one
-    does not fit."""
+    """The argument for the JSON value of the parameter `name`, such as the member of an Enum. A
+    type that JSON does not know accepts any value; ValueError if one does not fit."""
     kind, options = split_hint(hint)
     if kind is typing.Union:
         for option in options:

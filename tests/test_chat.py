@@ -10,10 +10,10 @@ from conftest import ASSISTANT, BYTE, CALL, CHAT, END, USER, calls, prompt_ids, 
 from test_templates import FAMILIES, TOOLS, pair
 
 import prepare_data
-from data.chat import CHAT_TOKENS, THINK, get_template, label_token, labels_of, parse_call
+from data.chat import CHAT_TOKENS, THINK, get_template, parse_call
 from data.cli import UserError
 from data.reply import parse
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, label_token, labels_of
 
 TRICKY = "Say <|end|> and <|assistant|><|call|> <|endoftext|> naïve 你好，世界 👩‍👩‍👧 \n\n x"
 

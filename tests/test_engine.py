@@ -40,7 +40,7 @@ def write_together(engine, jobs, rng):
     """The new ids of each job, which are added and now and then abandoned at random moments."""
     waiting, writing, found = list(enumerate(jobs)), {}, {}
     while waiting or writing:
-        while waiting and engine.busy < len(engine.slots) and rng.random() < 0.6:
+        while waiting and engine.busy < len(engine.texts) and rng.random() < 0.6:
             number, (prompt, settings, count) = waiting.pop(0)
             writing[engine.add(prompt, **settings)] = number, count
         for slot, i in engine.step().items():
@@ -107,11 +107,11 @@ def test_a_conversations_history_outlives_short_questions_of_others():
     talk = ask([1, 2, 3, 4, 5, 6, 7])
     ask([1, 2, 9, 9, 9, 9])  # another one with the same system turn
     ask([50] * 5)
-    assert sorted(s.ids[0] for s in engine.slots) == [1, 1, 50]
+    assert sorted(s.ids[0] for s in engine.texts) == [1, 1, 50]
     assert engine.held(engine.add([*talk.ids, 30, 31])) == 7
-    assert not any(s.ids[:1] == [60] for s in engine.slots)
+    assert not any(s.ids[:1] == [60] for s in engine.texts)
     ask([60] * 5)
-    assert sorted(s.ids[0] for s in engine.slots) == [1, 50, 60]
+    assert sorted(s.ids[0] for s in engine.texts) == [1, 50, 60]
 
 
 def test_a_long_prompt_lets_others_write():

@@ -12,8 +12,8 @@ from test_rows import alpaca, write
 
 import finetune as ft
 from data.batches import BucketLoader, Row, chat_rows, label_row, pad, preference_rows, show_mask
-from data.chat import label_token
 from data.cli import UserError
+from data.tokenizer import label_token
 
 # ---- masks ---------------------------------------------------------------------------------
 

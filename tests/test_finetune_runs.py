@@ -26,11 +26,11 @@ import model as lm
 import sample
 import train
 from data.batches import BucketLoader, Row, pad
-from data.chat import CHAT_TOKENS, labels_of
+from data.chat import CHAT_TOKENS
 from data.machine import Runtime
 from data.rows import load_data
 from data.sources import SOURCES, Source
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, labels_of
 
 CPU = Runtime(torch.device("cpu"), peak=1e11)
 FITS = argparse.Namespace(context=48, loss_on="assistant")
@@ -277,7 +277,7 @@ def test_the_reference_is_the_base_itself_and_is_kept_in_last_pt(desk):
     for split in ("train", "val"):
         rows = ft.DPO(FITS, CHAT).make_split(splits[split]).rows
         with torch.no_grad():
-            logps = [float(model(*pad([r]), reduction="none").sum()) for pair in rows for r in pair]
+            logps = [model(*pad([r]), output="log_probs").sum().item() for p in rows for r in p]
         assert torch.equal(full[split], thin[split])
         assert full[split].flatten().tolist() == pytest.approx(logps, abs=1e-3)
 

@@ -179,7 +179,7 @@ def test_a_run_may_get_more_epochs_or_move_but_not_change_its_images(toy, tmp_pa
         mnist.main(["--resume", "ended", "--epochs", "2"])
     for name, content in toy_files(train=400).items():
         (tmp_path / "toy" / name).write_bytes(content)
-    with pytest.raises(UserError, match="after was trained on 300 images, but this data has 400"):
+    with pytest.raises(UserError, match="after was trained on 300 images, this data has 400"):
         mnist.main(["--resume", "after", "--epochs", "4"])
 
 

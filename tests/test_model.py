@@ -51,7 +51,11 @@ def test_known_shapes_have_their_known_parameters(name, total, capsys):
     assert parts.pop("total") == total == sum(parts.values())
     lm.main(["--preset", name, "--tokens", "1000", "--world", "8", "--shard"])
     out = capsys.readouterr().out
-    assert f"\n{name}: {total:,} parameters\n" in out and "nats a token" in out
+    assert f"\n{name}: {total:,} parameters\n" in out and "does not apply: it gives" in out
+    for tokens, outside in ((10**9, True), (10**10, name == "tiny")):
+        lm.main(["--preset", name, "--tokens", str(tokens)])
+        out = capsys.readouterr().out
+        assert "nats a token" in out and ("outside its range" in out) == outside
 
 
 def test_parameters_and_flops_by_hand():

@@ -16,8 +16,8 @@ import data.server
 import model as lm
 import sample
 from data.batches import preference_rows
-from data.chat import label_token
 from data.rows import read_examples, split_off
+from data.tokenizer import label_token
 from data.tools import load_tools
 
 CHROMIUM = os.environ.get("SCRATCHLM_CHROMIUM", "/usr/bin/chromium")
@@ -478,7 +478,7 @@ def test_runs_are_laid_over_each_other_and_grow_while_they_train(base, visit):
     expect(lines.first).not_to_have_attribute("points", points)  # the axis is longer
     page.focus("#loss svg")
     page.keyboard.press("ArrowLeft")
-    expect(page.locator("#runs figcaption").first).to_contain_text(re.compile("step 5[0-9].*step 5"))
+    expect(page.locator("#loss figcaption").first).to_contain_text(re.compile("step 5\\d.*step 5"))
     page.get_by_label("log scale").check()
     page.get_by_label("smoothing").fill("0.9")
     expect(page.locator("#loss .faint")).to_have_count(2)  # what was measured, behind the mean

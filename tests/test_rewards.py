@@ -212,7 +212,7 @@ def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(c
         n = lengths[g]
         whole = torch.cat([prompts[g, : n + 1], answers[g, s]])[None]
         goal = torch.cat([torch.full((n,), -100), targets[g, s]])[None]
-        wanted[i] = model(whole[:, :-1], goal, reduction="none")[0, n:]
+        wanted[i] = model(whole[:, :-1], goal, output="log_probs")[0, n:]
     for g, n in enumerate(lengths):
         longest = 4 - g  # no answer of the second group has four
         inputs = torch.cat([prompts[g, n].expand(3, 1), answers[g, :, : longest - 1]], dim=1)
@@ -272,7 +272,7 @@ def test_what_is_rewarded_becomes_likelier(room):
         chats = [[turn("user", f"say {a}"), turn("assistant", "b")] for a in LETTERS]
         rows = [chat_rows({"messages": c}, tokenizer, 48)[0] for c in chats]
         with torch.no_grad():
-            return model(*pad(rows), reduction="none").sum(1).exp().mean().item()
+            return model(*pad(rows), output="log_probs").sum(1).exp().mean().item()
 
     before, after = map(probability, ("out/base", out / "last.pt"))
     assert after > before + 0.2

@@ -19,9 +19,9 @@ import lora
 import model as lm
 import sample
 from data.batches import chat_rows
-from data.chat import label_token
 from data.cli import UserError
 from data.rows import to_example
+from data.tokenizer import label_token
 from data.tools import function_schema, load_tools
 
 STOP = object()  # in a script: the user presses Ctrl-C here

@@ -27,9 +27,9 @@ import data.service
 import lora
 import model as lm
 import sample
-from data.chat import label_token
 from data.cli import UserError
 from data.rows import load_data
+from data.tokenizer import label_token
 
 openai = pytest.importorskip("openai", reason="the openai package is not installed")
 pytestmark = pytest.mark.usefixtures("elsewhere")  # an empty folder, in which out/ would be

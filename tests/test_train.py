@@ -167,7 +167,7 @@ def test_embedding_and_head_have_their_own_rates_unless_they_are_one_table():
 
 
 def test_an_optimizer_is_added_by_a_line_and_has_a_flag_for_its_rate(corpus, monkeypatch):
-    monkeypatch.setitem(train.OPTIMIZERS, "sgd", (torch.optim.SGD, 0.004))
+    monkeypatch.setitem(train.MATRIX_OPTIMIZERS, "sgd", (torch.optim.SGD, 0.004))
     parse = train.build_parser().parse_args
     for flags, rate in (([], 0.004), (["--sgd_lr", "0.01"], 0.01)):
         args = train.resolve(parse(["--optimizer", "sgd", "--out", "out/x", *flags]))[0]
