@@ -50,8 +50,7 @@ SCALE_BLOCK = 256  # scales that share a scale of their own (double quantization
 
 def blocks_of(x, size):
     """x flattened and cut into rows of `size`; the last row is padded with zeros."""
-    x = x.reshape(-1)
-    return F.pad(x, (0, -len(x) % size)).view(-1, size)
+    return F.pad(x.flatten(), (0, -x.numel() % size)).view(-1, size)
 
 
 def quantize_int8(x, size=BLOCK):
@@ -103,8 +102,8 @@ class QuantLinear(nn.Module):
             values = pairs.view(torch.float32).view(-1, BLOCK).mul_(scales)
         else:
             values = self.codes * scales
-        size = self.out_features * self.in_features
-        return values.view(-1)[:size].view(self.out_features, self.in_features)
+        shape = torch.Size((self.out_features, self.in_features))
+        return values.view(-1)[: shape.numel()].view(shape)
 
     def forward(self, x):
         return DequantizedProduct.apply(x, self, self.bias)
@@ -211,12 +210,11 @@ def add_lora(
     model, targets="attention", rank=8, alpha=16, dropout=0.0, name="default", modules_to_save=()
 ):
     """Add adapters to the target layers, make them active, and freeze everything else; returns the
-    layers' names.
+    layers' names. A second call with another `name` adds a second adapter over the same base.
 
-    targets: attention, mlp, all, or layer names with commas. A second call with another `name` adds
-    a second adapter over the same base. `modules_to_save` (peft's term) are trained in full beside
-    the adapter and saved with it: the tables of a base that lacks the chat's special tokens.
-    UserError if no layer matches, or if one shares its weight (a tied head could not follow).
+    targets: attention, mlp, all, or layer names with commas. `modules_to_save` (peft's term) are
+    trained in full beside the adapter and saved with it: the tables of a base that lacks the chat's
+    special tokens. UserError if no layer matches or one shares its weight, as a tied head does.
 
     >>> add_lora(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
     ['0']
@@ -234,12 +232,11 @@ def add_lora(
         layer.add(name, rank, alpha, dropout)
     if not hasattr(model, "saved_tables"):
         model.active_adapter, model.saved_tables = None, {None: {}}  # None: the base's own tables
-    base, tables = model.saved_tables[None], {}
+    base, tables = model.saved_tables[None], model.saved_tables.setdefault(name, {})
     for full, parameter in model.named_parameters():
         if full.rpartition(".")[0] in modules_to_save:
             tables[full] = base.setdefault(full, parameter.detach().clone())
             parameter.requires_grad_(True)
-    model.saved_tables[name] = tables
     set_adapter(model, name)
     return list(layers)
 
@@ -297,7 +294,7 @@ def disable_adapter(model):
 
 
 # --------------------------------------------------------------------------------------------
-# Files: an adapter alone, without its base
+# Files: an adapter alone, merged into its base, or written for peft
 # --------------------------------------------------------------------------------------------
 
 
@@ -339,9 +336,8 @@ def load_adapter(model, content, name="default"):
 def load_adapted(base, adapters, where="the base"):
     """A model with adapters over it, the first one active: from the content of the base checkpoint
     and {name: content of an adapter checkpoint}. UserError if it is not their base."""
-    for name, content in adapters.items():
-        if "adapter" not in content:
-            raise UserError(f"{name} is a whole model, not an adapter: use it as --ckpt")
+    if whole := [name for name, content in adapters.items() if "adapter" not in content]:
+        raise UserError(f"{whole[0]} is a whole model, not an adapter: use it as --ckpt")
     infos = {name: content["adapter"] for name, content in adapters.items()}
     quantized = next((info["quantize"] for info in infos.values() if info["quantize"]), None)
     model = lm.model_from_checkpoint(base, dtype=None if quantized else torch.float32, where=where)
@@ -361,11 +357,6 @@ def load_adapted(base, adapters, where="the base"):
         load_adapter(model, adapters[name], name)
     set_adapter(model, next(iter(adapters)))
     return model.eval()
-
-
-# --------------------------------------------------------------------------------------------
-# Merging adapters into plain weights, and writing them for peft
-# --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -402,12 +393,9 @@ def merge_and_save(model, tokenizer, path):
 def export(base, adapter, folder, ckpt):
     """Write a folder that peft reads over the exported base. `base` and `adapter` are contents of
     checkpoints, `ckpt` is what the user calls the base."""
-    config = lm.Config.from_dict(dict(base["config"]))
-    gpt2 = lm.config_to_hf(config)[0]["model_type"] == "gpt2"
-    modules = lm.meta_model(config).named_modules()
-    heights = {n: m.out_features for n, m in modules if isinstance(m, nn.Linear)}
+    gpt2 = lm.config_to_hf(lm.Config.from_dict(base["config"]))[0]["model_type"] == "gpt2"
     in_transformers = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()
-    write_peft(adapter, heights, gpt2, folder, ckpt if in_transformers else None)
+    write_peft(adapter, base["model"], gpt2, folder, ckpt if in_transformers else None)
     print(f"{folder}: an adapter for peft, over the model that {ckpt} exports to")
 
 

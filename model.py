@@ -16,6 +16,7 @@ hs head size, V vocabulary, N rows (positions of all texts, flattened), S keys (
 import contextlib
 import copy
 import math
+import re
 import signal
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -225,9 +226,9 @@ def rope_tables(context, head_size, theta, scaling=None):
 
 
 def scale_frequency(frequency, scaling):
-    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or only those
-    that turn fewer than low_freq_factor times in the original context, others less, and not at all
-    from high_freq_factor turns on (`llama3`, of Llama 3.1)."""
+    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or according
+    to how often they turn in the original context (`llama3`, of Llama 3.1): in full below
+    low_freq_factor turns, not at all above high_freq_factor turns, in part in between."""
     kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
     if kind != "llama3":
         return frequency / factor
@@ -478,6 +479,7 @@ class ChunkedLoss(torch.autograd.Function):
         x_low, w_low, b_low = x.to(low), weight.to(low), None if bias is None else bias.to(low)
         full = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=full, device=x.device)
+        # needs_input_grad does not know of torch.no_grad, and in here no gradients are recorded
         need_x, need_w, need_b = (n and with_grad for n in ctx.needs_input_grad[:3])
         grad_x = torch.empty_like(x) if need_x else None
         grad_w = torch.zeros_like(weight, dtype=full) if need_w else None
@@ -569,7 +571,8 @@ class NewTokens(NamedTuple):
 
     positions: slice | torch.Tensor  # a slice or (T,) if the same for all rows, else (B, T)
     mask: torch.Tensor | None = None  # (B, 1, T, S), see `naive_attention`
-    layers: list | None = None  # per layer (keys, values), old and new tokens, (B, nkv, S, hs)
+    # per layer (keys, values) (B, nkv, S, hs): parts of the cache, with room for the new tokens
+    layers: list | None = None
 
 
 class KVCache:
@@ -792,13 +795,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def grow_vocabulary(self, vocab_size, used):
-        """Make room for at least `vocab_size` ids, of which the first `used` were in use until now.
+        """Make room for at least `vocab_size` ids, of which the tokenizer had `used` until now.
         All rows after those, spare ones included, start at the mean of the used rows."""
         c, grown = self.config, max(self.config.vocab_size, vocab_size)
         for table in filter(None, (self.embed, self.value_embed, None if c.tied else self.head)):
             for name in ("weight", "bias"):
                 if (old := getattr(table, name, None)) is not None:
-                    # may be fewer: an end of text that the tokenizer has just added has no row
+                    # fewer than `used` if a model has no row for its tokenizer's end of text
                     kept = old[:used]
                     mean = kept.float().mean(0, keepdim=True).to(old.dtype)
                     new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
@@ -834,9 +837,7 @@ def evaluating(model):
 def unwrapped_state(module):
     """The module's state dict without the prefixes that torch.compile and DDP add to its keys."""
     state = module.state_dict()
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # either may be around the other
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
+    return {re.sub(r"^((_orig_mod|module)\.)+", "", k): v for k, v in state.items()}
 
 
 def save_checkpoint(path, content):
@@ -865,9 +866,7 @@ def load_checkpoint(path, dtype=None, resuming=False):
     """
     path = find_checkpoint(path)
     if (path / "config.json").exists():
-        has_tokenizer = (path / "tokenizer.json").exists()
-        tokenizer = {"tokenizer": hub_tokenizer(path)} if has_tokenizer else {}
-        return load_hf(path, dtype) | tokenizer
+        return load_hf(path, dtype)
     if (path / "adapter_config.json").exists():
         raise UserError(f"{path} is an adapter of peft's, which cannot be read: train one here")
     if path.is_dir():
@@ -956,8 +955,9 @@ def config_to_hf(config):
 
 
 def load_hf(folder, dtype=None):
-    """The checkpoint dict {"config", "model"} of a folder in Hugging Face's layout. Tensors that
-    need no change stay on disk until they are touched; others are copied, to `dtype` if given."""
+    """The checkpoint dict {"config", "model", "tokenizer"} of a folder in Hugging Face's layout,
+    which may lack a tokenizer. Tensors that need no change stay on disk until they are touched;
+    others are copied, to `dtype` if given."""
     folder = Path(folder)
     values = read_json(folder / "config.json")
     config = config_from_hf(values, str(folder / "config.json"), verbose=True)
@@ -966,7 +966,9 @@ def load_hf(folder, dtype=None):
     shapes = {name: t.shape for name, t in meta_model(config).state_dict().items()}
     gpt2 = config.position == "learned"
     state = hf_weights.read_state(folder, shapes, gpt2, config.tied, dtype)
-    return {"config": asdict(config), "model": state}
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    tokenizer = {"tokenizer": hub_tokenizer(folder)} if has_tokenizer else {}
+    return {"config": asdict(config), "model": state} | tokenizer
 
 
 def export_hf(content, folder):
@@ -976,17 +978,16 @@ def export_hf(content, folder):
     values, nearest = config_to_hf(config)
     if problem := fit_error(meta_model(config).state_dict(), content["model"]):
         raise UserError(f"this checkpoint does not fit its own config: {problem}")
-    tokenizer = Tokenizer(content["tokenizer"]) if "tokenizer" in content else None
-    if tokenizer:
+    if "tokenizer" in content:
+        tokenizer = Tokenizer(content["tokenizer"])
         values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
+        write_json(folder / "generation_config.json", generation_config(tokenizer))
     shapes = {name: t.shape for name, t in meta_model(nearest).state_dict().items()}
     if nearest.tied:
         del shapes["head.weight"]
     hf_weights.write_model(folder, values, shapes, content["model"])
-    if tokenizer:
-        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
-        write_json(folder / "generation_config.json", generation_config(tokenizer))
     return values
 
 
@@ -997,14 +998,12 @@ def export_hf(content, folder):
 
 def count_parameters(model):
     """{part: parameters} and their "total"; a tied head is counted once, as the embedding."""
-    parts = "embedding", "positions", "attention", "feed-forward", "norms", "head"
-    counts = dict.fromkeys(parts, 0)
-    tops = dict(embed="embedding", value_embed="embedding", inputs="embedding")
-    tops |= dict(position="positions", head="head")
+    words = {"embed": "embedding", "inputs": "embedding", "position": "positions"}
+    words |= {"attention": "attention", "feed_forward": "feed-forward", "norm": "norms"}
+    counts = dict.fromkeys([*words.values(), "head"], 0)
     for name, p in model.named_parameters():
-        block_part = "attention" if ".attention." in name else "feed-forward"
-        part = "norms" if "norm" in name else tops.get(name.split(".")[0], block_part)
-        counts[part] += p.numel()
+        parts = [part for word, part in words.items() if word in name]
+        counts[parts[-1] if parts else "head"] += p.numel()  # the last: embed_norm is a norm
     return {**counts, "total": sum(counts.values())}
 
 
@@ -1024,15 +1023,6 @@ def flops_per_token(config, length=None, learned=1.0, frozen=False):
     weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
     scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
     return (4 if frozen else 6) * weights + scores
-
-
-def report(name, config, tokens=None, world=None, shard=False):
-    """What `python model.py` prints."""
-    counts, flops = count_parameters(meta_model(config)), flops_per_token(config)
-    lines = costs.shape_lines(name, asdict(config), counts, flops, tokens)
-    if world:
-        lines += costs.world_lines(config, counts, flops, world, shard)
-    return "\n".join(lines)
 
 
 # The values of every --ckpt; see `find_checkpoint`
@@ -1055,17 +1045,20 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.export and not args.ckpt:
         raise UserError("--export needs --ckpt, the model to write")
-    if not args.ckpt:
-        return print(report(args.preset, preset(args.preset), args.tokens, args.world, args.shard))
-    folder, content = Path(args.export or ""), load_checkpoint(args.ckpt)
-    if not args.export:
-        config = Config.from_dict(content["config"])
-        return print(report(args.ckpt, config, args.tokens, args.world, args.shard))
-    if "adapter" in content:
-        raise UserError(f"{args.ckpt} is an adapter: export it with lora.py, or merge it first")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} exists: name a new folder for --export")
-    print(f"{folder}: {export_hf(content, folder)['architectures'][0]}")
+    content = load_checkpoint(args.ckpt) if args.ckpt else {}
+    if args.export:
+        folder = Path(args.export)
+        if "adapter" in content:
+            raise UserError(f"{args.ckpt} is an adapter: export it with lora.py, or merge it first")
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise UserError(f"{folder} exists: name a new folder for --export")
+        return print(f"{folder}: {export_hf(content, folder)['architectures'][0]}")
+    config = Config.from_dict(content["config"]) if content else preset(args.preset)
+    counts, flops = count_parameters(meta_model(config)), flops_per_token(config)
+    lines = costs.shape_lines(args.ckpt or args.preset, asdict(config), counts, flops, args.tokens)
+    if args.world:
+        lines += costs.world_lines(config, counts, flops, args.world, args.shard)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

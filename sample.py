@@ -209,7 +209,7 @@ class Text:
     ids: list = field(default_factory=list)
     start: int = 0
     prompt_length: int = 0
-    ended_at: int = 0  # how many texts had ended by then, this one included
+    ended_at: int = 0  # when it ended, as the number of texts that had ended then
     generator: torch.Generator | None = None
     settings: dict = field(default_factory=dict)  # as in DECODING
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
@@ -217,7 +217,7 @@ class Text:
     ends: tuple = ()  # ids at which the caller ends the text; empty if `min_tokens` is 0
     min_tokens: int = 0  # none of `ends` is among so many first ids, unless no other is allowed
     top: int | None = None  # how many alternatives `logprobs` shows; None: it stays empty
-    echo: bool = False  # whether `logprobs` begins with the ids of the prompt
+    echo: bool = False  # whether `logprobs` begins with the ids of the prompt, but the first
     # (log probability, [(id, log probability) of the `top` likeliest]) for each id
     logprobs: list = field(default_factory=list)
 
@@ -260,9 +260,9 @@ class Engine:
         start = max(0, len(prompt) - self.context)
         window = prompt[start:-1]  # the last id is always read, for its logits
 
-        def gain(text):  # ids reused less ids overwritten; then empty rows; then the longest free
-            reused, held = self.shared(text, window), self.held(text)
-            return max(0, 2 * reused - held), not held, -text.ended_at
+        def gain(text):  # ids kept less ids lost, or 0; then an empty row; then the longest free
+            kept, held = self.shared(text, window), self.held(text)
+            return max(0, kept - (held - kept)), not held, -text.ended_at
 
         old = max(self.texts[self.busy :], key=gain)
         self.cache.lengths[old.row] = 0 if echo else self.shared(old, window)
@@ -354,7 +354,7 @@ class Engine:
             self.cache.grow(min(self.context, 2 * (max(held) + T)))
         cache = self.cache.rows(first, last)
         rows = [text.ids[text.start + n :][:T] for text, n in zip(group, held)]
-        # only a prompt, which is alone in its group, has anything to echo
+        # only a prompt of two or more unread ids has any to echo, and it is alone in its group
         ids, text = torch.tensor(rows, device=self.device), group[0]
         if not text.echo or len(text.ids) > text.prompt_length:
             return self.model.last_logits(ids, cache)

@@ -102,7 +102,7 @@ def drop_continued(rows, key=lambda turns: turns):
 
 
 # --------------------------------------------------------------------------------------------
-# Jinja
+# Templates in Jinja
 # --------------------------------------------------------------------------------------------
 
 OURS = Path(__file__).with_name("chat_templates") / "ours.jinja"
@@ -167,11 +167,6 @@ def escape(value, names):
     if isinstance(value, dict):
         return {escape(k, names): escape(v, names) for k, v in value.items()}
     return value
-
-
-# --------------------------------------------------------------------------------------------
-# Templates
-# --------------------------------------------------------------------------------------------
 
 
 class Template:

@@ -107,10 +107,8 @@ def join_dialogues(path):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         turns = [[*json.loads(r["context"]), json.loads(r["response"])] for r in rows]
         for turn in itertools.chain(*turns):
-            if "records" in turn:
-                turn["records"] = [
-                    {k: r[k] for k in (*HOTEL_KEYS.values(), *r) if k in r} for r in turn["records"]
-                ]
+            for n, r in enumerate(turn.get("records", ())):
+                turn["records"][n] = {k: r[k] for k in (*HOTEL_KEYS.values(), *r) if k in r}
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} has no rows of context and response ({e!r})") from e
     return drop_continued(turns)

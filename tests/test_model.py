@@ -64,6 +64,8 @@ def test_parameters_and_flops_by_hand():
     parts = list(lm.count_parameters(lm.meta_model(Config(**shape))).values())
     assert parts == [80, 0, 2 * 192, 2 * 288, 5 * 8, 80, 80 + 384 + 576 + 40 + 80]
     assert lm.flops_per_token(Config(**shape)) == 6 * (2 * (192 + 288) + 80) + 12 * 2 * 8 * 16
+    matrices = 4 * (2 * (192 + 288) + 80 / 2)  # frozen, and a head for every second token
+    assert lm.flops_per_token(Config(**shape), 5, 0.5, True) == matrices + 12 * 2 * 8 * 5
     plain = Config(**shape, activation="relu")
     assert lm.flops_per_token(plain) == 6 * (2 * (192 + 192) + 80) + 12 * 2 * 8 * 16
 

@@ -279,8 +279,8 @@ def test_a_limited_evaluation_is_spread_over_the_whole_split(limit):
 def test_the_whole_split_is_read_and_told_of_once_at_the_end(corpus):
     flags = [*SMALL, "--max_steps", 2, "--eval_every", 2]
     whole, part = run(*flags).stdout, run(*flags, "--eval_tokens", 64).stdout
-    assert whole.count("step 2  val loss") == 1 and "(100% of val)" in whole
-    assert part.count("step 2  val loss") == 2 and part.count("(100% of val)") == 1
+    assert whole.count("step 2  train loss") == 1 and "(100% of val)" in whole
+    assert part.count("step 2  train loss") == 2 and part.count("(100% of val)") == 1
     rows = [r for r in metrics("out/words-2") if r.get("final")]
     assert len(rows) == 1 and rows[0]["val_share"] == 1
     assert rows[0]["val_loss"] == pytest.approx(metrics("out/words")[-1]["val_loss"])
@@ -289,12 +289,15 @@ def test_the_whole_split_is_read_and_told_of_once_at_the_end(corpus):
 def test_flops_are_those_of_the_rows_that_are_read(corpus):
     model = tiny(n_head=1, d_model=8, context=4096, vocab_size=320)
     ids = torch.randint(320, (2, 16))
-    task = train.Task(lambda step: [(ids, ids)], lambda m, final: {"val_loss": 1.0}, {})
+    batch = ids, torch.where(torch.arange(16) < 4, ids, -100)  # the head is computed for a quarter
+    task = train.Task(lambda step: [batch], lambda m, when: {"val_loss": 1.0}, {})
     args = settings(max_steps=3, eval_every=9, log_every=2)
-    train.fit(model, task, args, CPU, corpus / "run")
-    row = next(r for r in metrics("run") if "mfu" in r)
-    each = row["mfu"] * CPU.peak / row["tok_s"]
-    assert each == pytest.approx(lm.flops_per_token(model.config, 16), rel=0.01)
+    for frozen in (False, True):
+        model.blocks.requires_grad_(not frozen)
+        train.fit(model, task, args, CPU, corpus / f"run-{frozen}")
+        row = next(r for r in metrics(f"run-{frozen}") if "mfu" in r)
+        each = row["mfu"] * CPU.peak / row["tok_s"]
+        assert each == pytest.approx(lm.flops_per_token(model.config, 16, 1 / 4, frozen), rel=0.01)
 
 
 # ---- resuming ------------------------------------------------------------------------------
@@ -437,7 +440,10 @@ def test_a_run_learns_and_leaves_its_files(corpus):
     step = next(r for r in reversed(rows) if "loss" in r)
     assert {"step", "tokens", "seconds", "lr", "grad_norm", "tok_s", "mfu"} < set(step)
     assert step["tokens"] == 60 * 4 * 16
-    assert [r["step"] for r in rows if "val_bpb" in r] == [20, 40, 60, 60] and rows[-1]["final"]
+    assert [r["step"] for r in rows if "val_bpb" in r] == [0, 20, 40, 60, 60] and rows[-1]["final"]
+    start, *later = [line for line in done.stdout.splitlines() if "  val loss" in line]
+    assert start.startswith("step 0  val loss ") and 4 < rows[0]["val_loss"] < 8  # ln 257 is 5.5
+    assert f"step 20  train loss {losses('out/words')[3]:.4f}  val loss" in later[0]
     best = torch.load("out/words/best.pt", weights_only=True, mmap=True)
     assert "optimizers" not in best and best["tokenizer"] == {"kind": "byte"}
     for word in ("parameters", "Chinchilla", "memory about", "matmul peak", "xz -9e", "a sample"):
