@@ -16,7 +16,6 @@ hs head size, V vocabulary, N rows (positions of all texts, flattened), S keys (
 import contextlib
 import copy
 import math
-import re
 import signal
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -66,33 +65,33 @@ ROPE_SCALINGS = {"linear": {"factor"}, "llama3": set(_LLAMA3.split())}
 class Config:
     """The shape of a Transformer. The sizes that are None follow from the others."""
 
-    vocab_size: int = 2048
-    n_layer: int = 4
-    n_head: int = 4
-    d_model: int = 128
+    vocab_size: int = 2048  # rows of the embedding and of the head
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # heads of queries in each block
+    d_model: int = 128  # channels between the blocks
     context: int = 128  # the most tokens that the model can look at
-    n_kv_head: int | None = None  # fewer than n_head is grouped-query attention; None: n_head
-    head_size: int | None = None  # None: d_model / n_head
+    n_kv_head: int | None = None  # of keys and values; fewer: grouped-query attention; None: n_head
+    head_size: int | None = None  # channels of a head; None: d_model / n_head
     d_ff: int | None = None  # None: 4 * d_model; for swiglu 8/3 * d_model, which is as many weights
-    position: str = "rope"
-    norm: str = "rmsnorm"
+    position: str = "rope"  # how a model knows the order of its tokens
+    norm: str = "rmsnorm"  # before attention, before feed-forward and at the end
     norm_weight: bool = True  # a learned scale (and, for layernorm, shift) in every norm
-    activation: str = "swiglu"
-    qkv_bias: bool = False
+    activation: str = "swiglu"  # in the feed-forward
+    qkv_bias: bool = False  # on the projections to queries, keys and values
     out_bias: bool = False  # on the projection after attention
-    ff_bias: bool = False
-    head_bias: bool = False
+    ff_bias: bool = False  # on the two or three matrices of the feed-forward
+    head_bias: bool = False  # on the logits
     qk_norm: bool = False  # RMS-normalise queries and keys per head
     embed_norm: bool = False  # another norm, right after the embedding
     value_embed: bool = False  # a second table, whose rows are added to the values of each layer
     bigram: int = 0  # rows of a table for pairs of ids, see `BigramEmbedding`; 0 is none
     induction: bool = False  # also embed an id that may be copied, see `Induction`
     tied: bool = False  # the head is the embedding table, transposed
-    dropout: float = 0.0
-    eps: float = 1e-5
-    rope_theta: float = 10000.0
+    dropout: float = 0.0  # of the embedding, attention weights and block outputs, in training
+    eps: float = 1e-5  # of the norms
+    rope_theta: float = 10000.0  # the larger, the slower rope turns its slow channels
     rope_scaling: dict | None = None  # {"rope_type": one of ROPE_SCALINGS, its parameters...}
-    init: str = "zero_out"  # see `Transformer.init_weights`
+    init: str = "zero_out"  # initial weights: `Transformer.init_weights`
 
     def __post_init__(self):
         if self.n_head < 1 or (self.head_size is None and self.d_model % self.n_head):
@@ -834,12 +833,6 @@ def evaluating(model):
         model.train(was_training)
 
 
-def unwrapped_state(module):
-    """The module's state dict without the prefixes that torch.compile and DDP add to its keys."""
-    state = module.state_dict()
-    return {re.sub(r"^((_orig_mod|module)\.)+", "", k): v for k, v in state.items()}
-
-
 def save_checkpoint(path, content):
     """Write a dict of tensors and plain values: temporary file, fsync, rename. UserError if the
     disk is full or read-only; the previous file is then intact."""
@@ -850,8 +843,8 @@ def find_checkpoint(name):
     """The path of a checkpoint: a file, a run's folder, a folder in Hugging Face's layout, or a
     model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), which is downloaded."""
     path = Path(name)
-    local = path.exists() or path.parts[0] in ("out", "data")
-    local = local or (path.parent != Path() and path.parent.is_dir())
+    in_folder = path.parent != Path() and path.parent.is_dir()
+    local = path.exists() or in_folder or path.parts[0] in ("out", "data")
     if local or not is_hub_name(str(name)):
         return path
     return snapshot_download(str(name), check=check_readable)

@@ -39,7 +39,7 @@ from data.matmul import make_fast, timing_lines
 from data.reply import TextStream
 from data.runs import newest_run
 from data.terminal import Chat, talk
-from data.tokenizer import Tokenizer, label_token, labels_of
+from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of
 from data.tools import load_tools
 from model import (
     LOSS_ROWS,
@@ -822,6 +822,21 @@ def check_settings(args):
         raise UserError(f"--num_samples {args.num_samples} is more than --beams {args.beams}")
 
 
+def check_kind(tokenizer, path, args):
+    """The labels of a classifier, none of another model. UserError if it cannot do what the flags
+    ask for, a note if another flag suits it better."""
+    labels = labels_of(tokenizer) if tokenizer else []
+    if tokenizer and REWARD_TOKEN in tokenizer.special and args.analogy is None:
+        advice = f"it rates answers: finetune.py --objective grpo --reward {path} learns from it"
+        raise UserError(f"{path} is a reward model and writes nothing; {advice}")
+    if labels and args.chat:
+        raise UserError(f"{path} is a classifier of {', '.join(labels)}: give the text as --prompt")
+    if args.prompt and not labels and get_template(tokenizer):
+        note = "a chat model continues the text: --chat asks it, and --serve opens a page"
+        print(f"[{note}]", file=sys.stderr)
+    return labels
+
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_settings(args)
@@ -832,7 +847,7 @@ def main(argv=None):
     model, tokenizer, path = load(args.ckpt, args.device, args.dtype, args.adapter, ids_alone)
     if args.ckpt is None:
         print(f"[{path}]", file=sys.stderr)
-    labels = labels_of(tokenizer) if tokenizer else []
+    labels = check_kind(tokenizer, path, args)
     if args.analogy is not None:
         choices = [c.strip() for c in (args.choices or "").split(",") if c.strip()]
         table = model.embed.weight.detach().cpu()

@@ -126,13 +126,15 @@ def has_target(row):
 
 
 def show_mask(rows, tokenizer, count):
-    """Print the first `count` rows, a token a line: position, a * if it is learned, id, text."""
+    """Print the first `count` rows, a token a line: position, a * if it is learned, id, text. The
+    text of a character of several tokens stands at its last one."""
     flat = [r for row in rows for r in sequences(row)]
     for number, row in enumerate(flat[:count], start=1):
         cut = ", cut to --context" if row.cut else ""
         print(f"--- row {number}: {len(row.ids)} tokens, {sum(row.mask)} of them learned{cut} ---")
-        for n, (i, learned) in enumerate(zip(row.ids, row.mask)):
-            print(f"{n:5} {' *'[learned]} {i:7} {repr(tokenizer.decode([i]))[1:-1]}")
+        rows = zip(row.ids, row.mask, tokenizer.texts(row.ids))
+        for n, (i, learned, text) in enumerate(rows):
+            print(f"{n:5} {' *'[learned]} {i:7} {repr(text)[1:-1]}")
 
 
 def pad(rows):
