@@ -1,5 +1,6 @@
 """Downloads: files of any host by `fetch`, models of the Hub by `snapshot_download`."""
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -210,14 +211,11 @@ def weight_files(folder):
     index = folder / INDEX
     if not index.exists():
         return [file for file in WEIGHTS[1:] if (folder / file).exists()][:1]
-    try:
+    with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
         shards = sorted(set(read_json(index)["weight_map"].values()))
-        valid = shards and all(re.fullmatch(r"\w+((-+|\.)\w+)*", s, re.ASCII) for s in shards)
-    except (UserError, KeyError, TypeError, AttributeError):
-        valid = False
-    if not valid:
-        raise UserError(f"{index} has no weight_map of plain file names; delete it")
-    return shards
+        if shards and all(re.fullmatch(r"\w+((-+|\.)\w+)*", s, re.ASCII) for s in shards):
+            return shards
+    raise UserError(f"{index} has no weight_map of plain file names; delete it")
 
 
 def hub_token(url):

@@ -204,10 +204,8 @@ def read_state(folder, shapes, gpt2, tied, dtype=None):
             tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
         tensor = transposed(name, tensor, gpt2)
         if tensor.shape != shape or not tensor.is_floating_point():
-            raise UserError(
-                f"{folder}: {theirs} gives {tensor.dtype} {tuple(tensor.shape)} for {name}, the "
-                f"config says {tuple(shape)}"
-            )
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise UserError(f"{folder}: {theirs} gives {found}, the config {name} {tuple(shape)}")
         state[name] = tensor.to(dtype or tensor.dtype).contiguous()
         if isinstance(file, Safetensors) and state[name] is not tensor:
             file.release()
