@@ -58,9 +58,8 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
     """Download `url` to `dest` (default: `download_path`) unless it is there, and return the path.
 
     A cut download is resumed, up to `tries` times with doubling pauses from `wait` seconds, and by
-    the next call. A `token` is shown to the host of `url` alone. UserError if the host is
-    unreachable, refuses (HTTPError), or sends other bytes than `sha256` or the Hugging Face Hub's
-    own hash says.
+    the next call. A `token` is shown to the host of `url` alone. UserError if that is unreachable,
+    refuses (HTTPError), or sends other bytes than `sha256` or the Hub's own hash says.
     """
     dest = Path(dest) if dest else download_path(url)
     write_once(
