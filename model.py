@@ -834,9 +834,12 @@ def evaluating(model):
 
 
 def save_checkpoint(path, content):
-    """Write a dict of tensors and plain values: temporary file, fsync, rename. UserError if the
-    disk is full or read-only; the previous file is then intact."""
+    """Write a dict of tensors and plain values, whole or not at all (see `write_whole`)."""
     write_whole(path, lambda f: torch.save(content, f))
+
+
+# The values of every --ckpt
+WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the Hub"
 
 
 def find_checkpoint(name):
@@ -868,10 +871,7 @@ def load_checkpoint(path, dtype=None, resuming=False):
             raise UserError(f"{path} has no best.pt or last.pt; train first, or name a file")
         path = files[0]
     if not path.exists():
-        raise UserError(
-            f"checkpoint {path} does not exist; name a file, a run's folder, or a model of the Hub "
-            f"(gpt2, or owner/name)"
-        )
+        raise UserError(f"checkpoint {path} does not exist; name {WHAT_CKPT}")
     content = load_pt(path, mapped=not resuming)
     if not isinstance(content, dict) or not {"config", "model"} <= set(content):
         raise UserError(f"{path} is not a checkpoint of scratchlm: it has no config and model")
@@ -908,8 +908,7 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
 
 
 def check_readable(folder):
-    """UserError for a config or tokenizer that is not supported. Checked before the weights are
-    downloaded, so that an unsupported model fails early."""
+    """UserError for an unsupported config or tokenizer, before the weights are downloaded."""
     config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     if (folder / "tokenizer.json").exists():
         hub_tokenizer(folder)
@@ -940,10 +939,8 @@ def config_to_hf(config):
         other = getattr(nearest, name)
         added = other is True and (name == "norm_weight" or name.endswith("_bias"))
         if value != other and not added and name not in ("dropout", "init"):
-            raise UserError(
-                f"no Hugging Face architecture has {name} {value} with the rest of this model (the "
-                f"nearest, {values['model_type']}, has {other})"
-            )
+            field = f"{name} {value} (the nearest, {values['model_type']}, has {other})"
+            raise UserError(f"no Hugging Face architecture has {field} with the rest of this model")
     return values, nearest
 
 
@@ -1016,10 +1013,6 @@ def flops_per_token(config, length=None, learned=1.0, frozen=False):
     weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
     scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
     return (4 if frozen else 6) * weights + scores
-
-
-# The values of every --ckpt; see `find_checkpoint`
-WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the Hub"
 
 
 def build_parser():
