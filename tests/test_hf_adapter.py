@@ -65,17 +65,14 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize(
-    "targets, changes",
-    [
-        ("attention", {}),
-        ("k,v,up", {}),  # of GPT-2's c_attn two thirds
-        ("q,k,blocks.0.attention.v,down", {}),
-        ("head,out", dict(tied=False)),
-        ("blocks.1.attention.q,blocks.11.attention.k", dict(n_layer=12)),
-        ("all", dict(norm_weight=False, ff_bias=False)),  # which transformers cannot leave out
-    ],
-)
+@pytest.mark.parametrize("targets, changes", [
+    ("attention", {}),
+    ("k,v,up", {}),  # of GPT-2's c_attn two thirds
+    ("q,k,blocks.0.attention.v,down", {}),
+    ("head,out", dict(tied=False)),
+    ("blocks.1.attention.q,blocks.11.attention.k", dict(n_layer=12)),
+    ("all", dict(norm_weight=False, ff_bias=False)),  # which transformers cannot leave out
+])
 @torch.no_grad()
 def test_peft_computes_what_we_do_adapted_and_merged(tmp_path, family, targets, changes):
     base = base_of(family, **changes)

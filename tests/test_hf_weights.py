@@ -131,16 +131,13 @@ def test_only_mistral_uses_a_window_that_no_other_field_asks_for(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    "name, change",
-    [
-        ("qwen2", dict(attention_bias=True, mlp_bias=True)),  # fields of Llama's
-        ("llama", dict(rope_parameters={"rope_type": "default", "mrope_section": [1, 2]})),
-        ("llama", dict(rope_scaling={"type": "default", "partial_rotary_factor": 1.0})),
-        ("llama", dict(embedding_multiplier=1.0, final_logit_softcapping=None, alibi=False)),
-        ("llama", dict(use_sliding_window=False, max_window_layers=None, sliding_window="?")),
-    ],
-)
+@pytest.mark.parametrize("name, change", [
+    ("qwen2", dict(attention_bias=True, mlp_bias=True)),  # fields of Llama's
+    ("llama", dict(rope_parameters={"rope_type": "default", "mrope_section": [1, 2]})),
+    ("llama", dict(rope_scaling={"type": "default", "partial_rotary_factor": 1.0})),
+    ("llama", dict(embedding_multiplier=1.0, final_logit_softcapping=None, alibi=False)),
+    ("llama", dict(use_sliding_window=False, max_window_layers=None, sliding_window="?")),
+])
 def test_what_changes_nothing_is_no_reason_to_refuse(name, change):
     values = theirs_config(name)
     assert lm.config_from_hf(values | change) == lm.config_from_hf(values)

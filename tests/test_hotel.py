@@ -169,23 +169,20 @@ FOUR = [
 ]
 
 
-@pytest.mark.parametrize(
-    "wanted, names",
-    [
-        ({}, ["d", "听涛宾馆"]),  # the two best rated
-        (dict(price_range_lower=300, price_range_upper=400), ["听涛宾馆", "北京饭店"]),
-        (dict(price_range_upper=0), []),
-        (dict(rating_range_lower=4.0, rating_range_upper=4.0), ["北京饭店"]),
-        (dict(name="c"), ["c"]),  # an unknown price is outside of ranges only
-        (dict(name="c", price_range_lower=0), []),
-        (dict(name="听涛宾馆（西直门店）"), ["听涛宾馆"]),
-        (dict(type="舒适型", price_range_upper=None), ["d", "听涛宾馆"]),
-        (dict(facilities=["部分房间提供wifi", "健身房"]), ["北京饭店"]),
-        (dict(facilities=["房间和公共区域提供wifi"]), ["北京饭店"]),
-        (dict(facilities=["洗衣"]), ["听涛宾馆"]),
-        (dict(facilities=["健身房", "洗衣服务"]), []),
-    ],
-)
+@pytest.mark.parametrize("wanted, names", [
+    ({}, ["d", "听涛宾馆"]),  # the two best rated
+    (dict(price_range_lower=300, price_range_upper=400), ["听涛宾馆", "北京饭店"]),
+    (dict(price_range_upper=0), []),
+    (dict(rating_range_lower=4.0, rating_range_upper=4.0), ["北京饭店"]),
+    (dict(name="c"), ["c"]),  # an unknown price is outside of ranges only
+    (dict(name="c", price_range_lower=0), []),
+    (dict(name="听涛宾馆（西直门店）"), ["听涛宾馆"]),
+    (dict(type="舒适型", price_range_upper=None), ["d", "听涛宾馆"]),
+    (dict(facilities=["部分房间提供wifi", "健身房"]), ["北京饭店"]),
+    (dict(facilities=["房间和公共区域提供wifi"]), ["北京饭店"]),
+    (dict(facilities=["洗衣"]), ["听涛宾馆"]),
+    (dict(facilities=["健身房", "洗衣服务"]), []),
+])
 def test_a_search_finds_what_fits_all_that_is_wanted_in_the_guests_words(wanted, names):
     assert [h["name"] for h in search_hotels(FOUR, **wanted)] == names
 

@@ -38,26 +38,23 @@ SAID = turn("assistant", "为您推荐松园饭店(南店)。"), turn("user", "�
 NAMED = {"name": 1, "right name": 1}
 
 
-@pytest.mark.parametrize(
-    "reply, more, counted",
-    [
-        ("好的，祝您入住愉快！", (), {}),
-        ("推荐云海大厦和云海大厦。", (), {"name": 2, "right name": 2, "again": 1, "doubled": 1}),
-        ("云海大厦的价格是1005.0元。", (), {**NAMED, "price": 1, "right price": 1}),
-        ("云海大厦的价格是374元。", (), {**NAMED, "price": 1}),
-        ("价格374元的松园饭店(南店)。", (), {**NAMED, "price": 1, "right price": 1}),
-        ("没有500元以下的。", (), {}),  # the guest's own number
-        ("评分是5分的云海大厦", (), {**NAMED, "rating": 1, "right rating": 1}),
-        ("云海大厦的电话是010-60350829。", (), {**NAMED, "phone": 1, "right phone": 1}),
-        ("云海大厦的电话是010-603508281。", (), {**NAMED, "phone": 1}),
-        ("走5分钟到云海大厦。", (), NAMED),
-        ("松园饭店(南店)374元、云海大厦374元", (),
-         {"name": 2, "right name": 2, "price": 2, "right price": 1}),
-        # without a name it is that of the hotel named last
-        ("价格是374元。", SAID, {"price": 1, "right price": 1}),
-        ("价格是1005元。", (*SAID, turn("user", "云海大厦呢？")), {"price": 1, "right price": 1}),
-    ],
-)
+@pytest.mark.parametrize("reply, more, counted", [
+    ("好的，祝您入住愉快！", (), {}),
+    ("推荐云海大厦和云海大厦。", (), {"name": 2, "right name": 2, "again": 1, "doubled": 1}),
+    ("云海大厦的价格是1005.0元。", (), {**NAMED, "price": 1, "right price": 1}),
+    ("云海大厦的价格是374元。", (), {**NAMED, "price": 1}),
+    ("价格374元的松园饭店(南店)。", (), {**NAMED, "price": 1, "right price": 1}),
+    ("没有500元以下的。", (), {}),  # the guest's own number
+    ("评分是5分的云海大厦", (), {**NAMED, "rating": 1, "right rating": 1}),
+    ("云海大厦的电话是010-60350829。", (), {**NAMED, "phone": 1, "right phone": 1}),
+    ("云海大厦的电话是010-603508281。", (), {**NAMED, "phone": 1}),
+    ("走5分钟到云海大厦。", (), NAMED),
+    ("松园饭店(南店)374元、云海大厦374元", (),
+     {"name": 2, "right name": 2, "price": 2, "right price": 1}),
+    # without a name it is that of the hotel named last
+    ("价格是374元。", SAID, {"price": 1, "right price": 1}),
+    ("价格是1005元。", (*SAID, turn("user", "云海大厦呢？")), {"price": 1, "right price": 1}),
+])
 def test_names_and_numbers_are_counted_and_compared(reply, more, counted):
     assert +count_facts([*ASKED, *more], reply) == Counter(counted, replies=1)
 
@@ -115,22 +112,19 @@ def test_questions_are_answered_by_what_was_returned():
 CALL = turn("call", 'search {"facilities": ["泳池", "SPA"], "type": "经济型"}')
 
 
-@pytest.mark.parametrize(
-    "name, answer, wanted, value",
-    [
-        ("slots", CALL, CALL, 1.0),
-        ("slots", turn("call", 'search {"facilities": ["SPA"], "type": "豪华型"}'), CALL, 0.4),
-        ("slots", turn("call", "search {"), CALL, 0.0),
-        ("slots", turn("call", "search {}"), turn("call", "search {}"), 1.0),
-        ("slots", CALL, turn("assistant", "hi"), None),
-        ("exact", turn("assistant", " yes\n"), turn("assistant", "yes"), 1.0),
-        ("label", turn("assistant", "Positive, I think"), turn("assistant", "positive"), 1.0),
-        ("label", turn("assistant", "10"), turn("assistant", "1"), 0.0),
-        ("length", turn("assistant", "abc"), turn("assistant", "abcd"), 0.75),
-        ("faithful", turn("assistant", "推荐云海大厦。"), turn("assistant", "推荐云海大厦。"), 1.0),
-        ("faithful", CALL, CALL, None),
-    ],
-)
+@pytest.mark.parametrize("name, answer, wanted, value", [
+    ("slots", CALL, CALL, 1.0),
+    ("slots", turn("call", 'search {"facilities": ["SPA"], "type": "豪华型"}'), CALL, 0.4),
+    ("slots", turn("call", "search {"), CALL, 0.0),
+    ("slots", turn("call", "search {}"), turn("call", "search {}"), 1.0),
+    ("slots", CALL, turn("assistant", "hi"), None),
+    ("exact", turn("assistant", " yes\n"), turn("assistant", "yes"), 1.0),
+    ("label", turn("assistant", "Positive, I think"), turn("assistant", "positive"), 1.0),
+    ("label", turn("assistant", "10"), turn("assistant", "1"), 0.0),
+    ("length", turn("assistant", "abc"), turn("assistant", "abcd"), 0.75),
+    ("faithful", turn("assistant", "推荐云海大厦。"), turn("assistant", "推荐云海大厦。"), 1.0),
+    ("faithful", CALL, CALL, None),
+])
 def test_rewards_by_hand(name, answer, wanted, value):
     got = REWARDS[name](ASKED, answer, wanted)
     assert got == (value if value is None else pytest.approx(value))
@@ -387,17 +381,14 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     assert objective.count(*batch) == 2
 
 
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        (["--objective", "grpo"], "--reward"),
-        ([*GRPO, "--reward", "nothing"], "nothing"),
-        ([*GRPO, "--reward", "out/base"], "not a reward model"),
-        ([*EXACT, "--token_dropout", "0.1"], "--token_dropout"),
-        (["--kl", "0.1"], "--kl is not for --objective sft"),
-        ([*GRPO, "--reward", "slots"], "slots"),
-    ],
-)
+@pytest.mark.parametrize("flags, named", [
+    (["--objective", "grpo"], "--reward"),
+    ([*GRPO, "--reward", "nothing"], "nothing"),
+    ([*GRPO, "--reward", "out/base"], "not a reward model"),
+    ([*EXACT, "--token_dropout", "0.1"], "--token_dropout"),
+    (["--kl", "0.1"], "--kl is not for --objective sft"),
+    ([*GRPO, "--reward", "slots"], "slots"),
+])
 def test_a_users_mistake_is_one_line_that_names_it(room, flags, named):
     flags = ["--ckpt", "out/base", "--data", "letters.jsonl", *flags, "--max_steps", "1"]
     assert named in refused(*flags)

@@ -51,6 +51,7 @@ CHATML = r"""{%- set given = messages[0].role == 'system' %}
 {{- '<|im_end|>\n' if loop.last or loop.nextitem.role != 'tool' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- if enable_thinking is false %}
 {{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"""
+QWEN3 = "{% set usual, thinks = '', true %}" + CHATML
 QWEN25 = "{% set usual = 'You are a helpful assistant.' %}"
 MINIMIND = "{% set usual = '' if tools else 'You are a helpful assistant' %}"
 LLAMA3 = r"""{%- macro head(role) %}{{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' }}
@@ -149,11 +150,8 @@ LLAMA = (BEGIN, "<|eot_id|>", HEAD, "{}<|eot_id|>", "", DATES)
 INST = "[INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS]"
 FAMILIES = {
     "qwen2.5": Family(QWEN25 + CHATML, None, IM, f"{START} {END}", words=CALLS),
-    "qwen3": Family(
-        "{% set usual, thinks = '', true %}" + CHATML, None, IM, f"{START} {END}",
-        "<think>\n\n</think>\n\n{}<|im_end|>", THINKS,
-        ({}, {"enable_thinking": False}, {"enable_thinking": True}),
-    ),
+    "qwen3": Family(QWEN3, None, IM, f"{START} {END}", "<think>\n\n</think>\n\n{}<|im_end|>",
+                    THINKS, ({}, {"enable_thinking": False}, {"enable_thinking": True})),
     "smollm2": Family(SMOLLM2, START, IM, END),
     "llama3.1": Family(LLAMA3, *LLAMA),
     "llama3.2": Family(LLAMA3.replace("'26 Jul 2024'", "strftime_now('%d %b %Y')"), *LLAMA),
@@ -251,11 +249,9 @@ def pair(name):
 
 def rendered(theirs, messages, tools=None, prompt=False, tokenize=False, **variables):
     """The text or the ids that transformers makes of a conversation, or its TemplateError."""
+    how = variables | dict(tools=tools, tokenize=tokenize, return_dict=False)
     try:
-        return theirs.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=prompt, tokenize=tokenize,
-            return_dict=False, **variables,
-        )
+        return theirs.apply_chat_template(messages, add_generation_prompt=prompt, **how)
     except TemplateError as e:
         return e
 
@@ -374,14 +370,11 @@ def named(letter):
     return f"{{{{ '{letter} ' + messages[0].content }}}}"
 
 
-PLACES = (  # templates in tokenizer_config.json, in a file, those used without and with tools
+@pytest.mark.parametrize("config, file, wanted", [  # those used without and with tools are wanted
     ("a", None, "aa"),
     ({"tool_use": "b", "rag": "c", "default": "a"}, None, "ab"),
     ("a", "d", "dd"),
-)
-
-
-@pytest.mark.parametrize("config, file, wanted", PLACES)
+])
 def test_templates_are_found_where_transformers_finds_them(config, file, wanted, tmp_path):
     if file:
         (tmp_path / "chat_template.jinja").write_text(named(file), encoding="utf-8")
