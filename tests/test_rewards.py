@@ -33,7 +33,6 @@ ASKED = [turn("user", "找一家500元以下的酒店"), turn("call", "search {}
 
 # ---- what a reply says -------------------------------------------------------------------------
 
-
 SAID = turn("assistant", "为您推荐松园饭店(南店)。"), turn("user", "多少钱？")
 NAMED = {"name": 1, "right name": 1}
 
@@ -61,9 +60,8 @@ def test_names_and_numbers_are_counted_and_compared(reply, more, counted):
 
 def test_before_a_search_nothing_is_counted():
     assert not count_facts(ASKED[:2], "推荐云海大厦，374元。")
-    assert not count_facts([turn("tool", "no JSON"), turn("tool", "[1]")], "推荐云海大厦。")
-    assert not count_facts([turn("tool", '{"name": "A person"}')], "A person")
-    assert not count_facts([turn("tool", '{"name": null, "price": 1, "rating": 2}')], "null")
+    for result in ("no JSON", "[1]", '{"name": "A"}', '{"name": null, "price": 1, "rating": 2}'):
+        assert not count_facts([turn("tool", result)], "A null")
 
 
 def test_people_are_faithful():
@@ -108,7 +106,7 @@ def test_questions_are_answered_by_what_was_returned():
 
 # ---- rewards -----------------------------------------------------------------------------------
 
-
+TRUTH = turn("assistant", "推荐云海大厦。")
 CALL = turn("call", 'search {"facilities": ["泳池", "SPA"], "type": "经济型"}')
 
 
@@ -117,12 +115,11 @@ CALL = turn("call", 'search {"facilities": ["泳池", "SPA"], "type": "经济型
     ("slots", turn("call", 'search {"facilities": ["SPA"], "type": "豪华型"}'), CALL, 0.4),
     ("slots", turn("call", "search {"), CALL, 0.0),
     ("slots", turn("call", "search {}"), turn("call", "search {}"), 1.0),
-    ("slots", CALL, turn("assistant", "hi"), None),
+    ("slots", CALL, TRUTH, None),
     ("exact", turn("assistant", " yes\n"), turn("assistant", "yes"), 1.0),
     ("label", turn("assistant", "Positive, I think"), turn("assistant", "positive"), 1.0),
     ("label", turn("assistant", "10"), turn("assistant", "1"), 0.0),
     ("length", turn("assistant", "abc"), turn("assistant", "abcd"), 0.75),
-    ("faithful", turn("assistant", "推荐云海大厦。"), turn("assistant", "推荐云海大厦。"), 1.0),
     ("faithful", CALL, CALL, None),
 ])
 def test_rewards_by_hand(name, answer, wanted, value):
@@ -131,19 +128,17 @@ def test_rewards_by_hand(name, answer, wanted, value):
 
 
 def test_silence_and_repetition_earn_less_than_the_truth():
-    texts = ("推荐云海大厦。", "推荐云海大厦和云海大厦。", "推荐松园饭店(南店)。",
-             "推荐北京好梦酒店。", "好的。")
-    truth, twice, other, invented, silence = (
-        REWARDS["faithful"](ASKED, turn("assistant", text), turn("assistant", texts[0]))
-        for text in texts)
-    assert truth > twice > 0 and other > invented and other > silence
+    def earned(text):
+        return REWARDS["faithful"](ASKED, turn("assistant", text), TRUTH)
+
+    assert 1 == earned(TRUTH["content"]) > earned("推荐云海大厦和云海大厦。") > 0
+    assert earned("推荐松园饭店(南店)。") > max(earned("推荐北京好梦酒店。"), earned("好的。"))
 
 
 def test_of_several_rewards_the_first_that_is_for_a_turn_counts():
-    both, call = load_reward("slots,faithful"), turn("call", 'search {"type": "经济型"}')
-    said = turn("assistant", "推荐云海大厦。")
-    assert (both(ASKED[:1], call, call), both(ASKED[:1], said, call)) == (1.0, 0.0)
-    assert both(ASKED, said, said) == 1.0 and both(ASKED[:1], said, said) is None
+    both = load_reward("slots,faithful")
+    assert (both(ASKED[:1], CALL, CALL), both(ASKED[:1], TRUTH, CALL)) == (1.0, 0.0)
+    assert both(ASKED, TRUTH, TRUTH) == 1.0 and both(ASKED[:1], TRUTH, TRUTH) is None
 
 
 def test_a_reward_of_ones_own_and_what_is_wrong_with_it(tmp_path):
@@ -219,7 +214,6 @@ def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(c
 
 
 # ---- runs --------------------------------------------------------------------------------------
-
 
 LETTERS = "abc"
 GRPO = ["--data", "letters.jsonl", "--objective", "grpo", *QUICK, "--eval_rows", "4"]
@@ -356,8 +350,7 @@ def test_a_reward_model_prefers_what_was_chosen_and_rewards_it(room):
     tune(*pairs, "--objective", "reward", "--lora_rank", "4", "--max_steps", "150", out="out/judge")
     scores = json.loads(Path("out/judge/scores.json").read_text())["val"]
     assert scores["reward_accuracy"] == 1 and scores["reward_margin"] > 1
-    flags = ["--eval_only", "--data", "pairs.jsonl", "--objective", "reward"]
-    tune(*flags, ckpt="out/judge", out="out/judged")
+    tune("--eval_only", *pairs[:2], "--objective", "reward", ckpt="out/judge", out="out/judged")
     out = tune(*pairs, "--objective", "grpo", "--reward", "out/judge", "--eval_rows", "4",
                "--epochs", "3", "--batch_tokens", "2048", out="out/better")
     rewards = values(out, "val_reward")

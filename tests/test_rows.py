@@ -136,7 +136,7 @@ def sides(*before):
 
 
 TALK, TEXTS = [SYSTEM, U, A, turn("user", "2")], {"chosen": "good", "rejected": "bad"}
-PAIRS = [  # (row, the messages before the two answers)
+@pytest.mark.parametrize("row, before", [  # (row, the messages before the two answers)
     ({"prompt": "q", **TEXTS}, [U]),
     ({"prompt": "q", "messages": TALK, **sides(*TALK[1:])}, TALK[1:]),  # ultrafeedback
     ({"prompt": TALK, **sides(*TALK[1:])}, TALK),
@@ -150,10 +150,7 @@ PAIRS = [  # (row, the messages before the two answers)
     ({"system": "s", "question": "q", **TEXTS}, [SYSTEM, U]),
     ({"input": {"messages": TALK}, "preferred_output": sides()["chosen"],
       "non_preferred_output": sides()["rejected"]}, TALK),  # OpenAI
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("row, before", PAIRS)
+])
 def test_all_turns_before_the_answers_of_a_pair_are_kept(row, before):
     kind, pair = to_example(row)
     assert (kind, pair) == ("prefer", {"messages": before} | sides())
@@ -278,7 +275,7 @@ def test_a_file_that_holds_no_rows_says_what_it_is(elsewhere, name):
 
 # ---- bad rows ------------------------------------------------------------------------------
 
-BAD = [
+@pytest.mark.parametrize("row, reason", [
     (7, "neither an object nor a list of turns but 7"),
     ({"texts": "a"}, "no known format has the keys texts; known are messages or"),
     ([U], "no turn of the assistant"),
@@ -303,10 +300,7 @@ BAD = [
     ({"prompt": "x", **TEXTS, "chosen": [U, A]}, "begins with another question than the prompt"),
     ({"chosen": "b", "rejected": "a"}, "a pair without a prompt"),
     ({"prompt": "q", "completion": "a", "label": "False"}, "(KTO) cannot be learned from"),
-]
-
-
-@pytest.mark.parametrize("row, reason", BAD, ids=str)
+], ids=str)
 def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path, capsys, row, reason):
     rows = alpaca(150)
     path = write(tmp_path / "x.jsonl", [*rows[:100], row, *rows[100:]])

@@ -35,24 +35,18 @@ def test_slots_are_counted_value_by_value(predicted, reference, counts):
 
 
 def test_chat_scores_of_four_answers():
-    wanted = [
-        turn("call", 'f {"a": 1, "b": ["x", "y"]}'),
-        turn("call", 'f {"a": 1}'),
-        turn("call", 'f {"a": 1}'),
-        turn("assistant", "一家酒店"),
-        turn("assistant", "ok"),
+    a, bot = turn("call", 'f {"a": 1}'), turn("assistant", "一家酒店")
+    most = turn("call", 'f {"a": 1.0, "b": ["y", "z"]}')
+    wanted_got = [
+        (turn("call", 'f {"a": 1, "b": ["x", "y"]}'), most),  # 2 right of 3, 3 wanted
+        (a, turn("call", 'f {"a": ')),  # no JSON
+        (a, turn("assistant", "hm")),  # no call
+        (bot, bot),
+        (turn("assistant", "ok"), turn("call", "ok")),  # no answer
     ]
-    got = [
-        turn("call", 'f {"a": 1.0, "b": ["y", "z"]}'),  # 2 right of 3, 3 wanted
-        turn("call", 'f {"a": '),  # no JSON
-        turn("assistant", "hm"),  # no call
-        turn("assistant", "一家酒店"),
-        turn("call", "ok"),  # no answer
-    ]
-    scores = chat_scores([Turn([], w) for w in wanted], got)
-    assert scores == pytest.approx(
-        dict(slot_p=2 / 3, slot_r=2 / 5, slot_f1=0.5, valid_json=1 / 3, bleu4=0.5)
-    )
+    scores = chat_scores([Turn([], wanted) for wanted, _ in wanted_got], [g for _, g in wanted_got])
+    known = dict(slot_p=2 / 3, slot_r=2 / 5, slot_f1=0.5, valid_json=1 / 3, bleu4=0.5)
+    assert scores == pytest.approx(known)
     assert chat_scores([], []) == {}
 
 
