@@ -20,7 +20,6 @@ TRICKY = "Say <|end|> and <|assistant|><|call|> <|endoftext|> naïve 你好，�
 
 # ---- answers are read as they are written ----------------------------------------------------
 
-
 def test_a_broken_call_is_text_and_arguments_stay_as_they_were_written():
     ours, _ = pair("qwen2.5")
     template, mark = get_template(ours), ours.special["<tool_call>"]
@@ -84,7 +83,6 @@ def test_a_prompt_that_is_too_long_keeps_its_frame(family):
 
 
 # ---- the chat template ---------------------------------------------------------------------
-
 
 @pytest.fixture(params=["byte", "char", "bpe:300"])
 def plain(request):

@@ -106,7 +106,6 @@ def assert_same(tokenizer, theirs, texts=ALL_TEXTS):
 
 # ---- In -------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("nfc", [False, True], ids=["plain", "nfc"])
 @pytest.mark.parametrize("step", STEPS)
 def test_ids_of_a_trained_tokenizer_are_theirs(step, nfc):
@@ -359,7 +358,6 @@ def test_what_is_no_json_object_is_said_so(good, name):
 
 
 # ---- Out ------------------------------------------------------------------------------------
-
 
 def make(name):
     if name == "hf":  # with everything: NFC, digits, specials in front, a begin

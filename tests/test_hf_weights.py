@@ -232,7 +232,6 @@ def test_a_model_that_fits_no_architecture_is_refused_with_the_reason(words, tmp
 
 # ---- Folders --------------------------------------------------------------------------------
 
-
 def test_shards_old_files_and_names_without_prefix_are_the_same_model(tmp_path):
     reference = theirs("gpt2")
     reference.save_pretrained(tmp_path / "one")

@@ -109,7 +109,6 @@ def test_outputs_gradients_and_adamw_steps_of_adapters_and_table_are_pefts():
 
 # ---- laying adapters over a model ----------------------------------------------------------
 
-
 @pytest.mark.parametrize("kind", (None, "int8", "nf4"))
 def test_an_adapter_starts_as_no_change_and_disabled_is_the_base_exactly(kind):
     model = tiny()
@@ -178,7 +177,6 @@ def test_merged_is_unmerged_in_train_mode_too_and_only_once(kind):
 
 
 # ---- files ---------------------------------------------------------------------------------
-
 
 def base_file(path, seed=0, **changes):
     model = tiny(seed, vocab_size=320, **changes)

@@ -99,8 +99,8 @@ def test_questions_are_answered_by_what_was_returned():
         seen |= counts | Counter([question, answer])
     every = "、".join([*records_of(ASKED), "{北}饭店"]) + "。"
     asked = ("查到了哪些酒店？", "一共查到了哪些酒店？", "它们的评分？", "电话号码给我一下。")
-    assert all(seen[once] for once in (*FACTS, every, *asked))
-    assert seen["{北}饭店的价格暂时未知。"] and seen["{北}饭店的评分是4.1分。"]
+    known = "{北}饭店的价格暂时未知。", "{北}饭店的评分是4.1分。"
+    assert all(seen[once] for once in (*FACTS, every, *asked, *known))
     assert ask(ASKED[:2], random.Random(0)) == []
 
 
@@ -141,14 +141,17 @@ def test_of_several_rewards_the_first_that_is_for_a_turn_counts():
     assert both(ASKED, TRUTH, TRUTH) == 1.0 and both(ASKED[:1], TRUTH, TRUTH) is None
 
 
+def write_reward(path, value):
+    Path(path).write_text(f"def reward(messages, answer, wanted):\n    return {value}\n")
+
+
 def test_a_reward_of_ones_own_and_what_is_wrong_with_it(tmp_path):
     path = tmp_path / "mine.py"
     said, asked = turn("assistant", "four"), [dict(m) for m in ASKED]
-    path.write_text("def reward(messages, answer, wanted):\n"
-                    "    messages[0].clear()\n    return len(answer) + (answer == wanted)\n")
+    write_reward(path, "messages[0].clear() or len(answer) + (answer == wanted)")
     assert rate(load_reward(str(path)), asked, said, said) == 5.0 and asked == ASKED
-    for body, problem in (("return float('nan')", "nan"), ("1 / 0", "Zero")):
-        path.write_text(f"def reward(messages, answer, wanted):\n    {body}\n")
+    for value, problem in (("float('nan')", "nan"), ("1 / 0", "Zero")):
+        write_reward(path, value)
         with pytest.raises(UserError, match=f"(?s){problem}.*four.*|four.*{problem}"):
             rate(load_reward(str(path)), ASKED, said, turn("assistant", "other"))
     for text in ("x = 1\n", "syntax error\n"):
@@ -160,7 +163,6 @@ def test_a_reward_of_ones_own_and_what_is_wrong_with_it(tmp_path):
 
 
 # ---- the loss ----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 def test_the_loss_and_its_gradient_are_the_papers(kl):
@@ -250,7 +252,7 @@ def room(tmp_path, monkeypatch, talker):
 
 def test_what_is_rewarded_becomes_likelier(room):
     """Its probability is compared, not what happens to be sampled in the end."""
-    Path("b.py").write_text("def reward(messages, answer, wanted):\n    return answer == 'b'\n")
+    write_reward("b.py", "answer == 'b'")
     flags = "--data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3 --embed_lr 2e-3"
     flags += " --head_lr 2e-3 --schedule constant --batch_tokens 8192 --grad_accum 1"
     out = tune(*GRPO, "--reward", "b.py", *flags.split(), "--max_steps", "20")
@@ -282,8 +284,7 @@ def test_a_reward_for_calls_leaves_the_other_turns_alone(room):
     flags = ["--data", "tools.jsonl", "--val_data", "tools.jsonl", "--objective", "grpo", *QUICK]
     out = tune(*flags, "--reward", "slots", "--eval_rows", "5", "--max_steps", "2")
     assert values(out, "val_reward") and values(out, "bleu4")
-    Path("never.py").write_text("def reward(messages, answer, wanted):\n"
-                                "    return 1 if answer is wanted else None\n")
+    write_reward("never.py", "1 if answer is wanted else None")
     with pytest.raises(UserError, match="is None"):
         tune(*flags, "--reward", "never.py", "--best_by", "last", out="out/never")
 
@@ -311,7 +312,7 @@ def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monk
 
 def test_the_reference_is_the_model_at_the_start(room):
     """With equal rewards only the divergence moves the weights, and nothing does at the start."""
-    Path("flat.py").write_text("def reward(messages, answer, wanted):\n    return 1\n")
+    write_reward("flat.py", "1")
     flags = [*GRPO, "--reward", "flat.py", "--max_steps", "2", "--kl", "1"]
     for name, more in (("adapter", ["--lora_rank", "4"]), ("full", [])):
         out = tune(*flags, *more, out=f"out/{name}")

@@ -177,7 +177,6 @@ def test_a_row_that_stops_leaves_its_neighbours_alone(lengths, quits):
 
 # ---- beam search -----------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("seed, V, n, width, penalty, end", [
     (3, 5, 4, 400, 2.0, 0),  # beams as wide as this are exhaustive search
     (3, 5, 3, 400, 1.0, None),
@@ -222,7 +221,6 @@ def test_beams_keep_to_the_allowed_ids_and_refuse_what_they_cannot_do():
 
 
 # ---- text as it comes ------------------------------------------------------------------------
-
 
 def feed_all(stream, ids):
     return [stream.feed(i) for i in ids] + [stream.finish()]
@@ -302,7 +300,6 @@ def test_king_minus_man_plus_woman_is_queen():
 
 
 # ---- the command line ------------------------------------------------------------------------
-
 
 def write_run(path, seed=0, only=b"abcdefgh "):
     """A checkpoint of a noisy model that writes the bytes `only`: readable, and never ending."""

@@ -89,7 +89,6 @@ def refusal(*args, **kwargs):
 
 # ---- What comes, and where to ---------------------------------------------------------------
 
-
 def test_a_model_in_one_file_comes_with_all_that_belongs_to_it(hub, cdn):
     put_model(hub, cdn)
     put_large(hub, cdn, "pytorch_model.bin")
@@ -152,7 +151,6 @@ def test_an_index_that_is_none_is_named(hub, text):
 
 # ---- What is there is not asked for again ---------------------------------------------------
 
-
 def test_shards_come_by_their_index_and_of_half_a_model_only_the_rest_is_asked_for(hub, cdn):
     put_shards(hub, cdn)
     put_large(hub, cdn, "model.safetensors")
@@ -170,7 +168,6 @@ def test_shards_come_by_their_index_and_of_half_a_model_only_the_rest_is_asked_f
 
 
 # ---- Redirects, ranges and hashes -----------------------------------------------------------
-
 
 def test_a_model_that_was_renamed_is_found(hub, cdn):
     """The answer before the one that names the hash is a redirect as well."""
@@ -212,7 +209,6 @@ def test_weights_with_another_sha256_are_not_kept(hub, cdn):
 
 # ---- The token ------------------------------------------------------------------------------
 
-
 def test_the_token_is_for_the_hub_alone(hub, cdn, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", " hf_secret\n")
     hub.token = "hf_secret"
@@ -248,7 +244,6 @@ def test_a_token_that_is_none_is_refused_and_not_shown(hub, monkeypatch):
 
 
 # ---- What goes wrong ends in one line -------------------------------------------------------
-
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_private_or_gated_model_names_the_licence_and_the_token(hub, status, monkeypatch):

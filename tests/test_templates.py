@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import json
+import re
 import tempfile
 from collections import Counter, namedtuple
 
@@ -18,7 +19,7 @@ from tokenizers import AddedToken
 from data.hf_tokenizer import hub_tokenizer
 from data.tokenizer import Tokenizer
 
-# ---- Twelve families: templates that write what the public ones do --------------------------
+# ---- Eleven families: templates that write what the public ones do --------------------------
 
 CHATML = r"""{%- set given = messages[0].role == 'system' %}
 {%- set own = messages[0].content if given else usual %}
@@ -74,10 +75,6 @@ LLAMA3 = r"""{%- macro head(role) %}{{- '<|start_header_id|>' + role + '<|end_he
 {{- (m.content | tojson if m.content is iterable else m.content) + '<|eot_id|>' }}{%- else %}
 {{- head(m.role) + m.content | trim + '<|eot_id|>' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- head('assistant') }}{%- endif %}"""
-SMOLLM2 = r"""{% for m in messages %}{% if loop.first and m.role != 'system' %}
-{{ '<|im_start|>system\nYou are SmolLM.<|im_end|>\n' }}{% endif %}
-{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
-{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 LLAMA2 = r"""{%- set own = '' %}{%- set turns = messages %}{%- if messages[0].role == 'system' %}
 {%- set own = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}{%- set turns = messages[1:] %}
 {%- endif %}{%- for m in turns %}{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}
@@ -152,7 +149,6 @@ FAMILIES = {
     "qwen2.5": Family(QWEN25 + CHATML, None, IM, f"{START} {END}", words=CALLS),
     "qwen3": Family(QWEN3, None, IM, f"{START} {END}", "<think>\n\n</think>\n\n{}<|im_end|>",
                     THINKS, ({}, {"enable_thinking": False}, {"enable_thinking": True})),
-    "smollm2": Family(SMOLLM2, START, IM, END),
     "llama3.1": Family(LLAMA3, *LLAMA),
     "llama3.2": Family(LLAMA3.replace("'26 Jul 2024'", "strftime_now('%d %b %Y')"), *LLAMA),
     "llama2": Family(LLAMA2, "<s>", "</s>", "<unk>", " {} </s>"),
@@ -227,8 +223,8 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def both(folder, theirs, **config):
-    """(our Tokenizer, transformers') of a tokenizer of theirs, saved with tokenizer_config.json. A
-    generation_config.json names another token that ends answers than the template writes."""
+    """(our Tokenizer, transformers') of a tokenizer of theirs. generation_config.json names another
+    token that ends answers than the template writes."""
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     other = {"eos_token_id": theirs.get_vocab_size() - 1}
     write(folder, theirs, tokenizer_config=config, generation_config=other)
@@ -264,9 +260,8 @@ def test_ids_are_those_of_transformers(family, talk):
         want = rendered(theirs, TALKS[talk], tools, prompt, True, **more)
         given = {"tools": tools, "add_generation_prompt": prompt, **more}
         if isinstance(want, TemplateError):
-            with pytest.raises(ValueError) as e:
+            with pytest.raises(ValueError, match=re.escape(str(want))):
                 render_chat(TALKS[talk], ours, **given)
-            assert str(want) in str(e.value)
         else:
             ids, mask = render_chat(TALKS[talk], ours, **given)
             assert ours.decode(ids) == theirs.decode(want), given
@@ -324,7 +319,6 @@ def test_an_answer_is_learned_with_its_end(family):
 
 
 # ---- Special tokens in somebody's text; forms of messages; places of templates --------------
-
 
 def talks_with(family, text):
     """Conversations, and tools, with `text` wherever others than the assistant write."""
