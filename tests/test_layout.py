@@ -22,6 +22,7 @@ IMPORTS = {
     "data.analogy": "data.cli",
     "data.files": "data.cli",
     "data.runs": "data.files data.plot",
+    "data.tables": "data.plot",
     "data.download": "data.files",
     "data.idx": "data.download",
     "data.text": "data.files",
