@@ -62,8 +62,7 @@ def quantize_int8(x, size=BLOCK):
 
 
 def quantize_nf4(weight):
-    """Codes (blocks, 32) uint8, two a byte with the first in the high half, and the largest
-    absolute value of each block (blocks, 1)."""
+    """Codes (blocks, 32) uint8, two a byte, high half first; absolute maxima (blocks, 1)."""
     blocks = blocks_of(weight, BLOCK)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
     levels = torch.tensor(NF4, device=weight.device)
@@ -387,14 +386,13 @@ def merge_and_save(model, tokenizer, path):
     difference = float((model(ids) - before).abs().max() / before.abs().max())
     if not difference < 1e-3:
         raise UserError(f"merging changed the logits by {difference:.1e} of their size: not saved")
-    content = {"config": asdict(model.config), "model": lm.unwrapped_state(model)}
+    content = {"config": asdict(model.config), "model": dict(model.state_dict())}
     lm.save_checkpoint(path, content | {"tokenizer": tokenizer})
     print(f"{path}: {len(names)} layers merged, logits differ by {difference:.1e} of their size")
 
 
 def export(base, adapter, folder, ckpt):
-    """Write a folder that peft reads over the exported base. `base` and `adapter` are contents of
-    checkpoints, `ckpt` is what the user calls the base."""
+    """Write a folder that peft reads over the exported base, which the user calls `ckpt`."""
     gpt2 = lm.config_to_hf(lm.Config.from_dict(base["config"]))[0]["model_type"] == "gpt2"
     in_transformers = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()
     write_peft(adapter, base["model"], gpt2, folder, ckpt if in_transformers else None)

@@ -16,7 +16,6 @@ hs head size, V vocabulary, N rows (positions of all texts, flattened), S keys (
 import contextlib
 import copy
 import math
-import re
 import signal
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -835,24 +834,21 @@ def evaluating(model):
         model.train(was_training)
 
 
-def unwrapped_state(module):
-    """The module's state dict without the prefixes that torch.compile and DDP add to its keys."""
-    state = module.state_dict()
-    return {re.sub(r"^((_orig_mod|module)\.)+", "", k): v for k, v in state.items()}
-
-
 def save_checkpoint(path, content):
-    """Write a dict of tensors and plain values: temporary file, fsync, rename. UserError if the
-    disk is full or read-only; the previous file is then intact."""
+    """Write a dict of tensors and plain values, whole or not at all (see `write_whole`)."""
     write_whole(path, lambda f: torch.save(content, f))
+
+
+# The values of every --ckpt
+WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the Hub"
 
 
 def find_checkpoint(name):
     """The path of a checkpoint: a file, a run's folder, a folder in Hugging Face's layout, or a
     model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), which is downloaded."""
     path = Path(name)
-    local = path.exists() or path.parts[0] in ("out", "data")
-    local = local or (path.parent != Path() and path.parent.is_dir())
+    in_folder = path.parent != Path() and path.parent.is_dir()
+    local = path.exists() or in_folder or path.parts[0] in ("out", "data")
     if local or not is_hub_name(str(name)):
         return path
     return snapshot_download(str(name), check=check_readable)
@@ -876,10 +872,7 @@ def load_checkpoint(path, dtype=None, resuming=False):
             raise UserError(f"{path} has no best.pt or last.pt; train first, or name a file")
         path = files[0]
     if not path.exists():
-        raise UserError(
-            f"checkpoint {path} does not exist; name a file, a run's folder, or a model of the Hub "
-            f"(gpt2, or owner/name)"
-        )
+        raise UserError(f"checkpoint {path} does not exist; name {WHAT_CKPT}")
     content = load_pt(path, mapped=not resuming)
     if not isinstance(content, dict) or not {"config", "model"} <= set(content):
         raise UserError(f"{path} is not a checkpoint of scratchlm: it has no config and model")
@@ -916,8 +909,7 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
 
 
 def check_readable(folder):
-    """UserError for a config or tokenizer that is not supported. Checked before the weights are
-    downloaded, so that an unsupported model fails early."""
+    """UserError for an unsupported config or tokenizer, before the weights are downloaded."""
     config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     if (folder / "tokenizer.json").exists():
         hub_tokenizer(folder)
@@ -948,10 +940,8 @@ def config_to_hf(config):
         other = getattr(nearest, name)
         added = other is True and (name == "norm_weight" or name.endswith("_bias"))
         if value != other and not added and name not in ("dropout", "init"):
-            raise UserError(
-                f"no Hugging Face architecture has {name} {value} with the rest of this model (the "
-                f"nearest, {values['model_type']}, has {other})"
-            )
+            field = f"{name} {value} (the nearest, {values['model_type']}, has {other})"
+            raise UserError(f"no Hugging Face architecture has {field} with the rest of this model")
     return values, nearest
 
 
@@ -1061,19 +1051,16 @@ def show(what, path, prompt, layer, head):
     for name, given, count in (("layer", layer, c.n_layer), ("head", head, c.n_head)):
         if given >= count:
             raise UserError(f"--{name} {given} must be below {count}, the {name}s of {path}")
-    if what == "position":
-        table, lines, texts = position_table(model), tables.number_lines, [""] * c.context
-    else:
-        table, lines, texts = model.embed.weight[ids], tables.number_lines, tokenizer.texts(ids)
+    texts, lines = tokenizer.texts(ids), tables.number_lines
     if what == "attention":
         table, lines = attention_weights(model, ids, layer)[head], tables.shade_lines
+    elif what == "position":
+        table, texts = position_table(model), [""] * c.context
+    else:
+        table = model.embed.weight[ids]
     table = table.detach().numpy()
     tables.draw_table(picture, table)
     print(*lines(texts, table), picture, sep="\n")
-
-
-# The values of every --ckpt; see `find_checkpoint`
-WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the Hub"
 
 
 def build_parser():

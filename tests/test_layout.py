@@ -49,7 +49,7 @@ IMPORTS = {
     "data.hf_tokenizer": "data.chat data.tokenizer",
     "data.hf_weights": "data.tensors data.download",
     "prepare_data": "data.hf_tokenizer data.sources data.text",
-    "model": "data.hf_tokenizer data.hf_weights data.machine",
+    "model": "data.hf_tokenizer data.hf_weights data.machine data.runs data.tables",
     "mnist": "model data.idx data.plot data.runs",
     "lora": "model",
     "sample": "lora data.analogy data.graphs data.matmul data.runs data.terminal",

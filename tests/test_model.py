@@ -10,7 +10,6 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -493,7 +492,7 @@ def test_each_init_has_its_deviations(init):
 
 
 def content_of(model, **more):
-    return {"config": asdict(model.config), "model": lm.unwrapped_state(model), **more}
+    return {"config": asdict(model.config), "model": model.state_dict(), **more}
 
 
 @pytest.fixture
@@ -529,15 +528,6 @@ def test_flipped_bytes_are_found_by_their_checksum(saved):
             lm.load_checkpoint(saved)
     saved.write_bytes(whole)
     assert lm.load_checkpoint(saved)["step"] == 7 and len(starts) > 10
-
-
-def test_plain_state_knows_no_wrappers():
-    """Those of DistributedDataParallel (`module`) and of torch.compile (`_orig_mod`)."""
-    model = build()
-    wrapped = nn.ModuleDict({"_orig_mod": nn.ModuleDict({"module": model})})
-    state = lm.unwrapped_state(wrapped)
-    assert list(state) == list(model.state_dict())
-    lm.load_weights(build(seed=1), state)
 
 
 @pytest.mark.parametrize(
