@@ -16,7 +16,6 @@ hs head size, V vocabulary, N rows (positions of all texts, flattened), S keys (
 import contextlib
 import copy
 import math
-import re
 import signal
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -66,33 +65,33 @@ ROPE_SCALINGS = {"linear": {"factor"}, "llama3": set(_LLAMA3.split())}
 class Config:
     """The shape of a Transformer. The sizes that are None follow from the others."""
 
-    vocab_size: int = 2048
-    n_layer: int = 4
-    n_head: int = 4
-    d_model: int = 128
+    vocab_size: int = 2048  # rows of the embedding and of the head
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # heads of queries in each block
+    d_model: int = 128  # channels between the blocks
     context: int = 128  # the most tokens that the model can look at
-    n_kv_head: int | None = None  # fewer than n_head is grouped-query attention; None: n_head
-    head_size: int | None = None  # None: d_model / n_head
+    n_kv_head: int | None = None  # of keys and values; fewer: grouped-query attention; None: n_head
+    head_size: int | None = None  # channels of a head; None: d_model / n_head
     d_ff: int | None = None  # None: 4 * d_model; for swiglu 8/3 * d_model, which is as many weights
-    position: str = "rope"
-    norm: str = "rmsnorm"
+    position: str = "rope"  # how a model knows the order of its tokens
+    norm: str = "rmsnorm"  # before attention, before feed-forward and at the end
     norm_weight: bool = True  # a learned scale (and, for layernorm, shift) in every norm
-    activation: str = "swiglu"
-    qkv_bias: bool = False
+    activation: str = "swiglu"  # in the feed-forward
+    qkv_bias: bool = False  # on the projections to queries, keys and values
     out_bias: bool = False  # on the projection after attention
-    ff_bias: bool = False
-    head_bias: bool = False
+    ff_bias: bool = False  # on the two or three matrices of the feed-forward
+    head_bias: bool = False  # on the logits
     qk_norm: bool = False  # RMS-normalise queries and keys per head
     embed_norm: bool = False  # another norm, right after the embedding
     value_embed: bool = False  # a second table, whose rows are added to the values of each layer
     bigram: int = 0  # rows of a table for pairs of ids, see `BigramEmbedding`; 0 is none
     induction: bool = False  # also embed an id that may be copied, see `Induction`
     tied: bool = False  # the head is the embedding table, transposed
-    dropout: float = 0.0
-    eps: float = 1e-5
-    rope_theta: float = 10000.0
+    dropout: float = 0.0  # of the embedding, attention weights and block outputs, in training
+    eps: float = 1e-5  # of the norms
+    rope_theta: float = 10000.0  # the larger, the slower rope turns its slow channels
     rope_scaling: dict | None = None  # {"rope_type": one of ROPE_SCALINGS, its parameters...}
-    init: str = "zero_out"  # see `Transformer.init_weights`
+    init: str = "zero_out"  # initial weights: `Transformer.init_weights`
 
     def __post_init__(self):
         if self.n_head < 1 or (self.head_size is None and self.d_model % self.n_head):
@@ -226,9 +225,9 @@ def rope_tables(context, head_size, theta, scaling=None):
 
 
 def scale_frequency(frequency, scaling):
-    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or only those
-    that turn fewer than low_freq_factor times in the original context, others less, and not at all
-    from high_freq_factor turns on (`llama3`, of Llama 3.1)."""
+    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or according
+    to how often they turn in the original context (`llama3`, of Llama 3.1): in full below
+    low_freq_factor turns, not at all above high_freq_factor turns, in part in between."""
     kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
     if kind != "llama3":
         return frequency / factor
@@ -479,6 +478,7 @@ class ChunkedLoss(torch.autograd.Function):
         x_low, w_low, b_low = x.to(low), weight.to(low), None if bias is None else bias.to(low)
         full = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=full, device=x.device)
+        # needs_input_grad does not know of torch.no_grad, and in here no gradients are recorded
         need_x, need_w, need_b = (n and with_grad for n in ctx.needs_input_grad[:3])
         grad_x = torch.empty_like(x) if need_x else None
         grad_w = torch.zeros_like(weight, dtype=full) if need_w else None
@@ -570,7 +570,8 @@ class NewTokens(NamedTuple):
 
     positions: slice | torch.Tensor  # a slice or (T,) if the same for all rows, else (B, T)
     mask: torch.Tensor | None = None  # (B, 1, T, S), see `naive_attention`
-    layers: list | None = None  # per layer (keys, values), old and new tokens, (B, nkv, S, hs)
+    # per layer (keys, values) (B, nkv, S, hs): parts of the cache, with room for the new tokens
+    layers: list | None = None
 
 
 class KVCache:
@@ -793,13 +794,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def grow_vocabulary(self, vocab_size, used):
-        """Make room for at least `vocab_size` ids, of which the first `used` were in use until now.
+        """Make room for at least `vocab_size` ids, of which the tokenizer had `used` until now.
         All rows after those, spare ones included, start at the mean of the used rows."""
         c, grown = self.config, max(self.config.vocab_size, vocab_size)
         for table in filter(None, (self.embed, self.value_embed, None if c.tied else self.head)):
             for name in ("weight", "bias"):
                 if (old := getattr(table, name, None)) is not None:
-                    # may be fewer: an end of text that the tokenizer has just added has no row
+                    # fewer than `used` if a model has no row for its tokenizer's end of text
                     kept = old[:used]
                     mean = kept.float().mean(0, keepdim=True).to(old.dtype)
                     new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
@@ -832,24 +833,21 @@ def evaluating(model):
         model.train(was_training)
 
 
-def unwrapped_state(module):
-    """The module's state dict without the prefixes that torch.compile and DDP add to its keys."""
-    state = module.state_dict()
-    return {re.sub(r"^((_orig_mod|module)\.)+", "", k): v for k, v in state.items()}
-
-
 def save_checkpoint(path, content):
-    """Write a dict of tensors and plain values: temporary file, fsync, rename. UserError if the
-    disk is full or read-only; the previous file is then intact."""
+    """Write a dict of tensors and plain values, whole or not at all (see `write_whole`)."""
     write_whole(path, lambda f: torch.save(content, f))
+
+
+# The values of every --ckpt
+WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the Hub"
 
 
 def find_checkpoint(name):
     """The path of a checkpoint: a file, a run's folder, a folder in Hugging Face's layout, or a
     model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), which is downloaded."""
     path = Path(name)
-    local = path.exists() or path.parts[0] in ("out", "data")
-    local = local or (path.parent != Path() and path.parent.is_dir())
+    in_folder = path.parent != Path() and path.parent.is_dir()
+    local = path.exists() or in_folder or path.parts[0] in ("out", "data")
     if local or not is_hub_name(str(name)):
         return path
     return snapshot_download(str(name), check=check_readable)
@@ -873,10 +871,7 @@ def load_checkpoint(path, dtype=None, resuming=False):
             raise UserError(f"{path} has no best.pt or last.pt; train first, or name a file")
         path = files[0]
     if not path.exists():
-        raise UserError(
-            f"checkpoint {path} does not exist; name a file, a run's folder, or a model of the Hub "
-            f"(gpt2, or owner/name)"
-        )
+        raise UserError(f"checkpoint {path} does not exist; name {WHAT_CKPT}")
     content = load_pt(path, mapped=not resuming)
     if not isinstance(content, dict) or not {"config", "model"} <= set(content):
         raise UserError(f"{path} is not a checkpoint of scratchlm: it has no config and model")
@@ -913,8 +908,7 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
 
 
 def check_readable(folder):
-    """UserError for a config or tokenizer that is not supported. Checked before the weights are
-    downloaded, so that an unsupported model fails early."""
+    """UserError for an unsupported config or tokenizer, before the weights are downloaded."""
     config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     if (folder / "tokenizer.json").exists():
         hub_tokenizer(folder)
@@ -1023,8 +1017,6 @@ def flops_per_token(config, length=None, learned=1.0, frozen=False):
     return (4 if frozen else 6) * weights + scores
 
 
-# The values of every --ckpt; see `find_checkpoint`
-WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the Hub"
 
 
 def build_parser():

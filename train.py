@@ -18,8 +18,10 @@ import argparse
 import contextlib
 import copy
 import gc
+import inspect
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -42,7 +44,7 @@ from data.cli import Parser, StopSignal, UserError, at_least, between, positive,
 from data.costs import check_memory, memory_needed
 from data.files import write_json
 from data.machine import DTYPES, dtype_name, full_tensor, is_sharded, make_runtime, shard_like
-from data.runs import Log, clock, eval_line, mfu_text, newest_run, run_folder
+from data.runs import Log, clock, eval_line, newest_run, run_folder, step_line
 from data.tokenizer import Tokenizer
 from prepare_data import data_hashes, find_data, read_meta, read_tokens
 
@@ -187,7 +189,7 @@ class Muon(torch.optim.Optimizer):
                     p.sub_(shard_like(update, p), alpha=step_size)
 
 
-# Optimizers for the matrices in blocks and inputs, but AdamW: {name: (class, its learning rate)}.
+# Optimizers other than AdamW for matrices in blocks and `model.inputs`: {name: (class, its rate)}.
 # The flag --NAME_lr changes the rate; RECIPE_CHANGES has other settings. To add one: a line here.
 MATRIX_OPTIMIZERS = {"muon": (Muon, 0.02)}
 
@@ -207,7 +209,7 @@ def make_optimizers(model, args):
     table_rates = dict.fromkeys(lookups, args.embed_lr)
     if not model.config.tied:
         table_rates |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
-    elif args.embed_lr and args.embed_lr < args.lr:  # also the head, for which lr is the most
+    elif args.embed_lr and args.embed_lr < args.lr:  # also the head: no higher rate than lr
         table_rates["embed.weight"] = args.embed_lr
     groups = [dict(params=[p], lr=table_rates[n] or args.lr) for n, p in named if n in table_rates]
     others = [p for n, p in named if n not in table_rates and n not in inner]
@@ -262,8 +264,9 @@ def scheduled_lr(args, state):
 
 
 # `runtime` (data/machine.py) is the device, the precision and the processes. runtime.total(a, b)
-# lists the sums of a and of b over all processes; runtime.share(batches) yields (batch, weight) for
-# this process's batches: 1, or 0 for a repeat that keeps a sharded model's processes in step.
+# lists the sums of a and of b over all processes. runtime.share(batches) yields (batch, weight) for
+# each batch of this process. The weight is 0 for one that it only repeats, because all processes of
+# a sharded model must run equally often; else 1.
 
 
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
@@ -315,7 +318,7 @@ class Task:
     """What `fit` needs to know about what is learned.
 
     batches(step): this process's micro-batches, tuples of tensors that begin with the ids.
-    evaluate(model, final): a dict with at least "val_loss", of the whole split if `final`.
+    evaluate(model, when): a dict with at least "val_loss"; `when` is "start", "step" or "end".
     extra: what checkpoints contain besides weights, such as the tokenizer's spec.
     loss(model, *batch): the *summed* loss of a micro-batch.
     count(*batch): what losses are divided by; by default the targets (last tensor) except -100.
@@ -521,33 +524,24 @@ class Meter:
             self.norm = norm
         self.unread.clear()
 
+    def mean_loss(self, step, runtime):
+        """The mean loss at `step`, over all processes; None before the first step."""
+        self.read(step)
+        return runtime.total(sum(self.losses))[0] / len(self.losses) if self.losses else None
+
     def row(self, state, lr, runtime):
         """The row of metrics.jsonl."""
-        self.read(state["step"])
         tokens, flops, seconds = (sum(column) for column in zip(*self.work))
         row = dict(step=state["step"], tokens=state["tokens"], seconds=round(state["seconds"], 3))
-        row["loss"] = runtime.total(sum(self.losses))[0] / len(self.losses)
-        row |= dict(lr=lr, grad_norm=self.norm, tok_s=round(tokens / seconds))
-        return row | dict(mfu=runtime.utilization(flops / seconds))
-
-
-def step_line(row, metrics, args, done):
-    """One line about a training step; `done` is the fraction of the run that is over."""
-    total = f"/{args.max_steps}" if args.max_steps else ""
-    others = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in metrics.items())
-    return (
-        f"step {row['step']}{total}  loss {row['loss']:.3f}  lr {row['lr']:.2e}  "
-        f"norm {row['grad_norm']:.2f}  {row['tok_s']:,} tok/s  {mfu_text(row['mfu'])}  "
-        f"eta {clock(row['seconds'] * max(0, 1 / done - 1))}{others}"
-    )
+        row |= dict(loss=self.mean_loss(state["step"], runtime), lr=lr, grad_norm=self.norm)
+        mfu = runtime.utilization(flops / seconds)
+        return row | dict(tok_s=round(tokens / seconds), mfu=mfu)
 
 
 def fit(model, task, args, runtime, out, resume=None):
     """Train `model` on `task` and write the run to folder `out`. Returns the final metrics, or None
-    if it was already complete.
-
-    Reads from args the flags of `add_optimization`, max_steps, max_minutes, seed and compile.
-    `resume` is the content of a last.pt whose weights the model already has. Raises UserError if a
+    if it was complete. `args` has what `add_optimization` adds, max_steps, max_minutes, seed and
+    compile; `resume` is the content of a last.pt whose weights the model has. Raises UserError if a
     loss is not finite, SystemExit(130 or 143) when the run is saved after Ctrl-C or SIGTERM.
     """
     run = Run(model, task, args, runtime, out)
@@ -555,8 +549,9 @@ def fit(model, task, args, runtime, out, resume=None):
         run.restore(resume)
     state, evaluation = run.state, {}
     log = Log(out, state["step"], quiet=runtime.rank > 0)
-    if over := end_reason(args, state):  # a run that was killed before its final evaluation gets it
+    if over := end_reason(args, state):
         log.line(over)
+        # a run that was killed before its final evaluation goes on to that, past the loop
         if runtime.of_first(any(r.get("final") and r["step"] == state["step"] for r in log.rows)):
             return None
     if runtime.rank == 0:
@@ -567,7 +562,10 @@ def fit(model, task, args, runtime, out, resume=None):
     step_model, step_runtime, after_step = make_runner(model, task, args, runtime, state["step"])
     clear_gradients(model)
     meter = Meter(args.log_every, allow_inf_norms=run.scaler.is_enabled())
+    train_loss = meter.mean_loss if task.unit == Task.unit else lambda *_: None
     with StopSignal() as stop, log:
+        if not state["step"]:
+            log.evaluation({"step": 0, **task.evaluate(model, "start")})
         while not end_reason(args, state):
             start = time.perf_counter()
             if state["step"] <= args.warmup_steps:
@@ -600,10 +598,9 @@ def fit(model, task, args, runtime, out, resume=None):
             stopping, better = runtime.total(stop.number)[0], False
             evaluate_now = done >= 1 or state["step"] % args.eval_every == 0
             if evaluate_now and not stopping:
-                evaluation = {"step": state["step"], **task.evaluate(model, False)}
+                evaluation = {"step": state["step"], **task.evaluate(model, "step")}
                 better = run.record_score(task.score(evaluation))
-                log.write(**evaluation)
-                log.line(eval_line(evaluation) + ("  best" if better else ""))
+                log.evaluation(evaluation, train_loss(state["step"], runtime), better)
             if stopping or evaluate_now or run.save_due():
                 meter.read(state["step"])  # never save weights that are not finite
                 run.save(better)
@@ -615,8 +612,8 @@ def fit(model, task, args, runtime, out, resume=None):
         log.line(end_reason(args, state))
     # evaluate again, unless the last evaluation was of this step and the whole split
     if evaluation.get("step") != state["step"] or evaluation.get("val_share", 1) < 1:
-        evaluation = {"step": state["step"], **task.evaluate(model, True)}
-        log.line(eval_line(evaluation))
+        evaluation = {"step": state["step"], **task.evaluate(model, "end")}
+        log.line(eval_line(evaluation, train_loss(state["step"], runtime)))
     evaluation["final"] = True
     log.write(**evaluation)
     return {**evaluation, **state}
@@ -885,13 +882,14 @@ def build_parser():
         help="tokens a step of all processes, in place of --grad_accum")
     add("--eval_tokens", type=at_least(0),
         help="validation tokens an evaluation reads; 0 is all (the last one always reads all)")
-    shape = p.add_argument_group("model shape, in place of the preset's (see model.Config)")
+    shape = p.add_argument_group("model shape, in place of the preset's (model.Config)")
+    comments = dict(re.findall(r"^    (\w+): .*  # (.+)", inspect.getsource(lm.Config), re.M))
     for name in SHAPE:
         kind = type(getattr(lm.PRESETS["tiny"], name))
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if kind is str:
             options["choices"] = tuple(getattr(lm, f"{name.upper()}S"))
-        shape.add_argument(f"--{name}", help=f"Config.{name}", **options)
+        shape.add_argument(f"--{name}", help=comments[name], **options)
     return p
 # fmt: on
 
@@ -1000,6 +998,8 @@ def build_model(args, content, folder, meta, tokenizer):
 def check_context(context, model):
     """The length of training rows: --context, or the model's. UserError if the model's is less."""
     longest = model.config.context
+    if longest < 2:
+        raise UserError(f"--context {longest} must be at least 2: a token, and one it can look at")
     if context is not None and not 2 <= context <= longest:
         raise UserError(f"--context {context} must be from 2 to the model's {longest}")
     return context or longest
@@ -1096,8 +1096,8 @@ def main(argv=None):
         batches=lambda step: micro_batches(
             loader, step, args.batch_size, args.grad_accum, runtime.rank, runtime.world
         ),
-        evaluate=lambda m, final: evaluate(
-            m, val, tokenizer.byte_lengths, runtime, None if final else args.eval_tokens,
+        evaluate=lambda m, when: evaluate(
+            m, val, tokenizer.byte_lengths, runtime, None if when == "end" else args.eval_tokens,
             args.context,
         ),
         extra={"tokenizer": tokenizer.spec, "data": data_hashes(meta)},

@@ -52,9 +52,8 @@ ROPE_FIELDS = {"default": (), "linear": ("factor",)}  # other fields beside thes
 
 
 def config_from_hf(values):
-    """The fields of a model.Config that a config.json means, as a dict, and the names of the fields
-    that transformers does not read either. UserError names the first field whose value changes the
-    model in a way that we do not compute."""
+    """The fields of a model.Config that a config.json means, as a dict, and the names of those that
+    have no effect. UserError names the first one whose effect is not implemented here."""
     family = values.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
@@ -204,10 +203,8 @@ def read_state(folder, shapes, gpt2, tied, dtype=None):
             tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
         tensor = transposed(name, tensor, gpt2)
         if tensor.shape != shape or not tensor.is_floating_point():
-            raise UserError(
-                f"{folder}: {theirs} gives {tensor.dtype} {tuple(tensor.shape)} for {name}, the "
-                f"config says {tuple(shape)}"
-            )
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise UserError(f"{folder}: {theirs} gives {found}, the config {name} {tuple(shape)}")
         state[name] = tensor.to(dtype or tensor.dtype).contiguous()
         if isinstance(file, Safetensors) and state[name] is not tensor:
             file.release()
@@ -243,8 +240,7 @@ def write_peft(content, weights, gpt2, folder, base=None):
     adapter, state = content["adapter"], content["model"]
     if adapter["modules_to_save"] or adapter["quantize"]:
         raise UserError(
-            "the adapter needs embeddings of new special tokens or a quantized base, which peft's "
-            "files cannot describe: merge it and export the whole model"
+            "peft cannot express new special tokens or a quantized base: merge and export the model"
         )
     modules, tensors, counts = {}, {}, {}
     for name in (n for n in weights if n.endswith(".weight")):

@@ -1,5 +1,6 @@
 """data/machine.py: devices, precision and processes of other machines."""
 
+import argparse
 import itertools
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from data import machine
 from data.cli import UserError
 from data.machine import Runtime, choose_device, make_runtime, native_dtype
-from data.runs import mfu_text
+from data.runs import step_line
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -88,4 +89,8 @@ def test_the_peak_is_that_of_the_fastest_product_and_measured_again_if_it_is_exc
     assert runtime.utilization(3.0) == 0.75 and not asked
     assert runtime.utilization(9.0) == 0.75 and (256, 2, 2) in asked  # the machine was busy before
     assert runtime.utilization(24.0) == 2.0
-    assert mfu_text(1.0) == "mfu 100%" and mfu_text(2.0).startswith("mfu 200% (the machine was")
+    row = dict(step=3, loss=1.0, lr=1.0, grad_norm=1.0, tok_s=5, mfu=2.0, seconds=9.0)
+    limits = argparse.Namespace(max_steps=None)
+    line = step_line(row, {}, limits, done=1.2)  # the last step went on beyond the time limit
+    assert "mfu 200% (the machine was busier" in line and line.endswith("eta 0:00")
+    assert "mfu 100%  eta 0:09" in step_line(row | {"mfu": 1.0}, {}, limits, done=0.5)
