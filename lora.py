@@ -62,7 +62,7 @@ def quantize_int8(x, size=BLOCK):
 
 
 def quantize_nf4(weight):
-    """Codes (blocks, 32) uint8, two a byte, high half first; largest absolute values (blocks, 1)."""
+    """Codes (blocks, 32) uint8, two a byte, high half first; absolute maxima (blocks, 1)."""
     blocks = blocks_of(weight, BLOCK)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
     levels = torch.tensor(NF4, device=weight.device)

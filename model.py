@@ -939,10 +939,8 @@ def config_to_hf(config):
         other = getattr(nearest, name)
         added = other is True and (name == "norm_weight" or name.endswith("_bias"))
         if value != other and not added and name not in ("dropout", "init"):
-            raise UserError(
-                f"no Hugging Face architecture has {name} {value} with the rest of this model (the "
-                f"nearest, {values['model_type']}, has {other})"
-            )
+            field = f"{name} {value} (the nearest, {values['model_type']}, has {other})"
+            raise UserError(f"no Hugging Face architecture has {field} with the rest of this model")
     return values, nearest
 
 
@@ -1015,8 +1013,6 @@ def flops_per_token(config, length=None, learned=1.0, frozen=False):
     weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
     scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
     return (4 if frozen else 6) * weights + scores
-
-
 
 
 def build_parser():

@@ -255,7 +255,7 @@ def begin_template(tokenizer):
 
 
 def tokenizer_config(tokenizer):
-    """The content of tokenizer_config.json: class, special tokens and, if there is one, template."""
+    """The content of tokenizer_config.json: class, special tokens, the template if there is one."""
     names = {i: name for name, i in tokenizer.special.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config["eos_token"] = names[tokenizer.eos_id]
