@@ -58,7 +58,7 @@ IMPORTS = {
 }
 # What only one function needs, once all else is done: train.py's closing sample, the server.
 LATE = {"train": {"sample"}}
-LATE["sample"] = {"data.scheduler", "data.server", "data.service"}
+LATE["sample"] = {"data.scheduler", "data.server", "data.service", "mnist"}
 WITHOUT_TORCH = {m for m in IMPORTS if m.startswith("data.")} | {"prepare_data"}
 WITHOUT_TORCH -= {"data.analogy", "data.graphs", "data.machine", "data.matmul", "data.tensors"}
 WITHOUT_TORCH -= {"data.batches", "data.hf_weights"}
