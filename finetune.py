@@ -46,7 +46,7 @@ from data.rows import as_chat, first_words, load_data, report_bad
 from data.runs import newest_run, run_folder
 from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS, SOURCES
-from data.tokenizer import Tokenizer, label_token, labels_of
+from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of
 from prepare_data import default_name
 from sample import Engine, allowed_ids, classify, load
 
@@ -442,8 +442,6 @@ class Distill(SFT):
 # --------------------------------------------------------------------------------------------
 # Rewards: a model that rewards answers, and one that learns from rewards
 # --------------------------------------------------------------------------------------------
-
-REWARD_TOKEN = "<|reward|>"  # its logit after an answer is the answer's reward
 
 
 class RewardModel(DPO):

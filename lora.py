@@ -14,6 +14,7 @@ Together they are QLoRA. Neither depends on the Transformer: any module with nn.
 
 import contextlib
 import hashlib
+import re
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -61,8 +62,7 @@ def quantize_int8(x, size=BLOCK):
 
 
 def quantize_nf4(weight):
-    """Codes (blocks, 32) uint8, two a byte with the first in the high half, and the largest
-    absolute value of each block (blocks, 1)."""
+    """Codes (blocks, 32) uint8, two a byte, high half first; absolute maxima (blocks, 1)."""
     blocks = blocks_of(weight, BLOCK)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
     levels = torch.tensor(NF4, device=weight.device)
@@ -140,7 +140,7 @@ def quantize(model, kind, device="cpu"):
 # Adapters
 # --------------------------------------------------------------------------------------------
 
-# Values of --lora_targets: a group, or names of layers separated by commas.
+# Values of --lora_targets: a group, or names of layers separated by commas, ours or transformers'.
 TARGETS = {"attention": ("q", "k", "v", "out"), "mlp": ("up", "gate", "down")}
 TARGETS["all"] = TARGETS["attention"] + TARGETS["mlp"]
 
@@ -148,7 +148,8 @@ TARGETS["all"] = TARGETS["attention"] + TARGETS["mlp"]
 def find_layers(model, targets, kinds):
     """{full name: layer} of the layers of `kinds` that `targets` names, each by its last or its
     full name. UserError if there are none."""
-    wanted = set(TARGETS.get(targets) or (t.strip() for t in targets.split(",")))
+    theirs = (name.removesuffix("_proj") for name in re.findall(r"[\w.]+", targets))
+    wanted = set(TARGETS.get(targets) or ("out" if name == "o" else name for name in theirs))
     bases = {layer.base for layer in adapted(model).values()}  # they are no targets of their own
     layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in bases}
     names = {n.rpartition(".")[2] for n in layers}
@@ -385,14 +386,13 @@ def merge_and_save(model, tokenizer, path):
     difference = float((model(ids) - before).abs().max() / before.abs().max())
     if not difference < 1e-3:
         raise UserError(f"merging changed the logits by {difference:.1e} of their size: not saved")
-    content = {"config": asdict(model.config), "model": lm.unwrapped_state(model)}
+    content = {"config": asdict(model.config), "model": dict(model.state_dict())}
     lm.save_checkpoint(path, content | {"tokenizer": tokenizer})
     print(f"{path}: {len(names)} layers merged, logits differ by {difference:.1e} of their size")
 
 
 def export(base, adapter, folder, ckpt):
-    """Write a folder that peft reads over the exported base. `base` and `adapter` are contents of
-    checkpoints, `ckpt` is what the user calls the base."""
+    """Write a folder that peft reads over the exported base, which the user calls `ckpt`."""
     gpt2 = lm.config_to_hf(lm.Config.from_dict(base["config"]))[0]["model_type"] == "gpt2"
     in_transformers = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()
     write_peft(adapter, base["model"], gpt2, folder, ckpt if in_transformers else None)

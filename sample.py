@@ -39,7 +39,7 @@ from data.matmul import make_fast, timing_lines
 from data.reply import TextStream
 from data.runs import newest_run
 from data.terminal import Chat, talk
-from data.tokenizer import Tokenizer, label_token, labels_of
+from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of
 from data.tools import load_tools
 from model import (
     LOSS_ROWS,
@@ -710,6 +710,7 @@ def make_service(model, tokenizer, path, args, tools):
     """What --serve serves: an Engine with its Scheduler behind OpenAI's API, and the page."""
     from data.scheduler import Scheduler  # not above: nobody else needs an HTTP server
     from data.service import Service
+    from mnist import load_run, pictures
 
     named = lora.adapter_names(model)
     base = (path.parent if path.suffix == ".pt" else path).name or "model"
@@ -720,12 +721,16 @@ def make_service(model, tokenizer, path, args, tools):
     def classify_text(text):
         return label_shares(model, tokenizer, [tokenizer.encode(text)])[0]
 
+    try:
+        draw = partial(pictures, load_run("diffusion", model.embed.weight.device)[0])
+    except UserError:  # no digits were trained
+        draw = None
     engine = Engine(model, args.slots, 256, chunk=256)
     activate = partial(lora.set_adapter, model)
     scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
     return Service(
         scheduler, tokenizer, adapters, masks, decoding_settings(args), tools or {},
-        classify_text, args.ckpt or path, args,
+        classify_text, draw, args.ckpt or path, args,
     )  # fmt: skip
 
 
@@ -822,6 +827,21 @@ def check_settings(args):
         raise UserError(f"--num_samples {args.num_samples} is more than --beams {args.beams}")
 
 
+def check_kind(tokenizer, path, args):
+    """The labels of a classifier, none of another model. UserError if it cannot do what the flags
+    ask for, a note if another flag suits it better."""
+    labels = labels_of(tokenizer) if tokenizer else []
+    if tokenizer and REWARD_TOKEN in tokenizer.special and args.analogy is None:
+        advice = f"it rates answers: finetune.py --objective grpo --reward {path} learns from it"
+        raise UserError(f"{path} is a reward model and writes nothing; {advice}")
+    if labels and args.chat:
+        raise UserError(f"{path} is a classifier of {', '.join(labels)}: give the text as --prompt")
+    if args.prompt and not labels and get_template(tokenizer):
+        note = "a chat model continues the text: --chat asks it, and --serve opens a page"
+        print(f"[{note}]", file=sys.stderr)
+    return labels
+
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_settings(args)
@@ -832,7 +852,7 @@ def main(argv=None):
     model, tokenizer, path = load(args.ckpt, args.device, args.dtype, args.adapter, ids_alone)
     if args.ckpt is None:
         print(f"[{path}]", file=sys.stderr)
-    labels = labels_of(tokenizer) if tokenizer else []
+    labels = check_kind(tokenizer, path, args)
     if args.analogy is not None:
         choices = [c.strip() for c in (args.choices or "").split(",") if c.strip()]
         table = model.embed.weight.detach().cpu()

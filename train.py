@@ -18,8 +18,10 @@ import argparse
 import contextlib
 import copy
 import gc
+import inspect
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -880,13 +882,14 @@ def build_parser():
         help="tokens a step of all processes, in place of --grad_accum")
     add("--eval_tokens", type=at_least(0),
         help="validation tokens an evaluation reads; 0 is all (the last one always reads all)")
-    shape = p.add_argument_group("model shape, in place of the preset's (see model.Config)")
+    shape = p.add_argument_group("model shape, in place of the preset's (model.Config)")
+    comments = dict(re.findall(r"^    (\w+): .*  # (.+)", inspect.getsource(lm.Config), re.M))
     for name in SHAPE:
         kind = type(getattr(lm.PRESETS["tiny"], name))
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if kind is str:
             options["choices"] = tuple(getattr(lm, f"{name.upper()}S"))
-        shape.add_argument(f"--{name}", help=f"Config.{name}", **options)
+        shape.add_argument(f"--{name}", help=comments[name], **options)
     return p
 # fmt: on
 
@@ -995,6 +998,8 @@ def build_model(args, content, folder, meta, tokenizer):
 def check_context(context, model):
     """The length of training rows: --context, or the model's. UserError if the model's is less."""
     longest = model.config.context
+    if longest < 2:
+        raise UserError(f"--context {longest} must be at least 2: a token, and one it can look at")
     if context is not None and not 2 <= context <= longest:
         raise UserError(f"--context {context} must be from 2 to the model's {longest}")
     return context or longest

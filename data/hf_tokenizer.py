@@ -80,10 +80,7 @@ def hub_pattern(pre):
             if re.search(r"[$^]|\}\+|\(\?[a-z-]*[msx]", bare):
                 raise ValueError(f"pre_tokenizer: pattern {pattern!r} has another meaning here")
             return pattern
-    raise ValueError(
-        f"pre_tokenizer {' + '.join(kinds)}, with its settings, is none of ByteLevel, Digits + "
-        f"ByteLevel and Split + ByteLevel, without add_prefix_space"
-    )
+    raise ValueError(f"pre_tokenizer {' + '.join(kinds)}, with its settings, can't be read")
 
 
 def hub_tokens(model, added):
@@ -258,8 +255,7 @@ def begin_template(tokenizer):
 
 
 def tokenizer_config(tokenizer):
-    """The content of tokenizer_config.json beside tokenizer_json's: the class for transformers, the
-    end-of-text token and, if the tokenizer can chat, its template."""
+    """The content of tokenizer_config.json: class, special tokens, the template if there is one."""
     names = {i: name for name, i in tokenizer.special.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config["eos_token"] = names[tokenizer.eos_id]

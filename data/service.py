@@ -1,4 +1,8 @@
 """What a server answers: OpenAI's API, the page, and what the page asks for."""
+import base64
+import contextlib
+import contextvars
+import io
 import json
 import os
 import re
@@ -9,7 +13,9 @@ from data.answer import ApiError
 from data.api import Api
 from data.chat import tool_call
 from data.cli import UserError
-from data.rows import to_example
+from data.download import OFFLINE
+from data.files import read_json
+from data.rows import first_words, load_data, to_example
 from data.runs import OUT, read_run, run_list
 from data.tokenizer import labels_of
 from data.tools import call_tool, function_schema, known_by_training
@@ -19,18 +25,33 @@ CHOICES = OUT / "choices.jsonl"
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
+def example_questions(run, count=4):
+    """What users ask in `count` validation rows of a run with these settings, from all over the
+    split; none if the rows are not on this machine, since nothing is downloaded for them."""
+    context, given = contextvars.copy_context(), ("val_data", "val", "rows", "max_rows", "encoding")
+    context.run(OFFLINE.set, True)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            splits = context.run(load_data, run["data"], *map(run.get, given))[1]
+    except (UserError, OSError, KeyError, TypeError):  # TypeError: train.py has no "val"
+        return []
+    short = [q for q in dict.fromkeys(map(first_words, splits["val"])) if 0 < len(q) <= 160]
+    return short[:: max(1, len(short) // count)][:count]
+
+
 class Service:
     """Answers the requests of ROUTES with the model of a Scheduler.
 
     adapters, allowed, settings    see Api
     tools       {name: function}, which the page may call
     classify    classify(text) gives [(label, probability)], if the model is a classifier
+    draw        draw(text, seed) iterates over PNGs of digits, or None where none were trained
     ckpt        the checkpoint to name in the command for finetune.py
     args        sample.py's flags; UserError for an unsafe --host, --api_key or --cors
     """
 
     def __init__(
-        self, scheduler, tokenizer, adapters, allowed, settings, tools, classify, ckpt, args
+        self, scheduler, tokenizer, adapters, allowed, settings, tools, classify, draw, ckpt, args
     ):
         self.key = args.api_key or os.environ.get("SCRATCHLM_API_KEY")
         self.cors = args.cors
@@ -44,9 +65,12 @@ class Service:
         schemas = [function_schema(name, f) for name, f in tools.items()]
         context, labels = scheduler.engine.context, labels_of(tokenizer)
         self.api = Api(scheduler, tokenizer, adapters, context, allowed, settings, schemas, known)
-        self.tools, self.classify = tools, classify if labels else None
+        self.tools, self.classify, self.draw = tools, classify if labels else None, draw
         self.requests, self.lock = 0, threading.Lock()
         command = f"python finetune.py --ckpt {ckpt} --data {CHOICES}"
+        folder, run = Path(args.adapter[-1] if args.adapter else ckpt), {}
+        with contextlib.suppress(UserError):
+            run = read_json((folder.parent if folder.suffix == ".pt" else folder) / "settings.json")
         self.info = {  # what the page shows
             "kind": "classifier" if labels else "chat" if self.api.template else "base",
             "model": self.api.names[0],
@@ -57,6 +81,11 @@ class Service:
             "max_tokens": min(args.max_new_tokens, context // 2),
             "system": args.system or "",
             "tools": schemas,
+            "draws": draw is not None,
+            "told": self.api.told(schemas) or None,
+            "databases": {name: getattr(f, "database", "") for name, f in tools.items()},
+            "run": {name: run.get(name) for name in ("data", "parameters")},
+            "examples": example_questions(run),
             "choices": {"file": str(CHOICES), "command": command},
         }
 
@@ -93,7 +122,8 @@ class Service:
 
     def choose(self, body):
         """Append a preference pair to CHOICES."""
-        row = {k: body[k] for k in ("prompt", "messages", "chosen", "rejected") if k in body}
+        fields = "prompt", "messages", "tools", "chosen", "rejected"
+        row = {k: body[k] for k in fields if k in body}
         row["prompt"] = row.pop("messages", row.get("prompt"))
         try:
             to_example(row)  # as finetune.py will
@@ -105,12 +135,39 @@ class Service:
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
         return {"count": self.page_info({})["choices"]["count"]}
 
+    def drawing(self, body):
+        """A `Drawing` of the digits in a text."""
+        text, seed = body.get("text"), body.get("seed", 0)
+        if self.draw is None:
+            raise ApiError(404, "no digits were trained here: python mnist.py --diffusion")
+        if not isinstance(text, str) or len(text) > 20 or type(seed) is not int or seed >> 50:
+            raise ApiError(400, "this needs a text of up to 20 digits, and maybe a seed")
+        try:
+            return Drawing(self.api.scheduler, self.draw(text, seed))
+        except UserError as e:
+            raise ApiError(400, str(e)) from e
+
     def run(self, query):
         """The settings and metrics of one run."""
         name = query.get("name", "")
         if name not in [run["name"] for run in run_list()]:
             raise ApiError(404, f"there is no run {name[:80]!r} in {OUT}/")
         return read_run(name)
+
+
+class Drawing:
+    """Streams PNGs that an iterator computes, one at a time between two steps of the texts."""
+
+    def __init__(self, scheduler, pictures):
+        self.body, self.scheduler, self.pictures = {"stream": True}, scheduler, pictures
+
+    def chunks(self):
+        """Yield {"image": data URL} for each."""
+        while content := self.scheduler.call(lambda: next(self.pictures, None)):
+            yield {"image": f"data:image/png;base64,{base64.b64encode(content).decode()}"}
+
+    def close(self):
+        """Nothing to cancel: a picture is computed only when it is asked for."""
 
 
 # path: (method, whether no key is needed, function of a Service and the request's query or body)
@@ -129,6 +186,7 @@ ROUTES = {
     "/page/tool": ("POST", False, Service.run_tool),
     "/page/classify": ("POST", False, Service.labels),
     "/page/choose": ("POST", False, Service.choose),
+    "/page/draw": ("POST", False, Service.drawing),
     "/page/runs": ("GET", False, lambda s, _: {"runs": run_list()}),
     "/page/run": ("GET", False, Service.run),
 }

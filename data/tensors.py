@@ -4,7 +4,6 @@ import json
 import math
 import mmap
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,7 +55,7 @@ class Safetensors:
     """
 
     def __init__(self, path):
-        self.path, self.entries, end = Path(path), {}, 0
+        self.entries, end = {}, 0
         try:
             with open(path, "rb") as f:
                 self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -15,10 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-import lora
 import model as lm
 import prepare_data
-import sample
 import train
 from data.cli import UserError, run_cli
 from data.machine import Runtime
@@ -588,38 +586,6 @@ def test_a_second_process_or_script_is_refused(corpus):
 )
 def test_a_users_mistake_is_one_line_that_names_it(corpus, flags, named):
     assert named in refused(*flags.split())
-
-
-@pytest.mark.parametrize(
-    "flags, name, value",
-    [
-        ("--max_iters 7", "max_steps", 7),
-        ("--max-steps=7", "max_steps", 7),
-        ("--no-qk_norm", "qk_norm", False),
-        ("--dtype bfloat16", "dtype", "bf16"),
-        ("--data=--max-iters", "data", "--max-iters"),
-    ],
-)
-def test_flags_may_be_called_as_elsewhere(flags, name, value):
-    assert getattr(train.build_parser().parse_args(flags.split()), name) == value
-
-
-@pytest.mark.parametrize(
-    "script, flags, said",
-    [
-        (train, "--lrr 3", "unknown argument --lrr: did you mean --lr?"),
-        (train, "--max_step 3", "did you mean --max_steps?"),  # no abbreviations
-        (sample, "--block_siz 3", "unknown argument --block_siz (see --help)"),
-        (train, "--optimizer lion", "invalid choice: 'lion'"),
-        (lora, "merge", "the following arguments are required: --ckpt, --adapter, --out"),
-        (lora, "merge --ckpt a --adapter b --oute c", "--out"),
-    ],
-)
-def test_a_wrong_flag_is_one_line(script, flags, said, capsys):
-    with pytest.raises(SystemExit) as e:
-        script.build_parser().parse_args(flags.split())
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and said in err and err.count("\n") == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
