@@ -15,8 +15,9 @@ import regex  # comes with tiktoken, whose split patterns are written for it (\p
 import tiktoken
 import tiktoken.load
 
-from data.cli import Progress, UserError
+from data.cli import UserError
 from data.download import MB, download_path, fetch, resolve_url
+from data.progress import Progress
 
 END = "<|endoftext|>"  # stands between documents
 UNKNOWN = "\ufffd"  # what the char tokenizer makes of a character it has never seen
