@@ -49,7 +49,7 @@ def waiting(name):
     progress, over = Progress(), threading.Event()
 
     def show():
-        while not over.wait(1):
+        while not over.wait(0.5):
             progress(f"{name}: {time.monotonic() - progress.start:.0f} s")
 
     thread = threading.Thread(target=show, daemon=True)
