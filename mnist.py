@@ -530,7 +530,7 @@ def settle(args):
     given = {k: v for k, v in vars(args).items() if v is not None}
     if args.resume is None:
         recipe = args.recipe or "course"
-        if args.out and Path(args.out, "mnist.pt").exists():
+        if args.out and any(Path(args.out).glob("*.pt")):
             raise UserError(f"{args.out} already holds a run: --resume it, or another --out")
         vars(args).update(dict(recipe=recipe, seed=42, gamma=0.9) | RECIPES[recipe] | given)
         return None
