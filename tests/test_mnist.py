@@ -154,7 +154,7 @@ def test_shuffling_takes_every_image_once_and_in_another_order_each_epoch(toy):
 RUNS = {
     "course": ["--optimizer", "momentum", "--schedule", "cosine"],
     "adam shuffled": ["--optimizer", "adam", "--schedule", "step", "--shuffle"],
-    "lbfgs": ["--optimizer", "lbfgs"],
+    "lbfgs": ["--optimizer", "lbfgs", "--recipe", "fast"],
     "fast": ["--recipe", "fast"],
     "diffusion": ["--diffusion"],
 }
