@@ -705,18 +705,18 @@ def test_digits_are_drawn_step_by_step_where_a_model_learned_to(chat, toy, monke
     small = functools.partial(mnist.Denoiser, width=16, layers=1, heads=2)
     monkeypatch.setitem(mnist.NETWORKS, "diffusion", small)
     mnist.main(["--diffusion", "--data", toy, "--epochs", "1", "--steps", "2"])
-    with Serving(chat.model, CHAT) as serving, serving.chat(messages=HELLO, stream=True) as talk:
-        assert get(serving.port, "/page/info")[2]["draws"] and list(talk)
+    with Serving(chat.model, CHAT) as serving, serving.write(**LONG, stream=True) as writing:
+        assert get(serving.port, "/page/info")[2]["draws"]
         drawn = fetch(serving.port, post("/page/draw", {"text": "3 一", "seed": 5}))[2]
         *events, end = re.findall(r"data: (.+)\n\n", drawn)
         pngs = mnist.pictures(mnist.load_run("diffusion", "cpu")[0], "3 1", 5)
         urls = ["data:image/png;base64," + base64.b64encode(png).decode() for png in pngs]
         assert [json.loads(event)["image"] for event in events] == urls and len(urls) == 30
         assert end == "[DONE]"
-        for bad in ({}, {"text": 3}, {"text": "1" * 21}, {"text": " "}, {"text": "x"}):
-            assert fetch(serving.port, post("/page/draw", bad))[0] == 400
-        for seed in (-1, 2**50, True, "1"):
-            assert fetch(serving.port, post("/page/draw", {"text": "3", "seed": seed}))[0] == 400
+        assert list(writing)[-1].choices[0].finish_reason in ("stop", "length")
+        bad = [{"text": text} for text in (None, 3, "1" * 21, " ", "x")]
+        bad += [{"text": "3", "seed": seed} for seed in (-1, 2**50, True, "1")]
+        assert {fetch(serving.port, post("/page/draw", body))[0] for body in bad} == {400}
 
 
 def test_runs_and_their_figures(chat):
