@@ -39,7 +39,7 @@ from data.cli import Parser, UserError, at_least, between, number, positive, run
 from data.costs import check_memory
 from data.files import write_json
 from data.machine import DTYPES, make_runtime, shard_like
-from data.progress import Progress, watched
+from data.progress import shown, watched
 from data.reply import parse
 from data.rewards import REWARDS, load_reward, rate
 from data.row_files import ROW_SUFFIXES
@@ -164,21 +164,19 @@ def generate_turns(model, tokenizer, prompts, seeds=None):
     template, allowed = chat.get_template(tokenizer), allowed_ids(model, tokenizer, chat=True)
     max_tokens = max_answer(model.config.context)
     turns, waiting, running = [[] for _ in prompts], deque(range(len(prompts))), {}
-    engine, progress = Engine(model, min(48, len(prompts)), 256), Progress()
-    while waiting or running:
-        while waiting and engine.busy < len(engine.texts):
-            i = waiting.popleft()
-            options = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
-            running[engine.add(prompts[i], allowed=allowed, **options)] = i
-        done = len(prompts) - len(waiting) - len(running)
-        progress(f"answering: {done:,} of {len(prompts):,}", done / len(prompts))
-        for slot, new_id in engine.step().items():
-            turn = turns[running[slot]]
-            turn.append(new_id)
-            if new_id in template.ends or len(turn) == max_tokens:
-                engine.remove(slot)
-                del running[slot]
-    progress.clear()
+    engine = Engine(model, min(48, len(prompts)), 256)
+    with shown("answer", lambda: len(prompts) - len(waiting) - len(running), len(prompts)):
+        while waiting or running:
+            while waiting and engine.busy < len(engine.texts):
+                i = waiting.popleft()
+                options = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
+                running[engine.add(prompts[i], allowed=allowed, **options)] = i
+            for slot, new_id in engine.step().items():
+                turn = turns[running[slot]]
+                turn.append(new_id)
+                if new_id in template.ends or len(turn) == max_tokens:
+                    engine.remove(slot)
+                    del running[slot]
     return turns, [parse(ids, template, prompt) for ids, prompt in zip(turns, prompts)]
 
 
