@@ -407,7 +407,7 @@ def wait_until(true, seconds=5):
 
 ASK, WRITE, LENGTH = "/v1/chat/completions", "/v1/completions", "Content-Length: "
 GOOD = {"model": "tiny", "messages": HELLO, "max_tokens": 2}
-CHOICE = {"messages": HELLO, "chosen": "hi 你好", "rejected": "no"}
+CHOICE = {"prompt": HELLO, "chosen": "hi 你好", "rejected": "no"}
 POSTS = [path for path, (method, *_) in data.service.ROUTES.items() if method == "POST"]
 HOSTS = "evil.example", "localhost.evil.example", "127.0.0.1@evil.example", "", "127.0.0.2"
 SITES = "http://evil.example", "null", "http://localhost:1", "localhost", ""
@@ -684,11 +684,11 @@ def test_choices_are_rows_that_finetune_reads(chat):
     assert get(chat.port, "/page/info")[2]["choices"]["count"] == 0
     call = {"function": {"name": "search", "arguments": "{}"}}
     talk = [*HELLO, {"role": "assistant", "tool_calls": [call]}, turn("tool", "[]")]
-    good = [CHOICE, CHOICE | {"messages": talk}, {"prompt": "学", "chosen": "a", "rejected": "b"}]
+    good = [CHOICE, CHOICE | {"prompt": talk}, {"prompt": "学", "chosen": "a", "rejected": "b"}]
     for n, row in enumerate(good, start=1):
         assert fetch(chat.port, post("/page/choose", row))[::2] == (200, {"count": n})
-    bad = [CHOICE | {"rejected": "hi 你好"}, CHOICE | {"chosen": " "}, CHOICE | {"messages": []}]
-    for row in (*bad, {}, {"prompt": "a", "chosen": "b"}, CHOICE | {"messages": [turn("x", "y")]}):
+    bad = [CHOICE | {"rejected": "hi 你好"}, CHOICE | {"chosen": " "}, CHOICE | {"prompt": []}]
+    for row in (*bad, {}, {"prompt": "a", "chosen": "b"}, CHOICE | {"prompt": [turn("x", "y")]}):
         assert fetch(chat.port, post("/page/choose", row))[0] == 400
     info = get(chat.port, "/page/info")[2]["choices"]
     assert info["count"] == 3 and info["file"] == str(Path("out/choices.jsonl"))
