@@ -15,6 +15,7 @@ PACKAGES = {"torch", "tiktoken", "numpy", "requests"}
 IMPORTS = {
     "data.cli": "",
     "data.plot": "",
+    "data.progress": "",
     "data.graphs": "",
     "data.costs": "data.cli",
     "data.machine": "data.costs",
@@ -23,7 +24,7 @@ IMPORTS = {
     "data.files": "data.cli",
     "data.runs": "data.files data.plot",
     "data.tables": "data.plot",
-    "data.download": "data.files",
+    "data.download": "data.files data.progress",
     "data.idx": "data.download",
     "data.text": "data.files",
     "data.tensors": "data.files",
