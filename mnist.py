@@ -468,10 +468,10 @@ def build_parser():
     add("--resume", nargs="?", const="", metavar="RUN", help="continue a run (default: newest)")
     add = p.add_argument_group("training").add_argument
     add("--epochs", type=at_least(1), help="default 5, fast 4, diffusion 16")
-    add("--batch_size", type=at_least(1), help="images a step (64, or what suits the optimizer)")
-    add("--optimizer", type=plain, choices=tuple(OPTIMIZERS), help="default sgd, others adamw")
+    add("--batch_size", type=at_least(1), help="images a step (64; lbfgs, rprop more; others 128)")
+    add("--optimizer", type=plain, choices=tuple(OPTIMIZERS), help="default sgd; others adamw")
     add("--lr", type=positive, help="largest learning rate (default: what suits the optimizer)")
-    add("--schedule", type=plain, choices=tuple(SCHEDULES), help="default constant or onecycle")
+    add("--schedule", type=plain, choices=tuple(SCHEDULES), help="constant; others onecycle")
     add("--gamma", type=positive, help="of --schedule step: factor after an epoch (default 0.9)")
     add("--loss", type=plain, help=f"{', '.join(LOSSES)} or a sum, mse+0.5*cosine (default nll)")
     add("--shuffle", action=argparse.BooleanOptionalAction, help="a new order every epoch")

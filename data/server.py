@@ -162,8 +162,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         given = self.headers.get("Authorization", "").encode()
         has_key = hmac.compare_digest(given, f"Bearer {service.key}".encode())
         if service.key and not is_public and not has_key:
-            key = "a key is needed: Authorization: Bearer KEY"
-            raise ApiError(401, key, code="invalid_api_key")
+            message = "a key is needed: Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key")
         if method == "GET":
             return function, argument
         origin = self.headers.get("Origin")
