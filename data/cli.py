@@ -66,7 +66,6 @@ data=alpaca-zh: dataset=alpaca_zh dataset=alpaca_zh_demo, val_data: eval_dataset
 val|val_fraction: val_size test_size, max_rows: max_samples max_train_samples, eval_rows:
 max_eval_samples, field: dataset_text_field, tokenizer: tokenizer_name tokenizer_path
 tokenizer_name_or_path,
-
 context: block_size max_seq_length max_seq_len cutoff_len max_length seq_len seq_length sequence_len
 max_model_len n_ctx ctx_size n_positions max_position_embeddings context_length, n_layer: n_layers
 depth num_blocks num_layers num_hidden_layers, n_head: n_heads num_heads num_attention_heads,
@@ -74,7 +73,6 @@ n_kv_head: num_kv_heads num_key_value_heads n_query_groups, d_model: n_embd hidd
 embed_dim, d_ff: intermediate_size n_inner, activation: hidden_act, eps: rms_norm_eps, tied:
 tie_word_embeddings, qkv_bias+out_bias+ff_bias: bias, no_qkv_bias+no_out_bias+no_ff_bias:
 bias=false,
-
 lr: learning_rate max_lr peak_lr, muon_lr: matrix_lr, embed_lr: embedding_lr, head_lr:
 unembedding_lr, min_lr: eta_min min_learning_rate, warmup_steps: warmup_iters lr_warmup_steps
 num_warmup_steps, schedule: lr_scheduler_type lr_scheduler lr_schedule, schedule=constant:
@@ -88,7 +86,6 @@ gradient_accumulation_steps accumulation_steps, eval_every: eval_interval eval_s
 save_every: save_interval save_steps, log_every: log_interval logging_steps, patience:
 early_stopping_patience early_stopping, best_by: metric_for_best_model, best_by=val_loss:
 metric_for_best_model=eval_loss,
-
 grad_checkpoint: gradient_checkpointing activation_checkpointing, compile: torch_compile
 use_compile, shard: fsdp, device=cpu: use_cpu no_cuda, dtype: torch_dtype precision mixed_precision,
 dtype=fp16: fp16 half mixed_precision=fp16 precision=16-true precision=16-mixed, dtype=bf16: bf16
@@ -99,12 +96,10 @@ use_lora, lora_rank=16: use_peft, lora_rank: lora_r, lora_targets: target_module
 lora_target_modules, lora_targets=all: target_modules=all-linear lora_target_modules=all-linear,
 objective=sft: stage=sft, objective=dpo: stage=dpo, objective=reward: stage=rm, dpo_beta: pref_beta
 beta, reward: reward_model reward_funcs, samples: num_generations, teacher: teacher_model,
-
 prompt: start, max_new_tokens: max_tokens max_completion_tokens n_predict predict, num_samples:
 num_return_sequences n, beams: num_beams, temperature=0: do_sample=false, temperature: temp,
 repetition_penalty: repeat_penalty, stop: stop_strings reverse_prompt, system: system_prompt
 default_system, serve: port, slots: max_num_seqs, chat: interactive, eval_only: do_predict,
-
 : init_from=scratch from_weight=none from_resume=0 decay_lr finetuning_type=full report_to=none
 do_sample do_train do_eval overwrite_output_dir overwrite_cache plot_loss template
 always_save_checkpoint save_total_limit save_strategy save_only_model eval_strategy
