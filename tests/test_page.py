@@ -539,6 +539,8 @@ def test_nothing_is_wider_than_a_phone_and_the_page_speaks_chinese(chat, visit):
     page.locator("nav a").first.click()
     page.get_by_role("button", name="设置").click()
     expect(page.get_by_label("系统提示")).to_be_in_viewport()
+    page.get_by_role("button", name="对话列表").click()  # one panel at a time
+    expect(page.get_by_label("系统提示")).to_be_hidden()
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background != "rgb(255, 255, 255)"
 
