@@ -340,8 +340,7 @@ class Classify(SFT):
 
     def report(self, model, split):
         """The figures are over the label tokens alone; the lines show the confusion matrix."""
-        prompts = [row.ids[:-1] for row in split.rows]
-        logps = classify(model, prompts, self.label_ids)  # (N, labels)
+        logps = classify(model, [row.ids[:-1] for row in split.rows], self.label_ids)  # (N, labels)
         wanted = torch.tensor([self.labels.index(e["label"]) for e in split.examples])
         best, rows = logps.argmax(1), []
         table = confusion(best.numpy(), wanted.numpy(), len(self.labels))
@@ -920,9 +919,8 @@ def header(model, args, objective, splits, loader):
     per_step = tokens / loader.per_epoch * args.grad_accum * runtime.world
     per_step = None if split.prompts else per_step  # sampled answers may be of any length
     learned = sum(sum(r.mask[1:]) for row in split.rows for r in batches.sequences(row)) / tokens
-    return [
-        text, *train.header(model, args, runtime, args.batch_tokens, per_step, mean, learned)
-    ]  # fmt: skip
+    lines = train.header(model, args, runtime, args.batch_tokens, per_step, mean, learned)
+    return [text, *lines]
 
 
 def settle(args, **values):
