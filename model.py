@@ -1073,7 +1073,7 @@ def build_parser():
     p.add_argument("--export", metavar="DIR", help="write --ckpt as transformers reads it")
     p.add_argument("--show", choices=("token", "position", "attention"),
                    help="print and draw embeddings, positions, or a head's weights")  # fmt: skip
-    p.add_argument("--prompt", default="a fox met a fox and a hen", help="with --show: the text")
+    p.add_argument("--prompt", default="a fox met a fox", help="with --show (default: %(default)s)")
     p.add_argument("--layer", type=at_least(0), default=0, help="with --show attention (default 0)")
     p.add_argument("--head", type=at_least(0), default=0, help="with --show attention (default 0)")
     return p

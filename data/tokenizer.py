@@ -191,7 +191,7 @@ class Tokenizer:
 
     def texts(self, ids):
         """The text of each id. That of a character of several tokens stands at the last of them."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         return [decoder.decode(self.token_bytes(i) or b"") for i in ids]
 
     @cached_property
