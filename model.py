@@ -31,11 +31,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import costs, hf_weights
+from data import costs, hf_weights, tables
 from data.cli import Parser, UserError, at_least, run_cli
 from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_json, write_whole
 from data.hf_tokenizer import generation_config, hub_tokenizer, tokenizer_config, tokenizer_json
+from data.runs import OUT, newest_run
 from data.tensors import fit_error, load_pt
 from data.tokenizer import Tokenizer
 
@@ -1015,15 +1016,66 @@ def flops_per_token(config, length=None, learned=1.0, frozen=False):
     return (4 if frozen else 6) * weights + scores
 
 
+@torch.no_grad()
+def attention_weights(model, ids, layer=0):
+    """(nh, T, T): how much each position of `ids`, a list, takes from each other one in a layer. It
+    is what the heads return if the values are the identity matrix."""
+    module, inputs, T = model.blocks[layer].attention, [], len(ids)
+    with module.register_forward_pre_hook(lambda _, args: inputs.extend(args)):
+        model.hidden(torch.tensor([ids]))
+    bare, (x, rope, *_) = copy.copy(module), inputs
+    bare._modules = module._modules | {"out": nn.Identity()}
+    identity = torch.eye(T).expand(1, module.n_kv_head, T, T)
+    y = bare.forward(x, rope, lambda k, v: (k, identity))  # (1, T, nh * T)
+    return y.view(T, module.n_head, T).transpose(0, 1)
+
+
+def position_table(model):
+    """(context, C): the model's table of positions; for rope, which turns each pair of channels by
+    an angle, the cosines of the angles and then their sines."""
+    if model.config.position != "rope":
+        return model.position.weight if model.config.position == "learned" else model.sines
+    return torch.cat([t[:, model.config.head_size // 2 :] for t in (model.cos, model.sin)], dim=1)
+
+
+def show(what, path, prompt, layer, head):
+    """Print the numbers of a trained model that --show names, and draw them."""
+    content, picture = load_checkpoint(path), OUT / f"show-{what}.png"
+    if "adapter" in content or "tokenizer" not in content:
+        raise UserError(f"--show needs a whole model with its tokenizer, which {path} is not")
+    model, tokenizer = model_from_checkpoint(content, where=path), Tokenizer(content["tokenizer"])
+    ids, c = tokenizer.encode(prompt), model.config
+    if not 0 < len(ids) <= c.context:
+        raise UserError(f"--prompt has {len(ids)} tokens; the context of {path} is {c.context}")
+    if layer >= c.n_layer or head >= c.n_head:
+        has = f"{path} has {c.n_layer} layers of {c.n_head} heads, counted from 0"
+        raise UserError(f"--layer {layer} --head {head}: {has}")
+    texts, lines = tokenizer.texts(ids), tables.number_lines
+    if what == "attention":
+        table, lines = attention_weights(model, ids, layer)[head], tables.shade_lines
+    elif what == "position":
+        table, texts = position_table(model), [""] * c.context
+    else:
+        table = model.embed.weight[ids]
+    table = table.detach().numpy()
+    tables.draw_table(picture, table)
+    print(*lines(texts, table), f"{picture}: {what} of {path}", sep="\n")
+
+
 def build_parser():
     p = Parser(description="Parameters, memory and FLOPs of a model.")
     model = p.add_mutually_exclusive_group()
-    model.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default: tiny)")
+    model.add_argument("--preset", help=f"{', '.join(PRESETS)} (default: tiny)")
     model.add_argument("--ckpt", help=f"{WHAT_CKPT}, instead of a preset")
     p.add_argument("--tokens", type=at_least(1), help="training tokens, to predict the loss")
     p.add_argument("--world", type=at_least(1), help="GPUs: what each one stores and sends")
     p.add_argument("--shard", action="store_true", help="with --world: shard the model over them")
     p.add_argument("--export", metavar="DIR", help="write --ckpt as transformers reads it")
+    p.add_argument("--show", choices=("token", "position", "attention"),
+                   help="print and draw embeddings, positions, or a head's weights")  # fmt: skip
+    p.add_argument("--prompt", default="a fox met a fox", help="with --show (default: %(default)s)")
+    p.add_argument("--layer", type=at_least(0), default=0, help="with --show attention (default 0)")
+    p.add_argument("--head", type=at_least(0), default=0, help="with --show attention (default 0)")
     return p
 
 
@@ -1031,6 +1083,10 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.export and not args.ckpt:
         raise UserError("--export needs --ckpt, the model to write")
+    if args.show:
+        if args.preset:
+            raise UserError("--show needs a trained model: name it with --ckpt, not --preset")
+        return show(args.show, args.ckpt or newest_run(), args.prompt, args.layer, args.head)
     content = load_checkpoint(args.ckpt) if args.ckpt else {}
     if args.export:
         folder = Path(args.export)
@@ -1039,9 +1095,10 @@ def main(argv=None):
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise UserError(f"{folder} exists: name a new folder for --export")
         return print(f"{folder}: {export_hf(content, folder)['architectures'][0]}")
-    config = Config.from_dict(content["config"]) if content else preset(args.preset)
+    name = args.ckpt or args.preset or "tiny"
+    config = Config.from_dict(content["config"]) if content else preset(name)
     counts, flops = count_parameters(meta_model(config)), flops_per_token(config)
-    lines = costs.shape_lines(args.ckpt or args.preset, asdict(config), counts, flops, args.tokens)
+    lines = costs.shape_lines(name, asdict(config), counts, flops, args.tokens)
     if args.world:
         lines += costs.world_lines(config, counts, flops, args.world, args.shard)
     print("\n".join(lines))

@@ -36,6 +36,7 @@ from data.cli import Parser, UserError, at_least, between, positive, printable, 
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, dtype_name, native_dtype
 from data.matmul import make_fast, timing_lines
+from data.progress import watched
 from data.reply import TextStream
 from data.runs import newest_run
 from data.terminal import Chat, talk
@@ -488,7 +489,7 @@ def classify(model, prompts, goals, batch=64):
     """Log probabilities (N, L) of the label ids `goals` after each prompt (a list of ids), relative
     to these labels only."""
     out = []
-    for start in range(0, len(prompts), batch):
+    for start in watched(range(0, len(prompts), batch), "classifying: batch"):
         rows = [torch.tensor(ids) for ids in prompts[start : start + batch]]
         # causal: padding behind a row changes nothing
         ids = pad_sequence(rows, batch_first=True).to(model.embed.weight.device)
@@ -710,6 +711,7 @@ def make_service(model, tokenizer, path, args, tools):
     """What --serve serves: an Engine with its Scheduler behind OpenAI's API, and the page."""
     from data.scheduler import Scheduler  # not above: nobody else needs an HTTP server
     from data.service import Service
+    from mnist import load_run, pictures
 
     named = lora.adapter_names(model)
     base = (path.parent if path.suffix == ".pt" else path).name or "model"
@@ -720,12 +722,16 @@ def make_service(model, tokenizer, path, args, tools):
     def classify_text(text):
         return label_shares(model, tokenizer, [tokenizer.encode(text)])[0]
 
+    try:
+        draw = partial(pictures, load_run("diffusion", model.embed.weight.device)[0])
+    except UserError:  # no digits were trained
+        draw = None
     engine = Engine(model, args.slots, 256, chunk=256)
     activate = partial(lora.set_adapter, model)
     scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
     return Service(
         scheduler, tokenizer, adapters, masks, decoding_settings(args), tools or {},
-        classify_text, args.ckpt or path, args,
+        classify_text, draw, args.ckpt or path, args,
     )  # fmt: skip
 
 

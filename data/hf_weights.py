@@ -76,7 +76,17 @@ def config_from_hf(values):
         config |= dict(qkv_bias=True, out_bias=True, ff_bias=True)
     else:
         config |= dict(qkv_bias=config["out_bias"] or family == "qwen2", qk_norm=family == "qwen3")
-        config |= rope_from_hf(left, refuse)
+        rope = left.pop("rope_parameters", {})  # the newer name; transformers prefers the older
+        rope = left.pop("rope_scaling", None) or rope
+        if any(isinstance(v, dict) for v in rope.values()):  # one for each type of layer
+            refuse("rope_parameters", rope)
+        rope = {"rope_theta": left.pop("rope_theta", 10000.0)} | rope
+        config["rope_theta"] = rope.pop("rope_theta")
+        kind = rope.pop("rope_type", rope.pop("type", "default"))
+        if "partial_rotary_factor" in rope:
+            left["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+        rope = {n: v for n, v in rope.items() if n in ROPE_FIELDS.get(kind, rope)}
+        config["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rope}
         window = left.pop("sliding_window", None)
         if family == "mistral" and window:  # the others use it only with use_sliding_window
             config["context"] = min(config["context"], window)  # inside it, attention is full
@@ -88,22 +98,6 @@ def config_from_hf(values):
             refuse(name, value)
     known = (name for pattern in IGNORED.split() for name in fnmatch.filter(left, pattern))
     return config, sorted(left.keys() - supported.keys() - set(known))
-
-
-def rope_from_hf(left, refuse):
-    """The rotary fields of a model.Config from those of a config.json, which are taken out."""
-    rope = left.pop("rope_parameters", {})  # the newer name; transformers, too, prefers the older
-    rope = left.pop("rope_scaling", None) or rope
-    if any(isinstance(v, dict) for v in rope.values()):  # one for each type of layer
-        refuse("rope_parameters", rope)
-    rope = {"rope_theta": left.pop("rope_theta", 10000.0)} | rope
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    theta = rope.pop("rope_theta")
-    if "partial_rotary_factor" in rope:
-        left["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-    rope = {n: v for n, v in rope.items() if n in ROPE_FIELDS.get(kind, rope)}
-    scaling = None if kind == "default" else {"rope_type": kind, **rope}
-    return dict(rope_theta=theta, rope_scaling=scaling)
 
 
 def config_to_hf(config):

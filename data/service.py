@@ -1,4 +1,5 @@
 """What a server answers: OpenAI's API, the page, and what the page asks for."""
+import base64
 import contextlib
 import contextvars
 import io
@@ -6,6 +7,7 @@ import json
 import os
 import re
 import threading
+from concurrent import futures
 from pathlib import Path
 
 from data.answer import ApiError
@@ -17,7 +19,7 @@ from data.files import read_json
 from data.rows import first_words, load_data, to_example
 from data.runs import OUT, read_run, run_list
 from data.tokenizer import labels_of
-from data.tools import call_tool, function_schema, known_by_training
+from data.tools import call_tool
 
 PAGE = Path(__file__).with_name("page.html")
 CHOICES = OUT / "choices.jsonl"
@@ -32,7 +34,7 @@ def example_questions(run, count=4):
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             splits = context.run(load_data, run["data"], *map(run.get, given))[1]
-    except (UserError, OSError, KeyError, TypeError):  # TypeError: train.py has no "val"
+    except Exception:  # the settings may name anything
         return []
     short = [q for q in dict.fromkeys(map(first_words, splits["val"])) if 0 < len(q) <= 160]
     return short[:: max(1, len(short) // count)][:count]
@@ -44,12 +46,13 @@ class Service:
     adapters, allowed, settings    see Api
     tools       {name: function}, which the page may call
     classify    classify(text) gives [(label, probability)], if the model is a classifier
+    draw        draw(text, seed) iterates over PNGs of digits, or None where none were trained
     ckpt        the checkpoint to name in the command for finetune.py
     args        sample.py's flags; UserError for an unsafe --host, --api_key or --cors
     """
 
     def __init__(
-        self, scheduler, tokenizer, adapters, allowed, settings, tools, classify, ckpt, args
+        self, scheduler, tokenizer, adapters, allowed, settings, tools, classify, draw, ckpt, args
     ):
         self.key = args.api_key or os.environ.get("SCRATCHLM_API_KEY")
         self.cors = args.cors
@@ -59,30 +62,28 @@ class Service:
             raise UserError("--api_key must be ASCII letters, digits and signs, as HTTP needs it")
         if self.cors and not re.fullmatch(r"https?://[^/\s]+", self.cors):
             raise UserError(f"--cors {self.cors} is not an origin like https://example.org")
-        known = known_by_training(tools)
-        schemas = [function_schema(name, f) for name, f in tools.items()]
         context, labels = scheduler.engine.context, labels_of(tokenizer)
-        self.api = Api(scheduler, tokenizer, adapters, context, allowed, settings, schemas, known)
-        self.tools, self.classify = tools, classify if labels else None
+        self.api = Api(scheduler, tokenizer, adapters, context, allowed, settings, tools)
+        self.tools, self.classify, self.draw = tools, classify if labels else None, draw
         self.requests, self.lock = 0, threading.Lock()
         command = f"python finetune.py --ckpt {ckpt} --data {CHOICES}"
         folder, run = Path(args.adapter[-1] if args.adapter else ckpt), {}
         with contextlib.suppress(UserError):
             run = read_json((folder.parent if folder.suffix == ".pt" else folder) / "settings.json")
+        self.examples = futures.ThreadPoolExecutor(1).submit(example_questions, run)
         self.info = {  # what the page shows
             "kind": "classifier" if labels else "chat" if self.api.template else "base",
-            "model": self.api.names[0],
             "models": self.api.names,
             "labels": labels,
             "settings": settings,
             "context": context,
             "max_tokens": min(args.max_new_tokens, context // 2),
             "system": args.system or "",
-            "tools": schemas,
-            "told": self.api.told(schemas) or None,
+            "tools": self.api.tools,
+            "draws": draw is not None,
+            "told": self.api.told(self.api.tools) or None,
             "databases": {name: getattr(f, "database", "") for name, f in tools.items()},
             "run": {name: run.get(name) for name in ("data", "parameters")},
-            "examples": example_questions(run),
             "choices": {"file": str(CHOICES), "command": command},
         }
 
@@ -94,13 +95,15 @@ class Service:
 
     def metrics(self, _):
         """Figures in Prometheus' text format."""
-        count = f"scratchlm_requests_total {self.requests}"
-        return "\n".join([count, *self.api.scheduler.lines(), ""])
+        lines = f"scratchlm_requests_total {self.requests}", *self.api.scheduler.lines()
+        return "\n".join([*lines, ""])
 
     def page_info(self, _):
         """What the page shows of the model, and the number of choices so far."""
         count = CHOICES.read_bytes().count(b"\n") if CHOICES.exists() else 0
-        return self.info | {"choices": self.info["choices"] | {"count": count}}
+        info = self.info | {"choices": self.info["choices"] | {"count": count}}
+        futures.wait([self.examples], timeout=1)  # a large file of rows takes longer
+        return info | {"examples": self.examples.result() if self.examples.done() else []}
 
     def run_tool(self, body):
         """The result of a tool call."""
@@ -119,9 +122,7 @@ class Service:
 
     def choose(self, body):
         """Append a preference pair to CHOICES."""
-        fields = "prompt", "messages", "tools", "chosen", "rejected"
-        row = {k: body[k] for k in fields if k in body}
-        row["prompt"] = row.pop("messages", row.get("prompt"))
+        row = {k: body[k] for k in ("prompt", "tools", "chosen", "rejected") if k in body}
         try:
             to_example(row)  # as finetune.py will
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
@@ -132,12 +133,39 @@ class Service:
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
         return {"count": self.page_info({})["choices"]["count"]}
 
+    def drawing(self, body):
+        """A `Drawing` of the digits in a text."""
+        text, seed = body.get("text"), body.get("seed", 0)
+        if self.draw is None:
+            raise ApiError(404, "no digits were trained here: python mnist.py --diffusion")
+        if not isinstance(text, str) or len(text) > 20 or type(seed) is not int or seed >> 50:
+            raise ApiError(400, "this needs a text of up to 20 digits, and maybe a seed")
+        try:
+            return Drawing(self.api.scheduler, self.draw(text, seed))
+        except UserError as e:
+            raise ApiError(400, str(e)) from e
+
     def run(self, query):
         """The settings and metrics of one run."""
         name = query.get("name", "")
         if name not in [run["name"] for run in run_list()]:
             raise ApiError(404, f"there is no run {name[:80]!r} in {OUT}/")
         return read_run(name)
+
+
+class Drawing:
+    """Streams PNGs that an iterator computes, one at a time between two steps of the texts."""
+
+    def __init__(self, scheduler, pictures):
+        self.body, self.scheduler, self.pictures = {"stream": True}, scheduler, pictures
+
+    def chunks(self):
+        """Yield {"image": data URL} for each."""
+        while content := self.scheduler.call(lambda: next(self.pictures, None)):
+            yield {"image": f"data:image/png;base64,{base64.b64encode(content).decode()}"}
+
+    def close(self):
+        """Nothing to cancel: a picture is computed only when it is asked for."""
 
 
 # path: (method, whether no key is needed, function of a Service and the request's query or body)
@@ -156,6 +184,7 @@ ROUTES = {
     "/page/tool": ("POST", False, Service.run_tool),
     "/page/classify": ("POST", False, Service.labels),
     "/page/choose": ("POST", False, Service.choose),
+    "/page/draw": ("POST", False, Service.drawing),
     "/page/runs": ("GET", False, lambda s, _: {"runs": run_list()}),
     "/page/run": ("GET", False, Service.run),
 }

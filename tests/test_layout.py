@@ -15,14 +15,16 @@ PACKAGES = {"torch", "tiktoken", "numpy", "requests"}
 IMPORTS = {
     "data.cli": "",
     "data.plot": "",
+    "data.progress": "",
     "data.graphs": "",
     "data.costs": "data.cli",
-    "data.machine": "data.costs",
+    "data.machine": "data.cli",
     "data.matmul": "data.cli",
     "data.analogy": "data.cli",
     "data.files": "data.cli",
     "data.runs": "data.files data.plot",
-    "data.download": "data.files",
+    "data.tables": "data.plot",
+    "data.download": "data.files data.progress",
     "data.idx": "data.download",
     "data.text": "data.files",
     "data.tensors": "data.files",
@@ -42,13 +44,13 @@ IMPORTS = {
     "data.batches": "data.chat data.tokenizer",
     "data.scheduler": "data.cli",
     "data.answer": "data.reply data.scheduler",
-    "data.api": "data.answer data.rows",
-    "data.service": "data.api data.runs data.tools",
+    "data.api": "data.answer data.rows data.tools",
+    "data.service": "data.api data.runs",
     "data.server": "data.service",
     "data.hf_tokenizer": "data.chat data.tokenizer",
     "data.hf_weights": "data.tensors data.download",
     "prepare_data": "data.hf_tokenizer data.sources data.text",
-    "model": "data.hf_tokenizer data.hf_weights data.machine",
+    "model": "data.costs data.hf_tokenizer data.hf_weights data.machine data.runs data.tables",
     "mnist": "model data.idx data.plot data.runs",
     "lora": "model",
     "sample": "lora data.analogy data.graphs data.matmul data.runs data.terminal",
@@ -57,7 +59,7 @@ IMPORTS = {
 }
 # What only one function needs, once all else is done: train.py's closing sample, the server.
 LATE = {"train": {"sample"}}
-LATE["sample"] = {"data.scheduler", "data.server", "data.service"}
+LATE["sample"] = {"data.scheduler", "data.server", "data.service", "mnist"}
 WITHOUT_TORCH = {m for m in IMPORTS if m.startswith("data.")} | {"prepare_data"}
 WITHOUT_TORCH -= {"data.analogy", "data.graphs", "data.machine", "data.matmul", "data.tensors"}
 WITHOUT_TORCH -= {"data.batches", "data.hf_weights"}
