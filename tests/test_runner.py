@@ -130,11 +130,10 @@ def test_processes_give_the_figures_of_one(desk, n, monkeypatch):
 # ---- what stops a run ------------------------------------------------------------------------
 
 def until(process, start):
-    """Read what a process says up to a line that starts so."""
-    for line in process.stdout:
-        if line.startswith(start):
-            return
-    raise AssertionError("it has ended before")
+    """Read what a process says up to a line that starts so, one of its first."""
+    if not any(line.startswith(start) for line in itertools.islice(process.stdout, 40)):
+        process.kill()
+        raise AssertionError(f"it has said no {start}")
 
 
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_in_one(desk):
