@@ -370,10 +370,8 @@ class DPO(SFT):
     def start(self, model, splits, saved):
         """Compute the log probabilities of all answers under the reference, once."""
         if self.args.eval_only and not lora.adapted(model):
-            raise UserError(
-                f"pairs are measured against the model before DPO, which {self.args.ckpt} does not "
-                f"bring along: see its metrics.jsonl, or train with --lora_rank"
-            )
+            why = f"pairs are measured against the model before DPO, which {self.args.ckpt} lacks"
+            raise UserError(f"{why}: see its metrics.jsonl, or train with --lora_rank")
         reference = saved and saved["reference"]
         if not reference:
             with lm.evaluating(model), self.runtime.autocast(), lora.disable_adapter(model):

@@ -471,7 +471,7 @@ def test_eval_only_measures_pairs_against_the_base_of_an_adapter_alone(desk, cap
     for out, flags in (("out/full", []), ("out/thin", LORA)):
         tune(*DPO, "--val_data", "pairs.jsonl", *flags, "--max_steps", "3", out=out)
     flags = ["--eval_only", "--data", "pairs.jsonl", "--ckpt"]
-    assert "before DPO, which out/full does not bring" in refused(*flags, "out/full")
+    assert "before DPO, which out/full lacks" in refused(*flags, "out/full")
     ft.main([*flags, "out/thin", "--out", "out/seen"])
     scores = json.loads(Path("out/thin/scores.json").read_text())["val"]
     assert f"reward margin {scores['reward_margin']:.4f}" in capsys.readouterr().out
