@@ -849,6 +849,12 @@ def make_task(args, objective, splits, loader, extra):
     )  # fmt: skip
 
 
+def example_questions(examples, count=4):
+    """What users ask in `count` of the examples, from all over the list; the page shows them."""
+    questions = [q for q in dict.fromkeys(map(first_words, examples)) if 0 < len(q) <= 160]
+    return questions[:: max(1, len(questions) // count)][:count]
+
+
 def shorten(text, width=160):
     """At most `width` characters of `text`, on one line."""
     text = " ".join(text.split())
@@ -965,7 +971,7 @@ def main(argv=None):
         task.weights, task.extra = lora.adapter_state, extra | {"adapter": adapter}
     name = f"{default_name(args.data)}-ft"
     out = Path(args.out) if content else run_folder(args.out, name, runtime)
-    args = settle(args, out=str(out))
+    args = settle(args, out=str(out), examples=example_questions(examples["val"]))
     if runtime.rank == 0:
         print("\n".join(header(model, args, objective, splits, loader)))
 

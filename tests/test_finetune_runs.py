@@ -391,6 +391,8 @@ def test_supervised_fine_tuning_end_to_end(desk, capsys):
     rows = [json.loads(r) for r in (out / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and set(rows[0]) == {"prompt", "reference", "prediction"}
     assert "bleu4" in metrics(out)[-2]
+    asked = json.loads((out / "settings.json").read_text())["examples"]  # for the page
+    assert len(asked) == 4 and {r["prompt"] for r in rows} >= set(asked)
     ft.main(["--ckpt", "out/base", *SFT, "--max_steps", "1"])
     assert Path("out/chats-ft-2/best.pt").exists()
 
