@@ -224,9 +224,8 @@ def test_a_model_without_an_end_token_is_given_one(run, tmp_path):
     model = edit(folder / "tokenizer.json", added_tokens=[])["model"]
     model["vocab"].pop(QWEN_TOKENS[0], None)
     edit(folder / "tokenizer.json", model=model)
-    full = len(model["vocab"])
-    config = transformers.LlamaConfig(**SMALL, vocab_size=full, tie_word_embeddings=True)
-    config.eos_token_id = config.bos_token_id = None
+    full, ends = len(model["vocab"]), dict(eos_token_id=None, bos_token_id=None)
+    config = transformers.LlamaConfig(**SMALL, **ends, vocab_size=full, tie_word_embeddings=True)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for name in ("tokenizer_config.json", "generation_config.json"):
         (folder / name).unlink(missing_ok=True)
