@@ -12,8 +12,8 @@ from data.tools import call_tool, function_schema, known_by_training
 
 MAX_CALLS = 3  # tool calls in one turn of the model
 CHAT_HELP = (
-    "/reset forgets, /retry answers again, /system TEXT, /save FILE, /adapter lists, /adapter NAME, /quit; "
-    "Ctrl-C stops an answer"
+    "/reset forgets, /retry answers again, /system TEXT, /save FILE, /adapter lists, "
+    "/adapter NAME, /quit; Ctrl-C stops an answer"
 )
 
 
