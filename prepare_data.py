@@ -275,8 +275,9 @@ def prepare(
                 split_tail(folder, token_dtype(tok.n_vocab), val_fraction)
             meta = describe(folder, source, tok, stats, documents)
             with contextlib.suppress(UserError):  # there may be none, or a damaged one
-                if (old := read_meta(folder)["source"]) != meta["source"]:
-                    print(f"{folder} held {old!r} before; it is replaced")
+                was, now = map(origin, (read_meta(folder), meta))
+                if was != now:
+                    print(f"{folder}: replacing {was} by {now}")
             (folder / "meta.json").unlink(missing_ok=True)  # no moment with a meta of other files
             for split in ("train", "val"):
                 os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")
@@ -290,6 +291,11 @@ def prepare(
             if not any(folder.iterdir()):
                 folder.rmdir()
     return folder
+
+
+def origin(meta):
+    """What a prepared text was made of, e.g. shakespeare (char)."""
+    return f"{meta['source']} ({Tokenizer(meta['tokenizer']).name})"
 
 
 def describe(folder, source, tokenizer, stats, documents):
@@ -325,7 +331,7 @@ def summary(folder, meta, tokenizer, seconds):
     encodings = ", ".join(f"{n} {name}" for name, n in meta["encodings"].items())
     excerpt = tokenizer.decode(read_tokens(folder, "val")[:60])
     lines = [
-        f"{folder}: {meta['documents']:,} documents ({encodings}), {meta['characters']:,} "
+        f"{folder}: {meta['documents']:,} documents (files: {encodings}), {meta['characters']:,} "
         f"characters, {n_bytes:,} bytes",
         f"  {tokens:,} tokens of {tokenizer.name} ({train['tokens']:,} train, {val['tokens']:,} "
         f"val), {n_bytes / tokens:.2f} bytes per token",
@@ -405,6 +411,25 @@ def find_data(source, resuming=False):
 def data_hashes(meta):
     """The hashes that identify a prepared text: {split: sha256}."""
     return {split: values["sha256"] for split, values in meta["splits"].items()}
+
+
+def other_tokenizer(folder, wanted):
+    """What to tell a user whose checkpoint has the Tokenizer `wanted`, not that of a prepared
+    folder: how they differ, and the command that prepares the text again."""
+    meta, name = read_meta(folder), wanted.name
+    old = Tokenizer(meta["tokenizer"]).name
+    if wanted.spec["kind"] in ("char", "bpe"):  # learned from a text: perhaps still in a folder
+        for path in DATA.glob("*/meta.json"):
+            with contextlib.suppress(UserError):
+                if Tokenizer(read_meta(path.parent)["tokenizer"]).same_ids(wanted):
+                    name = str(path.parent)
+    remedy = "prepare the text by --tokenizer and a folder or model that has the former"
+    if name != old:
+        remedy = f"python prepare_data.py {meta['source']} --tokenizer {name} prepares it again"
+        if folder.name != default_name(meta["source"].split()[0]):
+            remedy = remedy.replace(" prepares", f" --name {folder.name} prepares")
+    also = " with other tokens" if wanted.name == old else ""
+    return f"the checkpoint's tokenizer is {wanted.name}, that of {folder} {old}{also}: {remedy}"
 
 
 # --------------------------------------------------------------------------------------------
