@@ -750,8 +750,12 @@ def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=
             pass
 
     def set_adapter(name):
-        lora.set_adapter(model, name)
-        engine.forget()
+        if name:
+            lora.set_adapter(model, None if name == "none" else name)
+            engine.forget()
+        active = getattr(model, "active_adapter", None) or "none"
+        names = [*lora.adapter_names(model), "none"]
+        return ", ".join(n + " (active)" * (n == active) for n in names)
 
     chat.write, chat.set_adapter = write, set_adapter
     return chat
