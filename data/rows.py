@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 
@@ -355,12 +355,12 @@ def load_data(
     if held:
         files = [file for file in files if file[1] != "val"]
         files.append((source, "val", held.get("val", held["train"])))
-    kinds, splits, hashes = {}, defaultdict(list), defaultdict(str)
+    kinds, splits, hashes = {}, {}, {}
     for name, split, path in files:
         part, tidy = rows if split == "train" else None, getattr(SOURCES.get(name), "tidy", None)
         kinds[str(path)], examples = read_examples(path, part, max_rows, encoding)
-        splits[split] += map(tidy, examples) if tidy else examples
-        hashes[split] += sha256(Path(path).read_bytes()).hexdigest()
+        splits.setdefault(split, []).extend(map(tidy, examples) if tidy else examples)
+        hashes[split] = hashes.get(split, "") + sha256(Path(path).read_bytes()).hexdigest()
     if len(set(kinds.values())) > 1:
         raise UserError(f"the rows of {source} are of different kinds: {kinds}")
     options = dict(rows=rows, max_rows=max_rows, encoding=encoding)  # other rows of the same files

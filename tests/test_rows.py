@@ -335,6 +335,7 @@ def test_load_data_names_the_files_it_read_by_their_hashes(tmp_path):
     _, parts, hashes = load_data(f"{train},{both}", val)
     assert (len(parts["train"]), len(parts["val"])) == (24, 3)
     assert hashes["train"].startswith(digest[0]) and len(hashes["train"]) == 128
+    assert type(hashes) is dict  # a checkpoint keeps it
     labels = write(tmp_path / "l.jsonl", [{"text": "t", "label": "x"}])
     for sources in ((train, labels), (f"{train},{labels}", val)):
         with pytest.raises(UserError, match=r"of different kinds.*l\.jsonl"):
