@@ -924,6 +924,8 @@ def resolve(args):
         raise UserError("--grad_accum follows from --total_batch_tokens: give one of them")
     if args.resume is not None:
         settings, content = resumed_settings(args, given, shape | {"optimizer", "seed"})
+        if settings.get("eval_tokens") == EVAL_TOKENS:  # older runs have stored the default
+            settings["eval_tokens"] = given.get("eval_tokens")
     else:
         if "ckpt" in given and (changed := sorted(shape & set(given) - {"ckpt", "context"})):
             raise UserError(f"--{changed[0]} cannot be given with --ckpt, which brings its shape")
