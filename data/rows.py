@@ -198,6 +198,13 @@ def to_example(row, unread=None):
     if not isinstance(row, dict):
         raise ValueError(f"neither an object nor a list of turns but {row!r:.40}")
     row, keys, kind = Fields(row), set(row), "chat"
+    for names in TURNS, QUESTIONS, ANSWERS, *PAIRS:
+        values = {name: row[name] for name in names if name in row}
+        wrong = [name for name, v in values.items() if isinstance(v, (int, float))]
+        if names is not QUESTIONS and all(value is None for value in values.values()):
+            wrong = list(values)
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {json.dumps(row[wrong[0]])}, not text or turns")
     rated = None if "text" in keys else row.get("label", row.get("kto_tag"))
     if isinstance(rated, bool) or (rated is not None and {"prompt", "completion"} <= keys):
         raise ValueError("answers rated one by one (KTO) cannot be learned from; pairs can")
@@ -253,11 +260,16 @@ def row_slice(text):
 
 
 def report_bad(bad, total, path):
-    """Print the first of `bad`, messages on bad rows of `total`; UserError if they are over 1 %."""
-    for message in bad[:5]:
-        print(f"bad row: {message}", file=sys.stderr)
-    if len(bad) > 0.01 * total:
-        raise UserError(f"{path}: {len(bad)} of {total} rows are bad, first {bad[0]}")
+    """Print the first of `bad`, pairs (row, reason) of `total` rows, each reason once; UserError if
+    they are over 1 %."""
+    reasons, fatal = Counter(reason for _, reason in bad), len(bad) > 0.01 * total
+    for reason, count in list(reasons.items())[: 0 if fatal and len(reasons) == 1 else 5]:
+        where = next(where for where, its in bad if its == reason)
+        others = f" (and {count - 1:,} more)" if count > 1 else ""
+        print(f"bad row: {where}: {reason}{others}", file=sys.stderr)
+    if fatal:
+        first = ": ".join(bad[0])
+        raise UserError(f"{path}: {len(bad)} of {total} rows are bad, first {first}")
     if bad:
         print(f"{path}: {len(bad)} of {total} rows are bad and left out", file=sys.stderr)
 
@@ -271,7 +283,7 @@ def read_examples(path, rows=None, limit=None, encoding=None):
         found = list(itertools.islice(read_rows(path, encoding), limit))[row_slice(rows)]
     for where, row in watched(found, "reading row"):
         if isinstance(row, UserError):
-            bad.append(str(row))
+            bad.append(tuple(str(row).split(": ", 1)))
             continue
         try:
             row_kind, example = to_example(row, unread)
@@ -281,9 +293,9 @@ def read_examples(path, rows=None, limit=None, encoding=None):
             json.dumps(example, ensure_ascii=False).encode()  # fails for a lone surrogate, \ud83d
             examples.append(example)
         except (ValueError, RecursionError) as e:
-            bad.append(f"{where}: {e}")
+            bad.append((where, str(e)))
         except (TypeError, KeyError, AttributeError) as e:
-            bad.append(f"{where}: a value of the wrong type ({e})")
+            bad.append((where, f"a value of the wrong type ({e})"))
     total = len(examples) + len(bad)
     if not total:
         raise UserError(f"{path} holds no rows" + (f" at --rows {rows}" if rows else ""))
@@ -291,6 +303,14 @@ def read_examples(path, rows=None, limit=None, encoding=None):
     if unread:
         names = ", ".join(f"{name} ({count:,})" for name, count in unread.most_common(12))
         print(f"{path}: fields that are not used, with their rows: {names}", file=sys.stderr)
+    roles = [[m["role"] for m in e["messages"] if m["role"] != "system"] for e in examples
+             if kind == "chat"]  # fmt: skip
+    if count := sum(r[0] == "assistant" for r in roles):
+        print(f"{path}: the assistant begins {count:,} conversations, of {total:,}; "
+              "what it says there is learned without a question", file=sys.stderr)  # fmt: skip
+    if count := sum(r[-1] == "user" for r in roles):
+        print(f"{path}: {count:,} conversations, of {total:,}, end with a turn of the user, "
+              "which is left out", file=sys.stderr)  # fmt: skip
     if kind == "chat":  # the last row of a dialogue teaches the answers of the rows before it, too
         examples = chat.drop_continued(examples, key=lambda e: e["messages"])
     return kind, examples
@@ -313,7 +333,8 @@ def split_off(examples, fraction):
             keys[n] = json.dumps(examples[n], sort_keys=True)
     order = sorted(set(keys), key=lambda key: sha256(key.encode()).digest())
     if len(order) < 2:
-        raise UserError(f"{len(examples)} row(s) cannot be split, all are alike: give --val_data")
+        what = f"{len(examples)} row(s) cannot be split, all are alike"
+        raise UserError(f"{what}: give --val_data, or --val 0 to learn from all")
     held = set(order[: min(max(1, round(fraction * len(order))), len(order) - 1)])
     train = [e for key, e in zip(keys, examples) if key not in held]
     return train, [e for key, e in zip(keys, examples) if key in held]
@@ -334,7 +355,8 @@ def load_data(
     """(kind, {"train", "val", perhaps "test": examples}, {split: sha256}) of --data: a file, a
     named set, or a data set of the Hub. `rows` START:STOP is the part of the training rows to take,
     `max_rows` the most rows that a split has. `fraction` of the training rows becomes the
-    validation rows if there are no others, or with `every_row` all rows of a file do."""
+    validation rows if there are no others; if it is 0, a tenth of them is in both. With `every_row`
+    all rows of a file are in both."""
     part, limits = row_slice(rows), dict.fromkeys(("train", "val", "test"), max_rows)
     held = row_paths(val_source, limits) if val_source else {}
     if part.stop is not None and min(part.start or 0, part.stop) >= 0:
@@ -355,6 +377,10 @@ def load_data(
     hashes |= {name: value for name, value in options.items() if value}
     if "val" not in splits and every_row and source not in SOURCES and is_row_file(source):
         splits["val"] = splits["train"]
+    elif "val" not in splits and not fraction:
+        splits["val"] = splits["train"][::10]
+        print(f"{source}: validation is on {len(splits['val']):,} rows that are also learned",
+              file=sys.stderr)  # fmt: skip
     elif "val" not in splits:
         splits["train"], splits["val"] = split_off(splits["train"], fraction)
     return kinds["train"], splits, hashes
