@@ -47,7 +47,7 @@ from data.rows import as_chat, first_words, load_data, report_bad
 from data.runs import json_lines, newest_run, run_folder
 from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS, SOURCES
-from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of
+from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of, warn_unknown
 from prepare_data import default_name
 from sample import Engine, allowed_ids, classify, load
 
@@ -692,8 +692,8 @@ class GRPO(SFT):
         self.figures.clear()
         means = {k: s / n for k, s, n in zip(names, sums, sums[len(names) :]) if n}
         if means.get("equal_groups") == 1 and self.runtime.rank == 0:
-            print("\n" * sys.stdout.isatty() + "[the answers to each prompt got equal rewards since "
-                  "the last line: nothing is learned from them]", file=sys.stderr)  # fmt: skip
+            words = "[the answers to each prompt have equal rewards: nothing is learned from them]"
+            print("\n" * sys.stdout.isatty() + words, file=sys.stderr)
         return means
 
 
@@ -937,7 +937,7 @@ def header(model, args, objective, splits, loader):
     rows = f"rows of at most {longest:,} tokens, {cut:,} cut to --context"
     if split.prompts:
         longest, answers = max(len(p.ids) for p in loader.rows), f"{args.samples} answers to each"
-        rows = f"prompts of at most {longest:,} tokens, {answers} of {max_answer(args.context)} more"
+        rows = f"prompts of at most {longest:,} tokens, {answers} of {max_answer(args.context)}"
     text = (
         f"{args.out}: {args.objective} from {args.ckpt} on {args.data}: {len(split.examples):,} "
         f"{objective.noun} to learn, {len(val.examples):,} to measure; {len(sizes):,} {rows}; "
@@ -1000,11 +1000,13 @@ def main(argv=None):
     task = make_task(args, objective, splits, loader, extra)
     if adapter:
         task.weights, task.extra = lora.adapter_state, extra | {"adapter": adapter}
-    name = f"{default_name(args.data)}-ft"
+    name = f"{default_name(args.data.partition(',')[0])}-ft"
     out = Path(args.out) if content else run_folder(args.out, name, runtime)
     args = settle(args, out=str(out), examples=example_questions(examples["val"]))
     if runtime.rank == 0:
         print("\n".join(header(model, args, objective, splits, loader)))
+        rows = itertools.chain.from_iterable(map(batches.sequences, split.rows))
+        warn_unknown(tokenizer, itertools.chain.from_iterable(r.ids for r in rows), args.data)
 
     def report(result):
         report_best(model, args, objective, splits, examples)
@@ -1026,7 +1028,7 @@ def build_parser():
     add = p.add_argument_group("the run").add_argument
     add("--ckpt", help=f"the model to start from: {lm.WHAT_CKPT} (default: the newest run)")
     add("--data", help=f"a {', '.join(ROW_SUFFIXES)} file, .gz too, one of {', '.join(ROW_SETS)}, "
-        "or on the Hub OWNER/NAME, OWNER/NAME:CONFIG, OWNER/NAME:FILE")
+        "or on the Hub OWNER/NAME, OWNER/NAME:CONFIG, OWNER/NAME:FILE; several with commas")
     add("--val_data", help="rows to measure on (default: the set's own, or --val)")
     add("--val", type=between(0, 0.99), help="share of conversations held out if there are no "
         "validation rows (default 0.1; 0: none, and a tenth of the rows learned is measured)")

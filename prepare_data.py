@@ -13,6 +13,7 @@ are modules in data/. No torch here.
 """
 
 import contextlib
+import difflib
 import glob
 import itertools
 import json
@@ -34,7 +35,7 @@ if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; s
 import numpy as np
 import tiktoken
 
-from data.cli import Parser, UserError, at_least, number, run_cli
+from data.cli import FOREIGN, Parser, UserError, at_least, number, run_cli
 from data.download import DATA, MB, fetch, is_hub_name, snapshot_download
 from data.files import file_sha256, locked, read_json, write_whole
 from data.hf_tokenizer import hub_tokenizer
@@ -68,8 +69,10 @@ def find_files(source):
         return [path / name for name in choose_texts(f"folder {source}", names, suffixes)]
     paths = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
     if not paths:
-        names = ", ".join(SOURCES)
-        raise UserError(f"source {source!r} is no file, folder, glob or URL and not one of {names}")
+        names, near = ", ".join(SOURCES), difflib.get_close_matches(source, SOURCES, 1, 0.8)
+        near = FOREIGN.get(f"dataset={source}", near[0] if near else "").removeprefix("data=")
+        what = f": did you mean {near}?" if near else f" and not one of {names}"
+        raise UserError(f"source {source!r} is no file, folder, glob or URL{what}")
     return paths
 
 
@@ -96,7 +99,10 @@ def make_tokenizer(name, documents, total_bytes):
     if kind in PATTERNS and colon:
         if not size.isdecimal() or not 257 <= int(size) <= 1_000_000:
             raise UserError(f"tokenizer {name!r}: N must be a size from 257 to 1,000,000")
-        return Tokenizer(learn_bpe(int(size), documents, total_bytes, PATTERNS[kind]))
+        tok = Tokenizer(learn_bpe(int(size), documents, total_bytes, PATTERNS[kind]))
+        if tok.n_vocab < int(size):
+            print(f"{name}: the text has pairs to merge for {tok.n_vocab} tokens only")
+        return tok
     if name in tiktoken.list_encoding_names():
         return Tokenizer({"kind": "tiktoken", "name": name})
     if (Path(name) / "meta.json").exists():
@@ -243,7 +249,8 @@ def prepare(
     source = " ".join(sources)
     shards = any(isinstance(file, tuple) for file in files)
     if shards and max_tokens is None:
-        raise UserError(f"{source} has no end: say how much of it by --max_tokens, as 1e8")
+        command = f"prepare_data.py {source} --max_tokens 1e8"
+        raise UserError(f"{source} has no end: say how much of it by --max_tokens, as {command}")
     streams = [s for f in files for s in ([f] if isinstance(f, tuple) else file_streams(f))]
     texts = [SOURCES[s].fetch() for s in sources if s in SOURCES and not SOURCES[s].rows]
     read = partial(Documents, encoding=encoding, field=field, separator=first.separator)

@@ -843,7 +843,7 @@ def add_optimization(p):
     beta = between(0, 0.99999)
     add("--grad_accum", type=at_least(1), help="micro-batches a step and process")
     add("--optimizer", choices=("adamw", *MATRIX_OPTIMIZERS), help="of the matrices inside blocks")
-    add("--lr", type=positive, help="peak learning rate")
+    add("--lr", type=positive, help="peak learning rate; others keep their ratio to it")
     add("--embed_lr", type=positive, help="of the embedding table")
     add("--head_lr", type=positive, help="of an untied head")
     for name, (_, rate) in MATRIX_OPTIMIZERS.items():

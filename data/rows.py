@@ -27,7 +27,8 @@ ROLES = {
 }
 FORMS = (
     "messages or conversations (OpenAI, ShareGPT), instruction and output (Alpaca), question and "
-    "answer, prompt and completion, input and target (Firefly), chosen and rejected, text and label"
+    "answer, query and response, prompt and completion, input and target (Firefly), chosen and "
+    "rejected, text and label"
 )
 
 # --------------------------------------------------------------------------------------------
@@ -41,6 +42,14 @@ class Fields(dict):
     def take(self, *names):
         """Remove and return the first of the fields `names` that exists and is not null."""
         return self.pop(next((name for name in names if self.get(name) is not None), None), None)
+
+    def need(self, *names):
+        """`take` text or turns; a ValueError names what is null or a number."""
+        name = next((n for n in names if self.get(n) is not None), min(self.keys() & set(names)))
+        value = self.pop(name)
+        if value is None or isinstance(value, (int, float)):
+            raise ValueError(f"{name} is {json.dumps(value)}, not text or turns")
+        return value
 
     def close(self, unread, where=""):
         """Count the fields that remain, except empty ones, in the Counter `unread`."""
@@ -134,9 +143,12 @@ def conversation(messages, row):
 
 # The fields that hold a conversation, the question before an answer, the answer, and a pair.
 TURNS = ("messages", "conversations", "conversation", "items")
-QUESTIONS = ("prompt", "question", "instruction", "input")
-ANSWERS = ("completion", "output", "target", "answer")
-PAIRS = ("chosen", "preferred_output"), ("rejected", "non_preferred_output")
+QUESTIONS = ("prompt", "question", "query", "instruction", "input")
+ANSWERS = ("completion", "output", "target", "answer", "response", "solution")
+PAIRS = (
+    ("chosen", "preferred_output", "response"),
+    ("rejected", "non_preferred_output", "rejected_response"),
+)
 
 
 def transcript(text):
@@ -153,9 +165,11 @@ def read_question(row, unread):
     """The messages before an answer: a prompt or question, or Alpaca's history and instruction."""
     turns = read_json(row.take("history") or [])
     turns = [dict(zip(("question", "answer"), t)) if isinstance(t, list) else t for t in turns]
-    text = row.take("prompt", "question")
-    if text is None:
-        text = "\n".join(filter(None, (row.take("instruction"), row.take("input"))))
+    names = [name for name in ("prompt", "question", "query") if row.get(name) is not None]
+    if names:
+        text = row.need(*names)
+    else:  # Alpaca's, or Dolly's with a context
+        text = "\n".join(filter(None, map(row.take, ("instruction", "input", "context"))))
     return read_messages(turns, unread) + read_messages(transcript(text), unread)
 
 
@@ -169,7 +183,7 @@ def read_pair(row, unread):
         turns = read_messages(row.take(*TURNS) or [], unread)
     (told, asked), sides = chat.split_system(turns), []
     for names in PAIRS:
-        side = read_messages(transcript(row.take(*names)), unread, "assistant")
+        side = read_messages(transcript(row.need(*names)), unread, "assistant")
         system, said = chat.split_system(side)
         if not said or said[0]["role"] != "user":
             said = [*asked, *said]
@@ -198,28 +212,22 @@ def to_example(row, unread=None):
     if not isinstance(row, dict):
         raise ValueError(f"neither an object nor a list of turns but {row!r:.40}")
     row, keys, kind = Fields(row), set(row), "chat"
-    for names in TURNS, QUESTIONS, ANSWERS, *PAIRS:
-        values = {name: row[name] for name in names if name in row}
-        wrong = [name for name, v in values.items() if isinstance(v, (int, float))]
-        if names is not QUESTIONS and all(value is None for value in values.values()):
-            wrong = list(values)
-        if wrong:
-            raise ValueError(f"{wrong[0]} is {json.dumps(row[wrong[0]])}, not text or turns")
     rated = None if "text" in keys else row.get("label", row.get("kto_tag"))
     if isinstance(rated, bool) or (rated is not None and {"prompt", "completion"} <= keys):
         raise ValueError("answers rated one by one (KTO) cannot be learned from; pairs can")
     if all(keys & set(names) for names in PAIRS):
         kind, example = "prefer", read_pair(row, unread)
-    elif {"context", "response"} <= keys:  # the hotel dialogues as they are published
+    elif {"context", "response"} <= keys and not keys & set(QUESTIONS):
+        # the hotel dialogues as they are published
         turns = [*read_json(row.take("context")), read_json(row.take("response"))]
         example = conversation(read_messages(turns, unread), row)
     elif keys & set(TURNS):
-        messages = read_messages(read_json(row.take(*TURNS)), unread)
+        messages = read_messages(read_json(row.need(*TURNS)), unread)
         if "instruction" in row and "system" not in row:  # COIG
             row["system"] = row.take("instruction")
         example = conversation(messages, row)
     elif keys & set(ANSWERS) and keys & set(QUESTIONS):
-        messages, answer = read_question(row, unread), row.take(*ANSWERS)
+        messages, answer = read_question(row, unread), row.need(*ANSWERS)
         if isinstance(answer, str):
             answer = {"role": "assistant", "content": answer}
             answer["reasoning_content"] = row.take("reasoning_content", "reasoning")
@@ -231,6 +239,11 @@ def to_example(row, unread=None):
         if not isinstance(label, (str, int)) or label == "":
             raise ValueError(f"the label is {label!r:.40}")
         example = {"text": text, "label": str(label)}
+    elif keys & set(QUESTIONS):
+        raise ValueError(
+            f"no answer beside the keys {', '.join(row):.80}; also for GRPO a row needs one, which "
+            'a --reward may compare with: add any text, such as "answer": "?"'
+        )
     else:
         raise ValueError(f"no known format has the keys {', '.join(row):.80}; known are {FORMS}")
     row.close(unread)
@@ -353,26 +366,27 @@ def load_data(
     source, val_source=None, fraction=0.1, rows=None, max_rows=None, encoding=None, every_row=False
 ):
     """(kind, {"train", "val", perhaps "test": examples}, {split: sha256}) of --data: a file, a
-    named set, or a data set of the Hub. `rows` START:STOP is the part of the training rows to take,
-    `max_rows` the most rows that a split has. `fraction` of the training rows becomes the
-    validation rows if there are no others; if it is 0, a tenth of them is in both. With `every_row`
-    all rows of a file are in both."""
+    named set, a data set of the Hub, or several with commas. `rows` START:STOP is the part of the
+    training rows to take of each, `max_rows` the most rows of a split. `fraction` of the training
+    rows becomes the validation rows if there are no others (of 0: every tenth is in both), or with
+    `every_row` all rows of a file do."""
     part, limits = row_slice(rows), dict.fromkeys(("train", "val", "test"), max_rows)
     held = row_paths(val_source, limits) if val_source else {}
     if part.stop is not None and min(part.start or 0, part.stop) >= 0:
         limits["train"] = min(part.stop, max_rows or part.stop)  # no more need be downloaded
-    paths = row_paths(source, limits)
+    names = [source] if Path(source).exists() else str(source).split(",")
+    files = [(name, *item) for name in names for item in row_paths(name, limits).items()]
     if held:
-        paths["val"] = held.get("val", held["train"])
-    tidy = SOURCES[source].tidy if source in SOURCES else None
+        files = [file for file in files if file[1] != "val"]
+        files.append((source, "val", held.get("val", held["train"])))
     kinds, splits, hashes = {}, {}, {}
-    for split, path in paths.items():
-        part = rows if split == "train" else None
-        kinds[split], examples = read_examples(path, part, max_rows, encoding)
-        splits[split] = list(map(tidy, examples)) if tidy else examples
-        hashes[split] = sha256(Path(path).read_bytes()).hexdigest()
+    for name, split, path in files:
+        part, tidy = rows if split == "train" else None, getattr(SOURCES.get(name), "tidy", None)
+        kinds[str(path)], examples = read_examples(path, part, max_rows, encoding)
+        splits.setdefault(split, []).extend(map(tidy, examples) if tidy else examples)
+        hashes[split] = hashes.get(split, "") + sha256(Path(path).read_bytes()).hexdigest()
     if len(set(kinds.values())) > 1:
-        raise UserError(f"{source} and its validation rows are of different kinds: {kinds}")
+        raise UserError(f"the rows of {source} are of different kinds: {kinds}")
     options = dict(rows=rows, max_rows=max_rows, encoding=encoding)  # other rows of the same files
     hashes |= {name: value for name, value in options.items() if value}
     if "val" not in splits and every_row and source not in SOURCES and is_row_file(source):
@@ -383,4 +397,4 @@ def load_data(
               file=sys.stderr)  # fmt: skip
     elif "val" not in splits:
         splits["train"], splits["val"] = split_off(splits["train"], fraction)
-    return kinds["train"], splits, hashes
+    return kinds[str(path)], splits, hashes
