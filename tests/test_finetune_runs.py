@@ -591,7 +591,7 @@ def test_one_row_is_learned_with_val_0_and_what_a_reader_would_miss_is_told(desk
     assert "is worse than before training" in said.out and "learning rates: lr 9, emb" in said.out
     assert content(out / "last.pt")["args"]["warmup_steps"] == 1
     ft.main(["--resume", "--out", "out/run"])
-    assert "raise --epochs, --max_steps or --max_minutes" in capsys.readouterr().out
+    assert "or (finetune.py) --epochs" in capsys.readouterr().out
 
 
 # ---- mistakes ----------------------------------------------------------------------------------
