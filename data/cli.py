@@ -91,7 +91,8 @@ precision mixed_precision, dtype=fp16: fp16 half mixed_precision=fp16 precision=
 precision=16-mixed, dtype=bf16: bf16 mixed_precision=bf16 precision=bf16-true precision=bf16-mixed,
 dtype=fp32: mixed_precision=no precision=32-true, quantize=nf4: load_in_4bit quantization_bit=4
 quantize=bnb.nf4 quantize=bnb.nf4-dq, quantize=int8|dtype=int8: load_in_8bit quantization_bit=8
-quantize=bnb.int8, lora_rank=8: finetuning_type=lora use_lora, lora_rank=16: use_peft, lora_rank:
+quantize=bnb.int8, lora_rank=8: finetuning_type=lora use_lora, lora_rank=0: finetuning_type=full,
+lora_rank=16: use_peft, lora_rank:
 lora_r, lora_targets: target_modules lora_target lora_target_modules, lora_targets=all:
 target_modules=all-linear lora_target_modules=all-linear, objective=sft: stage=sft, objective=dpo:
 stage=dpo, objective=reward: stage=rm, dpo_beta: pref_beta beta, reward: reward_model reward_funcs,
@@ -100,7 +101,7 @@ max_completion_tokens n_predict predict, num_samples: num_return_sequences n, be
 temperature=0: do_sample=false, temperature: temp, repetition_penalty: repeat_penalty, stop:
 stop_strings reverse_prompt, system: system_prompt default_system, serve: port webui, slots:
 max_num_seqs, chat: interactive, eval_only: do_predict, no_compile|: compile=false,
-: init_from=scratch from_weight=none from_resume=0 decay_lr finetuning_type=full report_to=none
+: init_from=scratch from_weight=none from_resume=0 decay_lr report_to=none
 do_sample do_train do_eval overwrite_output_dir overwrite_cache plot_loss template
 always_save_checkpoint save_total_limit save_strategy save_only_model eval_strategy
 evaluation_strategy logging_strategy logging_first_step load_best_model_at_end greater_is_better
@@ -119,6 +120,7 @@ ADVICE = {
         "report_to wandb_log wandb_project wandb_run_name wandb use_wandb use_swanlab logging_dir",
     "--out out/NAME names a run": "run_name exp_name",
     "--warmup_steps counts steps": "warmup_ratio",
+    "runs are never overwritten: delete the folder or name another": "overwrite_output_dir",
     "the schedule ends with the run, --max_steps or --max_minutes": "lr_decay_iters",
     "train.py has --max_steps and --max_minutes, finetune.py also --epochs":
         "epochs num_train_epochs num_epochs max_epochs",
@@ -212,6 +214,8 @@ class Parser(argparse.ArgumentParser):
             else:
                 ours += [*new[:-1], new[-1] + ("" if whole or apart else equals + value)]
             del words[: bool(whole and apart)]
+        if "--lora_rank=0" in settings and any(w.startswith("--lora_rank") for w in ours):
+            self.error("--finetuning_type full goes without --lora_rank: leave out one of them")
         return settings + ours, unneeded
 
     def parse_known_args(self, args=None, namespace=None):

@@ -113,6 +113,7 @@ def parser_of(script):
         ("finetune --train.epochs 2 --resume_from_checkpoint True", dict(epochs=2, resume="")),
         ("finetune --gradient_checkpointing --cutoff_len 9", dict(grad_checkpoint=True, context=9)),
         ("finetune --report_to none --optim adamw_torch", dict(optimizer="adamw")),
+        ("finetune --finetuning_type full --overwrite_output_dir", dict(lora_rank=0)),
         ("prepare_data a.txt --test_size 0.2", dict(source=["a.txt"], val_fraction=0.2)),
     ],
 )
@@ -139,6 +140,7 @@ def test_flags_may_be_called_as_elsewhere(line, values):
         ("train config/finetune_shakespeare.py", "--ckpt=gpt2-xl --batch_size=1 --max_steps=20"),
         ("train --n=2 nano.py --max_iters 9", "384 --max_steps 9 --total_batch_tokens=491520"),
         ("finetune --config lf.yml", "_ratio): python finetune.py --dtype=bf16 --ckpt=gpt2 --lora"),
+        ("finetune --finetuning_type full --lora_rank 8", "full goes without --lora_rank: leave"),
         ("train shakespeare", "unknown argument shakespeare: did you mean --data?"),
         ("sample run", "unknown argument run: did you mean --ckpt?"),
         ("sample Once upon", "unknown argument Once: did you mean --prompt?"),
