@@ -118,7 +118,7 @@ per_device_eval_batch_size num_workers preprocessing_num_workers dataloader_num_
 ddp_timeout ddp_find_unused_parameters local_rank trust_remote_code use_fast_tokenizer
 remove_unused_columns low_cpu_mem_usage flash_attn tf32 backend attn_implementation group_by_length
 assistant_only_loss quantization_method double_quantization bnb_4bit_quant_type device_map
-eval_iters lr_decay_iters
+eval_iters lr_decay_iters completion_only_loss save_safetensors dataset_num_proc
 """
 FOREIGN = [group.split(":") for group in FOREIGN.split(",")]
 FOREIGN = {flag: ours.strip() for ours, theirs in FOREIGN for flag in theirs.split()}
@@ -138,6 +138,22 @@ ADVICE = {
     "train.py has --total_batch_tokens, finetune.py --grad_accum": "global_batch_size",
     "--lora_rank 8 trains adapters; without it all weights learn": "finetuning_type",
     "--objective dpo, reward and grpo learn from preferences; train.py pretrains": "stage",
+    "train.py pretrains, --ckpt MODEL --data TEXT": "stage=pt",
+    "answers rated one by one (KTO) cannot be learned from; --objective dpo learns from pairs":
+        "stage=kto",
+    "--objective grpo --reward MODEL takes the place of PPO": "stage=ppo",
+    "merge the adapter into its base first, by lora.py merge, or continue its run by --resume":
+        "adapter adapter_name_or_path adapter_path lora_path",
+    "the reference is --ckpt as it was before training": "ref_model ref_model_name_or_path",
+    "--objective dpo has the sigmoid loss": "pref_loss loss_type",
+    "a sampled answer has half of --context, at most 160 tokens":
+        "max_completion_length max_prompt_length",
+    "sample.py's own engine generates the answers": "use_vllm vllm_mode infer_backend",
+    "--dropout, --token_dropout and --weight_decay regularise":
+        "neftune_noise_alpha label_smoothing_factor",
+    "only the assistant's turns are learned; train.py learns whole texts":
+        "train_on_prompt train_on_inputs mask_history",
+    "--max_rows limits what is read": "streaming",
     "the only adapters are LoRA's, --lora_rank": "use_dora use_rslora pissa_init use_galore",
     "rows are not packed but batched with others of their length": "packing neat_packing",
     "torchrun --nproc_per_node N starts N processes, and --shard splits the model over them":
@@ -162,6 +178,11 @@ NANOGPT = {
     **{f"eval_gpt2{size}": f"init_from=gpt2{size.replace('_', '-')} eval_only=True batch_size=8"
         for size in ("", "_medium", "_large", "_xl")},
 }  # fmt: skip
+# {their flag: (ours, what theirs is to be multiplied by)}
+PRODUCTS = {
+    "warmup_ratio": ("--warmup_steps", "max_steps"),
+    **{flag: ("--batch_tokens", "context") for flag in ADVICE if flag.endswith("batch_size")},
+}
 SCRIPTS = ("train", "finetune", "sample", "prepare_data", "model", "lora", "mnist")
 YES, NO = ("true", "1", "yes"), ("false", "0", "no", "none")
 
@@ -177,6 +198,7 @@ class Parser(argparse.ArgumentParser):
     abbreviated, and whose errors are one line."""
 
     def __init__(self, **settings):
+        self.given = {}  # the arguments, once they are parsed
         super().__init__(allow_abbrev=False, **settings)
 
     def translate(self, flag, value):
@@ -234,6 +256,7 @@ class Parser(argparse.ArgumentParser):
             self.error(self.config_hint(Path(words[at]), words[at + 1 :]))
         words, unneeded = self.our_words(words)
         args, unknown = super().parse_known_args(words, namespace)
+        self.given = vars(args)
         if unneeded and not unknown:
             why = (f"; {ADVICE[plain(flag)]}" for flag in unneeded if plain(flag) in ADVICE)
             print(f"[not needed here: {', '.join(unneeded)}{''.join(why)}]", file=sys.stderr)
@@ -280,17 +303,25 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Print one line, with what to write for unknown flags, and exit with code 2."""
         if message.startswith("unrecognized arguments: "):
-            words = message.split()[2:]
-            flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-            message = "; ".join(map(self.hint, flags or words[:1]))
+            flags = re.findall(r"(?<!\S)(--[^\s=]+)[\s=]?((?!--)\S*)", message)
+            message = "; ".join(self.hint(*f) for f in flags or [message.split()[2:3]])
         message = re.sub(r"^argument (\S+): (\S+ must be)", r"\1 \2", message)
         self.exit(2, f"{self.prog}: {message}\n" if first_process() else None)
 
-    def hint(self, flag):
+    def product(self, flag, value, settings):
+        """(our words for one of PRODUCTS, by what it was multiplied); where `settings` does not
+        have that number, 1000 is an example. None for another flag."""
+        ours, factor = PRODUCTS.get(plain(flag), ("", ""))
+        if ours in self._option_string_actions and re.fullmatch(r"[\d.]*\d", value):
+            number = float(settings.get(factor) or 1000)
+            return f"{ours}={float(value) * number:.0f}", f"--{factor} {number:.0f}"
+
+    def hint(self, flag, value=""):
         """What to write for an unknown flag, or for a word that is none."""
         name = plain(flag) if flag.startswith("--") else ""
-        if name in ADVICE:
-            return f"{flag}: {ADVICE[name]}"
+        if advice := ADVICE.get(f"{name}={value.lower()}", ADVICE.get(name)):
+            product = self.product(flag, value, self.given)
+            return f"{flag}: {advice}" + ("; it is {} with {}".format(*product) if product else "")
         ours = "--" + re.split("[|+=]", FOREIGN.get(name, name))[0]
         with contextlib.suppress(ImportError):  # only now: this module knows no script
             parsers = {s: importlib.import_module(s).build_parser() for s in SCRIPTS}
