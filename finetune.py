@@ -974,8 +974,8 @@ def main(argv=None):
     args = settle(args, out=str(out), examples=example_questions(examples["val"]))
     if runtime.rank == 0:
         print("\n".join(header(model, args, objective, splits, loader)))
-        rows = itertools.chain.from_iterable(map(batches.sequences, split.rows))
-        warn_unknown(tokenizer, itertools.chain.from_iterable(r.ids for r in rows), args.data)
+        ids = (i for row in split.rows for r in batches.sequences(row) for i in r.ids)
+        warn_unknown(tokenizer, ids, args.data)
 
     def report(result):
         report_best(model, args, objective, splits, examples)

@@ -44,7 +44,7 @@ from data.cli import Parser, StopSignal, UserError, at_least, between, positive,
 from data.costs import check_memory, memory_needed
 from data.machine import DTYPES, dtype_name, full_tensor, is_sharded, make_runtime, shard_like
 from data.progress import waiting, watched
-from data.runs import Log, clock, eval_line, newest_run, run_folder, step_line
+from data.runs import Log, clock, eval_line, newest_run, run_data, run_folder, step_line
 from data.tokenizer import Tokenizer
 from prepare_data import data_hashes, find_data, other_tokenizer, read_meta, read_tokens
 
@@ -924,11 +924,14 @@ def resolve(args):
         raise UserError("--grad_accum follows from --total_batch_tokens: give one of them")
     if args.resume is not None:
         settings, content = resumed_settings(args, given, shape | {"optimizer", "seed"})
+        if settings.get("eval_tokens") == EVAL_TOKENS:  # older runs have stored the default
+            settings["eval_tokens"] = given.get("eval_tokens")
     else:
         if "ckpt" in given and (changed := sorted(shape & set(given) - {"ckpt", "context"})):
             raise UserError(f"--{changed[0]} cannot be given with --ckpt, which brings its shape")
         preset, optimizer = given.get("preset", "tiny"), given.get("optimizer", "adamw")
-        settings = {"data": "stdlib", "preset": preset} | RECIPE | optimizer_rates()
+        data = (args.eval_only and run_data(args.ckpt)) or "stdlib"
+        settings = {"data": data, "preset": preset} | RECIPE | optimizer_rates()
         settings |= RECIPE_CHANGES.get(optimizer, {}) | RECIPE_CHANGES.get(preset, {})
         if "ckpt" in given:  # rates follow from the model's size, see `settle`
             settings |= dict.fromkeys(("lr", "embed_lr", "head_lr", *optimizer_rates()))
@@ -964,7 +967,7 @@ def resumed_settings(args, given, fixed):
     if set(limits) & set(given):  # a new limit replaces the old ones
         inherited |= limits
     if int(os.environ.get("RANK", 0)) == 0:
-        new = " and ".join(f"{k} {v}" for k, v in given.items() if k != "resume")
+        new = " and ".join(f"{k} {v}" for k, v in given.items() if k not in ("resume", "eval_only"))
         but = f", but {new}" if new else ""
         print(f"resuming {path} at step {content['step']}; settings are the run's own{but}")
     if "dtype" in given:

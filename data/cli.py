@@ -266,16 +266,14 @@ class Parser(argparse.ArgumentParser):
             text = NANOGPT[path.stem].replace(" ", "\n")
         else:
             return f"{path} does not exist; settings are given as flags here, not in files"
-        product = r"\d+(?:\s*\*\s*\d+)+"
-        text = re.sub(product, lambda m: str(math.prod(map(int, m[0].split("*")))), text)
         pairs = re.findall(r"^\s*([\w.]+)\s*[=:]\s*([^#\n]*[^#\n\s])", text, re.M)
         words = [f"--{name}=" + value.strip("\"'") for name, value in pairs if value != "null"]
         pretrains = path.suffix == ".py" and "--total_batch_tokens" in self._option_string_actions
         base = [f"--{word}" for word in NANOGPT["train_gpt2"].split()] if pretrains else []
         ours, others = {}, []
         words = self.our_words(base)[0] + self.our_words([*words, *given])[0]
-        for word in re.split(" (?=--)", shlex.join(words)):  # a flag, perhaps with its value
-            flag = re.split("[ =]", word)[0]
+        for word in re.split(" (?='?--)", shlex.join(words)):  # a flag, perhaps with its value
+            flag = re.split("[ =]", word.lstrip("'"))[0]
             if flag in self._option_string_actions:
                 ours.pop(flag.replace("--no-", "--"), None)
                 ours[flag] = word
@@ -284,10 +282,9 @@ class Parser(argparse.ArgumentParser):
         if pretrains:  # nanoGPT divides its steps among the processes; so does --total_batch_tokens
             if not {"--ckpt", "--preset", "--n_layer", "--d_model"} & set(ours):
                 ours = {"--preset": "--preset=gpt2"} | ours
-            sizes = [ours[f"--{name}"] for name in ("batch_size", "context", "grad_accum")]
-            sizes = [int(n) for n in re.findall(r"[ =](\d+)(?= |$)", " ".join(sizes))]
-            del ours["--grad_accum"]
-            ours.setdefault("--total_batch_tokens", f"--total_batch_tokens={math.prod(sizes)}")
+            sizes = ours["--batch_size"] + ours["--context"] + ours.pop("--grad_accum")  # or 5 * 8
+            total = math.prod(map(int, re.findall(r"\d+", sizes)))
+            ours.setdefault("--total_batch_tokens", f"--total_batch_tokens={total}")
         without = f" (without {', '.join(others)})" if others else ""
         command = f"python {self.prog} {' '.join(ours.values())}"
         return f"{path}: settings are given as flags here, not in files{without}: {command}"
@@ -337,11 +334,10 @@ def number(kind, wanted, accepts):
     the flag must be what `wanted` describes."""
 
     def parse(text):
-        exact = kind is not int or not re.fullmatch(r"[\d.]+e\+?\d+", text, re.I)
-        value = kind(text if exact else float(text))  # 9e9 is a whole number, too
+        value = float(text) if kind is int and "e" in text.lower() else kind(text)  # as 9e9
         if not accepts(value):
             raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
-        return value
+        return kind(value)
 
     parse.__name__ = kind.__name__  # argparse's own error names it: invalid int value
     return parse

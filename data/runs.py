@@ -21,6 +21,13 @@ def newest_run():
     return max(paths, key=lambda p: p.stat().st_mtime).parent
 
 
+def run_data(ckpt):
+    """The data of the run whose folder or checkpoint is `ckpt`; None if it is not a run's."""
+    folder = Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / "settings.json").read_text(encoding="utf-8")).get("data")
+
+
 def new_run(name):
     """out/NAME, or out/NAME-2, -3 ..., created at once so that no run writes into another's."""
     for n in itertools.count(1):

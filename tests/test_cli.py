@@ -70,7 +70,7 @@ def test_a_number_outside_of_its_limits_is_one_line(kind, text, line, capsys):
 # ---- flags, ours and others' -----------------------------------------------------------------
 
 CONFIG = """# nanoGPT's
-out_dir = 'out-shakespeare-char'
+out_dir = 'out shakespeare'
 gradient_accumulation_steps = 5 * 8
 eval_iters = 200
 n_embd = 384 # baby GPT

@@ -287,7 +287,7 @@ def test_the_whole_split_is_read_and_told_of_once_at_the_end(corpus, monkeypatch
     rows = [r for r in metrics("out/words-2") if r.get("final")]
     assert len(rows) == 1 and rows[0]["val_share"] == 1
     assert rows[0]["val_loss"] == pytest.approx(metrics("out/words")[-1]["val_loss"])
-    said = run("--eval_only", "--ckpt", "out/words-2", "--data", "words").stdout
+    said = run("--eval_only", "--ckpt", "out/words-2/last.pt").stdout
     assert eval_line(rows[0] | {"step": None, "final": None}) in said and "(100% of val)" in said
     assert len(list(Path("out").iterdir())) == 3 and "(4% of val)" in run(
         "--eval_only", "--resume", "out/words", "--eval_tokens", 64).stdout
