@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import json
 import math
 import os
 import re
@@ -96,7 +97,8 @@ precision mixed_precision, dtype=fp16: fp16 half mixed_precision=fp16 precision=
 precision=16-mixed, dtype=bf16: bf16 mixed_precision=bf16 precision=bf16-true precision=bf16-mixed,
 dtype=fp32: mixed_precision=no precision=32-true, quantize=nf4: load_in_4bit quantization_bit=4
 quantize=bnb.nf4 quantize=bnb.nf4-dq, quantize=int8|dtype=int8: load_in_8bit quantization_bit=8
-quantize=bnb.int8, lora_rank=8: finetuning_type=lora use_lora, lora_rank=16: use_peft, lora_rank:
+quantize=bnb.int8, lora_rank=8: finetuning_type=lora use_lora, lora_rank=0: finetuning_type=full,
+lora_rank=16: use_peft, lora_rank:
 lora_r, lora_targets: target_modules lora_target lora_target_modules, lora_targets=all:
 target_modules=all-linear lora_target_modules=all-linear, objective=sft: stage=sft, objective=dpo:
 stage=dpo, objective=reward: stage=rm, dpo_beta: pref_beta beta, reward: reward_model reward_funcs,
@@ -105,7 +107,7 @@ max_completion_tokens n_predict predict, num_samples: num_return_sequences n, be
 temperature=0: do_sample=false, temperature: temp, repetition_penalty: repeat_penalty, stop:
 stop_strings reverse_prompt, system: system_prompt default_system, serve: port webui, slots:
 max_num_seqs, chat: interactive, eval_only: do_predict, no_compile|: compile=false,
-: init_from=scratch from_weight=none from_resume=0 decay_lr finetuning_type=full report_to=none
+: init_from=scratch from_weight=none from_resume=0 decay_lr report_to=none
 do_sample do_train do_eval overwrite_output_dir overwrite_cache plot_loss template
 always_save_checkpoint save_total_limit save_strategy save_only_model eval_strategy
 evaluation_strategy logging_strategy logging_first_step load_best_model_at_end greater_is_better
@@ -124,6 +126,7 @@ ADVICE = {
         "report_to wandb_log wandb_project wandb_run_name wandb use_wandb use_swanlab logging_dir",
     "--out out/NAME names a run": "run_name exp_name",
     "--warmup_steps counts steps": "warmup_ratio",
+    "runs are never overwritten: delete the folder or name another": "overwrite_output_dir",
     "the schedule ends with the run, --max_steps or --max_minutes": "lr_decay_iters",
     "train.py has --max_steps and --max_minutes, finetune.py also --epochs":
         "epochs num_train_epochs num_epochs max_epochs",
@@ -187,6 +190,33 @@ def plain(flag):
     return name if name in FOREIGN else name.rpartition(".")[2]
 
 
+def read_settings(path):
+    """[(name, value)] of someone else's configuration: a file of Python, of YAML, or of JSON with
+    two names that we know (rows have others), or one of NANOGPT; None if it is none of these."""
+    if path.suffix == ".json":
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(settings, dict) or len((FOREIGN | ADVICE).keys() & settings) < 2:
+            return None
+        text = "\n".join(f"{name}: {value}" for name, value in settings.items())
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+    elif path.stem in NANOGPT:
+        text = NANOGPT[path.stem].replace(" ", "\n")
+    else:
+        return None
+    text = re.sub(r"\s*\n\s*- +", ",", text)  # YAML: the items of a list
+    found = re.findall(r"^\s*([\w.]+)\s*[=:][ \t]*([^#\n]*[^#\n\s])", text, re.M)
+    pairs = [(name, re.sub(r"[\[\]\"']|(?<=,) ", "", v).strip(",")) for name, v in found]
+    for n, (name, value) in enumerate(pairs):  # LLaMA-Factory's names are files in its data/
+        named = name == "dataset" and path.suffix != ".py" and f"{name}={value}" not in FOREIGN
+        if named and re.fullmatch(r"[\w,]+", value):
+            pairs[n] = (name, ",".join(f"data/{part}.json" for part in value.split(",")))
+    return [(name, value) for name, value in pairs if value not in ("null", "None")]
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose flags may be written with dashes or as in FOREIGN, but not
     abbreviated, and whose errors are one line."""
@@ -239,16 +269,22 @@ class Parser(argparse.ArgumentParser):
             else:
                 ours += [*new[:-1], new[-1] + ("" if whole or apart else equals + value)]
             del words[: bool(whole and apart)]
+        if "--lora_rank=0" in settings and any(w.startswith("--lora_rank") for w in ours):
+            self.error("--finetuning_type full goes without --lora_rank: leave out one of them")
         return settings + ours, unneeded
 
     def parse_known_args(self, args=None, namespace=None):
         """argparse's, of the words that `our_words` makes of the given ones."""
         words = sys.argv[1:] if args is None else args
-        for i, word in enumerate([] if self._get_positional_actions() else words):
-            free = i == 0 or words[i - 1] == "--config" or "=" in words[i - 1]  # no flag's value
-            if free and re.search(r"^[^-].*\.(py|ya?ml)$", word):
+        sources = any(not p.choices for p in self._get_positional_actions())
+        for i, word in enumerate([] if sources else words):
+            before = words[i - 1] if i else "="
+            free = before == "--config" or "=" in before or (i == 1 and before[:1] != "-")
+            is_json = word.endswith(".json") and read_settings(Path(word))
+            if free and (is_json or re.search(r"^[^-].*\.(py|ya?ml)$", word)):  # no flag's value
                 given = [w for w in words if w not in (word, "--config")]
-                self.error(self.config_hint(Path(word), given))
+                command = given.pop(0) if given and given[0][:1] != "-" else ""  # train, merge
+                self.error(self.config_hint(Path(word), given, command))
         words, unneeded = self.our_words(words)
         args, unknown = super().parse_known_args(words, namespace)
         self.given = vars(args)
@@ -257,20 +293,15 @@ class Parser(argparse.ArgumentParser):
             print(f"[not needed here: {', '.join(notes)}]", file=sys.stderr)
         return args, unknown
 
-    def config_hint(self, path, given):
-        """The command that does what someone else's configuration file (Python or YAML) says,
-        changed by the words that are `given` after it."""
-        if path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
-        elif path.stem in NANOGPT:
-            text = NANOGPT[path.stem].replace(" ", "\n")
-        else:
+    def config_hint(self, path, given, command):
+        """The command that does what someone else's configuration file says, changed by the words
+        that are `given` beside it; `command` is the word that may stand before it."""
+        if (pairs := read_settings(path)) is None:
             return f"{path} does not exist; settings are given as flags here, not in files"
-        pairs = re.findall(r"^\s*([\w.]+)\s*[=:]\s*([^#\n]*[^#\n\s])", text, re.M)
-        words = [f"--{name}=" + value.strip("\"'") for name, value in pairs if value != "null"]
+        words = [f"--{name}={value}" for name, value in pairs]
         pretrains = path.suffix == ".py" and "--total_batch_tokens" in self._option_string_actions
         base = [f"--{word}" for word in NANOGPT["train_gpt2"].split()] if pretrains else []
-        ours, others = {}, []
+        ours, others = {}, {}
         words = self.our_words(base)[0] + self.our_words([*words, *given])[0]
         for word in re.split(" (?='?--)", shlex.join(words)):  # a flag, perhaps with its value
             flag = re.split("[ =]", word.lstrip("'"))[0]
@@ -278,7 +309,16 @@ class Parser(argparse.ArgumentParser):
                 ours.pop(flag.replace("--no-", "--"), None)
                 ours[flag] = word
             else:
-                others.append(flag)
+                others[flag] = word
+        settings = {flag[2:]: word[len(flag) + 1 :] for flag, word in ours.items()}
+        for flag, word in list(others.items()):
+            value = word[len(flag) + 1 :]
+            its, factor = self.product(flag, value, settings) or ("", "--")
+            if factor.split()[0] in ours:
+                ours[its.split("=")[0]] = its
+                del others[flag]
+            elif advice := ADVICE.get(f"{plain(flag)}={value}"):
+                others[f"{flag}: {advice}"] = others.pop(flag)
         if pretrains:  # nanoGPT divides its steps among the processes; so does --total_batch_tokens
             if not {"--ckpt", "--preset", "--n_layer", "--d_model"} & set(ours):
                 ours = {"--preset": "--preset=gpt2"} | ours
@@ -286,7 +326,8 @@ class Parser(argparse.ArgumentParser):
             total = math.prod(map(int, re.findall(r"\d+", sizes)))
             ours.setdefault("--total_batch_tokens", f"--total_batch_tokens={total}")
         without = f" (without {', '.join(others)})" if others else ""
-        command = f"python {self.prog} {' '.join(ours.values())}"
+        commands = [command or p.choices[0] for p in self._get_positional_actions()]
+        command = " ".join(["python", self.prog, *commands, *ours.values()])
         return f"{path}: settings are given as flags here, not in files{without}: {command}"
 
     def error(self, message):
