@@ -142,8 +142,6 @@ def test_augmented_epochs_depend_on_their_seed_alone():
     assert first == again != second and len(first) == len(second) == 40
 
 
-# ---- hotels ----------------------------------------------------------------------------------
-
 def hotel(name, price, rating, facilities=(), type="舒适型"):
     return dict(name=name, price=price, rating=rating, facilities=list(facilities), type=type)
 

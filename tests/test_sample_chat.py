@@ -61,8 +61,6 @@ def test_a_classifier_prints_probabilities_best_first_and_does_not_chat(tmp_path
     assert "--chat asks it" in capsys.readouterr().err
 
 
-# ---- the chat, its model a script ------------------------------------------------------------
-
 def say(text):
     return [*CHAT.encode(text), END]
 
@@ -242,8 +240,6 @@ def test_a_full_context_is_cut_at_turns_and_said_once(script, hear):
     with pytest.raises(UserError, match="no chat template"):
         chat(tokenizer=BYTE)
 
-
-# ---- the process -----------------------------------------------------------------------------
 
 def test_a_chat_from_a_pipe_ends_with_it(tmp_path):
     save(tmp_path / "m.pt", small_model(256), CHAT)

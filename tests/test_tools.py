@@ -124,8 +124,6 @@ def test_what_tools_return_is_json_and_what_they_raise_is_told():
     assert CHAT.decode(CHAT.encode(half)) and json.loads(half)
 
 
-# ---- tools: what the model is told, against transformers ------------------------------------
-
 def look_up(city: str, days: int = 3, units: Literal["c", "f"] = "c", k: str = "u") -> list[dict]:
     """The weather of a city,
     day by day.
