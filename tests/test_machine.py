@@ -14,13 +14,11 @@ from data.runs import step_line
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-def test_bf16_that_is_only_emulated_is_not_taken(monkeypatch):
-    def supported(including_emulation=True):
-        return including_emulation or native
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    for native, dtype in (False, "fp16"), (True, "bf16"):
-        assert native_dtype(CUDA) == dtype
+@pytest.mark.parametrize("native, dtype", [(False, "fp16"), (True, "bf16")])
+def test_bf16_that_is_only_emulated_is_not_taken(native, dtype, monkeypatch):
+    bf16 = lambda including_emulation=True: including_emulation or native  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", bf16)
+    assert native_dtype(CUDA) == dtype
     assert native_dtype(CPU) == native_dtype(torch.device("mps")) == "fp32"
 
 
