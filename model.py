@@ -65,33 +65,33 @@ ROPE_SCALINGS = {"linear": {"factor"}, "llama3": set(_LLAMA3.split())}
 class Config:
     """The shape of a Transformer. The sizes that are None follow from the others."""
 
-    vocab_size: int = 2048
-    n_layer: int = 4
-    n_head: int = 4
-    d_model: int = 128
+    vocab_size: int = 2048  # rows of the embedding and of the head
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # heads of queries in each block
+    d_model: int = 128  # channels between the blocks
     context: int = 128  # the most tokens that the model can look at
-    n_kv_head: int | None = None  # fewer than n_head is grouped-query attention; None: n_head
-    head_size: int | None = None  # None: d_model / n_head
+    n_kv_head: int | None = None  # of keys and values; fewer: grouped-query attention; None: n_head
+    head_size: int | None = None  # channels of a head; None: d_model / n_head
     d_ff: int | None = None  # None: 4 * d_model; for swiglu 8/3 * d_model, which is as many weights
-    position: str = "rope"
-    norm: str = "rmsnorm"
+    position: str = "rope"  # how a model knows the order of its tokens
+    norm: str = "rmsnorm"  # before attention, before feed-forward and at the end
     norm_weight: bool = True  # a learned scale (and, for layernorm, shift) in every norm
-    activation: str = "swiglu"
-    qkv_bias: bool = False
+    activation: str = "swiglu"  # in the feed-forward
+    qkv_bias: bool = False  # on the projections to queries, keys and values
     out_bias: bool = False  # on the projection after attention
-    ff_bias: bool = False
-    head_bias: bool = False
+    ff_bias: bool = False  # on the two or three matrices of the feed-forward
+    head_bias: bool = False  # on the logits
     qk_norm: bool = False  # RMS-normalise queries and keys per head
     embed_norm: bool = False  # another norm, right after the embedding
     value_embed: bool = False  # a second table, whose rows are added to the values of each layer
     bigram: int = 0  # rows of a table for pairs of ids, see `BigramEmbedding`; 0 is none
     induction: bool = False  # also embed an id that may be copied, see `Induction`
     tied: bool = False  # the head is the embedding table, transposed
-    dropout: float = 0.0
-    eps: float = 1e-5
-    rope_theta: float = 10000.0
+    dropout: float = 0.0  # of the embedding, attention weights and block outputs, in training
+    eps: float = 1e-5  # of the norms
+    rope_theta: float = 10000.0  # the larger, the slower rope turns its slow channels
     rope_scaling: dict | None = None  # {"rope_type": one of ROPE_SCALINGS, its parameters...}
-    init: str = "zero_out"  # see `Transformer.init_weights`
+    init: str = "zero_out"  # initial weights: `Transformer.init_weights`
 
     def __post_init__(self):
         if self.n_head < 1 or (self.head_size is None and self.d_model % self.n_head):
@@ -225,9 +225,9 @@ def rope_tables(context, head_size, theta, scaling=None):
 
 
 def scale_frequency(frequency, scaling):
-    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or only those
-    that turn fewer than low_freq_factor times in the original context, others less, and not at all
-    from high_freq_factor turns on (`llama3`, of Llama 3.1)."""
+    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or according
+    to how often they turn in the original context (`llama3`, of Llama 3.1): in full below
+    low_freq_factor turns, not at all above high_freq_factor turns, in part in between."""
     kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
     if kind != "llama3":
         return frequency / factor
@@ -478,6 +478,7 @@ class ChunkedLoss(torch.autograd.Function):
         x_low, w_low, b_low = x.to(low), weight.to(low), None if bias is None else bias.to(low)
         full = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=full, device=x.device)
+        # needs_input_grad does not know of torch.no_grad, and in here no gradients are recorded
         need_x, need_w, need_b = (n and with_grad for n in ctx.needs_input_grad[:3])
         grad_x = torch.empty_like(x) if need_x else None
         grad_w = torch.zeros_like(weight, dtype=full) if need_w else None
@@ -569,7 +570,8 @@ class NewTokens(NamedTuple):
 
     positions: slice | torch.Tensor  # a slice or (T,) if the same for all rows, else (B, T)
     mask: torch.Tensor | None = None  # (B, 1, T, S), see `naive_attention`
-    layers: list | None = None  # per layer (keys, values), old and new tokens, (B, nkv, S, hs)
+    # per layer (keys, values) (B, nkv, S, hs): parts of the cache, with room for the new tokens
+    layers: list | None = None
 
 
 class KVCache:
@@ -792,13 +794,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def grow_vocabulary(self, vocab_size, used):
-        """Make room for at least `vocab_size` ids, of which the first `used` were in use until now.
+        """Make room for at least `vocab_size` ids, of which the tokenizer had `used` until now.
         All rows after those, spare ones included, start at the mean of the used rows."""
         c, grown = self.config, max(self.config.vocab_size, vocab_size)
         for table in filter(None, (self.embed, self.value_embed, None if c.tied else self.head)):
             for name in ("weight", "bias"):
                 if (old := getattr(table, name, None)) is not None:
-                    # may be fewer: an end of text that the tokenizer has just added has no row
+                    # fewer than `used` if a model has no row for its tokenizer's end of text
                     kept = old[:used]
                     mean = kept.float().mean(0, keepdim=True).to(old.dtype)
                     new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
@@ -831,14 +833,6 @@ def evaluating(model):
         model.train(was_training)
 
 
-def unwrapped_state(module):
-    """The module's state dict without the prefixes that torch.compile and DDP add to its keys."""
-    state = module.state_dict()
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # either may be around the other
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
-
-
 def save_checkpoint(path, content):
     """Write a dict of tensors and plain values: temporary file, fsync, rename. UserError if the
     disk is full or read-only; the previous file is then intact."""
@@ -849,8 +843,8 @@ def find_checkpoint(name):
     """The path of a checkpoint: a file, a run's folder, a folder in Hugging Face's layout, or a
     model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), which is downloaded."""
     path = Path(name)
-    local = path.exists() or path.parts[0] in ("out", "data")
-    local = local or (path.parent != Path() and path.parent.is_dir())
+    in_folder = path.parent != Path() and path.parent.is_dir()
+    local = path.exists() or in_folder or path.parts[0] in ("out", "data")
     if local or not is_hub_name(str(name)):
         return path
     return snapshot_download(str(name), check=check_readable)
@@ -865,9 +859,7 @@ def load_checkpoint(path, dtype=None, resuming=False):
     """
     path = find_checkpoint(path)
     if (path / "config.json").exists():
-        has_tokenizer = (path / "tokenizer.json").exists()
-        tokenizer = {"tokenizer": hub_tokenizer(path)} if has_tokenizer else {}
-        return load_hf(path, dtype) | tokenizer
+        return load_hf(path, dtype)
     if (path / "adapter_config.json").exists():
         raise UserError(f"{path} is an adapter of peft's, which cannot be read: train one here")
     if path.is_dir():
@@ -956,8 +948,9 @@ def config_to_hf(config):
 
 
 def load_hf(folder, dtype=None):
-    """The checkpoint dict {"config", "model"} of a folder in Hugging Face's layout. Tensors that
-    need no change stay on disk until they are touched; others are copied, to `dtype` if given."""
+    """The checkpoint dict {"config", "model", "tokenizer"} of a folder in Hugging Face's layout,
+    which may lack a tokenizer. Tensors that need no change stay on disk until they are touched;
+    others are copied, to `dtype` if given."""
     folder = Path(folder)
     values = read_json(folder / "config.json")
     config = config_from_hf(values, str(folder / "config.json"), verbose=True)
@@ -966,7 +959,9 @@ def load_hf(folder, dtype=None):
     shapes = {name: t.shape for name, t in meta_model(config).state_dict().items()}
     gpt2 = config.position == "learned"
     state = hf_weights.read_state(folder, shapes, gpt2, config.tied, dtype)
-    return {"config": asdict(config), "model": state}
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    tokenizer = {"tokenizer": hub_tokenizer(folder)} if has_tokenizer else {}
+    return {"config": asdict(config), "model": state} | tokenizer
 
 
 def export_hf(content, folder):
@@ -976,17 +971,16 @@ def export_hf(content, folder):
     values, nearest = config_to_hf(config)
     if problem := fit_error(meta_model(config).state_dict(), content["model"]):
         raise UserError(f"this checkpoint does not fit its own config: {problem}")
-    tokenizer = Tokenizer(content["tokenizer"]) if "tokenizer" in content else None
-    if tokenizer:
+    if "tokenizer" in content:
+        tokenizer = Tokenizer(content["tokenizer"])
         values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
+        write_json(folder / "generation_config.json", generation_config(tokenizer))
     shapes = {name: t.shape for name, t in meta_model(nearest).state_dict().items()}
     if nearest.tied:
         del shapes["head.weight"]
     hf_weights.write_model(folder, values, shapes, content["model"])
-    if tokenizer:
-        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
-        write_json(folder / "generation_config.json", generation_config(tokenizer))
     return values
 
 
@@ -997,40 +991,31 @@ def export_hf(content, folder):
 
 def count_parameters(model):
     """{part: parameters} and their "total"; a tied head is counted once, as the embedding."""
-    parts = "embedding", "positions", "attention", "feed-forward", "norms", "head"
-    counts = dict.fromkeys(parts, 0)
-    tops = dict(embed="embedding", value_embed="embedding", inputs="embedding")
-    tops |= dict(position="positions", head="head")
+    words = {"embed": "embedding", "inputs": "embedding", "position": "positions"}
+    words |= {"attention": "attention", "feed_forward": "feed-forward", "norm": "norms"}
+    counts = dict.fromkeys([*words.values(), "head"], 0)
     for name, p in model.named_parameters():
-        block_part = "attention" if ".attention." in name else "feed-forward"
-        part = "norms" if "norm" in name else tops.get(name.split(".")[0], block_part)
-        counts[part] += p.numel()
+        parts = [part for word, part in words.items() if word in name]
+        counts[parts[-1] if parts else "head"] += p.numel()  # the last: embed_norm is a norm
     return {**counts, "total": sum(counts.values())}
 
 
-def flops_per_token(config, length=None):
+def flops_per_token(config, length=None, learned=1.0, frozen=False):
     """Floating-point operations to train on one token of rows that are `length` tokens long (by
     default the context), forward and backward.
 
     Six per weight of a matrix product (a multiply and an add, three times: forward, by the input,
-    by the weight), plus the attention scores: 12 n_layer nh hs length. That counts the masked half
-    too, as PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT do, so MFUs compare.
+    by the weight; four of a `frozen` model with adapters), plus the attention scores: 12 n_layer nh
+    hs length. That counts the masked half too, as PaLM (Chowdhery et al. 2022, appendix B) and
+    nanoGPT do, so MFUs compare. The head is computed for the share of tokens that is `learned`.
     """
     c = config
     qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
     feed_forward = c.d_model * c.d_ff * (3 if c.activation in GATED else 2)
     block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
-    weights = c.n_layer * block + c.d_model * c.vocab_size + c.induction * c.d_model**2
-    return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
-
-
-def report(name, config, tokens=None, world=None, shard=False):
-    """What `python model.py` prints."""
-    counts, flops = count_parameters(meta_model(config)), flops_per_token(config)
-    lines = costs.shape_lines(name, asdict(config), counts, flops, tokens)
-    if world:
-        lines += costs.world_lines(config, counts, flops, world, shard)
-    return "\n".join(lines)
+    weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
+    scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
+    return (4 if frozen else 6) * weights + scores
 
 
 # The values of every --ckpt; see `find_checkpoint`
@@ -1053,17 +1038,20 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.export and not args.ckpt:
         raise UserError("--export needs --ckpt, the model to write")
-    if not args.ckpt:
-        return print(report(args.preset, preset(args.preset), args.tokens, args.world, args.shard))
-    folder, content = Path(args.export or ""), load_checkpoint(args.ckpt)
-    if not args.export:
-        config = Config.from_dict(content["config"])
-        return print(report(args.ckpt, config, args.tokens, args.world, args.shard))
-    if "adapter" in content:
-        raise UserError(f"{args.ckpt} is an adapter: export it with lora.py, or merge it first")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} exists: name a new folder for --export")
-    print(f"{folder}: {export_hf(content, folder)['architectures'][0]}")
+    content = load_checkpoint(args.ckpt) if args.ckpt else {}
+    if args.export:
+        folder = Path(args.export)
+        if "adapter" in content:
+            raise UserError(f"{args.ckpt} is an adapter: export it with lora.py, or merge it first")
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise UserError(f"{folder} exists: name a new folder for --export")
+        return print(f"{folder}: {export_hf(content, folder)['architectures'][0]}")
+    config = Config.from_dict(content["config"]) if content else preset(args.preset)
+    counts, flops = count_parameters(meta_model(config)), flops_per_token(config)
+    lines = costs.shape_lines(args.ckpt or args.preset, asdict(config), counts, flops, args.tokens)
+    if args.world:
+        lines += costs.world_lines(config, counts, flops, args.world, args.shard)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

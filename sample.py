@@ -39,7 +39,7 @@ from data.matmul import make_fast, timing_lines
 from data.reply import TextStream
 from data.runs import newest_run
 from data.terminal import Chat, talk
-from data.tokenizer import Tokenizer, label_token, labels_of
+from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of
 from data.tools import load_tools
 from model import (
     LOSS_ROWS,
@@ -209,7 +209,7 @@ class Text:
     ids: list = field(default_factory=list)
     start: int = 0
     prompt_length: int = 0
-    ended_at: int = 0  # how many texts had ended by then, this one included
+    ended_at: int = 0  # when it ended, as the number of texts that had ended then
     generator: torch.Generator | None = None
     settings: dict = field(default_factory=dict)  # as in DECODING
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
@@ -217,7 +217,7 @@ class Text:
     ends: tuple = ()  # ids at which the caller ends the text; empty if `min_tokens` is 0
     min_tokens: int = 0  # none of `ends` is among so many first ids, unless no other is allowed
     top: int | None = None  # how many alternatives `logprobs` shows; None: it stays empty
-    echo: bool = False  # whether `logprobs` begins with the ids of the prompt
+    echo: bool = False  # whether `logprobs` begins with the ids of the prompt, but the first
     # (log probability, [(id, log probability) of the `top` likeliest]) for each id
     logprobs: list = field(default_factory=list)
 
@@ -260,9 +260,9 @@ class Engine:
         start = max(0, len(prompt) - self.context)
         window = prompt[start:-1]  # the last id is always read, for its logits
 
-        def gain(text):  # ids reused less ids overwritten; then empty rows; then the longest free
-            reused, held = self.shared(text, window), self.held(text)
-            return max(0, 2 * reused - held), not held, -text.ended_at
+        def gain(text):  # ids kept less ids lost, or 0; then an empty row; then the longest free
+            kept, held = self.shared(text, window), self.held(text)
+            return max(0, kept - (held - kept)), not held, -text.ended_at
 
         old = max(self.texts[self.busy :], key=gain)
         self.cache.lengths[old.row] = 0 if echo else self.shared(old, window)
@@ -354,7 +354,7 @@ class Engine:
             self.cache.grow(min(self.context, 2 * (max(held) + T)))
         cache = self.cache.rows(first, last)
         rows = [text.ids[text.start + n :][:T] for text, n in zip(group, held)]
-        # only a prompt, which is alone in its group, has anything to echo
+        # only a prompt of two or more unread ids has any to echo, and it is alone in its group
         ids, text = torch.tensor(rows, device=self.device), group[0]
         if not text.echo or len(text.ids) > text.prompt_length:
             return self.model.last_logits(ids, cache)
@@ -822,6 +822,21 @@ def check_settings(args):
         raise UserError(f"--num_samples {args.num_samples} is more than --beams {args.beams}")
 
 
+def check_kind(tokenizer, path, args):
+    """The labels of a classifier, none of another model. UserError if it cannot do what the flags
+    ask for, a note if another flag suits it better."""
+    labels = labels_of(tokenizer) if tokenizer else []
+    if tokenizer and REWARD_TOKEN in tokenizer.special and args.analogy is None:
+        advice = f"it rates answers: finetune.py --objective grpo --reward {path} learns from it"
+        raise UserError(f"{path} is a reward model and writes nothing; {advice}")
+    if labels and args.chat:
+        raise UserError(f"{path} is a classifier of {', '.join(labels)}: give the text as --prompt")
+    if args.prompt and not labels and get_template(tokenizer):
+        note = "a chat model continues the text: --chat asks it, and --serve opens a page"
+        print(f"[{note}]", file=sys.stderr)
+    return labels
+
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_settings(args)
@@ -832,7 +847,7 @@ def main(argv=None):
     model, tokenizer, path = load(args.ckpt, args.device, args.dtype, args.adapter, ids_alone)
     if args.ckpt is None:
         print(f"[{path}]", file=sys.stderr)
-    labels = labels_of(tokenizer) if tokenizer else []
+    labels = check_kind(tokenizer, path, args)
     if args.analogy is not None:
         choices = [c.strip() for c in (args.choices or "").split(",") if c.strip()]
         table = model.embed.weight.detach().cpu()

@@ -74,7 +74,7 @@ def ask(messages, rng):
 
 def in_order(messages):
     """The messages, with hotels named in the order of the result: a model that has named one then
-    knows the next. Replies with prices, ratings or phones, which belong to a name, stay."""
+    knows the next. Replies with prices, ratings or phones, which belong to a name, are left."""
     ordered = messages[:1]
     for previous, m in pairwise(messages):
         names = list(records_of([previous]))

@@ -229,10 +229,10 @@ def write_model(folder, values, shapes, state):
     write_json(folder / "config.json", values | {"torch_dtype": str(dtype).removeprefix("torch.")})
 
 
-def write_peft(content, heights, gpt2, folder, base=None):
+def write_peft(content, weights, gpt2, folder, base=None):
     """Write adapter_config.json and adapter_model.safetensors of an adapter checkpoint, for
-    peft.PeftModel.from_pretrained over the base as `model.export_hf` writes it. `heights` is
-    {our name: outputs} of the base's Linears. UserError for what peft's files cannot describe.
+    peft.PeftModel.from_pretrained over the base as `model.export_hf` writes it. `weights` are the
+    base's tensors by our names. UserError for what peft's files cannot describe.
 
     Where a GPT-2 has q, k and v in one matrix, the adapters of n of them become one of rank n r,
 
@@ -246,22 +246,21 @@ def write_peft(content, heights, gpt2, folder, base=None):
             "the adapter needs embeddings of new special tokens or a quantized base, which peft's "
             "files cannot describe: merge it and export the whole model"
         )
-    modules, tensors, ranks = {}, {}, {}
-    for name in heights:
-        module = hf_name(f"{name}.weight", gpt2).removesuffix(".weight")
-        modules.setdefault(module, []).append(name)
-    for module, names in modules.items():
-        if inputs := [state[f"{name}.a"] for name in names if f"{name}.a" in state]:
-            outputs = [state.get(f"{n}.b", torch.zeros(heights[n], 0)) for n in names]
+    modules, tensors, counts = {}, {}, {}
+    for name in (n for n in weights if n.endswith(".weight")):
+        module = hf_name(name, gpt2).removesuffix(".weight")
+        modules.setdefault(module, {})[name.removesuffix(".weight")] = len(weights[name])
+    for module, heights in modules.items():
+        if inputs := [state[f"{name}.a"] for name in heights if f"{name}.a" in state]:
+            outputs = [state.get(f"{n}.b", torch.zeros(h, 0)) for n, h in heights.items()]
             tensors[f"base_model.model.{module}.lora_A.weight"] = torch.cat(inputs)
             tensors[f"base_model.model.{module}.lora_B.weight"] = torch.block_diag(*outputs)
-            ranks[module] = len(inputs)
+            counts[module] = len(inputs)
     rank, alpha = adapter["rank"], adapter["alpha"]
     values = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base)
     values |= dict(r=rank, lora_alpha=alpha, lora_dropout=adapter["dropout"], bias="none")
-    values |= dict(target_modules=list(ranks), inference_mode=True)
-    values["rank_pattern"] = {m: n * rank for m, n in ranks.items()}
-    values["alpha_pattern"] = {m: n * alpha for m, n in ranks.items()}
-    values["fan_in_fan_out"] = gpt2  # its matrices are (in, out)
+    values |= dict(target_modules=list(counts), inference_mode=True, fan_in_fan_out=gpt2)
+    values["rank_pattern"] = {m: n * rank for m, n in counts.items()}
+    values["alpha_pattern"] = {m: n * alpha for m, n in counts.items()}
     write_safetensors(Path(folder, "adapter_model.safetensors"), tensors)
     write_json(Path(folder, "adapter_config.json"), values)

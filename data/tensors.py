@@ -3,10 +3,9 @@
 import json
 import math
 import mmap
-import os
 import zipfile
-from pathlib import Path
 
+import numpy as np
 import torch
 
 from data.cli import UserError
@@ -56,16 +55,15 @@ class Safetensors:
     """
 
     def __init__(self, path):
-        self.path, self.entries, end = Path(path), {}, 0
+        self.entries, end = {}, 0
         try:
             with open(path, "rb") as f:
-                size = os.fstat(f.fileno()).st_size
-                length = int.from_bytes(f.read(8), "little")
-                if not 2 <= length <= size - 8:
-                    raise ValueError("its header does not fit")
-                header = json.loads(f.read(length).decode())
                 self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-            self.start = 8 + length
+            length = int.from_bytes(self.map[:8], "little")
+            if not 2 <= length <= len(self.map) - 8:
+                raise ValueError("its header does not fit")
+            header = json.loads(self.map[8 : 8 + length].decode())
+            self.data = np.frombuffer(self.map, np.uint8)[8 + length :]
             header.pop("__metadata__", None)
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 dtype, shape = SAFE_DTYPES[entry["dtype"]], tuple(entry["shape"])
@@ -75,18 +73,14 @@ class Safetensors:
                 if not size_fits or begin != end:
                     raise ValueError(f"tensor {name!r} {shape} does not match its bytes")
                 self.entries[name], end = (dtype, shape, begin, stop), stop
-            if end != size - self.start:
-                raise ValueError(f"its header describes {end} of {size - self.start} bytes")
+            if end != len(self.data):
+                raise ValueError(f"its header describes {end} of {len(self.data)} bytes")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"{path} is not a safetensors file, or is damaged: {e}") from e
 
     def __getitem__(self, name):
         dtype, shape, begin, end = self.entries[name]
-        if begin == end:
-            return torch.empty(shape, dtype=dtype)
-        count = (end - begin) // dtype.itemsize
-        flat = torch.frombuffer(self.map, dtype=dtype, count=count, offset=self.start + begin)
-        return flat.view(shape)
+        return torch.from_numpy(self.data[begin:end]).view(dtype).view(shape)
 
     def release(self):
         """Let the kernel take back the memory in which tensors were read: they are on disk."""

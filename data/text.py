@@ -34,8 +34,7 @@ COMMON = (  # four fifths of the characters of modern Chinese texts are among th
     "质存食服排元减值引强手由让求第视适道素析日随约那造述注测像集员推策金传复流源线智择支调乐整评写率教查就没价节致收己海验观立义车基获她且试三原拉各世资言空准政含考球达记西身运看完次放"
     "科界风未索始市管参站态章至款告许音优司环反做认向见否游直去释场则况战书已络象积布只置简研健治易月维专清德护证话转商快独联"
 )
-KANA = "".join(map(chr, range(0x3041, 0x3100)))
-PLAIN = frozenset(string.printable + KANA + COMMON)
+PLAIN = {*string.printable, *COMMON, *map(chr, range(0x3041, 0x3100))}  # the last are kana
 REMEDY = (
     "UTF-8, UTF-16 or GB18030; save it as UTF-8, or name its encoding: --encoding cp1252, "
     "shift_jis, euc_jp, big5, euc_kr, cp1251, koi8-r, gb18030, ..."
@@ -69,10 +68,11 @@ def detect_encoding(head):
     return "utf-8"
 
 
-def decode(raw, name, encoding=None):
-    """The text of a file's bytes, line ends as \\n, in `encoding` or in the one recognised.
-    UserError if it is damaged or in another encoding."""
-    return "".join(Documents([], encoding).text(name, partial(io.BytesIO, raw)))
+def read_text(path, encoding=None):
+    """The text of a file, line ends as \\n, in `encoding` or in the one recognised. UserError if it
+    is damaged or in another encoding."""
+    opener = gzip.open if str(path).lower().endswith(".gz") else open
+    return "".join(Documents([], encoding).text(str(path), partial(opener, path, "rb")))
 
 
 # A token never reaches across these places in any tokenizer we know: after a letter or digit and
