@@ -31,11 +31,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import costs, hf_weights
+from data import costs, hf_tokenizer, hf_weights
 from data.cli import Parser, UserError, at_least, run_cli
 from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_json, write_whole
-from data.hf_tokenizer import generation_config, hub_tokenizer, tokenizer_config, tokenizer_json
 from data.tensors import fit_error, load_pt
 from data.tokenizer import Tokenizer
 
@@ -911,8 +910,8 @@ def check_readable(folder):
     """UserError for a config or tokenizer that is not supported. Checked before the weights are
     downloaded, so that an unsupported model fails early."""
     config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    if (folder / "tokenizer.json").exists():
-        hub_tokenizer(folder)
+    if hf_tokenizer.find_tokenizer(folder):
+        hf_tokenizer.hub_tokenizer(folder)
 
 
 def config_from_hf(values, where="config.json", verbose=False):
@@ -959,9 +958,10 @@ def load_hf(folder, dtype=None):
     shapes = {name: t.shape for name, t in meta_model(config).state_dict().items()}
     gpt2 = config.position == "learned"
     state = hf_weights.read_state(folder, shapes, gpt2, config.tied, dtype)
-    has_tokenizer = (folder / "tokenizer.json").exists()
-    tokenizer = {"tokenizer": hub_tokenizer(folder)} if has_tokenizer else {}
-    return {"config": asdict(config), "model": state} | tokenizer
+    content = {"config": asdict(config), "model": state}
+    if hf_tokenizer.find_tokenizer(folder):
+        content["tokenizer"] = hf_tokenizer.hub_tokenizer(folder)
+    return content
 
 
 def export_hf(content, folder):
@@ -974,9 +974,9 @@ def export_hf(content, folder):
     if "tokenizer" in content:
         tokenizer = Tokenizer(content["tokenizer"])
         values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
-        write_json(folder / "generation_config.json", generation_config(tokenizer))
+        write_json(folder / "tokenizer.json", hf_tokenizer.tokenizer_json(tokenizer))
+        write_json(folder / "tokenizer_config.json", hf_tokenizer.tokenizer_config(tokenizer))
+        write_json(folder / "generation_config.json", hf_tokenizer.generation_config(tokenizer))
     shapes = {name: t.shape for name, t in meta_model(nearest).state_dict().items()}
     if nearest.tied:
         del shapes["head.weight"]

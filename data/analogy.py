@@ -1,9 +1,64 @@
 """Words as vectors: arithmetic in the embedding table."""
 import re
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from data.cli import UserError
+from data.download import is_hub_name, snapshot_download
+from data.files import read_json
+from data.hf_weights import hf_tensors
+
+
+class WordPiece:
+    """BERT's tokens, the lines of its vocab.txt: of each word the longest that it begins with, then
+    the longest that goes on, marked by ##. Each Chinese character is a word: 国 王, play ##ing."""
+
+    def __init__(self, path):
+        self.tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
+        special = [token[:1] == "[" and token[-1:] == "]" for token in self.tokens]
+        self.byte_lengths = np.array([0 if s else len(t) for s, t in zip(special, self.tokens)])
+
+    def encode(self, text):
+        """The ids of a text; none if it has a word that the tokens do not spell."""
+        ids, text = [], text if "A" in self.ids else text.lower()
+        for word in re.findall(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+|[^\w\s]|_", text):
+            start, end = 0, len(word)
+            while start < end:
+                piece = "##" * (start > 0) + word[start:end]
+                if piece in self.ids:
+                    ids.append(self.ids[piece])
+                    start, end = end, len(word)
+                else:
+                    end -= 1
+            if start < len(word):
+                return []
+        return ids
+
+    def decode(self, ids):
+        """The tokens as they are in the file."""
+        return " ".join(map(self.tokens.__getitem__, ids))
+
+
+def bert_words(ckpt):
+    """(WordPiece, embedding table) of a BERT, read without the rest of it; None for other models.
+    `ckpt` is a folder or a name of the Hub."""
+    folder, online = Path(ckpt), not Path(ckpt).exists() and is_hub_name(ckpt)
+    if online:
+        folder = snapshot_download(ckpt, files=["config.json"])
+    config = folder / "config.json"
+    if not config.exists() or read_json(config).get("model_type") != "bert":
+        return None
+    if online:
+        snapshot_download(ckpt, files=["vocab.txt"])
+        snapshot_download(ckpt)
+    tensors = hf_tensors(folder)
+    name = next((name for name in tensors if name.endswith("word_embeddings.weight")), None)
+    if name is None or not (folder / "vocab.txt").exists():
+        raise UserError(f"{folder} lacks {'vocab.txt' if name else 'word_embeddings.weight'}")
+    return WordPiece(folder / "vocab.txt"), tensors[name][name]
 
 
 def word_vector(word, tokenizer, table):

@@ -253,7 +253,11 @@ class Api:
         if not isinstance(text, str):
             raise ApiError(400, "prompt must be a text", "prompt")
         pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
-        ids = [[special[p]] if p in special else self.tokenizer.encode(p) for p in pieces]
+        before = [None] + ["special"] * len(pieces)
+        ids = [
+            [special[p]] if p in special else self.tokenizer.encode(p, place)
+            for p, place in zip(pieces, before)
+        ]
         ids = [i for piece in ids for i in piece]
         return {"tokens": ids, "count": len(ids), "max_model_len": self.context}
 

@@ -196,9 +196,11 @@ def hub_tokenizer(folder):
         if spm:
             model["merges"] = list(map(" ".join, model["merges"]))
         spec = dict(kind="spm", data=data) if spm else byte_level_spec(data, added)
-        begin = hub_begin(data.get("post_processor"), ids)
         names = {f"{n}_token": config.get(f"{n}_token") for n in ("bos", "eos", "unk", "pad")}
         names = {key: n["content"] if isinstance(n, dict) else n for key, n in names.items() if n}
+        begin = hub_begin(data.get("post_processor"), ids)
+        if path.suffix == ".model" and config.get("add_bos_token"):
+            begin = ids.get(names.get("bos_token"))
         ends = [other.get("eos_token_id") for other in others]
         ends = [[i for i in (e if isinstance(e, list) else [e]) if i in ids.values()] for e in ends]
         # a config.json may carry a default eos_token_id that is an ordinary token of this model
