@@ -45,7 +45,7 @@ class SentencePiece:
     """
 
     def __init__(self, data, added, words):
-        model = data["model"]
+        self.data, model = data, data["model"]
         if model.get("type", "BPE") != "BPE" or model.get("ignore_merges"):
             raise ValueError(f"model {model.get('type')}: only BPE without ignore_merges is read")
         vocab = {piece: i for piece, i in model["vocab"].items() if piece not in added}
@@ -58,7 +58,7 @@ class SentencePiece:
             raise ValueError(f"model: the merge {lost[0]!r} makes no token")
         self.ranks |= {piece: -score for piece, score in scores.items()}
         self.inside = {piece[i : i + 2] for piece in vocab for i in range(len(piece) - 1)}
-        self.unknown, self.fuses = (vocab | added).get(model.get("unk_token")), model.get("fuse_unk")
+        self.unknown = (vocab | added).get(model.get("unk_token"))
         names = [f"<0x{b:02X}>" for b in range(256)] if model.get("byte_fallback") else [None]
         self.bytes, self.cache = [vocab.get(name) for name in names], {}
 
@@ -85,7 +85,7 @@ class SentencePiece:
         normalized = {self.normalize(word, place): i for word, i in self.late.items()}
         longest_first = sorted(normalized, key=len, reverse=True)
         self.find_late = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        self.normalized, pieces = normalized, (vocab | added | normalized).items()
+        self.normalized, pieces = normalized, [*(vocab | added).items(), *normalized.items()]
         self.tokens = {i: piece.replace(SPACE, " ").encode() for piece, i in pieces}
         self.tokens |= {i: bytes([b]) for b, i in enumerate(self.bytes)}
         self.tokens |= {self.unknown: "\ufffd".encode()}
@@ -126,7 +126,7 @@ class SentencePiece:
                 if len(cache) < CACHE_LIMIT and len(word) < 100:
                     cache[word] = found
             ids += found
-        if self.fuses and self.unknown in ids:  # of several in a row the last one remains
+        if self.data["model"].get("fuse_unk") and self.unknown in ids:  # of several in a row the last one remains
             ids = [i for i, after in pairwise([*ids, None]) if i != self.unknown or i != after]
         return ids
 
@@ -209,7 +209,7 @@ def read_model(path, config):
     of merges. `config` is from tokenizer_config.json. UserError if it is no BPE, or damaged."""
     try:
         model = fields(path.read_bytes())
-        trainer, normalizer = (fields((model.get(n) or [b""])[0]) for n in (2, 3))
+        trainer, normalizer = (fields(model[n][0]) for n in (2, 3))
         pieces = []  # (piece, score, type)
         for p in map(fields, model[1]):
             score = struct.unpack("<f", p[2][0])[0] if 2 in p else 0.0
