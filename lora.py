@@ -62,8 +62,7 @@ def quantize_int8(x, size=BLOCK):
 
 
 def quantize_nf4(weight):
-    """Codes (blocks, 32) uint8, two a byte with the first in the high half, and the largest
-    absolute value of each block (blocks, 1)."""
+    """Codes (blocks, 32) uint8, two a byte, high half first; absolute maxima (blocks, 1)."""
     blocks = blocks_of(weight, BLOCK)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
     levels = torch.tensor(NF4, device=weight.device)
@@ -393,8 +392,7 @@ def merge_and_save(model, tokenizer, path):
 
 
 def export(base, adapter, folder, ckpt):
-    """Write a folder that peft reads over the exported base. `base` and `adapter` are contents of
-    checkpoints, `ckpt` is what the user calls the base."""
+    """Write a folder that peft reads over the exported base, which the user calls `ckpt`."""
     gpt2 = lm.config_to_hf(lm.Config.from_dict(base["config"]))[0]["model_type"] == "gpt2"
     in_transformers = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()
     write_peft(adapter, base["model"], gpt2, folder, ckpt if in_transformers else None)

@@ -385,7 +385,7 @@ def flow_loss(denoiser, images, labels):
     return (error / (1 - t[:, None, None]).clamp(min=0.05)).square().mean()
 
 
-def drawing(denoiser, labels, steps=30, guidance=2.0, seed=0):
+def drawing(denoiser, labels, seed=0, steps=30, guidance=2.0):
     """Draw the digits `labels` (N,) from noise. Yields images (N, 28, 28) after each step, which
     goes along the straight line from x to what the denoiser predicts, the last one all the way.
 
@@ -407,13 +407,16 @@ def drawing(denoiser, labels, steps=30, guidance=2.0, seed=0):
 
 
 def pictures(denoiser, text, *settings):
-    """Yield a PNG of the digits in a text after each step of `drawing`."""
+    """An iterator over PNGs of the digits in a text, one for each step of `drawing`."""
     digits, device = digits_of(text), denoiser.position.device
     labels = torch.tensor([digit for digit in digits if digit is not None], device=device)
-    pixels = np.zeros((len(digits), 28, 28), np.uint8)
-    for images in drawing(denoiser, labels, *settings):
+
+    def row(images):
+        pixels = np.zeros((len(digits), 28, 28), np.uint8)
         pixels[[digit is not None for digit in digits]] = grey(images)
-        yield png(np.kron(np.hstack(pixels), np.ones((4, 4), np.uint8)))
+        return png(np.kron(np.hstack(pixels), np.ones((4, 4), np.uint8)))
+
+    return map(row, drawing(denoiser, labels, *settings))
 
 
 def digits_of(text):
@@ -555,10 +558,8 @@ def start(args, saved, device, images):
     run = Run(model, args, images, Path(args.out), saved)
     size = sum(p.numel() for p in model.parameters())
     write_json(run.out / "settings.json", vars(args) | {"parameters": size})
-    print(
-        f"{args.out}: {args.recipe}, {size:,} parameters, {args.optimizer} with lr {args.lr:g} "
-        f"({args.schedule}), {args.epochs} epochs of {images:,} images, {device}"
-    )
+    how = f"{args.optimizer} with lr {args.lr:g} ({args.schedule}), {args.epochs} epochs"
+    print(f"{args.out}: {args.recipe}, {size:,} parameters, {how} of {images:,} images, {device}")
     return run
 
 
@@ -633,7 +634,7 @@ def train_denoiser(args, saved, device):
     if code := fit(run, images, labels, flow_loss, evaluate):
         return code
     labels = torch.arange(100, device=device) // 10
-    *_, drawn = drawing(run.model, labels, args.steps, args.guidance, args.seed)
+    *_, drawn = drawing(run.model, labels, args.seed, args.steps, args.guidance)
     write_png(run.out / "sheet.png", sheet(grey(drawn), 10, 2))
     print(f"{run.out / 'sheet.png'} has ten of each digit; python mnist.py --draw \"3 1 4\"")
     return 0
@@ -644,7 +645,7 @@ def draw_text(args, device):
     name = "".join("-" if digit is None else str(digit) for digit in digits_of(args.draw))
     denoiser, folder = load_run("diffusion", device)
     path = folder / f"draw-{name[:50]}.png"
-    *_, content = pictures(denoiser, args.draw, args.steps, args.guidance, args.seed or 0)
+    *_, content = pictures(denoiser, args.draw, args.seed or 0, args.steps, args.guidance)
     path.write_bytes(content)
     print(f"{path}: {len(name) - name.count('-')} digits")
     return 0
@@ -655,7 +656,7 @@ def judge(args, device):
     seen a drawn one, reads as the digit that was asked for. Returns the exit code."""
     (reader, _), (denoiser, _) = load_run("fast", device), load_run("diffusion", device)
     labels, start = torch.arange(args.judge, device=device) % 10, time.perf_counter()
-    *_, drawn = drawing(denoiser, labels, args.steps, args.guidance, args.seed or 0)
+    *_, drawn = drawing(denoiser, labels, args.seed or 0, args.steps, args.guidance)
     seconds = time.perf_counter() - start
     right = log_probabilities(reader, drawn).argmax(-1) == labels
     share = f"{right.sum()} of {len(labels)} ({right.float().mean():.1%})"

@@ -31,10 +31,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import costs, hf_tokenizer, hf_weights
+from data import costs, hf_tokenizer, hf_weights, tables
 from data.cli import Parser, UserError, at_least, run_cli
 from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_json, write_whole
+from data.runs import OUT, newest_run
 from data.tensors import fit_error, load_pt
 from data.tokenizer import Tokenizer
 
@@ -833,9 +834,12 @@ def evaluating(model):
 
 
 def save_checkpoint(path, content):
-    """Write a dict of tensors and plain values: temporary file, fsync, rename. UserError if the
-    disk is full or read-only; the previous file is then intact."""
+    """Write a dict of tensors and plain values, whole or not at all (see `write_whole`)."""
     write_whole(path, lambda f: torch.save(content, f))
+
+
+# The values of every --ckpt
+WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the Hub"
 
 
 def find_checkpoint(name):
@@ -867,10 +871,7 @@ def load_checkpoint(path, dtype=None, resuming=False):
             raise UserError(f"{path} has no best.pt or last.pt; train first, or name a file")
         path = files[0]
     if not path.exists():
-        raise UserError(
-            f"checkpoint {path} does not exist; name a file, a run's folder, or a model of the Hub "
-            f"(gpt2, or owner/name)"
-        )
+        raise UserError(f"checkpoint {path} does not exist; name {WHAT_CKPT}")
     content = load_pt(path, mapped=not resuming)
     if not isinstance(content, dict) or not {"config", "model"} <= set(content):
         raise UserError(f"{path} is not a checkpoint of scratchlm: it has no config and model")
@@ -907,8 +908,7 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
 
 
 def check_readable(folder):
-    """UserError for a config or tokenizer that is not supported. Checked before the weights are
-    downloaded, so that an unsupported model fails early."""
+    """UserError for an unsupported config or tokenizer, before the weights are downloaded."""
     config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     if hf_tokenizer.find_tokenizer(folder):
         hf_tokenizer.hub_tokenizer(folder)
@@ -939,10 +939,8 @@ def config_to_hf(config):
         other = getattr(nearest, name)
         added = other is True and (name == "norm_weight" or name.endswith("_bias"))
         if value != other and not added and name not in ("dropout", "init"):
-            raise UserError(
-                f"no Hugging Face architecture has {name} {value} with the rest of this model (the "
-                f"nearest, {values['model_type']}, has {other})"
-            )
+            field = f"{name} {value} (the nearest, {values['model_type']}, has {other})"
+            raise UserError(f"no Hugging Face architecture has {field} with the rest of this model")
     return values, nearest
 
 
@@ -1018,19 +1016,67 @@ def flops_per_token(config, length=None, learned=1.0, frozen=False):
     return (4 if frozen else 6) * weights + scores
 
 
-# The values of every --ckpt; see `find_checkpoint`
-WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the Hub"
+@torch.no_grad()
+def attention_weights(model, ids, layer=0):
+    """(nh, T, T): how much each position of `ids`, a list, takes from each other one in a layer. It
+    is what the heads return if the values are the identity matrix."""
+    module, inputs, T = model.blocks[layer].attention, [], len(ids)
+    with module.register_forward_pre_hook(lambda _, args: inputs.extend(args)):
+        model.hidden(torch.tensor([ids]))
+    bare, (x, rope, *_) = copy.copy(module), inputs
+    bare._modules = module._modules | {"out": nn.Identity()}
+    identity = torch.eye(T).expand(1, module.n_kv_head, T, T)
+    y = bare.forward(x, rope, lambda k, v: (k, identity))  # (1, T, nh * T)
+    return y.view(T, module.n_head, T).transpose(0, 1)
+
+
+def position_table(model):
+    """A row for each position: of the model's table or, for rope, the cosines and then the sines of
+    the angles by which the pairs of channels are turned."""
+    if model.config.position == "rope":
+        half = model.config.head_size // 2
+        return torch.cat((model.cos[:, half:], model.sin[:, half:]), dim=1)
+    return model.position.weight if model.config.position == "learned" else model.sines
+
+
+def show(what, path, prompt, layer, head):
+    """Print the numbers of a trained model that --show names, and draw them."""
+    content, picture = load_checkpoint(path), OUT / f"show-{what}.png"
+    if "adapter" in content or "tokenizer" not in content:
+        raise UserError(f"--show needs a whole model with its tokenizer, which {path} is not")
+    model, tokenizer = model_from_checkpoint(content, where=path), Tokenizer(content["tokenizer"])
+    ids, c = tokenizer.encode(prompt), model.config
+    if not 0 < len(ids) <= c.context:
+        raise UserError(f"--prompt has {len(ids)} tokens; the context of {path} is {c.context}")
+    for name, given, count in (("layer", layer, c.n_layer), ("head", head, c.n_head)):
+        if given >= count:
+            raise UserError(f"--{name} {given} must be below {count}, the {name}s of {path}")
+    texts, lines = tokenizer.texts(ids), tables.number_lines
+    if what == "attention":
+        table, lines = attention_weights(model, ids, layer)[head], tables.shade_lines
+    elif what == "position":
+        table, texts = position_table(model), [""] * c.context
+    else:
+        table = model.embed.weight[ids]
+    table = table.detach().numpy()
+    tables.draw_table(picture, table)
+    print(*lines(texts, table), picture, sep="\n")
 
 
 def build_parser():
     p = Parser(description="Parameters, memory and FLOPs of a model.")
     model = p.add_mutually_exclusive_group()
-    model.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default: tiny)")
+    model.add_argument("--preset", help=f"{', '.join(PRESETS)} (default: tiny)")
     model.add_argument("--ckpt", help=f"{WHAT_CKPT}, instead of a preset")
     p.add_argument("--tokens", type=at_least(1), help="training tokens, to predict the loss")
     p.add_argument("--world", type=at_least(1), help="GPUs: what each one stores and sends")
     p.add_argument("--shard", action="store_true", help="with --world: shard the model over them")
     p.add_argument("--export", metavar="DIR", help="write --ckpt as transformers reads it")
+    p.add_argument("--show", choices=("token", "position", "attention"),
+                   help="print and draw embeddings, positions, or a head's weights")  # fmt: skip
+    p.add_argument("--prompt", default="a fox met a fox and a hen", help="with --show: the text")
+    p.add_argument("--layer", type=at_least(0), default=0, help="with --show attention (default 0)")
+    p.add_argument("--head", type=at_least(0), default=0, help="with --show attention (default 0)")
     return p
 
 
@@ -1038,6 +1084,10 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.export and not args.ckpt:
         raise UserError("--export needs --ckpt, the model to write")
+    if args.show:
+        if args.preset:
+            raise UserError("--show needs a trained model: name it with --ckpt, not --preset")
+        return show(args.show, args.ckpt or newest_run(), args.prompt, args.layer, args.head)
     content = load_checkpoint(args.ckpt) if args.ckpt else {}
     if args.export:
         folder = Path(args.export)
@@ -1046,9 +1096,10 @@ def main(argv=None):
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise UserError(f"{folder} exists: name a new folder for --export")
         return print(f"{folder}: {export_hf(content, folder)['architectures'][0]}")
-    config = Config.from_dict(content["config"]) if content else preset(args.preset)
+    name = args.ckpt or args.preset or "tiny"
+    config = Config.from_dict(content["config"]) if content else preset(name)
     counts, flops = count_parameters(meta_model(config)), flops_per_token(config)
-    lines = costs.shape_lines(args.ckpt or args.preset, asdict(config), counts, flops, args.tokens)
+    lines = costs.shape_lines(name, asdict(config), counts, flops, args.tokens)
     if args.world:
         lines += costs.world_lines(config, counts, flops, args.world, args.shard)
     print("\n".join(lines))

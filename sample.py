@@ -722,6 +722,7 @@ def make_service(model, tokenizer, path, args, tools):
     """What --serve serves: an Engine with its Scheduler behind OpenAI's API, and the page."""
     from data.scheduler import Scheduler  # not above: nobody else needs an HTTP server
     from data.service import Service
+    from mnist import load_run, pictures
 
     named = lora.adapter_names(model)
     base = (path.parent if path.suffix == ".pt" else path).name or "model"
@@ -732,12 +733,16 @@ def make_service(model, tokenizer, path, args, tools):
     def classify_text(text):
         return label_shares(model, tokenizer, [tokenizer.encode(text)])[0]
 
+    try:
+        draw = partial(pictures, load_run("diffusion", model.embed.weight.device)[0])
+    except UserError:  # no digits were trained
+        draw = None
     engine = Engine(model, args.slots, 256, chunk=256)
     activate = partial(lora.set_adapter, model)
     scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
     return Service(
         scheduler, tokenizer, adapters, masks, decoding_settings(args), tools or {},
-        classify_text, args.ckpt or path, args,
+        classify_text, draw, args.ckpt or path, args,
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data.cli import UserError
@@ -16,30 +15,26 @@ class WordPiece:
     the longest that goes on, marked by ##. Each Chinese character is a word: 国 王, play ##ing."""
 
     def __init__(self, path):
-        self.tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        self.tokens = path.read_text(encoding="utf-8").split("\n")
         self.ids = {token: i for i, token in enumerate(self.tokens)}
-        special = [token[:1] == "[" and token[-1:] == "]" for token in self.tokens]
-        self.byte_lengths = np.array([0 if s else len(t) for s, t in zip(special, self.tokens)])
+        self.byte_lengths = [len(t) * (t[:1] != "[") for t in self.tokens]  # not [CLS] and [SEP]
 
     def encode(self, text):
         """The ids of a text; none if it has a word that the tokens do not spell."""
         ids, text = [], text if "A" in self.ids else text.lower()
         for word in re.findall(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+|[^\w\s]|_", text):
-            start, end = 0, len(word)
-            while start < end:
-                piece = "##" * (start > 0) + word[start:end]
-                if piece in self.ids:
-                    ids.append(self.ids[piece])
-                    start, end = end, len(word)
-                else:
-                    end -= 1
-            if start < len(word):
-                return []
+            while word:
+                ends = range(len(word), 2 * word.startswith("##"), -1)
+                start = next((word[:end] for end in ends if word[:end] in self.ids), None)
+                if start is None:
+                    return []
+                ids.append(self.ids[start])
+                word = "##" + word[len(start) :] if len(start) < len(word) else ""
         return ids
 
     def decode(self, ids):
-        """The tokens as they are in the file."""
-        return " ".join(map(self.tokens.__getitem__, ids))
+        """The tokens of ids as they are in the file."""
+        return " ".join(self.tokens[i] for i in ids)
 
 
 def bert_words(ckpt):
@@ -55,9 +50,7 @@ def bert_words(ckpt):
         snapshot_download(ckpt, files=["vocab.txt"])
         snapshot_download(ckpt)
     tensors = hf_tensors(folder)
-    name = next((name for name in tensors if name.endswith("word_embeddings.weight")), None)
-    if name is None or not (folder / "vocab.txt").exists():
-        raise UserError(f"{folder} lacks {'vocab.txt' if name else 'word_embeddings.weight'}")
+    name = next(name for name in tensors if name.endswith("embeddings.word_embeddings.weight"))
     return WordPiece(folder / "vocab.txt"), tensors[name][name]
 
 

@@ -295,12 +295,9 @@ class Template:
 
     def encode(self, text, follows=None):
         """The ids of a text that the template wrote: names of special tokens are these tokens."""
-        special, ids = self.tokenizer.special, []
-        for n, part in enumerate(re.split(f"({self.typed.pattern})", text)):
-            plain = re.sub(f"{MARK}({MARK}?)", r"\1", part) if MARK in part else part
-            ids += [special[part]] if n % 2 else self.tokenizer.encode(plain, follows)
-            follows = "special"
-        return ids
+        parts = re.split(f"({self.typed.pattern})", text)
+        parts = [re.sub(f"{MARK}({MARK}?)", r"\1", part) for part in parts]
+        return self.tokenizer.encode_parts(parts, follows)
 
     def rows(self, messages, tools=None, learned=lambda i: True):
         """[(ids, mask, numbers of the messages that are learned)] of a conversation: one row with

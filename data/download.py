@@ -1,5 +1,6 @@
 """Downloads: files of any host by `fetch`, models of the Hub by `snapshot_download`."""
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -59,9 +60,8 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
     """Download `url` to `dest` (default: `download_path`) unless it is there, and return the path.
 
     A cut download is resumed, up to `tries` times with doubling pauses from `wait` seconds, and by
-    the next call. A `token` is shown to the host of `url` alone. UserError if the host is
-    unreachable, refuses (HTTPError), or sends other bytes than `sha256` or the Hugging Face Hub's
-    own hash says.
+    the next call. A `token` is shown to the host of `url` alone. UserError if that is unreachable,
+    refuses (HTTPError), or sends other bytes than `sha256` or the Hub's own hash says.
     """
     dest = Path(dest) if dest else download_path(url)
     write_once(
@@ -211,14 +211,11 @@ def weight_files(folder):
     index = folder / INDEX
     if not index.exists():
         return [file for file in WEIGHTS[1:] if (folder / file).exists()][:1]
-    try:
+    with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
         shards = sorted(set(read_json(index)["weight_map"].values()))
-        valid = shards and all(re.fullmatch(r"\w+((-+|\.)\w+)*", s, re.ASCII) for s in shards)
-    except (UserError, KeyError, TypeError, AttributeError):
-        valid = False
-    if not valid:
-        raise UserError(f"{index} has no weight_map of plain file names; delete it")
-    return shards
+        if shards and all(re.fullmatch(r"\w+((-+|\.)\w+)*", s, re.ASCII) for s in shards):
+            return shards
+    raise UserError(f"{index} has no weight_map of plain file names; delete it")
 
 
 def hub_token(url):

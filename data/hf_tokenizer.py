@@ -81,28 +81,16 @@ def hub_pattern(pre):
             if re.search(r"[$^]|\}\+|\(\?[a-z-]*[msx]", bare):
                 raise ValueError(f"pre_tokenizer: pattern {pattern!r} has another meaning here")
             return pattern
-    raise ValueError(
-        f"pre_tokenizer {' + '.join(kinds)}, with its settings, is none of ByteLevel, Digits + "
-        f"ByteLevel and Split + ByteLevel, without add_prefix_space"
-    )
+    raise ValueError(f"pre_tokenizer {' + '.join(kinds)}, with its settings, can't be read")
 
 
 def hub_tokens(model, added):
     """Bytes -> id of a byte-level BPE model of tokenizer.json, `added` (name -> id) left out.
 
-    ValueError if it is another kind of model, or one that tiktoken would read otherwise: tiktoken
-    merges any two tokens that join to a third, in the order of the ids.
+    ValueError if tiktoken would read it otherwise: it merges any two tokens that join to a third,
+    in the order of the ids.
     """
-    only = "only byte-level BPE can be read, no SentencePiece (Llama 2, TinyLlama, Mistral 7B)"
-    if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"model {model['type']}: {only}")
-    for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            raise ValueError(f"model: {key} {model[key]!r}: {only}")
     ranks = {unspell(text): i for text, i in model["vocab"].items() if text not in added}
-    ids = {*ranks.values(), *added.values()}
-    if len(ids) < len(ranks) + len(added) or not 0 <= min(ids) <= max(ids) < ID_LIMIT:
-        raise ValueError(f"token ids are repeated, or not from 0 to {ID_LIMIT:,}")
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing and (len(missing) > MAX_MISSING_BYTES or model.get("unk_token") is not None):
         raise ValueError(f"model: {len(missing)} bytes have no token, 0x{missing[0]:02X} first")
@@ -181,6 +169,10 @@ def hub_tokenizer(folder):
     config = data.pop("config", {}) | config
     try:
         model, entries = data["model"], data.get("added_tokens") or []
+        spm, kind = is_sentencepiece(data), model.get("type", "BPE")
+        marks = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        if kind != "BPE" or marks:
+            raise ValueError(f"model {kind}{marks or ''}: only byte-level BPE and SentencePiece's")
         ids = {t["content"]: t["id"] for t in entries}
         words = {t["content"]: t["id"] for t in entries if not t.get("special", True)}
         for t in entries:
@@ -189,12 +181,12 @@ def hub_tokenizer(folder):
         merges = model.get("merges", ())  # in old files a pair is one string
         model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
         # A word that the model also makes by itself remains one of its ordinary tokens
-        spm = is_sentencepiece(data)
         made = set() if spm else CHAR_BYTES.keys() | map("".join, model["merges"])
         made = {w for w, i in words.items() if w in made and model["vocab"].get(w) == i}
         added = {name: i for name, i in ids.items() if name not in made}
-        if spm:
-            model["merges"] = list(map(" ".join, model["merges"]))
+        taken = [*(model["vocab"] | added).values()]
+        if len(taken) > len({*taken}) or not 0 <= min(taken) <= max(taken) < ID_LIMIT:
+            raise ValueError(f"token ids are repeated, or not from 0 to {ID_LIMIT:,}")
         spec = dict(kind="spm", data=data) if spm else byte_level_spec(data, added)
         names = {f"{n}_token": config.get(f"{n}_token") for n in ("bos", "eos", "unk", "pad")}
         names = {key: n["content"] if isinstance(n, dict) else n for key, n in names.items() if n}
@@ -206,7 +198,7 @@ def hub_tokenizer(folder):
         # a config.json may carry a default eos_token_id that is an ordinary token of this model
         end = next(itertools.chain(*ends), ids.get(names.get("eos_token"), ids.get(END)))
         if end is None:
-            end = added[END] = max(*model["vocab"].values(), *ids.values()) + 1
+            end = added[END] = max(taken) + 1
         words = {word: i for word, i in words.items() if i not in (end, begin)}
         spec |= dict(added=added, words=words, end=end, begin=begin, ends=ends[0])
         parts = folder.resolve().parts  # .../hub/OWNER/NAME/REVISION if it was downloaded
@@ -282,8 +274,7 @@ def begin_template(tokenizer):
 
 
 def tokenizer_config(tokenizer):
-    """The content of tokenizer_config.json beside tokenizer_json's: the class for transformers, the
-    end-of-text token and, if the tokenizer can chat, its template."""
+    """The content of tokenizer_config.json: class, special tokens, the template if there is one."""
     names = {i: name for name, i in tokenizer.special.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config["eos_token"] = names[tokenizer.eos_id]

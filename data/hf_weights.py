@@ -52,9 +52,8 @@ ROPE_FIELDS = {"default": (), "linear": ("factor",)}  # other fields beside thes
 
 
 def config_from_hf(values):
-    """The fields of a model.Config that a config.json means, as a dict, and the names of the fields
-    that transformers does not read either. UserError names the first field whose value changes the
-    model in a way that we do not compute."""
+    """The fields of a model.Config that a config.json means, as a dict, and the names of those that
+    have no effect. UserError names the first one whose effect is not implemented here."""
     family = values.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
@@ -77,7 +76,17 @@ def config_from_hf(values):
         config |= dict(qkv_bias=True, out_bias=True, ff_bias=True)
     else:
         config |= dict(qkv_bias=config["out_bias"] or family == "qwen2", qk_norm=family == "qwen3")
-        config |= rope_from_hf(left, refuse)
+        rope = left.pop("rope_parameters", {})  # the newer name; transformers prefers the older
+        rope = left.pop("rope_scaling", None) or rope
+        if any(isinstance(v, dict) for v in rope.values()):  # one for each type of layer
+            refuse("rope_parameters", rope)
+        rope = {"rope_theta": left.pop("rope_theta", 10000.0)} | rope
+        config["rope_theta"] = rope.pop("rope_theta")
+        kind = rope.pop("rope_type", rope.pop("type", "default"))
+        if "partial_rotary_factor" in rope:
+            left["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+        rope = {n: v for n, v in rope.items() if n in ROPE_FIELDS.get(kind, rope)}
+        config["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rope}
         window = left.pop("sliding_window", None)
         if family == "mistral" and window:  # the others use it only with use_sliding_window
             config["context"] = min(config["context"], window)  # inside it, attention is full
@@ -89,22 +98,6 @@ def config_from_hf(values):
             refuse(name, value)
     known = (name for pattern in IGNORED.split() for name in fnmatch.filter(left, pattern))
     return config, sorted(left.keys() - supported.keys() - set(known))
-
-
-def rope_from_hf(left, refuse):
-    """The rotary fields of a model.Config from those of a config.json, which are taken out."""
-    rope = left.pop("rope_parameters", {})  # the newer name; transformers, too, prefers the older
-    rope = left.pop("rope_scaling", None) or rope
-    if any(isinstance(v, dict) for v in rope.values()):  # one for each type of layer
-        refuse("rope_parameters", rope)
-    rope = {"rope_theta": left.pop("rope_theta", 10000.0)} | rope
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    theta = rope.pop("rope_theta")
-    if "partial_rotary_factor" in rope:
-        left["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-    rope = {n: v for n, v in rope.items() if n in ROPE_FIELDS.get(kind, rope)}
-    scaling = None if kind == "default" else {"rope_type": kind, **rope}
-    return dict(rope_theta=theta, rope_scaling=scaling)
 
 
 def config_to_hf(config):
@@ -204,10 +197,8 @@ def read_state(folder, shapes, gpt2, tied, dtype=None):
             tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
         tensor = transposed(name, tensor, gpt2)
         if tensor.shape != shape or not tensor.is_floating_point():
-            raise UserError(
-                f"{folder}: {theirs} gives {tensor.dtype} {tuple(tensor.shape)} for {name}, the "
-                f"config says {tuple(shape)}"
-            )
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise UserError(f"{folder}: {theirs} gives {found}, the config {name} {tuple(shape)}")
         state[name] = tensor.to(dtype or tensor.dtype).contiguous()
         if isinstance(file, Safetensors) and state[name] is not tensor:
             file.release()
@@ -243,8 +234,7 @@ def write_peft(content, weights, gpt2, folder, base=None):
     adapter, state = content["adapter"], content["model"]
     if adapter["modules_to_save"] or adapter["quantize"]:
         raise UserError(
-            "the adapter needs embeddings of new special tokens or a quantized base, which peft's "
-            "files cannot describe: merge it and export the whole model"
+            "peft cannot express new special tokens or a quantized base: merge and export the model"
         )
     modules, tensors, counts = {}, {}, {}
     for name in (n for n in weights if n.endswith(".weight")):

@@ -27,8 +27,7 @@ MOST_ROWS = 100_000  # larger splits are only downloaded with --max_rows
 
 
 def hub_name(name):
-    """("OWNER/NAME", what follows a colon or None) if `name` means a data set of the Hub, None if
-    it means a file or folder here."""
+    """("OWNER/NAME", what follows a colon or None) of a data set of the Hub, None for others."""
     match = NAME.fullmatch(name)
     if not match or Path(match[1]).exists() or Path(name).exists():
         return None

@@ -45,20 +45,21 @@ class SentencePiece:
     """
 
     def __init__(self, data, added, words):
-        self.data, model = data, data["model"]
-        if model.get("type", "BPE") != "BPE" or model.get("ignore_merges"):
-            raise ValueError(f"model {model.get('type')}: only BPE without ignore_merges is read")
+        model = data["model"]
+        if model.get("ignore_merges"):
+            raise ValueError("model: ignore_merges can't be read with SentencePiece's BPE")
         vocab = {piece: i for piece, i in model["vocab"].items() if piece not in added}
         self._mergeable_ranks, self._special_tokens = vocab, added
         self.n_vocab = max(*vocab.values(), *added.values()) + 1
         # A tokenizer.json ranks pairs "a b", a tokenizer.model the piece "ab" that they make
         self.between, scores = "" if "scores" in model else " ", model.get("scores", {})
-        self.ranks = {pair: n for n, pair in enumerate(model["merges"])}
+        self.ranks = {" ".join(pair): n for n, pair in enumerate(model["merges"])}
         if lost := [pair for pair in self.ranks if pair.replace(" ", "") not in vocab]:
             raise ValueError(f"model: the merge {lost[0]!r} makes no token")
         self.ranks |= {piece: -score for piece, score in scores.items()}
         self.inside = {piece[i : i + 2] for piece in vocab for i in range(len(piece) - 1)}
         self.unknown = (vocab | added).get(model.get("unk_token"))
+        self.fuses = model.get("fuse_unk")
         names = [f"<0x{b:02X}>" for b in range(256)] if model.get("byte_fallback") else [None]
         self.bytes, self.cache = [vocab.get(name) for name in names], {}
 
@@ -67,7 +68,7 @@ class SentencePiece:
             raise ValueError(f"normalizer {unread[0]} can't be read")
         # Words that are found in the normalized text; the others are found before
         late = {t["content"] for t in data["added_tokens"] if t.get("normalized") and self.steps}
-        self.late = {word: i for word, i in words.items() if word in late}
+        self.early_words = words.keys() - late
         for step in (steps := steps_of(data, "pre_tokenizer")):
             if step["type"] == "Metaspace" and len(steps) == 1:
                 old = "always" if step.get("add_prefix_space", True) else "never"
@@ -82,7 +83,7 @@ class SentencePiece:
         self.drops = "Strip" in ends or ends.get("Metaspace", "never") != "never"
 
         place = "text" if scores else None
-        normalized = {self.normalize(word, place): i for word, i in self.late.items()}
+        normalized = {self.normalize(w, place): i for w, i in words.items() if w in late}
         longest_first = sorted(normalized, key=len, reverse=True)
         self.find_late = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self.normalized, pieces = normalized, [*(vocab | added).items(), *normalized.items()]
@@ -126,7 +127,7 @@ class SentencePiece:
                 if len(cache) < CACHE_LIMIT and len(word) < 100:
                     cache[word] = found
             ids += found
-        if self.data["model"].get("fuse_unk") and self.unknown in ids:  # of several in a row the last one remains
+        if self.fuses and self.unknown in ids:  # of several in a row the last one remains
             ids = [i for i, after in pairwise([*ids, None]) if i != self.unknown or i != after]
         return ids
 
@@ -166,10 +167,6 @@ class SentencePiece:
         """The bytes of token ids, without the space in front."""
         text = b"".join(map(self.decode_single_token_bytes, ids))
         return text.removeprefix(b" " if self.drops else b"")
-
-    def decode(self, ids):
-        """The text of token ids; a broken character shows as U+FFFD."""
-        return self.decode_bytes(ids).decode(errors="replace")
 
 
 # --------------------------------------------------------------------------------------------
@@ -222,31 +219,33 @@ def read_model(path, config):
     if kind != "BPE" or any(normalizer.get(2, [])) or suffixes or not escapes or UNUSED in types:
         rules = normalizer.get(1, [b"no rules"])[0].decode()
         raise UserError(f"{path}: {kind} with {rules}: only BPE with the rules identity is read")
-    added = {}
+    names, added = {i: piece for i, (piece, *_) in enumerate(pieces)}, {}
     for i, (piece, _, t) in enumerate(pieces):
         if t in (UNKNOWN, CONTROL, USER_DEFINED):
             word = t == USER_DEFINED
             added[i] = {"id": i, "content": piece, "special": not word, "normalized": word}
     glm = config.get("tokenizer_class") == "ChatGLMTokenizer"
-    more = {len(pieces) + n: {"content": name} for n, name in enumerate(GLM_TOKENS.split() * glm)}
+    more = {len(names) + n: {"content": name} for n, name in enumerate(GLM_TOKENS.split() * glm)}
     more |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
     for i, token in more.items():
         added[i] = added.get(i, {"id": i, "special": True}) | token
-    names = {i: piece for i, (piece, *_) in enumerate(pieces)}
-    names |= {i: token["content"] for i, token in added.items()}
-    model = {"type": "BPE", "vocab": {name: i for i, name in names.items()}, "merges": []}
-    model |= {"byte_fallback": BYTE in types, "fuse_unk": True}
-    model["unk_token"] = next((p for p, _, t in pieces if t == UNKNOWN), None)
-    model["scores"] = {p: score for p, score, t in pieces if t == NORMAL and p in model["vocab"]}
-    config = {"bos_token": names.get(bos), "eos_token": names.get(eos), "add_bos_token": not glm}
-    steps = TRIM * trims + [IN_FRONT] * puts + [TO_SPACE]
-    ends = [FROM_SPACE, {"type": "ByteFallback"}, {"type": "Fuse"}] + [STRIP] * puts
+        names[i] = token["content"]
+    vocab = {name: i for i, name in names.items()}
+    ends = {"bos_token": names.get(bos), "eos_token": names.get(eos), "add_bos_token": not glm}
+    scores = {p: score for p, score, t in pieces if t == NORMAL and p in vocab}
+    unknown = next((p for p, _, t in pieces if t == UNKNOWN), None)
+    front = {"type": "Metaspace", "prepend_scheme": "first" if puts else "never", "split": False}
+    legacy = config.get("legacy") is not False  # else only the text's start has a space in front
+    steps = TRIM * trims + ([IN_FRONT] * puts + [TO_SPACE]) * legacy
+    back = [FROM_SPACE, {"type": "ByteFallback"}, {"type": "Fuse"}] + [STRIP] * puts
+    model = {"type": "BPE", "vocab": vocab, "merges": [], "scores": scores, "unk_token": unknown}
     return {
-        "config": config,
+        "config": ends,
         "added_tokens": list(added.values()),
         "normalizer": {"type": "Sequence", "normalizers": steps},
-        "decoder": {"type": "Sequence", "decoders": ends},
-        "model": model,
+        "pre_tokenizer": None if legacy else front | {"replacement": SPACE},
+        "decoder": {"type": "Sequence", "decoders": back},
+        "model": model | {"byte_fallback": BYTE in types, "fuse_unk": True},
     }
 
 
@@ -259,8 +258,8 @@ def written_json(data, entries):
     vocab = model["vocab"] = model["vocab"] | {t["content"]: t["id"] for t in entries}
     if scores := data["model"].get("scores"):
         halves = ((p, p[:i], p[i:]) for p in scores for i in range(1, len(p)))
-        pairs = [(p, a, b) for p, a, b in halves if a in vocab and b in vocab]
-        pairs.sort(key=lambda pair: (-scores[pair[0]], vocab[pair[1]], vocab[pair[2]]))
-        model["merges"] = [f"{a} {b}" for _, a, b in pairs]
+        halves = ((p, a, b) for p, a, b in halves if a in vocab and b in vocab)
+        pairs = sorted((-scores[p], vocab[a], vocab[b], a, b) for p, a, b in halves)
+        model["merges"] = [pair[3:] for pair in pairs]
         entries = [entry | {"normalized": False} for entry in entries]
     return data | {"added_tokens": entries, "model": model}

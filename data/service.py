@@ -1,4 +1,5 @@
 """What a server answers: OpenAI's API, the page, and what the page asks for."""
+import base64
 import contextlib
 import contextvars
 import io
@@ -44,12 +45,13 @@ class Service:
     adapters, allowed, settings    see Api
     tools       {name: function}, which the page may call
     classify    classify(text) gives [(label, probability)], if the model is a classifier
+    draw        draw(text, seed) iterates over PNGs of digits, or None where none were trained
     ckpt        the checkpoint to name in the command for finetune.py
     args        sample.py's flags; UserError for an unsafe --host, --api_key or --cors
     """
 
     def __init__(
-        self, scheduler, tokenizer, adapters, allowed, settings, tools, classify, ckpt, args
+        self, scheduler, tokenizer, adapters, allowed, settings, tools, classify, draw, ckpt, args
     ):
         self.key = args.api_key or os.environ.get("SCRATCHLM_API_KEY")
         self.cors = args.cors
@@ -63,7 +65,7 @@ class Service:
         schemas = [function_schema(name, f) for name, f in tools.items()]
         context, labels = scheduler.engine.context, labels_of(tokenizer)
         self.api = Api(scheduler, tokenizer, adapters, context, allowed, settings, schemas, known)
-        self.tools, self.classify = tools, classify if labels else None
+        self.tools, self.classify, self.draw = tools, classify if labels else None, draw
         self.requests, self.lock = 0, threading.Lock()
         command = f"python finetune.py --ckpt {ckpt} --data {CHOICES}"
         folder, run = Path(args.adapter[-1] if args.adapter else ckpt), {}
@@ -79,6 +81,7 @@ class Service:
             "max_tokens": min(args.max_new_tokens, context // 2),
             "system": args.system or "",
             "tools": schemas,
+            "draws": draw is not None,
             "told": self.api.told(schemas) or None,
             "databases": {name: getattr(f, "database", "") for name, f in tools.items()},
             "run": {name: run.get(name) for name in ("data", "parameters")},
@@ -132,12 +135,39 @@ class Service:
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
         return {"count": self.page_info({})["choices"]["count"]}
 
+    def drawing(self, body):
+        """A `Drawing` of the digits in a text."""
+        text, seed = body.get("text"), body.get("seed", 0)
+        if self.draw is None:
+            raise ApiError(404, "no digits were trained here: python mnist.py --diffusion")
+        if not isinstance(text, str) or len(text) > 20 or type(seed) is not int or seed >> 50:
+            raise ApiError(400, "this needs a text of up to 20 digits, and maybe a seed")
+        try:
+            return Drawing(self.api.scheduler, self.draw(text, seed))
+        except UserError as e:
+            raise ApiError(400, str(e)) from e
+
     def run(self, query):
         """The settings and metrics of one run."""
         name = query.get("name", "")
         if name not in [run["name"] for run in run_list()]:
             raise ApiError(404, f"there is no run {name[:80]!r} in {OUT}/")
         return read_run(name)
+
+
+class Drawing:
+    """Streams PNGs that an iterator computes, one at a time between two steps of the texts."""
+
+    def __init__(self, scheduler, pictures):
+        self.body, self.scheduler, self.pictures = {"stream": True}, scheduler, pictures
+
+    def chunks(self):
+        """Yield {"image": data URL} for each."""
+        while content := self.scheduler.call(lambda: next(self.pictures, None)):
+            yield {"image": f"data:image/png;base64,{base64.b64encode(content).decode()}"}
+
+    def close(self):
+        """Nothing to cancel: a picture is computed only when it is asked for."""
 
 
 # path: (method, whether no key is needed, function of a Service and the request's query or body)
@@ -156,6 +186,7 @@ ROUTES = {
     "/page/tool": ("POST", False, Service.run_tool),
     "/page/classify": ("POST", False, Service.labels),
     "/page/choose": ("POST", False, Service.choose),
+    "/page/draw": ("POST", False, Service.drawing),
     "/page/runs": ("GET", False, lambda s, _: {"runs": run_list()}),
     "/page/run": ("GET", False, Service.run),
 }

@@ -127,8 +127,10 @@ def row_text(row, field, where):
 
 def turn_text(turn):
     """The text of one turn of a dialogue; calls, arguments and records as JSON."""
-    names = ("reasoning_content", "content", "value", "arguments", "records", "tool_calls")
-    values = [turn[name] for name in names if turn.get(name) not in (None, "")]
+    names = ("content", "value", "arguments", "records")
+    content = next((turn[name] for name in names if turn.get(name) is not None), "")
+    values = [turn.get("reasoning_content"), content, turn.get("tool_calls")]
+    values = [v for v in values if v not in (None, "")]
     return "\n".join(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values)
 
 

@@ -117,12 +117,11 @@ class Tokenizer:
         self.special = {name: i for name, i in self.special.items() if name not in self.words}
         if kind == "spm":
             self.encoding = SentencePiece(spec["data"], added, self.words)
+            words = self.encoding.early_words
         else:
-            self.encoding = tiktoken.Encoding(
-                kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=added
-            )
-        late = self.encoding.late if kind == "spm" else ()  # it cuts these out itself
-        longest_first = sorted(set(self.words) - set(late), key=len, reverse=True)
+            options = {"mergeable_ranks": ranks, "special_tokens": added}
+            self.encoding, words = tiktoken.Encoding(kind, pat_str=pattern, **options), self.words
+        longest_first = sorted(words, key=len, reverse=True)
         self._words = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self.n_vocab = self.encoding.n_vocab  # the largest id + 1
         self._no_token = bytes(b for b in range(256) if kind == "hf" and bytes([b]) not in ranks)
@@ -150,19 +149,18 @@ class Tokenizer:
         return self.spec.get("name") or {"bpe": f"bpe{han}:{size}"}.get(kind, kind)
 
     def encode_array(self, text, follows=None):
-        """Token ids of `text` as uint32; names of special tokens are plain text in it. `follows`
-        says what it comes after, if anything: a "special" token, or "text" of the same document.
-        SentencePiece puts a space in front of the first word, and of no other."""
+        """Token ids of `text` as uint32; names of special tokens are plain text in it. If it is a
+        part of a document, `follows` says what it comes after, a "special" token or "text", since
+        SentencePiece puts a space in front of a document."""
         if self.spec["kind"] == "char":
             text = self._unknown.sub(UNKNOWN, text)
         if self.spec.get("nfc"):  # é is one character, however it was typed
             text = unicodedata.normalize("NFC", text)
         parts = self._words.split(text)  # texts and words by turns
-        before = ["special" if i else follows for i in range(len(parts))]
-        ids = [
-            [self.words[p]] if i % 2 else self._encode_text(p, before[i])
-            for i, p in enumerate(parts)
-        ]
+        ids = []
+        for i, part in enumerate(parts):
+            ids.append([self.words[part]] if i % 2 else self._encode_text(part, follows))
+            follows = "special"
         return np.concatenate(ids).astype(np.uint32)
 
     def _encode_text(self, text, follows):
@@ -191,6 +189,14 @@ class Tokenizer:
         """`encode_array` as a list."""
         return self.encode_array(text, follows).tolist()
 
+    def encode_parts(self, parts, follows=None):
+        """Token ids of texts and names of special tokens by turns."""
+        ids = []
+        for n, part in enumerate(parts):
+            ids += [self.special[part]] if n % 2 else self.encode(part, follows)
+            follows = "special"
+        return ids
+
     def token_bytes(self, i):
         """The bytes that id `i` stands for; None if no token has this id."""
         try:
@@ -200,7 +206,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of token ids; a broken character shows as U+FFFD."""
-        return self.encoding.decode(list(map(int, ids)))
+        return self.encoding.decode_bytes(list(map(int, ids))).decode(errors="replace")
 
     def texts(self, ids):
         """The text of each id. That of a character of several tokens stands at the last of them."""

@@ -339,7 +339,7 @@ def pattern(text):
     "path, value, said",
     [
         ("model.type", "WordPiece", "model WordPiece"),
-        ("model.byte_fallback", True, "byte_fallback True"),
+        ("model.byte_fallback", True, "pre_tokenizer Split can't be read with this model"),
         ("model.vocab.▁the", 400, "'▁the' is not byte-level"),
         ("model.vocab", {"a": 1}, "255 bytes have no token, 0x00 first"),
         ("model.vocab.!", 2, "token ids are repeated"),
@@ -349,7 +349,6 @@ def pattern(text):
         ("model", None, "cannot be read"),
         ("normalizer", {"type": "Lowercase"}, "normalizer Lowercase"),
         ("pre_tokenizer", None, "pre_tokenizer none"),
-        ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁"}, "pre_tokenizer Metaspace"),
         ("pre_tokenizer", PLAIN | {"add_prefix_space": True}, "pre_tokenizer ByteLevel"),
         ("pre_tokenizer", steps(ISOLATED, PLAIN), r"pre_tokenizer Split \+ ByteLevel"),
         ("pre_tokenizer", steps(ISOLATED | {"behavior": "Removed"}, NO_REGEX), "Split"),

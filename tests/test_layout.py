@@ -21,6 +21,7 @@ IMPORTS = {
     "data.matmul": "data.cli",
     "data.files": "data.cli",
     "data.runs": "data.files data.plot",
+    "data.tables": "data.plot",
     "data.download": "data.files",
     "data.idx": "data.download",
     "data.text": "data.files",
@@ -49,7 +50,7 @@ IMPORTS = {
     "data.hf_tokenizer": "data.chat data.tokenizer",
     "data.hf_weights": "data.tensors data.download",
     "prepare_data": "data.hf_tokenizer data.sources data.text",
-    "model": "data.hf_tokenizer data.hf_weights data.machine",
+    "model": "data.hf_tokenizer data.hf_weights data.machine data.runs data.tables",
     "mnist": "model data.idx data.plot data.runs",
     "lora": "model",
     "sample": "lora data.analogy data.graphs data.matmul data.runs data.terminal",
@@ -58,7 +59,7 @@ IMPORTS = {
 }
 # What only one function needs, once all else is done: train.py's closing sample, the server.
 LATE = {"train": {"sample"}}
-LATE["sample"] = {"data.scheduler", "data.server", "data.service"}
+LATE["sample"] = {"data.scheduler", "data.server", "data.service", "mnist"}
 WITHOUT_TORCH = {m for m in IMPORTS if m.startswith("data.")} | {"prepare_data"}
 WITHOUT_TORCH -= {"data.analogy", "data.graphs", "data.machine", "data.matmul", "data.tensors"}
 WITHOUT_TORCH -= {"data.batches", "data.hf_weights"}

@@ -75,24 +75,49 @@ def test_chinchilla_loss_is_the_papers_formula():
     assert costs.chinchilla_loss(2**50, 2**25) == pytest.approx(by_hand, rel=1e-12)
 
 
-def test_tables_for_values_and_pairs_by_hand():
-    """v = W x + values[id], x = norm(embedding) + pairs[row]; both tables start at zero."""
+@pytest.mark.parametrize("position", lm.POSITIONS)
+def test_attention_and_tables_by_hand(position):
+    """x = norm(embedding + position) + pairs[row], v = W x + values[id], out(weights @ v)."""
     ids, shape = torch.tensor([[3, 5, 5, 1]]), dict(value_embed=True, bigram=7, embed_norm=True)
     new = Transformer(lm.preset("tiny", n_layer=1))
     assert not new.value_embed.weight.any() and not new.inputs.bigram.weight.any()
-    model, seen = build(n_layer=1, **shape), {}
+    model, seen = build(n_layer=1, n_kv_head=2, qk_norm=True, position=position, **shape), {}
     block = model.blocks[0]
     block.norm1.register_forward_hook(lambda m, args, out: seen.update(x=args[0], norm=out))
-    attend = lm.attention
-    try:
-        lm.attention = lambda q, k, v, *rest: seen.update(v=v) or attend(q, k, v, *rest)
-        model(ids)
-    finally:
-        lm.attention = attend
+    block.attention.register_forward_hook(lambda m, args, out: seen.update(y=out))
+    model(ids)
+    place = 0 if position == "rope" else lm.position_table(model)[:4]
     rows = [(a * 36313 ^ b * 27191) % 7 for a, b in ((3, 3), (3, 5), (5, 5), (5, 1))]
-    same(seen["x"], model.embed_ids(ids) + model.inputs.bigram.weight[rows])
+    x = model.embed_norm(model.embed(ids) + place) + model.inputs.bigram.weight[rows]
     v = block.attention.v(seen["norm"]) + model.value_embed(ids)
-    same(seen["v"], v.view(1, 4, -1, model.config.head_size).transpose(1, 2))
+    weights = lm.attention_weights(model, ids[0].tolist())  # (nh, T, T)
+    y = weights @ v.view(4, 2, 8).transpose(0, 1).repeat_interleave(2, dim=0)
+    same(seen["x"], x)
+    same(seen["y"], block.attention.out(y.transpose(0, 1).reshape(1, 4, -1)))
+    assert not weights.triu(1).any() and (weights.tril() > 0).sum() == 4 * 10
+
+
+@pytest.mark.parametrize("position", lm.POSITIONS)
+def test_show_prints_and_draws_the_numbers_of_a_model(position, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = build(vocab_size=257, position=position)
+    lm.save_checkpoint("out/r/best.pt", content_of(model, tokenizer={"kind": "byte"}))
+    tables = {"token": model.embed.weight[ord("a")], "position": lm.position_table(model)[1]}
+    for what, row in tables.items():
+        lm.main(["--show", what, "--prompt", "xa好"])
+        _, *rows, size, path = capsys.readouterr().out.splitlines()
+        numbers = [float(n) for n in rows[1].replace("...", "").split()[-8:]]
+        assert numbers == pytest.approx([*row[:4].tolist(), *row[-4:].tolist()], abs=1e-4)
+        assert size == f"[{len(rows) if what == 'token' else CONTEXT} rows x {len(row)} columns]"
+        assert (tmp_path / path).read_bytes()[:4] == b"\x89PNG"
+    lm.main(["--show", "attention", "--prompt", "xa好", "--head", "2"])
+    _, *rows, _, path = capsys.readouterr().out.splitlines()
+    weights = lm.attention_weights(model, list("xa好".encode()))[2]
+    assert rows[0] == "   0 x  ██" and rows[4][:7] == "   4 好 "
+    assert rows[4][-2] == lm.tables.SHADES[int(5 * weights[4, 4] ** 0.5)]
+    for flags in (["--layer", "2"], ["--prompt", "x" * 17], ["--preset", "tiny"]):
+        with pytest.raises(UserError, match=f"--(show|{flags[0][2:]})"):
+            lm.main(["--show", "attention", "--prompt", "a", *flags])
 
 
 def candidate(ids, t):

@@ -3,6 +3,7 @@
 Needs playwright and a chromium (SCRATCHLM_CHROMIUM, default /usr/bin/chromium); skipped without.
 """
 
+import functools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import torch
 from conftest import BYTE, CHAT, ROOT, serving, turn
 
 import data.server
+import mnist
 import model as lm
 import sample
 from data.batches import preference_rows
@@ -556,3 +558,24 @@ def test_nothing_is_wider_than_a_phone(chat, visit):
     expect(page.get_by_label("系统提示")).to_be_in_viewport()
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background != "rgb(255, 255, 255)"
+
+
+def test_digits_appear_step_by_step(chat, visit, monkeypatch):
+    small = mnist.Denoiser(width=16, layers=1, heads=2)
+    monkeypatch.setattr(chat.service, "draw", functools.partial(mnist.pictures, small))
+    monkeypatch.setitem(chat.service.info, "draws", True)
+    page = visit(chat)
+    page.get_by_role("button", name="Draw digits").click()
+    page.fill("#digits", "三 1")
+    page.press("#digits", "Enter")
+    expect(page.locator("#steps")).to_have_text("Step 30, from noise to digits")
+    picture = page.locator("#picture")
+    last = picture.get_attribute("src")
+    page.locator("#frame").press("ArrowLeft")
+    expect(page.locator("#steps")).to_have_text("Step 29, from noise to digits")
+    assert last.startswith("data:image/png;") and last != picture.get_attribute("src")
+    page.fill("#digits", "3x")
+    page.press("#digits", "Enter")
+    expect(page.locator("#steps")).to_contain_text("'x' is not a digit")
+    page.keyboard.press("Escape")
+    expect(page.locator("#painter")).not_to_be_visible()

@@ -157,7 +157,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_in_one(desk):
 def test_a_stop_signal_ends_all_processes_after_the_same_step(desk):
     flags = [*RUN.split(), "--max_steps", 10**6, "--out", "out/stopped"]
     run = torchrun(2, ROOT / "train.py", *flags)
-    until(run, "step 2  val loss")
+    until(run, "step 2  train loss")
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
     said = run.communicate(timeout=60)[0]
     assert "saved: continue with --resume out/stopped" in said and "another process" not in said

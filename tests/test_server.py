@@ -1,5 +1,6 @@
 """sample.py --serve: OpenAI's API as its own client sees it, and what must not bring it down."""
 
+import base64
 import contextlib
 import functools
 import itertools
@@ -25,6 +26,7 @@ from conftest import BYTE, CHAT, ROOT, render_chat, turn
 import data.server
 import data.service
 import lora
+import mnist
 import model as lm
 import sample
 from data.cli import UserError
@@ -696,6 +698,25 @@ def test_choices_are_rows_that_finetune_reads(chat):
     Path("out").rmdir()
     Path("out").write_text("no folder", encoding="utf-8")  # an error that is said
     assert fetch(chat.port, post("/page/choose", CHOICE))[0] == 500
+
+
+def test_digits_are_drawn_step_by_step_where_a_model_learned_to(chat, toy, monkeypatch):
+    assert fetch(chat.port, post("/page/draw", {"text": "3"}))[0] == 404
+    small = functools.partial(mnist.Denoiser, width=16, layers=1, heads=2)
+    monkeypatch.setitem(mnist.NETWORKS, "diffusion", small)
+    mnist.main(["--diffusion", "--data", toy, "--epochs", "1", "--steps", "2"])
+    with Serving(chat.model, CHAT) as serving, serving.chat(messages=HELLO, stream=True) as talk:
+        assert get(serving.port, "/page/info")[2]["draws"] and list(talk)
+        drawn = fetch(serving.port, post("/page/draw", {"text": "3 一", "seed": 5}))[2]
+        *events, end = re.findall(r"data: (.+)\n\n", drawn)
+        pngs = mnist.pictures(mnist.load_run("diffusion", "cpu")[0], "3 1", 5)
+        urls = ["data:image/png;base64," + base64.b64encode(png).decode() for png in pngs]
+        assert [json.loads(event)["image"] for event in events] == urls and len(urls) == 30
+        assert end == "[DONE]"
+        for bad in ({}, {"text": 3}, {"text": "1" * 21}, {"text": " "}, {"text": "x"}):
+            assert fetch(serving.port, post("/page/draw", bad))[0] == 400
+        for seed in (-1, 2**50, True, "1"):
+            assert fetch(serving.port, post("/page/draw", {"text": "3", "seed": seed}))[0] == 400
 
 
 def test_runs_and_their_figures(chat):
