@@ -274,9 +274,9 @@ def test_transformers_reads_what_a_tokenizer_model_is_exported_to(name):
         spaced = f" {text}".replace("▁", " ")  # they cut words out before the space is put there
         if not any(word.replace("▁", " ") in spaced for word in t.words):
             assert theirs.encode(text, add_special_tokens=False) == t.encode(text), text
-    assert theirs("the")["input_ids"] == [1, *t.encode("the")]
+    assert theirs("and")["input_ids"] == [1, *t.encode("and")]
     again = Tokenizer(hub_tokenizer("out"))
-    assert again.special == t.special and again.encode(ALL_TEXT) == t.encode(ALL_TEXT)
+    assert again.special == t.special and again.encode("and 中\n") == t.encode("and 中\n")
 
 
 def test_what_cannot_be_read_is_named():
@@ -291,7 +291,7 @@ def test_what_cannot_be_read_is_named():
     good = json.loads(hub_json("legacy"))
     for changes, said in (
         ({"model": good["model"] | {"type": "Unigram"}}, "model Unigram: only byte-level BPE and"),
-        ({"model": good["model"] | {"ignore_merges": True}}, "without ignore_merges"),
+        ({"model": good["model"] | {"ignore_merges": True}}, "ignore_merges can't be read"),
         ({"model": good["model"] | {"merges": ["▁t qq"]}}, "merge '▁t qq' makes no token"),
         ({"normalizer": steps({"type": "Lowercase"})}, "normalizer Lowercase can't be read"),
         ({"pre_tokenizer": {"type": "Digits"}}, "pre_tokenizer Digits can't be read"),
