@@ -39,6 +39,7 @@ from data.cli import Parser, UserError, at_least, between, number, positive, run
 from data.costs import check_memory
 from data.files import write_json
 from data.machine import DTYPES, make_runtime, shard_like
+from data.progress import Progress, watched
 from data.reply import parse
 from data.rewards import REWARDS, load_reward, rate
 from data.row_files import ROW_SUFFIXES
@@ -163,18 +164,21 @@ def generate_turns(model, tokenizer, prompts, seeds=None):
     template, allowed = chat.get_template(tokenizer), allowed_ids(model, tokenizer, chat=True)
     max_tokens = max_answer(model.config.context)
     turns, waiting, running = [[] for _ in prompts], deque(range(len(prompts))), {}
-    engine = Engine(model, min(48, len(prompts)), 256)
+    engine, progress = Engine(model, min(48, len(prompts)), 256), Progress()
     while waiting or running:
         while waiting and engine.busy < len(engine.texts):
             i = waiting.popleft()
             options = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
             running[engine.add(prompts[i], allowed=allowed, **options)] = i
+        done = len(prompts) - len(waiting) - len(running)
+        progress(f"answering: {done:,} of {len(prompts):,}", done / len(prompts))
         for slot, new_id in engine.step().items():
             turn = turns[running[slot]]
             turn.append(new_id)
             if new_id in template.ends or len(turn) == max_tokens:
                 engine.remove(slot)
                 del running[slot]
+    progress.clear()
     return turns, [parse(ids, template, prompt) for ids, prompt in zip(turns, prompts)]
 
 
@@ -231,7 +235,7 @@ class SFT:
         """The Split of examples, without rows that have no target, from which nothing can be
         learned, and without examples that the chat template refuses."""
         split, bad = Split([], []), []
-        for example in examples:
+        for example in watched(examples, "making rows of example"):
             try:
                 rows = self.rows(example)
             except ValueError as e:
@@ -271,7 +275,7 @@ class SFT:
         questions, which only rank 0 generates; `report` answers all questions in the end."""
         loss, targets = 0.0, 0
         buckets = batches.bucket(range(len(split.rows)), split.rows, self.args.batch_tokens)
-        for numbers, counts in self.runtime.share(buckets):
+        for numbers, counts in watched(list(self.runtime.share(buckets)), "validating: batch"):
             batch = self.runtime.upload(batches.pad([split.rows[i] for i in numbers]))
             loss += counts * float(model(*batch))
             targets += counts * int((batch[1] != -100).sum())
@@ -399,7 +403,8 @@ class DPO(SFT):
     def over_pairs(self, split, measure):
         """Apply measure(ids, targets, reference) -> (P, 2) to all pairs, in batches: (N, 2)."""
         out = torch.zeros(len(split.rows), 2)
-        for numbers in batches.bucket(range(len(split.rows)), split.rows, self.args.batch_tokens):
+        buckets = batches.bucket(range(len(split.rows)), split.rows, self.args.batch_tokens)
+        for numbers in watched(buckets, "measuring: batch"):
             batch = self.batch(split, numbers, [split.rows[i] for i in numbers])
             out[numbers] = measure(*(t.to(self.runtime.device) for t in batch)).cpu()
         return out

@@ -34,10 +34,11 @@ if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; s
 import numpy as np
 import tiktoken
 
-from data.cli import Parser, Progress, UserError, at_least, number, run_cli, watched
+from data.cli import Parser, UserError, at_least, number, run_cli
 from data.download import DATA, EXTRAS, MB, fetch, is_hub_name, snapshot_download
 from data.files import file_sha256, locked, read_json, write_whole
 from data.hf_tokenizer import find_tokenizer, hub_tokenizer
+from data.progress import Progress, watched
 from data.sources import SOURCES, Source
 from data.text import ARCHIVES, BLOCK, TEXT_SUFFIXES, Documents, choose_texts, file_streams
 from data.tokenizer import PATTERNS, UNKNOWN, Tokenizer, learn_bpe

@@ -12,7 +12,6 @@ import re
 import shlex
 import signal
 import sys
-import time
 from pathlib import Path
 
 
@@ -311,31 +310,3 @@ def printable(text):
     """`text` with control characters other than tab and newline as \\x1b: printed as they are they
     could clear the terminal, or worse."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
-
-
-class Progress:
-    """A line on a terminal that rewrites itself, at most twice a second; nothing elsewhere."""
-
-    def __init__(self):
-        self.shown = time.monotonic()
-
-    def __call__(self, text):
-        if sys.stderr.isatty() and time.monotonic() - self.shown > 0.5:
-            self.shown = time.monotonic()
-            print(f"\r\033[K{text} ", end="", flush=True, file=sys.stderr)
-
-    def clear(self):
-        """Empty the line."""
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
-
-
-def watched(items, name):
-    """Yield the items, and count them on a line of the terminal that begins with `name`, with how
-    many there are if that is known."""
-    progress = Progress()
-    total = f" of {len(items):,}" if hasattr(items, "__len__") else ""
-    for count, item in enumerate(items, start=1):
-        progress(f"{name} {count:,}{total}")
-        yield item
-    progress.clear()
