@@ -131,6 +131,8 @@ def test_flags_may_be_called_as_elsewhere(line, values):
         ("train config/train_gpt2.py", "train_gpt2.py: settings are given as flags here"),
         ("train nano.py", "out=out-shakespeare-char --grad_accum=40 --d_model=384 (without --e"),
         ("finetune --config lf.yml", ": finetune.py --dtype=bf16 --ckpt=gpt2 --lora_targets=all ("),
+        ("train shakespeare", "unknown argument shakespeare: did you mean --data?"),
+        ("sample Once upon", "unknown argument Once: did you mean --prompt?"),
         ("train --optimizer lion", "invalid choice: 'lion'"),
         ("lora merge", "the following arguments are required: --ckpt, --adapter, --out"),
         ("lora merge --ckpt a --adapter b --oute c", "--out"),
@@ -150,7 +152,7 @@ def test_no_flag_of_transformers_is_taken_for_a_slip_and_ours_exist(capsys):
     transformers = pytest.importorskip("transformers")
     for field in dataclasses.fields(transformers.TrainingArguments):
         with contextlib.suppress(SystemExit):
-            parser_of("train").parse_args([f"--{field.name}", "x"])
+            parser_of("train").parse_args([f"--{field.name}=x"])
     assert "did you mean" not in capsys.readouterr().err
     ours = {option for script in SCRIPTS for option in parser_of(script)._option_string_actions}
     words = {part.split("=")[0] for name in FOREIGN.values() for part in re.split("[|+]", name)}
