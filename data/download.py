@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from data.cli import UserError
 from data.files import file_sha256, read_json, write_once
-from data.progress import Progress, waiting
+from data.progress import shown, waiting
 
 DATA = Path("data")
 OFFLINE = ContextVar("OFFLINE", default=False)  # True where nothing is to be downloaded
@@ -154,15 +154,13 @@ def download_part(url, dest, token):
             old.unlink()
             if r.status_code != 200:
                 raise requests.ConnectionError("the file changed on the server")
-        start, progress = size if resumed else 0, Progress()
+        start = size if resumed else 0
         total = start + int(r.headers.get("Content-Length", 0))  # start, if it is not known
         part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "ab" if resumed else "wb") as f:
+        with open(part, "ab" if resumed else "wb") as f, shown(f"{dest.name}: byte", f.tell, total):
             for block in r.iter_content(1 << 18):
                 f.write(block)
-                progress(f"{dest.name}  {f.tell() / MB:.1f} of {total / MB:.1f} MB")
             size = f.tell()
-    progress.clear()
     if size < total:
         raise requests.ConnectionError(f"{size:,} of {total:,} bytes came")
     print(f"downloaded {dest.name}: {size:,} bytes", file=sys.stderr)

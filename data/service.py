@@ -7,6 +7,7 @@ import json
 import os
 import re
 import threading
+from concurrent import futures
 from pathlib import Path
 
 from data.answer import ApiError
@@ -33,7 +34,7 @@ def example_questions(run, count=4):
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             splits = context.run(load_data, run["data"], *map(run.get, given))[1]
-    except (UserError, OSError, KeyError, TypeError):  # TypeError: train.py has no "val"
+    except Exception:  # the settings may name anything
         return []
     short = [q for q in dict.fromkeys(map(first_words, splits["val"])) if 0 < len(q) <= 160]
     return short[:: max(1, len(short) // count)][:count]
@@ -69,6 +70,7 @@ class Service:
         folder, run = Path(args.adapter[-1] if args.adapter else ckpt), {}
         with contextlib.suppress(UserError):
             run = read_json((folder.parent if folder.suffix == ".pt" else folder) / "settings.json")
+        self.examples = futures.ThreadPoolExecutor(1).submit(example_questions, run)
         self.info = {  # what the page shows
             "kind": "classifier" if labels else "chat" if self.api.template else "base",
             "models": self.api.names,
@@ -82,7 +84,6 @@ class Service:
             "told": self.api.told(self.api.tools) or None,
             "databases": {name: getattr(f, "database", "") for name, f in tools.items()},
             "run": {name: run.get(name) for name in ("data", "parameters")},
-            "examples": example_questions(run),
             "choices": {"file": str(CHOICES), "command": command},
         }
 
@@ -100,7 +101,9 @@ class Service:
     def page_info(self, _):
         """What the page shows of the model, and the number of choices so far."""
         count = CHOICES.read_bytes().count(b"\n") if CHOICES.exists() else 0
-        return self.info | {"choices": self.info["choices"] | {"count": count}}
+        info = self.info | {"choices": self.info["choices"] | {"count": count}}
+        futures.wait([self.examples], timeout=1)  # a large file of rows takes longer
+        return info | {"examples": self.examples.result() if self.examples.done() else []}
 
     def run_tool(self, body):
         """The result of a tool call."""

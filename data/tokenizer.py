@@ -17,7 +17,7 @@ import tiktoken.load
 
 from data.cli import UserError
 from data.download import MB, download_path, fetch, resolve_url
-from data.progress import Progress
+from data.progress import shown
 from data.sentencepiece import SentencePiece
 
 END = "<|endoftext|>"  # stands between documents
@@ -261,7 +261,7 @@ def train_bpe(counts, size):
     >>> [t.decode() for t in train_bpe({b"low": 5, b"lower": 2, b"newer": 6}, 260)[256:]]
     ['er', 'lo', 'low', 'ew']
     """
-    tokens, progress = [bytes([b]) for b in range(256)], Progress()
+    tokens = [bytes([b]) for b in range(256)]
     # the ids of all pieces, a -1 around each; `left` and `right` lead over ids that are merged away
     ids, weights = array("i", [-1]), array("i", [0])
     for piece, n in counts.items():
@@ -275,36 +275,35 @@ def train_bpe(counts, size):
             where[pair].append(i)
     heap = [(-n, pair) for pair, n in total.items()]
     heapq.heapify(heap)
-    while heap and len(tokens) < size:
-        progress(f"learning merges: token {len(tokens):,} of {size:,}")
-        n, pair = heapq.heappop(heap)
-        if -n != total[pair]:  # the count has changed since: put it back at its place
-            if total[pair] > 0:
-                heapq.heappush(heap, (-total[pair], pair))
-            continue
-        if -n < 2:
-            break
-        (a, b), new, changed = pair, len(tokens), set()
-        tokens.append(tokens[a] + tokens[b])
-        for i in where.pop(pair):  # in the order of the text, as in aaa the first two are merged
-            j, before = right[i], left[i]
-            if (ids[i], ids[j]) != pair:  # another merge has taken one of them since
+    with shown("learning merges: token", lambda: len(tokens), size):
+        while heap and len(tokens) < size:
+            n, pair = heapq.heappop(heap)
+            if -n != total[pair]:  # the count has changed since: put it back at its place
+                if total[pair] > 0:
+                    heapq.heappush(heap, (-total[pair], pair))
                 continue
-            n, after = weights[i], right[j]
-            ids[i], ids[j], right[i], left[after] = new, -1, after, i
-            for old, created, place in (
-                ((ids[before], a), (ids[before], new), before),
-                ((b, ids[after]), (new, ids[after]), i),
-            ):
-                if -1 not in created:
-                    total[old] -= n
-                    total[created] += n
-                    where[created].append(place)
-                    changed.add(created)
-        del total[pair]
-        for p in changed:
-            heapq.heappush(heap, (-total[p], p))
-    progress.clear()
+            if -n < 2:
+                break
+            (a, b), new, changed = pair, len(tokens), set()
+            tokens.append(tokens[a] + tokens[b])
+            for i in where.pop(pair):  # from left to right: of aaa the first two are merged
+                j, before = right[i], left[i]
+                if (ids[i], ids[j]) != pair:  # another merge has taken one of them since
+                    continue
+                n, after = weights[i], right[j]
+                ids[i], ids[j], right[i], left[after] = new, -1, after, i
+                for old, created, place in (
+                    ((ids[before], a), (ids[before], new), before),
+                    ((b, ids[after]), (new, ids[after]), i),
+                ):
+                    if -1 not in created:
+                        total[old] -= n
+                        total[created] += n
+                        where[created].append(place)
+                        changed.add(created)
+            del total[pair]
+            for p in changed:
+                heapq.heappush(heap, (-total[p], p))
     return tokens
 
 
