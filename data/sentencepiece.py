@@ -16,8 +16,8 @@ from data.cli import UserError
 SPACE = "\u2581"  # "▁", which stands for a space
 TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 IN_FRONT = {"type": "Prepend", "prepend": SPACE}
+CACHE_LIMIT, LONG = 1 << 18, 100  # words whose ids are kept; characters of one
 NORMALIZERS = ("Prepend", "Replace", "NFC", "NFD", "NFKC", "NFKD")
-CACHE_LIMIT = 1 << 18  # words whose ids are kept
 
 
 def is_sentencepiece(data):
@@ -40,8 +40,7 @@ class SentencePiece:
 
     A space is put in front of a text, and decoding drops it: "Hi 中" is ▁Hi ▁ 中, or if that has no
     piece of its own ▁Hi ▁ <0xE4> <0xB8> <0xAD>. A merge may join any pieces, over spaces, too. But
-    two characters that stand side by side in no piece are never joined: between them the text is
-    cut, and the ids of words that come again are looked up.
+    the text can be cut into words between two characters that stand side by side in no piece.
     """
 
     def __init__(self, data, added, words):
@@ -57,12 +56,11 @@ class SentencePiece:
         if lost := [pair for pair in self.ranks if pair.replace(" ", "") not in vocab]:
             raise ValueError(f"model: the merge {lost[0]!r} makes no token")
         self.ranks |= {piece: -score for piece, score in scores.items()}
-        self.inside = {piece[i : i + 2] for piece in vocab for i in range(len(piece) - 1)}
+        inside = {pair for piece in vocab for pair in pairwise(piece)}
         self.unknown = (vocab | added).get(model.get("unk_token"))
         self.fuses = model.get("fuse_unk")
         names = [f"<0x{b:02X}>" for b in range(256)] if model.get("byte_fallback") else [None]
         self.bytes, self.cache = [vocab.get(name) for name in names], {}
-
         self.steps, self.scheme = [*steps_of(data, "normalizer")], None
         if unread := [s["type"] for s in self.steps if s["type"] not in NORMALIZERS]:
             raise ValueError(f"normalizer {unread[0]} can't be read")
@@ -75,10 +73,12 @@ class SentencePiece:
                 self.scheme = step.get("prepend_scheme", old)
                 self.steps += [TO_SPACE, IN_FRONT][: 1 if self.scheme == "never" else 2]
                 if step.get("split", True):
-                    self.inside = {pair for pair in self.inside if pair[1] != SPACE}
+                    inside = {pair for pair in inside if pair[1] != SPACE}
             # Gemma's splits at spaces, of which its normalizer has left none
             elif step.get("pattern") != {"String": " "} or TO_SPACE not in self.steps:
                 raise ValueError(f"pre_tokenizer {step['type']} can't be read with this model")
+        inside = sorted(ord(a) << 32 | ord(b) for a, b in inside)
+        self.inside = np.array([*inside, 1 << 62])
         ends = {s["type"]: s.get("prepend_scheme") for s in steps_of(data, "decoder")}
         self.drops = "Strip" in ends or ends.get("Metaspace", "never") != "never"
 
@@ -112,31 +112,38 @@ class SentencePiece:
         """The ids of a text. It may be a part: `follows` says what it comes after, a "special"
         token or a word, or other "text". Then no space is put in front."""
         parts = enumerate(self.find_late.split(self.normalize(text, follows)))
-        ids = ([self.normalized[p]] if n % 2 else self.encode_part(p) for n, p in parts)
-        return np.array(list(chain.from_iterable(ids)), dtype=np.uint32)
+        ids = [[self.normalized[p]] if n % 2 else self.encode_part(p) for n, p in parts]
+        return np.concatenate(ids).astype(np.uint32)
 
     def encode_part(self, text):
-        """The ids of a normalized text without words, as a list."""
-        ids, inside, cache = [], self.inside, self.cache
-        cuts = [i for i in range(1, len(text)) if text[i - 1 : i + 1] not in inside]
-        for start, end in pairwise([0, *cuts, len(text)]):
-            word = text[start:end]
-            found = cache.get(word)
-            if found is None:
-                found = [i for piece in self.merge(word) for i in self.piece_ids(piece)]
-                if len(cache) < CACHE_LIMIT and len(word) < 100:
-                    cache[word] = found
-            ids += found
-        if self.fuses and self.unknown in ids:  # of several in a row the last one remains
-            ids = [i for i, after in pairwise([*ids, None]) if i != self.unknown or i != after]
+        """The ids of a normalized text without late words, int64."""
+        codes, cache = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64), self.cache
+        pairs = codes[:-1] << 32 | codes[1:]
+        cuts = np.flatnonzero(self.inside[np.searchsorted(self.inside, pairs)] != pairs) + 1
+        border = next(i for i in range(0x10FFFF, 0, -1) if chr(i) not in text)
+        words = np.insert(codes, cuts, border).astype("<u4").tobytes().decode("utf-32-le")
+        words = words.split(chr(border))
+        for word in {*words}:
+            if word not in cache:
+                cache[word] = self.word_ids(word)
+        ids = np.fromiter(chain.from_iterable(map(cache.__getitem__, words)), np.int64)
+        if len(cache) > CACHE_LIMIT or len(max(words, key=len)) > LONG:
+            self.cache = {}
+        if self.fuses and self.unknown is not None:  # of several in a row the first one remains
+            ids = ids[(ids != self.unknown) | (np.append(-1, ids[:-1]) != self.unknown)]
         return ids
 
-    def piece_ids(self, piece):
-        """The ids of a piece: its own, those of its bytes, or that of the unknown one, if any."""
-        ids = [self._mergeable_ranks.get(piece)]
-        if None in ids and None not in self.bytes:
-            ids = [self.bytes[b] for b in piece.encode()]
-        return [i for i in ([self.unknown] if None in ids else ids) if i is not None]
+    def word_ids(self, word):
+        """The ids of a word: of its pieces, of their bytes, or the unknown one, if there is one."""
+        ids = []
+        for piece in self.merge(word):
+            if piece in self._mergeable_ranks:
+                ids.append(self._mergeable_ranks[piece])
+            elif None not in self.bytes:
+                ids += [self.bytes[b] for b in piece.encode()]
+            elif self.unknown is not None:
+                ids.append(self.unknown)
+        return ids
 
     def merge(self, word):
         """The pieces of a word: of the pairs side by side the one of the lowest rank is joined, the
