@@ -7,7 +7,7 @@ import re
 import struct
 import unicodedata
 from collections import defaultdict
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
 
@@ -116,21 +116,22 @@ class SentencePiece:
         return np.concatenate(ids).astype(np.uint32)
 
     def encode_part(self, text):
-        """The ids of a normalized text without late words, int64."""
+        """The ids of a normalized text without late words, uint32."""
         codes, cache = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64), self.cache
         pairs = codes[:-1] << 32 | codes[1:]
         cuts = np.flatnonzero(self.inside[np.searchsorted(self.inside, pairs)] != pairs) + 1
         border = next(i for i in range(0x10FFFF, 0, -1) if chr(i) not in text)
         words = np.insert(codes, cuts, border).astype("<u4").tobytes().decode("utf-32-le")
         words = words.split(chr(border))
-        for word in {*words}:
+        for word in (unique := {*words}):
             if word not in cache:
-                cache[word] = self.word_ids(word)
-        ids = np.fromiter(chain.from_iterable(map(cache.__getitem__, words)), np.int64)
-        if len(cache) > CACHE_LIMIT or len(max(words, key=len)) > LONG:
+                cache[word] = np.array(self.word_ids(word), dtype=np.uint32).tobytes()
+        ids = np.frombuffer(b"".join(map(cache.__getitem__, words)), dtype=np.uint32)
+        if len(cache) > CACHE_LIMIT or max(map(len, unique)) > LONG:
             self.cache = {}
-        if self.fuses and self.unknown is not None:  # of several in a row the first one remains
-            ids = ids[(ids != self.unknown) | (np.append(-1, ids[:-1]) != self.unknown)]
+        if self.fuses and None in self.bytes:  # of several in a row the first one remains
+            again = (ids[1:] == self.unknown) & (ids[:-1] == self.unknown)
+            ids = ids[np.append(True, ~again)[: len(ids)]]
         return ids
 
     def word_ids(self, word):
