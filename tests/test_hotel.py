@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from conftest import calls, real, turn
@@ -11,6 +12,7 @@ from data.cli import UserError
 from data.facts import augment
 from data.hotel import (
     HOTEL_KEYS,
+    OWN_HOTELS,
     read_hotels,
     repeats,
     search_hotels,
@@ -20,6 +22,8 @@ from data.hotel import (
     values_by_key,
 )
 from data.rows import to_example
+from data.sources import hotel_dialogues
+from data.tools import load_tools
 
 A = turn("assistant", "a")
 
@@ -204,6 +208,25 @@ def test_the_public_data_base_is_read_into_the_same_fields():
     assert [h["name"] for h in hotels] == [name for name, _ in raw]
     assert all(list(h) == [*HOTEL_KEYS.values()] for h in hotels)
     assert not any(f != f.strip() or not f for h in hotels for f in h["facilities"])
+
+
+def test_a_failed_download_leaves_the_search_with_the_hotels_that_it_names(
+    elsewhere, monkeypatch, capsys
+):
+    def fetch(url, dest=None):
+        if "dev" in url:
+            raise UserError("offline")
+        path = Path(dest or "rows.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        return path
+
+    monkeypatch.setattr("data.sources.fetch", fetch)
+    with pytest.raises(UserError, match="offline"):
+        hotel_dialogues()
+    load_tools("hotel")
+    count = len(read_hotels(OWN_HOTELS))
+    assert f"[search knows {count} hotels of {OWN_HOTELS}]" in capsys.readouterr().err
 
 
 def test_what_is_no_data_base_is_said(tmp_path):
