@@ -845,12 +845,9 @@ WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the
 def find_checkpoint(name):
     """The path of a checkpoint: a file, a run's folder, a folder in Hugging Face's layout, or a
     model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), which is downloaded."""
-    path = Path(name)
-    in_folder = path.parent != Path() and path.parent.is_dir()
-    local = path.exists() or in_folder or path.parts[0] in ("out", "data")
-    if local or not is_hub_name(str(name)):
-        return path
-    return snapshot_download(str(name), check=check_readable)
+    if is_hub_name(name):
+        return snapshot_download(str(name), check=check_readable)
+    return Path(name)
 
 
 def load_checkpoint(path, dtype=None, resuming=False):

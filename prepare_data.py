@@ -103,7 +103,7 @@ def make_tokenizer(name, documents, total_bytes):
         return Tokenizer(read_meta(name)["tokenizer"])
     if find_tokenizer(name):
         return Tokenizer(hub_tokenizer(name))
-    if is_hub_name(name) and Path(name).parts[0] not in ("out", "data"):
+    if is_hub_name(name):
         folder = snapshot_download(name, files=("config.json", *EXTRAS))
         return Tokenizer(hub_tokenizer(folder))
     names = "byte, char, bpe:N (e.g. bpe:4096), bpe-han:N, gpt2, cl100k_base, o200k_base"

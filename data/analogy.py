@@ -40,9 +40,8 @@ class WordPiece:
 def bert_words(ckpt):
     """(WordPiece, embedding table) of a BERT, read without the rest of it; None for other models.
     `ckpt` is a folder or a name of the Hub."""
-    folder, online = Path(ckpt), not Path(ckpt).exists() and is_hub_name(ckpt)
-    if online:
-        folder = snapshot_download(ckpt, files=["config.json"])
+    online = is_hub_name(ckpt)
+    folder = snapshot_download(ckpt, files=["config.json"]) if online else Path(ckpt)
     config = folder / "config.json"
     if not config.exists() or read_json(config).get("model_type") != "bert":
         return None

@@ -164,8 +164,12 @@ def download_part(url, dest, token):
 
 
 def is_hub_name(name):
-    """Does `name` look like a model of the Hub: gpt2, OWNER/NAME, OWNER/NAME@REVISION?"""
-    return re.fullmatch(rf"({'|'.join(OWNERS)}|[\w.-]+/[\w.-]+)(@.*)?", name) is not None
+    """Does `name` look like a model of the Hub (gpt2, OWNER/NAME, OWNER/NAME@REVISION), and like no
+    path on this machine?"""
+    path, pattern = Path(name), rf"({'|'.join(OWNERS)}|[\w.-]+/[\w.-]+)(@.*)?"
+    in_folder = path.parent != Path() and path.parent.is_dir()
+    local = path.exists() or in_folder or path.parts[:1] in (("out",), ("data",))
+    return not local and re.fullmatch(pattern, str(name)) is not None
 
 
 def snapshot_download(name, files=None, check=None):

@@ -183,6 +183,7 @@ class SentencePiece:
 
 KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
+ENDS = (24, 0), (41, 1), (42, 2)  # fields: is ▁ behind words?; the ids at the ends of a text
 # Spaces at both ends of a text, and several in a row, are dropped if the file says so
 TRIM = [{"Regex": r"(?<![\s\S]) +| +(?![\s\S])"}, {"Regex": " +(?= )"}]
 TRIM = [{"type": "Replace", "pattern": pattern, "content": ""} for pattern in TRIM]
@@ -221,7 +222,7 @@ def read_model(path, config):
             pieces.append((p[1][0].decode(), score, p[3][0] if 3 in p else NORMAL))
         kind, types = KINDS[trainer.get(3, [1])[0]], {t for *_, t in pieces}
         puts, trims, escapes = (normalizer.get(n, [1])[0] for n in (3, 4, 5))
-        suffixes, bos, eos = (trainer.get(n, [n % 8])[0] for n in (24, 41, 42))
+        suffixes, bos, eos = (trainer.get(n, [usual])[0] for n, usual in ENDS)
     except (IndexError, KeyError, TypeError, ValueError, struct.error, RecursionError) as e:
         raise UserError(f"{path} is no model of SentencePiece's, or is damaged") from e
     if kind != "BPE" or any(normalizer.get(2, [])) or suffixes or not escapes or UNUSED in types:
