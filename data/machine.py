@@ -162,8 +162,8 @@ def keep_freed_memory():
 
 
 def measure_peak(device, dtype, shapes=()):
-    """FLOP/s of the fastest matrix product on this machine: a large square one, or of one of these
-    shapes (rows, inputs, outputs), if they are larger as a part of it."""
+    """FLOP/s of the fastest matrix product on this machine: a large square one, or one of these
+    shapes (rows, inputs, outputs), whose sides are cut to that of the square."""
     large = 8192
     if device.type == "cpu":  # smaller where bf16 or fp16 are emulated
         large = 1024 if product_speed(device, dtype, 128, 128, 128) > 1e10 else 256
