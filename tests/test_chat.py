@@ -73,7 +73,7 @@ def test_a_tokenizer_without_a_template_has_none_and_our_tokens_win():
 def test_a_prompt_that_is_too_long_keeps_its_frame(family):
     ours = CHAT if family == "ours" else pair(family)[0]
     talk = [t for n in range(4) for t in (turn("user", f"q{n} " * 9), turn("assistant", "a"))]
-    talk = [*talk, turn("user", "x" * 300 + "!")]
+    talk.append(turn("user", "x" * 300 + "!"))
     frame = len(prompt_ids([turn("user", "")], ours))
     for room in (frame + 20, frame + 200, 2000):
         ids = prompt_ids(talk, ours, room=room)
