@@ -31,11 +31,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import costs, hf_weights, tables
+from data import costs, hf_tokenizer, hf_weights, tables
 from data.cli import Parser, UserError, at_least, run_cli
 from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_json, write_whole
-from data.hf_tokenizer import generation_config, hub_tokenizer, tokenizer_config, tokenizer_json
 from data.runs import OUT, newest_run
 from data.tensors import fit_error, load_pt
 from data.tokenizer import Tokenizer
@@ -846,12 +845,9 @@ WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the
 def find_checkpoint(name):
     """The path of a checkpoint: a file, a run's folder, a folder in Hugging Face's layout, or a
     model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), which is downloaded."""
-    path = Path(name)
-    in_folder = path.parent != Path() and path.parent.is_dir()
-    local = path.exists() or in_folder or path.parts[0] in ("out", "data")
-    if local or not is_hub_name(str(name)):
-        return path
-    return snapshot_download(str(name), check=check_readable)
+    if is_hub_name(name):
+        return snapshot_download(str(name), check=check_readable)
+    return Path(name)
 
 
 def load_checkpoint(path, dtype=None, resuming=False):
@@ -911,8 +907,8 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
 def check_readable(folder):
     """UserError for an unsupported config or tokenizer, before the weights are downloaded."""
     config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    if (folder / "tokenizer.json").exists():
-        hub_tokenizer(folder)
+    if hf_tokenizer.find_tokenizer(folder):
+        hf_tokenizer.hub_tokenizer(folder)
 
 
 def config_from_hf(values, where="config.json", verbose=False):
@@ -957,9 +953,10 @@ def load_hf(folder, dtype=None):
     shapes = {name: t.shape for name, t in meta_model(config).state_dict().items()}
     gpt2 = config.position == "learned"
     state = hf_weights.read_state(folder, shapes, gpt2, config.tied, dtype)
-    has_tokenizer = (folder / "tokenizer.json").exists()
-    tokenizer = {"tokenizer": hub_tokenizer(folder)} if has_tokenizer else {}
-    return {"config": asdict(config), "model": state} | tokenizer
+    content = {"config": asdict(config), "model": state}
+    if hf_tokenizer.find_tokenizer(folder):
+        content["tokenizer"] = hf_tokenizer.hub_tokenizer(folder)
+    return content
 
 
 def export_hf(content, folder):
@@ -972,9 +969,9 @@ def export_hf(content, folder):
     if "tokenizer" in content:
         tokenizer = Tokenizer(content["tokenizer"])
         values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
-        write_json(folder / "generation_config.json", generation_config(tokenizer))
+        write_json(folder / "tokenizer.json", hf_tokenizer.tokenizer_json(tokenizer))
+        write_json(folder / "tokenizer_config.json", hf_tokenizer.tokenizer_config(tokenizer))
+        write_json(folder / "generation_config.json", hf_tokenizer.generation_config(tokenizer))
     shapes = {name: t.shape for name, t in meta_model(nearest).state_dict().items()}
     if nearest.tied:
         del shapes["head.weight"]

@@ -212,9 +212,9 @@ def test_what_cannot_be_read_is_refused_before_its_weights_come(run, hub, what):
         edit(folder / "config.json", hidden_act="gelu")
     else:
         model = edit(folder / "tokenizer.json")["model"]
-        edit(folder / "tokenizer.json", model=model | {"byte_fallback": True})
+        edit(folder / "tokenizer.json", model=model | {"type": "Unigram"})
     err = run("sample.py", "--ckpt", f"old/{what}", "--prompt", "x", code=2)
-    assert ("hidden_act" if what == "config" else "no SentencePiece (Llama 2, TinyLlama") in err
+    assert ("hidden_act" if what == "config" else "model Unigram: only byte-level BPE and") in err
     assert not list(Path("data/hub/old").rglob("*.safetensors*"))
 
 
