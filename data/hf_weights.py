@@ -243,14 +243,19 @@ def read_state(folder, shapes, gpt2, tied, dtype=None):
 IGNORED_TENSORS = r"(attn\.(masked_)?bias|rotary_emb\.inv_freq)$"
 
 
-def write_model(folder, values, shapes, state):
-    """Write config.json and model.safetensors of a model whose tensors, by our names, are to have
-    `shapes`. A norm weight or bias that `state` lacks is filled with ones or zeros."""
+def fill_state(shapes, state):
+    """The tensors of `shapes`, by our names. A norm weight or bias that `state` lacks is ones or
+    zeros."""
     filled, dtype = {}, state["embed.weight"].dtype
     for name, shape in shapes.items():
         filler = torch.ones if name.endswith("weight") else torch.zeros
         filled[name] = state[name] if name in state else filler(shape, dtype=dtype)
-    tensors = to_hf(filled, values["model_type"] == "gpt2")
+    return filled
+
+
+def write_model(folder, values, state):
+    """Write config.json, of these values, and model.safetensors, of tensors by our names."""
+    dtype, tensors = state["embed.weight"].dtype, to_hf(state, values["model_type"] == "gpt2")
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", values | {"torch_dtype": str(dtype).removeprefix("torch.")})
 
