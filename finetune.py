@@ -46,7 +46,7 @@ from data.rows import as_chat, first_words, load_data, report_bad
 from data.runs import newest_run, run_folder
 from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS, SOURCES
-from data.tokenizer import Tokenizer, label_token, labels_of
+from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of
 from prepare_data import default_name
 from sample import Engine, allowed_ids, classify, load
 
@@ -266,8 +266,8 @@ class SFT:
         """What the sum of the loss is divided by: the length of the batch's last tensor."""
         return len(batch[-1])
 
-    def evaluate(self, model, split, final=True):
-        """The loss per target and, unless `final`, the scores of answers to --eval_rows of the
+    def evaluate(self, model, split, when="end"):
+        """The loss per target and, after a "step", the scores of answers to --eval_rows of the
         questions, which only rank 0 generates; `report` answers all questions in the end."""
         loss, targets = 0.0, 0
         buckets = batches.bucket(range(len(split.rows)), split.rows, self.args.batch_tokens)
@@ -276,7 +276,7 @@ class SFT:
             loss += counts * float(model(*batch))
             targets += counts * int((batch[1] != -100).sum())
         loss, targets = self.runtime.total(loss, targets)
-        scores, answers = {"val_loss": loss / targets}, self.args.eval_rows and not final
+        scores, answers = {"val_loss": loss / targets}, self.args.eval_rows and when == "step"
         if answers and (self.runtime.rank == 0 or self.runtime.sharded):
             jobs = self.jobs(split, self.args.eval_rows)
             scores |= self.scores(jobs, answer(model, self.tokenizer, jobs))
@@ -323,13 +323,23 @@ class Classify(SFT):
         text, label = example["text"], example["label"]
         return [batches.label_row(text, label, self.tokenizer, self.args.context)]
 
-    def evaluate(self, model, split, final=True):
+    def label_ids(self):
+        """The ids of the labels' tokens."""
+        return [self.tokenizer.special[label_token(name)] for name in self.labels]
+
+    def loss(self, model, ids, targets, places):
+        """The summed loss among the labels alone, as it is measured."""
+        allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=ids.device)
+        allowed[self.label_ids()] = True
+        return -model(ids, targets, output="log_probs", allowed=allowed).sum()
+
+    def evaluate(self, model, split, when="end"):
         return self.report(model, split)[0]
 
     def report(self, model, split):
         """The figures are over the label tokens alone; the lines show the confusion matrix."""
-        label_ids = [self.tokenizer.special[label_token(name)] for name in self.labels]
-        logps = classify(model, [row.ids[:-1] for row in split.rows], label_ids)  # (N, labels)
+        prompts = [row.ids[:-1] for row in split.rows]
+        logps = classify(model, prompts, self.label_ids())  # (N, labels)
         wanted = torch.tensor([self.labels.index(e["label"]) for e in split.examples])
         best, rows = logps.argmax(1), []
         table = confusion(best.numpy(), wanted.numpy(), len(self.labels))
@@ -394,7 +404,7 @@ class DPO(SFT):
             out[numbers] = measure(*(t.to(self.runtime.device) for t in batch)).cpu()
         return out
 
-    def evaluate(self, model, split, final=True):
+    def evaluate(self, model, split, when="end"):
         """The loss, the share of pairs whose chosen answer has the larger reward, the mean rewards
         and their difference."""
         rewards = self.over_pairs(split, partial(self.rewards, model))
@@ -432,8 +442,6 @@ class Distill(SFT):
 # --------------------------------------------------------------------------------------------
 # Rewards: a model that rewards answers, and one that learns from rewards
 # --------------------------------------------------------------------------------------------
-
-REWARD_TOKEN = "<|reward|>"  # its logit after an answer is the answer's reward
 
 
 class RewardModel(DPO):
@@ -822,9 +830,9 @@ def make_task(args, objective, splits, loader, extra):
         first = (draw * runtime.world + runtime.rank) * args.grad_accum
         return [batch(first + i) for i in range(args.grad_accum)]
 
-    def evaluate(model, final):  # rank 0 tells the others, so that all decide alike
+    def evaluate(model, when):  # rank 0 tells the others, so that all decide alike
         with lm.evaluating(model), runtime.autocast():
-            return runtime.of_first(objective.evaluate(model, splits["val"], final))
+            return runtime.of_first(objective.evaluate(model, splits["val"], when))
 
     def score(row):  # the evaluation with the smallest one is the best
         if args.best_by == "last":
@@ -905,8 +913,13 @@ def header(model, args, objective, splits, loader):
         f"{objective.noun} to learn, {len(val.examples):,} to measure; {len(sizes):,} rows of at "
         f"most {longest:,} tokens, {cut:,} cut to --context; {loader.per_epoch:,} batches an epoch"
     )
-    mean = tokens / len(sizes)
-    return [text, *train.header(model, args, objective.runtime, tokens, args.batch_tokens, mean)]
+    per_step = tokens / loader.per_epoch * args.grad_accum * objective.runtime.world
+    if split.prompts:  # answers may be of any length
+        per_step = None
+    learned = sum(sum(r.mask[1:]) for row in split.rows for r in batches.sequences(row)) / tokens
+    mean = tokens / sum(n for _, n in sizes)
+    runtime, most = objective.runtime, args.batch_tokens
+    return [text, *train.header(model, args, runtime, most, per_step, mean, learned)]
 
 
 def settle(args, **values):
@@ -920,8 +933,8 @@ def main(argv=None):
         return evaluate_only(args, objective_class, examples)
     labels = find_labels(examples)
     base = content if content and not args.lora_rank else lm.load_checkpoint(args.ckpt)
-    previous, wide = (content or {}).get("device"), base["config"]["d_model"] >= 512
-    runtime = make_runtime(args.device, args.dtype, wide, previous)
+    previous, config = (content or {}).get("device"), lm.Config.from_dict(base["config"])
+    runtime = make_runtime(args.device, args.dtype, previous, config, args.batch_tokens)
     torch.manual_seed(args.seed)
     special_tokens = partial(objective_class.special_tokens, splits=examples, labels=labels)
     model, tokenizer, adapter = build_model(args, base, content, special_tokens, runtime)

@@ -14,7 +14,7 @@ Together they are QLoRA. Neither depends on the Transformer: any module with nn.
 
 import contextlib
 import hashlib
-import math
+import re
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -51,8 +51,7 @@ SCALE_BLOCK = 256  # scales that share a scale of their own (double quantization
 
 def blocks_of(x, size):
     """x flattened and cut into rows of `size`; the last row is padded with zeros."""
-    x = x.reshape(-1)
-    return F.pad(x, (0, -len(x) % size)).view(-1, size)
+    return F.pad(x.flatten(), (0, -x.numel() % size)).view(-1, size)
 
 
 def quantize_int8(x, size=BLOCK):
@@ -63,8 +62,7 @@ def quantize_int8(x, size=BLOCK):
 
 
 def quantize_nf4(weight):
-    """Codes (blocks, 32) uint8, two a byte with the first in the high half, and the largest
-    absolute value of each block (blocks, 1)."""
+    """Codes (blocks, 32) uint8, two a byte, high half first; absolute maxima (blocks, 1)."""
     blocks = blocks_of(weight, BLOCK)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
     levels = torch.tensor(NF4, device=weight.device)
@@ -104,8 +102,8 @@ class QuantLinear(nn.Module):
             values = pairs.view(torch.float32).view(-1, BLOCK).mul_(scales)
         else:
             values = self.codes * scales
-        size = self.out_features * self.in_features
-        return values.view(-1)[:size].view(self.out_features, self.in_features)
+        shape = torch.Size((self.out_features, self.in_features))
+        return values.view(-1)[: shape.numel()].view(shape)
 
     def forward(self, x):
         return DequantizedProduct.apply(x, self, self.bias)
@@ -142,7 +140,7 @@ def quantize(model, kind, device="cpu"):
 # Adapters
 # --------------------------------------------------------------------------------------------
 
-# Values of --lora_targets: a group, or names of layers separated by commas.
+# Values of --lora_targets: a group, or names of layers separated by commas, ours or transformers'.
 TARGETS = {"attention": ("q", "k", "v", "out"), "mlp": ("up", "gate", "down")}
 TARGETS["all"] = TARGETS["attention"] + TARGETS["mlp"]
 
@@ -150,16 +148,13 @@ TARGETS["all"] = TARGETS["attention"] + TARGETS["mlp"]
 def find_layers(model, targets, kinds):
     """{full name: layer} of the layers of `kinds` that `targets` names, each by its last or its
     full name. UserError if there are none."""
-    wanted = set(TARGETS.get(targets) or (t.strip() for t in targets.split(",")))
+    theirs = (name.removesuffix("_proj") for name in re.findall(r"[\w.]+", targets))
+    wanted = set(TARGETS.get(targets) or ("out" if name == "o" else name for name in theirs))
     bases = {layer.base for layer in adapted(model).values()}  # they are no targets of their own
-    layers, names = {}, set()
-    for full, layer in model.named_modules():
-        name = full.rpartition(".")[2]
-        if isinstance(layer, kinds) and layer not in bases:
-            names.add(name)
-            if wanted & {name, full}:
-                layers[full] = layer
-    unknown = wanted - set(layers) - names
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in bases}
+    names = {n.rpartition(".")[2] for n in layers}
+    unknown = wanted - names - set(layers)
+    layers = {n: m for n, m in layers.items() if wanted & {n, n.rpartition(".")[2]}}
     if not layers or (unknown and targets not in TARGETS):
         raise UserError(
             f"no layer is called {', '.join(sorted(unknown))}: choose {', '.join(TARGETS)}, or "
@@ -188,9 +183,8 @@ class LoRALinear(nn.Module):
     def add(self, name, rank, alpha, dropout):
         """Add an adapter, not active yet."""
         device = next(self.base.buffers(), next(self.base.parameters(), None)).device
-        a = torch.empty(rank, self.base.in_features, device=device)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # like a Linear's weight
-        self.a[name] = nn.Parameter(a)
+        a = nn.Linear(self.base.in_features, rank, bias=False, device=device)
+        self.a[name] = a.weight
         self.b[name] = nn.Parameter(torch.zeros(self.base.out_features, rank, device=device))
         self.scale[name], self.dropout[name] = alpha / rank, dropout
 
@@ -217,13 +211,11 @@ def add_lora(
     model, targets="attention", rank=8, alpha=16, dropout=0.0, name="default", modules_to_save=()
 ):
     """Add adapters to the target layers, make them active, and freeze everything else; returns the
-    layers' names.
+    layers' names. A second call with another `name` adds a second adapter over the same base.
 
-    targets: attention, mlp, all, or layer names with commas. A second call with another `name` adds
-    a second adapter over the same base. `modules_to_save` (peft's term) are modules that are
-    trained in full beside this adapter and saved with it: the tables of a base that lacks the
-    chat's special tokens. UserError if no layer matches, or if a target shares its weight with
-    another layer (a tied head: the embedding could not follow).
+    targets: attention, mlp, all, or layer names with commas. `modules_to_save` (peft's term) are
+    trained in full beside the adapter and saved with it: the tables of a base that lacks the chat's
+    special tokens. UserError if no layer matches or one shares its weight, as a tied head does.
 
     >>> add_lora(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
     ['0']
@@ -241,12 +233,11 @@ def add_lora(
         layer.add(name, rank, alpha, dropout)
     if not hasattr(model, "saved_tables"):
         model.active_adapter, model.saved_tables = None, {None: {}}  # None: the base's own tables
-    base, tables = model.saved_tables[None], {}
+    base, tables = model.saved_tables[None], model.saved_tables.setdefault(name, {})
     for full, parameter in model.named_parameters():
         if full.rpartition(".")[0] in modules_to_save:
             tables[full] = base.setdefault(full, parameter.detach().clone())
             parameter.requires_grad_(True)
-    model.saved_tables[name] = tables
     set_adapter(model, name)
     return list(layers)
 
@@ -304,7 +295,7 @@ def disable_adapter(model):
 
 
 # --------------------------------------------------------------------------------------------
-# Files: an adapter alone, without its base
+# Files: an adapter alone, merged into its base, or written for peft
 # --------------------------------------------------------------------------------------------
 
 
@@ -346,9 +337,8 @@ def load_adapter(model, content, name="default"):
 def load_adapted(base, adapters, where="the base"):
     """A model with adapters over it, the first one active: from the content of the base checkpoint
     and {name: content of an adapter checkpoint}. UserError if it is not their base."""
-    for name, content in adapters.items():
-        if "adapter" not in content:
-            raise UserError(f"{name} is a whole model, not an adapter: use it as --ckpt")
+    if whole := [name for name, content in adapters.items() if "adapter" not in content]:
+        raise UserError(f"{whole[0]} is a whole model, not an adapter: use it as --ckpt")
     infos = {name: content["adapter"] for name, content in adapters.items()}
     quantized = next((info["quantize"] for info in infos.values() if info["quantize"]), None)
     model = lm.model_from_checkpoint(base, dtype=None if quantized else torch.float32, where=where)
@@ -370,16 +360,11 @@ def load_adapted(base, adapters, where="the base"):
     return model.eval()
 
 
-# --------------------------------------------------------------------------------------------
-# Merging adapters into plain weights, and writing them for peft
-# --------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def merge(model):
     """Replace each adapted layer by a plain Linear, W + alpha / rank * B A of the active adapter,
     in float32, and each quantized layer by a plain one. Returns their names: none the second time.
-    The model is left in evaluation mode."""
+    """
     model.eval()  # dropout cannot be merged
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (LoRALinear, QuantLinear))}
     # the quantized base of an adapted layer is merged with its adapter
@@ -401,20 +386,16 @@ def merge_and_save(model, tokenizer, path):
     difference = float((model(ids) - before).abs().max() / before.abs().max())
     if not difference < 1e-3:
         raise UserError(f"merging changed the logits by {difference:.1e} of their size: not saved")
-    content = {"config": asdict(model.config), "model": lm.unwrapped_state(model)}
+    content = {"config": asdict(model.config), "model": dict(model.state_dict())}
     lm.save_checkpoint(path, content | {"tokenizer": tokenizer})
     print(f"{path}: {len(names)} layers merged, logits differ by {difference:.1e} of their size")
 
 
 def export(base, adapter, folder, ckpt):
-    """Write a folder that peft reads over the exported base. `base` and `adapter` are contents of
-    checkpoints, `ckpt` is what the user calls the base."""
-    config = lm.Config.from_dict(dict(base["config"]))
-    gpt2 = lm.config_to_hf(config)[0]["model_type"] == "gpt2"
-    modules = lm.meta_model(config).named_modules()
-    heights = {n: m.out_features for n, m in modules if isinstance(m, nn.Linear)}
+    """Write a folder that peft reads over the exported base, which the user calls `ckpt`."""
+    gpt2 = lm.config_to_hf(lm.Config.from_dict(base["config"]))[0]["model_type"] == "gpt2"
     in_transformers = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()
-    write_peft(adapter, heights, gpt2, folder, ckpt if in_transformers else None)
+    write_peft(adapter, base["model"], gpt2, folder, ckpt if in_transformers else None)
     print(f"{folder}: an adapter for peft, over the model that {ckpt} exports to")
 
 

@@ -10,16 +10,16 @@
 A run writes mnist.pt, loss.svg and pictures to out/mnist, out/mnist-fast or out/mnist-diffusion (a
 second run to out/mnist-2, and so on). "The course" is waylandzhang/Transformer-from-scratch.
 
-The first three chapters (data, network, loop) are a complete training run. Then come a report,
-pictures, a better network, a transformer that turns noise into digits, and the command line.
-Nothing here is a language model: from model.py come only the checkpoints and, for drawing, the
-transformer's blocks.
+The first three chapters hold the data, the network and the training loop. Then come a report, a
+better network, a transformer that turns noise into digits, and the command line. Nothing here is a
+language model: from model.py come only the checkpoints and, for drawing, the transformer's blocks.
 
 Shapes in comments: B batch, T patches of an image, C channels.
 """
 
 import argparse
 import math
+import re
 import signal
 import time
 import unicodedata
@@ -36,10 +36,11 @@ from torch import nn
 
 import model as lm
 from data.cli import Parser, StopSignal, UserError, at_least, positive, run_cli
+from data.files import write_json
 from data.idx import FILES, download_idx, read_folder_idx
 from data.machine import choose_device, random_state, set_random_state
-from data.plot import line_svg, write_png
-from data.runs import OUT, lock_folder, new_run
+from data.plot import line_svg, png, sheet, write_png
+from data.runs import OUT, Log, new_run
 
 # --------------------------------------------------------------------------------------------
 # The data: 60,000 digits to learn from, 10,000 to be tested on
@@ -53,19 +54,18 @@ def load_mnist(device="cpu", folder=None):
     normalised by MNIST's training mean and standard deviation, labels (N,) int64. Downloaded, or
     read from `folder`. They are converted once (220 MB), so that a batch is one index operation."""
     read = partial(read_folder_idx, folder) if folder else download_idx
-    train_x, train_y, test_x, test_y = (read(name) for name in FILES)
-    for x, y in ((train_x, train_y), (test_x, test_y)):
+
+    def tensors(x, y):
         if x.shape != (len(y), 28, 28) or len(y) == 0 or y.max() > 9:
             raise UserError(
                 f"{len(y):,} labels up to {max(y, default=0)} do not fit images of shape "
                 f"{x.shape}: N labels from 0 to 9 and N images of 28 x 28 are needed"
             )
-
-    def tensors(x, y):
         x = torch.tensor(x, dtype=torch.float32, device=device)
         return x.div_(255).sub_(MEAN).div_(STD), torch.tensor(y, dtype=torch.int64, device=device)
 
-    return tensors(train_x, train_y), tensors(test_x, test_y)
+    images, labels, test_images, test_labels = (read(name) for name in FILES)
+    return tensors(images, labels), tensors(test_images, test_labels)
 
 
 # --------------------------------------------------------------------------------------------
@@ -91,8 +91,9 @@ class MLP(nn.Module):
 
 # What to minimise. Each takes log probabilities (B, 10) and labels (B,), and returns a mean.
 LOSSES = {
-    "nll": F.nll_loss,
+    "nll": F.nll_loss,  # of a log_softmax: the cross entropy
     "mse": lambda log_p, labels: F.mse_loss(log_p.exp(), F.one_hot(labels, 10).float()),
+    "euclidean": lambda log_p, labels: (log_p.exp() - F.one_hot(labels, 10)).norm(dim=-1).mean(),
     "cosine": lambda log_p, labels: F.cosine_embedding_loss(
         log_p.exp(), F.one_hot(labels, 10).float(), torch.ones_like(labels)
     ),
@@ -102,21 +103,24 @@ LOSSES = {
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, 0.01, {}),
     "momentum": (torch.optim.SGD, 0.01, dict(momentum=0.9)),
+    "rprop": (torch.optim.Rprop, 0.01, {}),
     "rmsprop": (torch.optim.RMSprop, 0.001, {}),
     "adagrad": (torch.optim.Adagrad, 0.01, {}),
+    "adadelta": (torch.optim.Adadelta, 1.0, {}),
     "adam": (torch.optim.Adam, 0.001, {}),
     "adamw": (torch.optim.AdamW, 0.001, dict(weight_decay=0.05)),
-    # estimates the curvature, which is too noisy on small batches: it gets batches of 2,000
     "lbfgs": (torch.optim.LBFGS, 1.0, dict(max_iter=5, line_search_fn="strong_wolfe")),
 }
+# Small batches are too noisy to estimate the curvature, or to compare the signs of two gradients.
+BATCH_SIZES = {"lbfgs": 2000, "rprop": 6000}  # other optimizers: 64
 
-# How the learning rate changes over the `steps` of a run; `lr` is its largest value.
+# How the learning rate changes over the `steps` of a run; `a.lr` is its largest value.
 SCHEDULES = {
-    "constant": lambda o, lr, steps: torch.optim.lr_scheduler.ConstantLR(o, factor=1.0),
-    "step": lambda o, lr, steps: torch.optim.lr_scheduler.StepLR(o, max(1, steps // 4), gamma=0.5),
-    "cosine": lambda o, lr, steps: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps),
-    "onecycle": lambda o, lr, steps: torch.optim.lr_scheduler.OneCycleLR(  # up, then down to 0
-        o, lr, max(4, steps), anneal_strategy="linear", cycle_momentum=False,
+    "constant": lambda o, a, steps: torch.optim.lr_scheduler.ConstantLR(o, factor=1.0),
+    "step": lambda o, a, steps: torch.optim.lr_scheduler.StepLR(o, steps // a.epochs, a.gamma),
+    "cosine": lambda o, a, steps: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps),
+    "onecycle": lambda o, a, steps: torch.optim.lr_scheduler.OneCycleLR(  # up, then down to 0
+        o, a.lr, max(4, steps), anneal_strategy="linear", cycle_momentum=False,
         pct_start=max(0.2, 2 / max(4, steps)),  # torch requires at least two steps for the way up
     ),
 }
@@ -128,9 +132,9 @@ SCHEDULES = {
 
 
 def fit(run, images, labels, batch_loss, evaluate):
-    """Train `run.model`, a `Run`'s (below), for `run.args.epochs` epochs to minimise batch_loss(
-    model, images, labels). What `evaluate()` returns after each epoch goes into `run.history`.
-    Ctrl-C and SIGTERM save the run first. Returns the exit code."""
+    """Train the model of `run`, a `Run` (below), for `run.args.epochs` epochs. Minimises
+    batch_loss(model, images, labels). What `evaluate()` returns after each epoch goes into
+    `run.log`. Ctrl-C and SIGTERM save the run first. Returns the exit code."""
     a, model, optimizer = run.args, run.model, run.optimizer
 
     def closure(rows):
@@ -145,7 +149,8 @@ def fit(run, images, labels, batch_loss, evaluate):
             # the course and the default read the images in the file's order; --shuffle is better
             order = torch.arange(len(images))
             if a.shuffle:
-                order = torch.randperm(len(images), generator=seeded(1000 * a.seed + epoch))
+                generator = torch.Generator().manual_seed(1000 * a.seed + epoch)
+                order = torch.randperm(len(images), generator=generator)
             # a resumed run skips the batches of this epoch that it has seen
             for rows in order.split(a.batch_size)[run.step % run.per_epoch :]:
                 if stop.number:
@@ -156,43 +161,43 @@ def fit(run, images, labels, batch_loss, evaluate):
                 start = time.perf_counter()
                 # most optimizers call the closure once and then step; lbfgs calls it several times
                 loss = optimizer.step(partial(closure, rows.to(images.device))).item()
-                run.schedule.step()
                 run.log_step(loss, time.perf_counter() - start)
-            run.history.append({"step": run.step, **evaluate()})
+                run.schedule.step()
+            run.log.write(step=run.step, **evaluate())
             run.save()
     return 0
 
 
-def seeded(seed):
-    """A new generator, so that drawing from it does not affect torch's global one."""
-    return torch.Generator().manual_seed(seed)
-
-
 class Run:
-    """A training run: its model, optimizer and progress. `images` is the number of images, `saved`
-    the content of the mnist.pt that is resumed.
+    """A training run: its model, optimizer and progress. `saved` is the content of the mnist.pt
+    that is resumed.
 
-    `history` has a row {"step", "training": mean loss} for every hundred steps, and one with the
-    results of `evaluate` for every epoch. Without `out` nothing is printed or written."""
+    `log.rows` has the mean loss of every hundred steps, and what `evaluate` gave for every epoch;
+    metrics.jsonl has the same rows. Without `out` nothing is printed or written."""
 
-    def __init__(self, model, args, images, out=None, saved=None):
+    def __init__(self, model, args, n_images, out=None, saved=None):
         self.model, self.args, self.out = model, args, out
         make, lr, settings = OPTIMIZERS[args.optimizer]
+        if make is torch.optim.SGD:
+            lr = read_loss(args.loss or "nll")[1]
         args.lr = args.lr or lr
-        args.batch_size = args.batch_size or (2000 if args.optimizer == "lbfgs" else 64)
-        self.images, self.per_epoch = images, math.ceil(images / args.batch_size)
+        args.batch_size = args.batch_size or BATCH_SIZES.get(args.optimizer, 64)
+        self.n_images, self.per_epoch = n_images, math.ceil(n_images / args.batch_size)
         self.optimizer = make(model.parameters(), lr=args.lr, **settings)
         steps = args.epochs * self.per_epoch
-        self.schedule = SCHEDULES[args.schedule](self.optimizer, args.lr, steps)
-        self.step, self.seconds, self.recent, self.history = 0, 0.0, [], []
+        self.schedule = SCHEDULES[args.schedule](self.optimizer, args, steps)
+        self.step, self.seconds, self.recent, rows = 0, 0.0, [], []
         if saved:
-            if (n := saved["images"]) != images:
-                raise UserError(f"{out} was trained on {n:,} images, but this data has {images:,}")
+            if (n := saved["images"]) != n_images:
+                raise UserError(f"{out} was trained on {n:,} images, this data has {n_images:,}")
             lm.load_weights(model, saved["model"], str(out))
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
-            self.step, self.seconds, self.recent, self.history = saved["progress"]
+            self.step, self.seconds, self.recent, rows = saved["progress"]
             set_random_state(saved["random"])
+        self.log = Log(out, quiet=out is None)
+        for row in rows:
+            self.log.write(**row)
 
     def log_step(self, loss, seconds):
         """Count a step; print the loss of every hundredth batch, as the course does."""
@@ -202,31 +207,30 @@ class Run:
         epoch, batch = divmod(self.step, self.per_epoch)
         if batch % 100 == 0 and self.out:
             seen = batch * self.args.batch_size
-            done = f"{seen}/{self.images} ({seen / self.images:.0%})"
+            done = f"{seen}/{self.n_images} ({seen / self.n_images:.0%})"
             print(f"Train Epoch: {epoch + 1} [{done}]\tLoss: {loss:.4f}", flush=True)
         self.step, self.seconds = self.step + 1, self.seconds + seconds
         self.recent.append(loss)
-        if self.step % 100 == 0:
-            self.history.append({"step": self.step, "training": np.mean(self.recent).item()})
+        if self.step % min(100, self.per_epoch) == 0:
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.log.write(step=self.step, loss=np.mean(self.recent).item(), lr=lr)
             self.recent = []
 
     def save(self):
-        """Write mnist.pt, which has everything that resuming needs, and loss.svg."""
+        """Write mnist.pt, which has everything that resuming needs, and draw loss.svg."""
         if self.out is None:
             return
-        content = {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
-        content |= {"schedule": self.schedule.state_dict(), "random": random_state()}
+        names = ("model", "optimizer", "schedule")
+        content = {name: getattr(self, name).state_dict() for name in names}
         content |= {"config": {"recipe": self.args.recipe}, "args": vars(self.args)}
-        content |= {"progress": (self.step, self.seconds, self.recent, self.history)}
-        lm.save_checkpoint(self.out / "mnist.pt", content | {"images": self.images})
-        names = ("training", "validation", "test")
-        curves = {n: [(row["step"], row[n]) for row in self.history if n in row] for n in names}
-        svg = line_svg(self.out.name, curves, "steps", "loss")
-        (self.out / "loss.svg").write_text(svg, encoding="utf-8")
+        content |= {"progress": (self.step, self.seconds, self.recent, self.log.rows)}
+        content |= {"images": self.n_images, "random": random_state()}
+        lm.save_checkpoint(self.out / "mnist.pt", content)
+        self.log.draw((("train", "loss"), ("validation", "val_loss")), "loss")
 
 
 # --------------------------------------------------------------------------------------------
-# The report: how many are right, beside what the course saw
+# The report: how many are right, beside what the course saw, and which are wrong
 # --------------------------------------------------------------------------------------------
 
 # The course's log of the default run: right of 10,000, and test loss, after each epoch
@@ -239,41 +243,14 @@ def log_probabilities(model, images):
         return torch.cat([model(batch) for batch in images.split(1000)])
 
 
-def score(model, loss, images, labels, name):
-    """{name: mean loss, "right": count of images read right}."""
-    log_p = log_probabilities(model, images)
-    right = (log_p.argmax(-1) == labels).sum().item()
-    return {name: loss(log_p, labels).item(), "right": right}
-
-
-def result_line(row, name, total):
-    """A result of `score` as the course prints it."""
-    accuracy = f"Accuracy: {row['right']}/{total} ({row['right'] / total:.2%})"
-    return f"{name.capitalize()} set: Average loss: {row[name]:.4f}, {accuracy}"
-
-
-def course_table(history):
-    """The lines of a table of our epochs beside the course's."""
-    yield "epoch   right  the course's    test loss  the course's"
-    rows = [row for row in history if "test" in row]
-    for i, row in enumerate(rows):
-        right, loss = COURSE[i] if i < len(COURSE) else ("", "")
-        yield f"{i + 1:5} {row['right']:7} {right:13} {row['test']:12.4f} {loss:13}"
-
-
-# --------------------------------------------------------------------------------------------
-# Pictures
-# --------------------------------------------------------------------------------------------
-
-
-def sheet(tiles, columns, scale=1):
-    """Tiles (N, h, w) uint8, enlarged, in rows of `columns`."""
-    tiles = np.kron(tiles, np.ones((1, scale, scale), np.uint8))
-    n, h, w = tiles.shape
-    rows, gap = -(-n // columns), 2
-    page = np.full((rows, columns, h + gap, w + gap), 64, np.uint8)
-    page.reshape(-1, h + gap, w + gap)[:n, :h, :w] = tiles
-    return page.swapaxes(1, 2).reshape(rows * (h + gap), -1)
+def score(model, loss, images, labels, name=None):
+    """The row of an evaluation for the log; printed as the course does if `name` is given."""
+    log_p, total = log_probabilities(model, images), len(labels)
+    right, mean = (log_p.argmax(-1) == labels).sum().item(), loss(log_p, labels).item()
+    if name:
+        accuracy = f"Accuracy: {right}/{total} ({right / total:.2%})"
+        print(f"{name} set: Average loss: {mean:.4f}, {accuracy}", flush=True)
+    return {"val_loss": mean, "right": right, "accuracy": right / total}
 
 
 def grey(images):
@@ -290,8 +267,8 @@ def write_pictures(out, model, images, labels):
     shades = 255 * (errors / errors.max().clamp(min=1)).sqrt()[..., None, None]
     write_png(out / "confusion.png", sheet(shades.byte().view(100, 1, 1).numpy(), 10, 32))
     counts, cells = errors.flatten().topk(5)
-    pairs = [(n, *divmod(i, 10)) for n, i in zip(counts.tolist(), cells.tolist()) if n]
-    texts = [f"{digit} read as {other} ({n} times)" for n, digit, other in pairs]
+    found = zip(counts.tolist(), cells.tolist())
+    texts = [f"{i // 10} read as {i % 10} ({n} times)" for n, i in found if n]
     print("Most frequent errors:", ", ".join(texts) or "none")
     wrong = (read != labels).nonzero()[:, 0]
     wrong = wrong[confidence[wrong].argsort(descending=True)][:60]
@@ -361,15 +338,12 @@ class Denoiser(nn.Module):
 
     A small DiT (Peebles & Xie 2022) out of the language model's own blocks, here without the causal
     mask: patches of pixels are the tokens, and the label and the time are added to each of them
-    before each block.
-    """
+    before each block."""
 
     def __init__(self, width=192, layers=4, heads=4):
         super().__init__()
-        config = lm.Config(
-            n_layer=layers, n_head=heads, d_model=width, norm="layernorm", activation="relu2",
-            qk_norm=True,
-        )  # fmt: skip
+        shape = dict(n_layer=layers, n_head=heads, d_model=width)
+        config = lm.Config(norm="layernorm", activation="relu2", qk_norm=True, **shape)
         self.patch = nn.Linear(PATCH**2, width)
         self.position = nn.Parameter(0.02 * torch.randn((28 // PATCH) ** 2, width))
         self.label = nn.Embedding(11, width)
@@ -411,35 +385,43 @@ def flow_loss(denoiser, images, labels):
     return (error / (1 - t[:, None, None]).clamp(min=0.05)).square().mean()
 
 
-def draw(denoiser, labels, steps=30, guidance=2.0, seed=0):
-    """Images (N, 28, 28) of the digits `labels` (N,), from noise. Each step goes along the straight
-    line from x to the image that the denoiser predicts, the last one all the way.
+def drawing(denoiser, labels, steps=30, guidance=2.0, seed=0):
+    """Draw the digits `labels` (N,) from noise. Yields images (N, 28, 28) after each step, which
+    goes along the straight line from x to what the denoiser predicts, the last one all the way.
 
     The prediction is an average of possible images at first, and then one of them. Classifier-free
     guidance (Ho & Salimans 2022) goes further in the direction in which the label makes a
     difference: 1 is the plain prediction, more is clearer and less varied.
     """
-    noise = torch.randn(len(labels), 28, 28, generator=seeded(seed)).to(labels.device)
-    drawn = []
-    with lm.evaluating(denoiser):
-        for x, asked in zip(noise.split(250), labels.split(250)):
-            both = torch.cat((asked, torch.full_like(asked, NOBODY)))
-            for step in range(steps):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(labels), 28, 28, generator=generator).to(labels.device)
+    for step in range(steps):
+        images, share = [], 1 / (steps - step)
+        with lm.evaluating(denoiser):
+            for part, asked in zip(x.split(250), labels.split(250)):
+                both = torch.cat((asked, torch.full_like(asked, NOBODY)))
                 t = torch.full(both.shape, step / steps, device=x.device)
-                label, nobody = denoiser(torch.cat((x, x)), t, both).chunk(2)
-                x = torch.lerp(x, torch.lerp(nobody, label, guidance), 1 / (steps - step))
-            drawn.append(x)
-    return torch.cat(drawn)
+                label, nobody = denoiser(torch.cat((part, part)), t, both).chunk(2)
+                images.append(torch.lerp(part, torch.lerp(nobody, label, guidance), share))
+        yield (x := torch.cat(images))
+
+
+def pictures(denoiser, text, *settings):
+    """Yield a PNG of the digits in a text after each step of `drawing`."""
+    digits, device = digits_of(text), denoiser.position.device
+    labels = torch.tensor([digit for digit in digits if digit is not None], device=device)
+    pixels = np.zeros((len(digits), 28, 28), np.uint8)
+    for images in drawing(denoiser, labels, *settings):
+        pixels[[digit is not None for digit in digits]] = grey(images)
+        yield png(np.kron(np.hstack(pixels), np.ones((4, 4), np.uint8)))
 
 
 def digits_of(text):
     """The digits in a text, None for a space: "3 1" and "三 １" are [3, None, 1]."""
     digits = [None if c.isspace() else unicodedata.numeric(c, -1) for c in text]
-    for c, digit in zip(text, digits):
-        if digit not in (None, *range(10)):
-            raise UserError(f'--draw {text!r}: {c!r} is not a digit; try --draw "3 1 4"')
-    if not text.strip():
-        raise UserError('--draw: there is no digit to draw; try --draw "3 1 4"')
+    wrong = [c for c, digit in zip(text, digits) if digit not in (None, *range(10))]
+    if wrong or not text.strip():
+        raise UserError(f"{(wrong or [text])[0]!r} is not a digit to draw; try 3 1 4")
     return [None if digit is None else int(digit) for digit in digits]
 
 
@@ -449,14 +431,30 @@ def digits_of(text):
 
 # fmt: off (one line a recipe, one line a flag)
 NETWORKS = {"course": MLP, "fast": ConvNet, "diffusion": Denoiser}
+ADAMW = dict(optimizer="adamw", schedule="onecycle", batch_size=128, shuffle=True)
 RECIPES = {  # for flags that are not given; those of "fast" were found with the validation images
-    "course": dict(optimizer="sgd", schedule="constant", epochs=5, loss="nll"),
-    "fast": dict(optimizer="adamw", schedule="onecycle", batch_size=128, epochs=4, loss="nll",
-                 lr=0.01, shuffle=True),
-    "diffusion": dict(optimizer="adamw", schedule="onecycle", batch_size=128, epochs=16,
-                      lr=0.002, shuffle=True),
+    "course": dict(optimizer="sgd", schedule="constant", epochs=5, loss="nll", shuffle=False),
+    "fast": dict(epochs=4, loss="nll", lr=0.01, **ADAMW),
+    "diffusion": dict(epochs=16, lr=0.002, **ADAMW),
 }
 SWITCHES = {"optimizer": OPTIMIZERS, "loss": LOSSES, "schedule": SCHEDULES}
+# SGD takes gradients as they are, and those of the other losses are smaller than those of nll.
+SGD_LR = {"nll": 0.01, "mse": 0.5, "euclidean": 0.05, "cosine": 0.1}
+
+
+def read_loss(text):
+    """(function, learning rate that suits SGD) of a loss or a sum like "mse+0.5*cosine"."""
+    terms = [term.rpartition("*") for term in text.split("+")]
+    terms = [(float(weight or 1), LOSSES[name], SGD_LR[name]) for weight, _, name in terms]
+    lr = 1 / sum(weight / lr for weight, _, lr in terms)
+    return lambda log_p, labels: sum(w * loss(log_p, labels) for w, loss, _ in terms), lr
+
+
+def plain(text):
+    """Our names in a text like "L-BFGS", "StepLR", "ce" or "MSE + 0.5 * cosine_similarity"."""
+    text = re.sub(r"\s|(?<=[a-z])[-_ ](?=[a-z])", "", text.lower())
+    text = re.sub(r"(embedding|annealing|similarity|distance|loss|lr)+\b", "", text)
+    return re.sub(r"\b(ce|crossentropy)\b", "nll", text)
 
 
 def build_parser():
@@ -471,11 +469,12 @@ def build_parser():
     add("--resume", nargs="?", const="", metavar="RUN", help="continue a run (default: newest)")
     add = p.add_argument_group("training").add_argument
     add("--epochs", type=at_least(1), help="default 5, fast 4, diffusion 16")
-    add("--batch_size", type=at_least(1), help="images a step (64, lbfgs 2,000; others 128)")
-    add("--optimizer", choices=tuple(OPTIMIZERS), help="default sgd; fast and diffusion adamw")
+    add("--batch_size", type=at_least(1), help="images a step (64, or what suits the optimizer)")
+    add("--optimizer", type=plain, choices=tuple(OPTIMIZERS), help="default sgd, others adamw")
     add("--lr", type=positive, help="largest learning rate (default: what suits the optimizer)")
-    add("--schedule", choices=tuple(SCHEDULES), help="default constant; fast, diffusion onecycle")
-    add("--loss", choices=tuple(LOSSES), help="of the readers (default nll)")
+    add("--schedule", type=plain, choices=tuple(SCHEDULES), help="default constant or onecycle")
+    add("--gamma", type=positive, help="of --schedule step: factor after an epoch (default 0.9)")
+    add("--loss", type=plain, help=f"{', '.join(LOSSES)} or a sum, mse+0.5*cosine (default nll)")
     add("--shuffle", action=argparse.BooleanOptionalAction, help="a new order every epoch")
     add("--seed", type=at_least(0), help="of weights, order, dropout (default 42), of drawings (0)")
     add("--data", metavar="DIR", help="a folder with four IDX files (default: download MNIST)")
@@ -511,6 +510,11 @@ def check_flags(args):
     given, drawing = {k for k, v in vars(args).items() if v is not None}, {"steps", "guidance"}
     task = next((t for t in ("draw", "judge", "compare") if t in given), args.recipe or "course")
     unused = {"compare": {"recipe", "out", *drawing}, "diffusion": {"loss"}}.get(task, drawing)
+    for term in (args.loss or "nll").split("+"):
+        if not re.fullmatch(rf"((?=.*[1-9])\d*\.?\d+\*)?({'|'.join(LOSSES)})", term):
+            raise UserError(f"--loss: {term!r} is not one of {', '.join(LOSSES)} or like 0.5*mse")
+    if "gamma" in given and args.schedule != "step" and args.compare != "schedule":
+        raise UserError("--gamma is for --schedule step")
     if task in ("draw", "judge"):
         unused = given - {task, "seed", "device", *drawing}
     if given & unused:
@@ -525,18 +529,21 @@ def settle(args):
         recipe = args.recipe or "course"
         if args.out and Path(args.out, "mnist.pt").exists():
             raise UserError(f"{args.out} already holds a run: --resume it, or another --out")
-        vars(args).update(dict(recipe=recipe, seed=42, shuffle=False) | RECIPES[recipe] | given)
+        vars(args).update(dict(recipe=recipe, seed=42, gamma=0.9) | RECIPES[recipe] | given)
         return None
     folder = Path(args.resume) if args.resume else newest_run(args.recipe)
     if not (folder / "mnist.pt").exists():
         raise UserError(f"--resume {folder}: there is no {folder / 'mnist.pt'}")
     saved = lm.load_checkpoint(folder / "mnist.pt", resuming=True)
     old, free = saved["args"], {"resume", "epochs", "data", "device"}
-    if args.epochs not in (None, old["epochs"]) and old["schedule"] != "constant":
+    if args.epochs not in (None, old["epochs"]) and old["schedule"] not in ("constant", "step"):
         free.remove("epochs")  # such a schedule depends on their number
-    if changed := [k for k in given if k not in free and given[k] != old[k]]:
+    if changed := [k for k in given if k not in free and given[k] != old.get(k)]:
         raise UserError(f"--{changed[0]} cannot change when resuming {folder}")
     vars(args).update(old | given | {"out": str(folder)})  # the folder may have been moved
+    names = {"training": "loss", "test": "val_loss", "validation": "val_loss"}  # of older runs
+    rows = saved["progress"][3]
+    rows[:] = [{names.get(key, key): value for key, value in row.items()} for row in rows]
     return saved
 
 
@@ -546,9 +553,8 @@ def start(args, saved, device, images):
     model = NETWORKS[args.recipe]().to(device)
     args.out = args.out or str(new_run(f"mnist-{args.recipe}".removesuffix("-course")))
     run = Run(model, args, images, Path(args.out), saved)
-    run.out.mkdir(parents=True, exist_ok=True)
-    run.lock = lock_folder(run.out)
     size = sum(p.numel() for p in model.parameters())
+    write_json(run.out / "settings.json", vars(args) | {"parameters": size})
     print(
         f"{args.out}: {args.recipe}, {size:,} parameters, {args.optimizer} with lr {args.lr:g} "
         f"({args.schedule}), {args.epochs} epochs of {images:,} images, {device}"
@@ -557,29 +563,26 @@ def start(args, saved, device, images):
 
 
 def train_reader(args, saved, device):
-    """Train the course's network or the fast one, report, draw its pictures. Returns the exit code.
-    """
+    """Train the course's network or the fast one, and report. Returns the exit code."""
     (images, labels), test = load_mnist(device, args.data)
-    eval_set, name, augment = test, "test", lambda x: x
+    eval_set, name, augment = test, "Test", lambda x: x
     if args.recipe == "fast":  # its settings were chosen, so not by the test images
-        order = torch.randperm(len(images), generator=seeded(0)).to(device)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(device)
         held_out, order = order.split([n := -(-len(order) // 12), len(order) - n])
-        eval_set, name, augment = (images[held_out], labels[held_out]), "validation", distort
+        eval_set, name, augment = (images[held_out], labels[held_out]), "Validation", distort
         images, labels = images[order], labels[order]
-    loss = LOSSES[args.loss]
+    loss = read_loss(args.loss)[0]
     run = start(args, saved, device, len(images))
-
-    def evaluate():
-        row = score(run.model, loss, *eval_set, name)
-        print(result_line(row, name, len(eval_set[1])), flush=True)
-        return row
-
+    evaluate = partial(score, run.model, loss, *eval_set, name)
     if code := fit(run, images, labels, lambda m, x, y: loss(m(augment(x)), y), evaluate):
         return code
-    if name != "test":
-        print(result_line(score(run.model, loss, *test, "test"), "test", len(test[1])))
+    if eval_set is not test:
+        score(run.model, loss, *test, "Test")
     if args.recipe == "course":
-        print("\n".join(course_table(run.history)))
+        print("epoch   right  the course's    test loss  the course's")
+        for i, row in enumerate(row for row in run.log.rows if "right" in row):
+            right, mean = COURSE[i] if i < len(COURSE) else ("", "")
+            print(f"{i + 1:5} {row['right']:7} {right:13} {row['val_loss']:12.4f} {mean:13}")
     write_pictures(run.out, run.model, *test)
     print(f"{run.seconds:.1f} s of training; loss.svg, confusion.png ... are in {run.out}")
     return 0
@@ -594,16 +597,15 @@ def compare(args, device):
     for value in SWITCHES[switch]:
         a = argparse.Namespace(**vars(args) | {switch: value})
         torch.manual_seed(a.seed)
-        run, loss = Run(MLP().to(device), a, len(images)), LOSSES[a.loss]
-        evaluate = partial(score, run.model, loss, *test, "test")
+        run, loss = Run(MLP().to(device), a, len(images)), read_loss(a.loss)[0]
+        evaluate = partial(score, run.model, loss, *test)
         try:
-            code = fit(run, images, labels, lambda m, x, y, loss=loss: loss(m(x), y), evaluate)
+            if code := fit(run, images, labels, lambda m, x, y, loss=loss: loss(m(x), y), evaluate):
+                return code
         except UserError as e:  # this one diverged; the others may not
             print(f"{value:10} {a.lr:6g} {e}")
             continue
-        if code:
-            return code
-        rights = [row["right"] for row in run.history if "right" in row]
+        rights = [row["right"] for row in run.log.rows if "right" in row]
         print(f"{value:10} {a.lr:6g} {run.seconds:8.1f} ", *(f"{n:6}" for n in rights), flush=True)
         curves[value] = [(i + 1, 100 - 100 * n / len(test[1])) for i, n in enumerate(rights)]
     path = new_run("mnist-compare") / f"{switch}.svg"
@@ -626,13 +628,12 @@ def train_denoiser(args, saved, device):
             loss = np.mean([flow_loss(run.model, *batch).item() for batch in batches]).item()
         set_random_state(before)
         print(f"Test set: Average loss: {loss:.4f}  ({run.seconds / 60:.1f} min)", flush=True)
-        return {"test": loss}
+        return {"val_loss": loss}
 
     if code := fit(run, images, labels, flow_loss, evaluate):
         return code
-    print(f"{run.seconds / 60:.1f} minutes of training")
     labels = torch.arange(100, device=device) // 10
-    drawn = draw(run.model, labels, args.steps, args.guidance, args.seed)
+    *_, drawn = drawing(run.model, labels, args.steps, args.guidance, args.seed)
     write_png(run.out / "sheet.png", sheet(grey(drawn), 10, 2))
     print(f"{run.out / 'sheet.png'} has ten of each digit; python mnist.py --draw \"3 1 4\"")
     return 0
@@ -640,16 +641,12 @@ def train_denoiser(args, saved, device):
 
 def draw_text(args, device):
     """Draw the digits of --draw into one PNG. Returns the exit code."""
-    digits = digits_of(args.draw)
-    labels = torch.tensor([d for d in digits if d is not None], device=device)
+    name = "".join("-" if digit is None else str(digit) for digit in digits_of(args.draw))
     denoiser, folder = load_run("diffusion", device)
-    drawn = draw(denoiser, labels, args.steps, args.guidance, args.seed or 0)
-    pixels = np.zeros((len(digits), 28, 28), np.uint8)
-    pixels[[d is not None for d in digits]] = grey(drawn)
-    name = "".join("-" if d is None else str(d) for d in digits)[:50]
-    path = folder / f"draw-{name}.png"
-    write_png(path, np.kron(np.hstack(pixels), np.ones((4, 4), np.uint8)))
-    print(f"{path}: {len(labels)} digits")
+    path = folder / f"draw-{name[:50]}.png"
+    *_, content = pictures(denoiser, args.draw, args.steps, args.guidance, args.seed or 0)
+    path.write_bytes(content)
+    print(f"{path}: {len(name) - name.count('-')} digits")
     return 0
 
 
@@ -658,7 +655,7 @@ def judge(args, device):
     seen a drawn one, reads as the digit that was asked for. Returns the exit code."""
     (reader, _), (denoiser, _) = load_run("fast", device), load_run("diffusion", device)
     labels, start = torch.arange(args.judge, device=device) % 10, time.perf_counter()
-    drawn = draw(denoiser, labels, args.steps, args.guidance, args.seed or 0)
+    *_, drawn = drawing(denoiser, labels, args.steps, args.guidance, args.seed or 0)
     seconds = time.perf_counter() - start
     right = log_probabilities(reader, drawn).argmax(-1) == labels
     share = f"{right.sum()} of {len(labels)} ({right.float().mean():.1%})"

@@ -65,33 +65,33 @@ ROPE_SCALINGS = {"linear": {"factor"}, "llama3": set(_LLAMA3.split())}
 class Config:
     """The shape of a Transformer. The sizes that are None follow from the others."""
 
-    vocab_size: int = 2048
-    n_layer: int = 4
-    n_head: int = 4
-    d_model: int = 128
+    vocab_size: int = 2048  # rows of the embedding and of the head
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # heads of queries in each block
+    d_model: int = 128  # channels between the blocks
     context: int = 128  # the most tokens that the model can look at
-    n_kv_head: int | None = None  # fewer than n_head is grouped-query attention; None: n_head
-    head_size: int | None = None  # None: d_model / n_head
+    n_kv_head: int | None = None  # of keys and values; fewer: grouped-query attention; None: n_head
+    head_size: int | None = None  # channels of a head; None: d_model / n_head
     d_ff: int | None = None  # None: 4 * d_model; for swiglu 8/3 * d_model, which is as many weights
-    position: str = "rope"
-    norm: str = "rmsnorm"
+    position: str = "rope"  # how a model knows the order of its tokens
+    norm: str = "rmsnorm"  # before attention, before feed-forward and at the end
     norm_weight: bool = True  # a learned scale (and, for layernorm, shift) in every norm
-    activation: str = "swiglu"
-    qkv_bias: bool = False
+    activation: str = "swiglu"  # in the feed-forward
+    qkv_bias: bool = False  # on the projections to queries, keys and values
     out_bias: bool = False  # on the projection after attention
-    ff_bias: bool = False
-    head_bias: bool = False
+    ff_bias: bool = False  # on the two or three matrices of the feed-forward
+    head_bias: bool = False  # on the logits
     qk_norm: bool = False  # RMS-normalise queries and keys per head
     embed_norm: bool = False  # another norm, right after the embedding
     value_embed: bool = False  # a second table, whose rows are added to the values of each layer
     bigram: int = 0  # rows of a table for pairs of ids, see `BigramEmbedding`; 0 is none
-    induction: bool = False  # also embed the id that followed the longest earlier match
+    induction: bool = False  # also embed an id that may be copied, see `Induction`
     tied: bool = False  # the head is the embedding table, transposed
-    dropout: float = 0.0
-    eps: float = 1e-5
-    rope_theta: float = 10000.0
+    dropout: float = 0.0  # of the embedding, attention weights and block outputs, in training
+    eps: float = 1e-5  # of the norms
+    rope_theta: float = 10000.0  # the larger, the slower rope turns its slow channels
     rope_scaling: dict | None = None  # {"rope_type": one of ROPE_SCALINGS, its parameters...}
-    init: str = "zero_out"  # see `Transformer.init_weights`
+    init: str = "zero_out"  # initial weights: `Transformer.init_weights`
 
     def __post_init__(self):
         if self.n_head < 1 or (self.head_size is None and self.d_model % self.n_head):
@@ -148,9 +148,9 @@ class Config:
 
 # What learned fastest in our trials at these sizes (tests/BENCHMARKS.md): norms without weights and
 # another one after the embedding, tables for values and pairs of tokens, a token to copy
-# (`Induction`), squared ReLU; and Config's defaults, an untied head and output projections that
-# start at zero. LayerNorm learns just as well as RMSNorm, and torch's kernel for it is twice as
-# fast on a CPU.
+# (`Induction`), squared ReLU; and two of Config's defaults: an untied head, and output projections
+# that start at zero. LayerNorm learns just as well as RMSNorm, and torch's kernel for it is twice
+# as fast on a CPU.
 _OURS = dict(
     norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True,
     value_embed=True, bigram=8192, induction=True,
@@ -223,15 +223,15 @@ def rope_tables(context, head_size, theta, scaling=None):
 
 def rope_frequencies(head_size, theta):
     """(hs/2,), in radians a position."""
-    # on the CPU even where the default device is meta; in the order of Hugging Face's transformers,
+    # on the CPU even where the default device is meta; computed as by Hugging Face's transformers,
     # to round alike
     return 1.0 / theta ** (torch.arange(0, head_size, 2, device="cpu").float() / head_size)
 
 
 def scale_frequency(frequency, scaling):
-    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or only those
-    that turn fewer than low_freq_factor times in the original context, blending to none at
-    high_freq_factor turns (`llama3`, of Llama 3.1)."""
+    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or according
+    to how often they turn in the original context (`llama3`, of Llama 3.1): in full below
+    low_freq_factor turns, not at all above high_freq_factor turns, in part in between."""
     kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
     if kind != "llama3":
         return frequency / factor
@@ -286,8 +286,9 @@ def attention(q, k, v, mask=None, dropout=0.0, causal=True):
         mask = causal_mask(T, S, q.device)
     if group > 1 and mask is not None and q.is_cuda:  # no fused CUDA kernel has a mask and groups
         k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    # an `if`, because torch.compile cannot trace `is_causal=causal and T > 1`
     if mask is not None or T == 1:  # a single query sees all keys
-        causal = False  # torch.compile cannot trace `causal and T > 1` as a value
+        causal = False
     options = dict(is_causal=causal, enable_gqa=group > 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options)
 
@@ -373,7 +374,8 @@ class Block(nn.Module):
 
 # To add an input to the embedding: a field of Config and a module, made if the field is set, and a
 # line in INPUTS below. Its `forward` gets all ids so far (B, S), the positions (B, T) of the new
-# ones among them, and the function that embeds ids; it returns what is added, (B, T, C).
+# ones among them, and the function that embeds ids; it returns what is added, (B, T, C). Its
+# `init_weights` sets all its parameters.
 
 
 class Table(nn.Embedding):
@@ -409,9 +411,9 @@ def copy_candidates(ids, positions):
     """(the id that may come next because it did so before, the length of the match), (B, T) each,
     for `positions` (B, T) of ids (B, S).
 
-    Compares the ids that end at each earlier position with those that end here, from the last one
-    backwards. The candidate is the id after the position where the most agree (at most
-    LONGEST_MATCH), the latest such position if there are several. Without a match both are 0.
+    Compares the run of ids that ends at each earlier position with the run that ends here, newest
+    id first. The candidate is the id after the earlier position with the longest equal run (at most
+    LONGEST_MATCH ids), the latest one if several are as long. Without a match both are 0.
 
     >>> copy_candidates(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]), torch.tensor([[4, 5, 6]]))
     (tensor([[0, 9, 7]]), tensor([[0, 1, 2]]))
@@ -420,7 +422,7 @@ def copy_candidates(ids, positions):
     # int16 is faster for the (B, T, S) tensors, but length * S must not overflow it
     dtype = torch.int16 if S * (LONGEST_MATCH + 1) < 2**15 else torch.int32
     padded = F.pad(ids.int(), (LONGEST_MATCH - 1, 0), value=-1)
-    windows = padded.unfold(1, LONGEST_MATCH, 1)  # (B, S, 8): the ids that end at each position
+    windows = padded.unfold(1, LONGEST_MATCH, 1)  # (B, S, 8): the last 8 ids at each
     here = windows.gather(1, positions[..., None].expand(-1, -1, LONGEST_MATCH))  # (B, T, 8)
     pairs = zip(windows[:, None].unbind(-1), here[:, :, None].unbind(-1))
     same = earlier < positions[..., None]  # (B, T, S)
@@ -480,6 +482,7 @@ class ChunkedLoss(torch.autograd.Function):
         x_low, w_low, b_low = x.to(low), weight.to(low), None if bias is None else bias.to(low)
         full = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=full, device=x.device)
+        # needs_input_grad does not know of torch.no_grad, and in here no gradients are recorded
         need_x, need_w, need_b = (n and with_grad for n in ctx.needs_input_grad[:3])
         grad_x = torch.empty_like(x) if need_x else None
         grad_w = torch.zeros_like(weight, dtype=full) if need_w else None
@@ -524,8 +527,8 @@ def add_product(total, a, b):
 
 
 def chunked_loss(x, weight, bias, targets, places=None):
-    """The sum of -log softmax(x @ weight.T + bias)[target], a float32 scalar (float64 for float64
-    states). Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
+    """The sum of -log softmax(x @ weight.T + bias)[target], a float32 scalar (float64 if x is
+    float64). Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
 
     x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100 for "no loss": such rows
     cost nothing. `places` are the indices of the flattened targets that are not -100; finding them
@@ -544,7 +547,7 @@ def chunked_loss(x, weight, bias, targets, places=None):
 
 def token_logps(x, weight, bias, targets, allowed=None):
     """log softmax(x @ weight.T + bias)[target] of each position (...), 0 where the target is -100,
-    in float32 (float64 for float64 states). Ids outside of `allowed`, bools (V,), have probability
+    in float32 (float64 if x is float64). Ids outside of `allowed`, bools (V,), have probability
     0. Logits are computed a few rows at a time, and again in the backward pass."""
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -571,15 +574,16 @@ class NewTokens(NamedTuple):
 
     positions: slice | torch.Tensor  # a slice or (T,) if the same for all rows, else (B, T)
     mask: torch.Tensor | None = None  # (B, 1, T, S), see `naive_attention`
-    layers: list | None = None  # per layer (keys, values), old and new tokens, (B, nkv, S, hs)
+    # per layer (keys, values) (B, nkv, S, hs): parts of the cache, with room for the new tokens
+    layers: list | None = None
 
 
 class KVCache:
     """Ids, keys and values of all tokens seen so far, allocated ahead of use; `grow` enlarges it.
-    Keys and values are (n_layer, B, nkv, S, hs) each.
+    Keys and values are (n_layer, B, nkv, room, hs) each.
 
-    With it, decoding one token runs the matrix products for one row instead of T. `lengths` is the
-    number of tokens in each row. It lies on the CPU, so reading it does not wait for a GPU.
+    With it, decoding one token runs the matrix products for one position instead of T. `lengths` is
+    the number of tokens in each row. It lies on the CPU, so reading it does not wait for a GPU.
     """
 
     def __init__(self, model, batch, length=None):
@@ -794,13 +798,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def grow_vocabulary(self, vocab_size, used):
-        """Make room for at least `vocab_size` ids, of which the first `used` were in use until now.
+        """Make room for at least `vocab_size` ids, of which the tokenizer had `used` until now.
         All rows after those, spare ones included, start at the mean of the used rows."""
         c, grown = self.config, max(self.config.vocab_size, vocab_size)
         for table in filter(None, (self.embed, self.value_embed, None if c.tied else self.head)):
             for name in ("weight", "bias"):
                 if (old := getattr(table, name, None)) is not None:
-                    # fewer rows if the tokenizer has added an end of text, which has none yet
+                    # fewer than `used` if a model has no row for its tokenizer's end of text
                     kept = old[:used]
                     mean = kept.float().mean(0, keepdim=True).to(old.dtype)
                     new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
@@ -811,7 +815,7 @@ class Transformer(nn.Module):
 
 
 def meta_model(config):
-    """The model with every shape but no storage, on torch's meta device."""
+    """The model with every shape but without weights, on torch's meta device."""
     with torch.device("meta"):
         return Transformer(config)
 
@@ -833,26 +837,21 @@ def evaluating(model):
         model.train(was_training)
 
 
-def unwrapped_state(module):
-    """The module's state dict without the prefixes that torch.compile and DDP add to its keys."""
-    state = module.state_dict()
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # either may be around the other
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
-
-
 def save_checkpoint(path, content):
-    """Write a dict of tensors and plain values: temporary file, fsync, rename. UserError if the
-    disk is full or read-only; the previous file is then intact."""
+    """Write a dict of tensors and plain values, whole or not at all (see `write_whole`)."""
     write_whole(path, lambda f: torch.save(content, f))
+
+
+# The values of every --ckpt
+WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the Hub"
 
 
 def find_checkpoint(name):
     """The path of a checkpoint: a file, a run's folder, a folder in Hugging Face's layout, or a
     model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), which is downloaded."""
     path = Path(name)
-    local = path.exists() or path.parts[0] in ("out", "data")
-    local = local or (path.parent != Path() and path.parent.is_dir())
+    in_folder = path.parent != Path() and path.parent.is_dir()
+    local = path.exists() or in_folder or path.parts[0] in ("out", "data")
     if local or not is_hub_name(str(name)):
         return path
     return snapshot_download(str(name), check=check_readable)
@@ -867,9 +866,7 @@ def load_checkpoint(path, dtype=None, resuming=False):
     """
     path = find_checkpoint(path)
     if (path / "config.json").exists():
-        has_tokenizer = (path / "tokenizer.json").exists()
-        tokenizer = {"tokenizer": hub_tokenizer(path)} if has_tokenizer else {}
-        return load_hf(path, dtype) | tokenizer
+        return load_hf(path, dtype)
     if (path / "adapter_config.json").exists():
         raise UserError(f"{path} is an adapter of peft's, which cannot be read: train one here")
     if path.is_dir():
@@ -878,10 +875,7 @@ def load_checkpoint(path, dtype=None, resuming=False):
             raise UserError(f"{path} has no best.pt or last.pt; train first, or name a file")
         path = files[0]
     if not path.exists():
-        raise UserError(
-            f"checkpoint {path} does not exist; name a file, a run's folder, or a model of the Hub "
-            f"(gpt2, or owner/name)"
-        )
+        raise UserError(f"checkpoint {path} does not exist; name {WHAT_CKPT}")
     content = load_pt(path, mapped=not resuming)
     if not isinstance(content, dict) or not {"config", "model"} <= set(content):
         raise UserError(f"{path} is not a checkpoint of scratchlm: it has no config and model")
@@ -918,8 +912,7 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
 
 
 def check_readable(folder):
-    """UserError for a config or tokenizer that is not supported. Checked before the weights are
-    downloaded, so that an unsupported model fails early."""
+    """UserError for an unsupported config or tokenizer, before the weights are downloaded."""
     config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     if (folder / "tokenizer.json").exists():
         hub_tokenizer(folder)
@@ -950,16 +943,15 @@ def config_to_hf(config):
         other = getattr(nearest, name)
         added = other is True and (name == "norm_weight" or name.endswith("_bias"))
         if value != other and not added and name not in ("dropout", "init"):
-            raise UserError(
-                f"no Hugging Face architecture has {name} {value} with the rest of this model (the "
-                f"nearest, {values['model_type']}, has {other})"
-            )
+            field = f"{name} {value} (the nearest, {values['model_type']}, has {other})"
+            raise UserError(f"no Hugging Face architecture has {field} with the rest of this model")
     return values, nearest
 
 
 def load_hf(folder, dtype=None):
-    """The checkpoint dict {"config", "model"} of a folder in Hugging Face's layout. Tensors that
-    need no change stay on disk until they are touched; others are copied, to `dtype` if given."""
+    """The checkpoint dict {"config", "model", "tokenizer"} of a folder in Hugging Face's layout,
+    which may lack a tokenizer. Tensors that need no change stay on disk until they are touched;
+    others are copied, to `dtype` if given."""
     folder = Path(folder)
     values = read_json(folder / "config.json")
     config = config_from_hf(values, str(folder / "config.json"), verbose=True)
@@ -968,7 +960,9 @@ def load_hf(folder, dtype=None):
     shapes = {name: t.shape for name, t in meta_model(config).state_dict().items()}
     gpt2 = config.position == "learned"
     state = hf_weights.read_state(folder, shapes, gpt2, config.tied, dtype)
-    return {"config": asdict(config), "model": state}
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    tokenizer = {"tokenizer": hub_tokenizer(folder)} if has_tokenizer else {}
+    return {"config": asdict(config), "model": state} | tokenizer
 
 
 def to_hf(content):
@@ -1018,44 +1012,31 @@ def export_gguf(content, path, dtype):
 
 def count_parameters(model):
     """{part: parameters} and their "total"; a tied head is counted once, as the embedding."""
-    parts = "embedding", "positions", "attention", "feed-forward", "norms", "head"
-    counts = dict.fromkeys(parts, 0)
-    tops = dict(embed="embedding", value_embed="embedding", inputs="embedding")
-    tops |= dict(position="positions", head="head")
+    words = {"embed": "embedding", "inputs": "embedding", "position": "positions"}
+    words |= {"attention": "attention", "feed_forward": "feed-forward", "norm": "norms"}
+    counts = dict.fromkeys([*words.values(), "head"], 0)
     for name, p in model.named_parameters():
-        block_part = "attention" if ".attention." in name else "feed-forward"
-        part = "norms" if "norm" in name else tops.get(name.split(".")[0], block_part)
-        counts[part] += p.numel()
+        parts = [part for word, part in words.items() if word in name]
+        counts[parts[-1] if parts else "head"] += p.numel()  # the last: embed_norm is a norm
     return {**counts, "total": sum(counts.values())}
 
 
-def flops_per_token(config, length=None):
+def flops_per_token(config, length=None, learned=1.0, frozen=False):
     """Floating-point operations to train on one token of rows that are `length` tokens long (by
     default the context), forward and backward.
 
     Six per weight of a matrix product (a multiply and an add, three times: forward, by the input,
-    by the weight), plus the attention scores: 12 n_layer nh hs length. That counts the masked half
-    too, as PaLM (Chowdhery et al. 2022, appendix B) and nanoGPT do, so MFUs compare.
+    by the weight; four of a `frozen` model with adapters), plus the attention scores: 12 n_layer nh
+    hs length. That counts the masked half too, as PaLM (Chowdhery et al. 2022, appendix B) and
+    nanoGPT do, so MFUs compare. The head is computed for the share of tokens that is `learned`.
     """
     c = config
     qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
     feed_forward = c.d_model * c.d_ff * (3 if c.activation in GATED else 2)
     block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
-    weights = c.n_layer * block + c.d_model * c.vocab_size + c.induction * c.d_model**2
-    return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
-
-
-def report(name, config, tokens=None, world=None, shard=False):
-    """What `python model.py` prints."""
-    counts, flops = count_parameters(meta_model(config)), flops_per_token(config)
-    lines = costs.shape_lines(name, asdict(config), counts, flops, tokens)
-    if world:
-        lines += costs.world_lines(config, counts, flops, world, shard)
-    return "\n".join(lines)
-
-
-# The values of every --ckpt; see `find_checkpoint`
-WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the Hub"
+    weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
+    scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
+    return (4 if frozen else 6) * weights + scores
 
 
 def build_parser():
@@ -1076,20 +1057,23 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.export and not args.ckpt:
         raise UserError("--export needs --ckpt, the model to write")
-    if not args.ckpt:
-        return print(report(args.preset, preset(args.preset), args.tokens, args.world, args.shard))
-    folder, content = Path(args.export or ""), load_checkpoint(args.ckpt)
-    if not args.export:
-        config = Config.from_dict(content["config"])
-        return print(report(args.ckpt, config, args.tokens, args.world, args.shard))
-    if "adapter" in content:
-        raise UserError(f"{args.ckpt} is an adapter: export it with lora.py, or merge it first")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} exists: name a new folder or file for --export")
-    if folder.suffix == ".gguf":
-        export_gguf(content, folder, args.dtype or "f16")
-        return print(f"{folder}: {folder.stat().st_size / 2**20:,.1f} MiB")
-    print(f"{folder}: {export_hf(content, folder)['architectures'][0]}")
+    content = load_checkpoint(args.ckpt) if args.ckpt else {}
+    if args.export:
+        folder = Path(args.export)
+        if "adapter" in content:
+            raise UserError(f"{args.ckpt} is an adapter: export it with lora.py, or merge it first")
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise UserError(f"{folder} exists: name a new folder or file for --export")
+        if folder.suffix == ".gguf":
+            export_gguf(content, folder, args.dtype or "f16")
+            return print(f"{folder}: {folder.stat().st_size / 2**20:,.1f} MiB")
+        return print(f"{folder}: {export_hf(content, folder)['architectures'][0]}")
+    config = Config.from_dict(content["config"]) if content else preset(args.preset)
+    counts, flops = count_parameters(meta_model(config)), flops_per_token(config)
+    lines = costs.shape_lines(args.ckpt or args.preset, asdict(config), counts, flops, args.tokens)
+    if args.world:
+        lines += costs.world_lines(config, counts, flops, args.world, args.shard)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

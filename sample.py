@@ -39,7 +39,7 @@ from data.matmul import make_fast, timing_lines
 from data.reply import TextStream
 from data.runs import newest_run
 from data.terminal import Chat, talk
-from data.tokenizer import Tokenizer, label_token, labels_of
+from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of
 from data.tools import load_tools
 from model import (
     LOSS_ROWS,
@@ -51,7 +51,7 @@ from model import (
 )
 
 # --------------------------------------------------------------------------------------------
-# Sampling filters: each takes logits (B, V) and returns new ones
+# Penalties, temperature, filters: each takes logits (B, V) and returns new ones
 # --------------------------------------------------------------------------------------------
 
 
@@ -139,12 +139,11 @@ DECODING = {
 
 
 def next_token(logits, previous, generators, settings, prompt_lengths=None):
-    """Draw one id for each row of logits (B, V), after all sampling filters.
+    """Draw one id for each row of logits (B, V), after the penalties, the temperature and FILTERS.
 
     `previous` has, for each row, the list of its ids so far; the first prompt_lengths[r] of them
     are the prompt. `generators` has a torch.Generator for each row, so that its sample does not
-    depend on the batch. Temperature 0 takes the largest logit. The penalties come before the
-    filters.
+    depend on the batch. Temperature 0 takes the largest logit.
     """
     s = DECODING | settings
     logits = logits.float()
@@ -182,7 +181,8 @@ def naive_generate(model, ids, max_new_tokens, seed=0, **settings):
     """Generation written out, for reading. Returns the new ids after the prompt `ids`. For each one
     the model reads the whole text again; `Engine` does not. A test checks that they agree.
 
-    A text longer than the context goes on from the newest half of it; `settings` as in DECODING.
+    The model sees the last `context` ids of a longer prompt. A text that outgrows the context goes
+    on from its last context // 2 ids. `settings` are those of DECODING.
     """
     generator = torch.Generator().manual_seed(seed)
     context, window, new = model.config.context, ids[-model.config.context :], []
@@ -209,15 +209,15 @@ class Text:
     ids: list = field(default_factory=list)
     start: int = 0
     prompt_length: int = 0
-    ended_at: int = 0  # the count of texts that had ended: the lowest row has been free the longest
+    ended_at: int = 0  # when it ended, as the number of texts that had ended then
     generator: torch.Generator | None = None
     settings: dict = field(default_factory=dict)  # as in DECODING
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
     logit_bias: dict = field(default_factory=dict)  # {id: added to its logit before any filter}
-    ends: tuple = ()  # ids at which the caller ends the text; they are not drawn among
-    min_tokens: int = 0  # the first `min_tokens` new ids, unless no other id is allowed
+    ends: tuple = ()  # ids at which the caller ends the text; empty if `min_tokens` is 0
+    min_tokens: int = 0  # none of `ends` is among so many first ids, unless no other is allowed
     top: int | None = None  # how many alternatives `logprobs` shows; None: it stays empty
-    echo: bool = False  # whether `logprobs` begins with the ids of the prompt
+    echo: bool = False  # whether `logprobs` begins with the ids of the prompt, but the first
     # (log probability, [(id, log probability) of the `top` likeliest]) for each id
     logprobs: list = field(default_factory=list)
 
@@ -228,7 +228,7 @@ class Engine:
 
     The first `busy` rows of one KVCache are being written. The others are free and keep what they
     hold: the beginning that a prompt shares with any row is copied, not read again. When a text
-    fills the context, the newest half of it is read again, from position 0.
+    outgrows the context, its last context // 2 ids are read again, from position 0.
 
     slots   the most texts at once
     length  tokens that the cache has room for at first; it grows up to the context
@@ -260,9 +260,9 @@ class Engine:
         start = max(0, len(prompt) - self.context)
         window = prompt[start:-1]  # the last id is always read, for its logits
 
-        def gain(text):  # ids reused less ids overwritten; then empty rows; then the longest free
-            reused, held = self.shared(text, window), self.held(text)
-            return max(0, 2 * reused - held), not held, -text.ended_at
+        def gain(text):  # ids kept less ids lost, or 0; then an empty row; then the longest free
+            kept, held = self.shared(text, window), self.held(text)
+            return max(0, kept - (held - kept)), not held, -text.ended_at
 
         old = max(self.texts[self.busy :], key=gain)
         self.cache.lengths[old.row] = 0 if echo else self.shared(old, window)
@@ -308,7 +308,7 @@ class Engine:
     def step(self):
         """Draw the next id of each text whose prompt has been read; {text: id}."""
         for text in self.texts[: self.busy]:
-            if len(text.ids) - text.start > self.context:  # full: go on from the newest half
+            if len(text.ids) - text.start > self.context:  # go on from the last half
                 text.start = len(text.ids) - max(1, self.context // 2)
                 self.cache.lengths[text.row] = 0
         # A text with one unread id costs no budget. A prompt is read in passes of at most MAX_READ
@@ -354,7 +354,7 @@ class Engine:
             self.cache.grow(min(self.context, 2 * (max(held) + T)))
         cache = self.cache.rows(first, last)
         rows = [text.ids[text.start + n :][:T] for text, n in zip(group, held)]
-        # only a prompt, which is alone in its group, has anything to echo
+        # only a prompt of two or more unread ids has any to echo, and it is alone in its group
         ids, text = torch.tensor(rows, device=self.device), group[0]
         if not text.echo or len(text.ids) > text.prompt_length:
             return self.model.last_logits(ids, cache)
@@ -390,7 +390,8 @@ class Engine:
 def generate(
     model, prompts, max_new_tokens, *, seed=0, seeds=None, stop=None, engine=None, **options
 ):
-    """At each step, yield a list with one new id per prompt (None for a row that has stopped).
+    """At each step, yield a list with one new id per prompt (None for a row that has stopped,
+    or whose prompt is still being read).
 
     prompts      lists of ids, of any lengths: each row gets what it would get alone
     options      of Engine.add; row r draws with seeds[r], or with `seed`
@@ -435,9 +436,9 @@ def beam_search(model, prompt, max_new_tokens, beams=4, length_penalty=1.0, end=
     """The best continuations of `prompt`, as [(score, ids)], best first, at most `beams` of them.
 
     A score is the sum of log probabilities divided by len(ids) ** length_penalty, both including
-    the `end` id (Wu et al. 2016 without its constants). The search ends only when no live beam can
-    still reach a better score than the finished ones. UserError if prompt and continuation do not
-    fit the context.
+    the `end` id (Wu et al. 2016 without its constants). The search ends early only when `beams` are
+    finished and no live beam can still beat the worst of them. UserError if prompt and continuation
+    do not fit the context.
     """
     check_ids([prompt], model.config.vocab_size)
     device = model.embed.weight.device
@@ -821,6 +822,21 @@ def check_settings(args):
         raise UserError(f"--num_samples {args.num_samples} is more than --beams {args.beams}")
 
 
+def check_kind(tokenizer, path, args):
+    """The labels of a classifier, none of another model. UserError if it cannot do what the flags
+    ask for, a note if another flag suits it better."""
+    labels = labels_of(tokenizer) if tokenizer else []
+    if tokenizer and REWARD_TOKEN in tokenizer.special and args.analogy is None:
+        advice = f"it rates answers: finetune.py --objective grpo --reward {path} learns from it"
+        raise UserError(f"{path} is a reward model and writes nothing; {advice}")
+    if labels and args.chat:
+        raise UserError(f"{path} is a classifier of {', '.join(labels)}: give the text as --prompt")
+    if args.prompt and not labels and get_template(tokenizer):
+        note = "a chat model continues the text: --chat asks it, and --serve opens a page"
+        print(f"[{note}]", file=sys.stderr)
+    return labels
+
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_settings(args)
@@ -831,7 +847,7 @@ def main(argv=None):
     model, tokenizer, path = load(args.ckpt, args.device, args.dtype, args.adapter, ids_alone)
     if args.ckpt is None:
         print(f"[{path}]", file=sys.stderr)
-    labels = labels_of(tokenizer) if tokenizer else []
+    labels = check_kind(tokenizer, path, args)
     if args.analogy is not None:
         choices = [c.strip() for c in (args.choices or "").split(",") if c.strip()]
         table = model.embed.weight.detach().cpu()

@@ -18,8 +18,10 @@ import argparse
 import contextlib
 import copy
 import gc
+import inspect
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -42,7 +44,7 @@ from data.cli import Parser, StopSignal, UserError, at_least, between, positive,
 from data.costs import check_memory, memory_needed
 from data.files import write_json
 from data.machine import DTYPES, dtype_name, full_tensor, is_sharded, make_runtime, shard_like
-from data.runs import Log, clock, eval_line, newest_run, run_folder
+from data.runs import Log, clock, eval_line, newest_run, run_folder, step_line
 from data.tokenizer import Tokenizer
 from prepare_data import data_hashes, find_data, read_meta, read_tokens
 
@@ -63,6 +65,7 @@ RECIPE = dict(
 )  # fmt: skip
 # None: the same as lr
 _LARGE = dict(embed_lr=None, head_lr=None, beta2=0.95, warmup_steps=200, schedule="cosine")
+# grad_accum follows from the tokens a step, see `settle`
 _GPT2 = _LARGE | dict(warmup_steps=700, total_batch_tokens=2**19)
 
 # What differs for a preset or an optimizer. GPT-2's are customary values, not tried here.
@@ -90,9 +93,9 @@ DEFAULT_STEPS, DEFAULT_MINUTES = 2500, 2.9
 class TokenLoader:
     """Windows of `context` + 1 tokens in a seeded random order, each once per epoch.
 
-    An epoch cuts the text at a random phase into windows and permutes them, so no two epochs show
-    the same cuts. Row r of the whole run is always the same window: resuming needs only the step,
-    and processes that share a step each take their slice of its rows.
+    An epoch cuts the text at a random phase into windows and permutes them, so two epochs seldom
+    show the same cuts. Row r of the whole run is always the same window: resuming needs only the
+    step, and processes that share a step each take their slice of its rows.
     """
 
     def __init__(self, tokens, context, seed):
@@ -151,7 +154,7 @@ def orthogonalize(g, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum for the matrices inside blocks (Keller Jordan, 2024).
+    """Orthogonalised momentum for the matrices inside blocks and inputs (Keller Jordan, 2024).
 
     Adam scales each entry by its own history; Muon scales each *direction* of the matrix: every
     singular value of the step is about one, so rare directions are learned as fast as frequent
@@ -164,7 +167,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step; `closure`, as other optimizers take it, is not called."""
+        """One step. `closure` is there because torch's optimizers take one; it is not called."""
         for group in self.param_groups:
             # matrices of one shape go through the products together; a sharded one (--shard) is
             # gathered first and goes alone
@@ -186,7 +189,7 @@ class Muon(torch.optim.Optimizer):
                     p.sub_(shard_like(update, p), alpha=step_size)
 
 
-# Optimizers for the matrices inside blocks, other than AdamW: {name: (class, its learning rate)}.
+# Optimizers other than AdamW for matrices in blocks and `model.inputs`: {name: (class, its rate)}.
 # The flag --NAME_lr changes the rate; RECIPE_CHANGES has other settings. To add one: a line here.
 MATRIX_OPTIMIZERS = {"muon": (Muon, 0.02)}
 
@@ -206,7 +209,7 @@ def make_optimizers(model, args):
     table_rates = dict.fromkeys(lookups, args.embed_lr)
     if not model.config.tied:
         table_rates |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
-    elif args.embed_lr and args.embed_lr < args.lr:  # it is the head as well
+    elif args.embed_lr and args.embed_lr < args.lr:  # also the head: no higher rate than lr
         table_rates["embed.weight"] = args.embed_lr
     groups = [dict(params=[p], lr=table_rates[n] or args.lr) for n, p in named if n in table_rates]
     others = [p for n, p in named if n not in table_rates and n not in inner]
@@ -226,8 +229,8 @@ def make_optimizers(model, args):
     return optimizers
 
 
-# To add a schedule: the share of lr - min_lr that is left when a fraction f of the run after the
-# warmup has passed.
+# The share of lr - min_lr that is left when a fraction f of the run after the warmup has passed. To
+# add a schedule: a line here.
 SCHEDULES = {
     "cosine": lambda f: 0.5 * (1 + math.cos(math.pi * f)),
     "linear": lambda f: 1 - f,
@@ -261,8 +264,9 @@ def scheduled_lr(args, state):
 
 
 # `runtime` (data/machine.py) is the device, the precision and the processes. runtime.total(a, b)
-# lists the sums of a and of b over all processes; runtime.share(batches) yields this process's
-# batches, each with 1, or with 0 if it is a repeat that keeps a sharded model's processes in step.
+# lists the sums of a and of b over all processes. runtime.share(batches) yields (batch, weight) for
+# each batch of this process. The weight is 0 for one that it only repeats, because all processes of
+# a sharded model must run equally often; else 1.
 
 
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
@@ -271,7 +275,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     The windows, of `context` targets (default: the model's), cover the split or, if it has more
     than `limit` tokens, are spread over it. val_loss is in nats per token, val_ppl its exponential,
     val_bpb in bits per byte of text (which compares across tokenizers), val_share the share read.
-    `byte_lengths` has the bytes of each id, -1 for ids that no token has.
+    `byte_lengths` is the number of bytes of each id, -1 for ids without a token.
     """
     T, targets = context or model.config.context, len(tokens) - 1
     if targets < 1:
@@ -314,7 +318,7 @@ class Task:
     """What `fit` needs to know about what is learned.
 
     batches(step): this process's micro-batches, tuples of tensors that begin with the ids.
-    evaluate(model, final): a dict with at least "val_loss", of the whole split if `final`.
+    evaluate(model, when): a dict with at least "val_loss"; `when` is "start", "step" or "end".
     extra: what checkpoints contain besides weights, such as the tokenizer's spec.
     loss(model, *batch): the *summed* loss of a micro-batch.
     count(*batch): what losses are divided by; by default the targets (last tensor) except -100.
@@ -497,8 +501,8 @@ def end_reason(args, state):
 
 
 class Meter:
-    """Mean loss and speed over the latest `window` steps (as many for every line of the log), and
-    the last gradient norm. Losses stay tensors until `read`, since reading one is a GPU sync."""
+    """Mean loss and speed over the latest `window` steps, and the last gradient norm. Losses stay
+    tensors until `read`, since reading one is a GPU sync."""
 
     def __init__(self, window, allow_inf_norms):
         self.work, self.losses = deque(maxlen=window), deque(maxlen=window)
@@ -520,33 +524,24 @@ class Meter:
             self.norm = norm
         self.unread.clear()
 
+    def mean_loss(self, step, runtime):
+        """The mean loss at `step`, over all processes; None before the first step."""
+        self.read(step)
+        return runtime.total(sum(self.losses))[0] / len(self.losses) if self.losses else None
+
     def row(self, state, lr, runtime):
         """The row of metrics.jsonl."""
-        self.read(state["step"])
         tokens, flops, seconds = (sum(column) for column in zip(*self.work))
         row = dict(step=state["step"], tokens=state["tokens"], seconds=round(state["seconds"], 3))
-        row["loss"] = runtime.total(sum(self.losses))[0] / len(self.losses)
-        mfu = flops / seconds / (runtime.peak * runtime.world)
-        return row | dict(lr=lr, grad_norm=self.norm, tok_s=round(tokens / seconds), mfu=mfu)
-
-
-def step_line(row, metrics, args, done):
-    """One line about a training step; `done` is the fraction of the run that is over."""
-    total = f"/{args.max_steps}" if args.max_steps else ""
-    others = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in metrics.items())
-    return (
-        f"step {row['step']}{total}  loss {row['loss']:.3f}  lr {row['lr']:.2e}  "
-        f"norm {row['grad_norm']:.2f}  {row['tok_s']:,} tok/s  mfu {row['mfu']:.0%}  "
-        f"eta {clock(row['seconds'] * (1 - done) / done)}{others}"
-    )
+        row |= dict(loss=self.mean_loss(state["step"], runtime), lr=lr, grad_norm=self.norm)
+        mfu = runtime.utilization(flops / seconds)
+        return row | dict(tok_s=round(tokens / seconds), mfu=mfu)
 
 
 def fit(model, task, args, runtime, out, resume=None):
     """Train `model` on `task` and write the run to folder `out`. Returns the final metrics, or None
-    if it was already complete.
-
-    Reads from args the flags of `add_optimization`, max_steps, max_minutes, seed and compile.
-    `resume` is the content of a last.pt whose weights the model already has. Raises UserError if a
+    if it was complete. `args` has what `add_optimization` adds, max_steps, max_minutes, seed and
+    compile; `resume` is the content of a last.pt whose weights the model has. Raises UserError if a
     loss is not finite, SystemExit(130 or 143) when the run is saved after Ctrl-C or SIGTERM.
     """
     run = Run(model, task, args, runtime, out)
@@ -554,8 +549,9 @@ def fit(model, task, args, runtime, out, resume=None):
         run.restore(resume)
     state, evaluation = run.state, {}
     log = Log(out, state["step"], quiet=runtime.rank > 0)
-    if over := end_reason(args, state):  # a run that was killed before its final evaluation gets it
+    if over := end_reason(args, state):
         log.line(over)
+        # a run that was killed before its final evaluation goes on to that, past the loop
         if runtime.of_first(any(r.get("final") and r["step"] == state["step"] for r in log.rows)):
             return None
     if runtime.rank == 0:
@@ -566,7 +562,10 @@ def fit(model, task, args, runtime, out, resume=None):
     step_model, step_runtime, after_step = make_runner(model, task, args, runtime, state["step"])
     clear_gradients(model)
     meter = Meter(args.log_every, allow_inf_norms=run.scaler.is_enabled())
+    train_loss = meter.mean_loss if task.unit == Task.unit else lambda *_: None
     with StopSignal() as stop, log:
+        if not state["step"]:
+            log.evaluation({"step": 0, **task.evaluate(model, "start")})
         while not end_reason(args, state):
             start = time.perf_counter()
             if state["step"] <= args.warmup_steps:
@@ -579,7 +578,7 @@ def fit(model, task, args, runtime, out, resume=None):
             norm = optimizer_step(model, run.optimizers, run.scaler, args.grad_clip, runtime)
             after_step()
 
-            # count the step. Reading a loss makes a GPU wait, so only for lines and each tenth step
+            # count the step. Reading a loss waits for the GPU: only for lines, and each tenth step
             state["step"] += 1
             state["tokens"] += tokens
             meter.unread.append((loss.float(), norm.float()))
@@ -589,9 +588,7 @@ def fit(model, task, args, runtime, out, resume=None):
             # one clock for all processes: they must agree on when the time is up
             seconds = runtime.total(time.perf_counter() - start)[0] / runtime.world
             state["seconds"] += seconds
-            length = sum(b[0].numel() for b in batches) / sum(len(b[0]) for b in batches)
-            flops = tokens * lm.flops_per_token(model.config, length)
-            meter.work.append((tokens, flops, seconds))
+            meter.work.append((tokens, tokens * flops_per_token(model, batches), seconds))
             done = fraction_done(args, state["step"], state["seconds"])
             if log_now or done >= 1:
                 row, metrics = meter.row(state, lr, runtime), task.metrics()
@@ -601,10 +598,9 @@ def fit(model, task, args, runtime, out, resume=None):
             stopping, better = runtime.total(stop.number)[0], False
             evaluate_now = done >= 1 or state["step"] % args.eval_every == 0
             if evaluate_now and not stopping:
-                evaluation = {"step": state["step"], **task.evaluate(model, False)}
+                evaluation = {"step": state["step"], **task.evaluate(model, "step")}
                 better = run.record_score(task.score(evaluation))
-                log.write(**evaluation)
-                log.line(eval_line(evaluation) + ("  best" if better else ""))
+                log.evaluation(evaluation, train_loss(state["step"], runtime), better)
             if stopping or evaluate_now or run.save_due():
                 meter.read(state["step"])  # never save weights that are not finite
                 run.save(better)
@@ -616,8 +612,8 @@ def fit(model, task, args, runtime, out, resume=None):
         log.line(end_reason(args, state))
     # evaluate again, unless the last evaluation was of this step and the whole split
     if evaluation.get("step") != state["step"] or evaluation.get("val_share", 1) < 1:
-        evaluation = {"step": state["step"], **task.evaluate(model, True)}
-        log.line(eval_line(evaluation))
+        evaluation = {"step": state["step"], **task.evaluate(model, "end")}
+        log.line(eval_line(evaluation, train_loss(state["step"], runtime)))
     evaluation["final"] = True
     log.write(**evaluation)
     return {**evaluation, **state}
@@ -724,6 +720,15 @@ def make_runner(model, task, args, runtime, step=0):
     if runtime.world > 1:  # buffers are only tables of positions
         runner = nn.parallel.DistributedDataParallel(runner, forward_sync_buffers=False)
     return runner, precision, after_step
+
+
+def flops_per_token(model, batches):
+    """`lm.flops_per_token` of micro-batches (ids, targets, ...)."""
+    tokens = sum(b[0].numel() for b in batches)
+    length = tokens / sum(len(b[0]) for b in batches)
+    learned = sum(np.count_nonzero(b[1].numpy() != -100) for b in batches)
+    frozen = not all(p.requires_grad for p in model.parameters())
+    return lm.flops_per_token(model.config, length, learned / tokens, frozen)
 
 
 def exchange_gradients(model, runtime, last):
@@ -877,13 +882,14 @@ def build_parser():
         help="tokens a step of all processes, in place of --grad_accum")
     add("--eval_tokens", type=at_least(0),
         help="validation tokens an evaluation reads; 0 is all (the last one always reads all)")
-    shape = p.add_argument_group("model shape, in place of the preset's (see model.Config)")
+    shape = p.add_argument_group("model shape, in place of the preset's (model.Config)")
+    comments = dict(re.findall(r"^    (\w+): .*  # (.+)", inspect.getsource(lm.Config), re.M))
     for name in SHAPE:
         kind = type(getattr(lm.PRESETS["tiny"], name))
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if kind is str:
             options["choices"] = tuple(getattr(lm, f"{name.upper()}S"))
-        shape.add_argument(f"--{name}", help=f"Config.{name}", **options)
+        shape.add_argument(f"--{name}", help=comments[name], **options)
     return p
 # fmt: on
 
@@ -992,6 +998,8 @@ def build_model(args, content, folder, meta, tokenizer):
 def check_context(context, model):
     """The length of training rows: --context, or the model's. UserError if the model's is less."""
     longest = model.config.context
+    if longest < 2:
+        raise UserError(f"--context {longest} must be at least 2: a token, and one it can look at")
     if context is not None and not 2 <= context <= longest:
         raise UserError(f"--context {context} must be from 2 to the model's {longest}")
     return context or longest
@@ -1023,24 +1031,25 @@ def settle(args, model, runtime, context, folder):
     return a
 
 
-def header(model, args, runtime, tokens, per_batch, length):
-    """The lines before the first step: what is trained, on what, and what it will take. The text
-    has `tokens`, a micro-batch `per_batch`, a row `length` of them."""
+def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
+    """The lines before the first step: what is trained, and what it will take. A micro-batch has at
+    most `per_batch` tokens, a step `per_step` (None: unknown), a row `length`; of them a share is
+    `learned`."""
     c, n = model.config, lm.count_parameters(lm.meta_model(model.config))["total"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = f", {trained:,} trained ({trained / n:.2%})" if trained != n else ""
-    memory, per_step = memory_needed(model, per_batch), per_batch * args.grad_accum * runtime.world
     lines = [
         f"device {runtime.device}, {runtime.dtype}, {runtime.world} process(es), matmul peak "
         f"{runtime.peak / 1e9:,.0f} GFLOP/s",
         f"{n:,} parameters{share}: {c.n_layer} layers x {c.d_model}, {c.n_head} heads, context "
         f"{c.context}, vocabulary {c.vocab_size:,}",
-        f"{tokens:,} training tokens, {tokens / n:.2g} per parameter (Chinchilla advises 20)",
-        f"memory about {memory / 2**20:,.0f} MB; {per_step:,} tokens a step",
+        f"memory about {memory_needed(model, per_batch) / 2**20:,.0f} MB",
     ]
-    if args.max_steps:
-        flops = lm.flops_per_token(c, length) * per_step * args.max_steps
-        least = clock(flops / (runtime.peak * runtime.world))
+    if per_step:
+        lines[-1] += f"; {per_step:,.0f} tokens a step"
+    if args.max_steps and per_step:  # half of the scores are masked and need not be computed
+        flops = lm.flops_per_token(c, length / 2, learned, trained != n)
+        least = clock(flops * per_step * args.max_steps / (runtime.peak * runtime.world))
         lines[-1] += f"; {args.max_steps:,} steps take {least} at least, by the matmul peak"
     if args.max_minutes:
         lines.append(f"stops after {args.max_minutes:g} minutes of training at the latest")
@@ -1057,8 +1066,9 @@ def closing_text(model, tokenizer, meta, result, out, val):
     with lm.evaluating(model):
         rows = generate(model, [prompt_ids], 160, temperature=0.8, top_p=0.95, allowed=allowed)
         text = printable(tokenizer.decode(prompt_ids + [row[0] for row in rows]))
-    bpb, xz = result.get("val_bpb"), meta.get("xz_bits_per_byte")
-    bits = f"held-out text: {bpb:.3f} bits per byte; xz -9e takes {xz:.3f}\n" if bpb and xz else ""
+    bits, bpb, xz = "", result.get("val_bpb"), meta.get("xz_after_training_text")
+    if bpb and xz:
+        bits = f"held-out text: {bpb:.3f} bits per byte; xz -9e after the training text {xz:.3f}\n"
     return (
         f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
         f"best val loss {result['best']:.4f} at step {result['best_step']}\n{bits}\n"
@@ -1075,11 +1085,10 @@ def main(argv=None):
     tokenizer = Tokenizer(meta["tokenizer"])
     torch.manual_seed(args.seed)
     model = build_model(args, content, folder, meta, tokenizer)
-    previous, wide = (content or {}).get("device"), model.config.d_model >= 512
-    runtime = make_runtime(args.device, args.dtype, wide, previous)
+    previous, context = (content or {}).get("device"), check_context(args.context, model)
+    loader, per_batch = TokenLoader(train, context, args.seed), args.batch_size * context
+    runtime = make_runtime(args.device, args.dtype, previous, model.config, per_batch)
     place(model, args, runtime)
-    loader = TokenLoader(train, check_context(args.context, model), args.seed)
-    per_batch = args.batch_size * loader.context
     check_memory(model, per_batch, runtime)
     args = settle(args, model, runtime, loader.context, folder)
     out = Path(args.out)
@@ -1087,16 +1096,18 @@ def main(argv=None):
         batches=lambda step: micro_batches(
             loader, step, args.batch_size, args.grad_accum, runtime.rank, runtime.world
         ),
-        evaluate=lambda m, final: evaluate(
-            m, val, tokenizer.byte_lengths, runtime, None if final else args.eval_tokens,
+        evaluate=lambda m, when: evaluate(
+            m, val, tokenizer.byte_lengths, runtime, None if when == "end" else args.eval_tokens,
             args.context,
         ),
         extra={"tokenizer": tokenizer.spec, "data": data_hashes(meta)},
         loss=lambda m, ids, targets: m(ids, targets, places=slice(None)),  # none is -100
     )  # fmt: skip
     if runtime.rank == 0:
-        lines = header(model, args, runtime, len(train), per_batch, args.context)
-        print("\n".join([f"{out}: {folder}, {tokenizer.name}, {args.optimizer}", *lines]))
+        ratio = len(train) / sum(p.numel() for p in model.parameters())
+        print(f"{out}: {folder}, {tokenizer.name}, {args.optimizer}")
+        print(f"{len(train):,} training tokens, {ratio:.2g} per parameter (Chinchilla advises 20)")
+        print(*header(model, args, runtime, per_batch, args.total_batch_tokens, context), sep="\n")
 
     def report(result):
         text = closing_text(model, tokenizer, meta, result, out, val)

@@ -156,6 +156,11 @@ class Api:
             raise ApiError(404, message, "model", "model_not_found")
         return {"id": name, "object": "model", "created": self.started, "owned_by": "scratchlm"}
 
+    def told(self, tools):
+        """Those of the tools that a prompt describes."""
+        known = self.known if self.template and self.template.ours else ()
+        return [tool for tool in tools if tool["function"]["name"] not in known]
+
     def list_models(self):
         return {"object": "list", "data": [self.model(name) for name in self.names]}
 
@@ -197,8 +202,7 @@ class Api:
             raise ApiError(400, message, "messages", "no_chat_template")
         messages = read_messages(body.get("messages"))
         tools, may_call, forced = read_tools(body, self.tools)
-        known = self.known if self.template.ours else ()
-        tools = [t for t in tools if may_call and t["function"]["name"] not in known]
+        tools = self.told(tools) if may_call else []
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
         variables = {name: body[name] for name in TURNS if name in body}
         variables |= body.get("chat_template_kwargs", {})

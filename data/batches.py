@@ -49,9 +49,8 @@ def chat_rows(example, tokenizer, context, loss_on="assistant", first=0):
     differently once later ones follow.
 
     A row ends with its last target, since nothing can be learned from what follows. If it has more
-    than context + 1 ids, its oldest turns are dropped, except the system's; a question and an
-    answer that are too long by themselves lose their end. ValueError if the template refuses the
-    conversation.
+    than context + 1 ids, its oldest turns are dropped, except the system's; then a long question
+    loses its beginning, a long answer its end. ValueError if the template refuses the conversation.
     """
     template, messages, tools = get_template(tokenizer), example["messages"], example.get("tools")
 
@@ -102,12 +101,9 @@ def label_row(text, label, tokenizer, context):
 
 def preference_rows(example, tokenizer, context):
     """(chosen Row, rejected Row) of a preference pair, of which only the answers are learned."""
-
-    def answered(answer):
-        conversation = example | {"messages": example["messages"] + answer}
-        return chat_rows(conversation, tokenizer, context, first=len(example["messages"]))[-1]
-
-    return answered(example["chosen"]), answered(example["rejected"])
+    prompt = example["messages"]
+    talks = [example | {"messages": prompt + example[key]} for key in ("chosen", "rejected")]
+    return tuple(chat_rows(t, tokenizer, context, first=len(prompt))[-1] for t in talks)
 
 
 def reward_row(row, token):
@@ -126,13 +122,15 @@ def has_target(row):
 
 
 def show_mask(rows, tokenizer, count):
-    """Print the first `count` rows, a token a line: position, a * if it is learned, id, text."""
+    """Print the first `count` rows, a token a line: position, a * if it is learned, id, text. The
+    text of a character of several tokens stands at its last one."""
     flat = [r for row in rows for r in sequences(row)]
     for number, row in enumerate(flat[:count], start=1):
         cut = ", cut to --context" if row.cut else ""
         print(f"--- row {number}: {len(row.ids)} tokens, {sum(row.mask)} of them learned{cut} ---")
-        for n, (i, learned) in enumerate(zip(row.ids, row.mask)):
-            print(f"{n:5} {' *'[learned]} {i:7} {repr(tokenizer.decode([i]))[1:-1]}")
+        rows = zip(row.ids, row.mask, tokenizer.texts(row.ids))
+        for n, (i, learned, text) in enumerate(rows):
+            print(f"{n:5} {' *'[learned]} {i:7} {repr(text)[1:-1]}")
 
 
 def pad(rows):
@@ -150,7 +148,7 @@ def row_size(row):
 
 
 def bucket(order, rows, batch_tokens):
-    """Numbers of rows of similar length, at most `batch_tokens` padded tokens or one row a list."""
+    """Lists of row numbers of similar lengths, at most `batch_tokens` padded tokens or one row."""
     batches = []
     for i in sorted(order, key=lambda i: row_size(rows[i])[0]):  # keeps the order of equal lengths
         if not batches or (len(batches[-1]) + 1) * math.prod(row_size(rows[i])) > batch_tokens:

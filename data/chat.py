@@ -102,7 +102,7 @@ def drop_continued(rows, key=lambda turns: turns):
 
 
 # --------------------------------------------------------------------------------------------
-# Jinja
+# Templates in Jinja
 # --------------------------------------------------------------------------------------------
 
 OURS = Path(__file__).with_name("chat_templates") / "ours.jinja"
@@ -112,7 +112,6 @@ CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|call|>", "<|tool|>"
 THINK = ("<think>", "</think>")
 # Tags in an assistant's content that become special tokens if the vocabulary has them.
 ASSISTANT_TAGS = (*THINK, "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
-CALL_TAGS = ("<tool_call>", "[TOOL_CALLS]")  # calls begin with these in others' templates
 # Escapes the name of a special token in a message, so that it is encoded as plain text. It is a
 # Unicode noncharacter; a text that contains it has it doubled.
 MARK = "\ufdd0"
@@ -170,11 +169,6 @@ def escape(value, names):
     return value
 
 
-# --------------------------------------------------------------------------------------------
-# Templates
-# --------------------------------------------------------------------------------------------
-
-
 class Template:
     """The chat template of a tokenizer: the Jinja that its model came with, or ours, which writes
     <|user|>hi<|end|><|assistant|>hello<|end|>.
@@ -211,7 +205,7 @@ class Template:
         blanks = before, after.split(tokenizer.decode([self.end]))[0]
         self.blanks = [text if text.isspace() else "" for text in blanks]
         self.ends = {self.end, tokenizer.eos_id, *tokenizer.spec.get("ends", ())}
-        tags = CHAT_TOKENS[3:4] if self.ours else CALL_TAGS
+        tags = CHAT_TOKENS[3:4] if self.ours else ("<tool_call>", "[TOOL_CALLS]")
         tag = next((tag for tag in tags if tag in self.called), None)
         self.call_tag = "" if tag is None and self.called.lstrip().startswith("{") else tag
         self.call = special.get(tag)

@@ -5,9 +5,11 @@ A user's mistake is a `UserError`: `run_cli` prints its one line and ends with e
 import argparse
 import contextlib
 import difflib
+import importlib
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -52,46 +54,209 @@ def is_out_of_memory(error):
     return any(words in str(error) for words in ("allocate memory", "out of memory"))
 
 
-# What other projects (nanoGPT, transformers, OpenAI) call our flags.
-ALIASES = {
-    "max_tokens": "max_new_tokens", "learning_rate": "lr", "n_embd": "d_model", "out_dir": "out",
-    "max_iters": "max_steps", "block_size": "context", "eval_interval": "eval_every",
-    "log_interval": "log_every", "warmup_iters": "warmup_steps",
-    "gradient_accumulation_steps": "grad_accum",
+# What others (nanoGPT, transformers, TRL, LLaMA-Factory, litgpt, minimind, nanochat, llama.cpp,
+# OpenAI) call our flags: OURS: THEIRS or THEIRS=VALUE ... OURS may be the first of several that the
+# script has (out|ckpt), set a value, or be several flags (a+b); it is empty if none is needed.
+FOREIGN = """
+ckpt: model_name_or_path model model_name model_path model_id base_model checkpoint_dir load_from
+init_from from_weight, adapter: adapter_name_or_path adapter_path lora_path, resume|:
+init_from=resume, resume: resume_from_checkpoint resume_from_checkpoint=true from_resume=1, export:
+export_dir, out|ckpt: out_dir output_dir, out: save_dir, data: dataset dataset_name train_file
+train_data data_path json_path, data=shakespeare: dataset=shakespeare_char, val_data: eval_dataset
+validation_file, val|val_fraction: val_size test_size, max_rows: max_samples max_train_samples,
+eval_rows: max_eval_samples, field: dataset_text_field, tokenizer: tokenizer_name tokenizer_path
+tokenizer_name_or_path,
+
+context: block_size max_seq_length max_seq_len cutoff_len max_length seq_len seq_length sequence_len
+max_model_len n_ctx ctx_size n_positions max_position_embeddings context_length, n_layer: n_layers
+depth num_layers num_hidden_layers, n_head: n_heads num_heads num_attention_heads, n_kv_head:
+num_kv_heads num_key_value_heads n_query_groups, d_model: n_embd hidden_size dim embed_dim, d_ff:
+intermediate_size n_inner, activation: hidden_act, eps: rms_norm_eps, tied: tie_word_embeddings,
+qkv_bias+out_bias+ff_bias: bias, no_qkv_bias+no_out_bias+no_ff_bias: bias=false,
+
+lr: learning_rate max_lr peak_lr, muon_lr: matrix_lr, embed_lr: embedding_lr, head_lr:
+unembedding_lr, min_lr: eta_min min_learning_rate, warmup_steps: warmup_iters lr_warmup_steps
+num_warmup_steps, schedule: lr_scheduler_type lr_scheduler lr_schedule, schedule=constant:
+decay_lr=false lr_scheduler_type=constant_with_warmup, schedule=wsd:
+lr_scheduler_type=warmup_stable_decay, optimizer: optim, optimizer=adamw: optim=adamw_torch
+optim=adamw_torch_fused, weight_decay: wd, beta1: adam_beta1, beta2: adam_beta2, grad_clip:
+max_grad_norm clip_grad, max_steps: max_iters max_train_steps num_iterations train_iters, epochs:
+num_train_epochs num_epochs max_epochs, batch_size: per_device_train_batch_size micro_batch_size
+device_batch_size train_batch_size, total_batch_tokens: total_batch_size, grad_accum:
+gradient_accumulation_steps accumulation_steps, eval_every: eval_interval eval_steps eval.interval,
+save_every: save_interval save_steps, log_every: log_interval logging_steps, patience:
+early_stopping_patience early_stopping, best_by: metric_for_best_model, best_by=val_loss:
+metric_for_best_model=eval_loss,
+
+grad_checkpoint: gradient_checkpointing activation_checkpointing, compile: torch_compile
+use_compile, shard: fsdp, device=cpu: use_cpu no_cuda, dtype: torch_dtype precision mixed_precision,
+dtype=fp16: fp16 half mixed_precision=fp16 precision=16-true precision=16-mixed, dtype=bf16: bf16
+mixed_precision=bf16 precision=bf16-true precision=bf16-mixed, dtype=fp32: mixed_precision=no
+precision=32-true, quantize=nf4: load_in_4bit quantization_bit=4 quantize=bnb.nf4,
+quantize=int8|dtype=int8: load_in_8bit quantization_bit=8, lora_rank=8: finetuning_type=lora
+use_lora, lora_rank=16: use_peft, lora_rank: lora_r, lora_targets: target_modules lora_target
+lora_target_modules, lora_targets=all: target_modules=all-linear lora_target_modules=all-linear,
+objective=sft: stage=sft, objective=dpo: stage=dpo, objective=reward: stage=rm, dpo_beta: pref_beta
+beta, reward: reward_model reward_funcs, samples: num_generations, teacher: teacher_model,
+
+prompt: start, max_new_tokens: max_tokens max_completion_tokens n_predict predict, num_samples:
+num_return_sequences n, beams: num_beams, temperature=0: do_sample=false, temperature: temp,
+repetition_penalty: repeat_penalty, stop: stop_strings reverse_prompt, system: system_prompt
+default_system, serve: port, slots: max_num_seqs, chat: interactive, eval_only: do_predict,
+
+: init_from=scratch from_weight=none from_resume=0 decay_lr finetuning_type=full report_to=none
+do_sample do_train do_eval overwrite_output_dir overwrite_cache plot_loss template
+always_save_checkpoint save_total_limit save_strategy save_only_model eval_strategy
+evaluation_strategy logging_strategy logging_first_step load_best_model_at_end greater_is_better
+per_device_eval_batch_size num_workers preprocessing_num_workers dataloader_num_workers disable_tqdm
+ddp_timeout ddp_find_unused_parameters local_rank trust_remote_code use_fast_tokenizer
+remove_unused_columns low_cpu_mem_usage flash_attn tf32 backend attn_implementation group_by_length
+assistant_only_loss
+"""
+FOREIGN = [group.split(":") for group in FOREIGN.split(",")]
+FOREIGN = {flag: ours.strip() for ours, theirs in FOREIGN for flag in theirs.split()}
+
+# What to use in place of their flags that have no name here: {sentence: flags}.
+ADVICE = {
+    "out/NAME/metrics.jsonl and loss.svg record a run, and sample.py --serve shows the curves":
+        "report_to wandb_log wandb_project wandb_run_name wandb use_wandb use_swanlab logging_dir",
+    "--out out/NAME names a run": "run_name exp_name",
+    "--warmup_steps counts steps": "warmup_ratio",
+    "the schedule ends with the run, --max_steps or --max_minutes": "lr_decay_iters",
+    "train.py has --max_steps and --max_minutes, finetune.py also --epochs":
+        "epochs num_train_epochs num_epochs max_epochs",
+    "train.py has --batch_size in rows, finetune.py --batch_tokens in tokens":
+        "batch_size per_device_train_batch_size micro_batch_size train_batch_size",
+    "an evaluation of train.py reads --eval_tokens, one of finetune.py --eval_rows": "eval_iters",
+    "train.py has --total_batch_tokens, finetune.py --grad_accum": "global_batch_size",
+    "--lora_rank 8 trains adapters; without it all weights learn": "finetuning_type",
+    "--objective dpo, reward and grpo learn from preferences; train.py pretrains": "stage",
+    "the only adapters are LoRA's, --lora_rank": "use_dora use_rslora pissa_init use_galore",
+    "rows are not packed but batched with others of their length": "packing neat_packing",
+    "torchrun --nproc_per_node N starts N processes, and --shard splits the model over them":
+        "devices num_gpus num_nodes tensor_parallel_size deepspeed fsdp_config",
+    "experts are not implemented": "use_moe num_experts",
+    "model.py --export writes a folder for transformers": "push_to_hub hub_model_id export_dir",
+    "--data takes the path of the file": "dataset_dir data_dir",
+    "the environment variable HF_TOKEN holds the token": "hf_token hub_token hf_hub_token",
 }  # fmt: skip
+SCRIPTS = ("train", "finetune", "sample", "prepare_data", "model", "lora", "mnist")
+YES, NO = ("true", "1", "yes"), ("false", "0", "no", "none")
+
+
+def plain(flag):
+    """The name of a flag; that of litgpt's --train.max_steps is max_steps."""
+    name = flag[2:].replace("-", "_")
+    return name if name in FOREIGN else name.rpartition(".")[2]
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose flags may be written with dashes or named as in ALIASES, but not
+    """An ArgumentParser whose flags may be written with dashes or as in FOREIGN, but not
     abbreviated, and whose errors are one line."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
 
-    def our_name(self, word):
-        """`word`, where a flag is replaced by this parser's name for it, if it has one."""
-        flag, equals, value = word.partition("=")
-        ours = {option[2:].replace("-", "_"): option for option in self._option_string_actions}
-        name = flag[2:].replace("-", "_")
-        if flag.startswith("--"):
-            flag = ours.get(name) or ours.get(ALIASES.get(name), flag)
-        return flag + equals + value
+    def translate(self, flag, value):
+        """(our words for a flag, or None if there are none; whether they include its value)."""
+        names = {o.lstrip("-").replace("-", "_"): o for o in self._option_string_actions}
+        name, value = plain(flag), value.lower()
+        exact = f"{name}={value}" in FOREIGN
+        ours = FOREIGN[f"{name}={value}"] if exact else name if name in names else FOREIGN.get(name)
+        for choice in [] if ours is None else ours.split("|"):
+            parts = [part.partition("=") for part in choice.split("+") if part]
+            if all(part[0] in names for part in parts):
+                break
+        else:  # a flag that this script lacks can still be left out
+            refused = value in NO and any(name in theirs.split() for theirs in ADVICE.values())
+            return ([], True) if refused else (None, False)
+        words = [names[own] + equals + setting for own, equals, setting in parts]
+        if exact or not words:
+            return words, True
+        if "=" not in words[0] and self._option_string_actions[words[0]].nargs != 0:
+            return words, False  # renamed; the value stays
+        if value in NO:
+            no = words[0].replace("--", "--no-")
+            words = [no] if no in self._option_string_actions else []
+        return words, value in YES + NO
+
+    def our_words(self, words):
+        """(`words` in this parser's flags, the flags that are not needed). What a foreign flag sets
+        comes first, so that a value which is given wins."""
+        words, settings, ours, unneeded = list(words), [], [], []
+        while words:
+            flag, equals, value = (word := words.pop(0)).partition("=")
+            apart = not equals and words and not words[0].startswith("--")
+            value = words[0] if apart else value
+            new, whole = self.translate(flag, value) if flag.startswith("--") else (None, False)
+            if flag == "--start" and new:
+                new, whole = ["--prompt=" + re.sub("^FILE:", "@", value)], True
+            while new == ["--lora_targets"] and words[1:] and not words[1].startswith("--"):
+                words[:2] = [f"{words[0]},{words[1]}"]  # peft's are a list
+            if new is None:
+                ours.append(word)
+            elif not new:
+                unneeded.append(flag)
+            elif "=" in new[0]:
+                settings += new
+            else:
+                ours += [*new[:-1], new[-1] + ("" if whole or apart else equals + value)]
+            del words[: bool(whole and apart)]
+        return settings + ours, unneeded
 
     def parse_known_args(self, args=None, namespace=None):
-        """argparse's, after the flags are replaced by this parser's names."""
+        """argparse's, of the words that `our_words` makes of the given ones."""
         words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self.our_name(word) for word in words], namespace)
+        config = next((w for w in words[:2] if re.search(r"\w\.(py|ya?ml|json)$", w)), None)
+        if config and words[0] in (config, "--config") and not self._get_positional_actions():
+            self.error(self.config_hint(Path(config)))
+        words, unneeded = self.our_words(words)
+        args, unknown = super().parse_known_args(words, namespace)
+        if unneeded and not unknown:
+            print(f"[not needed here: {', '.join(unneeded)}]", file=sys.stderr)
+        return args, unknown
+
+    def config_hint(self, path):
+        """Which flags do what someone else's configuration file (Python, YAML or JSON) says."""
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        text = re.sub(r"(\d+) \* (\d+)", lambda m: str(int(m[1]) * int(m[2])), text)
+        pairs = re.findall(r"""^\s*["']?([\w.]+)["']?\s*[=:]\s*([^#\n]*[^#\n\s,])""", text, re.M)
+        words = [f"--{name}=" + value.strip("\"'") for name, value in pairs if value != "null"]
+        words, _ = self.our_words(words)
+        ours = [w for w in words if w.partition("=")[0] in self._option_string_actions]
+        others = [w.partition("=")[0] for w in words if w not in ours]
+        command = f": {self.prog} {shlex.join(ours)}" if ours else ""
+        without = f" (without {', '.join(others)})" if others else ""
+        return f"{path}: settings are given as flags here, not in files{command}{without}"
 
     def error(self, message):
-        """Print one line, with the flag closest to an unknown one, and exit with code 2."""
-        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            names = [*self._option_string_actions, *(f"--{alias}" for alias in ALIASES)]
-            names = [n for n in names if self.our_name(n) in self._option_string_actions]
-            near = difflib.get_close_matches(unknown[1], names, 1)
-            message = f"unknown argument {unknown[1]}"
-            message += f": did you mean {self.our_name(near[0])}?" if near else " (see --help)"
+        """Print one line, with what to write for unknown flags, and exit with code 2."""
+        if message.startswith("unrecognized arguments: "):
+            words = message.split()[2:]
+            flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+            message = "; ".join(map(self.hint, flags or words[:1]))
         message = re.sub(r"^argument (\S+): (\S+ must be)", r"\1 \2", message)
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def hint(self, flag):
+        """What to write for an unknown flag."""
+        name = plain(flag)
+        for use, theirs in ADVICE.items():
+            if name in theirs.split():
+                return f"{flag}: {use}"
+        ours = "--" + re.split("[|+=]", FOREIGN.get(name, name))[0]
+        with contextlib.suppress(ImportError):  # only now: this module knows no script
+            parsers = {s: importlib.import_module(s).build_parser() for s in SCRIPTS}
+            if having := [s for s, p in parsers.items() if ours in p._option_string_actions]:
+                it = "it" if ours[2:] == name else ours
+                scripts = ", ".join(f"{script}.py" for script in having)
+                return f"unknown argument {flag}: {it} is a flag of {scripts}"
+        known = {option[2:]: option for option in self._option_string_actions}
+        known |= {them: new[0] for them in FOREIGN if (new := self.translate(f"--{them}", "")[0])}
+        alike = [k for k in known if flag[:2] == "--" and abs(len(k) - len(name)) < 3]
+        near = difflib.get_close_matches(name, alike, 1, cutoff=0.85 if len(name) > 4 else 0.8)
+        what = f": did you mean {known[near[0]]}?" if near else " (see --help)"
+        return f"unknown argument {flag}{what}"
 
 
 def number(kind, wanted, accepts):
@@ -166,9 +331,11 @@ class Progress:
 
 
 def watched(items, name):
-    """Yield the items, and count them on a line of the terminal that begins with `name`."""
+    """Yield the items, and count them on a line of the terminal that begins with `name`, with how
+    many there are if that is known."""
     progress = Progress()
+    total = f" of {len(items):,}" if hasattr(items, "__len__") else ""
     for count, item in enumerate(items, start=1):
-        progress(f"{name} {count:,}")
+        progress(f"{name} {count:,}{total}")
         yield item
     progress.clear()

@@ -1,5 +1,6 @@
 """What a model costs, by arithmetic: memory on one machine and on several GPUs, the bytes that GPUs
 exchange, and the loss that a scaling law predicts."""
+import math
 import os
 
 from data.cli import UserError
@@ -11,7 +12,8 @@ H100 = 0.5 * 989e12  # FLOP/s: half of the datasheet's, which good runs reach
 
 def chinchilla_loss(parameters, tokens):
     """Predicted loss in nats a token, L = E + A / N^0.34 + B / D^0.28 (Hoffmann et al. 2022, eq.
-    10). Fitted on web text with a 32k vocabulary: read it for trends, not as your loss."""
+    10). Fitted on web text with a 32k vocabulary, 70 million to 16 billion parameters and 5 to 500
+    billion tokens: read it for trends, not as your loss."""
     return 1.69 + 406.4 / parameters**0.34 + 410.7 / tokens**0.28
 
 
@@ -31,11 +33,20 @@ def shape_lines(name, shape, counts, flops, tokens=None):
         f"Chinchilla advises {20 * total:,} training tokens (20 per parameter)",
     ]
     if tokens:
-        lines.append(
-            f"on {tokens:,} tokens ({tokens / total:.3g} per parameter) its fit predicts a loss of "
-            f"{chinchilla_loss(total, tokens):.3f} nats a token"
-        )
+        loss, guessing = chinchilla_loss(total, tokens), math.log(shape["vocab_size"])
+        says = f"predicts a loss of {loss:.3f} nats a token"
+        if loss > guessing:
+            says = f"does not apply: it gives {loss:.3f} nats, guessing takes ln V = {guessing:.3f}"
+        elif not (70e6 <= total <= 16e9 and 5e9 <= tokens <= 500e9):
+            says += ", outside its range (70M to 16B parameters, 5B to 500B tokens)"
+        lines.append(f"on {tokens:,} tokens ({tokens / total:.3g} per parameter) its fit {says}")
     return [*lines, f"{name}: {total:,} parameters"]
+
+
+def product_shapes(config, tokens):
+    """(rows, inputs, outputs) of the matrix products of a model for so many tokens."""
+    d, f, heads = config.d_model, config.d_ff, config.n_head * config.head_size
+    return [(tokens, *sizes) for sizes in ((d, heads), (d, f), (f, d), (d, config.vocab_size))]
 
 
 def activation_bytes(config, tokens, checkpointed=False):

@@ -1,10 +1,13 @@
 """Downloads: files of any host by `fetch`, models of the Hub by `snapshot_download`."""
+
+import contextlib
 import glob
 import hashlib
 import os
 import re
 import sys
 import time
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -13,6 +16,7 @@ from data.cli import Progress, UserError
 from data.files import file_sha256, read_json, write_once
 
 DATA = Path("data")
+OFFLINE = ContextVar("OFFLINE", default=False)  # True where nothing is to be downloaded
 MB = 1_000_000
 MODELS = "https://huggingface.co"
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
@@ -28,10 +32,6 @@ WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
 
 class HTTPError(UserError):
     """The server refused the request for good; `status` is its HTTP code."""
-
-    def __init__(self, message, status):
-        super().__init__(message)
-        self.status = status
 
 
 def resolve_url(url):
@@ -58,9 +58,8 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
     """Download `url` to `dest` (default: `download_path`) unless it is there, and return the path.
 
     A cut download is resumed, up to `tries` times with doubling pauses from `wait` seconds, and by
-    the next call. A `token` is shown to the host of `url` alone. UserError if the host is
-    unreachable, refuses (HTTPError), or sends other bytes than `sha256` or the Hugging Face Hub's
-    own hash says.
+    the next call. A `token` is shown to the host of `url` alone. UserError if that is unreachable,
+    refuses (HTTPError), or sends other bytes than `sha256` or the Hub's own hash says.
     """
     dest = Path(dest) if dest else download_path(url)
     write_once(
@@ -73,6 +72,8 @@ def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
 
 def download(url, dest, sha256, tries, wait, token):
     """Download a file for `fetch`."""
+    if OFFLINE.get():
+        raise UserError(f"{dest} is missing")
     import requests  # not above: most runs download nothing, and it takes longer than all the rest
 
     url = resolve_url(url)
@@ -92,17 +93,16 @@ def download(url, dest, sha256, tries, wait, token):
             f"the Hugging Face Hub), or put the file at {dest}"
         )
     for wanted in filter(None, (sha256, hub_hash)):
-        kind, digest = ("sha256", file_sha256) if len(wanted) == 64 else ("git's sha1", git_sha1)
-        if (actual := digest(part)) != wanted:
+        if len(wanted) == 64:
+            kind, actual = "sha256", file_sha256(part)
+        else:  # a small file
+            content = part.read_bytes()
+            blob = b"blob %d\0" % len(content) + content
+            kind, actual = "git's sha1", hashlib.sha1(blob).hexdigest()
+        if actual != wanted:
             part.unlink()
             raise UserError(f"{url} arrived damaged: {kind} {actual[:12]}…, wanted {wanted[:12]}…")
     os.replace(part, dest)
-
-
-def git_sha1(path):
-    """The name that git gives a file's content: the sha1 of its length and bytes."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def find_hub_hash(answers):
@@ -136,8 +136,9 @@ def download_part(url, dest, token):
             raise requests.ConnectionError(f"HTTP {r.status_code}")
         if r.status_code not in (200, 206) and not (size and r.status_code == 416):
             hint = " (a wrong name?)" if r.status_code == 404 else ""
-            message = f"cannot download {url}: HTTP {r.status_code} {r.reason}{hint}"
-            raise HTTPError(message, r.status_code)
+            error = HTTPError(f"cannot download {url}: HTTP {r.status_code} {r.reason}{hint}")
+            error.status = r.status_code
+            raise error
         hub_hash = find_hub_hash([*r.history, r])
         version = hub_hash or r.headers.get("ETag") or r.headers.get("Last-Modified")
         version = version and "." + hashlib.sha1(version.encode()).hexdigest()[:8]
@@ -209,14 +210,11 @@ def weight_files(folder):
     index = folder / INDEX
     if not index.exists():
         return [file for file in WEIGHTS[1:] if (folder / file).exists()][:1]
-    try:
+    with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
         shards = sorted(set(read_json(index)["weight_map"].values()))
-        valid = shards and all(re.fullmatch(r"\w+((-+|\.)\w+)*", s, re.ASCII) for s in shards)
-    except (UserError, KeyError, TypeError, AttributeError):
-        valid = False
-    if not valid:
-        raise UserError(f"{index} has no weight_map of plain file names; delete it")
-    return shards
+        if shards and all(re.fullmatch(r"\w+((-+|\.)\w+)*", s, re.ASCII) for s in shards):
+            return shards
+    raise UserError(f"{index} has no weight_map of plain file names; delete it")
 
 
 def hub_token(url):

@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 from collections import Counter
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import pairwise
 
 from data import hotel
@@ -74,7 +74,7 @@ def ask(messages, rng):
 
 def in_order(messages):
     """The messages, with hotels named in the order of the result: a model that has named one then
-    knows the next. Replies with prices, ratings or phones, which belong to a name, stay."""
+    knows the next. Replies with prices, ratings or phones, which belong to a name, are left."""
     ordered = messages[:1]
     for previous, m in pairwise(messages):
         names = list(records_of([previous]))
@@ -87,16 +87,10 @@ def in_order(messages):
     return ordered
 
 
-@cache
-def database_names():
-    """The names of all hotels in the database."""
-    return frozenset(h["name"] for h in hotel.read_hotels())
-
-
 @lru_cache
-def names_pattern(others):
-    """The pattern of the names in the database, and `others`."""
-    return either(database_names() | others)
+def names_pattern(others=frozenset()):
+    """The pattern of the names of the hotels in the database, and of `others`."""
+    return either({h["name"] for h in hotel.read_hotels()} | others)
 
 
 def count_facts(messages, reply):
@@ -110,7 +104,7 @@ def count_facts(messages, reply):
     records = records_of(messages)
     if not records:
         return Counter()
-    pattern = names_pattern(frozenset(records) - database_names())
+    pattern = names_pattern(frozenset(n for n in records if not names_pattern().fullmatch(n)))
     matches = list(pattern.finditer(reply))
     names = [m[0] for m in matches]
     rest = pattern.sub(lambda m: "\n" * len(m[0]), reply)

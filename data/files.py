@@ -1,4 +1,5 @@
 """Files: written whole or not at all, locks between processes, JSON, hashes."""
+
 import contextlib
 import hashlib
 import itertools

@@ -1,5 +1,5 @@
-"""GGUF, the format of llama.cpp and ollama: a model, its vocabulary and its chat template in a file.
-Described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
+"""GGUF, the format of llama.cpp and ollama: weights, vocabulary and chat template in one file, as
+in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 
     "GGUF"  3  tensors  values    key, type, value ...    name, shape, type, offset ...    data
 """
@@ -155,12 +155,11 @@ def text(value):
 
 
 def packed(value):
-    """A value after the number of its type: bool, int, float, str, or a list of one of these."""
+    """A value after the number of its type: bool, int, float, str, or a list of int or of str."""
     if isinstance(value, list):
-        items = [packed(v) for v in value]
-        return struct.pack("<I", 9) + items[0][:4] + struct.pack("<Q", len(value)) + b"".join(
-            item[4:] for item in items
-        )  # fmt: skip
+        if isinstance(value[0], int):
+            return struct.pack(f"<IIQ{len(value)}i", 9, 5, len(value), *value)
+        return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
     if isinstance(value, str):
         return struct.pack("<I", 8) + text(value)
     number, form = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}[type(value)]

@@ -1,4 +1,6 @@
-"""Hugging Face's tokenizers in and out: tokenizer.json and its neighbours."""
+"""Hugging Face's tokenizers, tokenizer.json and its neighbours: in by `hub_tokenizer`, out by
+`tokenizer_json`, `tokenizer_config` and `generation_config`."""
+
 import base64
 import itertools
 import math
@@ -12,10 +14,6 @@ from data.cli import UserError
 from data.files import read_json
 from data.tokenizer import ANY_CHARACTER, END, UNKNOWN, Tokenizer
 
-# --------------------------------------------------------------------------------------------
-# In
-# --------------------------------------------------------------------------------------------
-
 # tokenizer.json spells the bytes of a token as characters, as GPT-2 did: printable characters of
 # Latin-1 stand for themselves, the other bytes for the characters from U+0100 on (a space is Ġ).
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -25,8 +23,8 @@ CHAR_BYTES = {c: b for b, c in BYTE_CHARS.items()}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Each digit alone, and GPT-2's pattern on the stretches between: blanks before a digit end their
 # stretch, so they are one piece, where GPT-2 would keep the last one for the following word.
-DIGITS_PATTERN = r"\p{N}|" + GPT2_PATTERN.replace(r"| ?\p{N}+", "").replace(
-    r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)"
+DIGITS_PATTERN = (
+    r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 )
 ID_LIMIT = 1_000_000  # no vocabulary is as large
 MAX_MISSING_BYTES = 64  # SmolLM2 lacks tokens for some 20 bytes, those of rare characters
@@ -82,10 +80,7 @@ def hub_pattern(pre):
             if re.search(r"[$^]|\}\+|\(\?[a-z-]*[msx]", bare):
                 raise ValueError(f"pre_tokenizer: pattern {pattern!r} has another meaning here")
             return pattern
-    raise ValueError(
-        f"pre_tokenizer {' + '.join(kinds)}, with its settings, is none of ByteLevel, Digits + "
-        f"ByteLevel and Split + ByteLevel, without add_prefix_space"
-    )
+    raise ValueError(f"pre_tokenizer {' + '.join(kinds)}, with its settings, can't be read")
 
 
 def hub_tokens(model, added):
@@ -94,14 +89,12 @@ def hub_tokens(model, added):
     ValueError if it is another kind of model, or one that tiktoken would read otherwise: tiktoken
     merges any two tokens that join to a third, in the order of the ids.
     """
+    only = "only byte-level BPE can be read, no SentencePiece (Llama 2, TinyLlama, Mistral 7B)"
     if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"model {model['type']}: only byte-level BPE can be read")
+        raise ValueError(f"model {model['type']}: {only}")
     for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise ValueError(
-                f"model: {key} {model[key]!r}: only byte-level BPE can be read, no SentencePiece "
-                f"(Llama 2, TinyLlama, Mistral 7B)"
-            )
+            raise ValueError(f"model: {key} {model[key]!r}: {only}")
     ranks = {unspell(text): i for text, i in model["vocab"].items() if text not in added}
     ids = {*ranks.values(), *added.values()}
     if len(ids) < len(ranks) + len(added) or not 0 <= min(ids) <= max(ids) < ID_LIMIT:
@@ -109,25 +102,22 @@ def hub_tokens(model, added):
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing and (len(missing) > MAX_MISSING_BYTES or model.get("unk_token") is not None):
         raise ValueError(f"model: {len(missing)} bytes have no token, 0x{missing[0]:02X} first")
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    pairs = [tuple(map(unspell, pair)) for pair in pairs]
+    pairs = {tuple(map(unspell, pair)): None for pair in model["merges"]}  # in their order
     made = [ranks[b"".join(pair)] for pair in pairs]
     if made != sorted(made):
         raise ValueError("tiktoken merges by id, but the ids do not rise along the merges")
-    listed = set(pairs)
     for token, i in ranks.items():
         parts = tuple(bpe_parts(token, ranks))  # over two: reached only as a whole piece
         unreached = len(parts) > 2 and not model.get("ignore_merges")
-        if unreached or (len(parts) == 2 and parts not in listed):
+        if unreached or (len(parts) == 2 and parts not in pairs):
             raise ValueError(f"token {spell(token)!r} (id {i}) is made by none of the merges")
     return ranks
 
 
 def hub_begin(post, added):
     """The id that a post_processor puts in front of a text, or None; ValueError if not known."""
-    steps = post["processors"] if post and post["type"] == "Sequence" else [post] if post else []
-    begin = []
-    for step in steps:
+    begin, post = [], post or {"type": "ByteLevel"}
+    for step in post["processors"] if post["type"] == "Sequence" else [post]:
         if step["type"] == "TemplateProcessing":
             for part in itertools.takewhile(lambda part: "SpecialToken" in part, step["single"]):
                 begin += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
@@ -136,12 +126,6 @@ def hub_begin(post, added):
     if len(begin) > 1 or not set(begin) <= set(added.values()):
         raise ValueError(f"post_processor: ids {begin} in front are not one added token's")
     return begin[0] if begin else None
-
-
-def token_names(config):
-    """The special tokens that a chat template may write: {"bos_token": name, ...}."""
-    names = {key: config.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    return {key: n["content"] if isinstance(n, dict) else n for key, n in names.items() if n}
 
 
 def hub_template(folder, config):
@@ -176,16 +160,18 @@ def hub_tokenizer(folder):
         for t in entries:
             if t["content"] in words and any(map(t.get, ("single_word", "lstrip", "rstrip"))):
                 raise ValueError(f"{t['content']!r} has single_word, lstrip or rstrip set")
+        merges = model.get("merges", ())  # in old files a pair is one string
+        model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
         # A word that the model also makes by itself remains one of its ordinary tokens
-        merges = model.get("merges", ()) if words else ()
-        made = {"".join(m.split(" ") if isinstance(m, str) else m) for m in merges}
-        made = {word for word in words if word in made or word in CHAR_BYTES}
-        made = {word for word in made if model["vocab"].get(word) == words[word]}
+        made = CHAR_BYTES.keys() | map("".join, model["merges"])
+        made = {w for w, i in words.items() if w in made and model["vocab"].get(w) == i}
         added = {name: i for name, i in ids.items() if name not in made}
         ranks = hub_tokens(model, added)
         if (normalizer := data.get("normalizer") or {"type": None})["type"] not in (None, "NFC"):
             raise ValueError(f"normalizer {normalizer['type']} can't be read, only NFC")
-        begin, names = hub_begin(data.get("post_processor"), ids), token_names(config)
+        begin = hub_begin(data.get("post_processor"), ids)
+        names = {f"{n}_token": config.get(f"{n}_token") for n in ("bos", "eos", "unk", "pad")}
+        names = {key: n["content"] if isinstance(n, dict) else n for key, n in names.items() if n}
         ends = [other.get("eos_token_id") for other in others]
         ends = [[i for i in (e if isinstance(e, list) else [e]) if i in ids.values()] for e in ends]
         # a config.json may carry a default eos_token_id that is an ordinary token of this model
@@ -208,11 +194,6 @@ def hub_tokenizer(folder):
     except (ValueError, TypeError, AttributeError, IndexError, regex.error) as e:
         raise UserError(f"{path} cannot be read: {' '.join(str(e).splitlines())}") from e
     return spec
-
-
-# --------------------------------------------------------------------------------------------
-# Out
-# --------------------------------------------------------------------------------------------
 
 
 def ruby_pattern(pattern):
@@ -248,14 +229,11 @@ def tokenizer_json(tokenizer):
         decoder = {"type": "ByteLevel"} | flags
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, decoder]}
     model["vocab"] = vocab | added  # in the model, too, they keep their ids whatever gaps there are
-    tokens = []
-    for name, i in added.items():
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-        flags |= dict(normalized=name in words, special=name not in words)
-        tokens.append({"id": i, "content": name, **flags})
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    kinds = {n: dict(normalized=n in words, special=n not in words) for n in added}
     return {
         "version": "1.0",
-        "added_tokens": tokens,
+        "added_tokens": [{"id": i, "content": n, **flags, **kinds[n]} for n, i in added.items()],
         "normalizer": {"type": "NFC"} if spec.get("nfc") else None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": begin_template(tokenizer),
@@ -277,8 +255,7 @@ def begin_template(tokenizer):
 
 
 def tokenizer_config(tokenizer):
-    """The content of tokenizer_config.json beside tokenizer_json's: the class for transformers, the
-    end-of-text token and, if the tokenizer can chat, its template."""
+    """The content of tokenizer_config.json: class, special tokens, the template if there is one."""
     names = {i: name for name, i in tokenizer.special.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config["eos_token"] = names[tokenizer.eos_id]

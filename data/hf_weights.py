@@ -3,6 +3,7 @@
 Configs and weights go in and out as plain dicts; model.py builds a Transformer from them.
 """
 
+import fnmatch
 import re
 from pathlib import Path
 
@@ -12,10 +13,6 @@ from data.cli import UserError
 from data.download import WEIGHTS, weight_files
 from data.files import write_json
 from data.tensors import Safetensors, load_pt, write_safetensors
-
-# --------------------------------------------------------------------------------------------
-# config.json
-# --------------------------------------------------------------------------------------------
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 # To add an architecture, add its model_type here and what is special about it to config_from_hf and
@@ -35,20 +32,16 @@ FIELDS = {
     "tied": ("tie_word_embeddings", True, "tie_word_embeddings", False),
     "eps": ("layer_norm_epsilon", 1e-5, "rms_norm_eps", 1e-6),
 }
-GPT2_ACTIVATIONS = {
-    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
-}  # fmt: skip
+_TANH = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh")
+GPT2_ACTIVATIONS = _TANH | dict(gelu="gelu", relu="relu")
 LLAMA_ACTIVATIONS = dict(silu="swiglu", swish="swiglu")
 # Biases that a family never has, whatever config.json says
 NO_BIAS = dict(mistral={"out_bias", "ff_bias"}, qwen2={"out_bias", "ff_bias"}, qwen3={"ff_bias"})
 # Fields of transformers' classes that do not change what the model computes
-IGNORED = """_name_or_path architectures attention_dropout attn_pdrop bos_token_id
-chunk_size_feed_forward dtype embd_pdrop eos_token_id gradient_checkpointing id2label
-initializer_range is_llama_config keys_to_ignore_at_inference label2id max_window_layers
-model_type n_ctx output_attentions output_hidden_states output_past pad_token_id pretraining_tp
-problem_type reorder_and_upcast_attn resid_pdrop return_dict summary_activation
-summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-task_specific_params torch_dtype transformers.js_config transformers_version use_cache"""
+IGNORED = """*_pdrop *_token_id *dropout *dtype _name_or_path architectures chunk_size_feed_forward
+gradient_checkpointing id2label initializer_range is_llama_config keys_to_ignore_at_inference
+label2id max_window_layers model_type n_ctx output_* pretraining_tp problem_type
+reorder_and_upcast_attn return_dict summary_* task_specific_params transformers* use_cache"""
 # Fields that change it, unless they are off (null, false, 0 or empty) or 1
 OFF = """add_cross_attention alibi attention_multiplier attn_logit_softcapping
 final_logit_softcapping is_encoder_decoder layer_types quantization_config rope_interleaved
@@ -59,9 +52,8 @@ ROPE_FIELDS = {"default": (), "linear": ("factor",)}  # other fields beside thes
 
 
 def config_from_hf(values):
-    """The fields of a model.Config that a config.json means, as a dict, and the names of the fields
-    that are ignored because transformers does not read them either. UserError names the first field
-    whose value changes the model in a way that we do not compute."""
+    """The fields of a model.Config that a config.json means, as a dict, and the names of those that
+    have no effect. UserError names the first one whose effect is not implemented here."""
     family = values.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
@@ -94,7 +86,8 @@ def config_from_hf(values):
     for name, value in left.items():
         if name in supported and (value or False) != supported[name]:
             refuse(name, value)
-    return config, sorted(left.keys() - supported.keys() - set(IGNORED.split()))
+    known = (name for pattern in IGNORED.split() for name in fnmatch.filter(left, pattern))
+    return config, sorted(left.keys() - supported.keys() - set(known))
 
 
 def rope_from_hf(left, refuse):
@@ -135,11 +128,7 @@ def config_to_hf(config):
     return values
 
 
-# --------------------------------------------------------------------------------------------
-# Names: which of their tensors holds which of ours
-# --------------------------------------------------------------------------------------------
-
-# Ours, GPT-2's, and the other families'
+# The names of layers: ours, GPT-2's, and the other families'
 NAMES = {
     "embed": ("wte", "embed_tokens"),
     "position": ("wpe", None),
@@ -156,6 +145,8 @@ NAMES = {
     "feed_forward.up": ("mlp.c_fc", "mlp.up_proj"),
     "feed_forward.down": ("mlp.c_proj", "mlp.down_proj"),
 }
+# Buffers that old checkpoints carry: causal masks, and rotary frequencies that follow from config
+IGNORED_TENSORS = r"(attn\.(masked_)?bias|rotary_emb\.inv_freq)$"
 
 
 def hf_name(name, gpt2):
@@ -172,27 +163,9 @@ def hf_name(name, gpt2):
     return ".".join(["transformer" if gpt2 else "model", *where, part, leaf])
 
 
-def transposed(part, tensor, gpt2):
-    """Our weight or bias of `part` from theirs, and back: GPT-2 keeps matrices as (in, out)."""
-    matrix = tensor.dim() == 2 and part in ("q", "k", "v", "out", "up", "down")
-    return tensor.T if gpt2 and matrix else tensor
-
-
-def from_hf(name, tensor, gpt2):
-    """Our tensor `name` out of theirs: GPT-2 keeps q, k and v side by side."""
-    part = name.split(".")[-2]
-    if gpt2 and part in ("q", "k", "v"):
-        tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
-    return transposed(part, tensor, gpt2)
-
-
-def to_hf(state, gpt2):
-    """{their name: tensor} of a state dict of ours; the inverse of `from_hf`."""
-    joined = {}
-    for name, tensor in state.items():
-        part = transposed(name.split(".")[-2], tensor, gpt2)
-        joined.setdefault(hf_name(name, gpt2), []).append(part)
-    return {name: torch.cat(tensors, dim=-1) for name, tensors in joined.items()}
+def transposed(name, tensor, gpt2):
+    """Our tensor `name` from theirs, and back: GPT-2 keeps the blocks' matrices as (in, out)."""
+    return tensor.T if gpt2 and name.startswith("blocks.") and tensor.dim() == 2 else tensor
 
 
 def hf_tensors(folder):
@@ -217,30 +190,27 @@ def read_state(folder, shapes, gpt2, tied, dtype=None):
     files, state, used = hf_tensors(folder), {}, {"lm_head.weight"}
     bare = gpt2 and "wte.weight" in files  # the first GPT-2 files have no "transformer."
     for name, shape in shapes.items():
-        theirs = hf_name(name, gpt2)
-        theirs = theirs.removeprefix("transformer.") if bare else theirs
         if name == "head.weight" and tied:
             state[name] = state["embed.weight"]
             continue
+        theirs = hf_name(name, gpt2).removeprefix("transformer." if bare else "")
         if theirs not in files:
             raise UserError(f"{folder} lacks the tensor {theirs} {tuple(shape)}")
-        file, used = files[theirs], used | {theirs}
-        tensor = from_hf(name, file[theirs], gpt2)
+        used.add(theirs)
+        file, part = files[theirs], name.split(".")[-2]
+        tensor = file[theirs]
+        if gpt2 and part in ("q", "k", "v"):  # side by side in one tensor
+            tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
+        tensor = transposed(name, tensor, gpt2)
         if tensor.shape != shape or not tensor.is_floating_point():
-            raise UserError(
-                f"{folder}: {theirs} gives {tensor.dtype} {tuple(tensor.shape)} for {name}, the "
-                f"config says {tuple(shape)}"
-            )
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise UserError(f"{folder}: {theirs} gives {found}, the config {name} {tuple(shape)}")
         state[name] = tensor.to(dtype or tensor.dtype).contiguous()
         if isinstance(file, Safetensors) and state[name] is not tensor:
-            file.release(theirs)
+            file.release()
     if extra := [n for n in files if n not in used and not re.search(IGNORED_TENSORS, n)]:
         raise UserError(f"{folder}: the tensor {extra[0]} is unknown to the model")
     return state
-
-
-# Buffers that old checkpoints carry: causal masks, and rotary frequencies that follow from config
-IGNORED_TENSORS = r"(attn\.(masked_)?bias|rotary_emb\.inv_freq)$"
 
 
 def fill_state(shapes, state):
@@ -255,20 +225,18 @@ def fill_state(shapes, state):
 
 def write_model(folder, values, state):
     """Write config.json, of these values, and model.safetensors, of tensors by our names."""
-    dtype, tensors = state["embed.weight"].dtype, to_hf(state, values["model_type"] == "gpt2")
+    parts, dtype, gpt2 = {}, state["embed.weight"].dtype, values["model_type"] == "gpt2"
+    for name, tensor in state.items():
+        parts.setdefault(hf_name(name, gpt2), []).append(transposed(name, tensor, gpt2))
+    tensors = {name: torch.cat(p, dim=-1) for name, p in parts.items()}  # GPT-2's q, k and v
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", values | {"torch_dtype": str(dtype).removeprefix("torch.")})
 
 
-# --------------------------------------------------------------------------------------------
-# Adapters for peft
-# --------------------------------------------------------------------------------------------
-
-
-def write_peft(content, heights, gpt2, folder, base=None):
+def write_peft(content, weights, gpt2, folder, base=None):
     """Write adapter_config.json and adapter_model.safetensors of an adapter checkpoint, for
-    peft.PeftModel.from_pretrained over the base as `model.export_hf` writes it. `heights` is
-    {our name: outputs} of the base's Linears. UserError for what peft's files cannot describe.
+    peft.PeftModel.from_pretrained over the base as `model.export_hf` writes it. `weights` are the
+    base's tensors by our names. UserError for what peft's files cannot describe.
 
     Where a GPT-2 has q, k and v in one matrix, the adapters of n of them become one of rank n r,
 
@@ -279,25 +247,23 @@ def write_peft(content, heights, gpt2, folder, base=None):
     adapter, state = content["adapter"], content["model"]
     if adapter["modules_to_save"] or adapter["quantize"]:
         raise UserError(
-            "the adapter needs embeddings of new special tokens or a quantized base, which peft's "
-            "files cannot describe: merge it and export the whole model"
+            "peft cannot express new special tokens or a quantized base: merge and export the model"
         )
-    modules, tensors, ranks = {}, {}, {}
-    for name in heights:
-        module = hf_name(f"{name}.weight", gpt2).removesuffix(".weight")
-        modules.setdefault(module, []).append(name)
-    for module, names in modules.items():
-        if inputs := [state[f"{name}.a"] for name in names if f"{name}.a" in state]:
-            outputs = [state.get(f"{n}.b", torch.zeros(heights[n], 0)) for n in names]
+    modules, tensors, counts = {}, {}, {}
+    for name in (n for n in weights if n.endswith(".weight")):
+        module = hf_name(name, gpt2).removesuffix(".weight")
+        modules.setdefault(module, {})[name.removesuffix(".weight")] = len(weights[name])
+    for module, heights in modules.items():
+        if inputs := [state[f"{name}.a"] for name in heights if f"{name}.a" in state]:
+            outputs = [state.get(f"{n}.b", torch.zeros(h, 0)) for n, h in heights.items()]
             tensors[f"base_model.model.{module}.lora_A.weight"] = torch.cat(inputs)
             tensors[f"base_model.model.{module}.lora_B.weight"] = torch.block_diag(*outputs)
-            ranks[module] = len(inputs)
+            counts[module] = len(inputs)
     rank, alpha = adapter["rank"], adapter["alpha"]
     values = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base)
     values |= dict(r=rank, lora_alpha=alpha, lora_dropout=adapter["dropout"], bias="none")
-    values |= dict(target_modules=list(ranks), inference_mode=True)
-    values["rank_pattern"] = {m: n * rank for m, n in ranks.items()}
-    values["alpha_pattern"] = {m: n * alpha for m, n in ranks.items()}
-    values["fan_in_fan_out"] = gpt2  # its matrices are (in, out)
+    values |= dict(target_modules=list(counts), inference_mode=True, fan_in_fan_out=gpt2)
+    values["rank_pattern"] = {m: n * rank for m, n in counts.items()}
+    values["alpha_pattern"] = {m: n * alpha for m, n in counts.items()}
     write_safetensors(Path(folder, "adapter_model.safetensors"), tensors)
     write_json(Path(folder, "adapter_config.json"), values)

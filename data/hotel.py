@@ -31,10 +31,14 @@ HOTEL_KEYS = {
 }  # fmt: skip
 
 
+def hotel_db():
+    """The path of the public database, or of our own small one until `--data hotel` is complete."""
+    return HOTEL_DB if HOTEL_DB.exists() else OWN_HOTELS
+
+
 def read_hotels(path=None):
-    """The records of a hotel database: CrossWOZ's [[name, {...}], ...], or a list of records. The
-    default is the public one if it has been fetched, else our own."""
-    path = Path(path or (HOTEL_DB if HOTEL_DB.exists() else OWN_HOTELS))
+    """The records of a hotel database: CrossWOZ's [[name, {...}], ...], or a list of records."""
+    path = Path(path or hotel_db())
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         if rows and isinstance(rows[0], list):
@@ -83,8 +87,11 @@ def search_hotels(
 
 def get_tools():
     """{name: function} for `sample.py --tools hotel`."""
-    search = partial(search_hotels, read_hotels())
+    path = hotel_db()
+    hotels = read_hotels(path)
+    search = partial(search_hotels, hotels)
     search.needs_no_schema = True  # our hotel model knows it from training
+    search.database = f"{len(hotels):,} hotels of {path}"
     return {"search": search}
 
 
@@ -100,10 +107,8 @@ def join_dialogues(path):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         turns = [[*json.loads(r["context"]), json.loads(r["response"])] for r in rows]
         for turn in itertools.chain(*turns):
-            if "records" in turn:
-                turn["records"] = [
-                    {k: r[k] for k in (*HOTEL_KEYS.values(), *r) if k in r} for r in turn["records"]
-                ]
+            for n, r in enumerate(turn.get("records", ())):
+                turn["records"][n] = {k: r[k] for k in (*HOTEL_KEYS.values(), *r) if k in r}
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} has no rows of context and response ({e!r})") from e
     return drop_continued(turns)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from data.cli import UserError
+from data.costs import product_shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,10 +50,11 @@ class Runtime:
 
     device: torch.device
     dtype: str = "fp32"
-    peak: float = 0.0  # measured FLOP/s of a large matrix product in `dtype`
+    peak: float = 0.0  # FLOP/s of the fastest matrix product, see `measure_peak`
     rank: int = 0
     world: int = 1
     sharded: bool = False  # each process has a part of the model: all must call it equally often
+    shapes: tuple = ()  # of the model's matrix products
 
     @property
     def asynchronous(self):
@@ -70,6 +72,13 @@ class Runtime:
         if self.device.type == "cuda":
             batch = [t.pin_memory() for t in batch]
         return [t.to(self.device, non_blocking=True) for t in batch]
+
+    def utilization(self, rate):
+        """What `rate`, in FLOP/s of all processes, is of the peak. A peak that is exceeded is
+        measured again: the machine was busy when it was measured."""
+        if rate > self.peak * self.world:
+            self.peak = max(self.peak, measure_peak(self.device, self.dtype, self.shapes))
+        return rate / (self.peak * self.world)
 
     def total(self, *values):
         """Each number summed over all processes, as floats (by gloo, which needs no GPU)."""
@@ -114,12 +123,12 @@ def shard_like(tensor, other):
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
-def make_runtime(device=None, dtype=None, wide=False, previous=None):
+def make_runtime(device=None, dtype=None, previous=None, config=None, tokens=0):
     """Choose device and precision, and join the other processes if torchrun started this one.
 
-    A `dtype` of None or "auto" is the GPU's `native_dtype`; on a CPU it is fp32, or bf16 for a
-    `wide` model if that is measurably faster there (AMX). It is chosen anew for a run whose
-    `previous` kind of device was another one.
+    A `dtype` of None or "auto" is the GPU's `native_dtype`; on a CPU it is fp32, or bf16 for a wide
+    model if that is measurably faster there (AMX). It is chosen anew for a run whose `previous`
+    kind of device was another one. `config` is the model's, `tokens` those of a micro-batch.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device)
@@ -132,12 +141,14 @@ def make_runtime(device=None, dtype=None, wide=False, previous=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=gpu)
     if dtype in (None, "auto") or previous not in (None, device.type):
         dtype = native_dtype(device)
-        if device.type == "cpu" and wide:
+        if device.type == "cpu" and config and config.d_model >= 512:
             fast = measure_peak(device, "bf16") > 1.5 * measure_peak(device, "fp32")
             dtype = "bf16" if fast else "fp32"
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
-    return Runtime(device, dtype, measure_peak(device, dtype), rank, world)
+    shapes = tuple(product_shapes(config, tokens)) if config else ()
+    peak = measure_peak(device, dtype, shapes)
+    return Runtime(device, dtype, peak, rank, world, shapes=shapes)
 
 
 def keep_freed_memory():
@@ -149,20 +160,28 @@ def keep_freed_memory():
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return memory
 
 
-def measure_peak(device, dtype, size=None):
-    """FLOP/s of a large matrix product on this machine, the best of six."""
-    if device.type == "cpu" and size is None:  # smaller where bf16 or fp16 are emulated
-        size = 1024 if measure_peak(device, dtype, 128) > 1e10 else 256
-    size, times = size or 8192, []
+def measure_peak(device, dtype, shapes=()):
+    """FLOP/s of the fastest matrix product on this machine: a large square one, or of one of these
+    shapes (rows, inputs, outputs), if they are larger as a part of it."""
+    large = 8192
+    if device.type == "cpu":  # smaller where bf16 or fp16 are emulated
+        large = 1024 if product_speed(device, dtype, 128, 128, 128) > 1e10 else 256
+    cut = {tuple(min(size, large) for size in shape) for shape in [*shapes, (large,) * 3]}
+    return max(product_speed(device, dtype, *shape) for shape in cut)
+
+
+def product_speed(device, dtype, rows, inputs, outputs):
+    """FLOP/s of a matrix product, the best of six."""
     # random numbers: a GPU multiplies ones faster, as it needs less power for them
-    a = torch.randn(size, size, device=device).to(DTYPES[dtype])
+    x, w = (torch.randn(n, inputs, device=device).to(DTYPES[dtype]) for n in (rows, outputs))
+    times = []
     for _ in range(6):
         synchronize(device)
         start = time.perf_counter()
-        _ = a @ a
+        _ = x @ w.T
         synchronize(device)
         times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
+    return 2 * rows * inputs * outputs / min(times)
 
 
 def synchronize(device):

@@ -4,6 +4,7 @@ A new token reads every weight once, so what counts is how they lie in memory. W
 depends on the CPU, the dtype, the shape and the number of rows: each candidate is timed, and one
 that raises because the CPU or this build of torch lacks something is left out.
 """
+
 import time
 import warnings
 from functools import partial

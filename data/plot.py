@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-COLORS = ("#8ab4e8", "#c62f2f", "#3f9142", "#e08a1e", "#8457a8", "#8c6a4f", "#111")
+COLORS = ("#8ab4e8", "#c62f2f", "#3f9142", "#e08a1e", "#8457a8", "#8c6a4f", "#111", "#2aa", "#d6a")
 LEFT, RIGHT, TOP, BOTTOM = 52, 452, 44, 264  # of the axes
 STYLE = 'viewBox="0 0 580 310" font-family="sans-serif" font-size="15" fill="#222"'
 
@@ -64,8 +64,18 @@ def line_svg(title, curves, x_label="steps", y_label=""):
     return "\n".join([*elements, "</svg>\n"])
 
 
-def write_png(path, pixels):
-    """Write uint8 grey values (H, W) as a PNG. Format: RFC 2083."""
+def sheet(tiles, columns, scale=1):
+    """Tiles (N, h, w) uint8, enlarged, in rows of `columns`."""
+    tiles = np.kron(tiles, np.ones((1, scale, scale), np.uint8))
+    n, h, w = tiles.shape
+    rows, gap = -(-n // columns), 2
+    page = np.full((rows, columns, h + gap, w + gap), 64, np.uint8)
+    page.reshape(-1, h + gap, w + gap)[:n, :h, :w] = tiles
+    return page.swapaxes(1, 2).reshape(rows * (h + gap), -1)
+
+
+def png(pixels):
+    """The bytes of a PNG of uint8 grey values (H, W). Format: RFC 2083."""
 
     def chunk(kind, body):
         check = zlib.crc32(kind + body)
@@ -75,4 +85,9 @@ def write_png(path, pixels):
     lines = np.pad(pixels, ((0, 0), (1, 0)))  # each line begins with its filter: 0, none
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines.tobytes(), 9))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
+
+
+def write_png(path, pixels):
+    """Write uint8 grey values (H, W) as a PNG."""
+    path.write_bytes(png(pixels))

@@ -48,9 +48,6 @@ def split_at(text, marks, last=False):
     return text[:at], mark, text[at + len(mark) :]
 
 
-THOUGHT = "reasoning_content"
-
-
 class Reply:
     """An answer as its ids come. `feed` and `finish` return the text that can be shown now,
     {"content" or "reasoning_content": text}; `ended` says whether the answer is over.
@@ -138,7 +135,7 @@ def split_answer(text, template, last=False):
     start = text.lstrip()
     if think and start.startswith(think):
         thought, tag, text = split_at(start[len(think) :], [end_think], last)
-        parts[THOUGHT] = plain(thought).lstrip("\n").rstrip()
+        parts["reasoning_content"] = plain(thought).lstrip("\n").rstrip()
         if not tag:
             return parts
     elif think and think.startswith(start) and not last:

@@ -1,13 +1,12 @@
 """Files of rows: JSON lists and lines, CSV and TSV with a header, each also as .gz."""
+
 import csv
-import gzip
 import io
-import zlib
 from pathlib import Path
 
 from data.cli import UserError
 from data.sources import ROW_SETS
-from data.text import decode, json_rows
+from data.text import json_rows, read_text
 
 ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 KNOWN = f"{', '.join(ROW_SUFFIXES)} file, .gz too"
@@ -21,26 +20,21 @@ def is_row_file(name):
 
 def read_rows(path, encoding=None):
     """(where it is, row or the UserError that it is) for each row of a file. A row of CSV is a dict
-    of strings. `encoding`: see `decode`. UserError if the file cannot be read."""
+    of strings. `encoding`: see `read_text`. UserError if the file cannot be read."""
     path = Path(path)
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "does not exist"
         sets = ", ".join(ROW_SETS)
         raise UserError(f"{path} {state}: name a {KNOWN}, OWNER/NAME of the Hub, or {sets}")
-    raw, name = path.read_bytes(), str(path).lower()
-    if name.endswith(".gz"):
-        name = name.removesuffix(".gz")
-        try:
-            raw = gzip.decompress(raw)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-            raise UserError(f"{path}: damaged, or no .gz file ({e})") from e
-    suffix = ".parquet" if raw.startswith(b"PAR1") else Path(name).suffix
+    suffix = Path(str(path).lower().removesuffix(".gz")).suffix
+    with open(path, "rb") as f:
+        suffix = ".parquet" if f.read(4) == b"PAR1" else suffix
     if suffix in READERS:
         file, target = path.as_posix(), path.with_suffix(".jsonl").as_posix()
         code = f"import pandas; pandas.{READERS[suffix]}({file!r}).to_json({target!r}, "
         code += "orient='records', lines=True, force_ascii=False)"
         raise UserError(f'{path} is in {suffix[1:]} format: convert it by python -c "{code}"')
-    text = decode(raw, str(path), encoding)
+    text = read_text(path, encoding)
     if "\0" in text:
         raise UserError(f"{path} is a binary file, not rows: name a {KNOWN}")
     if suffix in (".csv", ".tsv"):

@@ -26,8 +26,7 @@ ROLES = {
 }
 FORMS = (
     "messages or conversations (OpenAI, ShareGPT), instruction and output (Alpaca), question and "
-    "answer, prompt and completion, input and target (Firefly), chosen and rejected, "
-    "preferred_output and non_preferred_output (OpenAI), text and label"
+    "answer, prompt and completion, input and target (Firefly), chosen and rejected, text and label"
 )
 
 # --------------------------------------------------------------------------------------------
@@ -243,8 +242,6 @@ def as_chat(example):
 # Files -> examples
 # --------------------------------------------------------------------------------------------
 
-MAX_BAD = 0.01  # share of rows that may be bad
-
 
 def row_slice(text):
     """The slice that --rows START:STOP means, both ends optional."""
@@ -258,7 +255,7 @@ def report_bad(bad, total, path):
     """Print the first of `bad`, messages on bad rows of `total`; UserError if they are over 1 %."""
     for message in bad[:5]:
         print(f"bad row: {message}", file=sys.stderr)
-    if len(bad) > MAX_BAD * total:
+    if len(bad) > 0.01 * total:
         raise UserError(f"{path}: {len(bad)} of {total} rows are bad, first {bad[0]}")
     if bad:
         print(f"{path}: {len(bad)} of {total} rows are bad and left out", file=sys.stderr)

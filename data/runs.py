@@ -134,6 +134,11 @@ class Log:
             self.open_line = rewrite and sys.stdout.isatty()
             print(start + text, end="" if self.open_line else "\n", flush=True)
 
+    def evaluation(self, row, train_loss=None, better=False):
+        """Write and print a row about an evaluation."""
+        self.write(**row)
+        self.line(eval_line(row, train_loss) + ("  best" if better else ""))
+
     def draw(self, curves, y_label):
         """Write loss.svg: `curves` are (name, key of the rows)."""
         rows = [r for r in self.rows if not r.get("final")]
@@ -149,14 +154,27 @@ def clock(seconds):
     return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
 
 
+def step_line(row, metrics, args, done):
+    """One line about a training step; `done` is the fraction of the run that is over."""
+    total = f"/{args.max_steps}" if args.max_steps else ""
+    others = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in metrics.items())
+    why = " (the machine was busier when its peak was measured)" if row["mfu"] > 1 else ""
+    return (
+        f"step {row['step']}{total}  loss {row['loss']:.3f}  lr {row['lr']:.2e}  "
+        f"norm {row['grad_norm']:.2f}  {row['tok_s']:,} tok/s  mfu {row['mfu']:.0%}{why}  "
+        f"eta {clock(row['seconds'] * max(0, 1 / done - 1))}{others}"
+    )
+
+
 EVAL_FORMATS = {
-    "step": "step {}", "val_loss": "val loss {:.4f}", "val_ppl": "ppl {:,.2f}",
-    "val_bpb": "bits/byte {:.4f}", "val_share": "({:.0%} of val)",
+    "step": "step {}", "train_loss": "train loss {:.4f}", "val_loss": "val loss {:.4f}",
+    "val_ppl": "ppl {:,.2f}", "val_bpb": "bits/byte {:.4f}", "val_share": "({:.0%} of val)",
 }  # fmt: skip
 
 
-def eval_line(row):
-    """One line about an evaluation, {name: number or None}."""
+def eval_line(row, train_loss=None):
+    """One line about an evaluation, {name: number or None}, and the training loss beside it."""
+    row = {"step": row["step"], "train_loss": train_loss} | row
     other = {n: n.removeprefix("val_").replace("_", " ") + " {:.4g}" for n in row}
     formats = other | EVAL_FORMATS
     return "  ".join(formats[n].format(v) for n, v in row.items() if v is not None)

@@ -1,4 +1,7 @@
 """What a server answers: OpenAI's API, the page, and what the page asks for."""
+import contextlib
+import contextvars
+import io
 import json
 import os
 import re
@@ -9,7 +12,9 @@ from data.answer import ApiError
 from data.api import Api
 from data.chat import tool_call
 from data.cli import UserError
-from data.rows import to_example
+from data.download import OFFLINE
+from data.files import read_json
+from data.rows import first_words, load_data, to_example
 from data.runs import OUT, read_run, run_list
 from data.tokenizer import labels_of
 from data.tools import call_tool, function_schema, known_by_training
@@ -17,6 +22,20 @@ from data.tools import call_tool, function_schema, known_by_training
 PAGE = Path(__file__).with_name("page.html")
 CHOICES = OUT / "choices.jsonl"
 LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+def example_questions(run, count=4):
+    """What users ask in `count` validation rows of a run with these settings, from all over the
+    split; none if the rows are not on this machine, since nothing is downloaded for them."""
+    context, given = contextvars.copy_context(), ("val_data", "val", "rows", "max_rows", "encoding")
+    context.run(OFFLINE.set, True)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            splits = context.run(load_data, run["data"], *map(run.get, given))[1]
+    except (UserError, OSError, KeyError, TypeError):  # TypeError: train.py has no "val"
+        return []
+    short = [q for q in dict.fromkeys(map(first_words, splits["val"])) if 0 < len(q) <= 160]
+    return short[:: max(1, len(short) // count)][:count]
 
 
 class Service:
@@ -47,6 +66,9 @@ class Service:
         self.tools, self.classify = tools, classify if labels else None
         self.requests, self.lock = 0, threading.Lock()
         command = f"python finetune.py --ckpt {ckpt} --data {CHOICES}"
+        folder, run = Path(args.adapter[-1] if args.adapter else ckpt), {}
+        with contextlib.suppress(UserError):
+            run = read_json((folder.parent if folder.suffix == ".pt" else folder) / "settings.json")
         self.info = {  # what the page shows
             "kind": "classifier" if labels else "chat" if self.api.template else "base",
             "model": self.api.names[0],
@@ -57,6 +79,10 @@ class Service:
             "max_tokens": min(args.max_new_tokens, context // 2),
             "system": args.system or "",
             "tools": schemas,
+            "told": self.api.told(schemas) or None,
+            "databases": {name: getattr(f, "database", "") for name, f in tools.items()},
+            "run": {name: run.get(name) for name in ("data", "parameters")},
+            "examples": example_questions(run),
             "choices": {"file": str(CHOICES), "command": command},
         }
 
@@ -93,7 +119,8 @@ class Service:
 
     def choose(self, body):
         """Append a preference pair to CHOICES."""
-        row = {k: body[k] for k in ("prompt", "messages", "chosen", "rejected") if k in body}
+        fields = "prompt", "messages", "tools", "chosen", "rejected"
+        row = {k: body[k] for k in fields if k in body}
         row["prompt"] = row.pop("messages", row.get("prompt"))
         try:
             to_example(row)  # as finetune.py will

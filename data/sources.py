@@ -1,4 +1,5 @@
 """Named texts and sets of rows, and where they come from."""
+
 import gzip
 import io
 import json
@@ -70,10 +71,12 @@ def film_reviews():
 
 
 def hotel_dialogues():
-    """CrossWOZ's hotel dialogues as the course splits them, and the hotels themselves."""
-    fetch(f"{CROSSWOZ}/hotel_db.json", HOTEL_DB)
+    """CrossWOZ's hotel dialogues as the course splits them, and the hotels themselves, which come
+    last: until all is there, the search knows our own hotels, as before."""
     urls = {split: f"{LAB}/{split}.full.jsonl" for split in ("train", "dev", "test")}
-    return made("hotel", urls, lambda: {s: join_dialogues(fetch(url)) for s, url in urls.items()})
+    paths = made("hotel", urls, lambda: {s: join_dialogues(fetch(u)) for s, u in urls.items()})
+    fetch(f"{CROSSWOZ}/hotel_db.json", HOTEL_DB)
+    return paths
 
 
 def invented_dialogues():
@@ -85,8 +88,7 @@ def invented_dialogues():
 def shards(name, urls, read):
     """[(name, open)] of the files of a large text, for `Documents`. Each is downloaded when it is
     opened, so a limit of tokens limits the downloads. read(path) returns lines of JSON, binary."""
-    opens = [lambda url=url: read(fetch(url)) for url in urls]
-    return [(f"{name}-{i:05}.jsonl", open_url) for i, open_url in enumerate(opens)]
+    return [(f"{name}-{i:05}.jsonl", lambda u=url: read(fetch(u))) for i, url in enumerate(urls)]
 
 
 def fineweb_edu():
@@ -139,9 +141,7 @@ TINY_STORIES = f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
 ALPACA_ZH = f"{HUB}/shibing624/alpaca-zh/resolve/main/alpaca_gpt4_data_zh.json"
 DPO_ZH = f"{GITHUB}/hiyouga/LLaMA-Factory/main/data/dpo_zh_demo.json"
 SHAREGPT = f"{HUB}/openchat/openchat_sharegpt4_dataset/resolve/main/sharegpt_gpt4.json"
-HOTEL = dict(
-    rows=True, tidy=tidy_calls, augment=augment, scores=fact_scores, rewards=(faithful,)
-)
+HOTEL = dict(rows=True, tidy=tidy_calls, augment=augment, scores=fact_scores, rewards=(faithful,))
 
 # To add a text or a set of rows: a line here.
 SOURCES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.chat import get_template, message_text
 from data.cli import UserError, printable
-from data.reply import THOUGHT, Reply
+from data.reply import Reply
 from data.tools import call_tool, function_schema, known_by_training
 
 MAX_CALLS = 3  # tool calls in one turn of the model
@@ -49,7 +49,7 @@ class Chat:
         def show_new(new):
             nonlocal kind
             for new_kind, text in new.items():
-                show("\n\n" * (kind == THOUGHT != new_kind) + text)
+                show("\n\n" * (kind == "reasoning_content" != new_kind) + text)
                 kind = new_kind
 
         def stop(row, i):
@@ -70,7 +70,7 @@ class Chat:
         return reply.calls
 
     def answer(self, show):
-        """Generate turns until one calls no tool, at most MAX_CALLS times with results of calls."""
+        """Generate turns until one calls no tool. Results are fed back at most MAX_CALLS times."""
         for left in reversed(range(MAX_CALLS + 1)):
             calls = self.turn(show, left > 0 and bool(self.tools))
             for call in calls:
@@ -83,7 +83,7 @@ class Chat:
                 return
 
     def command(self, line):
-        """Carry out a /command. Returns a note for the user, None to answer the last question."""
+        """Carry out a /command. Returns a note for the user, or None to answer once more."""
         name, _, rest = line[1:].partition(" ")
         n_system = sum(m["role"] == "system" for m in self.messages[:1])
         questions = [i for i, m in enumerate(self.messages) if m["role"] == "user"]

@@ -1,4 +1,5 @@
 """Text files of the usual encodings, in archives or not, as streams of documents: `Documents`."""
+
 import codecs
 import gzip
 import io
@@ -26,10 +27,6 @@ DAMAGE = (
     RuntimeError,  # a zip file that is encrypted, or packed in a way that Python lacks
 )  # fmt: skip
 
-# --------------------------------------------------------------------------------------------
-# Encodings
-# --------------------------------------------------------------------------------------------
-
 COMMON = (  # four fifths of the characters of modern Chinese texts are among these
     "的一和是个在以可有用能这我为人中们数了要不您于提他你来对如生成据行或使并学时分作到法方它大会地过题定些动下种性理子出物问关将通其更多供助机进解体发上计文力间工需化表算与面最重新信自"
     "量度建应确现加类果程式特帮保之然标常意务而好包因入任实得家同合系高经语户国创息本目年者件名习所点情业字当公等影相主电感比后斯示何设器代具利选例结被开及网美根型小部事无正品变制平决每"
@@ -37,8 +34,7 @@ COMMON = (  # four fifths of the characters of modern Chinese texts are among th
     "质存食服排元减值引强手由让求第视适道素析日随约那造述注测像集员推策金传复流源线智择支调乐整评写率教查就没价节致收己海验观立义车基获她且试三原拉各世资言空准政含考球达记西身运看完次放"
     "科界风未索始市管参站态章至款告许音优司环反做认向见否游直去释场则况战书已络象积布只置简研健治易月维专清德护证话转商快独联"
 )
-KANA = "".join(map(chr, range(0x3041, 0x3100)))
-PLAIN = frozenset(string.printable + KANA + COMMON)
+PLAIN = {*string.printable, *COMMON, *map(chr, range(0x3041, 0x3100))}  # the last are kana
 REMEDY = (
     "UTF-8, UTF-16 or GB18030; save it as UTF-8, or name its encoding: --encoding cp1252, "
     "shift_jis, euc_jp, big5, euc_kr, cp1251, koi8-r, gb18030, ..."
@@ -72,10 +68,11 @@ def detect_encoding(head):
     return "utf-8"
 
 
-def decode(raw, name, encoding=None):
-    """The text of a file's bytes, line ends as \\n, in `encoding` or in the one recognised.
-    UserError if it is damaged or in another encoding."""
-    return "".join(Documents([], encoding).text(name, partial(io.BytesIO, raw)))
+def read_text(path, encoding=None):
+    """The text of a file, line ends as \\n, in `encoding` or in the one recognised. UserError if it
+    is damaged or in another encoding."""
+    opener = gzip.open if str(path).lower().endswith(".gz") else open
+    return "".join(Documents([], encoding).text(str(path), partial(opener, path, "rb")))
 
 
 # A token never reaches across these places in any tokenizer we know: after a letter or digit and
@@ -104,10 +101,6 @@ def split(blocks, separator):
         yield from strings
 
 
-# --------------------------------------------------------------------------------------------
-# Rows of JSON
-# --------------------------------------------------------------------------------------------
-
 TEXT_FIELDS = ("text", "content", "messages", "conversations", "items")
 
 
@@ -115,9 +108,9 @@ def row_text(row, field, where):
     """The text of a row of JSON: a string; a dialogue (a list of turns); an object's `field`, by
     default the first of TEXT_FIELDS that it has, or an instruction, its input and output."""
     if isinstance(row, dict) and not field and {"instruction", "output"} <= row.keys():
-        last = [row.get(key) for key in ("instruction", "input", "output")]
-        turns = [[row.get("system")], *(row.get("history") or []), last]
-        row = [{"content": text} for turn in turns for text in turn]
+        history = [text for turn in row.get("history") or [] for text in turn]
+        texts = [row.get("system"), *history, row["instruction"], row.get("input"), row["output"]]
+        row = [{"content": text} for text in texts]
     elif isinstance(row, dict):
         fields = [field] if field else TEXT_FIELDS
         if not (present := [key for key in fields if key in row]):
@@ -134,12 +127,9 @@ def row_text(row, field, where):
 
 def turn_text(turn):
     """The text of one turn of a dialogue; calls, arguments and records as JSON."""
-    names = ("content", "value", "arguments", "records")
-    content = next((turn[name] for name in names if turn.get(name) is not None), "")
-    values = [turn.get("reasoning_content"), content, turn.get("tool_calls")]
-    values = [value for value in values if value is not None]
-    texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
-    return "\n".join(filter(None, texts))
+    names = ("reasoning_content", "content", "value", "arguments", "records", "tool_calls")
+    values = [turn[name] for name in names if turn.get(name) not in (None, "")]
+    return "\n".join(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values)
 
 
 def json_rows(blocks, name):
@@ -173,18 +163,11 @@ def json_values(text):
     """The items of the list that a text holds, or the values that follow each other in it."""
     if text.lstrip().startswith("["):
         return json.loads(text)
-    blank, decoder, values = re.compile(r"\s*"), json.JSONDecoder(), []
-    start = blank.match(text).end()
-    while start < len(text):
+    blank, decoder, values, start = re.compile(r"\s*"), json.JSONDecoder(), [], 0
+    while (start := blank.match(text, start).end()) < len(text):
         value, start = decoder.raw_decode(text, start)
         values.append(value)
-        start = blank.match(text, start).end()
     return values
-
-
-# --------------------------------------------------------------------------------------------
-# Documents
-# --------------------------------------------------------------------------------------------
 
 
 class Documents:
@@ -242,13 +225,10 @@ class Documents:
                 yield name, safe_pieces(blocks)
 
 
-HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^/.])")
-
-
 def choose_texts(where, names, suffixes=TEXT_SUFFIXES):
     """The names of texts among a folder's or an archive's files, hidden ones left out. One line on
     stderr counts the others by suffix; UserError if there are no texts."""
-    names = [name for name in names if not HIDDEN.search(name)]
+    names = [name for name in names if not re.search(r"(^|/)(__MACOSX/|\.[^/.])", name)]
     chosen = [name for name in names if name.lower().endswith(suffixes)]
     others = Counter(Path(name).suffix.lower() for name in set(names) - set(chosen))
     others = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in others.most_common())

@@ -1,6 +1,7 @@
 """Tokenizers: all of them tiktoken encodings, so all of them encode at its speed; and a byte-level
 BPE trainer."""
 import base64
+import codecs
 import heapq
 import itertools
 import re
@@ -186,6 +187,11 @@ class Tokenizer:
         """Text of token ids; a broken character shows as U+FFFD."""
         return self.encoding.decode(list(map(int, ids)))
 
+    def texts(self, ids):
+        """The text of each id. That of a character of several tokens stands at the last of them."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return [decoder.decode(self.token_bytes(i) or b"") for i in ids]
+
     @cached_property
     def byte_lengths(self):
         """Bytes of text per id, (n_vocab,): what loss is divided by for bits per byte. 0 for
@@ -200,6 +206,9 @@ class Tokenizer:
         """Bools, (n_vocab,): tokens that are a piece of a character, or the unknown one."""
         tokens = (self.token_bytes(i) or b"" for i in range(self.n_vocab))
         return np.array([UNKNOWN in token.decode(errors="replace") for token in tokens])
+
+
+REWARD_TOKEN = "<|reward|>"  # its logit after an answer is the answer's reward
 
 
 def label_token(label):

@@ -6,6 +6,8 @@ import inspect
 import json
 import re
 import runpy
+import sys
+import textwrap
 import types
 import typing
 from pathlib import Path
@@ -45,9 +47,11 @@ def load_tools(source):
         try:
             function_schema(name, function)
         except Exception as e:  # annotations are the user's code
+            problem = f"{name} has a signature that cannot be read ({type(e).__name__}: {e})"
             wanted = "write a function with types of JSON, such as str, int, list[str], Literal"
-            problem = f"has a signature that cannot be read ({type(e).__name__}: {e})"
-            raise UserError(f"{where}: {name} {problem}: {wanted}") from e
+            raise UserError(f"{where}: {problem}: {wanted}") from e
+        if database := getattr(function, "database", None):
+            print(f"[{name} knows {database}]", file=sys.stderr)
     return tools
 
 
@@ -94,10 +98,8 @@ def function_schema(name, function):
     doc = "\n" + (inspect.getdoc(getattr(function, "func", function)) or "")
     head, *rest = re.split(r"\n\s*(Args|Returns|Raises):[ \t]*\n", doc)
     sections, descriptions, key = dict(zip(rest[::2], rest[1::2])), {}, None
-    lines = [line for line in sections.get("Args", "").split("\n") if line.strip()]
-    margin = len(lines[0]) - len(lines[0].lstrip()) if lines else 0
-    for line in lines:
-        match = re.match(rf"\s{{{margin}}}(\w+)(?:[ \t]*\([^()]*\))?:(.*)", line)
+    for line in textwrap.dedent(sections.get("Args", "")).splitlines():
+        match = re.match(r"(\w+)(?:[ \t]*\([^()]*\))?:(.*)", line)
         key, line = match.groups() if match else (key, line)
         descriptions[key] = f"{descriptions.get(key, '')} {line.strip()}".strip()
     signature = inspect.signature(function, eval_str=True)

@@ -1,5 +1,9 @@
-"""data/cli.py: errors as one line, exit codes."""
+"""data/cli.py: errors as one line, exit codes, flags of other projects."""
 
+import contextlib
+import dataclasses
+import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.cli import Parser, UserError, at_least, between, positive, run_cli
+from data.cli import FOREIGN, SCRIPTS, Parser, UserError, at_least, between, positive, run_cli
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -57,3 +61,97 @@ def test_a_number_outside_of_its_limits_is_one_line(kind, text, line, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--n", text])
     assert capsys.readouterr().err == f"x.py: {line}\n"
+
+
+# ---- flags, ours and others' -----------------------------------------------------------------
+
+CONFIG = """# nanoGPT's
+out_dir = 'out-shakespeare-char'
+gradient_accumulation_steps = 5 * 8
+eval_iters = 200
+n_embd = 384 # baby GPT
+wandb_log = False
+"""
+YAML = """### LLaMA-Factory's
+model_name_or_path: gpt2
+do_train: true
+lora_target: all
+bf16: true  # where it can
+resume_from_checkpoint: null
+warmup_ratio: 0.1
+"""
+
+
+def parser_of(script):
+    parser = importlib.import_module(script).build_parser()
+    parser.prog = f"{script}.py"
+    return parser
+
+
+@pytest.mark.parametrize(
+    "line, values",
+    [
+        ("train --max_iters 7 --max-lr 1 --dtype bfloat16", dict(max_steps=7, lr=1, dtype="bf16")),
+        ("train --max-steps=7 --no-tied --data=--n", dict(max_steps=7, tied=False, data="--n")),
+        ("train --compile=False --decay_lr=False", dict(compile=False, schedule="constant")),
+        ("train --dataset shakespeare_char --bias True", dict(data="shakespeare", ff_bias=True)),
+        ("train --init_from=gpt2-xl --decay_lr=True", dict(ckpt="gpt2-xl", schedule=None)),
+        ("train --init_from=resume --bias=False", dict(resume="", ckpt=None, out_bias=False)),
+        ("train --init_from scratch --wandb_log False --seed 3", dict(ckpt=None, seed=3)),
+        ("sample --init_from=resume --start=FILE:a.txt", dict(ckpt=None, prompt=["@a.txt"])),
+        ("sample --out_dir o --start=x=y --n 2", dict(ckpt="o", prompt=["x=y"], num_samples=2)),
+        ("sample --do_sample false --num_beams 3 --port 80", dict(temperature=0, serve=80)),
+        ("sample --load_in_8bit --temp 1 --max_tokens 5", dict(dtype="int8", max_new_tokens=5)),
+        ("finetune --fp16 true --bf16 false --load_in_4bit", dict(dtype="fp16", quantize="nf4")),
+        ("finetune --lora_r 4 --use_peft --stage rm", dict(lora_rank=4, objective="reward")),
+        ("finetune --target_modules q_proj v_proj --do_train", dict(lora_targets="q_proj,v_proj")),
+        ("finetune --train.epochs 2 --resume_from_checkpoint True", dict(epochs=2, resume="")),
+        ("finetune --gradient_checkpointing --cutoff_len 9", dict(grad_checkpoint=True, context=9)),
+        ("finetune --report_to none --optim adamw_torch", dict(optimizer="adamw")),
+        ("prepare_data a.txt --test_size 0.2", dict(source=["a.txt"], val_fraction=0.2)),
+    ],
+)
+def test_flags_may_be_called_as_elsewhere(line, values):
+    script, *words = line.split()
+    parsed = vars(parser_of(script).parse_args(words))
+    assert {name: parsed[name] for name in values} == values
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("train --lrr 3", "unknown argument --lrr: did you mean --lr?"),
+        ("train --max_step 3", "did you mean --max_steps?"),  # no abbreviations
+        ("train --learning_rat 3", "did you mean --lr?"),
+        ("sample --block_siz 3", "unknown argument --block_siz (see --help)"),
+        ("train --report_to wandb", "--report_to: out/NAME/metrics.jsonl"),
+        ("train --eval_iters 3 --use_dora", "--eval_tokens, one of finetune.py --eval_rows; --u"),
+        ("train --tokenizer gpt2", "--tokenizer: it is a flag of prepare_data.py"),
+        ("model --num_layers 2", "--num_layers: --n_layer is a flag of train.py"),
+        ("train config/train_gpt2.py", "train_gpt2.py: settings are given as flags here"),
+        ("train nano.py", "out=out-shakespeare-char --grad_accum=40 --d_model=384 (without --e"),
+        ("finetune --config lf.yml", ": finetune.py --dtype=bf16 --ckpt=gpt2 --lora_targets=all ("),
+        ("train --optimizer lion", "invalid choice: 'lion'"),
+        ("lora merge", "the following arguments are required: --ckpt, --adapter, --out"),
+        ("lora merge --ckpt a --adapter b --oute c", "--out"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(line, said, capsys):
+    Path("nano.py").write_text(CONFIG)
+    Path("lf.yml").write_text(YAML)
+    script, *words = line.split()
+    with pytest.raises(SystemExit) as e:
+        parser_of(script).parse_args(words)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and said in err and err.count("\n") == 1
+
+
+def test_no_flag_of_transformers_is_taken_for_a_slip_and_ours_exist(capsys):
+    transformers = pytest.importorskip("transformers")
+    for field in dataclasses.fields(transformers.TrainingArguments):
+        with contextlib.suppress(SystemExit):
+            parser_of("train").parse_args([f"--{field.name}", "x"])
+    assert "did you mean" not in capsys.readouterr().err
+    ours = {option for script in SCRIPTS for option in parser_of(script)._option_string_actions}
+    words = {part.split("=")[0] for name in FOREIGN.values() for part in re.split("[|+]", name)}
+    assert {f"--{word}".replace("--no_", "--no-") for word in words if word} <= ours

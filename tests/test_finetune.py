@@ -59,11 +59,12 @@ def test_the_mask_of_a_conversation_with_a_tool_call():
 
 
 def test_show_mask_marks_what_is_learned(capsys):
-    row, _ = chat_row([turn("user", "q"), turn("assistant", "ok\n")], CHAT, 99)
+    row, _ = chat_row([turn("user", "q"), turn("assistant", "好\n")], CHAT, 99)
     show_mask([row, row], CHAT, 1)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "--- row 1: 8 tokens, 4 of them learned ---" and len(lines) == 9
-    assert lines[4] == "    3       259 <|assistant|>" and lines[7] == "    6 *      10 \\n"
+    assert lines[0] == "--- row 1: 9 tokens, 5 of them learned ---" and len(lines) == 10
+    assert lines[4] == "    3       259 <|assistant|>" and lines[8] == "    7 *      10 \\n"
+    assert [line[16:] for line in lines[5:8]] == ["", "", "好"]  # its three bytes
 
 
 def test_context_cuts_the_rows_of_a_run_and_cannot_be_more_than_the_checkpoint_s(tmp_path, capsys):

@@ -404,6 +404,9 @@ def test_a_classifier_end_to_end(desk, capsys):
     right = sum(r["reference"] == r["prediction"] for r in rows)
     assert right == int(table[0]) + int(table[3]) >= 5
     assert values(out, "accuracy")[-1] == pytest.approx(right / 6)
+    start = next(r for r in metrics(out) if "val_loss" in r)  # both losses are among two labels
+    assert start["step"] == 0 and start["val_loss"] == pytest.approx(math.log(2), abs=0.1)
+    assert losses(out)[0] == pytest.approx(math.log(2), abs=0.3) and "Chinchilla" not in said
     assert labels_of(Tokenizer(content(out / "best.pt")["tokenizer"])) == ["neg", "pos"]
     sample.main(["--ckpt", str(out), "--prompt", rows[0]["text"]])
     first, p, _, _ = capsys.readouterr().out.split()

@@ -31,7 +31,7 @@ def base_of(family, **changes):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.1 if p.dim() == 1 else 0.05))
-    config, state = asdict(model.config), lm.unwrapped_state(model)
+    config, state = asdict(model.config), model.state_dict()
     return {"config": config, "model": state, "tokenizer": {"kind": "byte"}}
 
 

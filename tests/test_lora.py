@@ -185,7 +185,7 @@ def test_merged_is_unmerged_in_train_mode_too_and_only_once(kind):
 
 def base_file(path, seed=0, **changes):
     model = tiny(seed, vocab_size=320, **changes)
-    content = {"config": asdict(model.config), "model": lm.unwrapped_state(model)}
+    content = {"config": asdict(model.config), "model": model.state_dict()}
     lm.save_checkpoint(path, content | {"tokenizer": {"kind": "byte"}})
     return path
 

@@ -1,5 +1,6 @@
 """data/machine.py: devices, precision and processes of other machines."""
 
+import argparse
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from data import machine
 from data.cli import UserError
 from data.machine import Runtime, choose_device, make_runtime, native_dtype
+from data.runs import step_line
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -56,7 +58,7 @@ def test_apples_gpu_is_for_one_process(monkeypatch):
 
 
 def test_a_run_from_another_kind_of_device_chooses_its_precision_anew(monkeypatch):
-    monkeypatch.setattr(machine, "measure_peak", lambda device, dtype: 1.0)
+    monkeypatch.setattr(machine, "measure_peak", lambda *_: 1.0)
     assert make_runtime("cpu", "bf16", previous="cuda").dtype == "fp32"
     assert make_runtime("cpu", "bf16", previous="cpu").dtype == "bf16"
     assert make_runtime("cpu", "bf16").dtype == "bf16"
@@ -70,3 +72,25 @@ def test_of_batches_that_do_not_divide_each_counts_once():
         assert sorted(batch for rank in ranks for batch, counts in rank if counts) == batches
         if sharded:  # all take part in as many
             assert len({len(rank) for rank in ranks}) == 1
+
+
+def test_the_peak_is_that_of_the_fastest_product_and_measured_again_if_it_is_exceeded(monkeypatch):
+    speeds, asked = {(8, 8, 8): 5.0, (2, 3, 4): 7.0, (2, 8, 4): 6.0}, []
+
+    def product_speed(device, dtype, *shape):
+        asked.append(shape)
+        return speeds.get(shape, 1.0)
+
+    monkeypatch.setattr(machine, "product_speed", product_speed)
+    assert machine.measure_peak(CPU, "fp32", [(2, 3, 4)]) == 7.0
+    assert (256,) * 3 in asked and (2, 3, 4) in asked  # a slow CPU: a small square
+    runtime = Runtime(CPU, peak=2.0, world=2, shapes=[(2, 8, 4), (5000, 2, 2)])
+    asked.clear()
+    assert runtime.utilization(3.0) == 0.75 and not asked
+    assert runtime.utilization(9.0) == 0.75 and (256, 2, 2) in asked  # the machine was busy before
+    assert runtime.utilization(24.0) == 2.0
+    row = dict(step=3, loss=1.0, lr=1.0, grad_norm=1.0, tok_s=5, mfu=2.0, seconds=9.0)
+    limits = argparse.Namespace(max_steps=None)
+    line = step_line(row, {}, limits, done=1.2)  # the last step went on beyond the time limit
+    assert "mfu 200% (the machine was busier" in line and line.endswith("eta 0:00")
+    assert "mfu 100%  eta 0:09" in step_line(row | {"mfu": 1.0}, {}, limits, done=0.5)

@@ -19,6 +19,7 @@ from torch import nn
 import mnist
 import model as lm
 from data.cli import UserError
+from data.runs import read_run, run_list
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 run = functools.partial(test_train.run, main=mnist.main)
@@ -77,15 +78,40 @@ def test_the_network_is_the_courses():
 def test_losses_by_hand():
     p = torch.tensor([[0.7, 0.2, *[0.0125] * 8], [0.1, 0.6, *[0.0375] * 8]])
     losses = {name: f(p.log(), torch.tensor([0, 1])).item() for name, f in mnist.LOSSES.items()}
-    squares = 0.3**2 + 0.2**2 + 8 * 0.0125**2 + 0.1**2 + 0.4**2 + 8 * 0.0375**2
+    squares = 0.3**2 + 0.2**2 + 8 * 0.0125**2, 0.1**2 + 0.4**2 + 8 * 0.0375**2
     cosine = 1 - (0.7 / p[0].norm().item() + 0.6 / p[1].norm().item()) / 2
-    nll = -(np.log(0.7) + np.log(0.6)) / 2
-    assert losses == pytest.approx({"nll": nll, "mse": squares / 20, "cosine": cosine})
+    by_hand = {"nll": -(np.log(0.7) + np.log(0.6)) / 2, "mse": sum(squares) / 20, "cosine": cosine}
+    by_hand["euclidean"] = (squares[0] ** 0.5 + squares[1] ** 0.5) / 2
+    assert losses == pytest.approx(by_hand)
+    loss, lr = mnist.read_loss(settled("--loss", "MSE + 0.5 * Cosine-Embedding_Loss").loss)
+    found = loss(p.log(), torch.tensor([0, 1])).item()
+    assert found == pytest.approx(by_hand["mse"] + 0.5 * cosine)
+    assert lr == pytest.approx(1 / (1 / 0.5 + 0.5 / 0.1)) and mnist.read_loss("nll")[1] == 0.01
 
 
-def rates(schedule, steps=8):
+def test_a_name_is_known_in_any_case_and_as_torch_and_the_course_write_it():
+    for flag, ours, names in (
+        ("optimizer", "lbfgs", "L-BFGS lbfgs"),
+        ("optimizer", "adamw", "AdamW adam_w"),
+        ("schedule", "step", "StepLR step"),
+        ("schedule", "cosine", "CosineAnnealingLR"),
+        ("loss", "nll", "ce CrossEntropyLoss cross_entropy NLLLoss"),
+        ("loss", "0.25*euclidean+mse", "0.25*Euclidean-Distance+mse_loss"),
+    ):
+        assert {getattr(settled(f"--{flag}", name), flag) for name in names.split()} == {ours}
+
+
+@pytest.mark.skipif(not (SHARED / "mnist").is_dir(), reason="no MNIST files")
+@pytest.mark.parametrize("flags", ["--loss=mse", "--loss=euclidean", "--optimizer=Rprop"])
+def test_choices_that_need_another_rate_or_batch_read_most_digits_after_an_epoch(flags):
+    mnist.main([flags, "--data", str(SHARED / "mnist"), "--epochs", "1"])
+    assert saved("out/mnist")["progress"][3][-1]["accuracy"] > 0.5
+
+
+def rates(schedule, steps=8, *flags):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule, found = mnist.SCHEDULES[schedule](optimizer, 1.0, steps), []
+    args = settled("--epochs", "4", "--lr", "1", "--schedule", schedule, *flags)
+    schedule, found = mnist.SCHEDULES[schedule](optimizer, args, steps), []
     for _ in range(steps):
         found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -95,7 +121,8 @@ def rates(schedule, steps=8):
 
 def test_schedules_by_hand():
     assert rates("constant") == [1.0] * 8
-    assert rates("step") == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+    assert rates("step") == pytest.approx([0.9 ** (i // 2) for i in range(8)])  # the course's
+    assert rates("step", 8, "--gamma", "0.5") == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
     assert rates("cosine") == pytest.approx([(1 + np.cos(np.pi * i / 8)) / 2 for i in range(8)])
     cycle = rates("onecycle", 100)
     assert max(cycle) == pytest.approx(1) and 17 <= np.argmax(cycle) <= 21
@@ -107,7 +134,7 @@ def test_schedules_by_hand():
 def test_every_optimizer_learns_the_toy(toy, name):
     args = settled("--optimizer", name, "--epochs", "3", "--data", toy, "--batch_size", "30")
     assert mnist.train_reader(args, None, torch.device("cpu")) == 0
-    losses = [row["test"] for row in saved("run")["progress"][3] if "test" in row]
+    losses = [row["val_loss"] for row in saved("run")["progress"][3] if "val_loss" in row]
     assert len(losses) == 3 and losses[2] < max(losses[0], 0.01)
 
 
@@ -179,7 +206,7 @@ def test_a_run_may_get_more_epochs_or_move_but_not_change_its_images(toy, tmp_pa
         mnist.main(["--resume", "ended", "--epochs", "2"])
     for name, content in toy_files(train=400).items():
         (tmp_path / "toy" / name).write_bytes(content)
-    with pytest.raises(UserError, match="after was trained on 300 images, but this data has 400"):
+    with pytest.raises(UserError, match="after was trained on 300 images, this data has 400"):
         mnist.main(["--resume", "after", "--epochs", "4"])
 
 
@@ -189,6 +216,10 @@ def test_without_a_name_the_newest_run_resumes_with_its_own_settings(toy, small_
     mnist.main(flags)
     args, sheet = saved("out/mnist-diffusion")["args"], Path("out/mnist-diffusion/sheet.png")
     assert (args["steps"], args["guidance"]) == (3, 1.5)
+    (recent, older), rows = run_list(), read_run("mnist")["rows"]  # what the page shows
+    assert (recent["name"], older["name"], older["step"]) == ("mnist-diffusion", "mnist", 5)
+    assert [" ".join(row) for row in rows] == ["step loss lr", "step val_loss right accuracy"]
+    assert read_run("mnist-diffusion")["settings"]["recipe"] == "diffusion"
     sheet.unlink()
     assert mnist.main(["--resume"]) == 0 and sheet.exists()  # of any recipe
     with pytest.raises(UserError, match="--steps cannot change"):
@@ -212,7 +243,11 @@ def test_compare_trains_each_of_a_kind_and_draws_them(toy):
     "flags, words",
     [
         (["--draw", "3 x"], "'x' is not a digit"),
-        (["--draw", " "], "there is no digit to draw"),
+        (["--draw", " "], "' ' is not a digit to draw"),
+        (["--optimizer", "adamm"], "--optimizer: invalid choice: 'adamm' (choose from"),
+        (["--loss", "mse+2*l1"], "--loss: '2*l1' is not one of nll, mse, euclidean, cosine"),
+        (["--loss", "0*mse"], "'0*mse' is not one of"),
+        (["--gamma", "0.5"], "--gamma is for --schedule step"),
         (["--draw", "7"], "no such run in out/: train it first, python mnist.py --diffusion"),
         (["--judge", "5"], "no such run in out/: train it first, python mnist.py --recipe fast"),
         (["--resume", "nowhere"], "--resume nowhere: there is no nowhere/mnist.pt"),
@@ -272,7 +307,7 @@ def test_the_test_images_are_read_once_and_never_while_training(toy, monkeypatch
     names, score = [], mnist.score
     monkeypatch.setattr(mnist, "score", lambda *a: names.append((a[-1], len(a[2]))) or score(*a))
     mnist.main(["--recipe", "fast", "--data", toy, "--epochs", "2", "--out", "run"])
-    assert names == [("validation", 25), ("validation", 25), ("test", 100)]
+    assert names == [("Validation", 25), ("Validation", 25), ("Test", 100)]
 
 
 # ---- Drawing -------------------------------------------------------------------------------------
@@ -319,7 +354,7 @@ def test_a_perfect_denoiser_draws_exactly_its_image(steps, guidance):
     net, labels = Perfect(11, 784), torch.tensor([3, 9, 3])
     images = net.weight.detach().view(11, 28, 28)
     wanted = images[10] + guidance * (images[labels] - images[10])
-    drawn = mnist.draw(net, labels, steps, guidance=guidance, seed=5)
+    drawn = list(mnist.drawing(net, labels, steps, guidance=guidance, seed=5))[-1]
     torch.testing.assert_close(drawn, wanted, atol=1e-4, rtol=1e-4)
 
 

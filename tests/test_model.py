@@ -10,7 +10,6 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,7 +50,11 @@ def test_known_shapes_have_their_known_parameters(name, total, capsys):
     assert parts.pop("total") == total == sum(parts.values())
     lm.main(["--preset", name, "--tokens", "1000", "--world", "8", "--shard"])
     out = capsys.readouterr().out
-    assert f"\n{name}: {total:,} parameters\n" in out and "nats a token" in out
+    assert f"\n{name}: {total:,} parameters\n" in out and "does not apply: it gives" in out
+    for tokens, outside in ((10**9, True), (10**10, name == "tiny")):
+        lm.main(["--preset", name, "--tokens", str(tokens)])
+        out = capsys.readouterr().out
+        assert "nats a token" in out and ("outside its range" in out) == outside
 
 
 def test_parameters_and_flops_by_hand():
@@ -60,6 +63,8 @@ def test_parameters_and_flops_by_hand():
     parts = list(lm.count_parameters(lm.meta_model(Config(**shape))).values())
     assert parts == [80, 0, 2 * 192, 2 * 288, 5 * 8, 80, 80 + 384 + 576 + 40 + 80]
     assert lm.flops_per_token(Config(**shape)) == 6 * (2 * (192 + 288) + 80) + 12 * 2 * 8 * 16
+    matrices = 4 * (2 * (192 + 288) + 80 / 2)  # frozen, and a head for every second token
+    assert lm.flops_per_token(Config(**shape), 5, 0.5, True) == matrices + 12 * 2 * 8 * 5
     plain = Config(**shape, activation="relu")
     assert lm.flops_per_token(plain) == 6 * (2 * (192 + 192) + 80) + 12 * 2 * 8 * 16
 
@@ -462,7 +467,7 @@ def test_each_init_has_its_deviations(init):
 
 
 def content_of(model, **more):
-    return {"config": asdict(model.config), "model": lm.unwrapped_state(model), **more}
+    return {"config": asdict(model.config), "model": model.state_dict(), **more}
 
 
 @pytest.fixture
@@ -498,15 +503,6 @@ def test_flipped_bytes_are_found_by_their_checksum(saved):
             lm.load_checkpoint(saved)
     saved.write_bytes(whole)
     assert lm.load_checkpoint(saved)["step"] == 7 and len(starts) > 10
-
-
-def test_plain_state_knows_no_wrappers():
-    """Those of DistributedDataParallel (`module`) and of torch.compile (`_orig_mod`)."""
-    model = build()
-    wrapped = nn.ModuleDict({"_orig_mod": nn.ModuleDict({"module": model})})
-    state = lm.unwrapped_state(wrapped)
-    assert list(state) == list(model.state_dict())
-    lm.load_weights(build(seed=1), state)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from conftest import BYTE, CHAT, ROOT, serving, turn
 import data.server
 import model as lm
 import sample
+from data.batches import preference_rows
+from data.rows import read_examples, split_off
 from data.tokenizer import label_token
 from data.tools import load_tools
 
@@ -27,6 +29,8 @@ expect = playwright.expect
 expect.set_options(timeout=15_000)
 LETTERS = list(b"abcdefghijklmnopqrstuvwxyz ")  # what the models write: a random row of these
 CHOICES = Path("out/choices.jsonl")
+RUN = {"data": "rows.jsonl", "val": 0.5, "parameters": 12345}  # the chat model's
+ROWS = [{"messages": [turn("user", f"ask {n}"), turn("assistant", "a")]} for n in range(12)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,6 +38,9 @@ def folder(tmp_path_factory):
     """The servers' folder, in which out/ is."""
     with pytest.MonkeyPatch.context() as m:
         m.chdir(tmp_path_factory.mktemp("served"))
+        Path("out/chat").mkdir(parents=True)
+        Path("out/chat/settings.json").write_text(json.dumps(RUN))
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         yield
 
 
@@ -87,6 +94,7 @@ def visit(browser):
         ready(page)
         if stored:  # as if the conversation had been held before a reload
             store = "stored => { state.kind = 'x'; onpagehide = null;"
+            store += "stored.id = location.hash.split('/')[1];"
             store += "sessionStorage.setItem('scratchlm', JSON.stringify(stored)) }"
             page.evaluate(store, {"kind": "chat", **stored})
             page.reload()
@@ -133,6 +141,52 @@ def set_number(page, label, value):
 # ---- conversation ----------------------------------------------------------------------------
 
 
+def test_the_first_screen_has_questions_that_were_not_learned(chat, base, visit):
+    page = visit(chat, viewport={"width": 390, "height": 844}, has_touch=True)
+    expect(page.locator(".welcome")).to_contain_text(re.compile("chat.*12.*rows.jsonl.*search"))
+    expect(page.locator("#draft")).not_to_be_focused()  # a keyboard would hide half of it
+    questions = page.locator(".example")
+    held_out = [e["messages"][0]["content"] for e in split_off(ROWS, 0.5)[1]]
+    assert len(set(questions.all_inner_texts()) & set(held_out)) == 4 == questions.count()
+    asked = questions.nth(1).inner_text()
+    questions.nth(1).click()
+    expect(page.locator("#log .user .text")).to_have_text(asked)
+    page = visit(base)  # nothing is known of its run
+    expect(page.locator(".welcome h1")).to_have_text("base")
+    assert page.locator(".example").count() == 0
+
+
+def test_conversations_are_kept_renamed_deleted_undone_and_exported(chat, visit):
+    page = visit(chat, accept_downloads=True)
+    titles, said = page.locator("#talks a"), page.locator("#log .user .text")
+    answer = ask(page, "first")
+    page.get_by_role("button", name="New").click()
+    expect(said).to_have_count(0)
+    ask(page, "second")
+    expect(titles).to_have_text(["second", "first"])
+    page.go_back()
+    expect(said).to_have_text("first")
+    page.go_forward()
+    expect(said).to_have_text("second")
+    titles.last.click()
+    page.once("dialog", lambda d: d.accept("Letters / 字母"))
+    page.get_by_role("button", name="Rename: first").click()
+    expect(titles.last).to_have_text("Letters / 字母")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export as JSON: Letters").click()
+    assert download.value.suggested_filename == "Letters-字母.json"
+    download.value.save_as("export.json")
+    kind, examples = read_examples("export.json")
+    assert kind == "chat" and examples[0]["messages"][1]["content"].strip() == answer.strip()
+    page.get_by_role("button", name="Delete: Letters").click()
+    expect(titles).to_have_text(["second"])
+    expect(page.locator(".welcome")).to_be_visible()
+    page.get_by_role("button", name="Undo").click()
+    expect(said).to_have_text("first")
+    page.context.new_page().goto(chat.url)  # the list is the browser's, not the tab's
+    expect(page.context.pages[1].locator("#talks a")).to_have_count(2)
+
+
 def test_an_answer_grows_and_escape_stops_it(chat, visit):
     page = visit(chat)
     set_number(page, "Max tokens", 7000)
@@ -170,6 +224,8 @@ def test_regenerate_edit_and_reload(chat, visit):
 def test_what_is_sent_has_the_settings_and_the_system_prompt(chat, visit):
     page = visit(chat)
     page.get_by_label("System prompt").fill("be kind")
+    set_number(page, "Temperature", 0)
+    expect(page.get_by_label("Seed", exact=True)).to_be_hidden()  # it would change nothing
     for name, value in (("Temperature", 0.5), ("top_k", 7), ("Seed", 11)):
         set_number(page, name, value)
     page.fill("#draft", "hi")
@@ -222,11 +278,14 @@ def test_an_error_is_shown_and_a_busy_or_lost_server_is_asked_again(chat, visit)
 # ---- tools and Markdown ----------------------------------------------------------------------
 
 
-def events(*deltas, finish="stop"):
+def events(*deltas, finish="stop", **more):
     """The body of a streamed answer."""
     chunks = [{"choices": [{"index": 0, "delta": d, "finish_reason": None}]} for d in deltas]
-    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]} | more)
     return "".join(f"data: {json.dumps(c)}\n\n" for c in chunks) + "data: [DONE]\n\n"
+
+
+USAGE = {"prompt_tokens": 8000, "completion_tokens": 192, "total_tokens": 8192}
 
 
 def test_a_tool_call_is_made_shown_and_answered(chat, visit):
@@ -236,7 +295,7 @@ def test_a_tool_call_is_made_shown_and_answered(chat, visit):
              for n, function in enumerate(functions)]  # fmt: skip
     first = {"reasoning_content": "Hm"}, {"reasoning_content": "."}, {"content": "I look."}
     answers = iter([events(*first, {"tool_calls": calls}, finish="tool_calls"),
-                    events({"content": "here"})])  # fmt: skip
+                    events({"content": "here"}, finish="length", usage=USAGE)])  # fmt: skip
 
     def answer(route):
         bodies.append(route.request.post_data_json)
@@ -247,11 +306,20 @@ def test_a_tool_call_is_made_shown_and_answered(chat, visit):
     assert page.locator(".card th").all_inner_texts()[:3] == ["name", "price", "rating"]
     assert page.locator(".card tr").count() == 6
     expect(page.locator("#log")).to_contain_text("I look.")
-    assert page.locator(".card p").first.text_content() == "Hm."
+    shown = page.locator("#log .answer").first.locator(".card, .text")  # the thought is folded
+    assert [c.inner_text().split("\n")[0] for c in shown.all()] == [
+        "Thoughts", "I look.", "search: rating ≥ 4", "search: rating ≥ 3"
+    ]  # fmt: skip
+    assert shown.first.locator("p").text_content() == "Hm."
+    raw = shown.nth(2).locator("pre").first
+    expect(raw).to_be_hidden()
+    shown.nth(2).locator("summary").click()
+    expect(raw).to_have_text('search {"rating_range_lower": 4}')
+    expect(page.locator("#log")).to_contain_text("context full (8192 tokens)")
     told = bodies[1]["messages"]
     assert [m["role"] for m in told] == ["user", "assistant", "tool", "tool"] and bodies[0]["tools"]
     assert [c["function"] for c in told[1]["tool_calls"]] == functions
-    assert [m["tool_call_id"] for m in told[2:]] == ["c0", "c1"]
+    assert [m["tool_call_id"] for m in told[2:]] == [c["id"] for c in told[1]["tool_calls"]]
     assert (told[1]["content"], told[1]["reasoning_content"]) == ("I look.", "Hm.")
     assert isinstance(json.loads(told[2]["content"]), list)
 
@@ -321,7 +389,7 @@ def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
     pair = page.locator(".pair .text")
     expect(page.get_by_role("button", name="Better (2)")).to_be_visible()
     one, two = pair.all_inner_texts()
-    expect(page.locator("#draft")).to_be_disabled()
+    expect(page.locator("#draft")).to_be_enabled()
     with page.expect_response("**/page/choose"):
         page.keyboard.press("2")
     expect(page.locator("#count")).to_contain_text(re.compile("Choices: [1-9]"))
@@ -330,7 +398,47 @@ def test_a_key_chooses_and_the_choice_is_on_disk(chat, visit):
     assert row["prompt"] == [turn("user", "which?")]
     assert [row[k].strip() for k in ("chosen", "rejected")] == [two.strip(), one.strip()]
     assert last_answer(page).inner_text() == two
-    expect(page.locator("#draft")).to_be_enabled()
+
+
+def test_calls_are_chosen_among_drawn_until_they_differ_and_the_box_never_locks(chat, visit):
+    """Answers to the n-th question of a side: a call of the n-th price, or one without JSON."""
+    page, bodies, prices = visit(chat, "#choose"), [], iter((1, 1, "{", 2, *[3] * 99))
+
+    def answer(route):
+        bodies.append(body := route.request.post_data_json)
+        if body["messages"][-1]["role"] == "tool":
+            return route.fulfill(body=events({"content": "so"}), content_type="text/event-stream")
+        function = {"name": "search", "arguments": f'{{"price_range_upper": {next(prices)}}}'}
+        call = {"index": 0, "id": f"{len(bodies)}", "type": "function", "function": function}
+        sent = events({"tool_calls": [call]}, finish="tool_calls")
+        route.fulfill(body=sent, content_type="text/event-stream")
+
+    page.route("**/v1/chat/completions", answer)
+    set_number(page, "Temperature", 0)
+    say(page, "cheap")
+    expect(page.locator(".pair .card")).to_have_text([re.compile("≤ 1"), re.compile("≤ 2")])
+    assert {body["temperature"] for body in bodies} == {0.8}
+    with page.expect_response("**/page/choose") as response:
+        page.locator(".pair .card p").last.click()
+    assert response.value.ok
+    kind, (*_, row) = read_examples(CHOICES)
+    assert kind == "prefer" and row["messages"] == [turn("user", "cheap")]
+    found = [
+        json.loads(row[side][0]["tool_calls"][0]["function"]["arguments"])
+        for side in ("chosen", "rejected")
+    ]
+    assert found == [{"price_range_upper": 2}, {"price_range_upper": 1}]
+    assert preference_rows(row, CHAT, 4096)[0] != preference_rows(row, CHAT, 4096)[1]
+    expect(page.locator("#log .card")).to_contain_text("≤ 2")
+    say(page, "again")  # all further answers are equal
+    expect(page.locator(".note")).to_contain_text("equal in 4 draws")
+    page.get_by_role("button", name="Neither").click()
+    assert page.input_value("#draft") == "again"
+    page.press("#draft", "Enter")
+    expect(page.locator(".note")).to_be_visible()
+    say(page, "more")
+    expect(page.locator("#log .user .text")).to_have_text(["cheap", "again", "more"])
+    expect(page.locator("#log .card")).to_have_count(2)
 
 
 # ---- runs ------------------------------------------------------------------------------------
@@ -350,10 +458,16 @@ def write_run(name, steps, file_mode="w"):
 def test_runs_are_laid_over_each_other_and_grow_while_they_train(base, visit):
     write_run("old", range(1, 21))
     write_run("new", range(1, 6))
+    Path("out/new/settings.json").write_text('{"objective": "sft"}')
     page = visit(base, "#runs")
     lines = page.locator("#loss polyline")
     expect(lines).to_have_count(4)  # training and evaluation of each
     assert page.locator("#figure polyline").count() == 2
+    charts = page.locator("#loss figure").all_inner_texts()
+    assert [text.split("\n")[0] for text in charts] == ["Loss: sft", "Loss: pretraining"]
+    look = "l => [getComputedStyle(l).stroke, getComputedStyle(l).strokeDasharray]"
+    (new, solid), (same, dashed), (old, _), _ = [line.evaluate(look) for line in lines.all()]
+    assert new == same != old and solid != dashed
     labels = page.locator("#list label")
     before = labels.filter(has_text="new").inner_text()
     tokens = page.locator("#compare tr", has_text="tokens")
@@ -362,11 +476,18 @@ def test_runs_are_laid_over_each_other_and_grow_while_they_train(base, visit):
     expect(labels.filter(has_text="new")).not_to_have_text(before)
     expect(tokens).not_to_have_text(now)
     expect(lines.first).not_to_have_attribute("points", points)  # the axis is longer
-    page.focus("#loss")
+    page.focus("#loss svg")
     page.keyboard.press("ArrowLeft")
-    expect(page.locator("#runs figcaption").first).to_contain_text("step")
+    expect(page.locator("#loss figcaption").first).to_contain_text(re.compile("step 5\\d.*step 5"))
+    page.get_by_label("log scale").check()
+    page.get_by_label("smoothing").fill("0.9")
+    expect(page.locator("#loss .faint")).to_have_count(2)  # what was measured, behind the mean
+    page.get_by_label("smoothing").fill("0")
     page.get_by_label("old").uncheck()
     expect(lines).to_have_count(2)
+    page.reload()
+    expect(lines).to_have_count(4)
+    assert [line.evaluate(look)[0] for line in lines.all()] == [new, new, old, old]
 
 
 # ---- base models and classifiers -------------------------------------------------------------
@@ -422,13 +543,16 @@ def test_nothing_is_wider_than_a_phone(chat, visit):
         turn("assistant", "```\n" + "y" * 300 + "\n```") | {"finish": "stop", "seed": 1},
     ]
     phone = {"width": 390, "height": 844}
-    page = visit(chat, stored={"messages": messages}, viewport=phone, color_scheme="dark")
+    dark = dict(locale="zh-CN", viewport=phone, color_scheme="dark")
+    page = visit(chat, stored={"messages": messages}, **dark)
     for view in ("#talk", "#choose", "#runs"):
         page.locator(f"nav a[href='{view}']").click()
         expect(page.locator("nav a[aria-current]")).to_have_attribute("href", view)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, view
+    stacked = "td => getComputedStyle(td, '::before').content + getComputedStyle(td).display"
+    assert page.locator(".card td").nth(1).evaluate(stacked) == '"价格 "block'
     page.locator("nav a").first.click()
-    page.get_by_role("button", name="Settings").click()
-    expect(page.get_by_label("System prompt")).to_be_in_viewport()
+    page.get_by_role("button", name="设置").click()
+    expect(page.get_by_label("系统提示")).to_be_in_viewport()
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background != "rgb(255, 255, 255)"

@@ -265,7 +265,7 @@ UNREADABLE = {  # name: (content, what the message says)
     "x.XLSX": (b"PK\x03\x04", "x.XLSX is in xlsx format: convert it by python -c"),
     "x.zip": (b"PK\x03\x04\0", "x.zip is a binary file, not rows: name a .json, .jsonl, .csv"),
     "x.jsonl": (b"\x1f\x8b\x08\0", "x.jsonl: byte 0x8b at offset 1 is not text in UTF-8"),
-    "x.json.gz": (b"[]", "x.json.gz: damaged, or no .gz file"),
+    "x.json.gz": (b"[]", "x.json.gz: damaged"),
     "x.csv": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "x.csv: byte 0x89 at offset 0 is not text"),
     "folder": (None, "folder is a folder: name a .json"),
     "nothing.json": (None, "nothing.json does not exist: name a .json"),

@@ -21,7 +21,7 @@ import sample
 from data.batches import chat_rows
 from data.cli import UserError
 from data.rows import to_example
-from data.tokenizer import label_token
+from data.tokenizer import REWARD_TOKEN, label_token
 from data.tools import function_schema, load_tools
 
 STOP = object()  # in a script: the user presses Ctrl-C here
@@ -38,7 +38,7 @@ def save(path, model, tokenizer):
     lm.save_checkpoint(path, content | {"tokenizer": tokenizer.spec, "step": 0})
 
 
-def test_a_classifier_prints_probabilities_best_first_whatever_the_batch(tmp_path, capsys):
+def test_a_classifier_prints_probabilities_best_first_and_does_not_chat(tmp_path, capsys):
     model, tokenizer = small_model(32), BYTE.with_special([label_token("neg"), label_token("pos")])
     g = torch.Generator().manual_seed(1)
     prompts = [torch.randint(256, (n,), generator=g).tolist() for n in (5, 1, 24, 7, 24, 2)]
@@ -53,6 +53,13 @@ def test_a_classifier_prints_probabilities_best_first_whatever_the_batch(tmp_pat
     for first, p, second, q in rows:
         assert {first, second} == {"neg", "pos"} and float(p) >= float(q)
         assert float(p) + float(q) == pytest.approx(1, abs=0.002)
+    for token, said in ((label_token("neg"), "classifier of neg"), (REWARD_TOKEN, "a reward m")):
+        save(tmp_path / "m.pt", model, BYTE.with_special([token]))
+        with pytest.raises(UserError, match=said):
+            sample.main(["--ckpt", str(tmp_path / "m.pt"), "--chat"])
+    save(tmp_path / "m.pt", model, CHAT)
+    sample.main(["--ckpt", str(tmp_path / "m.pt"), "--prompt", "fine", "--max_new_tokens", "1"])
+    assert "--chat asks it" in capsys.readouterr().err
 
 
 # ---- the chat, its model a script ------------------------------------------------------------
