@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import costs, hf_tokenizer, hf_weights, tables
+from data import costs, gguf, hf_tokenizer, hf_weights, tables
 from data.cli import Parser, UserError, at_least, run_cli
 from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_json, write_whole
@@ -215,13 +215,17 @@ def rope_tables(context, head_size, theta, scaling=None):
     Channel i is rotated with channel i + hs/2 (the layout of Llama and Qwen weights), at position t
     by the angle t * theta ** (-2i / hs): the first pairs fast, the last ones slowly.
     """
-    # on the CPU even where the default device is meta; computed as by Hugging Face's transformers,
-    # to round alike
-    channel = torch.arange(0, head_size, 2, device="cpu").float()
-    frequency = scale_frequency(1.0 / theta ** (channel / head_size), scaling or {})  # (hs/2,)
+    frequency = scale_frequency(rope_frequencies(head_size, theta), scaling or {})  # (hs/2,)
     angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, hs/2)
     angle = torch.cat((-angle, angle), dim=-1)  # see apply_rope
     return angle.cos(), angle.sin()
+
+
+def rope_frequencies(head_size, theta):
+    """(hs/2,), in radians a position."""
+    # on the CPU even where the default device is meta; computed as by Hugging Face's transformers,
+    # to round alike
+    return 1.0 / theta ** (torch.arange(0, head_size, 2, device="cpu").float() / head_size)
 
 
 def scale_frequency(frequency, scaling):
@@ -959,24 +963,44 @@ def load_hf(folder, dtype=None):
     return content
 
 
-def export_hf(content, folder):
-    """Write a checkpoint's model, and its tokenizer if it has one, as transformers reads them;
-    returns config.json as a dict."""
-    folder, config = Path(folder), Config.from_dict(content["config"])
+def to_hf(content):
+    """(config.json as a dict, its Config, the tensors that it has, by our names, the Tokenizer or
+    None) of a checkpoint's content in the nearest Hugging Face architecture."""
+    config = Config.from_dict(content["config"])
     values, nearest = config_to_hf(config)
     if problem := fit_error(meta_model(config).state_dict(), content["model"]):
         raise UserError(f"this checkpoint does not fit its own config: {problem}")
-    if "tokenizer" in content:
-        tokenizer = Tokenizer(content["tokenizer"])
-        values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        write_json(folder / "tokenizer.json", hf_tokenizer.tokenizer_json(tokenizer))
-        write_json(folder / "tokenizer_config.json", hf_tokenizer.tokenizer_config(tokenizer))
-        write_json(folder / "generation_config.json", hf_tokenizer.generation_config(tokenizer))
     shapes = {name: t.shape for name, t in meta_model(nearest).state_dict().items()}
     if nearest.tied:
         del shapes["head.weight"]
-    hf_weights.write_model(folder, values, shapes, content["model"])
+    tokenizer = Tokenizer(content["tokenizer"]) if "tokenizer" in content else None
+    return values, nearest, hf_weights.fill_state(shapes, content["model"]), tokenizer
+
+
+def export_hf(content, folder):
+    """Write a checkpoint's model, and its tokenizer if it has one, as transformers reads them;
+    returns config.json as a dict."""
+    folder, (values, _, state, tokenizer) = Path(folder), to_hf(content)
+    if tokenizer:
+        values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    hf_weights.write_model(folder, values, state)
+    if tokenizer:
+        write_json(folder / "tokenizer.json", hf_tokenizer.tokenizer_json(tokenizer))
+        write_json(folder / "tokenizer_config.json", hf_tokenizer.tokenizer_config(tokenizer))
+        write_json(folder / "generation_config.json", hf_tokenizer.generation_config(tokenizer))
     return values
+
+
+def export_gguf(content, path, dtype):
+    """Write a checkpoint's model and tokenizer as llama.cpp and ollama read them."""
+    values, config, state, tokenizer = to_hf(content)
+    if tokenizer is None:
+        raise UserError("the checkpoint carries no tokenizer, which llama.cpp needs")
+    factors, scaling = None, config.rope_scaling or {}
+    if scaling.get("rope_type") == "llama3":
+        frequency = rope_frequencies(config.head_size, config.rope_theta)
+        factors = frequency / scale_frequency(frequency, scaling)
+    gguf.write_gguf(path, values["model_type"], asdict(config), state, tokenizer, dtype, factors)
 
 
 # --------------------------------------------------------------------------------------------
@@ -1067,7 +1091,9 @@ def build_parser():
     p.add_argument("--tokens", type=at_least(1), help="training tokens, to predict the loss")
     p.add_argument("--world", type=at_least(1), help="GPUs: what each one stores and sends")
     p.add_argument("--shard", action="store_true", help="with --world: shard the model over them")
-    p.add_argument("--export", metavar="DIR", help="write --ckpt as transformers reads it")
+    p.add_argument("--export", metavar="PATH", help="write --ckpt: a folder for transformers, or a "
+                   ".gguf file for llama.cpp and ollama")  # fmt: skip
+    p.add_argument("--dtype", choices=gguf.DTYPES, help="of the .gguf file (default f16)")
     p.add_argument("--show", choices=("token", "position", "attention"),
                    help="print and draw embeddings, positions, or a head's weights")  # fmt: skip
     p.add_argument("--prompt", default="a fox met a fox", help="with --show (default: %(default)s)")
@@ -1090,7 +1116,10 @@ def main(argv=None):
         if "adapter" in content:
             raise UserError(f"{args.ckpt} is an adapter: export it with lora.py, or merge it first")
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise UserError(f"{folder} exists: name a new folder for --export")
+            raise UserError(f"{folder} exists: name a new folder or file for --export")
+        if folder.suffix == ".gguf":
+            export_gguf(content, folder, args.dtype or "f16")
+            return print(f"{folder}: {folder.stat().st_size / 2**20:,.1f} MiB")
         return print(f"{folder}: {export_hf(content, folder)['architectures'][0]}")
     name = args.ckpt or args.preset or "tiny"
     config = Config.from_dict(content["config"]) if content else preset(name)

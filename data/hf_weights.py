@@ -207,13 +207,20 @@ def read_state(folder, shapes, gpt2, tied, dtype=None):
     return state
 
 
-def write_model(folder, values, shapes, state):
-    """Write config.json and model.safetensors of a model whose tensors, by our names, are to have
-    `shapes`. A norm weight or bias that `state` lacks is filled with ones or zeros."""
-    parts, dtype, gpt2 = {}, state["embed.weight"].dtype, values["model_type"] == "gpt2"
+def fill_state(shapes, state):
+    """The tensors of `shapes`, by our names. A norm weight or bias that `state` lacks is ones or
+    zeros."""
+    filled, dtype = {}, state["embed.weight"].dtype
     for name, shape in shapes.items():
         filler = torch.ones if name.endswith("weight") else torch.zeros
-        tensor = state[name] if name in state else filler(shape, dtype=dtype)
+        filled[name] = state[name] if name in state else filler(shape, dtype=dtype)
+    return filled
+
+
+def write_model(folder, values, state):
+    """Write config.json, of these values, and model.safetensors, of tensors by our names."""
+    parts, dtype, gpt2 = {}, state["embed.weight"].dtype, values["model_type"] == "gpt2"
+    for name, tensor in state.items():
         parts.setdefault(hf_name(name, gpt2), []).append(transposed(name, tensor, gpt2))
     tensors = {name: torch.cat(p, dim=-1) for name, p in parts.items()}  # GPT-2's q, k and v
     write_safetensors(folder / "model.safetensors", tensors)
