@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import model as lm
+from data import hf_config
 from data.cli import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -31,7 +32,8 @@ MODELS = {
     ),
     "llama": ("Llama", TINY),
     "llama tied, biases": (
-        "Llama", TINY | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+        "Llama",
+        TINY | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     ),
     "llama head_dim": ("Llama", TINY | dict(head_dim=20, num_key_value_heads=1)),
     "llama 3 rope": ("Llama", TINY | dict(rope_parameters=ROPE3)),
@@ -45,6 +47,11 @@ MODELS = {
     "qwen3": ("Qwen3", TINY | dict(head_dim=12, tie_word_embeddings=True)),
     "qwen3 biases": ("Qwen3", TINY | dict(head_dim=8, attention_bias=True)),
 }
+
+
+def config_from_hf(values, where="config.json"):
+    return lm.Config(**hf_config.config_from_hf(values, lm.complete, where)[1])
+
 
 def theirs(name, dtype=torch.float32):
     """A random model of transformers', its biases and norms not at their idle start values."""
@@ -101,17 +108,25 @@ def test_logits_equal_theirs_in_fp32_and_fp64(name, tmp_path):
 
 REFUSED = [
     ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights = False"),
-    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "json: rope_scaling"),
-    ("llama", dict(rope_scaling={"type": "dynamic", "factor": 4.0}), "config.json: rope_scaling"),
+    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0, "mscale": 2}), "json: rope"),
+    ("llama", dict(rope_scaling={"type": "dynamic", "factor": 4.0, "alpha": 9}), "json: rope_scal"),
     ("llama", dict(quantization_config={"bits": 4}), "quantization_config"),
     ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
     ("llama", dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial"),
     ("llama", dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "rope_parameters ="),
     ("llama", dict(final_logit_softcapping=30.0), "final_logit_softcapping = 30.0"),
-    ("qwen2", dict(use_sliding_window=True), "use_sliding_window = True"),
+    ("llama", dict(use_sliding_window=True), "use_sliding_window = True"),
     ("mistral", dict(sliding_window="?"), "wrong type"),
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
-    ("llama", dict(model_type="mamba"), "model_type 'mamba' is not one of gpt2, llama"),
+    ("llama", dict(model_type="?"), r"model_type '\?' is not one of gpt2, llama"),
+    ("llama", dict(model_type="mamba"), "'mamba' is not computed: a recurrent state; near it: llama"),
+    ("llama", dict(model_type="gpt_oss"), "attention sinks"),
+    ("llama", dict(model_type="deepseek_v3"), "latent attention"),
+    ("llama", dict(model_type="qwen3_5_text"), "gated delta nets; near it: qwen3"),
+    ("llama", dict(model_type="t5"), "an encoder and a decoder"),
+    ("llama", dict(model_type="bert"), "predicts no next token"),
+    ("llama", dict(model_type="gemma3"), "images; near it: gemma3_text"),
+    ("llama", dict(model_type="baichuan", max_position_embeddings=None), "ALiBi"),
     ("llama", dict(num_attention_heads=5), "n_head 5 is not a multiple of n_kv_head 2"),
 ]
 
@@ -120,14 +135,15 @@ REFUSED = [
 def test_a_field_that_we_do_not_compute_is_named(name, change, words):
     values = theirs_config(name) | change
     with pytest.raises(UserError, match=words) as e:
-        lm.config_from_hf(values, "there/config.json")
+        config_from_hf(values, "there/config.json")
     assert "\n" not in str(e.value)
 
 
 def test_only_mistral_uses_a_window_that_no_other_field_asks_for(capsys):
-    for name, context in (("qwen2", 128), ("qwen3", 128), ("llama", 128), ("mistral", 8)):
+    for name, window in (("qwen2", 0), ("qwen3", 0), ("llama", 0), ("mistral", 8)):
         values = theirs_config(name) | dict(sliding_window=8, max_position_embeddings=128)
-        assert lm.config_from_hf(values).context == context
+        config = config_from_hf(values)
+        assert (config.context, config.window, config.window_layers) == (128, window, None)
     assert capsys.readouterr() == ("", "")
 
 
@@ -143,7 +159,7 @@ def test_only_mistral_uses_a_window_that_no_other_field_asks_for(capsys):
 )
 def test_what_changes_nothing_is_no_reason_to_refuse(name, change):
     values = theirs_config(name)
-    assert lm.config_from_hf(values | change) == lm.config_from_hf(values)
+    assert config_from_hf(values | change) == config_from_hf(values)
 
 
 METADATA = dict(unsloth_fixed=True, auto_map={"AutoConfig": "a.B"}, tokenizer_class="X")
@@ -175,7 +191,7 @@ PUBLISHED |= dict(rope_theta=500000.0, tie_word_embeddings=True, vocab_size=1282
 
 
 def test_a_published_model_has_its_known_parameters():
-    config = lm.config_from_hf(PUBLISHED | dict(rope_scaling=ROPE3))
+    config = config_from_hf(PUBLISHED | dict(rope_scaling=ROPE3))
     model = lm.meta_model(replace(config, context=8))
     assert lm.count_parameters(model)["total"] == 1_235_814_400
 
@@ -193,6 +209,7 @@ EXPORTED = {
     "llama without norm weights": dict(norm_weight=False),
     "llama with some biases": dict(out_bias=True),
     "qwen2": dict(qkv_bias=True, eps=1e-6),
+    "qwen2 with a head size": dict(qkv_bias=True, head_size=10),
     "qwen3": dict(qk_norm=True, head_size=10),
 }
 
@@ -230,8 +247,7 @@ UNEXPORTABLE = {
     "head_bias True": dict(head_bias=True),
     "qk_norm True": dict(position="learned", norm="layernorm", activation="gelu", qk_norm=True),
     "n_kv_head 2": dict(position="learned", norm="layernorm", activation="gelu", n_kv_head=2),
-    "ff_bias True": dict(qk_norm=True, ff_bias=True),
-    "head_size 10": dict(qkv_bias=True, head_size=10),
+    "qk_norm True ": dict(qk_norm=True, ff_bias=True),
 }
 
 

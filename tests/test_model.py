@@ -434,6 +434,7 @@ def test_each_activation_is_its_formula(activation):
         "relu": x.clamp(min=0),
         "relu2": x.clamp(min=0) ** 2,
         "swiglu": x / (1 + (-x).exp()),
+        "geglu_tanh": x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + cube))) / 2,
     }
     same(lm.ACTIVATIONS[activation](x), formula[activation])
 
