@@ -35,6 +35,7 @@ from data.cli import Parser, UserError, at_least, run_cli
 from data.download import is_hub_name, snapshot_download
 from data.files import write_whole
 from data.hf_tokenizer import hub_tokenizer
+from data.rope import known_scaling, scale_frequency
 from data.runs import OUT, newest_run
 from data.tensors import fit_error, load_pt
 from data.tokenizer import Tokenizer
@@ -58,13 +59,6 @@ ACTIVATIONS = {
 }
 GATED = ("swiglu", "geglu_tanh")  # their feed-forward has a third matrix
 INITS = ("zero_out", "gpt2")
-# Ways to extend the context that a model was first trained with, and their parameters
-_BOTH = {"factor", "original_max_position_embeddings"}
-ROPE_SCALINGS = {
-    "linear": {"factor"},
-    "llama3": _BOTH | {"low_freq_factor", "high_freq_factor"},
-    "yarn": _BOTH | {"beta_fast", "beta_slow", "attention_factor"},
-}
 
 
 @dataclass
@@ -99,7 +93,7 @@ class Config:
     dropout: float = 0.0  # of the embedding, attention weights and block outputs, in training
     eps: float = 1e-5  # of the norms
     rope_theta: float = 10000.0  # the larger, the slower rope turns its slow channels
-    rope_scaling: dict | None = None  # {"rope_type": one of ROPE_SCALINGS, its parameters...}
+    rope_scaling: dict | None = None  # {"rope_type": one of data/rope.py's, its parameters...}
     rotary_share: float = 1.0  # of the channels of a head that rope turns
     window: int = 0  # tokens that the layers with a window look at; 0 is all
     window_layers: list | None = None  # for each layer, whether it has a window; None: all have
@@ -146,11 +140,8 @@ class Config:
             raise UserError(f"rope turns pairs of channels: {turned} of {self.head_size} are odd")
         if self.window_layers is not None and len(self.window_layers) != self.n_layer:
             raise UserError(f"window_layers are {len(self.window_layers)}, layers {self.n_layer}")
-        if self.rope_scaling is not None:
-            numbers = dict(self.rope_scaling)
-            kind = numbers.pop("rope_type", None)
-            if set(numbers) != ROPE_SCALINGS.get(kind) or not min(numbers.values()) > 0:
-                raise UserError(f"rope_scaling {self.rope_scaling} is not implemented")
+        if self.rope_scaling is not None and not known_scaling(self.rope_scaling):
+            raise UserError(f"rope_scaling {self.rope_scaling} is not implemented")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout} must be in [0, 1)")
         if self.tied and self.head_bias:
@@ -241,39 +232,16 @@ def rope_tables(context, head_size, theta, scaling=None, share=1.0):
     """
     # on the CPU even where the default device is meta; computed as by Hugging Face's transformers,
     # to round alike
-    turned, scaling = int(head_size * share), scaling or {}
+    turned = int(head_size * share)
     channel = torch.arange(0, turned, 2, device="cpu").float()
-    frequency = scale_frequency(1.0 / theta ** (channel / turned), scaling, theta)
+    frequency = 1.0 / theta ** (channel / turned)
+    if scaling:
+        frequency = scale_frequency(frequency, scaling, theta)
     frequency = F.pad(frequency, (0, (head_size - turned) // 2))  # (hs/2,)
     angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, hs/2)
     angle = torch.cat((-angle, angle), dim=-1)  # see apply_rope
-    size = torch.where(frequency > 0, scaling.get("attention_factor", 1.0), 1.0).repeat(2)
+    size = torch.where(frequency > 0, (scaling or {}).get("attention_factor", 1.0), 1.0).repeat(2)
     return angle.cos() * size, angle.sin() * size
-
-
-def scale_frequency(frequency, scaling, theta):
-    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or according
-    to how often they turn in the original context: in full below a low number of turns, not at all
-    above a high one, in part in between. In `llama3` (of Llama 3.1) the part grows with the turns,
-    in `yarn` (Peng et al. 2023) with the channel."""
-    kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
-    original = scaling.get("original_max_position_embeddings")
-    if kind == "llama3":
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = original / (2 * math.pi / frequency)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-    elif kind == "yarn":
-        pairs = len(frequency)
-        first, last = (  # the pairs of channels that turn so often
-            pairs * math.log(original / (2 * math.pi * scaling[turns])) / math.log(theta)
-            for turns in ("beta_fast", "beta_slow")
-        )
-        first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * pairs - 1)
-        pair = torch.arange(pairs, device="cpu")
-        keep = 1 - ((pair - first) / max(last - first, 1e-3)).clamp(0, 1)
-    else:
-        return frequency / factor
-    return (1 - keep) * frequency / factor + keep * frequency
 
 
 def apply_rope(x, cos, sin):

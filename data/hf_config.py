@@ -85,11 +85,15 @@ FAMILIES = {
     ),
 }  # fmt: skip
 # The classes of transformers that we write, the preferred ones first
-CLASSES = {f: f"{f.capitalize()}ForCausalLM" for f in FAMILIES}
-CLASSES |= dict(gpt2="GPT2LMHeadModel", gpt_neox="GPTNeoXForCausalLM")
-CLASSES["gemma3_text"] = "Gemma3ForCausalLM"
-for _name in ("minicpm", "internlm2", "baichuan", "chatglm"):
-    del CLASSES[_name]
+CLASSES = dict(
+    gpt2="GPT2LMHeadModel", llama="LlamaForCausalLM", qwen2="Qwen2ForCausalLM",
+    qwen3="Qwen3ForCausalLM", mistral="MistralForCausalLM", phi3="Phi3ForCausalLM",
+    granite="GraniteForCausalLM", olmo2="Olmo2ForCausalLM", glm="GlmForCausalLM",
+    glm4="Glm4ForCausalLM", gemma="GemmaForCausalLM", gemma3_text="Gemma3ForCausalLM",
+    gpt_neox="GPTNeoXForCausalLM",
+)  # fmt: skip
+ALL_WINDOWS = ("mistral", "phi3")  # in all layers
+SOME_WINDOWS = ("qwen2", "qwen3", "gemma3_text")  # in those that layer_types names
 
 _TANH = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh")
 PLAIN = _TANH | dict(gelu="gelu", relu="relu")
@@ -101,7 +105,7 @@ CONVERTED = {
         lambda v, c: v * c["head_size"] ** 0.5, lambda v, c: v / c["head_size"] ** 0.5
     ),
     "query_pre_attn_scalar": (
-        lambda v, c: (c["head_size"] / v) ** 0.5, lambda v, c: c["head_size"] / v**2
+        lambda v, c: (c["head_size"] / v) ** 0.5, lambda v, c: round(c["head_size"] / v**2)
     ),
     "scale_depth": (lambda v, c: v / c["n_layer"] ** 0.5, None),
     "dim_model_base": (lambda v, c: v / c["d_model"], None),
@@ -109,11 +113,12 @@ CONVERTED = {
 }  # fmt: skip
 
 # Fields of transformers' classes that do not change what the model computes
-IGNORED = """*_pdrop *_token_id *dropout *dtype _name_or_path architectures chunk_size_feed_forward
-gradient_checkpointing id2label initializer_range is_decoder is_llama_config
-keys_to_ignore_at_inference label2id max_window_layers model_type n_ctx
-original_max_position_embeddings output_* pretraining_tp problem_type reorder_and_upcast_attn
-return_dict summary_* task_specific_params transformers* use_cache"""
+IGNORED = """*_pdrop *_token_id *dropout *dtype *sliding_window_pattern _name_or_path
+architectures chunk_size_feed_forward gradient_checkpointing hidden_act id2label
+initializer_range is_decoder is_llama_config keys_to_ignore_at_inference label2id
+max_window_layers model_type n_ctx original_max_position_embeddings output_* pretraining_tp
+problem_type reorder_and_upcast_attn return_dict summary_* task_specific_params transformers*
+use_cache"""
 # Fields that change it, unless they are off (null, false, 0 or empty) or 1
 OFF = """add_cross_attention alibi apply_residual_connection_post_layernorm attention_multiplier
 attn_logit_softcapping final_logit_softcapping is_encoder_decoder layer_types position_encoding_2d
@@ -246,7 +251,7 @@ def read_windows(family, left, n_layer):
     elif family == "gemma3_text":
         pattern = left.pop("sliding_window_pattern", 6)
         layers = [(i + 1) % pattern > 0 for i in range(n_layer)]
-    elif family not in ("mistral", "phi3"):
+    elif family not in ALL_WINDOWS:
         window = None  # the others have the field, if at all, without an effect
     if layers and (kinds := left.get("layer_types")):
         layers = [kind == "sliding_attention" for kind in kinds]
@@ -288,6 +293,7 @@ def fields_to_hf(config, family):
     caller has to read it back and compare, since the family may lack a field."""
     c, table = config, FAMILIES[family]
     values = {"architectures": [CLASSES[family]], "model_type": family}
+    values["pad_token_id"] = None  # the class's own may lie beyond the vocabulary
     if family == "gpt2":
         values |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c["dropout"])
     for ours, (name, default) in ((o, v) for o, v in table.items() if isinstance(v, tuple)):
@@ -298,14 +304,13 @@ def fields_to_hf(config, family):
         elif name in CONVERTED:
             value = CONVERTED[name][1](value, c)
         values[name] = values.get(name, False) or value  # attention_bias: of qkv or out
-    scaling = c["rope_scaling"] or {}
-    if scaling.get("rope_type") == "longrope":
+    if (scaling := values.get("rope_scaling")) and scaling["rope_type"] == "longrope":
         values["rope_scaling"] = scaling | {"long_factor": scaling["short_factor"]}
         values["original_max_position_embeddings"] = c["context"]
-    if c["window"]:
+    if c["window"] and family in ALL_WINDOWS + SOME_WINDOWS:
         values["sliding_window"] = c["window"]
-        if c["window_layers"] is not None:
+        if family in SOME_WINDOWS and c["window_layers"] is not None:
             kinds = ("full_attention", "sliding_attention")
             values["layer_types"] = [kinds[windowed] for windowed in c["window_layers"]]
-            values["use_sliding_window"] = True
+            values["use_sliding_window"] = family != "gemma3_text" or None
     return values

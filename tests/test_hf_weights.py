@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import model as lm
+import sample
 from data import hf_config
 from data.cli import UserError
 
@@ -20,8 +21,18 @@ safetensors = pytest.importorskip("safetensors.torch")
 ROPE3 = dict(rope_type="llama3", rope_theta=50_000.0, factor=8.0, low_freq_factor=1.0)
 ROPE3 |= dict(high_freq_factor=4.0, original_max_position_embeddings=32)
 
+YARN = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=32)
+LONG = dict(rope_type="longrope", short_factor=[1.0, 1.1, 1.2, 1.5], long_factor=[2.0] * 4)
+LONG |= dict(rope_theta=10000.0)
+LONG_CONTEXT = dict(max_position_embeddings=512, original_max_position_embeddings=64)
+FULL = "full_attention"
+GEMMA_ROPE = {FULL: dict(rope_type="linear", factor=8.0, rope_theta=1e6)}
+GEMMA_ROPE["sliding_attention"] = dict(rope_type="default", rope_theta=1e4)
+
 TINY = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6)
 TINY |= dict(num_key_value_heads=2, max_position_embeddings=128, vocab_size=331)
+
+NEOX = {name: value for name, value in TINY.items() if name != "num_key_value_heads"}
 
 MODELS = {
     "gpt2": ("GPT2", dict(n_embd=48, n_layer=2, n_head=4, n_positions=128, vocab_size=331)),
@@ -42,10 +53,40 @@ MODELS = {
         TINY | dict(rope_parameters={"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}),
     ),
     "mistral": ("Mistral", TINY | dict(head_dim=8, sliding_window=None)),
-    "mistral window": ("Mistral", TINY | dict(head_dim=8, sliding_window=100)),
+    "mistral window": ("Mistral", TINY | dict(head_dim=8, sliding_window=11)),
     "qwen2": ("Qwen2", TINY | dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3", TINY | dict(head_dim=12, tie_word_embeddings=True)),
     "qwen3 biases": ("Qwen3", TINY | dict(head_dim=8, attention_bias=True)),
+    "minimind-3": ("Qwen3", TINY | dict(vocab_size=6400, head_dim=8, tie_word_embeddings=True)),
+    "qwen2 windows": (
+        "Qwen2",
+        TINY | dict(use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    ),
+    "qwen2 yarn": ("Qwen2", TINY | dict(rope_parameters=YARN)),
+    "phi3": ("Phi3", TINY | dict(pad_token_id=0)),
+    "phi3 window, share": (
+        "Phi3",
+        TINY | dict(pad_token_id=0, sliding_window=13, hidden_size=96, partial_rotary_factor=0.75),
+    ),
+    "phi3 longrope": ("Phi3", TINY | dict(pad_token_id=0, rope_parameters=LONG) | LONG_CONTEXT),
+    "granite": (
+        "Granite",
+        TINY
+        | dict(embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=6.0)
+        | dict(attention_multiplier=0.2, tie_word_embeddings=True),
+    ),
+    "olmo2": ("Olmo2", TINY),
+    "glm": ("Glm", TINY | dict(head_dim=16, pad_token_id=0)),
+    "glm4": ("Glm4", TINY | dict(head_dim=8, pad_token_id=0, attention_bias=False)),
+    "gemma": ("Gemma", TINY | dict(head_dim=10)),
+    "gemma3": (
+        "Gemma3",
+        TINY
+        | dict(head_dim=8, sliding_window=10, layer_types=["sliding_attention", FULL])
+        | dict(query_pre_attn_scalar=12, rope_parameters=GEMMA_ROPE),
+    ),
+    "gpt_neox": ("GPTNeoX", NEOX),
+    "gpt_neox in turn": ("GPTNeoX", NEOX | dict(use_parallel_residual=False, rotary_pct=0.5)),
 }
 
 
@@ -56,7 +97,7 @@ def config_from_hf(values, where="config.json"):
 def theirs(name, dtype=torch.float32):
     """A random model of transformers', its biases and norms not at their idle start values."""
     family, settings = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**settings)
+    config = theirs_class(family, "Config")(**settings)
     torch.manual_seed(0)
     for_lm = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
     model = getattr(transformers, for_lm)._from_config(config, attn_implementation="sdpa")
@@ -66,14 +107,22 @@ def theirs(name, dtype=torch.float32):
     return model.to(dtype).eval()
 
 
+def theirs_class(family, kind):
+    return getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}{kind}")
+
+
 def in_float64(reference):
     """The same model with norms in float64: transformers computes them in float32 even then."""
 
     def forward(norm, x):
-        eps = norm.variance_epsilon
-        return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        gemma = type(norm).__name__.startswith("Gemma")
+        weight = (norm.weight.float() + 1).double() if gemma else norm.weight
+        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
     for module in reference.double().modules():
+        if hasattr(module, "embed_scale"):
+            module.embed_scale.fill_(module.scalar_embed_scale)
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = functools.partial(forward, module)
     return reference
@@ -95,7 +144,14 @@ def test_logits_equal_theirs_in_fp32_and_fp64(name, tmp_path):
     model, ids = ours(tmp_path), some_ids(reference)
     with torch.no_grad():
         want = reference(ids).logits
-        torch.testing.assert_close(model(ids), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(ids), want, rtol=1e-5, atol=1e-5)
+        options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+        prompts = [ids[0, :9], ids[1, :14]]
+        rows = zip(*sample.generate(model, [p.tolist() for p in prompts], 20, temperature=0))
+        for prompt, row in zip((p[None] for p in prompts), rows):
+            text = reference.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+            assert text[0, prompt.shape[1] :].tolist() == list(row)
+        back(model, tmp_path / "again", ids, want)
         model, reference = ours(tmp_path, torch.float64), in_float64(reference)
         want = reference(ids).logits
         torch.testing.assert_close(model(ids), want, rtol=1e-9, atol=1e-9)
@@ -104,11 +160,25 @@ def test_logits_equal_theirs_in_fp32_and_fp64(name, tmp_path):
         torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-9, atol=1e-9)
 
 
+def back(model, folder, ids, want):
+    """Export our model; transformers reads all of it, from a .bin as well, and computes `want`."""
+    values = lm.export_hf({"config": vars(model.config), "model": model.state_dict()}, folder)
+    auto = transformers.AutoModelForCausalLM
+    reference, report = auto.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(reference.eval()(ids).logits, want, rtol=1e-5, atol=1e-5)
+    state = safetensors.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    torch.testing.assert_close(ours(folder)(ids), want, rtol=1e-5, atol=1e-5)
+    return values["model_type"]
+
+
 # ---- config.json: what we cannot compute is named -------------------------------------------
 
 REFUSED = [
     ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights = False"),
-    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0, "mscale": 2}), "json: rope"),
+    ("llama", dict(rope_scaling={"type": "yarn", "factor": 4, "mscale": 2}), "json: rope_scaling"),
     ("llama", dict(rope_scaling={"type": "dynamic", "factor": 4.0, "alpha": 9}), "json: rope_scal"),
     ("llama", dict(quantization_config={"bits": 4}), "quantization_config"),
     ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
@@ -119,7 +189,7 @@ REFUSED = [
     ("mistral", dict(sliding_window="?"), "wrong type"),
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
     ("llama", dict(model_type="?"), r"model_type '\?' is not one of gpt2, llama"),
-    ("llama", dict(model_type="mamba"), "'mamba' is not computed: a recurrent state; near it: llama"),
+    ("llama", dict(model_type="mamba"), "'mamba' is not computed: a recurrent state; near it: ll"),
     ("llama", dict(model_type="gpt_oss"), "attention sinks"),
     ("llama", dict(model_type="deepseek_v3"), "latent attention"),
     ("llama", dict(model_type="qwen3_5_text"), "gated delta nets; near it: qwen3"),
@@ -166,7 +236,7 @@ METADATA = dict(unsloth_fixed=True, auto_map={"AutoConfig": "a.B"}, tokenizer_cl
 METADATA |= dict(_attn_implementation_autoset=True, _num_labels=2, max_length=20)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", MODELS)
 def test_metadata_is_named_in_one_line_and_fields_of_the_class_are_not(name, tmp_path, capsys):
     said = f"[{tmp_path / 'config.json'}: ignored fields: {', '.join(sorted(METADATA))}]\n"
     for more, wanted in (({}, ""), (METADATA | dict(pad_token=None), said)):
@@ -178,7 +248,7 @@ def test_metadata_is_named_in_one_line_and_fields_of_the_class_are_not(name, tmp
 
 def theirs_config(name):
     family, settings = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**settings)
+    config = theirs_class(family, "Config")(**settings)
     return json.loads(config.to_json_string(use_diff=False))
 
 
