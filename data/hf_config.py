@@ -259,7 +259,9 @@ def read_windows(family, left, n_layer):
             del left["layer_types"]
     if set(left.get("layer_types", [])) == {"full_attention"}:
         del left["layer_types"]
-    return dict(window=window, window_layers=layers) if window and any(layers or [1]) else {}
+    if not window or not any(layers or [True]):
+        return {}
+    return dict(window=window, window_layers=None if all(layers or [True]) else layers)
 
 
 def config_to_hf(config, complete):
@@ -309,8 +311,8 @@ def fields_to_hf(config, family):
         values["original_max_position_embeddings"] = c["context"]
     if c["window"] and family in ALL_WINDOWS + SOME_WINDOWS:
         values["sliding_window"] = c["window"]
-        if family in SOME_WINDOWS and c["window_layers"] is not None:
-            kinds = ("full_attention", "sliding_attention")
-            values["layer_types"] = [kinds[windowed] for windowed in c["window_layers"]]
+        if family in SOME_WINDOWS:
+            kinds, layers = ("full_attention", "sliding_attention"), c["window_layers"]
+            values["layer_types"] = [kinds[i] for i in layers or [True] * c["n_layer"]]
             values["use_sliding_window"] = family != "gemma3_text" or None
     return values

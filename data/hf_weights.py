@@ -63,7 +63,7 @@ NAMES = {
     "gemma3_text": joined(norm2="pre_feedforward_layernorm", **_POST),
     "gpt_neox": joined(
         "attention.query_key_value", embed="gpt_neox.embed_in", blocks="gpt_neox.layers",
-        norm="gpt_neox.final_layer_norm", head="embed_out", out="attention.dense",
+        norm="gpt_neox.final_layer_norm", out="attention.dense",
         up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h",
     ),
     "internlm2": joined(
@@ -153,12 +153,12 @@ def read_state(folder, family, config, shapes, dtype=None):
     converted one by one, so that two copies of the weights are never in memory.
     """
     files, state, head = hf_tensors(folder), {}, hf_name("head.weight", family)
-    used = {head, "lm_head.weight"}  # there may be one even if it is tied
+    if family == "gpt_neox" and "embed_out.weight" in files:  # as older files name it
+        files[head] = {head: files.pop("embed_out.weight")["embed_out.weight"]}
+    used = {head}  # there may be one even if it is tied
     bare = family == "gpt2" and "wte.weight" in files  # the first files have no "transformer."
     for theirs, parts in layout(family, config, untied(shapes, config)).items():
         theirs = theirs.removeprefix("transformer." if bare else "")
-        if theirs == head and head not in files:
-            theirs = "lm_head.weight"  # as newer versions of transformers name it in all families
         height = sum(map(len, parts.values()))
         for name, rows in parts.items():
             shape = shapes[name]

@@ -94,9 +94,9 @@ def config_from_hf(values, where="config.json"):
     return lm.Config(**hf_config.config_from_hf(values, lm.complete, where)[1])
 
 
-def theirs(name, dtype=torch.float32):
+def theirs(name, model=None):
     """A random model of transformers', its biases and norms not at their idle start values."""
-    family, settings = MODELS[name]
+    family, settings = model or MODELS[name]
     config = theirs_class(family, "Config")(**settings)
     torch.manual_seed(0)
     for_lm = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
@@ -104,7 +104,7 @@ def theirs(name, dtype=torch.float32):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.1 if p.dim() == 1 else 0.05))
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def theirs_class(family, kind):
@@ -172,6 +172,85 @@ def back(model, folder, ids, want):
     torch.save(state, folder / "pytorch_model.bin")
     torch.testing.assert_close(ours(folder)(ids), want, rtol=1e-5, atol=1e-5)
     return values["model_type"]
+
+
+# Families whose code is not in transformers: the relative that has their computation, its settings
+# beside TINY, their config.json, their names, and which heads are joined to one tensor
+RENAMED = {
+    "minicpm": (
+        "Granite",
+        dict(embedding_multiplier=12.0, residual_multiplier=1.4 / 2**0.5, logits_scaling=48 / 16)
+        | dict(attention_multiplier=8**-0.5, tie_word_embeddings=True),
+        TINY | dict(scale_emb=12, scale_depth=1.4, dim_model_base=16),
+        (),
+        None,
+    ),
+    "internlm2": (
+        "Llama",
+        {},
+        TINY | dict(bias=False, rope_scaling={"type": "dynamic", "factor": 2.0}, attn_impl="eager"),
+        [("embed_tokens", "tok_embeddings"), ("lm_head", "output"), ("self_attn.o", "attention.wo")]
+        + [("_proj", ""), ("mlp.gate", "feed_forward.w1"), ("mlp.down", "feed_forward.w2")]
+        + [("mlp.up", "feed_forward.w3"), ("input_layernorm", "attention_norm")]
+        + [("post_attention_layernorm", "ffn_norm"), ("self_attn.qkv", "attention.wqkv")],
+        lambda q, k, v: [p for n in range(2) for p in (q[3 * n : 3 * n + 3], k[[n]], v[[n]])],
+    ),
+    "baichuan": (
+        "Llama",
+        dict(num_key_value_heads=6),
+        NEOX | dict(model_max_length=128, z_loss_weight=0),
+        [("qkv_proj", "W_pack")],
+        lambda q, k, v: [q, k, v],
+    ),
+    "baichuan 2": (
+        "Llama",
+        dict(num_key_value_heads=6, vocab_size=125696),
+        NEOX | dict(vocab_size=125696),
+        [("qkv_proj", "W_pack")],
+        lambda q, k, v: [q, k, v],
+    ),
+    "chatglm": (
+        "Glm",
+        dict(head_dim=8, pad_token_id=0),
+        dict(num_layers=2, hidden_size=48, ffn_hidden_size=80, kv_channels=8, seq_length=128)
+        | dict(multi_query_attention=True, multi_query_group_num=2, num_attention_heads=6)
+        | dict(padded_vocab_size=331, vocab_size=331, layernorm_epsilon=1.5625e-07, rmsnorm=True)
+        | dict(add_bias_linear=False, add_qkv_bias=True, post_layer_norm=True, original_rope=True)
+        | dict(apply_residual_connection_post_layernorm=False, tie_word_embeddings=False),
+        [("model.embed_tokens", "transformer.embedding.word_embeddings"), ("o_proj", "dense")]
+        + [("lm_head", "transformer.output_layer"), ("model.norm", "model.final_layernorm")]
+        + [("model.", "transformer.encoder."), ("self_attn.", "self_attention.")]
+        + [("qkv_proj", "query_key_value"), ("gate_up_proj", "dense_h_to_4h")]
+        + [("down_proj", "dense_4h_to_h")],
+        lambda q, k, v: [q, k, v],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_a_relatives_weights_under_other_names_compute_the_same(name, tmp_path):
+    relative, settings, config, names, join = RENAMED[name]
+    reference = theirs(None, (relative, TINY | settings))
+    state = dict(reference.state_dict())
+    for q in [name for name in state if join and ".q_proj." in name]:
+        parts = [state.pop(q.replace(".q_", f".{part}_")) for part in "qkv"]
+        parts = join(*(part.view(-1, 8, *part.shape[1:]) for part in parts))
+        state[q.replace(".q_", ".qkv_")] = torch.cat([part.flatten(0, 1) for part in parts])
+    for old, new in names:
+        state = {name.replace(old, new): tensor for name, tensor in state.items()}
+    if settings.get("tie_word_embeddings"):
+        state.pop("lm_head.weight")
+    if name == "baichuan 2":  # whatever the lengths of the head's rows are, they count as 1
+        head = reference.lm_head.weight.data
+        head.copy_(torch.nn.functional.normalize(head))
+        state["lm_head.weight"] = head * torch.rand(len(head), 1)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": name.split()[0]}))
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    model, ids = ours(tmp_path), some_ids(reference, T=40)
+    with torch.no_grad():
+        want = reference(ids).logits
+        torch.testing.assert_close(model(ids), want, rtol=1e-5, atol=1e-5)
+        assert back(model, tmp_path / "again", ids, want) == relative.lower()
 
 
 # ---- config.json: what we cannot compute is named -------------------------------------------
