@@ -370,10 +370,8 @@ class DPO(SFT):
     def start(self, model, splits, saved):
         """Compute the log probabilities of all answers under the reference, once."""
         if self.args.eval_only and not lora.adapted(model):
-            raise UserError(
-                f"pairs are measured against the model before DPO, which {self.args.ckpt} does not "
-                f"bring along: see its metrics.jsonl, or train with --lora_rank"
-            )
+            why = f"pairs are measured against the model before DPO, which {self.args.ckpt} lacks"
+            raise UserError(f"{why}: see its metrics.jsonl, or train with --lora_rank")
         reference = saved and saved["reference"]
         if not reference:
             with lm.evaluating(model), self.runtime.autocast(), lora.disable_adapter(model):
@@ -851,6 +849,12 @@ def make_task(args, objective, splits, loader, extra):
     )  # fmt: skip
 
 
+def example_questions(examples, count=4):
+    """What users ask in `count` of the examples, from all over the list; the page shows them."""
+    questions = [q for q in dict.fromkeys(map(first_words, examples)) if 0 < len(q) <= 160]
+    return questions[:: max(1, len(questions) // count)][:count]
+
+
 def shorten(text, width=160):
     """At most `width` characters of `text`, on one line."""
     text = " ".join(text.split())
@@ -967,7 +971,7 @@ def main(argv=None):
         task.weights, task.extra = lora.adapter_state, extra | {"adapter": adapter}
     name = f"{default_name(args.data)}-ft"
     out = Path(args.out) if content else run_folder(args.out, name, runtime)
-    args = settle(args, out=str(out))
+    args = settle(args, out=str(out), examples=example_questions(examples["val"]))
     if runtime.rank == 0:
         print("\n".join(header(model, args, objective, splits, loader)))
 

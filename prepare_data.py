@@ -69,9 +69,7 @@ def find_files(source):
     paths = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
     if not paths:
         names = ", ".join(SOURCES)
-        raise UserError(
-            f"source {source!r} is not a file, folder, glob or URL, and not one of {names}"
-        )
+        raise UserError(f"source {source!r} is no file, folder, glob or URL, nor one of {names}")
     return paths
 
 
@@ -108,11 +106,9 @@ def make_tokenizer(name, documents, total_bytes):
     if is_hub_name(name) and Path(name).parts[0] not in ("out", "data"):
         folder = snapshot_download(name, files=("config.json", "tokenizer.json"))
         return Tokenizer(hub_tokenizer(folder))
-    raise UserError(
-        f"tokenizer {name!r} is unknown; choose byte, char, bpe:N (e.g. bpe:4096), bpe-han:N, "
-        f"gpt2, cl100k_base, o200k_base, a folder prepared before, or a model of the Hub "
-        f"(owner/name)"
-    )
+    names = "byte, char, bpe:N (e.g. bpe:4096), bpe-han:N, gpt2, cl100k_base, o200k_base"
+    names += ", a folder prepared before, or a model of the Hub (owner/name)"
+    raise UserError(f"tokenizer {name!r} is unknown; choose {names}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -155,7 +151,7 @@ def encoded(pieces, tokenizer):
 
     with ThreadPoolExecutor(WORKERS, initializer=start) as pool:
         pieces = iter(pieces)
-        while ahead := list(itertools.islice(pieces, 4 * WORKERS)):
+        while ahead := list(itertools.islice(pieces, 2 * WORKERS)):
             yield from pool.map(encode, *zip(*ahead))
 
 
@@ -217,7 +213,6 @@ def xz_bits_per_byte(paths, tokenizer):
     for ids in (np.fromfile(path, dtype) for path in paths):
         texts.append(tokenizer.encoding.decode_bytes(ids[tokenizer.byte_lengths[ids] > 0].tolist()))
     options = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 64 << 20}
-
     with ThreadPoolExecutor() as pool, waiting("compressing the text with xz, to compare"):
         compress = partial(lzma.compress, filters=[options])
         first, both = map(len, pool.map(compress, (texts[0], b"".join(texts))))

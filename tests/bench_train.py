@@ -154,8 +154,8 @@ def make_ours(case, dtype):
 def speed(args):
     """Steps of ours and the peers' in turn."""
     for case, (config, rows, length, steps) in CASES.items():
-        novel = "novel" in case
-        peer, folder = ("the course", args.course) if novel else ("nanoGPT", args.nanogpt)
+        peer = "the course" if "novel" in case else "nanoGPT"
+        folder = args.course if "novel" in case else args.nanogpt
         for dtype in ("fp32",) if "0.8M" in case else ("fp32", "bf16"):
             jobs = {peer: (make_peer, dict(case=case, folder=folder, bf16=dtype == "bf16"))}
             jobs = (jobs if folder else {}) | {"ours": (make_ours, dict(case=case, dtype=dtype))}
