@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from data import costs, hf_config, hf_weights, tables
 from data.cli import Parser, UserError, at_least, run_cli
 from data.download import is_hub_name, snapshot_download
-from data.files import write_whole
+from data.files import read_json, write_whole
 from data.hf_tokenizer import hub_tokenizer
 from data.rope import known_scaling, scale_frequency
 from data.runs import OUT, newest_run
@@ -979,26 +979,27 @@ def complete(values):
     return asdict(Config(**values))
 
 
-def tensor_shapes(values):
-    """{name: shape} of the tensors of the model whose Config has these fields."""
-    return {n: t.shape for n, t in meta_model(Config(**values)).state_dict().items()}
+def meta_state(values):
+    """{name: tensor without data} of the model whose Config has these fields."""
+    return meta_model(Config(**values)).state_dict()
 
 
 def check_readable(folder):
     """UserError for an unsupported config or tokenizer, before the weights are downloaded."""
-    hf_config.read_config(folder, complete)
+    where = folder / "config.json"
+    hf_config.config_from_hf(read_json(where), complete, where)
     if (folder / "tokenizer.json").exists():
         hub_tokenizer(folder)
 
 
 def load_hf(folder, dtype=None):
     """The checkpoint dict of a folder in Hugging Face's layout, see `hf_weights.load`."""
-    return hf_weights.load(Path(folder), complete, tensor_shapes, dtype)
+    return hf_weights.load(Path(folder), complete, meta_state, dtype)
 
 
 def export_hf(content, folder):
     """Write a checkpoint as transformers reads it, see `hf_weights.export`."""
-    return hf_weights.export(content, Path(folder), complete, tensor_shapes)
+    return hf_weights.export(content, Path(folder), complete, meta_state)
 
 
 # --------------------------------------------------------------------------------------------

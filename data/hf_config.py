@@ -10,7 +10,6 @@ import re
 import sys
 
 from data.cli import UserError
-from data.files import read_json
 
 # For each field of model.Config that differs from its default: its name in config.json and the
 # value if it is not there, or the value that it always has in this family. To add an architecture,
@@ -84,17 +83,19 @@ FAMILIES = {
         rope_theta=("rope_ratio", 1.0),
     ),
 }  # fmt: skip
-# The classes of transformers that we write, the preferred ones first
-CLASSES = dict(
-    gpt2="GPT2LMHeadModel", llama="LlamaForCausalLM", qwen2="Qwen2ForCausalLM",
-    qwen3="Qwen3ForCausalLM", mistral="MistralForCausalLM", phi3="Phi3ForCausalLM",
-    granite="GraniteForCausalLM", olmo2="Olmo2ForCausalLM", glm="GlmForCausalLM",
-    glm4="Glm4ForCausalLM", gemma="GemmaForCausalLM", gemma3_text="Gemma3ForCausalLM",
-    gpt_neox="GPTNeoXForCausalLM",
-)  # fmt: skip
-ALL_WINDOWS = ("mistral", "phi3")  # in all layers
-SOME_WINDOWS = ("qwen2", "qwen3", "gemma3_text")  # in those that layer_types names
-
+# Those that transformers has no class of, so that we write none
+READ_ONLY = ("minicpm", "internlm2", "baichuan", "chatglm")
+CLASSES = dict(gpt2="GPT2LMHeadModel", gpt_neox="GPTNeoXForCausalLM")
+CLASSES["gemma3_text"] = "Gemma3ForCausalLM"  # of the others: LlamaForCausalLM, for example
+# Whether layer i has a window, given the other fields, if layer_types does not say so
+WINDOWED = {
+    "mistral": lambda i, values: True,
+    "phi3": lambda i, values: True,
+    "qwen2": lambda i, values: i >= values.get("max_window_layers", 28),
+    "qwen3": lambda i, values: i >= values.get("max_window_layers", 28),
+    "gemma3_text": lambda i, values: (i + 1) % values.get("sliding_window_pattern", 6) > 0,
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
 _TANH = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh")
 PLAIN = _TANH | dict(gelu="gelu", relu="relu")
 GATED = dict(silu="swiglu", swish="swiglu", gelu_pytorch_tanh="geglu_tanh")
@@ -141,17 +142,11 @@ REFUSED = {
 }
 
 
-def read_config(folder, complete, verbose=False):
-    """(the family, all fields of the Config) that the config.json in a folder means; UserError if
-    it is not supported. With `verbose`, a line on stderr names the ignored fields."""
-    where = folder / "config.json"
-    return config_from_hf(read_json(where), complete, where, verbose)
-
-
 def config_from_hf(values, complete, where="config.json", verbose=False):
-    """`read_config` for a config.json that is already a dict."""
+    """(the family, all fields of the Config) that a config.json means, a dict; UserError if it is
+    not supported. With `verbose`, a line on stderr names the ignored fields."""
     try:
-        config, ignored = fields_from_hf(values)
+        family, config, ignored = fields_from_hf(values)
         config = complete(config)
     except (AttributeError, TypeError) as e:
         raise UserError(f"{where} lacks a field or has one of the wrong type: {e}") from e
@@ -159,38 +154,38 @@ def config_from_hf(values, complete, where="config.json", verbose=False):
         raise UserError(f"{where}: {e}") from e
     if ignored and verbose:
         print(f"[{where}: ignored fields: {', '.join(ignored)}]", file=sys.stderr)
-    return values["model_type"], config
+    return family, config
 
 
 def fields_from_hf(values):
-    """The fields of a model.Config that a config.json means, as a dict, and the names of those that
-    have no effect. UserError names the first one whose effect is not implemented here."""
-    family = values.get("model_type")
+    """The family, the fields of a model.Config that a config.json means, as a dict, and the names
+    of those without effect. UserError names the first one whose effect is not implemented here."""
+    left = {name: v for name, v in values.items() if v is not None}
+    family = left.get("model_type", "minicpm" if "scale_emb" in left else None)
+    for pattern, (why, near) in REFUSED.items():
+        if re.fullmatch(pattern, str(family)):
+            raise UserError(f"model_type {family!r} is not computed: {why}; near it: {near}")
     if family not in FAMILIES:
-        for pattern, (why, near) in REFUSED.items():
-            if re.fullmatch(pattern, str(family)):
-                raise UserError(f"model_type {family!r} is not computed: {why}; near it: {near}")
         raise UserError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
-    table, left = FAMILIES[family], {name: v for name, v in values.items() if v is not None}
     if family == "baichuan" and "max_position_embeddings" not in left:
         raise UserError("Baichuan's 13B with ALiBi is not computed; near it: the 7B")
-    config = {"init": "gpt2"} | {k: v for k, v in table.items() if not isinstance(v, tuple)}
-    names = {ours: v for ours, v in table.items() if isinstance(v, tuple)}
+    if family == "chatglm" and "chatglm2" in left.get("_name_or_path", ""):
+        left["chatglm2 with rope_ratio"] = left.get("rope_ratio", 1)  # it divides the positions
+    names = {ours: v for ours, v in FAMILIES[family].items() if isinstance(v, tuple)}
+    config = {"init": "gpt2"} | {o: v for o, v in FAMILIES[family].items() if o not in names}
     if "rope_scaling" in names:
         left["rope_scaling"] = read_rope(left, names)
     config |= {ours: left.get(name, default) for ours, (name, default) in names.items()}
-    for name in {name for name, _ in names.values()}:
-        left.pop(name, None)
+    left = {name: v for name, v in left.items() if name not in dict(names.values())}
     if "activation" in names:
-        known = GATED if config.get("norm") != "layernorm" else PLAIN
-        if (activation := known.get(config["activation"])) is None:
+        known = PLAIN if config.get("norm") == "layernorm" else GATED
+        if config["activation"] not in known:
             refuse(names["activation"][0], config["activation"])
-        config["activation"] = activation
+        config["activation"] = known[config["activation"]]
     if config.get("head_size") is None:
         config["head_size"] = config["d_model"] // config["n_head"]
-    for ours, (name, _) in names.items():
-        if name in CONVERTED:
-            config[ours] = CONVERTED[name][0](config[ours], config)
+    for ours in (ours for ours, (name, _) in names.items() if name in CONVERTED):
+        config[ours] = CONVERTED[names[ours][0]][0](config[ours], config)
     if family.startswith("gemma"):
         config["embed_scale"] = config["d_model"] ** 0.5
     config |= read_windows(family, left, config["n_layer"])
@@ -199,7 +194,7 @@ def fields_from_hf(values):
         if name in supported and (value or False) != supported[name]:
             refuse(name, value)
     known = (name for pattern in IGNORED.split() for name in fnmatch.filter(left, pattern))
-    return config, sorted(left.keys() - supported.keys() - set(known))
+    return family, config, sorted(left.keys() - supported.keys() - set(known))
 
 
 def refuse(name, value):
@@ -212,9 +207,8 @@ def read_rope(left, names):
     `left` to the fields that `names` has for it."""
     rope = left.pop("rope_parameters", {})  # the newer name; transformers prefers the older
     rope = left.pop("rope_scaling", None) or rope
-    if "window_theta" in names and "full_attention" in rope:  # one for each type of layer
-        left[names["window_theta"][0]] = rope["sliding_attention"]["rope_theta"]
-        rope = rope["full_attention"]
+    if "window_theta" in names and FULL in rope:  # one for each type of layer
+        left[names["window_theta"][0]], rope = rope[SLIDING]["rope_theta"], rope[FULL]
     if any(isinstance(v, dict) for v in rope.values()):
         refuse("rope_parameters", rope)
     rope = {name: v for name, v in rope.items() if v is not None}
@@ -228,62 +222,51 @@ def read_rope(left, names):
         return None
     original = rope.get("original_max_position_embeddings", left.get(context))
     if kind == "yarn":  # max_position_embeddings may still be the original ones
-        factor = rope["factor"]
-        rope = dict(beta_fast=32, beta_slow=1, attention_factor=0.1 * math.log(factor) + 1) | rope
+        size = 0.1 * math.log(rope["factor"]) + 1
+        rope = dict(beta_fast=32, beta_slow=1, attention_factor=size) | rope
         rope["original_max_position_embeddings"] = original
-        left[context] = max(left[context], int(factor * original))
+        left[context] = max(left[context], int(rope["factor"] * original))
     elif kind in ("longrope", "su"):  # in the original context; beyond it, all angles change
         kind, original = "longrope", left.get("original_max_position_embeddings", original)
         factor = max(rope.get("factor", left[context] / original), 1)
         size = rope.get("attention_factor", (1 + math.log(factor) / math.log(original)) ** 0.5)
-        rope = dict(short_factor=rope["short_factor"], attention_factor=size)
-        left[context] = original
+        rope, left[context] = (
+            dict(short_factor=rope["short_factor"], attention_factor=size),
+            original,
+        )
     return {"rope_type": kind, **rope}
 
 
 def read_windows(family, left, n_layer):
     """The fields window and window_layers of a Config, taken from the config.json `left`."""
-    window, layers = left.pop("sliding_window", None), None
-    if family in ("qwen2", "qwen3"):
-        first = left.pop("max_window_layers", 28)
-        window = window if left.pop("use_sliding_window", False) else None
-        layers = [i >= first for i in range(n_layer)]
-    elif family == "gemma3_text":
-        pattern = left.pop("sliding_window_pattern", 6)
-        layers = [(i + 1) % pattern > 0 for i in range(n_layer)]
-    elif family not in ALL_WINDOWS:
-        window = None  # the others have the field, if at all, without an effect
-    if layers and (kinds := left.get("layer_types")):
-        layers = [kind == "sliding_attention" for kind in kinds]
-        if set(kinds) <= {"full_attention", "sliding_attention"} and (window or not any(layers)):
-            del left["layer_types"]
-    if set(left.get("layer_types", [])) == {"full_attention"}:
-        del left["layer_types"]
-    if not window or not any(layers or [True]):
+    window, kinds = left.pop("sliding_window", None), left.pop("layer_types", [])
+    if family not in WINDOWED or ("qwen" in family and not left.pop("use_sliding_window", False)):
+        window = None  # many have the field, without an effect
+    if set(kinds) - ({FULL, SLIDING} if window else {FULL}):
+        refuse("layer_types", kinds)
+    if not window:
         return {}
-    return dict(window=window, window_layers=None if all(layers or [True]) else layers)
+    layers = [k == SLIDING for k in kinds] or [WINDOWED[family](i, left) for i in range(n_layer)]
+    return dict(window=window if any(layers) else 0, window_layers=None if all(layers) else layers)
 
 
 def config_to_hf(config, complete):
     """(config.json as a dict, the fields of its Config) of the Hugging Face architecture that
     computes the same as the Config with these fields. It may have additional biases and norm
     weights, which are then zeros and ones. UserError names a field that no architecture has."""
-    nearest = None
-    for family in CLASSES:
+    candidates = []
+    for family in (family for family in FAMILIES if family not in READ_ONLY):
         values = fields_to_hf(config, family)
-        theirs = complete(fields_from_hf(values)[0])
+        theirs = complete(fields_from_hf(values)[1])
         misfits, added = [], 0
         for name, value in config.items():
             other = theirs[name]
-            if isinstance(value, float) and math.isclose(value, other, rel_tol=1e-12):
-                theirs[name] = value
-            elif value != other and name not in ("dropout", "init"):
+            close = isinstance(value, float) and math.isclose(value, other)
+            if value != other and not close and name not in ("dropout", "init"):
                 fits = other is True and (name == "norm_weight" or name.endswith("_bias"))
-                added += fits
-                misfits += [] if fits else [name]
-        if nearest is None or (len(misfits), added) < nearest[0]:
-            nearest = (len(misfits), added), misfits, values, theirs
-    _, misfits, values, theirs = nearest
+                added, misfits = added + fits, misfits + [name] * (not fits)
+        candidates.append((len(misfits), added, misfits, values, theirs))
+    *_, misfits, values, theirs = min(candidates, key=lambda candidate: candidate[:2])
     for name in misfits[:1]:
         field = f"{name} {config[name]} (the nearest, {values['model_type']}, has {theirs[name]})"
         raise UserError(f"no Hugging Face architecture has {field} with the rest of this model")
@@ -293,15 +276,17 @@ def config_to_hf(config, complete):
 def fields_to_hf(config, family):
     """The config.json of a model of `family` that is as near as possible to a Config's fields. The
     caller has to read it back and compare, since the family may lack a field."""
-    c, table = config, FAMILIES[family]
-    values = {"architectures": [CLASSES[family]], "model_type": family}
-    values["pad_token_id"] = None  # the class's own may lie beyond the vocabulary
+    c, kind = config, CLASSES.get(family, f"{family.capitalize()}ForCausalLM")
+    # the class's own id of padding may lie beyond the vocabulary
+    values = {"architectures": [kind], "model_type": family, "pad_token_id": None}
     if family == "gpt2":
         values |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c["dropout"])
-    for ours, (name, default) in ((o, v) for o, v in table.items() if isinstance(v, tuple)):
-        value = c[ours]
+    for ours, theirs in FAMILIES[family].items():
+        if not isinstance(theirs, tuple):
+            continue
+        (name, default), value = theirs, c[ours]
         if ours == "activation":
-            known = GATED if table.get("norm") != "layernorm" else PLAIN
+            known = PLAIN if FAMILIES[family].get("norm") == "layernorm" else GATED
             value = next((theirs for theirs, o in known.items() if o == value), default)
         elif name in CONVERTED:
             value = CONVERTED[name][1](value, c)
@@ -309,10 +294,11 @@ def fields_to_hf(config, family):
     if (scaling := values.get("rope_scaling")) and scaling["rope_type"] == "longrope":
         values["rope_scaling"] = scaling | {"long_factor": scaling["short_factor"]}
         values["original_max_position_embeddings"] = c["context"]
-    if c["window"] and family in ALL_WINDOWS + SOME_WINDOWS:
+    if c["window"] and family in WINDOWED:
         values["sliding_window"] = c["window"]
-        if family in SOME_WINDOWS:
-            kinds, layers = ("full_attention", "sliding_attention"), c["window_layers"]
-            values["layer_types"] = [kinds[i] for i in layers or [True] * c["n_layer"]]
-            values["use_sliding_window"] = family != "gemma3_text" or None
+        if family not in ("mistral", "phi3"):
+            layers = c["window_layers"] or [True] * c["n_layer"]
+            values["layer_types"] = [SLIDING if windowed else FULL for windowed in layers]
+        if "qwen" in family:
+            values["use_sliding_window"] = True
     return values

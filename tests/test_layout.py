@@ -49,7 +49,7 @@ IMPORTS = {
     "data.server": "data.service",
     "data.hf_tokenizer": "data.chat data.tokenizer",
     "data.rope": "",
-    "data.hf_config": "data.files",
+    "data.hf_config": "data.cli",
     "data.hf_weights": "data.hf_config data.hf_tokenizer data.tensors",
     "prepare_data": "data.hf_tokenizer data.sources data.text",
     "model": "data.costs data.hf_weights data.machine data.rope data.runs data.tables",
