@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from data import costs, hf_config, hf_weights, tables
 from data.cli import Parser, UserError, at_least, run_cli
+from data.costs import count_parameters, flops_per_token
 from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_whole
 from data.hf_tokenizer import hub_tokenizer
@@ -312,15 +313,9 @@ class WideNorm(nn.RMSNorm):
         return super().forward(x.flatten(-2)).view_as(x)
 
 
-class Scale(nn.Module):
-    """x times a constant."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x):
-        return x * self.factor
+def times(factor):
+    """A function that multiplies by a constant."""
+    return nn.Identity() if factor == 1 else partial(torch.mul, other=factor)
 
 
 class Attention(nn.Module):
@@ -393,14 +388,13 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(c)
         self.post_norm2 = make_norm(c, c.d_model) if post else nothing
         self.drop = nn.Dropout(c.dropout) if c.dropout else nothing
-        if c.residual_scale != 1:
-            self.drop = nn.Sequential(self.drop, Scale(c.residual_scale))
+        self.scale = times(c.residual_scale)
 
     def forward(self, x, rope=None, update_cache=None, mask=None, extra_values=None):
         y = self.attention(self.norm1(x), rope, update_cache, mask, extra_values)
-        y = x + self.drop(self.post_norm1(y))
+        y = x + self.scale(self.drop(self.post_norm1(y)))
         z = self.feed_forward(self.norm2(x if self.parallel else y))
-        return y + self.drop(self.post_norm2(z))
+        return y + self.scale(self.drop(self.post_norm2(z)))
 
 
 # --------------------------------------------------------------------------------------------
@@ -746,13 +740,11 @@ class Transformer(nn.Module):
             if c.window and c.window_theta:
                 self.window_cos, self.window_sin = map(table, tables(c.window_theta))
         self.windowed = c.window_layers or [True] * c.n_layer
-        self.embed_norm = nn.Identity() if c.embed_scale == 1 else Scale(c.embed_scale)
-        if c.embed_norm:
-            self.embed_norm = make_norm(c, c.d_model)
+        self.embed_norm = make_norm(c, c.d_model) if c.embed_norm else times(c.embed_scale)
         self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = make_norm(c, c.d_model)
-        self.logit_scale = nn.Identity() if c.logit_scale == 1 else Scale(c.logit_scale)
+        self.logit_scale = times(c.logit_scale)
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=c.head_bias)
         if c.tied:
             self.head.weight = self.embed.weight
@@ -1005,35 +997,6 @@ def export_hf(content, folder):
 # --------------------------------------------------------------------------------------------
 # The command line: what a shape costs
 # --------------------------------------------------------------------------------------------
-
-
-def count_parameters(model):
-    """{part: parameters} and their "total"; a tied head is counted once, as the embedding."""
-    words = {"embed": "embedding", "inputs": "embedding", "position": "positions"}
-    words |= {"attention": "attention", "feed_forward": "feed-forward", "norm": "norms"}
-    counts = dict.fromkeys([*words.values(), "head"], 0)
-    for name, p in model.named_parameters():
-        parts = [part for word, part in words.items() if word in name]
-        counts[parts[-1] if parts else "head"] += p.numel()  # the last: embed_norm is a norm
-    return {**counts, "total": sum(counts.values())}
-
-
-def flops_per_token(config, length=None, learned=1.0, frozen=False):
-    """Floating-point operations to train on one token of rows that are `length` tokens long (by
-    default the context), forward and backward.
-
-    Six per weight of a matrix product (a multiply and an add, three times: forward, by the input,
-    by the weight; four of a `frozen` model with adapters), plus the attention scores: 12 n_layer nh
-    hs length. That counts the masked half too, as PaLM (Chowdhery et al. 2022, appendix B) and
-    nanoGPT do, so MFUs compare. The head is computed for the share of tokens that is `learned`.
-    """
-    c = config
-    qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
-    feed_forward = c.d_model * c.d_ff * (3 if c.activation in GATED else 2)
-    block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
-    weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
-    scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
-    return (4 if frozen else 6) * weights + scores
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ The fields of a model.Config go in and out as plain dicts. `complete`, an argume
 functions, fills in the other fields of a Config, or raises UserError for an impossible one.
 """
 
+import ast
 import fnmatch
 import math
 import re
@@ -11,77 +12,50 @@ import sys
 
 from data.cli import UserError
 
-# For each field of model.Config that differs from its default: its name in config.json and the
-# value if it is not there, or the value that it always has in this family. To add an architecture,
-# add a table here and the names of its tensors to data/hf_weights.py.
-GPT2 = dict(
-    vocab_size=("vocab_size", 50257), context=("n_positions", 1024), n_layer=("n_layer", 12),
-    n_head=("n_head", 12), d_model=("n_embd", 768), d_ff=("n_inner", None),
-    activation=("activation_function", "gelu_new"), tied=("tie_word_embeddings", True),
-    eps=("layer_norm_epsilon", 1e-5), position="learned", norm="layernorm",
-    qkv_bias=True, out_bias=True, ff_bias=True,
-)  # fmt: skip
-LLAMA = dict(
-    vocab_size=("vocab_size", None), context=("max_position_embeddings", None),
-    n_layer=("num_hidden_layers", None), n_head=("num_attention_heads", None),
-    n_kv_head=("num_key_value_heads", None), d_model=("hidden_size", None),
-    head_size=("head_dim", None), d_ff=("intermediate_size", None),
-    activation=("hidden_act", "silu"), qkv_bias=("attention_bias", False),
-    out_bias=("attention_bias", False), ff_bias=("mlp_bias", False),
-    tied=("tie_word_embeddings", False), eps=("rms_norm_eps", 1e-6),
-    rope_theta=("rope_theta", 10000.0), rope_scaling=("rope_scaling", None),
-)  # fmt: skip
-_BARE = LLAMA | dict(qkv_bias=False, out_bias=False, ff_bias=False)
-_PARTIAL = ("partial_rotary_factor", 0.5)
-_GLM = _BARE | dict(qkv_bias=("attention_bias", True), rotary_share=_PARTIAL)
-_GEMMA = LLAMA | dict(ff_bias=False, tied=("tie_word_embeddings", True))
+# For each field of model.Config that differs from its default, field=NAME:VALUE with its name in
+# config.json and its value if it is not there, or field:VALUE if it is always that in a family. To
+# add an architecture, add a line here, and the names of its tensors to data/hf_weights.py.
+GPT2 = """vocab_size=vocab_size:50257 context=n_positions:1024 n_layer=n_layer:12 n_head=n_head:12
+d_model=n_embd:768 d_ff=n_inner activation=activation_function:'gelu_new' qkv_bias,out_bias:True
+ff_bias:True tied=tie_word_embeddings:True eps=layer_norm_epsilon:1e-5 position:'learned'
+norm:'layernorm'"""
+LLAMA = """vocab_size=vocab_size context=max_position_embeddings n_layer=num_hidden_layers
+n_head=num_attention_heads n_kv_head=num_key_value_heads d_model=hidden_size head_size=head_dim
+d_ff=intermediate_size activation=hidden_act:'silu' qkv_bias,out_bias=attention_bias:False
+ff_bias=mlp_bias:False tied=tie_word_embeddings:False eps=rms_norm_eps:1e-6
+rope_theta=rope_theta:10000.0 rope_scaling=rope_scaling """
+BARE = LLAMA + "qkv_bias,out_bias,ff_bias:False "
+GLM = BARE + "qkv_bias=attention_bias:True rotary_share=partial_rotary_factor:0.5 "
+GEMMA = LLAMA + "ff_bias:False tied=tie_word_embeddings:True "
 FAMILIES = {
     "gpt2": GPT2,
     "llama": LLAMA,
-    "qwen2": _BARE | dict(qkv_bias=True),
-    "qwen3": LLAMA | dict(ff_bias=False, qk_norm=True),
-    "mistral": _BARE,
-    "phi3": _BARE | dict(rotary_share=("partial_rotary_factor", 1.0), eps=("rms_norm_eps", 1e-5)),
-    "granite": LLAMA | dict(
-        embed_scale=("embedding_multiplier", 1.0), residual_scale=("residual_multiplier", 1.0),
-        logit_scale=("logits_scaling", 1.0), attention_scale=("attention_multiplier", 1.0),
-    ),
-    "olmo2": LLAMA | dict(
-        ff_bias=False, norm_place="post", qk_norm=True, qk_norm_wide=True,
-        eps=("rms_norm_eps", 1e-5),
-    ),
-    "glm": _GLM,
-    "glm4": _GLM | dict(norm_place="both"),
-    "gemma": _GEMMA | dict(activation="geglu_tanh"),
-    "gemma3_text": _GEMMA | dict(
-        activation=("hidden_activation", "gelu_pytorch_tanh"), qk_norm=True, norm_place="both",
-        attention_scale=("query_pre_attn_scalar", 256), rope_theta=("rope_theta", 1e6),
-        window_theta=("rope_local_base_freq", 1e4),
-    ),
-    "gpt_neox": dict(
-        vocab_size=("vocab_size", 50432), context=("max_position_embeddings", 2048),
-        n_layer=("num_hidden_layers", 44), n_head=("num_attention_heads", 64),
-        d_model=("hidden_size", 6144), d_ff=("intermediate_size", 24576),
-        activation=("hidden_act", "gelu"), qkv_bias=("attention_bias", True),
-        out_bias=("attention_bias", True), ff_bias=True, tied=("tie_word_embeddings", False),
-        eps=("layer_norm_eps", 1e-5), norm="layernorm", parallel=("use_parallel_residual", True),
-        rope_theta=("rotary_emb_base", 10000.0), rotary_share=("rotary_pct", 0.25),
-        rope_scaling=("rope_scaling", None),
-    ),
-    "minicpm": _BARE | dict(
-        tied=("tie_word_embeddings", True), embed_scale=("scale_emb", 1.0),
-        residual_scale=("scale_depth", 1.0), logit_scale=("dim_model_base", 1.0),
-    ),
-    "internlm2": _BARE | dict(qkv_bias=("bias", False), out_bias=("bias", False)),
-    "baichuan": _BARE,
-    "chatglm": _BARE | dict(
-        vocab_size=("padded_vocab_size", None), context=("seq_length", None),
-        n_layer=("num_layers", None), n_kv_head=("multi_query_group_num", None),
-        head_size=("kv_channels", None), d_ff=("ffn_hidden_size", None), activation="swiglu",
-        qkv_bias=("add_qkv_bias", False), out_bias=("add_bias_linear", False),
-        ff_bias=("add_bias_linear", False), eps=("layernorm_epsilon", 1e-5), rotary_share=0.5,
-        rope_theta=("rope_ratio", 1.0),
-    ),
+    "qwen2": BARE + "qkv_bias:True",
+    "qwen3": LLAMA + "ff_bias:False qk_norm:True",
+    "mistral": BARE,
+    "phi3": BARE + "rotary_share=partial_rotary_factor:1.0 eps=rms_norm_eps:1e-5",
+    "granite": LLAMA + """embed_scale=embedding_multiplier:1.0 logit_scale=logits_scaling:1.0
+        residual_scale=residual_multiplier:1.0 attention_scale=attention_multiplier:1.0""",
+    "olmo2": LLAMA + """ff_bias:False eps=rms_norm_eps:1e-5 norm_place:'post'
+        qk_norm,qk_norm_wide:True""",
+    "glm": GLM,
+    "glm4": GLM + "norm_place:'both'",
+    "gemma": GEMMA + "activation:'geglu_tanh'",
+    "gemma3_text": GEMMA + """activation=hidden_activation:'gelu_pytorch_tanh' qk_norm:True
+        norm_place:'both' attention_scale=query_pre_attn_scalar:256 rope_theta=rope_theta:1e6
+        window_theta=rope_local_base_freq:1e4""",
+    "gpt_neox": LLAMA + """n_kv_head,head_size:None activation=hidden_act:'gelu' norm:'layernorm'
+        qkv_bias,out_bias=attention_bias:True ff_bias:True eps=layer_norm_eps:1e-5
+        parallel=use_parallel_residual:True rope_theta=rotary_emb_base:10000.0
+        rotary_share=rotary_pct:0.25""",
+    "minicpm": BARE + """tied=tie_word_embeddings:True embed_scale=scale_emb:1.0
+        residual_scale=scale_depth:1.0 logit_scale=dim_model_base:1.0""",
+    "internlm2": BARE + "qkv_bias,out_bias=bias:False",
+    "baichuan": BARE,
+    "chatglm": BARE + """vocab_size=padded_vocab_size context=seq_length n_layer=num_layers
+        n_kv_head=multi_query_group_num head_size=kv_channels d_ff=ffn_hidden_size
+        activation:'swiglu' qkv_bias=add_qkv_bias:False out_bias,ff_bias=add_bias_linear:False
+        eps=layernorm_epsilon:1e-5 rope_theta=rope_ratio:1.0 rotary_share:0.5""",
 }  # fmt: skip
 # Those that transformers has no class of, so that we write none
 READ_ONLY = ("minicpm", "internlm2", "baichuan", "chatglm")
@@ -142,6 +116,19 @@ REFUSED = {
 }
 
 
+def fields_of(family):
+    """({our field: (its name, its value if absent)}, {our field: what it always is})."""
+    read, fixed = {}, {}
+    for item in FAMILIES[family].split():
+        ours, name, value = re.fullmatch(r"([\w,]+)(?:=(\w+))?(?::(.+))?", item).groups()
+        value = value and ast.literal_eval(value)
+        for field in ours.split(","):  # a later item replaces an earlier one
+            read.pop(field, None)
+            fixed.pop(field, None)
+            (read if name else fixed)[field] = (name, value) if name else value
+    return read, fixed
+
+
 def config_from_hf(values, complete, where="config.json", verbose=False):
     """(the family, all fields of the Config) that a config.json means, a dict; UserError if it is
     not supported. With `verbose`, a line on stderr names the ignored fields."""
@@ -169,13 +156,13 @@ def fields_from_hf(values):
         raise UserError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
     if family == "baichuan" and "max_position_embeddings" not in left:
         raise UserError("Baichuan's 13B with ALiBi is not computed; near it: the 7B")
-    if family == "chatglm" and "chatglm2" in left.get("_name_or_path", ""):
-        left["chatglm2 with rope_ratio"] = left.get("rope_ratio", 1)  # it divides the positions
-    names = {ours: v for ours, v in FAMILIES[family].items() if isinstance(v, tuple)}
-    config = {"init": "gpt2"} | {o: v for o, v in FAMILIES[family].items() if o not in names}
+    if "chatglm2" in left.get("_name_or_path", "") and left.get("rope_ratio", 1) != 1:
+        refuse("rope_ratio", left["rope_ratio"])  # ChatGLM2 divides positions by it
+    names, config = fields_of(family)
     if "rope_scaling" in names:
         left["rope_scaling"] = read_rope(left, names)
     config |= {ours: left.get(name, default) for ours, (name, default) in names.items()}
+    config["init"] = "gpt2"
     left = {name: v for name, v in left.items() if name not in dict(names.values())}
     if "activation" in names:
         known = PLAIN if config.get("norm") == "layernorm" else GATED
@@ -230,10 +217,8 @@ def read_rope(left, names):
         kind, original = "longrope", left.get("original_max_position_embeddings", original)
         factor = max(rope.get("factor", left[context] / original), 1)
         size = rope.get("attention_factor", (1 + math.log(factor) / math.log(original)) ** 0.5)
-        rope, left[context] = (
-            dict(short_factor=rope["short_factor"], attention_factor=size),
-            original,
-        )
+        rope = dict(short_factor=rope["short_factor"], attention_factor=size)
+        left[context] = original
     return {"rope_type": kind, **rope}
 
 
@@ -281,12 +266,11 @@ def fields_to_hf(config, family):
     values = {"architectures": [kind], "model_type": family, "pad_token_id": None}
     if family == "gpt2":
         values |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c["dropout"])
-    for ours, theirs in FAMILIES[family].items():
-        if not isinstance(theirs, tuple):
-            continue
-        (name, default), value = theirs, c[ours]
+    read, fixed = fields_of(family)
+    for ours, (name, default) in read.items():
+        value = c[ours]
         if ours == "activation":
-            known = PLAIN if FAMILIES[family].get("norm") == "layernorm" else GATED
+            known = PLAIN if fixed.get("norm") == "layernorm" else GATED
             value = next((theirs for theirs, o in known.items() if o == value), default)
         elif name in CONVERTED:
             value = CONVERTED[name][1](value, c)

@@ -1,7 +1,7 @@
 """Weights of Hugging Face's models, in and out, and adapters for peft.
 
-Weights go in and out as plain dicts. model.py builds a Transformer from them and gives two functions
-of a Config's fields: `complete` adds the others, `meta_state` makes the tensors without their data.
+Weights go in and out as plain dicts. model.py builds a Transformer from them, and gives us two
+functions of a Config's fields: `complete` adds the others, `meta_state` makes tensors without data.
 """
 
 import re
