@@ -1,6 +1,5 @@
 """What a model costs, by arithmetic: memory on one machine and on several GPUs, the bytes that GPUs
 exchange, and the loss that a scaling law predicts."""
-
 import math
 import os
 

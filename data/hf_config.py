@@ -118,15 +118,12 @@ REFUSED = {
 
 def fields_of(family):
     """({our field: (its name, its value if absent)}, {our field: what it always is})."""
-    read, fixed = {}, {}
-    for item in FAMILIES[family].split():
+    fields = {}
+    for item in FAMILIES[family].split():  # a later item replaces an earlier one
         ours, name, value = re.fullmatch(r"([\w,]+)(?:=(\w+))?(?::(.+))?", item).groups()
-        value = value and ast.literal_eval(value)
-        for field in ours.split(","):  # a later item replaces an earlier one
-            read.pop(field, None)
-            fixed.pop(field, None)
-            (read if name else fixed)[field] = (name, value) if name else value
-    return read, fixed
+        fields |= dict.fromkeys(ours.split(","), (name, value and ast.literal_eval(value)))
+    read = {field: v for field, v in fields.items() if v[0]}
+    return read, {field: v for field, (_, v) in fields.items() if field not in read}
 
 
 def config_from_hf(values, complete, where="config.json", verbose=False):
