@@ -69,7 +69,7 @@ def find_files(source):
     paths = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
     if not paths:
         names = ", ".join(SOURCES)
-        raise UserError(f"source {source!r} is no file, folder, glob or URL, nor one of {names}")
+        raise UserError(f"source {source!r} is no file, folder, glob or URL and not one of {names}")
     return paths
 
 

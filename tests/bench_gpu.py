@@ -6,11 +6,9 @@
     python tests/bench_gpu.py write
 
 train: tokens a second of whole steps in bf16, compiled and not, AdamW and Muon, in turn with
-nanoGPT's as its bench.py has them, compiled, and what the measured speed of matrix products would
-allow; peak memory.
-lora: a step of rank 8 adapters over nf4 weights. write: tokens a second, greedy, eager, by CUDA
-graphs, and transformers. Prints markdown for tests/BENCHMARKS.md. On a CPU, `train` and `lora` with
---preset llama only show that they run; `write` needs a GPU.
+nanoGPT's as its bench.py has them, compiled; peak memory. lora: a step of rank 8 adapters over nf4
+weights. write: tokens a second, greedy, eager, by CUDA graphs, and transformers. Prints markdown
+for tests/BENCHMARKS.md. On a CPU, `train` and `lora` with --preset llama only show that they run.
 """
 
 import argparse

@@ -1,14 +1,13 @@
 """How fast sample.py writes, alone and as a server, beside transformers and nanoGPT.
 
     python tests/bench_sample.py gpt2 --nanogpt nanoGPT    the 124M shape, one row and eight
-    python tests/bench_sample.py small --nanogpt nanoGPT   500 tokens by 0.8M parameters
     python tests/bench_sample.py int8 --ckpt out/stdlib --data data/stdlib
     python tests/bench_sample.py load                      --serve with 1 to 64 clients
     python tests/bench_sample.py load --url http://127.0.0.1:8000 --shapes gpt2
 
-gpt2: 32 + 128 tokens, greedy, random weights. small: temperature 0.8, the context sliding. int8:
-what bf16 and int8 cost in perplexity. load: each client streams completions of 64 tokens, one after
-the other; our server with 16 slots and with one, or another server with OpenAI's API.
+gpt2: 32 + 128 tokens, greedy, random weights. int8: what bf16 and int8 cost in perplexity. load:
+each client streams completions of 64 tokens, one after the other; our server with 16 slots and with
+one, or another server with OpenAI's API.
 
 pytest does not collect it. Prints markdown tables for tests/BENCHMARKS.md.
 """
@@ -32,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench_common import ROOT, about_machine, load_nanogpt, read_rate, table, take_turns
-from bench_train import CHARS, GPT2, SMALL
+from bench_train import GPT2
 
 import model as lm
 import prepare_data
@@ -107,20 +106,6 @@ def gpt2(args):
             print(table(take_turns(jobs, args.rounds), NEW * n, "tokens/s", "transformers fp32"))
             rate = n * read_rate() / (4 * weights)
             print(f"\nfloor by bytes: {rate:.0f} fp32, {2 * rate:.0f} bf16, {4 * rate:.0f} int8")
-
-
-def small(args):
-    """0.8M parameters, 500 tokens: there the operations count, not the bytes."""
-    ours = dict(config=SMALL, prompts=[[0]], new=500, temperature=0.8, top_k=64)
-    tiny = dict(config=lm.preset("tiny"), prompts=[[0]], new=500, temperature=0.8, top_p=0.95)
-    jobs = {"ours --no_fast": (make_ours, ours | {"plain": True}), "ours": (make_ours, ours)}
-    jobs["ours, the default model (1.9M), top_p 0.95"] = make_ours, tiny
-    peer = "ours --no_fast"
-    if args.nanogpt:
-        peer, theirs = "nanoGPT", dict(folder=args.nanogpt, shape=CHARS, prompt=[0], new=500)
-        jobs[peer] = make_nanogpt, theirs | dict(temperature=0.8, top_k=64)
-    print("\n0.8M parameters, 500 tokens:\n")
-    print(table(take_turns(jobs, args.rounds), 500, "tokens/s", peer))
 
 
 @torch.no_grad()
@@ -233,7 +218,7 @@ def load(args):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=("gpt2", "small", "int8", "load"))
+    p.add_argument("what", choices=("gpt2", "int8", "load"))
     p.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT")
     p.add_argument("--rounds", type=int, default=5, help="turns of each job (5)")
     p.add_argument("--ckpt", default="out/stdlib", help="for int8")
@@ -248,7 +233,7 @@ def main():
     args = p.parse_args()
     args.nanogpt = args.nanogpt and str(Path(args.nanogpt).resolve())
     print(about_machine())
-    {"gpt2": gpt2, "small": small, "int8": int8, "load": load}[args.what](args)
+    {"gpt2": gpt2, "int8": int8, "load": load}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import prepare_data
 from data.chat import CHAT_TOKENS, get_template, parse_call
 from data.cli import UserError
 from data.reply import parse
-from data.tokenizer import Tokenizer, label_token, labels_of
+from data.tokenizer import Tokenizer
 
 TRICKY = "Say <|end|> and <|assistant|><|call|> <|endoftext|> naïve 你好，世界 👩‍👩‍👧 \n\n x"
 
@@ -73,7 +73,7 @@ def test_a_tokenizer_without_a_template_has_none_and_our_tokens_win():
 def test_a_prompt_that_is_too_long_keeps_its_frame(family):
     ours = CHAT if family == "ours" else pair(family)[0]
     talk = [t for n in range(4) for t in (turn("user", f"q{n} " * 9), turn("assistant", "a"))]
-    talk = [*talk, turn("user", "x" * 300 + "!")]
+    talk.append(turn("user", "x" * 300 + "!"))
     frame = len(prompt_ids([turn("user", "")], ours))
     for room in (frame + 20, frame + 200, 2000):
         ids = prompt_ids(talk, ours, room=room)
@@ -132,9 +132,3 @@ def test_a_prompt_drops_its_oldest_turns_and_keeps_the_system_message():
     for room in range(1, 9):
         ids = prompt_ids([talk[0], talk[3]], CHAT, room=room)
         assert len(ids) <= room and ids[-1] == ASSISTANT
-
-
-def test_labels_come_from_the_tokenizer_alone():
-    names = ["neg", "a b", "<|x|>", "好"]
-    tokenizer = CHAT.with_special([label_token(n) for n in names])
-    assert labels_of(tokenizer) == names and labels_of(CHAT) == []

@@ -20,9 +20,8 @@ from data.machine import Runtime
 
 IDS = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(5))
 every_kind = pytest.mark.parametrize("kind", ("int8", "nf4"))
-LAYERS = ["attention.q", "attention.k", "attention.v", "attention.out"]
+LAYERS = [f"attention.{name}" for name in ("q", "k", "v", "out")]
 LAYERS += ["feed_forward.up", "feed_forward.down"]
-
 CPU = Runtime(torch.device("cpu"))
 
 

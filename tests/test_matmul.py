@@ -125,17 +125,6 @@ def test_the_fastest_that_works_is_chosen(monkeypatch):
 
 # ---- models ----------------------------------------------------------------------------------
 
-def test_a_joint_product_serves_each_input_anew():
-    """Its outputs may be asked for in any order, or not at all."""
-    attention = build("qwen2").blocks[0].attention
-    fast = fast_copy(attention)
-    for names in ("qkv", "vqk", "k", "qq", "kv", "qkv"):
-        x = torch.randn(1, 2, 64)
-        for name in names:
-            wanted = getattr(attention, name)(x)
-            torch.testing.assert_close(getattr(fast, name)(x), wanted, rtol=1e-4, atol=1e-4)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gpt2", "llama", "default"])
 def test_bfloat16_is_as_near_as_bfloat16_is_and_int8_nearly(name):

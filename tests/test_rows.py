@@ -52,14 +52,11 @@ RESULT = turn("tool", '[{"name": "n", "rating": 4, "price": null}]')
 HOTEL_READ = [U, turn("call", f"search {FACILITIES}}}"), RESULT, A]
 WRITTEN = {"role": "assistant", "content": "", "tool_calls": [tool_call("f", '{"x": 500.0}')]}
 FORMS = {  # (row, the messages that it means)
-    "alpaca": (
-        {"instruction": "i", "input": "n", "output": "a", "system": "s"},
-        [SYSTEM, turn("user", "i\nn"), A],
-    ),
-    "alpaca with history": (
+    "alpaca": ({"instruction": "i", "input": "n", "output": "a", "system": "s"},
+               [SYSTEM, turn("user", "i\nn"), A]),
+    "with history": (
         {"instruction": "q", "output": "a", "history": [["p", "b"]], "reasoning_content": "hm"},
-        [turn("user", "p"), turn("assistant", "b"), U, A | {"reasoning_content": "hm"}],
-    ),
+        [turn("user", "p"), turn("assistant", "b"), U, A | {"reasoning_content": "hm"}]),
     "firefly": ({"kind": "NLI", "input": "q", "target": "a", "history": [U, A]}, [U, A, U, A]),
     "prompt and completion": ({"prompt": "q", "completion": "a"}, [U, A]),
     "question and answer": ({"question": "q", "answer": "a"}, [U, A]),
@@ -67,8 +64,7 @@ FORMS = {  # (row, the messages that it means)
         {"conversations": [
             said("human", "q"), said("function_call", '{"name": "f", "arguments": {"x": 1}}'),
             said("observation", "[]"), said("gpt", "a")], "tools": json.dumps(TOLD), "system": "s"},
-        [SYSTEM, U, turn("call", 'f {"x": 1}'), turn("tool", "[]"), A],
-    ),
+        [SYSTEM, U, turn("call", 'f {"x": 1}'), turn("tool", "[]"), A]),
     "calls": ([U, said("function_call", '[{"name": "f"}, {"name": "g"}]')],
               [U, calls("f {}", "g {}")]),
     "coig": ({"instruction": "s", "conversations": [{"question": "q", "answer": "a"}]},
@@ -77,18 +73,14 @@ FORMS = {  # (row, the messages that it means)
     "minimind": (
         {"conversations": [turn("system", "") | {"tools": json.dumps(TOLD)}, U,
                            {"role": "assistant", "content": "", "tool_calls": '[{"name": "f"}]'}]},
-        [turn("system", ""), U, calls("f {}")],
-    ),
+        [turn("system", ""), U, calls("f {}")]),
     "openai": (
         {"messages": [SYSTEM, *call(name="f", arguments='{"x": 500.0}'), turn("tool", "[]"), A],
          "tools": TOLD},
-        [SYSTEM, U, WRITTEN, turn("tool", "[]"), A],
-    ),
+        [SYSTEM, U, WRITTEN, turn("tool", "[]"), A]),
     "no arguments": (call(name="f", arguments=""), [U, calls("f {}")]),
-    "order and numbers": (
-        call(name="git", arguments={"b": ["git", "commit", "-m"], "a": 500.0}),
-        [U, calls('git {"b": ["git", "commit", "-m"], "a": 500.0}')],
-    ),
+    "order and numbers": (call(name="git", arguments={"b": ["git", "-m"], "a": 500.0}),
+                          [U, calls('git {"b": ["git", "-m"], "a": 500.0}')]),
     "legacy": ([U, turn("assistant", "I look") | {"function_call": {"name": "f"}}],
                [U, calls("f {}", content="I look")]),
     "parts, capitals": ([turn("Developer", "d"), turn("USER", [{"type": "text", "text": "q"}]), A],
@@ -181,24 +173,21 @@ FILMS = [{"text": "a; ü, c", "label": "1"}, {"text": 'two\nlines and "a quote"'
 
 
 def table(d):
-    return f'text{d}label\n"a; b, c"{d}1\n"two\nlines and ""a quote"""{d}0\n'
+    return f'text{d}label\n"a; ü, c"{d}1\n"two\nlines and ""a quote"""{d}0\n'
 
 
-TABLES = {
-    "A.CSV": table(",").replace("\n", "\r\n"),
-    "A.TSV.GZ": table("\t"),
-    "european.csv": table(";"),
-    "tabs.csv": table("\t"),
-    "pandas.csv": table(",").replace("text", ", text").replace('\n"', '\n7,"'),
-    "blank.csv": table(",").replace("label\n", "label\n\n") + "\n",
-}
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_the_rows_of_a_table_are_text_under_the_names_of_its_header(tmp_path, name):
+@pytest.mark.parametrize("name, text", [
+    ("A.CSV", table(",").replace("\n", "\r\n")),
+    ("A.TSV.GZ", table("\t")),
+    ("european.csv", table(";")),
+    ("tabs.csv", table("\t")),
+    ("pandas.csv", table(",").replace("text", ", text").replace('\n"', '\n7,"')),
+    ("blank.csv", table(",").replace("label\n", "label\n\n") + "\n"),
+])
+def test_the_rows_of_a_table_are_text_under_the_names_of_its_header(tmp_path, name, text):
     path = tmp_path / name
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "cp1252"):
-        raw = TABLES[name].replace("; b", "; ü").encode(encoding)
+        raw = text.encode(encoding)
         path.write_bytes(gzip.compress(raw) if name.lower().endswith(".gz") else raw)
         named = {"encoding": encoding} if encoding == "cp1252" else {}
         assert read_examples(path, **named) == ("label", FILMS)
@@ -218,22 +207,18 @@ def test_bad_rows_of_a_table_are_named(tmp_path):
             list(read_rows(path))
 
 
-UNREADABLE = {  # name: (content, what the message says)
-    "train.json": (b"PAR1\0", "pandas.read_parquet('train.json').to_json('train.jsonl', orient="),
-    "y.feather": (b"ARROW1\0\0", "pandas.read_feather('y.feather').to_json('y.jsonl', orient="),
-    "x.XLSX": (b"PK\x03\x04", "x.XLSX is in xlsx format: convert it by python -c"),
-    "x.zip": (b"PK\x03\x04\0", "x.zip is a binary file, not rows: name a .json, .jsonl, .csv"),
-    "x.jsonl": (b"\x1f\x8b\x08\0", "x.jsonl: byte 0x8b at offset 1 is not text in UTF-8"),
-    "x.json.gz": (b"[]", "x.json.gz: damaged"),
-    "x.csv": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "x.csv: byte 0x89 at offset 0 is not text"),
-    "folder": (None, "folder is a folder: name a .json"),
-    "nothing.json": (None, "nothing.json does not exist: name a .json"),
-}
-
-
-@pytest.mark.parametrize("name", UNREADABLE)
-def test_a_file_that_holds_no_rows_says_what_it_is(elsewhere, name):
-    content, says = UNREADABLE[name]
+@pytest.mark.parametrize("name, content, says", [
+    ("train.json", b"PAR1\0", "pandas.read_parquet('train.json').to_json('train.jsonl', orient="),
+    ("y.feather", b"ARROW1\0\0", "pandas.read_feather('y.feather').to_json('y.jsonl', orient="),
+    ("x.XLSX", b"PK\x03\x04", "x.XLSX is in xlsx format: convert it by python -c"),
+    ("x.zip", b"PK\x03\x04\0", "x.zip is a binary file, not rows: name a .json, .jsonl, .csv"),
+    ("x.jsonl", b"\x1f\x8b\x08\0", "x.jsonl: byte 0x8b at offset 1 is not text in UTF-8"),
+    ("x.json.gz", b"[]", "x.json.gz: damaged"),
+    ("x.csv", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "x.csv: byte 0x89 at offset 0 is not text"),
+    ("folder", None, "folder is a folder: name a .json"),
+    ("nothing.json", None, "nothing.json does not exist: name a .json"),
+])
+def test_a_file_that_holds_no_rows_says_what_it_is(elsewhere, name, content, says):
     Path("folder").mkdir()
     if content:
         Path(name).write_bytes(content)
@@ -425,28 +410,25 @@ def test_configurations_splits_and_parts_of_a_data_set(hub):
     assert sizes("me/sft:train_sft", val_source="me/sft:test_sft") == {"train": 30, "val": 5}
 
 
-MISTAKES = {  # --data: what the message says
-    "me/many": "has several configurations: name one, as me/many:en; it has en, zh",
-    "me/many:zh": "has no split train: name one to learn from, as me/many:train_sft; it has train_",
-    "me/sft:train_dpo": "has no split train_dpo: name one to learn from, as me/sft:train_sft",
-    "me/large": "has 100,100 rows of train: say how many by --max_rows",
-    "me/bare": "data/datasets/me/bare/default-train.jsonl holds no rows",
-    "me/none": "me/none is not a file or folder here, and the Hub's viewer does not give its rows",
-    "me/here": "me/here is a folder",
-    "data/none": "data/none does not exist: name a .json, .jsonl, .csv, .tsv file, .gz too, OWNER",
-    "me/moved": "me/moved changed on the Hub while it was downloaded: delete data/downloads/",
-}
-
-
-@pytest.mark.parametrize("source", MISTAKES)
-def test_a_data_set_that_cannot_be_read_is_a_line(hub, source):
+@pytest.mark.parametrize("source, says", [
+    ("me/many", "has several configurations: name one, as me/many:en; it has en, zh"),
+    ("me/many:zh", "has no split train: name one to learn from, as me/many:train_sft; it has t"),
+    ("me/sft:train_dpo", "has no split train_dpo: name one to learn from, as me/sft:train_sft"),
+    ("me/large", "has 100,100 rows of train: say how many by --max_rows"),
+    ("me/bare", "data/datasets/me/bare/default-train.jsonl holds no rows"),
+    ("me/none", "me/none is not a file or folder here, and the Hub's viewer does not give its"),
+    ("me/here", "me/here is a folder"),
+    ("data/none", "data/none does not exist: name a .json, .jsonl, .csv, .tsv file, .gz too"),
+    ("me/moved", "me/moved changed on the Hub while it was downloaded: delete data/downloads/"),
+])
+def test_a_data_set_that_cannot_be_read_is_a_line(hub, source, says):
     hub("me/many", {"en": {"train": films(1)}, "zh": {"train_sft": films(1)}})
     hub("me/sft", {"default": {"train_sft": films(1)}})
     hub("me/large", {"default": {"train": films(1)}}, total=100_100)
     hub("me/moved", {"default": {"train": films(99)}}, total=100)
     hub("me/bare", {"default": {"train": films(9, -1)}})
     Path("me/here").mkdir(parents=True)
-    with pytest.raises(UserError, match=re.escape(MISTAKES[source])) as e:
+    with pytest.raises(UserError, match=re.escape(says)) as e:
         load_data(source)
     assert "\n" not in str(e.value)
 

@@ -129,7 +129,10 @@ def test_top_p_sees_the_distribution_after_temperature_and_penalty():
 
 # ---- generation ------------------------------------------------------------------------------
 
-SHAPES = [
+LENGTHS = (1, 5, 12, 3, 30, 13)
+
+
+@pytest.mark.parametrize("shape", [
     dict(position="rope", value_embed=True, bigram=40, induction=True),
     dict(position="learned"),
     dict(position="sinusoidal", bigram=1),
@@ -139,11 +142,7 @@ SHAPES = [
     dict(position="learned", n_kv_head=1, norm="layernorm", activation="gelu"),
     dict(position="rope", context=7),
     dict(position="rope", context=1),
-]
-LENGTHS = (1, 5, 12, 3, 30, 13)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
+], ids=lambda s: "-".join(map(str, s.values())))
 def test_each_prompt_of_a_batch_gives_what_the_naive_loop_gives(shape):
     """40 tokens are more than three contexts of 12: the window slides six times."""
     model, seeds = noisy_model(**shape), range(10, 16)

@@ -265,10 +265,3 @@ def test_a_server_in_trouble_is_asked_four_times(hub, cdn, file):
     line = refusal("ann/tiny")
     assert file in line and "gave up after 4 tries (HTTP 500)" in line and "HF_ENDPOINT" in line
     assert hub.asked.count(file) == 4
-
-
-@pytest.mark.parametrize("place", ["http://[bad/", "file:///etc/passwd", "/\xff", None])
-def test_a_redirect_that_leads_nowhere_is_one_line(hub, place):
-    hub.redirects[address("config.json")] = 302, place, {}
-    assert "ann/tiny/resolve/main/config.json" in refusal("ann/tiny")
-    assert kept() == []

@@ -204,15 +204,12 @@ TALKS = {
     "a call in the text": [USER, said("assistant", 'So\n<tool_call>\n{"name": "a"}\n</tool_call>')],
     "a call": [SYSTEM, USER, CALL],
     "a result": [USER, CALL, result('{"name": "好"}'), said("assistant", "Found it.")],
-    "calls": [
-        USER, called(("hotel", {}), ("sky", MESSY), content=""), result("a b"), result("\n", 1),
-        BOT, USER, CALL, result("[]"), BOT,
-    ],
+    "calls": [USER, called(("hotel", {}), ("sky", MESSY), content=""), result("a b"),
+              result("\n", 1), BOT, USER, CALL, result("[]"), BOT],
     "text and a call": [USER, called(("sky", MESSY), content="I look.\nNow."), result("sunny")],
     "thoughts and calls": [
         USER, THOUGHT, USER, called(("sky", {}), reasoning_content="Hm."), result("rain"),
-        called(("sky", MESSY), content="More.", reasoning_content="So."), result("1"), THOUGHT,
-    ],
+        called(("sky", MESSY), content="More.", reasoning_content="So."), result("1"), THOUGHT],
     "a short id": [USER, said("assistant", "", tool_calls=[CALL["tool_calls"][0] | {"id": "1"}])],
 }
 # Templates without tools leave calls out, or fail with Jinja's own message: these are no cases.

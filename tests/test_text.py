@@ -39,7 +39,8 @@ def test_encodings_are_recognised(encoding, start, text, block, monkeypatch):
     assert pieces_of("a.txt") == [text]
 
 
-TAKEN_FOR_GB18030 = [
+@pytest.mark.parametrize("times", [1, 50])
+@pytest.mark.parametrize("encoding, text", [
     ("cp1252", "She\u2019s the seller\u2019s \u201cfriend\u201d\u2014don\u2019t talk. "),
     ("cp1252", "Größere Bücher für Schüler; schön, wärmer, möglich. "),
     ("shift_jis", TEXTS["japanese"]),
@@ -48,11 +49,7 @@ TAKEN_FOR_GB18030 = [
     ("euc_kr", "안녕하세요 오늘은 날씨가 아주 좋습니다. 우리는 학교에 갑니다.\n"),
     ("koi8-r", "мама мыла раму, дети идут туда. "),
     ("cp1251", "мама мыла раму, дети идут туда. "),
-]
-
-
-@pytest.mark.parametrize("times", [1, 50])
-@pytest.mark.parametrize("encoding, text", TAKEN_FOR_GB18030)
+])
 def test_what_gb18030_would_turn_into_other_characters_is_refused(encoding, text, times):
     text *= times
     Path("a.txt").write_bytes(text.encode(encoding))
