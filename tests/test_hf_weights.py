@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import lora
 import model as lm
 import sample
 from data import hf_config
@@ -116,19 +117,27 @@ def test_logits_equal_theirs_in_fp32_and_fp64(name, tmp_path):
     with torch.no_grad():
         want = reference(ids).logits
         torch.testing.assert_close(model(ids), want, rtol=1e-5, atol=1e-5)
-        options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-        prompts = [ids[0, :9], ids[1, :14]]
-        rows = zip(*sample.generate(model, [p.tolist() for p in prompts], 20, temperature=0))
-        for prompt, row in zip((p[None] for p in prompts), rows):
-            text = reference.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-            assert text[0, prompt.shape[1] :].tolist() == list(row)
         back(model, tmp_path / "again", ids, want)
+        same_greedy_ids(model, reference, ids)
+        for kind, error in (("int8", 0.05), ("nf4", 0.6)):
+            lora.quantize(model := ours(tmp_path), kind)
+            assert (model(ids) - want).norm() < error * want.norm()
         model, reference = ours(tmp_path, torch.float64), in_float64(reference)
         want = reference(ids).logits
         torch.testing.assert_close(model(ids), want, rtol=1e-9, atol=1e-9)
         cache = lm.KVCache(model, 2)
         steps = [model(part, cache=cache) for part in ids.split([40, 1, 1, 18], dim=1)]
         torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-9, atol=1e-9)
+
+
+def same_greedy_ids(model, reference, ids):
+    """A batch of two prompts is continued as transformers continues each."""
+    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    prompts = [ids[0, :9], ids[1, :14]]
+    rows = zip(*sample.generate(model, [p.tolist() for p in prompts], 20, temperature=0))
+    for prompt, row in zip((p[None] for p in prompts), rows):
+        text = reference.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        assert text[0, prompt.shape[1] :].tolist() == list(row)
 
 
 def back(model, folder, ids, want):
@@ -221,6 +230,7 @@ def test_a_relatives_weights_under_other_names_compute_the_same(name, tmp_path):
     with torch.no_grad():
         want = reference(ids).logits
         torch.testing.assert_close(model(ids), want, rtol=1e-5, atol=1e-5)
+        same_greedy_ids(model, reference, ids)
         assert back(model, tmp_path / "again", ids, want) == relative
 
 
