@@ -257,6 +257,7 @@ def test_a_relatives_weights_under_other_names_compute_the_same(name, tmp_path):
     ("llama", dict(model_type="bert"), "predicts no next token"),
     ("llama", dict(model_type="gemma3"), "images; near it: gemma3_text"),
     ("llama", dict(model_type="baichuan", max_position_embeddings=None), "ALiBi"),
+    ("llama", dict(rope_scaling={"rope_type": "yarn"}), "lacks a field .* 'factor'"),
     ("llama", dict(num_attention_heads=5), "n_head 5 is not a multiple of n_kv_head 2"),
 ])
 def test_a_field_that_we_do_not_compute_is_named(name, change, words):
@@ -325,6 +326,7 @@ LEARNED = dict(position="learned", norm="layernorm", activation="gelu")
 EXPORTED = {
     "gpt2": LEARNED | BIASES | dict(activation="gelu_tanh", tied=True),
     "gpt2 without biases and norm weights": LEARNED | dict(norm_weight=False),
+    "gpt2 with odd heads": LEARNED | BIASES | dict(d_model=20),
     "llama": dict(n_kv_head=2, head_size=6),
     "llama tied, long": BIASES | dict(rope_scaling=ROPE3, rope_theta=5e4, tied=True),
     "llama without norm weights": dict(norm_weight=False),
