@@ -305,18 +305,27 @@ def theirs_config(name):
     return json.loads(config_of(name).to_json_string(use_diff=False))
 
 
-# What matters of meta-llama/Llama-3.2-1B's config.json, as published on the Hub
-PUBLISHED = dict(attention_bias=False, head_dim=64, hidden_act="silu", hidden_size=2048)
-PUBLISHED |= dict(intermediate_size=8192, mlp_bias=False, max_position_embeddings=131072)
-PUBLISHED |= dict(model_type="llama", num_attention_heads=32, num_hidden_layers=16)
-PUBLISHED |= dict(num_key_value_heads=8, pretraining_tp=1, rms_norm_eps=1e-05)
-PUBLISHED |= dict(rope_theta=500000.0, tie_word_embeddings=True, vocab_size=128256)
+# What matters of config.json as published on the Hub, and how many parameters that gives
+SHAPE = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+PUBLISHED = {  # the first one is Llama 3.2
+    1_235_814_400: ("llama", "2048 8192 16 32 8 128256 131072", dict(rope_scaling=ROPE3)),
+    3_836_021_760: ("phi3", "3072 8192 32 24 8 200064 131072", dict(partial_rotary_factor=0.75)),
+    999_885_952: ("gemma3_text", "1152 6912 26 4 1 262144 32768", dict(head_dim=256)),
+    2_724_880_896: (None, "2304 5760 40 36 36 122753 4096", dict(scale_emb=12, dim_model_base=256)),
+    162_322_944: ("gpt_neox", "768 3072 12 12 12 50304 2048", {}),
+    7_737_708_544: ("internlm2", "4096 14336 32 32 8 92544 32768", {}),
+    9_399_951_360: ("glm", "4096 13696 40 32 2 151552 131072", dict(head_dim=128)),
+}
 
 
-def test_a_published_model_has_its_known_parameters():
-    config = config_from_hf(PUBLISHED | dict(rope_scaling=ROPE3))
-    model = lm.meta_model(replace(config, context=8))
-    assert lm.count_parameters(model)["total"] == 1_235_814_400
+@pytest.mark.parametrize("total", PUBLISHED)
+def test_a_published_model_has_its_known_parameters(total):
+    family, sizes, more = PUBLISHED[total]
+    names = [*SHAPE.split(), "vocab_size", "max_position_embeddings"]
+    values = dict(zip(names, map(int, sizes.split()))) | {"model_type": family}
+    values["tie_word_embeddings"] = family in ("llama", "phi3", "gemma3_text", None)
+    model = lm.meta_model(replace(config_from_hf(values | more), context=8))
+    assert lm.count_parameters(model)["total"] == total
 
 
 # ---- Out: transformers reads what we write --------------------------------------------------
