@@ -14,8 +14,11 @@ from data.chat import get_template
 from data.cli import UserError
 from data.files import write_whole
 from data.hf_tokenizer import DIGITS_PATTERN, GPT2_PATTERN, tokenizer_json
+from data.hf_weights import nearest_model, untied
+from data.rope import scale_frequency
 from data.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNUSED, USER_DEFINED
 
+FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
 ALIGNMENT, BLOCK = 32, 32  # bytes at whose multiples tensors begin; weights that share a scale
 
 # Our tensors' names there
@@ -193,26 +196,32 @@ def hyperparameters(config, family):
         "attention.layer_norm_rms_epsilon": float(c["eps"]), "rope.dimension_count": size,
         "rope.freq_base": float(c["rope_theta"]),
     }  # fmt: skip
-    scaling = c["rope_scaling"] or {}
-    if scaling.get("rope_type") == "linear":
+    scaling = c["rope_scaling"] or {"rope_type": None}
+    if scaling["rope_type"] == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
-    elif scaling and family != "llama":  # a llama's factors are a tensor, rope_freqs.weight
-        raise UserError(f"llama.cpp cannot read a {family} model with rope_scaling {scaling}")
+    elif scaling["rope_type"] and (family, scaling["rope_type"]) != ("llama", "llama3"):
+        raise UserError(f"a GGUF file of a {family} model with rope_scaling {scaling}: not written")
     return {f"{family}.{name}": value for name, value in values.items()}
 
 
-def write_gguf(path, family, config, state, tokenizer, dtype, rope_factors=None):
-    """Write a model of an architecture ("gpt2", "llama", "qwen2", "qwen3") for llama.cpp: its
-    model.Config as a dict, the tensors that this architecture has, by our names, its Tokenizer.
+def export(content, path, dtype, complete, meta_state):
+    """Write a checkpoint's model and tokenizer as llama.cpp and ollama read them; see
+    data/hf_weights.py for the two functions.
 
     Matrices are in `dtype`, one of DTYPES; with q4_0 the embedding and the head are in q8_0, as
-    errors matter most there. Vectors and positions are in f32. `rope_factors` (hs/2,) divide the
-    frequencies of a rope_scaling of type llama3."""
+    errors matter most there. Vectors and positions are in f32."""
+    values, config, state, tokenizer = nearest_model(content, complete, meta_state)
+    if (family := values["model_type"]) not in FAMILIES:
+        raise UserError(f"GGUF files are written of {', '.join(FAMILIES)} models, not of {family}")
+    if tokenizer is None:
+        raise UserError("the checkpoint carries no tokenizer, which llama.cpp needs")
     values = {"general.architecture": family, "general.file_type": DTYPES[dtype][1]}
     values |= hyperparameters(config, family) | vocabulary(tokenizer, config["vocab_size"])
-    tensors = file_tensors(state, family, config)
-    if rope_factors is not None:
-        tensors["rope_freqs.weight"] = rope_factors
+    tensors = file_tensors(untied(state, config), family, config)
+    if (scaling := config["rope_scaling"] or {}).get("rope_type") == "llama3":
+        theta, size = config["rope_theta"], config["head_size"]
+        frequency = 1.0 / theta ** (torch.arange(0, size, 2) / size)
+        tensors["rope_freqs.weight"] = frequency / scale_frequency(frequency, scaling, theta)
     head, encoders, offset = b"", [], 0
     for name, tensor in tensors.items():
         kind = "q8_0" if dtype == "q4_0" and name.startswith(("token_embd", "output.")) else dtype
