@@ -188,7 +188,7 @@ def test_an_export_hands_on_how_to_talk_and_spares_what_is_there(run, hub, tmp_p
     assert said == ("hey" if template else chatml)
     config = transformers.GenerationConfig.from_pretrained("out")
     assert sorted(config.eos_token_id) == sorted(ends)
-    assert "name a new folder for --export" in run(*export, code=2)
+    assert "name a new folder or file for --export" in run(*export, code=2)
 
 
 def test_a_model_without_a_tokenizer_can_be_exported(run, hub, tmp_path):
