@@ -47,7 +47,7 @@ from data.rows import as_chat, first_words, load_data, report_bad
 from data.runs import newest_run, run_folder
 from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS, SOURCES
-from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of
+from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of, warn_unknown
 from prepare_data import default_name
 from sample import Engine, allowed_ids, classify, load
 
@@ -969,11 +969,13 @@ def main(argv=None):
     task = make_task(args, objective, splits, loader, extra)
     if adapter:
         task.weights, task.extra = lora.adapter_state, extra | {"adapter": adapter}
-    name = f"{default_name(args.data)}-ft"
+    name = f"{default_name(args.data.partition(',')[0])}-ft"
     out = Path(args.out) if content else run_folder(args.out, name, runtime)
     args = settle(args, out=str(out), examples=example_questions(examples["val"]))
     if runtime.rank == 0:
         print("\n".join(header(model, args, objective, splits, loader)))
+        rows = itertools.chain.from_iterable(map(batches.sequences, split.rows))
+        warn_unknown(tokenizer, itertools.chain.from_iterable(r.ids for r in rows), args.data)
 
     def report(result):
         report_best(model, args, objective, splits, examples)
@@ -995,7 +997,7 @@ def build_parser():
     add = p.add_argument_group("the run").add_argument
     add("--ckpt", help=f"the model to start from: {lm.WHAT_CKPT} (default: the newest run)")
     add("--data", help=f"a {', '.join(ROW_SUFFIXES)} file, .gz too, one of {', '.join(ROW_SETS)}, "
-        "or on the Hub OWNER/NAME, OWNER/NAME:CONFIG, OWNER/NAME:FILE")
+        "or on the Hub OWNER/NAME, OWNER/NAME:CONFIG, OWNER/NAME:FILE; several with commas")
     add("--val_data", help="rows to measure on (default: the set's own, or --val)")
     add("--val", type=number(float, "between 0 and 1", lambda v: 0 < v < 1),
         help="share of conversations held out if there are no validation rows (default 0.1)")

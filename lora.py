@@ -412,7 +412,8 @@ def build_parser():
                    "one checkpoint; export: write the adapter for Hugging Face's peft")  # fmt: skip
     p.add_argument("--ckpt", required=True, help=f"the base: {lm.WHAT_CKPT}")
     p.add_argument("--adapter", required=True, help="the adapter: a run's folder or its file")
-    p.add_argument("--out", required=True, help="folder to write, or for merge a .pt file")
+    p.add_argument("--out", "--export_dir", required=True,
+                   help="folder to write, or for merge a .pt file")  # fmt: skip
     return p
 
 

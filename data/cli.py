@@ -42,10 +42,15 @@ def run_cli(main):
             raise
         advice = "use smaller batches (a larger --grad_accum), --grad_checkpoint or a smaller model"
         print(f"{script}: out of memory: {advice}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(f"\n{script}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"\n{script}: {e.args[0] if e.args else 'interrupted'}", file=sys.stderr)
         code = 130
     raise SystemExit(code)
+
+
+def first_process():
+    """Whether this process is the first of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def is_out_of_memory(error):
@@ -58,53 +63,48 @@ def is_out_of_memory(error):
 # script has (out|ckpt), set a value, or be several flags (a+b); it is empty if none is needed.
 FOREIGN = """
 ckpt: model_name_or_path model model_name model_path model_id base_model checkpoint_dir load_from
-init_from from_weight, adapter: adapter_name_or_path adapter_path lora_path,
-resume|: init_from=resume, resume: resume_from_checkpoint resume_from_checkpoint=true resume=true
+init_from from_weight, adapter: adapter_name_or_path adapter_path lora_path, resume|:
+init_from=resume, resume: resume_from_checkpoint resume_from_checkpoint=true resume=true
 from_resume=1, export: export_dir, out|ckpt: out_dir output_dir, out: save_dir, data: dataset
 dataset_name train_file train_data data_path json_path, data=shakespeare: dataset=shakespeare_char,
-data=fineweb-edu: dataset=openwebtext,
-data=alpaca-zh: dataset=alpaca_zh dataset=alpaca_zh_demo, val_data: eval_dataset validation_file,
-val|val_fraction: val_size test_size, max_rows: max_samples max_train_samples,
-eval_rows: max_eval_samples, field: dataset_text_field, tokenizer: tokenizer_name tokenizer_path
-tokenizer_dir tokenizer_name_or_path,
-context: block_size max_seq_length max_seq_len cutoff_len seq_len seq_length sequence_len
-max_model_len n_ctx ctx_size n_positions max_position_embeddings context_length,
-context|max_new_tokens: max_length, n_layer: n_layers depth num_blocks num_layers num_hidden_layers,
-n_head: n_heads num_heads num_attention_heads, n_kv_head: num_kv_heads num_key_value_heads
-n_query_groups, d_model: n_embd hidden_size dim embed_dim, d_ff: intermediate_size n_inner,
-activation: hidden_act, eps: rms_norm_eps, tied: tie_word_embeddings,
-qkv_bias+out_bias+ff_bias: bias, no_qkv_bias+no_out_bias+no_ff_bias: bias=false,
-lr: learning_rate max_lr peak_lr, muon_lr: matrix_lr, embed_lr: embedding_lr,
-head_lr: unembedding_lr, min_lr: eta_min min_learning_rate, warmup_steps: warmup_iters
-lr_warmup_steps num_warmup_steps warmup, schedule: lr_scheduler_type lr_scheduler lr_schedule,
-schedule=constant+warmup_steps=0: decay_lr=false,
-schedule=constant: lr_scheduler_type=constant_with_warmup,
-schedule=wsd: lr_scheduler_type=warmup_stable_decay, optimizer: optim,
-optimizer=adamw: optim=adamw_torch optim=adamw_torch_fused, weight_decay: wd, beta1: adam_beta1,
-beta2: adam_beta2, grad_clip: max_grad_norm clip_grad, max_steps: max_iters max_train_steps
-num_iterations train_iters train_steps num_train_steps total_steps steps, epochs: num_train_epochs
-num_epochs max_epochs, batch_size: per_device_train_batch_size micro_batch_size device_batch_size
-train_batch_size bs bsz, total_batch_tokens: total_batch_size,
-grad_accum: gradient_accumulation_steps accumulation_steps, eval_every: eval_interval eval_steps
-eval_freq eval.interval val_interval val_loss_every, save_every: save_interval save_steps save_freq,
-log_every: log_interval logging_steps log_freq, patience: early_stopping_patience early_stopping,
-best_by: metric_for_best_model, best_by=val_loss: metric_for_best_model=eval_loss,
-grad_checkpoint: gradient_checkpointing activation_checkpointing, compile: torch_compile
-use_compile, shard: fsdp, device=cpu: use_cpu no_cuda, dtype: torch_dtype precision mixed_precision,
-dtype=fp16: fp16 half mixed_precision=fp16 precision=16-true precision=16-mixed, dtype=bf16: bf16
-mixed_precision=bf16 precision=bf16-true precision=bf16-mixed, dtype=fp32: mixed_precision=no
-precision=32-true, quantize=nf4: load_in_4bit quantization_bit=4 quantize=bnb.nf4
-quantize=bnb.nf4-dq, quantize=int8|dtype=int8: load_in_8bit quantization_bit=8 quantize=bnb.int8,
-lora_rank=8: finetuning_type=lora use_lora, lora_rank=16: use_peft, lora_rank: lora_r,
-lora_targets: target_modules lora_target lora_target_modules,
-lora_targets=all: target_modules=all-linear lora_target_modules=all-linear,
-objective=sft: stage=sft, objective=dpo: stage=dpo, objective=reward: stage=rm, dpo_beta: pref_beta
-beta, reward: reward_model reward_funcs, samples: num_generations, teacher: teacher_model,
-prompt: start, max_new_tokens: max_tokens max_completion_tokens n_predict predict,
-num_samples: num_return_sequences n, beams: num_beams, temperature=0: do_sample=false,
-temperature: temp, repetition_penalty: repeat_penalty, stop: stop_strings reverse_prompt,
-system: system_prompt default_system, serve: port webui, slots: max_num_seqs, chat: interactive,
-eval_only: do_predict, no_compile|: compile=false,
+data=fineweb-edu: dataset=openwebtext, data=alpaca-zh: dataset=alpaca_zh dataset=alpaca_zh_demo,
+val_data: eval_dataset validation_file, val|val_fraction: val_size test_size, max_rows: max_samples
+max_train_samples, eval_rows: max_eval_samples, field: dataset_text_field, tokenizer: tokenizer_name
+tokenizer_path tokenizer_dir tokenizer_name_or_path, context: block_size max_seq_length max_seq_len
+cutoff_len seq_len seq_length sequence_len max_model_len n_ctx ctx_size n_positions
+max_position_embeddings context_length, context|max_new_tokens: max_length, n_layer: n_layers depth
+num_blocks num_layers num_hidden_layers, n_head: n_heads num_heads num_attention_heads, n_kv_head:
+num_kv_heads num_key_value_heads n_query_groups, d_model: n_embd hidden_size dim embed_dim, d_ff:
+intermediate_size n_inner, activation: hidden_act, eps: rms_norm_eps, tied: tie_word_embeddings,
+qkv_bias+out_bias+ff_bias: bias, no_qkv_bias+no_out_bias+no_ff_bias: bias=false, lr: learning_rate
+max_lr peak_lr, muon_lr: matrix_lr, embed_lr: embedding_lr, head_lr: unembedding_lr, min_lr: eta_min
+min_learning_rate, warmup_steps: warmup_iters lr_warmup_steps num_warmup_steps warmup, schedule:
+lr_scheduler_type lr_scheduler lr_schedule, schedule=constant+warmup_steps=0: decay_lr=false,
+schedule=constant: lr_scheduler_type=constant_with_warmup, schedule=wsd:
+lr_scheduler_type=warmup_stable_decay, optimizer: optim, optimizer=adamw: optim=adamw_torch
+optim=adamw_torch_fused, weight_decay: wd, beta1: adam_beta1, beta2: adam_beta2, grad_clip:
+max_grad_norm clip_grad, max_steps: max_iters max_train_steps num_iterations train_iters train_steps
+num_train_steps total_steps steps, epochs: num_train_epochs num_epochs max_epochs, batch_size:
+per_device_train_batch_size micro_batch_size device_batch_size train_batch_size bs bsz,
+total_batch_tokens: total_batch_size, grad_accum: gradient_accumulation_steps accumulation_steps,
+eval_every: eval_interval eval_steps eval_freq eval.interval val_interval val_loss_every,
+save_every: save_interval save_steps save_freq, log_every: log_interval logging_steps log_freq,
+patience: early_stopping_patience early_stopping, best_by: metric_for_best_model, best_by=val_loss:
+metric_for_best_model=eval_loss, grad_checkpoint: gradient_checkpointing activation_checkpointing,
+compile: torch_compile use_compile, shard: fsdp, device=cpu: use_cpu no_cuda, dtype: torch_dtype
+precision mixed_precision, dtype=fp16: fp16 half mixed_precision=fp16 precision=16-true
+precision=16-mixed, dtype=bf16: bf16 mixed_precision=bf16 precision=bf16-true precision=bf16-mixed,
+dtype=fp32: mixed_precision=no precision=32-true, quantize=nf4: load_in_4bit quantization_bit=4
+quantize=bnb.nf4 quantize=bnb.nf4-dq, quantize=int8|dtype=int8: load_in_8bit quantization_bit=8
+quantize=bnb.int8, lora_rank=8: finetuning_type=lora use_lora, lora_rank=16: use_peft, lora_rank:
+lora_r, lora_targets: target_modules lora_target lora_target_modules, lora_targets=all:
+target_modules=all-linear lora_target_modules=all-linear, objective=sft: stage=sft, objective=dpo:
+stage=dpo, objective=reward: stage=rm, dpo_beta: pref_beta beta, reward: reward_model reward_funcs,
+samples: num_generations, teacher: teacher_model, prompt: start, max_new_tokens: max_tokens
+max_completion_tokens n_predict predict, num_samples: num_return_sequences n, beams: num_beams,
+temperature=0: do_sample=false, temperature: temp, repetition_penalty: repeat_penalty, stop:
+stop_strings reverse_prompt, system: system_prompt default_system, serve: port webui, slots:
+max_num_seqs, chat: interactive, eval_only: do_predict, no_compile|: compile=false,
 : init_from=scratch from_weight=none from_resume=0 decay_lr finetuning_type=full report_to=none
 do_sample do_train do_eval overwrite_output_dir overwrite_cache plot_loss template
 always_save_checkpoint save_total_limit save_strategy save_only_model eval_strategy
@@ -146,9 +146,8 @@ ADVICE = {flag: use for use, theirs in ADVICE.items() for flag in theirs.split()
 # nanoGPT's configuration files, for whoever has no clone of it. The first also stands for the
 # defaults of its train.py, which any other one changes.
 NANOGPT = {
-    "train_gpt2": "dataset=openwebtext batch_size=12 block_size=1024 max_iters=600000 min_lr=6e-5 "
-        "gradient_accumulation_steps=40 learning_rate=6e-4 beta2=0.95 warmup_iters=2000 "
-        "lr_schedule=cosine eval_interval=1000",
+    "train_gpt2": "dataset=openwebtext batch_size=12 block_size=1024 beta2=0.95 max_iters=600000 "
+        "gradient_accumulation_steps=40 lr_schedule=cosine warmup_iters=2000 eval_interval=1000",
     "train_shakespeare_char": "dataset=shakespeare_char batch_size=64 block_size=256 n_layer=6 "
         "n_head=6 n_embd=384 dropout=0.2 gradient_accumulation_steps=1 learning_rate=1e-3 "
         "min_lr=1e-4 beta2=0.99 warmup_iters=100 max_iters=5000 eval_interval=250",
@@ -223,15 +222,16 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """argparse's, of the words that `our_words` makes of the given ones."""
         words = sys.argv[1:] if args is None else args
-        at = next((i for i, w in enumerate(words[:2]) if re.search(r"\w\.(py|ya?ml)$", w)), None)
-        first = at is not None and words[0] in (words[at], "--config")
-        if first and not self._get_positional_actions():
-            self.error(self.config_hint(Path(words[at]), words[at + 1 :]))
+        for i, word in enumerate([] if self._get_positional_actions() else words):
+            free = i == 0 or words[i - 1] == "--config" or "=" in words[i - 1]  # no flag's value
+            if free and re.search(r"^[^-].*\.(py|ya?ml)$", word):
+                given = [w for w in words if w not in (word, "--config")]
+                self.error(self.config_hint(Path(word), given))
         words, unneeded = self.our_words(words)
         args, unknown = super().parse_known_args(words, namespace)
         if unneeded and not unknown:
-            why = (f"; {ADVICE[plain(flag)]}" for flag in unneeded if plain(flag) in ADVICE)
-            print(f"[not needed here: {', '.join(unneeded)}{''.join(why)}]", file=sys.stderr)
+            notes = (f"{f} ({ADVICE[plain(f)]})" if plain(f) in ADVICE else f for f in unneeded)
+            print(f"[not needed here: {', '.join(notes)}]", file=sys.stderr)
         return args, unknown
 
     def config_hint(self, path, given):
@@ -250,26 +250,23 @@ class Parser(argparse.ArgumentParser):
         pretrains = path.suffix == ".py" and "--total_batch_tokens" in self._option_string_actions
         base = [f"--{word}" for word in NANOGPT["train_gpt2"].split()] if pretrains else []
         ours, others = {}, []
-        for part in base, [*words, *given]:
-            part, _ = self.our_words(part)
-            while part:
-                flag, equals, value = part.pop(0).partition("=")
-                if not equals and part and not part[0].startswith("--"):
-                    equals, value = "=", part.pop(0)
-                if flag in self._option_string_actions:
-                    ours.pop(flag.replace("--no-", "--"), None)
-                    ours[flag] = equals + value
-                else:
-                    others.append(flag)
-        if pretrains and not {"--ckpt", "--preset", "--n_layer", "--d_model"} & set(ours):
-            ours = {"--preset": "=gpt2"} | ours
-        with contextlib.suppress(KeyError, ValueError):  # a value may be an expression
-            # nanoGPT divides its steps among the processes; so does --total_batch_tokens
-            sizes = [int(ours[f][1:]) for f in ("--batch_size", "--context", "--grad_accum")]
-            ours.setdefault("--total_batch_tokens", f"={math.prod(sizes)}")
+        words = self.our_words(base)[0] + self.our_words([*words, *given])[0]
+        for word in re.split(" (?=--)", shlex.join(words)):  # a flag, perhaps with its value
+            flag = re.split("[ =]", word)[0]
+            if flag in self._option_string_actions:
+                ours.pop(flag.replace("--no-", "--"), None)
+                ours[flag] = word
+            else:
+                others.append(flag)
+        if pretrains:  # nanoGPT divides its steps among the processes; so does --total_batch_tokens
+            if not {"--ckpt", "--preset", "--n_layer", "--d_model"} & set(ours):
+                ours = {"--preset": "--preset=gpt2"} | ours
+            sizes = [ours[f"--{name}"] for name in ("batch_size", "context", "grad_accum")]
+            sizes = [int(n) for n in re.findall(r"[ =](\d+)(?= |$)", " ".join(sizes))]
             del ours["--grad_accum"]
+            ours.setdefault("--total_batch_tokens", f"--total_batch_tokens={math.prod(sizes)}")
         without = f" (without {', '.join(others)})" if others else ""
-        command = shlex.join(["python", self.prog, *map("".join, ours.items())])
+        command = f"python {self.prog} {' '.join(ours.values())}"
         return f"{path}: settings are given as flags here, not in files{without}: {command}"
 
     def error(self, message):
@@ -279,7 +276,7 @@ class Parser(argparse.ArgumentParser):
             flags = [word.partition("=")[0] for word in words if word.startswith("--")]
             message = "; ".join(map(self.hint, flags or words[:1]))
         message = re.sub(r"^argument (\S+): (\S+ must be)", r"\1 \2", message)
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n" if first_process() else None)
 
     def hint(self, flag):
         """What to write for an unknown flag, or for a word that is none."""
@@ -345,6 +342,9 @@ class StopSignal:
 
     def handle(self, number, frame):
         """Remember the signal, and give the next one its usual effect."""
+        if number == signal.SIGINT and first_process():
+            with contextlib.suppress(RuntimeError):  # this thread may just be printing
+                print("\nfinishing the step, then saving; Ctrl-C again stops now", file=sys.stderr)
         self.number = number
         self.__exit__()
 

@@ -19,7 +19,7 @@ def chinchilla_loss(parameters, tokens):
 
 def count_parameters(model):
     """{part: parameters} and their "total"; a tied head is counted once, as the embedding."""
-    words = {"embed": "embedding", "inputs": "embedding", "position": "positions"}
+    words = dict(embed="embedding", inputs="embedding", bigram="token pairs", position="positions")
     words |= {"attention": "attention", "feed_forward": "feed-forward", "norm": "norms"}
     counts = dict.fromkeys([*words.values(), "head"], 0)
     for name, p in model.named_parameters():

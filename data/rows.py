@@ -27,7 +27,8 @@ ROLES = {
 }
 FORMS = (
     "messages or conversations (OpenAI, ShareGPT), instruction and output (Alpaca), question and "
-    "answer, prompt and completion, input and target (Firefly), chosen and rejected, text and label"
+    "answer, query and response, prompt and completion, input and target (Firefly), chosen and "
+    "rejected, text and label"
 )
 
 # --------------------------------------------------------------------------------------------
@@ -134,9 +135,12 @@ def conversation(messages, row):
 
 # The fields that hold a conversation, the question before an answer, the answer, and a pair.
 TURNS = ("messages", "conversations", "conversation", "items")
-QUESTIONS = ("prompt", "question", "instruction", "input")
-ANSWERS = ("completion", "output", "target", "answer")
-PAIRS = ("chosen", "preferred_output"), ("rejected", "non_preferred_output")
+QUESTIONS = ("prompt", "question", "query", "instruction", "input")
+ANSWERS = ("completion", "output", "target", "answer", "response", "solution")
+PAIRS = (
+    ("chosen", "preferred_output", "response"),
+    ("rejected", "non_preferred_output", "rejected_response"),
+)
 
 
 def transcript(text):
@@ -153,9 +157,9 @@ def read_question(row, unread):
     """The messages before an answer: a prompt or question, or Alpaca's history and instruction."""
     turns = read_json(row.take("history") or [])
     turns = [dict(zip(("question", "answer"), t)) if isinstance(t, list) else t for t in turns]
-    text = row.take("prompt", "question")
-    if text is None:
-        text = "\n".join(filter(None, (row.take("instruction"), row.take("input"))))
+    text = row.take("prompt", "question", "query")
+    if text is None:  # Alpaca's, or Dolly's with a context
+        text = "\n".join(filter(None, map(row.take, ("instruction", "input", "context"))))
     return read_messages(turns, unread) + read_messages(transcript(text), unread)
 
 
@@ -203,7 +207,8 @@ def to_example(row, unread=None):
         raise ValueError("answers rated one by one (KTO) cannot be learned from; pairs can")
     if all(keys & set(names) for names in PAIRS):
         kind, example = "prefer", read_pair(row, unread)
-    elif {"context", "response"} <= keys:  # the hotel dialogues as they are published
+    elif {"context", "response"} <= keys and not keys & set(QUESTIONS):
+        # the hotel dialogues as they are published
         turns = [*read_json(row.take("context")), read_json(row.take("response"))]
         example = conversation(read_messages(turns, unread), row)
     elif keys & set(TURNS):
@@ -224,6 +229,11 @@ def to_example(row, unread=None):
         if not isinstance(label, (str, int)) or label == "":
             raise ValueError(f"the label is {label!r:.40}")
         example = {"text": text, "label": str(label)}
+    elif keys & set(QUESTIONS):
+        raise ValueError(
+            f"no answer beside the keys {', '.join(row):.80}; also for GRPO a row needs one, which "
+            'a --reward may compare with: add any text, such as "answer": "?"'
+        )
     else:
         raise ValueError(f"no known format has the keys {', '.join(row):.80}; known are {FORMS}")
     row.close(unread)
@@ -332,29 +342,31 @@ def load_data(
     source, val_source=None, fraction=0.1, rows=None, max_rows=None, encoding=None, every_row=False
 ):
     """(kind, {"train", "val", perhaps "test": examples}, {split: sha256}) of --data: a file, a
-    named set, or a data set of the Hub. `rows` START:STOP is the part of the training rows to take,
-    `max_rows` the most rows that a split has. `fraction` of the training rows becomes the
-    validation rows if there are no others, or with `every_row` all rows of a file do."""
+    named set, a data set of the Hub, or several with commas. `rows` START:STOP is the part of the
+    training rows to take of each, `max_rows` the most rows of a split. `fraction` of the training
+    rows becomes the validation rows if there are no others, or with `every_row` all rows of a file
+    do."""
     part, limits = row_slice(rows), dict.fromkeys(("train", "val", "test"), max_rows)
     held = row_paths(val_source, limits) if val_source else {}
     if part.stop is not None and min(part.start or 0, part.stop) >= 0:
         limits["train"] = min(part.stop, max_rows or part.stop)  # no more need be downloaded
-    paths = row_paths(source, limits)
+    names = [source] if Path(source).exists() else str(source).split(",")
+    files = [(name, *item) for name in names for item in row_paths(name, limits).items()]
     if held:
-        paths["val"] = held.get("val", held["train"])
-    tidy = SOURCES[source].tidy if source in SOURCES else None
+        files = [file for file in files if file[1] != "val"]
+        files.append((source, "val", held.get("val", held["train"])))
     kinds, splits, hashes = {}, {}, {}
-    for split, path in paths.items():
-        part = rows if split == "train" else None
-        kinds[split], examples = read_examples(path, part, max_rows, encoding)
-        splits[split] = list(map(tidy, examples)) if tidy else examples
-        hashes[split] = sha256(Path(path).read_bytes()).hexdigest()
+    for name, split, path in files:
+        part, tidy = rows if split == "train" else None, getattr(SOURCES.get(name), "tidy", None)
+        kinds[str(path)], examples = read_examples(path, part, max_rows, encoding)
+        splits.setdefault(split, []).extend(map(tidy, examples) if tidy else examples)
+        hashes[split] = hashes.get(split, "") + sha256(Path(path).read_bytes()).hexdigest()
     if len(set(kinds.values())) > 1:
-        raise UserError(f"{source} and its validation rows are of different kinds: {kinds}")
+        raise UserError(f"the rows of {source} are of different kinds: {kinds}")
     options = dict(rows=rows, max_rows=max_rows, encoding=encoding)  # other rows of the same files
     hashes |= {name: value for name, value in options.items() if value}
     if "val" not in splits and every_row and source not in SOURCES and is_row_file(source):
         splits["val"] = splits["train"]
     elif "val" not in splits:
         splits["train"], splits["val"] = split_off(splits["train"], fraction)
-    return kinds["train"], splits, hashes
+    return kinds[str(path)], splits, hashes

@@ -110,6 +110,11 @@ class Server(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+def to_json(value):
+    """UTF-8, so that Chinese is readable; half a character, \\ud83d, becomes a question mark."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace")
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Reads, checks and answers one request."""
 
@@ -227,7 +232,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def fail(self, error):
         """Send an ApiError: as the answer, or as an event of a stream that has begun."""
-        content = json.dumps(error.body).encode()
+        content = to_json(error.body)
         with contextlib.suppress(OSError):
             if self.head_sent:
                 self.wfile.write(b"data: " + content + b"\n\n")
@@ -241,7 +246,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             kind = "html" if answer.startswith("<!") else "plain"
             return self.send(200, answer.encode(), f"text/{kind}; charset=utf-8")
         if isinstance(answer, dict):
-            return self.send(200, json.dumps(answer).encode())
+            return self.send(200, to_json(answer))
         stream = answer.body.get("stream")
         try:
             if stream:
@@ -251,7 +256,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if readable and not self.connection.recv(1 << 16):  # a second request is not read
                     raise ConnectionError
                 if content and stream:
-                    self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
+                    self.wfile.write(b"data: " + to_json(content) + b"\n\n")
                 elif content:
                     self.give(content)
             if stream:

@@ -12,14 +12,15 @@ from data.tools import call_tool, function_schema, known_by_training
 
 MAX_CALLS = 3  # tool calls in one turn of the model
 CHAT_HELP = (
-    "/reset forgets, /retry answers again, /system TEXT, /save FILE, /adapter NAME, /quit; "
-    "Ctrl-C stops an answer"
+    "/reset forgets, /retry answers again, /system TEXT, /save FILE, /adapter lists, "
+    "/adapter NAME, /quit; Ctrl-C stops an answer"
 )
 
 
 class Chat:
     """A conversation. The caller sets `write(prompt, seed, may_call, stop)`, which calls stop(row,
-    id) for each new id until it returns True, and `set_adapter(name)`."""
+    id) for each new id until it returns True, and `set_adapter(name)`, which keeps the active
+    adapter if the name is empty, switches it off if it is "none", and returns a list of them."""
 
     def __init__(self, tokenizer, context, tools=None, max_tokens=200, seed=None):
         self.tokenizer, self.tools, self.seed = tokenizer, tools or {}, seed
@@ -103,8 +104,7 @@ class Chat:
                 Path(rest).write_text(text + "\n", encoding="utf-8")
                 return f"saved to {rest}"
             if name == "adapter":
-                self.set_adapter(rest or None)
-                return f"active adapter: {rest or 'none'}"
+                return f"adapters: {self.set_adapter(rest.strip())}"
         except (OSError, UserError) as e:
             return str(e)
         return "nothing has been asked yet" if name == "retry" else CHAT_HELP

@@ -145,6 +145,9 @@ def json_rows(blocks, name):
         start += "".join(blocks)
         try:
             rows = json_values(start)
+            table = rows[0].get("data") if len(rows) == 1 and isinstance(rows[0], dict) else None
+            if isinstance(table, list) and table and all(isinstance(r, dict) for r in table):
+                rows = table  # {"data": [...]}
         except (ValueError, RecursionError) as e:
             if takes_lines or start.lstrip().startswith("["):
                 raise UserError(f"{name}: broken JSON ({e})") from e

@@ -137,7 +137,7 @@ def test_flags_may_be_called_as_elsewhere(line, values):
         ("train config/train_gpt2.py", ": python train.py --preset=gpt2 --data=fineweb-edu --batc"),
         ("train config/train_gpt2.py --batch_size 6 --n 2", "(without --n): python train.py --pre"),
         ("train config/finetune_shakespeare.py", "--ckpt=gpt2-xl --batch_size=1 --max_steps=20"),
-        ("train nano.py --max_iters 9", " --d_model=384 --max_steps=9 --total_batch_tokens=491520"),
+        ("train --n=2 nano.py --max_iters 9", "384 --max_steps 9 --total_batch_tokens=491520"),
         ("finetune --config lf.yml", "_ratio): python finetune.py --dtype=bf16 --ckpt=gpt2 --lora"),
         ("train shakespeare", "unknown argument shakespeare: did you mean --data?"),
         ("sample run", "unknown argument run: did you mean --ckpt?"),

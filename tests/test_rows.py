@@ -60,6 +60,8 @@ FORMS = {  # (row, the messages that it means)
     "firefly": ({"kind": "NLI", "input": "q", "target": "a", "history": [U, A]}, [U, A, U, A]),
     "prompt and completion": ({"prompt": "q", "completion": "a"}, [U, A]),
     "question and answer": ({"question": "q", "answer": "a"}, [U, A]),
+    "swift": ({"query": "q", "response": "a", "history": [["q", "a"]]}, [U, A, U, A]),
+    "dolly": ({"instruction": "i", "context": "n", "response": "a"}, [turn("user", "i\nn"), A]),
     "sharegpt": (
         {"conversations": [
             said("human", "q"), said("function_call", '{"name": "f", "arguments": {"x": 1}}'),
@@ -132,6 +134,7 @@ TALK, TEXTS = [SYSTEM, U, A, turn("user", "2")], {"chosen": "good", "rejected": 
     ({"conversations": [said("human", "q")], "chosen": said("gpt", "good"),
       "rejected": said("gpt", "bad")}, [U]),
     ({"system": "s", "question": "q", **TEXTS}, [SYSTEM, U]),
+    ({"query": "q", "response": "good", "rejected_response": "bad"}, [U]),  # ms-swift
     ({"input": {"messages": TALK}, "preferred_output": sides()["chosen"],
       "non_preferred_output": sides()["rejected"]}, TALK),  # OpenAI
 ])
@@ -216,6 +219,8 @@ def test_bad_rows_of_a_table_are_named(tmp_path):
     ("x.json.gz", b"[]", "x.json.gz: damaged"),
     ("x.csv", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "x.csv: byte 0x89 at offset 0 is not text"),
     ("folder", None, "folder is a folder: name a .json"),
+    ("shakespeare", None, "shakespeare is plain text, not rows: python train.py --ckpt RUN --data"),
+    ("novel.txt", b"Once upon", "novel.txt is plain text, not rows: python train.py --ckpt RUN --"),
     ("nothing.json", None, "nothing.json does not exist: name a .json"),
 ])
 def test_a_file_that_holds_no_rows_says_what_it_is(elsewhere, name, content, says):
@@ -233,6 +238,7 @@ def test_a_file_that_holds_no_rows_says_what_it_is(elsewhere, name, content, say
     (7, "neither an object nor a list of turns but 7"),
     ({"texts": "a"}, "no known format has the keys texts; known are messages or"),
     ([U], "no turn of the assistant"),
+    ({"prompt": [U]}, "no answer beside the keys prompt; also for GRPO a row needs one"),
     ([None, A], "a turn is not an object but None"),
     ([turn("user", 3), A], "the content is not text but 3"),
     ([U, turn("assistant", " \n")], "a turn of assistant has no text"),
@@ -324,9 +330,16 @@ def test_load_data_names_the_files_it_read_by_their_hashes(tmp_path):
     assert (len(parts["train"]), len(parts["val"])) == (20, 3)
     _, parts, hashes = load_data(train, fraction=0.25)
     assert (len(parts["train"]), len(parts["val"]), hashes) == (15, 5, {"train": digest[0]})
+    both = tmp_path / "b.json"  # {"data": [...]}
+    both.write_text(json.dumps({"data": alpaca(24)[20:], "version": 1}), encoding="utf-8")
+    _, parts, hashes = load_data(f"{train},{both}", val)
+    assert (len(parts["train"]), len(parts["val"])) == (24, 3)
+    assert hashes["train"].startswith(digest[0]) and len(hashes["train"]) == 128
+    assert type(hashes) is dict  # a checkpoint keeps it
     labels = write(tmp_path / "l.jsonl", [{"text": "t", "label": "x"}])
-    with pytest.raises(UserError, match="of different kinds"):
-        load_data(train, labels)
+    for sources in ((train, labels), (f"{train},{labels}", val)):
+        with pytest.raises(UserError, match=r"of different kinds.*l\.jsonl"):
+            load_data(*sources)
 
 
 ROWS = [("2:5", "234"), (":2", "01"), ("17:", "789"), ("-3:-1", "78"), (None, "0123456789" * 2)]

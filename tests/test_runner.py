@@ -137,7 +137,7 @@ def until(process, start):
 
 
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_in_one(desk):
-    flags = [*RUN.split(), "--optimizer", "muon", "--schedule", "constant", "--max_steps"]
+    flags = f"{RUN} --optimizer muon --schedule constant --warmup_steps 9 --max_steps".split()
     run = torchrun(2, ROOT / "train.py", *flags, 10**6, "--shard", "--out", "out/killed")
     until(run, "step 3")
     pids = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout

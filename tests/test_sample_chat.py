@@ -228,8 +228,9 @@ def test_adapters_are_switched_in_the_middle_of_a_talk(script, hear):
     bot = sample.make_chat(model, CHAT)
     answer, layer = bot.answer, next(iter(lora.adapted(model).values()))
     bot.answer = lambda show: (active.append(layer.active), answer(show))
-    out = hear(bot, "a", "/adapter clerk", "b", "/adapter", "c").out
-    assert active == ["poet", "clerk", None] and "active adapter: clerk" in out
+    out = hear(bot, "a", "/adapter clerk", "b", "/adapter", "/adapter none", "c").out
+    assert active == ["poet", "clerk", None]
+    assert out.count("adapters: poet, clerk (active), none") == 2 and "none (active)" in out
 
 
 def test_a_full_context_is_cut_at_turns_and_said_once(script, hear):
