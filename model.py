@@ -74,6 +74,10 @@ class Config:
     n_kv_head: int | None = None  # of keys and values; fewer: grouped-query attention; None: n_head
     head_size: int | None = None  # channels of a head; None: d_model / n_head
     d_ff: int | None = None  # None: 4 * d_model; for swiglu 8/3 * d_model, which is as many weights
+    experts: int = 0  # a mixture of that many feed-forwards of size d_ff, see `MoE`; 0 is none
+    experts_per_token: int = 2  # with experts; a d_ff of None is divided among them
+    norm_topk_prob: bool | None = None  # weights of a token's experts add up to 1; None: if several
+    router_aux_loss_coef: float = 0.01  # of the loss by which all experts are used, see `MoE`
     position: str = "rope"  # how a model knows the order of its tokens
     norm: str = "rmsnorm"  # before attention, before feed-forward and at the end
     norm_weight: bool = True  # a learned scale (and, for layernorm, shift) in every norm
@@ -102,8 +106,11 @@ class Config:
         if self.head_size is None:
             self.head_size = self.d_model // self.n_head
         if self.d_ff is None:
-            gated = self.activation in GATED
-            self.d_ff = (4 * self.d_model * 2 // 3 + 7) // 8 * 8 if gated else 4 * self.d_model
+            gated, parts = self.activation in GATED, self.experts_per_token if self.experts else 1
+            size = 4 * self.d_model * (2 if gated else 3) // 3 // max(1, parts)
+            self.d_ff = (size + 7) // 8 * 8 if gated else size
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = self.experts_per_token > 1
         self.check()
 
     def check(self):
@@ -113,7 +120,8 @@ class Config:
             if (value := getattr(self, name)) not in allowed:
                 raise UserError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
         lows = dict.fromkeys(("vocab_size", "n_layer", "d_model", "context", "n_kv_head"), 1)
-        for name, low in (lows | dict(head_size=1, d_ff=1, bigram=0)).items():
+        lows |= dict(head_size=1, d_ff=1, bigram=0, experts=0, experts_per_token=1)
+        for name, low in (lows | dict(router_aux_loss_coef=0)).items():
             if getattr(self, name) < low:
                 raise UserError(f"{name} {getattr(self, name)} must be at least {low}")
         if self.context > 2**24:
@@ -130,10 +138,18 @@ class Config:
             kind = numbers.pop("rope_type", None)
             if set(numbers) != ROPE_SCALINGS.get(kind) or not min(numbers.values()) > 0:
                 raise UserError(f"rope_scaling {self.rope_scaling} is not implemented")
+        if 0 < self.experts < self.experts_per_token:
+            each = f"experts_per_token {self.experts_per_token}"
+            raise UserError(f"{each} must be at most experts {self.experts}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout} must be in [0, 1)")
         if self.tied and self.head_bias:
             raise UserError("a tied head has no bias of its own: drop tied or head_bias")
+
+    @property
+    def active_d_ff(self):
+        """Inner channels of the feed-forwards that a token passes through."""
+        return self.d_ff * (self.experts_per_token if self.experts else 1)
 
     @classmethod
     def from_dict(cls, values, where="the config"):
@@ -170,6 +186,8 @@ _NOVEL = dict(
 # train.py replaces vocab_size by the `padded_vocab` of the prepared data.
 PRESETS = {
     "tiny": Config(n_layer=4, n_head=4, d_model=160, context=128, **_OURS),
+    # tiny with four times the feed-forward weights, of which a token passes through a quarter
+    "moe": Config(n_layer=4, n_head=4, d_model=160, context=128, experts=8, **_OURS),
     "small": Config(vocab_size=4096, n_layer=6, n_head=8, d_model=256, context=256, **_OURS),
     "baby": Config(vocab_size=4096, n_layer=6, n_head=6, d_model=384, context=256, **_OURS),
     "gpt2": Config(n_layer=12, n_head=12, d_model=768, **_GPT2),
@@ -190,13 +208,15 @@ def padded_vocab(size):
 
 def preset(name, **changes):
     """A copy of the named preset with some fields changed. If `d_model`, `n_head` or `activation`
-    changes, `n_kv_head`, `head_size` and `d_ff` return to their defaults unless they are given.
-    UserError for an unknown name."""
+    changes, `n_kv_head`, `head_size` and `d_ff` return to their defaults unless they are given; if
+    the number of experts does, `d_ff` and `norm_topk_prob`. UserError for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
     derived = {}
     if {"d_model", "n_head", "activation"} & set(changes):
         derived = dict(n_kv_head=None, head_size=None, d_ff=None)
+    if {"experts", "experts_per_token"} & set(changes):
+        derived |= dict(d_ff=None, norm_topk_prob=None)
     return replace(PRESETS[name], **{**derived, **changes})
 
 
@@ -357,7 +377,7 @@ class Block(nn.Module):
         self.norm1 = make_norm(config, config.d_model)
         self.attention = Attention(config, causal)
         self.norm2 = make_norm(config, config.d_model)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = MoE(config) if config.experts else FeedForward(config)
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x, rope=None, update_cache=None, mask=None, extra_values=None):
@@ -697,6 +717,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=c.head_bias)
         if c.tied:
             self.head.weight = self.embed.weight
+        self.expert_counts = 0  # how often each expert was chosen in training, (n_layer, E)
         self.grad_checkpoint = False  # recompute blocks in the backward pass: less memory, slower
         if not self.embed.weight.is_meta:
             self.init_weights()
@@ -722,7 +743,7 @@ class Transformer(nn.Module):
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
             elif name == "value_embed.weight":
                 p.zero_()
-            elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
+            elif name.endswith(("attention.out.weight", ".down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer)) if gpt2 else p.zero_()
             elif name == "head.weight":
                 nn.init.normal_(p, std=0.02) if gpt2 else p.zero_()
@@ -784,6 +805,8 @@ class Transformer(nn.Module):
         return self.head(self.hidden(ids, cache, new)[:, -1])
 
     def forward(self, ids, targets=None, cache=None, output="loss", places=None, allowed=None):
+        if self.config.experts and self.training and output == "loss" and targets is not None:
+            return loss_with_balance(self, ids, targets, places)
         x = self.hidden(ids, cache)
         if targets is None:
             return self.head(x)  # (B, T, V)
@@ -904,6 +927,92 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
 
 
 # --------------------------------------------------------------------------------------------
+# A mixture of experts, in place of the feed-forward
+# --------------------------------------------------------------------------------------------
+
+
+class MoE(nn.Module):
+    """Several feed-forwards, the experts, of which a router chooses a few for each token.
+
+        p = softmax(router(x))                    (E,)  a probability for each expert
+        y = sum of p_i * expert_i(x)              over the k experts of the largest p
+
+    So a token pays for k experts, but the model has the weights of E (Shazeer et al. 2017). With
+    `norm_topk_prob` the k weights are divided by their sum, which is the same as a softmax over the
+    k largest logits alone. With k = 1 the only weight is then 1 whatever the router computes: it
+    learns nothing from the text, so Config's default does not normalise there.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.k, self.norm_topk_prob = config.experts_per_token, config.norm_topk_prob
+        self.router = nn.Linear(config.d_model, config.experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.experts))
+        self.routes = None  # in training a list, to which `forward` adds what was chosen
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])  # (N, C)
+        probs = self.router(rows).softmax(-1, dtype=torch.float32)  # (N, E)
+        weights, chosen = probs.topk(self.k)  # (N, k) each
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        if self.routes is not None:
+            self.routes.append((probs, chosen))
+        # Sort the N k choices by expert, so that the rows of each expert lie side by side:
+        #   chosen (N=3, k=2)   [[2, 0], [0, 1], [2, 1]]
+        #   expert              [0, 0, 1, 1, 2, 2]
+        #   order // k          [0, 1, 1, 2, 0, 2]    the row of each choice
+        expert, order = chosen.flatten().sort(stable=True)  # (N k,) each
+        ends = torch.arange(1, len(self.experts), device=x.device)
+        ends = torch.searchsorted(expert, ends).tolist()  # all that a GPU has to wait for
+        parts = rows.index_select(0, order // self.k).tensor_split(ends)
+        # in training an unused expert also runs, on no rows: DDP expects each weight's gradient
+        pairs = [(e, part) for e, part in zip(self.experts, parts) if self.training or len(part)]
+        out = torch.cat([e(part) for e, part in pairs]) * weights.flatten()[order, None]
+        y = torch.zeros_like(rows, dtype=out.dtype).index_add(0, order // self.k, out)
+        return y.to(x.dtype).view_as(x)
+
+
+def balance_loss(probs, chosen, weight):
+    """(the load-balancing loss of a layer, how often each expert was chosen (E,)), of its router's
+    probabilities (N, E) and choices (N, k); rows count by their `weight` (N,), which is 0 or 1.
+
+    E * sum of f_i P_i over the experts, where f_i is the share of the choices that fell on expert i
+    and P_i its mean probability (Switch Transformers, Fedus et al. 2021, equation 4, without its
+    factor), less 1, which it is if all are used equally: so that training and validation losses
+    compare. A count has no gradient, so it is P that the most used experts lose by.
+    """
+    rows = weight[:, None].float()
+    counts = (rows * torch.zeros_like(probs).scatter(1, chosen, 1.0)).sum(0)
+    total = weight.sum().clamp(min=1)
+    share, mean = counts / (total * chosen.shape[1]), (rows * probs).sum(0) / total
+    return probs.shape[1] * (share * mean).sum() - 1, counts
+
+
+def loss_with_balance(model, ids, targets, places=None):
+    """What `model(ids, targets)` returns in training: the summed loss of the targets, and for each
+    layer `router_aux_loss_coef` times its `balance_loss`, times the number of targets. The training
+    step divides that by all targets of the step: the balance is then the mean over micro-batches
+    and processes, each by its targets. `model.expert_counts` (n_layer, E) is added to.
+    """
+    layers, routes = [block.feed_forward for block in model.blocks], []
+    for layer in layers:
+        layer.routes = routes
+    try:
+        x = model.hidden(ids)
+    finally:  # gradient checkpointing computes blocks again, which must leave nothing
+        for layer in layers:
+            layer.routes = None
+    kept = targets != -100
+    # positions after a row's last target, such as padding, change no loss: they do not count
+    counted = kept.flip(1).cumsum(1).flip(1).flatten() > 0
+    losses, counts = zip(*(balance_loss(*route, counted) for route in routes))
+    model.expert_counts = model.expert_counts + torch.stack(counts)
+    balance = model.config.router_aux_loss_coef * kept.sum() * torch.stack(losses).sum()
+    return chunked_loss(x, model.head.weight, model.head.bias, targets, places) + balance
+
+
+# --------------------------------------------------------------------------------------------
 # Hugging Face's layout, in and out
 # --------------------------------------------------------------------------------------------
 
@@ -988,14 +1097,19 @@ def export_hf(content, folder):
 
 
 def count_parameters(model):
-    """{part: parameters} and their "total"; a tied head is counted once, as the embedding."""
+    """{part: parameters} and their "total"; a tied head is counted once, as the embedding. With
+    experts also "active": those that a token uses."""
     words = {"embed": "embedding", "inputs": "embedding", "position": "positions"}
     words |= {"attention": "attention", "feed_forward": "feed-forward", "norm": "norms"}
     counts = dict.fromkeys([*words.values(), "head"], 0)
     for name, p in model.named_parameters():
         parts = [part for word, part in words.items() if word in name]
         counts[parts[-1] if parts else "head"] += p.numel()  # the last: embed_norm is a norm
-    return {**counts, "total": sum(counts.values())}
+    counts["total"] = total = sum(counts.values())
+    if c := model.config if model.config.experts else None:
+        experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+        counts["active"] = total - experts + experts * c.experts_per_token // c.experts
+    return counts
 
 
 def flops_per_token(config, length=None, learned=1.0, frozen=False):
@@ -1009,7 +1123,7 @@ def flops_per_token(config, length=None, learned=1.0, frozen=False):
     """
     c = config
     qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
-    feed_forward = c.d_model * c.d_ff * (3 if c.activation in GATED else 2)
+    feed_forward = c.d_model * (c.active_d_ff * (3 if c.activation in GATED else 2) + c.experts)
     block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
     weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
     scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)

@@ -71,7 +71,8 @@ context: block_size max_seq_length max_seq_len cutoff_len max_length seq_len seq
 max_model_len n_ctx ctx_size n_positions max_position_embeddings context_length, n_layer: n_layers
 depth num_layers num_hidden_layers, n_head: n_heads num_heads num_attention_heads, n_kv_head:
 num_kv_heads num_key_value_heads n_query_groups, d_model: n_embd hidden_size dim embed_dim, d_ff:
-intermediate_size n_inner, activation: hidden_act, eps: rms_norm_eps, tied: tie_word_embeddings,
+intermediate_size n_inner moe_intermediate_size, experts: num_experts num_local_experts n_experts,
+experts_per_token: num_experts_per_tok num_experts_per_token, activation: hidden_act, eps: rms_norm_eps, tied: tie_word_embeddings,
 qkv_bias+out_bias+ff_bias: bias, no_qkv_bias+no_out_bias+no_ff_bias: bias=false,
 
 lr: learning_rate max_lr peak_lr, muon_lr: matrix_lr, embed_lr: embedding_lr, head_lr:

@@ -14,7 +14,7 @@ from data.download import WEIGHTS, weight_files
 from data.files import write_json
 from data.tensors import Safetensors, load_pt, write_safetensors
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 # To add an architecture, add its model_type here and what is special about it to config_from_hf and
 # config_to_hf. For each field of model.Config: its name and default in GPT-2, then in the others.
 FIELDS = {
@@ -32,21 +32,30 @@ FIELDS = {
     "tied": ("tie_word_embeddings", True, "tie_word_embeddings", False),
     "eps": ("layer_norm_epsilon", 1e-5, "rms_norm_eps", 1e-6),
 }
+# The further fields of a mixture of experts; Mixtral always normalises
+_EXPERTS = dict(experts=("num_experts", None), experts_per_token=("num_experts_per_tok", None))
+_EXPERTS["router_aux_loss_coef"] = ("router_aux_loss_coef", 0.001)
+MOE_FIELDS = {
+    "qwen3_moe": _EXPERTS
+    | dict(d_ff=("moe_intermediate_size", None), norm_topk_prob=("norm_topk_prob", False)),
+    "mixtral": _EXPERTS | dict(experts=("num_local_experts", None)),
+}
 _TANH = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh")
 GPT2_ACTIVATIONS = _TANH | dict(gelu="gelu", relu="relu")
 LLAMA_ACTIVATIONS = dict(silu="swiglu", swish="swiglu")
 # Biases that a family never has, whatever config.json says
-NO_BIAS = dict(mistral={"out_bias", "ff_bias"}, qwen2={"out_bias", "ff_bias"}, qwen3={"ff_bias"})
+NO_BIAS = dict.fromkeys(("mistral", "mixtral", "qwen2"), {"out_bias", "ff_bias"})
+NO_BIAS = NO_BIAS | dict.fromkeys(("qwen3", "qwen3_moe"), {"ff_bias"})
 # Fields of transformers' classes that do not change what the model computes
 IGNORED = """*_pdrop *_token_id *dropout *dtype _name_or_path architectures chunk_size_feed_forward
 gradient_checkpointing id2label initializer_range is_llama_config keys_to_ignore_at_inference
 label2id max_window_layers model_type n_ctx output_* pretraining_tp problem_type
-reorder_and_upcast_attn return_dict summary_* task_specific_params transformers* use_cache"""
+reorder_and_upcast_attn return_dict router_jitter_noise summary_* task_specific_params transformers* use_cache"""
 # Fields that change it, unless they are off (null, false, 0 or empty) or 1
 OFF = """add_cross_attention alibi attention_multiplier attn_logit_softcapping
-final_logit_softcapping is_encoder_decoder layer_types quantization_config rope_interleaved
+final_logit_softcapping is_encoder_decoder layer_types mlp_only_layers quantization_config rope_interleaved
 rope_parameters rope_scaling scale_attn_by_inverse_layer_idx use_mrope use_sliding_window"""
-ONE = """embedding_multiplier logits_scaling partial_rotary_factor residual_multiplier
+ONE = """decoder_sparse_step embedding_multiplier logits_scaling partial_rotary_factor residual_multiplier
 scale_attn_weights"""
 ROPE_FIELDS = {"default": (), "linear": ("factor",)}  # other fields beside these have no effect
 
@@ -75,7 +84,8 @@ def config_from_hf(values):
         config |= dict(position="learned", norm="layernorm")
         config |= dict(qkv_bias=True, out_bias=True, ff_bias=True)
     else:
-        config |= dict(qkv_bias=config["out_bias"] or family == "qwen2", qk_norm=family == "qwen3")
+        config |= dict(qkv_bias=config["out_bias"] or family == "qwen2")
+        config["qk_norm"] = family.startswith("qwen3")
         rope = left.pop("rope_parameters", {})  # the newer name; transformers prefers the older
         rope = left.pop("rope_scaling", None) or rope
         if any(isinstance(v, dict) for v in rope.values()):  # one for each type of layer
@@ -88,10 +98,14 @@ def config_from_hf(values):
         rope = {n: v for n, v in rope.items() if n in ROPE_FIELDS.get(kind, rope)}
         config["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rope}
         window = left.pop("sliding_window", None)
-        if family == "mistral" and window:  # the others use it only with use_sliding_window
+        if family in ("mistral", "mixtral") and window:  # the others use it only with use_sliding_window
             config["context"] = min(config["context"], window)  # inside it, attention is full
         if set(layers := left.pop("layer_types", [])) - {"full_attention"}:
             refuse("layer_types", layers)
+    if family == "qwen3_moe" and "num_local_experts" in left:  # so transformers 5 writes it
+        left["num_experts"] = left.pop("num_local_experts")
+    for ours, (name, default) in MOE_FIELDS.get(family, {}).items():
+        config[ours] = left.pop(name, default)
     supported = dict.fromkeys(OFF.split(), False) | dict.fromkeys(ONE.split(), 1)
     for name, value in left.items():
         if name in supported and (value or False) != supported[name]:
@@ -111,7 +125,10 @@ def config_to_hf(config):
         values = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c["dropout"])
     else:
         family = "qwen3" if c["qk_norm"] else "qwen2" if c["qkv_bias"] > c["out_bias"] else "llama"
-        architecture, activation = f"{family.capitalize()}ForCausalLM", "silu"
+        if c["experts"]:
+            family = "qwen3_moe" if c["qk_norm"] else "mixtral"
+        words = (word.capitalize() for word in family.split("_"))
+        architecture, activation = f"{''.join(words)}ForCausalLM", "silu"
         values = dict(rope_theta=c["rope_theta"], rope_scaling=c["rope_scaling"])
     values |= {"architectures": [architecture], "model_type": family}
     lacking = NO_BIAS.get(family, set()) | ({"head_size"} if family == "qwen2" else set())
@@ -119,7 +136,7 @@ def config_to_hf(config):
         name = names[0 if gpt2 else 2]
         if name and ours not in lacking:
             values[name] = activation if ours == "activation" else c[ours]
-    return values
+    return values | {name: c[ours] for ours, (name, _) in MOE_FIELDS.get(family, {}).items()}
 
 
 # The names of layers: ours, GPT-2's, and the other families'
@@ -138,21 +155,29 @@ NAMES = {
     "feed_forward.gate": (None, "mlp.gate_proj"),
     "feed_forward.up": ("mlp.c_fc", "mlp.up_proj"),
     "feed_forward.down": ("mlp.c_proj", "mlp.down_proj"),
+    "feed_forward.router": (None, "mlp.gate"),
 }
+# Mixtral's names of what Qwen3-MoE calls so
+MIXTRAL = {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 # Buffers that old checkpoints carry: causal masks, and rotary frequencies that follow from config
 IGNORED_TENSORS = r"(attn\.(masked_)?bias|rotary_emb\.inv_freq)$"
 
 
-def hf_name(name, gpt2):
+def hf_name(name, gpt2, mixtral=False):
     """Their name for our tensor `name`.
 
     >>> hf_name("blocks.3.attention.k.weight", True), hf_name("head.weight", False)
     ('transformer.h.3.attn.c_attn.weight', 'lm_head.weight')
+    >>> hf_name("blocks.3.feed_forward.experts.0.up.weight", False)
+    'model.layers.3.mlp.experts.0.up_proj.weight'
     """
     if name == "head.weight":
         return "lm_head.weight"
     *block, part, leaf = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
-    part = NAMES[part][0 if gpt2 else 1]
+    expert = "".join(re.findall(r"experts\.\d+\.", part))
+    part = NAMES[part.replace(expert, "")][0 if gpt2 else 1].replace("mlp.", f"mlp.{expert}")
+    if mixtral:
+        part = ".".join(MIXTRAL.get(word, word) for word in part.split("."))
     where = [] if block == [None] else ["h" if gpt2 else "layers", *block]
     return ".".join(["transformer" if gpt2 else "model", *where, part, leaf])
 
@@ -183,11 +208,12 @@ def read_state(folder, shapes, gpt2, tied, dtype=None):
     """
     files, state, used = hf_tensors(folder), {}, {"lm_head.weight"}
     bare = gpt2 and "wte.weight" in files  # the first GPT-2 files have no "transformer."
+    mixtral = any(f".{MIXTRAL['mlp']}." in name for name in files)
     for name, shape in shapes.items():
         if name == "head.weight" and tied:
             state[name] = state["embed.weight"]
             continue
-        theirs = hf_name(name, gpt2).removeprefix("transformer." if bare else "")
+        theirs = hf_name(name, gpt2, mixtral).removeprefix("transformer." if bare else "")
         if theirs not in files:
             raise UserError(f"{folder} lacks the tensor {theirs} {tuple(shape)}")
         used.add(theirs)
@@ -214,7 +240,8 @@ def write_model(folder, values, shapes, state):
     for name, shape in shapes.items():
         filler = torch.ones if name.endswith("weight") else torch.zeros
         tensor = state[name] if name in state else filler(shape, dtype=dtype)
-        parts.setdefault(hf_name(name, gpt2), []).append(transposed(name, tensor, gpt2))
+        theirs = hf_name(name, gpt2, values["model_type"] == "mixtral")
+        parts.setdefault(theirs, []).append(transposed(name, tensor, gpt2))
     tensors = {name: torch.cat(p, dim=-1) for name, p in parts.items()}  # GPT-2's q, k and v
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", values | {"torch_dtype": str(dtype).removeprefix("torch.")})
@@ -236,6 +263,8 @@ def write_peft(content, weights, gpt2, folder, base=None):
         raise UserError(
             "peft cannot express new special tokens or a quantized base: merge and export the model"
         )
+    if any(".experts." in name or ".router." in name for name in state):
+        raise UserError("peft knows no adapters of single experts: merge and export the model")
     modules, tensors, counts = {}, {}, {}
     for name in (n for n in weights if n.endswith(".weight")):
         module = hf_name(name, gpt2).removesuffix(".weight")

@@ -1,5 +1,6 @@
 """Pictures by hand: an SVG is text, a PNG is a header, zlib's bytes and checksums."""
 import html
+import itertools
 import math
 import struct
 import zlib
@@ -61,6 +62,34 @@ def line_svg(title, curves, x_label="steps", y_label=""):
         elements.append(f'<polyline points="{path}" {style} {stroke}/>')
         elements.append(f'<path d="M{RIGHT + 10} {y - 5}h16" {stroke} stroke-width="3"/>')
         elements.append(text(RIGHT + 30, y, name, ""))
+    return "\n".join([*elements, "</svg>\n"])
+
+
+def share_svg(title, shares, x_label, y_label):
+    """An SVG of a table of shares, each row of which adds up to 1: a cell is the darker the larger
+    its share is, from white for none to the full color for twice an equal share."""
+    rows, columns = len(shares), len(shares[0])
+    height, width, written = (BOTTOM - TOP) / rows, (568 - LEFT) / columns, rows * columns <= 256
+    elements = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {STYLE}>',
+        '<rect width="580" height="310" fill="#fff"/>',
+        f'<text x="{LEFT}" y="20" font-weight="bold">{html.escape(title)}</text>',
+        f'<text x="{LEFT}" y="38" font-size="13" fill="#666">{y_label}</text>',
+        f'<text x="568" y="{BOTTOM + 40}" text-anchor="end">{x_label}</text>',
+    ]
+    for row, column in itertools.product(range(rows), range(columns)):
+        share, x, y = shares[row][column], LEFT + column * width, TOP + row * height
+        middle = f'y="{y + height / 2 + 5:.1f}" text-anchor'
+        style = f'stroke="#ddd" fill="{COLORS[0]}" fill-opacity="{min(1, share * columns / 2):.3f}"'
+        size = f'width="{width:.1f}" height="{height:.1f}"'
+        elements.append(f'<rect x="{x:.1f}" y="{y:.1f}" {size} {style}/>')
+        if written:
+            elements.append(f'<text x="{x + width / 2:.1f}" {middle}="middle">{share:.0%}</text>')
+            if column == 0:
+                elements.append(f'<text x="{LEFT - 6}" {middle}="end">{row}</text>')
+            if row == 0:
+                place = f'x="{x + width / 2:.1f}" y="{BOTTOM + 20}"'
+                elements.append(f'<text {place} text-anchor="middle">{column}</text>')
     return "\n".join([*elements, "</svg>\n"])
 
 
