@@ -39,6 +39,7 @@ from data.cli import Parser, UserError, at_least, between, number, positive, run
 from data.costs import check_memory
 from data.files import write_json
 from data.machine import DTYPES, make_runtime, shard_like
+from data.progress import shown, watched
 from data.reply import parse
 from data.rewards import REWARDS, load_reward, rate
 from data.row_files import ROW_SUFFIXES
@@ -164,17 +165,18 @@ def generate_turns(model, tokenizer, prompts, seeds=None):
     max_tokens = max_answer(model.config.context)
     turns, waiting, running = [[] for _ in prompts], deque(range(len(prompts))), {}
     engine = Engine(model, min(48, len(prompts)), 256)
-    while waiting or running:
-        while waiting and engine.busy < len(engine.texts):
-            i = waiting.popleft()
-            options = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
-            running[engine.add(prompts[i], allowed=allowed, **options)] = i
-        for slot, new_id in engine.step().items():
-            turn = turns[running[slot]]
-            turn.append(new_id)
-            if new_id in template.ends or len(turn) == max_tokens:
-                engine.remove(slot)
-                del running[slot]
+    with shown("answer", lambda: len(prompts) - len(waiting) - len(running), len(prompts)):
+        while waiting or running:
+            while waiting and engine.busy < len(engine.texts):
+                i = waiting.popleft()
+                options = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
+                running[engine.add(prompts[i], allowed=allowed, **options)] = i
+            for slot, new_id in engine.step().items():
+                turn = turns[running[slot]]
+                turn.append(new_id)
+                if new_id in template.ends or len(turn) == max_tokens:
+                    engine.remove(slot)
+                    del running[slot]
     return turns, [parse(ids, template, prompt) for ids, prompt in zip(turns, prompts)]
 
 
@@ -231,7 +233,7 @@ class SFT:
         """The Split of examples, without rows that have no target, from which nothing can be
         learned, and without examples that the chat template refuses."""
         split, bad = Split([], []), []
-        for example in examples:
+        for example in watched(examples, "making rows of example"):
             try:
                 rows = self.rows(example)
             except ValueError as e:
@@ -271,7 +273,7 @@ class SFT:
         questions, which only rank 0 generates; `report` answers all questions in the end."""
         loss, targets = 0.0, 0
         buckets = batches.bucket(range(len(split.rows)), split.rows, self.args.batch_tokens)
-        for numbers, counts in self.runtime.share(buckets):
+        for numbers, counts in watched(list(self.runtime.share(buckets)), "validating: batch"):
             batch = self.runtime.upload(batches.pad([split.rows[i] for i in numbers]))
             loss += counts * float(model(*batch))
             targets += counts * int((batch[1] != -100).sum())
@@ -323,15 +325,15 @@ class Classify(SFT):
         text, label = example["text"], example["label"]
         return [batches.label_row(text, label, self.tokenizer, self.args.context)]
 
-    def label_ids(self):
-        """The ids of the labels' tokens."""
-        return [self.tokenizer.special[label_token(name)] for name in self.labels]
+    def start(self, model, splits, saved):
+        self.label_ids = [self.tokenizer.special[label_token(name)] for name in self.labels]
+        rows = torch.arange(model.config.vocab_size, device=self.runtime.device)
+        self.allowed = torch.isin(rows, torch.tensor(self.label_ids, device=rows.device))
+        return {}
 
     def loss(self, model, ids, targets, places):
         """The summed loss among the labels alone, as it is measured."""
-        allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=ids.device)
-        allowed[self.label_ids()] = True
-        return -model(ids, targets, output="log_probs", allowed=allowed).sum()
+        return -model(ids, targets, output="log_probs", allowed=self.allowed).sum()
 
     def evaluate(self, model, split, when="end"):
         return self.report(model, split)[0]
@@ -339,7 +341,7 @@ class Classify(SFT):
     def report(self, model, split):
         """The figures are over the label tokens alone; the lines show the confusion matrix."""
         prompts = [row.ids[:-1] for row in split.rows]
-        logps = classify(model, prompts, self.label_ids())  # (N, labels)
+        logps = classify(model, prompts, self.label_ids)  # (N, labels)
         wanted = torch.tensor([self.labels.index(e["label"]) for e in split.examples])
         best, rows = logps.argmax(1), []
         table = confusion(best.numpy(), wanted.numpy(), len(self.labels))
@@ -399,7 +401,8 @@ class DPO(SFT):
     def over_pairs(self, split, measure):
         """Apply measure(ids, targets, reference) -> (P, 2) to all pairs, in batches: (N, 2)."""
         out = torch.zeros(len(split.rows), 2)
-        for numbers in batches.bucket(range(len(split.rows)), split.rows, self.args.batch_tokens):
+        buckets = batches.bucket(range(len(split.rows)), split.rows, self.args.batch_tokens)
+        for numbers in watched(buckets, "measuring: batch"):
             batch = self.batch(split, numbers, [split.rows[i] for i in numbers])
             out[numbers] = measure(*(t.to(self.runtime.device) for t in batch)).cpu()
         return out
@@ -913,13 +916,13 @@ def header(model, args, objective, splits, loader):
         f"{objective.noun} to learn, {len(val.examples):,} to measure; {len(sizes):,} rows of at "
         f"most {longest:,} tokens, {cut:,} cut to --context; {loader.per_epoch:,} batches an epoch"
     )
-    per_step = tokens / loader.per_epoch * args.grad_accum * objective.runtime.world
-    if split.prompts:  # answers may be of any length
-        per_step = None
+    runtime, mean = objective.runtime, tokens / sum(n for _, n in sizes)
+    per_step = tokens / loader.per_epoch * args.grad_accum * runtime.world
+    per_step = None if split.prompts else per_step  # sampled answers may be of any length
     learned = sum(sum(r.mask[1:]) for row in split.rows for r in batches.sequences(row)) / tokens
-    mean = tokens / sum(n for _, n in sizes)
-    runtime, most = objective.runtime, args.batch_tokens
-    return [text, *train.header(model, args, runtime, most, per_step, mean, learned)]
+    return [
+        text, *train.header(model, args, runtime, args.batch_tokens, per_step, mean, learned)
+    ]  # fmt: skip
 
 
 def settle(args, **values):

@@ -220,8 +220,7 @@ class Run:
         """Write mnist.pt, which has everything that resuming needs, and draw loss.svg."""
         if self.out is None:
             return
-        names = ("model", "optimizer", "schedule")
-        content = {name: getattr(self, name).state_dict() for name in names}
+        content = {n: getattr(self, n).state_dict() for n in ("model", "optimizer", "schedule")}
         content |= {"config": {"recipe": self.args.recipe}, "args": vars(self.args)}
         content |= {"progress": (self.step, self.seconds, self.recent, self.log.rows)}
         content |= {"images": self.n_images, "random": random_state()}
@@ -266,8 +265,7 @@ def write_pictures(out, model, images, labels):
     errors = torch.bincount(10 * labels + read, minlength=100).view(10, 10).fill_diagonal_(0).cpu()
     shades = 255 * (errors / errors.max().clamp(min=1)).sqrt()[..., None, None]
     write_png(out / "confusion.png", sheet(shades.byte().view(100, 1, 1).numpy(), 10, 32))
-    counts, cells = errors.flatten().topk(5)
-    found = zip(counts.tolist(), cells.tolist())
+    found = torch.stack(errors.flatten().topk(5)).T.tolist()
     texts = [f"{i // 10} read as {i % 10} ({n} times)" for n, i in found if n]
     print("Most frequent errors:", ", ".join(texts) or "none")
     wrong = (read != labels).nonzero()[:, 0]
@@ -321,8 +319,7 @@ def distort(images):
     transforms = torch.eye(2, 3, device=images.device) + most * noise
     grid = F.affine_grid(transforms, (len(images), 1, 28, 28), align_corners=False)
     # pixels from beyond the edge are those of the edge, which is empty
-    moved = F.grid_sample(images[:, None], grid, padding_mode="border", align_corners=False)
-    return moved[:, 0]
+    return F.grid_sample(images[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
 
 
 # --------------------------------------------------------------------------------------------
@@ -441,8 +438,7 @@ RECIPES = {  # for flags that are not given; those of "fast" were found with the
     "diffusion": dict(epochs=16, lr=0.002, **ADAMW),
 }
 SWITCHES = {"optimizer": OPTIMIZERS, "loss": LOSSES, "schedule": SCHEDULES}
-# SGD takes gradients as they are, and those of the other losses are smaller than those of nll.
-SGD_LR = {"nll": 0.01, "mse": 0.5, "euclidean": 0.05, "cosine": 0.1}
+SGD_LR = {"nll": 0.01, "mse": 0.5, "euclidean": 0.05, "cosine": 0.1}  # the smaller its gradients
 
 
 def read_loss(text):
@@ -472,10 +468,10 @@ def build_parser():
     add("--resume", nargs="?", const="", metavar="RUN", help="continue a run (default: newest)")
     add = p.add_argument_group("training").add_argument
     add("--epochs", type=at_least(1), help="default 5, fast 4, diffusion 16")
-    add("--batch_size", type=at_least(1), help="images a step (64, or what suits the optimizer)")
-    add("--optimizer", type=plain, choices=tuple(OPTIMIZERS), help="default sgd, others adamw")
+    add("--batch_size", type=at_least(1), help="images a step (64; lbfgs, rprop more; others 128)")
+    add("--optimizer", type=plain, choices=tuple(OPTIMIZERS), help="default sgd; others adamw")
     add("--lr", type=positive, help="largest learning rate (default: what suits the optimizer)")
-    add("--schedule", type=plain, choices=tuple(SCHEDULES), help="default constant or onecycle")
+    add("--schedule", type=plain, choices=tuple(SCHEDULES), help="constant; others onecycle")
     add("--gamma", type=positive, help="of --schedule step: factor after an epoch (default 0.9)")
     add("--loss", type=plain, help=f"{', '.join(LOSSES)} or a sum, mse+0.5*cosine (default nll)")
     add("--shuffle", action=argparse.BooleanOptionalAction, help="a new order every epoch")
@@ -530,8 +526,10 @@ def settle(args):
     given = {k: v for k, v in vars(args).items() if v is not None}
     if args.resume is None:
         recipe = args.recipe or "course"
-        if args.out and Path(args.out, "mnist.pt").exists():
+        if args.out and any(Path(args.out).glob("*.pt")):
             raise UserError(f"{args.out} already holds a run: --resume it, or another --out")
+        if args.optimizer in BATCH_SIZES:  # not the recipe's
+            given = {"batch_size": None, "lr": None} | given
         vars(args).update(dict(recipe=recipe, seed=42, gamma=0.9) | RECIPES[recipe] | given)
         return None
     folder = Path(args.resume) if args.resume else newest_run(args.recipe)
@@ -554,6 +552,8 @@ def start(args, saved, device, images):
     """The run with these settings, its model on `device`; prints the first line."""
     torch.manual_seed(args.seed)
     model = NETWORKS[args.recipe]().to(device)
+    if args.optimizer == "lbfgs":  # torch's takes weights in no other order
+        model.to(memory_format=torch.contiguous_format)
     args.out = args.out or str(new_run(f"mnist-{args.recipe}".removesuffix("-course")))
     run = Run(model, args, images, Path(args.out), saved)
     size = sum(p.numel() for p in model.parameters())

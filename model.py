@@ -1174,7 +1174,7 @@ def show(what, path, prompt, layer, head):
         table = model.embed.weight[ids]
     table = table.detach().numpy()
     tables.draw_table(picture, table)
-    print(*lines(texts, table), picture, sep="\n")
+    print(*lines(texts, table), f"{picture}: {what} of {path}", sep="\n")
 
 
 def build_parser():

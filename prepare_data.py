@@ -34,10 +34,11 @@ if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; s
 import numpy as np
 import tiktoken
 
-from data.cli import Parser, Progress, UserError, at_least, number, run_cli, watched
+from data.cli import Parser, UserError, at_least, number, run_cli
 from data.download import DATA, MB, fetch, is_hub_name, snapshot_download
 from data.files import file_sha256, locked, read_json, write_whole
 from data.hf_tokenizer import hub_tokenizer
+from data.progress import shown, watched
 from data.sources import SOURCES, Source
 from data.text import ARCHIVES, BLOCK, TEXT_SUFFIXES, Documents, choose_texts, file_streams
 from data.tokenizer import PATTERNS, UNKNOWN, Tokenizer, learn_bpe
@@ -169,8 +170,12 @@ def write_tokens(documents, tokenizer, folder, hold_out, max_tokens=None, held_o
     Returns how many documents, characters and fallback tokens there are.
     """
     stats, size, dtype = Counter(), Counter(), token_dtype(tokenizer.n_vocab)
-    limit, start, progress = int(max_tokens or 2**62), time.monotonic(), Progress()
-    with open(folder / "train.tmp", "wb") as train, open(folder / "val.tmp", "wb") as val:
+    limit = int(max_tokens or 2**62)
+    with (
+        open(folder / "train.tmp", "wb") as train,
+        open(folder / "val.tmp", "wb") as val,
+        shown("encoding: character", lambda: stats["characters"]),
+    ):
         files = {"train": train, "val": val}
         for pieces in labelled_pieces(documents, hold_out), labelled_pieces(held_out, 1):
             for split, first, characters, ids in encoded(pieces, tokenizer):
@@ -183,11 +188,8 @@ def write_tokens(documents, tokenizer, folder, hold_out, max_tokens=None, held_o
                 stats["documents"] += first
                 stats["characters"] += characters
                 stats["fallback"] += int(tokenizer.fallback[ids].sum())
-                rate = stats["characters"] / MB / max(time.monotonic() - start, 1e-3)
-                progress(f"encoding: {stats['documents']:,} documents, {rate:.1f} M characters/s")
                 if split == "train" and size["train"] >= limit:
                     break
-    progress.clear()
     return stats
 
 

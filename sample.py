@@ -36,6 +36,7 @@ from data.cli import Parser, UserError, at_least, between, positive, printable, 
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, dtype_name, native_dtype
 from data.matmul import make_fast, timing_lines
+from data.progress import watched
 from data.reply import TextStream
 from data.runs import newest_run
 from data.terminal import Chat, talk
@@ -488,7 +489,7 @@ def classify(model, prompts, goals, batch=64):
     """Log probabilities (N, L) of the label ids `goals` after each prompt (a list of ids), relative
     to these labels only."""
     out = []
-    for start in range(0, len(prompts), batch):
+    for start in watched(range(0, len(prompts), batch), "classifying: batch"):
         rows = [torch.tensor(ids) for ids in prompts[start : start + batch]]
         # causal: padding behind a row changes nothing
         ids = pad_sequence(rows, batch_first=True).to(model.embed.weight.device)

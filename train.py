@@ -44,6 +44,7 @@ from data.cli import Parser, StopSignal, UserError, at_least, between, positive,
 from data.costs import check_memory, memory_needed
 from data.files import write_json
 from data.machine import DTYPES, dtype_name, full_tensor, is_sharded, make_runtime, shard_like
+from data.progress import waiting, watched
 from data.runs import Log, clock, eval_line, newest_run, run_folder, step_line
 from data.tokenizer import Tokenizer
 from prepare_data import data_hashes, find_data, read_meta, read_tokens
@@ -289,7 +290,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     batches = [full[i : i + per_batch] for i in range(0, len(full), per_batch)]
     batches += [[s] for s in starts if s + T > targets]  # the short rest, in a batch of its own
     loss, count, n_bytes = 0.0, 0, 0
-    for batch, weight in runtime.share(batches):
+    for batch, weight in watched(list(runtime.share(batches)), "validating: batch"):
         length = min(T, targets - batch[0])
         window = np.asarray(batch)[:, None] + np.arange(length + 1)
         block = torch.from_numpy(tokens[window].astype(np.int64))
@@ -671,7 +672,7 @@ def compile_blocks(model, task, runtime, step):
     for module in (m for m in model.modules() if isinstance(m, lm.MoE)):
         module.forward = torch.compiler.disable(module.forward)  # shapes change with every batch
     try:
-        with runtime.autocast():
+        with waiting("compiling the model, once, perhaps for a minute"), runtime.autocast():
             task.loss(model, *runtime.upload(task.batches(step)[0])).backward()
     except Exception as e:  # whatever the compiler raised, eager mode still works
         del model.hidden
@@ -1086,7 +1087,7 @@ def closing_text(model, tokenizer, meta, result, out, val):
 
     prompt_ids = val[: min(16, model.config.context)].tolist()
     allowed = allowed_ids(model, tokenizer)
-    with lm.evaluating(model):
+    with lm.evaluating(model), waiting("writing a sample"):
         rows = generate(model, [prompt_ids], 160, temperature=0.8, top_p=0.95, allowed=allowed)
         text = printable(tokenizer.decode(prompt_ids + [row[0] for row in rows]))
     bits, bpb, xz = "", result.get("val_bpb"), meta.get("xz_after_training_text")

@@ -15,6 +15,7 @@ from data.answer import Answer, ApiError, Choice
 from data.chat import content_text, get_template, read_call
 from data.reply import Reply
 from data.scheduler import Job
+from data.tools import function_schema, known_by_training
 
 # Fields of OpenAI's and vLLM's servers that would change the answer and are not supported, with
 # the values that change nothing.
@@ -137,17 +138,16 @@ class Api:
     context     of the model, in tokens
     allowed     {(chat, may call tools): bools (V,), the ids that may be generated}
     settings    the values of sampling settings that a request does not name
-    tools       the schemas of the tools for requests that name none
-    known       names of tools that the model knows by training; their schemas stay out of prompts
+    tools       {name: function} for requests that name none
     """
 
-    def __init__(
-        self, scheduler, tokenizer, adapters, context, allowed, settings, tools=(), known=()
-    ):
+    def __init__(self, scheduler, tokenizer, adapters, context, allowed, settings, tools):
         self.scheduler, self.tokenizer, self.context = scheduler, tokenizer, context
-        self.adapters, self.names, self.known = adapters, list(adapters), set(known)
-        self.allowed, self.settings, self.tools = allowed, settings, list(tools)
-        self.started, self.template = int(time.time()), get_template(tokenizer)
+        self.adapters, self.names, self.allowed = adapters, list(adapters), allowed
+        self.settings, self.started = settings, int(time.time())
+        self.template = get_template(tokenizer)
+        self.tools = [function_schema(name, f) for name, f in tools.items()]
+        self.known = known_by_training(tools) if self.template and self.template.ours else ()
 
     def model(self, name):
         """The description of a model; ApiError if it is not served."""
@@ -157,9 +157,8 @@ class Api:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "scratchlm"}
 
     def told(self, tools):
-        """Those of the tools that a prompt describes."""
-        known = self.known if self.template and self.template.ours else ()
-        return [tool for tool in tools if tool["function"]["name"] not in known]
+        """Those of the tools that a prompt describes: not what the model knows by training."""
+        return [tool for tool in tools if tool["function"]["name"] not in self.known]
 
     def list_models(self):
         return {"object": "list", "data": [self.model(name) for name in self.names]}

@@ -12,7 +12,6 @@ import re
 import shlex
 import signal
 import sys
-import time
 from pathlib import Path
 
 
@@ -60,20 +59,22 @@ def is_out_of_memory(error):
 FOREIGN = """
 ckpt: model_name_or_path model model_name model_path model_id base_model checkpoint_dir load_from
 init_from from_weight, adapter: adapter_name_or_path adapter_path lora_path, resume|:
-init_from=resume, resume: resume_from_checkpoint resume_from_checkpoint=true from_resume=1, export:
-export_dir, out|ckpt: out_dir output_dir, out: save_dir, data: dataset dataset_name train_file
-train_data data_path json_path, data=shakespeare: dataset=shakespeare_char, val_data: eval_dataset
-validation_file, val|val_fraction: val_size test_size, max_rows: max_samples max_train_samples,
-eval_rows: max_eval_samples, field: dataset_text_field, tokenizer: tokenizer_name tokenizer_path
+init_from=resume, resume: resume_from_checkpoint resume_from_checkpoint=true resume=true
+from_resume=1, export: export_dir, out|ckpt: out_dir output_dir, out: save_dir, data: dataset
+dataset_name train_file train_data data_path json_path, data=shakespeare: dataset=shakespeare_char,
+data=alpaca-zh: dataset=alpaca_zh dataset=alpaca_zh_demo, val_data: eval_dataset validation_file,
+val|val_fraction: val_size test_size, max_rows: max_samples max_train_samples, eval_rows:
+max_eval_samples, field: dataset_text_field, tokenizer: tokenizer_name tokenizer_path
 tokenizer_name_or_path,
 
 context: block_size max_seq_length max_seq_len cutoff_len max_length seq_len seq_length sequence_len
 max_model_len n_ctx ctx_size n_positions max_position_embeddings context_length, n_layer: n_layers
-depth num_layers num_hidden_layers, n_head: n_heads num_heads num_attention_heads, n_kv_head:
-num_kv_heads num_key_value_heads n_query_groups, d_model: n_embd hidden_size dim embed_dim, d_ff:
-intermediate_size n_inner moe_intermediate_size, experts: num_experts num_local_experts n_experts,
-experts_per_token: num_experts_per_tok num_experts_per_token, activation: hidden_act, eps: rms_norm_eps, tied: tie_word_embeddings,
-qkv_bias+out_bias+ff_bias: bias, no_qkv_bias+no_out_bias+no_ff_bias: bias=false,
+depth num_blocks num_layers num_hidden_layers, n_head: n_heads num_heads num_attention_heads,
+n_kv_head: num_kv_heads num_key_value_heads n_query_groups, d_model: n_embd hidden_size dim
+embed_dim, d_ff: intermediate_size n_inner, activation: hidden_act, eps: rms_norm_eps, tied:
+tie_word_embeddings, qkv_bias+out_bias+ff_bias: bias, no_qkv_bias+no_out_bias+no_ff_bias:
+bias=false, d_ff: moe_intermediate_size, experts: num_experts num_local_experts n_experts,
+experts_per_token: num_experts_per_tok num_experts_per_token,
 
 lr: learning_rate max_lr peak_lr, muon_lr: matrix_lr, embed_lr: embedding_lr, head_lr:
 unembedding_lr, min_lr: eta_min min_learning_rate, warmup_steps: warmup_iters lr_warmup_steps
@@ -136,11 +137,11 @@ ADVICE = {
     "rows are not packed but batched with others of their length": "packing neat_packing",
     "torchrun --nproc_per_node N starts N processes, and --shard splits the model over them":
         "devices num_gpus num_nodes tensor_parallel_size deepspeed fsdp_config",
-    "experts are not implemented": "use_moe num_experts",
     "model.py --export writes a folder for transformers": "push_to_hub hub_model_id export_dir",
     "--data takes the path of the file": "dataset_dir data_dir",
     "the environment variable HF_TOKEN holds the token": "hf_token hub_token hf_hub_token",
 }  # fmt: skip
+ADVICE = {flag: use for use, theirs in ADVICE.items() for flag in theirs.split()}
 SCRIPTS = ("train", "finetune", "sample", "prepare_data", "model", "lora", "mnist")
 YES, NO = ("true", "1", "yes"), ("false", "0", "no", "none")
 
@@ -169,8 +170,7 @@ class Parser(argparse.ArgumentParser):
             if all(part[0] in names for part in parts):
                 break
         else:  # a flag that this script lacks can still be left out
-            refused = value in NO and any(name in theirs.split() for theirs in ADVICE.values())
-            return ([], True) if refused else (None, False)
+            return ([], True) if value in NO and name in ADVICE else (None, False)
         words = [names[own] + equals + setting for own, equals, setting in parts]
         if exact or not words:
             return words, True
@@ -208,7 +208,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """argparse's, of the words that `our_words` makes of the given ones."""
         words = sys.argv[1:] if args is None else args
-        config = next((w for w in words[:2] if re.search(r"\w\.(py|ya?ml|json)$", w)), None)
+        config = next((w for w in words[:2] if re.search(r"\w\.(py|ya?ml)$", w)), None)
         if config and words[0] in (config, "--config") and not self._get_positional_actions():
             self.error(self.config_hint(Path(config)))
         words, unneeded = self.our_words(words)
@@ -218,10 +218,10 @@ class Parser(argparse.ArgumentParser):
         return args, unknown
 
     def config_hint(self, path):
-        """Which flags do what someone else's configuration file (Python, YAML or JSON) says."""
+        """Which flags do what someone else's configuration file (Python or YAML) says."""
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         text = re.sub(r"(\d+) \* (\d+)", lambda m: str(int(m[1]) * int(m[2])), text)
-        pairs = re.findall(r"""^\s*["']?([\w.]+)["']?\s*[=:]\s*([^#\n]*[^#\n\s,])""", text, re.M)
+        pairs = re.findall(r"^\s*([\w.]+)\s*[=:]\s*([^#\n]*[^#\n\s])", text, re.M)
         words = [f"--{name}=" + value.strip("\"'") for name, value in pairs if value != "null"]
         words, _ = self.our_words(words)
         ours = [w for w in words if w.partition("=")[0] in self._option_string_actions]
@@ -242,9 +242,8 @@ class Parser(argparse.ArgumentParser):
     def hint(self, flag):
         """What to write for an unknown flag."""
         name = plain(flag)
-        for use, theirs in ADVICE.items():
-            if name in theirs.split():
-                return f"{flag}: {use}"
+        if name in ADVICE:
+            return f"{flag}: {ADVICE[name]}"
         ours = "--" + re.split("[|+=]", FOREIGN.get(name, name))[0]
         with contextlib.suppress(ImportError):  # only now: this module knows no script
             parsers = {s: importlib.import_module(s).build_parser() for s in SCRIPTS}
@@ -254,8 +253,10 @@ class Parser(argparse.ArgumentParser):
                 return f"unknown argument {flag}: {it} is a flag of {scripts}"
         known = {option[2:]: option for option in self._option_string_actions}
         known |= {them: new[0] for them in FOREIGN if (new := self.translate(f"--{them}", "")[0])}
-        alike = [k for k in known if flag[:2] == "--" and abs(len(k) - len(name)) < 3]
+        alike = [k for k in known if abs(len(k) - len(name)) < 3]
         near = difflib.get_close_matches(name, alike, 1, cutoff=0.85 if len(name) > 4 else 0.8)
+        if not flag.startswith("-"):  # a text or a file alone
+            near = [n for n in ("prompt", "data") if n in known]
         what = f": did you mean {known[near[0]]}?" if near else " (see --help)"
         return f"unknown argument {flag}{what}"
 
@@ -312,31 +313,3 @@ def printable(text):
     """`text` with control characters other than tab and newline as \\x1b: printed as they are they
     could clear the terminal, or worse."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
-
-
-class Progress:
-    """A line on a terminal that rewrites itself, at most twice a second; nothing elsewhere."""
-
-    def __init__(self):
-        self.shown = time.monotonic()
-
-    def __call__(self, text):
-        if sys.stderr.isatty() and time.monotonic() - self.shown > 0.5:
-            self.shown = time.monotonic()
-            print(f"\r\033[K{text} ", end="", flush=True, file=sys.stderr)
-
-    def clear(self):
-        """Empty the line."""
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
-
-
-def watched(items, name):
-    """Yield the items, and count them on a line of the terminal that begins with `name`, with how
-    many there are if that is known."""
-    progress = Progress()
-    total = f" of {len(items):,}" if hasattr(items, "__len__") else ""
-    for count, item in enumerate(items, start=1):
-        progress(f"{name} {count:,}{total}")
-        yield item
-    progress.clear()

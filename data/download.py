@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from data.cli import Progress, UserError
+from data.cli import UserError
 from data.files import file_sha256, read_json, write_once
+from data.progress import shown, waiting
 
 DATA = Path("data")
 OFFLINE = ContextVar("OFFLINE", default=False)  # True where nothing is to be downloaded
@@ -78,7 +79,6 @@ def download(url, dest, sha256, tries, wait, token):
 
     url = resolve_url(url)
     for attempt in range(tries):
-        time.sleep(wait * 2 ** (attempt - 1) if attempt else 0)
         try:
             part, hub_hash = download_part(url, dest, token)
             break
@@ -86,6 +86,8 @@ def download(url, dest, sha256, tries, wait, token):
             raise
         except (requests.RequestException, ValueError) as e:  # ValueError: a redirect to no URL
             reason = str(e).split(": ")[-1].strip("\"')")[:100] or type(e).__name__
+            with waiting(f"{dest.name}: {reason}; try {attempt + 1} of {tries}, waiting"):
+                time.sleep(wait * 2**attempt if attempt + 1 < tries else 0)
     else:
         raise UserError(
             f"cannot download {url}: gave up after {tries} tries ({reason}). Offline or behind a "
@@ -131,7 +133,9 @@ def download_part(url, dest, token):
     # as auth, since a mere header would yield to ~/.netrc; requests drops it on the way elsewhere
     bearer = {"Authorization": f"Bearer {token}"}
     auth = (lambda request: request.headers.update(bearer) or request) if token else None
-    with requests.get(url, headers=headers, auth=auth, stream=True, timeout=(10, 60)) as r:
+    with waiting(f"asking {urlsplit(url).netloc}"):
+        r = requests.get(url, headers=headers, auth=auth, stream=True, timeout=(10, 60))
+    with r:
         if r.status_code in (408, 429) or r.status_code >= 500:
             raise requests.ConnectionError(f"HTTP {r.status_code}")
         if r.status_code not in (200, 206) and not (size and r.status_code == 416):
@@ -148,15 +152,13 @@ def download_part(url, dest, token):
             old.unlink()
             if r.status_code != 200:
                 raise requests.ConnectionError("the file changed on the server")
-        start, progress = size if resumed else 0, Progress()
+        start = size if resumed else 0
         total = start + int(r.headers.get("Content-Length", 0))  # start, if it is not known
         part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "ab" if resumed else "wb") as f:
+        with open(part, "ab" if resumed else "wb") as f, shown(f"{dest.name}: byte", f.tell, total):
             for block in r.iter_content(1 << 18):
                 f.write(block)
-                progress(f"{dest.name}  {f.tell() / MB:.1f} of {total / MB:.1f} MB")
             size = f.tell()
-    progress.clear()
     if size < total:
         raise requests.ConnectionError(f"{size:,} of {total:,} bytes came")
     print(f"downloaded {dest.name}: {size:,} bytes", file=sys.stderr)

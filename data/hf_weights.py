@@ -44,19 +44,21 @@ _TANH = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh")
 GPT2_ACTIVATIONS = _TANH | dict(gelu="gelu", relu="relu")
 LLAMA_ACTIVATIONS = dict(silu="swiglu", swish="swiglu")
 # Biases that a family never has, whatever config.json says
-NO_BIAS = dict.fromkeys(("mistral", "mixtral", "qwen2"), {"out_bias", "ff_bias"})
-NO_BIAS = NO_BIAS | dict.fromkeys(("qwen3", "qwen3_moe"), {"ff_bias"})
+NO_BIAS = {family: {"out_bias", "ff_bias"} for family in ("mistral", "mixtral", "qwen2")}
+NO_BIAS = NO_BIAS | dict(qwen3={"ff_bias"}, qwen3_moe={"ff_bias"})
 # Fields of transformers' classes that do not change what the model computes
 IGNORED = """*_pdrop *_token_id *dropout *dtype _name_or_path architectures chunk_size_feed_forward
 gradient_checkpointing id2label initializer_range is_llama_config keys_to_ignore_at_inference
 label2id max_window_layers model_type n_ctx output_* pretraining_tp problem_type
-reorder_and_upcast_attn return_dict router_jitter_noise summary_* task_specific_params transformers* use_cache"""
+reorder_and_upcast_attn return_dict router_jitter_noise summary_* task_specific_params transformers*
+use_cache"""
 # Fields that change it, unless they are off (null, false, 0 or empty) or 1
 OFF = """add_cross_attention alibi attention_multiplier attn_logit_softcapping
-final_logit_softcapping is_encoder_decoder layer_types mlp_only_layers quantization_config rope_interleaved
-rope_parameters rope_scaling scale_attn_by_inverse_layer_idx use_mrope use_sliding_window"""
-ONE = """decoder_sparse_step embedding_multiplier logits_scaling partial_rotary_factor residual_multiplier
-scale_attn_weights"""
+final_logit_softcapping is_encoder_decoder layer_types mlp_only_layers quantization_config
+rope_interleaved rope_parameters rope_scaling scale_attn_by_inverse_layer_idx use_mrope
+use_sliding_window"""
+ONE = """decoder_sparse_step embedding_multiplier logits_scaling partial_rotary_factor
+residual_multiplier scale_attn_weights"""
 ROPE_FIELDS = {"default": (), "linear": ("factor",)}  # other fields beside these have no effect
 
 
@@ -98,7 +100,7 @@ def config_from_hf(values):
         rope = {n: v for n, v in rope.items() if n in ROPE_FIELDS.get(kind, rope)}
         config["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rope}
         window = left.pop("sliding_window", None)
-        if family in ("mistral", "mixtral") and window:  # the others use it only with use_sliding_window
+        if family in ("mistral", "mixtral") and window:  # others only with use_sliding_window
             config["context"] = min(config["context"], window)  # inside it, attention is full
         if set(layers := left.pop("layer_types", [])) - {"full_attention"}:
             refuse("layer_types", layers)

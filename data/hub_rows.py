@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
-from data.cli import UserError, watched
+from data.cli import UserError
 from data.download import REPO, VIEWER, download_path, fetch, hub_token
 from data.files import read_json
+from data.progress import watched
 from data.row_files import is_row_file
 from data.sources import HUB, made
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from data import chat
 from data.cli import UserError
 from data.hub_rows import hub_name, hub_rows
+from data.progress import waiting, watched
 from data.row_files import is_row_file, read_rows
 from data.sources import SOURCES
 
@@ -266,7 +267,9 @@ def read_examples(path, rows=None, limit=None, encoding=None):
     named on stderr and left out; UserError if more than 1 % are bad or none is left. Rows that
     continue each other become one conversation again."""
     examples, bad, kind, unread = [], [], None, Counter()
-    for where, row in list(itertools.islice(read_rows(path, encoding), limit))[row_slice(rows)]:
+    with waiting(f"reading {path}"):
+        found = list(itertools.islice(read_rows(path, encoding), limit))[row_slice(rows)]
+    for where, row in watched(found, "reading row"):
         if isinstance(row, UserError):
             bad.append(str(row))
             continue

@@ -179,8 +179,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if [coding.strip().lower() for coding in codings] == ["chunked"] and not lengths:
             return self.chunks()
         if codings or len(lengths) != 1 or not re.fullmatch("[0-9]{1,9}", lengths[0]):
-            message = "a request needs one Content-Length, or else Transfer-Encoding: chunked"
-            raise ApiError(411, message)
+            raise ApiError(411, "a request needs one Content-Length or Transfer-Encoding: chunked")
         return self.read(int(lengths[0]))
 
     def read(self, size, length=0):

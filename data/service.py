@@ -7,6 +7,7 @@ import json
 import os
 import re
 import threading
+from concurrent import futures
 from pathlib import Path
 
 from data.answer import ApiError
@@ -18,7 +19,7 @@ from data.files import read_json
 from data.rows import first_words, load_data, to_example
 from data.runs import OUT, read_run, run_list
 from data.tokenizer import labels_of
-from data.tools import call_tool, function_schema, known_by_training
+from data.tools import call_tool
 
 PAGE = Path(__file__).with_name("page.html")
 CHOICES = OUT / "choices.jsonl"
@@ -33,7 +34,7 @@ def example_questions(run, count=4):
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             splits = context.run(load_data, run["data"], *map(run.get, given))[1]
-    except (UserError, OSError, KeyError, TypeError):  # TypeError: train.py has no "val"
+    except Exception:  # the settings may name anything
         return []
     short = [q for q in dict.fromkeys(map(first_words, splits["val"])) if 0 < len(q) <= 160]
     return short[:: max(1, len(short) // count)][:count]
@@ -61,31 +62,28 @@ class Service:
             raise UserError("--api_key must be ASCII letters, digits and signs, as HTTP needs it")
         if self.cors and not re.fullmatch(r"https?://[^/\s]+", self.cors):
             raise UserError(f"--cors {self.cors} is not an origin like https://example.org")
-        known = known_by_training(tools)
-        schemas = [function_schema(name, f) for name, f in tools.items()]
         context, labels = scheduler.engine.context, labels_of(tokenizer)
-        self.api = Api(scheduler, tokenizer, adapters, context, allowed, settings, schemas, known)
+        self.api = Api(scheduler, tokenizer, adapters, context, allowed, settings, tools)
         self.tools, self.classify, self.draw = tools, classify if labels else None, draw
         self.requests, self.lock = 0, threading.Lock()
         command = f"python finetune.py --ckpt {ckpt} --data {CHOICES}"
         folder, run = Path(args.adapter[-1] if args.adapter else ckpt), {}
         with contextlib.suppress(UserError):
             run = read_json((folder.parent if folder.suffix == ".pt" else folder) / "settings.json")
+        self.examples = futures.ThreadPoolExecutor(1).submit(example_questions, run)
         self.info = {  # what the page shows
             "kind": "classifier" if labels else "chat" if self.api.template else "base",
-            "model": self.api.names[0],
             "models": self.api.names,
             "labels": labels,
             "settings": settings,
             "context": context,
             "max_tokens": min(args.max_new_tokens, context // 2),
             "system": args.system or "",
-            "tools": schemas,
+            "tools": self.api.tools,
             "draws": draw is not None,
-            "told": self.api.told(schemas) or None,
+            "told": self.api.told(self.api.tools) or None,
             "databases": {name: getattr(f, "database", "") for name, f in tools.items()},
             "run": {name: run.get(name) for name in ("data", "parameters")},
-            "examples": example_questions(run),
             "choices": {"file": str(CHOICES), "command": command},
         }
 
@@ -97,13 +95,15 @@ class Service:
 
     def metrics(self, _):
         """Figures in Prometheus' text format."""
-        count = f"scratchlm_requests_total {self.requests}"
-        return "\n".join([count, *self.api.scheduler.lines(), ""])
+        lines = f"scratchlm_requests_total {self.requests}", *self.api.scheduler.lines()
+        return "\n".join([*lines, ""])
 
     def page_info(self, _):
         """What the page shows of the model, and the number of choices so far."""
         count = CHOICES.read_bytes().count(b"\n") if CHOICES.exists() else 0
-        return self.info | {"choices": self.info["choices"] | {"count": count}}
+        info = self.info | {"choices": self.info["choices"] | {"count": count}}
+        futures.wait([self.examples], timeout=1)  # a large file of rows takes longer
+        return info | {"examples": self.examples.result() if self.examples.done() else []}
 
     def run_tool(self, body):
         """The result of a tool call."""
@@ -122,9 +122,7 @@ class Service:
 
     def choose(self, body):
         """Append a preference pair to CHOICES."""
-        fields = "prompt", "messages", "tools", "chosen", "rejected"
-        row = {k: body[k] for k in fields if k in body}
-        row["prompt"] = row.pop("messages", row.get("prompt"))
+        row = {k: body[k] for k in ("prompt", "tools", "chosen", "rejected") if k in body}
         try:
             to_example(row)  # as finetune.py will
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:

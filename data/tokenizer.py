@@ -6,8 +6,9 @@ import heapq
 import itertools
 import re
 import unicodedata
+from array import array
 from collections import Counter, defaultdict
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import regex  # comes with tiktoken, whose split patterns are written for it (\p{L}, \p{Han})
@@ -16,6 +17,7 @@ import tiktoken.load
 
 from data.cli import UserError
 from data.download import MB, download_path, fetch, resolve_url
+from data.progress import shown
 
 END = "<|endoftext|>"  # stands between documents
 UNKNOWN = "\ufffd"  # what the char tokenizer makes of a character it has never seen
@@ -232,45 +234,55 @@ def train_bpe(counts, size):
 
     `counts` maps pieces (bytes) to how often they occur. Starting from the 256 bytes, the most
     frequent adjacent pair becomes a token, until there are enough or no pair occurs twice; among
-    equals the pair of the smallest ids. Only the pieces that hold the pair are touched.
+    equals the pair of the smallest ids. Only the places where the pair stands are touched, so that
+    a piece may be as long as a text without blanks.
 
     >>> [t.decode() for t in train_bpe({b"low": 5, b"lower": 2, b"newer": 6}, 260)[256:]]
     ['er', 'lo', 'low', 'ew']
     """
     tokens = [bytes([b]) for b in range(256)]
-    # a piece is a str whose characters are the ids: str.replace merges a pair
-    words = [(piece.decode("latin-1"), n) for piece, n in counts.items()]
-    total, where = Counter(), defaultdict(set)  # pair -> occurrences, pair -> words with it
-    for w, (word, n) in enumerate(words):
-        for pair in itertools.pairwise(word):
-            total[pair] += n
-            where[pair].add(w)
+    # the ids of all pieces, a -1 around each; `left` and `right` lead over ids that are merged away
+    ids, weights = array("i", [-1]), array("i", [0])
+    for piece, n in counts.items():
+        ids.extend((*piece, -1))
+        weights.extend([n] * (len(piece) + 1))
+    left, right = array("i", range(-1, len(ids) - 1)), array("i", range(1, len(ids) + 1))
+    total, where = Counter(), defaultdict(partial(array, "i"))  # pair -> occurrences, their places
+    for i, pair in enumerate(itertools.pairwise(ids)):
+        if -1 not in pair:
+            total[pair] += weights[i]
+            where[pair].append(i)
     heap = [(-n, pair) for pair, n in total.items()]
     heapq.heapify(heap)
-    while heap and len(tokens) < size:
-        n, pair = heapq.heappop(heap)
-        if -n != total[pair]:  # the count has changed since: put it back at its place
-            if total[pair] > 0:
-                heapq.heappush(heap, (-total[pair], pair))
-            continue
-        if -n < 2:
-            break
-        new, changed = chr(len(tokens)), set()
-        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
-        for w in where.pop(pair):
-            word, n = words[w]
-            merged = word.replace("".join(pair), new)
-            words[w] = merged, n
-            for p in itertools.pairwise(word):
-                total[p] -= n
-            for p in itertools.pairwise(merged):
-                total[p] += n
-                if new in p:
-                    where[p].add(w)
-                    changed.add(p)
-        del total[pair]
-        for p in changed:
-            heapq.heappush(heap, (-total[p], p))
+    with shown("learning merges: token", lambda: len(tokens), size):
+        while heap and len(tokens) < size:
+            n, pair = heapq.heappop(heap)
+            if -n != total[pair]:  # the count has changed since: put it back at its place
+                if total[pair] > 0:
+                    heapq.heappush(heap, (-total[pair], pair))
+                continue
+            if -n < 2:
+                break
+            (a, b), new, changed = pair, len(tokens), set()
+            tokens.append(tokens[a] + tokens[b])
+            for i in where.pop(pair):  # from left to right: of aaa the first two are merged
+                j, before = right[i], left[i]
+                if (ids[i], ids[j]) != pair:  # another merge has taken one of them since
+                    continue
+                n, after = weights[i], right[j]
+                ids[i], ids[j], right[i], left[after] = new, -1, after, i
+                for old, created, place in (
+                    ((ids[before], a), (ids[before], new), before),
+                    ((b, ids[after]), (new, ids[after]), i),
+                ):
+                    if -1 not in created:
+                        total[old] -= n
+                        total[created] += n
+                        where[created].append(place)
+                        changed.add(created)
+            del total[pair]
+            for p in changed:
+                heapq.heappush(heap, (-total[p], p))
     return tokens
 
 

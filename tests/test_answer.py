@@ -33,7 +33,7 @@ class Script:
 def serve(tokenizer, ids=(), **fields):
     """(message, finish_reason, prompt) of an answer, which is the same streamed as complete."""
     allowed = dict.fromkeys([(True, True), (True, False)], [True] * tokenizer.n_vocab)
-    api = Api(Script(ids), tokenizer, {"m": None}, 4096, allowed, {})
+    api = Api(Script(ids), tokenizer, {"m": None}, 4096, allowed, {}, {})
     body = {"messages": HELLO, "tools": TOOLS, **fields}
     *_, answer = api.chat(dict(body)).result()
     answer, streamed = answer["choices"][0], {"content": ""}

@@ -3,7 +3,11 @@
 import contextlib
 import dataclasses
 import importlib
+import os
+import pty
 import re
+import select
+import subprocess
 import sys
 from pathlib import Path
 
@@ -131,6 +135,8 @@ def test_flags_may_be_called_as_elsewhere(line, values):
         ("train config/train_gpt2.py", "train_gpt2.py: settings are given as flags here"),
         ("train nano.py", "out=out-shakespeare-char --grad_accum=40 --d_model=384 (without --e"),
         ("finetune --config lf.yml", ": finetune.py --dtype=bf16 --ckpt=gpt2 --lora_targets=all ("),
+        ("train shakespeare", "unknown argument shakespeare: did you mean --data?"),
+        ("sample Once upon", "unknown argument Once: did you mean --prompt?"),
         ("train --optimizer lion", "invalid choice: 'lion'"),
         ("lora merge", "the following arguments are required: --ckpt, --adapter, --out"),
         ("lora merge --ckpt a --adapter b --oute c", "--out"),
@@ -150,8 +156,30 @@ def test_no_flag_of_transformers_is_taken_for_a_slip_and_ours_exist(capsys):
     transformers = pytest.importorskip("transformers")
     for field in dataclasses.fields(transformers.TrainingArguments):
         with contextlib.suppress(SystemExit):
-            parser_of("train").parse_args([f"--{field.name}", "x"])
+            parser_of("train").parse_args([f"--{field.name}=x"])
     assert "did you mean" not in capsys.readouterr().err
     ours = {option for script in SCRIPTS for option in parser_of(script)._option_string_actions}
     words = {part.split("=")[0] for name in FOREIGN.values() for part in re.split("[|+]", name)}
     assert {f"--{word}".replace("--no_", "--no-") for word in words if word} <= ours
+
+
+BUSY = """
+import time
+from data.progress import waiting, watched
+for _ in watched(range(3), "row"):
+    time.sleep(0.6)
+with waiting("asking"):
+    time.sleep(0.8)
+"""
+
+
+def test_what_takes_long_is_shown_on_a_terminal_with_what_is_left_and_not_in_a_file():
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-c", BUSY]
+    subprocess.run(command, cwd=ROOT, stderr=end, check=True)
+    said = os.read(terminal, 99999).decode()
+    assert re.search(r"row [123] of 3, \d+ s left", said) and "asking; seconds: " in said
+    assert said.endswith("\r\x1b[K")
+    subprocess.run(command, cwd=ROOT, stderr=end, check=True, env=os.environ | {"RANK": "1"})
+    assert not select.select([terminal], [], [], 0)[0]
+    assert not subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, check=True).stderr

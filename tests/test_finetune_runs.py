@@ -529,7 +529,7 @@ def test_a_second_round_knows_the_tokens_already(desk):
     assert about["modules_to_save"] == [] and tokenizer.n_vocab == 263
     tune(*SFT, *LORA, "--max_steps", "2", ckpt="out/first")
     assert all(k.endswith((".a", ".b")) for k in content("out/run/best.pt")["model"])
-    both = tune(*LABELS, "--max_steps", "2", ckpt="out/first", out="out/labels")
+    both = tune(*LABELS, "--max_steps", "2", "--dtype", "bf16", ckpt="out/first", out="out/labels")
     spec = content(both / "best.pt")["tokenizer"]
     assert len(spec["special"]) == len(CHAT_TOKENS) + 2
 

@@ -111,12 +111,8 @@ def test_choices_that_need_another_rate_or_batch_read_most_digits_after_an_epoch
 def rates(schedule, steps=8, *flags):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     args = settled("--epochs", "4", "--lr", "1", "--schedule", schedule, *flags)
-    schedule, found = mnist.SCHEDULES[schedule](optimizer, args, steps), []
-    for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return found
+    schedule, group = mnist.SCHEDULES[schedule](optimizer, args, steps), optimizer.param_groups[0]
+    return [(group["lr"], optimizer.step(), schedule.step())[0] for _ in range(steps)]
 
 
 def test_schedules_by_hand():
@@ -158,7 +154,7 @@ def test_shuffling_takes_every_image_once_and_in_another_order_each_epoch(toy):
 RUNS = {
     "course": ["--optimizer", "momentum", "--schedule", "cosine"],
     "adam shuffled": ["--optimizer", "adam", "--schedule", "step", "--shuffle"],
-    "lbfgs": ["--optimizer", "lbfgs"],
+    "lbfgs": ["--optimizer", "lbfgs", "--recipe", "fast"],
     "fast": ["--recipe", "fast"],
     "diffusion": ["--diffusion"],
 }
@@ -197,7 +193,13 @@ def test_a_run_may_get_more_epochs_or_move_but_not_change_its_images(toy, tmp_pa
         mnist.main([*flags, "--out", "straight"])
     mnist.main([*flags, "--epochs", "1", "--out", "before"])
     Path("before").rename("after")
+    content = lm.load_checkpoint("after/mnist.pt", resuming=True)  # as it was written until 2026-11
+    content["progress"][3][:] = [{"step": 6, "training": 2.3}, {"step": 6, "test": 2.2, "right": 9}]
+    del content["args"]["gamma"]
+    lm.save_checkpoint("after/mnist.pt", content)
     mnist.main(["--resume", "after", "--epochs", "3"])
+    rows = [{"step": 6, "loss": 2.3}, {"step": 6, "val_loss": 2.2, "right": 9}]
+    assert saved("after")["progress"][3][:2] == rows
     with pytest.raises(UserError, match="--batch_size cannot change when resuming after"):
         mnist.main(["--resume", "after", "--batch_size", "10"])
     assert same_weights("straight", "after") and not Path("before").exists()

@@ -105,13 +105,13 @@ def test_show_prints_and_draws_the_numbers_of_a_model(position, tmp_path, monkey
     tables = {"token": model.embed.weight[ord("a")], "position": lm.position_table(model)[1]}
     for what, row in tables.items():
         lm.main(["--show", what, "--prompt", "xa好"])
-        _, *rows, size, path = capsys.readouterr().out.splitlines()
+        _, *rows, size, picture = capsys.readouterr().out.splitlines()
         numbers = [float(n) for n in rows[1].replace("...", "").split()[-8:]]
         assert numbers == pytest.approx([*row[:4].tolist(), *row[-4:].tolist()], abs=1e-4)
         assert size == f"[{len(rows) if what == 'token' else CONTEXT} rows x {len(row)} columns]"
-        assert (tmp_path / path).read_bytes()[:4] == b"\x89PNG"
+        assert (tmp_path / picture.split(":")[0]).read_bytes()[:4] == b"\x89PNG"
     lm.main(["--show", "attention", "--prompt", "xa好", "--head", "2"])
-    _, *rows, _, path = capsys.readouterr().out.splitlines()
+    _, *rows, _, _ = capsys.readouterr().out.splitlines()
     weights = lm.attention_weights(model, list("xa好".encode()))[2]
     assert rows[0] == "   0 x  ██" and rows[4][:7] == "   4 好 "
     assert rows[4][-2] == lm.tables.SHADES[int(5 * weights[4, 4] ** 0.5)]

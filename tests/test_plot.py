@@ -1,14 +1,9 @@
 """data/plot.py: a PNG and an SVG that others read."""
 
-import sys
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from data.plot import line_svg, write_png
 

@@ -36,8 +36,9 @@ TOY = {
 
 def commands(readme):
     text = (ROOT / readme).read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+    parts = re.findall(r"```bash\n.*?```|^\| [^\n]*", text, re.S | re.M)  # blocks, rows of tables
+    found = (re.findall(r"`(python \w[^`]*)`|^([^`|].*)", p, re.M) for p in parts)
+    return [a or b for pairs in found for a, b in pairs]
 
 
 def test_both_languages_show_the_same_commands():

@@ -407,7 +407,7 @@ def wait_until(true, seconds=5):
 
 ASK, WRITE, LENGTH = "/v1/chat/completions", "/v1/completions", "Content-Length: "
 GOOD = {"model": "tiny", "messages": HELLO, "max_tokens": 2}
-CHOICE = {"messages": HELLO, "chosen": "hi 你好", "rejected": "no"}
+CHOICE = {"prompt": HELLO, "chosen": "hi 你好", "rejected": "no"}
 POSTS = [path for path, (method, *_) in data.service.ROUTES.items() if method == "POST"]
 HOSTS = "evil.example", "localhost.evil.example", "127.0.0.1@evil.example", "", "127.0.0.2"
 SITES = "http://evil.example", "null", "http://localhost:1", "localhost", ""
@@ -684,11 +684,11 @@ def test_choices_are_rows_that_finetune_reads(chat):
     assert get(chat.port, "/page/info")[2]["choices"]["count"] == 0
     call = {"function": {"name": "search", "arguments": "{}"}}
     talk = [*HELLO, {"role": "assistant", "tool_calls": [call]}, turn("tool", "[]")]
-    good = [CHOICE, CHOICE | {"messages": talk}, {"prompt": "学", "chosen": "a", "rejected": "b"}]
+    good = [CHOICE, CHOICE | {"prompt": talk}, {"prompt": "学", "chosen": "a", "rejected": "b"}]
     for n, row in enumerate(good, start=1):
         assert fetch(chat.port, post("/page/choose", row))[::2] == (200, {"count": n})
-    bad = [CHOICE | {"rejected": "hi 你好"}, CHOICE | {"chosen": " "}, CHOICE | {"messages": []}]
-    for row in (*bad, {}, {"prompt": "a", "chosen": "b"}, CHOICE | {"messages": [turn("x", "y")]}):
+    bad = [CHOICE | {"rejected": "hi 你好"}, CHOICE | {"chosen": " "}, CHOICE | {"prompt": []}]
+    for row in (*bad, {}, {"prompt": "a", "chosen": "b"}, CHOICE | {"prompt": [turn("x", "y")]}):
         assert fetch(chat.port, post("/page/choose", row))[0] == 400
     info = get(chat.port, "/page/info")[2]["choices"]
     assert info["count"] == 3 and info["file"] == str(Path("out/choices.jsonl"))
@@ -705,18 +705,18 @@ def test_digits_are_drawn_step_by_step_where_a_model_learned_to(chat, toy, monke
     small = functools.partial(mnist.Denoiser, width=16, layers=1, heads=2)
     monkeypatch.setitem(mnist.NETWORKS, "diffusion", small)
     mnist.main(["--diffusion", "--data", toy, "--epochs", "1", "--steps", "2"])
-    with Serving(chat.model, CHAT) as serving, serving.chat(messages=HELLO, stream=True) as talk:
-        assert get(serving.port, "/page/info")[2]["draws"] and list(talk)
+    with Serving(chat.model, CHAT) as serving, serving.write(**LONG, stream=True) as writing:
+        assert get(serving.port, "/page/info")[2]["draws"]
         drawn = fetch(serving.port, post("/page/draw", {"text": "3 一", "seed": 5}))[2]
         *events, end = re.findall(r"data: (.+)\n\n", drawn)
         pngs = mnist.pictures(mnist.load_run("diffusion", "cpu")[0], "3 1", 5)
         urls = ["data:image/png;base64," + base64.b64encode(png).decode() for png in pngs]
         assert [json.loads(event)["image"] for event in events] == urls and len(urls) == 30
         assert end == "[DONE]"
-        for bad in ({}, {"text": 3}, {"text": "1" * 21}, {"text": " "}, {"text": "x"}):
-            assert fetch(serving.port, post("/page/draw", bad))[0] == 400
-        for seed in (-1, 2**50, True, "1"):
-            assert fetch(serving.port, post("/page/draw", {"text": "3", "seed": seed}))[0] == 400
+        assert list(writing)[-1].choices[0].finish_reason in ("stop", "length")
+        bad = [{"text": text} for text in (None, 3, "1" * 21, " ", "x")]
+        bad += [{"text": "3", "seed": seed} for seed in (-1, 2**50, True, "1")]
+        assert {fetch(serving.port, post("/page/draw", body))[0] for body in bad} == {400}
 
 
 def test_runs_and_their_figures(chat):

@@ -149,6 +149,7 @@ def test_train_bpe_equals_recounting_everything(alphabet):
         for _ in range(rng.choice([3, 20, 60])):
             piece = bytes(rng.choices(alphabet, k=rng.randint(1, 14)))
             counts[piece] = rng.randint(1, 9)
+        counts[bytes(rng.choices(alphabet, k=300))] = 1  # as of a text without blanks
         for size in (256, 260, 300):
             assert train_bpe(counts, size) == naive_bpe(counts, size)
 

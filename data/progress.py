@@ -1,0 +1,55 @@
+"""What a script is busy with: one line of the terminal that rewrites itself."""
+import contextlib
+import os
+import shutil
+import sys
+import threading
+import time
+
+RUNNING = []  # the blocks of `shown`: the innermost one has the line
+
+
+@contextlib.contextmanager
+def shown(name, count, total=None):
+    """While the block runs, show `name`, count() and, if there is a `total`, it and the time left
+    on a line of the terminal, twice a second. Nothing in a file, and nothing of other ranks."""
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    over, start, drawn = threading.Event(), time.monotonic(), []
+
+    def show():
+        while not over.wait(0.5):
+            done = count()
+            line = f"{name} {done:,}" + (f" of {total:,}" if total else "")
+            if total and done:
+                line += f", {(time.monotonic() - start) * (total / done - 1):.0f} s left"
+            if RUNNING[-1] is over:
+                drawn.append(line[: shutil.get_terminal_size().columns - 1])
+                print(f"\r\033[K{drawn[-1]}", end="", flush=True, file=sys.stderr)
+
+    RUNNING.append(over)
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        RUNNING.remove(over)
+        if drawn:
+            print("\r\033[K", end="", flush=True, file=sys.stderr)
+
+
+def watched(items, name):
+    """Yield the items while `shown` counts them, with how many there are if that is known."""
+    done, total = 0, len(items) if hasattr(items, "__len__") else None
+    with shown(name, lambda: done, total):
+        for done, item in enumerate(items, start=1):  # noqa: B007 (the line reads it)
+            yield item
+
+
+def waiting(name):
+    """A block of `shown` that counts the seconds."""
+    start = time.monotonic()
+    return shown(f"{name}; seconds:", lambda: int(time.monotonic() - start))
