@@ -75,7 +75,7 @@ class Config:
     head_size: int | None = None  # channels of a head; None: d_model / n_head
     d_ff: int | None = None  # None: 4 * d_model; for swiglu 8/3 * d_model, which is as many weights
     experts: int = 0  # a mixture of that many feed-forwards of size d_ff, see `MoE`; 0 is none
-    experts_per_token: int = 2  # with experts; a d_ff of None is divided among them
+    experts_per_token: int | None = None  # None: 2; a d_ff of None is divided among them
     norm_topk_prob: bool | None = None  # weights of a token's experts add up to 1; None: if several
     router_aux_loss_coef: float = 0.01  # of the loss by which all experts are used, see `MoE`
     position: str = "rope"  # how a model knows the order of its tokens
@@ -105,12 +105,14 @@ class Config:
             self.n_kv_head = self.n_head
         if self.head_size is None:
             self.head_size = self.d_model // self.n_head
-        if self.d_ff is None:
-            gated, parts = self.activation in GATED, self.experts_per_token if self.experts else 1
-            size = 4 * self.d_model * (2 if gated else 3) // 3 // max(1, parts)
-            self.d_ff = (size + 7) // 8 * 8 if gated else size
+        if self.experts_per_token is None:
+            self.experts_per_token = 2 if self.experts else 1
         if self.norm_topk_prob is None:
             self.norm_topk_prob = self.experts_per_token > 1
+        if self.d_ff is None:
+            gated = self.activation in GATED
+            size = 4 * self.d_model * (2 if gated else 3) // 3 // max(1, self.experts_per_token)
+            self.d_ff = (size + 7) // 8 * 8 if gated else size
         self.check()
 
     def check(self):
@@ -120,8 +122,8 @@ class Config:
             if (value := getattr(self, name)) not in allowed:
                 raise UserError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
         lows = dict.fromkeys(("vocab_size", "n_layer", "d_model", "context", "n_kv_head"), 1)
-        lows |= dict(head_size=1, d_ff=1, bigram=0, experts=0, experts_per_token=1)
-        for name, low in (lows | dict(router_aux_loss_coef=0)).items():
+        lows |= dict(head_size=1, d_ff=1, experts_per_token=1)
+        for name, low in (lows | dict(bigram=0, experts=0, router_aux_loss_coef=0)).items():
             if getattr(self, name) < low:
                 raise UserError(f"{name} {getattr(self, name)} must be at least {low}")
         if self.context > 2**24:
@@ -138,18 +140,12 @@ class Config:
             kind = numbers.pop("rope_type", None)
             if set(numbers) != ROPE_SCALINGS.get(kind) or not min(numbers.values()) > 0:
                 raise UserError(f"rope_scaling {self.rope_scaling} is not implemented")
-        if 0 < self.experts < self.experts_per_token:
-            each = f"experts_per_token {self.experts_per_token}"
-            raise UserError(f"{each} must be at most experts {self.experts}")
+        if (k := self.experts_per_token) > max(1, self.experts):
+            raise UserError(f"experts_per_token {k} must be at most experts {self.experts}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout} must be in [0, 1)")
         if self.tied and self.head_bias:
             raise UserError("a tied head has no bias of its own: drop tied or head_bias")
-
-    @property
-    def active_d_ff(self):
-        """Inner channels of the feed-forwards that a token passes through."""
-        return self.d_ff * (self.experts_per_token if self.experts else 1)
 
     @classmethod
     def from_dict(cls, values, where="the config"):
@@ -209,14 +205,15 @@ def padded_vocab(size):
 def preset(name, **changes):
     """A copy of the named preset with some fields changed. If `d_model`, `n_head` or `activation`
     changes, `n_kv_head`, `head_size` and `d_ff` return to their defaults unless they are given; if
-    the number of experts does, `d_ff` and `norm_topk_prob`. UserError for an unknown name."""
+    the number of experts does, `d_ff` and what else concerns them. UserError for an unknown name.
+    """
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
     derived = {}
     if {"d_model", "n_head", "activation"} & set(changes):
         derived = dict(n_kv_head=None, head_size=None, d_ff=None)
     if {"experts", "experts_per_token"} & set(changes):
-        derived |= dict(d_ff=None, norm_topk_prob=None)
+        derived |= dict(d_ff=None, experts_per_token=None, norm_topk_prob=None)
     return replace(PRESETS[name], **{**derived, **changes})
 
 
@@ -932,15 +929,15 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
 
 
 class MoE(nn.Module):
-    """Several feed-forwards, the experts, of which a router chooses a few for each token.
+    """Several feed-forwards, the experts, of which a router chooses k for each token: the model has
+    the weights of E experts at the cost of k (Shazeer et al. 2017).
 
-        p = softmax(router(x))                    (E,)  a probability for each expert
-        y = sum of p_i * expert_i(x)              over the k experts of the largest p
+        p = softmax(router(x))           (E,)
+        y = sum of p_i expert_i(x)       over the k experts whose p_i is largest
 
-    So a token pays for k experts, but the model has the weights of E (Shazeer et al. 2017). With
-    `norm_topk_prob` the k weights are divided by their sum, which is the same as a softmax over the
-    k largest logits alone. With k = 1 the only weight is then 1 whatever the router computes: it
-    learns nothing from the text, so Config's default does not normalise there.
+    With `norm_topk_prob` these p_i are divided by their sum, as if the softmax were that of the k
+    largest logits. If k is 1, p_i is then 1 whatever the router computes, which learns nothing from
+    the text.
     """
 
     def __init__(self, config):
@@ -948,68 +945,56 @@ class MoE(nn.Module):
         self.k, self.norm_topk_prob = config.experts_per_token, config.norm_topk_prob
         self.router = nn.Linear(config.d_model, config.experts, bias=False)
         self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.experts))
-        self.routes = None  # in training a list, to which `forward` adds what was chosen
 
     def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])  # (N, C)
-        probs = self.router(rows).softmax(-1, dtype=torch.float32)  # (N, E)
-        weights, chosen = probs.topk(self.k)  # (N, k) each
+        weights, chosen = self.router(rows).softmax(-1, dtype=torch.float32).topk(self.k)  # (N, k)
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
-        if self.routes is not None:
-            self.routes.append((probs, chosen))
-        # Sort the N k choices by expert, so that the rows of each expert lie side by side:
-        #   chosen (N=3, k=2)   [[2, 0], [0, 1], [2, 1]]
-        #   expert              [0, 0, 1, 1, 2, 2]
-        #   order // k          [0, 1, 1, 2, 0, 2]    the row of each choice
+        # sort the choices by expert, so that the rows of each one lie side by side:
+        #   chosen    [[2, 0], [0, 1], [2, 1]]
+        #   expert    [0, 0, 1, 1, 2, 2]
+        #   row       [0, 1, 1, 2, 0, 2]
         expert, order = chosen.flatten().sort(stable=True)  # (N k,) each
+        row = order // self.k
         ends = torch.arange(1, len(self.experts), device=x.device)
-        ends = torch.searchsorted(expert, ends).tolist()  # all that a GPU has to wait for
-        parts = rows.index_select(0, order // self.k).tensor_split(ends)
-        # in training an unused expert also runs, on no rows: DDP expects each weight's gradient
-        pairs = [(e, part) for e, part in zip(self.experts, parts) if self.training or len(part)]
-        out = torch.cat([e(part) for e, part in pairs]) * weights.flatten()[order, None]
-        y = torch.zeros_like(rows, dtype=out.dtype).index_add(0, order // self.k, out)
-        return y.to(x.dtype).view_as(x)
-
-
-def balance_loss(probs, chosen, weight):
-    """(the load-balancing loss of a layer, how often each expert was chosen (E,)), of its router's
-    probabilities (N, E) and choices (N, k); rows count by their `weight` (N,), which is 0 or 1.
-
-    E * sum of f_i P_i over the experts, where f_i is the share of the choices that fell on expert i
-    and P_i its mean probability (Switch Transformers, Fedus et al. 2021, equation 4, without its
-    factor), less 1, which it is if all are used equally: so that training and validation losses
-    compare. A count has no gradient, so it is P that the most used experts lose by.
-    """
-    rows = weight[:, None].float()
-    counts = (rows * torch.zeros_like(probs).scatter(1, chosen, 1.0)).sum(0)
-    total = weight.sum().clamp(min=1)
-    share, mean = counts / (total * chosen.shape[1]), (rows * probs).sum(0) / total
-    return probs.shape[1] * (share * mean).sum() - 1, counts
+        ends = torch.searchsorted(expert, ends).tolist()  # the only value that a GPU waits for
+        pairs = zip(self.experts, rows.index_select(0, row).tensor_split(ends))
+        # in training those without rows run, too, because DDP wants a gradient for every weight
+        out = torch.cat([run(part) for run, part in pairs if self.training or len(part)])
+        out = out * weights.flatten()[order, None]  # (N k, C)
+        return torch.zeros_like(rows, dtype=out.dtype).index_add(0, row, out).to(x.dtype).view_as(x)
 
 
 def loss_with_balance(model, ids, targets, places=None):
-    """What `model(ids, targets)` returns in training: the summed loss of the targets, and for each
-    layer `router_aux_loss_coef` times its `balance_loss`, times the number of targets. The training
-    step divides that by all targets of the step: the balance is then the mean over micro-batches
-    and processes, each by its targets. `model.expert_counts` (n_layer, E) is added to.
+    """What `model(ids, targets)` returns in training with experts: the summed loss of the targets
+    and, times their number, for each layer the load-balancing loss (Switch Transformers, Fedus et
+    al. 2021, equation 4)
+
+        router_aux_loss_coef * (E * sum of f_i P_i  -  1)
+
+    f_i is the share of the choices that fell on expert i, P_i its mean probability. Only P has a
+    gradient, which takes most from the busiest experts. 1 is the value if all are equally busy;
+    without it, training and validation losses would not compare. The training step divides by all
+    its targets, so it takes the mean of this over micro-batches and processes. The choices are also
+    added to `model.expert_counts` (n_layer, E).
     """
-    layers, routes = [block.feed_forward for block in model.blocks], []
-    for layer in layers:
-        layer.routes = routes
-    try:
+    c, logits, kept = model.config, [], targets != -100
+    with contextlib.ExitStack() as hooks:  # gone when gradient checkpointing runs blocks again
+        for block in model.blocks:
+            hook = block.feed_forward.router.register_forward_hook
+            hooks.enter_context(hook(lambda router, args, out: logits.append(out)))
         x = model.hidden(ids)
-    finally:  # gradient checkpointing computes blocks again, which must leave nothing
-        for layer in layers:
-            layer.routes = None
-    kept = targets != -100
-    # positions after a row's last target, such as padding, change no loss: they do not count
-    counted = kept.flip(1).cumsum(1).flip(1).flatten() > 0
-    losses, counts = zip(*(balance_loss(*route, counted) for route in routes))
-    model.expert_counts = model.expert_counts + torch.stack(counts)
-    balance = model.config.router_aux_loss_coef * kept.sum() * torch.stack(losses).sum()
-    return chunked_loss(x, model.head.weight, model.head.bias, targets, places) + balance
+    probs = torch.stack(logits).softmax(-1, dtype=torch.float32)  # (n_layer, N, E)
+    chosen = torch.zeros_like(probs).scatter(-1, probs.topk(c.experts_per_token).indices, 1.0)
+    # what follows a row's last target, such as padding, changes no loss and does not count
+    rows = kept.flip(1).cumsum(1).flip(1).view(-1, 1) > 0
+    n = rows.sum().clamp(min=1)
+    counts, mean = (rows * chosen).sum(1), (rows * probs).sum(1) / n  # (n_layer, E)
+    model.expert_counts = model.expert_counts + counts
+    balance = (c.experts * counts / (c.experts_per_token * n) * mean).sum() - c.n_layer
+    loss = chunked_loss(x, model.head.weight, model.head.bias, targets, places)
+    return loss + c.router_aux_loss_coef * kept.sum() * balance
 
 
 # --------------------------------------------------------------------------------------------
@@ -1105,10 +1090,10 @@ def count_parameters(model):
     for name, p in model.named_parameters():
         parts = [part for word, part in words.items() if word in name]
         counts[parts[-1] if parts else "head"] += p.numel()  # the last: embed_norm is a norm
-    counts["total"] = total = sum(counts.values())
-    if c := model.config if model.config.experts else None:
-        experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-        counts["active"] = total - experts + experts * c.experts_per_token // c.experts
+    counts["total"] = sum(counts.values())
+    if n := (c := model.config).experts:
+        each = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) // n
+        counts["active"] = counts["total"] - (n - c.experts_per_token) * each
     return counts
 
 
@@ -1123,8 +1108,8 @@ def flops_per_token(config, length=None, learned=1.0, frozen=False):
     """
     c = config
     qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
-    feed_forward = c.d_model * (c.active_d_ff * (3 if c.activation in GATED else 2) + c.experts)
-    block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
+    feed_forward = c.d_model * c.d_ff * (3 if c.activation in GATED else 2) * c.experts_per_token
+    block = qkv + c.n_head * c.head_size * c.d_model + feed_forward + c.d_model * c.experts
     weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
     scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
     return (4 if frozen else 6) * weights + scores

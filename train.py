@@ -983,10 +983,8 @@ def build_model(args, content, folder, meta, tokenizer):
         changes.setdefault("vocab_size", lm.padded_vocab(tokenizer.n_vocab))
         config = lm.preset(args.preset, **changes)
         if config.experts and config.experts_per_token == 1 and config.norm_topk_prob:
-            raise UserError(
-                "--norm_topk_prob with --experts_per_token 1 makes each weight 1, by which the "
-                "router cannot learn: leave it out"
-            )
+            pair = "--norm_topk_prob with --experts_per_token 1"
+            raise UserError(f"{pair} makes all weights 1: the router cannot learn, leave it out")
         model = lm.Transformer(config)
     else:
         if "adapter" in content:
@@ -1058,10 +1056,10 @@ def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
     most `per_batch` tokens, a step `per_step` (None: unknown), a row `length`; of them a share is
     `learned`."""
     c, counts = model.config, lm.count_parameters(lm.meta_model(model.config))
-    n, active = counts["total"], counts.get("active")
+    n = counts["total"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = f", {trained:,} trained ({trained / n:.2%})" if trained != n else ""
-    share += f", {active:,} active for a token" if active else ""
+    share += f", {counts['active']:,} active for a token" if c.experts else ""
     lines = [
         f"device {runtime.device}, {runtime.dtype}, {runtime.world} process(es), matmul peak "
         f"{runtime.peak / 1e9:,.0f} GFLOP/s",

@@ -52,7 +52,7 @@ def product_shapes(config, tokens):
 def activation_bytes(config, tokens, checkpointed=False):
     """Bytes that the layers keep in fp32 for the backward pass of `tokens` tokens; with gradient
     checkpointing only the input of each layer, and one layer in full."""
-    layer = tokens * (12 * config.d_model + 3 * config.active_d_ff) * 4
+    layer = tokens * (12 * config.d_model + 3 * config.d_ff * config.experts_per_token) * 4
     inputs = config.n_layer * tokens * config.d_model * 4
     return layer + inputs if checkpointed else config.n_layer * layer
 

@@ -72,6 +72,8 @@ def test_one_expert_a_token_is_normalised_only_if_asked_and_never_trained_so_fro
     byte, meta = Tokenizer({"kind": "byte"}), {"largest_id": 9}
     with pytest.raises(UserError, match="router cannot learn"):
         train.build_model(train.build_parser().parse_args(flags), None, "data", meta, byte)
+    with pytest.raises(UserError, match="experts_per_token 3 must be at most experts 0"):
+        lm.preset("tiny", experts_per_token=3)
     with pytest.raises(UserError, match="experts_per_token 5 must be at most experts 4"):
         lm.preset("tiny", experts=4, experts_per_token=5)
 
@@ -110,7 +112,6 @@ def test_training_adds_the_balance_of_the_tokens_that_count_and_evaluation_does_
             grads.append([p.grad.clone() for p in model.parameters()])
     for other in grads[1:]:
         close(other, grads[0])
-    assert all(b.feed_forward.routes is None for b in model.blocks)
     copy.deepcopy(model)  # nothing is left of a graph
     assert model(IDS, torch.full_like(IDS, -100)) == 0
 
