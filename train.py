@@ -729,10 +729,10 @@ def make_runner(model, task, args, runtime, step=0):
 def expert_metrics(model, runtime):
     """{"experts": how often each expert of each layer was chosen since the last call, in all
     processes, "busiest_expert": the largest share of a layer's choices}; {} without experts."""
-    model = next(m for m in model.modules() if isinstance(m, lm.Transformer))
-    if not torch.is_tensor(model.expert_counts):
+    model = getattr(model, "low", getattr(model, "module", model))  # of BF16Copy, of DDP
+    counts, model.expert_counts = getattr(model, "expert_counts", 0), 0
+    if not torch.is_tensor(counts):
         return {}
-    counts, model.expert_counts = model.expert_counts, 0
     total = np.reshape(runtime.total(*counts.flatten().tolist()), counts.shape)
     share = total.max() / total.sum(axis=1).max()
     return {"experts": total.astype(int).tolist(), "busiest_expert": share}
@@ -981,11 +981,9 @@ def build_model(args, content, folder, meta, tokenizer):
         changes = {k: getattr(args, k) for k in SHAPE if getattr(args, k) is not None}
         # a multiple of 64 suits the hardware and leaves rows for a chat's special tokens
         changes.setdefault("vocab_size", lm.padded_vocab(tokenizer.n_vocab))
-        config = lm.preset(args.preset, **changes)
-        if config.experts and config.experts_per_token == 1 and config.norm_topk_prob:
-            pair = "--norm_topk_prob with --experts_per_token 1"
-            raise UserError(f"{pair} makes all weights 1: the router cannot learn, leave it out")
-        model = lm.Transformer(config)
+        model = lm.Transformer(config := lm.preset(args.preset, **changes))
+        if config.norm_topk_prob and config.experts_per_token == 1:
+            raise UserError("--norm_topk_prob with one expert a token: the router could not learn")
     else:
         if "adapter" in content:
             raise UserError(f"{args.ckpt} is an adapter: merge it first (python lora.py merge)")

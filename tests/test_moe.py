@@ -70,7 +70,7 @@ def test_one_expert_a_token_is_normalised_only_if_asked_and_never_trained_so_fro
     assert not one.norm_topk_prob and one.d_ff == 640
     flags = ["--preset", "moe", "--experts_per_token", "1", "--norm_topk_prob"]
     byte, meta = Tokenizer({"kind": "byte"}), {"largest_id": 9}
-    with pytest.raises(UserError, match="router cannot learn"):
+    with pytest.raises(UserError, match="router could not learn"):
         train.build_model(train.build_parser().parse_args(flags), None, "data", meta, byte)
     with pytest.raises(UserError, match="experts_per_token 3 must be at most experts 0"):
         lm.preset("tiny", experts_per_token=3)
