@@ -340,8 +340,7 @@ class Classify(SFT):
 
     def report(self, model, split):
         """The figures are over the label tokens alone; the lines show the confusion matrix."""
-        prompts = [row.ids[:-1] for row in split.rows]
-        logps = classify(model, prompts, self.label_ids)  # (N, labels)
+        logps = classify(model, [row.ids[:-1] for row in split.rows], self.label_ids)  # (N, labels)
         wanted = torch.tensor([self.labels.index(e["label"]) for e in split.examples])
         best, rows = logps.argmax(1), []
         table = confusion(best.numpy(), wanted.numpy(), len(self.labels))
@@ -371,10 +370,8 @@ class DPO(SFT):
     def start(self, model, splits, saved):
         """Compute the log probabilities of all answers under the reference, once."""
         if self.args.eval_only and not lora.adapted(model):
-            raise UserError(
-                f"pairs are measured against the model before DPO, which {self.args.ckpt} does not "
-                f"bring along: see its metrics.jsonl, or train with --lora_rank"
-            )
+            why = f"pairs are measured against the model before DPO, which {self.args.ckpt} lacks"
+            raise UserError(f"{why}: see its metrics.jsonl, or train with --lora_rank")
         reference = saved and saved["reference"]
         if not reference:
             with lm.evaluating(model), self.runtime.autocast(), lora.disable_adapter(model):
@@ -852,6 +849,12 @@ def make_task(args, objective, splits, loader, extra):
     )  # fmt: skip
 
 
+def example_questions(examples, count=4):
+    """What users ask in `count` of the examples, from all over the list; the page shows them."""
+    questions = [q for q in dict.fromkeys(map(first_words, examples)) if 0 < len(q) <= 160]
+    return questions[:: max(1, len(questions) // count)][:count]
+
+
 def shorten(text, width=160):
     """At most `width` characters of `text`, on one line."""
     text = " ".join(text.split())
@@ -920,9 +923,8 @@ def header(model, args, objective, splits, loader):
     per_step = tokens / loader.per_epoch * args.grad_accum * runtime.world
     per_step = None if split.prompts else per_step  # sampled answers may be of any length
     learned = sum(sum(r.mask[1:]) for row in split.rows for r in batches.sequences(row)) / tokens
-    return [
-        text, *train.header(model, args, runtime, args.batch_tokens, per_step, mean, learned)
-    ]  # fmt: skip
+    lines = train.header(model, args, runtime, args.batch_tokens, per_step, mean, learned)
+    return [text, *lines]
 
 
 def settle(args, **values):
@@ -969,7 +971,7 @@ def main(argv=None):
         task.weights, task.extra = lora.adapter_state, extra | {"adapter": adapter}
     name = f"{default_name(args.data)}-ft"
     out = Path(args.out) if content else run_folder(args.out, name, runtime)
-    args = settle(args, out=str(out))
+    args = settle(args, out=str(out), examples=example_questions(examples["val"]))
     if runtime.rank == 0:
         print("\n".join(header(model, args, objective, splits, loader)))
 

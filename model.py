@@ -1130,12 +1130,11 @@ def attention_weights(model, ids, layer=0):
 
 
 def position_table(model):
-    """A row for each position: of the model's table or, for rope, the cosines and then the sines of
-    the angles by which the pairs of channels are turned."""
-    if model.config.position == "rope":
-        half = model.config.head_size // 2
-        return torch.cat((model.cos[:, half:], model.sin[:, half:]), dim=1)
-    return model.position.weight if model.config.position == "learned" else model.sines
+    """(context, C): the model's table of positions; for rope, which turns each pair of channels by
+    an angle, the cosines of the angles and then their sines."""
+    if model.config.position != "rope":
+        return model.position.weight if model.config.position == "learned" else model.sines
+    return torch.cat([t[:, model.config.head_size // 2 :] for t in (model.cos, model.sin)], dim=1)
 
 
 def show(what, path, prompt, layer, head):
@@ -1147,9 +1146,9 @@ def show(what, path, prompt, layer, head):
     ids, c = tokenizer.encode(prompt), model.config
     if not 0 < len(ids) <= c.context:
         raise UserError(f"--prompt has {len(ids)} tokens; the context of {path} is {c.context}")
-    for name, given, count in (("layer", layer, c.n_layer), ("head", head, c.n_head)):
-        if given >= count:
-            raise UserError(f"--{name} {given} must be below {count}, the {name}s of {path}")
+    if layer >= c.n_layer or head >= c.n_head:
+        has = f"{path} has {c.n_layer} layers of {c.n_head} heads, counted from 0"
+        raise UserError(f"--layer {layer} --head {head}: {has}")
     texts, lines = tokenizer.texts(ids), tables.number_lines
     if what == "attention":
         table, lines = attention_weights(model, ids, layer)[head], tables.shade_lines
@@ -1173,7 +1172,7 @@ def build_parser():
     p.add_argument("--export", metavar="DIR", help="write --ckpt as transformers reads it")
     p.add_argument("--show", choices=("token", "position", "attention"),
                    help="print and draw embeddings, positions, or a head's weights")  # fmt: skip
-    p.add_argument("--prompt", default="a fox met a fox and a hen", help="with --show: the text")
+    p.add_argument("--prompt", default="a fox met a fox", help="with --show (default: %(default)s)")
     p.add_argument("--layer", type=at_least(0), default=0, help="with --show attention (default 0)")
     p.add_argument("--head", type=at_least(0), default=0, help="with --show attention (default 0)")
     return p

@@ -22,7 +22,7 @@ import re
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from data.cli import Parser, UserError, at_least, number, run_cli
 from data.download import DATA, MB, fetch, is_hub_name, snapshot_download
 from data.files import file_sha256, locked, read_json, write_whole
 from data.hf_tokenizer import hub_tokenizer
-from data.progress import shown, watched
+from data.progress import waiting, watched
 from data.sources import SOURCES, Source
 from data.text import ARCHIVES, BLOCK, TEXT_SUFFIXES, Documents, choose_texts, file_streams
 from data.tokenizer import PATTERNS, UNKNOWN, Tokenizer, learn_bpe
@@ -69,9 +69,7 @@ def find_files(source):
     paths = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
     if not paths:
         names = ", ".join(SOURCES)
-        raise UserError(
-            f"source {source!r} is not a file, folder, glob or URL, and not one of {names}"
-        )
+        raise UserError(f"source {source!r} is no file, folder, glob or URL and not one of {names}")
     return paths
 
 
@@ -108,11 +106,9 @@ def make_tokenizer(name, documents, total_bytes):
     if is_hub_name(name) and Path(name).parts[0] not in ("out", "data"):
         folder = snapshot_download(name, files=("config.json", "tokenizer.json"))
         return Tokenizer(hub_tokenizer(folder))
-    raise UserError(
-        f"tokenizer {name!r} is unknown; choose byte, char, bpe:N (e.g. bpe:4096), bpe-han:N, "
-        f"gpt2, cl100k_base, o200k_base, a folder prepared before, or a model of the Hub "
-        f"(owner/name)"
-    )
+    names = "byte, char, bpe:N (e.g. bpe:4096), bpe-han:N, gpt2, cl100k_base, o200k_base"
+    names += ", a folder prepared before, or a model of the Hub (owner/name)"
+    raise UserError(f"tokenizer {name!r} is unknown; choose {names}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -154,13 +150,9 @@ def encoded(pieces, tokenizer):
         return split, first, len(text), local.tokenizer.encode_array(text)
 
     with ThreadPoolExecutor(WORKERS, initializer=start) as pool:
-        jobs = deque()
-        for piece in pieces:
-            jobs.append(pool.submit(encode, *piece))
-            if len(jobs) > 2 * WORKERS:
-                yield jobs.popleft().result()
-        while jobs:
-            yield jobs.popleft().result()
+        pieces = iter(pieces)
+        while ahead := list(itertools.islice(pieces, 2 * WORKERS)):
+            yield from pool.map(encode, *zip(*ahead))
 
 
 def write_tokens(documents, tokenizer, folder, hold_out, max_tokens=None, held_out=()):
@@ -171,14 +163,11 @@ def write_tokens(documents, tokenizer, folder, hold_out, max_tokens=None, held_o
     """
     stats, size, dtype = Counter(), Counter(), token_dtype(tokenizer.n_vocab)
     limit = int(max_tokens or 2**62)
-    with (
-        open(folder / "train.tmp", "wb") as train,
-        open(folder / "val.tmp", "wb") as val,
-        shown("encoding: character", lambda: stats["characters"]),
-    ):
+    with open(folder / "train.tmp", "wb") as train, open(folder / "val.tmp", "wb") as val:
         files = {"train": train, "val": val}
         for pieces in labelled_pieces(documents, hold_out), labelled_pieces(held_out, 1):
-            for split, first, characters, ids in encoded(pieces, tokenizer):
+            pieces = watched(encoded(pieces, tokenizer), "encoding: piece")
+            for split, first, characters, ids in pieces:
                 if first and size[split]:
                     ids = np.concatenate([[tokenizer.eos_id], ids])
                 if split == "train":
@@ -220,22 +209,14 @@ def xz_bits_per_byte(paths, tokenizer):
     """Bits per byte that `xz -9e` with a dictionary of 64 MiB needs for the text of the second .bin
     after that of the first, which a model has seen, too: the size of both less that of the first.
     """
-    texts = []
-    for path in paths:
-        ids = np.fromfile(path, dtype=token_dtype(tokenizer.n_vocab))
+    texts, dtype = [], token_dtype(tokenizer.n_vocab)
+    for ids in (np.fromfile(path, dtype) for path in paths):
         texts.append(tokenizer.encoding.decode_bytes(ids[tokenizer.byte_lengths[ids] > 0].tolist()))
     options = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 64 << 20}
-
-    def size(blocks):
-        xz = lzma.LZMACompressor(filters=[options])
-        return sum(len(xz.compress(block)) for block in blocks) + len(xz.flush())
-
-    text, step = b"".join(texts), BLOCK // 8
-    blocks = [text[i : i + step] for i in range(0, len(text), step)]
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(size, texts[:1])
-        both = size(watched(blocks, "compressing with xz, to compare: block"))
-        return 8 * (both - first.result()) / len(texts[1])
+    with ThreadPoolExecutor() as pool, waiting("compressing the text with xz, to compare"):
+        compress = partial(lzma.compress, filters=[options])
+        first, both = map(len, pool.map(compress, (texts[0], b"".join(texts))))
+    return 8 * (both - first) / len(texts[1])
 
 
 def prepare(

@@ -988,17 +988,12 @@ def build_model(args, content, folder, meta, tokenizer):
         if "adapter" in content:
             raise UserError(f"{args.ckpt} is an adapter: merge it first (python lora.py merge)")
         if resuming and content.get("data") != data_hashes(meta):
-            raise UserError(
-                f"{folder} is not the text that the run began with: to go on with another one, "
-                f"start a new run from these weights with --ckpt"
-            )
+            raise UserError(f"{folder} is not the text of this run: for a new run, give --ckpt")
         theirs = Tokenizer(content["tokenizer"])
         if not theirs.same_ids(tokenizer):
-            raise UserError(
-                f"the checkpoint's tokenizer is {theirs.name}, that of {folder} {tokenizer.name} "
-                f"(or has other tokens): prepare the text with the checkpoint's own "
-                f"(prepare_data.py --tokenizer takes a prepared folder or a model of the Hub)"
-            )
+            both = f"the checkpoint's tokenizer is {theirs.name}, that of {folder} {tokenizer.name}"
+            remedy = "prepare the text by --tokenizer and a folder or model that has the former"
+            raise UserError(f"{both} (or has other tokens): {remedy}")
         # with --shard it stays mapped from its file, so that no process ever holds all of it
         dtype = None if args.shard else torch.float32
         where = args.out if resuming else args.ckpt

@@ -43,12 +43,6 @@ def shape_lines(name, shape, counts, flops, tokens=None):
     return [*lines, f"{name}: {total:,} parameters"]
 
 
-def product_shapes(config, tokens):
-    """(rows, inputs, outputs) of the matrix products of a model for so many tokens."""
-    d, f, heads = config.d_model, config.d_ff, config.n_head * config.head_size
-    return [(tokens, *sizes) for sizes in ((d, heads), (d, f), (f, d), (d, config.vocab_size))]
-
-
 def activation_bytes(config, tokens, checkpointed=False):
     """Bytes that the layers keep in fp32 for the backward pass of `tokens` tokens; with gradient
     checkpointing only the input of each layer, and one layer in full."""

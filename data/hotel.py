@@ -87,11 +87,10 @@ def search_hotels(
 
 def get_tools():
     """{name: function} for `sample.py --tools hotel`."""
-    path = hotel_db()
-    hotels = read_hotels(path)
+    hotels = read_hotels()
     search = partial(search_hotels, hotels)
     search.needs_no_schema = True  # our hotel model knows it from training
-    search.database = f"{len(hotels):,} hotels of {path}"
+    search.database = f"{len(hotels):,} hotels of {hotel_db()}"
     return {"search": search}
 
 

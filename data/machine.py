@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from data.cli import UserError
-from data.costs import product_shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,7 +53,7 @@ class Runtime:
     rank: int = 0
     world: int = 1
     sharded: bool = False  # each process has a part of the model: all must call it equally often
-    shapes: tuple = ()  # of the model's matrix products
+    shapes: list = ()  # (rows, inputs, outputs) of the model's matrix products
 
     @property
     def asynchronous(self):
@@ -74,8 +73,8 @@ class Runtime:
         return [t.to(self.device, non_blocking=True) for t in batch]
 
     def utilization(self, rate):
-        """What `rate`, in FLOP/s of all processes, is of the peak. A peak that is exceeded is
-        measured again: the machine was busy when it was measured."""
+        """The share of the peak that is `rate`, FLOP/s of all processes. A peak that is exceeded is
+        measured again, since the machine was busy."""
         if rate > self.peak * self.world:
             self.peak = max(self.peak, measure_peak(self.device, self.dtype, self.shapes))
         return rate / (self.peak * self.world)
@@ -146,7 +145,9 @@ def make_runtime(device=None, dtype=None, previous=None, config=None, tokens=0):
             dtype = "bf16" if fast else "fp32"
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
-    shapes = tuple(product_shapes(config, tokens)) if config else ()
+    c = config
+    pairs = ((c.d_model, c.d_ff), (c.d_ff, c.d_model), (c.d_model, c.vocab_size)) if c else ()
+    shapes = [(tokens, *pair) for pair in pairs]
     peak = measure_peak(device, dtype, shapes)
     return Runtime(device, dtype, peak, rank, world, shapes=shapes)
 
@@ -161,8 +162,8 @@ def keep_freed_memory():
 
 
 def measure_peak(device, dtype, shapes=()):
-    """FLOP/s of the fastest matrix product on this machine: a large square one, or of one of these
-    shapes (rows, inputs, outputs), if they are larger as a part of it."""
+    """FLOP/s of the fastest matrix product on this machine: a large square one, or one of these
+    shapes (rows, inputs, outputs), whose sides are cut to that of the square."""
     large = 8192
     if device.type == "cpu":  # smaller where bf16 or fp16 are emulated
         large = 1024 if product_speed(device, dtype, 128, 128, 128) > 1e10 else 256

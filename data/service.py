@@ -1,22 +1,18 @@
 """What a server answers: OpenAI's API, the page, and what the page asks for."""
 import base64
 import contextlib
-import contextvars
-import io
 import json
 import os
 import re
 import threading
-from concurrent import futures
 from pathlib import Path
 
 from data.answer import ApiError
 from data.api import Api
 from data.chat import tool_call
 from data.cli import UserError
-from data.download import OFFLINE
 from data.files import read_json
-from data.rows import first_words, load_data, to_example
+from data.rows import to_example
 from data.runs import OUT, read_run, run_list
 from data.tokenizer import labels_of
 from data.tools import call_tool
@@ -24,20 +20,6 @@ from data.tools import call_tool
 PAGE = Path(__file__).with_name("page.html")
 CHOICES = OUT / "choices.jsonl"
 LOCAL = ("localhost", "127.0.0.1", "::1")
-
-
-def example_questions(run, count=4):
-    """What users ask in `count` validation rows of a run with these settings, from all over the
-    split; none if the rows are not on this machine, since nothing is downloaded for them."""
-    context, given = contextvars.copy_context(), ("val_data", "val", "rows", "max_rows", "encoding")
-    context.run(OFFLINE.set, True)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            splits = context.run(load_data, run["data"], *map(run.get, given))[1]
-    except Exception:  # the settings may name anything
-        return []
-    short = [q for q in dict.fromkeys(map(first_words, splits["val"])) if 0 < len(q) <= 160]
-    return short[:: max(1, len(short) // count)][:count]
 
 
 class Service:
@@ -70,7 +52,6 @@ class Service:
         folder, run = Path(args.adapter[-1] if args.adapter else ckpt), {}
         with contextlib.suppress(UserError):
             run = read_json((folder.parent if folder.suffix == ".pt" else folder) / "settings.json")
-        self.examples = futures.ThreadPoolExecutor(1).submit(example_questions, run)
         self.info = {  # what the page shows
             "kind": "classifier" if labels else "chat" if self.api.template else "base",
             "models": self.api.names,
@@ -84,6 +65,7 @@ class Service:
             "told": self.api.told(self.api.tools) or None,
             "databases": {name: getattr(f, "database", "") for name, f in tools.items()},
             "run": {name: run.get(name) for name in ("data", "parameters")},
+            "examples": run.get("examples") or [],
             "choices": {"file": str(CHOICES), "command": command},
         }
 
@@ -101,9 +83,7 @@ class Service:
     def page_info(self, _):
         """What the page shows of the model, and the number of choices so far."""
         count = CHOICES.read_bytes().count(b"\n") if CHOICES.exists() else 0
-        info = self.info | {"choices": self.info["choices"] | {"count": count}}
-        futures.wait([self.examples], timeout=1)  # a large file of rows takes longer
-        return info | {"examples": self.examples.result() if self.examples.done() else []}
+        return self.info | {"choices": self.info["choices"] | {"count": count}}
 
     def run_tool(self, body):
         """The result of a tool call."""

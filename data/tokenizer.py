@@ -191,7 +191,7 @@ class Tokenizer:
 
     def texts(self, ids):
         """The text of each id. That of a character of several tokens stands at the last of them."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         return [decoder.decode(self.token_bytes(i) or b"") for i in ids]
 
     @cached_property
@@ -271,10 +271,9 @@ def train_bpe(counts, size):
                     continue
                 n, after = weights[i], right[j]
                 ids[i], ids[j], right[i], left[after] = new, -1, after, i
-                for old, created, place in (
-                    ((ids[before], a), (ids[before], new), before),
-                    ((b, ids[after]), (new, ids[after]), i),
-                ):
+                on_left = (ids[before], a), (ids[before], new), before
+                on_right = (b, ids[after]), (new, ids[after]), i
+                for old, created, place in (on_left, on_right):
                     if -1 not in created:
                         total[old] -= n
                         total[created] += n

@@ -6,11 +6,9 @@
     python tests/bench_gpu.py write
 
 train: tokens a second of whole steps in bf16, compiled and not, AdamW and Muon, in turn with
-nanoGPT's as its bench.py has them, compiled, and what the measured speed of matrix products would
-allow; peak memory.
-lora: a step of rank 8 adapters over nf4 weights. write: tokens a second, greedy, eager, by CUDA
-graphs, and transformers. Prints markdown for tests/BENCHMARKS.md. On a CPU, `train` and `lora` with
---preset llama only show that they run; `write` needs a GPU.
+nanoGPT's as its bench.py has them, compiled; peak memory. lora: a step of rank 8 adapters over nf4
+weights. write: tokens a second, greedy, eager, by CUDA graphs, and transformers. Prints markdown
+for tests/BENCHMARKS.md. On a CPU, `train` and `lora` with --preset llama only show that they run.
 """
 
 import argparse
@@ -29,26 +27,19 @@ from data.machine import make_runtime, synchronize
 STEPS = 10  # of training in a turn
 
 
-def tell_peak(name, device):
-    """Print the peak of the GPU memory that this process has held."""
-    if device.type == "cuda":
-        gib = torch.cuda.max_memory_allocated() / 2**30
-        print(f"{name}: {gib:.1f} GiB at most", file=sys.stderr)
+def tell_peak(name):
+    """Print the peak of the GPU memory that this process has held, 0 without a GPU."""
+    gib = torch.cuda.max_memory_allocated() / 2**30
+    print(f"{name}: {gib:.1f} GiB at most", file=sys.stderr)
 
 
 def make_steps(preset, rows, flags=(), adapt=False):
     """A job: training steps as `train.fit` makes them."""
     runtime = make_runtime()
-    model = (adapted_model if adapt else new_model)(preset, runtime)
+    model = adapted_model(preset, runtime) if adapt else lm.Transformer(lm.preset(preset))
     batch = next(random_batches(model.config.vocab_size, rows, model.config.context))
     job = our_step(model, itertools.repeat(batch), steps=STEPS, flags=flags, runtime=runtime)
-    return lambda: (job(), tell_peak(f"ours {flags}", runtime.device))
-
-
-def new_model(preset, runtime):
-    """A model of random weights."""
-    torch.manual_seed(0)
-    return lm.Transformer(lm.preset(preset))
+    return lambda: (job(), tell_peak(f"ours {flags}"))
 
 
 def adapted_model(preset, runtime):
@@ -77,7 +68,7 @@ def make_nanogpt(folder, rows):
     batch = torch.randint(50304, (2, rows, 1024), device=device).unbind()
     batches = itertools.repeat(batch)
     job = peer_step(torch.compile(model), optimizer, batches, True, 0, STEPS, device)
-    return lambda: (job(), tell_peak("nanoGPT", torch.device(device)))
+    return lambda: (job(), tell_peak("nanoGPT"))
 
 
 def make_writer(preset, new, graphs=False, folder=None):
@@ -92,7 +83,7 @@ def make_writer(preset, new, graphs=False, folder=None):
         ids = torch.tensor([prompt], device=runtime.device)
         options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
         return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options) is None
-    model = new_model(preset, runtime).eval().to(runtime.device, torch.bfloat16)
+    model = lm.Transformer(lm.preset(preset)).eval().to(runtime.device, torch.bfloat16)
     if graphs:
         flags = ["--cuda_graphs", "--prompt", "x"]
         model = sample.fast_model(model, 1, sample.build_parser().parse_args(flags))
@@ -127,7 +118,7 @@ def main():
     tokens, peak = rows * config.context * STEPS, make_runtime().peak
     with tempfile.TemporaryDirectory() as folder:
         if args.what == "write":
-            state = new_model(preset, None).state_dict()
+            state = lm.Transformer(config).state_dict()
             lm.export_hf({"config": vars(config), "model": state}, folder)
             tokens = min(256, config.context - 32)
             for name, settings in (("eager", {}), ("CUDA graphs", {"graphs": True}),

@@ -1,14 +1,13 @@
 """How fast sample.py writes, alone and as a server, beside transformers and nanoGPT.
 
     python tests/bench_sample.py gpt2 --nanogpt nanoGPT    the 124M shape, one row and eight
-    python tests/bench_sample.py small --nanogpt nanoGPT   500 tokens by 0.8M parameters
     python tests/bench_sample.py int8 --ckpt out/stdlib --data data/stdlib
     python tests/bench_sample.py load                      --serve with 1 to 64 clients
     python tests/bench_sample.py load --url http://127.0.0.1:8000 --shapes gpt2
 
-gpt2: 32 + 128 tokens, greedy, random weights. small: temperature 0.8, the context sliding. int8:
-what bf16 and int8 cost in perplexity. load: each client streams completions of 64 tokens, one after
-the other; our server with 16 slots and with one, or another server with OpenAI's API.
+gpt2: 32 + 128 tokens, greedy, random weights. int8: what bf16 and int8 cost in perplexity. load:
+each client streams completions of 64 tokens, one after the other; our server with 16 slots and with
+one, or another server with OpenAI's API.
 
 pytest does not collect it. Prints markdown tables for tests/BENCHMARKS.md.
 """
@@ -31,7 +30,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_common import ROOT, about_machine, read_rate, table, take_turns
+from bench_common import ROOT, about_machine, load_nanogpt, read_rate, table, take_turns
+from bench_train import GPT2
 
 import model as lm
 import prepare_data
@@ -77,16 +77,12 @@ def make_transformers(folder, prompts, dtype):
 
 def make_nanogpt(folder, shape, prompt, new, **settings):
     """A job: nanoGPT's generate, which keeps no cache."""
-    from bench_train import nanogpt_model
-
-    model = nanogpt_model(folder, shape)[0].eval()
+    model = load_nanogpt(folder, (0.1, 1e-3, (0.9, 0.99)), **shape)[0].eval()
     return torch.no_grad()(lambda: model.generate(torch.tensor([prompt]), new, **settings))
 
 
 def gpt2(args):
     """The 124M shape: one row, then eight."""
-    from bench_train import GPT2
-
     torch.manual_seed(0)
     config = lm.preset("gpt2")
     model = lm.Transformer(config)
@@ -96,13 +92,13 @@ def gpt2(args):
         lm.export_hf({"config": vars(config), "model": model.state_dict()}, folder)
         for prompts in (rows[:1], rows):
             n, jobs = len(prompts), {}
-            for kind in ("fp32", "bf16", "int8"):
-                ours = dict(config=config, prompts=prompts, new=NEW, kind=kind, temperature=0)
-                if kind != "int8":
-                    theirs = dict(folder=folder, prompts=prompts, dtype=kind)
-                    jobs[f"transformers {kind}"] = make_transformers, theirs
-                    jobs[f"ours {kind} --no_fast"] = make_ours, ours | {"plain": True}
-                jobs[f"ours {kind}"] = make_ours, ours
+            ours = dict(config=config, prompts=prompts, new=NEW, temperature=0)
+            for kind in ("fp32", "bf16"):
+                theirs = dict(folder=folder, prompts=prompts, dtype=kind)
+                jobs[f"transformers {kind}"] = make_transformers, theirs
+                jobs[f"ours {kind} --no_fast"] = make_ours, ours | dict(kind=kind, plain=True)
+                jobs[f"ours {kind}"] = make_ours, ours | dict(kind=kind)
+            jobs["ours int8"] = make_ours, ours | dict(kind="int8")
             if n == 1 and args.nanogpt:
                 theirs = dict(folder=args.nanogpt, shape=GPT2, prompt=prompts[0], new=NEW)
                 jobs["nanoGPT fp32"] = make_nanogpt, theirs
@@ -110,22 +106,6 @@ def gpt2(args):
             print(table(take_turns(jobs, args.rounds), NEW * n, "tokens/s", "transformers fp32"))
             rate = n * read_rate() / (4 * weights)
             print(f"\nfloor by bytes: {rate:.0f} fp32, {2 * rate:.0f} bf16, {4 * rate:.0f} int8")
-
-
-def small(args):
-    """0.8M parameters, 500 tokens: there the operations count, not the bytes."""
-    from bench_train import CHARS, our_small
-
-    ours = dict(config=our_small(), prompts=[[0]], new=500, temperature=0.8, top_k=64)
-    tiny = dict(config=lm.preset("tiny"), prompts=[[0]], new=500, temperature=0.8, top_p=0.95)
-    jobs = {"ours --no_fast": (make_ours, ours | {"plain": True}), "ours": (make_ours, ours)}
-    jobs["ours, the default model (1.9M), top_p 0.95"] = make_ours, tiny
-    peer = "ours --no_fast"
-    if args.nanogpt:
-        peer, theirs = "nanoGPT", dict(folder=args.nanogpt, shape=CHARS, prompt=[0], new=500)
-        jobs[peer] = make_nanogpt, theirs | dict(temperature=0.8, top_k=64)
-    print("\n0.8M parameters, 500 tokens:\n")
-    print(table(take_turns(jobs, args.rounds), 500, "tokens/s", peer))
 
 
 @torch.no_grad()
@@ -148,10 +128,9 @@ def int8(args):
     plain = lm.model_from_checkpoint(lm.load_checkpoint(args.ckpt))
     kinds = {"fp32": plain, "bf16": low(plain), "int8": copy.deepcopy(plain)}
     make_fast(kinds["int8"], int8=True)
-    print("| weights | perplexity | |\n| --- | ---: | ---: |")
-    values = {n: perplexity(m, tokens, plain.config.context) for n, m in kinds.items()}
-    for name, value in values.items():
-        print(f"| {name} | {value:.4f} | {value / values['fp32'] - 1:+.3%} |")
+    print("| weights | perplexity |\n| --- | ---: |")
+    for name, model in kinds.items():
+        print(f"| {name} | {perplexity(model, tokens, plain.config.context):.4f} |")
 
 
 @contextlib.contextmanager
@@ -239,7 +218,7 @@ def load(args):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=("gpt2", "small", "int8", "load"))
+    p.add_argument("what", choices=("gpt2", "int8", "load"))
     p.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT")
     p.add_argument("--rounds", type=int, default=5, help="turns of each job (5)")
     p.add_argument("--ckpt", default="out/stdlib", help="for int8")
@@ -254,7 +233,7 @@ def main():
     args = p.parse_args()
     args.nanogpt = args.nanogpt and str(Path(args.nanogpt).resolve())
     print(about_machine())
-    {"gpt2": gpt2, "small": small, "int8": int8, "load": load}[args.what](args)
+    {"gpt2": gpt2, "int8": int8, "load": load}[args.what](args)
 
 
 if __name__ == "__main__":

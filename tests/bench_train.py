@@ -1,18 +1,12 @@
-"""How fast train.py and finetune.py are, beside nanoGPT, the course's model and peft, and how fast
-the recipe learns.
+"""How fast train.py and finetune.py are, beside nanoGPT, the course's model and peft.
 
     git clone https://github.com/karpathy/nanoGPT
     git clone https://github.com/waylandzhang/Transformer-from-scratch
     python tests/bench_train.py speed --nanogpt nanoGPT --course Transformer-from-scratch
-    python tests/bench_train.py learning --nanogpt nanoGPT
     python tests/bench_train.py lora
 
 speed: tokens a second of whole steps (forward, backward, clipping, AdamW), ours and the peer's in
 turn on the same batch, in fp32 and bf16. The peers get what their own scripts do, bf16 by autocast.
-
-learning: nanoGPT's model and optimizer with its own CPU setting (tiny Shakespeare by characters,
-4 layers, 128 wide, context 64, batch 12, 2,000 steps), and train.py in the same shape with AdamW
-and with Muon. Losses are nats per character over the *whole* validation split.
 
 lora: steps of rank 8 adapters on attention, 124M, 8 rows of 32 tokens, and peft's.
 
@@ -21,103 +15,19 @@ for speed.
 """
 
 import argparse
-import contextlib
-import io
-import json
-import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import bench_common as bench
-import numpy as np
 import torch
 
 import lora
 import model as lm
-import prepare_data
-import train
 from data.machine import DTYPES, measure_peak
 
-STEPS, EVERY, BATCH, CONTEXT = 2000, 100, 12, 64
 GPT2 = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=True)
 CHARS = dict(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, bias=False)
-SHAPE = "--n_layer 4 --n_head 4 --d_model 128 --context 64 --batch_size 12".split()  # noqa: SIM905
-
-
-@torch.no_grad()
-def split_loss(loss_of, tokens):
-    """Nats per token over all of `tokens` in windows of CONTEXT, for any summed-loss function."""
-    n = (len(tokens) - 1) // CONTEXT * CONTEXT
-    ids = torch.from_numpy(tokens[: n + 1].astype(np.int64))
-    x, y = ids[:-1].view(-1, CONTEXT), ids[1:].view(-1, CONTEXT)
-    return sum(loss_of(a, b) for a, b in zip(x.split(128), y.split(128))) / n
-
-
-def run_nanogpt(folder, data):
-    """nanoGPT's model, optimizer, schedule and batches: [(step, seconds, val loss)]."""
-    tokens = torch.from_numpy(np.array(prepare_data.read_tokens(data, "train")).astype(np.int64))
-    val = prepare_data.read_tokens(data, "val")
-    torch.manual_seed(1337)
-    model, optimizer = bench.load_nanogpt(folder, (0.1, 1e-3, (0.9, 0.99)), **CHARS)  # its README's
-    points, seconds = [], 0.0
-
-    def batches():
-        while True:
-            at = torch.randint(len(tokens) - CONTEXT, (BATCH,))
-            rows = torch.stack([tokens[i : i + CONTEXT + 1] for i in at])
-            yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-    train_step = bench.peer_step(model, optimizer, batches())
-    for step in range(STEPS + 1):
-        if step % EVERY == 0:
-            model.eval()
-            loss = split_loss(lambda a, b: model(a, b)[1].item() * a.numel(), val)
-            model.train()
-            points.append((step, seconds, loss))
-        decay = 0.5 * (1 + math.cos(math.pi * (step - 100) / (STEPS - 100)))
-        lr = 1e-3 * (step + 1) / 101 if step < 100 else 1e-4 + decay * 9e-4
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        seconds += bench.clocked(train_step)
-    return points
-
-
-def run_ours(data, steps, flags):
-    """train.py in the same shape: [(step, seconds, val loss)]."""
-    out = Path("out") / "-".join(["bench", str(steps), *flags]).replace("--", "")
-    command = ["--data", str(data), *SHAPE, "--max_steps", str(steps), "--out", str(out), *flags]
-    command += ["--eval_every", str(EVERY), "--eval_tokens", "0", "--log_every", str(EVERY)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.main(command)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    seconds = {r["step"]: r["seconds"] for r in rows if "seconds" in r}
-    seen = {r["step"]: r["val_loss"] for r in rows if "val_loss" in r}
-    return [(s, seconds[s], loss) for s, loss in sorted(seen.items()) if s in seconds]
-
-
-def print_losses(runs):
-    """Print validation losses by step, and the first step with nanoGPT's last loss."""
-    steps = range(0, STEPS + 1, 4 * EVERY)
-    print("| step", *steps, "nanoGPT's last loss at |", sep=" | ")
-    print("| --- " * (len(steps) + 2) + "|")
-    goal = runs["nanoGPT"][-1][2] if "nanoGPT" in runs else 1.898
-    for name, points in runs.items():
-        losses = {step: f"{loss:.3f}" for step, _, loss in points}
-        reached = [f"step {step}, {sec:.0f} s" for step, sec, loss in points if loss <= goal]
-        print(f"| {name}", *(losses.get(s, "") for s in steps), [*reached, "never"][0] + " |",
-              sep=" | ")
-
-
-def learning(args):
-    """The losses of nanoGPT and ours by steps and seconds."""
-    nanogpt = Path(args.nanogpt).resolve() if args.nanogpt else None
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        data = prepare_data.prepare("shakespeare", "char")
-        runs = {"nanoGPT": run_nanogpt(nanogpt, data)} if nanogpt else {}
-        for steps, kind in ((660, "adamw"), (400, "muon"), (2000, "adamw"), (2000, "muon")):
-            runs[f"ours, {kind}, {steps} steps"] = run_ours(data, steps, ["--optimizer", kind])
-    print_losses(runs)
 
 
 # nanoGPT's 0.8M shape in our model
@@ -154,8 +64,8 @@ def make_ours(case, dtype):
 def speed(args):
     """Steps of ours and the peers' in turn."""
     for case, (config, rows, length, steps) in CASES.items():
-        novel = "novel" in case
-        peer, folder = ("the course", args.course) if novel else ("nanoGPT", args.nanogpt)
+        peer = "the course" if "novel" in case else "nanoGPT"
+        folder = args.course if "novel" in case else args.nanogpt
         for dtype in ("fp32",) if "0.8M" in case else ("fp32", "bf16"):
             jobs = {peer: (make_peer, dict(case=case, folder=folder, bf16=dtype == "bf16"))}
             jobs = (jobs if folder else {}) | {"ours": (make_ours, dict(case=case, dtype=dtype))}
@@ -208,7 +118,7 @@ def lora_steps(args):
 
 
 def main():
-    jobs = dict(speed=speed, learning=learning, lora=lora_steps)
+    jobs = dict(speed=speed, lora=lora_steps)
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("what", choices=tuple(jobs))
     p.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT; without it only ours is run")

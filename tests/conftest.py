@@ -190,6 +190,11 @@ def real(name):
     return SHARED / name
 
 
+def kept():
+    """The names of all files in the test's folder."""
+    return sorted(p.name for p in Path().rglob("*") if p.is_file())
+
+
 def turn(role, content):
     """A message of a conversation; that of a call is `name {arguments}`."""
     if role == "call":

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from conftest import BYTE, CHAT, prompt_ids, render_chat, turn
-from test_chat import SPOKEN, WRITES
+from conftest import BYTE, CHAT, calls, prompt_ids, render_chat, turn
 from test_templates import CHATML, TOOLS, pair
 
 from data.answer import ApiError
@@ -13,6 +12,14 @@ from data.chat import THINK, get_template
 from data.tokenizer import Tokenizer
 
 HELLO = [turn("user", "hi")]
+SPOKEN = {
+    "text": turn("assistant", "Hello!"),
+    "a call": calls('sky {"z": [1, 500.0], "a": "好"}'),
+    "calls": calls("f {}", 'sky {"z": {"b": null}}'),
+    "text and a call": calls('sky {"a": "x"}', content="I look."),
+    "a thought": turn("assistant", "Hello!") | {"reasoning_content": "Hm.\n<b>"},
+    "a thought and a call": calls("f {}") | {"reasoning_content": "Hm."},
+}
 
 
 class Script:
@@ -73,7 +80,12 @@ def tokenizer_of(family):
     return Tokenizer(ours.spec | {"end": get_template(ours).end, "ends": []})
 
 
-WRITTEN = WRITES | {"words": SPOKEN, "opened": [w for w in SPOKEN if "thought" in w]}
+WRITTEN = {  # what a family's template can write
+    "ours": SPOKEN, "qwen3": SPOKEN, "words": SPOKEN,
+    "opened": [w for w in SPOKEN if "thought" in w], "llama3.1": ["text", "a call"],
+    "qwen2.5": ["text", "a call", "calls", "text and a call"],
+    "mistral": ["text", "a call", "calls"], "gemma": ["text"], "phi3": ["text"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family, what", [(f, what) for f in WRITTEN for what in WRITTEN[f]])
@@ -88,6 +100,10 @@ def test_an_answer_is_the_message_that_it_means_and_can_be_sent_back(family, wha
     functions = [f | {"arguments": json.loads(f["arguments"])} for f in functions]
     assert functions == [call["function"] for call in calls]
     assert {k: v for k, v in got.items() if k != "tool_calls"} == message
+    template = get_template(tokenizer)
+    assert ids[-1] == template.end and {*ids} & {*tokenizer.special.values()} <= {*template.spoken}
+    if what == "a call" and family != "words":
+        assert all(ids[: len(s)] == s for s in map(template.call_start, ("sky", "")))
     if calls:
         results = [turn("tool", "1") | {"tool_call_id": c["id"]} for c in got["tool_calls"]]
         _, _, read = serve(tokenizer, messages=[*HELLO, got, *results])
@@ -97,19 +113,16 @@ def test_an_answer_is_the_message_that_it_means_and_can_be_sent_back(family, wha
         assert rewritten or read[: len(prompt) + len(ids)] == prompt + ids
 
 
-@pytest.mark.parametrize(
-    "family, text, content, thought",
-    [
-        ("qwen2.5", 'So\n<tool_call>\n{"name": 5}', 'So\n<tool_call>\n{"name": 5}', None),
-        ("words", '<tool_call>\n{"name": "f", ', '<tool_call>\n{"name": "f", ', None),
-        ("words", "<think>\nHm", "", "Hm"),
-        ("words", "<think> Hm \n</think>\n\n  Hi\n\nyou  <too", "  Hi\n\nyou  <too", " Hm"),
-        ("words", "<think>Hm STOP</think>Hi", "", "Hm "),
-        ("qwen3", '{"name": "f", "arguments": {}}', '{"name": "f", "arguments": {}}', None),
-        ("mistral", " Hi ", "Hi ", None),
-        ("ours", "a <think> b", "a <think> b", None),
-    ],
-)
+@pytest.mark.parametrize("family, text, content, thought", [
+    ("qwen2.5", 'So\n<tool_call>\n{"name": 5}', 'So\n<tool_call>\n{"name": 5}', None),
+    ("words", '<tool_call>\n{"name": "f", ', '<tool_call>\n{"name": "f", ', None),
+    ("words", "<think>\nHm", "", "Hm"),
+    ("words", "<think> Hm \n</think>\n\n  Hi\n\nyou  <too", "  Hi\n\nyou  <too", " Hm"),
+    ("words", "<think>Hm STOP</think>Hi", "", "Hm "),
+    ("qwen3", '{"name": "f", "arguments": {}}', '{"name": "f", "arguments": {}}', None),
+    ("mistral", " Hi ", "Hi ", None),
+    ("ours", "a <think> b", "a <think> b", None),
+])
 def test_what_is_no_call_is_text_and_thoughts_end_where_they_end(family, text, content, thought):
     ours, wanted = tokenizer_of(family), turn("assistant", content)
     ids = get_template(ours).encode(text) if family != "ours" else ours.encode(text)

@@ -10,52 +10,15 @@ from conftest import ASSISTANT, BYTE, CALL, CHAT, END, USER, calls, prompt_ids, 
 from test_templates import FAMILIES, TOOLS, pair
 
 import prepare_data
-from data.chat import CHAT_TOKENS, THINK, get_template, parse_call
+from data.chat import CHAT_TOKENS, get_template, parse_call
 from data.cli import UserError
 from data.reply import parse
-from data.tokenizer import Tokenizer, label_token, labels_of
+from data.tokenizer import Tokenizer
 
 TRICKY = "Say <|end|> and <|assistant|><|call|> <|endoftext|> naïve 你好，世界 👩‍👩‍👧 \n\n x"
 
 
 # ---- answers are read as they are written ----------------------------------------------------
-
-SPOKEN = {
-    "text": turn("assistant", "Hello!"),
-    "a call": calls('sky {"z": [1, 500.0], "a": "好"}'),
-    "calls": calls("f {}", 'sky {"z": {"b": null}}'),
-    "text and a call": calls('sky {"a": "x"}', content="I look."),
-    "a thought": turn("assistant", "Hello!") | {"reasoning_content": "Hm.\n<b>"},
-    "a thought and a call": calls("f {}") | {"reasoning_content": "Hm."},
-}
-WRITES = {  # what a family's template can write
-    "ours": SPOKEN.keys(), "qwen3": SPOKEN.keys(),
-    "qwen2.5": ("text", "a call", "calls", "text and a call"), "llama3.1": ("text", "a call"),
-    "mistral": ("text", "a call", "calls"), "gemma": ("text",), "phi3": ("text",),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("family, kind", [(f, kind) for f in WRITES for kind in WRITES[f]])
-def test_what_is_learned_is_understood_again(family, kind):
-    ours = CHAT.with_special(THINK) if family == "ours" else pair(family)[0]
-    message, template = SPOKEN[kind], get_template(ours)
-    messages = [turn("user", "hi"), message]
-    if "tool_calls" in message:  # Mistral's template requires an id of nine characters
-        named = [c | {"id": f"call0000{n}"} for n, c in enumerate(message["tool_calls"])]
-        messages[1] = message | {"tool_calls": named}
-    prompt = prompt_ids(messages[:1], ours, TOOLS)
-    ids, mask = render_chat(messages, ours, tools=TOOLS)
-    answer = [i for i, m in zip(ids, mask) if m]
-    assert ids[: len(prompt)] == prompt and answer[-1] == template.end
-    got = parse(answer, template)
-    got_calls = [parse_call(c) for c in got.pop("tool_calls", ())]
-    assert got_calls == [parse_call(c) for c in message.get("tool_calls", ())]
-    assert got == {key: value for key, value in message.items() if key != "tool_calls"}
-    assert set(answer) & set(ours.special.values()) <= set(template.spoken)
-    for name in ("sky", "") if kind == "a call" else ():
-        start = template.call_start(name)
-        assert start == answer[: len(start)]
-
 
 def test_a_broken_call_is_text_and_arguments_stay_as_they_were_written():
     ours, _ = pair("qwen2.5")
@@ -110,7 +73,7 @@ def test_a_tokenizer_without_a_template_has_none_and_our_tokens_win():
 def test_a_prompt_that_is_too_long_keeps_its_frame(family):
     ours = CHAT if family == "ours" else pair(family)[0]
     talk = [t for n in range(4) for t in (turn("user", f"q{n} " * 9), turn("assistant", "a"))]
-    talk = [*talk, turn("user", "x" * 300 + "!")]
+    talk.append(turn("user", "x" * 300 + "!"))
     frame = len(prompt_ids([turn("user", "")], ours))
     for room in (frame + 20, frame + 200, 2000):
         ids = prompt_ids(talk, ours, room=room)
@@ -120,7 +83,6 @@ def test_a_prompt_that_is_too_long_keeps_its_frame(family):
 
 
 # ---- the chat template ---------------------------------------------------------------------
-
 
 @pytest.fixture(params=["byte", "char", "bpe:300"])
 def plain(request):
@@ -170,9 +132,3 @@ def test_a_prompt_drops_its_oldest_turns_and_keeps_the_system_message():
     for room in range(1, 9):
         ids = prompt_ids([talk[0], talk[3]], CHAT, room=room)
         assert len(ids) <= room and ids[-1] == ASSISTANT
-
-
-def test_labels_come_from_the_tokenizer_alone():
-    names = ["neg", "a b", "<|x|>", "好"]
-    tokenizer = CHAT.with_special([label_token(n) for n in names])
-    assert labels_of(tokenizer) == names and labels_of(CHAT) == []

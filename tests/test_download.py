@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import tiktoken.registry
-from conftest import ALL_TEXT, ROOT, TIKTOKEN, needs_vocabularies, real, tokens_of
+from conftest import ALL_TEXT, ROOT, TIKTOKEN, kept, needs_vocabularies, real, tokens_of
 
 import prepare_data
 from data.cli import UserError
@@ -25,14 +25,8 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 SALES_URL = SOURCES["sales"].fetch.keywords["train"]
 SALES_PATH = "/".join(SALES_URL.split("/")[3:])  # without https://host
 VOCABULARY = "/openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
-
-
 BODY = random.Random(1).randbytes(1_000_000)
 BODY_SHA = hashlib.sha256(BODY).hexdigest()
-
-
-def parts_left():
-    return list(Path("data").rglob("*.part"))
 
 
 def cut_download(mirror):
@@ -40,7 +34,7 @@ def cut_download(mirror):
     mirror.files["/a.bin"], mirror.faults = BODY, {None: [600_000]}
     with pytest.raises(UserError, match="gave up"):
         fetch(mirror.base + "/a.bin", tries=1)
-    assert parts_left()
+    assert len(kept()) == 1 and kept()[0].endswith(".part")
     mirror.log.clear()
 
 
@@ -70,7 +64,7 @@ def test_the_next_call_resumes_what_an_earlier_one_could_not_finish(mirror, vers
     mirror.names_versions, mirror.takes_ranges = versions, takes_ranges
     cut_download(mirror)
     assert fetch(mirror.base + "/a.bin", tries=1).read_bytes() == BODY
-    assert [r is not None for r in mirror.ranges] == [versions] and not parts_left()
+    assert [r is not None for r in mirror.ranges] == [versions] and kept() == ["a.bin"]
 
 
 @pytest.mark.parametrize("new", [BODY[::-1], b"short"])
@@ -79,31 +73,27 @@ def test_a_file_that_changed_on_the_server_is_never_spliced(mirror, new):
     mirror.files["/a.bin"] = new
     assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == new
     assert mirror.ranges[0] is not None and mirror.ranges[-1] is None
-    assert not parts_left()
+    assert kept() == ["a.bin"]
 
 
 def test_wrong_content_is_refused_and_not_kept(mirror):
     mirror.files["/a.bin"] = BODY[:-1] + b"?"
-    with pytest.raises(UserError, match=r"a\.bin.*sha256") as e:
+    with pytest.raises(UserError, match=rf"a\.bin.*sha256.*{BODY_SHA[:8]}"):
         fetch(mirror.base + "/a.bin", sha256=BODY_SHA, wait=0.01)
-    assert BODY_SHA[:8] in str(e.value)
-    assert not [p for p in Path("data").rglob("*") if p.is_file()]
+    assert kept() == []
 
 
 def test_404_is_final_and_a_server_in_trouble_is_asked_again(mirror):
     with pytest.raises(UserError, match=r"nothing\.txt.*404"):
         fetch(mirror.base + "/nothing.txt", wait=0.01)
-    assert len(mirror.log) == 1
     mirror.files["/a.bin"], mirror.faults[None] = BODY, [500, 503]
     assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == BODY
-    assert len(mirror.log) == 4
+    assert mirror.asked == ["nothing.txt"] + ["a.bin"] * 3
 
 
 def test_an_unreachable_host_names_the_remedies():
-    with pytest.raises(UserError, match="SCRATCHLM_MIRROR") as e:
+    with pytest.raises(UserError, match=r"^.*127.0.0.1:9/.*SCRATCHLM_MIRROR.*HF_ENDPOINT.*$"):
         fetch("http://127.0.0.1:9/a.bin", tries=2, wait=0.01)
-    assert "HF_ENDPOINT" in str(e.value) and "127.0.0.1:9/" in str(e.value)
-    assert "\n" not in str(e.value)
 
 
 def test_a_good_file_is_not_downloaded_again_and_a_damaged_one_kept_until_it_is_replaced(mirror):
@@ -120,16 +110,11 @@ def test_a_good_file_is_not_downloaded_again_and_a_damaged_one_kept_until_it_is_
     assert fetch(mirror.base + "/a.bin", sha256=BODY_SHA).read_bytes() == BODY
 
 
-URLS = """
-http://h/../../../etc/passwd http://h/a/%2e%2e/%2e%2e/%2e%2e/b http://h/..%2f..%2f..%2fb
-http://h/.. http://h/%00/C:%5Cb http://../../b http://../b
-"""
-
-
 def test_no_url_leads_out_of_the_download_folder():
     top = Path("data/downloads").resolve()
-    for url in URLS.split():
-        path = Path(os.path.normpath(download_path(url).absolute()))
+    urls = "h/../../../etc/passwd h/a/%2e%2e/%2e%2e/%2e%2e/b h/..%2f..%2f..%2fb h/.. ../../b ../b"
+    for url in [*urls.split(), "h/%00/C:%5Cb"]:
+        path = Path(os.path.normpath(download_path(f"http://{url}").absolute()))
         assert path.is_relative_to(top) and path != top, url
     urls = ["http://h/a.txt", "http://h/a.txt?x=1", "http://h/a.txt?x=2", "http://g/a.txt"]
     assert len({download_path(u) for u in urls}) == 4  # another query is another file
@@ -137,9 +122,8 @@ def test_no_url_leads_out_of_the_download_folder():
 
 def test_a_source_may_be_a_url(mirror):
     mirror.files["/books/tale.txt"] = ALL_TEXT.encode()
-    folder = prepare(mirror.base + "/books/tale.txt", "byte")
-    assert folder == Path("data/tale")
-    assert bytes(tokens_of(folder)) == ALL_TEXT.encode()
+    assert prepare(mirror.base + "/books/tale.txt", "byte") == Path("data/tale")
+    assert bytes(tokens_of("data/tale")) == ALL_TEXT.encode()
 
 
 @needs_vocabularies
@@ -167,7 +151,7 @@ def test_if_several_processes_download_a_file_one_does_and_the_others_find_it(mi
     errors = [p.communicate(timeout=60)[1] for p in processes]
     assert [p.returncode for p in processes] == [0] * 3, errors
     assert mirror.ranges == [None]  # asked once
-    assert [p.name for p in Path("data").rglob("*") if p.is_file()] == ["a.bin"]
+    assert kept() == ["a.bin"]
 
 
 def test_a_download_waits_only_for_one_of_the_same_file(mirror):

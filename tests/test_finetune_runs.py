@@ -391,6 +391,8 @@ def test_supervised_fine_tuning_end_to_end(desk, capsys):
     rows = [json.loads(r) for r in (out / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and set(rows[0]) == {"prompt", "reference", "prediction"}
     assert "bleu4" in metrics(out)[-2]
+    asked = json.loads((out / "settings.json").read_text())["examples"]  # for the page
+    assert len(asked) == 4 and {r["prompt"] for r in rows} >= set(asked)
     ft.main(["--ckpt", "out/base", *SFT, "--max_steps", "1"])
     assert Path("out/chats-ft-2/best.pt").exists()
 
@@ -469,7 +471,7 @@ def test_eval_only_measures_pairs_against_the_base_of_an_adapter_alone(desk, cap
     for out, flags in (("out/full", []), ("out/thin", LORA)):
         tune(*DPO, "--val_data", "pairs.jsonl", *flags, "--max_steps", "3", out=out)
     flags = ["--eval_only", "--data", "pairs.jsonl", "--ckpt"]
-    assert "before DPO, which out/full does not bring" in refused(*flags, "out/full")
+    assert "before DPO, which out/full lacks" in refused(*flags, "out/full")
     ft.main([*flags, "out/thin", "--out", "out/seen"])
     scores = json.loads(Path("out/thin/scores.json").read_text())["val"]
     assert f"reward margin {scores['reward_margin']:.4f}" in capsys.readouterr().out

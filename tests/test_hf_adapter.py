@@ -60,22 +60,15 @@ def export(folder, base, adapter):
     return json.loads((folder / "peft/adapter_config.json").read_text(encoding="utf-8"))
 
 
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize(
-    "targets, changes",
-    [
-        ("attention", {}),
-        ("k,v,up", {}),  # of GPT-2's c_attn two thirds
-        ("q,k,blocks.0.attention.v,down", {}),
-        ("head,out", dict(tied=False)),
-        ("blocks.1.attention.q,blocks.11.attention.k", dict(n_layer=12)),
-        ("all", dict(norm_weight=False, ff_bias=False)),  # which transformers cannot leave out
-    ],
-)
+@pytest.mark.parametrize("targets, changes", [
+    ("attention", {}),
+    ("k,v,up", {}),  # of GPT-2's c_attn two thirds
+    ("q,k,blocks.0.attention.v,down", {}),
+    ("head,out", dict(tied=False)),
+    ("blocks.1.attention.q,blocks.11.attention.k", dict(n_layer=12)),
+    ("all", dict(norm_weight=False, ff_bias=False)),  # which transformers cannot leave out
+])
 @torch.no_grad()
 def test_peft_computes_what_we_do_adapted_and_merged(tmp_path, family, targets, changes):
     base = base_of(family, **changes)
@@ -88,8 +81,8 @@ def test_peft_computes_what_we_do_adapted_and_merged(tmp_path, family, targets, 
     model = peft.PeftModel.from_pretrained(bare, tmp_path / "peft").eval()
     want = lora.load_adapted(base, {"one": content})(IDS)
     assert (want - lm.model_from_checkpoint(base)(IDS)).abs().max() > 1e-3
-    close(model(IDS).logits, want)
-    close(model.merge_and_unload()(IDS).logits, want)
+    for theirs in (model(IDS), model.merge_and_unload()(IDS)):
+        torch.testing.assert_close(theirs.logits, want, rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_that_peft_cannot_express_is_refused_in_one_line(tmp_path):
@@ -108,9 +101,8 @@ def test_an_adapter_that_peft_cannot_express_is_refused_in_one_line(tmp_path):
         (base, dict(model=state | {"blocks.7.q.a": torch.zeros(4, 32)}), "blocks.7.* unknown"),
         (other, {}, "is another model"),
     ):
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(UserError, match=f"^.*{message}.*$"):
             export(tmp_path, base_, content | change)
-        assert "\n" not in str(error.value)
         assert not (tmp_path / "peft").exists()
     strange = base_of("llama", embed_norm=True)
     with pytest.raises(UserError, match="no Hugging Face architecture has embed_norm"):

@@ -26,8 +26,7 @@ from data.hf_tokenizer import hub_tokenizer
 from data.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
-SCRIPTS = {"prepare_data.py": prepare_data.main, "train.py": train.main, "sample.py": sample.main}
-SCRIPTS |= {"finetune.py": finetune.main, "model.py": lm.main, "lora.py": lora.main}
+SCRIPTS = {f"{m.__name__}.py": m.main for m in (prepare_data, train, sample, finetune, lm, lora)}
 SCRIPTS |= {"check_logits.py": check_logits.main}
 TEXT = "It was a bright cold day in April, and the clocks were striking 13. 你好，世界！\n" * 60
 QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
@@ -37,6 +36,10 @@ CHATML = (
 )
 
 
+SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+SMALL |= dict(num_key_value_heads=1, max_position_embeddings=64)
+
+
 def save_model(folder, config, tokens):
     """A random model and a tokenizer, as transformers writes them."""
     fast = trained("gpt2", behind=tokens, size=330)
@@ -44,8 +47,7 @@ def save_model(folder, config, tokens):
     wrapped.chat_template = CHATML if len(tokens) > 1 else None
     wrapped.save_pretrained(folder)
     torch.manual_seed(0)
-    config.vocab_size, config.eos_token_id = 384, wrapped.eos_token_id
-    config.bos_token_id = None
+    config.vocab_size, config.eos_token_id, config.bos_token_id = 384, wrapped.eos_token_id, None
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -59,10 +61,8 @@ def hub(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     gpt2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64)
     save_model(root / "openai-community/gpt2/resolve/main", gpt2, QWEN_TOKENS[:1])
-    qwen = transformers.Qwen3Config(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=True,
-    )
+    shape = SMALL | dict(num_hidden_layers=2, max_position_embeddings=128)
+    qwen = transformers.Qwen3Config(**shape, head_dim=8, tie_word_embeddings=True)
     save_model(root / "ann/qwen/resolve/main", qwen, QWEN_TOKENS)
     with serve_folder(root) as url:
         yield url, root
@@ -92,41 +92,41 @@ def run(hub, tmp_path, monkeypatch, capsys):
 
 
 def greedy(folder, prompt, n=20):
-    """What transformers writes, as text: with nothing of ours."""
+    """The ids that transformers writes, up to a special one: with nothing of ours."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     out = model.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
-    return out[0, ids.shape[1] :].tolist(), tokenizer
+    new, ends = out[0, ids.shape[1] :].tolist(), tokenizer.added_tokens_decoder
+    return new[: next((k for k, i in enumerate(new, 1) if i in ends), n)]
+
+
+def printed(output):
+    return [int(i) for i in output.split("\n")[-2].split(",")]
 
 
 @pytest.mark.parametrize("name, place", [("gpt2", "openai-community/gpt2"), ("ann/qwen",) * 2])
 def test_a_model_of_the_hub_writes_what_transformers_writes(run, hub, name, place, monkeypatch):
-    want, _ = greedy(hub[1] / place / "resolve/main", "the clocks were")
+    want = greedy(hub[1] / place / "resolve/main", "the clocks were")
     assert "gpt2" in run("model.py", "--ckpt", name) or "qwen" in name
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # it is there now
     flags = ("--ckpt", name, "--prompt", "the clocks were", "--temperature", "0")
-    output = run("sample.py", *flags, "--max_tokens", "20", "--print_ids")
-    last = [int(i) for i in output.strip().splitlines()[-1].replace(",", " ").split()]
-    assert last[-len(want) :] == want or last == want[: len(last)]
-    output = run("check_logits.py", name)
-    assert "the same best token at 100.00%" in output
+    assert printed(run("sample.py", *flags, "--max_tokens", "20", "--print_ids")) == want
+    assert "the same best token at 100.00%" in run("check_logits.py", name)
 
 
 def test_check_against_recorded_logits(run, hub):
     folder = hub[1] / "ann/qwen/resolve/main"
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.tensor([[5, 7, 300, 11]])
-    with torch.no_grad():
-        logits = reference(ids).logits
-    torch.save({"ids": ids[0].tolist(), "logits": logits[0]}, "good.pt")
-    torch.save({"ids": ids, "logits": logits + torch.eye(4, 384) * 3}, "bad.pt")
-    assert "100.00%" in run("check_logits.py", "ann/qwen", "--against", "good.pt")
-    told = run("check_logits.py", "ann/qwen", "--against", "bad.pt", code=1)
-    assert "difference 3.0" in told and "NOT EQUAL" in told
-    torch.save({"ids": ids + 373, "logits": logits}, "far.pt")
-    told = run("check_logits.py", "ann/qwen", "--against", "far.pt", code=2)
-    assert "the ids must be from 0 to 383" in told
+    logits = reference(ids).logits.detach()
+    for content, code, told in (
+        ({"ids": ids[0].tolist(), "logits": logits[0]}, 0, "100.00%"),
+        ({"ids": ids, "logits": logits + torch.eye(4, 384) * 3}, 1, "difference 3.0"),
+        ({"ids": ids + 373, "logits": logits}, 2, "the ids must be from 0 to 383"),
+    ):
+        torch.save(content, "x.pt")
+        assert told in run("check_logits.py", "ann/qwen", "--against", "x.pt", code=code)
 
 
 def test_names_that_are_no_models_are_named(run):
@@ -134,65 +134,39 @@ def test_names_that_are_no_models_are_named(run):
         assert words in run("sample.py", "--ckpt", name, "--prompt", "x", code=2)
 
 
-def test_pretraining_goes_on_from_a_model_of_the_hub(run):
+def prepare(run, tokenizer):
     Path("text.txt").write_text(TEXT, encoding="utf-8")
-    run("prepare_data.py", "text.txt", "--tokenizer", "ann/qwen", "--name", "text")
+    run("prepare_data.py", "text.txt", "--tokenizer", tokenizer, "--name", "text")
+
+
+def write_rows():
+    rows = [{"instruction": f"Say {i}", "output": f"{i}!"} for i in range(30)]
+    Path("rows.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+def test_pretraining_goes_on_from_a_model_of_the_hub_and_goes_back(run):
+    prepare(run, "ann/qwen")
     # enough to unlearn the ids that no token has, which only transformers would write
     flags = ("--max_steps", "40", "--batch_size", "2", "--eval_tokens", "64")
     run("train.py", "--ckpt", "ann/qwen", "--data", "text", *flags, "--out", "out/on")
-    content = lm.load_checkpoint("out/on")
-    assert content["config"]["qk_norm"] and content["tokenizer"]["kind"] == "hf"
-    assert "does not fit" not in run("sample.py", "--ckpt", "out/on", "--prompt", "It")
-    output = run("model.py", "--ckpt", "out/on", "--export", "hf")
-    assert "Qwen3ForCausalLM" in output
-    assert_same_text(run, "out/on", "hf")
-
-
-def assert_same_text(run, ours, theirs):
-    """Ours and the exported one, read by transformers, continue a prompt with the same tokens."""
+    assert lm.load_checkpoint("out/on")["tokenizer"]["kind"] == "hf"
+    assert "Qwen3ForCausalLM" in run("model.py", "--ckpt", "out/on", "--export", "hf")
     prompt = "It was a bright 冷"
-    want, tokenizer = greedy(theirs, prompt)
-    flags = ("--temperature", "0", "--max_tokens", "20", "--print_ids")
-    output = run("sample.py", "--ckpt", ours, "--prompt", prompt, *flags)
-    last = [int(i) for i in output.strip().splitlines()[-1].replace(",", " ").split()]
-    stop = want.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in want else len(want)
-    assert last[-stop:] == want[:stop] if stop else True
-
-
-SHAPES = [
-    ("LlamaForCausalLM", "char", "--preset llama"),
-    ("Qwen3ForCausalLM", "byte", "--norm rmsnorm --activation swiglu --norm_weight"),
-    (
-        "GPT2LMHeadModel", "bpe:300", "--position learned --activation gelu --no-qk_norm "
-        "--norm_weight --qkv_bias --out_bias --ff_bias --init gpt2",
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("family, tokenizer, shape", SHAPES)
-def test_a_model_trained_here_writes_the_same_under_transformers(run, family, tokenizer, shape):
-    Path("text.txt").write_text(TEXT, encoding="utf-8")
-    run("prepare_data.py", "text.txt", "--tokenizer", tokenizer, "--name", "text")
-    flags = f"{shape} --no-embed_norm --n_layer 2 --n_head 2 --d_model 32 --context 64"
-    flags += " --no-value_embed --bigram 0 --no-induction"
-    flags += " --batch_size 4 --max_steps 30 --eval_every 30 --eval_tokens 64"
-    run("train.py", "--data", "text", "--out", "out/mine", *flags.split())
-    assert family in run("model.py", "--ckpt", "out/mine", "--export", "hf")
-    assert_same_text(run, "out/mine", "hf")
+    flags = ("--prompt", prompt, "--temperature", "0", "--max_tokens", "20", "--print_ids")
+    assert printed(run("sample.py", "--ckpt", "out/on", *flags)) == greedy("hf", prompt)
 
 
 def test_finetuning_a_qwen_uses_its_own_template_and_its_adapter_travels(run, tmp_path):
-    rows = [{"instruction": f"Say {i}", "output": f"{i}!"} for i in range(30)]
-    Path("rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    write_rows()
     flags = ["--max_steps", "3", "--eval_every", "3", "--eval_rows", "2", "--batch_tokens", "256"]
     output = run("finetune.py", "--ckpt", "ann/qwen", "--data", "rows.json", "--show_mask", "1")
     assert "<|im_start|>" in output and "<|assistant|>" not in output
     tune = ("finetune.py", "--ckpt", "ann/qwen", "--data", "rows.json", *flags)
     run(*tune, "--out", "out/full")
     assert lm.load_checkpoint("out/full")["config"]["vocab_size"] == 384  # nothing was added
-    run("sample.py", "--ckpt", "out/full", "--chat", "--max_tokens", "8", stdin="Say 3\n")
     run(*tune, "--lora_rank", "2", "--out", "out/thin")
-    run("sample.py", "--ckpt", "out/thin", "--chat", "--max_tokens", "8", stdin="Say 3\n")
+    for ckpt in ("out/full", "out/thin"):
+        run("sample.py", "--ckpt", ckpt, "--chat", "--max_tokens", "8", stdin="Say 3\n")
     run("lora.py", "export", "--ckpt", "ann/qwen", "--adapter", "out/thin", "--out", "peft")
     assert (tmp_path / "peft/adapter_model.safetensors").exists()
 
@@ -202,9 +176,9 @@ def test_an_export_hands_on_how_to_talk_and_spares_what_is_there(run, hub, tmp_p
     shutil.copytree(hub[1] / "ann/qwen/resolve/main", tmp_path / "chat")
     ids = hub_tokenizer(tmp_path / "chat")["added"]
     ends = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    (tmp_path / "chat/generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    Path("chat/generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     if template:
-        (tmp_path / "chat/chat_template.jinja").write_text(template)
+        Path("chat/chat_template.jinja").write_text(template)
     export = ("model.py", "--ckpt", "chat", "--export", "out")
     run(*export)
     talk = [{"role": "user", "content": "你好"}]
@@ -230,14 +204,10 @@ def edit(path, **changes):
     return values
 
 
-LLAMA = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-             max_position_embeddings=64)
-
-
 @pytest.mark.parametrize("what", ["tokenizer", "config"])
 def test_what_cannot_be_read_is_refused_before_its_weights_come(run, hub, what):
     folder = hub[1] / f"old/{what}/resolve/main"
-    save_model(folder, transformers.LlamaConfig(**LLAMA), QWEN_TOKENS[:1])
+    save_model(folder, transformers.LlamaConfig(**SMALL), QWEN_TOKENS[:1])
     if what == "config":
         edit(folder / "config.json", hidden_act="gelu")
     else:
@@ -250,27 +220,22 @@ def test_what_cannot_be_read_is_refused_before_its_weights_come(run, hub, what):
 
 def test_a_model_without_an_end_token_is_given_one(run, tmp_path):
     folder = tmp_path / "endless"
-    save_model(folder, transformers.LlamaConfig(**LLAMA), QWEN_TOKENS[:1])
+    save_model(folder, transformers.LlamaConfig(**SMALL), QWEN_TOKENS[:1])
     model = edit(folder / "tokenizer.json", added_tokens=[])["model"]
     model["vocab"].pop(QWEN_TOKENS[0], None)
     edit(folder / "tokenizer.json", model=model)
-    full = len(model["vocab"])
-    config = transformers.LlamaConfig(**LLAMA, vocab_size=full, tie_word_embeddings=True)
-    config.eos_token_id = config.bos_token_id = None
+    full, ends = len(model["vocab"]), dict(eos_token_id=None, bos_token_id=None)
+    config = transformers.LlamaConfig(**SMALL, **ends, vocab_size=full, tie_word_embeddings=True)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for name in ("tokenizer_config.json", "generation_config.json"):
         (folder / name).unlink(missing_ok=True)
 
     run("sample.py", "--ckpt", "endless", "--prompt", "the", "--max_new_tokens", "8")
-    Path("text.txt").write_text(TEXT, encoding="utf-8")
-    run("prepare_data.py", "text.txt", "--tokenizer", "endless", "--name", "text")
-    short = ("--max_steps", "2", "--eval_every", "2")
-    flags = ("--ckpt", "endless", "--data", "text", "--batch_size", "2", "--out", "out/more")
-    run("train.py", *flags, *short)
-    rows = [{"instruction": f"Say {i}", "output": f"{i}!"} for i in range(20)]
-    Path("rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    tune = ("finetune.py", "--data", "rows.json", *short, "--lora_rank", "2", "--out", "out/tuned")
-    run(*tune, "--ckpt", "endless")
+    prepare(run, "endless")
+    short = ("--ckpt", "endless", "--max_steps", "2", "--eval_every", "2")
+    run("train.py", *short, "--data", "text", "--batch_size", "2", "--out", "out/more")
+    write_rows()
+    run("finetune.py", *short, "--data", "rows.json", "--lora_rank", "2", "--out", "out/tuned")
     run("sample.py", "--ckpt", "out/tuned", "--chat", "--max_new_tokens", "4", stdin="Say 3\n")
     grown = lm.load_checkpoint("out/more")["model"]["embed.weight"]
     first = lm.load_checkpoint("endless")["model"]["embed.weight"]
@@ -278,10 +243,7 @@ def test_a_model_without_an_end_token_is_given_one(run, tmp_path):
 
 
 def test_a_sliding_window_is_said_to_be_the_context(run, tmp_path):
-    config = transformers.MistralConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=8, max_position_embeddings=64,
-    )
+    config = transformers.MistralConfig(**SMALL, sliding_window=8)
     save_model(tmp_path / "slides", config, QWEN_TOKENS[:1])
     assert "context 8," in run("model.py", "--ckpt", "slides")
     Path("slides/tokenizer.json").unlink()

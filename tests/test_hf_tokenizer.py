@@ -50,9 +50,7 @@ STEPS = {  # the pre_tokenizers of well-known models
     "gpt2": byte_level(),
     "llama3": split(LLAMA3),
     "qwen2": split(LLAMA3.replace("{1,3}", "")),
-    "smollm2": pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), byte_level()]
-    ),
+    "smollm2": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), byte_level()]),
     "letters only": split(r"\p{L}+"),  # what lies between the matches is a piece, too
 }
 
@@ -63,10 +61,8 @@ def strings(count=300, seed=0):
     old, rng = unicodedata.ucd_3_2_0, random.Random(seed)
     points = [c for c in map(chr, range(0x30000)) if old.category(c) not in ("Cn", "Cs")]
     pools = (points, " \n\t\r  ", "0123456789", "aeiouszéßſ中の", "'._-!,—", "'s 'LL\u0301\u0327")
-    return [
-        "".join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(1, 60)))
-        for _ in range(count)
-    ]
+    lengths = [rng.randint(1, 60) for _ in range(count)]
+    return ["".join(rng.choice(rng.choice(pools)) for _ in range(n)) for n in lengths]
 
 
 ALL_TEXTS = [*TEXTS.values(), "".join(TEXTS.values()), "", *strings()]
@@ -74,17 +70,12 @@ ALL_TEXTS = [*TEXTS.values(), "".join(TEXTS.values()), "", *strings()]
 
 def trained(step="llama3", nfc=False, front=(), behind=(), size=700):
     """A byte-level BPE that the tokenizers library has trained on TEXTS."""
-    theirs = tokenizers.Tokenizer(models.BPE())
-    theirs.pre_tokenizer = STEPS[step]
-    theirs.decoder = tokenizers.decoders.ByteLevel()
+    theirs, alphabet = tokenizers.Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+    theirs.pre_tokenizer, theirs.decoder = STEPS[step], tokenizers.decoders.ByteLevel()
     if nfc:
         theirs.normalizer = normalizers.NFC()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=list(front),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    options = dict(special_tokens=list(front), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, **options)
     theirs.train_from_iterator([text * 3 for text in TEXTS.values()], trainer)
     theirs.add_special_tokens(list(behind))
     return theirs
@@ -115,7 +106,6 @@ def assert_same(tokenizer, theirs, texts=ALL_TEXTS):
 
 # ---- In -------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("nfc", [False, True], ids=["plain", "nfc"])
 @pytest.mark.parametrize("step", STEPS)
 def test_ids_of_a_trained_tokenizer_are_theirs(step, nfc):
@@ -126,16 +116,13 @@ def test_ids_of_a_trained_tokenizer_are_theirs(step, nfc):
     behind = theirs.get_vocab_size() - 2
     assert t.special == {"<pad>": 0, END: 1, "<|user|>": behind, "<|call|>": behind + 1}
     assert (t.eos_id, t.bos_id, t.name) == (1, None, "theirs")
-    decomposed = "e\u0301"
-    assert t.decode(t.encode(decomposed)) == ("é" if nfc else decomposed)
+    assert t.decode(t.encode("e\u0301")) == ("é" if nfc else "e\u0301")
 
 
 @conftest.needs_vocabularies
 def test_ids_and_merges_of_the_real_gpt2_are_theirs():
-    files = [
-        TIKTOKEN / hashlib.sha1(f"{GPT2_URL}/{name}".encode()).hexdigest()
-        for name in ("encoder.json", "vocab.bpe")
-    ]
+    urls = (f"{GPT2_URL}/{name}" for name in ("encoder.json", "vocab.bpe"))
+    files = [TIKTOKEN / hashlib.sha1(url.encode()).hexdigest() for url in urls]
     theirs = tokenizers.Tokenizer(models.BPE.from_file(*map(str, files)))
     theirs.pre_tokenizer, theirs.decoder = STEPS["gpt2"], tokenizers.decoders.ByteLevel()
     theirs.add_special_tokens([END])
@@ -194,7 +181,7 @@ def test_merges_of_one_token_may_be_several():
     vocab = data["model"]["vocab"]
     halves = [(t[:i], t[i:]) for t in vocab for i in range(1, len(t))]
     halves = [(a, b) for a, b in halves if a in vocab and b in vocab]
-    halves.sort(key=lambda pair: (vocab[pair[0] + pair[1]], vocab[pair[0]], vocab[pair[1]]))
+    halves.sort(key=lambda pair: [vocab[t] for t in ("".join(pair), *pair)])
     assert len(halves) > len(data["model"]["merges"])
     data["model"]["merges"] = halves
     assert_same(ours(data), tokenizers.Tokenizer.from_str(json.dumps(data)))
@@ -242,13 +229,6 @@ def test_added_words_are_cut_out_of_text(with_words):
     assert t.with_special(CHAT_TOKENS).encode(" ".join(t.words)) == t.encode(" ".join(t.words))
 
 
-def test_added_words_that_strip_blanks_are_refused():
-    theirs = trained()
-    theirs.add_tokens([tokenizers.AddedToken("<a>", rstrip=True)])
-    with pytest.raises(UserError, match="'<a>' has single_word, lstrip or rstrip"):
-        ours(theirs)
-
-
 def test_added_words_are_drawn_and_shown_and_special_tokens_are_not():
     theirs = trained(front=["<s>"])
     theirs.add_tokens(["the", "covid-19", "<cite>", "<think>"])
@@ -259,18 +239,15 @@ def test_added_words_are_drawn_and_shown_and_special_tokens_are_not():
     assert set(t.special) == {"<s>", "<think>", END} and len(t.words) == 3
     assert t.decode(ids) == "in the covid-19<cite>s<s><think>"
     assert t.byte_lengths[known].tolist() == [3, 8, 6, 0]
-    added = {a["content"]: a["special"] for a in tokenizer_json(t)["added_tokens"]}
-    assert added == {"<s>": True, "the": False, "covid-19": False, "<cite>": False} | {
-        "<think>": False, END: True
-    }
+    special = [a["content"] for a in tokenizer_json(t)["added_tokens"] if a["special"]]
+    assert sorted(special) == ["<s>", END]
     more = t.with_special(["<cite>", "<new>"])
     assert more.special["<cite>"] == known[2] and more.special["<new>"] == t.n_vocab
     assert known[2] not in more.encode("a <cite>") and more.n_vocab == t.n_vocab + 1
 
 
-BEGIN = processors.TemplateProcessing(
-    single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
-)
+BEGIN = {"single": "<s> $A", "pair": "<s> $A <s> $B", "special_tokens": [("<s>", 0)]}
+BEGIN = processors.TemplateProcessing(**BEGIN)
 
 
 def test_begin_is_what_stands_in_front():
@@ -285,18 +262,15 @@ def test_begin_is_what_stands_in_front():
     assert ours(theirs).bos_id is None
 
 
-@pytest.mark.parametrize(
-    "beside, end",
-    [
-        ({}, END),
-        ({"tokenizer_config": {"eos_token": {"content": "</s>", "lstrip": False}}}, "</s>"),
-        ({"tokenizer_config": {"eos_token": "<nobody's>"}}, END),
-        ({"config": {"eos_token_id": 0}, "tokenizer_config": {"eos_token": "</s>"}}, "<s>"),
-        ({"config": {"eos_token_id": 0}, "generation_config": {"eos_token_id": [3, 1]}}, "<u>"),
-        ({"config": {"eos_token_id": 0}, "generation_config": {"eos_token_id": []}}, "<s>"),
-        ({"config": {"eos_token_id": 99}, "tokenizer_config": {"eos_token": "<u>"}}, "<u>"),
-    ],
-)
+@pytest.mark.parametrize("beside, end", [
+    ({}, END),
+    ({"tokenizer_config": {"eos_token": {"content": "</s>", "lstrip": False}}}, "</s>"),
+    ({"tokenizer_config": {"eos_token": "<nobody's>"}}, END),
+    ({"config": {"eos_token_id": 0}, "tokenizer_config": {"eos_token": "</s>"}}, "<s>"),
+    ({"config": {"eos_token_id": 0}, "generation_config": {"eos_token_id": [3, 1]}}, "<u>"),
+    ({"config": {"eos_token_id": 0}, "generation_config": {"eos_token_id": []}}, "<s>"),
+    ({"config": {"eos_token_id": 99}, "tokenizer_config": {"eos_token": "<u>"}}, "<u>"),
+])
 def test_end_of_text_is_what_the_files_say(beside, end):
     t = ours(trained(front=["<s>", "</s>", END, "<u>"]), **beside)
     assert t.eos_id == t.special[end]
@@ -305,10 +279,9 @@ def test_end_of_text_is_what_the_files_say(beside, end):
 # ---- Refused --------------------------------------------------------------------------------
 
 PLAIN = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-ISOLATED = {
-    "type": "Split", "pattern": {"Regex": r"\p{L}+"}, "behavior": "Isolated", "invert": False
-}
+ISOLATED = {"type": "Split", "behavior": "Isolated", "invert": False}
 NO_REGEX = PLAIN | {"use_regex": False}
+STRIPS = {"id": 0, "content": "<s>", "special": False, "rstrip": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
 
 
@@ -328,53 +301,47 @@ def edited(good, path, value):
 
 
 def steps(*all_steps):
-    return {"type": "Sequence", "pretokenizers": list(all_steps)}
+    return {"type": "Sequence", "pretokenizers": all_steps}
 
 
-def pattern(text):
-    return steps(ISOLATED | {"pattern": {"Regex": text}}, NO_REGEX)
+def split_by(text, then=NO_REGEX, **changes):
+    return steps(ISOLATED | {"pattern": {"Regex": text}} | changes, then)
 
 
-@pytest.mark.parametrize(
-    "path, value, said",
-    [
-        ("model.type", "WordPiece", "model WordPiece"),
-        ("model.byte_fallback", True, "byte_fallback True"),
-        ("model.vocab.▁the", 400, "'▁the' is not byte-level"),
-        ("model.vocab", {"a": 1}, "255 bytes have no token, 0x00 first"),
-        ("model.vocab.!", 2, "token ids are repeated"),
-        ("model.vocab.!", 10**9, "not from 0 to 1,000,000"),
-        ("model.vocab.ĠQx", 300, "'ĠQx' .* made by none of the merges"),
-        ("model.merges.0", ["Q", "x"], "b'Qx' is missing"),
-        ("model", None, "cannot be read"),
-        ("normalizer", {"type": "Lowercase"}, "normalizer Lowercase"),
-        ("pre_tokenizer", None, "pre_tokenizer none"),
-        ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁"}, "pre_tokenizer Metaspace"),
-        ("pre_tokenizer", PLAIN | {"add_prefix_space": True}, "pre_tokenizer ByteLevel"),
-        ("pre_tokenizer", steps(ISOLATED, PLAIN), r"pre_tokenizer Split \+ ByteLevel"),
-        ("pre_tokenizer", steps(ISOLATED | {"behavior": "Removed"}, NO_REGEX), "Split"),
-        ("pre_tokenizer", steps(DIGITS | {"individual_digits": False}, PLAIN), "Digits"),
-        ("pre_tokenizer", pattern(r"\s++$|\S+"), "has another meaning"),
-        ("pre_tokenizer", pattern(r"\p{Nobody}"), "tokenizer.json"),
-        ("post_processor", {"type": "RobertaProcessing"}, "post_processor RobertaProcessing"),
-        ("post_processor.single.0", {"SpecialToken": {"id": "<x>"}}, "'<x>' is missing"),
-        ("post_processor.special_tokens.<s>.ids", [0, 0], r"ids \[0, 0\] in front"),
-    ],
-)
+@pytest.mark.parametrize("path, value, said", [
+    ("model.type", "WordPiece", "model WordPiece"),
+    ("model.byte_fallback", True, "byte_fallback True"),
+    ("model.vocab.▁the", 400, "'▁the' is not byte-level"),
+    ("model.vocab", {"a": 1}, "255 bytes have no token, 0x00 first"),
+    ("model.vocab.!", 2, "token ids are repeated"),
+    ("model.vocab.!", 10**9, "not from 0 to 1,000,000"),
+    ("model.merges.0", ["Q", "x"], "b'Qx' is missing"),
+    ("model", None, "cannot be read"),
+    ("normalizer", {"type": "Lowercase"}, "normalizer Lowercase"),
+    ("pre_tokenizer", None, "pre_tokenizer none"),
+    ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁"}, "pre_tokenizer Metaspace"),
+    ("pre_tokenizer", PLAIN | {"add_prefix_space": True}, "pre_tokenizer ByteLevel"),
+    ("pre_tokenizer", split_by(r"\p{L}+", PLAIN), r"pre_tokenizer Split \+ ByteLevel"),
+    ("pre_tokenizer", split_by(r"\p{L}+", behavior="Removed"), "Split"),
+    ("pre_tokenizer", steps(DIGITS | {"individual_digits": False}, PLAIN), "Digits"),
+    ("pre_tokenizer", split_by(r"\s++$|\S+"), "has another meaning"),
+    ("pre_tokenizer", split_by(r"\p{Nobody}"), "tokenizer.json"),
+    ("post_processor", {"type": "RobertaProcessing"}, "post_processor RobertaProcessing"),
+    ("added_tokens.0", STRIPS, "'<s>' has single_word, lstrip or rstrip"),
+    ("post_processor.single.0", {"SpecialToken": {"id": "<x>"}}, "'<x>' is missing"),
+    ("post_processor.special_tokens.<s>.ids", [0, 0], r"ids \[0, 0\] in front"),
+])
 def test_what_tiktoken_would_read_otherwise_is_refused(good, path, value, said):
-    ours(good)
     with pytest.raises(UserError, match=said) as e:
         ours(edited(good, path, value))
-    assert str(e.value).startswith(str(Path("theirs/tokenizer.json")))
-    assert "\n" not in str(e.value)
+    assert str(e.value).startswith(str(Path("theirs/tokenizer.json"))) and "\n" not in str(e.value)
 
 
 def test_ids_must_rise_along_the_merges(good):
-    vocab, data = good["model"]["vocab"], copy.deepcopy(good)
-    first, last = "".join(good["model"]["merges"][0]), max(vocab, key=vocab.get)
-    data["model"]["vocab"] |= {first: vocab[last], last: vocab[first]}
+    vocab, first = good["model"]["vocab"], "".join(good["model"]["merges"][0])
+    last = max(vocab, key=vocab.get)
     with pytest.raises(UserError, match="the ids do not rise along the merges"):
-        ours(data)
+        ours(edited(good, "model.vocab", vocab | {first: vocab[last], last: vocab[first]}))
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "config", "generation_config", "tokenizer_config"])
@@ -390,7 +357,6 @@ def test_what_is_no_json_object_is_said_so(good, name):
 
 
 # ---- Out ------------------------------------------------------------------------------------
-
 
 def make(name):
     if name == "hf":  # with everything: NFC, digits, specials in front, a begin
@@ -425,15 +391,11 @@ def test_transformers_reads_our_tokenizers(kind, special):
         assert tokenizer_json(again)["model"] == tokenizer_json(t)["model"]
     for text in ALL_TEXTS:
         ids = t.encode(text)
-        assert theirs.encode(text, add_special_tokens=False) == ids
-        assert theirs.decode(ids) == t.decode(ids)
         assert again is None or again.encode(text) == ids
-        front = [] if t.bos_id is None else [t.bos_id]
-        assert theirs(text)["input_ids"] == front + ids
+        assert theirs(text)["input_ids"] == ([] if t.bos_id is None else [t.bos_id]) + ids
     for name, i in t.special.items():
         assert theirs.convert_tokens_to_ids(name) == i
-        assert theirs.encode(f"a{name}b", add_special_tokens=False) == [
-            *t.encode("a"), i, *t.encode("b")
-        ]
+        around = [*t.encode("a"), i, *t.encode("b")]
+        assert theirs.encode(f"a{name}b", add_special_tokens=False) == around
     ids = [t.eos_id, *t.encode("text"), t.eos_id]
     assert theirs.decode(ids, skip_special_tokens=True) == "text"

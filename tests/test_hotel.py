@@ -2,26 +2,25 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from conftest import calls, real, turn
 
+from data import hotel as data_hotel
 from data.chat import parse_call
 from data.cli import UserError
 from data.facts import augment
-from data.hotel import (
-    HOTEL_KEYS,
-    read_hotels,
-    repeats,
-    search_hotels,
-    substitute,
-    synthetic_dialogues,
-    tidy_calls,
-    values_by_key,
-)
+from data.hotel import HOTEL_KEYS, read_hotels, repeats, search_hotels, tidy_calls, values_by_key
 from data.rows import to_example
+from data.sources import hotel_dialogues
+from data.tools import load_tools
 
 A = turn("assistant", "a")
+
+
+def substitute(example, pool, share=1.0, rng=None, made_up=0):
+    return data_hotel.substitute(example, pool, share, rng or random.Random(0), made_up)
 
 
 def calling(name, arguments):
@@ -45,56 +44,46 @@ def hotel_talk(facilities, note=""):
 def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
     before = hotel_talk(["健身房", "SPA"], "健身房在二楼")
     pool = {"call.facilities": ["接机"], "tool.facilities": ["酒吧"], "tool.name": ["听涛宾馆"]}
-
     rng = random.Random(0)
     rng.random = iter([0.0, *[0.9] * 9]).__next__  # only the first value is exchanged
-    after = substitute(before, pool, 0.5, rng, made_up=0)
+    after = substitute(before, pool, 0.5, rng)
     assert after == hotel_talk(["接机", "SPA"], "接机在二楼")
     assert before == hotel_talk(["健身房", "SPA"], "健身房在二楼")
-    assert substitute(before, pool, 0.0, random.Random(0), made_up=0) is before
-    assert substitute(before, {}, 1.0, random.Random(0)) is before
+    assert substitute(before, pool, 0.0) is before
+    assert substitute(before, {}) is before
     # as what a call passes the second would become the same as the first
     del pool["tool.name"]
-    both = substitute(before, pool, 1.0, random.Random(0), made_up=0)
-    assert both == hotel_talk(["接机", "酒吧"], "接机在二楼")
+    assert substitute(before, pool) == hotel_talk(["接机", "酒吧"], "接机在二楼")
     # what was not said stays, but for what may be asked for
     unsaid = {"messages": [turn("user", "x"), *before["messages"][1:3]]}
-    assert substitute(unsaid, pool, 1.0, random.Random(0)) is unsaid
-    result = substitute(unsaid, {"tool.name": ["听涛宾馆"]}, 1.0, random.Random(0), made_up=0)
+    assert substitute(unsaid, pool) is unsaid
+    result = substitute(unsaid, {"tool.name": ["听涛宾馆"]})
     record, = json.loads(result["messages"][2]["content"])
     assert record["name"] == "听涛宾馆" and record["facilities"] == ["健身房", "SPA"]
 
 
-def test_what_the_assistant_reads_out_of_a_result_is_exchanged_in_both():
-    def talk(name, phone):
-        record = {"name": name, "phone": phone, "type": "豪华型"}
-        return told("找一家酒店", {"rating": 4}, record, f"推荐{name}，电话{phone}。")
-
-    pool = {"tool.name": ["听涛宾馆"], "tool.phone": ["1-2"], "tool.type": ["经济型"]}
-    after = substitute(talk("北京饭店", "010-1"), pool, 1.0, random.Random(0), made_up=0)
-    assert after == talk("听涛宾馆", "1-2")  # the type was not read out, nor asked for: it stays
-    assert values_by_key([talk("a", "b")])["tool.name"] == ["a"]
-
-
-def test_numbers_that_the_assistant_reads_out_are_exchanged_unless_the_guest_has_said_them():
-    def talk(price, rating):
-        record = {"price": price, "rating": rating, "phone": "010-45867", "size": 12}
-        spoken = f"{price}元，{rating}分，电话010-45867，450元以上，12间"
+def test_what_the_assistant_reads_out_is_exchanged_unless_the_guest_has_said_it():
+    def talk(name, price, rating):
+        record = {"name": name, "price": price, "rating": rating, "phone": "010-45867"}
+        record |= {"size": 12, "type": "豪华型"}  # too short; not read out, nor asked for
+        spoken = f"{name}：{price}元，{rating}分，电话010-45867，450元以上，12间"
         return told("450元以上的", {"price_range_lower": 450}, record, spoken)
 
     pool = {"tool.price": [612], "tool.rating": [4.9], "tool.phone": ["010-45867"]}
-    after = substitute(talk(458, 4.5), pool, 1.0, random.Random(0), made_up=0)
-    assert after == talk(612, 4.9)  # no part of the phone number, nor what is too short
-    said = talk(450, 4.5)
-    assert substitute(said, pool, 1.0, random.Random(0), made_up=0) == talk(450, 4.9)
-    assert values_by_key([said])["tool.price"] == [450]
+    pool |= {"tool.name": ["听涛宾馆"], "tool.type": ["经济型"], "tool.size": [13]}
+    after = substitute(talk("北京饭店", 458, 4.5), pool)
+    assert after == talk("听涛宾馆", 612, 4.9)  # no part of the phone number
+    said = talk("北京饭店", 450, 4.5)
+    assert substitute(said, pool) == talk("听涛宾馆", 450, 4.9)
+    values = values_by_key([said])
+    assert (values["tool.name"], values["tool.price"]) == (["北京饭店"], [450])
 
 
 def test_a_value_inside_another_is_not_torn_out_of_it():
     before, pool = hotel_talk(["上网", "上网服务"]), {"call.facilities": ["接机", "SPA"]}
     rng, new = random.Random(0), ["SPA", "接机"]
     rng.choice = lambda values: new.pop()
-    assert substitute(before, pool, 1.0, rng, made_up=0) == hotel_talk(["接机", "SPA"])
+    assert substitute(before, pool, rng=rng) == hotel_talk(["接机", "SPA"])
 
 
 ODD = ['a"b', "c\\d", "$1.*", "x|y", "(健身房)", "name", "facilities", "\\1", "换\n行", "\\g<0>"]
@@ -106,7 +95,7 @@ def test_odd_values_survive_an_exchange():
     assert set(pool["call.facilities"]) == set(ODD) and "call.rating_range_lower" not in pool
     changed = 0
     for e in examples:
-        after = substitute(e, pool, 0.7, rng, made_up=0)
+        after = substitute(e, pool, 0.7, rng)
         changed += after != e
         new = parse_call(after["messages"][1]["tool_calls"][0])[1]["facilities"]
         records = json.loads(after["messages"][2]["content"])
@@ -119,8 +108,7 @@ def test_odd_values_survive_an_exchange():
 def test_made_up_values_begin_like_one_and_end_like_another():
     before, values, seen = hotel_talk(["健身房", "SPA"]), ["甲乙丙", "一二三"], set()
     for seed in range(200):
-        pool = {"call.facilities": values}
-        after = substitute(before, pool, 1.0, random.Random(seed), made_up=1)
+        after = substitute(before, {"call.facilities": values}, 1.0, random.Random(seed), 1)
         new = parse_call(after["messages"][1]["tool_calls"][0])[1]["facilities"]
         assert after == hotel_talk(new)
         seen |= set(new) - {"健身房", "SPA"}
@@ -149,13 +137,12 @@ def test_rarely_passed_keys_come_in_the_share_of_conversations_that_is_wanted():
 
 
 def test_augmented_epochs_depend_on_their_seed_alone():
-    examples = [tidy_calls(to_example(row)[1]) for row in synthetic_dialogues(40, "x")]
+    examples = [tidy_calls(to_example(row)[1]) for row in data_hotel.synthetic_dialogues(40, "x")]
     first, again, second = (augment(examples, 0.5, random.Random(seed)) for seed in (3, 3, 4))
     assert first == again != second and len(first) == len(second) == 40
 
 
 # ---- hotels ----------------------------------------------------------------------------------
-
 
 def hotel(name, price, rating, facilities=(), type="舒适型"):
     return dict(name=name, price=price, rating=rating, facilities=list(facilities), type=type)
@@ -169,23 +156,20 @@ FOUR = [
 ]
 
 
-@pytest.mark.parametrize(
-    "wanted, names",
-    [
-        ({}, ["d", "听涛宾馆"]),  # the two best rated
-        (dict(price_range_lower=300, price_range_upper=400), ["听涛宾馆", "北京饭店"]),
-        (dict(price_range_upper=0), []),
-        (dict(rating_range_lower=4.0, rating_range_upper=4.0), ["北京饭店"]),
-        (dict(name="c"), ["c"]),  # an unknown price is outside of ranges only
-        (dict(name="c", price_range_lower=0), []),
-        (dict(name="听涛宾馆（西直门店）"), ["听涛宾馆"]),
-        (dict(type="舒适型", price_range_upper=None), ["d", "听涛宾馆"]),
-        (dict(facilities=["部分房间提供wifi", "健身房"]), ["北京饭店"]),
-        (dict(facilities=["房间和公共区域提供wifi"]), ["北京饭店"]),
-        (dict(facilities=["洗衣"]), ["听涛宾馆"]),
-        (dict(facilities=["健身房", "洗衣服务"]), []),
-    ],
-)
+@pytest.mark.parametrize("wanted, names", [
+    ({}, ["d", "听涛宾馆"]),  # the two best rated
+    (dict(price_range_lower=300, price_range_upper=400), ["听涛宾馆", "北京饭店"]),
+    (dict(price_range_upper=0), []),
+    (dict(rating_range_lower=4.0, rating_range_upper=4.0), ["北京饭店"]),
+    (dict(name="c"), ["c"]),  # an unknown price is outside of ranges only
+    (dict(name="c", price_range_lower=0), []),
+    (dict(name="听涛宾馆（西直门店）"), ["听涛宾馆"]),
+    (dict(type="舒适型", price_range_upper=None), ["d", "听涛宾馆"]),
+    (dict(facilities=["部分房间提供wifi", "健身房"]), ["北京饭店"]),
+    (dict(facilities=["房间和公共区域提供wifi"]), ["北京饭店"]),
+    (dict(facilities=["洗衣"]), ["听涛宾馆"]),
+    (dict(facilities=["健身房", "洗衣服务"]), []),
+])
 def test_a_search_finds_what_fits_all_that_is_wanted_in_the_guests_words(wanted, names):
     assert [h["name"] for h in search_hotels(FOUR, **wanted)] == names
 
@@ -204,6 +188,25 @@ def test_the_public_data_base_is_read_into_the_same_fields():
     assert [h["name"] for h in hotels] == [name for name, _ in raw]
     assert all(list(h) == [*HOTEL_KEYS.values()] for h in hotels)
     assert not any(f != f.strip() or not f for h in hotels for f in h["facilities"])
+
+
+def test_a_failed_download_leaves_the_search_with_the_hotels_that_it_names(
+    elsewhere, monkeypatch, capsys
+):
+    def fetch(url, dest=None):
+        if "dev" in url:
+            raise UserError("offline")
+        path = Path(dest or "rows.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        return path
+
+    monkeypatch.setattr("data.sources.fetch", fetch)
+    with pytest.raises(UserError, match="offline"):
+        hotel_dialogues()
+    load_tools("hotel")
+    count = len(read_hotels(data_hotel.OWN_HOTELS))
+    assert f"[search knows {count} hotels of {data_hotel.OWN_HOTELS}]" in capsys.readouterr().err
 
 
 def test_what_is_no_data_base_is_said(tmp_path):

@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-import statistics
+import itertools
 from dataclasses import asdict
 
 import pytest
@@ -20,9 +20,8 @@ from data.machine import Runtime
 
 IDS = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(5))
 every_kind = pytest.mark.parametrize("kind", ("int8", "nf4"))
-LAYERS = ["attention.q", "attention.k", "attention.v", "attention.out"]
+LAYERS = [f"attention.{name}" for name in ("q", "k", "v", "out")]
 LAYERS += ["feed_forward.up", "feed_forward.down"]
-
 CPU = Runtime(torch.device("cpu"))
 
 
@@ -69,18 +68,17 @@ def pairs(ours, theirs, name):
 def test_outputs_gradients_and_adamw_steps_of_adapters_and_table_are_pefts():
     """The same model with the same two adapters, B not zero."""
     peft = pytest.importorskip("peft")
-    ours, modules = tiny(tied=False), ["q", "k", "v", "out", "up", "down"]
-    configs = {
-        name: peft.LoraConfig(r=s["rank"], lora_alpha=s["alpha"], target_modules=modules,
-                              modules_to_save=["embed"], init_lora_weights=False)
-        for name, s in ADAPTERS.items()
-    }  # peft's copy of a tied table is not tied
-    theirs = peft.get_peft_model(copy.deepcopy(ours), configs["two"], adapter_name="two")
-    theirs.add_adapter("one", configs["one"])
+    ours = tiny(tied=False)  # peft's copy of a tied table is not tied
+    theirs = copy.deepcopy(ours)
+    common = dict(target_modules=["q", "k", "v", "out", "up", "down"], modules_to_save=["embed"])
     for name, s in ADAPTERS.items():
+        common |= dict(r=s["rank"], lora_alpha=s["alpha"], init_lora_weights=False)
+        if name == "two":
+            theirs = peft.get_peft_model(theirs, peft.LoraConfig(**common), adapter_name=name)
+        else:
+            theirs.add_adapter(name, peft.LoraConfig(**common))
         lora.add_lora(ours, "all", **s, name=name, modules_to_save=["embed"])
-    with torch.no_grad():
-        for name in ADAPTERS:
+        with torch.no_grad():
             for our, their in pairs(ours, theirs, name):
                 our.copy_(their)
                 assert our.abs().max() > 0.01
@@ -90,17 +88,15 @@ def test_outputs_gradients_and_adamw_steps_of_adapters_and_table_are_pefts():
     optimizers = [torch.optim.AdamW(side.parameters(), lr=1e-3) for side in sides]
     for _ in range(5):
         close(sides[0](IDS), sides[1](IDS))
-        for side in sides:
+        for side, optimizer in zip(sides, optimizers):
             side.zero_grad()
             (side(IDS, IDS.roll(-1, 1)) / IDS.numel()).backward()
+            optimizer.step()
         for our, their in pairs(ours, theirs, "one"):
             assert our.grad.abs().max() > 1e-4
             close(our.grad, their.grad)
-        for optimizer in optimizers:
-            optimizer.step()
-    for name in ADAPTERS:
-        for our, their in pairs(ours, theirs, name):
-            close(our, their)
+    for our, their in itertools.chain(*(pairs(ours, theirs, name) for name in ADAPTERS)):
+        close(our, their)
     close(ours.embed.weight, theirs.base_model.model.embed.modules_to_save["one"].weight)
     for name in ("one", "two", "one"):  # an adapter brings its table along
         lora.set_adapter(ours, name)
@@ -111,7 +107,6 @@ def test_outputs_gradients_and_adamw_steps_of_adapters_and_table_are_pefts():
 
 
 # ---- laying adapters over a model ----------------------------------------------------------
-
 
 @pytest.mark.parametrize("kind", (None, "int8", "nf4"))
 def test_an_adapter_starts_as_no_change_and_disabled_is_the_base_exactly(kind):
@@ -182,7 +177,6 @@ def test_merged_is_unmerged_in_train_mode_too_and_only_once(kind):
 
 # ---- files ---------------------------------------------------------------------------------
 
-
 def base_file(path, seed=0, **changes):
     model = tiny(seed, vocab_size=320, **changes)
     content = {"config": asdict(model.config), "model": model.state_dict()}
@@ -206,8 +200,7 @@ def fine_tuned(folder, base, quantize=None, seed=1):
 
 
 def test_in_bf16_an_adapted_model_keeps_its_tables_of_positions(tmp_path):
-    base = base_file(tmp_path / "base/best.pt", position="rope")
-    fine_tuned(tmp_path / "tuned", base)
+    fine_tuned(tmp_path / "tuned", base_file(tmp_path / "base/best.pt", position="rope"))
     adapted, *_ = sample.load(tmp_path / "tuned", "cpu", "bf16")
     assert adapted.cos.dtype == torch.float32
     assert adapted.blocks[0].attention.q.base.weight.dtype == torch.bfloat16
@@ -218,11 +211,10 @@ def test_the_merge_command_writes_base_and_adapter_as_one(tmp_path, capsys, quan
     base, other = base_file(tmp_path / "base.pt", tied=tied), base_file(tmp_path / "b.pt", seed=1)
     model = fine_tuned(tmp_path / "run", base, quantize)
     out, new = tmp_path / "merged.pt", tmp_path / "new.pt"
-    good = dict(ckpt=base, adapter=tmp_path / "run", out=out)
 
-    def merge(**changes):
-        flags = (good | changes).items()
-        lora.main(["merge", *(word for k, v in flags for word in (f"--{k}", str(v)))])
+    def merge(ckpt=base, adapter=tmp_path / "run", out=out):
+        flags = ("--ckpt", ckpt, "--adapter", adapter, "--out", out)
+        lora.main(["merge", *map(str, flags)])
 
     merge()
     assert "12 layers merged" in capsys.readouterr().out
@@ -237,9 +229,8 @@ def test_the_merge_command_writes_base_and_adapter_as_one(tmp_path, capsys, quan
         (dict(), "merged.pt exists: name another --out"),
         (dict(adapter=other, out=new), "a whole model, not an adapter"),
     ):
-        with pytest.raises(UserError, match=message) as error:
+        with pytest.raises(UserError, match=f"^.*{message}.*$"):
             merge(**changes)
-        assert "\n" not in str(error.value)
     assert out.read_bytes() == written and not new.exists()
 
 
@@ -264,11 +255,10 @@ def test_adapters_and_their_tables_survive_files_and_switching(tmp_path, tied, q
 # ---- quantization --------------------------------------------------------------------------
 
 def test_nf4_levels_are_quantiles_of_a_normal_distribution():
-    offset, quantile = 0.9677083, statistics.NormalDist().inv_cdf  # of bitsandbytes' authors
-    halves = [torch.linspace(offset, 0.5, n, dtype=torch.float64)[:-1] for n in (8, 9)]
-    low, high = ([quantile(float(p)) for p in half] for half in halves)
-    levels = torch.tensor(sorted([-x for x in low] + [0.0] + high), dtype=torch.float64)
-    close(torch.tensor(lora.NF4, dtype=torch.float64), levels / levels.max(), 1e-6)
+    offset = 0.9677083  # of bitsandbytes' authors
+    low, high = (torch.linspace(offset, 0.5, n).double()[:-1] for n in (8, 9))
+    quantiles = torch.special.ndtri(torch.cat((1 - low, torch.tensor([0.5]), high.flip(0))))
+    close(torch.tensor(lora.NF4), (quantiles / quantiles.max()).float(), 1e-6)
 
 
 def weights_of_all_sorts():
@@ -348,5 +338,5 @@ def test_a_quantized_layer_is_a_linear_of_its_dequantized_weight_in_either_preci
 @pytest.mark.parametrize("kind, bits", [("nf4", 4.13), ("int8", 8.13)])
 def test_a_quantized_weight_takes_so_many_bits(kind, bits):
     state = lora.QuantLinear(nn.Linear(768, 3072, bias=False), kind).state_dict()
-    stored = sum(t.numel() * t.element_size() for t in state.values())
+    stored = sum(t.nbytes for t in state.values())
     assert 8 * stored / (768 * 3072) == pytest.approx(bits, abs=0.005)

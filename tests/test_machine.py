@@ -75,20 +75,18 @@ def test_of_batches_that_do_not_divide_each_counts_once():
 
 
 def test_the_peak_is_that_of_the_fastest_product_and_measured_again_if_it_is_exceeded(monkeypatch):
-    speeds, asked = {(8, 8, 8): 5.0, (2, 3, 4): 7.0, (2, 8, 4): 6.0}, []
-
-    def product_speed(device, dtype, *shape):
-        asked.append(shape)
-        return speeds.get(shape, 1.0)
-
-    monkeypatch.setattr(machine, "product_speed", product_speed)
+    speeds, asked = {(2, 3, 4): 7.0, (2, 8, 4): 6.0}, []
+    speed = lambda device, dtype, *shape: asked.append(shape) or speeds.get(shape, 1.0)  # noqa: E731
+    monkeypatch.setattr(machine, "product_speed", speed)
     assert machine.measure_peak(CPU, "fp32", [(2, 3, 4)]) == 7.0
-    assert (256,) * 3 in asked and (2, 3, 4) in asked  # a slow CPU: a small square
+    assert (256,) * 3 in asked  # a slow CPU: a small square
     runtime = Runtime(CPU, peak=2.0, world=2, shapes=[(2, 8, 4), (5000, 2, 2)])
-    asked.clear()
-    assert runtime.utilization(3.0) == 0.75 and not asked
+    assert runtime.utilization(3.0) == 0.75 and (256, 2, 2) not in asked
     assert runtime.utilization(9.0) == 0.75 and (256, 2, 2) in asked  # the machine was busy before
     assert runtime.utilization(24.0) == 2.0
+
+
+def test_the_line_of_a_step_says_why_mfu_is_over_100_and_its_eta_is_never_negative():
     row = dict(step=3, loss=1.0, lr=1.0, grad_norm=1.0, tok_s=5, mfu=2.0, seconds=9.0)
     limits = argparse.Namespace(max_steps=None)
     line = step_line(row, {}, limits, done=1.2)  # the last step went on beyond the time limit

@@ -40,6 +40,10 @@ def build(name, d_model=64, context=48, seed=0, **changes):
     return model.eval()
 
 
+def content_of(model):
+    return {"config": vars(model.config), "model": model.state_dict()}
+
+
 def fast_copy(model, rows=1, int8=False):
     model = copy.deepcopy(model)
     matmul.make_fast(model, rows, int8)
@@ -48,7 +52,6 @@ def fast_copy(model, rows=1, int8=False):
 
 
 # ---- products --------------------------------------------------------------------------------
-
 
 def pack_or_skip(layout, weight, x, bias=None):
     """The function that computes x @ weight.T + bias, or a skip with the reason."""
@@ -118,24 +121,11 @@ def test_the_fastest_that_works_is_chosen(monkeypatch):
 
 # ---- models ----------------------------------------------------------------------------------
 
-
-def test_a_joint_product_serves_each_input_anew():
-    """Its outputs may be asked for in any order, or not at all."""
-    attention = build("qwen2").blocks[0].attention
-    fast = fast_copy(attention)
-    for names in ("qkv", "vqk", "k", "qq", "kv", "qkv"):
-        x = torch.randn(1, 2, 64)
-        for name in names:
-            wanted = getattr(attention, name)(x)
-            torch.testing.assert_close(getattr(fast, name)(x), wanted, rtol=1e-4, atol=1e-4)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gpt2", "llama", "default"])
 def test_bfloat16_is_as_near_as_bfloat16_is_and_int8_nearly(name):
     model, ids = build(name, 640), torch.randint(300, (1, 12))
-    content = {"config": vars(model.config), "model": model.state_dict()}
-    low = lm.model_from_checkpoint(content, dtype=torch.bfloat16)
+    low = lm.model_from_checkpoint(content_of(model), dtype=torch.bfloat16)
     copies = low, fast_copy(low), fast_copy(model, int8=True)
     exact = model(ids)
     plain, fast, rounded = ((m(ids) - exact).norm() / exact.norm() for m in copies)
@@ -145,15 +135,12 @@ def test_bfloat16_is_as_near_as_bfloat16_is_and_int8_nearly(name):
 
 # ---- flags -----------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    "flags",
-    ["fp32 --no_fast", "bf16 --no_fast", "fp32 --beams 2", "bf16 --num_samples 3", "int8",
-     "int8 --num_samples 3", "int8 --beams 2"],
-)  # fmt: skip
+@pytest.mark.parametrize("flags", [
+    "fp32 --no_fast", "bf16 --no_fast", "fp32 --beams 2", "bf16 --num_samples 3", "int8",
+    "int8 --num_samples 3", "int8 --beams 2",
+])
 def test_every_path_writes_on_this_machine(flags, tmp_path, capsys):
-    model = build("default", 512, n_layer=1)
-    content = {"config": vars(model.config), "model": model.state_dict(), "tokenizer": BYTE.spec}
+    content = content_of(build("default", 512, n_layer=1)) | {"tokenizer": BYTE.spec}
     lm.save_checkpoint(tmp_path / "x.pt", content)
     command = f"--ckpt {tmp_path}/x.pt --prompt x --max_new_tokens 6 --print_ids --dtype {flags}"
     sample.main(["--verbose", *command.split()])

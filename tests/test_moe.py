@@ -162,6 +162,57 @@ def test_a_run_writes_who_was_used_and_draws_it(text, dtype, capsys):
     assert svg.count("<rect") == 1 + 6 and f">{counts[5][1, 2] / 128:.0%}</text>" in svg
 
 
+# ---- Hugging Face's -------------------------------------------------------------------------
+
+TINY = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6)
+TINY |= dict(num_key_value_heads=2, max_position_embeddings=128, vocab_size=331)
+QWEN = TINY | dict(model_type="qwen3_moe", head_dim=12, moe_intermediate_size=40)
+MIXTRAL = TINY | dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
+ONE = dict(num_experts=4, num_experts_per_tok=1, norm_topk_prob=True)
+
+
+@pytest.mark.parametrize("values", [
+    QWEN | dict(num_experts=5, num_experts_per_tok=3),
+    QWEN | ONE | dict(vocab_size=6400, tie_word_embeddings=True),  # as minimind-3-moe
+    MIXTRAL,
+])  # fmt: skip
+def test_hugging_faces_models_compute_the_same_here_and_are_written_back(values, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    auto, config = transformers.AutoModelForCausalLM, transformers.AutoConfig.for_model(**values)
+    theirs = auto.from_config(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+    content = lm.load_checkpoint(tmp_path / "theirs")
+    model, ids = lm.model_from_checkpoint(content), torch.randint(331, (2, 40))
+    lm.export_hf(content, tmp_path / "ours")
+    again, report = auto.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        close(model(ids), theirs(ids).logits)
+        close(again.eval()(ids).logits, theirs(ids).logits)
+    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    options["attention_mask"] = torch.ones_like(ids)  # else it would hide each 0
+    rows = sample.generate(model, ids.tolist(), 20, temperature=0)
+    assert theirs.generate(ids, **options)[:, 40:].T.tolist() == list(map(list, rows))
+
+
+def test_what_is_not_computed_or_cannot_be_written_is_named(tmp_path):
+    values = QWEN | dict(num_experts=4, num_experts_per_tok=2)
+    for change, words in ((dict(mlp_only_layers=[1]), r"mlp_only_layers = \[1\]"),
+                          (dict(decoder_sparse_step=2), "decoder_sparse_step = 2")):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(values | change))
+        with pytest.raises(UserError, match=words):
+            lm.load_hf(tmp_path)
+    for model, words in ((mixture(norm_topk_prob=False), "norm_topk_prob False"),
+                         (mixture(position="learned", norm="layernorm"), "experts")):  # fmt: skip
+        content = {"config": asdict(model.config), "model": model.state_dict()}
+        with pytest.raises(UserError, match=words):
+            lm.export_hf(content, tmp_path / "x")
+
+
 # ---- what is done to a model -----------------------------------------------------------------
 
 

@@ -33,40 +33,35 @@ ASKED = [turn("user", "找一家500元以下的酒店"), turn("call", "search {}
 
 # ---- what a reply says -------------------------------------------------------------------------
 
-
 SAID = turn("assistant", "为您推荐松园饭店(南店)。"), turn("user", "多少钱？")
 NAMED = {"name": 1, "right name": 1}
 
 
-@pytest.mark.parametrize(
-    "reply, more, counted",
-    [
-        ("好的，祝您入住愉快！", (), {}),
-        ("推荐云海大厦和云海大厦。", (), {"name": 2, "right name": 2, "again": 1, "doubled": 1}),
-        ("云海大厦的价格是1005.0元。", (), {**NAMED, "price": 1, "right price": 1}),
-        ("云海大厦的价格是374元。", (), {**NAMED, "price": 1}),
-        ("价格374元的松园饭店(南店)。", (), {**NAMED, "price": 1, "right price": 1}),
-        ("没有500元以下的。", (), {}),  # the guest's own number
-        ("评分是5分的云海大厦", (), {**NAMED, "rating": 1, "right rating": 1}),
-        ("云海大厦的电话是010-60350829。", (), {**NAMED, "phone": 1, "right phone": 1}),
-        ("云海大厦的电话是010-603508281。", (), {**NAMED, "phone": 1}),
-        ("走5分钟到云海大厦。", (), NAMED),
-        ("松园饭店(南店)374元、云海大厦374元", (),
-         {"name": 2, "right name": 2, "price": 2, "right price": 1}),
-        # without a name it is that of the hotel named last
-        ("价格是374元。", SAID, {"price": 1, "right price": 1}),
-        ("价格是1005元。", (*SAID, turn("user", "云海大厦呢？")), {"price": 1, "right price": 1}),
-    ],
-)
+@pytest.mark.parametrize("reply, more, counted", [
+    ("好的，祝您入住愉快！", (), {}),
+    ("推荐云海大厦和云海大厦。", (), {"name": 2, "right name": 2, "again": 1, "doubled": 1}),
+    ("云海大厦的价格是1005.0元。", (), {**NAMED, "price": 1, "right price": 1}),
+    ("云海大厦的价格是374元。", (), {**NAMED, "price": 1}),
+    ("价格374元的松园饭店(南店)。", (), {**NAMED, "price": 1, "right price": 1}),
+    ("没有500元以下的。", (), {}),  # the guest's own number
+    ("评分是5分的云海大厦", (), {**NAMED, "rating": 1, "right rating": 1}),
+    ("云海大厦的电话是010-60350829。", (), {**NAMED, "phone": 1, "right phone": 1}),
+    ("云海大厦的电话是010-603508281。", (), {**NAMED, "phone": 1}),
+    ("走5分钟到云海大厦。", (), NAMED),
+    ("松园饭店(南店)374元、云海大厦374元", (),
+     {"name": 2, "right name": 2, "price": 2, "right price": 1}),
+    # without a name it is that of the hotel named last
+    ("价格是374元。", SAID, {"price": 1, "right price": 1}),
+    ("价格是1005元。", (*SAID, turn("user", "云海大厦呢？")), {"price": 1, "right price": 1}),
+])
 def test_names_and_numbers_are_counted_and_compared(reply, more, counted):
     assert +count_facts([*ASKED, *more], reply) == Counter(counted, replies=1)
 
 
 def test_before_a_search_nothing_is_counted():
     assert not count_facts(ASKED[:2], "推荐云海大厦，374元。")
-    assert not count_facts([turn("tool", "no JSON"), turn("tool", "[1]")], "推荐云海大厦。")
-    assert not count_facts([turn("tool", '{"name": "A person"}')], "A person")
-    assert not count_facts([turn("tool", '{"name": null, "price": 1, "rating": 2}')], "null")
+    for result in ("no JSON", "[1]", '{"name": "A"}', '{"name": null, "price": 1, "rating": 2}'):
+        assert not count_facts([turn("tool", result)], "A null")
 
 
 def test_people_are_faithful():
@@ -104,62 +99,59 @@ def test_questions_are_answered_by_what_was_returned():
         seen |= counts | Counter([question, answer])
     every = "、".join([*records_of(ASKED), "{北}饭店"]) + "。"
     asked = ("查到了哪些酒店？", "一共查到了哪些酒店？", "它们的评分？", "电话号码给我一下。")
-    assert all(seen[once] for once in (*FACTS, every, *asked))
-    assert seen["{北}饭店的价格暂时未知。"] and seen["{北}饭店的评分是4.1分。"]
+    known = "{北}饭店的价格暂时未知。", "{北}饭店的评分是4.1分。"
+    assert all(seen[once] for once in (*FACTS, every, *asked, *known))
     assert ask(ASKED[:2], random.Random(0)) == []
 
 
 # ---- rewards -----------------------------------------------------------------------------------
 
-
+TRUTH = turn("assistant", "推荐云海大厦。")
 CALL = turn("call", 'search {"facilities": ["泳池", "SPA"], "type": "经济型"}')
 
 
-@pytest.mark.parametrize(
-    "name, answer, wanted, value",
-    [
-        ("slots", CALL, CALL, 1.0),
-        ("slots", turn("call", 'search {"facilities": ["SPA"], "type": "豪华型"}'), CALL, 0.4),
-        ("slots", turn("call", "search {"), CALL, 0.0),
-        ("slots", turn("call", "search {}"), turn("call", "search {}"), 1.0),
-        ("slots", CALL, turn("assistant", "hi"), None),
-        ("exact", turn("assistant", " yes\n"), turn("assistant", "yes"), 1.0),
-        ("label", turn("assistant", "Positive, I think"), turn("assistant", "positive"), 1.0),
-        ("label", turn("assistant", "10"), turn("assistant", "1"), 0.0),
-        ("length", turn("assistant", "abc"), turn("assistant", "abcd"), 0.75),
-        ("faithful", turn("assistant", "推荐云海大厦。"), turn("assistant", "推荐云海大厦。"), 1.0),
-        ("faithful", CALL, CALL, None),
-    ],
-)
+@pytest.mark.parametrize("name, answer, wanted, value", [
+    ("slots", CALL, CALL, 1.0),
+    ("slots", turn("call", 'search {"facilities": ["SPA"], "type": "豪华型"}'), CALL, 0.4),
+    ("slots", turn("call", "search {"), CALL, 0.0),
+    ("slots", turn("call", "search {}"), turn("call", "search {}"), 1.0),
+    ("slots", CALL, TRUTH, None),
+    ("exact", turn("assistant", " yes\n"), turn("assistant", "yes"), 1.0),
+    ("label", turn("assistant", "Positive, I think"), turn("assistant", "positive"), 1.0),
+    ("label", turn("assistant", "10"), turn("assistant", "1"), 0.0),
+    ("length", turn("assistant", "abc"), turn("assistant", "abcd"), 0.75),
+    ("faithful", CALL, CALL, None),
+])
 def test_rewards_by_hand(name, answer, wanted, value):
     got = REWARDS[name](ASKED, answer, wanted)
     assert got == (value if value is None else pytest.approx(value))
 
 
 def test_silence_and_repetition_earn_less_than_the_truth():
-    texts = ("推荐云海大厦。", "推荐云海大厦和云海大厦。", "推荐松园饭店(南店)。",
-             "推荐北京好梦酒店。", "好的。")
-    truth, twice, other, invented, silence = (
-        REWARDS["faithful"](ASKED, turn("assistant", text), turn("assistant", texts[0]))
-        for text in texts)
-    assert truth > twice > 0 and other > invented and other > silence
+    def earned(text):
+        return REWARDS["faithful"](ASKED, turn("assistant", text), TRUTH)
+
+    assert 1 == earned(TRUTH["content"]) > earned("推荐云海大厦和云海大厦。") > 0
+    assert earned("推荐松园饭店(南店)。") > max(earned("推荐北京好梦酒店。"), earned("好的。"))
 
 
 def test_of_several_rewards_the_first_that_is_for_a_turn_counts():
-    both, call = load_reward("slots,faithful"), turn("call", 'search {"type": "经济型"}')
-    said = turn("assistant", "推荐云海大厦。")
-    assert (both(ASKED[:1], call, call), both(ASKED[:1], said, call)) == (1.0, 0.0)
-    assert both(ASKED, said, said) == 1.0 and both(ASKED[:1], said, said) is None
+    both = load_reward("slots,faithful")
+    assert (both(ASKED[:1], CALL, CALL), both(ASKED[:1], TRUTH, CALL)) == (1.0, 0.0)
+    assert both(ASKED, TRUTH, TRUTH) == 1.0 and both(ASKED[:1], TRUTH, TRUTH) is None
+
+
+def write_reward(path, value):
+    Path(path).write_text(f"def reward(messages, answer, wanted):\n    return {value}\n")
 
 
 def test_a_reward_of_ones_own_and_what_is_wrong_with_it(tmp_path):
     path = tmp_path / "mine.py"
     said, asked = turn("assistant", "four"), [dict(m) for m in ASKED]
-    path.write_text("def reward(messages, answer, wanted):\n"
-                    "    messages[0].clear()\n    return len(answer) + (answer == wanted)\n")
+    write_reward(path, "messages[0].clear() or len(answer) + (answer == wanted)")
     assert rate(load_reward(str(path)), asked, said, said) == 5.0 and asked == ASKED
-    for body, problem in (("return float('nan')", "nan"), ("1 / 0", "Zero")):
-        path.write_text(f"def reward(messages, answer, wanted):\n    {body}\n")
+    for value, problem in (("float('nan')", "nan"), ("1 / 0", "Zero")):
+        write_reward(path, value)
         with pytest.raises(UserError, match=f"(?s){problem}.*four.*|four.*{problem}"):
             rate(load_reward(str(path)), ASKED, said, turn("assistant", "other"))
     for text in ("x = 1\n", "syntax error\n"):
@@ -171,7 +163,6 @@ def test_a_reward_of_ones_own_and_what_is_wrong_with_it(tmp_path):
 
 
 # ---- the loss ----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 def test_the_loss_and_its_gradient_are_the_papers(kl):
@@ -226,7 +217,6 @@ def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(c
 
 # ---- runs --------------------------------------------------------------------------------------
 
-
 LETTERS = "abc"
 GRPO = ["--data", "letters.jsonl", "--objective", "grpo", *QUICK, "--eval_rows", "4"]
 GRPO += ["--val_data", "val.jsonl"]
@@ -262,7 +252,7 @@ def room(tmp_path, monkeypatch, talker):
 
 def test_what_is_rewarded_becomes_likelier(room):
     """Its probability is compared, not what happens to be sampled in the end."""
-    Path("b.py").write_text("def reward(messages, answer, wanted):\n    return answer == 'b'\n")
+    write_reward("b.py", "answer == 'b'")
     flags = "--data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3 --embed_lr 2e-3"
     flags += " --head_lr 2e-3 --schedule constant --batch_tokens 8192 --grad_accum 1"
     out = tune(*GRPO, "--reward", "b.py", *flags.split(), "--max_steps", "20")
@@ -294,8 +284,7 @@ def test_a_reward_for_calls_leaves_the_other_turns_alone(room):
     flags = ["--data", "tools.jsonl", "--val_data", "tools.jsonl", "--objective", "grpo", *QUICK]
     out = tune(*flags, "--reward", "slots", "--eval_rows", "5", "--max_steps", "2")
     assert values(out, "val_reward") and values(out, "bleu4")
-    Path("never.py").write_text("def reward(messages, answer, wanted):\n"
-                                "    return 1 if answer is wanted else None\n")
+    write_reward("never.py", "1 if answer is wanted else None")
     with pytest.raises(UserError, match="is None"):
         tune(*flags, "--reward", "never.py", "--best_by", "last", out="out/never")
 
@@ -323,7 +312,7 @@ def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monk
 
 def test_the_reference_is_the_model_at_the_start(room):
     """With equal rewards only the divergence moves the weights, and nothing does at the start."""
-    Path("flat.py").write_text("def reward(messages, answer, wanted):\n    return 1\n")
+    write_reward("flat.py", "1")
     flags = [*GRPO, "--reward", "flat.py", "--max_steps", "2", "--kl", "1"]
     for name, more in (("adapter", ["--lora_rank", "4"]), ("full", [])):
         out = tune(*flags, *more, out=f"out/{name}")
@@ -362,8 +351,7 @@ def test_a_reward_model_prefers_what_was_chosen_and_rewards_it(room):
     tune(*pairs, "--objective", "reward", "--lora_rank", "4", "--max_steps", "150", out="out/judge")
     scores = json.loads(Path("out/judge/scores.json").read_text())["val"]
     assert scores["reward_accuracy"] == 1 and scores["reward_margin"] > 1
-    flags = ["--eval_only", "--data", "pairs.jsonl", "--objective", "reward"]
-    tune(*flags, ckpt="out/judge", out="out/judged")
+    tune("--eval_only", *pairs[:2], "--objective", "reward", ckpt="out/judge", out="out/judged")
     out = tune(*pairs, "--objective", "grpo", "--reward", "out/judge", "--eval_rows", "4",
                "--epochs", "3", "--batch_tokens", "2048", out="out/better")
     rewards = values(out, "val_reward")
@@ -387,17 +375,14 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     assert objective.count(*batch) == 2
 
 
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        (["--objective", "grpo"], "--reward"),
-        ([*GRPO, "--reward", "nothing"], "nothing"),
-        ([*GRPO, "--reward", "out/base"], "not a reward model"),
-        ([*EXACT, "--token_dropout", "0.1"], "--token_dropout"),
-        (["--kl", "0.1"], "--kl is not for --objective sft"),
-        ([*GRPO, "--reward", "slots"], "slots"),
-    ],
-)
+@pytest.mark.parametrize("flags, named", [
+    (["--objective", "grpo"], "--reward"),
+    ([*GRPO, "--reward", "nothing"], "nothing"),
+    ([*GRPO, "--reward", "out/base"], "not a reward model"),
+    ([*EXACT, "--token_dropout", "0.1"], "--token_dropout"),
+    (["--kl", "0.1"], "--kl is not for --objective sft"),
+    ([*GRPO, "--reward", "slots"], "slots"),
+])
 def test_a_users_mistake_is_one_line_that_names_it(room, flags, named):
     flags = ["--ckpt", "out/base", "--data", "letters.jsonl", *flags, "--max_steps", "1"]
     assert named in refused(*flags)

@@ -64,10 +64,10 @@ if dist.get_rank() == 0:
 
 def torchrun(processes, *command):
     """What runs in a session of its own, as in a terminal."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc_per_node", str(processes), *map(str, command)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True)
+    flags = ["--standalone", "--nproc_per_node", processes, *command]
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, flags)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, **pipes, start_new_session=True)
 
 
 def figures(out, *kept):
@@ -83,13 +83,13 @@ def desk(tmp_path_factory):
     folder, before = tmp_path_factory.mktemp("desk"), Path.cwd()
     os.chdir(folder)
     words = ["to", "be", "or", "not", "学习", "the", "question", "是"]
-    triples = list(itertools.product(words[:4], repeat=3))
     Path("words.txt").write_text(" ".join(itertools.chain(*itertools.product(words, repeat=4))))
-    chats = [{"instruction": f"{a} {b} {c}", "output": b * (1 + len(a) % 3)} for a, b, c in triples]
-    pairs = [{"prompt": f"{a} {b}", "chosen": f"{c} A", "rejected": f"{a * 2} B"}
-             for a, b, c in triples]
-    for name, examples in (("chats", chats), ("pairs", pairs)):
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in examples))
+    with open("chats.jsonl", "w") as chats, open("pairs.jsonl", "w") as pairs:
+        for a, b, c in itertools.product(words[:4], repeat=3):
+            chat = {"instruction": f"{a} {b} {c}", "output": b * (1 + len(a) % 3)}
+            pair = {"prompt": f"{a} {b}", "chosen": f"{c} A", "rejected": f"{a * 2} B"}
+            print(json.dumps(chat), file=chats)
+            print(json.dumps(pair), file=pairs)
     prepare_data.main(["words.txt", "--tokenizer", "byte"])
     yield folder
     os.chdir(before)
@@ -97,8 +97,7 @@ def desk(tmp_path_factory):
 
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_give_the_figures_of_one(desk, n, monkeypatch):
-    """Whether each has a copy of the model or a part of it: clipping, accumulation, resuming and
-    dropout, too, which is that of the micro-batch."""
+    """With clipping, accumulation, resuming, and dropout, which is that of the micro-batch."""
     monkeypatch.setattr("data.machine.measure_peak", lambda *_: 1e11)
     shutil.rmtree("out", ignore_errors=True)
     train.main(f"--data words {SHAPE} --context 48 --max_steps 9 --out out/base".split())
@@ -131,13 +130,11 @@ def test_processes_give_the_figures_of_one(desk, n, monkeypatch):
 
 # ---- what stops a run ------------------------------------------------------------------------
 
-
 def until(process, start):
-    """Read what a process says up to a line that starts so."""
-    for line in process.stdout:
-        if line.startswith(start):
-            return
-    raise AssertionError("it has ended before")
+    """Read what a process says up to a line that starts so, one of its first."""
+    if not any(line.startswith(start) for line in itertools.islice(process.stdout, 40)):
+        process.kill()
+        raise AssertionError(f"it has said no {start}")
 
 
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_in_one(desk):
@@ -167,7 +164,6 @@ def test_a_stop_signal_ends_all_processes_after_the_same_step(desk):
 
 
 # ---- what a GPU would wait for, and what is compiled -----------------------------------------
-
 
 class Waits(TorchDispatchMode):
     """Lists the operations by which Python asks for a value of a tensor."""

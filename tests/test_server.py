@@ -479,7 +479,7 @@ def test_requests_that_are_much_work_are_refused_or_soon_done(chat, text):
     assert fetch(chat.port, post(ASK, GOOD | {"messages": turns, "truncation": "auto"}))[0] == 200
     deep = [tool("wait") | {"deep": json.loads("[" * 900 + "]" * 900)}]
     assert fetch(chat.port, post(ASK, GOOD | {"tools": deep}))[0] in (200, 400)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30  # seconds if the machine is busy, minutes if quadratic
 
 
 # ---- slow clients, lost clients, failures ----------------------------------------------------

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import Site, serving
+from conftest import Site, kept, serving
 
 import prepare_data
 from data.cli import UserError
@@ -27,9 +27,8 @@ def no_waiting(monkeypatch):
 
 
 @pytest.fixture
-def cdn():
-    with serving(Site()) as site:
-        yield site
+def cdn(mirror):
+    return mirror
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def put_large(hub, cdn, file, body=BODY, hashed=None, **where):
 def put_model(hub, cdn, **where):
     """A whole model in one file, with all that may come beside it."""
     for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        put_small(hub, file, json.dumps({"file": file}).encode(), **where)
+        put_small(hub, file, file.encode(), **where)
     put_large(hub, cdn, "tokenizer.json", b"{}" * 1000, **where)
     put_large(hub, cdn, "model.safetensors", **where)
 
@@ -77,11 +76,6 @@ def put_shards(hub, cdn, names=SHARDS):
     put_small(hub, INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}).encode())
     for i, name in enumerate(SHARDS):
         put_large(hub, cdn, name, BODY[i * 1000 :])
-
-
-def kept():
-    """The names of all files on disk."""
-    return sorted(p.name for p in Path().rglob("*") if p.is_file())
 
 
 def refusal(*args, **kwargs):
@@ -95,7 +89,6 @@ def refusal(*args, **kwargs):
 
 # ---- What comes, and where to ---------------------------------------------------------------
 
-
 def test_a_model_in_one_file_comes_with_all_that_belongs_to_it(hub, cdn):
     put_model(hub, cdn)
     put_large(hub, cdn, "pytorch_model.bin")
@@ -104,17 +97,15 @@ def test_a_model_in_one_file_comes_with_all_that_belongs_to_it(hub, cdn):
     names = "config.json generation_config.json model.safetensors tokenizer.json"
     assert kept() == [*names.split(), "tokenizer_config.json"]
     assert (FOLDER / "model.safetensors").read_bytes() == BODY
-    assert json.loads((FOLDER / "config.json").read_bytes()) == {"file": "config.json"}
+    assert (FOLDER / "config.json").read_bytes() == b"config.json"
 
 
 def test_old_weights_are_taken_if_there_are_no_others(hub, cdn):
-    line = refusal("ann/tiny@v2")
-    for part in ("404", "a wrong name?", "ann/tiny", "v2", "config.json"):
-        assert part in line
+    parts = ("404", "a wrong name?", "ann/tiny", "v2", "config.json")
+    assert [part for part in parts if part not in refusal("ann/tiny@v2")] == []
     put_small(hub, "config.json")
-    line = refusal("ann/tiny")
-    for name in ("ann/tiny", "main", INDEX, "model.safetensors", "pytorch_model.bin"):
-        assert name in line
+    parts = ("ann/tiny", "main", INDEX, "model.safetensors", "pytorch_model.bin")
+    assert [part for part in parts if part not in refusal("ann/tiny")] == []
     put_large(hub, cdn, "pytorch_model.bin")
     snapshot_download("ann/tiny")
     assert kept() == ["config.json", "pytorch_model.bin"]
@@ -130,23 +121,17 @@ def test_only_the_files_that_are_named_come_to_a_folder_of_the_revision(hub, cdn
     assert "vocab.txt" in refusal(name, files=["vocab.txt"])
 
 
-NO_NAMES = """
-x bert-base ../x x/.. ./x a/b/c /a a/ a/b/ a/.b a/b?c a/b#c a\\b/c ..\\a/b a/%2e%2e
-https://huggingface.co/a/b ann/tiny@ ann/tiny@. ann/tiny@..
-"""
-
-
 def test_a_name_that_is_none_is_refused_before_anything_is_asked(hub):
-    for name in ["", "a b/c", "a/b\n", *NO_NAMES.split()]:
+    names = "x ../x x/.. a/b/c /a a/ a/b/ a/.b a/b?c a/b#c a\\b/c a/%2e%2e http://h/a/b a/b@ a/b@.."
+    for name in ["", "a b/c", "a/b\n", *names.split()]:
         assert ("revision" if "@" in name else "OWNER/NAME") in refusal(name)
     assert hub.log == [] and not Path("data").exists()
 
 
-@pytest.mark.parametrize(
-    "shard",
-    ["../evil.safetensors", "a/b.safetensors", "/etc/passwd", "..", "", ".hidden", "a\\b", "C:b"]
-    + ["a%2fb", "a?b", "a\x00b", "a\n", 5, None, ["a"]],
-)
+SHARDS_ELSEWHERE = ["../a", "a/b", "/etc", "..", "", ".hidden", "a\\b", "C:b", "a%2fb", "a?b"]
+
+
+@pytest.mark.parametrize("shard", [*SHARDS_ELSEWHERE, "a\x00b", "a\n", 5, None, ["a"]])
 def test_a_shard_that_is_no_plain_file_is_refused_before_any_is_asked_for(hub, cdn, shard):
     put_shards(hub, cdn, [*SHARDS, shard])
     line = refusal("ann/tiny")
@@ -166,7 +151,6 @@ def test_an_index_that_is_none_is_named(hub, text):
 
 # ---- What is there is not asked for again ---------------------------------------------------
 
-
 def test_shards_come_by_their_index_and_of_half_a_model_only_the_rest_is_asked_for(hub, cdn):
     put_shards(hub, cdn)
     put_large(hub, cdn, "model.safetensors")
@@ -177,15 +161,13 @@ def test_shards_come_by_their_index_and_of_half_a_model_only_the_rest_is_asked_f
     assert cdn.asked == [f"{SHARDS[1]}?sign=1"]
     assert not {"config.json", INDEX, SHARDS[0]} & set(hub.asked)
     assert kept() == sorted(["config.json", INDEX, *SHARDS])
-    for i, name in enumerate(SHARDS):
-        assert (FOLDER / name).read_bytes() == BODY[i * 1000 :]
+    assert [(FOLDER / name).read_bytes() for name in SHARDS] == [BODY, BODY[1000:]]
     hub.log.clear(), cdn.log.clear()
     assert snapshot_download("ann/tiny") == FOLDER
     assert hub.log == cdn.log == []
 
 
 # ---- Redirects, ranges and hashes -----------------------------------------------------------
-
 
 def test_a_model_that_was_renamed_is_found(hub, cdn):
     """The answer before the one that names the hash is a redirect as well."""
@@ -202,18 +184,15 @@ def test_a_cut_is_mended_by_asking_for_the_rest_in_this_call_or_the_next(hub, cd
     put_model(hub, cdn)
     path = "/store/model.safetensors?sign=1"
     cdn.files[path] = BODY, {}
-    for faults in ([600_000], [600_000, 503, 503, 503]):
-        cdn.faults[path] = faults.copy()
-        cdn.log.clear()
-        if len(faults) > 1:
-            assert "gave up after 4 tries" in refusal("ann/tiny")
-            assert not (FOLDER / "model.safetensors").exists()
-        snapshot_download("ann/tiny")
-        assert (FOLDER / "model.safetensors").read_bytes() == BODY
-        first, *_, last = (wanted for where, wanted, _ in cdn.log if where == path)
-        assert first is None and 300_000 < int(re.fullmatch(r"bytes=(\d+)-", last)[1]) <= 600_000
-        assert not list(FOLDER.glob("*.part"))
-        (FOLDER / "model.safetensors").unlink()
+    cdn.faults[path] = [600_000, 503, 503, 503]
+    assert "gave up after 4 tries" in refusal("ann/tiny")
+    assert not (FOLDER / "model.safetensors").exists()
+    snapshot_download("ann/tiny")
+    assert (FOLDER / "model.safetensors").read_bytes() == BODY
+    first, *others = (wanted for where, wanted, _ in cdn.log if where == path)
+    starts = {int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) for wanted in others}
+    assert first is None and 300_000 < min(starts) == max(starts) <= 600_000
+    assert not list(FOLDER.glob("*.part"))
 
 
 def test_weights_with_another_sha256_are_not_kept(hub, cdn):
@@ -229,7 +208,6 @@ def test_weights_with_another_sha256_are_not_kept(hub, cdn):
 
 
 # ---- The token ------------------------------------------------------------------------------
-
 
 def test_the_token_is_for_the_hub_alone(hub, cdn, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", " hf_secret\n")
@@ -247,39 +225,31 @@ def test_the_token_is_for_the_hub_alone(hub, cdn, monkeypatch):
     assert hub.log[0][2] is None
 
 
-def test_a_mirror_of_everything_is_not_shown_the_token(hub, cdn, monkeypatch):
+def test_the_viewer_of_the_hub_is_shown_the_token_and_no_mirror_is(hub, cdn, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert hub_token(f"{VIEWER}/rows") is None
     monkeypatch.delenv("HF_ENDPOINT")
+    assert hub_token(f"{VIEWER}/rows") == "hf_secret" and hub_token(f"{VIEWER}.me/rows") is None
     monkeypatch.setenv("SCRATCHLM_MIRROR", cdn.base)
+    assert hub_token(f"{VIEWER}/rows") is None
     put_small(cdn, "config.json", repo="huggingface.co/ann/tiny")
     snapshot_download("ann/tiny", files=["config.json"])
     assert cdn.log == [("/huggingface.co/ann/tiny/resolve/main/config.json", None, None)]
 
 
-def test_the_viewer_of_the_hub_is_shown_the_token_and_no_other_for_it(elsewhere, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert hub_token(f"{VIEWER}/rows") == "hf_secret" and hub_token(f"{VIEWER}.me/rows") is None
-    for name in ("HF_ENDPOINT", "SCRATCHLM_MIRROR"):
-        monkeypatch.setenv(name, f"https://{name}.org")
-        assert hub_token(f"{VIEWER}/rows") is None
-
-
 def test_a_token_that_is_none_is_refused_and_not_shown(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret\r\nX: y")
     line = refusal("ann/tiny")
-    assert "HF_TOKEN" in line and "secret" not in line
-    assert hub.log == []
+    assert "HF_TOKEN" in line and "secret" not in line and hub.log == []
 
 
 # ---- What goes wrong ends in one line -------------------------------------------------------
-
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_private_or_gated_model_names_the_licence_and_the_token(hub, status, monkeypatch):
     hub.always = status
     line = refusal("ann/tiny")
-    assert f"HTTP {status}" in line and "private or gated" in line
-    assert "licence on https://huggingface.co/ann/tiny and set HF_TOKEN" in line
+    assert f"HTTP {status}" in line and "licence on https://huggingface.co/ann/tiny and set" in line
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     line = refusal("ann/tiny")
     assert "see that HF_TOKEN is right" in line and "hf_secret" not in line
@@ -295,10 +265,3 @@ def test_a_server_in_trouble_is_asked_four_times(hub, cdn, file):
     line = refusal("ann/tiny")
     assert file in line and "gave up after 4 tries (HTTP 500)" in line and "HF_ENDPOINT" in line
     assert hub.asked.count(file) == 4
-
-
-@pytest.mark.parametrize("place", ["http://[bad/", "file:///etc/passwd", "/\xff", None])
-def test_a_redirect_that_leads_nowhere_is_one_line(hub, place):
-    hub.redirects[address("config.json")] = 302, place, {}
-    assert "ann/tiny/resolve/main/config.json" in refusal("ann/tiny")
-    assert kept() == []

@@ -57,7 +57,7 @@ def test_hotel_is_a_search_of_the_data_base(tmp_path, monkeypatch):
     assert "hotels" not in properties and properties["name"]["nullable"]
 
 
-UNUSABLE = (  # the text of a file, the reason
+@pytest.mark.parametrize("text, reason", [
     (None, "no such file"),
     ("def f(:\n", "SyntaxError"),
     ("1 / 0\n", "ZeroDivisionError"),
@@ -67,20 +67,16 @@ UNUSABLE = (  # the text of a file, the reason
     ("def get_tools(): return {'a': 5}\n", ": a has a .*5 is not a callable object.*: write a"),
     ("def get_tools(): return [min]\n", "returns no {name: function}"),
     ("from json import dumps\ndef _f(): pass\n", "no function"),
-)
-
-
-@pytest.mark.parametrize("text, reason", UNUSABLE)
+])
 def test_a_file_of_tools_that_cannot_be_used_is_named(tmp_path, text, reason):
     path = tmp_path / "tools.py"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(UserError, match=reason) as e:
+    with pytest.raises(UserError, match=f"^.*{path}.*{reason}.*$"):
         load_tools(str(path))
-    assert str(path) in str(e.value) and "\n" not in str(e.value)
 
 
-VALUES = (  # a type, values that suit it, values that do not
+@pytest.mark.parametrize("annotation, good, bad", [
     (str, ["", "x"], [1, None, True, [], {}]),
     (typing.Optional[str], ["x", None], [1]),  # noqa: UP045
     (list, [[], [1]], ["x", {}, None]),
@@ -90,10 +86,7 @@ VALUES = (  # a type, values that suit it, values that do not
     (bool, [True, False], [0, 1, "true"]),
     (typing.Literal["a", "b"], ["a", "b"], ["c", 1, None, []]),
     (inspect.Parameter.empty, [1, None, "x", [], {}], []),
-)
-
-
-@pytest.mark.parametrize("annotation, good, bad", VALUES)
+])
 def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
     assert [convert(v, annotation, "x") for v in good] == good
     for v in bad:
@@ -101,7 +94,7 @@ def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
             convert(v, annotation, "x")
 
 
-BAD_CALLS = (
+@pytest.mark.parametrize("content, reason", [
     ('book {"city": "x"', "not JSON"),
     ("book [1]", "not a JSON object"),
     ("book " + "[" * 100_000, "not JSON"),
@@ -110,10 +103,7 @@ BAD_CALLS = (
     ('book {"nights": 1}', "city"),
     ('book {"city": 7}', "city cannot be 7"),
     ('book {"city": "x", "nights": true}', "nights cannot be True"),
-)
-
-
-@pytest.mark.parametrize("content, reason", BAD_CALLS)
+])
 def test_a_call_that_does_not_fit_never_reaches_the_tool(content, reason):
     def book(city: str, nights: int = 1):
         raise AssertionError("called")
@@ -135,7 +125,6 @@ def test_what_tools_return_is_json_and_what_they_raise_is_told():
 
 
 # ---- tools: what the model is told, against transformers ------------------------------------
-
 
 def look_up(city: str, days: int = 3, units: Literal["c", "f"] = "c", k: str = "u") -> list[dict]:
     """The weather of a city,
@@ -179,14 +168,11 @@ def test_an_enums_members_are_called_by_their_values():
     assert "cannot be 2" in call_tool({"f": f}, 'f {"a": 2}')
 
 
-CHOICES = (  # a parameter's type, what its docstring says, the choices
+@pytest.mark.parametrize("kind, said, choices", [
     (str, '["a", " b "]', ["a", "b"]), (str, "a, b c", ["a", "b c"]), (str, "'a', 'b'", ["a", "b"]),
     (str, "1, 2", ["1", "2"]), (int, "1, 2", [1, 2]), (float, "[0.5, 1]", [0.5, 1]),
     (str, "a (b), c", ["a (b)", "c"]), (str, "{a}", ["{a}"]),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("kind, said, choices", CHOICES)
+])
 def test_choices_in_a_docstring(kind, said, choices):
     def f(x: kind):
         pass
@@ -206,6 +192,5 @@ def test_a_functions_schema_is_that_of_transformers(function):
 
 def test_a_function_without_words_has_a_schema_too():
     schema = function_schema("f", lambda x, *more, y=2, **rest: 1)["function"]
-    none = {"description": ""}
-    assert schema["parameters"]["properties"] == {"x": none, "y": none}
-    assert schema["parameters"]["required"] == ["x"] and schema["description"] == ""
+    told = {"properties": {"x": {"description": ""}, "y": {"description": ""}}, "required": ["x"]}
+    assert schema == {"name": "f", "description": "", "parameters": {"type": "object"} | told}
