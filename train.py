@@ -873,8 +873,8 @@ def add_optimization(p):
     return add
 
 
-# The fields of a shape that are flags; rope_scaling only comes with models of the Hub
-SHAPE = tuple(f.name for f in fields(lm.Config) if f.name != "rope_scaling")
+# The fields of a shape that are flags; those in structured form only come with models of the Hub
+SHAPE = [f.name for f in fields(lm.Config) if f.name not in ("rope_scaling", "window_layers")]
 
 
 def build_parser():

@@ -242,14 +242,6 @@ def test_a_model_without_an_end_token_is_given_one(run, tmp_path):
     assert len(first) == full < len(grown) and (grown[:full] - first).abs().max() < 0.1
 
 
-def test_a_sliding_window_is_said_to_be_the_context(run, tmp_path):
-    config = transformers.MistralConfig(**SMALL, sliding_window=8)
-    save_model(tmp_path / "slides", config, QWEN_TOKENS[:1])
-    assert "context 8," in run("model.py", "--ckpt", "slides")
-    Path("slides/tokenizer.json").unlink()
-    assert "[sliding attention" in run("sample.py", "--ckpt", "slides", code=2)
-
-
 @pytest.mark.parametrize("family", ["ours", "qwen3", "llama3.1", "mistral", "named"])
 def test_an_exported_chat_is_rendered_alike(family, tmp_path):
     """By transformers, with our template or with that which the model came with."""

@@ -48,9 +48,11 @@ IMPORTS = {
     "data.service": "data.api data.runs",
     "data.server": "data.service",
     "data.hf_tokenizer": "data.chat data.tokenizer",
-    "data.hf_weights": "data.tensors data.download",
+    "data.rope": "",
+    "data.hf_config": "data.cli",
+    "data.hf_weights": "data.hf_config data.hf_tokenizer data.tensors",
     "prepare_data": "data.hf_tokenizer data.sources data.text",
-    "model": "data.costs data.hf_tokenizer data.hf_weights data.machine data.runs data.tables",
+    "model": "data.costs data.hf_weights data.machine data.rope data.runs data.tables",
     "mnist": "model data.idx data.plot data.runs",
     "lora": "model",
     "sample": "lora data.analogy data.graphs data.matmul data.runs data.terminal",
@@ -62,7 +64,7 @@ LATE = {"train": {"sample"}}
 LATE["sample"] = {"data.scheduler", "data.server", "data.service", "mnist"}
 WITHOUT_TORCH = {m for m in IMPORTS if m.startswith("data.")} | {"prepare_data"}
 WITHOUT_TORCH -= {"data.analogy", "data.graphs", "data.machine", "data.matmul", "data.tensors"}
-WITHOUT_TORCH -= {"data.batches", "data.hf_weights"}
+WITHOUT_TORCH -= {"data.batches", "data.hf_weights", "data.rope"}
 PATHS = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
 if (ROOT / ".git").exists():  # a reader's own scripts and tools beside ours have other rules
     ours = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout

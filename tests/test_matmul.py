@@ -26,6 +26,10 @@ ARCHITECTURES = {
                     value_embed=True, bigram=50, induction=True, embed_norm=True),
     "course": dict(position="sinusoidal", norm="layernorm", activation="relu", out_bias=True,
                    ff_bias=True, head_bias=True),
+    "gemma3": LLAMA | dict(norm_place="both", window=9, window_theta=50.0, activation="geglu_tanh",
+                           embed_scale=8.0, attention_scale=0.8, qk_norm=True),
+    "olmo2": LLAMA | dict(norm_place="post", qk_norm=True, qk_norm_wide=True, logit_scale=0.5),
+    "neox": LLAMA | dict(norm="layernorm", parallel=True, rotary_share=0.5, residual_scale=0.5),
 }  # fmt: skip
 
 

@@ -207,7 +207,7 @@ def test_what_is_not_computed_or_cannot_be_written_is_named(tmp_path):
         with pytest.raises(UserError, match=words):
             lm.load_hf(tmp_path)
     for model, words in ((mixture(norm_topk_prob=False), "norm_topk_prob False"),
-                         (mixture(position="learned", norm="layernorm"), "experts")):  # fmt: skip
+                         (mixture(position="learned"), "position learned|experts 4")):  # fmt: skip
         content = {"config": asdict(model.config), "model": model.state_dict()}
         with pytest.raises(UserError, match=words):
             lm.export_hf(content, tmp_path / "x")
@@ -269,6 +269,6 @@ def test_adapters_of_experts_learn_and_are_merged_over_quantized_ones_too(kind, 
     adapter = dict(modules_to_save=(), quantize=kind, rank=2, alpha=16, dropout=0.0)
     with pytest.raises(UserError, match="quantized base" if kind else "single experts"):
         content = {"adapter": adapter, "model": lora.adapter_state(model)}
-        lora.write_peft(content, base["model"], False, tmp_path)
+        lora.write_peft(content, base["model"], "mixtral", base["config"], tmp_path)
     lora.merge(model)
     close(model(IDS), want, 1e-4)

@@ -137,6 +137,8 @@ LENGTHS = (1, 5, 12, 3, 30, 13)
     dict(position="learned"),
     dict(position="sinusoidal", bigram=1),
     dict(position="rope", n_kv_head=2, qk_norm=True),
+    dict(window=4, n_kv_head=2, rotary_share=0.5, norm_place="both", qk_norm=True),
+    dict(window=5, window_layers=[True, False], window_theta=100.0, parallel=True),
     dict(position="learned", n_kv_head=1, norm="layernorm", activation="gelu"),
     dict(position="rope", context=7),
     dict(position="rope", context=1),
