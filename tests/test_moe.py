@@ -207,7 +207,7 @@ def test_what_is_not_computed_or_cannot_be_written_is_named(tmp_path):
         with pytest.raises(UserError, match=words):
             lm.load_hf(tmp_path)
     for model, words in ((mixture(norm_topk_prob=False), "norm_topk_prob False"),
-                         (mixture(position="learned", norm="layernorm"), "experts")):  # fmt: skip
+                         (mixture(position="learned"), "position learned|experts 4")):  # fmt: skip
         content = {"config": asdict(model.config), "model": model.state_dict()}
         with pytest.raises(UserError, match=words):
             lm.export_hf(content, tmp_path / "x")
