@@ -218,9 +218,8 @@ def padded_vocab(size):
 
 def preset(name, **changes):
     """A copy of the named preset with some fields changed. If `d_model`, `n_head` or `activation`
-    changes, `n_kv_head`, `head_size` and `d_ff` return to their defaults unless they are given; if
-    the number of experts does, `d_ff` and what else concerns them. UserError for an unknown name.
-    """
+    changes, `n_kv_head`, `head_size` and `d_ff` return to their defaults unless they are given; so
+    do fields about experts if their number changes. UserError for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
     derived = {}
@@ -733,8 +732,9 @@ class Transformer(nn.Module):
 
     `model(ids)` returns logits (B, T, V). `model(ids, targets)` returns the *summed* negative log-
     likelihood of the targets in float32 (see `chunked_loss`), which the training loop divides by
-    their number. With `output="log_probs"` it returns the log probability of each target, (B, T)
-    (see `token_logps`), with "logits" the logits (N, V) at the positions that have a target.
+    their number; in training with experts also what balances them (`loss_with_balance`). With
+    `output="log_probs"` it returns the log probability of each target, (B, T) (see `token_logps`),
+    with "logits" the logits (N, V) at the positions that have a target.
 
     >>> model = Transformer(preset("tiny"))
     >>> model(torch.tensor([[1, 2, 3]])).shape
@@ -994,9 +994,8 @@ class MoE(nn.Module):
         p = softmax(router(x))           (E,)
         y = sum of p_i expert_i(x)       over the k experts whose p_i is largest
 
-    With `norm_topk_prob` these p_i are divided by their sum, as if the softmax were that of the k
-    largest logits. If k is 1, p_i is then 1 whatever the router computes, which learns nothing from
-    the text.
+    With `norm_topk_prob` these p_i are divided by their sum, as if the softmax were over the k
+    largest logits alone. If k is 1, p_i is then 1, and the router learns nothing from the text.
     """
 
     def __init__(self, config):
@@ -1027,16 +1026,14 @@ class MoE(nn.Module):
 
 def loss_with_balance(model, ids, targets, places=None):
     """What `model(ids, targets)` returns in training with experts: the summed loss of the targets
-    and, times their number, for each layer the load-balancing loss (Switch Transformers, Fedus et
-    al. 2021, equation 4)
+    and, times their number, each layer's load-balancing loss (Fedus et al. 2021, equation 4):
 
         router_aux_loss_coef * (E * sum of f_i P_i  -  1)
 
     f_i is the share of the choices that fell on expert i, P_i its mean probability. Only P has a
-    gradient, which takes most from the busiest experts. 1 is the value if all are equally busy;
-    without it, training and validation losses would not compare. The training step divides by all
-    its targets, so it takes the mean of this over micro-batches and processes. The choices are also
-    added to `model.expert_counts` (n_layer, E).
+    gradient: the busiest experts lose most. The sum is 1 if all are equally busy, and is taken off
+    so that training and validation losses compare. A training step divides by all its targets: it
+    takes the mean over micro-batches and processes. Choices are counted in `model.expert_counts`.
     """
     c, logits, kept = model.config, [], targets != -100
     with contextlib.ExitStack() as hooks:  # gone when gradient checkpointing runs blocks again

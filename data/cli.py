@@ -62,6 +62,7 @@ init_from from_weight, adapter: adapter_name_or_path adapter_path lora_path,
 resume|: init_from=resume, resume: resume_from_checkpoint resume_from_checkpoint=true resume=true
 from_resume=1, export: export_dir, out|ckpt: out_dir output_dir, out: save_dir, data: dataset
 dataset_name train_file train_data data_path json_path, data=shakespeare: dataset=shakespeare_char,
+data=fineweb-edu: dataset=openwebtext,
 data=alpaca-zh: dataset=alpaca_zh dataset=alpaca_zh_demo, val_data: eval_dataset validation_file,
 val|val_fraction: val_size test_size, max_rows: max_samples max_train_samples,
 eval_rows: max_eval_samples, field: dataset_text_field, tokenizer: tokenizer_name tokenizer_path
@@ -78,7 +79,8 @@ experts_per_token: num_experts_per_tok num_experts_per_token,
 lr: learning_rate max_lr peak_lr, muon_lr: matrix_lr, embed_lr: embedding_lr,
 head_lr: unembedding_lr, min_lr: eta_min min_learning_rate, warmup_steps: warmup_iters
 lr_warmup_steps num_warmup_steps warmup, schedule: lr_scheduler_type lr_scheduler lr_schedule,
-schedule=constant: decay_lr=false lr_scheduler_type=constant_with_warmup,
+schedule=constant+warmup_steps=0: decay_lr=false,
+schedule=constant: lr_scheduler_type=constant_with_warmup,
 schedule=wsd: lr_scheduler_type=warmup_stable_decay, optimizer: optim,
 optimizer=adamw: optim=adamw_torch optim=adamw_torch_fused, weight_decay: wd, beta1: adam_beta1,
 beta2: adam_beta2, grad_clip: max_grad_norm clip_grad, max_steps: max_iters max_train_steps
@@ -104,7 +106,7 @@ prompt: start, max_new_tokens: max_tokens max_completion_tokens n_predict predic
 num_samples: num_return_sequences n, beams: num_beams, temperature=0: do_sample=false,
 temperature: temp, repetition_penalty: repeat_penalty, stop: stop_strings reverse_prompt,
 system: system_prompt default_system, serve: port webui, slots: max_num_seqs, chat: interactive,
-eval_only: do_predict,
+eval_only: do_predict, no_compile|: compile=false,
 : init_from=scratch from_weight=none from_resume=0 decay_lr finetuning_type=full report_to=none
 do_sample do_train do_eval overwrite_output_dir overwrite_cache plot_loss template
 always_save_checkpoint save_total_limit save_strategy save_only_model eval_strategy
@@ -113,6 +115,7 @@ per_device_eval_batch_size num_workers preprocessing_num_workers dataloader_num_
 ddp_timeout ddp_find_unused_parameters local_rank trust_remote_code use_fast_tokenizer
 remove_unused_columns low_cpu_mem_usage flash_attn tf32 backend attn_implementation group_by_length
 assistant_only_loss quantization_method double_quantization bnb_4bit_quant_type device_map
+eval_iters lr_decay_iters
 """
 FOREIGN = [group.split(":") for group in FOREIGN.split(",")]
 FOREIGN = {flag: ours.strip() for ours, theirs in FOREIGN for flag in theirs.split()}
@@ -142,6 +145,20 @@ ADVICE = {
     "the environment variable OMP_NUM_THREADS sets the threads": "threads num_threads n_threads",
 }  # fmt: skip
 ADVICE = {flag: use for use, theirs in ADVICE.items() for flag in theirs.split()}
+# nanoGPT's configuration files, for whoever has no clone of it. The first also stands for the
+# defaults of its train.py, which any other one changes.
+NANOGPT = {
+    "train_gpt2": "dataset=openwebtext batch_size=12 block_size=1024 max_iters=600000 min_lr=6e-5 "
+        "gradient_accumulation_steps=40 learning_rate=6e-4 beta2=0.95 warmup_iters=2000 "
+        "lr_schedule=cosine eval_interval=1000",
+    "train_shakespeare_char": "dataset=shakespeare_char batch_size=64 block_size=256 n_layer=6 "
+        "n_head=6 n_embd=384 dropout=0.2 gradient_accumulation_steps=1 learning_rate=1e-3 "
+        "min_lr=1e-4 beta2=0.99 warmup_iters=100 max_iters=5000 eval_interval=250",
+    "finetune_shakespeare": "dataset=shakespeare init_from=gpt2-xl batch_size=1 max_iters=20 "
+        "gradient_accumulation_steps=32 learning_rate=3e-5 decay_lr=False eval_interval=5",
+    **{f"eval_gpt2{size}": f"init_from=gpt2{size.replace('_', '-')} eval_only=True batch_size=8"
+        for size in ("", "_medium", "_large", "_xl")},
+}  # fmt: skip
 SCRIPTS = ("train", "finetune", "sample", "prepare_data", "model", "lora", "mnist")
 YES, NO = ("true", "1", "yes"), ("false", "0", "no", "none")
 
@@ -208,27 +225,54 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """argparse's, of the words that `our_words` makes of the given ones."""
         words = sys.argv[1:] if args is None else args
-        config = next((w for w in words[:2] if re.search(r"\w\.(py|ya?ml)$", w)), None)
-        if config and words[0] in (config, "--config") and not self._get_positional_actions():
-            self.error(self.config_hint(Path(config)))
+        at = next((i for i, w in enumerate(words[:2]) if re.search(r"\w\.(py|ya?ml)$", w)), None)
+        first = at is not None and words[0] in (words[at], "--config")
+        if first and not self._get_positional_actions():
+            self.error(self.config_hint(Path(words[at]), words[at + 1 :]))
         words, unneeded = self.our_words(words)
         args, unknown = super().parse_known_args(words, namespace)
         if unneeded and not unknown:
-            print(f"[not needed here: {', '.join(unneeded)}]", file=sys.stderr)
+            why = (f"; {ADVICE[plain(flag)]}" for flag in unneeded if plain(flag) in ADVICE)
+            print(f"[not needed here: {', '.join(unneeded)}{''.join(why)}]", file=sys.stderr)
         return args, unknown
 
-    def config_hint(self, path):
-        """Which flags do what someone else's configuration file (Python or YAML) says."""
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        text = re.sub(r"(\d+) \* (\d+)", lambda m: str(int(m[1]) * int(m[2])), text)
+    def config_hint(self, path, given):
+        """The command that does what someone else's configuration file (Python or YAML) says,
+        changed by the words that are `given` after it."""
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+        elif path.stem in NANOGPT:
+            text = NANOGPT[path.stem].replace(" ", "\n")
+        else:
+            return f"{path} does not exist; settings are given as flags here, not in files"
+        product = r"\d+(?:\s*\*\s*\d+)+"
+        text = re.sub(product, lambda m: str(math.prod(map(int, m[0].split("*")))), text)
         pairs = re.findall(r"^\s*([\w.]+)\s*[=:]\s*([^#\n]*[^#\n\s])", text, re.M)
         words = [f"--{name}=" + value.strip("\"'") for name, value in pairs if value != "null"]
-        words, _ = self.our_words(words)
-        ours = [w for w in words if w.partition("=")[0] in self._option_string_actions]
-        others = [w.partition("=")[0] for w in words if w not in ours]
-        command = f": {self.prog} {shlex.join(ours)}" if ours else ""
+        pretrains = path.suffix == ".py" and "--total_batch_tokens" in self._option_string_actions
+        base = [f"--{word}" for word in NANOGPT["train_gpt2"].split()] if pretrains else []
+        ours, others = {}, []
+        for part in base, [*words, *given]:
+            part, _ = self.our_words(part)
+            while part:
+                flag, equals, value = part.pop(0).partition("=")
+                if not equals and part and not part[0].startswith("--"):
+                    equals, value = "=", part.pop(0)
+                if flag in self._option_string_actions:
+                    ours.pop(flag.replace("--no-", "--"), None)
+                    ours[flag] = equals + value
+                else:
+                    others.append(flag)
+        if pretrains and not {"--ckpt", "--preset", "--n_layer", "--d_model"} & set(ours):
+            ours = {"--preset": "=gpt2"} | ours
+        with contextlib.suppress(KeyError, ValueError):  # a value may be an expression
+            # nanoGPT divides its steps among the processes; so does --total_batch_tokens
+            sizes = [int(ours[f][1:]) for f in ("--batch_size", "--context", "--grad_accum")]
+            ours.setdefault("--total_batch_tokens", f"={math.prod(sizes)}")
+            del ours["--grad_accum"]
         without = f" (without {', '.join(others)})" if others else ""
-        return f"{path}: settings are given as flags here, not in files{command}{without}"
+        command = shlex.join(["python", self.prog, *map("".join, ours.items())])
+        return f"{path}: settings are given as flags here, not in files{without}: {command}"
 
     def error(self, message):
         """Print one line, with what to write for unknown flags, and exit with code 2."""
@@ -240,8 +284,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
     def hint(self, flag):
-        """What to write for an unknown flag."""
-        name = plain(flag)
+        """What to write for an unknown flag, or for a word that is none."""
+        name = plain(flag) if flag.startswith("--") else ""
         if name in ADVICE:
             return f"{flag}: {ADVICE[name]}"
         ours = "--" + re.split("[|+=]", FOREIGN.get(name, name))[0]
@@ -255,8 +299,9 @@ class Parser(argparse.ArgumentParser):
         known |= {them: new[0] for them in FOREIGN if (new := self.translate(f"--{them}", "")[0])}
         alike = [k for k in known if abs(len(k) - len(name)) < 3]
         near = difflib.get_close_matches(name, alike, 1, cutoff=0.85 if len(name) > 4 else 0.8)
-        if not flag.startswith("-"):  # a text or a file alone
-            near = [n for n in ("prompt", "data") if n in known]
+        if not flag.startswith("-"):
+            run = flag.endswith(".pt") or any(Path(flag).glob("*.pt"))
+            near = [n for n in (("ckpt",) if run else ("prompt", "data")) if n in known]
         what = f": did you mean {known[near[0]]}?" if near else " (see --help)"
         return f"unknown argument {flag}{what}"
 
@@ -266,7 +311,8 @@ def number(kind, wanted, accepts):
     the flag must be what `wanted` describes."""
 
     def parse(text):
-        value = kind(text)
+        exact = kind is not int or not re.fullmatch(r"[\d.]+e\+?\d+", text, re.I)
+        value = kind(text if exact else float(text))  # 9e9 is a whole number, too
         if not accepts(value):
             raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
         return value

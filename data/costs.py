@@ -18,8 +18,8 @@ def chinchilla_loss(parameters, tokens):
 
 
 def count_parameters(model):
-    """{part: parameters} and their "total"; a tied head is counted once, as the embedding. With
-    experts also "active": those that a token uses."""
+    """{part: parameters}, their "total" (a tied head is counted once, as the embedding), and with
+    experts "active", those that a token uses."""
     words = {"embed": "embedding", "inputs": "embedding", "position": "positions"}
     words |= {"attention": "attention", "feed_forward": "feed-forward", "norm": "norms"}
     counts = dict.fromkeys([*words.values(), "head"], 0)

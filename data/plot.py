@@ -76,20 +76,19 @@ def line_svg(title, curves, x_label="steps", y_label=""):
 def share_svg(title, shares, x_label, y_label):
     """An SVG of a table of shares, each row of which adds up to 1: a cell is the darker the larger
     its share is, from white for none to the full color for twice an equal share."""
-    n, most = len(shares[0]), 16  # of more rows or columns no figures are written
+    n, elements = len(shares[0]), [*svg_start(title, y_label), svg_text(568, BOTTOM + 40, x_label)]
     height, width = (BOTTOM - TOP) / len(shares), (568 - LEFT) / n
-    elements = [*svg_start(title, y_label), svg_text(568, BOTTOM + 40, x_label)]
-    for row, y in enumerate(TOP + height * i for i in range(len(shares))):
-        for column, share in enumerate(shares[row]):
-            x, middle = LEFT + width * column, 'text-anchor="middle"'
+    for row, line in enumerate(shares):
+        y = TOP + height * row
+        if row % -(-len(shares) // 16) == 0:
+            elements.append(svg_text(LEFT - 6, y + height / 2 + 5, str(row)))
+        for column, share in enumerate(line):
+            x, strength = LEFT + width * column, min(1, share * n / 2)
             place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
-            color = f'stroke="#ddd" fill="{COLORS[0]}" fill-opacity="{min(1, share * n / 2):.3f}"'
-            elements.append(f"<rect {place} {color}/>")
-            if max(len(shares), n) <= most:
-                x, under = x + width / 2, y + height / 2 + 5
-                elements.append(svg_text(x, under, f"{share:.0%}", middle))
-                elements.append(svg_text(x, BOTTOM + 20, f"{column}", middle) if row == 0 else "")
-                elements.append(svg_text(LEFT - 6, under, f"{row}") if column == 0 else "")
+            elements.append(f'<rect {place} fill="{COLORS[0]}" fill-opacity="{strength:.3f}"/>')
+            if max(n, len(shares)) <= 16:  # else there is no room for figures
+                place = x + width / 2, y + height / 2 + 5, f"{share:.0%}", 'text-anchor="middle"'
+                elements.append(svg_text(*place))
     return "\n".join([*elements, "</svg>\n"])
 
 

@@ -61,7 +61,7 @@ def test_run_cli_does_not_hide_a_bug():
 def test_a_number_outside_of_its_limits_is_one_line(kind, text, line, capsys):
     parser = Parser(prog="x.py")
     parser.add_argument("--n", type=kind)
-    assert parser.parse_args(["--n", "1"]).n == 1
+    assert parser.parse_args(["--n", "1"]).n == parser.parse_args(["--n", "1e0"]).n == 1
     with pytest.raises(SystemExit):
         parser.parse_args(["--n", text])
     assert capsys.readouterr().err == f"x.py: {line}\n"
@@ -97,7 +97,8 @@ def parser_of(script):
     [
         ("train --max_iters 7 --max-lr 1 --dtype bfloat16", dict(max_steps=7, lr=1, dtype="bf16")),
         ("train --max-steps=7 --no-tied --data=--n", dict(max_steps=7, tied=False, data="--n")),
-        ("train --compile=False --decay_lr=False", dict(compile=False, schedule="constant")),
+        ("train --compile=False --decay_lr=False", dict(compile=False, warmup_steps=0)),
+        ("sample --compile=False --eval_iters 3 --n 1", dict(num_samples=1)),
         ("train --dataset shakespeare_char --bias True", dict(data="shakespeare", ff_bias=True)),
         ("train --init_from=gpt2-xl --decay_lr=True", dict(ckpt="gpt2-xl", schedule=None)),
         ("train --init_from=resume --bias=False", dict(resume="", ckpt=None, out_bias=False)),
@@ -129,13 +130,17 @@ def test_flags_may_be_called_as_elsewhere(line, values):
         ("train --learning_rat 3", "did you mean --lr?"),
         ("sample --block_siz 3", "unknown argument --block_siz (see --help)"),
         ("train --report_to wandb", "--report_to: out/NAME/metrics.jsonl"),
-        ("train --eval_iters 3 --use_dora", "--eval_tokens, one of finetune.py --eval_rows; --u"),
+        ("train --wandb --use_dora", "the curves; --use_dora: the only adapters"),
         ("train --tokenizer gpt2", "--tokenizer: it is a flag of prepare_data.py"),
         ("model --num_layers 2", "--num_layers: --n_layer is a flag of train.py"),
-        ("train config/train_gpt2.py", "train_gpt2.py: settings are given as flags here"),
-        ("train nano.py", "out=out-shakespeare-char --grad_accum=40 --d_model=384 (without --e"),
-        ("finetune --config lf.yml", ": finetune.py --dtype=bf16 --ckpt=gpt2 --lora_targets=all ("),
+        ("train config/no.py", "config/no.py does not exist; settings are given as flags here"),
+        ("train config/train_gpt2.py", ": python train.py --preset=gpt2 --data=fineweb-edu --batc"),
+        ("train config/train_gpt2.py --batch_size 6 --n 2", "(without --n): python train.py --pre"),
+        ("train config/finetune_shakespeare.py", "--ckpt=gpt2-xl --batch_size=1 --max_steps=20"),
+        ("train nano.py --max_iters 9", " --d_model=384 --max_steps=9 --total_batch_tokens=491520"),
+        ("finetune --config lf.yml", "_ratio): python finetune.py --dtype=bf16 --ckpt=gpt2 --lora"),
         ("train shakespeare", "unknown argument shakespeare: did you mean --data?"),
+        ("sample run", "unknown argument run: did you mean --ckpt?"),
         ("sample Once upon", "unknown argument Once: did you mean --prompt?"),
         ("train --optimizer lion", "invalid choice: 'lion'"),
         ("lora merge", "the following arguments are required: --ckpt, --adapter, --out"),
@@ -145,6 +150,8 @@ def test_flags_may_be_called_as_elsewhere(line, values):
 def test_a_wrong_flag_is_one_line(line, said, capsys):
     Path("nano.py").write_text(CONFIG)
     Path("lf.yml").write_text(YAML)
+    Path("run").mkdir()
+    Path("run/last.pt").touch()
     script, *words = line.split()
     with pytest.raises(SystemExit) as e:
         parser_of(script).parse_args(words)
