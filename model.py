@@ -395,16 +395,16 @@ class Block(nn.Module):
 
     def __init__(self, config, causal=True):
         super().__init__()
-        c, nothing = config, nn.Identity()
-        self.parallel = c.parallel
-        pre, post = c.norm_place != "post", c.norm_place != "pre"
-        self.norm1 = make_norm(c, c.d_model) if pre else nothing
-        self.attention = Attention(c, causal)
-        self.post_norm1 = make_norm(c, c.d_model) if post else nothing
-        self.norm2 = make_norm(c, c.d_model) if pre else nothing
+        c, norm = config, partial(make_norm, config, config.d_model)
+        before = norm if c.norm_place != "post" else nn.Identity
+        after = norm if c.norm_place != "pre" else nn.Identity
+        self.norm1 = before()
+        self.attention, self.parallel = Attention(c, causal), c.parallel
+        self.post_norm1 = after()
+        self.norm2 = before()
         self.feed_forward = MoE(c) if c.experts else FeedForward(c)
-        self.post_norm2 = make_norm(c, c.d_model) if post else nothing
-        self.drop = nn.Dropout(c.dropout) if c.dropout else nothing
+        self.post_norm2 = after()
+        self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.scale = times(c.residual_scale)
 
     def forward(self, x, rope=None, update_cache=None, mask=None, extra_values=None):

@@ -140,10 +140,10 @@ def config_from_hf(values, complete, where="config.json", verbose=False):
     try:
         family, config, ignored = fields_from_hf(values)
         config = complete(config)
-    except (AttributeError, TypeError) as e:
-        raise UserError(f"{where} lacks a field or has one of the wrong type: {e}") from e
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{where} lacks a field or has one of the wrong type: {e}") from e
     if ignored and verbose:
         print(f"[{where}: ignored fields: {', '.join(ignored)}]", file=sys.stderr)
     return family, config
@@ -236,10 +236,10 @@ def read_windows(family, left, n_layer):
         window = None  # many have the field, without an effect
     if set(kinds) - ({FULL, SLIDING} if window else {FULL}):
         refuse("layer_types", kinds)
-    if not window:
-        return {}
-    layers = [k == SLIDING for k in kinds] or [WINDOWED[family](i, left) for i in range(n_layer)]
-    return dict(window=window if any(layers) else 0, window_layers=None if all(layers) else layers)
+    layers = [k == SLIDING for k in kinds]
+    if window and not kinds:
+        layers = [WINDOWED[family](i, left) for i in range(n_layer)]
+    return dict(window=window, window_layers=None if all(layers) else layers) if any(layers) else {}
 
 
 def config_to_hf(config, complete):
@@ -248,9 +248,11 @@ def config_to_hf(config, complete):
     weights, which are then zeros and ones. UserError names a field that no architecture has."""
     candidates = []
     for family in (family for family in FAMILIES if family not in READ_ONLY):
-        values = fields_to_hf(config, family)
-        theirs = complete(fields_from_hf(values)[1])
-        misfits, added = [], 0
+        values, misfits, added = fields_to_hf(config, family), [], 0
+        try:
+            theirs = complete(fields_from_hf(values)[1])
+        except UserError:  # it has rope, for example, and a head an odd number of channels
+            continue
         for name, value in config.items():
             other = theirs[name]
             close = isinstance(value, float) and math.isclose(value, other)

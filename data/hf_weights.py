@@ -84,12 +84,12 @@ def layout(family, config, tensors):
     Our rope rotates channel i of a head with channel i + hs/2. Theirs may rotate channels 2i and
     2i + 1, or only the first ones of a head.
     """
-    names, hs = hf_names(family), config["head_size"]
-    turned = int(hs * config["rotary_share"])
-    pairs = torch.arange(turned)
-    pairs = pairs.view(-1, 2).T if family in INTERLEAVED else pairs.view(2, -1)
-    channels = torch.cat((pairs, torch.arange(turned, hs).view(2, -1)), dim=1).flatten()
-    groups, order = {}, list(names)
+    names, hs, groups = hf_names(family), config["head_size"], {}
+    channels, order = torch.arange(hs), list(names)
+    if config["position"] == "rope":
+        turned, others = channels.split([n := int(hs * config["rotary_share"]), hs - n])
+        turned = turned.view(-1, 2).T if family in INTERLEAVED else turned.view(2, -1)
+        channels = torch.cat((turned, others.view(2, -1)), dim=1).flatten()
     for name in sorted(tensors, key=lambda name: order.index(name.split(".")[-2])):
         groups.setdefault(hf_name(name, names), {})[name] = len(tensors[name])
     for sizes in groups.values():

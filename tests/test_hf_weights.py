@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import lora
 import model as lm
 import sample
 from data import hf_config
@@ -116,19 +117,27 @@ def test_logits_equal_theirs_in_fp32_and_fp64(name, tmp_path):
     with torch.no_grad():
         want = reference(ids).logits
         torch.testing.assert_close(model(ids), want, rtol=1e-5, atol=1e-5)
-        options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-        prompts = [ids[0, :9], ids[1, :14]]
-        rows = zip(*sample.generate(model, [p.tolist() for p in prompts], 20, temperature=0))
-        for prompt, row in zip((p[None] for p in prompts), rows):
-            text = reference.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-            assert text[0, prompt.shape[1] :].tolist() == list(row)
         back(model, tmp_path / "again", ids, want)
+        same_greedy_ids(model, reference, ids)
+        for kind, error in (("int8", 0.05), ("nf4", 0.6)):
+            lora.quantize(model := ours(tmp_path), kind)
+            assert (model(ids) - want).norm() < error * want.norm()
         model, reference = ours(tmp_path, torch.float64), in_float64(reference)
         want = reference(ids).logits
         torch.testing.assert_close(model(ids), want, rtol=1e-9, atol=1e-9)
         cache = lm.KVCache(model, 2)
         steps = [model(part, cache=cache) for part in ids.split([40, 1, 1, 18], dim=1)]
         torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-9, atol=1e-9)
+
+
+def same_greedy_ids(model, reference, ids):
+    """A batch of two prompts is continued as transformers continues each."""
+    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    prompts = [ids[0, :9], ids[1, :14]]
+    rows = zip(*sample.generate(model, [p.tolist() for p in prompts], 20, temperature=0))
+    for prompt, row in zip((p[None] for p in prompts), rows):
+        text = reference.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        assert text[0, prompt.shape[1] :].tolist() == list(row)
 
 
 def back(model, folder, ids, want):
@@ -221,6 +230,7 @@ def test_a_relatives_weights_under_other_names_compute_the_same(name, tmp_path):
     with torch.no_grad():
         want = reference(ids).logits
         torch.testing.assert_close(model(ids), want, rtol=1e-5, atol=1e-5)
+        same_greedy_ids(model, reference, ids)
         assert back(model, tmp_path / "again", ids, want) == relative
 
 
@@ -247,6 +257,7 @@ def test_a_relatives_weights_under_other_names_compute_the_same(name, tmp_path):
     ("llama", dict(model_type="bert"), "predicts no next token"),
     ("llama", dict(model_type="gemma3"), "images; near it: gemma3_text"),
     ("llama", dict(model_type="baichuan", max_position_embeddings=None), "ALiBi"),
+    ("llama", dict(rope_scaling={"rope_type": "yarn"}), "lacks a field .* 'factor'"),
     ("llama", dict(num_attention_heads=5), "n_head 5 is not a multiple of n_kv_head 2"),
 ])
 def test_a_field_that_we_do_not_compute_is_named(name, change, words):
@@ -294,18 +305,27 @@ def theirs_config(name):
     return json.loads(config_of(name).to_json_string(use_diff=False))
 
 
-# What matters of meta-llama/Llama-3.2-1B's config.json, as published on the Hub
-PUBLISHED = dict(attention_bias=False, head_dim=64, hidden_act="silu", hidden_size=2048)
-PUBLISHED |= dict(intermediate_size=8192, mlp_bias=False, max_position_embeddings=131072)
-PUBLISHED |= dict(model_type="llama", num_attention_heads=32, num_hidden_layers=16)
-PUBLISHED |= dict(num_key_value_heads=8, pretraining_tp=1, rms_norm_eps=1e-05)
-PUBLISHED |= dict(rope_theta=500000.0, tie_word_embeddings=True, vocab_size=128256)
+# What matters of config.json as published on the Hub, and how many parameters that gives
+SHAPE = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+PUBLISHED = {  # the first one is Llama 3.2
+    1_235_814_400: ("llama", "2048 8192 16 32 8 128256 131072", dict(rope_scaling=ROPE3)),
+    3_836_021_760: ("phi3", "3072 8192 32 24 8 200064 131072", dict(partial_rotary_factor=0.75)),
+    999_885_952: ("gemma3_text", "1152 6912 26 4 1 262144 32768", dict(head_dim=256)),
+    2_724_880_896: (None, "2304 5760 40 36 36 122753 4096", dict(scale_emb=12, dim_model_base=256)),
+    162_322_944: ("gpt_neox", "768 3072 12 12 12 50304 2048", {}),
+    7_737_708_544: ("internlm2", "4096 14336 32 32 8 92544 32768", {}),
+    9_399_951_360: ("glm", "4096 13696 40 32 2 151552 131072", dict(head_dim=128)),
+}
 
 
-def test_a_published_model_has_its_known_parameters():
-    config = config_from_hf(PUBLISHED | dict(rope_scaling=ROPE3))
-    model = lm.meta_model(replace(config, context=8))
-    assert lm.count_parameters(model)["total"] == 1_235_814_400
+@pytest.mark.parametrize("total", PUBLISHED)
+def test_a_published_model_has_its_known_parameters(total):
+    family, sizes, more = PUBLISHED[total]
+    names = [*SHAPE.split(), "vocab_size", "max_position_embeddings"]
+    values = dict(zip(names, map(int, sizes.split()))) | {"model_type": family}
+    values["tie_word_embeddings"] = family in ("llama", "phi3", "gemma3_text", None)
+    model = lm.meta_model(replace(config_from_hf(values | more), context=8))
+    assert lm.count_parameters(model)["total"] == total
 
 
 # ---- Out: transformers reads what we write --------------------------------------------------
@@ -315,6 +335,7 @@ LEARNED = dict(position="learned", norm="layernorm", activation="gelu")
 EXPORTED = {
     "gpt2": LEARNED | BIASES | dict(activation="gelu_tanh", tied=True),
     "gpt2 without biases and norm weights": LEARNED | dict(norm_weight=False),
+    "gpt2 with odd heads": LEARNED | BIASES | dict(d_model=20),
     "llama": dict(n_kv_head=2, head_size=6),
     "llama tied, long": BIASES | dict(rope_scaling=ROPE3, rope_theta=5e4, tied=True),
     "llama without norm weights": dict(norm_weight=False),
@@ -347,22 +368,19 @@ def test_what_we_write_transformers_reads_and_we_read_again(name, tmp_path):
         assert back(model, tmp_path, ids, model(ids)) == name.split()[0].rstrip(",")
 
 
-UNEXPORTABLE = {
-    "position sinusoidal": dict(position="sinusoidal"),
-    "norm layernorm": dict(norm="layernorm"),
-    "activation relu2": dict(activation="relu2"),
-    "embed_norm True": dict(embed_norm=True),
-    "head_bias True": dict(head_bias=True),
-    "qk_norm True": LEARNED | dict(qk_norm=True),
-    "n_kv_head 2": LEARNED | dict(n_kv_head=2),
-    "qk_norm True ": dict(qk_norm=True, ff_bias=True),
-}
-
-
-@pytest.mark.parametrize("words", UNEXPORTABLE)
-def test_a_model_that_fits_no_architecture_is_refused_with_the_reason(words, tmp_path):
+@pytest.mark.parametrize("words, fields", [
+    ("position sinusoidal", dict(position="sinusoidal")),
+    ("norm layernorm", dict(norm="layernorm")),
+    ("activation relu2", dict(activation="relu2")),
+    ("embed_norm True", dict(embed_norm=True)),
+    ("head_bias True", dict(head_bias=True)),
+    ("qk_norm True", LEARNED | dict(qk_norm=True)),
+    ("n_kv_head 2", LEARNED | dict(n_kv_head=2)),
+    ("qk_norm True", dict(qk_norm=True, ff_bias=True)),
+])
+def test_a_model_that_fits_no_architecture_is_refused_with_the_reason(words, fields, tmp_path):
     with pytest.raises(UserError, match=words):
-        export(random_model(**UNEXPORTABLE[words]), tmp_path / "x")
+        export(random_model(**fields), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
