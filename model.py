@@ -74,10 +74,10 @@ class Config:
     n_kv_head: int | None = None  # of keys and values; fewer: grouped-query attention; None: n_head
     head_size: int | None = None  # channels of a head; None: d_model / n_head
     d_ff: int | None = None  # None: 4 * d_model; for swiglu 8/3 * d_model, which is as many weights
-    experts: int = 0  # feed-forwards in a block, of which a router chooses for each token; 0: one
-    experts_per_token: int | None = None  # that it chooses; None: 2 (a d_ff of None is divided)
-    norm_topk_prob: bool | None = None  # the weights of those add up to 1; None: if there are two
-    router_aux_loss_coef: float = 0.01  # of the loss by which experts are chosen equally often
+    experts: int = 0  # feed-forwards in a block, from which a router chooses for each token; 0: one
+    experts_per_token: int | None = None  # how many a token uses; None: 2. Divides a d_ff of None
+    norm_topk_prob: bool | None = None  # weights of its experts add up to 1; None: if several
+    router_aux_loss_coef: float = 0.01  # of the loss that makes experts be used equally often
     position: str = "rope"  # how a model knows the order of its tokens
     norm: str = "rmsnorm"  # of the inputs (see norm_place) of attention, feed-forward and head
     norm_place: str = "pre"  # of a block's norms: before attention and feed-forward, after, or both
