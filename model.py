@@ -99,7 +99,7 @@ class Config:
     eps: float = 1e-5  # of the norms
     rope_theta: float = 10000.0  # the larger, the slower rope turns its slow channels
     rope_scaling: dict | None = None  # {"rope_type": one of data/rope.py's, its parameters...}
-    rotary_share: float = 1.0  # of the channels of a head that rope turns
+    rotary_share: float = 1.0  # of the channels of a head that rope rotates
     window: int = 0  # tokens that the layers with a window look at; 0 is all
     window_layers: list | None = None  # for each layer, whether it has a window; None: all have
     window_theta: float = 0.0  # their rope_theta, without rope_scaling; 0: as in the other layers
@@ -147,9 +147,10 @@ class Config:
                 raise UserError(f"{name} {getattr(self, name)} must be above 0")
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        turned = int(self.head_size * self.rotary_share)
-        if self.position == "rope" and (self.head_size % 2 or turned % 2 or self.rotary_share > 1):
-            raise UserError(f"rope turns pairs of channels: {turned} of {self.head_size} are odd")
+        rotated = int(self.head_size * self.rotary_share)
+        if self.position == "rope" and (self.head_size % 2 or rotated % 2 or self.rotary_share > 1):
+            share = f"{rotated} of a head's {self.head_size}"
+            raise UserError(f"rope rotates pairs of channels, it cannot rotate {share}")
         if self.window_layers is not None and len(self.window_layers) != self.n_layer:
             raise UserError(f"window_layers are {len(self.window_layers)}, layers {self.n_layer}")
         if self.rope_scaling is not None and not known_scaling(self.rope_scaling):
@@ -250,12 +251,12 @@ def rope_tables(context, head_size, theta, scaling=None, share=1.0):
     """
     # on the CPU even where the default device is meta; computed as by Hugging Face's transformers,
     # to round alike
-    turned = int(head_size * share)
-    channel = torch.arange(0, turned, 2, device="cpu").float()
-    frequency = 1.0 / theta ** (channel / turned)
+    rotated = int(head_size * share)
+    channel = torch.arange(0, rotated, 2, device="cpu").float()
+    frequency = 1.0 / theta ** (channel / rotated)
     if scaling:
         frequency = scale_frequency(frequency, scaling, theta)
-    frequency = F.pad(frequency, (0, (head_size - turned) // 2))  # (hs/2,)
+    frequency = F.pad(frequency, (0, (head_size - rotated) // 2))  # (hs/2,)
     angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, hs/2)
     angle = torch.cat((-angle, angle), dim=-1)  # see apply_rope
     size = torch.where(frequency > 0, (scaling or {}).get("attention_factor", 1.0), 1.0).repeat(2)
