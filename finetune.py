@@ -47,7 +47,7 @@ from data.rows import as_chat, first_words, load_data, report_bad
 from data.runs import newest_run, run_folder
 from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS, SOURCES
-from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of
+from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of, warn_unknown
 from prepare_data import default_name
 from sample import Engine, allowed_ids, classify, load
 
@@ -974,6 +974,8 @@ def main(argv=None):
     args = settle(args, out=str(out), examples=example_questions(examples["val"]))
     if runtime.rank == 0:
         print("\n".join(header(model, args, objective, splits, loader)))
+        rows = itertools.chain.from_iterable(map(batches.sequences, split.rows))
+        warn_unknown(tokenizer, itertools.chain.from_iterable(r.ids for r in rows), args.data)
 
     def report(result):
         report_best(model, args, objective, splits, examples)

@@ -39,7 +39,7 @@ from data.hf_tokenizer import hub_tokenizer
 from data.rope import known_scaling, scale_frequency
 from data.runs import OUT, newest_run
 from data.tensors import fit_error, load_pt
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, warn_unknown
 
 # --------------------------------------------------------------------------------------------
 # Configuration: every architectural choice, and named shapes
@@ -1120,7 +1120,10 @@ def show(what, path, prompt, layer, head):
     if "adapter" in content or "tokenizer" not in content:
         raise UserError(f"--show needs a whole model with its tokenizer, which {path} is not")
     model, tokenizer = model_from_checkpoint(content, where=path), Tokenizer(content["tokenizer"])
-    ids, c = tokenizer.encode(prompt), model.config
+    ids, c = tokenizer.encode(prompt or "a fox met a fox"), model.config
+    if prompt is None and tokenizer.fallback[ids].any():  # characters of another language
+        ids = 2 * list(range(tokenizer.n_vocab // 2, tokenizer.n_vocab - 2))[:4]
+    warn_unknown(tokenizer, ids, "the prompt")
     if not 0 < len(ids) <= c.context:
         raise UserError(f"--prompt has {len(ids)} tokens; the context of {path} is {c.context}")
     if layer >= c.n_layer or head >= c.n_head:
@@ -1149,7 +1152,7 @@ def build_parser():
     p.add_argument("--export", metavar="DIR", help="write --ckpt as transformers reads it")
     p.add_argument("--show", choices=("token", "position", "attention"),
                    help="print and draw embeddings, positions, or a head's weights")  # fmt: skip
-    p.add_argument("--prompt", default="a fox met a fox", help="with --show (default: %(default)s)")
+    p.add_argument("--prompt", help="with --show (default: a fox met a fox, if the model knows it)")
     p.add_argument("--layer", type=at_least(0), default=0, help="with --show attention (default 0)")
     p.add_argument("--head", type=at_least(0), default=0, help="with --show attention (default 0)")
     return p

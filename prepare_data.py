@@ -13,6 +13,7 @@ are modules in data/. No torch here.
 """
 
 import contextlib
+import difflib
 import glob
 import itertools
 import json
@@ -34,7 +35,7 @@ if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; s
 import numpy as np
 import tiktoken
 
-from data.cli import Parser, UserError, at_least, number, run_cli
+from data.cli import FOREIGN, Parser, UserError, at_least, number, run_cli
 from data.download import DATA, MB, fetch, is_hub_name, snapshot_download
 from data.files import file_sha256, locked, read_json, write_whole
 from data.hf_tokenizer import hub_tokenizer
@@ -68,8 +69,10 @@ def find_files(source):
         return [path / name for name in choose_texts(f"folder {source}", names, suffixes)]
     paths = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
     if not paths:
-        names = ", ".join(SOURCES)
-        raise UserError(f"source {source!r} is no file, folder, glob or URL and not one of {names}")
+        names, near = ", ".join(SOURCES), difflib.get_close_matches(source, SOURCES, 1, 0.8)
+        near = FOREIGN.get(f"dataset={source}", near[0] if near else "").removeprefix("data=")
+        what = f": did you mean {near}?" if near else f" and not one of {names}"
+        raise UserError(f"source {source!r} is no file, folder, glob or URL{what}")
     return paths
 
 
@@ -96,7 +99,10 @@ def make_tokenizer(name, documents, total_bytes):
     if kind in PATTERNS and colon:
         if not size.isdecimal() or not 257 <= int(size) <= 1_000_000:
             raise UserError(f"tokenizer {name!r}: N must be a size from 257 to 1,000,000")
-        return Tokenizer(learn_bpe(int(size), documents, total_bytes, PATTERNS[kind]))
+        tok = Tokenizer(learn_bpe(int(size), documents, total_bytes, PATTERNS[kind]))
+        if tok.n_vocab < int(size):
+            print(f"{name}: the text has pairs to merge for {tok.n_vocab} tokens only")
+        return tok
     if name in tiktoken.list_encoding_names():
         return Tokenizer({"kind": "tiktoken", "name": name})
     if (Path(name) / "meta.json").exists():
@@ -243,7 +249,8 @@ def prepare(
     source = " ".join(sources)
     shards = any(isinstance(file, tuple) for file in files)
     if shards and max_tokens is None:
-        raise UserError(f"{source} has no end: say how much of it by --max_tokens, as 1e8")
+        command = f"prepare_data.py {source} --max_tokens 1e8"
+        raise UserError(f"{source} has no end: say how much of it by --max_tokens, as {command}")
     streams = [s for f in files for s in ([f] if isinstance(f, tuple) else file_streams(f))]
     texts = [SOURCES[s].fetch() for s in sources if s in SOURCES and not SOURCES[s].rows]
     read = partial(Documents, encoding=encoding, field=field, separator=first.separator)
@@ -268,8 +275,9 @@ def prepare(
                 split_tail(folder, token_dtype(tok.n_vocab), val_fraction)
             meta = describe(folder, source, tok, stats, documents)
             with contextlib.suppress(UserError):  # there may be none, or a damaged one
-                if (old := read_meta(folder)["source"]) != meta["source"]:
-                    print(f"{folder} held {old!r} before; it is replaced")
+                was, now = map(origin, (read_meta(folder), meta))
+                if was != now:
+                    print(f"{folder}: replacing {was} by {now}")
             (folder / "meta.json").unlink(missing_ok=True)  # no moment with a meta of other files
             for split in ("train", "val"):
                 os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")
@@ -283,6 +291,11 @@ def prepare(
             if not any(folder.iterdir()):
                 folder.rmdir()
     return folder
+
+
+def origin(meta):
+    """What a prepared text was made of, e.g. shakespeare (char)."""
+    return f"{meta['source']} ({Tokenizer(meta['tokenizer']).name})"
 
 
 def describe(folder, source, tokenizer, stats, documents):
@@ -318,7 +331,7 @@ def summary(folder, meta, tokenizer, seconds):
     encodings = ", ".join(f"{n} {name}" for name, n in meta["encodings"].items())
     excerpt = tokenizer.decode(read_tokens(folder, "val")[:60])
     lines = [
-        f"{folder}: {meta['documents']:,} documents ({encodings}), {meta['characters']:,} "
+        f"{folder}: {meta['documents']:,} documents (files: {encodings}), {meta['characters']:,} "
         f"characters, {n_bytes:,} bytes",
         f"  {tokens:,} tokens of {tokenizer.name} ({train['tokens']:,} train, {val['tokens']:,} "
         f"val), {n_bytes / tokens:.2f} bytes per token",
@@ -398,6 +411,25 @@ def find_data(source, resuming=False):
 def data_hashes(meta):
     """The hashes that identify a prepared text: {split: sha256}."""
     return {split: values["sha256"] for split, values in meta["splits"].items()}
+
+
+def other_tokenizer(folder, wanted):
+    """What to tell a user whose checkpoint has the Tokenizer `wanted`, not that of a prepared
+    folder: how they differ, and the command that prepares the text again."""
+    meta, name = read_meta(folder), wanted.name
+    old = Tokenizer(meta["tokenizer"]).name
+    if wanted.spec["kind"] in ("char", "bpe"):  # learned from a text: perhaps still in a folder
+        for path in DATA.glob("*/meta.json"):
+            with contextlib.suppress(UserError):
+                if Tokenizer(read_meta(path.parent)["tokenizer"]).same_ids(wanted):
+                    name = str(path.parent)
+    remedy = "prepare the text by --tokenizer and a folder or model that has the former"
+    if name != old:
+        remedy = f"python prepare_data.py {meta['source']} --tokenizer {name} prepares it again"
+        if folder.name != default_name(meta["source"].split()[0]):
+            remedy = remedy.replace(" prepares", f" --name {folder.name} prepares")
+    also = " with other tokens" if wanted.name == old else ""
+    return f"the checkpoint's tokenizer is {wanted.name}, that of {folder} {old}{also}: {remedy}"
 
 
 # --------------------------------------------------------------------------------------------

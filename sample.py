@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ from data.progress import watched
 from data.reply import TextStream
 from data.runs import newest_run
 from data.terminal import Chat, talk
-from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of
+from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of, warn_unknown
 from data.tools import load_tools
 from model import (
     LOSS_ROWS,
@@ -633,6 +633,7 @@ def read_prompts(args, tokenizer, vocab_size):
         begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         texts = [prompt_text(p) for p in args.prompt or [None]]
         rows = [begin + tokenizer.encode(t) or [tokenizer.eos_id] for t in texts]
+        warn_unknown(tokenizer, chain.from_iterable(rows), "the prompt")
     else:
         try:
             rows = [[int(i) for i in args.prompt_ids.split(",")]]
@@ -675,13 +676,13 @@ def write_rows(model, tokenizer, prompts, args):
     print(texts[0] if alone else "", end="", flush=True)
     settings |= dict(allowed=allowed_ids(model, tokenizer), stop=stop)
     for _ in generate(model, prompts, args.max_new_tokens, **settings):
-        if not full and max(len(p) + len(new) for p, new in zip(prompts, ids)) > context:
-            full = True
-            note = f"the context of {context} tokens is full: going on with its newest half"
-            print(f"[{note}]", file=sys.stderr)
+        full = full or max(len(p) + len(new) for p, new in zip(prompts, ids)) > context
     for r, stream in enumerate(streams):
         show(r, stream.finish())
-        print("" if alone else f"--- {r + 1} ---\n{texts[r]}")
+        print("" if alone else f"--- {r + 1} ---\n{texts[r]}", flush=True)
+    if full:  # last: on a terminal it would stand amid the text
+        note = f"the context of {context} tokens was full: the text went on from its newest half"
+        print(f"[{note}]", file=sys.stderr)
     return ids
 
 

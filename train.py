@@ -42,12 +42,11 @@ from torch import nn
 import model as lm
 from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 from data.costs import check_memory, memory_needed
-from data.files import write_json
 from data.machine import DTYPES, dtype_name, full_tensor, is_sharded, make_runtime, shard_like
 from data.progress import waiting, watched
 from data.runs import Log, clock, eval_line, newest_run, run_folder, step_line
 from data.tokenizer import Tokenizer
-from prepare_data import data_hashes, find_data, read_meta, read_tokens
+from prepare_data import data_hashes, find_data, other_tokenizer, read_meta, read_tokens
 
 # --------------------------------------------------------------------------------------------
 # The recipe: the defaults of training
@@ -61,7 +60,7 @@ from prepare_data import data_hashes, find_data, read_meta, read_tokens
 RECIPE = dict(
     batch_size=8, grad_accum=1, optimizer="adamw", schedule="linear", warmup_steps=60,
     lr=3e-3, embed_lr=3e-2, head_lr=1e-2, min_lr=0.0, weight_decay=0.1, beta1=0.9, beta2=0.99,
-    grad_clip=1.0, eval_every=250, eval_tokens=32768, save_every=0, save_minutes=0.0,
+    grad_clip=1.0, eval_every=250, eval_tokens=None, save_every=0, save_minutes=0.0,
     log_every=20, patience=0, seed=0,
 )  # fmt: skip
 # None: the same as lr
@@ -417,20 +416,22 @@ class Run:
         """The parameter groups of all optimizers."""
         return [group for o in self.optimizers for group in o.param_groups]
 
-    def record_score(self, score):
-        """Record the score of an evaluation; returns whether it is the best (smallest) one."""
-        state, better = self.state, score < self.state["best"]
+    def evaluate(self, log, train_loss):
+        """Evaluate and log it. Returns the row, and whether its score is the best (smallest)."""
+        row = {"step": self.state["step"], **self.task.evaluate(self.model, "step")}
+        state, score = self.state, self.task.score(row)
+        better = score < state["best"]
         state["bad"] = 0 if better else state["bad"] + 1
         if better:
             state["best"], state["best_step"] = score, state["step"]
-        return better
+        log.evaluation(row, train_loss, better)
+        return row, better
 
     def save_due(self):
         """Whether it is time for a checkpoint between evaluations."""
         every, minutes = self.args.save_every, self.args.save_minutes
-        if every and self.state["step"] % every == 0:
-            return True
-        return bool(minutes and self.state["seconds"] - self.saved_at >= 60 * minutes)
+        by_steps = every and self.state["step"] % every == 0
+        return by_steps or (minutes and self.state["seconds"] - self.saved_at >= 60 * minutes)
 
     def save(self, best=False):
         """Write last.pt, and best.pt if this is the best evaluation. best.pt comes first: after a
@@ -481,8 +482,7 @@ class Run:
         del content["model"], content["optimizers"]  # free the CPU's copies if a GPU has its own
         self.state.update(content["state"])
         self.saved_at = self.state["seconds"]
-        limits = "max_steps", "max_minutes"
-        if any(content["args"].get(name) != getattr(self.args, name) for name in limits):
+        if any(content["args"].get(k) != vars(self.args)[k] for k in ("max_steps", "max_minutes")):
             self.state["bad"] = 0  # with another limit, --patience counts anew
 
 
@@ -555,9 +555,8 @@ def fit(model, task, args, runtime, out, resume=None):
         # a run that was killed before its final evaluation goes on to that, past the loop
         if runtime.of_first(any(r.get("final") and r["step"] == state["step"] for r in log.rows)):
             return None
-    if runtime.rank == 0:
-        size = sum(p.numel() for p in model.parameters())
-        write_json(out / "settings.json", vars(args) | asdict(model.config) | {"parameters": size})
+    size = sum(p.numel() for p in model.parameters())
+    log.settings(vars(args) | asdict(model.config) | {"parameters": size})
     model.train()
     # mostly the model and the runtime themselves; see the next chapter for what differs
     step_model, step_runtime, after_step = make_runner(model, task, args, runtime, state["step"])
@@ -567,6 +566,9 @@ def fit(model, task, args, runtime, out, resume=None):
     with StopSignal() as stop, log:
         if not state["step"]:
             log.evaluation({"step": 0, **task.evaluate(model, "start")})
+        elif over:  # perhaps stopped before the evaluation of its last step
+            evaluation, better = run.evaluate(log, None)
+            run.save(better)
         while not end_reason(args, state):
             start = time.perf_counter()
             if state["step"] <= args.warmup_steps:
@@ -596,13 +598,13 @@ def fit(model, task, args, runtime, out, resume=None):
                 metrics = task.metrics() | expert_metrics(step_model, runtime)
                 log.write(**row, **metrics)
                 log.line(step_line(row, metrics, args, done), rewrite=True)
+            elif int(state["seconds"]) > int(state["seconds"] - seconds):  # each second
+                log.live(step_line(meter.row(state, lr, runtime), {}, args, done))
 
             stopping, better = runtime.total(stop.number)[0], False
             evaluate_now = done >= 1 or state["step"] % args.eval_every == 0
             if evaluate_now and not stopping:
-                evaluation = {"step": state["step"], **task.evaluate(model, "step")}
-                better = run.record_score(task.score(evaluation))
-                log.evaluation(evaluation, train_loss(state["step"], runtime), better)
+                evaluation, better = run.evaluate(log, train_loss(state["step"], runtime))
             if stopping or evaluate_now or run.save_due():
                 meter.read(state["step"])  # never save weights that are not finite
                 run.save(better)
@@ -612,12 +614,10 @@ def fit(model, task, args, runtime, out, resume=None):
                 raise SystemExit(128 + (stop.number or signal.SIGINT))
     if not over and done < 1:  # stopped early
         log.line(end_reason(args, state))
-    # evaluate again, unless the last evaluation was of this step and the whole split
-    if evaluation.get("step") != state["step"] or evaluation.get("val_share", 1) < 1:
+    if evaluation.get("val_share", 1) < 1 and args.eval_tokens is None:  # now the whole split
         evaluation = {"step": state["step"], **task.evaluate(model, "end")}
         log.line(eval_line(evaluation, train_loss(state["step"], runtime)))
-    evaluation["final"] = True
-    log.write(**evaluation)
+    log.write(**evaluation, final=True)
     return {**evaluation, **state}
 
 
@@ -816,6 +816,11 @@ def launch(fit, report, runtime, out):
             advice = f"--resume {out} goes on from its last checkpoint"
             raise UserError(f"another process of this run has ended: {advice}") from e
         raise
+    except KeyboardInterrupt as e:  # after the last step, or a second one
+        if (Path(out) / "last.pt").exists():
+            words = f"interrupted; {out}/last.pt is saved: --resume {out} goes on from it"
+            raise KeyboardInterrupt(words) from e
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -873,6 +878,7 @@ def add_optimization(p):
     return add
 
 
+EVAL_TOKENS = 32768  # of all evaluations but the last one, which reads all, if no flag says more
 # The fields of a shape that are flags; those in structured form only come with models of the Hub
 SHAPE = [f.name for f in fields(lm.Config) if f.name not in ("rope_scaling", "window_layers")]
 
@@ -897,7 +903,11 @@ def build_parser():
     add("--total_batch_tokens", type=at_least(1),
         help="tokens a step of all processes, in place of --grad_accum")
     add("--eval_tokens", type=at_least(0),
-        help="validation tokens an evaluation reads; 0 is all (the last one always reads all)")
+        help=f"validation tokens an evaluation reads; 0 is all (default {EVAL_TOKENS}, and all in "
+        "the last one)")
+    add("--eval_only", action="store_true", default=None,
+        help="print the loss over the validation text, or --eval_tokens of it, of --ckpt or of the "
+        "run that --resume names")
     shape = p.add_argument_group("model shape, in place of the preset's (model.Config)")
     comments = dict(re.findall(r"^    (\w+): .*  # (.+)", inspect.getsource(lm.Config), re.M))
     for name in SHAPE:
@@ -923,6 +933,8 @@ def resolve(args):
     given = {k: v for k, v in vars(args).items() if v is not None}
     shape = {*SHAPE, "preset", "ckpt"}
     content = None
+    if args.eval_only and args.ckpt is None and args.resume is None:
+        args.resume = ""  # the newest run
     if {"grad_accum", "total_batch_tokens"} <= set(given):
         raise UserError("--grad_accum follows from --total_batch_tokens: give one of them")
     if args.resume is not None:
@@ -935,6 +947,9 @@ def resolve(args):
         settings |= RECIPE_CHANGES.get(optimizer, {}) | RECIPE_CHANGES.get(preset, {})
         if "ckpt" in given:  # rates follow from the model's size, see `settle`
             settings |= dict.fromkeys(("lr", "embed_lr", "head_lr", *optimizer_rates()))
+        # a short run reaches its learning rate, too
+        longest = max(1, given["max_steps"] // 5) if "max_steps" in given else math.inf
+        settings["warmup_steps"] = min(settings["warmup_steps"], longest)
         settings |= given
         if not {"max_steps", "max_minutes"} & set(given):
             settings |= dict(max_steps=DEFAULT_STEPS, max_minutes=DEFAULT_MINUTES)
@@ -987,13 +1002,12 @@ def build_model(args, content, folder, meta, tokenizer):
     else:
         if "adapter" in content:
             raise UserError(f"{args.ckpt} is an adapter: merge it first (python lora.py merge)")
-        if resuming and content.get("data") != data_hashes(meta):
-            raise UserError(f"{folder} is not the text of this run: for a new run, give --ckpt")
         theirs = Tokenizer(content["tokenizer"])
-        if not theirs.same_ids(tokenizer):
-            both = f"the checkpoint's tokenizer is {theirs.name}, that of {folder} {tokenizer.name}"
-            remedy = "prepare the text by --tokenizer and a folder or model that has the former"
-            raise UserError(f"{both} (or has other tokens): {remedy}")
+        same = theirs.same_ids(tokenizer)
+        if resuming and content.get("data") != data_hashes(meta) and same:
+            raise UserError(f"{folder} is not the text of this run: for a new run, give --ckpt")
+        if not same:
+            raise UserError(other_tokenizer(folder, theirs))
         # with --shard it stays mapped from its file, so that no process ever holds all of it
         dtype = None if args.shard else torch.float32
         where = args.out if resuming else args.ckpt
@@ -1062,7 +1076,9 @@ def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
     ]
     if per_step:
         lines[-1] += f"; {per_step:,.0f} tokens a step"
-    if args.max_steps and per_step:  # half of the scores are masked and need not be computed
+    # narrow models spend most of the time outside of matrix products, so this would say nothing
+    if args.max_steps and per_step and c.d_model >= 512:
+        # half of the scores are masked and need not be computed
         flops = lm.flops_per_token(c, length / 2, learned, trained != n)
         least = clock(flops * per_step * args.max_steps / (runtime.peak * runtime.world))
         lines[-1] += f"; {args.max_steps:,} steps take {least} at least, by the matmul peak"
@@ -1084,12 +1100,14 @@ def closing_text(model, tokenizer, meta, result, out, val):
     bits, bpb, xz = "", result.get("val_bpb"), meta.get("xz_after_training_text")
     if bpb and xz:
         bits = f"held-out text: {bpb:.3f} bits per byte; xz -9e after the training text {xz:.3f}\n"
-    experts = ", experts.svg" if model.config.experts else ""
+    best = f"; best val loss {result['best']:.4f} at step {result['best_step']}"
+    names = ("last.pt", "best.pt", "metrics.jsonl", "loss.svg", "experts.svg")
+    files = ", ".join(name for name in names if (out / name).exists())
     return (
-        f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
-        f"best val loss {result['best']:.4f} at step {result['best_step']}\n{bits}\n"
+        f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training"
+        f"{best if math.isfinite(result['best']) else ''}\n{bits}\n"
         f"--- a sample ({len(prompt_ids)} tokens of prompt) ---\n{text}\n---\n"
-        f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg{experts}\n"
+        f"{out}/: {files}\n"
         f"generate text with it: python sample.py --ckpt {out}"
     )
 
@@ -1102,9 +1120,18 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = build_model(args, content, folder, meta, tokenizer)
     previous, context = (content or {}).get("device"), check_context(args.context, model)
-    loader, per_batch = TokenLoader(train, context, args.seed), args.batch_size * context
+    per_batch = args.batch_size * context
     runtime = make_runtime(args.device, args.dtype, previous, model.config, per_batch)
     place(model, args, runtime)
+
+    def measure(model, when):
+        limit = EVAL_TOKENS if args.eval_tokens is None and when != "end" else args.eval_tokens
+        return evaluate(model, val, tokenizer.byte_lengths, runtime, limit, context)
+
+    if args.eval_only:
+        whole = partial(measure, model, "end")
+        return launch(whole, lambda row: print(f"{folder}: {eval_line(row)}"), runtime, folder)
+    loader = TokenLoader(train, context, args.seed)
     check_memory(model, per_batch, runtime)
     args = settle(args, model, runtime, loader.context, folder)
     out = Path(args.out)
@@ -1112,10 +1139,7 @@ def main(argv=None):
         batches=lambda step: micro_batches(
             loader, step, args.batch_size, args.grad_accum, runtime.rank, runtime.world
         ),
-        evaluate=lambda m, when: evaluate(
-            m, val, tokenizer.byte_lengths, runtime, None if when == "end" else args.eval_tokens,
-            args.context,
-        ),
+        evaluate=measure,
         extra={"tokenizer": tokenizer.spec, "data": data_hashes(meta)},
         loss=lambda m, ids, targets: m(ids, targets, places=slice(None)),  # none is -100
     )  # fmt: skip

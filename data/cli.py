@@ -42,10 +42,15 @@ def run_cli(main):
             raise
         advice = "use smaller batches (a larger --grad_accum), --grad_checkpoint or a smaller model"
         print(f"{script}: out of memory: {advice}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(f"\n{script}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"\n{script}: {e.args[0] if e.args else 'interrupted'}", file=sys.stderr)
         code = 130
     raise SystemExit(code)
+
+
+def first_process():
+    """Whether this process is the first of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def is_out_of_memory(error):
@@ -281,7 +286,7 @@ class Parser(argparse.ArgumentParser):
             flags = [word.partition("=")[0] for word in words if word.startswith("--")]
             message = "; ".join(map(self.hint, flags or words[:1]))
         message = re.sub(r"^argument (\S+): (\S+ must be)", r"\1 \2", message)
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n" if first_process() else None)
 
     def hint(self, flag):
         """What to write for an unknown flag, or for a word that is none."""
@@ -347,6 +352,9 @@ class StopSignal:
 
     def handle(self, number, frame):
         """Remember the signal, and give the next one its usual effect."""
+        if number == signal.SIGINT and first_process():
+            with contextlib.suppress(RuntimeError):  # this thread may just be printing
+                print("\nfinishing the step, then saving; Ctrl-C again stops now", file=sys.stderr)
         self.number = number
         self.__exit__()
 

@@ -20,7 +20,8 @@ def chinchilla_loss(parameters, tokens):
 def count_parameters(model):
     """{part: parameters}, their "total" (a tied head is counted once, as the embedding), and with
     experts "active", those that a token uses."""
-    words = {"embed": "embedding", "inputs": "embedding", "position": "positions"}
+    words = {"embed": "embedding", "inputs": "embedding", "bigram": "token pairs"}
+    words |= {"position": "positions"}
     words |= {"attention": "attention", "feed_forward": "feed-forward", "norm": "norms"}
     counts = dict.fromkeys([*words.values(), "head"], 0)
     for name, p in model.named_parameters():

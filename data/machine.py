@@ -31,7 +31,7 @@ def choose_device(name=None):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        reason = str(e).split("\n")[0]
+        reason = str(e).split("\n")[0].partition(". ")[0]
         raise UserError(f"--device {name} cannot be used here: {reason}") from e
     return device
 

@@ -19,11 +19,15 @@ def shown(name, count, total=None):
     over, start, drawn = threading.Event(), time.monotonic(), []
 
     def show():
+        last, since = 0, start  # the count, and when it changed
         while not over.wait(0.5):
-            done = count()
+            done, now = count(), time.monotonic()
+            if done != last:
+                last, since = done, now
             line = f"{name} {done:,}" + (f" of {total:,}" if total else "")
             if total and done:
-                line += f", {(time.monotonic() - start) * (total / done - 1):.0f} s left"
+                left = (since - start) * (total / done - 1) - (now - since)
+                line += f", {max(0, left):.0f} s left"
             if RUNNING[-1] is over:
                 drawn.append(line[: shutil.get_terminal_size().columns - 1])
                 print(f"\r\033[K{drawn[-1]}", end="", flush=True, file=sys.stderr)
@@ -42,11 +46,13 @@ def shown(name, count, total=None):
 
 
 def watched(items, name):
-    """Yield the items while `shown` counts them, with how many there are if that is known."""
+    """Yield the items while `shown` counts those that are done, and how many there are if that is
+    known."""
     done, total = 0, len(items) if hasattr(items, "__len__") else None
     with shown(name, lambda: done, total):
-        for done, item in enumerate(items, start=1):  # noqa: B007 (the line reads it)
+        for item in items:
             yield item
+            done += 1
 
 
 def waiting(name):

@@ -5,11 +5,12 @@ import io
 from pathlib import Path
 
 from data.cli import UserError
-from data.sources import ROW_SETS
+from data.sources import ROW_SETS, SOURCES
 from data.text import json_rows, read_text
 
 ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 KNOWN = f"{', '.join(ROW_SUFFIXES)} file, .gz too"
+PLAIN = "{0} is plain text, not rows: python train.py --ckpt RUN --data {0} learns it"
 READERS = {".parquet": "read_parquet", ".feather": "read_feather", ".xlsx": "read_excel"}  # pandas
 
 
@@ -23,6 +24,8 @@ def read_rows(path, encoding=None):
     of strings. `encoding`: see `read_text`. UserError if the file cannot be read."""
     path = Path(path)
     if not path.is_file():
+        if str(path) in SOURCES or (path / "meta.json").exists():
+            raise UserError(PLAIN.format(path))
         state = "is a folder" if path.is_dir() else "does not exist"
         sets = ", ".join(ROW_SETS)
         raise UserError(f"{path} {state}: name a {KNOWN}, OWNER/NAME of the Hub, or {sets}")
@@ -37,6 +40,8 @@ def read_rows(path, encoding=None):
     text = read_text(path, encoding)
     if "\0" in text:
         raise UserError(f"{path} is a binary file, not rows: name a {KNOWN}")
+    if suffix not in ROW_SUFFIXES and not text.lstrip().startswith(("{", "[")):
+        raise UserError(PLAIN.format(path))
     if suffix in (".csv", ".tsv"):
         return csv_rows(text, path, suffix)
     return json_rows([text], str(path))

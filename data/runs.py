@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from data.cli import UserError
-from data.files import try_lock, write_whole
+from data.files import try_lock, write_json, write_whole
 from data.plot import line_svg, share_svg
 
 OUT = Path("out")
@@ -120,6 +120,11 @@ class Log:
         if not self.quiet:
             self.lock.close()
 
+    def settings(self, values):
+        """Write settings.json."""
+        if not self.quiet:
+            write_json(self.out / "settings.json", values)
+
     def write(self, **row):
         """Write one row of metrics, flushed at once."""
         self.rows.append(row)
@@ -133,6 +138,11 @@ class Log:
             start = "\r\033[K" if self.open_line else ""
             self.open_line = rewrite and sys.stdout.isatty()
             print(start + text, end="" if self.open_line else "\n", flush=True)
+
+    def live(self, text):
+        """A line that the next one replaces, on a terminal alone."""
+        if sys.stdout.isatty():
+            self.line(text, rewrite=True)
 
     def evaluation(self, row, train_loss=None, better=False):
         """Write and print a row about an evaluation."""
@@ -179,7 +189,7 @@ EVAL_FORMATS = {
 
 def eval_line(row, train_loss=None):
     """One line about an evaluation, {name: number or None}, and the training loss beside it."""
-    row = {"step": row["step"], "train_loss": train_loss} | row
+    row = {"step": row.get("step"), "train_loss": train_loss} | row
     other = {n: n.removeprefix("val_").replace("_", " ") + " {:.4g}" for n in row}
     formats = other | EVAL_FORMATS
     return "  ".join(formats[n].format(v) for n, v in row.items() if v is not None)

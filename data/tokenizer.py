@@ -5,6 +5,7 @@ import codecs
 import heapq
 import itertools
 import re
+import sys
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
@@ -211,6 +212,14 @@ class Tokenizer:
 
 
 REWARD_TOKEN = "<|reward|>"  # its logit after an answer is the answer's reward
+
+
+def warn_unknown(tokenizer, ids, what):
+    """Say on stderr how many of the `ids` of `what` are characters that a char tokenizer lacks."""
+    ids = list(ids) if tokenizer.spec["kind"] == "char" else []
+    if n := int(tokenizer.fallback[ids].sum()):
+        share = f"{n:,} of {len(ids):,} tokens ({n / len(ids):.0%})"
+        print(f"[{what}: {share} are characters that the model does not know]", file=sys.stderr)
 
 
 def label_token(label):

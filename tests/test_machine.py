@@ -35,7 +35,7 @@ def test_each_process_takes_its_own_gpu_and_says_if_there_is_none(monkeypatch):
     def zeros(size, device):
         asked.append(str(device))
         if device.index and device.index > 1:
-            raise RuntimeError("CUDA error: invalid device ordinal\nmore")
+            raise RuntimeError("CUDA error: invalid device ordinal. More")
 
     gpu(monkeypatch)
     monkeypatch.setattr(torch, "zeros", zeros)
@@ -44,7 +44,7 @@ def test_each_process_takes_its_own_gpu_and_says_if_there_is_none(monkeypatch):
         assert choose_device(wanted) == torch.device("cuda", int(rank))
     assert choose_device("cuda:0").index == 0
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="--device cuda:2 cannot be used here: CUDA error: invalid"):
+    with pytest.raises(UserError, match=r"--device cuda:2 cannot be used .* ordinal$"):
         choose_device()
     assert asked == ["cuda:0", "cuda:1", "cuda:1", "cuda:0", "cuda:2"]  # no context on another
 

@@ -51,8 +51,8 @@ def test_known_shapes_have_their_known_parameters(name, total, capsys):
     lm.main(["--preset", name, "--tokens", "1000", "--world", "8", "--shard"])
     out = capsys.readouterr().out
     assert f"\n{name}: {total:,} parameters\n" in out and "does not apply: it gives" in out
-    for tokens, outside in ((10**9, True), (10**10, name == "tiny")):
-        lm.main(["--preset", name, "--tokens", str(tokens)])
+    for tokens, outside in (("1e9", True), ("1e10", name == "tiny")):
+        lm.main(["--preset", name, "--tokens", tokens])
         out = capsys.readouterr().out
         assert "nats a token" in out and ("outside its range" in out) == outside
 
@@ -60,8 +60,8 @@ def test_known_shapes_have_their_known_parameters(name, total, capsys):
 def test_parameters_and_flops_by_hand():
     # a block: q 64, k and v 32 each, out 64, three 8 x 12; the head 80; scores 12 L nh hs context
     shape = dict(vocab_size=10, n_layer=2, n_head=2, n_kv_head=1, d_model=8, d_ff=12, context=16)
-    parts = list(lm.count_parameters(lm.meta_model(Config(**shape))).values())
-    assert parts == [80, 0, 2 * 192, 2 * 288, 5 * 8, 80, 80 + 384 + 576 + 40 + 80]
+    parts = list(lm.count_parameters(lm.meta_model(Config(**shape, bigram=3))).values())
+    assert parts == [80, 24, 0, 2 * 192, 2 * 288, 5 * 8, 80, 104 + 384 + 576 + 40 + 80]
     assert lm.flops_per_token(Config(**shape)) == 6 * (2 * (192 + 288) + 80) + 12 * 2 * 8 * 16
     matrices = 4 * (2 * (192 + 288) + 80 / 2)  # frozen, and a head for every second token
     assert lm.flops_per_token(Config(**shape), 5, 0.5, True) == matrices + 12 * 2 * 8 * 5
@@ -118,6 +118,10 @@ def test_show_prints_and_draws_the_numbers_of_a_model(position, tmp_path, monkey
     for flags in (["--layer", "2"], ["--prompt", "x" * 17], ["--preset", "tiny"]):
         with pytest.raises(UserError, match=f"--(show|{flags[0][2:]})"):
             lm.main(["--show", "attention", "--prompt", "a", *flags])
+    spec = {"kind": "char", "chars": "天气很好我们去"}  # the default prompt has none of them
+    lm.save_checkpoint("out/r/best.pt", content_of(model, tokenizer=spec))
+    lm.main(["--show", "token"])
+    assert [line[5] for line in capsys.readouterr().out.splitlines()[1:-2]] == list("我们去" * 2)
 
 
 def candidate(ids, t):

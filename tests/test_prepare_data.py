@@ -70,6 +70,7 @@ def test_a_source_without_text_is_named():
     Path("empty").mkdir()
     Path("a.txt").write_text("a")
     message = {"nosuch": "not one of stdlib", "empty": "holds no", "a.txt": "1 tokens .* too few"}
+    message |= {"shakespear": "did you mean shakespeare?", "openwebtext": "mean fineweb-edu?"}
     for source, reason in message.items():
         with pytest.raises(UserError, match=f"{source}.*{reason}"):
             prepare(source, "byte")
@@ -154,7 +155,9 @@ def test_ids_above_65535_do_not_wrap():
     assert np.dtype(read_meta(folder)["dtype"]).itemsize == 4
 
 
-def test_an_impossible_tokenizer_is_named():
+def test_an_impossible_tokenizer_is_named(capsys):
+    prepare_data.make_tokenizer("bpe:400", [("", ["aa aa"])], 1)
+    assert capsys.readouterr().out == "bpe:400: the text has pairs to merge for 258 tokens only\n"
     for name in ("nosuch", "bpe:", "bpe:many", "bpe:256", "bpe:9999999", "bpe:²"):
         with pytest.raises(UserError, match=re.escape(name)):
             prepare_data.make_tokenizer(name, [("", ["some text"])], 1)

@@ -37,7 +37,7 @@ TOY = {
 def commands(readme):
     text = (ROOT / readme).read_text(encoding="utf-8")
     parts = re.findall(r"```bash\n.*?```|^\| [^\n]*", text, re.S | re.M)  # blocks, rows of tables
-    found = (re.findall(r"`(python \w[^`]*)`|^([^`|].*)", p, re.M) for p in parts)
+    found = (re.findall(r"`((?:python \w|torchrun --)[^`]*)`|^([^`|].*)", p, re.M) for p in parts)
     return [a or b for pairs in found for a, b in pairs]
 
 

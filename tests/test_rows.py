@@ -216,6 +216,8 @@ def test_bad_rows_of_a_table_are_named(tmp_path):
     ("x.json.gz", b"[]", "x.json.gz: damaged"),
     ("x.csv", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "x.csv: byte 0x89 at offset 0 is not text"),
     ("folder", None, "folder is a folder: name a .json"),
+    ("shakespeare", None, "shakespeare is plain text, not rows: python train.py --ckpt RUN --data"),
+    ("novel.txt", b"Once upon", "novel.txt is plain text, not rows: python train.py --ckpt RUN --"),
     ("nothing.json", None, "nothing.json does not exist: name a .json"),
 ])
 def test_a_file_that_holds_no_rows_says_what_it_is(elsewhere, name, content, says):

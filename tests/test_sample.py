@@ -347,7 +347,7 @@ def test_prompt_then_text_then_ids(say, run):
     settings = dict(temperature=0.8, top_p=0.95, allowed=torch.arange(320) < 257)
     (ids,) = rows_of(generate(run[1], [[97, 98, 99]], 40, seed=3, **settings))
     assert out == f"abc{BYTE.decode(ids)}\n{','.join(map(str, ids))}\n" and len(ids) == 40
-    assert say.err.count("\n") == 1 and "context of 32 tokens is full" in say.err  # once
+    assert say.err.count("\n") == 1 and "context of 32 tokens was full" in say.err  # once
 
 
 def test_prompt_from_a_file_or_a_pipe_equals_the_prompt(say, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import tiktoken
 from conftest import ALL_TEXT, ROOT, TEXTS, TIKTOKEN, needs_vocabularies, real, set_block, tokens_of
 
 from data.text import safe_pieces
-from data.tokenizer import Tokenizer, learn_bpe, train_bpe
+from data.tokenizer import Tokenizer, learn_bpe, train_bpe, warn_unknown
 from prepare_data import make_tokenizer, prepare
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -51,8 +51,12 @@ def test_round_trip(tokenizer, language):
     assert (again.encode(text), again.n_vocab) == (ids, tokenizer.n_vocab)
 
 
-def test_an_unknown_character_is_a_replacement_character():
+def test_an_unknown_character_is_a_replacement_character_and_counted(capsys):
     t = make_tokenizer("char", [("", ["a^]\\-bc\n"])], 1)
+    warn_unknown(t, t.encode("abc天"), "it")
+    warn_unknown(t, t.encode("abc"), "it")
+    line = "[it: 1 of 4 tokens (25%) are characters that the model does not know]\n"
+    assert capsys.readouterr().err == line
     assert t.decode(t.encode("a-b^学]\\ \nd")) == "a-b^�]\\�\n�"
     assert t.n_vocab == 8 + 2
     assert t.fallback[t.encode("a学")].tolist() == [False, True]

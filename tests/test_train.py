@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import prepare_data
 import train
 from data.cli import UserError, run_cli
 from data.machine import Runtime
-from data.runs import lock_folder, new_run
+from data.runs import eval_line, lock_folder, new_run
 
 CPU = Runtime(torch.device("cpu"), peak=1e11)
 SHAPE = ["--n_layer", "2", "--n_head", "2", "--d_model", "32", "--context", "16"]
@@ -274,14 +275,22 @@ def test_a_limited_evaluation_is_spread_over_the_whole_split(limit):
     assert seen[0] == 0 and gaps.max() - gaps.min() <= 8 and gaps.max() <= 800 / n + 8
 
 
-def test_the_whole_split_is_read_and_told_of_once_at_the_end(corpus):
+def test_the_whole_split_is_read_and_told_of_once_at_the_end(corpus, monkeypatch):
     flags = [*SMALL, "--max_steps", 2, "--eval_every", 2]
-    whole, part = run(*flags).stdout, run(*flags, "--eval_tokens", 64).stdout
+    whole, given = run(*flags).stdout, run(*flags, "--eval_tokens", 64, "--out", "out/given").stdout
+    assert given.count("step 2  train loss") == 1 and "(100% of val)" not in given
+    assert metrics("out/given")[-1]["final"] and metrics("out/given")[-1]["val_share"] < 0.1
+    monkeypatch.setattr(train, "EVAL_TOKENS", 64)
+    part = run(*flags).stdout
     assert whole.count("step 2  train loss") == 1 and "(100% of val)" in whole
     assert part.count("step 2  train loss") == 2 and part.count("(100% of val)") == 1
     rows = [r for r in metrics("out/words-2") if r.get("final")]
     assert len(rows) == 1 and rows[0]["val_share"] == 1
     assert rows[0]["val_loss"] == pytest.approx(metrics("out/words")[-1]["val_loss"])
+    said = run("--eval_only", "--ckpt", "out/words-2", "--data", "words").stdout
+    assert eval_line(rows[0] | {"step": None, "final": None}) in said and "(100% of val)" in said
+    assert len(list(Path("out").iterdir())) == 3 and "(4% of val)" in run(
+        "--eval_only", "--resume", "out/words", "--eval_tokens", 64).stdout
 
 
 def test_flops_are_those_of_the_rows_that_are_read(corpus):
@@ -324,7 +333,19 @@ def test_a_stop_signal_saves_the_step_and_sets_the_exit_code(corpus, number, cod
     monkeypatch.setattr(train, "training_step", lambda *a: stopped(*a) or step(*a))
     done = run(*SMALL, "--max_steps", 99, "--out", "out/stop", check=False)
     assert done.returncode == code and "stopped at step 3, saved: continue with" in done.stdout
-    assert last("out/stop")["step"] == 3 and not done.stderr
+    assert last("out/stop")["step"] == 3 and last("out/stop")["args"]["warmup_steps"] == 19
+    assert ("Ctrl-C again stops now" in done.stderr) == (number == signal.SIGINT)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:  # a shorter limit: only its evaluation is missing
+        m.setattr(train, "evaluate", interrupted)
+        done = run("--resume", "out/stop", "--max_steps", 3, check=False)
+    assert done.returncode == 130 and "out/stop/last.pt is saved" in done.stderr
+    said = run("--resume", "out/stop", "--max_steps", 3).stdout
+    assert re.search(r"best val loss \d.* at step 3\n", said) and "last.pt, best.pt" in said
+    assert last("out/stop")["best"] == metrics("out/stop")[-1]["val_loss"]
 
 
 def test_resuming_cuts_metrics_and_inherits_what_is_not_given(corpus):
@@ -377,7 +398,7 @@ def test_a_resumed_run_takes_new_rates_and_refuses_a_new_text(corpus):
     groups = [g for o in last("out/r")["optimizers"] for g in o["param_groups"]]
     assert {g["peak"] for g in groups} == {1e-4, 2e-4, train.RECIPE["head_lr"]}
     assert {g["weight_decay"] for g in groups} == {0.0, 0.5}
-    assert metrics("out/r")[-3]["lr"] == pytest.approx(1e-4 * 6 / 60)  # in the warmup
+    assert metrics("out/r")[-3]["lr"] == pytest.approx(1e-4)  # the warmup of the 4 steps is over
 
     before = Path("out/r/last.pt").read_bytes()
     assert "finished" in run("--resume", "out/r").stdout
@@ -386,6 +407,9 @@ def test_a_resumed_run_takes_new_rates_and_refuses_a_new_text(corpus):
     prepare_data.main(["words.txt", "--tokenizer", "byte"])
     for flags, named in ((["--max_steps", "9"], "not the text"), (["--out", "out/q"], "--out")):
         assert named in refused("--resume", "out/r", *flags)
+    assert "replacing words.txt (byte) by words.txt (char)" in run(
+        "words.txt", "--tokenizer", "char", main=prepare_data.main).stdout
+    assert "python prepare_data.py words.txt --tokenizer byte" in refused("--resume", "out/r")
     assert Path("out/r/last.pt").read_bytes() == before
 
 
@@ -553,7 +577,7 @@ def test_training_goes_on_from_a_checkpoints_weights(corpus):
     assert muon["muon_lr"] == pytest.approx(10 * args["lr"]) and muon["embed_lr"] == 1e-5
     prepare_data.main(["words.txt", "--tokenizer", "char", "--name", "other"])
     err = refused("--data", "other", "--ckpt", "out/base")
-    assert "byte" in err and "char" in err
+    assert "prepare_data.py words.txt --tokenizer byte --name other" in err and "char" in err
 
 
 def test_a_second_process_or_script_is_refused(corpus):
