@@ -74,6 +74,10 @@ class Config:
     n_kv_head: int | None = None  # of keys and values; fewer: grouped-query attention; None: n_head
     head_size: int | None = None  # channels of a head; None: d_model / n_head
     d_ff: int | None = None  # None: 4 * d_model; for swiglu 8/3 * d_model, which is as many weights
+    experts: int = 0  # feed-forwards in a block, from which a router chooses for each token; 0: one
+    experts_per_token: int | None = None  # how many a token uses; None: 2. Divides a d_ff of None
+    norm_topk_prob: bool | None = None  # weights of its experts add up to 1; None: if several
+    router_aux_loss_coef: float = 0.01  # of the loss that makes experts be used equally often
     position: str = "rope"  # how a model knows the order of its tokens
     norm: str = "rmsnorm"  # of the inputs (see norm_place) of attention, feed-forward and head
     norm_place: str = "pre"  # of a block's norms: before attention and feed-forward, after, or both
@@ -112,9 +116,14 @@ class Config:
             self.n_kv_head = self.n_head
         if self.head_size is None:
             self.head_size = self.d_model // self.n_head
+        if self.experts_per_token is None:
+            self.experts_per_token = 2 if self.experts else 1
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = self.experts_per_token > 1
         if self.d_ff is None:
             gated = self.activation in GATED
-            self.d_ff = (4 * self.d_model * 2 // 3 + 7) // 8 * 8 if gated else 4 * self.d_model
+            size = 4 * self.d_model * (2 if gated else 3) // 3 // max(1, self.experts_per_token)
+            self.d_ff = (size + 7) // 8 * 8 if gated else size
         self.check()
 
     def check(self):
@@ -125,7 +134,9 @@ class Config:
             if (value := getattr(self, name)) not in allowed:
                 raise UserError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
         lows = dict.fromkeys(("vocab_size", "n_layer", "d_model", "context", "n_kv_head"), 1)
-        for name, low in (lows | dict(head_size=1, d_ff=1, bigram=0, window=0)).items():
+        lows |= dict(head_size=1, d_ff=1, experts_per_token=1)
+        lows |= dict.fromkeys(("bigram", "window", "experts", "router_aux_loss_coef"), 0)
+        for name, low in lows.items():
             if getattr(self, name) < low:
                 raise UserError(f"{name} {getattr(self, name)} must be at least {low}")
         if self.context > 2**24:
@@ -144,6 +155,8 @@ class Config:
             raise UserError(f"window_layers are {len(self.window_layers)}, layers {self.n_layer}")
         if self.rope_scaling is not None and not known_scaling(self.rope_scaling):
             raise UserError(f"rope_scaling {self.rope_scaling} is not implemented")
+        if (k := self.experts_per_token) > max(1, self.experts):
+            raise UserError(f"experts_per_token {k} must be at most experts {self.experts}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout} must be in [0, 1)")
         if self.tied and self.head_bias:
@@ -184,6 +197,8 @@ _NOVEL = dict(
 # train.py replaces vocab_size by the `padded_vocab` of the prepared data.
 PRESETS = {
     "tiny": Config(n_layer=4, n_head=4, d_model=160, context=128, **_OURS),
+    # tiny with four times the feed-forward weights, of which a token passes through a quarter
+    "moe": Config(n_layer=4, n_head=4, d_model=160, context=128, experts=8, **_OURS),
     "small": Config(vocab_size=4096, n_layer=6, n_head=8, d_model=256, context=256, **_OURS),
     "baby": Config(vocab_size=4096, n_layer=6, n_head=6, d_model=384, context=256, **_OURS),
     "gpt2": Config(n_layer=12, n_head=12, d_model=768, **_GPT2),
@@ -204,13 +219,15 @@ def padded_vocab(size):
 
 def preset(name, **changes):
     """A copy of the named preset with some fields changed. If `d_model`, `n_head` or `activation`
-    changes, `n_kv_head`, `head_size` and `d_ff` return to their defaults unless they are given.
-    UserError for an unknown name."""
+    changes, `n_kv_head`, `head_size` and `d_ff` return to their defaults unless they are given; so
+    do fields about experts if their number changes. UserError for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
     derived = {}
     if {"d_model", "n_head", "activation"} & set(changes):
         derived = dict(n_kv_head=None, head_size=None, d_ff=None)
+    if {"experts", "experts_per_token"} & set(changes):
+        derived |= dict(d_ff=None, experts_per_token=None, norm_topk_prob=None)
     return replace(PRESETS[name], **{**derived, **changes})
 
 
@@ -386,7 +403,7 @@ class Block(nn.Module):
         self.attention, self.parallel = Attention(c, causal), c.parallel
         self.post_norm1 = after()
         self.norm2 = before()
-        self.feed_forward = FeedForward(c)
+        self.feed_forward = MoE(c) if c.experts else FeedForward(c)
         self.post_norm2 = after()
         self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.scale = times(c.residual_scale)
@@ -716,8 +733,9 @@ class Transformer(nn.Module):
 
     `model(ids)` returns logits (B, T, V). `model(ids, targets)` returns the *summed* negative log-
     likelihood of the targets in float32 (see `chunked_loss`), which the training loop divides by
-    their number. With `output="log_probs"` it returns the log probability of each target, (B, T)
-    (see `token_logps`), with "logits" the logits (N, V) at the positions that have a target.
+    their number; in training with experts also what balances them (`loss_with_balance`). With
+    `output="log_probs"` it returns the log probability of each target, (B, T) (see `token_logps`),
+    with "logits" the logits (N, V) at the positions that have a target.
 
     >>> model = Transformer(preset("tiny"))
     >>> model(torch.tensor([[1, 2, 3]])).shape
@@ -749,6 +767,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=c.head_bias)
         if c.tied:
             self.head.weight = self.embed.weight
+        self.expert_counts = 0  # how often each expert was chosen in training, (n_layer, E)
         self.grad_checkpoint = False  # recompute blocks in the backward pass: less memory, slower
         if not self.embed.weight.is_meta:
             self.init_weights()
@@ -774,7 +793,7 @@ class Transformer(nn.Module):
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
             elif name == "value_embed.weight":
                 p.zero_()
-            elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
+            elif name.endswith(("attention.out.weight", ".down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer)) if gpt2 else p.zero_()
             elif name == "head.weight":
                 nn.init.normal_(p, std=0.02) if gpt2 else p.zero_()
@@ -843,6 +862,8 @@ class Transformer(nn.Module):
         return self.head(self.hidden(ids, cache, new)[:, -1])
 
     def forward(self, ids, targets=None, cache=None, output="loss", places=None, allowed=None):
+        if self.config.experts and self.training and output == "loss" and targets is not None:
+            return loss_with_balance(self, ids, targets, places)
         x = self.hidden(ids, cache)
         if targets is None:
             return self.head(x)  # (B, T, V)
@@ -957,6 +978,77 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
     if config.tied:
         model.head.weight = model.embed.weight
     return model.to(device).requires_grad_().eval()
+
+
+# --------------------------------------------------------------------------------------------
+# A mixture of experts, in place of the feed-forward
+# --------------------------------------------------------------------------------------------
+
+
+class MoE(nn.Module):
+    """Several feed-forwards, the experts, of which a router chooses k for each token: the model has
+    the weights of E experts at the cost of k (Shazeer et al. 2017).
+
+        p = softmax(router(x))           (E,)
+        y = sum of p_i expert_i(x)       over the k experts whose p_i is largest
+
+    With `norm_topk_prob` these p_i are divided by their sum, as if the softmax were over the k
+    largest logits alone. If k is 1, p_i is then 1, and the router learns nothing from the text.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.k, self.norm_topk_prob = config.experts_per_token, config.norm_topk_prob
+        self.router = nn.Linear(config.d_model, config.experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.experts))
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])  # (N, C)
+        weights, chosen = self.router(rows).softmax(-1, dtype=torch.float32).topk(self.k)  # (N, k)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        # sort the choices by expert, so that the rows of each one lie side by side:
+        #   chosen    [[2, 0], [0, 1], [2, 1]]
+        #   expert    [0, 0, 1, 1, 2, 2]
+        #   row       [0, 1, 1, 2, 0, 2]
+        expert, order = chosen.flatten().sort(stable=True)  # (N k,) each
+        row = order // self.k
+        ends = torch.arange(1, len(self.experts), device=x.device)
+        ends = torch.searchsorted(expert, ends).tolist()  # the only value that a GPU waits for
+        pairs = zip(self.experts, rows.index_select(0, row).tensor_split(ends))
+        # in training those without rows run, too, because DDP wants a gradient for every weight
+        out = torch.cat([run(part) for run, part in pairs if self.training or len(part)])
+        out = out * weights.flatten()[order, None]  # (N k, C)
+        return torch.zeros_like(rows, dtype=out.dtype).index_add(0, row, out).to(x.dtype).view_as(x)
+
+
+def loss_with_balance(model, ids, targets, places=None):
+    """What `model(ids, targets)` returns in training with experts: the summed loss of the targets
+    and, times their number, each layer's load-balancing loss (Fedus et al. 2021, equation 4):
+
+        router_aux_loss_coef * (E * sum of f_i P_i  -  1)
+
+    f_i is the share of the choices that fell on expert i, P_i its mean probability. Only P has a
+    gradient: the busiest experts lose most. The sum is 1 if all are equally busy, and is taken off
+    so that training and validation losses compare. A training step divides by all its targets: it
+    takes the mean over micro-batches and processes. Choices are counted in `model.expert_counts`.
+    """
+    c, logits, kept = model.config, [], targets != -100
+    with contextlib.ExitStack() as hooks:  # gone when gradient checkpointing runs blocks again
+        for block in model.blocks:
+            hook = block.feed_forward.router.register_forward_hook
+            hooks.enter_context(hook(lambda router, args, out: logits.append(out)))
+        x = model.hidden(ids)
+    probs = torch.stack(logits).softmax(-1, dtype=torch.float32)  # (n_layer, N, E)
+    chosen = torch.zeros_like(probs).scatter(-1, probs.topk(c.experts_per_token).indices, 1.0)
+    # what follows a row's last target, such as padding, changes no loss and does not count
+    rows = kept.flip(1).cumsum(1).flip(1).view(-1, 1) > 0
+    n = rows.sum().clamp(min=1)
+    counts, mean = (rows * chosen).sum(1), (rows * probs).sum(1) / n  # (n_layer, E)
+    model.expert_counts = model.expert_counts + counts
+    balance = (c.experts * counts / (c.experts_per_token * n) * mean).sum() - c.n_layer
+    loss = chunked_loss(x, model.head.weight, model.head.bias, targets, places)
+    return loss + c.router_aux_loss_coef * kept.sum() * balance
 
 
 # --------------------------------------------------------------------------------------------

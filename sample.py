@@ -578,8 +578,9 @@ def fast_model(model, rows, args):
     device = model.embed.weight.device.type
     adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
     fast = device == "cpu" and not (args.no_fast or adapted)
-    if args.cuda_graphs and (adapted or device != "cuda"):
-        reason = "excludes adapters" if adapted else f"needs a GPU, the model is on {device}"
+    varying = "adapters" if adapted else "a mixture of experts" if model.config.experts else None
+    if args.cuda_graphs and (varying or device != "cuda"):
+        reason = f"excludes {varying}" if varying else f"needs a GPU, the model is on {device}"
         raise UserError(f"--cuda_graphs {reason}")
     if args.dtype == "int8" and not fast:
         reason = "excludes --no_fast" if args.no_fast else f"is for a CPU, not {device}"

@@ -18,14 +18,19 @@ def chinchilla_loss(parameters, tokens):
 
 
 def count_parameters(model):
-    """{part: parameters} and their "total"; a tied head is counted once, as the embedding."""
+    """{part: parameters}, their "total" (a tied head is counted once, as the embedding), and with
+    experts "active", those that a token uses."""
     words = dict(embed="embedding", inputs="embedding", bigram="token pairs", position="positions")
     words |= {"attention": "attention", "feed_forward": "feed-forward", "norm": "norms"}
     counts = dict.fromkeys([*words.values(), "head"], 0)
     for name, p in model.named_parameters():
         parts = [part for word, part in words.items() if word in name]
         counts[parts[-1] if parts else "head"] += p.numel()  # the last: embed_norm is a norm
-    return {**counts, "total": sum(counts.values())}
+    counts["total"] = sum(counts.values())
+    if n := (c := model.config).experts:
+        each = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) // n
+        counts["active"] = counts["total"] - (n - c.experts_per_token) * each
+    return counts
 
 
 def flops_per_token(config, length=None, learned=1.0, frozen=False):
@@ -39,8 +44,8 @@ def flops_per_token(config, length=None, learned=1.0, frozen=False):
     """
     c = config
     qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
-    feed_forward = c.d_model * c.d_ff * (3 if "glu" in c.activation else 2)
-    block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
+    feed_forward = c.d_model * c.d_ff * (3 if "glu" in c.activation else 2) * c.experts_per_token
+    block = qkv + c.n_head * c.head_size * c.d_model + feed_forward + c.d_model * c.experts
     weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
     scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
     return (4 if frozen else 6) * weights + scores
@@ -75,7 +80,7 @@ def shape_lines(name, shape, counts, flops, tokens=None):
 def activation_bytes(config, tokens, checkpointed=False):
     """Bytes that the layers keep in fp32 for the backward pass of `tokens` tokens; with gradient
     checkpointing only the input of each layer, and one layer in full."""
-    layer = tokens * (12 * config.d_model + 3 * config.d_ff) * 4
+    layer = tokens * (12 * config.d_model + 3 * config.d_ff * config.experts_per_token) * 4
     inputs = config.n_layer * tokens * config.d_model * 4
     return layer + inputs if checkpointed else config.n_layer * layer
 

@@ -26,12 +26,17 @@ ff_bias=mlp_bias:False tied=tie_word_embeddings:False eps=rms_norm_eps:1e-6
 rope_theta=rope_theta:10000.0 rope_scaling=rope_scaling """
 BARE = LLAMA + "qkv_bias,out_bias,ff_bias:False "
 GLM = BARE + "qkv_bias=attention_bias:True rotary_share=partial_rotary_factor:0.5 "
+EXPERTS = """experts=num_experts experts_per_token=num_experts_per_tok
+router_aux_loss_coef=router_aux_loss_coef:0.001 """
 GEMMA = LLAMA + "ff_bias:False tied=tie_word_embeddings:True "
 FAMILIES = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "qwen2": BARE + "qkv_bias:True",
     "qwen3": LLAMA + "ff_bias:False qk_norm:True",
+    "mixtral": BARE + EXPERTS + "experts=num_local_experts norm_topk_prob:True",
+    "qwen3_moe": LLAMA + EXPERTS + """ff_bias:False qk_norm:True d_ff=moe_intermediate_size
+        norm_topk_prob=norm_topk_prob:False""",
     "mistral": BARE,
     "phi3": BARE + "rotary_share=partial_rotary_factor:1.0 eps=rms_norm_eps:1e-5",
     "granite": LLAMA + """embed_scale=embedding_multiplier:1.0 logit_scale=logits_scaling:1.0
@@ -58,12 +63,15 @@ FAMILIES = {
         eps=layernorm_epsilon:1e-5 rope_theta=rope_ratio:1.0 rotary_share:0.5""",
 }  # fmt: skip
 # Those that transformers has no class of, so that we write none
+TRAINING = ("dropout", "init", "router_aux_loss_coef")  # fields without effect on a trained model
 READ_ONLY = ("minicpm", "internlm2", "baichuan", "chatglm")
 CLASSES = dict(gpt2="GPT2LMHeadModel", gpt_neox="GPTNeoXForCausalLM")
+CLASSES["qwen3_moe"] = "Qwen3MoeForCausalLM"
 CLASSES["gemma3_text"] = "Gemma3ForCausalLM"  # of the others: LlamaForCausalLM, for example
 # Whether layer i has a window, given the other fields, if layer_types does not say so
 WINDOWED = {
     "mistral": lambda i, values: True,
+    "mixtral": lambda i, values: True,
     "phi3": lambda i, values: True,
     "qwen2": lambda i, values: i >= values.get("max_window_layers", 28),
     "qwen3": lambda i, values: i >= values.get("max_window_layers", 28),
@@ -90,18 +98,18 @@ CONVERTED = {
 # Fields of transformers' classes that do not change what the model computes
 IGNORED = """*_pdrop *_token_id *dropout *dtype *sliding_window_pattern _name_or_path
 architectures chunk_size_feed_forward gradient_checkpointing hidden_act id2label
-initializer_range is_decoder is_llama_config keys_to_ignore_at_inference label2id
+initializer_range intermediate_size is_decoder is_llama_config keys_to_ignore_at_inference label2id
 max_window_layers model_type n_ctx original_max_position_embeddings output_* pretraining_tp
-problem_type reorder_and_upcast_attn return_dict summary_* task_specific_params transformers*
-use_cache"""
+problem_type reorder_and_upcast_attn return_dict router_jitter_noise summary_*
+task_specific_params transformers* use_cache"""
 # Fields that change it, unless they are off (null, false, 0 or empty) or 1
 OFF = """add_cross_attention alibi apply_residual_connection_post_layernorm attention_multiplier
-attn_logit_softcapping final_logit_softcapping is_encoder_decoder layer_types position_encoding_2d
-num_experts quantization_bit quantization_config rope_interleaved rope_parameters rope_scaling
-scale_attn_by_inverse_layer_idx sparse_config use_bidirectional_attention use_mrope
-use_sliding_window"""
-ONE = """embedding_multiplier logits_scaling multi_query_attention partial_rotary_factor
-post_layer_norm residual_multiplier rmsnorm scale_attn_weights"""
+attn_logit_softcapping final_logit_softcapping is_encoder_decoder layer_types mlp_only_layers
+num_experts position_encoding_2d quantization_bit quantization_config rope_interleaved
+rope_parameters rope_scaling scale_attn_by_inverse_layer_idx sparse_config use_mrope
+use_bidirectional_attention use_sliding_window"""
+ONE = """decoder_sparse_step embedding_multiplier logits_scaling multi_query_attention
+partial_rotary_factor post_layer_norm residual_multiplier rmsnorm scale_attn_weights"""
 ROPE_FIELDS = {"default": (), "linear": ("factor",)}  # other fields beside these have no effect
 # Families that we do not compute: why, and what is near that we do
 REFUSED = {
@@ -155,6 +163,8 @@ def fields_from_hf(values):
         raise UserError("Baichuan's 13B with ALiBi is not computed; near it: the 7B")
     if "chatglm2" in left.get("_name_or_path", "") and left.get("rope_ratio", 1) != 1:
         refuse("rope_ratio", left["rope_ratio"])  # ChatGLM2 divides positions by it
+    if family == "qwen3_moe" and "num_local_experts" in left:  # transformers 5 writes it so
+        left["num_experts"] = left.pop("num_local_experts")
     names, config = fields_of(family)
     if "rope_scaling" in names:
         left["rope_scaling"] = read_rope(left, names)
@@ -246,7 +256,7 @@ def config_to_hf(config, complete):
         for name, value in config.items():
             other = theirs[name]
             close = isinstance(value, float) and math.isclose(value, other)
-            if value != other and not close and name not in ("dropout", "init"):
+            if value != other and not close and name not in TRAINING:
                 fits = other is True and (name == "norm_weight" or name.endswith("_bias"))
                 added, misfits = added + fits, misfits + [name] * (not fits)
         candidates.append((len(misfits), added, misfits, values, theirs))
@@ -279,7 +289,7 @@ def fields_to_hf(config, family):
         values["original_max_position_embeddings"] = c["context"]
     if c["window"] and family in WINDOWED:
         values["sliding_window"] = c["window"]
-        if family not in ("mistral", "phi3"):
+        if family not in ("mistral", "mixtral", "phi3"):
             layers = c["window_layers"] or [True] * c["n_layer"]
             values["layer_types"] = [SLIDING if windowed else FULL for windowed in layers]
         if "qwen" in family:

@@ -36,6 +36,10 @@ NAMES = {
     "gpt2": """embed=transformer.wte position=transformer.wpe blocks=transformer.h
         norm=transformer.ln_f norm1=ln_1 norm2=ln_2 q,k,v=attn.c_attn out=attn.c_proj up=mlp.c_fc
         down=mlp.c_proj""",
+    "qwen3_moe": """router=mlp.gate gate=mlp.experts.*.gate_proj up=mlp.experts.*.up_proj
+        down=mlp.experts.*.down_proj""",
+    "mixtral": """router=block_sparse_moe.gate gate=block_sparse_moe.experts.*.w1
+        up=block_sparse_moe.experts.*.w3 down=block_sparse_moe.experts.*.w2""",
     "phi3": "q,k,v=self_attn.qkv_proj gate,up=mlp.gate_up_proj",
     "olmo2": _POST,
     "glm": _GLM,
@@ -75,7 +79,8 @@ def hf_name(name, names):
     'transformer.h.3.attn.c_attn.weight'
     """
     *path, part, leaf = name.split(".")
-    return ".".join([*([names["blocks"], path[1]] if path else []), names[part], leaf])
+    part = names[part].replace("*", path[-1]) if path else names[part]  # the number of an expert
+    return ".".join([*([names["blocks"], path[1]] if path else []), part, leaf])
 
 
 def layout(family, config, tensors):
@@ -241,6 +246,8 @@ def write_peft(content, weights, family, config, folder, base=None):
         raise UserError(
             "peft cannot express new special tokens or a quantized base: merge and export the model"
         )
+    if any(".feed_forward.experts." in name or ".router." in name for name in state):
+        raise UserError("peft knows no adapters of single experts: merge and export the model")
     tensors, counts = {}, {}
     weights = {name: t for name, t in weights.items() if name.endswith(".weight")}
     for module, parts in layout(family, config, weights).items():
