@@ -35,7 +35,7 @@ import lora
 import model as lm
 import train
 from data import batches, chat
-from data.cli import Parser, UserError, at_least, between, number, positive, run_cli, share
+from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
 from data.costs import check_memory
 from data.files import write_json
 from data.machine import DTYPES, make_runtime, shard_like
@@ -44,7 +44,7 @@ from data.reply import parse
 from data.rewards import REWARDS, load_reward, rate
 from data.row_files import ROW_SUFFIXES
 from data.rows import as_chat, first_words, load_data, report_bad
-from data.runs import newest_run, run_folder
+from data.runs import json_lines, newest_run, run_folder
 from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS, SOURCES
 from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of, warn_unknown
@@ -59,10 +59,12 @@ from sample import Engine, allowed_ids, classify, load
 RECIPE = train.RECIPE | train.optimizer_rates() | dict(
     objective="auto", best_by="val_loss", split="val", val=0.1, epochs=3.0, batch_tokens=4096,
     loss_on="assistant", augment=0.0, token_dropout=0.0, eval_every=100, eval_rows=64,
-    lr=1e-3, embed_lr=3e-3, head_lr=3e-3, muon_lr=0.01, weight_decay=0.0, warmup_steps=20,
+    lr=1e-3, embed_lr=3e-3, head_lr=3e-3, muon_lr=0.01, weight_decay=0.0,
+    warmup_steps=None,  # WARMUP, or less in a short run
     lora_rank=0, lora_alpha=None, lora_dropout=0.0, lora_targets="all",  # alpha: twice the rank
 )  # fmt: skip
 
+WARMUP, LORA_FLAGS = 20, {"lora_targets", "lora_alpha", "lora_dropout"}
 # Where the base lacks special tokens, its tables are trained in full, at a lower rate.
 LORA_RECIPE = dict(lr=3e-3, embed_lr=1e-3, head_lr=1e-3)
 
@@ -237,7 +239,7 @@ class SFT:
             try:
                 rows = self.rows(example)
             except ValueError as e:
-                bad.append(f"{shorten(first_words(example), 60)!r}: {e}")
+                bad.append((repr(shorten(first_words(example), 60)), str(e)))
                 continue
             split.examples.append(example)
             split.rows += filter(batches.has_target, rows)
@@ -688,7 +690,11 @@ class GRPO(SFT):
         names += ["entropy"]
         sums = self.runtime.total(*(f(self.figures[k]) for f in (sum, len) for k in names))
         self.figures.clear()
-        return {k: s / n for k, s, n in zip(names, sums, sums[len(names) :]) if n}
+        means = {k: s / n for k, s, n in zip(names, sums, sums[len(names) :]) if n}
+        if means.get("equal_groups") == 1 and self.runtime.rank == 0:
+            words = "[the answers to each prompt have equal rewards: nothing is learned from them]"
+            print("\n" * sys.stdout.isatty() + words, file=sys.stderr)
+        return means
 
 
 # --objective; by default the first one that takes rows of the data's kind
@@ -719,18 +725,26 @@ def resolve(args):
         settings = given | {"ckpt": str(newest_run())}
     data, fraction = settings["data"], settings.get("val", RECIPE["val"])
     options = {name: settings.get(name) for name in ("rows", "max_rows", "encoding")}
-    options["every_row"] = bool(args.eval_only) and "val" not in given
+    options["every_row"] = bool(args.eval_only or args.show_mask) and "val" not in given
     kind, splits, hashes = load_data(data, settings.get("val_data"), fraction, **options)
     if content is not None and content["data"] != hashes:
         raise UserError(f"{data} is not the data that the run began with")
     names = [settings["objective"]] if "objective" in settings else OBJECTIVES
+    if args.eval_only and "objective" not in given and kind == "prefer":
+        known = lm.load_checkpoint(settings["ckpt"]).get("tokenizer")
+        names = ["reward"] if known and REWARD_TOKEN in Tokenizer(known).special else names
     name = next((name for name in names if kind in OBJECTIVES[name].kinds), None)
     if name is None:
         raise UserError(f"--objective {names[0]} does not suit {data}, rows of {kind}")
     objective = OBJECTIVES[name]
     if content is None:
-        rates = LORA_RECIPE if given.get("lora_rank") else {}
-        settings = RECIPE | rates | objective.recipe | settings | {"objective": name}
+        if (about := sorted(LORA_FLAGS & set(given))) and "lora_rank" not in given:
+            settings = settings | {"lora_rank": 8}
+            if first_process():
+                print(f"[--{about[0]} without --lora_rank: the rank is 8]", file=sys.stderr)
+        rates = LORA_RECIPE if settings.get("lora_rank") else {}
+        recipe = train.scale_rates(RECIPE | rates | objective.recipe, given)
+        settings = recipe | settings | {"objective": name}
     settings["split"] = "val" if settings["split"] == "dev" else settings["split"]
     args = argparse.Namespace(**{k: settings.get(k) for k in vars(args)})
     check_settings(args, objective, splits, given)
@@ -747,6 +761,8 @@ def check_settings(args, objective, splits, given):
          "--teacher CKPT and --objective distill belong together"),
         ((a.objective == "grpo") != bool(a.reward),
          f"--objective grpo and --reward belong together: {', '.join(REWARDS)}, a file, a --ckpt"),
+        (LORA_FLAGS & set(given) and not a.lora_rank,
+         "--lora_rank 0 trains all weights, without adapters: leave out the flags of LoRA"),
         (a.quantize and not a.lora_rank,
          "--quantize freezes the base: add --lora_rank 8, so that something learns"),
         (a.best_by not in ("val_loss", "last", figure),
@@ -886,6 +902,10 @@ def report_best(model, args, objective, splits, examples):
     # pairs only have the training and validation rows, whose reference is known
     split = splits.get(args.split) or objective.make_split(examples[args.split])
     if objective.runtime.rank == 0:
+        start = next(json_lines((out / "metrics.jsonl").read_text(encoding="utf-8")), {})
+        if args.best_by == "val_loss" and start.get("val_loss", math.inf) < best["best"]:
+            worse = f"{best['best']:.4f}, is worse than before training, {start['val_loss']:.4f}"
+            print(f"the best val loss, {worse}: fewer steps or a lower --lr may help")
         print(f"{out}/best.pt, step {best['step']}, on {args.split}:")
     write_report(objective, model, split, out)
 
@@ -914,10 +934,14 @@ def header(model, args, objective, splits, loader):
     sizes = [batches.row_size(row) for row in loader.rows]
     longest, tokens = max(length for length, _ in sizes), sum(map(math.prod, sizes))
     cut = sum(any(r.cut for r in batches.sequences(row)) for row in split.rows)
+    rows = f"rows of at most {longest:,} tokens, {cut:,} cut to --context"
+    if split.prompts:
+        longest, answers = max(len(p.ids) for p in loader.rows), f"{args.samples} answers to each"
+        rows = f"prompts of at most {longest:,} tokens, {answers} of {max_answer(args.context)}"
     text = (
         f"{args.out}: {args.objective} from {args.ckpt} on {args.data}: {len(split.examples):,} "
-        f"{objective.noun} to learn, {len(val.examples):,} to measure; {len(sizes):,} rows of at "
-        f"most {longest:,} tokens, {cut:,} cut to --context; {loader.per_epoch:,} batches an epoch"
+        f"{objective.noun} to learn, {len(val.examples):,} to measure; {len(sizes):,} {rows}; "
+        f"{loader.per_epoch:,} batches an epoch"
     )
     runtime, mean = objective.runtime, tokens / sum(n for _, n in sizes)
     per_step = tokens / loader.per_epoch * args.grad_accum * runtime.world
@@ -964,6 +988,13 @@ def main(argv=None):
     if args.max_steps is None and args.max_minutes is None:
         steps = math.ceil(args.epochs * loader.per_epoch / (args.grad_accum * runtime.world))
         args = settle(args, max_steps=max(1, steps) * (args.updates or 1))
+        passes = steps * args.grad_accum * runtime.world / loader.per_epoch
+        if runtime.rank == 0 and passes > 1.2 * args.epochs:
+            print(f"[a step takes {args.grad_accum * runtime.world} batches (--grad_accum, "
+                  f"processes), an epoch has {loader.per_epoch}: the rows are read "
+                  f"{passes:.3g} times, not {args.epochs:g}]", file=sys.stderr)
+    if args.warmup_steps is None:
+        args = settle(args, warmup_steps=train.short_warmup(WARMUP, args.max_steps))
     splits = {"train": split, "val": objective.make_split(examples["val"])}
     extra = {"tokenizer": tokenizer.spec, "data": hashes} | objective.start(model, splits, content)
     task = make_task(args, objective, splits, loader, extra)
@@ -974,8 +1005,8 @@ def main(argv=None):
     args = settle(args, out=str(out), examples=example_questions(examples["val"]))
     if runtime.rank == 0:
         print("\n".join(header(model, args, objective, splits, loader)))
-        rows = itertools.chain.from_iterable(map(batches.sequences, split.rows))
-        warn_unknown(tokenizer, itertools.chain.from_iterable(r.ids for r in rows), args.data)
+        ids = (i for row in split.rows for r in batches.sequences(row) for i in r.ids)
+        warn_unknown(tokenizer, ids, args.data)
 
     def report(result):
         report_best(model, args, objective, splits, examples)
@@ -999,8 +1030,8 @@ def build_parser():
     add("--data", help=f"a {', '.join(ROW_SUFFIXES)} file, .gz too, one of {', '.join(ROW_SETS)}, "
         "or on the Hub OWNER/NAME, OWNER/NAME:CONFIG, OWNER/NAME:FILE; several with commas")
     add("--val_data", help="rows to measure on (default: the set's own, or --val)")
-    add("--val", type=number(float, "between 0 and 1", lambda v: 0 < v < 1),
-        help="share of conversations held out if there are no validation rows (default 0.1)")
+    add("--val", type=between(0, 0.99), help="share of conversations held out if there are no "
+        "validation rows (default 0.1; 0: none, and a tenth of the rows learned is measured)")
     add("--objective", choices=tuple(OBJECTIVES), help="default: the one that suits the rows")
     add("--out", help="folder of the run (default: out/DATA-ft, or with --eval_only out/CKPT-eval, "
         "numbered if taken)")

@@ -494,7 +494,7 @@ class Run:
 def end_reason(args, state):
     """Why the run is over, in one line; None while it is not."""
     if fraction_done(args, state["step"], state["seconds"]) >= 1:
-        return "this run is finished: raise --max_steps or --max_minutes to continue"
+        return "this run is finished: raise --max_steps, --max_minutes or (finetune.py) --epochs"
     if args.patience and state["bad"] >= args.patience:
         bad = f"{state['bad']} evaluations without a better one"
         return f"{bad}: stopping early; raise --patience or a limit to continue"
@@ -857,7 +857,7 @@ def add_optimization(p):
     beta = between(0, 0.99999)
     add("--grad_accum", type=at_least(1), help="micro-batches a step and process")
     add("--optimizer", choices=("adamw", *MATRIX_OPTIMIZERS), help="of the matrices inside blocks")
-    add("--lr", type=positive, help="peak learning rate")
+    add("--lr", type=positive, help="peak learning rate; others keep their ratio to it")
     add("--embed_lr", type=positive, help="of the embedding table")
     add("--head_lr", type=positive, help="of an untied head")
     for name, (_, rate) in MATRIX_OPTIMIZERS.items():
@@ -925,6 +925,19 @@ def optimizer_rates():
     return {f"{name}_lr": rate for name, (_, rate) in MATRIX_OPTIMIZERS.items()}
 
 
+def short_warmup(steps, max_steps):
+    """A default warmup, at most a fifth of the run, so that a short one reaches its learning rate.
+    """
+    return min(steps, max(1, max_steps // 5)) if max_steps else steps
+
+
+def scale_rates(settings, given):
+    """`settings` whose other learning rates keep their ratios to the --lr that is `given`."""
+    factor = given["lr"] / settings["lr"] if settings["lr"] and "lr" in given else 1.0
+    rates = {k: settings.get(k) for k in ("embed_lr", "head_lr", "min_lr", *optimizer_rates())}
+    return settings | {k: factor * rate for k, rate in rates.items() if rate}
+
+
 def resolve(args):
     """Fill in every flag that the user left out. Returns (args, the checkpoint to resume or None).
 
@@ -950,10 +963,8 @@ def resolve(args):
         settings |= RECIPE_CHANGES.get(optimizer, {}) | RECIPE_CHANGES.get(preset, {})
         if "ckpt" in given:  # rates follow from the model's size, see `settle`
             settings |= dict.fromkeys(("lr", "embed_lr", "head_lr", *optimizer_rates()))
-        # a short run reaches its learning rate, too
-        longest = max(1, given["max_steps"] // 5) if "max_steps" in given else math.inf
-        settings["warmup_steps"] = min(settings["warmup_steps"], longest)
-        settings |= given
+        settings["warmup_steps"] = short_warmup(settings["warmup_steps"], given.get("max_steps"))
+        settings = scale_rates(settings, given) | given
         if not {"max_steps", "max_minutes"} & set(given):
             settings |= dict(max_steps=DEFAULT_STEPS, max_minutes=DEFAULT_MINUTES)
     if "grad_accum" in given:
@@ -964,7 +975,7 @@ def resolve(args):
 def resumed_settings(args, given, fixed):
     """(settings, content of last.pt) of the run that --resume names: its own settings, changed by
     the flags `given` now. UserError if one of the `fixed` flags would change."""
-    run = Path(args.resume) if args.resume else newest_run()
+    run = Path(args.resume or args.out or newest_run())  # --resume --out RUN is --resume RUN, too
     path = run / "last.pt" if run.is_dir() else run
     if run.is_dir() and not path.exists():
         raise UserError(f"{run} has no last.pt to resume: start anew, perhaps from --ckpt")
@@ -976,18 +987,21 @@ def resumed_settings(args, given, fixed):
         raise UserError(f"{path} was written by {script}: resume it with that, or name another run")
     inherited = {k: v for k, v in content["args"].items() if v is not None}
     inherited["out"] = str(path.parent)  # the folder may have been moved
-    if changed := [k for k in given if k in fixed | {"out"} and given[k] != inherited.get(k)]:
+    fixed = fixed | {"out"} if args.resume else fixed
+    if changed := [k for k in given if k in fixed and given[k] != inherited.get(k)]:
         raise UserError(f"--{changed[0]} cannot change when resuming {path}")
     limits = dict.fromkeys(("max_steps", "max_minutes", "epochs"))
     if set(limits) & set(given):  # a new limit replaces the old ones
         inherited |= limits
     if int(os.environ.get("RANK", 0)) == 0:
-        new = " and ".join(f"{k} {v}" for k, v in given.items() if k not in ("resume", "eval_only"))
+        unsaid = ("resume", "out", "eval_only")
+        new = " and ".join(f"{k} {v}" for k, v in given.items() if k not in unsaid)
         but = f", but {new}" if new else ""
         print(f"resuming {path} at step {content['step']}; settings are the run's own{but}")
     if "dtype" in given:
         content.pop("device", None)  # the given dtype is kept on another device, too
-    return inherited | given, content
+    settings = scale_rates(inherited, given) | given
+    return settings | {"out": inherited["out"]}, content
 
 
 def build_model(args, content, folder, meta, tokenizer):
@@ -1079,6 +1093,11 @@ def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
     ]
     if per_step:
         lines[-1] += f"; {per_step:,.0f} tokens a step"
+    peaks = {g["peak"] for o in make_optimizers(model, args) for g in o.param_groups}
+    if peaks != {args.lr}:
+        names = ("lr", "embed_lr", "head_lr", *optimizer_rates())
+        rates = [f"{k} {vars(args)[k]:.3g}" for k in names if vars(args)[k] in peaks]
+        lines.insert(2, f"learning rates: {', '.join(rates)}")
     # narrow models spend most of the time outside of matrix products, so this would say nothing
     if args.max_steps and per_step and c.d_model >= 512:
         # half of the scores are masked and need not be computed

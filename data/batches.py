@@ -123,13 +123,16 @@ def has_target(row):
 
 def show_mask(rows, tokenizer, count):
     """Print the first `count` rows, a token a line: position, a * if it is learned, id, text. The
-    text of a character of several tokens stands at its last one."""
-    flat = [r for row in rows for r in sequences(row)]
-    for number, row in enumerate(flat[:count], start=1):
-        cut = ", cut to --context" if row.cut else ""
-        print(f"--- row {number}: {len(row.ids)} tokens, {sum(row.mask)} of them learned{cut} ---")
-        rows = zip(row.ids, row.mask, tokenizer.texts(row.ids))
-        for n, (i, learned, text) in enumerate(rows):
+    text of a character of several tokens stands at its last one. Of a pair, both sides are a row.
+    """
+    names = ("chosen", "rejected") if isinstance(rows[0], tuple) else ("row",)
+    flat = [(f"{name} {n}", row) for n, group in enumerate(rows[:count], start=1)
+            for name, row in zip(names, sequences(group))]  # fmt: skip
+    for name, row in flat:
+        cut = ", cut to --context and the last one, which is only predicted" if row.cut else ""
+        print(f"--- {name}: {len(row.ids)} tokens, {sum(row.mask)} of them learned{cut} ---")
+        tokens = zip(row.ids, row.mask, tokenizer.texts(row.ids))
+        for n, (i, learned, text) in enumerate(tokens):
             print(f"{n:5} {' *'[learned]} {i:7} {repr(text)[1:-1]}")
 
 

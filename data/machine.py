@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import os
+import sys
 import time
 from dataclasses import dataclass
 
@@ -149,6 +150,11 @@ def make_runtime(device=None, dtype=None, previous=None, config=None, tokens=0):
     pairs = ((c.d_model, c.d_ff), (c.d_ff, c.d_model), (c.d_model, c.vocab_size)) if c else ()
     shapes = [(tokens, *pair) for pair in pairs]
     peak = measure_peak(device, dtype, shapes)
+    if device.type == "cpu" and dtype != "fp32" and rank == 0:
+        usual = measure_peak(device, "fp32", shapes)
+        if peak < usual / 1.5:
+            speeds = f"{peak / 1e9:,.0f} and {usual / 1e9:,.0f} GFLOP/s"
+            print(f"[{dtype} is slower than fp32 on this CPU: {speeds}]", file=sys.stderr)
     return Runtime(device, dtype, peak, rank, world, shapes=shapes)
 
 

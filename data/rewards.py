@@ -80,6 +80,7 @@ def rate(reward, messages, answer, wanted):
             return float(value)
         problem = f"is {value}"
     except Exception as e:  # the user's own code can fail in any way
-        problem = f"fails ({type(e).__name__}: {e})"
+        called = "; it is called as reward(messages, answer, wanted)"
+        problem = f"fails ({type(e).__name__}: {e}{called * isinstance(e, TypeError)})"
     question, text = message_text(messages[-1]), message_text(answer)
     raise UserError(f"the reward {problem} for {text!r:.80} in answer to {question!r:.80}")

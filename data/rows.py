@@ -43,6 +43,14 @@ class Fields(dict):
         """Remove and return the first of the fields `names` that exists and is not null."""
         return self.pop(next((name for name in names if self.get(name) is not None), None), None)
 
+    def need(self, *names):
+        """`take` text or turns; a ValueError names what is null or a number."""
+        name = next((n for n in names if self.get(n) is not None), min(self.keys() & set(names)))
+        value = self.pop(name)
+        if value is None or isinstance(value, (int, float)):
+            raise ValueError(f"{name} is {json.dumps(value)}, not text or turns")
+        return value
+
     def close(self, unread, where=""):
         """Count the fields that remain, except empty ones, in the Counter `unread`."""
         unread.update(f"{where}{name}" for name, value in self.items() if value not in (None, ""))
@@ -157,8 +165,10 @@ def read_question(row, unread):
     """The messages before an answer: a prompt or question, or Alpaca's history and instruction."""
     turns = read_json(row.take("history") or [])
     turns = [dict(zip(("question", "answer"), t)) if isinstance(t, list) else t for t in turns]
-    text = row.take("prompt", "question", "query")
-    if text is None:  # Alpaca's, or Dolly's with a context
+    names = [name for name in ("prompt", "question", "query") if row.get(name) is not None]
+    if names:
+        text = row.need(*names)
+    else:  # Alpaca's, or Dolly's with a context
         text = "\n".join(filter(None, map(row.take, ("instruction", "input", "context"))))
     return read_messages(turns, unread) + read_messages(transcript(text), unread)
 
@@ -173,7 +183,7 @@ def read_pair(row, unread):
         turns = read_messages(row.take(*TURNS) or [], unread)
     (told, asked), sides = chat.split_system(turns), []
     for names in PAIRS:
-        side = read_messages(transcript(row.take(*names)), unread, "assistant")
+        side = read_messages(transcript(row.need(*names)), unread, "assistant")
         system, said = chat.split_system(side)
         if not said or said[0]["role"] != "user":
             said = [*asked, *said]
@@ -212,12 +222,12 @@ def to_example(row, unread=None):
         turns = [*read_json(row.take("context")), read_json(row.take("response"))]
         example = conversation(read_messages(turns, unread), row)
     elif keys & set(TURNS):
-        messages = read_messages(read_json(row.take(*TURNS)), unread)
+        messages = read_messages(read_json(row.need(*TURNS)), unread)
         if "instruction" in row and "system" not in row:  # COIG
             row["system"] = row.take("instruction")
         example = conversation(messages, row)
     elif keys & set(ANSWERS) and keys & set(QUESTIONS):
-        messages, answer = read_question(row, unread), row.take(*ANSWERS)
+        messages, answer = read_question(row, unread), row.need(*ANSWERS)
         if isinstance(answer, str):
             answer = {"role": "assistant", "content": answer}
             answer["reasoning_content"] = row.take("reasoning_content", "reasoning")
@@ -263,11 +273,16 @@ def row_slice(text):
 
 
 def report_bad(bad, total, path):
-    """Print the first of `bad`, messages on bad rows of `total`; UserError if they are over 1 %."""
-    for message in bad[:5]:
-        print(f"bad row: {message}", file=sys.stderr)
-    if len(bad) > 0.01 * total:
-        raise UserError(f"{path}: {len(bad)} of {total} rows are bad, first {bad[0]}")
+    """Print the first of `bad`, pairs (row, reason) of `total` rows, each reason once; UserError if
+    they are over 1 %."""
+    reasons, fatal = Counter(reason for _, reason in bad), len(bad) > 0.01 * total
+    for reason, count in list(reasons.items())[: 0 if fatal and len(reasons) == 1 else 5]:
+        where = next(where for where, its in bad if its == reason)
+        others = f" (and {count - 1:,} more)" if count > 1 else ""
+        print(f"bad row: {where}: {reason}{others}", file=sys.stderr)
+    if fatal:
+        first = ": ".join(bad[0])
+        raise UserError(f"{path}: {len(bad)} of {total} rows are bad, first {first}")
     if bad:
         print(f"{path}: {len(bad)} of {total} rows are bad and left out", file=sys.stderr)
 
@@ -281,7 +296,7 @@ def read_examples(path, rows=None, limit=None, encoding=None):
         found = list(itertools.islice(read_rows(path, encoding), limit))[row_slice(rows)]
     for where, row in watched(found, "reading row"):
         if isinstance(row, UserError):
-            bad.append(str(row))
+            bad.append(tuple(str(row).split(": ", 1)))
             continue
         try:
             row_kind, example = to_example(row, unread)
@@ -291,9 +306,9 @@ def read_examples(path, rows=None, limit=None, encoding=None):
             json.dumps(example, ensure_ascii=False).encode()  # fails for a lone surrogate, \ud83d
             examples.append(example)
         except (ValueError, RecursionError) as e:
-            bad.append(f"{where}: {e}")
+            bad.append((where, str(e)))
         except (TypeError, KeyError, AttributeError) as e:
-            bad.append(f"{where}: a value of the wrong type ({e})")
+            bad.append((where, f"a value of the wrong type ({e})"))
     total = len(examples) + len(bad)
     if not total:
         raise UserError(f"{path} holds no rows" + (f" at --rows {rows}" if rows else ""))
@@ -301,6 +316,14 @@ def read_examples(path, rows=None, limit=None, encoding=None):
     if unread:
         names = ", ".join(f"{name} ({count:,})" for name, count in unread.most_common(12))
         print(f"{path}: fields that are not used, with their rows: {names}", file=sys.stderr)
+    roles = [[m["role"] for m in e["messages"] if m["role"] != "system"] for e in examples
+             if kind == "chat"]  # fmt: skip
+    if count := sum(r[0] == "assistant" for r in roles):
+        print(f"{path}: the assistant begins {count:,} conversations, of {total:,}; "
+              "what it says there is learned without a question", file=sys.stderr)  # fmt: skip
+    if count := sum(r[-1] == "user" for r in roles):
+        print(f"{path}: {count:,} conversations, of {total:,}, end with a turn of the user, "
+              "which is left out", file=sys.stderr)  # fmt: skip
     if kind == "chat":  # the last row of a dialogue teaches the answers of the rows before it, too
         examples = chat.drop_continued(examples, key=lambda e: e["messages"])
     return kind, examples
@@ -323,7 +346,8 @@ def split_off(examples, fraction):
             keys[n] = json.dumps(examples[n], sort_keys=True)
     order = sorted(set(keys), key=lambda key: sha256(key.encode()).digest())
     if len(order) < 2:
-        raise UserError(f"{len(examples)} row(s) cannot be split, all are alike: give --val_data")
+        what = f"{len(examples)} row(s) cannot be split, all are alike"
+        raise UserError(f"{what}: give --val_data, or --val 0 to learn from all")
     held = set(order[: min(max(1, round(fraction * len(order))), len(order) - 1)])
     train = [e for key, e in zip(keys, examples) if key not in held]
     return train, [e for key, e in zip(keys, examples) if key in held]
@@ -344,8 +368,8 @@ def load_data(
     """(kind, {"train", "val", perhaps "test": examples}, {split: sha256}) of --data: a file, a
     named set, a data set of the Hub, or several with commas. `rows` START:STOP is the part of the
     training rows to take of each, `max_rows` the most rows of a split. `fraction` of the training
-    rows becomes the validation rows if there are no others, or with `every_row` all rows of a file
-    do."""
+    rows becomes the validation rows if there are no others (of 0: every tenth is in both), or with
+    `every_row` all rows of a file do."""
     part, limits = row_slice(rows), dict.fromkeys(("train", "val", "test"), max_rows)
     held = row_paths(val_source, limits) if val_source else {}
     if part.stop is not None and min(part.start or 0, part.stop) >= 0:
@@ -367,6 +391,10 @@ def load_data(
     hashes |= {name: value for name, value in options.items() if value}
     if "val" not in splits and every_row and source not in SOURCES and is_row_file(source):
         splits["val"] = splits["train"]
+    elif "val" not in splits and not fraction:
+        splits["val"] = splits["train"][::10]
+        print(f"{source}: validation is on {len(splits['val']):,} rows that are also learned",
+              file=sys.stderr)  # fmt: skip
     elif "val" not in splits:
         splits["train"], splits["val"] = split_off(splits["train"], fraction)
     return kinds[str(path)], splits, hashes

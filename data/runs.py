@@ -42,7 +42,8 @@ def run_folder(out, name, runtime):
     if out is None:  # rank 0 decides and tells the others
         return runtime.of_first(new_run(name) if runtime.rank == 0 else None)
     if any(Path(out).glob("*.pt")):
-        raise UserError(f"{out} holds a run already: --resume {out}, or another --out")
+        remedy = f"--resume {out}, delete the folder, or name another --out"
+        raise UserError(f"{out} holds a run already: {remedy}")
     return Path(out)
 
 

@@ -568,6 +568,32 @@ def test_two_processes_decide_by_the_scores_of_the_first_and_report_once(desk):
     assert len(values("out/two", "slot_f1")) > 2
 
 
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        ([], {k: ft.RECIPE[k] for k in ("embed_lr", "head_lr", "muon_lr", "lora_rank")}),
+        (["--lr", "1e-5", "--muon_lr", "0.5"], dict(embed_lr=3e-5, head_lr=3e-5, muon_lr=0.5)),
+        (["--lora_alpha", "4"], dict(lora_rank=8) | ft.LORA_RECIPE),
+        ([*LORA, "--lr", "3e-4", "--head_lr", "1"], dict(lora_rank=4, embed_lr=1e-4, head_lr=1)),
+    ],
+)
+def test_the_rate_that_is_given_governs_the_others_and_lora_s_flags_mean_lora(desk, flags, wanted):
+    args, *_ = ft.resolve(ft.build_parser().parse_args(["--data", "chats.jsonl", *flags]))
+    assert {k: vars(args)[k] for k in wanted} == pytest.approx(wanted)
+
+
+def test_one_row_is_learned_with_val_0_and_what_a_reader_would_miss_is_told(desk, capsys):
+    assert "--val 0 to learn from all" in refused(*SFT, "--rows", ":1")
+    out = tune("--data", "chats.jsonl", "--rows", ":1", "--val", "0", "--eval_rows", "0",
+               "--grad_accum", "8", "--epochs", "4", "--lr", "9", "--grad_clip", "0")  # fmt: skip
+    said = capsys.readouterr()
+    assert "the rows are read 8 times, not 4" in said.err and "1 rows that are also" in said.err
+    assert "is worse than before training" in said.out and "learning rates: lr 9, emb" in said.out
+    assert content(out / "last.pt")["args"]["warmup_steps"] == 1
+    ft.main(["--resume", "--out", "out/run"])
+    assert "or (finetune.py) --epochs" in capsys.readouterr().out
+
+
 # ---- mistakes ----------------------------------------------------------------------------------
 
 
@@ -577,6 +603,7 @@ def test_two_processes_decide_by_the_scores_of_the_first_and_report_once(desk):
         ([], "--data is missing"),
         ([*SFT, "--ckpt", "out/none"], "out/none"),
         ([*SFT, "--quantize", "nf4"], "--lora_rank"),
+        ([*SFT, "--lora_rank", "0", "--lora_alpha", "8"], "--lora_rank 0 trains all weights"),
         ([*SFT, "--objective", "distill"], "--teacher"),
         ([*SFT, "--objective", "dpo"], "--objective dpo"),
         ([*SFT, "--augment", "0.5"], "--augment is for --data hotel"),

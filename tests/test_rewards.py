@@ -351,7 +351,7 @@ def test_a_reward_model_prefers_what_was_chosen_and_rewards_it(room):
     tune(*pairs, "--objective", "reward", "--lora_rank", "4", "--max_steps", "150", out="out/judge")
     scores = json.loads(Path("out/judge/scores.json").read_text())["val"]
     assert scores["reward_accuracy"] == 1 and scores["reward_margin"] > 1
-    tune("--eval_only", *pairs[:2], "--objective", "reward", ckpt="out/judge", out="out/judged")
+    tune("--eval_only", *pairs[:2], ckpt="out/judge", out="out/judged")
     out = tune(*pairs, "--objective", "grpo", "--reward", "out/judge", "--eval_rows", "4",
                "--epochs", "3", "--batch_tokens", "2048", out="out/better")
     rewards = values(out, "val_reward")

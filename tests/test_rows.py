@@ -244,7 +244,9 @@ def test_a_file_that_holds_no_rows_says_what_it_is(elsewhere, name, content, say
     ([U, turn("assistant", " \n")], "a turn of assistant has no text"),
     ([U, A | {"weight": 0.5}], "the weight is 0.5"),
     ([U, turn("assistant", "\ud83d")], "surrogates not allowed"),
-    ({"messages": None}, "a value of the wrong type"),
+    ({"messages": None}, "messages is null, not text or turns"),
+    ({"instruction": "q", "input": None, "output": None}, "output is null, not text"),
+    ({"question": "q", "answer": 4}, "answer is 4, not text"),
     ({"messages": [U, A], "tools": "f: finds"}, "'f: finds' is not JSON"),
     ({"instruction": "q", "output": "a", "history": [["p"]]}, "role None is unknown"),
     (call(name="f", arguments="[1]"), "the arguments are not a JSON object"),
@@ -278,6 +280,13 @@ def test_broken_lines_are_bad_rows_and_a_broken_list_is_refused(tmp_path, capsys
     errors = capsys.readouterr().err.splitlines()
     for error, line in zip(errors, (302, 303, 304)):  # the empty line counts as a line
         assert error.startswith(f"bad row: {path}:{line}: broken JSON (")
+    odd = [{"instruction": "", "output": "a"}, {"prompt": 7, "answer": "a"}, [A, U, A, U]] * 2
+    assert len(read_examples(write(path, [*alpaca(400), *odd]))[1]) == 402
+    errors = capsys.readouterr().err.splitlines()
+    for error, said in zip(errors, ("a turn of user has no text (and 1 more)", "prompt is 7, not",
+                                    "4 of 406 rows are bad", "begins 2 conv", "2 conversations")):
+        assert said in error
+    assert len(errors) == 5
     path = tmp_path / "x.json"
     for broken in ('{"a" 1}', deep, long, "", f"{good[0]}]\n[{good[1]}]"):
         path.write_text("[\n" + good[0] + ",\n\n" + broken, encoding="utf-8")
