@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import random
 import signal
 import sys
@@ -35,7 +36,7 @@ import lora
 import model as lm
 import train
 from data import batches, chat
-from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
+from data.cli import Parser, UserError, at_least, between, positive, run_cli, share
 from data.costs import check_memory
 from data.files import write_json
 from data.machine import DTYPES, make_runtime, shard_like
@@ -740,7 +741,7 @@ def resolve(args):
     if content is None:
         if (about := sorted(LORA_FLAGS & set(given))) and "lora_rank" not in given:
             settings = settings | {"lora_rank": 8}
-            if first_process():
+            if os.environ.get("RANK", "0") == "0":
                 print(f"[--{about[0]} without --lora_rank: the rank is 8]", file=sys.stderr)
         rates = LORA_RECIPE if settings.get("lora_rank") else {}
         recipe = train.scale_rates(RECIPE | rates | objective.recipe, given)
