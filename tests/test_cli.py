@@ -102,7 +102,10 @@ def parser_of(script):
 @pytest.mark.parametrize(
     "line, values",
     [
-        ("train --max_iters 7 --max-lr 1 --dtype bfloat16", dict(max_steps=7, lr=1, dtype="bf16")),
+        (
+            "train --max_iters 7 --learning-rate 1 --dtype bfloat16",
+            dict(max_steps=7, lr=1, dtype="bf16"),
+        ),
         ("train --max-steps=7 --no-tied --data=--n", dict(max_steps=7, tied=False, data="--n")),
         ("train --compile=False --decay_lr=False", dict(compile=False, warmup_steps=0)),
         ("sample --compile=False --eval_iters 3 --n 1", dict(num_samples=1)),
@@ -117,7 +120,7 @@ def parser_of(script):
         ("finetune --fp16 true --bf16 false --load_in_4bit", dict(dtype="fp16", quantize="nf4")),
         ("finetune --lora_r 4 --use_peft --stage rm", dict(lora_rank=4, objective="reward")),
         ("finetune --target_modules q_proj v_proj --do_train", dict(lora_targets="q_proj,v_proj")),
-        ("finetune --train.epochs 2 --resume_from_checkpoint True", dict(epochs=2, resume="")),
+        ("finetune --num_train_epochs 2 --resume_from_checkpoint True", dict(epochs=2, resume="")),
         ("finetune --gradient_checkpointing --cutoff_len 9", dict(grad_checkpoint=True, context=9)),
         ("finetune --report_to none --optim adamw_torch", dict(optimizer="adamw")),
         ("lora merge --ckpt a --adapter_name_or_path b --template t --export_dir o", dict(out="o")),
@@ -142,7 +145,7 @@ def test_flags_may_be_called_as_elsewhere(line, values):
         ("train --warmup_ratio 0.03 --seed 3", "it is --warmup_steps=30 with --max_steps 1000"),
         ("finetune --train_batch_size=4 --cutoff_len 512", "-batch_tokens=2048 with --context 512"),
         ("finetune --stage kto", "--stage: answers rated one by one (KTO) cannot be learned from"),
-        ("finetune --stage pt --use_vllm", "--stage: train.py pretrains, --ckpt MODEL --data TEXT"),
+        ("finetune --stage pt", "--stage: train.py pretrains, --ckpt MODEL --data TEXT"),
         ("finetune --adapter_name_or_path x", "merge the adapter into its base first, by lora.py"),
         ("train --wandb --use_dora", "the curves; --use_dora: the only adapters"),
         ("train --tokenizer gpt2", "--tokenizer: it is a flag of prepare_data.py"),
