@@ -275,9 +275,10 @@ def prepare(
                 split_tail(folder, token_dtype(tok.n_vocab), val_fraction)
             meta = describe(folder, source, tok, stats, documents)
             with contextlib.suppress(UserError):  # there may be none, or a damaged one
-                was, now = map(origin, (read_meta(folder), meta))
+                old = read_meta(folder)
+                was, now = ((m["source"], Tokenizer(m["tokenizer"]).name) for m in (old, meta))
                 if was != now:
-                    print(f"{folder}: replacing {was} by {now}")
+                    print("{}: replacing {} ({}) by {} ({})".format(folder, *was, *now))
             (folder / "meta.json").unlink(missing_ok=True)  # no moment with a meta of other files
             for split in ("train", "val"):
                 os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")
@@ -291,11 +292,6 @@ def prepare(
             if not any(folder.iterdir()):
                 folder.rmdir()
     return folder
-
-
-def origin(meta):
-    """What a prepared text was made of, e.g. shakespeare (char)."""
-    return f"{meta['source']} ({Tokenizer(meta['tokenizer']).name})"
 
 
 def describe(folder, source, tokenizer, stats, documents):
@@ -420,16 +416,15 @@ def other_tokenizer(folder, wanted):
     old = Tokenizer(meta["tokenizer"]).name
     if wanted.spec["kind"] in ("char", "bpe"):  # learned from a text: perhaps still in a folder
         for path in DATA.glob("*/meta.json"):
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(UserError):  # a damaged one
                 if Tokenizer(read_meta(path.parent)["tokenizer"]).same_ids(wanted):
-                    name = str(path.parent)
+                    name = path.parent
     remedy = "prepare the text by --tokenizer and a folder or model that has the former"
     if name != old:
-        remedy = f"python prepare_data.py {meta['source']} --tokenizer {name} prepares it again"
-        if folder.name != default_name(meta["source"].split()[0]):
-            remedy = remedy.replace(" prepares", f" --name {folder.name} prepares")
-    also = " with other tokens" if wanted.name == old else ""
-    return f"the checkpoint's tokenizer is {wanted.name}, that of {folder} {old}{also}: {remedy}"
+        command = f"python prepare_data.py {meta['source']} --tokenizer {name}"
+        remedy = f"{command} --name {folder.name} prepares it again"
+    both = f"the checkpoint's tokenizer is {wanted.name}, that of {folder} {old}"
+    return f"{both} (or has other tokens): {remedy}"
 
 
 # --------------------------------------------------------------------------------------------

@@ -891,8 +891,7 @@ def build_parser():
         help=f"validation tokens an evaluation reads; 0 is all (default {EVAL_TOKENS}, and all in "
         "the last one)")
     add("--eval_only", action="store_true", default=None,
-        help="print the loss over the validation text, or --eval_tokens of it, of --ckpt or of the "
-        "run that --resume names")
+        help="print the loss of --ckpt or --resume over the validation text, or --eval_tokens")
     shape = p.add_argument_group("model shape, in place of the preset's (model.Config)")
     comments = dict(re.findall(r"^    (\w+): .*  # (.+)", inspect.getsource(lm.Config), re.M))
     for name in SHAPE:
@@ -1079,9 +1078,8 @@ def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
         names = ("lr", "embed_lr", "head_lr", *optimizer_rates())
         rates = [f"{k} {vars(args)[k]:.3g}" for k in names if vars(args)[k] in peaks]
         lines.insert(2, f"learning rates: {', '.join(rates)}")
-    # narrow models spend most of the time outside of matrix products, so this would say nothing
-    if args.max_steps and per_step and c.d_model >= 512:
-        # half of the scores are masked and need not be computed
+    # not for narrow models, which spend most of the time outside of matrix products
+    if args.max_steps and per_step and c.d_model >= 512:  # half of the scores are masked
         flops = lm.flops_per_token(c, length / 2, learned, trained != n)
         least = clock(flops * per_step * args.max_steps / (runtime.peak * runtime.world))
         lines[-1] += f"; {args.max_steps:,} steps take {least} at least, by the matmul peak"
@@ -1103,14 +1101,11 @@ def closing_text(model, tokenizer, meta, result, out, val):
     bits, bpb, xz = "", result.get("val_bpb"), meta.get("xz_after_training_text")
     if bpb and xz:
         bits = f"held-out text: {bpb:.3f} bits per byte; xz -9e after the training text {xz:.3f}\n"
-    best = f"; best val loss {result['best']:.4f} at step {result['best_step']}"
-    names = ("last.pt", "best.pt", "metrics.jsonl", "loss.svg")
-    files = ", ".join(name for name in names if (out / name).exists())
     return (
-        f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training"
-        f"{best if math.isfinite(result['best']) else ''}\n{bits}\n"
+        f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
+        f"best val loss {result['best']:.4f} at step {result['best_step']}\n{bits}\n"
         f"--- a sample ({len(prompt_ids)} tokens of prompt) ---\n{text}\n---\n"
-        f"{out}/: {files}\n"
+        f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg\n"
         f"generate text with it: python sample.py --ckpt {out}"
     )
 

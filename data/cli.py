@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import json
 import math
 import os
 import re
@@ -46,11 +47,6 @@ def run_cli(main):
         print(f"\n{script}: {e.args[0] if e.args else 'interrupted'}", file=sys.stderr)
         code = 130
     raise SystemExit(code)
-
-
-def first_process():
-    """Whether this process is the first of those that torchrun started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def is_out_of_memory(error):
@@ -114,7 +110,7 @@ per_device_eval_batch_size num_workers preprocessing_num_workers dataloader_num_
 ddp_timeout ddp_find_unused_parameters local_rank trust_remote_code use_fast_tokenizer
 remove_unused_columns low_cpu_mem_usage flash_attn tf32 backend attn_implementation group_by_length
 assistant_only_loss quantization_method double_quantization bnb_4bit_quant_type device_map
-eval_iters lr_decay_iters
+eval_iters lr_decay_iters completion_only_loss save_safetensors dataset_num_proc
 """
 FOREIGN = [group.split(":") for group in FOREIGN.split(",")]
 FOREIGN = {flag: ours.strip() for ours, theirs in FOREIGN for flag in theirs.split()}
@@ -135,6 +131,22 @@ ADVICE = {
     "train.py has --total_batch_tokens, finetune.py --grad_accum": "global_batch_size",
     "--lora_rank 8 trains adapters; without it all weights learn": "finetuning_type",
     "--objective dpo, reward and grpo learn from preferences; train.py pretrains": "stage",
+    "train.py pretrains, --ckpt MODEL --data TEXT": "stage=pt",
+    "answers rated one by one (KTO) cannot be learned from; --objective dpo learns from pairs":
+        "stage=kto",
+    "--objective grpo --reward MODEL takes the place of PPO": "stage=ppo",
+    "merge the adapter into its base first, by lora.py merge, or continue its run by --resume":
+        "adapter adapter_name_or_path adapter_path lora_path",
+    "the reference is --ckpt as it was before training": "ref_model ref_model_name_or_path",
+    "--objective dpo has the sigmoid loss": "pref_loss loss_type",
+    "a sampled answer has half of --context, at most 160 tokens":
+        "max_completion_length max_prompt_length",
+    "sample.py's own engine generates the answers": "use_vllm vllm_mode infer_backend",
+    "--dropout, --token_dropout and --weight_decay regularise":
+        "neftune_noise_alpha label_smoothing_factor",
+    "only the assistant's turns are learned; train.py learns whole texts":
+        "train_on_prompt train_on_inputs mask_history",
+    "--max_rows limits what is read": "streaming",
     "the only adapters are LoRA's, --lora_rank": "use_dora use_rslora pissa_init use_galore",
     "rows are not packed but batched with others of their length": "packing neat_packing",
     "torchrun --nproc_per_node N starts N processes, and --shard splits the model over them":
@@ -158,6 +170,11 @@ NANOGPT = {
     **{f"eval_gpt2{size}": f"init_from=gpt2{size.replace('_', '-')} eval_only=True batch_size=8"
         for size in ("", "_medium", "_large", "_xl")},
 }  # fmt: skip
+# {their flag: (ours, what theirs is to be multiplied by)}
+PRODUCTS = {
+    "warmup_ratio": ("--warmup_steps", "max_steps"),
+    **{flag: ("--batch_tokens", "context") for flag in ADVICE if flag.endswith("batch_size")},
+}
 SCRIPTS = ("train", "finetune", "sample", "prepare_data", "model", "lora", "mnist")
 YES, NO = ("true", "1", "yes"), ("false", "0", "no", "none")
 
@@ -168,11 +185,39 @@ def plain(flag):
     return name if name in FOREIGN else name.rpartition(".")[2]
 
 
+def read_settings(path):
+    """[(name, value)] of someone else's configuration: a file of Python, of YAML, or of JSON with
+    two names that we know (rows have others), or one of NANOGPT; None if it is none of these."""
+    if path.suffix == ".json":
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(settings, dict) or len((FOREIGN | ADVICE).keys() & settings) < 2:
+            return None
+        text = "\n".join(f"{name}: {value}" for name, value in settings.items())
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+    elif path.stem in NANOGPT:
+        text = NANOGPT[path.stem].replace(" ", "\n")
+    else:
+        return None
+    text = re.sub(r"\s*\n\s*- +", ",", text)  # YAML: the items of a list
+    found = re.findall(r"^\s*([\w.]+)\s*[=:][ \t]*([^#\n]*[^#\n\s])", text, re.M)
+    pairs = [(name, re.sub(r"[\[\]\"']|(?<=,) ", "", v).strip(",")) for name, v in found]
+    for n, (name, value) in enumerate(pairs):  # LLaMA-Factory's names are files in its data/
+        named = name == "dataset" and path.suffix != ".py" and f"{name}={value}" not in FOREIGN
+        if named and re.fullmatch(r"[\w,]+", value):
+            pairs[n] = (name, ",".join(f"data/{part}.json" for part in value.split(",")))
+    return [(name, value) for name, value in pairs if value not in ("null", "None")]
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose flags may be written with dashes or as in FOREIGN, but not
     abbreviated, and whose errors are one line."""
 
     def __init__(self, **settings):
+        self.given = {}  # the arguments, once they are parsed
         super().__init__(allow_abbrev=False, **settings)
 
     def translate(self, flag, value):
@@ -226,32 +271,32 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """argparse's, of the words that `our_words` makes of the given ones."""
         words = sys.argv[1:] if args is None else args
-        for i, word in enumerate([] if self._get_positional_actions() else words):
-            free = i == 0 or words[i - 1] == "--config" or "=" in words[i - 1]  # no flag's value
-            if free and re.search(r"^[^-].*\.(py|ya?ml)$", word):
+        sources = any(not p.choices for p in self._get_positional_actions())
+        for i, word in enumerate([] if sources else words):
+            before = words[i - 1] if i else "="
+            free = before == "--config" or "=" in before or (i == 1 and before[:1] != "-")
+            is_json = word.endswith(".json") and read_settings(Path(word))
+            if free and (is_json or re.search(r"^[^-].*\.(py|ya?ml)$", word)):  # no flag's value
                 given = [w for w in words if w not in (word, "--config")]
-                self.error(self.config_hint(Path(word), given))
+                command = given.pop(0) if given and given[0][:1] != "-" else ""  # train, merge
+                self.error(self.config_hint(Path(word), given, command))
         words, unneeded = self.our_words(words)
         args, unknown = super().parse_known_args(words, namespace)
+        self.given = vars(args)
         if unneeded and not unknown:
             notes = (f"{f} ({ADVICE[plain(f)]})" if plain(f) in ADVICE else f for f in unneeded)
             print(f"[not needed here: {', '.join(notes)}]", file=sys.stderr)
         return args, unknown
 
-    def config_hint(self, path, given):
-        """The command that does what someone else's configuration file (Python or YAML) says,
-        changed by the words that are `given` after it."""
-        if path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
-        elif path.stem in NANOGPT:
-            text = NANOGPT[path.stem].replace(" ", "\n")
-        else:
+    def config_hint(self, path, given, command):
+        """The command that does what someone else's configuration file says, changed by the words
+        that are `given` beside it; `command` is the word that may stand before it."""
+        if (pairs := read_settings(path)) is None:
             return f"{path} does not exist; settings are given as flags here, not in files"
-        pairs = re.findall(r"^\s*([\w.]+)\s*[=:]\s*([^#\n]*[^#\n\s])", text, re.M)
-        words = [f"--{name}=" + value.strip("\"'") for name, value in pairs if value != "null"]
+        words = [f"--{name}={value}" for name, value in pairs]
         pretrains = path.suffix == ".py" and "--total_batch_tokens" in self._option_string_actions
         base = [f"--{word}" for word in NANOGPT["train_gpt2"].split()] if pretrains else []
-        ours, others = {}, []
+        ours, others = {}, {}
         words = self.our_words(base)[0] + self.our_words([*words, *given])[0]
         for word in re.split(" (?='?--)", shlex.join(words)):  # a flag, perhaps with its value
             flag = re.split("[ =]", word.lstrip("'"))[0]
@@ -259,7 +304,16 @@ class Parser(argparse.ArgumentParser):
                 ours.pop(flag.replace("--no-", "--"), None)
                 ours[flag] = word
             else:
-                others.append(flag)
+                others[flag] = word
+        settings = {flag[2:]: word[len(flag) + 1 :] for flag, word in ours.items()}
+        for flag, word in list(others.items()):
+            value = word[len(flag) + 1 :]
+            its, factor = self.product(flag, value, settings) or ("", "--")
+            if factor.split()[0] in ours:
+                ours[its.split("=")[0]] = its
+                del others[flag]
+            elif advice := ADVICE.get(f"{plain(flag)}={value}"):
+                others[f"{flag}: {advice}"] = others.pop(flag)
         if pretrains:  # nanoGPT divides its steps among the processes; so does --total_batch_tokens
             if not {"--ckpt", "--preset", "--n_layer", "--d_model"} & set(ours):
                 ours = {"--preset": "--preset=gpt2"} | ours
@@ -267,23 +321,33 @@ class Parser(argparse.ArgumentParser):
             total = math.prod(map(int, re.findall(r"\d+", sizes)))
             ours.setdefault("--total_batch_tokens", f"--total_batch_tokens={total}")
         without = f" (without {', '.join(others)})" if others else ""
-        command = f"python {self.prog} {' '.join(ours.values())}"
+        commands = [command or p.choices[0] for p in self._get_positional_actions()]
+        command = " ".join(["python", self.prog, *commands, *ours.values()])
         return f"{path}: settings are given as flags here, not in files{without}: {command}"
 
     def error(self, message):
         """Print one line, with what to write for unknown flags, and exit with code 2."""
         if message.startswith("unrecognized arguments: "):
-            words = message.split()[2:]
-            flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-            message = "; ".join(map(self.hint, flags or words[:1]))
+            flags = re.findall(r"(?<!\S)(--[^\s=]+)[\s=]?((?!--)\S*)", message)
+            message = "; ".join(self.hint(*f) for f in flags or [message.split()[2:3]])
         message = re.sub(r"^argument (\S+): (\S+ must be)", r"\1 \2", message)
-        self.exit(2, f"{self.prog}: {message}\n" if first_process() else None)
+        first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which all fail alike
+        self.exit(2, f"{self.prog}: {message}\n" if first else None)
 
-    def hint(self, flag):
+    def product(self, flag, value, settings):
+        """(our words for one of PRODUCTS, by what it was multiplied); where `settings` does not
+        have that number, 1000 is an example. None for another flag."""
+        ours, factor = PRODUCTS.get(plain(flag), ("", ""))
+        if ours in self._option_string_actions and re.fullmatch(r"[\d.]*\d", value):
+            number = float(settings.get(factor) or 1000)
+            return f"{ours}={float(value) * number:.0f}", f"--{factor} {number:.0f}"
+
+    def hint(self, flag, value=""):
         """What to write for an unknown flag, or for a word that is none."""
         name = plain(flag) if flag.startswith("--") else ""
-        if name in ADVICE:
-            return f"{flag}: {ADVICE[name]}"
+        if advice := ADVICE.get(f"{name}={value.lower()}", ADVICE.get(name)):
+            product = self.product(flag, value, self.given)
+            return f"{flag}: {advice}" + ("; it is {} with {}".format(*product) if product else "")
         ours = "--" + re.split("[|+=]", FOREIGN.get(name, name))[0]
         with contextlib.suppress(ImportError):  # only now: this module knows no script
             parsers = {s: importlib.import_module(s).build_parser() for s in SCRIPTS}
@@ -342,7 +406,7 @@ class StopSignal:
 
     def handle(self, number, frame):
         """Remember the signal, and give the next one its usual effect."""
-        if number == signal.SIGINT and first_process():
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(RuntimeError):  # this thread may just be printing
                 print("\nfinishing the step, then saving; Ctrl-C again stops now", file=sys.stderr)
         self.number = number

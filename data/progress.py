@@ -46,8 +46,7 @@ def shown(name, count, total=None):
 
 
 def watched(items, name):
-    """Yield the items while `shown` counts those that are done, and how many there are if that is
-    known."""
+    """Yield the items while `shown` counts those done, of how many there are if that is known."""
     done, total = 0, len(items) if hasattr(items, "__len__") else None
     with shown(name, lambda: done, total):
         for item in items:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import json
 import os
 import pty
 import re
@@ -79,11 +80,17 @@ wandb_log = False
 YAML = """### LLaMA-Factory's
 model_name_or_path: gpt2
 do_train: true
-lora_target: all
+lora_target:
+  - q_proj
+  - v_proj
+dataset: identity, alpaca
 bf16: true  # where it can
 resume_from_checkpoint: null
 warmup_ratio: 0.1
+per_device_train_batch_size: 2
+cutoff_len: 512
 """
+JSON = dict(lora_target=["q", "v"], max_steps=200, warmup_ratio=0.1, stage="pt")
 
 
 def parser_of(script):
@@ -113,6 +120,7 @@ def parser_of(script):
         ("finetune --train.epochs 2 --resume_from_checkpoint True", dict(epochs=2, resume="")),
         ("finetune --gradient_checkpointing --cutoff_len 9", dict(grad_checkpoint=True, context=9)),
         ("finetune --report_to none --optim adamw_torch", dict(optimizer="adamw")),
+        ("lora merge --ckpt a --adapter_name_or_path b --template t --export_dir o", dict(out="o")),
         ("finetune --finetuning_type full --overwrite_output_dir", dict(lora_rank=0)),
         ("prepare_data a.txt --test_size 0.2", dict(source=["a.txt"], val_fraction=0.2)),
     ],
@@ -131,6 +139,11 @@ def test_flags_may_be_called_as_elsewhere(line, values):
         ("train --learning_rat 3", "did you mean --lr?"),
         ("sample --block_siz 3", "unknown argument --block_siz (see --help)"),
         ("train --report_to wandb", "--report_to: out/NAME/metrics.jsonl"),
+        ("train --warmup_ratio 0.03 --seed 3", "it is --warmup_steps=30 with --max_steps 1000"),
+        ("finetune --train_batch_size=4 --cutoff_len 512", "-batch_tokens=2048 with --context 512"),
+        ("finetune --stage kto", "--stage: answers rated one by one (KTO) cannot be learned from"),
+        ("finetune --stage pt --use_vllm", "--stage: train.py pretrains, --ckpt MODEL --data TEXT"),
+        ("finetune --adapter_name_or_path x", "merge the adapter into its base first, by lora.py"),
         ("train --wandb --use_dora", "the curves; --use_dora: the only adapters"),
         ("train --tokenizer gpt2", "--tokenizer: it is a flag of prepare_data.py"),
         ("model --num_layers 2", "--num_layers: --n_layer is a flag of train.py"),
@@ -140,6 +153,13 @@ def test_flags_may_be_called_as_elsewhere(line, values):
         ("train config/finetune_shakespeare.py", "--ckpt=gpt2-xl --batch_size=1 --max_steps=20"),
         ("train --n=2 nano.py --max_iters 9", "384 --max_steps 9 --total_batch_tokens=491520"),
         ("finetune --config lf.yml", "_ratio): python finetune.py --dtype=bf16 --ckpt=gpt2 --lora"),
+        ("finetune train lf.yml", "--lora_targets=q_proj,v_proj --data=data/identity.json,data/al"),
+        ("finetune lf.yml --cutoff_len 256", "--context 256 --batch_tokens=512"),
+        ("finetune hf.json", "(without --stage: train.py pretrains, --ckpt MODEL --data TEXT): "),
+        ("finetune train hf.json", "--lora_targets=q,v --max_steps=200 --warmup_steps=20"),
+        ("finetune rows.json", "unknown argument rows.json: did you mean --data?"),
+        ("finetune train no.yaml", "no.yaml does not exist; settings are given as flags here"),
+        ("lora merge lf.yml", "): python lora.py merge --ckpt=gpt2"),
         ("finetune --finetuning_type full --lora_rank 8", "full goes without --lora_rank: leave"),
         ("train shakespeare", "unknown argument shakespeare: did you mean --data?"),
         ("sample run", "unknown argument run: did you mean --ckpt?"),
@@ -152,6 +172,8 @@ def test_flags_may_be_called_as_elsewhere(line, values):
 def test_a_wrong_flag_is_one_line(line, said, capsys):
     Path("nano.py").write_text(CONFIG)
     Path("lf.yml").write_text(YAML)
+    Path("hf.json").write_text(json.dumps(JSON))
+    Path("rows.json").write_text("{}")
     Path("run").mkdir()
     Path("run/last.pt").touch()
     script, *words = line.split()
@@ -187,7 +209,8 @@ def test_what_takes_long_is_shown_on_a_terminal_with_what_is_left_and_not_in_a_f
     command = [sys.executable, "-c", BUSY]
     subprocess.run(command, cwd=ROOT, stderr=end, check=True)
     said = os.read(terminal, 99999).decode()
-    assert re.search(r"row [123] of 3, \d+ s left", said) and "asking; seconds: " in said
+    assert re.search(r"row [12] of 3, \d+ s left", said) and "asking; seconds: " in said
+    assert "row 0 of 3" in said and "row 0 of 3," not in said
     assert said.endswith("\r\x1b[K")
     subprocess.run(command, cwd=ROOT, stderr=end, check=True, env=os.environ | {"RANK": "1"})
     assert not select.select([terminal], [], [], 0)[0]
