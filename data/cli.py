@@ -49,6 +49,11 @@ def run_cli(main):
     raise SystemExit(code)
 
 
+def first_process():
+    """Whether this process is the first of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def is_out_of_memory(error):
     """Whether torch had too little memory: on a CPU it raises a mere RuntimeError."""
     return any(words in str(error) for words in ("allocate memory", "out of memory"))
@@ -331,8 +336,7 @@ class Parser(argparse.ArgumentParser):
             flags = re.findall(r"(?<!\S)(--[^\s=]+)[\s=]?((?!--)\S*)", message)
             message = "; ".join(self.hint(*f) for f in flags or [message.split()[2:3]])
         message = re.sub(r"^argument (\S+): (\S+ must be)", r"\1 \2", message)
-        first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which all fail alike
-        self.exit(2, f"{self.prog}: {message}\n" if first else None)
+        self.exit(2, f"{self.prog}: {message}\n" if first_process() else None)
 
     def product(self, flag, value, settings):
         """(our words for one of PRODUCTS, by what it was multiplied); where `settings` does not
@@ -406,7 +410,7 @@ class StopSignal:
 
     def handle(self, number, frame):
         """Remember the signal, and give the next one its usual effect."""
-        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+        if number == signal.SIGINT and first_process():
             with contextlib.suppress(RuntimeError):  # this thread may just be printing
                 print("\nfinishing the step, then saving; Ctrl-C again stops now", file=sys.stderr)
         self.number = number
