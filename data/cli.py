@@ -77,7 +77,9 @@ max_position_embeddings context_length, context|max_new_tokens: max_length, n_la
 num_blocks num_layers num_hidden_layers, n_head: n_heads num_heads num_attention_heads, n_kv_head:
 num_kv_heads num_key_value_heads n_query_groups, d_model: n_embd hidden_size dim embed_dim, d_ff:
 intermediate_size n_inner, activation: hidden_act, eps: rms_norm_eps, tied: tie_word_embeddings,
-qkv_bias+out_bias+ff_bias: bias, no_qkv_bias+no_out_bias+no_ff_bias: bias=false, lr: learning_rate
+d_ff: moe_intermediate_size, experts: num_experts num_local_experts
+n_experts, experts_per_token: num_experts_per_tok num_experts_per_token, qkv_bias+out_bias+ff_bias:
+bias, no_qkv_bias+no_out_bias+no_ff_bias: bias=false, lr: learning_rate
 max_lr peak_lr, muon_lr: matrix_lr, embed_lr: embedding_lr, head_lr: unembedding_lr, min_lr: eta_min
 min_learning_rate, warmup_steps: warmup_iters lr_warmup_steps num_warmup_steps warmup, schedule:
 lr_scheduler_type lr_scheduler lr_schedule, schedule=constant+warmup_steps=0: decay_lr=false,
