@@ -49,6 +49,11 @@ def run_cli(main):
     raise SystemExit(code)
 
 
+def first_process():
+    """Whether this process is the first of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def is_out_of_memory(error):
     """Whether torch had too little memory: on a CPU it raises a mere RuntimeError."""
     return any(words in str(error) for words in ("allocate memory", "out of memory"))
@@ -72,7 +77,9 @@ max_position_embeddings context_length, context|max_new_tokens: max_length, n_la
 num_blocks num_layers num_hidden_layers, n_head: n_heads num_heads num_attention_heads, n_kv_head:
 num_kv_heads num_key_value_heads n_query_groups, d_model: n_embd hidden_size dim embed_dim, d_ff:
 intermediate_size n_inner, activation: hidden_act, eps: rms_norm_eps, tied: tie_word_embeddings,
-qkv_bias+out_bias+ff_bias: bias, no_qkv_bias+no_out_bias+no_ff_bias: bias=false, lr: learning_rate
+d_ff: moe_intermediate_size, experts: num_experts num_local_experts
+n_experts, experts_per_token: num_experts_per_tok num_experts_per_token, qkv_bias+out_bias+ff_bias:
+bias, no_qkv_bias+no_out_bias+no_ff_bias: bias=false, lr: learning_rate
 max_lr peak_lr, muon_lr: matrix_lr, embed_lr: embedding_lr, head_lr: unembedding_lr, min_lr: eta_min
 min_learning_rate, warmup_steps: warmup_iters lr_warmup_steps num_warmup_steps warmup, schedule:
 lr_scheduler_type lr_scheduler lr_schedule, schedule=constant+warmup_steps=0: decay_lr=false,
@@ -312,8 +319,7 @@ class Parser(argparse.ArgumentParser):
             flags = re.findall(r"(?<!\S)(--[^\s=]+)[\s=]?((?!--)\S*)", message)
             message = "; ".join(self.hint(*f) for f in flags or [message.split()[2:3]])
         message = re.sub(r"^argument (\S+): (\S+ must be)", r"\1 \2", message)
-        first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which all fail alike
-        self.exit(2, f"{self.prog}: {message}\n" if first else None)
+        self.exit(2, f"{self.prog}: {message}\n" if first_process() else None)
 
     def hint(self, flag, value=""):
         """What to write for an unknown flag, or for a word that is none."""
@@ -382,7 +388,7 @@ class StopSignal:
 
     def handle(self, number, frame):
         """Remember the signal, and give the next one its usual effect."""
-        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+        if number == signal.SIGINT and first_process():
             with contextlib.suppress(RuntimeError):  # this thread may just be printing
                 print("\nfinishing the step, then saving; Ctrl-C again stops now", file=sys.stderr)
         self.number = number
