@@ -240,10 +240,8 @@ def to_example(row, unread=None):
             raise ValueError(f"the label is {label!r:.40}")
         example = {"text": text, "label": str(label)}
     elif keys & set(QUESTIONS):
-        raise ValueError(
-            f"no answer beside the keys {', '.join(row):.80}; also for GRPO a row needs one, which "
-            'a --reward may compare with: add any text, such as "answer": "?"'
-        )
+        names = ", ".join(row)
+        raise ValueError(f"no answer beside {names:.80}; GRPO, too, needs one, if only answer: ?")
     else:
         raise ValueError(f"no known format has the keys {', '.join(row):.80}; known are {FORMS}")
     row.close(unread)
