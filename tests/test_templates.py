@@ -19,7 +19,6 @@ from tokenizers import AddedToken
 from data.hf_tokenizer import hub_tokenizer
 from data.tokenizer import Tokenizer
 
-
 CHATML = r"""{%- set given = messages[0].role == 'system' %}
 {%- set own = messages[0].content if given else usual %}
 {%- if given or own or tools %}{{- '<|im_start|>system\n' + own }}
