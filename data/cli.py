@@ -126,13 +126,16 @@ ADVICE = {
     "--lora_rank 8 trains adapters; without it all weights learn": "finetuning_type",
     "--objective dpo, reward and grpo learn from preferences; train.py pretrains": "stage",
     "train.py pretrains, --ckpt MODEL --data TEXT": "stage=pt",
-    "answers rated one by one (KTO) cannot be learned from; --objective dpo learns from pairs":
-        "stage=kto",
+    "single ratings (KTO) cannot be learned from; --objective dpo learns from pairs": "stage=kto",
     "--objective grpo --reward MODEL takes the place of PPO": "stage=ppo",
-    "merge the adapter into its base first, by lora.py merge, or continue its run by --resume":
-        "adapter adapter_name_or_path adapter_path lora_path",
-    "only the assistant's turns are learned; train.py learns whole texts":
-        "train_on_prompt train_on_inputs mask_history",
+    "merge it first (lora.py merge), or --resume it": "adapter adapter_name_or_path lora_path",
+    "the reference is --ckpt as it was before training": "ref_model ref_model_name_or_path",
+    "--objective dpo has the sigmoid loss": "pref_loss loss_type",
+    "it is half of --context, at most 160 tokens": "max_completion_length",
+    "sample.py's own engine generates the answers": "use_vllm vllm_mode infer_backend",
+    "--dropout and --token_dropout regularise": "neftune_noise_alpha label_smoothing_factor",
+    "only the assistant's turns are learned": "train_on_prompt train_on_inputs mask_history",
+    "--max_rows limits what is read": "streaming",
     "the only adapters are LoRA's, --lora_rank": "use_dora use_rslora pissa_init use_galore",
     "rows are not packed but batched with others of their length": "packing neat_packing",
     "torchrun --nproc_per_node N starts N processes, and --shard splits the model over them":
@@ -154,10 +157,8 @@ NANOGPT = {
         "gradient_accumulation_steps=32 learning_rate=3e-5 decay_lr=False eval_interval=5",
 }  # fmt: skip
 # {their flag: (ours, what theirs is to be multiplied by)}
-PRODUCTS = {
-    "warmup_ratio": ("--warmup_steps", "max_steps"),
-    **{flag: ("--batch_tokens", "context") for flag in ADVICE if flag.endswith("batch_size")},
-}
+PRODUCTS = {f: ("--batch_tokens", "context") for f in ADVICE if f.endswith("batch_size")}
+PRODUCTS["warmup_ratio"] = ("--warmup_steps", "max_steps")
 SCRIPTS = ("train", "finetune", "sample", "prepare_data", "model", "lora", "mnist")
 YES, NO = ("true", "1", "yes"), ("false", "0", "no", "none")
 
@@ -169,21 +170,15 @@ def plain(flag):
 
 def read_settings(path):
     """[(name, value)] of someone else's configuration: a file of Python, of YAML, or of JSON with
-    two names that we know (rows have others), or one of NANOGPT; None if it is none of these."""
-    if path.suffix == ".json":
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if not isinstance(settings, dict) or len((FOREIGN | ADVICE).keys() & settings) < 2:
-            return None
-        text = "\n".join(f"{name}: {value}" for name, value in settings.items())
-    elif path.is_file():
+    two names that we know (rows have others), or one of NANOGPT; none if it is none of these."""
+    text = NANOGPT.get(path.stem, "").replace(" ", "\n")
+    if path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")
-    elif path.stem in NANOGPT:
-        text = NANOGPT[path.stem].replace(" ", "\n")
-    else:
-        return None
+    if path.suffix == ".json":
+        with contextlib.suppress(TypeError, ValueError):
+            settings = dict(json.loads(text))
+            known = len((FOREIGN | ADVICE).keys() & settings) > 1
+            text = "\n".join(f"{name}: {value}" for name, value in settings.items() if known)
     text = re.sub(r"\s*\n\s*- +", ",", text)  # YAML: the items of a list
     found = re.findall(r"^\s*([\w.]+)\s*[=:][ \t]*([^#\n]*[^#\n\s])", text, re.M)
     pairs = [(name, re.sub(r"[\[\]\"']|(?<=,) ", "", v).strip(",")) for name, v in found]
@@ -273,9 +268,9 @@ class Parser(argparse.ArgumentParser):
     def config_hint(self, path, given, command):
         """The command that does what someone else's configuration file says, changed by the words
         that are `given` beside it; `command` is the word that may stand before it."""
-        if (pairs := read_settings(path)) is None:
+        if not path.is_file() and path.stem not in NANOGPT:
             return f"{path} does not exist; settings are given as flags here, not in files"
-        words = [f"--{name}={value}" for name, value in pairs]
+        words = [f"--{name}={value}" for name, value in read_settings(path)]
         pretrains = path.suffix == ".py" and "--total_batch_tokens" in self._option_string_actions
         base = [f"--{word}" for word in NANOGPT["train_gpt2"].split()] if pretrains else []
         ours, others = {}, {}
@@ -286,23 +281,17 @@ class Parser(argparse.ArgumentParser):
                 ours.pop(flag.replace("--no-", "--"), None)
                 ours[flag] = word
             else:
-                others[flag] = word
-        settings = {flag[2:]: word[len(flag) + 1 :] for flag, word in ours.items()}
-        for flag, word in list(others.items()):
-            value = word[len(flag) + 1 :]
-            its, factor = self.product(flag, value, settings) or ("", "--")
-            if factor.split()[0] in ours:
-                ours[its.split("=")[0]] = its
-                del others[flag]
-            elif advice := ADVICE.get(f"{plain(flag)}={value}"):
-                others[f"{flag}: {advice}"] = others.pop(flag)
+                others[flag] = word[len(flag) + 1 :]
+        self.given = {flag[2:]: word[len(flag) + 1 :] for flag, word in ours.items()}
+        told = {"stage", *PRODUCTS}
+        others = [self.hint(f, v) if plain(f) in told else f for f, v in others.items()]
         if pretrains:  # nanoGPT divides its steps among the processes; so does --total_batch_tokens
             if not {"--ckpt", "--preset", "--n_layer", "--d_model"} & set(ours):
                 ours = {"--preset": "--preset=gpt2"} | ours
             sizes = ours["--batch_size"] + ours["--context"] + ours.pop("--grad_accum")  # or 5 * 8
             total = math.prod(map(int, re.findall(r"\d+", sizes)))
             ours.setdefault("--total_batch_tokens", f"--total_batch_tokens={total}")
-        without = f" (without {', '.join(others)})" if others else ""
+        without = f" (without {'; '.join(others)})" if others else ""
         commands = [command or p.choices[0] for p in self._get_positional_actions()]
         command = " ".join(["python", self.prog, *commands, *ours.values()])
         return f"{path}: settings are given as flags here, not in files{without}: {command}"
@@ -315,20 +304,15 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument (\S+): (\S+ must be)", r"\1 \2", message)
         self.exit(2, f"{self.prog}: {message}\n" if first_process() else None)
 
-    def product(self, flag, value, settings):
-        """(our words for one of PRODUCTS, by what it was multiplied); where `settings` does not
-        have that number, 1000 is an example. None for another flag."""
-        ours, factor = PRODUCTS.get(plain(flag), ("", ""))
-        if ours in self._option_string_actions and re.fullmatch(r"[\d.]*\d", value):
-            number = float(settings.get(factor) or 1000)
-            return f"{ours}={float(value) * number:.0f}", f"--{factor} {number:.0f}"
-
     def hint(self, flag, value=""):
         """What to write for an unknown flag, or for a word that is none."""
         name = plain(flag) if flag.startswith("--") else ""
         if advice := ADVICE.get(f"{name}={value.lower()}", ADVICE.get(name)):
-            product = self.product(flag, value, self.given)
-            return f"{flag}: {advice}" + ("; it is {} with {}".format(*product) if product else "")
+            ours, factor = PRODUCTS.get(name, ("", ""))
+            if ours in self._option_string_actions and re.fullmatch(r"[\d.]*\d", value):
+                n = float(self.given.get(factor) or 1000)  # an example
+                advice += f": {ours} {float(value) * n:.0f} if --{factor} is {n:.0f}"
+            return f"{flag}: {advice}"
         ours = "--" + re.split("[|+=]", FOREIGN.get(name, name))[0]
         with contextlib.suppress(ImportError):  # only now: this module knows no script
             parsers = {s: importlib.import_module(s).build_parser() for s in SCRIPTS}
