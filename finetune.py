@@ -16,7 +16,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import random
 import signal
 import sys
@@ -36,7 +35,7 @@ import lora
 import model as lm
 import train
 from data import batches, chat
-from data.cli import Parser, UserError, at_least, between, positive, run_cli, share
+from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
 from data.costs import check_memory
 from data.files import write_json
 from data.machine import DTYPES, make_runtime, shard_like
@@ -726,7 +725,7 @@ def resolve(args):
         settings = given | {"ckpt": str(newest_run())}
     data, fraction = settings["data"], settings.get("val", RECIPE["val"])
     options = {name: settings.get(name) for name in ("rows", "max_rows", "encoding")}
-    options["every_row"] = bool(args.eval_only or args.show_mask) and "val" not in given
+    options["every_row"] = bool(args.eval_only or args.show_mask) and not given.get("val")
     kind, splits, hashes = load_data(data, settings.get("val_data"), fraction, **options)
     if content is not None and content["data"] != hashes:
         raise UserError(f"{data} is not the data that the run began with")
@@ -739,10 +738,10 @@ def resolve(args):
         raise UserError(f"--objective {names[0]} does not suit {data}, rows of {kind}")
     objective = OBJECTIVES[name]
     if content is None:
-        if (about := sorted(LORA_FLAGS & set(given))) and "lora_rank" not in given:
+        if LORA_FLAGS & set(given) and "lora_rank" not in given:
             settings = settings | {"lora_rank": 8}
-            if os.environ.get("RANK", "0") == "0":
-                print(f"[--{about[0]} without --lora_rank: the rank is 8]", file=sys.stderr)
+            if first_process():
+                print("[adapters, as flags of LoRA are given: --lora_rank 8]", file=sys.stderr)
         rates = LORA_RECIPE if settings.get("lora_rank") else {}
         recipe = train.scale_rates(RECIPE | rates | objective.recipe, given)
         settings = recipe | settings | {"objective": name}
@@ -904,9 +903,8 @@ def report_best(model, args, objective, splits, examples):
     split = splits.get(args.split) or objective.make_split(examples[args.split])
     if objective.runtime.rank == 0:
         start = next(json_lines((out / "metrics.jsonl").read_text(encoding="utf-8")), {})
-        if args.best_by == "val_loss" and start.get("val_loss", math.inf) < best["best"]:
-            worse = f"{best['best']:.4f}, is worse than before training, {start['val_loss']:.4f}"
-            print(f"the best val loss, {worse}: fewer steps or a lower --lr may help")
+        if args.best_by == "val_loss" and (start.get("val_loss") or math.inf) < best["best"]:
+            print(f"no val loss is below that before training, {start['val_loss']:.4f}: lower --lr")
         print(f"{out}/best.pt, step {best['step']}, on {args.split}:")
     write_report(objective, model, split, out)
 
@@ -991,9 +989,8 @@ def main(argv=None):
         args = settle(args, max_steps=max(1, steps) * (args.updates or 1))
         passes = steps * args.grad_accum * runtime.world / loader.per_epoch
         if runtime.rank == 0 and passes > 1.2 * args.epochs:
-            print(f"[a step takes {args.grad_accum * runtime.world} batches (--grad_accum, "
-                  f"processes), an epoch has {loader.per_epoch}: the rows are read "
-                  f"{passes:.3g} times, not {args.epochs:g}]", file=sys.stderr)
+            why = f"steps of --grad_accum {args.grad_accum} batches, {loader.per_epoch} an epoch"
+            print(f"[{why}: {passes:.3g} epochs, not {args.epochs:g}]", file=sys.stderr)
     if args.warmup_steps is None:
         args = settle(args, warmup_steps=train.short_warmup(WARMUP, args.max_steps))
     splits = {"train": split, "val": objective.make_split(examples["val"])}

@@ -29,6 +29,7 @@ from torch import nn
 import model as lm
 from data.cli import Parser, UserError, run_cli
 from data.download import is_hub_name
+from data.hf_config import config_to_hf
 from data.hf_weights import write_peft
 from data.machine import full_tensor, shard_like
 from data.tensors import fit_error
@@ -393,9 +394,10 @@ def merge_and_save(model, tokenizer, path):
 
 def export(base, adapter, folder, ckpt):
     """Write a folder that peft reads over the exported base, which the user calls `ckpt`."""
-    gpt2 = lm.config_to_hf(lm.Config.from_dict(base["config"]))[0]["model_type"] == "gpt2"
+    values, config = config_to_hf(lm.complete(base["config"]), lm.complete)
     in_transformers = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()
-    write_peft(adapter, base["model"], gpt2, folder, ckpt if in_transformers else None)
+    where = ckpt if in_transformers else None
+    write_peft(adapter, base["model"], values["model_type"], config, folder, where)
     print(f"{folder}: an adapter for peft, over the model that {ckpt} exports to")
 
 

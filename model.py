@@ -17,7 +17,6 @@ import contextlib
 import copy
 import math
 import signal
-import sys
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,11 +30,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from data import costs, hf_weights, tables
+from data import costs, gguf, hf_config, hf_weights, tables
 from data.cli import Parser, UserError, at_least, run_cli
+from data.costs import count_parameters, flops_per_token
 from data.download import is_hub_name, snapshot_download
-from data.files import read_json, write_json, write_whole
-from data.hf_tokenizer import generation_config, hub_tokenizer, tokenizer_config, tokenizer_json
+from data.files import read_json, write_whole
+from data.hf_tokenizer import find_tokenizer, hub_tokenizer
+from data.rope import known_scaling, scale_frequency
 from data.runs import OUT, newest_run
 from data.tensors import fit_error, load_pt
 from data.tokenizer import Tokenizer, warn_unknown
@@ -46,6 +47,7 @@ from data.tokenizer import Tokenizer, warn_unknown
 
 POSITIONS = ("rope", "learned", "sinusoidal")
 NORMS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
+NORM_PLACES = ("pre", "post", "both")
 
 # To add an activation: name it here, and in GATED if it is a gated one.
 ACTIVATIONS = {
@@ -54,12 +56,10 @@ ACTIVATIONS = {
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),  # Primer, So et al. 2021
     "swiglu": F.silu,  # Shazeer 2020: silu(x W_gate) * (x W_up)
+    "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # Gemma's, gated in the same way
 }
-GATED = ("swiglu",)  # their feed-forward has a third matrix
+GATED = ("swiglu", "geglu_tanh")  # their feed-forward has a third matrix
 INITS = ("zero_out", "gpt2")
-_LLAMA3 = "factor low_freq_factor high_freq_factor original_max_position_embeddings"
-# Ways to extend the context that a model was first trained with, and their parameters
-ROPE_SCALINGS = {"linear": {"factor"}, "llama3": set(_LLAMA3.split())}
 
 
 @dataclass
@@ -74,8 +74,13 @@ class Config:
     n_kv_head: int | None = None  # of keys and values; fewer: grouped-query attention; None: n_head
     head_size: int | None = None  # channels of a head; None: d_model / n_head
     d_ff: int | None = None  # None: 4 * d_model; for swiglu 8/3 * d_model, which is as many weights
+    experts: int = 0  # feed-forwards in a block, from which a router chooses for each token; 0: one
+    experts_per_token: int | None = None  # how many a token uses; None: 2. Divides a d_ff of None
+    norm_topk_prob: bool | None = None  # weights of its experts add up to 1; None: if several
+    router_aux_loss_coef: float = 0.01  # of the loss that makes experts be used equally often
     position: str = "rope"  # how a model knows the order of its tokens
-    norm: str = "rmsnorm"  # before attention, before feed-forward and at the end
+    norm: str = "rmsnorm"  # of the inputs (see norm_place) of attention, feed-forward and head
+    norm_place: str = "pre"  # of a block's norms: before attention and feed-forward, after, or both
     norm_weight: bool = True  # a learned scale (and, for layernorm, shift) in every norm
     activation: str = "swiglu"  # in the feed-forward
     qkv_bias: bool = False  # on the projections to queries, keys and values
@@ -83,6 +88,8 @@ class Config:
     ff_bias: bool = False  # on the two or three matrices of the feed-forward
     head_bias: bool = False  # on the logits
     qk_norm: bool = False  # RMS-normalise queries and keys per head
+    qk_norm_wide: bool = False  # with qk_norm: all heads together
+    parallel: bool = False  # the feed-forward reads what attention reads, not its result
     embed_norm: bool = False  # another norm, right after the embedding
     value_embed: bool = False  # a second table, whose rows are added to the values of each layer
     bigram: int = 0  # rows of a table for pairs of ids, see `BigramEmbedding`; 0 is none
@@ -91,7 +98,15 @@ class Config:
     dropout: float = 0.0  # of the embedding, attention weights and block outputs, in training
     eps: float = 1e-5  # of the norms
     rope_theta: float = 10000.0  # the larger, the slower rope turns its slow channels
-    rope_scaling: dict | None = None  # {"rope_type": one of ROPE_SCALINGS, its parameters...}
+    rope_scaling: dict | None = None  # {"rope_type": one of data/rope.py's, its parameters...}
+    rotary_share: float = 1.0  # of the channels of a head that rope rotates
+    window: int = 0  # tokens that the layers with a window look at; 0 is all
+    window_layers: list | None = None  # for each layer, whether it has a window; None: all have
+    window_theta: float = 0.0  # their rope_theta, without rope_scaling; 0: as in the other layers
+    embed_scale: float = 1.0  # the factor of the embedding, if there is no embed_norm
+    residual_scale: float = 1.0  # of all that a block adds to its input
+    logit_scale: float = 1.0  # of the final states, and so of the logits
+    attention_scale: float = 1.0  # of the attention scores, beside 1 / sqrt(head_size)
     init: str = "zero_out"  # initial weights: `Transformer.init_weights`
 
     def __post_init__(self):
@@ -101,35 +116,47 @@ class Config:
             self.n_kv_head = self.n_head
         if self.head_size is None:
             self.head_size = self.d_model // self.n_head
+        if self.experts_per_token is None:
+            self.experts_per_token = 2 if self.experts else 1
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = self.experts_per_token > 1
         if self.d_ff is None:
             gated = self.activation in GATED
-            self.d_ff = (4 * self.d_model * 2 // 3 + 7) // 8 * 8 if gated else 4 * self.d_model
+            size = 4 * self.d_model * (2 if gated else 3) // 3 // max(1, self.experts_per_token)
+            self.d_ff = (size + 7) // 8 * 8 if gated else size
         self.check()
 
     def check(self):
         """UserError for a value or a combination that no model can have."""
         choices = dict(position=POSITIONS, norm=NORMS, activation=ACTIVATIONS, init=INITS)
+        choices["norm_place"] = NORM_PLACES
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise UserError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
         lows = dict.fromkeys(("vocab_size", "n_layer", "d_model", "context", "n_kv_head"), 1)
-        for name, low in (lows | dict(head_size=1, d_ff=1, bigram=0)).items():
+        lows |= dict(head_size=1, d_ff=1, experts_per_token=1)
+        lows |= dict.fromkeys(("bigram", "window", "experts", "router_aux_loss_coef"), 0)
+        for name, low in lows.items():
             if getattr(self, name) < low:
                 raise UserError(f"{name} {getattr(self, name)} must be at least {low}")
         if self.context > 2**24:
             raise UserError(f"context {self.context} must be at most {2**24}")
-        for name in ("eps", "rope_theta"):
+        scales = ("embed_scale", "residual_scale", "logit_scale", "attention_scale")
+        for name in ("eps", "rope_theta", "rotary_share", *scales):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} {getattr(self, name)} must be above 0")
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.position == "rope" and self.head_size % 2:
-            raise UserError(f"rope rotates pairs of channels: head size {self.head_size} is odd")
-        if self.rope_scaling is not None:
-            numbers = dict(self.rope_scaling)
-            kind = numbers.pop("rope_type", None)
-            if set(numbers) != ROPE_SCALINGS.get(kind) or not min(numbers.values()) > 0:
-                raise UserError(f"rope_scaling {self.rope_scaling} is not implemented")
+        rotated = int(self.head_size * self.rotary_share)
+        if self.position == "rope" and (self.head_size % 2 or rotated % 2 or self.rotary_share > 1):
+            share = f"{rotated} of a head's {self.head_size}"
+            raise UserError(f"rope rotates pairs of channels, it cannot rotate {share}")
+        if self.window_layers is not None and len(self.window_layers) != self.n_layer:
+            raise UserError(f"window_layers are {len(self.window_layers)}, layers {self.n_layer}")
+        if self.rope_scaling is not None and not known_scaling(self.rope_scaling):
+            raise UserError(f"rope_scaling {self.rope_scaling} is not implemented")
+        if (k := self.experts_per_token) > max(1, self.experts):
+            raise UserError(f"experts_per_token {k} must be at most experts {self.experts}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout} must be in [0, 1)")
         if self.tied and self.head_bias:
@@ -170,6 +197,8 @@ _NOVEL = dict(
 # train.py replaces vocab_size by the `padded_vocab` of the prepared data.
 PRESETS = {
     "tiny": Config(n_layer=4, n_head=4, d_model=160, context=128, **_OURS),
+    # tiny with four times the feed-forward weights, of which a token passes through a quarter
+    "moe": Config(n_layer=4, n_head=4, d_model=160, context=128, experts=8, **_OURS),
     "small": Config(vocab_size=4096, n_layer=6, n_head=8, d_model=256, context=256, **_OURS),
     "baby": Config(vocab_size=4096, n_layer=6, n_head=6, d_model=384, context=256, **_OURS),
     "gpt2": Config(n_layer=12, n_head=12, d_model=768, **_GPT2),
@@ -190,13 +219,15 @@ def padded_vocab(size):
 
 def preset(name, **changes):
     """A copy of the named preset with some fields changed. If `d_model`, `n_head` or `activation`
-    changes, `n_kv_head`, `head_size` and `d_ff` return to their defaults unless they are given.
-    UserError for an unknown name."""
+    changes, `n_kv_head`, `head_size` and `d_ff` return to their defaults unless they are given; so
+    do fields about experts if their number changes. UserError for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
     derived = {}
     if {"d_model", "n_head", "activation"} & set(changes):
         derived = dict(n_kv_head=None, head_size=None, d_ff=None)
+    if {"experts", "experts_per_token"} & set(changes):
+        derived |= dict(d_ff=None, experts_per_token=None, norm_topk_prob=None)
     return replace(PRESETS[name], **{**derived, **changes})
 
 
@@ -210,32 +241,26 @@ def make_norm(config, size):
     return NORMS[config.norm](size, config.eps, elementwise_affine=config.norm_weight)
 
 
-def rope_tables(context, head_size, theta, scaling=None):
+def rope_tables(context, head_size, theta, scaling=None, share=1.0):
     """Cosines and sines of the rotation angles, each (context, hs). RoFormer, Su et al. 2021.
 
     Channel i is rotated with channel i + hs/2 (the layout of Llama and Qwen weights), at position t
-    by the angle t * theta ** (-2i / hs): the first pairs fast, the last ones slowly.
+    by the angle t * theta ** (-2i / hs): the first pairs fast, the last ones slowly. If only a
+    `share` of the channels is rotated, that many take the place of hs in the formula, and the pairs
+    after the first ones stand still.
     """
     # on the CPU even where the default device is meta; computed as by Hugging Face's transformers,
     # to round alike
-    channel = torch.arange(0, head_size, 2, device="cpu").float()
-    frequency = scale_frequency(1.0 / theta ** (channel / head_size), scaling or {})  # (hs/2,)
+    rotated = int(head_size * share)
+    channel = torch.arange(0, rotated, 2, device="cpu").float()
+    frequency = 1.0 / theta ** (channel / rotated)
+    if scaling:
+        frequency = scale_frequency(frequency, scaling, theta)
+    frequency = F.pad(frequency, (0, (head_size - rotated) // 2))  # (hs/2,)
     angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, hs/2)
     angle = torch.cat((-angle, angle), dim=-1)  # see apply_rope
-    return angle.cos(), angle.sin()
-
-
-def scale_frequency(frequency, scaling):
-    """Rotation frequencies slowed down for a longer context: all of them (`linear`), or according
-    to how often they turn in the original context (`llama3`, of Llama 3.1): in full below
-    low_freq_factor turns, not at all above high_freq_factor turns, in part in between."""
-    kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
-    if kind != "llama3":
-        return frequency / factor
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequency)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - keep) * frequency / factor + keep * frequency
+    size = torch.where(frequency > 0, (scaling or {}).get("attention_factor", 1.0), 1.0).repeat(2)
+    return angle.cos() * size, angle.sin() * size
 
 
 def apply_rope(x, cos, sin):
@@ -259,16 +284,16 @@ def sinusoid_table(context, d_model):
     return table.flatten(1)[:, :d_model]
 
 
-def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True):
+def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
     """Attention written out. The model calls `attention`; a test checks that they agree.
 
     q (B, nh, T, hs); k and v (B, nkv, S, hs), each key head shared by nh/nkv query heads.
     `mask` is True where a query may look, broadcastable to (B, nh, T, S). Without one a query looks
-    at itself and all before it, or everywhere if not `causal`.
+    at itself and all before it, or everywhere if not `causal`. The default `scale` is 1 / sqrt(hs).
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    score = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, nh, T, S)
+    score = q @ k.transpose(-2, -1) * (scale or q.shape[-1] ** -0.5)  # (B, nh, T, S)
     if mask is None and causal:
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
     if mask is not None:
@@ -276,7 +301,7 @@ def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True):
     return F.dropout(score.softmax(dim=-1), dropout) @ v  # (B, nh, T, hs)
 
 
-def attention(q, k, v, mask=None, dropout=0.0, causal=True):
+def attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
     """`naive_attention` in torch's fused kernel, which never stores the (T, S) scores."""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     if mask is None and causal and 1 < T < S:  # is_causal would align the first query and key
@@ -286,7 +311,7 @@ def attention(q, k, v, mask=None, dropout=0.0, causal=True):
     # an `if`, because torch.compile cannot trace `is_causal=causal and T > 1`
     if mask is not None or T == 1:  # a single query sees all keys
         causal = False
-    options = dict(is_causal=causal, enable_gqa=group > 1)
+    options = dict(is_causal=causal, enable_gqa=group > 1, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options)
 
 
@@ -297,6 +322,18 @@ def causal_mask(T, S, device=None):
                 1 1 1 1
     """
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+class WideNorm(nn.RMSNorm):
+    """RMS-normalises all heads of a position, (..., nh, hs), together."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(-2)).view_as(x)
+
+
+def times(factor):
+    """A function that multiplies by a constant."""
+    return nn.Identity() if factor == 1 else partial(torch.mul, other=factor)
 
 
 class Attention(nn.Module):
@@ -311,9 +348,12 @@ class Attention(nn.Module):
         self.k = nn.Linear(c.d_model, c.n_kv_head * c.head_size, bias=c.qkv_bias)
         self.v = nn.Linear(c.d_model, c.n_kv_head * c.head_size, bias=c.qkv_bias)
         self.out = nn.Linear(c.n_head * c.head_size, c.d_model, bias=c.out_bias)
+        self.scale = None if c.attention_scale == 1 else c.attention_scale * c.head_size**-0.5
         # always RMS, whichever norm the block has: their only purpose is to bound the scores
-        norm = partial(nn.RMSNorm, elementwise_affine=c.norm_weight) if c.qk_norm else nn.Identity
-        self.q_norm, self.k_norm = norm(c.head_size, c.eps), norm(c.head_size, c.eps)
+        norm = WideNorm if c.qk_norm_wide else nn.RMSNorm
+        norm = partial(norm, elementwise_affine=c.norm_weight) if c.qk_norm else nn.Identity
+        heads = (c.n_head, c.n_kv_head) if c.qk_norm_wide else (1, 1)
+        self.q_norm, self.k_norm = (norm(n * c.head_size, c.eps) for n in heads)
 
     def forward(self, x, rope=None, update_cache=None, mask=None, extra_values=None):
         """x (B, T, C) -> (B, T, C). `update_cache(k, v)` stores the new keys and values and returns
@@ -328,7 +368,8 @@ class Attention(nn.Module):
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if update_cache is not None:
             k, v = update_cache(k, v)  # (B, nkv, S, hs)
-        y = attention(q, k, v, mask, self.dropout if self.training else 0.0, self.causal)
+        dropout = self.dropout if self.training else 0.0
+        y = attention(q, k, v, mask, dropout, self.causal, self.scale)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -350,19 +391,28 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): the pre-norm residual block."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): the pre-norm residual block. Config
+    has switches for norms behind attention and feed-forward, and for reading the same x."""
 
     def __init__(self, config, causal=True):
         super().__init__()
-        self.norm1 = make_norm(config, config.d_model)
-        self.attention = Attention(config, causal)
-        self.norm2 = make_norm(config, config.d_model)
-        self.feed_forward = FeedForward(config)
-        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        c, norm = config, partial(make_norm, config, config.d_model)
+        before = norm if c.norm_place != "post" else nn.Identity
+        after = norm if c.norm_place != "pre" else nn.Identity
+        self.norm1 = before()
+        self.attention, self.parallel = Attention(c, causal), c.parallel
+        self.post_norm1 = after()
+        self.norm2 = before()
+        self.feed_forward = MoE(c) if c.experts else FeedForward(c)
+        self.post_norm2 = after()
+        self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
+        self.scale = times(c.residual_scale)
 
     def forward(self, x, rope=None, update_cache=None, mask=None, extra_values=None):
-        x = x + self.drop(self.attention(self.norm1(x), rope, update_cache, mask, extra_values))
-        return x + self.drop(self.feed_forward(self.norm2(x)))
+        y = self.attention(self.norm1(x), rope, update_cache, mask, extra_values)
+        y = x + self.scale(self.drop(self.post_norm1(y)))
+        z = self.feed_forward(self.norm2(x if self.parallel else y))
+        return y + self.scale(self.drop(self.post_norm2(z)))
 
 
 # --------------------------------------------------------------------------------------------
@@ -574,6 +624,21 @@ class NewTokens(NamedTuple):
     # per layer (keys, values) (B, nkv, S, hs): parts of the cache, with room for the new tokens
     layers: list | None = None
 
+    def indices(self, ids):
+        """The positions as a tensor on the device of the new `ids`, (T,) or (B, T)."""
+        if isinstance(self.positions, slice):
+            return torch.arange(self.positions.start, self.positions.stop, device=ids.device)
+        return self.positions
+
+    def window_mask(self, window, ids):
+        """The mask of layers that only look at the last `window` tokens."""
+        S = self.layers[0][0].shape[2] if self.layers else ids.shape[1]
+        if window >= S:
+            return self.mask
+        distance = self.indices(ids)[..., None] - torch.arange(S, device=ids.device)
+        mask = (distance >= 0) & (distance < window)  # (T, S) or (B, T, S)
+        return mask if mask.dim() == 2 else mask[:, None]
+
 
 class KVCache:
     """Ids, keys and values of all tokens seen so far, allocated ahead of use; `grow` enlarges it.
@@ -668,8 +733,9 @@ class Transformer(nn.Module):
 
     `model(ids)` returns logits (B, T, V). `model(ids, targets)` returns the *summed* negative log-
     likelihood of the targets in float32 (see `chunked_loss`), which the training loop divides by
-    their number. With `output="log_probs"` it returns the log probability of each target, (B, T)
-    (see `token_logps`), with "logits" the logits (N, V) at the positions that have a target.
+    their number; in training with experts also what balances them (`loss_with_balance`). With
+    `output="log_probs"` it returns the log probability of each target, (B, T) (see `token_logps`),
+    with "logits" the logits (N, V) at the positions that have a target.
 
     >>> model = Transformer(preset("tiny"))
     >>> model(torch.tensor([[1, 2, 3]])).shape
@@ -687,16 +753,21 @@ class Transformer(nn.Module):
         elif c.position == "sinusoidal":
             self.register_buffer("sines", sinusoid_table(c.context, c.d_model), persistent=False)
         elif c.position == "rope":
-            cos, sin = rope_tables(c.context, c.head_size, c.rope_theta, c.rope_scaling)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
-        self.embed_norm = make_norm(c, c.d_model) if c.embed_norm else nn.Identity()
+            tables = partial(rope_tables, c.context, c.head_size, share=c.rotary_share)
+            table = partial(nn.Buffer, persistent=False)
+            self.cos, self.sin = map(table, tables(c.rope_theta, c.rope_scaling))
+            if c.window and c.window_theta:
+                self.window_cos, self.window_sin = map(table, tables(c.window_theta))
+        self.windowed = c.window_layers or [True] * c.n_layer
+        self.embed_norm = make_norm(c, c.d_model) if c.embed_norm else times(c.embed_scale)
         self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = make_norm(c, c.d_model)
+        self.logit_scale = times(c.logit_scale)
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=c.head_bias)
         if c.tied:
             self.head.weight = self.embed.weight
+        self.expert_counts = 0  # how often each expert was chosen in training, (n_layer, E)
         self.grad_checkpoint = False  # recompute blocks in the backward pass: less memory, slower
         if not self.embed.weight.is_meta:
             self.init_weights()
@@ -722,7 +793,7 @@ class Transformer(nn.Module):
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
             elif name == "value_embed.weight":
                 p.zero_()
-            elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
+            elif name.endswith(("attention.out.weight", ".down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer)) if gpt2 else p.zero_()
             elif name == "head.weight":
                 nn.init.normal_(p, std=0.02) if gpt2 else p.zero_()
@@ -742,32 +813,39 @@ class Transformer(nn.Module):
             new = NewTokens(torch.arange(T, device=ids.device))
         elif new is None:
             new = cache.begin(ids)
-        x, rope = self.embed(ids), None  # (B, T, C)
-        if c.position == "rope":  # (1, T, hs) or (B, 1, T, hs): the same for every head
-            rope = [table[new.positions].unsqueeze(-3) for table in (self.cos, self.sin)]
-        else:
+        x = self.embed(ids)  # (B, T, C)
+        if c.position != "rope":
             table = self.position.weight if c.position == "learned" else self.sines
             x = x + table[new.positions].to(x.dtype)
         x = self.embed_norm(x)
         if self.inputs:
-            seen, positions = ids if cache is None else cache.seen_ids(new), new.positions
-            if isinstance(positions, slice):
-                positions = torch.arange(positions.start, positions.stop, device=ids.device)
+            seen, positions = ids if cache is None else cache.seen_ids(new), new.indices(ids)
             positions = positions.expand_as(ids)
             for module in self.inputs.values():
                 x = x + module(seen, positions, self.embed_ids)
         x = self.drop(x)
         extra_values = self.value_embed(ids) if self.value_embed is not None else None
+        # rotations and masks of the layers without a window, and with one
+        views = [(self.rotation(new), new.mask)] * 2
+        if c.window:
+            views[1] = self.rotation(new, c.window_theta > 0), new.window_mask(c.window, ids)
         for i, block in enumerate(self.blocks):
             update_cache = partial(cache.update, i, new) if cache is not None else None
-            args = x, rope, update_cache, new.mask, extra_values
+            rope, mask = views[self.windowed[i]]
+            args = x, rope, update_cache, mask, extra_values
             if self.grad_checkpoint and self.training:
                 x = recompute(block, *args, use_reentrant=False)
             else:
                 x = block(*args)
         if cache is not None:
             cache.lengths += T
-        return self.norm(x)
+        return self.logit_scale(self.norm(x))
+
+    def rotation(self, new, windowed=False):
+        """Cosines and sines for the NewTokens, (1, T, hs) or (B, 1, T, hs): equal for all heads."""
+        if self.config.position == "rope":
+            tables = (self.window_cos, self.window_sin) if windowed else (self.cos, self.sin)
+            return [table[new.positions].unsqueeze(-3) for table in tables]
 
     def embed_ids(self, ids):
         """The normalised embedding of ids alone, without their positions."""
@@ -784,6 +862,8 @@ class Transformer(nn.Module):
         return self.head(self.hidden(ids, cache, new)[:, -1])
 
     def forward(self, ids, targets=None, cache=None, output="loss", places=None, allowed=None):
+        if self.config.experts and self.training and output == "loss" and targets is not None:
+            return loss_with_balance(self, ids, targets, places)
         x = self.hidden(ids, cache)
         if targets is None:
             return self.head(x)  # (B, T, V)
@@ -846,12 +926,9 @@ WHAT_CKPT = "a checkpoint, a run's folder, gpt2, or owner/name[@revision] of the
 def find_checkpoint(name):
     """The path of a checkpoint: a file, a run's folder, a folder in Hugging Face's layout, or a
     model of the Hub (`gpt2`, `owner/name`, `owner/name@revision`), which is downloaded."""
-    path = Path(name)
-    in_folder = path.parent != Path() and path.parent.is_dir()
-    local = path.exists() or in_folder or path.parts[0] in ("out", "data")
-    if local or not is_hub_name(str(name)):
-        return path
-    return snapshot_download(str(name), check=check_readable)
+    if is_hub_name(name):
+        return snapshot_download(str(name), check=check_readable)
+    return Path(name)
 
 
 def load_checkpoint(path, dtype=None, resuming=False):
@@ -904,116 +981,117 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
 
 
 # --------------------------------------------------------------------------------------------
+# A mixture of experts, in place of the feed-forward
+# --------------------------------------------------------------------------------------------
+
+
+class MoE(nn.Module):
+    """Several feed-forwards, the experts, of which a router chooses k for each token: the model has
+    the weights of E experts at the cost of k (Shazeer et al. 2017).
+
+        p = softmax(router(x))           (E,)
+        y = sum of p_i expert_i(x)       over the k experts whose p_i is largest
+
+    With `norm_topk_prob` these p_i are divided by their sum, as if the softmax were over the k
+    largest logits alone. If k is 1, p_i is then 1, and the router learns nothing from the text.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.k, self.norm_topk_prob = config.experts_per_token, config.norm_topk_prob
+        self.router = nn.Linear(config.d_model, config.experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.experts))
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])  # (N, C)
+        weights, chosen = self.router(rows).softmax(-1, dtype=torch.float32).topk(self.k)  # (N, k)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        # sort the choices by expert, so that the rows of each one lie side by side:
+        #   chosen    [[2, 0], [0, 1], [2, 1]]
+        #   expert    [0, 0, 1, 1, 2, 2]
+        #   row       [0, 1, 1, 2, 0, 2]
+        expert, order = chosen.flatten().sort(stable=True)  # (N k,) each
+        row = order // self.k
+        ends = torch.arange(1, len(self.experts), device=x.device)
+        ends = torch.searchsorted(expert, ends).tolist()  # the only value that a GPU waits for
+        pairs = zip(self.experts, rows.index_select(0, row).tensor_split(ends))
+        # in training those without rows run, too, because DDP wants a gradient for every weight
+        out = torch.cat([run(part) for run, part in pairs if self.training or len(part)])
+        out = out * weights.flatten()[order, None]  # (N k, C)
+        return torch.zeros_like(rows, dtype=out.dtype).index_add(0, row, out).to(x.dtype).view_as(x)
+
+
+def loss_with_balance(model, ids, targets, places=None):
+    """What `model(ids, targets)` returns in training with experts: the summed loss of the targets
+    and, times their number, each layer's load-balancing loss (Fedus et al. 2021, equation 4):
+
+        router_aux_loss_coef * (E * sum of f_i P_i  -  1)
+
+    f_i is the share of the choices that fell on expert i, P_i its mean probability. Only P has a
+    gradient: the busiest experts lose most. The sum is 1 if all are equally busy, and is taken off
+    so that training and validation losses compare. A training step divides by all its targets: it
+    takes the mean over micro-batches and processes. Choices are counted in `model.expert_counts`.
+    """
+    c, logits, kept = model.config, [], targets != -100
+    with contextlib.ExitStack() as hooks:  # gone when gradient checkpointing runs blocks again
+        for block in model.blocks:
+            hook = block.feed_forward.router.register_forward_hook
+            hooks.enter_context(hook(lambda router, args, out: logits.append(out)))
+        x = model.hidden(ids)
+    probs = torch.stack(logits).softmax(-1, dtype=torch.float32)  # (n_layer, N, E)
+    chosen = torch.zeros_like(probs).scatter(-1, probs.topk(c.experts_per_token).indices, 1.0)
+    # what follows a row's last target, such as padding, changes no loss and does not count
+    rows = kept.flip(1).cumsum(1).flip(1).view(-1, 1) > 0
+    n = rows.sum().clamp(min=1)
+    counts, mean = (rows * chosen).sum(1), (rows * probs).sum(1) / n  # (n_layer, E)
+    model.expert_counts = model.expert_counts + counts
+    balance = (c.experts * counts / (c.experts_per_token * n) * mean).sum() - c.n_layer
+    loss = chunked_loss(x, model.head.weight, model.head.bias, targets, places)
+    return loss + c.router_aux_loss_coef * kept.sum() * balance
+
+
+# --------------------------------------------------------------------------------------------
 # Hugging Face's layout, in and out
 # --------------------------------------------------------------------------------------------
 
 
+def complete(values):
+    """All fields of the Config with these ones, as a dict."""
+    return asdict(Config(**values))
+
+
+def meta_state(values):
+    """{name: tensor without data} of the model whose Config has these fields."""
+    return meta_model(Config(**values)).state_dict()
+
+
 def check_readable(folder):
     """UserError for an unsupported config or tokenizer, before the weights are downloaded."""
-    config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    if (folder / "tokenizer.json").exists():
+    where = folder / "config.json"
+    hf_config.config_from_hf(read_json(where), complete, where)
+    if find_tokenizer(folder):
         hub_tokenizer(folder)
 
 
-def config_from_hf(values, where="config.json", verbose=False):
-    """The Config of a Hugging Face config.json, a dict; UserError if it is not supported. With
-    `verbose`, a line on stderr names the ignored fields."""
-    try:
-        config_fields, ignored = hf_weights.config_from_hf(values)
-        config = Config(**config_fields)
-    except (AttributeError, TypeError) as e:
-        raise UserError(f"{where} lacks a field or has one of the wrong type: {e}") from e
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from e
-    if ignored and verbose:
-        print(f"[{where}: ignored fields: {', '.join(ignored)}]", file=sys.stderr)
-    return config
-
-
-def config_to_hf(config):
-    """(config.json as a dict, its Config) of the Hugging Face architecture that computes the same.
-    It may have additional biases and norm weights, which are then zeros and ones. UserError names a
-    field that no architecture has."""
-    values = hf_weights.config_to_hf(asdict(config))
-    nearest = config_from_hf(values)
-    for name, value in asdict(config).items():
-        other = getattr(nearest, name)
-        added = other is True and (name == "norm_weight" or name.endswith("_bias"))
-        if value != other and not added and name not in ("dropout", "init"):
-            field = f"{name} {value} (the nearest, {values['model_type']}, has {other})"
-            raise UserError(f"no Hugging Face architecture has {field} with the rest of this model")
-    return values, nearest
-
-
 def load_hf(folder, dtype=None):
-    """The checkpoint dict {"config", "model", "tokenizer"} of a folder in Hugging Face's layout,
-    which may lack a tokenizer. Tensors that need no change stay on disk until they are touched;
-    others are copied, to `dtype` if given."""
-    folder = Path(folder)
-    values = read_json(folder / "config.json")
-    config = config_from_hf(values, str(folder / "config.json"), verbose=True)
-    if config.context < values.get("max_position_embeddings", 0):
-        print(f"[sliding attention: the context is its window, {config.context}]", file=sys.stderr)
-    shapes = {name: t.shape for name, t in meta_model(config).state_dict().items()}
-    gpt2 = config.position == "learned"
-    state = hf_weights.read_state(folder, shapes, gpt2, config.tied, dtype)
-    has_tokenizer = (folder / "tokenizer.json").exists()
-    tokenizer = {"tokenizer": hub_tokenizer(folder)} if has_tokenizer else {}
-    return {"config": asdict(config), "model": state} | tokenizer
+    """The checkpoint dict of a folder in Hugging Face's layout, see `hf_weights.load`."""
+    return hf_weights.load(Path(folder), complete, meta_state, dtype)
 
 
 def export_hf(content, folder):
-    """Write a checkpoint's model, and its tokenizer if it has one, as transformers reads them;
-    returns config.json as a dict."""
-    folder, config = Path(folder), Config.from_dict(content["config"])
-    values, nearest = config_to_hf(config)
-    if problem := fit_error(meta_model(config).state_dict(), content["model"]):
-        raise UserError(f"this checkpoint does not fit its own config: {problem}")
-    if "tokenizer" in content:
-        tokenizer = Tokenizer(content["tokenizer"])
-        values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
-        write_json(folder / "generation_config.json", generation_config(tokenizer))
-    shapes = {name: t.shape for name, t in meta_model(nearest).state_dict().items()}
-    if nearest.tied:
-        del shapes["head.weight"]
-    hf_weights.write_model(folder, values, shapes, content["model"])
-    return values
+    """Write a checkpoint as transformers reads it, see `hf_weights.export`."""
+    return hf_weights.export(content, Path(folder), complete, meta_state)
+
+
+def export_gguf(content, path, dtype):
+    """Write a checkpoint as llama.cpp reads it, see `gguf.export`."""
+    gguf.export(content, path, dtype, complete, meta_state)
 
 
 # --------------------------------------------------------------------------------------------
 # The command line: what a shape costs
 # --------------------------------------------------------------------------------------------
-
-
-def count_parameters(model):
-    """{part: parameters} and their "total"; a tied head is counted once, as the embedding."""
-    words = dict(embed="embedding", inputs="embedding", bigram="token pairs", position="positions")
-    words |= {"attention": "attention", "feed_forward": "feed-forward", "norm": "norms"}
-    counts = dict.fromkeys([*words.values(), "head"], 0)
-    for name, p in model.named_parameters():
-        parts = [part for word, part in words.items() if word in name]
-        counts[parts[-1] if parts else "head"] += p.numel()  # the last: embed_norm is a norm
-    return {**counts, "total": sum(counts.values())}
-
-
-def flops_per_token(config, length=None, learned=1.0, frozen=False):
-    """Floating-point operations to train on one token of rows that are `length` tokens long (by
-    default the context), forward and backward.
-
-    Six per weight of a matrix product (a multiply and an add, three times: forward, by the input,
-    by the weight; four of a `frozen` model with adapters), plus the attention scores: 12 n_layer nh
-    hs length. That counts the masked half too, as PaLM (Chowdhery et al. 2022, appendix B) and
-    nanoGPT do, so MFUs compare. The head is computed for the share of tokens that is `learned`.
-    """
-    c = config
-    qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
-    feed_forward = c.d_model * c.d_ff * (3 if c.activation in GATED else 2)
-    block = qkv + c.n_head * c.head_size * c.d_model + feed_forward
-    weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
-    scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
-    return (4 if frozen else 6) * weights + scores
 
 
 @torch.no_grad()
@@ -1023,10 +1101,10 @@ def attention_weights(model, ids, layer=0):
     module, inputs, T = model.blocks[layer].attention, [], len(ids)
     with module.register_forward_pre_hook(lambda _, args: inputs.extend(args)):
         model.hidden(torch.tensor([ids]))
-    bare, (x, rope, *_) = copy.copy(module), inputs
+    bare, (x, rope, _, mask, *_) = copy.copy(module), inputs
     bare._modules = module._modules | {"out": nn.Identity()}
     identity = torch.eye(T).expand(1, module.n_kv_head, T, T)
-    y = bare.forward(x, rope, lambda k, v: (k, identity))  # (1, T, nh * T)
+    y = bare.forward(x, rope, lambda k, v: (k, identity), mask)  # (1, T, nh * T)
     return y.view(T, module.n_head, T).transpose(0, 1)
 
 
@@ -1073,7 +1151,9 @@ def build_parser():
     p.add_argument("--tokens", type=at_least(1), help="training tokens, to predict the loss")
     p.add_argument("--world", type=at_least(1), help="GPUs: what each one stores and sends")
     p.add_argument("--shard", action="store_true", help="with --world: shard the model over them")
-    p.add_argument("--export", metavar="DIR", help="write --ckpt as transformers reads it")
+    p.add_argument("--export", metavar="PATH", help="write --ckpt: a folder for transformers, or a "
+                   ".gguf file for llama.cpp and ollama")  # fmt: skip
+    p.add_argument("--dtype", choices=gguf.DTYPES, help="of the .gguf file (default f16)")
     p.add_argument("--show", choices=("token", "position", "attention"),
                    help="print and draw embeddings, positions, or a head's weights")  # fmt: skip
     p.add_argument("--prompt", help="with --show (default: a fox met a fox, if the model knows it)")
@@ -1096,7 +1176,10 @@ def main(argv=None):
         if "adapter" in content:
             raise UserError(f"{args.ckpt} is an adapter: export it with lora.py, or merge it first")
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise UserError(f"{folder} exists: name a new folder for --export")
+            raise UserError(f"{folder} exists: name a new folder or file for --export")
+        if folder.suffix == ".gguf":
+            export_gguf(content, folder, args.dtype or "f16")
+            return print(f"{folder}: {folder.stat().st_size / 2**20:,.1f} MiB")
         return print(f"{folder}: {export_hf(content, folder)['architectures'][0]}")
     name = args.ckpt or args.preset or "tiny"
     config = Config.from_dict(content["config"]) if content else preset(name)

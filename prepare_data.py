@@ -36,9 +36,9 @@ import numpy as np
 import tiktoken
 
 from data.cli import FOREIGN, Parser, UserError, at_least, number, run_cli
-from data.download import DATA, MB, fetch, is_hub_name, snapshot_download
+from data.download import DATA, EXTRAS, MB, fetch, is_hub_name, snapshot_download
 from data.files import file_sha256, locked, read_json, write_whole
-from data.hf_tokenizer import hub_tokenizer
+from data.hf_tokenizer import find_tokenizer, hub_tokenizer
 from data.progress import waiting, watched
 from data.sources import SOURCES, Source
 from data.text import ARCHIVES, BLOCK, TEXT_SUFFIXES, Documents, choose_texts, file_streams
@@ -87,7 +87,7 @@ def default_name(source):
 def make_tokenizer(name, documents, total_bytes):
     """The Tokenizer of this name, trained on the documents if its kind is char or bpe. The name is
     one of those that build_parser lists, any other of tiktoken's, or a folder with a meta.json or
-    a tokenizer.json."""
+    a tokenizer.json or tokenizer.model."""
     if name == "byte":
         return Tokenizer({"kind": "byte"})
     if name == "char":
@@ -107,10 +107,10 @@ def make_tokenizer(name, documents, total_bytes):
         return Tokenizer({"kind": "tiktoken", "name": name})
     if (Path(name) / "meta.json").exists():
         return Tokenizer(read_meta(name)["tokenizer"])
-    if (Path(name) / "tokenizer.json").exists():
+    if find_tokenizer(name):
         return Tokenizer(hub_tokenizer(name))
-    if is_hub_name(name) and Path(name).parts[0] not in ("out", "data"):
-        folder = snapshot_download(name, files=("config.json", "tokenizer.json"))
+    if is_hub_name(name):
+        folder = snapshot_download(name, files=("config.json", *EXTRAS))
         return Tokenizer(hub_tokenizer(folder))
     names = "byte, char, bpe:N (e.g. bpe:4096), bpe-han:N, gpt2, cl100k_base, o200k_base"
     names += ", a folder prepared before, or a model of the Hub (owner/name)"
@@ -153,7 +153,8 @@ def encoded(pieces, tokenizer):
         local.tokenizer = Tokenizer(tokenizer.spec)
 
     def encode(split, first, text):
-        return split, first, len(text), local.tokenizer.encode_array(text)
+        follows = None if first else "text"
+        return split, first, len(text), local.tokenizer.encode_array(text, follows)
 
     with ThreadPoolExecutor(WORKERS, initializer=start) as pool:
         pieces = iter(pieces)

@@ -30,7 +30,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import lora
-from data.analogy import analogy
+from data.analogy import analogy, bert_words
 from data.chat import common_length, get_template
 from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
 from data.graphs import GraphedSteps
@@ -578,8 +578,9 @@ def fast_model(model, rows, args):
     device = model.embed.weight.device.type
     adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
     fast = device == "cpu" and not (args.no_fast or adapted)
-    if args.cuda_graphs and (adapted or device != "cuda"):
-        reason = "excludes adapters" if adapted else f"needs a GPU, the model is on {device}"
+    varying = "adapters" if adapted else "a mixture of experts" if model.config.experts else None
+    if args.cuda_graphs and (varying or device != "cuda"):
+        reason = f"excludes {varying}" if varying else f"needs a GPU, the model is on {device}"
         raise UserError(f"--cuda_graphs {reason}")
     if args.dtype == "int8" and not fast:
         reason = "excludes --no_fast" if args.no_fast else f"is for a CPU, not {device}"
@@ -686,8 +687,9 @@ def write_rows(model, tokenizer, prompts, args):
 
 
 def shown(tokenizer, ids):
-    """Printable text of ids, without the end-of-text token and ids that no token has."""
-    ids = [i for i in ids if i != tokenizer.eos_id and tokenizer.token_bytes(i)]
+    """Printable text of ids, without the tokens that begin and end a text and ids without one."""
+    ends = tokenizer.bos_id, tokenizer.eos_id
+    ids = [i for i in ids if i not in ends and tokenizer.token_bytes(i)]
     return printable(tokenizer.decode(ids))
 
 
@@ -704,8 +706,19 @@ def write_beams(model, tokenizer, prompt, args):
     for score, ids in beams:
         if len(beams) > 1:
             print(f"--- {score:.4f} ---")
-        print(shown(tokenizer, prompt) + shown(tokenizer, ids))
+        print(shown(tokenizer, prompt + ids))
     return [ids for _, ids in beams]
+
+
+def show_analogies(args, tokenizer, table):
+    """Answer each --analogy, with the --choices that were given in its place."""
+    choices = args.choices or [""] * len(args.analogy)
+    for expression, listed in zip(args.analogy, choices):
+        if len(args.analogy) > 1:
+            print(expression)
+        listed = [c.strip() for c in listed.replace("，", ",").split(",") if c.strip()]
+        for text, cosine in analogy(expression, tokenizer, table, listed):
+            print(f"{cosine:7.3f}  {text!r}")
 
 
 def make_service(model, tokenizer, path, args, tools):
@@ -803,8 +816,11 @@ def build_parser():
     add("--cors", metavar="ORIGIN", help="with --serve: a site whose pages may use the API")
     add("--slots", type=between(1, 256, int), default=16,
         help="with --serve: texts at once (default 16)")
-    add("--analogy", help='nearest tokens of e.g. "king - man + woman" in the embedding table')
-    add("--choices", help="with --analogy: pick among these, separated by commas")
+    add("--analogy", action="append",
+        help='nearest tokens of e.g. "king - man + woman" in the embedding table; may be given '
+        "several times")
+    add("--choices", action="append",
+        help="with each --analogy: pick among these, separated by commas")
     return p
 
 
@@ -827,6 +843,9 @@ def check_settings(args):
         for name in names.split():
             if getattr(args, name) is not None and not possible:
                 raise UserError(f"--{name} is for {flags}")
+    if args.choices and len(args.choices) != len(args.analogy):
+        counts = f"{len(args.choices)} times for {len(args.analogy)} --analogy"
+        raise UserError(f"--choices is given {counts}: give it for each or for none")
     if args.beams and args.stop:
         raise UserError("--stop does not work with --beams, which end with the end of the text")
     if args.beams and args.num_samples > args.beams:
@@ -854,16 +873,15 @@ def main(argv=None):
     if args.temperature is None:
         args.temperature = 0.0 if args.tools else 0.8
     tools = load_tools(args.tools) if args.tools else None
+    if args.analogy and args.ckpt and (words := bert_words(args.ckpt)):
+        return show_analogies(args, *words)
     ids_alone = args.prompt_ids is not None and args.print_ids and not args.beams
     model, tokenizer, path = load(args.ckpt, args.device, args.dtype, args.adapter, ids_alone)
     if args.ckpt is None:
         print(f"[{path}]", file=sys.stderr)
     labels = check_kind(tokenizer, path, args)
     if args.analogy is not None:
-        choices = [c.strip() for c in (args.choices or "").split(",") if c.strip()]
-        table = model.embed.weight.detach().cpu()
-        for text, cosine in analogy(args.analogy, tokenizer, table, choices):
-            print(f"{cosine:7.3f}  {text!r}")
+        show_analogies(args, tokenizer, model.embed.weight.detach().cpu())
     elif args.serve is not None:
         from data.server import serve  # see make_service
 

@@ -594,7 +594,8 @@ def fit(model, task, args, runtime, out, resume=None):
             meter.work.append((tokens, tokens * flops_per_token(model, batches), seconds))
             done = fraction_done(args, state["step"], state["seconds"])
             if log_now or done >= 1:
-                row, metrics = meter.row(state, lr, runtime), task.metrics()
+                row = meter.row(state, lr, runtime)
+                metrics = task.metrics() | expert_metrics(step_model, runtime)
                 log.write(**row, **metrics)
                 log.line(step_line(row, metrics, args, done), rewrite=True)
             elif int(state["seconds"]) > int(state["seconds"] - seconds):  # each second
@@ -668,6 +669,8 @@ def compile_blocks(model, task, runtime, step):
         return runs(ids, cache, *args)
 
     model.hidden = hidden
+    for module in (m for m in model.modules() if isinstance(m, lm.MoE)):
+        module.forward = torch.compiler.disable(module.forward)  # shapes change with every batch
     try:
         with waiting("compiling the model, once, perhaps for a minute"), runtime.autocast():
             task.loss(model, *runtime.upload(task.batches(step)[0])).backward()
@@ -721,6 +724,18 @@ def make_runner(model, task, args, runtime, step=0):
     if runtime.world > 1:  # buffers are only tables of positions
         runner = nn.parallel.DistributedDataParallel(runner, forward_sync_buffers=False)
     return runner, precision, after_step
+
+
+def expert_metrics(model, runtime):
+    """{"experts": how often each expert of each layer was chosen since the last call, in all
+    processes, "busiest_expert": the largest share of a layer's choices}; {} without experts."""
+    model = getattr(model, "low", getattr(model, "module", model))  # of BF16Copy, of DDP
+    counts, model.expert_counts = getattr(model, "expert_counts", 0), 0
+    if not torch.is_tensor(counts):
+        return {}
+    total = np.reshape(runtime.total(*counts.flatten().tolist()), counts.shape)
+    share = total.max() / total.sum(axis=1).max()
+    return {"experts": total.astype(int).tolist(), "busiest_expert": share}
 
 
 def flops_per_token(model, batches):
@@ -864,8 +879,8 @@ def add_optimization(p):
 
 
 EVAL_TOKENS = 32768  # of all evaluations but the last one, which reads all, if no flag says more
-# The fields of a shape that are flags; rope_scaling only comes with models of the Hub
-SHAPE = tuple(f.name for f in fields(lm.Config) if f.name != "rope_scaling")
+# The fields of a shape that are flags; those in structured form only come with models of the Hub
+SHAPE = [f.name for f in fields(lm.Config) if f.name not in ("rope_scaling", "window_layers")]
 
 
 def build_parser():
@@ -997,7 +1012,9 @@ def build_model(args, content, folder, meta, tokenizer):
         changes = {k: getattr(args, k) for k in SHAPE if getattr(args, k) is not None}
         # a multiple of 64 suits the hardware and leaves rows for a chat's special tokens
         changes.setdefault("vocab_size", lm.padded_vocab(tokenizer.n_vocab))
-        model = lm.Transformer(lm.preset(args.preset, **changes))
+        model = lm.Transformer(config := lm.preset(args.preset, **changes))
+        if config.norm_topk_prob and config.experts_per_token == 1:
+            raise UserError("--norm_topk_prob with one expert a token: the router could not learn")
     else:
         if "adapter" in content:
             raise UserError(f"{args.ckpt} is an adapter: merge it first (python lora.py merge)")
@@ -1061,9 +1078,11 @@ def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
     """The lines before the first step: what is trained, and what it will take. A micro-batch has at
     most `per_batch` tokens, a step `per_step` (None: unknown), a row `length`; of them a share is
     `learned`."""
-    c, n = model.config, lm.count_parameters(lm.meta_model(model.config))["total"]
+    c, counts = model.config, lm.count_parameters(lm.meta_model(model.config))
+    n = counts["total"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = f", {trained:,} trained ({trained / n:.2%})" if trained != n else ""
+    share += f", {counts['active']:,} active for a token" if c.experts else ""
     lines = [
         f"device {runtime.device}, {runtime.dtype}, {runtime.world} process(es), matmul peak "
         f"{runtime.peak / 1e9:,.0f} GFLOP/s",
@@ -1101,11 +1120,13 @@ def closing_text(model, tokenizer, meta, result, out, val):
     bits, bpb, xz = "", result.get("val_bpb"), meta.get("xz_after_training_text")
     if bpb and xz:
         bits = f"held-out text: {bpb:.3f} bits per byte; xz -9e after the training text {xz:.3f}\n"
+    names = ("last.pt", "best.pt", "metrics.jsonl", "loss.svg", "experts.svg")
+    files = ", ".join(name for name in names if (out / name).exists())
     return (
         f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
         f"best val loss {result['best']:.4f} at step {result['best_step']}\n{bits}\n"
         f"--- a sample ({len(prompt_ids)} tokens of prompt) ---\n{text}\n---\n"
-        f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg\n"
+        f"{out}/: {files}\n"
         f"generate text with it: python sample.py --ckpt {out}"
     )
 

@@ -1,9 +1,56 @@
 """Words as vectors: arithmetic in the embedding table."""
 import re
+from pathlib import Path
 
 import torch
 
 from data.cli import UserError
+from data.download import is_hub_name, snapshot_download
+from data.files import read_json
+from data.hf_weights import hf_tensors
+
+
+class WordPiece:
+    """BERT's tokens, the lines of its vocab.txt: of each word the longest that it begins with, then
+    the longest that goes on, marked by ##. Each Chinese character is a word: 国 王, play ##ing."""
+
+    def __init__(self, path):
+        self.tokens = path.read_text(encoding="utf-8").split("\n")
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
+        self.byte_lengths = [len(t) * (t[:1] != "[") for t in self.tokens]  # not [CLS] and [SEP]
+
+    def encode(self, text):
+        """The ids of a text; none if it has a word that the tokens do not spell."""
+        ids, text = [], text if "A" in self.ids else text.lower()
+        for word in re.findall(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+|[^\w\s]|_", text):
+            while word:
+                ends = range(len(word), 2 * word.startswith("##"), -1)
+                start = next((word[:end] for end in ends if word[:end] in self.ids), None)
+                if start is None:
+                    return []
+                ids.append(self.ids[start])
+                word = "##" + word[len(start) :] if len(start) < len(word) else ""
+        return ids
+
+    def decode(self, ids):
+        """The tokens of ids as they are in the file."""
+        return " ".join(self.tokens[i] for i in ids)
+
+
+def bert_words(ckpt):
+    """(WordPiece, embedding table) of a BERT, read without the rest of it; None for other models.
+    `ckpt` is a folder or a name of the Hub."""
+    online = is_hub_name(ckpt)
+    folder = snapshot_download(ckpt, files=["config.json"]) if online else Path(ckpt)
+    config = folder / "config.json"
+    if not config.exists() or read_json(config).get("model_type") != "bert":
+        return None
+    if online:
+        snapshot_download(ckpt, files=["vocab.txt"])
+        snapshot_download(ckpt)
+    tensors = hf_tensors(folder)
+    name = next(name for name in tensors if name.endswith("embeddings.word_embeddings.weight"))
+    return WordPiece(folder / "vocab.txt"), tensors[name][name]
 
 
 def word_vector(word, tokenizer, table):

@@ -252,8 +252,7 @@ class Api:
         if not isinstance(text, str):
             raise ApiError(400, "prompt must be a text", "prompt")
         pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
-        ids = [[special[p]] if p in special else self.tokenizer.encode(p) for p in pieces]
-        ids = [i for piece in ids for i in piece]
+        ids = self.tokenizer.encode_parts(pieces)
         return {"tokens": ids, "count": len(ids), "max_model_len": self.context}
 
     def detokenize(self, body):

@@ -202,6 +202,9 @@ class Template:
             raise UserError(f"the model's chat template cannot be used: {e}") from e
         before, _, after = said.rpartition(CONTENT)
         self.end = next((i for i in self.encode(after) if i in names), tokenizer.eos_id)
+        # SentencePiece may put a space of its own in front of what follows a special token
+        alone, within = (tokenizer.encode(CONTENT, place) for place in (self.place, "text"))
+        before = " " * (alone != within) + before
         blanks = before, after.split(tokenizer.decode([self.end]))[0]
         self.blanks = [text if text.isspace() else "" for text in blanks]
         self.ends = {self.end, tokenizer.eos_id, *tokenizer.spec.get("ends", ())}
@@ -222,20 +225,21 @@ class Template:
         schema = {"name": TOOL, "description": "", "parameters": {"type": "object"}}
         tools = [{"type": "function", "function": schema}] if "tool_calls" in message else None
         text, start = self.write_answer(*self.escaped(messages, tools))
+        self.place = self.place_after(text[:start])
         return text[start:]
 
     def call_start(self, name):
         """The ids with which a call of the tool `name` begins, up to its arguments; "" stands for
         any tool. ValueError if the template writes no calls."""
         if not name and self.call is not None:
-            ids = self.encode(self.called)
+            ids = self.encode(self.called, self.place)
             return ids[: ids.index(self.call) + 1]
         start, mark, _ = self.called.partition(f'{{"{KEY}"' if name else TOOL)
         if not mark:
             raise ValueError("this model's chat template writes no calls")
         # a blank belongs to the next token, except in our template, where it ends the name
         start = start if self.ours else start.rstrip()
-        return self.encode(start.replace(TOOL, escape(name, self.typed)))
+        return self.encode(start.replace(TOOL, escape(name, self.typed)), self.place)
 
     def opened(self, prompt):
         """The ids of <think> if a prompt ends with it, as DeepSeek-R1's does; else none."""
@@ -284,13 +288,16 @@ class Template:
         # the prompt may end with what the text lacks
         return text, len(prompt) if text.startswith(prompt) else common_length(text, prompt)
 
-    def encode(self, text):
+    def place_after(self, text):
+        """What `encode` is to know of the text before: it is empty, or ends with a special token,
+        or with other text."""
+        return text and ("special" if text.endswith(tuple(self.tokenizer.special)) else "text")
+
+    def encode(self, text, follows=None):
         """The ids of a text that the template wrote: names of special tokens are these tokens."""
-        special, ids = self.tokenizer.special, []
-        for n, part in enumerate(re.split(f"({self.typed.pattern})", text)):
-            plain = re.sub(f"{MARK}({MARK}?)", r"\1", part) if MARK in part else part
-            ids += [special[part]] if n % 2 else self.tokenizer.encode(plain)
-        return ids
+        parts = re.split(f"({self.typed.pattern})", text)
+        parts = [re.sub(f"{MARK}({MARK}?)", r"\1", part) for part in parts]
+        return self.tokenizer.encode_parts(parts, follows)
 
     def rows(self, messages, tools=None, learned=lambda i: True):
         """[(ids, mask, numbers of the messages that are learned)] of a conversation: one row with
@@ -326,7 +333,7 @@ class Template:
         token crosses a border, since the model reads the prompt before it writes."""
         ids, mask = [], []
         for n, (start, stop) in enumerate(pairwise([0, *borders, len(text)])):
-            part = self.encode(text[start:stop])
+            part = self.encode(text[start:stop], self.place_after(text[:start]))
             if part and n % 2 == 0 and mask and mask[-1] and ids[-1] not in self.ends:
                 mask += [int(part[0] in self.ends)] + [0] * (len(part) - 1)  # GLM: the next role
             else:

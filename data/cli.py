@@ -2,6 +2,7 @@
 
 A user's mistake is a `UserError`: `run_cli` prints its one line and ends with exit code 2.
 """
+
 import argparse
 import contextlib
 import difflib
@@ -59,63 +60,51 @@ def is_out_of_memory(error):
     return any(words in str(error) for words in ("allocate memory", "out of memory"))
 
 
-# What others (nanoGPT, transformers, TRL, LLaMA-Factory, litgpt, minimind, nanochat, llama.cpp,
-# OpenAI) call our flags: OURS: THEIRS or THEIRS=VALUE ... OURS may be the first of several that the
-# script has (out|ckpt), set a value, or be several flags (a+b); it is empty if none is needed.
+# What others (nanoGPT, nanochat, minimind, transformers, TRL, LLaMA-Factory, llama.cpp, OpenAI)
+# call our flags: OURS: THEIRS or THEIRS=VALUE ... OURS may be the first of several that the script
+# has (out|ckpt), set a value, or be several flags (a+b); it is empty if none is needed.
 FOREIGN = """
-ckpt: model_name_or_path model model_name model_path model_id base_model checkpoint_dir load_from
-init_from from_weight, adapter: adapter_name_or_path adapter_path lora_path, resume|:
-init_from=resume, resume: resume_from_checkpoint resume_from_checkpoint=true resume=true
-from_resume=1, export: export_dir, out|ckpt: out_dir output_dir, out: save_dir, data: dataset
-dataset_name train_file train_data data_path json_path, data=shakespeare: dataset=shakespeare_char,
-data=fineweb-edu: dataset=openwebtext, data=alpaca-zh: dataset=alpaca_zh dataset=alpaca_zh_demo,
-val_data: eval_dataset validation_file, val|val_fraction: val_size test_size, max_rows: max_samples
-max_train_samples, eval_rows: max_eval_samples, field: dataset_text_field, tokenizer: tokenizer_name
-tokenizer_path tokenizer_dir tokenizer_name_or_path, context: block_size max_seq_length max_seq_len
-cutoff_len seq_len seq_length sequence_len max_model_len n_ctx ctx_size n_positions
-max_position_embeddings context_length, context|max_new_tokens: max_length, n_layer: n_layers depth
-num_blocks num_layers num_hidden_layers, n_head: n_heads num_heads num_attention_heads, n_kv_head:
-num_kv_heads num_key_value_heads n_query_groups, d_model: n_embd hidden_size dim embed_dim, d_ff:
-intermediate_size n_inner, activation: hidden_act, eps: rms_norm_eps, tied: tie_word_embeddings,
-qkv_bias+out_bias+ff_bias: bias, no_qkv_bias+no_out_bias+no_ff_bias: bias=false, lr: learning_rate
-max_lr peak_lr, muon_lr: matrix_lr, embed_lr: embedding_lr, head_lr: unembedding_lr, min_lr: eta_min
-min_learning_rate, warmup_steps: warmup_iters lr_warmup_steps num_warmup_steps warmup, schedule:
-lr_scheduler_type lr_scheduler lr_schedule, schedule=constant+warmup_steps=0: decay_lr=false,
-schedule=constant: lr_scheduler_type=constant_with_warmup, schedule=wsd:
-lr_scheduler_type=warmup_stable_decay, optimizer: optim, optimizer=adamw: optim=adamw_torch
-optim=adamw_torch_fused, weight_decay: wd, beta1: adam_beta1, beta2: adam_beta2, grad_clip:
-max_grad_norm clip_grad, max_steps: max_iters max_train_steps num_iterations train_iters train_steps
-num_train_steps total_steps steps, epochs: num_train_epochs num_epochs max_epochs, batch_size:
-per_device_train_batch_size micro_batch_size device_batch_size train_batch_size bs bsz,
-total_batch_tokens: total_batch_size, grad_accum: gradient_accumulation_steps accumulation_steps,
-eval_every: eval_interval eval_steps eval_freq eval.interval val_interval val_loss_every,
-save_every: save_interval save_steps save_freq, log_every: log_interval logging_steps log_freq,
-patience: early_stopping_patience early_stopping, best_by: metric_for_best_model, best_by=val_loss:
-metric_for_best_model=eval_loss, grad_checkpoint: gradient_checkpointing activation_checkpointing,
-compile: torch_compile use_compile, shard: fsdp, device=cpu: use_cpu no_cuda, dtype: torch_dtype
-precision mixed_precision, dtype=fp16: fp16 half mixed_precision=fp16 precision=16-true
-precision=16-mixed, dtype=bf16: bf16 mixed_precision=bf16 precision=bf16-true precision=bf16-mixed,
-dtype=fp32: mixed_precision=no precision=32-true, quantize=nf4: load_in_4bit quantization_bit=4
-quantize=bnb.nf4 quantize=bnb.nf4-dq, quantize=int8|dtype=int8: load_in_8bit quantization_bit=8
-quantize=bnb.int8, lora_rank=8: finetuning_type=lora use_lora, lora_rank=0: finetuning_type=full,
-lora_rank=16: use_peft, lora_rank:
-lora_r, lora_targets: target_modules lora_target lora_target_modules, lora_targets=all:
-target_modules=all-linear lora_target_modules=all-linear, objective=sft: stage=sft, objective=dpo:
-stage=dpo, objective=reward: stage=rm, dpo_beta: pref_beta beta, reward: reward_model reward_funcs,
-samples: num_generations, teacher: teacher_model, prompt: start, max_new_tokens: max_tokens
-max_completion_tokens n_predict predict, num_samples: num_return_sequences n, beams: num_beams,
-temperature=0: do_sample=false, temperature: temp, repetition_penalty: repeat_penalty, stop:
-stop_strings reverse_prompt, system: system_prompt default_system, serve: port webui, slots:
-max_num_seqs, chat: interactive, eval_only: do_predict, no_compile|: compile=false,
-: init_from=scratch from_weight=none from_resume=0 decay_lr report_to=none
-do_sample do_train do_eval overwrite_output_dir overwrite_cache plot_loss template
-always_save_checkpoint save_total_limit save_strategy save_only_model eval_strategy
+ckpt: model_name_or_path model model_name base_model checkpoint_dir init_from from_weight, adapter:
+adapter_name_or_path adapter_path lora_path, resume|: init_from=resume, resume:
+resume_from_checkpoint resume_from_checkpoint=true resume=true from_resume=1, export: export_dir,
+out|ckpt: out_dir output_dir, out: save_dir, data: dataset dataset_name train_file data_path,
+data=shakespeare: dataset=shakespeare_char, data=fineweb-edu: dataset=openwebtext, data=alpaca-zh:
+dataset=alpaca_zh_demo, val_data: eval_dataset, val|val_fraction: val_size test_size, max_rows:
+max_samples, field: dataset_text_field, tokenizer: tokenizer_name tokenizer_path, context:
+block_size max_seq_length max_seq_len cutoff_len seq_len n_ctx max_position_embeddings,
+context|max_new_tokens: max_length, n_layer: n_layers depth num_layers num_hidden_layers, n_head:
+n_heads num_heads num_attention_heads, n_kv_head: num_kv_heads num_key_value_heads, d_model: n_embd
+hidden_size dim, d_ff: intermediate_size moe_intermediate_size, eps: rms_norm_eps, tied:
+tie_word_embeddings, experts: num_experts, experts_per_token: num_experts_per_tok,
+qkv_bias+out_bias+ff_bias: bias, no_qkv_bias+no_out_bias+no_ff_bias: bias=false, lr: learning_rate,
+warmup_steps: warmup_iters lr_warmup_steps num_warmup_steps warmup, schedule: lr_scheduler_type
+lr_schedule, schedule=constant+warmup_steps=0: decay_lr=false, schedule=constant:
+lr_scheduler_type=constant_with_warmup, schedule=wsd: lr_scheduler_type=warmup_stable_decay,
+optimizer: optim, optimizer=adamw: optim=adamw_torch, beta1: adam_beta1, beta2: adam_beta2,
+grad_clip: max_grad_norm, max_steps: max_iters max_train_steps num_iterations steps, epochs:
+num_train_epochs num_epochs max_epochs, batch_size: per_device_train_batch_size micro_batch_size
+device_batch_size train_batch_size, total_batch_tokens: total_batch_size, grad_accum:
+gradient_accumulation_steps accumulation_steps, eval_every: eval_interval eval_steps, save_every:
+save_interval save_steps, log_every: log_interval logging_steps, patience: early_stopping_patience,
+best_by: metric_for_best_model, best_by=val_loss: metric_for_best_model=eval_loss, grad_checkpoint:
+gradient_checkpointing, compile: torch_compile, shard: fsdp, device=cpu: use_cpu no_cuda, dtype:
+torch_dtype, dtype=fp16: fp16 half, dtype=bf16: bf16, quantize=nf4: load_in_4bit quantization_bit=4,
+quantize=int8|dtype=int8: load_in_8bit quantization_bit=8, lora_rank=8: finetuning_type=lora,
+lora_rank=0: finetuning_type=full, lora_rank=16: use_peft, lora_rank: lora_r, lora_targets:
+target_modules lora_target lora_target_modules, lora_targets=all: target_modules=all-linear
+lora_target_modules=all-linear, objective=sft: stage=sft, objective=dpo: stage=dpo,
+objective=reward: stage=rm, dpo_beta: pref_beta beta, reward: reward_funcs, samples:
+num_generations, prompt: start, max_new_tokens: max_tokens max_completion_tokens n_predict,
+num_samples: num_return_sequences n, beams: num_beams, temperature=0: do_sample=false, temperature:
+temp, repetition_penalty: repeat_penalty, stop: stop_strings, system: system_prompt, serve: port,
+chat: interactive, no_compile|: compile=false, : init_from=scratch from_weight=none from_resume=0
+decay_lr report_to=none do_sample do_train do_eval overwrite_output_dir overwrite_cache plot_loss
+template always_save_checkpoint save_total_limit save_strategy save_only_model eval_strategy
 evaluation_strategy logging_strategy logging_first_step load_best_model_at_end greater_is_better
 per_device_eval_batch_size num_workers preprocessing_num_workers dataloader_num_workers disable_tqdm
-ddp_timeout ddp_find_unused_parameters local_rank trust_remote_code use_fast_tokenizer
-remove_unused_columns low_cpu_mem_usage flash_attn tf32 backend attn_implementation group_by_length
-assistant_only_loss quantization_method double_quantization bnb_4bit_quant_type device_map
-eval_iters lr_decay_iters completion_only_loss save_safetensors dataset_num_proc
+ddp_timeout local_rank trust_remote_code remove_unused_columns low_cpu_mem_usage flash_attn tf32
+backend attn_implementation group_by_length assistant_only_loss quantization_method
+bnb_4bit_quant_type device_map eval_iters lr_decay_iters completion_only_loss save_safetensors
 """
 FOREIGN = [group.split(":") for group in FOREIGN.split(",")]
 FOREIGN = {flag: ours.strip() for ours, theirs in FOREIGN for flag in theirs.split()}
@@ -137,20 +126,15 @@ ADVICE = {
     "--lora_rank 8 trains adapters; without it all weights learn": "finetuning_type",
     "--objective dpo, reward and grpo learn from preferences; train.py pretrains": "stage",
     "train.py pretrains, --ckpt MODEL --data TEXT": "stage=pt",
-    "answers rated one by one (KTO) cannot be learned from; --objective dpo learns from pairs":
-        "stage=kto",
+    "single ratings (KTO) cannot be learned from; --objective dpo learns from pairs": "stage=kto",
     "--objective grpo --reward MODEL takes the place of PPO": "stage=ppo",
-    "merge the adapter into its base first, by lora.py merge, or continue its run by --resume":
-        "adapter adapter_name_or_path adapter_path lora_path",
+    "merge it first (lora.py merge), or --resume it": "adapter adapter_name_or_path lora_path",
     "the reference is --ckpt as it was before training": "ref_model ref_model_name_or_path",
     "--objective dpo has the sigmoid loss": "pref_loss loss_type",
-    "a sampled answer has half of --context, at most 160 tokens":
-        "max_completion_length max_prompt_length",
+    "it is half of --context, at most 160 tokens": "max_completion_length",
     "sample.py's own engine generates the answers": "use_vllm vllm_mode infer_backend",
-    "--dropout, --token_dropout and --weight_decay regularise":
-        "neftune_noise_alpha label_smoothing_factor",
-    "only the assistant's turns are learned; train.py learns whole texts":
-        "train_on_prompt train_on_inputs mask_history",
+    "--dropout and --token_dropout regularise": "neftune_noise_alpha label_smoothing_factor",
+    "only the assistant's turns are learned": "train_on_prompt train_on_inputs mask_history",
     "--max_rows limits what is read": "streaming",
     "the only adapters are LoRA's, --lora_rank": "use_dora use_rslora pissa_init use_galore",
     "rows are not packed but batched with others of their length": "packing neat_packing",
@@ -159,7 +143,6 @@ ADVICE = {
     "model.py --export writes a folder for transformers": "push_to_hub hub_model_id export_dir",
     "--data takes the path of the file": "dataset_dir data_dir",
     "the environment variable HF_TOKEN holds the token": "hf_token hub_token hf_hub_token",
-    "the environment variable OMP_NUM_THREADS sets the threads": "threads num_threads n_threads",
 }  # fmt: skip
 ADVICE = {flag: use for use, theirs in ADVICE.items() for flag in theirs.split()}
 # nanoGPT's configuration files, for whoever has no clone of it. The first also stands for the
@@ -172,41 +155,30 @@ NANOGPT = {
         "min_lr=1e-4 beta2=0.99 warmup_iters=100 max_iters=5000 eval_interval=250",
     "finetune_shakespeare": "dataset=shakespeare init_from=gpt2-xl batch_size=1 max_iters=20 "
         "gradient_accumulation_steps=32 learning_rate=3e-5 decay_lr=False eval_interval=5",
-    **{f"eval_gpt2{size}": f"init_from=gpt2{size.replace('_', '-')} eval_only=True batch_size=8"
-        for size in ("", "_medium", "_large", "_xl")},
 }  # fmt: skip
 # {their flag: (ours, what theirs is to be multiplied by)}
-PRODUCTS = {
-    "warmup_ratio": ("--warmup_steps", "max_steps"),
-    **{flag: ("--batch_tokens", "context") for flag in ADVICE if flag.endswith("batch_size")},
-}
+PRODUCTS = {f: ("--batch_tokens", "context") for f in ADVICE if f.endswith("batch_size")}
+PRODUCTS["warmup_ratio"] = ("--warmup_steps", "max_steps")
 SCRIPTS = ("train", "finetune", "sample", "prepare_data", "model", "lora", "mnist")
 YES, NO = ("true", "1", "yes"), ("false", "0", "no", "none")
 
 
 def plain(flag):
-    """The name of a flag; that of litgpt's --train.max_steps is max_steps."""
-    name = flag[2:].replace("-", "_")
-    return name if name in FOREIGN else name.rpartition(".")[2]
+    """The name of a flag."""
+    return flag[2:].replace("-", "_")
 
 
 def read_settings(path):
     """[(name, value)] of someone else's configuration: a file of Python, of YAML, or of JSON with
-    two names that we know (rows have others), or one of NANOGPT; None if it is none of these."""
-    if path.suffix == ".json":
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if not isinstance(settings, dict) or len((FOREIGN | ADVICE).keys() & settings) < 2:
-            return None
-        text = "\n".join(f"{name}: {value}" for name, value in settings.items())
-    elif path.is_file():
+    two names that we know (rows have others), or one of NANOGPT; none if it is none of these."""
+    text = NANOGPT.get(path.stem, "").replace(" ", "\n")
+    if path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")
-    elif path.stem in NANOGPT:
-        text = NANOGPT[path.stem].replace(" ", "\n")
-    else:
-        return None
+    if path.suffix == ".json":
+        with contextlib.suppress(TypeError, ValueError):
+            settings = dict(json.loads(text))
+            known = len((FOREIGN | ADVICE).keys() & settings) > 1
+            text = "\n".join(f"{name}: {value}" for name, value in settings.items() if known)
     text = re.sub(r"\s*\n\s*- +", ",", text)  # YAML: the items of a list
     found = re.findall(r"^\s*([\w.]+)\s*[=:][ \t]*([^#\n]*[^#\n\s])", text, re.M)
     pairs = [(name, re.sub(r"[\[\]\"']|(?<=,) ", "", v).strip(",")) for name, v in found]
@@ -296,9 +268,9 @@ class Parser(argparse.ArgumentParser):
     def config_hint(self, path, given, command):
         """The command that does what someone else's configuration file says, changed by the words
         that are `given` beside it; `command` is the word that may stand before it."""
-        if (pairs := read_settings(path)) is None:
+        if not path.is_file() and path.stem not in NANOGPT:
             return f"{path} does not exist; settings are given as flags here, not in files"
-        words = [f"--{name}={value}" for name, value in pairs]
+        words = [f"--{name}={value}" for name, value in read_settings(path)]
         pretrains = path.suffix == ".py" and "--total_batch_tokens" in self._option_string_actions
         base = [f"--{word}" for word in NANOGPT["train_gpt2"].split()] if pretrains else []
         ours, others = {}, {}
@@ -309,23 +281,17 @@ class Parser(argparse.ArgumentParser):
                 ours.pop(flag.replace("--no-", "--"), None)
                 ours[flag] = word
             else:
-                others[flag] = word
-        settings = {flag[2:]: word[len(flag) + 1 :] for flag, word in ours.items()}
-        for flag, word in list(others.items()):
-            value = word[len(flag) + 1 :]
-            its, factor = self.product(flag, value, settings) or ("", "--")
-            if factor.split()[0] in ours:
-                ours[its.split("=")[0]] = its
-                del others[flag]
-            elif advice := ADVICE.get(f"{plain(flag)}={value}"):
-                others[f"{flag}: {advice}"] = others.pop(flag)
+                others[flag] = word[len(flag) + 1 :]
+        self.given = {flag[2:]: word[len(flag) + 1 :] for flag, word in ours.items()}
+        told = {"stage", *PRODUCTS}
+        others = [self.hint(f, v) if plain(f) in told else f for f, v in others.items()]
         if pretrains:  # nanoGPT divides its steps among the processes; so does --total_batch_tokens
             if not {"--ckpt", "--preset", "--n_layer", "--d_model"} & set(ours):
                 ours = {"--preset": "--preset=gpt2"} | ours
             sizes = ours["--batch_size"] + ours["--context"] + ours.pop("--grad_accum")  # or 5 * 8
             total = math.prod(map(int, re.findall(r"\d+", sizes)))
             ours.setdefault("--total_batch_tokens", f"--total_batch_tokens={total}")
-        without = f" (without {', '.join(others)})" if others else ""
+        without = f" (without {'; '.join(others)})" if others else ""
         commands = [command or p.choices[0] for p in self._get_positional_actions()]
         command = " ".join(["python", self.prog, *commands, *ours.values()])
         return f"{path}: settings are given as flags here, not in files{without}: {command}"
@@ -338,20 +304,15 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument (\S+): (\S+ must be)", r"\1 \2", message)
         self.exit(2, f"{self.prog}: {message}\n" if first_process() else None)
 
-    def product(self, flag, value, settings):
-        """(our words for one of PRODUCTS, by what it was multiplied); where `settings` does not
-        have that number, 1000 is an example. None for another flag."""
-        ours, factor = PRODUCTS.get(plain(flag), ("", ""))
-        if ours in self._option_string_actions and re.fullmatch(r"[\d.]*\d", value):
-            number = float(settings.get(factor) or 1000)
-            return f"{ours}={float(value) * number:.0f}", f"--{factor} {number:.0f}"
-
     def hint(self, flag, value=""):
         """What to write for an unknown flag, or for a word that is none."""
         name = plain(flag) if flag.startswith("--") else ""
         if advice := ADVICE.get(f"{name}={value.lower()}", ADVICE.get(name)):
-            product = self.product(flag, value, self.given)
-            return f"{flag}: {advice}" + ("; it is {} with {}".format(*product) if product else "")
+            ours, factor = PRODUCTS.get(name, ("", ""))
+            if ours in self._option_string_actions and re.fullmatch(r"[\d.]*\d", value):
+                n = float(self.given.get(factor) or 1000)  # an example
+                advice += f": {ours} {float(value) * n:.0f} if --{factor} is {n:.0f}"
+            return f"{flag}: {advice}"
         ours = "--" + re.split("[|+=]", FOREIGN.get(name, name))[0]
         with contextlib.suppress(ImportError):  # only now: this module knows no script
             parsers = {s: importlib.import_module(s).build_parser() for s in SCRIPTS}

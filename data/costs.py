@@ -17,6 +17,40 @@ def chinchilla_loss(parameters, tokens):
     return 1.69 + 406.4 / parameters**0.34 + 410.7 / tokens**0.28
 
 
+def count_parameters(model):
+    """{part: parameters}, their "total" (a tied head is counted once, as the embedding), and with
+    experts "active", those that a token uses."""
+    words = dict(embed="embedding", inputs="embedding", bigram="token pairs", position="positions")
+    words |= {"attention": "attention", "feed_forward": "feed-forward", "norm": "norms"}
+    counts = dict.fromkeys([*words.values(), "head"], 0)
+    for name, p in model.named_parameters():
+        parts = [part for word, part in words.items() if word in name]
+        counts[parts[-1] if parts else "head"] += p.numel()  # the last: embed_norm is a norm
+    counts["total"] = sum(counts.values())
+    if n := (c := model.config).experts:
+        each = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) // n
+        counts["active"] = counts["total"] - (n - c.experts_per_token) * each
+    return counts
+
+
+def flops_per_token(config, length=None, learned=1.0, frozen=False):
+    """Floating-point operations to train on one token of rows that are `length` tokens long (by
+    default the context), forward and backward.
+
+    Six per weight of a matrix product (a multiply and an add, three times: forward, by the input,
+    by the weight; four of a `frozen` model with adapters), plus the attention scores: 12 n_layer nh
+    hs length. That counts the masked half too, as PaLM (Chowdhery et al. 2022, appendix B) and
+    nanoGPT do, so MFUs compare. The head is computed for the share of tokens that is `learned`.
+    """
+    c = config
+    qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
+    feed_forward = c.d_model * c.d_ff * (3 if "glu" in c.activation else 2) * c.experts_per_token
+    block = qkv + c.n_head * c.head_size * c.d_model + feed_forward + c.d_model * c.experts
+    weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
+    scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
+    return (4 if frozen else 6) * weights + scores
+
+
 def shape_lines(name, shape, counts, flops, tokens=None):
     """Lines about a model: its shape, a dict, its {part: parameters}, its FLOPs a token, and the
     predicted loss if it is trained on `tokens`."""
@@ -46,7 +80,7 @@ def shape_lines(name, shape, counts, flops, tokens=None):
 def activation_bytes(config, tokens, checkpointed=False):
     """Bytes that the layers keep in fp32 for the backward pass of `tokens` tokens; with gradient
     checkpointing only the input of each layer, and one layer in full."""
-    layer = tokens * (12 * config.d_model + 3 * config.d_ff) * 4
+    layer = tokens * (12 * config.d_model + 3 * config.d_ff * config.experts_per_token) * 4
     inputs = config.n_layer * tokens * config.d_model * 4
     return layer + inputs if checkpointed else config.n_layer * layer
 

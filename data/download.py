@@ -21,9 +21,11 @@ MODELS = "https://huggingface.co"
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
 REPO = rf"{_PART}/{_PART}"  # OWNER/NAME of a model or data set on the Hub
 VIEWER = "https://datasets-server.huggingface.co"  # gives rows of the Hub's data sets
-GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/...
+OWNERS = dict.fromkeys(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), "openai-community/")
+OWNERS["bert-base-chinese"] = "google-bert/"  # these names need none
 EXTRAS = (  # not all models have them
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "tokenizer.model",  # is not asked for beside a tokenizer.json
 )  # fmt: skip
 INDEX = "model.safetensors.index.json"  # says which file of many holds which tensor
 WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
@@ -162,37 +164,40 @@ def download_part(url, dest, token):
 
 
 def is_hub_name(name):
-    """Does `name` look like a model of the Hub: gpt2, OWNER/NAME, OWNER/NAME@REVISION?"""
-    return re.fullmatch(rf"({'|'.join(GPT2_MODELS)}|[\w.-]+/[\w.-]+)(@.*)?", name) is not None
+    """Does `name` look like a model of the Hub (gpt2, OWNER/NAME, OWNER/NAME@REVISION), and like no
+    path on this machine?"""
+    path, pattern = Path(name), rf"({'|'.join(OWNERS)}|[\w.-]+/[\w.-]+)(@.*)?"
+    in_folder = path.parent != Path() and path.parent.is_dir()
+    local = path.exists() or in_folder or path.parts[:1] in (("out",), ("data",))
+    return not local and re.fullmatch(pattern, str(name)) is not None
 
 
 def snapshot_download(name, files=None, check=None):
     """Download a model of the Hugging Face Hub and return its folder, data/hub/OWNER/NAME/REVISION.
 
-    `name` is OWNER/NAME or one of GPT2_MODELS; @ and a branch, tag or commit may follow. Downloads
-    only `files`, if they are given; else config.json, those of EXTRAS that there are, and the first
-    of WEIGHTS that there is (an index with all its shards). check(folder) is called before any
+    `name` is OWNER/NAME or one of OWNERS; @ and a branch, tag or commit may follow. Downloads
+    only `files`, if they are given; else config.json, and the first of WEIGHTS that there is (an
+    index with all its shards). Those of EXTRAS may be missing. check(folder) is called before any
     weights are downloaded, and may raise. What is here is not asked for again: this works offline,
     and a branch that has moved on goes unnoticed.
     """
-    owner = "openai-community/" if name.partition("@")[0] in GPT2_MODELS else ""
-    match = re.fullmatch(rf"({REPO})(?:@(.*[^. ].*))?", owner + name, re.ASCII)
+    full_name = OWNERS.get(name.partition("@")[0], "") + name
+    match = re.fullmatch(rf"({REPO})(?:@(.*[^. ].*))?", full_name, re.ASCII)
     if not match:
-        models = ", ".join(GPT2_MODELS)
+        models = ", ".join(OWNERS)
         raise UserError(f"model {name!r} is not {models} or OWNER/NAME, maybe with an @revision")
     repo, revision = match[1], match[2] or "main"
     folder = DATA.joinpath("hub", *repo.split("/"), quote(revision, safe=""))
     get = partial(fetch_from_hub, repo, revision, folder)
-    if files is not None:
-        for file in files:
-            get(file)
-        return folder
     # the weights come last: if they are complete, the server has been asked for all the rest
     weights = weight_files(folder)
-    if weights and all((folder / file).exists() for file in ("config.json", *weights)):
+    if not files and weights and all((folder / f).exists() for f in ("config.json", *weights)):
         return folder
-    for file in ("config.json", *EXTRAS):
-        get(file, optional=file in EXTRAS)
+    for file in files or ("config.json", *EXTRAS):
+        if file != "tokenizer.model" or not (folder / "tokenizer.json").exists():
+            get(file, optional=file in EXTRAS)
+    if files:
+        return folder
     if check:
         check(folder)
     if not any(get(file, optional=True) for file in WEIGHTS):

@@ -12,6 +12,7 @@ import regex
 from data.chat import get_template
 from data.cli import UserError
 from data.files import read_json
+from data.sentencepiece import is_sentencepiece, read_model, written_json
 from data.tokenizer import ANY_CHARACTER, END, UNKNOWN, Tokenizer
 
 # tokenizer.json spells the bytes of a token as characters, as GPT-2 did: printable characters of
@@ -86,19 +87,10 @@ def hub_pattern(pre):
 def hub_tokens(model, added):
     """Bytes -> id of a byte-level BPE model of tokenizer.json, `added` (name -> id) left out.
 
-    ValueError if it is another kind of model, or one that tiktoken would read otherwise: tiktoken
-    merges any two tokens that join to a third, in the order of the ids.
+    ValueError if tiktoken would read it otherwise: it merges any two tokens that join to a third,
+    in the order of the ids.
     """
-    only = "only byte-level BPE can be read, no SentencePiece (Llama 2, TinyLlama, Mistral 7B)"
-    if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"model {model['type']}: {only}")
-    for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            raise ValueError(f"model: {key} {model[key]!r}: {only}")
     ranks = {unspell(text): i for text, i in model["vocab"].items() if text not in added}
-    ids = {*ranks.values(), *added.values()}
-    if len(ids) < len(ranks) + len(added) or not 0 <= min(ids) <= max(ids) < ID_LIMIT:
-        raise ValueError(f"token ids are repeated, or not from 0 to {ID_LIMIT:,}")
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing and (len(missing) > MAX_MISSING_BYTES or model.get("unk_token") is not None):
         raise ValueError(f"model: {len(missing)} bytes have no token, 0x{missing[0]:02X} first")
@@ -138,23 +130,49 @@ def hub_template(folder, config):
     return template and {"default": template}
 
 
+def find_tokenizer(folder):
+    """The file of the tokenizer in a model's folder, tokenizer.json or tokenizer.model; or None."""
+    files = (Path(folder, f"tokenizer.{kind}") for kind in ("json", "model"))
+    return next(filter(Path.exists, files), None)
+
+
+def byte_level_spec(data, added):
+    """The fields of a spec that only the kind hf has; ValueError if tiktoken encodes otherwise."""
+    if (normalizer := data.get("normalizer") or {"type": None})["type"] not in (None, "NFC"):
+        raise ValueError(f"normalizer {normalizer['type']} can't be read, only NFC")
+    ranks = hub_tokens(data["model"], added)
+    tokens = [None] * (max(ranks.values()) + 1)
+    for token, i in ranks.items():
+        tokens[i] = base64.b64encode(token).decode()
+    pattern = hub_pattern(data.get("pre_tokenizer") or {"type": "none"})
+    return dict(kind="hf", pattern=pattern, nfc=normalizer["type"] == "NFC", tokens=tokens)
+
+
 def hub_tokenizer(folder):
-    """The spec, of kind hf, of the tokenizer in a Hugging Face model's folder.
+    """The spec, of kind hf or spm, of the tokenizer in a Hugging Face model's folder.
 
     pattern, nfc, tokens    how text is split, and base64 of each token; its place is its id
+    data                    of kind spm in their place: see SentencePiece
     added, end, begin       name -> id; the ids at the end and (or None) in front of a text
     words                   name -> id of added tokens that are not special
     name, chat_template, template_tokens, ends    for chats, see data/chat.py, and exports
 
     Text never encodes to special tokens, but `words` are cut out of it. UserError if a file is
-    missing or damaged, or if the tokenizer is no byte-level BPE that tiktoken encodes alike.
+    missing or damaged, or if the tokenizer is neither SentencePiece's BPE nor a byte-level one
+    that tiktoken encodes alike.
     """
-    path = Path(folder) / "tokenizer.json"
-    folder, data = path.parent, read_json(path)
+    path = find_tokenizer(folder) or Path(folder) / "tokenizer.json"
+    folder = path.parent
     files = [folder / f"{name}config.json" for name in ("tokenizer_", "generation_", "")]
     config, *others = (read_json(file) if file.exists() else {} for file in files)
+    data = read_json(path) if path.suffix == ".json" else read_model(path, config)
+    config = data.pop("config", {}) | config
     try:
         model, entries = data["model"], data.get("added_tokens") or []
+        spm, kind = is_sentencepiece(data), model.get("type", "BPE")
+        marks = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        if kind != "BPE" or marks:
+            raise ValueError(f"model {kind}{marks or ''}: only byte-level BPE and SentencePiece's")
         ids = {t["content"]: t["id"] for t in entries}
         words = {t["content"]: t["id"] for t in entries if not t.get("special", True)}
         for t in entries:
@@ -163,27 +181,25 @@ def hub_tokenizer(folder):
         merges = model.get("merges", ())  # in old files a pair is one string
         model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
         # A word that the model also makes by itself remains one of its ordinary tokens
-        made = CHAR_BYTES.keys() | map("".join, model["merges"])
+        made = set() if spm else CHAR_BYTES.keys() | map("".join, model["merges"])
         made = {w for w, i in words.items() if w in made and model["vocab"].get(w) == i}
         added = {name: i for name, i in ids.items() if name not in made}
-        ranks = hub_tokens(model, added)
-        if (normalizer := data.get("normalizer") or {"type": None})["type"] not in (None, "NFC"):
-            raise ValueError(f"normalizer {normalizer['type']} can't be read, only NFC")
-        begin = hub_begin(data.get("post_processor"), ids)
+        taken = [*(model["vocab"] | added).values()]
+        if len(taken) > len({*taken}) or not 0 <= min(taken) <= max(taken) < ID_LIMIT:
+            raise ValueError(f"token ids are repeated, or not from 0 to {ID_LIMIT:,}")
+        spec = dict(kind="spm", data=data) if spm else byte_level_spec(data, added)
         names = {f"{n}_token": config.get(f"{n}_token") for n in ("bos", "eos", "unk", "pad")}
         names = {key: n["content"] if isinstance(n, dict) else n for key, n in names.items() if n}
+        begin = hub_begin(data.get("post_processor"), ids)
+        if path.suffix == ".model" and config.get("add_bos_token"):
+            begin = ids.get(names.get("bos_token"))
         ends = [other.get("eos_token_id") for other in others]
         ends = [[i for i in (e if isinstance(e, list) else [e]) if i in ids.values()] for e in ends]
         # a config.json may carry a default eos_token_id that is an ordinary token of this model
         end = next(itertools.chain(*ends), ids.get(names.get("eos_token"), ids.get(END)))
         if end is None:
-            end = added[END] = max(*ranks.values(), *ids.values()) + 1
-        tokens = [None] * (max(ranks.values()) + 1)
-        for token, i in ranks.items():
-            tokens[i] = base64.b64encode(token).decode()
+            end = added[END] = max(taken) + 1
         words = {word: i for word, i in words.items() if i not in (end, begin)}
-        pattern = hub_pattern(data.get("pre_tokenizer") or {"type": "none"})
-        spec = dict(kind="hf", pattern=pattern, nfc=normalizer["type"] == "NFC", tokens=tokens)
         spec |= dict(added=added, words=words, end=end, begin=begin, ends=ends[0])
         parts = folder.resolve().parts  # .../hub/OWNER/NAME/REVISION if it was downloaded
         spec["name"] = "/".join(parts[-3:-1] if parts[-4:-3] == ("hub",) else parts[-1:])
@@ -209,9 +225,14 @@ def tokenizer_json(tokenizer):
     Merges are found again from the ids (a second or two for 100,000 tokens). One thing differs
     there: text that spells a special token becomes it.
     """
-    ranks = dict(sorted(tokenizer.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
     spec, words = tokenizer.spec, tokenizer.spec.get("words", {})
     added = dict(sorted((tokenizer.special | words).items(), key=lambda item: item[1]))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    kinds = {n: dict(normalized=n in words, special=n not in words) for n in added}
+    entries = [{"id": i, "content": n, **flags, **kinds[n]} for n, i in added.items()]
+    if spec["kind"] == "spm":
+        return written_json(spec["data"], entries) | {"post_processor": begin_template(tokenizer)}
+    ranks = dict(sorted(tokenizer.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
     pattern = spec["pattern"] if spec["kind"] == "hf" else None
     pattern = pattern or ruby_pattern(tokenizer.encoding._pat_str)
     split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
@@ -229,11 +250,9 @@ def tokenizer_json(tokenizer):
         decoder = {"type": "ByteLevel"} | flags
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, decoder]}
     model["vocab"] = vocab | added  # in the model, too, they keep their ids whatever gaps there are
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-    kinds = {n: dict(normalized=n in words, special=n not in words) for n in added}
     return {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": n, **flags, **kinds[n]} for n, i in added.items()],
+        "added_tokens": entries,
         "normalizer": {"type": "NFC"} if spec.get("nfc") else None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": begin_template(tokenizer),

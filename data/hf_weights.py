@@ -1,165 +1,118 @@
-"""Hugging Face's models: the fields of config.json, the names of tensors, and adapters for peft.
+"""Weights of Hugging Face's models, in and out, and adapters for peft.
 
-Configs and weights go in and out as plain dicts; model.py builds a Transformer from them.
+Weights go in and out as plain dicts. model.py builds a Transformer from them, and gives us two
+functions of a Config's fields: `complete` adds the others, `meta_state` makes tensors without data.
 """
 
-import fnmatch
 import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from data.cli import UserError
 from data.download import WEIGHTS, weight_files
-from data.files import write_json
-from data.tensors import Safetensors, load_pt, write_safetensors
+from data.files import read_json, write_json
+from data.hf_config import config_from_hf, config_to_hf
+from data.hf_tokenizer import (
+    find_tokenizer,
+    generation_config,
+    hub_tokenizer,
+    tokenizer_config,
+    tokenizer_json,
+)
+from data.tensors import Safetensors, fit_error, load_pt, write_safetensors
+from data.tokenizer import Tokenizer
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-# To add an architecture, add its model_type here and what is special about it to config_from_hf and
-# config_to_hf. For each field of model.Config: its name and default in GPT-2, then in the others.
-FIELDS = {
-    "vocab_size": ("vocab_size", 50257, "vocab_size", None),
-    "context": ("n_positions", 1024, "max_position_embeddings", None),
-    "n_layer": ("n_layer", 12, "num_hidden_layers", None),
-    "n_head": ("n_head", 12, "num_attention_heads", None),
-    "n_kv_head": (None, None, "num_key_value_heads", None),
-    "d_model": ("n_embd", 768, "hidden_size", None),
-    "head_size": (None, None, "head_dim", None),
-    "d_ff": ("n_inner", None, "intermediate_size", None),
-    "activation": ("activation_function", "gelu_new", "hidden_act", "silu"),
-    "out_bias": (None, None, "attention_bias", False),
-    "ff_bias": (None, None, "mlp_bias", False),
-    "tied": ("tie_word_embeddings", True, "tie_word_embeddings", False),
-    "eps": ("layer_norm_epsilon", 1e-5, "rms_norm_eps", 1e-6),
-}
-_TANH = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh")
-GPT2_ACTIVATIONS = _TANH | dict(gelu="gelu", relu="relu")
-LLAMA_ACTIVATIONS = dict(silu="swiglu", swish="swiglu")
-# Biases that a family never has, whatever config.json says
-NO_BIAS = dict(mistral={"out_bias", "ff_bias"}, qwen2={"out_bias", "ff_bias"}, qwen3={"ff_bias"})
-# Fields of transformers' classes that do not change what the model computes
-IGNORED = """*_pdrop *_token_id *dropout *dtype _name_or_path architectures chunk_size_feed_forward
-gradient_checkpointing id2label initializer_range is_llama_config keys_to_ignore_at_inference
-label2id max_window_layers model_type n_ctx output_* pretraining_tp problem_type
-reorder_and_upcast_attn return_dict summary_* task_specific_params transformers* use_cache"""
-# Fields that change it, unless they are off (null, false, 0 or empty) or 1
-OFF = """add_cross_attention alibi attention_multiplier attn_logit_softcapping
-final_logit_softcapping is_encoder_decoder layer_types quantization_config rope_interleaved
-rope_parameters rope_scaling scale_attn_by_inverse_layer_idx use_mrope use_sliding_window"""
-ONE = """embedding_multiplier logits_scaling partial_rotary_factor residual_multiplier
-scale_attn_weights"""
-ROPE_FIELDS = {"default": (), "linear": ("factor",)}  # other fields beside these have no effect
-
-
-def config_from_hf(values):
-    """The fields of a model.Config that a config.json means, as a dict, and the names of those that
-    have no effect. UserError names the first one whose effect is not implemented here."""
-    family = values.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
-
-    def refuse(name, value):
-        raise UserError(f"{name} = {value!r} is not implemented here")
-
-    gpt2, no_bias = family == "gpt2", NO_BIAS.get(family, ())
-    left, config = {name: v for name, v in values.items() if v is not None}, {"init": "gpt2"}
-    for ours, names in FIELDS.items():
-        name, default = names[:2] if gpt2 else names[2:]
-        if name is not None:
-            config[ours] = default if ours in no_bias else left.pop(name, default)
-    activation = config["activation"]
-    config["activation"] = (GPT2_ACTIVATIONS if gpt2 else LLAMA_ACTIVATIONS).get(activation)
-    if config["activation"] is None:
-        refuse("activation_function" if gpt2 else "hidden_act", activation)
-    if gpt2:
-        config |= dict(position="learned", norm="layernorm")
-        config |= dict(qkv_bias=True, out_bias=True, ff_bias=True)
-    else:
-        config |= dict(qkv_bias=config["out_bias"] or family == "qwen2", qk_norm=family == "qwen3")
-        rope = left.pop("rope_parameters", {})  # the newer name; transformers prefers the older
-        rope = left.pop("rope_scaling", None) or rope
-        if any(isinstance(v, dict) for v in rope.values()):  # one for each type of layer
-            refuse("rope_parameters", rope)
-        rope = {"rope_theta": left.pop("rope_theta", 10000.0)} | rope
-        config["rope_theta"] = rope.pop("rope_theta")
-        kind = rope.pop("rope_type", rope.pop("type", "default"))
-        if "partial_rotary_factor" in rope:
-            left["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-        rope = {n: v for n, v in rope.items() if n in ROPE_FIELDS.get(kind, rope)}
-        config["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rope}
-        window = left.pop("sliding_window", None)
-        if family == "mistral" and window:  # the others use it only with use_sliding_window
-            config["context"] = min(config["context"], window)  # inside it, attention is full
-        if set(layers := left.pop("layer_types", [])) - {"full_attention"}:
-            refuse("layer_types", layers)
-    supported = dict.fromkeys(OFF.split(), False) | dict.fromkeys(ONE.split(), 1)
-    for name, value in left.items():
-        if name in supported and (value or False) != supported[name]:
-            refuse(name, value)
-    known = (name for pattern in IGNORED.split() for name in fnmatch.filter(left, pattern))
-    return config, sorted(left.keys() - supported.keys() - set(known))
-
-
-def config_to_hf(config):
-    """Convert the fields of a model.Config, a dict, to the config.json of the closest model family.
-    The caller has to read the result back and compare, since that family may lack a field."""
-    c, gpt2 = config, config["position"] == "learned"
-    if gpt2:
-        family, architecture = "gpt2", "GPT2LMHeadModel"
-        activations = {ours: theirs for theirs, ours in GPT2_ACTIVATIONS.items()}
-        activation = activations.get(c["activation"], "gelu_new")
-        values = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c["dropout"])
-    else:
-        family = "qwen3" if c["qk_norm"] else "qwen2" if c["qkv_bias"] > c["out_bias"] else "llama"
-        architecture, activation = f"{family.capitalize()}ForCausalLM", "silu"
-        values = dict(rope_theta=c["rope_theta"], rope_scaling=c["rope_scaling"])
-    values |= {"architectures": [architecture], "model_type": family}
-    lacking = NO_BIAS.get(family, set()) | ({"head_size"} if family == "qwen2" else set())
-    for ours, names in FIELDS.items():
-        name = names[0 if gpt2 else 2]
-        if name and ours not in lacking:
-            values[name] = activation if ours == "activation" else c[ours]
-    return values
-
-
-# The names of layers: ours, GPT-2's, and the other families'
+# The names of the parts of our model in files: the usual ones, and what a family has instead. Parts
+# that share a name lie side by side in one tensor, in this order.
+LLAMA = """embed=model.embed_tokens blocks=model.layers norm=model.norm head=lm_head
+norm1=input_layernorm q=self_attn.q_proj k=self_attn.k_proj v=self_attn.v_proj out=self_attn.o_proj
+q_norm=self_attn.q_norm k_norm=self_attn.k_norm norm2=post_attention_layernorm
+gate=mlp.gate_proj up=mlp.up_proj down=mlp.down_proj """
+_POST = "post_norm1=post_attention_layernorm post_norm2=post_feedforward_layernorm "
+_GLM = "gate,up=mlp.gate_up_proj "
 NAMES = {
-    "embed": ("wte", "embed_tokens"),
-    "position": ("wpe", None),
-    "norm": ("ln_f", "norm"),
-    "norm1": ("ln_1", "input_layernorm"),
-    "norm2": ("ln_2", "post_attention_layernorm"),
-    "attention.q": ("attn.c_attn", "self_attn.q_proj"),  # GPT-2 has q, k and v in one
-    "attention.k": ("attn.c_attn", "self_attn.k_proj"),
-    "attention.v": ("attn.c_attn", "self_attn.v_proj"),
-    "attention.out": ("attn.c_proj", "self_attn.o_proj"),
-    "attention.q_norm": (None, "self_attn.q_norm"),
-    "attention.k_norm": (None, "self_attn.k_norm"),
-    "feed_forward.gate": (None, "mlp.gate_proj"),
-    "feed_forward.up": ("mlp.c_fc", "mlp.up_proj"),
-    "feed_forward.down": ("mlp.c_proj", "mlp.down_proj"),
+    "gpt2": """embed=transformer.wte position=transformer.wpe blocks=transformer.h
+        norm=transformer.ln_f norm1=ln_1 norm2=ln_2 q,k,v=attn.c_attn out=attn.c_proj up=mlp.c_fc
+        down=mlp.c_proj""",
+    "qwen3_moe": """router=mlp.gate gate=mlp.experts.*.gate_proj up=mlp.experts.*.up_proj
+        down=mlp.experts.*.down_proj""",
+    "mixtral": """router=block_sparse_moe.gate gate=block_sparse_moe.experts.*.w1
+        up=block_sparse_moe.experts.*.w3 down=block_sparse_moe.experts.*.w2""",
+    "phi3": "q,k,v=self_attn.qkv_proj gate,up=mlp.gate_up_proj",
+    "olmo2": _POST,
+    "glm": _GLM,
+    "glm4": _GLM + "post_norm1=post_self_attn_layernorm post_norm2=post_mlp_layernorm",
+    "gemma3_text": _POST + "norm2=pre_feedforward_layernorm",
+    "gpt_neox": """embed=gpt_neox.embed_in blocks=gpt_neox.layers norm=gpt_neox.final_layer_norm
+        q,k,v=attention.query_key_value out=attention.dense up=mlp.dense_h_to_4h
+        down=mlp.dense_4h_to_h""",
+    "internlm2": """embed=model.tok_embeddings head=output norm1=attention_norm norm2=ffn_norm
+        q,k,v=attention.wqkv out=attention.wo gate=feed_forward.w1 up=feed_forward.w3
+        down=feed_forward.w2""",
+    "baichuan": "q,k,v=self_attn.W_pack",
+    "chatglm": """embed=transformer.embedding.word_embeddings blocks=transformer.encoder.layers
+        norm=transformer.encoder.final_layernorm head=transformer.output_layer
+        q,k,v=self_attention.query_key_value out=self_attention.dense gate,up=mlp.dense_h_to_4h
+        down=mlp.dense_4h_to_h""",
 }
+TRANSPOSED = ("gpt2",)  # the matrices of the blocks are (in, out)
+GROUPED = ("internlm2", "gpt_neox")  # each key head comes with its queries and values
+INTERLEAVED = ("glm", "glm4", "chatglm")  # rope rotates neighbouring channels
+PLUS_ONE = ("gemma", "gemma3_text")  # norms multiply by 1 + weight
+BAICHUAN2 = 125696  # its vocabulary; its head has rows of length 1, whatever the file says
 # Buffers that old checkpoints carry: causal masks, and rotary frequencies that follow from config
-IGNORED_TENSORS = r"(attn\.(masked_)?bias|rotary_emb\.inv_freq)$"
+IGNORED_TENSORS = r"(att(n|ention)\.(masked_)?bias|rotary_(pos_)?emb\.inv_freq)$"
 
 
-def hf_name(name, gpt2):
-    """Their name for our tensor `name`.
+def hf_names(family):
+    """{part of our model: its name in the family's files}."""
+    items = (item.split("=") for item in (LLAMA + NAMES.get(family, "")).split())
+    return {part: name for parts, name in items for part in parts.split(",")}
 
-    >>> hf_name("blocks.3.attention.k.weight", True), hf_name("head.weight", False)
-    ('transformer.h.3.attn.c_attn.weight', 'lm_head.weight')
+
+def hf_name(name, names):
+    """Their name for our tensor `name`, given their `hf_names`.
+
+    >>> hf_name("blocks.3.attention.k.weight", hf_names("gpt2"))
+    'transformer.h.3.attn.c_attn.weight'
     """
-    if name == "head.weight":
-        return "lm_head.weight"
-    *block, part, leaf = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
-    part = NAMES[part][0 if gpt2 else 1]
-    where = [] if block == [None] else ["h" if gpt2 else "layers", *block]
-    return ".".join(["transformer" if gpt2 else "model", *where, part, leaf])
+    *path, part, leaf = name.split(".")
+    part = names[part].replace("*", path[-1]) if path else names[part]  # the number of an expert
+    return ".".join([*([names["blocks"], path[1]] if path else []), part, leaf])
 
 
-def transposed(name, tensor, gpt2):
+def layout(family, config, tensors):
+    """{their name: {our name: the rows of their tensor that are ours, in our order}} for `tensors`,
+    our names and tensors, of a model with the fields `config`.
+
+    Our rope rotates channel i of a head with channel i + hs/2. Theirs may rotate channels 2i and
+    2i + 1, or only the first ones of a head.
+    """
+    names, hs, groups = hf_names(family), config["head_size"], {}
+    channels, order = torch.arange(hs), list(names)
+    if config["position"] == "rope":
+        turned, others = channels.split([n := int(hs * config["rotary_share"]), hs - n])
+        turned = turned.view(-1, 2).T if family in INTERLEAVED else turned.view(2, -1)
+        channels = torch.cat((turned, others.view(2, -1)), dim=1).flatten()
+    for name in sorted(tensors, key=lambda name: order.index(name.split(".")[-2])):
+        groups.setdefault(hf_name(name, names), {})[name] = len(tensors[name])
+    for sizes in groups.values():
+        rows = torch.arange(sum(sizes.values()))
+        if family in GROUPED and len(sizes) == 3:
+            rows = rows.view(config["n_kv_head"], -1, hs)
+            rows = torch.cat([rows[:, heads].flatten() for heads in (slice(-2), -2, -1)])
+        for name, ours in zip(sizes, rows.split(list(sizes.values()))):
+            turns = name.split(".")[-2] in ("q", "k")
+            sizes[name] = ours.view(-1, hs)[:, channels].flatten() if turns else ours
+    return groups
+
+
+def transposed(name, tensor, family):
     """Our tensor `name` from theirs, and back: GPT-2 keeps the blocks' matrices as (in, out)."""
-    return tensor.T if gpt2 and name.startswith("blocks.") and tensor.dim() == 2 else tensor
+    blocks = family in TRANSPOSED and name.startswith("blocks.")
+    return tensor.T if blocks and tensor.dim() == 2 else tensor
 
 
 def hf_tensors(folder):
@@ -175,57 +128,114 @@ def hf_tensors(folder):
     return {name: file for file in map(Safetensors, files) for name in file.entries}
 
 
-def read_state(folder, shapes, gpt2, tied, dtype=None):
-    """{our name: tensor} of the weights in their folder; `shapes` are those that ours must have.
+def read_state(folder, family, config, tensors, dtype=None):
+    """{our name: tensor} of the weights in their folder, for a model with the fields `config` and
+    `tensors` of these names and shapes.
 
     Tensors that have our layout and `dtype` stay on disk until they are touched. The others are
     converted one by one, so that two copies of the weights are never in memory.
     """
-    files, state, used = hf_tensors(folder), {}, {"lm_head.weight"}
-    bare = gpt2 and "wte.weight" in files  # the first GPT-2 files have no "transformer."
-    for name, shape in shapes.items():
-        if name == "head.weight" and tied:
-            state[name] = state["embed.weight"]
-            continue
-        theirs = hf_name(name, gpt2).removeprefix("transformer." if bare else "")
-        if theirs not in files:
-            raise UserError(f"{folder} lacks the tensor {theirs} {tuple(shape)}")
-        used.add(theirs)
-        file, part = files[theirs], name.split(".")[-2]
-        tensor = file[theirs]
-        if gpt2 and part in ("q", "k", "v"):  # side by side in one tensor
-            tensor = tensor.chunk(3, dim=-1)["qkv".index(part)]
-        tensor = transposed(name, tensor, gpt2)
-        if tensor.shape != shape or not tensor.is_floating_point():
-            found = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise UserError(f"{folder}: {theirs} gives {found}, the config {name} {tuple(shape)}")
-        state[name] = tensor.to(dtype or tensor.dtype).contiguous()
-        if isinstance(file, Safetensors) and state[name] is not tensor:
-            file.release()
+    files, state, head = hf_tensors(folder), {}, hf_name("head.weight", hf_names(family))
+    if family == "gpt_neox" and "embed_out.weight" in files:  # as older files name it
+        files[head] = {head: files.pop("embed_out.weight")["embed_out.weight"]}
+    used = {head}  # there may be one even if it is tied
+    bare = family == "gpt2" and "wte.weight" in files  # the first files have no "transformer."
+    for theirs, parts in layout(family, config, untied(tensors, config)).items():
+        theirs = theirs.removeprefix("transformer." if bare else "")
+        for name, rows in parts.items():
+            shape = tuple(tensors[name].shape)
+            if theirs not in files:
+                raise UserError(f"{folder} lacks the tensor {theirs} {shape}")
+            file = files[theirs]
+            used.add(theirs)
+            tensor = transposed(name, file[theirs], family)
+            height = sum(map(len, parts.values()))
+            if tensor.shape != (height, *shape[1:]) or not tensor.is_floating_point():
+                found = f"{tensor.dtype} {tuple(tensor.shape)}"
+                raise UserError(f"{folder}: {theirs} gives {found}, the config {name} {shape}")
+            first, stop = int(rows[0]), int(rows[0]) + len(rows)
+            ordered = torch.equal(rows, torch.arange(first, stop))
+            tensor = tensor[first:stop] if ordered else tensor[rows]  # a slice stays on disk
+            if family in PLUS_ONE and "norm" in name:
+                tensor = tensor.float() + 1  # in bfloat16 the sum would be rounded
+            if family == "baichuan" and theirs == head and height == BAICHUAN2:
+                tensor = F.normalize(tensor)
+            state[name] = tensor.to(dtype or tensor.dtype).contiguous()
+            if isinstance(file, Safetensors) and state[name] is not tensor:
+                file.release()
     if extra := [n for n in files if n not in used and not re.search(IGNORED_TENSORS, n)]:
         raise UserError(f"{folder}: the tensor {extra[0]} is unknown to the model")
-    return state
+    return state | ({"head.weight": state["embed.weight"]} if config["tied"] else {})
 
 
-def write_model(folder, values, shapes, state):
-    """Write config.json and model.safetensors of a model whose tensors, by our names, are to have
-    `shapes`. A norm weight or bias that `state` lacks is filled with ones or zeros."""
-    parts, dtype, gpt2 = {}, state["embed.weight"].dtype, values["model_type"] == "gpt2"
-    for name, shape in shapes.items():
-        filler = torch.ones if name.endswith("weight") else torch.zeros
-        tensor = state[name] if name in state else filler(shape, dtype=dtype)
-        parts.setdefault(hf_name(name, gpt2), []).append(transposed(name, tensor, gpt2))
-    tensors = {name: torch.cat(p, dim=-1) for name, p in parts.items()}  # GPT-2's q, k and v
-    write_safetensors(folder / "model.safetensors", tensors)
+def untied(tensors, config):
+    """The tensors without the head if it is the embedding."""
+    return {n: t for n, t in tensors.items() if n != "head.weight" or not config["tied"]}
+
+
+def write_model(folder, values, config, state):
+    """Write config.json and model.safetensors of a model with the fields `config` and the tensors
+    `state`, by our names."""
+    written, dtype, family = {}, state["embed.weight"].dtype, values["model_type"]
+    for theirs, parts in layout(family, config, untied(state, config)).items():
+        ours = [state[n] for n in parts]
+        if family in PLUS_ONE and "norm" in theirs:
+            ours = [tensor.float() - 1 for tensor in ours]
+        tensor = torch.cat(ours)[torch.cat(list(parts.values())).argsort()]
+        written[theirs] = transposed(next(iter(parts)), tensor, family).to(dtype)
+    write_safetensors(folder / "model.safetensors", written)
     write_json(folder / "config.json", values | {"torch_dtype": str(dtype).removeprefix("torch.")})
 
 
-def write_peft(content, weights, gpt2, folder, base=None):
-    """Write adapter_config.json and adapter_model.safetensors of an adapter checkpoint, for
-    peft.PeftModel.from_pretrained over the base as `model.export_hf` writes it. `weights` are the
-    base's tensors by our names. UserError for what peft's files cannot describe.
+def load(folder, complete, meta_state, dtype=None):
+    """The checkpoint dict {"config", "model", "tokenizer"} of a folder in Hugging Face's layout,
+    which may lack a tokenizer. Tensors that need no change stay on disk until they are touched;
+    others are copied, to `dtype` if given."""
+    where = folder / "config.json"
+    family, config = config_from_hf(read_json(where), complete, where, verbose=True)
+    content = {"config": config}
+    content["model"] = read_state(folder, family, config, meta_state(config), dtype)
+    if find_tokenizer(folder):
+        content["tokenizer"] = hub_tokenizer(folder)
+    return content
 
-    Where a GPT-2 has q, k and v in one matrix, the adapters of n of them become one of rank n r,
+
+def nearest_model(content, complete, meta_state):
+    """(config.json as a dict, the fields of its Config, its tensors by our names, the Tokenizer or
+    None) of a checkpoint in the nearest architecture. A norm weight or bias that the checkpoint
+    lacks is ones or zeros."""
+    config, state = complete(content["config"]), {}
+    values, nearest = config_to_hf(config, complete)
+    if problem := fit_error(meta_state(config), content["model"]):
+        raise UserError(f"this checkpoint does not fit its own config: {problem}")
+    for name, tensor in meta_state(nearest).items():
+        filler = torch.ones if name.endswith("weight") else torch.zeros
+        ours = content["model"].get(name)
+        state[name] = filler(tensor.shape) if ours is None else ours
+    tokenizer = Tokenizer(content["tokenizer"]) if "tokenizer" in content else None
+    return values, nearest, state, tokenizer
+
+
+def export(content, folder, complete, meta_state):
+    """Write a checkpoint's model, and its tokenizer if it has one, as transformers reads them;
+    returns config.json as a dict."""
+    values, nearest, state, tokenizer = nearest_model(content, complete, meta_state)
+    if tokenizer:
+        values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
+        write_json(folder / "generation_config.json", generation_config(tokenizer))
+    write_model(folder, values, nearest, state)
+    return values
+
+
+def write_peft(content, weights, family, config, folder, base=None):
+    """Write adapter_config.json and adapter_model.safetensors of an adapter checkpoint, for
+    peft.PeftModel.from_pretrained over the base as `model.export_hf` writes it, as a model of
+    `family` with the fields `config`. `weights` are the base's tensors by our names. UserError for
+    what peft's files cannot describe.
+
+    Where they have q, k and v in one matrix, the adapters of n of them become one of rank n r,
 
         A = [A_q; A_k; A_v]  (n r, in)      B = diag(B_q, B_k, B_v)  (3 C, n r)
 
@@ -236,20 +246,24 @@ def write_peft(content, weights, gpt2, folder, base=None):
         raise UserError(
             "peft cannot express new special tokens or a quantized base: merge and export the model"
         )
-    modules, tensors, counts = {}, {}, {}
-    for name in (n for n in weights if n.endswith(".weight")):
-        module = hf_name(name, gpt2).removesuffix(".weight")
-        modules.setdefault(module, {})[name.removesuffix(".weight")] = len(weights[name])
-    for module, heights in modules.items():
-        if inputs := [state[f"{name}.a"] for name in heights if f"{name}.a" in state]:
-            outputs = [state.get(f"{n}.b", torch.zeros(h, 0)) for n, h in heights.items()]
+    if any(".feed_forward.experts." in name or ".router." in name for name in state):
+        raise UserError("peft knows no adapters of single experts: merge and export the model")
+    tensors, counts = {}, {}
+    weights = {name: t for name, t in weights.items() if name.endswith(".weight")}
+    for module, parts in layout(family, config, weights).items():
+        module, rows = module.removesuffix(".weight"), torch.cat(list(parts.values()))
+        parts = {name.removesuffix(".weight"): len(r) for name, r in parts.items()}
+        if inputs := [state[f"{name}.a"] for name in parts if f"{name}.a" in state]:
+            outputs = [state.get(f"{n}.b", torch.zeros(h, 0)) for n, h in parts.items()]
+            output = torch.block_diag(*outputs)[rows.argsort()]
             tensors[f"base_model.model.{module}.lora_A.weight"] = torch.cat(inputs)
-            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.block_diag(*outputs)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = output
             counts[module] = len(inputs)
     rank, alpha = adapter["rank"], adapter["alpha"]
     values = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base)
     values |= dict(r=rank, lora_alpha=alpha, lora_dropout=adapter["dropout"], bias="none")
-    values |= dict(target_modules=list(counts), inference_mode=True, fan_in_fan_out=gpt2)
+    values |= dict(target_modules=list(counts), inference_mode=True)
+    values["fan_in_fan_out"] = family in TRANSPOSED
     values["rank_pattern"] = {m: n * rank for m, n in counts.items()}
     values["alpha_pattern"] = {m: n * alpha for m, n in counts.items()}
     write_safetensors(Path(folder, "adapter_model.safetensors"), tensors)

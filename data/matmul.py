@@ -166,6 +166,7 @@ def make_fast(model, rows=1, int8=False):
     layouts = INT8_LAYOUTS if int8 else FLOAT_LAYOUTS
     for parent in list(model.modules()):
         linears = {n: m for n, m in parent.named_children() if type(m) is nn.Linear}
+        linears.pop("router", None)  # it is small, and rounded it would choose other experts
         functions = {}
         for names in JOINT:
             if set(names) <= set(linears):
@@ -181,7 +182,9 @@ def make_fast(model, rows=1, int8=False):
 
 def direct(module):
     """What module(x) computes, as a function without the microseconds of nn.Module's own call, and
-    for a norm without those of torch.nn.functional."""
+    for a norm without those of torch.nn.functional; of a list of modules, a list."""
+    if type(module) is nn.ModuleList:
+        return [direct(m) for m in module]
     if type(module) is nn.LayerNorm:
         shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
         return lambda x: torch.layer_norm(x, shape, weight, bias, eps)

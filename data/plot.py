@@ -19,6 +19,21 @@ def nice_ticks(low, high):
     return [round(i * step, 10) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
+def svg_start(title, y_label):
+    """The first elements of an SVG."""
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {STYLE}>',
+        '<rect width="580" height="310" fill="#fff"/>',
+        svg_text(LEFT, 20, title, 'font-weight="bold"'),
+        svg_text(LEFT, 38, y_label, 'font-size="13" fill="#666"'),
+    ]
+
+
+def svg_text(x, y, content, attributes='text-anchor="end"'):
+    """An SVG element with a text."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{html.escape(content)}</text>'
+
+
 def line_svg(title, curves, x_label="steps", y_label=""):
     """An SVG of `curves`, {name: [(x, y), ...]}. The scale ignores the first twentieth of x and the
     highest twentieth of the other values, which are drawn at its top: the initial drop of a loss
@@ -34,25 +49,19 @@ def line_svg(title, curves, x_label="steps", y_label=""):
         height = (min(y, ys[-1]) - ys[0]) / (ys[-1] - ys[0])
         return LEFT + (RIGHT - LEFT) * x / xs[-1], BOTTOM - (BOTTOM - TOP) * height
 
-    def text(x, y, content, attributes='text-anchor="end"'):
-        return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{html.escape(content)}</text>'
-
     elements = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {STYLE}>',
-        '<rect width="580" height="310" fill="#fff"/>',
-        text(LEFT, 20, title, 'font-weight="bold"'),
-        text(LEFT, 38, y_label, 'font-size="13" fill="#666"'),
-        text(RIGHT, BOTTOM + 40, x_label),
+        *svg_start(title, y_label),
+        svg_text(RIGHT, BOTTOM + 40, x_label),
         f'<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}" fill="none" stroke="#222"/>',
     ]
     for tick in ys:
         y = position(0, tick)[1]
         elements.append(f'<path d="M{LEFT} {y:.1f}H{RIGHT}" stroke="#ddd"/>')
-        elements.append(text(LEFT - 6, y + 5, f"{tick:g}"))
+        elements.append(svg_text(LEFT - 6, y + 5, f"{tick:g}"))
     for tick in xs:
         x, label = position(tick, 0)[0], f"{tick / 1000:g}k" if last >= 1e4 else f"{tick:g}"
         elements.append(f'<path d="M{x:.1f} {BOTTOM}v5" stroke="#222"/>')
-        elements.append(text(x, BOTTOM + 20, label, 'text-anchor="middle"'))
+        elements.append(svg_text(x, BOTTOM + 20, label, 'text-anchor="middle"'))
     for i, (name, points) in enumerate(curves.items()):
         stroke, y = f'stroke="{COLORS[i % len(COLORS)]}"', TOP + 16 + 22 * i
         points = points * 2 if len(points) == 1 else points  # round ends make a single one a dot
@@ -60,7 +69,26 @@ def line_svg(title, curves, x_label="steps", y_label=""):
         style = 'fill="none" stroke-width="2" stroke-linecap="round"'
         elements.append(f'<polyline points="{path}" {style} {stroke}/>')
         elements.append(f'<path d="M{RIGHT + 10} {y - 5}h16" {stroke} stroke-width="3"/>')
-        elements.append(text(RIGHT + 30, y, name, ""))
+        elements.append(svg_text(RIGHT + 30, y, name, ""))
+    return "\n".join([*elements, "</svg>\n"])
+
+
+def share_svg(title, shares, x_label, y_label):
+    """An SVG of a table of shares, each row of which adds up to 1: a cell is the darker the larger
+    its share is, from white for none to the full color for twice an equal share."""
+    n, elements = len(shares[0]), [*svg_start(title, y_label), svg_text(568, BOTTOM + 40, x_label)]
+    height, width = (BOTTOM - TOP) / len(shares), (568 - LEFT) / n
+    for row, line in enumerate(shares):
+        y = TOP + height * row
+        if row % -(-len(shares) // 16) == 0:
+            elements.append(svg_text(LEFT - 6, y + height / 2 + 5, str(row)))
+        for column, share in enumerate(line):
+            x, strength = LEFT + width * column, min(1, share * n / 2)
+            place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+            elements.append(f'<rect {place} fill="{COLORS[0]}" fill-opacity="{strength:.3f}"/>')
+            if max(n, len(shares)) <= 16:  # else there is no room for figures
+                place = x + width / 2, y + height / 2 + 5, f"{share:.0%}", 'text-anchor="middle"'
+                elements.append(svg_text(*place))
     return "\n".join([*elements, "</svg>\n"])
 
 

@@ -146,6 +146,8 @@ def split_answer(text, template, last=False):
     content = content.removesuffix(template.blanks[1]) if last and not tag else content.rstrip()
     call = {"call": plain(text[len(content) :], call_tag)} if tag else {}
     content = plain(content)
+    if not parts and not last and template.blanks[0].startswith(content):
+        content = ""
     content = content.lstrip("\n") if parts else content.removeprefix(template.blanks[0])
     return parts | {"content": content} | call
 

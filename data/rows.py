@@ -240,10 +240,8 @@ def to_example(row, unread=None):
             raise ValueError(f"the label is {label!r:.40}")
         example = {"text": text, "label": str(label)}
     elif keys & set(QUESTIONS):
-        raise ValueError(
-            f"no answer beside the keys {', '.join(row):.80}; also for GRPO a row needs one, which "
-            'a --reward may compare with: add any text, such as "answer": "?"'
-        )
+        names = ", ".join(row)
+        raise ValueError(f"no answer beside {names:.80}: add one, for GRPO perhaps a placeholder")
     else:
         raise ValueError(f"no known format has the keys {', '.join(row):.80}; known are {FORMS}")
     row.close(unread)
@@ -275,14 +273,13 @@ def row_slice(text):
 def report_bad(bad, total, path):
     """Print the first of `bad`, pairs (row, reason) of `total` rows, each reason once; UserError if
     they are over 1 %."""
-    reasons, fatal = Counter(reason for _, reason in bad), len(bad) > 0.01 * total
-    for reason, count in list(reasons.items())[: 0 if fatal and len(reasons) == 1 else 5]:
-        where = next(where for where, its in bad if its == reason)
+    counts, first = Counter(reason for _, reason in bad), {why: where for where, why in bad[::-1]}
+    fatal = len(bad) > 0.01 * total
+    for why, count in list(counts.items())[: 0 if fatal and len(counts) == 1 else 5]:
         others = f" (and {count - 1:,} more)" if count > 1 else ""
-        print(f"bad row: {where}: {reason}{others}", file=sys.stderr)
+        print(f"bad row: {first[why]}: {why}{others}", file=sys.stderr)
     if fatal:
-        first = ": ".join(bad[0])
-        raise UserError(f"{path}: {len(bad)} of {total} rows are bad, first {first}")
+        raise UserError(f"{path}: {len(bad)} of {total} rows are bad, first {': '.join(bad[0])}")
     if bad:
         print(f"{path}: {len(bad)} of {total} rows are bad and left out", file=sys.stderr)
 
@@ -316,14 +313,11 @@ def read_examples(path, rows=None, limit=None, encoding=None):
     if unread:
         names = ", ".join(f"{name} ({count:,})" for name, count in unread.most_common(12))
         print(f"{path}: fields that are not used, with their rows: {names}", file=sys.stderr)
-    roles = [[m["role"] for m in e["messages"] if m["role"] != "system"] for e in examples
-             if kind == "chat"]  # fmt: skip
-    if count := sum(r[0] == "assistant" for r in roles):
-        print(f"{path}: the assistant begins {count:,} conversations, of {total:,}; "
-              "what it says there is learned without a question", file=sys.stderr)  # fmt: skip
-    if count := sum(r[-1] == "user" for r in roles):
-        print(f"{path}: {count:,} conversations, of {total:,}, end with a turn of the user, "
-              "which is left out", file=sys.stderr)  # fmt: skip
+    talks = [chat.split_system(e["messages"])[1] for e in examples] if kind == "chat" else []
+    for turn, role, what in (0, "assistant", "learned"), (-1, "user", "left out"):
+        if count := sum(talk[turn]["role"] == role for talk in talks):
+            where = f"{count:,} of {total:,} conversations {'end' if turn else 'begin'} with"
+            print(f"{path}: {where} a turn of the {role}, which is {what}", file=sys.stderr)
     if kind == "chat":  # the last row of a dialogue teaches the answers of the rows before it, too
         examples = chat.drop_continued(examples, key=lambda e: e["messages"])
     return kind, examples
@@ -393,8 +387,7 @@ def load_data(
         splits["val"] = splits["train"]
     elif "val" not in splits and not fraction:
         splits["val"] = splits["train"][::10]
-        print(f"{source}: validation is on {len(splits['val']):,} rows that are also learned",
-              file=sys.stderr)  # fmt: skip
+        print(f"[validating on {len(splits['val']):,} rows that are learned]", file=sys.stderr)
     elif "val" not in splits:
         splits["train"], splits["val"] = split_off(splits["train"], fraction)
     return kinds[str(path)], splits, hashes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.cli import UserError
 from data.files import try_lock, write_json, write_whole
-from data.plot import line_svg
+from data.plot import line_svg, share_svg
 
 OUT = Path("out")
 
@@ -158,12 +158,16 @@ class Log:
         self.line(eval_line(row, train_loss) + ("  best" if better else ""))
 
     def draw(self, curves, y_label):
-        """Write loss.svg: `curves` are (name, key of the rows)."""
+        """Write loss.svg, whose `curves` are (name, key of the rows); of experts experts.svg."""
         rows = [r for r in self.rows if not r.get("final")]
         points = {name: [(r["step"], r[key]) for r in rows if key in r] for name, key in curves}
-        svg = line_svg(self.out.name, points, "steps", y_label)
-        if not self.quiet:
-            (self.out / "loss.svg").write_text(svg, encoding="utf-8")
+        pictures = {"loss.svg": line_svg(self.out.name, points, "steps", y_label)}
+        if used := [r["experts"] for r in rows if "experts" in r]:
+            shares = [[n / (sum(counts) or 1) for n in counts] for counts in used[-1]]
+            title = f"{self.out.name}: how often each expert is chosen"
+            pictures["experts.svg"] = share_svg(title, shares, "experts", "layers")
+        for name, svg in {} if self.quiet else pictures.items():
+            (self.out / name).write_text(svg, encoding="utf-8")
 
 
 def clock(seconds):
@@ -175,7 +179,8 @@ def clock(seconds):
 def step_line(row, metrics, args, done):
     """One line about a training step; `done` is the fraction of the run that is over."""
     total = f"/{args.max_steps}" if args.max_steps else ""
-    others = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in metrics.items())
+    numbers = {name: value for name, value in metrics.items() if name != "experts"}
+    others = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items())
     why = " (the machine was busier when its peak was measured)" if row["mfu"] > 1 else ""
     return (
         f"step {row['step']}{total}  loss {row['loss']:.3f}  lr {row['lr']:.2e}  "

@@ -75,9 +75,9 @@ def read_text(path, encoding=None):
     return "".join(Documents([], encoding).text(str(path), partial(opener, path, "rb")))
 
 
-# A token never reaches across these places in any tokenizer we know: after a letter or digit and
-# before a space, line end or common punctuation. Text may be cut there and tokenized in pieces.
-SAFE_CUT = re.compile(r"(?s:.*)[^\W_](?=[\s,.;:!?，。！？；：、])")
+# A token never reaches across these places in any tokenizer we know: after a letter and before a
+# space, line end or common punctuation. Text may be cut there and tokenized in pieces.
+SAFE_CUT = re.compile(r"(?s:.*)[^\W\d_](?=[\s,.;:!?，。！？；：、])")
 
 
 def safe_pieces(blocks):

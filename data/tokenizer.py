@@ -1,5 +1,5 @@
-"""Tokenizers: all of them tiktoken encodings, so all of them encode at its speed; and a byte-level
-BPE trainer."""
+"""Tokenizers: all but SentencePiece's are tiktoken encodings and encode at its speed; and a
+byte-level BPE trainer."""
 import base64
 import codecs
 import heapq
@@ -19,6 +19,7 @@ import tiktoken.load
 from data.cli import UserError
 from data.download import MB, download_path, fetch, resolve_url
 from data.progress import shown
+from data.sentencepiece import SentencePiece
 
 END = "<|endoftext|>"  # stands between documents
 UNKNOWN = "\ufffd"  # what the char tokenizer makes of a character it has never seen
@@ -77,9 +78,9 @@ class Tokenizer:
     """A tiktoken.Encoding and the plain-dict `spec` that rebuilds it anywhere.
 
     spec["kind"] is byte, char (with "chars"), bpe (with "pattern" and base64 "tokens"), tiktoken
-    (with "name") or hf (see data/hf_tokenizer.py). Files and checkpoints carry the spec, so a model
-    always has its tokenizer. `eos_id` ends a text; `bos_id` is what a Hugging Face model wants in
-    front of it, else None; `encode` adds neither.
+    (with "name"), hf or spm (see data/hf_tokenizer.py). Files and checkpoints carry the spec, so a
+    model always has its tokenizer. `eos_id` ends a text; `bos_id` is what a Hugging Face model
+    wants in front of it, else None; `encode` adds neither.
 
     >>> t = Tokenizer({"kind": "byte"})
     >>> t.encode("é"), t.decode([195, 169]), t.n_vocab, t.eos_id
@@ -97,11 +98,13 @@ class Tokenizer:
         elif kind in ("bpe", "hf"):  # None where an added token of Hugging Face's has the id
             tokens = [t if t is None else base64.b64decode(t) for t in spec["tokens"]]
             pattern = spec["pattern"]
-        elif kind != "tiktoken":
+        elif kind not in ("tiktoken", "spm"):
             raise UserError(f"tokenizer kind {kind!r} is unknown to this version")
         if kind == "tiktoken":
             base = load_tiktoken(spec["name"])
             pattern, ranks, added = base._pat_str, base._mergeable_ranks, base._special_tokens
+        elif kind == "spm":
+            ranks, added = spec["data"]["model"]["vocab"], dict(spec["added"])
         else:
             ranks = {t: i for i, t in enumerate(tokens) if t is not None}
             added = dict(spec["added"]) if kind == "hf" else {END: len(tokens)}
@@ -110,19 +113,22 @@ class Tokenizer:
         special, words = spec.get("special", []), spec.get("words", {})
         new = [name for name in special if name not in words]  # their ids are behind all others
         added = added | dict(zip(new, itertools.count(max(*ranks.values(), *added.values()) + 1)))
-        self.encoding = tiktoken.Encoding(
-            kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=added
-        )
         # Words are parts of any text, unless a chat's template writes them, as it does <think>
         tags = {w for w in words if w[0] in "<[" and w in str(spec.get("chat_template"))}
         self.words = {w: i for w, i in words.items() if w not in {*special, *tags}}
         self.special = added | words  # name -> id
         self.special = {name: i for name, i in self.special.items() if name not in self.words}
-        longest_first = sorted(self.words, key=len, reverse=True)
+        if kind == "spm":
+            self.encoding = SentencePiece(spec["data"], added, self.words)
+            words = self.encoding.early_words
+        else:
+            options = {"mergeable_ranks": ranks, "special_tokens": added}
+            self.encoding, words = tiktoken.Encoding(kind, pat_str=pattern, **options), self.words
+        longest_first = sorted(words, key=len, reverse=True)
         self._words = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self.n_vocab = self.encoding.n_vocab  # the largest id + 1
         self._no_token = bytes(b for b in range(256) if kind == "hf" and bytes([b]) not in ranks)
-        self.eos_id = spec["end"] if kind == "hf" else self.encoding.eot_token
+        self.eos_id = spec["end"] if kind in ("hf", "spm") else self.encoding.eot_token
         self.bos_id = spec.get("begin")
 
     def with_special(self, names):
@@ -145,18 +151,25 @@ class Tokenizer:
         han = "-han" if self.spec.get("pattern") == HAN_PATTERN else ""
         return self.spec.get("name") or {"bpe": f"bpe{han}:{size}"}.get(kind, kind)
 
-    def encode_array(self, text):
-        """Token ids of `text` as uint32; names of special tokens are plain text in it."""
+    def encode_array(self, text, follows=None):
+        """Token ids of `text` as uint32; names of special tokens are plain text in it. If it is a
+        part of a document, `follows` says what it comes after, a "special" token or "text", since
+        SentencePiece puts a space in front of a document."""
         if self.spec["kind"] == "char":
             text = self._unknown.sub(UNKNOWN, text)
         if self.spec.get("nfc"):  # é is one character, however it was typed
             text = unicodedata.normalize("NFC", text)
         parts = self._words.split(text)  # texts and words by turns
-        ids = [[self.words[p]] if i % 2 else self._encode_text(p) for i, p in enumerate(parts)]
+        ids = []
+        for i, part in enumerate(parts):
+            ids.append([self.words[part]] if i % 2 else self._encode_text(part, follows))
+            follows = "special"
         return np.concatenate(ids).astype(np.uint32)
 
-    def _encode_text(self, text):
+    def _encode_text(self, text, follows):
         """The ids of a text without `words`, uint32."""
+        if self.spec["kind"] == "spm":
+            return self.encoding.encode_to_numpy(text, follows)
         if self._no_token and set(self._no_token) & set(text.encode()):
             return self._encode_by_piece(text)
         try:
@@ -175,9 +188,17 @@ class Tokenizer:
         ids = itertools.chain.from_iterable(map(self.encoding._encode_single_piece, kept))
         return np.fromiter(ids, dtype=np.uint32)
 
-    def encode(self, text):
-        """Token ids of `text` as a list."""
-        return self.encode_array(text).tolist()
+    def encode(self, text, follows=None):
+        """`encode_array` as a list."""
+        return self.encode_array(text, follows).tolist()
+
+    def encode_parts(self, parts, follows=None):
+        """Token ids of texts and names of special tokens by turns."""
+        ids = []
+        for n, part in enumerate(parts):
+            ids += [self.special[part]] if n % 2 else self.encode(part, follows)
+            follows = "special"
+        return ids
 
     def token_bytes(self, i):
         """The bytes that id `i` stands for; None if no token has this id."""
@@ -188,7 +209,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of token ids; a broken character shows as U+FFFD."""
-        return self.encoding.decode(list(map(int, ids)))
+        return self.encoding.decode_bytes(list(map(int, ids))).decode(errors="replace")
 
     def texts(self, ids):
         """The text of each id. That of a character of several tokens stands at the last of them."""

@@ -15,11 +15,18 @@ transformers = pytest.importorskip("transformers")
 
 SHAPE = dict(n_layer=2, n_head=4, d_model=32, context=64, vocab_size=320, init="gpt2")
 GATED = SHAPE | dict(n_kv_head=2, d_ff=56, position="rope", norm="rmsnorm", activation="swiglu")
+GEMMA = dict(norm_place="both", activation="geglu_tanh", embed_scale=32**0.5, window_theta=50.0)
+GEMMA["window"] = 7
 CONFIGS = {
     "gpt2": lm.preset("gpt2", **SHAPE),
     "llama": lm.Config(**GATED),
     "qwen2": lm.Config(**GATED, qkv_bias=True, tied=True),
     "qwen3": lm.Config(**GATED, qk_norm=True, head_size=12),
+    "phi3": lm.Config(**GATED, rotary_share=0.75),
+    "granite": lm.Config(**GATED, residual_scale=0.5, attention_scale=2.0, logit_scale=0.5),
+    "glm4": lm.Config(**GATED, norm_place="both", rotary_share=0.5, qkv_bias=True),
+    "gemma3_text": lm.Config(**GATED | GEMMA, tied=True, qk_norm=True),
+    "gpt_neox": lm.preset("gpt2", **SHAPE, position="rope", rotary_share=0.5, tied=False),
 }
 IDS = torch.randint(320, (2, 20), generator=torch.Generator().manual_seed(3))
 

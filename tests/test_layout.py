@@ -20,7 +20,6 @@ IMPORTS = {
     "data.costs": "data.cli",
     "data.machine": "data.cli",
     "data.matmul": "data.cli",
-    "data.analogy": "data.cli",
     "data.files": "data.cli",
     "data.runs": "data.files data.plot",
     "data.tables": "data.plot",
@@ -28,8 +27,10 @@ IMPORTS = {
     "data.idx": "data.download",
     "data.text": "data.files",
     "data.tensors": "data.files",
-    "data.tokenizer": "data.download",
+    "data.sentencepiece": "data.cli",
+    "data.tokenizer": "data.download data.sentencepiece",
     "data.chat": "data.cli",
+    "data.analogy": "data.hf_weights",
     "data.tools": "data.chat",
     "data.reply": "data.chat data.tokenizer",
     "data.scores": "data.chat",
@@ -48,9 +49,12 @@ IMPORTS = {
     "data.service": "data.api data.runs",
     "data.server": "data.service",
     "data.hf_tokenizer": "data.chat data.tokenizer",
-    "data.hf_weights": "data.tensors data.download",
+    "data.rope": "",
+    "data.hf_config": "data.cli",
+    "data.hf_weights": "data.hf_config data.hf_tokenizer data.tensors",
+    "data.gguf": "data.hf_weights data.rope",
     "prepare_data": "data.hf_tokenizer data.sources data.text",
-    "model": "data.costs data.hf_tokenizer data.hf_weights data.machine data.runs data.tables",
+    "model": "data.costs data.gguf data.machine data.rope data.runs data.tables",
     "mnist": "model data.idx data.plot data.runs",
     "lora": "model",
     "sample": "lora data.analogy data.graphs data.matmul data.runs data.terminal",
@@ -62,7 +66,7 @@ LATE = {"train": {"sample"}}
 LATE["sample"] = {"data.scheduler", "data.server", "data.service", "mnist"}
 WITHOUT_TORCH = {m for m in IMPORTS if m.startswith("data.")} | {"prepare_data"}
 WITHOUT_TORCH -= {"data.analogy", "data.graphs", "data.machine", "data.matmul", "data.tensors"}
-WITHOUT_TORCH -= {"data.batches", "data.hf_weights"}
+WITHOUT_TORCH -= {"data.batches", "data.gguf", "data.hf_weights", "data.rope"}
 PATHS = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
 if (ROOT / ".git").exists():  # a reader's own scripts and tools beside ours have other rules
     ours = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import itertools
 from dataclasses import asdict
 
 import pytest
@@ -20,6 +19,7 @@ from data.machine import Runtime
 
 IDS = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(5))
 every_kind = pytest.mark.parametrize("kind", ("int8", "nf4"))
+every_base = pytest.mark.parametrize("kind", (None, "int8", "nf4"))
 LAYERS = [f"attention.{name}" for name in ("q", "k", "v", "out")]
 LAYERS += ["feed_forward.up", "feed_forward.down"]
 CPU = Runtime(torch.device("cpu"))
@@ -52,11 +52,6 @@ def learn_something(model, seed=0):
             p.normal_(std=0.05)
 
 
-# ---- like peft -----------------------------------------------------------------------------
-
-ADAPTERS = {"two": dict(rank=3, alpha=2), "one": dict(rank=4, alpha=12)}
-
-
 def pairs(ours, theirs, name):
     """(ours, peft's) of every A and B of an adapter."""
     for full, layer in lora.adapted(ours).items():
@@ -71,13 +66,13 @@ def test_outputs_gradients_and_adamw_steps_of_adapters_and_table_are_pefts():
     ours = tiny(tied=False)  # peft's copy of a tied table is not tied
     theirs = copy.deepcopy(ours)
     common = dict(target_modules=["q", "k", "v", "out", "up", "down"], modules_to_save=["embed"])
-    for name, s in ADAPTERS.items():
-        common |= dict(r=s["rank"], lora_alpha=s["alpha"], init_lora_weights=False)
+    for name, rank, alpha in (("two", 3, 2), ("one", 4, 12)):
+        common |= dict(r=rank, lora_alpha=alpha, init_lora_weights=False)
         if name == "two":
             theirs = peft.get_peft_model(theirs, peft.LoraConfig(**common), adapter_name=name)
         else:
             theirs.add_adapter(name, peft.LoraConfig(**common))
-        lora.add_lora(ours, "all", **s, name=name, modules_to_save=["embed"])
+        lora.add_lora(ours, "all", rank, alpha, name=name, modules_to_save=["embed"])
         with torch.no_grad():
             for our, their in pairs(ours, theirs, name):
                 our.copy_(their)
@@ -95,7 +90,7 @@ def test_outputs_gradients_and_adamw_steps_of_adapters_and_table_are_pefts():
         for our, their in pairs(ours, theirs, "one"):
             assert our.grad.abs().max() > 1e-4
             close(our.grad, their.grad)
-    for our, their in itertools.chain(*(pairs(ours, theirs, name) for name in ADAPTERS)):
+    for our, their in [*pairs(ours, theirs, "one"), *pairs(ours, theirs, "two")]:
         close(our, their)
     close(ours.embed.weight, theirs.base_model.model.embed.modules_to_save["one"].weight)
     for name in ("one", "two", "one"):  # an adapter brings its table along
@@ -106,9 +101,7 @@ def test_outputs_gradients_and_adamw_steps_of_adapters_and_table_are_pefts():
         lora.set_adapter(ours, "three")
 
 
-# ---- laying adapters over a model ----------------------------------------------------------
-
-@pytest.mark.parametrize("kind", (None, "int8", "nf4"))
+@every_base
 def test_an_adapter_starts_as_no_change_and_disabled_is_the_base_exactly(kind):
     model = tiny()
     if kind:
@@ -130,7 +123,7 @@ def test_targets_are_groups_last_names_or_full_ones_and_nothing_else_learns():
         model = tiny(tied=False)
         assert sorted(lora.add_lora(model, targets)) == names(layers) == sorted(lora.adapted(model))
         learning = [n for n, p in model.named_parameters() if p.requires_grad]
-        assert sorted(learning) == sorted(n for n in learning if ".a." in n or ".b." in n)
+        assert all(".a." in n or ".b." in n for n in learning)
         assert len(learning) == 2 * len(names(layers))
     full = ["blocks.1.attention.q", "head"]
     assert sorted(lora.add_lora(model, ",".join(full), name="more")) == full
@@ -156,7 +149,7 @@ def test_a_name_may_be_any_word():
     assert sorted(lora.adapted(model)) == names(LAYERS[:1]) and lora.adapter_names(model) == words
 
 
-@pytest.mark.parametrize("kind", (None, "int8", "nf4"))
+@every_base
 def test_merged_is_unmerged_in_train_mode_too_and_only_once(kind):
     model = tiny(tied=False)
     if kind:
@@ -174,8 +167,6 @@ def test_merged_is_unmerged_in_train_mode_too_and_only_once(kind):
     close(model.blocks[1].attention.v.weight, by_hand, 1e-6)
     lm.load_weights(lm.Transformer(model.config), model.state_dict())  # a plain model's names
 
-
-# ---- files ---------------------------------------------------------------------------------
 
 def base_file(path, seed=0, **changes):
     model = tiny(seed, vocab_size=320, **changes)
@@ -213,8 +204,7 @@ def test_the_merge_command_writes_base_and_adapter_as_one(tmp_path, capsys, quan
     out, new = tmp_path / "merged.pt", tmp_path / "new.pt"
 
     def merge(ckpt=base, adapter=tmp_path / "run", out=out):
-        flags = ("--ckpt", ckpt, "--adapter", adapter, "--out", out)
-        lora.main(["merge", *map(str, flags)])
+        lora.main(f"merge --ckpt {ckpt} --adapter {adapter} --out {out}".split())
 
     merge()
     assert "12 layers merged" in capsys.readouterr().out
@@ -252,8 +242,6 @@ def test_adapters_and_their_tables_survive_files_and_switching(tmp_path, tied, q
         lora.load_adapted(lm.load_checkpoint(base), {"my.pt": narrow})
 
 
-# ---- quantization --------------------------------------------------------------------------
-
 def test_nf4_levels_are_quantiles_of_a_normal_distribution():
     offset = 0.9677083  # of bitsandbytes' authors
     low, high = (torch.linspace(offset, 0.5, n).double()[:-1] for n in (8, 9))
@@ -263,9 +251,8 @@ def test_nf4_levels_are_quantiles_of_a_normal_distribution():
 
 def weights_of_all_sorts():
     torch.manual_seed(0)
-    yield from (torch.randn(shape) for shape in ((160, 128), (3, 7), (1, 1), (50, 33), (64, 1)))
+    yield from (torch.randn(shape) for shape in ((160, 128), (1, 1), (50, 33)))
     yield torch.zeros(8, 16)
-    yield torch.full((2, 64), -0.25)
     yield torch.cat((torch.zeros(64), 1e-6 * torch.randn(64), 1e6 * torch.randn(64)))[None]
 
 
@@ -311,8 +298,11 @@ def test_codes_are_the_nearest_levels_and_stand_for_them_times_8_bit_scales(kind
 
 
 @every_kind
-def test_a_quantized_layer_is_a_linear_of_its_dequantized_weight_in_either_precision(kind):
+def test_a_quantized_layer_is_small_and_a_linear_of_what_it_stands_for_in_either_precision(kind):
     torch.manual_seed(0)
+    stored = lora.QuantLinear(nn.Linear(768, 3072, bias=False), kind).state_dict().values()
+    bits = 8 * sum(t.nbytes for t in stored) / (768 * 3072)
+    assert bits == pytest.approx(4.13 if kind == "nf4" else 8.13, abs=0.005)
     layer, x = lora.QuantLinear(nn.Linear(96, 40), kind), torch.randn(5, 3, 96)
     weight, up = layer.weight, torch.randn(5, 3, 40)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -333,10 +323,3 @@ def test_a_quantized_layer_is_a_linear_of_its_dequantized_weight_in_either_preci
     assert low.dtype == torch.bfloat16 and ours.grad.dtype == torch.float32
     close(low.float(), expected, 3e-2)
     close(ours.grad, theirs.grad, 5e-2)
-
-
-@pytest.mark.parametrize("kind, bits", [("nf4", 4.13), ("int8", 8.13)])
-def test_a_quantized_weight_takes_so_many_bits(kind, bits):
-    state = lora.QuantLinear(nn.Linear(768, 3072, bias=False), kind).state_dict()
-    stored = sum(t.nbytes for t in state.values())
-    assert 8 * stored / (768 * 3072) == pytest.approx(bits, abs=0.005)

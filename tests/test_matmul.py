@@ -26,6 +26,10 @@ ARCHITECTURES = {
                     value_embed=True, bigram=50, induction=True, embed_norm=True),
     "course": dict(position="sinusoidal", norm="layernorm", activation="relu", out_bias=True,
                    ff_bias=True, head_bias=True),
+    "gemma3": LLAMA | dict(norm_place="both", window=9, window_theta=50.0, activation="geglu_tanh",
+                           embed_scale=8.0, attention_scale=0.8, qk_norm=True),
+    "olmo2": LLAMA | dict(norm_place="post", qk_norm=True, qk_norm_wide=True, logit_scale=0.5),
+    "neox": LLAMA | dict(norm="layernorm", parallel=True, rotary_share=0.5, residual_scale=0.5),
 }  # fmt: skip
 
 
@@ -148,6 +152,8 @@ def test_what_cannot_be_is_named():
     args = argparse.Namespace(dtype="fp32", no_fast=False, verbose=False, cuda_graphs=True)
     with pytest.raises(UserError, match="--cuda_graphs needs a GPU"):
         sample.fast_model(model, 1, args)
+    with pytest.raises(UserError, match="--cuda_graphs excludes a mixture"):
+        sample.fast_model(build("llama", experts=2), 1, args)
     args.cuda_graphs = False
     lora.add_lora(model, "attention", rank=2, alpha=4)
     sample.fast_model(model, 1, args)  # adapters may be switched: it stays as it is

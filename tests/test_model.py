@@ -412,7 +412,10 @@ FEATURES = {
     "qwen 2": dict(qkv_bias=True, tied=True),
     "own head size": dict(n_head=3, n_kv_head=1, head_size=6),
     "layernorm without weight": dict(norm="layernorm", norm_weight=False, embed_norm=True),
-    "dropout": dict(dropout=0.2),
+    "dropout": dict(dropout=0.2, residual_scale=0.5),
+    "olmo 2": dict(norm_place="post", qk_norm=True, qk_norm_wide=True, n_kv_head=2),
+    "gemma 3": dict(norm_place="both", qk_norm=True, window=3, window_theta=9.0, embed_scale=4.0),
+    "neox": dict(parallel=True, rotary_share=0.5, attention_scale=0.5, logit_scale=2.0),
 }
 
 
@@ -438,6 +441,7 @@ def test_each_activation_is_its_formula(activation):
         "relu": x.clamp(min=0),
         "relu2": x.clamp(min=0) ** 2,
         "swiglu": x / (1 + (-x).exp()),
+        "geglu_tanh": x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + cube))) / 2,
     }
     same(lm.ACTIVATIONS[activation](x), formula[activation])
 

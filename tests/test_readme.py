@@ -96,6 +96,12 @@ def save_hub(folder):
     )
     for size in ("0.6B", "8B"):
         save_model(folder / f"Qwen/Qwen3-{size}/resolve/main", qwen, QWEN_TOKENS)
+    bert = folder / "google-bert/bert-base-chinese/resolve/main"
+    vocab = ["[PAD]", *dict.fromkeys("皇后女人男王骑士国巴黎法中北京上海南")]
+    size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.BertConfig(vocab_size=len(vocab), **size)
+    transformers.BertModel(config).save_pretrained(bert)
+    (bert / "vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
     stories = folder / "datasets/roneneldan/TinyStories/resolve/main"
     stories.mkdir(parents=True)
     for split in ("train", "valid"):

@@ -31,8 +31,6 @@ ASKED = [turn("user", "找一家500元以下的酒店"), turn("call", "search {}
          turn("tool", json.dumps(HOTELS, ensure_ascii=False))]
 
 
-# ---- what a reply says -------------------------------------------------------------------------
-
 SAID = turn("assistant", "为您推荐松园饭店(南店)。"), turn("user", "多少钱？")
 NAMED = {"name": 1, "right name": 1}
 
@@ -41,7 +39,6 @@ NAMED = {"name": 1, "right name": 1}
     ("好的，祝您入住愉快！", (), {}),
     ("推荐云海大厦和云海大厦。", (), {"name": 2, "right name": 2, "again": 1, "doubled": 1}),
     ("云海大厦的价格是1005.0元。", (), {**NAMED, "price": 1, "right price": 1}),
-    ("云海大厦的价格是374元。", (), {**NAMED, "price": 1}),
     ("价格374元的松园饭店(南店)。", (), {**NAMED, "price": 1, "right price": 1}),
     ("没有500元以下的。", (), {}),  # the guest's own number
     ("评分是5分的云海大厦", (), {**NAMED, "rating": 1, "right rating": 1}),
@@ -58,16 +55,15 @@ def test_names_and_numbers_are_counted_and_compared(reply, more, counted):
     assert +count_facts([*ASKED, *more], reply) == Counter(counted, replies=1)
 
 
-def test_before_a_search_nothing_is_counted():
+def test_without_a_search_of_hotels_nothing_is_counted():
     assert not count_facts(ASKED[:2], "推荐云海大厦，374元。")
-    for result in ("no JSON", "[1]", '{"name": "A"}', '{"name": null, "price": 1, "rating": 2}'):
+    for result in ("no JSON", "[1]", '{"name": null, "price": 1, "rating": 2}'):
         assert not count_facts([turn("tool", result)], "A null")
 
 
 def test_people_are_faithful():
     """What the humans of the data said: 556 of their 558 names had been returned."""
-    path = real("hotel/dev.jsonl")
-    jobs = ft.answer_jobs(load_data(str(path))[1]["train"])
+    jobs = ft.answer_jobs(load_data(str(real("hotel/dev.jsonl")))[1]["train"])
     scores = fact_scores(jobs, [job.wanted for job in jobs])
     assert scores["names"] > 0.995 and scores["doubled"] < 0.005
     assert min(scores["prices"], scores["phones"], scores["ratings"]) > 0.99
@@ -104,14 +100,11 @@ def test_questions_are_answered_by_what_was_returned():
     assert ask(ASKED[:2], random.Random(0)) == []
 
 
-# ---- rewards -----------------------------------------------------------------------------------
-
 TRUTH = turn("assistant", "推荐云海大厦。")
 CALL = turn("call", 'search {"facilities": ["泳池", "SPA"], "type": "经济型"}')
 
 
 @pytest.mark.parametrize("name, answer, wanted, value", [
-    ("slots", CALL, CALL, 1.0),
     ("slots", turn("call", 'search {"facilities": ["SPA"], "type": "豪华型"}'), CALL, 0.4),
     ("slots", turn("call", "search {"), CALL, 0.0),
     ("slots", turn("call", "search {}"), turn("call", "search {}"), 1.0),
@@ -154,15 +147,12 @@ def test_a_reward_of_ones_own_and_what_is_wrong_with_it(tmp_path):
         write_reward(path, value)
         with pytest.raises(UserError, match=f"(?s){problem}.*four.*|four.*{problem}"):
             rate(load_reward(str(path)), ASKED, said, turn("assistant", "other"))
-    for text in ("x = 1\n", "syntax error\n"):
-        path.write_text(text)
-        with pytest.raises(UserError, match=r"mine\.py"):
-            load_reward(str(path))
-    with pytest.raises(UserError, match=r"none\.py"):
-        load_reward("none.py")
+    for file, text in (("mine.py", "x = 1\n"), ("mine.py", "syntax error\n"), ("none.py", None)):
+        if text:
+            path.write_text(text)
+        with pytest.raises(UserError, match=file):
+            load_reward(str(tmp_path / file))
 
-
-# ---- the loss ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 def test_the_loss_and_its_gradient_are_the_papers(kl):
@@ -183,10 +173,9 @@ def test_the_loss_and_its_gradient_are_the_papers(kl):
     assert 0 < clipped < 1 and divergence > 0 and not ours[~chosen].any()
 
 
-@pytest.mark.parametrize(
-    "changes, recompute",
-    [(runs.TABLES, False), (dict(position="learned"), True), (dict(tied=True), False)],
-)
+@pytest.mark.parametrize("changes, recompute", [
+    (runs.TABLES, False), (dict(position="learned"), True), (dict(tied=True), False),
+])
 def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(changes, recompute):
     model = runs.small_model(n_layer=2, **changes).double()
     with torch.no_grad():
@@ -199,7 +188,7 @@ def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(c
     targets[0, 1, 2:] = targets[1, :, 3:] = targets[1, 2, 1:] = -100  # shorter answers
     weight = torch.rand(6, 4, dtype=torch.float64)
     wanted = torch.zeros(6, 4, dtype=torch.float64)
-    for i, (g, s) in enumerate((g, s) for g in range(2) for s in range(3)):
+    for i, (g, s) in enumerate(itertools.product(range(2), range(3))):
         n = lengths[g]
         whole = torch.cat([prompts[g, : n + 1], answers[g, s]])[None]
         goal = torch.cat([torch.full((n,), -100), targets[g, s]])[None]
@@ -215,12 +204,14 @@ def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(c
     assert torch.allclose(found, wanted) and all(map(torch.allclose, *grads))
 
 
-# ---- runs --------------------------------------------------------------------------------------
-
 LETTERS = "abc"
-GRPO = ["--data", "letters.jsonl", "--objective", "grpo", *QUICK, "--eval_rows", "4"]
-GRPO += ["--val_data", "val.jsonl"]
+GRPO = ["--data", "letters.jsonl", "--val_data", "val.jsonl", *QUICK]
+GRPO += ["--objective", "grpo", "--eval_rows", "4"]
 EXACT = [*GRPO, "--reward", "exact"]
+
+
+def say(asked, answer):
+    return [turn("user", f"say {asked}"), turn("assistant", answer)]
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +221,7 @@ def talker(tmp_path_factory):
     os.chdir(folder)
     ours = dict(norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True)
     save_base(Path("base.pt"), d_model=64, n_layer=2, init="zero_out", value_embed=True, **ours)
-    pairs = itertools.product(LETTERS, LETTERS)
-    write("any.jsonl", [[turn("user", f"say {a}"), turn("assistant", b)] for a, b in pairs])
+    write("any.jsonl", [say(a, b) for a, b in itertools.product(LETTERS, LETTERS)])
     flags = "--data any.jsonl --val_data any.jsonl --epochs 60 --lr 3e-3 --eval_rows 0"
     tune(*flags.split(), ckpt="base.pt", out="talker")
     return folder / "talker" / "best.pt"
@@ -244,9 +234,8 @@ def room(tmp_path, monkeypatch, talker):
     monkeypatch.setattr("data.machine.measure_peak", lambda *_: 1e11)
     Path("out/base").mkdir(parents=True)
     Path("out/base/best.pt").write_bytes(talker.read_bytes())
-    rows = [[turn("user", f"say {a}"), turn("assistant", a)] for a in LETTERS]
-    write("letters.jsonl", [r for r in rows for _ in range(8)])
-    write("val.jsonl", rows)
+    write("letters.jsonl", [say(a, a) for a in LETTERS for _ in range(8)])
+    write("val.jsonl", [say(a, a) for a in LETTERS])
     return tmp_path
 
 
@@ -259,8 +248,7 @@ def test_what_is_rewarded_becomes_likelier(room):
 
     def probability(ckpt):
         model, tokenizer, _ = sample.load(ckpt, dtype="fp32")
-        chats = [[turn("user", f"say {a}"), turn("assistant", "b")] for a in LETTERS]
-        rows = [chat_rows({"messages": c}, tokenizer, 48)[0] for c in chats]
+        rows = [chat_rows({"messages": say(a, "b")}, tokenizer, 48)[0] for a in LETTERS]
         with torch.no_grad():
             return model(*pad(rows), output="log_probs").sum(1).exp().mean().item()
 
@@ -290,8 +278,7 @@ def test_a_reward_for_calls_leaves_the_other_turns_alone(room):
 
 
 def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monkeypatch):
-    """An id that is never drawn has none: else nothing would hold it back, and it would grow. The
-    answers of a draw serve several updates."""
+    """An id that is never drawn has none: else nothing would hold it back, and it would grow."""
     drawn, learned, sample_token, loss = [], [], sample.sample_token, ft.grpo_loss
 
     def draw(p, generator):

@@ -238,7 +238,7 @@ def test_a_file_that_holds_no_rows_says_what_it_is(elsewhere, name, content, say
     (7, "neither an object nor a list of turns but 7"),
     ({"texts": "a"}, "no known format has the keys texts; known are messages or"),
     ([U], "no turn of the assistant"),
-    ({"prompt": [U]}, "no answer beside the keys prompt; also for GRPO a row needs one"),
+    ({"prompt": [U]}, "no answer beside prompt: add one, for GRPO perhaps"),
     ([None, A], "a turn is not an object but None"),
     ([turn("user", 3), A], "the content is not text but 3"),
     ([U, turn("assistant", " \n")], "a turn of assistant has no text"),
@@ -284,7 +284,8 @@ def test_broken_lines_are_bad_rows_and_a_broken_list_is_refused(tmp_path, capsys
     assert len(read_examples(write(path, [*alpaca(400), *odd]))[1]) == 402
     errors = capsys.readouterr().err.splitlines()
     for error, said in zip(errors, ("a turn of user has no text (and 1 more)", "prompt is 7, not",
-                                    "4 of 406 rows are bad", "begins 2 conv", "2 conversations")):
+                                    "4 of 406 rows are bad", "2 of 406 conversations begin with a",
+                                    "2 of 406 conversations end with a")):
         assert said in error
     assert len(errors) == 5
     path = tmp_path / "x.json"

@@ -32,6 +32,7 @@ TUNE = "--ckpt out/base --max_steps 2 --eval_every 2 --log_every 1 --eval_rows 3
 JOBS = {  # name: (script, its flags)
     "adamw": (train, f"{RUN} --dropout 0.2"),
     "muon": (train, f"{RUN} --optimizer muon"),
+    "moe": (train, f"{RUN} --experts 3"),
     "nf4": (finetune, f"{TUNE} --data chats.jsonl --lora_rank 2 --lora_dropout 0.1 --quantize nf4"),
     "dpo": (finetune, f"{TUNE} --data pairs.jsonl"),
 }

@@ -18,6 +18,7 @@ from conftest import BYTE
 
 import sample
 from data.cli import UserError, printable
+from data.tensors import write_safetensors
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, load_checkpoint, save_checkpoint
 from sample import TextStream, analogy, beam_search, generate, naive_generate, next_token
@@ -130,6 +131,8 @@ LENGTHS = (1, 5, 12, 3, 30, 13)
     dict(position="learned"),
     dict(position="sinusoidal", bigram=1),
     dict(position="rope", n_kv_head=2, qk_norm=True),
+    dict(window=4, n_kv_head=2, rotary_share=0.5, norm_place="both", qk_norm=True),
+    dict(window=5, window_layers=[True, False], window_theta=100.0, parallel=True),
     dict(position="learned", n_kv_head=1, norm="layernorm", activation="gelu"),
     dict(position="rope", context=7),
     dict(position="rope", context=1),
@@ -431,6 +434,31 @@ def test_analogy_and_choices_on_the_command_line(say, run):
     assert say("--analogy", "a - b + c") == "".join(f"{c:7.3f}  {t!r}\n" for t, c in wanted)
     lines = say("--analogy", "a - b + c", "--choices", "x, y,z").splitlines()
     assert sorted(line.split()[1] for line in lines) == ["'x'", "'y'", "'z'"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_words_of_a_bert_need_its_vocabulary_and_one_tensor(say, file):
+    words = {"皇": [1, 0], "后": [1, 0], "国": [1, 0], "王": [1, 2], "女": [1, -1], "男": [1, 1]}
+    words |= {"人": [3, 3], "play": [1, 1], "##ing": [5, 1], "[CLS]": [1, 1], "骑": [9, 0]}
+    Path("bert").mkdir()
+    Path("bert/vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    Path("bert/config.json").write_text('{"model_type": "bert"}')
+    tensors = {"bert.embeddings.word_embeddings.weight": torch.tensor([*words.values()]) + 0.0}
+    write = write_safetensors if file.endswith("safetensors") else lambda p, t: torch.save(t, p)
+    write(Path("bert", file), tensors | {"bert.pooler.dense.weight": torch.zeros(1)})
+    flags = "--analogy", "皇后 - 女人 + 男人", "--choices", "女王,骑,国王"
+    # goal (1, 0) - (2, 1) + (2, 2) = (1, 1), the mean of 国 and 王
+    more = "--analogy", "playing", "--choices", "国，play"
+    lines = say(*flags, *more, ckpt="bert").splitlines()
+    assert lines[:2] == [flags[1], "  1.000  '国王'"] and lines[5] == "  0.949  '国'"
+    assert len(lines) == 4 + 3 and say(*flags, ckpt="bert").splitlines() == lines[1:4]
+    others = say("--analogy", "playing", ckpt="bert").split()[1::2]
+    assert sorted(others) == sorted(map(repr, words.keys() - {"play", "##ing", "[CLS]"}))
+    for word in ("plays", "e"):
+        with pytest.raises(UserError, match=f"'{word}' is not in the model's vocabulary"):
+            say("--analogy", word, ckpt="bert")
+    with pytest.raises(UserError, match="--choices is given 1 times for 2 --analogy"):
+        say(*flags, "--analogy", "国")
 
 
 @pytest.mark.parametrize("flags, named", [

@@ -19,8 +19,6 @@ from tokenizers import AddedToken
 from data.hf_tokenizer import hub_tokenizer
 from data.tokenizer import Tokenizer
 
-# ---- Eleven families: templates that write what the public ones do --------------------------
-
 CHATML = r"""{%- set given = messages[0].role == 'system' %}
 {%- set own = messages[0].content if given else usual %}
 {%- if given or own or tools %}{{- '<|im_start|>system\n' + own }}
@@ -261,7 +259,6 @@ def test_ids_are_those_of_transformers(family, talk):
                 render_chat(TALKS[talk], ours, **given)
         else:
             ids, mask = render_chat(TALKS[talk], ours, **given)
-            assert ours.decode(ids) == theirs.decode(want), given
             assert ids == want and len(mask) == len(ids), given
     assert TALKS[talk] == before
 
@@ -315,8 +312,6 @@ def test_an_answer_is_learned_with_its_end(family):
     assert found == [FAMILIES[family].learned.format("Hello!")]
 
 
-# ---- Special tokens in somebody's text; forms of messages; places of templates --------------
-
 def talks_with(family, text):
     """Conversations, and tools, with `text` wherever others than the assistant write."""
     yield [said("user", text), BOT, said("user", f"x{text}")], None
@@ -362,9 +357,7 @@ def named(letter):
 
 
 @pytest.mark.parametrize("config, file, wanted", [  # those used without and with tools are wanted
-    ("a", None, "aa"),
-    ({"tool_use": "b", "rag": "c", "default": "a"}, None, "ab"),
-    ("a", "d", "dd"),
+    ({"tool_use": "b", "rag": "c", "default": "a"}, None, "ab"), ("a", "d", "dd"),
 ])
 def test_templates_are_found_where_transformers_finds_them(config, file, wanted, tmp_path):
     if file:

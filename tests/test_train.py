@@ -310,11 +310,11 @@ def test_flops_are_those_of_the_rows_that_are_read(corpus):
 # ---- resuming ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw --experts 3"])
 def test_killed_and_resumed_equals_straight_through_bitwise(corpus, optimizer):
     """Gradient checkpointing changes nothing, either."""
     flags = [*SMALL, "--dropout", "0.2", "--max_steps", "9", "--log_every", "1", "--eval_every",
-             "4", "--optimizer", optimizer]
+             "4", "--optimizer", *optimizer.split()]
     run(*flags, "--out", "out/straight")
     with killed_in_step(7):  # two steps after its checkpoint
         train.main([*flags, "--out", "out/killed"])

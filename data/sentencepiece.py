@@ -1,0 +1,274 @@
+"""SentencePiece's BPE, as in Llama 2, Mistral, Yi, Gemma and ChatGLM: an encoding for Tokenizer in
+place of tiktoken's, from the content of a tokenizer.json or from a bare tokenizer.model."""
+
+import heapq
+import io
+import re
+import struct
+import unicodedata
+from collections import defaultdict
+from itertools import pairwise
+
+import numpy as np
+
+from data.cli import UserError
+
+SPACE = "\u2581"  # "▁", which stands for a space
+TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+IN_FRONT = {"type": "Prepend", "prepend": SPACE}
+CACHE_LIMIT, LONG = 1 << 18, 100  # words whose ids are kept; characters of one
+NORMALIZERS = ("Prepend", "Replace", "NFC", "NFD", "NFKC", "NFKD")
+
+
+def is_sentencepiece(data):
+    """Whether the content of a tokenizer.json is of SentencePiece's kind."""
+    steps = data.get("normalizer"), data.get("pre_tokenizer")
+    return bool(data["model"].get("byte_fallback")) or SPACE in str(steps)
+
+
+def steps_of(data, kind):
+    """The steps of a tokenizer.json's "normalizer", "pre_tokenizer" or "decoder" as a list."""
+    step = data.get(kind) or {"type": "Sequence"}
+    return step.get(kind.replace("_", "") + "s", []) if step["type"] == "Sequence" else [step]
+
+
+class SentencePiece:
+    """A BPE of SentencePiece's, with those methods of a tiktoken.Encoding that Tokenizer calls.
+
+    `data` is the content of a tokenizer.json, or what `read_model` makes of a tokenizer.model;
+    `added` are its added tokens, name -> id, and `words` those of them that text is searched for.
+
+    A space is put in front of a text, and decoding drops it: "Hi 中" is ▁Hi ▁ 中, or if that has no
+    piece of its own ▁Hi ▁ <0xE4> <0xB8> <0xAD>. A merge may join any pieces, over spaces, too. But
+    the text can be cut into words between two characters that stand side by side in no piece.
+    """
+
+    def __init__(self, data, added, words):
+        model = data["model"]
+        if model.get("ignore_merges"):
+            raise ValueError("model: ignore_merges can't be read with SentencePiece's BPE")
+        vocab = {piece: i for piece, i in model["vocab"].items() if piece not in added}
+        self._mergeable_ranks, self._special_tokens = vocab, added
+        self.n_vocab = max(*vocab.values(), *added.values()) + 1
+        # A tokenizer.json ranks pairs "a b", a tokenizer.model the piece "ab" that they make
+        self.between, scores = "" if "scores" in model else " ", model.get("scores", {})
+        self.ranks = {" ".join(pair): n for n, pair in enumerate(model["merges"])}
+        if lost := [pair for pair in self.ranks if pair.replace(" ", "") not in vocab]:
+            raise ValueError(f"model: the merge {lost[0]!r} makes no token")
+        self.ranks |= {piece: -score for piece, score in scores.items()}
+        inside = {pair for piece in vocab for pair in pairwise(piece)}
+        self.unknown = (vocab | added).get(model.get("unk_token"))
+        self.fuses = model.get("fuse_unk")
+        names = [f"<0x{b:02X}>" for b in range(256)] if model.get("byte_fallback") else [None]
+        self.bytes, self.cache = [vocab.get(name) for name in names], {}
+        self.steps, self.scheme = [*steps_of(data, "normalizer")], None
+        if unread := [s["type"] for s in self.steps if s["type"] not in NORMALIZERS]:
+            raise ValueError(f"normalizer {unread[0]} can't be read")
+        # Words that are found in the normalized text; the others are found before
+        late = {t["content"] for t in data["added_tokens"] if t.get("normalized") and self.steps}
+        self.early_words = words.keys() - late
+        for step in (steps := steps_of(data, "pre_tokenizer")):
+            if step["type"] == "Metaspace" and len(steps) == 1:
+                old = "always" if step.get("add_prefix_space", True) else "never"
+                self.scheme = step.get("prepend_scheme", old)
+                self.steps += [TO_SPACE, IN_FRONT][: 1 if self.scheme == "never" else 2]
+                if step.get("split", True):
+                    inside = {pair for pair in inside if pair[1] != SPACE}
+            # Gemma's splits at spaces, of which its normalizer has left none
+            elif step.get("pattern") != {"String": " "} or TO_SPACE not in self.steps:
+                raise ValueError(f"pre_tokenizer {step['type']} can't be read with this model")
+        inside = sorted(ord(a) << 32 | ord(b) for a, b in inside)
+        self.inside = np.array([*inside, 1 << 62])
+        ends = {s["type"]: s.get("prepend_scheme") for s in steps_of(data, "decoder")}
+        self.drops = "Strip" in ends or ends.get("Metaspace", "never") != "never"
+
+        place = "text" if scores else None
+        normalized = {self.normalize(w, place): i for w, i in words.items() if w in late}
+        longest_first = sorted(normalized, key=len, reverse=True)
+        self.find_late = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self.normalized, pieces = normalized, [*(vocab | added).items(), *normalized.items()]
+        self.tokens = {i: piece.replace(SPACE, " ").encode() for piece, i in pieces}
+        self.tokens |= {i: bytes([b]) for b, i in enumerate(self.bytes)}
+        self.tokens |= {self.unknown: "\ufffd".encode()}
+        self.tokens.pop(None, None)
+        self.decode_single_token_bytes = self.tokens.__getitem__  # a KeyError if there is none
+
+    def normalize(self, text, follows=None):
+        """The text after the steps of the normalizer; see `encode_to_numpy`."""
+        if follows == "text":  # no step joins this letter and what comes after it
+            return self.normalize("中" + text).partition("中")[2]
+        for step in self.steps:
+            if step["type"] == "Prepend":
+                there = self.scheme and (text[:1] == SPACE or (follows and self.scheme == "first"))
+                text = step["prepend"] + text if text and not there else text
+            elif step["type"] == "Replace":
+                find = step["pattern"].get("Regex") or re.escape(step["pattern"]["String"])
+                text = re.sub(find, step["content"].replace("\\", r"\\"), text)
+            else:
+                text = unicodedata.normalize(step["type"], text)
+        return text
+
+    def encode_to_numpy(self, text, follows=None):
+        """The ids of a text. It may be a part: `follows` says what it comes after, a "special"
+        token or a word, or other "text". Then no space is put in front."""
+        parts = enumerate(self.find_late.split(self.normalize(text, follows)))
+        ids = [[self.normalized[p]] if n % 2 else self.encode_part(p) for n, p in parts]
+        return np.concatenate(ids).astype(np.uint32)
+
+    def encode_part(self, text):
+        """The ids of a normalized text without late words, uint32."""
+        codes, cache = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64), self.cache
+        pairs = codes[:-1] << 32 | codes[1:]
+        cuts = np.flatnonzero(self.inside[np.searchsorted(self.inside, pairs)] != pairs) + 1
+        border = next(i for i in range(0x10FFFF, 0, -1) if chr(i) not in text)
+        words = np.insert(codes, cuts, border).astype("<u4").tobytes().decode("utf-32-le")
+        words = words.split(chr(border))
+        for word in (unique := {*words}):
+            if word not in cache:
+                cache[word] = np.array(self.word_ids(word), dtype=np.uint32).tobytes()
+        ids = np.frombuffer(b"".join(map(cache.__getitem__, words)), dtype=np.uint32)
+        if len(cache) > CACHE_LIMIT or max(map(len, unique)) > LONG:
+            self.cache = {}
+        if self.fuses and None in self.bytes:  # of several in a row the first one remains
+            again = (ids[1:] == self.unknown) & (ids[:-1] == self.unknown)
+            ids = ids[np.append(True, ~again)[: len(ids)]]
+        return ids
+
+    def word_ids(self, word):
+        """The ids of a word: of its pieces, of their bytes, or the unknown one, if there is one."""
+        ids = []
+        for piece in self.merge(word):
+            if piece in self._mergeable_ranks:
+                ids.append(self._mergeable_ranks[piece])
+            elif None not in self.bytes:
+                ids += [self.bytes[b] for b in piece.encode()]
+            elif self.unknown is not None:
+                ids.append(self.unknown)
+        return ids
+
+    def merge(self, word):
+        """The pieces of a word: of the pairs side by side the one of the lowest rank is joined, the
+        leftmost of equals, until no pair has a rank."""
+        parts, heap, ranks, between = list(word), [], self.ranks, self.between
+        after, before = list(range(1, len(word) + 1)), list(range(-1, len(word) - 1))
+
+        def offer(i, j):
+            pair = parts[i] + between + parts[j]
+            if pair in ranks:
+                heapq.heappush(heap, (ranks[pair], i, j, len(pair)))
+
+        for i, j in pairwise(range(len(word))):
+            offer(i, j)
+        while heap:
+            _, i, j, size = heapq.heappop(heap)
+            if parts[i] and parts[j] and len(parts[i] + between + parts[j]) == size:
+                parts[i], parts[j] = parts[i] + parts[j], ""  # neither was joined since
+                k = after[i] = after[j]
+                if k < len(word):
+                    before[k] = i
+                    offer(i, k)
+                if before[i] >= 0:
+                    offer(before[i], i)
+        return filter(None, parts)
+
+    def decode_bytes(self, ids):
+        """The bytes of token ids, without the space in front."""
+        text = b"".join(map(self.decode_single_token_bytes, ids))
+        return text.removeprefix(b" " if self.drops else b"")
+
+
+# --------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------
+
+KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
+ENDS = (24, 0), (41, 1), (42, 2)  # fields: is ▁ behind words?; the ids at the ends of a text
+# Spaces at both ends of a text, and several in a row, are dropped if the file says so
+TRIM = [{"Regex": r"(?<![\s\S]) +| +(?![\s\S])"}, {"Regex": " +(?= )"}]
+TRIM = [{"type": "Replace", "pattern": pattern, "content": ""} for pattern in TRIM]
+FROM_SPACE = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+# What the code of ChatGLM2 and ChatGLM3 puts behind the vocabulary; no file of theirs says so
+GLM_TOKENS = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>"
+
+
+def fields(message):
+    """{number: [values]} of a message in protobuf's format: integers, and bytes for the others."""
+    stream, found = io.BytesIO(message), defaultdict(list)
+
+    def varint():
+        byte = stream.read(1)[0]
+        return byte if byte < 128 else byte - 128 + (varint() << 7)
+
+    while stream.tell() < len(message):
+        key = varint()
+        value = {1: 8, 5: 4}.get(key & 7) or varint()
+        found[key >> 3].append(stream.read(value) if key & 7 else value)
+        if key & 7 and len(found[key >> 3][-1]) < value:
+            raise IndexError("cut short")
+    return found
+
+
+def read_model(path, config):
+    """What a tokenizer.model says, as a tokenizer.json would, but with "scores" of pieces in place
+    of merges. `config` is from tokenizer_config.json. UserError if it is no BPE, or damaged."""
+    try:
+        model = fields(path.read_bytes())
+        trainer, normalizer = (fields(model[n][0]) for n in (2, 3))
+        pieces = []  # (piece, score, type)
+        for p in map(fields, model[1]):
+            score = struct.unpack("<f", p[2][0])[0] if 2 in p else 0.0
+            pieces.append((p[1][0].decode(), score, p[3][0] if 3 in p else NORMAL))
+        kind, types = KINDS[trainer.get(3, [1])[0]], {t for *_, t in pieces}
+        puts, trims, escapes = (normalizer.get(n, [1])[0] for n in (3, 4, 5))
+        suffixes, bos, eos = (trainer.get(n, [usual])[0] for n, usual in ENDS)
+    except (IndexError, KeyError, TypeError, ValueError, struct.error, RecursionError) as e:
+        raise UserError(f"{path} is no model of SentencePiece's, or is damaged") from e
+    if kind != "BPE" or any(normalizer.get(2, [])) or suffixes or not escapes or UNUSED in types:
+        rules = normalizer.get(1, [b"no rules"])[0].decode()
+        raise UserError(f"{path}: {kind} with {rules}: only BPE with the rules identity is read")
+    names, added = {i: piece for i, (piece, *_) in enumerate(pieces)}, {}
+    for i, (piece, _, t) in enumerate(pieces):
+        if t in (UNKNOWN, CONTROL, USER_DEFINED):
+            word = t == USER_DEFINED
+            added[i] = {"id": i, "content": piece, "special": not word, "normalized": word}
+    glm = config.get("tokenizer_class") == "ChatGLMTokenizer"
+    more = {len(names) + n: {"content": name} for n, name in enumerate(GLM_TOKENS.split() * glm)}
+    more |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    for i, token in more.items():
+        added[i] = added.get(i, {"id": i, "special": True}) | token
+        names[i] = token["content"]
+    vocab = {name: i for i, name in names.items()}
+    ends = {"bos_token": names.get(bos), "eos_token": names.get(eos), "add_bos_token": not glm}
+    scores = {p: score for p, score, t in pieces if t == NORMAL and p in vocab}
+    unknown = next((p for p, _, t in pieces if t == UNKNOWN), None)
+    front = {"type": "Metaspace", "prepend_scheme": "first" if puts else "never", "split": False}
+    legacy = config.get("legacy") is not False  # else only the text's start has a space in front
+    steps = TRIM * trims + ([IN_FRONT] * puts + [TO_SPACE]) * legacy
+    back = [FROM_SPACE, {"type": "ByteFallback"}, {"type": "Fuse"}] + [STRIP] * puts
+    model = {"type": "BPE", "vocab": vocab, "merges": [], "scores": scores, "unk_token": unknown}
+    return {
+        "config": ends,
+        "added_tokens": list(added.values()),
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": None if legacy else front | {"replacement": SPACE},
+        "decoder": {"type": "Sequence", "decoders": back},
+        "model": model | {"byte_fallback": BYTE in types, "fuse_unk": True},
+    }
+
+
+def written_json(data, entries):
+    """The content of tokenizer.json with the added tokens `entries`; those that `data` has stay as
+    they are. A tokenizer.model's merges are all pairs of pieces that join to a third."""
+    known = {t["content"]: t for t in data["added_tokens"]}
+    entries = [entry | known.get(entry["content"], {}) for entry in entries]
+    model = {key: value for key, value in data["model"].items() if key != "scores"}
+    vocab = model["vocab"] = model["vocab"] | {t["content"]: t["id"] for t in entries}
+    if scores := data["model"].get("scores"):
+        halves = ((p, p[:i], p[i:]) for p in scores for i in range(1, len(p)))
+        halves = ((p, a, b) for p, a, b in halves if a in vocab and b in vocab)
+        pairs = sorted((-scores[p], vocab[a], vocab[b], a, b) for p, a, b in halves)
+        model["merges"] = [pair[3:] for pair in pairs]
+        entries = [entry | {"normalized": False} for entry in entries]
+    return data | {"added_tokens": entries, "model": model}

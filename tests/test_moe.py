@@ -1,0 +1,274 @@
+"""The mixture of experts: its sum, its balance, how it trains, and all that is done to a model."""
+
+import copy
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora
+import model as lm
+import prepare_data
+import sample
+import train
+from data.cli import UserError
+from data.machine import Runtime
+from data.matmul import make_fast
+from data.tokenizer import Tokenizer
+
+IDS = torch.randint(64, (3, 12), generator=torch.Generator().manual_seed(5))
+CPU = Runtime(torch.device("cpu"))
+
+
+def mixture(**changes):
+    """A small model whose experts differ and whose weights are not at their start values."""
+    shape = dict(n_layer=2, n_head=2, d_model=64, vocab_size=64, context=32, experts=4)
+    torch.manual_seed(0)
+    model = lm.Transformer(lm.preset("llama", **(shape | changes))).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def by_tokens(moe, x):
+    """What a mixture computes, written out for one token and one expert at a time."""
+    rows = []
+    for token in x.flatten(0, 1):
+        p = moe.router(token).softmax(-1)
+        best = p.argsort(descending=True)[: moe.k].tolist()
+        total = p[best].sum() if moe.norm_topk_prob else 1
+        rows.append(sum(p[i] / total * moe.experts[i](token) for i in best))
+    return torch.stack(rows).view_as(x)
+
+
+@pytest.mark.parametrize("k, normalised", [(1, False), (1, True), (2, False), (3, True), (4, True)])
+def test_the_sum_is_that_of_each_token_with_its_best_experts(k, normalised):
+    torch.manual_seed(k)
+    config = lm.preset("llama", experts=4, experts_per_token=k, norm_topk_prob=normalised)
+    moe, x, results = lm.MoE(config), torch.randn(2, 5, config.d_model), []
+    for compute in (moe, partial(by_tokens, moe)):
+        moe.zero_grad()
+        y = compute(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in moe.parameters())])
+    close(*results)
+    # the trap: if its only weight is 1 whatever the router computes, nothing reaches the router
+    assert (results[0][1].abs().max() < 1e-6) == (k == 1 and normalised)
+
+
+def test_one_expert_a_token_is_normalised_only_if_asked_and_never_trained_so_from_nothing():
+    assert lm.preset("moe").norm_topk_prob and lm.preset("moe").d_ff == 320
+    one = lm.preset("moe", experts_per_token=1)
+    assert not one.norm_topk_prob and one.d_ff == 640
+    flags = ["--preset", "moe", "--experts_per_token", "1", "--norm_topk_prob"]
+    byte, meta = Tokenizer({"kind": "byte"}), {"largest_id": 9}
+    with pytest.raises(UserError, match="router could not learn"):
+        train.build_model(train.build_parser().parse_args(flags), None, "data", meta, byte)
+    with pytest.raises(UserError, match="experts_per_token 3 must be at most experts 0"):
+        lm.preset("tiny", experts_per_token=3)
+    with pytest.raises(UserError, match="experts_per_token 5 must be at most experts 4"):
+        lm.preset("tiny", experts=4, experts_per_token=5)
+
+
+def balance_by_hand(model, ids):
+    """Switch's equation 4 without its factor, less 1, of all layers, from what each router read."""
+    inputs, total = [], 0
+    hooks = [b.feed_forward.router.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+             for b in model.blocks]  # fmt: skip
+    with lm.evaluating(model):
+        model(ids)
+    for block, x, hook in zip(model.blocks, inputs, hooks):
+        hook.remove()
+        p, k, E = block.feed_forward.router(x).softmax(-1), block.feed_forward.k, 4
+        chosen = p.topk(k).indices.flatten().tolist()
+        share = torch.tensor([chosen.count(i) / len(chosen) for i in range(E)])
+        total = total + E * (share * p.mean(0)).sum() - 1
+    return total
+
+
+def test_training_adds_the_balance_of_the_tokens_that_count_and_evaluation_does_not():
+    model, targets = mixture(router_aux_loss_coef=0.1), IDS.roll(-1, 1)
+    plain = model(IDS, targets)
+    assert model.expert_counts == 0
+    close(model.train()(IDS, targets), plain + 0.1 * IDS.numel() * balance_by_hand(model, IDS))
+    assert model.expert_counts.sum(1).tolist() == [2.0 * IDS.numel()] * 2
+    # no loss reads what follows a row's last target, and so neither does the balance
+    model, grads = mixture().train(), []
+    padded, masked = torch.nn.functional.pad(IDS, (0, 5)), targets.clone()
+    masked[1] = -100
+    for ids, goal in ((IDS[[0, 2]], targets[[0, 2]]), (IDS, masked),
+                      (padded, torch.nn.functional.pad(masked, (0, 5), value=-100))):  # fmt: skip
+        for model.grad_checkpoint in (False, True):
+            model.zero_grad()
+            model(ids, goal).backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+    for other in grads[1:]:
+        close(other, grads[0])
+    copy.deepcopy(model)  # nothing is left of a graph
+    assert model(IDS, torch.full_like(IDS, -100)) == 0
+
+
+def test_a_step_takes_the_mean_balance_of_its_micro_batches():
+    task, targets = train.Task(None, None, {}), IDS.roll(-1, 1)
+    scaler, model = torch.amp.GradScaler("cpu", enabled=False), mixture()
+    batches = list(zip(IDS.split([1, 2]), targets.split([1, 2])))
+    loss, _ = train.training_step(model.train(), task, batches, CPU, scaler, (0, 0))
+    balance = [balance_by_hand(model, ids) * ids.numel() for ids, _ in batches]
+    close(loss, (model.eval()(IDS, targets).detach() + 0.01 * sum(balance)) / IDS.numel())
+
+
+def test_compiled_it_computes_the_same_with_any_number_of_rows(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    task = train.Task(lambda step: [(IDS, IDS)], None, {})
+    eager, compiled = mixture().train(), mixture().train()
+    torch._dynamo.utils.counters.clear()
+    train.compile_blocks(compiled, task, CPU, 0)
+    for size in ((3, 12), (2, 7), (1, 1), (5, 20)):
+        ids = torch.randint(64, size)
+        close(compiled(ids, ids), eager(ids, ids))
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 16
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("data.machine.measure_peak", lambda *_: 1e11)
+    Path("words.txt").write_text("to be or not to be, that is the question. " * 200)
+    prepare_data.main(["words.txt", "--tokenizer", "byte"])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16 --autocast"])
+def test_a_run_writes_who_was_used_and_draws_it(text, dtype, capsys):
+    shape = "--n_layer 2 --n_head 2 --d_model 32 --context 16 --batch_size 4 --log_every 2"
+    flags = f"--data words --preset moe {shape} --experts 3 --max_steps 5 --dtype {dtype}"
+    train.main([*flags.split(), "--out", "out/moe"])
+    rows = [json.loads(line) for line in Path("out/moe/metrics.jsonl").read_text().splitlines()]
+    counts = {r["step"]: torch.tensor(r["experts"]) for r in rows if "experts" in r}
+    assert {step: c.sum(1).tolist() for step, c in counts.items()} == {
+        2: [256, 256], 4: [256, 256], 5: [128, 128]
+    }  # fmt: skip
+    busiest = {r["step"]: r["busiest_expert"] for r in rows if "experts" in r}
+    assert busiest[4] == pytest.approx(float(counts[4].max() / 256))
+    said, svg = capsys.readouterr().out, Path("out/moe/experts.svg").read_text()
+    assert "busiest expert 0." in said and " active for a token" in said and "experts.svg" in said
+    assert svg.count("<rect") == 1 + 6 and f">{counts[5][1, 2] / 128:.0%}</text>" in svg
+
+
+# ---- Hugging Face's -------------------------------------------------------------------------
+
+TINY = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6)
+TINY |= dict(num_key_value_heads=2, max_position_embeddings=128, vocab_size=331)
+QWEN = TINY | dict(model_type="qwen3_moe", head_dim=12, moe_intermediate_size=40)
+MIXTRAL = TINY | dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
+ONE = dict(num_experts=4, num_experts_per_tok=1, norm_topk_prob=True)
+
+
+@pytest.mark.parametrize("values", [
+    QWEN | dict(num_experts=5, num_experts_per_tok=3),
+    QWEN | ONE | dict(vocab_size=6400, tie_word_embeddings=True),  # as minimind-3-moe
+    MIXTRAL,
+])  # fmt: skip
+def test_hugging_faces_models_compute_the_same_here_and_are_written_back(values, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    auto, config = transformers.AutoModelForCausalLM, transformers.AutoConfig.for_model(**values)
+    theirs = auto.from_config(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+    content = lm.load_checkpoint(tmp_path / "theirs")
+    model, ids = lm.model_from_checkpoint(content), torch.randint(331, (2, 40))
+    lm.export_hf(content, tmp_path / "ours")
+    again, report = auto.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        close(model(ids), theirs(ids).logits)
+        close(again.eval()(ids).logits, theirs(ids).logits)
+    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    options["attention_mask"] = torch.ones_like(ids)  # else it would hide each 0
+    rows = sample.generate(model, ids.tolist(), 20, temperature=0)
+    assert theirs.generate(ids, **options)[:, 40:].T.tolist() == list(map(list, rows))
+
+
+def test_what_is_not_computed_or_cannot_be_written_is_named(tmp_path):
+    values = QWEN | dict(num_experts=4, num_experts_per_tok=2)
+    for change, words in ((dict(mlp_only_layers=[1]), r"mlp_only_layers = \[1\]"),
+                          (dict(decoder_sparse_step=2), "decoder_sparse_step = 2")):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(values | change))
+        with pytest.raises(UserError, match=words):
+            lm.load_hf(tmp_path)
+    for model, words in ((mixture(norm_topk_prob=False), "norm_topk_prob False"),
+                         (mixture(position="learned"), "position learned|experts 4")):  # fmt: skip
+        content = {"config": asdict(model.config), "model": model.state_dict()}
+        with pytest.raises(UserError, match=words):
+            lm.export_hf(content, tmp_path / "x")
+
+
+# ---- what is done to a model -----------------------------------------------------------------
+
+
+def test_costs_know_what_is_active():
+    dense, moe = lm.preset("tiny"), lm.preset("moe")
+    parts, router = lm.count_parameters(lm.meta_model(moe)), 4 * 160 * 8
+    assert parts["active"] == lm.count_parameters(lm.meta_model(dense))["total"] + router
+    assert parts["total"] == parts["active"] + 4 * 6 * 2 * 160 * 320
+    assert lm.flops_per_token(moe) == lm.flops_per_token(dense) + 6 * router
+
+
+def test_cache_batches_and_beams_give_what_whole_texts_give():
+    model, prompt = mixture(), IDS[0].tolist()
+    with torch.no_grad():
+        cache = lm.KVCache(model, 3)
+        steps = [model(part, cache=cache) for part in IDS.split([5, 1, 1, 5], 1)]
+        close(torch.cat(steps, 1), model(IDS))
+    greedy = sample.naive_generate(model, prompt, 8, temperature=0)
+    rows = sample.generate(model, [IDS[1, :3].tolist(), prompt], 8, temperature=0)
+    assert [row[1] for row in rows] == greedy
+    assert sample.beam_search(model, prompt, 8, beams=1)[0][1] == greedy
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_make_fast_keeps_the_logits_and_never_rounds_the_router(int8):
+    model = mixture()
+    fast = copy.deepcopy(model)
+    make_fast(fast, int8=int8)
+    with torch.no_grad():
+        for ids in (IDS, IDS[:1, :1]):
+            want = model(ids)
+            difference = (fast(ids) - want).norm() / want.norm()
+            assert difference < (0.2 if int8 else 1e-5)
+    moe = model.blocks[0].feed_forward
+    make_fast(moe, int8=int8)
+    assert type(moe.router) is torch.nn.Linear and type(moe.experts[0].up) is not torch.nn.Linear
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "nf4"])
+def test_adapters_of_experts_learn_and_are_merged_over_quantized_ones_too(kind, tmp_path):
+    model, base = mixture(), {"config": asdict(mixture().config), "model": mixture().state_dict()}
+    if kind:
+        want = model(IDS)
+        assert len(lora.quantize(model, kind)) == 2 * (4 + 4 * 3)
+        assert (model(IDS) - want).norm() / want.norm() < (0.5 if kind == "nf4" else 0.1)
+    named = lora.add_lora(model, "all", rank=2)
+    assert len(named) == 2 * (4 + 4 * 3) and not any("router" in name for name in named)
+    model.train()(IDS, IDS).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p) * p.requires_grad
+    want = model.eval()(IDS)
+    adapter = dict(modules_to_save=(), quantize=kind, rank=2, alpha=16, dropout=0.0)
+    with pytest.raises(UserError, match="quantized base" if kind else "single experts"):
+        content = {"adapter": adapter, "model": lora.adapter_state(model)}
+        lora.write_peft(content, base["model"], "mixtral", base["config"], tmp_path)
+    lora.merge(model)
+    close(model(IDS), want, 1e-4)
