@@ -2,6 +2,7 @@
 
 A user's mistake is a `UserError`: `run_cli` prints its one line and ends with exit code 2.
 """
+
 import argparse
 import contextlib
 import difflib
@@ -59,65 +60,51 @@ def is_out_of_memory(error):
     return any(words in str(error) for words in ("allocate memory", "out of memory"))
 
 
-# What others (nanoGPT, transformers, TRL, LLaMA-Factory, litgpt, minimind, nanochat, llama.cpp,
-# OpenAI) call our flags: OURS: THEIRS or THEIRS=VALUE ... OURS may be the first of several that the
-# script has (out|ckpt), set a value, or be several flags (a+b); it is empty if none is needed.
+# What others (nanoGPT, nanochat, minimind, transformers, TRL, LLaMA-Factory, llama.cpp, OpenAI)
+# call our flags: OURS: THEIRS or THEIRS=VALUE ... OURS may be the first of several that the script
+# has (out|ckpt), set a value, or be several flags (a+b); it is empty if none is needed.
 FOREIGN = """
-ckpt: model_name_or_path model model_name model_path model_id base_model checkpoint_dir load_from
-init_from from_weight, adapter: adapter_name_or_path adapter_path lora_path, resume|:
-init_from=resume, resume: resume_from_checkpoint resume_from_checkpoint=true resume=true
-from_resume=1, export: export_dir, out|ckpt: out_dir output_dir, out: save_dir, data: dataset
-dataset_name train_file train_data data_path json_path, data=shakespeare: dataset=shakespeare_char,
-data=fineweb-edu: dataset=openwebtext, data=alpaca-zh: dataset=alpaca_zh dataset=alpaca_zh_demo,
-val_data: eval_dataset validation_file, val|val_fraction: val_size test_size, max_rows: max_samples
-max_train_samples, eval_rows: max_eval_samples, field: dataset_text_field, tokenizer: tokenizer_name
-tokenizer_path tokenizer_dir tokenizer_name_or_path, context: block_size max_seq_length max_seq_len
-cutoff_len seq_len seq_length sequence_len max_model_len n_ctx ctx_size n_positions
-max_position_embeddings context_length, context|max_new_tokens: max_length, n_layer: n_layers depth
-num_blocks num_layers num_hidden_layers, n_head: n_heads num_heads num_attention_heads, n_kv_head:
-num_kv_heads num_key_value_heads n_query_groups, d_model: n_embd hidden_size dim embed_dim, d_ff:
-intermediate_size n_inner, activation: hidden_act, eps: rms_norm_eps, tied: tie_word_embeddings,
-d_ff: moe_intermediate_size, experts: num_experts num_local_experts
-n_experts, experts_per_token: num_experts_per_tok num_experts_per_token, qkv_bias+out_bias+ff_bias:
-bias, no_qkv_bias+no_out_bias+no_ff_bias: bias=false, lr: learning_rate
-max_lr peak_lr, muon_lr: matrix_lr, embed_lr: embedding_lr, head_lr: unembedding_lr, min_lr: eta_min
-min_learning_rate, warmup_steps: warmup_iters lr_warmup_steps num_warmup_steps warmup, schedule:
-lr_scheduler_type lr_scheduler lr_schedule, schedule=constant+warmup_steps=0: decay_lr=false,
-schedule=constant: lr_scheduler_type=constant_with_warmup, schedule=wsd:
-lr_scheduler_type=warmup_stable_decay, optimizer: optim, optimizer=adamw: optim=adamw_torch
-optim=adamw_torch_fused, weight_decay: wd, beta1: adam_beta1, beta2: adam_beta2, grad_clip:
-max_grad_norm clip_grad, max_steps: max_iters max_train_steps num_iterations train_iters train_steps
-num_train_steps total_steps steps, epochs: num_train_epochs num_epochs max_epochs, batch_size:
-per_device_train_batch_size micro_batch_size device_batch_size train_batch_size bs bsz,
-total_batch_tokens: total_batch_size, grad_accum: gradient_accumulation_steps accumulation_steps,
-eval_every: eval_interval eval_steps eval_freq eval.interval val_interval val_loss_every,
-save_every: save_interval save_steps save_freq, log_every: log_interval logging_steps log_freq,
-patience: early_stopping_patience early_stopping, best_by: metric_for_best_model, best_by=val_loss:
-metric_for_best_model=eval_loss, grad_checkpoint: gradient_checkpointing activation_checkpointing,
-compile: torch_compile use_compile, shard: fsdp, device=cpu: use_cpu no_cuda, dtype: torch_dtype
-precision mixed_precision, dtype=fp16: fp16 half mixed_precision=fp16 precision=16-true
-precision=16-mixed, dtype=bf16: bf16 mixed_precision=bf16 precision=bf16-true precision=bf16-mixed,
-dtype=fp32: mixed_precision=no precision=32-true, quantize=nf4: load_in_4bit quantization_bit=4
-quantize=bnb.nf4 quantize=bnb.nf4-dq, quantize=int8|dtype=int8: load_in_8bit quantization_bit=8
-quantize=bnb.int8, lora_rank=8: finetuning_type=lora use_lora, lora_rank=0: finetuning_type=full,
-lora_rank=16: use_peft, lora_rank:
-lora_r, lora_targets: target_modules lora_target lora_target_modules, lora_targets=all:
-target_modules=all-linear lora_target_modules=all-linear, objective=sft: stage=sft, objective=dpo:
-stage=dpo, objective=reward: stage=rm, dpo_beta: pref_beta beta, reward: reward_model reward_funcs,
-samples: num_generations, teacher: teacher_model, prompt: start, max_new_tokens: max_tokens
-max_completion_tokens n_predict predict, num_samples: num_return_sequences n, beams: num_beams,
-temperature=0: do_sample=false, temperature: temp, repetition_penalty: repeat_penalty, stop:
-stop_strings reverse_prompt, system: system_prompt default_system, serve: port webui, slots:
-max_num_seqs, chat: interactive, eval_only: do_predict, no_compile|: compile=false,
-: init_from=scratch from_weight=none from_resume=0 decay_lr report_to=none
-do_sample do_train do_eval overwrite_output_dir overwrite_cache plot_loss template
-always_save_checkpoint save_total_limit save_strategy save_only_model eval_strategy
+ckpt: model_name_or_path model model_name base_model checkpoint_dir init_from from_weight, adapter:
+adapter_name_or_path adapter_path lora_path, resume|: init_from=resume, resume:
+resume_from_checkpoint resume_from_checkpoint=true resume=true from_resume=1, export: export_dir,
+out|ckpt: out_dir output_dir, out: save_dir, data: dataset dataset_name train_file data_path,
+data=shakespeare: dataset=shakespeare_char, data=fineweb-edu: dataset=openwebtext, data=alpaca-zh:
+dataset=alpaca_zh_demo, val_data: eval_dataset, val|val_fraction: val_size test_size, max_rows:
+max_samples, field: dataset_text_field, tokenizer: tokenizer_name tokenizer_path, context:
+block_size max_seq_length max_seq_len cutoff_len seq_len n_ctx max_position_embeddings,
+context|max_new_tokens: max_length, n_layer: n_layers depth num_layers num_hidden_layers, n_head:
+n_heads num_heads num_attention_heads, n_kv_head: num_kv_heads num_key_value_heads, d_model: n_embd
+hidden_size dim, d_ff: intermediate_size moe_intermediate_size, eps: rms_norm_eps, tied:
+tie_word_embeddings, experts: num_experts, experts_per_token: num_experts_per_tok,
+qkv_bias+out_bias+ff_bias: bias, no_qkv_bias+no_out_bias+no_ff_bias: bias=false, lr: learning_rate,
+warmup_steps: warmup_iters lr_warmup_steps num_warmup_steps warmup, schedule: lr_scheduler_type
+lr_schedule, schedule=constant+warmup_steps=0: decay_lr=false, schedule=constant:
+lr_scheduler_type=constant_with_warmup, schedule=wsd: lr_scheduler_type=warmup_stable_decay,
+optimizer: optim, optimizer=adamw: optim=adamw_torch, beta1: adam_beta1, beta2: adam_beta2,
+grad_clip: max_grad_norm, max_steps: max_iters max_train_steps num_iterations steps, epochs:
+num_train_epochs num_epochs max_epochs, batch_size: per_device_train_batch_size micro_batch_size
+device_batch_size train_batch_size, total_batch_tokens: total_batch_size, grad_accum:
+gradient_accumulation_steps accumulation_steps, eval_every: eval_interval eval_steps, save_every:
+save_interval save_steps, log_every: log_interval logging_steps, patience: early_stopping_patience,
+best_by: metric_for_best_model, best_by=val_loss: metric_for_best_model=eval_loss, grad_checkpoint:
+gradient_checkpointing, compile: torch_compile, shard: fsdp, device=cpu: use_cpu no_cuda, dtype:
+torch_dtype, dtype=fp16: fp16 half, dtype=bf16: bf16, quantize=nf4: load_in_4bit quantization_bit=4,
+quantize=int8|dtype=int8: load_in_8bit quantization_bit=8, lora_rank=8: finetuning_type=lora,
+lora_rank=0: finetuning_type=full, lora_rank=16: use_peft, lora_rank: lora_r, lora_targets:
+target_modules lora_target lora_target_modules, lora_targets=all: target_modules=all-linear
+lora_target_modules=all-linear, objective=sft: stage=sft, objective=dpo: stage=dpo,
+objective=reward: stage=rm, dpo_beta: pref_beta beta, reward: reward_funcs, samples:
+num_generations, prompt: start, max_new_tokens: max_tokens max_completion_tokens n_predict,
+num_samples: num_return_sequences n, beams: num_beams, temperature=0: do_sample=false, temperature:
+temp, repetition_penalty: repeat_penalty, stop: stop_strings, system: system_prompt, serve: port,
+chat: interactive, no_compile|: compile=false, : init_from=scratch from_weight=none from_resume=0
+decay_lr report_to=none do_sample do_train do_eval overwrite_output_dir overwrite_cache plot_loss
+template always_save_checkpoint save_total_limit save_strategy save_only_model eval_strategy
 evaluation_strategy logging_strategy logging_first_step load_best_model_at_end greater_is_better
 per_device_eval_batch_size num_workers preprocessing_num_workers dataloader_num_workers disable_tqdm
-ddp_timeout ddp_find_unused_parameters local_rank trust_remote_code use_fast_tokenizer
-remove_unused_columns low_cpu_mem_usage flash_attn tf32 backend attn_implementation group_by_length
-assistant_only_loss quantization_method double_quantization bnb_4bit_quant_type device_map
-eval_iters lr_decay_iters completion_only_loss save_safetensors dataset_num_proc
+ddp_timeout local_rank trust_remote_code remove_unused_columns low_cpu_mem_usage flash_attn tf32
+backend attn_implementation group_by_length assistant_only_loss quantization_method
+bnb_4bit_quant_type device_map eval_iters lr_decay_iters completion_only_loss save_safetensors
 """
 FOREIGN = [group.split(":") for group in FOREIGN.split(",")]
 FOREIGN = {flag: ours.strip() for ours, theirs in FOREIGN for flag in theirs.split()}
@@ -156,7 +143,6 @@ ADVICE = {
     "model.py --export writes a folder for transformers": "push_to_hub hub_model_id export_dir",
     "--data takes the path of the file": "dataset_dir data_dir",
     "the environment variable HF_TOKEN holds the token": "hf_token hub_token hf_hub_token",
-    "the environment variable OMP_NUM_THREADS sets the threads": "threads num_threads n_threads",
 }  # fmt: skip
 ADVICE = {flag: use for use, theirs in ADVICE.items() for flag in theirs.split()}
 # nanoGPT's configuration files, for whoever has no clone of it. The first also stands for the
@@ -169,8 +155,6 @@ NANOGPT = {
         "min_lr=1e-4 beta2=0.99 warmup_iters=100 max_iters=5000 eval_interval=250",
     "finetune_shakespeare": "dataset=shakespeare init_from=gpt2-xl batch_size=1 max_iters=20 "
         "gradient_accumulation_steps=32 learning_rate=3e-5 decay_lr=False eval_interval=5",
-    **{f"eval_gpt2{size}": f"init_from=gpt2{size.replace('_', '-')} eval_only=True batch_size=8"
-        for size in ("", "_medium", "_large", "_xl")},
 }  # fmt: skip
 # {their flag: (ours, what theirs is to be multiplied by)}
 PRODUCTS = {f: ("--batch_tokens", "context") for f in ADVICE if f.endswith("batch_size")}
@@ -180,9 +164,8 @@ YES, NO = ("true", "1", "yes"), ("false", "0", "no", "none")
 
 
 def plain(flag):
-    """The name of a flag; that of litgpt's --train.max_steps is max_steps."""
-    name = flag[2:].replace("-", "_")
-    return name if name in FOREIGN else name.rpartition(".")[2]
+    """The name of a flag."""
+    return flag[2:].replace("-", "_")
 
 
 def read_settings(path):

@@ -3,6 +3,7 @@ in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 
     "GGUF"  3  tensors  values    key, type, value ...    name, shape, type, offset ...    data
 """
+
 import re
 import struct
 import sys
@@ -30,10 +31,6 @@ NAMES = {
     "feed_forward.up": "ffn_up", "feed_forward.down": "ffn_down",
 }  # fmt: skip
 
-# --------------------------------------------------------------------------------------------
-# The vocabulary
-# --------------------------------------------------------------------------------------------
-
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -49,8 +46,7 @@ PROBE = "I'm 12345, you'RE  x_1;\n\n  def f(a):\n\treturn\t'é' 汉字，你好�
 
 
 def split_name(pattern):
-    """(llama.cpp's name of the pattern that splits PROBE most like `pattern`, whether they split it
-    alike)."""
+    """(llama.cpp's name of the pattern that splits PROBE most like `pattern`, whether alike)."""
 
     def cuts(pattern):
         return {m.end() for m in regex.finditer(pattern, PROBE)}
@@ -99,11 +95,6 @@ def vocabulary(tokenizer, size):
     return values
 
 
-# --------------------------------------------------------------------------------------------
-# Weights
-# --------------------------------------------------------------------------------------------
-
-
 def q8_0(x):
     """Bytes of x (rows, columns): for each BLOCK a scale in fp16 and codes of 8 bits."""
     blocks = x.reshape(-1, BLOCK)
@@ -132,37 +123,20 @@ DTYPES = {
 }
 
 
-def file_name(name):
-    """llama.cpp's name for our tensor `name`.
-
-    >>> file_name("blocks.3.attention.k.weight")
-    'blk.3.attn_k.weight'
-    """
-    part, leaf = name.rsplit(".", 1)
-    *block, part = part.split(".", 2) if part.startswith("blocks.") else [part]
-    return ".".join([*(("blk", block[1]) if block else ()), NAMES[part], leaf])
-
-
 def file_tensors(state, family, config):
     """{llama.cpp's name: tensor} of a state dict of ours. In a "llama" it rotates neighbouring
     channels, so the rows of q and k change their order; a "gpt2" has q, k and v in one matrix."""
-    tensors = {}
+    tensors, names = {}, NAMES
+    if family == "gpt2":
+        names = NAMES | dict.fromkeys(("attention.q", "attention.k", "attention.v"), "attn_qkv")
     for name, tensor in state.items():
-        part = name.split(".")[-2]
-        if family == "llama" and part in ("q", "k"):
-            heads = config["n_head" if part == "q" else "n_kv_head"]
-            tensor = tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2)
-            tensor = tensor.reshape(state[name].shape)
-        theirs = file_name(name)
-        if family == "gpt2" and part in ("q", "k", "v"):
-            theirs = theirs.replace(f"attn_{part}.", "attn_qkv.")
+        block, part, leaf = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+        if family == "llama" and part in ("attention.q", "attention.k"):
+            heads = config["n_head" if part == "attention.q" else "n_kv_head"]
+            tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        theirs = (f"blk.{block}." if block else "") + f"{names[part]}.{leaf}"
         tensors[theirs] = torch.cat((tensors[theirs], tensor)) if theirs in tensors else tensor
     return tensors
-
-
-# --------------------------------------------------------------------------------------------
-# The file
-# --------------------------------------------------------------------------------------------
 
 
 def text(value):
@@ -184,8 +158,7 @@ def packed(value):
 
 
 def hyperparameters(config, family):
-    """The values that describe the shape of a model; `config` is a model.Config as a dict. Those
-    that a family does not know are ignored there."""
+    """The values that describe the shape of a model, of which llama.cpp reads a family's own."""
     c, size = config, config["head_size"]
     values = {
         "context_length": c["context"], "embedding_length": c["d_model"],
@@ -222,7 +195,9 @@ def export(content, path, dtype, complete, meta_state):
         theta, size = config["rope_theta"], config["head_size"]
         frequency = 1.0 / theta ** (torch.arange(0, size, 2) / size)
         tensors["rope_freqs.weight"] = frequency / scale_frequency(frequency, scaling, theta)
-    head, encoders, offset = b"", [], 0
+    start = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(values))
+    start += b"".join(text(key) + packed(value) for key, value in values.items())
+    encoders, offset = [], 0
     for name, tensor in tensors.items():
         kind = "q8_0" if dtype == "q4_0" and name.startswith(("token_embd", "output.")) else dtype
         if tensor.dim() < 2 or name.startswith("position"):
@@ -231,18 +206,16 @@ def export(content, path, dtype, complete, meta_state):
             kind = "f16"
         number, _, block_bytes, encode = DTYPES[kind]
         shape = tensor.shape[::-1]
-        head += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, offset)
-        size = tensor.numel() * block_bytes // BLOCK
-        encoders.append((encode, -size % ALIGNMENT))
-        offset += size + -size % ALIGNMENT
-    start = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(values))
-    start += b"".join(text(key) + packed(value) for key, value in values.items()) + head
+        start += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, offset)
+        offset += tensor.numel() * block_bytes // BLOCK
+        offset += -offset % ALIGNMENT
+        encoders.append(encode)
 
     def write(f):
         f.write(start + bytes(-len(start) % ALIGNMENT))
-        for tensor, (encode, padding) in zip(tensors.values(), encoders):
+        for tensor, encode in zip(tensors.values(), encoders):
             encoded = encode(tensor.float()).contiguous().flatten().view(torch.uint8)
             f.write(memoryview(encoded.numpy()))
-            f.write(bytes(padding))
+            f.write(bytes(-f.tell() % ALIGNMENT))
 
     write_whole(path, write)

@@ -241,7 +241,7 @@ def to_example(row, unread=None):
         example = {"text": text, "label": str(label)}
     elif keys & set(QUESTIONS):
         names = ", ".join(row)
-        raise ValueError(f"no answer beside {names:.80}; GRPO, too, needs one, if only answer: ?")
+        raise ValueError(f"no answer beside {names:.80}: add one, for GRPO perhaps a placeholder")
     else:
         raise ValueError(f"no known format has the keys {', '.join(row):.80}; known are {FORMS}")
     row.close(unread)

@@ -102,7 +102,7 @@ def parser_of(script):
 @pytest.mark.parametrize(
     "line, values",
     [
-        ("train --max_iters 7 --max-lr 1 --dtype bfloat16", dict(max_steps=7, lr=1, dtype="bf16")),
+        ("train --max-iters 7 --lr 1 --dtype bfloat16", dict(max_steps=7, lr=1, dtype="bf16")),
         ("train --max-steps=7 --no-tied --data=--n", dict(max_steps=7, tied=False, data="--n")),
         ("train --compile=False --decay_lr=False", dict(compile=False, warmup_steps=0)),
         ("sample --compile=False --eval_iters 3 --n 1", dict(num_samples=1)),
@@ -117,7 +117,7 @@ def parser_of(script):
         ("finetune --fp16 true --bf16 false --load_in_4bit", dict(dtype="fp16", quantize="nf4")),
         ("finetune --lora_r 4 --use_peft --stage rm", dict(lora_rank=4, objective="reward")),
         ("finetune --target_modules q_proj v_proj --do_train", dict(lora_targets="q_proj,v_proj")),
-        ("finetune --train.epochs 2 --resume_from_checkpoint True", dict(epochs=2, resume="")),
+        ("finetune --num_train_epochs 2 --resume_from_checkpoint True", dict(epochs=2, resume="")),
         ("finetune --gradient_checkpointing --cutoff_len 9", dict(grad_checkpoint=True, context=9)),
         ("finetune --report_to none --optim adamw_torch", dict(optimizer="adamw")),
         ("lora merge --ckpt a --adapter_name_or_path b --template t --export_dir o", dict(out="o")),

@@ -238,7 +238,7 @@ def test_a_file_that_holds_no_rows_says_what_it_is(elsewhere, name, content, say
     (7, "neither an object nor a list of turns but 7"),
     ({"texts": "a"}, "no known format has the keys texts; known are messages or"),
     ([U], "no turn of the assistant"),
-    ({"prompt": [U]}, "no answer beside prompt; GRPO, too, needs one"),
+    ({"prompt": [U]}, "no answer beside prompt: add one, for GRPO perhaps"),
     ([None, A], "a turn is not an object but None"),
     ([turn("user", 3), A], "the content is not text but 3"),
     ([U, turn("assistant", " \n")], "a turn of assistant has no text"),
