@@ -15,13 +15,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 import torch
 from conftest import BYTE, CHAT, ROOT, render_chat, turn
+from test_sample_chat import save
 
 import data.server
 import data.service
@@ -581,15 +581,12 @@ def test_closing_finishes_what_is_written_and_cuts_what_never_ends(capfd):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_a_signal_lets_the_process_end_its_answers_and_a_key_is_needed():
-    """Its model writes letters and never ends."""
     site = "https://site.example"
     shape = dict(vocab_size=320, context=1 << 16, n_layer=1, n_head=2, d_model=16, head_bias=True)
     model = lm.Transformer(lm.Config(**shape))
-    with torch.no_grad():
+    with torch.no_grad():  # it writes letters and never ends
         model.head.bias.fill_(-50)[list(b"abcdefghijklmnop")] = 0
-    content = {"config": asdict(model.config), "model": model.state_dict(), "step": 0}
-    Path("run").mkdir()
-    lm.save_checkpoint(Path("run/best.pt"), content | {"tokenizer": CHAT.spec})
+    save("run/best.pt", model, CHAT)
     command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", "run", "--serve", "0"]
     command += ["--slots", "3", "--cors", site, "--host", "0.0.0.0", "--api_key", "k1"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
