@@ -40,9 +40,8 @@ def content(name, tokenizer=BPE):
     with torch.no_grad():
         for n, p in model.named_parameters():
             p.normal_(p.mean(), 0.5 if "embed" in n else 0.12 if p.dim() > 1 else 0.2)
-    return model, {"config": asdict(model.config), "model": model.state_dict()} | (
-        {"tokenizer": tokenizer.spec} if tokenizer else {}
-    )
+    checkpoint = {"config": asdict(model.config), "model": model.state_dict()}
+    return model, checkpoint | ({"tokenizer": tokenizer.spec} if tokenizer else {})
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,21 +83,14 @@ def test_the_split_pattern_is_named():
     assert not split_name(PATTERNS["bpe"])[1]
 
 
-def pieces():
-    """A Tokenizer of SentencePiece's kind."""
-    from test_sentencepiece import from_model, trained
 
-    return from_model(trained())
 
 
 def test_what_llama_cpp_cannot_read_is_refused(tmp_path):
     char = Tokenizer({"kind": "char", "chars": "abc"})
-    for name, tokenizer, message in (
-        ("llama", None, "no tokenizer"),
-        ("llama", char, "char vocabulary"),
-    ):
+    for tokenizer, message in ((None, "no tokenizer"), (char, "char vocabulary")):
         with pytest.raises(UserError, match=message):
-            lm.export_gguf(content(name, tokenizer)[1], tmp_path / "m.gguf", "f16")
+            lm.export_gguf(content("llama", tokenizer)[1], tmp_path / "m.gguf", "f16")
     assert not list(tmp_path.iterdir())
 
 
@@ -122,7 +114,11 @@ process.exit(0);
 @pytest.mark.skipif(not LLAMA, reason="SCRATCHLM_NODE_MODULES names no node-llama-cpp")
 @pytest.mark.parametrize("name", [*MODELS, "pieces"])
 def test_llama_cpp_writes_what_we_write(name, elsewhere):
-    tokenizer = pieces() if name == "pieces" else BPE
+    tokenizer = BPE
+    if name == "pieces":  # of SentencePiece's kind
+        from test_sentencepiece import from_model, trained
+
+        tokenizer = from_model(trained())
     MODELS["pieces"] = SHAPE | dict(vocab_size=lm.padded_vocab(tokenizer.n_vocab))
     model, checkpoint = content(name, tokenizer)
     lm.export_gguf(checkpoint, elsewhere / "m.gguf", "f32")
