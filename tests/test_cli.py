@@ -13,26 +13,23 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from conftest import ROOT
 
 from data.cli import FOREIGN, SCRIPTS, Parser, UserError, at_least, between, positive, run_cli
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-@pytest.mark.parametrize(
-    "error, code, line",
-    [
-        (UserError("bad thing"), 2, "x.py: bad thing\n"),
-        (FileNotFoundError(2, "No such file", "a.txt"), 2, "x.py: a.txt: No such file\n"),
-        (OSError(28, "No space left on device"), 2, "x.py: [Errno 28] No space left on device\n"),
-        (KeyboardInterrupt(), 130, "\nx.py: interrupted\n"),
-        (None, 0, ""),
-    ],
-)
-def test_run_cli_turns_errors_into_exit_codes(error, code, line, monkeypatch, capsys):
+@pytest.mark.parametrize("error, code, line", [
+    (UserError("bad thing"), 2, "x.py: bad thing\n"),
+    (FileNotFoundError(2, "No such file", "a.txt"), 2, "x.py: a.txt: No such file\n"),
+    (OSError(28, "No space left on device"), 2, "x.py: [Errno 28] No space left on device\n"),
+    (KeyboardInterrupt(), 130, "\nx.py: interrupted\n"),
+    (None, 0, ""),
+])
+def test_run_cli_turns_errors_into_exit_codes_and_hides_no_bug(
+    error, code, line, monkeypatch, capsys
+):
     def main():
         if error:
             raise error
@@ -40,25 +37,18 @@ def test_run_cli_turns_errors_into_exit_codes(error, code, line, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["/somewhere/x.py"])
     with pytest.raises(SystemExit) as e:
         run_cli(main)
-    assert e.value.code == code
-    assert capsys.readouterr().err == line
-
-
-def test_run_cli_does_not_hide_a_bug():
+    assert (e.value.code, capsys.readouterr().err) == (code, line)
     with pytest.raises(ZeroDivisionError):
         run_cli(lambda: 1 / 0)
 
 
-@pytest.mark.parametrize(
-    "kind, text, line",
-    [
-        (at_least(1), "0", "--n 0 must be at least 1"),
-        (at_least(0, float), "inf", "--n inf must be at least 0"),
-        (positive, "nan", "--n nan must be above 0 and finite"),
-        (between(0, 1), "1.5", "--n 1.5 must be from 0 to 1"),
-        (at_least(1), "x", "argument --n: invalid int value: 'x'"),
-    ],
-)
+@pytest.mark.parametrize("kind, text, line", [
+    (at_least(1), "0", "--n 0 must be at least 1"),
+    (at_least(0, float), "inf", "--n inf must be at least 0"),
+    (positive, "nan", "--n nan must be above 0 and finite"),
+    (between(0, 1), "1.5", "--n 1.5 must be from 0 to 1"),
+    (at_least(1), "x", "argument --n: invalid int value: 'x'"),
+])
 def test_a_number_outside_of_its_limits_is_one_line(kind, text, line, capsys):
     parser = Parser(prog="x.py")
     parser.add_argument("--n", type=kind)
@@ -67,8 +57,6 @@ def test_a_number_outside_of_its_limits_is_one_line(kind, text, line, capsys):
         parser.parse_args(["--n", text])
     assert capsys.readouterr().err == f"x.py: {line}\n"
 
-
-# ---- flags, ours and others' -----------------------------------------------------------------
 
 CONFIG = """# nanoGPT's
 out_dir = 'out shakespeare'
@@ -99,75 +87,66 @@ def parser_of(script):
     return parser
 
 
-@pytest.mark.parametrize(
-    "line, values",
-    [
-        ("train --max-iters 7 --lr 1 --dtype bfloat16", dict(max_steps=7, lr=1, dtype="bf16")),
-        ("train --max-steps=7 --no-tied --data=--n", dict(max_steps=7, tied=False, data="--n")),
-        ("train --compile=False --decay_lr=False", dict(compile=False, warmup_steps=0)),
-        ("sample --compile=False --eval_iters 3 --n 1", dict(num_samples=1)),
-        ("train --dataset shakespeare_char --bias True", dict(data="shakespeare", ff_bias=True)),
-        ("train --init_from=gpt2-xl --decay_lr=True", dict(ckpt="gpt2-xl", schedule=None)),
-        ("train --init_from=resume --bias=False", dict(resume="", ckpt=None, out_bias=False)),
-        ("train --init_from scratch --wandb_log False --seed 3", dict(ckpt=None, seed=3)),
-        ("sample --init_from=resume --start=FILE:a.txt", dict(ckpt=None, prompt=["@a.txt"])),
-        ("sample --out_dir o --start=x=y --n 2", dict(ckpt="o", prompt=["x=y"], num_samples=2)),
-        ("sample --do_sample false --num_beams 3 --port 80", dict(temperature=0, serve=80)),
-        ("sample --load_in_8bit --temp 1 --max_tokens 5", dict(dtype="int8", max_new_tokens=5)),
-        ("finetune --fp16 true --bf16 false --load_in_4bit", dict(dtype="fp16", quantize="nf4")),
-        ("finetune --lora_r 4 --use_peft --stage rm", dict(lora_rank=4, objective="reward")),
-        ("finetune --target_modules q_proj v_proj --do_train", dict(lora_targets="q_proj,v_proj")),
-        ("finetune --num_train_epochs 2 --resume_from_checkpoint True", dict(epochs=2, resume="")),
-        ("finetune --gradient_checkpointing --cutoff_len 9", dict(grad_checkpoint=True, context=9)),
-        ("finetune --report_to none --optim adamw_torch", dict(optimizer="adamw")),
-        ("lora merge --ckpt a --adapter_name_or_path b --template t --export_dir o", dict(out="o")),
-        ("finetune --finetuning_type full --overwrite_output_dir", dict(lora_rank=0)),
-        ("prepare_data a.txt --test_size 0.2", dict(source=["a.txt"], val_fraction=0.2)),
-    ],
-)
+@pytest.mark.parametrize("line, values", [
+    ("train --max-iters 7 --lr 1 --dtype bfloat16", dict(max_steps=7, lr=1, dtype="bf16")),
+    ("train --max-steps=7 --no-tied --data=--n", dict(max_steps=7, tied=False, data="--n")),
+    ("train --compile=False --decay_lr=False", dict(compile=False, warmup_steps=0)),
+    ("sample --compile=False --eval_iters 3 --n 1", dict(num_samples=1)),
+    ("train --dataset shakespeare_char --bias True", dict(data="shakespeare", ff_bias=True)),
+    ("train --init_from=gpt2-xl --decay_lr=True", dict(ckpt="gpt2-xl", schedule=None)),
+    ("train --init_from=resume --bias=False", dict(resume="", ckpt=None, out_bias=False)),
+    ("train --init_from scratch --wandb_log False --seed 3", dict(ckpt=None, seed=3)),
+    ("sample --init_from=resume --start=FILE:a.txt", dict(ckpt=None, prompt=["@a.txt"])),
+    ("sample --out_dir o --start=x=y --n 2", dict(ckpt="o", prompt=["x=y"], num_samples=2)),
+    ("sample --do_sample false --num_beams 3 --port 80", dict(temperature=0, serve=80)),
+    ("sample --load_in_8bit --temp 1 --max_tokens 5", dict(dtype="int8", max_new_tokens=5)),
+    ("finetune --fp16 true --bf16 false --load_in_4bit", dict(dtype="fp16", quantize="nf4")),
+    ("finetune --lora_r 4 --use_peft --stage rm", dict(lora_rank=4, objective="reward")),
+    ("finetune --target_modules q_proj v_proj --do_train", dict(lora_targets="q_proj,v_proj")),
+    ("finetune --num_train_epochs 2 --resume_from_checkpoint True", dict(epochs=2, resume="")),
+    ("finetune --gradient_checkpointing --cutoff_len 9", dict(grad_checkpoint=True, context=9)),
+    ("finetune --report_to none --optim adamw_torch", dict(optimizer="adamw")),
+    ("lora merge --ckpt a --adapter_name_or_path b --template t --export_dir o", dict(out="o")),
+    ("finetune --finetuning_type full --overwrite_output_dir", dict(lora_rank=0)),
+    ("prepare_data a.txt --test_size 0.2", dict(source=["a.txt"], val_fraction=0.2)),
+])
 def test_flags_may_be_called_as_elsewhere(line, values):
     script, *words = line.split()
     parsed = vars(parser_of(script).parse_args(words))
     assert {name: parsed[name] for name in values} == values
 
 
-@pytest.mark.parametrize(
-    "line, said",
-    [
-        ("train --lrr 3", "unknown argument --lrr: did you mean --lr?"),
-        ("train --max_step 3", "did you mean --max_steps?"),  # no abbreviations
-        ("train --learning_rat 3", "did you mean --lr?"),
-        ("sample --block_siz 3", "unknown argument --block_siz (see --help)"),
-        ("train --report_to wandb", "--report_to: out/NAME/metrics.jsonl"),
-        ("train --warmup_ratio 0.03 --seed 3", "steps: --warmup_steps 30 if --max_steps is 1000"),
-        ("finetune --train_batch_size=4 --cutoff_len 512", "_tokens 2048 if --context is 512"),
-        ("finetune --stage kto", "--stage: single ratings (KTO) cannot be learned from"),
-        ("finetune --stage pt --use_vllm", "--stage: train.py pretrains, --ckpt MODEL --data TEXT"),
-        ("finetune --adapter_name_or_path x", "_path: merge it first (lora.py merge)"),
-        ("train --wandb --use_dora", "the curves; --use_dora: the only adapters"),
-        ("train --tokenizer gpt2", "--tokenizer: it is a flag of prepare_data.py"),
-        ("model --num_layers 2", "--num_layers: --n_layer is a flag of train.py"),
-        ("train config/no.py", "config/no.py does not exist; settings are given as flags here"),
-        ("train config/train_gpt2.py", ": python train.py --preset=gpt2 --data=fineweb-edu --batc"),
-        ("train config/train_gpt2.py --batch_size 6 --n 2", "(without --n): python train.py --pre"),
-        ("train config/finetune_shakespeare.py", "--ckpt=gpt2-xl --batch_size=1 --max_steps=20"),
-        ("train --n=2 nano.py --max_iters 9", "384 --max_steps 9 --total_batch_tokens=491520"),
-        ("finetune --config lf.yml", ": python finetune.py --dtype=bf16 --ckpt=gpt2 --lora"),
-        ("finetune train lf.yml", "--lora_targets=q_proj,v_proj --data=data/identity.json,data/al"),
-        ("finetune lf.yml --cutoff_len 256", "--batch_tokens 512 if --context is 256): pyth"),
-        ("finetune train hf.json", "_steps 20 if --max_steps is 200; --stage: train.py"),
-        ("finetune rows.json", "unknown argument rows.json: did you mean --data?"),
-        ("finetune train no.yaml", "no.yaml does not exist; settings are given as flags here"),
-        ("lora merge lf.yml", "): python lora.py merge --ckpt=gpt2"),
-        ("finetune --finetuning_type full --lora_rank 8", "full goes without --lora_rank: leave"),
-        ("train shakespeare", "unknown argument shakespeare: did you mean --data?"),
-        ("sample run", "unknown argument run: did you mean --ckpt?"),
-        ("sample Once upon", "unknown argument Once: did you mean --prompt?"),
-        ("train --optimizer lion", "invalid choice: 'lion'"),
-        ("lora merge", "the following arguments are required: --ckpt, --adapter, --out"),
-        ("lora merge --ckpt a --adapter b --oute c", "--out"),
-    ],
-)
+@pytest.mark.parametrize("line, said", [
+    ("train --lrr 3", "unknown argument --lrr: did you mean --lr?"),
+    ("train --max_step 3", "did you mean --max_steps?"),  # no abbreviations
+    ("sample --block_siz 3", "unknown argument --block_siz (see --help)"),
+    ("train --report_to wandb", "--report_to: out/NAME/metrics.jsonl"),
+    ("train --warmup_ratio 0.03 --seed 3", "steps: --warmup_steps 30 if --max_steps is 1000"),
+    ("finetune --train_batch_size=4 --cutoff_len 512", "_tokens 2048 if --context is 512"),
+    ("finetune --stage kto", "--stage: single ratings (KTO) cannot be learned from"),
+    ("finetune --stage pt --use_vllm", "--stage: train.py pretrains, --ckpt MODEL --data TEXT"),
+    ("finetune --adapter_name_or_path x", "_path: merge it first (lora.py merge)"),
+    ("train --wandb --use_dora", "the curves; --use_dora: the only adapters"),
+    ("train --tokenizer gpt2", "--tokenizer: it is a flag of prepare_data.py"),
+    ("model --num_layers 2", "--num_layers: --n_layer is a flag of train.py"),
+    ("train config/no.py", "config/no.py does not exist; settings are given as flags here"),
+    ("train config/train_gpt2.py", ": python train.py --preset=gpt2 --data=fineweb-edu --batc"),
+    ("train config/train_gpt2.py --batch_size 6 --n 2", "(without --n): python train.py --pre"),
+    ("train config/finetune_shakespeare.py", "--ckpt=gpt2-xl --batch_size=1 --max_steps=20"),
+    ("train --n=2 nano.py --max_iters 9", "384 --max_steps 9 --total_batch_tokens=491520"),
+    ("finetune --config lf.yml", ": python finetune.py --dtype=bf16 --ckpt=gpt2 --lora"),
+    ("finetune train lf.yml", "--lora_targets=q_proj,v_proj --data=data/identity.json,data/al"),
+    ("finetune lf.yml --cutoff_len 256", "--batch_tokens 512 if --context is 256): pyth"),
+    ("finetune train hf.json", "_steps 20 if --max_steps is 200; --stage: train.py"),
+    ("finetune rows.json", "unknown argument rows.json: did you mean --data?"),
+    ("lora merge lf.yml", "): python lora.py merge --ckpt=gpt2"),
+    ("finetune --finetuning_type full --lora_rank 8", "full goes without --lora_rank: leave"),
+    ("sample run", "unknown argument run: did you mean --ckpt?"),
+    ("sample Once upon", "unknown argument Once: did you mean --prompt?"),
+    ("train --optimizer lion", "invalid choice: 'lion'"),
+    ("lora merge", "the following arguments are required: --ckpt, --adapter, --out"),
+    ("lora merge --ckpt a --adapter b --oute c", "--out"),
+])
 def test_a_wrong_flag_is_one_line(line, said, capsys):
     Path("nano.py").write_text(CONFIG)
     Path("lf.yml").write_text(YAML)

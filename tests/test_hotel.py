@@ -16,8 +16,6 @@ from data.rows import to_example
 from data.sources import hotel_dialogues
 from data.tools import load_tools
 
-A = turn("assistant", "a")
-
 
 def substitute(example, pool, share=1.0, rng=None, made_up=0):
     return data_hotel.substitute(example, pool, share, rng or random.Random(0), made_up)
@@ -119,9 +117,9 @@ def test_made_up_values_begin_like_one_and_end_like_another():
 def test_calls_are_tidied_and_say_the_same():
     arguments = {"type": "豪华型", "facilities": ["c", "a", "z", "b"], "n": [2, 1]}
     talk = [turn("user", "b then c then a"), calling("f", arguments)]
-    after = tidy_calls({"messages": [*talk, A]})["messages"]
+    after = tidy_calls({"messages": talk})["messages"]
     tidy = parse_call(after[1]["tool_calls"][0])[1]
-    assert list(tidy) == ["facilities", "n", "type"] and after[0] == talk[0] and after[2] == A
+    assert list(tidy) == ["facilities", "n", "type"] and after[0] == talk[0]
     assert tidy == arguments | {"facilities": ["b", "c", "a", "z"]}
     assert tidy_calls({"messages": after})["messages"] == after
 
@@ -142,18 +140,11 @@ def test_augmented_epochs_depend_on_their_seed_alone():
     assert first == again != second and len(first) == len(second) == 40
 
 
-# ---- hotels ----------------------------------------------------------------------------------
-
-def hotel(name, price, rating, facilities=(), type="舒适型"):
-    return dict(name=name, price=price, rating=rating, facilities=list(facilities), type=type)
-
-
-FOUR = [
-    hotel("北京饭店", 300, 4.0, ["公共区域和部分房间提供wifi", "健身房"], "豪华型"),
-    hotel("听涛宾馆", 400, 4.5, ["洗衣服务"]),
-    hotel("c", None, None),
-    hotel("d", 401, 4.9),
-]
+FOUR = [dict(zip(("name", "price", "rating", "type", "facilities"), values)) for values in (
+    ("北京饭店", 300, 4.0, "豪华型", ["公共区域和部分房间提供wifi", "健身房"]),
+    ("听涛宾馆", 400, 4.5, "舒适型", ["洗衣服务"]),
+    ("c", None, None, "舒适型", []), ("d", 401, 4.9, "舒适型", []),
+)]  # fmt: skip
 
 
 @pytest.mark.parametrize("wanted, names", [
@@ -193,13 +184,12 @@ def test_the_public_data_base_is_read_into_the_same_fields():
 def test_a_failed_download_leaves_the_search_with_the_hotels_that_it_names(
     elsewhere, monkeypatch, capsys
 ):
-    def fetch(url, dest=None):
+    def fetch(url, dest="rows.jsonl"):
         if "dev" in url:
             raise UserError("offline")
-        path = Path(dest or "rows.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
-        return path
+        Path(dest).parent.mkdir(parents=True, exist_ok=True)
+        Path(dest).touch()
+        return Path(dest)
 
     monkeypatch.setattr("data.sources.fetch", fetch)
     with pytest.raises(UserError, match="offline"):
@@ -209,9 +199,8 @@ def test_a_failed_download_leaves_the_search_with_the_hotels_that_it_names(
     assert f"[search knows {count} hotels of {data_hotel.OWN_HOTELS}]" in capsys.readouterr().err
 
 
-def test_what_is_no_data_base_is_said(tmp_path):
-    path = tmp_path / "hotels.json"
-    for text in ("{", '[["a"]]', "[1]", '[{"name": "a"}]', '[["a", {"名称": 1}]]'):
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(UserError, match=r"hotels.json is not a hotel database"):
-            read_hotels(path)
+@pytest.mark.parametrize("text", ["{", '[["a"]]', "[1]", '[{"name": "a"}]', '[["a", {"名称": 1}]]'])
+def test_what_is_no_data_base_is_said(text, tmp_path):
+    (tmp_path / "hotels.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"hotels.json is not a hotel database"):
+        read_hotels(tmp_path / "hotels.json")

@@ -14,18 +14,11 @@ from data.runs import step_line
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-def gpu(monkeypatch, emulated=False):
-    """CUDA answers as a GPU would that has bf16, or that only emulates it."""
-    bf16 = lambda including_emulation=True: including_emulation or not emulated  # noqa: E731
+@pytest.mark.parametrize("native, dtype", [(False, "fp16"), (True, "bf16")])
+def test_bf16_that_is_only_emulated_is_not_taken(native, dtype, monkeypatch):
+    bf16 = lambda including_emulation=True: including_emulation or native  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", bf16)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-
-
-def test_bf16_that_is_only_emulated_is_not_taken(monkeypatch):
-    gpu(monkeypatch, emulated=True)
-    assert native_dtype(CUDA) == "fp16"
-    gpu(monkeypatch)
-    assert native_dtype(CUDA) == "bf16"
+    assert native_dtype(CUDA) == dtype
     assert native_dtype(CPU) == native_dtype(torch.device("mps")) == "fp32"
 
 
@@ -37,7 +30,7 @@ def test_each_process_takes_its_own_gpu_and_says_if_there_is_none(monkeypatch):
         if device.index and device.index > 1:
             raise RuntimeError("CUDA error: invalid device ordinal. More")
 
-    gpu(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", zeros)
     for rank, wanted in (("0", None), ("1", "cuda"), ("1", "auto")):
         monkeypatch.setenv("LOCAL_RANK", rank)

@@ -55,8 +55,6 @@ def fast_copy(model, rows=1, int8=False):
     return model
 
 
-# ---- products --------------------------------------------------------------------------------
-
 def pack_or_skip(layout, weight, x, bias=None):
     """The function that computes x @ weight.T + bias, or a skip with the reason."""
     try:
@@ -123,8 +121,6 @@ def test_the_fastest_that_works_is_chosen(monkeypatch):
         fastest([linear], 1, (broken,))
 
 
-# ---- models ----------------------------------------------------------------------------------
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gpt2", "llama", "default"])
 def test_bfloat16_is_as_near_as_bfloat16_is_and_int8_nearly(name):
@@ -136,8 +132,6 @@ def test_bfloat16_is_as_near_as_bfloat16_is_and_int8_nearly(name):
     assert fast < 1.5 * plain + 1e-3 and fast < 0.05
     assert 1e-4 < rounded < 0.2
 
-
-# ---- flags -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", [
     "fp32 --no_fast", "bf16 --no_fast", "fp32 --beams 2", "bf16 --num_samples 3", "int8",

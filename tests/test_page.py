@@ -131,13 +131,6 @@ def last_answer(page):
     return page.locator("#log .answer .text").last
 
 
-def set_number(page, label, value):
-    page.get_by_label(label, exact=True).fill(str(value))
-
-
-# ---- conversation ----------------------------------------------------------------------------
-
-
 def test_the_first_screen_has_questions_of_the_run(chat, base, visit):
     page = visit(chat, viewport={"width": 390, "height": 844}, has_touch=True)
     expect(page.locator(".welcome")).to_contain_text(re.compile("chat.*12.*rows.jsonl.*search"))
@@ -184,7 +177,7 @@ def test_conversations_are_kept_renamed_deleted_undone_and_exported(chat, visit)
 
 def test_an_answer_grows_and_escape_stops_it(chat, visit):
     page = visit(chat)
-    set_number(page, "Max tokens", 7000)
+    page.get_by_label("Max tokens", exact=True).fill("7000")
     say(page, "hello")
     growing = page.locator("#live .text")
     expect(growing).not_to_be_empty()
@@ -219,10 +212,10 @@ def test_regenerate_edit_and_reload(chat, visit):
 def test_what_is_sent_has_the_settings_and_the_system_prompt(chat, visit):
     page = visit(chat)
     page.get_by_label("System prompt").fill("be kind")
-    set_number(page, "Temperature", 0)
+    page.get_by_label("Temperature", exact=True).fill("0")
     expect(page.get_by_label("Seed", exact=True)).to_be_hidden()  # it would change nothing
-    for name, value in (("Temperature", 0.5), ("top_k", 7), ("Seed", 11)):
-        set_number(page, name, value)
+    for name, value in (("Temperature", "0.5"), ("top_k", "7"), ("Seed", "11")):
+        page.get_by_label(name, exact=True).fill(value)
     page.fill("#draft", "hi")
     page.dispatch_event("#draft", "keydown", {"key": "Enter", "isComposing": True})
     page.press("#draft", "Shift+Enter")  # neither of these sends
@@ -270,17 +263,11 @@ def test_an_error_is_shown_and_a_busy_or_lost_server_is_asked_again(chat, visit)
     expect(page.locator("#log .answer")).to_have_count(3)
 
 
-# ---- tools and Markdown ----------------------------------------------------------------------
-
-
 def events(*deltas, finish="stop", **more):
     """The body of a streamed answer."""
     chunks = [{"choices": [{"index": 0, "delta": d, "finish_reason": None}]} for d in deltas]
     chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]} | more)
     return "".join(f"data: {json.dumps(c)}\n\n" for c in chunks) + "data: [DONE]\n\n"
-
-
-USAGE = {"prompt_tokens": 8000, "completion_tokens": 192, "total_tokens": 8192}
 
 
 def test_a_tool_call_is_made_shown_and_answered(chat, visit):
@@ -289,8 +276,9 @@ def test_a_tool_call_is_made_shown_and_answered(chat, visit):
     calls = [{"index": n, "id": f"c{n}", "type": "function", "function": function}
              for n, function in enumerate(functions)]  # fmt: skip
     first = {"reasoning_content": "Hm"}, {"reasoning_content": "."}, {"content": "I look."}
+    usage = {"prompt_tokens": 8000, "completion_tokens": 192, "total_tokens": 8192}
     answers = iter([events(*first, {"tool_calls": calls}, finish="tool_calls"),
-                    events({"content": "here"}, finish="length", usage=USAGE)])  # fmt: skip
+                    events({"content": "here"}, finish="length", usage=usage)])  # fmt: skip
 
     def answer(route):
         bodies.append(route.request.post_data_json)
@@ -302,9 +290,8 @@ def test_a_tool_call_is_made_shown_and_answered(chat, visit):
     assert page.locator(".card tr").count() == 6
     expect(page.locator("#log")).to_contain_text("I look.")
     shown = page.locator("#log .answer").first.locator(".card, .text")  # the thought is folded
-    assert [c.inner_text().split("\n")[0] for c in shown.all()] == [
-        "Thoughts", "I look.", "search: rating ≥ 4", "search: rating ≥ 3"
-    ]  # fmt: skip
+    firsts = [c.inner_text().split("\n")[0] for c in shown.all()]
+    assert firsts == ["Thoughts", "I look.", "search: rating ≥ 4", "search: rating ≥ 3"]
     assert shown.first.locator("p").text_content() == "Hm."
     raw = shown.nth(2).locator("pre").first
     expect(raw).to_be_hidden()
@@ -341,26 +328,19 @@ def test_hostile_text_stays_text_and_markdown_is_shown(chat, visit):
     deep = turn("assistant", ">" * 20_000 + "\n" + "- " * 5_000)
     messages = [turn("user", "<b>hi</b>"), turn("assistant", HOSTILE), turn("user", "x"), deep]
     image, half = "<img src=x onerror=1>", "好".encode()
-    tokens = [
-        {"text": text, "bytes": list(content), "logprob": -1, "top": []}
-        for text, content in ((image, image.encode()), ("\ufffd", half[:2]), ("\ufffd", half[2:]))
-    ]
+    parts = (image, image.encode()), ("\ufffd", half[:2]), ("\ufffd", half[2:])
+    tokens = [{"text": t, "bytes": list(b), "logprob": -1, "top": []} for t, b in parts]
     messages[1] |= {"tokens": tokens, "seed": 1, "finish": "stop"}
     page = visit(chat, stored={"messages": messages})
     log = page.locator("#log")
     assert log.locator("img, script, b, i, u").count() == 0 and "hacked" not in page.title()
     assert log.locator("a").all_inner_texts() == ["ok"]
-    for selector, text in (
-        ("pre", "<b>not bold</b>"), ("td", "<i>c</i>"), ("td strong", "d"), ("ol ul em", "two"),
-        ("blockquote code", "<u>"),
-    ):  # fmt: skip
+    shown = {"pre": "<b>not bold</b>", "td": "<i>c</i>", "td strong": "d", "ol ul em": "two"}
+    for selector, text in (shown | {"blockquote code": "<u>"}).items():
         assert log.locator(selector).first.inner_text() == text
     page.get_by_role("button", name="Tokens").click()
     expect(page.locator(".token")).to_have_text([image, "好"])  # joined to whole characters
     assert log.locator("img").count() == 0
-
-
-# ---- tokens and choices ----------------------------------------------------------------------
 
 
 def test_tokens_have_shades_and_alternatives_by_keyboard_too(chat, visit):
@@ -392,7 +372,7 @@ def test_calls_are_chosen_among_drawn_until_they_differ_and_the_box_never_locks(
         route.fulfill(body=sent, content_type="text/event-stream")
 
     page.route("**/v1/chat/completions", answer)
-    set_number(page, "Temperature", 0)
+    page.get_by_label("Temperature", exact=True).fill("0")
     say(page, "cheap")
     expect(page.locator(".pair .card")).to_have_text([re.compile("≤ 1"), re.compile("≤ 2")])
     assert {body["temperature"] for body in bodies} == {0.8}
@@ -403,12 +383,9 @@ def test_calls_are_chosen_among_drawn_until_they_differ_and_the_box_never_locks(
     expect(page.locator("#bar code")).to_contain_text("finetune.py")
     kind, (*_, row) = read_examples(CHOICES)
     assert kind == "prefer" and row["messages"] == [turn("user", "cheap")]
-    learned = [
-        CHAT.decode([i for i, m in zip(side.ids, side.mask) if m])
-        for side in preference_rows(row, CHAT, 4096)
-    ]
-    wanted = "search.*price_range_upper.*%d.*so"
-    assert all(re.search(wanted % n, text) for n, text in zip((2, 1), learned)), learned
+    for n, side in zip((2, 1), preference_rows(row, CHAT, 4096)):
+        learned = CHAT.decode([i for i, m in zip(side.ids, side.mask) if m])
+        assert re.search(f"search.*price_range_upper.*{n}.*so", learned)
     expect(page.locator("#log .card")).to_contain_text("≤ 2")
     say(page, "again")  # all further answers are equal
     expect(page.locator(".note")).to_contain_text("equal in 4 draws")
@@ -419,9 +396,6 @@ def test_calls_are_chosen_among_drawn_until_they_differ_and_the_box_never_locks(
     say(page, "more")
     expect(page.locator("#log .user .text")).to_have_text(["cheap", "again", "more"])
     expect(page.locator("#log .card")).to_have_count(2)
-
-
-# ---- runs ------------------------------------------------------------------------------------
 
 
 def write_run(name, steps, file_mode="w"):
@@ -470,9 +444,6 @@ def test_runs_are_laid_over_each_other_and_grow_while_they_train(base, visit):
     assert [line.evaluate(look)[0] for line in lines.all()] == [new, new, old, old]
 
 
-# ---- base models and classifiers -------------------------------------------------------------
-
-
 def test_a_base_model_completes_goes_on_and_has_choices_of_a_prompt(base, visit):
     page = visit(base)
     text = ask(page, "def ")
@@ -486,9 +457,8 @@ def test_a_base_model_completes_goes_on_and_has_choices_of_a_prompt(base, visit)
     with page.expect_response("**/page/choose"):
         page.get_by_role("button", name="Better (1)").click()
     row = json.loads(CHOICES.read_text(encoding="utf-8").splitlines()[-1])
-    assert [row[k].split() for k in ("prompt", "chosen", "rejected")] == [
-        text.split() for text in ("Once", one, two)
-    ]  # fmt: skip
+    words = [row[k].split() for k in ("prompt", "chosen", "rejected")]
+    assert words == [["Once"], one.split(), two.split()]
 
 
 def test_a_classifiers_verdict_is_bars(critic, visit):
@@ -497,9 +467,6 @@ def test_a_classifiers_verdict_is_bars(critic, visit):
     expect(page.locator(".bars i")).to_have_count(2)
     assert sorted(page.locator(".bars .mono").all_inner_texts()) == ["neg", "pos"]
     assert page.get_by_role("button", name="Tokens").count() == 0
-
-
-# ---- languages and widths --------------------------------------------------------------------
 
 
 def test_every_word_of_the_page_is_in_both_languages():
@@ -516,14 +483,10 @@ def test_every_word_of_the_page_is_in_both_languages():
 def test_nothing_is_wider_than_a_phone_and_the_page_speaks_chinese(chat, visit):
     hotels = [{"name": "很长的名字" * 5, "price": 1, "address": "x" * 80}] * 2
     call = {"id": "c", "type": "function", "function": {"name": "search", "arguments": "x" * 200}}
-    messages = [
-        turn("user", "w" * 300),
-        turn("assistant", None) | {"tool_calls": [call]},
-        turn("tool", json.dumps(hotels)) | {"tool_call_id": "c"},
-        turn("assistant", "```\n" + "y" * 300 + "\n```") | {"finish": "stop", "seed": 1},
-    ]
-    phone = {"width": 390, "height": 844}
-    dark = dict(locale="zh-CN", viewport=phone, color_scheme="dark")
+    messages = [turn("user", "w" * 300), turn("assistant", None) | {"tool_calls": [call]}]
+    messages.append(turn("tool", json.dumps(hotels)) | {"tool_call_id": "c"})
+    messages.append(turn("assistant", f"```\n{'y' * 300}\n```") | {"finish": "stop", "seed": 1})
+    dark = dict(locale="zh-CN", viewport={"width": 390, "height": 844}, color_scheme="dark")
     page = visit(chat, stored={"messages": messages}, **dark)
     expect(page.locator("#draft")).to_have_attribute("placeholder", "输入消息")
     assert page.locator("html").get_attribute("lang") == "zh-CN"

@@ -47,15 +47,11 @@ def rows_of(steps):
     return [[i for i in row if i is not None] for row in zip(*steps)]
 
 
-def random_prompt(n, seed=0):
-    return torch.randint(40, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+def random_prompt(n, row=0):
+    return torch.randint(40, (n,), generator=torch.Generator().manual_seed(n + row)).tolist()
 
-
-# ---- sampling filters ------------------------------------------------------------------------
 
 PROBS = [0.1, 0.4, 0.05, 0.15, 0.3]  # unsorted on purpose
-
-
 LOGITS = torch.tensor([PROBS]).log()
 
 
@@ -95,9 +91,8 @@ def draw(logits, n, seed=0, **settings):
 
 def test_temperature_zero_is_argmax_after_the_repetition_penalty():
     x = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
-    for rest in ({}, dict(top_k=1, top_p=0.5, min_p=0.5)):
-        settings = dict(temperature=0) | rest
-        assert next_token(x, [[0]] * 4, [None] * 4, settings) == x.argmax(-1).tolist()
+    settings = dict(temperature=0, top_k=1, top_p=0.5, min_p=0.5)
+    assert next_token(x, [[0]] * 4, [None] * 4, settings) == x.argmax(-1).tolist()
     x, settings = torch.tensor([[1.0, 5.0, 4.0]]), dict(temperature=0, repetition_penalty=2.0)
     assert next_token(x, [[1]], [None], settings) == [2]
     for t in (1e-6, 1e-30, 1e-60):  # nearly greedy, and never NaN
@@ -128,8 +123,6 @@ def test_top_p_sees_the_distribution_after_temperature_and_penalty():
     assert set(draw(x, 20, **settings)) == {1, 2}
 
 
-# ---- generation ------------------------------------------------------------------------------
-
 LENGTHS = (1, 5, 12, 3, 30, 13)
 
 
@@ -146,8 +139,7 @@ LENGTHS = (1, 5, 12, 3, 30, 13)
 ], ids=lambda s: "-".join(map(str, s.values())))
 def test_each_prompt_of_a_batch_gives_what_the_naive_loop_gives(shape):
     """40 tokens are more than three contexts of 12: the window slides six times."""
-    model, seeds = noisy_model(**shape), range(10, 16)
-    prompts = [random_prompt(n, seed=n) for n in LENGTHS]
+    model, seeds, prompts = noisy_model(**shape), range(10, 16), [*map(random_prompt, LENGTHS)]
     forgets_nothing = dict(temperature=0, repetition_penalty=1e6)  # of what slid out of the window
     for settings in forgets_nothing, dict(temperature=1.3, top_p=0.95):
         together = rows_of(generate(model, prompts, 40, seeds=seeds, **settings))
@@ -161,7 +153,7 @@ def test_each_prompt_of_a_batch_gives_what_the_naive_loop_gives(shape):
 def test_a_row_that_stops_leaves_its_neighbours_alone(lengths, quits):
     """The longest row may stop first, which makes the others slide at columns beyond the context"""
     model = noisy_model(position="learned")
-    prompts = [random_prompt(n, seed=n + r) for r, n in enumerate(lengths)]
+    prompts = [random_prompt(n, row) for row, n in enumerate(lengths)]
     last = {r: 2 + 5 * r for r in quits}  # the row ends with its token of this number
     count = [0] * 4
 
@@ -177,15 +169,12 @@ def test_a_row_that_stops_leaves_its_neighbours_alone(lengths, quits):
         assert [s[r] is None for s in steps] == [False] * n + [True] * (len(steps) - n)
 
 
-# ---- beam search -----------------------------------------------------------------------------
-
 @pytest.mark.parametrize("seed, V, n, width, penalty, end", [
     (3, 5, 4, 400, 2.0, 0),  # beams as wide as this are exhaustive search
     (3, 5, 3, 400, 1.0, None),
     (0, 7, 8, 3, -1.0, 0),
     (1, 7, 8, 3, 0.0, 0),
     (2, 7, 8, 3, 1.0, 0),
-    (0, 7, 8, 3, 2.0, 0),
 ])
 def test_beams_are_those_of_a_plain_search_without_cache_or_early_end(
     seed, V, n, width, penalty, end
@@ -222,20 +211,15 @@ def test_beams_keep_to_the_allowed_ids_and_refuse_what_they_cannot_do():
     assert len(beam_search(model, [1] * 10, 2)[0][1]) == 2
 
 
-# ---- text as it comes ------------------------------------------------------------------------
-
 def feed_all(stream, ids):
     return [stream.feed(i) for i in ids] + [stream.finish()]
 
 
-@pytest.mark.parametrize("text", ["😀👍🏽 é", "a中b😀c"])
-def test_characters_come_whole(text):
+def test_characters_come_whole_and_nothing_is_late():
+    text = "😀👍🏽 é中b"
     shown = feed_all(TextStream(BYTE), BYTE.encode(text))
-    assert "".join(shown) == text
-    assert not any("\ufffd" in s for s in shown)
-    for n in range(1, len(shown)):  # nothing is late: what the bytes complete is out
-        done = text.encode()[:n].decode("utf-8", "ignore")
-        assert "".join(shown[:n]) == done
+    for n in range(1, len(shown) + 1):
+        assert "".join(shown[:n]) == text.encode()[:n].decode("utf-8", "ignore")
 
 
 def test_broken_bytes_become_the_replacement_character_and_other_ids_are_silent():
@@ -249,7 +233,6 @@ def test_broken_bytes_become_the_replacement_character_and_other_ids_are_silent(
 
 
 @pytest.mark.parametrize("text, stops, wanted", [
-    ("one END two", ("END",), "one "),
     ("aaaaabaab", ("aab",), "aaa"),
     ("x\n\nyz", ("yz", "\n\n"), "x"),
     ("你好。再见。", ("。",), "你好"),
@@ -269,8 +252,6 @@ def test_what_may_become_a_stop_is_held_back_and_one_inside_a_token_cuts_it():
     assert stream.feed(258) == "ab" and stream.stopped
     assert stream.feed(65) == "" and stream.finish() == ""
 
-
-# ---- analogies -------------------------------------------------------------------------------
 
 DIRECTIONS = {" king": [1, 1, 0, 0], " man": [0, 1, 0, 0], " woman": [0, 0, 1, 0]}
 DIRECTIONS |= {" queen": [1, 0, 1, 0.3], " apple": [0, 0, 0, 1]}  # royal, male, female, fruit
@@ -300,8 +281,6 @@ def test_king_minus_man_plus_woman_is_queen():
         with pytest.raises(UserError, match="--analogy"):
             analogy(expression, *words)
 
-
-# ---- the command line ------------------------------------------------------------------------
 
 def write_run(path, seed=0, only=b"abcdefgh "):
     """A checkpoint of a noisy model that writes the bytes `only`: readable, and never ending."""
@@ -352,14 +331,14 @@ def test_prompt_then_text_then_ids(say, run):
 
 
 def test_prompt_from_a_file_or_a_pipe_equals_the_prompt(say, tmp_path, monkeypatch):
-    for text in ("ab 中文 gh", "@dataclass"):  # piped text that begins with @ is text
-        wanted = say("--prompt_ids", ",".join(map(str, text.encode())), *TEN)
-        assert wanted.startswith(text) and len(last_ids(wanted)) == 10
-        for mark in ("", "\ufeff"):
-            (tmp_path / "p.txt").write_text(mark + text, encoding="utf-8")
-            assert say("--prompt", "@p.txt", *TEN) == wanted
-            monkeypatch.setattr(sys, "stdin", io.StringIO(mark + text))
-            assert say(*TEN) == wanted
+    text = "@ab 中文 gh"  # piped text that begins with @ is text
+    wanted = say("--prompt_ids", ",".join(map(str, text.encode())), *TEN)
+    assert wanted.startswith(text) and len(last_ids(wanted)) == 10
+    for mark in ("", "\ufeff"):
+        (tmp_path / "p.txt").write_text(mark + text, encoding="utf-8")
+        assert say("--prompt", "@p.txt", *TEN) == wanted
+        monkeypatch.setattr(sys, "stdin", io.StringIO(mark + text))
+        assert say(*TEN) == wanted
 
 
 def test_without_a_prompt_the_model_begins_a_document(say, run, monkeypatch):
@@ -387,9 +366,9 @@ def test_stop_ends_before_its_text(say):
     flags = ("--prompt", "ab", "--seed", "1", "--max_tokens", "60")
     text = say(*flags).removeprefix("ab").rstrip("\n")
     wanted, stop, _ = text.partition(text[20:23])
-    assert wanted and say(*flags, "--stop", "zzz", "--stop", stop) == f"ab{wanted}\n"
-    ids = last_ids(say(*flags, "--stop", stop, "--print_ids"))
-    assert BYTE.decode(ids) == wanted + stop  # the ids are what the model wrote
+    out = say(*flags, "--stop", "zzz", "--stop", stop, "--print_ids")
+    assert wanted and out.startswith(f"ab{wanted}\n")
+    assert BYTE.decode(last_ids(out)) == wanted + stop  # the ids are what the model wrote
 
 
 def test_end_of_text_ends_and_spare_rows_of_the_table_are_never_drawn(say, tmp_path):
@@ -397,12 +376,9 @@ def test_end_of_text_ends_and_spare_rows_of_the_table_are_never_drawn(say, tmp_p
     flags = ["--prompt", "ab", "--print_ids", "--top_p", "1", "--temperature", "2", "--beams"]
     for beams in ("0", "2"):
         assert say(*flags, beams, ckpt=tmp_path) == "ab\n256\n"
-
-
-def test_allowed_ids_are_those_with_text_and_end_of_text(run):
-    """Ids may be special (0 bytes) or gaps (-1) in the middle, and spare at the end."""
+    # ids may be special (0 bytes) or gaps (-1) in the middle, and spare at the end
     tokenizer = SimpleNamespace(byte_lengths=np.array([1, 0, 3, -1, 2, 0]), eos_id=5)
-    allowed = sample.allowed_ids(run[1], tokenizer)
+    allowed = sample.allowed_ids(noisy_model(vocab_size=320), tokenizer)
     assert allowed.nonzero().flatten().tolist() == [0, 2, 4, 5] and len(allowed) == 320
 
 

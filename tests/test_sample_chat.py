@@ -25,6 +25,7 @@ from data.tokenizer import REWARD_TOKEN, label_token
 from data.tools import function_schema, load_tools
 
 STOP = object()  # in a script: the user presses Ctrl-C here
+SQUARE = {"square": lambda x: x * x}
 
 
 def small_model(context=1024, **shape):
@@ -61,14 +62,8 @@ def test_a_classifier_prints_probabilities_best_first_and_does_not_chat(tmp_path
     assert "--chat asks it" in capsys.readouterr().err
 
 
-# ---- the chat, its model a script ------------------------------------------------------------
-
 def say(text):
     return [*CHAT.encode(text), END]
-
-
-def call(text):
-    return [CALL, *say(text)]
 
 
 @pytest.fixture
@@ -112,14 +107,10 @@ def told(bot, *messages):
     return render_chat(messages, CHAT, tools=bot.schemas)[0]
 
 
-def square(x: int):
-    return x * x
-
-
 def test_words_and_calls_are_made_their_results_fed_back_and_then_the_model_speaks(script, hear):
     turns = [*CHAT.encode("I look."), CALL, *CHAT.encode('square {"x": 2}')]
-    seen = script([*turns, *call('square {"x": 3}')], say("4 and 好"))
-    bot = chat({"square": square}, seed=5)
+    seen = script([*turns, CALL, *say('square {"x": 3}')], say("4 and 好"))
+    bot = chat(SQUARE, seed=5)
     out = hear(bot, "how much?").out
     assert out == 'I look.\n-> square {"x": 2}\n<- 4\n-> square {"x": 3}\n<- 9\n4 and 好\n'
     question, called, *results, _ = bot.messages
@@ -134,16 +125,16 @@ def test_words_and_calls_are_made_their_results_fed_back_and_then_the_model_spea
 
 def test_tools_are_told_at_the_end_of_the_system_turn(script, hear, tmp_path):
     seen = script(*[say("hi")] * 4)
-    bot = chat({"square": square})
+    bot = chat(SQUARE)
     hear(bot, "/system be kind", "a", f"/save {tmp_path}/s.jsonl")
-    schema = json.dumps([function_schema("square", square)], ensure_ascii=False)
+    schema = json.dumps([function_schema("square", SQUARE["square"])], ensure_ascii=False)
     wanted = f"<|system|>be kind\n{schema}<|end|><|user|>a<|end|><|assistant|>"
     assert CHAT.decode(seen[0].prompt) == wanted
     _, example = to_example(json.loads((tmp_path / "s.jsonl").read_text()))
     ids = chat_rows(example, CHAT, 1000)[0].ids  # what was told is what is learned
     assert ids[: len(seen[0].prompt)] == seen[0].prompt
-    partial = functools.partial(lambda city, day: city, day=1)
-    for tools in load_tools("hotel"), {"weather": partial}, None:
+    weather = {"weather": functools.partial(lambda city, day: city, day=1)}
+    for tools in load_tools("hotel"), weather, None:
         hear(chat(tools), "a")
     hotel, weather, _ = (CHAT.decode(s.prompt) for s in seen[1:])
     assert hotel == "<|user|>a<|end|><|assistant|>"  # the model knows its tool by training
@@ -151,9 +142,9 @@ def test_tools_are_told_at_the_end_of_the_system_turn(script, hear, tmp_path):
 
 
 def test_a_broken_call_goes_back_as_an_error_and_after_three_the_model_has_to_speak(script, hear):
-    calls = call('square {"x": '), call('cube {"x": 2}'), call('square {"x": 2}')
-    seen = script(*calls, say("4"), say("again"))
-    bot = chat({"square": square})
+    calls = 'square {"x": ', 'cube {"x": 2}', 'square {"x": 2}'
+    seen = script(*([CALL, *say(call)] for call in calls), say("4"), say("again"))
+    bot = chat(SQUARE)
     assert hear(bot, "a", "b").out.endswith("\n4\nagain\n")
     results = [json.loads(m["content"]) for m in bot.messages if m["role"] == "tool"]
     assert "not JSON" in results[0]["error"] and "cube" in results[1]["error"] and results[2] == 4
@@ -169,7 +160,7 @@ def test_a_thought_is_kept_apart_and_what_a_template_refuses_is_told(script, hea
     assert hear(bot, "a").out == "Hm\n\nHi\n"
     assert bot.messages[1] == turn("assistant", "Hi") | {"reasoning_content": "Hm"}
     script(*[pair("gemma")[0].encode("Hi")] * 2)
-    bot = chat({"f": square}, tokenizer=pair("gemma")[0])
+    bot = chat(SQUARE, tokenizer=pair("gemma")[0])
     assert "no place for tools" in bot.tools_problem()
     err = hear(bot, "/system be kind", "a", "/system", "b").err
     assert "System role not supported" in err
@@ -181,8 +172,8 @@ def test_ctrl_c_stops_the_answer_and_within_a_call_the_turn(script, hear):
         raise KeyboardInterrupt
 
     half = CHAT.encode("好")[:2]
-    seen = script([*CHAT.encode("half an"), *half, STOP], [*call("slow {}")[:3], STOP],
-                  call("slow {}"), say("hi"))  # fmt: skip
+    seen = script([*CHAT.encode("half an"), *half, STOP], [CALL, *CHAT.encode("sl"), STOP],
+                  [CALL, *say("slow {}")], say("hi"))  # fmt: skip
     bot = chat({"slow": slow})
     out = hear(bot, "a", "b", "c", "/reset", "d").out
     assert out.startswith("half an [stopped]\n") and out.count("[stopped") == 3
@@ -242,8 +233,6 @@ def test_a_full_context_is_cut_at_turns_and_said_once(script, hear):
     with pytest.raises(UserError, match="no chat template"):
         chat(tokenizer=BYTE)
 
-
-# ---- the process -----------------------------------------------------------------------------
 
 def test_a_chat_from_a_pipe_ends_with_it(tmp_path):
     save(tmp_path / "m.pt", small_model(256), CHAT)

@@ -47,10 +47,6 @@ def search(name: str = ""):
     return [{"name": name, "price": 500}]
 
 
-def wait(seconds: int):
-    return seconds
-
-
 search.needs_no_schema = True  # as data/hotel.py's: the model knows it by training
 
 
@@ -104,7 +100,8 @@ def client(port, key="none"):
 def chat():
     """A chat model that searches for an inn and greets in Chinese."""
     rows = [render_chat(t, CHAT) for t in (TALK, [*HELLO, turn("assistant", GREETING)])]
-    with Serving(trained(rows), CHAT, {"search": search, "wait": wait}, temperature=0) as serving:
+    tools = {"search": search, "wait": lambda seconds: seconds}
+    with Serving(trained(rows), CHAT, tools, temperature=0) as serving:
         yield serving
 
 
@@ -152,9 +149,6 @@ def both(create, **request):
             value = json.loads(json.dumps(value or []), parse_float=about)
             assert list(itertools.chain(*sent)) == value
     return whole
-
-
-# ---- OpenAI's client -------------------------------------------------------------------------
 
 
 def test_a_model_calls_a_tool_reads_its_result_and_speaks(chat):
@@ -232,11 +226,8 @@ def test_limits_biases_and_ends_that_a_request_names(chat, text):
         assert chat.chat(**said, extra_body=none).choices[0].message.content == GREETING
     answer = text.write(prompt="it", temperature=0, extra_body={"max_tokens": None})
     assert answer.usage.completion_tokens > 100
-    comma = BYTE.encode("，")[0]
-    for extra, content in (
-        ({"stop_token_ids": [comma]}, "hi 你好"),
-        ({"stop": ["你", "坐"], "min_tokens": 8}, "hi 你好，请"),
-    ):
+    ends, late = {"stop_token_ids": BYTE.encode("，")[:1]}, {"stop": ["你", "坐"], "min_tokens": 8}
+    for extra, content in (ends, "hi 你好"), (late, "hi 你好，请"):
         choice = both(chat.chat, **said, extra_body=extra).choices[0]
         assert (choice.message.content, choice.finish_reason) == (content, "stop")
     for extra in {"min_tokens": count}, {"ignore_eos": True, "max_tokens": count}:
@@ -322,10 +313,7 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
 
 def test_sixteen_at_once_get_what_each_gets_alone(text):
     def write(request):
-        return text.write(**request).choices[0].text
-
-    def stream(request):
-        return "".join(c.choices[0].text for c in text.write(**request, stream=True))
+        return both(text.write, **request).choices[0].text
 
     rng, models = random.Random(5), itertools.cycle(["tiny", "poet", "clerk"])
     asked = [
@@ -336,10 +324,7 @@ def test_sixteen_at_once_get_what_each_gets_alone(text):
     alone = [write(request) for request in asked]
     assert len(set(alone)) > 12
     with ThreadPoolExecutor(16) as pool:
-        assert list(pool.map(write, asked)) == list(pool.map(stream, asked)) == alone
-
-
-# ---- what is refused -------------------------------------------------------------------------
+        assert list(pool.map(write, asked)) == alone
 
 
 def raw(port, content, end=False):
@@ -413,11 +398,8 @@ HOSTS = "evil.example", "localhost.evil.example", "127.0.0.1@evil.example", "", 
 SITES = "http://evil.example", "null", "http://localhost:1", "localhost", ""
 
 
-def chunked(content):
-    """A request whose body is sent in chunks."""
-    return request(f"POST {ASK} HTTP/1.1", "Transfer-Encoding: chunked") + content
-
-
+CHUNKED = request(f"POST {ASK} HTTP/1.1", "Transfer-Encoding: chunked")
+BEGINNINGS = {"header": b"GET / HT", "body": post(ASK, GOOD)[:-9]}
 REFUSED = [  # (request, its status, perhaps that no more is sent)
     *[(post(ASK, body), 400) for body in (
         b"{", b"[]", b"\xff\xfe", b"[" * 10**5, b"{}", b'{"a": "\\ud83d"}',
@@ -429,8 +411,8 @@ REFUSED = [  # (request, its status, perhaps that no more is sent)
     (post(ASK, GOOD, LENGTH + "67", LENGTH + "67"), 411), (request(f"POST {ASK} HTTP/1.1"), 411),
     (post(ASK, GOOD, "Transfer-Encoding: chunked", LENGTH + "67"), 411),
     (request(f"POST {ASK} HTTP/1.1", "Transfer-Encoding: gzip, chunked"), 411),
-    (chunked(b"zz\r\n"), 400), (chunked(b"5\r\nab"), 400, True), (chunked(b"1\r\nabc"), 400),
-    (chunked(b"fffffff\r\n"), 413),
+    (CHUNKED + b"zz\r\n", 400), (CHUNKED + b"5\r\nab", 400, True), (CHUNKED + b"1\r\nabc", 400),
+    (CHUNKED + b"fffffff\r\n", 413),
     *[(post(path, GOOD, f"Host: {host}"), 403) for path in POSTS for host in HOSTS],
     *[(post(path, GOOD, f"Origin: {site}"), 403) for path in POSTS for site in SITES],
     (b"GET / HTTP/1.1\r\n\r\n", 403), (request("GET / HTTP/1.1", "Host: evil.example"), 403),
@@ -444,9 +426,6 @@ REFUSED = [  # (request, its status, perhaps that no more is sent)
     (request("GET / HTTP/1.1", "X: " + "y" * 66000), 431), (bytes(range(256)) * 4, 400, True),
     (b"\r\n\r\n", 0), (b"", 0, True), (b"POST / HT", 400, True), (post(ASK, GOOD)[:60], 411, True),
 ]  # fmt: skip
-
-
-BEGINNINGS = {"header": b"GET / HT", "body": post(ASK, GOOD)[:-9]}
 
 
 def test_bad_requests_are_refused_and_change_nothing(chat, monkeypatch):
@@ -466,23 +445,19 @@ def test_bad_requests_are_refused_and_change_nothing(chat, monkeypatch):
 def test_a_body_in_chunks_is_the_same_request(chat):
     body = json.dumps(GOOD | {"temperature": 0}).encode()
     pieces = [body[:1], body[1:9], body[9:]]
-    content = b"".join(b"%x;a=b\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
-    requests = chunked(content + b"0\r\nTrailer: x\r\n\r\n"), post(ASK, body)
+    chunks = b"".join(b"%x;a=b\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+    requests = CHUNKED + chunks + b"0\r\nTrailer: x\r\n\r\n", post(ASK, body)
     one, other = (fetch(chat.port, request)[2]["choices"] for request in requests)
     assert one == other
 
 
 def test_requests_that_are_much_work_are_refused_or_soon_done(chat, text):
-    """Each body is shorter than the limit."""
     start, turns = time.monotonic(), [turn("user", "a")] * 20_000
     assert fetch(text.port, post(WRITE, {"prompt": [""] * 200_000, "n": 16}))[0] == 400
     assert fetch(chat.port, post(ASK, GOOD | {"messages": turns, "truncation": "auto"}))[0] == 200
     deep = [tool("wait") | {"deep": json.loads("[" * 900 + "]" * 900)}]
     assert fetch(chat.port, post(ASK, GOOD | {"tools": deep}))[0] in (200, 400)
     assert time.monotonic() - start < 30  # seconds if the machine is busy, minutes if quadratic
-
-
-# ---- slow clients, lost clients, failures ----------------------------------------------------
 
 
 @pytest.mark.parametrize("start", [*BEGINNINGS.values(), b"X / HTTP/1.1\r\n\r\n"])
@@ -563,11 +538,9 @@ def test_a_step_that_fails_ends_its_answers_and_not_the_server(text, monkeypatch
     def fail(*_, **settings):
         raise RuntimeError("broken 好")
 
-    request = dict(prompt="it", max_tokens=9)
-    failures = metrics(text.port)["failures_total"]
-    expected = text.write(**request).choices[0].text
-    engine, scheduler = text.engine, text.scheduler
-    cases = (engine, "step", "tiny"), (engine, "add", "tiny"), (scheduler, "activate", "poet")
+    request, failures = dict(prompt="it", max_tokens=9), metrics(text.port)["failures_total"]
+    expected, engine = text.write(**request).choices[0].text, text.engine
+    cases = (engine, "step", "tiny"), (engine, "add", "tiny"), (text.scheduler, "activate", "poet")
     for (owner, name, model), stream in itertools.product(cases, (False, True)):
         with monkeypatch.context() as m, pytest.raises(openai.APIError, match="broken 好"):
             m.setattr(owner, name, fail)
@@ -606,16 +579,10 @@ def test_closing_finishes_what_is_written_and_cuts_what_never_ends(capfd):
     assert capfd.readouterr().err == ""
 
 
-# ---- the process -----------------------------------------------------------------------------
-
-
-SITE = "https://site.example"
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-def test_a_signal_lets_answers_end_and_a_key_is_needed():
-    """The process, with a model that writes letters and never ends."""
-    torch.manual_seed(0)
+def test_a_signal_lets_the_process_end_its_answers_and_a_key_is_needed():
+    """Its model writes letters and never ends."""
+    site = "https://site.example"
     shape = dict(vocab_size=320, context=1 << 16, n_layer=1, n_head=2, d_model=16, head_bias=True)
     model = lm.Transformer(lm.Config(**shape))
     with torch.no_grad():
@@ -624,16 +591,16 @@ def test_a_signal_lets_answers_end_and_a_key_is_needed():
     Path("run").mkdir()
     lm.save_checkpoint(Path("run/best.pt"), content | {"tokenizer": CHAT.spec})
     command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", "run", "--serve", "0"]
-    command += ["--slots", "3", "--cors", SITE, "--host", "0.0.0.0", "--api_key", "k1"]
+    command += ["--slots", "3", "--cors", site, "--host", "0.0.0.0", "--api_key", "k1"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=env, **pipes) as p:
         port = int(re.fullmatch(r"http://[\d.]+:(\d+)/\n", p.stdout.readline())[1])
         assert [get(port, path)[0] for path in ("/v1/models", "/", "/health")] == [401, 200, 200]
-        key, site, body = "Authorization: Bearer k1", f"Origin: {SITE}", GOOD | {"model": "run"}
-        status, headers, _ = fetch(port, post(ASK, body, key, site))
-        assert (status, headers["Access-Control-Allow-Origin"]) == (200, SITE)
-        status, headers, _ = fetch(port, request(f"OPTIONS {ASK} HTTP/1.1", site))
+        key, origin, body = "Authorization: Bearer k1", f"Origin: {site}", GOOD | {"model": "run"}
+        status, headers, _ = fetch(port, post(ASK, body, key, origin))
+        assert (status, headers["Access-Control-Allow-Origin"]) == (200, site)
+        status, headers, _ = fetch(port, request(f"OPTIONS {ASK} HTTP/1.1", origin))
         assert status == 204 and "Access-Control-Allow-Headers" in headers
         create = functools.partial(client(port, "k1").chat.completions.create, **body)
         stream = create(max_tokens=600, stream=True)
@@ -650,21 +617,17 @@ def test_a_signal_lets_answers_end_and_a_key_is_needed():
 
 def test_what_cannot_be_served_is_one_line(chat, monkeypatch):
     monkeypatch.delenv("SCRATCHLM_API_KEY", raising=False)
-    monkeypatch.setattr(sample, "load", lambda *args: (chat.model, CHAT, Path("tiny.pt")))
-    for flags, words in (
-        (["--serve", str(chat.port)], "cannot be used"),
-        (["--serve", "0", "--host", "0.0.0.0"], "give it an --api_key"),
-    ):
+    loaded = chat.model, CHAT, Path("tiny.pt")
+    monkeypatch.setattr(sample, "load", lambda *args: loaded)
+    taken, bare = [str(chat.port)], ["0", "--host", "0.0.0.0"]
+    for flags, words in (taken, "cannot be used"), (bare, "give it an --api_key"):
         with pytest.raises(UserError, match=words) as e:
-            sample.main([*flags, "--no_fast", "--ckpt", "tiny.pt"])
+            sample.main(["--no_fast", "--ckpt", "tiny.pt", "--serve", *flags])
         assert "\n" not in str(e.value)
     args = sample.build_parser().parse_args(["--host", "::1"])  # local: needs no key
-    assert sample.make_service(chat.model, CHAT, Path("tiny.pt"), args, None).key is None
+    assert sample.make_service(*loaded, args, None).key is None
     monkeypatch.setenv("SCRATCHLM_API_KEY", "k1")
-    assert sample.make_service(chat.model, CHAT, Path("tiny.pt"), args, None).key == "k1"
-
-
-# ---- figures and the page's own routes -------------------------------------------------------
+    assert sample.make_service(*loaded, args, None).key == "k1"
 
 
 def test_figures_count_what_was_asked(chat):
@@ -687,16 +650,15 @@ def test_choices_are_rows_that_finetune_reads(chat):
     good = [CHOICE, CHOICE | {"prompt": talk}, {"prompt": "学", "chosen": "a", "rejected": "b"}]
     for n, row in enumerate(good, start=1):
         assert fetch(chat.port, post("/page/choose", row))[::2] == (200, {"count": n})
-    bad = [CHOICE | {"rejected": "hi 你好"}, CHOICE | {"chosen": " "}, CHOICE | {"prompt": []}]
-    for row in (*bad, {}, {"prompt": "a", "chosen": "b"}, CHOICE | {"prompt": [turn("x", "y")]}):
+    bad = [{"rejected": "hi 你好"}, {"chosen": " "}, {"prompt": []}, {"prompt": [turn("x", "y")]}]
+    for row in ({}, {"prompt": "a", "chosen": "b"}, *(CHOICE | wrong for wrong in bad)):
         assert fetch(chat.port, post("/page/choose", row))[0] == 400
-    info = get(chat.port, "/page/info")[2]["choices"]
-    assert info["count"] == 3 and info["file"] == str(Path("out/choices.jsonl"))
+    info, file = get(chat.port, "/page/info")[2]["choices"], Path("out/choices.jsonl")
+    assert info == info | {"count": 3, "file": str(file)}
     kind, splits, _ = load_data(info["file"])
     assert kind == "prefer" and len(splits["train"]) + len(splits["val"]) == 3
-    Path("out/choices.jsonl").unlink()
-    Path("out").rmdir()
-    Path("out").write_text("no folder", encoding="utf-8")  # an error that is said
+    file.unlink()
+    file.mkdir()  # an error that is said
     assert fetch(chat.port, post("/page/choose", CHOICE))[0] == 500
 
 

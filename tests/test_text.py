@@ -33,8 +33,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
     *(("gbk", b"", text) for text in ("床前明月光，", "城市\n北京\n上海", "问题0,答案0\n")),
 ])
 def test_encodings_are_recognised(encoding, start, text, block, monkeypatch):
-    """With blocks of 5 bytes nearly every character is cut somewhere."""
-    set_block(monkeypatch, block)
+    set_block(monkeypatch, block)  # 5 bytes: nearly every character is cut somewhere
     Path("a.txt").write_bytes(start + text.encode(encoding))
     assert pieces_of("a.txt") == [text]
 
@@ -59,17 +58,16 @@ def test_what_gb18030_would_turn_into_other_characters_is_refused(encoding, text
     assert pieces_of("a.txt", encoding=encoding) == [text]
 
 
-def test_line_ends_become_newlines(monkeypatch):
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+def test_line_ends_become_newlines(block, monkeypatch):
+    set_block(monkeypatch, block)
     Path("a.txt").write_bytes(b"one\r\ntwo\rthree\n\r\n\r")
-    for block in (1, 3, 1 << 20):
-        set_block(monkeypatch, block)
-        assert pieces_of("a.txt") == ["one\ntwo\nthree\n\n\n"]
+    assert pieces_of("a.txt") == ["one\ntwo\nthree\n\n\n"]
 
 
 @pytest.mark.parametrize("size, at", [(30_000, 3_000), (1_500_000, 1_200_000), (60_000, 59_997)])
 @pytest.mark.parametrize("damage", [b"\xff", b"\xc0", b"A", b"\xe4\xb8A", b""])
-def test_a_damaged_chinese_file_is_named_with_its_byte(size, at, damage):
-    """It must not pass for GB18030, and that byte is at that offset in a hex editor."""
+def test_a_damaged_chinese_file_does_not_pass_for_gb18030_and_its_byte_is_named(size, at, damage):
     data = ("学而时习之不亦说" * (size // 24 + 1)).encode()[:size]
     lead = at + 1 if damage == b"A" else at
     data = data[:lead] + damage + data[lead + len(damage) :]
@@ -152,17 +150,16 @@ def test_a_json_line_without_text_is_named(monkeypatch):
 
 
 def test_a_json_list_is_read_as_its_rows_are():
+    human, user = {"from": "human", "value": "h"}, {"role": "user", "content": "q"}
     rows = [
-        "plain", {"text": "t"}, [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}],
+        "plain", {"text": "t"}, [human, {"from": "gpt", "value": "你好"}],
         {"instruction": "i", "input": "", "output": "o"},
         {"system": "s", "history": [["h", "g"]], "instruction": "i", "input": "n", "output": "o"},
-        {"id": 1, "items": [{"from": "human", "value": "你好"}]},
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-        {"messages": [{"role": "user", "content": "q"}, {"content": None, "tool_calls": [5]}]},
+        {"id": 1, "items": [human]}, {"messages": [user, {"role": "assistant", "content": "a"}]},
+        {"messages": [user, {"content": None, "tool_calls": [5]}]},
         [{"role": "search", "arguments": {}}, {"role": "return", "records": []}],
     ]
-    wanted = ["plain", "t", "hi\nho", "i\no", "s\nh\ng\ni\nn\no", "你好", "q\na", "q\n[5]"]
-    wanted.append("{}\n[]")
+    wanted = ["plain", "t", "h\n你好", "i\no", "s\nh\ng\ni\nn\no", "h", "q\na", "q\n[5]", "{}\n[]"]
     Path("a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert pieces_of("a.jsonl") == wanted
     Path("zip.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
@@ -222,8 +219,7 @@ def test_a_damaged_gz_or_zip_is_named():
             pieces_of("a.zip")
 
 
-def test_a_separator_keeps_the_documents_of_a_file_apart():
-    """However blocks are cut; without one the same text is one document."""
+def test_a_separator_keeps_documents_apart_however_blocks_are_cut():
     text = "<|endoftext|>\n".join(["一 story\n", "\n", "two\nlines\n", "three"])
     for size in (1, 5, 20, 1000):
         blocks = [text[i : i + size] for i in range(0, len(text), size)]

@@ -18,37 +18,27 @@ from prepare_data import make_tokenizer, prepare
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 KINDS = ("byte", "char", "bpe:700", "bpe-han:500", "gpt2", "cl100k_base")
-made = {}  # name -> tokenizer
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", params=KINDS)
 def tokenizer(request):
     if request.param in ("gpt2", "cl100k_base") and not TIKTOKEN.is_dir():
         pytest.skip(f"no tiktoken vocabularies in {TIKTOKEN}")
-    if request.param not in made:
-        documents = [("", [text * 3]) for text in TEXTS.values()]
-        made[request.param] = make_tokenizer(request.param, documents, 1)
-    return made[request.param]
+    return make_tokenizer(request.param, [("", [text * 3]) for text in TEXTS.values()], 1)
 
 
 def tokenizers_of(*kinds):
     return pytest.mark.parametrize("tokenizer", kinds, indirect=True)
 
 
-every_tokenizer = tokenizers_of(*KINDS)
-
-
-@every_tokenizer
-@pytest.mark.parametrize("language", TEXTS)
-def test_round_trip(tokenizer, language):
-    text = TEXTS[language] * 2
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert max(ids) < tokenizer.n_vocab
-    assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
-    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+def test_round_trip(tokenizer):
     again = Tokenizer(json.loads(json.dumps(tokenizer.spec)))
-    assert (again.encode(text), again.n_vocab) == (ids, tokenizer.n_vocab)
+    for text in TEXTS.values():
+        ids = tokenizer.encode(text := text * 2)
+        assert tokenizer.decode(ids) == text and max(ids) < tokenizer.n_vocab == again.n_vocab
+        assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+        assert again.encode(text) == ids
 
 
 def test_an_unknown_character_is_a_replacement_character_and_counted(capsys):
@@ -71,12 +61,10 @@ def test_ids_equal_tiktokens(name):
     assert (t.n_vocab, t.eos_id) == (reference.n_vocab, reference.eot_token)
 
 
-@every_tokenizer
 def test_the_name_of_a_special_token_is_ordinary_text(tokenizer):
     text = "a<|endoftext|>b<|fim_prefix|>"
     ids = tokenizer.encode(text)
-    assert tokenizer.eos_id not in ids
-    assert tokenizer.byte_lengths[ids].min() > 0
+    assert tokenizer.eos_id not in ids and tokenizer.byte_lengths[ids].min() > 0
     if tokenizer.spec["kind"] != "char":
         assert tokenizer.decode(ids) == text
     if tokenizer.name == "byte":
@@ -98,27 +86,16 @@ def test_runs_too_long_for_tiktokens_regex_have_the_ids_they_would_have(tokenize
 
 
 @tokenizers_of("bpe:700", "gpt2", "cl100k_base")
-@pytest.mark.parametrize("language", TEXTS)
 @pytest.mark.parametrize("block", [64, 333])
-def test_a_stream_of_pieces_has_the_tokens_of_the_whole(tokenizer, language, block, monkeypatch):
+def test_a_stream_of_pieces_has_the_tokens_of_the_whole(tokenizer, block, monkeypatch):
     set_block(monkeypatch, block)
-    text = TEXTS[language] * 60
-    if language == "code":
-        text = (ROOT / "prepare_data.py").read_text(encoding="utf-8")
-    pieces = list(safe_pieces(re.findall(f"(?s:.{{1,{block}}})", text)))
-    assert "".join(pieces) == text
-    assert len(pieces) > 5
-    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
-
-
-def test_a_document_without_any_place_to_cut_still_comes_in_bounded_pieces(monkeypatch):
-    set_block(monkeypatch, 100)
-    pieces = list(safe_pieces(["x" * 100] * 95))
-    assert "".join(pieces) == "x" * 9500
-    assert max(map(len, pieces)) <= 800
-
-
-# ---- training a BPE --------------------------------------------------------------------------
+    code = (ROOT / "prepare_data.py").read_text(encoding="utf-8")
+    for text in (code, *(text * 60 for text in TEXTS.values())):
+        pieces = list(safe_pieces(re.findall(f"(?s:.{{1,{block}}})", text)))
+        assert "".join(pieces) == text and len(pieces) > 5
+        assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+    pieces = list(safe_pieces(["x" * block] * 95))  # without any place to cut: bounded all the same
+    assert "".join(pieces) == "x" * 95 * block and max(map(len, pieces)) <= 8 * block
 
 
 def naive_bpe(counts, size):
@@ -148,11 +125,9 @@ def naive_bpe(counts, size):
 def test_train_bpe_equals_recounting_everything(alphabet):
     """Few letters make runs like aaaa, and ties at nearly every step."""
     for seed in range(10):
-        rng = random.Random(seed)
-        counts = {}
+        rng, counts = random.Random(seed), {}
         for _ in range(rng.choice([3, 20, 60])):
-            piece = bytes(rng.choices(alphabet, k=rng.randint(1, 14)))
-            counts[piece] = rng.randint(1, 9)
+            counts[bytes(rng.choices(alphabet, k=rng.randint(1, 14)))] = rng.randint(1, 9)
         counts[bytes(rng.choices(alphabet, k=300))] = 1  # as of a text without blanks
         for size in (256, 260, 300):
             assert train_bpe(counts, size) == naive_bpe(counts, size)
@@ -161,11 +136,10 @@ def test_train_bpe_equals_recounting_everything(alphabet):
 def test_a_sample_of_a_large_corpus_reaches_all_of_it(monkeypatch):
     monkeypatch.setattr("data.tokenizer.BPE_SAMPLE", 1000)
     pieces = ["front front front ", "skipped skipped "] * 25
-    pieces += ["later later later ", "skipped skipped "] * 25
+    pieces += ["later later later ", "skipped skipped "] * 25  # every second piece is counted
     spec = learn_bpe(280, [("", pieces)], sum(map(len, pieces)))
     tokens = [base64.b64decode(t) for t in spec["tokens"]]
-    assert b" front" in tokens and b" later" in tokens
-    assert not [t for t in tokens if b"sk" in t], "it is to count every second piece"
+    assert {b" front", b" later"} <= {*tokens} and not [t for t in tokens if b"sk" in t]
 
 
 def test_a_value_has_the_same_tokens_wherever_it_stands():
