@@ -34,7 +34,7 @@ from data.analogy import analogy, bert_words
 from data.chat import common_length, get_template
 from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
 from data.graphs import GraphedSteps
-from data.machine import DTYPES, choose_device, dtype_name, native_dtype
+from data.machine import DTYPES, choose_device, native_dtype
 from data.matmul import make_fast, timing_lines
 from data.progress import watched
 from data.reply import TextStream
@@ -797,8 +797,7 @@ def build_parser():
     add("--stop", action="append", help="end at this text; may be given several times")
     add("--seed", type=between(0, 2**50, int), help="of the drawing (default: a new one each time)")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
-    add("--dtype", default="auto", type=dtype_name,
-        choices=("auto", "fp32", "bf16", "fp16", "int8"),
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16", "int8"),
         help="of the weights (default auto: on CUDA bf16, or fp16 before Ampere; else fp32); "
         "int8 is for CPUs")
     add("--no_fast", action="store_true", help="keep PyTorch's own Linear layers on a CPU")

@@ -42,9 +42,9 @@ from torch import nn
 import model as lm
 from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 from data.costs import check_memory, memory_needed
-from data.machine import DTYPES, dtype_name, full_tensor, is_sharded, make_runtime, shard_like
+from data.machine import DTYPES, full_tensor, is_sharded, make_runtime, shard_like
 from data.progress import waiting, watched
-from data.runs import Log, clock, eval_line, newest_run, run_data, run_folder, step_line
+from data.runs import Log, clock, eval_line, newest_run, run_folder, run_settings, step_line
 from data.tokenizer import Tokenizer
 from prepare_data import data_hashes, find_data, other_tokenizer, read_meta, read_tokens
 
@@ -839,8 +839,7 @@ def add_machine(add):
     add("--resume", nargs="?", const="", help="continue this run (default: the newest one)")
     add("--seed", type=at_least(0), help="of weights, adapters, batches and dropout")
     add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
-    add("--dtype", type=dtype_name,
-        help="auto (default), fp32, bf16, fp16: precision of matrix products")
+    add("--dtype", help="auto (default), fp32, bf16, fp16: precision of matrix products")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile the model (default: on GPUs since Ampere)")
     add("--grad_checkpoint", action="store_true", default=None, help="less memory, slower")
@@ -957,7 +956,7 @@ def resolve(args):
         if "ckpt" in given and (changed := sorted(shape & set(given) - {"ckpt", "context"})):
             raise UserError(f"--{changed[0]} cannot be given with --ckpt, which brings its shape")
         preset, optimizer = given.get("preset", "tiny"), given.get("optimizer", "adamw")
-        data = (args.eval_only and run_data(args.ckpt)) or "stdlib"
+        data = (args.eval_only and run_settings(args.ckpt).get("data")) or "stdlib"
         settings = {"data": data, "preset": preset} | RECIPE | optimizer_rates()
         settings |= RECIPE_CHANGES.get(optimizer, {}) | RECIPE_CHANGES.get(preset, {})
         if "ckpt" in given:  # rates follow from the model's size, see `settle`

@@ -88,12 +88,13 @@ gradient_accumulation_steps accumulation_steps, eval_every: eval_interval eval_s
 save_interval save_steps, log_every: log_interval logging_steps, patience: early_stopping_patience,
 best_by: metric_for_best_model, best_by=val_loss: metric_for_best_model=eval_loss, grad_checkpoint:
 gradient_checkpointing, compile: torch_compile, shard: fsdp, device=cpu: use_cpu no_cuda, dtype:
-torch_dtype, dtype=fp16: fp16 half, dtype=bf16: bf16, quantize=nf4: load_in_4bit quantization_bit=4,
-quantize=int8|dtype=int8: load_in_8bit quantization_bit=8, lora_rank=8: finetuning_type=lora,
-lora_rank=0: finetuning_type=full, lora_rank=16: use_peft, lora_rank: lora_r, lora_targets:
-target_modules lora_target lora_target_modules, lora_targets=all: target_modules=all-linear
-lora_target_modules=all-linear, objective=sft: stage=sft, objective=dpo: stage=dpo,
-objective=reward: stage=rm, dpo_beta: pref_beta beta, reward: reward_funcs, samples:
+torch_dtype, dtype=fp16: fp16 half dtype=float16 torch_dtype=float16, dtype=bf16: bf16
+dtype=bfloat16 torch_dtype=bfloat16, dtype=fp32: dtype=float32 torch_dtype=float32, quantize=nf4:
+load_in_4bit quantization_bit=4, quantize=int8|dtype=int8: load_in_8bit quantization_bit=8,
+lora_rank=8: finetuning_type=lora, lora_rank=0: finetuning_type=full, lora_rank=16: use_peft,
+lora_rank: lora_r, lora_targets: target_modules lora_target lora_target_modules, lora_targets=all:
+target_modules=all-linear lora_target_modules=all-linear, objective=sft: stage=sft, objective=dpo:
+stage=dpo, objective=reward: stage=rm, dpo_beta: pref_beta beta, reward: reward_funcs, samples:
 num_generations, prompt: start, max_new_tokens: max_tokens max_completion_tokens n_predict,
 num_samples: num_return_sequences n, beams: num_beams, temperature=0: do_sample=false, temperature:
 temp, repetition_penalty: repeat_penalty, stop: stop_strings, system: system_prompt, serve: port,

@@ -62,21 +62,17 @@ FAMILIES = {
         activation:'swiglu' qkv_bias=add_qkv_bias:False out_bias,ff_bias=add_bias_linear:False
         eps=layernorm_epsilon:1e-5 rope_theta=rope_ratio:1.0 rotary_share:0.5""",
 }  # fmt: skip
-# Those that transformers has no class of, so that we write none
-TRAINING = ("dropout", "init", "router_aux_loss_coef")  # fields without effect on a trained model
-READ_ONLY = ("minicpm", "internlm2", "baichuan", "chatglm")
+READ_ONLY = ("minicpm", "internlm2", "baichuan", "chatglm")  # transformers has no class of them
 CLASSES = dict(gpt2="GPT2LMHeadModel", gpt_neox="GPTNeoXForCausalLM")
 CLASSES["qwen3_moe"] = "Qwen3MoeForCausalLM"
 CLASSES["gemma3_text"] = "Gemma3ForCausalLM"  # of the others: LlamaForCausalLM, for example
+TRAINING = ("dropout", "init", "router_aux_loss_coef")  # fields without effect on a trained model
+ALL_WINDOWED = ("mistral", "mixtral", "phi3")
 # Whether layer i has a window, given the other fields, if layer_types does not say so
-WINDOWED = {
-    "mistral": lambda i, values: True,
-    "mixtral": lambda i, values: True,
-    "phi3": lambda i, values: True,
-    "qwen2": lambda i, values: i >= values.get("max_window_layers", 28),
-    "qwen3": lambda i, values: i >= values.get("max_window_layers", 28),
-    "gemma3_text": lambda i, values: (i + 1) % values.get("sliding_window_pattern", 6) > 0,
-}
+WINDOWED = dict.fromkeys(ALL_WINDOWED, lambda i, values: True)
+WINDOWED["qwen2"] = lambda i, values: i >= values.get("max_window_layers", 28)
+WINDOWED["qwen3"] = WINDOWED["qwen2"]
+WINDOWED["gemma3_text"] = lambda i, values: (i + 1) % values.get("sliding_window_pattern", 6) > 0
 FULL, SLIDING = "full_attention", "sliding_attention"
 _TANH = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh")
 PLAIN = _TANH | dict(gelu="gelu", relu="relu")
@@ -84,12 +80,10 @@ GATED = dict(silu="swiglu", swish="swiglu", gelu_pytorch_tanh="geglu_tanh")
 # Fields whose value is another form of ours: ours from theirs, and back, given our other fields
 CONVERTED = {
     "logits_scaling": (lambda v, c: 1 / v, lambda v, c: 1 / v),
-    "attention_multiplier": (
-        lambda v, c: v * c["head_size"] ** 0.5, lambda v, c: v / c["head_size"] ** 0.5
-    ),
-    "query_pre_attn_scalar": (
-        lambda v, c: (c["head_size"] / v) ** 0.5, lambda v, c: round(c["head_size"] / v**2)
-    ),
+    "attention_multiplier": (lambda v, c: v * c["head_size"] ** 0.5,
+                             lambda v, c: v / c["head_size"] ** 0.5),
+    "query_pre_attn_scalar": (lambda v, c: (c["head_size"] / v) ** 0.5,
+                              lambda v, c: round(c["head_size"] / v**2)),
     "scale_depth": (lambda v, c: v / c["n_layer"] ** 0.5, None),
     "dim_model_base": (lambda v, c: v / c["d_model"], None),
     "rope_ratio": (lambda v, c: 10000.0 * v, None),
@@ -289,7 +283,7 @@ def fields_to_hf(config, family):
         values["original_max_position_embeddings"] = c["context"]
     if c["window"] and family in WINDOWED:
         values["sliding_window"] = c["window"]
-        if family not in ("mistral", "mixtral", "phi3"):
+        if family not in ALL_WINDOWED:
             layers = c["window_layers"] or [True] * c["n_layer"]
             values["layer_types"] = [SLIDING if windowed else FULL for windowed in layers]
         if "qwen" in family:

@@ -10,17 +10,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from data import hf_tokenizer
 from data.cli import UserError
 from data.download import WEIGHTS, weight_files
 from data.files import read_json, write_json
 from data.hf_config import config_from_hf, config_to_hf
-from data.hf_tokenizer import (
-    find_tokenizer,
-    generation_config,
-    hub_tokenizer,
-    tokenizer_config,
-    tokenizer_json,
-)
 from data.tensors import Safetensors, fit_error, load_pt, write_safetensors
 from data.tokenizer import Tokenizer
 
@@ -173,20 +167,6 @@ def untied(tensors, config):
     return {n: t for n, t in tensors.items() if n != "head.weight" or not config["tied"]}
 
 
-def write_model(folder, values, config, state):
-    """Write config.json and model.safetensors of a model with the fields `config` and the tensors
-    `state`, by our names."""
-    written, dtype, family = {}, state["embed.weight"].dtype, values["model_type"]
-    for theirs, parts in layout(family, config, untied(state, config)).items():
-        ours = [state[n] for n in parts]
-        if family in PLUS_ONE and "norm" in theirs:
-            ours = [tensor.float() - 1 for tensor in ours]
-        tensor = torch.cat(ours)[torch.cat(list(parts.values())).argsort()]
-        written[theirs] = transposed(next(iter(parts)), tensor, family).to(dtype)
-    write_safetensors(folder / "model.safetensors", written)
-    write_json(folder / "config.json", values | {"torch_dtype": str(dtype).removeprefix("torch.")})
-
-
 def load(folder, complete, meta_state, dtype=None):
     """The checkpoint dict {"config", "model", "tokenizer"} of a folder in Hugging Face's layout,
     which may lack a tokenizer. Tensors that need no change stay on disk until they are touched;
@@ -195,8 +175,8 @@ def load(folder, complete, meta_state, dtype=None):
     family, config = config_from_hf(read_json(where), complete, where, verbose=True)
     content = {"config": config}
     content["model"] = read_state(folder, family, config, meta_state(config), dtype)
-    if find_tokenizer(folder):
-        content["tokenizer"] = hub_tokenizer(folder)
+    if hf_tokenizer.find_tokenizer(folder):
+        content["tokenizer"] = hf_tokenizer.hub_tokenizer(folder)
     return content
 
 
@@ -219,13 +199,21 @@ def nearest_model(content, complete, meta_state):
 def export(content, folder, complete, meta_state):
     """Write a checkpoint's model, and its tokenizer if it has one, as transformers reads them;
     returns config.json as a dict."""
-    values, nearest, state, tokenizer = nearest_model(content, complete, meta_state)
+    values, config, state, tokenizer = nearest_model(content, complete, meta_state)
     if tokenizer:
         values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
-        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
-        write_json(folder / "generation_config.json", generation_config(tokenizer))
-    write_model(folder, values, nearest, state)
+        write_json(folder / "tokenizer.json", hf_tokenizer.tokenizer_json(tokenizer))
+        write_json(folder / "tokenizer_config.json", hf_tokenizer.tokenizer_config(tokenizer))
+        write_json(folder / "generation_config.json", hf_tokenizer.generation_config(tokenizer))
+    written, dtype, family = {}, state["embed.weight"].dtype, values["model_type"]
+    for theirs, parts in layout(family, config, untied(state, config)).items():
+        ours = [state[n] for n in parts]
+        if family in PLUS_ONE and "norm" in theirs:
+            ours = [tensor.float() - 1 for tensor in ours]
+        tensor = torch.cat(ours)[torch.cat(list(parts.values())).argsort()]
+        written[theirs] = transposed(next(iter(parts)), tensor, family).to(dtype)
+    write_safetensors(folder / "model.safetensors", written)
+    write_json(folder / "config.json", values | {"torch_dtype": str(dtype).removeprefix("torch.")})
     return values
 
 
@@ -242,12 +230,10 @@ def write_peft(content, weights, family, config, folder, base=None):
     with zero rows in B for one that has none, and n alpha, so that alpha / rank stays the same.
     """
     adapter, state = content["adapter"], content["model"]
-    if adapter["modules_to_save"] or adapter["quantize"]:
-        raise UserError(
-            "peft cannot express new special tokens or a quantized base: merge and export the model"
-        )
-    if any(".feed_forward.experts." in name or ".router." in name for name in state):
-        raise UserError("peft knows no adapters of single experts: merge and export the model")
+    experts = any(".feed_forward.experts." in name or ".router." in name for name in state)
+    if adapter["modules_to_save"] or adapter["quantize"] or experts:
+        what = "adapters of single experts, new special tokens or a quantized base"
+        raise UserError(f"peft cannot express {what}: merge and export the model")
     tensors, counts = {}, {}
     weights = {name: t for name, t in weights.items() if name.endswith(".weight")}
     for module, parts in layout(family, config, weights).items():

@@ -14,11 +14,6 @@ from data.cli import UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def dtype_name(text):
-    """The argparse type of --dtype: torch's names become ours (bfloat16 -> bf16), others stay."""
-    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(text, text)
-
-
 def choose_device(name=None):
     """The torch.device called `name`; for None or "auto" CUDA, Apple's MPS or the CPU, whichever is
     there first. Each torchrun process uses its own GPU. UserError if it cannot be used here."""

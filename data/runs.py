@@ -21,11 +21,13 @@ def newest_run():
     return max(paths, key=lambda p: p.stat().st_mtime).parent
 
 
-def run_data(ckpt):
-    """The data of the run whose folder or checkpoint is `ckpt`; None if it is not a run's."""
-    folder = Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / "settings.json").read_text(encoding="utf-8")).get("data")
+def run_settings(path):
+    """The settings of the run whose folder or checkpoint is `path`; {} if it is not a run's."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    with contextlib.suppress(OSError):
+        text = (folder / "settings.json").read_text(encoding="utf-8", errors="replace")
+        return next(json_lines(text.replace("\n", " ")), {})
+    return {}
 
 
 def new_run(name):
@@ -89,17 +91,13 @@ def run_list():
 
 def read_run(name, most=600):
     """{"name", "settings", "rows"} of a run, with about `most` of its rows of training steps."""
-    folder, settings = OUT / name, {}
-    with contextlib.suppress(OSError):
-        text = (folder / "settings.json").read_text(encoding="utf-8")
-        settings = next(json_lines(text.replace("\n", " ")), {})
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    text = (OUT / name / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
     rows = list(json_lines(text))
     steps = [r for r in rows if "loss" in r]
     every = max(1, len(steps) // most)
     kept = {id(r) for r in steps[-1 % every :: every] + steps[-1:]}
     rows = [r for r in rows if "loss" not in r or id(r) in kept]
-    return {"name": name, "settings": settings, "rows": rows}
+    return {"name": name, "settings": run_settings(OUT / name), "rows": rows}
 
 
 class Log:

@@ -77,16 +77,15 @@ class SentencePiece:
             # Gemma's splits at spaces, of which its normalizer has left none
             elif step.get("pattern") != {"String": " "} or TO_SPACE not in self.steps:
                 raise ValueError(f"pre_tokenizer {step['type']} can't be read with this model")
-        inside = sorted(ord(a) << 32 | ord(b) for a, b in inside)
-        self.inside = np.array([*inside, 1 << 62])
+        self.inside = np.array([*sorted(ord(a) << 32 | ord(b) for a, b in inside), 1 << 62])
         ends = {s["type"]: s.get("prepend_scheme") for s in steps_of(data, "decoder")}
         self.drops = "Strip" in ends or ends.get("Metaspace", "never") != "never"
 
         place = "text" if scores else None
-        normalized = {self.normalize(w, place): i for w, i in words.items() if w in late}
-        longest_first = sorted(normalized, key=len, reverse=True)
+        self.normalized = {self.normalize(w, place): i for w, i in words.items() if w in late}
+        longest_first = sorted(self.normalized, key=len, reverse=True)
         self.find_late = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        self.normalized, pieces = normalized, [*(vocab | added).items(), *normalized.items()]
+        pieces = [*(vocab | added).items(), *self.normalized.items()]
         self.tokens = {i: piece.replace(SPACE, " ").encode() for piece, i in pieces}
         self.tokens |= {i: bytes([b]) for b, i in enumerate(self.bytes)}
         self.tokens |= {self.unknown: "\ufffd".encode()}
@@ -177,16 +176,11 @@ class SentencePiece:
         return text.removeprefix(b" " if self.drops else b"")
 
 
-# --------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------
-
 KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
-ENDS = (24, 0), (41, 1), (42, 2)  # fields: is ▁ behind words?; the ids at the ends of a text
 # Spaces at both ends of a text, and several in a row, are dropped if the file says so
-TRIM = [{"Regex": r"(?<![\s\S]) +| +(?![\s\S])"}, {"Regex": " +(?= )"}]
-TRIM = [{"type": "Replace", "pattern": pattern, "content": ""} for pattern in TRIM]
+SPACES = {"Regex": r"(?<![\s\S]) +| +(?![\s\S])| +(?= )"}
+TRIM = {"type": "Replace", "pattern": SPACES, "content": ""}
 FROM_SPACE = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 # What the code of ChatGLM2 and ChatGLM3 puts behind the vocabulary; no file of theirs says so
@@ -222,7 +216,7 @@ def read_model(path, config):
             pieces.append((p[1][0].decode(), score, p[3][0] if 3 in p else NORMAL))
         kind, types = KINDS[trainer.get(3, [1])[0]], {t for *_, t in pieces}
         puts, trims, escapes = (normalizer.get(n, [1])[0] for n in (3, 4, 5))
-        suffixes, bos, eos = (trainer.get(n, [usual])[0] for n, usual in ENDS)
+        suffixes, bos, eos = (trainer.get(n, [m])[0] for n, m in ((24, 0), (41, 1), (42, 2)))
     except (IndexError, KeyError, TypeError, ValueError, struct.error, RecursionError) as e:
         raise UserError(f"{path} is no model of SentencePiece's, or is damaged") from e
     if kind != "BPE" or any(normalizer.get(2, [])) or suffixes or not escapes or UNUSED in types:
@@ -245,7 +239,7 @@ def read_model(path, config):
     unknown = next((p for p, _, t in pieces if t == UNKNOWN), None)
     front = {"type": "Metaspace", "prepend_scheme": "first" if puts else "never", "split": False}
     legacy = config.get("legacy") is not False  # else only the text's start has a space in front
-    steps = TRIM * trims + ([IN_FRONT] * puts + [TO_SPACE]) * legacy
+    steps = [TRIM] * trims + ([IN_FRONT] * puts + [TO_SPACE]) * legacy
     back = [FROM_SPACE, {"type": "ByteFallback"}, {"type": "Fuse"}] + [STRIP] * puts
     model = {"type": "BPE", "vocab": vocab, "merges": [], "scores": scores, "unk_token": unknown}
     return {

@@ -1,6 +1,5 @@
 """What a server answers: OpenAI's API, the page, and what the page asks for."""
 import base64
-import contextlib
 import json
 import os
 import re
@@ -11,9 +10,8 @@ from data.answer import ApiError
 from data.api import Api
 from data.chat import tool_call
 from data.cli import UserError
-from data.files import read_json
 from data.rows import to_example
-from data.runs import OUT, read_run, run_list
+from data.runs import OUT, read_run, run_list, run_settings
 from data.tokenizer import labels_of
 from data.tools import call_tool
 
@@ -49,9 +47,7 @@ class Service:
         self.tools, self.classify, self.draw = tools, classify if labels else None, draw
         self.requests, self.lock = 0, threading.Lock()
         command = f"python finetune.py --ckpt {ckpt} --data {CHOICES}"
-        folder, run = Path(args.adapter[-1] if args.adapter else ckpt), {}
-        with contextlib.suppress(UserError):
-            run = read_json((folder.parent if folder.suffix == ".pt" else folder) / "settings.json")
+        run = run_settings(args.adapter[-1] if args.adapter else ckpt)
         self.info = {  # what the page shows
             "kind": "classifier" if labels else "chat" if self.api.template else "base",
             "models": self.api.names,

@@ -34,8 +34,6 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 SMALL |= dict(num_key_value_heads=1, max_position_embeddings=64)
 
@@ -69,13 +67,10 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture
-def run(hub, tmp_path, monkeypatch, capsys):
+def run(hub, elsewhere, monkeypatch, capsys):
     """Runs a script's main in an empty folder, with the hub; returns its output, or with code=2 its
     error."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", hub[0])
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("SCRATCHLM_MIRROR", raising=False)
 
     def call(script, *flags, code=0, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))

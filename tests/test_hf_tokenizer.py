@@ -104,8 +104,6 @@ def assert_same(tokenizer, theirs, texts=ALL_TEXTS):
         assert tokenizer.decode(want) == theirs.decode(want, skip_special_tokens=False)
 
 
-# ---- In -------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("nfc", [False, True], ids=["plain", "nfc"])
 @pytest.mark.parametrize("step", STEPS)
 def test_ids_of_a_trained_tokenizer_are_theirs(step, nfc):
@@ -204,25 +202,21 @@ def test_gaps_between_ids_have_no_token():
     assert t.decode(t.encode("<b> text")) == "<b> text" and 403 not in t.encode("<b> text")
 
 
-@pytest.fixture(scope="module", params=["gpt2", "qwen2", "smollm2"])
-def with_words(request):
-    """A tokenizer of theirs with words of all kinds, which overlap each other and its tokens."""
-    theirs = trained(request.param, nfc=request.param == "qwen2", front=["<s>"])
+@pytest.mark.parametrize("step", ["gpt2", "qwen2", "smollm2"])
+def test_added_words_are_cut_out_of_text(step):
+    """Words of all kinds, which overlap each other and the tokens."""
+    theirs = trained(step, nfc=step == "qwen2", front=["<s>"])
     words = "covid covid-19 19a 北京 é the _x . <cite> <c ite> 's ²"
     for word in [*words.split(), "  ", "\n\n", "a\nb", " x ", "a b"]:
         theirs.add_tokens([word])
         assert not theirs.get_added_tokens_decoder()[theirs.token_to_id(word)].special
-    return theirs
-
-
-def test_added_words_are_cut_out_of_text(with_words):
-    t, rng = ours(with_words), random.Random(1)
+    t, rng = ours(theirs), random.Random(1)
     parts = [*t.words, " ", "  ", "\n", "\u3000", "\x1c", *"_b9é中\u0301<", "xx"]
     texts = ["".join(rng.choices(parts, k=rng.randint(1, 9))) for _ in range(1000)]
     texts += [*ALL_TEXTS, *(f"x {w} {w}{w}y" for w in t.words)]
     reloaded, again = saved(t, "words"), ours(tokenizer_json(t))
     for text in texts:
-        ids = with_words.encode(text).ids
+        ids = theirs.encode(text).ids
         assert t.encode(text) == again.encode(text) == ids, text
         assert reloaded.encode(text, add_special_tokens=False) == ids, text
     assert again.words == t.words and "<s>" in t.special
@@ -246,8 +240,7 @@ def test_added_words_are_drawn_and_shown_and_special_tokens_are_not():
     assert known[2] not in more.encode("a <cite>") and more.n_vocab == t.n_vocab + 1
 
 
-BEGIN = {"single": "<s> $A", "pair": "<s> $A <s> $B", "special_tokens": [("<s>", 0)]}
-BEGIN = processors.TemplateProcessing(**BEGIN)
+BEGIN = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
 
 
 def test_begin_is_what_stands_in_front():
@@ -257,8 +250,7 @@ def test_begin_is_what_stands_in_front():
         theirs.post_processor = post
         t = ours(theirs)
         assert t.bos_id == 0 and [0, *t.encode("hi you")] == theirs.encode("hi you").ids
-    behind = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    theirs.post_processor = behind
+    theirs.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
     assert ours(theirs).bos_id is None
 
 
@@ -275,8 +267,6 @@ def test_end_of_text_is_what_the_files_say(beside, end):
     t = ours(trained(front=["<s>", "</s>", END, "<u>"]), **beside)
     assert t.eos_id == t.special[end]
 
-
-# ---- Refused --------------------------------------------------------------------------------
 
 PLAIN = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 ISOLATED = {"type": "Split", "behavior": "Isolated", "invert": False}
@@ -354,8 +344,6 @@ def test_what_is_no_json_object_is_said_so(good, name):
     with pytest.raises(UserError, match=r"empty.tokenizer\.json is missing"):
         hub_tokenizer("empty")
 
-
-# ---- Out ------------------------------------------------------------------------------------
 
 def make(name):
     if name == "hf":  # with everything: NFC, digits, specials in front, a begin

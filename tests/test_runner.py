@@ -128,8 +128,6 @@ def test_processes_give_the_figures_of_one(desk, n, monkeypatch):
         assert held[f"out/{name}--shard"] == pytest.approx(held[f"out/{name}"] / n, rel=0.1)
 
 
-# ---- what stops a run ------------------------------------------------------------------------
-
 def until(process, start):
     """Read what a process says up to a line that starts so, one of its first."""
     if not any(line.startswith(start) for line in itertools.islice(process.stdout, 40)):
@@ -162,8 +160,6 @@ def test_a_stop_signal_ends_all_processes_after_the_same_step(desk):
     before = lm.load_checkpoint("out/stopped/last.pt")["step"]
     train.main(["--resume", "out/stopped", "--max_steps", str(before + 1)])
 
-
-# ---- what a GPU would wait for, and what is compiled -----------------------------------------
 
 class Waits(TorchDispatchMode):
     """Lists the operations by which Python asks for a value of a tensor."""

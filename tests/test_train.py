@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -11,6 +12,7 @@ import re
 import signal
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -92,19 +94,15 @@ def tiny(**changes):
     return lm.Transformer(lm.preset("tiny", **(shape | changes)))
 
 
-@pytest.mark.parametrize("schedule, wanted", [("cosine", (1.0, 0.6, 0.2)),
-                         ("linear", (1.0, 0.6, 0.2)), ("wsd", (1.0, 1.0, 0.2)),
-                         ("constant", (1.0, 1.0, 1.0))])
-def test_schedules_warm_up_from_above_zero_and_fall_to_their_floor(schedule, wanted):
+@pytest.mark.parametrize("schedule, middle, end", [
+    ("cosine", 0.6, 0.2), ("linear", 0.6, 0.2), ("wsd", 1.0, 0.2), ("constant", 1.0, 1.0)])
+def test_schedules_warm_up_from_above_zero_and_fall_to_their_floor(schedule, middle, end):
     args = settings(max_steps=100, warmup_steps=4, lr=1.0, min_lr=0.2, schedule=schedule)
     times = dict(seconds=0.0, warm_seconds=0.0)
     lrs = [train.scheduled_lr(args, times | {"step": step}) for step in range(101)]
     assert lrs[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert [lrs[s] for s in (4, 52, 100)] == pytest.approx(wanted)
+    assert [lrs[s] for s in (4, 52, 100)] == pytest.approx([1.0, middle, end])
     assert all(a >= b for a, b in itertools.pairwise(lrs[4:]))
-
-
-# ---- batches -------------------------------------------------------------------------------
 
 
 def test_an_epoch_shows_each_window_once_and_epochs_differ():
@@ -132,9 +130,6 @@ def test_a_text_of_exactly_one_window_trains_and_a_shorter_one_says_so():
     assert train.TokenLoader(np.arange(17, dtype=np.uint16), 16, seed=0).per_epoch == 1
     with pytest.raises(UserError, match=r"16 tokens.*context of 16"):
         train.TokenLoader(np.arange(16, dtype=np.uint16), 16, seed=0)
-
-
-# ---- optimizers ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -182,7 +177,7 @@ def test_an_optimizer_is_added_by_a_line_and_has_a_flag_for_its_rate(corpus, mon
 def test_muon_equals_torchs_own():
     torch.manual_seed(0)
     a = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 8), (24, 8), (8, 24), (8, 8))]
-    b = [torch.nn.Parameter(p.detach().clone()) for p in a]
+    b = copy.deepcopy(a)
     ours = train.Muon(a, lr=0.02, momentum=0.95)
     theirs = torch.optim.Muon(b, lr=0.02, momentum=0.95, weight_decay=0, adjust_lr_fn="original")
     for _ in range(5):
@@ -193,9 +188,6 @@ def test_muon_equals_torchs_own():
         theirs.step()
     for p, q in zip(a, b):  # theirs runs its products in bfloat16
         assert (p - q).abs().max() < 0.02 * 5 * 0.02
-
-
-# ---- the step ------------------------------------------------------------------------------
 
 
 def one_step(model, batches):
@@ -239,9 +231,6 @@ def test_a_step_without_targets_and_a_loss_that_is_no_number_stop(corpus):
     assert Path("out/nan/last.pt").read_bytes() == poisoned  # nothing was written
 
 
-# ---- evaluation ----------------------------------------------------------------------------
-
-
 def test_evaluation_scores_every_target_once_and_counts_bytes():
     torch.manual_seed(0)
     model = tiny(init="gpt2")
@@ -251,8 +240,8 @@ def test_evaluation_scores_every_target_once_and_counts_bytes():
     total = 0.0
     for s in range(0, len(tokens) - 1, 8):
         piece = torch.from_numpy(tokens[s : s + 9].astype(np.int64))[None]
-        logits = model(piece[:, :-1])
-        total += torch.nn.functional.cross_entropy(logits[0], piece[0, 1:], reduction="sum").item()
+        log_probs = model(piece[:, :-1])[0].log_softmax(-1)
+        total -= log_probs.gather(1, piece[0, 1:, None]).sum().item()
     mean, n_bytes = total / (len(tokens) - 1), byte_lengths[tokens[1:]].sum()
     wanted = [mean, math.exp(mean), total / math.log(2) / n_bytes, 1]
     assert list(result.values()) == pytest.approx(wanted, rel=1e-6)
@@ -307,9 +296,6 @@ def test_flops_are_those_of_the_rows_that_are_read(corpus):
         assert each == pytest.approx(lm.flops_per_token(model.config, 16, 1 / 4, frozen), rel=0.01)
 
 
-# ---- resuming ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw --experts 3"])
 def test_killed_and_resumed_equals_straight_through_bitwise(corpus, optimizer):
     """Gradient checkpointing changes nothing, either."""
@@ -322,8 +308,7 @@ def test_killed_and_resumed_equals_straight_through_bitwise(corpus, optimizer):
     run("--resume", "out/killed", "--grad_checkpoint")
     straight, resumed = last("out/straight")["model"], last("out/killed")["model"]
     assert all(torch.equal(straight[k], resumed[k]) for k in straight)
-    assert losses("out/straight") == losses("out/killed")
-    assert len(losses("out/killed")) == 9
+    assert losses("out/straight") == losses("out/killed") and len(losses("out/killed")) == 9
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -336,9 +321,7 @@ def test_a_stop_signal_saves_the_step_and_sets_the_exit_code(corpus, number, cod
     assert last("out/stop")["step"] == 3 and last("out/stop")["args"]["warmup_steps"] == 19
     assert ("Ctrl-C again stops now" in done.stderr) == (number == signal.SIGINT)
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
+    interrupted = Mock(side_effect=KeyboardInterrupt)
     with monkeypatch.context() as m:  # a shorter limit: only its evaluation is missing
         m.setattr(train, "evaluate", interrupted)
         done = run("--resume", "out/stop", "--max_steps", 3, check=False)
@@ -453,9 +436,6 @@ def test_checkpoints_between_evaluations(corpus, monkeypatch):
     assert saved == [2, 4, 5, 6, 7] + [1, 2, 3, 4, 5, 6, 7]
 
 
-# ---- what a run leaves, and what stops it ----------------------------------------------------
-
-
 def test_a_run_learns_and_leaves_its_files(corpus):
     done = run(*SMALL, "--max_steps", 60, "--eval_every", 20, "--log_every", 5)
     assert losses("out/words")[-1] < 0.6 * losses("out/words")[0]
@@ -508,8 +488,8 @@ def test_minutes_end_a_run_and_the_schedule_with_it(corpus):
 
 
 def test_low_precision_trains_nearly_like_fp32(corpus):
-    flags = [*SMALL, "--max_steps", 20, "--log_every", 20, "--eval_every", 20]
-    flags += ["--eval_tokens", 64, "--dtype"]
+    limits = "--max_steps 20 --log_every 20 --eval_every 20 --eval_tokens 64 --dtype"
+    flags = [*SMALL, *limits.split()]
     run(*flags, "fp32", "--out", "out/fp32")
     for dtype, *more in (["bf16"], ["bf16", "--autocast"], ["fp16"]):
         out = "out/" + "".join([dtype, *more])
@@ -544,23 +524,17 @@ def test_a_bf16_copy_learns_as_fp32_does():
 def test_the_compilers_trial_leaves_nothing_behind(works, monkeypatch, capsys):
     """It falls back to eager mode with one line; only training is compiled."""
     model = tiny()
-    hidden, ids, calls = model.hidden, torch.zeros(1, 4).long(), []
-
-    def compiled(*args):
-        calls.append(args)
-        if not works:
-            raise RuntimeError("no compiler here\nand a long story")
-        return hidden(*args)
-
+    error = None if works else RuntimeError("no compiler here\nand a long story")
+    compiled, ids = Mock(wraps=model.hidden, side_effect=error), torch.zeros(1, 4).long()
     monkeypatch.setattr(torch, "compile", lambda plain: compiled)
     train.compile_blocks(model, train.Task(lambda step: [(ids, ids)], None, {}), CPU, 0)
     said = capsys.readouterr().out
     assert said.count("\n") == ("no compiler here" in said) == (not works)
-    assert len(calls) == 1 and all(p.grad is None for p in model.parameters())
+    assert compiled.call_count == 1 and all(p.grad is None for p in model.parameters())
     model(ids, ids)
     with lm.evaluating(model):
         model(ids, ids)
-    assert len(calls) == 1 + works
+    assert compiled.call_count == 1 + works
 
 
 def test_training_goes_on_from_a_checkpoints_weights(corpus):
@@ -593,22 +567,19 @@ def test_a_second_process_or_script_is_refused(corpus):
     assert "was written by finetune.py" in refused("--resume", "out/r", "--max_steps", 4)
 
 
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        ("--data nosuch", "nosuch"),
-        ("--data words --preset huge", "huge"),
-        ("--data words --n_head 3", "n_head 3"),
-        ("--data words --context 1000000", "1000000"),
-        ("--data words --batch_size 100000000", "memory"),
-        ("--data words --vocab_size 99999999999999", "out of memory"),
-        ("--data words --out words.txt", "words.txt"),
-        ("--data words --device tpu", "tpu"),
-        ("--resume out/none", "out/none"),
-        ("--resume", "out/"),
-        ("--ckpt words.txt --data words", "words.txt"),
-    ],
-)
+@pytest.mark.parametrize("flags, named", [
+    ("--data nosuch", "nosuch"),
+    ("--data words --preset huge", "huge"),
+    ("--data words --n_head 3", "n_head 3"),
+    ("--data words --context 1000000", "1000000"),
+    ("--data words --batch_size 100000000", "memory"),
+    ("--data words --vocab_size 99999999999999", "out of memory"),
+    ("--data words --out words.txt", "words.txt"),
+    ("--data words --device tpu", "tpu"),
+    ("--resume out/none", "out/none"),
+    ("--resume", "out/"),
+    ("--ckpt words.txt --data words", "words.txt"),
+])
 def test_a_users_mistake_is_one_line_that_names_it(corpus, flags, named):
     assert named in refused(*flags.split())
 
