@@ -140,15 +140,6 @@ def test_bad_targets_are_refused_and_change_nothing():
     assert not lora.adapted(model) and all(p.requires_grad for p in model.parameters())
 
 
-def test_a_name_may_be_any_word():
-    model, words = tiny(), ["out/chat-v1.2/best.pt", "keys", "a%2Eb", "a.b"]
-    for name in words:
-        lora.add_lora(model, "q", name=name)
-    with pytest.raises(UserError, match="no layer is called base"):
-        lora.add_lora(model, "base", name="inside")
-    assert sorted(lora.adapted(model)) == names(LAYERS[:1]) and lora.adapter_names(model) == words
-
-
 @every_base
 def test_merged_is_unmerged_in_train_mode_too_and_only_once(kind):
     model = tiny(tied=False)
@@ -190,13 +181,6 @@ def fine_tuned(folder, base, quantize=None, seed=1):
     return model.eval()
 
 
-def test_in_bf16_an_adapted_model_keeps_its_tables_of_positions(tmp_path):
-    fine_tuned(tmp_path / "tuned", base_file(tmp_path / "base/best.pt", position="rope"))
-    adapted, *_ = sample.load(tmp_path / "tuned", "cpu", "bf16")
-    assert adapted.cos.dtype == torch.float32
-    assert adapted.blocks[0].attention.q.base.weight.dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("quantize, tied", [(None, True), ("nf4", False)])
 def test_the_merge_command_writes_base_and_adapter_as_one(tmp_path, capsys, quantize, tied):
     base, other = base_file(tmp_path / "base.pt", tied=tied), base_file(tmp_path / "b.pt", seed=1)
@@ -227,17 +211,18 @@ def test_the_merge_command_writes_base_and_adapter_as_one(tmp_path, capsys, quan
 @pytest.mark.parametrize("tied, quantize", [(True, None), (False, "nf4")])
 def test_adapters_and_their_tables_survive_files_and_switching(tmp_path, tied, quantize):
     base, ids = base_file(tmp_path / "base.pt", tied=tied), IDS + 240  # new tokens among them
-    models = {n: fine_tuned(tmp_path / n, base, quantize, seed=len(n)) for n in ("kind", "rude!")}
+    names = "keys", "a.b%2E"  # any word may be a name
+    models = {n: fine_tuned(tmp_path / n, base, quantize, seed=len(n)) for n in names}
     saved = {name: lm.load_checkpoint(tmp_path / name) for name in models}
     both = lora.load_adapted(lm.load_checkpoint(base), saved)
-    assert torch.equal(both(ids), models["kind"](ids))
-    for name in ("rude!", "kind"):
+    assert torch.equal(both(ids), models["keys"](ids))
+    for name in reversed(names):
         lora.set_adapter(both, name)
         assert torch.equal(both(ids), models[name](ids))
         again = lora.adapter_state(both)
         assert again.keys() == saved[name]["model"].keys()
         assert all(torch.equal(t, saved[name]["model"][k]) for k, t in again.items())
-    narrow = saved["kind"] | {"adapter": saved["kind"]["adapter"] | {"rank": 2}}
+    narrow = saved["keys"] | {"adapter": saved["keys"]["adapter"] | {"rank": 2}}
     with pytest.raises(UserError, match=r"my.pt does not fit this base: .* is \(4, 64\)"):
         lora.load_adapted(lm.load_checkpoint(base), {"my.pt": narrow})
 

@@ -252,14 +252,12 @@ def test_the_loss_is_cross_entropy_with_its_gradients(monkeypatch, rows, ignored
         same(ours, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_the_loss_under_bf16_autocast_is_close_and_float32(few_rows):
+def test_under_bf16_autocast_products_are_rounded_and_the_loss_is_not(few_rows):
     exact, low = loss_inputs(torch.float32), loss_inputs(torch.float32)
     expected = full_loss(*exact)
     with torch.autocast("cpu", torch.bfloat16):
         loss = lm.chunked_loss(*low)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
-    # the products ran in bf16, the softmax behind them did not
     *rounded, targets = (t.bfloat16() if t.is_floating_point() else t for t in low)
     logits = F.linear(*rounded).double().flatten(0, 1)
     wanted = F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
@@ -327,16 +325,6 @@ def test_more_tokens_than_the_context_are_refused():
     model(some_ids(T=4), cache=short)
     with pytest.raises(UserError, match="4"):
         model(some_ids(T=1), cache=short)
-
-
-@torch.no_grad()
-def test_reordered_rows_go_on_as_the_rows_they_copied():
-    model, ids, rows = build(n_kv_head=2), some_ids(B=3), torch.tensor([2, 0, 0])
-    cache = KVCache(model, 3)
-    model(ids[:, :9], cache=cache)
-    cache.copy_rows(rows)
-    expected = model(torch.cat((ids[rows, :9], ids[:, 9:]), dim=1))[:, 9:]
-    same(model(ids[:, 9:], cache=cache), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("T", [1, 4])

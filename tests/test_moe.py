@@ -113,15 +113,6 @@ def test_training_adds_the_balance_of_the_tokens_that_count_and_evaluation_does_
     assert model(IDS, torch.full_like(IDS, -100)) == 0
 
 
-def test_a_step_takes_the_mean_balance_of_its_micro_batches():
-    task, targets = train.Task(None, None, {}), IDS.roll(-1, 1)
-    scaler, model = torch.amp.GradScaler("cpu", enabled=False), mixture()
-    batches = list(zip(IDS.split([1, 2]), targets.split([1, 2])))
-    loss, _ = train.training_step(model.train(), task, batches, CPU, scaler, (0, 0))
-    balance = [balance_by_hand(model, ids) * ids.numel() for ids, _ in batches]
-    close(loss, (model.eval()(IDS, targets).detach() + 0.01 * sum(balance)) / IDS.numel())
-
-
 def test_compiled_it_computes_the_same_with_any_number_of_rows(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     task = train.Task(lambda step: [(IDS, IDS)], None, {})

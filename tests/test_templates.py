@@ -306,12 +306,6 @@ def test_what_is_learned_is_what_the_assistant_wrote(family, talk):
             assert prompt == ids[: len(prompt)] and mask[len(prompt)] == 1
 
 
-@every_family
-def test_an_answer_is_learned_with_its_end(family):
-    found = learned(family, *render_chat([USER, BOT], pair(family)[0]))
-    assert found == [FAMILIES[family].learned.format("Hello!")]
-
-
 def talks_with(family, text):
     """Conversations, and tools, with `text` wherever others than the assistant write."""
     yield [said("user", text), BOT, said("user", f"x{text}")], None
