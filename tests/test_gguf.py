@@ -83,9 +83,6 @@ def test_the_split_pattern_is_named():
     assert not split_name(PATTERNS["bpe"])[1]
 
 
-
-
-
 def test_what_llama_cpp_cannot_read_is_refused(tmp_path):
     char = Tokenizer({"kind": "char", "chars": "abc"})
     for tokenizer, message in ((None, "no tokenizer"), (char, "char vocabulary")):

@@ -124,11 +124,6 @@ def test_check_against_recorded_logits(run, hub):
         assert told in run("check_logits.py", "ann/qwen", "--against", "x.pt", code=code)
 
 
-def test_names_that_are_no_models_are_named(run):
-    for name, words in ("ann/none", "ann/none"), ("nothing", "checkpoint nothing does not exist"):
-        assert words in run("sample.py", "--ckpt", name, "--prompt", "x", code=2)
-
-
 def prepare(run, tokenizer):
     Path("text.txt").write_text(TEXT, encoding="utf-8")
     run("prepare_data.py", "text.txt", "--tokenizer", tokenizer, "--name", "text")
@@ -186,7 +181,9 @@ def test_an_export_hands_on_how_to_talk_and_spares_what_is_there(run, hub, tmp_p
     assert "name a new folder or file for --export" in run(*export, code=2)
 
 
-def test_a_model_without_a_tokenizer_can_be_exported(run, hub, tmp_path):
+def test_a_name_without_a_model_and_a_model_without_a_tokenizer_are_named(run, hub, tmp_path):
+    for name, words in ("ann/none", "ann/none"), ("nothing", "checkpoint nothing does not exist"):
+        assert words in run("sample.py", "--ckpt", name, "--prompt", "x", code=2)
     shutil.copytree(hub[1] / "ann/qwen/resolve/main", tmp_path / "bare")
     (tmp_path / "bare/tokenizer.json").unlink()
     assert "Qwen3" in run("model.py", "--ckpt", "bare", "--export", "out-bare")

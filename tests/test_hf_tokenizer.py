@@ -152,14 +152,23 @@ def test_bytes_without_a_token_are_left_out_as_theirs_leaves_them_out(step):
         ours(data)
 
 
-def test_old_files_are_read_too():
-    """GPT-2's own file says neither type nor use_regex, and writes merges as "a b"."""
+def test_files_of_other_forms_are_read_too():
+    """GPT-2's own file says neither type nor use_regex, and writes merges as "a b"; Llama 3's lists
+    every pair of tokens that joins to a third."""
     theirs = trained("gpt2")
     data = json.loads(theirs.to_str())
     del data["model"]["type"], data["pre_tokenizer"]["use_regex"]
     data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
     data["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
     assert_same(ours(data), theirs)
+    data = json.loads(trained().to_str())
+    vocab = data["model"]["vocab"]
+    halves = [(t[:i], t[i:]) for t in vocab for i in range(1, len(t))]
+    halves = [(a, b) for a, b in halves if a in vocab and b in vocab]
+    halves.sort(key=lambda pair: [vocab[t] for t in ("".join(pair), *pair)])
+    assert len(halves) > len(data["model"]["merges"])
+    data["model"]["merges"] = halves
+    assert_same(ours(data), tokenizers.Tokenizer.from_str(json.dumps(data)))
 
 
 def test_a_token_that_no_merge_makes_is_a_whole_piece_or_refused():
@@ -171,18 +180,6 @@ def test_a_token_that_no_merge_makes_is_a_whole_piece_or_refused():
     t, reference = ours(data), tokenizers.Tokenizer.from_str(json.dumps(data))
     assert t.encode(" xyzzyq") == [700]
     assert_same(t, reference, [" xyzzyq", " xyzzyqs", "xyzzyq"])
-
-
-def test_merges_of_one_token_may_be_several():
-    """Llama 3's file lists every pair of tokens that joins to a third."""
-    data = json.loads(trained().to_str())
-    vocab = data["model"]["vocab"]
-    halves = [(t[:i], t[i:]) for t in vocab for i in range(1, len(t))]
-    halves = [(a, b) for a, b in halves if a in vocab and b in vocab]
-    halves.sort(key=lambda pair: [vocab[t] for t in ("".join(pair), *pair)])
-    assert len(halves) > len(data["model"]["merges"])
-    data["model"]["merges"] = halves
-    assert_same(ours(data), tokenizers.Tokenizer.from_str(json.dumps(data)))
 
 
 def test_gaps_between_ids_have_no_token():
@@ -272,7 +269,6 @@ PLAIN = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 ISOLATED = {"type": "Split", "behavior": "Isolated", "invert": False}
 NO_REGEX = PLAIN | {"use_regex": False}
 STRIPS = {"id": 0, "content": "<s>", "special": False, "rstrip": True}
-DIGITS = {"type": "Digits", "individual_digits": True}
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +308,7 @@ def split_by(text, then=NO_REGEX, **changes):
     ("pre_tokenizer", PLAIN | {"add_prefix_space": True}, "pre_tokenizer ByteLevel"),
     ("pre_tokenizer", split_by(r"\p{L}+", PLAIN), r"pre_tokenizer Split \+ ByteLevel"),
     ("pre_tokenizer", split_by(r"\p{L}+", behavior="Removed"), "Split"),
-    ("pre_tokenizer", steps(DIGITS | {"individual_digits": False}, PLAIN), "Digits"),
+    ("pre_tokenizer", steps({"type": "Digits", "individual_digits": False}, PLAIN), "Digits"),
     ("pre_tokenizer", split_by(r"\s++$|\S+"), "has another meaning"),
     ("pre_tokenizer", split_by(r"\p{Nobody}"), "tokenizer.json"),
     ("post_processor", {"type": "RobertaProcessing"}, "post_processor RobertaProcessing"),

@@ -240,10 +240,7 @@ def test_a_relatives_weights_under_other_names_compute_the_same(name, tmp_path):
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
     ("llama", dict(model_type="?"), r"model_type '\?' is not one of gpt2, llama"),
     ("llama", dict(model_type="mamba"), "'mamba' is not computed: a recurrent state; near it: ll"),
-
-
     ("llama", dict(model_type="qwen3_5_text"), "gated delta nets; near it: qwen3"),
-
     ("llama", dict(model_type="bert"), "predicts no next token"),
     ("llama", dict(model_type="gemma3"), "images; near it: gemma3_text"),
     ("llama", dict(model_type="baichuan", max_position_embeddings=None), "ALiBi"),
@@ -329,7 +326,6 @@ EXPORTED = {  # shapes that no model above has
     "llama without norm weights": dict(norm_weight=False),
     "llama with some biases": dict(out_bias=True),
     "qwen2 with a head size": dict(qkv_bias=True, head_size=10),
-
 }
 
 

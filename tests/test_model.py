@@ -499,7 +499,6 @@ def pickled(path, **options):
 DAMAGES = {
     "empty": lambda path, data: path.write_bytes(b""),
     "cut": lambda path, data: path.write_bytes(data[: len(data) // 2]),
-
     "weights alone": lambda path, data: torch.save(build().state_dict(), path),
     "code": lambda path, data: pickled(path),
     "old pickle": lambda path, data: pickled(path, _use_new_zipfile_serialization=False),

@@ -125,16 +125,11 @@ def test_compiled_it_computes_the_same_with_any_number_of_rows(monkeypatch):
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 16
 
 
-@pytest.fixture
-def text(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16 --autocast"])
+def test_a_run_writes_who_was_used_and_draws_it(elsewhere, dtype, capsys, monkeypatch):
     monkeypatch.setattr("data.machine.measure_peak", lambda *_: 1e11)
     Path("words.txt").write_text("to be or not to be, that is the question. " * 200)
     prepare_data.main(["words.txt", "--tokenizer", "byte"])
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16 --autocast"])
-def test_a_run_writes_who_was_used_and_draws_it(text, dtype, capsys):
     shape = "--n_layer 2 --n_head 2 --d_model 32 --context 16 --batch_size 4 --log_every 2"
     flags = f"--data words --preset moe {shape} --experts 3 --max_steps 5 --dtype {dtype}"
     train.main([*flags.split(), "--out", "out/moe"])

@@ -20,9 +20,6 @@ SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 FOLDER = Path("data/hub/ann/tiny/main")
 
 
-
-
-
 @pytest.fixture
 def cdn(mirror):
     return mirror

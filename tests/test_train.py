@@ -105,7 +105,7 @@ def test_schedules_warm_up_from_above_zero_and_fall_to_their_floor(schedule, mid
     assert all(a >= b for a, b in itertools.pairwise(lrs[4:]))
 
 
-def test_an_epoch_shows_each_window_once_and_epochs_differ():
+def test_an_epoch_shows_each_window_once_and_epochs_differ_and_one_window_is_enough():
     windows = train.TokenLoader(np.arange(1000, dtype=np.uint16), context=10, seed=3)
     assert windows.per_epoch == 98
     starts = [int(windows.rows(r, 1)[0][0, 0]) for r in range(2 * 98)]
@@ -113,6 +113,9 @@ def test_an_epoch_shows_each_window_once_and_epochs_differ():
     assert len(set(first)) == 98
     assert np.all(np.diff(sorted(first)) == 10)
     assert first != second and sorted(first) != sorted(second)  # other order, other phase
+    assert train.TokenLoader(np.arange(17, dtype=np.uint16), 16, seed=0).per_epoch == 1
+    with pytest.raises(UserError, match=r"16 tokens.*context of 16"):
+        train.TokenLoader(np.arange(16, dtype=np.uint16), 16, seed=0)
 
 
 def test_rows_depend_on_nothing_but_their_number():
@@ -124,12 +127,6 @@ def test_rows_depend_on_nothing_but_their_number():
     cut = [train.micro_batches(loader, 5, 2, 2, rank, world=2) for rank in (1, 0)]
     cut = [ids for rank in reversed(cut) for ids, _ in rank]
     assert torch.equal(torch.cat(cut), ids)
-
-
-def test_a_text_of_exactly_one_window_trains_and_a_shorter_one_says_so():
-    assert train.TokenLoader(np.arange(17, dtype=np.uint16), 16, seed=0).per_epoch == 1
-    with pytest.raises(UserError, match=r"16 tokens.*context of 16"):
-        train.TokenLoader(np.arange(16, dtype=np.uint16), 16, seed=0)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -249,16 +246,9 @@ def test_evaluation_scores_every_target_once_and_counts_bytes():
 
 @pytest.mark.parametrize("limit", [16, 88, 160, 400, 792])
 def test_a_limited_evaluation_is_spread_over_the_whole_split(limit):
-    class Reader(torch.nn.Module):
-        config = lm.preset("tiny", context=8)
-
-        def forward(self, ids, targets):
-            seen.extend(ids[:, 0].tolist())
-            return targets.sum() * 0.0
-
-    seen, tokens = [], np.arange(801)
-    row = train.evaluate(Reader(), tokens, np.ones(801, int), CPU, limit=limit)
-    n = limit // 8
+    seen, n, model = [], limit // 8, tiny(vocab_size=801)
+    model.register_forward_pre_hook(lambda _, args: seen.extend(args[0][:, 0].tolist()))
+    row = train.evaluate(model, np.arange(801), np.ones(801, int), CPU, limit=limit)
     gaps = np.diff([*seen, 800])
     assert len(seen) == n and row["val_share"] == pytest.approx(limit / 800)
     assert seen[0] == 0 and gaps.max() - gaps.min() <= 8 and gaps.max() <= 800 / n + 8
