@@ -49,8 +49,10 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
     assert before == hotel_talk(["健身房", "SPA"], "健身房在二楼")
     assert substitute(before, pool, 0.0) is substitute(before, {}) is before
     # a value inside another is not torn out of it
-    after = substitute(hotel_talk(["上网", "上网服务"]), {"call.facilities": ["接机", "SPA"]})
-    assert after in (hotel_talk(["接机", "SPA"]), hotel_talk(["SPA", "接机"]))
+    inside, values, new = hotel_talk(["上网", "上网服务"]), ["接机", "SPA"], ["SPA", "接机"]
+    rng.choice = lambda values: new.pop()
+    after = substitute(inside, {"call.facilities": values}, rng=rng)
+    assert after == hotel_talk(values)
     # as what a call passes the second would become the same as the first
     del pool["tool.name"]
     assert substitute(before, pool) == hotel_talk(["接机", "酒吧"], "接机在二楼")
