@@ -147,13 +147,12 @@ def test_shuffling_takes_every_image_once_and_in_another_order_each_epoch(toy):
     assert seen[:300] != seen[300:] and seen[:300] != list(range(300))
 
 
+@pytest.mark.usefixtures("small_denoiser")
 @pytest.mark.parametrize("kind", [
     "--optimizer momentum --schedule cosine", "--optimizer adam --schedule step --shuffle",
     "--optimizer lbfgs --recipe fast", "--recipe fast", "--diffusion",
 ])
-def test_a_run_stopped_anywhere_resumes_to_the_last_bit(
-    toy, kind, monkeypatch, small_denoiser, capsys
-):
+def test_a_run_stopped_anywhere_resumes_to_the_last_bit(kind, toy, monkeypatch, capsys):
     flags = kind.split() + f"--data {toy} --epochs 2 --batch_size 50 --seed 3".split()
     assert mnist.main([*flags, "--out", "straight"]) == 0
     count, stops = mnist.Run.log_step, [2, 5, 6, 9]
