@@ -959,8 +959,7 @@ def load_checkpoint(path, dtype=None, resuming=False):
 
 
 def load_weights(model, state, where="checkpoint", assign=False):
-    """Copy a state dict into the model, or with `assign` make its tensors the model's parameters;
-    UserError names the first key or shape that does not fit."""
+    """Load a state dict, or with `assign` use its tensors; UserError for what does not fit."""
     if problem := fit_error(model.state_dict(), state):
         raise UserError(f"{where} does not fit: {problem}")
     model.load_state_dict(state, assign=assign)

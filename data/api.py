@@ -59,8 +59,7 @@ def number(low, high, types=(int, float)):
 
 
 def check_fields(body, chat, size):
-    """ApiError for a field that is not supported or has a wrong value. `size` is the vocabulary's.
-    """
+    """ApiError for an unsupported or wrong field; `size` is the vocabulary's."""
     unsupported = (*UNSUPPORTED, ("echo" if chat else "", False), ("best_of", 1, body.get("n")))
     for names, *harmless in unsupported:
         for name in names.split():

@@ -191,8 +191,7 @@ def read_settings(path):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose flags may be written with dashes or as in FOREIGN, but not
-    abbreviated, and whose errors are one line."""
+    """An ArgumentParser without abbreviations, whose flags may also be called as in FOREIGN."""
 
     def __init__(self, **settings):
         self.given = {}  # the arguments, once they are parsed
@@ -333,8 +332,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, wanted, accepts):
-    """An argparse type: a number of class `kind` for which `accepts` is true; the error says that
-    the flag must be what `wanted` describes."""
+    """An argparse type: a number of class `kind` that `accepts` allows, described by `wanted`."""
 
     def parse(text):
         value = float(text) if kind is int and "e" in text.lower() else kind(text)  # as 9e9

@@ -1,5 +1,4 @@
-"""What a model costs, by arithmetic: memory on one machine and on several GPUs, the bytes that GPUs
-exchange, and the loss that a scaling law predicts."""
+"""What a model costs, by arithmetic: memory, bytes that GPUs exchange, and the predicted loss."""
 import math
 import os
 

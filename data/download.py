@@ -164,8 +164,7 @@ def download_part(url, dest, token):
 
 
 def is_hub_name(name):
-    """Does `name` look like a model of the Hub (gpt2, OWNER/NAME, OWNER/NAME@REVISION), and like no
-    path on this machine?"""
+    """Whether `name` looks like a model of the Hub (OWNER/NAME@REVISION), and like no path here."""
     path, pattern = Path(name), rf"({'|'.join(OWNERS)}|[\w.-]+/[\w.-]+)(@.*)?"
     in_folder = path.parent != Path() and path.parent.is_dir()
     local = path.exists() or in_folder or path.parts[:1] in (("out",), ("data",))

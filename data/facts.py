@@ -50,8 +50,7 @@ def augment(examples, share, rng):
 
 
 def ask(messages, rng):
-    """A question about one or all of the hotels found, and its answer, as two messages; an empty
-    list if there are no hotels."""
+    """A question about the hotels found and its answer, as two messages; [] if there are none."""
     records = records_of(messages)
     if not records:
         return []

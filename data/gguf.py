@@ -22,14 +22,17 @@ from data.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNUSED, USER_DEFINE
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
 ALIGNMENT, BLOCK = 32, 32  # bytes at whose multiples tensors begin; weights that share a scale
 
-# Our tensors' names there
-NAMES = {
-    "embed": "token_embd", "position": "position_embd", "norm": "output_norm", "head": "output",
-    "norm1": "attn_norm", "norm2": "ffn_norm", "attention.q": "attn_q", "attention.k": "attn_k",
-    "attention.v": "attn_v", "attention.out": "attn_output", "attention.q_norm": "attn_q_norm",
-    "attention.k_norm": "attn_k_norm", "feed_forward.gate": "ffn_gate",
-    "feed_forward.up": "ffn_up", "feed_forward.down": "ffn_down",
-}  # fmt: skip
+# Our names = theirs: of tensors, and of the numbers that describe a model's shape
+NAMES = """embed=token_embd position=position_embd norm=output_norm head=output norm1=attn_norm
+attention.q=attn_q attention.k=attn_k attention.v=attn_v attention.out=attn_output
+attention.q_norm=attn_q_norm attention.k_norm=attn_k_norm norm2=ffn_norm
+feed_forward.gate=ffn_gate feed_forward.up=ffn_up feed_forward.down=ffn_down"""
+NAMES = dict(item.split("=") for item in NAMES.split())
+SHAPE = """context=context_length d_model=embedding_length n_layer=block_count
+d_ff=feed_forward_length vocab_size=vocab_size n_head=attention.head_count
+n_kv_head=attention.head_count_kv head_size=attention.key_length head_size=attention.value_length
+head_size=rope.dimension_count rope_theta=rope.freq_base eps=attention.layer_norm_epsilon
+eps=attention.layer_norm_rms_epsilon"""
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -57,8 +60,7 @@ def split_name(pattern):
 
 
 def vocabulary(tokenizer, size):
-    """The values under tokenizer.* that describe a Tokenizer, with `size` tokens. UserError if it
-    is neither byte-level BPE nor SentencePiece's."""
+    """The values under tokenizer.* of a Tokenizer and `size` tokens; UserError if it is no BPE."""
     content, pieces = tokenizer_json(tokenizer), tokenizer.spec["kind"] == "spm"
     if (model := content["model"])["type"] != "BPE":
         raise UserError(f"llama.cpp cannot read a {tokenizer.name} vocabulary, only BPE")
@@ -159,17 +161,10 @@ def packed(value):
 
 def hyperparameters(config, family):
     """The values that describe the shape of a model, of which llama.cpp reads a family's own."""
-    c, size = config, config["head_size"]
-    values = {
-        "context_length": c["context"], "embedding_length": c["d_model"],
-        "block_count": c["n_layer"], "feed_forward_length": c["d_ff"],
-        "vocab_size": c["vocab_size"], "attention.head_count": c["n_head"],
-        "attention.head_count_kv": c["n_kv_head"], "attention.key_length": size,
-        "attention.value_length": size, "attention.layer_norm_epsilon": float(c["eps"]),
-        "attention.layer_norm_rms_epsilon": float(c["eps"]), "rope.dimension_count": size,
-        "rope.freq_base": float(c["rope_theta"]),
-    }  # fmt: skip
-    scaling = c["rope_scaling"] or {"rope_type": None}
+    pairs = (item.split("=") for item in SHAPE.split())
+    values = {theirs: config[ours] for ours, theirs in pairs}
+    values["rope.freq_base"] = float(config["rope_theta"])
+    scaling = config["rope_scaling"] or {"rope_type": None}
     if scaling["rope_type"] == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
     elif scaling["rope_type"] and (family, scaling["rope_type"]) != ("llama", "llama3"):

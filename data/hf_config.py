@@ -63,9 +63,10 @@ FAMILIES = {
         eps=layernorm_epsilon:1e-5 rope_theta=rope_ratio:1.0 rotary_share:0.5""",
 }  # fmt: skip
 READ_ONLY = ("minicpm", "internlm2", "baichuan", "chatglm")  # transformers has no class of them
-CLASSES = dict(gpt2="GPT2LMHeadModel", gpt_neox="GPTNeoXForCausalLM")
-CLASSES["qwen3_moe"] = "Qwen3MoeForCausalLM"
-CLASSES["gemma3_text"] = "Gemma3ForCausalLM"  # of the others: LlamaForCausalLM, for example
+CLASSES = {  # of the others: LlamaForCausalLM, for example
+    "gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+}  # fmt: skip
 TRAINING = ("dropout", "init", "router_aux_loss_coef")  # fields without effect on a trained model
 ALL_WINDOWED = ("mistral", "mixtral", "phi3")
 # Whether layer i has a window, given the other fields, if layer_types does not say so
@@ -74,8 +75,7 @@ WINDOWED["qwen2"] = lambda i, values: i >= values.get("max_window_layers", 28)
 WINDOWED["qwen3"] = WINDOWED["qwen2"]
 WINDOWED["gemma3_text"] = lambda i, values: (i + 1) % values.get("sliding_window_pattern", 6) > 0
 FULL, SLIDING = "full_attention", "sliding_attention"
-_TANH = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh")
-PLAIN = _TANH | dict(gelu="gelu", relu="relu")
+PLAIN = dict(gelu_new="gelu_tanh", gelu_pytorch_tanh="gelu_tanh", gelu="gelu", relu="relu")
 GATED = dict(silu="swiglu", swish="swiglu", gelu_pytorch_tanh="geglu_tanh")
 # Fields whose value is another form of ours: ours from theirs, and back, given our other fields
 CONVERTED = {

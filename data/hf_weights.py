@@ -197,8 +197,7 @@ def nearest_model(content, complete, meta_state):
 
 
 def export(content, folder, complete, meta_state):
-    """Write a checkpoint's model, and its tokenizer if it has one, as transformers reads them;
-    returns config.json as a dict."""
+    """Write a checkpoint's model and tokenizer as transformers reads them; return config.json."""
     values, config, state, tokenizer = nearest_model(content, complete, meta_state)
     if tokenizer:
         values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}

@@ -69,8 +69,7 @@ class Runtime:
         return [t.to(self.device, non_blocking=True) for t in batch]
 
     def utilization(self, rate):
-        """The share of the peak that is `rate`, FLOP/s of all processes. A peak that is exceeded is
-        measured again, since the machine was busy."""
+        """The share of the peak that is `rate`, FLOP/s; an exceeded peak is measured again."""
         if rate > self.peak * self.world:
             self.peak = max(self.peak, measure_peak(self.device, self.dtype, self.shapes))
         return rate / (self.peak * self.world)

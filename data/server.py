@@ -33,8 +33,7 @@ POLICY = (
 
 
 def serve(service, host, port):
-    """Serve until Ctrl-C or SIGTERM, then allow answers in progress five more seconds. Returns the
-    exit code."""
+    """Serve until Ctrl-C or SIGTERM, then finish answers in five seconds; return the exit code."""
     scheduler = service.api.scheduler
     try:
         server = Server((host, port), service)

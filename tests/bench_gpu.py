@@ -18,6 +18,7 @@ import tempfile
 
 import torch
 from bench_common import load_nanogpt, our_step, peer_step, random_batches, table, take_turns
+from bench_sample import make_transformers
 
 import lora
 import model as lm
@@ -73,23 +74,16 @@ def make_nanogpt(folder, rows):
 
 def make_writer(preset, new, graphs=False, folder=None):
     """A job: greedy writing of `new` tokens after 32, ours or transformers'."""
-    runtime = make_runtime()
-    prompt = list(range(32))
+    runtime, prompts = make_runtime(), [list(range(32))]
     if folder:
-        import transformers
-
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        model = load(folder, dtype=torch.bfloat16).eval().to(runtime.device)
-        ids = torch.tensor([prompt], device=runtime.device)
-        options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-        return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options) is None
+        return make_transformers(folder, prompts, "bf16", new, runtime.device)
     model = lm.Transformer(lm.preset(preset)).eval().to(runtime.device, torch.bfloat16)
     if graphs:
         flags = ["--cuda_graphs", "--prompt", "x"]
         model = sample.fast_model(model, 1, sample.build_parser().parse_args(flags))
 
     def job():
-        for _ in sample.generate(model, [prompt], new, temperature=0.0):
+        for _ in sample.generate(model, prompts, new, temperature=0.0):
             pass
         synchronize(runtime.device)
 

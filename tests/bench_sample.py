@@ -64,14 +64,15 @@ def make_ours(config, prompts, new, kind="fp32", plain=False, **settings):
     return work
 
 
-def make_transformers(folder, prompts, dtype):
+def make_transformers(folder, prompts, dtype, new=NEW, device="cpu"):
     """A job: transformers' generate, greedy, with its cache."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     load = transformers.AutoModelForCausalLM.from_pretrained
-    model, ids = load(folder, dtype=DTYPES[dtype]).eval(), torch.tensor(prompts)
-    how = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    model = load(folder, dtype=DTYPES[dtype]).eval().to(device)
+    ids = torch.tensor(prompts, device=device)
+    how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **how)
 
 

@@ -27,9 +27,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
     (KeyboardInterrupt(), 130, "\nx.py: interrupted\n"),
     (None, 0, ""),
 ])
-def test_run_cli_turns_errors_into_exit_codes_and_hides_no_bug(
-    error, code, line, monkeypatch, capsys
-):
+def test_errors_become_exit_codes_and_a_bug_is_not_hidden(error, code, line, monkeypatch, capsys):
     def main():
         if error:
             raise error

@@ -30,9 +30,8 @@ def requests(n, seed, vocab=300, longest=70):
     return made
 
 
-def write_alone(model, prompt, settings, count):
-    """The new ids of a text without others beside it."""
-    return [i for (i,) in generate(model, [prompt], count, **settings)]
+def write_alone(model, jobs):
+    return [[i for (i,) in generate(model, [prompt], n, **rest)] for prompt, rest, n in jobs]
 
 
 def write_together(engine, jobs, rng):
@@ -56,7 +55,7 @@ def write_together(engine, jobs, rng):
 def test_each_of_32_texts_is_what_it_is_alone(name, fast):
     model = build(name, context=60)  # prompts of up to 70 ids: some slide
     jobs = requests(32, seed=sum(map(ord, name)))
-    alone = [write_alone(model, *job) for job in jobs]
+    alone = write_alone(model, jobs)
     model = fast_copy(model, rows=5) if fast else model
     engine = Engine(model, 5, length=4, chunk=random.Random(name).choice([16, 10**9]))
     assert write_together(engine, jobs, random.Random(1)) == alone
@@ -91,8 +90,7 @@ def test_what_is_in_the_cache_is_not_read_again(monkeypatch):
     assert sizes[5:] == [30, 3]  # samples of one prompt read it once
 
 
-def test_a_conversations_history_outlives_short_questions_of_others():
-    """A new prompt takes the row of which it has the most, then an empty one, then the oldest."""
+def test_a_prompt_takes_the_row_of_which_it_has_the_most_then_an_empty_one_then_the_oldest():
     engine = Engine(build("default"), 3)
 
     def ask(prompt):
@@ -193,13 +191,12 @@ def test_prompts_and_biases_that_cannot_be_are_refused():
 def test_slots_on_a_gpu(name):
     model = build(name, context=60)
     jobs = [(p, s | {"allowed": None}, n) for p, s, n in requests(16, seed=3)]
-    alone = [write_alone(model, *job) for job in jobs]
+    alone = write_alone(model, jobs)
     assert write_together(Engine(model.cuda(), 5), jobs, random.Random(1)) == alone
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "default"])
-def test_steps_of_one_shape_write_the_same(name):
-    """As GraphedSteps wants it: masks in place of shapes that grow."""
+def test_steps_of_one_shape_as_graphs_want_them_write_the_same(name):
     model, prompts = build(name), [[1, 2, 3], [4, 5], [6] * 9]
     plain, last_logits = list(generate(model, prompts, 40, temperature=0)), model.last_logits
 

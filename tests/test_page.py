@@ -33,6 +33,7 @@ LETTERS = list(b"abcdefghijklmnopqrstuvwxyz ")  # what the models write: a rando
 CHOICES = Path("out/choices.jsonl")
 ASKED = [f"ask {n}" for n in range(4)]
 RUN = {"data": "rows.jsonl", "examples": ASKED, "parameters": 12345}  # the chat model's
+ANSWERS = "#log .answer .text"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,11 +125,7 @@ def ask(page, text):
     before = finished.count()
     say(page, text)
     expect(finished).to_have_count(before + 1)
-    return last_answer(page).inner_text()
-
-
-def last_answer(page):
-    return page.locator("#log .answer .text").last
+    return page.locator(ANSWERS).last.inner_text()
 
 
 def test_the_first_screen_has_questions_of_the_run(chat, base, visit):
@@ -187,14 +184,14 @@ def test_an_answer_grows_and_escape_stops_it(chat, visit):
     page.keyboard.press("Escape")
     expect(page.locator("#send")).to_have_text("Send")
     expect(page.locator("#log .answer")).to_contain_text("Stopped")
-    assert last_answer(page).inner_text().strip().startswith(early.strip()[:20])
+    assert page.locator(ANSWERS).last.inner_text().strip().startswith(early.strip()[:20])
 
 
 def test_regenerate_edit_and_reload(chat, visit):
     page = visit(chat)
     first = ask(page, "one")
     page.get_by_role("button", name="Regenerate").click()
-    expect(last_answer(page)).not_to_have_text(first)
+    expect(page.locator(ANSWERS).last).not_to_have_text(first)
     expect(page.locator("#log article")).to_have_count(2)
     ask(page, "two")
     page.get_by_role("button", name="Edit").first.click()
@@ -205,7 +202,7 @@ def test_regenerate_edit_and_reload(chat, visit):
     text = ask(page, "four")
     page.fill("#draft", "half a thought")
     page.reload()
-    expect(last_answer(page)).to_have_text(text)
+    expect(page.locator(ANSWERS).last).to_have_text(text)
     expect(page.locator("#draft")).to_have_value("half a thought")
 
 
@@ -254,7 +251,7 @@ def test_an_error_is_shown_and_a_busy_or_lost_server_is_asked_again(chat, visit)
     page.unroute(url)
     expect(page.locator("#log .answer")).to_have_count(2)
     expect(page.locator("#banner")).to_be_hidden()
-    assert "0" not in last_answer(page).inner_text()
+    assert "0" not in page.locator(ANSWERS).last.inner_text()
     error = {"error": {"message": "too long for me", "type": "x", "param": None, "code": None}}
     page.route(url, lambda r: r.fulfill(status=400, json=error), times=1)
     say(page, "hi")
@@ -404,9 +401,8 @@ def write_run(name, steps, file_mode="w"):
     with open(path, file_mode, encoding="utf-8") as file:
         for step in steps:
             row = dict(step=step, tokens=100 * step, seconds=step / 10, loss=3 / (1 + step), lr=0.1)
-            file.write(json.dumps(row) + "\n")
-            if step % 5 == 0:
-                file.write(json.dumps({"step": step, "val_loss": 4 / (1 + step)}) + "\n")
+            rows = [row] + [{"step": step, "val_loss": 4 / (1 + step)}] * (step % 5 == 0)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def test_runs_are_laid_over_each_other_and_grow_while_they_train(base, visit):

@@ -15,7 +15,6 @@ import pytest
 from conftest import ROOT, serve_folder
 from conftest import SHARED as REAL
 from test_hf_commands import QWEN_TOKENS, save_model
-from test_mnist import toy_files
 
 from data.sources import CROSSWOZ, LAB, REVIEWS, SOURCES
 
@@ -115,12 +114,9 @@ def save_hub(folder):
 def write_hotel_rows(dialogues, path):
     """The first 60 dialogues as the public file has them: a row of context and response for each
     turn that is the assistant's."""
-    rows = []
-    for line in dialogues.read_text(encoding="utf-8").splitlines()[:60]:
-        turns = json.loads(line)
-        for i, turn in enumerate(turns):
-            if turn["role"] in ("search", "assistant"):
-                rows.append({"context": json.dumps(turns[:i]), "response": json.dumps(turn)})
+    talks = map(json.loads, dialogues.read_text(encoding="utf-8").splitlines()[:60])
+    rows = [{"context": json.dumps(talk[:i]), "response": json.dumps(turn)} for talk in talks
+            for i, turn in enumerate(talk) if turn["role"] in ("search", "assistant")]  # fmt: skip
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
 
 
@@ -131,19 +127,18 @@ def toy(line):
     script = re.search(r"[\w/]+\.py", line)[0]
     flag = next((f for f in TOY if not f.endswith(".py") and f in line), script)
     extra = TOY[flag] if script in TOY else ""
-    if "--max_minutes" in line:  # the toy is limited by its steps
-        line = re.sub(r"--max_minutes \S+", "", line)
+    line = re.sub(r"--max_minutes \S+", "", line)  # the toy is limited by its steps
     line = line.replace(script, shlex.quote(str(ROOT / script)))
-    line = re.sub(r"--nnodes 2 --nproc_per_node 8 .* HOST:29500", "--nproc_per_node 2", line)
-    line = line.replace("--nproc_per_node 8", "--nproc_per_node 2")
+    processes = r"(--nnodes 2 )?--nproc_per_node 8( .* HOST:29500)?"
+    line = re.sub(processes, "--nproc_per_node 2", line)
     line = line.replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
     return re.sub(r"(?<![/\w])python ", f"{sys.executable} ", line) + " " + extra
 
 
-def check_server(command, cwd, env):
+def check_server(command, common):
     """A server answers, and ends when it is asked to."""
     shell = ["bash", "-c", "exec " + re.sub(r"--serve( \d+)?", "--serve 0", command)]
-    with subprocess.Popen(shell, cwd=cwd, env=env, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(shell, **common, stdout=subprocess.PIPE, text=True) as process:
         url = process.stdout.readline().strip()
         with urllib.request.urlopen(url + "page/info") as answer:
             assert json.load(answer)["kind"] in ("chat", "base", "classifier")
@@ -170,32 +165,27 @@ for line in sys.stdin:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("toy")
 def test_every_command_of_the_readme_runs(mirror, tmp_path):
     words = ["我们", "学习", "a", "model", "from", "scratch", "。", "\n"]
     (tmp_path / "my_novel.txt").write_text(" ".join(words * 400), encoding="utf-8")
-    (tmp_path / "toy").mkdir()
-    for name, content in toy_files().items():
-        (tmp_path / "toy" / name).write_bytes(content)
     vocabularies = {"TIKTOKEN_CACHE_DIR": str(REAL / "tiktoken")}
     env = {**os.environ, "SCRATCHLM_MIRROR": mirror, "OMP_NUM_THREADS": "1", **vocabularies}
     log, pipe = tmp_path / "log.txt", subprocess.PIPE
-    forks = subprocess.Popen(
-        [sys.executable, "-c", FORKS], cwd=tmp_path, env=env, stdin=pipe, stdout=pipe, text=True
-    )
-    with forks:
+    common, forked = dict(cwd=tmp_path, env=env), [sys.executable, "-c", FORKS]
+    with subprocess.Popen(forked, **common, stdin=pipe, stdout=pipe, text=True) as forks:
         toys = {toy(line): line for line in commands("README.md")}  # some differ only in size
         for command, line in toys.items():
             if command is None:
                 continue
             if "--serve" in line:
-                check_server(command, tmp_path, env)
+                check_server(command, common)
                 continue
             if "|" in line or "torchrun" in line:
                 with open(log, "w", encoding="utf-8") as file:
-                    code = subprocess.run(
-                        ["bash", "-c", command], cwd=tmp_path, env=env, stdout=file, stderr=file,
-                        stdin=subprocess.DEVNULL, timeout=120,
-                    ).returncode
+                    streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+                    shell = ["bash", "-c", command]
+                    code = subprocess.run(shell, **common, **streams, timeout=120).returncode
             else:
                 argv = shlex.split(command)[1:]
                 print(json.dumps([argv, str(log)]), file=forks.stdin, flush=True)

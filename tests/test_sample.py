@@ -152,10 +152,9 @@ def test_each_prompt_of_a_batch_gives_what_the_naive_loop_gives(shape):
 @pytest.mark.parametrize("quits", [(0,), (0, 1, 3), (0, 1, 2, 3)])
 def test_a_row_that_stops_leaves_its_neighbours_alone(lengths, quits):
     """The longest row may stop first, which makes the others slide at columns beyond the context"""
-    model = noisy_model(position="learned")
+    model, count = noisy_model(position="learned"), [0] * 4
     prompts = [random_prompt(n, row) for row, n in enumerate(lengths)]
     last = {r: 2 + 5 * r for r in quits}  # the row ends with its token of this number
-    count = [0] * 4
 
     def stop(r, i):
         count[r] += 1
@@ -198,8 +197,7 @@ def test_beams_are_those_of_a_plain_search_without_cache_or_early_end(
 
 
 def test_beams_keep_to_the_allowed_ids_and_refuse_what_they_cannot_do():
-    model, allowed = noisy_model(), torch.zeros(40, dtype=torch.bool)
-    allowed[[3, 17]] = True
+    model, allowed = noisy_model(), torch.isin(torch.arange(40), torch.tensor([3, 17]))
     found = beam_search(model, [1, 2], 5, 4, allowed=allowed)
     assert len(found) == 4 and {i for _, ids in found for i in ids} == {3, 17}
     assert len(beam_search(model, [1, 2], 1, 4, allowed=allowed)) == 2  # there are no more
@@ -330,7 +328,11 @@ def test_prompt_then_text_then_ids(say, run):
     assert say.err.count("\n") == 1 and "context of 32 tokens was full" in say.err  # once
 
 
-def test_prompt_from_a_file_or_a_pipe_equals_the_prompt(say, tmp_path, monkeypatch):
+def test_a_prompt_may_come_from_a_file_or_a_pipe_or_be_none(say, run, tmp_path, monkeypatch):
+    wanted = naive_generate(run[1], [BYTE.eos_id], 10, temperature=0)  # none begins a document
+    assert last_ids(say(*TEN)) == last_ids(say("--prompt", "", *TEN)) == wanted
+    monkeypatch.setattr(sys, "stdin", None)  # pythonw has none
+    assert last_ids(say(*TEN)) == wanted
     text = "@ab 中文 gh"  # piped text that begins with @ is text
     wanted = say("--prompt_ids", ",".join(map(str, text.encode())), *TEN)
     assert wanted.startswith(text) and len(last_ids(wanted)) == 10
@@ -339,13 +341,6 @@ def test_prompt_from_a_file_or_a_pipe_equals_the_prompt(say, tmp_path, monkeypat
         assert say("--prompt", "@p.txt", *TEN) == wanted
         monkeypatch.setattr(sys, "stdin", io.StringIO(mark + text))
         assert say(*TEN) == wanted
-
-
-def test_without_a_prompt_the_model_begins_a_document(say, run, monkeypatch):
-    wanted = naive_generate(run[1], [BYTE.eos_id], 10, temperature=0)
-    assert last_ids(say(*TEN)) == last_ids(say("--prompt", "", *TEN)) == wanted
-    monkeypatch.setattr(sys, "stdin", None)  # pythonw has none
-    assert last_ids(say(*TEN)) == wanted
 
 
 def test_a_batch_gives_each_prompt_and_sample_what_it_is_alone(say):

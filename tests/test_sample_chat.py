@@ -35,8 +35,9 @@ def small_model(context=1024, **shape):
 
 
 def save(path, model, tokenizer):
-    content = {"config": asdict(model.config), "model": model.state_dict()}
-    lm.save_checkpoint(path, content | {"tokenizer": tokenizer.spec, "step": 0})
+    content = {"config": asdict(model.config), "model": model.state_dict(), "step": 0}
+    Path(path).parent.mkdir(exist_ok=True)
+    lm.save_checkpoint(path, content | {"tokenizer": tokenizer.spec})
 
 
 def test_a_classifier_prints_probabilities_best_first_and_does_not_chat(tmp_path, capsys):

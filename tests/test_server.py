@@ -15,13 +15,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 import torch
 from conftest import BYTE, CHAT, ROOT, render_chat, turn
+from test_sample_chat import save
 
 import data.server
 import data.service
@@ -172,15 +172,14 @@ def test_a_model_calls_a_tool_reads_its_result_and_speaks(chat):
 
 
 def test_tool_choice_says_whether_and_what_is_called(chat):
-    tools, asked = [tool("search"), tool("wait")], dict(messages=TALK[:1], max_tokens=40)
-    named = {"type": "function", "function": {"name": "wait"}}
+    tools, named = [tool("search"), tool("wait")], tool("wait")
     for request, name in (
-        (asked, None),  # without any tools
-        (asked | {"tools": tools, "tool_choice": "none"}, None),
-        (asked | {"messages": HELLO, "tools": tools[:1], "tool_choice": "required"}, "?"),
-        (asked | {"messages": HELLO, "tools": tools, "tool_choice": named}, "wait"),
+        (dict(messages=TALK[:1]), None),  # without any tools
+        (dict(messages=TALK[:1], tools=tools, tool_choice="none"), None),
+        (dict(messages=HELLO, tools=tools[:1], tool_choice="required"), "?"),
+        (dict(messages=HELLO, tools=tools, tool_choice=named), "wait"),
     ):
-        choice = both(chat.chat, **request).choices[0]
+        choice = both(chat.chat, **request, max_tokens=40).choices[0]
         called = [c.function.name for c in choice.message.tool_calls or ()]
         assert len(called) == bool(name) and (called == [name] or name != "wait")
     cut = both(chat.chat, messages=TALK[:1], tools=tools[:1], max_tokens=5).choices[0]
@@ -399,7 +398,7 @@ SITES = "http://evil.example", "null", "http://localhost:1", "localhost", ""
 
 
 CHUNKED = request(f"POST {ASK} HTTP/1.1", "Transfer-Encoding: chunked")
-BEGINNINGS = {"header": b"GET / HT", "body": post(ASK, GOOD)[:-9]}
+BEGINNINGS = b"GET / HT", post(ASK, GOOD)[:-9]
 REFUSED = [  # (request, its status, perhaps that no more is sent)
     *[(post(ASK, body), 400) for body in (
         b"{", b"[]", b"\xff\xfe", b"[" * 10**5, b"{}", b'{"a": "\\ud83d"}',
@@ -438,13 +437,13 @@ def test_bad_requests_are_refused_and_change_nothing(chat, monkeypatch):
     assert get(chat.port, "/health")[2] == {"status": "ok"} and not Path("out").exists()
     monkeypatch.setattr(data.server, "SECONDS", 0.3)
     began = time.monotonic()  # what is not sent in time is not waited for
-    assert all(raw(chat.port, start) == b"" for start in (b"", *BEGINNINGS.values()))
+    assert all(raw(chat.port, start) == b"" for start in (b"", *BEGINNINGS))
     assert time.monotonic() - began < 5
 
 
 def test_a_body_in_chunks_is_the_same_request(chat):
     body = json.dumps(GOOD | {"temperature": 0}).encode()
-    pieces = [body[:1], body[1:9], body[9:]]
+    pieces = body[:1], body[1:9], body[9:]
     chunks = b"".join(b"%x;a=b\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
     requests = CHUNKED + chunks + b"0\r\nTrailer: x\r\n\r\n", post(ASK, body)
     one, other = (fetch(chat.port, request)[2]["choices"] for request in requests)
@@ -460,7 +459,7 @@ def test_requests_that_are_much_work_are_refused_or_soon_done(chat, text):
     assert time.monotonic() - start < 30  # seconds if the machine is busy, minutes if quadratic
 
 
-@pytest.mark.parametrize("start", [*BEGINNINGS.values(), b"X / HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize("start", [*BEGINNINGS, b"X / HTTP/1.1\r\n\r\n"])
 def test_200_slow_clients_do_not_keep_out_a_real_one(chat, start):
     slow, over = [], threading.Event()
 
@@ -581,15 +580,12 @@ def test_closing_finishes_what_is_written_and_cuts_what_never_ends(capfd):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_a_signal_lets_the_process_end_its_answers_and_a_key_is_needed():
-    """Its model writes letters and never ends."""
     site = "https://site.example"
     shape = dict(vocab_size=320, context=1 << 16, n_layer=1, n_head=2, d_model=16, head_bias=True)
     model = lm.Transformer(lm.Config(**shape))
-    with torch.no_grad():
+    with torch.no_grad():  # it writes letters and never ends
         model.head.bias.fill_(-50)[list(b"abcdefghijklmnop")] = 0
-    content = {"config": asdict(model.config), "model": model.state_dict(), "step": 0}
-    Path("run").mkdir()
-    lm.save_checkpoint(Path("run/best.pt"), content | {"tokenizer": CHAT.spec})
+    save("run/best.pt", model, CHAT)
     command = [sys.executable, str(ROOT / "sample.py"), "--ckpt", "run", "--serve", "0"]
     command += ["--slots", "3", "--cors", site, "--host", "0.0.0.0", "--api_key", "k1"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -688,12 +684,12 @@ def test_runs_and_their_figures(chat):
     texts = {"long": "".join(json.dumps(r) + "\n" for r in rows)}
     texts["cut 好"] = '{"step": 1, "loss": NaN}\n{"step": 2, "loss": Infinity}\n{"step": 3, "lo'
     texts["odd"] = '5\n[1]\n\nnull\n{"val_loss": 1}\n'
-    settings = {"long": '{"lr": 0.1}', "odd": "{"}
     for n, (name, content) in enumerate(texts.items()):
-        Path("out", name).mkdir(parents=True)
-        Path("out", name, "metrics.jsonl").write_text(content, encoding="utf-8")
-        Path("out", name, "settings.json").write_text(settings.get(name, ""), encoding="utf-8")
-        os.utime(Path("out", name, "metrics.jsonl"), (time.time() - n, time.time() - n))
+        folder = Path("out", name)
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(content, encoding="utf-8")
+        (folder / "settings.json").write_text(('{"lr": 0.1}', "", "{")[n], encoding="utf-8")
+        os.utime(folder / "metrics.jsonl", (time.time() - n, time.time() - n))
     Path("out/no run").mkdir()
     with data.runs.lock_folder("out/odd"):
         runs = get(chat.port, "/page/runs")[2]["runs"]
