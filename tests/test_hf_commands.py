@@ -236,7 +236,6 @@ def test_a_model_without_an_end_token_is_given_one(run, tmp_path):
 
 @pytest.mark.parametrize("family", ["ours", "qwen3", "llama3.1", "mistral", "named"])
 def test_an_exported_chat_is_rendered_alike(family, tmp_path):
-    """By transformers, with our template or with that which the model came with."""
     if family in ("ours", "named"):
         tokenizer = Tokenizer({"kind": "byte"}).with_special(CHAT_TOKENS * (family == "ours"))
         named = {"default": CHATML, "tool_use": "{{ tools | tojson }}" + CHATML}

@@ -7,6 +7,7 @@ import re
 import struct
 import zipfile
 from dataclasses import asdict
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -411,24 +412,6 @@ def test_zero_out_starts_at_the_loss_of_knowing_nothing(fields):
     assert loss.item() == pytest.approx(math.log(V), rel=1e-6)
 
 
-@pytest.mark.parametrize("init", lm.INITS)
-def test_each_init_has_its_deviations(init):
-    torch.manual_seed(0)
-    C, L, gpt2 = 128, 3, init == "gpt2"
-    shape = dict(vocab_size=500, n_layer=L, d_model=C, position="learned", norm="layernorm")
-    model = Transformer(Config(**shape, qkv_bias=True, qk_norm=True, head_bias=True, init=init))
-    stds = {"embed.weight": 0.02 if gpt2 else 1.0, "head.weight": 0.02 if gpt2 else 0.0}
-    for name, p in model.named_parameters():
-        if p.dim() == 1:
-            assert (p == float("norm" in name and name.endswith("weight"))).all(), name
-            continue
-        expected = stds.get(name, 0.02 if gpt2 else 0.577 / C**0.5)
-        if name.endswith(("attention.out.weight", "feed_forward.down.weight")):
-            expected = 0.02 / (2 * L) ** 0.5 if gpt2 else 0.0
-        assert p.std().item() == pytest.approx(expected, rel=0.03), name
-        assert abs(p.mean().item()) <= 0.03 * expected, name
-
-
 def content_of(model, **more):
     return {"config": asdict(model.config), "model": model.state_dict(), **more}
 
@@ -451,7 +434,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, fields):
     assert torch.equal(again(some_ids()), model(some_ids()))
     assert os.listdir(tmp_path) == ["a.pt"]
     half = lm.model_from_checkpoint(content, dtype=torch.bfloat16)
-    assert half(some_ids()).dtype == torch.bfloat16
+    assert half(some_ids()).dtype == torch.bfloat16 and half.cos.dtype == torch.float32
 
 
 def test_flipped_bytes_are_found_by_their_checksum(saved):
@@ -475,10 +458,7 @@ def test_flipped_bytes_are_found_by_their_checksum(saved):
 def test_a_failing_write_keeps_the_old_file_and_leaves_no_other(saved, monkeypatch, where, error):
     before = saved.read_bytes()
 
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(where, fail)
+    monkeypatch.setattr(where, Mock(side_effect=error))
     with pytest.raises(UserError, match=r"last\.pt.*space") as caught:
         lm.save_checkpoint(saved, content_of(build(seed=1)))
     assert "\n" not in str(caught.value)

@@ -119,9 +119,6 @@ GLM4 = r"""[gMASK]<sop>
 <|assistant|>{{ c.function.name + '\n' + c.function.arguments | tojson }}{% endfor %}
 {%- endfor %}
 {% if add_generation_prompt %}<|assistant|>{% endif %}"""
-MINICPM = """{% for m in messages %}
-{% if m.role == 'user' %}{{ '<用户>' + m.content.strip() + '<AI>' }}
-{%- else %}{{ m.content.strip() }}{% endif %}{% endfor %}"""
 GEMMA = r"""{{ bos_token }}{%- if messages[0].role == 'system' %}
 {{ raise_exception('System role not supported') }}{% endif %}{%- for m in messages %}
 {% if (m.role == 'user') != loop.index is odd %}
@@ -152,7 +149,6 @@ FAMILIES = {
     "llama2": Family(LLAMA2, "<s>", "</s>", "<unk>", " {} </s>"),
     "mistral": Family(MISTRAL, "<s>", "</s>", f"{INST} [/TOOL_RESULTS]", " {}</s>"),
     "glm4": Family(GLM4, None, END, f"[gMASK] <sop> {SIDES} <|observation|>", "\n{}"),
-    "minicpm": Family(MINICPM, "<s>", "</s>", "<用户> <AI>", "{}"),
     "gemma": Family(GEMMA, "<bos>", "<eos>", "<start_of_turn> <end_of_turn>", "{}<end_of_turn>"),
     "phi3": Family(PHI3, "<s>", END, f"{SIDES} <|end|>", "{}<|end|>"),
     "minimind": Family(MINIMIND + CHATML, START, IM, END, words=CALLS),
@@ -264,8 +260,8 @@ def test_ids_are_those_of_transformers(family, talk):
 
 
 def learned(family, ids, mask):
-    """The text of each run of ids with mask 1. GLM-4 and MiniCPM write no end of a turn: they may
-    learn the token after it as one, which is left out here."""
+    """The text of each run of ids with mask 1. GLM-4 writes no end of a turn: it may learn the
+    token after it as one, which is left out here."""
     ours, runs = pair(family)[0], itertools.groupby(zip(ids, mask), lambda pair: pair[1])
     runs = [[i for i, _ in run] for m, run in runs if m]
     if FAMILIES[family].learned.endswith("{}"):
