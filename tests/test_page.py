@@ -1,7 +1,4 @@
-"""data/page.html in a browser, talking to servers of this process with tiny models.
-
-Needs playwright and a chromium (SCRATCHLM_CHROMIUM, default /usr/bin/chromium); skipped without.
-"""
+"""data/page.html in a browser (SCRATCHLM_CHROMIUM), talking to servers with tiny models."""
 
 import functools
 import json

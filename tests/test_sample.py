@@ -53,6 +53,8 @@ def random_prompt(n, row=0):
 
 PROBS = [0.1, 0.4, 0.05, 0.15, 0.3]  # unsorted on purpose
 LOGITS = torch.tensor([PROBS]).log()
+LENGTHS = (1, 5, 12, 3, 30, 13)
+TEN = ("--temperature", "0", "--max_tokens", "10", "--print_ids")
 
 
 def kept(logits):
@@ -121,9 +123,6 @@ def test_top_p_sees_the_distribution_after_temperature_and_penalty():
     assert set(draw(LOGITS, 300, top_p=0.35, temperature=2.0)) == {1, 4}
     x, settings = torch.tensor([[5.0, 1.0, 1.0]]), dict(top_k=1, repetition_penalty=50.0)
     assert set(draw(x, 20, **settings)) == {1, 2}
-
-
-LENGTHS = (1, 5, 12, 3, 30, 13)
 
 
 @pytest.mark.parametrize("shape", [
@@ -315,9 +314,6 @@ def say(run, capsys, tmp_path, monkeypatch):
 
 def last_ids(out):
     return [int(i) for i in out.splitlines()[-1].split(",")]
-
-
-TEN = ("--temperature", "0", "--max_tokens", "10", "--print_ids")
 
 
 def test_prompt_then_text_then_ids(say, run):

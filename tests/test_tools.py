@@ -70,7 +70,7 @@ def test_hotel_is_a_search_of_the_data_base(tmp_path, monkeypatch):
 ])
 def test_a_file_of_tools_that_cannot_be_used_is_named(tmp_path, text, reason):
     path = tmp_path / "tools.py"
-    if text is not None:
+    if text:
         path.write_text(text)
     with pytest.raises(UserError, match=f"^.*{path}.*{reason}.*$"):
         load_tools(str(path))
@@ -176,14 +176,11 @@ def test_choices_in_a_docstring(kind, said, choices):
 
 
 @pytest.mark.parametrize("function", [look_up, mixed])
-def test_a_functions_schema_is_that_of_transformers(function):
+def test_a_functions_schema_is_that_of_transformers_and_without_words_it_has_one_too(function):
     theirs = pytest.importorskip("transformers").utils.get_json_schema(function)
     ours = function_schema(function.__name__, function)
     theirs["function"].pop("return", None)
     assert json.dumps(ours) == json.dumps(theirs)  # the order counts: it is text for a model
-
-
-def test_a_function_without_words_has_a_schema_too():
     schema = function_schema("f", lambda x, *more, y=2, **rest: 1)["function"]
     told = {"properties": {"x": {"description": ""}, "y": {"description": ""}}, "required": ["x"]}
     assert schema == {"name": "f", "description": "", "parameters": {"type": "object"} | told}
