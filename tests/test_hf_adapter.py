@@ -69,7 +69,6 @@ def export(folder, base, adapter):
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("targets, changes", [
-    ("attention", {}),
     ("k,v,up", {}),  # of GPT-2's c_attn two thirds
     ("q,k,blocks.0.attention.v,down", {}),
     ("head,out", dict(tied=False)),

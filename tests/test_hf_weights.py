@@ -256,16 +256,9 @@ def test_a_field_that_we_do_not_compute_is_named(name, change, words):
     assert "\n" not in str(e.value)
 
 
-def test_only_mistral_uses_a_window_that_no_other_field_asks_for(capsys):
-    for name, window in (("qwen2", 0), ("qwen3", 0), ("llama", 0), ("mistral", 8)):
-        values = theirs_config(name) | dict(sliding_window=8, max_position_embeddings=128)
-        config = config_from_hf(values)
-        assert (config.context, config.window, config.window_layers) == (128, window, None)
-    assert capsys.readouterr() == ("", "")
-
-
 @pytest.mark.parametrize("name, change", [
     ("qwen2", dict(attention_bias=True, mlp_bias=True)),  # fields of Llama's
+    *((name, dict(sliding_window=8)) for name in ("llama", "qwen2", "qwen3")),  # not Mistral
     ("llama", dict(rope_parameters={"rope_type": "default", "mrope_section": [1, 2]})),
     ("llama", dict(embedding_multiplier=1.0, final_logit_softcapping=None, alibi=False)),
     ("llama", dict(use_sliding_window=False, max_window_layers=None, sliding_window="?")),
