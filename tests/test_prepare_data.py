@@ -171,16 +171,13 @@ def test_meta_counts_what_the_files_hold_and_a_folder_lends_its_tokenizer(prepar
     assert read_meta(prepare("b.txt", str(prepared)))["tokenizer"] == meta["tokenizer"]
 
 
-def changed(**values):
-    return lambda data: json.dumps(json.loads(data) | values).encode()
-
-
 @pytest.mark.parametrize("file, damage, message", [
     ("train.bin", lambda data: data + b"\0\0", "is damaged"),
     ("train.bin", lambda data: data[:20] + bytes([data[20] ^ 1]) + data[21:], "is damaged"),
     ("train.bin", None, "is damaged or missing"),
     ("meta.json", None, "does not exist: prepare the text first"),
-    *(("meta.json", changed(**{key: value}), "is damaged") for key, value in (
+    *(("meta.json", lambda data, new={key: value}: json.dumps(json.loads(data) | new).encode(),
+       "is damaged") for key, value in (
         ("format", 2), ("dtype", "<u4"), ("dtype", ">u2"), ("vocab_size", 70_000),
         ("largest_id", 400), ("splits", {"train": {}, "val": {}}), ("splits", 5))),
     ("meta.json", lambda data: b'{"format": 1}', "is damaged"),

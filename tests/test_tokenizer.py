@@ -27,10 +27,6 @@ def tokenizer(request):
     return make_tokenizer(request.param, [("", [text * 3]) for text in TEXTS.values()], 1)
 
 
-def tokenizers_of(*kinds):
-    return pytest.mark.parametrize("tokenizer", kinds, indirect=True)
-
-
 def test_round_trip(tokenizer):
     again = Tokenizer(json.loads(json.dumps(tokenizer.spec)))
     for text in TEXTS.values():
@@ -73,7 +69,7 @@ def test_the_name_of_a_special_token_is_ordinary_text(tokenizer):
         assert tokens_of(prepare("[ab].txt", "byte")).count(256) == 1
 
 
-@tokenizers_of(*KINDS[2:])
+@pytest.mark.parametrize("tokenizer", KINDS[2:], indirect=True)
 def test_runs_too_long_for_tiktokens_regex_have_the_ids_they_would_have(tokenizer):
     for run in (" ", "\t", "\u00a0", "\n", " \n", "-", "a", "中", "1", '"a', "'"):
         for text in (run * 300, f"x{run * 300}y", f"x {run * 300} y\n{run * 50}"):
@@ -85,7 +81,7 @@ def test_runs_too_long_for_tiktokens_regex_have_the_ids_they_would_have(tokenize
         assert ids == [i for part in parts for i in tokenizer.encode(part)]
 
 
-@tokenizers_of("bpe:700", "gpt2", "cl100k_base")
+@pytest.mark.parametrize("tokenizer", ["bpe:700", "gpt2", "cl100k_base"], indirect=True)
 @pytest.mark.parametrize("block", [64, 333])
 def test_a_stream_of_pieces_has_the_tokens_of_the_whole(tokenizer, block, monkeypatch):
     set_block(monkeypatch, block)
