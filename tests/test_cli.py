@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib
-import json
 import os
 import pty
 import re
@@ -76,7 +75,7 @@ warmup_ratio: 0.1
 per_device_train_batch_size: 2
 cutoff_len: 512
 """
-JSON = dict(lora_target=["q", "v"], max_steps=200, warmup_ratio=0.1, stage="pt")
+JSON = '{"lora_target": ["q", "v"], "max_steps": 200, "warmup_ratio": 0.1, "stage": "pt"}'
 
 
 def parser_of(script):
@@ -148,7 +147,7 @@ def test_flags_may_be_called_as_elsewhere(line, values):
 def test_a_wrong_flag_is_one_line(line, said, capsys):
     Path("nano.py").write_text(CONFIG)
     Path("lf.yml").write_text(YAML)
-    Path("hf.json").write_text(json.dumps(JSON))
+    Path("hf.json").write_text(JSON)
     Path("rows.json").write_text("{}")
     Path("run").mkdir()
     Path("run/last.pt").touch()

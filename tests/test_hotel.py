@@ -81,13 +81,11 @@ def test_what_the_assistant_reads_out_is_exchanged_unless_the_guest_has_said_it(
     assert (values["tool.name"], values["tool.price"]) == (["北京饭店"], [450])
 
 
-ODD = ['a"b', "c\\d", "$1.*", "x|y", "(健身房)", "name", "facilities", "\\1", "换\n行", "\\g<0>"]
-
-
 def test_odd_values_survive_an_exchange():
-    examples = [hotel_talk([a, b]) for a in ODD for b in ODD if a != b]
+    odd = ['a"b', "c\\d", "$1.*", "x|y", "(健身房)", "name", "facilities", "\\g<0>", "换\n行"]
+    examples = [hotel_talk([a, b]) for a in odd for b in odd if a != b]
     pool, rng = values_by_key(examples), random.Random(0)
-    assert set(pool["call.facilities"]) == set(ODD) and "call.rating_range_lower" not in pool
+    assert set(pool["call.facilities"]) == set(odd) and "call.rating_range_lower" not in pool
     changed = 0
     for e in examples:
         after = substitute(e, pool, 0.7, rng)
@@ -95,7 +93,7 @@ def test_odd_values_survive_an_exchange():
         new = parse_call(after["messages"][1]["tool_calls"][0])[1]["facilities"]
         records = json.loads(after["messages"][2]["content"])
         assert list(records[0]) == ["name", "facilities", "note"]
-        assert records[0]["facilities"] == new and set(new) <= set(ODD)
+        assert records[0]["facilities"] == new and set(new) <= set(odd)
         assert after["messages"][::3] == hotel_talk(new)["messages"][::3]
     assert changed > 50
 

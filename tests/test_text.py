@@ -15,6 +15,8 @@ from data.cli import UserError
 from data.text import json_rows, split
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
+ROWS = [{"text": "a }{"}, {"text": "b", "more": [{"c": 1}, []]}, {"text": "d"}]
+
 
 @pytest.mark.parametrize("block", [5, 1 << 20])
 @pytest.mark.parametrize("encoding, start, text", [  # (encoding, byte order mark, text)
@@ -167,9 +169,6 @@ def test_a_json_list_is_read_as_its_rows_are():
     Path("cut.json").write_text(json.dumps(rows)[:-9])
     with pytest.raises(UserError, match=r"cut\.json: broken JSON \(.*line 1 column"):
         pieces_of("cut.json")
-
-
-ROWS = [{"text": "a }{"}, {"text": "b", "more": [{"c": 1}, []]}, {"text": "d"}]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "A.JSONL"])
