@@ -82,8 +82,7 @@ def test_peft_computes_what_we_do_adapted_and_merged(tmp_path, family, targets, 
     values = export(tmp_path, base, content)
     assert values["fan_in_fan_out"] == (family == "gpt2")
     lm.export_hf(base, tmp_path / "bare")
-    auto = transformers.AutoModelForCausalLM
-    bare = auto.from_pretrained(tmp_path / "bare", dtype=torch.float32).eval()
+    bare = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bare", dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(bare, tmp_path / "peft").eval()
     want = lora.load_adapted(base, {"one": content})(IDS)
     assert (want - lm.model_from_checkpoint(base)(IDS)).abs().max() > 1e-3

@@ -221,7 +221,6 @@ def test_a_model_without_an_end_token_is_given_one(run, tmp_path):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for name in ("tokenizer_config.json", "generation_config.json"):
         (folder / name).unlink(missing_ok=True)
-
     run("sample.py", "--ckpt", "endless", "--prompt", "the", "--max_new_tokens", "8")
     prepare(run, "endless")
     short = ("--ckpt", "endless", "--max_steps", "2", "--eval_every", "2")
