@@ -27,7 +27,8 @@ def plain(weight, bias, rows):
 def transposed(weight, bias, rows):
     """The weight as (in, out)."""
     weight = weight.t().contiguous()
-    return lambda x: add_bias(x @ weight, bias)
+    view = weight.t()  # (out, in) again, for one operation with the bias
+    return lambda x: x @ weight if bias is None else F.linear(x, view, bias)
 
 
 def halves(weight, bias, rows):
