@@ -91,7 +91,7 @@ class MLP(nn.Module):
 
 # What to minimise. Each takes log probabilities (B, 10) and labels (B,), and returns a mean.
 LOSSES = {
-    "nll": F.nll_loss,  # of a log_softmax: the cross entropy
+    "nll": F.nll_loss,  # cross-entropy, since the network ends with log_softmax
     "mse": lambda log_p, labels: F.mse_loss(log_p.exp(), F.one_hot(labels, 10).float()),
     "euclidean": lambda log_p, labels: (log_p.exp() - F.one_hot(labels, 10)).norm(dim=-1).mean(),
     "cosine": lambda log_p, labels: F.cosine_embedding_loss(

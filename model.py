@@ -5,9 +5,9 @@
     python model.py --ckpt out/stdlib               the same for a trained model
     python model.py --ckpt out/llama --export hf    write a folder that transformers can read
 
-One Transformer covers GPT-2, the Llama and Qwen families and the course's own model. Their
-differences are fields of `Config`. prepare_data.py prepares text, train.py has the optimizers,
-sample.py samples.
+One Transformer covers GPT-2, the course's own model and the families of data/hf_config.py, such as
+Llama and Qwen. Their differences are fields of `Config`. prepare_data.py prepares text, train.py
+has the optimizers, sample.py samples.
 
 Shapes in comments: B batch, T time, C channels (d_model), nh query heads, nkv key/value heads,
 hs head size, V vocabulary, N rows (positions of all texts, flattened), S keys (cached and new).
@@ -71,16 +71,16 @@ class Config:
     n_head: int = 4  # heads of queries in each block
     d_model: int = 128  # channels between the blocks
     context: int = 128  # the most tokens that the model can look at
-    n_kv_head: int | None = None  # of keys and values; fewer: grouped-query attention; None: n_head
+    n_kv_head: int | None = None  # key/value heads; fewer is grouped-query attention; None: n_head
     head_size: int | None = None  # channels of a head; None: d_model / n_head
-    d_ff: int | None = None  # None: 4 * d_model; for swiglu 8/3 * d_model, which is as many weights
-    experts: int = 0  # feed-forwards in a block, from which a router chooses for each token; 0: one
-    experts_per_token: int | None = None  # how many a token uses; None: 2. Divides a d_ff of None
-    norm_topk_prob: bool | None = None  # weights of its experts add up to 1; None: if several
-    router_aux_loss_coef: float = 0.01  # of the loss that makes experts be used equally often
-    position: str = "rope"  # how a model knows the order of its tokens
-    norm: str = "rmsnorm"  # of the inputs (see norm_place) of attention, feed-forward and head
-    norm_place: str = "pre"  # of a block's norms: before attention and feed-forward, after, or both
+    d_ff: int | None = None  # None: 4 * d_model (gated: 8/3), divided by experts_per_token
+    experts: int = 0  # feed-forwards per block, from which a router chooses; 0: one, no router
+    experts_per_token: int | None = None  # experts that a token uses; None: 2
+    norm_topk_prob: bool | None = None  # chosen experts' weights sum to 1; None: if several
+    router_aux_loss_coef: float = 0.01  # weight of the loss that balances the use of the experts
+    position: str = "rope"  # how positions are encoded
+    norm: str = "rmsnorm"  # normalises the inputs of a block's two parts, and the final states
+    norm_place: str = "pre"  # of a block: pre (inputs of its two parts), post (outputs), both
     norm_weight: bool = True  # a learned scale (and, for layernorm, shift) in every norm
     activation: str = "swiglu"  # in the feed-forward
     qkv_bias: bool = False  # on the projections to queries, keys and values
@@ -88,25 +88,25 @@ class Config:
     ff_bias: bool = False  # on the two or three matrices of the feed-forward
     head_bias: bool = False  # on the logits
     qk_norm: bool = False  # RMS-normalise queries and keys per head
-    qk_norm_wide: bool = False  # with qk_norm: all heads together
-    parallel: bool = False  # the feed-forward reads what attention reads, not its result
+    qk_norm_wide: bool = False  # with qk_norm: normalise all heads together
+    parallel: bool = False  # attention and feed-forward read the same input, as in GPT-NeoX
     embed_norm: bool = False  # another norm, right after the embedding
     value_embed: bool = False  # a second table, whose rows are added to the values of each layer
     bigram: int = 0  # rows of a table for pairs of ids, see `BigramEmbedding`; 0 is none
     induction: bool = False  # also embed an id that may be copied, see `Induction`
     tied: bool = False  # the head is the embedding table, transposed
-    dropout: float = 0.0  # of the embedding, attention weights and block outputs, in training
-    eps: float = 1e-5  # of the norms
-    rope_theta: float = 10000.0  # the larger, the slower rope turns its slow channels
+    dropout: float = 0.0  # probability, in training: embedding, attention weights, block outputs
+    eps: float = 1e-5  # epsilon of the norms
+    rope_theta: float = 10000.0  # base of the rotation frequencies; a larger one makes them lower
     rope_scaling: dict | None = None  # {"rope_type": one of data/rope.py's, its parameters...}
-    rotary_share: float = 1.0  # of the channels of a head that rope rotates
-    window: int = 0  # tokens that the layers with a window look at; 0 is all
+    rotary_share: float = 1.0  # share of a head's channels that rope rotates
+    window: int = 0  # tokens that layers with a window can look at; 0: no window
     window_layers: list | None = None  # for each layer, whether it has a window; None: all have
-    window_theta: float = 0.0  # their rope_theta, without rope_scaling; 0: as in the other layers
-    embed_scale: float = 1.0  # the factor of the embedding, if there is no embed_norm
-    residual_scale: float = 1.0  # of all that a block adds to its input
-    logit_scale: float = 1.0  # of the final states, and so of the logits
-    attention_scale: float = 1.0  # of the attention scores, beside 1 / sqrt(head_size)
+    window_theta: float = 0.0  # rope_theta of layers with a window, unscaled; 0: that of the others
+    embed_scale: float = 1.0  # multiplies the embedding if there is no embed_norm
+    residual_scale: float = 1.0  # multiplies what attention and feed-forward add to their input
+    logit_scale: float = 1.0  # multiplies the final states, and therefore the logits
+    attention_scale: float = 1.0  # multiplies attention scores, beside 1 / sqrt(head_size)
     init: str = "zero_out"  # initial weights: `Transformer.init_weights`
 
     def __post_init__(self):
@@ -1089,7 +1089,7 @@ def export_gguf(content, path, dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# The command line: what a shape costs
+# The command line: what a shape costs, and what a trained model's numbers are
 # --------------------------------------------------------------------------------------------
 
 
@@ -1169,7 +1169,8 @@ def main(argv=None):
         if args.preset:
             raise UserError("--show needs a trained model: name it with --ckpt, not --preset")
         return show(args.show, args.ckpt or newest_run(), args.prompt, args.layer, args.head)
-    content = load_checkpoint(args.ckpt) if args.ckpt else {}
+    content, name = load_checkpoint(args.ckpt) if args.ckpt else {}, args.preset or "tiny"
+    config = Config.from_dict(content["config"]) if content else preset(name)
     if args.export:
         folder = Path(args.export)
         if "adapter" in content:
@@ -1180,10 +1181,8 @@ def main(argv=None):
             export_gguf(content, folder, args.dtype or "f16")
             return print(f"{folder}: {folder.stat().st_size / 2**20:,.1f} MiB")
         return print(f"{folder}: {export_hf(content, folder)['architectures'][0]}")
-    name = args.ckpt or args.preset or "tiny"
-    config = Config.from_dict(content["config"]) if content else preset(name)
     counts, flops = count_parameters(meta_model(config)), flops_per_token(config)
-    lines = costs.shape_lines(name, asdict(config), counts, flops, args.tokens)
+    lines = costs.shape_lines(args.ckpt or name, asdict(config), counts, flops, args.tokens)
     if args.world:
         lines += costs.world_lines(config, counts, flops, args.world, args.shard)
     print("\n".join(lines))

@@ -877,7 +877,7 @@ def add_optimization(p):
     return add
 
 
-EVAL_TOKENS = 32768  # of all evaluations but the last one, which reads all, if no flag says more
+EVAL_TOKENS = 32768  # per evaluation, if no flag says otherwise; the last one reads all
 # The fields of a shape that are flags; those in structured form only come with models of the Hub
 SHAPE = [f.name for f in fields(lm.Config) if f.name not in ("rope_scaling", "window_layers")]
 

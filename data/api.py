@@ -156,7 +156,7 @@ class Api:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "scratchlm"}
 
     def told(self, tools):
-        """Those of the tools that a prompt describes: not what the model knows by training."""
+        """The tools that a prompt must describe: all but those that the model has learned."""
         return [tool for tool in tools if tool["function"]["name"] not in self.known]
 
     def list_models(self):

@@ -246,7 +246,7 @@ class Parser(argparse.ArgumentParser):
         return settings + ours, unneeded
 
     def parse_known_args(self, args=None, namespace=None):
-        """argparse's, of the words that `our_words` makes of the given ones."""
+        """As in argparse, after `our_words` has translated the flags of other projects."""
         words = sys.argv[1:] if args is None else args
         sources = any(not p.choices for p in self._get_positional_actions())
         for i, word in enumerate([] if sources else words):

@@ -63,7 +63,7 @@ FAMILIES = {
         eps=layernorm_epsilon:1e-5 rope_theta=rope_ratio:1.0 rotary_share:0.5""",
 }  # fmt: skip
 READ_ONLY = ("minicpm", "internlm2", "baichuan", "chatglm")  # transformers has no class of them
-CLASSES = {  # of the others: LlamaForCausalLM, for example
+CLASSES = {  # where it is not the capitalized family name, as in LlamaForCausalLM
     "gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
 }  # fmt: skip

@@ -89,7 +89,7 @@ def add_bias(y, bias):
 FLOAT_LAYOUTS = (transposed, plain, halves, packed)
 INT8_LAYOUTS = (int8,)
 SMALL = 1 << 18  # a smaller matrix stays in a core's cache, where its layout hardly matters
-TIMED = 1 << 22  # of a larger matrix, only this many weights are used for the timing
+TIMED = 1 << 22  # a larger matrix is timed on its first rows, about this many weights
 timings = {}  # (shape, dtype, rows, layouts) -> {layout: seconds}, filled once a process
 
 
@@ -182,8 +182,8 @@ def make_fast(model, rows=1, int8=False):
 
 
 def direct(module):
-    """What module(x) computes, as a function without the microseconds of nn.Module's own call, and
-    for a norm without those of torch.nn.functional; of a list of modules, a list."""
+    """A function that computes module(x) without the overhead of nn.Module.__call__, and for a norm
+    without that of torch.nn.functional. For a ModuleList, a list of such functions."""
     if type(module) is nn.ModuleList:
         return [direct(m) for m in module]
     if type(module) is nn.LayerNorm:
