@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from data.cli import UserError
-from data.download import REPO, VIEWER, download_path, fetch, hub_token
+from data.download import REPO, VIEWER, download_path, fetch
 from data.files import read_json
 from data.progress import watched
 from data.row_files import is_row_file
@@ -43,7 +43,7 @@ def hub_rows(repo, part, limits):
     viewer does not give the rows, or if `part` is missing or unknown."""
     if part and is_row_file(part):
         url = f"{HUB}/{repo}/resolve/main/{quote(part)}"
-        return {"train": fetch(url, token=hub_token(url))}
+        return {"train": fetch(url)}
     try:
         splits = ask("splits", dataset=repo)["splits"]
         if not splits:
@@ -62,7 +62,7 @@ def ask(endpoint, **query):
     """The viewer's answer, an object with a list that is named after the endpoint."""
     url = f"{VIEWER}/{endpoint}?{urlencode(query)}"
     with contextlib.redirect_stderr(io.StringIO()):  # there may be hundreds of downloads
-        return read_json(fetch(url, token=hub_token(url)))
+        return read_json(fetch(url))
 
 
 def choose_splits(repo, part, splits):
