@@ -13,7 +13,6 @@ are modules in data/. No torch here.
 """
 
 import contextlib
-import difflib
 import glob
 import itertools
 import json
@@ -35,7 +34,7 @@ if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; s
 import numpy as np
 import tiktoken
 
-from data.cli import FOREIGN, Parser, UserError, at_least, number, run_cli
+from data.cli import Parser, UserError, at_least, number, run_cli
 from data.download import DATA, EXTRAS, MB, fetch, is_hub_name, snapshot_download
 from data.files import file_sha256, locked, read_json, write_whole
 from data.hf_tokenizer import find_tokenizer, hub_tokenizer
@@ -52,8 +51,6 @@ from data.tokenizer import PATTERNS, UNKNOWN, Tokenizer, learn_bpe
 def find_files(source):
     """The files of a SOURCE, downloaded if need be: paths, or (name, open) pairs of data.sources'
     `shards`. UserError if there are none."""
-    if not source.strip():
-        raise UserError("the source is empty: name a file, a folder, a URL, stdlib, ...")
     if source in SOURCES:
         files = SOURCES[source].fetch()["train"]
         return files if isinstance(files, list) else [files]
@@ -69,10 +66,8 @@ def find_files(source):
         return [path / name for name in choose_texts(f"folder {source}", names, suffixes)]
     paths = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
     if not paths:
-        names, near = ", ".join(SOURCES), difflib.get_close_matches(source, SOURCES, 1, 0.8)
-        near = FOREIGN.get(f"dataset={source}", near[0] if near else "").removeprefix("data=")
-        what = f": did you mean {near}?" if near else f" and not one of {names}"
-        raise UserError(f"source {source!r} is no file, folder, glob or URL{what}")
+        what = f"not a file, folder, glob or URL, and not one of {', '.join(SOURCES)}"
+        raise UserError(f"source {source!r} is {what}")
     return paths
 
 

@@ -340,8 +340,8 @@ def test_load_data_names_the_files_it_read_by_their_hashes(tmp_path):
     assert (len(parts["train"]), len(parts["val"])) == (20, 3)
     _, parts, hashes = load_data(train, fraction=0.25)
     assert (len(parts["train"]), len(parts["val"]), hashes) == (15, 5, {"train": digest[0]})
-    both = tmp_path / "b.json"  # {"data": [...]}
-    both.write_text(json.dumps({"data": alpaca(24)[20:], "version": 1}), encoding="utf-8")
+    both = tmp_path / "b.json"
+    both.write_text(json.dumps(alpaca(24)[20:]), encoding="utf-8")
     _, parts, hashes = load_data(f"{train},{both}", val)
     assert (len(parts["train"]), len(parts["val"])) == (24, 3)
     assert hashes["train"].startswith(digest[0]) and len(hashes["train"]) == 128
