@@ -292,6 +292,7 @@ class Engine:
     def forget(self):
         """Drop what the free rows hold, after the model has changed."""
         self.cache.lengths[self.busy :] = 0
+        self.cache.graphs = {}
 
     def swap(self, a, b):
         """Exchange two rows: their texts, and what the cache holds of them."""
@@ -597,21 +598,18 @@ def load(ckpt=None, device=None, dtype="auto", adapters=(), ids_alone=False):
 
 def fast_model(model, rows, args):
     """Make the model ready to write `rows` texts at once, in place, and return it: on a CPU its
-    Linears are replaced by faster ones, on a GPU --cuda_graphs records its steps. One with adapters
-    stays as it is, since they may be switched. UserError if a flag asks for the impossible."""
+    Linears are replaced by faster ones, but for one with adapters, which may be switched; on a GPU
+    its steps are recorded, unless a router chooses other experts at each. UserError if a flag asks
+    for the impossible."""
     device = model.embed.weight.device.type
     adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
     fast = device == "cpu" and not (args.no_fast or adapted)
-    varying = "adapters" if adapted else "a mixture of experts" if model.config.experts else None
-    if args.cuda_graphs and (varying or device != "cuda"):
-        reason = f"excludes {varying}" if varying else f"needs a GPU, the model is on {device}"
-        raise UserError(f"--cuda_graphs {reason}")
     if args.dtype == "int8" and not fast:
         reason = "excludes --no_fast" if args.no_fast else f"is for a CPU, not {device}"
         if adapted:
             reason = "does not round adapters: lora.py merge writes a checkpoint without them"
         raise UserError(f"--dtype int8 {reason}")
-    if args.cuda_graphs:
+    if device == "cuda" and not (args.no_fast or model.config.experts):
         model.last_logits = GraphedSteps(model.last_logits)
     if fast:
         make_fast(model, rows, args.dtype == "int8")
@@ -826,8 +824,8 @@ def build_parser():
     add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16", "int8"),
         help="of the weights (default auto: on CUDA bf16, or fp16 before Ampere; else fp32); "
         "int8 is for CPUs")
-    add("--no_fast", action="store_true", help="keep PyTorch's own Linear layers on a CPU")
-    add("--cuda_graphs", action="store_true", help="on a GPU: start each step by one call")
+    add("--no_fast", action="store_true",
+        help="run the model as it is: no faster Linear layers (CPU), no CUDA graphs (GPU)")
     add("--verbose", action="store_true", help="show the times of the faster Linear layers")
     add("--adapter", action="append", default=[],
         help="LoRA run to add to --ckpt; several can be switched")
