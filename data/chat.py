@@ -115,7 +115,8 @@ ASSISTANT_TAGS = (*THINK, "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|pyth
 # Escapes the name of a special token in a message, so that it is encoded as plain text. It is a
 # Unicode noncharacter; a text that contains it has it doubled.
 MARK = "\ufdd0"
-CONTENT, TOOL, KEY = "Zq7", "Zq8", "Zq9"  # probes that are easy to find in a template's output
+# probes that are easy to find in a template's output
+CONTENT, TOOL, KEY, CALL_ID = "Zq7", "Zq8", "Zq9", "call00000"
 
 
 class Arguments(dict):
@@ -192,7 +193,7 @@ class Template:
         self.typed = either(special)
         self.typed_by_assistant = either(set(special) - set(ASSISTANT_TAGS))
         self.supports_tools = "tools" in self.source_for(tools=True)
-        call = tool_call(TOOL, {KEY: 0}, "call00000")
+        call = tool_call(TOOL, {KEY: 0}, CALL_ID)
         try:
             said, self.called = self.probe({"content": CONTENT}), ""
             with contextlib.suppress(ValueError):
