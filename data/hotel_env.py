@@ -25,7 +25,8 @@ class Env:
     def __init__(self, examples):
         self.tools, self.hotels = hotel.get_tools(), hotel.read_hotels()
         self.dialogues = [e for e in examples if wishes(e)]
-        self.facilities = set(hotel.values_by_key(examples).get("call.facilities", ()))
+        named = sorted(set(hotel.values_by_key(examples).get("call.facilities", ())))
+        self.named = [f for f in named if len(f) < LONG / 4]  # a list in one text is not exchanged
 
     def reset(self, seed):
         """The guest's first message, as a list."""
@@ -34,8 +35,8 @@ class Env:
         asked = {k: v for _, wanted in wishes(example) for k, v in wanted.items() if "range" in k}
         near = [h for h in self.hotels if hotel.search_hotels([h], **asked)]
         aim = self.rng.choice(near or self.hotels)
-        named = [f for f in self.facilities if hotel.search_hotels([aim], facilities=[f])]
-        values = {"facilities": sorted(named), "name": [aim["name"]], "type": [aim["type"]]}
+        named = [f for f in self.named if hotel.search_hotels([aim], facilities=[f])]
+        values = {"facilities": named, "name": [aim["name"]], "type": [aim["type"]]}
         pool = {f"call.{key}": options for key, options in values.items() if options}
         self.plan = wishes(hotel.substitute(example, pool, 0.6, self.rng, made_up=0))
         return self.say(*self.plan.pop(0), questions=self.rng.randint(1, 2))
