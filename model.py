@@ -663,6 +663,7 @@ class KVCache:
         self.ids = torch.zeros(batch, shape[3], dtype=torch.long, device=weight.device)
         self.lengths = torch.zeros(batch, dtype=torch.long)
         self.context = c.context
+        self.graphs = {}  # of data/graphs.py, which know these addresses
 
     @property
     def room(self):
@@ -676,21 +677,23 @@ class KVCache:
         part.ids, part.lengths = self.ids[first:last], self.lengths[first:last]
         return part
 
-    def begin(self, ids, static=False):
+    def begin(self, ids, positions=None):
         """Store ids (B, T) after those of each row, and return their NewTokens. `hidden` adds T to
-        the lengths when all layers are done. If `static`, no shape depends on the lengths, as CUDA
-        graphs need."""
+        the lengths when all layers are done. With their `positions` (B, T), on the device of the
+        ids, no shape depends on the lengths, as CUDA graphs need."""
         T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
         start, stop = max(lengths), max(lengths) + T
         if stop > self.room:
             limit = "context" if self.room == self.context else "cache"
             raise UserError(f"{stop} tokens do not fit the {limit} of {self.room}")
-        if start == min(lengths) and not static:
+        if start == min(lengths) and positions is None:
             positions, mask = slice(start, stop), None
             self.ids.narrow(1, start, T).copy_(ids)
         else:
-            stop = self.room if static else stop
-            positions = (self.lengths[:, None] + torch.arange(T)).to(device)
+            if positions is None:
+                positions = (self.lengths[:, None] + torch.arange(T)).to(device)
+            else:
+                stop = self.room
             mask = torch.arange(stop, device=device) <= positions[:, None, :, None]
             self.ids.scatter_(1, positions, ids)
         keys, values = self.keys.narrow(3, 0, stop), self.values.narrow(3, 0, stop)
@@ -722,6 +725,7 @@ class KVCache:
 
     def grow(self, room):
         """Enlarge the cache to `room` tokens a row."""
+        self.graphs = {}
         for name in ("keys", "values"):
             old = getattr(self, name)
             larger = old.new_zeros(*old.shape[:3], room, old.shape[4])
