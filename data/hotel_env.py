@@ -99,7 +99,8 @@ def turn_score(wanted, before, said):
         needed["name"] *= not any(needed[fact] for fact in facts.NUMBERS)
     counts = facts.count_facts(known, reply)
     if not facts.records_of(known):
-        counts["name"] = len(facts.names_pattern().findall(reply))
+        named = facts.names_pattern().findall(reply) + facts.INVENTED.findall(reply)
+        counts["name"] = len(named)
     stated = sum(max(counts[fact], needed[fact]) for fact in facts.FACTS)
     true = sum(counts[f"right {fact}"] for fact in facts.FACTS) - counts["again"]
     share = max(0, true) / stated if stated else float(bool(reply.strip()))

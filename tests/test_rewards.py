@@ -265,12 +265,15 @@ def room(tmp_path, monkeypatch, talker):
     return tmp_path
 
 
-def test_what_is_rewarded_becomes_likelier(room):
+@pytest.mark.parametrize("reward", ["--reward", "--env"])
+def test_what_is_rewarded_becomes_likelier(room, reward):
     """Its probability is compared, not what happens to be sampled in the end."""
     write_reward("b.py", "answer == 'b'")
+    if reward == "--env":
+        Path("b.py").write_text(ENV.replace("a == b for", "a == 'b' for"))
     flags = "--data val.jsonl --samples 32 --updates 2 --kl 0.05 --lr 2e-3 --embed_lr 2e-3"
     flags += " --head_lr 2e-3 --schedule constant --batch_tokens 8192 --grad_accum 1"
-    out = tune(*GRPO, "--reward", "b.py", *flags.split(), "--max_steps", "20")
+    out = tune(*GRPO, reward, "b.py", *flags.split(), "--max_steps", "20")
 
     def probability(ckpt):
         model, tokenizer, _ = sample.load(ckpt, dtype="fp32")
@@ -288,7 +291,7 @@ def test_what_a_run_writes(room):
         assert 0 <= r["reward"] <= 1 and 0 <= r["equal_groups"] <= 1 and r["answer_tokens"] >= 1
         assert r["reward_std"] >= 0 and 0 <= r["clipped"] <= 1 and r["entropy"] > 1 / 9
     kl = values(out, "kl")
-    assert len(kl) == 4 and kl[0] == 0 < kl[-1]
+    assert len(kl) == 4 and kl[0] < 1e-9 < kl[-1]  # rounding differs from shape to shape
     assert "greedy, validation" in (out / "loss.svg").read_text()
     assert {"val_reward", "bleu4"} <= set(json.loads((out / "scores.json").read_text())["val"])
 
@@ -330,10 +333,11 @@ def test_the_reference_is_the_model_at_the_start(room):
     flags = [*GRPO, "--reward", "flat.py", "--max_steps", "2", "--kl", "1"]
     for name, more in (("adapter", ["--lora_rank", "4"]), ("full", [])):
         out = tune(*flags, *more, out=f"out/{name}")
-        assert values(out, "kl") == [0, 0] and values(out, "equal_groups") == [1, 1]
-        assert max(map(abs, losses(out))) < 1e-6
+        first, second = values(out, "kl")  # AdamW takes a whole step along what rounding left
+        assert first < 1e-9 and second < 1e-4 and values(out, "equal_groups") == [1, 1]
+        assert max(map(abs, losses(out))) < 1e-4
     save_base(Path("out/plain/best.pt"), d_model=32)  # without the tokens of a chat
-    assert values(tune(*flags, ckpt="out/plain", out="out/kl"), "kl")[0] == 0
+    assert values(tune(*flags, ckpt="out/plain", out="out/kl"), "kl")[0] < 1e-9
 
 
 @rewarded
