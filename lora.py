@@ -17,6 +17,7 @@ import hashlib
 import re
 import signal
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
@@ -105,13 +106,11 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(*buffers)
 
 
-def _backward(ctx, grad):
+@partial(quantized_product.register_autograd, setup_context=_keep)
+def _(ctx, grad):
     buffers = list(ctx.saved_tensors)
     grad = quantized_product(grad, buffers, None, *ctx.sizes, False)
     return grad, [None] * len(buffers), None, None, None, None
-
-
-quantized_product.register_autograd(_backward, setup_context=_keep)
 
 
 class QuantLinear(nn.Module):
