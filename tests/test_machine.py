@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 from functools import partial
 from unittest.mock import Mock, call
 
@@ -56,6 +57,10 @@ def test_only_copies_from_pinned_memory_are_not_waited_for(kind, pinned, monkeyp
     (moved, number), _ = Runtime(device).upload([(t, 3), t])
     assert moved is to.return_value and number == 3
     assert to.mock_calls == [call("pinned" if pinned else "plain", device, non_blocking=pinned)] * 2
+
+
+def test_tests_run_on_the_cpu_unless_they_are_marked():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and choose_device() == CPU
 
 
 def test_apples_gpu_is_for_one_process(monkeypatch):
