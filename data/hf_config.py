@@ -5,7 +5,6 @@ functions, fills in the other fields of a Config, or raises UserError for an imp
 """
 
 import ast
-import fnmatch
 import math
 import re
 import sys
@@ -89,14 +88,7 @@ CONVERTED = {
     "rope_ratio": (lambda v, c: 10000.0 * v, None),
 }  # fmt: skip
 
-# Fields of transformers' classes that do not change what the model computes
-IGNORED = """*_pdrop *_token_id *dropout *dtype *sliding_window_pattern _name_or_path
-architectures chunk_size_feed_forward gradient_checkpointing hidden_act id2label
-initializer_range intermediate_size is_decoder is_llama_config keys_to_ignore_at_inference label2id
-max_window_layers model_type n_ctx original_max_position_embeddings output_* pretraining_tp
-problem_type reorder_and_upcast_attn return_dict router_jitter_noise summary_*
-task_specific_params transformers* use_cache"""
-# Fields that change it, unless they are off (null, false, 0 or empty) or 1
+# Fields that change what the model computes unless they are off (null, false, 0 or empty) or 1
 OFF = """add_cross_attention alibi apply_residual_connection_post_layernorm attention_multiplier
 attn_logit_softcapping final_logit_softcapping is_encoder_decoder layer_types mlp_only_layers
 num_experts position_encoding_2d quantization_bit quantization_config rope_interleaved
@@ -181,8 +173,7 @@ def fields_from_hf(values):
     for name, value in left.items():
         if name in supported and (value or False) != supported[name]:
             refuse(name, value)
-    known = (name for pattern in IGNORED.split() for name in fnmatch.filter(left, pattern))
-    return family, config, sorted(left.keys() - supported.keys() - set(known))
+    return family, config, sorted(left.keys() - supported.keys() - {"model_type"})
 
 
 def refuse(name, value):
