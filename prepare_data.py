@@ -373,20 +373,16 @@ def data_hashes(meta):
 
 def other_tokenizer(folder, wanted):
     """What to tell a user whose checkpoint has the Tokenizer `wanted`, not that of a prepared
-    folder: how they differ, and the command that prepares the text again."""
-    meta, name = read_meta(folder), wanted.name
-    old = Tokenizer(meta["tokenizer"]).name
-    if wanted.spec["kind"] in ("char", "bpe"):  # learned from a text: perhaps still in a folder
-        for path in DATA.glob("*/meta.json"):
-            with contextlib.suppress(UserError):  # a damaged one
-                if Tokenizer(read_meta(path.parent)["tokenizer"]).same_ids(wanted):
-                    name = path.parent
-    remedy = "prepare the text by --tokenizer and a folder or model that has the former"
-    if name != old:
-        command = f"python prepare_data.py {meta['source']} --tokenizer {name}"
-        remedy = f"{command} --name {folder.name} prepares it again"
+    folder: the command that prepares the text again, perhaps with a FOLDER that has it."""
+    meta, learned = read_meta(folder), wanted.spec["kind"] in ("char", "bpe")
+    old, name = Tokenizer(meta["tokenizer"]).name, "FOLDER" if learned else wanted.name
+    for path in DATA.glob("*/meta.json") if learned else ():
+        with contextlib.suppress(UserError):  # of another version
+            if Tokenizer(read_meta(path.parent)["tokenizer"]).same_ids(wanted):
+                name = path.parent
+    command = f"python prepare_data.py {meta['source']} --tokenizer {name} --name {folder.name}"
     both = f"the checkpoint's tokenizer is {wanted.name}, that of {folder} {old}"
-    return f"{both} (or has other tokens): {remedy}"
+    return f"{both} (or has other tokens): {command} prepares it again"
 
 
 # --------------------------------------------------------------------------------------------

@@ -97,17 +97,6 @@ use_bidirectional_attention use_sliding_window"""
 ONE = """decoder_sparse_step embedding_multiplier logits_scaling multi_query_attention
 partial_rotary_factor post_layer_norm residual_multiplier rmsnorm scale_attn_weights"""
 ROPE_FIELDS = {"default": (), "linear": ("factor",)}  # other fields beside these have no effect
-# Families that we do not compute: why, and what is near that we do
-REFUSED = {
-    r"gpt_oss": ("attention sinks and weights in MXFP4", "qwen3"),
-    r"deepseek.*|minicpm3|kimi.*|longcat.*": ("multi-head latent attention", "qwen3, minicpm"),
-    r"qwen3_(5|next).*|kimi_linear|olmo_hybrid": ("gated delta nets", "qwen3"),
-    r".*mamba.*|jamba|bamba|rwkv.*|xlstm|zamba.*": ("a recurrent state", "llama"),
-    r".*t5.*|bart|mbart|marian|pegasus.*": ("an encoder and a decoder", "gpt2"),
-    r".*bert.*|electra": ("an encoder, which predicts no next token", "gpt2"),
-    r"gemma2": ("soft-capped scores", "gemma, gemma3_text"),
-    r"gemma3|gemma3n.*|gemma4.*|.*_vl.*|mllama|llama4": ("images", "gemma3_text, qwen3"),
-}
 
 
 def fields_of(family):
@@ -140,9 +129,6 @@ def fields_from_hf(values):
     of those without effect. UserError names the first one whose effect is not implemented here."""
     left = {name: v for name, v in values.items() if v is not None}
     family = left.get("model_type", "minicpm" if "scale_emb" in left else None)
-    for pattern, (why, near) in REFUSED.items():
-        if re.fullmatch(pattern, str(family)):
-            raise UserError(f"model_type {family!r} is not computed: {why}; near it: {near}")
     if family not in FAMILIES:
         raise UserError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
     if family == "baichuan" and "max_position_embeddings" not in left:
