@@ -69,9 +69,6 @@ FORMS = {  # (row, the messages that it means)
         [SYSTEM, U, turn("call", 'f {"x": 1}'), turn("tool", "[]"), A]),
     "calls": ([U, said("function_call", '[{"name": "f"}, {"name": "g"}]')],
               [U, calls("f {}", "g {}")]),
-    "coig": ({"instruction": "s", "conversations": [{"question": "q", "answer": "a"}]},
-             [SYSTEM, U, A]),
-    "moss": ({"conversation_id": 3, "conversation": [{"human": "q", "assistant": "a"}]}, [U, A]),
     "minimind": (
         {"conversations": [turn("system", "") | {"tools": json.dumps(TOLD)}, U,
                            {"role": "assistant", "content": "", "tool_calls": '[{"name": "f"}]'}]},
@@ -135,8 +132,6 @@ TALK, TEXTS = [SYSTEM, U, A, turn("user", "2")], {"chosen": "good", "rejected": 
       "rejected": said("gpt", "bad")}, [U]),
     ({"system": "s", "question": "q", **TEXTS}, [SYSTEM, U]),
     ({"query": "q", "response": "good", "rejected_response": "bad"}, [U]),  # ms-swift
-    ({"input": {"messages": TALK}, "preferred_output": sides()["chosen"],
-      "non_preferred_output": sides()["rejected"]}, TALK),  # OpenAI
 ])
 def test_all_turns_before_the_answers_of_a_pair_are_kept(row, before):
     kind, pair = to_example(row)
