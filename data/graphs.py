@@ -12,16 +12,17 @@ class GraphedSteps:
     def __init__(self, step):
         self.step = step
 
-    def __call__(self, ids, cache):
+    def __call__(self, ids, cache, **options):
         T, graphs = ids.shape[1], cache.graphs
         if T > MOST:
-            return self.step(ids, cache)
+            return self.step(ids, cache, **options)
         inputs = ids, cache.lengths[:, None] + torch.arange(T)  # the ids and their positions
-        if (key := (cache.keys.data_ptr(), ids.shape)) not in graphs:
+        if (key := (cache.keys.data_ptr(), ids.shape, *options.items())) not in graphs:
             graphs[key] = None  # recorded at the second time: many shapes never come again
-            return self.step(ids, cache, cache.begin(ids, inputs[1].to(ids.device)))
+            return self.step(ids, cache, cache.begin(ids, inputs[1].to(ids.device)), **options)
         if graphs[key] is None:
-            graphs[key] = self.record(cache, *(t.to(ids.device, copy=True) for t in inputs))
+            copies = [t.to(ids.device, copy=True) for t in inputs]
+            graphs[key] = self.record(cache, *copies, **options)
         graph, static_inputs, logits = graphs[key]
         for static, t in zip(static_inputs, inputs):
             static.copy_(t)
@@ -29,7 +30,7 @@ class GraphedSteps:
         cache.lengths += T
         return logits.clone()  # another graph may use this memory before they are read
 
-    def record(self, cache, ids, positions):
+    def record(self, cache, ids, positions, **options):
         """(a graph of a step, its inputs, its logits). Graphs of a cache share their memory."""
         pool = next((kept[0].pool() for kept in cache.graphs.values() if kept), None)
         graph, lengths = torch.cuda.CUDAGraph(), cache.lengths.clone()
@@ -37,6 +38,6 @@ class GraphedSteps:
             torch.cuda.device(ids.device),  # a new thread's is GPU 0
             torch.cuda.graph(graph, pool, capture_error_mode="thread_local"),
         ):
-            logits = self.step(ids, cache, cache.begin(ids, positions))
+            logits = self.step(ids, cache, cache.begin(ids, positions), **options)
         cache.lengths.copy_(lengths)  # recording has written no token
         return graph, (ids, positions), logits
