@@ -10,9 +10,9 @@ class GraphedSteps:
     def __init__(self, step):
         self.step, self.key = step, None
 
-    def __call__(self, ids, cache):
+    def __call__(self, ids, cache, n=1):
         if ids.shape[1] > 1:
-            return self.step(ids, cache)
+            return self.step(ids, cache, n=n)
         begun = cache.begin(ids, static=True)
         inputs = ids, begun.positions, begun.mask
         if self.key != (key := (cache.keys.data_ptr(), begun.mask.shape)):

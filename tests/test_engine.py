@@ -41,9 +41,9 @@ def write_together(engine, jobs, rng):
         while waiting and engine.busy < len(engine.texts) and rng.random() < 0.6:
             number, (prompt, settings, count) = waiting.pop(0)
             writing[engine.add(prompt, **settings)] = number, count
-        for slot, i in engine.step().items():
+        for slot, ids in engine.step().items():
             number, count = writing[slot]
-            found.setdefault(number, []).append(i)
+            found[number] = (found.get(number, []) + ids)[:count]
             if len(found[number]) == count:
                 engine.remove(slot)
                 del writing[slot]
@@ -170,7 +170,7 @@ def test_biases_are_added_before_the_filters_and_ends_wait(heat):
         logits[1::2] = -torch.inf
         if len(ids) < 2 + 5:
             logits[::4] = -torch.inf
-        ids += sample.next_token(logits[None], [ids], [g], filters)
+        ids += sample.next_token(logits[None], [ids], sample.draw_shares(g, 1), filters)
     assert slot.ids == ids and {i % 4 for i in ids[2:7]} == {2} and {i % 4 for i in ids[7:]} != {2}
 
 
@@ -200,8 +200,8 @@ def test_steps_of_one_shape_as_graphs_want_them_write_the_same(name):
     model, prompts = build(name), [[1, 2, 3], [4, 5], [6] * 9]
     plain, last_logits = list(generate(model, prompts, 40, temperature=0)), model.last_logits
 
-    def static(ids, cache):
-        return last_logits(ids, cache, cache.begin(ids, static=ids.shape[1] == 1))
+    def static(ids, cache, n=1):
+        return last_logits(ids, cache, cache.begin(ids, static=ids.shape[1] == 1), n)
 
     model.last_logits = static
     assert list(generate(model, prompts, 40, temperature=0)) == plain
