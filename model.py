@@ -285,25 +285,32 @@ def sinusoid_table(context, d_model):
 
 
 def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
-    """Attention written out. The model calls `attention`; a test checks that they agree.
+    """Attention written out: softmax(q k^T * scale) v.
 
     q (B, nh, T, hs); k and v (B, nkv, S, hs), each key head shared by nh/nkv query heads.
-    `mask` is True where a query may look, broadcastable to (B, nh, T, S). Without one a query looks
-    at itself and all before it, or everywhere if not `causal`. The default `scale` is 1 / sqrt(hs).
+    `mask` (T, S) is True where a query may look. Without one a query looks at itself and all before
+    it, or everywhere if not `causal`. The default `scale` is 1 / sqrt(hs).
     """
-    group = q.shape[1] // k.shape[1]
+    T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    score = q @ k.transpose(-2, -1) * (scale or q.shape[-1] ** -0.5)  # (B, nh, T, S)
     if mask is None and causal:
-        mask = causal_mask(q.shape[2], k.shape[2], q.device)
+        mask = causal_mask(T, S, q.device)
+    hidden = q.new_zeros(1, 1)  # added to the scores: -inf where a query may not look
     if mask is not None:
-        score = score.masked_fill(~mask, float("-inf"))
-    return F.dropout(score.softmax(dim=-1), dropout) @ v  # (B, nh, T, hs)
+        hidden = q.new_zeros(T, S).masked_fill(~mask, float("-inf"))
+    flat_q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B nh, T or S, hs)
+    score = torch.baddbmm(hidden, flat_q, k.mT, alpha=scale or q.shape[-1] ** -0.5)  # (B nh, T, S)
+    return (F.dropout(score.softmax(dim=-1), dropout) @ v).unflatten(0, q.shape[:2])
+
+
+WRITTEN_OUT = 512  # tokens up to which `naive_attention` is faster on a CPU (tests/BENCHMARKS.md)
 
 
 def attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
-    """`naive_attention` in torch's fused kernel, which never stores the (T, S) scores."""
+    """`naive_attention`, or torch's fused kernel, which never stores the (T, S) scores."""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    if mask is None and causal and 1 < T == S <= WRITTEN_OUT and q.device.type == "cpu":
+        return naive_attention(q, k, v, None, dropout, causal, scale)
     if mask is None and causal and 1 < T < S:  # is_causal would align the first query and key
         mask = causal_mask(T, S, q.device)
     if group > 1 and mask is not None and q.is_cuda:  # no fused CUDA kernel has a mask and groups
@@ -656,6 +663,7 @@ class KVCache:
         self.ids = torch.zeros(batch, shape[3], dtype=torch.long, device=weight.device)
         self.lengths = torch.zeros(batch, dtype=torch.long)
         self.context = c.context
+        self.graphs = {}  # of data/graphs.py, which know these addresses
 
     @property
     def room(self):
@@ -669,21 +677,23 @@ class KVCache:
         part.ids, part.lengths = self.ids[first:last], self.lengths[first:last]
         return part
 
-    def begin(self, ids, static=False):
+    def begin(self, ids, positions=None):
         """Store ids (B, T) after those of each row, and return their NewTokens. `hidden` adds T to
-        the lengths when all layers are done. If `static`, no shape depends on the lengths, as CUDA
-        graphs need."""
+        the lengths when all layers are done. With their `positions` (B, T), on the device of the
+        ids, no shape depends on the lengths, as CUDA graphs need."""
         T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
         start, stop = max(lengths), max(lengths) + T
         if stop > self.room:
             limit = "context" if self.room == self.context else "cache"
             raise UserError(f"{stop} tokens do not fit the {limit} of {self.room}")
-        if start == min(lengths) and not static:
+        if start == min(lengths) and positions is None:
             positions, mask = slice(start, stop), None
             self.ids.narrow(1, start, T).copy_(ids)
         else:
-            stop = self.room if static else stop
-            positions = (self.lengths[:, None] + torch.arange(T)).to(device)
+            if positions is None:
+                positions = (self.lengths[:, None] + torch.arange(T)).to(device)
+            else:
+                stop = self.room
             mask = torch.arange(stop, device=device) <= positions[:, None, :, None]
             self.ids.scatter_(1, positions, ids)
         keys, values = self.keys.narrow(3, 0, stop), self.values.narrow(3, 0, stop)
@@ -715,6 +725,7 @@ class KVCache:
 
     def grow(self, room):
         """Enlarge the cache to `room` tokens a row."""
+        self.graphs = {}
         for name in ("keys", "values"):
             old = getattr(self, name)
             larger = old.new_zeros(*old.shape[:3], room, old.shape[4])

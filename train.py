@@ -42,7 +42,7 @@ from torch import nn
 import model as lm
 from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 from data.costs import check_memory, memory_needed
-from data.machine import DTYPES, full_tensor, is_sharded, make_runtime, shard_like
+from data.machine import DTYPES, fast_products, full_tensor, is_sharded, make_runtime, shard_like
 from data.progress import waiting, watched
 from data.runs import Log, clock, eval_line, newest_run, run_folder, run_settings, step_line
 from data.tokenizer import Tokenizer
@@ -269,6 +269,7 @@ def scheduled_lr(args, state):
 # a sharded model must run equally often; else 1.
 
 
+@fast_products()
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     """Loss over non-overlapping windows of `tokens`, each target once; a dict for metrics.jsonl.
 
@@ -340,6 +341,7 @@ class Task:
     unit: str = "loss, nats per token"
 
 
+@fast_products()
 def training_step(model, task, batches, runtime, scaler, seed):
     """Forward and backward over this step's micro-batches. Returns this process's part of the
     mean loss, as a tensor (to avoid a GPU sync), and the number of tokens that all processes read.
@@ -376,6 +378,7 @@ def clear_gradients(model):
             p.grad = torch.zeros_like(p)
 
 
+@fast_products()
 def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
     """Clip, step, clear. Returns the gradient's norm before clipping, a tensor."""
     for o in optimizers:

@@ -115,12 +115,12 @@ ADVICE = {
     "out/NAME/metrics.jsonl and loss.svg record a run, and sample.py --serve shows the curves":
         "report_to wandb_log wandb_project wandb_run_name wandb use_wandb use_swanlab logging_dir",
     "--out out/NAME names a run": "run_name exp_name",
-    "--warmup_steps counts steps": "warmup_ratio",
+    "--warmup_steps counts steps: this ratio of --max_steps": "warmup_ratio",
     "runs are never overwritten: delete the folder or name another": "overwrite_output_dir",
     "the schedule ends with the run, --max_steps or --max_minutes": "lr_decay_iters",
     "train.py has --max_steps and --max_minutes, finetune.py also --epochs":
         "epochs num_train_epochs num_epochs max_epochs",
-    "train.py has --batch_size in rows, finetune.py --batch_tokens in tokens":
+    "train.py has --batch_size in rows; finetune.py has --batch_tokens, rows times --context":
         "batch_size per_device_train_batch_size micro_batch_size train_batch_size",
     "an evaluation of train.py reads --eval_tokens, one of finetune.py --eval_rows": "eval_iters",
     "train.py has --total_batch_tokens, finetune.py --grad_accum": "global_batch_size",
@@ -146,20 +146,6 @@ ADVICE = {
     "the environment variable HF_TOKEN holds the token": "hf_token hub_token hf_hub_token",
 }  # fmt: skip
 ADVICE = {flag: use for use, theirs in ADVICE.items() for flag in theirs.split()}
-# nanoGPT's configuration files, for whoever has no clone of it. The first also stands for the
-# defaults of its train.py, which any other one changes.
-NANOGPT = {
-    "train_gpt2": "dataset=openwebtext batch_size=12 block_size=1024 beta2=0.95 max_iters=600000 "
-        "gradient_accumulation_steps=40 lr_schedule=cosine warmup_iters=2000 eval_interval=1000",
-    "train_shakespeare_char": "dataset=shakespeare_char batch_size=64 block_size=256 n_layer=6 "
-        "n_head=6 n_embd=384 dropout=0.2 gradient_accumulation_steps=1 learning_rate=1e-3 "
-        "min_lr=1e-4 beta2=0.99 warmup_iters=100 max_iters=5000 eval_interval=250",
-    "finetune_shakespeare": "dataset=shakespeare init_from=gpt2-xl batch_size=1 max_iters=20 "
-        "gradient_accumulation_steps=32 learning_rate=3e-5 decay_lr=False eval_interval=5",
-}  # fmt: skip
-# {their flag: (ours, what theirs is to be multiplied by)}
-PRODUCTS = {f: ("--batch_tokens", "context") for f in ADVICE if f.endswith("batch_size")}
-PRODUCTS["warmup_ratio"] = ("--warmup_steps", "max_steps")
 SCRIPTS = ("train", "finetune", "sample", "prepare_data", "model", "lora", "mnist")
 YES, NO = ("true", "1", "yes"), ("false", "0", "no", "none")
 
@@ -170,23 +156,16 @@ def plain(flag):
 
 
 def read_settings(path):
-    """[(name, value)] of someone else's configuration: a file of Python, of YAML, or of JSON with
-    two names that we know (rows have others), or one of NANOGPT; none if it is none of these."""
-    text = NANOGPT.get(path.stem, "").replace(" ", "\n")
-    if path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace")
+    """[(name, value)] of another project's configuration in Python, YAML or JSON, as texts; none if
+    a file of JSON is not one mapping."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if path.suffix == ".json":
         with contextlib.suppress(TypeError, ValueError):
-            settings = dict(json.loads(text))
-            known = len((FOREIGN | ADVICE).keys() & settings) > 1
-            text = "\n".join(f"{name}: {value}" for name, value in settings.items() if known)
+            text = "\n".join(f"{name}: {value}" for name, value in dict(json.loads(text)).items())
     text = re.sub(r"\s*\n\s*- +", ",", text)  # YAML: the items of a list
+    text = re.sub(r"(\d+) \* (\d+)", lambda m: str(int(m[1]) * int(m[2])), text)  # nanoGPT's batch
     found = re.findall(r"^\s*([\w.]+)\s*[=:][ \t]*([^#\n]*[^#\n\s])", text, re.M)
     pairs = [(name, re.sub(r"[\[\]\"']|(?<=,) ", "", v).strip(",")) for name, v in found]
-    for n, (name, value) in enumerate(pairs):  # LLaMA-Factory's names are files in its data/
-        named = name == "dataset" and path.suffix != ".py" and f"{name}={value}" not in FOREIGN
-        if named and re.fullmatch(r"[\w,]+", value):
-            pairs[n] = (name, ",".join(f"data/{part}.json" for part in value.split(",")))
     return [(name, value) for name, value in pairs if value not in ("null", "None")]
 
 
@@ -194,7 +173,6 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviations, whose flags may also be called as in FOREIGN."""
 
     def __init__(self, **settings):
-        self.given = {}  # the arguments, once they are parsed
         super().__init__(allow_abbrev=False, **settings)
 
     def translate(self, flag, value):
@@ -249,52 +227,35 @@ class Parser(argparse.ArgumentParser):
         """As in argparse, after `our_words` has translated the flags of other projects."""
         words = sys.argv[1:] if args is None else args
         sources = any(not p.choices for p in self._get_positional_actions())
-        for i, word in enumerate([] if sources else words):
-            before = words[i - 1] if i else "="
-            free = before == "--config" or "=" in before or (i == 1 and before[:1] != "-")
-            is_json = word.endswith(".json") and read_settings(Path(word))
-            if free and (is_json or re.search(r"^[^-].*\.(py|ya?ml)$", word)):  # no flag's value
-                given = [w for w in words if w not in (word, "--config")]
-                command = given.pop(0) if given and given[0][:1] != "-" else ""  # train, merge
-                self.error(self.config_hint(Path(word), given, command))
+        for i, word in enumerate([] if sources else words[:2]):
+            if i == 0 or words[0] == "--config" or words[0][:1] != "-":  # merge, train
+                is_json = word.endswith(".json") and read_settings(Path(word))
+                if is_json or re.search(r"^[^-].*\.(py|ya?ml)$", word):
+                    self.error(self.config_hint(Path(word), words[:i], words[i + 1 :]))
         words, unneeded = self.our_words(words)
         args, unknown = super().parse_known_args(words, namespace)
-        self.given = vars(args)
         if unneeded and not unknown:
             notes = (f"{f} ({ADVICE[plain(f)]})" if plain(f) in ADVICE else f for f in unneeded)
             print(f"[not needed here: {', '.join(notes)}]", file=sys.stderr)
         return args, unknown
 
-    def config_hint(self, path, given, command):
-        """The command that does what someone else's configuration file says, changed by the words
-        that are `given` beside it; `command` is the word that may stand before it."""
-        if not path.is_file() and path.stem not in NANOGPT:
-            return f"{path} does not exist; settings are given as flags here, not in files"
+    def config_hint(self, path, before, after):
+        """The command that sets what another project's configuration file sets, and the words that
+        stand `after` it; a command such as merge may stand `before` it."""
+        message = "settings are given as flags here, not in files"
+        if not path.is_file():
+            return f"{path} does not exist; {message}"
         words = [f"--{name}={value}" for name, value in read_settings(path)]
-        pretrains = path.suffix == ".py" and "--total_batch_tokens" in self._option_string_actions
-        base = [f"--{word}" for word in NANOGPT["train_gpt2"].split()] if pretrains else []
-        ours, others = {}, {}
-        words = self.our_words(base)[0] + self.our_words([*words, *given])[0]
-        for word in re.split(" (?='?--)", shlex.join(words)):  # a flag, perhaps with its value
-            flag = re.split("[ =]", word.lstrip("'"))[0]
-            if flag in self._option_string_actions:
-                ours.pop(flag.replace("--no-", "--"), None)
-                ours[flag] = word
-            else:
-                others[flag] = word[len(flag) + 1 :]
-        self.given = {flag[2:]: word[len(flag) + 1 :] for flag, word in ours.items()}
-        told = {"stage", *PRODUCTS}
-        others = [self.hint(f, v) if plain(f) in told else f for f, v in others.items()]
-        if pretrains:  # nanoGPT divides its steps among the processes; so does --total_batch_tokens
-            if not {"--ckpt", "--preset", "--n_layer", "--d_model"} & set(ours):
-                ours = {"--preset": "--preset=gpt2"} | ours
-            sizes = ours["--batch_size"] + ours["--context"] + ours.pop("--grad_accum")  # or 5 * 8
-            total = math.prod(map(int, re.findall(r"\d+", sizes)))
-            ours.setdefault("--total_batch_tokens", f"--total_batch_tokens={total}")
+        ours, others = [], []
+        for word in self.our_words([*words, *after])[0]:
+            flag, _, value = word.partition("=")
+            known = word[:2] != "--" or flag in self._option_string_actions
+            (ours if known else others).append(word if known else self.hint(flag, value))
         without = f" (without {'; '.join(others)})" if others else ""
-        commands = [command or p.choices[0] for p in self._get_positional_actions()]
-        command = " ".join(["python", self.prog, *commands, *ours.values()])
-        return f"{path}: settings are given as flags here, not in files{without}: {command}"
+        choices = [p.choices for p in self._get_positional_actions()]
+        commands = [before[0] if before and before[0] in names else names[0] for names in choices]
+        command = shlex.join(["python", self.prog, *commands, *ours])
+        return f"{path}: {message}{without}: {command}"
 
     def error(self, message):
         """Print one line, with what to write for unknown flags, and exit with code 2."""
@@ -308,10 +269,6 @@ class Parser(argparse.ArgumentParser):
         """What to write for an unknown flag, or for a word that is none."""
         name = plain(flag) if flag.startswith("--") else ""
         if advice := ADVICE.get(f"{name}={value.lower()}", ADVICE.get(name)):
-            ours, factor = PRODUCTS.get(name, ("", ""))
-            if ours in self._option_string_actions and re.fullmatch(r"[\d.]*\d", value):
-                n = float(self.given.get(factor) or 1000)  # an example
-                advice += f": {ours} {float(value) * n:.0f} if --{factor} is {n:.0f}"
             return f"{flag}: {advice}"
         ours = "--" + re.split("[|+=]", FOREIGN.get(name, name))[0]
         with contextlib.suppress(ImportError):  # only now: this module knows no script

@@ -272,10 +272,11 @@ def substitute(example, pool, share, rng, made_up=0.5):
     for m in example["messages"]:
         texts[m["role"]] += m["content"] + "\n"
     passed = json.dumps([arguments_of(m) for m in example["messages"]], ensure_ascii=False)
-    swap = {}
+    swap, kept = {}, {}  # a wish that is kept is matched as well, lest one inside it be exchanged
     for m in example["messages"]:
         source = texts["user" if m.get("tool_calls") else "assistant"]
         for key, v in values_of(m):
+            kept |= {v: v} if key.startswith("call.") else {}
             free = isinstance(v, str) or not is_in(v, texts["user"] + passed)
             eligible = free and key in pool and (key in ASKED or is_in(v, source))
             if v not in swap and eligible and rng.random() < share:
@@ -284,9 +285,9 @@ def substitute(example, pool, share, rng, made_up=0.5):
                     swap[v] = new
     if not swap:
         return example
-    longest_first = sorted(swap, key=lambda v: len(str(v)), reverse=True)
+    new_texts = {str(v): str(new) for v, new in (kept | swap).items()}
+    longest_first = sorted(kept | swap, key=lambda v: len(str(v)), reverse=True)
     pattern = re.compile("|".join(map(value_pattern, longest_first)))
-    new_texts = {str(v): str(new) for v, new in swap.items()}
 
     def exchange(value):
         if isinstance(value, str):

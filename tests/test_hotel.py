@@ -53,6 +53,9 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
     rng.choice = lambda values: new.pop()
     after = substitute(inside, {"call.facilities": values}, rng=rng)
     assert after == hotel_talk(values)
+    rng.random, new[:] = iter([0.0, 0.9, 0.9]).__next__, ["接机"]
+    after = substitute(inside, {"call.facilities": values}, 0.5, rng)
+    assert after == hotel_talk(["接机", "上网服务"])
     # as what a call passes the second would become the same as the first
     del pool["tool.name"]
     assert substitute(before, pool) == hotel_talk(["接机", "酒吧"], "接机在二楼")

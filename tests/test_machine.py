@@ -85,3 +85,17 @@ def test_the_line_of_a_step_says_why_mfu_is_over_100_and_its_eta_is_never_negati
     line = step_line(row, {}, limits, done=1.2)  # the last step went on beyond the time limit
     assert "mfu 200% (the machine was busier" in line and line.endswith("eta 0:00")
     assert "mfu 100%  eta 0:09" in step_line(row | {"mfu": 1.0}, {}, limits, done=0.5)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_products_by_onednn_are_float32_and_end_with_the_block(faster, monkeypatch):
+    monkeypatch.setattr(machine, "onednn_is_faster", lambda: faster)
+    a, b = torch.randn(2, 300, 300)
+    with machine.fast_products(), machine.fast_products():  # in one another
+        assert torch.get_float32_matmul_precision() == ("medium" if faster else "highest")
+    assert torch.get_float32_matmul_precision() == "highest"
+    monkeypatch.undo()
+    measured = machine.onednn_is_faster()
+    assert measured is machine.onednn_is_faster() and isinstance(measured, bool)
+    with machine.fast_products():  # would be 1e-2 off if it were rounded to bf16
+        assert (a @ b - a.double() @ b.double()).abs().max() < 1e-3
