@@ -365,7 +365,7 @@ def test_models_on_nvidias_gpus_write_by_graphs(device, flag, experts, graphed):
     assert isinstance(model.last_logits, GraphedSteps) is graphed
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_slots_on_a_gpu(name):
     model = build(name, context=60)

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 
 import pytest
 import torch
@@ -40,6 +41,10 @@ def test_each_process_takes_its_own_gpu_and_says_if_there_is_none(monkeypatch):
     with pytest.raises(UserError, match=r"--device cuda:2 cannot be used .* ordinal$"):
         choose_device()
     assert asked == ["cuda:0", "cuda:1", "cuda:1", "cuda:0", "cuda:2"]  # no context on another
+
+
+def test_tests_run_on_the_cpu_unless_they_are_marked():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and choose_device() == CPU
 
 
 def test_apples_gpu_is_for_one_process(monkeypatch):

@@ -567,7 +567,7 @@ def test_a_users_mistake_is_one_line_that_names_it(corpus, flags, named):
     assert named in refused(*flags.split())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_cuda_trains_like_the_cpu(corpus, dtype):
     flags = [*SMALL, "--max_steps", 30, "--log_every", 30]
