@@ -153,9 +153,10 @@ class Scheduler(threading.Thread):
             job, scores = self.writing[slot], slot.logprobs[-len(ids) :] or repeat(None)
             name = "next_token_seconds"
             if job.left == job.max_tokens:
-                name, job.scored = "first_token_seconds", slot.logprobs[:-1]
+                name, job.scored = "first_token_seconds", slot.logprobs[: -len(ids)]
             self.counts[f"{name}_sum"] += now - job.at
-            self.counts[f"{name}_count"] += len(ids)
+            self.counts[f"{name}_count"] += 1
+            self.counts["next_token_seconds_count"] += len(ids) - 1  # at the same time
             self.counts["completion_tokens_total"] += len(ids)
             job.at, job.left = now, job.left - len(ids)
             for i, score in zip(ids, scores):

@@ -110,7 +110,7 @@ def writer(config, dtype, flags, device, masked=False):
     sample.fast_model(model, 1, sample.build_parser().parse_args(flags))
     if masked:
         model.last_logits = Masked(model.last_logits)
-    engine, prompt = sample.Engine(model, 1, config.context), list(range(32))
+    engine, prompt = sample.Engine(model, 1, config.context, draft=False), list(range(32))
     new = config.context // 4
     return lambda: [i for (i,) in sample.generate(model, [prompt], new, temperature=0.0,
                                                   engine=engine)]  # fmt: skip
