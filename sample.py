@@ -557,7 +557,7 @@ def fitting(text, logits, i):
     return i
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a sharded model trains with the tensors that it gathers
 def classify(model, prompts, goals, batch=64):
     """Log probabilities (N, L) of the label ids `goals` after each prompt (a list of ids), relative
     to these labels only."""
@@ -566,8 +566,10 @@ def classify(model, prompts, goals, batch=64):
         rows = [torch.tensor(ids) for ids in prompts[start : start + batch]]
         # causal: padding behind a row changes nothing
         ids = pad_sequence(rows, batch_first=True).to(model.embed.weight.device)
-        last = model.hidden(ids)[range(len(rows)), [len(row) - 1 for row in rows]]  # (B, C)
-        out.append(model.head(last)[:, goals].float().log_softmax(-1).cpu())
+        wanted = torch.full_like(ids, -100)
+        wanted[range(len(rows)), [len(row) - 1 for row in rows]] = 0  # logits of the last position
+        logits = model(ids, wanted, output="logits")[:, goals]  # (B, L)
+        out.append(logits.float().log_softmax(-1).cpu())
     return torch.cat(out)
 
 

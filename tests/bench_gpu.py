@@ -110,10 +110,10 @@ def writer(config, dtype, flags, device, masked=False):
     sample.fast_model(model, 1, sample.build_parser().parse_args(flags))
     if masked:
         model.last_logits = Masked(model.last_logits)
-    engine, prompt = sample.Engine(model, 1, config.context, draft=False), list(range(32))
-    new = config.context // 4
-    return lambda: [i for (i,) in sample.generate(model, [prompt], new, temperature=0.0,
-                                                  engine=engine)]  # fmt: skip
+    engine, prompt = sample.Engine(model, 1, config.context), list(range(32))
+    engine.draft = False  # random weights repeat themselves, which is easy to draft
+    how = dict(max_new_tokens=config.context // 4, temperature=0.0, engine=engine)
+    return lambda: [i for (i,) in sample.generate(model, [prompt], **how)]
 
 
 def make_writer(name, config, flags=(), folder=None):
