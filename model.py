@@ -285,25 +285,32 @@ def sinusoid_table(context, d_model):
 
 
 def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
-    """Attention written out. The model calls `attention`; a test checks that they agree.
+    """Attention written out: softmax(q k^T * scale) v.
 
     q (B, nh, T, hs); k and v (B, nkv, S, hs), each key head shared by nh/nkv query heads.
-    `mask` is True where a query may look, broadcastable to (B, nh, T, S). Without one a query looks
-    at itself and all before it, or everywhere if not `causal`. The default `scale` is 1 / sqrt(hs).
+    `mask` (T, S) is True where a query may look. Without one a query looks at itself and all before
+    it, or everywhere if not `causal`. The default `scale` is 1 / sqrt(hs).
     """
-    group = q.shape[1] // k.shape[1]
+    T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    score = q @ k.transpose(-2, -1) * (scale or q.shape[-1] ** -0.5)  # (B, nh, T, S)
     if mask is None and causal:
-        mask = causal_mask(q.shape[2], k.shape[2], q.device)
+        mask = causal_mask(T, S, q.device)
+    hidden = q.new_zeros(1, 1)  # added to the scores: -inf where a query may not look
     if mask is not None:
-        score = score.masked_fill(~mask, float("-inf"))
-    return F.dropout(score.softmax(dim=-1), dropout) @ v  # (B, nh, T, hs)
+        hidden = q.new_zeros(T, S).masked_fill(~mask, float("-inf"))
+    flat_q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B nh, T or S, hs)
+    score = torch.baddbmm(hidden, flat_q, k.mT, alpha=scale or q.shape[-1] ** -0.5)  # (B nh, T, S)
+    return (F.dropout(score.softmax(dim=-1), dropout) @ v).unflatten(0, q.shape[:2])
+
+
+WRITTEN_OUT = 512  # tokens up to which `naive_attention` is faster on a CPU (tests/BENCHMARKS.md)
 
 
 def attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
-    """`naive_attention` in torch's fused kernel, which never stores the (T, S) scores."""
+    """`naive_attention`, or torch's fused kernel, which never stores the (T, S) scores."""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    if mask is None and causal and 1 < T == S <= WRITTEN_OUT and q.device.type == "cpu":
+        return naive_attention(q, k, v, None, dropout, causal, scale)
     if mask is None and causal and 1 < T < S:  # is_causal would align the first query and key
         mask = causal_mask(T, S, q.device)
     if group > 1 and mask is not None and q.is_cuda:  # no fused CUDA kernel has a mask and groups
@@ -573,13 +580,18 @@ def add_product(total, a, b):
             total_rows += a_rows @ b
 
 
+def target_places(targets):
+    """The indices of the flattened targets that are not -100. To find them synchronises a GPU, so
+    training does it before a batch goes there."""
+    return (targets.flatten() != -100).nonzero()[:, 0]
+
+
 def chunked_loss(x, weight, bias, targets, places=None):
     """The sum of -log softmax(x @ weight.T + bias)[target], a float32 scalar (float64 if x is
     float64). Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
 
     x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100 for "no loss": such rows
-    cost nothing. `places` are the indices of the flattened targets that are not -100; finding them
-    here would synchronise a GPU.
+    cost nothing. `places` are the `target_places`.
     """
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     if places is None:
@@ -592,10 +604,11 @@ def chunked_loss(x, weight, bias, targets, places=None):
         return ChunkedLoss.apply(*args, torch.is_grad_enabled(), low)
 
 
-def token_logps(x, weight, bias, targets, allowed=None):
+def token_logps(x, weight, bias, targets, allowed=None, places=None):
     """log softmax(x @ weight.T + bias)[target] of each position (...), 0 where the target is -100,
     in float32 (float64 if x is float64). Ids outside of `allowed`, bools (V,), have probability
-    0. Logits are computed a few rows at a time, and again in the backward pass."""
+    0. Logits are computed a few rows at a time, and again in the backward pass. `places` are the
+    `target_places`."""
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def row_logps(rows, goal):
@@ -604,11 +617,12 @@ def token_logps(x, weight, bias, targets, allowed=None):
             logits = logits.masked_fill(~allowed, -math.inf)
         return logits.log_softmax(-1, dtype=full).gather(1, goal[:, None])[:, 0]
 
-    keep = targets != -100
-    chunks = zip(x[keep].split(LOSS_ROWS), targets[keep].split(LOSS_ROWS))
+    places = target_places(targets) if places is None else places
+    rows, goals = x.flatten(0, -2)[places], targets.flatten()[places]
+    chunks = zip(rows.split(LOSS_ROWS), goals.split(LOSS_ROWS))
     logps = [recompute(row_logps, *chunk, use_reentrant=False) for chunk in chunks]
-    out = torch.zeros(targets.shape, dtype=full, device=x.device)
-    return out.masked_scatter(keep, torch.cat(logps))
+    out = torch.zeros(targets.numel(), dtype=full, device=x.device)
+    return out.index_copy(0, places, torch.cat(logps)).view_as(targets)
 
 
 # --------------------------------------------------------------------------------------------
@@ -656,6 +670,7 @@ class KVCache:
         self.ids = torch.zeros(batch, shape[3], dtype=torch.long, device=weight.device)
         self.lengths = torch.zeros(batch, dtype=torch.long)
         self.context = c.context
+        self.graphs = {}  # of data/graphs.py, which know these addresses
 
     @property
     def room(self):
@@ -669,21 +684,23 @@ class KVCache:
         part.ids, part.lengths = self.ids[first:last], self.lengths[first:last]
         return part
 
-    def begin(self, ids, static=False):
+    def begin(self, ids, positions=None):
         """Store ids (B, T) after those of each row, and return their NewTokens. `hidden` adds T to
-        the lengths when all layers are done. If `static`, no shape depends on the lengths, as CUDA
-        graphs need."""
+        the lengths when all layers are done. With their `positions` (B, T), on the device of the
+        ids, no shape depends on the lengths, as CUDA graphs need."""
         T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
         start, stop = max(lengths), max(lengths) + T
         if stop > self.room:
             limit = "context" if self.room == self.context else "cache"
             raise UserError(f"{stop} tokens do not fit the {limit} of {self.room}")
-        if start == min(lengths) and not static:
+        if start == min(lengths) and positions is None:
             positions, mask = slice(start, stop), None
             self.ids.narrow(1, start, T).copy_(ids)
         else:
-            stop = self.room if static else stop
-            positions = (self.lengths[:, None] + torch.arange(T)).to(device)
+            if positions is None:
+                positions = (self.lengths[:, None] + torch.arange(T)).to(device)
+            else:
+                stop = self.room
             mask = torch.arange(stop, device=device) <= positions[:, None, :, None]
             self.ids.scatter_(1, positions, ids)
         keys, values = self.keys.narrow(3, 0, stop), self.values.narrow(3, 0, stop)
@@ -715,6 +732,7 @@ class KVCache:
 
     def grow(self, room):
         """Enlarge the cache to `room` tokens a row."""
+        self.graphs = {}
         for name in ("keys", "values"):
             old = getattr(self, name)
             larger = old.new_zeros(*old.shape[:3], room, old.shape[4])
@@ -868,10 +886,12 @@ class Transformer(nn.Module):
         if targets is None:
             return self.head(x)  # (B, T, V)
         if output == "logits":
-            return self.head(x[targets != -100])  # (N, V)
+            places = target_places(targets) if places is None else places
+            return self.head(x.flatten(0, 1)[places])  # (N, V)
+        weights = self.head.weight, self.head.bias
         if output == "log_probs":
-            return token_logps(x, self.head.weight, self.head.bias, targets, allowed)  # (B, T)
-        return chunked_loss(x, self.head.weight, self.head.bias, targets, places)
+            return token_logps(x, *weights, targets, allowed, places)  # (B, T)
+        return chunked_loss(x, *weights, targets, places)
 
     @torch.no_grad()
     def grow_vocabulary(self, vocab_size, used):

@@ -13,7 +13,6 @@ are modules in data/. No torch here.
 """
 
 import contextlib
-import difflib
 import glob
 import itertools
 import json
@@ -35,7 +34,7 @@ if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; s
 import numpy as np
 import tiktoken
 
-from data.cli import FOREIGN, Parser, UserError, at_least, number, run_cli
+from data.cli import Parser, UserError, at_least, number, run_cli
 from data.download import DATA, EXTRAS, MB, fetch, is_hub_name, snapshot_download
 from data.files import file_sha256, locked, read_json, write_whole
 from data.hf_tokenizer import find_tokenizer, hub_tokenizer
@@ -52,8 +51,6 @@ from data.tokenizer import PATTERNS, UNKNOWN, Tokenizer, learn_bpe
 def find_files(source):
     """The files of a SOURCE, downloaded if need be: paths, or (name, open) pairs of data.sources'
     `shards`. UserError if there are none."""
-    if not source.strip():
-        raise UserError("the source is empty: name a file, a folder, a URL, stdlib, ...")
     if source in SOURCES:
         files = SOURCES[source].fetch()["train"]
         return files if isinstance(files, list) else [files]
@@ -69,10 +66,8 @@ def find_files(source):
         return [path / name for name in choose_texts(f"folder {source}", names, suffixes)]
     paths = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
     if not paths:
-        names, near = ", ".join(SOURCES), difflib.get_close_matches(source, SOURCES, 1, 0.8)
-        near = FOREIGN.get(f"dataset={source}", near[0] if near else "").removeprefix("data=")
-        what = f": did you mean {near}?" if near else f" and not one of {names}"
-        raise UserError(f"source {source!r} is no file, folder, glob or URL{what}")
+        what = f"not a file, folder, glob or URL, and not one of {', '.join(SOURCES)}"
+        raise UserError(f"source {source!r} is {what}")
     return paths
 
 
@@ -137,10 +132,9 @@ def labelled_pieces(documents, hold_out):
     for n, (_, pieces) in enumerate(documents, start=1):
         split = "val" if hold_out and n % hold_out == 0 else "train"
         first = True
-        for piece in pieces:
-            if piece:
-                yield split, first, piece
-                first = False
+        for piece in filter(None, pieces):
+            yield split, first, piece
+            first = False
 
 
 def encoded(pieces, tokenizer):
@@ -162,15 +156,13 @@ def encoded(pieces, tokenizer):
             yield from pool.map(encode, *zip(*ahead))
 
 
-def write_tokens(documents, tokenizer, folder, hold_out, max_tokens=None, held_out=()):
-    """Write the documents' tokens to folder/{train,val}.tmp, end-of-text between them, at most
-    `max_tokens` for training if that is given; and those of the documents `held_out` to val.tmp.
-
-    Returns how many documents, characters and fallback tokens there are.
-    """
+def write_tokens(documents, held_out, tokenizer, paths, hold_out, max_tokens=None):
+    """Write the documents' tokens to the two `paths`, those of train and val, end-of-text between
+    them, at most `max_tokens` for training if that is given; and those of the documents `held_out`
+    to val. Returns how many documents and characters there are."""
     stats, size, dtype = Counter(), Counter(), token_dtype(tokenizer.n_vocab)
     limit = int(max_tokens or 2**62)
-    with open(folder / "train.tmp", "wb") as train, open(folder / "val.tmp", "wb") as val:
+    with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
         files = {"train": train, "val": val}
         for pieces in labelled_pieces(documents, hold_out), labelled_pieces(held_out, 1):
             pieces = watched(encoded(pieces, tokenizer), "encoding: piece")
@@ -183,33 +175,33 @@ def write_tokens(documents, tokenizer, folder, hold_out, max_tokens=None, held_o
                 size[split] += len(ids)
                 stats["documents"] += first
                 stats["characters"] += characters
-                stats["fallback"] += int(tokenizer.fallback[ids].sum())
                 if split == "train" and size["train"] >= limit:
                     break
     return stats
 
 
-def split_tail(folder, dtype, fraction):
-    """Move the last `fraction` of train.tmp's tokens to val.tmp."""
-    with open(folder / "train.tmp", "r+b") as train, open(folder / "val.tmp", "wb") as val:
-        tokens = os.path.getsize(train.name) // dtype.itemsize
-        end = train.seek(int(tokens * (1 - fraction)) * dtype.itemsize)
-        while block := train.read(BLOCK):
-            val.write(block)
-        train.truncate(end)
+def split_tail(paths, dtype, fraction):
+    """Move the last `fraction` of the tokens of train to val."""
+    tokens = np.memmap(paths["train"], dtype)
+    end = int(len(tokens) * (1 - fraction))
+    tokens[end:].tofile(paths["val"])
+    del tokens  # Windows cuts no file that is mapped
+    os.truncate(paths["train"], end * dtype.itemsize)
 
 
 def describe_split(path, tokenizer):
-    """The entry of meta.json for a file of tokens, and the largest id in it."""
-    total = largest = 0
-    dtype = token_dtype(tokenizer.n_vocab)
+    """The entry of meta.json for a file of tokens, the largest id in it, and how many tokens are
+    unknown characters or parts of one."""
+    tokens = n_bytes = largest = fallback = 0
     with open(path, "rb") as f:
         while block := f.read(BLOCK):
-            ids = np.frombuffer(block, dtype=dtype)
-            total += int(tokenizer.byte_lengths[ids].sum())
+            ids = np.frombuffer(block, token_dtype(tokenizer.n_vocab))
+            tokens += len(ids)
+            n_bytes += int(tokenizer.byte_lengths[ids].sum())
             largest = max(largest, int(ids.max()))
-    tokens = path.stat().st_size // dtype.itemsize
-    return {"tokens": tokens, "bytes": total, "sha256": file_sha256(path)}, largest
+            fallback += int(tokenizer.fallback[ids].sum())
+    entry = {"tokens": tokens, "bytes": n_bytes, "sha256": file_sha256(path)}
+    return entry, largest, fallback
 
 
 def xz_bits_per_byte(paths, tokenizer):
@@ -253,10 +245,10 @@ def prepare(
         command = f"prepare_data.py {source} --max_tokens 1e8"
         raise UserError(f"{source} has no end: say how much of it by --max_tokens, as {command}")
     streams = [s for f in files for s in ([f] if isinstance(f, tuple) else file_streams(f))]
-    texts = [SOURCES[s].fetch() for s in sources if s in SOURCES and not SOURCES[s].rows]
+    fetched = [SOURCES[s].fetch() for s in sources if s in SOURCES and not SOURCES[s].rows]
     read = partial(Documents, encoding=encoding, field=field, separator=first.separator)
     documents = read(streams)
-    held_out = read([stream for t in texts if "val" in t for stream in file_streams(t["val"])])
+    held_out = read([stream for t in fetched if "val" in t for stream in file_streams(t["val"])])
     many = not held_out.files and len(list(itertools.islice(documents, MANY))) == MANY
     hold_out = round(1 / val_fraction) if many else None
 
@@ -268,37 +260,28 @@ def prepare(
         learn_from = (d for n, d in enumerate(learn_from, start=1) if n % hold_out)
     tok = make_tokenizer(tokenizer or first.tokenizer, learn_from, total_bytes)
     folder = DATA / (name or default_name(sources[0]))
+    paths = {split: folder / f"{split}.tmp" for split in ("train", "val")}
     with locked(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            stats = write_tokens(documents, tok, folder, hold_out, max_tokens, held_out)
-            if not os.path.getsize(folder / "val.tmp"):
-                split_tail(folder, token_dtype(tok.n_vocab), val_fraction)
-            meta = describe(folder, source, tok, stats, documents)
-            with contextlib.suppress(UserError):  # there may be none, or a damaged one
-                old = read_meta(folder)
-                was, now = ((m["source"], Tokenizer(m["tokenizer"]).name) for m in (old, meta))
-                if was != now:
-                    print("{}: replacing {} ({}) by {} ({})".format(folder, *was, *now))
-            (folder / "meta.json").unlink(missing_ok=True)  # no moment with a meta of other files
-            for split in ("train", "val"):
-                os.replace(folder / f"{split}.tmp", folder / f"{split}.bin")
+            stats = write_tokens(documents, held_out, tok, paths, hold_out, max_tokens)
+            if not os.path.getsize(paths["val"]) and os.path.getsize(paths["train"]):
+                split_tail(paths, token_dtype(tok.n_vocab), val_fraction)
+            meta = describe(paths, source, tok) | stats
+            meta["encodings"] = dict(Counter(documents.encodings.values()))
+            for path in paths.values():  # until all is written the hashes in meta.json differ
+                os.replace(path, path.with_suffix(".bin"))
             write_whole(folder / "meta.json", lambda f: f.write(json.dumps(meta).encode()))
-            print(summary(folder, meta, tok, time.monotonic() - start))
-        except OSError as e:  # a full disk's does not say where
-            raise OSError(e.errno, e.strerror, e.filename or str(folder)) from e
         finally:
-            for leftover in folder.glob("*.tmp"):
-                leftover.unlink()
-            if not any(folder.iterdir()):
-                folder.rmdir()
+            for path in paths.values():
+                path.unlink(missing_ok=True)
+        print(summary(folder, meta, tok, time.monotonic() - start))
     return folder
 
 
-def describe(folder, source, tokenizer, stats, documents):
-    """The content of meta.json; the .tmp files are complete. UserError if a split is empty."""
-    paths = {split: folder / f"{split}.tmp" for split in ("train", "val")}
-    (train, top), (val, val_top) = (describe_split(path, tokenizer) for path in paths.values())
+def describe(paths, source, tokenizer):
+    """What meta.json says of the complete files of train and val. UserError if one is empty."""
+    (train, *counts), (val, *val_counts) = (describe_split(p, tokenizer) for p in paths.values())
     if not (train["tokens"] and val["tokens"]):
         tokens = train["tokens"] + val["tokens"]
         raise UserError(f"{source}: {tokens} tokens of text are too few to split")
@@ -311,12 +294,9 @@ def describe(folder, source, tokenizer, stats, documents):
         "tokenizer": tokenizer.spec,
         "vocab_size": tokenizer.n_vocab,
         "dtype": token_dtype(tokenizer.n_vocab).str,
-        "largest_id": max(top, val_top),
+        "largest_id": max(counts[0], val_counts[0]),
         "splits": {"train": train, "val": val},
-        "documents": stats["documents"],
-        "characters": stats["characters"],
-        "fallback_tokens": stats["fallback"],
-        "encodings": dict(Counter(documents.encodings.values())),
+        "fallback_tokens": counts[1] + val_counts[1],
         "xz_after_training_text": xz,
     }
 
@@ -326,7 +306,6 @@ def summary(folder, meta, tokenizer, seconds):
     train, val = meta["splits"]["train"], meta["splits"]["val"]
     tokens, n_bytes = train["tokens"] + val["tokens"], train["bytes"] + val["bytes"]
     encodings = ", ".join(f"{n} {name}" for name, n in meta["encodings"].items())
-    excerpt = tokenizer.decode(read_tokens(folder, "val")[:60])
     lines = [
         f"{folder}: {meta['documents']:,} documents (files: {encodings}), {meta['characters']:,} "
         f"characters, {n_bytes:,} bytes",
@@ -336,6 +315,7 @@ def summary(folder, meta, tokenizer, seconds):
     ]
     if xz := meta["xz_after_training_text"]:
         lines.append(f"  xz -9e takes {xz:.3f} bits per byte of val after the text of train")
+    excerpt = tokenizer.decode(read_tokens(folder, "val")[:60])
     return "\n".join([*lines, f"  val begins: {excerpt!r}", f"  ready in {seconds:.1f} s"])
 
 
@@ -343,24 +323,17 @@ def summary(folder, meta, tokenizer, seconds):
 # Reading back: meta.json is checked against the files
 # --------------------------------------------------------------------------------------------
 
-KEYS = {"tokens", "bytes", "sha256"}  # what meta.json says of each split
 HASH_LIMIT = 1000 * MB  # larger files are checked by size alone: hashing them takes a minute
 
 
 def read_meta(folder):
-    """meta.json of a prepared folder; UserError if it is missing, damaged or of another format."""
+    """meta.json of a prepared folder; UserError if it is missing or of another format."""
     path = Path(folder) / "meta.json"
     if not path.exists():
         raise UserError(f"{path} does not exist: prepare the text first (python prepare_data.py)")
     meta = read_json(path)
-    try:
-        valid = meta["format"] == FORMAT and meta["largest_id"] < meta["vocab_size"]
-        valid = valid and meta["dtype"] == token_dtype(meta["vocab_size"]).str
-        valid = valid and all(meta["splits"][s].keys() >= KEYS for s in ("train", "val"))
-    except (KeyError, TypeError, AttributeError):
-        valid = False
-    if not valid:
-        raise UserError(f"{path} is damaged or of another version: prepare the text again")
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{path} is of another version: prepare the text again")
     return meta
 
 
@@ -375,34 +348,22 @@ def read_tokens(folder, split):
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-def prepared_folder(source, resuming):
-    """The folder that holds `source` prepared, or None; also None if the file has changed since,
-    but not for a run that is resumed."""
-    for folder in (Path(source), DATA / source, DATA / default_name(source)):
-        meta, named = folder / "meta.json", folder in (Path(source), DATA / source)
-        if not meta.exists() or not (named or read_meta(folder)["source"] == source):
-            continue
-        file = Path(source)
-        if resuming or not file.is_file() or file.stat().st_mtime <= meta.stat().st_mtime:
-            return folder
-    return None
-
-
 def find_data(source, resuming=False):
     """The prepared folder that --data means. The text is prepared first if it has not been, or if
-    the file has changed since, but never for a run that is resumed. If several processes call this
-    at once, one of them prepares the text and the others wait."""
-    if folder := prepared_folder(source, resuming):
-        return folder
+    the file has changed since, but never for a run that is resumed."""
+    file, named = Path(source), (Path(source), DATA / source)
+    for folder in (*named, DATA / default_name(source)):
+        meta = folder / "meta.json"
+        if not meta.exists() or (folder not in named and read_meta(folder)["source"] != source):
+            continue
+        if resuming or not file.is_file() or file.stat().st_mtime <= meta.stat().st_mtime:
+            return folder
     if resuming:
         raise UserError(f"{source}, the text of this run, is gone: prepare it again")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"prepare the text before several processes: prepare_data.py {source}")
-    with locked(DATA / default_name(source) / "meta.json"):
-        if folder := prepared_folder(source, resuming):
-            return folder
-        print(f"preparing {source} first (python prepare_data.py {source})")
-        return prepare(source)
+    print(f"preparing {source} first (python prepare_data.py {source})")
+    return prepare(source)
 
 
 def data_hashes(meta):

@@ -39,9 +39,10 @@ from data.matmul import make_fast, timing_lines
 from data.progress import watched
 from data.reply import TextStream
 from data.runs import newest_run
+from data.schema import Constraint, call_grammar, constraint
 from data.terminal import Chat, talk
 from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of, warn_unknown
-from data.tools import load_tools
+from data.tools import function_schema, load_tools
 from model import (
     LOSS_ROWS,
     WHAT_CKPT,
@@ -214,6 +215,7 @@ class Text:
     generator: torch.Generator | None = None
     settings: dict = field(default_factory=dict)  # as in DECODING
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
+    constraint: Constraint | None = None  # which of them fit what has been drawn
     logit_bias: dict = field(default_factory=dict)  # {id: added to its logit before any filter}
     ends: tuple = ()  # ids at which the caller ends the text; empty if `min_tokens` is 0
     min_tokens: int = 0  # none of `ends` is among so many first ids, unless no other is allowed
@@ -250,8 +252,8 @@ class Engine:
 
     @torch.inference_mode()
     def add(
-        self, prompt, *, seed=0, allowed=None, logit_bias=None, ends=(), min_tokens=0, top=None,
-        echo=False, **settings
+        self, prompt, *, seed=0, allowed=None, constraint=None, logit_bias=None, ends=(),
+        min_tokens=0, top=None, echo=False, **settings
     ):  # fmt: skip
         """Begin a text and return its Text, which describes the arguments; `prompt` is a list of
         ids. One row must be free. UserError for ids outside the vocabulary."""
@@ -269,7 +271,8 @@ class Engine:
         self.cache.lengths[old.row] = 0 if echo else self.shared(old, window)
         text = Text(
             old.row, list(prompt), start, len(prompt), settings=settings, allowed=allowed,
-            logit_bias=logit_bias, ends=ends, min_tokens=min_tokens, top=top, echo=echo,
+            constraint=constraint, logit_bias=logit_bias, ends=ends, min_tokens=min_tokens, top=top,
+            echo=echo,
         )  # fmt: skip
         text.generator = torch.Generator().manual_seed(seed)
         self.texts[text.row] = text
@@ -289,6 +292,7 @@ class Engine:
     def forget(self):
         """Drop what the free rows hold, after the model has changed."""
         self.cache.lengths[self.busy :] = 0
+        self.cache.graphs = {}
 
     def swap(self, a, b):
         """Exchange two rows: their texts, and what the cache holds of them."""
@@ -380,7 +384,9 @@ class Engine:
                 x = x.masked_fill(~group[0].allowed, -math.inf)
             previous, lengths = [t.ids for t in group], [t.prompt_length for t in group]
             generators = [t.generator for t in group]
-            new |= zip(group, next_token(x, previous, generators, group[0].settings, lengths))
+            ids = next_token(x, previous, generators, group[0].settings, lengths)
+            for text, row, i in zip(group, x, ids):
+                new[text] = fitting(text, row, i) if text.constraint else i
         for r, text in enumerate(texts):
             if text.top is not None:
                 text.logprobs += top_logprobs(logits[r, None], [new[text]], text.top)
@@ -484,7 +490,26 @@ def beam_search(model, prompt, max_new_tokens, beams=4, length_penalty=1.0, end=
 # --------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+def fitting(text, logits, i):
+    """The id `i`, drawn for a text from its logits (V,), or if it does not fit the constraint, one
+    drawn without the ids that do not fit: those that do keep their ratios. The likeliest ids are
+    tried first, and no more than it takes. If no id fits, the constraint ends."""
+    tried = 1
+    while not (after := text.constraint.after(i)):
+        tried = min(4 * tried, len(logits))
+        candidates = {i, *logits.topk(tried).indices.tolist()}
+        unfit = [j for j in candidates if not text.constraint.after(j)]
+        logits = logits.index_fill(0, torch.tensor(unfit, device=logits.device), -math.inf)
+        if logits.max() == -math.inf:
+            text.constraint = None
+            return i
+        rest = [text.generator], text.settings, [text.prompt_length]
+        [i] = next_token(logits[None], [text.ids], *rest)
+    text.constraint = after
+    return i
+
+
+@torch.no_grad()  # not inference_mode: a sharded model trains with the tensors that it gathers
 def classify(model, prompts, goals, batch=64):
     """Log probabilities (N, L) of the label ids `goals` after each prompt (a list of ids), relative
     to these labels only."""
@@ -493,8 +518,10 @@ def classify(model, prompts, goals, batch=64):
         rows = [torch.tensor(ids) for ids in prompts[start : start + batch]]
         # causal: padding behind a row changes nothing
         ids = pad_sequence(rows, batch_first=True).to(model.embed.weight.device)
-        last = model.hidden(ids)[range(len(rows)), [len(row) - 1 for row in rows]]  # (B, C)
-        out.append(model.head(last)[:, goals].float().log_softmax(-1).cpu())
+        wanted = torch.full_like(ids, -100)
+        wanted[range(len(rows)), [len(row) - 1 for row in rows]] = 0  # logits of the last position
+        logits = model(ids, wanted, output="logits")[:, goals]  # (B, L)
+        out.append(logits.float().log_softmax(-1).cpu())
     return torch.cat(out)
 
 
@@ -573,21 +600,18 @@ def load(ckpt=None, device=None, dtype="auto", adapters=(), ids_alone=False):
 
 def fast_model(model, rows, args):
     """Make the model ready to write `rows` texts at once, in place, and return it: on a CPU its
-    Linears are replaced by faster ones, on a GPU --cuda_graphs records its steps. One with adapters
-    stays as it is, since they may be switched. UserError if a flag asks for the impossible."""
+    Linears are replaced by faster ones, but for one with adapters, which may be switched; on a GPU
+    its steps are recorded, unless a router chooses other experts at each. UserError if a flag asks
+    for the impossible."""
     device = model.embed.weight.device.type
     adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
     fast = device == "cpu" and not (args.no_fast or adapted)
-    varying = "adapters" if adapted else "a mixture of experts" if model.config.experts else None
-    if args.cuda_graphs and (varying or device != "cuda"):
-        reason = f"excludes {varying}" if varying else f"needs a GPU, the model is on {device}"
-        raise UserError(f"--cuda_graphs {reason}")
     if args.dtype == "int8" and not fast:
         reason = "excludes --no_fast" if args.no_fast else f"is for a CPU, not {device}"
         if adapted:
             reason = "does not round adapters: lora.py merge writes a checkpoint without them"
         raise UserError(f"--dtype int8 {reason}")
-    if args.cuda_graphs:
+    if device == "cuda" and not (args.no_fast or model.config.experts):
         model.last_logits = GraphedSteps(model.last_logits)
     if fast:
         make_fast(model, rows, args.dtype == "int8")
@@ -754,11 +778,13 @@ def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=
     engine = Engine(model, 1, 256)
     chat = Chat(tokenizer, model.config.context, tools, max_tokens, seed)
     masks = {call: allowed_ids(model, tokenizer, True, call) for call in (True, False)}
+    grammar = call_grammar(chat.template, [function_schema(*tool) for tool in chat.tools.items()])
 
     def write(prompt, seed, may_call, stop):
+        limit = constraint(tokenizer, grammar) if may_call else None
         for _ in generate(
             model, [prompt], chat.max_tokens, seed=seed, allowed=masks[may_call], stop=stop,
-            engine=engine, **settings or {},
+            engine=engine, constraint=limit, **settings or {},
         ):  # fmt: skip
             pass
 
@@ -800,8 +826,8 @@ def build_parser():
     add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16", "int8"),
         help="of the weights (default auto: on CUDA bf16, or fp16 before Ampere; else fp32); "
         "int8 is for CPUs")
-    add("--no_fast", action="store_true", help="keep PyTorch's own Linear layers on a CPU")
-    add("--cuda_graphs", action="store_true", help="on a GPU: start each step by one call")
+    add("--no_fast", action="store_true",
+        help="run the model as it is: no faster Linear layers (CPU), no CUDA graphs (GPU)")
     add("--verbose", action="store_true", help="show the times of the faster Linear layers")
     add("--adapter", action="append", default=[],
         help="LoRA run to add to --ckpt; several can be switched")

@@ -15,12 +15,12 @@ from data.answer import Answer, ApiError, Choice
 from data.chat import content_text, get_template, read_call
 from data.reply import Reply
 from data.scheduler import Job
+from data.schema import call_grammar, constraint, json_grammar
 from data.tools import function_schema, known_by_training
 
 # Fields of OpenAI's and vLLM's servers that would change the answer and are not supported, with
 # the values that change nothing.
 UNSUPPORTED = (
-    ("response_format", {"type": "text"}),
     ("function_call", "none"),
     ("modalities", ["text"]),
     ("reasoning_effort verbosity", "medium"),
@@ -30,11 +30,10 @@ UNSUPPORTED = (
         "functions suffix audio prediction web_search_options guided_regex guided_choice "
         "guided_grammar structured_outputs use_beam_search allowed_token_ids bad_words "
         "include_stop_str_in_output grammar json_schema mirostat dry_multiplier xtc_probability "
-        "documents chat_template lora",
+        "documents chat_template continue_final_message lora",
         False, 0, "", [], {},
     ),
 )  # fmt: skip
-TURNS = ("add_generation_prompt", "continue_final_message")  # where the prompt of a chat ends
 
 
 def parse_body(raw):
@@ -70,12 +69,13 @@ def check_fields(body, chat, size):
     limit, bias = number(0 if body.get("echo") else 1, 2**31, (int,)), number(-100, 100)[1]
     ids = f"ids from 0 to {size - 1}"
     rules = {  # field: (what its value must be, whether a value is that)
-        **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls", *TURNS), flag),
+        **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls"), flag),
         **dict.fromkeys(("stream_options", "chat_template_kwargs"), mapping),
         **dict.fromkeys(("max_tokens", "max_completion_tokens"), limit),
         **dict.fromkeys(("frequency_penalty", "presence_penalty"), number(-2, 2)),
         **dict.fromkeys(("top_p", "min_p"), number(0, 1)),
         **dict.fromkeys(("top_k", "min_tokens"), number(0, 2**31, (int,))),
+        "add_generation_prompt": flag,
         "temperature": number(0, 2),
         "repetition_penalty": number(0.01, 100),
         "n": number(1, 16, (int,)),
@@ -162,14 +162,14 @@ class Api:
     def list_models(self):
         return {"object": "list", "data": [self.model(name) for name in self.names]}
 
-    def answer(self, body, prompts, limit, top, allowed, chat=False, given=()):
-        """The Answer to `prompts`, of at most `limit` new ids each."""
+    def answer(self, body, prompts, limit, top, allowed, fits=None, chat=False, given=()):
+        """The Answer to `prompts`, of at most `limit` new ids each, which fit the Constraint."""
         echo, min_tokens = bool(body.get("echo")), body.get("min_tokens", 0)
         stop_ids, stops = set(body.get("stop_token_ids", ())), body.get("stop", ())
         stops = [stops] if isinstance(stops, str) else stops
         settings = {name: body.get(name, value) for name, value in self.settings.items()}
         settings |= {"top": top, "echo": echo and top is not None, "allowed": allowed}
-        settings |= {"min_tokens": min_tokens}
+        settings |= {"min_tokens": min_tokens, "constraint": fits}
         bias = {int(i): value for i, value in body.get("logit_bias", {}).items()}
         seed, template = body.get("seed", secrets.randbits(31)), self.template if chat else None
         events, choices = queue.SimpleQueue(), []
@@ -200,9 +200,12 @@ class Api:
             raise ApiError(400, message, "messages", "no_chat_template")
         messages = read_messages(body.get("messages"))
         tools, may_call, forced = read_tools(body, self.tools)
+        fits = self.constraint(body, self.template.ends)
+        if may_call and (forced is not None or not fits):
+            fits = constraint(self.tokenizer, call_grammar(self.template, tools, forced))
         tools = self.told(tools) if may_call else []
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
-        variables = {name: body[name] for name in TURNS if name in body}
+        variables = {"add_generation_prompt": body.get("add_generation_prompt", True)}
         variables |= body.get("chat_template_kwargs", {})
         try:
             if body.get("truncation") == "auto":
@@ -214,8 +217,11 @@ class Api:
         except (ValueError, RecursionError) as e:  # a template refuses, or nesting is too deep
             raise ApiError(400, str(e), "messages") from e
         ids, given = ids + given, given or self.template.opened(ids)
-        top = body.get("top_logprobs", 0) if body.get("logprobs") else None
-        return self.answer(body, [ids], limit, top, self.allowed[True, may_call], True, given)
+        for i in given if forced is not None else ():
+            fits = fits and fits.after(i)
+        top, allowed = body.get("top_logprobs", 0), self.allowed[True, may_call]
+        top = top if body.get("logprobs") else None
+        return self.answer(body, [ids], limit, top, allowed, fits, True, given)
 
     def completion(self, body):
         """The Answer to a request for a completion."""
@@ -229,7 +235,24 @@ class Api:
         if count > most:
             raise ApiError(400, f"{count} texts at once, at most {most} are possible", "prompt")
         prompts = [self.prompt_ids(prompt) for prompt in prompts]
-        return self.answer(body, prompts, body.get("max_tokens", 16), body.get("logprobs"), allowed)
+        limit, fits = body.get("max_tokens", 16), self.constraint(body, [self.tokenizer.eos_id])
+        return self.answer(body, prompts, limit, body.get("logprobs"), allowed, fits)
+
+    def constraint(self, body, ends):
+        """The Constraint of an answer in the `response_format`, which one of the ids `ends` ends;
+        None for text."""
+        asked = body.get("response_format", {"type": "text"})
+        try:
+            if asked["type"] == "text":
+                return None
+            if asked["type"] not in ("json_object", "json_schema"):
+                raise ValueError(f"the type {asked['type']!r:.40} is not supported")
+            schema = {"type": "object"}
+            schema = schema if asked["type"] == "json_object" else asked["json_schema"]["schema"]
+            return constraint(self.tokenizer, json_grammar(schema, ends))
+        except (TypeError, KeyError, ValueError) as e:
+            problem = f"response_format must be of the type text, json_object or json_schema: {e}"
+            raise ApiError(400, problem, "response_format") from e
 
     def prompt_ids(self, prompt):
         """The ids of one prompt, which is a text or already a list of ids."""

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -25,7 +24,7 @@ OWNERS = dict.fromkeys(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), "openai
 OWNERS["bert-base-chinese"] = "google-bert/"  # these names need none
 EXTRAS = (  # not all models have them
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    "tokenizer.model",  # is not asked for beside a tokenizer.json
+    "tokenizer.model",
 )  # fmt: skip
 INDEX = "model.safetensors.index.json"  # says which file of many holds which tensor
 WEIGHTS = (INDEX, "model.safetensors", "pytorch_model.bin")  # the best first
@@ -55,32 +54,38 @@ def download_path(url):
     return DATA.joinpath("downloads", *(quote(p, safe=" ()[]+,=@") for p in (host, *names)))
 
 
-def fetch(url, dest=None, sha256=None, tries=4, wait=1.0, token=None):
+def fetch(url, dest=None, sha256=None, tries=4, wait=1.0):
     """Download `url` to `dest` (default: `download_path`) unless it is there, and return the path.
 
     A cut download is resumed, up to `tries` times with doubling pauses from `wait` seconds, and by
-    the next call. A `token` is shown to the host of `url` alone. UserError if that is unreachable,
-    refuses (HTTPError), or sends other bytes than `sha256` or the Hub's own hash says.
+    the next call. UserError if the host is unreachable, refuses (HTTPError), or sends other bytes
+    than `sha256` or the Hub's own hash says.
     """
     dest = Path(dest) if dest else download_path(url)
     write_once(
         dest,
         lambda: dest.exists() and (sha256 is None or file_sha256(dest) == sha256),
-        lambda: download(url, dest, sha256, tries, wait, token),
+        lambda: download(url, dest, sha256, tries, wait),
     )
     return dest
 
 
-def download(url, dest, sha256, tries, wait, token):
+def download(url, dest, sha256, tries, wait):
     """Download a file for `fetch`."""
     import requests  # not above: most runs download nothing, and it takes longer than all the rest
 
-    url = resolve_url(url)
+    token, address = hub_token(url), resolve_url(url)
     for attempt in range(tries):
         try:
-            part, hub_hash = download_part(url, dest, token)
+            part, hub_hash = download_part(address, dest, token)
             break
-        except HTTPError:
+        except HTTPError as e:
+            if e.status in (401, 403) and url.startswith((MODELS, VIEWER)):
+                remedy = "see that HF_TOKEN is right and may read it" if token else "set HF_TOKEN"
+                page = url.partition("/resolve/")[0]
+                # the Hub also answers 401 to a wrong name without a token
+                remedy = f"accept its licence on {page} and {remedy}"
+                raise UserError(f"{e}: it is private or gated, or not there: {remedy}") from e
             raise
         except (requests.RequestException, ValueError) as e:  # ValueError: a redirect to no URL
             reason = str(e).split(": ")[-1].strip("\"')")[:100] or type(e).__name__
@@ -88,40 +93,21 @@ def download(url, dest, sha256, tries, wait, token):
                 time.sleep(wait * 2**attempt if attempt + 1 < tries else 0)
     else:
         raise UserError(
-            f"cannot download {url}: gave up after {tries} tries ({reason}). Offline or behind a "
-            f"firewall? Set SCRATCHLM_MIRROR=BASE to read BASE/host/path instead (HF_ENDPOINT for "
-            f"the Hugging Face Hub), or put the file at {dest}"
+            f"cannot download {address}: gave up after {tries} tries ({reason}). Offline or behind "
+            f"a firewall? Set SCRATCHLM_MIRROR=BASE to read BASE/host/path instead (HF_ENDPOINT "
+            f"for the Hugging Face Hub), or put the file at {dest}"
         )
     for wanted in filter(None, (sha256, hub_hash)):
-        if len(wanted) == 64:
-            kind, actual = "sha256", file_sha256(part)
-        else:  # a small file
-            content = part.read_bytes()
-            blob = b"blob %d\0" % len(content) + content
-            kind, actual = "git's sha1", hashlib.sha1(blob).hexdigest()
-        if actual != wanted:
+        if (actual := file_sha256(part)) != wanted:
             part.unlink()
-            raise UserError(f"{url} arrived damaged: {kind} {actual[:12]}…, wanted {wanted[:12]}…")
+            found = f"sha256 {actual[:12]}…, wanted {wanted[:12]}…"
+            raise UserError(f"{address} arrived damaged: {found}")
     os.replace(part, dest)
-
-
-def find_hub_hash(answers):
-    """The sha256 or git sha1 by which the Hub, in one of its `answers`, names a file's content.
-
-    It is in X-Linked-ETag, usually of the redirect to the host that holds the bytes, or for a small
-    file in the ETag of the Hub itself (its answers carry X-Repo-Commit). None on other servers.
-    """
-    for headers in (answer.headers for answer in answers):
-        tag, digest = headers.get("X-Linked-ETag"), "[0-9a-f]{64}|[0-9a-f]{40}"
-        if tag is None and "X-Repo-Commit" in headers:
-            tag, digest = headers.get("ETag"), "[0-9a-f]{40}"
-        if match := re.fullmatch(f'(?:W/)?"?({digest})"?', tag or ""):
-            return match[1]
 
 
 def download_part(url, dest, token):
     """Fill dest.VERSION.part in one attempt, continuing the one that is there, and return it with
-    the hash that the Hub gives for it, or None. VERSION is a hash of what the server calls it."""
+    the sha256 that the Hub gives for it, or None. VERSION is a hash of what the server calls it."""
     import requests
 
     old = next(dest.parent.glob(f"{glob.escape(dest.name)}.????????.part"), None)
@@ -141,7 +127,9 @@ def download_part(url, dest, token):
             error = HTTPError(f"cannot download {url}: HTTP {r.status_code} {r.reason}{hint}")
             error.status = r.status_code
             raise error
-        hub_hash = find_hub_hash([*r.history, r])
+        # the Hub names the content of a large file, usually in the redirect to its host
+        tags = [answer.headers.get("X-Linked-ETag", "").strip('"') for answer in (*r.history, r)]
+        hub_hash = next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), None)
         version = hub_hash or r.headers.get("ETag") or r.headers.get("Last-Modified")
         version = version and "." + hashlib.sha1(version.encode()).hexdigest()[:8]
         part = dest.with_name(f"{dest.name}{version or ''}.part")
@@ -187,14 +175,21 @@ def snapshot_download(name, files=None, check=None):
         raise UserError(f"model {name!r} is not {models} or OWNER/NAME, maybe with an @revision")
     repo, revision = match[1], match[2] or "main"
     folder = DATA.joinpath("hub", *repo.split("/"), quote(revision, safe=""))
-    get = partial(fetch_from_hub, repo, revision, folder)
+
+    def get(file, optional=False):
+        url = f"{MODELS}/{repo}/resolve/{quote(revision, safe='')}/{file}"
+        try:
+            return fetch(url, folder / file)
+        except HTTPError as e:
+            if not (optional and e.status == 404):
+                raise
+
     # the weights come last: if they are complete, the server has been asked for all the rest
     weights = weight_files(folder)
     if not files and weights and all((folder / f).exists() for f in ("config.json", *weights)):
         return folder
     for file in files or ("config.json", *EXTRAS):
-        if file != "tokenizer.model" or not (folder / "tokenizer.json").exists():
-            get(file, optional=file in EXTRAS)
+        get(file, optional=file in EXTRAS)
     if files:
         return folder
     if check:
@@ -221,26 +216,11 @@ def weight_files(folder):
 
 def hub_token(url):
     """HF_TOKEN, if it is set and `url` asks the Hub (or HF_ENDPOINT in its place) or its viewer."""
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if not re.fullmatch(r"[!-~]*", token):  # not shown in the message
-        raise UserError("HF_TOKEN holds spaces or other characters that no token has")
     hub = os.environ.get("HF_ENDPOINT", "").rstrip("/") or MODELS
     hosts = (f"{hub}/", f"{VIEWER}/") if hub == MODELS else f"{hub}/"
-    return token if resolve_url(url).startswith(hosts) else None
-
-
-def fetch_from_hub(repo, revision, folder, file, optional=False):
-    """The path of one file of a model, or None if it is `optional` and the Hub has none."""
-    url = f"{MODELS}/{repo}/resolve/{quote(revision, safe='')}/{file}"
-    token = hub_token(url)
-    try:
-        return fetch(url, folder / file, token=token)
-    except HTTPError as e:
-        if e.status == 404 and optional:
-            return None
-        if e.status not in (401, 403):
-            raise
-        remedy = "see that HF_TOKEN is right and may read it" if token else "set HF_TOKEN"
-        remedy = f"accept its licence on {MODELS}/{repo} and {remedy}"
-        # the Hub also answers 401 to a wrong name without a token
-        raise UserError(f"{e}: {repo} is private or gated, or no model: {remedy}") from e
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not token or not resolve_url(url).startswith(hosts):
+        return None
+    if not re.fullmatch(r"[!-~]*", token):  # not shown in the message
+        raise UserError("HF_TOKEN holds spaces or other characters that no token has")
+    return token

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -39,24 +38,19 @@ LOCKS = Path("data/locks")
 @contextlib.contextmanager
 def locked(path):
     """Hold the lock of a file or folder that is to be written, while other processes wait."""
-    lock = LOCKS / hashlib.sha1(os.fsencode(os.path.realpath(path))).hexdigest()
     LOCKS.mkdir(parents=True, exist_ok=True)
-    for attempt in itertools.count():
-        with open(lock, "ab") as file:
-            if try_lock(file):
-                try:
-                    yield
-                finally:
-                    with contextlib.suppress(OSError):  # Windows keeps a file that is open
-                        lock.unlink()
-                return
-        if attempt == 0:
+    lock = LOCKS / hashlib.sha1(os.fsencode(os.path.realpath(path))).hexdigest()
+    with open(lock, "ab") as file:
+        if not (held := try_lock(file)):
             print(f"waiting for another process that writes {path}", file=sys.stderr)
-        time.sleep(0.1)
+        while not held:
+            time.sleep(0.1)
+            held = try_lock(file)
+        yield
 
 
 def try_lock(file):
-    """Lock an open file until it is closed. False if another process holds or has removed it."""
+    """Lock an open file until it is closed. False if another process holds it."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -66,9 +60,9 @@ def try_lock(file):
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
-    except (BlockingIOError, PermissionError, FileNotFoundError):
+    except OSError:
         return False
+    return True
 
 
 def write_once(path, is_written, write):

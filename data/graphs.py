@@ -1,39 +1,43 @@
 """CUDA graphs: hundreds of small operations, recorded once and started by one call."""
 import torch
 
+MOST = 16  # new ids of a row; longer ones are parts of prompts, whose lengths seldom recur
+
 
 class GraphedSteps:
-    """`step`, the `last_logits` of a model, for one new token a row on a GPU. One graph is recorded
-    for each cache and number of rows. Its shapes must stay the same, so that it attends to all of
-    the cache's room, under a mask."""
+    """`step`, the `last_logits` of a model on a GPU, for one or a few new tokens a row. A KVCache
+    keeps a graph for each part of its rows and number of tokens. A graph's shapes and addresses
+    never change, so it attends to all of the cache's room, under a mask."""
 
     def __init__(self, step):
-        self.step, self.key = step, None
+        self.step = step
 
-    def __call__(self, ids, cache):
-        if ids.shape[1] > 1:
-            return self.step(ids, cache)
-        begun = cache.begin(ids, static=True)
-        inputs = ids, begun.positions, begun.mask
-        if self.key != (key := (cache.keys.data_ptr(), begun.mask.shape)):
-            self.key, self.inputs = key, [t.clone() for t in inputs]
-            self.graph = torch.cuda.CUDAGraph()
-            self.record(cache, begun)
-        for static, t in zip(self.inputs, inputs):
+    def __call__(self, ids, cache, **options):
+        T, graphs = ids.shape[1], cache.graphs
+        if T > MOST:
+            return self.step(ids, cache, **options)
+        inputs = ids, cache.lengths[:, None] + torch.arange(T)  # the ids and their positions
+        if (key := (cache.keys.data_ptr(), ids.shape, *options.items())) not in graphs:
+            graphs[key] = None  # recorded at the second time: many shapes never come again
+            return self.step(ids, cache, cache.begin(ids, inputs[1].to(ids.device)), **options)
+        if graphs[key] is None:
+            copies = [t.to(ids.device, copy=True) for t in inputs]
+            graphs[key] = self.record(cache, *copies, **options)
+        graph, static_inputs, logits = graphs[key]
+        for static, t in zip(static_inputs, inputs):
             static.copy_(t)
-        self.graph.replay()
-        cache.lengths += 1
-        return self.logits.clone()  # another group of rows may be run before these are read
+        graph.replay()
+        cache.lengths += T
+        return logits.clone()  # another graph may use this memory before they are read
 
-    def record(self, cache, begun):
-        """Run a step on another stream, as PyTorch requires, then record one."""
-        ids, positions, mask = self.inputs
-        begun, lengths = begun._replace(positions=positions, mask=mask), cache.lengths.clone()
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            self.step(ids, cache, begun)
-        here.wait_stream(aside)
-        with torch.cuda.graph(self.graph):
-            self.logits = self.step(ids, cache, begun)
+    def record(self, cache, ids, positions, **options):
+        """(a graph of a step, its inputs, its logits). Graphs of a cache share their memory."""
+        pool = next((kept[0].pool() for kept in cache.graphs.values() if kept), None)
+        graph, lengths = torch.cuda.CUDAGraph(), cache.lengths.clone()
+        with (
+            torch.cuda.device(ids.device),  # a new thread's is GPU 0
+            torch.cuda.graph(graph, pool, capture_error_mode="thread_local"),
+        ):
+            logits = self.step(ids, cache, cache.begin(ids, positions), **options)
         cache.lengths.copy_(lengths)  # recording has written no token
+        return graph, (ids, positions), logits

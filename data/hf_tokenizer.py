@@ -27,7 +27,6 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 DIGITS_PATTERN = (
     r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 )
-ID_LIMIT = 1_000_000  # no vocabulary is as large
 MAX_MISSING_BYTES = 64  # SmolLM2 lacks tokens for some 20 bytes, those of rare characters
 
 
@@ -75,12 +74,7 @@ def hub_pattern(pre):
             if kinds == ["Digits", "ByteLevel"] and first["individual_digits"] is True:
                 return DIGITS_PATTERN
         elif kinds == ["Split", "ByteLevel"] and first["behavior"] == "Isolated":
-            pattern = first["pattern"]["Regex"]
-            # Their regular expressions are Ruby's, where these mean something else than in Rust's
-            bare = re.sub(r"\\[pP]\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]", "", pattern)
-            if re.search(r"[$^]|\}\+|\(\?[a-z-]*[msx]", bare):
-                raise ValueError(f"pre_tokenizer: pattern {pattern!r} has another meaning here")
-            return pattern
+            return first["pattern"]["Regex"]
     raise ValueError(f"pre_tokenizer {' + '.join(kinds)}, with its settings, can't be read")
 
 
@@ -175,18 +169,9 @@ def hub_tokenizer(folder):
             raise ValueError(f"model {kind}{marks or ''}: only byte-level BPE and SentencePiece's")
         ids = {t["content"]: t["id"] for t in entries}
         words = {t["content"]: t["id"] for t in entries if not t.get("special", True)}
-        for t in entries:
-            if t["content"] in words and any(map(t.get, ("single_word", "lstrip", "rstrip"))):
-                raise ValueError(f"{t['content']!r} has single_word, lstrip or rstrip set")
         merges = model.get("merges", ())  # in old files a pair is one string
         model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
-        # A word that the model also makes by itself remains one of its ordinary tokens
-        made = set() if spm else CHAR_BYTES.keys() | map("".join, model["merges"])
-        made = {w for w, i in words.items() if w in made and model["vocab"].get(w) == i}
-        added = {name: i for name, i in ids.items() if name not in made}
-        taken = [*(model["vocab"] | added).values()]
-        if len(taken) > len({*taken}) or not 0 <= min(taken) <= max(taken) < ID_LIMIT:
-            raise ValueError(f"token ids are repeated, or not from 0 to {ID_LIMIT:,}")
+        added = dict(ids)
         spec = dict(kind="spm", data=data) if spm else byte_level_spec(data, added)
         names = {f"{n}_token": config.get(f"{n}_token") for n in ("bos", "eos", "unk", "pad")}
         names = {key: n["content"] if isinstance(n, dict) else n for key, n in names.items() if n}
@@ -198,7 +183,7 @@ def hub_tokenizer(folder):
         # a config.json may carry a default eos_token_id that is an ordinary token of this model
         end = next(itertools.chain(*ends), ids.get(names.get("eos_token"), ids.get(END)))
         if end is None:
-            end = added[END] = max(taken) + 1
+            end = added[END] = max((model["vocab"] | ids).values()) + 1
         words = {word: i for word, i in words.items() if i not in (end, begin)}
         spec |= dict(added=added, words=words, end=end, begin=begin, ends=ends[0])
         parts = folder.resolve().parts  # .../hub/OWNER/NAME/REVISION if it was downloaded

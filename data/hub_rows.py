@@ -5,7 +5,6 @@ OWNER/NAME:FILE names a file of the repository. Downloads are kept.
 """
 import contextlib
 import io
-import itertools
 import re
 import sys
 from functools import partial
@@ -13,9 +12,9 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from data.cli import UserError
-from data.download import REPO, VIEWER, download_path, fetch, hub_token
+from data.download import REPO, VIEWER, fetch
 from data.files import read_json
-from data.progress import watched
+from data.progress import shown
 from data.row_files import is_row_file
 from data.sources import HUB, made
 
@@ -42,12 +41,9 @@ def hub_rows(repo, part, limits):
     repository; limits[split] is the number of rows to download, None for all. UserError if the
     viewer does not give the rows, or if `part` is missing or unknown."""
     if part and is_row_file(part):
-        url = f"{HUB}/{repo}/resolve/main/{quote(part)}"
-        return {"train": fetch(url, token=hub_token(url))}
+        return {"train": fetch(f"{HUB}/{repo}/resolve/main/{quote(part)}")}
     try:
         splits = ask("splits", dataset=repo)["splits"]
-        if not splits:
-            raise UserError("it has no splits")
     except UserError as e:
         raise UserError(
             f"{repo} is not a file or folder here, and the Hub's viewer does not give its rows: "
@@ -62,23 +58,24 @@ def ask(endpoint, **query):
     """The viewer's answer, an object with a list that is named after the endpoint."""
     url = f"{VIEWER}/{endpoint}?{urlencode(query)}"
     with contextlib.redirect_stderr(io.StringIO()):  # there may be hundreds of downloads
-        return read_json(fetch(url, token=hub_token(url)))
+        return read_json(fetch(url))
 
 
 def choose_splits(repo, part, splits):
     """(configuration, {our name of a split: its name there}) of what `part` of a data set means."""
     configs = list(dict.fromkeys(s["config"] for s in splits))
-    config = next(c for c in (part, "default", *configs) if c in configs)
+    config = next((c for c in (part, "default", *configs) if c in configs), None)
     there = [s["split"] for s in splits if s["config"] == config]
     wanted = SPLITS if part in (None, config) else {"train": (part,)}
     names = {ours: name for ours, known in wanted.items() for name in known if name in there}
-    if len(configs) > 1 and config not in (part, "default"):
-        problem, choices = "has several configurations: name one", configs
-    elif "train" not in names:
-        problem, choices = f"has no split {wanted['train'][0]}: name one to learn from", there
-    else:
+    several = len(configs) > 1 and config not in (part, "default")
+    if "train" in names and not several:
         return config, names
-    raise UserError(f"{repo} {problem}, as {repo}:{choices[0]}; it has {', '.join(choices):.300}")
+    what = "has several configurations" if several else f"has no split {wanted['train'][0]}"
+    choices = (configs if several else there) or ["FILE"]
+    raise UserError(
+        f"{repo} {what}: name one, as {repo}:{choices[0]}; it has {', '.join(choices):.300}"
+    )
 
 
 def viewer_file(repo, config, split, limit):
@@ -90,25 +87,22 @@ def viewer_file(repo, config, split, limit):
 
 def viewer_rows(repo, config, split, limit):
     """The first `limit` rows of a split as the viewer gives them, without unlabelled rows."""
-    rows, count = [], PAGE
-    for n in watched(itertools.count(0, PAGE), f"{repo}: page"):
-        if n >= count:
-            break
-        try:
-            page = ask("rows", dataset=repo, config=config, split=split, offset=n, length=PAGE)
-        except UserError as e:
-            raise UserError(f"{e}; {n:,} rows of {split} are kept: run this again to go on") from e
-        rows += page_rows(page)
-        count = page.get("num_rows_total") or 0
-        if limit is None and count > MOST_ROWS:
-            raise UserError(f"{repo} has {count:,} rows of {split}: say how many by --max_rows")
-        count = count if limit is None else min(limit, count)
-    if len(rows) < count:
-        kept = download_path(VIEWER).parent
-        raise UserError(f"{repo} changed on the Hub while it was downloaded: delete {kept}")
-    labelled = [row for row in rows[:count] if row.get("label", "") is not None]
-    if bare := count - len(labelled):
-        print(f"{repo}: {bare} of {count} rows of {split} have no label: left out", file=sys.stderr)
+    rows, count, place = [], PAGE, dict(dataset=repo, config=config, split=split)
+    with shown(f"{repo}: row", lambda: len(rows)):
+        while len(rows) < count:
+            page = ask("rows", **place, offset=len(rows), length=PAGE)
+            count = page.get("num_rows_total") or 0
+            if limit is None and count > MOST_ROWS:
+                raise UserError(f"{repo} has {count:,} rows of {split}: say how many by --max_rows")
+            count = count if limit is None else min(limit, count)
+            rows += page_rows(page)
+            if not page["rows"]:  # the set became smaller while it was downloaded
+                break
+    rows = rows[:limit]
+    labelled = [row for row in rows if row.get("label", "") is not None]
+    if bare := len(rows) - len(labelled):
+        of = f"{bare} of {len(rows)} rows of {split}"
+        print(f"{repo}: {of} have no label: left out", file=sys.stderr)
     return labelled
 
 

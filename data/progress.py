@@ -16,21 +16,21 @@ def shown(name, count, total=None):
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         yield
         return
-    over, start, drawn = threading.Event(), time.monotonic(), []
+    over, start = threading.Event(), time.monotonic()
 
     def show():
-        last, since = 0, start  # the count, and when it changed
+        line = ""
         while not over.wait(0.5):
-            done, now = count(), time.monotonic()
-            if done != last:
-                last, since = done, now
-            line = f"{name} {done:,}" + (f" of {total:,}" if total else "")
-            if total and done:
-                left = (since - start) * (total / done - 1) - (now - since)
-                line += f", {max(0, left):.0f} s left"
             if RUNNING[-1] is over:
-                drawn.append(line[: shutil.get_terminal_size().columns - 1])
-                print(f"\r\033[K{drawn[-1]}", end="", flush=True, file=sys.stderr)
+                done = count()
+                line = f"{name} {done:,}" + (f" of {total:,}" if total else "")
+                if total and done:
+                    left = (time.monotonic() - start) * (total / done - 1)
+                    line += f", {max(0, left):.0f} s left"
+                line = line[: shutil.get_terminal_size().columns - 1]
+                print(f"\r\033[K{line}", end="", flush=True, file=sys.stderr)
+        if line:
+            print("\r\033[K", end="", flush=True, file=sys.stderr)
 
     RUNNING.append(over)
     thread = threading.Thread(target=show, daemon=True)
@@ -41,8 +41,6 @@ def shown(name, count, total=None):
         over.set()
         thread.join()
         RUNNING.remove(over)
-        if drawn:
-            print("\r\033[K", end="", flush=True, file=sys.stderr)
 
 
 def watched(items, name):

@@ -30,8 +30,6 @@ def read_rows(path, encoding=None):
         sets = ", ".join(ROW_SETS)
         raise UserError(f"{path} {state}: name a {KNOWN}, OWNER/NAME of the Hub, or {sets}")
     suffix = Path(str(path).lower().removesuffix(".gz")).suffix
-    with open(path, "rb") as f:
-        suffix = ".parquet" if f.read(4) == b"PAR1" else suffix
     if suffix in READERS:
         file, target = path.as_posix(), path.with_suffix(".jsonl").as_posix()
         code = f"import pandas; pandas.{READERS[suffix]}({file!r}).to_json({target!r}, "
@@ -52,23 +50,17 @@ def csv_rows(text, path, suffix):
     header. The delimiter is the one that the header has most of: Excel writes ; in much of Europe.
     """
     csv.field_size_limit(2**31 - 1)  # a cell may hold a book; the module's limit is 128 KiB
-    lines = list(io.StringIO(text, newline=""))
-    delimiter = "\t" if suffix == ".tsv" else max(",;\t", key="".join(lines[:1]).count)
-    reader, columns = csv.reader(lines, delimiter=delimiter, strict=True), None
-    while reader.line_num < len(lines):
-        where = f"{path}:{reader.line_num + 1}"
-        try:
-            cells = next(reader, [])
-        except csv.Error as e:
-            if columns is None or "end of data" in str(e):
-                raise UserError(f"{where}: a quote that opens here is never closed ({e})") from e
-            yield where, UserError(f"{where}: {e}")
-            continue
-        if columns is None and cells:
-            columns = [cell.strip() for cell in cells]
-            if twice := next((c for c in columns if c and columns.count(c) > 1), None):
-                raise UserError(f"{where}: two columns are called {twice!r}")
-        elif cells and len(cells) != len(columns):
-            yield where, UserError(f"{where}: {len(cells)} cells for {len(columns)} columns")
-        elif cells:  # columns without a name are the row numbers that pandas writes
-            yield where, {column: cell for column, cell in zip(columns, cells) if column}
+    delimiter = "\t" if suffix == ".tsv" else max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    columns, line = None, 1
+    try:
+        for cells in reader:
+            where, line = f"{path}:{line}", reader.line_num + 1
+            if cells and columns is None:
+                columns = [cell.strip() for cell in cells]
+            elif cells and len(cells) != len(columns):
+                yield where, UserError(f"{where}: {len(cells)} cells for {len(columns)} columns")
+            elif cells:  # columns without a name are the row numbers that pandas writes
+                yield where, {column: cell for column, cell in zip(columns, cells) if column}
+    except csv.Error as e:
+        raise UserError(f"{path}:{line}: a quote opens or ends at the wrong place ({e})") from e

@@ -271,15 +271,12 @@ def row_slice(text):
 
 
 def report_bad(bad, total, path):
-    """Print the first of `bad`, pairs (row, reason) of `total` rows, each reason once; UserError if
-    they are over 1 %."""
-    counts, first = Counter(reason for _, reason in bad), {why: where for where, why in bad[::-1]}
-    fatal = len(bad) > 0.01 * total
-    for why, count in list(counts.items())[: 0 if fatal and len(counts) == 1 else 5]:
-        others = f" (and {count - 1:,} more)" if count > 1 else ""
-        print(f"bad row: {first[why]}: {why}{others}", file=sys.stderr)
-    if fatal:
+    """Print the first of `bad`, pairs (row, reason) of `total` rows; UserError if they are over
+    1 %."""
+    if len(bad) > 0.01 * total:
         raise UserError(f"{path}: {len(bad)} of {total} rows are bad, first {': '.join(bad[0])}")
+    for where, why in bad[:5]:
+        print(f"bad row: {where}: {why}", file=sys.stderr)
     if bad:
         print(f"{path}: {len(bad)} of {total} rows are bad and left out", file=sys.stderr)
 
@@ -313,12 +310,11 @@ def read_examples(path, rows=None, limit=None, encoding=None):
     if unread:
         names = ", ".join(f"{name} ({count:,})" for name, count in unread.most_common(12))
         print(f"{path}: fields that are not used, with their rows: {names}", file=sys.stderr)
-    talks = [chat.split_system(e["messages"])[1] for e in examples] if kind == "chat" else []
-    for turn, role, what in (0, "assistant", "learned"), (-1, "user", "left out"):
-        if count := sum(talk[turn]["role"] == role for talk in talks):
-            where = f"{count:,} of {total:,} conversations {'end' if turn else 'begin'} with"
-            print(f"{path}: {where} a turn of the {role}, which is {what}", file=sys.stderr)
-    if kind == "chat":  # the last row of a dialogue teaches the answers of the rows before it, too
+    if kind == "chat":
+        if count := sum(e["messages"][-1]["role"] == "user" for e in examples):
+            where = f"{count:,} of {total:,} conversations end with a turn of the user"
+            print(f"{path}: {where}, which is left out", file=sys.stderr)
+        # the last row of a dialogue teaches the answers of the rows before it, too
         examples = chat.drop_continued(examples, key=lambda e: e["messages"])
     return kind, examples
 

@@ -5,7 +5,6 @@ import heapq
 import io
 import re
 import struct
-import unicodedata
 from collections import defaultdict
 from itertools import pairwise
 
@@ -17,7 +16,6 @@ SPACE = "\u2581"  # "▁", which stands for a space
 TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 IN_FRONT = {"type": "Prepend", "prepend": SPACE}
 CACHE_LIMIT, LONG = 1 << 18, 100  # words whose ids are kept; characters of one
-NORMALIZERS = ("Prepend", "Replace", "NFC", "NFD", "NFKC", "NFKD")
 
 
 def is_sentencepiece(data):
@@ -45,8 +43,8 @@ class SentencePiece:
 
     def __init__(self, data, added, words):
         model = data["model"]
-        if model.get("ignore_merges"):
-            raise ValueError("model: ignore_merges can't be read with SentencePiece's BPE")
+        if model.get("ignore_merges") or not model.get("byte_fallback"):
+            raise ValueError("model: SentencePiece's BPE is read with byte_fallback and all merges")
         vocab = {piece: i for piece, i in model["vocab"].items() if piece not in added}
         self._mergeable_ranks, self._special_tokens = vocab, added
         self.n_vocab = max(*vocab.values(), *added.values()) + 1
@@ -56,28 +54,22 @@ class SentencePiece:
         if lost := [pair for pair in self.ranks if pair.replace(" ", "") not in vocab]:
             raise ValueError(f"model: the merge {lost[0]!r} makes no token")
         self.ranks |= {piece: -score for piece, score in scores.items()}
-        inside = {pair for piece in vocab for pair in pairwise(piece)}
-        self.unknown = (vocab | added).get(model.get("unk_token"))
-        self.fuses = model.get("fuse_unk")
-        names = [f"<0x{b:02X}>" for b in range(256)] if model.get("byte_fallback") else [None]
-        self.bytes, self.cache = [vocab.get(name) for name in names], {}
+        inside = sorted({ord(a) << 32 | ord(b) for piece in vocab for a, b in pairwise(piece)})
+        self.inside = np.array([*inside, 1 << 62])
+        self.bytes, self.cache = [vocab[f"<0x{b:02X}>"] for b in range(256)], {}
         self.steps, self.scheme = [*steps_of(data, "normalizer")], None
-        if unread := [s["type"] for s in self.steps if s["type"] not in NORMALIZERS]:
+        if unread := [s["type"] for s in self.steps if s["type"] not in ("Prepend", "Replace")]:
             raise ValueError(f"normalizer {unread[0]} can't be read")
         # Words that are found in the normalized text; the others are found before
         late = {t["content"] for t in data["added_tokens"] if t.get("normalized") and self.steps}
         self.early_words = words.keys() - late
         for step in (steps := steps_of(data, "pre_tokenizer")):
-            if step["type"] == "Metaspace" and len(steps) == 1:
-                old = "always" if step.get("add_prefix_space", True) else "never"
-                self.scheme = step.get("prepend_scheme", old)
+            if step["type"] == "Metaspace" and len(steps) == 1 and not step.get("split", True):
+                self.scheme = step["prepend_scheme"]
                 self.steps += [TO_SPACE, IN_FRONT][: 1 if self.scheme == "never" else 2]
-                if step.get("split", True):
-                    inside = {pair for pair in inside if pair[1] != SPACE}
             # Gemma's splits at spaces, of which its normalizer has left none
             elif step.get("pattern") != {"String": " "} or TO_SPACE not in self.steps:
                 raise ValueError(f"pre_tokenizer {step['type']} can't be read with this model")
-        self.inside = np.array([*sorted(ord(a) << 32 | ord(b) for a, b in inside), 1 << 62])
         ends = {s["type"]: s.get("prepend_scheme") for s in steps_of(data, "decoder")}
         self.drops = "Strip" in ends or ends.get("Metaspace", "never") != "never"
 
@@ -88,8 +80,8 @@ class SentencePiece:
         pieces = [*(vocab | added).items(), *self.normalized.items()]
         self.tokens = {i: piece.replace(SPACE, " ").encode() for piece, i in pieces}
         self.tokens |= {i: bytes([b]) for b, i in enumerate(self.bytes)}
-        self.tokens |= {self.unknown: "\ufffd".encode()}
-        self.tokens.pop(None, None)
+        if (unknown := added.get(model.get("unk_token"))) is not None:
+            self.tokens[unknown] = "\ufffd".encode()
         self.decode_single_token_bytes = self.tokens.__getitem__  # a KeyError if there is none
 
     def normalize(self, text, follows=None):
@@ -97,14 +89,12 @@ class SentencePiece:
         if follows == "text":  # no step joins this letter and what comes after it
             return self.normalize("中" + text).partition("中")[2]
         for step in self.steps:
-            if step["type"] == "Prepend":
-                there = self.scheme and (text[:1] == SPACE or (follows and self.scheme == "first"))
-                text = step["prepend"] + text if text and not there else text
-            elif step["type"] == "Replace":
+            if step["type"] == "Replace":
                 find = step["pattern"].get("Regex") or re.escape(step["pattern"]["String"])
                 text = re.sub(find, step["content"].replace("\\", r"\\"), text)
-            else:
-                text = unicodedata.normalize(step["type"], text)
+            elif text:
+                there = self.scheme and (text[0] == SPACE or (follows and self.scheme == "first"))
+                text = text if there else step["prepend"] + text
         return text
 
     def encode_to_numpy(self, text, follows=None):
@@ -128,21 +118,14 @@ class SentencePiece:
         ids = np.frombuffer(b"".join(map(cache.__getitem__, words)), dtype=np.uint32)
         if len(cache) > CACHE_LIMIT or max(map(len, unique)) > LONG:
             self.cache = {}
-        if self.fuses and None in self.bytes:  # of several in a row the first one remains
-            again = (ids[1:] == self.unknown) & (ids[:-1] == self.unknown)
-            ids = ids[np.append(True, ~again)[: len(ids)]]
         return ids
 
     def word_ids(self, word):
-        """The ids of a word: of its pieces, of their bytes, or the unknown one, if there is one."""
+        """The ids of a word: of its pieces, or of their bytes."""
         ids = []
         for piece in self.merge(word):
-            if piece in self._mergeable_ranks:
-                ids.append(self._mergeable_ranks[piece])
-            elif None not in self.bytes:
-                ids += [self.bytes[b] for b in piece.encode()]
-            elif self.unknown is not None:
-                ids.append(self.unknown)
+            i = self._mergeable_ranks.get(piece)
+            ids += [self.bytes[b] for b in piece.encode()] if i is None else [i]
         return ids
 
     def merge(self, word):
@@ -178,10 +161,10 @@ class SentencePiece:
 
 KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
+FROM_SPACE = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
 # Spaces at both ends of a text, and several in a row, are dropped if the file says so
 SPACES = {"Regex": r"(?<![\s\S]) +| +(?![\s\S])| +(?= )"}
 TRIM = {"type": "Replace", "pattern": SPACES, "content": ""}
-FROM_SPACE = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 # What the code of ChatGLM2 and ChatGLM3 puts behind the vocabulary; no file of theirs says so
 GLM_TOKENS = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>"
@@ -219,9 +202,10 @@ def read_model(path, config):
         suffixes, bos, eos = (trainer.get(n, [m])[0] for n, m in ((24, 0), (41, 1), (42, 2)))
     except (IndexError, KeyError, TypeError, ValueError, struct.error, RecursionError) as e:
         raise UserError(f"{path} is no model of SentencePiece's, or is damaged") from e
-    if kind != "BPE" or any(normalizer.get(2, [])) or suffixes or not escapes or UNUSED in types:
-        rules = normalizer.get(1, [b"no rules"])[0].decode()
-        raise UserError(f"{path}: {kind} with {rules}: only BPE with the rules identity is read")
+    others = suffixes or not escapes or UNUSED in types or BYTE not in types
+    if kind != "BPE" or any(normalizer.get(2, [])) or others:
+        what = f"{kind} with {normalizer.get(1, [b'no rules'])[0].decode()}"
+        raise UserError(f"{path}: {what}: only BPE with bytes and the rules identity is read")
     names, added = {i: piece for i, (piece, *_) in enumerate(pieces)}, {}
     for i, (piece, _, t) in enumerate(pieces):
         if t in (UNKNOWN, CONTROL, USER_DEFINED):
@@ -248,7 +232,7 @@ def read_model(path, config):
         "normalizer": {"type": "Sequence", "normalizers": steps},
         "pre_tokenizer": None if legacy else front | {"replacement": SPACE},
         "decoder": {"type": "Sequence", "decoders": back},
-        "model": model | {"byte_fallback": BYTE in types, "fuse_unk": True},
+        "model": model | {"byte_fallback": True, "fuse_unk": True},
     }
 
 

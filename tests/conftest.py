@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 # tests run in several processes at once, one for each core: so torch uses one thread in each
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # stand-ins for other machines: without oneDNN, without the int8 operations for x86
 if without := os.environ.get("SCRATCHLM_WITHOUT"):
-    import torch
-
     assert without in ("mkldnn", "x86_int8")
     if without == "mkldnn":
         torch.backends.mkldnn.set_flags(False)
@@ -56,6 +55,18 @@ ALL_TEXT = "".join(TEXTS.values())
 needs_vocabularies = pytest.mark.skipif(
     not TIKTOKEN.is_dir(), reason=f"no tiktoken vocabularies in {TIKTOKEN}"
 )
+
+
+def pytest_collection_finish(session):
+    """Tests see no GPU, whose rounding differs, unless all that run are marked `gpu`."""
+    if not all(item.get_closest_marker("gpu") for item in session.items):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        torch.backends.mps.is_available = lambda: False
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and a run of no other tests: pytest -m gpu")
 
 
 @pytest.fixture
@@ -191,8 +202,8 @@ def real(name):
 
 
 def kept():
-    """The names of all files in the test's folder."""
-    return sorted(p.name for p in Path().rglob("*") if p.is_file())
+    """The names of all files in the test's folder except locks."""
+    return sorted(p.name for p in Path().rglob("*") if p.is_file() and p.parent.name != "locks")
 
 
 def turn(role, content):

@@ -203,7 +203,7 @@ def test_gaps_between_ids_have_no_token():
 def test_added_words_are_cut_out_of_text(step):
     """Words of all kinds, which overlap each other and the tokens."""
     theirs = trained(step, nfc=step == "qwen2", front=["<s>"])
-    words = "covid covid-19 19a 北京 é the _x . <cite> <c ite> 's ²"
+    words = "covid covid-19 19a 北京市 é_ them_ _x <cite> <c ite> 's_"
     for word in [*words.split(), "  ", "\n\n", "a\nb", " x ", "a b"]:
         theirs.add_tokens([word])
         assert not theirs.get_added_tokens_decoder()[theirs.token_to_id(word)].special
@@ -222,13 +222,13 @@ def test_added_words_are_cut_out_of_text(step):
 
 def test_added_words_are_drawn_and_shown_and_special_tokens_are_not():
     theirs = trained(front=["<s>"])
-    theirs.add_tokens(["the", "covid-19", "<cite>", "<think>"])
+    theirs.add_tokens(["th-", "covid-19", "<cite>", "<think>"])
     t = ours(theirs, tokenizer_config={"chat_template": "{{ '<think>' }} the"})
-    ids = t.encode("in the covid-19<cite>s<s><think>")
-    known = [theirs.token_to_id(w) for w in ("the", "covid-19", "<cite>", "<think>")]
+    ids = t.encode("in th-covid-19<cite>s<s><think>")
+    known = [theirs.token_to_id(w) for w in ("th-", "covid-19", "<cite>", "<think>")]
     assert [i for i in ids if i in known] == known[:3]  # a chat's template writes the last one
     assert set(t.special) == {"<s>", "<think>", END} and len(t.words) == 3
-    assert t.decode(ids) == "in the covid-19<cite>s<s><think>"
+    assert t.decode(ids) == "in th-covid-19<cite>s<s><think>"
     assert t.byte_lengths[known].tolist() == [3, 8, 6, 0]
     special = [a["content"] for a in tokenizer_json(t)["added_tokens"] if a["special"]]
     assert sorted(special) == ["<s>", END]
@@ -268,7 +268,6 @@ def test_end_of_text_is_what_the_files_say(beside, end):
 PLAIN = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 ISOLATED = {"type": "Split", "behavior": "Isolated", "invert": False}
 NO_REGEX = PLAIN | {"use_regex": False}
-STRIPS = {"id": 0, "content": "<s>", "special": False, "rstrip": True}
 
 
 @pytest.fixture(scope="module")
@@ -296,11 +295,9 @@ def split_by(text, then=NO_REGEX, **changes):
 
 @pytest.mark.parametrize("path, value, said", [
     ("model.type", "WordPiece", "model WordPiece"),
-    ("model.byte_fallback", True, "pre_tokenizer .* can't be read with this model"),
+    ("model.byte_fallback", True, "'<0x00>' is missing"),
     ("model.vocab.▁the", 400, "'▁the' is not byte-level"),
     ("model.vocab", {"a": 1}, "255 bytes have no token, 0x00 first"),
-    ("model.vocab.!", 2, "token ids are repeated"),
-    ("model.vocab.!", 10**9, "not from 0 to 1,000,000"),
     ("model.merges.0", ["Q", "x"], "b'Qx' is missing"),
     ("model", None, "cannot be read"),
     ("normalizer", {"type": "Lowercase"}, "normalizer Lowercase"),
@@ -309,10 +306,8 @@ def split_by(text, then=NO_REGEX, **changes):
     ("pre_tokenizer", split_by(r"\p{L}+", PLAIN), r"pre_tokenizer Split \+ ByteLevel"),
     ("pre_tokenizer", split_by(r"\p{L}+", behavior="Removed"), "Split"),
     ("pre_tokenizer", steps({"type": "Digits", "individual_digits": False}, PLAIN), "Digits"),
-    ("pre_tokenizer", split_by(r"\s++$|\S+"), "has another meaning"),
     ("pre_tokenizer", split_by(r"\p{Nobody}"), "tokenizer.json"),
     ("post_processor", {"type": "RobertaProcessing"}, "post_processor RobertaProcessing"),
-    ("added_tokens.0", STRIPS, "'<s>' has single_word, lstrip or rstrip"),
     ("post_processor.single.0", {"SpecialToken": {"id": "<x>"}}, "'<x>' is missing"),
     ("post_processor.special_tokens.<s>.ids", [0, 0], r"ids \[0, 0\] in front"),
 ])

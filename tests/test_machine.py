@@ -2,6 +2,9 @@
 
 import argparse
 import itertools
+import os
+from functools import partial
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ def test_bf16_that_is_only_emulated_is_not_taken(native, dtype, monkeypatch):
 
 
 def test_each_process_takes_its_own_gpu_and_says_if_there_is_none(monkeypatch):
-    asked = []
+    asked, current = [], Mock()
 
     def zeros(size, device):
         asked.append(str(device))
@@ -32,6 +35,7 @@ def test_each_process_takes_its_own_gpu_and_says_if_there_is_none(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "set_device", current)
     for rank, wanted in (("0", None), ("1", "cuda"), ("1", "auto")):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert choose_device(wanted) == torch.device("cuda", int(rank))
@@ -40,6 +44,23 @@ def test_each_process_takes_its_own_gpu_and_says_if_there_is_none(monkeypatch):
     with pytest.raises(UserError, match=r"--device cuda:2 cannot be used .* ordinal$"):
         choose_device()
     assert asked == ["cuda:0", "cuda:1", "cuda:1", "cuda:0", "cuda:2"]  # no context on another
+    assert [str(call.args[0]) for call in current.mock_calls] == asked[:4]
+
+
+@pytest.mark.parametrize("kind, pinned", [("cpu", False), ("cuda", True), ("mps", False)])
+def test_only_copies_from_pinned_memory_are_not_waited_for(kind, pinned, monkeypatch):
+    """On MPS such a copy of other memory may read what Python has freed by then."""
+    t, device = torch.zeros(2), torch.device(kind)
+    to, monkey = Mock(), monkeypatch.setattr
+    monkey(torch.Tensor, "pin_memory", lambda t: Mock(to=partial(to, "pinned")))
+    monkey(torch.Tensor, "to", partial(to, "plain"))
+    (moved, number), _ = Runtime(device).upload([(t, 3), t])
+    assert moved is to.return_value and number == 3
+    assert to.mock_calls == [call("pinned" if pinned else "plain", device, non_blocking=pinned)] * 2
+
+
+def test_tests_run_on_the_cpu_unless_they_are_marked():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and choose_device() == CPU
 
 
 def test_apples_gpu_is_for_one_process(monkeypatch):
@@ -85,3 +106,17 @@ def test_the_line_of_a_step_says_why_mfu_is_over_100_and_its_eta_is_never_negati
     line = step_line(row, {}, limits, done=1.2)  # the last step went on beyond the time limit
     assert "mfu 200% (the machine was busier" in line and line.endswith("eta 0:00")
     assert "mfu 100%  eta 0:09" in step_line(row | {"mfu": 1.0}, {}, limits, done=0.5)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_products_by_onednn_are_float32_and_end_with_the_block(faster, monkeypatch):
+    monkeypatch.setattr(machine, "onednn_is_faster", lambda: faster)
+    a, b = torch.randn(2, 300, 300)
+    with machine.fast_products(), machine.fast_products():  # in one another
+        assert torch.get_float32_matmul_precision() == ("medium" if faster else "highest")
+    assert torch.get_float32_matmul_precision() == "highest"
+    monkeypatch.undo()
+    measured = machine.onednn_is_faster()
+    assert measured is machine.onednn_is_faster() and isinstance(measured, bool)
+    with machine.fast_products():  # would be 1e-2 off if it were rounded to bf16
+        assert (a @ b - a.double() @ b.double()).abs().max() < 1e-3

@@ -148,12 +148,7 @@ def test_every_path_writes_on_this_machine(flags, tmp_path, capsys):
 
 def test_what_cannot_be_is_named():
     model = build("llama")
-    args = argparse.Namespace(dtype="fp32", no_fast=False, verbose=False, cuda_graphs=True)
-    with pytest.raises(UserError, match="--cuda_graphs needs a GPU"):
-        sample.fast_model(model, 1, args)
-    with pytest.raises(UserError, match="--cuda_graphs excludes a mixture"):
-        sample.fast_model(build("llama", experts=2), 1, args)
-    args.cuda_graphs = False
+    args = argparse.Namespace(dtype="fp32", no_fast=False, verbose=False)
     lora.add_lora(model, "attention", rank=2, alpha=4)
     sample.fast_model(model, 1, args)  # adapters may be switched: it stays as it is
     assert isinstance(model.blocks[0].attention.q.base, torch.nn.Linear)

@@ -370,7 +370,7 @@ def test_learning_to_draw_and_drawing(toy, small_denoiser):
     assert " of 20 (" in run("--judge", "20", "--steps", "2").stdout
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("flags", [[], ["--recipe", "fast"], ["--diffusion"]])
 def test_every_recipe_runs_on_a_gpu(toy, flags):
     flags = [*flags, "--data", toy, "--epochs", "2", "--batch_size", "50", "--device", "cuda"]

@@ -16,6 +16,7 @@ from test_finetune_runs import QUICK, in_two_processes, refused, save_base, tune
 from test_train import killed_in_step, losses, metrics
 
 import finetune as ft
+import model as lm
 import sample
 from data.batches import chat_rows, pad
 from data.cli import UserError
@@ -160,7 +161,8 @@ def test_the_loss_and_its_gradient_are_the_papers(kl):
     old, reference = (logps.detach() + 0.4 * torch.randn(2, 9, 4, dtype=torch.float64)).unbind()
     advantage = torch.randn(9, 1, dtype=torch.float64)
     chosen = torch.arange(4) < torch.tensor([4, 1, 3, 2, 4, 4, 1, 2, 3])[:, None]
-    loss, clipped, divergence = ft.grpo_loss(logps, old, reference, advantage, chosen, 0.2, kl)
+    places = lm.target_places(torch.where(chosen, 0, -100))
+    loss, clipped, divergence = ft.grpo_loss(logps, old, reference, advantage, places, 0.2, kl)
     wanted = 0.0
     for n, t in chosen.nonzero().tolist():
         ratio, a = torch.exp(logps[n, t] - old[n, t]), advantage[n, 0]
@@ -197,7 +199,8 @@ def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(c
         inputs = torch.cat([prompts[g, n].expand(3, 1), answers[g, :, : longest - 1]], dim=1)
         rows.append(torch.cat([prompts[g, :n], inputs.flatten()]))
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    batch = ids, targets.view(6, 4), torch.tensor(lengths)
+    groups = [(n, 4 - g, lm.target_places(targets[g, :, : 4 - g])) for g, n in enumerate(lengths)]
+    batch = ids, targets.view(6, 4), groups
     found = ft.group_logps(model, model, *batch)
     grads = [torch.autograd.grad((x * weight).sum(), model.parameters()) for x in (found, wanted)]
     assert torch.allclose(found, wanted) and all(map(torch.allclose, *grads))
@@ -286,7 +289,7 @@ def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monk
         return i
 
     def watched(logps, *rest):
-        learned.extend(logps[rest[3]].tolist())
+        learned.extend(logps.flatten()[rest[3]].tolist())
         return loss(logps, *rest)
 
     monkeypatch.setattr(sample, "sample_token", draw)

@@ -198,20 +198,20 @@ def test_the_rows_of_a_table_are_text_under_the_names_of_its_header(tmp_path, na
 
 def test_bad_rows_of_a_table_are_named(tmp_path):
     path = tmp_path / "x.csv"
-    path.write_text('text,label\na,0\n"b"c,1\nd\n"e\ne",f,0\ng,1\n' + "x" * 200_000 + ",1\n")
+    path.write_text('text,label\na,0\nd\n"e\ne",f,0\ng,1\n' + "x" * 200_000 + ",1\n")
     (_, a), *bad, (where, g), (_, x) = read_rows(path)
-    assert (a["text"], g["text"], where, len(x["text"])) == ("a", "g", f"{path}:7", 200_000)
-    said = ["3: ',' expected after '\"'", "4: 1 cells for 2 columns", "5: 3 cells for 2 columns"]
+    assert (a["text"], g["text"], where, len(x["text"])) == ("a", "g", f"{path}:6", 200_000)
+    said = ["3: 1 cells for 2 columns", "4: 3 cells for 2 columns"]
     assert [str(e).removeprefix(f"{path}:") for _, e in bad] == said
-    for text, says in (("text,text\na,b", "two columns are called 'text'"),
-                       ('text,label\na,"b\nc', "x.csv:2: a quote that opens here")):
+    for text, says in (('text,label\na,0\n"b"c,1\n', "x.csv:3: a quote opens or ends at the wrong"),
+                       ('text,label\na,"b\nc', "x.csv:2: a quote opens or ends at the wrong")):
         path.write_text(text)
         with pytest.raises(UserError, match=re.escape(says)):
             list(read_rows(path))
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("train.json", b"PAR1\0", "pandas.read_parquet('train.json').to_json('train.jsonl', orient="),
+    ("a.parquet", b"PAR1\0", "pandas.read_parquet('a.parquet').to_json('a.jsonl', orient="),
     ("y.feather", b"ARROW1\0\0", "pandas.read_feather('y.feather').to_json('y.jsonl', orient="),
     ("x.XLSX", b"PK\x03\x04", "x.XLSX is in xlsx format: convert it by python -c"),
     ("x.zip", b"PK\x03\x04\0", "x.zip is a binary file, not rows: name a .json, .jsonl, .csv"),
@@ -283,11 +283,10 @@ def test_broken_lines_are_bad_rows_and_a_broken_list_is_refused(tmp_path, capsys
     odd = [{"instruction": "", "output": "a"}, {"prompt": 7, "answer": "a"}, [A, U, A, U]] * 2
     assert len(read_examples(write(path, [*alpaca(400), *odd]))[1]) == 402
     errors = capsys.readouterr().err.splitlines()
-    for error, said in zip(errors, ("a turn of user has no text (and 1 more)", "prompt is 7, not",
-                                    "4 of 406 rows are bad", "2 of 406 conversations begin with a",
-                                    "2 of 406 conversations end with a")):
+    for error, said in zip(errors, ("a turn of user has no text", "prompt is 7, not", "has no text",
+                                    "prompt is 7", "4 of 406", "2 of 406 conversations end with")):
         assert said in error
-    assert len(errors) == 5
+    assert len(errors) == 6
     path = tmp_path / "x.json"
     for broken in ('{"a" 1}', deep, long, "", f"{good[0]}]\n[{good[1]}]"):
         path.write_text("[\n" + good[0] + ",\n\n" + broken, encoding="utf-8")
@@ -340,8 +339,8 @@ def test_load_data_names_the_files_it_read_by_their_hashes(tmp_path):
     assert (len(parts["train"]), len(parts["val"])) == (20, 3)
     _, parts, hashes = load_data(train, fraction=0.25)
     assert (len(parts["train"]), len(parts["val"]), hashes) == (15, 5, {"train": digest[0]})
-    both = tmp_path / "b.json"  # {"data": [...]}
-    both.write_text(json.dumps({"data": alpaca(24)[20:], "version": 1}), encoding="utf-8")
+    both = tmp_path / "b.json"
+    both.write_text(json.dumps(alpaca(24)[20:]), encoding="utf-8")
     _, parts, hashes = load_data(f"{train},{both}", val)
     assert (len(parts["train"]), len(parts["val"])) == (24, 3)
     assert hashes["train"].startswith(digest[0]) and len(hashes["train"]) == 128
@@ -402,7 +401,7 @@ def test_a_data_set_of_the_hub_comes_page_by_page_and_once(hub, capsys):
     splits = {"train": films(250), "validation": films(7), "test": films(3, -1)}
     hub("me/films", {"default": splits})
     hub.mirror.faults[None] = [None, None, 404]  # the third answer
-    with pytest.raises(UserError, match=r"404.*; 100 rows of train are kept"):
+    with pytest.raises(UserError, match="404"):
         load_data("me/films")
     kind, parts, _ = load_data("me/films")
     assert (kind, {s: len(p) for s, p in parts.items()}) == ("label", {"train": 250, "val": 7})
@@ -435,20 +434,18 @@ def test_configurations_splits_and_parts_of_a_data_set(hub):
 
 @pytest.mark.parametrize("source, says", [
     ("me/many", "has several configurations: name one, as me/many:en; it has en, zh"),
-    ("me/many:zh", "has no split train: name one to learn from, as me/many:train_sft; it has t"),
-    ("me/sft:train_dpo", "has no split train_dpo: name one to learn from, as me/sft:train_sft"),
+    ("me/many:zh", "has no split train: name one, as me/many:train_sft; it has t"),
+    ("me/sft:train_dpo", "has no split train_dpo: name one, as me/sft:train_sft"),
     ("me/large", "has 100,100 rows of train: say how many by --max_rows"),
     ("me/bare", "data/datasets/me/bare/default-train.jsonl holds no rows"),
     ("me/none", "me/none is not a file or folder here, and the Hub's viewer does not give its"),
     ("me/here", "me/here is a folder"),
     ("data/none", "data/none does not exist: name a .json, .jsonl, .csv, .tsv file, .gz too"),
-    ("me/moved", "me/moved changed on the Hub while it was downloaded: delete data/downloads/"),
 ])
 def test_a_data_set_that_cannot_be_read_is_a_line(hub, source, says):
     hub("me/many", {"en": {"train": films(1)}, "zh": {"train_sft": films(1)}})
     hub("me/sft", {"default": {"train_sft": films(1)}})
     hub("me/large", {"default": {"train": films(1)}}, total=100_100)
-    hub("me/moved", {"default": {"train": films(99)}}, total=100)
     hub("me/bare", {"default": {"train": films(9, -1)}})
     Path("me/here").mkdir(parents=True)
     with pytest.raises(UserError, match=re.escape(says)) as e:

@@ -197,6 +197,20 @@ def test_tool_choice_says_whether_and_what_is_called(chat):
     assert chat.chat(messages=[TALK[0], called, result], max_tokens=2).choices
 
 
+def test_an_answer_in_a_format_is_json_of_it(chat, text):
+    shape = {"ok": {"type": "boolean"}, "kind": {"enum": ["inn", "旅馆"]}}
+    schema = {"type": "object", "properties": shape, "required": [*shape]}
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    hot = dict(response_format=asked, n=3, seed=4, temperature=1.5, max_tokens=250)
+    spoken = [c.message.content for c in both(chat.chat, messages=HELLO, **hot).choices]
+    for content in spoken + [c["text"] for c in fetch(text.port, post(WRITE, hot))[2]["choices"]]:
+        answer = json.loads(content)
+        assert set(answer) == set(shape) and answer["kind"] in shape["kind"]["enum"]
+    with pytest.raises(openai.BadRequestError, match="minLength"):
+        schema["minLength"] = 3
+        chat.chat(messages=HELLO, **hot)
+
+
 def test_lengths_stops_seeds_and_penalties(chat, text):
     short = both(chat.chat, messages=HELLO, max_completion_tokens=4)
     assert short.choices[0].message.content == "hi " and short.usage.completion_tokens == 4
@@ -279,7 +293,7 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
     assert chat.chat(messages=long, extra_body={"truncation": "auto"}, max_tokens=2).choices
     bad = dict(temperature=3, n=0, max_tokens=0, stop=["a"] * 5, seed="x", top_p=7, min_tokens=-1)
     bad |= dict(logit_bias={"a": 1}, stop_token_ids=[320], ignore_eos=1, best_of=2, suffix="x")
-    bad |= dict(response_format={"type": "json_object"}, functions=[tool("f")], guided_json={})
+    bad |= dict(response_format={"type": "xml"}, functions=[tool("f")], guided_json={})
     bad |= dict(function_call="auto", modalities=["text", "audio"], prompt_logprobs=0)
     bad |= dict(parallel_tool_calls="no", logit_bias={"1": float("nan")}, stream_options=[])
     fine = dict(response_format={"type": "text"}, functions=[], function_call="none", best_of=1)
