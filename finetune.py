@@ -162,20 +162,21 @@ def job_prompt(job, tokenizer, context):
 def generate_turns(model, tokenizer, prompts, seeds=None):
     """The turns that the model writes after the prompts: (lists of ids, messages). They are greedy,
     or sampled with a seed for each prompt. A turn that ends makes room for the next one."""
-    template, allowed = chat.get_template(tokenizer), allowed_ids(model, tokenizer, chat=True)
-    max_tokens = max_answer(model.config.context)
+    template, max_tokens = chat.get_template(tokenizer), max_answer(model.config.context)
+    options = dict(allowed=allowed_ids(model, tokenizer, chat=True), ends=template.ends)
+    options["max_new_tokens"] = max_tokens
     turns, waiting, running = [[] for _ in prompts], deque(range(len(prompts))), {}
     engine = Engine(model, min(48, len(prompts)), 256)
     with shown("answer", lambda: len(prompts) - len(waiting) - len(running), len(prompts)):
         while waiting or running:
             while waiting and engine.busy < len(engine.texts):
                 i = waiting.popleft()
-                options = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
-                running[engine.add(prompts[i], allowed=allowed, **options)] = i
-            for slot, new_id in engine.step().items():
+                drawing = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
+                running[engine.add(prompts[i], **options, **drawing)] = i
+            for slot, ids in engine.step().items():
                 turn = turns[running[slot]]
-                turn.append(new_id)
-                if new_id in template.ends or len(turn) == max_tokens:
+                turn += ids
+                if ids[-1] in template.ends or len(turn) == max_tokens:
                     engine.remove(slot)
                     del running[slot]
     return turns, [parse(ids, template, prompt) for ids, prompt in zip(turns, prompts)]

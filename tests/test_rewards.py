@@ -281,18 +281,19 @@ def test_a_reward_for_calls_leaves_the_other_turns_alone(room):
 
 def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monkeypatch):
     """An id that is never drawn has none: else nothing would hold it back, and it would grow."""
-    drawn, learned, sample_token, loss = [], [], sample.sample_token, ft.grpo_loss
+    drawn, learned, accept, loss = [], [], sample.accept, ft.grpo_loss
 
-    def draw(p, generator):
-        i = sample_token(p, generator)
-        drawn.append(p[i].log().item())
-        return i
+    def taken(text, rows):
+        ids = accept(text, rows)
+        if text.settings != {"temperature": 0.0}:  # answers that are measured are greedy
+            drawn.extend(row.log_softmax(-1)[i].item() for i, (_, row) in zip(ids, rows))
+        return ids
 
     def watched(logps, *rest):
         learned.extend(logps.flatten()[rest[3]].tolist())
         return loss(logps, *rest)
 
-    monkeypatch.setattr(sample, "sample_token", draw)
+    monkeypatch.setattr(sample, "accept", taken)
     monkeypatch.setattr(ft, "grpo_loss", watched)
     flags = "--lr 1e-12 --embed_lr 1e-12 --head_lr 1e-12 --updates 2 --max_steps 2"
     tune(*EXACT, *flags.split(), "--kl", "1")  # no group is left out
