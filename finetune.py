@@ -506,7 +506,8 @@ def load_rewards(source, device):
 
 
 class SharedPrompt(lm.KVCache):
-    """Keys and values of a prompt, with their gradients, for all rows that go on from it."""
+    """Keys and values of a prompt, with their gradients, for all rows that go on from it. What it
+    overrides has the arguments and the results of `KVCache`."""
 
     def __init__(self, model):
         super().__init__(model, batch=0)
@@ -514,13 +515,11 @@ class SharedPrompt(lm.KVCache):
         self.kept = {}
 
     def begin(self, ids):
-        """As `KVCache.begin`."""
         start = self.ids.shape[1]
         self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
         return lm.NewTokens(slice(start, start + ids.shape[1]))
 
     def update(self, i, new, *keys_and_values):
-        """As `KVCache.update`."""
         if not new.positions.start:
             self.kept[i] = keys_and_values
             return keys_and_values
@@ -528,7 +527,6 @@ class SharedPrompt(lm.KVCache):
         return [torch.cat(pair, dim=2) for pair in zip(old, keys_and_values)]
 
     def seen_ids(self, new):
-        """As `KVCache.seen_ids`."""
         return self.ids
 
 
@@ -638,15 +636,15 @@ class GRPO(SFT):
         tails = [batches.Row([p.ids[-1], *new], [0] + [1] * len(new)) for p, new in pairs]
         groups = [t.view(len(rows), a.samples, -1)[keep] for t in batches.pad(tails)]
         heads = [torch.tensor(p.ids[:-1]) for p, kept in zip(rows, keep) if kept]
-        longest = [int((t != -100).sum(1).max()) for t in groups[1]]
-        texts = [torch.cat([head, ids[:, :T].flatten()])
-                 for head, ids, T in zip(heads, groups[0], longest)]  # fmt: skip
-        places = [lm.target_places(t[:, :T]) for t, T in zip(groups[1], longest)]
+        texts, parts = [], []
+        for head, ids, goals in zip(heads, *groups):
+            T = int((goals != -100).sum(1).max())  # of the longest answer
+            texts.append(torch.cat([head, ids[:, :T].flatten()]))
+            parts.append((len(head), T, lm.target_places(goals[:, :T])))
         ids, targets = batches.pad_sequence(texts, True), groups[1].flatten(0, 1)
-        groups = list(zip(map(len, heads), longest, places))
-        logps = self.fixed_logps(ids, targets, groups)
+        logps = self.fixed_logps(ids, targets, parts)
         places = lm.target_places(targets)
-        batch = ids, targets, places, groups, advantage, *logps, rewards.flatten()
+        batch = ids, targets, places, parts, advantage, *logps, rewards.flatten()
         if a.updates > 1:
             if number % a.grad_accum == 0:  # the first of a new step
                 self.sampled.clear()
@@ -660,8 +658,8 @@ class GRPO(SFT):
             if not needed:
                 return torch.zeros(batch[1].shape)
             with lm.evaluating(model), self.runtime.autocast():
-                batch_there = self.runtime.upload(batch)
-                return group_logps(model, model, *batch_there, self.allowed).cpu()
+                on_device = self.runtime.upload(batch)
+                return group_logps(model, model, *on_device, self.allowed).cpu()
 
         old = logps(self.model, self.args.updates > 1)
         with lora.disable_adapter(self.model):
