@@ -164,8 +164,9 @@ def generate_turns(model, tokenizer, prompts, seeds=None, follow=None):
     """The turns that the model writes after the prompts: (lists of ids, messages). They are greedy,
     or sampled with a seed for each prompt. A turn that ends makes room for the next one: for one of
     the same conversation if follow(number of the prompt, ids) has made its prompt longer."""
-    template, allowed = chat.get_template(tokenizer), allowed_ids(model, tokenizer, chat=True)
-    max_tokens = max_answer(model.config.context)
+    template, max_tokens = chat.get_template(tokenizer), max_answer(model.config.context)
+    options = dict(allowed=allowed_ids(model, tokenizer, chat=True), ends=template.ends)
+    options["max_new_tokens"] = max_tokens
     turns, waiting, running = [[] for _ in prompts], deque(range(len(prompts))), {}
     seeds = seeds and list(seeds)
     engine = Engine(model, min(48, len(prompts)), 256)
@@ -173,12 +174,12 @@ def generate_turns(model, tokenizer, prompts, seeds=None, follow=None):
         while waiting or running:
             while waiting and engine.busy < len(engine.texts):
                 i = waiting.popleft()
-                options = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
-                running[engine.add(prompts[i], allowed=allowed, **options)] = i
-            for slot, new_id in engine.step().items():
+                drawing = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
+                running[engine.add(prompts[i], **options, **drawing)] = i
+            for slot, ids in engine.step().items():
                 turn = turns[running[slot]]
-                turn.append(new_id)
-                if new_id in template.ends or len(turn) == max_tokens:
+                turn += ids
+                if ids[-1] in template.ends or len(turn) == max_tokens:
                     engine.remove(slot)
                     i = running.pop(slot)
                     if follow and follow(i, turn):
@@ -549,7 +550,8 @@ def load_rewards(source, device):
 
 
 class SharedPrompt(lm.KVCache):
-    """Keys and values of a prompt, with their gradients, for all rows that go on from it."""
+    """Keys and values of a prompt, with their gradients, for all rows that go on from it. What it
+    overrides has the arguments and the results of `KVCache`."""
 
     def __init__(self, model):
         super().__init__(model, batch=0)
@@ -557,13 +559,11 @@ class SharedPrompt(lm.KVCache):
         self.kept = {}
 
     def begin(self, ids):
-        """As `KVCache.begin`."""
         start = self.ids.shape[1]
         self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
         return lm.NewTokens(slice(start, start + ids.shape[1]))
 
     def update(self, i, new, *keys_and_values):
-        """As `KVCache.update`."""
         if not new.positions.start:
             self.kept[i] = keys_and_values
             return keys_and_values
@@ -571,7 +571,6 @@ class SharedPrompt(lm.KVCache):
         return [torch.cat(pair, dim=2) for pair in zip(old, keys_and_values)]
 
     def seen_ids(self, new):
-        """As `KVCache.seen_ids`."""
         return self.ids
 
 
@@ -685,15 +684,15 @@ class GRPO(SFT):
         groups = [t.view(len(rows), a.samples, -1)[keep] for t in batches.pad(tails)]
         pairs = zip(texts[:: a.samples], starts[:: a.samples], keep)
         heads = [torch.tensor(t.ids[: n - 1]) for t, n, kept in pairs if kept]
-        longest = [int((t != -100).any(0).nonzero().max()) + 1 for t in groups[1]]  # to a target
-        texts = [torch.cat([head, ids[:, :T].flatten()])
-                 for head, ids, T in zip(heads, groups[0], longest)]  # fmt: skip
-        places = [lm.target_places(t[:, :T]) for t, T in zip(groups[1], longest)]
+        texts, parts = [], []
+        for head, ids, goals in zip(heads, *groups):
+            T = int((goals != -100).any(0).nonzero().max()) + 1  # up to the last target of any
+            texts.append(torch.cat([head, ids[:, :T].flatten()]))
+            parts.append((len(head), T, lm.target_places(goals[:, :T])))
         ids, targets = batches.pad_sequence(texts, True), groups[1].flatten(0, 1)
-        groups = list(zip(map(len, heads), longest, places))
-        logps = self.fixed_logps(ids, targets, groups)
+        logps = self.fixed_logps(ids, targets, parts)
         places = lm.target_places(targets)
-        batch = ids, targets, places, groups, advantage, *logps, rewards.flatten()
+        batch = ids, targets, places, parts, advantage, *logps, rewards.flatten()
         if a.updates > 1:
             if number % a.grad_accum == 0:  # the first of a new step
                 self.sampled.clear()
@@ -721,8 +720,8 @@ class GRPO(SFT):
             if not needed:
                 return torch.zeros(batch[1].shape)
             with lm.evaluating(model), self.runtime.autocast():
-                batch_there = self.runtime.upload(batch)
-                return group_logps(model, model, *batch_there, self.allowed).cpu()
+                on_device = self.runtime.upload(batch)
+                return group_logps(model, model, *on_device, self.allowed).cpu()
 
         old = logps(self.model, self.args.updates > 1)
         with lora.disable_adapter(self.model):

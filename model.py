@@ -875,9 +875,9 @@ class Transformer(nn.Module):
         names = [f"{n}.weight" for n, m in self.named_modules() if isinstance(m, Table)]
         return [n for n in names if n.startswith(("value_embed.", "inputs."))]
 
-    def last_logits(self, ids, cache, new=None):
-        """Logits (B, V) of the token after the last of the ids (B, T): all that sampling needs."""
-        return self.head(self.hidden(ids, cache, new)[:, -1])
+    def last_logits(self, ids, cache, new=None, n=1):
+        """Logits (B * n, V) of the tokens after the last n of the ids (B, T)."""
+        return self.head(self.hidden(ids, cache, new)[:, -n:].flatten(0, 1))
 
     def forward(self, ids, targets=None, cache=None, output="loss", places=None, allowed=None):
         if self.config.experts and self.training and output == "loss" and targets is not None:

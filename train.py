@@ -263,12 +263,6 @@ def scheduled_lr(args, state):
 # --------------------------------------------------------------------------------------------
 
 
-# `runtime` (data/machine.py) is the device, the precision and the processes. runtime.total(a, b)
-# lists the sums of a and of b over all processes. runtime.share(batches) yields (batch, weight) for
-# each batch of this process. The weight is 0 for one that it only repeats, because all processes of
-# a sharded model must run equally often; else 1.
-
-
 @fast_products()
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     """Loss over non-overlapping windows of `tokens`, each target once; a dict for metrics.jsonl.
@@ -276,7 +270,8 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     The windows, of `context` targets (default: the model's), cover the split or, if it has more
     than `limit` tokens, are spread over it. val_loss is in nats per token, val_ppl its exponential,
     val_bpb in bits per byte of text (which compares across tokenizers), val_share the share read.
-    `byte_lengths` is the number of bytes of each id, -1 for ids without a token.
+    `byte_lengths` is the number of bytes of each id, -1 for ids without a token. `runtime` is the
+    device, the precision and the processes, a data.machine.Runtime.
     """
     T, targets = context or model.config.context, len(tokens) - 1
     if targets < 1:
@@ -936,8 +931,7 @@ def optimizer_rates():
 
 
 def short_warmup(steps, max_steps):
-    """A default warmup, at most a fifth of the run, so that a short one reaches its learning rate.
-    """
+    """A default warmup, at most a fifth of the run, so that a short one reaches its rate."""
     return min(steps, max(1, max_steps // 5)) if max_steps else steps
 
 
@@ -962,8 +956,6 @@ def resolve(args):
         raise UserError("--grad_accum follows from --total_batch_tokens: give one of them")
     if args.resume is not None:
         settings, content = resumed_settings(args, given, shape | {"optimizer", "seed"})
-        if settings.get("eval_tokens") == EVAL_TOKENS:  # older runs have stored the default
-            settings["eval_tokens"] = given.get("eval_tokens")
     else:
         if "ckpt" in given and (changed := sorted(shape & set(given) - {"ckpt", "context"})):
             raise UserError(f"--{changed[0]} cannot be given with --ckpt, which brings its shape")

@@ -294,7 +294,7 @@ def test_what_a_run_writes(room):
         assert 0 <= r["reward"] <= 1 and 0 <= r["equal_groups"] <= 1 and r["answer_tokens"] >= 1
         assert r["reward_std"] >= 0 and 0 <= r["clipped"] <= 1 and r["entropy"] > 1 / 9
     kl = values(out, "kl")
-    assert len(kl) == 4 and kl[0] < 1e-9 < kl[-1]  # rounding differs from shape to shape
+    assert len(kl) == 4 and kl[0] < 1e-9 < kl[-1]  # rounding differs with gradients
     assert "greedy, validation" in (out / "loss.svg").read_text()
     assert {"val_reward", "bleu4"} <= set(json.loads((out / "scores.json").read_text())["val"])
 
@@ -312,18 +312,19 @@ def test_a_reward_for_calls_leaves_the_other_turns_alone(room):
 @rewarded
 def test_the_probabilities_in_the_loss_are_those_that_were_drawn_from(room, monkeypatch, reward):
     """An id that is never drawn has none: else nothing would hold it back, and it would grow."""
-    drawn, learned, sample_token, loss = [], [], sample.sample_token, ft.grpo_loss
+    drawn, learned, accept, loss = [], [], sample.accept, ft.grpo_loss
 
-    def draw(p, generator):
-        i = sample_token(p, generator)
-        drawn.append(p[i].log().item())
-        return i
+    def taken(text, rows):
+        ids = accept(text, rows)
+        if text.settings != {"temperature": 0.0}:  # answers that are measured are greedy
+            drawn.extend(row.log_softmax(-1)[i].item() for i, (_, row) in zip(ids, rows))
+        return ids
 
     def watched(logps, *rest):
         learned.extend(logps.flatten()[rest[3]].tolist())
         return loss(logps, *rest)
 
-    monkeypatch.setattr(sample, "sample_token", draw)
+    monkeypatch.setattr(sample, "accept", taken)
     monkeypatch.setattr(ft, "grpo_loss", watched)
     flags = "--lr 1e-12 --embed_lr 1e-12 --head_lr 1e-12 --updates 2 --max_steps 2"
     tune(*GRPO, *reward, *flags.split(), "--kl", "1")  # no group is left out
@@ -336,9 +337,8 @@ def test_the_reference_is_the_model_at_the_start(room):
     flags = [*GRPO, "--reward", "flat.py", "--max_steps", "2", "--kl", "1"]
     for name, more in (("adapter", ["--lora_rank", "4"]), ("full", [])):
         out = tune(*flags, *more, out=f"out/{name}")
-        first, second = values(out, "kl")  # AdamW takes a whole step along what rounding left
-        assert first < 1e-9 and second < 1e-4 and values(out, "equal_groups") == [1, 1]
-        assert max(map(abs, losses(out))) < 1e-4
+        assert max(values(out, "kl")) < 1e-9 and values(out, "equal_groups") == [1, 1]
+        assert max(map(abs, losses(out))) < 1e-6
     save_base(Path("out/plain/best.pt"), d_model=32)  # without the tokens of a chat
     assert values(tune(*flags, ckpt="out/plain", out="out/kl"), "kl")[0] < 1e-9
 
