@@ -80,10 +80,10 @@ FIXED = {
 # --------------------------------------------------------------------------------------------
 
 
-def dpo_margin(model, ids, targets, reference):
+def dpo_margin(model, ids, targets, places, reference):
     """(P, 2): the log probabilities of chosen and rejected answers under `model` minus those under
     the reference, for a batch of `DPO.batch`."""
-    logps = model(ids, targets, output="log_probs").sum(1)  # (2 P,)
+    logps = model(ids, targets, output="log_probs", places=places).sum(1)  # (2 P,)
     return torch.stack(logps.chunk(2), dim=1) - reference
 
 
@@ -95,7 +95,7 @@ def preference_loss(rewards):
     return -F.logsigmoid(chosen - rejected).sum()
 
 
-def grpo_loss(logps, old, reference, advantage, sampled, clip, kl):
+def grpo_loss(logps, old, reference, advantage, places, clip, kl):
     """Group-relative policy optimisation: the loss of each sampled id is
 
         -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) + kl (q - log q - 1)
@@ -106,28 +106,27 @@ def grpo_loss(logps, old, reference, advantage, sampled, clip, kl):
     (Schulman 2020). Shao et al. 2024, equation 3, without its division by length and by standard
     deviation (Liu et al. 2025).
 
-    logps, old, reference: log probabilities (N, T); advantage (N, 1); sampled: bools (N, T).
-    Returns (loss, share of ids whose ratio is clipped, mean of the KL term).
+    logps, old, reference: log probabilities (N, T); advantage (N, 1); places: the `target_places`.
+    Returns tensors: loss, share of ids whose ratio is clipped, mean of the KL term.
     """
     ratio, log_q = (logps - old).exp(), reference - logps
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     divergence = log_q.expm1() - log_q
-    clipped = gain < ratio * advantage
-    loss = (kl * divergence - gain)[sampled].sum()
-    return loss, clipped[sampled].float().mean().item(), divergence[sampled].mean().item()
+    clipped, loss = (gain < ratio * advantage).float(), kl * divergence - gain
+    loss, clipped, divergence = (t.flatten()[places] for t in (loss, clipped, divergence))
+    return loss.sum(), clipped.mean(), divergence.detach().mean()
 
 
-def distill_loss(model, ids, targets, teacher, weight, temperature):
+def distill_loss(model, ids, targets, places, teacher, weight, temperature):
     """weight * cross-entropy + (1 - weight) * T^2 * KL(teacher || model), summed over the targets;
     the temperature T softens both distributions. Hinton et al. 2015, section 2."""
-    keep = targets != -100
-    logits = model(ids, targets, output="logits").float()  # (N, V)
+    logits = model(ids, targets, output="logits", places=places).float()  # (N, V)
     with torch.no_grad():
-        taught = teacher(ids, targets, output="logits").float()
+        taught = teacher(ids, targets, output="logits", places=places).float()
     V, T = min(logits.shape[1], taught.shape[1]), temperature  # one may have more spare rows
     ours, theirs = (x[:, :V].div(T).log_softmax(-1) for x in (logits, taught))
     kl = F.kl_div(ours, theirs, reduction="sum", log_target=True)
-    hard = F.cross_entropy(logits, targets[keep], reduction="sum")
+    hard = F.cross_entropy(logits, targets.flatten()[places], reduction="sum")
     return weight * hard + (1 - weight) * T**2 * kl
 
 
@@ -163,20 +162,21 @@ def job_prompt(job, tokenizer, context):
 def generate_turns(model, tokenizer, prompts, seeds=None):
     """The turns that the model writes after the prompts: (lists of ids, messages). They are greedy,
     or sampled with a seed for each prompt. A turn that ends makes room for the next one."""
-    template, allowed = chat.get_template(tokenizer), allowed_ids(model, tokenizer, chat=True)
-    max_tokens = max_answer(model.config.context)
+    template, max_tokens = chat.get_template(tokenizer), max_answer(model.config.context)
+    options = dict(allowed=allowed_ids(model, tokenizer, chat=True), ends=template.ends)
+    options["max_new_tokens"] = max_tokens
     turns, waiting, running = [[] for _ in prompts], deque(range(len(prompts))), {}
     engine = Engine(model, min(48, len(prompts)), 256)
     with shown("answer", lambda: len(prompts) - len(waiting) - len(running), len(prompts)):
         while waiting or running:
             while waiting and engine.busy < len(engine.texts):
                 i = waiting.popleft()
-                options = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
-                running[engine.add(prompts[i], allowed=allowed, **options)] = i
-            for slot, new_id in engine.step().items():
+                drawing = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
+                running[engine.add(prompts[i], **options, **drawing)] = i
+            for slot, ids in engine.step().items():
                 turn = turns[running[slot]]
-                turn.append(new_id)
-                if new_id in template.ends or len(turn) == max_tokens:
+                turn += ids
+                if ids[-1] in template.ends or len(turn) == max_tokens:
                     engine.remove(slot)
                     del running[slot]
     return turns, [parse(ids, template, prompt) for ids, prompt in zip(turns, prompts)]
@@ -260,7 +260,7 @@ class SFT:
     def batch(self, split, numbers, rows, number=0):
         """The tensors of batch `number` of the run: of `rows`, with these numbers in the Split."""
         ids, targets = batches.pad(rows)
-        return ids, targets, (targets.flatten() != -100).nonzero()[:, 0]
+        return ids, targets, lm.target_places(targets)
 
     def loss(self, model, ids, targets, places):
         """The summed loss of a batch."""
@@ -273,13 +273,14 @@ class SFT:
     def evaluate(self, model, split, when="end"):
         """The loss per target and, after a "step", the scores of answers to --eval_rows of the
         questions, which only rank 0 generates; `report` answers all questions in the end."""
-        loss, targets = 0.0, 0
+        losses, count = [torch.zeros((), device=self.runtime.device)], 0
         buckets = batches.bucket(range(len(split.rows)), split.rows, self.args.batch_tokens)
         for numbers, counts in watched(list(self.runtime.share(buckets)), "validating: batch"):
-            batch = self.runtime.upload(batches.pad([split.rows[i] for i in numbers]))
-            loss += counts * float(model(*batch))
-            targets += counts * int((batch[1] != -100).sum())
-        loss, targets = self.runtime.total(loss, targets)
+            batch = SFT.batch(self, split, numbers, [split.rows[i] for i in numbers])
+            ids, targets, places = self.runtime.upload(batch)
+            losses.append(counts * model(ids, targets, places=places))  # read later: no GPU sync
+            count += counts * len(places)
+        loss, targets = self.runtime.total(sum(torch.stack(losses).tolist()), count)
         scores, answers = {"val_loss": loss / targets}, self.args.eval_rows and when == "step"
         if answers and (self.runtime.rank == 0 or self.runtime.sharded):
             jobs = self.jobs(split, self.args.eval_rows)
@@ -335,7 +336,8 @@ class Classify(SFT):
 
     def loss(self, model, ids, targets, places):
         """The summed loss among the labels alone, as it is measured."""
-        return -model(ids, targets, output="log_probs", allowed=self.allowed).sum()
+        logps = model(ids, targets, output="log_probs", allowed=self.allowed, places=places)
+        return -logps.sum()
 
     def evaluate(self, model, split, when="end"):
         return self.report(model, split)[0]
@@ -384,26 +386,28 @@ class DPO(SFT):
         return {"reference": reference}
 
     def batch(self, split, numbers, rows, number=0):
-        """(ids, targets, reference): the chosen rows, then the rejected ones; log probabilities
-        (P, 2) under the reference."""
+        """(ids, targets, places, reference): the chosen rows, then the rejected ones; log
+        probabilities (P, 2) under the reference."""
         reference = split.reference
         reference = torch.zeros(len(rows), 2) if reference is None else reference[numbers]
-        return *batches.pad([row for side in zip(*rows) for row in side]), reference
+        rows = [row for side in zip(*rows) for row in side]
+        return *super().batch(split, numbers, rows), reference
 
-    def rewards(self, model, ids, targets, reference):
+    def rewards(self, model, *batch):
         """(P, 2): the rewards of chosen and rejected answers, beta times `dpo_margin`."""
-        return self.args.dpo_beta * dpo_margin(model, ids, targets, reference)
+        return self.args.dpo_beta * dpo_margin(model, *batch)
 
-    def loss(self, model, ids, targets, reference):
-        return preference_loss(self.rewards(model, ids, targets, reference))
+    def loss(self, model, *batch):
+        return preference_loss(self.rewards(model, *batch))
 
     def over_pairs(self, split, measure):
-        """Apply measure(ids, targets, reference) -> (P, 2) to all pairs, in batches: (N, 2)."""
-        out = torch.zeros(len(split.rows), 2)
+        """Apply measure(*batch) -> (P, 2) to all pairs, in batches: (N, 2)."""
+        measured, out = [], torch.zeros(len(split.rows), 2)
         buckets = batches.bucket(range(len(split.rows)), split.rows, self.args.batch_tokens)
         for numbers in watched(buckets, "measuring: batch"):
             batch = self.batch(split, numbers, [split.rows[i] for i in numbers])
-            out[numbers] = measure(*(t.to(self.runtime.device) for t in batch)).cpu()
+            measured.append(measure(*self.runtime.upload(batch)))
+        out[list(itertools.chain(*buckets))] = torch.cat(measured).cpu()
         return out
 
     def evaluate(self, model, split, when="end"):
@@ -437,8 +441,8 @@ class Distill(SFT):
         return {}
 
     def loss(self, model, ids, targets, places):
-        weight, temperature = self.args.distill_lambda, self.args.distill_temperature
-        return distill_loss(model, ids, targets, self.teacher, weight, temperature)
+        options = self.args.distill_lambda, self.args.distill_temperature
+        return distill_loss(model, ids, targets, places, self.teacher, *options)
 
 
 # --------------------------------------------------------------------------------------------
@@ -464,9 +468,9 @@ class RewardModel(DPO):
     def start(self, model, splits, saved):
         return {}  # there is no reference
 
-    def rewards(self, model, ids, targets, reference):
+    def rewards(self, model, ids, targets, places, reference):
         token = self.tokenizer.special[REWARD_TOKEN]
-        logits = model(ids, targets, output="logits")[:, token].float()
+        logits = model(ids, targets, output="logits", places=places)[:, token].float()
         return torch.stack(logits.chunk(2), dim=1)
 
 
@@ -502,7 +506,8 @@ def load_rewards(source, device):
 
 
 class SharedPrompt(lm.KVCache):
-    """Keys and values of a prompt, with their gradients, for all rows that go on from it."""
+    """Keys and values of a prompt, with their gradients, for all rows that go on from it. What it
+    overrides has the arguments and the results of `KVCache`."""
 
     def __init__(self, model):
         super().__init__(model, batch=0)
@@ -510,13 +515,11 @@ class SharedPrompt(lm.KVCache):
         self.kept = {}
 
     def begin(self, ids):
-        """As `KVCache.begin`."""
         start = self.ids.shape[1]
         self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
         return lm.NewTokens(slice(start, start + ids.shape[1]))
 
     def update(self, i, new, *keys_and_values):
-        """As `KVCache.update`."""
         if not new.positions.start:
             self.kept[i] = keys_and_values
             return keys_and_values
@@ -524,27 +527,21 @@ class SharedPrompt(lm.KVCache):
         return [torch.cat(pair, dim=2) for pair in zip(old, keys_and_values)]
 
     def seen_ids(self, new):
-        """As `KVCache.seen_ids`."""
         return self.ids
 
 
-def group_logps(runner, model, ids, targets, lengths, allowed=None):
-    """Log probabilities (N, T) of targets among the `allowed` ids, answers to prompts of these
-    lengths, in batches as `GRPO.batch` makes them: each prompt is computed once. `runner`: see
-    train.make_runner."""
-    groups = []
-    for row, group, n in zip(ids, targets.chunk(len(ids)), lengths.tolist()):
-        shared, prompt, T = SharedPrompt(model), row[None, :n], most_targets(group)
-        runner(prompt, torch.full_like(prompt, -100), shared, output="log_probs")
+def group_logps(runner, model, ids, targets, groups, allowed=None):
+    """Log probabilities (N, T) of targets among the `allowed` ids, answers to prompts, in batches
+    as `GRPO.batch` makes them: each prompt is computed once. `runner`: see train.make_runner."""
+    logps = []
+    for row, group, (n, T, places) in zip(ids, targets.chunk(len(ids)), groups):
+        shared, prompt = SharedPrompt(model), row[None, :n]
+        nothing = torch.full_like(prompt, -100)
+        runner(prompt, nothing, shared, output="log_probs", places=places[:0])
         answers, wanted = row[n : n + len(group) * T].view(-1, T), group[:, :T].contiguous()
-        logps = runner(answers, wanted, shared, output="log_probs", allowed=allowed)
-        groups.append(F.pad(logps, (0, group.shape[1] - T)))
-    return torch.cat(groups)
-
-
-def most_targets(targets):
-    """How many targets the row with the most has."""
-    return int((targets != -100).sum(1).max())
+        options = dict(output="log_probs", allowed=allowed, places=places)
+        logps.append(F.pad(runner(answers, wanted, shared, **options), (0, group.shape[1] - T)))
+    return torch.cat(logps)
 
 
 class GRPO(SFT):
@@ -562,7 +559,7 @@ class GRPO(SFT):
     recipe = dict(
         samples=8, updates=1, clip=0.2, kl=0.0, best_by="val_reward", lr=1e-4, embed_lr=1e-4,
         head_lr=1e-4, muon_lr=1e-3, epochs=1.0, batch_tokens=8192, grad_accum=4, eval_every=20,
-        log_every=5,
+        log_every=5, compile=False,  # blocks are not compiled for what follows a cached prompt
     )  # fmt: skip
 
     def __init__(self, *args):
@@ -597,8 +594,8 @@ class GRPO(SFT):
             self.reference = lm.model_from_checkpoint(base)
             self.reference.grow_vocabulary(model.config.vocab_size, n_vocab)
             self.reference.to(self.runtime.device)
-        self.sampled = saved["drawn"] if saved else {}
-        return {"drawn": self.sampled}
+        self.sampled = saved.get("sampled", {}) if saved else {}
+        return {"sampled": self.sampled}
 
     def batch(self, split, numbers, rows, number=0):
         """Sample answers to the prompts in `rows`. Keeps only groups whose rewards differ; the
@@ -606,8 +603,9 @@ class GRPO(SFT):
 
             ids        a row for each group: the prompt without its last id, then the answers, each
                        after that id and as long as the longest
-            targets    (N, T), a row for each answer
-            lengths    of the prompts without their last ids
+            targets    (N, T), a row for each answer; then their places
+            groups     the length of the prompt without its last id, that of the longest answer, and
+                       the places of the targets in as many columns, of each group
             advantage  (N, 1)
             old, reference   log probabilities (N, T) when sampled, and under the reference
             rewards    of all sampled answers
@@ -638,12 +636,15 @@ class GRPO(SFT):
         tails = [batches.Row([p.ids[-1], *new], [0] + [1] * len(new)) for p, new in pairs]
         groups = [t.view(len(rows), a.samples, -1)[keep] for t in batches.pad(tails)]
         heads = [torch.tensor(p.ids[:-1]) for p, kept in zip(rows, keep) if kept]
-        ends = [ids[:, : most_targets(t)].flatten() for ids, t in zip(*groups)]
-        texts = [torch.cat(pair) for pair in zip(heads, ends)]
+        texts, parts = [], []
+        for head, ids, goals in zip(heads, *groups):
+            T = int((goals != -100).sum(1).max())  # of the longest answer
+            texts.append(torch.cat([head, ids[:, :T].flatten()]))
+            parts.append((len(head), T, lm.target_places(goals[:, :T])))
         ids, targets = batches.pad_sequence(texts, True), groups[1].flatten(0, 1)
-        lengths = torch.tensor([len(head) for head in heads])
-        logps = self.fixed_logps(ids, targets, lengths)
-        batch = ids, targets, lengths, advantage, *logps, rewards.flatten()
+        logps = self.fixed_logps(ids, targets, parts)
+        places = lm.target_places(targets)
+        batch = ids, targets, places, parts, advantage, *logps, rewards.flatten()
         if a.updates > 1:
             if number % a.grad_accum == 0:  # the first of a new step
                 self.sampled.clear()
@@ -656,23 +657,22 @@ class GRPO(SFT):
         def logps(model, needed):
             if not needed:
                 return torch.zeros(batch[1].shape)
-            on_device = [t.to(self.runtime.device) for t in batch]
             with lm.evaluating(model), self.runtime.autocast():
+                on_device = self.runtime.upload(batch)
                 return group_logps(model, model, *on_device, self.allowed).cpu()
 
         old = logps(self.model, self.args.updates > 1)
         with lora.disable_adapter(self.model):
             return old, logps(self.reference or self.model, self.args.kl)
 
-    def loss(self, model, ids, targets, lengths, advantage, old, reference, rewards):
-        a, sampled = self.args, targets != -100
-        logps = group_logps(model, self.model, ids, targets, lengths, self.allowed)
+    def loss(self, model, ids, targets, places, groups, advantage, old, reference, rewards):
+        a, logps = self.args, group_logps(model, self.model, ids, targets, groups, self.allowed)
         old = old if a.updates > 1 else logps.detach()
         reference = reference if a.kl else logps.detach()
-        loss, clipped, kl = grpo_loss(logps, old, reference, advantage, sampled, a.clip, a.kl)
+        loss, clipped, kl = grpo_loss(logps, old, reference, advantage, places, a.clip, a.kl)
         self.figures["clipped"].append(clipped)
         self.figures["kl"].append(kl)
-        self.figures["entropy"].append(-float(logps.detach()[sampled].mean()))
+        self.figures["entropy"].append(-logps.detach().flatten()[places].mean())
         return loss
 
     def scores(self, jobs, turns):
@@ -688,7 +688,8 @@ class GRPO(SFT):
         clipped ratios, the divergence from the reference, and the mean of -log p of learned ids."""
         names = ["reward", "reward_std", "equal_groups", "answer_tokens", "clipped", "kl"]
         names += ["entropy"]
-        sums = self.runtime.total(*(f(self.figures[k]) for f in (sum, len) for k in names))
+        values = [list(map(float, self.figures[k])) for k in names]  # here, for each is a GPU sync
+        sums = self.runtime.total(*map(sum, values), *map(len, values))
         self.figures.clear()
         means = {k: s / n for k, s, n in zip(names, sums, sums[len(names) :]) if n}
         if means.get("equal_groups") == 1 and self.runtime.rank == 0:

@@ -589,13 +589,18 @@ def add_product(total, a, b):
             total_rows += a_rows @ b
 
 
+def target_places(targets):
+    """The indices of the flattened targets that are not -100. To find them synchronises a GPU, so
+    training does it before a batch goes there."""
+    return (targets.flatten() != -100).nonzero()[:, 0]
+
+
 def chunked_loss(x, weight, bias, targets, places=None):
     """The sum of -log softmax(x @ weight.T + bias)[target], a float32 scalar (float64 if x is
     float64). Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
 
     x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100 for "no loss": such rows
-    cost nothing. `places` are the indices of the flattened targets that are not -100; finding them
-    here would synchronise a GPU.
+    cost nothing. `places` are the `target_places`.
     """
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     if places is None:
@@ -608,10 +613,11 @@ def chunked_loss(x, weight, bias, targets, places=None):
         return ChunkedLoss.apply(*args, torch.is_grad_enabled(), low)
 
 
-def token_logps(x, weight, bias, targets, allowed=None):
+def token_logps(x, weight, bias, targets, allowed=None, places=None):
     """log softmax(x @ weight.T + bias)[target] of each position (...), 0 where the target is -100,
     in float32 (float64 if x is float64). Ids outside of `allowed`, bools (V,), have probability
-    0. Logits are computed a few rows at a time, and again in the backward pass."""
+    0. Logits are computed a few rows at a time, and again in the backward pass. `places` are the
+    `target_places`."""
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def row_logps(rows, goal):
@@ -620,11 +626,12 @@ def token_logps(x, weight, bias, targets, allowed=None):
             logits = logits.masked_fill(~allowed, -math.inf)
         return logits.log_softmax(-1, dtype=full).gather(1, goal[:, None])[:, 0]
 
-    keep = targets != -100
-    chunks = zip(x[keep].split(LOSS_ROWS), targets[keep].split(LOSS_ROWS))
+    places = target_places(targets) if places is None else places
+    rows, goals = x.flatten(0, -2)[places], targets.flatten()[places]
+    chunks = zip(rows.split(LOSS_ROWS), goals.split(LOSS_ROWS))
     logps = [recompute(row_logps, *chunk, use_reentrant=False) for chunk in chunks]
-    out = torch.zeros(targets.shape, dtype=full, device=x.device)
-    return out.masked_scatter(keep, torch.cat(logps))
+    out = torch.zeros(targets.numel(), dtype=full, device=x.device)
+    return out.index_copy(0, places, torch.cat(logps)).view_as(targets)
 
 
 # --------------------------------------------------------------------------------------------
@@ -877,9 +884,9 @@ class Transformer(nn.Module):
         names = [f"{n}.weight" for n, m in self.named_modules() if isinstance(m, Table)]
         return [n for n in names if n.startswith(("value_embed.", "inputs."))]
 
-    def last_logits(self, ids, cache, new=None):
-        """Logits (B, V) of the token after the last of the ids (B, T): all that sampling needs."""
-        return self.head(self.hidden(ids, cache, new)[:, -1])
+    def last_logits(self, ids, cache, new=None, n=1):
+        """Logits (B * n, V) of the tokens after the last n of the ids (B, T)."""
+        return self.head(self.hidden(ids, cache, new)[:, -n:].flatten(0, 1))
 
     def forward(self, ids, targets=None, cache=None, output="loss", places=None, allowed=None):
         if self.config.experts and self.training and output == "loss" and targets is not None:
@@ -888,10 +895,12 @@ class Transformer(nn.Module):
         if targets is None:
             return self.head(x)  # (B, T, V)
         if output == "logits":
-            return self.head(x[targets != -100])  # (N, V)
+            places = target_places(targets) if places is None else places
+            return self.head(x.flatten(0, 1)[places])  # (N, V)
+        weights = self.head.weight, self.head.bias
         if output == "log_probs":
-            return token_logps(x, self.head.weight, self.head.bias, targets, allowed)  # (B, T)
-        return chunked_loss(x, self.head.weight, self.head.bias, targets, places)
+            return token_logps(x, *weights, targets, allowed, places)  # (B, T)
+        return chunked_loss(x, *weights, targets, places)
 
     @torch.no_grad()
     def grow_vocabulary(self, vocab_size, used):

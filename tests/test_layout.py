@@ -34,6 +34,7 @@ IMPORTS = {
     "data.tools": "data.chat",
     "data.reply": "data.chat data.tokenizer",
     "data.schema": "data.chat",
+    "data.drafts": "data.chat",
     "data.scores": "data.chat",
     "data.hotel": "data.download data.scores",
     "data.facts": "data.hotel data.scores",
@@ -58,7 +59,8 @@ IMPORTS = {
     "model": "data.costs data.gguf data.machine data.rope data.runs data.tables",
     "mnist": "model data.idx data.plot data.runs",
     "lora": "model",
-    "sample": "lora data.analogy data.graphs data.matmul data.runs data.schema data.terminal",
+    "sample": "lora data.analogy data.drafts data.graphs data.matmul data.runs data.schema "
+    "data.terminal",
     "train": "model prepare_data data.runs",
     "finetune": "train sample data.batches data.rewards data.rows",
 }

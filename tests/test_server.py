@@ -571,7 +571,7 @@ def test_closing_finishes_what_is_written_and_cuts_what_never_ends(capfd):
         classify = fetch, serving.port, post("/page/classify", {"text": "fine"})
         best = pool.submit(*classify).result()[2]["labels"]
         assert {b["label"] for b in best} == {"pos", "neg"} and best[0]["p"] >= best[1]["p"]
-        step = serving.engine.step
+        step, serving.engine.draft = serving.engine.step, False
         serving.engine.step = lambda: (time.sleep(0.05), step())[1]
         asked = [LONG | {"max_tokens": n, "stream": True} for n in (20, 300, 300, 300)]
         streams = [serving.write(**each) for each in asked]
