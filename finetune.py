@@ -506,8 +506,7 @@ def load_rewards(source, device):
 
 
 class SharedPrompt(lm.KVCache):
-    """Keys and values of a prompt, with their gradients, for all rows that go on from it. What it
-    overrides has the arguments and the results of `KVCache`."""
+    """Keys and values of a prompt, with their gradients, for all rows that go on from it."""
 
     def __init__(self, model):
         super().__init__(model, batch=0)
@@ -515,11 +514,13 @@ class SharedPrompt(lm.KVCache):
         self.kept = {}
 
     def begin(self, ids):
+        """As `KVCache.begin`."""
         start = self.ids.shape[1]
         self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
         return lm.NewTokens(slice(start, start + ids.shape[1]))
 
     def update(self, i, new, *keys_and_values):
+        """As `KVCache.update`."""
         if not new.positions.start:
             self.kept[i] = keys_and_values
             return keys_and_values
@@ -527,6 +528,7 @@ class SharedPrompt(lm.KVCache):
         return [torch.cat(pair, dim=2) for pair in zip(old, keys_and_values)]
 
     def seen_ids(self, new):
+        """As `KVCache.seen_ids`."""
         return self.ids
 
 
