@@ -14,6 +14,7 @@ from data.download import DATA, VIEWER, fetch
 from data.facts import augment, fact_scores, faithful
 from data.files import read_json, write_once, write_whole
 from data.hotel import HOTEL_DB, join_dialogues, synthetic_dialogues, tidy_calls
+from data.hotel_env import Env
 
 HUB = "https://huggingface.co/datasets"
 GITHUB = "https://raw.githubusercontent.com"
@@ -117,7 +118,7 @@ class Source(NamedTuple):
     `rows` is True for JSON rows that finetune.py takes. What belongs to one set of rows alone:
     `tidy(example)` returns the example as it is to be learned; `augment(examples, share, rng)`
     returns the examples of an epoch, for --augment; `scores(jobs, turns)` returns more figures of
-    the answers to jobs; `rewards` are functions as in data/rewards.py.
+    the answers to jobs; `rewards` are functions as in data/rewards.py; `env` is a class, for --env.
     """
 
     fetch: Callable
@@ -128,6 +129,7 @@ class Source(NamedTuple):
     augment: Callable | None = None
     scores: Callable | None = None
     rewards: tuple = ()
+    env: Callable | None = None
 
 
 _SALES = "goendalf666/sales-textbook_for_convincing_and_selling/resolve/main"
@@ -139,7 +141,9 @@ TINY_STORIES = f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
 ALPACA_ZH = f"{HUB}/shibing624/alpaca-zh/resolve/main/alpaca_gpt4_data_zh.json"
 DPO_ZH = f"{GITHUB}/hiyouga/LLaMA-Factory/main/data/dpo_zh_demo.json"
 SHAREGPT = f"{HUB}/openchat/openchat_sharegpt4_dataset/resolve/main/sharegpt_gpt4.json"
-HOTEL = dict(rows=True, tidy=tidy_calls, augment=augment, scores=fact_scores, rewards=(faithful,))
+HOTEL = dict(
+    rows=True, tidy=tidy_calls, augment=augment, scores=fact_scores, rewards=(faithful,), env=Env
+)  # fmt: skip
 
 # To add a text or a set of rows: a line here.
 SOURCES = {
