@@ -86,7 +86,7 @@ def add_bias(y, bias):
     return y if bias is None else y + bias
 
 
-FLOAT_LAYOUTS = (transposed, plain, halves, packed)
+FLOAT_LAYOUTS = (plain, transposed, halves, packed)
 INT8_LAYOUTS = (int8,)
 SMALL = 1 << 18  # a smaller matrix stays in a core's cache, where its layout hardly matters
 TIMED = 1 << 22  # a larger matrix is timed on its first rows, about this many weights
