@@ -13,6 +13,7 @@ messages, hotel dialogues), labelled texts, preference pairs.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -41,7 +42,7 @@ from data.files import write_json
 from data.machine import DTYPES, make_runtime, shard_like
 from data.progress import shown, watched
 from data.reply import parse
-from data.rewards import REWARDS, load_reward, rate
+from data.rewards import REWARDS, load_env, load_reward, own_code, rate
 from data.row_files import ROW_SUFFIXES
 from data.rows import as_chat, first_words, load_data, report_bad
 from data.runs import json_lines, newest_run, run_folder
@@ -71,7 +72,7 @@ LORA_RECIPE = dict(lr=3e-3, embed_lr=1e-3, head_lr=1e-3)
 # What a resumed run cannot change
 FIXED = {
     "ckpt", "objective", "optimizer", "seed", "loss_on", "teacher", "quantize", "val", "context",
-    "batch_tokens", "augment", "best_by", "reward", "samples", "updates", "kl", "lora_rank",
+    "batch_tokens", "augment", "best_by", "env", "reward", "samples", "updates", "kl", "lora_rank",
     "lora_alpha", "lora_dropout", "lora_targets",
 }  # fmt: skip
 
@@ -159,13 +160,15 @@ def job_prompt(job, tokenizer, context):
     return chat.get_template(tokenizer).fit_prompt(job.messages, job.tools, room)
 
 
-def generate_turns(model, tokenizer, prompts, seeds=None):
+def generate_turns(model, tokenizer, prompts, seeds=None, follow=None):
     """The turns that the model writes after the prompts: (lists of ids, messages). They are greedy,
-    or sampled with a seed for each prompt. A turn that ends makes room for the next one."""
+    or sampled with a seed for each prompt. A turn that ends makes room for the next one: for one of
+    the same conversation if follow(number of the prompt, ids) has made its prompt longer."""
     template, max_tokens = chat.get_template(tokenizer), max_answer(model.config.context)
     options = dict(allowed=allowed_ids(model, tokenizer, chat=True), ends=template.ends)
     options["max_new_tokens"] = max_tokens
     turns, waiting, running = [[] for _ in prompts], deque(range(len(prompts))), {}
+    seeds = seeds and list(seeds)
     engine = Engine(model, min(48, len(prompts)), 256)
     with shown("answer", lambda: len(prompts) - len(waiting) - len(running), len(prompts)):
         while waiting or running:
@@ -178,8 +181,48 @@ def generate_turns(model, tokenizer, prompts, seeds=None):
                 turn += ids
                 if ids[-1] in template.ends or len(turn) == max_tokens:
                     engine.remove(slot)
-                    del running[slot]
+                    i = running.pop(slot)
+                    if follow and follow(i, turn):
+                        turns[i] = []
+                        waiting.appendleft(i)
+                        if seeds:
+                            seeds[i] += 1
     return turns, [parse(ids, template, prompt) for ids, prompt in zip(turns, prompts)]
+
+
+def converse(model, tokenizer, env, starts, seeds=None):
+    """Whole conversations of the model with copies of an environment, reset by the numbers in
+    `starts`: ([messages], [Row], [reward]). The Rows consist of the ids that were read and drawn,
+    and the latter are learned. The context may end a conversation before the environment does."""
+    template, envs = chat.get_template(tokenizer), [copy.copy(env) for _ in starts]
+    with own_code("reset(seed) of --env fails"):
+        talks = [list(env.reset(start)) for env, start in zip(envs, starts)]
+        prompts = [template.prompt_ids(messages) for messages in talks]
+    rows = [batches.Row(ids, [0] * len(ids)) for ids in prompts]  # `follow` makes both longer
+
+    def follow(i, turn):
+        row, messages = rows[i], talks[i]
+        messages.append(parse(turn, template, row.ids))
+        row.ids += turn
+        row.mask += [1] * len(turn)
+        if turn[-1] != template.end:
+            return False
+        with own_code("step(message) of --env fails"):
+            new, done = envs[i].step(messages[-1])
+            ids = [] if done else template.next_ids(messages, new)
+        messages += new
+        if done or len(row.ids + ids) + max_answer(model.config.context) > model.config.context:
+            return False
+        row.ids += ids
+        row.mask += [0] * len(ids)
+        return True
+
+    generate_turns(model, tokenizer, prompts, seeds, follow)
+    with own_code("reward(messages) of --env fails"):
+        rewards = [float(env.reward(messages)) for env, messages in zip(envs, talks)]
+    if not all(map(math.isfinite, rewards)):
+        raise UserError(f"reward(messages) of --env returns {rewards}, not numbers")
+    return talks, rows, rewards
 
 
 def answer(model, tokenizer, jobs):
@@ -200,6 +243,7 @@ class Split:
     examples: list
     rows: list
     prompts: list = field(default_factory=list)  # of GRPO, which learns from these and not the rows
+    env: object = None  # of GRPO: the environment, in place of prompts from the rows
     reference: torch.Tensor | None = None  # of DPO: log probabilities (N, 2) before training
 
 
@@ -566,13 +610,21 @@ class GRPO(SFT):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.rewards = load_rewards(self.args.reward, self.args.device)
+        self.env = load_env(self.args.env) if self.args.env else None
+        self.rewards = None if self.env else load_rewards(self.args.reward, self.args.device)
         self.figures = defaultdict(list)  # of each micro-batch since the last line of the log
         self.sampled = {}  # {number: batch}, for further updates
 
     def make_split(self, examples):
-        """The Split of examples as chats, with Prompts of the turns that the reward is for."""
+        """The Split of examples as chats, with Prompts of the turns that the reward is for, or as
+        many conversations with an environment."""
         split, context = super().make_split([as_chat(e) for e in examples]), self.args.context
+        if self.env:
+            room = self.args.samples * context
+            split.prompts = [batches.Prompt([0], n, room) for n in range(len(split.examples))]
+            with own_code("--env cannot be made"):
+                split.env = self.env(split.examples)
+            return split
         jobs = self.jobs(split)
         rewards = self.rewards([(job.messages, job.wanted, job.wanted) for job in jobs])
         for job, reward in zip(jobs, rewards):
@@ -588,6 +640,7 @@ class GRPO(SFT):
         """Load the reference: the weights at the start, or the base of an adapter. A resumed run
         keeps the answers that rank 0 sampled for further updates; other ranks sample anew."""
         self.model, self.reference = model, None
+        self.held_env = list(splits.values())[-1].env
         # under the probabilities of all ids, one that is never sampled is not held back, and grows
         self.allowed = allowed_ids(model, self.tokenizer, chat=True)
         if self.args.kl and not lora.adapted(model):
@@ -618,40 +671,49 @@ class GRPO(SFT):
         prompts = [p for p in rows for _ in range(a.samples)]
         seeds = np.random.default_rng((a.seed, 2, number)).integers(2**62, size=len(prompts))
         with lm.evaluating(self.model) as model, self.runtime.autocast():
-            prompt_ids = [p.ids for p in prompts]
-            answers, turns = generate_turns(model, self.tokenizer, prompt_ids, seeds=seeds.tolist())
-        jobs = [p.turn for p in prompts]
-        rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
-        if None in rewards:
-            question = chat.message_text(jobs[rewards.index(None)].messages[-1])
-            raise UserError(f"the reward of an answer to {question!r:.80} is None")
+            texts, rewards = self.sample(model, split, prompts, seeds.tolist())
+        starts = [row.mask.index(1) for row in texts]  # the lengths of the prompts
         rewards = torch.tensor(rewards).view(-1, a.samples)  # (groups, samples)
         spread = rewards.std(1)
         self.figures["reward"] += rewards.flatten().tolist()
         self.figures["reward_std"] += spread.tolist()
         self.figures["equal_groups"] += (spread < 1e-6).tolist()
-        self.figures["answer_tokens"] += map(len, answers)
+        self.figures["answer_tokens"] += [sum(row.mask) for row in texts]
         keep = (spread >= 1e-6) | bool(a.kl)
         keep[0] |= not keep.any()  # a batch has one group at least
         advantage = (rewards - rewards.mean(1, keepdim=True))[keep].view(-1, 1)
-        pairs = zip(prompts, answers)
-        tails = [batches.Row([p.ids[-1], *new], [0] + [1] * len(new)) for p, new in pairs]
+        tails = [batches.Row(t.ids[n - 1 :], t.mask[n - 1 :]) for t, n in zip(texts, starts)]
         groups = [t.view(len(rows), a.samples, -1)[keep] for t in batches.pad(tails)]
-        heads = [torch.tensor(p.ids[:-1]) for p, kept in zip(rows, keep) if kept]
-        longest = [int((t != -100).sum(1).max()) for t in groups[1]]
-        texts = [torch.cat([head, ids[:, :T].flatten()])
-                 for head, ids, T in zip(heads, groups[0], longest)]  # fmt: skip
-        places = [lm.target_places(t[:, :T]) for t, T in zip(groups[1], longest)]
+        pairs = zip(texts[:: a.samples], starts[:: a.samples], keep)
+        heads = [torch.tensor(t.ids[: n - 1]) for t, n, kept in pairs if kept]
+        texts, parts = [], []
+        for head, ids, goals in zip(heads, *groups):
+            T = int((goals != -100).any(0).nonzero().max()) + 1  # up to the last target of any
+            texts.append(torch.cat([head, ids[:, :T].flatten()]))
+            parts.append((len(head), T, lm.target_places(goals[:, :T])))
         ids, targets = batches.pad_sequence(texts, True), groups[1].flatten(0, 1)
-        groups = list(zip(map(len, heads), longest, places))
-        logps = self.fixed_logps(ids, targets, groups)
+        logps = self.fixed_logps(ids, targets, parts)
         places = lm.target_places(targets)
-        batch = ids, targets, places, groups, advantage, *logps, rewards.flatten()
+        batch = ids, targets, places, parts, advantage, *logps, rewards.flatten()
         if a.updates > 1:
             if number % a.grad_accum == 0:  # the first of a new step
                 self.sampled.clear()
             self.sampled[number] = batch
         return batch
+
+    def sample(self, model, split, prompts, seeds):
+        """(Rows of the prompts and what the model writes after them, the rewards)."""
+        if split.env:
+            starts = [p.turn for p in prompts]
+            return converse(model, self.tokenizer, split.env, starts, seeds)[1:]
+        answers, turns = generate_turns(model, self.tokenizer, [p.ids for p in prompts], seeds)
+        jobs = [p.turn for p in prompts]
+        rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
+        if None in rewards:
+            question = chat.message_text(jobs[rewards.index(None)].messages[-1])
+            raise UserError(f"the reward of an answer to {question!r:.80} is None")
+        pairs = [(p.ids, new) for p, new in zip(prompts, answers)]
+        return [batches.Row(p + new, [0] * len(p) + [1] * len(new)) for p, new in pairs], rewards
 
     def fixed_logps(self, *batch):
         """`group_logps` under the model now and under the reference; zeros if not needed."""
@@ -660,8 +722,8 @@ class GRPO(SFT):
             if not needed:
                 return torch.zeros(batch[1].shape)
             with lm.evaluating(model), self.runtime.autocast():
-                batch_there = self.runtime.upload(batch)
-                return group_logps(model, model, *batch_there, self.allowed).cpu()
+                on_device = self.runtime.upload(batch)
+                return group_logps(model, model, *on_device, self.allowed).cpu()
 
         old = logps(self.model, self.args.updates > 1)
         with lora.disable_adapter(self.model):
@@ -678,9 +740,15 @@ class GRPO(SFT):
         return loss
 
     def scores(self, jobs, turns):
-        """The scores of a chat, and the mean reward of the turns that the reward is for."""
-        answers = [(job.messages, turn, job.wanted) for job, turn in zip(jobs, turns)]
-        rewards = [r for r in self.rewards(answers) if r is not None]
+        """The scores of a chat, and the mean reward of the turns that the reward is for, or of
+        --eval_rows conversations."""
+        if self.env:
+            starts = range(self.args.eval_rows or 64)
+            rewards = converse(self.model, self.tokenizer, self.held_env, starts)[2]
+        else:
+            answers = [(job.messages, turn, job.wanted) for job, turn in zip(jobs, turns)]
+            rewards = self.rewards(answers)
+        rewards = [r for r in rewards if r is not None]
         mean = {"val_reward": sum(rewards) / len(rewards)} if rewards else {}
         return mean | super().scores(jobs, turns)
 
@@ -722,10 +790,12 @@ def resolve(args):
     content, settings = None, given
     if args.resume is not None and not args.eval_only:
         settings, content = train.resumed_settings(args, given, FIXED)
+    elif "data" not in given and given.get("env") in ROW_SETS:
+        settings = given | {"data": given["env"]}
     elif "data" not in given:
         raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
-    elif "ckpt" not in given:
-        settings = given | {"ckpt": str(newest_run())}
+    if "ckpt" not in settings:
+        settings = settings | {"ckpt": str(newest_run())}
     data, fraction = settings["data"], settings.get("val", RECIPE["val"])
     options = {name: settings.get(name) for name in ("rows", "max_rows", "encoding")}
     options["every_row"] = bool(args.eval_only or args.show_mask) and not given.get("val")
@@ -762,8 +832,9 @@ def check_settings(args, objective, splits, given):
     problems = [
         ((a.objective == "distill") != bool(a.teacher),
          "--teacher CKPT and --objective distill belong together"),
-        ((a.objective == "grpo") != bool(a.reward),
-         f"--objective grpo and --reward belong together: {', '.join(REWARDS)}, a file, a --ckpt"),
+        ((a.objective == "grpo") != bool(a.reward or a.env) or (a.reward and a.env),
+         f"--objective grpo needs --env, or --reward {', '.join(REWARDS)}, a file, or a --ckpt; "
+         "they are for nothing else"),
         (LORA_FLAGS & set(given) and not a.lora_rank,
          "--lora_rank 0 trains all weights, without adapters: leave out the flags of LoRA"),
         (a.quantize and not a.lora_rank,
@@ -940,6 +1011,7 @@ def header(model, args, objective, splits, loader):
     if split.prompts:
         longest, answers = max(len(p.ids) for p in loader.rows), f"{args.samples} answers to each"
         rows = f"prompts of at most {longest:,} tokens, {answers} of {max_answer(args.context)}"
+        rows = f"conversations, each held {args.samples} times" if split.env else rows
     text = (
         f"{args.out}: {args.objective} from {args.ckpt} on {args.data}: {len(split.examples):,} "
         f"{objective.noun} to learn, {len(val.examples):,} to measure; {len(sizes):,} {rows}; "
@@ -1068,6 +1140,8 @@ def build_parser():
     add("--teacher", help="checkpoint that distill learns from")
     add("--reward", help=f"what grpo learns from: {', '.join(REWARDS)}, a .py file with a function "
         "reward(messages, answer, wanted), or a run of --objective reward; slots,faithful is both")
+    add("--env", help="what grpo talks to instead: hotel, or a .py file with a class Env, whose "
+        "reset(seed) and step(message) speak and whose reward(messages) rates a conversation")
     for name, (default, kind, text) in OWN_FLAGS.items():
         add(f"--{name}", type=kind, help=f"{text} (default {default:g})")
     add = train.add_optimization(p)

@@ -238,8 +238,7 @@ def synchronize(device):
 def random_state():
     """{device: state of its random number generator} for every kind that this machine has."""
     kinds = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
-    kinds = {k: m for k, m in kinds.items() if k == "cpu" or m.is_available()}
-    return {k: m.get_rng_state() for k, m in kinds.items()}
+    return {k: m.get_rng_state() for k, m in kinds.items() if k == "cpu" or m.is_available()}
 
 
 def set_random_state(states):
