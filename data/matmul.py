@@ -66,7 +66,7 @@ def int8(weight, bias):
     return forward
 
 
-FLOAT_LAYOUTS = (transposed, plain, packed)
+FLOAT_LAYOUTS = (plain, transposed, packed)
 INT8_LAYOUTS = (int8,)
 SMALL = 1 << 18  # a smaller matrix stays in a core's cache, where its layout hardly matters
 TIMED = 1 << 22  # a larger matrix is timed on its first rows, about this many weights
