@@ -42,7 +42,15 @@ from torch import nn
 import model as lm
 from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 from data.costs import check_memory, memory_needed
-from data.machine import DTYPES, fast_products, full_tensor, is_sharded, make_runtime, shard_like
+from data.machine import (
+    DTYPES,
+    fast_products,
+    full_tensor,
+    is_sharded,
+    make_runtime,
+    native_dtype,
+    shard_like,
+)
 from data.progress import waiting, watched
 from data.runs import Log, clock, eval_line, newest_run, run_folder, run_settings, step_line
 from data.tokenizer import Tokenizer
@@ -137,19 +145,21 @@ def micro_batches(loader, step, batch_size, grad_accum, rank=0, world=1):
 
 
 def orthogonalize(g, steps=5):
-    """The nearest (semi-)orthogonal matrix to each matrix of g (..., rows, columns), roughly.
+    """The nearest (semi-)orthogonal matrix to each matrix of g (n, rows, columns), roughly.
 
     Applies an odd polynomial `steps` times, by matrix products alone. This brings the singular
     values of the normalised g, which are at most 1, to between 0.7 and 1.2, except those very near
     0 (Newton-Schulz; coefficients by Keller Jordan, 2024).
     """
-    x = g.bfloat16() if g.is_cuda else g.float()
+    x = g.float()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.to(DTYPES[native_dtype(g.device)])  # after this division, since fp16 has a small range
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # so that x @ x.mT is the smaller of the two products
     for _ in range(steps):
         a = x @ x.mT
-        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+        b = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
     return (x.mT if tall else x).to(g.dtype)
 
 
@@ -175,18 +185,20 @@ class Muon(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 alike[p if is_sharded(p) else p.shape].append(p)
             for params in alike.values():
-                updates = []
                 for p in params:
-                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    buffer.lerp_(p.grad, 1 - group["momentum"])
-                    nesterov = p.grad.lerp(buffer, group["momentum"])
-                    updates.append(full_tensor(nesterov))
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum"] for p in params]
+                updates = [p.grad for p in params]  # changed in place: the step is their last use
+                torch._foreach_lerp_(buffers, updates, 1 - group["momentum"])
+                torch._foreach_lerp_(updates, buffers, group["momentum"])  # Nesterov's
+                updates = orthogonalize(torch.stack([full_tensor(u) for u in updates]))
                 rows, columns = params[0].shape
                 # each output of a tall matrix then changes as much as one of a square matrix
                 step_size = group["lr"] * max(1, rows / columns) ** 0.5
-                for p, update in zip(params, orthogonalize(torch.stack(updates))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(shard_like(update, p), alpha=step_size)
+                updates = [shard_like(update, p) for update, p in zip(updates, params)]
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, updates, alpha=-step_size)
 
 
 # Optimizers other than AdamW for matrices in blocks and `model.inputs`: {name: (class, its rate)}.

@@ -268,6 +268,7 @@ def test_end_of_text_is_what_the_files_say(beside, end):
 PLAIN = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 ISOLATED = {"type": "Split", "behavior": "Isolated", "invert": False}
 NO_REGEX = PLAIN | {"use_regex": False}
+STRIPS = {"id": 0, "content": "<s>", "special": False, "rstrip": True}
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +308,8 @@ def split_by(text, then=NO_REGEX, **changes):
     ("pre_tokenizer", split_by(r"\p{L}+", behavior="Removed"), "Split"),
     ("pre_tokenizer", steps({"type": "Digits", "individual_digits": False}, PLAIN), "Digits"),
     ("pre_tokenizer", split_by(r"\p{Nobody}"), "tokenizer.json"),
+    ("pre_tokenizer", split_by(r"\s++$|\S+"), "has another meaning"),
+    ("added_tokens.0", STRIPS, "'<s>' has single_word, lstrip or rstrip"),
     ("post_processor", {"type": "RobertaProcessing"}, "post_processor RobertaProcessing"),
     ("post_processor.single.0", {"SpecialToken": {"id": "<x>"}}, "'<x>' is missing"),
     ("post_processor.special_tokens.<s>.ids", [0, 0], r"ids \[0, 0\] in front"),
