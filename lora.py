@@ -370,7 +370,7 @@ def load_adapted(base, adapters, where="the base"):
                 f"adapter {name} was trained over {info['base']}; {where} is another model, or has "
                 f"it merged in already"
             )
-        model.grow_vocabulary(adapters[name]["config"]["vocab_size"], info["base_vocab"])
+        lm.grow_vocabulary(model, adapters[name]["config"]["vocab_size"], info["base_vocab"])
     if quantized:
         quantize(model, quantized)
     for name, info in infos.items():

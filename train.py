@@ -214,11 +214,11 @@ def make_optimizers(model, args):
     nothing, and undo what rarely seen rows of tables and head have learned.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    lookups = model.lookup_tables()
-    inner = {n for n, p in named if p.dim() == 2 and n.startswith(("blocks.", "inputs."))}
-    inner -= set(lookups)
+    tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, lm.Table)}
+    tables -= {"embed.weight", "position.weight"}
+    inner = {n for n, p in named if p.dim() == 2 and n.startswith(("blocks.", "inputs."))} - tables
     matrices = [p for n, p in named if n in inner]
-    table_rates = dict.fromkeys(lookups, args.embed_lr)
+    table_rates = dict.fromkeys(tables, args.embed_lr)
     if not model.config.tied:
         table_rates |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
     elif args.embed_lr and args.embed_lr < args.lr:  # also the head: no higher rate than lr
@@ -683,30 +683,23 @@ def compile_blocks(model, task, runtime, step):
     # also compile the backward pass in the forward pass, where the block itself can take over
     torch._functorch.config.force_non_lazy_backward_lowering = True
 
-    def give_up(e):
-        nonlocal works
-        works, reason = False, str(e).strip().split("\n")[0][:100]
-        print(f"--compile does not work here, going on without ({type(e).__name__}: {reason})")
-
     def run(block, x, rope=None, update_cache=None, *args):
+        nonlocal works
         if works and block.training and update_cache is None:
             try:
                 return compiled(block, x, rope, None, *args)
             except Exception as e:  # whatever the compiler raised, eager mode still works
-                give_up(e)
+                works, reason = False, f"{type(e).__name__}: {e}".split("\n")[0][:120]
+                print(f"--compile does not work here, going on without ({reason})")
         return forward(block, x, rope, update_cache, *args)
 
     for block in model.blocks:
         block.forward = partial(run, block)
         if isinstance(block.feed_forward, lm.MoE):  # its shapes change with every batch
             block.feed_forward.forward = torch.compiler.disable(block.feed_forward.forward)
-    try:
-        with waiting("compiling the model, once, perhaps for a minute"), runtime.autocast():
-            task.loss(model, *runtime.upload(task.batches(step)[0])).backward()
-    except Exception as e:
-        give_up(e)
-    finally:
-        model.zero_grad(set_to_none=True)
+    with waiting("compiling the model, once, perhaps for a minute"), runtime.autocast():
+        task.loss(model, *runtime.upload(task.batches(step)[0])).backward()
+    model.zero_grad(set_to_none=True)
 
 
 def place(model, args, runtime):
@@ -1045,7 +1038,7 @@ def build_model(args, content, folder, meta, tokenizer):
         model = lm.model_from_checkpoint(content, dtype=dtype, where=where)
         if not resuming:
             size = max(tokenizer.n_vocab, model.config.vocab_size)  # it may lack the end of text
-            model.grow_vocabulary(lm.padded_vocab(size), model.config.vocab_size)
+            lm.grow_vocabulary(model, lm.padded_vocab(size), model.config.vocab_size)
     if meta["largest_id"] >= model.config.vocab_size:
         size = f"the model's vocab_size {model.config.vocab_size}"
         raise UserError(f"token id {meta['largest_id']} in {folder} is not below {size}")
