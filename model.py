@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from data import costs, gguf, hf_config, hf_weights, tables
 from data.cli import Parser, UserError, at_least, run_cli
-from data.costs import count_parameters, flops_per_token
+from data.costs import WRITTEN_OUT, count_parameters, flops_per_token
 from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_whole
 from data.hf_tokenizer import find_tokenizer, hub_tokenizer
@@ -299,11 +299,9 @@ def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
     return (F.dropout(score.softmax(dim=-1), dropout) @ v).unflatten(0, q.shape[:2])
 
 
-WRITTEN_OUT = 512  # tokens up to which `naive_attention` is faster on a CPU (tests/BENCHMARKS.md)
-
-
 def attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
-    """`naive_attention`, or torch's fused kernel, which never stores the (T, S) scores."""
+    """`naive_attention` where it is faster (tests/BENCHMARKS.md), else torch's fused kernel, which
+    never stores the (T, S) scores."""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     if mask is None and causal and 1 < T == S <= WRITTEN_OUT and q.device.type == "cpu":
         return naive_attention(q, k, v, None, dropout, causal, scale)
@@ -905,14 +903,14 @@ def find_checkpoint(name):
 
 def load_checkpoint(path, dtype=None, resuming=False):
     """The dict that `save_checkpoint` wrote, its tensors mapped from disk and read when touched, or
-    an equivalent dict read from a Hugging Face folder (see `load_hf` for `dtype`).
+    an equivalent dict read from a Hugging Face folder (see `hf_weights.load` for `dtype`).
 
     Only tensors and plain values are unpickled (weights_only), never code. With `resuming`, for a
     run that will replace the file, tensors are read into memory: Windows replaces no mapped file.
     """
     path = find_checkpoint(path)
     if (path / "config.json").exists():
-        return load_hf(path, dtype)
+        return load_hf(path, dtype=dtype)
     if (path / "adapter_config.json").exists():
         raise UserError(f"{path} is an adapter of peft's, which cannot be read: train one here")
     if path.is_dir():
@@ -1094,19 +1092,10 @@ def check_readable(folder):
         hub_tokenizer(folder)
 
 
-def load_hf(folder, dtype=None):
-    """The checkpoint dict of a folder in Hugging Face's layout, see `hf_weights.load`."""
-    return hf_weights.load(Path(folder), complete, meta_state, dtype)
-
-
-def export_hf(content, folder):
-    """Write a checkpoint as transformers reads it, see `hf_weights.export`."""
-    return hf_weights.export(content, Path(folder), complete, meta_state)
-
-
-def export_gguf(content, path, dtype):
-    """Write a checkpoint as llama.cpp reads it, see `gguf.export`."""
-    gguf.export(content, path, dtype, complete, meta_state)
+# read a folder in Hugging Face's layout; write a checkpoint so, or as llama.cpp reads it
+load_hf = partial(hf_weights.load, complete=complete, meta_state=meta_state)
+export_hf = partial(hf_weights.export, complete=complete, meta_state=meta_state)
+export_gguf = partial(gguf.export, complete=complete, meta_state=meta_state)
 
 
 # --------------------------------------------------------------------------------------------

@@ -513,7 +513,6 @@ def end_reason(args, state):
     if args.patience and state["bad"] >= args.patience:
         bad = f"{state['bad']} evaluations without a better one"
         return f"{bad}: stopping early; raise --patience or a limit to continue"
-    return None
 
 
 class Meter:
@@ -550,7 +549,7 @@ class Meter:
         tokens, flops, seconds = (sum(column) for column in zip(*self.work))
         row = dict(step=state["step"], tokens=state["tokens"], seconds=round(state["seconds"], 3))
         row |= dict(loss=self.mean_loss(state["step"], runtime), lr=lr, grad_norm=self.norm)
-        mfu = runtime.utilization(flops / seconds)
+        mfu = flops / seconds / (runtime.peak * runtime.world)
         return row | dict(tok_s=round(tokens / seconds), mfu=mfu)
 
 
@@ -1096,7 +1095,7 @@ def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
         f"{runtime.peak / 1e9:,.0f} GFLOP/s",
         f"{n:,} parameters{share}: {c.n_layer} layers x {c.d_model}, {c.n_head} heads, context "
         f"{c.context}, vocabulary {c.vocab_size:,}",
-        f"memory about {memory_needed(model, per_batch) / 2**20:,.0f} MB",
+        f"memory about {memory_needed(model, per_batch, length) / 2**20:,.0f} MB",
     ]
     if per_step:
         lines[-1] += f"; {per_step:,.0f} tokens a step"
@@ -1159,7 +1158,7 @@ def main(argv=None):
         whole = partial(measure, model, "end")
         return launch(whole, lambda row: print(f"{folder}: {eval_line(row)}"), runtime, folder)
     loader = TokenLoader(train, context, args.seed)
-    check_memory(model, per_batch, runtime)
+    check_memory(model, per_batch, runtime, context)
     args = settle(args, model, runtime, loader.context, folder)
     out = Path(args.out)
     task = Task(
