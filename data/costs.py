@@ -7,7 +7,8 @@ from data.cli import UserError
 # bytes a second in one direction: between the GPUs of a machine (NVLink 4) and of two (400 Gbit/s)
 LINKS = {"NVLink": 450e9, "400 Gbit/s": 50e9}
 H100 = 0.5 * 989e12  # FLOP/s: half of the datasheet's, which good runs reach
-WRITTEN_OUT = 512  # tokens up to which `model.attention` stores the scores on a CPU
+# on a CPU `model.attention` stores the scores up to so many tokens, or scores in all
+WRITTEN_OUT, FEW_SCORES = 512, 2**22
 
 
 def chinchilla_loss(parameters, tokens):
@@ -20,7 +21,8 @@ def chinchilla_loss(parameters, tokens):
 def count_parameters(model):
     """{part: parameters}, their "total" (a tied head is counted once, as the embedding), and with
     experts "active", those that a token uses."""
-    words = dict(embed="embedding", inputs="embedding", bigram="token pairs", position="positions")
+    words = dict(embed="embedding", inputs="embedding", bigram="token n-grams")
+    words |= dict(trigram="token n-grams", position="positions")
     words |= {"attention": "attention", "feed_forward": "feed-forward", "norm": "norms"}
     counts = dict.fromkeys([*words.values(), "head"], 0)
     for name, p in model.named_parameters():
@@ -94,8 +96,9 @@ def memory_needed(model, tokens, length=None):
     trained = sum(t.numel() for t, p in zip(parameters, model.parameters()) if p.requires_grad)
     c, length = model.config, length or model.config.context
     kept = activation_bytes(c, tokens, model.grad_checkpoint)
-    if length <= WRITTEN_OUT and parameters[0].device.type == "cpu":
-        kept += 4 * c.n_head * length * tokens * (1 if model.grad_checkpoint else c.n_layer)
+    scores = c.n_head * length * tokens  # of a layer
+    if (length <= WRITTEN_OUT or scores <= FEW_SCORES) and parameters[0].device.type == "cpu":
+        kept += 4 * scores * (1 if model.grad_checkpoint else c.n_layer)
     return stored + 12 * trained + kept
 
 
