@@ -42,15 +42,7 @@ from torch import nn
 import model as lm
 from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 from data.costs import check_memory, memory_needed
-from data.machine import (
-    DTYPES,
-    fast_products,
-    full_tensor,
-    is_sharded,
-    make_runtime,
-    native_dtype,
-    shard_like,
-)
+from data.machine import DTYPES, fast_products, full_tensor, make_runtime, native_dtype, shard_like
 from data.progress import waiting, watched
 from data.runs import Log, clock, eval_line, newest_run, run_folder, run_settings, step_line
 from data.tokenizer import Tokenizer
@@ -183,7 +175,7 @@ class Muon(torch.optim.Optimizer):
             # gathered first and goes alone
             alike = defaultdict(list)
             for p in (p for p in group["params"] if p.grad is not None):
-                alike[p if is_sharded(p) else p.shape].append(p)
+                alike[p if hasattr(p, "full_tensor") else p.shape].append(p)
             for params in alike.values():
                 for p in params:
                     if "momentum" not in self.state[p]:
@@ -398,9 +390,9 @@ def training_step(model, task, batches, runtime, scaler, seed):
 
 
 def clear_gradients(model):
-    """Drop all gradients. With gradient checkpointing those of the blocks become zeros instead: if
-    they were allocated in the backward pass, between activations that come and go, they would
-    fragment the heap (4 rows of 1,024 tokens at GPT-2's shape peaked at 4.7 GB, not 3.5)."""
+    """Drop all gradients. With gradient checkpointing those of the blocks become zeros instead:
+    allocated in the backward pass, between activations that come and go, they would fragment the
+    heap (4 rows of 1,024 tokens at GPT-2's shape peaked at 4.7 GB, not 3.5)."""
     model.zero_grad(set_to_none=True)
     if model.grad_checkpoint:
         for p in (p for p in model.blocks.parameters() if p.requires_grad):

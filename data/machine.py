@@ -98,19 +98,14 @@ class Runtime:
         return box[0]
 
 
-def is_sharded(tensor):
-    """Whether this process has only a part of the tensor."""
-    return hasattr(tensor, "full_tensor")
-
-
 def full_tensor(tensor):
     """The whole of a sharded tensor (a collective: every process must call it), or `tensor`."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def shard_like(tensor, other):
     """This process's part of a whole tensor if `other` is sharded, else `tensor`."""
-    if not is_sharded(other):
+    if not hasattr(other, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor  # takes a second
 
