@@ -13,6 +13,7 @@ messages, hotel dialogues), labelled texts, preference pairs.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -41,7 +42,7 @@ from data.files import write_json
 from data.machine import DTYPES, make_runtime, shard_like
 from data.progress import shown, watched
 from data.reply import parse
-from data.rewards import REWARDS, load_reward, rate
+from data.rewards import REWARDS, load_env, load_reward, own_code, rate
 from data.row_files import ROW_SUFFIXES
 from data.rows import as_chat, first_words, load_data, report_bad
 from data.runs import json_lines, newest_run, run_folder
@@ -71,7 +72,7 @@ LORA_RECIPE = dict(lr=3e-3, embed_lr=1e-3, head_lr=1e-3)
 # What a resumed run cannot change
 FIXED = {
     "ckpt", "objective", "optimizer", "seed", "loss_on", "teacher", "quantize", "val", "context",
-    "batch_tokens", "augment", "best_by", "reward", "samples", "updates", "kl", "lora_rank",
+    "batch_tokens", "augment", "best_by", "env", "reward", "samples", "updates", "kl", "lora_rank",
     "lora_alpha", "lora_dropout", "lora_targets",
 }  # fmt: skip
 
@@ -80,10 +81,10 @@ FIXED = {
 # --------------------------------------------------------------------------------------------
 
 
-def dpo_margin(model, ids, targets, reference):
+def dpo_margin(model, ids, targets, places, reference):
     """(P, 2): the log probabilities of chosen and rejected answers under `model` minus those under
     the reference, for a batch of `DPO.batch`."""
-    logps = model(ids, targets, output="log_probs").sum(1)  # (2 P,)
+    logps = model(ids, targets, output="log_probs", places=places).sum(1)  # (2 P,)
     return torch.stack(logps.chunk(2), dim=1) - reference
 
 
@@ -95,7 +96,7 @@ def preference_loss(rewards):
     return -F.logsigmoid(chosen - rejected).sum()
 
 
-def grpo_loss(logps, old, reference, advantage, sampled, clip, kl):
+def grpo_loss(logps, old, reference, advantage, places, clip, kl):
     """Group-relative policy optimisation: the loss of each sampled id is
 
         -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) + kl (q - log q - 1)
@@ -106,28 +107,27 @@ def grpo_loss(logps, old, reference, advantage, sampled, clip, kl):
     (Schulman 2020). Shao et al. 2024, equation 3, without its division by length and by standard
     deviation (Liu et al. 2025).
 
-    logps, old, reference: log probabilities (N, T); advantage (N, 1); sampled: bools (N, T).
-    Returns (loss, share of ids whose ratio is clipped, mean of the KL term).
+    logps, old, reference: log probabilities (N, T); advantage (N, 1); places: the `target_places`.
+    Returns tensors: loss, share of ids whose ratio is clipped, mean of the KL term.
     """
     ratio, log_q = (logps - old).exp(), reference - logps
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     divergence = log_q.expm1() - log_q
-    clipped = gain < ratio * advantage
-    loss = (kl * divergence - gain)[sampled].sum()
-    return loss, clipped[sampled].float().mean().item(), divergence[sampled].mean().item()
+    clipped, loss = (gain < ratio * advantage).float(), kl * divergence - gain
+    loss, clipped, divergence = (t.flatten()[places] for t in (loss, clipped, divergence))
+    return loss.sum(), clipped.mean(), divergence.detach().mean()
 
 
-def distill_loss(model, ids, targets, teacher, weight, temperature):
+def distill_loss(model, ids, targets, places, teacher, weight, temperature):
     """weight * cross-entropy + (1 - weight) * T^2 * KL(teacher || model), summed over the targets;
     the temperature T softens both distributions. Hinton et al. 2015, section 2."""
-    keep = targets != -100
-    logits = model(ids, targets, output="logits").float()  # (N, V)
+    logits = model(ids, targets, output="logits", places=places).float()  # (N, V)
     with torch.no_grad():
-        taught = teacher(ids, targets, output="logits").float()
+        taught = teacher(ids, targets, output="logits", places=places).float()
     V, T = min(logits.shape[1], taught.shape[1]), temperature  # one may have more spare rows
     ours, theirs = (x[:, :V].div(T).log_softmax(-1) for x in (logits, taught))
     kl = F.kl_div(ours, theirs, reduction="sum", log_target=True)
-    hard = F.cross_entropy(logits, targets[keep], reduction="sum")
+    hard = F.cross_entropy(logits, targets.flatten()[places], reduction="sum")
     return weight * hard + (1 - weight) * T**2 * kl
 
 
@@ -160,26 +160,69 @@ def job_prompt(job, tokenizer, context):
     return chat.get_template(tokenizer).fit_prompt(job.messages, job.tools, room)
 
 
-def generate_turns(model, tokenizer, prompts, seeds=None):
+def generate_turns(model, tokenizer, prompts, seeds=None, follow=None):
     """The turns that the model writes after the prompts: (lists of ids, messages). They are greedy,
-    or sampled with a seed for each prompt. A turn that ends makes room for the next one."""
-    template, allowed = chat.get_template(tokenizer), allowed_ids(model, tokenizer, chat=True)
-    max_tokens = max_answer(model.config.context)
+    or sampled with a seed for each prompt. A turn that ends makes room for the next one: for one of
+    the same conversation if follow(number of the prompt, ids) has made its prompt longer."""
+    template, max_tokens = chat.get_template(tokenizer), max_answer(model.config.context)
+    options = dict(allowed=allowed_ids(model, tokenizer, chat=True), ends=template.ends)
+    options["max_new_tokens"] = max_tokens
     turns, waiting, running = [[] for _ in prompts], deque(range(len(prompts))), {}
+    seeds = seeds and list(seeds)
     engine = Engine(model, min(48, len(prompts)), 256)
     with shown("answer", lambda: len(prompts) - len(waiting) - len(running), len(prompts)):
         while waiting or running:
             while waiting and engine.busy < len(engine.texts):
                 i = waiting.popleft()
-                options = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
-                running[engine.add(prompts[i], allowed=allowed, **options)] = i
-            for slot, new_id in engine.step().items():
+                drawing = {"seed": seeds[i]} if seeds else {"temperature": 0.0}
+                running[engine.add(prompts[i], **options, **drawing)] = i
+            for slot, ids in engine.step().items():
                 turn = turns[running[slot]]
-                turn.append(new_id)
-                if new_id in template.ends or len(turn) == max_tokens:
+                turn += ids
+                if ids[-1] in template.ends or len(turn) == max_tokens:
                     engine.remove(slot)
-                    del running[slot]
+                    i = running.pop(slot)
+                    if follow and follow(i, turn):
+                        turns[i] = []
+                        waiting.appendleft(i)
+                        if seeds:
+                            seeds[i] += 1
     return turns, [parse(ids, template, prompt) for ids, prompt in zip(turns, prompts)]
+
+
+def converse(model, tokenizer, env, starts, seeds=None):
+    """Whole conversations of the model with copies of an environment, reset by the numbers in
+    `starts`: ([messages], [Row], [reward]). The Rows consist of the ids that were read and drawn,
+    and the latter are learned. The context may end a conversation before the environment does."""
+    template, envs = chat.get_template(tokenizer), [copy.copy(env) for _ in starts]
+    with own_code("reset(seed) of --env fails"):
+        talks = [list(env.reset(start)) for env, start in zip(envs, starts)]
+        prompts = [template.prompt_ids(messages) for messages in talks]
+    rows = [batches.Row(ids, [0] * len(ids)) for ids in prompts]  # `follow` makes both longer
+
+    def follow(i, turn):
+        row, messages = rows[i], talks[i]
+        messages.append(parse(turn, template, row.ids))
+        row.ids += turn
+        row.mask += [1] * len(turn)
+        if turn[-1] != template.end:
+            return False
+        with own_code("step(message) of --env fails"):
+            new, done = envs[i].step(messages[-1])
+            ids = [] if done else template.next_ids(messages, new)
+        messages += new
+        if done or len(row.ids + ids) + max_answer(model.config.context) > model.config.context:
+            return False
+        row.ids += ids
+        row.mask += [0] * len(ids)
+        return True
+
+    generate_turns(model, tokenizer, prompts, seeds, follow)
+    with own_code("reward(messages) of --env fails"):
+        rewards = [float(env.reward(messages)) for env, messages in zip(envs, talks)]
+    if not all(map(math.isfinite, rewards)):
+        raise UserError(f"reward(messages) of --env returns {rewards}, not numbers")
+    return talks, rows, rewards
 
 
 def answer(model, tokenizer, jobs):
@@ -200,6 +243,7 @@ class Split:
     examples: list
     rows: list
     prompts: list = field(default_factory=list)  # of GRPO, which learns from these and not the rows
+    env: object = None  # of GRPO: the environment, in place of prompts from the rows
     reference: torch.Tensor | None = None  # of DPO: log probabilities (N, 2) before training
 
 
@@ -260,7 +304,7 @@ class SFT:
     def batch(self, split, numbers, rows, number=0):
         """The tensors of batch `number` of the run: of `rows`, with these numbers in the Split."""
         ids, targets = batches.pad(rows)
-        return ids, targets, (targets.flatten() != -100).nonzero()[:, 0]
+        return ids, targets, lm.target_places(targets)
 
     def loss(self, model, ids, targets, places):
         """The summed loss of a batch."""
@@ -273,13 +317,14 @@ class SFT:
     def evaluate(self, model, split, when="end"):
         """The loss per target and, after a "step", the scores of answers to --eval_rows of the
         questions, which only rank 0 generates; `report` answers all questions in the end."""
-        loss, targets = 0.0, 0
+        losses, count = [torch.zeros((), device=self.runtime.device)], 0
         buckets = batches.bucket(range(len(split.rows)), split.rows, self.args.batch_tokens)
         for numbers, counts in watched(list(self.runtime.share(buckets)), "validating: batch"):
-            batch = self.runtime.upload(batches.pad([split.rows[i] for i in numbers]))
-            loss += counts * float(model(*batch))
-            targets += counts * int((batch[1] != -100).sum())
-        loss, targets = self.runtime.total(loss, targets)
+            batch = SFT.batch(self, split, numbers, [split.rows[i] for i in numbers])
+            ids, targets, places = self.runtime.upload(batch)
+            losses.append(counts * model(ids, targets, places=places))  # read later: no GPU sync
+            count += counts * len(places)
+        loss, targets = self.runtime.total(sum(torch.stack(losses).tolist()), count)
         scores, answers = {"val_loss": loss / targets}, self.args.eval_rows and when == "step"
         if answers and (self.runtime.rank == 0 or self.runtime.sharded):
             jobs = self.jobs(split, self.args.eval_rows)
@@ -335,7 +380,8 @@ class Classify(SFT):
 
     def loss(self, model, ids, targets, places):
         """The summed loss among the labels alone, as it is measured."""
-        return -model(ids, targets, output="log_probs", allowed=self.allowed).sum()
+        logps = model(ids, targets, output="log_probs", allowed=self.allowed, places=places)
+        return -logps.sum()
 
     def evaluate(self, model, split, when="end"):
         return self.report(model, split)[0]
@@ -384,26 +430,28 @@ class DPO(SFT):
         return {"reference": reference}
 
     def batch(self, split, numbers, rows, number=0):
-        """(ids, targets, reference): the chosen rows, then the rejected ones; log probabilities
-        (P, 2) under the reference."""
+        """(ids, targets, places, reference): the chosen rows, then the rejected ones; log
+        probabilities (P, 2) under the reference."""
         reference = split.reference
         reference = torch.zeros(len(rows), 2) if reference is None else reference[numbers]
-        return *batches.pad([row for side in zip(*rows) for row in side]), reference
+        rows = [row for side in zip(*rows) for row in side]
+        return *super().batch(split, numbers, rows), reference
 
-    def rewards(self, model, ids, targets, reference):
+    def rewards(self, model, *batch):
         """(P, 2): the rewards of chosen and rejected answers, beta times `dpo_margin`."""
-        return self.args.dpo_beta * dpo_margin(model, ids, targets, reference)
+        return self.args.dpo_beta * dpo_margin(model, *batch)
 
-    def loss(self, model, ids, targets, reference):
-        return preference_loss(self.rewards(model, ids, targets, reference))
+    def loss(self, model, *batch):
+        return preference_loss(self.rewards(model, *batch))
 
     def over_pairs(self, split, measure):
-        """Apply measure(ids, targets, reference) -> (P, 2) to all pairs, in batches: (N, 2)."""
-        out = torch.zeros(len(split.rows), 2)
+        """Apply measure(*batch) -> (P, 2) to all pairs, in batches: (N, 2)."""
+        measured, out = [], torch.zeros(len(split.rows), 2)
         buckets = batches.bucket(range(len(split.rows)), split.rows, self.args.batch_tokens)
         for numbers in watched(buckets, "measuring: batch"):
             batch = self.batch(split, numbers, [split.rows[i] for i in numbers])
-            out[numbers] = measure(*(t.to(self.runtime.device) for t in batch)).cpu()
+            measured.append(measure(*self.runtime.upload(batch)))
+        out[list(itertools.chain(*buckets))] = torch.cat(measured).cpu()
         return out
 
     def evaluate(self, model, split, when="end"):
@@ -437,8 +485,8 @@ class Distill(SFT):
         return {}
 
     def loss(self, model, ids, targets, places):
-        weight, temperature = self.args.distill_lambda, self.args.distill_temperature
-        return distill_loss(model, ids, targets, self.teacher, weight, temperature)
+        options = self.args.distill_lambda, self.args.distill_temperature
+        return distill_loss(model, ids, targets, places, self.teacher, *options)
 
 
 # --------------------------------------------------------------------------------------------
@@ -464,9 +512,9 @@ class RewardModel(DPO):
     def start(self, model, splits, saved):
         return {}  # there is no reference
 
-    def rewards(self, model, ids, targets, reference):
+    def rewards(self, model, ids, targets, places, reference):
         token = self.tokenizer.special[REWARD_TOKEN]
-        logits = model(ids, targets, output="logits")[:, token].float()
+        logits = model(ids, targets, output="logits", places=places)[:, token].float()
         return torch.stack(logits.chunk(2), dim=1)
 
 
@@ -528,23 +576,18 @@ class SharedPrompt(lm.KVCache):
         return self.ids
 
 
-def group_logps(runner, model, ids, targets, lengths, allowed=None):
-    """Log probabilities (N, T) of targets among the `allowed` ids, answers to prompts of these
-    lengths, in batches as `GRPO.batch` makes them: each prompt is computed once. `runner`: see
-    train.make_runner."""
-    groups = []
-    for row, group, n in zip(ids, targets.chunk(len(ids)), lengths.tolist()):
-        shared, prompt, T = SharedPrompt(model), row[None, :n], most_targets(group)
-        runner(prompt, torch.full_like(prompt, -100), shared, output="log_probs")
+def group_logps(runner, model, ids, targets, groups, allowed=None):
+    """Log probabilities (N, T) of targets among the `allowed` ids, answers to prompts, in batches
+    as `GRPO.batch` makes them: each prompt is computed once. `runner`: see train.make_runner."""
+    logps = []
+    for row, group, (n, T, places) in zip(ids, targets.chunk(len(ids)), groups):
+        shared, prompt = SharedPrompt(model), row[None, :n]
+        nothing = torch.full_like(prompt, -100)
+        runner(prompt, nothing, shared, output="log_probs", places=places[:0])
         answers, wanted = row[n : n + len(group) * T].view(-1, T), group[:, :T].contiguous()
-        logps = runner(answers, wanted, shared, output="log_probs", allowed=allowed)
-        groups.append(F.pad(logps, (0, group.shape[1] - T)))
-    return torch.cat(groups)
-
-
-def most_targets(targets):
-    """How many targets the row with the most has."""
-    return int((targets != -100).sum(1).max())
+        options = dict(output="log_probs", allowed=allowed, places=places)
+        logps.append(F.pad(runner(answers, wanted, shared, **options), (0, group.shape[1] - T)))
+    return torch.cat(logps)
 
 
 class GRPO(SFT):
@@ -562,18 +605,26 @@ class GRPO(SFT):
     recipe = dict(
         samples=8, updates=1, clip=0.2, kl=0.0, best_by="val_reward", lr=1e-4, embed_lr=1e-4,
         head_lr=1e-4, muon_lr=1e-3, epochs=1.0, batch_tokens=8192, grad_accum=4, eval_every=20,
-        log_every=5,
+        log_every=5, compile=False,  # blocks are not compiled for what follows a cached prompt
     )  # fmt: skip
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.rewards = load_rewards(self.args.reward, self.args.device)
+        self.env = load_env(self.args.env) if self.args.env else None
+        self.rewards = None if self.env else load_rewards(self.args.reward, self.args.device)
         self.figures = defaultdict(list)  # of each micro-batch since the last line of the log
         self.sampled = {}  # {number: batch}, for further updates
 
     def make_split(self, examples):
-        """The Split of examples as chats, with Prompts of the turns that the reward is for."""
+        """The Split of examples as chats, with Prompts of the turns that the reward is for, or as
+        many conversations with an environment."""
         split, context = super().make_split([as_chat(e) for e in examples]), self.args.context
+        if self.env:
+            room = self.args.samples * context
+            split.prompts = [batches.Prompt([0], n, room) for n in range(len(split.examples))]
+            with own_code("--env cannot be made"):
+                split.env = self.env(split.examples)
+            return split
         jobs = self.jobs(split)
         rewards = self.rewards([(job.messages, job.wanted, job.wanted) for job in jobs])
         for job, reward in zip(jobs, rewards):
@@ -589,6 +640,7 @@ class GRPO(SFT):
         """Load the reference: the weights at the start, or the base of an adapter. A resumed run
         keeps the answers that rank 0 sampled for further updates; other ranks sample anew."""
         self.model, self.reference = model, None
+        self.held_env = list(splits.values())[-1].env
         # under the probabilities of all ids, one that is never sampled is not held back, and grows
         self.allowed = allowed_ids(model, self.tokenizer, chat=True)
         if self.args.kl and not lora.adapted(model):
@@ -597,8 +649,8 @@ class GRPO(SFT):
             self.reference = lm.model_from_checkpoint(base)
             self.reference.grow_vocabulary(model.config.vocab_size, n_vocab)
             self.reference.to(self.runtime.device)
-        self.sampled = saved["drawn"] if saved else {}
-        return {"drawn": self.sampled}
+        self.sampled = saved.get("sampled", {}) if saved else {}
+        return {"sampled": self.sampled}
 
     def batch(self, split, numbers, rows, number=0):
         """Sample answers to the prompts in `rows`. Keeps only groups whose rewards differ; the
@@ -606,8 +658,9 @@ class GRPO(SFT):
 
             ids        a row for each group: the prompt without its last id, then the answers, each
                        after that id and as long as the longest
-            targets    (N, T), a row for each answer
-            lengths    of the prompts without their last ids
+            targets    (N, T), a row for each answer; then their places
+            groups     the length of the prompt without its last id, that of the longest answer, and
+                       the places of the targets in as many columns, of each group
             advantage  (N, 1)
             old, reference   log probabilities (N, T) when sampled, and under the reference
             rewards    of all sampled answers
@@ -618,37 +671,49 @@ class GRPO(SFT):
         prompts = [p for p in rows for _ in range(a.samples)]
         seeds = np.random.default_rng((a.seed, 2, number)).integers(2**62, size=len(prompts))
         with lm.evaluating(self.model) as model, self.runtime.autocast():
-            prompt_ids = [p.ids for p in prompts]
-            answers, turns = generate_turns(model, self.tokenizer, prompt_ids, seeds=seeds.tolist())
-        jobs = [p.turn for p in prompts]
-        rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
-        if None in rewards:
-            question = chat.message_text(jobs[rewards.index(None)].messages[-1])
-            raise UserError(f"the reward of an answer to {question!r:.80} is None")
+            texts, rewards = self.sample(model, split, prompts, seeds.tolist())
+        starts = [row.mask.index(1) for row in texts]  # the lengths of the prompts
         rewards = torch.tensor(rewards).view(-1, a.samples)  # (groups, samples)
         spread = rewards.std(1)
         self.figures["reward"] += rewards.flatten().tolist()
         self.figures["reward_std"] += spread.tolist()
         self.figures["equal_groups"] += (spread < 1e-6).tolist()
-        self.figures["answer_tokens"] += map(len, answers)
+        self.figures["answer_tokens"] += [sum(row.mask) for row in texts]
         keep = (spread >= 1e-6) | bool(a.kl)
         keep[0] |= not keep.any()  # a batch has one group at least
         advantage = (rewards - rewards.mean(1, keepdim=True))[keep].view(-1, 1)
-        pairs = zip(prompts, answers)
-        tails = [batches.Row([p.ids[-1], *new], [0] + [1] * len(new)) for p, new in pairs]
+        tails = [batches.Row(t.ids[n - 1 :], t.mask[n - 1 :]) for t, n in zip(texts, starts)]
         groups = [t.view(len(rows), a.samples, -1)[keep] for t in batches.pad(tails)]
-        heads = [torch.tensor(p.ids[:-1]) for p, kept in zip(rows, keep) if kept]
-        ends = [ids[:, : most_targets(t)].flatten() for ids, t in zip(*groups)]
-        texts = [torch.cat(pair) for pair in zip(heads, ends)]
+        pairs = zip(texts[:: a.samples], starts[:: a.samples], keep)
+        heads = [torch.tensor(t.ids[: n - 1]) for t, n, kept in pairs if kept]
+        texts, parts = [], []
+        for head, ids, goals in zip(heads, *groups):
+            T = int((goals != -100).any(0).nonzero().max()) + 1  # up to the last target of any
+            texts.append(torch.cat([head, ids[:, :T].flatten()]))
+            parts.append((len(head), T, lm.target_places(goals[:, :T])))
         ids, targets = batches.pad_sequence(texts, True), groups[1].flatten(0, 1)
-        lengths = torch.tensor([len(head) for head in heads])
-        logps = self.fixed_logps(ids, targets, lengths)
-        batch = ids, targets, lengths, advantage, *logps, rewards.flatten()
+        logps = self.fixed_logps(ids, targets, parts)
+        places = lm.target_places(targets)
+        batch = ids, targets, places, parts, advantage, *logps, rewards.flatten()
         if a.updates > 1:
             if number % a.grad_accum == 0:  # the first of a new step
                 self.sampled.clear()
             self.sampled[number] = batch
         return batch
+
+    def sample(self, model, split, prompts, seeds):
+        """(Rows of the prompts and what the model writes after them, the rewards)."""
+        if split.env:
+            starts = [p.turn for p in prompts]
+            return converse(model, self.tokenizer, split.env, starts, seeds)[1:]
+        answers, turns = generate_turns(model, self.tokenizer, [p.ids for p in prompts], seeds)
+        jobs = [p.turn for p in prompts]
+        rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
+        if None in rewards:
+            question = chat.message_text(jobs[rewards.index(None)].messages[-1])
+            raise UserError(f"the reward of an answer to {question!r:.80} is None")
+        pairs = [(p.ids, new) for p, new in zip(prompts, answers)]
+        return [batches.Row(p + new, [0] * len(p) + [1] * len(new)) for p, new in pairs], rewards
 
     def fixed_logps(self, *batch):
         """`group_logps` under the model now and under the reference; zeros if not needed."""
@@ -656,29 +721,34 @@ class GRPO(SFT):
         def logps(model, needed):
             if not needed:
                 return torch.zeros(batch[1].shape)
-            on_device = [t.to(self.runtime.device) for t in batch]
             with lm.evaluating(model), self.runtime.autocast():
+                on_device = self.runtime.upload(batch)
                 return group_logps(model, model, *on_device, self.allowed).cpu()
 
         old = logps(self.model, self.args.updates > 1)
         with lora.disable_adapter(self.model):
             return old, logps(self.reference or self.model, self.args.kl)
 
-    def loss(self, model, ids, targets, lengths, advantage, old, reference, rewards):
-        a, sampled = self.args, targets != -100
-        logps = group_logps(model, self.model, ids, targets, lengths, self.allowed)
+    def loss(self, model, ids, targets, places, groups, advantage, old, reference, rewards):
+        a, logps = self.args, group_logps(model, self.model, ids, targets, groups, self.allowed)
         old = old if a.updates > 1 else logps.detach()
         reference = reference if a.kl else logps.detach()
-        loss, clipped, kl = grpo_loss(logps, old, reference, advantage, sampled, a.clip, a.kl)
+        loss, clipped, kl = grpo_loss(logps, old, reference, advantage, places, a.clip, a.kl)
         self.figures["clipped"].append(clipped)
         self.figures["kl"].append(kl)
-        self.figures["entropy"].append(-float(logps.detach()[sampled].mean()))
+        self.figures["entropy"].append(-logps.detach().flatten()[places].mean())
         return loss
 
     def scores(self, jobs, turns):
-        """The scores of a chat, and the mean reward of the turns that the reward is for."""
-        answers = [(job.messages, turn, job.wanted) for job, turn in zip(jobs, turns)]
-        rewards = [r for r in self.rewards(answers) if r is not None]
+        """The scores of a chat, and the mean reward of the turns that the reward is for, or of
+        --eval_rows conversations."""
+        if self.env:
+            starts = range(self.args.eval_rows or 64)
+            rewards = converse(self.model, self.tokenizer, self.held_env, starts)[2]
+        else:
+            answers = [(job.messages, turn, job.wanted) for job, turn in zip(jobs, turns)]
+            rewards = self.rewards(answers)
+        rewards = [r for r in rewards if r is not None]
         mean = {"val_reward": sum(rewards) / len(rewards)} if rewards else {}
         return mean | super().scores(jobs, turns)
 
@@ -688,7 +758,8 @@ class GRPO(SFT):
         clipped ratios, the divergence from the reference, and the mean of -log p of learned ids."""
         names = ["reward", "reward_std", "equal_groups", "answer_tokens", "clipped", "kl"]
         names += ["entropy"]
-        sums = self.runtime.total(*(f(self.figures[k]) for f in (sum, len) for k in names))
+        values = [list(map(float, self.figures[k])) for k in names]  # here, for each is a GPU sync
+        sums = self.runtime.total(*map(sum, values), *map(len, values))
         self.figures.clear()
         means = {k: s / n for k, s, n in zip(names, sums, sums[len(names) :]) if n}
         if means.get("equal_groups") == 1 and self.runtime.rank == 0:
@@ -719,10 +790,12 @@ def resolve(args):
     content, settings = None, given
     if args.resume is not None and not args.eval_only:
         settings, content = train.resumed_settings(args, given, FIXED)
+    elif "data" not in given and given.get("env") in ROW_SETS:
+        settings = given | {"data": given["env"]}
     elif "data" not in given:
         raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
-    elif "ckpt" not in given:
-        settings = given | {"ckpt": str(newest_run())}
+    if "ckpt" not in settings:
+        settings = settings | {"ckpt": str(newest_run())}
     data, fraction = settings["data"], settings.get("val", RECIPE["val"])
     options = {name: settings.get(name) for name in ("rows", "max_rows", "encoding")}
     options["every_row"] = bool(args.eval_only or args.show_mask) and not given.get("val")
@@ -759,8 +832,9 @@ def check_settings(args, objective, splits, given):
     problems = [
         ((a.objective == "distill") != bool(a.teacher),
          "--teacher CKPT and --objective distill belong together"),
-        ((a.objective == "grpo") != bool(a.reward),
-         f"--objective grpo and --reward belong together: {', '.join(REWARDS)}, a file, a --ckpt"),
+        ((a.objective == "grpo") != bool(a.reward or a.env) or (a.reward and a.env),
+         f"--objective grpo needs --env, or --reward {', '.join(REWARDS)}, a file, or a --ckpt; "
+         "they are for nothing else"),
         (LORA_FLAGS & set(given) and not a.lora_rank,
          "--lora_rank 0 trains all weights, without adapters: leave out the flags of LoRA"),
         (a.quantize and not a.lora_rank,
@@ -937,6 +1011,7 @@ def header(model, args, objective, splits, loader):
     if split.prompts:
         longest, answers = max(len(p.ids) for p in loader.rows), f"{args.samples} answers to each"
         rows = f"prompts of at most {longest:,} tokens, {answers} of {max_answer(args.context)}"
+        rows = f"conversations, each held {args.samples} times" if split.env else rows
     text = (
         f"{args.out}: {args.objective} from {args.ckpt} on {args.data}: {len(split.examples):,} "
         f"{objective.noun} to learn, {len(val.examples):,} to measure; {len(sizes):,} {rows}; "
@@ -1065,6 +1140,8 @@ def build_parser():
     add("--teacher", help="checkpoint that distill learns from")
     add("--reward", help=f"what grpo learns from: {', '.join(REWARDS)}, a .py file with a function "
         "reward(messages, answer, wanted), or a run of --objective reward; slots,faithful is both")
+    add("--env", help="what grpo talks to instead: hotel, or a .py file with a class Env, whose "
+        "reset(seed) and step(message) speak and whose reward(messages) rates a conversation")
     for name, (default, kind, text) in OWN_FLAGS.items():
         add(f"--{name}", type=kind, help=f"{text} (default {default:g})")
     add = train.add_optimization(p)

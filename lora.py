@@ -17,6 +17,7 @@ import hashlib
 import re
 import signal
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
@@ -24,7 +25,7 @@ if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; s
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import model as lm
 from data.cli import Parser, UserError, run_cli
@@ -72,6 +73,46 @@ def quantize_nf4(weight):
     return (codes[:, 0::2] << 4 | codes[:, 1::2]).to(torch.uint8), absmax
 
 
+def dequantize(buffers, rows, columns):
+    """The weight (rows, columns), float32, of a QuantLinear with these `buffers`."""
+    codes, scale_mean, scale_codes, scale_scales, *pairs = buffers
+    scales = (scale_codes * scale_scales).view(-1)[: len(codes), None] + scale_mean
+    if pairs:
+        pairs = pairs[0].index_select(0, codes.view(-1).int())
+        values = pairs.view(torch.float32).view(-1, BLOCK).mul_(scales)
+    else:
+        values = codes * scales
+    return values.view(-1)[: rows * columns].view(rows, columns)
+
+
+# One operation, which autograd and torch.compile do not look into: they would keep a dequantized
+# copy of every layer from the forward pass to the backward pass.
+@torch.library.custom_op("scratchlm::quantized_product", mutates_args=())
+def quantized_product(
+    x: Tensor, buffers: list[Tensor], bias: Tensor | None, rows: int, columns: int, transpose: bool
+) -> Tensor:
+    """x @ weight.T + bias for the weight that `dequantize` gives, or x @ weight."""
+    weight = dequantize(buffers, rows, columns).to(x.dtype)
+    return F.linear(x, weight, bias) if transpose else x @ weight
+
+
+@quantized_product.register_fake
+def _(x, buffers, bias, rows, columns, transpose):
+    return x.new_empty(*x.shape[:-1], rows if transpose else columns)
+
+
+def _keep(ctx, inputs, output):
+    _, buffers, _, *ctx.sizes, _ = inputs
+    ctx.save_for_backward(*buffers)
+
+
+@partial(quantized_product.register_autograd, setup_context=_keep)
+def _(ctx, grad):
+    buffers = list(ctx.saved_tensors)
+    grad = quantized_product(grad, buffers, None, *ctx.sizes, False)
+    return grad, [None] * len(buffers), None, None, None, None
+
+
 class QuantLinear(nn.Module):
     """A frozen Linear in `int8` or `nf4`, dequantized whenever it is used. Each block of 64 weights
     has a scale; the scales, less their mean, are int8 codes in turn: 8.13 or 4.13 bits a weight."""
@@ -96,35 +137,14 @@ class QuantLinear(nn.Module):
     @property
     def weight(self):
         """The dequantized weight (out, in), float32."""
-        scales = (self.scale_codes * self.scale_scales).view(-1)[: len(self.codes), None]
-        scales = scales + self.scale_mean
-        if self.kind == "nf4":
-            pairs = self.pairs.index_select(0, self.codes.view(-1).int())
-            values = pairs.view(torch.float32).view(-1, BLOCK).mul_(scales)
-        else:
-            values = self.codes * scales
-        shape = torch.Size((self.out_features, self.in_features))
-        return values.view(-1)[: shape.numel()].view(shape)
+        return dequantize([*self.buffers()], self.out_features, self.in_features)
 
     def forward(self, x):
-        return DequantizedProduct.apply(x, self, self.bias)
-
-
-class DequantizedProduct(torch.autograd.Function):
-    """x W^T + b where W is dequantized once for the forward pass and once more for the backward
-    pass: autograd would keep a dequantized copy of every layer in between."""
-
-    @staticmethod
-    def forward(ctx, x, layer, bias):
         device = x.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.layer, ctx.low, ctx.x_dtype = layer, low, x.dtype
-        return F.linear(x.to(low), layer.weight.to(low), None if bias is None else bias.to(low))
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_x = grad.to(ctx.low) @ ctx.layer.weight.to(ctx.low)
-        return grad_x.to(ctx.x_dtype), None, None
+        bias = None if self.bias is None else self.bias.to(low)
+        sizes = self.out_features, self.in_features
+        return quantized_product(x.to(low), [*self.buffers()], bias, *sizes, True)
 
 
 def quantize(model, kind, device="cpu"):

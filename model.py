@@ -518,16 +518,16 @@ INPUTS = {"bigram": BigramEmbedding, "induction": Induction}
 # The loss, without ever storing all logits
 # --------------------------------------------------------------------------------------------
 
-LOSS_ROWS = 256  # rows of logits at a time; 64 was 27 % slower at V = 100,256
+LOSS_ROWS = 256  # rows of logits at a time, at least
+LOSS_LOGITS = 2**25  # logits at a time, if that is more rows
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of a linear head, computed a few rows of logits at a time.
+    """Summed cross-entropy of a linear head, computed some rows of logits at a time.
 
     Full logits are (N, V): 2,048 rows of a 100,256-id vocabulary take 0.8 GB, and their softmax and
     gradient as much again. Here the loss *and* the gradient of each chunk of rows are computed
-    together, then its logits are freed: d loss / d logits = softmax(logits) - onehot(target).
-    The backward pass only scales the stored gradients.
+    together, then its logits are freed. The backward pass only scales the stored gradients.
     """
 
     @staticmethod
@@ -535,29 +535,28 @@ class ChunkedLoss(torch.autograd.Function):
         low = dtype or x.dtype  # dtype of the matrix products
         x_low, w_low, b_low = x.to(low), weight.to(low), None if bias is None else bias.to(low)
         full = torch.float64 if x.dtype == torch.float64 else torch.float32
-        loss = torch.zeros((), dtype=full, device=x.device)
         # needs_input_grad does not know of torch.no_grad, and in here no gradients are recorded
         need_x, need_w, need_b = (n and with_grad for n in ctx.needs_input_grad[:3])
-        grad_x = torch.empty_like(x) if need_x else None
-        grad_w = torch.zeros_like(weight, dtype=full) if need_w else None
-        grad_b = torch.zeros_like(bias, dtype=full) if need_b else None
-        # large products are faster on a GPU: 2^28 logits are 1 GiB in float32
-        step = max(LOSS_ROWS, 2**28 // len(weight)) if x.is_cuda else LOSS_ROWS
-        for i in range(0, len(x), step):
-            rows, goal = x_low[i : i + step], targets[i : i + step, None]
-            log_p = F.log_softmax(F.linear(rows, w_low, b_low), dim=-1, dtype=full)  # (rows, V)
-            loss -= log_p.gather(1, goal).sum()
-            if not (need_x or need_w or need_b):
-                continue
-            error = log_p.exp_().scatter_add_(1, goal, -torch.ones_like(goal, dtype=full))
-            if need_b:
-                grad_b += error.sum(0)
-            error = error.to(low)
+        loss, grad_x, grad_w, grad_b = torch.zeros((), dtype=full, device=x.device), [], None, 0
+        # large products are faster on a GPU; in its caches a CPU has room for a few rows
+        logits_at_once, cached = (2**28, len(x)) if x.is_cuda else (LOSS_LOGITS, 16)
+        rows_at_once = max(LOSS_ROWS, logits_at_once // len(weight))
+        chunks = max(1, math.ceil(len(x) / rows_at_once))
+        for rows, goal in zip(x_low.chunk(chunks), targets.chunk(chunks)):
+            logits = F.linear(rows, w_low, b_low)  # (rows, V)
+            for part in zip(logits.split(max(1, cached)), goal.split(max(1, cached))):
+                loss += cross_entropy_(*part, full)
+            error = logits  # what they were is no longer needed
             if need_x:
-                grad_x[i : i + step] = error @ w_low
-            if need_w:
+                grad_x.append(error @ w_low)
+            if need_w and grad_w is None:  # in full precision if there will be others to add
+                grad_w = (error.T @ rows).to(weight.dtype if chunks == 1 else full)
+            elif need_w:
                 add_product(grad_w, error.T, rows)
-        ctx.grads = (grad_x, grad_w, grad_b, None, None, None)
+            if need_b:
+                grad_b += error.sum(0).to(full)
+        grad_x = torch.cat(grad_x).to(x.dtype) if need_x else None
+        ctx.grads = (grad_x, grad_w, grad_b if need_b else None, None, None, None)
         return loss
 
     @staticmethod
@@ -567,6 +566,16 @@ class ChunkedLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         # in place, because another (V, C) would be the largest tensor of the step
         return tuple(None if g is None else g.mul_(scale) for g in grads)
+
+
+def cross_entropy_(logits, targets, full):
+    """The summed cross-entropy of logits (rows, V), computed in the dtype `full`. The logits become
+    its gradient: softmax(logits) - onehot(target)."""
+    log_p, targets = logits.log_softmax(-1, dtype=full), targets[:, None]
+    of_targets = log_p.gather(1, targets)
+    logits.copy_(log_p.exp_())
+    logits.scatter_(1, targets, of_targets.expm1().to(logits.dtype))
+    return -of_targets.sum()
 
 
 def add_product(total, a, b):
@@ -580,13 +589,18 @@ def add_product(total, a, b):
             total_rows += a_rows @ b
 
 
+def target_places(targets):
+    """The indices of the flattened targets that are not -100. To find them synchronises a GPU, so
+    training does it before a batch goes there."""
+    return (targets.flatten() != -100).nonzero()[:, 0]
+
+
 def chunked_loss(x, weight, bias, targets, places=None):
     """The sum of -log softmax(x @ weight.T + bias)[target], a float32 scalar (float64 if x is
     float64). Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
 
     x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100 for "no loss": such rows
-    cost nothing. `places` are the indices of the flattened targets that are not -100; finding them
-    here would synchronise a GPU.
+    cost nothing. `places` are the `target_places`.
     """
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     if places is None:
@@ -599,10 +613,11 @@ def chunked_loss(x, weight, bias, targets, places=None):
         return ChunkedLoss.apply(*args, torch.is_grad_enabled(), low)
 
 
-def token_logps(x, weight, bias, targets, allowed=None):
+def token_logps(x, weight, bias, targets, allowed=None, places=None):
     """log softmax(x @ weight.T + bias)[target] of each position (...), 0 where the target is -100,
     in float32 (float64 if x is float64). Ids outside of `allowed`, bools (V,), have probability
-    0. Logits are computed a few rows at a time, and again in the backward pass."""
+    0. Logits are computed a few rows at a time, and again in the backward pass. `places` are the
+    `target_places`."""
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def row_logps(rows, goal):
@@ -611,11 +626,12 @@ def token_logps(x, weight, bias, targets, allowed=None):
             logits = logits.masked_fill(~allowed, -math.inf)
         return logits.log_softmax(-1, dtype=full).gather(1, goal[:, None])[:, 0]
 
-    keep = targets != -100
-    chunks = zip(x[keep].split(LOSS_ROWS), targets[keep].split(LOSS_ROWS))
+    places = target_places(targets) if places is None else places
+    rows, goals = x.flatten(0, -2)[places], targets.flatten()[places]
+    chunks = zip(rows.split(LOSS_ROWS), goals.split(LOSS_ROWS))
     logps = [recompute(row_logps, *chunk, use_reentrant=False) for chunk in chunks]
-    out = torch.zeros(targets.shape, dtype=full, device=x.device)
-    return out.masked_scatter(keep, torch.cat(logps))
+    out = torch.zeros(targets.numel(), dtype=full, device=x.device)
+    return out.index_copy(0, places, torch.cat(logps)).view_as(targets)
 
 
 # --------------------------------------------------------------------------------------------
@@ -868,9 +884,9 @@ class Transformer(nn.Module):
         names = [f"{n}.weight" for n, m in self.named_modules() if isinstance(m, Table)]
         return [n for n in names if n.startswith(("value_embed.", "inputs."))]
 
-    def last_logits(self, ids, cache, new=None):
-        """Logits (B, V) of the token after the last of the ids (B, T): all that sampling needs."""
-        return self.head(self.hidden(ids, cache, new)[:, -1])
+    def last_logits(self, ids, cache, new=None, n=1):
+        """Logits (B * n, V) of the tokens after the last n of the ids (B, T)."""
+        return self.head(self.hidden(ids, cache, new)[:, -n:].flatten(0, 1))
 
     def forward(self, ids, targets=None, cache=None, output="loss", places=None, allowed=None):
         if self.config.experts and self.training and output == "loss" and targets is not None:
@@ -879,10 +895,12 @@ class Transformer(nn.Module):
         if targets is None:
             return self.head(x)  # (B, T, V)
         if output == "logits":
-            return self.head(x[targets != -100])  # (N, V)
+            places = target_places(targets) if places is None else places
+            return self.head(x.flatten(0, 1)[places])  # (N, V)
+        weights = self.head.weight, self.head.bias
         if output == "log_probs":
-            return token_logps(x, self.head.weight, self.head.bias, targets, allowed)  # (B, T)
-        return chunked_loss(x, self.head.weight, self.head.bias, targets, places)
+            return token_logps(x, *weights, targets, allowed, places)  # (B, T)
+        return chunked_loss(x, *weights, targets, places)
 
     @torch.no_grad()
     def grow_vocabulary(self, vocab_size, used):

@@ -20,7 +20,6 @@ import lzma
 import os
 import re
 import signal
-import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -113,13 +112,12 @@ def make_tokenizer(name, documents, total_bytes):
 
 
 # --------------------------------------------------------------------------------------------
-# Writing: encode on all cores, append, split, describe
+# Writing: encode, append, split, describe
 # --------------------------------------------------------------------------------------------
 
 FORMAT = 1
 MANY = 10  # documents from which on whole documents are held out
 XZ_LIMIT = 16 * MB  # bytes of text up to which xz compresses it, too (7 s at most on two cores)
-WORKERS = min(8, os.cpu_count() or 1)  # more threads would only hold more text in memory
 
 
 def token_dtype(n_vocab):
@@ -127,55 +125,29 @@ def token_dtype(n_vocab):
     return np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
 
 
-def labelled_pieces(documents, hold_out):
-    """(split, first piece of its document?, text); every `hold_out`-th document goes to val."""
-    for n, (_, pieces) in enumerate(documents, start=1):
-        split = "val" if hold_out and n % hold_out == 0 else "train"
-        first = True
-        for piece in filter(None, pieces):
-            yield split, first, piece
-            first = False
-
-
-def encoded(pieces, tokenizer):
-    """(split, first piece of its document?, characters, ids) of labelled pieces, in their order.
-    Threads encode a few pieces ahead and no more, so that memory is bounded."""
-    local = threading.local()
-
-    def start():
-        # two threads that shared an Encoding, and so its regex scratch space, took longer than one
-        local.tokenizer = Tokenizer(tokenizer.spec)
-
-    def encode(split, first, text):
-        follows = None if first else "text"
-        return split, first, len(text), local.tokenizer.encode_array(text, follows)
-
-    with ThreadPoolExecutor(WORKERS, initializer=start) as pool:
-        pieces = iter(pieces)
-        while ahead := list(itertools.islice(pieces, 2 * WORKERS)):
-            yield from pool.map(encode, *zip(*ahead))
-
-
 def write_tokens(documents, held_out, tokenizer, paths, hold_out, max_tokens=None):
     """Write the documents' tokens to the two `paths`, those of train and val, end-of-text between
-    them, at most `max_tokens` for training if that is given; and those of the documents `held_out`
-    to val. Returns how many documents and characters there are."""
+    them: every `hold_out`-th document to val, and the documents `held_out`; at most `max_tokens` to
+    train if that is given. Returns how many documents and characters there are."""
     stats, size, dtype = Counter(), Counter(), token_dtype(tokenizer.n_vocab)
     limit = int(max_tokens or 2**62)
     with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
         files = {"train": train, "val": val}
-        for pieces in labelled_pieces(documents, hold_out), labelled_pieces(held_out, 1):
-            pieces = watched(encoded(pieces, tokenizer), "encoding: piece")
-            for split, first, characters, ids in pieces:
-                if first and size[split]:
-                    ids = np.concatenate([[tokenizer.eos_id], ids])
-                if split == "train":
-                    ids = ids[: limit - size["train"]]
-                files[split].write(ids.astype(dtype))
-                size[split] += len(ids)
-                stats["documents"] += first
-                stats["characters"] += characters
-                if split == "train" and size["train"] >= limit:
+        for texts, every in (documents, hold_out), (held_out, 1):
+            for n, (_, pieces) in enumerate(watched(texts, "encoding: document"), start=1):
+                split, follows = "val" if every and n % every == 0 else "train", None
+                for piece in filter(None, pieces):
+                    ids = tokenizer.encode_array(piece, follows)
+                    if not follows and size[split]:
+                        ids = np.concatenate([[tokenizer.eos_id], ids])
+                    if split == "train":
+                        ids = ids[: limit - size["train"]]
+                    files[split].write(ids.astype(dtype))
+                    size[split] += len(ids)
+                    stats["documents"] += not follows
+                    stats["characters"] += len(piece)
+                    follows = "text"
+                if size["train"] >= limit:
                     break
     return stats
 
@@ -373,20 +345,16 @@ def data_hashes(meta):
 
 def other_tokenizer(folder, wanted):
     """What to tell a user whose checkpoint has the Tokenizer `wanted`, not that of a prepared
-    folder: how they differ, and the command that prepares the text again."""
-    meta, name = read_meta(folder), wanted.name
-    old = Tokenizer(meta["tokenizer"]).name
-    if wanted.spec["kind"] in ("char", "bpe"):  # learned from a text: perhaps still in a folder
-        for path in DATA.glob("*/meta.json"):
-            with contextlib.suppress(UserError):  # a damaged one
-                if Tokenizer(read_meta(path.parent)["tokenizer"]).same_ids(wanted):
-                    name = path.parent
-    remedy = "prepare the text by --tokenizer and a folder or model that has the former"
-    if name != old:
-        command = f"python prepare_data.py {meta['source']} --tokenizer {name}"
-        remedy = f"{command} --name {folder.name} prepares it again"
+    folder: the command that prepares the text again, perhaps with a FOLDER that has it."""
+    meta, learned = read_meta(folder), wanted.spec["kind"] in ("char", "bpe")
+    old, name = Tokenizer(meta["tokenizer"]).name, "FOLDER" if learned else wanted.name
+    for path in DATA.glob("*/meta.json") if learned else ():
+        with contextlib.suppress(UserError):  # of another version
+            if Tokenizer(read_meta(path.parent)["tokenizer"]).same_ids(wanted):
+                name = path.parent
+    command = f"python prepare_data.py {meta['source']} --tokenizer {name} --name {folder.name}"
     both = f"the checkpoint's tokenizer is {wanted.name}, that of {folder} {old}"
-    return f"{both} (or has other tokens): {remedy}"
+    return f"{both} (or has other tokens): {command} prepares it again"
 
 
 # --------------------------------------------------------------------------------------------

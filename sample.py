@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, repeat, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ import lora
 from data.analogy import analogy, bert_words
 from data.chat import common_length, get_template
 from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
+from data.drafts import Drafts, Lookup
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, native_dtype
 from data.matmul import make_fast, timing_lines
@@ -140,12 +141,13 @@ DECODING = {
 }
 
 
-def next_token(logits, previous, generators, settings, prompt_lengths=None):
+def next_token(logits, previous, shares, settings, prompt_lengths=None):
     """Draw one id for each row of logits (B, V), after the penalties, the temperature and FILTERS.
 
     `previous` has, for each row, the list of its ids so far; the first prompt_lengths[r] of them
-    are the prompt. `generators` has a torch.Generator for each row, so that its sample does not
-    depend on the batch. Temperature 0 takes the largest logit.
+    are the prompt. `shares` has a random number in [0, 1) for each row, at which the cumulative
+    distribution is inverted: torch.multinomial draws a number for each token, which took a
+    millisecond with GPT-2's vocabulary. Temperature 0 takes the largest logit.
     """
     s = DECODING | settings
     logits = logits.float()
@@ -160,17 +162,17 @@ def next_token(logits, previous, generators, settings, prompt_lengths=None):
     for name, f in FILTERS.items():
         if s[name] != f.off:
             logits = f.function(logits, s[name])
-    probs = logits.softmax(dim=-1).cpu()  # drawn on the CPU: the same seed, the same text anywhere
-    return [sample_token(p, g) for p, g in zip(probs, generators)]
+    probs = logits.softmax(dim=-1)
+    probs = probs.cpu() if probs.device.type == "mps" else probs  # it has no float64
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    points = 1 - torch.tensor(shares, dtype=torch.float64, device=probs.device)  # (0, 1]
+    points = points * cumulative[:, -1]  # above 0, so that no id of probability 0 is drawn
+    return torch.searchsorted(cumulative, points[:, None])[:, 0].tolist()
 
 
-def sample_token(probs, generator):
-    """Draw one id by inverting the cumulative distribution at a random point above 0, so that no id
-    of probability 0 is drawn. torch.multinomial draws a random number for each token, which took a
-    millisecond with GPT-2's vocabulary."""
-    cumulative = probs.cumsum(0, dtype=torch.float64)
-    point = 1 - torch.rand(1, generator=generator, dtype=torch.float64)  # (0, 1]
-    return torch.searchsorted(cumulative, point * cumulative[-1]).item()
+def draw_shares(generator, n):
+    """n random numbers in [0, 1), drawn on the CPU: the same seed, the same text on any device."""
+    return torch.rand(n, generator=generator, dtype=torch.float64).tolist()
 
 
 # --------------------------------------------------------------------------------------------
@@ -192,7 +194,8 @@ def naive_generate(model, ids, max_new_tokens, seed=0, **settings):
         if len(window) > context:
             window = window[-max(1, context // 2) :]
         logits = model(torch.tensor([window]))[:, -1]  # (1, V)
-        [i] = next_token(logits, [ids + new], [generator], settings, [len(ids)])
+        shares = draw_shares(generator, 1)
+        [i] = next_token(logits, [ids + new], shares, settings, [len(ids)])
         window = [*window, i]
         new.append(i)
     return new
@@ -211,18 +214,27 @@ class Text:
     ids: list = field(default_factory=list)
     start: int = 0
     prompt_length: int = 0
+    max_new_tokens: float = math.inf
     ended_at: int = 0  # when it ended, as the number of texts that had ended then
     generator: torch.Generator | None = None
+    shares: list = field(default_factory=list)  # random numbers that were drawn, but not used yet
+    draft: list = field(default_factory=list)  # ids that may follow, from `lookup`
+    lookup: Lookup | None = None
     settings: dict = field(default_factory=dict)  # as in DECODING
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
     constraint: Constraint | None = None  # which of them fit what has been drawn
     logit_bias: dict = field(default_factory=dict)  # {id: added to its logit before any filter}
-    ends: tuple = ()  # ids at which the caller ends the text; empty if `min_tokens` is 0
+    ends: frozenset = frozenset()  # ids at which the caller ends the text
     min_tokens: int = 0  # none of `ends` is among so many first ids, unless no other is allowed
     top: int | None = None  # how many alternatives `logprobs` shows; None: it stays empty
     echo: bool = False  # whether `logprobs` begins with the ids of the prompt, but the first
     # (log probability, [(id, log probability) of the `top` likeliest]) for each id
     logprobs: list = field(default_factory=list)
+
+    @property
+    def left(self):
+        """How many ids may still come."""
+        return self.prompt_length + self.max_new_tokens - len(self.ids)
 
 
 class Engine:
@@ -236,28 +248,30 @@ class Engine:
     slots   the most texts at once
     length  tokens that the cache has room for at first; it grows up to the context
     chunk   the most ids of prompts that a step reads, so that other texts need not wait long
+    draft   whether a step may write several ids of a text, see data/drafts.py
 
     >>> engine = Engine(model, slots=4)
     >>> text = engine.add([5, 7], temperature=0)
     >>> engine.step()[text]
-    29
+    [29]
     """
 
     @torch.inference_mode()
-    def __init__(self, model, slots, length=None, chunk=math.inf):
+    def __init__(self, model, slots, length=None, chunk=math.inf, draft=True):
         self.model, self.chunk, self.context = model, chunk, model.config.context
         self.device = model.embed.weight.device
         self.cache = KVCache(model, slots, length)
         self.texts, self.busy, self.ended = [Text(row) for row in range(slots)], 0, 0
+        self.draft, self.drafts = draft, Drafts()
 
     @torch.inference_mode()
     def add(
-        self, prompt, *, seed=0, allowed=None, constraint=None, logit_bias=None, ends=(),
-        min_tokens=0, top=None, echo=False, **settings
+        self, prompt, *, max_new_tokens=math.inf, seed=0, allowed=None, constraint=None,
+        logit_bias=None, ends=(), min_tokens=0, top=None, echo=False, **settings
     ):  # fmt: skip
         """Begin a text and return its Text, which describes the arguments; `prompt` is a list of
         ids. One row must be free. UserError for ids outside the vocabulary."""
-        logit_bias, ends = logit_bias or {}, tuple(ends) if min_tokens else ()
+        logit_bias, ends = logit_bias or {}, frozenset(ends)
         check_ids([prompt, *filter(None, (logit_bias, ends))], self.model.config.vocab_size)
         assert set(settings) <= set(DECODING), f"no such setting: {set(settings) - set(DECODING)}"
         start = max(0, len(prompt) - self.context)
@@ -270,12 +284,13 @@ class Engine:
         old = max(self.texts[self.busy :], key=gain)
         self.cache.lengths[old.row] = 0 if echo else self.shared(old, window)
         text = Text(
-            old.row, list(prompt), start, len(prompt), settings=settings, allowed=allowed,
-            constraint=constraint, logit_bias=logit_bias, ends=ends, min_tokens=min_tokens, top=top,
-            echo=echo,
+            old.row, list(prompt), start, len(prompt), max_new_tokens, settings=settings,
+            allowed=allowed, constraint=constraint, logit_bias=logit_bias, ends=ends,
+            min_tokens=min_tokens, top=top, echo=echo,
         )  # fmt: skip
         text.generator = torch.Generator().manual_seed(seed)
         self.texts[text.row] = text
+        text.lookup = Lookup(self.drafts.ended, prompt)
         self.swap(text.row, self.busy)
         self.busy += 1
         return text
@@ -285,6 +300,7 @@ class Engine:
         """End a text. Its row of the cache keeps it until another text takes the row."""
         if text in self.texts[: self.busy]:
             self.busy -= 1
+            self.drafts.keep(text.ids)
             text.ended_at = self.ended = self.ended + 1
             self.swap(text.row, self.busy)
 
@@ -311,7 +327,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self):
-        """Draw the next id of each text whose prompt has been read; {text: id}."""
+        """Draw the next id of each text whose prompt has been read, and more ids where a draft is
+        right; {text: [ids]}."""
         for text in self.texts[: self.busy]:
             if len(text.ids) - text.start > self.context:  # go on from the last half
                 text.start = len(text.ids) - max(1, self.context // 2)
@@ -321,6 +338,8 @@ class Engine:
         texts, logits, budget, row = [], [], self.chunk, 0
         while row < self.busy:
             group, unread = self.next_group(row)
+            if unread == 1 and self.draft:
+                self.drafts.make(group, self.context - 1 - max(map(self.held, group)))
             T = min(unread, budget, MAX_READ) if unread > 1 else 1
             last = self.read(group, T) if T > 0 else None
             if unread == T:  # the prompt is read to its end
@@ -352,73 +371,102 @@ class Engine:
         return group, 1
 
     def read(self, group, T):
-        """Run the next T ids of each text through the model; the logits (B, V) of what follows."""
+        """Run the next T ids of each text and its draft through the model; the logits (rows, V) of
+        what follows them: a row for each text, and one for each id of a draft."""
         first, last = group[0].row, group[-1].row + 1
         held = self.cache.lengths[first:last].tolist()
-        if max(held) + T > self.cache.room:
-            self.cache.grow(min(self.context, 2 * (max(held) + T)))
-        cache = self.cache.rows(first, last)
-        rows = [text.ids[text.start + n :][:T] for text, n in zip(group, held)]
-        # only a prompt of two or more unread ids has any to echo, and it is alone in its group
-        ids, text = torch.tensor(rows, device=self.device), group[0]
-        if not text.echo or len(text.ids) > text.prompt_length:
-            return self.model.last_logits(ids, cache)
-        states = self.model.hidden(ids, cache)  # (B, T, C)
+        rows = [t.ids[t.start + n :][:T] + t.draft for t, n in zip(group, held)]
+        if (length := max(held) + len(rows[0])) > self.cache.room:
+            self.cache.grow(min(self.context, 2 * length))
+        cache, text = self.cache.rows(first, last), group[0]
+        ids = torch.tensor(rows, device=self.device)
         after = text.ids[text.start + held[0] + 1 :][:T]
+        if not (text.echo and after):  # a prompt with two or more unread ids is alone in its group
+            return self.model.last_logits(ids, cache, n=1 + len(text.draft))
+        states = self.model.hidden(ids, cache)  # (B, T, C)
         text.logprobs += echo_logprobs(self.model, states[0], after, text.top)
         return self.model.head(states[:, -1])
 
     def draw(self, texts, logits):
-        """Append to each text an id drawn from its row of logits (B, V); {text: id}."""
-        biased, groups, new = logits, {}, {}
-        for r, text in enumerate(texts):  # texts with equal settings are drawn together
+        """Append to each text what is drawn from its rows of logits (rows, V): the ids of its draft
+        that are drawn, too, and one more; {text: [ids]}."""
+        rows = [(text, n) for text in texts for n in range(1 + len(text.draft))]
+        biased, groups, drawn, new, first = logits, {}, {}, {}, 0
+        for r, (text, n) in enumerate(rows):  # texts with equal settings are drawn together
             groups.setdefault((id(text.allowed), *text.settings.items()), []).append(r)
-            early = len(text.ids) - text.prompt_length < text.min_tokens
+            early = len(text.ids) + n - text.prompt_length < text.min_tokens
             if bias := text.logit_bias | dict.fromkeys(text.ends if early else (), -1e9):
                 biased = logits.float().clone() if biased is logits else biased
                 biased[r, list(bias)] += torch.tensor(list(bias.values())).to(biased)
-        for rows in groups.values():
-            group = [texts[r] for r in rows]
-            x = biased if len(rows) == len(texts) else biased[rows]
-            if group[0].allowed is not None:
-                x = x.masked_fill(~group[0].allowed, -math.inf)
-            previous, lengths = [t.ids for t in group], [t.prompt_length for t in group]
-            generators = [t.generator for t in group]
-            ids = next_token(x, previous, generators, group[0].settings, lengths)
-            for text, row, i in zip(group, x, ids):
-                new[text] = fitting(text, row, i) if text.constraint else i
-        for r, text in enumerate(texts):
+            if n == len(text.shares):
+                text.shares += draw_shares(text.generator, 1)
+        for indices in groups.values():
+            group, text = [rows[r] for r in indices], rows[indices[0]][0]
+            x = biased if len(group) == len(rows) else biased[indices]
+            if text.allowed is not None:
+                x = x.masked_fill(~text.allowed, -math.inf)
+            previous, shares = zip(*((t.ids + t.draft[:n], t.shares[n]) for t, n in group))
+            lengths = [t.prompt_length for t, _ in group]
+            ids = next_token(x, previous, shares, text.settings, lengths)
+            drawn |= zip(group, zip(ids, x))
+        for text in texts:
+            T = 1 + len(text.draft)
+            new[text] = ids = accept(text, [drawn[text, n] for n in range(T)])
             if text.top is not None:
-                text.logprobs += top_logprobs(logits[r, None], [new[text]], text.top)
-            text.ids.append(new[text])
+                text.logprobs += top_logprobs(logits[first : first + len(ids)], ids, text.top)
+            self.drafts.learn(text.lookup, ids)
+            self.cache.lengths[text.row] -= T - len(ids)  # the rest of the draft
+            text.draft, text.echo = [], False
+            first += T
         return new
 
 
+def accept(text, drawn):
+    """Append ids to a text and return them: of those drawn for it, pairs (id, its logits), all up
+    to the first that was not drafted, or that ends the text."""
+    ids = []
+    for (i, logits), drafted in zip_longest(drawn, text.draft):
+        del text.shares[0]
+        fit = fitting(text, logits, i) if text.constraint else i
+        text.ids.append(fit)
+        ids.append(fit)
+        # the random numbers after an id that was drawn again are others
+        if fit != drafted or fit != i or fit in text.ends or text.left <= 0:
+            break
+    return ids
+
+
 def generate(
-    model, prompts, max_new_tokens, *, seed=0, seeds=None, stop=None, engine=None, **options
-):
-    """At each step, yield a list with one new id per prompt (None for a row that has stopped,
-    or whose prompt is still being read).
+    model, prompts, max_new_tokens, *, seed=0, seeds=None, stop=None, engine=None, draft=True,
+    **options
+):  # fmt: skip
+    """Yield lists of the next new id of each prompt, None for a row that has stopped.
 
     prompts      lists of ids, of any lengths: each row gets what it would get alone
     options      of Engine.add; row r draws with seeds[r], or with `seed`
     stop(r, id)  is called with each new id; True ends row r, the id included
-    engine       one that has read other texts before; by default a new one
+    engine       one that has read other texts before; by default a new one, perhaps with a `draft`
     """
     check_ids(prompts, model.config.vocab_size)
     if engine is None:
         length = min(max(map(len, prompts)) + max_new_tokens, model.config.context)
-        engine = Engine(model, len(prompts), length)
+        engine = Engine(model, len(prompts), length, draft=draft)
+    options["max_new_tokens"] = max_new_tokens
     texts = [engine.add(p, seed=s, **options) for p, s in zip(prompts, seeds or repeat(seed))]
+    rows, running = [[] for _ in prompts], dict(enumerate(texts))
     try:
-        for _ in range(max_new_tokens):
-            new = engine.step()
-            yield [new.get(text) for text in texts]
-            for r, text in enumerate(texts):
-                if text in new and stop and stop(r, new[text]):
-                    engine.remove(text)
-            if not engine.busy:
+        for n in range(max_new_tokens):
+            while any(len(rows[r]) == n for r in running):
+                new = engine.step()
+                for r, text in list(running.items()):
+                    ids = new.get(text, [])
+                    end = next((k for k, i in enumerate(ids, 1) if stop and stop(r, i)), None)
+                    rows[r] += ids[:end]
+                    if end or len(rows[r]) == max_new_tokens:
+                        engine.remove(running.pop(r))
+            if not any(len(row) > n for row in rows):
                 return
+            yield [row[n] if len(row) > n else None for row in rows]
     finally:
         for text in texts:
             engine.remove(text)
@@ -503,13 +551,13 @@ def fitting(text, logits, i):
         if logits.max() == -math.inf:
             text.constraint = None
             return i
-        rest = [text.generator], text.settings, [text.prompt_length]
-        [i] = next_token(logits[None], [text.ids], *rest)
+        share = [text.shares.pop(0)] if text.shares else draw_shares(text.generator, 1)
+        [i] = next_token(logits[None], [text.ids], share, text.settings, [text.prompt_length])
     text.constraint = after
     return i
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a sharded model trains with the tensors that it gathers
 def classify(model, prompts, goals, batch=64):
     """Log probabilities (N, L) of the label ids `goals` after each prompt (a list of ids), relative
     to these labels only."""
@@ -518,8 +566,10 @@ def classify(model, prompts, goals, batch=64):
         rows = [torch.tensor(ids) for ids in prompts[start : start + batch]]
         # causal: padding behind a row changes nothing
         ids = pad_sequence(rows, batch_first=True).to(model.embed.weight.device)
-        last = model.hidden(ids)[range(len(rows)), [len(row) - 1 for row in rows]]  # (B, C)
-        out.append(model.head(last)[:, goals].float().log_softmax(-1).cpu())
+        wanted = torch.full_like(ids, -100)
+        wanted[range(len(rows)), [len(row) - 1 for row in rows]] = 0  # logits of the last position
+        logits = model(ids, wanted, output="logits")[:, goals]  # (B, L)
+        out.append(logits.float().log_softmax(-1).cpu())
     return torch.cat(out)
 
 
@@ -612,7 +662,8 @@ def fast_model(model, rows, args):
     if device == "cuda" and not (args.no_fast or model.config.experts):
         model.last_logits = GraphedSteps(model.last_logits)
     if fast:
-        make_fast(model, rows, args.dtype == "int8")
+        # a pass over a draft has several rows; what is fast for 8 is as fast for one
+        make_fast(model, rows if args.no_draft else max(rows, 8), args.dtype == "int8")
         if args.verbose:
             print("\n".join(timing_lines()), file=sys.stderr)
     return model
@@ -676,6 +727,7 @@ def write_rows(model, tokenizer, prompts, args):
     ids; without a tokenizer there is no text, and no id that ends one."""
     seed = args.seed if args.seed is not None else torch.seed() % 2**31
     settings, context = decoding_settings(args), model.config.context
+    settings["draft"] = not args.no_draft
     settings["seeds"] = [seed + j for _ in prompts for j in range(args.num_samples)]
     prompts = [p for p in prompts for _ in range(args.num_samples)]
     if tokenizer is None:
@@ -762,7 +814,7 @@ def make_service(model, tokenizer, path, args, tools):
         draw = partial(pictures, load_run("diffusion", model.embed.weight.device)[0])
     except UserError:  # no digits were trained
         draw = None
-    engine = Engine(model, args.slots, 256, chunk=256)
+    engine = Engine(model, args.slots, 256, chunk=256, draft=not args.no_draft)
     activate = partial(lora.set_adapter, model)
     scheduler = Scheduler(engine, activate, next(iter(adapters.values())))
     return Service(
@@ -771,9 +823,9 @@ def make_service(model, tokenizer, path, args, tools):
     )  # fmt: skip
 
 
-def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=None):
+def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=None, draft=True):
     """A data.terminal.Chat with the model; its cache keeps the history between the turns."""
-    engine = Engine(model, 1, 256)
+    engine = Engine(model, 1, 256, draft=draft)
     chat = Chat(tokenizer, model.config.context, tools, max_tokens, seed)
     masks = {call: allowed_ids(model, tokenizer, True, call) for call in (True, False)}
     grammar = call_grammar(chat.template, [function_schema(*tool) for tool in chat.tools.items()])
@@ -826,6 +878,8 @@ def build_parser():
         "int8 is for CPUs")
     add("--no_fast", action="store_true",
         help="run the model as it is: no faster Linear layers (CPU), no CUDA graphs (GPU)")
+    add("--no_draft", action="store_true",
+        help="write one token a step, and none from drafts that repeat the text so far")
     add("--verbose", action="store_true", help="show the times of the faster Linear layers")
     add("--adapter", action="append", default=[],
         help="LoRA run to add to --ckpt; several can be switched")
@@ -913,7 +967,8 @@ def main(argv=None):
         return serve(service, args.host or "127.0.0.1", args.serve)
     elif args.chat:
         model, settings = fast_model(model, 1, args), decoding_settings(args)
-        chat = make_chat(model, tokenizer, tools, args.max_new_tokens, args.seed, settings)
+        options = args.max_new_tokens, args.seed, settings, not args.no_draft
+        chat = make_chat(model, tokenizer, tools, *options)
         if problem := chat.tools_problem():
             print(f"[{problem}]", file=sys.stderr)
         if args.system:

@@ -42,7 +42,15 @@ from torch import nn
 import model as lm
 from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 from data.costs import check_memory, memory_needed
-from data.machine import DTYPES, fast_products, full_tensor, is_sharded, make_runtime, shard_like
+from data.machine import (
+    DTYPES,
+    fast_products,
+    full_tensor,
+    is_sharded,
+    make_runtime,
+    native_dtype,
+    shard_like,
+)
 from data.progress import waiting, watched
 from data.runs import Log, clock, eval_line, newest_run, run_folder, run_settings, step_line
 from data.tokenizer import Tokenizer
@@ -137,19 +145,21 @@ def micro_batches(loader, step, batch_size, grad_accum, rank=0, world=1):
 
 
 def orthogonalize(g, steps=5):
-    """The nearest (semi-)orthogonal matrix to each matrix of g (..., rows, columns), roughly.
+    """The nearest (semi-)orthogonal matrix to each matrix of g (n, rows, columns), roughly.
 
     Applies an odd polynomial `steps` times, by matrix products alone. This brings the singular
     values of the normalised g, which are at most 1, to between 0.7 and 1.2, except those very near
     0 (Newton-Schulz; coefficients by Keller Jordan, 2024).
     """
-    x = g.bfloat16() if g.is_cuda else g.float()
+    x = g.float()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.to(DTYPES[native_dtype(g.device)])  # after this division, since fp16 has a small range
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # so that x @ x.mT is the smaller of the two products
     for _ in range(steps):
         a = x @ x.mT
-        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+        b = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
     return (x.mT if tall else x).to(g.dtype)
 
 
@@ -175,18 +185,20 @@ class Muon(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 alike[p if is_sharded(p) else p.shape].append(p)
             for params in alike.values():
-                updates = []
                 for p in params:
-                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    buffer.lerp_(p.grad, 1 - group["momentum"])
-                    nesterov = p.grad.lerp(buffer, group["momentum"])
-                    updates.append(full_tensor(nesterov))
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum"] for p in params]
+                updates = [p.grad for p in params]  # changed in place: the step is their last use
+                torch._foreach_lerp_(buffers, updates, 1 - group["momentum"])
+                torch._foreach_lerp_(updates, buffers, group["momentum"])  # Nesterov's
+                updates = orthogonalize(torch.stack([full_tensor(u) for u in updates]))
                 rows, columns = params[0].shape
                 # each output of a tall matrix then changes as much as one of a square matrix
                 step_size = group["lr"] * max(1, rows / columns) ** 0.5
-                for p, update in zip(params, orthogonalize(torch.stack(updates))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(shard_like(update, p), alpha=step_size)
+                updates = [shard_like(update, p) for update, p in zip(updates, params)]
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, updates, alpha=-step_size)
 
 
 # Optimizers other than AdamW for matrices in blocks and `model.inputs`: {name: (class, its rate)}.
@@ -263,12 +275,6 @@ def scheduled_lr(args, state):
 # --------------------------------------------------------------------------------------------
 
 
-# `runtime` (data/machine.py) is the device, the precision and the processes. runtime.total(a, b)
-# lists the sums of a and of b over all processes. runtime.share(batches) yields (batch, weight) for
-# each batch of this process. The weight is 0 for one that it only repeats, because all processes of
-# a sharded model must run equally often; else 1.
-
-
 @fast_products()
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     """Loss over non-overlapping windows of `tokens`, each target once; a dict for metrics.jsonl.
@@ -276,7 +282,8 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     The windows, of `context` targets (default: the model's), cover the split or, if it has more
     than `limit` tokens, are spread over it. val_loss is in nats per token, val_ppl its exponential,
     val_bpb in bits per byte of text (which compares across tokenizers), val_share the share read.
-    `byte_lengths` is the number of bytes of each id, -1 for ids without a token.
+    `byte_lengths` is the number of bytes of each id, -1 for ids without a token. `runtime` is the
+    device, the precision and the processes, a data.machine.Runtime.
     """
     T, targets = context or model.config.context, len(tokens) - 1
     if targets < 1:
@@ -289,17 +296,17 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
     per_batch = max(1, 8192 // T)
     batches = [full[i : i + per_batch] for i in range(0, len(full), per_batch)]
     batches += [[s] for s in starts if s + T > targets]  # the short rest, in a batch of its own
-    loss, count, n_bytes = 0.0, 0, 0
+    losses, count, n_bytes = [torch.zeros((), device=runtime.device)], 0, 0
     for batch, weight in watched(list(runtime.share(batches)), "validating: batch"):
         length = min(T, targets - batch[0])
         window = np.asarray(batch)[:, None] + np.arange(length + 1)
         block = torch.from_numpy(tokens[window].astype(np.int64))
         n_bytes += weight * int(byte_lengths[block[:, 1:].numpy()].clip(0).sum())
         count += weight * block[:, 1:].numel()
-        block = block.to(runtime.device)
+        ids, goals = runtime.upload([block[:, :-1], block[:, 1:]])
         with lm.evaluating(model), runtime.autocast():
-            loss += weight * model(block[:, :-1], block[:, 1:]).item()
-    loss, count, n_bytes = runtime.total(loss, count, n_bytes)
+            losses.append(weight * model(ids, goals, places=slice(None)))  # read later: no GPU sync
+    loss, count, n_bytes = runtime.total(sum(torch.stack(losses).tolist()), count, n_bytes)
     mean = loss / count
     return {
         "val_loss": mean,
@@ -355,11 +362,14 @@ def training_step(model, task, batches, runtime, scaler, seed):
     )
     if not count:
         raise UserError("this step has no target token: every label is masked")
-    total = 0.0
+    total, last = 0.0, len(batches) - 1
     for i, batch in enumerate(batches):
         number = runtime.rank * len(batches) + i
         torch.manual_seed(int(np.random.SeedSequence((*seed, number)).generate_state(1)[0]))
-        with exchange_gradients(model, runtime, i == len(batches) - 1):
+        # copies exchange gradients in the last backward pass of a step; shards in each of them, or
+        # every process would hold all gradients of the model until then
+        copies = runtime.world > 1 and not runtime.sharded
+        with model.no_sync() if copies and i < last else contextlib.nullcontext():
             with runtime.autocast():
                 loss = task.loss(model, *runtime.upload(batch))
             # DDP and FSDP average over processes, but the sum is wanted
@@ -389,7 +399,9 @@ def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
     # always clip, because comparing the norm would be a GPU sync
     if grad_clip and (runtime.asynchronous or norm > grad_clip):
         nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
-    for o in optimizers:
+    # the scaler skips an optimizer whose own gradients are not finite: then none may step
+    skip = scaler.is_enabled() and len(optimizers) > 1 and not norm.isfinite()
+    for o in optimizers if not skip else ():
         scaler.step(o)
     clear_gradients(model)
     scaler.update()
@@ -662,25 +674,37 @@ class BF16Copy(nn.Module):
 
 
 def compile_blocks(model, task, runtime, step):
-    """Compile the blocks of `model` and try them on a batch of that step; if that fails the model
-    stays as it is. The loss is not compiled: each number of targets would need a graph of its own.
+    """Compile the blocks for training and try them on a batch of that step. One graph serves all of
+    them; the gradients of a graph of the whole model would all arrive, and be exchanged, at its
+    end. Blocks go on without the compiler once it fails, also if that is at a later shape. The loss
+    is not compiled: each number of targets would need a graph of its own.
     """
-    eager, compiled = model.hidden, torch.compile(model.hidden)
+    forward, compiled, works = lm.Block.forward, torch.compile(lm.Block.forward), True
+    # also compile the backward pass in the forward pass, where the block itself can take over
+    torch._functorch.config.force_non_lazy_backward_lowering = True
 
-    def hidden(ids, cache=None, *args):
-        runs = eager if cache is not None or not model.training else compiled
-        return runs(ids, cache, *args)
+    def give_up(e):
+        nonlocal works
+        works, reason = False, str(e).strip().split("\n")[0][:100]
+        print(f"--compile does not work here, going on without ({type(e).__name__}: {reason})")
 
-    model.hidden = hidden
-    for module in (m for m in model.modules() if isinstance(m, lm.MoE)):
-        module.forward = torch.compiler.disable(module.forward)  # shapes change with every batch
+    def run(block, x, rope=None, update_cache=None, *args):
+        if works and block.training and update_cache is None:
+            try:
+                return compiled(block, x, rope, None, *args)
+            except Exception as e:  # whatever the compiler raised, eager mode still works
+                give_up(e)
+        return forward(block, x, rope, update_cache, *args)
+
+    for block in model.blocks:
+        block.forward = partial(run, block)
+        if isinstance(block.feed_forward, lm.MoE):  # its shapes change with every batch
+            block.feed_forward.forward = torch.compiler.disable(block.feed_forward.forward)
     try:
         with waiting("compiling the model, once, perhaps for a minute"), runtime.autocast():
             task.loss(model, *runtime.upload(task.batches(step)[0])).backward()
-    except Exception as e:  # whatever the compiler raised, eager mode still works
-        del model.hidden
-        reason = str(e).strip().split("\n")[0][:100]
-        print(f"--compile does not work here, going on without ({type(e).__name__}: {reason})")
+    except Exception as e:
+        give_up(e)
     finally:
         model.zero_grad(set_to_none=True)
 
@@ -691,8 +715,8 @@ def place(model, args, runtime):
     and moments stay in float32. (ZeRO stage 3, Rajbhandari et al. 2020; torch's FSDP2.)"""
     if not args.shard or runtime.world == 1:
         return model.to(runtime.device, torch.float32)
-    if runtime.dtype == "fp16" or args.compile:
-        raise UserError("--shard works in bf16 and fp32 and without --compile")
+    if runtime.dtype == "fp16":
+        raise UserError("--shard works in bf16 and fp32")
     from torch.distributed import fsdp  # takes a second
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -711,10 +735,9 @@ def place(model, args, runtime):
 def make_runner(model, task, args, runtime, step=0):
     """(the module to call in place of `model`, the Runtime to call it in, what to call after each
     optimizer step). The module is the model or its BF16Copy, perhaps compiled or in DDP."""
-    runner, precision, after_step = model, runtime, lambda: None
     device, fp32 = runtime.device, replace(runtime, dtype="fp32")
-    if runtime.sharded:  # `place` has set the precision
-        return model, fp32, after_step
+    # `place` has set the precision of a sharded model
+    runner, precision, after_step = model, fp32 if runtime.sharded else runtime, lambda: None
     # no copy on a GPU, where casting costs little, with DDP, which would exchange the copy's
     # gradients, or of frozen weights, which need not be held twice
     copied = runtime.dtype == "bf16" and device.type == "cpu" and runtime.world == 1
@@ -724,8 +747,10 @@ def make_runner(model, task, args, runtime, step=0):
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if args.compile or (args.compile is None and ampere):  # where it is worth its minute
         compile_blocks(getattr(runner, "low", runner), task, precision, step)
-    if runtime.world > 1:  # buffers are only tables of positions
-        runner = nn.parallel.DistributedDataParallel(runner, forward_sync_buffers=False)
+    if runtime.world > 1 and not runtime.sharded:  # buffers are only tables of positions
+        ddp = nn.parallel.DistributedDataParallel
+        new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # since torch 2.13
+        runner = ddp(runner, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
     return runner, precision, after_step
 
 
@@ -748,15 +773,6 @@ def flops_per_token(model, batches):
     learned = sum(np.count_nonzero(b[1].numpy() != -100) for b in batches)
     frozen = not all(p.requires_grad for p in model.parameters())
     return lm.flops_per_token(model.config, length, learned / tokens, frozen)
-
-
-def exchange_gradients(model, runtime, last):
-    """The context of a backward pass: processes exchange gradients in a step's last one only."""
-    if runtime.sharded:
-        model.set_requires_gradient_sync(last)
-    elif runtime.world > 1 and not last:
-        return model.no_sync()
-    return contextlib.nullcontext()
 
 
 def gathered_weights(model):
@@ -927,8 +943,7 @@ def optimizer_rates():
 
 
 def short_warmup(steps, max_steps):
-    """A default warmup, at most a fifth of the run, so that a short one reaches its learning rate.
-    """
+    """A default warmup, at most a fifth of the run, so that a short one reaches its rate."""
     return min(steps, max(1, max_steps // 5)) if max_steps else steps
 
 
@@ -953,8 +968,6 @@ def resolve(args):
         raise UserError("--grad_accum follows from --total_batch_tokens: give one of them")
     if args.resume is not None:
         settings, content = resumed_settings(args, given, shape | {"optimizer", "seed"})
-        if settings.get("eval_tokens") == EVAL_TOKENS:  # older runs have stored the default
-            settings["eval_tokens"] = given.get("eval_tokens")
     else:
         if "ckpt" in given and (changed := sorted(shape & set(given) - {"ckpt", "context"})):
             raise UserError(f"--{changed[0]} cannot be given with --ckpt, which brings its shape")

@@ -347,6 +347,17 @@ class Template:
         variables = {"add_generation_prompt": True} | (variables or {})
         return self.encode(self.write(*self.escaped(messages, tools), variables))
 
+    def next_ids(self, messages, new):
+        """The ids that `new` messages and the start of the next answer add to a conversation whose
+        last message is an answer that `end` has ended. ValueError if the template then writes that
+        conversation differently: no ids could be added to those that were drawn."""
+        end = self.tokenizer.decode([self.end])
+        before, mark, _ = self.write(*self.escaped(messages, None)).rpartition(end)
+        text = self.write(*self.escaped(messages + new, None), {"add_generation_prompt": True})
+        if not mark or not text.startswith(before + mark):
+            raise ValueError("the chat template writes a turn differently once others follow")
+        return self.encode(text[len(before + mark) :], self.place_after(before + mark))
+
     def fit_prompt(self, messages, tools, room, variables=None):
         """`prompt_ids`, at most `room`: the oldest turns are dropped first, but not the system
         message. If the last turn is still too long, a system message of more than half of the room

@@ -5,7 +5,6 @@ functions, fills in the other fields of a Config, or raises UserError for an imp
 """
 
 import ast
-import fnmatch
 import math
 import re
 import sys
@@ -89,14 +88,7 @@ CONVERTED = {
     "rope_ratio": (lambda v, c: 10000.0 * v, None),
 }  # fmt: skip
 
-# Fields of transformers' classes that do not change what the model computes
-IGNORED = """*_pdrop *_token_id *dropout *dtype *sliding_window_pattern _name_or_path
-architectures chunk_size_feed_forward gradient_checkpointing hidden_act id2label
-initializer_range intermediate_size is_decoder is_llama_config keys_to_ignore_at_inference label2id
-max_window_layers model_type n_ctx original_max_position_embeddings output_* pretraining_tp
-problem_type reorder_and_upcast_attn return_dict router_jitter_noise summary_*
-task_specific_params transformers* use_cache"""
-# Fields that change it, unless they are off (null, false, 0 or empty) or 1
+# Fields that change what the model computes unless they are off (null, false, 0 or empty) or 1
 OFF = """add_cross_attention alibi apply_residual_connection_post_layernorm attention_multiplier
 attn_logit_softcapping final_logit_softcapping is_encoder_decoder layer_types mlp_only_layers
 num_experts position_encoding_2d quantization_bit quantization_config rope_interleaved
@@ -105,17 +97,6 @@ use_bidirectional_attention use_sliding_window"""
 ONE = """decoder_sparse_step embedding_multiplier logits_scaling multi_query_attention
 partial_rotary_factor post_layer_norm residual_multiplier rmsnorm scale_attn_weights"""
 ROPE_FIELDS = {"default": (), "linear": ("factor",)}  # other fields beside these have no effect
-# Families that we do not compute: why, and what is near that we do
-REFUSED = {
-    r"gpt_oss": ("attention sinks and weights in MXFP4", "qwen3"),
-    r"deepseek.*|minicpm3|kimi.*|longcat.*": ("multi-head latent attention", "qwen3, minicpm"),
-    r"qwen3_(5|next).*|kimi_linear|olmo_hybrid": ("gated delta nets", "qwen3"),
-    r".*mamba.*|jamba|bamba|rwkv.*|xlstm|zamba.*": ("a recurrent state", "llama"),
-    r".*t5.*|bart|mbart|marian|pegasus.*": ("an encoder and a decoder", "gpt2"),
-    r".*bert.*|electra": ("an encoder, which predicts no next token", "gpt2"),
-    r"gemma2": ("soft-capped scores", "gemma, gemma3_text"),
-    r"gemma3|gemma3n.*|gemma4.*|.*_vl.*|mllama|llama4": ("images", "gemma3_text, qwen3"),
-}
 
 
 def fields_of(family):
@@ -148,9 +129,6 @@ def fields_from_hf(values):
     of those without effect. UserError names the first one whose effect is not implemented here."""
     left = {name: v for name, v in values.items() if v is not None}
     family = left.get("model_type", "minicpm" if "scale_emb" in left else None)
-    for pattern, (why, near) in REFUSED.items():
-        if re.fullmatch(pattern, str(family)):
-            raise UserError(f"model_type {family!r} is not computed: {why}; near it: {near}")
     if family not in FAMILIES:
         raise UserError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
     if family == "baichuan" and "max_position_embeddings" not in left:
@@ -181,8 +159,7 @@ def fields_from_hf(values):
     for name, value in left.items():
         if name in supported and (value or False) != supported[name]:
             refuse(name, value)
-    known = (name for pattern in IGNORED.split() for name in fnmatch.filter(left, pattern))
-    return family, config, sorted(left.keys() - supported.keys() - set(known))
+    return family, config, sorted(left.keys() - supported.keys() - {"model_type"})
 
 
 def refuse(name, value):

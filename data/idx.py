@@ -1,7 +1,6 @@
 """MNIST's four files, in its own format IDX: downloaded, or from a folder of the user's."""
 import gzip
 import hashlib
-import math
 import struct
 import sys
 import zlib
@@ -31,16 +30,12 @@ def read_idx(path, name):
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-    except (EOFError, OSError, zlib.error) as e:
-        raise UserError(f"{path} is not a complete .gz file ({e})") from e
-    header, values = content[: 4 + 4 * dims], content[4 + 4 * dims :]
-    if header[:4] != bytes([0, 0, 8, dims]) or len(header) < 4 + 4 * dims:
-        raise UserError(f"{path} begins with {header.hex(' ')!r}, not with an IDX header")
-    sizes = struct.unpack(f">{dims}I", header[4:])
-    if len(values) != math.prod(sizes):
-        shape = " x ".join(map(str, sizes))
-        raise UserError(f"{path} has {len(values):,} values, its header says {shape}: cut short?")
-    array = np.frombuffer(values, np.uint8).reshape(sizes)
+        if content[:4] != bytes([0, 0, 8, dims]):
+            raise ValueError(f"it begins with {content[:4].hex(' ')!r}")
+        sizes = struct.unpack_from(f">{dims}I", content, 4)
+        array = np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(sizes)
+    except (EOFError, OSError, ValueError, struct.error, zlib.error) as e:
+        raise UserError(f"{path} is not an IDX file, or is cut short ({e})") from e
     return array, hashlib.sha256(content).hexdigest() == FILES[name]
 
 

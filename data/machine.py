@@ -28,6 +28,8 @@ def choose_device(name=None):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type == "cuda":  # streams, graphs and collectives use the current device
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).split("\n")[0].partition(". ")[0]
         raise UserError(f"--device {name} cannot be used here: {reason}") from e
@@ -65,10 +67,15 @@ class Runtime:
         return torch.autocast(self.device.type, DTYPES[self.dtype])
 
     def upload(self, batch):
-        """A batch on the device, copied from pinned memory so that Python need not wait."""
-        if self.device.type == "cuda":
-            batch = [t.pin_memory() for t in batch]
-        return [t.to(self.device, non_blocking=True) for t in batch]
+        """The tensors of a batch, also those in lists, on the device; numbers stay as they are.
+        Python need not wait for copies from pinned memory to a CUDA GPU; on MPS a copy that is not
+        waited for may read memory that Python has freed by then."""
+        if isinstance(batch, (list, tuple)):
+            return [self.upload(x) for x in batch]
+        if not torch.is_tensor(batch):
+            return batch
+        cuda = self.device.type == "cuda"
+        return (batch.pin_memory() if cuda else batch).to(self.device, non_blocking=cuda)
 
     def utilization(self, rate):
         """The share of the peak that is `rate`, FLOP/s; an exceeded peak is measured again."""
@@ -129,7 +136,6 @@ def make_runtime(device=None, dtype=None, previous=None, config=None, tokens=0):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     if world > 1 and not dist.is_initialized():
@@ -232,8 +238,7 @@ def synchronize(device):
 def random_state():
     """{device: state of its random number generator} for every kind that this machine has."""
     kinds = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
-    kinds = {k: m for k, m in kinds.items() if k == "cpu" or m.is_available()}
-    return {k: m.get_rng_state() for k, m in kinds.items()}
+    return {k: m.get_rng_state() for k, m in kinds.items() if k == "cpu" or m.is_available()}
 
 
 def set_random_state(states):

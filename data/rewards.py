@@ -7,6 +7,7 @@ The function of a file of yours gets both answers as text, a call as `search {"p
     def reward(messages, answer, wanted):
         return float("酒店" in answer)
 """
+import contextlib
 import copy
 import math
 import re
@@ -52,6 +53,30 @@ REWARDS = (slots, label, exact, length, *(f for s in SOURCES.values() for f in s
 REWARDS = {f.__name__: f for f in REWARDS}
 
 
+@contextlib.contextmanager
+def own_code(what):
+    """UserError in place of whatever code of the user's own raises."""
+    try:
+        yield
+    except (Exception, SystemExit) as e:
+        raise UserError(f"{what} ({type(e).__name__}: {e})") from e
+
+
+def load_own(flag, path, name, signature):
+    """What a Python file that a flag names calls `name`."""
+    with own_code(f"{flag} {path} cannot be loaded"):
+        found = runpy.run_path(path).get(name)
+    if not callable(found):
+        raise UserError(f"{flag} {path} defines no {signature}")
+    return found
+
+
+def load_env(source):
+    """The class of environments that --env names: that of a set of rows, or Env of a file."""
+    known = SOURCES[source].env if source in SOURCES else None
+    return known or load_own("--env", source, "Env", "class Env, as data/hotel_env.py does")
+
+
 def load_reward(source):
     """The function that --reward names: one of REWARDS, `reward` of a Python file, or, for several
     names with commas, the first that applies to the turn."""
@@ -60,12 +85,7 @@ def load_reward(source):
         return lambda *turn: next((r for f in rewards if (r := f(*turn)) is not None), None)
     if source in REWARDS:
         return REWARDS[source]
-    try:
-        reward = runpy.run_path(source).get("reward")
-    except (Exception, SystemExit) as e:  # the user's own code can fail in any way
-        raise UserError(f"--reward {source} cannot be loaded ({type(e).__name__}: {e})") from e
-    if not callable(reward):
-        raise UserError(f"--reward {source} defines no function reward(messages, answer, wanted)")
+    reward = load_own("--reward", source, "reward", "function reward(messages, answer, wanted)")
     return lambda messages, *turns: reward(copy.deepcopy(messages), *map(message_text, turns))
 
 

@@ -107,11 +107,9 @@ def read_messages(turns, unread, role="user"):
     for turn in [turns] if isinstance(turns, dict) else turns:
         if not isinstance(turn, dict):
             raise ValueError(f"a turn is not an object but {turn!r:.40}")
-        for asked, answered in (("question", "answer"), ("human", "assistant")):
-            if {asked, answered} <= turn.keys():  # COIG, MOSS: two turns in one
-                turn = Fields(turn)
-                single.append({"role": "user", "content": turn.pop(asked)})
-                turn |= {"role": "assistant", "content": turn.pop(answered)}
+        if {"question", "answer"} <= turn.keys():  # two turns in one, as in an Alpaca's history
+            single.append({"role": "user", "content": turn["question"]})
+            turn = {"role": "assistant", "content": turn["answer"]}
         single.append(turn)
     for turn in single:
         message, last = read_message(turn, unread), messages[-1] if messages else {}
@@ -145,10 +143,7 @@ def conversation(messages, row):
 TURNS = ("messages", "conversations", "conversation", "items")
 QUESTIONS = ("prompt", "question", "query", "instruction", "input")
 ANSWERS = ("completion", "output", "target", "answer", "response", "solution")
-PAIRS = (
-    ("chosen", "preferred_output", "response"),
-    ("rejected", "non_preferred_output", "rejected_response"),
-)
+PAIRS = ("chosen", "response"), ("rejected", "rejected_response")
 
 
 def transcript(text):
@@ -175,8 +170,6 @@ def read_question(row, unread):
 
 def read_pair(row, unread):
     """The example of a preference pair. The messages that both sides share become the prompt."""
-    if isinstance(row.get("input"), dict):  # OpenAI
-        row |= row.pop("input")
     if row.keys() & set(QUESTIONS):
         turns = read_question(row, unread)
     else:
@@ -222,10 +215,7 @@ def to_example(row, unread=None):
         turns = [*read_json(row.take("context")), read_json(row.take("response"))]
         example = conversation(read_messages(turns, unread), row)
     elif keys & set(TURNS):
-        messages = read_messages(read_json(row.need(*TURNS)), unread)
-        if "instruction" in row and "system" not in row:  # COIG
-            row["system"] = row.take("instruction")
-        example = conversation(messages, row)
+        example = conversation(read_messages(read_json(row.need(*TURNS)), unread), row)
     elif keys & set(ANSWERS) and keys & set(QUESTIONS):
         messages, answer = read_question(row, unread), row.need(*ANSWERS)
         if isinstance(answer, str):

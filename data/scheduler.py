@@ -10,6 +10,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import repeat
 
 from data.cli import is_out_of_memory
 
@@ -135,7 +136,9 @@ class Scheduler(threading.Thread):
                     self.activate(job.adapter)
                     self.adapter = job.adapter
                     self.engine.forget()
-                slot = self.engine.add(job.prompt, **job.settings)
+                slot = self.engine.add(
+                    job.prompt, max_new_tokens=job.max_tokens, **job.settings
+                )
             except Exception as e:  # the connection's thread reports it
                 job.events.put((job.index, e, None))
                 continue
@@ -146,16 +149,18 @@ class Scheduler(threading.Thread):
     def hand_out(self, new):
         """Pass new ids on, and end the texts that are complete."""
         now = time.monotonic()
-        for slot, i in new.items():
-            job = self.writing[slot]
+        for slot, ids in new.items():
+            job, scores = self.writing[slot], slot.logprobs[-len(ids) :] or repeat(None)
             name = "next_token_seconds"
             if job.left == job.max_tokens:
-                name, job.scored = "first_token_seconds", slot.logprobs[:-1]
+                name, job.scored = "first_token_seconds", slot.logprobs[: -len(ids)]
             self.counts[f"{name}_sum"] += now - job.at
             self.counts[f"{name}_count"] += 1
-            self.counts["completion_tokens_total"] += 1
-            job.at, job.left = now, job.left - 1
-            job.events.put((job.index, i, slot.logprobs[-1] if slot.logprobs else None))
+            self.counts["next_token_seconds_count"] += len(ids) - 1  # at the same time
+            self.counts["completion_tokens_total"] += len(ids)
+            job.at, job.left = now, job.left - len(ids)
+            for i, score in zip(ids, scores):
+                job.events.put((job.index, i, score))
             if i in job.ends or job.left <= 0:
                 self.end(slot, "stop" if i in job.ends else "length")
 

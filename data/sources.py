@@ -5,17 +5,16 @@ import io
 import json
 import sysconfig
 import tarfile
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data.cli import UserError
 from data.download import DATA, VIEWER, fetch
 from data.facts import augment, fact_scores, faithful
 from data.files import read_json, write_once, write_whole
 from data.hotel import HOTEL_DB, join_dialogues, synthetic_dialogues, tidy_calls
+from data.hotel_env import Env
 
 HUB = "https://huggingface.co/datasets"
 GITHUB = "https://raw.githubusercontent.com"
@@ -36,13 +35,14 @@ def download(sha256=None, **urls):
     return {split: fetch(url, sha256=sha256) for split, url in urls.items()}
 
 
-def made(name, splits, make):
-    """{split: data/NAME/SPLIT.jsonl}, written with `make()`, {split: rows}, unless all exist."""
-    paths = {split: DATA / name / f"{split}.jsonl" for split in splits}
+def made(name, makers):
+    """{split: data/NAME/SPLIT.jsonl} for {split: a function that returns its rows}, which is called
+    unless all of the files exist."""
+    paths = {split: DATA / name / f"{split}.jsonl" for split in makers}
 
     def write():
-        for split, rows in make().items():
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for split, make in makers.items():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in make())
             write_whole(paths[split], lambda f, text=text: f.write(text.encode()))
 
     write_once(DATA / name, lambda: all(path.exists() for path in paths.values()), write)
@@ -53,36 +53,35 @@ def film_reviews():
     """Pang and Lee's film review sentences (2005), labelled pos or neg: the first 80 % of each
     class, the next 10 and the last 10, as the Hugging Face set splits them."""
 
-    def rows():
-        splits, archive = {"train": [], "val": [], "test": []}, fetch(REVIEWS)
+    def rows(start, stop):
         for label in ("pos", "neg"):
-            try:
-                with tarfile.open(archive) as tar:
-                    text = tar.extractfile(f"rt-polaritydata/rt-polarity.{label}").read()
-            except (tarfile.TarError, KeyError, EOFError, zlib.error) as e:
-                raise UserError(f"{archive}: damaged, or not the archive of reviews ({e})") from e
+            with tarfile.open(fetch(REVIEWS)) as tar:
+                text = tar.extractfile(f"rt-polaritydata/rt-polarity.{label}").read()
             lines = text.decode("latin-1").strip("\n").split("\n")
-            ends = [round(share * len(lines)) for share in (0, 0.8, 0.9, 1)]
-            for split, start, stop in zip(splits, ends, ends[1:]):
-                splits[split] += [{"text": x.strip(), "label": label} for x in lines[start:stop]]
-        return splits
+            for line in lines[round(start * len(lines)) : round(stop * len(lines))]:
+                yield {"text": line.strip(), "label": label}
 
-    return made("sentiment", ("train", "val", "test"), rows)
+    parts = {"train": (0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1)}
+    return made("sentiment", {split: partial(rows, *part) for split, part in parts.items()})
 
 
 def hotel_dialogues():
     """CrossWOZ's hotel dialogues as the course splits them, and the hotels themselves, which come
     last: until all is there, the search knows our own hotels, as before."""
-    urls = {split: f"{LAB}/{split}.full.jsonl" for split in ("train", "dev", "test")}
-    paths = made("hotel", urls, lambda: {s: join_dialogues(fetch(u)) for s, u in urls.items()})
+
+    def rows(split):
+        return join_dialogues(fetch(f"{LAB}/{split}.full.jsonl"))
+
+    paths = made("hotel", {split: partial(rows, split) for split in ("train", "dev", "test")})
     fetch(f"{CROSSWOZ}/hotel_db.json", HOTEL_DB)
     return paths
 
 
 def invented_dialogues():
     """Dialogues of the same kind about the hotels in data/hotels.json, without a network."""
-    n = {"train": 3000, "dev": 300, "test": 300}
-    return made("hotel-synthetic", n, lambda: {s: synthetic_dialogues(n[s], s) for s in n})
+    sizes = {"train": 3000, "dev": 300, "test": 300}
+    makers = {split: partial(synthetic_dialogues, n, split) for split, n in sizes.items()}
+    return made("hotel-synthetic", makers)
 
 
 def shards(name, urls, read):
@@ -119,7 +118,7 @@ class Source(NamedTuple):
     `rows` is True for JSON rows that finetune.py takes. What belongs to one set of rows alone:
     `tidy(example)` returns the example as it is to be learned; `augment(examples, share, rng)`
     returns the examples of an epoch, for --augment; `scores(jobs, turns)` returns more figures of
-    the answers to jobs; `rewards` are functions as in data/rewards.py.
+    the answers to jobs; `rewards` are functions as in data/rewards.py; `env` is a class, for --env.
     """
 
     fetch: Callable
@@ -130,6 +129,7 @@ class Source(NamedTuple):
     augment: Callable | None = None
     scores: Callable | None = None
     rewards: tuple = ()
+    env: Callable | None = None
 
 
 _SALES = "goendalf666/sales-textbook_for_convincing_and_selling/resolve/main"
@@ -141,7 +141,9 @@ TINY_STORIES = f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
 ALPACA_ZH = f"{HUB}/shibing624/alpaca-zh/resolve/main/alpaca_gpt4_data_zh.json"
 DPO_ZH = f"{GITHUB}/hiyouga/LLaMA-Factory/main/data/dpo_zh_demo.json"
 SHAREGPT = f"{HUB}/openchat/openchat_sharegpt4_dataset/resolve/main/sharegpt_gpt4.json"
-HOTEL = dict(rows=True, tidy=tidy_calls, augment=augment, scores=fact_scores, rewards=(faithful,))
+HOTEL = dict(
+    rows=True, tidy=tidy_calls, augment=augment, scores=fact_scores, rewards=(faithful,), env=Env
+)  # fmt: skip
 
 # To add a text or a set of rows: a line here.
 SOURCES = {
@@ -163,6 +165,3 @@ SOURCES = {
     "sharegpt": Source(partial(download, train=SHAREGPT), rows=True),
 }
 ROW_SETS = tuple(name for name, source in SOURCES.items() if source.rows)
-# The same reviews, as the course and the Hub call them
-SOURCES["rotten_tomatoes"] = SOURCES["sentiment"]
-SOURCES["cornell-movie-review-data/rotten_tomatoes"] = SOURCES["sentiment"]

@@ -17,7 +17,7 @@ import tiktoken
 import tiktoken.load
 
 from data.cli import UserError
-from data.download import MB, download_path, fetch, resolve_url
+from data.download import DATA, MB, fetch
 from data.progress import shown
 from data.sentencepiece import SentencePiece
 
@@ -67,11 +67,8 @@ def load_tiktoken(name):
     try:
         return tiktoken.get_encoding(name)
     except ValueError as e:  # tiktoken's own checks: unknown name, wrong hash
-        reason = str(e)
-        for url in re.findall(r"from (https?://\S+)", reason):
-            download_path(url).unlink(missing_ok=True)  # so that the next call downloads it again
-            reason = reason.replace(url, resolve_url(url))
-        raise UserError(f"tokenizer {name}: {reason}") from e
+        remedy = f"delete {DATA / 'downloads'} to download it again"
+        raise UserError(f"tokenizer {name}: {e}: {remedy}") from e
 
 
 class Tokenizer:

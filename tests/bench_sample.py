@@ -58,7 +58,7 @@ def make_ours(config, prompts, new, kind="fp32", plain=False, **settings):
         make_fast(model, len(prompts), kind == "int8")
 
     def work():
-        for _ in sample.generate(model, prompts, new, **settings):
+        for _ in sample.generate(model, prompts, new, draft=False, **settings):
             pass
 
     return work

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,15 +128,16 @@ def test_a_source_may_be_a_url(mirror):
 
 
 @needs_vocabularies
-def test_a_vocabulary_comes_through_the_mirror_and_a_damaged_one_is_not_kept(mirror, monkeypatch):
+def test_a_vocabulary_comes_through_the_mirror_and_a_damaged_one_is_named(mirror, monkeypatch):
     good = (TIKTOKEN / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4").read_bytes()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path("cache").absolute()))
     monkeypatch.setenv("SCRATCHLM_MIRROR", mirror.base)
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     mirror.files[VOCABULARY] = good[:-100]
-    with pytest.raises(UserError, match=f"cl100k_base: .* {mirror.base}{VOCABULARY} "):
+    with pytest.raises(UserError, match=r"cl100k_base: .*: delete data"):
         Tokenizer({"kind": "tiktoken", "name": "cl100k_base"})
     mirror.files[VOCABULARY] = good
+    shutil.rmtree("data/downloads")
     assert Tokenizer({"kind": "tiktoken", "name": "cl100k_base"}).n_vocab == 100_277
 
 

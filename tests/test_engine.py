@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 import lora
 import sample
+from data import drafts
 from data.cli import UserError
 from data.graphs import GraphedSteps
-from sample import Engine, generate
+from sample import Engine, Text, draw_shares, generate
 
 
 def requests(n, seed, vocab=300, longest=70):
@@ -30,7 +31,8 @@ def requests(n, seed, vocab=300, longest=70):
         bias = {rng.randrange(vocab): rng.uniform(-9, 9) for _ in range(99)}
         for more in (
             dict(frequency_penalty=0.5, presence_penalty=0.3), dict(logit_bias=bias),
-            dict(allowed=torch.arange(vocab) % 2 == 0), dict(min_tokens=9, ends=range(vocab // 2)),
+            dict(allowed=torch.arange(vocab) % rng.choice([2, 60]) == 0),
+            dict(min_tokens=9, ends=range(vocab // 2)),
         ):
             settings |= more if rng.random() < 0.3 else {}
         made.append((prompt, settings, rng.randint(1, 30)))
@@ -38,7 +40,8 @@ def requests(n, seed, vocab=300, longest=70):
 
 
 def write_alone(model, jobs):
-    return [[i for (i,) in generate(model, [prompt], n, **rest)] for prompt, rest, n in jobs]
+    steps = (generate(model, [prompt], n, draft=False, **rest) for prompt, rest, n in jobs)
+    return [[i for (i,) in each] for each in steps]
 
 
 def write_together(engine, jobs, rng):
@@ -48,9 +51,9 @@ def write_together(engine, jobs, rng):
         while waiting and engine.busy < len(engine.texts) and rng.random() < 0.6:
             number, (prompt, settings, count) = waiting.pop(0)
             writing[engine.add(prompt, **settings)] = number, count
-        for slot, i in engine.step().items():
+        for slot, ids in engine.step().items():
             number, count = writing[slot]
-            found.setdefault(number, []).append(i)
+            found[number] = (found.get(number, []) + ids)[:count]
             if len(found[number]) == count:
                 engine.remove(slot)
                 del writing[slot]
@@ -67,6 +70,74 @@ def test_each_of_32_texts_is_what_it_is_alone(name, fast):
     engine = Engine(model, 5, length=4, chunk=random.Random(name).choice([16, 10**9]))
     assert write_together(engine, jobs, random.Random(1)) == alone
     assert len({tuple(ids) for ids in alone}) > 28
+
+
+FILTERS = [
+    dict(temperature=0), dict(temperature=1.3), dict(top_k=3), dict(top_p=0.7), dict(min_p=0.1),
+    dict(repetition_penalty=1.1), dict(frequency_penalty=0.1, presence_penalty=0.1),
+    dict(logit_bias={60: 1.0, 120: -1.0}), dict(min_tokens=20, ends=[0]), dict(ends=[0, 60]),
+    dict(temperature=0.8, top=2, echo=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("settings", FILTERS, ids=str)
+def test_drafts_change_no_text_and_save_passes(settings, rows, monkeypatch):
+    """Each text outgrows the context several times, has five ids, and always a draft."""
+    monkeypatch.setattr(drafts, "FIXED", 0)
+    monkeypatch.setattr(drafts, "EACH", 0)
+    model, found = build("default", context=40).double(), {}
+    settings = settings | dict(allowed=torch.arange(300) % 60 == 0, max_new_tokens=100)
+    for draft in False, True:
+        engine, passes = Engine(model, rows, draft=draft), 0
+        texts = [engine.add([0, 60, 120][row:] * 5, seed=row, **settings) for row in range(rows)]
+        while any(text.left for text in texts):
+            for text, ids in engine.step().items():
+                assert not set(ids[:-1]) & set(settings.get("ends", ()))
+                if not text.left:
+                    engine.remove(text)
+            passes += 1
+        found[draft] = [text.ids for text in texts], passes
+        found[draft] += tuple(
+            ([p for p, _ in text.logprobs], (text.shares + draw_shares(text.generator, 1))[0])
+            for text in texts
+        )
+    (plain, steps, *scores), (drafted, fewer, *same) = found.values()
+    assert drafted == plain and fewer < 0.9 * steps
+    for (logps, share), (others, other) in zip(scores, same):
+        assert others == pytest.approx(logps) and other == share
+    assert not settings.get("top") or len(logps) == len(plain[-1]) - 1
+
+
+@pytest.mark.parametrize("text, guess, match", [
+    ([1, 2, 3, 4, 9, 2, 3], [4, 9, 2, 3, 4], 2),
+    ([2, 3, 4, 1, 2, 3, 5, 0, 2, 3], [5, 0, 2, 3, 5], 2),  # the latest of equally long ones
+    ([1, 2, 3, 4, 7, 2, 3, 5, 1, 2, 3], [4, 7, 2, 3, 5], 3),  # a longer one comes first
+    ([7, 7, 7], [7] * 5, 2),
+    ([8, 1, 2, 1, 2], [1, 2, 1, 2, 1], 2),
+    ([1, 2, 3], [], 0), ([4], [], 0),
+])  # fmt: skip
+def test_a_draft_is_what_followed_the_longest_earlier_match(text, guess, match):
+    for at in range(len(text)):  # it may be found in a text that has ended
+        lookup = drafts.Lookup(drafts.to_chars(text[:at]), text[at:])
+        lookup.search(5)
+        assert (lookup.guess, lookup.match) == (guess, match)
+
+
+def test_drafts_are_tried_where_they_are_right_and_only_there():
+    ids, tried = [5, 6, 7, 8], {}
+    for name, share in ("right", 1), ("wrong", 0):
+        maker, lookup, tried[name] = drafts.Drafts(), drafts.Lookup("", ids * 2), []
+        text = Text(0, ids * 2, max_new_tokens=100, lookup=lookup)
+        for _ in range(30):
+            maker.make([text], 100)
+            maker.learn(lookup, lookup.guess[: 1 + len(text.draft)] if share else [9])
+            lookup.text = drafts.to_chars(ids * 2)
+            tried[name].append(len(text.draft))
+        maker.make([text] * 64, 100)
+        assert not text.draft  # a pass over many texts is busy as it is
+    assert tried["right"][0] >= 1 and tried["right"][-1] == 15
+    assert sum(tried["wrong"]) <= 3 and not tried["wrong"][-1]
 
 
 def test_what_is_in_the_cache_is_not_read_again(monkeypatch):
@@ -177,7 +248,7 @@ def test_biases_are_added_before_the_filters_and_ends_wait(heat):
         logits[1::2] = -torch.inf
         if len(ids) < 2 + 5:
             logits[::4] = -torch.inf
-        ids += sample.next_token(logits[None], [ids], [g], filters)
+        ids += sample.next_token(logits[None], [ids], sample.draw_shares(g, 1), filters)
     assert slot.ids == ids and {i % 4 for i in ids[2:7]} == {2} and {i % 4 for i in ids[7:]} != {2}
 
 
@@ -271,7 +342,7 @@ def test_graphs_end_with_the_adapter_and_with_their_cache(graphs):
     for name in None, "default":
         texts[name] = write(name, Engine(model, 1))
     model.last_logits = GraphedSteps(model.last_logits)
-    engine, keys = Engine(model, 1), weakref.WeakSet()
+    engine, keys = Engine(model, 1, draft=False), weakref.WeakSet()
     keys.add(engine.cache.keys)
     for name in "default", None, "default":
         assert write(name, engine) == texts[name] != texts["default" if name is None else None]

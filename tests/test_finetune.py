@@ -190,7 +190,7 @@ def test_padding_adds_no_targets():
     assert targets.tolist() == [[-100, 3, -100], [5, -100, 7]]
     pairs = [(rows[0], rows[1]), (rows[1], rows[0])]
     split = ft.Split([], pairs, reference=torch.tensor([[1, 2], [3, 4]]))
-    ids, _, reference = ft.DPO(None, CHAT).batch(split, [0, 1], pairs)
+    ids, *_, reference = ft.DPO(None, CHAT).batch(split, [0, 1], pairs)
     assert ids.tolist() == [[1, 2, 0], [4, 5, 6], [4, 5, 6], [1, 2, 0]]  # chosen, then rejected
     assert reference.tolist() == [[1, 2], [3, 4]]
 

@@ -207,7 +207,8 @@ def test_distilling_is_cross_entropy_and_softened_kl(share):
     model, exact = small_model(1), small_model(1).double()
     teacher = small_model(2, vocab_size=384, d_model=32).eval()  # more spare rows, another size
     ids, targets = pad(some_rows((9, 30, 12)))
-    loss = ft.distill_loss(model, ids, targets, teacher, share, 2.5)
+    places = lm.target_places(targets)
+    loss = ft.distill_loss(model, ids, targets, places, teacher, share, 2.5)
     loss.backward()
     ours = exact(ids)[targets != -100]
     with torch.no_grad():

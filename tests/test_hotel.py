@@ -1,5 +1,7 @@
 """data/hotel.py: the search, and values exchanged in dialogues."""
 
+import copy
+import itertools
 import json
 import random
 from pathlib import Path
@@ -10,8 +12,9 @@ from conftest import calls, real, turn
 from data import hotel as data_hotel
 from data.chat import parse_call
 from data.cli import UserError
-from data.facts import augment
+from data.facts import augment, records_of
 from data.hotel import HOTEL_KEYS, read_hotels, repeats, search_hotels, tidy_calls, values_by_key
+from data.hotel_env import Env
 from data.rows import to_example
 from data.sources import hotel_dialogues
 from data.tools import load_tools
@@ -194,3 +197,26 @@ def test_what_is_no_data_base_is_said(text, tmp_path):
     (tmp_path / "hotels.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"hotels.json is not a hotel database"):
         read_hotels(tmp_path / "hotels.json")
+
+
+@pytest.mark.parametrize("reply, least, most", [
+    ("{}", 1, 1), ("", 0.5, 0.5), ("推荐北京好梦酒店，99元。", 0.5, 0.6), ("{0}{0}", 0.5, 0.9),
+    ("{}" + "好" * 160, 0.5, 0.5), (None, 0.1, 0.5),
+])
+def test_a_guest_is_content_with_right_calls_and_true_replies(reply, least, most, elsewhere):
+    """Half of the reward is the calls', which are right here, or made again and again."""
+    guest, rewards = Env([to_example(r)[1] for r in data_hotel.synthetic_dialogues(60, "x")]), []
+    for seed, _ in itertools.product(range(20), "ab"):
+        env, talk, done = copy.copy(guest), [], False
+        new = env.reset(seed)
+        while not done:
+            talk, wanted = [*talk, *new], env.turns[-1][0]
+            if isinstance(wanted, dict) and (new[-1]["role"] == "user" or reply is None):
+                talk.append(calling("search", wanted))
+            else:
+                names = "、".join(records_of(new)) or "没有"
+                right = names if isinstance(wanted, dict) else wanted
+                talk.append(turn("assistant", (reply or "").format(right)))
+            new, done = env.step(talk[-1])
+        rewards.append(env.reward(talk))
+    assert rewards[::2] == rewards[1::2] and least <= sum(rewards) / len(rewards) <= most

@@ -34,10 +34,12 @@ IMPORTS = {
     "data.tools": "data.chat",
     "data.reply": "data.chat data.tokenizer",
     "data.schema": "data.chat",
+    "data.drafts": "data.chat",
     "data.scores": "data.chat",
     "data.hotel": "data.download data.scores",
     "data.facts": "data.hotel data.scores",
-    "data.sources": "data.facts",
+    "data.hotel_env": "data.facts data.tools",
+    "data.sources": "data.hotel_env",
     "data.row_files": "data.sources data.text",
     "data.hub_rows": "data.row_files",
     "data.rows": "data.hub_rows",
@@ -58,7 +60,8 @@ IMPORTS = {
     "model": "data.costs data.gguf data.machine data.rope data.runs data.tables",
     "mnist": "model data.idx data.plot data.runs",
     "lora": "model",
-    "sample": "lora data.analogy data.graphs data.matmul data.runs data.schema data.terminal",
+    "sample": "lora data.analogy data.drafts data.graphs data.matmul data.runs data.schema "
+    "data.terminal",
     "train": "model prepare_data data.runs",
     "finetune": "train sample data.batches data.rewards data.rows",
 }

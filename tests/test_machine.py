@@ -3,6 +3,8 @@
 import argparse
 import itertools
 import os
+from functools import partial
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ def test_bf16_that_is_only_emulated_is_not_taken(native, dtype, monkeypatch):
 
 
 def test_each_process_takes_its_own_gpu_and_says_if_there_is_none(monkeypatch):
-    asked = []
+    asked, current = [], Mock()
 
     def zeros(size, device):
         asked.append(str(device))
@@ -33,6 +35,7 @@ def test_each_process_takes_its_own_gpu_and_says_if_there_is_none(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "set_device", current)
     for rank, wanted in (("0", None), ("1", "cuda"), ("1", "auto")):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert choose_device(wanted) == torch.device("cuda", int(rank))
@@ -41,6 +44,19 @@ def test_each_process_takes_its_own_gpu_and_says_if_there_is_none(monkeypatch):
     with pytest.raises(UserError, match=r"--device cuda:2 cannot be used .* ordinal$"):
         choose_device()
     assert asked == ["cuda:0", "cuda:1", "cuda:1", "cuda:0", "cuda:2"]  # no context on another
+    assert [str(call.args[0]) for call in current.mock_calls] == asked[:4]
+
+
+@pytest.mark.parametrize("kind, pinned", [("cpu", False), ("cuda", True), ("mps", False)])
+def test_only_copies_from_pinned_memory_are_not_waited_for(kind, pinned, monkeypatch):
+    """On MPS such a copy of other memory may read what Python has freed by then."""
+    t, device = torch.zeros(2), torch.device(kind)
+    to, monkey = Mock(), monkeypatch.setattr
+    monkey(torch.Tensor, "pin_memory", lambda t: Mock(to=partial(to, "pinned")))
+    monkey(torch.Tensor, "to", partial(to, "plain"))
+    (moved, number), _ = Runtime(device).upload([(t, 3), t])
+    assert moved is to.return_value and number == 3
+    assert to.mock_calls == [call("pinned" if pinned else "plain", device, non_blocking=pinned)] * 2
 
 
 def test_tests_run_on_the_cpu_unless_they_are_marked():

@@ -55,7 +55,7 @@ def fast_copy(model, rows=1, int8=False):
 def pack_or_skip(layout, weight, x, bias=None):
     """The function that computes x @ weight.T + bias, or a skip with the reason."""
     try:
-        linear = layout(weight, bias, len(x))
+        linear = layout(weight, bias)
         linear(x)
         return linear
     except (RuntimeError, AttributeError) as e:
@@ -76,7 +76,8 @@ def test_int8_errs_by_what_its_bits_leave(rows, vnni, monkeypatch):
     torch.manual_seed(0)
     weight = torch.randn(512, 256) * torch.logspace(-3, 0, 512)[:, None]  # one scale would not do
     x = torch.randn(rows, 256) * torch.logspace(-2, 1, rows)[:, None]
-    y, unit = pack_or_skip(int8, weight, x)(x), x / x.abs().amax(-1, keepdim=True)
+    bias, unit = torch.randn(512), x / x.abs().amax(-1, keepdim=True)
+    y = pack_or_skip(int8, weight, x, bias)(x) - bias
     x_error = rounding((unit.max() - unit.min()) / (2 ** (8 if vnni else 7) - 1), unit)
     exact, weight_error = x @ weight.T, rounding(weight.abs().amax(1) / 127, weight)  # (512,)
     for half in (slice(0, 256), slice(256, 512)):  # small outputs as exactly as large ones
@@ -101,11 +102,11 @@ def test_each_layout_gives_the_product(layout, rows, dtype):
 
 
 def test_the_fastest_that_works_is_chosen(monkeypatch):
-    def broken(weight, bias, rows):
+    def broken(weight, bias):
         raise RuntimeError("not on this CPU")
 
-    def slow(weight, bias, rows):
-        return lambda x: torch.stack([x @ weight.T for _ in range(20)])[0]
+    def slow(weight, bias):
+        return lambda x: torch.stack([x @ weight.T for _ in range(6)])[0]
 
     linear, timings = torch.nn.Linear(300, 1024), {}
     monkeypatch.setattr(matmul, "timings", timings)
@@ -114,6 +115,9 @@ def test_the_fastest_that_works_is_chosen(monkeypatch):
     assert "microseconds: plain" in next(matmul.timing_lines())
     fastest([torch.nn.Linear(300, 8)], 1, (broken, slow, plain))
     assert list(timings.values())[1].keys() == {slow}  # of a small one the first that works
+    for rows, seconds in ((1, {slow: 3, plain: 1}), (16, {slow: 1, plain: 2})):  # 1 x 2 < 3 x 1
+        timings[(1024, 300), torch.float32, rows, (slow, plain)] = seconds
+    assert fastest([linear], 16, (slow, plain)).__qualname__.startswith("plain")
     with pytest.raises(UserError, match="int8 cannot be computed on this machine: not on this"):
         fastest([linear], 1, (broken,))
 

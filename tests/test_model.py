@@ -216,6 +216,7 @@ def test_the_sinusoids_are_the_courses(C):
 
 @pytest.fixture
 def few_rows(monkeypatch):
+    monkeypatch.setattr(lm, "LOSS_LOGITS", 0)
     monkeypatch.setattr(lm, "LOSS_ROWS", 3)  # 10 targets: chunks of 3, 3, 3 and 1
 
 
@@ -239,6 +240,7 @@ def full_loss(x, weight, bias, targets):
 @pytest.mark.parametrize("frozen", [None, 0, 1, 2, "no bias"])
 def test_the_loss_is_cross_entropy_with_its_gradients(monkeypatch, rows, ignored, frozen):
     monkeypatch.setattr(lm, "LOSS_ROWS", rows)
+    monkeypatch.setattr(lm, "LOSS_LOGITS", 0)
     results = []
     for f in (lm.chunked_loss, full_loss):
         *parts, targets = loss_inputs(ignored=ignored)

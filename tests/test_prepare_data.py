@@ -91,10 +91,8 @@ def prepare_books(texts, *args, **settings):
     return prepare("books", *args, **settings)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_every_tenth_document_is_held_out_whole(workers, monkeypatch):
+def test_every_tenth_document_is_held_out_whole(monkeypatch):
     set_block(monkeypatch, 64)  # long documents go through in several pieces
-    monkeypatch.setattr(prepare_data, "WORKERS", workers)
     texts = [f"Document {i}. " + "Once more, " * (i % 7) for i in range(1, 36)]
     folder, val = prepare_books(texts, "byte"), texts[9::10]
     assert split_of(folder, "val") == val
@@ -218,8 +216,8 @@ def test_preparing_again_gives_the_same_bytes_or_replaces_all_or_fails(prepared,
 
 
 @pytest.mark.parametrize("name", ["tale", "hotel-synthetic"])
-def test_if_several_processes_prepare_a_text_one_does_and_the_others_wait(name):
-    Path("tale.txt").write_text("".join(f"{i} is a number. " for i in range(30_000)))
+def test_several_processes_may_prepare_one_text(name):
+    Path("tale.txt").write_text("".join(f"{i} is a number. " for i in range(3_000)))
     code = {
         "tale": "import prepare_data as p; p.read_tokens(p.find_data('tale.txt'), 'train')",
         "hotel-synthetic": "from data.sources import invented_dialogues; invented_dialogues()",
@@ -260,7 +258,6 @@ MEASURED = """
 import re, sys
 sys.path.insert(0, sys.argv[1])
 import prepare_data
-prepare_data.WORKERS = 2  # each has blocks of its own in flight
 prepare_data.main(sys.argv[2:])
 print("peak", re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 """

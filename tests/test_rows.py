@@ -19,7 +19,7 @@ from data.download import download_path
 from data.hotel import HOTEL_DB, OWN_HOTELS, read_hotels, search_hotels, synthetic_dialogues
 from data.row_files import read_rows
 from data.rows import first_words, load_data, read_examples, split_off, to_example
-from data.sources import LAB, REVIEWS, SOURCES
+from data.sources import LAB, REVIEWS
 from prepare_data import default_name
 
 
@@ -69,9 +69,6 @@ FORMS = {  # (row, the messages that it means)
         [SYSTEM, U, turn("call", 'f {"x": 1}'), turn("tool", "[]"), A]),
     "calls": ([U, said("function_call", '[{"name": "f"}, {"name": "g"}]')],
               [U, calls("f {}", "g {}")]),
-    "coig": ({"instruction": "s", "conversations": [{"question": "q", "answer": "a"}]},
-             [SYSTEM, U, A]),
-    "moss": ({"conversation_id": 3, "conversation": [{"human": "q", "assistant": "a"}]}, [U, A]),
     "minimind": (
         {"conversations": [turn("system", "") | {"tools": json.dumps(TOLD)}, U,
                            {"role": "assistant", "content": "", "tool_calls": '[{"name": "f"}]'}]},
@@ -135,8 +132,6 @@ TALK, TEXTS = [SYSTEM, U, A, turn("user", "2")], {"chosen": "good", "rejected": 
       "rejected": said("gpt", "bad")}, [U]),
     ({"system": "s", "question": "q", **TEXTS}, [SYSTEM, U]),
     ({"query": "q", "response": "good", "rejected_response": "bad"}, [U]),  # ms-swift
-    ({"input": {"messages": TALK}, "preferred_output": sides()["chosen"],
-      "non_preferred_output": sides()["rejected"]}, TALK),  # OpenAI
 ])
 def test_all_turns_before_the_answers_of_a_pair_are_kept(row, before):
     kind, pair = to_example(row)
@@ -439,7 +434,7 @@ def test_configurations_splits_and_parts_of_a_data_set(hub):
     ("me/large", "has 100,100 rows of train: say how many by --max_rows"),
     ("me/bare", "data/datasets/me/bare/default-train.jsonl holds no rows"),
     ("me/none", "me/none is not a file or folder here, and the Hub's viewer does not give its"),
-    ("me/here", "me/here is a folder"),
+    ("my/here", "my/here is a folder"),
     ("data/none", "data/none does not exist: name a .json, .jsonl, .csv, .tsv file, .gz too"),
 ])
 def test_a_data_set_that_cannot_be_read_is_a_line(hub, source, says):
@@ -447,7 +442,7 @@ def test_a_data_set_that_cannot_be_read_is_a_line(hub, source, says):
     hub("me/sft", {"default": {"train_sft": films(1)}})
     hub("me/large", {"default": {"train": films(1)}}, total=100_100)
     hub("me/bare", {"default": {"train": films(9, -1)}})
-    Path("me/here").mkdir(parents=True)
+    Path("my/here").mkdir(parents=True)
     with pytest.raises(UserError, match=re.escape(says)) as e:
         load_data(source)
     assert "\n" not in str(e.value)
@@ -461,9 +456,7 @@ def test_files_of_a_repository(hub):
         assert sizes(source, val_source=source) == {"train": n, "val": n}
 
 
-def test_the_names_that_the_course_and_the_hub_have_for_a_set():
-    for name in ("rotten_tomatoes", "cornell-movie-review-data/rotten_tomatoes"):
-        assert SOURCES[name] is SOURCES["sentiment"] and default_name(name) == "rotten_tomatoes"
+def test_the_name_of_a_set_of_the_hub():
     assert default_name("me/many:en") == "many-en" and default_name("me/a:b/c.jsonl") == "c"
 
 

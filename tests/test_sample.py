@@ -21,7 +21,15 @@ from data.cli import UserError, printable
 from data.tensors import write_safetensors
 from data.tokenizer import Tokenizer
 from model import Config, Transformer, load_checkpoint, save_checkpoint
-from sample import TextStream, analogy, beam_search, generate, naive_generate, next_token
+from sample import (
+    TextStream,
+    analogy,
+    beam_search,
+    draw_shares,
+    generate,
+    naive_generate,
+    next_token,
+)
 
 
 def bpe_tokenizer(tokens, pattern):
@@ -88,7 +96,7 @@ def test_temperature_and_penalty_divide_and_equals_are_kept():
 
 def draw(logits, n, seed=0, **settings):
     g = torch.Generator().manual_seed(seed)
-    return next_token(logits.expand(n, -1), [[0]] * n, [g] * n, settings)
+    return next_token(logits.expand(n, -1), [[0]] * n, draw_shares(g, n), settings)
 
 
 def test_temperature_zero_is_argmax_after_the_repetition_penalty():

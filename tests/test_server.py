@@ -553,7 +553,7 @@ def test_a_step_that_fails_ends_its_answers_and_not_the_server(text, monkeypatch
 
 def test_closing_finishes_what_is_written_and_cuts_what_never_ends(capfd):
     with Serving(trained([([1, 2], [1, 1])], 1), BYTE) as serving, ThreadPoolExecutor(2) as pool:
-        step = serving.engine.step
+        step, serving.engine.draft = serving.engine.step, False
         serving.engine.step = lambda: (time.sleep(0.05), step())[1]
         asked = [LONG | {"max_tokens": n, "stream": True} for n in (20, 300, 300, 300)]
         streams = [serving.write(**each) for each in asked]

@@ -1,5 +1,6 @@
 """Chat templates of the Hub's families, rendered by us and by transformers: the same ids."""
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -16,6 +17,7 @@ from jinja2 import TemplateError
 from test_hf_tokenizer import trained, write
 from tokenizers import AddedToken
 
+from data.chat import get_template
 from data.hf_tokenizer import hub_tokenizer
 from data.tokenizer import Tokenizer
 
@@ -280,6 +282,23 @@ def written(theirs, messages, family, tools):
             own = after.removeprefix(before)
             own = own[: own.index(end) + len(end)] if end else own
             yield (before, own) if own and after.startswith(before) else None
+
+
+@every_case
+def test_a_conversation_that_goes_on_has_the_ids_of_the_whole_one(family, talk):
+    """Where the template rewrites earlier turns, or ends none, it is refused."""
+    template, messages = get_template(pair(family)[0]), TALKS[talk]
+    spoken = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    with contextlib.suppress(ValueError):  # the template refuses the conversation
+        *rewritten, (whole, mask, _) = template.rows(messages)
+        runs = [list(run) for m, run in itertools.groupby(zip(whole, mask), lambda p: p[1]) if m]
+        if not spoken[1:]:
+            return
+        ids = template.prompt_ids(messages[: spoken[0]])
+        for run, i, j in zip(runs, spoken, [*spoken[1:], None]):
+            ids += [i for i, _ in run]
+            ids += template.next_ids(messages[: i + 1], messages[i + 1 : j]) if j else []
+        assert not rewritten and ids == whole[: len(ids)] and sum(mask[len(ids) :]) == 0
 
 
 @every_case

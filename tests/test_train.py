@@ -374,8 +374,7 @@ def test_a_resumed_run_takes_new_rates_and_refuses_a_new_text(corpus):
     prepare_data.main(["words.txt", "--tokenizer", "byte"])
     for flags, named in ((["--max_steps", "9"], "not the text"), (["--out", "out/q"], "--out")):
         assert named in refused("--resume", "out/r", *flags)
-    assert "replacing words.txt (byte) by words.txt (char)" in run(
-        "words.txt", "--tokenizer", "char", main=prepare_data.main).stdout
+    prepare_data.main(["words.txt", "--tokenizer", "char"])
     assert "python prepare_data.py words.txt --tokenizer byte" in refused("--resume", "out/r")
     assert Path("out/r/last.pt").read_bytes() == before
 
@@ -503,21 +502,55 @@ def test_a_bf16_copy_learns_as_fp32_does():
     assert {p.dtype for p in runs.low.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_the_compilers_trial_leaves_nothing_behind(works, monkeypatch, capsys):
-    """It falls back to eager mode with one line; only training is compiled."""
-    model = tiny()
-    error = None if works else RuntimeError("no compiler here\nand a long story")
-    compiled, ids = Mock(wraps=model.hidden, side_effect=error), torch.zeros(1, 4).long()
+@pytest.mark.parametrize("longest, calls", [(9, 3), (4, 2), (3, 1)])
+def test_without_a_compiler_for_a_shape_blocks_run_as_they_are(longest, calls, monkeypatch, capsys):
+    """It says so in one line, of the trial, which leaves nothing behind, and of later shapes; only
+    training is compiled."""
+    model, seen = tiny(), []
+
+    def compiled(block, x, *args):
+        seen.append(x.shape[1])
+        if x.shape[1] > longest:
+            raise RuntimeError("no compiler here\nand a long story")
+        return forward(block, x, *args)
+
+    forward, ids = lm.Block.forward, torch.zeros(1, 4).long()
     monkeypatch.setattr(torch, "compile", lambda plain: compiled)
     train.compile_blocks(model, train.Task(lambda step: [(ids, ids)], None, {}), CPU, 0)
+    assert seen == [4] and all(p.grad is None for p in model.parameters())
+    for length in (6, 3):
+        more = torch.zeros(1, length).long()
+        trained = model(more, more)
+        with lm.evaluating(model):
+            assert torch.equal(model(more, more), trained)
     said = capsys.readouterr().out
-    assert said.count("\n") == ("no compiler here" in said) == (not works)
-    assert compiled.call_count == 1 and all(p.grad is None for p in model.parameters())
-    model(ids, ids)
-    with lm.evaluating(model):
-        model(ids, ids)
-    assert compiled.call_count == 1 + works
+    assert said.count("\n") == ("no compiler here" in said) == (longest < 6)
+    assert seen == [4, 6, 3][:calls]
+
+
+def test_no_optimizer_steps_where_the_gradients_of_another_are_not_finite():
+    """As fp16's loss scaling meets them; the scale is halved."""
+    model = tiny()
+    optimizers = train.make_optimizers(model, settings(optimizer="muon"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    runtime = replace(CPU, dtype="fp16")
+    before = copy.deepcopy(model.state_dict())
+    for bad, scale in ((math.inf, 4), (1.0, 4)):
+        scaler.scale(sum(p.sum() for p in model.parameters())).backward()
+        model.embed.weight.grad[0, 0] *= bad  # AdamW's; Muon has the matrices
+        train.optimizer_step(model, optimizers, scaler, 1.0, runtime)
+        same = [torch.equal(v, before[k]) for k, v in model.state_dict().items() if "q.w" in k]
+        assert scaler.get_scale() == scale and same == [bad == math.inf]
+
+
+@pytest.mark.parametrize("ddp, copied", [
+    (lambda model, broadcast_buffers=None: broadcast_buffers, False),
+    (lambda model, broadcast_buffers=None, forward_sync_buffers=None:  # since torch 2.13
+        (broadcast_buffers, forward_sync_buffers), (None, False))])
+def test_no_buffers_are_copied_between_processes_by_any_torch(ddp, copied, monkeypatch):
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", ddp)
+    args = settings(compile=False)
+    assert train.make_runner(tiny(), None, args, replace(CPU, world=2))[0] == copied
 
 
 def test_training_goes_on_from_a_checkpoints_weights(corpus):

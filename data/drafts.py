@@ -1,0 +1,80 @@
+"""Drafts: ids that may come next, because they followed the same ids before.
+
+To write one id, a model reads all of its weights; to read several it does so only once, too. So the
+ids that followed the longest earlier match are tried in one pass (prompt lookup, Saxena 2023). Only
+those that are drawn, one after another, are kept: a draft changes no text, only the time it takes.
+"""
+from data.chat import common_length
+
+LENGTHS = 0, 1, 3, 7, 15  # of a draft
+LONGEST = 16  # the most ids of a match
+KEPT = 1 << 14  # ids of ended texts, which are searched, too
+# How much longer a pass takes with drafts, as a share of one without: in any case, and for each id
+# of a draft. Measured with 124M parameters on a CPU, see tests/BENCHMARKS.md.
+FIXED, EACH = 0.15, 0.06
+
+
+class Lookup:
+    """Finds what followed earlier in a text, after the ids of `before`. They are kept as strings,
+    with a character for each id, in which `rfind` is fast."""
+
+    def __init__(self, before, ids):
+        self.text, self.match, self.guess = before + to_chars(ids), 0, []
+
+    def search(self, most):
+        """Set `guess` to at most so many ids, those after the longest match, and `match` to its
+        length; without a match they are empty and 0."""
+        text, guess, n = self.text, "", 0
+        while n < LONGEST and (at := text.rfind(text[~n:], 0, -1)) >= 0:
+            n += 1
+            guess = text[at + n :][:most]
+        if guess:  # a match so near repeats itself
+            guess = (guess * most)[:most]
+        self.match, self.guess = n, list(map(ord, guess))
+
+
+class Drafts:
+    """The drafts for all texts of an engine, and how often they were right."""
+
+    def __init__(self):
+        self.ended, self.counts = "", {}  # counts: {length of a match: (ids right, wrong) of late}
+
+    def keep(self, ids):
+        """Keep a text that has ended for those to come."""
+        self.ended = (self.ended + to_chars(ids))[-KEPT:]
+
+    def make(self, texts, most):
+        """Set the `draft` of each Text, to lists of the same length, at most `most`: that at which
+        a pass over all of them writes the most ids in its time."""
+        for text in texts:
+            text.lookup.search(max(0, min(LENGTHS[-1], text.left - 1)))
+        lookups = [text.lookup for text in texts]
+        rates = [self.rate(lookup) for lookup in lookups]
+
+        def speed(n):  # 1 + p + p^2 ... ids of each text
+            lengths = [min(n, len(lookup.guess)) + 1 for lookup in lookups]
+            ids = sum((1 - p**k) / (1 - p) for p, k in zip(rates, lengths))
+            return ids / (1 + FIXED * (n > 0) + EACH * n * len(texts))
+
+        n = max((n for n in LENGTHS if n <= most), key=speed)
+        for text in texts:
+            text.draft = (text.lookup.guess + [0] * n)[:n]  # any id may be a draft
+
+    def rate(self, lookup):
+        """The share of ids that came as guessed, after matches of the same length."""
+        right, wrong = self.counts.get(lookup.match, (0.6, 1.4))
+        return min(0.98, right / (right + wrong))
+
+    def learn(self, lookup, new):
+        """Compare a guess with the new ids, of which there is one even without a draft."""
+        right, wrong = self.counts.get(lookup.match, (0.6, 1.4))
+        n = common_length(lookup.guess, new)
+        missed = n < min(len(lookup.guess), len(new))
+        self.counts[lookup.match] = 0.97 * right + n, 0.97 * wrong + missed
+        lookup.text += to_chars(new)
+        lookup.guess = []
+
+
+def to_chars(ids):
+    """A string with a character for each id, which is below 1,114,112."""
+    return "".join(map(chr, ids))
