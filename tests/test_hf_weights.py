@@ -230,12 +230,6 @@ def test_a_relatives_weights_under_other_names_compute_the_same(name, tmp_path):
     ("mistral", dict(sliding_window="?"), "wrong type"),
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
     ("llama", dict(model_type="?"), r"model_type '\?' is not one of gpt2, llama"),
-<<<<<<< HEAD
-    ("llama", dict(model_type="mamba"), "'mamba' is not computed: a recurrent state; near it: ll"),
-    ("llama", dict(model_type="bert"), "predicts no next token"),
-    ("llama", dict(model_type="gemma3"), "images; near it: gemma3_text"),
-=======
->>>>>>> main
     ("llama", dict(model_type="baichuan", max_position_embeddings=None), "ALiBi"),
     ("llama", dict(rope_scaling={"rope_type": "yarn"}), "lacks a field .* 'factor'"),
     ("qwen3_moe", dict(mlp_only_layers=[1]), r"mlp_only_layers = \[1\]"),
