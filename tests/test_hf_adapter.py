@@ -94,16 +94,13 @@ def test_an_adapter_that_peft_cannot_express_is_refused_in_one_line(tmp_path):
     base, other = base_of("llama"), base_of("llama", norm_weight=False)
     content = adapter_of(base)
     info, state = content["adapter"], content["model"]
-    name, wide = "blocks.0.attention.q.b", {"blocks.1.attention.q.a": torch.zeros(4, 40)}
+    wide = {"blocks.1.attention.q.a": torch.zeros(4, 40)}
     table = dict(adapter=info | dict(modules_to_save=["embed"]))
     table["model"] = state | {"embed.weight": base["model"]["embed.weight"]}
     for base_, change, message in (
         (base, table, "special tokens"),
         (base, dict(adapter=info | dict(quantize="nf4")), "quantized base"),
-        (base, dict(adapter=info | dict(rank=5)), r"does not fit this base: .* has \(5, 32\)"),
         (base, dict(model=state | wide), r"attention.q.a is \(4, 40\), the model has \(4, 32\)"),
-        (base, dict(model={k: v for k, v in state.items() if k != name}), f"{name} .* is missing"),
-        (base, dict(model=state | {"blocks.7.q.a": torch.zeros(4, 32)}), "blocks.7.* unknown"),
         (other, {}, "is another model"),
     ):
         with pytest.raises(UserError, match=f"^.*{message}.*$"):

@@ -78,16 +78,6 @@ def test_losses_by_hand():
     assert lr == pytest.approx(1 / (1 / 0.5 + 0.5 / 0.1)) and mnist.read_loss("nll")[1] == 0.01
 
 
-@pytest.mark.parametrize("flag, ours, names", [
-    ("optimizer", "lbfgs", "L-BFGS lbfgs"),
-    ("optimizer", "adamw", "AdamW adam_w"),
-    ("loss", "nll", "ce CrossEntropyLoss cross_entropy NLLLoss"),
-    ("loss", "0.25*euclidean+mse", "0.25*Euclidean-Distance+mse_loss"),
-])
-def test_a_name_is_known_in_any_case_and_as_torch_and_the_course_write_it(flag, ours, names):
-    assert {getattr(settled(f"--{flag}", name), flag) for name in names.split()} == {ours}
-
-
 def rates(schedule, steps=8, *flags):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     args = settled("--epochs", "4", "--lr", "1", "--schedule", schedule, *flags)

@@ -19,6 +19,7 @@ import lora
 import model as lm
 import sample
 from data.batches import chat_rows
+from data.chat import get_template
 from data.cli import UserError
 from data.rows import to_example
 from data.tokenizer import REWARD_TOKEN, label_token
@@ -153,18 +154,15 @@ def test_a_broken_call_goes_back_as_an_error_and_after_three_the_model_has_to_sp
 
 
 def test_a_thought_is_kept_apart_and_what_a_template_refuses_is_told(script, hear):
-    ours, _ = pair("qwen3")
-    mark = ours.special
-    script([mark["<think>"], *ours.encode("\nHm\n"), mark["</think>"], *ours.encode("\n\nHi"),
-            mark["<|im_end|>"]])
+    ours, gemma = pair("qwen3")[0], pair("gemma")[0]
+    script(get_template(ours).encode("<think>\nHm\n</think>\n\nHi<|im_end|>"))
     bot = chat(tokenizer=ours)
     assert hear(bot, "a").out == "Hm\n\nHi\n"
     assert bot.messages[1] == turn("assistant", "Hi") | {"reasoning_content": "Hm"}
-    script(*[pair("gemma")[0].encode("Hi")] * 2)
-    bot = chat(SQUARE, tokenizer=pair("gemma")[0])
+    script(*[gemma.encode("Hi")] * 2)
+    bot = chat(SQUARE, tokenizer=gemma)
     assert "no place for tools" in bot.tools_problem()
-    err = hear(bot, "/system be kind", "a", "/system", "b").err
-    assert "System role not supported" in err
+    assert "System role not supported" in hear(bot, "/system be kind", "a", "/system", "b").err
     assert bot.messages == [turn("user", "b"), turn("assistant", "Hi")]
 
 
