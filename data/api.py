@@ -30,10 +30,11 @@ UNSUPPORTED = (
         "functions suffix audio prediction web_search_options guided_regex guided_choice "
         "guided_grammar structured_outputs use_beam_search allowed_token_ids bad_words "
         "include_stop_str_in_output grammar json_schema mirostat dry_multiplier xtc_probability "
-        "documents chat_template continue_final_message lora",
+        "documents chat_template lora",
         False, 0, "", [], {},
     ),
 )  # fmt: skip
+TURNS = ("add_generation_prompt", "continue_final_message")  # where the prompt of a chat ends
 
 
 def parse_body(raw):
@@ -69,13 +70,12 @@ def check_fields(body, chat, size):
     limit, bias = number(0 if body.get("echo") else 1, 2**31, (int,)), number(-100, 100)[1]
     ids = f"ids from 0 to {size - 1}"
     rules = {  # field: (what its value must be, whether a value is that)
-        **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls"), flag),
+        **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls", *TURNS), flag),
         **dict.fromkeys(("stream_options", "chat_template_kwargs"), mapping),
         **dict.fromkeys(("max_tokens", "max_completion_tokens"), limit),
         **dict.fromkeys(("frequency_penalty", "presence_penalty"), number(-2, 2)),
         **dict.fromkeys(("top_p", "min_p"), number(0, 1)),
         **dict.fromkeys(("top_k", "min_tokens"), number(0, 2**31, (int,))),
-        "add_generation_prompt": flag,
         "temperature": number(0, 2),
         "repetition_penalty": number(0.01, 100),
         "n": number(1, 16, (int,)),
@@ -205,7 +205,7 @@ class Api:
             fits = constraint(self.tokenizer, call_grammar(self.template, tools, forced))
         tools = self.told(tools) if may_call else []
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
-        variables = {"add_generation_prompt": body.get("add_generation_prompt", True)}
+        variables = {name: body[name] for name in TURNS if name in body}
         variables |= body.get("chat_template_kwargs", {})
         try:
             if body.get("truncation") == "auto":

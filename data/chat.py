@@ -115,6 +115,7 @@ ASSISTANT_TAGS = (*THINK, "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|pyth
 # Escapes the name of a special token in a message, so that it is encoded as plain text. It is a
 # Unicode noncharacter; a text that contains it has it doubled.
 MARK = "\ufdd0"
+CONTINUE_HERE = "\ufdd1 "  # appended to a message that is to be continued, to find its end
 # probes that are easy to find in a template's output
 CONTENT, TOOL, KEY, CALL_ID = "Zq7", "Zq8", "Zq9", "call00000"
 
@@ -342,10 +343,26 @@ class Template:
         return ids, mask
 
     def prompt_ids(self, messages, tools=None, variables=None):
-        """Ids of a conversation up to where the answer begins, or with the template's variable
-        add_generation_prompt=False up to its end. ValueError if the template refuses it."""
-        variables = {"add_generation_prompt": True} | (variables or {})
-        return self.encode(self.write(*self.escaped(messages, tools), variables))
+        """Ids of a conversation up to where the answer begins. The template's `variables` may have
+        add_generation_prompt=False, so that they end with the last turn, and
+        continue_final_message=True, so that they end within it. ValueError if the template refuses
+        the conversation, or does not write the message that is to be continued."""
+        variables = variables or {}
+        continued = variables.get("continue_final_message", False)
+        variables = {"add_generation_prompt": not continued} | variables
+        if continued:
+            last = messages[-1]
+            if variables["add_generation_prompt"] or last.get("tool_calls"):
+                excluded = "add_generation_prompt, or tool calls in the last message"
+                raise ValueError(f"continue_final_message is not possible with {excluded}")
+            messages = [*messages[:-1], last | {"content": last["content"] + CONTINUE_HERE}]
+        text = self.write(*self.escaped(messages, tools), variables)
+        if continued:
+            text, mark, after = text.rpartition(CONTINUE_HERE.strip())
+            if not mark:
+                raise ValueError("the chat template does not write the message to be continued")
+            text = text if after.startswith(" ") else text.rstrip()  # some trim messages
+        return self.encode(text)
 
     def next_ids(self, messages, new):
         """The ids that `new` messages and the start of the next answer add to a conversation whose

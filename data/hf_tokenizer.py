@@ -74,7 +74,12 @@ def hub_pattern(pre):
             if kinds == ["Digits", "ByteLevel"] and first["individual_digits"] is True:
                 return DIGITS_PATTERN
         elif kinds == ["Split", "ByteLevel"] and first["behavior"] == "Isolated":
-            return first["pattern"]["Regex"]
+            pattern = first["pattern"]["Regex"]
+            # Their regular expressions are Ruby's, where these mean something else than in Rust's
+            bare = re.sub(r"\\[pP]\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]", "", pattern)
+            if re.search(r"[$^]|\}\+|\(\?[a-z-]*[msx]", bare):
+                raise ValueError(f"pre_tokenizer: pattern {pattern!r} has another meaning here")
+            return pattern
     raise ValueError(f"pre_tokenizer {' + '.join(kinds)}, with its settings, can't be read")
 
 
@@ -157,6 +162,9 @@ def hub_tokenizer(folder):
             raise ValueError(f"model {kind}{marks or ''}: only byte-level BPE and SentencePiece's")
         ids = {t["content"]: t["id"] for t in entries}
         words = {t["content"]: t["id"] for t in entries if not t.get("special", True)}
+        for t in entries:
+            if t["content"] in words and any(map(t.get, ("single_word", "lstrip", "rstrip"))):
+                raise ValueError(f"{t['content']!r} has single_word, lstrip or rstrip set")
         merges = model.get("merges", ())  # in old files a pair is one string
         model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
         added = dict(ids)

@@ -143,7 +143,10 @@ def conversation(messages, row):
 TURNS = ("messages", "conversations", "conversation", "items")
 QUESTIONS = ("prompt", "question", "query", "instruction", "input")
 ANSWERS = ("completion", "output", "target", "answer", "response", "solution")
-PAIRS = ("chosen", "response"), ("rejected", "rejected_response")
+PAIRS = (
+    ("chosen", "preferred_output", "response"),
+    ("rejected", "non_preferred_output", "rejected_response"),
+)
 
 
 def transcript(text):
@@ -170,6 +173,8 @@ def read_question(row, unread):
 
 def read_pair(row, unread):
     """The example of a preference pair. The messages that both sides share become the prompt."""
+    if isinstance(row.get("input"), dict):  # OpenAI
+        row |= row.pop("input")
     if row.keys() & set(QUESTIONS):
         turns = read_question(row, unread)
     else:

@@ -165,3 +165,6 @@ SOURCES = {
     "sharegpt": Source(partial(download, train=SHAREGPT), rows=True),
 }
 ROW_SETS = tuple(name for name, source in SOURCES.items() if source.rows)
+# The same reviews, as the course and the Hub call them
+SOURCES["rotten_tomatoes"] = SOURCES["sentiment"]
+SOURCES["cornell-movie-review-data/rotten_tomatoes"] = SOURCES["sentiment"]

@@ -135,18 +135,22 @@ def turn_text(turn):
 
 
 def json_rows(blocks, name):
-    """(where it is, row) of each row in a stream of JSON: the items of a list, or in a .jsonl file
-    and where there is no list a row on each line. A line that is not JSON gives a UserError in
-    place of its row."""
+    """(where it is, row) of each row in a stream of JSON: the items of a list, or values that
+    follow each other. In a .jsonl file each line is a row, unless the first line only opens a
+    value. A line that is not JSON gives a UserError in place of its row."""
     blocks = iter(blocks)
     start = next(blocks, "")
-    if start.lstrip().startswith("[") and not re.search(r"(?i)\.jsonl(\.gz)?$", name):
+    takes_lines = re.match(r"\s*[\[{]\s*\n", start)
+    if takes_lines or not name.lower().removesuffix(".gz").endswith(".jsonl"):
+        start += "".join(blocks)
         try:
-            rows = json.loads(start + "".join(blocks))
+            rows = json_values(start)
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{name}: broken JSON ({e})") from e
-        yield from ((f"{name}: row {n}", row) for n, row in enumerate(rows, start=1))
-        return
+            if takes_lines or start.lstrip().startswith("["):
+                raise UserError(f"{name}: broken JSON ({e})") from e
+        else:
+            yield from ((f"{name}: row {n}", row) for n, row in enumerate(rows, start=1))
+            return
     for number, line in enumerate(split(itertools.chain([start], blocks), "\n"), start=1):
         if line.strip():
             where = f"{name}:{number}"
@@ -155,6 +159,17 @@ def json_rows(blocks, name):
             except (ValueError, RecursionError) as e:
                 row = UserError(f"{where}: broken JSON ({e})".replace("line 1 ", ""))
             yield where, row
+
+
+def json_values(text):
+    """The items of the list that a text holds, or the values that follow each other in it."""
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    blank, decoder, values, start = re.compile(r"\s*"), json.JSONDecoder(), [], 0
+    while (start := blank.match(text, start).end()) < len(text):
+        value, start = decoder.raw_decode(text, start)
+        values.append(value)
+    return values
 
 
 class Documents:

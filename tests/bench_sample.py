@@ -2,6 +2,7 @@
 
     python tests/bench_sample.py gpt2 --nanogpt nanoGPT    the 124M shape, one row and eight
     python tests/bench_sample.py int8 --ckpt out/stdlib --data data/stdlib
+    python tests/bench_sample.py drafts --text story.txt   what drafts are worth, --dtype bf16
     python tests/bench_sample.py load                      --serve with 1 to 64 clients
     python tests/bench_sample.py load --url http://127.0.0.1:8000 --shapes gpt2
 
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import copy
+import inspect
 import json
 import math
 import random
@@ -107,6 +109,45 @@ def gpt2(args):
             print(table(take_turns(jobs, args.rounds), NEW * n, "tokens/s", "transformers fp32"))
             rate = n * read_rate() / (4 * weights)
             print(f"\nfloor by bytes: {rate:.0f} fp32, {2 * rate:.0f} bf16, {4 * rate:.0f} int8")
+
+
+def make_writer(kind, prompt, text, draft):
+    """A job: the 124M shape writes `text`, whatever it would draw itself."""
+    torch.manual_seed(0)
+    model = lm.Transformer(lm.preset("gpt2")).eval()
+    model = low(model) if kind == "bf16" else model
+    make_fast(model, 8, kind == "int8")
+    draw, whole = sample.next_token, prompt + text
+
+    def next_token(logits, previous, *rest):
+        draw(logits, previous, *rest)  # for its time
+        return [whole[min(len(ids), len(whole) - 1)] for ids in previous]
+
+    def work():
+        sample.next_token = next_token
+        for _ in sample.generate(model, [prompt], len(text), draft=draft, temperature=0):
+            pass
+
+    return work
+
+
+def drafts(args):
+    """Without and with drafts: a function of sample.py in which a variable has another name, after
+    the function as it was, and the text of --text after its first fifth."""
+    function = inspect.getsource(sample.beam_search)
+    texts = {"edit": (function, function.replace("beam", "ray").replace("score", "logp"))}
+    if args.text:
+        text = Path(args.text).read_text(encoding="utf-8")[-3000:]
+        texts[args.text] = text[:600], text[600:]
+    tokenizer = Tokenizer({"kind": "tiktoken", "name": "gpt2"})
+    for name, pair in texts.items():
+        prompt, text = (tokenizer.encode(part)[:450] for part in pair)
+        how = dict(kind=args.dtype, prompt=prompt, text=text)
+        jobs = {f"{args.dtype} {n}": (make_writer, how | dict(draft=n == "drafts"))
+                for n in ("one token a step", "drafts")}  # fmt: skip
+        print(f"\n{name}, {len(text)} tokens:\n")
+        seconds = take_turns(jobs, args.rounds)
+        print(table(seconds, len(text), "tokens/s", f"{args.dtype} one token a step"), flush=True)
 
 
 @torch.no_grad()
@@ -219,7 +260,7 @@ def load(args):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=("gpt2", "int8", "load"))
+    p.add_argument("what", choices=("gpt2", "int8", "drafts", "load"))
     p.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT")
     p.add_argument("--rounds", type=int, default=5, help="turns of each job (5)")
     p.add_argument("--ckpt", default="out/stdlib", help="for int8")
@@ -228,13 +269,14 @@ def main():
     p.add_argument("--seconds", type=float, default=30, help="of each measurement of load (30)")
     p.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="(1 4 16 64)")
     p.add_argument("--shapes", default="gpt2,tiny", help="presets of ours (gpt2,tiny)")
-    p.add_argument("--dtype", default="fp32", help="of our server's weights (fp32)")
+    p.add_argument("--dtype", default="fp32", help="of weights, for drafts and load (fp32)")
+    p.add_argument("--text", help="a file, for drafts")
     p.add_argument("--url", help="of another server")
     p.add_argument("--model", help="what requests call its model")
     args = p.parse_args()
     args.nanogpt = args.nanogpt and str(Path(args.nanogpt).resolve())
     print(about_machine())
-    {"gpt2": gpt2, "int8": int8, "load": load}[args.what](args)
+    {"gpt2": gpt2, "int8": int8, "drafts": drafts, "load": load}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -137,10 +137,13 @@ def test_templates_get_the_variables_of_a_request_and_refuse_in_their_own_words(
 
     user, begin = "<|im_start|>user\nhi<|im_end|>\n", "<|im_start|>assistant\n"
     no_thought = begin + "<think>\n\n</think>\n\n"
+    continued = {"messages": [*HELLO, turn("assistant", "Once")], "continue_final_message": True}
     for fields, prompt in (
         ({}, begin),
         ({"chat_template_kwargs": {"enable_thinking": False}}, no_thought),
         ({"add_generation_prompt": False}, ""),
+        (continued, no_thought + "Once"),
+        (continued | {"truncation": "auto"}, no_thought + "Once"),
     ):
         assert text(**fields) == user + prompt
     for name, value in ("add_generation_prompt", "no"), ("chat_template_kwargs", [1]):

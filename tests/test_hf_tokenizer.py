@@ -260,7 +260,8 @@ def test_end_of_text_is_what_the_files_say(beside, end):
 
 
 PLAIN = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-REMOVED = {"type": "Split", "pattern": {"Regex": r"\p{L}+"}, "behavior": "Removed", "invert": False}
+ISOLATED = {"type": "Split", "behavior": "Isolated", "invert": False}
+STRIPS = {"id": 0, "content": "<s>", "special": False, "rstrip": True}
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +283,11 @@ def steps(*all_steps):
     return {"type": "Sequence", "pretokenizers": all_steps}
 
 
+def split_by(text, **changes):
+    first = ISOLATED | {"pattern": {"Regex": text}} | changes
+    return steps(first, PLAIN | {"use_regex": False})
+
+
 @pytest.mark.parametrize("path, value, said", [
     ("model.type", "WordPiece", "model WordPiece"),
     ("model.byte_fallback", True, "'<0x00>' is missing"),
@@ -292,8 +298,10 @@ def steps(*all_steps):
     ("normalizer", {"type": "Lowercase"}, "normalizer Lowercase"),
     ("pre_tokenizer", None, "pre_tokenizer none"),
     ("pre_tokenizer", PLAIN | {"add_prefix_space": True}, "pre_tokenizer ByteLevel"),
-    ("pre_tokenizer", steps(REMOVED, PLAIN | {"use_regex": False}), "Split"),
+    ("pre_tokenizer", split_by(r"\p{L}+", behavior="Removed"), "Split"),
     ("pre_tokenizer", steps({"type": "Digits", "individual_digits": False}, PLAIN), "Digits"),
+    ("pre_tokenizer", split_by(r"\s++$|\S+"), "has another meaning"),
+    ("added_tokens.0", STRIPS, "'<s>' has single_word, lstrip or rstrip"),
     ("post_processor", {"type": "RobertaProcessing"}, "post_processor RobertaProcessing"),
     ("post_processor.single.0", {"SpecialToken": {"id": "<x>"}}, "'<x>' is missing"),
     ("post_processor.special_tokens.<s>.ids", [0, 0], r"ids \[0, 0\] in front"),

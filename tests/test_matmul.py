@@ -111,7 +111,7 @@ def test_the_fastest_that_works_is_chosen(monkeypatch):
     linear, timings = torch.nn.Linear(300, 1024), {}
     monkeypatch.setattr(matmul, "timings", timings)
     fastest([linear], 1, (broken, slow, plain))
-    assert next(iter(timings.values())).keys() == {slow, plain}
+    assert next(iter(timings.values())).keys() <= {slow, plain}
     assert "microseconds: plain" in next(matmul.timing_lines())
     fastest([torch.nn.Linear(300, 8)], 1, (broken, slow, plain))
     assert list(timings.values())[1].keys() == {slow}  # of a small one the first that works

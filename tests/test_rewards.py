@@ -337,8 +337,9 @@ def test_the_reference_is_the_model_at_the_start(room):
     flags = [*GRPO, "--reward", "flat.py", "--max_steps", "2", "--kl", "1"]
     for name, more in (("adapter", ["--lora_rank", "4"]), ("full", [])):
         out = tune(*flags, *more, out=f"out/{name}")
-        assert max(values(out, "kl")) < 1e-9 and values(out, "equal_groups") == [1, 1]
-        assert max(map(abs, losses(out))) < 1e-6
+        first, second = values(out, "kl")  # AdamW takes a whole step along what rounding left
+        assert first < 1e-9 and second < 1e-4 and values(out, "equal_groups") == [1, 1]
+        assert max(map(abs, losses(out))) < 1e-4
     save_base(Path("out/plain/best.pt"), d_model=32)  # without the tokens of a chat
     assert values(tune(*flags, ckpt="out/plain", out="out/kl"), "kl")[0] < 1e-9
 

@@ -19,7 +19,7 @@ from data.download import download_path
 from data.hotel import HOTEL_DB, OWN_HOTELS, read_hotels, search_hotels, synthetic_dialogues
 from data.row_files import read_rows
 from data.rows import first_words, load_data, read_examples, split_off, to_example
-from data.sources import LAB, REVIEWS
+from data.sources import LAB, REVIEWS, SOURCES
 from prepare_data import default_name
 
 
@@ -125,6 +125,8 @@ TALK, TEXTS = [SYSTEM, U, A, turn("user", "2")], {"chosen": "good", "rejected": 
     ({"prompt": TALK, **sides(*TALK[1:])}, TALK),
     ({"prompt": [U, A], **sides(U)}, [U]),
     (sides(*TALK), TALK),  # TRL without a prompt, minimind
+    ({"input": {"messages": TALK}, "preferred_output": sides()["chosen"],
+      "non_preferred_output": sides()["rejected"]}, TALK),  # OpenAI
     ({"chosen": hh("good"), "rejected": hh("bad")}, TALK[1:]),  # HH
     ({"prompt": hh(""), **TEXTS}, TALK[1:]),
     ({"instruction": "2", "history": [["q", "a"]], "system": "s", **TEXTS}, TALK),  # LLaMA-Factory
@@ -456,7 +458,9 @@ def test_files_of_a_repository(hub):
         assert sizes(source, val_source=source) == {"train": n, "val": n}
 
 
-def test_the_name_of_a_set_of_the_hub():
+def test_the_names_that_the_course_and_the_hub_have_for_a_set():
+    for name in ("rotten_tomatoes", "cornell-movie-review-data/rotten_tomatoes"):
+        assert SOURCES[name] is SOURCES["sentiment"] and default_name(name) == "rotten_tomatoes"
     assert default_name("me/many:en") == "many-en" and default_name("me/a:b/c.jsonl") == "c"
 
 

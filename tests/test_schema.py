@@ -82,21 +82,21 @@ def test_ids_that_fit_keep_their_ratios(monkeypatch, temperature):
     state = constraint(BYTE, json_grammar({}, [256]))
     fit = torch.tensor([bool(state.after(i)) for i in range(260)])
 
-    def draw(p, generator):
+    def draw(logits, *_):
+        p = (logits[0] / max(temperature, 1e-4)).softmax(0)
         options = p.nonzero()[:, 0].tolist()
         if len(path) >= len(script):
             scripts.extend([*path, i] for i in options[1:])
         path.append(script[len(path)] if len(path) < len(script) else options[0])
         chances.append(p[path[-1]].item())
-        return path[-1]
+        return path[-1:]
 
-    monkeypatch.setattr(sample, "sample_token", draw)
+    monkeypatch.setattr(sample, "next_token", draw)
     ways = 0
     while scripts:
         script, path, chances = scripts.pop(), [], []
-        text = sample.Text(0, settings={"temperature": temperature}, constraint=state)
-        [i] = sample.next_token(logits[None], [[]], [None], text.settings)
-        i = sample.fitting(text, logits, i)
+        text = sample.Text(0, shares=[0.0] * 99, constraint=state)
+        i = sample.fitting(text, logits, *draw(logits[None]))
         assert str(text.constraint.stacks) == str(state.after(i).stacks)
         shares[i] += torch.tensor(chances).prod()
         ways += 1

@@ -173,11 +173,13 @@ def test_a_json_list_is_read_as_its_rows_are():
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "A.JSONL"])
 @pytest.mark.parametrize("indent", [None, 0, 4])
-def test_rows_of_json_are_lines_or_the_items_of_a_list(indent, name):
-    text = json.dumps(ROWS, indent=indent)
-    if name != "a.json":
-        text = "\n\n".join(map(json.dumps, ROWS))
-    assert [row for _, row in json_rows([text[:9], text[9:]], name)] == ROWS
+@pytest.mark.parametrize("form", ["one", "several", "list"])
+def test_values_of_json_may_take_several_lines(form, indent, name):
+    rows, dump = ROWS[:1] if form == "one" else ROWS, lambda v: json.dumps(v, indent=indent)
+    text = dump(rows) if form == "list" else "\n\n".join(map(dump, rows))
+    found = [row for _, row in json_rows([text[:9], text[9:]], name)]
+    in_a_line = name.lower() == "a.jsonl" and (form, indent) == ("list", None)
+    assert found == ([rows] if in_a_line else rows)
 
 
 @pytest.mark.parametrize("cut", ['{"text": "cut', '{"text": [1,', "{", "}", "nonsense", "{x}"])
@@ -188,8 +190,8 @@ def test_a_row_cut_short_takes_no_other_with_it(cut):
     assert [where for where, _ in rows] == wanted
     assert [r for _, r in rows if not isinstance(r, UserError)] == ROWS
     assert all(f"{wanted[i]}: broken JSON" in str(rows[i][1]) for i in (1, 4))
-    with pytest.raises(UserError, match=r"a\.json: broken JSON \(.*line 3"):
-        list(json_rows(['[\n{"text": "a"},\n{]\n'], "a.json"))
+    with pytest.raises(UserError, match=r"a\.jsonl: broken JSON \(.*line 3"):
+        list(json_rows(['{\n"text": "a",\n{}\n'], "a.jsonl"))
 
 
 def test_a_damaged_gz_or_zip_is_named():
