@@ -297,17 +297,6 @@ def test_a_resumed_run_does_not_map_the_file_that_it_replaces(desk, windows, fla
     assert content("out/run/last.pt")["step"] == 4
 
 
-def test_what_a_run_has_on_is_switched_off_when_it_is_resumed(desk):
-    out = tune(*SFT, "--max_steps", "1")
-    last = content(out / "last.pt")
-    last["args"] |= dict(compile=True, shard=True)
-    lm.save_checkpoint(out / "last.pt", last)
-    parse = ft.build_parser().parse_args
-    for flags, on in (([], True), (["--no-compile", "--no-shard"], False)):
-        args = ft.resolve(parse(["--resume", "out/run", *flags]))[0]
-        assert (args.compile, args.shard) == (on, on)
-
-
 @pytest.mark.parametrize("main, flags", [
     (sample.main, "--ckpt out/cut --prompt to"),
     (ft.main, "--ckpt out/cut --data chats.jsonl"),

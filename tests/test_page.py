@@ -161,8 +161,6 @@ def test_conversations_are_kept_renamed_deleted_undone_and_exported(chat, visit)
     expect(page.locator(".welcome")).to_be_visible()
     page.get_by_role("button", name="Undo").click()
     expect(said).to_have_text("first")
-    page.context.new_page().goto(chat.url)  # the list is the browser's, not the tab's
-    expect(page.context.pages[1].locator("#talks a")).to_have_count(2)
 
 
 def test_an_answer_grows_and_escape_stops_it(chat, visit):
@@ -394,9 +392,8 @@ def test_runs_are_laid_over_each_other_and_grow_while_they_train(base, visit):
     assert page.locator("#figure polyline").count() == 2
     charts = page.locator("#loss figure").all_inner_texts()
     assert [text.split("\n")[0] for text in charts] == ["Loss: sft", "Loss: pretraining"]
-    look = "l => [getComputedStyle(l).stroke, getComputedStyle(l).strokeDasharray]"
-    (new, solid), (same, dashed), (old, _), _ = [line.evaluate(look) for line in lines.all()]
-    assert new == same != old and solid != dashed
+    new, same, old, _ = [line.evaluate("l => getComputedStyle(l).stroke") for line in lines.all()]
+    assert new == same != old
     labels = page.locator("#list label")
     before = labels.filter(has_text="new").inner_text()
     points = lines.first.get_attribute("points")
