@@ -64,7 +64,6 @@ wandb_log = False
 """
 YAML = """### LLaMA-Factory's
 model_name_or_path: gpt2
-do_train: true
 lora_target:
   - q_proj
   - v_proj
@@ -72,7 +71,6 @@ dataset: identity, alpaca
 bf16: true  # where it can
 resume_from_checkpoint: null
 warmup_ratio: 0.1
-per_device_train_batch_size: 2
 cutoff_len: 512
 """
 JSON = '{"lora_target": ["q", "v"], "max_steps": 200, "warmup_ratio": 0.1, "stage": "pt"}'
