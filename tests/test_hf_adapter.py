@@ -23,7 +23,6 @@ CONFIGS = {
     "qwen2": lm.Config(**GATED, qkv_bias=True, tied=True),
     "qwen3": lm.Config(**GATED, qk_norm=True, head_size=12),
     "phi3": lm.Config(**GATED, rotary_share=0.75),
-    "granite": lm.Config(**GATED, residual_scale=0.5, attention_scale=2.0, logit_scale=0.5),
     "glm4": lm.Config(**GATED, norm_place="both", rotary_share=0.5, qkv_bias=True),
     "gemma3_text": lm.Config(**GATED | GEMMA, tied=True, qk_norm=True),
     "gpt_neox": lm.preset("gpt2", **SHAPE, position="rope", rotary_share=0.5, tied=False),

@@ -96,14 +96,6 @@ def test_schedules_by_hand():
     assert min(rates("onecycle", 1)) >= 0  # no error of torch's
 
 
-@pytest.mark.parametrize("name", mnist.OPTIMIZERS)
-def test_every_optimizer_learns_the_toy(toy, name):
-    args = settled("--optimizer", name, "--epochs", "3", "--data", toy, "--batch_size", "30")
-    assert mnist.train_reader(args, None, torch.device("cpu")) == 0
-    losses = [row["val_loss"] for row in saved("run")["progress"][3] if "val_loss" in row]
-    assert len(losses) == 3 and losses[2] < max(losses[0], 0.01)
-
-
 def test_shuffling_takes_every_image_once_and_in_another_order_each_epoch(toy):
     args = settled("--shuffle", "--batch_size", "7", "--epochs", "2")
     (x, _), _ = mnist.load_mnist(folder=toy)
@@ -191,8 +183,11 @@ def test_without_a_name_the_newest_run_resumes_with_its_own_settings(toy, small_
 
 def test_compare_trains_each_of_a_kind_and_draws_them(toy):
     for n, (switch, table) in enumerate(mnist.SWITCHES.items()):
-        output = run("--compare", switch, "--data", toy, "--epochs", "2").stdout
-        assert [line.split()[0] for line in output.splitlines()[1:-1]] == list(table)
+        flags = ["--data", toy, "--epochs", "3", "--batch_size", "30"]
+        rows = run("--compare", switch, *flags).stdout.splitlines()[1:-1]
+        assert [row.split()[0] for row in rows] == list(table)
+        learned = {row.split()[0] for row in rows if int(row.split()[-1]) > 50}
+        assert switch != "optimizer" or learned >= set(table) - {"sgd"}  # it takes longer
         tree = ElementTree.parse(f"out/mnist-compare{f'-{n + 1}' * (n > 0)}/{switch}.svg")
         assert len([e for e in tree.iter() if e.tag.endswith("polyline")]) == len(table)
     assert not list(Path("out").rglob("mnist.pt"))
@@ -204,16 +199,13 @@ def test_compare_trains_each_of_a_kind_and_draws_them(toy):
 
 @pytest.mark.parametrize("flags, words", [
     *(([f"--draw={text}"], f"'{text[-1]}' is not a digit") for text in ("3 x", "½", "十")),
-    (["--draw", " "], "' ' is not a digit to draw"),
     (["--optimizer", "adamm"], "--optimizer: invalid choice: 'adamm' (choose from"),
     (["--loss", "mse+2*l1"], "--loss: '2*l1' is not one of nll, mse, euclidean, cosine"),
     (["--gamma", "0.5"], "--gamma is for --schedule step"),
     (["--draw", "7"], "no such run in out/: train it first, python mnist.py --diffusion"),
-    (["--judge", "5"], "no such run in out/: train it first, python mnist.py --recipe fast"),
     (["--resume", "nowhere"], "--resume nowhere: there is no nowhere/mnist.pt"),
     (["--data", "nowhere"], "--data nowhere has no train-images-idx3-ubyte"),
     (["--compare", "loss", "--recipe", "fast"], "--recipe has no effect with compare"),
-    (["--diffusion", "--loss", "mse"], "--loss has no effect with diffusion"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(flags, words):
     assert words in refused(*flags)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ASSISTANT, BYTE, CALL, CHAT, END, ROOT, SYSTEM, TOOL, USER, render_chat, turn
+from test_finetune_runs import small_model
 from test_templates import pair
 
 import lora
@@ -29,12 +30,6 @@ STOP = object()  # in a script: the user presses Ctrl-C here
 SQUARE = {"square": lambda x: x * x}
 
 
-def small_model(context=1024, **shape):
-    torch.manual_seed(0)
-    shape = dict(vocab_size=320, n_layer=1, n_head=2, d_model=16, init="gpt2") | shape
-    return lm.Transformer(lm.Config(context=context, **shape)).eval()
-
-
 def save(path, model, tokenizer):
     content = {"config": asdict(model.config), "model": model.state_dict(), "step": 0}
     Path(path).parent.mkdir(exist_ok=True)
@@ -43,7 +38,7 @@ def save(path, model, tokenizer):
 
 def test_a_classifier_prints_probabilities_best_first_and_does_not_chat(tmp_path, capsys):
     names = ("neg", "<|x|>")
-    model, tokenizer = small_model(32), BYTE.with_special(map(label_token, names))
+    model, tokenizer = small_model(context=32), BYTE.with_special(map(label_token, names))
     prompts = [torch.randint(256, (n,)).tolist() for n in (5, 1, 24, 7, 24, 2)]
     goals = [300, 257, 12]
     alone = torch.stack([model(torch.tensor([p]))[0, -1, goals].log_softmax(-1) for p in prompts])
@@ -100,7 +95,7 @@ def hear(monkeypatch, capsys):
 
 
 def chat(tools=None, context=1024, tokenizer=CHAT, **settings):
-    model = small_model(context, vocab_size=max(320, tokenizer.n_vocab))
+    model = small_model(context=context, vocab_size=max(320, tokenizer.n_vocab))
     return sample.make_chat(model, tokenizer, tools, **settings)
 
 
@@ -201,7 +196,7 @@ def test_commands(script, hear, monkeypatch, tmp_path):
 
 
 def test_adapters_are_switched_in_the_middle_of_a_talk(script, hear):
-    model, active = small_model(), []
+    model, active = small_model(context=1024), []
     for name in ("poet", "clerk"):
         lora.add_lora(model, name=name)
     lora.set_adapter(model, "poet")
@@ -225,7 +220,7 @@ def test_a_full_context_is_cut_at_turns_and_said_once(script, hear):
 
 
 def test_a_chat_from_a_pipe_ends_with_it(tmp_path):
-    save(tmp_path / "m.pt", small_model(256), CHAT)
+    save(tmp_path / "m.pt", small_model(context=256), CHAT)
     flags = ["--ckpt", tmp_path / "m.pt", "--chat", "--tools", "hotel", "--max_tokens", 8]
     command = [sys.executable, str(ROOT / "sample.py"), *map(str, flags)]
     stdin = b"\xff\xfe\n" + ("x" * 300 + "你好\n\n/retry\n/reset\n").encode()

@@ -55,7 +55,6 @@ def test_the_public_functions_of_a_file_are_tools_and_nothing_else(tmp_path):
     ("from typing import *\ndef f(x: Literal[b'a']): pass\n", ": f has a .*bytes.*: write"),
     ("import math\ndef get_tools(): return {'s': math.sqrt}\n", ": s has .* x is taken by pos"),
     ("def get_tools(): return {'a': 5}\n", ": a has a .*5 is not a callable object.*: write a"),
-    ("def get_tools(): return [min]\n", "returns no {name: function}"),
     ("from json import dumps\ndef _f(): pass\n", "no function"),
 ])
 def test_a_file_of_tools_that_cannot_be_used_is_named(tmp_path, text, reason):
