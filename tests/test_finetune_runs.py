@@ -122,6 +122,15 @@ def content(path):
     return torch.load(path, weights_only=True)
 
 
+def in_two_processes(*flags):
+    """Run finetune.py over out/base into out/two in two processes; returns what it prints."""
+    flags = ["--ckpt", "out/base", "--out", "out/two", *flags]
+    done = torchrun(2, ROOT / "finetune.py", *flags)
+    said, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, said
+    return said
+
+
 def same_weights(a, b, name="last.pt"):
     a, b = (content(f"out/{out}/{name}")["model"] for out in (a, b))
     return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
@@ -516,10 +525,9 @@ def test_an_adapter_brings_its_base_or_says_in_a_line_what_is_wrong_with_it(desk
 
 @pytest.mark.slow
 def test_two_processes_decide_by_the_scores_of_the_first_and_report_once(desk):
-    flags = "--ckpt out/base --out out/two --data tools.jsonl --best_by slot_f1 --eval_every 1"
-    flags += " --max_steps 4 --patience 2 --eval_rows 4"
-    said = torchrun(2, ROOT / "finetune.py", *flags.split()).communicate(timeout=300)[0]
-    assert "stopping early" in said and said.count("on val:") == 1, said
+    flags = "--data tools.jsonl --best_by slot_f1 --eval_every 1 --max_steps 4 --patience 2"
+    said = in_two_processes(*flags.split(), "--eval_rows", "4")
+    assert "stopping early" in said and said.count("on val:") == 1
     assert len(values("out/two", "slot_f1")) > 2
 
 
