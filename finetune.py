@@ -39,7 +39,7 @@ from data import batches, chat
 from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
 from data.costs import check_memory
 from data.files import write_json
-from data.machine import DTYPES, make_runtime, shard_like
+from data.machine import DTYPES, fast_products, make_runtime, shard_like
 from data.progress import shown, watched
 from data.reply import parse
 from data.rewards import REWARDS, load_env, load_reward, own_code, rate
@@ -444,6 +444,7 @@ class DPO(SFT):
     def loss(self, model, *batch):
         return preference_loss(self.rewards(model, *batch))
 
+    @fast_products()  # as in training, so that both agree at the start
     def over_pairs(self, split, measure):
         """Apply measure(*batch) -> (P, 2) to all pairs, in batches: (N, 2)."""
         measured, out = [], torch.zeros(len(split.rows), 2)
@@ -715,6 +716,7 @@ class GRPO(SFT):
         pairs = [(p.ids, new) for p, new in zip(prompts, answers)]
         return [batches.Row(p + new, [0] * len(p) + [1] * len(new)) for p, new in pairs], rewards
 
+    @fast_products()
     def fixed_logps(self, *batch):
         """`group_logps` under the model now and under the reference; zeros if not needed."""
 

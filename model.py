@@ -36,6 +36,7 @@ from data.costs import count_parameters, flops_per_token
 from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_whole
 from data.hf_tokenizer import find_tokenizer, hub_tokenizer
+from data.matches import LONGEST_MATCH, copy_candidates
 from data.rope import known_scaling, scale_frequency
 from data.runs import OUT, newest_run
 from data.tensors import fit_error, load_pt
@@ -92,8 +93,10 @@ class Config:
     parallel: bool = False  # attention and feed-forward read the same input, as in GPT-NeoX
     embed_norm: bool = False  # another norm, right after the embedding
     value_embed: bool = False  # a second table, whose rows are added to the values of each layer
-    bigram: int = 0  # rows of a table for pairs of ids, see `BigramEmbedding`; 0 is none
+    bigram: int = 0  # rows of a table for pairs of ids, see `NgramEmbedding`; 0 is none
+    trigram: int = 0  # rows of a table for the last three ids; 0 is none
     induction: bool = False  # also embed an id that may be copied, see `Induction`
+    successor: bool = False  # also embed the id that followed this one the last time
     tied: bool = False  # the head is the embedding table, transposed
     dropout: float = 0.0  # probability, in training: embedding, attention weights, block outputs
     eps: float = 1e-5  # epsilon of the norms
@@ -135,7 +138,7 @@ class Config:
                 raise UserError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
         lows = dict.fromkeys(("vocab_size", "n_layer", "d_model", "context", "n_kv_head"), 1)
         lows |= dict(head_size=1, d_ff=1, experts_per_token=1)
-        lows |= dict.fromkeys(("bigram", "window", "experts", "router_aux_loss_coef"), 0)
+        lows |= dict.fromkeys(("bigram", "trigram", "window", "experts", "router_aux_loss_coef"), 0)
         for name, low in lows.items():
             if getattr(self, name) < low:
                 raise UserError(f"{name} {getattr(self, name)} must be at least {low}")
@@ -183,6 +186,9 @@ _OURS = dict(
     norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True,
     value_embed=True, bigram=8192, induction=True,
 )  # fmt: skip
+# 64 channels a head and large tables cost little time, see tests/BENCHMARKS.md
+_TINY = dict(n_layer=4, n_head=3, d_model=192, context=1024)
+_TABLES = _OURS | dict(bigram=2**15, trigram=2**16, successor=True)
 _GPT2 = dict(
     vocab_size=50257, context=1024, position="learned", norm="layernorm", activation="gelu_tanh",
     qkv_bias=True, out_bias=True, ff_bias=True, tied=True, init="gpt2",
@@ -196,9 +202,9 @@ _NOVEL = dict(
 
 # train.py replaces vocab_size by the `padded_vocab` of the prepared data.
 PRESETS = {
-    "tiny": Config(n_layer=4, n_head=4, d_model=160, context=128, **_OURS),
+    "tiny": Config(**_TINY, **_TABLES),
     # tiny with four times the feed-forward weights, of which a token passes through a quarter
-    "moe": Config(n_layer=4, n_head=4, d_model=160, context=128, experts=8, **_OURS),
+    "moe": Config(**_TINY, **_TABLES, experts=8),
     "small": Config(vocab_size=4096, n_layer=6, n_head=8, d_model=256, context=256, **_OURS),
     "baby": Config(vocab_size=4096, n_layer=6, n_head=6, d_model=384, context=256, **_OURS),
     "gpt2": Config(n_layer=12, n_head=12, d_model=768, **_GPT2),
@@ -206,7 +212,7 @@ PRESETS = {
     "gpt2-large": Config(n_layer=36, n_head=20, d_model=1280, **_GPT2),
     "gpt2-xl": Config(n_layer=48, n_head=25, d_model=1600, **_GPT2),
     # tiny's layers and width, as a Llama that Hugging Face transformers can read
-    "llama": Config(n_layer=4, n_head=4, d_model=160, context=128),
+    "llama": Config(**_TINY),
     "llama-8b": Config(n_layer=32, n_head=32, n_kv_head=8, d_model=4096, d_ff=14336, **_LLAMA3_8B),
     "novel": Config(n_layer=12, n_head=8, d_model=512, **_NOVEL),
 }
@@ -220,12 +226,15 @@ def padded_vocab(size):
 def preset(name, **changes):
     """A copy of the named preset with some fields changed. If `d_model`, `n_head` or `activation`
     changes, `n_kv_head`, `head_size` and `d_ff` return to their defaults unless they are given; so
-    do fields about experts if their number changes. UserError for an unknown name."""
+    do fields about experts if their number changes. If the number of heads is not given and does
+    not divide a new `d_model`, heads have 64 channels. UserError for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
     derived = {}
     if {"d_model", "n_head", "activation"} & set(changes):
         derived = dict(n_kv_head=None, head_size=None, d_ff=None)
+    if (width := changes.get("d_model", 0)) % PRESETS[name].n_head:
+        derived["n_head"] = max(1, width // 64)
     if {"experts", "experts_per_token"} & set(changes):
         derived |= dict(d_ff=None, experts_per_token=None, norm_topk_prob=None)
     return replace(PRESETS[name], **{**derived, **changes})
@@ -303,13 +312,15 @@ def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
     return (F.dropout(score.softmax(dim=-1), dropout) @ v).unflatten(0, q.shape[:2])
 
 
-WRITTEN_OUT = 512  # tokens up to which `naive_attention` is faster on a CPU (tests/BENCHMARKS.md)
+# `naive_attention` is faster on a CPU (tests/BENCHMARKS.md) up to so many tokens, or scores in all
+WRITTEN_OUT, FEW_SCORES = 512, 2**22
 
 
 def attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
     """`naive_attention`, or torch's fused kernel, which never stores the (T, S) scores."""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    if mask is None and causal and 1 < T == S <= WRITTEN_OUT and q.device.type == "cpu":
+    short = T <= WRITTEN_OUT or q.shape[:2].numel() * T * S <= FEW_SCORES
+    if mask is None and causal and 1 < T == S and short and q.device.type == "cpu":
         return naive_attention(q, k, v, None, dropout, causal, scale)
     if mask is None and causal and 1 < T < S:  # is_causal would align the first query and key
         mask = causal_mask(T, S, q.device)
@@ -444,52 +455,23 @@ class Table(nn.Embedding):
             super().reset_parameters()
 
 
-class BigramEmbedding(Table):
-    """Embeds the pair (previous id, this id) at each position. A hash of the pair selects the row,
-    so some pairs share one (fastText, Bojanowski et al. 2017)."""
+class NgramEmbedding(Table):
+    """Embeds the last n ids at each position, at most three. A hash of them selects the row, so
+    some share one (fastText, Bojanowski et al. 2017)."""
 
-    def __init__(self, config):
-        super().__init__(config.bigram, config.d_model)
+    def __init__(self, rows, config, n):
+        super().__init__(rows, config.d_model)
+        self.factors = (27191, 36313, 51949)[:n]
 
     def init_weights(self):
         nn.init.zeros_(self.weight)
 
     def forward(self, ids, positions, embed):
-        # a text's first id counts as the one before itself
-        previous = ids.gather(1, (positions - 1).clamp(min=0))
-        current = ids.gather(1, positions)
-        return super().forward((previous * 36313 ^ current * 27191) % self.num_embeddings)
-
-
-LONGEST_MATCH = 8
-
-
-def copy_candidates(ids, positions):
-    """(the id that may come next because it did so before, the length of the match), (B, T) each,
-    for `positions` (B, T) of ids (B, S).
-
-    Compares the run of ids that ends at each earlier position with the run that ends here, newest
-    id first. The candidate is the id after the earlier position with the longest equal run (at most
-    LONGEST_MATCH ids), the latest one if several are as long. Without a match both are 0.
-
-    >>> copy_candidates(torch.tensor([[5, 6, 7, 5, 9, 5, 6]]), torch.tensor([[4, 5, 6]]))
-    (tensor([[0, 9, 7]]), tensor([[0, 1, 2]]))
-    """
-    S, earlier = ids.shape[1], torch.arange(ids.shape[1], device=ids.device)
-    # int16 is faster for the (B, T, S) tensors, but length * S must not overflow it
-    dtype = torch.int16 if S * (LONGEST_MATCH + 1) < 2**15 else torch.int32
-    padded = F.pad(ids.int(), (LONGEST_MATCH - 1, 0), value=-1)
-    windows = padded.unfold(1, LONGEST_MATCH, 1)  # (B, S, 8): the last 8 ids at each
-    here = windows.gather(1, positions[..., None].expand(-1, -1, LONGEST_MATCH))  # (B, T, 8)
-    pairs = zip(windows[:, None].unbind(-1), here[:, :, None].unbind(-1))
-    same = earlier < positions[..., None]  # (B, T, S)
-    length = torch.zeros_like(same, dtype=dtype)
-    for theirs, ours in reversed(list(pairs)):  # from the newest id backwards
-        same = same & (theirs == ours)
-        length += same
-    best = (length * S + earlier.to(dtype)).amax(-1).long()  # the longest, then the latest
-    copied = ids.gather(1, (best % S + 1).clamp(max=S - 1))
-    return torch.where(best < S, 0, copied), best // S
+        row = torch.zeros_like(positions)
+        for back, factor in enumerate(self.factors):
+            # a text's first id counts as those before itself
+            row = row ^ ids.gather(1, (positions - back).clamp(min=0)) * factor
+        return super().forward(row % self.num_embeddings)
 
 
 class Induction(nn.Module):
@@ -500,21 +482,27 @@ class Induction(nn.Module):
     given the id, a model learns to copy within a hundred (n-gram heads, Akyürek et al. 2024).
     """
 
-    def __init__(self, config):
+    def __init__(self, config, longest=LONGEST_MATCH):
         super().__init__()
+        self.longest = longest
         self.project = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.match = Table(LONGEST_MATCH + 1, config.d_model)
+        self.match = Table(longest + 1, config.d_model)
 
     def init_weights(self):
         nn.init.orthogonal_(self.project.weight, gain=0.5)
         nn.init.ones_(self.match.weight)[0] = 0.0
 
     def forward(self, ids, positions, embed):
-        copied, length = copy_candidates(ids, positions)
+        copied, length = copy_candidates(ids, positions, self.longest)
         return self.match(length) * self.project(embed(copied))
 
 
-INPUTS = {"bigram": BigramEmbedding, "induction": Induction}
+INPUTS = {
+    "bigram": lambda c: NgramEmbedding(c.bigram, c, 2),
+    "trigram": lambda c: NgramEmbedding(c.trigram, c, 3),
+    "induction": Induction,
+    "successor": lambda c: Induction(c, longest=1),
+}
 
 
 # --------------------------------------------------------------------------------------------

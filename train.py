@@ -64,7 +64,7 @@ from prepare_data import data_hashes, find_data, other_tokenizer, read_meta, rea
 # What mattered most: the embedding (rows of standard deviation 1, each rarely seen) needs ten times
 # the matrices' learning rate; the head (which starts at zero) needs three times. Then small
 # batches, so that three minutes hold many steps, and a linear decay to zero (cosine ended 0.015
-# bits per byte higher).
+# bits per byte higher). Every second step has short rows: they are faster, and of more texts.
 RECIPE = dict(
     batch_size=8, grad_accum=1, optimizer="adamw", schedule="linear", warmup_steps=60,
     lr=3e-3, embed_lr=3e-2, head_lr=1e-2, min_lr=0.0, weight_decay=0.1, beta1=0.9, beta2=0.99,
@@ -90,7 +90,7 @@ RECIPE_CHANGES = {
 }
 
 # If neither --max_steps nor --max_minutes is given, a run ends at whichever of these comes first.
-DEFAULT_STEPS, DEFAULT_MINUTES = 2500, 2.9
+DEFAULT_STEPS, DEFAULT_MINUTES = 4000, 2.9
 
 
 # --------------------------------------------------------------------------------------------
@@ -206,24 +206,30 @@ class Muon(torch.optim.Optimizer):
 MATRIX_OPTIMIZERS = {"muon": (Muon, 0.02)}
 
 
+LARGE_TABLE, ADAGRAD_RATIO = 2**15, 13  # rows, and the rate relative to embed_lr
+
+
 def make_optimizers(model, args):
     """The optimizers of all parameters that require a gradient; each group keeps its "peak" lr.
 
     The matrices inside blocks and `inputs` go to AdamW with decay, or to one of MATRIX_OPTIMIZERS.
     The rest goes to AdamW without decay: decay would shrink the scales and biases of norms for
-    nothing, and undo what rarely seen rows of tables and head have learned.
+    nothing, and undo what rarely seen rows of tables and head have learned. Large tables go to
+    Adagrad, which only changes the rows that a step has read: AdamW would pass over all of them.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     lookups = model.lookup_tables()
     inner = {n for n, p in named if p.dim() == 2 and n.startswith(("blocks.", "inputs."))}
     inner -= set(lookups)
     matrices = [p for n, p in named if n in inner]
+    large = {n: p for n, p in named if n in lookups and len(p) >= LARGE_TABLE}
     table_rates = dict.fromkeys(lookups, args.embed_lr)
     if not model.config.tied:
         table_rates |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
     elif args.embed_lr and args.embed_lr < args.lr:  # also the head: no higher rate than lr
         table_rates["embed.weight"] = args.embed_lr
-    groups = [dict(params=[p], lr=table_rates[n] or args.lr) for n, p in named if n in table_rates]
+    small = [(n, p) for n, p in named if n in table_rates and n not in large]
+    groups = [dict(params=[p], lr=table_rates[n] or args.lr) for n, p in small]
     others = [p for n, p in named if n not in table_rates and n not in inner]
     groups.append(dict(params=others, lr=args.lr))
     optimizers = []
@@ -236,6 +242,13 @@ def make_optimizers(model, args):
         # eps is far below the usual 1e-8: gradients of a mean over thousands of tokens are tiny
         options = dict(betas=(args.beta1, args.beta2), eps=1e-10, weight_decay=0.0, fused=True)
         optimizers.append(torch.optim.AdamW(groups, **options))
+    if large:
+        torch.sparse.check_sparse_tensor_invariants.disable()  # or torch would warn that it is
+        for name, p in large.items():  # gradients then only have the rows that were read
+            alone = p.device.type == "cpu" and not args.compile and not dist.is_initialized()
+            model.get_submodule(name.removesuffix(".weight")).sparse = alone
+        rate = ADAGRAD_RATIO * (args.embed_lr or args.lr)
+        optimizers.append(torch.optim.Adagrad(large.values(), lr=rate))
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak"] = group["lr"]
     return optimizers
@@ -276,21 +289,24 @@ def scheduled_lr(args, state):
 
 
 @fast_products()
-def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
-    """Loss over non-overlapping windows of `tokens`, each target once; a dict for metrics.jsonl.
+def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None, stride=None):
+    """Loss over windows of `tokens`, each target once; a dict for metrics.jsonl.
 
     The windows, of `context` targets (default: the model's), cover the split or, if it has more
-    than `limit` tokens, are spread over it. val_loss is in nats per token, val_ppl its exponential,
-    val_bpb in bits per byte of text (which compares across tokenizers), val_share the share read.
-    `byte_lengths` is the number of bytes of each id, -1 for ids without a token. `runtime` is the
-    device, the precision and the processes, a data.machine.Runtime.
+    than `limit` tokens, are spread over it. They are separate, or begin every `stride` tokens; then
+    all but the first only count their last `stride` targets, which have the others before them.
+    val_loss is in nats per token, val_ppl its exponential, val_bpb in bits per byte of text (which
+    compares across tokenizers), val_share the share read. `byte_lengths` is the number of bytes of
+    each id, -1 for ids without a token. `runtime` is the device, the precision and the processes, a
+    data.machine.Runtime.
     """
     T, targets = context or model.config.context, len(tokens) - 1
+    stride = stride or T
     if targets < 1:
         raise UserError(f"the validation text has {len(tokens)} tokens: at least two are needed")
-    starts = np.arange(0, targets, T)
+    starts = np.arange(0, max(1, targets - T + stride), stride)
     if limit and limit < targets:
-        wanted = max(1, limit // T)
+        wanted = max(1, limit // stride)
         starts = starts[np.arange(wanted) * len(starts) // wanted]
     full = starts[starts + T <= targets]
     per_batch = max(1, 8192 // T)
@@ -301,11 +317,14 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None):
         length = min(T, targets - batch[0])
         window = np.asarray(batch)[:, None] + np.arange(length + 1)
         block = torch.from_numpy(tokens[window].astype(np.int64))
-        n_bytes += weight * int(byte_lengths[block[:, 1:].numpy()].clip(0).sum())
-        count += weight * block[:, 1:].numel()
-        ids, goals = runtime.upload([block[:, :-1], block[:, 1:]])
+        goals = block[:, 1:].clone()
+        goals[np.asarray(batch) > 0, : T - stride] = -100
+        places = (goals.flatten() != -100).nonzero()[:, 0]
+        n_bytes += weight * int(byte_lengths[goals.flatten()[places].numpy()].clip(0).sum())
+        count += weight * len(places)
+        ids, goals, places = runtime.upload([block[:, :-1], goals, places])
         with lm.evaluating(model), runtime.autocast():
-            losses.append(weight * model(ids, goals, places=slice(None)))  # read later: no GPU sync
+            losses.append(weight * model(ids, goals, places=places))  # read later: no GPU sync
     loss, count, n_bytes = runtime.total(sum(torch.stack(losses).tolist()), count, n_bytes)
     mean = loss / count
     return {
@@ -393,7 +412,7 @@ def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
     """Clip, step, clear. Returns the gradient's norm before clipping, a tensor."""
     for o in optimizers:
         scaler.unscale_(o)
-    params = [p for p in model.parameters() if p.grad is not None]
+    params = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
     norm = full_tensor(nn.utils.get_total_norm([p.grad for p in params]))
     # on a CPU, skip the pass over all gradients if the norm is small, as it mostly is; on a GPU
     # always clip, because comparing the norm would be a GPU sync
@@ -741,6 +760,7 @@ def make_runner(model, task, args, runtime, step=0):
     # no copy on a GPU, where casting costs little, with DDP, which would exchange the copy's
     # gradients, or of frozen weights, which need not be held twice
     copied = runtime.dtype == "bf16" and device.type == "cpu" and runtime.world == 1
+    copied &= model.config.d_model >= 512  # in a narrow model casts cost as much as the copy
     if copied and not args.autocast and all(p.requires_grad for p in model.parameters()):
         runner, precision = BF16Copy(model), fp32
         after_step = runner.sync_weights
@@ -918,6 +938,10 @@ def build_parser():
         help=f"of training, evaluation not counted (default {DEFAULT_MINUTES} if --max_steps is "
         "not given); with several limits, whichever comes first")
     add("--batch_size", type=at_least(1), help="rows a micro-batch (and process)")
+    add("--short_context", type=at_least(0),
+        help="tokens of the rows of every second step, and fewer rows than --batch_size in the "
+        "others (default 128 if --context is not given, for a d_model below 512 with a context "
+        "from 512 on; 0 is none)")
     add("--total_batch_tokens", type=at_least(1),
         help="tokens a step of all processes, in place of --grad_accum")
     add("--eval_tokens", type=at_least(0),
@@ -1133,8 +1157,14 @@ def closing_text(model, tokenizer, meta, result, out, val):
         rows = generate(model, [prompt_ids], 160, temperature=0.8, top_p=0.95, allowed=allowed)
         text = printable(tokenizer.decode(prompt_ids + [row[0] for row in rows]))
     bits, bpb, xz = "", result.get("val_bpb"), meta.get("xz_after_training_text")
+    if overlap := result.get("overlap_bpb"):
+        share = result["overlap_share"]
+        bits = f", {overlap:.3f} on overlapping windows, as a compressor reads ({share:.0%} of it)"
     if bpb and xz:
-        bits = f"held-out text: {bpb:.3f} bits per byte; xz -9e after the training text {xz:.3f}\n"
+        bits = (
+            f"held-out text: {bpb:.3f} bits per byte on separate windows{bits}; "
+            f"xz -9e after the training text {xz:.3f}\n"
+        )
     names = ("last.pt", "best.pt", "metrics.jsonl", "loss.svg", "experts.svg")
     files = ", ".join(name for name in names if (out / name).exists())
     return (
@@ -1154,25 +1184,39 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = build_model(args, content, folder, meta, tokenizer)
     previous, context = (content or {}).get("device"), check_context(args.context, model)
-    per_batch = args.batch_size * context
-    runtime = make_runtime(args.device, args.dtype, previous, model.config, per_batch)
+    if args.short_context is None:
+        narrow = args.context is None and model.config.d_model < 512 <= context
+        args.short_context = 128 if narrow else 0
+    short = min(args.short_context or context, context)
+    per_batch = max(args.batch_size * short, context)
+    runtime = make_runtime(args.device, args.dtype, previous, model.config, per_batch, 128)
     place(model, args, runtime)
 
     def measure(model, when):
-        limit = EVAL_TOKENS if args.eval_tokens is None and when != "end" else args.eval_tokens
-        return evaluate(model, val, tokenizer.byte_lengths, runtime, limit, context)
+        few = EVAL_TOKENS if args.eval_tokens is None else args.eval_tokens
+        read = partial(evaluate, model, val, tokenizer.byte_lengths, runtime, context=context)
+        if when != "end":
+            return read(few)
+        row, overlapping = read(args.eval_tokens), read(few, stride=max(1, context // 8))
+        names = {"val_bpb": "overlap_bpb", "val_share": "overlap_share"}
+        return row | {new: overlapping[name] for name, new in names.items()}
 
     if args.eval_only:
         whole = partial(measure, model, "end")
         return launch(whole, lambda row: print(f"{folder}: {eval_line(row)}"), runtime, folder)
-    loader = TokenLoader(train, context, args.seed)
+    loaders = [TokenLoader(train, length, args.seed) for length in sorted({short, context})]
     check_memory(model, per_batch, runtime)
-    args = settle(args, model, runtime, loader.context, folder)
-    out = Path(args.out)
+    args = settle(args, model, runtime, short, folder)
+    args.context, out = context, Path(args.out)
+
+    def batches(step):
+        number, kind = divmod(step, len(loaders))
+        rows = max(1, args.batch_size * short // loaders[kind].context)
+        share = args.grad_accum, runtime.rank, runtime.world
+        return micro_batches(loaders[kind], number, rows, *share)
+
     task = Task(
-        batches=lambda step: micro_batches(
-            loader, step, args.batch_size, args.grad_accum, runtime.rank, runtime.world
-        ),
+        batches=batches,
         evaluate=measure,
         extra={"tokenizer": tokenizer.spec, "data": data_hashes(meta)},
         loss=lambda m, ids, targets: m(ids, targets, places=slice(None)),  # none is -100

@@ -19,7 +19,8 @@ def chinchilla_loss(parameters, tokens):
 def count_parameters(model):
     """{part: parameters}, their "total" (a tied head is counted once, as the embedding), and with
     experts "active", those that a token uses."""
-    words = dict(embed="embedding", inputs="embedding", bigram="token pairs", position="positions")
+    words = dict(embed="embedding", inputs="embedding", bigram="token n-grams")
+    words |= dict(trigram="token n-grams", position="positions")
     words |= {"attention": "attention", "feed_forward": "feed-forward", "norm": "norms"}
     counts = dict.fromkeys([*words.values(), "head"], 0)
     for name, p in model.named_parameters():

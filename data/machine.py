@@ -126,12 +126,13 @@ def shard_like(tensor, other):
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
-def make_runtime(device=None, dtype=None, previous=None, config=None, tokens=0):
+def make_runtime(device=None, dtype=None, previous=None, config=None, tokens=0, wide=512):
     """Choose device and precision, and join the other processes if torchrun started this one.
 
-    A `dtype` of None or "auto" is the GPU's `native_dtype`; on a CPU it is fp32, or bf16 for a wide
-    model if that is measurably faster there (AMX). It is chosen anew for a run whose `previous`
-    kind of device was another one. `config` is the model's, `tokens` those of a micro-batch.
+    A `dtype` of None or "auto" is the GPU's `native_dtype`; on a CPU it is fp32, or bf16 for a
+    d_model from `wide` on if that is measurably faster there. It is chosen anew for a run whose
+    `previous` kind of device was another one. `config` is the model's, `tokens` those of a
+    micro-batch.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device)
@@ -143,7 +144,7 @@ def make_runtime(device=None, dtype=None, previous=None, config=None, tokens=0):
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=gpu)
     if dtype in (None, "auto") or previous not in (None, device.type):
         dtype = native_dtype(device)
-        if device.type == "cpu" and config and config.d_model >= 512:
+        if device.type == "cpu" and config and config.d_model >= wide:
             fast = measure_peak(device, "bf16") > 1.5 * measure_peak(device, "fp32")
             dtype = "bf16" if fast else "fp32"
     if dtype not in DTYPES:

@@ -190,6 +190,7 @@ def step_line(row, metrics, args, done):
 EVAL_FORMATS = {
     "step": "step {}", "train_loss": "train loss {:.4f}", "val_loss": "val loss {:.4f}",
     "val_ppl": "ppl {:,.2f}", "val_bpb": "bits/byte {:.4f}", "val_share": "({:.0%} of val)",
+    "overlap_bpb": "overlapping windows {:.4f}", "overlap_share": "({:.0%} of val)",
 }  # fmt: skip
 
 

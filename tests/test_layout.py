@@ -17,6 +17,7 @@ IMPORTS = {
     "data.plot": "",
     "data.progress": "",
     "data.graphs": "",
+    "data.matches": "",
     "data.costs": "data.cli",
     "data.machine": "data.cli",
     "data.matmul": "data.cli",
@@ -57,7 +58,7 @@ IMPORTS = {
     "data.hf_weights": "data.hf_config data.hf_tokenizer data.tensors",
     "data.gguf": "data.hf_weights data.rope",
     "prepare_data": "data.hf_tokenizer data.sources data.text",
-    "model": "data.costs data.gguf data.machine data.rope data.runs data.tables",
+    "model": "data.costs data.gguf data.machine data.matches data.rope data.runs data.tables",
     "mnist": "model data.idx data.plot data.runs",
     "lora": "model",
     "sample": "lora data.analogy data.drafts data.graphs data.matmul data.runs data.schema "
@@ -69,7 +70,8 @@ IMPORTS = {
 LATE = {"train": {"sample"}}
 LATE["sample"] = {"data.scheduler", "data.server", "data.service", "mnist"}
 WITHOUT_TORCH = {m for m in IMPORTS if m.startswith("data.")} | {"prepare_data"}
-WITHOUT_TORCH -= {"data.analogy", "data.graphs", "data.machine", "data.matmul", "data.tensors"}
+WITHOUT_TORCH -= {"data.analogy", "data.graphs", "data.machine", "data.matches", "data.matmul"}
+WITHOUT_TORCH -= {"data.tensors"}
 WITHOUT_TORCH -= {"data.batches", "data.gguf", "data.hf_weights", "data.rope"}
 PATHS = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
 if (ROOT / ".git").exists():  # a reader's own scripts and tools beside ours have other rules

@@ -41,7 +41,7 @@ def some_ids(B=2, T=CONTEXT, seed=1):
 
 
 @pytest.mark.parametrize("name, total", dict(
-    tiny=3_549_600, novel=140_573_600, gpt2=124_439_808).items())
+    tiny=21_899_328, novel=140_573_600, gpt2=124_439_808).items())
 def test_known_shapes_have_their_known_parameters(name, total, capsys):
     parts = lm.count_parameters(lm.meta_model(lm.preset(name)))
     assert parts.pop("total") == total == sum(parts.values())
@@ -116,22 +116,26 @@ def test_show_prints_and_draws_the_numbers_of_a_model(position, tmp_path, monkey
     assert [line[5] for line in capsys.readouterr().out.splitlines()[1:-2]] == list("我们去" * 2)
 
 
-def candidate(ids, t):
+def candidate(ids, t, longest):
     """`copy_candidates` of one position, by looking back."""
-    for n in range(lm.LONGEST_MATCH, 0, -1):
+    for n in range(longest, 0, -1):
         for j in range(t - 1, n - 2, -1):
             if t >= n - 1 and ids[j - n + 1 : j + 1] == ids[t - n + 1 : t + 1]:
                 return ids[j + 1], n
     return 0, 0
 
 
+@pytest.mark.parametrize("longest", [1, lm.LONGEST_MATCH])
 @pytest.mark.parametrize("S", [1, 2, 3, 40, 4000])
-def test_candidates_to_copy_are_found_by_looking_back(S):
+def test_candidates_to_copy_are_found_by_looking_back(S, longest):
     ids = torch.cat([torch.randint(2, (3, S)), torch.randint(6, (3, S))])
     positions = torch.randint(S, (6, 1)) if S > 40 else torch.arange(S).expand(6, S)
     rows = zip(ids.tolist(), positions.tolist())
-    expected = [[candidate(row, t) for t in positions] for row, positions in rows]
-    assert torch.equal(torch.stack(lm.copy_candidates(ids, positions), -1), torch.tensor(expected))
+    expected = [[candidate(row, t, longest) for t in positions] for row, positions in rows]
+    found = torch.stack(lm.copy_candidates(ids, positions, longest), -1)  # by sorting
+    assert torch.equal(found, torch.tensor(expected))
+    few = lm.copy_candidates(ids, positions[:, -1:], longest)  # by comparing
+    assert torch.equal(torch.stack(few, -1), torch.tensor(expected)[:, -1:])
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -64,9 +64,9 @@ def test_the_sum_is_that_of_each_token_with_its_best_experts(k, normalised):
 
 
 def test_one_expert_a_token_is_normalised_only_if_asked_and_never_trained_so_from_nothing():
-    assert lm.preset("moe").norm_topk_prob and lm.preset("moe").d_ff == 320
+    assert lm.preset("moe").norm_topk_prob and lm.preset("moe").d_ff == 384
     one = lm.preset("moe", experts_per_token=1)
-    assert not one.norm_topk_prob and one.d_ff == 640
+    assert not one.norm_topk_prob and one.d_ff == 768
     flags = ["--preset", "moe", "--experts_per_token", "1", "--norm_topk_prob"]
     byte, meta = Tokenizer({"kind": "byte"}), {"largest_id": 9}
     with pytest.raises(UserError, match="router could not learn"):
@@ -146,9 +146,9 @@ def test_a_run_writes_who_was_used_and_draws_it(elsewhere, dtype, capsys, monkey
 
 def test_costs_know_what_is_active():
     dense, moe = lm.preset("tiny"), lm.preset("moe")
-    parts, router = lm.count_parameters(lm.meta_model(moe)), 4 * 160 * 8
+    parts, router = lm.count_parameters(lm.meta_model(moe)), 4 * 192 * 8
     assert parts["active"] == lm.count_parameters(lm.meta_model(dense))["total"] + router
-    assert parts["total"] == parts["active"] + 4 * 6 * 2 * 160 * 320
+    assert parts["total"] == parts["active"] + 4 * 6 * 2 * 192 * 384
     assert lm.flops_per_token(moe) == lm.flops_per_token(dense) + 6 * router
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -26,7 +27,8 @@ from data.machine import Runtime
 from data.runs import eval_line, lock_folder, new_run
 
 CPU = Runtime(torch.device("cpu"), peak=1e11)
-SHAPE = ["--n_layer", "2", "--n_head", "2", "--d_model", "32", "--context", "16"]
+SHAPE = ["--n_layer", "2", "--n_head", "2", "--d_model", "32", "--context", "16", "--bigram", "64",
+         "--trigram", "64"]
 SMALL = ["--data", "words", *SHAPE, "--batch_size", "4"]
 
 
@@ -89,7 +91,7 @@ def settings(**changes):
 
 
 def tiny(**changes):
-    shape = dict(n_layer=1, n_head=2, d_model=16, context=8, vocab_size=64)
+    shape = dict(n_layer=1, n_head=2, d_model=16, context=8, vocab_size=64, bigram=8, trigram=8)
     return lm.Transformer(lm.preset("tiny", **(shape | changes)))
 
 
@@ -125,6 +127,43 @@ def test_rows_depend_on_nothing_but_their_number():
     cut = [train.micro_batches(loader, 5, 2, 2, rank, world=2) for rank in (1, 0)]
     cut = [ids for rank in reversed(cut) for ids, _ in rank]
     assert torch.equal(torch.cat(cut), ids)
+
+
+def test_every_second_step_has_short_rows_and_none_repeats_in_an_epoch(corpus, monkeypatch):
+    shapes, firsts, step = [], defaultdict(list), train.training_step
+
+    def seen(model, task, batches, *args):
+        shapes.append(tuple(batches[0][0].shape))
+        firsts[shapes[-1]] += batches[0][0].tolist()
+        return step(model, task, batches, *args)
+
+    monkeypatch.setattr(train, "training_step", seen)
+    flags = [*SMALL, "--max_steps", 6, "--context", 256]
+    run(*flags, "--short_context", 64)  # four rows of 64 tokens, or one of 256
+    assert shapes == [(4, 64), (1, 256)] * 3
+    assert all(len({tuple(row) for row in rows}) == len(rows) for rows in firsts.values())
+    shapes.clear()
+    run(*flags, "--out", "out/given")  # a --context that is given holds for all rows
+    assert shapes == [(4, 256)] * 6
+
+
+def test_a_large_table_learns_as_much_from_the_rows_that_were_read_alone():
+    learned = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = tiny(bigram=train.LARGE_TABLE)
+        optimizers = train.make_optimizers(model, settings(embed_lr=0.03))
+        assert isinstance(optimizers[-1], torch.optim.Adagrad) and model.inputs.bigram.sparse
+        model.inputs.bigram.sparse = sparse
+        for ids in torch.randint(60, (3, 2, 8)):
+            (model(ids, ids) / 16).backward()
+            assert model.inputs.bigram.weight.grad.is_sparse == sparse
+            for o in optimizers:
+                o.step()
+            model.zero_grad()
+        learned.append(model.inputs.bigram.weight.detach())
+    torch.testing.assert_close(*learned)
+    assert 0 < learned[0].any(1).sum() <= 48
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -219,16 +258,18 @@ def test_a_step_without_targets_and_a_loss_that_is_no_number_stop(corpus):
     assert Path("out/nan/last.pt").read_bytes() == poisoned  # nothing was written
 
 
-def test_evaluation_scores_every_target_once_and_counts_bytes():
+@pytest.mark.parametrize("stride", [8, 3])
+def test_evaluation_scores_every_target_once_and_counts_bytes(stride):
     torch.manual_seed(0)
     model = tiny(init="gpt2")
     tokens = np.random.default_rng(0).integers(0, 60, 8 * 5 + 4).astype(np.uint16)
     byte_lengths = np.arange(64) % 3
-    result = train.evaluate(model, tokens, byte_lengths, CPU)
-    total = 0.0
-    for s in range(0, len(tokens) - 1, 8):
-        piece = torch.from_numpy(tokens[s : s + 9].astype(np.int64))[None]
-        total += model(piece[:, :-1], piece[:, 1:]).item()
+    result = train.evaluate(model, tokens, byte_lengths, CPU, stride=stride)
+    total, ids = 0.0, torch.from_numpy(tokens.astype(np.int64))[None]
+    for target in range(1, len(tokens)):  # the first window that it is in
+        start = max(0, -(-(target - 8) // stride) * stride)
+        logits = model(ids[:, start:target])[0, -1]
+        total -= logits.log_softmax(-1)[ids[0, target]].item()
     mean, n_bytes = total / (len(tokens) - 1), byte_lengths[tokens[1:]].sum()
     wanted = [mean, math.exp(mean), total / math.log(2) / n_bytes, 1]
     assert list(result.values()) == pytest.approx(wanted, rel=1e-6)
@@ -274,7 +315,8 @@ def test_flops_are_those_of_the_rows_that_are_read(corpus):
     assert each == pytest.approx(lm.flops_per_token(model.config, 16, 1 / 4, True), rel=0.01)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw --experts 3"])
+@pytest.mark.parametrize("optimizer", [
+    "adamw", "muon", "adamw --experts 3", "adamw --short_context 4 --bigram 32768"])
 def test_killed_and_resumed_equals_straight_through_bitwise(corpus, optimizer):
     """Gradient checkpointing changes nothing, either."""
     flags = [*SMALL, "--dropout", "0.2", "--max_steps", "9", "--log_every", "1", "--eval_every",
@@ -579,7 +621,7 @@ def test_a_second_process_or_script_is_refused(corpus):
 @pytest.mark.parametrize("flags, named", [
     ("--data nosuch", "nosuch"),
     ("--data words --preset huge", "huge"),
-    ("--data words --n_head 3", "n_head 3"),
+    ("--data words --n_head 5", "n_head 5"),
     ("--data words --batch_size 100000000", "memory"),
     ("--data words --out words.txt", "words.txt"),
     ("--data words --device tpu", "tpu"),
