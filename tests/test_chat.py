@@ -73,15 +73,6 @@ def plain(request):
     return prepare_data.make_tokenizer(request.param, [("", [TRICKY * 9])], 9)
 
 
-def test_special_tokens_follow_the_vocabulary_and_the_spec_travels_as_json(plain):
-    chat = plain.with_special(CHAT_TOKENS)
-    assert [chat.special[n] for n in CHAT_TOKENS] == list(range(plain.n_vocab, plain.n_vocab + 6))
-    assert (chat.n_vocab, chat.eos_id) == (plain.n_vocab + 6, plain.eos_id)
-    again = Tokenizer(json.loads(json.dumps(chat.spec)))
-    assert again.encode(TRICKY) == chat.encode(TRICKY) == plain.encode(TRICKY)
-    assert chat.with_special(CHAT_TOKENS).spec == chat.spec == again.spec
-
-
 def test_a_prompt_is_the_beginning_of_the_row_with_its_answer(plain):
     chat = plain.with_special(CHAT_TOKENS)
     roles = ["system", "user", "assistant", "tool", "assistant", "user", "assistant"]
