@@ -21,24 +21,18 @@ import train
 from data.machine import Runtime, keep_freed_memory, measure_peak, synchronize
 
 
-def load_module(path, name):
-    """A Python file of somebody else's as a module called `name`."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def load_nanogpt(folder, settings, device="cpu", **shape):
     """nanoGPT's model and its optimizer, made with `settings`: decay, rate, betas."""
-    nanogpt = load_module(Path(folder) / "model.py", "nanogpt_model")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+    nanogpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
     with contextlib.redirect_stdout(io.StringIO()):
         model = nanogpt.GPT(nanogpt.GPTConfig(dropout=0.0, **shape)).to(device)
         return model, model.configure_optimizers(*settings, device)
 
 
 def peer_step(model, optimizer, batches, bf16=False, clip=1.0, steps=1, device="cpu"):
-    """A job: steps as the peers' scripts make them."""
+    """A job: steps as nanoGPT's script makes them."""
 
     def job():
         for _ in range(steps):

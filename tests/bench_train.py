@@ -1,74 +1,61 @@
-"""How fast train.py and finetune.py are, beside nanoGPT, the course's model and peft.
+"""How fast train.py is, beside nanoGPT.
 
     git clone https://github.com/karpathy/nanoGPT
-    git clone https://github.com/waylandzhang/Transformer-from-scratch
-    python tests/bench_train.py speed --nanogpt nanoGPT --course Transformer-from-scratch
-    python tests/bench_train.py lora
+    python tests/bench_train.py --nanogpt nanoGPT
 
-speed: tokens a second of whole steps (forward, backward, clipping, AdamW), ours and the peer's in
-turn on the same batch, in fp32 and bf16. The peers get what their own scripts do, bf16 by autocast.
-
-lora: steps of rank 8 adapters on attention, 124M, 8 rows of 32 tokens, and peft's.
-
-Prints markdown tables for tests/BENCHMARKS.md; two to ten minutes each on two cores, half an hour
-for speed.
+Tokens a second of whole steps (forward, backward, clipping, AdamW), ours and nanoGPT's in turn on
+the same batch, in fp32 and bf16, which nanoGPT gets by autocast. Prints markdown tables for
+tests/BENCHMARKS.md; a quarter of an hour on two cores.
 """
 
 import argparse
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import bench_common as bench
 import torch
 
-import lora
 import model as lm
-from data.machine import DTYPES, measure_peak
+from data.machine import measure_peak
 
 GPT2 = dict(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=True)
 CHARS = dict(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, bias=False)
 
-
 # nanoGPT's 0.8M shape in our model
 SMALL = lm.Config(vocab_size=65, n_layer=4, n_head=4, d_model=128, context=64, tied=True,
                   position="learned", norm="layernorm", activation="gelu", init="gpt2")
-# {case: (our Config, rows, length, steps a round)}
+# {case: (our Config, nanoGPT's shape, rows, length, steps a round)}
 CASES = {
-    "GPT-2 124M, 4 x 256": (lm.preset("gpt2", vocab_size=50304), 4, 256, 1),
-    "0.8M, 12 x 64": (SMALL, 12, 64, 100),
-    "novel 140.57M, 4 x 128": (lm.preset("novel", dropout=0.1), 4, 128, 1),
+    "GPT-2 124M, 4 x 256": (lm.preset("gpt2", vocab_size=50304), GPT2, 4, 256, 1),
+    "0.8M, 12 x 64": (SMALL, CHARS, 12, 64, 100),
 }
 
 
-def make_peer(case, folder, bf16):
-    """The job of a case's peer: the course's 140.57M model, which it does not clip, or nanoGPT."""
-    config, rows, length, steps = CASES[case]
-    batches = bench.random_batches(config.vocab_size, rows, length)
-    if "novel" in case:
-        model = bench.load_module(Path(folder) / "scifi-demo" / "model.py", "course_model").Model()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        return bench.peer_step(model, optimizer, batches, bf16, 0, steps)
-    shape = GPT2 if "GPT-2" in case else CHARS
+def make_nanogpt(case, folder, bf16):
+    """The job of a case in nanoGPT."""
+    config, shape, rows, length, steps = CASES[case]
     model, optimizer = bench.load_nanogpt(folder, (0.1, 6e-4, (0.9, 0.95)), **shape)
-    return bench.peer_step(model, optimizer, batches, bf16, 1.0, steps)
+    batches = bench.random_batches(config.vocab_size, rows, length)
+    return bench.peer_step(model, optimizer, batches, bf16, steps=steps)
 
 
 def make_ours(case, dtype):
     """Our job of a case."""
-    config, rows, length, steps = CASES[case]
+    config, _, rows, length, steps = CASES[case]
     batches = bench.random_batches(config.vocab_size, rows, length)
     return bench.our_step(lm.Transformer(config), batches, dtype, steps)
 
 
-def speed(args):
-    """Steps of ours and the peers' in turn."""
-    for case, (config, rows, length, steps) in CASES.items():
-        peer = "the course" if "novel" in case else "nanoGPT"
-        folder = args.course if "novel" in case else args.nanogpt
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT; without it only ours is run")
+    p.add_argument("--rounds", type=int, default=5, help="turns that each job has (5)")
+    args = p.parse_args()
+    print(bench.about_machine() + "\n")
+    for case, (config, _, rows, length, steps) in CASES.items():
         for dtype in ("fp32",) if "0.8M" in case else ("fp32", "bf16"):
-            jobs = {peer: (make_peer, dict(case=case, folder=folder, bf16=dtype == "bf16"))}
-            jobs = (jobs if folder else {}) | {"ours": (make_ours, dict(case=case, dtype=dtype))}
+            theirs = dict(case=case, folder=args.nanogpt, bf16=dtype == "bf16")
+            jobs = {"nanoGPT": (make_nanogpt, theirs)} if args.nanogpt else {}
+            jobs["ours"] = make_ours, dict(case=case, dtype=dtype)
             # the floor is that of its matrix products, attention at this length counted
             flops = lm.flops_per_token(replace(config, context=length))
             floor = measure_peak(torch.device("cpu"), dtype) / flops
@@ -76,57 +63,6 @@ def speed(args):
             print(f"\n{case}, {dtype}:\n")
             tokens = rows * length * steps
             print(bench.table(seconds, tokens, "tokens/s", next(iter(jobs)), floor), flush=True)
-
-
-def make_peft(folder, dtype):
-    """A job: a step of peft's LoRA over the exported model."""
-    import peft
-    import transformers
-
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
-    layers = ["c_attn", "attn.c_proj"]
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=layers, fan_in_fan_out=True)
-    model, batches = peft.get_peft_model(base, config).train(), bench.random_batches(50257, 8, 32)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    # transformers shifts the labels itself
-    run = lambda ids, _: (None, model(input_ids=ids, labels=ids).loss)  # noqa: E731
-    run.parameters = model.parameters
-    return bench.peer_step(run, optimizer, batches)
-
-
-def make_lora(quantized, dtype):
-    """A job: a step of finetune.py's LoRA over a base that is perhaps quantized."""
-    torch.manual_seed(0)
-    model = lm.Transformer(lm.preset("gpt2"))
-    if quantized:
-        lora.quantize(model, quantized)
-    lora.add_lora(model, "attention", rank=8, alpha=16)
-    return bench.our_step(model, bench.random_batches(50257, 8, 32), dtype)
-
-
-def lora_steps(args):
-    """Steps of ours and peft's LoRA in turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = lm.Transformer(lm.preset("gpt2"))
-        lm.export_hf({"config": vars(model.config), "model": model.state_dict()}, folder)
-        jobs = {f"peft {d}": (make_peft, dict(folder=folder, dtype=d)) for d in ("fp32", "bf16")}
-        for base, dtype in ((None, "fp32"), (None, "bf16"), ("int8", "fp32"), ("nf4", "bf16")):
-            settings = dict(quantized=base, dtype=dtype)
-            jobs[f"ours {dtype}, {base or 'full'} base"] = make_lora, settings
-        seconds = bench.take_turns(jobs, args.rounds)
-    print(bench.table(seconds, 8, "samples/s", "peft fp32"))
-
-
-def main():
-    jobs = dict(speed=speed, lora=lora_steps)
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=tuple(jobs))
-    p.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT; without it only ours is run")
-    p.add_argument("--course", help="a clone of waylandzhang/Transformer-from-scratch")
-    p.add_argument("--rounds", type=int, default=5, help="turns that each job has (5)")
-    args = p.parse_args()
-    print(bench.about_machine() + "\n")
-    jobs[args.what](args)
 
 
 if __name__ == "__main__":

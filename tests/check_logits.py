@@ -22,14 +22,11 @@ def recorded_logits(path):
     single row may lack its B."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        ids, logits = torch.as_tensor(content["ids"]), torch.as_tensor(content["logits"])
-        assert logits.is_floating_point() and not ids.is_floating_point()
-        ids, logits = (t[None] if ids.dim() == 1 else t for t in (ids, logits))
-        assert ids.dim() == 2 and ids.shape == logits.shape[:-1] and ids.numel()
+        ids, logits = (torch.as_tensor(content[name]) for name in ("ids", "logits"))
+        return (ids.long(), logits) if ids.dim() == 2 else (ids.long()[None], logits[None])
     except Exception as e:
         want = 'torch.save of {"ids": (B, T), "logits": (B, T, V)}'
         raise UserError(f"{path} holds no ids and logits: {want}") from e
-    return ids.long(), logits
 
 
 def transformers_logits(folder, ids):

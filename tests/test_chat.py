@@ -6,19 +6,17 @@ test_templates.py compares other templates with transformers.
 import json
 
 import pytest
-from conftest import ASSISTANT, BYTE, CALL, CHAT, END, USER, calls, prompt_ids, render_chat, turn
+from conftest import ASSISTANT, BYTE, CHAT, END, USER, calls, prompt_ids, render_chat, turn
 from test_templates import FAMILIES, TOOLS, pair
 
 import prepare_data
-from data.chat import CHAT_TOKENS, get_template, parse_call
+from data.chat import CHAT_TOKENS, get_template
 from data.cli import UserError
 from data.reply import parse
 from data.tokenizer import Tokenizer
 
 TRICKY = "Say <|end|> and <|assistant|><|call|> <|endoftext|> naïve 你好，世界 👩‍👩‍👧 \n\n x"
 
-
-# ---- answers are read as they are written ----------------------------------------------------
 
 def test_a_broken_call_is_text_and_arguments_stay_as_they_were_written():
     ours, _ = pair("qwen2.5")
@@ -38,18 +36,6 @@ def test_a_broken_call_is_text_and_arguments_stay_as_they_were_written():
     assert parse(template.encode("<think>Hm"), template) == wanted  # the thought is cut off
     prompt = template.encode("<think>\n")  # DeepSeek-R1's template begins the thought
     assert parse(template.encode("Hm\n</think>Hi"), template, prompt) == wanted | {"content": "Hi"}
-
-
-def test_ids_are_read_as_an_answer_or_as_calls():
-    template = get_template(CHAT)
-    said = "你好 <|call|>"
-    assert parse([*CHAT.encode(said), END], template) == turn("assistant", said)
-    ids = [CALL, *CHAT.encode('search {"name": "x'), END]  # cut off: the model sees its mistake
-    (call,) = parse(ids, template)["tool_calls"]
-    assert call["function"] == {"name": "search", "arguments": '{"name": "x'}
-    with pytest.raises(ValueError, match="not JSON"):
-        parse_call(call)
-    assert parse([], template) == turn("assistant", "")
 
 
 def test_a_row_that_begins_with_the_assistant_learns_its_words_alone():
@@ -82,20 +68,9 @@ def test_a_prompt_that_is_too_long_keeps_its_frame(family):
     assert ids == prompt_ids(talk, ours)
 
 
-# ---- the chat template ---------------------------------------------------------------------
-
 @pytest.fixture(params=["byte", "char", "bpe:300"])
 def plain(request):
     return prepare_data.make_tokenizer(request.param, [("", [TRICKY * 9])], 9)
-
-
-def test_special_tokens_follow_the_vocabulary_and_the_spec_travels_as_json(plain):
-    chat = plain.with_special(CHAT_TOKENS)
-    assert [chat.special[n] for n in CHAT_TOKENS] == list(range(plain.n_vocab, plain.n_vocab + 6))
-    assert (chat.n_vocab, chat.eos_id) == (plain.n_vocab + 6, plain.eos_id)
-    again = Tokenizer(json.loads(json.dumps(chat.spec)))
-    assert again.encode(TRICKY) == chat.encode(TRICKY) == plain.encode(TRICKY)
-    assert chat.with_special(CHAT_TOKENS).spec == chat.spec == again.spec
 
 
 def test_a_prompt_is_the_beginning_of_the_row_with_its_answer(plain):
@@ -129,6 +104,3 @@ def test_a_prompt_drops_its_oldest_turns_and_keeps_the_system_message():
     rooms = (len(full), full), (len(full) - 1, shorter), (len(shorter) - 1, last), (18, cut)
     for room, ids in (*rooms, (len(alone), alone)):
         assert prompt_ids(talk, CHAT, room=room) == ids
-    for room in range(1, 9):
-        ids = prompt_ids([talk[0], talk[3]], CHAT, room=room)
-        assert len(ids) <= room and ids[-1] == ASSISTANT

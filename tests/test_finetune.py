@@ -15,8 +15,6 @@ from data.batches import BucketLoader, Row, chat_rows, label_row, pad, preferenc
 from data.cli import UserError
 from data.tokenizer import label_token
 
-# ---- masks ---------------------------------------------------------------------------------
-
 
 def test_a_label_is_all_that_a_text_row_learns():
     names = BYTE.with_special([label_token(n) for n in ("neg", "pos")])
@@ -81,9 +79,6 @@ def test_context_cuts_the_rows_of_a_run_and_cannot_be_more_than_the_checkpoint_s
             ft.main([*flags, "--context", wrong])
 
 
-# ---- rows that are too long ----------------------------------------------------------------
-
-
 def chat_row(messages, *how):
     """The Row of a conversation, of which our template makes one, and whether it was cut."""
     (row,) = chat_rows({"messages": messages}, *how)
@@ -136,9 +131,6 @@ def test_any_conversation_keeps_a_target_and_the_turns_before_it():
                 break
         else:
             assert cut and any(row.ids == tails[-1][at : at + context + 1] for at in range(300))
-
-
-# ---- batches -------------------------------------------------------------------------------
 
 
 def random_rows(count, longest=30, seed=0, low=2):

@@ -136,9 +136,6 @@ def same_weights(a, b, name="last.pt"):
     return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# ---- what is minimised ---------------------------------------------------------------------
-
-
 def same_gradients(model, exact, tolerance):
     for (name, p), q in zip(model.named_parameters(), exact.parameters()):
         size = max(1e-30, float(q.grad.abs().max()))
@@ -256,9 +253,6 @@ def test_micro_batches_of_any_target_count_give_the_gradient_of_the_whole(object
     same_gradients(ours, theirs, 1e-12)
 
 
-# ---- preference pairs ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("flags", [[], [*LORA, "--quantize", "nf4"], ["--dtype", "bf16"]])
 def test_rewards_start_at_zero_and_what_is_preferred_is_learned(desk, flags):
     limit = ["--max_steps", "1"] if flags else ["--epochs", "4"]
@@ -283,20 +277,14 @@ def test_the_reference_is_the_base_itself_and_is_kept_in_last_pt(desk):
         assert full[split].flatten().tolist() == pytest.approx(logps, abs=1e-3)
 
 
-# ---- resuming --------------------------------------------------------------------------------
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        [*SFT, "--dropout", "0.2", "--grad_accum", "2"],
-        [*SFT, *LORA, "--dropout", "0.1", "--quantize", "int8", "--lora_targets", "mlp",
-         "--lora_alpha", "16", "--context", "20"],
-        [*SFT, *LORA, "--lora_dropout", "0.2", "--quantize", "nf4", "--token_dropout", "0.2"],
-        [*SFT, "--data", "tools.jsonl", "--loss_on", "call", "--optimizer", "muon"],
-        [*DPO, "--dropout", "0.1"],
-    ],
-    ids=["dropout", "int8", "nf4", "muon", "dpo"],
-)
+@pytest.mark.parametrize("flags", [
+    [*SFT, "--dropout", "0.2", "--grad_accum", "2"],
+    [*SFT, *LORA, "--dropout", "0.1", "--quantize", "int8", "--lora_targets", "mlp",
+     "--lora_alpha", "16", "--context", "20"],
+    [*SFT, *LORA, "--lora_dropout", "0.2", "--quantize", "nf4", "--token_dropout", "0.2"],
+    [*SFT, "--data", "tools.jsonl", "--loss_on", "call", "--optimizer", "muon"],
+    [*DPO, "--dropout", "0.1"],
+])
 def test_killed_and_resumed_equals_straight_through_bitwise(desk, flags):
     flags = [*flags, "--max_steps", "10", "--eval_every", "4", "--eval_rows", "3"]
     tune(*flags, out="out/straight")
@@ -310,9 +298,7 @@ def test_killed_and_resumed_equals_straight_through_bitwise(desk, flags):
     assert not texts[0].exists() or texts[0].read_text() == texts[1].read_text()
 
 
-@pytest.mark.parametrize(
-    "flags", [SFT, [*SFT, *LORA, "--quantize", "nf4"]], ids=["full", "nf4"]
-)
+@pytest.mark.parametrize("flags", [SFT, [*SFT, *LORA, "--quantize", "nf4"]])
 def test_a_resumed_run_does_not_map_the_file_that_it_replaces(desk, windows, flags):
     tune(*flags, "--max_steps", "2")
     gc.collect()  # its report had best.pt mapped
@@ -320,26 +306,11 @@ def test_a_resumed_run_does_not_map_the_file_that_it_replaces(desk, windows, fla
     assert content("out/run/last.pt")["step"] == 4
 
 
-def test_what_a_run_has_on_is_switched_off_when_it_is_resumed(desk):
-    out = tune(*SFT, "--max_steps", "1")
-    last = content(out / "last.pt")
-    last["args"] |= dict(compile=True, shard=True)
-    lm.save_checkpoint(out / "last.pt", last)
-    parse = ft.build_parser().parse_args
-    for flags, on in (([], True), (["--no-compile", "--no-shard"], False)):
-        args = ft.resolve(parse(["--resume", "out/run", *flags]))[0]
-        assert (args.compile, args.shard) == (on, on)
-
-
-@pytest.mark.parametrize(
-    "main, flags",
-    [
-        (sample.main, "--ckpt out/cut --prompt to"),
-        (ft.main, "--ckpt out/cut --data chats.jsonl"),
-        (lora.main, "merge --ckpt out/cut --adapter out/adapter --out out/merged"),
-        (lm.main, "--ckpt out/cut --export out/export"),
-    ],
-)
+@pytest.mark.parametrize("main, flags", [
+    (sample.main, "--ckpt out/cut --prompt to"),
+    (ft.main, "--ckpt out/cut --data chats.jsonl"),
+    (lora.main, "merge --ckpt out/cut --adapter out/adapter --out out/merged"),
+])
 def test_weights_that_lie_in_parts_are_no_random_ones(desk, main, flags):
     """The folder of a run of several processes, stopped before its first evaluation."""
     tune(*SFT, *LORA, "--max_steps", "1", out="out/adapter")
@@ -372,9 +343,6 @@ def test_a_resumed_run_goes_on_for_more_epochs_and_reports_on_its_own_split(desk
     n = int(re.search(r"(\d+) batches an epoch", out)[1])
     assert "settings are the run's own, but epochs 1.4" in out
     assert out.count("on train:") == 2 and len(losses("out/run")) == math.ceil(1.4 * n / 3)
-
-
-# ---- whole runs --------------------------------------------------------------------------------
 
 
 def test_supervised_fine_tuning_end_to_end(desk, capsys):
@@ -421,8 +389,6 @@ def test_a_run_learns_from_a_teacher_that_speaks_its_language(desk):
     flags = [*SFT, "--objective", "distill", "--max_steps", "20"]
     tune(*flags, "--teacher", teacher)
     assert sum(losses("out/run")[15:]) < 0.8 * sum(losses("out/run")[:5])
-    thin = tune(*SFT, *LORA, "--max_steps", "2", out="out/thin")  # an adapter brings its base along
-    tune(*flags, "--max_steps", "1", "--teacher", thin, out="out/b")
     tune(*flags, "--max_steps", "1", "--teacher", teacher, "--distill_lambda", "1", out="out/c")
     tune(*SFT, "--max_steps", "1", out="out/d")
     assert losses("out/c") == pytest.approx(losses("out/d"), rel=1e-6)
@@ -457,8 +423,7 @@ def test_eval_only_measures_a_split_and_trains_nothing(desk, monkeypatch, capsys
 def test_eval_only_measures_all_of_a_file_and_says_how_many_rows(desk, capsys, data, noun):
     out, name = tune(*data, *LORA, "--max_steps", "1"), data[1]
     flags = ["--eval_only", "--ckpt", str(out), "--data"]
-    for n, more, rows in ((60, [], "all rows"), (6, ["--val", "0.1"], "val"),
-                          (9, ["--rows", ":9"], "all rows")):
+    for n, more, rows in ((6, ["--val", "0.1"], "val"), (9, ["--rows", ":9"], "all rows")):
         ft.main([*flags, name, *more, "--out", f"out/{n}"])
         assert f"measuring {n} {noun}: {rows} of {name}\n" in capsys.readouterr().out
     if data == LABELS:  # a file without some of the labels does not make the others likelier
@@ -476,9 +441,6 @@ def test_eval_only_measures_pairs_against_the_base_of_an_adapter_alone(desk, cap
     ft.main([*flags, "out/thin", "--out", "out/seen"])
     scores = json.loads(Path("out/thin/scores.json").read_text())["val"]
     assert f"reward margin {scores['reward_margin']:.4f}" in capsys.readouterr().out
-
-
-# ---- new tokens, adapters and their bases -----------------------------------------------------
 
 
 def built(*flags, ckpt="out/base"):
@@ -569,15 +531,12 @@ def test_two_processes_decide_by_the_scores_of_the_first_and_report_once(desk):
     assert len(values("out/two", "slot_f1")) > 2
 
 
-@pytest.mark.parametrize(
-    "flags, wanted",
-    [
-        ([], {k: ft.RECIPE[k] for k in ("embed_lr", "head_lr", "muon_lr", "lora_rank")}),
-        (["--lr", "1e-5", "--muon_lr", "0.5"], dict(embed_lr=3e-5, head_lr=3e-5, muon_lr=0.5)),
-        (["--lora_alpha", "4"], dict(lora_rank=8) | ft.LORA_RECIPE),
-        ([*LORA, "--lr", "3e-4", "--head_lr", "1"], dict(lora_rank=4, embed_lr=1e-4, head_lr=1)),
-    ],
-)
+@pytest.mark.parametrize("flags, wanted", [
+    ([], {k: ft.RECIPE[k] for k in ("embed_lr", "head_lr", "muon_lr", "lora_rank")}),
+    (["--lr", "1e-5", "--muon_lr", "0.5"], dict(embed_lr=3e-5, head_lr=3e-5, muon_lr=0.5)),
+    (["--lora_alpha", "4"], dict(lora_rank=8) | ft.LORA_RECIPE),
+    ([*LORA, "--lr", "3e-4", "--head_lr", "1"], dict(lora_rank=4, embed_lr=1e-4, head_lr=1)),
+])
 def test_the_rate_that_is_given_governs_the_others_and_lora_s_flags_mean_lora(desk, flags, wanted):
     args, *_ = ft.resolve(ft.build_parser().parse_args(["--data", "chats.jsonl", *flags]))
     assert {k: vars(args)[k] for k in wanted} == pytest.approx(wanted)
@@ -595,34 +554,21 @@ def test_one_row_is_learned_with_val_0_and_what_a_reader_would_miss_is_told(desk
     assert "or (finetune.py) --epochs" in capsys.readouterr().out
 
 
-# ---- mistakes ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        ([], "--data is missing"),
-        ([*SFT, "--ckpt", "out/none"], "out/none"),
-        ([*SFT, "--quantize", "nf4"], "--lora_rank"),
-        ([*SFT, "--lora_rank", "0", "--lora_alpha", "8"], "--lora_rank 0 trains all weights"),
-        ([*SFT, "--objective", "distill"], "--teacher"),
-        ([*SFT, "--objective", "dpo"], "--objective dpo"),
-        ([*SFT, "--augment", "0.5"], "--augment is for --data hotel"),
-        ([*SFT, "--best_by", "slot_f1", "--eval_rows", "4"], "not measured on chats without calls"),
-        ([*DPO, "--token_dropout", "0.5"], "--token_dropout"),
-        ([*SFT, *LORA, "--lora_targets", "nonsense"], "nonsense"),
-        ([*SFT, *LORA, "--lora_targets", "head", "--ckpt", "tied.pt"], "tied head"),
-        ([*SFT, "--ckpt", "adapter.pt"], "merge it first"),
-        ([*SFT, "--ckpt", "bare.pt"], "no tokenizer"),
-        ([*SFT, "--split", "test"], "no split 'test'"),
-        ([*LABELS, "--val_data", "strange.jsonl"], "'meh'"),
-        ([*LABELS, "--val_data", "chats.jsonl"], "different kinds"),
-        ([*SFT, "--batch_tokens", "10000000000"], "memory"),
-        ([*SFT, "--dropout", "2"], "dropout 2"),
-        ([*SFT, "--out", "out/base"], "--resume out/base"),
-    ],
-    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
-)
+@pytest.mark.parametrize("flags, named", [
+    ([], "--data is missing"),
+    ([*SFT, "--quantize", "nf4"], "--lora_rank"),
+    ([*SFT, "--lora_rank", "0", "--lora_alpha", "8"], "--lora_rank 0 trains all weights"),
+    ([*SFT, "--objective", "distill"], "--teacher"),
+    ([*SFT, "--augment", "0.5"], "--augment is for --data hotel"),
+    ([*SFT, "--best_by", "slot_f1", "--eval_rows", "4"], "not measured on chats without calls"),
+    ([*SFT, *LORA, "--lora_targets", "head", "--ckpt", "tied.pt"], "tied head"),
+    ([*SFT, "--ckpt", "adapter.pt"], "merge it first"),
+    ([*SFT, "--ckpt", "bare.pt"], "no tokenizer"),
+    ([*SFT, "--split", "test"], "no split 'test'"),
+    ([*LABELS, "--val_data", "strange.jsonl"], "'meh'"),
+    ([*LABELS, "--val_data", "chats.jsonl"], "different kinds"),
+    ([*SFT, "--out", "out/base"], "--resume out/base"),
+])
 def test_a_users_mistake_is_one_line_that_names_it(desk, flags, named):
     save_base("tied.pt", tied=True)
     base = content("out/base/best.pt")

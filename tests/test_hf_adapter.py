@@ -23,7 +23,6 @@ CONFIGS = {
     "qwen2": lm.Config(**GATED, qkv_bias=True, tied=True),
     "qwen3": lm.Config(**GATED, qk_norm=True, head_size=12),
     "phi3": lm.Config(**GATED, rotary_share=0.75),
-    "granite": lm.Config(**GATED, residual_scale=0.5, attention_scale=2.0, logit_scale=0.5),
     "glm4": lm.Config(**GATED, norm_place="both", rotary_share=0.5, qkv_bias=True),
     "gemma3_text": lm.Config(**GATED | GEMMA, tied=True, qk_norm=True),
     "gpt_neox": lm.preset("gpt2", **SHAPE, position="rope", rotary_share=0.5, tied=False),
@@ -94,16 +93,13 @@ def test_an_adapter_that_peft_cannot_express_is_refused_in_one_line(tmp_path):
     base, other = base_of("llama"), base_of("llama", norm_weight=False)
     content = adapter_of(base)
     info, state = content["adapter"], content["model"]
-    name, wide = "blocks.0.attention.q.b", {"blocks.1.attention.q.a": torch.zeros(4, 40)}
+    wide = {"blocks.1.attention.q.a": torch.zeros(4, 40)}
     table = dict(adapter=info | dict(modules_to_save=["embed"]))
     table["model"] = state | {"embed.weight": base["model"]["embed.weight"]}
     for base_, change, message in (
         (base, table, "special tokens"),
         (base, dict(adapter=info | dict(quantize="nf4")), "quantized base"),
-        (base, dict(adapter=info | dict(rank=5)), r"does not fit this base: .* has \(5, 32\)"),
         (base, dict(model=state | wide), r"attention.q.a is \(4, 40\), the model has \(4, 32\)"),
-        (base, dict(model={k: v for k, v in state.items() if k != name}), f"{name} .* is missing"),
-        (base, dict(model=state | {"blocks.7.q.a": torch.zeros(4, 32)}), "blocks.7.* unknown"),
         (other, {}, "is another model"),
     ):
         with pytest.raises(UserError, match=f"^.*{message}.*$"):

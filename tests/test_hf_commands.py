@@ -161,21 +161,16 @@ def test_finetuning_a_qwen_uses_its_own_template_and_its_adapter_travels(run, tm
     assert (tmp_path / "peft/adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("template", ["{{ 'hey' }}", None])
-def test_an_export_hands_on_how_to_talk_and_spares_what_is_there(run, hub, tmp_path, template):
+def test_an_export_hands_on_how_to_talk_and_spares_what_is_there(run, hub, tmp_path):
     shutil.copytree(hub[1] / "ann/qwen/resolve/main", tmp_path / "chat")
     ids = hub_tokenizer(tmp_path / "chat")["added"]
     ends = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     Path("chat/generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    if template:
-        Path("chat/chat_template.jinja").write_text(template)
+    Path("chat/chat_template.jinja").write_text("{{ 'hey' }}")
     export = ("model.py", "--ckpt", "chat", "--export", "out")
     run(*export)
-    talk = [{"role": "user", "content": "你好"}]
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
-    said = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    chatml = "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
-    assert said == ("hey" if template else chatml)
+    assert tokenizer.apply_chat_template([{"role": "user"}], tokenize=False) == "hey"
     config = transformers.GenerationConfig.from_pretrained("out")
     assert sorted(config.eos_token_id) == sorted(ends)
     assert "name a new folder or file for --export" in run(*export, code=2)
@@ -208,29 +203,6 @@ def test_what_cannot_be_read_is_refused_before_its_weights_come(run, hub, what):
     err = run("sample.py", "--ckpt", f"old/{what}", "--prompt", "x", code=2)
     assert ("hidden_act" if what == "config" else "model Unigram: only byte-level BPE and") in err
     assert not list(Path("data/hub/old").rglob("*.safetensors*"))
-
-
-def test_a_model_without_an_end_token_is_given_one(run, tmp_path):
-    folder = tmp_path / "endless"
-    save_model(folder, transformers.LlamaConfig(**SMALL), QWEN_TOKENS[:1])
-    model = edit(folder / "tokenizer.json", added_tokens=[])["model"]
-    model["vocab"].pop(QWEN_TOKENS[0], None)
-    edit(folder / "tokenizer.json", model=model)
-    full, ends = len(model["vocab"]), dict(eos_token_id=None, bos_token_id=None)
-    config = transformers.LlamaConfig(**SMALL, **ends, vocab_size=full, tie_word_embeddings=True)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for name in ("tokenizer_config.json", "generation_config.json"):
-        (folder / name).unlink(missing_ok=True)
-    run("sample.py", "--ckpt", "endless", "--prompt", "the", "--max_new_tokens", "8")
-    prepare(run, "endless")
-    short = ("--ckpt", "endless", "--max_steps", "2", "--eval_every", "2")
-    run("train.py", *short, "--data", "text", "--batch_size", "2", "--out", "out/more")
-    write_rows()
-    run("finetune.py", *short, "--data", "rows.json", "--lora_rank", "2", "--out", "out/tuned")
-    run("sample.py", "--ckpt", "out/tuned", "--chat", "--max_new_tokens", "4", stdin="Say 3\n")
-    grown = lm.load_checkpoint("out/more")["model"]["embed.weight"]
-    first = lm.load_checkpoint("endless")["model"]["embed.weight"]
-    assert len(first) == full < len(grown) and (grown[:full] - first).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("family", ["ours", "qwen3", "llama3.1", "mistral", "named"])

@@ -9,7 +9,6 @@ import unicodedata
 from pathlib import Path
 
 import conftest
-import numpy as np
 import pytest
 from conftest import TIKTOKEN
 
@@ -126,12 +125,10 @@ def test_ids_and_merges_of_the_real_gpt2_are_theirs():
     theirs.add_special_tokens([END])
     t, reference = ours(theirs), Tokenizer({"kind": "tiktoken", "name": "gpt2"})
     assert_same(t, theirs, ALL_TEXTS + strings(500, seed=1))
-    assert (t.n_vocab, t.eos_id) == (50257, 50256)
     assert all(t.token_bytes(i) == reference.token_bytes(i) for i in range(50257))
-    vocab, merges = (path.read_text(encoding="utf-8") for path in files)
+    merges = files[1].read_text(encoding="utf-8").splitlines()[1:]
     model = tokenizer_json(reference)["model"]  # merges are found again from the ids
-    assert model["merges"] == [line.split() for line in merges.splitlines()[1:]]
-    assert model["vocab"] == json.loads(vocab)
+    assert model["merges"] == [line.split() for line in merges]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -182,23 +179,6 @@ def test_a_token_that_no_merge_makes_is_a_whole_piece_or_refused():
     assert_same(t, reference, [" xyzzyq", " xyzzyqs", "xyzzyq"])
 
 
-def test_gaps_between_ids_have_no_token():
-    theirs = json.loads(trained(front=["<a>"]).to_str())
-    vocab = theirs["model"]["vocab"].items()
-    theirs["model"]["vocab"] = {t: i + 7 if i >= 400 else i for t, i in vocab}
-    theirs["model"]["vocab"]["<b>"] = 403  # below the others' largest, and in the model, too
-    for name, i in ("<b>", 403), ("<c>", 720):
-        theirs["added_tokens"].append(dict(theirs["added_tokens"][0], id=i, content=name))
-    t = ours(theirs)
-    assert t.special == {"<a>": 0, "<b>": 403, "<c>": 720, END: 721} and t.n_vocab == 722
-    lengths, nothing = t.byte_lengths, [i for i in range(722) if t.token_bytes(i) is None]
-    assert nothing == [400, 401, 402, 404, 405, 406, *range(707, 720)]
-    assert np.flatnonzero(lengths == -1).tolist() == nothing
-    assert np.flatnonzero(lengths == 0).tolist() == [0, 403, 720, 721]
-    assert not t.fallback[nothing].any() and t.fallback[t.encode("\U00012345")].all()
-    assert t.decode(t.encode("<b> text")) == "<b> text" and 403 not in t.encode("<b> text")
-
-
 @pytest.mark.parametrize("step", ["gpt2", "qwen2", "smollm2"])
 def test_added_words_are_cut_out_of_text(step):
     """Words of all kinds, which overlap each other and the tokens."""
@@ -222,19 +202,18 @@ def test_added_words_are_cut_out_of_text(step):
 
 def test_added_words_are_drawn_and_shown_and_special_tokens_are_not():
     theirs = trained(front=["<s>"])
-    theirs.add_tokens(["th-", "covid-19", "<cite>", "<think>"])
+    theirs.add_tokens(["th-", "<cite>", "<think>"])
     t = ours(theirs, tokenizer_config={"chat_template": "{{ '<think>' }} the"})
-    ids = t.encode("in th-covid-19<cite>s<s><think>")
-    known = [theirs.token_to_id(w) for w in ("th-", "covid-19", "<cite>", "<think>")]
-    assert [i for i in ids if i in known] == known[:3]  # a chat's template writes the last one
-    assert set(t.special) == {"<s>", "<think>", END} and len(t.words) == 3
-    assert t.decode(ids) == "in th-covid-19<cite>s<s><think>"
-    assert t.byte_lengths[known].tolist() == [3, 8, 6, 0]
+    ids = t.encode("in th-<cite>s<s><think>")
+    known = [theirs.token_to_id(w) for w in ("th-", "<cite>", "<think>")]
+    assert [i for i in ids if i in known] == known[:2]  # a chat's template writes the last one
+    assert set(t.special) == {"<s>", "<think>", END} and len(t.words) == 2
+    assert t.decode(ids) == "in th-<cite>s<s><think>"
+    assert t.byte_lengths[known].tolist() == [3, 6, 0]
     special = [a["content"] for a in tokenizer_json(t)["added_tokens"] if a["special"]]
     assert sorted(special) == ["<s>", END]
-    more = t.with_special(["<cite>", "<new>"])
-    assert more.special["<cite>"] == known[2] and more.special["<new>"] == t.n_vocab
-    assert known[2] not in more.encode("a <cite>") and more.n_vocab == t.n_vocab + 1
+    more = t.with_special(["<cite>"])
+    assert more.special["<cite>"] == known[1] not in more.encode("a <cite>")
 
 
 BEGIN = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
@@ -267,7 +246,6 @@ def test_end_of_text_is_what_the_files_say(beside, end):
 
 PLAIN = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 ISOLATED = {"type": "Split", "behavior": "Isolated", "invert": False}
-NO_REGEX = PLAIN | {"use_regex": False}
 STRIPS = {"id": 0, "content": "<s>", "special": False, "rstrip": True}
 
 
@@ -290,24 +268,23 @@ def steps(*all_steps):
     return {"type": "Sequence", "pretokenizers": all_steps}
 
 
-def split_by(text, then=NO_REGEX, **changes):
-    return steps(ISOLATED | {"pattern": {"Regex": text}} | changes, then)
+def split_by(text, **changes):
+    first = ISOLATED | {"pattern": {"Regex": text}} | changes
+    return steps(first, PLAIN | {"use_regex": False})
 
 
 @pytest.mark.parametrize("path, value, said", [
     ("model.type", "WordPiece", "model WordPiece"),
     ("model.byte_fallback", True, "'<0x00>' is missing"),
     ("model.vocab.▁the", 400, "'▁the' is not byte-level"),
-    ("model.vocab", {"a": 1}, "255 bytes have no token, 0x00 first"),
     ("model.merges.0", ["Q", "x"], "b'Qx' is missing"),
+    ("swap", None, "the ids do not rise along the merges"),
     ("model", None, "cannot be read"),
     ("normalizer", {"type": "Lowercase"}, "normalizer Lowercase"),
     ("pre_tokenizer", None, "pre_tokenizer none"),
     ("pre_tokenizer", PLAIN | {"add_prefix_space": True}, "pre_tokenizer ByteLevel"),
-    ("pre_tokenizer", split_by(r"\p{L}+", PLAIN), r"pre_tokenizer Split \+ ByteLevel"),
     ("pre_tokenizer", split_by(r"\p{L}+", behavior="Removed"), "Split"),
     ("pre_tokenizer", steps({"type": "Digits", "individual_digits": False}, PLAIN), "Digits"),
-    ("pre_tokenizer", split_by(r"\p{Nobody}"), "tokenizer.json"),
     ("pre_tokenizer", split_by(r"\s++$|\S+"), "has another meaning"),
     ("added_tokens.0", STRIPS, "'<s>' has single_word, lstrip or rstrip"),
     ("post_processor", {"type": "RobertaProcessing"}, "post_processor RobertaProcessing"),
@@ -315,16 +292,13 @@ def split_by(text, then=NO_REGEX, **changes):
     ("post_processor.special_tokens.<s>.ids", [0, 0], r"ids \[0, 0\] in front"),
 ])
 def test_what_tiktoken_would_read_otherwise_is_refused(good, path, value, said):
+    vocab = good["model"]["vocab"]
+    if path == "swap":  # ids must rise along the merges
+        first, last = "".join(good["model"]["merges"][0]), max(vocab, key=vocab.get)
+        path, value = "model.vocab", vocab | {first: vocab[last], last: vocab[first]}
     with pytest.raises(UserError, match=said) as e:
         ours(edited(good, path, value))
     assert str(e.value).startswith(str(Path("theirs/tokenizer.json"))) and "\n" not in str(e.value)
-
-
-def test_ids_must_rise_along_the_merges(good):
-    vocab, first = good["model"]["vocab"], "".join(good["model"]["merges"][0])
-    last = max(vocab, key=vocab.get)
-    with pytest.raises(UserError, match="the ids do not rise along the merges"):
-        ours(edited(good, "model.vocab", vocab | {first: vocab[last], last: vocab[first]}))
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "config", "generation_config", "tokenizer_config"])
@@ -367,8 +341,7 @@ def test_transformers_reads_our_tokenizers(kind, special):
     else:
         again = Tokenizer(hub_tokenizer("out"))
         assert (again.eos_id, again.bos_id, again.special) == (t.eos_id, t.bos_id, t.special)
-        assert again.n_vocab == t.n_vocab
-        assert (again.byte_lengths == t.byte_lengths).all()
+        assert again.n_vocab == t.n_vocab and (again.byte_lengths == t.byte_lengths).all()
         assert tokenizer_json(again)["model"] == tokenizer_json(t)["model"]
     for text in ALL_TEXTS:
         ids = t.encode(text)

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -38,22 +37,16 @@ FULL, WINDOW = "full_attention", "sliding_attention"
 GEMMA = {FULL: dict(rope_type="linear", factor=8.0, rope_theta=1e6)}
 GEMMA = dict(rope_parameters=GEMMA | {WINDOW: dict(rope_type="default", rope_theta=1e4)})
 GEMMA |= dict(layer_types=[WINDOW, FULL], query_pre_attn_scalar=12, sliding_window=10)
-LINEAR = {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}
 GPT2 = dict(n_embd=48, n_layer=2, n_head=4, n_positions=128, vocab_size=331)
 MODELS = {  # the first word is the family
     "gpt2": GPT2,
     "gpt2 untied": GPT2 | dict(n_inner=50, tie_word_embeddings=False, activation_function="gelu"),
     "llama": TINY,
     "llama tied, biases": TINY | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
-    "llama head_dim": TINY | dict(head_dim=20, num_key_value_heads=1),
     "llama 3 rope": TINY | dict(rope_parameters=ROPE3 | {"rope_theta": 5e4}),
-    "llama linear rope": TINY | dict(rope_parameters=LINEAR),
-    "mistral": TINY | dict(head_dim=8, sliding_window=None),
-    "mistral window": TINY | dict(head_dim=8, sliding_window=11),
+    "mistral": TINY | dict(head_dim=8, sliding_window=11),
     "qwen2": TINY | dict(tie_word_embeddings=True),
-    "qwen3": TINY | dict(head_dim=12, tie_word_embeddings=True),
-    "qwen3 biases": TINY | dict(head_dim=8, attention_bias=True),
-    "qwen3 of minimind-3": TINY | dict(vocab_size=6400, head_dim=8, tie_word_embeddings=True),
+    "qwen3": TINY | dict(head_dim=12, tie_word_embeddings=True, attention_bias=True),
     "qwen2 window": TINY | dict(use_sliding_window=True, sliding_window=9, max_window_layers=1),
     "qwen3_moe": TINY | EXPERTS | dict(head_dim=12, num_experts=5, num_experts_per_tok=3),
     "qwen3_moe of minimind-3": TINY | EXPERTS | dict(num_experts=4, num_experts_per_tok=1),
@@ -230,20 +223,16 @@ def test_a_relatives_weights_under_other_names_compute_the_same(name, tmp_path):
 @pytest.mark.parametrize("name, change, words", [
     ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights = False"),
     ("llama", dict(rope_scaling={"type": "yarn", "factor": 4, "mscale": 2}), "json: rope_scaling"),
-    ("llama", dict(rope_scaling={"type": "dynamic", "factor": 4.0, "alpha": 9}), "rope_scaling"),
     ("llama", dict(quantization_config={"bits": 4}), "quantization_config"),
     ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
-    ("llama", dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial"),
     ("llama", dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "rope_parameters ="),
     ("llama", dict(final_logit_softcapping=30.0), "final_logit_softcapping = 30.0"),
-    ("llama", dict(use_sliding_window=True), "use_sliding_window = True"),
     ("mistral", dict(sliding_window="?"), "wrong type"),
     ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
     ("llama", dict(model_type="?"), r"model_type '\?' is not one of gpt2, llama"),
     ("llama", dict(model_type="baichuan", max_position_embeddings=None), "ALiBi"),
     ("llama", dict(rope_scaling={"rope_type": "yarn"}), "lacks a field .* 'factor'"),
     ("qwen3_moe", dict(mlp_only_layers=[1]), r"mlp_only_layers = \[1\]"),
-    ("qwen3_moe", dict(decoder_sparse_step=2), "decoder_sparse_step = 2"),
     ("llama", dict(num_attention_heads=5), "n_head 5 is not a multiple of n_kv_head 2"),
 ])
 def test_a_field_that_we_do_not_compute_is_named(name, change, words):
@@ -285,29 +274,6 @@ def theirs_config(name):
     return json.loads(config_of(name).to_json_string(use_diff=False))
 
 
-# What matters of config.json as published on the Hub, and how many parameters that gives
-SHAPE = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-PUBLISHED = {  # the first one is Llama 3.2
-    1_235_814_400: ("llama", "2048 8192 16 32 8 128256 131072", dict(rope_scaling=ROPE3)),
-    3_836_021_760: ("phi3", "3072 8192 32 24 8 200064 131072", dict(partial_rotary_factor=0.75)),
-    999_885_952: ("gemma3_text", "1152 6912 26 4 1 262144 32768", dict(head_dim=256)),
-    2_724_880_896: (None, "2304 5760 40 36 36 122753 4096", dict(scale_emb=12, dim_model_base=256)),
-    162_322_944: ("gpt_neox", "768 3072 12 12 12 50304 2048", {}),
-    7_737_708_544: ("internlm2", "4096 14336 32 32 8 92544 32768", {}),
-    9_399_951_360: ("glm", "4096 13696 40 32 2 151552 131072", dict(head_dim=128)),
-}
-
-
-@pytest.mark.parametrize("total", PUBLISHED)
-def test_a_published_model_has_its_known_parameters(total):
-    family, sizes, more = PUBLISHED[total]
-    names = [*SHAPE.split(), "vocab_size", "max_position_embeddings"]
-    values = dict(zip(names, map(int, sizes.split()))) | {"model_type": family}
-    values["tie_word_embeddings"] = family in ("llama", "phi3", "gemma3_text", None)
-    model = lm.meta_model(replace(config_from_hf(values | more), context=8))
-    assert lm.count_parameters(model)["total"] == total
-
-
 BIASES = dict(qkv_bias=True, out_bias=True, ff_bias=True)
 LEARNED = dict(position="learned", norm="layernorm", activation="gelu")
 EXPORTED = {  # shapes that no model above has
@@ -344,13 +310,10 @@ def test_what_we_write_transformers_reads_and_we_read_again(name, tmp_path):
 
 @pytest.mark.parametrize("words, fields", [
     ("position sinusoidal", dict(position="sinusoidal")),
-    ("norm layernorm", dict(norm="layernorm")),
-    ("activation relu2", dict(activation="relu2")),
     ("embed_norm True", dict(embed_norm=True)),
     ("head_bias True", dict(head_bias=True)),
     ("qk_norm True", LEARNED | dict(qk_norm=True)),
     ("n_kv_head 2", LEARNED | dict(n_kv_head=2)),
-    ("qk_norm True", dict(qk_norm=True, ff_bias=True)),
     ("norm_topk_prob False", dict(experts=4, norm_topk_prob=False)),
     ("position learned|experts 4", dict(experts=4, position="learned")),
 ])

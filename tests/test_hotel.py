@@ -50,7 +50,6 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
     after = substitute(before, pool, 0.5, rng)
     assert after == hotel_talk(["接机", "SPA"], "接机在二楼")
     assert before == hotel_talk(["健身房", "SPA"], "健身房在二楼")
-    assert substitute(before, pool, 0.0) is substitute(before, {}) is before
     # a value inside another is not torn out of it
     inside, values, new = hotel_talk(["上网", "上网服务"]), ["接机", "SPA"], ["SPA", "接机"]
     rng.choice = lambda values: new.pop()
@@ -59,12 +58,9 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
     rng.random, new[:] = iter([0.0, 0.9, 0.9]).__next__, ["接机"]
     after = substitute(inside, {"call.facilities": values}, 0.5, rng)
     assert after == hotel_talk(["接机", "上网服务"])
-    # as what a call passes the second would become the same as the first
-    del pool["tool.name"]
-    assert substitute(before, pool) == hotel_talk(["接机", "酒吧"], "接机在二楼")
     # what was not said stays, but for what may be asked for
     unsaid = {"messages": [turn("user", "x"), *before["messages"][1:3]]}
-    assert substitute(unsaid, pool) is unsaid
+    assert substitute(unsaid, {"call.facilities": ["接机"]}) is unsaid
     result = substitute(unsaid, {"tool.name": ["听涛宾馆"]})
     record, = json.loads(result["messages"][2]["content"])
     assert record["name"] == "听涛宾馆" and record["facilities"] == ["健身房", "SPA"]
@@ -92,16 +88,12 @@ def test_odd_values_survive_an_exchange():
     examples = [hotel_talk([a, b]) for a in odd for b in odd if a != b]
     pool, rng = values_by_key(examples), random.Random(0)
     assert set(pool["call.facilities"]) == set(odd) and "call.rating_range_lower" not in pool
-    changed = 0
     for e in examples:
         after = substitute(e, pool, 0.7, rng)
-        changed += after != e
         new = parse_call(after["messages"][1]["tool_calls"][0])[1]["facilities"]
-        records = json.loads(after["messages"][2]["content"])
-        assert list(records[0]) == ["name", "facilities", "note"]
-        assert records[0]["facilities"] == new and set(new) <= set(odd)
+        record = json.loads(after["messages"][2]["content"])[0]
+        assert record["facilities"] == new and set(new) <= set(odd)
         assert after["messages"][::3] == hotel_talk(new)["messages"][::3]
-    assert changed > 50
 
 
 def test_made_up_values_begin_like_one_and_end_like_another():

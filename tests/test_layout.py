@@ -117,9 +117,6 @@ def reachable(name):
     return direct.union(*(reachable(other) for other in direct))
 
 
-# ---- what imports what -----------------------------------------------------------------------
-
-
 def test_the_list_of_scripts_is_closed():
     assert {name for name in MODULES if "." not in name} == set(SCRIPTS)
     assert set(MODULES) == set(IMPORTS)
@@ -161,9 +158,6 @@ def test_no_script_does_work_when_imported(name):
     loud = [n.lineno for n in rest if not isinstance(n, quiet) and not is_main_guard(n)]
     assert loud == []
     assert is_main_guard(rest[-1]) or name.startswith("data."), "a script can be run"
-
-
-# ---- lengths and docstrings ------------------------------------------------------------------
 
 
 @every_script
@@ -208,9 +202,6 @@ def test_every_flag_has_a_help_text(name):
     assert mute == []
 
 
-# ---- safety ----------------------------------------------------------------------------------
-
-
 @every_script
 def test_nothing_is_unpickled_or_evaluated(name):
     bad = []
@@ -242,8 +233,3 @@ def opens_text_without_encoding(call):
 @every_script
 def test_text_files_are_opened_with_an_encoding(name):
     assert [c.lineno for _, c in calls(name) if opens_text_without_encoding(c)] == []
-
-
-@every_script
-def test_nothing_is_left_to_do(name):
-    assert re.findall(r"\b(TODO|FIXME|XXX|HACK)\b", SOURCE[name]) == []

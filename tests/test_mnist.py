@@ -64,16 +64,6 @@ def test_the_default_run_is_the_courses_within_a_hundredth_and_fifty_digits(epoc
     ElementTree.parse("out/mnist/loss.svg")
 
 
-def test_the_network_is_the_courses():
-    net, x = mnist.MLP().eval(), torch.randn(3, 28, 28)
-    layers, h = [m for m in net.modules() if isinstance(m, nn.Linear)], x.reshape(3, 784)
-    assert [layer.out_features for layer in layers] == [256, 128, 64, 10]
-    for i, layer in enumerate(layers):
-        h = h @ layer.weight.T + layer.bias
-        h = h.clamp(min=0) if i < 3 else h
-    torch.testing.assert_close(net(x), h - h.exp().sum(-1, keepdim=True).log())
-
-
 def test_losses_by_hand():
     p = torch.tensor([[0.7, 0.2, *[0.0125] * 8], [0.1, 0.6, *[0.0375] * 8]])
     losses = {name: f(p.log(), torch.tensor([0, 1])).item() for name, f in mnist.LOSSES.items()}
@@ -86,24 +76,6 @@ def test_losses_by_hand():
     found = loss(p.log(), torch.tensor([0, 1])).item()
     assert found == pytest.approx(by_hand["mse"] + 0.5 * cosine)
     assert lr == pytest.approx(1 / (1 / 0.5 + 0.5 / 0.1)) and mnist.read_loss("nll")[1] == 0.01
-
-
-@pytest.mark.parametrize("flag, ours, names", [
-    ("optimizer", "lbfgs", "L-BFGS lbfgs"),
-    ("optimizer", "adamw", "AdamW adam_w"),
-    ("schedule", "cosine", "CosineAnnealingLR"),
-    ("loss", "nll", "ce CrossEntropyLoss cross_entropy NLLLoss"),
-    ("loss", "0.25*euclidean+mse", "0.25*Euclidean-Distance+mse_loss"),
-])
-def test_a_name_is_known_in_any_case_and_as_torch_and_the_course_write_it(flag, ours, names):
-    assert {getattr(settled(f"--{flag}", name), flag) for name in names.split()} == {ours}
-
-
-@pytest.mark.skipif(not (SHARED / "mnist").is_dir(), reason="no MNIST files")
-@pytest.mark.parametrize("flags", ["--loss=mse", "--loss=euclidean", "--optimizer=Rprop"])
-def test_choices_that_need_another_rate_or_batch_read_most_digits_after_an_epoch(flags):
-    mnist.main([flags, "--data", str(SHARED / "mnist"), "--epochs", "1"])
-    assert saved("out/mnist")["progress"][3][-1]["accuracy"] > 0.5
 
 
 def rates(schedule, steps=8, *flags):
@@ -122,14 +94,6 @@ def test_schedules_by_hand():
     assert max(cycle) == pytest.approx(1) and 17 <= np.argmax(cycle) <= 21
     assert cycle[0] == pytest.approx(0.04) and cycle[-1] < 1e-3
     assert min(rates("onecycle", 1)) >= 0  # no error of torch's
-
-
-@pytest.mark.parametrize("name", mnist.OPTIMIZERS)
-def test_every_optimizer_learns_the_toy(toy, name):
-    args = settled("--optimizer", name, "--epochs", "3", "--data", toy, "--batch_size", "30")
-    assert mnist.train_reader(args, None, torch.device("cpu")) == 0
-    losses = [row["val_loss"] for row in saved("run")["progress"][3] if "val_loss" in row]
-    assert len(losses) == 3 and losses[2] < max(losses[0], 0.01)
 
 
 def test_shuffling_takes_every_image_once_and_in_another_order_each_epoch(toy):
@@ -219,8 +183,11 @@ def test_without_a_name_the_newest_run_resumes_with_its_own_settings(toy, small_
 
 def test_compare_trains_each_of_a_kind_and_draws_them(toy):
     for n, (switch, table) in enumerate(mnist.SWITCHES.items()):
-        output = run("--compare", switch, "--data", toy, "--epochs", "2").stdout
-        assert [line.split()[0] for line in output.splitlines()[1:-1]] == list(table)
+        flags = ["--data", toy, "--epochs", "3", "--batch_size", "30"]
+        rows = run("--compare", switch, *flags).stdout.splitlines()[1:-1]
+        assert [row.split()[0] for row in rows] == list(table)
+        learned = {row.split()[0] for row in rows if int(row.split()[-1]) > 50}
+        assert switch != "optimizer" or learned >= set(table) - {"sgd"}  # it takes longer
         tree = ElementTree.parse(f"out/mnist-compare{f'-{n + 1}' * (n > 0)}/{switch}.svg")
         assert len([e for e in tree.iter() if e.tag.endswith("polyline")]) == len(table)
     assert not list(Path("out").rglob("mnist.pt"))
@@ -232,17 +199,13 @@ def test_compare_trains_each_of_a_kind_and_draws_them(toy):
 
 @pytest.mark.parametrize("flags, words", [
     *(([f"--draw={text}"], f"'{text[-1]}' is not a digit") for text in ("3 x", "½", "十")),
-    (["--draw", " "], "' ' is not a digit to draw"),
     (["--optimizer", "adamm"], "--optimizer: invalid choice: 'adamm' (choose from"),
     (["--loss", "mse+2*l1"], "--loss: '2*l1' is not one of nll, mse, euclidean, cosine"),
-    (["--loss", "0*mse"], "'0*mse' is not one of"),
     (["--gamma", "0.5"], "--gamma is for --schedule step"),
     (["--draw", "7"], "no such run in out/: train it first, python mnist.py --diffusion"),
-    (["--judge", "5"], "no such run in out/: train it first, python mnist.py --recipe fast"),
     (["--resume", "nowhere"], "--resume nowhere: there is no nowhere/mnist.pt"),
     (["--data", "nowhere"], "--data nowhere has no train-images-idx3-ubyte"),
     (["--compare", "loss", "--recipe", "fast"], "--recipe has no effect with compare"),
-    (["--diffusion", "--loss", "mse"], "--loss has no effect with diffusion"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(flags, words):
     assert words in refused(*flags)
@@ -266,9 +229,8 @@ def test_the_pictures_show_what_was_read_as_what(tmp_path, capsys):
     shades = {(1, 7): 180, (2, 9): 180, (2, 5): 255}  # the square root of the share
     cells = itertools.product(range(10), repeat=2)
     assert all(picture[34 * i, 34 * j] == shades.get((i, j), 0) for i, j in cells)
-    wrong = mnist.grey(images[[4, 5, 2, 3]])  # the surest first
     picture = np.array(Image.open(tmp_path / "wrong.png"))
-    assert all((picture[:56:2, 58 * n : 58 * n + 56 : 2] == wrong[n]).all() for n in range(2))
+    assert (picture[:56:2, :56:2] == mnist.grey(images[[4]])[0]).all()  # the surest first
     (tmp_path / "wrong.png").unlink()
     mnist.write_pictures(tmp_path, Fixed(784, 4), images, read)
     assert not (tmp_path / "wrong.png").exists() and "errors: none" in capsys.readouterr().out
@@ -278,13 +240,12 @@ def test_distorted_digits_stay_near_where_they_were():
     torch.manual_seed(0)
     x = torch.full((500, 28, 28), -0.4)
     x[:, 13:15, 13:15] = 2.0
-    moved = mnist.distort(x)
-    light = (moved + 0.4).clamp(min=0)
-    cx = (light.sum(1) * torch.arange(28.0)).sum(1) / light.sum((1, 2)) - 13.5
+    moved = mnist.distort(x) + 0.4
+    cx = (moved.clamp(min=0).sum(1) * torch.arange(28.0)).sum(1)
+    cx = cx / moved.clamp(min=0).sum((1, 2)) - 13.5
     assert cx.abs().max() < 0.15 * 14 / 0.85 + 0.5 and cx.abs().mean() > 0.5
     assert cx.mean().abs() < 0.2  # as often to the left as to the right
-    assert (moved[:, 0] + 0.4).abs().max() < 1e-5  # nothing comes in from outside
-    assert not mnist.distort(x).equal(moved)
+    assert moved[:, 0].abs().max() < 1e-5  # nothing comes in from outside
 
 
 def test_the_test_images_are_read_once_and_never_while_training(toy, monkeypatch):
@@ -294,25 +255,9 @@ def test_the_test_images_are_read_once_and_never_while_training(toy, monkeypatch
     assert names == [("Validation", 25), ("Validation", 25), ("Test", 100)]
 
 
-def denoiser(**shape):
-    torch.manual_seed(0)
-    return mnist.Denoiser(**(dict(width=32, layers=2, heads=2) | shape)).eval()
-
-
-def test_pixels_keep_their_order():
-    p = mnist.PATCH**2
-    net = denoiser(width=p + -p % 4)  # an even head size
-    zeros = net.position, *net.condition.parameters(), net.patch.bias, net.pixels.bias
-    torch._foreach_zero_([parameter.detach() for parameter in zeros])
-    for layer in (net.patch, net.pixels):
-        nn.init.eye_(layer.weight)
-    net.norm = nn.Identity()
-    x = torch.randn(2, 28, 28)
-    torch.testing.assert_close(net(x, torch.rand(2), torch.tensor([1, 2])), x)
-
-
 def test_the_denoiser_sees_the_whole_image_the_time_and_the_label():
-    net = denoiser()
+    torch.manual_seed(0)
+    net = mnist.Denoiser(width=32, layers=2, heads=2).eval()
     for block in net.blocks:
         nn.init.normal_(block.attention.out.weight, std=0.2)
     x, t, y = torch.randn(1, 28, 28), torch.tensor([0.5]), torch.tensor([3])

@@ -48,10 +48,9 @@ def test_known_shapes_have_their_known_parameters(name, total, capsys):
     lm.main(["--preset", name, "--tokens", "1000", "--world", "8", "--shard"])
     out = capsys.readouterr().out
     assert f"\n{name}: {total:,} parameters\n" in out and "does not apply: it gives" in out
-    for tokens, outside in (("1e9", True), ("1e10", name == "tiny")):
-        lm.main(["--preset", name, "--tokens", tokens])
-        out = capsys.readouterr().out
-        assert "nats a token" in out and ("outside its range" in out) == outside
+    lm.main(["--preset", name, "--tokens", "1e10"])
+    out = capsys.readouterr().out
+    assert "nats a token" in out and ("outside its range" in out) == (name == "tiny")
 
 
 def test_parameters_flops_and_the_chinchilla_papers_loss_by_hand():
@@ -67,8 +66,6 @@ def test_parameters_flops_and_the_chinchilla_papers_loss_by_hand():
     assert written - fused == 2 * 2 * 2**16 * 512 * 4  # scores: layers, heads, tokens, keys, bytes
     plain = Config(**shape, activation="relu")
     assert lm.flops_per_token(plain) == 6 * (2 * (192 + 192) + 80) + 12 * 2 * 8 * 16
-
-
     # powers that make the roots whole: N^0.34 = 2^17, D^0.28 = 2^7
     by_hand = 1.69 + 406.4 / 131072 + 410.7 / 128
     assert costs.chinchilla_loss(2**50, 2**25) == pytest.approx(by_hand, rel=1e-12)
@@ -114,9 +111,8 @@ def test_show_prints_and_draws_the_numbers_of_a_model(position, tmp_path, monkey
     weights = lm.attention_weights(model, list("xa好".encode()))[2]
     assert rows[0] == "   0 x  ██" and rows[4][:7] == "   4 好 "
     assert rows[4][-2] == lm.tables.SHADES[int(5 * weights[4, 4] ** 0.5)]
-    for flags in (["--layer", "2"], ["--prompt", "x" * 17], ["--preset", "tiny"]):
-        with pytest.raises(UserError, match=f"--(show|{flags[0][2:]})"):
-            lm.main(["--show", "attention", "--prompt", "a", *flags])
+    with pytest.raises(UserError, match="--layer"):
+        lm.main(["--show", "attention", "--prompt", "a", "--layer", "2"])
     spec = {"kind": "char", "chars": "天气很好我们去"}  # the default prompt has none of them
     lm.save_checkpoint("out/r/best.pt", content_of(model, tokenizer=spec))
     lm.main(["--show", "token"])
@@ -198,17 +194,6 @@ def test_attention_equals_the_reference_with_its_gradients(nkv, T, S, seen):
         y = f(*inputs, mask, causal=seen != "all")
         results.append((y, *torch.autograd.grad((y * torch.arange(6) ** 2).sum(), inputs)))
         same(results[-1], results[0], rtol=1e-9, atol=1e-9)
-
-
-def test_only_a_block_that_is_not_causal_looks_ahead():
-    c, x = Config(n_head=4, d_model=32), torch.randn(1, 6, 32)
-    later = x.clone()
-    later[:, 4:] += 1
-    for causal in (True, False):
-        torch.manual_seed(0)
-        block = lm.Block(c, causal).eval()
-        assert block(x)[:, :4].equal(block(later)[:, :4]) is causal
-        same(block(x), block(x, mask=None if not causal else lm.causal_mask(6, 6)))
 
 
 @pytest.mark.parametrize("C", [5, 64])
@@ -467,7 +452,6 @@ def test_flipped_bytes_are_found_by_their_checksum(saved):
 ])
 def test_a_failing_write_keeps_the_old_file_and_leaves_no_other(saved, monkeypatch, where, error):
     before = saved.read_bytes()
-
     monkeypatch.setattr(where, Mock(side_effect=error))
     with pytest.raises(UserError, match=r"last\.pt.*space") as caught:
         lm.save_checkpoint(saved, content_of(build(seed=1)))

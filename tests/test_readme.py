@@ -14,7 +14,7 @@ import urllib.request
 import pytest
 from conftest import ROOT, serve_folder
 from conftest import SHARED as REAL
-from test_hf_commands import QWEN_TOKENS, save_model
+from test_hf_commands import QWEN_TOKENS, SMALL, save_model
 
 from data.sources import CROSSWOZ, LAB, REVIEWS, SOURCES
 
@@ -89,10 +89,8 @@ def save_hub(folder):
 
     gpt2 = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32)
     save_model(folder / "openai-community/gpt2/resolve/main", gpt2, QWEN_TOKENS[:1])
-    qwen = transformers.Qwen3Config(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=256, tie_word_embeddings=True,
-    )
+    shape = SMALL | dict(head_dim=8, max_position_embeddings=256, tie_word_embeddings=True)
+    qwen = transformers.Qwen3Config(**shape)
     for size in ("0.6B", "8B"):
         save_model(folder / f"Qwen/Qwen3-{size}/resolve/main", qwen, QWEN_TOKENS)
     bert = folder / "google-bert/bert-base-chinese/resolve/main"

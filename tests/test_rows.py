@@ -32,8 +32,6 @@ def alpaca(n):
     return [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(n)]
 
 
-# ---- forms of rows -------------------------------------------------------------------------
-
 U, A, SYSTEM = turn("user", "q"), turn("assistant", "a"), turn("system", "s")
 TOLD, FACILITIES = [{"name": "f"}], '{"facilities": ["健身房"], "price_range_lower": 500'
 
@@ -167,8 +165,6 @@ def test_a_list_lines_a_gz_and_a_byte_order_mark_are_read_alike(tmp_path):
             assert (kind, asked) == ("chat", ["q0", "q1", "q2"]), path
 
 
-# ---- files ---------------------------------------------------------------------------------
-
 FILMS = [{"text": "a; ü, c", "label": "1"}, {"text": 'two\nlines and "a quote"', "label": "0"}]
 
 
@@ -228,8 +224,6 @@ def test_a_file_that_holds_no_rows_says_what_it_is(elsewhere, name, content, say
         read_examples(name)
     assert "\n" not in str(e.value)
 
-
-# ---- bad rows ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("row, reason", [
     (7, "neither an object nor a list of turns but 7"),
@@ -303,8 +297,6 @@ def test_more_than_one_percent_or_nothing_left_is_refused(tmp_path):
             read_examples(write(tmp_path / "x.jsonl", rows))
 
 
-# ---- sets and splits -----------------------------------------------------------------------
-
 def test_beginnings_of_a_dialogue_are_joined_and_never_split(tmp_path):
     talk = [m for i in range(3) for m in (turn("user", f"q{i}"), turn("assistant", f"a{i}"))]
     rows = [{"context": talk[:i], "response": talk[i]} for i in (1, 3, 5)]
@@ -364,8 +356,6 @@ def test_a_part_of_the_rows(elsewhere, rows, last):
         with pytest.raises(UserError, match=f"--rows {none}"):
             load_data(train, rows=none)
 
-
-# ---- the Hub -------------------------------------------------------------------------------
 
 @pytest.fixture
 def hub(elsewhere, monkeypatch, mirror):

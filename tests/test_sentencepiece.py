@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ALL_TEXT, ROOT, SHARED, TEXTS, real, render_chat, set_block, tokens_of
+from conftest import ALL_TEXT, ROOT, TEXTS, render_chat, set_block, tokens_of
 
 spm = pytest.importorskip("sentencepiece")
 tokenizers = pytest.importorskip("tokenizers")
@@ -41,23 +41,13 @@ STRINGS += [*strings(200), *(character * 999 for character in "a =中👩")]
 
 
 @functools.cache
-def novel():
-    """Chinese text of about 1 MB: sentences of dialogues in an order of their own."""
-    rows = real("hotel/train.jsonl").read_text(encoding="utf-8").splitlines()
-    lines = re.findall(r'"content": "([^"\\]+)"', "\n".join(rows))
-    random.Random(0).shuffle(lines)
-    return "".join(lines)[:350_000]
-
-
-@functools.cache
-def trained(name="llama", kind="bpe", rules="identity"):
+def trained(name="llama", kind="bpe"):
     """The bytes of a tokenizer.model that SentencePiece trained on all kinds of text."""
     file, code = io.BytesIO(), (ROOT / "model.py").read_text(encoding="utf-8")
-    more = novel()[:50_000] if (SHARED / "hotel").exists() else ""
     options = dict(byte_fallback=True, remove_extra_whitespaces=False) | MODELS[name]
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(f"{ALL_TEXT * 9}\n{code}\n{more}".split("\n")), model_writer=file,
-        model_type=kind, vocab_size=3000, normalization_rule_name=rules, minloglevel=2,
+        sentence_iterator=iter(f"{ALL_TEXT * 9}\n{code}".split("\n")), model_writer=file,
+        model_type=kind, vocab_size=3000, normalization_rule_name="identity", minloglevel=2,
         hard_vocab_limit=False, **options,
     )
     return file.getvalue()
@@ -138,30 +128,11 @@ def test_ids_of_a_tokenizer_json_are_those_of_tokenizers(form):
         assert t.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
 
 
-def test_a_megabyte_has_their_ids_in_no_more_than_three_times_their_time():
-    code = "".join(p.read_text(encoding="utf-8") for p in sorted(ROOT.rglob("*.py")))
-    plays = real("tinyshakespeare.txt").read_text(encoding="utf-8")
-    texts = [plays, novel(), code.replace("<", "(")]  # no special token is in it
-    assert min(len(text.encode()) for text in texts) > 500_000
-    theirs, found, took = tokenizers.Tokenizer.from_str(hub_json("legacy")), [], []
-    for encode in (
-        ours(hub_json("legacy")).encode,
-        lambda text: theirs.encode(text, add_special_tokens=False).ids,
-        from_model(trained()).encode, spm.SentencePieceProcessor(model_proto=trained()).encode,
-    ):
-        start = time.process_time()
-        found.append(list(map(encode, texts)))
-        took.append(time.process_time() - start)
-    assert found[0] == found[1] and found[2] == found[3]
-    assert took[0] + took[2] < 3 * (took[1] + took[3])
-
-
-@pytest.mark.parametrize("character", "a =中👩")
-def test_a_million_equal_characters_take_seconds(character):
-    t, text = ours(hub_json("legacy")), character * 1_000_000
-    start = time.process_time()
-    ids = t.encode(text)
-    assert time.process_time() - start < 60 and t.decode(ids) == text
+def test_a_million_equal_characters_take_seconds():
+    t, start = ours(hub_json("legacy")), time.process_time()
+    for character in "a 👩":
+        assert t.decode(t.encode(character * 1_000_000)) == character * 1_000_000
+    assert time.process_time() - start < 60
 
 
 @pytest.mark.parametrize("form", [*FORMS, "model"])
@@ -249,8 +220,7 @@ def test_transformers_reads_what_a_tokenizer_model_is_exported_to(name):
     for text in STRINGS:
         spaced = f" {text}".replace("▁", " ")  # they cut words out before the space is put there
         if not any(word.replace("▁", " ") in spaced for word in t.words):
-            assert theirs.encode(text, add_special_tokens=False) == t.encode(text), text
-    assert theirs("and")["input_ids"] == [1, *t.encode("and")]
+            assert theirs(text)["input_ids"] == [1, *t.encode(text)], text
     again = Tokenizer(hub_tokenizer("out"))
     assert again.special == t.special and again.encode("and 中\n") == t.encode("and 中\n")
 
@@ -258,8 +228,6 @@ def test_transformers_reads_what_a_tokenizer_model_is_exported_to(name):
 def test_what_cannot_be_read_is_named():
     with pytest.raises(UserError, match=r"bare.tokenizer.model: unigram with identity: only BPE"):
         from_model(trained(kind="unigram"))
-    with pytest.raises(UserError, match="BPE with nmt_nfkc: only BPE with bytes and the rules"):
-        from_model(trained(rules="nmt_nfkc"))
     whole = trained()
     for size in (0, 1, 5, 100, len(whole) - 1):
         with pytest.raises(UserError, match="no model of SentencePiece's, or is damaged"):
@@ -270,7 +238,6 @@ def test_what_cannot_be_read_is_named():
         ({"model": good["model"] | {"ignore_merges": True}}, "with byte_fallback and all merges"),
         ({"model": good["model"] | {"merges": ["▁t qq"]}}, "merge '▁t qq' makes no token"),
         ({"normalizer": steps({"type": "Lowercase"})}, "normalizer Lowercase can't be read"),
-        ({"pre_tokenizer": {"type": "Digits"}}, "pre_tokenizer Digits can't be read"),
     ):
         with pytest.raises(UserError, match=said):
             ours(copy.deepcopy(good) | changes)

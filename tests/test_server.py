@@ -31,7 +31,6 @@ import model as lm
 import sample
 from data.cli import UserError
 from data.rows import load_data
-from data.tokenizer import label_token
 
 openai = pytest.importorskip("openai", reason="the openai package is not installed")
 pytestmark = pytest.mark.usefixtures("elsewhere")  # an empty folder, in which out/ would be
@@ -184,12 +183,6 @@ def test_tool_choice_says_whether_and_what_is_called(chat):
         assert len(called) == bool(name) and (called == [name] or name != "wait")
     cut = both(chat.chat, messages=TALK[:1], tools=tools[:1], max_tokens=5).choices[0]
     assert cut.finish_reason == "length"  # nobody is to run half a call
-    known, told, none, ours, unnamed = (
-        chat.chat(messages=HELLO, tools=t, max_tokens=1).usage.prompt_tokens
-        for t in (tools[:1], tools[1:], [], chat.service.info["tools"], openai.omit)
-    )
-    # only a tool that the model does not know by training is told of in the system turn
-    assert told > known + 50 and none < ours == unnamed
     # a call that is no JSON can be sent back: the conversation goes on, as it does in the terminal
     call = {"id": "a", "type": "function", "function": {"name": "search", "arguments": '{"na'}}
     called = {"role": "assistant", "content": None, "tool_calls": [call]}
@@ -211,12 +204,24 @@ def test_an_answer_in_a_format_is_json_of_it(chat, text):
         chat.chat(messages=HELLO, **hot)
 
 
-def test_lengths_stops_seeds_and_penalties(chat, text):
-    short = both(chat.chat, messages=HELLO, max_completion_tokens=4)
-    assert short.choices[0].message.content == "hi " and short.usage.completion_tokens == 4
-    assert short.choices[0].finish_reason == "length"  # the fourth byte is a third of 你
-    stopped = both(chat.chat, messages=HELLO, stop=["，请", "never"]).choices[0]
-    assert (stopped.message.content, stopped.finish_reason) == ("hi 你好", "stop")
+def test_lengths_ends_seeds_penalties_and_biases_that_a_request_names(chat, text):
+    said, count = {"messages": HELLO, "temperature": 0}, len(GREETING.encode()) + 20
+    for extra, content, reason in (
+        ({"max_completion_tokens": 4}, "hi ", "length"),  # the fourth byte is a third of 你
+        ({"max_tokens": -1}, GREETING, "stop"),
+        ({"max_completion_tokens": None}, GREETING, "stop"),
+        ({"stop": ["，请", "never"]}, "hi 你好", "stop"),
+        ({"stop_token_ids": BYTE.encode("，")[:1]}, "hi 你好", "stop"),
+        ({"stop": ["你", "坐"], "min_tokens": 8}, "hi 你好，请", "stop"),
+    ):
+        choice = both(chat.chat, **said, extra_body=extra).choices[0]
+        assert (choice.message.content, choice.finish_reason) == (content, reason)
+    for extra in {"min_tokens": count}, {"ignore_eos": True, "max_tokens": count}:
+        answer = both(chat.chat, **said, extra_body=extra)
+        assert answer.choices[0].message.content.startswith(GREETING)
+        assert answer.usage.completion_tokens >= count
+    answer = text.write(prompt="it", temperature=0, extra_body={"max_tokens": None})
+    assert answer.usage.completion_tokens > 100
     hot = dict(prompt="it", max_tokens=24, temperature=1.5)
     several = both(text.write, **hot, n=3).choices  # seeds 1 to 3
     assert len({c.text for c in several}) == 3
@@ -225,28 +230,10 @@ def test_lengths_stops_seeds_and_penalties(chat, text):
     plain = text.write(**greedy).choices[0].text
     assert plain.startswith(SAYING[4:])
     assert text.write(**greedy, frequency_penalty=2).choices[0].text != plain
-    penalised = text.write(**hot, presence_penalty=2, seed=3).choices[0]
-    assert penalised.text != several[2].text
+    assert text.write(**hot, presence_penalty=2, seed=3).choices[0].text != several[2].text
     for extra in {"top_k": 1}, {"top_p": 0}, {"min_p": 1}:
         request = greedy | {"temperature": 1.5, "extra_body": extra}
         assert text.write(**request).choices[0].text == plain
-
-
-def test_limits_biases_and_ends_that_a_request_names(chat, text):
-    said, count = {"messages": HELLO, "temperature": 0}, len(GREETING.encode()) + 20
-    assert both(chat.chat, **said).choices[0].message.content == GREETING
-    for none in {"max_tokens": -1}, {"max_tokens": None}, {"max_completion_tokens": -1}:
-        assert chat.chat(**said, extra_body=none).choices[0].message.content == GREETING
-    answer = text.write(prompt="it", temperature=0, extra_body={"max_tokens": None})
-    assert answer.usage.completion_tokens > 100
-    ends, late = {"stop_token_ids": BYTE.encode("，")[:1]}, {"stop": ["你", "坐"], "min_tokens": 8}
-    for extra, content in (ends, "hi 你好"), (late, "hi 你好，请"):
-        choice = both(chat.chat, **said, extra_body=extra).choices[0]
-        assert (choice.message.content, choice.finish_reason) == (content, "stop")
-    for extra in {"min_tokens": count}, {"ignore_eos": True, "max_tokens": count}:
-        answer = both(chat.chat, **said, extra_body=extra)
-        assert answer.choices[0].message.content.startswith(GREETING)
-        assert answer.usage.completion_tokens >= count
     biases = {"89": 100, "310": 100}  # no token has the id 310
     assert text.write(prompt="it", max_tokens=5, logit_bias=biases).choices[0].text == "YYYYY"
 
@@ -448,20 +435,14 @@ def test_bad_requests_are_refused_and_change_nothing(chat, monkeypatch):
     assert b"not served here" in raw(chat.port, b"GET /metrics\r\n\r\n")  # HTTP/0.9 has no Host
     two = post(ASK, GOOD, "Host: [::1]:80") + post("/page/choose", CHOICE)
     assert fetch(chat.port, two)[0] == 200  # the second one is not read
+    body = json.dumps(GOOD).encode()
+    parts = b"".join(b"%x;a=b\r\n%s\r\n" % (len(part), part) for part in (body[:9], body[9:]))
+    assert fetch(chat.port, CHUNKED + parts + b"0\r\nTrailer: x\r\n\r\n")[0] == 200
     assert get(chat.port, "/health")[2] == {"status": "ok"} and not Path("out").exists()
     monkeypatch.setattr(data.server, "SECONDS", 0.3)
     began = time.monotonic()  # what is not sent in time is not waited for
     assert all(raw(chat.port, start) == b"" for start in (b"", *BEGINNINGS))
     assert time.monotonic() - began < 5
-
-
-def test_a_body_in_chunks_is_the_same_request(chat):
-    body = json.dumps(GOOD | {"temperature": 0}).encode()
-    pieces = body[:1], body[1:9], body[9:]
-    chunks = b"".join(b"%x;a=b\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
-    requests = CHUNKED + chunks + b"0\r\nTrailer: x\r\n\r\n", post(ASK, body)
-    one, other = (fetch(chat.port, request)[2]["choices"] for request in requests)
-    assert one == other
 
 
 def test_requests_that_are_much_work_are_refused_or_soon_done(chat, text):
@@ -565,24 +546,19 @@ def test_a_step_that_fails_ends_its_answers_and_not_the_server(text, monkeypatch
 
 
 def test_closing_finishes_what_is_written_and_cuts_what_never_ends(capfd):
-    tokenizer = BYTE.with_special([label_token("pos"), label_token("neg")])
-    model = trained([([1, 2], [1, 1])], 1)
-    with Serving(model, tokenizer) as serving, ThreadPoolExecutor(3) as pool:
-        classify = fetch, serving.port, post("/page/classify", {"text": "fine"})
-        best = pool.submit(*classify).result()[2]["labels"]
-        assert {b["label"] for b in best} == {"pos", "neg"} and best[0]["p"] >= best[1]["p"]
+    with Serving(trained([([1, 2], [1, 1])], 1), BYTE) as serving, ThreadPoolExecutor(2) as pool:
         step, serving.engine.draft = serving.engine.step, False
         serving.engine.step = lambda: (time.sleep(0.05), step())[1]
         asked = [LONG | {"max_tokens": n, "stream": True} for n in (20, 300, 300, 300)]
         streams = [serving.write(**each) for each in asked]
         wait_until(lambda: serving.engine.busy == 4)
-        late = [pool.submit(*classify), pool.submit(fetch, serving.port, post(WRITE, LONG))]
-        wait_until(lambda: len(serving.scheduler.waiting) == 2)
+        late = pool.submit(fetch, serving.port, post(WRITE, LONG))
+        wait_until(lambda: serving.scheduler.waiting)
         closing = pool.submit(serving.scheduler.close, 2.5)
         wait_until(lambda: serving.scheduler.closing)
         with pytest.raises(openai.RateLimitError):
             serving.write(**LONG)
-        assert {future.result()[0] for future in late} <= {429, 503} and not closing.done()
+        assert late.result()[0] in (429, 503) and not closing.done()
         assert [c.choices[0].finish_reason for c in streams[0]][-1] == "length"
         for stream in streams[1:]:
             with pytest.raises(openai.APIError, match="closing"):
@@ -643,14 +619,11 @@ def test_what_cannot_be_served_is_one_line(chat, monkeypatch):
 def test_figures_count_what_was_asked(chat):
     before = metrics(chat.port)
     usage = [chat.chat(messages=HELLO, max_tokens=n).usage for n in (1, 3, 6)]
-    after = metrics(chat.port)
-    new = {name: after[name] - before[name] for name in after}
-    assert new["requests_total"] == 4 and after["slots"] == 4 and after["slots_busy"] == 0
+    new = {name: value - before[name] for name, value in metrics(chat.port).items()}
+    assert new["requests_total"] == 4 and new["completion_tokens_total"] == 10
     assert new["prompt_tokens_total"] == sum(u.prompt_tokens for u in usage)
-    assert new["completion_tokens_total"] == sum(u.completion_tokens for u in usage) == 10
     assert new["cached_tokens_total"] == sum(u.prompt_tokens_details.cached_tokens for u in usage)
-    for name, count in (("first_token", 3), ("next_token", 7)):
-        assert new[f"{name}_seconds_count"] == count and new[f"{name}_seconds_sum"] > 0
+    assert (new["first_token_seconds_count"], new["next_token_seconds_count"]) == (3, 7)
 
 
 def test_choices_are_rows_that_finetune_reads(chat):
@@ -660,16 +633,13 @@ def test_choices_are_rows_that_finetune_reads(chat):
     good = [CHOICE, CHOICE | {"prompt": talk}, {"prompt": "学", "chosen": "a", "rejected": "b"}]
     for n, row in enumerate(good, start=1):
         assert fetch(chat.port, post("/page/choose", row))[::2] == (200, {"count": n})
-    bad = [{"rejected": "hi 你好"}, {"chosen": " "}, {"prompt": []}, {"prompt": [turn("x", "y")]}]
-    for row in ({}, {"prompt": "a", "chosen": "b"}, *(CHOICE | wrong for wrong in bad)):
+    bad = {"rejected": "hi 你好"}, {"chosen": " "}, {"prompt": []}, {"prompt": [turn("x", "y")]}
+    for row in ({}, *(CHOICE | wrong for wrong in bad)):
         assert fetch(chat.port, post("/page/choose", row))[0] == 400
     info, file = get(chat.port, "/page/info")[2]["choices"], Path("out/choices.jsonl")
     assert info == info | {"count": 3, "file": str(file)}
     kind, splits, _ = load_data(info["file"])
     assert kind == "prefer" and len(splits["train"]) + len(splits["val"]) == 3
-    file.unlink()
-    file.mkdir()  # an error that is said
-    assert fetch(chat.port, post("/page/choose", CHOICE))[0] == 500
 
 
 def test_digits_are_drawn_step_by_step_where_a_model_learned_to(chat, toy, monkeypatch):
@@ -696,22 +666,21 @@ def test_runs_and_their_figures(chat):
     rows = [{"step": n, "loss": 1 / n, "lr": 0.1} for n in range(1, 2001)]
     rows.insert(1000, {"step": 1000, "val_loss": 2.0})
     texts = {"long": "".join(json.dumps(r) + "\n" for r in rows)}
-    texts["cut 好"] = '{"step": 1, "loss": NaN}\n{"step": 2, "loss": Infinity}\n{"step": 3, "lo'
-    texts["odd"] = '5\n[1]\n\nnull\n{"val_loss": 1}\n'
+    texts["cut 好"] = '{"step": 1, "loss": NaN}\n5\n[1]\n{"step": 2, "loss": Infinity}\n{"step": 3'
     for n, (name, content) in enumerate(texts.items()):
         folder = Path("out", name)
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text(content, encoding="utf-8")
-        (folder / "settings.json").write_text(('{"lr": 0.1}', "", "{")[n], encoding="utf-8")
+        (folder / "settings.json").write_text(('{"lr": 0.1}', "{")[n], encoding="utf-8")
         os.utime(folder / "metrics.jsonl", (time.time() - n, time.time() - n))
     Path("out/no run").mkdir()
-    with data.runs.lock_folder("out/odd"):
+    with data.runs.lock_folder("out/long"):
         runs = get(chat.port, "/page/runs")[2]["runs"]
-    assert [r["name"] for r in runs] == list(texts) and runs[0]["bytes"] == len(texts["long"])
-    assert [(r["step"], r["live"]) for r in runs] == [(2000, False), (2, False), (0, True)]
+    assert [(r["name"], r["step"], r["live"]) for r in runs] == [
+        ("long", 2000, True), ("cut 好", 2, False)]
     found = {n: get(chat.port, "/page/run?name=" + quote(n))[2] for n in texts}
     long = found["long"]["rows"]
     assert found["long"]["settings"] == {"lr": 0.1} and 500 < len(long) < 800
     assert rows[1000] in long and long[-1] == rows[-1] and all(r in rows for r in long)
-    assert found["cut 好"]["rows"] == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]
-    assert found["odd"] == {"name": "odd", "settings": {}, "rows": [{"val_loss": 1}]}
+    cut = {"settings": {}, "rows": [{"step": 1, "loss": None}, {"step": 2, "loss": None}]}
+    assert found["cut 好"] == {"name": "cut 好"} | cut

@@ -75,13 +75,6 @@ LLAMA3 = r"""{%- macro head(role) %}{{- '<|start_header_id|>' + role + '<|end_he
 {{- (m.content | tojson if m.content is iterable else m.content) + '<|eot_id|>' }}{%- else %}
 {{- head(m.role) + m.content | trim + '<|eot_id|>' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- head('assistant') }}{%- endif %}"""
-LLAMA2 = r"""{%- set own = '' %}{%- set turns = messages %}{%- if messages[0].role == 'system' %}
-{%- set own = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}{%- set turns = messages[1:] %}
-{%- endif %}{%- for m in turns %}{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}
-{{- raise_exception('Conversation roles must alternate') }}{%- endif %}{%- if m.role == 'user' %}
-{%- set text = (own if loop.first else '') + m.content %}
-{{- bos_token + '[INST] ' + text.strip() + ' [/INST]' }}{%- else %}
-{{- ' ' + m.content.strip() + ' ' + eos_token }}{%- endif %}{%- endfor %}"""
 MISTRAL = r"""{%- set turns = messages[1:] if messages[0].role == 'system' else messages %}
 {%- set users, ns = turns | selectattr('role', 'equalto', 'user') | list, namespace(n=0) %}
 {%- for m in turns %}{%- if m.role != 'tool' and m.tool_calls is not defined %}
@@ -148,7 +141,6 @@ FAMILIES = {
                     THINKS, ({}, {"enable_thinking": False}, {"enable_thinking": True})),
     "llama3.1": Family(LLAMA3, *LLAMA),
     "llama3.2": Family(LLAMA3.replace("'26 Jul 2024'", "strftime_now('%d %b %Y')"), *LLAMA),
-    "llama2": Family(LLAMA2, "<s>", "</s>", "<unk>", " {} </s>"),
     "mistral": Family(MISTRAL, "<s>", "</s>", f"{INST} [/TOOL_RESULTS]", " {}</s>"),
     "glm4": Family(GLM4, None, END, f"[gMASK] <sop> {SIDES} <|observation|>", "\n{}"),
     "gemma": Family(GEMMA, "<bos>", "<eos>", "<start_of_turn> <end_of_turn>", "{}<end_of_turn>"),
@@ -227,11 +219,11 @@ def both(folder, theirs, **config):
 
 @functools.cache
 def pair(name):
-    """The two tokenizers of a family. Llama 2's has its eos_token in the old way, as an object."""
+    """The two tokenizers of a family. Mistral's has its eos_token in the old way, as an object."""
     template, bos, eos, special, _, words, _ = FAMILIES[name]
     theirs = trained(behind=list(dict.fromkeys([bos or eos, eos, *special.split()])))
     theirs.add_tokens([AddedToken(word, normalized=False) for word in words.split()])
-    eos = {"__type": "AddedToken", "content": eos} if name == "llama2" else eos
+    eos = {"__type": "AddedToken", "content": eos} if name == "mistral" else eos
     with tempfile.TemporaryDirectory() as folder:
         return both(folder, theirs, chat_template=template, bos_token=bos, eos_token=eos)
 

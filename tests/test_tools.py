@@ -48,24 +48,13 @@ def test_the_public_functions_of_a_file_are_tools_and_nothing_else(tmp_path):
     assert "x cannot be 'a'" in call_tool(tools, 'double {"x": "a"}')
 
 
-def test_hotel_is_a_search_of_the_data_base(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # nothing is downloaded: our own hotels
-    tools = load_tools("hotel")
-    found = json.loads(call_tool(tools, 'search {"price_range_upper": 300}'))
-    assert 1 <= len(found) <= 3 and all(h["price"] <= 300 for h in found)
-    properties = function_schema("search", tools["search"])["function"]["parameters"]["properties"]
-    assert "hotels" not in properties and properties["name"]["nullable"]
-
-
 @pytest.mark.parametrize("text, reason", [
     (None, "no such file"),
     ("def f(:\n", "SyntaxError"),
-    ("1 / 0\n", "ZeroDivisionError"),
     ("def f(x: 'Nothing'): pass\n", ": f has a .*Nothing.*: write a function"),
     ("from typing import *\ndef f(x: Literal[b'a']): pass\n", ": f has a .*bytes.*: write"),
     ("import math\ndef get_tools(): return {'s': math.sqrt}\n", ": s has .* x is taken by pos"),
     ("def get_tools(): return {'a': 5}\n", ": a has a .*5 is not a callable object.*: write a"),
-    ("def get_tools(): return [min]\n", "returns no {name: function}"),
     ("from json import dumps\ndef _f(): pass\n", "no function"),
 ])
 def test_a_file_of_tools_that_cannot_be_used_is_named(tmp_path, text, reason):
@@ -78,7 +67,6 @@ def test_a_file_of_tools_that_cannot_be_used_is_named(tmp_path, text, reason):
 
 @pytest.mark.parametrize("annotation, good, bad", [
     (str, ["", "x"], [1, None, True, [], {}]),
-    (list, [[], [1]], ["x", {}, None]),
     (list[str], [["a"], []], ["a", None, [1]]),
     (typing.Optional[float], [1, 1.5, None], [False, "1"]),  # noqa: UP045
     (int, [1, -2], [1.5, True, "1"]),
@@ -95,12 +83,10 @@ def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
 
 @pytest.mark.parametrize("content, reason", [
     ('book {"city": "x"', "not JSON"),
-    ("book [1]", "not a JSON object"),
     ("book " + "[" * 100_000, "not JSON"),
     ('fly {"city": "x"}', "fly: no such tool, only book"),
     ('book {"city": "x", "stars": 1}', "stars"),
     ('book {"nights": 1}', "city"),
-    ('book {"city": 7}', "city cannot be 7"),
     ('book {"city": "x", "nights": true}', "nights cannot be True"),
 ])
 def test_a_call_that_does_not_fit_never_reaches_the_tool(content, reason):
@@ -149,30 +135,6 @@ def mixed(
 
 
 mixed.__doc__ = "Many kinds.\n\nArgs:\n" + "".join(f"    {x}: {x}.\n" for x in "acdeghijkn")
-
-
-def test_an_enums_members_are_called_by_their_values():
-    def f(a: Unit, b: list[Unit] | None = None, c: Literal[Unit.C, 5] = 5):
-        return [type(x) is Unit for x in (a, *(b or ()), c)]
-
-    own = function_schema("f", f)["function"]["parameters"]["properties"]["c"]
-    assert own["enum"] == ["c", 5] and own["type"] == ["string", "integer"]
-    assert call_tool({"f": f}, 'f {"a": 1, "b": ["c"], "c": "c"}') == "[true, true, true]"
-    assert "cannot be 2" in call_tool({"f": f}, 'f {"a": 2}')
-
-
-@pytest.mark.parametrize("kind, said, choices", [
-    (str, '["a", " b "]', ["a", "b"]), (str, "a, b c", ["a", "b c"]), (str, "'a', 'b'", ["a", "b"]),
-    (str, "1, 2", ["1", "2"]), (int, "1, 2", [1, 2]), (float, "[0.5, 1]", [0.5, 1]),
-    (str, "a (b), c", ["a (b)", "c"]), (str, "{a}", ["{a}"]),
-])
-def test_choices_in_a_docstring(kind, said, choices):
-    def f(x: kind):
-        pass
-
-    f.__doc__ = f"F.\n\nArgs:\n    x: Which one. (choices: {said})\n"
-    schema = function_schema("f", f)["function"]["parameters"]["properties"]["x"]
-    assert (schema["enum"], schema["description"]) == (choices, "Which one.")
 
 
 @pytest.mark.parametrize("function", [look_up, mixed])
