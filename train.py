@@ -1228,7 +1228,9 @@ def main(argv=None):
         print(*header(model, args, runtime, per_batch, args.total_batch_tokens, context), sep="\n")
 
     def report(result):
-        text = closing_text(model, tokenizer, meta, result, out, val)
+        # a sharded model's layers compute in its precision, but a cache has that of its weights
+        with runtime.autocast() if runtime.sharded else contextlib.nullcontext():
+            text = closing_text(model, tokenizer, meta, result, out, val)
         if runtime.rank == 0:
             print(text)
 
