@@ -1212,7 +1212,7 @@ def main(argv=None):
         print(*header(model, args, runtime, per_batch, args.total_batch_tokens, context), sep="\n")
 
     def report(result):
-        # the layers of a sharded model compute in its precision, but a cache has that of its weights
+        # a sharded model's layers compute in its precision, but a cache has that of its weights
         with runtime.autocast() if runtime.sharded else contextlib.nullcontext():
             text = closing_text(model, tokenizer, meta, result, out, val)
         if runtime.rank == 0:
