@@ -699,7 +699,8 @@ class KVCache:
         """Enlarge the cache to `room` tokens a row."""
         self.graphs = {}
         more = room - self.room
-        self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
+        self.keys = F.pad(self.keys, (0, 0, 0, more))  # one after the other, to free the old ones
+        self.values = F.pad(self.values, (0, 0, 0, more))
         self.ids = F.pad(self.ids, (0, more))
 
 

@@ -137,8 +137,8 @@ def make_runtime(device=None, dtype=None, previous=None, config=None, tokens=0, 
         raise UserError(f"--dtype {dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
     c = config
     pairs = ((c.d_model, c.d_ff), (c.d_ff, c.d_model), (c.d_model, c.vocab_size)) if c else ()
-    shapes = [(tokens, *pair) for pair in pairs]
-    return Runtime(device, dtype, measure_peak(device, dtype, shapes), rank, world)
+    peak = measure_peak(device, dtype, [(tokens, *pair) for pair in pairs])
+    return Runtime(device, dtype, peak, rank, world)
 
 
 def keep_freed_memory():
