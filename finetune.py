@@ -648,7 +648,7 @@ class GRPO(SFT):
             base = lm.load_checkpoint(self.args.ckpt)
             n_vocab = Tokenizer(base["tokenizer"]).n_vocab
             self.reference = lm.model_from_checkpoint(base)
-            self.reference.grow_vocabulary(model.config.vocab_size, n_vocab)
+            lm.grow_vocabulary(self.reference, model.config.vocab_size, n_vocab)
             self.reference.to(self.runtime.device)
         self.sampled = saved.get("sampled", {}) if saved else {}
         return {"sampled": self.sampled}
@@ -887,7 +887,7 @@ def build_model(args, base, content, special_tokens, runtime):
         dtype = None if args.quantize or args.shard else torch.float32
         model = lm.model_from_checkpoint(base, dtype=dtype, where=args.ckpt)
     if not content:  # a resumed run has trained its new and spare rows: they stay as they are
-        model.grow_vocabulary(lm.padded_vocab(tokenizer.n_vocab), bare.n_vocab)
+        lm.grow_vocabulary(model, lm.padded_vocab(tokenizer.n_vocab), bare.n_vocab)
     if args.lora_rank and not content:
         adapter = dict(targets=args.lora_targets, rank=args.lora_rank, dropout=args.lora_dropout)
         adapter["alpha"] = args.lora_alpha or 2 * args.lora_rank

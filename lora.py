@@ -370,7 +370,7 @@ def load_adapted(base, adapters, where="the base"):
                 f"adapter {name} was trained over {info['base']}; {where} is another model, or has "
                 f"it merged in already"
             )
-        model.grow_vocabulary(adapters[name]["config"]["vocab_size"], info["base_vocab"])
+        lm.grow_vocabulary(model, adapters[name]["config"]["vocab_size"], info["base_vocab"])
     if quantized:
         quantize(model, quantized)
     for name, info in infos.items():
@@ -412,15 +412,6 @@ def merge_and_save(model, tokenizer, path):
     print(f"{path}: {len(names)} layers merged, logits differ by {difference:.1e} of their size")
 
 
-def export(base, adapter, folder, ckpt):
-    """Write a folder that peft reads over the exported base, which the user calls `ckpt`."""
-    values, config = config_to_hf(lm.complete(base["config"]), lm.complete)
-    in_transformers = is_hub_name(ckpt) or Path(ckpt, "config.json").exists()
-    where = ckpt if in_transformers else None
-    write_peft(adapter, base["model"], values["model_type"], config, folder, where)
-    print(f"{folder}: an adapter for peft, over the model that {ckpt} exports to")
-
-
 # --------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------
@@ -447,9 +438,12 @@ def main(argv=None):
     base, content = lm.load_checkpoint(args.ckpt), lm.load_checkpoint(args.adapter)
     model = load_adapted(base, {args.adapter: content}, args.ckpt)  # raises if not their base
     if args.command == "merge":
-        merge_and_save(model, content["tokenizer"], path)
-    else:
-        export(base, content, path.parent, args.ckpt)
+        return merge_and_save(model, content["tokenizer"], path)
+    values, config = config_to_hf(lm.complete(base["config"]), lm.complete)
+    in_transformers = is_hub_name(args.ckpt) or Path(args.ckpt, "config.json").exists()
+    where = args.ckpt if in_transformers else None
+    write_peft(content, base["model"], values["model_type"], config, path.parent, where)
+    print(f"{path.parent}: an adapter for peft, over the model that {args.ckpt} exports to")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import contextlib
 import copy
 import math
 import signal
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from data import costs, gguf, hf_config, hf_weights, tables
 from data.cli import Parser, UserError, at_least, run_cli
-from data.costs import count_parameters, flops_per_token
+from data.costs import FEW_SCORES, WRITTEN_OUT, count_parameters, flops_per_token
 from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_whole
 from data.hf_tokenizer import find_tokenizer, hub_tokenizer
@@ -136,18 +136,16 @@ class Config:
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise UserError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
-        lows = dict.fromkeys(("vocab_size", "n_layer", "d_model", "context", "n_kv_head"), 1)
-        lows |= dict(head_size=1, d_ff=1, experts_per_token=1)
-        lows |= dict.fromkeys(("bigram", "trigram", "window", "experts", "router_aux_loss_coef"), 0)
-        for name, low in lows.items():
-            if getattr(self, name) < low:
-                raise UserError(f"{name} {getattr(self, name)} must be at least {low}")
-        if self.context > 2**24:
-            raise UserError(f"context {self.context} must be at most {2**24}")
-        scales = ("embed_scale", "residual_scale", "logit_scale", "attention_scale")
-        for name in ("eps", "rope_theta", "rotary_share", *scales):
+        for name in ("bigram", "trigram", "window", "experts", "router_aux_loss_coef"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 0")
+        scales = "embed_scale residual_scale logit_scale attention_scale rotary_share rope_theta"
+        sizes = "eps vocab_size n_layer d_model context n_kv_head head_size d_ff experts_per_token"
+        for name in [*sizes.split(), *scales.split()]:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} {getattr(self, name)} must be above 0")
+        if self.context > 2**24:
+            raise UserError(f"context {self.context} must be at most {2**24}")
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         rotated = int(self.head_size * self.rotary_share)
@@ -170,8 +168,6 @@ class Config:
         """The Config with the fields of a plain dict, such as a checkpoint's; UserError for an
         unknown field or a bad value."""
         try:
-            if unknown := set(values) - {f.name for f in fields(cls)}:
-                raise UserError(f"unknown fields: {', '.join(sorted(unknown))}")
             return cls(**values)
         except (TypeError, ValueError) as e:
             raise UserError(f"{where} cannot be built: {e}") from e
@@ -312,12 +308,9 @@ def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
     return (F.dropout(score.softmax(dim=-1), dropout) @ v).unflatten(0, q.shape[:2])
 
 
-# `naive_attention` is faster on a CPU (tests/BENCHMARKS.md) up to so many tokens, or scores in all
-WRITTEN_OUT, FEW_SCORES = 512, 2**22
-
-
 def attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
-    """`naive_attention`, or torch's fused kernel, which never stores the (T, S) scores."""
+    """`naive_attention` where it is faster (tests/BENCHMARKS.md), else torch's fused kernel, which
+    never stores the (T, S) scores."""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     short = T <= WRITTEN_OUT or q.shape[:2].numel() * T * S <= FEW_SCORES
     if mask is None and causal and 1 < T == S and short and q.device.type == "cpu":
@@ -530,14 +523,13 @@ class ChunkedLoss(torch.autograd.Function):
         need_x, need_w, need_b = (n and with_grad for n in ctx.needs_input_grad[:3])
         loss, grad_x, grad_w, grad_b = torch.zeros((), dtype=full, device=x.device), [], None, 0
         # large products are faster on a GPU; in its caches a CPU has room for a few rows
-        logits_at_once, cached = (2**28, len(x)) if x.is_cuda else (LOSS_LOGITS, 16)
+        logits_at_once, cached = (2**28, len(x) + 1) if x.is_cuda else (LOSS_LOGITS, 16)
         rows_at_once = max(LOSS_ROWS, logits_at_once // len(weight))
         chunks = max(1, math.ceil(len(x) / rows_at_once))
         for rows, goal in zip(x_low.chunk(chunks), targets.chunk(chunks)):
-            logits = F.linear(rows, w_low, b_low)  # (rows, V)
-            for part in zip(logits.split(max(1, cached)), goal.split(max(1, cached))):
+            error = F.linear(rows, w_low, b_low)  # (rows, V): logits, then their gradient
+            for part in zip(error.split(cached), goal.split(cached)):
                 loss += cross_entropy_(*part, full)
-            error = logits  # what they were is no longer needed
             if need_x:
                 grad_x.append(error @ w_low)
             if need_w and grad_w is None:  # in full precision if there will be others to add
@@ -580,12 +572,6 @@ def add_product(total, a, b):
             total_rows += a_rows @ b
 
 
-def target_places(targets):
-    """The indices of the flattened targets that are not -100. To find them synchronises a GPU, so
-    training does it before a batch goes there."""
-    return (targets.flatten() != -100).nonzero()[:, 0]
-
-
 def chunked_loss(x, weight, bias, targets, places=None):
     """The sum of -log softmax(x @ weight.T + bias)[target], a float32 scalar (float64 if x is
     float64). Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
@@ -602,27 +588,6 @@ def chunked_loss(x, weight, bias, targets, places=None):
     with torch.autocast(device, enabled=False):
         args = x[places], weight, bias, targets[places]
         return ChunkedLoss.apply(*args, torch.is_grad_enabled(), low)
-
-
-def token_logps(x, weight, bias, targets, allowed=None, places=None):
-    """log softmax(x @ weight.T + bias)[target] of each position (...), 0 where the target is -100,
-    in float32 (float64 if x is float64). Ids outside of `allowed`, bools (V,), have probability
-    0. Logits are computed a few rows at a time, and again in the backward pass. `places` are the
-    `target_places`."""
-    full = torch.float64 if x.dtype == torch.float64 else torch.float32
-
-    def row_logps(rows, goal):
-        logits = F.linear(rows, weight, bias)
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, -math.inf)
-        return logits.log_softmax(-1, dtype=full).gather(1, goal[:, None])[:, 0]
-
-    places = target_places(targets) if places is None else places
-    rows, goals = x.flatten(0, -2)[places], targets.flatten()[places]
-    chunks = zip(rows.split(LOSS_ROWS), goals.split(LOSS_ROWS))
-    logps = [recompute(row_logps, *chunk, use_reentrant=False) for chunk in chunks]
-    out = torch.zeros(targets.numel(), dtype=full, device=x.device)
-    return out.index_copy(0, places, torch.cat(logps)).view_as(targets)
 
 
 # --------------------------------------------------------------------------------------------
@@ -733,12 +698,9 @@ class KVCache:
     def grow(self, room):
         """Enlarge the cache to `room` tokens a row."""
         self.graphs = {}
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            larger = old.new_zeros(*old.shape[:3], room, old.shape[4])
-            larger[:, :, :, : old.shape[3]] = old
-            setattr(self, name, larger)
-        self.ids = F.pad(self.ids, (0, room - self.ids.shape[1]))
+        more = room - self.room
+        self.keys, self.values = (F.pad(t, (0, 0, 0, more)) for t in (self.keys, self.values))
+        self.ids = F.pad(self.ids, (0, more))
 
 
 # --------------------------------------------------------------------------------------------
@@ -807,10 +769,8 @@ class Transformer(nn.Module):
         for name, p in self.named_parameters():
             if name.startswith(("embed.", "inputs.")):
                 continue
-            if p.dim() < 2:
+            if p.dim() < 2 or name == "value_embed.weight":
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            elif name == "value_embed.weight":
-                p.zero_()
             elif name.endswith(("attention.out.weight", ".down.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer)) if gpt2 else p.zero_()
             elif name == "head.weight":
@@ -869,12 +829,6 @@ class Transformer(nn.Module):
         """The normalised embedding of ids alone, without their positions."""
         return self.embed_norm(self.embed(ids))
 
-    def lookup_tables(self):
-        """Names of the tables other than `embed` and `position`: they learn at the embedding's rate
-        and not as matrices do."""
-        names = [f"{n}.weight" for n, m in self.named_modules() if isinstance(m, Table)]
-        return [n for n in names if n.startswith(("value_embed.", "inputs."))]
-
     def last_logits(self, ids, cache, new=None, n=1):
         """Logits (B * n, V) of the tokens after the last n of the ids (B, T)."""
         return self.head(self.hidden(ids, cache, new)[:, -n:].flatten(0, 1))
@@ -892,23 +846,6 @@ class Transformer(nn.Module):
         if output == "log_probs":
             return token_logps(x, *weights, targets, allowed, places)  # (B, T)
         return chunked_loss(x, *weights, targets, places)
-
-    @torch.no_grad()
-    def grow_vocabulary(self, vocab_size, used):
-        """Make room for at least `vocab_size` ids, of which the tokenizer had `used` until now.
-        All rows after those, spare ones included, start at the mean of the used rows."""
-        c, grown = self.config, max(self.config.vocab_size, vocab_size)
-        for table in filter(None, (self.embed, self.value_embed, None if c.tied else self.head)):
-            for name in ("weight", "bias"):
-                if (old := getattr(table, name, None)) is not None:
-                    # fewer than `used` if a model has no row for its tokenizer's end of text
-                    kept = old[:used]
-                    mean = kept.float().mean(0, keepdim=True).to(old.dtype)
-                    new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
-                    setattr(table, name, nn.Parameter(new, old.requires_grad))
-        if c.tied:
-            self.head.weight = self.embed.weight
-        self.embed.num_embeddings = self.head.out_features = c.vocab_size = grown
 
 
 def meta_model(config):
@@ -953,14 +890,14 @@ def find_checkpoint(name):
 
 def load_checkpoint(path, dtype=None, resuming=False):
     """The dict that `save_checkpoint` wrote, its tensors mapped from disk and read when touched, or
-    an equivalent dict read from a Hugging Face folder (see `load_hf` for `dtype`).
+    an equivalent dict read from a Hugging Face folder (see `hf_weights.load` for `dtype`).
 
     Only tensors and plain values are unpickled (weights_only), never code. With `resuming`, for a
     run that will replace the file, tensors are read into memory: Windows replaces no mapped file.
     """
     path = find_checkpoint(path)
     if (path / "config.json").exists():
-        return load_hf(path, dtype)
+        return load_hf(path, dtype=dtype)
     if (path / "adapter_config.json").exists():
         raise UserError(f"{path} is an adapter of peft's, which cannot be read: train one here")
     if path.is_dir():
@@ -997,6 +934,55 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
     if config.tied:
         model.head.weight = model.embed.weight
     return model.to(device).requires_grad_().eval()
+
+
+# --------------------------------------------------------------------------------------------
+# What only some runs need: log probabilities of targets, more ids
+# --------------------------------------------------------------------------------------------
+
+
+def target_places(targets):
+    """The indices of the flattened targets that are not -100. To find them synchronises a GPU, so
+    training does it before a batch goes there."""
+    return (targets.flatten() != -100).nonzero()[:, 0]
+
+
+def token_logps(x, weight, bias, targets, allowed=None, places=None):
+    """log softmax(x @ weight.T + bias)[target] of each position (...), 0 where the target is -100.
+    Ids outside of `allowed`, bools (V,), have probability 0. Logits are computed a few rows at a
+    time, and again in the backward pass. `places` are the `target_places`."""
+    full = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def row_logps(rows, goal):
+        logits = F.linear(rows, weight, bias)
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -math.inf)
+        return logits.log_softmax(-1, dtype=full).gather(1, goal[:, None])[:, 0]
+
+    places = target_places(targets) if places is None else places
+    rows, goals = x.flatten(0, -2)[places], targets.flatten()[places]
+    chunks = zip(rows.split(LOSS_ROWS), goals.split(LOSS_ROWS))
+    logps = [recompute(row_logps, *chunk, use_reentrant=False) for chunk in chunks]
+    out = torch.zeros(targets.numel(), dtype=full, device=x.device)
+    return out.index_copy(0, places, torch.cat(logps)).view_as(targets)
+
+
+@torch.no_grad()
+def grow_vocabulary(model, vocab_size, used):
+    """Make room for at least `vocab_size` ids, of which the tokenizer had `used` until now.
+    All rows after those, spare ones included, start at the mean of the used rows."""
+    c, grown = model.config, max(model.config.vocab_size, vocab_size)
+    for table in filter(None, (model.embed, model.value_embed, None if c.tied else model.head)):
+        for name in ("weight", "bias"):
+            if (old := getattr(table, name, None)) is not None:
+                # fewer than `used` if a model has no row for its tokenizer's end of text
+                kept = old[:used]
+                mean = kept.float().mean(0, keepdim=True).to(old.dtype)
+                new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
+                setattr(table, name, nn.Parameter(new, old.requires_grad))
+    if c.tied:
+        model.head.weight = model.embed.weight
+    model.embed.num_embeddings = model.head.out_features = c.vocab_size = grown
 
 
 # --------------------------------------------------------------------------------------------
@@ -1093,19 +1079,10 @@ def check_readable(folder):
         hub_tokenizer(folder)
 
 
-def load_hf(folder, dtype=None):
-    """The checkpoint dict of a folder in Hugging Face's layout, see `hf_weights.load`."""
-    return hf_weights.load(Path(folder), complete, meta_state, dtype)
-
-
-def export_hf(content, folder):
-    """Write a checkpoint as transformers reads it, see `hf_weights.export`."""
-    return hf_weights.export(content, Path(folder), complete, meta_state)
-
-
-def export_gguf(content, path, dtype):
-    """Write a checkpoint as llama.cpp reads it, see `gguf.export`."""
-    gguf.export(content, path, dtype, complete, meta_state)
+# read a folder in Hugging Face's layout; write a checkpoint so, or as llama.cpp reads it
+load_hf = partial(hf_weights.load, complete=complete, meta_state=meta_state)
+export_hf = partial(hf_weights.export, complete=complete, meta_state=meta_state)
+export_gguf = partial(gguf.export, complete=complete, meta_state=meta_state)
 
 
 # --------------------------------------------------------------------------------------------

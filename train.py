@@ -42,15 +42,7 @@ from torch import nn
 import model as lm
 from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 from data.costs import check_memory, memory_needed
-from data.machine import (
-    DTYPES,
-    fast_products,
-    full_tensor,
-    is_sharded,
-    make_runtime,
-    native_dtype,
-    shard_like,
-)
+from data.machine import DTYPES, fast_products, full_tensor, make_runtime, native_dtype, shard_like
 from data.progress import waiting, watched
 from data.runs import Log, clock, eval_line, newest_run, run_folder, run_settings, step_line
 from data.tokenizer import Tokenizer
@@ -183,7 +175,7 @@ class Muon(torch.optim.Optimizer):
             # gathered first and goes alone
             alike = defaultdict(list)
             for p in (p for p in group["params"] if p.grad is not None):
-                alike[p if is_sharded(p) else p.shape].append(p)
+                alike[p if hasattr(p, "full_tensor") else p.shape].append(p)
             for params in alike.values():
                 for p in params:
                     if "momentum" not in self.state[p]:
@@ -218,12 +210,12 @@ def make_optimizers(model, args):
     Adagrad, which only changes the rows that a step has read: AdamW would pass over all of them.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    lookups = model.lookup_tables()
-    inner = {n for n, p in named if p.dim() == 2 and n.startswith(("blocks.", "inputs."))}
-    inner -= set(lookups)
+    tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, lm.Table)}
+    tables -= {"embed.weight", "position.weight"}
+    inner = {n for n, p in named if p.dim() == 2 and n.startswith(("blocks.", "inputs."))} - tables
     matrices = [p for n, p in named if n in inner]
-    large = {n: p for n, p in named if n in lookups and len(p) >= LARGE_TABLE}
-    table_rates = dict.fromkeys(lookups, args.embed_lr)
+    large = {n: p for n, p in named if n in tables and len(p) >= LARGE_TABLE}
+    table_rates = dict.fromkeys(tables, args.embed_lr)
     if not model.config.tied:
         table_rates |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
     elif args.embed_lr and args.embed_lr < args.lr:  # also the head: no higher rate than lr
@@ -398,9 +390,9 @@ def training_step(model, task, batches, runtime, scaler, seed):
 
 
 def clear_gradients(model):
-    """Drop all gradients. With gradient checkpointing those of the blocks become zeros instead: if
-    they were allocated in the backward pass, between activations that come and go, they would
-    fragment the heap (4 rows of 1,024 tokens at GPT-2's shape peaked at 4.7 GB, not 3.5)."""
+    """Drop all gradients. With gradient checkpointing those of the blocks become zeros instead:
+    allocated in the backward pass, between activations that come and go, they would fragment the
+    heap (4 rows of 1,024 tokens at GPT-2's shape peaked at 4.7 GB, not 3.5)."""
     model.zero_grad(set_to_none=True)
     if model.grad_checkpoint:
         for p in (p for p in model.blocks.parameters() if p.requires_grad):
@@ -532,7 +524,6 @@ def end_reason(args, state):
     if args.patience and state["bad"] >= args.patience:
         bad = f"{state['bad']} evaluations without a better one"
         return f"{bad}: stopping early; raise --patience or a limit to continue"
-    return None
 
 
 class Meter:
@@ -569,7 +560,7 @@ class Meter:
         tokens, flops, seconds = (sum(column) for column in zip(*self.work))
         row = dict(step=state["step"], tokens=state["tokens"], seconds=round(state["seconds"], 3))
         row |= dict(loss=self.mean_loss(state["step"], runtime), lr=lr, grad_norm=self.norm)
-        mfu = runtime.utilization(flops / seconds)
+        mfu = flops / seconds / (runtime.peak * runtime.world)
         return row | dict(tok_s=round(tokens / seconds), mfu=mfu)
 
 
@@ -702,30 +693,23 @@ def compile_blocks(model, task, runtime, step):
     # also compile the backward pass in the forward pass, where the block itself can take over
     torch._functorch.config.force_non_lazy_backward_lowering = True
 
-    def give_up(e):
-        nonlocal works
-        works, reason = False, str(e).strip().split("\n")[0][:100]
-        print(f"--compile does not work here, going on without ({type(e).__name__}: {reason})")
-
     def run(block, x, rope=None, update_cache=None, *args):
+        nonlocal works
         if works and block.training and update_cache is None:
             try:
                 return compiled(block, x, rope, None, *args)
             except Exception as e:  # whatever the compiler raised, eager mode still works
-                give_up(e)
+                works, reason = False, f"{type(e).__name__}: {e}".split("\n")[0][:120]
+                print(f"--compile does not work here, going on without ({reason})")
         return forward(block, x, rope, update_cache, *args)
 
     for block in model.blocks:
         block.forward = partial(run, block)
         if isinstance(block.feed_forward, lm.MoE):  # its shapes change with every batch
             block.feed_forward.forward = torch.compiler.disable(block.feed_forward.forward)
-    try:
-        with waiting("compiling the model, once, perhaps for a minute"), runtime.autocast():
-            task.loss(model, *runtime.upload(task.batches(step)[0])).backward()
-    except Exception as e:
-        give_up(e)
-    finally:
-        model.zero_grad(set_to_none=True)
+    with waiting("compiling the model, once, perhaps for a minute"), runtime.autocast():
+        task.loss(model, *runtime.upload(task.batches(step)[0])).backward()
+    model.zero_grad(set_to_none=True)
 
 
 def place(model, args, runtime):
@@ -1069,7 +1053,7 @@ def build_model(args, content, folder, meta, tokenizer):
         model = lm.model_from_checkpoint(content, dtype=dtype, where=where)
         if not resuming:
             size = max(tokenizer.n_vocab, model.config.vocab_size)  # it may lack the end of text
-            model.grow_vocabulary(lm.padded_vocab(size), model.config.vocab_size)
+            lm.grow_vocabulary(model, lm.padded_vocab(size), model.config.vocab_size)
     if meta["largest_id"] >= model.config.vocab_size:
         size = f"the model's vocab_size {model.config.vocab_size}"
         raise UserError(f"token id {meta['largest_id']} in {folder} is not below {size}")
@@ -1127,7 +1111,7 @@ def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
         f"{runtime.peak / 1e9:,.0f} GFLOP/s",
         f"{n:,} parameters{share}: {c.n_layer} layers x {c.d_model}, {c.n_head} heads, context "
         f"{c.context}, vocabulary {c.vocab_size:,}",
-        f"memory about {memory_needed(model, per_batch) / 2**20:,.0f} MB",
+        f"memory about {memory_needed(model, per_batch, length) / 2**20:,.0f} MB",
     ]
     if per_step:
         lines[-1] += f"; {per_step:,.0f} tokens a step"
@@ -1205,7 +1189,7 @@ def main(argv=None):
         whole = partial(measure, model, "end")
         return launch(whole, lambda row: print(f"{folder}: {eval_line(row)}"), runtime, folder)
     loaders = [TokenLoader(train, length, args.seed) for length in sorted({short, context})]
-    check_memory(model, per_batch, runtime)
+    check_memory(model, per_batch, runtime, context)
     args = settle(args, model, runtime, short, folder)
     args.context, out = context, Path(args.out)
 

@@ -7,6 +7,8 @@ from data.cli import UserError
 # bytes a second in one direction: between the GPUs of a machine (NVLink 4) and of two (400 Gbit/s)
 LINKS = {"NVLink": 450e9, "400 Gbit/s": 50e9}
 H100 = 0.5 * 989e12  # FLOP/s: half of the datasheet's, which good runs reach
+# on a CPU `model.attention` stores the scores up to so many tokens, or scores in all
+WRITTEN_OUT, FEW_SCORES = 512, 2**22
 
 
 def chinchilla_loss(parameters, tokens):
@@ -85,20 +87,26 @@ def activation_bytes(config, tokens, checkpointed=False):
     return layer + inputs if checkpointed else config.n_layer * layer
 
 
-def memory_needed(model, tokens):
-    """Bytes that this process needs, roughly, to train with `tokens` in a micro-batch: weights,
-    gradients and two moments in fp32, and what the layers keep for the backward pass."""
+def memory_needed(model, tokens, length=None):
+    """Bytes that this process needs, roughly, to train with `tokens` in a micro-batch, in rows of
+    `length` (default: the context): weights, gradients and two moments in fp32, and what the layers
+    keep for the backward pass."""
     parameters = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
-    stored = sum(t.numel() * t.element_size() for t in [*parameters, *model.buffers()])
+    stored = sum(t.nbytes for t in [*parameters, *model.buffers()])
     trained = sum(t.numel() for t, p in zip(parameters, model.parameters()) if p.requires_grad)
-    return stored + 12 * trained + activation_bytes(model.config, tokens, model.grad_checkpoint)
+    c, length = model.config, length or model.config.context
+    kept = activation_bytes(c, tokens, model.grad_checkpoint)
+    scores = c.n_head * length * tokens  # of a layer
+    if (length <= WRITTEN_OUT or scores <= FEW_SCORES) and parameters[0].device.type == "cpu":
+        kept += 4 * scores * (1 if model.grad_checkpoint else c.n_layer)
+    return stored + 12 * trained + kept
 
 
-def check_memory(model, tokens, runtime):
+def check_memory(model, tokens, runtime, length=None):
     """UserError if training with `tokens` in a micro-batch cannot fit this machine's memory. A GPU
     reports that itself."""
     if runtime.device.type == "cpu" and hasattr(os, "sysconf"):
-        needed = memory_needed(model, tokens)
+        needed = memory_needed(model, tokens, length)
         installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > installed:
             raise UserError(

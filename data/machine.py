@@ -3,8 +3,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import sys
-import time
 import timeit
 from dataclasses import dataclass
 
@@ -53,7 +51,6 @@ class Runtime:
     rank: int = 0
     world: int = 1
     sharded: bool = False  # each process has a part of the model: all must call it equally often
-    shapes: list = ()  # (rows, inputs, outputs) of the model's matrix products
 
     @property
     def asynchronous(self):
@@ -76,12 +73,6 @@ class Runtime:
             return batch
         cuda = self.device.type == "cuda"
         return (batch.pin_memory() if cuda else batch).to(self.device, non_blocking=cuda)
-
-    def utilization(self, rate):
-        """The share of the peak that is `rate`, FLOP/s; an exceeded peak is measured again."""
-        if rate > self.peak * self.world:
-            self.peak = max(self.peak, measure_peak(self.device, self.dtype, self.shapes))
-        return rate / (self.peak * self.world)
 
     def total(self, *values):
         """Each number summed over all processes, as floats (by gloo, which needs no GPU)."""
@@ -107,19 +98,14 @@ class Runtime:
         return box[0]
 
 
-def is_sharded(tensor):
-    """Whether this process has only a part of the tensor."""
-    return hasattr(tensor, "full_tensor")
-
-
 def full_tensor(tensor):
     """The whole of a sharded tensor (a collective: every process must call it), or `tensor`."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def shard_like(tensor, other):
     """This process's part of a whole tensor if `other` is sharded, else `tensor`."""
-    if not is_sharded(other):
+    if not hasattr(other, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor  # takes a second
 
@@ -152,13 +138,7 @@ def make_runtime(device=None, dtype=None, previous=None, config=None, tokens=0, 
     c = config
     pairs = ((c.d_model, c.d_ff), (c.d_ff, c.d_model), (c.d_model, c.vocab_size)) if c else ()
     shapes = [(tokens, *pair) for pair in pairs]
-    peak = measure_peak(device, dtype, shapes)
-    if device.type == "cpu" and dtype != "fp32" and rank == 0:
-        usual = measure_peak(device, "fp32", shapes)
-        if peak < usual / 1.5:
-            speeds = f"{peak / 1e9:,.0f} and {usual / 1e9:,.0f} GFLOP/s"
-            print(f"[{dtype} is slower than fp32 on this CPU: {speeds}]", file=sys.stderr)
-    return Runtime(device, dtype, peak, rank, world, shapes=shapes)
+    return Runtime(device, dtype, measure_peak(device, dtype, shapes), rank, world)
 
 
 def keep_freed_memory():
@@ -174,15 +154,13 @@ def keep_freed_memory():
 def fast_products():
     """Within the block, or in a function that this decorates, oneDNN multiplies float32 matrices if
     that is faster on this CPU. Not during generation: it is slow for the products of one token."""
-    # in a run on a GPU the precision is "high", see `make_runtime`
-    fast = torch.get_float32_matmul_precision() == "highest" and onednn_is_faster()
-    if fast:
+    before = torch.get_float32_matmul_precision()
+    if before == "highest" and onednn_is_faster():  # it is "high" in a run on a GPU
         torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
-        if fast:
-            torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision(before)
 
 
 @functools.cache
@@ -220,13 +198,7 @@ def product_speed(device, dtype, rows, inputs, outputs):
     """FLOP/s of a matrix product, the best of six."""
     # random numbers: a GPU multiplies ones faster, as it needs less power for them
     x, w = (torch.randn(n, inputs, device=device).to(DTYPES[dtype]) for n in (rows, outputs))
-    times = []
-    for _ in range(6):
-        synchronize(device)
-        start = time.perf_counter()
-        _ = x @ w.T
-        synchronize(device)
-        times.append(time.perf_counter() - start)
+    times = timeit.repeat(lambda: (x @ w.T, synchronize(device)), number=1, repeat=6)
     return 2 * rows * inputs * outputs / min(times)
 
 

@@ -44,7 +44,8 @@ def alone(job, name):
     other processes."""
 
     def run():
-        torch.cuda.is_available() and torch.cuda.reset_peak_memory_stats()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         job()
         seconds = bench.clocked(job)
         gib = torch.cuda.max_memory_allocated() / 2**30

@@ -267,7 +267,7 @@ def test_the_reference_is_the_base_itself_and_is_kept_in_last_pt(desk):
     full = content(tune(*DPO, "--max_steps", "3", out="out/full") / "last.pt")["reference"]
     thin = content(tune(*DPO, *LORA, "--max_steps", "3", out="out/thin") / "last.pt")["reference"]
     model = lm.model_from_checkpoint(lm.load_checkpoint("out/base")).double()
-    model.grow_vocabulary(320, KNOWN)
+    lm.grow_vocabulary(model, 320, KNOWN)
     _, splits, _ = load_data("pairs.jsonl")
     for split in ("train", "val"):
         rows = ft.DPO(FITS, CHAT).make_split(splits[split]).rows

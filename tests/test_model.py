@@ -61,6 +61,9 @@ def test_parameters_flops_and_the_chinchilla_papers_loss_by_hand():
     assert lm.flops_per_token(Config(**shape)) == 6 * (2 * (192 + 288) + 80) + 12 * 2 * 8 * 16
     matrices = 4 * (2 * (192 + 288) + 80 / 2)  # frozen, and a head for every second token
     assert lm.flops_per_token(Config(**shape), 5, 0.5, True) == matrices + 12 * 2 * 8 * 5
+    c = Config(**shape)
+    written, fused = (costs.memory_needed(Transformer(c), 2**16, n) for n in (512, 513))
+    assert written - fused == 2 * 2 * 2**16 * 512 * 4  # scores: layers, heads, tokens, keys, bytes
     plain = Config(**shape, activation="relu")
     assert lm.flops_per_token(plain) == 6 * (2 * (192 + 192) + 80) + 12 * 2 * 8 * 16
     # powers that make the roots whole: N^0.34 = 2^17, D^0.28 = 2^7
