@@ -1,7 +1,7 @@
 """OpenAI's API: checks requests and turns them into jobs; data/answer.py has the answers.
 
 Chat completions, completions and models as in https://platform.openai.com/docs/api-reference, and
-also top_k, min_p, repetition_penalty, stop_token_ids, min_tokens, ignore_eos, and
+also top_k, min_p, repetition_penalty, loop_penalty, stop_token_ids, min_tokens, ignore_eos, and
 `truncation: "auto"`, which leaves out the oldest turns of a conversation that exceeds the context.
 A field that would change the answer and is not supported is an error; other fields are ignored.
 """
@@ -78,6 +78,7 @@ def check_fields(body, chat, size):
         **dict.fromkeys(("top_k", "min_tokens"), number(0, 2**31, (int,))),
         "temperature": number(0, 2),
         "repetition_penalty": number(0.01, 100),
+        "loop_penalty": number(0, 100),
         "n": number(1, 16, (int,)),
         "seed": number(-(2**63), 2**63 - 1, (int,)),
         "logprobs": flag if chat else number(0, 20, (int,)),

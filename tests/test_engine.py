@@ -75,6 +75,7 @@ def test_each_of_32_texts_is_what_it_is_alone(name, fast):
 FILTERS = [
     dict(temperature=0), dict(temperature=1.3), dict(top_k=3), dict(top_p=0.7), dict(min_p=0.1),
     dict(repetition_penalty=1.1), dict(frequency_penalty=0.1, presence_penalty=0.1),
+    dict(loop_penalty=2.0),
     dict(logit_bias={60: 1.0, 120: -1.0}), dict(min_tokens=20, ends=[0]), dict(ends=[0, 60]),
     dict(temperature=0.8, top=2, echo=True),
 ]  # fmt: skip

@@ -90,6 +90,10 @@ def test_temperature_and_penalty_divide_and_equals_are_kept():
     assert sample.temperature(x, 0.5).tolist() == [[4.0, -2.0, 0.0, 8.0, -6.0]]
     penalised = sample.repetition_penalty(x, [[1, 1, 3]], 2.0)
     assert penalised.tolist() == [[2.0, -2.0, 0.0, 2.0, -3.0]]
+    looping = sample.loop_penalty(x, [[1, 2, 3, 0] * 2 + [1, 2, 3]], 1.5)
+    assert looping.tolist() == [[0.5, -1.0, 0.0, 4.0, -3.0]]
+    twice, far = [1, 2, 3, 0, 1, 2, 3], [1, 2, 3, 0] * 2 + [4] * 90 + [1, 2, 3]
+    assert all(torch.equal(sample.loop_penalty(x, [ids], 1.5), x) for ids in (twice, far, [], [1]))
     assert kept(sample.top_k(torch.tensor([[1.0, 2.0, 1.0, 0.0, 3.0]]), 3)) == [0, 1, 2, 4]
     assert len(kept(sample.top_p(torch.zeros(1, 5), 0.5))) == 3  # 0.2, 0.4, then 0.6 crosses
 
