@@ -404,7 +404,10 @@ def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
     """Clip, step, clear. Returns the gradient's norm before clipping, a tensor."""
     for o in optimizers:
         scaler.unscale_(o)
-    params = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
+    # Adagrad's steps hardly depend on the size of its gradients, which may be sparse
+    adagrad = [o.param_groups[0] for o in optimizers if type(o) is torch.optim.Adagrad]
+    unclipped = {id(p) for group in adagrad for p in group["params"]}
+    params = [p for p in model.parameters() if p.grad is not None and id(p) not in unclipped]
     norm = full_tensor(nn.utils.get_total_norm([p.grad for p in params]))
     # on a CPU, skip the pass over all gradients if the norm is small, as it mostly is; on a GPU
     # always clip, because comparing the norm would be a GPU sync

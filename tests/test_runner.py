@@ -188,7 +188,8 @@ def test_python_seldom_waits_for_a_gpu(desk, optimizer, monkeypatch):
     """In 30 steps with a line every tenth: a few times a line at most, not at each step."""
     flags = f"--log_every 10 --eval_every 50 --max_steps 30 --optimizer {optimizer}"
     args, _ = train.resolve(train.build_parser().parse_args(flags.split()))
-    model = lm.Transformer(lm.preset("tiny", n_layer=1, n_head=2, d_model=32, vocab_size=64))
+    shape = dict(n_layer=1, n_head=2, d_model=32, vocab_size=64, bigram=64, trigram=64)
+    model = lm.Transformer(lm.preset("tiny", **shape))
     batch = tuple(torch.randint(64, (2, 4, 16)))
     task = train.Task(
         lambda step: [batch, batch], lambda m, final: {"val_loss": 1.0}, {},
