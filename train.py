@@ -404,10 +404,10 @@ def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
     """Clip, step, clear. Returns the gradient's norm before clipping, a tensor."""
     for o in optimizers:
         scaler.unscale_(o)
-    # Adagrad's steps hardly depend on the size of its gradients, which may be sparse
-    adagrad = [o.param_groups[0] for o in optimizers if type(o) is torch.optim.Adagrad]
-    unclipped = {id(p) for group in adagrad for p in group["params"]}
-    params = [p for p in model.parameters() if p.grad is not None and id(p) not in unclipped]
+    # without large tables, whose gradients are sparse in one process on a CPU, but not elsewhere
+    adagrad = [o for o in optimizers if isinstance(o, torch.optim.Adagrad)]
+    tables = {p for o in adagrad for group in o.param_groups for p in group["params"]}
+    params = [p for p in model.parameters() if p.grad is not None and p not in tables]
     norm = full_tensor(nn.utils.get_total_norm([p.grad for p in params]))
     # on a CPU, skip the pass over all gradients if the norm is small, as it mostly is; on a GPU
     # always clip, because comparing the norm would be a GPU sync
