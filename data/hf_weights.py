@@ -171,7 +171,7 @@ def load(folder, complete, meta_state, dtype=None):
     """The checkpoint dict {"config", "model", "tokenizer"} of a folder in Hugging Face's layout,
     which may lack a tokenizer. Tensors that need no change stay on disk until they are touched;
     others are copied, to `dtype` if given."""
-    where = folder / "config.json"
+    folder, where = Path(folder), Path(folder, "config.json")
     family, config = config_from_hf(read_json(where), complete, where, verbose=True)
     content = {"config": config}
     content["model"] = read_state(folder, family, config, meta_state(config), dtype)
@@ -198,6 +198,7 @@ def nearest_model(content, complete, meta_state):
 
 def export(content, folder, complete, meta_state):
     """Write a checkpoint's model and tokenizer as transformers reads them; return config.json."""
+    folder = Path(folder)
     values, config, state, tokenizer = nearest_model(content, complete, meta_state)
     if tokenizer:
         values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
