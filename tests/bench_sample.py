@@ -1,6 +1,6 @@
-"""How fast sample.py writes, alone and as a server, beside transformers and nanoGPT.
+"""How fast sample.py writes, alone and as a server, beside transformers.
 
-    python tests/bench_sample.py gpt2 --nanogpt nanoGPT    the 124M shape, one row and eight
+    python tests/bench_sample.py gpt2                      the 124M shape, one row and eight
     python tests/bench_sample.py int8 --ckpt out/stdlib --data data/stdlib
     python tests/bench_sample.py drafts --text story.txt   what drafts are worth, --dtype bf16
     python tests/bench_sample.py loops                     how much of the samples is repetition
@@ -37,8 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_common import ROOT, about_machine, load_nanogpt, read_rate, table, take_turns
-from bench_train import GPT2
+from bench_common import ROOT, about_machine, read_rate, table, take_turns
 
 import model as lm
 import prepare_data
@@ -83,12 +82,6 @@ def make_transformers(folder, prompts, dtype, new=NEW, device="cpu"):
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **how)
 
 
-def make_nanogpt(folder, shape, prompt, new, **settings):
-    """A job: nanoGPT's generate, which keeps no cache."""
-    model = load_nanogpt(folder, (0.1, 1e-3, (0.9, 0.99)), **shape)[0].eval()
-    return torch.no_grad()(lambda: model.generate(torch.tensor([prompt]), new, **settings))
-
-
 def gpt2(args):
     """The 124M shape: one row, then eight."""
     torch.manual_seed(0)
@@ -107,9 +100,6 @@ def gpt2(args):
                 jobs[f"ours {kind} --no_fast"] = make_ours, ours | dict(kind=kind, plain=True)
                 jobs[f"ours {kind}"] = make_ours, ours | dict(kind=kind)
             jobs["ours int8"] = make_ours, ours | dict(kind="int8")
-            if n == 1 and args.nanogpt:
-                theirs = dict(folder=args.nanogpt, shape=GPT2, prompt=prompts[0], new=NEW)
-                jobs["nanoGPT fp32"] = make_nanogpt, theirs
             print(f"\nGPT-2 124M, {PROMPT} + {NEW} tokens, {n} row(s):\n")
             print(table(take_turns(jobs, args.rounds), NEW * n, "tokens/s", "transformers fp32"))
             rate = n * read_rate() / (4 * weights)
@@ -322,7 +312,6 @@ def loops(args):
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("what", choices=("gpt2", "int8", "drafts", "loops", "load"))
-    p.add_argument("--nanogpt", help="a clone of karpathy/nanoGPT")
     p.add_argument("--rounds", type=int, default=5, help="turns of each job (5)")
     p.add_argument("--ckpt", default="out/stdlib", help="for int8 and loops")
     p.add_argument("--data", default="data/stdlib", help="for int8 and loops")
@@ -335,7 +324,6 @@ def main():
     p.add_argument("--url", help="of another server")
     p.add_argument("--model", help="what requests call its model")
     args = p.parse_args()
-    args.nanogpt = args.nanogpt and str(Path(args.nanogpt).resolve())
     print(about_machine())
     {"gpt2": gpt2, "int8": int8, "drafts": drafts, "loops": loops, "load": load}[args.what](args)
 
