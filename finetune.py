@@ -195,9 +195,10 @@ def converse(model, tokenizer, env, starts, seeds=None):
     `starts`: ([messages], [Row], [reward]). The Rows consist of the ids that were read and drawn,
     and the latter are learned. The context may end a conversation before the environment does."""
     template, envs = chat.get_template(tokenizer), [copy.copy(env) for _ in starts]
+    room = model.config.context - max_answer(model.config.context)
     with own_code("reset(seed) of --env fails"):
         talks = [list(env.reset(start)) for env, start in zip(envs, starts)]
-        prompts = [template.prompt_ids(messages) for messages in talks]
+        prompts = [template.fit_prompt(messages, None, room) for messages in talks]
     rows = [batches.Row(ids, [0] * len(ids)) for ids in prompts]  # `follow` makes both longer
 
     def follow(i, turn):
@@ -211,7 +212,7 @@ def converse(model, tokenizer, env, starts, seeds=None):
             new, done = envs[i].step(messages[-1])
             ids = [] if done else template.next_ids(messages, new)
         messages += new
-        if done or len(row.ids + ids) + max_answer(model.config.context) > model.config.context:
+        if done or len(row.ids + ids) > room:
             return False
         row.ids += ids
         row.mask += [0] * len(ids)
