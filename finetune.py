@@ -35,14 +35,14 @@ import torch.nn.functional as F
 import lora
 import model as lm
 import train
-from data import batches, chat
+from data import batches, chat, cli
 from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
 from data.costs import check_memory
 from data.files import write_json
 from data.machine import DTYPES, fast_products, make_runtime, shard_like
 from data.progress import shown, watched
 from data.reply import parse
-from data.rewards import REWARDS, load_env, load_reward, own_code, rate
+from data.rewards import REWARDS, load_env, load_reward, rate
 from data.row_files import ROW_SUFFIXES
 from data.rows import as_chat, first_words, load_data, report_bad
 from data.runs import json_lines, newest_run, run_folder
@@ -196,7 +196,7 @@ def converse(model, tokenizer, env, starts, seeds=None):
     and the latter are learned. The context may end a conversation before the environment does."""
     template, envs = chat.get_template(tokenizer), [copy.copy(env) for _ in starts]
     room = model.config.context - max_answer(model.config.context)
-    with own_code("reset(seed) of --env fails"):
+    with cli.user_code("reset(seed) of --env fails"):
         talks = [list(env.reset(start)) for env, start in zip(envs, starts)]
         prompts = [template.fit_prompt(messages, None, room) for messages in talks]
     rows = [batches.Row(ids, [0] * len(ids)) for ids in prompts]  # `follow` makes both longer
@@ -208,7 +208,7 @@ def converse(model, tokenizer, env, starts, seeds=None):
         row.mask += [1] * len(turn)
         if turn[-1] != template.end:
             return False
-        with own_code("step(message) of --env fails"):
+        with cli.user_code("step(message) of --env fails"):
             new, done = envs[i].step(messages[-1])
             ids = [] if done else template.next_ids(messages, new)
         messages += new
@@ -219,7 +219,7 @@ def converse(model, tokenizer, env, starts, seeds=None):
         return True
 
     generate_turns(model, tokenizer, prompts, seeds, follow)
-    with own_code("reward(messages) of --env fails"):
+    with cli.user_code("reward(messages) of --env fails"):
         rewards = [float(env.reward(messages)) for env, messages in zip(envs, talks)]
     if not all(map(math.isfinite, rewards)):
         raise UserError(f"reward(messages) of --env returns {rewards}, not numbers")
@@ -624,7 +624,7 @@ class GRPO(SFT):
         if self.env:
             room = self.args.samples * context
             split.prompts = [batches.Prompt([0], n, room) for n in range(len(split.examples))]
-            with own_code("--env cannot be made"):
+            with cli.user_code("--env cannot be made"):
                 split.env = self.env(split.examples)
             return split
         jobs = self.jobs(split)

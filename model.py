@@ -80,8 +80,8 @@ class Config:
     norm_topk_prob: bool | None = None  # chosen experts' weights sum to 1; None: if several
     router_aux_loss_coef: float = 0.01  # weight of the loss that balances the use of the experts
     position: str = "rope"  # how positions are encoded
-    norm: str = "rmsnorm"  # normalises the inputs of a block's two parts, and the final states
-    norm_place: str = "pre"  # of a block: pre (inputs of its two parts), post (outputs), both
+    norm: str = "rmsnorm"  # kind of norm, in the blocks and before the head
+    norm_place: str = "pre"  # normalise each sublayer's input (pre), output (post) or both
     norm_weight: bool = True  # a learned scale (and, for layernorm, shift) in every norm
     activation: str = "swiglu"  # in the feed-forward
     qkv_bias: bool = False  # on the projections to queries, keys and values
@@ -300,11 +300,12 @@ def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     if mask is None and causal:
         mask = causal_mask(T, S, q.device)
-    hidden = q.new_zeros(1, 1)  # added to the scores: -inf where a query may not look
+    attn_bias = q.new_zeros(1, 1)  # added to the scores: -inf where a query may not look
     if mask is not None:
-        hidden = q.new_zeros(T, S).masked_fill(~mask, float("-inf"))
+        attn_bias = q.new_zeros(T, S).masked_fill(~mask, float("-inf"))
     flat_q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B nh, T or S, hs)
-    score = torch.baddbmm(hidden, flat_q, k.mT, alpha=scale or q.shape[-1] ** -0.5)  # (B nh, T, S)
+    scale = scale or q.shape[-1] ** -0.5
+    score = torch.baddbmm(attn_bias, flat_q, k.mT, alpha=scale)  # (B nh, T, S)
     return (F.dropout(score.softmax(dim=-1), dropout) @ v).unflatten(0, q.shape[:2])
 
 
@@ -322,7 +323,8 @@ def attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
     # an `if`, because torch.compile cannot trace `is_causal=causal and T > 1`
     if mask is not None or T == 1:  # a single query sees all keys
         causal = False
-    if T == 1 and q.dtype == torch.bfloat16 and not q.is_cuda:  # half of the time with two
+    if T == 1 and q.dtype == torch.bfloat16 and not q.is_cuda:
+        # torch's CPU kernel takes half as long for two queries as for one
         q = q.expand(-1, -1, 2, -1)
     options = dict(is_causal=causal, enable_gqa=group > 1, scale=scale)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, **options)
@@ -449,8 +451,8 @@ class Table(nn.Embedding):
 
 
 class NgramEmbedding(Table):
-    """Embeds the last n ids at each position, at most three. A hash of them selects the row, so
-    some share one (fastText, Bojanowski et al. 2017)."""
+    """Embeds the last n ids (2 or 3) at each position. A hash of them selects the row, so several
+    n-grams may share one (fastText, Bojanowski et al. 2017)."""
 
     def __init__(self, rows, config, n):
         super().__init__(rows, config.d_model)
@@ -462,7 +464,7 @@ class NgramEmbedding(Table):
     def forward(self, ids, positions, embed):
         row = torch.zeros_like(positions)
         for back, factor in enumerate(self.factors):
-            # a text's first id counts as those before itself
+            # before the start of a text, its first id is repeated
             row = row ^ ids.gather(1, (positions - back).clamp(min=0)) * factor
         return super().forward(row % self.num_embeddings)
 
@@ -502,8 +504,8 @@ INPUTS = {
 # The loss, without ever storing all logits
 # --------------------------------------------------------------------------------------------
 
-LOSS_ROWS = 256  # rows of logits at a time, at least
-LOSS_LOGITS = 2**25  # logits at a time, if that is more rows
+LOSS_ROWS = 256  # minimum number of rows in a chunk of logits
+LOSS_LOGITS = 2**25  # a chunk has more rows while it has fewer logits than this
 
 
 class ChunkedLoss(torch.autograd.Function):

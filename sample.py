@@ -41,7 +41,7 @@ from data.matmul import make_fast, timing_lines
 from data.progress import watched
 from data.reply import TextStream
 from data.runs import newest_run
-from data.schema import Constraint, call_grammar, constraint
+from data.schema import Constraint, call_grammar, make_constraint
 from data.terminal import Chat, talk
 from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of, warn_unknown
 from data.tools import function_schema, load_tools
@@ -80,9 +80,9 @@ def count_penalty(logits, drawn, frequency, presence):
 
 
 def loop_penalty(logits, previous, penalty):
-    """Subtract `penalty` from the logit of an id that would repeat the same four ids for the third
-    time within 100. In text by people such tokens are rare, and a model that has begun to copy
-    itself seldom stops. Longer and fewer repetitions, as code has them, stay as they are."""
+    """Subtract `penalty` from the logit of an id that would complete the same four ids a third time
+    within 100. Such tokens are rare in text written by people, and a model that has begun to
+    copy itself seldom stops. A second occurrence, which is common in code, is not penalised."""
     out = logits.clone()
     for row, ids in zip(out, previous):
         recent = ids[-100:]
@@ -144,7 +144,7 @@ FILTERS = {
     "top_p": Filter(top_p, 1.0, 0.95, share, "keep the likeliest up to p; 1 is all"),
     "min_p": Filter(min_p, 0.0, 0.0, share, "keep all of p times the largest probability or more"),
 }
-# The settings of `next_token`, at values that change nothing.
+# The settings of `next_token`, at values that change nothing, and the defaults of the command line.
 DECODING = {
     "temperature": 1.0,
     "repetition_penalty": 1.0,
@@ -153,6 +153,9 @@ DECODING = {
     "loop_penalty": 0.0,
     **{name: f.off for name, f in FILTERS.items()},
 }
+
+
+DEFAULTS = {"temperature": 0.8, "loop_penalty": 4.0, **{n: f.default for n, f in FILTERS.items()}}
 
 
 def next_token(logits, previous, shares, settings, prompt_lengths=None):
@@ -187,7 +190,7 @@ def next_token(logits, previous, shares, settings, prompt_lengths=None):
 
 
 def draw_shares(generator, n):
-    """n random numbers in [0, 1), drawn on the CPU: the same seed, the same text on any device."""
+    """Draw n random numbers in [0, 1) on the CPU, so that a seed gives the same text everywhere."""
     return torch.rand(n, generator=generator, dtype=torch.float64).tolist()
 
 
@@ -233,7 +236,7 @@ class Text:
     max_new_tokens: float = math.inf
     ended_at: int = 0  # when it ended, as the number of texts that had ended then
     generator: torch.Generator | None = None
-    shares: list = field(default_factory=list)  # random numbers that were drawn, but not used yet
+    shares: list = field(default_factory=list)  # random numbers drawn but not used yet
     draft: list = field(default_factory=list)  # ids that may follow, from `lookup`
     lookup: Lookup | None = None
     settings: dict = field(default_factory=dict)  # as in DECODING
@@ -264,7 +267,7 @@ class Engine:
     slots   the most texts at once
     length  tokens that the cache has room for at first; it grows up to the context
     chunk   the most ids of prompts that a step reads, so that other texts need not wait long
-    draft   whether a step may write several ids of a text, see data/drafts.py
+    draft   whether a step may write several ids of a text (see data/drafts.py)
 
     >>> engine = Engine(model, slots=4)
     >>> text = engine.add([5, 7], temperature=0)
@@ -404,8 +407,8 @@ class Engine:
         return self.model.head(states[:, -1])
 
     def draw(self, texts, logits):
-        """Append to each text what is drawn from its rows of logits (rows, V): the ids of its draft
-        that are drawn, too, and one more; {text: [ids]}."""
+        """Draw from the logits (rows, V): a row for each id of a text's draft, and one more. Append
+        the ids that `accept` keeps; {text: [ids]}."""
         rows = [(text, n) for text in texts for n in range(1 + len(text.draft))]
         biased, groups, drawn, new, first = logits, {}, {}, {}, 0
         for r, (text, n) in enumerate(rows):  # texts with equal settings are drawn together
@@ -431,22 +434,23 @@ class Engine:
             if text.top is not None:
                 text.logprobs += top_logprobs(logits[first : first + len(ids)], ids, text.top)
             self.drafts.learn(text.lookup, ids)
-            self.cache.lengths[text.row] -= T - len(ids)  # the rest of the draft
+            self.cache.lengths[text.row] -= T - len(ids)  # forget the rejected part of the draft
             text.draft, text.echo = [], False
             first += T
         return new
 
 
 def accept(text, drawn):
-    """Append ids to a text and return them: of those drawn for it, pairs (id, its logits), all up
-    to the first that was not drafted, or that ends the text."""
+    """Append ids to a text and return them. `drawn` has a pair (id, logits) for each id of the
+    draft and for the id after it. Ids are kept up to the first one that differs from the draft or
+    ends the text."""
     ids = []
     for (i, logits), drafted in zip_longest(drawn, text.draft):
         del text.shares[0]
         fit = fitting(text, logits, i) if text.constraint else i
         text.ids.append(fit)
         ids.append(fit)
-        # the random numbers after an id that was drawn again are others
+        # an id that was drawn again has used other random numbers
         if fit != drafted or fit != i or fit in text.ends or text.left <= 0:
             break
     return ids
@@ -555,9 +559,9 @@ def beam_search(model, prompt, max_new_tokens, beams=4, length_penalty=1.0, end=
 
 
 def fitting(text, logits, i):
-    """The id `i`, drawn for a text from its logits (V,), or if it does not fit the constraint, one
-    drawn without the ids that do not fit: those that do keep their ratios. The likeliest ids are
-    tried first, and no more than it takes. If no id fits, the constraint ends."""
+    """Return the id `i`, drawn from logits (V,), if it fits the text's constraint. Otherwise draw
+    again without ids that do not fit; the others keep their ratios. The likeliest ids are checked
+    first, and only as many as necessary. If no id fits, the constraint is dropped."""
     tried = 1
     while not (after := text.constraint.after(i)):
         tried = min(4 * tried, len(logits))
@@ -664,9 +668,9 @@ def load(ckpt=None, device=None, dtype="auto", adapters=(), ids_alone=False):
 
 def fast_model(model, rows, args):
     """Make the model ready to write `rows` texts at once, in place, and return it: on a CPU its
-    Linears are replaced by faster ones, but for one with adapters, which may be switched; on a GPU
-    its steps are recorded, unless a router chooses other experts at each. UserError if a flag asks
-    for the impossible."""
+    Linears are replaced by faster ones, unless it has adapters, which may be switched. On a GPU its
+    steps are recorded as CUDA graphs, unless a router chooses different experts in each step.
+    UserError if a flag asks for the impossible."""
     device = model.embed.weight.device.type
     adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
     fast = device == "cpu" and not (args.no_fast or adapted)
@@ -678,7 +682,7 @@ def fast_model(model, rows, args):
     if device == "cuda" and not (args.no_fast or model.config.experts):
         model.last_logits = GraphedSteps(model.last_logits)
     if fast:
-        # a pass over a draft has several rows; what is fast for 8 is as fast for one
+        # a draft adds rows to a pass, and a layout that is fast for 8 rows is as fast for one
         make_fast(model, rows if args.no_draft else max(rows, 8), args.dtype == "int8")
         if args.verbose:
             print("\n".join(timing_lines()), file=sys.stderr)
@@ -847,7 +851,7 @@ def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=
     grammar = call_grammar(chat.template, [function_schema(*tool) for tool in chat.tools.items()])
 
     def write(prompt, seed, may_call, stop):
-        limit = constraint(tokenizer, grammar) if may_call else None
+        limit = make_constraint(tokenizer, grammar) if may_call else None
         for _ in generate(
             model, [prompt], chat.max_tokens, seed=seed, allowed=masks[may_call], stop=stop,
             engine=engine, constraint=limit, **settings or {},
@@ -883,9 +887,9 @@ def build_parser():
     for name, f in FILTERS.items():
         add(f"--{name}", type=f.type, default=f.default, help=f"{f.help} (default {f.default})")
     add("--repetition_penalty", type=positive, default=1.0, help="above 1 discourages (default 1)")
-    add("--loop_penalty", type=at_least(0, float), default=4.0,
-        help="subtracted from the logit of an id that would repeat four ids for the third time "
-        "within 100; not at temperature 0 (default 4; 0 is off)")
+    add("--loop_penalty", type=at_least(0, float), default=DEFAULTS["loop_penalty"],
+        help="subtracted from the logit of an id that would complete the same four ids for the "
+        "third time within 100; has no effect at temperature 0 (default 4; 0 is off)")
     add("--beams", type=at_least(0), default=0, help="width of a beam search; 0 samples (default)")
     add("--length_penalty", type=between(-10, 10), default=1.0,
         help="of beams: above 1 favours long ones (default 1)")
@@ -898,7 +902,7 @@ def build_parser():
     add("--no_fast", action="store_true",
         help="run the model as it is: no faster Linear layers (CPU), no CUDA graphs (GPU)")
     add("--no_draft", action="store_true",
-        help="write one token a step, and none from drafts that repeat the text so far")
+        help="generate one token per step, without drafts copied from earlier text")
     add("--verbose", action="store_true", help="show the times of the faster Linear layers")
     add("--adapter", action="append", default=[],
         help="LoRA run to add to --ckpt; several can be switched")
@@ -967,7 +971,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     check_settings(args)
     if args.temperature is None:
-        args.temperature = 0.0 if args.tools else 0.8
+        args.temperature = 0.0 if args.tools else DEFAULTS["temperature"]
     tools = load_tools(args.tools) if args.tools else None
     if args.analogy and args.ckpt and (words := bert_words(args.ckpt)):
         return show_analogies(args, *words)

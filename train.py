@@ -56,7 +56,7 @@ from prepare_data import data_hashes, find_data, other_tokenizer, read_meta, rea
 # What mattered most: the embedding (rows of standard deviation 1, each rarely seen) needs ten times
 # the matrices' learning rate; the head (which starts at zero) needs three times. Then small
 # batches, so that three minutes hold many steps, and a linear decay to zero (cosine ended 0.015
-# bits per byte higher). Every second step has short rows: they are faster, and of more texts.
+# bits per byte higher). Every second step has short rows, which are faster and cover more texts.
 RECIPE = dict(
     batch_size=8, grad_accum=1, optimizer="adamw", schedule="linear", warmup_steps=60,
     lr=3e-3, embed_lr=3e-2, head_lr=1e-2, min_lr=0.0, weight_decay=0.1, beta1=0.9, beta2=0.99,
@@ -198,7 +198,8 @@ class Muon(torch.optim.Optimizer):
 MATRIX_OPTIMIZERS = {"muon": (Muon, 0.02)}
 
 
-LARGE_TABLE, ADAGRAD_RATIO = 2**15, 13  # rows, and the rate relative to embed_lr
+LARGE_TABLE = 2**15  # rows from which a table is learned by Adagrad
+ADAGRAD_RATIO = 13  # Adagrad's learning rate divided by embed_lr
 
 
 def make_optimizers(model, args):
@@ -235,7 +236,7 @@ def make_optimizers(model, args):
         options = dict(betas=(args.beta1, args.beta2), eps=1e-10, weight_decay=0.0, fused=True)
         optimizers.append(torch.optim.AdamW(groups, **options))
     if large:
-        torch.sparse.check_sparse_tensor_invariants.disable()  # or torch would warn that it is
+        torch.sparse.check_sparse_tensor_invariants.disable()  # the default; torch warns if unset
         for name, p in large.items():  # gradients then only have the rows that were read
             alone = p.device.type == "cpu" and not args.compile and not dist.is_initialized()
             model.get_submodule(name.removesuffix(".weight")).sparse = alone
@@ -377,8 +378,8 @@ def training_step(model, task, batches, runtime, scaler, seed):
     for i, batch in enumerate(batches):
         number = runtime.rank * len(batches) + i
         torch.manual_seed(int(np.random.SeedSequence((*seed, number)).generate_state(1)[0]))
-        # copies exchange gradients in the last backward pass of a step; shards in each of them, or
-        # every process would hold all gradients of the model until then
+        # DDP exchanges gradients in the last backward pass of a step. FSDP does so in each one:
+        # otherwise every process would hold the gradients of the whole model
         copies = runtime.world > 1 and not runtime.sharded
         with model.no_sync() if copies and i < last else contextlib.nullcontext():
             with runtime.autocast():
@@ -413,7 +414,7 @@ def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
     # always clip, because comparing the norm would be a GPU sync
     if grad_clip and (runtime.asynchronous or norm > grad_clip):
         nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
-    # the scaler skips an optimizer whose own gradients are not finite: then none may step
+    # the scaler skips only an optimizer whose own gradients are not finite; here none may step
     skip = scaler.is_enabled() and len(optimizers) > 1 and not norm.isfinite()
     for o in optimizers if not skip else ():
         scaler.step(o)
@@ -688,12 +689,12 @@ class BF16Copy(nn.Module):
 
 def compile_blocks(model, task, runtime, step):
     """Compile the blocks for training and try them on a batch of that step. One graph serves all of
-    them; the gradients of a graph of the whole model would all arrive, and be exchanged, at its
-    end. Blocks go on without the compiler once it fails, also if that is at a later shape. The loss
-    is not compiled: each number of targets would need a graph of its own.
+    them. (With one graph of the whole model, all gradients would be exchanged at its end.) If the
+    compiler fails, also at a later shape, blocks run without it. The loss is not compiled, because
+    each number of targets would need its own graph.
     """
     forward, compiled, works = lm.Block.forward, torch.compile(lm.Block.forward), True
-    # also compile the backward pass in the forward pass, where the block itself can take over
+    # compile the backward pass during the forward pass, so that a failure can be handled there
     torch._functorch.config.force_non_lazy_backward_lowering = True
 
     def run(block, x, rope=None, update_cache=None, *args):
@@ -747,7 +748,7 @@ def make_runner(model, task, args, runtime, step=0):
     # no copy on a GPU, where casting costs little, with DDP, which would exchange the copy's
     # gradients, or of frozen weights, which need not be held twice
     copied = runtime.dtype == "bf16" and device.type == "cpu" and runtime.world == 1
-    copied &= model.config.d_model >= 512  # in a narrow model casts cost as much as the copy
+    copied &= model.config.d_model >= 512  # in a narrow model, casting is as cheap as the copy
     if copied and not args.autocast and all(p.requires_grad for p in model.parameters()):
         runner, precision = BF16Copy(model), fp32
         after_step = runner.sync_weights
@@ -1136,11 +1137,11 @@ def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
 def closing_text(model, tokenizer, meta, result, out, val):
     """What is printed at the end: figures, xz's beside them, and a sample that goes on from how the
     validation text begins."""
-    from sample import allowed_ids, generate  # not above: training is read before sampling
+    # not at the top: sampling is read after training
+    from sample import DEFAULTS, allowed_ids, generate
 
     prompt_ids = val[: min(16, model.config.context)].tolist()
-    settings = dict(temperature=0.8, top_p=0.95, loop_penalty=4.0)  # the defaults of sample.py
-    settings["allowed"] = allowed_ids(model, tokenizer)
+    settings = DEFAULTS | {"allowed": allowed_ids(model, tokenizer)}
     with lm.evaluating(model), waiting("writing a sample"):
         rows = generate(model, [prompt_ids], 160, **settings)
         text = printable(tokenizer.decode(prompt_ids + [row[0] for row in rows]))

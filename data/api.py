@@ -15,7 +15,7 @@ from data.answer import Answer, ApiError, Choice
 from data.chat import content_text, get_template, read_call
 from data.reply import Reply
 from data.scheduler import Job
-from data.schema import call_grammar, constraint, json_grammar
+from data.schema import call_grammar, json_grammar, make_constraint
 from data.tools import function_schema, known_by_training
 
 # Fields of OpenAI's and vLLM's servers that would change the answer and are not supported, with
@@ -163,14 +163,14 @@ class Api:
     def list_models(self):
         return {"object": "list", "data": [self.model(name) for name in self.names]}
 
-    def answer(self, body, prompts, limit, top, allowed, fits=None, chat=False, given=()):
+    def answer(self, body, prompts, limit, top, allowed, constraint=None, chat=False, given=()):
         """The Answer to `prompts`, of at most `limit` new ids each, which fit the Constraint."""
         echo, min_tokens = bool(body.get("echo")), body.get("min_tokens", 0)
         stop_ids, stops = set(body.get("stop_token_ids", ())), body.get("stop", ())
         stops = [stops] if isinstance(stops, str) else stops
         settings = {name: body.get(name, value) for name, value in self.settings.items()}
         settings |= {"top": top, "echo": echo and top is not None, "allowed": allowed}
-        settings |= {"min_tokens": min_tokens, "constraint": fits}
+        settings |= {"min_tokens": min_tokens, "constraint": constraint}
         bias = {int(i): value for i, value in body.get("logit_bias", {}).items()}
         seed, template = body.get("seed", secrets.randbits(31)), self.template if chat else None
         events, choices = queue.SimpleQueue(), []
@@ -201,9 +201,9 @@ class Api:
             raise ApiError(400, message, "messages", "no_chat_template")
         messages = read_messages(body.get("messages"))
         tools, may_call, forced = read_tools(body, self.tools)
-        fits = self.constraint(body, self.template.ends)
-        if may_call and (forced is not None or not fits):
-            fits = constraint(self.tokenizer, call_grammar(self.template, tools, forced))
+        constraint = self.response_constraint(body, self.template.ends)
+        if may_call and (forced is not None or not constraint):
+            constraint = make_constraint(self.tokenizer, call_grammar(self.template, tools, forced))
         tools = self.told(tools) if may_call else []
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
         variables = {name: body[name] for name in TURNS if name in body}
@@ -219,10 +219,10 @@ class Api:
             raise ApiError(400, str(e), "messages") from e
         ids, given = ids + given, given or self.template.opened(ids)
         for i in given if forced is not None else ():
-            fits = fits and fits.after(i)
+            constraint = constraint and constraint.after(i)
         top, allowed = body.get("top_logprobs", 0), self.allowed[True, may_call]
         top = top if body.get("logprobs") else None
-        return self.answer(body, [ids], limit, top, allowed, fits, True, given)
+        return self.answer(body, [ids], limit, top, allowed, constraint, True, given)
 
     def completion(self, body):
         """The Answer to a request for a completion."""
@@ -236,10 +236,11 @@ class Api:
         if count > most:
             raise ApiError(400, f"{count} texts at once, at most {most} are possible", "prompt")
         prompts = [self.prompt_ids(prompt) for prompt in prompts]
-        limit, fits = body.get("max_tokens", 16), self.constraint(body, [self.tokenizer.eos_id])
-        return self.answer(body, prompts, limit, body.get("logprobs"), allowed, fits)
+        constraint = self.response_constraint(body, [self.tokenizer.eos_id])
+        limit = body.get("max_tokens", 16)
+        return self.answer(body, prompts, limit, body.get("logprobs"), allowed, constraint)
 
-    def constraint(self, body, ends):
+    def response_constraint(self, body, ends):
         """The Constraint of an answer in the `response_format`, which one of the ids `ends` ends;
         None for text."""
         asked = body.get("response_format", {"type": "text"})
@@ -250,7 +251,7 @@ class Api:
                 raise ValueError(f"the type {asked['type']!r:.40} is not supported")
             schema = {"type": "object"}
             schema = schema if asked["type"] == "json_object" else asked["json_schema"]["schema"]
-            return constraint(self.tokenizer, json_grammar(schema, ends))
+            return make_constraint(self.tokenizer, json_grammar(schema, ends))
         except (TypeError, KeyError, ValueError) as e:
             problem = f"response_format must be of the type text, json_object or json_schema: {e}"
             raise ApiError(400, problem, "response_format") from e

@@ -21,6 +21,15 @@ class UserError(ValueError):
     """A user's mistake: one line that names the thing, the value and the remedy."""
 
 
+@contextlib.contextmanager
+def user_code(what):
+    """Turn whatever a user's own code raises within this context into a UserError."""
+    try:
+        yield
+    except (Exception, SystemExit) as e:
+        raise UserError(f"{what} ({type(e).__name__}: {e})") from e
+
+
 def run_cli(main):
     """Run a script's `main` as a program: a UserError or an OSError becomes one line on stderr and
     exit code 2, Ctrl-C exit code 130."""

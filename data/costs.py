@@ -7,7 +7,7 @@ from data.cli import UserError
 # bytes a second in one direction: between the GPUs of a machine (NVLink 4) and of two (400 Gbit/s)
 LINKS = {"NVLink": 450e9, "400 Gbit/s": 50e9}
 H100 = 0.5 * 989e12  # FLOP/s: half of the datasheet's, which good runs reach
-# on a CPU `model.attention` stores the scores up to so many tokens, or scores in all
+# On a CPU, `model.attention` stores the scores of up to so many tokens, or up to so many scores.
 WRITTEN_OUT, FEW_SCORES = 512, 2**22
 
 

@@ -1,16 +1,17 @@
-"""Drafts: ids that may come next, because they followed the same ids before.
+"""Drafts: ids that may come next, because they followed the same ids earlier.
 
-To write one id, a model reads all of its weights; to read several it does so only once, too. So the
-ids that followed the longest earlier match are tried in one pass (prompt lookup, Saxena 2023). Only
-those that are drawn, one after another, are kept: a draft changes no text, only the time it takes.
+A pass over several ids reads the model's weights once, as a pass over one id does. So the ids that
+followed the longest earlier match are tried in one pass (prompt lookup, Saxena 2023). Only those
+that the model would have drawn are kept, so a draft changes the time that a text takes, not the
+text.
 """
 from data.chat import common_length
 
-LENGTHS = 0, 1, 3, 7, 15  # of a draft
-LONGEST = 16  # the most ids of a match
-KEPT = 1 << 14  # ids of ended texts, which are searched, too
-# How much longer a pass takes with drafts, as a share of one without: in any case, and for each id
-# of a draft. Measured with 124M parameters on a CPU, see tests/BENCHMARKS.md.
+LENGTHS = 0, 1, 3, 7, 15  # possible lengths of a draft
+LONGEST = 16  # ids that a match can have
+KEPT = 1 << 14  # ids of finished texts that are searched as well
+# What drafts add to the time of a pass, relative to one without: a fixed cost, and a cost for each
+# drafted id. Measured with 124M parameters on a CPU, see tests/BENCHMARKS.md.
 FIXED, EACH = 0.15, 0.06
 
 
@@ -22,13 +23,13 @@ class Lookup:
         self.text, self.match, self.guess = before + to_chars(ids), 0, []
 
     def search(self, most):
-        """Set `guess` to at most so many ids, those after the longest match, and `match` to its
-        length; without a match they are empty and 0."""
+        """Set `guess` to at most `most` ids after the longest match, and `match` to its length.
+        Without a match they are empty and 0."""
         text, guess, n = self.text, "", 0
         while n < LONGEST and (at := text.rfind(text[~n:], 0, -1)) >= 0:
             n += 1
             guess = text[at + n :][:most]
-        if guess:  # a match so near repeats itself
+        if guess:  # a match near the end gives fewer ids, which would then repeat
             guess = (guess * most)[:most]
         self.match, self.guess = n, list(map(ord, guess))
 
@@ -37,15 +38,15 @@ class Drafts:
     """The drafts for all texts of an engine, and how often they were right."""
 
     def __init__(self):
-        self.ended, self.counts = "", {}  # counts: {length of a match: (ids right, wrong) of late}
+        self.ended, self.counts = "", {}  # counts: {length of a match: (right, wrong), decaying}
 
     def keep(self, ids):
         """Keep a text that has ended for those to come."""
         self.ended = (self.ended + to_chars(ids))[-KEPT:]
 
     def make(self, texts, most):
-        """Set the `draft` of each Text, to lists of the same length, at most `most`: that at which
-        a pass over all of them writes the most ids in its time."""
+        """Set the `draft` of each Text. All drafts have the same length, at most `most`, for which
+        a pass is expected to write the most ids per unit of time."""
         for text in texts:
             text.lookup.search(max(0, min(LENGTHS[-1], text.left - 1)))
         lookups = [text.lookup for text in texts]
@@ -58,7 +59,7 @@ class Drafts:
 
         n = max((n for n in LENGTHS if n <= most), key=speed)
         for text in texts:
-            text.draft = (text.lookup.guess + [0] * n)[:n]  # any id may be a draft
+            text.draft = (text.lookup.guess + [0] * n)[:n]  # padded: any id may be tried
 
     def rate(self, lookup):
         """The share of ids that came as guessed, after matches of the same length."""
@@ -66,7 +67,7 @@ class Drafts:
         return min(0.98, right / (right + wrong))
 
     def learn(self, lookup, new):
-        """Compare a guess with the new ids, of which there is one even without a draft."""
+        """Update the counts by comparing a guess with the new ids, even if it was not drafted."""
         right, wrong = self.counts.get(lookup.match, (0.6, 1.4))
         n = common_length(lookup.guess, new)
         missed = n < min(len(lookup.guess), len(new))

@@ -272,7 +272,7 @@ def substitute(example, pool, share, rng, made_up=0.5):
     for m in example["messages"]:
         texts[m["role"]] += m["content"] + "\n"
     passed = json.dumps([arguments_of(m) for m in example["messages"]], ensure_ascii=False)
-    swap, kept = {}, {}  # a wish that is kept is matched as well, lest one inside it be exchanged
+    swap, kept = {}, {}  # kept values are matched too, so that a shorter value inside stays
     for m in example["messages"]:
         source = texts["user" if m.get("tool_calls") else "assistant"]
         for key, v in values_of(m):

@@ -13,14 +13,15 @@ from data import facts, hotel
 from data.scores import arguments_of, slot_counts
 from data.tools import call_tool
 
-MAX_SEARCHES, MAX_CALLS = 2, 3  # of a conversation, and before a reply
-LONG = 80  # characters of a reply; 95 of 100 that people wrote are shorter
+MAX_SEARCHES = 2  # requests by the guest that need a search, in one conversation
+MAX_CALLS = 3  # calls that the bot may make before it must reply
+LONG = 80  # characters of a long reply; 95 % of the replies in the data are shorter
 
 
 class Env:
-    """The guest has the wishes of a dialogue in the data, with values exchanged for those of a
-    hotel of the database, and tells one after the other. When the bot has found hotels, the guest
-    asks about them. The search is the one of `--tools hotel`."""
+    """A guest with the wishes of a dialogue in the data, whose values are replaced by those of a
+    hotel in the database. The guest states one wish after another, and asks about the hotels that
+    the bot has found. The search is that of `--tools hotel`."""
 
     def __init__(self, examples):
         self.tools, self.hotels = hotel.get_tools(), hotel.read_hotels()
@@ -42,16 +43,16 @@ class Env:
         return self.say(*self.plan.pop(0), questions=self.rng.randint(1, 2))
 
     def say(self, text, wanted, questions):
-        """The guest's message, as a list. `wanted` are the arguments or the answer that it asks
-        for; so many `questions` will follow it."""
+        """The guest's message, as a list. `wanted` are the arguments of the search, or the answer,
+        that it asks for; `questions` is the number of questions that will follow."""
         self.messages.append({"role": "user", "content": text})
         self.turns.append((wanted, len(self.messages)))
         self.questions, self.calls = questions, 0
         return self.messages[-1:]
 
     def step(self, message):
-        """(the results of the calls in the bot's message or else what the guest says next, whether
-        the conversation is over)."""
+        """(new messages, whether the conversation is over): the results of the calls in the bot's
+        message, or what the guest says next."""
         self.messages.append(message)
         if calls := message.get("tool_calls"):
             results = [{"role": "tool", "content": call_tool(self.tools, call)} for call in calls]
@@ -81,10 +82,10 @@ def wishes(example):
 
 
 def turn_score(wanted, before, said):
-    """From 0 to 1: the mean of the F1 of the slots in all calls, and of the share of facts in the
-    reply that are right, of those stated or those wanted, whichever are more. A name said again is
-    a wrong one, and so is any name if nothing was found; a reply of twice LONG characters earns 0.
-    """
+    """A score from 0 to 1: the mean of the F1 of the slots in all calls and of the share of correct
+    facts in the reply, among those stated or those wanted, whichever number is larger. A repeated
+    name counts as wrong, and so does any name if nothing was found. The share of a reply of twice
+    LONG characters is 0."""
     calls = [arguments_of(m) for m in said if m.get("tool_calls")]
     right, ours, theirs = slot_counts(
         [arguments for call in calls if call for arguments in call],

@@ -152,8 +152,9 @@ def keep_freed_memory():
 
 @contextlib.contextmanager
 def fast_products():
-    """Within the block, or in a function that this decorates, oneDNN multiplies float32 matrices if
-    that is faster on this CPU. Not during generation: it is slow for the products of one token."""
+    """Within this context, or a function that it decorates, oneDNN multiplies float32 matrices if
+    it is faster on this CPU. Generation does not use it: it is slow for the products of one token.
+    """
     before = torch.get_float32_matmul_precision()
     if before == "highest" and onednn_is_faster():  # it is "high" in a run on a GPU
         torch.set_float32_matmul_precision("medium")
@@ -168,8 +169,8 @@ def onednn_is_faster():
     """Whether oneDNN's float32 products are much faster than MKL's on this CPU, and as exact. MKL
     uses AVX-512 on Intel's CPUs only: on an AMD EPYC 9005 oneDNN is 2.2 times as fast.
 
-    torch calls oneDNN if products may be rounded to bf16 ("medium"). A CPU with AMX does round
-    them, and then this is False; others do not.
+    torch calls oneDNN if products may be rounded to bf16 ("medium"). CPUs with AMX round them, and
+    this is False there; other CPUs do not.
     """
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     threads, errors, times = torch.get_num_threads(), [], []

@@ -33,8 +33,8 @@ def transposed(weight, bias):
 
 
 def packed(weight, bias):
-    """The weight in the layout that oneDNN prefers on this CPU for several rows. That for one row
-    took 1.4 times as long, even for one row (fp32, AMD EPYC 9005)."""
+    """The weight in the layout that oneDNN prefers on this CPU for several rows. The layout for one
+    row took 1.4 times as long, even with one row (fp32, AMD EPYC 9005)."""
     if not torch.backends.mkldnn.enabled:
         raise RuntimeError("oneDNN is switched off")
     weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
@@ -42,8 +42,8 @@ def packed(weight, bias):
 
 
 def int8(weight, bias):
-    """Weights and x in 8 bits: a scale for each output, and one for each row of x as it comes. x is
-    in float32."""
+    """Weights and x in 8 bits, with a scale for each output and for each row of x. The scales of x
+    are computed at each call; x is float32."""
     n_in = weight.shape[1]
     scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127  # the largest weight becomes 127
     with warnings.catch_warnings():
@@ -113,9 +113,9 @@ def timing_lines():
 
 
 def fastest(layers, rows, layouts):
-    """A function that computes the outputs of the nn.Linears `layers`, side by side. Its layout has
-    the smallest product of the times for one row and for `rows`: a server with many slots often
-    writes a single text."""
+    """A function that computes the concatenated outputs of the nn.Linears `layers`. The chosen
+    layout minimises the product of the times for one row and for `rows`, because a server with many
+    slots often writes a single text."""
     weight = torch.cat([layer.weight.detach() for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
     seconds = []

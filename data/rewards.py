@@ -7,14 +7,13 @@ The function of a file of yours gets both answers as text, a call as `search {"p
     def reward(messages, answer, wanted):
         return float("酒店" in answer)
 """
-import contextlib
 import copy
 import math
 import re
 import runpy
 
 from data.chat import message_text
-from data.cli import UserError
+from data.cli import UserError, user_code
 from data.scores import arguments_of, slot_counts
 from data.sources import SOURCES
 
@@ -53,18 +52,9 @@ REWARDS = (slots, label, exact, length, *(f for s in SOURCES.values() for f in s
 REWARDS = {f.__name__: f for f in REWARDS}
 
 
-@contextlib.contextmanager
-def own_code(what):
-    """UserError in place of whatever code of the user's own raises."""
-    try:
-        yield
-    except (Exception, SystemExit) as e:
-        raise UserError(f"{what} ({type(e).__name__}: {e})") from e
-
-
-def load_own(flag, path, name, signature):
-    """What a Python file that a flag names calls `name`."""
-    with own_code(f"{flag} {path} cannot be loaded"):
+def load_callable(flag, path, name, signature):
+    """The function or class `name` of the Python file that a flag gives."""
+    with user_code(f"{flag} {path} cannot be loaded"):
         found = runpy.run_path(path).get(name)
     if not callable(found):
         raise UserError(f"{flag} {path} defines no {signature}")
@@ -74,7 +64,7 @@ def load_own(flag, path, name, signature):
 def load_env(source):
     """The class of environments that --env names: that of a set of rows, or Env of a file."""
     known = SOURCES[source].env if source in SOURCES else None
-    return known or load_own("--env", source, "Env", "class Env, as data/hotel_env.py does")
+    return known or load_callable("--env", source, "Env", "class Env, as data/hotel_env.py does")
 
 
 def load_reward(source):
@@ -85,7 +75,8 @@ def load_reward(source):
         return lambda *turn: next((r for f in rewards if (r := f(*turn)) is not None), None)
     if source in REWARDS:
         return REWARDS[source]
-    reward = load_own("--reward", source, "reward", "function reward(messages, answer, wanted)")
+    wanted = "function reward(messages, answer, wanted)"
+    reward = load_callable("--reward", source, "reward", wanted)
     return lambda messages, *turns: reward(copy.deepcopy(messages), *map(message_text, turns))
 
 

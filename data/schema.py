@@ -215,7 +215,7 @@ class Constraint(NamedTuple):
         return self._replace(stacks=stacks) if symbols and stacks else None
 
 
-def constraint(tokenizer, parts):
+def make_constraint(tokenizer, parts):
     """The Constraint of a text with these parts; None without a grammar."""
     if parts is None:
         return None

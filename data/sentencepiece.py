@@ -121,7 +121,7 @@ class SentencePiece:
         return ids
 
     def word_ids(self, word):
-        """The ids of a word: of its pieces, or of their bytes."""
+        """The ids of a word's pieces. A piece without an id is written as its bytes."""
         ids = []
         for piece in self.merge(word):
             i = self._mergeable_ranks.get(piece)
@@ -129,8 +129,8 @@ class SentencePiece:
         return ids
 
     def merge(self, word):
-        """The pieces of a word: of the pairs side by side the one of the lowest rank is joined, the
-        leftmost of equals, until no pair has a rank."""
+        """The pieces of a word: merge the adjacent pair with the lowest rank, the leftmost one if
+        several have it, until no pair has a rank."""
         parts, heap, ranks, between = list(word), [], self.ranks, self.between
         after, before = list(range(1, len(word) + 1)), list(range(-1, len(word) - 1))
 

@@ -18,7 +18,8 @@ def row_labels(texts):
 
 
 def number_lines(texts, table, ends=(8, 4)):
-    """The lines of a table (N, C) beside its rows' texts; of a long one both `ends`."""
+    """Format a table (N, C) as lines, with a text before each row. Of many rows or columns only the
+    first and last are shown; `ends` is how many (rows, columns) at each end."""
     keep = [[*range(n)] if n <= 2 * e else [*range(e), None, *range(n - e, n)]
             for n, e in zip(table.shape, ends)]  # fmt: skip
     labels, (rows, columns) = row_labels(texts), keep

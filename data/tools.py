@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 
 from data.chat import parse_call
-from data.cli import UserError
+from data.cli import UserError, user_code
 
 NAMED = {"hotel": Path(__file__).with_name("hotel.py")}
 JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array",
@@ -35,12 +35,10 @@ def load_tools(source):
         f = inspect.unwrap(f) if callable(f) else f  # look into a decorator's wrapper
         return inspect.isfunction(f) and f.__code__.co_filename == path
 
-    try:
+    with user_code(f"{where} cannot be loaded"):
         names = runpy.run_path(path)
         tools = {n: f for n, f in names.items() if n[0] != "_" and is_defined_here(f)}
         tools = tools["get_tools"]() if "get_tools" in tools else tools
-    except (Exception, SystemExit) as e:  # the user's code can fail in any way
-        raise UserError(f"{where} cannot be loaded ({type(e).__name__}: {e})") from e
     if not tools or not isinstance(tools, dict):
         raise UserError(f"{where} has no function, or get_tools() returns no {{name: function}}")
     for name, function in tools.items():

@@ -26,7 +26,6 @@ import sample
 from data.machine import DTYPES, make_runtime, synchronize
 
 STEPS = 5  # of training in a turn
-NO_FAST = ["--no_fast"]
 
 
 def make_config(what, toy):
@@ -110,7 +109,8 @@ def make_writer(name, config, flags=(), folder=None):
 def jobs_of(what, rows, nanogpt, folder):
     """{name: (make, settings beside its name and shape)} of a part."""
     if what == "write":
-        ways = {"eager": {"flags": NO_FAST}, "sample.py": {}, "transformers": {"folder": folder}}
+        ways = {"eager": {"flags": ["--no_fast"]}, "sample.py": {}}
+        ways["transformers"] = {"folder": folder}
         return {name: (make_writer, way) for name, way in ways.items()}
     if what == "lora":
         return {"rank 8 over nf4": (make_steps, {"rows": 1, "adapt": True})}

@@ -55,16 +55,22 @@ def low(model, dtype=torch.bfloat16):
     return lm.model_from_checkpoint(content, dtype=dtype)
 
 
-def make_ours(config, prompts, new, kind="fp32", plain=False, **settings):
-    """A job: generate as sample.py does."""
+def make_ours(config, prompts, new, kind="fp32", plain=False, draft=False, forced=None):
+    """A job: generate greedily as sample.py does, or write the ids `forced` at the same cost."""
     torch.manual_seed(0)
     model = lm.Transformer(config).eval()
     model = low(model) if kind == "bf16" else model
     if not plain:
-        make_fast(model, len(prompts), kind == "int8")
+        make_fast(model, max(8, len(prompts)), kind == "int8")
+    draw, whole = sample.next_token, prompts[0] + (forced or [])
+
+    def next_token(logits, previous, *rest):
+        draw(logits, previous, *rest)
+        return [whole[min(len(ids), len(whole) - 1)] for ids in previous]
 
     def work():
-        for _ in sample.generate(model, prompts, new, draft=False, **settings):
+        sample.next_token = next_token if forced else draw
+        for _ in sample.generate(model, prompts, new, draft=draft, temperature=0):
             pass
 
     return work
@@ -93,7 +99,7 @@ def gpt2(args):
         lm.export_hf({"config": vars(config), "model": model.state_dict()}, folder)
         for prompts in (rows[:1], rows):
             n, jobs = len(prompts), {}
-            ours = dict(config=config, prompts=prompts, new=NEW, temperature=0)
+            ours = dict(config=config, prompts=prompts, new=NEW)
             for kind in ("fp32", "bf16"):
                 theirs = dict(folder=folder, prompts=prompts, dtype=kind)
                 jobs[f"transformers {kind}"] = make_transformers, theirs
@@ -104,26 +110,6 @@ def gpt2(args):
             print(table(take_turns(jobs, args.rounds), NEW * n, "tokens/s", "transformers fp32"))
             rate = n * read_rate() / (4 * weights)
             print(f"\nfloor by bytes: {rate:.0f} fp32, {2 * rate:.0f} bf16, {4 * rate:.0f} int8")
-
-
-def make_writer(kind, prompt, text, draft):
-    """A job: the 124M shape writes `text`, whatever it would draw itself."""
-    torch.manual_seed(0)
-    model = lm.Transformer(lm.preset("gpt2")).eval()
-    model = low(model) if kind == "bf16" else model
-    make_fast(model, 8, kind == "int8")
-    draw, whole = sample.next_token, prompt + text
-
-    def next_token(logits, previous, *rest):
-        draw(logits, previous, *rest)  # for its time
-        return [whole[min(len(ids), len(whole) - 1)] for ids in previous]
-
-    def work():
-        sample.next_token = next_token
-        for _ in sample.generate(model, [prompt], len(text), draft=draft, temperature=0):
-            pass
-
-    return work
 
 
 def drafts(args):
@@ -137,8 +123,8 @@ def drafts(args):
     tokenizer = Tokenizer({"kind": "tiktoken", "name": "gpt2"})
     for name, pair in texts.items():
         prompt, text = (tokenizer.encode(part)[:450] for part in pair)
-        how = dict(kind=args.dtype, prompt=prompt, text=text)
-        jobs = {f"{args.dtype} {n}": (make_writer, how | dict(draft=n == "drafts"))
+        how = dict(config=lm.preset("gpt2"), prompts=[prompt], new=len(text), forced=text)
+        jobs = {f"{args.dtype} {n}": (make_ours, how | dict(kind=args.dtype, draft=n == "drafts"))
                 for n in ("one token a step", "drafts")}  # fmt: skip
         print(f"\n{name}, {len(text)} tokens:\n")
         seconds = take_turns(jobs, args.rounds)
@@ -300,10 +286,9 @@ def loops(args):
     for penalty, seed in itertools.product((0, 4), (0, 1)):
         seeds = [1000 * seed + r for r in range(64)]
         texts = [row[:32] for row in rows]
-        options = dict(temperature=0.8, top_p=0.95, loop_penalty=penalty, seeds=seeds)
-        for new in sample.generate(
-            model, texts, 200, stop=lambda r, i: i == tokenizer.eos_id, **options
-        ):
+        options = sample.DEFAULTS | dict(loop_penalty=penalty, seeds=seeds)
+        options["stop"] = lambda r, i: i == tokenizer.eos_id
+        for new in sample.generate(model, texts, 200, **options):
             for text, i in zip(texts, new):
                 text += [i] if i not in (None, tokenizer.eos_id) else []
         report(f"loop_penalty {penalty}, seed {seed}", texts)

@@ -32,10 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.chat import CHAT_TOKENS, get_template, tool_call
+from data.machine import Runtime
 from data.text import Documents, file_streams
 from data.tokenizer import Tokenizer
 from prepare_data import read_tokens
 
+CPU = Runtime(torch.device("cpu"), peak=1e11)
 BYTE = Tokenizer({"kind": "byte"})
 CHAT = BYTE.with_special(CHAT_TOKENS)
 SYSTEM, USER, ASSISTANT, CALL, TOOL, END = range(257, 263)  # CHAT_TOKENS, behind end-of-text
@@ -55,6 +57,10 @@ ALL_TEXT = "".join(TEXTS.values())
 needs_vocabularies = pytest.mark.skipif(
     not TIKTOKEN.is_dir(), reason=f"no tiktoken vocabularies in {TIKTOKEN}"
 )
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def pytest_collection_finish(session):

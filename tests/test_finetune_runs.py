@@ -16,7 +16,7 @@ import pytest
 import test_train
 import torch
 import torch.nn.functional as F
-from conftest import BYTE, CHAT, ROOT
+from conftest import BYTE, CHAT, CPU, ROOT
 from test_runner import torchrun
 from test_train import killed_in_step, losses, metrics
 
@@ -27,12 +27,10 @@ import sample
 import train
 from data.batches import BucketLoader, Row, pad
 from data.chat import CHAT_TOKENS
-from data.machine import Runtime
 from data.rows import load_data
 from data.sources import SOURCES, Source
 from data.tokenizer import Tokenizer, labels_of
 
-CPU = Runtime(torch.device("cpu"), peak=1e11)
 FITS = argparse.Namespace(context=48, loss_on="assistant")
 KNOWN, NEW = 257, slice(257, 263)  # ids of a byte model, those of CHAT_TOKENS
 WORDS = ["to", "be", "or", "not", "the", "question", "学习", "good"]

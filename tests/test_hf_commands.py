@@ -129,11 +129,6 @@ def prepare(run, tokenizer):
     run("prepare_data.py", "text.txt", "--tokenizer", tokenizer, "--name", "text")
 
 
-def write_rows():
-    rows = [{"instruction": f"Say {i}", "output": f"{i}!"} for i in range(30)]
-    Path("rows.json").write_text(json.dumps(rows), encoding="utf-8")
-
-
 def test_pretraining_goes_on_from_a_model_of_the_hub_and_goes_back(run):
     prepare(run, "ann/qwen")
     # enough to unlearn the ids that no token has, which only transformers would write
@@ -147,7 +142,8 @@ def test_pretraining_goes_on_from_a_model_of_the_hub_and_goes_back(run):
 
 
 def test_finetuning_a_qwen_uses_its_own_template_and_its_adapter_travels(run, tmp_path):
-    write_rows()
+    rows = [{"instruction": f"Say {i}", "output": f"{i}!"} for i in range(30)]
+    Path("rows.json").write_text(json.dumps(rows), encoding="utf-8")
     flags = ["--max_steps", "3", "--eval_every", "3", "--eval_rows", "2", "--batch_tokens", "256"]
     output = run("finetune.py", "--ckpt", "ann/qwen", "--data", "rows.json", "--show_mask", "1")
     assert "<|im_start|>" in output and "<|assistant|>" not in output

@@ -4,11 +4,10 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("mnist", "model", "sample", "train", "finetune", "lora", "prepare_data")
 PACKAGES = {"torch", "tiktoken", "numpy", "requests"}
 # A module imports from those in its line, and from what these may import from.

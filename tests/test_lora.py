@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CPU, close
 from torch import nn
 
 import finetune
@@ -15,14 +16,12 @@ import model as lm
 import sample
 from data.chat import CHAT_TOKENS
 from data.cli import UserError
-from data.machine import Runtime
 
 IDS = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(5))
 every_kind = pytest.mark.parametrize("kind", ("int8", "nf4"))
 every_base = pytest.mark.parametrize("kind", (None, "int8", "nf4"))
 LAYERS = [f"attention.{name}" for name in ("q", "k", "v", "out")]
 LAYERS += ["feed_forward.up", "feed_forward.down"]
-CPU = Runtime(torch.device("cpu"))
 
 
 def tiny(seed=0, **changes):
@@ -37,10 +36,6 @@ def tiny(seed=0, **changes):
 
 def names(layers=LAYERS):
     return sorted(f"blocks.{i}.{name}" for i in range(2) for name in layers)
-
-
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @torch.no_grad()

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CPU, close
 
 import lora
 import model as lm
 import prepare_data
 import train
 from data.cli import UserError
-from data.machine import Runtime
 from data.matmul import make_fast
 from data.tokenizer import Tokenizer
 
 IDS = torch.randint(64, (3, 12), generator=torch.Generator().manual_seed(5))
-CPU = Runtime(torch.device("cpu"))
 
 
 def mixture(**changes):
@@ -31,10 +30,6 @@ def mixture(**changes):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     return model
-
-
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def by_tokens(moe, x):

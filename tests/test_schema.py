@@ -11,7 +11,7 @@ from test_finetune_runs import small_model
 import sample
 from data.chat import get_template
 from data.reply import parse
-from data.schema import call_grammar, constraint, json_grammar
+from data.schema import call_grammar, json_grammar, make_constraint
 
 OBJECT = {
     "type": "object",
@@ -37,7 +37,7 @@ CASES = [  # a schema, what fits it, what does not
 
 
 def fits(schema, text):
-    state = constraint(BYTE, json_grammar(schema, [BYTE.eos_id]))
+    state = make_constraint(BYTE, json_grammar(schema, [BYTE.eos_id]))
     for i in [*text.encode(), BYTE.eos_id]:
         state = state and state.after(i)
     return bool(state)
@@ -52,14 +52,14 @@ def test_texts_that_fit_a_schema_and_those_that_do_not(schema, good, bad):
 def test_whatever_is_drawn_is_json(schema):
     for seed in range(20):
         rng, ids = random.Random(seed), []
-        state = constraint(BYTE, json_grammar(schema, [BYTE.eos_id]))
+        state = make_constraint(BYTE, json_grammar(schema, [BYTE.eos_id]))
         while BYTE.eos_id not in ids:
             weights = [20 * (i in b'"]}') + (i < 128) for i in range(256)] + [20]
             while not (after := state.after(i := rng.choices(range(257), weights)[0])):
                 pass
             ids, state = [*ids, i], after
         json.loads(text := bytes(ids[:-1]).decode())
-        assert fits(schema, text) and len(set(ids)) >= 1
+        assert fits(schema, text)
 
 
 @pytest.mark.parametrize("schema, problem", [
@@ -79,7 +79,7 @@ def test_ids_that_fit_keep_their_ratios(monkeypatch, temperature):
     torch.manual_seed(0)
     logits, shares, scripts = torch.full((260,), -torch.inf), torch.zeros(260), [[]]
     logits[list(b"t{n#!abc")] = 2 * torch.randn(8)
-    state = constraint(BYTE, json_grammar({}, [256]))
+    state = make_constraint(BYTE, json_grammar({}, [256]))
     fit = torch.tensor([bool(state.after(i)) for i in range(260)])
 
     def draw(logits, *_):
@@ -118,7 +118,7 @@ def test_a_call_can_only_be_one_of_a_tool(forced):
     allowed = sample.allowed_ids(model, CHAT, chat=True)
     for seed in range(8):
         ids = [] if forced is None else template.call_start(forced)
-        state = constraint(CHAT, call_grammar(template, TOOLS, forced))
+        state = make_constraint(CHAT, call_grammar(template, TOOLS, forced))
         for i in ids:
             state = state.after(i)
         options = dict(seed=seed, allowed=allowed, constraint=state, logit_bias=bias)

@@ -13,27 +13,22 @@ from data.tensors import Safetensors, write_safetensors
 
 safetensors = pytest.importorskip("safetensors.torch")
 same_tensors = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
-
-
-def some_tensors():
-    torch.manual_seed(0)
-    return {
-        "a.weight": torch.randn(5, 7),
-        "b": torch.randn(3, 2, 4).to(torch.bfloat16),
-        "é half": torch.randn(9).half(),
-        "scalar": torch.tensor(3.5, dtype=torch.float64),
-        "none": torch.empty(0, 4),
-    }
+TENSORS = {
+    "a.weight": torch.randn(5, 7),
+    "b": torch.randn(3, 2, 4).to(torch.bfloat16),
+    "é half": torch.randn(9).half(),
+    "scalar": torch.tensor(3.5, dtype=torch.float64),
+    "none": torch.empty(0, 4),
+}
 
 
 def test_the_safetensors_library_reads_ours_and_we_read_its(tmp_path):
-    tensors = some_tensors()
-    write_safetensors(tmp_path / "ours", tensors)
-    same_tensors(safetensors.load_file(tmp_path / "ours"), tensors)
-    safetensors.save_file(tensors, tmp_path / "its", {"format": "pt"})
+    write_safetensors(tmp_path / "ours", TENSORS)
+    same_tensors(safetensors.load_file(tmp_path / "ours"), TENSORS)
+    safetensors.save_file(TENSORS, tmp_path / "its", {"format": "pt"})
     for name in ("ours", "its"):
         file = Safetensors(tmp_path / name)
-        same_tensors({n: file[n] for n in file.entries}, tensors)
+        same_tensors({n: file[n] for n in file.entries}, TENSORS)
 
 
 def mutate(content, rng):
@@ -55,8 +50,8 @@ def mutate(content, rng):
 
 
 def test_damaged_files_raise_or_load_as_the_library_reads_them(tmp_path):
-    tensors, path, rng = some_tensors(), tmp_path / "x", random.Random(0)
-    write_safetensors(path, tensors)
+    path, rng = tmp_path / "x", random.Random(0)
+    write_safetensors(path, TENSORS)
     good, refused = path.read_bytes(), 0
     for _ in range(400):
         damaged = mutate(good, rng)

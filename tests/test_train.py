@@ -18,15 +18,14 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from conftest import CPU
 
 import model as lm
 import prepare_data
 import train
 from data.cli import UserError, run_cli
-from data.machine import Runtime
 from data.runs import eval_line, lock_folder, new_run
 
-CPU = Runtime(torch.device("cpu"), peak=1e11)
 SHAPE = ["--n_layer", "2", "--n_head", "2", "--d_model", "32", "--context", "16", "--bigram", "64",
          "--trigram", "64"]
 SMALL = ["--data", "words", *SHAPE, "--batch_size", "4"]
