@@ -70,10 +70,9 @@ def check_fields(body, chat, size):
     limit, bias = number(0 if body.get("echo") else 1, 2**31, (int,)), number(-100, 100)[1]
     ids = f"ids from 0 to {size - 1}"
 
-    def are_tools(tools):
-        functions = [t.get("function") for t in tools if isinstance(t, dict)]
-        named = [f for f in functions if isinstance(f, dict) and isinstance(f.get("name"), str)]
-        return isinstance(tools, list) and len(named) == len(tools)
+    def is_tool(value):
+        function = value.get("function") if isinstance(value, dict) else None
+        return isinstance(function, dict) and isinstance(function.get("name"), str)
 
     rules = {  # field: (what its value must be, whether a value is that)
         **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls", *TURNS), flag),
@@ -82,7 +81,8 @@ def check_fields(body, chat, size):
         **dict.fromkeys(("frequency_penalty", "presence_penalty"), number(-2, 2)),
         **dict.fromkeys(("top_p", "min_p"), number(0, 1)),
         **dict.fromkeys(("top_k", "min_tokens"), number(0, 2**31, (int,))),
-        "tools": ('a list of {"type": "function", "function": {"name": ...}}', are_tools),
+        "tools": ('a list of {"type": "function", "function": {"name": ...}}', lambda value: (
+            isinstance(value, list) and all(map(is_tool, value)))),
         "tool_choice": ('"auto" or "none"', lambda value: value in ("auto", "none")),
         "temperature": number(0, 2),
         "repetition_penalty": number(0.01, 100),

@@ -290,7 +290,7 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
     call = {"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}
     for name, value in (
         *[("messages", m) for m in ([], "x", [5], [{"role": "x"}], [turn("user", 5)], [call])],
-        *[("tools", t) for t in ("x", [5], [{"function": {}}])],
+        *[("tools", t) for t in (5, "x", [5], [{"function": {}}])],
         *[("tool_choice", c) for c in ("x", 5, "required", tool("f"))],
     ):
         assert fetch(chat.port, post(ASK, GOOD | {"tools": [tool("f")], name: value}))[0] == 400
