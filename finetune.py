@@ -420,7 +420,8 @@ class DPO(SFT):
         """Compute the log probabilities of all answers under the reference, once."""
         if self.args.eval_only and not lora.adapted(model):
             why = f"pairs are measured against the model before DPO, which {self.args.ckpt} lacks"
-            raise UserError(f"{why}: see its metrics.jsonl, or train with --lora_rank")
+            advice = "see its metrics.jsonl, train with --lora_rank, or name --objective reward"
+            raise UserError(f"{why}: {advice}")
         reference = saved and saved["reference"]
         if not reference:
             with lm.evaluating(model), self.runtime.autocast(), lora.disable_adapter(model):
@@ -474,10 +475,11 @@ class Distill(SFT):
     """Chats that are learned from a teacher's probabilities as well (Hinton et al. 2015)."""
 
     flags = {
+        "teacher": (str, "the checkpoint that is learned from"),
         "distill_lambda": (share, "share of the cross-entropy"),
         "distill_temperature": (positive, "softens teacher and model"),
     }
-    recipe = dict(distill_lambda=0.5, distill_temperature=2.0)
+    recipe = dict(teacher=None, distill_lambda=0.5, distill_temperature=2.0)
 
     def start(self, model, splits, saved):
         name, device = self.args.teacher, str(self.runtime.device)
@@ -599,15 +601,21 @@ class GRPO(SFT):
     kinds, noun, figure = ("chat", "prefer", "label"), "examples", "val_reward"
     curves, unit = (("drawn", "reward"), ("greedy, validation", "val_reward")), "reward"
     flags = {
+        "reward": (str, f"what is learned from: {', '.join(REWARDS)}, a .py file with a function "
+                   "reward(messages, answer, wanted), or a run of --objective reward; "
+                   "slots,faithful is both"),
+        "env": (str, "what is talked to instead: hotel, or a .py file with a class Env, whose "
+                "reset(seed) and step(message) speak and whose reward(messages) rates"),
         "samples": (between(2, 4096, int), "answers sampled for each prompt"),
         "updates": (at_least(1), "optimizer steps with the same answers"),
         "clip": (positive, "ratios of probabilities are clipped to 1 +- this"),
         "kl": (at_least(0, float), "weight of the divergence from the model at the start"),
-    }
+    }  # fmt: skip
     recipe = dict(
-        samples=8, updates=1, clip=0.2, kl=0.0, best_by="val_reward", lr=1e-4, embed_lr=1e-4,
-        head_lr=1e-4, muon_lr=1e-3, epochs=1.0, batch_tokens=8192, grad_accum=4, eval_every=20,
-        log_every=5, compile=False,  # blocks are not compiled for what follows a cached prompt
+        reward=None, env=None, samples=8, updates=1, clip=0.2, kl=0.0, best_by="val_reward",
+        lr=1e-4, embed_lr=1e-4, head_lr=1e-4, muon_lr=1e-3, epochs=1.0, batch_tokens=8192,
+        grad_accum=4, eval_every=20, log_every=5,
+        compile=False,  # blocks are not compiled for what follows a cached prompt
     )  # fmt: skip
 
     def __init__(self, *args):
@@ -776,9 +784,7 @@ OBJECTIVES = {
     "sft": SFT, "classify": Classify, "dpo": DPO, "distill": Distill, "reward": RewardModel,
     "grpo": GRPO,
 }  # fmt: skip
-OWN_FLAGS = {
-    name: (c.recipe[name], *flag) for c in OBJECTIVES.values() for name, flag in c.flags.items()
-}
+OWN_FLAGS = [name for c in OBJECTIVES.values() for name in c.flags]
 
 
 # --------------------------------------------------------------------------------------------
@@ -806,9 +812,6 @@ def resolve(args):
     if content is not None and content["data"] != hashes:
         raise UserError(f"{data} is not the data that the run began with")
     names = [settings["objective"]] if "objective" in settings else OBJECTIVES
-    if args.eval_only and "objective" not in given and kind == "prefer":
-        known = lm.load_checkpoint(settings["ckpt"]).get("tokenizer")
-        names = ["reward"] if known and REWARD_TOKEN in Tokenizer(known).special else names
     name = next((name for name in names if kind in OBJECTIVES[name].kinds), None)
     if name is None:
         raise UserError(f"--objective {names[0]} does not suit {data}, rows of {kind}")
@@ -831,32 +834,28 @@ def check_settings(args, objective, splits, given):
     """UserError for settings that do not go together; `given` are those of the command line."""
     a, name, figure = args, f"--objective {args.objective}", objective.figure
     calls = any(m.get("tool_calls") for e in splits["val"] for m in e.get("messages", ()))
+    answers = a.eval_rows and (calls or figure != "slot_f1")
+    figures = ["val_loss", "last", *([figure] if answers or "chat" not in objective.kinds else [])]
     augmented = [name for name, source in SOURCES.items() if source.augment]
-    problems = [
-        ((a.objective == "distill") != bool(a.teacher),
-         "--teacher CKPT and --objective distill belong together"),
-        ((a.objective == "grpo") != bool(a.reward or a.env) or (a.reward and a.env),
-         f"--objective grpo needs --env, or --reward {', '.join(REWARDS)}, a file, or a --ckpt; "
-         "they are for nothing else"),
-        (LORA_FLAGS & set(given) and not a.lora_rank,
-         "--lora_rank 0 trains all weights, without adapters: leave out the flags of LoRA"),
-        (a.quantize and not a.lora_rank,
-         "--quantize freezes the base: add --lora_rank 8, so that something learns"),
-        (a.best_by not in ("val_loss", "last", figure),
-         f"--best_by {a.best_by} is not measured with {name}: val_loss and {figure} are"),
-        (a.best_by == figure and "chat" in objective.kinds and not a.eval_rows,
-         f"--best_by {a.best_by} needs --eval_rows"),
-        (a.best_by == "slot_f1" and not calls,
-         "--best_by slot_f1 is not measured on chats without calls"),
-        (a.augment and a.data not in augmented, f"--augment is for --data {', '.join(augmented)}"),
-        (a.shard and a.objective == "grpo", f"--shard does not go together with {name}"),
-        (a.token_dropout and a.objective in ("dpo", "grpo"),
-         f"--token_dropout does not go together with {name}"),
-        (a.split not in splits, f"{a.data} has no split {a.split!r}; it has {', '.join(splits)}"),
-    ]  # fmt: skip
-    problems += [(flag in given and flag not in objective.flags, f"--{flag} is not for {name}")
-                 for flag in OWN_FLAGS]  # fmt: skip
-    for wrong, message in problems:
+    foreign = [f"--{flag}" for flag in OWN_FLAGS if flag in given and flag not in objective.flags]
+    problems = {
+        f"{' '.join(foreign)} is not for {name}": foreign,
+        f"{name} needs --teacher CKPT": a.objective == "distill" and not a.teacher,
+        f"{name} needs --env, or --reward {', '.join(REWARDS)}, a file, or a --ckpt":
+            a.objective == "grpo" and bool(a.reward) == bool(a.env),
+        "--lora_rank 0 trains all weights, without adapters: leave out the flags of LoRA":
+            LORA_FLAGS & set(given) and not a.lora_rank,
+        "--quantize freezes the base: add --lora_rank 8, so that something learns":
+            a.quantize and not a.lora_rank,
+        f"--best_by {a.best_by} is not measured here: choose from {', '.join(figures)}":
+            a.best_by not in figures,
+        f"--augment is for --data {', '.join(augmented)}": a.augment and a.data not in augmented,
+        f"--shard does not go together with {name}": a.shard and a.objective == "grpo",
+        f"--token_dropout does not go together with {name}":
+            a.token_dropout and a.objective in ("dpo", "grpo"),
+        f"{a.data} has no split {a.split!r}; it has {', '.join(splits)}": a.split not in splits,
+    }  # fmt: skip
+    for message, wrong in problems.items():
         if wrong:
             raise UserError(message)
 
@@ -872,13 +871,9 @@ def find_labels(splits):
 def build_model(args, base, content, special_tokens, runtime):
     """(model, tokenizer, an adapter's settings or None): the model of the checkpoint `base` with
     the tokens of special_tokens(tokenizer), as the resumed run with this `content` left it."""
-    if "adapter" in base:
-        raise UserError(f"{args.ckpt} is an adapter: merge it first (python lora.py merge)")
-    if "tokenizer" not in base:
-        raise UserError(f"{args.ckpt} carries no tokenizer")
+    bare = lm.checkpoint_tokenizer(base, args.ckpt)
     if args.dropout is not None:
         base = base | {"config": {**base["config"], "dropout": args.dropout}}
-    bare = Tokenizer(base["tokenizer"])
     tokenizer = bare.with_special(special_tokens(bare))
     adapter = None
     if content and args.lora_rank:
@@ -930,10 +925,7 @@ def make_task(args, objective, splits, loader, extra):
     def score(row):  # the evaluation with the smallest one is the best
         if args.best_by == "last":
             return -row["step"]
-        if args.best_by not in row:
-            figures = ", ".join(row)
-            raise UserError(f"--best_by {args.best_by}: the evaluation only gives {figures}")
-        return row["val_loss"] if args.best_by == "val_loss" else -row[args.best_by]
+        return row["val_loss"] if args.best_by == "val_loss" else -row.get(args.best_by, -math.inf)
 
     return train.Task(
         batches=step_batches, evaluate=evaluate, extra=extra, loss=objective.loss,
@@ -1139,14 +1131,10 @@ def build_parser():
     add("--lora_dropout", type=between(0, 0.99), help="of the adapters' inputs (default 0)")
     add("--lora_targets", help="attention, mlp, all (default), or names of layers with commas")
     add("--quantize", choices=("int8", "nf4"), help="quantize the frozen base; needs --lora_rank")
-    add = p.add_argument_group("objectives").add_argument
-    add("--teacher", help="checkpoint that distill learns from")
-    add("--reward", help=f"what grpo learns from: {', '.join(REWARDS)}, a .py file with a function "
-        "reward(messages, answer, wanted), or a run of --objective reward; slots,faithful is both")
-    add("--env", help="what grpo talks to instead: hotel, or a .py file with a class Env, whose "
-        "reset(seed) and step(message) speak and whose reward(messages) rates a conversation")
-    for name, (default, kind, text) in OWN_FLAGS.items():
-        add(f"--{name}", type=kind, help=f"{text} (default {default:g})")
+    for objective, c in OBJECTIVES.items():
+        add = p.add_argument_group(f"--objective {objective}").add_argument
+        for name, (kind, text) in c.flags.items():
+            add(f"--{name}", type=kind, help=f"{text} (default {c.recipe[name]})")
     add = train.add_optimization(p)
     add("--epochs", type=positive, help="passes over the rows (default 3 without another limit)")
     add("--max_steps", type=at_least(1), help="instead of --epochs")

@@ -32,7 +32,7 @@ from data.cli import Parser, UserError, run_cli
 from data.download import is_hub_name
 from data.hf_config import config_to_hf
 from data.hf_weights import write_peft
-from data.machine import full_tensor, shard_like
+from data.machine import shard_like
 from data.tensors import fit_error
 
 # --------------------------------------------------------------------------------------------
@@ -339,9 +339,8 @@ def adapter_parameters(model):
 
 
 def adapter_state(model):
-    """The tensors of the active adapter, copied to the CPU."""
-    parameters = adapter_parameters(model).items()
-    return {n: full_tensor(p.detach()).cpu().clone() for n, p in parameters}
+    """{name: tensor} of the active adapter."""
+    return {n: p.detach() for n, p in adapter_parameters(model).items()}
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.cli import UserError
 from data.files import try_lock, write_json, write_whole
-from data.plot import line_svg, share_svg
+from data.plot import line_svg
 
 OUT = Path("out")
 
@@ -156,16 +156,12 @@ class Log:
         self.line(eval_line(row, train_loss) + ("  best" if better else ""))
 
     def draw(self, curves, y_label):
-        """Write loss.svg, whose `curves` are (name, key of the rows); of experts experts.svg."""
+        """Write loss.svg, whose `curves` are (name, key of the rows)."""
         rows = [r for r in self.rows if not r.get("final")]
         points = {name: [(r["step"], r[key]) for r in rows if key in r] for name, key in curves}
-        pictures = {"loss.svg": line_svg(self.out.name, points, "steps", y_label)}
-        if used := [r["experts"] for r in rows if "experts" in r]:
-            shares = [[n / (sum(counts) or 1) for n in counts] for counts in used[-1]]
-            title = f"{self.out.name}: how often each expert is chosen"
-            pictures["experts.svg"] = share_svg(title, shares, "experts", "layers")
-        for name, svg in {} if self.quiet else pictures.items():
-            (self.out / name).write_text(svg, encoding="utf-8")
+        if not self.quiet:
+            svg = line_svg(self.out.name, points, "steps", y_label)
+            (self.out / "loss.svg").write_text(svg, encoding="utf-8")
 
 
 def clock(seconds):
