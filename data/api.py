@@ -279,10 +279,6 @@ class Api:
         ids = self.tokenizer.encode_parts(pieces)
         return {"tokens": ids, "count": len(ids), "max_model_len": self.context}
 
-    def detokenize(self, body):
-        """The text of ids."""
-        return {"prompt": self.tokenizer.decode(self.prompt_ids(body.get("tokens")))}
-
     def tokenizer_info(self):
         """The special tokens, for clients that build prompts themselves."""
         t, names = self.tokenizer, {i: name for name, i in self.tokenizer.special.items()}

@@ -5,7 +5,6 @@ the Engine as soon as one is free, in the order of their arrival.
 """
 import queue
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -13,12 +12,6 @@ from dataclasses import dataclass, field
 from itertools import repeat
 
 from data.cli import is_out_of_memory
-
-COUNTS = (
-    "prompt_tokens_total", "cached_tokens_total", "completion_tokens_total", "failures_total",
-    "first_token_seconds_sum", "first_token_seconds_count",
-    "next_token_seconds_sum", "next_token_seconds_count",
-)  # fmt: skip
 
 
 class Busy(Exception):
@@ -47,7 +40,6 @@ class Job:
     scored: list = field(default_factory=list)
     cached: int = 0  # ids of the prompt that were in the cache already
     left: int = 0  # ids that it may still get
-    at: float = field(default_factory=time.monotonic)  # when it was submitted, or got its last id
 
 
 class Scheduler(threading.Thread):
@@ -59,7 +51,6 @@ class Scheduler(threading.Thread):
         self.engine, self.activate, self.adapter = engine, activate, adapter
         self.waiting, self.max_waiting, self.writing = deque(), max_waiting, {}
         self.changed, self.closing = threading.Condition(), False
-        self.counts = dict.fromkeys(COUNTS, 0)
 
     def submit(self, jobs):
         """Queue all of the jobs or none; Busy if there is no room."""
@@ -143,22 +134,14 @@ class Scheduler(threading.Thread):
                 job.events.put((job.index, e, None))
                 continue
             job.left, job.cached, self.writing[slot] = job.max_tokens, self.engine.held(slot), job
-            self.counts["prompt_tokens_total"] += len(job.prompt)
-            self.counts["cached_tokens_total"] += job.cached
 
     def hand_out(self, new):
         """Pass new ids on, and end the texts that are complete."""
-        now = time.monotonic()
         for slot, ids in new.items():
             job, scores = self.writing[slot], slot.logprobs[-len(ids) :] or repeat(None)
-            name = "next_token_seconds"
             if job.left == job.max_tokens:
-                name, job.scored = "first_token_seconds", slot.logprobs[: -len(ids)]
-            self.counts[f"{name}_sum"] += now - job.at
-            self.counts[f"{name}_count"] += 1
-            self.counts["next_token_seconds_count"] += len(ids) - 1  # at the same time
-            self.counts["completion_tokens_total"] += len(ids)
-            job.at, job.left = now, job.left - len(ids)
+                job.scored = slot.logprobs[: -len(ids)]
+            job.left -= len(ids)
             for i, score in zip(ids, scores):
                 job.events.put((job.index, i, score))
             if i in job.ends or job.left <= 0:
@@ -172,15 +155,8 @@ class Scheduler(threading.Thread):
 
     def fail(self, error):
         """End all texts that are being written, and trust nothing in the cache any more."""
-        self.counts["failures_total"] += 1
         if is_out_of_memory(error):
             error = MemoryError("out of memory: fewer --slots, or shorter prompts")
         for slot in list(self.writing):
             self.end(slot, error)
         self.engine.forget()
-
-    def lines(self):
-        """All figures in Prometheus' text format."""
-        figures = self.counts | {"queue": len(self.waiting)}
-        figures |= {"slots_busy": self.engine.busy, "slots": len(self.engine.texts)}
-        return [f"scratchlm_{name} {value}" for name, value in figures.items()]

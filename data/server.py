@@ -126,8 +126,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         service, self.close_connection = self.server.service, True
-        with service.lock:
-            service.requests += 1
         try:
             if self.command == "OPTIONS":
                 return self.send(204, b"", "text/plain")

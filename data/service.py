@@ -45,7 +45,7 @@ class Service:
         context, labels = scheduler.engine.context, labels_of(tokenizer)
         self.api = Api(scheduler, tokenizer, adapters, context, allowed, settings, tools)
         self.tools, self.classify, self.draw = tools, classify if labels else None, draw
-        self.requests, self.lock = 0, threading.Lock()
+        self.lock = threading.Lock()  # of CHOICES
         command = f"python finetune.py --ckpt {ckpt} --data {CHOICES}"
         run = run_settings(args.adapter[-1] if args.adapter else ckpt)
         self.info = {  # what the page shows
@@ -70,11 +70,6 @@ class Service:
         if not self.api.scheduler.is_alive():
             raise ApiError(503, "the model's thread has ended")
         return {"status": "ok"}
-
-    def metrics(self, _):
-        """Figures in Prometheus' text format."""
-        lines = f"scratchlm_requests_total {self.requests}", *self.api.scheduler.lines()
-        return "\n".join([*lines, ""])
 
     def page_info(self, _):
         """What the page shows of the model, and the number of choices so far."""
@@ -148,13 +143,11 @@ class Drawing:
 ROUTES = {
     "/": ("GET", True, lambda s, _: PAGE.read_text(encoding="utf-8")),
     "/health": ("GET", True, Service.health),
-    "/metrics": ("GET", False, Service.metrics),
     "/v1/models": ("GET", False, lambda s, _: s.api.list_models()),
     "/v1/models/": ("GET", False, lambda s, query: s.api.model(query["name"])),
     "/v1/chat/completions": ("POST", False, lambda s, body: s.api.chat(body)),
     "/v1/completions": ("POST", False, lambda s, body: s.api.completion(body)),
     "/tokenize": ("POST", False, lambda s, body: s.api.tokenize(body)),
-    "/detokenize": ("POST", False, lambda s, body: s.api.detokenize(body)),
     "/tokenizer_info": ("GET", False, lambda s, _: s.api.tokenizer_info()),
     "/page/info": ("GET", False, Service.page_info),
     "/page/tool": ("POST", False, Service.run_tool),
