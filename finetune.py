@@ -18,15 +18,11 @@ import itertools
 import json
 import math
 import random
-import signal
 import sys
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -36,7 +32,7 @@ import lora
 import model as lm
 import train
 from data import batches, chat, cli
-from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
+from data.cli import Parser, UserError, at_least, between, positive, run_cli, share
 from data.costs import check_memory
 from data.files import write_json
 from data.machine import DTYPES, fast_products, make_runtime, shard_like
@@ -58,7 +54,7 @@ from sample import Engine, allowed_ids, classify, load
 
 # Added to train.RECIPE. The rates are lower than for a new model, which has nothing to lose.
 RECIPE = train.RECIPE | train.optimizer_rates() | dict(
-    objective="auto", best_by="val_loss", split="val", val=0.1, epochs=3.0, batch_tokens=4096,
+    best_by="val_loss", split="val", val=0.1, epochs=3.0, batch_tokens=4096,
     loss_on="assistant", augment=0.0, token_dropout=0.0, eval_every=100, eval_rows=64,
     lr=1e-3, embed_lr=3e-3, head_lr=3e-3, muon_lr=0.01, weight_decay=0.0,
     warmup_steps=None,  # WARMUP, or less in a short run
@@ -811,16 +807,14 @@ def resolve(args):
     kind, splits, hashes = load_data(data, settings.get("val_data"), fraction, **options)
     if content is not None and content["data"] != hashes:
         raise UserError(f"{data} is not the data that the run began with")
-    names = [settings["objective"]] if "objective" in settings else OBJECTIVES
-    name = next((name for name in names if kind in OBJECTIVES[name].kinds), None)
-    if name is None:
-        raise UserError(f"--objective {names[0]} does not suit {data}, rows of {kind}")
+    suitable = [name for name, c in OBJECTIVES.items() if kind in c.kinds]
+    name = settings.get("objective", suitable[0])
+    if name not in suitable:
+        raise UserError(f"--objective {name} does not suit {data}, rows of {kind}")
     objective = OBJECTIVES[name]
     if content is None:
-        if LORA_FLAGS & set(given) and "lora_rank" not in given:
-            settings = settings | {"lora_rank": 8}
-            if first_process():
-                print("[adapters, as flags of LoRA are given: --lora_rank 8]", file=sys.stderr)
+        if LORA_FLAGS & set(given):
+            settings = {"lora_rank": 8} | settings
         rates = LORA_RECIPE if settings.get("lora_rank") else {}
         recipe = train.scale_rates(RECIPE | rates | objective.recipe, given)
         settings = recipe | settings | {"objective": name}
@@ -888,8 +882,8 @@ def build_model(args, base, content, special_tokens, runtime):
         adapter = dict(targets=args.lora_targets, rank=args.lora_rank, dropout=args.lora_dropout)
         adapter["alpha"] = args.lora_alpha or 2 * args.lora_rank
         # rows of special tokens that the base has never seen must learn
-        new_tokens = tokenizer is not bare
-        adapter["modules_to_save"] = ["embed", "value_embed", "head"] if new_tokens else []
+        tables = [] if tokenizer is bare else ["embed", "value_embed", "head"]
+        adapter["modules_to_save"] = tables
         if args.quantize:
             lora.quantize(model, args.quantize, device=runtime.device)
         lora.add_lora(model, **adapter)
@@ -960,8 +954,8 @@ def write_report(objective, model, split, out):
         print(f"{out}/predictions.jsonl")
 
 
-def report_best(model, args, objective, splits, examples):
-    """The closing report on --split, with the best weights of the run."""
+def report_best(model, args, objective, splits, examples, result):
+    """The closing report on --split, with the best weights of a run, after `train.fit`."""
     out, best = Path(args.out), lm.load_checkpoint(Path(args.out, "best.pt"))
     if "adapter" in best:
         lora.load_adapter(model, best)
@@ -1056,11 +1050,7 @@ def main(argv=None):
     loader = batches.BucketLoader(epoch_rows, args.batch_tokens, args.seed)
     if args.max_steps is None and args.max_minutes is None:
         steps = math.ceil(args.epochs * loader.per_epoch / (args.grad_accum * runtime.world))
-        args = settle(args, max_steps=max(1, steps) * (args.updates or 1))
-        passes = steps * args.grad_accum * runtime.world / loader.per_epoch
-        if runtime.rank == 0 and passes > 1.2 * args.epochs:
-            why = f"steps of --grad_accum {args.grad_accum} batches, {loader.per_epoch} an epoch"
-            print(f"[{why}: {passes:.3g} epochs, not {args.epochs:g}]", file=sys.stderr)
+        args = settle(args, max_steps=steps * (args.updates or 1))
     if args.warmup_steps is None:
         args = settle(args, warmup_steps=train.short_warmup(WARMUP, args.max_steps))
     splits = {"train": split, "val": objective.make_split(examples["val"])}
@@ -1076,10 +1066,8 @@ def main(argv=None):
         ids = (i for row in split.rows for r in batches.sequences(row) for i in r.ids)
         warn_unknown(tokenizer, ids, args.data)
 
-    def report(result):
-        report_best(model, args, objective, splits, examples)
-
     fit = partial(train.fit, model, task, args, runtime, out, content)
+    report = partial(report_best, model, args, objective, splits, examples)
     return train.launch(fit, report, runtime, out)
 
 
@@ -1098,27 +1086,24 @@ def build_parser():
     add("--data", help=f"a {', '.join(ROW_SUFFIXES)} file, .gz too, one of {', '.join(ROW_SETS)}, "
         "or on the Hub OWNER/NAME, OWNER/NAME:CONFIG, OWNER/NAME:FILE; several with commas")
     add("--val_data", help="rows to measure on (default: the set's own, or --val)")
-    add("--val", type=between(0, 0.99), help="share of conversations held out if there are no "
-        "validation rows (default 0.1; 0: none, and a tenth of the rows learned is measured)")
+    add("--val", type=between(0, 0.99),
+        help="share held out if there are no validation rows (default 0.1; 0: none)")
     add("--objective", choices=tuple(OBJECTIVES), help="default: the one that suits the rows")
-    add("--out", help="folder of the run (default: out/DATA-ft, or with --eval_only out/CKPT-eval, "
-        "numbered if taken)")
+    add("--out", help="folder of the run (default: a new out/DATA-ft, or out/CKPT-eval)")
     train.add_machine(add)
-    add("--eval_only", action="store_true", default=None, help="measure --ckpt on --split, or "
-        "on all of a file without --val; train nothing")
+    add("--eval_only", action="store_true", default=None,
+        help="measure --ckpt on --split, or on all of a file without --val; train nothing")
     add("--split", help="split to report on at the end: val (default, also dev), test or train")
     figures = ", ".join(dict.fromkeys(c.figure for c in OBJECTIVES.values()))
     add("--best_by",
         help=f"what selects best.pt: last, {figures}, or val_loss (default for chats and pairs)")
-    add("--eval_rows", type=at_least(0),
-        help="answers generated per evaluation (default 64; 0: none), all of them at the end")
+    add("--eval_rows", type=at_least(0), help="answers an evaluation generates (default 64)")
     add("--show_mask", type=at_least(1), metavar="N", help="print N rows token by token and stop")
     add = p.add_argument_group("rows").add_argument
     add("--rows", metavar="START:STOP", help="slice of the training rows, such as 1000:5001")
     add("--max_rows", type=at_least(1), help="the first rows of each split only (default: all)")
     add("--encoding", help="of the files (default: recognise UTF-8, UTF-16 and GB18030)")
-    add("--loss_on", choices=("assistant", "call"),
-        help="learn the assistant's turns (default), or its tool calls only")
+    add("--loss_on", choices=("assistant", "call"), help="what is learned (default: assistant)")
     add("--augment", type=share, help="hotel dialogues: probability that a value is exchanged "
         "throughout a dialogue, and that a question is added (default 0)")
     add("--token_dropout", type=share, help="probability of hiding a token (default 0)")

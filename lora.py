@@ -15,13 +15,9 @@ Together they are QLoRA. Neither depends on the Transformer: any module with nn.
 import contextlib
 import hashlib
 import re
-import signal
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F

@@ -16,14 +16,10 @@ hs head size, V vocabulary, N rows (positions of all texts, flattened), S keys (
 import contextlib
 import copy
 import math
-import signal
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F

@@ -14,7 +14,6 @@ data/server.py.
 """
 
 import math
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -24,13 +23,11 @@ from itertools import chain, repeat, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import lora
+import model as lm
 from data.analogy import analogy, bert_words
 from data.chat import common_length, get_template
 from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
@@ -45,15 +42,6 @@ from data.schema import Constraint, call_grammar, make_constraint
 from data.terminal import Chat, talk
 from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of, warn_unknown
 from data.tools import function_schema, load_tools
-from model import (
-    LOSS_ROWS,
-    WHAT_CKPT,
-    KVCache,
-    checkpoint_tokenizer,
-    find_checkpoint,
-    load_checkpoint,
-    model_from_checkpoint,
-)
 
 # --------------------------------------------------------------------------------------------
 # Penalties, temperature, filters: each takes logits (B, V) and returns new ones
@@ -280,7 +268,7 @@ class Engine:
     def __init__(self, model, slots, length=None, chunk=math.inf, draft=True):
         self.model, self.chunk, self.context = model, chunk, model.config.context
         self.device = model.embed.weight.device
-        self.cache = KVCache(model, slots, length)
+        self.cache = lm.KVCache(model, slots, length)
         self.texts, self.busy, self.ended = [Text(row) for row in range(slots)], 0, 0
         self.draft, self.drafts = draft, Drafts()
 
@@ -518,7 +506,7 @@ def beam_search(model, prompt, max_new_tokens, beams=4, length_penalty=1.0, end=
     """
     check_ids([prompt], model.config.vocab_size)
     device = model.embed.weight.device
-    cache = KVCache(model, beams, len(prompt) + max_new_tokens)
+    cache = lm.KVCache(model, beams, len(prompt) + max_new_tokens)
     ids = torch.tensor([prompt] * beams, device=device)
     live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # all beams are equal at first: one grows
     done = []
@@ -615,8 +603,8 @@ def top_logprobs(logits, chosen, n):
 def echo_logprobs(model, states, ids, n):
     """`top_logprobs` of the ids of a prompt that follow each of the states (T, C)."""
     logprobs = []
-    for i in range(0, len(ids), LOSS_ROWS):
-        chosen = ids[i : i + LOSS_ROWS]
+    for i in range(0, len(ids), lm.LOSS_ROWS):
+        chosen = ids[i : i + lm.LOSS_ROWS]
         logprobs += top_logprobs(model.head(states[i : i + len(chosen)]), chosen, n)
     return logprobs
 
@@ -635,23 +623,23 @@ def load(ckpt=None, device=None, dtype="auto", adapters=()):
     dtype = native_dtype(device) if dtype == "auto" else dtype
     dtype = DTYPES["fp32" if dtype == "int8" else dtype]  # `make_fast` rounds to int8
     # an adapter recognises its base by the weights as they are on disk
-    content, base, paths = load_checkpoint(path, None if adapters else dtype), path, adapters
+    content, base, paths = lm.load_checkpoint(path, None if adapters else dtype), path, adapters
     if "adapter" in content:
-        paths, base = [path, *adapters], find_checkpoint(content["adapter"]["base"])
+        paths, base = [path, *adapters], lm.find_checkpoint(content["adapter"]["base"])
         if not base.exists():
             raise UserError(
                 f"{path} is an adapter over {base}, which is not there: name its base with --ckpt "
                 f"and this one with --adapter"
             )
-        content = load_checkpoint(base)
+        content = lm.load_checkpoint(base)
     if not paths:
-        model = model_from_checkpoint(content, device, dtype, path)
-        return model, checkpoint_tokenizer(content, path), path
+        model = lm.model_from_checkpoint(content, device, dtype, path)
+        return model, lm.checkpoint_tokenizer(content, path), path
     files = [p.parent if p.name in ("best.pt", "last.pt") else p for p in map(Path, paths)]
     names = [file.name.removesuffix(".pt") for file in files]
     if len(set(names)) < len(names):
         raise UserError(f"two adapters have the same name: {', '.join(names)}")
-    named = dict(zip(names, map(load_checkpoint, paths)))
+    named = dict(zip(names, map(lm.load_checkpoint, paths)))
     model = lora.load_adapted(content, named, base).to(device)
     for p in model.parameters():  # not the tables of positions, which stay in fp32
         p.data = p.data.to(dtype)
@@ -783,11 +771,9 @@ def write_beams(model, tokenizer, prompt, args):
     room = model.config.context - len(prompt)
     if room < 1:
         raise UserError(f"the prompt has {len(prompt)} tokens; beams need room in the context")
-    if room < args.max_new_tokens:
-        print(f"[beams end with the context, after {room} tokens]", file=sys.stderr)
-    length, allowed = min(room, args.max_new_tokens), allowed_ids(model, tokenizer)
-    options = args.beams, args.length_penalty, tokenizer.eos_id, allowed
-    beams = beam_search(model, prompt, length, *options)[: args.num_samples]
+    options = args.beams, args.length_penalty, tokenizer.eos_id, allowed_ids(model, tokenizer)
+    beams = beam_search(model, prompt, min(room, args.max_new_tokens), *options)
+    beams = beams[: args.num_samples]
     for score, ids in beams:
         if len(beams) > 1:
             print(f"--- {score:.4f} ---")
@@ -865,7 +851,7 @@ def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=
 def build_parser():
     p = Parser(description="Write with a trained model.")
     add = p.add_argument
-    add("--ckpt", help=f"{WHAT_CKPT} (default: the newest run in out/)")
+    add("--ckpt", help=f"{lm.WHAT_CKPT} (default: the newest run in out/)")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--prompt", action="append",
         help="text, or @FILE; given several times it is a batch (default: standard input if it is "

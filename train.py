@@ -30,9 +30,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -1082,23 +1079,21 @@ def closing_text(model, tokenizer, meta, result, out, val):
     # not at the top: sampling is read after training
     from sample import DEFAULTS, allowed_ids, generate
 
-    prompt_ids = val[: min(16, model.config.context)].tolist()
-    settings = DEFAULTS | {"allowed": allowed_ids(model, tokenizer)}
+    prompt_ids = val[:16].tolist()
     with lm.evaluating(model), waiting("writing a sample"):
-        rows = generate(model, [prompt_ids], 160, **settings)
+        allowed = allowed_ids(model, tokenizer)
+        rows = generate(model, [prompt_ids], 160, allowed=allowed, **DEFAULTS)
         text = printable(tokenizer.decode(prompt_ids + [row[0] for row in rows]))
-    bits, bpb, xz = "", result.get("val_bpb"), meta.get("xz_after_training_text")
-    if overlap := result.get("overlap_bpb"):
-        share = result["overlap_share"]
-        bits = f", {overlap:.3f} on overlapping windows, as a compressor reads ({share:.0%} of it)"
-    if bpb and xz:
-        bits = (
-            f"held-out text: {bpb:.3f} bits per byte on separate windows{bits}; "
-            f"xz -9e after the training text {xz:.3f}\n"
-        )
+    bits, r, xz = "", result, meta.get("xz_after_training_text")
+    if xz and r.get("val_bpb"):
+        bits = f"held-out text: {r['val_bpb']:.3f} bits per byte on separate windows, "
+        if "overlap_bpb" in r:
+            bits += f"{r['overlap_bpb']:.3f} on overlapping ones, as a compressor reads "
+            bits += f"({r['overlap_share']:.0%} of it); "
+        bits += f"xz -9e after the training text {xz:.3f}\n"
     return (
-        f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
-        f"best val loss {result['best']:.4f} at step {result['best_step']}\n{bits}\n"
+        f"{r['tokens']:,} tokens in {clock(r['seconds'])} of training; "
+        f"best val loss {r['best']:.4f} at step {r['best_step']}\n{bits}\n"
         f"--- a sample ({len(prompt_ids)} tokens of prompt) ---\n{text}\n---\n"
         f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg\n"
         f"generate text with it: python sample.py --ckpt {out}"

@@ -24,9 +24,8 @@ def newest_run():
 def run_settings(path):
     """The settings of the run whose folder or checkpoint is `path`; {} if it is not a run's."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    with contextlib.suppress(OSError):
-        text = (folder / "settings.json").read_text(encoding="utf-8", errors="replace")
-        return next(json_lines(text.replace("\n", " ")), {})
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     return {}
 
 
@@ -173,13 +172,12 @@ def clock(seconds):
 def step_line(row, metrics, args, done):
     """One line about a training step; `done` is the fraction of the run that is over."""
     total = f"/{args.max_steps}" if args.max_steps else ""
-    numbers = {name: value for name, value in metrics.items() if name != "experts"}
-    others = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items())
+    others = (f"  {k.replace('_', ' ')} {v:.3g}" for k, v in metrics.items() if k != "experts")
     why = " (the machine was busier when its peak was measured)" if row["mfu"] > 1 else ""
     return (
         f"step {row['step']}{total}  loss {row['loss']:.3f}  lr {row['lr']:.2e}  "
         f"norm {row['grad_norm']:.2f}  {row['tok_s']:,} tok/s  mfu {row['mfu']:.0%}{why}  "
-        f"eta {clock(row['seconds'] * max(0, 1 / done - 1))}{others}"
+        f"eta {clock(row['seconds'] * max(0, 1 / done - 1))}{''.join(others)}"
     )
 
 

@@ -530,7 +530,7 @@ def test_one_row_is_learned_with_val_0_and_what_a_reader_would_miss_is_told(desk
     out = tune("--data", "chats.jsonl", "--rows", ":1", "--val", "0", "--eval_rows", "0",
                "--grad_accum", "8", "--epochs", "4", "--lr", "9", "--grad_clip", "0")  # fmt: skip
     said = capsys.readouterr()
-    assert "1 an epoch: 8 epochs, not 4" in said.err and "on 1 rows that are learned" in said.err
+    assert "on 1 rows that are learned" in said.err
     assert "no val loss is below that before" in said.out and "rates: lr 9, embed" in said.out
     assert content(out / "last.pt")["args"]["warmup_steps"] == 1
     ft.main(["--resume", "--out", "out/run"])
