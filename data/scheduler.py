@@ -1,4 +1,4 @@
-"""One thread that runs the model for all connections: jobs and their queue.
+"""Runs the model for all connections in one thread: jobs and their queue.
 
 A connection's thread submits jobs and reads their events. The scheduler gives each job a slot of
 the Engine as soon as one is free, in the order of their arrival.
@@ -42,15 +42,14 @@ class Job:
     left: int = 0  # ids that it may still get
 
 
-class Scheduler(threading.Thread):
+class Scheduler:
     """Runs an Engine for jobs until `close`. activate(name) makes another adapter active, once all
     texts of the previous one are written."""
 
     def __init__(self, engine, activate=None, adapter=None, max_waiting=64):
-        super().__init__(name="model", daemon=True)
         self.engine, self.activate, self.adapter = engine, activate, adapter
         self.waiting, self.max_waiting, self.writing = deque(), max_waiting, {}
-        self.changed, self.closing = threading.Condition(), False
+        self.changed, self.closing, self.ended = threading.Condition(), False, threading.Event()
 
     def submit(self, jobs):
         """Queue all of the jobs or none; Busy if there is no room."""
@@ -78,26 +77,28 @@ class Scheduler(threading.Thread):
             self.changed.notify()
             for job in self.waiting:
                 job.cancelled = True
-        self.join(seconds)
+        self.ended.wait(seconds)
         for job in list(self.writing.values()):
             job.cancelled = True
-        self.join(1)
+        self.ended.wait(1)
 
     def run(self):
-        """The thread's loop: a step for all texts that are being written, then the next one."""
-        while True:
-            with self.changed:
-                while not (self.waiting or self.writing or self.closing):
-                    self.changed.wait()
-                if self.closing and not (self.waiting or self.writing):
-                    return
-            try:
-                self.drop_cancelled()
-                self.admit()
-                self.hand_out(self.engine.step() if self.writing else {})
-            except Exception as e:  # whatever a model raises ends these texts, not the server
-                traceback.print_exc()
-                self.fail(e)
+        """Make a step for all texts that are being written, then the next one, until `close`."""
+        try:
+            while self.waiting or self.writing or not self.closing:
+                if not (self.waiting or self.writing):
+                    with self.changed:  # Windows handles signals only between two waits
+                        self.changed.wait_for(lambda: self.waiting or self.closing, timeout=0.1)
+                    continue
+                try:
+                    self.drop_cancelled()
+                    self.admit()
+                    self.hand_out(self.engine.step() if self.writing else {})
+                except Exception as e:  # whatever a model raises ends these texts, not the server
+                    traceback.print_exc()
+                    self.fail(e)
+        finally:
+            self.ended.set()
 
     def drop_cancelled(self):
         """End the cancelled jobs, those in the queue included."""
@@ -105,10 +106,9 @@ class Scheduler(threading.Thread):
             if job.cancelled:
                 self.end(slot, "cancelled")
         with self.changed:
-            cancelled = [job for job in self.waiting if job.cancelled]
-            self.waiting = deque(job for job in self.waiting if not job.cancelled)
-        for job in cancelled:
-            job.events.put((job.index, "cancelled", None))
+            for job in [job for job in self.waiting if job.cancelled]:
+                self.waiting.remove(job)
+                job.events.put((job.index, "cancelled", None))
 
     def admit(self):
         """Begin the jobs that wait, in their order, while there are free slots."""

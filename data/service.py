@@ -67,7 +67,7 @@ class Service:
 
     def health(self, _):
         """Whether the model's thread is alive."""
-        if not self.api.scheduler.is_alive():
+        if self.api.scheduler.ended.is_set():
             raise ApiError(503, "the model's thread has ended")
         return {"status": "ok"}
 

@@ -80,8 +80,8 @@ class Serving:
         self.write = functools.partial(self.client.completions.create, **defaults)
 
     def __enter__(self):
-        self.scheduler.start()
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        for target in self.scheduler.run, lambda: self.server.serve_forever(0.02):
+            threading.Thread(target=target, daemon=True).start()
         return self
 
     def __exit__(self, *_):
