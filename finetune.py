@@ -454,8 +454,7 @@ class DPO(SFT):
         return out
 
     def evaluate(self, model, split, when="end"):
-        """The loss, the share of pairs whose chosen answer has the larger reward, the mean rewards
-        and their difference."""
+        """The loss, the share of pairs whose chosen answer has the larger reward, mean rewards."""
         rewards = self.over_pairs(split, partial(self.rewards, model))
         chosen, rejected = rewards.unbind(1)
         means = {"accuracy": chosen > rejected, "chosen": chosen, "rejected": rejected}

@@ -379,8 +379,7 @@ def load_adapted(base, adapters, where="the base"):
 @torch.no_grad()
 def merge(model):
     """Replace each adapted layer by a plain Linear, W + alpha / rank * B A of the active adapter,
-    in float32, and each quantized layer by a plain one. Returns their names: none the second time.
-    """
+    in float32, and each quantized layer by a plain one. Returns their names."""
     model.eval()  # dropout cannot be merged
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (LoRALinear, QuantLinear))}
     # the quantized base of an adapted layer is merged with its adapter

@@ -161,8 +161,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values, where="the config"):
-        """The Config with the fields of a plain dict, such as a checkpoint's; UserError for an
-        unknown field or a bad value."""
+        """The Config with the fields of a dict; UserError for an unknown field or a bad value."""
         try:
             return cls(**values)
         except (TypeError, ValueError) as e:
@@ -1121,10 +1120,8 @@ def show(what, path, prompt, layer, head):
     content, picture = load_checkpoint(path), OUT / f"show-{what}.png"
     tokenizer = checkpoint_tokenizer(content, path)
     model = model_from_checkpoint(content, where=path)
-    ids, c = tokenizer.encode(prompt), model.config
+    ids, c = tokenizer.encode(prompt or "a fox met a fox"), model.config
     warn_unknown(tokenizer, ids, "the prompt")
-    if not 0 < len(ids) <= c.context:
-        raise UserError(f"--prompt has {len(ids)} tokens; the context of {path} is {c.context}")
     if layer >= c.n_layer or head >= c.n_head:
         has = f"{path} has {c.n_layer} layers of {c.n_head} heads, counted from 0"
         raise UserError(f"--layer {layer} --head {head}: {has}")
@@ -1153,7 +1150,7 @@ def build_parser():
     p.add_argument("--dtype", choices=gguf.DTYPES, help="of the .gguf file (default f16)")
     p.add_argument("--show", choices=("token", "position", "attention"),
                    help="print and draw embeddings, positions, or a head's weights")  # fmt: skip
-    p.add_argument("--prompt", default="a fox met a fox", help="with --show (default: %(default)s)")
+    p.add_argument("--prompt", help="with --show (default: a fox met a fox)")
     p.add_argument("--layer", type=at_least(0), default=0, help="with --show attention (default 0)")
     p.add_argument("--head", type=at_least(0), default=0, help="with --show attention (default 0)")
     return p

@@ -568,8 +568,7 @@ def fitting(text, logits, i):
 
 @torch.no_grad()  # not inference_mode: a sharded model trains with the tensors that it gathers
 def classify(model, prompts, goals, batch=64):
-    """Log probabilities (N, L) of the label ids `goals` after each prompt (a list of ids), relative
-    to these labels only."""
+    """Log probabilities (N, L) of the label ids `goals`, among these alone, after each prompt."""
     out = []
     for start in watched(range(0, len(prompts), batch), "classifying: batch"):
         rows = [torch.tensor(ids) for ids in prompts[start : start + batch]]
@@ -615,9 +614,8 @@ def echo_logprobs(model, states, ids, n):
 
 
 def load(ckpt=None, device=None, dtype="auto", adapters=()):
-    """(model, tokenizer, path) of a checkpoint or run's folder, by default the newest run. The base
-    of an adapter is loaded with it. `adapters` are added to a base, the first one active, named by
-    their folder or file."""
+    """(model, tokenizer, path) of a checkpoint or run's folder, by default the newest run. An
+    adapter brings its base. `adapters`, named by folder or file, are added; the first is active."""
     path = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
     dtype = native_dtype(device) if dtype == "auto" else dtype
@@ -726,8 +724,7 @@ def decoding_settings(args):
 
 def write_rows(model, tokenizer, prompts, args):
     """Continue every prompt --num_samples times and print the texts, a single one as it comes.
-    Sample j of each prompt draws with seed + j, so that it can be had again alone. Returns the new
-    ids."""
+    Sample j of each prompt draws with seed + j. Returns the new ids."""
     seed = args.seed if args.seed is not None else torch.seed() % 2**31
     seeds = [seed + j for _ in prompts for j in range(args.num_samples)]
     prompts = [p for p in prompts for _ in range(args.num_samples)]

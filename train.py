@@ -255,8 +255,7 @@ SCHEDULES = {
 
 
 def fraction_done(args, step, seconds):
-    """The fraction of the run that is over after so many steps and seconds: of its steps or of its
-    minutes, whichever is larger."""
+    """The fraction of the run that is over: of its steps or of its minutes, the larger one."""
     of_steps = step / args.max_steps if args.max_steps else 0.0
     return max(of_steps, seconds / 60 / args.max_minutes if args.max_minutes else 0.0)
 
@@ -287,8 +286,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None, str
     all but the first only count their last `stride` targets, which have the others before them.
     val_loss is in nats per token, val_ppl its exponential, val_bpb in bits per byte of text (which
     compares across tokenizers), val_share the share read. `byte_lengths` is the number of bytes of
-    each id, -1 for ids without a token. `runtime` is the device, the precision and the processes, a
-    data.machine.Runtime.
+    each id, -1 for ids without a token. `runtime` is a data.machine.Runtime.
     """
     T, targets = context or model.config.context, len(tokens) - 1
     stride = stride or T
@@ -484,8 +482,7 @@ class Run:
 
     def restore(self, content):
         """Restore all that `save` wrote, except the weights, which the model has already. Learning
-        rates and weight decay stay those of the current command, which may differ from the saved
-        ones."""
+        rates and weight decay stay those of the current command."""
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self.groups]
         for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -822,8 +819,7 @@ def add_machine(add):
 
 
 def add_optimization(p):
-    """Add the flags that `fit` reads whatever is being learned; returns their group's
-    add_argument."""
+    """Add the flags that `fit` reads in a group of their own; returns its add_argument."""
     add = p.add_argument_group("optimization").add_argument
     beta = between(0, 0.99999)
     add("--grad_accum", type=at_least(1), help="micro-batches a step and process")
@@ -943,8 +939,6 @@ def resumed_settings(args, given, fixed):
     the flags `given` now. UserError if one of the `fixed` flags would change."""
     run = Path(args.resume or args.out or newest_run())  # --resume --out RUN is --resume RUN, too
     path = run / "last.pt" if run.is_dir() else run
-    if run.is_dir() and not path.exists():
-        raise UserError(f"{run} has no last.pt to resume: start anew, perhaps from --ckpt")
     # a sharded run maps the file, so that no process ever holds all of it
     sharded = given.get("shard", run_settings(path).get("shard"))
     content = lm.load_checkpoint(path, resuming=not sharded)
@@ -1041,9 +1035,8 @@ def settle(args, model, runtime, context, folder):
 
 
 def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
-    """The lines before the first step: what is trained, and what it will take. A micro-batch has at
-    most `per_batch` tokens, a step `per_step` (None: unknown), a row `length`; of them a share is
-    `learned`."""
+    """The lines before the first step: what is trained, and what it takes. A micro-batch has up to
+    `per_batch` tokens, a step `per_step` (None: unknown), a row `length`; a share is `learned`."""
     c, counts = model.config, lm.count_parameters(lm.meta_model(model.config))
     n = counts["total"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -1074,8 +1067,7 @@ def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
 
 
 def closing_text(model, tokenizer, meta, result, out, val):
-    """What is printed at the end: figures, xz's beside them, and a sample that goes on from how the
-    validation text begins."""
+    """The last lines: figures, xz's beside them, and a continuation of the validation text."""
     # not at the top: sampling is read after training
     from sample import DEFAULTS, allowed_ids, generate
 

@@ -100,8 +100,7 @@ def read_run(name, most=600):
 
 
 class Log:
-    """metrics.jsonl, loss.svg, and lines on the screen. Rows after `resume_step` are dropped. With
-    `quiet` it writes nothing."""
+    """metrics.jsonl without rows after `resume_step`, loss.svg, lines on the screen; or `quiet`."""
 
     def __init__(self, out, resume_step=0, quiet=False):
         self.out, self.quiet, self.open_line, self.rows = out, quiet, False, []
