@@ -229,19 +229,6 @@ class Template:
         self.place = self.place_after(text[:start])
         return text[start:]
 
-    def call_start(self, name):
-        """The ids with which a call of the tool `name` begins, up to its arguments; "" stands for
-        any tool. ValueError if the template writes no calls."""
-        if not name and self.call is not None:
-            ids = self.encode(self.called, self.place)
-            return ids[: ids.index(self.call) + 1]
-        start, mark, _ = self.called.partition(f'{{"{KEY}"' if name else TOOL)
-        if not mark:
-            raise ValueError("this model's chat template writes no calls")
-        # a blank belongs to the next token, except in our template, where it ends the name
-        start = start if self.ours else start.rstrip()
-        return self.encode(start.replace(TOOL, escape(name, self.typed)), self.place)
-
     def opened(self, prompt):
         """The ids of <think> if a prompt ends with it, as DeepSeek-R1's does; else none."""
         begins = self.tokenizer.decode(prompt[-9:]).rstrip().endswith(THINK[0])

@@ -137,16 +137,15 @@ def json_grammar(schema, ends):
     return blank, json_value(schema), blank, {256 + i for i in ends}
 
 
-def call_grammar(template, tools, forced=None):
-    """The parts of an answer in a chat that may call `tools`: text, then perhaps calls. If `forced`
-    is not None, it calls the tool of this name, or any if it is "". None if the template writes no
-    calls in JSON, or without `forced` if no token begins one: then nothing is known of the ids."""
+def call_grammar(template, tools):
+    """The parts of an answer in a chat that may call `tools`: text, then perhaps calls. None if no
+    token begins a call, or if the template does not write it in JSON: then nothing is known."""
     before, _, rest = template.called.partition(TOOL)
     between, _, after = rest.partition(json.dumps({KEY: 0}))
-    if not between or CALL_ID in rest or (forced is None and template.call is None):
+    if not between or CALL_ID in rest or template.call is None:
         return None
     special, calls = template.tokenizer.special, []
-    ends = {256 + i for i in template.ends}
+    ends, start = {256 + i for i in template.ends}, {256 + template.call}
 
     def literal(text):
         pieces = filter(None, re.split(f"({template.typed.pattern})", text))
@@ -158,19 +157,18 @@ def call_grammar(template, tools, forced=None):
             arguments = json_value(function.get("parameters", {}), strict=False)
         except ValueError:  # the model may have been told of any schema
             arguments = json_value({"type": "object"})
-        if forced in (None, "", function["name"]):
-            calls.append((*literal(function["name"] + between), arguments, *close))
+        calls.append((*literal(function["name"] + between), arguments, *close))
     first = literal(before)
-    start = {256 + template.call} if template.call is not None else first[0]
+    first = first[first.index(start) :]
     words = (TEXT | {256 + i for i in special.values()}) - ends - start
 
     def more():
-        return (blank, ends), (blank, *first[first.index(start) :], lambda: calls, more)
+        return (blank, ends), (blank, *first, lambda: calls, more)
 
     def answer():
         return (ends,), (words, answer), more()[1]
 
-    return (answer,) if forced is None else (*first, lambda: calls, more)
+    return (answer,)
 
 
 def push(parts, stack):
