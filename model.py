@@ -976,13 +976,11 @@ def grow_vocabulary(model, vocab_size, used):
     All rows after those, spare ones included, start at the mean of the used rows."""
     c, grown = model.config, max(model.config.vocab_size, vocab_size)
     for table in filter(None, (model.embed, model.value_embed, None if c.tied else model.head)):
-        for name in ("weight", "bias"):
-            if (old := getattr(table, name, None)) is not None:
-                # fewer than `used` if a model has no row for its tokenizer's end of text
-                kept = old[:used]
-                mean = kept.float().mean(0, keepdim=True).to(old.dtype)
-                new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
-                setattr(table, name, nn.Parameter(new, old.requires_grad))
+        for name, old in [*table.named_parameters()]:
+            kept = old[:used]  # fewer if a model has no row for its tokenizer's end of text
+            mean = kept.float().mean(0, keepdim=True).to(old.dtype)
+            new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
+            setattr(table, name, nn.Parameter(new, old.requires_grad))
     if c.tied:
         model.head.weight = model.embed.weight
     model.embed.num_embeddings = model.head.out_features = c.vocab_size = grown
