@@ -20,14 +20,10 @@ Shapes in comments: B batch, T patches of an image, C channels.
 import argparse
 import math
 import re
-import signal
 import time
 import unicodedata
 from functools import partial
 from pathlib import Path
-
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

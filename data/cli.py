@@ -36,7 +36,6 @@ def run_cli(main):
     if hasattr(sys.stdin, "reconfigure"):  # there may be no stdin, or a stand-in
         sys.stdin.reconfigure(encoding="utf-8")
     script, code = Path(sys.argv[0]).name, 2
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts' imports do without
     try:
         code = main() or 0
         sys.stdout.flush()

@@ -27,8 +27,6 @@ def load_pt(path, mapped=True):
 
 def fit_error(expected, state):
     """One line on how a state dict misfits `expected`, or None. Both are name -> tensor."""
-    if expected and not state:
-        return "its weights lie in parts: --resume the run; each better evaluation writes best.pt"
     for name, tensor in expected.items():
         if name not in state:
             return f"{name} {tuple(tensor.shape)} is missing"
