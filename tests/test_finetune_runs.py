@@ -316,7 +316,7 @@ def test_resuming_is_refused_for_other_data_other_scripts_and_fixed_flags(desk):
     assert "not the data that the run began with" in refused("--resume", "out/run")
     lm.save_checkpoint("out/plain/last.pt", content("out/run/last.pt") | {"args": {}})
     assert "written by train.py" in refused("--resume", "out/plain")
-    assert "no last.pt" in refused("--resume", "out/base")
+    assert "base/last.pt does not exist" in refused("--resume", "out/base")
 
 
 def test_a_resumed_run_goes_on_for_more_epochs_and_reports_on_its_own_split(desk, capsys):
