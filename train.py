@@ -876,7 +876,7 @@ def build_parser():
     shape = p.add_argument_group("model shape, in place of the preset's (model.Config)")
     comments = dict(re.findall(r"^    (\w+): .*  # (.+)", inspect.getsource(lm.Config), re.M))
     for name in SHAPE:
-        kind = type(getattr(lm.PRESETS["tiny"], name))
+        kind = type(getattr(lm.Config(), name))
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if kind is str:
             options["choices"] = tuple(getattr(lm, f"{name.upper()}S"))
