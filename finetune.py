@@ -881,8 +881,7 @@ def build_model(args, base, content, special_tokens, runtime):
         adapter = dict(targets=args.lora_targets, rank=args.lora_rank, dropout=args.lora_dropout)
         adapter["alpha"] = args.lora_alpha or 2 * args.lora_rank
         # rows of special tokens that the base has never seen must learn
-        tables = [] if tokenizer is bare else ["embed", "value_embed", "head"]
-        adapter["modules_to_save"] = tables
+        adapter["modules_to_save"] = [] if tokenizer is bare else ["embed", "value_embed", "head"]
         if args.quantize:
             lora.quantize(model, args.quantize, device=runtime.device)
         lora.add_lora(model, **adapter)
@@ -1118,7 +1117,8 @@ def build_parser():
     for objective, c in OBJECTIVES.items():
         add = p.add_argument_group(f"--objective {objective}").add_argument
         for name, (kind, text) in c.flags.items():
-            add(f"--{name}", type=kind, help=f"{text} (default {c.recipe[name]})")
+            default = "" if c.recipe[name] is None else f" (default {c.recipe[name]})"
+            add(f"--{name}", type=kind, help=text + default)
     add = train.add_optimization(p)
     add("--epochs", type=positive, help="passes over the rows (default 3 without another limit)")
     add("--max_steps", type=at_least(1), help="instead of --epochs")
