@@ -361,10 +361,8 @@ def load_adapted(base, adapters, where="the base"):
     sha256 = fingerprint(base["model"])
     for name, info in infos.items():
         if info["base_sha256"] != sha256:
-            raise UserError(
-                f"adapter {name} was trained over {info['base']}; {where} is another model, or has "
-                f"it merged in already"
-            )
+            but = f"{where} is another model, or has it merged in already"
+            raise UserError(f"adapter {name} was trained over {info['base']}; {but}")
         lm.grow_vocabulary(model, adapters[name]["config"]["vocab_size"], info["base_vocab"])
     if quantized:
         quantize(model, quantized)

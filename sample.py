@@ -625,10 +625,8 @@ def load(ckpt=None, device=None, dtype="auto", adapters=()):
     if "adapter" in content:
         paths, base = [path, *adapters], lm.find_checkpoint(content["adapter"]["base"])
         if not base.exists():
-            raise UserError(
-                f"{path} is an adapter over {base}, which is not there: name its base with --ckpt "
-                f"and this one with --adapter"
-            )
+            advice = "name its base with --ckpt and this one with --adapter"
+            raise UserError(f"{path} is an adapter over {base}, which is not there: {advice}")
         content = lm.load_checkpoint(base)
     if not paths:
         model = lm.model_from_checkpoint(content, device, dtype, path)
@@ -656,10 +654,8 @@ def fast_model(model, rows, args):
     adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
     fast = device == "cpu" and not (args.no_fast or adapted)
     if args.dtype == "int8" and not fast:
-        reason = "excludes --no_fast" if args.no_fast else f"is for a CPU, not {device}"
-        if adapted:
-            reason = "does not round adapters: lora.py merge writes a checkpoint without them"
-        raise UserError(f"--dtype int8 {reason}")
+        advice = "without --no_fast and adapters, which lora.py merges"
+        raise UserError(f"--dtype int8 is for the Linear layers of a CPU, {advice}")
     if device == "cuda" and not (args.no_fast or model.config.experts):
         model.last_logits = GraphedSteps(model.last_logits)
     if fast:
@@ -910,8 +906,7 @@ def check_settings(args):
             if getattr(args, name) and not possible:
                 raise UserError(f"--{name} is for {modes}")
     if args.choices and len(args.choices) != len(args.analogy):
-        counts = f"{len(args.choices)} times for {len(args.analogy)} --analogy"
-        raise UserError(f"--choices is given {counts}: give it for each or for none")
+        raise UserError("--choices must be given for each --analogy or for none")
     if args.beams and args.stop:
         raise UserError("--stop does not work with --beams, which end with the end of the text")
     if args.beams and args.num_samples > args.beams:
