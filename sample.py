@@ -863,23 +863,18 @@ def build_parser():
         add(f"--{name}", type=f.type, default=f.default, help=f"{f.help} (default {f.default})")
     add("--repetition_penalty", type=positive, default=1.0, help="above 1 discourages (default 1)")
     add("--loop_penalty", type=at_least(0, float), default=DEFAULTS["loop_penalty"],
-        help="subtracted from the logit of an id that would complete the same four ids for the "
-        "third time within 100; has no effect at temperature 0 (default 4; 0 is off)")
+        help="makes an id unlikely that repeats four ids for the third time (default 4; 0 is off)")
     add("--beams", type=at_least(0), default=0, help="width of a beam search; 0 samples (default)")
     add("--length_penalty", type=between(-10, 10), default=1.0, help="above 1 favours long beams")
     add("--stop", action="append", help="end at this text; may be given several times")
     add("--seed", type=between(0, 2**50, int), help="of the drawing (default: a new one each time)")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
     add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16", "int8"),
-        help="of the weights (default auto: on CUDA bf16, or fp16 before Ampere; else fp32); "
-        "int8 is for CPUs")
-    add("--no_fast", action="store_true",
-        help="run the model as it is: no faster Linear layers (CPU), no CUDA graphs (GPU)")
-    add("--no_draft", action="store_true",
-        help="generate one token per step, without drafts copied from earlier text")
+        help="of the weights (auto: on CUDA bf16, or fp16 before Ampere; else fp32); int8: on CPUs")
+    add("--no_fast", action="store_true", help="no faster Linear layers (CPU) or CUDA graphs (GPU)")
+    add("--no_draft", action="store_true", help="one token per step, no drafts from earlier text")
     add("--verbose", action="store_true", help="show the times of the faster Linear layers")
-    add("--adapter", action="append", default=[],
-        help="LoRA run to add to --ckpt; several can be switched")
+    add("--adapter", action="append", default=[], help="LoRA run over --ckpt; several may switch")
     add("--system", metavar="TEXT", help="with --chat and --serve: the system turn")
     add("--tools", help="with --chat and --serve: hotel, or a .py file of functions to call")
     add("--host", help="with --serve: the address (default 127.0.0.1; another needs a key)")
