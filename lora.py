@@ -173,10 +173,8 @@ def find_layers(model, targets, kinds):
     unknown = wanted - names - set(layers)
     layers = {n: m for n, m in layers.items() if wanted & {n, n.rpartition(".")[2]}}
     if not layers or (unknown and targets not in TARGETS):
-        raise UserError(
-            f"no layer is called {', '.join(sorted(unknown))}: choose {', '.join(TARGETS)}, or "
-            f"layers by name: {', '.join(sorted(names))}"
-        )
+        advice = f"choose {', '.join(TARGETS)}, or layers by name: {', '.join(sorted(names))}"
+        raise UserError(f"no layer is called {', '.join(sorted(unknown))}: {advice}")
     return layers
 
 
