@@ -114,10 +114,8 @@ def test_show_prints_and_draws_the_numbers_of_a_model(position, tmp_path, monkey
     assert rows[4][-2] == lm.tables.SHADES[int(5 * weights[4, 4] ** 0.5)]
     with pytest.raises(UserError, match="--layer"):
         lm.main(["--show", "attention", "--prompt", "a", "--layer", "2"])
-    spec = {"kind": "char", "chars": "天气很好我们去"}  # the default prompt has none of them
-    lm.save_checkpoint("out/r/best.pt", content_of(model, tokenizer=spec))
     lm.main(["--show", "token"])
-    assert [line[5] for line in capsys.readouterr().out.splitlines()[1:-2]] == list("我们去" * 2)
+    assert "".join(line[5] for line in capsys.readouterr().out.splitlines()[1:9]) == "a fox me"
 
 
 def candidate(ids, t, longest):
@@ -160,11 +158,11 @@ def test_a_bad_value_or_combination_is_named(fields, message):
 
 
 def test_a_preset_follows_its_changes_and_stays_as_it_was():
-    before = asdict(lm.PRESETS["gpt2"])
+    before = dict(lm.PRESETS["gpt2"])
     changed = lm.preset("gpt2", d_model=96, n_head=4, tied=False)
     assert (changed.d_ff, changed.head_size, changed.n_kv_head) == (384, 24, 4)
     assert lm.preset("gpt2", d_ff=7).d_ff == 7
-    assert asdict(lm.PRESETS["gpt2"]) == before
+    assert lm.PRESETS["gpt2"] == before
     with pytest.raises(UserError, match="gpt3"):
         lm.preset("gpt3")
 
