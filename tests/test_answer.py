@@ -44,7 +44,7 @@ def serve(tokenizer, ids=(), **fields):
     body = {"messages": HELLO, "tools": TOOLS, **fields}
     *_, answer = api.chat(dict(body)).result()
     answer, streamed = answer["choices"][0], {"content": ""}
-    for chunk in api.chat(dict(body)).chunks():
+    for chunk in filter(None, api.chat(dict(body)).chunks()):
         choice = chunk["choices"][0]
         for name, value in choice["delta"].items():
             streamed[name] = streamed[name] + value if name in streamed else value
