@@ -538,9 +538,6 @@ def settle(args):
     if changed := [k for k in given if k not in free and given[k] != old.get(k)]:
         raise UserError(f"--{changed[0]} cannot change when resuming {folder}")
     vars(args).update(old | given | {"out": str(folder)})  # the folder may have been moved
-    names = {"training": "loss", "test": "val_loss", "validation": "val_loss"}  # of older runs
-    rows = saved["progress"][3]
-    rows[:] = [{names.get(key, key): value for key, value in row.items()} for row in rows]
     return saved
 
 

@@ -18,22 +18,14 @@ from data.scheduler import Job
 from data.schema import call_grammar, json_grammar, make_constraint
 from data.tools import function_schema, known_by_training
 
-# Fields of OpenAI's and vLLM's servers that would change the answer and are not supported, with
-# the values that change nothing.
-UNSUPPORTED = (
-    ("function_call", "none"),
-    ("modalities", ["text"]),
-    ("reasoning_effort verbosity", "medium"),
-    ("skip_special_tokens", True),
-    ("prompt_logprobs truncate_prompt_tokens guided_json",),
-    (
-        "functions suffix audio prediction web_search_options guided_regex guided_choice "
-        "guided_grammar structured_outputs use_beam_search allowed_token_ids bad_words "
-        "include_stop_str_in_output grammar json_schema mirostat dry_multiplier xtc_probability "
-        "documents chat_template lora",
-        False, 0, "", [], {},
-    ),
-)  # fmt: skip
+# Fields of OpenAI's and vLLM's servers that would change the answer and are not supported, unless
+# they have one of the values that change nothing.
+UNSUPPORTED = """functions function_call suffix audio prediction modalities web_search_options
+reasoning_effort verbosity prompt_logprobs truncate_prompt_tokens guided_json guided_regex grammar
+guided_choice guided_grammar structured_outputs use_beam_search allowed_token_ids bad_words
+include_stop_str_in_output json_schema mirostat dry_multiplier xtc_probability documents
+chat_template lora"""
+HARMLESS = (False, 0, "", [], {}, "none", "medium", ["text"])
 TURNS = ("add_generation_prompt", "continue_final_message")  # where the prompt of a chat ends
 
 
@@ -60,20 +52,19 @@ def number(low, high, types=(int, float)):
 
 def check_fields(body, chat, size):
     """ApiError for an unsupported or wrong field; `size` is the vocabulary's."""
-    unsupported = (*UNSUPPORTED, ("echo" if chat else "", False), ("best_of", 1, body.get("n")))
-    for names, *harmless in unsupported:
-        for name in names.split():
-            if name in body and body[name] not in harmless:
-                raise ApiError(400, f"this value of {name} is not supported: leave it out", name)
+    harmless = dict.fromkeys(UNSUPPORTED.split(), HARMLESS) | {"skip_special_tokens": (True,)}
+    harmless |= {"best_of": (1, body.get("n"))} | ({"echo": (False,)} if chat else {})
+    for name, values in harmless.items():
+        if name in body and body[name] not in values:
+            raise ApiError(400, f"this value of {name} is not supported: leave it out", name)
     flag = "true or false", lambda value: type(value) is bool
     mapping = "an object", lambda value: isinstance(value, dict)
     limit, bias = number(0 if body.get("echo") else 1, 2**31, (int,)), number(-100, 100)[1]
     ids = f"ids from 0 to {size - 1}"
 
-    def are_tools(tools):
-        functions = [t.get("function") for t in tools if isinstance(t, dict)]
-        named = [f for f in functions if isinstance(f, dict) and isinstance(f.get("name"), str)]
-        return isinstance(tools, list) and len(named) == len(tools)
+    def is_tool(value):
+        function = value.get("function") if isinstance(value, dict) else None
+        return isinstance(function, dict) and isinstance(function.get("name"), str)
 
     rules = {  # field: (what its value must be, whether a value is that)
         **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls", *TURNS), flag),
@@ -82,7 +73,8 @@ def check_fields(body, chat, size):
         **dict.fromkeys(("frequency_penalty", "presence_penalty"), number(-2, 2)),
         **dict.fromkeys(("top_p", "min_p"), number(0, 1)),
         **dict.fromkeys(("top_k", "min_tokens"), number(0, 2**31, (int,))),
-        "tools": ('a list of {"type": "function", "function": {"name": ...}}', are_tools),
+        "tools": ('a list of {"type": "function", "function": {"name": ...}}', lambda value: (
+            isinstance(value, list) and all(map(is_tool, value)))),
         "tool_choice": ('"auto" or "none"', lambda value: value in ("auto", "none")),
         "temperature": number(0, 2),
         "repetition_penalty": number(0.01, 100),

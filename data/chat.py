@@ -15,7 +15,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data.cli import UserError
+from data.cli import explained
 
 # --------------------------------------------------------------------------------------------
 # Messages and tool calls
@@ -147,10 +147,8 @@ def compile_template(source):
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     # {% generation %} marks the assistant's text in some templates: the mask does not need it
     source = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source)
-    try:
+    with explained("the model's chat template cannot be read", TemplateError):
         return env.from_string(source)
-    except TemplateError as e:
-        raise UserError(f"the model's chat template cannot be read: {e}") from e
 
 
 def either(names):
@@ -195,12 +193,10 @@ class Template:
         self.typed_by_assistant = either(set(special) - set(ASSISTANT_TAGS))
         self.supports_tools = "tools" in self.source_for(tools=True)
         call = tool_call(TOOL, {KEY: 0}, CALL_ID)
-        try:
+        with explained("the model's chat template cannot be used"):
             said, self.called = self.probe({"content": CONTENT}), ""
             with contextlib.suppress(ValueError):
                 self.called = self.probe({"content": "", "tool_calls": [call]})
-        except ValueError as e:
-            raise UserError(f"the model's chat template cannot be used: {e}") from e
         before, _, after = said.rpartition(CONTENT)
         self.end = next((i for i in self.encode(after) if i in names), tokenizer.eos_id)
         # SentencePiece may put a space of its own in front of what follows a special token

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import signal
+import struct
 import sys
 from pathlib import Path
 
@@ -19,13 +20,26 @@ class UserError(ValueError):
     """A user's mistake: one line that names the thing, the value and the remedy."""
 
 
+# What content raises where it is not of the form that it should have
+MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError,
+             struct.error)  # fmt: skip
+
+
 @contextlib.contextmanager
-def user_code(what):
-    """Turn whatever a user's own code raises within this context into a UserError."""
+def explained(what, *kinds):
+    """Turn an exception of one of these `kinds` (default: MALFORMED) into a UserError: `what`."""
+    kinds = kinds or MALFORMED
     try:
         yield
-    except (Exception, SystemExit) as e:
-        raise UserError(f"{what} ({type(e).__name__}: {e})") from e
+    except UserError:
+        raise
+    except kinds as e:
+        raise UserError(f"{what} ({type(e).__name__}: {' '.join(str(e).split())})") from e
+
+
+def user_code(what):
+    """`explained`, for whatever a user's own code raises."""
+    return explained(what, Exception, SystemExit)
 
 
 def run_cli(main):
@@ -127,7 +141,7 @@ FOREIGN = {
     "leave it out, it is not needed here":
         "do_train do_eval template plot_loss overwrite_cache overwrite_output_dir eval_strategy "
         "save_strategy save_total_limit always_save_checkpoint load_best_model_at_end backend "
-        "per_device_eval_batch_size preprocessing_num_workers trust_remote_code flash_attn",
+        "per_device_eval_batch_size preprocessing_num_workers trust_remote_code ddp_timeout",
 }  # fmt: skip
 FOREIGN = {f"--{name}": use for use, names in FOREIGN.items() for name in names.split()}
 CONFIG_FILE = re.compile(r"(?:--config[ =]|[^-]\S* )?([^-]\S*\.(?:py|ya?ml|json))(?!\S)")

@@ -5,6 +5,7 @@ import os
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 from data.answer import ApiError
 from data.api import Api
@@ -105,16 +106,22 @@ class Service:
         return {"count": self.page_info({})["choices"]["count"]}
 
     def drawing(self, body):
-        """A `Drawing` of the digits in a text."""
+        """A stream of PNGs of the digits in a text, each {"image": data URL}."""
         text, seed = body.get("text"), body.get("seed", 0)
         if self.draw is None:
             raise ApiError(404, "no digits were trained here: python mnist.py --diffusion")
         if not isinstance(text, str) or len(text) > 20 or type(seed) is not int or seed >> 50:
             raise ApiError(400, "this needs a text of up to 20 digits, and maybe a seed")
         try:
-            return Drawing(self.api.scheduler, self.draw(text, seed))
+            pictures = self.draw(text, seed)
         except UserError as e:
             raise ApiError(400, str(e)) from e
+
+        def chunks():  # each is computed between two steps of the texts, when it is asked for
+            while content := self.api.scheduler.call(lambda: next(pictures, None)):
+                yield {"image": f"data:image/png;base64,{base64.b64encode(content).decode()}"}
+
+        return SimpleNamespace(body={"stream": True}, chunks=chunks, close=lambda: None)
 
     def run(self, query):
         """The settings and metrics of one run."""
@@ -122,21 +129,6 @@ class Service:
         if name not in [run["name"] for run in run_list()]:
             raise ApiError(404, f"there is no run {name[:80]!r} in {OUT}/")
         return read_run(name)
-
-
-class Drawing:
-    """Streams PNGs that an iterator computes, one at a time between two steps of the texts."""
-
-    def __init__(self, scheduler, pictures):
-        self.body, self.scheduler, self.pictures = {"stream": True}, scheduler, pictures
-
-    def chunks(self):
-        """Yield {"image": data URL} for each."""
-        while content := self.scheduler.call(lambda: next(self.pictures, None)):
-            yield {"image": f"data:image/png;base64,{base64.b64encode(content).decode()}"}
-
-    def close(self):
-        """Nothing to cancel: a picture is computed only when it is asked for."""
 
 
 # path: (method, whether no key is needed, function of a Service and the request's query or body)

@@ -41,12 +41,9 @@ def load_tools(source):
     if not tools or not isinstance(tools, dict):
         raise UserError(f"{where} has no function, or get_tools() returns no {{name: function}}")
     for name, function in tools.items():
-        try:
+        wanted = "write it with types of JSON, such as str, int, list[str], Literal"
+        with user_code(f"{where}: the signature of {name} cannot be read: {wanted}"):
             function_schema(name, function)
-        except Exception as e:  # annotations are the user's code
-            problem = f"{name} has a signature that cannot be read ({type(e).__name__}: {e})"
-            wanted = "write a function with types of JSON, such as str, int, list[str], Literal"
-            raise UserError(f"{where}: {problem}: {wanted}") from e
         if database := getattr(function, "database", None):
             print(f"[{name} knows {database}]", file=sys.stderr)
     return tools

@@ -274,8 +274,8 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
     assert chat.chat(messages=long, extra_body={"truncation": "auto"}, max_tokens=2).choices
     bad = dict(temperature=3, n=0, max_tokens=0, stop=["a"] * 5, seed="x", top_p=7, min_tokens=-1)
     bad |= dict(logit_bias={"a": 1}, stop_token_ids=[320], ignore_eos=1, best_of=2, suffix="x")
-    bad |= dict(response_format={"type": "xml"}, functions=[tool("f")], guided_json={})
-    bad |= dict(function_call="auto", modalities=["text", "audio"], prompt_logprobs=0)
+    bad |= dict(response_format={"type": "xml"}, functions=[tool("f")], guided_json={"a": 1})
+    bad |= dict(function_call="auto", modalities=["text", "audio"], prompt_logprobs=1)
     bad |= dict(parallel_tool_calls="no", logit_bias={"1": float("nan")}, stream_options=[])
     fine = dict(response_format={"type": "text"}, functions=[], function_call="none", best_of=1)
     fine |= dict(modalities=["text"], audio=None, suffix="", logit_bias={}, stop_token_ids=[])
@@ -290,7 +290,7 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
     call = {"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}
     for name, value in (
         *[("messages", m) for m in ([], "x", [5], [{"role": "x"}], [turn("user", 5)], [call])],
-        *[("tools", t) for t in ("x", [5], [{"function": {}}])],
+        *[("tools", t) for t in (5, "x", [5], [{"function": {}}])],
         *[("tool_choice", c) for c in ("x", 5, "required", tool("f"))],
     ):
         assert fetch(chat.port, post(ASK, GOOD | {"tools": [tool("f")], name: value}))[0] == 400
