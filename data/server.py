@@ -115,12 +115,9 @@ class Server(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-encode_json = json.JSONEncoder(ensure_ascii=False).encode  # dumps would make one at each call
-
-
 def to_json(value):
     """UTF-8, so that Chinese is readable; half a character, \\ud83d, becomes a question mark."""
-    return encode_json(value).encode(errors="replace")
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -246,11 +243,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 retry = {"Retry_After": 1} if error.status in (429, 503) else {}
                 self.send(error.status, content, **retry)
 
-    def is_gone(self):
-        """Whether the client has closed the connection. What else it sends is left out."""
-        readable = select.select([self.connection], [], [], 0)[0]
-        return readable and not self.connection.recv(1 << 16)
-
     def give(self, answer):
         """Send the result of a route: a text, an object, or a data.answer.Answer."""
         if isinstance(answer, str):
@@ -263,13 +255,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if stream:
                 self.send_head(200, "text/event-stream")
             for content in answer.chunks() if stream else answer.result():
-                if content and stream:  # writing raises if the client is gone
+                readable = select.select([self.connection], [], [], 0)[0]
+                if readable and not self.connection.recv(1 << 16):  # a second request is not read
+                    raise ConnectionError
+                if content and stream:
                     self.wfile.write(b"data: " + to_json(content) + b"\n\n")
                 elif content:
                     self.give(content)
-                elif self.is_gone():
-                    raise ConnectionError
             if stream:
                 self.wfile.write(b"data: [DONE]\n\n")
         finally:
-            answer.close()
+            for job in answer.jobs:
+                job.cancelled = True

@@ -31,7 +31,7 @@ class Script:
     def submit(self, jobs):
         for job in jobs:
             self.prompts.append(job.prompt)
-            last = next((n for n, i in enumerate(self.ids) if i in job.ends), None)
+            last = next((n for n, i in enumerate(self.ids) if i in job.settings["ends"]), None)
             for i in self.ids[: None if last is None else last + 1]:
                 job.events.put((job.index, i, None))
             job.events.put((job.index, "length" if last is None else "stop", None))
