@@ -22,7 +22,7 @@ import signal
 import sys
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
@@ -520,37 +520,6 @@ class RewardModel(DPO):
         return torch.stack(logits.chunk(2), dim=1)
 
 
-def load_rewards(source, device):
-    """The function of --reward, from a list of (messages, answer, wanted) to a list of floats: that
-    of `load_reward`, or a reward model."""
-    if all(name in REWARDS or name.endswith(".py") for name in source.split(",")):
-        reward = load_reward(source)
-        return lambda answers: [rate(reward, *a) for a in answers]
-    try:
-        model, tokenizer, where = load(source, device, "fp32")
-    except UserError as e:
-        raise UserError(f"--reward {source} is not one of {', '.join(REWARDS)}, and {e}") from e
-    if REWARD_TOKEN not in tokenizer.special:
-        raise UserError(f"{where} is not a reward model: --objective reward makes one")
-    token, context = tokenizer.special[REWARD_TOKEN], model.config.context
-    device = model.head.weight.device
-
-    @torch.no_grad()
-    def rewards(answers):
-        rows, out = [], torch.zeros(len(answers))
-        for messages, turn, _ in answers:
-            example, first = {"messages": [*messages, turn]}, len(messages)
-            row = batches.chat_rows(example, tokenizer, context - 1, first=first)[-1]
-            rows.append(batches.reward_row(row, token))
-        for numbers in batches.bucket(range(len(rows)), rows, 4096):
-            ids, targets = (t.to(device) for t in batches.pad([rows[i] for i in numbers]))
-            with torch.autocast(device.type, enabled=False):
-                out[numbers] = model(ids, targets, output="logits")[:, token].cpu()
-        return out.tolist()
-
-    return rewards
-
-
 class SharedPrompt(lm.KVCache):
     """Keys and values of a prompt, with their gradients, for all rows that go on from it."""
 
@@ -576,6 +545,51 @@ class SharedPrompt(lm.KVCache):
     def seen_ids(self, new):
         """As `KVCache.seen_ids`."""
         return self.ids
+
+
+def load_rewards(source, device):
+    """The function of --reward, from a list of (messages, answer, wanted) to a list of floats, or
+    None where it is not for the turn: of several with commas, the first one that is."""
+    functions = [
+        load_reward(name) if name in REWARDS or name.endswith(".py") else model_reward(name, device)
+        for name in source.split(",")
+    ]
+
+    def reward(*turn):
+        return next((r for f in functions if (r := rate(f, *turn)) is not None), None)
+
+    return lambda answers: [reward(*answer) for answer in answers]
+
+
+def model_reward(source, device):
+    """The reward of a reward model. What it has read of a prompt serves the next answer, too."""
+    try:
+        model, tokenizer, where = load(source, device, "fp32")
+    except UserError as e:
+        raise UserError(f"--reward {source} is not one of {', '.join(REWARDS)}, and {e}") from e
+    if REWARD_TOKEN not in tokenizer.special:
+        raise UserError(f"{where} is not a reward model: --objective reward makes one")
+    token, context = tokenizer.special[REWARD_TOKEN], model.config.context - 1
+    device = model.head.weight.device
+
+    @lru_cache(1)
+    def read(prompt):
+        shared = SharedPrompt(model)
+        model(torch.tensor([prompt], device=device), cache=shared)
+        return shared
+
+    @torch.no_grad()
+    def reward(messages, answer, wanted):
+        if answer is wanted:  # asked whether this reward is for the turn
+            return 0.0
+        talk = {"messages": [*messages, answer]}
+        row = batches.chat_rows(talk, tokenizer, context, first=len(messages))[-1]
+        n = row.mask.index(1)
+        with torch.autocast(device.type, enabled=False):
+            ids, shared = torch.tensor([row.ids[n:]], device=device), read(tuple(row.ids[:n]))
+            return model(ids, cache=copy.copy(shared))[0, -1, token].item()
+
+    return reward
 
 
 def group_logps(runner, model, ids, targets, groups, allowed=None):
@@ -673,7 +687,7 @@ class GRPO(SFT):
         prompts = [p for p in rows for _ in range(a.samples)]
         seeds = np.random.default_rng((a.seed, 2, number)).integers(2**62, size=len(prompts))
         with lm.evaluating(self.model) as model, self.runtime.autocast():
-            texts, rewards = self.sample(model, split, prompts, seeds.tolist())
+            _, texts, rewards = self.sample(model, split, prompts, seeds.tolist())
         starts = [row.mask.index(1) for row in texts]  # the lengths of the prompts
         rewards = torch.tensor(rewards).view(-1, a.samples)  # (groups, samples)
         spread = rewards.std(1)
@@ -704,10 +718,9 @@ class GRPO(SFT):
         return batch
 
     def sample(self, model, split, prompts, seeds):
-        """(Rows of the prompts and what the model writes after them, the rewards)."""
+        """What the model writes after prompts: messages, as Rows with the prompts, the rewards."""
         if split.env:
-            starts = [p.turn for p in prompts]
-            return converse(model, self.tokenizer, split.env, starts, seeds)[1:]
+            return converse(model, self.tokenizer, split.env, [p.turn for p in prompts], seeds)
         answers, turns = generate_turns(model, self.tokenizer, [p.ids for p in prompts], seeds)
         jobs = [p.turn for p in prompts]
         rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
@@ -715,7 +728,26 @@ class GRPO(SFT):
             question = chat.message_text(jobs[rewards.index(None)].messages[-1])
             raise UserError(f"the reward of an answer to {question!r:.80} is None")
         pairs = [(p.ids, new) for p, new in zip(prompts, answers)]
-        return [batches.Row(p + new, [0] * len(p) + [1] * len(new)) for p, new in pairs], rewards
+        rows = [batches.Row(p + new, [0] * len(p) + [1] * len(new)) for p, new in pairs]
+        return turns, rows, rewards
+
+    def pairs(self, model, split):
+        """Preference pairs as the page writes them: of the answers sampled to each prompt, the one
+        with the largest reward, and of those with a smaller one that of the most similar length."""
+        samples, found = self.args.samples, []
+        prompts = [p for p in split.prompts for _ in range(samples)]
+        seeds = range(self.args.seed, self.args.seed + len(prompts))
+        turns, _, rewards = self.sample(model, split, prompts, seeds)
+        lengths = [len(chat.message_text(turn)) for turn in turns]
+        for start in range(0, len(prompts), samples):
+            group = range(start, start + samples)
+            best = max(group, key=rewards.__getitem__)
+            worse = [i for i in group if rewards[i] < rewards[best]]
+            if worse:  # one of about the same length, so that length does not tell them apart
+                other = min(worse, key=lambda i: abs(lengths[i] - lengths[best]))
+                pair = {"chosen": [turns[best]], "rejected": [turns[other]]}
+                found.append({"prompt": prompts[start].turn.messages, **pair})
+        return found
 
     @fast_products()
     def fixed_logps(self, *batch):
@@ -849,6 +881,8 @@ def check_settings(args, objective, splits, given):
         (a.best_by == "slot_f1" and not calls,
          "--best_by slot_f1 is not measured on chats without calls"),
         (a.augment and a.data not in augmented, f"--augment is for --data {', '.join(augmented)}"),
+        (a.pairs and not (a.eval_only and a.reward),
+         "--pairs needs --eval_only, --objective grpo and --reward"),
         (a.shard and a.objective == "grpo", f"--shard does not go together with {name}"),
         (a.token_dropout and a.objective in ("dpo", "grpo"),
          f"--token_dropout does not go together with {name}"),
@@ -986,6 +1020,12 @@ def report_best(model, args, objective, splits, examples):
     write_report(objective, model, split, out)
 
 
+def augmented(examples, args, epoch):
+    """The examples of an epoch with --augment."""
+    rng = random.Random(f"{args.seed} {epoch}")
+    return SOURCES[args.data].augment(examples, args.augment, rng)
+
+
 def evaluate_only(args, objective_class, examples):
     """--eval_only: measure --split, or all rows of a file without --val; write predictions."""
     runtime = make_runtime(args.device, args.dtype)
@@ -995,8 +1035,16 @@ def evaluate_only(args, objective_class, examples):
     if missing := [name for name in needed if name not in tokenizer.special]:
         raise UserError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
     objective = objective_class(args, tokenizer, labels_of(tokenizer), runtime)
+    if args.augment:
+        examples = examples | {args.split: augmented(examples[args.split], args, "measured")}
     split = objective.make_split(examples[args.split])
     objective.start(model, {args.split: split}, None)
+    if args.pairs:
+        with lm.evaluating(model), runtime.autocast():
+            pairs = objective.pairs(model, split)
+        text = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs)
+        Path(args.pairs).write_text(text, encoding="utf-8")
+        return print(f"{args.pairs}: {len(pairs):,} pairs, of {len(split.prompts):,} prompts")
     run = where.parent if where.suffix == ".pt" else where
     out = run_folder(args.out, f"{run.name}-eval", runtime)
     rows = "all rows" if examples["val"] is examples["train"] else args.split
@@ -1057,8 +1105,7 @@ def main(argv=None):
     def epoch_rows(epoch):
         new = split
         if args.augment:
-            augment, rng = SOURCES[args.data].augment, random.Random(f"{args.seed} {epoch}")
-            new = objective.make_split(augment(examples["train"], args.augment, rng))
+            new = objective.make_split(augmented(examples["train"], args, epoch))
         return new.prompts or new.rows
 
     loader = batches.BucketLoader(epoch_rows, args.batch_tokens, args.seed)
@@ -1113,7 +1160,7 @@ def build_parser():
         "numbered if taken)")
     train.add_machine(add)
     add("--eval_only", action="store_true", default=None, help="measure --ckpt on --split, or "
-        "on all of a file without --val; train nothing")
+        "on all of a file without --val, changed by --augment; train nothing")
     add("--split", help="split to report on at the end: val (default, also dev), test or train")
     figures = ", ".join(dict.fromkeys(c.figure for c in OBJECTIVES.values()))
     add("--best_by",
@@ -1145,6 +1192,8 @@ def build_parser():
         "reward(messages, answer, wanted), or a run of --objective reward; slots,faithful is both")
     add("--env", help="what grpo talks to instead: hotel, or a .py file with a class Env, whose "
         "reset(seed) and step(message) speak and whose reward(messages) rates a conversation")
+    add("--pairs", metavar="FILE", help="with --eval_only --objective grpo --reward: write "
+        "preference pairs, the best of --samples answers to each prompt and a worse one")
     for name, (default, kind, text) in OWN_FLAGS.items():
         add(f"--{name}", type=kind, help=f"{text} (default {default:g})")
     add = train.add_optimization(p)
