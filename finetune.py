@@ -18,15 +18,11 @@ import itertools
 import json
 import math
 import random
-import signal
 import sys
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -36,7 +32,7 @@ import lora
 import model as lm
 import train
 from data import batches, chat, cli
-from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
+from data.cli import Parser, UserError, at_least, between, positive, run_cli, share
 from data.costs import check_memory
 from data.files import write_json
 from data.machine import DTYPES, fast_products, make_runtime, shard_like
@@ -58,7 +54,7 @@ from sample import Engine, allowed_ids, classify, load
 
 # Added to train.RECIPE. The rates are lower than for a new model, which has nothing to lose.
 RECIPE = train.RECIPE | train.optimizer_rates() | dict(
-    objective="auto", best_by="val_loss", split="val", val=0.1, epochs=3.0, batch_tokens=4096,
+    best_by="val_loss", split="val", val=0.1, epochs=3.0, batch_tokens=4096,
     loss_on="assistant", augment=0.0, token_dropout=0.0, eval_every=100, eval_rows=64,
     lr=1e-3, embed_lr=3e-3, head_lr=3e-3, muon_lr=0.01, weight_decay=0.0,
     warmup_steps=None,  # WARMUP, or less in a short run
@@ -420,7 +416,8 @@ class DPO(SFT):
         """Compute the log probabilities of all answers under the reference, once."""
         if self.args.eval_only and not lora.adapted(model):
             why = f"pairs are measured against the model before DPO, which {self.args.ckpt} lacks"
-            raise UserError(f"{why}: see its metrics.jsonl, or train with --lora_rank")
+            advice = "see its metrics.jsonl, train with --lora_rank, or name --objective reward"
+            raise UserError(f"{why}: {advice}")
         reference = saved and saved["reference"]
         if not reference:
             with lm.evaluating(model), self.runtime.autocast(), lora.disable_adapter(model):
@@ -457,8 +454,7 @@ class DPO(SFT):
         return out
 
     def evaluate(self, model, split, when="end"):
-        """The loss, the share of pairs whose chosen answer has the larger reward, the mean rewards
-        and their difference."""
+        """The loss, the share of pairs whose chosen answer has the larger reward, mean rewards."""
         rewards = self.over_pairs(split, partial(self.rewards, model))
         chosen, rejected = rewards.unbind(1)
         means = {"accuracy": chosen > rejected, "chosen": chosen, "rejected": rejected}
@@ -474,10 +470,11 @@ class Distill(SFT):
     """Chats that are learned from a teacher's probabilities as well (Hinton et al. 2015)."""
 
     flags = {
+        "teacher": (str, "the checkpoint that is learned from"),
         "distill_lambda": (share, "share of the cross-entropy"),
         "distill_temperature": (positive, "softens teacher and model"),
     }
-    recipe = dict(distill_lambda=0.5, distill_temperature=2.0)
+    recipe = dict(teacher=None, distill_lambda=0.5, distill_temperature=2.0)
 
     def start(self, model, splits, saved):
         name, device = self.args.teacher, str(self.runtime.device)
@@ -518,33 +515,6 @@ class RewardModel(DPO):
         token = self.tokenizer.special[REWARD_TOKEN]
         logits = model(ids, targets, output="logits", places=places)[:, token].float()
         return torch.stack(logits.chunk(2), dim=1)
-
-
-class SharedPrompt(lm.KVCache):
-    """Keys and values of a prompt, with their gradients, for all rows that go on from it."""
-
-    def __init__(self, model):
-        super().__init__(model, batch=0)
-        self.ids, self.lengths = self.ids.new_empty(1, 0), torch.zeros(1, dtype=torch.long)
-        self.kept = {}
-
-    def begin(self, ids):
-        """As `KVCache.begin`."""
-        start = self.ids.shape[1]
-        self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
-        return lm.NewTokens(slice(start, start + ids.shape[1]))
-
-    def update(self, i, new, *keys_and_values):
-        """As `KVCache.update`."""
-        if not new.positions.start:
-            self.kept[i] = keys_and_values
-            return keys_and_values
-        old = (t.expand(len(keys_and_values[0]), -1, -1, -1) for t in self.kept[i])
-        return [torch.cat(pair, dim=2) for pair in zip(old, keys_and_values)]
-
-    def seen_ids(self, new):
-        """As `KVCache.seen_ids`."""
-        return self.ids
 
 
 def load_rewards(source, device):
@@ -592,6 +562,33 @@ def model_reward(source, device):
     return reward
 
 
+class SharedPrompt(lm.KVCache):
+    """Keys and values of a prompt, with their gradients, for all rows that go on from it."""
+
+    def __init__(self, model):
+        super().__init__(model, batch=0)
+        self.ids, self.lengths = self.ids.new_empty(1, 0), torch.zeros(1, dtype=torch.long)
+        self.kept = {}
+
+    def begin(self, ids):
+        """As `KVCache.begin`."""
+        start = self.ids.shape[1]
+        self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
+        return lm.NewTokens(slice(start, start + ids.shape[1]))
+
+    def update(self, i, new, *keys_and_values):
+        """As `KVCache.update`."""
+        if not new.positions.start:
+            self.kept[i] = keys_and_values
+            return keys_and_values
+        old = (t.expand(len(keys_and_values[0]), -1, -1, -1) for t in self.kept[i])
+        return [torch.cat(pair, dim=2) for pair in zip(old, keys_and_values)]
+
+    def seen_ids(self, new):
+        """As `KVCache.seen_ids`."""
+        return self.ids
+
+
 def group_logps(runner, model, ids, targets, groups, allowed=None):
     """Log probabilities (N, T) of targets among the `allowed` ids, answers to prompts, in batches
     as `GRPO.batch` makes them: each prompt is computed once. `runner`: see train.make_runner."""
@@ -613,15 +610,23 @@ class GRPO(SFT):
     kinds, noun, figure = ("chat", "prefer", "label"), "examples", "val_reward"
     curves, unit = (("drawn", "reward"), ("greedy, validation", "val_reward")), "reward"
     flags = {
+        "reward": (str, f"what is learned from: {', '.join(REWARDS)}, a .py file with a function "
+                   "reward(messages, answer, wanted), or a run of --objective reward; "
+                   "slots,faithful is both"),
+        "env": (str, "what is talked to instead: hotel, or a .py file with a class Env, whose "
+                "reset(seed) and step(message) speak and whose reward(messages) rates"),
         "samples": (between(2, 4096, int), "answers sampled for each prompt"),
         "updates": (at_least(1), "optimizer steps with the same answers"),
         "clip": (positive, "ratios of probabilities are clipped to 1 +- this"),
         "kl": (at_least(0, float), "weight of the divergence from the model at the start"),
-    }
+        "pairs": (str, "with --eval_only: a file for preference pairs, the best of the answers to "
+                  "each prompt and a worse one"),
+    }  # fmt: skip
     recipe = dict(
-        samples=8, updates=1, clip=0.2, kl=0.0, best_by="val_reward", lr=1e-4, embed_lr=1e-4,
-        head_lr=1e-4, muon_lr=1e-3, epochs=1.0, batch_tokens=8192, grad_accum=4, eval_every=20,
-        log_every=5, compile=False,  # blocks are not compiled for what follows a cached prompt
+        reward=None, env=None, samples=8, updates=1, clip=0.2, kl=0.0, pairs=None,
+        best_by="val_reward", lr=1e-4, embed_lr=1e-4, head_lr=1e-4, muon_lr=1e-3, epochs=1.0,
+        batch_tokens=8192, grad_accum=4, eval_every=20, log_every=5,
+        compile=False,  # blocks are not compiled for what follows a cached prompt
     )  # fmt: skip
 
     def __init__(self, *args):
@@ -808,9 +813,7 @@ OBJECTIVES = {
     "sft": SFT, "classify": Classify, "dpo": DPO, "distill": Distill, "reward": RewardModel,
     "grpo": GRPO,
 }  # fmt: skip
-OWN_FLAGS = {
-    name: (c.recipe[name], *flag) for c in OBJECTIVES.values() for name, flag in c.flags.items()
-}
+OWN_FLAGS = [name for c in OBJECTIVES.values() for name in c.flags]
 
 
 # --------------------------------------------------------------------------------------------
@@ -837,19 +840,14 @@ def resolve(args):
     kind, splits, hashes = load_data(data, settings.get("val_data"), fraction, **options)
     if content is not None and content["data"] != hashes:
         raise UserError(f"{data} is not the data that the run began with")
-    names = [settings["objective"]] if "objective" in settings else OBJECTIVES
-    if args.eval_only and "objective" not in given and kind == "prefer":
-        known = lm.load_checkpoint(settings["ckpt"]).get("tokenizer")
-        names = ["reward"] if known and REWARD_TOKEN in Tokenizer(known).special else names
-    name = next((name for name in names if kind in OBJECTIVES[name].kinds), None)
-    if name is None:
-        raise UserError(f"--objective {names[0]} does not suit {data}, rows of {kind}")
+    suitable = [name for name, c in OBJECTIVES.items() if kind in c.kinds]
+    name = settings.get("objective", suitable[0])
+    if name not in suitable:
+        raise UserError(f"--objective {name} does not suit {data}, rows of {kind}")
     objective = OBJECTIVES[name]
     if content is None:
-        if LORA_FLAGS & set(given) and "lora_rank" not in given:
-            settings = settings | {"lora_rank": 8}
-            if first_process():
-                print("[adapters, as flags of LoRA are given: --lora_rank 8]", file=sys.stderr)
+        if LORA_FLAGS & set(given):
+            settings = {"lora_rank": 8} | settings
         rates = LORA_RECIPE if settings.get("lora_rank") else {}
         recipe = train.scale_rates(RECIPE | rates | objective.recipe, given)
         settings = recipe | settings | {"objective": name}
@@ -863,34 +861,29 @@ def check_settings(args, objective, splits, given):
     """UserError for settings that do not go together; `given` are those of the command line."""
     a, name, figure = args, f"--objective {args.objective}", objective.figure
     calls = any(m.get("tool_calls") for e in splits["val"] for m in e.get("messages", ()))
+    answers = a.eval_rows and (calls or figure != "slot_f1")
+    figures = ["val_loss", "last", *([figure] if answers or "chat" not in objective.kinds else [])]
     augmented = [name for name, source in SOURCES.items() if source.augment]
-    problems = [
-        ((a.objective == "distill") != bool(a.teacher),
-         "--teacher CKPT and --objective distill belong together"),
-        ((a.objective == "grpo") != bool(a.reward or a.env) or (a.reward and a.env),
-         f"--objective grpo needs --env, or --reward {', '.join(REWARDS)}, a file, or a --ckpt; "
-         "they are for nothing else"),
-        (LORA_FLAGS & set(given) and not a.lora_rank,
-         "--lora_rank 0 trains all weights, without adapters: leave out the flags of LoRA"),
-        (a.quantize and not a.lora_rank,
-         "--quantize freezes the base: add --lora_rank 8, so that something learns"),
-        (a.best_by not in ("val_loss", "last", figure),
-         f"--best_by {a.best_by} is not measured with {name}: val_loss and {figure} are"),
-        (a.best_by == figure and "chat" in objective.kinds and not a.eval_rows,
-         f"--best_by {a.best_by} needs --eval_rows"),
-        (a.best_by == "slot_f1" and not calls,
-         "--best_by slot_f1 is not measured on chats without calls"),
-        (a.augment and a.data not in augmented, f"--augment is for --data {', '.join(augmented)}"),
-        (a.pairs and not (a.eval_only and a.reward),
-         "--pairs needs --eval_only, --objective grpo and --reward"),
-        (a.shard and a.objective == "grpo", f"--shard does not go together with {name}"),
-        (a.token_dropout and a.objective in ("dpo", "grpo"),
-         f"--token_dropout does not go together with {name}"),
-        (a.split not in splits, f"{a.data} has no split {a.split!r}; it has {', '.join(splits)}"),
-    ]  # fmt: skip
-    problems += [(flag in given and flag not in objective.flags, f"--{flag} is not for {name}")
-                 for flag in OWN_FLAGS]  # fmt: skip
-    for wrong, message in problems:
+    foreign = [f"--{flag}" for flag in OWN_FLAGS if flag in given and flag not in objective.flags]
+    problems = {
+        f"{' '.join(foreign)} is not for {name}": foreign,
+        f"{name} needs --teacher CKPT": a.objective == "distill" and not a.teacher,
+        f"{name} needs --env, or --reward {', '.join(REWARDS)}, a file, or a --ckpt":
+            a.objective == "grpo" and bool(a.reward) == bool(a.env),
+        "--pairs needs --eval_only and --reward": a.pairs and not (a.eval_only and a.reward),
+        "--lora_rank 0 trains all weights, without adapters: leave out the flags of LoRA":
+            LORA_FLAGS & set(given) and not a.lora_rank,
+        "--quantize freezes the base: add --lora_rank 8, so that something learns":
+            a.quantize and not a.lora_rank,
+        f"--best_by {a.best_by} is not measured here: choose from {', '.join(figures)}":
+            a.best_by not in figures,
+        f"--augment is for --data {', '.join(augmented)}": a.augment and a.data not in augmented,
+        f"--shard does not go together with {name}": a.shard and a.objective == "grpo",
+        f"--token_dropout does not go together with {name}":
+            a.token_dropout and a.objective in ("dpo", "grpo"),
+        f"{a.data} has no split {a.split!r}; it has {', '.join(splits)}": a.split not in splits,
+    }  # fmt: skip
+    for message, wrong in problems.items():
         if wrong:
             raise UserError(message)
 
@@ -906,13 +899,9 @@ def find_labels(splits):
 def build_model(args, base, content, special_tokens, runtime):
     """(model, tokenizer, an adapter's settings or None): the model of the checkpoint `base` with
     the tokens of special_tokens(tokenizer), as the resumed run with this `content` left it."""
-    if "adapter" in base:
-        raise UserError(f"{args.ckpt} is an adapter: merge it first (python lora.py merge)")
-    if "tokenizer" not in base:
-        raise UserError(f"{args.ckpt} carries no tokenizer")
+    bare = lm.checkpoint_tokenizer(base, args.ckpt)
     if args.dropout is not None:
         base = base | {"config": {**base["config"], "dropout": args.dropout}}
-    bare = Tokenizer(base["tokenizer"])
     tokenizer = bare.with_special(special_tokens(bare))
     adapter = None
     if content and args.lora_rank:
@@ -927,8 +916,8 @@ def build_model(args, base, content, special_tokens, runtime):
         adapter = dict(targets=args.lora_targets, rank=args.lora_rank, dropout=args.lora_dropout)
         adapter["alpha"] = args.lora_alpha or 2 * args.lora_rank
         # rows of special tokens that the base has never seen must learn
-        new_tokens = tokenizer is not bare
-        adapter["modules_to_save"] = ["embed", "value_embed", "head"] if new_tokens else []
+        tables = [] if tokenizer is bare else ["embed", "value_embed", "head"]
+        adapter["modules_to_save"] = tables
         if args.quantize:
             lora.quantize(model, args.quantize, device=runtime.device)
         lora.add_lora(model, **adapter)
@@ -964,10 +953,7 @@ def make_task(args, objective, splits, loader, extra):
     def score(row):  # the evaluation with the smallest one is the best
         if args.best_by == "last":
             return -row["step"]
-        if args.best_by not in row:
-            figures = ", ".join(row)
-            raise UserError(f"--best_by {args.best_by}: the evaluation only gives {figures}")
-        return row["val_loss"] if args.best_by == "val_loss" else -row[args.best_by]
+        return row["val_loss"] if args.best_by == "val_loss" else -row.get(args.best_by, -math.inf)
 
     return train.Task(
         batches=step_batches, evaluate=evaluate, extra=extra, loss=objective.loss,
@@ -1002,8 +988,8 @@ def write_report(objective, model, split, out):
         print(f"{out}/predictions.jsonl")
 
 
-def report_best(model, args, objective, splits, examples):
-    """The closing report on --split, with the best weights of the run."""
+def report_best(model, args, objective, splits, examples, result):
+    """The closing report on --split, with the best weights of a run, after `train.fit`."""
     out, best = Path(args.out), lm.load_checkpoint(Path(args.out, "best.pt"))
     if "adapter" in best:
         lora.load_adapter(model, best)
@@ -1111,11 +1097,7 @@ def main(argv=None):
     loader = batches.BucketLoader(epoch_rows, args.batch_tokens, args.seed)
     if args.max_steps is None and args.max_minutes is None:
         steps = math.ceil(args.epochs * loader.per_epoch / (args.grad_accum * runtime.world))
-        args = settle(args, max_steps=max(1, steps) * (args.updates or 1))
-        passes = steps * args.grad_accum * runtime.world / loader.per_epoch
-        if runtime.rank == 0 and passes > 1.2 * args.epochs:
-            why = f"steps of --grad_accum {args.grad_accum} batches, {loader.per_epoch} an epoch"
-            print(f"[{why}: {passes:.3g} epochs, not {args.epochs:g}]", file=sys.stderr)
+        args = settle(args, max_steps=steps * (args.updates or 1))
     if args.warmup_steps is None:
         args = settle(args, warmup_steps=train.short_warmup(WARMUP, args.max_steps))
     splits = {"train": split, "val": objective.make_split(examples["val"])}
@@ -1131,10 +1113,8 @@ def main(argv=None):
         ids = (i for row in split.rows for r in batches.sequences(row) for i in r.ids)
         warn_unknown(tokenizer, ids, args.data)
 
-    def report(result):
-        report_best(model, args, objective, splits, examples)
-
     fit = partial(train.fit, model, task, args, runtime, out, content)
+    report = partial(report_best, model, args, objective, splits, examples)
     return train.launch(fit, report, runtime, out)
 
 
@@ -1153,27 +1133,24 @@ def build_parser():
     add("--data", help=f"a {', '.join(ROW_SUFFIXES)} file, .gz too, one of {', '.join(ROW_SETS)}, "
         "or on the Hub OWNER/NAME, OWNER/NAME:CONFIG, OWNER/NAME:FILE; several with commas")
     add("--val_data", help="rows to measure on (default: the set's own, or --val)")
-    add("--val", type=between(0, 0.99), help="share of conversations held out if there are no "
-        "validation rows (default 0.1; 0: none, and a tenth of the rows learned is measured)")
+    add("--val", type=between(0, 0.99),
+        help="share held out if there are no validation rows (default 0.1; 0: none)")
     add("--objective", choices=tuple(OBJECTIVES), help="default: the one that suits the rows")
-    add("--out", help="folder of the run (default: out/DATA-ft, or with --eval_only out/CKPT-eval, "
-        "numbered if taken)")
+    add("--out", help="folder of the run (default: a new out/DATA-ft, or out/CKPT-eval)")
     train.add_machine(add)
-    add("--eval_only", action="store_true", default=None, help="measure --ckpt on --split, or "
-        "on all of a file without --val, changed by --augment; train nothing")
+    add("--eval_only", action="store_true", default=None,
+        help="measure --ckpt on --split, or on all of a file without --val; train nothing")
     add("--split", help="split to report on at the end: val (default, also dev), test or train")
     figures = ", ".join(dict.fromkeys(c.figure for c in OBJECTIVES.values()))
     add("--best_by",
         help=f"what selects best.pt: last, {figures}, or val_loss (default for chats and pairs)")
-    add("--eval_rows", type=at_least(0),
-        help="answers generated per evaluation (default 64; 0: none), all of them at the end")
+    add("--eval_rows", type=at_least(0), help="answers an evaluation generates (default 64)")
     add("--show_mask", type=at_least(1), metavar="N", help="print N rows token by token and stop")
     add = p.add_argument_group("rows").add_argument
     add("--rows", metavar="START:STOP", help="slice of the training rows, such as 1000:5001")
     add("--max_rows", type=at_least(1), help="the first rows of each split only (default: all)")
     add("--encoding", help="of the files (default: recognise UTF-8, UTF-16 and GB18030)")
-    add("--loss_on", choices=("assistant", "call"),
-        help="learn the assistant's turns (default), or its tool calls only")
+    add("--loss_on", choices=("assistant", "call"), help="what is learned (default: assistant)")
     add("--augment", type=share, help="hotel dialogues: probability that a value is exchanged "
         "throughout a dialogue, and that a question is added (default 0)")
     add("--token_dropout", type=share, help="probability of hiding a token (default 0)")
@@ -1186,16 +1163,10 @@ def build_parser():
     add("--lora_dropout", type=between(0, 0.99), help="of the adapters' inputs (default 0)")
     add("--lora_targets", help="attention, mlp, all (default), or names of layers with commas")
     add("--quantize", choices=("int8", "nf4"), help="quantize the frozen base; needs --lora_rank")
-    add = p.add_argument_group("objectives").add_argument
-    add("--teacher", help="checkpoint that distill learns from")
-    add("--reward", help=f"what grpo learns from: {', '.join(REWARDS)}, a .py file with a function "
-        "reward(messages, answer, wanted), or a run of --objective reward; slots,faithful is both")
-    add("--env", help="what grpo talks to instead: hotel, or a .py file with a class Env, whose "
-        "reset(seed) and step(message) speak and whose reward(messages) rates a conversation")
-    add("--pairs", metavar="FILE", help="with --eval_only --objective grpo --reward: write "
-        "preference pairs, the best of --samples answers to each prompt and a worse one")
-    for name, (default, kind, text) in OWN_FLAGS.items():
-        add(f"--{name}", type=kind, help=f"{text} (default {default:g})")
+    for objective, c in OBJECTIVES.items():
+        add = p.add_argument_group(f"--objective {objective}").add_argument
+        for name, (kind, text) in c.flags.items():
+            add(f"--{name}", type=kind, help=f"{text} (default {c.recipe[name]})")
     add = train.add_optimization(p)
     add("--epochs", type=positive, help="passes over the rows (default 3 without another limit)")
     add("--max_steps", type=at_least(1), help="instead of --epochs")

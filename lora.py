@@ -15,13 +15,9 @@ Together they are QLoRA. Neither depends on the Transformer: any module with nn.
 import contextlib
 import hashlib
 import re
-import signal
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +28,7 @@ from data.cli import Parser, UserError, run_cli
 from data.download import is_hub_name
 from data.hf_config import config_to_hf
 from data.hf_weights import write_peft
-from data.machine import full_tensor, shard_like
+from data.machine import shard_like
 from data.tensors import fit_error
 
 # --------------------------------------------------------------------------------------------
@@ -339,9 +335,8 @@ def adapter_parameters(model):
 
 
 def adapter_state(model):
-    """The tensors of the active adapter, copied to the CPU."""
-    parameters = adapter_parameters(model).items()
-    return {n: full_tensor(p.detach()).cpu().clone() for n, p in parameters}
+    """{name: tensor} of the active adapter."""
+    return {n: p.detach() for n, p in adapter_parameters(model).items()}
 
 
 @torch.no_grad()
@@ -384,8 +379,7 @@ def load_adapted(base, adapters, where="the base"):
 @torch.no_grad()
 def merge(model):
     """Replace each adapted layer by a plain Linear, W + alpha / rank * B A of the active adapter,
-    in float32, and each quantized layer by a plain one. Returns their names: none the second time.
-    """
+    in float32, and each quantized layer by a plain one. Returns their names."""
     model.eval()  # dropout cannot be merged
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (LoRALinear, QuantLinear))}
     # the quantized base of an adapted layer is merged with its adapter

@@ -20,14 +20,10 @@ Shapes in comments: B batch, T patches of an image, C channels.
 import argparse
 import math
 import re
-import signal
 import time
 import unicodedata
 from functools import partial
 from pathlib import Path
-
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -542,9 +538,6 @@ def settle(args):
     if changed := [k for k in given if k not in free and given[k] != old.get(k)]:
         raise UserError(f"--{changed[0]} cannot change when resuming {folder}")
     vars(args).update(old | given | {"out": str(folder)})  # the folder may have been moved
-    names = {"training": "loss", "test": "val_loss", "validation": "val_loss"}  # of older runs
-    rows = saved["progress"][3]
-    rows[:] = [{names.get(key, key): value for key, value in row.items()} for row in rows]
     return saved
 
 

@@ -16,14 +16,10 @@ hs head size, V vocabulary, N rows (positions of all texts, flattened), S keys (
 import contextlib
 import copy
 import math
-import signal
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -165,8 +161,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values, where="the config"):
-        """The Config with the fields of a plain dict, such as a checkpoint's; UserError for an
-        unknown field or a bad value."""
+        """The Config with the fields of a dict; UserError for an unknown field or a bad value."""
         try:
             return cls(**values)
         except (TypeError, ValueError) as e:
@@ -913,9 +908,16 @@ def load_checkpoint(path, dtype=None, resuming=False):
     content = load_pt(path, mapped=not resuming)
     if not isinstance(content, dict) or not {"config", "model"} <= set(content):
         raise UserError(f"{path} is not a checkpoint of scratchlm: it has no config and model")
-    if not resuming:
-        content.pop("parts", None)  # where a sharded run keeps what it resumes from
     return content
+
+
+def checkpoint_tokenizer(content, where):
+    """The Tokenizer of a loaded checkpoint; UserError if it is an adapter or carries none."""
+    if "adapter" in content:
+        raise UserError(f"{where} is an adapter: merge it first (python lora.py merge)")
+    if "tokenizer" not in content:
+        raise UserError(f"{where} carries no tokenizer (or no tokenizer.json)")
+    return Tokenizer(content["tokenizer"])
 
 
 def load_weights(model, state, where="checkpoint", assign=False):
@@ -929,8 +931,6 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
     """The Transformer of a loaded checkpoint, on `device`, in evaluation mode. With `dtype` None
     weights keep their dtype, and stay mapped from the file as long as they are on the CPU."""
     config = Config.from_dict(content["config"], f"the config of {where}")
-    if content.get("parts"):  # a sharded run is resumed, which loads the weights itself
-        return Transformer(config).eval()
     model = meta_model(config)  # no memory for weights that would be overwritten at once
     state = {k: v.to(device=device, dtype=dtype) for k, v in content["model"].items()}
     load_weights(model, state, where, assign=True)
@@ -976,13 +976,11 @@ def grow_vocabulary(model, vocab_size, used):
     All rows after those, spare ones included, start at the mean of the used rows."""
     c, grown = model.config, max(model.config.vocab_size, vocab_size)
     for table in filter(None, (model.embed, model.value_embed, None if c.tied else model.head)):
-        for name in ("weight", "bias"):
-            if (old := getattr(table, name, None)) is not None:
-                # fewer than `used` if a model has no row for its tokenizer's end of text
-                kept = old[:used]
-                mean = kept.float().mean(0, keepdim=True).to(old.dtype)
-                new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
-                setattr(table, name, nn.Parameter(new, old.requires_grad))
+        for name, old in [*table.named_parameters()]:
+            kept = old[:used]  # fewer if a model has no row for its tokenizer's end of text
+            mean = kept.float().mean(0, keepdim=True).to(old.dtype)
+            new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
+            setattr(table, name, nn.Parameter(new, old.requires_grad))
     if c.tied:
         model.head.weight = model.embed.weight
     model.embed.num_embeddings = model.head.out_features = c.vocab_size = grown
@@ -1118,15 +1116,10 @@ def position_table(model):
 def show(what, path, prompt, layer, head):
     """Print the numbers of a trained model that --show names, and draw them."""
     content, picture = load_checkpoint(path), OUT / f"show-{what}.png"
-    if "adapter" in content or "tokenizer" not in content:
-        raise UserError(f"--show needs a whole model with its tokenizer, which {path} is not")
-    model, tokenizer = model_from_checkpoint(content, where=path), Tokenizer(content["tokenizer"])
+    tokenizer = checkpoint_tokenizer(content, path)
+    model = model_from_checkpoint(content, where=path)
     ids, c = tokenizer.encode(prompt or "a fox met a fox"), model.config
-    if prompt is None and tokenizer.fallback[ids].any():  # characters of another language
-        ids = 2 * list(range(tokenizer.n_vocab // 2, tokenizer.n_vocab - 2))[:4]
     warn_unknown(tokenizer, ids, "the prompt")
-    if not 0 < len(ids) <= c.context:
-        raise UserError(f"--prompt has {len(ids)} tokens; the context of {path} is {c.context}")
     if layer >= c.n_layer or head >= c.n_head:
         has = f"{path} has {c.n_layer} layers of {c.n_head} heads, counted from 0"
         raise UserError(f"--layer {layer} --head {head}: {has}")
@@ -1155,7 +1148,7 @@ def build_parser():
     p.add_argument("--dtype", choices=gguf.DTYPES, help="of the .gguf file (default f16)")
     p.add_argument("--show", choices=("token", "position", "attention"),
                    help="print and draw embeddings, positions, or a head's weights")  # fmt: skip
-    p.add_argument("--prompt", help="with --show (default: a fox met a fox, if the model knows it)")
+    p.add_argument("--prompt", help="with --show (default: a fox met a fox)")
     p.add_argument("--layer", type=at_least(0), default=0, help="with --show attention (default 0)")
     p.add_argument("--head", type=at_least(0), default=0, help="with --show attention (default 0)")
     return p

@@ -19,16 +19,12 @@ import json
 import lzma
 import os
 import re
-import signal
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
-
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import tiktoken
@@ -161,19 +157,14 @@ def split_tail(paths, dtype, fraction):
     os.truncate(paths["train"], end * dtype.itemsize)
 
 
-def describe_split(path, tokenizer):
-    """The entry of meta.json for a file of tokens, the largest id in it, and how many tokens are
-    unknown characters or parts of one."""
-    tokens = n_bytes = largest = fallback = 0
+def count_ids(path, tokenizer):
+    """How often each id occurs in a file of tokens, (n_vocab,)."""
+    counts = np.zeros(tokenizer.n_vocab, dtype=np.int64)
     with open(path, "rb") as f:
         while block := f.read(BLOCK):
             ids = np.frombuffer(block, token_dtype(tokenizer.n_vocab))
-            tokens += len(ids)
-            n_bytes += int(tokenizer.byte_lengths[ids].sum())
-            largest = max(largest, int(ids.max()))
-            fallback += int(tokenizer.fallback[ids].sum())
-    entry = {"tokens": tokens, "bytes": n_bytes, "sha256": file_sha256(path)}
-    return entry, largest, fallback
+            counts += np.bincount(ids, minlength=tokenizer.n_vocab)
+    return counts
 
 
 def xz_bits_per_byte(paths, tokenizer):
@@ -253,23 +244,26 @@ def prepare(
 
 def describe(paths, source, tokenizer):
     """What meta.json says of the complete files of train and val. UserError if one is empty."""
-    (train, *counts), (val, *val_counts) = (describe_split(p, tokenizer) for p in paths.values())
-    if not (train["tokens"] and val["tokens"]):
-        tokens = train["tokens"] + val["tokens"]
-        raise UserError(f"{source}: {tokens} tokens of text are too few to split")
-    xz = None
-    if val["bytes"] >= 1000 and train["bytes"] + val["bytes"] <= XZ_LIMIT:
-        xz = xz_bits_per_byte(paths.values(), tokenizer)
+    counts = {split: count_ids(path, tokenizer) for split, path in paths.items()}
+    total = counts["train"] + counts["val"]
+    if not all(map(np.any, counts.values())):
+        raise UserError(f"{source}: {total.sum()} tokens of text are too few to split")
+    sizes = {split: int(n @ tokenizer.byte_lengths) for split, n in counts.items()}
+    enough = sizes["val"] >= 1000 and sum(sizes.values()) <= XZ_LIMIT
+    splits = {
+        split: {"tokens": int(n.sum()), "bytes": sizes[split], "sha256": file_sha256(paths[split])}
+        for split, n in counts.items()
+    }
     return {
         "format": FORMAT,
         "source": source,
         "tokenizer": tokenizer.spec,
         "vocab_size": tokenizer.n_vocab,
         "dtype": token_dtype(tokenizer.n_vocab).str,
-        "largest_id": max(counts[0], val_counts[0]),
-        "splits": {"train": train, "val": val},
-        "fallback_tokens": counts[1] + val_counts[1],
-        "xz_after_training_text": xz,
+        "largest_id": int(total.nonzero()[0][-1]),
+        "splits": splits,
+        "fallback_tokens": int(total @ tokenizer.fallback),
+        "xz_after_training_text": xz_bits_per_byte(paths.values(), tokenizer) if enough else None,
     }
 
 

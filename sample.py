@@ -14,7 +14,6 @@ data/server.py.
 """
 
 import math
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -24,13 +23,11 @@ from itertools import chain, repeat, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import lora
+import model as lm
 from data.analogy import analogy, bert_words
 from data.chat import common_length, get_template
 from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
@@ -45,14 +42,6 @@ from data.schema import Constraint, call_grammar, make_constraint
 from data.terminal import Chat, talk
 from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of, warn_unknown
 from data.tools import function_schema, load_tools
-from model import (
-    LOSS_ROWS,
-    WHAT_CKPT,
-    KVCache,
-    find_checkpoint,
-    load_checkpoint,
-    model_from_checkpoint,
-)
 
 # --------------------------------------------------------------------------------------------
 # Penalties, temperature, filters: each takes logits (B, V) and returns new ones
@@ -279,7 +268,7 @@ class Engine:
     def __init__(self, model, slots, length=None, chunk=math.inf, draft=True):
         self.model, self.chunk, self.context = model, chunk, model.config.context
         self.device = model.embed.weight.device
-        self.cache = KVCache(model, slots, length)
+        self.cache = lm.KVCache(model, slots, length)
         self.texts, self.busy, self.ended = [Text(row) for row in range(slots)], 0, 0
         self.draft, self.drafts = draft, Drafts()
 
@@ -517,7 +506,7 @@ def beam_search(model, prompt, max_new_tokens, beams=4, length_penalty=1.0, end=
     """
     check_ids([prompt], model.config.vocab_size)
     device = model.embed.weight.device
-    cache = KVCache(model, beams, len(prompt) + max_new_tokens)
+    cache = lm.KVCache(model, beams, len(prompt) + max_new_tokens)
     ids = torch.tensor([prompt] * beams, device=device)
     live = [(0.0, [])] + [(-math.inf, [])] * (beams - 1)  # all beams are equal at first: one grows
     done = []
@@ -579,8 +568,7 @@ def fitting(text, logits, i):
 
 @torch.no_grad()  # not inference_mode: a sharded model trains with the tensors that it gathers
 def classify(model, prompts, goals, batch=64):
-    """Log probabilities (N, L) of the label ids `goals` after each prompt (a list of ids), relative
-    to these labels only."""
+    """Log probabilities (N, L) of the label ids `goals`, among these alone, after each prompt."""
     out = []
     for start in watched(range(0, len(prompts), batch), "classifying: batch"):
         rows = [torch.tensor(ids) for ids in prompts[start : start + batch]]
@@ -614,8 +602,8 @@ def top_logprobs(logits, chosen, n):
 def echo_logprobs(model, states, ids, n):
     """`top_logprobs` of the ids of a prompt that follow each of the states (T, C)."""
     logprobs = []
-    for i in range(0, len(ids), LOSS_ROWS):
-        chosen = ids[i : i + LOSS_ROWS]
+    for i in range(0, len(ids), lm.LOSS_ROWS):
+        chosen = ids[i : i + lm.LOSS_ROWS]
         logprobs += top_logprobs(model.head(states[i : i + len(chosen)]), chosen, n)
     return logprobs
 
@@ -625,45 +613,38 @@ def echo_logprobs(model, states, ids, n):
 # --------------------------------------------------------------------------------------------
 
 
-def load(ckpt=None, device=None, dtype="auto", adapters=(), ids_alone=False):
-    """(model, tokenizer, path) of a checkpoint or run's folder, by default the newest run. The base
-    of an adapter is loaded with it. `adapters` are added to a base, the first one active, named by
-    their folder or file. With `ids_alone` the tokenizer may be missing, and is None."""
+def load(ckpt=None, device=None, dtype="auto", adapters=()):
+    """(model, tokenizer, path) of a checkpoint or run's folder, by default the newest run. An
+    adapter brings its base. `adapters`, named by folder or file, are added; the first is active."""
     path = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
     dtype = native_dtype(device) if dtype == "auto" else dtype
     dtype = DTYPES["fp32" if dtype == "int8" else dtype]  # `make_fast` rounds to int8
     # an adapter recognises its base by the weights as they are on disk
-    content, base, paths = load_checkpoint(path, None if adapters else dtype), path, adapters
+    content, base, paths = lm.load_checkpoint(path, None if adapters else dtype), path, adapters
     if "adapter" in content:
-        paths, base = [path, *adapters], find_checkpoint(content["adapter"]["base"])
+        paths, base = [path, *adapters], lm.find_checkpoint(content["adapter"]["base"])
         if not base.exists():
             raise UserError(
                 f"{path} is an adapter over {base}, which is not there: name its base with --ckpt "
                 f"and this one with --adapter"
             )
-        content = load_checkpoint(base)
-    named = {}
-    for p in map(Path, paths):
-        name = (p.parent if p.name in ("best.pt", "last.pt") else p).name.removesuffix(".pt")
-        if name in named:
-            raise UserError(f"two adapters have the same name: {name}")
-        named[name] = load_checkpoint(p)
-    if "tokenizer" not in content and (named or not ids_alone):
-        raise UserError(
-            f"{path} carries no tokenizer (or no tokenizer.json): sample.py --prompt_ids 1,2 "
-            f"--print_ids needs none"
-        )
-    spec, *others = [a["tokenizer"] for a in named.values()] or [content.get("tokenizer")]
+        content = lm.load_checkpoint(base)
+    if not paths:
+        model = lm.model_from_checkpoint(content, device, dtype, path)
+        return model, lm.checkpoint_tokenizer(content, path), path
+    files = [p.parent if p.name in ("best.pt", "last.pt") else p for p in map(Path, paths)]
+    names = [file.name.removesuffix(".pt") for file in files]
+    if len(set(names)) < len(names):
+        raise UserError(f"two adapters have the same name: {', '.join(names)}")
+    named = dict(zip(names, map(lm.load_checkpoint, paths)))
+    model = lora.load_adapted(content, named, base).to(device)
+    for p in model.parameters():  # not the tables of positions, which stay in fp32
+        p.data = p.data.to(dtype)
+    spec, *others = [adapter["tokenizer"] for adapter in named.values()]
     if any(other != spec for other in others):
         raise UserError("the adapters have different special tokens and cannot be used together")
-    if named:
-        model = lora.load_adapted(content, named, base).to(device)
-        for p in model.parameters():  # not the tables of positions, which stay in fp32
-            p.data = p.data.to(dtype)
-    else:
-        model = model_from_checkpoint(content, device, dtype, path)
-    return model, spec and Tokenizer(spec), path
+    return model, Tokenizer(spec), path
 
 
 def fast_model(model, rows, args):
@@ -743,19 +724,13 @@ def decoding_settings(args):
 
 def write_rows(model, tokenizer, prompts, args):
     """Continue every prompt --num_samples times and print the texts, a single one as it comes.
-    Sample j of each prompt draws with seed + j, so that it can be had again alone. Returns the new
-    ids; without a tokenizer there is no text, and no id that ends one."""
+    Sample j of each prompt draws with seed + j. Returns the new ids."""
     seed = args.seed if args.seed is not None else torch.seed() % 2**31
-    settings, context = decoding_settings(args), model.config.context
-    settings["draft"] = not args.no_draft
-    settings["seeds"] = [seed + j for _ in prompts for j in range(args.num_samples)]
+    seeds = [seed + j for _ in prompts for j in range(args.num_samples)]
     prompts = [p for p in prompts for _ in range(args.num_samples)]
-    if tokenizer is None:
-        steps = generate(model, prompts, args.max_new_tokens, **settings)
-        return [list(row) for row in zip(*steps)]
     streams = [TextStream(tokenizer, args.stop or ()) for _ in prompts]
     texts = [shown(tokenizer, p) for p in prompts]
-    ids, alone, full = [[] for _ in prompts], len(prompts) == 1, False
+    ids, alone = [[] for _ in prompts], len(prompts) == 1
 
     def show(r, text):
         texts[r] += printable(text)
@@ -768,15 +743,16 @@ def write_rows(model, tokenizer, prompts, args):
         return i == tokenizer.eos_id or streams[r].stopped
 
     print(texts[0] if alone else "", end="", flush=True)
-    settings |= dict(allowed=allowed_ids(model, tokenizer), stop=stop)
-    for _ in generate(model, prompts, args.max_new_tokens, **settings):
-        full = full or max(len(p) + len(new) for p, new in zip(prompts, ids)) > context
+    options = dict(seeds=seeds, allowed=allowed_ids(model, tokenizer), stop=stop)
+    options |= decoding_settings(args) | {"draft": not args.no_draft}
+    for _ in generate(model, prompts, args.max_new_tokens, **options):
+        pass
     for r, stream in enumerate(streams):
         show(r, stream.finish())
         print("" if alone else f"--- {r + 1} ---\n{texts[r]}", flush=True)
-    if full:  # last: on a terminal it would stand amid the text
-        note = f"the context of {context} tokens was full: the text went on from its newest half"
-        print(f"[{note}]", file=sys.stderr)
+    if max(len(p) + len(new) for p, new in zip(prompts, ids)) > model.config.context:
+        full = f"the context of {model.config.context} tokens was full"
+        print(f"[{full}: the text went on from its newest half]", file=sys.stderr)
     return ids
 
 
@@ -792,11 +768,9 @@ def write_beams(model, tokenizer, prompt, args):
     room = model.config.context - len(prompt)
     if room < 1:
         raise UserError(f"the prompt has {len(prompt)} tokens; beams need room in the context")
-    if room < args.max_new_tokens:
-        print(f"[beams end with the context, after {room} tokens]", file=sys.stderr)
-    length, allowed = min(room, args.max_new_tokens), allowed_ids(model, tokenizer)
-    options = args.beams, args.length_penalty, tokenizer.eos_id, allowed
-    beams = beam_search(model, prompt, length, *options)[: args.num_samples]
+    options = args.beams, args.length_penalty, tokenizer.eos_id, allowed_ids(model, tokenizer)
+    beams = beam_search(model, prompt, min(room, args.max_new_tokens), *options)
+    beams = beams[: args.num_samples]
     for score, ids in beams:
         if len(beams) > 1:
             print(f"--- {score:.4f} ---")
@@ -874,12 +848,17 @@ def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=
 def build_parser():
     p = Parser(description="Write with a trained model.")
     add = p.add_argument
-    add("--ckpt", help=f"{WHAT_CKPT} (default: the newest run in out/)")
-    start = p.add_mutually_exclusive_group()
-    start.add_argument("--prompt", action="append",
+    add("--ckpt", help=f"{lm.WHAT_CKPT} (default: the newest run in out/)")
+    mode = p.add_mutually_exclusive_group()
+    mode.add_argument("--prompt", action="append",
         help="text, or @FILE; given several times it is a batch (default: standard input if it is "
         "a pipe, else the model begins a document)")
-    start.add_argument("--prompt_ids", help="token ids instead, e.g. 5,17,200")
+    mode.add_argument("--prompt_ids", help="token ids instead, e.g. 5,17,200")
+    mode.add_argument("--chat", action="store_true", help="talk in the terminal")
+    mode.add_argument("--serve", type=between(0, 65535, int), nargs="?", const=6006, metavar="PORT",
+        help="a page and OpenAI's API on this port (default 6006; 0 is any that is free)")
+    mode.add_argument("--analogy", action="append", help='nearest tokens of e.g. "king - man + '
+        'woman" in the embedding table; may be given several times')
     add("--print_ids", action="store_true", help="print the new ids last, a line for each sample")
     add("--max_new_tokens", type=at_least(1), default=200, help="of each sample (default 200)")
     add("--num_samples", type=at_least(1), default=1, help="per prompt, in one batch (default 1)")
@@ -891,8 +870,7 @@ def build_parser():
         help="subtracted from the logit of an id that would complete the same four ids for the "
         "third time within 100; has no effect at temperature 0 (default 4; 0 is off)")
     add("--beams", type=at_least(0), default=0, help="width of a beam search; 0 samples (default)")
-    add("--length_penalty", type=between(-10, 10), default=1.0,
-        help="of beams: above 1 favours long ones (default 1)")
+    add("--length_penalty", type=between(-10, 10), default=1.0, help="above 1 favours long beams")
     add("--stop", action="append", help="end at this text; may be given several times")
     add("--seed", type=between(0, 2**50, int), help="of the drawing (default: a new one each time)")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
@@ -906,21 +884,13 @@ def build_parser():
     add("--verbose", action="store_true", help="show the times of the faster Linear layers")
     add("--adapter", action="append", default=[],
         help="LoRA run to add to --ckpt; several can be switched")
-    add("--chat", action="store_true", help="talk in the terminal")
     add("--system", metavar="TEXT", help="with --chat and --serve: the system turn")
     add("--tools", help="with --chat and --serve: hotel, or a .py file of functions to call")
-    add("--serve", type=between(0, 65535, int), nargs="?", const=6006, metavar="PORT",
-        help="a page and OpenAI's API on this port (default 6006; 0 is any that is free)")
     add("--host", help="with --serve: the address (default 127.0.0.1; another needs a key)")
     add("--api_key", help="with --serve: the key that clients send (default: SCRATCHLM_API_KEY)")
     add("--cors", metavar="ORIGIN", help="with --serve: a site whose pages may use the API")
-    add("--slots", type=between(1, 256, int), default=16,
-        help="with --serve: texts at once (default 16)")
-    add("--analogy", action="append",
-        help='nearest tokens of e.g. "king - man + woman" in the embedding table; may be given '
-        "several times")
-    add("--choices", action="append",
-        help="with each --analogy: pick among these, separated by commas")
+    add("--slots", type=between(1, 256, int), default=16, help="with --serve: texts at once (16)")
+    add("--choices", action="append", help="with each --analogy: pick among these, with commas")
     return p
 
 
@@ -928,21 +898,17 @@ def build_parser():
 
 
 def check_settings(args):
-    """UserError for a combination of flags that makes no sense."""
-    serving, prompted = args.serve is not None, args.prompt or args.prompt_ids or args.beams
-    if serving and (args.chat or prompted):
-        raise UserError("--serve takes no --chat, --prompt, --prompt_ids or --beams")
-    if args.chat and (prompted or args.num_samples > 1):
-        raise UserError("--chat takes no --prompt, --beams or --num_samples")
-    talking = args.chat or serving
-    for names, possible, flags in (
+    """UserError for flags that do not go together; argparse has checked that there is one mode."""
+    serving = args.serve is not None
+    for names, possible, modes in (
         ("choices", args.analogy, "--analogy"),
         ("host api_key cors", serving, "--serve"),
-        ("tools system", talking, "--chat and --serve"),
+        ("tools system", args.chat or serving, "--chat and --serve"),
+        ("beams", not (args.chat or serving or args.analogy), "--prompt"),
     ):
         for name in names.split():
-            if getattr(args, name) is not None and not possible:
-                raise UserError(f"--{name} is for {flags}")
+            if getattr(args, name) and not possible:
+                raise UserError(f"--{name} is for {modes}")
     if args.choices and len(args.choices) != len(args.analogy):
         counts = f"{len(args.choices)} times for {len(args.analogy)} --analogy"
         raise UserError(f"--choices is given {counts}: give it for each or for none")
@@ -955,8 +921,8 @@ def check_settings(args):
 def check_kind(tokenizer, path, args):
     """The labels of a classifier, none of another model. UserError if it cannot do what the flags
     ask for, a note if another flag suits it better."""
-    labels = labels_of(tokenizer) if tokenizer else []
-    if tokenizer and REWARD_TOKEN in tokenizer.special and args.analogy is None:
+    labels = labels_of(tokenizer)
+    if REWARD_TOKEN in tokenizer.special and args.analogy is None:
         advice = f"it rates answers: finetune.py --objective grpo --reward {path} learns from it"
         raise UserError(f"{path} is a reward model and writes nothing; {advice}")
     if labels and args.chat:
@@ -975,8 +941,7 @@ def main(argv=None):
     tools = load_tools(args.tools) if args.tools else None
     if args.analogy and args.ckpt and (words := bert_words(args.ckpt)):
         return show_analogies(args, *words)
-    ids_alone = args.prompt_ids is not None and args.print_ids and not args.beams
-    model, tokenizer, path = load(args.ckpt, args.device, args.dtype, args.adapter, ids_alone)
+    model, tokenizer, path = load(args.ckpt, args.device, args.dtype, args.adapter)
     if args.ckpt is None:
         print(f"[{path}]", file=sys.stderr)
     labels = check_kind(tokenizer, path, args)

@@ -22,7 +22,6 @@ import inspect
 import math
 import os
 import re
-import shutil
 import signal
 import time
 from collections import defaultdict, deque
@@ -31,13 +30,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # no traceback for Ctrl-C during the slow imports; see `run_cli`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import model as lm
 from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
@@ -258,8 +255,7 @@ SCHEDULES = {
 
 
 def fraction_done(args, step, seconds):
-    """The fraction of the run that is over after so many steps and seconds: of its steps or of its
-    minutes, whichever is larger."""
+    """The fraction of the run that is over: of its steps or of its minutes, the larger one."""
     of_steps = step / args.max_steps if args.max_steps else 0.0
     return max(of_steps, seconds / 60 / args.max_minutes if args.max_minutes else 0.0)
 
@@ -290,8 +286,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None, str
     all but the first only count their last `stride` targets, which have the others before them.
     val_loss is in nats per token, val_ppl its exponential, val_bpb in bits per byte of text (which
     compares across tokenizers), val_share the share read. `byte_lengths` is the number of bytes of
-    each id, -1 for ids without a token. `runtime` is the device, the precision and the processes, a
-    data.machine.Runtime.
+    each id, -1 for ids without a token. `runtime` is a data.machine.Runtime.
     """
     T, targets = context or model.config.context, len(tokens) - 1
     stride = stride or T
@@ -342,7 +337,8 @@ class Task:
     extra: what checkpoints contain besides weights, such as the tokenizer's spec.
     loss(model, *batch): the *summed* loss of a micro-batch.
     count(*batch): what losses are divided by; by default the targets (last tensor) except -100.
-    weights(model): what checkpoints keep, where only adapters are trained; None is all weights.
+    weights(model): the tensors that checkpoints keep, by name; all of them unless only adapters
+        are trained.
     score(evaluation): the smallest one is best.
     metrics(): {name: number} that is added to a line of the log.
     curves, unit: loss.svg shows (name, key in metrics.jsonl), measured in `unit`.
@@ -353,7 +349,7 @@ class Task:
     extra: dict
     loss: Callable = lambda model, ids, targets: model(ids, targets)
     count: Callable = lambda *batch: int((batch[-1] != -100).sum())
-    weights: Callable | None = None
+    weights: Callable = nn.Module.state_dict
     score: Callable = lambda row: row["val_loss"]
     metrics: Callable = dict
     curves: tuple = (("train", "loss"), ("validation", "val_loss"))
@@ -467,13 +463,8 @@ class Run:
         """Write last.pt, and best.pt if this is the best evaluation. best.pt comes first: after a
         crash in between, resuming from the older last.pt writes it again."""
         self.saved_at = self.state["seconds"]
-        parts = save_parts(self) if self.runtime.sharded else None  # the name of their folder
-        if self.task.weights:
-            weights = self.task.weights(self.model)
-        elif parts:
-            weights = gathered_weights(self.model) if best else {}
-        else:
-            weights = {k: v.to("cpu", torch.float32) for k, v in self.model.state_dict().items()}
+        weights = whole_tensors(self.task.weights(self.model), self.runtime)
+        optimizers = [whole_tensors(o.state_dict(), self.runtime) for o in self.optimizers]
         if self.runtime.rank > 0:
             return
         inference = {"config": asdict(self.model.config), "model": weights, **self.task.extra}
@@ -481,30 +472,23 @@ class Run:
         if best:
             lm.save_checkpoint(self.out / "best.pt", inference)
         resuming = {
-            "model": weights if self.task.weights or not parts else {},
-            "optimizers": [] if parts else [o.state_dict() for o in self.optimizers],
-            "parts": parts,
+            "optimizers": optimizers,
             "scaler": self.scaler.state_dict(),
             "state": dict(self.state),
             "args": vars(self.args),
             "device": self.runtime.device.type,
         }
         lm.save_checkpoint(self.out / "last.pt", inference | resuming)
-        for old in set(self.out.glob("parts-*")) - {self.out / str(parts)}:
-            shutil.rmtree(old)
 
     def restore(self, content):
-        """Restore all that `save` wrote, except the weights, which the model has already (unless
-        they are in parts). Learning rates and weight decay stay those of the current command, which
-        may differ from the saved ones."""
+        """Restore all that `save` wrote, except the weights, which the model has already. Learning
+        rates and weight decay stay those of the current command."""
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self.groups]
-        if content.get("parts"):
-            load_parts(self, self.out / content["parts"])
-        else:
-            for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-                for p, moments in optimizer.state.items():
-                    moments |= {k: shard_like(v, p) for k, v in moments.items() if v.dim()}
+        for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, moments in saved["state"].items():  # sharded before they go to a GPU
+                moments |= {k: shard_like(v, params[i]) for k, v in moments.items() if v.dim()}
+            optimizer.load_state_dict(saved)
         for group, values in zip(self.groups, settings):
             group.update(values)
         if content["scaler"]:  # empty if the run was in another precision
@@ -783,76 +767,36 @@ def flops_per_token(model, batches):
     return lm.flops_per_token(model.config, length, learned / tokens, frozen)
 
 
-def gathered_weights(model):
-    """The whole state dict of a sharded model, on the CPU of rank 0. This is a collective."""
-    from torch.distributed.checkpoint import state_dict  # takes a second
+def whole_tensors(state, runtime):
+    """A state dict whose tensors are whole and on the CPU of rank 0, where other processes get
+    None. In a sharded model this is a collective."""
 
-    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return state_dict.get_model_state_dict(model, options=options)
+    def whole(tensor):
+        tensor = full_tensor(tensor)
+        return tensor.to("cpu", torch.float32) if runtime.rank == 0 else None
 
-
-def sharded_state(run):
-    """This process's part of the optimizers' state, and of the weights unless only adapters are
-    trained."""
-    from torch.distributed.checkpoint import state_dict
-
-    state = {"optimizers": state_dict.get_optimizer_state_dict(run.model, run.optimizers)}
-    if run.task.weights is None:
-        state["model"] = state_dict.get_model_state_dict(run.model)
-    return state
-
-
-def save_parts(run):
-    """Write each process's part of a checkpoint to a folder in the run's; returns its name."""
-    from torch.distributed import checkpoint
-
-    name = f"parts-{run.state['step']}"
-    checkpoint.save(sharded_state(run), checkpoint_id=run.out / name)
-    return name
-
-
-def load_parts(run, folder):
-    """Restore what `save_parts` wrote, perhaps in another number of processes."""
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint import state_dict
-
-    if not folder.is_dir():
-        raise UserError(f"{folder}, a part of this run's checkpoint, is gone")
-    state = sharded_state(run)
-    checkpoint.load(state, checkpoint_id=folder)
-    state_dict.set_optimizer_state_dict(run.model, run.optimizers, state["optimizers"])
-    if "model" in state:
-        state_dict.set_model_state_dict(run.model, state["model"])
+    return tree_map_only(torch.Tensor, whole, dict(state))
 
 
 def launch(fit, report, runtime, out):
-    """Call fit(), let all processes leave together, then call report(its result), if there is one,
-    on rank 0 (on all ranks of a sharded model, which must compute together). UserError if another
-    process has ended."""
+    """Call fit() and then report(its result), if there is one, in every process: those of a sharded
+    model must compute together. UserError if another process has ended."""
     try:
         result = fit()
-        if result and runtime.sharded:
-            dist.barrier()  # until best.pt is written
-            report(result)
         if runtime.world > 1:
-            dist.barrier()
+            dist.barrier()  # until best.pt is written
             gc.collect()  # DDP: a process that exits while DDP still uses gloo's threads is aborted
+        if result:
+            report(result)
     except RuntimeError as e:
         if isinstance(e, dist.DistError) or "gloo" in str(e):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would hide this line
             advice = f"--resume {out} goes on from its last checkpoint"
             raise UserError(f"another process of this run has ended: {advice}") from e
         raise
-    except KeyboardInterrupt as e:  # after the last step, or a second one
-        if (Path(out) / "last.pt").exists():
-            words = f"interrupted; {out}/last.pt is saved: --resume {out} goes on from it"
-            raise KeyboardInterrupt(words) from e
-        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if result and runtime.rank == 0 and not runtime.sharded:
-        report(result)
 
 
 # --------------------------------------------------------------------------------------------
@@ -867,18 +811,15 @@ def add_machine(add):
     add("--seed", type=at_least(0), help="of weights, adapters, batches and dropout")
     add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
     add("--dtype", help="auto (default), fp32, bf16, fp16: precision of matrix products")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the model (default: on GPUs since Ampere)")
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--compile", action=yes_or_no, help="torch.compile (default: on GPUs since Ampere)")
     add("--grad_checkpoint", action="store_true", default=None, help="less memory, slower")
-    add("--shard", action=argparse.BooleanOptionalAction,
-        help="split model and optimizer over torchrun's processes instead of copying them")
-    add("--autocast", action="store_true", default=None,
-        help="bf16 on a CPU without a bf16 copy of the weights")
+    add("--shard", action=yes_or_no, help="each of torchrun's processes keeps a part of the model")
+    add("--autocast", action="store_true", default=None, help="on a CPU, no bf16 copy of the model")
 
 
 def add_optimization(p):
-    """Add the flags that `fit` reads whatever is being learned; returns their group's
-    add_argument."""
+    """Add the flags that `fit` reads in a group of their own; returns its add_argument."""
     add = p.add_argument_group("optimization").add_argument
     beta = between(0, 0.99999)
     add("--grad_accum", type=at_least(1), help="micro-batches a step and process")
@@ -899,8 +840,7 @@ def add_optimization(p):
     add("--save_every", type=at_least(0), help="steps between further checkpoints; 0 is none")
     add("--save_minutes", type=at_least(0, float), help="minutes between them; 0 is none")
     add("--log_every", type=at_least(1), help="steps between lines")
-    add("--patience", type=at_least(0),
-        help="stop after so many evaluations without a better one; 0 never")
+    add("--patience", type=at_least(0), help="stop after so many evaluations without a best one")
     return add
 
 
@@ -920,21 +860,17 @@ def build_parser():
     add("--out", help="folder of the run (default: out/NAME of the data, numbered if taken)")
     add_machine(add)
     add = add_optimization(p)
-    add("--max_steps", type=at_least(1),
-        help=f"default {DEFAULT_STEPS} if --max_minutes is not given")
+    add("--max_steps", type=at_least(1), help=f"without limits, {DEFAULT_STEPS}")
     add("--max_minutes", type=positive,
-        help=f"of training, evaluation not counted (default {DEFAULT_MINUTES} if --max_steps is "
-        "not given); with several limits, whichever comes first")
+        help=f"of training, without evaluation (without limits, {DEFAULT_MINUTES})")
     add("--batch_size", type=at_least(1), help="rows a micro-batch (and process)")
     add("--short_context", type=at_least(0),
         help="tokens of the rows of every second step, and fewer rows than --batch_size in the "
         "others (default 128 if --context is not given, for a d_model below 512 with a context "
         "from 512 on; 0 is none)")
-    add("--total_batch_tokens", type=at_least(1),
-        help="tokens a step of all processes, in place of --grad_accum")
+    add("--total_batch_tokens", type=at_least(1), help="of a step, in place of --grad_accum")
     add("--eval_tokens", type=at_least(0),
-        help=f"validation tokens an evaluation reads; 0 is all (default {EVAL_TOKENS}, and all in "
-        "the last one)")
+        help=f"an evaluation reads; 0 is all (default {EVAL_TOKENS}, and all in the last one)")
     add("--eval_only", action="store_true", default=None,
         help="print the loss of --ckpt or --resume over the validation text, or --eval_tokens")
     shape = p.add_argument_group("model shape, in place of the preset's (model.Config)")
@@ -1003,9 +939,9 @@ def resumed_settings(args, given, fixed):
     the flags `given` now. UserError if one of the `fixed` flags would change."""
     run = Path(args.resume or args.out or newest_run())  # --resume --out RUN is --resume RUN, too
     path = run / "last.pt" if run.is_dir() else run
-    if run.is_dir() and not path.exists():
-        raise UserError(f"{run} has no last.pt to resume: start anew, perhaps from --ckpt")
-    content = lm.load_checkpoint(path, resuming=True)
+    # a sharded run maps the file, so that no process ever holds all of it
+    sharded = given.get("shard", run_settings(path).get("shard"))
+    content = lm.load_checkpoint(path, resuming=not sharded)
     if "args" not in content:
         raise UserError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
     if ("objective" in content["args"]) != ("objective" in vars(args)):
@@ -1043,9 +979,8 @@ def build_model(args, content, folder, meta, tokenizer):
         if config.norm_topk_prob and config.experts_per_token == 1:
             raise UserError("--norm_topk_prob with one expert a token: the router could not learn")
     else:
-        if "adapter" in content:
-            raise UserError(f"{args.ckpt} is an adapter: merge it first (python lora.py merge)")
-        theirs = Tokenizer(content["tokenizer"])
+        where = args.out if resuming else args.ckpt
+        theirs = lm.checkpoint_tokenizer(content, where)
         same = theirs.same_ids(tokenizer)
         if resuming and content.get("data") != data_hashes(meta) and same:
             raise UserError(f"{folder} is not the text of this run: for a new run, give --ckpt")
@@ -1053,7 +988,6 @@ def build_model(args, content, folder, meta, tokenizer):
             raise UserError(other_tokenizer(folder, theirs))
         # with --shard it stays mapped from its file, so that no process ever holds all of it
         dtype = None if args.shard else torch.float32
-        where = args.out if resuming else args.ckpt
         model = lm.model_from_checkpoint(content, dtype=dtype, where=where)
         if not resuming:
             size = max(tokenizer.n_vocab, model.config.vocab_size)  # it may lack the end of text
@@ -1068,11 +1002,10 @@ def build_model(args, content, folder, meta, tokenizer):
 def check_context(context, model):
     """The length of training rows: --context, or the model's. UserError if the model's is less."""
     longest = model.config.context
-    if longest < 2:
-        raise UserError(f"--context {longest} must be at least 2: a token, and one it can look at")
-    if context is not None and not 2 <= context <= longest:
+    context = longest if context is None else context
+    if not 2 <= context <= longest:
         raise UserError(f"--context {context} must be from 2 to the model's {longest}")
-    return context or longest
+    return context
 
 
 def settle(args, model, runtime, context, folder):
@@ -1102,9 +1035,8 @@ def settle(args, model, runtime, context, folder):
 
 
 def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
-    """The lines before the first step: what is trained, and what it will take. A micro-batch has at
-    most `per_batch` tokens, a step `per_step` (None: unknown), a row `length`; of them a share is
-    `learned`."""
+    """The lines before the first step: what is trained, and what it takes. A micro-batch has up to
+    `per_batch` tokens, a step `per_step` (None: unknown), a row `length`; a share is `learned`."""
     c, counts = model.config, lm.count_parameters(lm.meta_model(model.config))
     n = counts["total"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -1119,11 +1051,11 @@ def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
     ]
     if per_step:
         lines[-1] += f"; {per_step:,.0f} tokens a step"
-    peaks = {g["peak"] for o in make_optimizers(model, args) for g in o.param_groups}
-    if peaks != {args.lr}:
-        names = ("lr", "embed_lr", "head_lr", *optimizer_rates())
-        rates = [f"{k} {vars(args)[k]:.3g}" for k in names if vars(args)[k] in peaks]
-        lines.insert(2, f"learning rates: {', '.join(rates)}")
+    tables = ("embed_lr", "head_lr") if not c.tied and model.embed.weight.requires_grad else ()
+    rates = {k: vars(args).get(k) for k in ("lr", *tables, f"{args.optimizer}_lr")}
+    if set(rates.values()) - {None, args.lr}:
+        rates = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items() if rate)
+        lines.insert(2, f"learning rates: {rates}")
     # not for narrow models, which spend most of the time outside of matrix products
     if args.max_steps and per_step and c.d_model >= 512:  # half of the scores are masked
         flops = lm.flops_per_token(c, length / 2, learned, trained != n)
@@ -1135,32 +1067,27 @@ def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
 
 
 def closing_text(model, tokenizer, meta, result, out, val):
-    """What is printed at the end: figures, xz's beside them, and a sample that goes on from how the
-    validation text begins."""
+    """The last lines: figures, xz's beside them, and a continuation of the validation text."""
     # not at the top: sampling is read after training
     from sample import DEFAULTS, allowed_ids, generate
 
-    prompt_ids = val[: min(16, model.config.context)].tolist()
-    settings = DEFAULTS | {"allowed": allowed_ids(model, tokenizer)}
+    prompt_ids = val[:16].tolist()
     with lm.evaluating(model), waiting("writing a sample"):
-        rows = generate(model, [prompt_ids], 160, **settings)
+        allowed = allowed_ids(model, tokenizer)
+        rows = generate(model, [prompt_ids], 160, allowed=allowed, **DEFAULTS)
         text = printable(tokenizer.decode(prompt_ids + [row[0] for row in rows]))
-    bits, bpb, xz = "", result.get("val_bpb"), meta.get("xz_after_training_text")
-    if overlap := result.get("overlap_bpb"):
-        share = result["overlap_share"]
-        bits = f", {overlap:.3f} on overlapping windows, as a compressor reads ({share:.0%} of it)"
-    if bpb and xz:
-        bits = (
-            f"held-out text: {bpb:.3f} bits per byte on separate windows{bits}; "
-            f"xz -9e after the training text {xz:.3f}\n"
-        )
-    names = ("last.pt", "best.pt", "metrics.jsonl", "loss.svg", "experts.svg")
-    files = ", ".join(name for name in names if (out / name).exists())
+    bits, r, xz = "", result, meta.get("xz_after_training_text")
+    if xz and r.get("val_bpb"):
+        bits = f"held-out text: {r['val_bpb']:.3f} bits per byte on separate windows, "
+        if "overlap_bpb" in r:
+            bits += f"{r['overlap_bpb']:.3f} on overlapping ones, as a compressor reads "
+            bits += f"({r['overlap_share']:.0%} of it); "
+        bits += f"xz -9e after the training text {xz:.3f}\n"
     return (
-        f"{result['tokens']:,} tokens in {clock(result['seconds'])} of training; "
-        f"best val loss {result['best']:.4f} at step {result['best_step']}\n{bits}\n"
+        f"{r['tokens']:,} tokens in {clock(r['seconds'])} of training; "
+        f"best val loss {r['best']:.4f} at step {r['best_step']}\n{bits}\n"
         f"--- a sample ({len(prompt_ids)} tokens of prompt) ---\n{text}\n---\n"
-        f"{out}/: {files}\n"
+        f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg\n"
         f"generate text with it: python sample.py --ckpt {out}"
     )
 
@@ -1190,9 +1117,10 @@ def main(argv=None):
         names = {"val_bpb": "overlap_bpb", "val_share": "overlap_share"}
         return row | {new: overlapping[name] for name, new in names.items()}
 
+    log = print if runtime.rank == 0 else lambda *_, **__: None
     if args.eval_only:
         whole = partial(measure, model, "end")
-        return launch(whole, lambda row: print(f"{folder}: {eval_line(row)}"), runtime, folder)
+        return launch(whole, lambda row: log(f"{folder}: {eval_line(row)}"), runtime, folder)
     loaders = [TokenLoader(train, length, args.seed) for length in sorted({short, context})]
     check_memory(model, per_batch, runtime, context)
     args = settle(args, model, runtime, short, folder)
@@ -1210,18 +1138,15 @@ def main(argv=None):
         extra={"tokenizer": tokenizer.spec, "data": data_hashes(meta)},
         loss=lambda m, ids, targets: m(ids, targets, places=slice(None)),  # none is -100
     )  # fmt: skip
-    if runtime.rank == 0:
-        ratio = len(train) / sum(p.numel() for p in model.parameters())
-        print(f"{out}: {folder}, {tokenizer.name}, {args.optimizer}")
-        print(f"{len(train):,} training tokens, {ratio:.2g} per parameter (Chinchilla advises 20)")
-        print(*header(model, args, runtime, per_batch, args.total_batch_tokens, context), sep="\n")
+    ratio = len(train) / sum(p.numel() for p in model.parameters())
+    log(f"{out}: {folder}, {tokenizer.name}, {args.optimizer}")
+    log(f"{len(train):,} training tokens, {ratio:.2g} per parameter (Chinchilla advises 20)")
+    log(*header(model, args, runtime, per_batch, args.total_batch_tokens, context), sep="\n")
 
     def report(result):
         # a sharded model's layers compute in its precision, but a cache has that of its weights
         with runtime.autocast() if runtime.sharded else contextlib.nullcontext():
-            text = closing_text(model, tokenizer, meta, result, out, val)
-        if runtime.rank == 0:
-            print(text)
+            log(closing_text(model, tokenizer, meta, result, out, val))
 
     launch(partial(fit, model, task, args, runtime, out, content), report, runtime, out)
 

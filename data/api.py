@@ -18,22 +18,14 @@ from data.scheduler import Job
 from data.schema import call_grammar, json_grammar, make_constraint
 from data.tools import function_schema, known_by_training
 
-# Fields of OpenAI's and vLLM's servers that would change the answer and are not supported, with
-# the values that change nothing.
-UNSUPPORTED = (
-    ("function_call", "none"),
-    ("modalities", ["text"]),
-    ("reasoning_effort verbosity", "medium"),
-    ("skip_special_tokens", True),
-    ("prompt_logprobs truncate_prompt_tokens guided_json",),
-    (
-        "functions suffix audio prediction web_search_options guided_regex guided_choice "
-        "guided_grammar structured_outputs use_beam_search allowed_token_ids bad_words "
-        "include_stop_str_in_output grammar json_schema mirostat dry_multiplier xtc_probability "
-        "documents chat_template lora",
-        False, 0, "", [], {},
-    ),
-)  # fmt: skip
+# Fields of OpenAI's and vLLM's servers that would change the answer and are not supported, unless
+# they have one of the values that change nothing.
+UNSUPPORTED = """functions function_call suffix audio prediction modalities web_search_options
+reasoning_effort verbosity prompt_logprobs truncate_prompt_tokens guided_json guided_regex grammar
+guided_choice guided_grammar structured_outputs use_beam_search allowed_token_ids bad_words
+include_stop_str_in_output json_schema mirostat dry_multiplier xtc_probability documents
+chat_template lora"""
+HARMLESS = (False, 0, "", [], {}, "none", "medium", ["text"])
 TURNS = ("add_generation_prompt", "continue_final_message")  # where the prompt of a chat ends
 
 
@@ -60,15 +52,20 @@ def number(low, high, types=(int, float)):
 
 def check_fields(body, chat, size):
     """ApiError for an unsupported or wrong field; `size` is the vocabulary's."""
-    unsupported = (*UNSUPPORTED, ("echo" if chat else "", False), ("best_of", 1, body.get("n")))
-    for names, *harmless in unsupported:
-        for name in names.split():
-            if name in body and body[name] not in harmless:
-                raise ApiError(400, f"this value of {name} is not supported: leave it out", name)
+    harmless = dict.fromkeys(UNSUPPORTED.split(), HARMLESS) | {"skip_special_tokens": (True,)}
+    harmless |= {"best_of": (1, body.get("n"))} | ({"echo": (False,)} if chat else {})
+    for name, values in harmless.items():
+        if name in body and body[name] not in values:
+            raise ApiError(400, f"this value of {name} is not supported: leave it out", name)
     flag = "true or false", lambda value: type(value) is bool
     mapping = "an object", lambda value: isinstance(value, dict)
     limit, bias = number(0 if body.get("echo") else 1, 2**31, (int,)), number(-100, 100)[1]
     ids = f"ids from 0 to {size - 1}"
+
+    def is_tool(value):
+        function = value.get("function") if isinstance(value, dict) else None
+        return isinstance(function, dict) and isinstance(function.get("name"), str)
+
     rules = {  # field: (what its value must be, whether a value is that)
         **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls", *TURNS), flag),
         **dict.fromkeys(("stream_options", "chat_template_kwargs"), mapping),
@@ -76,6 +73,9 @@ def check_fields(body, chat, size):
         **dict.fromkeys(("frequency_penalty", "presence_penalty"), number(-2, 2)),
         **dict.fromkeys(("top_p", "min_p"), number(0, 1)),
         **dict.fromkeys(("top_k", "min_tokens"), number(0, 2**31, (int,))),
+        "tools": ('a list of {"type": "function", "function": {"name": ...}}', lambda value: (
+            isinstance(value, list) and all(map(is_tool, value)))),
+        "tool_choice": ('"auto" or "none"', lambda value: value in ("auto", "none")),
         "temperature": number(0, 2),
         "repetition_penalty": number(0.01, 100),
         "loop_penalty": number(0, 100),
@@ -115,20 +115,6 @@ def read_messages(messages):
         new |= {k: message[k] for k in texts if isinstance(message.get(k), str)}
         out.append(new | ({"tool_calls": calls} if calls else {}))
     return out
-
-
-def read_tools(body, default):
-    """(schemas of the tools, whether one may be called, the name of the one that must be called:
-    None if no call is required, "" if any tool will do)."""
-    tools, choice = body.get("tools", default), body.get("tool_choice", "auto")
-    try:
-        names = {tool["function"]["name"]: tool["function"]["name"] for tool in tools}
-        words = {"auto": None, "none": None} | ({"required": ""} if tools else {})
-        forced = words[choice] if isinstance(choice, str) else names[choice["function"]["name"]]
-    except (TypeError, KeyError) as e:
-        expected = 'tools must be a list of {"type": "function", "function": {"name": ...}}'
-        raise ApiError(400, f"{expected}, and tool_choice one of them", "tools") from e
-    return tools, bool(tools) and choice != "none", forced
 
 
 class Api:
@@ -200,28 +186,24 @@ class Api:
             message = "this model has no chat template: use /v1/completions"
             raise ApiError(400, message, "messages", "no_chat_template")
         messages = read_messages(body.get("messages"))
-        tools, may_call, forced = read_tools(body, self.tools)
+        tools = body.get("tools", self.tools) if body.get("tool_choice") != "none" else []
         constraint = self.response_constraint(body, self.template.ends)
-        if may_call and (forced is not None or not constraint):
-            constraint = make_constraint(self.tokenizer, call_grammar(self.template, tools, forced))
-        tools = self.told(tools) if may_call else []
+        if tools and not constraint:
+            constraint = make_constraint(self.tokenizer, call_grammar(self.template, tools))
+        told = self.told(tools)
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
         variables = {name: body[name] for name in TURNS if name in body}
         variables |= body.get("chat_template_kwargs", {})
         try:
             if body.get("truncation") == "auto":
                 room = self.context - min(limit, self.context // 2)
-                ids = self.template.fit_prompt(messages, tools, room, variables)
+                ids = self.template.fit_prompt(messages, told, room, variables)
             else:
-                ids = self.template.prompt_ids(messages, tools, variables)
-            given = [] if forced is None else self.template.call_start(forced)
+                ids = self.template.prompt_ids(messages, told, variables)
         except (ValueError, RecursionError) as e:  # a template refuses, or nesting is too deep
             raise ApiError(400, str(e), "messages") from e
-        ids, given = ids + given, given or self.template.opened(ids)
-        for i in given if forced is not None else ():
-            constraint = constraint and constraint.after(i)
-        top, allowed = body.get("top_logprobs", 0), self.allowed[True, may_call]
-        top = top if body.get("logprobs") else None
+        top = body.get("top_logprobs", 0) if body.get("logprobs") else None
+        allowed, given = self.allowed[True, bool(tools)], self.template.opened(ids)
         return self.answer(body, [ids], limit, top, allowed, constraint, True, given)
 
     def completion(self, body):
@@ -278,10 +260,6 @@ class Api:
         pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
         ids = self.tokenizer.encode_parts(pieces)
         return {"tokens": ids, "count": len(ids), "max_model_len": self.context}
-
-    def detokenize(self, body):
-        """The text of ids."""
-        return {"prompt": self.tokenizer.decode(self.prompt_ids(body.get("tokens")))}
 
     def tokenizer_info(self):
         """The special tokens, for clients that build prompts themselves."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data.cli import UserError
+from data.cli import explained
 
 # --------------------------------------------------------------------------------------------
 # Messages and tool calls
@@ -147,10 +147,8 @@ def compile_template(source):
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     # {% generation %} marks the assistant's text in some templates: the mask does not need it
     source = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source)
-    try:
+    with explained("the model's chat template cannot be read", TemplateError):
         return env.from_string(source)
-    except TemplateError as e:
-        raise UserError(f"the model's chat template cannot be read: {e}") from e
 
 
 def either(names):
@@ -195,12 +193,10 @@ class Template:
         self.typed_by_assistant = either(set(special) - set(ASSISTANT_TAGS))
         self.supports_tools = "tools" in self.source_for(tools=True)
         call = tool_call(TOOL, {KEY: 0}, CALL_ID)
-        try:
+        with explained("the model's chat template cannot be used"):
             said, self.called = self.probe({"content": CONTENT}), ""
             with contextlib.suppress(ValueError):
                 self.called = self.probe({"content": "", "tool_calls": [call]})
-        except ValueError as e:
-            raise UserError(f"the model's chat template cannot be used: {e}") from e
         before, _, after = said.rpartition(CONTENT)
         self.end = next((i for i in self.encode(after) if i in names), tokenizer.eos_id)
         # SentencePiece may put a space of its own in front of what follows a special token
@@ -228,19 +224,6 @@ class Template:
         text, start = self.write_answer(*self.escaped(messages, tools))
         self.place = self.place_after(text[:start])
         return text[start:]
-
-    def call_start(self, name):
-        """The ids with which a call of the tool `name` begins, up to its arguments; "" stands for
-        any tool. ValueError if the template writes no calls."""
-        if not name and self.call is not None:
-            ids = self.encode(self.called, self.place)
-            return ids[: ids.index(self.call) + 1]
-        start, mark, _ = self.called.partition(f'{{"{KEY}"' if name else TOOL)
-        if not mark:
-            raise ValueError("this model's chat template writes no calls")
-        # a blank belongs to the next token, except in our template, where it ends the name
-        start = start if self.ours else start.rstrip()
-        return self.encode(start.replace(TOOL, escape(name, self.typed)), self.place)
 
     def opened(self, prompt):
         """The ids of <think> if a prompt ends with it, as DeepSeek-R1's does; else none."""

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from data.cli import UserError
+from data.cli import UserError, explained
 
 
 def write_whole(path, write):
@@ -84,10 +84,8 @@ def read_json(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing")
-    try:
+    with explained(f"{path} is not JSON"):
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not JSON ({e})") from e
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object")
     return values

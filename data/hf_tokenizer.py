@@ -10,7 +10,7 @@ from pathlib import Path
 import regex
 
 from data.chat import get_template
-from data.cli import UserError
+from data.cli import MALFORMED, explained
 from data.files import read_json
 from data.sentencepiece import is_sentencepiece, read_model, written_json
 from data.tokenizer import ANY_CHARACTER, END, UNKNOWN, Tokenizer
@@ -154,7 +154,7 @@ def hub_tokenizer(folder):
     config, *others = (read_json(file) if file.exists() else {} for file in files)
     data = read_json(path) if path.suffix == ".json" else read_model(path, config)
     config = data.pop("config", {}) | config
-    try:
+    with explained(f"{path} cannot be read", *MALFORMED, regex.error):
         model, entries = data["model"], data.get("added_tokens") or []
         spm, kind = is_sentencepiece(data), model.get("type", "BPE")
         marks = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
@@ -191,10 +191,6 @@ def hub_tokenizer(folder):
             template = {entry["name"]: entry["template"] for entry in template}
         spec |= dict(chat_template=template, template_tokens=names)
         Tokenizer(spec)  # tiktoken has not seen the pattern yet
-    except KeyError as e:
-        raise UserError(f"{path}: {e} is missing") from e
-    except (ValueError, TypeError, AttributeError, IndexError, regex.error) as e:
-        raise UserError(f"{path} cannot be read: {' '.join(str(e).splitlines())}") from e
     return spec
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from data.chat import drop_continued, parse_call, tool_call
-from data.cli import UserError
+from data.cli import explained
 from data.download import DATA
 from data.scores import arguments_of
 
@@ -39,15 +39,13 @@ def hotel_db():
 def read_hotels(path=None):
     """The records of a hotel database: CrossWOZ's [[name, {...}], ...], or a list of records."""
     path = Path(path or hotel_db())
-    try:
+    with explained(f"{path} is not a hotel database"):
         rows = json.loads(path.read_text(encoding="utf-8"))
         if rows and isinstance(rows[0], list):
             rows = [{new: row[old] for old, new in HOTEL_KEYS.items()} for _, row in rows]
         return [
             r | {"facilities": [f.strip() for f in r["facilities"] if f.strip()]} for r in rows
         ]
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is not a hotel database ({e!r})") from e
 
 
 def search_hotels(
@@ -102,14 +100,12 @@ def get_tools():
 def join_dialogues(path):
     """The dialogues, lists of turns, of rows {"context": the turns so far, "response": the next},
     both JSON in strings. The fields of records are in the order of HOTEL_KEYS."""
-    try:
+    with explained(f"{path} has no rows of context and response"):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         turns = [[*json.loads(r["context"]), json.loads(r["response"])] for r in rows]
         for turn in itertools.chain(*turns):
             for n, r in enumerate(turn.get("records", ())):
                 turn["records"][n] = {k: r[k] for k in (*HOTEL_KEYS.values(), *r) if k in r}
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} has no rows of context and response ({e!r})") from e
     return drop_continued(turns)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cli import UserError
+from data.cli import MALFORMED, UserError, explained
 from data.download import fetch
 
 MIRRORS = (  # the authors' own site no longer has the files
@@ -27,15 +27,14 @@ def read_idx(path, name):
     """(uint8 array, whether it is MNIST's own) of an IDX file, maybe in a .gz: two zero bytes, the
     type (8: unsigned bytes), the number of dimensions, their sizes as big-endian uint32, values."""
     content, dims = Path(path).read_bytes(), 3 if "idx3" in name else 1
-    try:
+    wanted = f"{path} is not an IDX file, or is cut short"
+    with explained(wanted, EOFError, OSError, zlib.error, *MALFORMED):
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
         if content[:4] != bytes([0, 0, 8, dims]):
             raise ValueError(f"it begins with {content[:4].hex(' ')!r}")
         sizes = struct.unpack_from(f">{dims}I", content, 4)
         array = np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(sizes)
-    except (EOFError, OSError, ValueError, struct.error, zlib.error) as e:
-        raise UserError(f"{path} is not an IDX file, or is cut short ({e})") from e
     return array, hashlib.sha256(content).hexdigest() == FILES[name]
 
 

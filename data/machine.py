@@ -109,7 +109,9 @@ def shard_like(tensor, other):
         return tensor
     from torch.distributed.tensor import distribute_tensor  # takes a second
 
-    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+    mesh, placements = other.device_mesh, other.placements
+    # a copy: the part is a view, which would keep the whole tensor in memory
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None).clone()
 
 
 def make_runtime(device=None, dtype=None, previous=None, config=None, tokens=0, wide=512):

@@ -19,16 +19,6 @@ def nice_ticks(low, high):
     return [round(i * step, 10) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
-def svg_start(title, y_label):
-    """The first elements of an SVG."""
-    return [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {STYLE}>',
-        '<rect width="580" height="310" fill="#fff"/>',
-        svg_text(LEFT, 20, title, 'font-weight="bold"'),
-        svg_text(LEFT, 38, y_label, 'font-size="13" fill="#666"'),
-    ]
-
-
 def svg_text(x, y, content, attributes='text-anchor="end"'):
     """An SVG element with a text."""
     return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{html.escape(content)}</text>'
@@ -50,7 +40,10 @@ def line_svg(title, curves, x_label="steps", y_label=""):
         return LEFT + (RIGHT - LEFT) * x / xs[-1], BOTTOM - (BOTTOM - TOP) * height
 
     elements = [
-        *svg_start(title, y_label),
+        f'<svg xmlns="http://www.w3.org/2000/svg" {STYLE}>',
+        '<rect width="580" height="310" fill="#fff"/>',
+        svg_text(LEFT, 20, title, 'font-weight="bold"'),
+        svg_text(LEFT, 38, y_label, 'font-size="13" fill="#666"'),
         svg_text(RIGHT, BOTTOM + 40, x_label),
         f'<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}" fill="none" stroke="#222"/>',
     ]
@@ -70,25 +63,6 @@ def line_svg(title, curves, x_label="steps", y_label=""):
         elements.append(f'<polyline points="{path}" {style} {stroke}/>')
         elements.append(f'<path d="M{RIGHT + 10} {y - 5}h16" {stroke} stroke-width="3"/>')
         elements.append(svg_text(RIGHT + 30, y, name, ""))
-    return "\n".join([*elements, "</svg>\n"])
-
-
-def share_svg(title, shares, x_label, y_label):
-    """An SVG of a table of shares, each row of which adds up to 1: a cell is the darker the larger
-    its share is, from white for none to the full color for twice an equal share."""
-    n, elements = len(shares[0]), [*svg_start(title, y_label), svg_text(568, BOTTOM + 40, x_label)]
-    height, width = (BOTTOM - TOP) / len(shares), (568 - LEFT) / n
-    for row, line in enumerate(shares):
-        y = TOP + height * row
-        if row % -(-len(shares) // 16) == 0:
-            elements.append(svg_text(LEFT - 6, y + height / 2 + 5, str(row)))
-        for column, share in enumerate(line):
-            x, strength = LEFT + width * column, min(1, share * n / 2)
-            place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
-            elements.append(f'<rect {place} fill="{COLORS[0]}" fill-opacity="{strength:.3f}"/>')
-            if max(n, len(shares)) <= 16:  # else there is no room for figures
-                place = x + width / 2, y + height / 2 + 5, f"{share:.0%}", 'text-anchor="middle"'
-                elements.append(svg_text(*place))
     return "\n".join([*elements, "</svg>\n"])
 
 

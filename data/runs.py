@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.cli import UserError
 from data.files import try_lock, write_json, write_whole
-from data.plot import line_svg, share_svg
+from data.plot import line_svg
 
 OUT = Path("out")
 
@@ -24,9 +24,8 @@ def newest_run():
 def run_settings(path):
     """The settings of the run whose folder or checkpoint is `path`; {} if it is not a run's."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    with contextlib.suppress(OSError):
-        text = (folder / "settings.json").read_text(encoding="utf-8", errors="replace")
-        return next(json_lines(text.replace("\n", " ")), {})
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     return {}
 
 
@@ -101,8 +100,7 @@ def read_run(name, most=600):
 
 
 class Log:
-    """metrics.jsonl, loss.svg, and lines on the screen. Rows after `resume_step` are dropped. With
-    `quiet` it writes nothing."""
+    """metrics.jsonl without rows after `resume_step`, loss.svg, lines on the screen; or `quiet`."""
 
     def __init__(self, out, resume_step=0, quiet=False):
         self.out, self.quiet, self.open_line, self.rows = out, quiet, False, []
@@ -156,16 +154,12 @@ class Log:
         self.line(eval_line(row, train_loss) + ("  best" if better else ""))
 
     def draw(self, curves, y_label):
-        """Write loss.svg, whose `curves` are (name, key of the rows); of experts experts.svg."""
+        """Write loss.svg, whose `curves` are (name, key of the rows)."""
         rows = [r for r in self.rows if not r.get("final")]
         points = {name: [(r["step"], r[key]) for r in rows if key in r] for name, key in curves}
-        pictures = {"loss.svg": line_svg(self.out.name, points, "steps", y_label)}
-        if used := [r["experts"] for r in rows if "experts" in r]:
-            shares = [[n / (sum(counts) or 1) for n in counts] for counts in used[-1]]
-            title = f"{self.out.name}: how often each expert is chosen"
-            pictures["experts.svg"] = share_svg(title, shares, "experts", "layers")
-        for name, svg in {} if self.quiet else pictures.items():
-            (self.out / name).write_text(svg, encoding="utf-8")
+        if not self.quiet:
+            svg = line_svg(self.out.name, points, "steps", y_label)
+            (self.out / "loss.svg").write_text(svg, encoding="utf-8")
 
 
 def clock(seconds):
@@ -177,13 +171,12 @@ def clock(seconds):
 def step_line(row, metrics, args, done):
     """One line about a training step; `done` is the fraction of the run that is over."""
     total = f"/{args.max_steps}" if args.max_steps else ""
-    numbers = {name: value for name, value in metrics.items() if name != "experts"}
-    others = "".join(f"  {name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items())
+    others = (f"  {k.replace('_', ' ')} {v:.3g}" for k, v in metrics.items() if k != "experts")
     why = " (the machine was busier when its peak was measured)" if row["mfu"] > 1 else ""
     return (
         f"step {row['step']}{total}  loss {row['loss']:.3f}  lr {row['lr']:.2e}  "
         f"norm {row['grad_norm']:.2f}  {row['tok_s']:,} tok/s  mfu {row['mfu']:.0%}{why}  "
-        f"eta {clock(row['seconds'] * max(0, 1 / done - 1))}{others}"
+        f"eta {clock(row['seconds'] * max(0, 1 / done - 1))}{''.join(others)}"
     )
 
 

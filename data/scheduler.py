@@ -1,11 +1,10 @@
-"""One thread that runs the model for all connections: jobs and their queue.
+"""Runs the model for all connections in one thread: jobs and their queue.
 
 A connection's thread submits jobs and reads their events. The scheduler gives each job a slot of
 the Engine as soon as one is free, in the order of their arrival.
 """
 import queue
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -13,12 +12,6 @@ from dataclasses import dataclass, field
 from itertools import repeat
 
 from data.cli import is_out_of_memory
-
-COUNTS = (
-    "prompt_tokens_total", "cached_tokens_total", "completion_tokens_total", "failures_total",
-    "first_token_seconds_sum", "first_token_seconds_count",
-    "next_token_seconds_sum", "next_token_seconds_count",
-)  # fmt: skip
 
 
 class Busy(Exception):
@@ -47,19 +40,16 @@ class Job:
     scored: list = field(default_factory=list)
     cached: int = 0  # ids of the prompt that were in the cache already
     left: int = 0  # ids that it may still get
-    at: float = field(default_factory=time.monotonic)  # when it was submitted, or got its last id
 
 
-class Scheduler(threading.Thread):
+class Scheduler:
     """Runs an Engine for jobs until `close`. activate(name) makes another adapter active, once all
     texts of the previous one are written."""
 
     def __init__(self, engine, activate=None, adapter=None, max_waiting=64):
-        super().__init__(name="model", daemon=True)
         self.engine, self.activate, self.adapter = engine, activate, adapter
         self.waiting, self.max_waiting, self.writing = deque(), max_waiting, {}
-        self.changed, self.closing = threading.Condition(), False
-        self.counts = dict.fromkeys(COUNTS, 0)
+        self.changed, self.closing, self.ended = threading.Condition(), False, threading.Event()
 
     def submit(self, jobs):
         """Queue all of the jobs or none; Busy if there is no room."""
@@ -87,26 +77,28 @@ class Scheduler(threading.Thread):
             self.changed.notify()
             for job in self.waiting:
                 job.cancelled = True
-        self.join(seconds)
+        self.ended.wait(seconds)
         for job in list(self.writing.values()):
             job.cancelled = True
-        self.join(1)
+        self.ended.wait(1)
 
     def run(self):
-        """The thread's loop: a step for all texts that are being written, then the next one."""
-        while True:
-            with self.changed:
-                while not (self.waiting or self.writing or self.closing):
-                    self.changed.wait()
-                if self.closing and not (self.waiting or self.writing):
-                    return
-            try:
-                self.drop_cancelled()
-                self.admit()
-                self.hand_out(self.engine.step() if self.writing else {})
-            except Exception as e:  # whatever a model raises ends these texts, not the server
-                traceback.print_exc()
-                self.fail(e)
+        """Make a step for all texts that are being written, then the next one, until `close`."""
+        try:
+            while self.waiting or self.writing or not self.closing:
+                if not (self.waiting or self.writing):
+                    with self.changed:  # Windows handles signals only between two waits
+                        self.changed.wait_for(lambda: self.waiting or self.closing, timeout=0.1)
+                    continue
+                try:
+                    self.drop_cancelled()
+                    self.admit()
+                    self.hand_out(self.engine.step() if self.writing else {})
+                except Exception as e:  # whatever a model raises ends these texts, not the server
+                    traceback.print_exc()
+                    self.fail(e)
+        finally:
+            self.ended.set()
 
     def drop_cancelled(self):
         """End the cancelled jobs, those in the queue included."""
@@ -114,10 +106,9 @@ class Scheduler(threading.Thread):
             if job.cancelled:
                 self.end(slot, "cancelled")
         with self.changed:
-            cancelled = [job for job in self.waiting if job.cancelled]
-            self.waiting = deque(job for job in self.waiting if not job.cancelled)
-        for job in cancelled:
-            job.events.put((job.index, "cancelled", None))
+            for job in [job for job in self.waiting if job.cancelled]:
+                self.waiting.remove(job)
+                job.events.put((job.index, "cancelled", None))
 
     def admit(self):
         """Begin the jobs that wait, in their order, while there are free slots."""
@@ -143,22 +134,14 @@ class Scheduler(threading.Thread):
                 job.events.put((job.index, e, None))
                 continue
             job.left, job.cached, self.writing[slot] = job.max_tokens, self.engine.held(slot), job
-            self.counts["prompt_tokens_total"] += len(job.prompt)
-            self.counts["cached_tokens_total"] += job.cached
 
     def hand_out(self, new):
         """Pass new ids on, and end the texts that are complete."""
-        now = time.monotonic()
         for slot, ids in new.items():
             job, scores = self.writing[slot], slot.logprobs[-len(ids) :] or repeat(None)
-            name = "next_token_seconds"
             if job.left == job.max_tokens:
-                name, job.scored = "first_token_seconds", slot.logprobs[: -len(ids)]
-            self.counts[f"{name}_sum"] += now - job.at
-            self.counts[f"{name}_count"] += 1
-            self.counts["next_token_seconds_count"] += len(ids) - 1  # at the same time
-            self.counts["completion_tokens_total"] += len(ids)
-            job.at, job.left = now, job.left - len(ids)
+                job.scored = slot.logprobs[: -len(ids)]
+            job.left -= len(ids)
             for i, score in zip(ids, scores):
                 job.events.put((job.index, i, score))
             if i in job.ends or job.left <= 0:
@@ -172,15 +155,8 @@ class Scheduler(threading.Thread):
 
     def fail(self, error):
         """End all texts that are being written, and trust nothing in the cache any more."""
-        self.counts["failures_total"] += 1
         if is_out_of_memory(error):
             error = MemoryError("out of memory: fewer --slots, or shorter prompts")
         for slot in list(self.writing):
             self.end(slot, error)
         self.engine.forget()
-
-    def lines(self):
-        """All figures in Prometheus' text format."""
-        figures = self.counts | {"queue": len(self.waiting)}
-        figures |= {"slots_busy": self.engine.busy, "slots": len(self.engine.texts)}
-        return [f"scratchlm_{name} {value}" for name, value in figures.items()]

@@ -11,7 +11,7 @@ so that a stack is written out only as far as the text has come.
 import json
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 from data.chat import CALL_ID, KEY, TOOL
@@ -19,12 +19,10 @@ from data.chat import CALL_ID, KEY, TOOL
 CHARACTER, DIGIT = frozenset(range(32, 256)) - frozenset(b'"\\'), range(48, 58)
 HEX, TEXT = frozenset(b"0123456789abcdefABCDEF"), frozenset(range(256))
 # The keywords of a schema that `json_parts` reads, and those that restrict nothing
-KINDS = {
-    "type": (str, list), "const": object, "nullable": bool, "$ref": str, "$schema": str,
-    **dict.fromkeys(("enum", "anyOf", "required"), list),
-    **dict.fromkeys(("properties", "$defs", "definitions"), dict),
-    **dict.fromkeys(("items", "additionalProperties"), (dict, bool)),
-    **dict.fromkeys(("title", "description", "default", "examples"), object),
+KEYWORDS = {
+    "type", "const", "enum", "anyOf", "properties", "required", "additionalProperties", "items",
+    "nullable", "$ref", "$defs", "definitions",
+    "$schema", "title", "description", "default", "examples",
 }  # fmt: skip
 
 
@@ -52,145 +50,130 @@ def optional(*parts):
 INTEGER = optional(b"-"), lambda: ((b"0",), (range(49, 58), digits))
 EXPONENT = frozenset(b"eE"), optional(frozenset(b"+-")), DIGIT, digits
 SCALARS = {
-    "string": ((b'"', string),), "boolean": ((b"true",), (b"false",)), "null": ((b"null",),),
-    "number": ((*INTEGER, optional(b".", DIGIT, digits), optional(*EXPONENT)),),
-    "integer": (INTEGER,),
+    "string": [(b'"', string)], "boolean": [(b"true",), (b"false",)], "null": [(b"null",)],
+    "number": [(*INTEGER, optional(b".", DIGIT, digits), optional(*EXPONENT))],
+    "integer": [INTEGER],
 }  # fmt: skip
-TYPES = (*SCALARS, "array", "object")
 
 
 def json_parts(schema, root):
-    """The alternatives of a JSON value under a schema within the schema `root`. An object has the
-    members that `properties` names; any, if it names none and additionalProperties is not false."""
-    schema = schema if isinstance(schema, dict) else {}
-    if "$ref" in schema:
-        return json_parts(resolve(schema["$ref"], root), root)
-    null = SCALARS["null"] if schema.get("nullable") else ()
-    if values := schema.get("enum", [schema["const"]] if "const" in schema else None):
-        return *((json.dumps(v, ensure_ascii=False).encode(),) for v in values), *null
-    if "anyOf" in schema:
-        return *(parts for s in schema["anyOf"] for parts in json_parts(s, root)), *null
-    names = schema.get("type", TYPES)
-    names = [names] if isinstance(names, str) else names
-    return *(parts for name in names for parts in typed(name, schema, root)), *null
+    """The alternatives of a JSON value under a schema within the schema `root`."""
+    schema = {} if isinstance(schema, bool) else schema
+    if "$ref" in schema:  # such as #/$defs/NAME
+        return json_parts(reduce(dict.__getitem__, schema["$ref"].split("/")[1:], root), root)
+    if "enum" in schema or "const" in schema:
+        values = schema.get("enum", [schema.get("const")])
+        found = [(json.dumps(value, ensure_ascii=False).encode(),) for value in values]
+    elif "anyOf" in schema:
+        found = [parts for s in schema["anyOf"] for parts in json_parts(s, root)]
+    else:
+        names = schema.get("type", [*SCALARS, "array", "object"])
+        names, found = [names] if isinstance(names, str) else names, []
+        for name in names:
+            if name == "object":
+                found.append((b"{", partial(members, schema, root)))
+            else:
+                found += array(schema, root) if name == "array" else SCALARS[name]
+    return found + (SCALARS["null"] if schema.get("nullable") else [])
 
 
-def resolve(reference, root):
-    """The schema that a $ref such as #/$defs/NAME names."""
-    for key in reference.split("/")[1:]:
-        root = root[key]
-    return root
+def array(schema, root):
+    """The alternatives of an array."""
+    item = partial(json_parts, schema.get("items", {}), root)
+
+    def more():
+        return (blank, b"]"), (b",", blank, item, more)
+
+    return [(b"[", blank, b"]"), (b"[", blank, item, more)]
 
 
-def typed(name, schema, root):
-    """The alternatives of a value of the type of this name."""
-    if name == "array":
-        item = partial(json_parts, schema.get("items"), root)
-
-        def more():
-            return (blank, b"]"), (b",", blank, item, more)
-
-        return (b"[", blank, b"]"), (b"[", blank, item, more)
-    if name != "object":
-        return SCALARS[name]
-    named = dict.fromkeys(schema.get("required", ())) | schema.get("properties", {})
-    free = not named and schema.get("additionalProperties") is not False
-    return ((b"{", partial(members, schema, root, named, None if free else frozenset(named), ())),)
-
-
-def members(schema, root, named, left, comma):
-    """The alternatives of the rest of an object. `left`: the names that may still come, or None."""
-    keys = [((b'"', string), schema.get("additionalProperties"), None)] if left is None else []
-    for name in (name for name in named if name in left):
-        key = json.dumps(name, ensure_ascii=False).encode()
-        keys.append(((key,), named[name], left - {name}))
-    options = []
-    for key, value, others in keys:
-        more = partial(members, schema, root, named, others, (b",",))
-        value = partial(json_parts, value, root)
+def members(schema, root, left=None, comma=()):
+    """The alternatives of the rest of an object, in which the names `left` (None: all) may still
+    come. They are those that `properties` names; if it names none, any name may come, unless
+    additionalProperties is false."""
+    required, others = schema.get("required", []), schema.get("additionalProperties", {})
+    named = {name: {} for name in required} | schema.get("properties", {})
+    left = frozenset(named) if left is None else left
+    keys = [((json.dumps(n, ensure_ascii=False).encode(),), n) for n in named if n in left]
+    if not named and others is not False:
+        keys, named = [((b'"', string), "")], {"": others}
+    options = [] if left.intersection(required) else [(blank, b"}")]
+    for key, name in keys:
+        value = partial(json_parts, named[name], root)
+        more = partial(members, schema, root, left - {name}, [b","])
         options.append((*comma, blank, *key, b":", blank, value, more))
-    if not left or not left & set(schema.get("required", ())):
-        options.append((blank, b"}"))
     return options
 
 
-def check_schema(schema, strict=True):
-    """ValueError for a malformed schema, or if `strict` for keywords that `json_parts` ignores."""
-    todo = [schema]
-    for s in todo:  # which grows
-        if not isinstance(s, dict | bool):
-            raise ValueError(f"{s!r:.60} is not a schema")
-        s = s if isinstance(s, dict) else {}
-        if strict and (unknown := set(s) - set(KINDS)):
-            raise ValueError(f"{min(unknown)} is not supported")
-        used = sorted(set(s) & {"$ref", "anyOf", "enum", "const", "properties"})
-        if strict and len(used) > 1:
-            raise ValueError(f"{used[0]} beside {used[1]} is not supported")
-        for key, value in ((key, value) for key, value in s.items() if key in KINDS):
-            names = [value] if isinstance(value, str) else value
-            unknown = key == "type" and not all(name in TYPES for name in names)
-            if not isinstance(value, KINDS[key]) or unknown or (value == [] and key != "required"):
-                raise ValueError(f"{key} cannot be {value!r:.60}")
+def json_value(schema, strict=True):
+    """The part that is JSON under a schema. ValueError if that is malformed or, if `strict`, has
+    keywords that `json_parts` ignores."""
+
+    def check(s):
         try:
-            json_parts(s, schema)
-        except (KeyError, TypeError, RecursionError) as e:
-            raise ValueError(f"the $ref {s.get('$ref')!r:.60} names no schema") from e
-        todo += s.get("anyOf", [])
-        todo += [s[key] for key in ("items", "additionalProperties") if key in s]
-        for key in ("properties", "$defs", "definitions"):
-            todo += s.get(key, {}).values()
+            ignored = sorted(s.keys() - KEYWORDS)
+            used = sorted(s.keys() & {"$ref", "anyOf", "enum", "const", "properties"})
+            possible, _ = json_parts(s, schema), members(s, schema)
+            children = [s[key] for key in ("items", "additionalProperties") if key in s]
+            for key in ("properties", "$defs", "definitions"):
+                children += s.get(key, {}).values()
+        except (AttributeError, KeyError, TypeError, RecursionError) as e:
+            raise ValueError(f"{s!r:.60} is not a schema ({type(e).__name__}: {e})") from e
+        if strict and (ignored or len(used) > 1):
+            raise ValueError(f"{' beside '.join(ignored[:1] or used[:2])} is not supported")
+        if not possible:
+            raise ValueError(f"no value fits {s!r:.60}")
+        for child in (*children, *s.get("anyOf", ())):
+            if not isinstance(child, bool):
+                check(child)
+
+    check(schema)
+    return partial(json_parts, schema, schema)
 
 
 def json_grammar(schema, ends):
     """The parts of a text that is JSON under a schema, then one of the ids `ends`. ValueError if
     the schema is not supported."""
-    check_schema(schema)
-    return blank, partial(json_parts, schema, schema), blank, {256 + i for i in ends}
+    return blank, json_value(schema), blank, {256 + i for i in ends}
 
 
-def call_grammar(template, tools, forced=None):
-    """The parts of an answer in a chat that may call `tools`: text, then perhaps calls. If `forced`
-    is not None, it calls the tool of this name, or any if it is "". None if the template writes no
-    calls in JSON, or without `forced` if no token begins one: then nothing is known of the ids."""
+def call_grammar(template, tools):
+    """The parts of an answer in a chat that may call `tools`: text, then perhaps calls. None if no
+    token begins a call, or if the template does not write it in JSON: then nothing is known."""
     before, _, rest = template.called.partition(TOOL)
     between, _, after = rest.partition(json.dumps({KEY: 0}))
-    if not between or CALL_ID in rest or (forced is None and template.call is None):
+    if not between or CALL_ID in rest or template.call is None:
         return None
-    special, end = template.tokenizer.special, template.tokenizer.decode([template.end])
-    names, calls = "|".join(map(re.escape, special)), []
+    special, calls = template.tokenizer.special, []
+    ends, start = {256 + i for i in template.ends}, {256 + template.call}
 
     def literal(text):
-        pieces = filter(None, re.split(f"({names})", text))
+        pieces = filter(None, re.split(f"({template.typed.pattern})", text))
         return [{256 + special[p]} if p in special else p.encode() for p in pieces]
 
+    close = literal(after.split(template.tokenizer.decode([template.end]))[0])
     for function in (tool["function"] for tool in tools):
-        schema = function.get("parameters", {})
         try:
-            check_schema(schema, strict=False)
-        except ValueError:  # the model may have been told of any
-            schema = {"type": "object"}
-        if forced in (None, "", function["name"]):
-            arguments = partial(json_parts, schema, schema)
-            name, close = literal(function["name"] + between), literal(after.split(end)[0])
-            calls.append((*name, arguments, *close))
-    ends, first = {256 + i for i in template.ends}, literal(before)
-    start = {256 + template.call} if template.call is not None else first[0]
+            arguments = json_value(function.get("parameters", {}), strict=False)
+        except ValueError:  # the model may have been told of any schema
+            arguments = json_value({"type": "object"})
+        calls.append((*literal(function["name"] + between), arguments, *close))
+    first = literal(before)
+    first = first[first.index(start) :]
     words = (TEXT | {256 + i for i in special.values()}) - ends - start
 
     def more():
-        return (blank, ends), (blank, *first[first.index(start) :], lambda: calls, more)
+        return (blank, ends), (blank, *first, lambda: calls, more)
 
     def answer():
         return (ends,), (words, answer), more()[1]
 
-    return (answer,) if forced is None else (*first, lambda: calls, more)
+    return (answer,)
 
 
 def push(parts, stack):
     """The stack with these parts before it."""
-    for part in reversed(parts):
-        stack = part, stack
-    return stack
+    return reduce(lambda stack, part: (part, stack), reversed(parts), stack)
 
 
 class Constraint(NamedTuple):

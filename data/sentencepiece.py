@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from data.cli import UserError
+from data.cli import UserError, explained
 
 SPACE = "\u2581"  # "▁", which stands for a space
 TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -190,7 +190,7 @@ def fields(message):
 def read_model(path, config):
     """What a tokenizer.model says, as a tokenizer.json would, but with "scores" of pieces in place
     of merges. `config` is from tokenizer_config.json. UserError if it is no BPE, or damaged."""
-    try:
+    with explained(f"{path} is no model of SentencePiece's, or is damaged"):
         model = fields(path.read_bytes())
         trainer, normalizer = (fields(model[n][0]) for n in (2, 3))
         pieces = []  # (piece, score, type)
@@ -200,8 +200,6 @@ def read_model(path, config):
         kind, types = KINDS[trainer.get(3, [1])[0]], {t for *_, t in pieces}
         puts, trims, escapes = (normalizer.get(n, [1])[0] for n in (3, 4, 5))
         suffixes, bos, eos = (trainer.get(n, [m])[0] for n, m in ((24, 0), (41, 1), (42, 2)))
-    except (IndexError, KeyError, TypeError, ValueError, struct.error, RecursionError) as e:
-        raise UserError(f"{path} is no model of SentencePiece's, or is damaged") from e
     others = suffixes or not escapes or UNUSED in types or BYTE not in types
     if kind != "BPE" or any(normalizer.get(2, [])) or others:
         what = f"{kind} with {normalizer.get(1, [b'no rules'])[0].decode()}"

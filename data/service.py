@@ -5,6 +5,7 @@ import os
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 from data.answer import ApiError
 from data.api import Api
@@ -45,7 +46,7 @@ class Service:
         context, labels = scheduler.engine.context, labels_of(tokenizer)
         self.api = Api(scheduler, tokenizer, adapters, context, allowed, settings, tools)
         self.tools, self.classify, self.draw = tools, classify if labels else None, draw
-        self.requests, self.lock = 0, threading.Lock()
+        self.lock = threading.Lock()  # of CHOICES
         command = f"python finetune.py --ckpt {ckpt} --data {CHOICES}"
         run = run_settings(args.adapter[-1] if args.adapter else ckpt)
         self.info = {  # what the page shows
@@ -67,14 +68,9 @@ class Service:
 
     def health(self, _):
         """Whether the model's thread is alive."""
-        if not self.api.scheduler.is_alive():
+        if self.api.scheduler.ended.is_set():
             raise ApiError(503, "the model's thread has ended")
         return {"status": "ok"}
-
-    def metrics(self, _):
-        """Figures in Prometheus' text format."""
-        lines = f"scratchlm_requests_total {self.requests}", *self.api.scheduler.lines()
-        return "\n".join([*lines, ""])
 
     def page_info(self, _):
         """What the page shows of the model, and the number of choices so far."""
@@ -110,16 +106,22 @@ class Service:
         return {"count": self.page_info({})["choices"]["count"]}
 
     def drawing(self, body):
-        """A `Drawing` of the digits in a text."""
+        """A stream of PNGs of the digits in a text, each {"image": data URL}."""
         text, seed = body.get("text"), body.get("seed", 0)
         if self.draw is None:
             raise ApiError(404, "no digits were trained here: python mnist.py --diffusion")
         if not isinstance(text, str) or len(text) > 20 or type(seed) is not int or seed >> 50:
             raise ApiError(400, "this needs a text of up to 20 digits, and maybe a seed")
         try:
-            return Drawing(self.api.scheduler, self.draw(text, seed))
+            pictures = self.draw(text, seed)
         except UserError as e:
             raise ApiError(400, str(e)) from e
+
+        def chunks():  # each is computed between two steps of the texts, when it is asked for
+            while content := self.api.scheduler.call(lambda: next(pictures, None)):
+                yield {"image": f"data:image/png;base64,{base64.b64encode(content).decode()}"}
+
+        return SimpleNamespace(body={"stream": True}, chunks=chunks, close=lambda: None)
 
     def run(self, query):
         """The settings and metrics of one run."""
@@ -129,32 +131,15 @@ class Service:
         return read_run(name)
 
 
-class Drawing:
-    """Streams PNGs that an iterator computes, one at a time between two steps of the texts."""
-
-    def __init__(self, scheduler, pictures):
-        self.body, self.scheduler, self.pictures = {"stream": True}, scheduler, pictures
-
-    def chunks(self):
-        """Yield {"image": data URL} for each."""
-        while content := self.scheduler.call(lambda: next(self.pictures, None)):
-            yield {"image": f"data:image/png;base64,{base64.b64encode(content).decode()}"}
-
-    def close(self):
-        """Nothing to cancel: a picture is computed only when it is asked for."""
-
-
 # path: (method, whether no key is needed, function of a Service and the request's query or body)
 ROUTES = {
     "/": ("GET", True, lambda s, _: PAGE.read_text(encoding="utf-8")),
     "/health": ("GET", True, Service.health),
-    "/metrics": ("GET", False, Service.metrics),
     "/v1/models": ("GET", False, lambda s, _: s.api.list_models()),
     "/v1/models/": ("GET", False, lambda s, query: s.api.model(query["name"])),
     "/v1/chat/completions": ("POST", False, lambda s, body: s.api.chat(body)),
     "/v1/completions": ("POST", False, lambda s, body: s.api.completion(body)),
     "/tokenize": ("POST", False, lambda s, body: s.api.tokenize(body)),
-    "/detokenize": ("POST", False, lambda s, body: s.api.detokenize(body)),
     "/tokenizer_info": ("GET", False, lambda s, _: s.api.tokenizer_info()),
     "/page/info": ("GET", False, Service.page_info),
     "/page/tool": ("POST", False, Service.run_tool),

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import torch
 
-from data.cli import UserError
+from data.cli import UserError, explained
 from data.files import write_whole
 
 
@@ -27,8 +27,6 @@ def load_pt(path, mapped=True):
 
 def fit_error(expected, state):
     """One line on how a state dict misfits `expected`, or None. Both are name -> tensor."""
-    if expected and not state:
-        return "its weights lie in parts: --resume the run; each better evaluation writes best.pt"
     for name, tensor in expected.items():
         if name not in state:
             return f"{name} {tuple(tensor.shape)} is missing"
@@ -56,7 +54,7 @@ class Safetensors:
 
     def __init__(self, path):
         self.entries, end = {}, 0
-        try:
+        with explained(f"{path} is not a safetensors file, or is damaged"):
             with open(path, "rb") as f:
                 self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
             length = int.from_bytes(self.map[:8], "little")
@@ -72,8 +70,6 @@ class Safetensors:
                 self.entries[name], end = (dtype, shape, begin, stop), stop
             if end != len(self.data):
                 raise ValueError(f"its header describes {end} of {len(self.data)} bytes")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise UserError(f"{path} is not a safetensors file, or is damaged: {e}") from e
 
     def __getitem__(self, name):
         dtype, shape, begin, end = self.entries[name]

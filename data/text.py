@@ -16,7 +16,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from data.cli import UserError
+from data.cli import UserError, explained
 
 BLOCK = 1 << 20  # bytes read at a time; no file of text is ever held whole
 SAMPLE = 1 << 20  # bytes at the start of a file from which its encoding is recognised
@@ -246,7 +246,7 @@ def file_streams(path):
     name = path.name.lower()
     if not name.endswith(ARCHIVES):
         return [(str(path), partial(gzip.open if name.endswith(".gz") else open, path, "rb"))]
-    try:
+    with explained(f"{path}: damaged or not the archive that its name says", *DAMAGE):
         if name.endswith(".zip"):
             archive = zipfile.ZipFile(path)
             members = {m.filename: m for m in archive.infolist() if not m.is_dir()}
@@ -255,6 +255,4 @@ def file_streams(path):
             archive = tarfile.open(path)  # noqa: SIM115 (its members are read later)
             members = {m.name: m for m in archive if m.isreg()}
             read = archive.extractfile
-    except DAMAGE as e:
-        raise UserError(f"{path}: damaged or not the archive that its name says ({e})") from e
     return [(f"{path}:{m}", partial(read, members[m])) for m in choose_texts(path, members)]

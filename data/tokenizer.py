@@ -16,7 +16,7 @@ import regex  # comes with tiktoken, whose split patterns are written for it (\p
 import tiktoken
 import tiktoken.load
 
-from data.cli import UserError
+from data.cli import UserError, explained
 from data.download import DATA, MB, fetch
 from data.progress import shown
 from data.sentencepiece import SentencePiece
@@ -64,11 +64,9 @@ tiktoken.load.read_file = lambda url: fetch(url).read_bytes()
 
 def load_tiktoken(name):
     """One of tiktoken's own encodings; UserError if its vocabulary cannot be downloaded."""
-    try:
+    remedy = f"delete {DATA / 'downloads'} to download it again"
+    with explained(f"tokenizer {name} cannot be read: {remedy}"):
         return tiktoken.get_encoding(name)
-    except ValueError as e:  # tiktoken's own checks: unknown name, wrong hash
-        remedy = f"delete {DATA / 'downloads'} to download it again"
-        raise UserError(f"tokenizer {name}: {e}: {remedy}") from e
 
 
 class Tokenizer:

@@ -1,6 +1,5 @@
 """Tools: Python functions that a model may call, their JSON schemas, and how they are called."""
 import asyncio
-import contextlib
 import enum
 import inspect
 import json
@@ -42,28 +41,20 @@ def load_tools(source):
     if not tools or not isinstance(tools, dict):
         raise UserError(f"{where} has no function, or get_tools() returns no {{name: function}}")
     for name, function in tools.items():
-        try:
+        wanted = "write it with types of JSON, such as str, int, list[str], Literal"
+        with user_code(f"{where}: the signature of {name} cannot be read: {wanted}"):
             function_schema(name, function)
-        except Exception as e:  # annotations are the user's code
-            problem = f"{name} has a signature that cannot be read ({type(e).__name__}: {e})"
-            wanted = "write a function with types of JSON, such as str, int, list[str], Literal"
-            raise UserError(f"{where}: {problem}: {wanted}") from e
         if database := getattr(function, "database", None):
             print(f"[{name} knows {database}]", file=sys.stderr)
     return tools
 
 
 def split_hint(hint):
-    """(list, (str,)) for list[str]: a type and its parameters. An Enum is read as a Literal."""
+    """(list, (str,)) for list[str]: a type and its parameters. TypeError for an Enum."""
     if isinstance(hint, enum.EnumMeta):
-        return typing.Literal, tuple(hint)
+        raise TypeError(f"{hint.__name__} is an Enum: write a Literal of its values")
     kind = typing.get_origin(hint) or hint
     return typing.Union if kind is types.UnionType else kind, typing.get_args(hint)
-
-
-def json_value(choice):
-    """What JSON has for a choice of a Literal: itself, or the value of an Enum's member."""
-    return choice.value if isinstance(choice, enum.Enum) else choice
 
 
 def type_schema(hint):
@@ -74,9 +65,8 @@ def type_schema(hint):
         schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
         return schema | ({"nullable": True} if types.NoneType in options else {})
     if kind is typing.Literal:
-        values = [json_value(option) for option in options]
-        names = list(dict.fromkeys(JSON_TYPES[type(value)] for value in values))
-        return {"type": names if len(names) > 1 else names[0], "enum": values}
+        names = list(dict.fromkeys(JSON_TYPES[type(value)] for value in options))
+        return {"type": names if len(names) > 1 else names[0], "enum": list(options)}
     schema = {"type": JSON_TYPES[kind]} if kind in JSON_TYPES else {}
     if kind is list and options:
         schema["items"] = type_schema(options[0])
@@ -107,13 +97,8 @@ def function_schema(name, function):
             continue
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise TypeError(f"{key} is taken by position only, and models give arguments by name")
-        schema, description = type_schema(parameter.annotation), descriptions.get(key, "")
-        if match := re.search(r"\(choices:\s*(.*?)\)\s*$", description, re.IGNORECASE):
-            choices = [choice.strip(" \"'`") for choice in match[1].strip("[]").split(",")]
-            numeric = schema.get("type") in ("integer", "number")
-            schema["enum"] = list(map(json.loads, choices)) if numeric else choices
-            description = description[: match.start()].strip()
-        properties[key] = schema | {"description": description}
+        described = {"description": descriptions.get(key, "")}
+        properties[key] = type_schema(parameter.annotation) | described
         required += [key] if parameter.default is parameter.empty else []
     parameters = {"type": "object", "properties": properties}
     parameters |= {"required": required} if required else {}
@@ -121,26 +106,20 @@ def function_schema(name, function):
     return {"type": "function", "function": schema}
 
 
-def convert(value, hint, name):
-    """The argument for the JSON value of the parameter `name`, such as the member of an Enum. A
-    type that JSON does not know accepts any value; ValueError if one does not fit."""
+def suits(value, hint):
+    """Whether a JSON value suits a type hint; any does for a type that JSON does not know."""
     kind, options = split_hint(hint)
     if kind is typing.Union:
-        for option in options:
-            with contextlib.suppress(ValueError):
-                return convert(value, option, name)
-    elif kind is typing.Literal:
-        for option in options:
-            if json_value(option) == value:
-                return option
-    elif kind not in JSON_TYPES or kind is tuple:
-        return value
-    elif isinstance(value, bool):  # in Python a bool is an int, too
-        if kind is bool:
-            return value
-    elif isinstance(value, (int, float) if kind is float else kind):
-        return [convert(v, *options, name) for v in value] if kind is list and options else value
-    raise ValueError(f"{name} cannot be {value!r}")
+        return any(suits(value, option) for option in options)
+    if kind is typing.Literal:
+        return value in options
+    if kind not in JSON_TYPES or kind is tuple:
+        return True
+    if isinstance(value, bool):  # in Python a bool is an int, too
+        return kind is bool
+    if not isinstance(value, (int, float) if kind is float else kind):
+        return False
+    return kind is not list or all(suits(v, o) for v in value for o in options)
 
 
 def call_tool(tools, call):
@@ -154,7 +133,8 @@ def call_tool(tools, call):
         signature = inspect.signature(tools[name], eval_str=True)
         signature.bind(**arguments)
         for key in arguments.keys() & signature.parameters.keys():  # **others take any value
-            arguments[key] = convert(arguments[key], signature.parameters[key].annotation, key)
+            if not suits(arguments[key], signature.parameters[key].annotation):
+                raise ValueError(f"{key} cannot be {arguments[key]!r}")
     except (TypeError, ValueError) as e:
         return json.dumps({"error": f"{name}: {e}"}, ensure_ascii=False)
     try:

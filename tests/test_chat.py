@@ -49,8 +49,8 @@ def test_a_row_that_begins_with_the_assistant_learns_its_words_alone():
 def test_a_tokenizer_without_a_template_has_none_and_our_tokens_win():
     assert get_template(BYTE) is None
     assert get_template(pair("qwen2.5")[0].with_special(CHAT_TOKENS)).ours
-    for source, says in (("{% if %}", "cannot be read: Expected an expression"),
-                         ("{{ raise_exception('no') }}", "cannot be used: .* conversation: no")):
+    for source, says in (("{% if %}", "cannot be read .*: Expected an expression"),
+                         ("{{ raise_exception('no') }}", "cannot be used .* conversation: no")):
         with pytest.raises(UserError, match=f"chat template {says}"):
             get_template(Tokenizer(BYTE.spec | {"chat_template": source}))
 

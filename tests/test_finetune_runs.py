@@ -21,7 +21,6 @@ from test_runner import torchrun
 from test_train import killed_in_step, losses, metrics
 
 import finetune as ft
-import lora
 import model as lm
 import sample
 import train
@@ -304,20 +303,6 @@ def test_a_resumed_run_does_not_map_the_file_that_it_replaces(desk, windows, fla
     assert content("out/run/last.pt")["step"] == 4
 
 
-@pytest.mark.parametrize("main, flags", [
-    (sample.main, "--ckpt out/cut --prompt to"),
-    (ft.main, "--ckpt out/cut --data chats.jsonl"),
-    (lora.main, "merge --ckpt out/cut --adapter out/adapter --out out/merged"),
-])
-def test_weights_that_lie_in_parts_are_no_random_ones(desk, main, flags):
-    """The folder of a run of several processes, stopped before its first evaluation."""
-    tune(*SFT, *LORA, "--max_steps", "1", out="out/adapter")
-    save_base("out/cut/last.pt")
-    lm.save_checkpoint("out/cut/last.pt", content("out/cut/last.pt") | dict(model={}, parts="p-2"))
-    err = refused(*flags.split(), main=main)
-    assert "its weights lie in parts: --resume the run" in err
-
-
 def test_resuming_is_refused_for_other_data_other_scripts_and_fixed_flags(desk):
     tune(*SFT, "--max_steps", "2")
     for flags, named in ((["--val", 0.3], "--val"), (["--context", 20], "--context"),
@@ -331,7 +316,7 @@ def test_resuming_is_refused_for_other_data_other_scripts_and_fixed_flags(desk):
     assert "not the data that the run began with" in refused("--resume", "out/run")
     lm.save_checkpoint("out/plain/last.pt", content("out/run/last.pt") | {"args": {}})
     assert "written by train.py" in refused("--resume", "out/plain")
-    assert "no last.pt" in refused("--resume", "out/base")
+    assert "base/last.pt does not exist" in refused("--resume", "out/base")
 
 
 def test_a_resumed_run_goes_on_for_more_epochs_and_reports_on_its_own_split(desk, capsys):
@@ -545,7 +530,7 @@ def test_one_row_is_learned_with_val_0_and_what_a_reader_would_miss_is_told(desk
     out = tune("--data", "chats.jsonl", "--rows", ":1", "--val", "0", "--eval_rows", "0",
                "--grad_accum", "8", "--epochs", "4", "--lr", "9", "--grad_clip", "0")  # fmt: skip
     said = capsys.readouterr()
-    assert "1 an epoch: 8 epochs, not 4" in said.err and "on 1 rows that are learned" in said.err
+    assert "on 1 rows that are learned" in said.err
     assert "no val loss is below that before" in said.out and "rates: lr 9, embed" in said.out
     assert content(out / "last.pt")["args"]["warmup_steps"] == 1
     ft.main(["--resume", "--out", "out/run"])
@@ -558,7 +543,7 @@ def test_one_row_is_learned_with_val_0_and_what_a_reader_would_miss_is_told(desk
     ([*SFT, "--lora_rank", "0", "--lora_alpha", "8"], "--lora_rank 0 trains all weights"),
     ([*SFT, "--objective", "distill"], "--teacher"),
     ([*SFT, "--augment", "0.5"], "--augment is for --data hotel"),
-    ([*SFT, "--best_by", "slot_f1", "--eval_rows", "4"], "not measured on chats without calls"),
+    ([*SFT, "--best_by", "slot_f1", "--eval_rows", "4"], "slot_f1 is not measured here"),
     ([*SFT, *LORA, "--lora_targets", "head", "--ckpt", "tied.pt"], "tied head"),
     ([*SFT, "--ckpt", "adapter.pt"], "merge it first"),
     ([*SFT, "--ckpt", "bare.pt"], "no tokenizer"),

@@ -106,7 +106,7 @@ def test_a_model_of_the_hub_writes_what_transformers_writes(run, hub, name, plac
     assert "gpt2" in run("model.py", "--ckpt", name) or "qwen" in name
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # it is there now
     flags = ("--ckpt", name, "--prompt", "the clocks were", "--temperature", "0")
-    assert printed(run("sample.py", *flags, "--max_tokens", "20", "--print_ids")) == want
+    assert printed(run("sample.py", *flags, "--max_new_tokens", "20", "--print_ids")) == want
     assert "the same best token at 100.00%" in run("check_logits.py", name)
 
 
@@ -137,7 +137,7 @@ def test_pretraining_goes_on_from_a_model_of_the_hub_and_goes_back(run):
     assert lm.load_checkpoint("out/on")["tokenizer"]["kind"] == "hf"
     assert "Qwen3ForCausalLM" in run("model.py", "--ckpt", "out/on", "--export", "hf")
     prompt = "It was a bright 冷"
-    flags = ("--prompt", prompt, "--temperature", "0", "--max_tokens", "20", "--print_ids")
+    flags = ("--prompt", prompt, "--temperature", "0", "--max_new_tokens", "20", "--print_ids")
     assert printed(run("sample.py", "--ckpt", "out/on", *flags)) == greedy("hf", prompt)
 
 
@@ -152,7 +152,7 @@ def test_finetuning_a_qwen_uses_its_own_template_and_its_adapter_travels(run, tm
     assert lm.load_checkpoint("out/full")["config"]["vocab_size"] == 384  # nothing was added
     run(*tune, "--lora_rank", "2", "--out", "out/thin")
     for ckpt in ("out/full", "out/thin"):
-        run("sample.py", "--ckpt", ckpt, "--chat", "--max_tokens", "8", stdin="Say 3\n")
+        run("sample.py", "--ckpt", ckpt, "--chat", "--max_new_tokens", "8", stdin="Say 3\n")
     run("lora.py", "export", "--ckpt", "ann/qwen", "--adapter", "out/thin", "--out", "peft")
     assert (tmp_path / "peft/adapter_model.safetensors").exists()
 

@@ -146,13 +146,7 @@ def test_a_run_may_get_more_epochs_or_move_but_not_change_its_images(toy, tmp_pa
         mnist.main([*flags, "--out", "straight"])
     mnist.main([*flags, "--epochs", "1", "--out", "before"])
     Path("before").rename("after")
-    content = lm.load_checkpoint("after/mnist.pt", resuming=True)  # as it was written until 2026-11
-    content["progress"][3][:] = [{"step": 6, "training": 2.3}, {"step": 6, "test": 2.2, "right": 9}]
-    del content["args"]["gamma"]
-    lm.save_checkpoint("after/mnist.pt", content)
     mnist.main(["--resume", "after", "--epochs", "3"])
-    rows = [{"step": 6, "loss": 2.3}, {"step": 6, "val_loss": 2.2, "right": 9}]
-    assert saved("after")["progress"][3][:2] == rows
     with pytest.raises(UserError, match="--batch_size cannot change when resuming after"):
         mnist.main(["--resume", "after", "--batch_size", "10"])
     assert same_weights("straight", "after") and not Path("before").exists()

@@ -121,7 +121,7 @@ def test_compiled_it_computes_the_same_with_any_number_of_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16 --autocast"])
-def test_a_run_writes_who_was_used_and_draws_it(elsewhere, dtype, capsys, monkeypatch):
+def test_a_run_writes_who_was_used(elsewhere, dtype, capsys, monkeypatch):
     monkeypatch.setattr("data.machine.measure_peak", lambda *_: 1e11)
     Path("words.txt").write_text("to be or not to be, that is the question. " * 200)
     prepare_data.main(["words.txt", "--tokenizer", "byte"])
@@ -134,9 +134,8 @@ def test_a_run_writes_who_was_used_and_draws_it(elsewhere, dtype, capsys, monkey
     assert used == [[2, 256, 256], [4, 256, 256], [5, 128, 128]]
     busiest = {r["step"]: r["busiest_expert"] for r in rows if "experts" in r}
     assert busiest[4] == pytest.approx(float(counts[4].max() / 256))
-    said, svg = capsys.readouterr().out, Path("out/moe/experts.svg").read_text()
-    assert "busiest expert 0." in said and " active for a token" in said and "experts.svg" in said
-    assert svg.count("<rect") == 1 + 6 and f">{counts[5][1, 2] / 128:.0%}</text>" in svg
+    said = capsys.readouterr().out
+    assert "busiest expert 0." in said and " active for a token" in said
 
 
 def test_costs_know_what_is_active():

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def serve(name, tokenizer, tools=None):
         flags = ["--ckpt", f"out/{name}", "--max_new_tokens", "24", "--temperature", "1"]
         args, ckpt = sample.build_parser().parse_args(flags), Path("out", name, "best.pt")
         service = sample.make_service(model, tokenizer, ckpt, args, tools)
-        service.api.scheduler.start()
+        threading.Thread(target=service.api.scheduler.run, daemon=True).start()
         with serving(data.server.Server(("127.0.0.1", 0), service)) as server:
             server.url = f"http://127.0.0.1:{server.server_port}/"
             yield server

@@ -221,7 +221,7 @@ def test_a_full_context_is_cut_at_turns_and_said_once(script, hear):
 
 def test_a_chat_from_a_pipe_ends_with_it(tmp_path):
     save(tmp_path / "m.pt", small_model(context=256), CHAT)
-    flags = ["--ckpt", tmp_path / "m.pt", "--chat", "--tools", "hotel", "--max_tokens", 8]
+    flags = ["--ckpt", tmp_path / "m.pt", "--chat", "--tools", "hotel", "--max_new_tokens", 8]
     command = [sys.executable, str(ROOT / "sample.py"), *map(str, flags)]
     stdin = b"\xff\xfe\n" + ("x" * 300 + "你好\n\n/retry\n/reset\n").encode()
     env = os.environ | {"PYTHONIOENCODING": "utf-8"}

@@ -80,8 +80,8 @@ class Serving:
         self.write = functools.partial(self.client.completions.create, **defaults)
 
     def __enter__(self):
-        self.scheduler.start()
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        for target in self.scheduler.run, lambda: self.server.serve_forever(0.02):
+            threading.Thread(target=target, daemon=True).start()
         return self
 
     def __exit__(self, *_):
@@ -170,17 +170,11 @@ def test_a_model_calls_a_tool_reads_its_result_and_speaks(chat):
     assert all(s.top_logprobs[0].token == s.token and len(s.top_logprobs) == 2 for s in scores)
 
 
-def test_tool_choice_says_whether_and_what_is_called(chat):
-    tools, named = [tool("search"), tool("wait")], tool("wait")
-    for request, name in (
-        (dict(messages=TALK[:1]), None),  # without any tools
-        (dict(messages=TALK[:1], tools=tools, tool_choice="none"), None),
-        (dict(messages=HELLO, tools=tools[:1], tool_choice="required"), "?"),
-        (dict(messages=HELLO, tools=tools, tool_choice=named), "wait"),
-    ):
-        choice = both(chat.chat, **request, max_tokens=40).choices[0]
-        called = [c.function.name for c in choice.message.tool_calls or ()]
-        assert len(called) == bool(name) and (called == [name] or name != "wait")
+def test_nothing_is_called_without_tools_or_with_a_tool_choice_of_none(chat):
+    tools = [tool("search"), tool("wait")]
+    for request in ({}, {"tools": tools, "tool_choice": "none"}):
+        choice = both(chat.chat, messages=TALK[:1], **request, max_tokens=40).choices[0]
+        assert not choice.message.tool_calls
     cut = both(chat.chat, messages=TALK[:1], tools=tools[:1], max_tokens=5).choices[0]
     assert cut.finish_reason == "length"  # nobody is to run half a call
     # a call that is no JSON can be sent back: the conversation goes on, as it does in the terminal
@@ -280,8 +274,8 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
     assert chat.chat(messages=long, extra_body={"truncation": "auto"}, max_tokens=2).choices
     bad = dict(temperature=3, n=0, max_tokens=0, stop=["a"] * 5, seed="x", top_p=7, min_tokens=-1)
     bad |= dict(logit_bias={"a": 1}, stop_token_ids=[320], ignore_eos=1, best_of=2, suffix="x")
-    bad |= dict(response_format={"type": "xml"}, functions=[tool("f")], guided_json={})
-    bad |= dict(function_call="auto", modalities=["text", "audio"], prompt_logprobs=0)
+    bad |= dict(response_format={"type": "xml"}, functions=[tool("f")], guided_json={"a": 1})
+    bad |= dict(function_call="auto", modalities=["text", "audio"], prompt_logprobs=1)
     bad |= dict(parallel_tool_calls="no", logit_bias={"1": float("nan")}, stream_options=[])
     fine = dict(response_format={"type": "text"}, functions=[], function_call="none", best_of=1)
     fine |= dict(modalities=["text"], audio=None, suffix="", logit_bias={}, stop_token_ids=[])
@@ -296,8 +290,8 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
     call = {"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}
     for name, value in (
         *[("messages", m) for m in ([], "x", [5], [{"role": "x"}], [turn("user", 5)], [call])],
-        *[("tools", t) for t in ("x", [5], [{"function": {}}])],
-        *[("tool_choice", c) for c in ("x", 5, {"function": {"name": []}})],
+        *[("tools", t) for t in (5, "x", [5], [{"function": {}}])],
+        *[("tool_choice", c) for c in ("x", 5, "required", tool("f"))],
     ):
         assert fetch(chat.port, post(ASK, GOOD | {"tools": [tool("f")], name: value}))[0] == 400
     for prompt in [], [[]], [300], [-1], [[1.5]], {"a": 1}:
@@ -374,13 +368,6 @@ def get(port, path, *headers):
     return fetch(port, request(f"GET {path} HTTP/1.1", *headers))
 
 
-def metrics(port):
-    """{name: value} of /metrics."""
-    lines = get(port, "/metrics")[2].splitlines()
-    lines = [x for x in lines if not re.fullmatch(r"# TYPE \w+ (counter|gauge|summary)", x)]
-    return {name.removeprefix("scratchlm_"): float(n) for name, n in map(str.split, lines)}
-
-
 def wait_until(true, seconds=5):
     """Wait until true() is; how long it took."""
     start = time.monotonic()
@@ -432,7 +419,7 @@ def test_bad_requests_are_refused_and_change_nothing(chat, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda case: fetch(chat.port, case[0], *case[2:])[0], REFUSED))
     assert [(c[0][:200], c[1], s) for c, s in zip(REFUSED, found) if c[1] != s] == []
-    assert b"not served here" in raw(chat.port, b"GET /metrics\r\n\r\n")  # HTTP/0.9 has no Host
+    assert b"not served here" in raw(chat.port, b"GET /health\r\n\r\n")  # HTTP/0.9 has no Host
     two = post(ASK, GOOD, "Host: [::1]:80") + post("/page/choose", CHOICE)
     assert fetch(chat.port, two)[0] == 200  # the second one is not read
     body = json.dumps(GOOD).encode()
@@ -497,19 +484,22 @@ def test_a_client_that_goes_frees_its_slot_and_its_place_in_the_queue(text, slow
         s.sendall(post(WRITE, LONG | body) + rest)
         return s
 
-    def wait_for(name, count):
-        return wait_until(lambda: metrics(text.port)[name] == count)
+    def wait_for_busy(count):
+        return wait_until(lambda: text.engine.busy == count)
+
+    def wait_for_queue(count):
+        return wait_until(lambda: len(text.scheduler.waiting) == count)
 
     for stream, rest in (False, b""), (True, post(WRITE, LONG)):
         with asking({"n": 2, "stream": stream}, rest):
-            wait_for("slots_busy", 2)
-        assert wait_for("slots_busy", 0) < 2  # of six seconds
+            wait_for_busy(2)
+        assert wait_for_busy(0) < 2  # of six seconds
     with asking({"n": 4}):
-        wait_for("slots_busy", 4)
+        wait_for_busy(4)
         with asking({"n": 3}):
-            wait_for("queue", 3)
-        assert wait_for("queue", 0) < 2
-        assert metrics(text.port)["slots_busy"] == 4
+            wait_for_queue(3)
+        assert wait_for_queue(0) < 2
+        assert text.engine.busy == 4
 
 
 def test_a_full_queue_and_too_many_connections(text, slowly, monkeypatch):
@@ -532,7 +522,7 @@ def test_a_step_that_fails_ends_its_answers_and_not_the_server(text, monkeypatch
     def fail(*_, **settings):
         raise RuntimeError("broken 好")
 
-    request, failures = dict(prompt="it", max_tokens=9), metrics(text.port)["failures_total"]
+    request = dict(prompt="it", max_tokens=9)
     expected, engine = text.write(**request).choices[0].text, text.engine
     cases = (engine, "step", "tiny"), (engine, "add", "tiny"), (text.scheduler, "activate", "poet")
     for (owner, name, model), stream in itertools.product(cases, (False, True)):
@@ -540,9 +530,7 @@ def test_a_step_that_fails_ends_its_answers_and_not_the_server(text, monkeypatch
             m.setattr(owner, name, fail)
             list(text.write(**request | {"model": model}, stream=stream))
         assert text.write(**request).choices[0].text == expected
-    after = metrics(text.port)
-    assert after["failures_total"] == failures + 2 and after["slots_busy"] == 0
-    assert capfd.readouterr().err.count("RuntimeError: broken 好") == 2
+    assert text.engine.busy == 0 and capfd.readouterr().err.count("RuntimeError: broken 好") == 2
 
 
 def test_closing_finishes_what_is_written_and_cuts_what_never_ends(capfd):
@@ -614,16 +602,6 @@ def test_what_cannot_be_served_is_one_line(chat, monkeypatch):
     assert sample.make_service(*loaded, args, None).key is None
     monkeypatch.setenv("SCRATCHLM_API_KEY", "k1")
     assert sample.make_service(*loaded, args, None).key == "k1"
-
-
-def test_figures_count_what_was_asked(chat):
-    before = metrics(chat.port)
-    usage = [chat.chat(messages=HELLO, max_tokens=n).usage for n in (1, 3, 6)]
-    new = {name: value - before[name] for name, value in metrics(chat.port).items()}
-    assert new["requests_total"] == 4 and new["completion_tokens_total"] == 10
-    assert new["prompt_tokens_total"] == sum(u.prompt_tokens for u in usage)
-    assert new["cached_tokens_total"] == sum(u.prompt_tokens_details.cached_tokens for u in usage)
-    assert (new["first_token_seconds_count"], new["next_token_seconds_count"]) == (3, 7)
 
 
 def test_choices_are_rows_that_finetune_reads(chat):
