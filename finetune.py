@@ -737,20 +737,17 @@ class GRPO(SFT):
         return turns, rows, rewards
 
     def pairs(self, model, split):
-        """Preference pairs as the page writes them: of the answers sampled to each prompt, the one
-        with the largest reward, and of those with a smaller one that of the most similar length."""
-        samples, found = self.args.samples, []
+        """Preference pairs as the page writes them: of the answers sampled to each prompt, the best
+        one and any of those with a smaller reward. A policy finds what was never shown as worse:
+        with the rejected ones as long as the chosen ones, it learned to leave facts out."""
+        samples, rng, found = self.args.samples, random.Random(self.args.seed), []
         prompts = [p for p in split.prompts for _ in range(samples)]
-        seeds = range(self.args.seed, self.args.seed + len(prompts))
-        turns, _, rewards = self.sample(model, split, prompts, seeds)
-        lengths = [len(chat.message_text(turn)) for turn in turns]
+        turns, _, rewards = self.sample(model, split, prompts, range(len(prompts)))
         for start in range(0, len(prompts), samples):
             group = range(start, start + samples)
             best = max(group, key=rewards.__getitem__)
-            worse = [i for i in group if rewards[i] < rewards[best]]
-            if worse:  # one of about the same length, so that length does not tell them apart
-                other = min(worse, key=lambda i: abs(lengths[i] - lengths[best]))
-                pair = {"chosen": [turns[best]], "rejected": [turns[other]]}
+            if worse := [turns[i] for i in group if rewards[i] < rewards[best]]:
+                pair = {"chosen": [turns[best]], "rejected": [rng.choice(worse)]}
                 found.append({"prompt": prompts[start].turn.messages, **pair})
         return found
 
