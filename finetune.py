@@ -913,8 +913,7 @@ def build_model(args, base, content, special_tokens, runtime):
         adapter = dict(targets=args.lora_targets, rank=args.lora_rank, dropout=args.lora_dropout)
         adapter["alpha"] = args.lora_alpha or 2 * args.lora_rank
         # rows of special tokens that the base has never seen must learn
-        tables = [] if tokenizer is bare else ["embed", "value_embed", "head"]
-        adapter["modules_to_save"] = tables
+        adapter["modules_to_save"] = [] if tokenizer is bare else ["embed", "value_embed", "head"]
         if args.quantize:
             lora.quantize(model, args.quantize, device=runtime.device)
         lora.add_lora(model, **adapter)
@@ -1141,7 +1140,7 @@ def build_parser():
     figures = ", ".join(dict.fromkeys(c.figure for c in OBJECTIVES.values()))
     add("--best_by",
         help=f"what selects best.pt: last, {figures}, or val_loss (default for chats and pairs)")
-    add("--eval_rows", type=at_least(0), help="answers an evaluation generates (default 64)")
+    add("--eval_rows", type=at_least(0), help="answers of an evaluation (default 64; 0: none)")
     add("--show_mask", type=at_least(1), metavar="N", help="print N rows token by token and stop")
     add = p.add_argument_group("rows").add_argument
     add("--rows", metavar="START:STOP", help="slice of the training rows, such as 1000:5001")
@@ -1163,7 +1162,8 @@ def build_parser():
     for objective, c in OBJECTIVES.items():
         add = p.add_argument_group(f"--objective {objective}").add_argument
         for name, (kind, text) in c.flags.items():
-            add(f"--{name}", type=kind, help=f"{text} (default {c.recipe[name]})")
+            default = "" if c.recipe[name] is None else f" (default {c.recipe[name]})"
+            add(f"--{name}", type=kind, help=text + default)
     add = train.add_optimization(p)
     add("--epochs", type=positive, help="passes over the rows (default 3 without another limit)")
     add("--max_steps", type=at_least(1), help="instead of --epochs")

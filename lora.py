@@ -173,10 +173,8 @@ def find_layers(model, targets, kinds):
     unknown = wanted - names - set(layers)
     layers = {n: m for n, m in layers.items() if wanted & {n, n.rpartition(".")[2]}}
     if not layers or (unknown and targets not in TARGETS):
-        raise UserError(
-            f"no layer is called {', '.join(sorted(unknown))}: choose {', '.join(TARGETS)}, or "
-            f"layers by name: {', '.join(sorted(names))}"
-        )
+        advice = f"choose {', '.join(TARGETS)}, or layers by name: {', '.join(sorted(names))}"
+        raise UserError(f"no layer is called {', '.join(sorted(unknown))}: {advice}")
     return layers
 
 
@@ -361,10 +359,8 @@ def load_adapted(base, adapters, where="the base"):
     sha256 = fingerprint(base["model"])
     for name, info in infos.items():
         if info["base_sha256"] != sha256:
-            raise UserError(
-                f"adapter {name} was trained over {info['base']}; {where} is another model, or has "
-                f"it merged in already"
-            )
+            but = f"{where} is another model, or has it merged in already"
+            raise UserError(f"adapter {name} was trained over {info['base']}; {but}")
         lm.grow_vocabulary(model, adapters[name]["config"]["vocab_size"], info["base_vocab"])
     if quantized:
         quantize(model, quantized)

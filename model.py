@@ -16,7 +16,7 @@ hs head size, V vocabulary, N rows (positions of all texts, flattened), S keys (
 import contextlib
 import copy
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -184,29 +184,31 @@ _GPT2 = dict(
     vocab_size=50257, context=1024, position="learned", norm="layernorm", activation="gelu_tanh",
     qkv_bias=True, out_bias=True, ff_bias=True, tied=True, init="gpt2",
 )  # fmt: skip
-_LLAMA3_8B = dict(vocab_size=128256, context=8192, rope_theta=500000.0)
 # the course's model: waylandzhang/Transformer-from-scratch, scifi-demo
 _NOVEL = dict(
     vocab_size=100256, context=128, position="sinusoidal", norm="layernorm", activation="relu",
     out_bias=True, ff_bias=True, head_bias=True, dropout=0.1, init="gpt2",
 )  # fmt: skip
 
-# train.py replaces vocab_size by the `padded_vocab` of the prepared data.
+# The fields of named shapes. train.py replaces vocab_size by the `padded_vocab` of the data.
 PRESETS = {
-    "tiny": Config(**_TINY, **_TABLES),
+    "tiny": _TINY | _TABLES,
     # tiny with four times the feed-forward weights, of which a token passes through a quarter
-    "moe": Config(**_TINY, **_TABLES, experts=8),
-    "small": Config(vocab_size=4096, n_layer=6, n_head=8, d_model=256, context=256, **_OURS),
-    "baby": Config(vocab_size=4096, n_layer=6, n_head=6, d_model=384, context=256, **_OURS),
-    "gpt2": Config(n_layer=12, n_head=12, d_model=768, **_GPT2),
-    "gpt2-medium": Config(n_layer=24, n_head=16, d_model=1024, **_GPT2),
-    "gpt2-large": Config(n_layer=36, n_head=20, d_model=1280, **_GPT2),
-    "gpt2-xl": Config(n_layer=48, n_head=25, d_model=1600, **_GPT2),
+    "moe": _TINY | _TABLES | dict(experts=8),
+    "small": _OURS | dict(vocab_size=4096, n_layer=6, n_head=8, d_model=256, context=256),
+    "baby": _OURS | dict(vocab_size=4096, n_layer=6, n_head=6, d_model=384, context=256),
+    "gpt2": _GPT2 | dict(n_layer=12, n_head=12, d_model=768),
+    "gpt2-medium": _GPT2 | dict(n_layer=24, n_head=16, d_model=1024),
+    "gpt2-large": _GPT2 | dict(n_layer=36, n_head=20, d_model=1280),
+    "gpt2-xl": _GPT2 | dict(n_layer=48, n_head=25, d_model=1600),
     # tiny's layers and width, as a Llama that Hugging Face transformers can read
-    "llama": Config(**_TINY),
-    "llama-8b": Config(n_layer=32, n_head=32, n_kv_head=8, d_model=4096, d_ff=14336, **_LLAMA3_8B),
-    "novel": Config(n_layer=12, n_head=8, d_model=512, **_NOVEL),
-}
+    "llama": _TINY,
+    "llama-8b": dict(
+        vocab_size=128256, n_layer=32, n_head=32, n_kv_head=8, d_model=4096, d_ff=14336,
+        context=8192, rope_theta=500000.0,
+    ),
+    "novel": _NOVEL | dict(n_layer=12, n_head=8, d_model=512),
+}  # fmt: skip
 
 
 def padded_vocab(size):
@@ -215,20 +217,14 @@ def padded_vocab(size):
 
 
 def preset(name, **changes):
-    """A copy of the named preset with some fields changed. If `d_model`, `n_head` or `activation`
-    changes, `n_kv_head`, `head_size` and `d_ff` return to their defaults unless they are given; so
-    do fields about experts if their number changes. If the number of heads is not given and does
-    not divide a new `d_model`, heads have 64 channels. UserError for an unknown name."""
+    """The Config of the named preset with some fields changed. If the number of heads is not given
+    and does not divide a new `d_model`, heads have 64 channels. UserError for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
-    derived = {}
-    if {"d_model", "n_head", "activation"} & set(changes):
-        derived = dict(n_kv_head=None, head_size=None, d_ff=None)
-    if (width := changes.get("d_model", 0)) % PRESETS[name].n_head:
-        derived["n_head"] = max(1, width // 64)
-    if {"experts", "experts_per_token"} & set(changes):
-        derived |= dict(d_ff=None, experts_per_token=None, norm_topk_prob=None)
-    return replace(PRESETS[name], **{**derived, **changes})
+    shape = PRESETS[name] | changes
+    if "n_head" not in changes and shape["d_model"] % shape["n_head"]:
+        shape["n_head"] = max(1, shape["d_model"] // 64)
+    return Config(**shape)
 
 
 # --------------------------------------------------------------------------------------------

@@ -625,10 +625,8 @@ def load(ckpt=None, device=None, dtype="auto", adapters=()):
     if "adapter" in content:
         paths, base = [path, *adapters], lm.find_checkpoint(content["adapter"]["base"])
         if not base.exists():
-            raise UserError(
-                f"{path} is an adapter over {base}, which is not there: name its base with --ckpt "
-                f"and this one with --adapter"
-            )
+            advice = "name its base with --ckpt and this one with --adapter"
+            raise UserError(f"{path} is an adapter over {base}, which is not there: {advice}")
         content = lm.load_checkpoint(base)
     if not paths:
         model = lm.model_from_checkpoint(content, device, dtype, path)
@@ -656,10 +654,8 @@ def fast_model(model, rows, args):
     adapted = any(isinstance(m, (lora.LoRALinear, lora.QuantLinear)) for m in model.modules())
     fast = device == "cpu" and not (args.no_fast or adapted)
     if args.dtype == "int8" and not fast:
-        reason = "excludes --no_fast" if args.no_fast else f"is for a CPU, not {device}"
-        if adapted:
-            reason = "does not round adapters: lora.py merge writes a checkpoint without them"
-        raise UserError(f"--dtype int8 {reason}")
+        advice = "without --no_fast and adapters, which lora.py merges"
+        raise UserError(f"--dtype int8 is for the Linear layers of a CPU, {advice}")
     if device == "cuda" and not (args.no_fast or model.config.experts):
         model.last_logits = GraphedSteps(model.last_logits)
     if fast:
@@ -867,23 +863,18 @@ def build_parser():
         add(f"--{name}", type=f.type, default=f.default, help=f"{f.help} (default {f.default})")
     add("--repetition_penalty", type=positive, default=1.0, help="above 1 discourages (default 1)")
     add("--loop_penalty", type=at_least(0, float), default=DEFAULTS["loop_penalty"],
-        help="subtracted from the logit of an id that would complete the same four ids for the "
-        "third time within 100; has no effect at temperature 0 (default 4; 0 is off)")
+        help="makes an id unlikely that repeats four ids for the third time (default 4; 0 is off)")
     add("--beams", type=at_least(0), default=0, help="width of a beam search; 0 samples (default)")
     add("--length_penalty", type=between(-10, 10), default=1.0, help="above 1 favours long beams")
     add("--stop", action="append", help="end at this text; may be given several times")
     add("--seed", type=between(0, 2**50, int), help="of the drawing (default: a new one each time)")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
     add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16", "int8"),
-        help="of the weights (default auto: on CUDA bf16, or fp16 before Ampere; else fp32); "
-        "int8 is for CPUs")
-    add("--no_fast", action="store_true",
-        help="run the model as it is: no faster Linear layers (CPU), no CUDA graphs (GPU)")
-    add("--no_draft", action="store_true",
-        help="generate one token per step, without drafts copied from earlier text")
+        help="of the weights (auto: on CUDA bf16, or fp16 before Ampere; else fp32); int8: on CPUs")
+    add("--no_fast", action="store_true", help="no faster Linear layers (CPU) or CUDA graphs (GPU)")
+    add("--no_draft", action="store_true", help="one token per step, no drafts from earlier text")
     add("--verbose", action="store_true", help="show the times of the faster Linear layers")
-    add("--adapter", action="append", default=[],
-        help="LoRA run to add to --ckpt; several can be switched")
+    add("--adapter", action="append", default=[], help="LoRA run over --ckpt; several may switch")
     add("--system", metavar="TEXT", help="with --chat and --serve: the system turn")
     add("--tools", help="with --chat and --serve: hotel, or a .py file of functions to call")
     add("--host", help="with --serve: the address (default 127.0.0.1; another needs a key)")
@@ -910,8 +901,7 @@ def check_settings(args):
             if getattr(args, name) and not possible:
                 raise UserError(f"--{name} is for {modes}")
     if args.choices and len(args.choices) != len(args.analogy):
-        counts = f"{len(args.choices)} times for {len(args.analogy)} --analogy"
-        raise UserError(f"--choices is given {counts}: give it for each or for none")
+        raise UserError("--choices must be given for each --analogy or for none")
     if args.beams and args.stop:
         raise UserError("--stop does not work with --beams, which end with the end of the text")
     if args.beams and args.num_samples > args.beams:

@@ -486,7 +486,7 @@ class Run:
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self.groups]
         for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
-            for i, moments in saved["state"].items():  # sharded before they go to a GPU
+            for i, moments in saved["state"].items():  # one by one, as a GPU may not hold all
                 moments |= {k: shard_like(v, params[i]) for k, v in moments.items() if v.dim()}
             optimizer.load_state_dict(saved)
         for group, values in zip(self.groups, settings):
@@ -840,7 +840,7 @@ def add_optimization(p):
     add("--save_every", type=at_least(0), help="steps between further checkpoints; 0 is none")
     add("--save_minutes", type=at_least(0, float), help="minutes between them; 0 is none")
     add("--log_every", type=at_least(1), help="steps between lines")
-    add("--patience", type=at_least(0), help="stop after so many evaluations without a best one")
+    add("--patience", type=at_least(0), help="end after so many evaluations without a better one")
     return add
 
 
@@ -860,9 +860,9 @@ def build_parser():
     add("--out", help="folder of the run (default: out/NAME of the data, numbered if taken)")
     add_machine(add)
     add = add_optimization(p)
-    add("--max_steps", type=at_least(1), help=f"without limits, {DEFAULT_STEPS}")
+    add("--max_steps", type=at_least(1), help=f"default {DEFAULT_STEPS} if there is no limit")
     add("--max_minutes", type=positive,
-        help=f"of training, without evaluation (without limits, {DEFAULT_MINUTES})")
+        help=f"of training, without evaluation (default {DEFAULT_MINUTES} if there is no limit)")
     add("--batch_size", type=at_least(1), help="rows a micro-batch (and process)")
     add("--short_context", type=at_least(0),
         help="tokens of the rows of every second step, and fewer rows than --batch_size in the "
@@ -870,13 +870,13 @@ def build_parser():
         "from 512 on; 0 is none)")
     add("--total_batch_tokens", type=at_least(1), help="of a step, in place of --grad_accum")
     add("--eval_tokens", type=at_least(0),
-        help=f"an evaluation reads; 0 is all (default {EVAL_TOKENS}, and all in the last one)")
+        help=f"that an evaluation reads; 0 is all (default {EVAL_TOKENS}, and all in the last one)")
     add("--eval_only", action="store_true", default=None,
         help="print the loss of --ckpt or --resume over the validation text, or --eval_tokens")
     shape = p.add_argument_group("model shape, in place of the preset's (model.Config)")
     comments = dict(re.findall(r"^    (\w+): .*  # (.+)", inspect.getsource(lm.Config), re.M))
     for name in SHAPE:
-        kind = type(getattr(lm.PRESETS["tiny"], name))
+        kind = type(getattr(lm.Config(), name))
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if kind is str:
             options["choices"] = tuple(getattr(lm, f"{name.upper()}S"))

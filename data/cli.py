@@ -141,7 +141,7 @@ FOREIGN = {
     "leave it out, it is not needed here":
         "do_train do_eval template plot_loss overwrite_cache overwrite_output_dir eval_strategy "
         "save_strategy save_total_limit always_save_checkpoint load_best_model_at_end backend "
-        "per_device_eval_batch_size preprocessing_num_workers trust_remote_code flash_attn",
+        "per_device_eval_batch_size preprocessing_num_workers trust_remote_code ddp_timeout",
 }  # fmt: skip
 FOREIGN = {f"--{name}": use for use, names in FOREIGN.items() for name in names.split()}
 CONFIG_FILE = re.compile(r"(?:--config[ =]|[^-]\S* )?([^-]\S*\.(?:py|ya?ml|json))(?!\S)")

@@ -27,8 +27,8 @@ def read_idx(path, name):
     """(uint8 array, whether it is MNIST's own) of an IDX file, maybe in a .gz: two zero bytes, the
     type (8: unsigned bytes), the number of dimensions, their sizes as big-endian uint32, values."""
     content, dims = Path(path).read_bytes(), 3 if "idx3" in name else 1
-    wanted = f"{path} is not an IDX file, or is cut short"
-    with explained(wanted, EOFError, OSError, zlib.error, *MALFORMED):
+    problem = f"{path} is not an IDX file, or is cut short"
+    with explained(problem, EOFError, OSError, zlib.error, *MALFORMED):
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
         if content[:4] != bytes([0, 0, 8, dims]):

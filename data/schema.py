@@ -15,6 +15,7 @@ from functools import partial, reduce
 from typing import NamedTuple
 
 from data.chat import CALL_ID, KEY, TOOL
+from data.cli import explained
 
 CHARACTER, DIGIT = frozenset(range(32, 256)) - frozenset(b'"\\'), range(48, 58)
 HEX, TEXT = frozenset(b"0123456789abcdefABCDEF"), frozenset(range(256))
@@ -110,15 +111,13 @@ def json_value(schema, strict=True):
     keywords that `json_parts` ignores."""
 
     def check(s):
-        try:
+        with explained(f"{s!r:.60} is not a schema"):
             ignored = sorted(s.keys() - KEYWORDS)
             used = sorted(s.keys() & {"$ref", "anyOf", "enum", "const", "properties"})
             possible, _ = json_parts(s, schema), members(s, schema)
             children = [s[key] for key in ("items", "additionalProperties") if key in s]
             for key in ("properties", "$defs", "definitions"):
                 children += s.get(key, {}).values()
-        except (AttributeError, KeyError, TypeError, RecursionError) as e:
-            raise ValueError(f"{s!r:.60} is not a schema ({type(e).__name__}: {e})") from e
         if strict and (ignored or len(used) > 1):
             raise ValueError(f"{' beside '.join(ignored[:1] or used[:2])} is not supported")
         if not possible:

@@ -3,11 +3,14 @@
 import argparse
 import itertools
 import os
+import subprocess
+import sys
 from functools import partial
 from unittest.mock import Mock, call
 
 import pytest
 import torch
+from conftest import ROOT
 
 from data import machine
 from data.cli import UserError
@@ -116,3 +119,18 @@ def test_products_by_onednn_are_float32_and_end_with_the_block(faster, monkeypat
     assert measured is machine.onednn_is_faster() and isinstance(measured, bool)
     with machine.fast_products():  # would be 1e-2 off if it were rounded to bf16
         assert (a @ b - a.double() @ b.double()).abs().max() < 1e-3
+
+
+def test_products_of_many_shapes_do_not_fill_the_memory():
+    code = """if True:
+        import resource, torch
+        from data.machine import choose_device
+        choose_device("cpu")
+        torch.set_float32_matmul_precision("medium")  # oneDNN, where the CPU has bf16
+        x, weight = torch.randn(1500, 64), torch.randn(256, 64)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for rows in range(500, 1500):
+            torch.nn.functional.linear(x[:rows], weight)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"""
+    grown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert int(grown.stdout) < 400, grown.stderr  # MB; over 600 with the caches' own sizes
