@@ -21,7 +21,7 @@ import random
 import sys
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -518,34 +518,48 @@ class RewardModel(DPO):
 
 
 def load_rewards(source, device):
-    """The function of --reward, from a list of (messages, answer, wanted) to a list of floats: that
-    of `load_reward`, or a reward model."""
-    if all(name in REWARDS or name.endswith(".py") for name in source.split(",")):
-        reward = load_reward(source)
-        return lambda answers: [rate(reward, *a) for a in answers]
+    """The function of --reward, from a list of (messages, answer, wanted) to a list of floats, or
+    None where it is not for the turn: of several with commas, the first one that is."""
+    functions = [
+        load_reward(name) if name in REWARDS or name.endswith(".py") else model_reward(name, device)
+        for name in source.split(",")
+    ]
+
+    def reward(*turn):
+        return next((r for f in functions if (r := rate(f, *turn)) is not None), None)
+
+    return lambda answers: [reward(*answer) for answer in answers]
+
+
+def model_reward(source, device):
+    """The reward of a reward model. What it has read of a prompt serves the next answer, too."""
     try:
         model, tokenizer, where = load(source, device, "fp32")
     except UserError as e:
         raise UserError(f"--reward {source} is not one of {', '.join(REWARDS)}, and {e}") from e
     if REWARD_TOKEN not in tokenizer.special:
         raise UserError(f"{where} is not a reward model: --objective reward makes one")
-    token, context = tokenizer.special[REWARD_TOKEN], model.config.context
+    token, context = tokenizer.special[REWARD_TOKEN], model.config.context - 1
     device = model.head.weight.device
 
-    @torch.no_grad()
-    def rewards(answers):
-        rows, out = [], torch.zeros(len(answers))
-        for messages, turn, _ in answers:
-            example, first = {"messages": [*messages, turn]}, len(messages)
-            row = batches.chat_rows(example, tokenizer, context - 1, first=first)[-1]
-            rows.append(batches.reward_row(row, token))
-        for numbers in batches.bucket(range(len(rows)), rows, 4096):
-            ids, targets = (t.to(device) for t in batches.pad([rows[i] for i in numbers]))
-            with torch.autocast(device.type, enabled=False):
-                out[numbers] = model(ids, targets, output="logits")[:, token].cpu()
-        return out.tolist()
+    @lru_cache(1)
+    def read(prompt):
+        shared = SharedPrompt(model)
+        model(torch.tensor([prompt], device=device), cache=shared)
+        return shared
 
-    return rewards
+    @torch.no_grad()
+    def reward(messages, answer, wanted):
+        if answer is wanted:  # asked whether this reward is for the turn
+            return 0.0
+        talk = {"messages": [*messages, answer]}
+        row = batches.chat_rows(talk, tokenizer, context, first=len(messages))[-1]
+        n = row.mask.index(1)
+        with torch.autocast(device.type, enabled=False):
+            ids, shared = torch.tensor([row.ids[n:]], device=device), read(tuple(row.ids[:n]))
+            return model(ids, cache=copy.copy(shared))[0, -1, token].item()
+
+    return reward
 
 
 class SharedPrompt(lm.KVCache):
@@ -605,11 +619,13 @@ class GRPO(SFT):
         "updates": (at_least(1), "optimizer steps with the same answers"),
         "clip": (positive, "ratios of probabilities are clipped to 1 +- this"),
         "kl": (at_least(0, float), "weight of the divergence from the model at the start"),
+        "pairs": (str, "with --eval_only: a file for preference pairs, the best of the answers to "
+                  "each prompt and a worse one"),
     }  # fmt: skip
     recipe = dict(
-        reward=None, env=None, samples=8, updates=1, clip=0.2, kl=0.0, best_by="val_reward",
-        lr=1e-4, embed_lr=1e-4, head_lr=1e-4, muon_lr=1e-3, epochs=1.0, batch_tokens=8192,
-        grad_accum=4, eval_every=20, log_every=5,
+        reward=None, env=None, samples=8, updates=1, clip=0.2, kl=0.0, pairs=None,
+        best_by="val_reward", lr=1e-4, embed_lr=1e-4, head_lr=1e-4, muon_lr=1e-3, epochs=1.0,
+        batch_tokens=8192, grad_accum=4, eval_every=20, log_every=5,
         compile=False,  # blocks are not compiled for what follows a cached prompt
     )  # fmt: skip
 
@@ -676,7 +692,7 @@ class GRPO(SFT):
         prompts = [p for p in rows for _ in range(a.samples)]
         seeds = np.random.default_rng((a.seed, 2, number)).integers(2**62, size=len(prompts))
         with lm.evaluating(self.model) as model, self.runtime.autocast():
-            texts, rewards = self.sample(model, split, prompts, seeds.tolist())
+            _, texts, rewards = self.sample(model, split, prompts, seeds.tolist())
         starts = [row.mask.index(1) for row in texts]  # the lengths of the prompts
         rewards = torch.tensor(rewards).view(-1, a.samples)  # (groups, samples)
         spread = rewards.std(1)
@@ -707,10 +723,9 @@ class GRPO(SFT):
         return batch
 
     def sample(self, model, split, prompts, seeds):
-        """(Rows of the prompts and what the model writes after them, the rewards)."""
+        """What the model writes after prompts: messages, as Rows with the prompts, the rewards."""
         if split.env:
-            starts = [p.turn for p in prompts]
-            return converse(model, self.tokenizer, split.env, starts, seeds)[1:]
+            return converse(model, self.tokenizer, split.env, [p.turn for p in prompts], seeds)
         answers, turns = generate_turns(model, self.tokenizer, [p.ids for p in prompts], seeds)
         jobs = [p.turn for p in prompts]
         rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
@@ -718,7 +733,23 @@ class GRPO(SFT):
             question = chat.message_text(jobs[rewards.index(None)].messages[-1])
             raise UserError(f"the reward of an answer to {question!r:.80} is None")
         pairs = [(p.ids, new) for p, new in zip(prompts, answers)]
-        return [batches.Row(p + new, [0] * len(p) + [1] * len(new)) for p, new in pairs], rewards
+        rows = [batches.Row(p + new, [0] * len(p) + [1] * len(new)) for p, new in pairs]
+        return turns, rows, rewards
+
+    def pairs(self, model, split):
+        """Preference pairs as the page writes them: of the answers sampled to each prompt, the best
+        one and any of those with a smaller reward. A policy finds what was never shown as worse:
+        with the rejected ones as long as the chosen ones, it learned to leave facts out."""
+        samples, rng, found = self.args.samples, random.Random(self.args.seed), []
+        prompts = [p for p in split.prompts for _ in range(samples)]
+        turns, _, rewards = self.sample(model, split, prompts, range(len(prompts)))
+        for start in range(0, len(prompts), samples):
+            group = range(start, start + samples)
+            best = max(group, key=rewards.__getitem__)
+            if worse := [turns[i] for i in group if rewards[i] < rewards[best]]:
+                pair = {"chosen": [turns[best]], "rejected": [rng.choice(worse)]}
+                found.append({"prompt": prompts[start].turn.messages, **pair})
+        return found
 
     @fast_products()
     def fixed_logps(self, *batch):
@@ -836,6 +867,7 @@ def check_settings(args, objective, splits, given):
         f"{name} needs --teacher CKPT": a.objective == "distill" and not a.teacher,
         f"{name} needs --env, or --reward {', '.join(REWARDS)}, a file, or a --ckpt":
             a.objective == "grpo" and bool(a.reward) == bool(a.env),
+        "--pairs needs --eval_only and --reward": a.pairs and not (a.eval_only and a.reward),
         "--lora_rank 0 trains all weights, without adapters: leave out the flags of LoRA":
             LORA_FLAGS & set(given) and not a.lora_rank,
         "--quantize freezes the base: add --lora_rank 8, so that something learns":
@@ -970,6 +1002,12 @@ def report_best(model, args, objective, splits, examples, result):
     write_report(objective, model, split, out)
 
 
+def augmented(examples, args, epoch):
+    """The examples of an epoch with --augment."""
+    rng = random.Random(f"{args.seed} {epoch}")
+    return SOURCES[args.data].augment(examples, args.augment, rng)
+
+
 def evaluate_only(args, objective_class, examples):
     """--eval_only: measure --split, or all rows of a file without --val; write predictions."""
     runtime = make_runtime(args.device, args.dtype)
@@ -979,8 +1017,16 @@ def evaluate_only(args, objective_class, examples):
     if missing := [name for name in needed if name not in tokenizer.special]:
         raise UserError(f"{where} does not know {missing[0]}: fine-tune it on such rows first")
     objective = objective_class(args, tokenizer, labels_of(tokenizer), runtime)
+    if args.augment:
+        examples = examples | {args.split: augmented(examples[args.split], args, "measured")}
     split = objective.make_split(examples[args.split])
     objective.start(model, {args.split: split}, None)
+    if args.pairs:
+        with lm.evaluating(model), runtime.autocast():
+            pairs = objective.pairs(model, split)
+        text = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs)
+        Path(args.pairs).write_text(text, encoding="utf-8")
+        return print(f"{args.pairs}: {len(pairs):,} pairs, of {len(split.prompts):,} prompts")
     run = where.parent if where.suffix == ".pt" else where
     out = run_folder(args.out, f"{run.name}-eval", runtime)
     rows = "all rows" if examples["val"] is examples["train"] else args.split
@@ -1041,8 +1087,7 @@ def main(argv=None):
     def epoch_rows(epoch):
         new = split
         if args.augment:
-            augment, rng = SOURCES[args.data].augment, random.Random(f"{args.seed} {epoch}")
-            new = objective.make_split(augment(examples["train"], args.augment, rng))
+            new = objective.make_split(augmented(examples["train"], args, epoch))
         return new.prompts or new.rows
 
     loader = batches.BucketLoader(epoch_rows, args.batch_tokens, args.seed)

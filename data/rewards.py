@@ -68,11 +68,7 @@ def load_env(source):
 
 
 def load_reward(source):
-    """The function that --reward names: one of REWARDS, `reward` of a Python file, or, for several
-    names with commas, the first that applies to the turn."""
-    if "," in source:
-        rewards = [load_reward(name) for name in source.split(",")]
-        return lambda *turn: next((r for f in rewards if (r := f(*turn)) is not None), None)
+    """The function that --reward names: one of REWARDS, or `reward` of a Python file."""
     if source in REWARDS:
         return REWARDS[source]
     wanted = "function reward(messages, answer, wanted)"

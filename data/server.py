@@ -265,4 +265,5 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if stream:
                 self.wfile.write(b"data: [DONE]\n\n")
         finally:
-            answer.close()
+            for job in answer.jobs:
+                job.cancelled = True

@@ -20,6 +20,7 @@ from data.sources import CROSSWOZ, LAB, REVIEWS, SOURCES
 
 # appended to a command of each script: argparse takes the last value of a flag
 SHORT = "--batch_size 2 --grad_accum 1 --max_steps 3 --eval_every 2 --eval_tokens 64 --log_every 1"
+TUNE = "--max_steps 2 --eval_every 2 --eval_rows 2 --batch_tokens 256 --log_every 1"
 TOY = {
     "train.py": f"--n_layer 1 --n_head 2 --d_model 32 --context 16 {SHORT}",
     "--ckpt gpt2 --data": f"--context 16 {SHORT}",
@@ -29,7 +30,8 @@ TOY = {
     "--diffusion": "--data toy --epochs 1 --steps 2",
     "--draw": "--steps 2",
     "--judge": "--steps 2",
-    "finetune.py": "--max_steps 2 --eval_every 2 --eval_rows 2 --batch_tokens 256 --log_every 1",
+    "--augment": f"{TUNE} --max_rows 20",
+    "finetune.py": TUNE,
 }
 
 
@@ -125,7 +127,7 @@ def toy(line):
     script = re.search(r"[\w/]+\.py", line)[0]
     flag = next((f for f in TOY if not f.endswith(".py") and f in line), script)
     extra = TOY[flag] if script in TOY else ""
-    line = re.sub(r"--max_minutes \S+", "", line)  # the toy is limited by its steps
+    line = re.sub(r"--(max_minutes|rows) \S+", "", line)  # the toy is limited by its flags
     line = line.replace(script, shlex.quote(str(ROOT / script)))
     processes = r"(--nnodes 2 )?--nproc_per_node 8( .* HOST:29500)?"
     line = re.sub(processes, "--nproc_per_node 2", line)

@@ -129,9 +129,9 @@ def test_silence_and_repetition_earn_less_than_the_truth():
 
 
 def test_of_several_rewards_the_first_that_is_for_a_turn_counts():
-    both = load_reward("slots,faithful")
-    assert (both(ASKED[:1], CALL, CALL), both(ASKED[:1], TRUTH, CALL)) == (1.0, 0.0)
-    assert both(ASKED, TRUTH, TRUTH) == 1.0 and both(ASKED[:1], TRUTH, TRUTH) is None
+    asked, turns = (ASKED[:1], ASKED[:1], ASKED, ASKED[:1]), (CALL, TRUTH, TRUTH, TRUTH)
+    answers = list(zip(asked, turns, (CALL, CALL, TRUTH, TRUTH)))
+    assert ft.load_rewards("slots,faithful", "cpu")(answers) == [1.0, 0.0, 1.0, None]
 
 
 def write_reward(path, value):
@@ -368,15 +368,19 @@ def test_two_processes_give_the_rewards_and_losses_of_one(room, reward):
 
 
 def test_a_reward_model_prefers_what_was_chosen_and_rewards_it(room):
-    write("pairs.jsonl", [{"prompt": f"say {a}", "chosen": "a", "rejected": b}
-                          for a in LETTERS for b in LETTERS if b != "a"])
+    write_reward("a.py", "answer == 'a'")
+    flags = ["--reward", "a.py", "--split", "train", "--pairs", "pairs.jsonl"]
+    tune("--eval_only", *GRPO, *flags)
+    rows = map(json.loads, Path("pairs.jsonl").read_text().splitlines())
+    said = {tuple(row[side][0]["content"] for side in ("chosen", "rejected")) for row in rows}
+    assert said <= {("a", "b"), ("a", "c")}
     pairs = ["--data", "pairs.jsonl", "--val_data", "pairs.jsonl", *QUICK, "--lr", "3e-3"]
     tune(*pairs, "--objective", "reward", "--lora_rank", "4", "--max_steps", "150", out="out/judge")
     scores = json.loads(Path("out/judge/scores.json").read_text())["val"]
     assert scores["reward_accuracy"] == 1 and scores["reward_margin"] > 1
     tune("--eval_only", *pairs[:2], ckpt="out/judge", out="out/judged")
     out = tune(*pairs, "--objective", "grpo", "--reward", "out/judge", "--eval_rows", "4",
-               "--epochs", "3", "--batch_tokens", "2048", out="out/better")
+               "--epochs", "1", "--batch_tokens", "2048", out="out/better")
     rewards = values(out, "val_reward")
     assert rewards[-1] > rewards[0] - 1e-6 and rewards[-1] > values(out, "reward")[0]
 
@@ -402,7 +406,7 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     (["--objective", "grpo"], "--reward"),
     ([*GRPO, "--reward", "nothing"], "nothing"),
     ([*GRPO, "--reward", "out/base"], "not a reward model"),
-    ([*EXACT, "--token_dropout", "0.1"], "--token_dropout"),
+    ([*EXACT, "--token_dropout", "0.1"], "--token_dropout"), ([*EXACT, "--pairs", "p"], "--pairs"),
     (["--kl", "0.1"], "--kl is not for --objective sft"),
     ([*GRPO, "--reward", "slots"], "slots"),
     ([*EXACT, "--env", "env.py"], "--env"), ([*GRPO, "--env", "none.py"], "none.py"),
