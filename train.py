@@ -702,8 +702,7 @@ def compile_blocks(model, task, runtime, step):
         return (compiled if alone else forward)(block, x, rope, update_cache, *args)
 
     if runtime.device.type == "cuda":
-        softmax_ = compiled_if_possible(lm.softmax_, dynamic=True)
-        lm.ChunkedLoss.softmax_ = staticmethod(softmax_)
+        lm.ChunkedLoss.softmax_ = staticmethod(compiled_if_possible(lm.softmax_, dynamic=True))
     for block in model.blocks:
         block.forward = partial(run, block)
         if isinstance(block.feed_forward, lm.MoE):  # its shapes change with every batch
