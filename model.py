@@ -496,7 +496,16 @@ INPUTS = {
 # --------------------------------------------------------------------------------------------
 
 LOSS_ROWS = 256  # minimum number of rows in a chunk of logits
-LOSS_LOGITS = 2**25  # a chunk has more rows while it has fewer logits than this
+LOSS_BYTES = 2**27  # a chunk has more rows while its logits take less memory than this
+
+
+def softmax_(logits, targets, full):
+    """Turn logits (rows, V) into their softmax, computed in the dtype `full`. Returns the log
+    probabilities of the targets (rows, 1), in that shape."""
+    log_p = logits.log_softmax(-1, dtype=full)
+    of_targets = log_p.gather(1, targets)
+    logits.copy_(log_p.exp_())
+    return of_targets
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -507,6 +516,8 @@ class ChunkedLoss(torch.autograd.Function):
     together, then its logits are freed. The backward pass only scales the stored gradients.
     """
 
+    softmax_ = staticmethod(softmax_)  # train.py compiles it on a GPU
+
     @staticmethod
     def forward(ctx, x, weight, bias, targets, with_grad, dtype):
         low = dtype or x.dtype  # dtype of the matrix products
@@ -516,13 +527,15 @@ class ChunkedLoss(torch.autograd.Function):
         need_x, need_w, need_b = (n and with_grad for n in ctx.needs_input_grad[:3])
         loss, grad_x, grad_w, grad_b = torch.zeros((), dtype=full, device=x.device), [], None, 0
         # large products are faster on a GPU; in its caches a CPU has room for a few rows
-        logits_at_once, cached = (2**28, len(x) + 1) if x.is_cuda else (LOSS_LOGITS, 16)
-        rows_at_once = max(LOSS_ROWS, logits_at_once // len(weight))
+        memory, cached = (2**29, len(x) + 1) if x.is_cuda else (LOSS_BYTES, 16)
+        rows_at_once = max(LOSS_ROWS, memory // (low.itemsize * len(weight)))
         chunks = max(1, math.ceil(len(x) / rows_at_once))
         for rows, goal in zip(x_low.chunk(chunks), targets.chunk(chunks)):
             error = F.linear(rows, w_low, b_low)  # (rows, V): logits, then their gradient
-            for part in zip(error.split(cached), goal.split(cached)):
-                loss += cross_entropy_(*part, full)
+            for part, wanted in zip(error.split(cached), goal[:, None].split(cached)):
+                log_p = ChunkedLoss.softmax_(part, wanted, full)  # (rows, 1)
+                part.scatter_(1, wanted, log_p.expm1().to(low))  # softmax - onehot(target)
+                loss -= log_p.sum()
             if need_x:
                 grad_x.append(error @ w_low)
             if need_w and grad_w is None:  # in full precision if there will be others to add
@@ -542,16 +555,6 @@ class ChunkedLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         # in place, because another (V, C) would be the largest tensor of the step
         return tuple(None if g is None else g.mul_(scale) for g in grads)
-
-
-def cross_entropy_(logits, targets, full):
-    """The summed cross-entropy of logits (rows, V), computed in the dtype `full`. The logits become
-    its gradient: softmax(logits) - onehot(target)."""
-    log_p, targets = logits.log_softmax(-1, dtype=full), targets[:, None]
-    of_targets = log_p.gather(1, targets)
-    logits.copy_(log_p.exp_())
-    logits.scatter_(1, targets, of_targets.expm1().to(logits.dtype))
-    return -of_targets.sum()
 
 
 def add_product(total, a, b):

@@ -412,7 +412,7 @@ class Engine:
             group, text = [rows[r] for r in indices], rows[indices[0]][0]
             x = biased if len(group) == len(rows) else biased[indices]
             if text.allowed is not None:
-                x = x.masked_fill(~text.allowed, -math.inf)
+                x = torch.where(text.allowed, x, -math.inf)
             previous, shares = zip(*((t.ids + t.draft[:n], t.shares[n]) for t, n in group))
             lengths = [t.prompt_length for t, _ in group]
             ids = next_token(x, previous, shares, text.settings, lengths)

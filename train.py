@@ -671,26 +671,38 @@ class BF16Copy(nn.Module):
         torch._foreach_copy_(self.lows, self.masters)
 
 
+def compiled_if_possible(function, **options):
+    """`function` compiled. If the compiler fails, also at a later shape, it runs as it is."""
+    compiled, works = torch.compile(function, **options), True
+
+    def run(*args):
+        nonlocal works
+        if works:
+            try:
+                return compiled(*args)
+            except Exception as e:  # whatever the compiler raised, eager mode still works
+                works, reason = False, f"{type(e).__name__}: {e}".split("\n")[0][:120]
+                print(f"--compile does not work here, going on without ({reason})")
+        return function(*args)
+
+    return run
+
+
 def compile_blocks(model, task, runtime, step):
     """Compile the blocks for training and try them on a batch of that step. One graph serves all of
-    them. (With one graph of the whole model, all gradients would be exchanged at its end.) If the
-    compiler fails, also at a later shape, blocks run without it. The loss is not compiled, because
-    each number of targets would need its own graph.
+    them. (With one graph of the whole model, all gradients would be exchanged at its end.) On a GPU
+    also the softmax of the loss, which then reads the logits twice and writes them once.
     """
-    forward, compiled, works = lm.Block.forward, torch.compile(lm.Block.forward), True
+    forward, compiled = lm.Block.forward, compiled_if_possible(lm.Block.forward)
     # compile the backward pass during the forward pass, so that a failure can be handled there
     torch._functorch.config.force_non_lazy_backward_lowering = True
 
     def run(block, x, rope=None, update_cache=None, *args):
-        nonlocal works
-        if works and block.training and update_cache is None:
-            try:
-                return compiled(block, x, rope, None, *args)
-            except Exception as e:  # whatever the compiler raised, eager mode still works
-                works, reason = False, f"{type(e).__name__}: {e}".split("\n")[0][:120]
-                print(f"--compile does not work here, going on without ({reason})")
-        return forward(block, x, rope, update_cache, *args)
+        alone = block.training and update_cache is None
+        return (compiled if alone else forward)(block, x, rope, update_cache, *args)
 
+    if runtime.device.type == "cuda":
+        lm.ChunkedLoss.softmax_ = staticmethod(compiled_if_possible(lm.softmax_, dynamic=True))
     for block in model.blocks:
         block.forward = partial(run, block)
         if isinstance(block.feed_forward, lm.MoE):  # its shapes change with every batch

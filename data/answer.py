@@ -33,27 +33,24 @@ class Choice:
 
 class Answer:
     """The answer to a request: `chunks` streams it, `result` waits until it is complete. Both yield
-    None ten times a second while nothing arrives, so that the caller can check on the client."""
+    None at least ten times a second while there is nothing to send, so that the caller can check on
+    the client."""
 
     def __init__(self, body, tokenizer, choices, chat):
         self.body, self.tokenizer, self.choices, self.chat = body, tokenizer, choices, chat
         name, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
+        self.jobs = [choice.job for choice in choices]
         self.head = {"id": f"{name}-{secrets.token_hex(12)}", "object": kind}
         self.head |= {"created": int(time.time()), "model": body["model"]}
 
-    def close(self):
-        """Cancel the answer's jobs."""
-        for choice in self.choices:
-            choice.job.cancelled = True
-
     def updates(self):
-        """Yield (choice, new parts of its message), or None while nothing arrives."""
+        """Yield (choice, new parts of its message), or (None, {}) while nothing arrives."""
         running, events = len(self.choices), self.choices[0].job.events
         while running:
             try:
                 index, value, scores = events.get(timeout=0.1)
             except queue.Empty:
-                yield None
+                yield None, {}
                 continue
             choice = self.choices[index]
             if isinstance(value, Exception):
@@ -138,9 +135,8 @@ class Answer:
 
         for choice in self.choices if self.chat else ():
             yield chunk(choice, {"role": "assistant", "content": ""})
-        for update in self.updates():
-            choice, new = update or (None, {})
-            if update is None:
+        for choice, new in self.updates():
+            if not new:
                 yield None
             for key, value in new.items():
                 yield chunk(choice, {key if self.chat else "text": value})

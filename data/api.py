@@ -172,10 +172,10 @@ class Api:
                 never = dict.fromkeys(ends - stop_ids, -1e9) if body.get("ignore_eos") else {}
                 choice = {"seed": (seed + n) % 2**63, "ends": ends, "logit_bias": bias | never}
                 adapter, index = self.adapters[body["model"]], len(choices)
-                job = Job(prompt, room, ends, settings | choice, adapter, index, events)
+                job = Job(prompt, room, settings | choice, adapter, index, events)
                 choices.append(Choice(job, reply))
         answer = Answer(body, self.tokenizer, choices, chat)
-        self.scheduler.submit([choice.job for choice in choices])
+        self.scheduler.submit(answer.jobs)
         return answer
 
     def chat(self, body):

@@ -30,7 +30,6 @@ class Job:
 
     prompt: list
     max_tokens: int = 0
-    ends: frozenset = frozenset()
     settings: dict = field(default_factory=dict)  # of Engine.add
     adapter: str | None = None
     index: int = 0
@@ -39,7 +38,6 @@ class Job:
     cancelled: bool = False
     scored: list = field(default_factory=list)
     cached: int = 0  # ids of the prompt that were in the cache already
-    left: int = 0  # ids that it may still get
 
 
 class Scheduler:
@@ -127,25 +125,22 @@ class Scheduler:
                     self.activate(job.adapter)
                     self.adapter = job.adapter
                     self.engine.forget()
-                slot = self.engine.add(
-                    job.prompt, max_new_tokens=job.max_tokens, **job.settings
-                )
+                slot = self.engine.add(job.prompt, max_new_tokens=job.max_tokens, **job.settings)
             except Exception as e:  # the connection's thread reports it
                 job.events.put((job.index, e, None))
                 continue
-            job.left, job.cached, self.writing[slot] = job.max_tokens, self.engine.held(slot), job
+            job.cached, self.writing[slot] = self.engine.held(slot), job
 
     def hand_out(self, new):
         """Pass new ids on, and end the texts that are complete."""
         for slot, ids in new.items():
             job, scores = self.writing[slot], slot.logprobs[-len(ids) :] or repeat(None)
-            if job.left == job.max_tokens:
+            if len(slot.ids) == slot.prompt_length + len(ids):  # the first ones
                 job.scored = slot.logprobs[: -len(ids)]
-            job.left -= len(ids)
             for i, score in zip(ids, scores):
                 job.events.put((job.index, i, score))
-            if i in job.ends or job.left <= 0:
-                self.end(slot, "stop" if i in job.ends else "length")
+            if i in slot.ends or slot.left <= 0:
+                self.end(slot, "stop" if i in slot.ends else "length")
 
     def end(self, slot, reason):
         """End a text; `reason` is the last event of its job."""

@@ -51,7 +51,7 @@ def serve(service, host, port):
         name = f"[{host}]" if ":" in host else host
         print(f"http://{name}:{server.server_port}/", flush=True)
         # In this thread, which loaded the model: each thread that computes has OpenMP threads of
-        # its own, and with more of them than cores none waits actively (11 % slower on two cores).
+        # its own, and with more of them than cores none waits actively (4 to 11 % slower).
         scheduler.run()
         server.shutdown()
         deadline = time.monotonic() + 1  # for the last bytes to be sent
@@ -265,4 +265,5 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if stream:
                 self.wfile.write(b"data: [DONE]\n\n")
         finally:
-            answer.close()
+            for job in answer.jobs:
+                job.cancelled = True

@@ -121,7 +121,7 @@ class Service:
             while content := self.api.scheduler.call(lambda: next(pictures, None)):
                 yield {"image": f"data:image/png;base64,{base64.b64encode(content).decode()}"}
 
-        return SimpleNamespace(body={"stream": True}, chunks=chunks, close=lambda: None)
+        return SimpleNamespace(body={"stream": True}, chunks=chunks, jobs=())
 
     def run(self, query):
         """The settings and metrics of one run."""

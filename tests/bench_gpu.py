@@ -98,11 +98,9 @@ def writer(config, dtype, flags, device):
 
 def make_writer(name, config, flags=(), folder=None):
     """A job: greedy writing, ours or that of transformers with the model in `folder`."""
-    device, prompt = make_runtime().device, list(range(32))
-    if folder:
-        job = make_transformers(folder, [prompt], "bf16", config.context // 4, device)
-    else:
-        job = writer(config, "bf16", flags, device)
+    device = make_runtime().device
+    theirs = [list(range(32))], "bf16", config.context // 4, device
+    job = make_transformers(folder, *theirs) if folder else writer(config, "bf16", flags, device)
     return alone(lambda: (job(), synchronize(device)), name)
 
 
@@ -110,7 +108,7 @@ def jobs_of(what, rows, nanogpt, folder):
     """{name: (make, settings beside its name and shape)} of a part."""
     if what == "write":
         ways = {"eager": {"flags": ["--no_fast"]}, "sample.py": {}}
-        ways["transformers"] = {"folder": folder}
+        ways |= {"transformers": {"folder": folder}}
         return {name: (make_writer, way) for name, way in ways.items()}
     if what == "lora":
         return {"rank 8 over nf4": (make_steps, {"rows": 1, "adapt": True})}

@@ -31,7 +31,7 @@ class Script:
     def submit(self, jobs):
         for job in jobs:
             self.prompts.append(job.prompt)
-            last = next((n for n, i in enumerate(self.ids) if i in job.ends), None)
+            last = next((n for n, i in enumerate(self.ids) if i in job.settings["ends"]), None)
             for i in self.ids[: None if last is None else last + 1]:
                 job.events.put((job.index, i, None))
             job.events.put((job.index, "length" if last is None else "stop", None))
@@ -44,7 +44,7 @@ def serve(tokenizer, ids=(), **fields):
     body = {"messages": HELLO, "tools": TOOLS, **fields}
     *_, answer = api.chat(dict(body)).result()
     answer, streamed = answer["choices"][0], {"content": ""}
-    for chunk in api.chat(dict(body)).chunks():
+    for chunk in filter(None, api.chat(dict(body)).chunks()):
         choice = chunk["choices"][0]
         for name, value in choice["delta"].items():
             streamed[name] = streamed[name] + value if name in streamed else value

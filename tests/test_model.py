@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import struct
 import zipfile
 from dataclasses import asdict
@@ -206,7 +207,7 @@ def test_the_sinusoids_are_the_courses(C):
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    monkeypatch.setattr(lm, "LOSS_LOGITS", 0)
+    monkeypatch.setattr(lm, "LOSS_BYTES", 0)
     monkeypatch.setattr(lm, "LOSS_ROWS", 3)  # 10 targets: chunks of 3, 3, 3 and 1
 
 
@@ -230,7 +231,7 @@ def full_loss(x, weight, bias, targets):
 @pytest.mark.parametrize("frozen", [None, 0, 1, 2, "no bias"])
 def test_the_loss_is_cross_entropy_with_its_gradients(monkeypatch, rows, ignored, frozen):
     monkeypatch.setattr(lm, "LOSS_ROWS", rows)
-    monkeypatch.setattr(lm, "LOSS_LOGITS", 0)
+    monkeypatch.setattr(lm, "LOSS_BYTES", 0)
     results = []
     for f in (lm.chunked_loss, full_loss):
         *parts, targets = loss_inputs(ignored=ignored)
@@ -243,6 +244,23 @@ def test_the_loss_is_cross_entropy_with_its_gradients(monkeypatch, rows, ignored
         results.append((loss.detach(), *(p if p is None else p.grad for p in parts)))
     for ours, expected in zip(*results):
         same(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_the_loss_is_the_same_with_its_softmax_compiled(monkeypatch):
+    """In one graph for any number of rows, as on a GPU."""
+    torch._dynamo.utils.counters.clear()
+    results = []
+    for softmax_ in (lm.softmax_, torch.compile(lm.softmax_, fullgraph=True, dynamic=True)):
+        monkeypatch.setattr(lm.ChunkedLoss, "softmax_", staticmethod(softmax_))
+        for ignored in (1, 4, 9):
+            *parts, targets = loss_inputs(torch.bfloat16, ignored)
+            loss = lm.chunked_loss(*parts, targets)
+            results.append((loss.detach(), *torch.autograd.grad(loss, parts)))
+    for eager, ours in zip(results[:3], results[3:]):
+        same(ours, eager, rtol=2e-2, atol=1e-2)
+        assert ours[0].item() == pytest.approx(eager[0].item(), rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_under_bf16_autocast_products_are_rounded_and_the_loss_is_not(few_rows):
