@@ -743,6 +743,7 @@ class GRPO(SFT):
         samples, rng, found = self.args.samples, random.Random(self.args.seed), []
         prompts = [p for p in split.prompts for _ in range(samples)]
         turns, _, rewards = self.sample(model, split, prompts, range(len(prompts)))
+        print(f"mean reward of {len(turns):,} sampled answers: {np.mean(rewards):.4f}")
         for start in range(0, len(prompts), samples):
             group = range(start, start + samples)
             best = max(group, key=rewards.__getitem__)
