@@ -42,7 +42,7 @@ from data.rewards import REWARDS, load_env, load_reward, rate
 from data.row_files import ROW_SUFFIXES
 from data.rows import as_chat, first_words, load_data, report_bad
 from data.runs import json_lines, newest_run, run_folder
-from data.scores import chat_scores, confusion, macro_f1
+from data.scores import arguments_of, chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS, SOURCES
 from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of, warn_unknown
 from prepare_data import default_name
@@ -743,12 +743,15 @@ class GRPO(SFT):
         samples, rng, found = self.args.samples, random.Random(self.args.seed), []
         prompts = [p for p in split.prompts for _ in range(samples)]
         turns, _, rewards = self.sample(model, split, prompts, range(len(prompts)))
+        print(f"mean reward of {len(turns):,} sampled answers: {np.mean(rewards):.4f}")
         for start in range(0, len(prompts), samples):
             group = range(start, start + samples)
             best = max(group, key=rewards.__getitem__)
             if worse := [turns[i] for i in group if rewards[i] < rewards[best]]:
-                pair = {"chosen": [turns[best]], "rejected": [rng.choice(worse)]}
-                found.append({"prompt": prompts[start].turn.messages, **pair})
+                sides = {"chosen": [turns[best]], "rejected": [rng.choice(worse)]}
+                # rows cannot hold a call whose arguments are not JSON
+                if all("tool_calls" not in t or arguments_of(t) for [t] in sides.values()):
+                    found.append({"prompt": prompts[start].turn.messages, **sides})
         return found
 
     @fast_products()
