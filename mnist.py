@@ -130,7 +130,7 @@ SCHEDULES = {
 def fit(run, images, labels, batch_loss, evaluate):
     """Train the model of `run`, a `Run` (below), for `run.args.epochs` epochs. Minimises
     batch_loss(model, images, labels). What `evaluate()` returns after each epoch goes into
-    `run.log`. Ctrl-C and SIGTERM save the run first. Returns the exit code."""
+    `run.log`. Ctrl-C or SIGTERM saves the run and stops it. Returns the exit code."""
     a, model, optimizer = run.args, run.model, run.optimizer
 
     def closure(rows):
@@ -175,7 +175,7 @@ class Run:
         self.model, self.args, self.out = model, args, out
         make, lr, settings = OPTIMIZERS[args.optimizer]
         if make is torch.optim.SGD:
-            lr = read_loss(args.loss or "nll")[1]
+            lr = read_loss(args.loss or "nll")[1]  # SGD's rate depends on the loss
         args.lr = args.lr or lr
         args.batch_size = args.batch_size or BATCH_SIZES.get(args.optimizer, 64)
         self.n_images, self.per_epoch = n_images, math.ceil(n_images / args.batch_size)

@@ -46,7 +46,7 @@ POSITIONS = ("rope", "learned", "sinusoidal")
 NORMS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
 NORM_PLACES = ("pre", "post", "both")
 
-# To add an activation: name it here, and in GATED if it is a gated one.
+# To add an activation: name it here. Those with "glu" in their name are gated.
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's
@@ -55,7 +55,7 @@ ACTIVATIONS = {
     "swiglu": F.silu,  # Shazeer 2020: silu(x W_gate) * (x W_up)
     "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # Gemma's, gated in the same way
 }
-GATED = ("swiglu", "geglu_tanh")  # their feed-forward has a third matrix
+GATED = [name for name in ACTIVATIONS if "glu" in name]  # their feed-forward has a third matrix
 INITS = ("zero_out", "gpt2")
 
 
@@ -94,7 +94,7 @@ class Config:
     induction: bool = False  # also embed an id that may be copied, see `Induction`
     successor: bool = False  # also embed the id that followed this one the last time
     tied: bool = False  # the head is the embedding table, transposed
-    dropout: float = 0.0  # probability, in training: embedding, attention weights, block outputs
+    dropout: float = 0.0  # probability, in training: embedding, attention, sublayer outputs
     eps: float = 1e-5  # epsilon of the norms
     rope_theta: float = 10000.0  # base of the rotation frequencies; a larger one makes them lower
     rope_scaling: dict | None = None  # {"rope_type": one of data/rope.py's, its parameters...}
@@ -149,7 +149,7 @@ class Config:
             share = f"{rotated} of a head's {self.head_size}"
             raise UserError(f"rope rotates pairs of channels, it cannot rotate {share}")
         if self.window_layers is not None and len(self.window_layers) != self.n_layer:
-            raise UserError(f"window_layers are {len(self.window_layers)}, layers {self.n_layer}")
+            raise UserError(f"{len(self.window_layers)} window_layers for {self.n_layer} layers")
         if self.rope_scaling is not None and not known_scaling(self.rope_scaling):
             raise UserError(f"rope_scaling {self.rope_scaling} is not implemented")
         if (k := self.experts_per_token) > max(1, self.experts):
@@ -242,8 +242,8 @@ def rope_tables(context, head_size, theta, scaling=None, share=1.0):
 
     Channel i is rotated with channel i + hs/2 (the layout of Llama and Qwen weights), at position t
     by the angle t * theta ** (-2i / hs): the first pairs fast, the last ones slowly. If only a
-    `share` of the channels is rotated, that many take the place of hs in the formula, and the pairs
-    after the first ones stand still.
+    `share` of the channels is rotated, hs in the formula is their number, and the remaining pairs
+    are not rotated.
     """
     # on the CPU even where the default device is meta; computed as by Hugging Face's transformers,
     # to round alike
@@ -255,8 +255,9 @@ def rope_tables(context, head_size, theta, scaling=None, share=1.0):
     frequency = F.pad(frequency, (0, (head_size - rotated) // 2))  # (hs/2,)
     angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, hs/2)
     angle = torch.cat((-angle, angle), dim=-1)  # see apply_rope
-    size = torch.where(frequency > 0, (scaling or {}).get("attention_factor", 1.0), 1.0).repeat(2)
-    return angle.cos() * size, angle.sin() * size
+    factor = (scaling or {}).get("attention_factor", 1.0)
+    factor = torch.where(frequency > 0, factor, 1.0).repeat(2)  # (hs,)
+    return angle.cos() * factor, angle.sin() * factor
 
 
 def apply_rope(x, cos, sin):
@@ -399,7 +400,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): the pre-norm residual block. Config
-    has switches for norms behind attention and feed-forward, and for reading the same x."""
+    can also put norms after the two, or let both read the same x (`parallel`)."""
 
     def __init__(self, config, causal=True):
         super().__init__()
@@ -426,10 +427,10 @@ class Block(nn.Module):
 # What is added to the embedding
 # --------------------------------------------------------------------------------------------
 
-# To add an input to the embedding: a field of Config and a module, made if the field is set, and a
-# line in INPUTS below. Its `forward` gets all ids so far (B, S), the positions (B, T) of the new
-# ones among them, and the function that embeds ids; it returns what is added, (B, T, C). Its
-# `init_weights` sets all its parameters.
+# To add an input to the embedding: a field of Config, whose comment is the help of its flag, a
+# module, and a line in INPUTS below under the field's name. Its `forward` gets all ids so far
+# (B, S), the positions (B, T) of the new ones, and the function that embeds ids; it returns what is
+# added, (B, T, C). Its `init_weights` sets all its parameters.
 
 
 class Table(nn.Embedding):
@@ -461,8 +462,8 @@ class NgramEmbedding(Table):
 
 
 class Induction(nn.Module):
-    """The embedding of the id that `copy_candidates` proposes, projected, times a learned vector
-    for the match's length.
+    """The embedding of the id that followed the longest earlier match of the latest ids (see
+    `copy_candidates`), projected, times a learned vector for the length of the match.
 
     An induction head finds that id, too (Olsson et al. 2022), but takes thousands of steps to form;
     given the id, a model learns to copy within a hundred (n-gram heads, Akyürek et al. 2024).
@@ -496,7 +497,7 @@ INPUTS = {
 # --------------------------------------------------------------------------------------------
 
 LOSS_ROWS = 256  # minimum number of rows in a chunk of logits
-LOSS_BYTES = 2**27  # a chunk has more rows while its logits take less memory than this
+LOSS_BYTES = 2**27  # on a CPU, a chunk has more rows if their logits fit in this
 
 
 def softmax_(logits, targets, full):
@@ -523,10 +524,10 @@ class ChunkedLoss(torch.autograd.Function):
         low = dtype or x.dtype  # dtype of the matrix products
         x_low, w_low, b_low = x.to(low), weight.to(low), None if bias is None else bias.to(low)
         full = torch.float64 if x.dtype == torch.float64 else torch.float32
-        # needs_input_grad does not know of torch.no_grad, and in here no gradients are recorded
+        # needs_input_grad ignores torch.no_grad, and in here grad mode is always off: so with_grad
         need_x, need_w, need_b = (n and with_grad for n in ctx.needs_input_grad[:3])
         loss, grad_x, grad_w, grad_b = torch.zeros((), dtype=full, device=x.device), [], None, 0
-        # large products are faster on a GPU; in its caches a CPU has room for a few rows
+        # a GPU is faster with large products; a CPU's caches have room for only a few rows
         memory, cached = (2**29, len(x) + 1) if x.is_cuda else (LOSS_BYTES, 16)
         rows_at_once = max(LOSS_ROWS, memory // (low.itemsize * len(weight)))
         chunks = max(1, math.ceil(len(x) / rows_at_once))
@@ -573,7 +574,7 @@ def chunked_loss(x, weight, bias, targets, places=None):
     float64). Equal to F.cross_entropy(..., reduction="sum"), value and gradients.
 
     x (..., C), weight (V, C), bias (V,) or None, targets (...) with -100 for "no loss": such rows
-    cost nothing. `places` are the `target_places`.
+    cost nothing. `places` are the indices of the other rows, if known (see `target_places`).
     """
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     if places is None:
@@ -595,7 +596,7 @@ class NewTokens(NamedTuple):
     """The positions of the T new tokens of each row, and what they may look at."""
 
     positions: slice | torch.Tensor  # a slice or (T,) if the same for all rows, else (B, T)
-    mask: torch.Tensor | None = None  # (B, 1, T, S), see `naive_attention`
+    mask: torch.Tensor | None = None  # (B, 1, T, S) or (T, S), True where a token may look
     # per layer (keys, values) (B, nkv, S, hs): parts of the cache, with room for the new tokens
     layers: list | None = None
 
@@ -631,7 +632,7 @@ class KVCache:
         self.ids = torch.zeros(batch, shape[3], dtype=torch.long, device=weight.device)
         self.lengths = torch.zeros(batch, dtype=torch.long)
         self.context = c.context
-        self.graphs = {}  # of data/graphs.py, which know these addresses
+        self.graphs = {}  # CUDA graphs, recorded with the addresses of these tensors
 
     @property
     def room(self):
@@ -647,8 +648,8 @@ class KVCache:
 
     def begin(self, ids, positions=None):
         """Store ids (B, T) after those of each row, and return their NewTokens. `hidden` adds T to
-        the lengths when all layers are done. With their `positions` (B, T), on the device of the
-        ids, no shape depends on the lengths, as CUDA graphs need."""
+        the lengths when all layers are done. If `positions` (B, T) are given, on the
+        device of the ids, no shape depends on the lengths, as CUDA graphs need."""
         T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
         start, stop = max(lengths), max(lengths) + T
         if stop > self.room:
@@ -784,7 +785,7 @@ class Transformer(nn.Module):
         c, T = self.config, ids.shape[1]
         if cache is None and c.context < T:
             raise UserError(f"{T} tokens do not fit the context of {c.context}")
-        if cache is None:  # no slice, for which torch.compile would compile each length anew
+        if cache is None:  # not a slice: torch.compile would recompile for each length
             new = NewTokens(torch.arange(T, device=ids.device))
         elif new is None:
             new = cache.begin(ids)

@@ -127,13 +127,14 @@ class Filter(NamedTuple):
     help: str
 
 
-# To add a sampling filter: a line here. They are applied in this order.
+# To add a sampling filter: a line here, and for requests one in `check_fields` of data/api.py. They
+# are applied in this order.
 FILTERS = {
     "top_k": Filter(top_k, 0, 0, at_least(0), "keep the k likeliest tokens; 0 is all"),
     "top_p": Filter(top_p, 1.0, 0.95, share, "keep the likeliest up to p; 1 is all"),
     "min_p": Filter(min_p, 0.0, 0.0, share, "keep all of p times the largest probability or more"),
 }
-# The settings of `next_token`, at values that change nothing, and the defaults of the command line.
+# The settings of `next_token`, at values that change nothing.
 DECODING = {
     "temperature": 1.0,
     "repetition_penalty": 1.0,
@@ -142,18 +143,17 @@ DECODING = {
     "loop_penalty": 0.0,
     **{name: f.off for name, f in FILTERS.items()},
 }
-
-
+# The defaults of the command line, where they differ.
 DEFAULTS = {"temperature": 0.8, "loop_penalty": 4.0, **{n: f.default for n, f in FILTERS.items()}}
 
 
-def next_token(logits, previous, shares, settings, prompt_lengths=None):
+def next_token(logits, previous, uniforms, settings, prompt_lengths=None):
     """Draw one id for each row of logits (B, V), after the penalties, the temperature and FILTERS.
 
     `previous` has, for each row, the list of its ids so far; the first prompt_lengths[r] of them
-    are the prompt. `shares` has a random number in [0, 1) for each row, at which the cumulative
-    distribution is inverted: torch.multinomial draws a number for each token, which took a
-    millisecond with GPT-2's vocabulary. Temperature 0 takes the largest logit.
+    are the prompt. `uniforms` has a random number in [0, 1) for each row, at which the cumulative
+    distribution is inverted. (torch.multinomial would draw one for each id of the vocabulary, which
+    took a millisecond with GPT-2's.) Temperature 0 takes the largest logit.
     """
     s = DECODING | settings
     logits = logits.float()
@@ -173,12 +173,12 @@ def next_token(logits, previous, shares, settings, prompt_lengths=None):
     probs = logits.softmax(dim=-1)
     probs = probs.cpu() if probs.device.type == "mps" else probs  # it has no float64
     cumulative = probs.cumsum(-1, dtype=torch.float64)
-    points = 1 - torch.tensor(shares, dtype=torch.float64, device=probs.device)  # (0, 1]
+    points = 1 - torch.tensor(uniforms, dtype=torch.float64, device=probs.device)  # (0, 1]
     points = points * cumulative[:, -1]  # above 0, so that no id of probability 0 is drawn
     return torch.searchsorted(cumulative, points[:, None])[:, 0].tolist()
 
 
-def draw_shares(generator, n):
+def draw_uniforms(generator, n):
     """Draw n random numbers in [0, 1) on the CPU, so that a seed gives the same text everywhere."""
     return torch.rand(n, generator=generator, dtype=torch.float64).tolist()
 
@@ -202,8 +202,8 @@ def naive_generate(model, ids, max_new_tokens, seed=0, **settings):
         if len(window) > context:
             window = window[-max(1, context // 2) :]
         logits = model(torch.tensor([window]))[:, -1]  # (1, V)
-        shares = draw_shares(generator, 1)
-        [i] = next_token(logits, [ids + new], shares, settings, [len(ids)])
+        uniforms = draw_uniforms(generator, 1)
+        [i] = next_token(logits, [ids + new], uniforms, settings, [len(ids)])
         window = [*window, i]
         new.append(i)
     return new
@@ -223,19 +223,19 @@ class Text:
     start: int = 0
     prompt_length: int = 0
     max_new_tokens: float = math.inf
-    ended_at: int = 0  # when it ended, as the number of texts that had ended then
+    ended_at: int = 0  # its place in the order of endings, from 1; 0 if it has not ended
     generator: torch.Generator | None = None
-    shares: list = field(default_factory=list)  # random numbers drawn but not used yet
+    uniforms: list = field(default_factory=list)  # random numbers drawn but not used yet
     draft: list = field(default_factory=list)  # ids that may follow, from `lookup`
     lookup: Lookup | None = None
     settings: dict = field(default_factory=dict)  # as in DECODING
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
-    constraint: Constraint | None = None  # which of them fit what has been drawn
+    constraint: Constraint | None = None  # a grammar that new ids must follow, such as JSON's
     logit_bias: dict = field(default_factory=dict)  # {id: added to its logit before any filter}
     ends: frozenset = frozenset()  # ids at which the caller ends the text
-    min_tokens: int = 0  # none of `ends` is among so many first ids, unless no other is allowed
+    min_tokens: int = 0  # new ids before any of `ends`, unless no other id is allowed
     top: int | None = None  # how many alternatives `logprobs` shows; None: it stays empty
-    echo: bool = False  # whether `logprobs` begins with the ids of the prompt, but the first
+    echo: bool = False  # whether `logprobs` begins with the prompt's ids, except the first
     # (log probability, [(id, log probability) of the `top` likeliest]) for each id
     logprobs: list = field(default_factory=list)
 
@@ -285,7 +285,7 @@ class Engine:
         start = max(0, len(prompt) - self.context)
         window = prompt[start:-1]  # the last id is always read, for its logits
 
-        def gain(text):  # ids kept less ids lost, or 0; then an empty row; then the longest free
+        def gain(text):  # ids kept less ids lost, or 0; then an empty row; then the longest unused
             kept, held = self.shared(text, window), self.held(text)
             return max(0, kept - (held - kept)), not held, -text.ended_at
 
@@ -406,16 +406,16 @@ class Engine:
             if bias := text.logit_bias | dict.fromkeys(text.ends if early else (), -1e9):
                 biased = logits.float().clone() if biased is logits else biased
                 biased[r, list(bias)] += torch.tensor(list(bias.values())).to(biased)
-            if n == len(text.shares):
-                text.shares += draw_shares(text.generator, 1)
+            if n == len(text.uniforms):
+                text.uniforms += draw_uniforms(text.generator, 1)
         for indices in groups.values():
             group, text = [rows[r] for r in indices], rows[indices[0]][0]
             x = biased if len(group) == len(rows) else biased[indices]
             if text.allowed is not None:
                 x = torch.where(text.allowed, x, -math.inf)
-            previous, shares = zip(*((t.ids + t.draft[:n], t.shares[n]) for t, n in group))
+            previous, uniforms = zip(*((t.ids + t.draft[:n], t.uniforms[n]) for t, n in group))
             lengths = [t.prompt_length for t, _ in group]
-            ids = next_token(x, previous, shares, text.settings, lengths)
+            ids = next_token(x, previous, uniforms, text.settings, lengths)
             drawn |= zip(group, zip(ids, x))
         for text in texts:
             T = 1 + len(text.draft)
@@ -435,11 +435,11 @@ def accept(text, drawn):
     ends the text."""
     ids = []
     for (i, logits), drafted in zip_longest(drawn, text.draft):
-        del text.shares[0]
+        del text.uniforms[0]
         fit = fitting(text, logits, i) if text.constraint else i
         text.ids.append(fit)
         ids.append(fit)
-        # an id that was drawn again has used other random numbers
+        # where `fitting` has drawn again, it has used the random numbers of the ids that follow
         if fit != drafted or fit != i or fit in text.ends or text.left <= 0:
             break
     return ids
@@ -454,7 +454,7 @@ def generate(
     prompts      lists of ids, of any lengths: each row gets what it would get alone
     options      of Engine.add; row r draws with seeds[r], or with `seed`
     stop(r, id)  is called with each new id; True ends row r, the id included
-    engine       one that has read other texts before; by default a new one, perhaps with a `draft`
+    engine       an Engine, whose cache may hold earlier texts; default: a new one with `draft`
     """
     check_ids(prompts, model.config.vocab_size)
     if engine is None:
@@ -479,15 +479,6 @@ def generate(
     finally:
         for text in texts:
             engine.remove(text)
-
-
-def check_ids(rows, vocab_size):
-    """UserError for a prompt that is empty or has an id outside the vocabulary."""
-    if not rows or not all(rows):
-        raise UserError("an empty prompt: give at least one token")
-    for i in (i for row in rows for i in row):
-        if not 0 <= i < vocab_size:
-            raise UserError(f"token id {i} is outside the vocabulary of 0 to {vocab_size - 1}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -516,7 +507,7 @@ def beam_search(model, prompt, max_new_tokens, beams=4, length_penalty=1.0, end=
             logits = logits.masked_fill(~allowed, -math.inf)
         so_far = torch.tensor([[s] for s, _ in live], dtype=torch.float64)
         total = logits.log_softmax(-1).cpu().double() + so_far
-        # one candidate of each live beam may be its end, so `beams` of the best 2 * beams go on
+        # one candidate of each beam may be its end, so `beams` of the best 2 * beams can go on
         score, flat = total.flatten().topk(min(2 * beams, total.numel()))
         parent, token = flat // total.shape[1], flat % total.shape[1]
         grown = []
@@ -543,8 +534,17 @@ def beam_search(model, prompt, max_new_tokens, beams=4, length_penalty=1.0, end=
 
 
 # --------------------------------------------------------------------------------------------
-# Labels of a classifier, and log probabilities of tokens
+# What only some texts need: checks, constraints, labels, log probabilities
 # --------------------------------------------------------------------------------------------
+
+
+def check_ids(rows, vocab_size):
+    """UserError for a prompt that is empty or has an id outside the vocabulary."""
+    if not rows or not all(rows):
+        raise UserError("an empty prompt: give at least one token")
+    for i in (i for row in rows for i in row):
+        if not 0 <= i < vocab_size:
+            raise UserError(f"token id {i} is outside the vocabulary of 0 to {vocab_size - 1}")
 
 
 def fitting(text, logits, i):
@@ -560,8 +560,8 @@ def fitting(text, logits, i):
         if logits.max() == -math.inf:
             text.constraint = None
             return i
-        share = [text.shares.pop(0)] if text.shares else draw_shares(text.generator, 1)
-        [i] = next_token(logits[None], [text.ids], share, text.settings, [text.prompt_length])
+        uniform = [text.uniforms.pop(0)] if text.uniforms else draw_uniforms(text.generator, 1)
+        [i] = next_token(logits[None], [text.ids], uniform, text.settings, [text.prompt_length])
     text.constraint = after
     return i
 

@@ -53,7 +53,7 @@ from prepare_data import data_hashes, find_data, other_tokenizer, read_meta, rea
 # What mattered most: the embedding (rows of standard deviation 1, each rarely seen) needs ten times
 # the matrices' learning rate; the head (which starts at zero) needs three times. Then small
 # batches, so that three minutes hold many steps, and a linear decay to zero (cosine ended 0.015
-# bits per byte higher). Every second step has short rows, which are faster and cover more texts.
+# bits per byte higher), and short rows in every second step (--short_context), which are faster.
 RECIPE = dict(
     batch_size=8, grad_accum=1, optimizer="adamw", schedule="linear", warmup_steps=60,
     lr=3e-3, embed_lr=3e-2, head_lr=1e-2, min_lr=0.0, weight_decay=0.1, beta1=0.9, beta2=0.99,
@@ -191,11 +191,12 @@ class Muon(torch.optim.Optimizer):
 
 
 # Optimizers other than AdamW for matrices in blocks and `model.inputs`: {name: (class, its rate)}.
-# The flag --NAME_lr changes the rate; RECIPE_CHANGES has other settings. To add one: a line here.
+# The flag --NAME_lr changes the rate; RECIPE_CHANGES has other settings. To add one: a line here
+# with a class that takes lr and weight_decay.
 MATRIX_OPTIMIZERS = {"muon": (Muon, 0.02)}
 
 
-LARGE_TABLE = 2**15  # rows from which a table is learned by Adagrad
+LARGE_TABLE = 2**15  # a table of at least this many rows is trained by Adagrad
 ADAGRAD_RATIO = 13  # Adagrad's learning rate divided by embed_lr
 
 
@@ -204,8 +205,8 @@ def make_optimizers(model, args):
 
     The matrices inside blocks and `inputs` go to AdamW with decay, or to one of MATRIX_OPTIMIZERS.
     The rest goes to AdamW without decay: decay would shrink the scales and biases of norms for
-    nothing, and undo what rarely seen rows of tables and head have learned. Large tables go to
-    Adagrad, which only changes the rows that a step has read: AdamW would pass over all of them.
+    nothing, and undo what rarely seen rows of tables and head have learned. Large tables, but
+    not the embedding, go to Adagrad, which changes only the rows that a step has read.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, lm.Table)}
@@ -216,7 +217,7 @@ def make_optimizers(model, args):
     table_rates = dict.fromkeys(tables, args.embed_lr)
     if not model.config.tied:
         table_rates |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
-    elif args.embed_lr and args.embed_lr < args.lr:  # also the head: no higher rate than lr
+    elif args.embed_lr and args.embed_lr < args.lr:  # the head is the same: its rate is at most lr
         table_rates["embed.weight"] = args.embed_lr
     small = [(n, p) for n, p in named if n in table_rates and n not in large]
     groups = [dict(params=[p], lr=table_rates[n] or args.lr) for n, p in small]
@@ -234,7 +235,7 @@ def make_optimizers(model, args):
         optimizers.append(torch.optim.AdamW(groups, **options))
     if large:
         torch.sparse.check_sparse_tensor_invariants.disable()  # the default; torch warns if unset
-        for name, p in large.items():  # gradients then only have the rows that were read
+        for name, p in large.items():  # if sparse, gradients have only the rows that were read
             alone = p.device.type == "cpu" and not args.compile and not dist.is_initialized()
             model.get_submodule(name.removesuffix(".weight")).sparse = alone
         rate = ADAGRAD_RATIO * (args.embed_lr or args.lr)
@@ -283,7 +284,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None, str
 
     The windows, of `context` targets (default: the model's), cover the split or, if it has more
     than `limit` tokens, are spread over it. They are separate, or begin every `stride` tokens; then
-    all but the first only count their last `stride` targets, which have the others before them.
+    all but the first count only their last `stride` targets; the others are their context.
     val_loss is in nats per token, val_ppl its exponential, val_bpb in bits per byte of text (which
     compares across tokenizers), val_share the share read. `byte_lengths` is the number of bytes of
     each id, -1 for ids without a token. `runtime` is a data.machine.Runtime.
@@ -301,18 +302,18 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None, str
     batches = [full[i : i + per_batch] for i in range(0, len(full), per_batch)]
     batches += [[s] for s in starts if s + T > targets]  # the short rest, in a batch of its own
     losses, count, n_bytes = [torch.zeros((), device=runtime.device)], 0, 0
-    for batch, weight in watched(list(runtime.share(batches)), "validating: batch"):
+    for batch, counted in watched(list(runtime.share(batches)), "validating: batch"):
         length = min(T, targets - batch[0])
         window = np.asarray(batch)[:, None] + np.arange(length + 1)
         block = torch.from_numpy(tokens[window].astype(np.int64))
         goals = block[:, 1:].clone()
         goals[np.asarray(batch) > 0, : T - stride] = -100
         places = (goals.flatten() != -100).nonzero()[:, 0]
-        n_bytes += weight * int(byte_lengths[goals.flatten()[places].numpy()].clip(0).sum())
-        count += weight * len(places)
+        n_bytes += counted * int(byte_lengths[goals.flatten()[places].numpy()].clip(0).sum())
+        count += counted * len(places)
         ids, goals, places = runtime.upload([block[:, :-1], goals, places])
         with lm.evaluating(model), runtime.autocast():
-            losses.append(weight * model(ids, goals, places=places))  # read later: no GPU sync
+            losses.append(counted * model(ids, goals, places=places))  # read later: no GPU sync
     loss, count, n_bytes = runtime.total(sum(torch.stack(losses).tolist()), count, n_bytes)
     mean = loss / count
     return {
@@ -401,7 +402,7 @@ def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
     """Clip, step, clear. Returns the gradient's norm before clipping, a tensor."""
     for o in optimizers:
         scaler.unscale_(o)
-    # without large tables, whose gradients are sparse in one process on a CPU, but not elsewhere
+    # the norm excludes large tables: their gradients are sparse only in one process on a CPU
     adagrad = [o for o in optimizers if isinstance(o, torch.optim.Adagrad)]
     tables = {p for o in adagrad for group in o.param_groups for p in group["params"]}
     params = [p for p in model.parameters() if p.grad is not None and p not in tables]
@@ -554,9 +555,9 @@ class Meter:
 
 def fit(model, task, args, runtime, out, resume=None):
     """Train `model` on `task` and write the run to folder `out`. Returns the final metrics, or None
-    if it was complete. `args` has what `add_optimization` adds, max_steps, max_minutes, seed and
-    compile; `resume` is the content of a last.pt whose weights the model has. Raises UserError if a
-    loss is not finite, SystemExit(130 or 143) when the run is saved after Ctrl-C or SIGTERM.
+    if a resumed run had ended. `args` has what `add_optimization` adds, max_steps, max_minutes,
+    seed, compile, autocast and eval_tokens; `resume` is the content of a last.pt whose weights the
+    model has. UserError if a loss is not finite, SystemExit(130 or 143) after Ctrl-C or SIGTERM.
     """
     run = Run(model, task, args, runtime, out)
     if resume:
@@ -594,7 +595,7 @@ def fit(model, task, args, runtime, out, resume=None):
             norm = optimizer_step(model, run.optimizers, run.scaler, args.grad_clip, runtime)
             after_step()
 
-            # count the step. Reading a loss waits for the GPU: only for lines, and each tenth step
+            # count the step. A loss is read for a line and each tenth step: that waits for the GPU
             state["step"] += 1
             state["tokens"] += tokens
             meter.unread.append((loss.float(), norm.float()))

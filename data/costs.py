@@ -48,7 +48,8 @@ def flops_per_token(config, length=None, learned=1.0, frozen=False):
     qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
     feed_forward = c.d_model * c.d_ff * (3 if "glu" in c.activation else 2) * c.experts_per_token
     block = qkv + c.n_head * c.head_size * c.d_model + feed_forward + c.d_model * c.experts
-    weights = c.n_layer * block + learned * c.d_model * c.vocab_size + c.induction * c.d_model**2
+    weights = c.n_layer * block + learned * c.d_model * c.vocab_size
+    weights += (c.induction + c.successor) * c.d_model**2
     scores = 12 * c.n_layer * c.n_head * c.head_size * (length or c.context)
     return (4 if frozen else 6) * weights + scores
 

@@ -16,7 +16,7 @@ import sample
 from data import drafts
 from data.cli import UserError
 from data.graphs import GraphedSteps
-from sample import Engine, Text, draw_shares, generate
+from sample import Engine, Text, draw_uniforms, generate
 
 
 def requests(n, seed, vocab=300, longest=70):
@@ -100,7 +100,7 @@ def test_drafts_change_no_text_and_save_passes(settings, rows, monkeypatch):
             passes += 1
         found[draft] = [text.ids for text in texts], passes
         found[draft] += tuple(
-            ([p for p, _ in text.logprobs], (text.shares + draw_shares(text.generator, 1))[0])
+            ([p for p, _ in text.logprobs], (text.uniforms + draw_uniforms(text.generator, 1))[0])
             for text in texts
         )
     (plain, steps, *scores), (drafted, fewer, *same) = found.values()
@@ -249,7 +249,7 @@ def test_biases_are_added_before_the_filters_and_ends_wait(heat):
         logits[1::2] = -torch.inf
         if len(ids) < 2 + 5:
             logits[::4] = -torch.inf
-        ids += sample.next_token(logits[None], [ids], sample.draw_shares(g, 1), filters)
+        ids += sample.next_token(logits[None], [ids], sample.draw_uniforms(g, 1), filters)
     assert slot.ids == ids and {i % 4 for i in ids[2:7]} == {2} and {i % 4 for i in ids[7:]} != {2}
 
 

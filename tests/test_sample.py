@@ -25,7 +25,7 @@ from sample import (
     TextStream,
     analogy,
     beam_search,
-    draw_shares,
+    draw_uniforms,
     generate,
     naive_generate,
     next_token,
@@ -100,7 +100,7 @@ def test_temperature_and_penalty_divide_and_equals_are_kept():
 
 def draw(logits, n, seed=0, **settings):
     g = torch.Generator().manual_seed(seed)
-    return next_token(logits.expand(n, -1), [[0]] * n, draw_shares(g, n), settings)
+    return next_token(logits.expand(n, -1), [[0]] * n, draw_uniforms(g, n), settings)
 
 
 def test_temperature_zero_is_argmax_after_the_repetition_penalty():

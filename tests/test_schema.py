@@ -95,7 +95,7 @@ def test_ids_that_fit_keep_their_ratios(monkeypatch, temperature):
     ways = 0
     while scripts:
         script, path, chances = scripts.pop(), [], []
-        text = sample.Text(0, shares=[0.0] * 99, constraint=state)
+        text = sample.Text(0, uniforms=[0.0] * 99, constraint=state)
         i = sample.fitting(text, logits, *draw(logits[None]))
         assert str(text.constraint.stacks) == str(state.after(i).stacks)
         shares[i] += torch.tensor(chances).prod()
