@@ -95,7 +95,7 @@ LOSSES = {
     ),
 }
 
-# How to step downhill: torch's class, its learning rate here, its other settings.
+# How to step downhill: torch's class, its learning rate (SGD_LR has SGD's), its other settings.
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, 0.01, {}),
     "momentum": (torch.optim.SGD, 0.01, dict(momentum=0.9)),

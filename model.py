@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from data import costs, gguf, hf_config, hf_weights, tables
 from data.cli import Parser, UserError, at_least, run_cli
-from data.costs import FEW_SCORES, WRITTEN_OUT, count_parameters, flops_per_token
+from data.costs import FEW_SCORES, FEW_TOKENS, count_parameters, flops_per_token
 from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_whole
 from data.hf_tokenizer import find_tokenizer, hub_tokenizer
@@ -73,7 +73,7 @@ class Config:
     d_ff: int | None = None  # None: 4 * d_model (gated: 8/3), divided by experts_per_token
     experts: int = 0  # feed-forwards per block, from which a router chooses; 0: one, no router
     experts_per_token: int | None = None  # experts that a token uses; None: 2
-    norm_topk_prob: bool | None = None  # chosen experts' weights sum to 1; None: if several
+    norm_topk_prob: bool | None = None  # chosen experts' weights sum to 1; None: if several chosen
     router_aux_loss_coef: float = 0.01  # weight of the loss that balances the use of the experts
     position: str = "rope"  # how positions are encoded
     norm: str = "rmsnorm"  # kind of norm, in the blocks and before the head
@@ -92,7 +92,7 @@ class Config:
     bigram: int = 0  # rows of a table for pairs of ids, see `NgramEmbedding`; 0 is none
     trigram: int = 0  # rows of a table for the last three ids; 0 is none
     induction: bool = False  # also embed an id that may be copied, see `Induction`
-    successor: bool = False  # also embed the id that followed this one the last time
+    successor: bool = False  # also embed what followed the previous occurrence of each id
     tied: bool = False  # the head is the embedding table, transposed
     dropout: float = 0.0  # probability, in training: embedding, attention, sublayer outputs
     eps: float = 1e-5  # epsilon of the norms
@@ -255,7 +255,7 @@ def rope_tables(context, head_size, theta, scaling=None, share=1.0):
     frequency = F.pad(frequency, (0, (head_size - rotated) // 2))  # (hs/2,)
     angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, hs/2)
     angle = torch.cat((-angle, angle), dim=-1)  # see apply_rope
-    factor = (scaling or {}).get("attention_factor", 1.0)
+    factor = (scaling or {}).get("attention_factor", 1.0)  # YaRN's: its square scales the scores
     factor = torch.where(frequency > 0, factor, 1.0).repeat(2)  # (hs,)
     return angle.cos() * factor, angle.sin() * factor
 
@@ -305,7 +305,7 @@ def attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
     """`naive_attention` where it is faster (tests/BENCHMARKS.md), else torch's fused kernel, which
     never stores the (T, S) scores."""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    short = T <= WRITTEN_OUT or q.shape[:2].numel() * T * S <= FEW_SCORES
+    short = T <= FEW_TOKENS or q.shape[:2].numel() * T * S <= FEW_SCORES
     if mask is None and causal and 1 < T == S and short and q.device.type == "cpu":
         return naive_attention(q, k, v, None, dropout, causal, scale)
     if mask is None and causal and 1 < T < S:  # is_causal would align the first query and key
@@ -427,10 +427,10 @@ class Block(nn.Module):
 # What is added to the embedding
 # --------------------------------------------------------------------------------------------
 
-# To add an input to the embedding: a field of Config, whose comment is the help of its flag, a
-# module, and a line in INPUTS below under the field's name. Its `forward` gets all ids so far
-# (B, S), the positions (B, T) of the new ones, and the function that embeds ids; it returns what is
-# added, (B, T, C). Its `init_weights` sets all its parameters.
+# To add an input to the embedding, add a field of Config (its comment becomes the flag's help), a
+# module, and a line in INPUTS below under the field's name. The module's `forward` gets all ids so
+# far (B, S), the positions (B, T) of the new ones, and the function that embeds ids; it returns
+# what is added, (B, T, C). Its `init_weights` sets all its parameters.
 
 
 class Table(nn.Embedding):
@@ -493,7 +493,7 @@ INPUTS = {
 
 
 # --------------------------------------------------------------------------------------------
-# The loss, without ever storing all logits
+# The loss, a chunk of logits at a time
 # --------------------------------------------------------------------------------------------
 
 LOSS_ROWS = 256  # minimum number of rows in a chunk of logits
@@ -647,9 +647,9 @@ class KVCache:
         return part
 
     def begin(self, ids, positions=None):
-        """Store ids (B, T) after those of each row, and return their NewTokens. `hidden` adds T to
-        the lengths when all layers are done. If `positions` (B, T) are given, on the
-        device of the ids, no shape depends on the lengths, as CUDA graphs need."""
+        """Store ids (B, T) after those of each row, and return their NewTokens; it is
+        `Transformer.hidden` that adds T to the lengths, after the last layer. With `positions`
+        (B, T), on the device of the ids, no shape depends on the lengths, as CUDA graphs need."""
         T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
         start, stop = max(lengths), max(lengths) + T
         if stop > self.room:
@@ -711,7 +711,7 @@ class Transformer(nn.Module):
 
     `model(ids)` returns logits (B, T, V). `model(ids, targets)` returns the *summed* negative log-
     likelihood of the targets in float32 (see `chunked_loss`), which the training loop divides by
-    their number; in training with experts also what balances them (`loss_with_balance`). With
+    their number; in training with experts, a balancing term is added (`loss_with_balance`). With
     `output="log_probs"` it returns the log probability of each target, (B, T) (see `token_logps`),
     with "logits" the logits (N, V) at the positions that have a target.
 
@@ -828,7 +828,7 @@ class Transformer(nn.Module):
         return self.embed_norm(self.embed(ids))
 
     def last_logits(self, ids, cache, new=None, n=1):
-        """Logits (B * n, V) of the tokens after the last n of the ids (B, T)."""
+        """Logits (B * n, V) of what follows each of the last n of the ids (B, T)."""
         return self.head(self.hidden(ids, cache, new)[:, -n:].flatten(0, 1))
 
     def forward(self, ids, targets=None, cache=None, output="loss", places=None, allowed=None):

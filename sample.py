@@ -8,9 +8,9 @@
     python sample.py --ckpt out/sentiment-ft --prompt "a fine film"  a classifier's verdict
     python sample.py --ckpt out/hotel-ft --serve --tools hotel      a page, and OpenAI's API
 
-Read it from here to beam search: filters, the plain loop, the engine. Faster Linear layers for a
-CPU are in data/matmul.py, ids to text in data/reply.py, the chat in data/terminal.py, the server in
-data/server.py.
+Read it from here to the end of beam search: filters, the plain loop, the engine. Faster Linear
+layers for a CPU are in data/matmul.py, ids to text in data/reply.py, the chat in data/terminal.py,
+the server in data/server.py.
 """
 
 import math
@@ -153,7 +153,7 @@ def next_token(logits, previous, uniforms, settings, prompt_lengths=None):
     `previous` has, for each row, the list of its ids so far; the first prompt_lengths[r] of them
     are the prompt. `uniforms` has a random number in [0, 1) for each row, at which the cumulative
     distribution is inverted. (torch.multinomial would draw one for each id of the vocabulary, which
-    took a millisecond with GPT-2's.) Temperature 0 takes the largest logit.
+    took a millisecond with GPT-2's.) Temperature 0 takes the largest logit, without loop_penalty.
     """
     s = DECODING | settings
     logits = logits.float()
@@ -227,7 +227,7 @@ class Text:
     generator: torch.Generator | None = None
     uniforms: list = field(default_factory=list)  # random numbers drawn but not used yet
     draft: list = field(default_factory=list)  # ids that may follow, from `lookup`
-    lookup: Lookup | None = None
+    lookup: Lookup | None = None  # finds a draft in earlier text (data/drafts.py)
     settings: dict = field(default_factory=dict)  # as in DECODING
     allowed: torch.Tensor | None = None  # bools (V,): ids that may come; None is all
     constraint: Constraint | None = None  # a grammar that new ids must follow, such as JSON's
@@ -285,7 +285,7 @@ class Engine:
         start = max(0, len(prompt) - self.context)
         window = prompt[start:-1]  # the last id is always read, for its logits
 
-        def gain(text):  # ids kept less ids lost, or 0; then an empty row; then the longest unused
+        def gain(text):  # ids kept minus ids lost, or 0; then an empty row; then the longest unused
             kept, held = self.shared(text, window), self.held(text)
             return max(0, kept - (held - kept)), not held, -text.ended_at
 
@@ -361,7 +361,7 @@ class Engine:
         return self.draw(texts, logits[0] if len(logits) == 1 else torch.cat(logits))
 
     def next_group(self, row):
-        """(the texts from `row` on that one pass reads, how many ids of each are unread): a prompt
+        """(the texts that one pass reads, from `row` on; how many ids of each are unread): a prompt
         alone, or consecutive texts of which only the last id is unread. The prefix of a prompt
         that some row holds is copied first."""
         group = []
@@ -383,7 +383,7 @@ class Engine:
         what follows them: a row for each text, and one for each id of a draft."""
         first, last = group[0].row, group[-1].row + 1
         held = self.cache.lengths[first:last].tolist()
-        rows = [t.ids[t.start + n :][:T] + t.draft for t, n in zip(group, held)]
+        rows = [t.ids[t.start + n :][:T] + t.draft for t, n in zip(group, held)]  # of equal length
         if (length := max(held) + len(rows[0])) > self.cache.room:
             self.cache.grow(min(self.context, 2 * length))
         cache, text = self.cache.rows(first, last), group[0]
@@ -431,8 +431,8 @@ class Engine:
 
 def accept(text, drawn):
     """Append ids to a text and return them. `drawn` has a pair (id, logits) for each id of the
-    draft and for the id after it. Ids are kept up to the first one that differs from the draft or
-    ends the text."""
+    draft and for the id after it. The first id that differs from the draft, or ends the text, is
+    the last one that is kept."""
     ids = []
     for (i, logits), drafted in zip_longest(drawn, text.draft):
         del text.uniforms[0]
@@ -493,7 +493,7 @@ def beam_search(model, prompt, max_new_tokens, beams=4, length_penalty=1.0, end=
     A score is the sum of log probabilities divided by len(ids) ** length_penalty, both including
     the `end` id (Wu et al. 2016 without its constants). The search ends early only when `beams` are
     finished and no live beam can still beat the worst of them. UserError if prompt and continuation
-    do not fit the context.
+    do not fit the context. `allowed`, bools (V,), has the ids that may come; None is all.
     """
     check_ids([prompt], model.config.vocab_size)
     device = model.embed.weight.device

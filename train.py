@@ -196,7 +196,7 @@ class Muon(torch.optim.Optimizer):
 MATRIX_OPTIMIZERS = {"muon": (Muon, 0.02)}
 
 
-LARGE_TABLE = 2**15  # a table of at least this many rows is trained by Adagrad
+LARGE_TABLE = 2**15  # Adagrad trains tables this large, except those of tokens and positions
 ADAGRAD_RATIO = 13  # Adagrad's learning rate divided by embed_lr
 
 
@@ -219,8 +219,8 @@ def make_optimizers(model, args):
         table_rates |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
     elif args.embed_lr and args.embed_lr < args.lr:  # the head is the same: its rate is at most lr
         table_rates["embed.weight"] = args.embed_lr
-    small = [(n, p) for n, p in named if n in table_rates and n not in large]
-    groups = [dict(params=[p], lr=table_rates[n] or args.lr) for n, p in small]
+    own_rate = [(n, p) for n, p in named if n in table_rates and n not in large]
+    groups = [dict(params=[p], lr=table_rates[n] or args.lr) for n, p in own_rate]
     others = [p for n, p in named if n not in table_rates and n not in inner]
     groups.append(dict(params=others, lr=args.lr))
     optimizers = []
@@ -245,8 +245,8 @@ def make_optimizers(model, args):
     return optimizers
 
 
-# The share of lr - min_lr that is left when a fraction f of the run after the warmup has passed. To
-# add a schedule: a line here.
+# The share of lr - min_lr that is left after a fraction f of what follows the warmup. To add a
+# schedule: a line here.
 SCHEDULES = {
     "cosine": lambda f: 0.5 * (1 + math.cos(math.pi * f)),
     "linear": lambda f: 1 - f,
@@ -283,8 +283,8 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None, str
     """Loss over windows of `tokens`, each target once; a dict for metrics.jsonl.
 
     The windows, of `context` targets (default: the model's), cover the split or, if it has more
-    than `limit` tokens, are spread over it. They are separate, or begin every `stride` tokens; then
-    all but the first count only their last `stride` targets; the others are their context.
+    than `limit` tokens, are spread over it. They are separate or, with `stride`, begin that many
+    tokens apart: after the first, each counts only its last `stride` targets (the rest is context).
     val_loss is in nats per token, val_ppl its exponential, val_bpb in bits per byte of text (which
     compares across tokenizers), val_share the share read. `byte_lengths` is the number of bytes of
     each id, -1 for ids without a token. `runtime` is a data.machine.Runtime.
@@ -310,7 +310,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None, str
         goals[np.asarray(batch) > 0, : T - stride] = -100
         places = (goals.flatten() != -100).nonzero()[:, 0]
         n_bytes += counted * int(byte_lengths[goals.flatten()[places].numpy()].clip(0).sum())
-        count += counted * len(places)
+        count += counted * len(places)  # `counted` is False for a repeat, see Runtime.share
         ids, goals, places = runtime.upload([block[:, :-1], goals, places])
         with lm.evaluating(model), runtime.autocast():
             losses.append(counted * model(ids, goals, places=places))  # read later: no GPU sync
@@ -363,7 +363,7 @@ def training_step(model, task, batches, runtime, scaler, seed):
     mean loss, as a tensor (to avoid a GPU sync), and the number of tokens that all processes read.
 
     The summed losses are divided by the target tokens of the whole step, over all micro-batches and
-    processes: so it never matters how a batch was cut, nor how unevenly its targets lie. Dropout is
+    processes, so how they are spread over batches matters only to `loss_with_balance`. Dropout is
     a function of `seed`, a tuple, and of the micro-batch's number among those of all processes.
     """
     count, tokens = runtime.total(
@@ -402,7 +402,7 @@ def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
     """Clip, step, clear. Returns the gradient's norm before clipping, a tensor."""
     for o in optimizers:
         scaler.unscale_(o)
-    # the norm excludes large tables: their gradients are sparse only in one process on a CPU
+    # without large tables, in every run: their gradients may be sparse (one process on a CPU)
     adagrad = [o for o in optimizers if isinstance(o, torch.optim.Adagrad)]
     tables = {p for o in adagrad for group in o.param_groups for p in group["params"]}
     params = [p for p in model.parameters() if p.grad is not None and p not in tables]
@@ -540,7 +540,7 @@ class Meter:
         self.unread.clear()
 
     def mean_loss(self, step, runtime):
-        """The mean loss at `step`, over all processes; None before the first step."""
+        """The mean loss of the window up to `step`, over all processes; None before any step."""
         self.read(step)
         return runtime.total(sum(self.losses))[0] / len(self.losses) if self.losses else None
 
@@ -576,7 +576,7 @@ def fit(model, task, args, runtime, out, resume=None):
     step_model, step_runtime, after_step = make_runner(model, task, args, runtime, state["step"])
     clear_gradients(model)
     meter = Meter(args.log_every, allow_inf_norms=run.scaler.is_enabled())
-    train_loss = meter.mean_loss if task.unit == Task.unit else lambda *_: None
+    train_loss = meter.mean_loss if task.unit == Task.unit else lambda *_: None  # none for rewards
     with StopSignal() as stop, log:
         if not state["step"]:
             log.evaluation({"step": 0, **task.evaluate(model, "start")})

@@ -8,7 +8,7 @@ from data.cli import UserError
 LINKS = {"NVLink": 450e9, "400 Gbit/s": 50e9}
 H100 = 0.5 * 989e12  # FLOP/s: half of the datasheet's, which good runs reach
 # On a CPU, `model.attention` stores the scores of up to so many tokens, or up to so many scores.
-WRITTEN_OUT, FEW_SCORES = 512, 2**22
+FEW_TOKENS, FEW_SCORES = 512, 2**22
 
 
 def chinchilla_loss(parameters, tokens):
@@ -98,7 +98,7 @@ def memory_needed(model, tokens, length=None):
     c, length = model.config, length or model.config.context
     kept = activation_bytes(c, tokens, model.grad_checkpoint)
     scores = c.n_head * length * tokens  # of a layer
-    if (length <= WRITTEN_OUT or scores <= FEW_SCORES) and parameters[0].device.type == "cpu":
+    if (length <= FEW_TOKENS or scores <= FEW_SCORES) and parameters[0].device.type == "cpu":
         kept += 4 * scores * (1 if model.grad_checkpoint else c.n_layer)
     return stored + 12 * trained + kept
 
