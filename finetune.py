@@ -13,6 +13,7 @@ messages, hotel dialogues), labelled texts, preference pairs.
 """
 
 import argparse
+import contextlib
 import copy
 import itertools
 import json
@@ -40,9 +41,9 @@ from data.progress import shown, watched
 from data.reply import parse
 from data.rewards import REWARDS, load_env, load_reward, rate
 from data.row_files import ROW_SUFFIXES
-from data.rows import as_chat, first_words, load_data, report_bad
+from data.rows import as_chat, first_words, load_data, report_bad, to_example
 from data.runs import json_lines, newest_run, run_folder
-from data.scores import arguments_of, chat_scores, confusion, macro_f1
+from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS, SOURCES
 from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of, warn_unknown
 from prepare_data import default_name
@@ -749,9 +750,12 @@ class GRPO(SFT):
             best = max(group, key=rewards.__getitem__)
             if worse := [turns[i] for i in group if rewards[i] < rewards[best]]:
                 sides = {"chosen": [turns[best]], "rejected": [rng.choice(worse)]}
-                # rows cannot hold a call whose arguments are not JSON
-                if all("tool_calls" not in t or arguments_of(t) for [t] in sides.values()):
-                    found.append({"prompt": prompts[start].turn.messages, **sides})
+                row = {"prompt": prompts[start].turn.messages, **sides}
+                with contextlib.suppress(ValueError):  # rows cannot hold every call that was drawn
+                    to_example(row)
+                    found.append(row)
+        if not found:
+            raise UserError("no pairs: the answers to each prompt have equal rewards")
         return found
 
     @fast_products()
@@ -1025,6 +1029,8 @@ def evaluate_only(args, objective_class, examples):
     split = objective.make_split(examples[args.split])
     objective.start(model, {args.split: split}, None)
     if args.pairs:
+        if Path(args.pairs).exists():
+            raise UserError(f"{args.pairs} exists: name another file for --pairs")
         with lm.evaluating(model), runtime.autocast():
             pairs = objective.pairs(model, split)
         text = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs)
@@ -1143,7 +1149,8 @@ def build_parser():
     figures = ", ".join(dict.fromkeys(c.figure for c in OBJECTIVES.values()))
     add("--best_by",
         help=f"what selects best.pt: last, {figures}, or val_loss (default for chats and pairs)")
-    add("--eval_rows", type=at_least(0), help="answers of an evaluation (default 64; 0: none)")
+    add("--eval_rows", type=at_least(0), help="answers of an evaluation (default 64; 0: none); the "
+        "closing report answers all")
     add("--show_mask", type=at_least(1), metavar="N", help="print N rows token by token and stop")
     add = p.add_argument_group("rows").add_argument
     add("--rows", metavar="START:STOP", help="slice of the training rows, such as 1000:5001")

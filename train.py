@@ -952,6 +952,8 @@ def resumed_settings(args, given, fixed):
     the flags `given` now. UserError if one of the `fixed` flags would change."""
     run = Path(args.resume or args.out or newest_run())  # --resume --out RUN is --resume RUN, too
     path = run / "last.pt" if run.is_dir() else run
+    if not path.exists():
+        raise UserError(f"{path} does not exist: name the run to resume, or start from --ckpt")
     # a sharded run maps the file, so that no process ever holds all of it
     sharded = given.get("shard", run_settings(path).get("shard"))
     content = lm.load_checkpoint(path, resuming=not sharded)

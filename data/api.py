@@ -226,17 +226,21 @@ class Api:
         """The Constraint of an answer in the `response_format`, which one of the ids `ends` ends;
         None for text."""
         asked = body.get("response_format", {"type": "text"})
-        try:
-            if asked["type"] == "text":
+        match asked:
+            case {"type": "text"}:
                 return None
-            if asked["type"] not in ("json_object", "json_schema"):
-                raise ValueError(f"the type {asked['type']!r:.40} is not supported")
-            schema = {"type": "object"}
-            schema = schema if asked["type"] == "json_object" else asked["json_schema"]["schema"]
+            case {"type": "json_object"}:
+                schema = {"type": "object"}
+            case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+                pass
+            case _:
+                kinds = "text, json_object, or json_schema with a json_schema.schema"
+                problem = f"response_format must be of the type {kinds}"
+                raise ApiError(400, problem, "response_format")
+        try:
             return make_constraint(self.tokenizer, json_grammar(schema, ends))
-        except (TypeError, KeyError, ValueError) as e:
-            problem = f"response_format must be of the type text, json_object or json_schema: {e}"
-            raise ApiError(400, problem, "response_format") from e
+        except ValueError as e:
+            raise ApiError(400, f"response_format: {e}", "response_format") from e
 
     def prompt_ids(self, prompt):
         """The ids of one prompt, which is a text or already a list of ids."""

@@ -107,6 +107,8 @@ FOREIGN = {
     "--dtype bf16": "bf16",
     "--quantize nf4": "load_in_4bit",
     "--lora_rank": "lora_r",
+    "--samples": "num_generations",
+    "--temperature": "temp",
     "--lora_targets": "target_modules lora_target lora_target_modules",
     "--prompt": "start",
     "--max_new_tokens": "max_tokens n_predict",
@@ -123,6 +125,9 @@ FOREIGN = {
     "--context limits a row, sample.py --max_new_tokens an answer": "max_length",
     "--qkv_bias, --out_bias and --ff_bias, or --no-qkv_bias and so on": "bias",
     "--warmup_steps counts steps: this ratio of --max_steps": "warmup_ratio",
+    "--dpo_beta is DPO's, --kl is GRPO's": "beta pref_beta",
+    "answers have half of --context, at most 160 tokens, and prompts are cut to the rest":
+        "max_completion_length max_prompt_length",
     "the schedule ends with the run, --max_steps or --max_minutes": "lr_decay_iters",
     "--schedule constant --warmup_steps 0 keeps the rate": "decay_lr",
     "train.py has --max_steps and --max_minutes, finetune.py also --epochs":
@@ -141,7 +146,8 @@ FOREIGN = {
     "leave it out, it is not needed here":
         "do_train do_eval template plot_loss overwrite_cache overwrite_output_dir eval_strategy "
         "save_strategy save_total_limit always_save_checkpoint load_best_model_at_end backend "
-        "per_device_eval_batch_size preprocessing_num_workers trust_remote_code ddp_timeout",
+        "per_device_eval_batch_size preprocessing_num_workers trust_remote_code ddp_timeout "
+        "flash_attn",
 }  # fmt: skip
 FOREIGN = {f"--{name}": use for use, names in FOREIGN.items() for name in names.split()}
 CONFIG_FILE = re.compile(r"(?:--config[ =]|[^-]\S* )?([^-]\S*\.(?:py|ya?ml|json))(?!\S)")
@@ -167,7 +173,9 @@ class Parser(argparse.ArgumentParser):
 
     def refuse_file(self, path):
         """End with what the settings in a file are called here, unless it is JSON without any."""
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        if not path.is_file():
+            self.error(f"{path} does not exist; settings are given as flags here, not in files")
+        text = path.read_text(encoding="utf-8", errors="replace")
         names = [] if text.lstrip().startswith("[") else SETTING.findall(text)
         flags = [f"--{name}" for name in names if f"--{name}" not in self._option_string_actions]
         if names or path.suffix != ".json":
@@ -239,7 +247,11 @@ share = between(0, 1)
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM, remembered until the step is done; a second one stops at once."""
+    """Ctrl-C and SIGTERM, remembered until the step is done; a second one stops at once. `words`
+    are printed after the first Ctrl-C."""
+
+    def __init__(self, words="finishing the step, then saving"):
+        self.words = words
 
     def __enter__(self):
         self.number, self.old = 0, {}
@@ -252,7 +264,7 @@ class StopSignal:
         """Remember the signal, and give the next one its usual effect."""
         if number == signal.SIGINT and first_process():
             with contextlib.suppress(RuntimeError):  # this thread may just be printing
-                print("\nfinishing the step, then saving; Ctrl-C again stops now", file=sys.stderr)
+                print(f"\n{self.words}; Ctrl-C again stops now", file=sys.stderr)
         self.number = number
         self.__exit__()
 

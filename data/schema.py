@@ -15,7 +15,7 @@ from functools import partial, reduce
 from typing import NamedTuple
 
 from data.chat import CALL_ID, KEY, TOOL
-from data.cli import explained
+from data.cli import MALFORMED
 
 CHARACTER, DIGIT = frozenset(range(32, 256)) - frozenset(b'"\\'), range(48, 58)
 HEX, TEXT = frozenset(b"0123456789abcdefABCDEF"), frozenset(range(256))
@@ -111,13 +111,15 @@ def json_value(schema, strict=True):
     keywords that `json_parts` ignores."""
 
     def check(s):
-        with explained(f"{s!r:.60} is not a schema"):
+        try:
             ignored = sorted(s.keys() - KEYWORDS)
             used = sorted(s.keys() & {"$ref", "anyOf", "enum", "const", "properties"})
             possible, _ = json_parts(s, schema), members(s, schema)
             children = [s[key] for key in ("items", "additionalProperties") if key in s]
             for key in ("properties", "$defs", "definitions"):
                 children += s.get(key, {}).values()
+        except MALFORMED as e:
+            raise ValueError(f"{s!r:.60} is malformed, or its $ref names nothing") from e
         if strict and (ignored or len(used) > 1):
             raise ValueError(f"{' beside '.join(ignored[:1] or used[:2])} is not supported")
         if not possible:

@@ -45,7 +45,7 @@ def serve(service, host, port):
             time.sleep(0.1)
         scheduler.close(5)
 
-    with server, StopSignal() as stop:
+    with server, StopSignal("ending the answers, for at most 5 seconds") as stop:
         for target in server.serve_forever, close:
             threading.Thread(target=target, daemon=True).start()
         name = f"[{host}]" if ":" in host else host

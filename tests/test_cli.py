@@ -100,7 +100,7 @@ def parser_of(script):
     ("finetune --do_train --plot_loss", "--do_train, --plot_loss: leave it out"),
     ("train --tokenizer gpt2", "--tokenizer is a flag of prepare_data.py"),
     ("model --num_layers 2", "--num_layers is --n_layer, a flag of train.py"),
-    ("train config/no.py", "config/no.py: settings are given as flags here, not in files: see"),
+    ("train config/no.py", "config/no.py does not exist; settings are given as flags here"),
     ("train nano.py --max_iters 9", "--eval_iters: an evaluation of train.py reads --eval_tokens, "
      "one of finetune.py --eval_rows; --n_embd is --d_model here; --wandb_log, --wandb_project: o"),
     ("finetune --config lf.yml", "lf.yml: settings are given as flags here, not in files: "
