@@ -95,7 +95,7 @@ LOSSES = {
     ),
 }
 
-# How to step downhill: torch's class, its learning rate (SGD_LR has SGD's), its other settings.
+# How to step downhill: torch's class, its learning rate (for SGD SGD_LR's instead), its settings.
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, 0.01, {}),
     "momentum": (torch.optim.SGD, 0.01, dict(momentum=0.9)),
@@ -168,8 +168,8 @@ class Run:
     """A training run: its model, optimizer and progress. `saved` is the content of the mnist.pt
     that is resumed.
 
-    `log.rows` has the mean loss of every hundred steps, and what `evaluate` gave for every epoch;
-    metrics.jsonl has the same rows. Without `out` nothing is printed or written."""
+    `log.rows` has the mean loss of every hundred steps (of each epoch, if shorter), and what
+    `evaluate` gave for every epoch; metrics.jsonl has them, too. Without `out` all is silent."""
 
     def __init__(self, model, args, n_images, out=None, saved=None):
         self.model, self.args, self.out = model, args, out

@@ -102,7 +102,7 @@ class Config:
     window: int = 0  # tokens that layers with a window can look at; 0: no window
     window_layers: list | None = None  # for each layer, whether it has a window; None: all have
     window_theta: float = 0.0  # rope_theta of layers with a window, unscaled; 0: that of the others
-    embed_scale: float = 1.0  # multiplies the embedding if there is no embed_norm
+    embed_scale: float = 1.0  # multiplies embedding and positions if there is no embed_norm
     residual_scale: float = 1.0  # multiplies what attention and feed-forward add to their input
     logit_scale: float = 1.0  # multiplies the final states, and therefore the logits
     attention_scale: float = 1.0  # multiplies attention scores, beside 1 / sqrt(head_size)
@@ -400,7 +400,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): the pre-norm residual block. Config
-    can also put norms after the two, or let both read the same x (`parallel`)."""
+    can also normalise what they return, before it is added, or let both read one x (`parallel`)."""
 
     def __init__(self, config, causal=True):
         super().__init__()
@@ -501,8 +501,8 @@ LOSS_BYTES = 2**27  # on a CPU, a chunk has more rows if their logits fit in thi
 
 
 def softmax_(logits, targets, full):
-    """Turn logits (rows, V) into their softmax, computed in the dtype `full`. Returns the log
-    probabilities of the targets (rows, 1), in that shape."""
+    """Replace logits (rows, V) in place by their softmax, computed in the dtype `full`. Returns the
+    log probabilities (rows, 1) of the targets (rows, 1)."""
     log_p = logits.log_softmax(-1, dtype=full)
     of_targets = log_p.gather(1, targets)
     logits.copy_(log_p.exp_())
@@ -596,7 +596,7 @@ class NewTokens(NamedTuple):
     """The positions of the T new tokens of each row, and what they may look at."""
 
     positions: slice | torch.Tensor  # a slice or (T,) if the same for all rows, else (B, T)
-    mask: torch.Tensor | None = None  # (B, 1, T, S) or (T, S), True where a token may look
+    mask: torch.Tensor | None = None  # (B, 1, T, S) or (T, S), True: may look; None: causal
     # per layer (keys, values) (B, nkv, S, hs): parts of the cache, with room for the new tokens
     layers: list | None = None
 
@@ -647,9 +647,9 @@ class KVCache:
         return part
 
     def begin(self, ids, positions=None):
-        """Store ids (B, T) after those of each row, and return their NewTokens; it is
-        `Transformer.hidden` that adds T to the lengths, after the last layer. With `positions`
-        (B, T), on the device of the ids, no shape depends on the lengths, as CUDA graphs need."""
+        """Store ids (B, T) after those of each row, and return their NewTokens. `lengths` grow only
+        in `Transformer.hidden`, after the last layer. For CUDA graphs, give `positions` (B, T), the
+        places of the ids, on their device: then no shape depends on the lengths."""
         T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
         start, stop = max(lengths), max(lengths) + T
         if stop > self.room:
@@ -712,8 +712,8 @@ class Transformer(nn.Module):
     `model(ids)` returns logits (B, T, V). `model(ids, targets)` returns the *summed* negative log-
     likelihood of the targets in float32 (see `chunked_loss`), which the training loop divides by
     their number; in training with experts, a balancing term is added (`loss_with_balance`). With
-    `output="log_probs"` it returns the log probability of each target, (B, T) (see `token_logps`),
-    with "logits" the logits (N, V) at the positions that have a target.
+    `output="log_probs"` it returns the log probability of each target among `allowed` ids, (B, T),
+    with "logits" the logits (N, V) at the N positions that have a target (see `target_places`).
 
     >>> model = Transformer(preset("tiny"))
     >>> model(torch.tensor([[1, 2, 3]])).shape
@@ -824,7 +824,7 @@ class Transformer(nn.Module):
             return [table[new.positions].unsqueeze(-3) for table in tables]
 
     def embed_ids(self, ids):
-        """The normalised embedding of ids alone, without their positions."""
+        """The embedding of ids, normalised or scaled as in `hidden`, but without positions."""
         return self.embed_norm(self.embed(ids))
 
     def last_logits(self, ids, cache, new=None, n=1):

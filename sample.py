@@ -222,7 +222,7 @@ class Text:
     ids: list = field(default_factory=list)
     start: int = 0
     prompt_length: int = 0
-    max_new_tokens: float = math.inf
+    max_new_tokens: float = math.inf  # no draft goes beyond it, but only `remove` ends the text
     ended_at: int = 0  # its place in the order of endings, from 1; 0 if it has not ended
     generator: torch.Generator | None = None
     uniforms: list = field(default_factory=list)  # random numbers drawn but not used yet
@@ -383,13 +383,13 @@ class Engine:
         what follows them: a row for each text, and one for each id of a draft."""
         first, last = group[0].row, group[-1].row + 1
         held = self.cache.lengths[first:last].tolist()
-        rows = [t.ids[t.start + n :][:T] + t.draft for t, n in zip(group, held)]  # of equal length
+        rows = [t.ids[t.start + n :][:T] + t.draft for t, n in zip(group, held)]  # equal drafts
         if (length := max(held) + len(rows[0])) > self.cache.room:
             self.cache.grow(min(self.context, 2 * length))
         cache, text = self.cache.rows(first, last), group[0]
         ids = torch.tensor(rows, device=self.device)
         after = text.ids[text.start + held[0] + 1 :][:T]
-        if not (text.echo and after):  # a prompt with two or more unread ids is alone in its group
+        if not (text.echo and after):  # if both, this prompt is alone in its group
             return self.model.last_logits(ids, cache, n=1 + len(text.draft))
         states = self.model.hidden(ids, cache)  # (B, T, C)
         text.logprobs += echo_logprobs(self.model, states[0], after, text.top)
@@ -452,7 +452,7 @@ def generate(
     """Yield lists of the next new id of each prompt, None for a row that has stopped.
 
     prompts      lists of ids, of any lengths: each row gets what it would get alone
-    options      of Engine.add; row r draws with seeds[r], or with `seed`
+    options      of Engine.add, but not its seed: row r draws with seeds[r], else with `seed`
     stop(r, id)  is called with each new id; True ends row r, the id included
     engine       an Engine, whose cache may hold earlier texts; default: a new one with `draft`
     """
@@ -492,8 +492,8 @@ def beam_search(model, prompt, max_new_tokens, beams=4, length_penalty=1.0, end=
 
     A score is the sum of log probabilities divided by len(ids) ** length_penalty, both including
     the `end` id (Wu et al. 2016 without its constants). The search ends early only when `beams` are
-    finished and no live beam can still beat the worst of them. UserError if prompt and continuation
-    do not fit the context. `allowed`, bools (V,), has the ids that may come; None is all.
+    finished and no live beam can still beat the worst of them, or none is live. UserError if prompt
+    and continuation do not fit the context. `allowed`, bools (V,): ids that may come; None is all.
     """
     check_ids([prompt], model.config.vocab_size)
     device = model.embed.weight.device

@@ -53,7 +53,7 @@ from prepare_data import data_hashes, find_data, other_tokenizer, read_meta, rea
 # What mattered most: the embedding (rows of standard deviation 1, each rarely seen) needs ten times
 # the matrices' learning rate; the head (which starts at zero) needs three times. Then small
 # batches, so that three minutes hold many steps, and a linear decay to zero (cosine ended 0.015
-# bits per byte higher), and short rows in every second step (--short_context), which are faster.
+# bits per byte higher), and short rows in every second step (`short_context` in `main`): faster.
 RECIPE = dict(
     batch_size=8, grad_accum=1, optimizer="adamw", schedule="linear", warmup_steps=60,
     lr=3e-3, embed_lr=3e-2, head_lr=1e-2, min_lr=0.0, weight_decay=0.1, beta1=0.9, beta2=0.99,
@@ -196,7 +196,7 @@ class Muon(torch.optim.Optimizer):
 MATRIX_OPTIMIZERS = {"muon": (Muon, 0.02)}
 
 
-LARGE_TABLE = 2**15  # Adagrad trains tables this large, except those of tokens and positions
+LARGE_TABLE = 2**15  # rows from which Adagrad trains a table, except `embed` and positions
 ADAGRAD_RATIO = 13  # Adagrad's learning rate divided by embed_lr
 
 
@@ -205,8 +205,8 @@ def make_optimizers(model, args):
 
     The matrices inside blocks and `inputs` go to AdamW with decay, or to one of MATRIX_OPTIMIZERS.
     The rest goes to AdamW without decay: decay would shrink the scales and biases of norms for
-    nothing, and undo what rarely seen rows of tables and head have learned. Large tables, but
-    not the embedding, go to Adagrad, which changes only the rows that a step has read.
+    nothing, and undo what rarely seen rows of tables and head have learned. Large tables, except
+    `embed` and positions, go to Adagrad, which changes only the rows that a step has read.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, lm.Table)}
@@ -245,8 +245,8 @@ def make_optimizers(model, args):
     return optimizers
 
 
-# The share of lr - min_lr that is left after a fraction f of what follows the warmup. To add a
-# schedule: a line here.
+# {name: f -> how much of lr - min_lr is left}, where f runs from 0, at the end of the warmup, to 1,
+# at the end of the run. To add a schedule: a line here.
 SCHEDULES = {
     "cosine": lambda f: 0.5 * (1 + math.cos(math.pi * f)),
     "linear": lambda f: 1 - f,
@@ -278,7 +278,7 @@ def scheduled_lr(args, state):
 # --------------------------------------------------------------------------------------------
 
 
-@fast_products()
+@fast_products()  # float32 products by oneDNN where it is faster on this CPU
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None, stride=None):
     """Loss over windows of `tokens`, each target once; a dict for metrics.jsonl.
 
@@ -399,10 +399,10 @@ def clear_gradients(model):
 
 @fast_products()
 def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
-    """Clip, step, clear. Returns the gradient's norm before clipping, a tensor."""
+    """Clip, step, clear. Returns the norm before clipping, a tensor; it leaves out large tables."""
     for o in optimizers:
         scaler.unscale_(o)
-    # without large tables, in every run: their gradients may be sparse (one process on a CPU)
+    # in every run the norm leaves out Adagrad's tables: their gradients may be sparse (on a CPU)
     adagrad = [o for o in optimizers if isinstance(o, torch.optim.Adagrad)]
     tables = {p for o in adagrad for group in o.param_groups for p in group["params"]}
     params = [p for p in model.parameters() if p.grad is not None and p not in tables]
@@ -566,7 +566,7 @@ def fit(model, task, args, runtime, out, resume=None):
     log = Log(out, state["step"], quiet=runtime.rank > 0)
     if over := end_reason(args, state):
         log.line(over)
-        # a run that was killed before its final evaluation goes on to that, past the loop
+        # a run that was killed before its final evaluation skips the loop and makes up for it below
         if runtime.of_first(any(r.get("final") and r["step"] == state["step"] for r in log.rows)):
             return None
     size = sum(p.numel() for p in model.parameters())
@@ -576,7 +576,7 @@ def fit(model, task, args, runtime, out, resume=None):
     step_model, step_runtime, after_step = make_runner(model, task, args, runtime, state["step"])
     clear_gradients(model)
     meter = Meter(args.log_every, allow_inf_norms=run.scaler.is_enabled())
-    train_loss = meter.mean_loss if task.unit == Task.unit else lambda *_: None  # none for rewards
+    train_loss = meter.mean_loss if task.unit == Task.unit else lambda *_: None  # if comparable
     with StopSignal() as stop, log:
         if not state["step"]:
             log.evaluation({"step": 0, **task.evaluate(model, "start")})
@@ -595,7 +595,7 @@ def fit(model, task, args, runtime, out, resume=None):
             norm = optimizer_step(model, run.optimizers, run.scaler, args.grad_clip, runtime)
             after_step()
 
-            # count the step. A loss is read for a line and each tenth step: that waits for the GPU
+            # count the step. Losses are read, a GPU sync, only before a line and at each tenth step
             state["step"] += 1
             state["tokens"] += tokens
             meter.unread.append((loss.float(), norm.float()))
