@@ -694,9 +694,11 @@ def compile_blocks(model, task, runtime, step):
     them. (With one graph of the whole model, all gradients would be exchanged at its end.) On a GPU
     also the softmax of the loss, which then reads the logits twice and writes them once.
     """
+    from torch._functorch import config as functorch  # takes a second
+
     forward, compiled = lm.Block.forward, compiled_if_possible(lm.Block.forward)
     # compile the backward pass during the forward pass, so that a failure can be handled there
-    torch._functorch.config.force_non_lazy_backward_lowering = True
+    functorch.force_non_lazy_backward_lowering = True
 
     def run(block, x, rope=None, update_cache=None, *args):
         alone = block.training and update_cache is None
