@@ -141,9 +141,9 @@ BUSY = """
 import time
 from data.progress import waiting, watched
 for _ in watched(range(3), "row"):
-    time.sleep(0.6)
+    time.sleep(0.9)
 with waiting("asking"):
-    time.sleep(0.8)
+    time.sleep(0.9)
 """
 
 
