@@ -33,7 +33,7 @@ import lora
 import model as lm
 import train
 from data import batches, chat, cli
-from data.cli import Parser, UserError, at_least, between, positive, run_cli, share
+from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
 from data.costs import check_memory
 from data.files import write_json
 from data.machine import DTYPES, fast_products, make_runtime, shard_like
@@ -519,8 +519,9 @@ class RewardModel(DPO):
 
 
 def load_rewards(source, device):
-    """The function of --reward, from a list of (messages, answer, wanted) to a list of floats, or
-    None where it is not for the turn: of several with commas, the first one that is."""
+    """The function of --reward. It takes a list of (messages, answer, wanted) and returns a reward
+    for each; None if no reward applies to that turn. If --reward names several, separated by
+    commas, each turn gets the first one that applies."""
     functions = [
         load_reward(name) if name in REWARDS or name.endswith(".py") else model_reward(name, device)
         for name in source.split(",")
@@ -533,7 +534,8 @@ def load_rewards(source, device):
 
 
 def model_reward(source, device):
-    """The reward of a reward model. What it has read of a prompt serves the next answer, too."""
+    """The reward function of a reward model. The keys and values of the last prompt are kept for
+    further answers to it."""
     try:
         model, tokenizer, where = load(source, device, "fp32")
     except UserError as e:
@@ -724,7 +726,8 @@ class GRPO(SFT):
         return batch
 
     def sample(self, model, split, prompts, seeds):
-        """What the model writes after prompts: messages, as Rows with the prompts, the rewards."""
+        """Returns the messages that the model writes after the prompts, the Rows of both, and the
+        rewards."""
         if split.env:
             return converse(model, self.tokenizer, split.env, [p.turn for p in prompts], seeds)
         answers, turns = generate_turns(model, self.tokenizer, [p.ids for p in prompts], seeds)
@@ -738,9 +741,9 @@ class GRPO(SFT):
         return turns, rows, rewards
 
     def pairs(self, model, split):
-        """Preference pairs as the page writes them: of the answers sampled to each prompt, the best
-        one and any of those with a smaller reward. A policy finds what was never shown as worse:
-        with the rejected ones as long as the chosen ones, it learned to leave facts out."""
+        """Sample answers to each prompt and return preference pairs in the page's format: the
+        chosen answer has the largest reward, and the rejected one is any with a smaller reward.
+        (With rejected answers of about the same length, a policy learned to leave facts out.)"""
         samples, rng, found = self.args.samples, random.Random(self.args.seed), []
         prompts = [p for p in split.prompts for _ in range(samples)]
         turns, _, rewards = self.sample(model, split, prompts, range(len(prompts)))
@@ -850,8 +853,10 @@ def resolve(args):
         raise UserError(f"--objective {name} does not suit {data}, rows of {kind}")
     objective = OBJECTIVES[name]
     if content is None:
-        if LORA_FLAGS & set(given):
-            settings = {"lora_rank": 8} | settings
+        if LORA_FLAGS & set(given) and "lora_rank" not in settings:
+            settings = settings | {"lora_rank": 8}
+            if first_process():
+                print("[flags of LoRA are given: --lora_rank 8]", file=sys.stderr)
         rates = LORA_RECIPE if settings.get("lora_rank") else {}
         recipe = train.scale_rates(RECIPE | rates | objective.recipe, given)
         settings = recipe | settings | {"objective": name}
@@ -872,7 +877,7 @@ def check_settings(args, objective, splits, given):
     problems = {
         f"{' '.join(foreign)} is not for {name}": foreign,
         f"{name} needs --teacher CKPT": a.objective == "distill" and not a.teacher,
-        f"{name} needs --env, or --reward {', '.join(REWARDS)}, a file, or a --ckpt":
+        f"{name} needs --env, or --reward {', '.join(REWARDS)}, a file or a run":
             a.objective == "grpo" and bool(a.reward) == bool(a.env),
         "--pairs needs --eval_only and --reward": a.pairs and not (a.eval_only and a.reward),
         "--lora_rank 0 trains all weights, without adapters: leave out the flags of LoRA":
@@ -956,7 +961,10 @@ def make_task(args, objective, splits, loader, extra):
     def score(row):  # the evaluation with the smallest one is the best
         if args.best_by == "last":
             return -row["step"]
-        return row["val_loss"] if args.best_by == "val_loss" else -row.get(args.best_by, -math.inf)
+        if args.best_by not in row:
+            figures = ", ".join(row)
+            raise UserError(f"--best_by {args.best_by}: the evaluation only gives {figures}")
+        return row["val_loss"] if args.best_by == "val_loss" else -row[args.best_by]
 
     return train.Task(
         batches=step_batches, evaluate=evaluate, extra=extra, loss=objective.loss,

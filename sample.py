@@ -764,6 +764,8 @@ def write_beams(model, tokenizer, prompt, args):
     room = model.config.context - len(prompt)
     if room < 1:
         raise UserError(f"the prompt has {len(prompt)} tokens; beams need room in the context")
+    if room < args.max_new_tokens:
+        print(f"[beams end with the context, after {room} tokens]", file=sys.stderr)
     options = args.beams, args.length_penalty, tokenizer.eos_id, allowed_ids(model, tokenizer)
     beams = beam_search(model, prompt, min(room, args.max_new_tokens), *options)
     beams = beams[: args.num_samples]
@@ -904,6 +906,8 @@ def check_settings(args):
         raise UserError("--choices must be given for each --analogy or for none")
     if args.beams and args.stop:
         raise UserError("--stop does not work with --beams, which end with the end of the text")
+    if args.num_samples > 1 and (args.chat or serving):
+        raise UserError("--num_samples is for --prompt")
     if args.beams and args.num_samples > args.beams:
         raise UserError(f"--num_samples {args.num_samples} is more than --beams {args.beams}")
 

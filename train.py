@@ -809,6 +809,11 @@ def launch(fit, report, runtime, out):
             advice = f"--resume {out} goes on from its last checkpoint"
             raise UserError(f"another process of this run has ended: {advice}") from e
         raise
+    except KeyboardInterrupt as e:  # after the last step, or a second one
+        if (Path(out) / "last.pt").exists():
+            words = f"interrupted; {out}/last.pt is saved: --resume {out} goes on from it"
+            raise KeyboardInterrupt(words) from e
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

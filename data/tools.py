@@ -97,8 +97,13 @@ def function_schema(name, function):
             continue
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise TypeError(f"{key} is taken by position only, and models give arguments by name")
-        described = {"description": descriptions.get(key, "")}
-        properties[key] = type_schema(parameter.annotation) | described
+        schema, description = type_schema(parameter.annotation), descriptions.get(key, "")
+        if match := re.search(r"\(choices:\s*(.*?)\)\s*$", description, re.IGNORECASE):
+            choices = [choice.strip(" \"'`") for choice in match[1].strip("[]").split(",")]
+            numeric = schema.get("type") in ("integer", "number")
+            schema["enum"] = list(map(json.loads, choices)) if numeric else choices
+            description = description[: match.start()].strip()
+        properties[key] = schema | {"description": description}
         required += [key] if parameter.default is parameter.empty else []
     parameters = {"type": "object", "properties": properties}
     parameters |= {"required": required} if required else {}

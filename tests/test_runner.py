@@ -118,11 +118,15 @@ def test_processes_give_the_figures_of_one(desk, n, monkeypatch):
     for out, flag in (("adamw", "--shard"), ("adamw--shard", "--shard"),
                       ("muon", "--no-shard"), ("muon--shard", "--no-shard")):
         jobs.append(["train", flag, *more, f"out/n{out}"])
+    jobs += [["train", *RUN.split(), "--shard"]] * 2  # into new folders
     Path("jobs").write_text(json.dumps(jobs))
     Path("many.py").write_text(MANY)
     done = torchrun(n, "many.py")
     said = done.communicate(timeout=300)[0]
     assert done.returncode == 0 and "does not work" not in said, said
+    for out in ("out/words", "out/words-2"):  # neither run wrote into the other's folder
+        assert len(figures(out, "loss")) == 4, out
+    assert not Path("out/words-3").exists()
     for name in ("adamw", "muon"):
         train.main([*more, f"out/{name}"])
     for name in JOBS:

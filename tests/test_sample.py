@@ -392,7 +392,7 @@ def test_beams_print_the_best_and_as_many_as_asked_and_end_with_the_context(say,
     texts = [x for s, ids in wanted[:2] for x in (f"--- {s:.4f} ---", "ab" + BYTE.decode(ids))]
     assert lines == [*texts, *(",".join(map(str, ids)) for _, ids in wanted[:2])]
     out = say("--beams", "2", "--print_ids", "--prompt", "a" * 30)
-    assert len(last_ids(out)) == 2
+    assert len(last_ids(out)) == 2 and "after 2 tokens" in say.err
     with pytest.raises(UserError, match="32 tokens"):
         say("--beams", "2", "--prompt", "a" * 32)
 

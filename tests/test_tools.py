@@ -103,7 +103,7 @@ def test_what_tools_return_is_json_and_what_they_raise_is_told():
     assert CHAT.decode(CHAT.encode(half)) and json.loads(half)
 
 
-def look_up(city: str, days: int = 3, units: Literal["c", "f"] = "c") -> list[dict]:
+def look_up(city: str, days: int = 3, units: Literal["c", "f"] = "c", k: str = "u") -> list[dict]:
     """The weather of a city,
     day by day.
 
@@ -112,6 +112,7 @@ def look_up(city: str, days: int = 3, units: Literal["c", "f"] = "c") -> list[di
             language.
         days (int): How many days.
         units: Of the temperature.
+        k: One of these (choices: ["u", "v"])
 
     Returns:
         A list, one for each day.
