@@ -607,9 +607,8 @@ class NewTokens(NamedTuple):
         return self.positions
 
     def window_mask(self, window, ids):
-        """The mask of layers that only look at the last `window` tokens."""
-        S = self.layers[0][0].shape[2] if self.layers else ids.shape[1]
-        if window >= S:
+        """The mask of layers that only look at the last `window` of all tokens, `ids` (B, S)."""
+        if window >= (S := ids.shape[1]):
             return self.mask
         distance = self.indices(ids)[..., None] - torch.arange(S, device=ids.device)
         mask = (distance >= 0) & (distance < window)  # (T, S) or (B, T, S)
@@ -789,14 +788,14 @@ class Transformer(nn.Module):
             new = NewTokens(torch.arange(T, device=ids.device))
         elif new is None:
             new = cache.begin(ids)
+        seen = ids if cache is None else cache.seen_ids(new)  # (B, S): all tokens, old and new
         x = self.embed(ids)  # (B, T, C)
         if c.position != "rope":
             table = self.position.weight if c.position == "learned" else self.sines
             x = x + table[new.positions].to(x.dtype)
         x = self.embed_norm(x)
         if self.inputs:
-            seen, positions = ids if cache is None else cache.seen_ids(new), new.indices(ids)
-            positions = positions.expand_as(ids)
+            positions = new.indices(ids).expand_as(ids)
             for module in self.inputs.values():
                 x = x + module(seen, positions, self.embed_ids)
         x = self.drop(x)
@@ -804,7 +803,7 @@ class Transformer(nn.Module):
         # rotations and masks of the layers without a window, and with one
         views = [(self.rotation(new), new.mask)] * 2
         if c.window:
-            views[1] = self.rotation(new, c.window_theta > 0), new.window_mask(c.window, ids)
+            views[1] = self.rotation(new, c.window_theta > 0), new.window_mask(c.window, seen)
         for i, block in enumerate(self.blocks):
             update_cache = partial(cache.update, i, new) if cache is not None else None
             rope, mask = views[self.windowed[i]]

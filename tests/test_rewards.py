@@ -175,7 +175,7 @@ def test_the_loss_and_its_gradient_are_the_papers(kl):
 
 
 @pytest.mark.parametrize("changes, recompute", [
-    (runs.TABLES, False), (dict(position="learned"), True), (dict(tied=True), False),
+    (runs.TABLES, False), (dict(position="learned"), True), (dict(tied=True, window=3), False),
 ])
 def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(changes, recompute):
     model = runs.small_model(n_layer=2, **changes).double()
