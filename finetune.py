@@ -408,7 +408,7 @@ class DPO(SFT):
 
     kinds, noun, figure = ("prefer",), "preference pairs", "reward_accuracy"
     flags = {"dpo_beta": (positive, "strength of the pull towards the reference")}
-    recipe = dict(dpo_beta=0.1, lr=1e-4, embed_lr=1e-4, head_lr=1e-4, epochs=1.0)
+    recipe = dict(dpo_beta=0.1, lr=1e-4, embed_lr=1e-4, head_lr=1e-4, muon_lr=1e-3, epochs=1.0)
 
     def rows(self, example):
         return [batches.preference_rows(example, self.tokenizer, self.args.context)]

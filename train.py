@@ -796,6 +796,8 @@ def whole_tensors(state, runtime):
 def launch(fit, report, runtime, out):
     """Call fit() and then report(its result), if there is one, in every process: those of a sharded
     model must compute together. UserError if another process has ended."""
+    if runtime.world > 1:  # torchrun sends SIGTERM if another process has ended; see the line below
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         result = fit()
         if runtime.world > 1:
@@ -805,7 +807,6 @@ def launch(fit, report, runtime, out):
             report(result)
     except RuntimeError as e:
         if isinstance(e, dist.DistError) or "gloo" in str(e):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would hide this line
             advice = f"--resume {out} goes on from its last checkpoint"
             raise UserError(f"another process of this run has ended: {advice}") from e
         raise
