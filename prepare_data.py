@@ -15,7 +15,6 @@ are modules in data/. No torch here.
 import contextlib
 import glob
 import itertools
-import json
 import lzma
 import os
 import re
@@ -31,7 +30,7 @@ import tiktoken
 
 from data.cli import Parser, UserError, at_least, number, run_cli
 from data.download import DATA, EXTRAS, MB, fetch, is_hub_name, snapshot_download
-from data.files import file_sha256, locked, read_json, write_whole
+from data.files import file_sha256, locked, read_json, write_json
 from data.hf_tokenizer import find_tokenizer, hub_tokenizer
 from data.progress import waiting, watched
 from data.sources import SOURCES, Source
@@ -234,7 +233,7 @@ def prepare(
             meta["encodings"] = dict(Counter(documents.encodings.values()))
             for path in paths.values():  # until all is written the hashes in meta.json differ
                 os.replace(path, path.with_suffix(".bin"))
-            write_whole(folder / "meta.json", lambda f: f.write(json.dumps(meta).encode()))
+            write_json(folder / "meta.json", meta)
         finally:
             for path in paths.values():
                 path.unlink(missing_ok=True)

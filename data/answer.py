@@ -9,7 +9,7 @@ from data.scheduler import Job
 
 
 class ApiError(Exception):
-    """Becomes an answer with an HTTP status of 400 or more, its `body` as OpenAI has it."""
+    """An error that is sent with an HTTP status of 400 or more and a `body` in OpenAI's form."""
 
     def __init__(self, status, message, param=None, code=None):
         super().__init__(message)
@@ -64,7 +64,7 @@ class Answer:
                 yield choice, self.add(choice, value, scores)
 
     def add(self, choice, i, scores):
-        """The new parts of the message after id `i`. The first ones begin with an echoed prompt."""
+        """The new parts of the message after id `i`; the prompt comes first if it is echoed."""
         job, new, echoed = choice.job, {}, self.body.get("echo") and not choice.count
         if echoed:
             prompt_scores = [(None, ()), *job.scored]
@@ -81,7 +81,7 @@ class Answer:
         return new
 
     def complete(self, choice, reason):
-        """The last parts of the message; sets the complete one."""
+        """The last parts of the message. Sets `choice.message`, the complete one."""
         new, choice.finish = choice.reply.finish(), choice.finish or reason
         choice.message = choice.reply.message()
         if calls := choice.message.get("tool_calls"):
@@ -93,7 +93,8 @@ class Answer:
 
     def usage(self):
         """Counts of tokens. The choices of one prompt share its list of ids, which counts once."""
-        jobs = {id(choice.job.prompt): choice.job for choice in self.choices}.values()
+        # the first one, since the others find the prompt in the cache
+        jobs = {id(c.job.prompt): c.job for c in reversed(self.choices)}.values()
         read, new = sum(len(job.prompt) for job in jobs), sum(c.count for c in self.choices)
         usage = {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
         return usage | {"prompt_tokens_details": {"cached_tokens": sum(j.cached for j in jobs)}}

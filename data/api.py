@@ -12,7 +12,7 @@ import secrets
 import time
 
 from data.answer import Answer, ApiError, Choice
-from data.chat import content_text, get_template, read_call
+from data.chat import content_text, either, get_template, read_call
 from data.reply import Reply
 from data.scheduler import Job
 from data.schema import call_grammar, json_grammar, make_constraint
@@ -26,7 +26,7 @@ guided_choice guided_grammar structured_outputs use_beam_search allowed_token_id
 include_stop_str_in_output json_schema mirostat dry_multiplier xtc_probability documents
 chat_template lora"""
 HARMLESS = (False, 0, "", [], {}, "none", "medium", ["text"])
-TURNS = ("add_generation_prompt", "continue_final_message")  # where the prompt of a chat ends
+PROMPT_FLAGS = ("add_generation_prompt", "continue_final_message")  # where a chat's prompt ends
 
 
 def parse_body(raw):
@@ -64,10 +64,12 @@ def check_fields(body, chat, size):
 
     def is_tool(value):
         function = value.get("function") if isinstance(value, dict) else None
-        return isinstance(function, dict) and isinstance(function.get("name"), str)
+        name = function.get("name") if isinstance(function, dict) else None
+        return isinstance(name, str) and name.split() == [name]
 
     rules = {  # field: (what its value must be, whether a value is that)
-        **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls", *TURNS), flag),
+        **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls"), flag),
+        **dict.fromkeys(PROMPT_FLAGS, flag),
         **dict.fromkeys(("stream_options", "chat_template_kwargs"), mapping),
         **dict.fromkeys(("max_tokens", "max_completion_tokens"), limit),
         **dict.fromkeys(("frequency_penalty", "presence_penalty"), number(-2, 2)),
@@ -150,7 +152,8 @@ class Api:
         return {"object": "list", "data": [self.model(name) for name in self.names]}
 
     def answer(self, body, prompts, limit, top, allowed, constraint=None, chat=False, given=()):
-        """The Answer to `prompts`, of at most `limit` new ids each, which fit the Constraint."""
+        """The Answer to `prompts`, of at most `limit` new ids each. For `top` see Text, for `given`
+        Template.opened."""
         echo, min_tokens = bool(body.get("echo")), body.get("min_tokens", 0)
         stop_ids, stops = set(body.get("stop_token_ids", ())), body.get("stop", ())
         stops = [stops] if isinstance(stops, str) else stops
@@ -163,7 +166,7 @@ class Api:
         for prompt in prompts:
             room = min(limit, self.context - len(prompt))
             if room < (not echo):
-                message = f"the prompt has {len(prompt)} tokens, the context {self.context}"
+                message = f"the {len(prompt)} tokens of the prompt leave no room in {self.context}"
                 param = "messages" if chat else "prompt"
                 raise ApiError(400, message, param, "context_length_exceeded")
             for n in range(body.get("n", 1)):
@@ -192,7 +195,7 @@ class Api:
             constraint = make_constraint(self.tokenizer, call_grammar(self.template, tools))
         told = self.told(tools)
         limit = body.get("max_completion_tokens", body.get("max_tokens", self.context))
-        variables = {name: body[name] for name in TURNS if name in body}
+        variables = {name: body[name] for name in PROMPT_FLAGS if name in body}
         variables |= body.get("chat_template_kwargs", {})
         try:
             if body.get("truncation") == "auto":
@@ -223,7 +226,7 @@ class Api:
         return self.answer(body, prompts, limit, body.get("logprobs"), allowed, constraint)
 
     def response_constraint(self, body, ends):
-        """The Constraint of an answer in the `response_format`, which one of the ids `ends` ends;
+        """The Constraint of an answer in the `response_format`, which then ends with one of `ends`;
         None for text."""
         asked = body.get("response_format", {"type": "text"})
         match asked:
@@ -249,7 +252,7 @@ class Api:
             begin = [] if t.bos_id is None else [t.bos_id]
             return begin + t.encode(prompt) or [t.eos_id]
         if not isinstance(prompt, list) or not prompt or not all(type(i) is int for i in prompt):
-            raise ApiError(400, "prompt must be a text, a list of ids, or a list of both", "prompt")
+            raise ApiError(400, "prompt must be a text, a list of ids, or a list of them", "prompt")
         if not all(0 <= i < t.n_vocab and t.token_bytes(i) is not None for i in prompt):
             raise ApiError(400, "the vocabulary lacks some ids of the prompt", "prompt")
         return prompt
@@ -261,7 +264,7 @@ class Api:
         text, special = body.get("prompt"), self.tokenizer.special
         if not isinstance(text, str):
             raise ApiError(400, "prompt must be a text", "prompt")
-        pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
+        pieces = re.split(f"({either(special).pattern})", text)
         ids = self.tokenizer.encode_parts(pieces)
         return {"tokens": ids, "count": len(ids), "max_model_len": self.context}
 

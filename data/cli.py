@@ -20,7 +20,7 @@ class UserError(ValueError):
     """A user's mistake: one line that names the thing, the value and the remedy."""
 
 
-# What content raises where it is not of the form that it should have
+# Exceptions that reading malformed content raises
 MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError,
              struct.error)  # fmt: skip
 
@@ -62,7 +62,7 @@ def run_cli(main):
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
-        advice = "use smaller batches (a larger --grad_accum), --grad_checkpoint or a smaller model"
+        advice = "use smaller batches, --grad_checkpoint in training, or a smaller model"
         print(f"{script}: out of memory: {advice}", file=sys.stderr)
     except KeyboardInterrupt as e:
         print(f"\n{script}: {e.args[0] if e.args else 'interrupted'}", file=sys.stderr)
@@ -149,7 +149,8 @@ FOREIGN = {
         "per_device_eval_batch_size preprocessing_num_workers trust_remote_code ddp_timeout "
         "flash_attn",
 }  # fmt: skip
-FOREIGN = {f"--{name}": use for use, names in FOREIGN.items() for name in names.split()}
+OURS = {f"--{name}": use for use, names in FOREIGN.items() for name in names.split()}
+# FILE, --config FILE or SCRIPT FILE
 CONFIG_FILE = re.compile(r"(?:--config[ =]|[^-]\S* )?([^-]\S*\.(?:py|ya?ml|json))(?!\S)")
 SETTING = re.compile(r'(?:^|[{,])\s*"?(\w+)"?\s*[=:]', re.MULTILINE)  # of Python, YAML, JSON
 SCRIPTS = ("train", "finetune", "sample", "prepare_data", "model", "lora", "mnist")
@@ -172,7 +173,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def refuse_file(self, path):
-        """End with what the settings in a file are called here, unless it is JSON without any."""
+        """Exit with our names for the settings in a file, unless it is JSON without settings."""
         if not path.is_file():
             self.error(f"{path} does not exist; settings are given as flags here, not in files")
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -201,7 +202,7 @@ class Parser(argparse.ArgumentParser):
         known = self._option_string_actions
         if word.startswith("--"):
             name = "--" + word[2:].replace("-", "_")
-            use = FOREIGN.get(name, name)
+            use = OURS.get(name, name)
             ours, is_sentence = use.split()[0], use.count(" ") > 1
             if is_sentence or ours in known:
                 return f": {use}" if is_sentence else f" is {use} here"
@@ -212,7 +213,7 @@ class Parser(argparse.ArgumentParser):
                 return f" is{is_ours} a flag of {', '.join(scripts)}"
             near = difflib.get_close_matches(name, known, 1, 0.85)
         elif word.lower() in ("true", "false"):
-            return ": a switch takes no value, --no-NAME turns it off"
+            return ": a switch takes no value, leave it out"
         else:
             run = word.endswith(".pt") or any(Path(word).glob("*.pt"))
             near = [f for f in (("--ckpt",) if run else ("--prompt", "--data")) if f in known]
@@ -224,7 +225,7 @@ def number(kind, wanted, accepts):
 
     def parse(text):
         value = float(text) if kind is int and "e" in text.lower() else kind(text)  # as 9e9
-        if not accepts(value):
+        if not accepts(value) or value != kind(value):
             raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
         return kind(value)
 
@@ -247,7 +248,7 @@ share = between(0, 1)
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM, remembered until the step is done; a second one stops at once. `words`
+    """Remembers Ctrl-C or SIGTERM so that a step can end first; a second one stops at once. `words`
     are printed after the first Ctrl-C."""
 
     def __init__(self, words="finishing the step, then saving"):
@@ -274,6 +275,6 @@ class StopSignal:
 
 
 def printable(text):
-    """`text` with control characters other than tab and newline as \\x1b: printed as they are they
+    """`text` with control characters other than tab and newline escaped, such as \\x1b, since they
     could clear the terminal, or worse."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)

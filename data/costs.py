@@ -6,8 +6,8 @@ from data.cli import UserError
 
 # bytes a second in one direction: between the GPUs of a machine (NVLink 4) and of two (400 Gbit/s)
 LINKS = {"NVLink": 450e9, "400 Gbit/s": 50e9}
-H100 = 0.5 * 989e12  # FLOP/s: half of the datasheet's, which good runs reach
-# On a CPU, `model.attention` stores the scores of up to so many tokens, or up to so many scores.
+HALF_H100 = 0.5 * 989e12  # FLOP/s: half of the datasheet's, which good runs reach
+# On a CPU, `model.attention` stores the scores if there are at most so many tokens, or scores.
 FEW_TOKENS, FEW_SCORES = 512, 2**22
 
 
@@ -39,10 +39,10 @@ def flops_per_token(config, length=None, learned=1.0, frozen=False):
     """Floating-point operations to train on one token of rows that are `length` tokens long (by
     default the context), forward and backward.
 
-    Six per weight of a matrix product (a multiply and an add, three times: forward, by the input,
-    by the weight; four of a `frozen` model with adapters), plus the attention scores: 12 n_layer nh
-    hs length. That counts the masked half too, as PaLM (Chowdhery et al. 2022, appendix B) and
-    nanoGPT do, so MFUs compare. The head is computed for the share of tokens that is `learned`.
+    Six per weight of a matrix product (a multiply and an add in the forward pass, and for each of
+    the two gradients), four if the model is `frozen` and has adapters, plus the attention scores:
+    12 n_layer nh hs length. That counts the masked half too, as PaLM (Chowdhery et al. 2022,
+    appendix B) and nanoGPT do, so MFUs compare. The head is computed for the share `learned`.
     """
     c = config
     qkv = c.d_model * c.head_size * (c.n_head + 2 * c.n_kv_head)
@@ -55,8 +55,8 @@ def flops_per_token(config, length=None, learned=1.0, frozen=False):
 
 
 def shape_lines(name, shape, counts, flops, tokens=None):
-    """Lines about a model: its shape, a dict, its {part: parameters}, its FLOPs a token, and the
-    predicted loss if it is trained on `tokens`."""
+    """Lines about a model of this `shape` (a dict), with these `counts` ({part: parameters}) and
+    `flops` a token, and the predicted loss if it is trained on `tokens`."""
     total, mib = counts["total"], counts["total"] / 2**20
     lines = [f"{name}: " + ", ".join(f"{k} {v}" for k, v in shape.items())]
     lines += ["", f"{'part':14}{'parameters':>16}{'share':>9}"]
@@ -117,8 +117,8 @@ def check_memory(model, tokens, runtime, length=None):
 
 
 def world_lines(config, counts, flops, world, shard):
-    """Lines about a step of one micro-batch of one context on each of `world` GPUs in mixed bf16:
-    fp32 weights, gradients and AdamW's moments, replicated or sharded. `flops` are a token's."""
+    """Lines about a training step on `world` GPUs, each with a micro-batch of one context, in mixed
+    bf16: what each stores, replicated or sharded, and sends. `flops` are those of one token."""
     total, tokens, parts = counts["total"], config.context, world if shard else 1
     stored = {"weights": 4 * total, "gradients": 4 * total, "moments": 8 * total}
     stored = {what: n / parts for what, n in stored.items()}
@@ -128,8 +128,8 @@ def world_lines(config, counts, flops, world, shard):
     for checkpointed, what in enumerate(("activations", "with --grad_checkpoint")):
         stored[what] = activation_bytes(config, tokens, checkpointed) / 2
     # gradients are reduced in fp32; then sums are spread, or bf16 weights gathered twice
-    sent = (world - 1) / world * (4 + 2 * 2 if shard else 2 * 4) * total
-    seconds = flops * tokens / H100
+    sent = (world - 1) / world * 8 * total
+    seconds = flops * tokens / HALF_H100
     times = ", ".join(f"{sent / speed:.3f} s by {link}" for link, speed in LINKS.items())
     return [
         "",

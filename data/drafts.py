@@ -29,8 +29,7 @@ class Lookup:
         while n < LONGEST and (at := text.rfind(text[~n:], 0, -1)) >= 0:
             n += 1
             guess = text[at + n :][:most]
-        if guess:  # a match near the end gives fewer ids, which would then repeat
-            guess = (guess * most)[:most]
+        guess = (guess * most)[:most]  # a match near the end gives fewer ids: repeat them
         self.match, self.guess = n, list(map(ord, guess))
 
 

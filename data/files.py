@@ -49,8 +49,9 @@ def locked(path):
         yield
 
 
-def try_lock(file):
-    """Lock an open file until it is closed. False if another process holds it."""
+def try_lock(file, shared=False):
+    """Lock an open file until it is closed. False if another process holds it. Several processes
+    can hold a `shared` lock (not on Windows)."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -59,7 +60,7 @@ def try_lock(file):
         else:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
@@ -81,7 +82,6 @@ def write_json(path, values):
 
 def read_json(path):
     """The object in a JSON file; UserError if there is none."""
-    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing")
     with explained(f"{path} is not JSON"):

@@ -18,7 +18,7 @@ def choose_device(name=None):
     """The torch.device called `name`; for None or "auto" CUDA, Apple's MPS or the CPU, whichever is
     there first. Each torchrun process uses its own GPU. UserError if it cannot be used here."""
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's and torch's
-        # a product's code takes up to 2 MB for each shape, and by default 1,024 shapes are kept:
+        # a compiled product takes up to 2 MB for each shape, and by default 1,024 shapes are kept:
         # six gigabytes after 450 steps of fine-tuning a small model, whose batches differ in length
         os.environ.setdefault(cache, "128")
     if name in (None, "auto"):
@@ -121,9 +121,9 @@ def shard_like(tensor, other):
 def make_runtime(device=None, dtype=None, previous=None, config=None, tokens=0, wide=512):
     """Choose device and precision, and join the other processes if torchrun started this one.
 
-    A `dtype` of None or "auto" is the GPU's `native_dtype`; on a CPU it is fp32, or bf16 for a
-    d_model from `wide` on if that is measurably faster there. It is chosen anew for a run whose
-    `previous` kind of device was another one. `config` is the model's, `tokens` those of a
+    A `dtype` of None or "auto" is the GPU's `native_dtype`; on a CPU it is fp32, or bf16 if d_model
+    is at least `wide` and bf16 is measurably faster. A run that resumes on another kind of device
+    than `previous` does not keep its `dtype`. `config` is the model's, `tokens` those of a
     micro-batch.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -149,7 +149,7 @@ def make_runtime(device=None, dtype=None, previous=None, config=None, tokens=0, 
 
 def keep_freed_memory():
     """Let glibc keep large freed blocks. A training step on the CPU takes the same blocks again and
-    again, and the kernel would hand them out page by page: a sixth slower at GPT-2's shape."""
+    again, and the kernel would hand them out page by page, which takes a sixth longer for GPT-2."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc: nothing to do
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block gets pages of its own, which come zeroed each time
@@ -203,7 +203,7 @@ def measure_peak(device, dtype, shapes=()):
 @fast_products()
 def product_speed(device, dtype, rows, inputs, outputs):
     """FLOP/s of a matrix product, the best of six."""
-    # random numbers: a GPU multiplies ones faster, as it needs less power for them
+    # random numbers: a GPU multiplies matrices of ones faster, as it needs less power for them
     x, w = (torch.randn(n, inputs, device=device).to(DTYPES[dtype]) for n in (rows, outputs))
     times = timeit.repeat(lambda: (x @ w.T, synchronize(device)), number=1, repeat=6)
     return 2 * rows * inputs * outputs / min(times)

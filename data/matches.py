@@ -25,7 +25,7 @@ def copy_candidates(ids, positions, longest=LONGEST_MATCH):
 
 def latest_matches(ids, positions, longest):
     """(where the run that is copied ends, its length), (B, S) each, for all positions 0 .. S - 1.
-    A stable sort by the last n ids puts the latest earlier position with equal ones before each."""
+    A stable sort by the last n ids puts, right before each position, the latest one equal to it."""
     S, run = ids.shape[1], torch.zeros_like(ids)
     match, length = torch.zeros_like(ids), torch.zeros_like(ids)
     for n in range(min(S, longest)):

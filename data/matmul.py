@@ -1,4 +1,4 @@
-"""Faster Linears for inference on a CPU: `make_fast` swaps them into a model, from outside.
+"""Faster Linears for inference on a CPU, by which `make_fast` replaces those of a model.
 
 A new token reads every weight once, so what counts is how they lie in memory. Which layout is best
 depends on the CPU, the dtype, the shape and the number of rows: each candidate is timed, and one
@@ -74,7 +74,7 @@ timings = {}  # (shape, dtype, rows, layouts) -> {layout: seconds}, filled once 
 
 
 def time_layouts(weight, rows, layouts):
-    """{layout: seconds} of the layouts that work here, for a small matrix only of the first."""
+    """{layout: seconds} of the layouts that work here; for a small matrix, of the first alone."""
     x, linears, seconds, error = weight.new_ones(rows, weight.shape[1]), {}, {}, ""
     memory = torch.ones(1 << 23)
 
@@ -163,7 +163,7 @@ def make_fast(model, rows=1, int8=False):
             delattr(parent, name)
             setattr(parent, name, function)
     for module in model.modules():
-        if module is not model:  # `model.embed.weight` is asked for
+        if module is not model:  # other code reads `model.embed.weight`
             vars(module).update({name: direct(m) for name, m in module.named_children()})
 
 

@@ -30,10 +30,10 @@ def line_svg(title, curves, x_label="steps", y_label=""):
     would flatten the rest of the curve."""
     curves = {name: points for name, points in curves.items() if points}
     points = [point for curve in curves.values() for point in curve]
-    last = max((x for x, _ in points), default=1) or 1
+    last = max((x for x, _ in points), default=0)
     seen = sorted(y for x, y in points if x >= last / 20) or [0.0, 1.0]
     high = seen[-1 - len(seen) // 20]
-    xs, ys = nice_ticks(0, last), nice_ticks(seen[0], high if high > seen[0] else seen[0] + 1)
+    xs, ys = nice_ticks(0, last or 1), nice_ticks(seen[0], high if high > seen[0] else seen[0] + 1)
 
     def position(x, y):
         height = (min(y, ys[-1]) - ys[0]) / (ys[-1] - ys[0])
@@ -67,7 +67,7 @@ def line_svg(title, curves, x_label="steps", y_label=""):
 
 
 def sheet(tiles, columns, scale=1):
-    """Tiles (N, h, w) uint8, enlarged, in rows of `columns`."""
+    """Arrange tiles (N, h, w), uint8, in rows of `columns`, each enlarged `scale` times."""
     tiles = np.kron(tiles, np.ones((1, scale, scale), np.uint8))
     n, h, w = tiles.shape
     rows, gap = -(-n // columns), 2

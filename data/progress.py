@@ -1,10 +1,11 @@
 """What a script is busy with: one line of the terminal that rewrites itself."""
 import contextlib
-import os
 import shutil
 import sys
 import threading
 import time
+
+from data.cli import first_process
 
 RUNNING = []  # the blocks of `shown`: the innermost one has the line
 
@@ -12,8 +13,8 @@ RUNNING = []  # the blocks of `shown`: the innermost one has the line
 @contextlib.contextmanager
 def shown(name, count, total=None):
     """While the block runs, show `name`, count() and, if there is a `total`, it and the time left
-    on a line of the terminal, twice a second. Nothing in a file, and nothing of other ranks."""
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    on a line of the terminal, twice a second. Files and ranks other than 0 get nothing."""
+    if not sys.stderr.isatty() or not first_process():
         yield
         return
     over, start = threading.Event(), time.monotonic()

@@ -39,8 +39,8 @@ class TextStream:
 
 
 def split_at(text, marks, last=False):
-    """(text before the first of the marks, that mark, the rest). Without a mark it is "", and the
-    rest is the end of the text that may begin one; nothing if the text is the `last`."""
+    """(text before the first of the marks, that mark, the rest). If there is none, the mark is "",
+    and the rest is the end of the text that may begin one, or "" if the text is complete."""
     at, mark = min(((text.find(m), m) for m in marks if m in text), default=(len(text), ""))
     if not mark and not last:
         starts = range(max(0, at - max(map(len, marks), default=0)), at)
@@ -153,7 +153,7 @@ def split_answer(text, template, last=False):
 
 
 def parse(ids, template, prompt=()):
-    """The assistant's message that the ids generated after a prompt mean."""
+    """The assistant's message that the ids generated after a prompt spell."""
     reply = Reply(template.tokenizer, template, ids=template.opened(prompt))
     for i in ids:
         reply.feed(i)

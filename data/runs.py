@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from data.cli import UserError
-from data.files import try_lock, write_json, write_whole
+from data.files import read_json, try_lock, write_json, write_whole
 from data.plot import line_svg
 
 OUT = Path("out")
@@ -25,7 +25,7 @@ def run_settings(path):
     """The settings of the run whose folder or checkpoint is `path`; {} if it is not a run's."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        return read_json(folder / "settings.json")
     return {}
 
 
@@ -52,7 +52,8 @@ def lock_folder(folder):
     """Lock a run's folder until the returned file is closed or the process ends."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = open(Path(folder, ".lock"), "ab")  # noqa: SIM115 (open as long as the run)
-    if not try_lock(file):
+    # `is_locked` may hold the lock for a moment
+    if not any(try_lock(file) or time.sleep(0.1) for _ in range(5)):
         raise UserError(f"{folder} is being written by another process: wait for its end")
     return file
 
@@ -60,7 +61,7 @@ def lock_folder(folder):
 def is_locked(folder):
     """Whether a process has locked a run's folder."""
     with contextlib.suppress(FileNotFoundError), open(Path(folder, ".lock"), "rb+") as file:
-        return not try_lock(file)
+        return not try_lock(file, shared=True)
     return False
 
 
@@ -89,18 +90,18 @@ def run_list():
 
 
 def read_run(name, most=600):
-    """{"name", "settings", "rows"} of a run, with about `most` of its rows of training steps."""
+    """{"name", "settings", "rows"} of a run, with fewer than twice `most` of its training steps."""
     text = (OUT / name / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
     rows = list(json_lines(text))
     steps = [r for r in rows if "loss" in r]
     every = max(1, len(steps) // most)
-    kept = {id(r) for r in steps[-1 % every :: every] + steps[-1:]}
+    kept = {id(r) for r in steps[every - 1 :: every] + steps[-1:]}
     rows = [r for r in rows if "loss" not in r or id(r) in kept]
     return {"name": name, "settings": run_settings(OUT / name), "rows": rows}
 
 
 class Log:
-    """metrics.jsonl without rows after `resume_step`, loss.svg, lines on the screen; or `quiet`."""
+    """Writes metrics.jsonl (dropping rows after `resume_step`), loss.svg and the screen's lines."""
 
     def __init__(self, out, resume_step=0, quiet=False):
         self.out, self.quiet, self.open_line, self.rows = out, quiet, False, []
@@ -144,7 +145,7 @@ class Log:
             print(start + text, end="" if self.open_line else "\n", flush=True)
 
     def live(self, text):
-        """A line that the next one replaces, on a terminal alone."""
+        """On a terminal only: print a line that the next one replaces."""
         if sys.stdout.isatty():
             self.line(text, rewrite=True)
 

@@ -15,14 +15,18 @@ from data.cli import is_out_of_memory
 
 
 class Busy(Exception):
-    """The queue is full, or the server is closing: try again later."""
+    """The queue is full, or the server is `closing`: try again later."""
+
+    def __init__(self, closing=False):
+        super().__init__("the server is closing" if closing else "the queue is full")
+        self.closing = closing
 
 
 @dataclass(eq=False)
 class Job:
     """A text to write, or a function to call between two steps of the others.
 
-    events     gets (index, id, its log probability or None) for each new id, and at the end
+    events     gets (index, id, its entry of Text.logprobs or None) for each new id, and at the end
                (index, "stop", "length", "cancelled" or an exception, None); or what function() gave
     cancelled  is set by the client's thread to end the job early
     scored     the log probabilities of the prompt, if the settings ask for them
@@ -53,7 +57,7 @@ class Scheduler:
         """Queue all of the jobs or none; Busy if there is no room."""
         with self.changed:
             if self.closing or len(self.waiting) + len(jobs) > self.max_waiting:
-                raise Busy("the server is closing" if self.closing else "the queue is full")
+                raise Busy(self.closing)
             self.waiting.extend(jobs)
             self.changed.notify()
 
@@ -63,13 +67,13 @@ class Scheduler:
         self.submit([job])
         _, result, _ = job.events.get()
         if job.cancelled:
-            raise Busy("the server is closing")
+            raise Busy(closing=True)
         if isinstance(result, Exception):
             raise result
         return result
 
     def close(self, seconds):
-        """Take no more jobs, and return when all are done or, after `seconds`, cancelled."""
+        """Take no more jobs, cancel those in the queue, and after `seconds` also the others."""
         with self.changed:
             self.closing = True
             self.changed.notify()
@@ -81,7 +85,7 @@ class Scheduler:
         self.ended.wait(1)
 
     def run(self):
-        """Make a step for all texts that are being written, then the next one, until `close`."""
+        """Admit jobs and step the Engine for all of their texts, again and again until `close`."""
         try:
             while self.waiting or self.writing or not self.closing:
                 if not (self.waiting or self.writing):
@@ -100,16 +104,16 @@ class Scheduler:
 
     def drop_cancelled(self):
         """End the cancelled jobs, those in the queue included."""
-        for slot, job in list(self.writing.items()):
+        for text, job in list(self.writing.items()):
             if job.cancelled:
-                self.end(slot, "cancelled")
+                self.end(text, "cancelled")
         with self.changed:
             for job in [job for job in self.waiting if job.cancelled]:
                 self.waiting.remove(job)
                 job.events.put((job.index, "cancelled", None))
 
     def admit(self):
-        """Begin the jobs that wait, in their order, while there are free slots."""
+        """Begin the jobs that wait, in their order, while there are free rows."""
         while self.waiting:
             job = self.waiting[0]
             switch = not job.function and job.adapter != self.adapter
@@ -125,33 +129,33 @@ class Scheduler:
                     self.activate(job.adapter)
                     self.adapter = job.adapter
                     self.engine.forget()
-                slot = self.engine.add(job.prompt, max_new_tokens=job.max_tokens, **job.settings)
+                text = self.engine.add(job.prompt, max_new_tokens=job.max_tokens, **job.settings)
             except Exception as e:  # the connection's thread reports it
                 job.events.put((job.index, e, None))
                 continue
-            job.cached, self.writing[slot] = self.engine.held(slot), job
+            job.cached, self.writing[text] = self.engine.held(text), job
 
     def hand_out(self, new):
         """Pass new ids on, and end the texts that are complete."""
-        for slot, ids in new.items():
-            job, scores = self.writing[slot], slot.logprobs[-len(ids) :] or repeat(None)
-            if len(slot.ids) == slot.prompt_length + len(ids):  # the first ones
-                job.scored = slot.logprobs[: -len(ids)]
+        for text, ids in new.items():
+            job, scores = self.writing[text], text.logprobs[-len(ids) :] or repeat(None)
+            if len(text.ids) == text.prompt_length + len(ids):  # the first ones
+                job.scored = text.logprobs[: -len(ids)]
             for i, score in zip(ids, scores):
                 job.events.put((job.index, i, score))
-            if i in slot.ends or slot.left <= 0:
-                self.end(slot, "stop" if i in slot.ends else "length")
+            if i in text.ends or text.left <= 0:
+                self.end(text, "stop" if i in text.ends else "length")
 
-    def end(self, slot, reason):
+    def end(self, text, reason):
         """End a text; `reason` is the last event of its job."""
-        self.engine.remove(slot)
-        job = self.writing.pop(slot)
+        self.engine.remove(text)
+        job = self.writing.pop(text)
         job.events.put((job.index, reason, None))
 
     def fail(self, error):
         """End all texts that are being written, and trust nothing in the cache any more."""
         if is_out_of_memory(error):
             error = MemoryError("out of memory: fewer --slots, or shorter prompts")
-        for slot in list(self.writing):
-            self.end(slot, error)
+        for text in list(self.writing):
+            self.end(text, error)
         self.engine.forget()

@@ -1,6 +1,6 @@
 """Ids that may come next in a text: JSON under a schema, or calls of tools that are such JSON.
 
-What may still come is a list of stacks (part, rest), () at the end. A part is one of
+What may still come is a list of stacks. A stack is (part, rest), () at its end. A part is one of
 
     bytes           these bytes
     a set or range  one symbol of it: a byte, or 256 + the id of a special token
@@ -59,23 +59,27 @@ SCALARS = {
 
 def json_parts(schema, root):
     """The alternatives of a JSON value under a schema within the schema `root`."""
-    schema = {} if isinstance(schema, bool) else schema
-    if "$ref" in schema:  # such as #/$defs/NAME
-        return json_parts(reduce(dict.__getitem__, schema["$ref"].split("/")[1:], root), root)
-    if "enum" in schema or "const" in schema:
-        values = schema.get("enum", [schema.get("const")])
-        found = [(json.dumps(value, ensure_ascii=False).encode(),) for value in values]
-    elif "anyOf" in schema:
-        found = [parts for s in schema["anyOf"] for parts in json_parts(s, root)]
-    else:
-        names = schema.get("type", [*SCALARS, "array", "object"])
-        names, found = [names] if isinstance(names, str) else names, []
-        for name in names:
-            if name == "object":
-                found.append((b"{", partial(members, schema, root)))
-            else:
-                found += array(schema, root) if name == "array" else SCALARS[name]
-    return found + (SCALARS["null"] if schema.get("nullable") else [])
+    schemas, known, found = [schema], {id(schema)}, []
+    for s in schemas:  # this list grows by those that "$ref" and "anyOf" name, each of them once
+        s = {} if s is True else s
+        more = s.get("anyOf", ())
+        if "$ref" in s:  # such as #/$defs/NAME
+            names = (n.replace("~1", "/").replace("~0", "~") for n in s["$ref"].split("/")[1:])
+            more = [reduce(dict.__getitem__, names, root)]
+        elif "enum" in s or "const" in s:
+            values = s.get("enum", [s.get("const")])
+            found += [(json.dumps(value, ensure_ascii=False).encode(),) for value in values]
+        elif "anyOf" not in s:
+            names = s.get("type", [*SCALARS, "array", "object"])
+            for name in [names] if isinstance(names, str) else names:
+                if name == "object":
+                    found.append((b"{", partial(members, s, root)))
+                else:
+                    found += array(s, root) if name == "array" else SCALARS[name]
+        schemas += (new := [other for other in more if id(other) not in known])
+        known |= set(map(id, new))
+        found += SCALARS["null"] if s.get("nullable") else []
+    return found
 
 
 def array(schema, root):
@@ -115,7 +119,10 @@ def json_value(schema, strict=True):
             ignored = sorted(s.keys() - KEYWORDS)
             used = sorted(s.keys() & {"$ref", "anyOf", "enum", "const", "properties"})
             possible, _ = json_parts(s, schema), members(s, schema)
-            children = [s[key] for key in ("items", "additionalProperties") if key in s]
+            if not isinstance(s.get("required", []), list):
+                raise TypeError
+            children = [*s.get("anyOf", ()), s.get("items", True)]
+            children.append(s.get("additionalProperties") or True)  # false is read by `members`
             for key in ("properties", "$defs", "definitions"):
                 children += s.get(key, {}).values()
         except MALFORMED as e:
@@ -124,8 +131,8 @@ def json_value(schema, strict=True):
             raise ValueError(f"{' beside '.join(ignored[:1] or used[:2])} is not supported")
         if not possible:
             raise ValueError(f"no value fits {s!r:.60}")
-        for child in (*children, *s.get("anyOf", ())):
-            if not isinstance(child, bool):
+        for child in children:
+            if child is not True:
                 check(child)
 
     check(schema)
@@ -140,7 +147,7 @@ def json_grammar(schema, ends):
 
 def call_grammar(template, tools):
     """The parts of an answer in a chat that may call `tools`: text, then perhaps calls. None if no
-    token begins a call, or if the template does not write it in JSON: then nothing is known."""
+    token begins a call, or if the template does not write arguments as JSON."""
     before, _, rest = template.called.partition(TOOL)
     between, _, after = rest.partition(json.dumps({KEY: 0}))
     if not between or CALL_ID in rest or template.call is None:

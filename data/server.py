@@ -33,7 +33,7 @@ POLICY = (
 
 
 def serve(service, host, port):
-    """Serve until Ctrl-C or SIGTERM, then finish answers in five seconds; return the exit code."""
+    """Serve until Ctrl-C or SIGTERM, give answers five seconds to end, and return the exit code."""
     scheduler = service.api.scheduler
     try:
         server = Server((host, port), service)
@@ -45,7 +45,7 @@ def serve(service, host, port):
             time.sleep(0.1)
         scheduler.close(5)
 
-    with server, StopSignal("ending the answers, for at most 5 seconds") as stop:
+    with server, StopSignal("waiting at most 5 seconds for answers to end") as stop:
         for target in server.serve_forever, close:
             threading.Thread(target=target, daemon=True).start()
         name = f"[{host}]" if ":" in host else host
@@ -86,7 +86,7 @@ class Server(http.server.ThreadingHTTPServer):
                 if excess or deadline < time.monotonic():
                     del self.open[connection]
                     with contextlib.suppress(OSError):
-                        connection.shutdown(socket.SHUT_RDWR)  # its thread reads the end
+                        connection.shutdown(socket.SHUT_RDWR)  # its thread then reads EOF
 
     def finish_reading(self, connection):
         """Note that the request has arrived; ConnectionError if `service_actions` was faster."""
@@ -111,12 +111,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """Print an error, unless the client has only gone away."""
-        if not isinstance(sys.exception(), OSError):
+        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
 
 def to_json(value):
-    """UTF-8, so that Chinese is readable; half a character, \\ud83d, becomes a question mark."""
+    """Encode as JSON in UTF-8, so that Chinese is readable; a lone surrogate becomes a ?."""
     return json.dumps(value, ensure_ascii=False).encode(errors="replace")
 
 
@@ -134,14 +134,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         service, self.close_connection = self.server.service, True
         try:
             if self.command == "OPTIONS":
-                return self.send(204, b"", "text/plain")
+                return self.send(200, b"", "text/plain")
             function, argument = self.route()
             self.server.finish_reading(self.connection)
             self.give(function(service, argument))
         except ApiError as e:
             self.fail(e)
         except Busy as e:
-            self.fail(ApiError(429, f"{e}: try again in a second", code="rate_limit_exceeded"))
+            status, code = (503, None) if e.closing else (429, "rate_limit_exceeded")
+            self.fail(ApiError(status, f"{e}: try again in a second", code=code))
         except (ConnectionError, TimeoutError):  # the client is gone: nobody is left to answer
             pass
         except Exception as e:
@@ -256,7 +257,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_head(200, "text/event-stream")
             for content in answer.chunks() if stream else answer.result():
                 readable = select.select([self.connection], [], [], 0)[0]
-                if readable and not self.connection.recv(1 << 16):  # a second request is not read
+                if readable and not self.connection.recv(1 << 16):  # further bytes are ignored
                     raise ConnectionError
                 if content and stream:
                     self.wfile.write(b"data: " + to_json(content) + b"\n\n")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from data.answer import ApiError
 from data.api import Api
 from data.chat import tool_call
-from data.cli import UserError
+from data.cli import MALFORMED, UserError
 from data.rows import to_example
 from data.runs import OUT, read_run, run_list, run_settings
 from data.tokenizer import labels_of
@@ -40,7 +40,7 @@ class Service:
         if args.host not in (None, *LOCAL) and not self.key:
             raise UserError(f"--host {args.host} opens the server to others: give it an --api_key")
         if self.key and not re.fullmatch("[!-~]+", self.key):
-            raise UserError("--api_key must be ASCII letters, digits and signs, as HTTP needs it")
+            raise UserError("--api_key must be ASCII without spaces, since it is sent in a header")
         if self.cors and not re.fullmatch(r"https?://[^/\s]+", self.cors):
             raise UserError(f"--cors {self.cors} is not an origin like https://example.org")
         context, labels = scheduler.engine.context, labels_of(tokenizer)
@@ -48,7 +48,7 @@ class Service:
         self.tools, self.classify, self.draw = tools, classify if labels else None, draw
         self.lock = threading.Lock()  # of CHOICES
         command = f"python finetune.py --ckpt {ckpt} --data {CHOICES}"
-        run = run_settings(args.adapter[-1] if args.adapter else ckpt)
+        run = run_settings(args.adapter[0] if args.adapter else ckpt)
         self.info = {  # what the page shows
             "kind": "classifier" if labels else "chat" if self.api.template else "base",
             "models": self.api.names,
@@ -97,7 +97,7 @@ class Service:
         row = {k: body[k] for k in ("prompt", "tools", "chosen", "rejected") if k in body}
         try:
             to_example(row)  # as finetune.py will
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        except MALFORMED as e:
             raise ApiError(400, f"finetune.py could not learn from this: {e}") from e
         with self.lock:
             CHOICES.parent.mkdir(exist_ok=True)
@@ -110,8 +110,9 @@ class Service:
         text, seed = body.get("text"), body.get("seed", 0)
         if self.draw is None:
             raise ApiError(404, "no digits were trained here: python mnist.py --diffusion")
-        if not isinstance(text, str) or len(text) > 20 or type(seed) is not int or seed >> 50:
-            raise ApiError(400, "this needs a text of up to 20 digits, and maybe a seed")
+        count = len(text.replace(" ", "")) if isinstance(text, str) else 21
+        if count > 20 or type(seed) is not int or seed >> 50:
+            raise ApiError(400, "this needs a text of up to 20 digits, and perhaps a seed")
         try:
             pictures = self.draw(text, seed)
         except UserError as e:
@@ -123,7 +124,7 @@ class Service:
 
         return SimpleNamespace(body={"stream": True}, chunks=chunks, jobs=())
 
-    def run(self, query):
+    def run_metrics(self, query):
         """The settings and metrics of one run."""
         name = query.get("name", "")
         if name not in [run["name"] for run in run_list()]:
@@ -147,5 +148,5 @@ ROUTES = {
     "/page/choose": ("POST", False, Service.choose),
     "/page/draw": ("POST", False, Service.drawing),
     "/page/runs": ("GET", False, lambda s, _: {"runs": run_list()}),
-    "/page/run": ("GET", False, Service.run),
+    "/page/run": ("GET", False, Service.run_metrics),
 }

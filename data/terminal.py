@@ -19,8 +19,8 @@ CHAT_HELP = (
 
 class Chat:
     """A conversation. The caller sets `write(prompt, seed, may_call, stop)`, which calls stop(row,
-    id) for each new id until it returns True, and `set_adapter(name)`, which keeps the active
-    adapter if the name is empty, switches it off if it is "none", and returns a list of them."""
+    id) for each new id until it returns True, and `set_adapter(name)`, which activates that adapter
+    (none for "none"; the active one stays for ""), and returns their names as a text."""
 
     def __init__(self, tokenizer, context, tools=None, max_tokens=200, seed=None):
         self.tokenizer, self.tools, self.seed = tokenizer, tools or {}, seed
@@ -31,6 +31,12 @@ class Chat:
             raise UserError("this model has no chat template: use --prompt, or fine-tune it first")
         known = known_by_training(self.tools) if self.template.ours else ()
         self.schemas = [function_schema(n, f) for n, f in self.tools.items() if n not in known]
+
+    def ask(self, text):
+        """Append a question; it replaces one that was not answered, and what followed it."""
+        spoken = (i for i, m in enumerate(self.messages) if m["role"] not in ("user", "tool"))
+        last = max((i for i in spoken if not self.messages[i].get("tool_calls")), default=-1)
+        self.messages[last + 1 :] = [{"role": "user", "content": text}]
 
     def tools_problem(self):
         """Why the model cannot be told of its tools; None if it can."""
@@ -127,7 +133,7 @@ def talk(chat):
             if not line:
                 continue
             if line[0] != "/":
-                chat.messages.append({"role": "user", "content": line})
+                chat.ask(line)
             length = len(chat.template.prompt_ids(chat.messages, chat.schemas))
             if length > chat.room and not warned:
                 print("[the context is full: the oldest turns are left out]", file=sys.stderr)
@@ -138,7 +144,6 @@ def talk(chat):
         except UnicodeDecodeError:
             print("[that was not UTF-8]", file=sys.stderr)
         except ValueError as e:  # the template refuses the conversation
-            chat.messages.pop()
             print(f"[{e}]", file=sys.stderr)
         except KeyboardInterrupt:
             print("[stopped; /quit or Ctrl-D leaves]")

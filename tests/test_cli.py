@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from data.cli import FOREIGN, SCRIPTS, Parser, UserError, at_least, between, positive, run_cli
+from data.cli import OURS, SCRIPTS, Parser, UserError, at_least, between, positive, run_cli
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -133,7 +133,7 @@ def test_no_flag_of_transformers_is_taken_for_a_slip_and_ours_exist(capsys):
             parser_of("train").parse_args([f"--{field.name}=x"])
     assert "did you mean" not in capsys.readouterr().err
     known = {option for script in SCRIPTS for option in parser_of(script)._option_string_actions}
-    assert {flag for use in FOREIGN.values() for flag in re.findall(r"--[\w-]+", use)} <= {
+    assert {flag for use in OURS.values() for flag in re.findall(r"--[\w-]+", use)} <= {
         *known, "--nproc_per_node"}
 
 

@@ -32,7 +32,10 @@ CASES = [  # a schema, what fits it, what does not
     ({"type": "object", "additionalProperties": {"type": "number"}},
      ['{"any": 1, "more": 2.5}', "{}"], ['{"any": "1"}', '{"a": 1 "b": 2}']),
     ({"type": "object", "additionalProperties": False}, ["{}"], ['{"a": 1}']),
-    ({"$ref": "#/$defs/t", "$defs": {"t": {"type": "string"}}}, ['""'], ["1"]),
+    ({"$ref": "#/$defs/t~1", "$defs": {"t/": {"type": "string"}}}, ['""'], ["1"]),
+    ({"$ref": "#/$defs/40", "$defs": {"0": {"type": "integer"}, **{  # 2^40 ways to the integer
+        str(n): {"anyOf": [{"$ref": f"#/$defs/{n - 1}"}] * 2} for n in range(1, 41)}}},
+     ["1"], ["true"]),
 ]  # fmt: skip
 
 
@@ -66,6 +69,7 @@ def test_whatever_is_drawn_is_json(schema):
     ({"type": "string", "minLength": 3}, "minLength"), ({"type": "text"}, "type"), (5, "5"),
     ({"properties": {"a": {"items": 3}}}, "3 is malformed"), ({"$ref": "#/$defs/none"}, "none"),
     ({"$ref": "#"}, "#"), ({"enum": []}, "enum"), ({"anyOf": [{}], "properties": {}}, "anyOf"),
+    ({"items": False}, "False"), ({"anyOf": [False]}, "False"), ({"required": "a"}, "required"),
 ])
 def test_what_is_not_supported_is_said(schema, problem):
     with pytest.raises(ValueError, match=problem):
