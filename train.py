@@ -1027,7 +1027,8 @@ def check_context(context, model):
     longest = model.config.context
     context = longest if context is None else context
     if not 2 <= context <= longest:
-        raise UserError(f"--context {context} must be from 2 to the model's {longest}")
+        limit = "at least 2" if context < 2 else f"at most the model's {longest}"
+        raise UserError(f"--context {context} must be {limit}")
     return context
 
 

@@ -234,8 +234,8 @@ def number(kind, wanted, accepts):
 
 
 def at_least(low, kind=int):
-    """An argparse type: a finite number not below `low`."""
-    return number(kind, f"at least {low}", lambda v: low <= v <= 2**62)
+    """An argparse type: a number from `low` to 2**62."""
+    return number(kind, f"at least {low} and at most 2**62", lambda v: low <= v <= 2**62)
 
 
 def between(low, high, kind=float):

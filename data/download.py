@@ -82,7 +82,8 @@ def download(url, dest, sha256, tries, wait):
         except HTTPError as e:
             if e.status in (401, 403) and url.startswith((MODELS, VIEWER)):
                 remedy = "see that HF_TOKEN is right and may read it" if token else "set HF_TOKEN"
-                page = url.partition("/resolve/")[0]
+                page = unquote(url).partition("/resolve/")[0]
+                page = re.sub(rf"{VIEWER}/.*?dataset=([^&]*).*", rf"{MODELS}/datasets/\1", page)
                 # the Hub also answers 401 to a wrong name without a token
                 remedy = f"accept its licence on {page} and {remedy}"
                 raise UserError(f"{e}: it is private or gated, or not there: {remedy}") from e
@@ -178,11 +179,17 @@ def snapshot_download(name, files=None, check=None):
 
     def get(file, optional=False):
         url = f"{MODELS}/{repo}/resolve/{quote(revision, safe='')}/{file}"
+        missing = folder / ".no_exist" / file  # the Hub has said that there is none
+        has_tokenizer = any((folder / f"tokenizer.{kind}").exists() for kind in ("json", "model"))
+        if file in EXTRAS and has_tokenizer and missing.exists():
+            return None
         try:
             return fetch(url, folder / file)
         except HTTPError as e:
             if not (optional and e.status == 404):
                 raise
+            missing.parent.mkdir(parents=True, exist_ok=True)
+            missing.touch()
 
     # the weights come last: if they are complete, the server has been asked for all the rest
     weights = weight_files(folder)

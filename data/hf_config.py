@@ -109,7 +109,7 @@ def fields_of(family):
     return read, {field: v for field, (_, v) in fields.items() if field not in read}
 
 
-def config_from_hf(values, complete, where="config.json", verbose=False):
+def config_from_hf(values, complete, where, verbose=False):
     """(the family, all fields of the Config) that a config.json means, a dict; UserError if it is
     not supported. With `verbose`, a line on stderr names the ignored fields."""
     try:
@@ -192,7 +192,7 @@ def read_rope(left, names):
         rope["original_max_position_embeddings"] = original
         left[context] = max(left[context], int(rope["factor"] * original))
     elif kind in ("longrope", "su"):  # in the original context; beyond it, all angles change
-        kind, original = "longrope", left.get("original_max_position_embeddings", original)
+        kind, original = "longrope", left.pop("original_max_position_embeddings", original)
         factor = max(rope.get("factor", left[context] / original), 1)
         size = rope.get("attention_factor", (1 + math.log(factor) / math.log(original)) ** 0.5)
         rope = dict(short_factor=rope["short_factor"], attention_factor=size)
@@ -210,6 +210,8 @@ def read_windows(family, left, n_layer):
     layers = [k == SLIDING for k in kinds]
     if window and not kinds:
         layers = [WINDOWED[family](i, left) for i in range(n_layer)]
+        for name in ("max_window_layers", "sliding_window_pattern"):
+            left.pop(name, None)
     return dict(window=window, window_layers=None if all(layers) else layers) if any(layers) else {}
 
 
@@ -222,7 +224,8 @@ def config_to_hf(config, complete):
         values, misfits, added = fields_to_hf(config, family), [], 0
         try:
             theirs = complete(fields_from_hf(values)[1])
-        except UserError:  # it has rope, for example, and a head an odd number of channels
+        except UserError as e:  # it has rope, for example, and a head an odd number of channels
+            problem = e
             continue
         for name, value in config.items():
             other = theirs[name]
@@ -231,6 +234,8 @@ def config_to_hf(config, complete):
                 fits = other is True and (name == "norm_weight" or name.endswith("_bias"))
                 added, misfits = added + fits, misfits + [name] * (not fits)
         candidates.append((len(misfits), added, misfits, values, theirs))
+    if not candidates:
+        raise UserError(f"no Hugging Face architecture has the shape of this model: {problem}")
     *_, misfits, values, theirs = min(candidates, key=lambda candidate: candidate[:2])
     for name in misfits[:1]:
         field = f"{name} {config[name]} (the nearest, {values['model_type']}, has {theirs[name]})"

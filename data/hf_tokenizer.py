@@ -135,6 +135,17 @@ def byte_level_spec(data, added):
     return dict(kind="hf", pattern=pattern, nfc=normalizer["type"] == "NFC", tokens=tokens)
 
 
+def char_spec(data):
+    """The spec of the char tokenizer that `tokenizer_json` has written; ValueError for others."""
+    vocab, names = data["model"]["vocab"], [entry["content"] for entry in data["added_tokens"]]
+    chars = "".join(sorted(vocab.keys() - {UNKNOWN, *names}, key=vocab.get))
+    spec = {"kind": "char", "chars": chars, "special": names[1:]}
+    written = tokenizer_json(Tokenizer(spec))
+    if any(data.get(key) != written[key] for key in ("model", "normalizer", "pre_tokenizer")):
+        raise ValueError("model WordLevel: only one of single characters, as exported from here")
+    return spec
+
+
 def hub_tokenizer(folder):
     """The spec, of kind hf or spm, of the tokenizer in a Hugging Face model's folder.
 
@@ -158,6 +169,8 @@ def hub_tokenizer(folder):
         model, entries = data["model"], data.get("added_tokens") or []
         spm, kind = is_sentencepiece(data), model.get("type", "BPE")
         marks = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        if kind == "WordLevel":
+            return char_spec(data)
         if kind != "BPE" or marks:
             raise ValueError(f"model {kind}{marks or ''}: only byte-level BPE and SentencePiece's")
         ids = {t["content"]: t["id"] for t in entries}
@@ -167,8 +180,7 @@ def hub_tokenizer(folder):
                 raise ValueError(f"{t['content']!r} has single_word, lstrip or rstrip set")
         merges = model.get("merges", ())  # in old files a pair is one string
         model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
-        added = dict(ids)
-        spec = dict(kind="spm", data=data) if spm else byte_level_spec(data, added)
+        spec = dict(kind="spm", data=data) if spm else byte_level_spec(data, ids)
         names = {f"{n}_token": config.get(f"{n}_token") for n in ("bos", "eos", "unk", "pad")}
         names = {key: n["content"] if isinstance(n, dict) else n for key, n in names.items() if n}
         begin = hub_begin(data.get("post_processor"), ids)
@@ -179,9 +191,9 @@ def hub_tokenizer(folder):
         # a config.json may carry a default eos_token_id that is an ordinary token of this model
         end = next(itertools.chain(*ends), ids.get(names.get("eos_token"), ids.get(END)))
         if end is None:
-            end = added[END] = max((model["vocab"] | ids).values()) + 1
+            end = ids[END] = max((model["vocab"] | ids).values()) + 1
         words = {word: i for word, i in words.items() if i not in (end, begin)}
-        spec |= dict(added=added, words=words, end=end, begin=begin, ends=ends[0])
+        spec |= dict(added=ids, words=words, end=end, begin=begin, ends=ends[0])
         parts = folder.resolve().parts  # .../hub/OWNER/NAME/REVISION if it was downloaded
         spec["name"] = "/".join(parts[-3:-1] if parts[-4:-3] == ("hub",) else parts[-1:])
         template = config.get("chat_template")
@@ -215,8 +227,8 @@ def tokenizer_json(tokenizer):
     if spec["kind"] == "spm":
         return written_json(spec["data"], entries) | {"post_processor": begin_template(tokenizer)}
     ranks = dict(sorted(tokenizer.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
-    pattern = spec["pattern"] if spec["kind"] == "hf" else None
-    pattern = pattern or ruby_pattern(tokenizer.encoding._pat_str)
+    ours = spec["kind"] != "hf"
+    pattern = ruby_pattern(tokenizer.encoding._pat_str) if ours else spec["pattern"]
     split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
     if spec["kind"] == "char":
         vocab = {token.decode(): i for token, i in ranks.items()}

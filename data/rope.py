@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from data.cli import UserError
+
 # What a config says of each way: its parameters
 _BOTH = {"factor", "original_max_position_embeddings"}
 PARAMETERS = {
@@ -14,13 +16,16 @@ PARAMETERS = {
 }
 
 
-def known_scaling(scaling):
-    """Whether a dict {"rope_type": one of PARAMETERS, its parameters...} has all of them, as
-    numbers above 0 (`short_factor`: a list of numbers)."""
+def check_scaling(scaling, pairs):
+    """UserError unless a dict {"rope_type": one of PARAMETERS, its parameters...} has all of them,
+    as numbers above 0 (`short_factor`: a list of them, one for each of the `pairs` of channels)."""
     numbers = dict(scaling)
     known = PARAMETERS.get(numbers.pop("rope_type", None)) == set(numbers)
-    factors = numbers.pop("short_factor", [1])
-    return known and min(*factors, *numbers.values()) > 0
+    factors = numbers.pop("short_factor", [1] * pairs)
+    if not known or min(*factors, *numbers.values()) <= 0:
+        raise UserError(f"rope_scaling {scaling} is not implemented")
+    if len(factors) != pairs:
+        raise UserError(f"rope_scaling has a short_factor of {len(factors)} numbers, not {pairs}")
 
 
 def scale_frequency(frequency, scaling, theta):

@@ -108,7 +108,10 @@ def row_text(row, field, where):
     """The text of a row of JSON: a string; a dialogue (a list of turns); an object's `field`, by
     default the first of TEXT_FIELDS that it has, or an instruction, its input and output."""
     if isinstance(row, dict) and not field and {"instruction", "output"} <= row.keys():
-        history = [text for turn in row.get("history") or [] for text in turn]
+        history = row.get("history") or []
+        if not isinstance(history, list) or not all(isinstance(turn, list) for turn in history):
+            raise UserError(f"{where}: history is not [[question, answer], ...] but {history!r:.40}")
+        history = itertools.chain(*history)
         texts = [row.get("system"), *history, row["instruction"], row.get("input"), row["output"]]
         row = [{"content": text} for text in texts]
     elif isinstance(row, dict):
@@ -195,6 +198,7 @@ class Documents:
                     remedy = "if that is wrong, save it as UTF-8"
                     print(f"{name}: read as {encoding}; {remedy}", file=sys.stderr)
                 self.encodings[name] = encoding
+                "".encode(encoding)  # a LookupError for hex and rot13, which are no text encodings
                 decoder = codecs.getincrementaldecoder(encoding)()
                 starts = (head[i : i + BLOCK] for i in range(0, len(head), BLOCK))
                 for block in itertools.chain(starts, iter(partial(stream.read, BLOCK), b""), [b""]):
@@ -204,8 +208,8 @@ class Documents:
         except UnicodeDecodeError as e:
             at = f"byte {e.object[e.start]:#04x} at offset {e.start + offset - pending:,}"
             raise UserError(f"{name}: {at} is not text in {self.encoding or REMEDY}") from e
-        except LookupError as e:
-            raise UserError(f"--encoding {self.encoding}: {e}") from e
+        except (LookupError, UnicodeError) as e:
+            raise UserError(f"{name}: --encoding {self.encoding}: {e}") from e
         except DAMAGE as e:
             raise UserError(f"{name}: damaged, cut short or encrypted ({e})") from e
 

@@ -62,13 +62,6 @@ ANY_CHARACTER = r"(?s:.)"
 tiktoken.load.read_file = lambda url: fetch(url).read_bytes()
 
 
-def load_tiktoken(name):
-    """One of tiktoken's own encodings; UserError if its vocabulary cannot be downloaded."""
-    remedy = f"delete {DATA / 'downloads'} to download it again"
-    with explained(f"tokenizer {name} cannot be read: {remedy}"):
-        return tiktoken.get_encoding(name)
-
-
 class Tokenizer:
     """A tiktoken.Encoding and the plain-dict `spec` that rebuilds it anywhere.
 
@@ -96,7 +89,9 @@ class Tokenizer:
         elif kind not in ("tiktoken", "spm"):
             raise UserError(f"tokenizer kind {kind!r} is unknown to this version")
         if kind == "tiktoken":
-            base = load_tiktoken(spec["name"])
+            remedy = f"delete {DATA / 'downloads'} to download it again"
+            with explained(f"tokenizer {spec['name']} cannot be read: {remedy}"):
+                base = tiktoken.get_encoding(spec["name"])
             pattern, ranks, added = base._pat_str, base._mergeable_ranks, base._special_tokens
         elif kind == "spm":
             ranks, added = spec["data"]["model"]["vocab"], dict(spec["added"])
@@ -111,8 +106,7 @@ class Tokenizer:
         # Words are parts of any text, unless a chat's template writes them, as it does <think>
         tags = {w for w in words if w[0] in "<[" and w in str(spec.get("chat_template"))}
         self.words = {w: i for w, i in words.items() if w not in {*special, *tags}}
-        self.special = added | words  # name -> id
-        self.special = {name: i for name, i in self.special.items() if name not in self.words}
+        self.special = {name: i for name, i in added.items() if name not in self.words}
         if kind == "spm":
             self.encoding = SentencePiece(spec["data"], added, self.words)
             words = self.encoding.early_words
@@ -320,7 +314,7 @@ def learn_bpe(size, documents, total_bytes, pattern=PATTERN):
     Of more text than BPE_SAMPLE every k-th piece is counted, so that the sample covers all of it.
     """
     split, counts = regex.compile(pattern), Counter()
-    every = -(-total_bytes // BPE_SAMPLE) or 1
+    every = -(-total_bytes // BPE_SAMPLE) | 1  # odd: a short document has a long piece and its end
     pieces = (piece for _, pieces in documents for piece in pieces)
     for piece in itertools.islice(pieces, 0, None, every):
         counts.update(split.findall(piece))

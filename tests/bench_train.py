@@ -42,7 +42,7 @@ def make_ours(case, dtype):
     """Our job of a case."""
     config, _, rows, length, steps = CASES[case]
     batches = bench.random_batches(config.vocab_size, rows, length)
-    return bench.our_step(lm.Transformer(config), batches, dtype, steps)
+    return bench.our_step(lm.Transformer(config), batches, dtype, steps=steps)
 
 
 def main():
