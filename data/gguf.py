@@ -169,7 +169,8 @@ def hyperparameters(config, family):
     values["rope.freq_base"] = float(config["rope_theta"])
     scaling = config["rope_scaling"] or {"rope_type": None}
     if config["window"]:
-        raise UserError(f"a GGUF file of a {family} model has no window, it has {config['window']}")
+        window = f"window {config['window']}"
+        raise UserError(f"a GGUF file of a {family} model with {window}: not written")
     if scaling["rope_type"] == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
     elif scaling["rope_type"] and (family, scaling["rope_type"]) != ("llama", "llama3"):

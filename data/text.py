@@ -110,7 +110,7 @@ def row_text(row, field, where):
     if isinstance(row, dict) and not field and {"instruction", "output"} <= row.keys():
         history = row.get("history") or []
         if not isinstance(history, list) or not all(isinstance(turn, list) for turn in history):
-            raise UserError(f"{where}: history is not [[question, answer], ...] but {history!r:.40}")
+            raise UserError(f"{where}: history is not a list of pairs but {history!r:.40}")
         history = itertools.chain(*history)
         texts = [row.get("system"), *history, row["instruction"], row.get("input"), row["output"]]
         row = [{"content": text} for text in texts]

@@ -221,7 +221,7 @@ def test_a_private_or_gated_model_names_the_licence_and_the_token(hub, status, m
     assert "see that HF_TOKEN is right" in line and "hf_secret" not in line
     assert len(hub.log) == 2 and kept() == []  # never asked twice
     monkeypatch.setenv("SCRATCHLM_MIRROR", hub.base)
-    with pytest.raises(UserError, match="licence on https://huggingface.co/datasets/ann/set and"):
+    with pytest.raises(UserError, match=r"on https://huggingface\.co/datasets/ann/set and"):
         fetch(f"{VIEWER}/rows?dataset=ann%2Fset&split=train")
 
 
