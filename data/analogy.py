@@ -12,8 +12,8 @@ from data.hf_weights import hf_tensors
 
 
 class WordPiece:
-    """BERT's tokens, the lines of its vocab.txt: of each word the longest that it begins with, then
-    the longest that goes on, marked by ##. Each Chinese character is a word: 国 王, play ##ing."""
+    """BERT's tokens, the lines of its vocab.txt. A word is split into the longest token that it
+    begins with and the longest that continue it, marked ##: play ##ing. 国 and 王 are words."""
 
     def __init__(self, path):
         self.tokens = path.read_text(encoding="utf-8").split("\n")

@@ -49,7 +49,7 @@ PROBE = "I'm 12345, you'RE  x_1;\n\n  def f(a):\n\treturn\t'é' 汉字，你好�
 
 
 def split_name(pattern):
-    """(llama.cpp's name of the pattern that splits PROBE most like `pattern`, whether alike)."""
+    """(llama.cpp's name of the pattern that splits PROBE most like `pattern`, if equally)."""
 
     def cuts(pattern):
         return {m.end() for m in regex.finditer(pattern, PROBE)}
@@ -110,7 +110,7 @@ def q8_0(x):
 
 def q4_0(x):
     """Bytes of x (rows, columns): for each BLOCK a scale in fp16 and codes of 4 bits, of which the
-    second half of the block has the high ones. The largest weight becomes -8 or -7."""
+    second half of the block has the high ones. The weight of largest magnitude becomes -8."""
     blocks = x.reshape(-1, BLOCK)
     largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     scale = largest / -8
@@ -163,7 +163,7 @@ def packed(value):
 
 
 def hyperparameters(config, family):
-    """The values that describe the shape of a model, of which llama.cpp reads a family's own."""
+    """The values that describe a model's shape. llama.cpp ignores those that a family lacks."""
     pairs = (item.split("=") for item in SHAPE.split())
     values = {theirs: config[ours] for ours, theirs in pairs}
     values["rope.freq_base"] = float(config["rope_theta"])

@@ -44,7 +44,7 @@ def unspell(text):
 
 
 def bpe_parts(token, ranks):
-    """The last pieces of `token` before byte-pair encoding makes it one: two, if it ever does.
+    """The last pieces of `token` before byte-pair encoding merges them into it: two, if it does.
 
     These two are the only pair that it is ever made of, in any text: merges of lower rank inside
     it come first, and one across its border would leave no whole token here.
@@ -75,7 +75,7 @@ def hub_pattern(pre):
                 return DIGITS_PATTERN
         elif kinds == ["Split", "ByteLevel"] and first["behavior"] == "Isolated":
             pattern = first["pattern"]["Regex"]
-            # Their regular expressions are Ruby's, where these mean something else than in Rust's
+            # They are Ruby's regular expressions, where what is searched here differs from Rust's
             bare = re.sub(r"\\[pP]\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]", "", pattern)
             if re.search(r"[$^]|\}\+|\(\?[a-z-]*[msx]", bare):
                 raise ValueError(f"pre_tokenizer: pattern {pattern!r} has another meaning here")
@@ -110,10 +110,10 @@ def hub_begin(post, added):
         if step["type"] == "TemplateProcessing":
             for part in itertools.takewhile(lambda part: "SpecialToken" in part, step["single"]):
                 begin += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
-        elif step["type"] != "ByteLevel":  # that one moves offsets, no ids
+        elif step["type"] != "ByteLevel":  # ByteLevel changes offsets, not ids
             raise ValueError(f"post_processor {step['type']} can't be read")
     if len(begin) > 1 or not set(begin) <= set(added.values()):
-        raise ValueError(f"post_processor: ids {begin} in front are not one added token's")
+        raise ValueError(f"post_processor: ids {begin} in front do not belong to one added token")
     return begin[0] if begin else None
 
 
@@ -202,7 +202,7 @@ def hub_tokenizer(folder):
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}
         spec |= dict(chat_template=template, template_tokens=names)
-        Tokenizer(spec)  # tiktoken has not seen the pattern yet
+        Tokenizer(spec)  # raises if tiktoken cannot compile the pattern
     return spec
 
 

@@ -6,7 +6,7 @@ import torch
 
 from data.cli import UserError
 
-# What a config says of each way: its parameters
+# The parameters of each kind of rope scaling in a config
 _BOTH = {"factor", "original_max_position_embeddings"}
 PARAMETERS = {
     "linear": {"factor"},
@@ -31,8 +31,8 @@ def check_scaling(scaling, pairs):
 def scale_frequency(frequency, scaling, theta):
     """Rotation frequencies of pairs of channels, slowed down: all alike (`linear`), each by its own
     factor (`longrope`), or according to how often they turn in the original context: in full below
-    a low number of turns, not at all above a high one, in part in between. That part grows with the
-    turns (`llama3`, of Llama 3.1), or with the number of the pair (`yarn`, Peng et al. 2023)."""
+    a low number of turns, not at all above a high one, in part in between, where the slowdown falls
+    linearly with the turns (`llama3`) or grows with the pair's index (`yarn`, Peng et al. 2023)."""
     kind, factor, pairs = scaling["rope_type"], scaling.get("factor"), len(frequency)
     original = scaling.get("original_max_position_embeddings")
     if kind == "linear":

@@ -48,7 +48,7 @@ class Safetensors:
     """The tensors of a .safetensors file, mapped from disk: nothing is read until it is touched.
 
     8 bytes          header: {name: {"dtype", "shape", "data_offsets"}, ...}     data
-    header's length  JSON, UTF-8, perhaps with spaces behind                     without gaps
+    header's length  JSON, UTF-8, may be padded with spaces                     without gaps
 
     UserError names the file and what is wrong with it.
     """
