@@ -78,8 +78,8 @@ FIXED = {
 
 
 def dpo_margin(model, ids, targets, places, reference):
-    """(P, 2): the log probabilities of chosen and rejected answers under `model` minus those under
-    the reference, for a batch of `DPO.batch`."""
+    """(P, 2): the log-ratios of chosen and rejected answers, log probability under `model` minus
+    that under the reference, for a batch of `DPO.batch`."""
     logps = model(ids, targets, output="log_probs", places=places).sum(1)  # (2 P,)
     return torch.stack(logps.chunk(2), dim=1) - reference
 
@@ -99,9 +99,9 @@ def grpo_loss(logps, old, reference, advantage, places, clip, kl):
 
     summed over these ids. A is the advantage of the answer; ratio is the id's probability divided
     by `old`, the probability when it was sampled; q is the reference's probability divided by the
-    model's: the mean of q - log q - 1 is their KL divergence, and no term of it is negative
-    (Schulman 2020). Shao et al. 2024, equation 3, without its division by length and by standard
-    deviation (Liu et al. 2025).
+    model's: q - log q - 1 is never negative, and its mean is an unbiased estimate of
+    KL(model || reference) (Schulman 2020). Shao et al. 2024, equation 3, without its division by
+    length and by standard deviation (Liu et al. 2025).
 
     logps, old, reference: log probabilities (N, T); advantage (N, 1); places: the `target_places`.
     Returns tensors: loss, share of ids whose ratio is clipped, mean of the KL term.
@@ -138,7 +138,7 @@ def max_answer(context):
 
 
 def answer_jobs(examples, limit=None, calls_only=False):
-    """The assistant's Turns in chats that are to be answered, or `limit` of them evenly spread."""
+    """The assistant's turns that follow a message, as Turns; at most `limit`, evenly spaced."""
     jobs = [
         batches.Turn(e["messages"][:i], m, e.get("tools"))
         for e in examples
@@ -159,8 +159,8 @@ def job_prompt(job, tokenizer, context):
 
 def generate_turns(model, tokenizer, prompts, seeds=None, follow=None):
     """The turns that the model writes after the prompts: (lists of ids, messages). They are greedy,
-    or sampled with a seed for each prompt. A turn that ends makes room for the next one: for one of
-    the same conversation if follow(number of the prompt, ids) has made its prompt longer."""
+    or sampled with one seed per prompt. When a turn ends, a waiting prompt takes its place. If
+    follow(index of the prompt, ids) has extended its prompt and returns True, that one is next."""
     template, max_tokens = chat.get_template(tokenizer), max_answer(model.config.context)
     options = dict(allowed=allowed_ids(model, tokenizer, chat=True), ends=template.ends)
     options["max_new_tokens"] = max_tokens
@@ -188,9 +188,9 @@ def generate_turns(model, tokenizer, prompts, seeds=None, follow=None):
 
 
 def converse(model, tokenizer, env, starts, seeds=None):
-    """Whole conversations of the model with copies of an environment, reset by the numbers in
-    `starts`: ([messages], [Row], [reward]). The Rows consist of the ids that were read and drawn,
-    and the latter are learned. The context may end a conversation before the environment does."""
+    """Whole conversations of the model with copies of an environment, reset with the seeds
+    `starts`: ([messages], [Row], [reward]). The Rows hold the ids that were read and drawn; only
+    the latter are learned. The context may end a conversation before the environment does."""
     template, envs = chat.get_template(tokenizer), [copy.copy(env) for _ in starts]
     room = model.config.context - max_answer(model.config.context)
     with cli.user_code("reset(seed) of --env fails"):
@@ -240,16 +240,16 @@ class Split:
 
     examples: list
     rows: list
-    prompts: list = field(default_factory=list)  # of GRPO, which learns from these and not the rows
-    env: object = None  # of GRPO: the environment, in place of prompts from the rows
-    reference: torch.Tensor | None = None  # of DPO: log probabilities (N, 2) before training
+    prompts: list = field(default_factory=list)  # for GRPO, which learns from them, not `rows`
+    env: object = None  # for GRPO: the environment, in place of prompts from the rows
+    reference: torch.Tensor | None = None  # for DPO: log probabilities (N, 2) before training
 
 
 class SFT:
     """Chats: the assistant's turns are learned. The other objectives override what differs.
 
-    To add an objective, write a class like these and enter it in OBJECTIVES. `args`, `tokenizer`,
-    `labels` and `runtime` (a Runtime) are there for it.
+    To add an objective, write a class like these and enter it in OBJECTIVES. It can use self.args,
+    self.tokenizer, self.labels and self.runtime (a Runtime).
     """
 
     kinds, noun, figure = ("chat",), "conversations", "slot_f1"  # figure: what --best_by may name
@@ -300,7 +300,7 @@ class SFT:
         return {}
 
     def batch(self, split, numbers, rows, number=0):
-        """The tensors of batch `number` of the run: of `rows`, with these numbers in the Split."""
+        """The tensors of batch `number` of the run, made of `rows` (their indices: `numbers`)."""
         ids, targets = batches.pad(rows)
         return ids, targets, lm.target_places(targets)
 
@@ -377,7 +377,7 @@ class Classify(SFT):
         return {}
 
     def loss(self, model, ids, targets, places):
-        """The summed loss among the labels alone, as it is measured."""
+        """The summed loss over the label tokens alone, as in `report`."""
         logps = model(ids, targets, output="log_probs", allowed=self.allowed, places=places)
         return -logps.sum()
 
@@ -425,7 +425,7 @@ class DPO(SFT):
             why = f"there are no pairs of {min(new)} in this run's reference, the model before DPO"
             raise UserError(f"{why}: resume it with --split val")
         with lm.evaluating(model), self.runtime.autocast(), lora.disable_adapter(model):
-            logps = partial(dpo_margin, model)  # while no Split has a reference
+            logps = partial(dpo_margin, model)  # split.reference is None: zeros are subtracted
             reference |= {name: self.over_pairs(split, logps) for name, split in new.items()}
         for name, split in splits.items():
             split.reference = reference[name]
@@ -448,7 +448,7 @@ class DPO(SFT):
 
     @fast_products()  # as in training, so that both agree at the start
     def over_pairs(self, split, measure):
-        """Apply measure(*batch) -> (P, 2) to all pairs, in batches: (N, 2)."""
+        """measure(*batch) -> (P, 2), computed in batches for all N pairs of the Split: (N, 2)."""
         measured, out = [], torch.zeros(len(split.rows), 2)
         buckets = batches.bucket(range(len(split.rows)), split.rows, self.args.batch_tokens)
         for numbers in watched(buckets, "measuring: batch"):
@@ -474,9 +474,9 @@ class Distill(SFT):
     """Chats that are learned from a teacher's probabilities as well (Hinton et al. 2015)."""
 
     flags = {
-        "teacher": (str, "the checkpoint that is learned from"),
+        "teacher": (str, "checkpoint of the teacher"),
         "distill_lambda": (share, "share of the cross-entropy"),
-        "distill_temperature": (positive, "softens teacher and model"),
+        "distill_temperature": (positive, "temperature that softens both distributions"),
     }
     recipe = dict(teacher=None, distill_lambda=0.5, distill_temperature=2.0)
 
@@ -502,7 +502,7 @@ class Distill(SFT):
 
 class RewardModel(DPO):
     """Preference pairs: a scalar head learns to give the chosen answer more than the rejected one
-    (Ouyang et al. 2022, equation 1). The head is the row of one more token."""
+    (Ouyang et al. 2022, equation 1). The head is the output row of an added token."""
 
     flags = {}
 
@@ -584,13 +584,13 @@ class SharedPrompt(lm.KVCache):
         self.kept = {}
 
     def begin(self, ids):
-        """As `KVCache.begin`."""
+        """See `KVCache.begin`."""
         start = self.ids.shape[1]
         self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
         return lm.NewTokens(slice(start, start + ids.shape[1]))
 
     def update(self, i, new, *keys_and_values):
-        """As `KVCache.update`."""
+        """See `KVCache.update`."""
         if not new.positions.start:
             self.kept[i] = keys_and_values
             return keys_and_values
@@ -598,13 +598,13 @@ class SharedPrompt(lm.KVCache):
         return [torch.cat(pair, dim=2) for pair in zip(old, keys_and_values)]
 
     def seen_ids(self, new):
-        """As `KVCache.seen_ids`."""
+        """See `KVCache.seen_ids`."""
         return self.ids
 
 
 def group_logps(runner, model, ids, targets, groups, allowed=None):
-    """Log probabilities (N, T) of targets among the `allowed` ids, answers to prompts, in batches
-    as `GRPO.batch` makes them: each prompt is computed once. `runner`: see train.make_runner."""
+    """Log probabilities (N, T) of the answers' ids among the `allowed` ones, for a batch as
+    `GRPO.batch` makes it. Each prompt is computed once. `runner`: see train.make_runner."""
     logps = []
     for row, group, (n, T, places) in zip(ids, targets.chunk(len(ids)), groups):
         shared, prompt = SharedPrompt(model), row[None, :n]
@@ -625,13 +625,13 @@ class GRPO(SFT):
     flags = {
         "reward": (str, f"what is learned from: {', '.join(REWARDS)}, a .py file with a function "
                    "reward(messages, answer, wanted), or a run of --objective reward; "
-                   "slots,faithful is both"),
-        "env": (str, "what is talked to instead: hotel, or a .py file with a class Env, whose "
-                "reset(seed) and step(message) speak and whose reward(messages) rates"),
+                   "slots,faithful uses the first that applies"),
+        "env": (str, "the environment to talk to instead: hotel, or a .py file whose class Env has "
+                "reset(seed), step(message) and reward(messages)"),
         "samples": (between(2, 4096, int), "answers sampled for each prompt"),
         "updates": (at_least(1), "optimizer steps with the same answers"),
         "clip": (positive, "ratios of probabilities are clipped to 1 +- this"),
-        "kl": (at_least(0, float), "weight of the divergence from the model at the start"),
+        "kl": (at_least(0, float), "weight of the KL divergence from the initial model"),
         "pairs": (str, "with --eval_only: a file for preference pairs, the best of the answers to "
                   "each prompt and a worse one"),
     }  # fmt: skip
@@ -649,8 +649,8 @@ class GRPO(SFT):
         self.figures = defaultdict(list)  # of each micro-batch since the last line of the log
 
     def make_split(self, examples):
-        """The Split of examples as chats, with Prompts of the turns that the reward is for, or as
-        many conversations with an environment."""
+        """The Split of examples as chats, with a Prompt for each turn that the reward applies to,
+        or, with an environment, one for each conversation to be held."""
         split, context = super().make_split([as_chat(e) for e in examples]), self.args.context
         if self.env:
             room = self.args.samples * context
@@ -673,7 +673,7 @@ class GRPO(SFT):
         """Load the reference: the weights at the start, or the base of an adapter. A resumed run
         keeps the answers that rank 0 sampled for further updates; other ranks sample anew."""
         self.model, self.reference = model, None
-        # under the probabilities of all ids, one that is never sampled is not held back, and grows
+        # normalised over these ids: otherwise ids that are never sampled would gain probability
         self.allowed = allowed_ids(model, self.tokenizer, chat=True)
         if self.args.kl and not lora.adapted(model):
             base = lm.load_checkpoint(self.args.ckpt)
@@ -734,8 +734,8 @@ class GRPO(SFT):
         return batch
 
     def sample(self, model, split, prompts, seeds):
-        """Returns the messages that the model writes after the prompts, the Rows of both, and the
-        rewards."""
+        """Returns the messages written after the prompts (with an environment, the conversations),
+        the Rows of both, and the rewards."""
         if split.env:
             return converse(model, self.tokenizer, split.env, [p.turn for p in prompts], seeds)
         answers, turns = generate_turns(model, self.tokenizer, [p.ids for p in prompts], seeds)
@@ -750,8 +750,8 @@ class GRPO(SFT):
 
     def pairs(self, model, split):
         """Sample answers to each prompt and return preference pairs in the page's format: the
-        chosen answer has the largest reward, and the rejected one is any with a smaller reward.
-        (With rejected answers of about the same length, a policy learned to leave facts out.)"""
+        chosen answer has the largest reward, and the rejected one is a random one with a smaller
+        reward. (Choosing one of similar length taught a policy to leave facts out.)"""
         samples, rng, found = self.args.samples, random.Random(self.args.seed), []
         prompts = [p for p in split.prompts for _ in range(samples)]
         turns, _, rewards = self.sample(model, split, prompts, range(len(prompts)))
@@ -814,7 +814,7 @@ class GRPO(SFT):
         clipped ratios, the divergence from the reference, and the mean of -log p of learned ids."""
         names = ["reward", "reward_std", "equal_groups", "answer_tokens", "clipped", "kl"]
         names += ["entropy"]
-        values = [list(map(float, self.figures[k])) for k in names]  # here, for each is a GPU sync
+        values = [list(map(float, self.figures[k])) for k in names]  # only here: a GPU sync each
         sums = self.runtime.total(*map(sum, values), *map(len, values))
         self.figures.clear()
         means = {k: s / n for k, s, n in zip(names, sums, sums[len(names) :]) if n}
@@ -863,7 +863,7 @@ def resolve(args):
     suitable = [name for name, c in OBJECTIVES.items() if kind in c.kinds]
     name = settings.get("objective", suitable[0])
     if name not in suitable:
-        raise UserError(f"--objective {name} does not suit {data}, rows of {kind}")
+        raise UserError(f"--objective {name} does not suit {data}, whose rows are of kind {kind}")
     objective = OBJECTIVES[name]
     if content is None:
         if LORA_FLAGS & set(given) and "lora_rank" not in settings:
@@ -895,7 +895,7 @@ def check_settings(args, objective, splits, given):
         "--pairs needs --eval_only and --reward": a.pairs and not (a.eval_only and a.reward),
         "--lora_rank 0 trains all weights, without adapters: leave out the flags of LoRA":
             LORA_FLAGS & set(given) and not a.lora_rank,
-        "--quantize freezes the base: add --lora_rank 8, so that something learns":
+        "--quantize freezes the base: add --lora_rank 8, so that there is something to train":
             a.quantize and not a.lora_rank,
         f"--best_by {a.best_by} is not measured here: choose from {', '.join(figures)}":
             not a.eval_only and a.best_by not in figures,
@@ -956,7 +956,7 @@ def make_task(args, objective, splits, loader, extra):
     def batch(number):
         numbers, rows = loader.get(number)
         ids, *rest = objective.batch(splits["train"], numbers, rows, number)
-        if args.token_dropout:  # so that no single word of few texts is relied on
+        if args.token_dropout:  # so that the model does not rely on single words of a small set
             rng = np.random.default_rng((args.seed, 1, number))
             dropped = torch.from_numpy(rng.random(ids.shape) < args.token_dropout)
             ids = ids.masked_fill(dropped, objective.tokenizer.eos_id)
@@ -971,7 +971,7 @@ def make_task(args, objective, splits, loader, extra):
         with lm.evaluating(model), runtime.autocast():
             return runtime.of_first(objective.evaluate(model, splits["val"], when))
 
-    def score(row):  # the evaluation with the smallest one is the best
+    def score(row):  # the evaluation with the smallest score is the best
         if args.best_by == "last":
             return -row["step"]
         if args.best_by not in row:
@@ -987,7 +987,7 @@ def make_task(args, objective, splits, loader, extra):
 
 
 def example_questions(examples, count=4):
-    """What users ask in `count` of the examples, from all over the list; the page shows them."""
+    """What users ask in `count` of the examples, evenly spaced; the page shows them."""
     questions = [q for q in dict.fromkeys(map(first_words, examples)) if 0 < len(q) <= 160]
     return questions[:: max(1, len(questions) // count)][:count]
 
@@ -1173,25 +1173,25 @@ def build_parser():
     figures = ", ".join(dict.fromkeys(c.figure for c in OBJECTIVES.values()))
     add("--best_by",
         help=f"what selects best.pt: last, {figures}, or val_loss ({defaults('best_by')})")
-    add("--eval_rows", type=at_least(0), help="answers of an evaluation (default 64; 0: none); the "
+    add("--eval_rows", type=at_least(0), help="answers per evaluation (default 64; 0: none); the "
         "closing report answers all")
     add("--show_mask", type=at_least(1), metavar="N", help="print N rows token by token and stop")
     add = p.add_argument_group("rows").add_argument
     add("--rows", metavar="START:STOP", help="slice of the training rows, such as 1000:5001")
     add("--max_rows", type=at_least(1), help="the first rows of each split only (default: all)")
-    add("--encoding", help="of the files (default: recognise UTF-8, UTF-16 and GB18030)")
+    add("--encoding", help="encoding of the files (default: recognise UTF-8, UTF-16, GB18030)")
     add("--loss_on", choices=("assistant", "call"), help="what is learned (default: assistant)")
     add("--augment", type=share, help="hotel dialogues: probability that a value is exchanged "
         "throughout a dialogue, and that a question is added (default 0)")
     add("--token_dropout", type=share, help="probability of hiding a token (default 0)")
-    add("--dropout", type=float, help="of the model (default: the checkpoint's)")
+    add("--dropout", type=float, help="dropout of the model (default: the checkpoint's)")
     add("--batch_tokens", type=at_least(1),
         help=f"of a micro-batch, with padding ({defaults('batch_tokens')})")
     add("--context", type=int, help="longest row (default and maximum: the checkpoint's)")
     add = p.add_argument_group("few parameters, little memory").add_argument
-    add("--lora_rank", type=at_least(0), help="of adapters, all else frozen (default 0: none)")
+    add("--lora_rank", type=at_least(0), help="rank of adapters to a frozen base (default 0: none)")
     add("--lora_alpha", type=positive, help="adapters are scaled by alpha / rank (default: 2 rank)")
-    add("--lora_dropout", type=between(0, 0.99), help="of the adapters' inputs (default 0)")
+    add("--lora_dropout", type=between(0, 0.99), help="dropout of adapters' inputs (default 0)")
     add("--lora_targets", help="attention, mlp, all (default), or names of layers with commas")
     add("--quantize", choices=("int8", "nf4"), help="quantize the frozen base; needs --lora_rank")
     for objective, c in OBJECTIVES.items():

@@ -1028,7 +1028,8 @@ def check_context(context, model):
     longest = model.config.context
     context = longest if context is None else context
     if not 2 <= context <= longest:
-        raise UserError(f"--context {context} must be from 2 to the model's {longest}")
+        limit = "at least 2" if context < 2 else f"at most the model's {longest}"
+        raise UserError(f"--context {context} must be {limit}")
     return context
 
 
@@ -1060,7 +1061,7 @@ def settle(args, model, runtime, context, folder):
 
 def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
     """The lines before the first step: what is trained, what it takes. A micro-batch has up to
-    `per_batch` tokens, a step `per_step` (or None), a row `length`; the share `learned` has loss."""
+    `per_batch` tokens, a step `per_step` (or None), a row `length`; `learned` is a share."""
     c, counts = model.config, lm.count_parameters(lm.meta_model(model.config))
     n = counts["total"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -23,7 +23,7 @@ from data.cli import explained
 
 
 def content_text(content):
-    """The text of a content: a text, None, or a list of text parts. ValueError for any other."""
+    """The text of a content: a text, None, or a list of text parts. ValueError for others."""
     parts = content if isinstance(content, list) else [content or ""]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     if not all(isinstance(text, str) for text in texts):
@@ -38,8 +38,8 @@ def tool_call(name, arguments, call_id=None):
 
 
 def read_call(call):
-    """The `tool_call` of an entry of `tool_calls`, or of {"name", "arguments"}, as somebody else
-    wrote it. ValueError if it is malformed."""
+    """The `tool_call` of an entry of `tool_calls`, or of {"name", "arguments"}, in any of the forms
+    that others write. ValueError if it is malformed."""
     function = call.get("function", call)
     name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
     if not isinstance(name, str) or name.split() != [name]:
@@ -175,8 +175,8 @@ class Template:
     end       the id that closes an assistant's turn; `ends` are all ids that end one
     call_tag  the tag with which a call begins, "" if calls are bare JSON, None if there are none;
               `call` is the id of that tag, None if it is not a token
-    tags      {tag of a thought or a call: how `Reply` spells it}: after a MARK if it is a token,
-              since the same characters are plain text then; `tag_ids` is {id: the same}
+    tags      {tag of a thought or a call: its spelling in `Reply`}, with a MARK if it is one token,
+              to tell it from the same text; `tag_ids` is {id: that spelling}
     blanks    the white space that it writes before and after an answer, as Llama 2's does
     spoken    the ids of the special tokens that an answer may contain
     """
@@ -273,12 +273,12 @@ class Template:
         return text, len(prompt) if text.startswith(prompt) else common_length(text, prompt)
 
     def place_after(self, text):
-        """What `encode` is to know of the text before: it is empty, or ends with a special token,
-        or with other text."""
+        """The `follows` argument of `encode` for what comes after `text`: "special" if it ends with
+        a special token, "text" after other text, "" at the start."""
         return text and ("special" if text.endswith(tuple(self.tokenizer.special)) else "text")
 
     def encode(self, text, follows=None):
-        """The ids of a text that the template wrote: names of special tokens are these tokens."""
+        """The ids of a text that the template wrote; names of special tokens become the tokens."""
         parts = re.split(f"({self.typed.pattern})", text)
         parts = [re.sub(f"{MARK}({MARK}?)", r"\1", part) for part in parts]
         return self.tokenizer.encode_parts(parts, follows)
@@ -319,7 +319,7 @@ class Template:
         for n, (start, stop) in enumerate(pairwise([0, *borders, len(text)])):
             part = self.encode(text[start:stop], self.place_after(text[:start]))
             if part and n % 2 == 0 and mask and mask[-1] and ids[-1] not in self.ends:
-                mask += [int(part[0] in self.ends)] + [0] * (len(part) - 1)  # GLM: the next role
+                mask += [int(part[0] in self.ends)] + [0] * (len(part) - 1)  # GLM ends with a role
             else:
                 mask += [n % 2] * len(part)
             ids += part

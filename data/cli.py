@@ -214,7 +214,7 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(name, known, 1, 0.85)
         elif word.lower() in ("true", "false"):
             off = any(flag.startswith("--no-") for flag in known)
-            return f": a switch takes no value, {'--no-NAME turns it off' if off else 'leave it out'}"
+            return f": a switch takes no value, {'--no-NAME turns it off' * off or 'leave it out'}"
         else:
             run = word.endswith(".pt") or any(Path(word).glob("*.pt"))
             near = [f for f in (("--ckpt",) if run else ("--prompt", "--data")) if f in known]
@@ -235,8 +235,8 @@ def number(kind, wanted, accepts):
 
 
 def at_least(low, kind=int):
-    """An argparse type: a finite number not below `low`."""
-    return number(kind, f"at least {low}", lambda v: low <= v <= 2**62)
+    """An argparse type: a number from `low` to 2**62."""
+    return number(kind, f"at least {low} and at most 2**62", lambda v: low <= v <= 2**62)
 
 
 def between(low, high, kind=float):

@@ -145,7 +145,7 @@ HOTEL = dict(
     rows=True, tidy=tidy_calls, augment=augment, scores=fact_scores, rewards=(faithful,), env=Env
 )  # fmt: skip
 
-# To add a text or a set of rows: a line here.
+# To add a text or a set of rows, add a line here.
 SOURCES = {
     "stdlib": Source(lambda: {"train": stdlib_files()}, "bpe:2048"),
     "sales": Source(partial(download, SALES_SHA256, train=SALES), "cl100k_base"),

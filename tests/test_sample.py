@@ -451,6 +451,7 @@ def test_words_of_a_bert_need_its_vocabulary_and_one_tensor(say, file):
     assert len(lines) == 4 + 3 and say(*flags, ckpt="bert").splitlines() == lines[1:4]
     others = say("--analogy", "playing", ckpt="bert").split()[1::2]
     assert sorted(others) == sorted(map(repr, words.keys() - {"play", "##ing", "[CLS]"}))
+    assert say("--analogy", "PLÄY", ckpt="bert") == say("--analogy", "play", ckpt="bert")
     for word in ("plays", "e"):
         with pytest.raises(UserError, match=f"'{word}' is not in the model's vocabulary"):
             say("--analogy", word, ckpt="bert")
@@ -462,7 +463,7 @@ def test_words_of_a_bert_need_its_vocabulary_and_one_tensor(say, file):
     ("--top_p 2", "--top_p 2"),
     ("--top_k -1", "--top_k -1"),
     ("--max_new_tokens 0", "--max_new_tokens 0"),
-    ("--temperature inf", "--temperature inf must be at least 0"),
+    ("--temperature inf", "--temperature inf must be at least 0 and"),
     ("--prompt_ids a,b", "a,b"),
     ("--prompt_ids 5,320", "320 .*0 to 319"),
     (f"--prompt a --seed {2**70}", "--seed"),

@@ -434,7 +434,7 @@ def test_accumulation_follows_from_the_tokens_of_a_step():
 
     assert settled(4) == (2, 512)
     assert settled(1, context=32) == (2, 64)
-    with pytest.raises(UserError, match="--context 65 must be from 2 to the model's 64"):
+    with pytest.raises(UserError, match="--context 65 must be at most the model's 64"):
         train.check_context(65, model)
     for world, accum in ((1, 8), (2, 4), (8, 1)):
         assert settled(world, total_batch_tokens=512) == (accum, 512)
