@@ -73,9 +73,9 @@ def analogy(expression, tokenizer, table, choices=(), n=10):
     table (V, C) is the embedding table. Candidates are `choices`, or all tokens but those of the
     expression. Mikolov et al. 2013: directions between words carry meaning.
     """
-    terms = re.findall(r"([+-]?)\s*([^\s+-]+)", expression)
-    if not terms:
-        raise UserError(f"--analogy {expression!r} must be words with + and - between them")
+    if not re.fullmatch(r"\s*[^\s+-]+(\s+[+-]\s+[^\s+-]+)*\s*", expression):
+        raise UserError(f"--analogy {expression!r} must be words with ' + ' or ' - ' between them")
+    terms = zip("+" + re.sub(r"[^+-]", "", expression), re.split(r"[\s+-]+", expression.strip()))
     goal, used, candidates = torch.zeros(table.shape[1]), set(), list(choices)
     for sign, word in terms:
         vector, ids = word_vector(word, tokenizer, table)
