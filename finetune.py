@@ -1099,7 +1099,7 @@ def main(argv=None):
     train.place(model, args, runtime)
     if adapter and not runtime.sharded:
         lora.hold_frozen(model, DTYPES[runtime.dtype])
-    check_memory(model, args.batch_tokens, runtime)
+    check_memory(model, args.batch_tokens, runtime.device)
 
     def epoch_rows(epoch):
         new = split

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import model as lm
-from data.cli import Parser, StopSignal, UserError, at_least, positive, run_cli
+from data.cli import Parser, StopSignal, UserError, at_least, positive, quoted, run_cli
 from data.files import write_json
 from data.idx import FILES, download_idx, read_folder_idx
 from data.machine import choose_device, random_state, set_random_state
@@ -152,7 +152,8 @@ def fit(run, images, labels, batch_loss, evaluate):
                 if stop.number:
                     run.save()
                     if run.out:
-                        print(f"stopped at step {run.step}: continue with --resume {run.out}")
+                        stopped = f"stopped at step {run.step}"
+                        print(f"{stopped}: continue with --resume {quoted(run.out)}")
                     return 128 + stop.number
                 start = time.perf_counter()
                 # most optimizers call the closure once and then step; lbfgs calls it several times

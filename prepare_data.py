@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import tiktoken
 
-from data.cli import Parser, UserError, at_least, number, run_cli
+from data.cli import Parser, UserError, at_least, number, quoted, run_cli
 from data.download import DATA, EXTRAS, MB, fetch, is_hub_name, snapshot_download
 from data.files import file_sha256, locked, read_json, write_json
 from data.hf_tokenizer import find_tokenizer, hub_tokenizer
@@ -204,7 +204,7 @@ def prepare(
     source = " ".join(sources)
     shards = any(isinstance(file, tuple) for file in files)
     if shards and max_tokens is None:
-        command = f"prepare_data.py {source} --max_tokens 1e8"
+        command = f"prepare_data.py {' '.join(map(quoted, sources))} --max_tokens 1e8"
         raise UserError(f"{source} has no end: say how much of it by --max_tokens, as {command}")
     streams = [s for f in files for s in ([f] if isinstance(f, tuple) else file_streams(f))]
     fetched = [SOURCES[s].fetch() for s in sources if s in SOURCES and not SOURCES[s].rows]
@@ -326,8 +326,9 @@ def find_data(source, resuming=False):
     if resuming:
         raise UserError(f"{source}, the text of this run, is gone: prepare it again")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"prepare the text before several processes: prepare_data.py {source}")
-    print(f"preparing {source} first (python prepare_data.py {source})")
+        command = f"prepare_data.py {quoted(source)}"
+        raise UserError(f"prepare the text before several processes: {command}")
+    print(f"preparing {source} first (python prepare_data.py {quoted(source)})")
     return prepare(source)
 
 
@@ -345,7 +346,9 @@ def other_tokenizer(folder, wanted):
         with contextlib.suppress(UserError):  # of another version
             if Tokenizer(read_meta(path.parent)["tokenizer"]).same_ids(wanted):
                 name = path.parent
-    command = f"python prepare_data.py {meta['source']} --tokenizer {name} --name {folder.name}"
+    source = quoted(s) if Path(s := meta["source"]).exists() else s  # or several
+    command = f"python prepare_data.py {source} --tokenizer {quoted(name)} --name "
+    command += quoted(folder.name)
     both = f"the checkpoint's tokenizer is {wanted.name}, that of {folder} {old}"
     return f"{both} (or has other tokens): {command} prepares it again"
 

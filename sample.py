@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import lora
 import model as lm
+from data import cli
 from data.analogy import analogy, bert_words
 from data.chat import common_length, get_template
 from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
@@ -917,8 +918,8 @@ def check_kind(tokenizer, path, args):
     ask for, a note if another flag suits it better."""
     labels = labels_of(tokenizer)
     if REWARD_TOKEN in tokenizer.special and args.analogy is None:
-        advice = f"it rates answers: finetune.py --objective grpo --reward {path} learns from it"
-        raise UserError(f"{path} is a reward model and writes nothing; {advice}")
+        advice = f"finetune.py --objective grpo --reward {cli.quoted(path)} learns from it"
+        raise UserError(f"{path} is a reward model and writes nothing: {advice}")
     if labels and args.chat:
         raise UserError(f"{path} is a classifier of {', '.join(labels)}: give the text as --prompt")
     if args.prompt and not labels and get_template(tokenizer):

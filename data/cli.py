@@ -10,6 +10,7 @@ import importlib
 import math
 import os
 import re
+import shlex
 import signal
 import struct
 import sys
@@ -267,11 +268,19 @@ class StopSignal:
             with contextlib.suppress(RuntimeError):  # this thread may just be printing
                 print(f"\n{self.words}; Ctrl-C again stops now", file=sys.stderr)
         self.number = number
-        self.__exit__()
+        self.restore()
 
-    def __exit__(self, *_):
+    def restore(self, *_):
+        """Give signals their usual effect again."""
         for s, handler in self.old.items():
             signal.signal(s, handler)
+
+    __exit__ = restore
+
+
+def quoted(path):
+    """`path` as a word of a command that a user may copy into a shell."""
+    return shlex.quote(str(path))
 
 
 def printable(text):
