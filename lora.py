@@ -3,13 +3,13 @@
     python lora.py merge --ckpt out/stdlib --adapter out/chat --out out/merged
     python lora.py export --ckpt gpt2 --adapter out/style --out peft/style     for peft
 
-finetune.py trains adapters (--lora_rank, --quantize). Two ideas, both applied to a model from
-outside, by replacing its Linear layers one by one:
+finetune.py trains adapters (--lora_rank, --quantize). Both of the following replace the Linear
+layers of an existing model, one by one:
 
-    LoRA       y = W x  +  alpha / rank * B (A x)    W is frozen, only the thin A and B learn
-    quantized  y = dequantize(codes, scales) x       W takes 4 or 8 bits a weight instead of 32
+    LoRA       y = W x  +  alpha / rank * B (A x)    W is frozen, the low-rank A and B are trained
+    quantized  y = dequantize(codes, scales) x       W takes 4 or 8 bits per weight instead of 32
 
-Together they are QLoRA. Neither depends on the Transformer: any module with nn.Linear will do.
+Together they are QLoRA. LoRA works on any module with nn.Linear, quantization on layers in TARGETS.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def quantize_int8(x, size=BLOCK):
 
 
 def quantize_nf4(weight):
-    """Codes (blocks, 32) uint8, two a byte, high half first; absolute maxima (blocks, 1)."""
+    """Codes (blocks, 32) uint8, two per byte, the first in the high bits; scales (blocks, 1)."""
     blocks = blocks_of(weight, BLOCK)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
     levels = torch.tensor(NF4, device=weight.device)
@@ -81,13 +81,13 @@ def dequantize(buffers, rows, columns):
     return values.view(-1)[: rows * columns].view(rows, columns)
 
 
-# One operation, which autograd and torch.compile do not look into: they would keep a dequantized
-# copy of every layer from the forward pass to the backward pass.
+# An operation that is opaque to autograd and torch.compile: otherwise they would keep a
+# dequantized copy of every layer from the forward pass to the backward pass.
 @torch.library.custom_op("scratchlm::quantized_product", mutates_args=())
 def quantized_product(
     x: Tensor, buffers: list[Tensor], bias: Tensor | None, rows: int, columns: int, transpose: bool
 ) -> Tensor:
-    """x @ weight.T + bias for the weight that `dequantize` gives, or x @ weight."""
+    """x @ weight.T + bias if `transpose`, else x @ weight, for the weight of `dequantize`."""
     weight = dequantize(buffers, rows, columns).to(x.dtype)
     return F.linear(x, weight, bias) if transpose else x @ weight
 
@@ -97,12 +97,12 @@ def _(x, buffers, bias, rows, columns, transpose):
     return x.new_empty(*x.shape[:-1], rows if transpose else columns)
 
 
-def _keep(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     _, buffers, _, *ctx.sizes, _ = inputs
     ctx.save_for_backward(*buffers)
 
 
-@partial(quantized_product.register_autograd, setup_context=_keep)
+@partial(quantized_product.register_autograd, setup_context=_setup_context)
 def _(ctx, grad):
     buffers = list(ctx.saved_tensors)
     grad = quantized_product(grad, buffers, None, *ctx.sizes, False)
@@ -111,7 +111,7 @@ def _(ctx, grad):
 
 class QuantLinear(nn.Module):
     """A frozen Linear in `int8` or `nf4`, dequantized whenever it is used. Each block of 64 weights
-    has a scale; the scales, less their mean, are int8 codes in turn: 8.13 or 4.13 bits a weight."""
+    has a scale; scales minus their mean are stored in int8, too: 8.13 or 4.13 bits per weight."""
 
     def __init__(self, linear, kind):
         super().__init__()
@@ -144,7 +144,7 @@ class QuantLinear(nn.Module):
 
 
 def quantize(model, kind, device="cpu"):
-    """Replace the Linears of the blocks by frozen, quantized ones, and return their names. They go
+    """Replace the Linears of the blocks with frozen, quantized ones and return their names. They go
     to `device` one by one, so that it never holds the full weights; the rest becomes float32."""
     layers = find_layers(model, "all", nn.Linear)
     for name, linear in layers.items():
@@ -157,17 +157,17 @@ def quantize(model, kind, device="cpu"):
 # Adapters
 # --------------------------------------------------------------------------------------------
 
-# Values of --lora_targets: a group, or names of layers separated by commas, ours or transformers'.
+# Values of --lora_targets: a group, or our or transformers' names of layers, separated by commas.
 TARGETS = {"attention": ("q", "k", "v", "out"), "mlp": ("up", "gate", "down")}
 TARGETS["all"] = TARGETS["attention"] + TARGETS["mlp"]
 
 
 def find_layers(model, targets, kinds):
     """{full name: layer} of the layers of `kinds` that `targets` names, each by its last or its
-    full name. UserError if there are none."""
+    full name. UserError if a name matches none of them."""
     theirs = (name.removesuffix("_proj") for name in re.findall(r"[\w.]+", targets))
     wanted = set(TARGETS.get(targets) or ("out" if name == "o" else name for name in theirs))
-    bases = {layer.base for layer in adapted(model).values()}  # they are no targets of their own
+    bases = {layer.base for layer in adapted(model).values()}  # these are not targets themselves
     layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in bases}
     names = {n.rpartition(".")[2] for n in layers}
     unknown = wanted - names - set(layers)
@@ -186,8 +186,8 @@ class Named(nn.ParameterDict):
 
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha / rank * B(A(dropout(x))) for the active one of the adapters over the base.
-    A (rank, in) starts random, B (out, rank) at zero: it changes nothing yet (Hu et al. 2021)."""
+    """base(x) + alpha / rank * B(A(dropout(x))) for the active adapter, or base(x). A (rank, in)
+    starts random and B (out, rank) at zero, so a new adapter changes nothing (Hu et al. 2021)."""
 
     def __init__(self, base):
         super().__init__()
@@ -205,7 +205,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self):
-        """The weight (out, in) with what the active adapter adds to it."""
+        """The weight (out, in), with the active adapter merged in."""
         if (n := self.active) is None:
             return self.base.weight
         return self.base.weight + self.scale[n] * (self.b[n] @ self.a[n])
@@ -228,8 +228,8 @@ def add_lora(
     """Add adapters to the target layers, make them active, and freeze everything else; returns the
     layers' names. A second call with another `name` adds a second adapter over the same base.
 
-    targets: attention, mlp, all, or layer names with commas. `modules_to_save` (peft's term) are
-    trained in full beside the adapter and saved with it: the tables of a base that lacks the chat's
+    targets: attention, mlp, all, or names separated by commas. `modules_to_save` (peft's term) are
+    trained in full beside the adapter and saved with it, such as the tables of a base that lacks
     special tokens. UserError if no layer matches or one shares its weight, as a tied head does.
 
     >>> add_lora(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
@@ -272,7 +272,7 @@ def hold_frozen(model, dtype):
 
 @torch.no_grad()
 def set_adapter(model, name=None):
-    """Make the adapter `name` the active one, or none. Its `modules_to_save` are written into the
+    """Activate the adapter `name`, or none if it is None. Its `modules_to_save` are copied into the
     model, and what the previous adapter learned there is kept for its return."""
     if name not in (None, *adapter_names(model)):
         listed = ", ".join(adapter_names(model)) or "none"
@@ -300,7 +300,7 @@ def base_parameters(model):
 
 @contextlib.contextmanager
 def disable_adapter(model):
-    """The bare base, for as long as the `with` lasts (the reference model of DPO)."""
+    """Within the `with` block no adapter is active (this is the reference model of DPO)."""
     name = getattr(model, "active_adapter", None)
     set_adapter(model)
     try:
@@ -315,7 +315,7 @@ def disable_adapter(model):
 
 
 def fingerprint(state):
-    """sha256 over the names and bytes of a state dict, by which an adapter knows its base."""
+    """sha256 over the names and bytes of a state dict, by which an adapter identifies its base."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
@@ -349,8 +349,8 @@ def load_adapter(model, content, name="default"):
 
 
 def load_adapted(base, adapters, where="the base"):
-    """A model with adapters over it, the first one active: from the content of the base checkpoint
-    and {name: content of an adapter checkpoint}. UserError if it is not their base."""
+    """The model of a base checkpoint's content with {name: content of an adapter checkpoint} over
+    it, the first one active. UserError if an adapter belongs to another base."""
     if whole := [name for name, content in adapters.items() if "adapter" not in content]:
         raise UserError(f"{whole[0]} is a whole model, not an adapter: use it as --ckpt")
     infos = {name: content["adapter"] for name, content in adapters.items()}
@@ -374,8 +374,8 @@ def load_adapted(base, adapters, where="the base"):
 
 @torch.no_grad()
 def merge(model):
-    """Replace each adapted layer by a plain Linear, W + alpha / rank * B A of the active adapter,
-    in float32, and each quantized layer by a plain one. Returns their names."""
+    """Replace each adapted layer with a plain Linear, W + alpha / rank * B A of the active adapter,
+    in float32, and each quantized layer with a plain one. Returns their names."""
     model.eval()  # dropout cannot be merged
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (LoRALinear, QuantLinear))}
     # the quantized base of an adapted layer is merged with its adapter
@@ -396,10 +396,10 @@ def merge_and_save(model, tokenizer, path):
     names = merge(model)
     difference = float((model(ids) - before).abs().max() / before.abs().max())
     if not difference < 1e-3:
-        raise UserError(f"merging changed the logits by {difference:.1e} of their size: not saved")
+        raise UserError(f"merging changed the logits by a relative {difference:.1e}: not saved")
     content = {"config": asdict(model.config), "model": dict(model.state_dict())}
     lm.save_checkpoint(path, content | {"tokenizer": tokenizer})
-    print(f"{path}: {len(names)} layers merged, logits differ by {difference:.1e} of their size")
+    print(f"{path}: {len(names)} layers merged, relative difference of the logits {difference:.1e}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def merge_and_save(model, tokenizer, path):
 
 
 def build_parser():
-    p = Parser(description="Work with adapters; finetune.py trains them.")
+    p = Parser(description="Merge or export LoRA adapters, which finetune.py trains.")
     p.add_argument("command", choices=("merge", "export"), help="merge: write base and adapter as "
                    "one checkpoint; export: write the adapter for Hugging Face's peft")  # fmt: skip
     p.add_argument("--ckpt", required=True, help=f"the base: {lm.WHAT_CKPT}")
@@ -433,7 +433,7 @@ def main(argv=None):
     in_transformers = is_hub_name(args.ckpt) or Path(args.ckpt, "config.json").exists()
     where = args.ckpt if in_transformers else None
     write_peft(content, base["model"], values["model_type"], config, path.parent, where)
-    print(f"{path.parent}: an adapter for peft, over the model that {args.ckpt} exports to")
+    print(f"{path.parent}: an adapter for peft; its base is {args.ckpt} as model.py exports it")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A first training loop: a network reads handwritten digits; another one, later, draws them.
+"""A first training loop: one network learns to read handwritten digits, another to draw them.
 
     python mnist.py                                the course's network, five epochs
     python mnist.py --optimizer adam --epochs 15   another optimizer, or --loss, --schedule
     python mnist.py --compare optimizer            all of them, their curves in one picture
-    python mnist.py --recipe fast                  a convolutional net, a minute for 99.4 %
+    python mnist.py --recipe fast                  a convolutional network: 99.4 % in a minute
     python mnist.py --diffusion                    learn to draw, in half an hour
     python mnist.py --draw "3 1 4"                 a picture of these digits
 
@@ -39,23 +39,23 @@ from data.plot import line_svg, png, sheet, write_png
 from data.runs import OUT, Log, new_run
 
 # --------------------------------------------------------------------------------------------
-# The data: 60,000 digits to learn from, 10,000 to be tested on
+# The data: 60,000 training images and 10,000 test images
 # --------------------------------------------------------------------------------------------
 
 MEAN, STD = 0.1307, 0.3081  # mean and standard deviation of the training pixels, in [0, 1]
 
 
 def load_mnist(device="cpu", folder=None):
-    """((images, labels), (test images, test labels)) on `device`: images (N, 28, 28) float32,
-    normalised by MNIST's training mean and standard deviation, labels (N,) int64. Downloaded, or
-    read from `folder`. They are converted once (220 MB), so that a batch is one index operation."""
+    """Return ((images, labels), (test images, test labels)) on `device`: images (N, 28, 28) float,
+    normalised by MNIST's training mean and standard deviation, and labels (N,) int64. Reads from
+    `folder` or downloads. All are converted at once (220 MB), so indexing them gives a batch."""
     read = partial(read_folder_idx, folder) if folder else download_idx
 
     def tensors(x, y):
         if x.shape != (len(y), 28, 28) or len(y) == 0 or y.max() > 9:
             raise UserError(
-                f"{len(y):,} labels up to {max(y, default=0)} do not fit images of shape "
-                f"{x.shape}: N labels from 0 to 9 and N images of 28 x 28 are needed"
+                f"found {len(y):,} labels up to {max(y, default=0)} and images of shape "
+                f"{x.shape}; needed are N labels from 0 to 9 and N images of 28 x 28"
             )
         x = torch.tensor(x, dtype=torch.float32, device=device)
         return x.div_(255).sub_(MEAN).div_(STD), torch.tensor(y, dtype=torch.int64, device=device)
@@ -70,22 +70,22 @@ def load_mnist(device="cpu", folder=None):
 
 
 class MLP(nn.Module):
-    """784 - 256 - 128 - 64 - 10, ReLU and dropout in between: a multi-layer perceptron."""
+    """A multilayer perceptron, 784-256-128-64-10, with ReLU and dropout between its layers."""
 
     def __init__(self, dropout=0.2):
         super().__init__()
         self.layers = nn.Sequential(
-            *(nn.Linear(784, 256), nn.ReLU(), nn.Dropout(dropout)),
-            *(nn.Linear(256, 128), nn.ReLU(), nn.Dropout(dropout)),
-            *(nn.Linear(128, 64), nn.ReLU(), nn.Dropout(dropout)),
+            nn.Linear(784, 256), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(256, 128), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(128, 64), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(64, 10),
-        )
+        )  # fmt: skip
 
     def forward(self, images):  # (B, 28, 28) -> (B, 10)
         return F.log_softmax(self.layers(images.flatten(1)), dim=-1)
 
 
-# What to minimise. Each takes log probabilities (B, 10) and labels (B,), and returns a mean.
+# Losses: each takes log probabilities (B, 10) and labels (B,), and returns a mean, a scalar.
 LOSSES = {
     "nll": F.nll_loss,  # cross-entropy, since the network ends with log_softmax
     "mse": lambda log_p, labels: F.mse_loss(log_p.exp(), F.one_hot(labels, 10).float()),
@@ -95,7 +95,7 @@ LOSSES = {
     ),
 }
 
-# How to step downhill: torch's class, its learning rate (for SGD SGD_LR's instead), its settings.
+# {name: (class, learning rate, other arguments)}; SGD's rate depends on the loss instead (SGD_LR)
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, 0.01, {}),
     "momentum": (torch.optim.SGD, 0.01, dict(momentum=0.9)),
@@ -107,17 +107,17 @@ OPTIMIZERS = {
     "adamw": (torch.optim.AdamW, 0.001, dict(weight_decay=0.05)),
     "lbfgs": (torch.optim.LBFGS, 1.0, dict(max_iter=5, line_search_fn="strong_wolfe")),
 }
-# Small batches are too noisy to estimate the curvature, or to compare the signs of two gradients.
-BATCH_SIZES = {"lbfgs": 2000, "rprop": 6000}  # other optimizers: 64
+# L-BFGS estimates curvature and Rprop compares gradient signs: small batches are too noisy.
+BATCH_SIZES = {"lbfgs": 2000, "rprop": 6000}  # others: the recipe's, or 64
 
-# How the learning rate changes over the `steps` of a run; `a.lr` is its largest value.
+# Learning rate schedules of an optimizer `o`, for flags `a` (peak `a.lr`) and a number of steps
 SCHEDULES = {
     "constant": lambda o, a, steps: torch.optim.lr_scheduler.ConstantLR(o, factor=1.0),
     "step": lambda o, a, steps: torch.optim.lr_scheduler.StepLR(o, steps // a.epochs, a.gamma),
     "cosine": lambda o, a, steps: torch.optim.lr_scheduler.CosineAnnealingLR(o, steps),
-    "onecycle": lambda o, a, steps: torch.optim.lr_scheduler.OneCycleLR(  # up, then down to 0
+    "onecycle": lambda o, a, steps: torch.optim.lr_scheduler.OneCycleLR(  # up, then almost to 0
         o, a.lr, max(4, steps), anneal_strategy="linear", cycle_momentum=False,
-        pct_start=max(0.2, 2 / max(4, steps)),  # torch requires at least two steps for the way up
+        pct_start=max(0.2, 2 / max(4, steps)),  # torch requires two steps or more of warmup
     ),
 }
 
@@ -128,8 +128,8 @@ SCHEDULES = {
 
 
 def fit(run, images, labels, batch_loss, evaluate):
-    """Train the model of `run`, a `Run` (below), for `run.args.epochs` epochs. Minimises
-    batch_loss(model, images, labels). What `evaluate()` returns after each epoch goes into
+    """Train the model of `run`, a `Run` (below), for `run.args.epochs` epochs, minimising
+    batch_loss(model, images, labels). What `evaluate()` returns after each epoch is written to
     `run.log`. Ctrl-C or SIGTERM saves the run and stops it. Returns the exit code."""
     a, model, optimizer = run.args, run.model, run.optimizer
 
@@ -142,7 +142,7 @@ def fit(run, images, labels, batch_loss, evaluate):
     model.train()
     with StopSignal() as stop:
         for epoch in range(run.step // run.per_epoch, a.epochs):
-            # the course and the default read the images in the file's order; --shuffle is better
+            # as in the course, images are not shuffled by default; --shuffle learns better
             order = torch.arange(len(images))
             if a.shuffle:
                 generator = torch.Generator().manual_seed(1000 * a.seed + epoch)
@@ -167,16 +167,16 @@ def fit(run, images, labels, batch_loss, evaluate):
 
 class Run:
     """A training run: its model, optimizer and progress. `saved` is the content of the mnist.pt
-    that is resumed.
+    to resume from.
 
     `log.rows` has the mean loss of every hundred steps (of each epoch, if shorter), and what
-    `evaluate` gave for every epoch; metrics.jsonl has them, too. Without `out` all is silent."""
+    `evaluate` gave for every epoch, as metrics.jsonl has. Without `out` nothing is written."""
 
     def __init__(self, model, args, n_images, out=None, saved=None):
         self.model, self.args, self.out = model, args, out
         make, lr, settings = OPTIMIZERS[args.optimizer]
         if make is torch.optim.SGD:
-            lr = read_loss(args.loss or "nll")[1]  # SGD's rate depends on the loss
+            lr = parse_loss(args.loss or "nll")[1]  # SGD's rate depends on the loss
         args.lr = args.lr or lr
         args.batch_size = args.batch_size or BATCH_SIZES.get(args.optimizer, 64)
         self.n_images, self.per_epoch = n_images, math.ceil(n_images / args.batch_size)
@@ -197,7 +197,7 @@ class Run:
             self.log.write(**row)
 
     def log_step(self, loss, seconds):
-        """Count a step; print the loss of every hundredth batch, as the course does."""
+        """Count and log a step; print every hundredth loss, as in the course. UserError for NaN."""
         if not math.isfinite(loss):
             kept = "the last checkpoint, if there is one, is kept"
             raise UserError(f"step {self.step}: the loss is {loss}; {kept}. Try a lower --lr")
@@ -226,7 +226,7 @@ class Run:
 
 
 # --------------------------------------------------------------------------------------------
-# The report: how many are right, beside what the course saw, and which are wrong
+# The report: accuracy beside the course's results, and the misclassified images
 # --------------------------------------------------------------------------------------------
 
 # The course's log of the default run: right of 10,000, and test loss, after each epoch
@@ -240,7 +240,7 @@ def log_probabilities(model, images):
 
 
 def score(model, loss, images, labels, name=None):
-    """The row of an evaluation for the log; printed as the course does if `name` is given."""
+    """Return the row of an evaluation for the log; with a `name`, print it as the course does."""
     log_p, total = log_probabilities(model, images), len(labels)
     right, mean = (log_p.argmax(-1) == labels).sum().item(), loss(log_p, labels).item()
     if name:
@@ -269,7 +269,7 @@ def write_pictures(out, model, images, labels):
     wrong = wrong[confidence[wrong].argsort(descending=True)][:60]
     if len(wrong):
         write_png(out / "wrong.png", sheet(grey(images[wrong]), 12, 2))
-    first = next(p for p in model.parameters() if p.dim() > 1).detach()  # (units, ... 784 or h, w)
+    first = next(p for p in model.parameters() if p.dim() > 1).detach()  # (units, 784 or 1, h, w)
     size = 28 if first.dim() == 2 else first.shape[-1]
     first = first.reshape(-1, size, size).cpu()
     first = first[first.square().sum((1, 2)).argsort(descending=True)[:64]]  # the largest weights
@@ -278,7 +278,7 @@ def write_pictures(out, model, images, labels):
 
 
 # --------------------------------------------------------------------------------------------
-# A better network: convolutions, and digits moved about so that no two epochs are alike
+# A better network: convolutions and data augmentation
 # --------------------------------------------------------------------------------------------
 
 
@@ -290,7 +290,7 @@ def convolution(inputs, outputs, size, stride=1):
 
 class ConvNet(nn.Module):
     """Three convolutions, from 28 x 28 pixels to 14 x 14 x 16 and 7 x 7 x 64 features, and a linear
-    layer. The same few weights are applied everywhere: a 7 is a 7 in any position."""
+    layer. A convolution applies the same few weights at every position."""
 
     def __init__(self, width=16):
         super().__init__()
@@ -323,7 +323,7 @@ def distort(images):
 # Pictures from words: a transformer that turns noise into the digit it is asked for
 # --------------------------------------------------------------------------------------------
 
-NOBODY = 10  # the label "any digit", for guidance: it replaces one label in ten in training
+NULL_LABEL = 10  # the label "any digit", for guidance: it replaces one label in ten in training
 PATCH = 7  # a patch is 7 x 7 pixels, an image 4 x 4 patches: the transformer's 16 tokens
 
 
@@ -374,7 +374,7 @@ def flow_loss(denoiser, images, labels):
     B, device = len(images), images.device
     t = torch.randn(B, device=device).sigmoid()  # mostly the middle, where predicting is hard
     x = torch.lerp(torch.randn_like(images), images, t[:, None, None])
-    labels = labels.masked_fill(torch.rand(B, device=device) < 0.1, NOBODY)
+    labels = labels.masked_fill(torch.rand(B, device=device) < 0.1, NULL_LABEL)
     error = denoiser(x, t, labels) - images
     return (error / (1 - t[:, None, None]).clamp(min=0.05)).square().mean()
 
@@ -393,10 +393,10 @@ def drawing(denoiser, labels, seed=0, steps=30, guidance=2.0):
         images, share = [], 1 / (steps - step)
         with lm.evaluating(denoiser):
             for part, asked in zip(x.split(250), labels.split(250)):
-                both = torch.cat((asked, torch.full_like(asked, NOBODY)))
+                both = torch.cat((asked, torch.full_like(asked, NULL_LABEL)))
                 t = torch.full(both.shape, step / steps, device=x.device)
-                label, nobody = denoiser(torch.cat((part, part)), t, both).chunk(2)
-                images.append(torch.lerp(part, torch.lerp(nobody, label, guidance), share))
+                label, unlabelled = denoiser(torch.cat((part, part)), t, both).chunk(2)
+                images.append(torch.lerp(part, torch.lerp(unlabelled, label, guidance), share))
         yield (x := torch.cat(images))
 
 
@@ -429,16 +429,16 @@ def digits_of(text):
 # fmt: off (one line a recipe, one line a flag)
 NETWORKS = {"course": MLP, "fast": ConvNet, "diffusion": Denoiser}
 ADAMW = dict(optimizer="adamw", schedule="onecycle", batch_size=128, shuffle=True)
-RECIPES = {  # for flags that are not given; those of "fast" were found with the validation images
+RECIPES = {  # defaults of flags; those of "fast" were tuned on the validation images
     "course": dict(optimizer="sgd", schedule="constant", epochs=5, loss="nll", shuffle=False),
     "fast": dict(epochs=4, loss="nll", lr=0.01, **ADAMW),
     "diffusion": dict(epochs=16, lr=0.002, **ADAMW),
 }
 SWITCHES = {"optimizer": OPTIMIZERS, "loss": LOSSES, "schedule": SCHEDULES}
-SGD_LR = {"nll": 0.01, "mse": 0.5, "euclidean": 0.05, "cosine": 0.1}  # the smaller its gradients
+SGD_LR = {"nll": 0.01, "mse": 0.5, "euclidean": 0.05, "cosine": 0.1}  # to suit gradient sizes
 
 
-def read_loss(text):
+def parse_loss(text):
     """(function, learning rate that suits SGD) of a loss or a sum like "mse+0.5*cosine"."""
     terms = [term.rpartition("*") for term in text.split("+")]
     terms = [(float(weight or 1), LOSSES[name], SGD_LR[name]) for weight, _, name in terms]
@@ -461,24 +461,24 @@ def build_parser():
     add = group.add_mutually_exclusive_group().add_argument
     add("--compare", choices=tuple(SWITCHES), help="train the course's network with each of these")
     add("--draw", metavar="TEXT", help='write a picture of these digits, e.g. "3 1 4"')
-    add("--judge", type=at_least(1), metavar="N", help="let --recipe fast read N drawn digits")
+    add("--judge", type=at_least(1), metavar="N", help="classify N drawn digits with the fast net")
     add("--resume", nargs="?", const="", metavar="RUN", help="continue a run (default: newest)")
     add = p.add_argument_group("training").add_argument
     add("--epochs", type=at_least(1), help="default 5, fast 4, diffusion 16")
-    add("--batch_size", type=at_least(1), help="images a step (64; lbfgs, rprop more; others 128)")
-    add("--optimizer", type=plain, choices=tuple(OPTIMIZERS), help="default sgd; others adamw")
+    add("--batch_size", type=at_least(1), help="images per step (64; other recipes 128)")
+    add("--optimizer", type=plain, choices=tuple(OPTIMIZERS), help="sgd; other recipes adamw")
     add("--lr", type=positive, help="largest learning rate (default: what suits the optimizer)")
-    add("--schedule", type=plain, choices=tuple(SCHEDULES), help="constant; others onecycle")
-    add("--gamma", type=positive, help="of --schedule step: factor after an epoch (default 0.9)")
+    add("--schedule", type=plain, choices=tuple(SCHEDULES), help="constant; other recipes onecycle")
+    add("--gamma", type=positive, help="factor after each epoch of --schedule step (default 0.9)")
     add("--loss", type=plain, help=f"{', '.join(LOSSES)} or a sum, mse+0.5*cosine (default nll)")
-    add("--shuffle", action=argparse.BooleanOptionalAction, help="a new order every epoch")
-    add("--seed", type=at_least(0), help="of weights, order, dropout (default 42), of drawings (0)")
+    add("--shuffle", action=argparse.BooleanOptionalAction, help="shuffle the images every epoch")
+    add("--seed", type=at_least(0), help="random seed (default 42; for --draw and --judge 0)")
     add("--data", metavar="DIR", help="a folder with four IDX files (default: download MNIST)")
     add("--out", metavar="DIR", help="folder of the run (default: out/mnist..., numbered if taken)")
     add("--device", help="auto (default), cpu, cuda, mps")
     add = p.add_argument_group("drawing").add_argument
-    add("--steps", type=at_least(1), help="from noise to digit (default 30)")
-    add("--guidance", type=positive, help="1 is plain, more is clearer (default 2)")
+    add("--steps", type=at_least(1), help="number of sampling steps (default 30)")
+    add("--guidance", type=positive, help="1: none; larger values: clearer digits (default 2)")
     return p
 
 
@@ -525,7 +525,7 @@ def settle(args):
         recipe = args.recipe or "course"
         if args.out and any(Path(args.out).glob("*.pt")):
             raise UserError(f"{args.out} already holds a run: --resume it, or another --out")
-        if args.optimizer in BATCH_SIZES:  # not the recipe's
+        if args.optimizer in BATCH_SIZES:  # the recipe's values do not suit these
             given = {"batch_size": None, "lr": None} | given
         vars(args).update(dict(recipe=recipe, seed=42, gamma=0.9) | RECIPES[recipe] | given)
         return None
@@ -535,7 +535,7 @@ def settle(args):
     saved = lm.load_checkpoint(folder / "mnist.pt", resuming=True)
     old, free = saved["args"], {"resume", "epochs", "data", "device"}
     if args.epochs not in (None, old["epochs"]) and old["schedule"] not in ("constant", "step"):
-        free.remove("epochs")  # such a schedule depends on their number
+        free.remove("epochs")  # such a schedule depends on the number of epochs
     if changed := [k for k in given if k not in free and given[k] != old.get(k)]:
         raise UserError(f"--{changed[0]} cannot change when resuming {folder}")
     vars(args).update(old | given | {"out": str(folder)})  # the folder may have been moved
@@ -543,7 +543,7 @@ def settle(args):
 
 
 def start(args, saved, device, images):
-    """The run with these settings, its model on `device`; prints the first line."""
+    """Seed, and return the run with these settings; write settings.json, print the first line."""
     torch.manual_seed(args.seed)
     model = NETWORKS[args.recipe]().to(device)
     if args.optimizer == "lbfgs":  # torch's takes weights in no other order
@@ -561,12 +561,12 @@ def train_reader(args, saved, device):
     """Train the course's network or the fast one, and report. Returns the exit code."""
     (images, labels), test = load_mnist(device, args.data)
     eval_set, name, augment = test, "Test", lambda x: x
-    if args.recipe == "fast":  # its settings were chosen, so not by the test images
+    if args.recipe == "fast":  # tuned, and evaluated, on validation images, not on the test set
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(device)
         held_out, order = order.split([n := -(-len(order) // 12), len(order) - n])
         eval_set, name, augment = (images[held_out], labels[held_out]), "Validation", distort
         images, labels = images[order], labels[order]
-    loss = read_loss(args.loss)[0]
+    loss = parse_loss(args.loss)[0]
     run = start(args, saved, device, len(images))
     evaluate = partial(score, run.model, loss, *eval_set, name)
     if code := fit(run, images, labels, lambda m, x, y: loss(m(augment(x)), y), evaluate):
@@ -584,15 +584,15 @@ def train_reader(args, saved, device):
 
 
 def compare(args, device):
-    """Train the course's network with each optimizer, loss or schedule: a table, and an SVG of the
-    share of test images read wrong. Returns the exit code."""
+    """Train the course's network with each optimizer, loss or schedule. Prints a table and draws an
+    SVG of the test error. Returns the exit code."""
     switch, (images, labels), test = args.compare, *load_mnist(device, args.data)
     curves = {}
     print(f"{switch:10} {'lr':>6} {'seconds':>8} {'right':>6}  after each of {args.epochs} epochs")
     for value in SWITCHES[switch]:
         a = argparse.Namespace(**vars(args) | {switch: value})
         torch.manual_seed(a.seed)
-        run, loss = Run(MLP().to(device), a, len(images)), read_loss(a.loss)[0]
+        run, loss = Run(MLP().to(device), a, len(images)), parse_loss(a.loss)[0]
         evaluate = partial(score, run.model, loss, *test)
         try:
             if code := fit(run, images, labels, lambda m, x, y, loss=loss: loss(m(x), y), evaluate):
@@ -646,7 +646,7 @@ def draw_text(args, device):
 
 
 def judge(args, device):
-    """Draw --judge digits, as many of each, and count how many the fast reader, which has never
+    """Draw --judge digits, 0 to 9 in turn, and count how many the fast reader, which has never
     seen a drawn one, reads as the digit that was asked for. Returns the exit code."""
     (reader, _), (denoiser, _) = load_run("fast", device), load_run("diffusion", device)
     labels, start = torch.arange(args.judge, device=device) % 10, time.perf_counter()
@@ -654,7 +654,7 @@ def judge(args, device):
     seconds = time.perf_counter() - start
     right = log_probabilities(reader, drawn).argmax(-1) == labels
     share = f"{right.sum()} of {len(labels)} ({right.float().mean():.1%})"
-    print(f"{share} are read as what was asked for; {seconds / len(labels):.3f} s a digit")
+    print(f"{share} are read as the requested digit; {seconds / len(labels):.3f} s per digit")
     return 0
 
 

@@ -5,7 +5,7 @@
     python model.py --ckpt out/stdlib               the same for a trained model
     python model.py --ckpt out/llama --export hf    write a folder that transformers can read
 
-One Transformer covers GPT-2, the course's own model and the families of data/hf_config.py, such as
+One Transformer covers GPT-2, the `novel` model and the families of data/hf_config.py, such as
 Llama and Qwen. Their differences are fields of `Config`. prepare_data.py prepares text, train.py
 has the optimizers, sample.py samples.
 
@@ -46,7 +46,7 @@ POSITIONS = ("rope", "learned", "sinusoidal")
 NORMS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
 NORM_PLACES = ("pre", "post", "both")
 
-# To add an activation: name it here. Those with "glu" in their name are gated.
+# To add an activation, give its name and function here. Names that contain "glu" are gated.
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's
@@ -67,13 +67,13 @@ class Config:
     n_layer: int = 4  # blocks
     n_head: int = 4  # heads of queries in each block
     d_model: int = 128  # channels between the blocks
-    context: int = 128  # the most tokens that the model can look at
+    context: int = 128  # maximum number of tokens that the model can attend to
     n_kv_head: int | None = None  # key/value heads; fewer is grouped-query attention; None: n_head
     head_size: int | None = None  # channels of a head; None: d_model / n_head
-    d_ff: int | None = None  # None: 4 * d_model (gated: 8/3), divided by experts_per_token
-    experts: int = 0  # feed-forwards per block, from which a router chooses; 0: one, no router
+    d_ff: int | None = None  # width of a feed-forward; None: 4 (gated 8/3) d_model / chosen experts
+    experts: int = 0  # feed-forward networks per block, chosen by a router; 0: one, no router
     experts_per_token: int | None = None  # experts that a token uses; None: 2
-    norm_topk_prob: bool | None = None  # chosen experts' weights sum to 1; None: if several chosen
+    norm_topk_prob: bool | None = None  # scale the chosen weights to sum to 1; None: if k > 1
     router_aux_loss_coef: float = 0.01  # weight of the loss that balances the use of the experts
     position: str = "rope"  # how positions are encoded
     norm: str = "rmsnorm"  # kind of norm, in the blocks and before the head
@@ -94,14 +94,14 @@ class Config:
     induction: bool = False  # also embed an id that may be copied, see `Induction`
     successor: bool = False  # also embed what followed the previous occurrence of each id
     tied: bool = False  # the head is the embedding table, transposed
-    dropout: float = 0.0  # probability, in training: embedding, attention, sublayer outputs
+    dropout: float = 0.0  # probability for embeddings, attention weights and sublayer outputs
     eps: float = 1e-5  # epsilon of the norms
     rope_theta: float = 10000.0  # base of the rotation frequencies; a larger one makes them lower
     rope_scaling: dict | None = None  # {"rope_type": one of data/rope.py's, its parameters...}
     rotary_share: float = 1.0  # share of a head's channels that rope rotates
-    window: int = 0  # tokens that layers with a window can look at; 0: no window
+    window: int = 0  # number of tokens that layers with a sliding window attend to; 0: no window
     window_layers: list | None = None  # for each layer, whether it has a window; None: all have
-    window_theta: float = 0.0  # rope_theta of layers with a window, unscaled; 0: that of the others
+    window_theta: float = 0.0  # rope_theta of windowed layers, without rope_scaling; 0: rope_theta
     embed_scale: float = 1.0  # multiplies embedding and positions if there is no embed_norm
     residual_scale: float = 1.0  # multiplies what attention and feed-forward add to their input
     logit_scale: float = 1.0  # multiplies the final states, and therefore the logits
@@ -168,16 +168,16 @@ class Config:
             raise UserError(f"{where} cannot be built: {e}") from e
 
 
-# What learned fastest in our trials at these sizes (tests/BENCHMARKS.md): norms without weights and
-# another one after the embedding, tables for values and pairs of tokens, a token to copy
-# (`Induction`), squared ReLU; and two of Config's defaults: an untied head, and output projections
+# These settings learned fastest in our trials at these sizes (tests/BENCHMARKS.md): norms without
+# weights, one more norm after the embedding, qk_norm, tables for values and pairs of tokens,
+# `Induction`, squared ReLU, and two defaults of Config: an untied head, and output projections
 # that start at zero. LayerNorm learns just as well as RMSNorm, and torch's kernel for it is twice
 # as fast on a CPU.
 _OURS = dict(
     norm="layernorm", norm_weight=False, activation="relu2", qk_norm=True, embed_norm=True,
     value_embed=True, bigram=8192, induction=True,
 )  # fmt: skip
-# 64 channels a head and large tables cost little time, see tests/BENCHMARKS.md
+# 64 channels per head and large tables cost little time, see tests/BENCHMARKS.md
 _TINY = dict(n_layer=4, n_head=3, d_model=192, context=1024)
 _TABLES = _OURS | dict(bigram=2**15, trigram=2**16, successor=True)
 _GPT2 = dict(
@@ -193,7 +193,7 @@ _NOVEL = dict(
 # The fields of named shapes. train.py replaces vocab_size by the `padded_vocab` of the data.
 PRESETS = {
     "tiny": _TINY | _TABLES,
-    # tiny with four times the feed-forward weights, of which a token passes through a quarter
+    # tiny with four times the feed-forward weights, a quarter of which are used for each token
     "moe": _TINY | _TABLES | dict(experts=8),
     "small": _OURS | dict(vocab_size=4096, n_layer=6, n_head=8, d_model=256, context=256),
     "baby": _OURS | dict(vocab_size=4096, n_layer=6, n_head=6, d_model=384, context=256),
@@ -241,12 +241,11 @@ def rope_tables(context, head_size, theta, scaling=None, share=1.0):
     """Cosines and sines of the rotation angles, each (context, hs). RoFormer, Su et al. 2021.
 
     Channel i is rotated with channel i + hs/2 (the layout of Llama and Qwen weights), at position t
-    by the angle t * theta ** (-2i / hs): the first pairs fast, the last ones slowly. If only a
-    `share` of the channels is rotated, hs in the formula is their number, and the remaining pairs
-    are not rotated.
+    by the angle t * theta ** (-2i / hs), which is largest for the first pair. If only a `share` of
+    the channels is rotated, hs in the formula is the number of those.
     """
-    # on the CPU even where the default device is meta; computed as by Hugging Face's transformers,
-    # to round alike
+    # on the CPU even if the default device is meta; in the same order of operations as
+    # transformers, so that results are rounded alike
     rotated = int(head_size * share)
     channel = torch.arange(0, rotated, 2, device="cpu").float()
     frequency = 1.0 / theta ** (channel / rotated)
@@ -255,7 +254,7 @@ def rope_tables(context, head_size, theta, scaling=None, share=1.0):
     frequency = F.pad(frequency, (0, (head_size - rotated) // 2))  # (hs/2,)
     angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, hs/2)
     angle = torch.cat((-angle, angle), dim=-1)  # see apply_rope
-    factor = (scaling or {}).get("attention_factor", 1.0)  # YaRN's: its square scales the scores
+    factor = (scaling or {}).get("attention_factor", 1.0)  # yarn, longrope: squared in the scores
     factor = torch.where(frequency > 0, factor, 1.0).repeat(2)  # (hs,)
     return angle.cos() * factor, angle.sin() * factor
 
@@ -263,7 +262,7 @@ def rope_tables(context, head_size, theta, scaling=None, share=1.0):
 def apply_rope(x, cos, sin):
     """Rotate x (B, nh, T, hs) by the rows of `cos` and `sin` (broadcastable to x).
 
-    The dot product of a rotated query and key depends only on the distance of their positions. Two
+    The dot product of a rotated query and key depends only on the distance between them. Two
     channels a and b, hs/2 apart, become
 
         a cos - b sin    (the minus is in the first half of the sines of `rope_tables`)
@@ -274,7 +273,7 @@ def apply_rope(x, cos, sin):
 
 
 def sinusoid_table(context, d_model):
-    """The positions of "Attention Is All You Need" (2017), section 3.5: (context, C)."""
+    """Sinusoidal encodings (context, C) of "Attention Is All You Need" (2017), section 3.5."""
     frequency = 10000.0 ** (-torch.arange(0, d_model, 2, device="cpu").float() / d_model)
     angle = torch.arange(context, device="cpu").float()[:, None] * frequency  # (context, ceil(C/2))
     table = torch.stack((angle.sin(), angle.cos()), dim=-1)  # even channels sine, odd cosine
@@ -285,14 +284,14 @@ def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
     """Attention written out: softmax(q k^T * scale) v.
 
     q (B, nh, T, hs); k and v (B, nkv, S, hs), each key head shared by nh/nkv query heads.
-    `mask` (T, S) is True where a query may look. Without one a query looks at itself and all before
-    it, or everywhere if not `causal`. The default `scale` is 1 / sqrt(hs).
+    `mask` (T, S) is True where a query may attend. Without it, a query attends to itself and all
+    earlier keys, or to all keys if not `causal`. The default `scale` is 1 / sqrt(hs).
     """
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     if mask is None and causal:
         mask = causal_mask(T, S, q.device)
-    attn_bias = q.new_zeros(1, 1)  # added to the scores: -inf where a query may not look
+    attn_bias = q.new_zeros(1, 1)  # added to the scores: -inf where a query may not attend
     if mask is not None:
         attn_bias = q.new_zeros(T, S).masked_fill(~mask, float("-inf"))
     flat_q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B nh, T or S, hs)
@@ -302,15 +301,15 @@ def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
 
 
 def attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
-    """`naive_attention` where it is faster (tests/BENCHMARKS.md), else torch's fused kernel, which
-    never stores the (T, S) scores."""
+    """Use `naive_attention` where it is faster (tests/BENCHMARKS.md), and otherwise torch's fused
+    kernel, which never stores the (T, S) scores."""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     short = T <= FEW_TOKENS or q.shape[:2].numel() * T * S <= FEW_SCORES
     if mask is None and causal and 1 < T == S and short and q.device.type == "cpu":
         return naive_attention(q, k, v, None, dropout, causal, scale)
     if mask is None and causal and 1 < T < S:  # is_causal would align the first query and key
         mask = causal_mask(T, S, q.device)
-    if group > 1 and mask is not None and q.is_cuda:  # no fused CUDA kernel has a mask and groups
+    if group > 1 and mask is not None and q.is_cuda:  # no fused kernel supports mask and groups
         k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
     # an `if`, because torch.compile cannot trace `is_causal=causal and T > 1`
     if mask is not None or T == 1:  # a single query sees all keys
@@ -324,7 +323,7 @@ def attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
 
 
 def causal_mask(T, S, device=None):
-    """(T, S) bools: the last query sees all S keys, each earlier query sees one key fewer.
+    """(T, S) bools: the last query sees all S keys, and each query one key fewer than the next.
 
     T=2, S=4:   1 1 1 0
                 1 1 1 1
@@ -339,7 +338,7 @@ class WideNorm(nn.RMSNorm):
         return super().forward(x.flatten(-2)).view_as(x)
 
 
-def times(factor):
+def scale_by(factor):
     """A function that multiplies by a constant."""
     return nn.Identity() if factor == 1 else partial(torch.mul, other=factor)
 
@@ -382,7 +381,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two matrices with an activation in between, applied to each position separately."""
+    """Two matrices (three if gated) and an activation, applied to each position separately."""
 
     def __init__(self, config):
         super().__init__()
@@ -400,7 +399,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): the pre-norm residual block. Config
-    can also normalise what they return, before it is added, or let both read one x (`parallel`)."""
+    can also normalise the outputs of both before adding them, or give both one x (`parallel`)."""
 
     def __init__(self, config, causal=True):
         super().__init__()
@@ -414,7 +413,7 @@ class Block(nn.Module):
         self.feed_forward = MoE(c) if c.experts else FeedForward(c)
         self.post_norm2 = after()
         self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
-        self.scale = times(c.residual_scale)
+        self.scale = scale_by(c.residual_scale)
 
     def forward(self, x, rope=None, update_cache=None, mask=None, extra_values=None):
         y = self.attention(self.norm1(x), rope, update_cache, mask, extra_values)
@@ -497,7 +496,7 @@ INPUTS = {
 # --------------------------------------------------------------------------------------------
 
 LOSS_ROWS = 256  # minimum number of rows in a chunk of logits
-LOSS_BYTES = 2**27  # on a CPU, a chunk has more rows if their logits fit in this
+LOSS_BYTES = 2**27  # on a CPU, a chunk has more rows if their logits fit in so many bytes
 
 
 def softmax_(logits, targets, full):
@@ -524,7 +523,7 @@ class ChunkedLoss(torch.autograd.Function):
         low = dtype or x.dtype  # dtype of the matrix products
         x_low, w_low, b_low = x.to(low), weight.to(low), None if bias is None else bias.to(low)
         full = torch.float64 if x.dtype == torch.float64 else torch.float32
-        # needs_input_grad ignores torch.no_grad, and in here grad mode is always off: so with_grad
+        # needs_input_grad ignores no_grad, and grad mode is off in here: hence the flag `with_grad`
         need_x, need_w, need_b = (n and with_grad for n in ctx.needs_input_grad[:3])
         loss, grad_x, grad_w, grad_b = torch.zeros((), dtype=full, device=x.device), [], None, 0
         # a GPU is faster with large products; a CPU's caches have room for only a few rows
@@ -539,7 +538,7 @@ class ChunkedLoss(torch.autograd.Function):
                 loss -= log_p.sum()
             if need_x:
                 grad_x.append(error @ w_low)
-            if need_w and grad_w is None:  # in full precision if there will be others to add
+            if need_w and grad_w is None:  # in full precision if other chunks are added to it
                 grad_w = (error.T @ rows).to(weight.dtype if chunks == 1 else full)
             elif need_w:
                 add_product(grad_w, error.T, rows)
@@ -559,7 +558,7 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def add_product(total, a, b):
-    """total += a @ b, added up in the dtype of `total` whatever that of a and b is."""
+    """Add a @ b to `total` in place, in the dtype of `total`, which a and b need not have."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:
@@ -593,10 +592,10 @@ def chunked_loss(x, weight, bias, targets, places=None):
 
 
 class NewTokens(NamedTuple):
-    """The positions of the T new tokens of each row, and what they may look at."""
+    """The positions of the T new tokens of each row, and the keys that they may attend to."""
 
     positions: slice | torch.Tensor  # a slice or (T,) if the same for all rows, else (B, T)
-    mask: torch.Tensor | None = None  # (B, 1, T, S) or (T, S), True: may look; None: causal
+    mask: torch.Tensor | None = None  # (B, 1, T, S) or (T, S), True: may attend; None: causal
     # per layer (keys, values) (B, nkv, S, hs): parts of the cache, with room for the new tokens
     layers: list | None = None
 
@@ -607,7 +606,7 @@ class NewTokens(NamedTuple):
         return self.positions
 
     def window_mask(self, window, ids):
-        """The mask of layers that only look at the last `window` of all tokens, `ids` (B, S)."""
+        """The mask of layers that only attend to the last `window` of all tokens, `ids` (B, S)."""
         if window >= (S := ids.shape[1]):
             return self.mask
         distance = self.indices(ids)[..., None] - torch.arange(S, device=ids.device)
@@ -616,7 +615,7 @@ class NewTokens(NamedTuple):
 
 
 class KVCache:
-    """Ids, keys and values of all tokens seen so far, allocated ahead of use; `grow` enlarges it.
+    """A preallocated cache of the ids, keys and values of all tokens so far; `grow` enlarges it.
     Keys and values are (n_layer, B, nkv, room, hs) each.
 
     With it, decoding one token runs the matrix products for one position instead of T. `lengths` is
@@ -647,8 +646,8 @@ class KVCache:
 
     def begin(self, ids, positions=None):
         """Store ids (B, T) after those of each row, and return their NewTokens. `lengths` grow only
-        in `Transformer.hidden`, after the last layer. For CUDA graphs, give `positions` (B, T), the
-        places of the ids, on their device: then no shape depends on the lengths."""
+        in `Transformer.hidden`, after the last layer. For CUDA graphs, pass the ids' `positions`
+        (B, T) on their device: then no shape depends on the lengths."""
         T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
         start, stop = max(lengths), max(lengths) + T
         if stop > self.room:
@@ -736,11 +735,11 @@ class Transformer(nn.Module):
             if c.window and c.window_theta:
                 self.window_cos, self.window_sin = map(table, tables(c.window_theta))
         self.windowed = c.window_layers or [True] * c.n_layer
-        self.embed_norm = make_norm(c, c.d_model) if c.embed_norm else times(c.embed_scale)
+        self.embed_norm = make_norm(c, c.d_model) if c.embed_norm else scale_by(c.embed_scale)
         self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = make_norm(c, c.d_model)
-        self.logit_scale = times(c.logit_scale)
+        self.logit_scale = scale_by(c.logit_scale)
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=c.head_bias)
         if c.tied:
             self.head.weight = self.embed.weight
@@ -753,10 +752,10 @@ class Transformer(nn.Module):
     def init_weights(self):
         """`gpt2`: normal(0.02), residual outputs divided by sqrt(2 n_layer) (Radford et al. 2019).
 
-        `zero_out`: each residual branch and the head start at zero, so the first steps learn little
-        more than bigrams and no layer dominates another; inner matrices get std 0.577 / sqrt(C),
-        so that outputs have a third of the variance of a normalised input. In our trials this took
-        half the steps to the same loss.
+        `zero_out`: residual branches and an untied head start at zero, so the first steps learn
+        little more than bigrams and no layer dominates another; inner matrices get std 0.577 /
+        sqrt(C), so that outputs have a third of the variance of a normalised input. In our trials
+        this reached the same loss in half the steps.
         """
         c, gpt2 = self.config, self.config.init == "gpt2"
         # a tied table is also the head: at std 1 its first loss would be enormous
@@ -776,7 +775,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=0.02 if gpt2 else 0.577 / math.sqrt(c.d_model))
 
     def hidden(self, ids, cache=None, new=None):
-        """The final, normalised states (B, T, C) of ids (B, T); logits are `model.head` of them.
+        """The final, normalised states (B, T, C) of ids (B, T); `model.head` gives their logits.
 
         With a `KVCache` the ids follow those that each of its rows holds. `new` is the result of
         `cache.begin(ids)` if the caller has called it (see data/graphs.py).
@@ -800,13 +799,13 @@ class Transformer(nn.Module):
                 x = x + module(seen, positions, self.embed_ids)
         x = self.drop(x)
         extra_values = self.value_embed(ids) if self.value_embed is not None else None
-        # rotations and masks of the layers without a window, and with one
-        views = [(self.rotation(new), new.mask)] * 2
+        rope_and_mask = [(self.rotation(new), new.mask)] * 2  # of layers without, with a window
         if c.window:
-            views[1] = self.rotation(new, c.window_theta > 0), new.window_mask(c.window, seen)
+            mask = new.window_mask(c.window, seen)
+            rope_and_mask[1] = self.rotation(new, c.window_theta > 0), mask
         for i, block in enumerate(self.blocks):
             update_cache = partial(cache.update, i, new) if cache is not None else None
-            rope, mask = views[self.windowed[i]]
+            rope, mask = rope_and_mask[self.windowed[i]]
             args = x, rope, update_cache, mask, extra_values
             if self.grad_checkpoint and self.training:
                 x = recompute(block, *args, use_reentrant=False)
@@ -827,7 +826,7 @@ class Transformer(nn.Module):
         return self.embed_norm(self.embed(ids))
 
     def last_logits(self, ids, cache, new=None, n=1):
-        """Logits (B * n, V) of what follows each of the last n of the ids (B, T)."""
+        """Logits (B * n, V) for the token after each of the last n ids in ids (B, T)."""
         return self.head(self.hidden(ids, cache, new)[:, -n:].flatten(0, 1))
 
     def forward(self, ids, targets=None, cache=None, output="loss", places=None, allowed=None):
@@ -846,7 +845,7 @@ class Transformer(nn.Module):
 
 
 def meta_model(config):
-    """The model with every shape but without weights, on torch's meta device."""
+    """The model without data, only shapes, on torch's meta device."""
     with torch.device("meta"):
         return Transformer(config)
 
@@ -890,7 +889,7 @@ def load_checkpoint(path, dtype=None, resuming=False):
     an equivalent dict read from a Hugging Face folder (see `hf_weights.load` for `dtype`).
 
     Only tensors and plain values are unpickled (weights_only), never code. With `resuming`, for a
-    run that will replace the file, tensors are read into memory: Windows replaces no mapped file.
+    run that will replace the file, tensors are in memory: Windows cannot replace a mapped file.
     """
     path = find_checkpoint(path)
     if (path / "config.json").exists():
@@ -915,7 +914,7 @@ def checkpoint_tokenizer(content, where):
     if "adapter" in content:
         raise UserError(f"{where} is an adapter: merge it first (python lora.py merge)")
     if "tokenizer" not in content:
-        raise UserError(f"{where} carries no tokenizer (or no tokenizer.json)")
+        raise UserError(f"{where} has no tokenizer (or no tokenizer.json)")
     return Tokenizer(content["tokenizer"])
 
 
@@ -939,13 +938,13 @@ def model_from_checkpoint(content, device="cpu", dtype=torch.float32, where="che
 
 
 # --------------------------------------------------------------------------------------------
-# What only some runs need: log probabilities of targets, more ids
+# For some runs only: log probabilities of targets, a larger vocabulary
 # --------------------------------------------------------------------------------------------
 
 
 def target_places(targets):
-    """The indices of the flattened targets that are not -100. To find them synchronises a GPU, so
-    training does it before a batch goes there."""
+    """The indices of the flattened targets that are not -100. Finding them synchronises a GPU, so
+    training does it before a batch is moved there."""
     return (targets.flatten() != -100).nonzero()[:, 0]
 
 
@@ -1019,9 +1018,9 @@ class MoE(nn.Module):
         expert, order = chosen.flatten().sort(stable=True)  # (N k,) each
         row = order // self.k
         ends = torch.arange(1, len(self.experts), device=x.device)
-        ends = torch.searchsorted(expert, ends).tolist()  # the only value that a GPU waits for
+        ends = torch.searchsorted(expert, ends).tolist()  # the only time Python waits for a GPU
         pairs = zip(self.experts, rows.index_select(0, row).tensor_split(ends))
-        # in training those without rows run, too, because DDP wants a gradient for every weight
+        # in training, experts without rows run as well: DDP needs a gradient for every weight
         out = torch.cat([run(part) for run, part in pairs if self.training or len(part)])
         out = out * weights.flatten()[order, None]  # (N k, C)
         return torch.zeros_like(rows, dtype=out.dtype).index_add(0, row, out).to(x.dtype).view_as(x)
@@ -1029,14 +1028,14 @@ class MoE(nn.Module):
 
 def loss_with_balance(model, ids, targets, places=None):
     """What `model(ids, targets)` returns in training with experts: the summed loss of the targets
-    and, times their number, each layer's load-balancing loss (Fedus et al. 2021, equation 4):
+    plus, times their number, each layer's load-balancing loss (Fedus et al. 2021, equation 4):
 
         router_aux_loss_coef * (E * sum of f_i P_i  -  1)
 
     f_i is the share of the choices that fell on expert i, P_i its mean probability. Only P has a
-    gradient: the busiest experts lose most. The sum is 1 if all are equally busy, and is taken off
-    so that training and validation losses compare. A training step divides by all its targets: it
-    takes the mean over micro-batches and processes. Choices are counted in `model.expert_counts`.
+    gradient, which lowers the busiest experts most. E * sum is 1 if all are equally busy; this 1 is
+    subtracted so that training and validation losses compare. A step divides by all its targets, so
+    it has the mean over micro-batches and processes. `model.expert_counts` has the counts.
     """
     c, logits, kept = model.config, [], targets != -100
     with contextlib.ExitStack() as hooks:  # gone when gradient checkpointing runs blocks again
@@ -1062,7 +1061,7 @@ def loss_with_balance(model, ids, targets, places=None):
 
 
 def complete(values):
-    """All fields of the Config with these ones, as a dict."""
+    """All fields, as a dict, of the Config in which these `values` are set."""
     return asdict(Config(**values))
 
 
@@ -1079,7 +1078,7 @@ def check_readable(folder):
         hub_tokenizer(folder)
 
 
-# read a folder in Hugging Face's layout; write a checkpoint so, or as llama.cpp reads it
+# load a folder in Hugging Face's layout; export a checkpoint to such a folder, or to a GGUF file
 load_hf = partial(hf_weights.load, complete=complete, meta_state=meta_state)
 export_hf = partial(hf_weights.export, complete=complete, meta_state=meta_state)
 export_gguf = partial(gguf.export, complete=complete, meta_state=meta_state)
@@ -1092,8 +1091,8 @@ export_gguf = partial(gguf.export, complete=complete, meta_state=meta_state)
 
 @torch.no_grad()
 def attention_weights(model, ids, layer=0):
-    """(nh, T, T): how much each position of `ids`, a list, takes from each other one in a layer. It
-    is what the heads return if the values are the identity matrix."""
+    """The attention weights (nh, T, T) of a layer for `ids`, a list: what its heads return if the
+    values are the identity matrix."""
     module, inputs, T = model.blocks[layer].attention, [], len(ids)
     with module.register_forward_pre_hook(lambda _, args: inputs.extend(args)):
         model.hidden(torch.tensor([ids]))
@@ -1135,21 +1134,21 @@ def show(what, path, prompt, layer, head):
 
 
 def build_parser():
-    p = Parser(description="Parameters, memory and FLOPs of a model.")
+    p = Parser(description="Show what a model costs or has learned, or export it.")
     model = p.add_mutually_exclusive_group()
     model.add_argument("--preset", help=f"{', '.join(PRESETS)} (default: tiny)")
     model.add_argument("--ckpt", help=f"{WHAT_CKPT}, instead of a preset")
     p.add_argument("--tokens", type=at_least(1), help="training tokens, to predict the loss")
-    p.add_argument("--world", type=at_least(1), help="GPUs: what each one stores and sends")
+    p.add_argument("--world", type=at_least(1), help="number of GPUs, to show what each needs")
     p.add_argument("--shard", action="store_true", help="with --world: shard the model over them")
     p.add_argument("--export", metavar="PATH", help="write --ckpt: a folder for transformers, or a "
                    ".gguf file for llama.cpp and ollama")  # fmt: skip
-    p.add_argument("--dtype", choices=gguf.DTYPES, help="of the .gguf file (default f16)")
+    p.add_argument("--dtype", choices=gguf.DTYPES, help="dtype of the .gguf file (default f16)")
     p.add_argument("--show", choices=("token", "position", "attention"),
-                   help="print and draw embeddings, positions, or a head's weights")  # fmt: skip
-    p.add_argument("--prompt", help="with --show (default: a fox met a fox)")
-    p.add_argument("--layer", type=at_least(0), default=0, help="with --show attention (default 0)")
-    p.add_argument("--head", type=at_least(0), default=0, help="with --show attention (default 0)")
+                   help="print and draw embeddings, positions or attention weights")  # fmt: skip
+    p.add_argument("--prompt", help="text for --show (default: a fox met a fox)")
+    p.add_argument("--layer", type=at_least(0), default=0, help="layer of --show attention, from 0")
+    p.add_argument("--head", type=at_least(0), default=0, help="head of --show attention, from 0")
     return p
 
 

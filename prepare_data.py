@@ -69,8 +69,8 @@ def default_name(source):
     """data/NAME for a source: its own name without folders and suffixes."""
     path = Path(urlsplit(source).path if "://" in source else source)
     name = re.sub(r"(?i)\.[gx]z$", "", path.name.replace(":", "-"))
-    stem = re.sub(r"[*?\[\]]+", "", Path(name).stem)
-    return stem.strip(".") or path.parent.name or "text"
+    names = (re.sub(r"[*?:/\\\[\]]+", "", n) for n in (Path(name).stem, *path.parts[-2::-1]))
+    return next(filter(None, (name.strip(".") for name in names)), "text")
 
 
 def make_tokenizer(name, documents, total_bytes):
@@ -135,14 +135,17 @@ def write_tokens(documents, held_out, tokenizer, paths, hold_out, max_tokens=Non
                     ids = tokenizer.encode_array(piece, follows)
                     if not follows and size[split]:
                         ids = np.concatenate([[tokenizer.eos_id], ids])
-                    if split == "train":
+                    if split == "train" and size["train"] + len(ids) > limit:
                         ids = ids[: limit - size["train"]]
+                        piece = tokenizer.decode(ids[ids != tokenizer.eos_id])
                     files[split].write(ids.astype(dtype))
                     size[split] += len(ids)
                     stats["documents"] += not follows
                     stats["characters"] += len(piece)
                     follows = "text"
-                if size["train"] >= limit:
+                    if split == "train" and size["train"] >= limit:
+                        break
+                if every != 1 and size["train"] >= limit:
                     break
     return stats
 
@@ -181,26 +184,24 @@ def xz_bits_per_byte(paths, tokenizer):
 
 
 def prepare(
-    source=("stdlib",),
-    tokenizer=None,
-    name=None,
-    val_fraction=0.1,
-    encoding=None,
-    field=None,
-    max_tokens=None,
-):
+    source=("stdlib",), tokenizer=None, name=None, val_fraction=0.1, encoding=None, field=None,
+    max_tokens=None, files=None,
+):  # fmt: skip
     """SOURCE, or several of them -> data/NAME/{train.bin, val.bin, meta.json}; returns the folder.
 
     A named source may have its own validation text. Otherwise every tenth document is held out (one
     in 1 / val_fraction), or, of fewer than ten documents, the last val_fraction of the tokens.
-    Files appear under their names only when all is done.
+    Files appear under their names only when all is done. `files`: those of `find_files`, if known.
     """
     if name and (Path(name).name != name or name in (".", "..")):
         raise UserError(f"--name {name!r} must be one plain name: it becomes {DATA}/NAME")
     start = time.monotonic()
     sources = [source] if isinstance(source, str) else source
-    files = [file for s in sources for file in find_files(s)]
+    files = files or [file for s in sources for file in find_files(s)]
     first = SOURCES.get(sources[0], Source(None))
+    settings = dict(tokenizer=tokenizer, encoding=encoding, field=field, max_tokens=max_tokens)
+    settings |= {"val_fraction": val_fraction if val_fraction != 0.1 else None}
+    tokenizer = tokenizer or first.tokenizer
     source = " ".join(sources)
     shards = any(isinstance(file, tuple) for file in files)
     if shards and max_tokens is None:
@@ -218,9 +219,11 @@ def prepare(
     # held-out documents, too, but merges learned from them would flatter the model.
     learn_from = watched(read(streams[:1]) if shards else documents, "reading document")
     total_bytes = 0 if shards else sum(file.stat().st_size for file in files)
-    if hold_out and (tokenizer or "bpe").startswith("bpe"):
+    if tokenizer == "char":
+        learn_from = itertools.chain(learn_from, held_out)
+    elif hold_out:
         learn_from = (d for n, d in enumerate(learn_from, start=1) if n % hold_out)
-    tok = make_tokenizer(tokenizer or first.tokenizer, learn_from, total_bytes)
+    tok = make_tokenizer(tokenizer, learn_from, total_bytes)
     folder = DATA / (name or default_name(sources[0]))
     paths = {split: folder / f"{split}.tmp" for split in ("train", "val")}
     with locked(folder):
@@ -231,6 +234,7 @@ def prepare(
                 split_tail(paths, token_dtype(tok.n_vocab), val_fraction)
             meta = describe(paths, source, tok) | stats
             meta["encodings"] = dict(Counter(documents.encodings.values()))
+            meta["settings"] = {k: v for k, v in settings.items() if v is not None}
             for path in paths.values():  # until all is written the hashes in meta.json differ
                 os.replace(path, path.with_suffix(".bin"))
             write_json(folder / "meta.json", meta)
@@ -316,20 +320,28 @@ def read_tokens(folder, split):
 def find_data(source, resuming=False):
     """The prepared folder that --data means. The text is prepared first if it has not been, or if
     the file has changed since, but never for a run that is resumed."""
-    file, named = Path(source), (Path(source), DATA / source)
+    file, named, settings = Path(source), (Path(source), DATA / source), {}
     for folder in (*named, DATA / default_name(source)):
         meta = folder / "meta.json"
         if not meta.exists() or (folder not in named and read_meta(folder)["source"] != source):
             continue
         if resuming or not file.is_file() or file.stat().st_mtime <= meta.stat().st_mtime:
             return folder
+        settings = read_meta(folder).get("settings", {})
     if resuming:
         raise UserError(f"{source}, the text of this run, is gone: prepare it again")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        command = f"prepare_data.py {quoted(source)}"
-        raise UserError(f"prepare the text before several processes: {command}")
-    print(f"preparing {source} first (python prepare_data.py {quoted(source)})")
-    return prepare(source)
+        raise UserError(f"prepare the text before several processes: prepare_data.py {source}")
+    files = find_files(source)
+    print(f"preparing {source} first ({command(source, settings)})")
+    return prepare(source, files=files, **settings)
+
+
+def command(source, settings):
+    """The command that prepares a source with the settings {flag without dashes: value}."""
+    source = quoted(source) if Path(source).exists() else source  # perhaps several
+    flags = (f" --{name} {quoted(value)}" for name, value in settings.items())
+    return f"python prepare_data.py {source}{''.join(flags)}"
 
 
 def data_hashes(meta):
@@ -346,11 +358,9 @@ def other_tokenizer(folder, wanted):
         with contextlib.suppress(UserError):  # of another version
             if Tokenizer(read_meta(path.parent)["tokenizer"]).same_ids(wanted):
                 name = path.parent
-    source = quoted(s) if Path(s := meta["source"]).exists() else s  # or several
-    command = f"python prepare_data.py {source} --tokenizer {quoted(name)} --name "
-    command += quoted(folder.name)
+    settings = meta.get("settings", {}) | {"tokenizer": name, "name": folder.name}
     both = f"the checkpoint's tokenizer is {wanted.name}, that of {folder} {old}"
-    return f"{both} (or has other tokens): {command} prepares it again"
+    return f"{both} (or has other tokens): {command(meta['source'], settings)} prepares it again"
 
 
 # --------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Let a trained model write.
 
-    python sample.py --prompt "def "                        the newest run continues
+    python sample.py --prompt "def "                        continue a text with the newest run
     python sample.py --prompt @story.txt --temperature 0    greedy, from a file
     python sample.py --prompt "Once" --beams 4              beam search
     python sample.py --analogy "king - man + woman"         arithmetic in the embedding table
@@ -60,7 +60,7 @@ def repetition_penalty(logits, previous, penalty):
 
 
 def count_penalty(logits, drawn, frequency, presence):
-    """Subtract `frequency` from a logit for each time that its id is in `drawn` (one list a row),
+    """Subtract `frequency` from a logit for each occurrence of its id in `drawn` (a list per row),
     and `presence` once, as OpenAI's API documents it. 0 and 0 change nothing."""
     out = logits.clone()
     for row, ids in zip(out, drawn):
@@ -128,12 +128,12 @@ class Filter(NamedTuple):
     help: str
 
 
-# To add a sampling filter: a line here, and for requests one in `check_fields` of data/api.py. They
-# are applied in this order.
+# To add a sampling filter, add a line here and, for requests, one in `check_fields` of data/api.py.
+# Filters are applied in this order.
 FILTERS = {
     "top_k": Filter(top_k, 0, 0, at_least(0), "keep the k likeliest tokens; 0 is all"),
-    "top_p": Filter(top_p, 1.0, 0.95, share, "keep the likeliest up to p; 1 is all"),
-    "min_p": Filter(min_p, 0.0, 0.0, share, "keep all of p times the largest probability or more"),
+    "top_p": Filter(top_p, 1.0, 0.95, share, "keep the likeliest up to a sum of p; 1 is all"),
+    "min_p": Filter(min_p, 0.0, 0.0, share, "keep at least p times the largest probability"),
 }
 # The settings of `next_token`, at values that change nothing.
 DECODING = {
@@ -144,7 +144,7 @@ DECODING = {
     "loop_penalty": 0.0,
     **{name: f.off for name, f in FILTERS.items()},
 }
-# The defaults of the command line, where they differ.
+# The defaults of the command line: all filters', and what else differs from DECODING.
 DEFAULTS = {"temperature": 0.8, "loop_penalty": 4.0, **{n: f.default for n, f in FILTERS.items()}}
 
 
@@ -172,7 +172,7 @@ def next_token(logits, previous, uniforms, settings, prompt_lengths=None):
         if s[name] != f.off:
             logits = f.function(logits, s[name])
     probs = logits.softmax(dim=-1)
-    probs = probs.cpu() if probs.device.type == "mps" else probs  # it has no float64
+    probs = probs.cpu() if probs.device.type == "mps" else probs  # MPS has no float64
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     points = 1 - torch.tensor(uniforms, dtype=torch.float64, device=probs.device)  # (0, 1]
     points = points * cumulative[:, -1]  # above 0, so that no id of probability 0 is drawn
@@ -223,7 +223,7 @@ class Text:
     ids: list = field(default_factory=list)
     start: int = 0
     prompt_length: int = 0
-    max_new_tokens: float = math.inf  # no draft goes beyond it, but only `remove` ends the text
+    max_new_tokens: float = math.inf  # limits drafts; the text itself is ended by `remove`
     ended_at: int = 0  # its place in the order of endings, from 1; 0 if it has not ended
     generator: torch.Generator | None = None
     uniforms: list = field(default_factory=list)  # random numbers drawn but not used yet
@@ -384,7 +384,7 @@ class Engine:
         what follows them: a row for each text, and one for each id of a draft."""
         first, last = group[0].row, group[-1].row + 1
         held = self.cache.lengths[first:last].tolist()
-        rows = [t.ids[t.start + n :][:T] + t.draft for t, n in zip(group, held)]  # equal drafts
+        rows = [t.ids[t.start + n :][:T] + t.draft for t, n in zip(group, held)]  # of one length
         if (length := max(held) + len(rows[0])) > self.cache.room:
             self.cache.grow(min(self.context, 2 * length))
         cache, text = self.cache.rows(first, last), group[0]
@@ -450,7 +450,7 @@ def generate(
     model, prompts, max_new_tokens, *, seed=0, seeds=None, stop=None, engine=None, draft=True,
     **options
 ):  # fmt: skip
-    """Yield lists of the next new id of each prompt, None for a row that has stopped.
+    """Yield, for each step, the list of the next new id of each prompt; None once it has stopped.
 
     prompts      lists of ids, of any lengths: each row gets what it would get alone
     options      of Engine.add, but not its seed: row r draws with seeds[r], else with `seed`
@@ -615,8 +615,8 @@ def echo_logprobs(model, states, ids, n):
 
 
 def load(ckpt=None, device=None, dtype="auto", adapters=()):
-    """(model, tokenizer, path) of a checkpoint or run's folder, by default the newest run. An
-    adapter brings its base. `adapters`, named by folder or file, are added; the first is active."""
+    """(model, tokenizer, path) of a checkpoint or run's folder, by default the newest run. With an
+    adapter comes its base. `adapters`, named by folder or file, are added; the first is active."""
     path = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
     dtype = native_dtype(device) if dtype == "auto" else dtype
@@ -668,8 +668,8 @@ def fast_model(model, rows, args):
 
 
 def allowed_ids(model, tokenizer, chat=False, may_call=True):
-    """Bools (V,): the ids that have a token; the spare rows of the table must never be drawn. Of
-    the special ones only the end of the text is allowed, or in a `chat` those of the template."""
+    """Bools (V,): the ids that may be drawn. Spare rows of the table never are. Special tokens are
+    the end of the text or, in a `chat`, those of the template (a call's only if `may_call`)."""
     template = get_template(tokenizer) if chat else None
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     lengths = torch.from_numpy(tokenizer.byte_lengths[: len(allowed)])
@@ -693,7 +693,7 @@ def prompt_text(prompt):
             source = prompt[1:]
             prompt = Path(source).read_text(encoding="utf-8")
         prompt.encode("utf-8")  # bytes that a shell could not decode are lone surrogates
-        return prompt.removeprefix("\ufeff")  # the mark that Windows' editors and shells write
+        return prompt.removeprefix("\ufeff")  # the byte order mark that some editors write
     except UnicodeError as e:
         raise UserError(f"{source} is not text in UTF-8 ({e.reason} at {e.start})") from e
 
@@ -754,7 +754,7 @@ def write_rows(model, tokenizer, prompts, args):
 
 
 def shown(tokenizer, ids):
-    """Printable text of ids, without the tokens that begin and end a text and ids without one."""
+    """Printable text of ids, without tokens that begin or end a text and ids that have no token."""
     ends = tokenizer.bos_id, tokenizer.eos_id
     ids = [i for i in ids if i not in ends and tokenizer.token_bytes(i)]
     return printable(tokenizer.decode(ids))
@@ -778,7 +778,7 @@ def write_beams(model, tokenizer, prompt, args):
 
 
 def show_analogies(args, tokenizer, table):
-    """Answer each --analogy, with the --choices that were given in its place."""
+    """Answer each --analogy, with the --choices at the same position."""
     choices = args.choices or [""] * len(args.analogy)
     for expression, listed in zip(args.analogy, choices):
         if len(args.analogy) > 1:
@@ -790,7 +790,7 @@ def show_analogies(args, tokenizer, table):
 
 def make_service(model, tokenizer, path, args, tools):
     """What --serve serves: an Engine with its Scheduler behind OpenAI's API, and the page."""
-    from data.scheduler import Scheduler  # not above: nobody else needs an HTTP server
+    from data.scheduler import Scheduler  # imported here: only --serve needs an HTTP server
     from data.service import Service
     from mnist import load_run, pictures
 
@@ -824,10 +824,10 @@ def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=
     grammar = call_grammar(chat.template, [function_schema(*tool) for tool in chat.tools.items()])
 
     def write(prompt, seed, may_call, stop):
-        limit = make_constraint(tokenizer, grammar) if may_call else None
+        constraint = make_constraint(tokenizer, grammar) if may_call else None
         for _ in generate(
             model, [prompt], chat.max_tokens, seed=seed, allowed=masks[may_call], stop=stop,
-            engine=engine, constraint=limit, **settings or {},
+            engine=engine, constraint=constraint, **settings or {},
         ):  # fmt: skip
             pass
 
@@ -845,7 +845,7 @@ def make_chat(model, tokenizer, tools=None, max_tokens=200, seed=None, settings=
 
 # fmt: off (one line a flag)
 def build_parser():
-    p = Parser(description="Write with a trained model.")
+    p = Parser(description="Generate text with a trained model.")
     add = p.add_argument
     add("--ckpt", help=f"{lm.WHAT_CKPT} (default: the newest run in out/)")
     mode = p.add_mutually_exclusive_group()
@@ -859,32 +859,32 @@ def build_parser():
     mode.add_argument("--analogy", action="append", help='nearest tokens of e.g. "king - man + '
         'woman" in the embedding table; may be given several times')
     add("--print_ids", action="store_true", help="print the new ids last, a line for each sample")
-    add("--max_new_tokens", type=at_least(1), default=200, help="of each sample (default 200)")
+    add("--max_new_tokens", type=at_least(1), default=200, help="tokens per sample (default 200)")
     add("--num_samples", type=at_least(1), default=1, help="per prompt, in one batch (default 1)")
     add("--temperature", type=at_least(0, float), help="0 is greedy (default 0.8; with --tools 0)")
     for name, f in FILTERS.items():
         add(f"--{name}", type=f.type, default=f.default, help=f"{f.help} (default {f.default})")
-    add("--repetition_penalty", type=positive, default=1.0, help="above 1 discourages (default 1)")
+    add("--repetition_penalty", type=positive, default=1.0, help="above 1: repeat less (default 1)")
     add("--loop_penalty", type=at_least(0, float), default=DEFAULTS["loop_penalty"],
         help="makes an id unlikely that repeats four ids for the third time (default 4; 0 is off)")
     add("--beams", type=at_least(0), default=0, help="width of a beam search; 0 samples (default)")
     add("--length_penalty", type=between(-10, 10), default=1.0, help="above 1 favours long beams")
     add("--stop", action="append", help="end at this text; may be given several times")
-    add("--seed", type=between(0, 2**50, int), help="of the drawing (default: a new one each time)")
+    add("--seed", type=between(0, 2**50, int), help="random seed (default: a new one each time)")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
     add("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16", "int8"),
         help="of the weights (auto: on CUDA bf16, or fp16 before Ampere; else fp32); int8: on CPUs")
     add("--no_fast", action="store_true", help="no faster Linear layers (CPU) or CUDA graphs (GPU)")
     add("--no_draft", action="store_true", help="one token per step, no drafts from earlier text")
     add("--verbose", action="store_true", help="show the times of the faster Linear layers")
-    add("--adapter", action="append", default=[], help="LoRA run over --ckpt; several may switch")
+    add("--adapter", action="append", default=[], help="LoRA run to add to --ckpt; repeat for more")
     add("--system", metavar="TEXT", help="with --chat and --serve: the system turn")
     add("--tools", help="with --chat and --serve: hotel, or a .py file of functions to call")
     add("--host", help="with --serve: the address (default 127.0.0.1; another needs a key)")
     add("--api_key", help="with --serve: the key that clients send (default: SCRATCHLM_API_KEY)")
     add("--cors", metavar="ORIGIN", help="with --serve: a site whose pages may use the API")
     add("--slots", type=between(1, 256, int), default=16, help="with --serve: texts at once (16)")
-    add("--choices", action="append", help="with each --analogy: pick among these, with commas")
+    add("--choices", action="append", help="for each --analogy: candidates, with commas")
     return p
 
 
@@ -914,8 +914,8 @@ def check_settings(args):
 
 
 def check_kind(tokenizer, path, args):
-    """The labels of a classifier, none of another model. UserError if it cannot do what the flags
-    ask for, a note if another flag suits it better."""
+    """The labels of a classifier; [] for any other model. UserError if the model cannot do what the
+    flags ask for. Prints a note if another flag suits it better."""
     labels = labels_of(tokenizer)
     if REWARD_TOKEN in tokenizer.special and args.analogy is None:
         advice = f"finetune.py --objective grpo --reward {cli.quoted(path)} learns from it"

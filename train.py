@@ -10,8 +10,8 @@ A run writes out/NAME/last.pt (all that resuming needs), best.pt (what sampling 
 metrics.jsonl and loss.svg. Text becomes token files in prepare_data.py; train.py calls it if they
 are not there.
 
-Read it from here to the end of `fit`, the loop that fine-tuning also uses. After that come what
-only some runs need (bf16, a compiler, several processes) and the command line.
+Read it from here to the end of `fit`, the loop that fine-tuning also uses. The rest is the command
+line and what only some runs need: bf16, a compiler, several processes.
 """
 
 import argparse
@@ -51,10 +51,10 @@ from prepare_data import data_hashes, find_data, other_tokenizer, read_meta, rea
 # --------------------------------------------------------------------------------------------
 
 # Found by experiment on the default corpus with two CPU cores; tests/BENCHMARKS.md has the trials.
-# What mattered most: the embedding (rows of standard deviation 1, each rarely seen) needs ten times
-# the matrices' learning rate; the head (which starts at zero) needs three times. Then small
-# batches, so that three minutes hold many steps, and a linear decay to zero (cosine ended 0.015
-# bits per byte higher), and short rows in every second step (`short_context` in `main`): faster.
+# Learning rates mattered most: the embedding (rows of standard deviation 1, each rarely seen) needs
+# ten times that of the matrices, the head (which starts at zero) three times. Small batches, which
+# fit more steps into three minutes, helped, as did a linear decay to zero (cosine ended 0.015 bits
+# per byte higher) and short rows in every second step, which are faster (`short_context`).
 RECIPE = dict(
     batch_size=8, grad_accum=1, optimizer="adamw", schedule="linear", warmup_steps=60,
     lr=3e-3, embed_lr=3e-2, head_lr=1e-2, min_lr=0.0, weight_decay=0.1, beta1=0.9, beta2=0.99,
@@ -66,7 +66,7 @@ _LARGE = dict(embed_lr=None, head_lr=None, beta2=0.95, warmup_steps=200, schedul
 # grad_accum follows from the tokens a step, see `settle`
 _GPT2 = _LARGE | dict(warmup_steps=700, total_batch_tokens=2**19)
 
-# What differs for a preset or an optimizer. GPT-2's are customary values, not tried here.
+# Changes for a preset or an optimizer. GPT-2's values are customary and were not tried here.
 RECIPE_CHANGES = {
     # orthogonalising costs the same for a larger batch
     "muon": dict(batch_size=12, weight_decay=0.0),
@@ -106,7 +106,7 @@ class TokenLoader:
         self.epoch, self.starts = None, None
 
     def epoch_starts(self, epoch):
-        """Where the windows of an epoch begin, (n,), in its order."""
+        """The positions where the windows of an epoch begin, (n,), in the order of the epoch."""
         if epoch != self.epoch:
             rng = np.random.default_rng((self.seed, epoch))
             room = len(self.tokens) - 1 - self.per_epoch * self.context
@@ -138,7 +138,7 @@ def micro_batches(loader, step, n_rows, grad_accum, rank=0, world=1):
 
 
 def orthogonalize(g, steps=5):
-    """The nearest (semi-)orthogonal matrix to each matrix of g (n, rows, columns), roughly.
+    """Approximate the (semi-)orthogonal matrix nearest to each matrix of g (n, rows, columns).
 
     Applies an odd polynomial `steps` times, by matrix products alone. This brings the singular
     values of the normalised g, which are at most 1, to between 0.7 and 1.2, except those very near
@@ -161,8 +161,8 @@ class Muon(torch.optim.Optimizer):
 
     Adam scales each entry by its own history; Muon scales each *direction* of the matrix: every
     singular value of the step is about one, so rare directions are learned as fast as frequent
-    ones. It costs a few matrix products a step and takes half the steps to the same loss at our
-    sizes. Not torch.optim.Muon, because that multiplies in bf16, which many CPUs only emulate.
+    ones. It costs a few matrix products per step and reaches the same loss in half the steps at our
+    sizes. torch.optim.Muon is not used, because it multiplies in bf16, which many CPUs emulate.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
@@ -184,7 +184,7 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p]["momentum"] for p in params]
                 updates = [p.grad for p in params]  # changed in place: the step is their last use
                 torch._foreach_lerp_(buffers, updates, 1 - group["momentum"])
-                torch._foreach_lerp_(updates, buffers, group["momentum"])  # Nesterov's
+                torch._foreach_lerp_(updates, buffers, group["momentum"])  # Nesterov momentum
                 updates = orthogonalize(torch.stack([full_tensor(u) for u in updates]))
                 rows, columns = params[0].shape
                 # each output of a tall matrix then changes as much as one of a square matrix
@@ -195,12 +195,12 @@ class Muon(torch.optim.Optimizer):
 
 
 # Optimizers other than AdamW for matrices in blocks and `model.inputs`: {name: (class, its rate)}.
-# The flag --NAME_lr changes the rate; RECIPE_CHANGES has other settings. To add one: a line here
-# with a class that takes lr and weight_decay.
+# The flag --NAME_lr changes the rate; RECIPE_CHANGES has other settings. To add one, add a
+# line here with a class that takes lr and weight_decay.
 MATRIX_OPTIMIZERS = {"muon": (Muon, 0.02)}
 
 
-LARGE_TABLE = 2**15  # rows from which Adagrad trains a table, except `embed` and positions
+LARGE_TABLE = 2**15  # Adagrad trains tables of at least so many rows, except `embed` and positions
 ADAGRAD_RATIO = 13  # Adagrad's learning rate divided by embed_lr
 
 
@@ -248,8 +248,8 @@ def make_optimizers(model, args):
     return optimizers
 
 
-# {name: f -> how much of lr - min_lr is left}, where f runs from 0, at the end of the warmup, to 1,
-# at the end of the run. To add a schedule: a line here.
+# {name: function of f, the share of lr - min_lr that is left}; f runs from 0, at the end of the
+# warmup, to 1, at the end of the run. To add a schedule, add a line here.
 SCHEDULES = {
     "cosine": lambda f: 0.5 * (1 + math.cos(math.pi * f)),
     "linear": lambda f: 1 - f,
@@ -283,14 +283,14 @@ def scheduled_lr(args, state):
 
 @fast_products()  # float32 products by oneDNN where it is faster on this CPU
 def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None, stride=None):
-    """Loss over windows of `tokens`, each target once; a dict for metrics.jsonl.
+    """Return the loss over windows of `tokens`, each target counted once, for metrics.jsonl.
 
     The windows, of `context` targets (default: the model's), cover the split or, if it has more
     than `limit` tokens, are spread over it. They are separate or, with `stride`, begin that many
     tokens apart: after the first, each counts only its last `stride` targets (the rest is context).
     val_loss is in nats per token, val_ppl its exponential, val_bpb in bits per byte of text (which
-    compares across tokenizers), val_share the share read. `byte_lengths` is the number of bytes of
-    each id, -1 for ids without a token. `runtime` is a data.machine.Runtime.
+    compares across tokenizers), val_share the share of targets that were read. `byte_lengths` has
+    the bytes of each id, -1 for ids without a token. `runtime` is a data.machine.Runtime.
     """
     T, targets = context or model.config.context, len(tokens) - 1
     stride = stride or T
@@ -345,7 +345,7 @@ class Task:
         are trained.
     score(evaluation): the smallest one is best.
     metrics(): {name: number} that is added to a line of the log.
-    curves, unit: loss.svg shows (name, key in metrics.jsonl), measured in `unit`.
+    curves, unit: what loss.svg shows: pairs (name, key in metrics.jsonl), measured in `unit`.
     """
 
     batches: Callable
@@ -380,8 +380,8 @@ def training_step(model, task, batches, runtime, scaler, seed):
         torch.manual_seed(int(np.random.SeedSequence((*seed, number)).generate_state(1)[0]))
         # DDP exchanges gradients in the last backward pass of a step. FSDP does so in each one:
         # otherwise every process would hold the gradients of the whole model
-        copies = runtime.world > 1 and not runtime.sharded
-        with model.no_sync() if copies and i < last else contextlib.nullcontext():
+        replicated = runtime.world > 1 and not runtime.sharded
+        with model.no_sync() if replicated and i < last else contextlib.nullcontext():
             with runtime.autocast():
                 loss = task.loss(model, *runtime.upload(batch))
             # DDP and FSDP average over processes, but the sum is wanted
@@ -402,7 +402,7 @@ def clear_gradients(model):
 
 @fast_products()
 def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
-    """Clip, step, clear. Returns the norm before clipping, a tensor; it leaves out large tables."""
+    """Clip gradients, step, clear them. Returns the norm before clipping, without large tables."""
     for o in optimizers:
         scaler.unscale_(o)
     # in every run the norm leaves out Adagrad's tables: their gradients may be sparse (on a CPU)
@@ -414,7 +414,7 @@ def optimizer_step(model, optimizers, scaler, grad_clip, runtime):
     # always clip, because comparing the norm would be a GPU sync
     if grad_clip and (runtime.asynchronous or norm > grad_clip):
         nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
-    # the scaler skips only an optimizer whose own gradients are not finite; here none may step
+    # the scaler would skip only the optimizer whose gradients are not finite: skip all of them
     skip = scaler.is_enabled() and len(optimizers) > 1 and not norm.isfinite()
     for o in optimizers if not skip else ():
         scaler.step(o)
@@ -486,7 +486,7 @@ class Run:
 
     def restore(self, content):
         """Restore all that `save` wrote, except the weights, which the model has already. Learning
-        rates and weight decay stay those of the current command."""
+        rates, decay and betas (all options of the groups) stay those of the current command."""
         for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             for i, moments in saved["state"].items():  # one by one, as a GPU may not hold all
@@ -525,6 +525,7 @@ class Meter:
     tensors until `read`, since reading one is a GPU sync."""
 
     def __init__(self, window, dtype):
+        # work: (tokens, FLOPs, seconds) of each step
         self.work, self.losses = deque(maxlen=window), deque(maxlen=window)
         self.unread, self.norm, self.dtype = [], 0.0, dtype
 
@@ -581,7 +582,7 @@ def fit(model, task, args, runtime, out, resume=None):
     step_model, step_runtime, after_step = make_runner(model, task, args, runtime, state["step"])
     clear_gradients(model)
     meter = Meter(args.log_every, runtime.dtype)
-    train_loss = meter.mean_loss if task.unit == Task.unit else lambda *_: None  # if comparable
+    train_loss = meter.mean_loss if task.unit == Task.unit else lambda *_: None  # in nats only
     with StopSignal() as stop, log:
         if not state["step"]:
             log.evaluation({"step": 0, **task.evaluate(model, "start")})
@@ -600,7 +601,7 @@ def fit(model, task, args, runtime, out, resume=None):
             norm = optimizer_step(model, run.optimizers, run.scaler, args.grad_clip, runtime)
             after_step()
 
-            # count the step. Losses are read, a GPU sync, only before a line and at each tenth step
+            # count the step. Reading losses is a GPU sync: for a row, a checkpoint, each tenth step
             state["step"] += 1
             state["tokens"] += tokens
             meter.unread.append((loss.float(), norm.float()))
@@ -651,9 +652,9 @@ class BF16Copy(nn.Module):
     """A bf16 copy of a model, for forward and backward passes on a CPU. At GPT-2's shape it is 1.2
     times as fast as autocast, which casts every weight in every pass.
 
-    bf16 has three digits, and a step changes a weight by less than that. So the model itself, the
-    master, stays in float32: gradients are added up and the optimizer steps there, and
-    `sync_weights` rounds it into the copy. (Micikevicius et al. 2018, section 3.1.)
+    bf16 has three digits, and a step often changes a weight by less than the last one. So the model
+    itself, the master, stays in float32: gradients are accumulated and the optimizer steps there,
+    and `sync_weights` rounds it into the copy. (Micikevicius et al. 2018, section 3.1.)
     """
 
     def __init__(self, master):
@@ -680,7 +681,7 @@ class BF16Copy(nn.Module):
 
 
 def compiled_if_possible(function, **options):
-    """`function` compiled. If the compiler fails, also at a later shape, it runs as it is."""
+    """`function`, compiled. If compilation fails, even for a later shape, it runs uncompiled."""
     compiled, works = torch.compile(function, **options), True
 
     def run(*args):
@@ -690,7 +691,7 @@ def compiled_if_possible(function, **options):
                 return compiled(*args)
             except Exception as e:  # whatever the compiler raised, eager mode still works
                 works, reason = False, f"{type(e).__name__}: {e}".split("\n")[0][:120]
-                print(f"--compile does not work here, going on without ({reason})")
+                print(f"torch.compile does not work here; continuing without it ({reason})")
         return function(*args)
 
     return run
@@ -699,7 +700,7 @@ def compiled_if_possible(function, **options):
 def compile_blocks(model, task, runtime, step):
     """Compile the blocks for training and try them on a batch of that step. One graph serves all of
     them. (With one graph of the whole model, all gradients would be exchanged at its end.) On a GPU
-    also the softmax of the loss, which then reads the logits twice and writes them once.
+    the softmax of the loss is compiled as well: it reads the logits twice and writes them once.
     """
     from torch._functorch import config as functorch  # takes a second
 
@@ -708,8 +709,8 @@ def compile_blocks(model, task, runtime, step):
     functorch.force_non_lazy_backward_lowering = True
 
     def run(block, x, rope=None, update_cache=None, *args):
-        alone = block.training and update_cache is None
-        return (compiled if alone else forward)(block, x, rope, update_cache, *args)
+        training = block.training and update_cache is None
+        return (compiled if training else forward)(block, x, rope, update_cache, *args)
 
     if runtime.device.type == "cuda":
         lm.ChunkedLoss.softmax_ = staticmethod(compiled_if_possible(lm.softmax_, dynamic=True))
@@ -730,17 +731,17 @@ def place(model, args, runtime):
     if not args.shard or runtime.world == 1:
         return model.to(runtime.device, torch.float32)
     if runtime.dtype == "fp16":
-        raise UserError("--shard works in bf16 and fp32")
+        raise UserError("--shard does not work in fp16: choose --dtype bf16 or fp32")
     from torch.distributed import fsdp  # takes a second
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(runtime.device.type, (runtime.world,))
     dtype = None if runtime.dtype == "fp32" else DTYPES[runtime.dtype]
-    # inputs are not cast: tables of positions are float32 for a reason
+    # inputs are not cast: tables of positions need the precision of float32
     policy = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):  # a model mapped from its file is read part by part
         fsdp.fully_shard(module.float(), mesh=mesh, mp_policy=policy)
-    for method in ("hidden", "last_logits"):  # called beside forward
+    for method in ("hidden", "last_logits"):  # called without forward
         fsdp.register_fsdp_forward_method(model, method)
     runtime.sharded = True
     return model
@@ -752,8 +753,8 @@ def make_runner(model, task, args, runtime, step=0):
     device, fp32 = runtime.device, replace(runtime, dtype="fp32")
     # `place` has set the precision of a sharded model
     runner, precision, after_step = model, fp32 if runtime.sharded else runtime, lambda: None
-    # no copy on a GPU, where casting costs little, with DDP, which would exchange the copy's
-    # gradients, or of frozen weights, which need not be held twice
+    # no copy on a GPU (casting costs little there), with DDP (it would exchange the gradients of
+    # the copy) or of frozen weights (they need not be held twice)
     copied = runtime.dtype == "bf16" and device.type == "cpu" and runtime.world == 1
     copied &= model.config.d_model >= 512  # in a narrow model, casting is as cheap as the copy
     if copied and not args.autocast and all(p.requires_grad for p in model.parameters()):
@@ -791,8 +792,8 @@ def flops_per_token(model, batches):
 
 
 def whole_tensors(state, runtime):
-    """A state dict whose tensors are whole and on the CPU of rank 0, where other processes get
-    None. In a sharded model this is a collective."""
+    """A state dict whose tensors are whole, in float32 and on the CPU of rank 0, where other
+    processes get None. For a sharded model this is a collective."""
 
     def whole(tensor):
         tensor = full_tensor(tensor)
@@ -835,7 +836,7 @@ def launch(fit, report, runtime, out):
 def add_machine(add):
     """Add the flags that any run has: where it is computed, and how it goes on."""
     add("--resume", nargs="?", const="", help="continue this run (default: the newest one)")
-    add("--seed", type=at_least(0), help="of weights, adapters, batches and dropout")
+    add("--seed", type=at_least(0), help="random seed of weights, adapters, batches and dropout")
     add("--device", help="auto (default), cpu, cuda, cuda:1, mps")
     add("--dtype", help="auto (default), fp32, bf16, fp16: precision of matrix products")
     yes_or_no = argparse.BooleanOptionalAction
@@ -849,17 +850,17 @@ def add_optimization(p):
     """Add the flags that `fit` reads in a group of their own; returns its add_argument."""
     add = p.add_argument_group("optimization").add_argument
     beta = between(0, 0.99999)
-    add("--grad_accum", type=at_least(1), help="micro-batches a step and process")
-    add("--optimizer", choices=("adamw", *MATRIX_OPTIMIZERS), help="of the matrices inside blocks")
+    add("--grad_accum", type=at_least(1), help="micro-batches per step and process")
+    add("--optimizer", choices=("adamw", *MATRIX_OPTIMIZERS), help="of the matrices in blocks")
     add("--lr", type=positive, help="peak learning rate; others keep their ratio to it")
-    add("--embed_lr", type=positive, help="of the embedding table")
-    add("--head_lr", type=positive, help="of an untied head")
+    add("--embed_lr", type=positive, help="learning rate of the embedding and the other tables")
+    add("--head_lr", type=positive, help="learning rate of an untied head")
     for name, (_, rate) in MATRIX_OPTIMIZERS.items():
-        add(f"--{name}_lr", type=positive, help=f"peak, with {name} (pretraining: {rate})")
-    add("--min_lr", type=at_least(0, float), help="where the schedule ends")
+        add(f"--{name}_lr", type=positive, help=f"peak rate of {name} (pretraining: {rate})")
+    add("--min_lr", type=at_least(0, float), help="learning rate at the end of the schedule")
     add("--warmup_steps", type=at_least(0), help="steps of linear warmup")
-    add("--schedule", choices=tuple(SCHEDULES), help="after the warmup")
-    add("--weight_decay", type=at_least(0, float), help="of the matrices inside blocks")
+    add("--schedule", choices=tuple(SCHEDULES), help="learning rate schedule after the warmup")
+    add("--weight_decay", type=at_least(0, float), help="decay of the matrices inside blocks")
     add("--beta1", type=beta, help="AdamW's first beta")
     add("--beta2", type=beta, help="AdamW's second beta")
     add("--grad_clip", type=at_least(0, float), help="largest gradient norm; 0 is no clipping")
@@ -872,7 +873,7 @@ def add_optimization(p):
 
 
 EVAL_TOKENS = 32768  # per evaluation, if no flag says otherwise; the last one reads all
-# The fields of a shape that are flags; those in structured form only come with models of the Hub
+# The fields of Config that have flags; the structured ones only come with models of the Hub
 SHAPE = [f.name for f in fields(lm.Config) if f.name not in ("rope_scaling", "window_layers")]
 
 
@@ -890,16 +891,16 @@ def build_parser():
     add("--max_steps", type=at_least(1), help=f"default {DEFAULT_STEPS} if there is no limit")
     add("--max_minutes", type=positive,
         help=f"of training, without evaluation (default {DEFAULT_MINUTES} if there is no limit)")
-    add("--batch_size", type=at_least(1), help="rows a micro-batch (and process)")
+    add("--batch_size", type=at_least(1), help="rows per micro-batch and process")
     add("--short_context", type=at_least(0),
-        help="tokens of the rows of every second step, and fewer rows than --batch_size in the "
-        "others (default 128 if --context is not given, for a d_model below 512 with a context "
-        "from 512 on; 0 is none)")
-    add("--total_batch_tokens", type=at_least(1), help="of a step, in place of --grad_accum")
+        help="length of the rows in every second step; the other steps have fewer, longer rows "
+        "(default 128 without --context, if d_model is below 512 and the context at least 512; "
+        "0: all rows have the full context)")
+    add("--total_batch_tokens", type=at_least(1), help="tokens per step, instead of --grad_accum")
     add("--eval_tokens", type=at_least(0),
-        help=f"that an evaluation reads; 0 is all (default {EVAL_TOKENS}, and all in the last one)")
+        help=f"tokens per evaluation; 0: all (default {EVAL_TOKENS}, and all in the last one)")
     add("--eval_only", action="store_true", default=None,
-        help="print the loss of --ckpt or --resume over the validation text, or --eval_tokens")
+        help="print the loss of --ckpt or --resume on the validation text; see --eval_tokens")
     shape = p.add_argument_group("model shape, in place of the preset's (model.Config)")
     comments = dict(re.findall(r"^    (\w+): .*  # (.+)", inspect.getsource(lm.Config), re.M))
     for name in SHAPE:
@@ -918,7 +919,7 @@ def optimizer_rates():
 
 
 def short_warmup(steps, max_steps):
-    """A default warmup, at most a fifth of the run, so that a short one reaches its rate."""
+    """The default warmup, at most a fifth of the run, so that a short run reaches its peak rate."""
     return min(steps, max(1, max_steps // 5)) if max_steps else steps
 
 
@@ -1020,7 +1021,7 @@ def build_model(args, content, folder, meta, tokenizer):
         dtype = None if args.shard else torch.float32
         model = lm.model_from_checkpoint(content, dtype=dtype, where=where)
         if not resuming:
-            size = max(tokenizer.n_vocab, model.config.vocab_size)  # it may lack the end of text
+            size = max(tokenizer.n_vocab, model.config.vocab_size)  # the model may lack end of text
             lm.grow_vocabulary(model, lm.padded_vocab(size), model.config.vocab_size)
     if meta["largest_id"] >= model.config.vocab_size:
         size = f"the model's vocab_size {model.config.vocab_size}"
@@ -1056,7 +1057,7 @@ def settle(args, model, runtime, context, folder):
         size = sum(p.numel() for p in model.parameters())
         a.lr = a.lr or float(f"{min(1e-3, 15 / size ** (2 / 3)):.1e}")
         for name, rate in optimizer_rates().items():
-            setattr(a, name, getattr(a, name) or rate * a.lr / 2e-3)  # half of it where lr is 1e-3
+            setattr(a, name, getattr(a, name) or rate * a.lr / 2e-3)  # half of RECIPE's at 1e-3
         if model.config.init == "zero_out":  # about the ratios of RECIPE
             a.embed_lr, a.head_lr = a.embed_lr or 10 * a.lr, a.head_lr or 3 * a.lr
     if a.resume is None:  # last, because it creates the folder of the run
@@ -1065,8 +1066,8 @@ def settle(args, model, runtime, context, folder):
 
 
 def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
-    """The lines before the first step: what is trained, and what it takes. A micro-batch has up to
-    `per_batch` tokens, a step `per_step` (None: unknown), a row `length`; a share is `learned`."""
+    """The lines before the first step: what is trained, what it takes. A micro-batch has up to
+    `per_batch` tokens, a step `per_step` (or None), a row `length`; the share `learned` has loss."""
     c, counts = model.config, lm.count_parameters(lm.meta_model(model.config))
     n = counts["total"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -1090,15 +1091,15 @@ def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
     if args.max_steps and per_step and c.d_model >= 512:  # half of the scores are masked
         flops = lm.flops_per_token(c, length / 2, learned, trained != n)
         least = clock(flops * per_step * args.max_steps / (runtime.peak * runtime.world))
-        lines[-1] += f"; {args.max_steps:,} steps take {least} at least, by the matmul peak"
+        lines[-1] += f"; {args.max_steps:,} steps take at least {least} at the matmul peak"
     if args.max_minutes:
         lines.append(f"stops after {args.max_minutes:g} minutes of training at the latest")
     return lines
 
 
 def closing_text(model, tokenizer, meta, result, out, val):
-    """The last lines: figures, xz's beside them, and a continuation of the validation text."""
-    # not at the top: sampling is read after training
+    """The last lines: figures, beside those of xz, and a continuation of the validation text."""
+    # imported here, because sample.py is read after train.py
     from sample import DEFAULTS, allowed_ids, generate
 
     prompt_ids = val[:16].tolist()
@@ -1175,7 +1176,7 @@ def main(argv=None):
     log(*header(model, args, runtime, per_batch, per_step, context), sep="\n")
 
     def report(result):
-        # a sharded model's layers compute in its precision, but a cache has that of its weights
+        # a sharded model's layers compute in runtime.dtype, but a KVCache has its weights' dtype
         with runtime.autocast() if runtime.sharded else contextlib.nullcontext():
             log(closing_text(model, tokenizer, meta, result, out, val))
 

@@ -214,7 +214,8 @@ class Parser(argparse.ArgumentParser):
                 return f" is{is_ours} a flag of {', '.join(scripts)}"
             near = difflib.get_close_matches(name, known, 1, 0.85)
         elif word.lower() in ("true", "false"):
-            return ": a switch takes no value, leave it out"
+            off = any(flag.startswith("--no-") for flag in known)
+            return f": a switch takes no value, {'--no-NAME turns it off' if off else 'leave it out'}"
         else:
             run = word.endswith(".pt") or any(Path(word).glob("*.pt"))
             near = [f for f in (("--ckpt",) if run else ("--prompt", "--data")) if f in known]

@@ -14,7 +14,7 @@ PACKAGES = {"torch", "tiktoken", "numpy", "requests"}
 IMPORTS = {
     "data.cli": "",
     "data.plot": "",
-    "data.progress": "",
+    "data.progress": "data.cli",
     "data.graphs": "",
     "data.matches": "",
     "data.costs": "data.cli",

@@ -72,10 +72,10 @@ def test_losses_by_hand():
     by_hand = {"nll": -(np.log(0.7) + np.log(0.6)) / 2, "mse": sum(squares) / 20, "cosine": cosine}
     by_hand["euclidean"] = (squares[0] ** 0.5 + squares[1] ** 0.5) / 2
     assert losses == pytest.approx(by_hand)
-    loss, lr = mnist.read_loss(settled("--loss", "MSE + 0.5 * Cosine-Embedding_Loss").loss)
+    loss, lr = mnist.parse_loss(settled("--loss", "MSE + 0.5 * Cosine-Embedding_Loss").loss)
     found = loss(p.log(), torch.tensor([0, 1])).item()
     assert found == pytest.approx(by_hand["mse"] + 0.5 * cosine)
-    assert lr == pytest.approx(1 / (1 / 0.5 + 0.5 / 0.1)) and mnist.read_loss("nll")[1] == 0.01
+    assert lr == pytest.approx(1 / (1 / 0.5 + 0.5 / 0.1)) and mnist.parse_loss("nll")[1] == 0.01
 
 
 def rates(schedule, steps=8, *flags):
@@ -290,7 +290,7 @@ def test_the_flow_loss_is_the_squared_error_of_the_velocity():
     noise = ((x - t * images) / (1 - t))[t.flatten() < 0.9]
     assert abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(1, abs=0.02)
     assert t.mean() == pytest.approx(0.5, abs=0.03) and t.min() > 0 and t.max() < 1
-    assert (seen["labels"] == mnist.NOBODY).float().mean() == pytest.approx(0.1, abs=0.03)
+    assert (seen["labels"] == mnist.NULL_LABEL).float().mean() == pytest.approx(0.1, abs=0.03)
     loss = mnist.flow_loss(functools.partial(guess, error=0.5), images, labels).item()
     velocities = ((image - seen["x"]) / (1 - seen["t"]).clamp(min=0.05)
                   for image in (images + 0.5, images))  # fmt: skip

@@ -18,7 +18,7 @@ from conftest import ALL_TEXT, ROOT, TEXTS, needs_vocabularies, pieces_of, set_b
 import prepare_data
 from data.cli import UserError
 from data.files import file_sha256
-from data.sources import stdlib_files
+from data.sources import SOURCES, Source, stdlib_files
 from data.tokenizer import Tokenizer
 from prepare_data import prepare, read_meta, read_tokens
 
@@ -40,7 +40,8 @@ def test_a_folder_gives_its_text_files_in_order(capsys):
 
 
 @pytest.mark.parametrize("name, named_so", [
-    ("novels", "novels/ novels/*.txt"), ("text", ".. https://h/"),
+    ("novels", "novels/ novels/*.txt novels/**/*.txt /a/novels/[*]/*"),
+    ("text", ".. https://h/ /*.txt **"),
     ("tale", "a/tale.txt tale.jsonl.gz tale.TAR.GZ tale.tar.xz https://h/x/tale.txt?download=1"),
 ])
 def test_a_source_gives_its_folder_a_sensible_name(name, named_so):
@@ -110,10 +111,13 @@ def test_of_few_documents_the_last_tenth_of_the_tokens_is_held_out(count):
     assert read_meta(folder)["documents"] == count
 
 
-def test_a_char_vocabulary_knows_held_out_documents_and_a_bpe_does_not():
+def test_a_char_vocabulary_knows_held_out_documents_and_a_bpe_does_not(monkeypatch):
     """Merges learned from val would flatter the model; characters must just be there."""
     texts = ["the cat sat on the mat. "] * 9 + ["zyzzyva zyzzyva zyzzyva zyzzyva"]
     assert "v" in read_meta(prepare_books(texts, "char"))["tokenizer"]["chars"]
+    monkeypatch.setitem(SOURCES, "tales", Source(lambda: {"train": sorted(Path("books").iterdir())},
+                                                 "char"))  # fmt: skip
+    assert "v" in read_meta(prepare("tales"))["tokenizer"]["chars"]
     tokens = read_meta(prepare("books", "bpe:300"))["tokenizer"]["tokens"]
     tokens = [base64.b64decode(t) for t in tokens[256:]]
     assert b"at" in tokens and not [t for t in tokens if b"zy" in t]
@@ -322,6 +326,36 @@ def test_files_of_c4_follow_each_other(monkeypatch):
 
 def test_named_texts_may_have_their_own_validation(monkeypatch):
     network(monkeypatch, lambda url: f"{url[-9:]}<|endoftext|>\n".encode() * 20)
-    folder = prepare("tinystories", tokenizer="byte")
-    assert text_of(folder, "val") == "valid.txt" * 20
-    assert text_of(folder, "train") == "train.txt" * 20
+    for limit, n in ((None, 20), (26, 3)):
+        folder = prepare("tinystories", tokenizer="byte", max_tokens=limit)
+        assert text_of(folder, "val") == "valid.txt" * 20
+        assert text_of(folder, "train") == ("train.txt" * 20)[: limit and limit - n + 1]
+        assert read_meta(folder)["characters"] == (20 * 18 if n == 20 else 24 + 180)
+    assert "v" in read_meta(prepare("tinystories", tokenizer="char"))["tokenizer"]["chars"]
+
+
+def test_no_more_is_encoded_than_is_wanted(monkeypatch):
+    set_block(monkeypatch, 64)
+    prepared, encode = [], Tokenizer.encode_array
+    monkeypatch.setattr(Tokenizer, "encode_array", lambda *a: prepared.append(a) or encode(*a))
+    Path("long.txt").write_text("a tale " * 999)
+    assert read_meta(prepare("long.txt", "byte", max_tokens=190))["characters"] == 190
+    assert len(prepared) < 9
+
+
+def test_a_file_that_has_changed_is_prepared_again_with_the_same_settings(capsys):
+    Path("tale.jsonl").write_text('{"a": "one"}\n' * 40)
+    folder = prepare("tale.jsonl", "char", val_fraction=0.25, field="a")
+    Path("tale.jsonl").write_text('{"a": "two"}\n' * 40)
+    os.utime("tale.jsonl", (2**32, 2**32))
+    assert prepare_data.find_data("tale.jsonl") == folder
+    assert len(read_tokens(folder, "val")) == 39
+    assert read_meta(folder)["tokenizer"]["chars"] == "otw"
+    flags = "--tokenizer char --field a --val_fraction 0.25"
+    assert f"(python prepare_data.py tale.jsonl {flags})\n" in capsys.readouterr().out
+    assert f" {flags.replace('char', 'byte')} --name tale " in prepare_data.other_tokenizer(
+        folder, Tokenizer({"kind": "byte"})
+    )
+    with pytest.raises(UserError, match="is not a file"):
+        prepare_data.find_data("none")
+    assert not capsys.readouterr().out

@@ -422,7 +422,7 @@ def test_control_characters_are_shown_and_not_obeyed(say, tmp_path):
 def test_a_model_without_a_tokenizer_is_refused(say, tmp_path, run):
     content = load_checkpoint(run[0])
     save_checkpoint(tmp_path / "x.pt", {k: content[k] for k in ("config", "model")})
-    with pytest.raises(UserError, match="carries no tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         say("--prompt", "ab", ckpt="x.pt")
 
 
