@@ -918,6 +918,9 @@ def build_model(args, base, content, special_tokens, runtime):
         adapter = content["adapter"]
     else:  # what is quantized or sharded is read layer by layer
         dtype = None if args.quantize or args.shard else torch.float32
+        if dtype:
+            config = lm.Config.from_dict(base["config"])
+            train.check_weights(config, runtime.device, trained=not args.lora_rank)
         model = lm.model_from_checkpoint(base, dtype=dtype, where=args.ckpt)
     if not content:  # a resumed run has trained its new and spare rows: they stay as they are
         lm.grow_vocabulary(model, lm.padded_vocab(tokenizer.n_vocab), bare.n_vocab)

@@ -617,6 +617,8 @@ def echo_logprobs(model, states, ids, n):
 def load(ckpt=None, device=None, dtype="auto", adapters=()):
     """(model, tokenizer, path) of a checkpoint or run's folder, by default the newest run. With an
     adapter comes its base. `adapters`, named by folder or file, are added; the first is active."""
+    if ckpt is None and adapters and "adapter" in lm.load_checkpoint(adapters[0]):
+        ckpt, *adapters = adapters  # it names its base
     path = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
     dtype = native_dtype(device) if dtype == "auto" else dtype

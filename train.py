@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 import model as lm
-from data import cli
+from data import cli, machine
 from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 from data.costs import check_memory, memory_needed
 from data.machine import DTYPES, fast_products, full_tensor, make_runtime, native_dtype, shard_like
@@ -124,12 +124,12 @@ class TokenLoader:
 
 
 def micro_batches(loader, step, n_rows, grad_accum, rank=0, world=1):
-    """This process's share, in `grad_accum` batches, of the `n_rows` rows of `step`. If these do
-    not divide by the batches of all processes, the first of them are longer; some may be empty."""
-    each, longer = divmod(n_rows, grad_accum * world)
-    parts = range(rank * grad_accum, (rank + 1) * grad_accum)
-    firsts = [step * n_rows + i * each + min(i, longer) for i in parts]
-    return [loader.rows(first, each + (i < longer)) for i, first in zip(parts, firsts)]
+    """This process's share of the `n_rows` rows of `step`, as `grad_accum` batches. The batches of
+    all processes have as many rows, give or take one; some may have none."""
+    parts = grad_accum * world
+    bounds = [step * n_rows - (-i * n_rows // parts) for i in range(parts + 1)]
+    mine = bounds[rank * grad_accum : (rank + 1) * grad_accum + 1]
+    return [loader.rows(first, end - first) for first, end in zip(mine, mine[1:])]
 
 
 # --------------------------------------------------------------------------------------------
@@ -1006,7 +1006,9 @@ def build_model(args, content, folder, meta, tokenizer):
         changes = {k: getattr(args, k) for k in SHAPE if getattr(args, k) is not None}
         # a multiple of 64 suits the hardware and leaves rows for a chat's special tokens
         changes.setdefault("vocab_size", lm.padded_vocab(tokenizer.n_vocab))
-        model = lm.Transformer(config := lm.preset(args.preset, **changes))
+        config = lm.preset(args.preset, **changes)
+        check_weights(config, machine.choose_device(args.device), trained=not args.shard)
+        model = lm.Transformer(config)
         if config.norm_topk_prob and config.experts_per_token == 1:
             raise UserError("--norm_topk_prob with one expert a token: the router could not learn")
     else:
@@ -1019,6 +1021,9 @@ def build_model(args, content, folder, meta, tokenizer):
             raise UserError(other_tokenizer(folder, theirs))
         # with --shard it stays mapped from its file, so that no process ever holds all of it
         dtype = None if args.shard else torch.float32
+        if dtype:
+            config = lm.Config.from_dict(content["config"])
+            check_weights(config, machine.choose_device(args.device))
         model = lm.model_from_checkpoint(content, dtype=dtype, where=where)
         if not resuming:
             size = max(tokenizer.n_vocab, model.config.vocab_size)  # the model may lack end of text
@@ -1028,6 +1033,12 @@ def build_model(args, content, folder, meta, tokenizer):
         raise UserError(f"token id {meta['largest_id']} in {folder} is not below {size}")
     model.grad_checkpoint = bool(args.grad_checkpoint)
     return model
+
+
+def check_weights(config, device, trained=True):
+    """UserError if memory cannot hold weights that are not made yet, with their gradients and
+    moments if they are `trained`."""
+    check_memory(lm.meta_model(config).requires_grad_(trained), 0, device)
 
 
 def check_context(context, model):
@@ -1164,11 +1175,17 @@ def main(argv=None):
         share = args.grad_accum, runtime.rank, runtime.world
         return micro_batches(loaders[kind], number, n_rows[kind], *share)
 
+    def loss(model, ids, targets):
+        if len(ids):
+            return model(ids, targets, places=slice(None))  # none is -100
+        # a batch without rows has a gradient, too, of zeros, because DDP and FSDP wait for it
+        return model(ids.new_zeros(1, 2), targets.new_full((1, 2), -100), places=slice(0))
+
     task = Task(
         batches=batches,
         evaluate=measure,
         extra={"tokenizer": tokenizer.spec, "data": data_hashes(meta)},
-        loss=lambda m, ids, targets: m(ids, targets, places=slice(None)),  # none is -100
+        loss=loss,
     )  # fmt: skip
     ratio = len(train) / sum(p.numel() for p in model.parameters())
     log(f"{out}: {folder}, {tokenizer.name}, {args.optimizer}")

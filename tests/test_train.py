@@ -189,8 +189,9 @@ def test_embedding_and_head_have_their_own_rates_unless_they_are_one_table():
         assert rate[id(model.embed.weight)] == (1e-3 if tied else 0.5)
         assert rate[id(model.head.weight)] == (1e-3 if tied else 0.25)
         assert rate[id(model.blocks[0].attention.q.weight)] == 1e-3
-    args.embed_lr = 1e-4  # LoRA's recipe has a lower rate for tables than for adapters
+    before, args.embed_lr = list(rate), 1e-4  # LoRA's recipe has a lower rate for tables
     groups = train.make_optimizers(model, args)[0].param_groups
+    assert [id(p) for g in groups for p in g["params"]] == before  # a resumed run's moments fit
     assert [g["peak"] for g in groups if g["params"][0] is model.embed.weight] == [1e-4]
 
 
@@ -265,6 +266,7 @@ def test_evaluation_scores_every_target_once_and_counts_bytes(stride):
     tokens = np.random.default_rng(0).integers(0, 60, 8 * 5 + 4).astype(np.uint16)
     byte_lengths = np.arange(64) % 3
     result = train.evaluate(model, tokens, byte_lengths, CPU, stride=stride)
+    assert train.evaluate(model, tokens, byte_lengths, CPU, 42, stride=stride)["val_share"] <= 1
     total, ids = 0.0, torch.from_numpy(tokens.astype(np.int64))[None]
     for target in range(1, len(tokens)):  # the first window that it is in
         start = max(0, -(-(target - 8) // stride) * stride)
@@ -349,6 +351,11 @@ def test_a_stop_signal_saves_the_step_and_sets_the_exit_code(corpus, number, cod
     said = run("--resume", "out/stop", "--max_steps", 3).stdout
     assert re.search(r"best val loss \d.* at step 3\n", said) and "last.pt, best.pt" in said
     assert last("out/stop")["best"] == metrics("out/stop")[-1]["val_loss"]
+    evaluate, ended = train.evaluate, lambda *a, **k: os.kill(os.getpid(), number)
+    with monkeypatch.context() as m:  # in the last evaluation
+        m.setattr(train, "evaluate", lambda *a, **k: ended() or evaluate(*a, **k))
+        done = run("--resume", "out/stop", "--max_steps", 4, check=False)
+    assert done.returncode == code and "stopped at step 4, saved: continue" in done.stdout
 
 
 def test_resuming_cuts_metrics_and_inherits_what_is_not_given(corpus):
@@ -623,7 +630,8 @@ def test_a_second_process_or_script_is_refused(corpus):
     ("--data words --preset huge", "huge"),
     ("--data words --n_head 5", "n_head 5"),
     ("--data words --batch_size 100000000", "memory"),
-    ("--data words --out words.txt", "words.txt"),
+    ("--data words --preset llama-8b --n_layer 9999", "memory"),
+    ("--data words --out words.txt", "'words.txt' is not a folder"),
     ("--data words --device tpu", "tpu"),
     ("--resume out/none", "out/none"),
     ("--ckpt words.txt --data words", "words.txt"),
