@@ -17,6 +17,7 @@ language model: from model.py come only the checkpoints and, for drawing, the tr
 Shapes in comments: B batch, T patches of an image, C channels.
 """
 
+from data.cli import Parser, StopSignal, UserError, at_least, positive, run_cli
 import argparse
 import math
 import re
@@ -31,7 +32,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import model as lm
-from data.cli import Parser, StopSignal, UserError, at_least, positive, run_cli
 from data.files import write_json
 from data.idx import FILES, download_idx, read_folder_idx
 from data.machine import choose_device, random_state, set_random_state

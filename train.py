@@ -14,6 +14,7 @@ Read it from here to the end of `fit`, the loop that fine-tuning also uses. The 
 line and what only some runs need: bf16, a compiler, several processes.
 """
 
+from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 import argparse
 import contextlib
 import copy
@@ -37,7 +38,6 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 import model as lm
-from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 from data.costs import check_memory, memory_needed
 from data.machine import DTYPES, fast_products, full_tensor, make_runtime, native_dtype, shard_like
 from data.progress import waiting, watched

@@ -64,10 +64,20 @@ def run_cli(main):
             raise
         advice = "use smaller batches, --grad_checkpoint in training, or a smaller model"
         print(f"{script}: out of memory: {advice}", file=sys.stderr)
-    except KeyboardInterrupt as e:
-        print(f"\n{script}: {e.args[0] if e.args else 'interrupted'}", file=sys.stderr)
-        code = 130
     raise SystemExit(code)
+
+
+def excepthook(kind, error, frames):
+    """Ctrl-C becomes one line and exit code 130, also while a script imports torch, since scripts
+    import this module first; other exceptions are shown as usual."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, frames)
+    said = error.args[0] if error.args else "interrupted"
+    print(f"\n{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
+    raise SystemExit(130)
+
+
+sys.excepthook = excepthook
 
 
 def first_process():

@@ -23,7 +23,6 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
     (UserError("bad thing"), 2, "x.py: bad thing\n"),
     (FileNotFoundError(2, "No such file", "a.txt"), 2, "x.py: a.txt: No such file\n"),
     (OSError(28, "No space left on device"), 2, "x.py: [Errno 28] No space left on device\n"),
-    (KeyboardInterrupt(), 130, "\nx.py: interrupted\n"),
     (None, 0, ""),
 ])
 def test_errors_become_exit_codes_and_a_bug_is_not_hidden(error, code, line, monkeypatch, capsys):
@@ -37,6 +36,15 @@ def test_errors_become_exit_codes_and_a_bug_is_not_hidden(error, code, line, mon
     assert (e.value.code, capsys.readouterr().err) == (code, line)
     with pytest.raises(ZeroDivisionError):
         run_cli(lambda: 1 / 0)
+
+
+def test_an_interrupt_is_one_line_from_the_first_slow_import_on():
+    for name in ("torch", "tiktoken"):
+        Path(f"{name}.py").write_text("raise KeyboardInterrupt")
+    for script in SCRIPTS:
+        command = [sys.executable, str(ROOT / f"{script}.py")]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": "."}, capture_output=True)
+        assert (done.returncode, done.stderr) == (130, f"\n{script}.py: interrupted\n".encode())
 
 
 @pytest.mark.parametrize("kind, text, line", [
