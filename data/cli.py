@@ -64,6 +64,8 @@ def run_cli(main):
             raise
         advice = "use smaller batches, --grad_checkpoint in training, or a smaller model"
         print(f"{script}: out of memory: {advice}", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        excepthook(KeyboardInterrupt, e, None)
     raise SystemExit(code)
 
 

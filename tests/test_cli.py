@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
     (UserError("bad thing"), 2, "x.py: bad thing\n"),
     (FileNotFoundError(2, "No such file", "a.txt"), 2, "x.py: a.txt: No such file\n"),
     (OSError(28, "No space left on device"), 2, "x.py: [Errno 28] No space left on device\n"),
+    (KeyboardInterrupt(), 130, "\nx.py: interrupted\n"),
     (None, 0, ""),
 ])
 def test_errors_become_exit_codes_and_a_bug_is_not_hidden(error, code, line, monkeypatch, capsys):
