@@ -197,7 +197,7 @@ class LoRALinear(nn.Module):
 
     def add(self, name, rank, alpha, dropout):
         """Add an adapter, not active yet."""
-        device = next(self.base.buffers(), next(self.base.parameters(), None)).device
+        device = next(iter(self.base.state_dict().values())).device
         a = nn.Linear(self.base.in_features, rank, bias=False, device=device)
         self.a[name] = a.weight
         self.b[name] = nn.Parameter(torch.zeros(self.base.out_features, rank, device=device))
@@ -304,7 +304,7 @@ def disable_adapter(model):
     name = getattr(model, "active_adapter", None)
     set_adapter(model)
     try:
-        yield model
+        yield
     finally:
         set_adapter(model, name)
 

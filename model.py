@@ -232,9 +232,9 @@ def preset(name, **changes):
 # --------------------------------------------------------------------------------------------
 
 
-def make_norm(config, size):
-    """The norm of `config` over the last dimension, of length `size`."""
-    return NORMS[config.norm](size, config.eps, elementwise_affine=config.norm_weight)
+def make_norm(c):
+    """The norm of a Config, over the last dimension."""
+    return NORMS[c.norm](c.d_model, c.eps, elementwise_affine=c.norm_weight)
 
 
 def rope_tables(context, head_size, theta, scaling=None, share=1.0):
@@ -280,20 +280,16 @@ def sinusoid_table(context, d_model):
     return table.flatten(1)[:, :d_model]
 
 
-def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
-    """Attention written out: softmax(q k^T * scale) v.
+def naive_attention(q, k, v, dropout=0.0, scale=None):
+    """Causal attention written out: softmax(q k^T * scale) v.
 
-    q (B, nh, T, hs); k and v (B, nkv, S, hs), each key head shared by nh/nkv query heads.
-    `mask` (T, S) is True where a query may attend. Without it, a query attends to itself and all
-    earlier keys, or to all keys if not `causal`. The default `scale` is 1 / sqrt(hs).
+    q (B, nh, T, hs); k and v (B, nkv, S, hs), each key head shared by nh/nkv query heads. A query
+    attends to its own position and all before it. The default `scale` is 1 / sqrt(hs).
     """
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    if mask is None and causal:
-        mask = causal_mask(T, S, q.device)
-    attn_bias = q.new_zeros(1, 1)  # added to the scores: -inf where a query may not attend
-    if mask is not None:
-        attn_bias = q.new_zeros(T, S).masked_fill(~mask, float("-inf"))
+    # added to the scores: -inf where a query may not attend
+    attn_bias = q.new_zeros(T, S).masked_fill(~causal_mask(T, S, q.device), -math.inf)
     flat_q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B nh, T or S, hs)
     scale = scale or q.shape[-1] ** -0.5
     score = torch.baddbmm(attn_bias, flat_q, k.mT, alpha=scale)  # (B nh, T, S)
@@ -306,7 +302,7 @@ def attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     short = T <= FEW_TOKENS or q.shape[:2].numel() * T * S <= FEW_SCORES
     if mask is None and causal and 1 < T == S and short and q.device.type == "cpu":
-        return naive_attention(q, k, v, None, dropout, causal, scale)
+        return naive_attention(q, k, v, dropout, scale)
     if mask is None and causal and 1 < T < S:  # is_causal would align the first query and key
         mask = causal_mask(T, S, q.device)
     if group > 1 and mask is not None and q.is_cuda:  # no fused kernel supports mask and groups
@@ -403,7 +399,7 @@ class Block(nn.Module):
 
     def __init__(self, config, causal=True):
         super().__init__()
-        c, norm = config, partial(make_norm, config, config.d_model)
+        c, norm = config, partial(make_norm, config)
         before = norm if c.norm_place != "post" else nn.Identity
         after = norm if c.norm_place != "pre" else nn.Identity
         self.norm1 = before()
@@ -735,10 +731,10 @@ class Transformer(nn.Module):
             if c.window and c.window_theta:
                 self.window_cos, self.window_sin = map(table, tables(c.window_theta))
         self.windowed = c.window_layers or [True] * c.n_layer
-        self.embed_norm = make_norm(c, c.d_model) if c.embed_norm else scale_by(c.embed_scale)
+        self.embed_norm = make_norm(c) if c.embed_norm else scale_by(c.embed_scale)
         self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.norm = make_norm(c, c.d_model)
+        self.norm = make_norm(c)
         self.logit_scale = scale_by(c.logit_scale)
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=c.head_bias)
         if c.tied:

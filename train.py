@@ -165,8 +165,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One step. `closure` is there because torch's optimizers take one; it is not called."""
+    def step(self):
         for group in self.param_groups:
             # matrices of one shape go through the products together; a sharded one (--shard) is
             # gathered first and goes alone
@@ -308,7 +307,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None, str
         block = torch.from_numpy(tokens[window].astype(np.int64))
         goals = block[:, 1:].clone()
         goals[np.asarray(batch) > 0, : T - stride] = -100
-        places = (goals.flatten() != -100).nonzero()[:, 0]
+        places = lm.target_places(goals)
         n_bytes += counted * int(byte_lengths[goals.flatten()[places].numpy()].clip(0).sum())
         count += counted * len(places)  # `counted` is False for a repeat, see Runtime.share
         ids, goals, places = runtime.upload([block[:, :-1], goals, places])
@@ -713,7 +712,6 @@ def compile_blocks(model, task, runtime, step):
             block.feed_forward.forward = torch.compiler.disable(block.feed_forward.forward)
     with waiting("compiling the model, once, perhaps for a minute"), runtime.autocast():
         task.loss(model, *runtime.upload(task.batches(step)[0])).backward()
-    model.zero_grad(set_to_none=True)
 
 
 def place(model, args, runtime):
@@ -756,9 +754,7 @@ def make_runner(model, task, args, runtime, step=0):
     if args.compile or (args.compile is None and ampere):  # where it is worth its minute
         compile_blocks(getattr(runner, "low", runner), task, precision, step)
     if runtime.world > 1 and not runtime.sharded:  # buffers are only tables of positions
-        ddp = nn.parallel.DistributedDataParallel
-        new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # since torch 2.13
-        runner = ddp(runner, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+        runner = nn.parallel.DistributedDataParallel(runner, forward_sync_buffers=False)
     return runner, precision, after_step
 
 
@@ -986,8 +982,7 @@ def resumed_settings(args, given, fixed):
         print(f"resuming {path} at step {content['step']}; settings are the run's own{but}")
     if "dtype" in given:
         content.pop("device", None)  # the given dtype is kept on another device, too
-    settings = scale_rates(inherited, given) | given
-    return settings | {"out": inherited["out"]}, content
+    return scale_rates(inherited, given) | given | {"out": inherited["out"]}, content
 
 
 def build_model(args, content, folder, meta, tokenizer):
@@ -1138,9 +1133,8 @@ def main(argv=None):
         read = partial(evaluate, model, val, tokenizer.byte_lengths, runtime, context=context)
         if when != "end":
             return read(few)
-        row, overlapping = read(args.eval_tokens), read(few, stride=max(1, context // 8))
-        names = {"val_bpb": "overlap_bpb", "val_share": "overlap_share"}
-        return row | {new: overlapping[name] for name, new in names.items()}
+        row, overlap = read(args.eval_tokens), read(few, stride=max(1, context // 8))
+        return row | {"overlap_bpb": overlap["val_bpb"], "overlap_share": overlap["val_share"]}
 
     log = print if runtime.rank == 0 else lambda *_, **__: None
     if args.eval_only:
