@@ -12,11 +12,11 @@ scores.json. data/rows.py recognises the rows by their shape: chats (Alpaca, Sha
 messages, hotel dialogues), labelled texts, preference pairs.
 """
 
+from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
 import argparse
 import contextlib
 import copy
 import itertools
-import json
 import math
 import random
 import sys
@@ -33,9 +33,8 @@ import lora
 import model as lm
 import train
 from data import batches, chat, cli
-from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
 from data.costs import check_memory
-from data.files import write_json
+from data.files import dump_lines, write_json
 from data.machine import DTYPES, fast_products, make_runtime, shard_like
 from data.progress import shown, watched
 from data.reply import parse
@@ -79,8 +78,8 @@ FIXED = {
 
 
 def dpo_margin(model, ids, targets, places, reference):
-    """(P, 2): the log probabilities of chosen and rejected answers under `model` minus those under
-    the reference, for a batch of `DPO.batch`."""
+    """(P, 2): the log-ratios of chosen and rejected answers, log probability under `model` minus
+    that under the reference, for a batch of `DPO.batch`."""
     logps = model(ids, targets, output="log_probs", places=places).sum(1)  # (2 P,)
     return torch.stack(logps.chunk(2), dim=1) - reference
 
@@ -100,9 +99,9 @@ def grpo_loss(logps, old, reference, advantage, places, clip, kl):
 
     summed over these ids. A is the advantage of the answer; ratio is the id's probability divided
     by `old`, the probability when it was sampled; q is the reference's probability divided by the
-    model's: the mean of q - log q - 1 is their KL divergence, and no term of it is negative
-    (Schulman 2020). Shao et al. 2024, equation 3, without its division by length and by standard
-    deviation (Liu et al. 2025).
+    model's: q - log q - 1 is never negative, and its mean is an unbiased estimate of
+    KL(model || reference) (Schulman 2020). Shao et al. 2024, equation 3, without its division by
+    length and by standard deviation (Liu et al. 2025).
 
     logps, old, reference: log probabilities (N, T); advantage (N, 1); places: the `target_places`.
     Returns tensors: loss, share of ids whose ratio is clipped, mean of the KL term.
@@ -139,12 +138,13 @@ def max_answer(context):
 
 
 def answer_jobs(examples, limit=None, calls_only=False):
-    """The assistant's Turns in chats that are to be answered, or `limit` of them evenly spread."""
+    """The assistant's turns that follow a message, as Turns; at most `limit`, evenly spaced."""
     jobs = [
         batches.Turn(e["messages"][:i], m, e.get("tools"))
         for e in examples
         for i, m in enumerate(e["messages"])
-        if m["role"] == "assistant" and i and (m.get("tool_calls") or not calls_only)
+        if m["role"] == "assistant" and i and m.get("weight", 1)
+        and (m.get("tool_calls") or not calls_only)
     ]
     if not limit or limit >= len(jobs):
         return jobs
@@ -159,8 +159,8 @@ def job_prompt(job, tokenizer, context):
 
 def generate_turns(model, tokenizer, prompts, seeds=None, follow=None):
     """The turns that the model writes after the prompts: (lists of ids, messages). They are greedy,
-    or sampled with a seed for each prompt. A turn that ends makes room for the next one: for one of
-    the same conversation if follow(number of the prompt, ids) has made its prompt longer."""
+    or sampled with one seed per prompt. When a turn ends, a waiting prompt takes its place. If
+    follow(index of the prompt, ids) has extended its prompt and returns True, that one is next."""
     template, max_tokens = chat.get_template(tokenizer), max_answer(model.config.context)
     options = dict(allowed=allowed_ids(model, tokenizer, chat=True), ends=template.ends)
     options["max_new_tokens"] = max_tokens
@@ -188,9 +188,9 @@ def generate_turns(model, tokenizer, prompts, seeds=None, follow=None):
 
 
 def converse(model, tokenizer, env, starts, seeds=None):
-    """Whole conversations of the model with copies of an environment, reset by the numbers in
-    `starts`: ([messages], [Row], [reward]). The Rows consist of the ids that were read and drawn,
-    and the latter are learned. The context may end a conversation before the environment does."""
+    """Whole conversations of the model with copies of an environment, reset with the seeds
+    `starts`: ([messages], [Row], [reward]). The Rows hold the ids that were read and drawn; only
+    the latter are learned. The context may end a conversation before the environment does."""
     template, envs = chat.get_template(tokenizer), [copy.copy(env) for _ in starts]
     room = model.config.context - max_answer(model.config.context)
     with cli.user_code("reset(seed) of --env fails"):
@@ -205,10 +205,10 @@ def converse(model, tokenizer, env, starts, seeds=None):
         row.mask += [1] * len(turn)
         if turn[-1] != template.end:
             return False
-        with cli.user_code("step(message) of --env fails"):
+        with cli.user_code("step(message) of --env fails, or returns no (new messages, done)"):
             new, done = envs[i].step(messages[-1])
             ids = [] if done else template.next_ids(messages, new)
-        messages += new
+            messages[:] = messages + new
         if done or len(row.ids + ids) > room:
             return False
         row.ids += ids
@@ -218,8 +218,8 @@ def converse(model, tokenizer, env, starts, seeds=None):
     generate_turns(model, tokenizer, prompts, seeds, follow)
     with cli.user_code("reward(messages) of --env fails"):
         rewards = [float(env.reward(messages)) for env, messages in zip(envs, talks)]
-    if not all(map(math.isfinite, rewards)):
-        raise UserError(f"reward(messages) of --env returns {rewards}, not numbers")
+    if wrong := [r for r in rewards if not math.isfinite(r)]:
+        raise UserError(f"reward(messages) of --env returns {wrong[0]}, not a finite number")
     return talks, rows, rewards
 
 
@@ -240,16 +240,16 @@ class Split:
 
     examples: list
     rows: list
-    prompts: list = field(default_factory=list)  # of GRPO, which learns from these and not the rows
-    env: object = None  # of GRPO: the environment, in place of prompts from the rows
-    reference: torch.Tensor | None = None  # of DPO: log probabilities (N, 2) before training
+    prompts: list = field(default_factory=list)  # for GRPO, which learns from them, not `rows`
+    env: object = None  # for GRPO: the environment, in place of prompts from the rows
+    reference: torch.Tensor | None = None  # for DPO: log probabilities (N, 2) before training
 
 
 class SFT:
     """Chats: the assistant's turns are learned. The other objectives override what differs.
 
-    To add an objective, write a class like these and enter it in OBJECTIVES. `args`, `tokenizer`,
-    `labels` and `runtime` (a Runtime) are there for it.
+    To add an objective, write a class like these and enter it in OBJECTIVES. It can use self.args,
+    self.tokenizer, self.labels and self.runtime (a Runtime).
     """
 
     kinds, noun, figure = ("chat",), "conversations", "slot_f1"  # figure: what --best_by may name
@@ -300,7 +300,7 @@ class SFT:
         return {}
 
     def batch(self, split, numbers, rows, number=0):
-        """The tensors of batch `number` of the run: of `rows`, with these numbers in the Split."""
+        """The tensors of batch `number` of the run, made of `rows` (their indices: `numbers`)."""
         ids, targets = batches.pad(rows)
         return ids, targets, lm.target_places(targets)
 
@@ -326,14 +326,14 @@ class SFT:
         scores, answers = {"val_loss": loss / targets}, self.args.eval_rows and when == "step"
         if answers and (self.runtime.rank == 0 or self.runtime.sharded):
             jobs = self.jobs(split, self.args.eval_rows)
-            scores |= self.scores(jobs, answer(model, self.tokenizer, jobs))
+            scores |= self.scores(split, jobs, answer(model, self.tokenizer, jobs))
         return scores
 
     def jobs(self, split, limit=None):
         """The `answer_jobs` of the turns that are learned."""
         return answer_jobs(split.examples, limit, self.args.loss_on == "call")
 
-    def scores(self, jobs, turns):
+    def scores(self, split, jobs, turns):
         """The figures of answers to jobs, and those that the data set adds."""
         scores, source = chat_scores(jobs, turns), SOURCES.get(self.args.data)
         return scores | (source.scores(jobs, turns) if source and source.scores else {})
@@ -349,7 +349,7 @@ class SFT:
             lines.append(f"  asked      {shorten(row['prompt'])}")
             lines.append(f"  reference  {shorten(chat.message_text(row['reference']))}")
             lines.append(f"  answered   {shorten(chat.message_text(row['prediction']))}\n")
-        return self.scores(jobs, turns), rows, lines
+        return self.scores(split, jobs, turns), rows, lines
 
     def metrics(self):
         """Further metrics for metrics.jsonl, averaged over the steps since the last call."""
@@ -377,7 +377,7 @@ class Classify(SFT):
         return {}
 
     def loss(self, model, ids, targets, places):
-        """The summed loss among the labels alone, as it is measured."""
+        """The summed loss over the label tokens alone, as in `report`."""
         logps = model(ids, targets, output="log_probs", allowed=self.allowed, places=places)
         return -logps.sum()
 
@@ -419,11 +419,14 @@ class DPO(SFT):
             why = f"pairs are measured against the model before DPO, which {self.args.ckpt} lacks"
             advice = "see its metrics.jsonl, train with --lora_rank, or name --objective reward"
             raise UserError(f"{why}: {advice}")
-        reference = saved and saved["reference"]
-        if not reference:
-            with lm.evaluating(model), self.runtime.autocast(), lora.disable_adapter(model):
-                logps = partial(dpo_margin, model)  # while no Split has a reference
-                reference = {name: self.over_pairs(split, logps) for name, split in splits.items()}
+        reference = dict(saved["reference"]) if saved else {}
+        new = {name: split for name, split in splits.items() if name not in reference}
+        if new and saved and not lora.adapted(model):
+            why = f"there are no pairs of {min(new)} in this run's reference, the model before DPO"
+            raise UserError(f"{why}: resume it with --split val")
+        with lm.evaluating(model), self.runtime.autocast(), lora.disable_adapter(model):
+            logps = partial(dpo_margin, model)  # split.reference is None: zeros are subtracted
+            reference |= {name: self.over_pairs(split, logps) for name, split in new.items()}
         for name, split in splits.items():
             split.reference = reference[name]
         return {"reference": reference}
@@ -445,7 +448,7 @@ class DPO(SFT):
 
     @fast_products()  # as in training, so that both agree at the start
     def over_pairs(self, split, measure):
-        """Apply measure(*batch) -> (P, 2) to all pairs, in batches: (N, 2)."""
+        """measure(*batch) -> (P, 2), computed in batches for all N pairs of the Split: (N, 2)."""
         measured, out = [], torch.zeros(len(split.rows), 2)
         buckets = batches.bucket(range(len(split.rows)), split.rows, self.args.batch_tokens)
         for numbers in watched(buckets, "measuring: batch"):
@@ -471,9 +474,9 @@ class Distill(SFT):
     """Chats that are learned from a teacher's probabilities as well (Hinton et al. 2015)."""
 
     flags = {
-        "teacher": (str, "the checkpoint that is learned from"),
+        "teacher": (str, "checkpoint of the teacher"),
         "distill_lambda": (share, "share of the cross-entropy"),
-        "distill_temperature": (positive, "softens teacher and model"),
+        "distill_temperature": (positive, "temperature that softens both distributions"),
     }
     recipe = dict(teacher=None, distill_lambda=0.5, distill_temperature=2.0)
 
@@ -481,7 +484,10 @@ class Distill(SFT):
         name, device = self.args.teacher, str(self.runtime.device)
         self.teacher, tokenizer, _ = load(name, device, "fp32")
         if tokenizer.spec != self.tokenizer.spec:
-            raise UserError(f"--teacher {name} has other tokens: fine-tune it on such rows first")
+            bare = [Tokenizer(t.spec | {"special": []}) for t in (tokenizer, self.tokenizer)]
+            advice = "name one that began with the tokenizer of --ckpt"
+            advice = "fine-tune it on such rows first" if bare[0].same_ids(bare[1]) else advice
+            raise UserError(f"--teacher {name} has other tokens: {advice}")
         return {}
 
     def loss(self, model, ids, targets, places):
@@ -496,7 +502,7 @@ class Distill(SFT):
 
 class RewardModel(DPO):
     """Preference pairs: a scalar head learns to give the chosen answer more than the rejected one
-    (Ouyang et al. 2022, equation 1). The head is the row of one more token."""
+    (Ouyang et al. 2022, equation 1). The head is the output row of an added token."""
 
     flags = {}
 
@@ -506,8 +512,8 @@ class RewardModel(DPO):
 
     def rows(self, example):
         pair = batches.preference_rows(example, self.tokenizer, self.args.context - 1)
-        token = self.tokenizer.special[REWARD_TOKEN]
-        return [tuple(batches.reward_row(row, token) for row in pair)]
+        token = self.tokenizer.special[REWARD_TOKEN]  # the only target: its logit is the reward
+        return [tuple(batches.Row([*r.ids, token], [0] * len(r.ids) + [1], r.cut) for r in pair)]
 
     def start(self, model, splits, saved):
         return {}  # there is no reference
@@ -519,17 +525,21 @@ class RewardModel(DPO):
 
 
 def load_rewards(source, device):
-    """The function of --reward. It takes a list of (messages, answer, wanted) and returns a reward
-    for each; None if no reward applies to that turn. If --reward names several, separated by
-    commas, each turn gets the first one that applies."""
-    functions = [
-        load_reward(name) if name in REWARDS or name.endswith(".py") else model_reward(name, device)
-        for name in source.split(",")
-    ]
+    """The function of --reward. It takes pairs (Turn, answer) and returns a reward for each; None
+    if no reward applies to that turn. If --reward names several, separated by commas, each turn
+    gets the first one that applies."""
 
-    def reward(*turn):
+    def load_function(name):
+        if name not in REWARDS and not name.endswith(".py"):
+            return model_reward(name, device)
+        reward = load_reward(name)
+        return lambda messages, answer, wanted, tools: reward(messages, answer, wanted)
+
+    def reward(job, answer):
+        turn = job.messages, answer, job.wanted, job.tools
         return next((r for f in functions if (r := rate(f, *turn)) is not None), None)
 
+    functions = list(map(load_function, source.split(",")))
     return lambda answers: [reward(*answer) for answer in answers]
 
 
@@ -552,10 +562,10 @@ def model_reward(source, device):
         return shared
 
     @torch.no_grad()
-    def reward(messages, answer, wanted):
+    def reward(messages, answer, wanted, tools):
         if answer is wanted:  # asked whether this reward is for the turn
             return 0.0
-        talk = {"messages": [*messages, answer]}
+        talk = {"messages": [*messages, answer], "tools": tools}
         row = batches.chat_rows(talk, tokenizer, context, first=len(messages))[-1]
         n = row.mask.index(1)
         with torch.autocast(device.type, enabled=False):
@@ -574,13 +584,13 @@ class SharedPrompt(lm.KVCache):
         self.kept = {}
 
     def begin(self, ids):
-        """As `KVCache.begin`."""
+        """See `KVCache.begin`."""
         start = self.ids.shape[1]
         self.ids = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
         return lm.NewTokens(slice(start, start + ids.shape[1]))
 
     def update(self, i, new, *keys_and_values):
-        """As `KVCache.update`."""
+        """See `KVCache.update`."""
         if not new.positions.start:
             self.kept[i] = keys_and_values
             return keys_and_values
@@ -588,13 +598,13 @@ class SharedPrompt(lm.KVCache):
         return [torch.cat(pair, dim=2) for pair in zip(old, keys_and_values)]
 
     def seen_ids(self, new):
-        """As `KVCache.seen_ids`."""
+        """See `KVCache.seen_ids`."""
         return self.ids
 
 
 def group_logps(runner, model, ids, targets, groups, allowed=None):
-    """Log probabilities (N, T) of targets among the `allowed` ids, answers to prompts, in batches
-    as `GRPO.batch` makes them: each prompt is computed once. `runner`: see train.make_runner."""
+    """Log probabilities (N, T) of the answers' ids among the `allowed` ones, for a batch as
+    `GRPO.batch` makes it. Each prompt is computed once. `runner`: see train.make_runner."""
     logps = []
     for row, group, (n, T, places) in zip(ids, targets.chunk(len(ids)), groups):
         shared, prompt = SharedPrompt(model), row[None, :n]
@@ -615,13 +625,13 @@ class GRPO(SFT):
     flags = {
         "reward": (str, f"what is learned from: {', '.join(REWARDS)}, a .py file with a function "
                    "reward(messages, answer, wanted), or a run of --objective reward; "
-                   "slots,faithful is both"),
-        "env": (str, "what is talked to instead: hotel, or a .py file with a class Env, whose "
-                "reset(seed) and step(message) speak and whose reward(messages) rates"),
+                   "slots,faithful uses the first that applies"),
+        "env": (str, "the environment to talk to instead: hotel, or a .py file whose class Env has "
+                "reset(seed), step(message) and reward(messages)"),
         "samples": (between(2, 4096, int), "answers sampled for each prompt"),
         "updates": (at_least(1), "optimizer steps with the same answers"),
         "clip": (positive, "ratios of probabilities are clipped to 1 +- this"),
-        "kl": (at_least(0, float), "weight of the divergence from the model at the start"),
+        "kl": (at_least(0, float), "weight of the KL divergence from the initial model"),
         "pairs": (str, "with --eval_only: a file for preference pairs, the best of the answers to "
                   "each prompt and a worse one"),
     }  # fmt: skip
@@ -637,11 +647,10 @@ class GRPO(SFT):
         self.env = load_env(self.args.env) if self.args.env else None
         self.rewards = None if self.env else load_rewards(self.args.reward, self.args.device)
         self.figures = defaultdict(list)  # of each micro-batch since the last line of the log
-        self.sampled = {}  # {number: batch}, for further updates
 
     def make_split(self, examples):
-        """The Split of examples as chats, with Prompts of the turns that the reward is for, or as
-        many conversations with an environment."""
+        """The Split of examples as chats, with a Prompt for each turn that the reward applies to,
+        or, with an environment, one for each conversation to be held."""
         split, context = super().make_split([as_chat(e) for e in examples]), self.args.context
         if self.env:
             room = self.args.samples * context
@@ -650,7 +659,7 @@ class GRPO(SFT):
                 split.env = self.env(split.examples)
             return split
         jobs = self.jobs(split)
-        rewards = self.rewards([(job.messages, job.wanted, job.wanted) for job in jobs])
+        rewards = self.rewards([(job, job.wanted) for job in jobs])
         for job, reward in zip(jobs, rewards):
             if reward is not None:
                 ids = job_prompt(job, self.tokenizer, context)
@@ -664,8 +673,7 @@ class GRPO(SFT):
         """Load the reference: the weights at the start, or the base of an adapter. A resumed run
         keeps the answers that rank 0 sampled for further updates; other ranks sample anew."""
         self.model, self.reference = model, None
-        self.held_env = list(splits.values())[-1].env
-        # under the probabilities of all ids, one that is never sampled is not held back, and grows
+        # normalised over these ids: otherwise ids that are never sampled would gain probability
         self.allowed = allowed_ids(model, self.tokenizer, chat=True)
         if self.args.kl and not lora.adapted(model):
             base = lm.load_checkpoint(self.args.ckpt)
@@ -673,7 +681,7 @@ class GRPO(SFT):
             self.reference = lm.model_from_checkpoint(base)
             lm.grow_vocabulary(self.reference, model.config.vocab_size, n_vocab)
             self.reference.to(self.runtime.device)
-        self.sampled = saved.get("sampled", {}) if saved else {}
+        self.sampled = saved.get("sampled", {}) if saved else {}  # {number: batch}
         return {"sampled": self.sampled}
 
     def batch(self, split, numbers, rows, number=0):
@@ -726,13 +734,13 @@ class GRPO(SFT):
         return batch
 
     def sample(self, model, split, prompts, seeds):
-        """Returns the messages that the model writes after the prompts, the Rows of both, and the
-        rewards."""
+        """Returns the messages written after the prompts (with an environment, the conversations),
+        the Rows of both, and the rewards."""
         if split.env:
             return converse(model, self.tokenizer, split.env, [p.turn for p in prompts], seeds)
         answers, turns = generate_turns(model, self.tokenizer, [p.ids for p in prompts], seeds)
         jobs = [p.turn for p in prompts]
-        rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
+        rewards = self.rewards(zip(jobs, turns))
         if None in rewards:
             question = chat.message_text(jobs[rewards.index(None)].messages[-1])
             raise UserError(f"the reward of an answer to {question!r:.80} is None")
@@ -742,8 +750,8 @@ class GRPO(SFT):
 
     def pairs(self, model, split):
         """Sample answers to each prompt and return preference pairs in the page's format: the
-        chosen answer has the largest reward, and the rejected one is any with a smaller reward.
-        (With rejected answers of about the same length, a policy learned to leave facts out.)"""
+        chosen answer has the largest reward, and the rejected one is a random one with a smaller
+        reward. (Choosing one of similar length taught a policy to leave facts out.)"""
         samples, rng, found = self.args.samples, random.Random(self.args.seed), []
         prompts = [p for p in split.prompts for _ in range(samples)]
         turns, _, rewards = self.sample(model, split, prompts, range(len(prompts)))
@@ -753,7 +761,9 @@ class GRPO(SFT):
             best = max(group, key=rewards.__getitem__)
             if worse := [turns[i] for i in group if rewards[i] < rewards[best]]:
                 sides = {"chosen": [turns[best]], "rejected": [rng.choice(worse)]}
-                row = {"prompt": prompts[start].turn.messages, **sides}
+                turn = prompts[start].turn
+                row = {"prompt": turn.messages, **sides}
+                row |= {"tools": turn.tools} if turn.tools else {}
                 with contextlib.suppress(ValueError):  # rows cannot hold every call that was drawn
                     to_example(row)
                     found.append(row)
@@ -786,18 +796,17 @@ class GRPO(SFT):
         self.figures["entropy"].append(-logps.detach().flatten()[places].mean())
         return loss
 
-    def scores(self, jobs, turns):
+    def scores(self, split, jobs, turns):
         """The scores of a chat, and the mean reward of the turns that the reward is for, or of
         --eval_rows conversations."""
         if self.env:
             starts = range(self.args.eval_rows or 64)
-            rewards = converse(self.model, self.tokenizer, self.held_env, starts)[2]
+            rewards = converse(self.model, self.tokenizer, split.env, starts)[2]
         else:
-            answers = [(job.messages, turn, job.wanted) for job, turn in zip(jobs, turns)]
-            rewards = self.rewards(answers)
+            rewards = self.rewards(zip(jobs, turns))
         rewards = [r for r in rewards if r is not None]
         mean = {"val_reward": sum(rewards) / len(rewards)} if rewards else {}
-        return mean | super().scores(jobs, turns)
+        return mean | super().scores(split, jobs, turns)
 
     def metrics(self):
         """Means since the last call: the reward of sampled answers, its standard deviation in a
@@ -805,7 +814,7 @@ class GRPO(SFT):
         clipped ratios, the divergence from the reference, and the mean of -log p of learned ids."""
         names = ["reward", "reward_std", "equal_groups", "answer_tokens", "clipped", "kl"]
         names += ["entropy"]
-        values = [list(map(float, self.figures[k])) for k in names]  # here, for each is a GPU sync
+        values = [list(map(float, self.figures[k])) for k in names]  # only here: a GPU sync each
         sums = self.runtime.total(*map(sum, values), *map(len, values))
         self.figures.clear()
         means = {k: s / n for k, s, n in zip(names, sums, sums[len(names) :]) if n}
@@ -832,6 +841,10 @@ def resolve(args):
     """Fill in every flag that the user left out. Returns (args, the objective's class, the content
     of the last.pt to resume or None, {split: examples}, {split: sha256})."""
     given = {k: v for k, v in vars(args).items() if v is not None}
+    if args.eval_only and args.resume is not None:
+        if args.ckpt:
+            raise UserError("--eval_only measures either --ckpt or --resume: leave one out")
+        given = given | {"ckpt": args.resume or str(newest_run())}
     content, settings = None, given
     if args.resume is not None and not args.eval_only:
         settings, content = train.resumed_settings(args, given, FIXED)
@@ -850,7 +863,7 @@ def resolve(args):
     suitable = [name for name, c in OBJECTIVES.items() if kind in c.kinds]
     name = settings.get("objective", suitable[0])
     if name not in suitable:
-        raise UserError(f"--objective {name} does not suit {data}, rows of {kind}")
+        raise UserError(f"--objective {name} does not suit {data}, whose rows are of kind {kind}")
     objective = OBJECTIVES[name]
     if content is None:
         if LORA_FLAGS & set(given) and "lora_rank" not in settings:
@@ -877,15 +890,15 @@ def check_settings(args, objective, splits, given):
     problems = {
         f"{' '.join(foreign)} is not for {name}": foreign,
         f"{name} needs --teacher CKPT": a.objective == "distill" and not a.teacher,
-        f"{name} needs --env, or --reward {', '.join(REWARDS)}, a file or a run":
+        f"{name} needs either --env or --reward ({', '.join(REWARDS)}, a file or a run)":
             a.objective == "grpo" and bool(a.reward) == bool(a.env),
         "--pairs needs --eval_only and --reward": a.pairs and not (a.eval_only and a.reward),
         "--lora_rank 0 trains all weights, without adapters: leave out the flags of LoRA":
             LORA_FLAGS & set(given) and not a.lora_rank,
-        "--quantize freezes the base: add --lora_rank 8, so that something learns":
+        "--quantize freezes the base: add --lora_rank 8, so that there is something to train":
             a.quantize and not a.lora_rank,
         f"--best_by {a.best_by} is not measured here: choose from {', '.join(figures)}":
-            a.best_by not in figures,
+            not a.eval_only and a.best_by not in figures,
         f"--augment is for --data {', '.join(augmented)}": a.augment and a.data not in augmented,
         f"--shard does not go together with {name}": a.shard and a.objective == "grpo",
         f"--token_dropout does not go together with {name}":
@@ -946,7 +959,7 @@ def make_task(args, objective, splits, loader, extra):
     def batch(number):
         numbers, rows = loader.get(number)
         ids, *rest = objective.batch(splits["train"], numbers, rows, number)
-        if args.token_dropout:  # so that no single word of few texts is relied on
+        if args.token_dropout:  # so that the model does not rely on single words of a small set
             rng = np.random.default_rng((args.seed, 1, number))
             dropped = torch.from_numpy(rng.random(ids.shape) < args.token_dropout)
             ids = ids.masked_fill(dropped, objective.tokenizer.eos_id)
@@ -961,7 +974,7 @@ def make_task(args, objective, splits, loader, extra):
         with lm.evaluating(model), runtime.autocast():
             return runtime.of_first(objective.evaluate(model, splits["val"], when))
 
-    def score(row):  # the evaluation with the smallest one is the best
+    def score(row):  # the evaluation with the smallest score is the best
         if args.best_by == "last":
             return -row["step"]
         if args.best_by not in row:
@@ -977,7 +990,7 @@ def make_task(args, objective, splits, loader, extra):
 
 
 def example_questions(examples, count=4):
-    """What users ask in `count` of the examples, from all over the list; the page shows them."""
+    """What users ask in `count` of the examples, evenly spaced; the page shows them."""
     questions = [q for q in dict.fromkeys(map(first_words, examples)) if 0 < len(q) <= 160]
     return questions[:: max(1, len(questions) // count)][:count]
 
@@ -997,12 +1010,11 @@ def write_report(objective, model, split, out):
     write_json(out / "scores.json", {objective.args.split: scores})
     print(*lines, "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in scores.items()), sep="\n")
     if rows:
-        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-        (out / "predictions.jsonl").write_text(text, encoding="utf-8")
+        (out / "predictions.jsonl").write_text(dump_lines(rows), encoding="utf-8")
         print(f"{out}/predictions.jsonl")
 
 
-def report_best(model, args, objective, splits, examples, result):
+def report_best(model, args, objective, split, result):
     """The closing report on --split, with the best weights of a run, after `train.fit`."""
     out, best = Path(args.out), lm.load_checkpoint(Path(args.out, "best.pt"))
     if "adapter" in best:
@@ -1010,8 +1022,6 @@ def report_best(model, args, objective, splits, examples, result):
     else:
         state = model.state_dict()
         lm.load_weights(model, {k: shard_like(v, state[k]) for k, v in best["model"].items()})
-    # pairs only have the training and validation rows, whose reference is known
-    split = splits.get(args.split) or objective.make_split(examples[args.split])
     if objective.runtime.rank == 0:
         start = next(json_lines((out / "metrics.jsonl").read_text(encoding="utf-8")), {})
         if args.best_by == "val_loss" and (start.get("val_loss") or math.inf) < best["best"]:
@@ -1044,8 +1054,7 @@ def evaluate_only(args, objective_class, examples):
             raise UserError(f"{args.pairs} exists: name another file for --pairs")
         with lm.evaluating(model), runtime.autocast():
             pairs = objective.pairs(model, split)
-        text = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs)
-        Path(args.pairs).write_text(text, encoding="utf-8")
+        Path(args.pairs).write_text(dump_lines(pairs), encoding="utf-8")
         return print(f"{args.pairs}: {len(pairs):,} pairs, of {len(split.prompts):,} prompts")
     run = where.parent if where.suffix == ".pt" else where
     out = run_folder(args.out, f"{run.name}-eval", runtime)
@@ -1116,7 +1125,8 @@ def main(argv=None):
         args = settle(args, max_steps=steps * (args.updates or 1))
     if args.warmup_steps is None:
         args = settle(args, warmup_steps=train.short_warmup(WARMUP, args.max_steps))
-    splits = {"train": split, "val": objective.make_split(examples["val"])}
+    others = {"val", args.split} - {"train"}
+    splits = {"train": split} | {name: objective.make_split(examples[name]) for name in others}
     extra = {"tokenizer": tokenizer.spec, "data": hashes} | objective.start(model, splits, content)
     task = make_task(args, objective, splits, loader, extra)
     if adapter:
@@ -1130,13 +1140,19 @@ def main(argv=None):
         warn_unknown(tokenizer, ids, args.data)
 
     fit = partial(train.fit, model, task, args, runtime, out, content)
-    report = partial(report_best, model, args, objective, splits, examples)
+    report = partial(report_best, model, args, objective, splits[args.split])
     return train.launch(fit, report, runtime, out)
 
 
 # --------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------
+
+
+def defaults(name):
+    """The default of a flag, and those of the objectives that have another one."""
+    others = {o: c.recipe[name] for o, c in OBJECTIVES.items() if name in c.recipe}
+    return ", ".join([f"default {RECIPE[name]}", *(f"{o} {value}" for o, value in others.items())])
 
 
 # fmt: off (one line a flag)
@@ -1159,25 +1175,26 @@ def build_parser():
     add("--split", help="split to report on at the end: val (default, also dev), test or train")
     figures = ", ".join(dict.fromkeys(c.figure for c in OBJECTIVES.values()))
     add("--best_by",
-        help=f"what selects best.pt: last, {figures}, or val_loss (default for chats and pairs)")
-    add("--eval_rows", type=at_least(0), help="answers of an evaluation (default 64; 0: none); the "
+        help=f"what selects best.pt: last, {figures}, or val_loss ({defaults('best_by')})")
+    add("--eval_rows", type=at_least(0), help="answers per evaluation (default 64; 0: none); the "
         "closing report answers all")
     add("--show_mask", type=at_least(1), metavar="N", help="print N rows token by token and stop")
     add = p.add_argument_group("rows").add_argument
     add("--rows", metavar="START:STOP", help="slice of the training rows, such as 1000:5001")
     add("--max_rows", type=at_least(1), help="the first rows of each split only (default: all)")
-    add("--encoding", help="of the files (default: recognise UTF-8, UTF-16 and GB18030)")
+    add("--encoding", help="encoding of the files (default: recognise UTF-8, UTF-16, GB18030)")
     add("--loss_on", choices=("assistant", "call"), help="what is learned (default: assistant)")
     add("--augment", type=share, help="hotel dialogues: probability that a value is exchanged "
         "throughout a dialogue, and that a question is added (default 0)")
     add("--token_dropout", type=share, help="probability of hiding a token (default 0)")
-    add("--dropout", type=float, help="of the model (default: the checkpoint's)")
-    add("--batch_tokens", type=at_least(1), help="of a micro-batch, with padding (default 4096)")
+    add("--dropout", type=float, help="dropout of the model (default: the checkpoint's)")
+    add("--batch_tokens", type=at_least(1),
+        help=f"of a micro-batch, with padding ({defaults('batch_tokens')})")
     add("--context", type=int, help="longest row (default and maximum: the checkpoint's)")
     add = p.add_argument_group("few parameters, little memory").add_argument
-    add("--lora_rank", type=at_least(0), help="of adapters, all else frozen (default 0: none)")
+    add("--lora_rank", type=at_least(0), help="rank of adapters to a frozen base (default 0: none)")
     add("--lora_alpha", type=positive, help="adapters are scaled by alpha / rank (default: 2 rank)")
-    add("--lora_dropout", type=between(0, 0.99), help="of the adapters' inputs (default 0)")
+    add("--lora_dropout", type=between(0, 0.99), help="dropout of adapters' inputs (default 0)")
     add("--lora_targets", help="attention, mlp, all (default), or names of layers with commas")
     add("--quantize", choices=("int8", "nf4"), help="quantize the frozen base; needs --lora_rank")
     for objective, c in OBJECTIVES.items():
@@ -1186,7 +1203,8 @@ def build_parser():
             default = "" if c.recipe[name] is None else f" (default {c.recipe[name]})"
             add(f"--{name}", type=kind, help=text + default)
     add = train.add_optimization(p)
-    add("--epochs", type=positive, help="passes over the rows (default 3 without another limit)")
+    add("--epochs", type=positive,
+        help=f"passes over the rows, without another limit ({defaults('epochs')})")
     add("--max_steps", type=at_least(1), help="instead of --epochs")
     add("--max_minutes", type=positive, help="of training, evaluation not counted")
     return p

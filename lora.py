@@ -12,6 +12,7 @@ layers of an existing model, one by one:
 Together they are QLoRA. LoRA works on any module with nn.Linear, quantization on layers in TARGETS.
 """
 
+from data.cli import Parser, UserError, run_cli
 import contextlib
 import hashlib
 import re
@@ -24,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model as lm
-from data.cli import Parser, UserError, run_cli
 from data.download import is_hub_name
 from data.hf_config import config_to_hf
 from data.hf_weights import write_peft
@@ -197,7 +197,7 @@ class LoRALinear(nn.Module):
 
     def add(self, name, rank, alpha, dropout):
         """Add an adapter, not active yet."""
-        device = next(self.base.buffers(), next(self.base.parameters(), None)).device
+        device = next(iter(self.base.state_dict().values())).device
         a = nn.Linear(self.base.in_features, rank, bias=False, device=device)
         self.a[name] = a.weight
         self.b[name] = nn.Parameter(torch.zeros(self.base.out_features, rank, device=device))
@@ -310,7 +310,7 @@ def disable_adapter(model):
     name = getattr(model, "active_adapter", None)
     set_adapter(model)
     try:
-        yield model
+        yield
     finally:
         set_adapter(model, name)
 

@@ -9,9 +9,10 @@ writes data/NAME/{train.bin, val.bin, meta.json}. A .bin is nothing but token id
 uint16 or uint32; meta.json says how to read them and carries the tokenizer.
 
 The chapters: sources, writing, reading back, the command line. Downloads, encodings and tokenizers
-are modules in data/. No torch here.
+are modules in data/. It does not need torch.
 """
 
+from data.cli import Parser, UserError, at_least, number, quoted, run_cli
 import contextlib
 import glob
 import itertools
@@ -28,7 +29,6 @@ from urllib.parse import urlsplit
 import numpy as np
 import tiktoken
 
-from data.cli import Parser, UserError, at_least, number, quoted, run_cli
 from data.download import DATA, EXTRAS, MB, fetch, is_hub_name, snapshot_download
 from data.files import file_sha256, locked, read_json, write_json
 from data.hf_tokenizer import find_tokenizer, hub_tokenizer
@@ -111,12 +111,12 @@ def make_tokenizer(name, documents, total_bytes):
 # --------------------------------------------------------------------------------------------
 
 FORMAT = 1
-MANY = 10  # documents from which on whole documents are held out
-XZ_LIMIT = 16 * MB  # bytes of text up to which xz compresses it, too (7 s at most on two cores)
+MANY = 10  # from this number of documents on, whole documents are held out
+XZ_LIMIT = 16 * MB  # xz compresses texts of at most this many bytes, too (7 s on two cores)
 
 
 def token_dtype(n_vocab):
-    """Two bytes a token where every id fits them; 100k vocabularies need four."""
+    """Two bytes a token if every id fits, else four, as for a vocabulary of 100k."""
     return np.dtype("<u2" if n_vocab <= 1 << 16 else "<u4")
 
 
@@ -171,8 +171,7 @@ def count_ids(path, tokenizer):
 
 def xz_bits_per_byte(paths, tokenizer):
     """Bits per byte that `xz -9e` with a dictionary of 64 MiB needs for the text of the second .bin
-    after that of the first, which a model has seen, too: the size of both less that of the first.
-    """
+    given that of the first, the training text: the size of both minus the size of the first."""
     texts, dtype = [], token_dtype(tokenizer.n_vocab)
     for ids in (np.fromfile(path, dtype) for path in paths):
         texts.append(tokenizer.encoding.decode_bytes(ids[tokenizer.byte_lengths[ids] > 0].tolist()))

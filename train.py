@@ -14,6 +14,7 @@ Read it from here to the end of `fit`, the loop that fine-tuning also uses. The 
 line and what only some runs need: bf16, a compiler, several processes.
 """
 
+from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 import argparse
 import contextlib
 import copy
@@ -38,7 +39,6 @@ from torch.utils._pytree import tree_map_only
 
 import model as lm
 from data import cli, machine
-from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 from data.costs import check_memory, memory_needed
 from data.machine import DTYPES, fast_products, full_tensor, make_runtime, native_dtype, shard_like
 from data.progress import waiting, watched
@@ -128,8 +128,8 @@ def micro_batches(loader, step, n_rows, grad_accum, rank=0, world=1):
     all processes have as many rows, give or take one; some may have none."""
     parts = grad_accum * world
     bounds = [step * n_rows - (-i * n_rows // parts) for i in range(parts + 1)]
-    mine = bounds[rank * grad_accum : (rank + 1) * grad_accum + 1]
-    return [loader.rows(first, end - first) for first, end in zip(mine, mine[1:])]
+    mine = range(rank * grad_accum, (rank + 1) * grad_accum)
+    return [loader.rows(bounds[i], bounds[i + 1] - bounds[i]) for i in mine]
 
 
 # --------------------------------------------------------------------------------------------
@@ -169,8 +169,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One step. `closure` is there because torch's optimizers take one; it is not called."""
+    def step(self):
         for group in self.param_groups:
             # matrices of one shape go through the products together; a sharded one (--shard) is
             # gathered first and goes alone
@@ -311,7 +310,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None, str
         block = torch.from_numpy(tokens[window].astype(np.int64))
         goals = block[:, 1:].clone()
         goals[np.asarray(batch) > 0, : T - stride] = -100
-        places = (goals.flatten() != -100).nonzero()[:, 0]
+        places = lm.target_places(goals)
         n_bytes += counted * int(byte_lengths[goals.flatten()[places].numpy()].clip(0).sum())
         count += counted * len(places)  # `counted` is False for a repeat, see Runtime.share
         ids, goals, places = runtime.upload([block[:, :-1], goals, places])
@@ -720,7 +719,6 @@ def compile_blocks(model, task, runtime, step):
             block.feed_forward.forward = torch.compiler.disable(block.feed_forward.forward)
     with waiting("compiling the model, once, perhaps for a minute"), runtime.autocast():
         task.loss(model, *runtime.upload(task.batches(step)[0])).backward()
-    model.zero_grad(set_to_none=True)
     model.expert_counts = 0
 
 
@@ -764,9 +762,7 @@ def make_runner(model, task, args, runtime, step=0):
     if args.compile or (args.compile is None and ampere):  # where it is worth its minute
         compile_blocks(getattr(runner, "low", runner), task, precision, step)
     if runtime.world > 1 and not runtime.sharded:  # buffers are only tables of positions
-        ddp = nn.parallel.DistributedDataParallel
-        new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # since torch 2.13
-        runner = ddp(runner, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+        runner = nn.parallel.DistributedDataParallel(runner, forward_sync_buffers=False)
     return runner, precision, after_step
 
 
@@ -993,8 +989,7 @@ def resumed_settings(args, given, fixed):
         print(f"resuming {path} at step {content['step']}; settings are the run's own{but}")
     if "dtype" in given:
         content.pop("device", None)  # the given dtype is kept on another device, too
-    settings = scale_rates(inherited, given) | given
-    return settings | {"out": inherited["out"]}, content
+    return scale_rates(inherited, given) | given | {"out": inherited["out"]}, content
 
 
 def build_model(args, content, folder, meta, tokenizer):
@@ -1046,7 +1041,8 @@ def check_context(context, model):
     longest = model.config.context
     context = longest if context is None else context
     if not 2 <= context <= longest:
-        raise UserError(f"--context {context} must be from 2 to the model's {longest}")
+        limit = "at least 2" if context < 2 else f"at most the model's {longest}"
+        raise UserError(f"--context {context} must be {limit}")
     return context
 
 
@@ -1078,7 +1074,7 @@ def settle(args, model, runtime, context, folder):
 
 def header(model, args, runtime, per_batch, per_step, length, learned=1.0):
     """The lines before the first step: what is trained, what it takes. A micro-batch has up to
-    `per_batch` tokens, a step `per_step` (or None), a row `length`; the share `learned` has loss."""
+    `per_batch` tokens, a step `per_step` (or None), a row `length`; `learned` is a share."""
     c, counts = model.config, lm.count_parameters(lm.meta_model(model.config))
     n = counts["total"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -1155,9 +1151,8 @@ def main(argv=None):
         read = partial(evaluate, model, val, tokenizer.byte_lengths, runtime, context=context)
         if when != "end":
             return read(few)
-        row, overlapping = read(args.eval_tokens), read(few, stride=max(1, context // 8))
-        names = {"val_bpb": "overlap_bpb", "val_share": "overlap_share"}
-        return row | {new: overlapping[name] for name, new in names.items()}
+        row, overlap = read(args.eval_tokens), read(few, stride=max(1, context // 8))
+        return row | {"overlap_bpb": overlap["val_bpb"], "overlap_share": overlap["val_share"]}
 
     log = print if runtime.rank == 0 else lambda *_, **__: None
     if args.eval_only:

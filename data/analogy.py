@@ -1,5 +1,6 @@
 """Words as vectors: arithmetic in the embedding table."""
 import re
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ from data.hf_weights import hf_tensors
 
 
 class WordPiece:
-    """BERT's tokens, the lines of its vocab.txt: of each word the longest that it begins with, then
-    the longest that goes on, marked by ##. Each Chinese character is a word: 国 王, play ##ing."""
+    """BERT's tokens, the lines of its vocab.txt. A word is split into the longest token that it
+    begins with and the longest that continue it, marked ##: play ##ing. 国 and 王 are words."""
 
     def __init__(self, path):
         self.tokens = path.read_text(encoding="utf-8").split("\n")
@@ -21,7 +22,10 @@ class WordPiece:
 
     def encode(self, text):
         """The ids of a text; none if it has a word that the tokens do not spell."""
-        ids, text = [], text if "A" in self.ids else text.lower()
+        ids = []
+        if "A" not in self.ids:  # an uncased vocabulary has no accents either
+            text = unicodedata.normalize("NFD", text.lower())
+            text = "".join(c for c in text if unicodedata.category(c) != "Mn")
         for word in re.findall(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+|[^\w\s]|_", text):
             while word:
                 ends = range(len(word), 2 * word.startswith("##"), -1)

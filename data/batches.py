@@ -27,7 +27,7 @@ class Row:
 
 
 class Turn(NamedTuple):
-    """A turn of the assistant's in the data, the messages before it, and the schemas of tools."""
+    """An assistant's turn in the data, the messages before it, and the schemas of tools."""
 
     messages: list
     wanted: dict
@@ -36,7 +36,7 @@ class Turn(NamedTuple):
 
 @dataclass
 class Prompt:
-    """The ids before a turn of the assistant's, that turn, and the room for all answers to it."""
+    """The ids before an assistant's turn, that turn, and the room for all its sampled answers."""
 
     ids: list
     turn: Turn
@@ -63,7 +63,7 @@ def chat_rows(example, tokenizer, context, loss_on="assistant", first=0):
 
 
 def fit_row(template, ids, mask, turns, messages, tools, room):
-    """The Row of one of `Template.rows`, with at most `room` ids; see `chat_rows`."""
+    """The Row made of one result of `Template.rows`, with at most `room` ids; see `chat_rows`."""
 
     def until_last_target(ids, mask):
         stop = len(mask) - mask[::-1].index(1) if any(mask) else 0
@@ -103,12 +103,10 @@ def preference_rows(example, tokenizer, context):
     """(chosen Row, rejected Row) of a preference pair, of which only the answers are learned."""
     prompt = example["messages"]
     talks = [example | {"messages": prompt + example[key]} for key in ("chosen", "rejected")]
-    return tuple(chat_rows(t, tokenizer, context, first=len(prompt))[-1] for t in talks)
-
-
-def reward_row(row, token):
-    """A Row whose only target is `token` after the last id of `row`: its logit is the reward."""
-    return Row([*row.ids, token], [0] * len(row.ids) + [1], row.cut)
+    rows = [chat_rows(t, tokenizer, context, first=len(prompt))[-1:] for t in talks]
+    if not all(rows):
+        raise ValueError("an answer of the pair has weight 0: nothing of it is learned")
+    return rows[0][0], rows[1][0]
 
 
 def sequences(row):
@@ -123,13 +121,13 @@ def has_target(row):
 
 def show_mask(rows, tokenizer, count):
     """Print the first `count` rows, a token a line: position, a * if it is learned, id, text. The
-    text of a character of several tokens stands at its last one. Of a pair, both sides are a row.
+    text of a character of several tokens stands at its last one. Each side of a pair is a row.
     """
     names = ("chosen", "rejected") if isinstance(rows[0], tuple) else ("row",)
     flat = [(f"{name} {n}", row) for n, group in enumerate(rows[:count], start=1)
             for name, row in zip(names, sequences(group))]  # fmt: skip
     for name, row in flat:
-        cut = ", cut to --context and the last one, which is only predicted" if row.cut else ""
+        cut = ", cut to --context + 1: the last token is only predicted" if row.cut else ""
         print(f"--- {name}: {len(row.ids)} tokens, {sum(row.mask)} of them learned{cut} ---")
         tokens = zip(row.ids, row.mask, tokenizer.texts(row.ids))
         for n, (i, learned, text) in enumerate(tokens):
@@ -151,7 +149,7 @@ def row_size(row):
 
 
 def bucket(order, rows, batch_tokens):
-    """Lists of row numbers of similar lengths, at most `batch_tokens` padded tokens or one row."""
+    """Lists of indices of rows of similar length, each of `batch_tokens` at most, or one row."""
     batches = []
     for i in sorted(order, key=lambda i: row_size(rows[i])[0]):  # keeps the order of equal lengths
         if not batches or (len(batches[-1]) + 1) * math.prod(row_size(rows[i])) > batch_tokens:

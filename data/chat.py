@@ -23,7 +23,7 @@ from data.cli import explained
 
 
 def content_text(content):
-    """The text of a content: a text, None, or a list of text parts. ValueError for any other."""
+    """The text of a content: a text, None, or a list of text parts. ValueError for others."""
     parts = content if isinstance(content, list) else [content or ""]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     if not all(isinstance(text, str) for text in texts):
@@ -38,8 +38,8 @@ def tool_call(name, arguments, call_id=None):
 
 
 def read_call(call):
-    """The `tool_call` of an entry of `tool_calls`, or of {"name", "arguments"}, as somebody else
-    wrote it. ValueError if it is malformed."""
+    """The `tool_call` of an entry of `tool_calls`, or of {"name", "arguments"}, in any of the forms
+    that others write. ValueError if it is malformed."""
     function = call.get("function", call)
     name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
     if not isinstance(name, str) or name.split() != [name]:
@@ -175,8 +175,8 @@ class Template:
     end       the id that closes an assistant's turn; `ends` are all ids that end one
     call_tag  the tag with which a call begins, "" if calls are bare JSON, None if there are none;
               `call` is the id of that tag, None if it is not a token
-    tags      {tag of a thought or a call: how `Reply` spells it}: after a MARK if it is a token,
-              since the same characters are plain text then; `tag_ids` is {id: the same}
+    tags      {tag of a thought or a call: its spelling in `Reply`}, with a MARK if it is one token,
+              to tell it from the same text; `tag_ids` is {id: that spelling}
     blanks    the white space that it writes before and after an answer, as Llama 2's does
     spoken    the ids of the special tokens that an answer may contain
     """
@@ -186,7 +186,7 @@ class Template:
         self.ours = set(CHAT_TOKENS) <= set(special)
         sources = OURS.read_text(encoding="utf-8") if self.ours else tokenizer.spec["chat_template"]
         self.sources = sources if isinstance(sources, dict) else {"default": sources}
-        names = {i: name for name, i in special.items()}
+        special_ids = set(special.values())
         self.variables = {"add_generation_prompt": False, "documents": None}
         self.variables |= tokenizer.spec.get("template_tokens", {})
         self.typed = either(special)
@@ -198,7 +198,7 @@ class Template:
             with contextlib.suppress(ValueError):
                 self.called = self.probe({"content": "", "tool_calls": [call]})
         before, _, after = said.rpartition(CONTENT)
-        self.end = next((i for i in self.encode(after) if i in names), tokenizer.eos_id)
+        self.end = next((i for i in self.encode(after) if i in special_ids), tokenizer.eos_id)
         # SentencePiece may put a space of its own in front of what follows a special token
         alone, within = (tokenizer.encode(CONTENT, place) for place in (self.place, "text"))
         before = " " * (alone != within) + before
@@ -212,7 +212,7 @@ class Template:
         tags = [t for t in (*THINK, tag) if t and (t in special or not self.ours)]
         self.tags = {t: (MARK if t in special else "") + t for t in tags}
         self.tag_ids = {special[t]: self.tags[t] for t in tags if t in special}
-        spoken = {i for i in self.encode(said + self.called) if i in names}
+        spoken = special_ids & set(self.encode(said + self.called))
         spoken |= {special[t] for t in ASSISTANT_TAGS if t in special}
         self.spoken = sorted(spoken | ({self.end} if self.ours else self.ends))
 
@@ -273,12 +273,12 @@ class Template:
         return text, len(prompt) if text.startswith(prompt) else common_length(text, prompt)
 
     def place_after(self, text):
-        """What `encode` is to know of the text before: it is empty, or ends with a special token,
-        or with other text."""
+        """The `follows` argument of `encode` for what comes after `text`: "special" if it ends with
+        a special token, "text" after other text, "" at the start."""
         return text and ("special" if text.endswith(tuple(self.tokenizer.special)) else "text")
 
     def encode(self, text, follows=None):
-        """The ids of a text that the template wrote: names of special tokens are these tokens."""
+        """The ids of a text that the template wrote; names of special tokens become the tokens."""
         parts = re.split(f"({self.typed.pattern})", text)
         parts = [re.sub(f"{MARK}({MARK}?)", r"\1", part) for part in parts]
         return self.tokenizer.encode_parts(parts, follows)
@@ -319,7 +319,7 @@ class Template:
         for n, (start, stop) in enumerate(pairwise([0, *borders, len(text)])):
             part = self.encode(text[start:stop], self.place_after(text[:start]))
             if part and n % 2 == 0 and mask and mask[-1] and ids[-1] not in self.ends:
-                mask += [int(part[0] in self.ends)] + [0] * (len(part) - 1)  # GLM: the next role
+                mask += [int(part[0] in self.ends)] + [0] * (len(part) - 1)  # GLM ends with a role
             else:
                 mask += [n % 2] * len(part)
             ids += part
@@ -369,7 +369,7 @@ class Template:
         if turns and room < 3 + 2 * sum(len(self.tokenizer.encode(m["content"])) for m in system):
             system = []
         attempts += [([*system, *turns[-1:]], tools), ([*system, *turns[-1:]], None)]
-        for attempt in attempts:
+        for attempt in attempts[:-1]:
             with contextlib.suppress(ValueError):  # some templates require a user turn first
                 ids = self.prompt_ids(*attempt, variables)
                 if len(ids) <= room:

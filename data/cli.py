@@ -66,9 +66,21 @@ def run_cli(main):
         advice = "use smaller batches, --grad_checkpoint in training, or a smaller model"
         print(f"{script}: out of memory: {advice}", file=sys.stderr)
     except KeyboardInterrupt as e:
-        print(f"\n{script}: {e.args[0] if e.args else 'interrupted'}", file=sys.stderr)
-        code = 130
+        excepthook(KeyboardInterrupt, e, None)
     raise SystemExit(code)
+
+
+def excepthook(kind, error, frames):
+    """Ctrl-C becomes one line and exit code 130, also while a script imports torch, since scripts
+    import this module first; other exceptions are shown as usual."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, frames)
+    said = error.args[0] if error.args else "interrupted"
+    print(f"\n{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
+    raise SystemExit(130)
+
+
+sys.excepthook = excepthook
 
 
 def first_process():
@@ -215,7 +227,7 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(name, known, 1, 0.85)
         elif word.lower() in ("true", "false"):
             off = any(flag.startswith("--no-") for flag in known)
-            return f": a switch takes no value, {'--no-NAME turns it off' if off else 'leave it out'}"
+            return f": a switch takes no value, {'--no-NAME turns it off' * off or 'leave it out'}"
         else:
             run = word.endswith(".pt") or any(Path(word).glob("*.pt"))
             near = [f for f in (("--ckpt",) if run else ("--prompt", "--data")) if f in known]
@@ -236,8 +248,8 @@ def number(kind, wanted, accepts):
 
 
 def at_least(low, kind=int):
-    """An argparse type: a finite number not below `low`."""
-    return number(kind, f"at least {low}", lambda v: low <= v <= 2**62)
+    """An argparse type: a number from `low` to 2**62."""
+    return number(kind, f"at least {low} and at most 2**62", lambda v: low <= v <= 2**62)
 
 
 def between(low, high, kind=float):

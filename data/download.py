@@ -21,7 +21,7 @@ _PART = r"\w(?:[\w.-]{0,94}\w)?"
 REPO = rf"{_PART}/{_PART}"  # OWNER/NAME of a model or data set on the Hub
 VIEWER = "https://datasets-server.huggingface.co"  # gives rows of the Hub's data sets
 OWNERS = dict.fromkeys(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), "openai-community/")
-OWNERS["bert-base-chinese"] = "google-bert/"  # these names need none
+OWNERS["bert-base-chinese"] = "google-bert/"  # can be named without it
 EXTRAS = (  # not all models have them
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     "tokenizer.model",
@@ -57,9 +57,9 @@ def download_path(url):
 def fetch(url, dest=None, sha256=None, tries=4, wait=1.0):
     """Download `url` to `dest` (default: `download_path`) unless it is there, and return the path.
 
-    A cut download is resumed, up to `tries` times with doubling pauses from `wait` seconds, and by
-    the next call. UserError if the host is unreachable, refuses (HTTPError), or sends other bytes
-    than `sha256` or the Hub's own hash says.
+    An interrupted download is resumed, by the next call, too. There are `tries` attempts, with
+    pauses that double from `wait` seconds. UserError if the host is unreachable, refuses
+    (HTTPError), or sends data that does not match `sha256` or the Hub's own hash.
     """
     dest = Path(dest) if dest else download_path(url)
     write_once(
@@ -82,7 +82,8 @@ def download(url, dest, sha256, tries, wait):
         except HTTPError as e:
             if e.status in (401, 403) and url.startswith((MODELS, VIEWER)):
                 remedy = "see that HF_TOKEN is right and may read it" if token else "set HF_TOKEN"
-                page = url.partition("/resolve/")[0]
+                page = unquote(url).partition("/resolve/")[0]
+                page = re.sub(rf"{VIEWER}/.*?dataset=([^&]*).*", rf"{MODELS}/datasets/\1", page)
                 # the Hub also answers 401 to a wrong name without a token
                 remedy = f"accept its licence on {page} and {remedy}"
                 raise UserError(f"{e}: it is private or gated, or not there: {remedy}") from e
@@ -106,15 +107,15 @@ def download(url, dest, sha256, tries, wait):
 
 
 def download_part(url, dest, token):
-    """Fill dest.VERSION.part in one attempt, continuing the one that is there, and return it with
-    the sha256 that the Hub gives for it, or None. VERSION is a hash of what the server calls it."""
+    """Fill dest.VERSION.part in one attempt, continuing an existing one; return its path and the
+    Hub's sha256 of it, or None. VERSION is a hash of the server's ETag or Last-Modified."""
     import requests
 
     old = next(dest.parent.glob(f"{glob.escape(dest.name)}.????????.part"), None)
     size = old.stat().st_size if old else 0
     # identity: with a compressed transfer neither the length nor a Range would mean the file's own
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={size}-"} if size else {})
-    # as auth, since a mere header would yield to ~/.netrc; requests drops it on the way elsewhere
+    # as auth: ~/.netrc would override a plain header; requests drops it in redirects elsewhere
     bearer = {"Authorization": f"Bearer {token}"}
     auth = (lambda request: request.headers.update(bearer) or request) if token else None
     with waiting(f"asking {urlsplit(url).netloc}"):
@@ -152,7 +153,7 @@ def download_part(url, dest, token):
 
 
 def is_hub_name(name):
-    """Whether `name` looks like a model of the Hub (OWNER/NAME@REVISION), and like no path here."""
+    """Whether `name` looks like a model of the Hub (OWNER/NAME@REVISION), not like a path here."""
     path, pattern = Path(name), rf"({'|'.join(OWNERS)}|[\w.-]+/[\w.-]+)(@.*)?"
     in_folder = path.parent != Path() and path.parent.is_dir()
     local = path.exists() or in_folder or path.parts[:1] in (("out",), ("data",))
@@ -172,17 +173,23 @@ def snapshot_download(name, files=None, check=None):
     match = re.fullmatch(rf"({REPO})(?:@(.*[^. ].*))?", full_name, re.ASCII)
     if not match:
         models = ", ".join(OWNERS)
-        raise UserError(f"model {name!r} is not {models} or OWNER/NAME, maybe with an @revision")
+        raise UserError(f"model {name!r} is not {models} or OWNER/NAME, perhaps with @revision")
     repo, revision = match[1], match[2] or "main"
     folder = DATA.joinpath("hub", *repo.split("/"), quote(revision, safe=""))
 
     def get(file, optional=False):
         url = f"{MODELS}/{repo}/resolve/{quote(revision, safe='')}/{file}"
+        missing = folder / ".no_exist" / file  # the Hub has said that there is none
+        has_tokenizer = any((folder / f"tokenizer.{kind}").exists() for kind in ("json", "model"))
+        if file in EXTRAS and has_tokenizer and missing.exists():
+            return None
         try:
             return fetch(url, folder / file)
         except HTTPError as e:
             if not (optional and e.status == 404):
                 raise
+            missing.parent.mkdir(parents=True, exist_ok=True)
+            missing.touch()
 
     # the weights come last: if they are complete, the server has been asked for all the rest
     weights = weight_files(folder)
@@ -195,7 +202,7 @@ def snapshot_download(name, files=None, check=None):
     if check:
         check(folder)
     if not any(get(file, optional=True) for file in WEIGHTS):
-        raise UserError(f"{repo} has no weights that we read, at {revision}: {', '.join(WEIGHTS)}")
+        raise UserError(f"{repo} at {revision} has none of {', '.join(WEIGHTS)}")
     for file in weight_files(folder):
         get(file)
     return folder
@@ -203,7 +210,7 @@ def snapshot_download(name, files=None, check=None):
 
 def weight_files(folder):
     """The files that hold the weights in a model's folder: its index's shards, whether they are
-    there or not; or the one file; or []. UserError if the index could name a file elsewhere."""
+    there or not; or the one file; or []. UserError if the index is damaged or names other paths."""
     index = folder / INDEX
     if not index.exists():
         return [file for file in WEIGHTS[1:] if (folder / file).exists()][:1]

@@ -1,4 +1,4 @@
-"""What a reply says of hotels, compared with what the search has returned; questions about it."""
+"""What a reply says about hotels, compared with what a search has returned; questions about it."""
 
 import contextlib
 import json
@@ -11,14 +11,14 @@ from data import hotel
 from data.chat import either
 from data.scores import bleu4
 
-# The numbers that a reply may say of a hotel: the field of its record, and how it is written
+# The numbers that a reply may state about a hotel: the field of its record, and how it is written
 NUMBERS = {
     "price": r"(?<![-\d.])\d+(?:\.\d+)?(?=元)",
     "rating": r"(?<![\d.])\d+(?:\.\d+)?(?=分(?!钟))",
     "phone": r"(?<!\d)\d{3,4}-\d{5,}",
 }
 FACTS = ("name", *NUMBERS)
-# A hotel's name that is not in the database: with its branch in brackets, or as most begin and end
+# A hotel's name that is not in the database: with its branch in brackets, or like most names
 INVENTED = re.compile(r"[\w·]{2,}\([^()]+\)|北京\w{2,10}?(?:酒店|饭店|宾馆|大厦|公寓)")
 
 
@@ -72,8 +72,8 @@ def ask(messages, rng):
 
 
 def in_order(messages):
-    """The messages, with hotels named in the order of the result: a model that has named one then
-    knows the next. Replies with prices, ratings or phones, which belong to a name, are left."""
+    """The messages, with hotels named in the order of the result, so that a name tells the model
+    which one is next. Replies with prices, ratings or phones, which belong to a name, are kept."""
     ordered = messages[:1]
     for previous, m in pairwise(messages):
         names = list(records_of([previous]))
@@ -144,7 +144,7 @@ def fact_scores(jobs, turns):
 
 def faithful(messages, answer, wanted):
     """A reward: the mean of BLEU-4, which keeps the wording, and the share of facts that are right,
-    of those stated or those wanted, whichever are more. A name said again is a wrong one."""
+    of those stated or those wanted, whichever are more. A repeated name counts as wrong."""
     theirs = count_facts(messages, wanted["content"])
     if wanted.get("tool_calls") or not any(theirs[fact] for fact in FACTS):
         return None

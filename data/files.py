@@ -83,6 +83,11 @@ def write_json(path, values):
     write_whole(path, lambda f: f.write(json.dumps(values, indent=2, ensure_ascii=False).encode()))
 
 
+def dump_lines(rows):
+    """The text of a .jsonl file: each row as JSON on a line of its own."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def read_json(path):
     """The object in a JSON file; UserError if there is none."""
     if not path.is_file():

@@ -17,7 +17,7 @@ from data.files import write_whole
 from data.hf_tokenizer import DIGITS_PATTERN, GPT2_PATTERN, tokenizer_json
 from data.hf_weights import nearest_model, untied
 from data.rope import scale_frequency
-from data.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNUSED, USER_DEFINED
+from data.sentencepiece import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
 ALIGNMENT, BLOCK = 32, 32  # bytes at whose multiples tensors begin; weights that share a scale
@@ -49,7 +49,7 @@ PROBE = "I'm 12345, you'RE  x_1;\n\n  def f(a):\n\treturn\t'é' 汉字，你好�
 
 
 def split_name(pattern):
-    """(llama.cpp's name of the pattern that splits PROBE most like `pattern`, whether alike)."""
+    """(llama.cpp's name of the pattern that splits PROBE most like `pattern`, if equally)."""
 
     def cuts(pattern):
         return {m.end() for m in regex.finditer(pattern, PROBE)}
@@ -62,8 +62,12 @@ def split_name(pattern):
 def vocabulary(tokenizer, size):
     """The values under tokenizer.* of a Tokenizer and `size` tokens; UserError if it is no BPE."""
     content, pieces = tokenizer_json(tokenizer), tokenizer.spec["kind"] == "spm"
-    if (model := content["model"])["type"] != "BPE":
-        raise UserError(f"llama.cpp cannot read a {tokenizer.name} vocabulary, only BPE")
+    model = content["model"]
+    if not (merges := model.get("merges")):
+        remedy = "train a model on text of prepare_data.py --tokenizer bpe:N"
+        raise UserError(f"llama.cpp cannot read a {tokenizer.name} vocabulary, only BPE: {remedy}")
+    if tokenizer.n_vocab > size:
+        raise UserError(f"the tokenizer has {tokenizer.n_vocab} ids, the model only {size}")
     tokens = [f"<|unused:{i}|>" for i in range(size)]
     types = [UNUSED] * size
     for text, i in model["vocab"].items():
@@ -71,7 +75,6 @@ def vocabulary(tokenizer, size):
         tokens[i], types[i] = text, BYTE if byte else NORMAL
     for entry in content["added_tokens"]:
         types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     values = {
         "model": "llama" if pieces else "gpt2",
         "tokens": tokens,
@@ -83,7 +86,7 @@ def vocabulary(tokenizer, size):
     if pieces:  # a score for each piece: the sooner it is merged, the higher
         ranks = {"".join(pair): n for n, pair in reversed([*enumerate(merges)])}
         values["scores"] = [-float(ranks.get(token, 0)) for token in tokens]
-        values["add_space_prefix"] = tokenizer.encode("a") == [model["vocab"].get(SPACE + "a")]
+        values["add_space_prefix"] = tokenizer.encode("a") != tokenizer.encode("a", "text")
     else:
         values["merges"] = [" ".join(pair) for pair in merges]
         values["pre"], alike = split_name(tokenizer.encoding._pat_str)
@@ -107,7 +110,7 @@ def q8_0(x):
 
 def q4_0(x):
     """Bytes of x (rows, columns): for each BLOCK a scale in fp16 and codes of 4 bits, of which the
-    second half of the block has the high ones. The largest weight becomes -8 or -7."""
+    second half of the block has the high ones. The weight of largest magnitude becomes -8."""
     blocks = x.reshape(-1, BLOCK)
     largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     scale = largest / -8
@@ -160,11 +163,14 @@ def packed(value):
 
 
 def hyperparameters(config, family):
-    """The values that describe the shape of a model, of which llama.cpp reads a family's own."""
+    """The values that describe a model's shape. llama.cpp ignores those that a family lacks."""
     pairs = (item.split("=") for item in SHAPE.split())
     values = {theirs: config[ours] for ours, theirs in pairs}
     values["rope.freq_base"] = float(config["rope_theta"])
     scaling = config["rope_scaling"] or {"rope_type": None}
+    if config["window"]:
+        window = f"window {config['window']}"
+        raise UserError(f"a GGUF file of a {family} model with {window}: not written")
     if scaling["rope_type"] == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
     elif scaling["rope_type"] and (family, scaling["rope_type"]) != ("llama", "llama3"):

@@ -11,8 +11,8 @@ import sys
 
 from data.cli import UserError
 
-# For each field of model.Config that differs from its default, field=NAME:VALUE with its name in
-# config.json and its value if it is not there, or field:VALUE if it is always that in a family. To
+# Each field of model.Config that may differ from its default: field=NAME:VALUE, with its name in
+# config.json and the value if it is absent there, or field:VALUE if the family always has it. To
 # add an architecture, add a line here, and the names of its tensors to data/hf_weights.py.
 GPT2 = """vocab_size=vocab_size:50257 context=n_positions:1024 n_layer=n_layer:12 n_head=n_head:12
 d_model=n_embd:768 d_ff=n_inner activation=activation_function:'gelu_new' qkv_bias,out_bias:True
@@ -61,7 +61,7 @@ FAMILIES = {
         activation:'swiglu' qkv_bias=add_qkv_bias:False out_bias,ff_bias=add_bias_linear:False
         eps=layernorm_epsilon:1e-5 rope_theta=rope_ratio:1.0 rotary_share:0.5""",
 }  # fmt: skip
-READ_ONLY = ("minicpm", "internlm2", "baichuan", "chatglm")  # transformers has no class of them
+READ_ONLY = ("minicpm", "internlm2", "baichuan", "chatglm")  # transformers has no class for them
 CLASSES = {  # where it is not the capitalized family name, as in LlamaForCausalLM
     "gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
@@ -76,7 +76,7 @@ WINDOWED["gemma3_text"] = lambda i, values: (i + 1) % values.get("sliding_window
 FULL, SLIDING = "full_attention", "sliding_attention"
 PLAIN = dict(gelu_new="gelu_tanh", gelu_pytorch_tanh="gelu_tanh", gelu="gelu", relu="relu")
 GATED = dict(silu="swiglu", swish="swiglu", gelu_pytorch_tanh="geglu_tanh")
-# Fields whose value is another form of ours: ours from theirs, and back, given our other fields
+# Fields whose values are converted: (theirs to ours, ours to theirs), given our other fields
 CONVERTED = {
     "logits_scaling": (lambda v, c: 1 / v, lambda v, c: 1 / v),
     "attention_multiplier": (lambda v, c: v * c["head_size"] ** 0.5,
@@ -109,9 +109,9 @@ def fields_of(family):
     return read, {field: v for field, (_, v) in fields.items() if field not in read}
 
 
-def config_from_hf(values, complete, where="config.json", verbose=False):
-    """(the family, all fields of the Config) that a config.json means, a dict; UserError if it is
-    not supported. With `verbose`, a line on stderr names the ignored fields."""
+def config_from_hf(values, complete, where, verbose=False):
+    """(family, all fields of the Config as a dict) of a config.json; UserError if it is not
+    supported. With `verbose`, a line on stderr names the ignored fields."""
     try:
         family, config, ignored = fields_from_hf(values)
         config = complete(config)
@@ -125,14 +125,14 @@ def config_from_hf(values, complete, where="config.json", verbose=False):
 
 
 def fields_from_hf(values):
-    """The family, the fields of a model.Config that a config.json means, as a dict, and the names
-    of those without effect. UserError names the first one whose effect is not implemented here."""
+    """(family, fields of a model.Config as a dict, names of the ignored fields) of a config.json.
+    UserError names the first field whose effect is not implemented here."""
     left = {name: v for name, v in values.items() if v is not None}
     family = left.get("model_type", "minicpm" if "scale_emb" in left else None)
     if family not in FAMILIES:
         raise UserError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
     if family == "baichuan" and "max_position_embeddings" not in left:
-        raise UserError("Baichuan's 13B with ALiBi is not computed; near it: the 7B")
+        raise UserError("Baichuan 13B uses ALiBi, which is not implemented here; use the 7B")
     if "chatglm2" in left.get("_name_or_path", "") and left.get("rope_ratio", 1) != 1:
         refuse("rope_ratio", left["rope_ratio"])  # ChatGLM2 divides positions by it
     if family == "qwen3_moe" and "num_local_experts" in left:  # transformers 5 writes it so
@@ -168,8 +168,8 @@ def refuse(name, value):
 
 
 def read_rope(left, names):
-    """The rope_scaling of a Config, or None. Moves what else is said of rope in the config.json
-    `left` to the fields that `names` has for it."""
+    """The rope_scaling of a Config, or None. Moves theta and the rotary share from the rope entry
+    of the config.json `left` to the fields that `names` gives for them."""
     rope = left.pop("rope_parameters", {})  # the newer name; transformers prefers the older
     rope = left.pop("rope_scaling", None) or rope
     if "window_theta" in names and FULL in rope:  # one for each type of layer
@@ -186,13 +186,13 @@ def read_rope(left, names):
     if kind == "default" or (kind == "dynamic" and rope.keys() <= {"factor"}):
         return None
     original = rope.get("original_max_position_embeddings", left.get(context))
-    if kind == "yarn":  # max_position_embeddings may still be the original ones
+    if kind == "yarn":  # max_position_embeddings may still be the original context
         size = 0.1 * math.log(rope["factor"]) + 1
         rope = dict(beta_fast=32, beta_slow=1, attention_factor=size) | rope
         rope["original_max_position_embeddings"] = original
         left[context] = max(left[context], int(rope["factor"] * original))
     elif kind in ("longrope", "su"):  # in the original context; beyond it, all angles change
-        kind, original = "longrope", left.get("original_max_position_embeddings", original)
+        kind, original = "longrope", left.pop("original_max_position_embeddings", original)
         factor = max(rope.get("factor", left[context] / original), 1)
         size = rope.get("attention_factor", (1 + math.log(factor) / math.log(original)) ** 0.5)
         rope = dict(short_factor=rope["short_factor"], attention_factor=size)
@@ -210,6 +210,8 @@ def read_windows(family, left, n_layer):
     layers = [k == SLIDING for k in kinds]
     if window and not kinds:
         layers = [WINDOWED[family](i, left) for i in range(n_layer)]
+        for name in ("max_window_layers", "sliding_window_pattern"):
+            left.pop(name, None)
     return dict(window=window, window_layers=None if all(layers) else layers) if any(layers) else {}
 
 
@@ -222,7 +224,8 @@ def config_to_hf(config, complete):
         values, misfits, added = fields_to_hf(config, family), [], 0
         try:
             theirs = complete(fields_from_hf(values)[1])
-        except UserError:  # it has rope, for example, and a head an odd number of channels
+        except UserError as e:  # for example: rope, and an odd number of channels in a head
+            problem = e
             continue
         for name, value in config.items():
             other = theirs[name]
@@ -231,6 +234,8 @@ def config_to_hf(config, complete):
                 fits = other is True and (name == "norm_weight" or name.endswith("_bias"))
                 added, misfits = added + fits, misfits + [name] * (not fits)
         candidates.append((len(misfits), added, misfits, values, theirs))
+    if not candidates:
+        raise UserError(f"no Hugging Face architecture has the shape of this model: {problem}")
     *_, misfits, values, theirs = min(candidates, key=lambda candidate: candidate[:2])
     for name in misfits[:1]:
         field = f"{name} {config[name]} (the nearest, {values['model_type']}, has {theirs[name]})"

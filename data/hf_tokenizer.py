@@ -44,7 +44,7 @@ def unspell(text):
 
 
 def bpe_parts(token, ranks):
-    """The last pieces of `token` before byte-pair encoding makes it one: two, if it ever does.
+    """The last pieces of `token` before byte-pair encoding merges them into it: two, if it does.
 
     These two are the only pair that it is ever made of, in any text: merges of lower rank inside
     it come first, and one across its border would leave no whole token here.
@@ -75,7 +75,7 @@ def hub_pattern(pre):
                 return DIGITS_PATTERN
         elif kinds == ["Split", "ByteLevel"] and first["behavior"] == "Isolated":
             pattern = first["pattern"]["Regex"]
-            # Their regular expressions are Ruby's, where these mean something else than in Rust's
+            # They are Ruby's regular expressions, where what is searched here differs from Rust's
             bare = re.sub(r"\\[pP]\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]", "", pattern)
             if re.search(r"[$^]|\}\+|\(\?[a-z-]*[msx]", bare):
                 raise ValueError(f"pre_tokenizer: pattern {pattern!r} has another meaning here")
@@ -110,10 +110,10 @@ def hub_begin(post, added):
         if step["type"] == "TemplateProcessing":
             for part in itertools.takewhile(lambda part: "SpecialToken" in part, step["single"]):
                 begin += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
-        elif step["type"] != "ByteLevel":  # that one moves offsets, no ids
+        elif step["type"] != "ByteLevel":  # ByteLevel changes offsets, not ids
             raise ValueError(f"post_processor {step['type']} can't be read")
     if len(begin) > 1 or not set(begin) <= set(added.values()):
-        raise ValueError(f"post_processor: ids {begin} in front are not one added token's")
+        raise ValueError(f"post_processor: ids {begin} in front do not belong to one added token")
     return begin[0] if begin else None
 
 
@@ -133,6 +133,17 @@ def byte_level_spec(data, added):
         tokens[i] = base64.b64encode(token).decode()
     pattern = hub_pattern(data.get("pre_tokenizer") or {"type": "none"})
     return dict(kind="hf", pattern=pattern, nfc=normalizer["type"] == "NFC", tokens=tokens)
+
+
+def char_spec(data):
+    """The spec of the char tokenizer that `tokenizer_json` has written; ValueError for others."""
+    vocab, names = data["model"]["vocab"], [entry["content"] for entry in data["added_tokens"]]
+    chars = "".join(sorted(vocab.keys() - {UNKNOWN, *names}, key=vocab.get))
+    spec = {"kind": "char", "chars": chars, "special": names[1:]}
+    written = tokenizer_json(Tokenizer(spec))
+    if any(data.get(key) != written[key] for key in ("model", "normalizer", "pre_tokenizer")):
+        raise ValueError("model WordLevel: only one of single characters, as exported from here")
+    return spec
 
 
 def hub_tokenizer(folder):
@@ -158,6 +169,8 @@ def hub_tokenizer(folder):
         model, entries = data["model"], data.get("added_tokens") or []
         spm, kind = is_sentencepiece(data), model.get("type", "BPE")
         marks = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        if kind == "WordLevel":
+            return char_spec(data)
         if kind != "BPE" or marks:
             raise ValueError(f"model {kind}{marks or ''}: only byte-level BPE and SentencePiece's")
         ids = {t["content"]: t["id"] for t in entries}
@@ -167,8 +180,7 @@ def hub_tokenizer(folder):
                 raise ValueError(f"{t['content']!r} has single_word, lstrip or rstrip set")
         merges = model.get("merges", ())  # in old files a pair is one string
         model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
-        added = dict(ids)
-        spec = dict(kind="spm", data=data) if spm else byte_level_spec(data, added)
+        spec = dict(kind="spm", data=data) if spm else byte_level_spec(data, ids)
         names = {f"{n}_token": config.get(f"{n}_token") for n in ("bos", "eos", "unk", "pad")}
         names = {key: n["content"] if isinstance(n, dict) else n for key, n in names.items() if n}
         begin = hub_begin(data.get("post_processor"), ids)
@@ -179,9 +191,9 @@ def hub_tokenizer(folder):
         # a config.json may carry a default eos_token_id that is an ordinary token of this model
         end = next(itertools.chain(*ends), ids.get(names.get("eos_token"), ids.get(END)))
         if end is None:
-            end = added[END] = max((model["vocab"] | ids).values()) + 1
+            end = ids[END] = max((model["vocab"] | ids).values()) + 1
         words = {word: i for word, i in words.items() if i not in (end, begin)}
-        spec |= dict(added=added, words=words, end=end, begin=begin, ends=ends[0])
+        spec |= dict(added=ids, words=words, end=end, begin=begin, ends=ends[0])
         parts = folder.resolve().parts  # .../hub/OWNER/NAME/REVISION if it was downloaded
         spec["name"] = "/".join(parts[-3:-1] if parts[-4:-3] == ("hub",) else parts[-1:])
         template = config.get("chat_template")
@@ -190,7 +202,7 @@ def hub_tokenizer(folder):
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}
         spec |= dict(chat_template=template, template_tokens=names)
-        Tokenizer(spec)  # tiktoken has not seen the pattern yet
+        Tokenizer(spec)  # raises if tiktoken cannot compile the pattern
     return spec
 
 
@@ -215,8 +227,8 @@ def tokenizer_json(tokenizer):
     if spec["kind"] == "spm":
         return written_json(spec["data"], entries) | {"post_processor": begin_template(tokenizer)}
     ranks = dict(sorted(tokenizer.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
-    pattern = spec["pattern"] if spec["kind"] == "hf" else None
-    pattern = pattern or ruby_pattern(tokenizer.encoding._pat_str)
+    ours = spec["kind"] != "hf"
+    pattern = ruby_pattern(tokenizer.encoding._pat_str) if ours else spec["pattern"]
     split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
     if spec["kind"] == "char":
         vocab = {token.decode(): i for token, i in ranks.items()}

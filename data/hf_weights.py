@@ -122,7 +122,7 @@ def hf_tensors(folder):
     return {name: file for file in map(Safetensors, files) for name in file.entries}
 
 
-def read_state(folder, family, config, tensors, dtype=None):
+def read_state(folder, family, config, tensors, dtype):
     """{our name: tensor} of the weights in their folder, for a model with the fields `config` and
     `tensors` of these names and shapes.
 
@@ -173,8 +173,8 @@ def load(folder, complete, meta_state, dtype=None):
     others are copied, to `dtype` if given."""
     folder, where = Path(folder), Path(folder, "config.json")
     family, config = config_from_hf(read_json(where), complete, where, verbose=True)
-    content = {"config": config}
-    content["model"] = read_state(folder, family, config, meta_state(config), dtype)
+    state = read_state(folder, family, config, meta_state(config), dtype)
+    content = {"config": config, "model": state}
     if hf_tokenizer.find_tokenizer(folder):
         content["tokenizer"] = hf_tokenizer.hub_tokenizer(folder)
     return content

@@ -172,8 +172,8 @@ def synthetic_dialogues(count, seed):
 
 
 def tidy_calls(example):
-    """The conversation with each call's arguments in an order that is easier to learn: keys sorted,
-    lists of texts, which are sets of wishes here, as the user has named their items."""
+    """The conversation with each call's arguments in an order that is easier to learn: the keys are
+    sorted, and lists of texts (sets of wishes) follow the order in which the user named them."""
     said, messages = "", []
     for m in example["messages"]:
         if m["role"] == "user":
@@ -207,7 +207,7 @@ def values_of(message):
 
 
 def is_number(value):
-    """Whether a JSON value is a number of at least three characters: a 5 stands in any text."""
+    """Whether a JSON value is a number of at least three characters: any text contains a 5."""
     return type(value) in (int, float) and len(str(value)) > 2
 
 
@@ -235,7 +235,7 @@ def values_by_key(examples):
 
 def repeats(examples, share=1 / 6):
     """How often each conversation should come in an epoch, 1 to 8 times, so that each argument
-    occurs in that share of them: 100 calls among 3,000 do not teach to copy a name."""
+    occurs in that share of them: 100 calls in 3,000 are too few to learn to copy a name."""
     keys = [
         {key for m in e["messages"] for passed in arguments_of(m) or () for key in passed}
         for e in examples
@@ -245,8 +245,8 @@ def repeats(examples, share=1 / 6):
 
 
 def another_value(values, made_up, rng):
-    """One of the values. A text is with probability `made_up` a new one, the start of one value and
-    the end of another: a model that has seen all values would not need to copy them."""
+    """One of the values. With probability `made_up`, a text is a new one instead: the start of one
+    value and the end of another. A model that has seen all values would not need to copy them."""
     a = rng.choice(values)
     if not isinstance(a, str) or rng.random() >= made_up:
         return a
@@ -268,6 +268,7 @@ def substitute(example, pool, share, rng, made_up=0.5):
     for m in example["messages"]:
         texts[m["role"]] += m["content"] + "\n"
     passed = json.dumps([arguments_of(m) for m in example["messages"]], ensure_ascii=False)
+    present = {v for m in example["messages"] for _, v in values_of(m)}
     swap, kept = {}, {}  # kept values are matched too, so that a shorter value inside stays
     for m in example["messages"]:
         source = texts["user" if m.get("tool_calls") else "assistant"]
@@ -276,8 +277,9 @@ def substitute(example, pool, share, rng, made_up=0.5):
             free = isinstance(v, str) or not is_in(v, texts["user"] + passed)
             eligible = free and key in pool and (key in ASKED or is_in(v, source))
             if v not in swap and eligible and rng.random() < share:
-                new = another_value(pool[key], made_up, rng)
-                if new not in swap.values():  # two values must not become one
+                taken = present.union(swap.values())  # two values must not become one
+                new = (another_value(pool[key], made_up, rng) for _ in range(4))
+                if (new := next((n for n in new if n not in taken), None)) is not None:
                     swap[v] = new
     if not swap:
         return example

@@ -1,6 +1,6 @@
 """A guest who looks for hotels, for `finetune.py --objective grpo --env hotel`.
 
-An environment of yours is a file with such a class. `Env(examples)` gets the conversations of
+Your own environment is a file with such a class. `Env(examples)` gets the conversations of
 --data. Each conversation runs on a shallow copy of it: `reset` sets what changes in one. The same
 seed and the same answers must lead to the same conversation and reward.
 """

@@ -59,7 +59,7 @@ def ask(endpoint, **query):
 
 
 def choose_splits(repo, part, splits):
-    """(configuration, {our name of a split: its name there}) of what `part` of a data set means."""
+    """(configuration, {our name: the Hub's name of a split}) that `part` of a data set names."""
     configs = list(dict.fromkeys(s["config"] for s in splits))
     config = next((c for c in (part, "default", *configs) if c in configs), None)
     there = [s["split"] for s in splits if s["config"] == config]

@@ -1,8 +1,8 @@
 """Rewards: how good an answer is, as a number, for `finetune.py --objective grpo --reward NAME`.
 
 A reward is a function of the conversation so far (a list of messages), the answer (a message) and
-the data's own answer. Where it gives None for the data's own answer, the turn is not learned from.
-The function of a file of yours gets both answers as text, a call as `search {"price": 300}`:
+the data's own answer. If it returns None for the data's own answer, the turn is not learned from.
+A function in a file of your own gets both answers as text, a call as `search {"price": 300}`:
 
     def reward(messages, answer, wanted):
         return float("酒店" in answer)
@@ -19,7 +19,7 @@ from data.sources import SOURCES
 
 
 def slots(messages, answer, wanted):
-    """F1 of the calls' slots; 0 for words in place of a call, or no JSON."""
+    """F1 of the calls' slots; 0 for text in place of a call, or arguments that are not JSON."""
     if not wanted.get("tool_calls"):
         return None
     ours = arguments_of(answer)
@@ -42,12 +42,12 @@ def exact(messages, answer, wanted):
 
 
 def length(messages, answer, wanted):
-    """1 if the answer has as many characters as the wanted one, 0 if none or twice as many."""
+    """1 for as many characters as the wanted answer, linearly less down to 0 at none or twice."""
     goal = max(1, len(message_text(wanted)))
     return max(0.0, 1 - abs(len(message_text(answer)) - goal) / goal)
 
 
-# To add a reward: a function here.
+# To add a reward, add a function here.
 REWARDS = (slots, label, exact, length, *(f for s in SOURCES.values() for f in s.rewards))
 REWARDS = {f.__name__: f for f in REWARDS}
 
@@ -76,11 +76,11 @@ def load_reward(source):
     return lambda messages, *turns: reward(copy.deepcopy(messages), *map(message_text, turns))
 
 
-def rate(reward, messages, answer, wanted):
+def rate(reward, messages, answer, wanted, *tools):
     """The reward of an answer as a float, or None if it is not for this turn. UserError if the
     function fails or returns no finite number."""
     try:
-        value = reward(messages, answer, wanted)
+        value = reward(messages, answer, wanted, *tools)
         if value is None:
             return None
         if math.isfinite(float(value)):

@@ -4,7 +4,9 @@ import math
 
 import torch
 
-# What a config says of each way: its parameters
+from data.cli import UserError
+
+# The parameters of each kind of rope scaling in a config
 _BOTH = {"factor", "original_max_position_embeddings"}
 PARAMETERS = {
     "linear": {"factor"},
@@ -14,20 +16,23 @@ PARAMETERS = {
 }
 
 
-def known_scaling(scaling):
-    """Whether a dict {"rope_type": one of PARAMETERS, its parameters...} has all of them, as
-    numbers above 0 (`short_factor`: a list of numbers)."""
+def check_scaling(scaling, pairs):
+    """UserError unless a dict {"rope_type": one of PARAMETERS, its parameters...} has all of them,
+    as numbers above 0 (`short_factor`: a list of them, one for each of the `pairs` of channels)."""
     numbers = dict(scaling)
     known = PARAMETERS.get(numbers.pop("rope_type", None)) == set(numbers)
-    factors = numbers.pop("short_factor", [1])
-    return known and min(*factors, *numbers.values()) > 0
+    factors = numbers.pop("short_factor", [1] * pairs)
+    if not known or min(*factors, *numbers.values()) <= 0:
+        raise UserError(f"rope_scaling {scaling} is not implemented")
+    if len(factors) != pairs:
+        raise UserError(f"rope_scaling has a short_factor of {len(factors)} numbers, not {pairs}")
 
 
 def scale_frequency(frequency, scaling, theta):
     """Rotation frequencies of pairs of channels, slowed down: all alike (`linear`), each by its own
     factor (`longrope`), or according to how often they turn in the original context: in full below
-    a low number of turns, not at all above a high one, in part in between. That part grows with the
-    turns (`llama3`, of Llama 3.1), or with the number of the pair (`yarn`, Peng et al. 2023)."""
+    a low number of turns, not at all above a high one, in part in between, where the slowdown falls
+    linearly with the turns (`llama3`) or grows with the pair's index (`yarn`, Peng et al. 2023)."""
     kind, factor, pairs = scaling["rope_type"], scaling.get("factor"), len(frequency)
     original = scaling.get("original_max_position_embeddings")
     if kind == "linear":

@@ -20,8 +20,8 @@ def is_row_file(name):
 
 
 def read_rows(path, encoding=None):
-    """(where it is, row or the UserError that it is) for each row of a file. A row of CSV is a dict
-    of strings. `encoding`: see `read_text`. UserError if the file cannot be read."""
+    """(location, row or UserError about a malformed one) of each row of a file. A row of CSV is a
+    dict of strings. `encoding`: see `read_text`. UserError if the file cannot be read."""
     path = Path(path)
     if not path.is_file():
         if str(path) in SOURCES or (path / "meta.json").exists():
@@ -34,7 +34,7 @@ def read_rows(path, encoding=None):
         file, target = path.as_posix(), path.with_suffix(".jsonl").as_posix()
         code = f"import pandas; pandas.{READERS[suffix]}({file!r}).to_json({target!r}, "
         code += "orient='records', lines=True, force_ascii=False)"
-        raise UserError(f'{path} is in {suffix[1:]} format: convert it by python -c "{code}"')
+        raise UserError(f'{path} is in {suffix[1:]} format: convert it with python -c "{code}"')
     text = read_text(path, encoding)
     if "\0" in text:
         raise UserError(f"{path} is a binary file, not rows: name a {KNOWN}")
@@ -46,7 +46,7 @@ def read_rows(path, encoding=None):
 
 
 def csv_rows(text, path, suffix):
-    """(where it is, {column: text} or the UserError that it is) for each row of CSV after its
+    """(location, {column: text} or UserError about a malformed row) of each row of CSV after its
     header. The delimiter is the one that the header has most of: Excel writes ; in much of Europe.
     """
     csv.field_size_limit(2**31 - 1)  # a cell may hold a book; the module's limit is 128 KiB

@@ -44,7 +44,7 @@ class Fields(dict):
         return self.pop(next((name for name in names if self.get(name) is not None), None), None)
 
     def need(self, *names):
-        """`take` text or turns; a ValueError names what is null or a number."""
+        """As `take`, but raise a ValueError that names the field if it is null or a number."""
         name = next((n for n in names if self.get(n) is not None), min(self.keys() & set(names)))
         value = self.pop(name)
         if value is None or isinstance(value, (int, float)):
@@ -57,7 +57,7 @@ class Fields(dict):
 
 
 def read_json(value):
-    """JSON inside JSON, or the value as it is."""
+    """The value of a JSON text inside JSON; anything else as it is."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError as e:
@@ -291,7 +291,7 @@ def read_examples(path, rows=None, limit=None, encoding=None):
             row_kind, example = to_example(row, unread)
             kind = kind or row_kind
             if row_kind != kind:
-                raise ValueError(f"a row of {row_kind} among rows of {kind}")
+                raise ValueError(f"a row of kind {row_kind} among rows of kind {kind}")
             json.dumps(example, ensure_ascii=False).encode()  # fails for a lone surrogate, \ud83d
             examples.append(example)
         except (ValueError, RecursionError) as e:
@@ -353,8 +353,8 @@ def load_data(
     """(kind, {"train", "val", perhaps "test": examples}, {split: sha256}) of --data: a file, a
     named set, a data set of the Hub, or several with commas. `rows` START:STOP is the part of the
     training rows to take of each, `max_rows` the most rows of a split. `fraction` of the training
-    rows becomes the validation rows if there are no others (of 0: every tenth is in both), or with
-    `every_row` all rows of a file do."""
+    rows becomes the validation rows if there are no others (if it is 0, a tenth of the rows is in
+    both); with `every_row`, all rows of a file are in both."""
     part, limits = row_slice(rows), dict.fromkeys(("train", "val", "test"), max_rows)
     held = row_paths(val_source, limits) if val_source else {}
     if part.stop is not None and min(part.start or 0, part.stop) >= 0:

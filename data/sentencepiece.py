@@ -15,7 +15,7 @@ from data.cli import UserError, explained
 SPACE = "\u2581"  # "▁", which stands for a space
 TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 IN_FRONT = {"type": "Prepend", "prepend": SPACE}
-CACHE_LIMIT, LONG = 1 << 18, 100  # words whose ids are kept; characters of one
+CACHE_LIMIT, LONG = 1 << 18, 100  # words in the cache; a longer word empties it
 
 
 def is_sentencepiece(data):
@@ -36,8 +36,8 @@ class SentencePiece:
     `data` is the content of a tokenizer.json, or what `read_model` makes of a tokenizer.model;
     `added` are its added tokens, name -> id, and `words` those of them that text is searched for.
 
-    A space is put in front of a text, and decoding drops it: "Hi 中" is ▁Hi ▁ 中, or if that has no
-    piece of its own ▁Hi ▁ <0xE4> <0xB8> <0xAD>. A merge may join any pieces, over spaces, too. But
+    A space is put in front of a text, and decoding drops it: "Hi 中" is ▁Hi ▁ 中, or if 中 is no
+    piece, ▁Hi ▁ <0xE4> <0xB8> <0xAD>. A merge may join any pieces, over spaces, too. But
     the text can be cut into words between two characters that stand side by side in no piece.
     """
 
@@ -98,14 +98,14 @@ class SentencePiece:
         return text
 
     def encode_to_numpy(self, text, follows=None):
-        """The ids of a text. It may be a part: `follows` says what it comes after, a "special"
-        token or a word, or other "text". Then no space is put in front."""
+        """The ids of a text. It may be a part: `follows` says what it comes after, "special" (a
+        token or a word) or "text". After "text" no space is put in front; see `normalize`."""
         parts = enumerate(self.find_late.split(self.normalize(text, follows)))
         ids = [[self.normalized[p]] if n % 2 else self.encode_part(p) for n, p in parts]
         return np.concatenate(ids).astype(np.uint32)
 
     def encode_part(self, text):
-        """The ids of a normalized text without late words, uint32."""
+        """The ids of a normalized text that contains none of `find_late`'s words, as uint32."""
         codes, cache = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64), self.cache
         pairs = codes[:-1] << 32 | codes[1:]
         cuts = np.flatnonzero(self.inside[np.searchsorted(self.inside, pairs)] != pairs) + 1
@@ -166,7 +166,7 @@ FROM_SPACE = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
 SPACES = {"Regex": r"(?<![\s\S]) +| +(?![\s\S])| +(?= )"}
 TRIM = {"type": "Replace", "pattern": SPACES, "content": ""}
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-# What the code of ChatGLM2 and ChatGLM3 puts behind the vocabulary; no file of theirs says so
+# Tokens that the code of ChatGLM2 and ChatGLM3 appends to the vocabulary; no file lists them
 GLM_TOKENS = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>"
 
 
@@ -203,7 +203,7 @@ def read_model(path, config):
     others = suffixes or not escapes or UNUSED in types or BYTE not in types
     if kind != "BPE" or any(normalizer.get(2, [])) or others:
         what = f"{kind} with {normalizer.get(1, [b'no rules'])[0].decode()}"
-        raise UserError(f"{path}: {what}: only BPE with bytes and the rules identity is read")
+        raise UserError(f"{path}: {what}: only BPE with bytes and normalizer identity is read")
     names, added = {i: piece for i, (piece, *_) in enumerate(pieces)}, {}
     for i, (piece, _, t) in enumerate(pieces):
         if t in (UNKNOWN, CONTROL, USER_DEFINED):

@@ -22,7 +22,8 @@ def load_pt(path, mapped=True):
                 raise zipfile.BadZipFile("a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:  # torch and zipfile report a foreign or damaged file in a dozen ways
-        raise UserError(f"{path} is not a checkpoint of ours, or is damaged or cut short") from e
+        what = "no zip file of tensors as torch.save writes it (since torch 1.6)"
+        raise UserError(f"{path} is {what}, or is damaged or cut short") from e
 
 
 def fit_error(expected, state):
@@ -47,7 +48,7 @@ class Safetensors:
     """The tensors of a .safetensors file, mapped from disk: nothing is read until it is touched.
 
     8 bytes          header: {name: {"dtype", "shape", "data_offsets"}, ...}     data
-    header's length  JSON, UTF-8, perhaps with spaces behind                     without gaps
+    header's length  JSON, UTF-8, may be padded with spaces                     without gaps
 
     UserError names the file and what is wrong with it.
     """
@@ -62,6 +63,9 @@ class Safetensors:
             self.data = np.frombuffer(self.map, np.uint8)[8 + length :]
             header.pop("__metadata__", None)
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                if entry["dtype"] not in SAFE_DTYPES:
+                    what = f"{path}: tensor {name!r} has the dtype {entry['dtype']!r}"
+                    raise UserError(f"{what}; only {', '.join(SAFE_DTYPES)} are read")
                 dtype, shape = SAFE_DTYPES[entry["dtype"]], tuple(entry["shape"])
                 begin, stop = entry["data_offsets"]
                 counts = all(type(n) is int and n >= 0 for n in shape)

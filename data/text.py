@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data.cli import UserError, explained
 
-BLOCK = 1 << 20  # bytes read at a time; no file of text is ever held whole
+BLOCK = 1 << 20  # bytes read at a time; plain text and JSON lines are never held whole
 SAMPLE = 1 << 20  # bytes at the start of a file from which its encoding is recognised
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
@@ -45,8 +45,8 @@ def detect_encoding(head):
     """The encoding of a file that begins with the bytes `head`: the one that its byte order mark
     names, UTF-16 if there are zero bytes, GB18030, or else UTF-8.
 
-    GB18030 accepts nearly anything, so it is chosen only if no run of valid UTF-8 comes before the
-    first bad byte and the decoded text is Chinese: other encodings give rare ideographs.
+    GB18030 accepts nearly anything, so it is chosen only if fewer than 8 valid non-ASCII characters
+    come before the first invalid byte and the decoded text has many common Chinese characters.
     """
     if head.startswith(codecs.BOM_UTF8):
         return "utf-8-sig"
@@ -108,7 +108,10 @@ def row_text(row, field, where):
     """The text of a row of JSON: a string; a dialogue (a list of turns); an object's `field`, by
     default the first of TEXT_FIELDS that it has, or an instruction, its input and output."""
     if isinstance(row, dict) and not field and {"instruction", "output"} <= row.keys():
-        history = [text for turn in row.get("history") or [] for text in turn]
+        history = row.get("history") or []
+        if not isinstance(history, list) or not all(isinstance(turn, list) for turn in history):
+            raise UserError(f"{where}: history is not a list of pairs but {history!r:.40}")
+        history = itertools.chain(*history)
         texts = [row.get("system"), *history, row["instruction"], row.get("input"), row["output"]]
         row = [{"content": text} for text in texts]
     elif isinstance(row, dict):
@@ -121,7 +124,7 @@ def row_text(row, field, where):
         row = "\n".join(filter(None, map(turn_text, row)))
     if not isinstance(row, str):
         raise UserError(f"{where} is neither text nor a dialogue but {row!r:.40}")
-    # halves of characters, which JSON can spell, become U+FFFD
+    # lone surrogates, which JSON can escape, become U+FFFD
     return row.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -136,17 +139,17 @@ def turn_text(turn):
 
 def json_rows(blocks, name):
     """(where it is, row) of each row in a stream of JSON: the items of a list, or values that
-    follow each other. In a .jsonl file each line is a row, unless the first line only opens a
-    value. A line that is not JSON gives a UserError in place of its row."""
+    follow each other. In a .jsonl file each line is a row, unless the first line is a bare [
+    or {. A line that is not JSON gives a UserError in place of its row."""
     blocks = iter(blocks)
     start = next(blocks, "")
-    takes_lines = re.match(r"\s*[\[{]\s*\n", start)
-    if takes_lines or not name.lower().removesuffix(".gz").endswith(".jsonl"):
+    multiline = re.match(r"\s*[\[{]\s*\n", start)
+    if multiline or not name.lower().removesuffix(".gz").endswith(".jsonl"):
         start += "".join(blocks)
         try:
             rows = json_values(start)
         except (ValueError, RecursionError) as e:
-            if takes_lines or start.lstrip().startswith("["):
+            if multiline or start.lstrip().startswith("["):
                 raise UserError(f"{name}: broken JSON ({e})") from e
         else:
             yield from ((f"{name}: row {n}", row) for n, row in enumerate(rows, start=1))
@@ -173,7 +176,7 @@ def json_values(text):
 
 
 class Documents:
-    """The documents of a source, in a fixed order, as often as you iterate: (name, text pieces).
+    """Iterates over (name, text pieces) of a source's documents, each time in the same order.
 
     `files` are (name, open) pairs, open() giving a binary stream. Text is only read when the pieces
     are, and never more than a few blocks of it at once. `encodings` maps names to encodings. A
@@ -195,6 +198,7 @@ class Documents:
                     remedy = "if that is wrong, save it as UTF-8"
                     print(f"{name}: read as {encoding}; {remedy}", file=sys.stderr)
                 self.encodings[name] = encoding
+                "".encode(encoding)  # a LookupError for hex and rot13, which are no text encodings
                 decoder = codecs.getincrementaldecoder(encoding)()
                 starts = (head[i : i + BLOCK] for i in range(0, len(head), BLOCK))
                 for block in itertools.chain(starts, iter(partial(stream.read, BLOCK), b""), [b""]):
@@ -204,8 +208,8 @@ class Documents:
         except UnicodeDecodeError as e:
             at = f"byte {e.object[e.start]:#04x} at offset {e.start + offset - pending:,}"
             raise UserError(f"{name}: {at} is not text in {self.encoding or REMEDY}") from e
-        except LookupError as e:
-            raise UserError(f"--encoding {self.encoding}: {e}") from e
+        except (LookupError, UnicodeError) as e:
+            raise UserError(f"{name}: --encoding {self.encoding}: {e}") from e
         except DAMAGE as e:
             raise UserError(f"{name}: damaged, cut short or encrypted ({e})") from e
 

@@ -62,13 +62,6 @@ ANY_CHARACTER = r"(?s:.)"
 tiktoken.load.read_file = lambda url: fetch(url).read_bytes()
 
 
-def load_tiktoken(name):
-    """One of tiktoken's own encodings; UserError if its vocabulary cannot be downloaded."""
-    remedy = f"delete {DATA / 'downloads'} to download it again"
-    with explained(f"tokenizer {name} cannot be read: {remedy}"):
-        return tiktoken.get_encoding(name)
-
-
 class Tokenizer:
     """A tiktoken.Encoding and the plain-dict `spec` that rebuilds it anywhere.
 
@@ -90,29 +83,30 @@ class Tokenizer:
         elif kind == "char":
             tokens = [c.encode() for c in spec["chars"] + UNKNOWN]
             self._unknown = re.compile(f"[^{re.escape(spec['chars'] + UNKNOWN)}]")
-        elif kind in ("bpe", "hf"):  # None where an added token of Hugging Face's has the id
+        elif kind in ("bpe", "hf"):  # None: the id belongs to an added token
             tokens = [t if t is None else base64.b64decode(t) for t in spec["tokens"]]
             pattern = spec["pattern"]
         elif kind not in ("tiktoken", "spm"):
             raise UserError(f"tokenizer kind {kind!r} is unknown to this version")
         if kind == "tiktoken":
-            base = load_tiktoken(spec["name"])
+            remedy = f"delete {DATA / 'downloads'} to download it again"
+            with explained(f"tokenizer {spec['name']} cannot be read: {remedy}"):
+                base = tiktoken.get_encoding(spec["name"])
             pattern, ranks, added = base._pat_str, base._mergeable_ranks, base._special_tokens
         elif kind == "spm":
             ranks, added = spec["data"]["model"]["vocab"], dict(spec["added"])
         else:
             ranks = {t: i for i, t in enumerate(tokens) if t is not None}
             added = dict(spec["added"]) if kind == "hf" else {END: len(tokens)}
-        if kind == "hf":  # text between two matches is a piece for them, nothing for tiktoken
+        if kind == "hf":  # text between matches is a piece there, but dropped by tiktoken
             pattern = f"{pattern}|(?:(?!{pattern}){ANY_CHARACTER})+"
         special, words = spec.get("special", []), spec.get("words", {})
-        new = [name for name in special if name not in words]  # their ids are behind all others
+        new = [name for name in special if name not in words]  # their ids follow all others
         added = added | dict(zip(new, itertools.count(max(*ranks.values(), *added.values()) + 1)))
-        # Words are parts of any text, unless a chat's template writes them, as it does <think>
+        # Words are ordinary text, except tags such as <think> that a chat template writes
         tags = {w for w in words if w[0] in "<[" and w in str(spec.get("chat_template"))}
         self.words = {w: i for w, i in words.items() if w not in {*special, *tags}}
-        self.special = added | words  # name -> id
-        self.special = {name: i for name, i in self.special.items() if name not in self.words}
+        self.special = {name: i for name, i in added.items() if name not in self.words}
         if kind == "spm":
             self.encoding = SentencePiece(spec["data"], added, self.words)
             words = self.encoding.early_words
@@ -154,7 +148,7 @@ class Tokenizer:
             text = self._unknown.sub(UNKNOWN, text)
         if self.spec.get("nfc"):  # é is one character, however it was typed
             text = unicodedata.normalize("NFC", text)
-        parts = self._words.split(text)  # texts and words by turns
+        parts = self._words.split(text)  # texts and words alternate
         ids = []
         for i, part in enumerate(parts):
             ids.append([self.words[part]] if i % 2 else self._encode_text(part, follows))
@@ -162,7 +156,7 @@ class Tokenizer:
         return np.concatenate(ids).astype(np.uint32)
 
     def _encode_text(self, text, follows):
-        """The ids of a text without `words`, uint32."""
+        """The ids of a text that contains none of `words`, as uint32."""
         if self.spec["kind"] == "spm":
             return self.encoding.encode_to_numpy(text, follows)
         if self._no_token and set(self._no_token) & set(text.encode()):
@@ -188,7 +182,7 @@ class Tokenizer:
         return self.encode_array(text, follows).tolist()
 
     def encode_parts(self, parts, follows=None):
-        """Token ids of texts and names of special tokens by turns."""
+        """The token ids of `parts`, in which texts and names of special tokens alternate."""
         ids = []
         for n, part in enumerate(parts):
             ids += [self.special[part]] if n % 2 else self.encode(part, follows)
@@ -207,14 +201,14 @@ class Tokenizer:
         return self.encoding.decode_bytes(list(map(int, ids))).decode(errors="replace")
 
     def texts(self, ids):
-        """The text of each id. That of a character of several tokens stands at the last of them."""
+        """The text of each id. A character that spans several tokens is in the last one's text."""
         decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         return [decoder.decode(self.token_bytes(i) or b"") for i in ids]
 
     @cached_property
     def byte_lengths(self):
-        """Bytes of text per id, (n_vocab,): what loss is divided by for bits per byte. 0 for
-        special tokens, -1 for ids that no token has."""
+        """The number of bytes of each id's text, (n_vocab,), by which losses are divided to get
+        bits per byte. 0 for special tokens, -1 for ids that no token has."""
         tokens = map(self.token_bytes, range(self.n_vocab))
         lengths = np.array([-1 if token is None else len(token) for token in tokens])
         lengths[list(self.special.values())] = 0
@@ -222,7 +216,7 @@ class Tokenizer:
 
     @cached_property
     def fallback(self):
-        """Bools, (n_vocab,): tokens that are a piece of a character, or the unknown one."""
+        """Whether each token is a part of a character or the unknown one: bools, (n_vocab,)."""
         tokens = (self.token_bytes(i) or b"" for i in range(self.n_vocab))
         return np.array([UNKNOWN in token.decode(errors="replace") for token in tokens])
 
@@ -259,14 +253,14 @@ def train_bpe(counts, size):
 
     `counts` maps pieces (bytes) to how often they occur. Starting from the 256 bytes, the most
     frequent adjacent pair becomes a token, until there are enough or no pair occurs twice; among
-    equals the pair of the smallest ids. Only the places where the pair stands are touched, so that
-    a piece may be as long as a text without blanks.
+    equals the pair of the smallest ids. A merge visits only the places of its pair, so that pieces
+    may be long, as those of text without blanks are.
 
     >>> [t.decode() for t in train_bpe({b"low": 5, b"lower": 2, b"newer": 6}, 260)[256:]]
     ['er', 'lo', 'low', 'ew']
     """
     tokens = [bytes([b]) for b in range(256)]
-    # the ids of all pieces, a -1 around each; `left` and `right` lead over ids that are merged away
+    # the ids of all pieces, a -1 around each; `left` and `right` are neighbours, merged ids skipped
     ids, weights = array("i", [-1]), array("i", [0])
     for piece, n in counts.items():
         ids.extend((*piece, -1))
@@ -314,13 +308,13 @@ BPE_SAMPLE = 64 * MB  # characters to count at most; more text does not move a s
 
 
 def learn_bpe(size, documents, total_bytes, pattern=PATTERN):
-    """The spec of a BPE of `size` ids, end-of-text included, trained on the documents, whose merges
-    stay within the matches of `pattern`.
+    """The spec of a BPE of `size` ids, end-of-text included, trained on the documents. No merge
+    crosses the border of a match of `pattern`.
 
     Of more text than BPE_SAMPLE every k-th piece is counted, so that the sample covers all of it.
     """
     split, counts = regex.compile(pattern), Counter()
-    every = -(-total_bytes // BPE_SAMPLE) or 1
+    every = -(-total_bytes // BPE_SAMPLE) | 1  # odd: a short document has a long piece and its end
     pieces = (piece for _, pieces in documents for piece in pieces)
     for piece in itertools.islice(pieces, 0, None, every):
         counts.update(split.findall(piece))

@@ -149,4 +149,4 @@ def call_tool(tools, call):
     except Exception as e:  # the model reads of a tool's failure and goes on
         error = f"{name} failed: {type(e).__name__}: {e}"
         result = json.dumps({"error": error}, ensure_ascii=False)
-    return result.encode("utf-8", "replace").decode()  # a lone surrogate, \ud83d, is no text
+    return result.encode("utf-8", "replace").decode()  # a lone surrogate, \ud83d, is not valid text

@@ -68,7 +68,7 @@ def do_job():
     return result if isinstance(result, float) else time.perf_counter() - start
 
 
-def take_turns(jobs, rounds=5):
+def take_turns(jobs, rounds):
     """{name: seconds of each round} of jobs that run in turn, A B A B ..., so that a slow moment of
     the machine affects all of them; a first round is not counted.
 
@@ -105,7 +105,7 @@ def table(seconds, units, unit, peer, floor=None):
     return "\n".join(lines)
 
 
-def our_step(model, batches, dtype="fp32", steps=1, flags=(), runtime=None):
+def our_step(model, batches, dtype="fp32", *, steps, flags=(), runtime=None):
     """A job: steps as `train.fit` makes them, with AdamW if no flag says otherwise."""
     keep_freed_memory()
     runtime = runtime or Runtime(torch.device("cpu"), dtype)

@@ -49,10 +49,10 @@ from data.tokenizer import Tokenizer
 PROMPT, NEW, STREAMED = 32, 128, 64
 
 
-def low(model, dtype=torch.bfloat16):
-    """The same model with its weights in `dtype`."""
+def low(model):
+    """The same model with its weights in bfloat16."""
     content = {"config": vars(model.config), "model": model.state_dict()}
-    return lm.model_from_checkpoint(content, dtype=dtype)
+    return lm.model_from_checkpoint(content, dtype=torch.bfloat16)
 
 
 def make_ours(config, prompts, new, kind="fp32", plain=False, draft=False, forced=None):

@@ -1,10 +1,10 @@
-"""How fast train.py is, beside nanoGPT.
+"""How fast train.py is, compared with nanoGPT.
 
     git clone https://github.com/karpathy/nanoGPT
     python tests/bench_train.py --nanogpt nanoGPT
 
 Tokens a second of whole steps (forward, backward, clipping, AdamW), ours and nanoGPT's in turn on
-the same batch, in fp32 and bf16, which nanoGPT gets by autocast. Prints markdown tables for
+the same batches, in fp32 and bf16, which nanoGPT gets by autocast. Prints markdown tables for
 tests/BENCHMARKS.md; a quarter of an hour on two cores.
 """
 
@@ -42,7 +42,7 @@ def make_ours(case, dtype):
     """Our job of a case."""
     config, _, rows, length, steps = CASES[case]
     batches = bench.random_batches(config.vocab_size, rows, length)
-    return bench.our_step(lm.Transformer(config), batches, dtype, steps)
+    return bench.our_step(lm.Transformer(config), batches, dtype, steps=steps)
 
 
 def main():

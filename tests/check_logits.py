@@ -23,6 +23,7 @@ def recorded_logits(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         ids, logits = (torch.as_tensor(content[name]) for name in ("ids", "logits"))
+        ids.max()  # an error if there are none
         return (ids.long(), logits) if ids.dim() == 2 else (ids.long()[None], logits[None])
     except Exception as e:
         want = 'torch.save of {"ids": (B, T), "logits": (B, T, V)}'

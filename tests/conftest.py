@@ -1,12 +1,16 @@
 """What several test files need: one thread, an own folder, real data, a server, chats."""
 
+import os
+
+# tests run in several processes at once, one for each core: so torch uses one thread in each
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import contextlib
 import functools
 import hashlib
 import http.server
 import itertools
 import json
-import os
 import re
 import struct
 import sys
@@ -16,9 +20,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-# tests run in several processes at once, one for each core: so torch uses one thread in each
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # stand-ins for other machines: without oneDNN, without the int8 operations for x86
 if without := os.environ.get("SCRATCHLM_WITHOUT"):
@@ -208,8 +209,9 @@ def real(name):
 
 
 def kept():
-    """The names of all files in the test's folder except locks."""
-    return sorted(p.name for p in Path().rglob("*") if p.is_file() and p.parent.name != "locks")
+    """The names of all files in the test's folder except locks and notes of missing files."""
+    files = (p for p in Path().rglob("*") if p.parent.name not in ("locks", ".no_exist"))
+    return sorted(p.name for p in files if p.is_file())
 
 
 def turn(role, content):
@@ -272,10 +274,10 @@ def idx(array):
     return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
 
 
-def toy_files(train=300, test=100):
+def toy_files(train=300):
     """{name: IDX bytes}: a digit d is a bright bar in line 2 d + 4, with noise."""
     files, random = {}, np.random.default_rng(0)
-    for kind, n in (("train", train), ("t10k", test)):
+    for kind, n in (("train", train), ("t10k", 100)):
         labels = np.arange(n) % 10
         images = random.integers(0, 60, (n, 28, 28))
         for i, d in enumerate(labels):

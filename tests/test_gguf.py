@@ -84,10 +84,17 @@ def test_the_split_pattern_is_named():
 
 
 def test_what_llama_cpp_cannot_read_is_refused(tmp_path):
-    char = Tokenizer({"kind": "char", "chars": "abc"})
-    for tokenizer, message in ((None, "no tokenizer"), (char, "char vocabulary")):
+    char, byte = Tokenizer({"kind": "char", "chars": "abc"}), Tokenizer({"kind": "byte"})
+    more = BPE.with_special([f"<{i}>" for i in range(99)])
+    MODELS["window"] = MODELS["qwen3"] | dict(window=16)
+    for name, tokenizer, message in (
+        ("llama", None, "no tokenizer"), ("llama", char, "char vocabulary.*--tokenizer bpe:N"),
+        ("llama", byte, "byte vocabulary"), ("llama", more, "455 ids, the model only 448"),
+        ("window", BPE, "qwen3 model with window 16"),
+    ):
         with pytest.raises(UserError, match=message):
-            lm.export_gguf(content("llama", tokenizer)[1], tmp_path / "m.gguf", "f16")
+            lm.export_gguf(content(name, tokenizer)[1], tmp_path / "m.gguf", "f16")
+    del MODELS["window"]
     assert not list(tmp_path.iterdir())
 
 

@@ -119,6 +119,7 @@ def test_check_against_recorded_logits(run, hub):
         ({"ids": ids[0].tolist(), "logits": logits[0]}, 0, "100.00%"),
         ({"ids": ids, "logits": logits + torch.eye(4, 384) * 3}, 1, "difference 3.0"),
         ({"ids": ids + 373, "logits": logits}, 2, "the ids must be from 0 to 383"),
+        ({"ids": [[]], "logits": logits[:, :0]}, 2, "x.pt holds no ids and logits"),
     ):
         torch.save(content, "x.pt")
         assert told in run("check_logits.py", "ann/qwen", "--against", "x.pt", code=code)

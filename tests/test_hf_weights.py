@@ -232,6 +232,7 @@ def test_a_relatives_weights_under_other_names_compute_the_same(name, tmp_path):
     ("llama", dict(model_type="?"), r"model_type '\?' is not one of gpt2, llama"),
     ("llama", dict(model_type="baichuan", max_position_embeddings=None), "ALiBi"),
     ("llama", dict(rope_scaling={"rope_type": "yarn"}), "lacks a field .* 'factor'"),
+    ("phi3", dict(rope_scaling={"type": "su", "short_factor": [1.0] * 5}), "of 5 numbers, not 4"),
     ("qwen3_moe", dict(mlp_only_layers=[1]), r"mlp_only_layers = \[1\]"),
     ("llama", dict(num_attention_heads=5), "n_head 5 is not a multiple of n_kv_head 2"),
 ])
@@ -267,7 +268,8 @@ def test_fields_without_effect_are_named_in_one_line(name, tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"[{tmp_path / 'config.json'}: ignored fields: ")
     assert said.count("\n") == 1 and "pad_token," not in said
-    assert set(METADATA) <= set(re.findall(r"\w+", said))
+    named = set(re.findall(r"\w+", said))
+    assert set(METADATA) <= named and "sliding_window_pattern" not in named
 
 
 def theirs_config(name):
@@ -314,6 +316,7 @@ def test_what_we_write_transformers_reads_and_we_read_again(name, tmp_path):
     ("head_bias True", dict(head_bias=True)),
     ("qk_norm True", LEARNED | dict(qk_norm=True)),
     ("n_kv_head 2", LEARNED | dict(n_kv_head=2)),
+    ("has the shape of this model: ", LEARNED | dict(n_head=64, head_size=7)),
     ("norm_topk_prob False", dict(experts=4, norm_topk_prob=False)),
     ("position learned|experts 4", dict(experts=4, position="learned")),
 ])

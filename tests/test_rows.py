@@ -106,6 +106,9 @@ def test_a_turn_of_weight_0_is_read_and_not_learned():
     _, example = to_example({"messages": [U, turn("assistant", "no") | {"weight": 0}, U, A]})
     (row,) = chat_rows(example, CHAT, 99)
     assert "<|assistant|>no<|end|>" in CHAT.decode(row.ids) and learned(row) == "a<|end|>"
+    _, pair = to_example({"prompt": "q", "chosen": [A], "rejected": [example["messages"][1]]})
+    with pytest.raises(ValueError, match="an answer of the pair has weight 0"):
+        preference_rows(pair, CHAT, 99)
 
 
 def hh(answer):
@@ -206,7 +209,7 @@ def test_bad_rows_of_a_table_are_named(tmp_path):
 @pytest.mark.parametrize("name, content, says", [
     ("a.parquet", b"PAR1\0", "pandas.read_parquet('a.parquet').to_json('a.jsonl', orient="),
     ("y.feather", b"ARROW1\0\0", "pandas.read_feather('y.feather').to_json('y.jsonl', orient="),
-    ("x.XLSX", b"PK\x03\x04", "x.XLSX is in xlsx format: convert it by python -c"),
+    ("x.XLSX", b"PK\x03\x04", "x.XLSX is in xlsx format: convert it with python -c"),
     ("x.zip", b"PK\x03\x04\0", "x.zip is a binary file, not rows: name a .json, .jsonl, .csv"),
     ("x.jsonl", b"\x1f\x8b\x08\0", "x.jsonl: byte 0x8b at offset 1 is not text in UTF-8"),
     ("x.json.gz", b"[]", "x.json.gz: damaged"),
@@ -246,7 +249,7 @@ def test_a_file_that_holds_no_rows_says_what_it_is(elsewhere, name, content, say
     ([U | {"tool_calls": [{"name": "f"}]}, A], "a turn of user has tool calls"),
     ({"text": " ", "label": "a"}, "the text is empty"),
     ({"text": "a", "label": ["b"]}, "the label is ['b']"),
-    ({"text": "a", "label": "b"}, "a row of label among rows of chat"),
+    ({"text": "a", "label": "b"}, "a row of kind label among"),
     ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
     ({"prompt": "x", **TEXTS, "chosen": [U, A]}, "begins with another question than the prompt"),
     ({"chosen": "b", "rejected": "a"}, "a pair without a prompt"),

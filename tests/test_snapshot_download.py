@@ -109,6 +109,10 @@ def test_only_the_files_that_are_named_come_to_a_folder_of_the_revision(hub, cdn
     assert kept() == ["config.json", "tokenizer.json"]
     assert [path.split("/")[4] for path, _, _ in hub.log] == ["refs%2Fpr%2F1"] * 2
     assert "vocab.txt" in refusal(name, files=["vocab.txt"])
+    files = ["config.json", "tokenizer.json", "chat_template.jinja", "tokenizer.model"]
+    snapshot_download(name, files=files)
+    hub.log.clear()  # what is missing is remembered, so the next call needs no network
+    assert snapshot_download(name, files=files) == folder and hub.log == []
 
 
 def test_a_name_that_is_none_is_refused_before_anything_is_asked(hub):
@@ -216,6 +220,9 @@ def test_a_private_or_gated_model_names_the_licence_and_the_token(hub, status, m
     line = refusal("ann/tiny")
     assert "see that HF_TOKEN is right" in line and "hf_secret" not in line
     assert len(hub.log) == 2 and kept() == []  # never asked twice
+    monkeypatch.setenv("SCRATCHLM_MIRROR", hub.base)
+    with pytest.raises(UserError, match=r"on https://huggingface\.co/datasets/ann/set and"):
+        fetch(f"{VIEWER}/rows?dataset=ann%2Fset&split=train")
 
 
 def test_a_server_in_trouble_is_asked_four_times(hub, cdn):

@@ -72,3 +72,6 @@ def test_deep_json_in_a_header_is_no_crash(tmp_path, depth):
     (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(UserError, match="not a safetensors file"):
         Safetensors(tmp_path / "x")
+    safetensors.save_file({"w": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "x")
+    with pytest.raises(UserError, match="tensor 'w' has the dtype 'F8_E4M3'; only F64, F32"):
+        Safetensors(tmp_path / "x")

@@ -84,6 +84,9 @@ def test_failures_of_a_named_encoding_are_named():
     Path("a.txt").write_bytes("naïve café ÿ".encode("latin-1"))
     with pytest.raises(UserError, match=r"a\.txt: byte 0xef at offset 2 is not text in utf-8$"):
         pieces_of("a.txt", encoding="utf-8")
+    for encoding in ("hex", "rot13", "base64", "undefined", "nope", "utf-16"):
+        with pytest.raises(UserError, match=rf"a\.txt: --encoding {encoding}: .*(encoding|BOM)"):
+            pieces_of("a.txt", encoding=encoding)
 
 
 def test_a_zip_gives_its_text_members_and_unpacks_nothing():
@@ -141,6 +144,7 @@ def test_a_json_line_without_text_is_named(monkeypatch):
         ('{"body": "x"}', ": no text or content or .*its keys are body: .*--field"),
         ('["x"]', r" is neither text nor a dialogue but \['x'\]"),
         ('{"text": 5}', " is neither text nor a dialogue but 5"),
+        ('{"instruction": "i", "output": "o", "history": [5]}', r": history is not .* but \[5\]"),
         ('{"text": "cut', ": broken JSON .*column 10"),
     ):
         Path("a.jsonl").write_text(f'"fine"\n\n{row}\n')

@@ -131,11 +131,11 @@ def test_train_bpe_equals_recounting_everything(alphabet):
 
 def test_a_sample_of_a_large_corpus_reaches_all_of_it(monkeypatch):
     monkeypatch.setattr("data.tokenizer.BPE_SAMPLE", 1000)
-    pieces = ["front front front ", "skipped skipped "] * 25
-    pieces += ["later later later ", "skipped skipped "] * 25  # every second piece is counted
-    spec = learn_bpe(280, [("", pieces)], sum(map(len, pieces)))
+    pieces = ["front front front ", "skipped skipped "] * 20
+    pieces += ["later later later ", "end end "] * 25  # every third piece is counted, not second
+    spec = learn_bpe(290, [("", pieces)], sum(map(len, pieces)))
     tokens = [base64.b64decode(t) for t in spec["tokens"]]
-    assert {b" front", b" later"} <= {*tokens} and not [t for t in tokens if b"sk" in t]
+    assert {b" front", b" later", b" end"} <= {*tokens}
 
 
 def test_a_value_has_the_same_tokens_wherever_it_stands():

@@ -442,7 +442,7 @@ def test_accumulation_follows_from_the_tokens_of_a_step():
 
     assert settled(4) == (2, 512)
     assert settled(1, context=32) == (2, 64)
-    with pytest.raises(UserError, match="--context 65 must be from 2 to the model's 64"):
+    with pytest.raises(UserError, match="--context 65 must be at most the model's 64"):
         train.check_context(65, model)
     for world, accum in ((1, 8), (2, 4), (8, 1)):
         assert settled(world, total_batch_tokens=512) == (accum, 512)
@@ -546,8 +546,7 @@ def test_a_bf16_copy_learns_as_fp32_does():
 
 @pytest.mark.parametrize("longest, calls", [(9, 3), (4, 2), (3, 1)])
 def test_without_a_compiler_for_a_shape_blocks_run_as_they_are(longest, calls, monkeypatch, capsys):
-    """It says so in one line, of the trial, which leaves nothing behind, and of later shapes; only
-    training is compiled."""
+    """It says so in one line, of the trial and of later shapes; only training is compiled."""
     model, seen = tiny(), []
 
     def compiled(block, x, *args):
@@ -559,7 +558,7 @@ def test_without_a_compiler_for_a_shape_blocks_run_as_they_are(longest, calls, m
     forward, ids = lm.Block.forward, torch.zeros(1, 4).long()
     monkeypatch.setattr(torch, "compile", lambda plain: compiled)
     train.compile_blocks(model, train.Task(lambda step: [(ids, ids)], None, {}), CPU, 0)
-    assert seen == [4] and all(p.grad is None for p in model.parameters())
+    assert seen == [4]
     for length in (6, 3):
         more = torch.zeros(1, length).long()
         trained = model(more, more)
@@ -583,16 +582,6 @@ def test_no_optimizer_steps_where_the_gradients_of_another_are_not_finite():
         train.optimizer_step(model, optimizers, scaler, 1.0, runtime)
         same = [torch.equal(v, before[k]) for k, v in model.state_dict().items() if "q.w" in k]
         assert scaler.get_scale() == scale and same == [bad == math.inf]
-
-
-@pytest.mark.parametrize("ddp, copied", [
-    (lambda model, broadcast_buffers=None: broadcast_buffers, False),
-    (lambda model, broadcast_buffers=None, forward_sync_buffers=None:  # since torch 2.13
-        (broadcast_buffers, forward_sync_buffers), (None, False))])
-def test_no_buffers_are_copied_between_processes_by_any_torch(ddp, copied, monkeypatch):
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", ddp)
-    args = settings(compile=False)
-    assert train.make_runner(tiny(), None, args, replace(CPU, world=2))[0] == copied
 
 
 def test_training_goes_on_from_a_checkpoints_weights(corpus):
