@@ -33,7 +33,7 @@ from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_whole
 from data.hf_tokenizer import find_tokenizer, hub_tokenizer
 from data.matches import LONGEST_MATCH, copy_candidates
-from data.rope import check_scaling, scale_frequency
+from data.rope import known_scaling, scale_frequency
 from data.runs import OUT, newest_run
 from data.tensors import fit_error, load_pt
 from data.tokenizer import Tokenizer, warn_unknown
@@ -150,8 +150,8 @@ class Config:
             raise UserError(f"rope rotates pairs of channels, it cannot rotate {share}")
         if self.window_layers is not None and len(self.window_layers) != self.n_layer:
             raise UserError(f"{len(self.window_layers)} window_layers for {self.n_layer} layers")
-        if self.rope_scaling is not None:
-            check_scaling(self.rope_scaling, rotated // 2)
+        if (rope := self.rope_scaling) is not None and not known_scaling(rope, rotated // 2):
+            raise UserError(f"rope_scaling {rope} is not implemented for {rotated // 2} pairs")
         if (k := self.experts_per_token) > max(1, self.experts):
             raise UserError(f"experts_per_token {k} must be at most experts {self.experts}")
         if not 0 <= self.dropout < 1:

@@ -174,10 +174,10 @@ def hub_tokenizer(folder):
         if kind != "BPE" or marks:
             raise ValueError(f"model {kind}{marks or ''}: only byte-level BPE and SentencePiece's")
         ids = {t["content"]: t["id"] for t in entries}
-        words = {t["content"]: t["id"] for t in entries if not t.get("special", True)}
-        for t in entries:
-            if t["content"] in words and any(map(t.get, ("single_word", "lstrip", "rstrip"))):
-                raise ValueError(f"{t['content']!r} has single_word, lstrip or rstrip set")
+        words = {t["content"]: t for t in entries if not t.get("special", True)}
+        for word, t in words.items():
+            if t.get("single_word") or t.get("lstrip") or t.get("rstrip"):
+                raise ValueError(f"{word!r} has single_word, lstrip or rstrip set")
         merges = model.get("merges", ())  # in old files a pair is one string
         model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
         spec = dict(kind="spm", data=data) if spm else byte_level_spec(data, ids)
@@ -192,7 +192,7 @@ def hub_tokenizer(folder):
         end = next(itertools.chain(*ends), ids.get(names.get("eos_token"), ids.get(END)))
         if end is None:
             end = ids[END] = max((model["vocab"] | ids).values()) + 1
-        words = {word: i for word, i in words.items() if i not in (end, begin)}
+        words = {word: ids[word] for word in words if ids[word] not in (end, begin)}
         spec |= dict(added=ids, words=words, end=end, begin=begin, ends=ends[0])
         parts = folder.resolve().parts  # .../hub/OWNER/NAME/REVISION if it was downloaded
         spec["name"] = "/".join(parts[-3:-1] if parts[-4:-3] == ("hub",) else parts[-1:])

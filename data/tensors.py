@@ -22,8 +22,8 @@ def load_pt(path, mapped=True):
                 raise zipfile.BadZipFile("a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:  # torch and zipfile report a foreign or damaged file in a dozen ways
-        what = "no zip file of tensors as torch.save writes it (since torch 1.6)"
-        raise UserError(f"{path} is {what}, or is damaged or cut short") from e
+        what = "is no zip of tensors as torch.save writes it, or is damaged or cut short"
+        raise UserError(f"{path} {what}") from e
 
 
 def fit_error(expected, state):
