@@ -12,11 +12,11 @@ scores.json. data/rows.py recognises the rows by their shape: chats (Alpaca, Sha
 messages, hotel dialogues), labelled texts, preference pairs.
 """
 
+from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
 import argparse
 import contextlib
 import copy
 import itertools
-import json
 import math
 import random
 import sys
@@ -33,9 +33,8 @@ import lora
 import model as lm
 import train
 from data import batches, chat, cli
-from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
 from data.costs import check_memory
-from data.files import write_json
+from data.files import dump_lines, write_json
 from data.machine import DTYPES, fast_products, make_runtime, shard_like
 from data.progress import shown, watched
 from data.reply import parse
@@ -144,7 +143,8 @@ def answer_jobs(examples, limit=None, calls_only=False):
         batches.Turn(e["messages"][:i], m, e.get("tools"))
         for e in examples
         for i, m in enumerate(e["messages"])
-        if m["role"] == "assistant" and i and (m.get("tool_calls") or not calls_only)
+        if m["role"] == "assistant" and i and m.get("weight", 1)
+        and (m.get("tool_calls") or not calls_only)
     ]
     if not limit or limit >= len(jobs):
         return jobs
@@ -205,10 +205,10 @@ def converse(model, tokenizer, env, starts, seeds=None):
         row.mask += [1] * len(turn)
         if turn[-1] != template.end:
             return False
-        with cli.user_code("step(message) of --env fails"):
+        with cli.user_code("step(message) of --env fails, or returns no (new messages, done)"):
             new, done = envs[i].step(messages[-1])
             ids = [] if done else template.next_ids(messages, new)
-        messages += new
+            messages[:] = messages + new
         if done or len(row.ids + ids) > room:
             return False
         row.ids += ids
@@ -218,8 +218,8 @@ def converse(model, tokenizer, env, starts, seeds=None):
     generate_turns(model, tokenizer, prompts, seeds, follow)
     with cli.user_code("reward(messages) of --env fails"):
         rewards = [float(env.reward(messages)) for env, messages in zip(envs, talks)]
-    if not all(map(math.isfinite, rewards)):
-        raise UserError(f"reward(messages) of --env returns {rewards}, not numbers")
+    if wrong := [r for r in rewards if not math.isfinite(r)]:
+        raise UserError(f"reward(messages) of --env returns {wrong[0]}, not a finite number")
     return talks, rows, rewards
 
 
@@ -326,14 +326,14 @@ class SFT:
         scores, answers = {"val_loss": loss / targets}, self.args.eval_rows and when == "step"
         if answers and (self.runtime.rank == 0 or self.runtime.sharded):
             jobs = self.jobs(split, self.args.eval_rows)
-            scores |= self.scores(jobs, answer(model, self.tokenizer, jobs))
+            scores |= self.scores(split, jobs, answer(model, self.tokenizer, jobs))
         return scores
 
     def jobs(self, split, limit=None):
         """The `answer_jobs` of the turns that are learned."""
         return answer_jobs(split.examples, limit, self.args.loss_on == "call")
 
-    def scores(self, jobs, turns):
+    def scores(self, split, jobs, turns):
         """The figures of answers to jobs, and those that the data set adds."""
         scores, source = chat_scores(jobs, turns), SOURCES.get(self.args.data)
         return scores | (source.scores(jobs, turns) if source and source.scores else {})
@@ -349,7 +349,7 @@ class SFT:
             lines.append(f"  asked      {shorten(row['prompt'])}")
             lines.append(f"  reference  {shorten(chat.message_text(row['reference']))}")
             lines.append(f"  answered   {shorten(chat.message_text(row['prediction']))}\n")
-        return self.scores(jobs, turns), rows, lines
+        return self.scores(split, jobs, turns), rows, lines
 
     def metrics(self):
         """Further metrics for metrics.jsonl, averaged over the steps since the last call."""
@@ -419,11 +419,14 @@ class DPO(SFT):
             why = f"pairs are measured against the model before DPO, which {self.args.ckpt} lacks"
             advice = "see its metrics.jsonl, train with --lora_rank, or name --objective reward"
             raise UserError(f"{why}: {advice}")
-        reference = saved and saved["reference"]
-        if not reference:
-            with lm.evaluating(model), self.runtime.autocast(), lora.disable_adapter(model):
-                logps = partial(dpo_margin, model)  # split.reference is None: zeros are subtracted
-                reference = {name: self.over_pairs(split, logps) for name, split in splits.items()}
+        reference = dict(saved["reference"]) if saved else {}
+        new = {name: split for name, split in splits.items() if name not in reference}
+        if new and saved and not lora.adapted(model):
+            why = f"there are no pairs of {min(new)} in this run's reference, the model before DPO"
+            raise UserError(f"{why}: resume it with --split val")
+        with lm.evaluating(model), self.runtime.autocast(), lora.disable_adapter(model):
+            logps = partial(dpo_margin, model)  # split.reference is None: zeros are subtracted
+            reference |= {name: self.over_pairs(split, logps) for name, split in new.items()}
         for name, split in splits.items():
             split.reference = reference[name]
         return {"reference": reference}
@@ -481,7 +484,10 @@ class Distill(SFT):
         name, device = self.args.teacher, str(self.runtime.device)
         self.teacher, tokenizer, _ = load(name, device, "fp32")
         if tokenizer.spec != self.tokenizer.spec:
-            raise UserError(f"--teacher {name} has other tokens: fine-tune it on such rows first")
+            bare = [Tokenizer(t.spec | {"special": []}) for t in (tokenizer, self.tokenizer)]
+            advice = "name one that began with the tokenizer of --ckpt"
+            advice = "fine-tune it on such rows first" if bare[0].same_ids(bare[1]) else advice
+            raise UserError(f"--teacher {name} has other tokens: {advice}")
         return {}
 
     def loss(self, model, ids, targets, places):
@@ -506,8 +512,8 @@ class RewardModel(DPO):
 
     def rows(self, example):
         pair = batches.preference_rows(example, self.tokenizer, self.args.context - 1)
-        token = self.tokenizer.special[REWARD_TOKEN]
-        return [tuple(batches.reward_row(row, token) for row in pair)]
+        token = self.tokenizer.special[REWARD_TOKEN]  # the only target: its logit is the reward
+        return [tuple(batches.Row([*r.ids, token], [0] * len(r.ids) + [1], r.cut) for r in pair)]
 
     def start(self, model, splits, saved):
         return {}  # there is no reference
@@ -519,17 +525,21 @@ class RewardModel(DPO):
 
 
 def load_rewards(source, device):
-    """The function of --reward. It takes a list of (messages, answer, wanted) and returns a reward
-    for each; None if no reward applies to that turn. If --reward names several, separated by
-    commas, each turn gets the first one that applies."""
-    functions = [
-        load_reward(name) if name in REWARDS or name.endswith(".py") else model_reward(name, device)
-        for name in source.split(",")
-    ]
+    """The function of --reward. It takes pairs (Turn, answer) and returns a reward for each; None
+    if no reward applies to that turn. If --reward names several, separated by commas, each turn
+    gets the first one that applies."""
 
-    def reward(*turn):
+    def load_function(name):
+        if name not in REWARDS and not name.endswith(".py"):
+            return model_reward(name, device)
+        reward = load_reward(name)
+        return lambda messages, answer, wanted, tools: reward(messages, answer, wanted)
+
+    def reward(job, answer):
+        turn = job.messages, answer, job.wanted, job.tools
         return next((r for f in functions if (r := rate(f, *turn)) is not None), None)
 
+    functions = list(map(load_function, source.split(",")))
     return lambda answers: [reward(*answer) for answer in answers]
 
 
@@ -552,10 +562,10 @@ def model_reward(source, device):
         return shared
 
     @torch.no_grad()
-    def reward(messages, answer, wanted):
+    def reward(messages, answer, wanted, tools):
         if answer is wanted:  # asked whether this reward is for the turn
             return 0.0
-        talk = {"messages": [*messages, answer]}
+        talk = {"messages": [*messages, answer], "tools": tools}
         row = batches.chat_rows(talk, tokenizer, context, first=len(messages))[-1]
         n = row.mask.index(1)
         with torch.autocast(device.type, enabled=False):
@@ -637,7 +647,6 @@ class GRPO(SFT):
         self.env = load_env(self.args.env) if self.args.env else None
         self.rewards = None if self.env else load_rewards(self.args.reward, self.args.device)
         self.figures = defaultdict(list)  # of each micro-batch since the last line of the log
-        self.sampled = {}  # {number: batch}, for further updates
 
     def make_split(self, examples):
         """The Split of examples as chats, with a Prompt for each turn that the reward applies to,
@@ -650,7 +659,7 @@ class GRPO(SFT):
                 split.env = self.env(split.examples)
             return split
         jobs = self.jobs(split)
-        rewards = self.rewards([(job.messages, job.wanted, job.wanted) for job in jobs])
+        rewards = self.rewards([(job, job.wanted) for job in jobs])
         for job, reward in zip(jobs, rewards):
             if reward is not None:
                 ids = job_prompt(job, self.tokenizer, context)
@@ -664,7 +673,6 @@ class GRPO(SFT):
         """Load the reference: the weights at the start, or the base of an adapter. A resumed run
         keeps the answers that rank 0 sampled for further updates; other ranks sample anew."""
         self.model, self.reference = model, None
-        self.held_env = list(splits.values())[-1].env
         # normalised over these ids: otherwise ids that are never sampled would gain probability
         self.allowed = allowed_ids(model, self.tokenizer, chat=True)
         if self.args.kl and not lora.adapted(model):
@@ -673,7 +681,7 @@ class GRPO(SFT):
             self.reference = lm.model_from_checkpoint(base)
             lm.grow_vocabulary(self.reference, model.config.vocab_size, n_vocab)
             self.reference.to(self.runtime.device)
-        self.sampled = saved.get("sampled", {}) if saved else {}
+        self.sampled = saved.get("sampled", {}) if saved else {}  # {number: batch}
         return {"sampled": self.sampled}
 
     def batch(self, split, numbers, rows, number=0):
@@ -732,7 +740,7 @@ class GRPO(SFT):
             return converse(model, self.tokenizer, split.env, [p.turn for p in prompts], seeds)
         answers, turns = generate_turns(model, self.tokenizer, [p.ids for p in prompts], seeds)
         jobs = [p.turn for p in prompts]
-        rewards = self.rewards([(j.messages, turn, j.wanted) for j, turn in zip(jobs, turns)])
+        rewards = self.rewards(zip(jobs, turns))
         if None in rewards:
             question = chat.message_text(jobs[rewards.index(None)].messages[-1])
             raise UserError(f"the reward of an answer to {question!r:.80} is None")
@@ -753,7 +761,9 @@ class GRPO(SFT):
             best = max(group, key=rewards.__getitem__)
             if worse := [turns[i] for i in group if rewards[i] < rewards[best]]:
                 sides = {"chosen": [turns[best]], "rejected": [rng.choice(worse)]}
-                row = {"prompt": prompts[start].turn.messages, **sides}
+                turn = prompts[start].turn
+                row = {"prompt": turn.messages, **sides}
+                row |= {"tools": turn.tools} if turn.tools else {}
                 with contextlib.suppress(ValueError):  # rows cannot hold every call that was drawn
                     to_example(row)
                     found.append(row)
@@ -786,18 +796,17 @@ class GRPO(SFT):
         self.figures["entropy"].append(-logps.detach().flatten()[places].mean())
         return loss
 
-    def scores(self, jobs, turns):
+    def scores(self, split, jobs, turns):
         """The scores of a chat, and the mean reward of the turns that the reward is for, or of
         --eval_rows conversations."""
         if self.env:
             starts = range(self.args.eval_rows or 64)
-            rewards = converse(self.model, self.tokenizer, self.held_env, starts)[2]
+            rewards = converse(self.model, self.tokenizer, split.env, starts)[2]
         else:
-            answers = [(job.messages, turn, job.wanted) for job, turn in zip(jobs, turns)]
-            rewards = self.rewards(answers)
+            rewards = self.rewards(zip(jobs, turns))
         rewards = [r for r in rewards if r is not None]
         mean = {"val_reward": sum(rewards) / len(rewards)} if rewards else {}
-        return mean | super().scores(jobs, turns)
+        return mean | super().scores(split, jobs, turns)
 
     def metrics(self):
         """Means since the last call: the reward of sampled answers, its standard deviation in a
@@ -832,6 +841,10 @@ def resolve(args):
     """Fill in every flag that the user left out. Returns (args, the objective's class, the content
     of the last.pt to resume or None, {split: examples}, {split: sha256})."""
     given = {k: v for k, v in vars(args).items() if v is not None}
+    if args.eval_only and args.resume is not None:
+        if args.ckpt:
+            raise UserError("--eval_only measures either --ckpt or --resume: leave one out")
+        given = given | {"ckpt": args.resume or str(newest_run())}
     content, settings = None, given
     if args.resume is not None and not args.eval_only:
         settings, content = train.resumed_settings(args, given, FIXED)
@@ -877,7 +890,7 @@ def check_settings(args, objective, splits, given):
     problems = {
         f"{' '.join(foreign)} is not for {name}": foreign,
         f"{name} needs --teacher CKPT": a.objective == "distill" and not a.teacher,
-        f"{name} needs --env, or --reward {', '.join(REWARDS)}, a file or a run":
+        f"{name} needs either --env or --reward ({', '.join(REWARDS)}, a file or a run)":
             a.objective == "grpo" and bool(a.reward) == bool(a.env),
         "--pairs needs --eval_only and --reward": a.pairs and not (a.eval_only and a.reward),
         "--lora_rank 0 trains all weights, without adapters: leave out the flags of LoRA":
@@ -885,7 +898,7 @@ def check_settings(args, objective, splits, given):
         "--quantize freezes the base: add --lora_rank 8, so that there is something to train":
             a.quantize and not a.lora_rank,
         f"--best_by {a.best_by} is not measured here: choose from {', '.join(figures)}":
-            a.best_by not in figures,
+            not a.eval_only and a.best_by not in figures,
         f"--augment is for --data {', '.join(augmented)}": a.augment and a.data not in augmented,
         f"--shard does not go together with {name}": a.shard and a.objective == "grpo",
         f"--token_dropout does not go together with {name}":
@@ -918,6 +931,9 @@ def build_model(args, base, content, special_tokens, runtime):
         adapter = content["adapter"]
     else:  # what is quantized or sharded is read layer by layer
         dtype = None if args.quantize or args.shard else torch.float32
+        if dtype:
+            config = lm.Config.from_dict(base["config"])
+            train.check_weights(config, runtime.device, trained=not args.lora_rank)
         model = lm.model_from_checkpoint(base, dtype=dtype, where=args.ckpt)
     if not content:  # a resumed run has trained its new and spare rows: they stay as they are
         lm.grow_vocabulary(model, lm.padded_vocab(tokenizer.n_vocab), bare.n_vocab)
@@ -994,12 +1010,11 @@ def write_report(objective, model, split, out):
     write_json(out / "scores.json", {objective.args.split: scores})
     print(*lines, "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in scores.items()), sep="\n")
     if rows:
-        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-        (out / "predictions.jsonl").write_text(text, encoding="utf-8")
+        (out / "predictions.jsonl").write_text(dump_lines(rows), encoding="utf-8")
         print(f"{out}/predictions.jsonl")
 
 
-def report_best(model, args, objective, splits, examples, result):
+def report_best(model, args, objective, split, result):
     """The closing report on --split, with the best weights of a run, after `train.fit`."""
     out, best = Path(args.out), lm.load_checkpoint(Path(args.out, "best.pt"))
     if "adapter" in best:
@@ -1007,8 +1022,6 @@ def report_best(model, args, objective, splits, examples, result):
     else:
         state = model.state_dict()
         lm.load_weights(model, {k: shard_like(v, state[k]) for k, v in best["model"].items()})
-    # pairs only have the training and validation rows, whose reference is known
-    split = splits.get(args.split) or objective.make_split(examples[args.split])
     if objective.runtime.rank == 0:
         start = next(json_lines((out / "metrics.jsonl").read_text(encoding="utf-8")), {})
         if args.best_by == "val_loss" and (start.get("val_loss") or math.inf) < best["best"]:
@@ -1041,8 +1054,7 @@ def evaluate_only(args, objective_class, examples):
             raise UserError(f"{args.pairs} exists: name another file for --pairs")
         with lm.evaluating(model), runtime.autocast():
             pairs = objective.pairs(model, split)
-        text = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs)
-        Path(args.pairs).write_text(text, encoding="utf-8")
+        Path(args.pairs).write_text(dump_lines(pairs), encoding="utf-8")
         return print(f"{args.pairs}: {len(pairs):,} pairs, of {len(split.prompts):,} prompts")
     run = where.parent if where.suffix == ".pt" else where
     out = run_folder(args.out, f"{run.name}-eval", runtime)
@@ -1099,7 +1111,7 @@ def main(argv=None):
     train.place(model, args, runtime)
     if adapter and not runtime.sharded:
         lora.hold_frozen(model, DTYPES[runtime.dtype])
-    check_memory(model, args.batch_tokens, runtime)
+    check_memory(model, args.batch_tokens, runtime.device)
 
     def epoch_rows(epoch):
         new = split
@@ -1113,7 +1125,8 @@ def main(argv=None):
         args = settle(args, max_steps=steps * (args.updates or 1))
     if args.warmup_steps is None:
         args = settle(args, warmup_steps=train.short_warmup(WARMUP, args.max_steps))
-    splits = {"train": split, "val": objective.make_split(examples["val"])}
+    others = {"val", args.split} - {"train"}
+    splits = {"train": split} | {name: objective.make_split(examples[name]) for name in others}
     extra = {"tokenizer": tokenizer.spec, "data": hashes} | objective.start(model, splits, content)
     task = make_task(args, objective, splits, loader, extra)
     if adapter:
@@ -1127,13 +1140,19 @@ def main(argv=None):
         warn_unknown(tokenizer, ids, args.data)
 
     fit = partial(train.fit, model, task, args, runtime, out, content)
-    report = partial(report_best, model, args, objective, splits, examples)
+    report = partial(report_best, model, args, objective, splits[args.split])
     return train.launch(fit, report, runtime, out)
 
 
 # --------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------
+
+
+def defaults(name):
+    """The default of a flag, and those of the objectives that have another one."""
+    others = {o: c.recipe[name] for o, c in OBJECTIVES.items() if name in c.recipe}
+    return ", ".join([f"default {RECIPE[name]}", *(f"{o} {value}" for o, value in others.items())])
 
 
 # fmt: off (one line a flag)
@@ -1156,7 +1175,7 @@ def build_parser():
     add("--split", help="split to report on at the end: val (default, also dev), test or train")
     figures = ", ".join(dict.fromkeys(c.figure for c in OBJECTIVES.values()))
     add("--best_by",
-        help=f"what selects best.pt: last, {figures}, or val_loss (default for chats and pairs)")
+        help=f"what selects best.pt: last, {figures}, or val_loss ({defaults('best_by')})")
     add("--eval_rows", type=at_least(0), help="answers per evaluation (default 64; 0: none); the "
         "closing report answers all")
     add("--show_mask", type=at_least(1), metavar="N", help="print N rows token by token and stop")
@@ -1169,7 +1188,8 @@ def build_parser():
         "throughout a dialogue, and that a question is added (default 0)")
     add("--token_dropout", type=share, help="probability of hiding a token (default 0)")
     add("--dropout", type=float, help="dropout of the model (default: the checkpoint's)")
-    add("--batch_tokens", type=at_least(1), help="of a micro-batch, with padding (default 4096)")
+    add("--batch_tokens", type=at_least(1),
+        help=f"of a micro-batch, with padding ({defaults('batch_tokens')})")
     add("--context", type=int, help="longest row (default and maximum: the checkpoint's)")
     add = p.add_argument_group("few parameters, little memory").add_argument
     add("--lora_rank", type=at_least(0), help="rank of adapters to a frozen base (default 0: none)")
@@ -1183,7 +1203,8 @@ def build_parser():
             default = "" if c.recipe[name] is None else f" (default {c.recipe[name]})"
             add(f"--{name}", type=kind, help=text + default)
     add = train.add_optimization(p)
-    add("--epochs", type=positive, help="passes over the rows (default 3 without another limit)")
+    add("--epochs", type=positive,
+        help=f"passes over the rows, without another limit ({defaults('epochs')})")
     add("--max_steps", type=at_least(1), help="instead of --epochs")
     add("--max_minutes", type=positive, help="of training, evaluation not counted")
     return p

@@ -12,6 +12,7 @@ layers of an existing model, one by one:
 Together they are QLoRA. LoRA works on any module with nn.Linear, quantization on layers in TARGETS.
 """
 
+from data.cli import Parser, UserError, run_cli
 import contextlib
 import hashlib
 import re
@@ -24,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model as lm
-from data.cli import Parser, UserError, run_cli
 from data.download import is_hub_name
 from data.hf_config import config_to_hf
 from data.hf_weights import write_peft
@@ -197,7 +197,7 @@ class LoRALinear(nn.Module):
 
     def add(self, name, rank, alpha, dropout):
         """Add an adapter, not active yet."""
-        device = next(self.base.buffers(), next(self.base.parameters(), None)).device
+        device = next(iter(self.base.state_dict().values())).device
         a = nn.Linear(self.base.in_features, rank, bias=False, device=device)
         self.a[name] = a.weight
         self.b[name] = nn.Parameter(torch.zeros(self.base.out_features, rank, device=device))
@@ -236,9 +236,8 @@ def add_lora(
     ['0']
     """
     layers = find_layers(model, targets, (nn.Linear, QuantLinear, LoRALinear))
-    ids = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     for full, layer in layers.items():
-        if isinstance(layer, nn.Linear) and ids.count(id(layer.weight)) > 1:
+        if isinstance(layer, nn.Linear) and is_shared(model, layer.weight):
             raise UserError(f"{full} shares its weight (a tied head): it cannot have an adapter")
     model.requires_grad_(False)
     for full, layer in layers.items():
@@ -262,11 +261,18 @@ def adapted(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def is_shared(model, parameter):
+    """Whether a parameter is in several modules of the model, as that of a tied head is."""
+    named = model.named_parameters(remove_duplicate=False)
+    return sum(p is parameter for _, p in named) > 1
+
+
 def hold_frozen(model, dtype):
     """Convert the weights of frozen Linears to `dtype`, that of autocast: it would cast each of
     them in every pass, and autograd would keep the copies."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+    for layer in (m for m in model.modules() if isinstance(m, nn.Linear)):
+        # a tied head is the embedding table, which stays in float32
+        if not (layer.weight.requires_grad or is_shared(model, layer.weight)):
             layer.to(dtype)
 
 
@@ -304,7 +310,7 @@ def disable_adapter(model):
     name = getattr(model, "active_adapter", None)
     set_adapter(model)
     try:
-        yield model
+        yield
     finally:
         set_adapter(model, name)
 
@@ -353,8 +359,14 @@ def load_adapted(base, adapters, where="the base"):
     it, the first one active. UserError if an adapter belongs to another base."""
     if whole := [name for name, content in adapters.items() if "adapter" not in content]:
         raise UserError(f"{whole[0]} is a whole model, not an adapter: use it as --ckpt")
+    if "adapter" in base:
+        raise UserError(f"{where} is an adapter: name its base, {base['adapter']['base']}, instead")
     infos = {name: content["adapter"] for name, content in adapters.items()}
-    quantized = next((info["quantize"] for info in infos.values() if info["quantize"]), None)
+    formats = {name: info["quantize"] for name, info in infos.items()}
+    if len({*formats.values()}) > 1:
+        listed = ", ".join(f"{name} ({kind or 'not quantized'})" for name, kind in formats.items())
+        raise UserError(f"adapters over differently quantized bases cannot be switched: {listed}")
+    quantized = next(iter(formats.values()))
     model = lm.model_from_checkpoint(base, dtype=None if quantized else torch.float32, where=where)
     sha256 = fingerprint(base["model"])
     for name, info in infos.items():

@@ -17,6 +17,7 @@ language model: from model.py come only the checkpoints and, for drawing, the tr
 Shapes in comments: B batch, T patches of an image, C channels.
 """
 
+from data.cli import Parser, StopSignal, UserError, at_least, positive, quoted, run_cli
 import argparse
 import math
 import re
@@ -31,7 +32,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import model as lm
-from data.cli import Parser, StopSignal, UserError, at_least, positive, run_cli
 from data.files import write_json
 from data.idx import FILES, download_idx, read_folder_idx
 from data.machine import choose_device, random_state, set_random_state
@@ -95,10 +95,10 @@ LOSSES = {
     ),
 }
 
-# {name: (class, learning rate, other arguments)}; SGD's rate depends on the loss instead (SGD_LR)
+# {name: (class, learning rate, other arguments)}; SGD's rate depends on the loss (SGD_LR)
 OPTIMIZERS = {
-    "sgd": (torch.optim.SGD, 0.01, {}),
-    "momentum": (torch.optim.SGD, 0.01, dict(momentum=0.9)),
+    "sgd": (torch.optim.SGD, None, {}),
+    "momentum": (torch.optim.SGD, None, dict(momentum=0.9)),
     "rprop": (torch.optim.Rprop, 0.01, {}),
     "rmsprop": (torch.optim.RMSprop, 0.001, {}),
     "adagrad": (torch.optim.Adagrad, 0.01, {}),
@@ -152,7 +152,8 @@ def fit(run, images, labels, batch_loss, evaluate):
                 if stop.number:
                     run.save()
                     if run.out:
-                        print(f"stopped at step {run.step}: continue with --resume {run.out}")
+                        stopped = f"stopped at step {run.step}"
+                        print(f"{stopped}: continue with --resume {quoted(run.out)}")
                     return 128 + stop.number
                 start = time.perf_counter()
                 # most optimizers call the closure once and then step; lbfgs calls it several times
@@ -174,9 +175,7 @@ class Run:
     def __init__(self, model, args, n_images, out=None, saved=None):
         self.model, self.args, self.out = model, args, out
         make, lr, settings = OPTIMIZERS[args.optimizer]
-        if make is torch.optim.SGD:
-            lr = parse_loss(args.loss or "nll")[1]  # SGD's rate depends on the loss
-        args.lr = args.lr or lr
+        args.lr = args.lr or lr or parse_loss(args.loss or "nll")[1]
         args.batch_size = args.batch_size or BATCH_SIZES.get(args.optimizer, 64)
         self.n_images, self.per_epoch = n_images, math.ceil(n_images / args.batch_size)
         self.optimizer = make(model.parameters(), lr=args.lr, **settings)
@@ -351,14 +350,13 @@ class Denoiser(nn.Module):
             nn.init.zeros_(block.feed_forward.down.weight)
 
     def forward(self, images, t, labels):  # (B, 28, 28), (B,) in [0, 1], (B,) -> (B, 28, 28)
-        side = 28 // PATCH
-        x = images.unflatten(2, (side, PATCH)).unflatten(1, (side, PATCH))  # (B, 4, 7, 4, 7)
-        x = self.patch(x.transpose(2, 3).flatten(3).flatten(1, 2)) + self.position  # (B, T, C)
+        x = F.pixel_unshuffle(images[:, None], PATCH).flatten(2).mT  # (B, T, 49)
+        x = self.patch(x) + self.position  # (B, T, C)
         asked = self.time(self.times[(1000 * t).long()]) + self.label(labels)  # (B, C)
         for condition, block in zip(self.condition, self.blocks):
             x = block(x + condition(asked)[:, None])
-        x = self.pixels(self.norm(x)).unflatten(2, (PATCH, PATCH)).unflatten(1, (side, side))
-        return x.transpose(2, 3).flatten(3).flatten(1, 2)
+        x = self.pixels(self.norm(x)).mT.unflatten(2, (28 // PATCH, -1))  # (B, 49, 4, 4)
+        return F.pixel_shuffle(x, PATCH)[:, 0]
 
 
 def flow_loss(denoiser, images, labels):

@@ -103,12 +103,10 @@ def preference_rows(example, tokenizer, context):
     """(chosen Row, rejected Row) of a preference pair, of which only the answers are learned."""
     prompt = example["messages"]
     talks = [example | {"messages": prompt + example[key]} for key in ("chosen", "rejected")]
-    return tuple(chat_rows(t, tokenizer, context, first=len(prompt))[-1] for t in talks)
-
-
-def reward_row(row, token):
-    """A Row whose only target is `token` after the last id of `row`: its logit is the reward."""
-    return Row([*row.ids, token], [0] * len(row.ids) + [1], row.cut)
+    rows = [chat_rows(t, tokenizer, context, first=len(prompt))[-1:] for t in talks]
+    if not all(rows):
+        raise ValueError("an answer of the pair has weight 0: nothing of it is learned")
+    return rows[0][0], rows[1][0]
 
 
 def sequences(row):

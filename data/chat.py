@@ -186,7 +186,7 @@ class Template:
         self.ours = set(CHAT_TOKENS) <= set(special)
         sources = OURS.read_text(encoding="utf-8") if self.ours else tokenizer.spec["chat_template"]
         self.sources = sources if isinstance(sources, dict) else {"default": sources}
-        names = {i: name for name, i in special.items()}
+        special_ids = set(special.values())
         self.variables = {"add_generation_prompt": False, "documents": None}
         self.variables |= tokenizer.spec.get("template_tokens", {})
         self.typed = either(special)
@@ -198,7 +198,7 @@ class Template:
             with contextlib.suppress(ValueError):
                 self.called = self.probe({"content": "", "tool_calls": [call]})
         before, _, after = said.rpartition(CONTENT)
-        self.end = next((i for i in self.encode(after) if i in names), tokenizer.eos_id)
+        self.end = next((i for i in self.encode(after) if i in special_ids), tokenizer.eos_id)
         # SentencePiece may put a space of its own in front of what follows a special token
         alone, within = (tokenizer.encode(CONTENT, place) for place in (self.place, "text"))
         before = " " * (alone != within) + before
@@ -212,7 +212,7 @@ class Template:
         tags = [t for t in (*THINK, tag) if t and (t in special or not self.ours)]
         self.tags = {t: (MARK if t in special else "") + t for t in tags}
         self.tag_ids = {special[t]: self.tags[t] for t in tags if t in special}
-        spoken = {i for i in self.encode(said + self.called) if i in names}
+        spoken = special_ids & set(self.encode(said + self.called))
         spoken |= {special[t] for t in ASSISTANT_TAGS if t in special}
         self.spoken = sorted(spoken | ({self.end} if self.ours else self.ends))
 
@@ -369,7 +369,7 @@ class Template:
         if turns and room < 3 + 2 * sum(len(self.tokenizer.encode(m["content"])) for m in system):
             system = []
         attempts += [([*system, *turns[-1:]], tools), ([*system, *turns[-1:]], None)]
-        for attempt in attempts:
+        for attempt in attempts[:-1]:
             with contextlib.suppress(ValueError):  # some templates require a user turn first
                 ids = self.prompt_ids(*attempt, variables)
                 if len(ids) <= room:

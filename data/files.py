@@ -23,12 +23,15 @@ def write_whole(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, KeyboardInterrupt) as e:
         reason = str(e).strip().split("\n")[0]
         with contextlib.suppress(OSError):  # torch's zip writer is silent about a full disk
             free = shutil.disk_usage(path.parent).free
             reason = "the disk is full" if free < 1 << 20 else reason
             temporary.unlink()
+        # torch's zip writer fails after an interrupt
+        if isinstance(e, KeyboardInterrupt) or isinstance(e.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from e
         raise UserError(f"cannot write {path}: {reason}; what was there before is kept") from e
 
 
@@ -78,6 +81,11 @@ def write_once(path, is_written, write):
 def write_json(path, values):
     """Write an object as a JSON file, whole or not at all."""
     write_whole(path, lambda f: f.write(json.dumps(values, indent=2, ensure_ascii=False).encode()))
+
+
+def dump_lines(rows):
+    """The text of a .jsonl file: each row as JSON on a line of its own."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_json(path):

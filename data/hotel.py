@@ -268,6 +268,7 @@ def substitute(example, pool, share, rng, made_up=0.5):
     for m in example["messages"]:
         texts[m["role"]] += m["content"] + "\n"
     passed = json.dumps([arguments_of(m) for m in example["messages"]], ensure_ascii=False)
+    present = {v for m in example["messages"] for _, v in values_of(m)}
     swap, kept = {}, {}  # kept values are matched too, so that a shorter value inside stays
     for m in example["messages"]:
         source = texts["user" if m.get("tool_calls") else "assistant"]
@@ -276,8 +277,9 @@ def substitute(example, pool, share, rng, made_up=0.5):
             free = isinstance(v, str) or not is_in(v, texts["user"] + passed)
             eligible = free and key in pool and (key in ASKED or is_in(v, source))
             if v not in swap and eligible and rng.random() < share:
-                new = another_value(pool[key], made_up, rng)
-                if new not in swap.values():  # two values must not become one
+                taken = present.union(swap.values())  # two values must not become one
+                new = (another_value(pool[key], made_up, rng) for _ in range(4))
+                if (new := next((n for n in new if n not in taken), None)) is not None:
                     swap[v] = new
     if not swap:
         return example

@@ -76,11 +76,11 @@ def load_reward(source):
     return lambda messages, *turns: reward(copy.deepcopy(messages), *map(message_text, turns))
 
 
-def rate(reward, messages, answer, wanted):
+def rate(reward, messages, answer, wanted, *tools):
     """The reward of an answer as a float, or None if it is not for this turn. UserError if the
     function fails or returns no finite number."""
     try:
-        value = reward(messages, answer, wanted)
+        value = reward(messages, answer, wanted, *tools)
         if value is None:
             return None
         if math.isfinite(float(value)):

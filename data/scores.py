@@ -70,7 +70,10 @@ def chat_scores(jobs, turns):
             bleu.append(0 if "tool_calls" in turn else bleu4(turn["content"], wanted["content"]))
     if calls:
         right, predicted, wanted = map(sum, zip(*(slot_counts(*pair) for pair in calls)))
+        parsed = sum(arguments is not None for arguments, _ in calls)
+        if not predicted + wanted:  # no call has arguments: those that parse are right
+            right, predicted, wanted = parsed, len(calls), len(calls)
         scores |= dict(slot_p=right / max(1, predicted), slot_r=right / max(1, wanted))
         scores["slot_f1"] = 2 * right / max(1, predicted + wanted)
-        scores["valid_json"] = sum(arguments is not None for arguments, _ in calls) / len(calls)
+        scores["valid_json"] = parsed / len(calls)
     return scores | ({"bleu4": sum(bleu) / len(bleu)} if bleu else {})

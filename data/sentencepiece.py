@@ -204,11 +204,9 @@ def read_model(path, config):
     if kind != "BPE" or any(normalizer.get(2, [])) or others:
         what = f"{kind} with {normalizer.get(1, [b'no rules'])[0].decode()}"
         raise UserError(f"{path}: {what}: only BPE with bytes and normalizer identity is read")
-    names, added = {i: piece for i, (piece, *_) in enumerate(pieces)}, {}
-    for i, (piece, _, t) in enumerate(pieces):
-        if t in (UNKNOWN, CONTROL, USER_DEFINED):
-            word = t == USER_DEFINED
-            added[i] = {"id": i, "content": piece, "special": not word, "normalized": word}
+    names = {i: piece for i, (piece, *_) in enumerate(pieces)}
+    added = {i: dict(id=i, content=piece, special=t != USER_DEFINED, normalized=t == USER_DEFINED)
+             for i, (piece, _, t) in enumerate(pieces) if t in (UNKNOWN, CONTROL, USER_DEFINED)}
     glm = config.get("tokenizer_class") == "ChatGLMTokenizer"
     more = {len(names) + n: {"content": name} for n, name in enumerate(GLM_TOKENS.split() * glm)}
     more |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from data.download import DATA, VIEWER, fetch
 from data.facts import augment, fact_scores, faithful
-from data.files import read_json, write_once, write_whole
+from data.files import dump_lines, read_json, write_once, write_whole
 from data.hotel import HOTEL_DB, join_dialogues, synthetic_dialogues, tidy_calls
 from data.hotel_env import Env
 
@@ -42,7 +42,7 @@ def made(name, makers):
 
     def write():
         for split, make in makers.items():
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in make())
+            text = dump_lines(make())
             write_whole(paths[split], lambda f, text=text: f.write(text.encode()))
 
     write_once(DATA / name, lambda: all(path.exists() for path in paths.values()), write)

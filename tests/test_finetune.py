@@ -54,6 +54,7 @@ def test_the_mask_of_a_conversation_with_a_tool_call():
     after_role = row.ids.index(ASSISTANT)
     assert row.targets()[after_role] == CALL  # the first token of an answer is learned
     assert row.targets()[-4:] == [*b"yes", END]
+    assert ft.defaults("batch_tokens") == "default 4096, grpo 8192"
 
 
 def test_show_mask_marks_what_is_learned(capsys):
@@ -189,7 +190,8 @@ def test_padding_adds_no_targets():
 
 def test_every_answer_but_an_opening_one_is_a_job_and_a_few_are_spread_evenly():
     U, A = turn("user", "q"), turn("assistant", "a")
-    greeting = {"messages": [A, U, turn("call", "f {}"), turn("tool", "r"), A]}
+    talk = [A, U, turn("call", "f {}"), turn("tool", "r"), A, U, A | {"weight": 0}]
+    greeting = {"messages": talk}
     jobs = ft.answer_jobs([greeting, {"messages": [U, A]}])
     asked = [(len(job.messages), "tool_calls" in job.wanted) for job in jobs]
     assert asked == [(2, True), (4, False), (1, False)]

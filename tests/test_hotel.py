@@ -58,6 +58,7 @@ def test_values_are_exchanged_everywhere_at_once_and_nothing_else():
     rng.random, new[:] = iter([0.0, 0.9, 0.9]).__next__, ["接机"]
     after = substitute(inside, {"call.facilities": values}, 0.5, rng)
     assert after == hotel_talk(["接机", "上网服务"])
+    assert substitute(both := hotel_talk(values), {"call.facilities": values}) is both
     # what was not said stays, but for what may be asked for
     unsaid = {"messages": [turn("user", "x"), *before["messages"][1:3]]}
     assert substitute(unsaid, {"call.facilities": ["接机"]}) is unsaid

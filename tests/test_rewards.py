@@ -18,7 +18,7 @@ from test_train import killed_in_step, losses, metrics
 import finetune as ft
 import model as lm
 import sample
-from data.batches import chat_rows, pad
+from data.batches import Turn, chat_rows, pad
 from data.cli import UserError
 from data.facts import FACTS, ask, count_facts, fact_scores, in_order, records_of
 from data.rewards import REWARDS, load_reward, rate
@@ -130,7 +130,7 @@ def test_silence_and_repetition_earn_less_than_the_truth():
 
 def test_of_several_rewards_the_first_that_is_for_a_turn_counts():
     asked, turns = (ASKED[:1], ASKED[:1], ASKED, ASKED[:1]), (CALL, TRUTH, TRUTH, TRUTH)
-    answers = list(zip(asked, turns, (CALL, CALL, TRUTH, TRUTH)))
+    answers = [(Turn(*job), a) for *job, a in zip(asked, (CALL, CALL, TRUTH, TRUTH), turns)]
     assert ft.load_rewards("slots,faithful", "cpu")(answers) == [1.0, 0.0, 1.0, None]
 
 
@@ -206,7 +206,7 @@ def test_a_prompt_computed_once_gives_the_same_log_probabilities_and_gradients(c
     assert torch.allclose(found, wanted) and all(map(torch.allclose, *grads))
 
 
-LETTERS = "abc"
+LETTERS, TOLD = "abc", [{"type": "function", "function": {"name": "f"}}]
 GRPO = ["--data", "letters.jsonl", "--val_data", "val.jsonl", *QUICK]
 GRPO += ["--objective", "grpo", "--eval_rows", "4"]
 EXACT = [*GRPO, "--reward", "exact"]
@@ -307,6 +307,12 @@ def test_a_reward_for_calls_leaves_the_other_turns_alone(room):
     write_reward("never.py", "1 if answer is wanted else None")
     with pytest.raises(UserError, match="is None"):
         tune(*flags, "--reward", "never.py", "--best_by", "last", out="out/never")
+    write("told.jsonl", [runs.tool_chat(a, 1) | {"tools": TOLD} for a in LETTERS])
+    write_reward("long.py", "sum(map(ord, answer))")
+    tune("--eval_only", *flags[4:], "--reward", "long.py", "--pairs", "p", "--data", "told.jsonl")
+    assert {str(json.loads(r).get("tools")) for r in Path("p").read_text().splitlines()} == {
+        str(TOLD)
+    }
 
 
 @rewarded
@@ -383,6 +389,12 @@ def test_a_reward_model_prefers_what_was_chosen_and_rewards_it(room):
                "--epochs", "1", "--batch_tokens", "2048", out="out/better")
     rewards = values(out, "val_reward")
     assert rewards[-1] > rewards[0] - 1e-6 and rewards[-1] > values(out, "reward")[0]
+    (judge, tokenizer, _), talk = sample.load("out/judge", dtype="fp32"), say("a", "b")
+    for tools in (None, TOLD):
+        (row,) = chat_rows({"messages": talk, "tools": tools}, tokenizer, 47)
+        wanted = judge(torch.tensor([row.ids]))[0, -1, tokenizer.special[ft.REWARD_TOKEN]].item()
+        [reward] = ft.load_rewards("out/judge", "cpu")([(Turn(talk[:1], None, tools), talk[1])])
+        assert reward == pytest.approx(wanted, abs=1e-5)
 
 
 def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
@@ -403,7 +415,7 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--objective", "grpo"], "--reward"),
+    (["--objective", "grpo"], "needs either --env or --reward (slots"),
     ([*GRPO, "--reward", "nothing"], "nothing"),
     ([*GRPO, "--reward", "out/base"], "not a reward model"),
     ([*EXACT, "--token_dropout", "0.1"], "--token_dropout"), ([*EXACT, "--pairs", "p"], "--pairs"),
@@ -411,8 +423,12 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     ([*GRPO, "--reward", "slots"], "slots"),
     ([*EXACT, "--env", "env.py"], "--env"), ([*GRPO, "--env", "none.py"], "none.py"),
     ([*GRPO, "--env", "my_env.py"], "reset(seed) of --env fails (ZeroDivisionError"),
+    ([*GRPO, "--env", "no.py"], "step(message) of --env fails, or returns no (new messages, done)"),
+    ([*GRPO, "--env", "inf.py"], "reward(messages) of --env returns inf, not a finite number"),
 ])
 def test_a_users_mistake_is_one_line_that_names_it(room, flags, named):
-    Path("my_env.py").write_text(ENV.replace("k=2", "k=1 / 0"))
+    for name, *mistake in (("my_env", "k=2", "k=1 / 0"), ("no", "], False", "] and None"),
+                           ("inf", "/ 2", "+ float('inf')")):  # fmt: skip
+        Path(f"{name}.py").write_text(ENV.replace(*mistake))
     flags = ["--ckpt", "out/base", "--data", "letters.jsonl", *flags, "--max_steps", "1"]
     assert named in refused(*flags)

@@ -106,6 +106,9 @@ def test_a_turn_of_weight_0_is_read_and_not_learned():
     _, example = to_example({"messages": [U, turn("assistant", "no") | {"weight": 0}, U, A]})
     (row,) = chat_rows(example, CHAT, 99)
     assert "<|assistant|>no<|end|>" in CHAT.decode(row.ids) and learned(row) == "a<|end|>"
+    _, pair = to_example({"prompt": "q", "chosen": [A], "rejected": [example["messages"][1]]})
+    with pytest.raises(ValueError, match="an answer of the pair has weight 0"):
+        preference_rows(pair, CHAT, 99)
 
 
 def hh(answer):

@@ -48,6 +48,9 @@ def test_chat_scores_of_four_answers():
     known = dict(slot_p=2 / 3, slot_r=2 / 5, slot_f1=0.5, valid_json=1 / 3, bleu4=0.5)
     assert scores == pytest.approx(known)
     assert chat_scores([], []) == {}
+    none = turn("call", "f {}")
+    scores = chat_scores([Turn([], none)] * 4, [none, none, none, turn("call", "f {")])
+    assert scores == dict.fromkeys(("slot_p", "slot_r", "slot_f1", "valid_json"), 0.75)
 
 
 def test_confusion_and_macro_f1_by_hand():
