@@ -75,8 +75,7 @@ def excepthook(kind, error, frames):
     import this module first; other exceptions are shown as usual."""
     if kind is not KeyboardInterrupt:
         return sys.__excepthook__(kind, error, frames)
-    said = "".join(error.args) or "interrupted"
-    print(f"\n{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
+    print(f"\n{Path(sys.argv[0]).name}: {''.join(error.args) or 'interrupted'}", file=sys.stderr)
     raise SystemExit(130)
 
 

@@ -65,8 +65,7 @@ def vocabulary(tokenizer, size):
         raise UserError(f"llama.cpp cannot read a {tokenizer.name} vocabulary, only BPE: {remedy}")
     if tokenizer.n_vocab > size:
         raise UserError(f"the tokenizer has {tokenizer.n_vocab} ids, the model only {size}")
-    tokens = [f"<|unused:{i}|>" for i in range(size)]
-    types = [UNUSED] * size
+    tokens, types = [f"<|unused:{i}|>" for i in range(size)], [UNUSED] * size
     for text, i in model["vocab"].items():
         byte = pieces and re.fullmatch("<0x[0-9A-F]{2}>", text)
         tokens[i], types[i] = text, BYTE if byte else NORMAL

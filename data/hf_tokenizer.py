@@ -206,13 +206,6 @@ def hub_tokenizer(folder):
     return spec
 
 
-def ruby_pattern(pattern):
-    """A split pattern of tiktoken's for Ruby's regular expressions, which Hugging Face uses: there
-    $ ends a line, {1,3}+ repeats, and s is no flag."""
-    pattern = pattern.replace(ANY_CHARACTER, r"[\s\S]").replace("$", r"(?![\s\S])")
-    return re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern)
-
-
 def tokenizer_json(tokenizer):
     """The content of tokenizer.json for a Tokenizer, from which transformers gets the same ids.
 
@@ -227,8 +220,11 @@ def tokenizer_json(tokenizer):
     if spec["kind"] == "spm":
         return written_json(spec["data"], entries) | {"post_processor": begin_template(tokenizer)}
     ranks = dict(sorted(tokenizer.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
-    ours = spec["kind"] != "hf"
-    pattern = ruby_pattern(tokenizer.encoding._pat_str) if ours else spec["pattern"]
+    pattern = spec.get("pattern")
+    if spec["kind"] != "hf":
+        # in their regular expressions, Ruby's, $ ends a line, {1,3}+ repeats, and s is no flag
+        pattern = tokenizer.encoding._pat_str.replace(ANY_CHARACTER, r"[\s\S]")
+        pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern.replace("$", r"(?![\s\S])"))
     split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
     if spec["kind"] == "char":
         vocab = {token.decode(): i for token, i in ranks.items()}

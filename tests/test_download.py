@@ -84,15 +84,12 @@ def test_wrong_content_is_refused_and_not_kept(mirror):
     assert kept() == []
 
 
-def test_404_is_final_and_a_server_in_trouble_is_asked_again(mirror):
+def test_404_is_final_a_server_in_trouble_is_asked_again_and_without_one_remedies_are_named(mirror):
     with pytest.raises(UserError, match=r"nothing\.txt.*404"):
         fetch(mirror.base + "/nothing.txt", wait=0.01)
     mirror.files["/a.bin"], mirror.faults[None] = BODY, [500, 503]
     assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == BODY
     assert mirror.asked == ["nothing.txt"] + ["a.bin"] * 3
-
-
-def test_an_unreachable_host_names_the_remedies():
     with pytest.raises(UserError, match=r"^.*127.0.0.1:9/.*SCRATCHLM_MIRROR.*HF_ENDPOINT.*$"):
         fetch("http://127.0.0.1:9/a.bin", tries=2, wait=0.01)
 
