@@ -931,9 +931,6 @@ def build_model(args, base, content, special_tokens, runtime):
         adapter = content["adapter"]
     else:  # what is quantized or sharded is read layer by layer
         dtype = None if args.quantize or args.shard else torch.float32
-        if dtype:
-            config = lm.Config.from_dict(base["config"])
-            train.check_weights(config, runtime.device, trained=not args.lora_rank)
         model = lm.model_from_checkpoint(base, dtype=dtype, where=args.ckpt)
     if not content:  # a resumed run has trained its new and spare rows: they stay as they are
         lm.grow_vocabulary(model, lm.padded_vocab(tokenizer.n_vocab), bare.n_vocab)
@@ -1100,6 +1097,8 @@ def main(argv=None):
     base = content if content and not args.lora_rank else lm.load_checkpoint(args.ckpt)
     previous, config = (content or {}).get("device"), lm.Config.from_dict(base["config"])
     runtime = make_runtime(args.device, args.dtype, previous, config, args.batch_tokens)
+    if not (args.quantize or args.shard):  # otherwise weights are not read as they are
+        check_memory(lm.meta_model(config).requires_grad_(not args.lora_rank), 0, runtime.device)
     torch.manual_seed(args.seed)
     special_tokens = partial(objective_class.special_tokens, splits=examples, labels=labels)
     model, tokenizer, adapter = build_model(args, base, content, special_tokens, runtime)

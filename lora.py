@@ -236,8 +236,9 @@ def add_lora(
     ['0']
     """
     layers = find_layers(model, targets, (nn.Linear, QuantLinear, LoRALinear))
+    ids = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     for full, layer in layers.items():
-        if isinstance(layer, nn.Linear) and is_shared(model, layer.weight):
+        if isinstance(layer, nn.Linear) and ids.count(id(layer.weight)) > 1:
             raise UserError(f"{full} shares its weight (a tied head): it cannot have an adapter")
     model.requires_grad_(False)
     for full, layer in layers.items():
@@ -261,18 +262,12 @@ def adapted(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def is_shared(model, parameter):
-    """Whether a parameter is in several modules of the model, as that of a tied head is."""
-    named = model.named_parameters(remove_duplicate=False)
-    return sum(p is parameter for _, p in named) > 1
-
-
 def hold_frozen(model, dtype):
     """Convert the weights of frozen Linears to `dtype`, that of autocast: it would cast each of
     them in every pass, and autograd would keep the copies."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # of tied heads
     for layer in (m for m in model.modules() if isinstance(m, nn.Linear)):
-        # a tied head is the embedding table, which stays in float32
-        if not (layer.weight.requires_grad or is_shared(model, layer.weight)):
+        if not layer.weight.requires_grad and id(layer.weight) not in tables:
             layer.to(dtype)
 
 
@@ -362,11 +357,9 @@ def load_adapted(base, adapters, where="the base"):
     if "adapter" in base:
         raise UserError(f"{where} is an adapter: name its base, {base['adapter']['base']}, instead")
     infos = {name: content["adapter"] for name, content in adapters.items()}
-    formats = {name: info["quantize"] for name, info in infos.items()}
-    if len({*formats.values()}) > 1:
-        listed = ", ".join(f"{name} ({kind or 'not quantized'})" for name, kind in formats.items())
-        raise UserError(f"adapters over differently quantized bases cannot be switched: {listed}")
-    quantized = next(iter(formats.values()))
+    quantized, *others = dict.fromkeys(info["quantize"] for info in infos.values())
+    if others:
+        raise UserError(f"adapters with --quantize {quantized} and {others[0]} cannot share a base")
     model = lm.model_from_checkpoint(base, dtype=None if quantized else torch.float32, where=where)
     sha256 = fingerprint(base["model"])
     for name, info in infos.items():

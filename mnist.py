@@ -152,7 +152,7 @@ def fit(run, images, labels, batch_loss, evaluate):
                 if stop.number:
                     run.save()
                     if run.out:
-                        print(f"stopped at step {run.step}: --resume {quoted(run.out)} continues")
+                        print(f"stopped at step {run.step}: --resume {quoted(run.out)} goes on")
                     return 128 + stop.number
                 start = time.perf_counter()
                 # most optimizers call the closure once and then step; lbfgs calls it several times
@@ -430,7 +430,6 @@ RECIPES = {  # defaults of flags; those of "fast" were tuned on the validation i
     "fast": dict(epochs=4, loss="nll", lr=0.01, **ADAMW),
     "diffusion": dict(epochs=16, lr=0.002, **ADAMW),
 }
-DRAWING = {"steps", "guidance"}
 SWITCHES = {"optimizer": OPTIMIZERS, "loss": LOSSES, "schedule": SCHEDULES}
 SGD_LR = {"nll": 0.01, "mse": 0.5, "euclidean": 0.05, "cosine": 0.1}  # to suit gradient sizes
 
@@ -501,16 +500,17 @@ def load_run(recipe, device):
 
 def check_flags(args, given):
     """UserError for a flag, among the set of those that were `given`, that would have no effect."""
-    task = next((t for t in ("draw", "judge", "compare") if t in given), args.recipe)
-    unused = {"compare": {"recipe", "out", args.compare, *DRAWING}, "diffusion": {"loss"}}
-    unused = unused.get(task, DRAWING)
+    task, drawing = args.recipe, {"steps", "guidance"}
+    task = next((t for t in ("draw", "judge", "compare") if t in given), task)
+    unused = {"compare": {"recipe", "out", args.compare, *drawing}, "diffusion": {"loss"}}
+    unused = unused.get(task, drawing)
     for term in (args.loss or "nll").split("+"):
         if not re.fullmatch(rf"((?=.*[1-9])\d*\.?\d+\*)?({'|'.join(LOSSES)})", term):
             raise UserError(f"--loss: {term!r} is not one of {', '.join(LOSSES)} or like 0.5*mse")
     if "gamma" in given and args.schedule != "step" and args.compare != "schedule":
         raise UserError("--gamma is for --schedule step")
     if task in ("draw", "judge"):
-        unused = given - {task, "seed", "device", *DRAWING}
+        unused = given - {task, "seed", "device", *drawing}
     if given & unused:
         raise UserError(f"--{min(given & unused)} has no effect with {task}")
 
@@ -524,10 +524,9 @@ def settle(args):
         if args.out and any(Path(args.out).glob("*.pt")):
             raise UserError(f"{args.out} already holds a run: --resume it, or another --out")
         settings = dict(recipe=recipe, seed=42, gamma=0.9) | RECIPES[recipe]
-        if args.optimizer not in (None, settings["optimizer"]):  # the rate suits that one
-            settings["lr"] = None
-        if args.optimizer in BATCH_SIZES:
-            settings["batch_size"] = None
+        if args.optimizer not in (None, settings["optimizer"]):  # the recipe's rate suits that one
+            size = BATCH_SIZES.get(args.optimizer, settings.get("batch_size"))
+            settings |= {"lr": None, "batch_size": size}
         vars(args).update(settings | given)
         return None
     folder = Path(args.resume) if args.resume else newest_run(args.recipe)

@@ -979,8 +979,7 @@ def grow_vocabulary(model, vocab_size, used):
             mean = kept.float().mean(0, keepdim=True).to(old.dtype)
             new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
             setattr(table, name, nn.Parameter(new, old.requires_grad))
-        if isinstance(table, Table):
-            table.num_embeddings = grown
+        table.num_embeddings = table.out_features = grown  # the one that it has
     if c.tied:
         model.head.weight = model.embed.weight
     model.head.out_features = c.vocab_size = grown
@@ -1156,22 +1155,21 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    for names, possible, use in (
-        ("dtype", Path(args.export or "").suffix == ".gguf", "--export FILE.gguf"),
-        ("prompt", args.show, "--show"),
-        ("layer head", args.show == "attention", "--show attention"),
-        ("tokens world export", not args.show, "other commands than --show"),
-        ("tokens world", not args.export, "other commands than --export"),
-        ("shard", args.world, "--world"),
-    ):
-        for name in names.split():
-            if getattr(args, name) and not possible:
-                raise UserError(f"--{name} is for {use}")
-    if args.export and not args.ckpt:
-        raise UserError("--export needs --ckpt, the model to write")
+    problems = {
+        "--export needs --ckpt, the model to write": args.export and not args.ckpt,
+        "--show needs a trained model: name it with --ckpt, not --preset":
+            args.show and args.preset,
+        "--export is not for --show": args.show and args.export,
+        "--dtype is for --export FILE.gguf": args.dtype and not f"{args.export}".endswith(".gguf"),
+        "--layer is for --show attention": args.layer and args.show != "attention",
+        "--head is for --show attention": args.head and args.show != "attention",
+        "--prompt is for --show": args.prompt and not args.show,
+        "--shard is for --world": args.shard and not args.world,
+    }
+    for message, wrong in problems.items():
+        if wrong:
+            raise UserError(message)
     if args.show:
-        if args.preset:
-            raise UserError("--show needs a trained model: name it with --ckpt, not --preset")
         return show(args.show, args.ckpt or newest_run(), args.prompt, args.layer, args.head)
     content, name = load_checkpoint(args.ckpt) if args.ckpt else {}, args.preset or "tiny"
     config = Config.from_dict(content["config"]) if content else preset(name)

@@ -330,7 +330,7 @@ def find_data(source, resuming=False):
     if resuming:
         raise UserError(f"{source}, the text of this run, is gone: prepare it again")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"prepare the text before several processes: prepare_data.py {source}")
+        raise UserError(f"prepare the text before several processes: {command(source, {})}")
     files = find_files(source)
     print(f"preparing {source} first ({command(source, settings)})")
     return prepare(source, files=files, **settings)

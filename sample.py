@@ -898,12 +898,11 @@ def check_settings(args):
         ("beams num_samples stop print_ids", writing, "--prompt"),
         (f"stop repetition_penalty {sampling}", not (args.beams or args.analogy), "sampling"),
         ("length_penalty", args.beams, "--beams"),
+        ("dtype", args.dtype != "int8" or not args.analogy, "models that write, if int8"),
     ):
         for name in names.split():
             if getattr(args, name) != default(name) and not possible:
                 raise UserError(f"--{name} is for {modes}")
-    if args.dtype == "int8" and args.analogy:
-        raise UserError("--dtype int8 is for models that write: --analogy only reads a table")
     if args.choices and len(args.choices) != len(args.analogy):
         raise UserError("--choices must be given for each --analogy or for none")
     if args.beams and args.num_samples > args.beams:

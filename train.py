@@ -440,11 +440,6 @@ class Run:
         self.state |= dict(best=math.inf, best_step=0, bad=0)
         self.saved_at = 0.0  # seconds
 
-    @property
-    def groups(self):
-        """The parameter groups of all optimizers."""
-        return [group for o in self.optimizers for group in o.param_groups]
-
     def evaluate(self, log, train_loss):
         """Evaluate and log it. Returns the row, and whether its score is the best (smallest)."""
         row = {"step": self.state["step"], **self.task.evaluate(self.model, "step")}
@@ -491,8 +486,7 @@ class Run:
             for i, moments in saved["state"].items():  # one by one, as a GPU may not hold all
                 tensors = {k: v for k, v in moments.items() if v.dim()}
                 if any(v.shape != params[i].shape for v in tensors.values()):
-                    problem = f"{self.out}/last.pt has the moments of other parameters"
-                    raise UserError(f"{problem}: start anew with --ckpt {cli.quoted(self.out)}")
+                    raise UserError(f"{self.out} trained other parameters: start with --ckpt")
                 moments |= {k: shard_like(v, params[i]) for k, v in tensors.items()}
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
@@ -536,11 +530,10 @@ class Meter:
         rows = torch.stack([torch.stack(pair) for pair in self.unread]).tolist()
         for number, (loss, norm) in enumerate(rows, start=step - len(rows) + 1):
             if not (math.isfinite(loss) and (math.isfinite(norm) or self.dtype == "fp16")):
-                advice = ", more --warmup_steps or --dtype fp32"
-                advice = advice if self.dtype != "fp32" else " or more --warmup_steps"
                 raise UserError(
                     f"step {number}: the loss ({loss}) or its gradient is not finite; the last "
-                    f"checkpoint is kept. Try a lower --lr{advice}"
+                    f"checkpoint is kept. Try a lower --lr or more --warmup_steps"
+                    f"{', or --dtype fp32' * (self.dtype != 'fp32')}"
                 )
             self.losses.append(loss)
             self.norm = norm
@@ -593,7 +586,7 @@ def fit(model, task, args, runtime, out, resume=None):
             if state["step"] <= args.warmup_steps:
                 state["warm_seconds"] = state["seconds"]
             lr = scheduled_lr(args, state)
-            for group in run.groups:
+            for group in (g for o in run.optimizers for g in o.param_groups):
                 group["lr"] = group["peak"] * lr / args.lr
             batches, seed = task.batches(state["step"]), (args.seed, state["step"])
             loss, tokens = training_step(step_model, task, batches, step_runtime, run.scaler, seed)
@@ -629,10 +622,9 @@ def fit(model, task, args, runtime, out, resume=None):
                 run.save(better)
                 log.draw(task.curves, task.unit)
         if runtime.total(stop.number)[0]:
-            stopped = f"stopped at step {state['step']}, saved"
-            log.line(f"{stopped}: continue with --resume {cli.quoted(out)}")
+            log.line(f"stopped at step {state['step']}, saved: --resume {cli.quoted(out)} goes on")
             raise SystemExit(128 + (stop.number or signal.SIGINT))
-        stop.restore()  # all is saved
+        stop.__exit__()  # all is saved: a signal ends what follows at once
         if not over and done < 1:  # stopped early
             log.line(end_reason(args, state))
         if evaluation.get("val_share", 1) < 1 and args.eval_tokens is None:  # now the whole split
@@ -969,8 +961,7 @@ def resumed_settings(args, given, fixed):
     sharded = given.get("shard", run_settings(path).get("shard"))
     content = lm.load_checkpoint(path, resuming=not sharded)
     if "args" not in content:
-        advice = f"resume a last.pt, or --ckpt {cli.quoted(path)}"
-        raise UserError(f"{path} is for sampling only: {advice}")
+        raise UserError(f"{path} is for sampling: resume a last.pt, or --ckpt {cli.quoted(path)}")
     if ("objective" in content["args"]) != ("objective" in vars(args)):
         script = "finetune.py" if "objective" in content["args"] else "train.py"
         raise UserError(f"{path} was written by {script}: resume it with that, or name another run")
@@ -994,7 +985,7 @@ def resumed_settings(args, given, fixed):
 
 def build_model(args, content, folder, meta, tokenizer):
     """The model to train: resumed, from --ckpt, or new in the preset's shape."""
-    resuming = content is not None
+    resuming, device = content is not None, machine.choose_device(args.device)
     if args.ckpt and not resuming:
         content = lm.load_checkpoint(args.ckpt)
     if content is None:
@@ -1002,7 +993,7 @@ def build_model(args, content, folder, meta, tokenizer):
         # a multiple of 64 suits the hardware and leaves rows for a chat's special tokens
         changes.setdefault("vocab_size", lm.padded_vocab(tokenizer.n_vocab))
         config = lm.preset(args.preset, **changes)
-        check_weights(config, machine.choose_device(args.device), trained=not args.shard)
+        check_memory(lm.meta_model(config).requires_grad_(not args.shard), 0, device)
         model = lm.Transformer(config)
         if config.norm_topk_prob and config.experts_per_token == 1:
             raise UserError("--norm_topk_prob with one expert a token: the router could not learn")
@@ -1017,8 +1008,7 @@ def build_model(args, content, folder, meta, tokenizer):
         # with --shard it stays mapped from its file, so that no process ever holds all of it
         dtype = None if args.shard else torch.float32
         if dtype:
-            config = lm.Config.from_dict(content["config"])
-            check_weights(config, machine.choose_device(args.device))
+            check_memory(lm.meta_model(lm.Config.from_dict(content["config"])), 0, device)
         model = lm.model_from_checkpoint(content, dtype=dtype, where=where)
         if not resuming:
             size = max(tokenizer.n_vocab, model.config.vocab_size)  # the model may lack end of text
@@ -1028,12 +1018,6 @@ def build_model(args, content, folder, meta, tokenizer):
         raise UserError(f"token id {meta['largest_id']} in {folder} is not below {size}")
     model.grad_checkpoint = bool(args.grad_checkpoint)
     return model
-
-
-def check_weights(config, device, trained=True):
-    """UserError if memory cannot hold weights that are not made yet, with their gradients and
-    moments if they are `trained`."""
-    check_memory(lm.meta_model(config).requires_grad_(trained), 0, device)
 
 
 def check_context(context, model):

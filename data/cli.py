@@ -280,14 +280,11 @@ class StopSignal:
             with contextlib.suppress(RuntimeError):  # this thread may just be printing
                 print(f"\n{self.words}; Ctrl-C again stops now", file=sys.stderr)
         self.number = number
-        self.restore()
+        self.__exit__()
 
-    def restore(self, *_):
-        """Give signals their usual effect again."""
+    def __exit__(self, *_):
         for s, handler in self.old.items():
             signal.signal(s, handler)
-
-    __exit__ = restore
 
 
 def quoted(path):

@@ -29,8 +29,7 @@ def write_whole(path, write):
             free = shutil.disk_usage(path.parent).free
             reason = "the disk is full" if free < 1 << 20 else reason
             temporary.unlink()
-        # torch's zip writer fails after an interrupt
-        if isinstance(e, KeyboardInterrupt) or isinstance(e.__context__, KeyboardInterrupt):
+        if KeyboardInterrupt in (type(e), type(e.__context__)):  # torch's zip writer fails after it
             raise KeyboardInterrupt from e
         raise UserError(f"cannot write {path}: {reason}; what was there before is kept") from e
 

@@ -473,7 +473,7 @@ def test_words_of_a_bert_need_its_vocabulary_and_one_tensor(say, file):
     ("--choices a,b", "--choices is for --analogy"),
     ("--chat --stop x", "--stop is for --prompt"),
     ("--beams 2 --top_k 5", "--top_k is for sampling"),
-    ("--analogy a --dtype int8", "--dtype int8 is for"),
+    ("--analogy a --dtype int8", "--dtype is for models that write"),
     ("--system kind", "--system is for --chat"),
     ("--dtype int8 --no_fast", "--dtype int8 is for .* without --no_fast"),
     ("--beams 2 --num_samples 3", "--num_samples 3 is more than --beams 2"),
