@@ -109,14 +109,16 @@ class Config:
     init: str = "zero_out"  # initial weights: `Transformer.init_weights`
 
     def __post_init__(self):
-        if self.n_head < 1 or (self.head_size is None and self.d_model % self.n_head):
+        if self.n_head < 1:
+            raise UserError(f"n_head {self.n_head} must be above 0")
+        if self.head_size is None and self.d_model % self.n_head:
             raise UserError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}")
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.head_size is None:
             self.head_size = self.d_model // self.n_head
         if self.experts_per_token is None:
-            self.experts_per_token = 2 if self.experts else 1
+            self.experts_per_token = 2 if self.experts > 1 else 1
         if self.norm_topk_prob is None:
             self.norm_topk_prob = self.experts_per_token > 1
         if self.d_ff is None:
@@ -218,12 +220,14 @@ def padded_vocab(size):
 
 def preset(name, **changes):
     """The Config of the named preset with some fields changed. If the number of heads is not given
-    and does not divide a new `d_model`, heads have 64 channels. UserError for an unknown name."""
+    and does not divide a new `d_model`, heads get about 64 channels. UserError: unknown name."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
     shape = PRESETS[name] | changes
     if "n_head" not in changes and shape["d_model"] % shape["n_head"]:
-        shape["n_head"] = max(1, shape["d_model"] // 64)
+        C, nkv = shape["d_model"], shape.get("n_kv_head") or 1
+        even = [n for n in range(nkv, C, nkv) if C % (2 * n) == 0]  # channels, which rope pairs
+        shape["n_head"] = min(even, key=lambda n: (abs(n - C // 64), -n), default=1)
     return Config(**shape)
 
 
@@ -975,9 +979,11 @@ def grow_vocabulary(model, vocab_size, used):
             mean = kept.float().mean(0, keepdim=True).to(old.dtype)
             new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
             setattr(table, name, nn.Parameter(new, old.requires_grad))
+        if isinstance(table, Table):
+            table.num_embeddings = grown
     if c.tied:
         model.head.weight = model.embed.weight
-    model.embed.num_embeddings = model.head.out_features = c.vocab_size = grown
+    model.head.out_features = c.vocab_size = grown
 
 
 # --------------------------------------------------------------------------------------------
@@ -1150,6 +1156,17 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    for names, possible, use in (
+        ("dtype", Path(args.export or "").suffix == ".gguf", "--export FILE.gguf"),
+        ("prompt", args.show, "--show"),
+        ("layer head", args.show == "attention", "--show attention"),
+        ("tokens world export", not args.show, "other commands than --show"),
+        ("tokens world", not args.export, "other commands than --export"),
+        ("shard", args.world, "--world"),
+    ):
+        for name in names.split():
+            if getattr(args, name) and not possible:
+                raise UserError(f"--{name} is for {use}")
     if args.export and not args.ckpt:
         raise UserError("--export needs --ckpt, the model to write")
     if args.show:

@@ -683,6 +683,8 @@ def prompt_text(prompt):
         if prompt is None:
             source, piped = "standard input", sys.stdin is not None and not sys.stdin.isatty()
             prompt = sys.stdin.read() if piped else ""
+        elif prompt.startswith("@@"):
+            prompt = prompt[1:]
         elif prompt.startswith("@"):
             source = prompt[1:]
             prompt = Path(source).read_text(encoding="utf-8")
@@ -741,7 +743,7 @@ def write_rows(model, tokenizer, prompts, args):
     for r, stream in enumerate(streams):
         show(r, stream.finish())
         print("" if alone else f"--- {r + 1} ---\n{texts[r]}", flush=True)
-    if max(len(p) + len(new) for p, new in zip(prompts, ids)) > model.config.context:
+    if max(len(p) + len(new) for p, new in zip(prompts, ids)) - 1 > model.config.context:
         full = f"the context of {model.config.context} tokens was full"
         print(f"[{full}: the text went on from its newest half]", file=sys.stderr)
     return ids
@@ -844,8 +846,8 @@ def build_parser():
     add("--ckpt", help=f"{lm.WHAT_CKPT} (default: the newest run in out/)")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--prompt", action="append",
-        help="text, or @FILE; given several times it is a batch (default: standard input if it is "
-        "a pipe, else the model begins a document)")
+        help="text, or @FILE (@@ begins a text with @); given several times it is a batch "
+        "(default: standard input if it is a pipe, else the model begins a document)")
     mode.add_argument("--prompt_ids", help="token ids instead, e.g. 5,17,200")
     mode.add_argument("--chat", action="store_true", help="talk in the terminal")
     mode.add_argument("--serve", type=between(0, 65535, int), nargs="?", const=6006, metavar="PORT",
@@ -886,23 +888,24 @@ def build_parser():
 
 
 def check_settings(args):
-    """UserError for flags that do not go together; argparse has checked that there is one mode."""
-    serving = args.serve is not None
+    """UserError for flags that have no effect; argparse has checked that there is one mode."""
+    serving, default = args.serve is not None, build_parser().get_default
+    writing, sampling = not (args.chat or serving or args.analogy), " ".join(DEFAULTS)
     for names, possible, modes in (
         ("choices", args.analogy, "--analogy"),
-        ("host api_key cors", serving, "--serve"),
+        ("host api_key cors slots", serving, "--serve"),
         ("tools system", args.chat or serving, "--chat and --serve"),
-        ("beams", not (args.chat or serving or args.analogy), "--prompt"),
+        ("beams num_samples stop print_ids", writing, "--prompt"),
+        (f"stop repetition_penalty {sampling}", not (args.beams or args.analogy), "sampling"),
+        ("length_penalty", args.beams, "--beams"),
     ):
         for name in names.split():
-            if getattr(args, name) and not possible:
+            if getattr(args, name) != default(name) and not possible:
                 raise UserError(f"--{name} is for {modes}")
+    if args.dtype == "int8" and args.analogy:
+        raise UserError("--dtype int8 is for models that write: --analogy only reads a table")
     if args.choices and len(args.choices) != len(args.analogy):
         raise UserError("--choices must be given for each --analogy or for none")
-    if args.beams and args.stop:
-        raise UserError("--stop does not work with --beams, which end with the end of the text")
-    if args.num_samples > 1 and (args.chat or serving):
-        raise UserError("--num_samples is for --prompt")
     if args.beams and args.num_samples > args.beams:
         raise UserError(f"--num_samples {args.num_samples} is more than --beams {args.beams}")
 
@@ -914,8 +917,10 @@ def check_kind(tokenizer, path, args):
     if REWARD_TOKEN in tokenizer.special and args.analogy is None:
         advice = f"finetune.py --objective grpo --reward {cli.quoted(path)} learns from it"
         raise UserError(f"{path} is a reward model and writes nothing: {advice}")
-    if labels and args.chat:
-        raise UserError(f"{path} is a classifier of {', '.join(labels)}: give the text as --prompt")
+    flags = {"chat": args.chat, "beams": args.beams, "dtype int8": args.dtype == "int8"}
+    if labels and (wrong := [name for name, given in flags.items() if given]):
+        advice = f"give the text as --prompt, without --{wrong[0]}"
+        raise UserError(f"{path} is a classifier of {', '.join(labels)}: {advice}")
     if args.prompt and not labels and get_template(tokenizer):
         note = "a chat model continues the text: --chat asks it, and --serve opens a page"
         print(f"[{note}]", file=sys.stderr)
