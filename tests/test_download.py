@@ -15,7 +15,7 @@ from conftest import ALL_TEXT, ROOT, TIKTOKEN, kept, needs_vocabularies, real, t
 
 import prepare_data
 from data.cli import UserError
-from data.download import download_path, fetch, resolve_url
+from data.download import download_path, fetch
 from data.files import locked
 from data.sources import SOURCES
 from data.tokenizer import Tokenizer
@@ -50,13 +50,6 @@ def test_sales_from_a_mirror_is_77919_tokens(mirror, monkeypatch):
     assert ids == tiktoken.get_encoding("cl100k_base").encode(text, disallowed_special=())
     prepare_data.main(["sales", "--tokenizer", "byte"])
     assert len(mirror.log) == 1, "downloaded twice"
-
-
-def test_hf_endpoint_stands_for_the_hub_only(mirror, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", mirror.base + "/hub/")
-    mirror.files["/hub/" + SALES_PATH] = BODY
-    assert fetch(SALES_URL, wait=0.01).read_bytes() == BODY
-    assert resolve_url("https://github.com/x") == "https://github.com/x"
 
 
 @pytest.mark.parametrize("versions, takes_ranges", [(True, True), (False, True), (True, False)])
