@@ -1161,8 +1161,8 @@ def main(argv=None):
             args.show and args.preset,
         "--export is not for --show": args.show and args.export,
         "--dtype is for --export FILE.gguf": args.dtype and not f"{args.export}".endswith(".gguf"),
-        "--layer is for --show attention": args.layer and args.show != "attention",
-        "--head is for --show attention": args.head and args.show != "attention",
+        "--layer and --head are for --show attention":
+            (args.layer or args.head) and args.show != "attention",
         "--prompt is for --show": args.prompt and not args.show,
         "--shard is for --world": args.shard and not args.world,
     }
