@@ -12,6 +12,7 @@ scores.json. data/rows.py recognises the rows by their shape: chats (Alpaca, Sha
 messages, hotel dialogues), labelled texts, preference pairs.
 """
 
+from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
 import argparse
 import contextlib
 import copy
@@ -32,7 +33,6 @@ import lora
 import model as lm
 import train
 from data import batches, chat, cli
-from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
 from data.costs import check_memory
 from data.files import dump_lines, write_json
 from data.machine import DTYPES, fast_products, make_runtime, shard_like
@@ -1097,6 +1097,8 @@ def main(argv=None):
     base = content if content and not args.lora_rank else lm.load_checkpoint(args.ckpt)
     previous, config = (content or {}).get("device"), lm.Config.from_dict(base["config"])
     runtime = make_runtime(args.device, args.dtype, previous, config, args.batch_tokens)
+    if not (args.quantize or args.shard):  # otherwise weights are not read as they are
+        check_memory(lm.meta_model(config).requires_grad_(not args.lora_rank), 0, runtime.device)
     torch.manual_seed(args.seed)
     special_tokens = partial(objective_class.special_tokens, splits=examples, labels=labels)
     model, tokenizer, adapter = build_model(args, base, content, special_tokens, runtime)
@@ -1108,7 +1110,7 @@ def main(argv=None):
     train.place(model, args, runtime)
     if adapter and not runtime.sharded:
         lora.hold_frozen(model, DTYPES[runtime.dtype])
-    check_memory(model, args.batch_tokens, runtime)
+    check_memory(model, args.batch_tokens, runtime.device)
 
     def epoch_rows(epoch):
         new = split

@@ -12,6 +12,7 @@ layers of an existing model, one by one:
 Together they are QLoRA. LoRA works on any module with nn.Linear, quantization on layers in TARGETS.
 """
 
+from data.cli import Parser, UserError, run_cli
 import contextlib
 import hashlib
 import re
@@ -24,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model as lm
-from data.cli import Parser, UserError, run_cli
 from data.download import is_hub_name
 from data.hf_config import config_to_hf
 from data.hf_weights import write_peft
@@ -197,7 +197,7 @@ class LoRALinear(nn.Module):
 
     def add(self, name, rank, alpha, dropout):
         """Add an adapter, not active yet."""
-        device = next(self.base.buffers(), next(self.base.parameters(), None)).device
+        device = next(iter(self.base.state_dict().values())).device
         a = nn.Linear(self.base.in_features, rank, bias=False, device=device)
         self.a[name] = a.weight
         self.b[name] = nn.Parameter(torch.zeros(self.base.out_features, rank, device=device))
@@ -265,8 +265,9 @@ def adapted(model):
 def hold_frozen(model, dtype):
     """Convert the weights of frozen Linears to `dtype`, that of autocast: it would cast each of
     them in every pass, and autograd would keep the copies."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # of tied heads
+    for layer in (m for m in model.modules() if isinstance(m, nn.Linear)):
+        if not layer.weight.requires_grad and id(layer.weight) not in tables:
             layer.to(dtype)
 
 
@@ -304,7 +305,7 @@ def disable_adapter(model):
     name = getattr(model, "active_adapter", None)
     set_adapter(model)
     try:
-        yield model
+        yield
     finally:
         set_adapter(model, name)
 
@@ -353,8 +354,12 @@ def load_adapted(base, adapters, where="the base"):
     it, the first one active. UserError if an adapter belongs to another base."""
     if whole := [name for name, content in adapters.items() if "adapter" not in content]:
         raise UserError(f"{whole[0]} is a whole model, not an adapter: use it as --ckpt")
+    if "adapter" in base:
+        raise UserError(f"{where} is an adapter: name its base, {base['adapter']['base']}, instead")
     infos = {name: content["adapter"] for name, content in adapters.items()}
-    quantized = next((info["quantize"] for info in infos.values() if info["quantize"]), None)
+    quantized, *others = dict.fromkeys(info["quantize"] for info in infos.values())
+    if others:
+        raise UserError(f"adapters with --quantize {quantized} and {others[0]} cannot share a base")
     model = lm.model_from_checkpoint(base, dtype=None if quantized else torch.float32, where=where)
     sha256 = fingerprint(base["model"])
     for name, info in infos.items():

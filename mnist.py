@@ -17,6 +17,7 @@ language model: from model.py come only the checkpoints and, for drawing, the tr
 Shapes in comments: B batch, T patches of an image, C channels.
 """
 
+from data.cli import Parser, StopSignal, UserError, at_least, between, positive, quoted, run_cli
 import argparse
 import math
 import re
@@ -31,7 +32,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import model as lm
-from data.cli import Parser, StopSignal, UserError, at_least, positive, run_cli
 from data.files import write_json
 from data.idx import FILES, download_idx, read_folder_idx
 from data.machine import choose_device, random_state, set_random_state
@@ -95,10 +95,10 @@ LOSSES = {
     ),
 }
 
-# {name: (class, learning rate, other arguments)}; SGD's rate depends on the loss instead (SGD_LR)
+# {name: (class, learning rate, other arguments)}; SGD's rate depends on the loss (SGD_LR)
 OPTIMIZERS = {
-    "sgd": (torch.optim.SGD, 0.01, {}),
-    "momentum": (torch.optim.SGD, 0.01, dict(momentum=0.9)),
+    "sgd": (torch.optim.SGD, None, {}),
+    "momentum": (torch.optim.SGD, None, dict(momentum=0.9)),
     "rprop": (torch.optim.Rprop, 0.01, {}),
     "rmsprop": (torch.optim.RMSprop, 0.001, {}),
     "adagrad": (torch.optim.Adagrad, 0.01, {}),
@@ -140,7 +140,7 @@ def fit(run, images, labels, batch_loss, evaluate):
         return loss
 
     model.train()
-    with StopSignal() as stop:
+    with StopSignal("finishing the step" + ", then saving" * bool(run.out)) as stop:
         for epoch in range(run.step // run.per_epoch, a.epochs):
             # as in the course, images are not shuffled by default; --shuffle learns better
             order = torch.arange(len(images))
@@ -152,7 +152,7 @@ def fit(run, images, labels, batch_loss, evaluate):
                 if stop.number:
                     run.save()
                     if run.out:
-                        print(f"stopped at step {run.step}: continue with --resume {run.out}")
+                        print(f"stopped at step {run.step}: --resume {quoted(run.out)} goes on")
                     return 128 + stop.number
                 start = time.perf_counter()
                 # most optimizers call the closure once and then step; lbfgs calls it several times
@@ -161,7 +161,7 @@ def fit(run, images, labels, batch_loss, evaluate):
                 run.schedule.step()
             run.log.write(step=run.step, **evaluate())
             run.save()
-    return 0
+    return 128 + stop.number if stop.number else 0
 
 
 class Run:
@@ -174,9 +174,7 @@ class Run:
     def __init__(self, model, args, n_images, out=None, saved=None):
         self.model, self.args, self.out = model, args, out
         make, lr, settings = OPTIMIZERS[args.optimizer]
-        if make is torch.optim.SGD:
-            lr = parse_loss(args.loss or "nll")[1]  # SGD's rate depends on the loss
-        args.lr = args.lr or lr
+        args.lr = args.lr or lr or parse_loss(args.loss or "nll")[1]
         args.batch_size = args.batch_size or BATCH_SIZES.get(args.optimizer, 64)
         self.n_images, self.per_epoch = n_images, math.ceil(n_images / args.batch_size)
         self.optimizer = make(model.parameters(), lr=args.lr, **settings)
@@ -351,14 +349,13 @@ class Denoiser(nn.Module):
             nn.init.zeros_(block.feed_forward.down.weight)
 
     def forward(self, images, t, labels):  # (B, 28, 28), (B,) in [0, 1], (B,) -> (B, 28, 28)
-        side = 28 // PATCH
-        x = images.unflatten(2, (side, PATCH)).unflatten(1, (side, PATCH))  # (B, 4, 7, 4, 7)
-        x = self.patch(x.transpose(2, 3).flatten(3).flatten(1, 2)) + self.position  # (B, T, C)
+        x = F.pixel_unshuffle(images[:, None], PATCH).flatten(2).mT  # (B, T, 49)
+        x = self.patch(x) + self.position  # (B, T, C)
         asked = self.time(self.times[(1000 * t).long()]) + self.label(labels)  # (B, C)
         for condition, block in zip(self.condition, self.blocks):
             x = block(x + condition(asked)[:, None])
-        x = self.pixels(self.norm(x)).unflatten(2, (PATCH, PATCH)).unflatten(1, (side, side))
-        return x.transpose(2, 3).flatten(3).flatten(1, 2)
+        x = self.pixels(self.norm(x)).mT.unflatten(2, (28 // PATCH, -1))  # (B, 49, 4, 4)
+        return F.pixel_shuffle(x, PATCH)[:, 0]
 
 
 def flow_loss(denoiser, images, labels):
@@ -454,7 +451,8 @@ def plain(text):
 
 def build_parser():
     p = Parser(description="Train a network to read, or to draw, digits.")
-    add = (group := p.add_argument_group("what to do")).add_argument
+    group = p.add_argument_group("what to do")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--recipe", choices=("course", "fast"), help="which reader to train (default: course)")
     add("--diffusion", dest="recipe", action="store_const", const="diffusion", help="learn to draw")
     add = group.add_mutually_exclusive_group().add_argument
@@ -471,7 +469,7 @@ def build_parser():
     add("--gamma", type=positive, help="factor after each epoch of --schedule step (default 0.9)")
     add("--loss", type=plain, help=f"{', '.join(LOSSES)} or a sum, mse+0.5*cosine (default nll)")
     add("--shuffle", action=argparse.BooleanOptionalAction, help="shuffle the images every epoch")
-    add("--seed", type=at_least(0), help="random seed (default 42; for --draw and --judge 0)")
+    add("--seed", type=between(0, 2**50, int), help="random seed (default 42; drawing: 0)")
     add("--data", metavar="DIR", help="a folder with four IDX files (default: download MNIST)")
     add("--out", metavar="DIR", help="folder of the run (default: out/mnist..., numbered if taken)")
     add("--device", help="auto (default), cpu, cuda, mps")
@@ -500,11 +498,12 @@ def load_run(recipe, device):
     return model.to(device), folder
 
 
-def check_flags(args):
-    """UserError for a flag that would have no effect."""
-    given, drawing = {k for k, v in vars(args).items() if v is not None}, {"steps", "guidance"}
-    task = next((t for t in ("draw", "judge", "compare") if t in given), args.recipe or "course")
-    unused = {"compare": {"recipe", "out", *drawing}, "diffusion": {"loss"}}.get(task, drawing)
+def check_flags(args, given):
+    """UserError for a flag, among the set of those that were `given`, that would have no effect."""
+    task, drawing = args.recipe, {"steps", "guidance"}
+    task = next((t for t in ("draw", "judge", "compare") if t in given), task)
+    unused = {"compare": {"recipe", "out", args.compare, *drawing}, "diffusion": {"loss"}}
+    unused = unused.get(task, drawing)
     for term in (args.loss or "nll").split("+"):
         if not re.fullmatch(rf"((?=.*[1-9])\d*\.?\d+\*)?({'|'.join(LOSSES)})", term):
             raise UserError(f"--loss: {term!r} is not one of {', '.join(LOSSES)} or like 0.5*mse")
@@ -524,20 +523,23 @@ def settle(args):
         recipe = args.recipe or "course"
         if args.out and any(Path(args.out).glob("*.pt")):
             raise UserError(f"{args.out} already holds a run: --resume it, or another --out")
-        if args.optimizer in BATCH_SIZES:  # the recipe's values do not suit these
-            given = {"batch_size": None, "lr": None} | given
-        vars(args).update(dict(recipe=recipe, seed=42, gamma=0.9) | RECIPES[recipe] | given)
+        settings = dict(recipe=recipe, seed=42, gamma=0.9) | RECIPES[recipe]
+        if args.optimizer not in (None, settings["optimizer"]):  # the recipe's rate suits that one
+            size = BATCH_SIZES.get(args.optimizer, settings.get("batch_size"))
+            settings |= {"lr": None, "batch_size": size}
+        vars(args).update(settings | given)
         return None
     folder = Path(args.resume) if args.resume else newest_run(args.recipe)
     if not (folder / "mnist.pt").exists():
         raise UserError(f"--resume {folder}: there is no {folder / 'mnist.pt'}")
     saved = lm.load_checkpoint(folder / "mnist.pt", resuming=True)
-    old, free = saved["args"], {"resume", "epochs", "data", "device"}
+    old = saved["args"] | {"out": str(folder)}  # the folder may have been moved
+    free = {"resume", "epochs", "data", "device"}
     if args.epochs not in (None, old["epochs"]) and old["schedule"] not in ("constant", "step"):
         free.remove("epochs")  # such a schedule depends on the number of epochs
     if changed := [k for k in given if k not in free and given[k] != old.get(k)]:
         raise UserError(f"--{changed[0]} cannot change when resuming {folder}")
-    vars(args).update(old | given | {"out": str(folder)})  # the folder may have been moved
+    vars(args).update(old | given)
     return saved
 
 
@@ -563,6 +565,8 @@ def train_reader(args, saved, device):
     if args.recipe == "fast":  # tuned, and evaluated, on validation images, not on the test set
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(device)
         held_out, order = order.split([n := -(-len(order) // 12), len(order) - n])
+        if len(order) == 0:
+            raise UserError("--recipe fast holds out images for validation: one is too few")
         eval_set, name, augment = (images[held_out], labels[held_out]), "Validation", distort
         images, labels = images[order], labels[order]
     loss = parse_loss(args.loss)[0]
@@ -586,7 +590,7 @@ def compare(args, device):
     """Train the course's network with each optimizer, loss or schedule. Prints a table and draws an
     SVG of the test error. Returns the exit code."""
     switch, (images, labels), test = args.compare, *load_mnist(device, args.data)
-    curves = {}
+    curves, code = {}, 0
     print(f"{switch:10} {'lr':>6} {'seconds':>8} {'right':>6}  after each of {args.epochs} epochs")
     for value in SWITCHES[switch]:
         a = argparse.Namespace(**vars(args) | {switch: value})
@@ -595,18 +599,19 @@ def compare(args, device):
         evaluate = partial(score, run.model, loss, *test)
         try:
             if code := fit(run, images, labels, lambda m, x, y, loss=loss: loss(m(x), y), evaluate):
-                return code
+                break
         except UserError as e:  # this one diverged; the others may not
             print(f"{value:10} {a.lr:6g} {e}")
             continue
         rights = [row["right"] for row in run.log.rows if "right" in row]
         print(f"{value:10} {a.lr:6g} {run.seconds:8.1f} ", *(f"{n:6}" for n in rights), flush=True)
         curves[value] = [(i + 1, 100 - 100 * n / len(test[1])) for i, n in enumerate(rights)]
-    path = new_run("mnist-compare") / f"{switch}.svg"
-    svg = line_svg(switch, curves, "epochs", "% of test images read wrong")
-    path.write_text(svg, encoding="utf-8")
-    print(f"curves: {path}")
-    return 0
+    if curves:
+        path = new_run("mnist-compare") / f"{switch}.svg"
+        svg = line_svg(switch, curves, "epochs", "% of test images read wrong")
+        path.write_text(svg, encoding="utf-8")
+        print(f"curves: {path}")
+    return code
 
 
 def train_denoiser(args, saved, device):
@@ -659,10 +664,10 @@ def judge(args, device):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    check_flags(args)
-    device = choose_device(args.device)
+    given, device = {k for k, v in vars(args).items() if v is not None}, choose_device(args.device)
     draws = args.draw is not None or args.judge
     saved = None if draws else settle(args)
+    check_flags(args, given)
     args.steps, args.guidance = args.steps or 30, args.guidance or 2.0
     if draws:
         return judge(args, device) if args.judge else draw_text(args, device)

@@ -13,6 +13,7 @@ Shapes in comments: B batch, T time, C channels (d_model), nh query heads, nkv k
 hs head size, V vocabulary, N rows (positions of all texts, flattened), S keys (cached and new).
 """
 
+from data.cli import Parser, UserError, at_least, run_cli
 import contextlib
 import copy
 import math
@@ -27,13 +28,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import costs, gguf, hf_config, hf_weights, tables
-from data.cli import Parser, UserError, at_least, run_cli
 from data.costs import FEW_SCORES, FEW_TOKENS, count_parameters, flops_per_token
 from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_whole
 from data.hf_tokenizer import find_tokenizer, hub_tokenizer
 from data.matches import LONGEST_MATCH, copy_candidates
-from data.rope import check_scaling, scale_frequency
+from data.rope import known_scaling, scale_frequency
 from data.runs import OUT, newest_run
 from data.tensors import fit_error, load_pt
 from data.tokenizer import Tokenizer, warn_unknown
@@ -109,14 +109,16 @@ class Config:
     init: str = "zero_out"  # initial weights: `Transformer.init_weights`
 
     def __post_init__(self):
-        if self.n_head < 1 or (self.head_size is None and self.d_model % self.n_head):
+        if self.n_head < 1:
+            raise UserError(f"n_head {self.n_head} must be above 0")
+        if self.head_size is None and self.d_model % self.n_head:
             raise UserError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}")
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.head_size is None:
             self.head_size = self.d_model // self.n_head
         if self.experts_per_token is None:
-            self.experts_per_token = 2 if self.experts else 1
+            self.experts_per_token = 2 if self.experts > 1 else 1
         if self.norm_topk_prob is None:
             self.norm_topk_prob = self.experts_per_token > 1
         if self.d_ff is None:
@@ -150,8 +152,8 @@ class Config:
             raise UserError(f"rope rotates pairs of channels, it cannot rotate {share}")
         if self.window_layers is not None and len(self.window_layers) != self.n_layer:
             raise UserError(f"{len(self.window_layers)} window_layers for {self.n_layer} layers")
-        if self.rope_scaling is not None:
-            check_scaling(self.rope_scaling, rotated // 2)
+        if (rope := self.rope_scaling) is not None and not known_scaling(rope, rotated // 2):
+            raise UserError(f"rope_scaling {rope} is not implemented for {rotated // 2} pairs")
         if (k := self.experts_per_token) > max(1, self.experts):
             raise UserError(f"experts_per_token {k} must be at most experts {self.experts}")
         if not 0 <= self.dropout < 1:
@@ -218,12 +220,14 @@ def padded_vocab(size):
 
 def preset(name, **changes):
     """The Config of the named preset with some fields changed. If the number of heads is not given
-    and does not divide a new `d_model`, heads have 64 channels. UserError for an unknown name."""
+    and does not divide a new `d_model`, heads get about 64 channels. UserError: unknown name."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
     shape = PRESETS[name] | changes
     if "n_head" not in changes and shape["d_model"] % shape["n_head"]:
-        shape["n_head"] = max(1, shape["d_model"] // 64)
+        C, nkv = shape["d_model"], shape.get("n_kv_head") or 1
+        even = [n for n in range(nkv, C, nkv) if C % (2 * n) == 0]  # channels, which rope pairs
+        shape["n_head"] = min(even, key=lambda n: (abs(n - C // 64), -n), default=1)
     return Config(**shape)
 
 
@@ -232,9 +236,9 @@ def preset(name, **changes):
 # --------------------------------------------------------------------------------------------
 
 
-def make_norm(config, size):
-    """The norm of `config` over the last dimension, of length `size`."""
-    return NORMS[config.norm](size, config.eps, elementwise_affine=config.norm_weight)
+def make_norm(c):
+    """The norm of a Config, over the last dimension."""
+    return NORMS[c.norm](c.d_model, c.eps, elementwise_affine=c.norm_weight)
 
 
 def rope_tables(context, head_size, theta, scaling=None, share=1.0):
@@ -280,20 +284,16 @@ def sinusoid_table(context, d_model):
     return table.flatten(1)[:, :d_model]
 
 
-def naive_attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
-    """Attention written out: softmax(q k^T * scale) v.
+def naive_attention(q, k, v, dropout=0.0, scale=None):
+    """Causal attention written out: softmax(q k^T * scale) v.
 
-    q (B, nh, T, hs); k and v (B, nkv, S, hs), each key head shared by nh/nkv query heads.
-    `mask` (T, S) is True where a query may attend. Without it, a query attends to itself and all
-    earlier keys, or to all keys if not `causal`. The default `scale` is 1 / sqrt(hs).
+    q (B, nh, T, hs); k and v (B, nkv, S, hs), each key head shared by nh/nkv query heads. A query
+    attends to its own position and all before it. The default `scale` is 1 / sqrt(hs).
     """
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    if mask is None and causal:
-        mask = causal_mask(T, S, q.device)
-    attn_bias = q.new_zeros(1, 1)  # added to the scores: -inf where a query may not attend
-    if mask is not None:
-        attn_bias = q.new_zeros(T, S).masked_fill(~mask, float("-inf"))
+    # added to the scores: -inf where a query may not attend
+    attn_bias = q.new_zeros(T, S).masked_fill(~causal_mask(T, S, q.device), -math.inf)
     flat_q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B nh, T or S, hs)
     scale = scale or q.shape[-1] ** -0.5
     score = torch.baddbmm(attn_bias, flat_q, k.mT, alpha=scale)  # (B nh, T, S)
@@ -306,7 +306,7 @@ def attention(q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     short = T <= FEW_TOKENS or q.shape[:2].numel() * T * S <= FEW_SCORES
     if mask is None and causal and 1 < T == S and short and q.device.type == "cpu":
-        return naive_attention(q, k, v, None, dropout, causal, scale)
+        return naive_attention(q, k, v, dropout, scale)
     if mask is None and causal and 1 < T < S:  # is_causal would align the first query and key
         mask = causal_mask(T, S, q.device)
     if group > 1 and mask is not None and q.is_cuda:  # no fused kernel supports mask and groups
@@ -403,7 +403,7 @@ class Block(nn.Module):
 
     def __init__(self, config, causal=True):
         super().__init__()
-        c, norm = config, partial(make_norm, config, config.d_model)
+        c, norm = config, partial(make_norm, config)
         before = norm if c.norm_place != "post" else nn.Identity
         after = norm if c.norm_place != "pre" else nn.Identity
         self.norm1 = before()
@@ -735,10 +735,10 @@ class Transformer(nn.Module):
             if c.window and c.window_theta:
                 self.window_cos, self.window_sin = map(table, tables(c.window_theta))
         self.windowed = c.window_layers or [True] * c.n_layer
-        self.embed_norm = make_norm(c, c.d_model) if c.embed_norm else scale_by(c.embed_scale)
+        self.embed_norm = make_norm(c) if c.embed_norm else scale_by(c.embed_scale)
         self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.norm = make_norm(c, c.d_model)
+        self.norm = make_norm(c)
         self.logit_scale = scale_by(c.logit_scale)
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=c.head_bias)
         if c.tied:
@@ -979,9 +979,10 @@ def grow_vocabulary(model, vocab_size, used):
             mean = kept.float().mean(0, keepdim=True).to(old.dtype)
             new = torch.cat((kept, mean.expand(grown - len(kept), *old.shape[1:])))
             setattr(table, name, nn.Parameter(new, old.requires_grad))
+        table.num_embeddings = table.out_features = grown  # the one that it has
     if c.tied:
         model.head.weight = model.embed.weight
-    model.embed.num_embeddings = model.head.out_features = c.vocab_size = grown
+    model.head.out_features = c.vocab_size = grown
 
 
 # --------------------------------------------------------------------------------------------
@@ -1154,11 +1155,21 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    if args.export and not args.ckpt:
-        raise UserError("--export needs --ckpt, the model to write")
+    problems = {
+        "--export needs --ckpt, the model to write": args.export and not args.ckpt,
+        "--show needs a trained model: name it with --ckpt, not --preset":
+            args.show and args.preset,
+        "--export is not for --show": args.show and args.export,
+        "--dtype is for --export FILE.gguf": args.dtype and not f"{args.export}".endswith(".gguf"),
+        "--layer and --head are for --show attention":
+            (args.layer or args.head) and args.show != "attention",
+        "--prompt is for --show": args.prompt and not args.show,
+        "--shard is for --world": args.shard and not args.world,
+    }
+    for message, wrong in problems.items():
+        if wrong:
+            raise UserError(message)
     if args.show:
-        if args.preset:
-            raise UserError("--show needs a trained model: name it with --ckpt, not --preset")
         return show(args.show, args.ckpt or newest_run(), args.prompt, args.layer, args.head)
     content, name = load_checkpoint(args.ckpt) if args.ckpt else {}, args.preset or "tiny"
     config = Config.from_dict(content["config"]) if content else preset(name)

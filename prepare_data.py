@@ -12,6 +12,7 @@ The chapters: sources, writing, reading back, the command line. Downloads, encod
 are modules in data/. It does not need torch.
 """
 
+from data.cli import Parser, UserError, at_least, number, quoted, run_cli
 import contextlib
 import glob
 import itertools
@@ -28,7 +29,6 @@ from urllib.parse import urlsplit
 import numpy as np
 import tiktoken
 
-from data.cli import Parser, UserError, at_least, number, run_cli
 from data.download import DATA, EXTRAS, MB, fetch, is_hub_name, snapshot_download
 from data.files import file_sha256, locked, read_json, write_json
 from data.hf_tokenizer import find_tokenizer, hub_tokenizer
@@ -204,7 +204,7 @@ def prepare(
     source = " ".join(sources)
     shards = any(isinstance(file, tuple) for file in files)
     if shards and max_tokens is None:
-        command = f"prepare_data.py {source} --max_tokens 1e8"
+        command = f"prepare_data.py {' '.join(map(quoted, sources))} --max_tokens 1e8"
         raise UserError(f"{source} has no end: say how much of it by --max_tokens, as {command}")
     streams = [s for f in files for s in ([f] if isinstance(f, tuple) else file_streams(f))]
     fetched = [SOURCES[s].fetch() for s in sources if s in SOURCES and not SOURCES[s].rows]
@@ -330,7 +330,7 @@ def find_data(source, resuming=False):
     if resuming:
         raise UserError(f"{source}, the text of this run, is gone: prepare it again")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"prepare the text before several processes: prepare_data.py {source}")
+        raise UserError(f"prepare the text before several processes: {command(source, {})}")
     files = find_files(source)
     print(f"preparing {source} first ({command(source, settings)})")
     return prepare(source, files=files, **settings)
@@ -338,7 +338,8 @@ def find_data(source, resuming=False):
 
 def command(source, settings):
     """The command that prepares a source with the settings {flag without dashes: value}."""
-    flags = (f" --{name} {value}" for name, value in settings.items())
+    source = quoted(source) if Path(source).exists() else source  # perhaps several
+    flags = (f" --{name} {quoted(value)}" for name, value in settings.items())
     return f"python prepare_data.py {source}{''.join(flags)}"
 
 

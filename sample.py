@@ -13,6 +13,7 @@ layers for a CPU are in data/matmul.py, ids to text in data/reply.py, the chat i
 the server in data/server.py.
 """
 
+from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
 import math
 import sys
 from collections import Counter
@@ -28,9 +29,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import lora
 import model as lm
+from data import cli
 from data.analogy import analogy, bert_words
 from data.chat import common_length, get_template
-from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
 from data.drafts import Drafts, Lookup
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, native_dtype
@@ -78,11 +79,6 @@ def loop_penalty(logits, previous, penalty):
         runs = Counter(zip(*(recent[i:] for i in range(4))))
         row[[i for *run, i in runs if run == recent[-3:] and runs[*run, i] > 1]] -= penalty
     return out
-
-
-def temperature(logits, t):
-    """Sharpen (t < 1) or flatten (t > 1) the distribution; t above 0."""
-    return logits / t
 
 
 def top_k(logits, k):
@@ -165,7 +161,7 @@ def next_token(logits, previous, uniforms, settings, prompt_lengths=None):
         return logits.argmax(dim=-1).tolist()
     if s["loop_penalty"]:
         logits = loop_penalty(logits, previous, s["loop_penalty"])
-    logits = temperature(logits, s["temperature"])
+    logits = logits / s["temperature"]  # below 1 sharper, above 1 flatter
     for name, f in FILTERS.items():
         if s[name] != f.off:
             logits = f.function(logits, s[name])
@@ -293,11 +289,10 @@ class Engine:
         text = Text(
             old.row, list(prompt), start, len(prompt), max_new_tokens, settings=settings,
             allowed=allowed, constraint=constraint, logit_bias=logit_bias, ends=ends,
-            min_tokens=min_tokens, top=top, echo=echo,
+            min_tokens=min_tokens, top=top, echo=echo, lookup=Lookup(self.drafts.ended, prompt),
+            generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
-        text.generator = torch.Generator().manual_seed(seed)
         self.texts[text.row] = text
-        text.lookup = Lookup(self.drafts.ended, prompt)
         self.swap(text.row, self.busy)
         self.busy += 1
         return text
@@ -398,7 +393,7 @@ class Engine:
         """Draw from the logits (rows, V): a row for each id of a text's draft, and one more. Append
         the ids that `accept` keeps; {text: [ids]}."""
         rows = [(text, n) for text in texts for n in range(1 + len(text.draft))]
-        biased, groups, drawn, new, first = logits, {}, {}, {}, 0
+        biased, groups, drawn, new = logits, {}, {}, {}
         for r, (text, n) in enumerate(rows):  # texts with equal settings are drawn together
             groups.setdefault((id(text.allowed), *text.settings.items()), []).append(r)
             early = len(text.ids) + n - text.prompt_length < text.min_tokens
@@ -416,15 +411,13 @@ class Engine:
             lengths = [t.prompt_length for t, _ in group]
             ids = next_token(x, previous, uniforms, text.settings, lengths)
             drawn |= zip(group, zip(ids, x))
-        for text in texts:
-            T = 1 + len(text.draft)
-            new[text] = ids = accept(text, [drawn[text, n] for n in range(T)])
+        for text, part in zip(texts, logits.split([1 + len(text.draft) for text in texts])):
+            new[text] = ids = accept(text, [drawn[text, n] for n in range(len(part))])
             if text.top is not None:
-                text.logprobs += top_logprobs(logits[first : first + len(ids)], ids, text.top)
+                text.logprobs += top_logprobs(part[: len(ids)], ids, text.top)
             self.drafts.learn(text.lookup, ids)
-            self.cache.lengths[text.row] -= T - len(ids)  # forget the rejected part of the draft
+            self.cache.lengths[text.row] -= len(part) - len(ids)  # forget rejected ids of the draft
             text.draft, text.echo = [], False
-            first += T
         return new
 
 
@@ -615,6 +608,8 @@ def echo_logprobs(model, states, ids, n):
 def load(ckpt=None, device=None, dtype="auto", adapters=()):
     """(model, tokenizer, path) of a checkpoint or run's folder, by default the newest run. With an
     adapter comes its base. `adapters`, named by folder or file, are added; the first is active."""
+    if ckpt is None and adapters and "adapter" in lm.load_checkpoint(adapters[0]):
+        ckpt, *adapters = adapters  # it names its base
     path = Path(ckpt) if ckpt is not None else newest_run()
     device = choose_device(device)
     dtype = native_dtype(device) if dtype == "auto" else dtype
@@ -687,6 +682,8 @@ def prompt_text(prompt):
         if prompt is None:
             source, piped = "standard input", sys.stdin is not None and not sys.stdin.isatty()
             prompt = sys.stdin.read() if piped else ""
+        elif prompt.startswith("@@"):
+            prompt = prompt[1:]
         elif prompt.startswith("@"):
             source = prompt[1:]
             prompt = Path(source).read_text(encoding="utf-8")
@@ -745,7 +742,7 @@ def write_rows(model, tokenizer, prompts, args):
     for r, stream in enumerate(streams):
         show(r, stream.finish())
         print("" if alone else f"--- {r + 1} ---\n{texts[r]}", flush=True)
-    if max(len(p) + len(new) for p, new in zip(prompts, ids)) > model.config.context:
+    if max(len(p) + len(new) for p, new in zip(prompts, ids)) - 1 > model.config.context:
         full = f"the context of {model.config.context} tokens was full"
         print(f"[{full}: the text went on from its newest half]", file=sys.stderr)
     return ids
@@ -848,8 +845,8 @@ def build_parser():
     add("--ckpt", help=f"{lm.WHAT_CKPT} (default: the newest run in out/)")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--prompt", action="append",
-        help="text, or @FILE; given several times it is a batch (default: standard input if it is "
-        "a pipe, else the model begins a document)")
+        help="text, or @FILE (@@ begins a text with @); given several times it is a batch "
+        "(default: standard input if it is a pipe, else the model begins a document)")
     mode.add_argument("--prompt_ids", help="token ids instead, e.g. 5,17,200")
     mode.add_argument("--chat", action="store_true", help="talk in the terminal")
     mode.add_argument("--serve", type=between(0, 65535, int), nargs="?", const=6006, metavar="PORT",
@@ -890,23 +887,23 @@ def build_parser():
 
 
 def check_settings(args):
-    """UserError for flags that do not go together; argparse has checked that there is one mode."""
-    serving = args.serve is not None
+    """UserError for flags that have no effect; argparse has checked that there is one mode."""
+    serving, default = args.serve is not None, build_parser().get_default
+    writing, sampling = not (args.chat or serving or args.analogy), " ".join(DEFAULTS)
     for names, possible, modes in (
         ("choices", args.analogy, "--analogy"),
-        ("host api_key cors", serving, "--serve"),
+        ("host api_key cors slots", serving, "--serve"),
         ("tools system", args.chat or serving, "--chat and --serve"),
-        ("beams", not (args.chat or serving or args.analogy), "--prompt"),
+        ("beams num_samples stop print_ids", writing, "--prompt"),
+        (f"stop repetition_penalty {sampling}", not (args.beams or args.analogy), "sampling"),
+        ("length_penalty", args.beams, "--beams"),
+        ("dtype", args.dtype != "int8" or not args.analogy, "models that write, if int8"),
     ):
         for name in names.split():
-            if getattr(args, name) and not possible:
+            if getattr(args, name) != default(name) and not possible:
                 raise UserError(f"--{name} is for {modes}")
     if args.choices and len(args.choices) != len(args.analogy):
         raise UserError("--choices must be given for each --analogy or for none")
-    if args.beams and args.stop:
-        raise UserError("--stop does not work with --beams, which end with the end of the text")
-    if args.num_samples > 1 and (args.chat or serving):
-        raise UserError("--num_samples is for --prompt")
     if args.beams and args.num_samples > args.beams:
         raise UserError(f"--num_samples {args.num_samples} is more than --beams {args.beams}")
 
@@ -916,10 +913,12 @@ def check_kind(tokenizer, path, args):
     flags ask for. Prints a note if another flag suits it better."""
     labels = labels_of(tokenizer)
     if REWARD_TOKEN in tokenizer.special and args.analogy is None:
-        advice = f"it rates answers: finetune.py --objective grpo --reward {path} learns from it"
-        raise UserError(f"{path} is a reward model and writes nothing; {advice}")
-    if labels and args.chat:
-        raise UserError(f"{path} is a classifier of {', '.join(labels)}: give the text as --prompt")
+        advice = f"finetune.py --objective grpo --reward {cli.quoted(path)} learns from it"
+        raise UserError(f"{path} is a reward model and writes nothing: {advice}")
+    flags = {"chat": args.chat, "beams": args.beams, "dtype int8": args.dtype == "int8"}
+    if labels and (wrong := [name for name, given in flags.items() if given]):
+        advice = f"give the text as --prompt, without --{wrong[0]}"
+        raise UserError(f"{path} is a classifier of {', '.join(labels)}: {advice}")
     if args.prompt and not labels and get_template(tokenizer):
         note = "a chat model continues the text: --chat asks it, and --serve opens a page"
         print(f"[{note}]", file=sys.stderr)

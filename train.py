@@ -14,6 +14,7 @@ Read it from here to the end of `fit`, the loop that fine-tuning also uses. The 
 line and what only some runs need: bf16, a compiler, several processes.
 """
 
+from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 import argparse
 import contextlib
 import copy
@@ -37,7 +38,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 import model as lm
-from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
+from data import cli, machine
 from data.costs import check_memory, memory_needed
 from data.machine import DTYPES, fast_products, full_tensor, make_runtime, native_dtype, shard_like
 from data.progress import waiting, watched
@@ -117,15 +118,18 @@ class TokenLoader:
         """Rows first .. first + count - 1 of the run: ids and targets, both (count, context)."""
         rows = range(first, first + count)
         starts = [self.epoch_starts(row // self.per_epoch)[row % self.per_epoch] for row in rows]
-        window = np.asarray(starts)[:, None] + np.arange(self.context + 1)
+        window = np.asarray(starts, int)[:, None] + np.arange(self.context + 1)
         block = torch.from_numpy(self.tokens[window].astype(np.int64))
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
 
-def micro_batches(loader, step, batch_size, grad_accum, rank=0, world=1):
-    """This process's share of the rows of `step`, as `grad_accum` batches of `batch_size` rows."""
-    first = (step * world + rank) * grad_accum * batch_size
-    return [loader.rows(first + i * batch_size, batch_size) for i in range(grad_accum)]
+def micro_batches(loader, step, n_rows, grad_accum, rank=0, world=1):
+    """This process's share of the `n_rows` rows of `step`, as `grad_accum` batches. The batches of
+    all processes have as many rows, give or take one; some may have none."""
+    parts = grad_accum * world
+    bounds = [step * n_rows - (-i * n_rows // parts) for i in range(parts + 1)]
+    mine = range(rank * grad_accum, (rank + 1) * grad_accum)
+    return [loader.rows(bounds[i], bounds[i + 1] - bounds[i]) for i in mine]
 
 
 # --------------------------------------------------------------------------------------------
@@ -165,8 +169,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One step. `closure` is there because torch's optimizers take one; it is not called."""
+    def step(self):
         for group in self.param_groups:
             # matrices of one shape go through the products together; a sharded one (--shard) is
             # gathered first and goes alone
@@ -214,13 +217,13 @@ def make_optimizers(model, args):
     inner = {n for n, p in named if p.dim() == 2 and n.startswith(("blocks.", "inputs."))} - tables
     matrices = [p for n, p in named if n in inner]
     large = {n: p for n, p in named if n in tables and len(p) >= LARGE_TABLE}
-    table_rates = dict.fromkeys(tables, args.embed_lr)
-    if not model.config.tied:
-        table_rates |= {"embed.weight": args.embed_lr, "head.weight": args.head_lr}
-    elif args.embed_lr and args.embed_lr < args.lr:  # the head is the same: its rate is at most lr
-        table_rates["embed.weight"] = args.embed_lr
+    embed_lr, tied = args.embed_lr or args.lr, model.config.tied
+    table_rates = dict.fromkeys(tables, embed_lr) | {"head.weight": args.head_lr or args.lr}
+    # a tied table is also the head: its rate is at most lr
+    table_rates["embed.weight"] = min(embed_lr, args.lr) if tied else embed_lr
     own_rate = [(n, p) for n, p in named if n in table_rates and n not in large]
-    groups = [dict(params=[p], lr=table_rates[n] or args.lr) for n, p in own_rate]
+    own_rate.sort(key=lambda pair: tied and pair[0] == "embed.weight")  # as in older checkpoints
+    groups = [dict(params=[p], lr=table_rates[n]) for n, p in own_rate]
     others = [p for n, p in named if n not in table_rates and n not in inner]
     groups.append(dict(params=others, lr=args.lr))
     optimizers = []
@@ -238,8 +241,7 @@ def make_optimizers(model, args):
         for name, p in large.items():  # if sparse, gradients have only the rows that were read
             alone = p.device.type == "cpu" and not args.compile and not dist.is_initialized()
             model.get_submodule(name.removesuffix(".weight")).sparse = alone
-        rate = ADAGRAD_RATIO * (args.embed_lr or args.lr)
-        optimizers.append(torch.optim.Adagrad(large.values(), lr=rate))
+        optimizers.append(torch.optim.Adagrad(large.values(), lr=ADAGRAD_RATIO * embed_lr))
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak"] = group["lr"]
     return optimizers
@@ -295,7 +297,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None, str
         raise UserError(f"the validation text has {len(tokens)} tokens: at least two are needed")
     starts = np.arange(0, max(1, targets - T + stride), stride)
     if limit and limit < targets:
-        wanted = max(1, limit // stride)
+        wanted = max(1, min(limit // stride, len(starts)))
         starts = starts[np.arange(wanted) * len(starts) // wanted]
     full = starts[starts + T <= targets]
     per_batch = max(1, 8192 // T)
@@ -308,7 +310,7 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None, str
         block = torch.from_numpy(tokens[window].astype(np.int64))
         goals = block[:, 1:].clone()
         goals[np.asarray(batch) > 0, : T - stride] = -100
-        places = (goals.flatten() != -100).nonzero()[:, 0]
+        places = lm.target_places(goals)
         n_bytes += counted * int(byte_lengths[goals.flatten()[places].numpy()].clip(0).sum())
         count += counted * len(places)  # `counted` is False for a repeat, see Runtime.share
         ids, goals, places = runtime.upload([block[:, :-1], goals, places])
@@ -438,11 +440,6 @@ class Run:
         self.state |= dict(best=math.inf, best_step=0, bad=0)
         self.saved_at = 0.0  # seconds
 
-    @property
-    def groups(self):
-        """The parameter groups of all optimizers."""
-        return [group for o in self.optimizers for group in o.param_groups]
-
     def evaluate(self, log, train_loss):
         """Evaluate and log it. Returns the row, and whether its score is the best (smallest)."""
         row = {"step": self.state["step"], **self.task.evaluate(self.model, "step")}
@@ -484,14 +481,15 @@ class Run:
     def restore(self, content):
         """Restore all that `save` wrote, except the weights, which the model has already. Learning
         rates, decay and betas (all options of the groups) stay those of the current command."""
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.groups]
         for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             for i, moments in saved["state"].items():  # one by one, as a GPU may not hold all
-                moments |= {k: shard_like(v, params[i]) for k, v in moments.items() if v.dim()}
-            optimizer.load_state_dict(saved)
-        for group, values in zip(self.groups, settings):
-            group.update(values)
+                tensors = {k: v for k, v in moments.items() if v.dim()}
+                if any(v.shape != params[i].shape for v in tensors.values()):
+                    raise UserError(f"{self.out} trained other parameters: start with --ckpt")
+                moments |= {k: shard_like(v, params[i]) for k, v in tensors.items()}
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         if content["scaler"]:  # empty if the run was in another precision
             self.scaler.load_state_dict(content["scaler"])
         del content["model"], content["optimizers"]  # free the CPU's copies if a GPU has its own
@@ -519,10 +517,10 @@ class Meter:
     """Mean loss and speed over the latest `window` steps, and the last gradient norm. Losses stay
     tensors until `read`, since reading one is a GPU sync."""
 
-    def __init__(self, window, allow_inf_norms):
+    def __init__(self, window, dtype):
         # work: (tokens, FLOPs, seconds) of each step
         self.work, self.losses = deque(maxlen=window), deque(maxlen=window)
-        self.unread, self.norm, self.allow_inf_norms = [], 0.0, allow_inf_norms
+        self.unread, self.norm, self.dtype = [], 0.0, dtype
 
     def read(self, step):
         """Read the losses up to `step`. UserError if one, or its gradient, is not finite (fp16's
@@ -531,10 +529,11 @@ class Meter:
             return
         rows = torch.stack([torch.stack(pair) for pair in self.unread]).tolist()
         for number, (loss, norm) in enumerate(rows, start=step - len(rows) + 1):
-            if not (math.isfinite(loss) and (math.isfinite(norm) or self.allow_inf_norms)):
+            if not (math.isfinite(loss) and (math.isfinite(norm) or self.dtype == "fp16")):
                 raise UserError(
                     f"step {number}: the loss ({loss}) or its gradient is not finite; the last "
-                    f"checkpoint is kept. Try a lower --lr, more --warmup_steps or --dtype fp32"
+                    f"checkpoint is kept. Try a lower --lr or more --warmup_steps"
+                    f"{', or --dtype fp32' * (self.dtype != 'fp32')}"
                 )
             self.losses.append(loss)
             self.norm = norm
@@ -558,25 +557,23 @@ def fit(model, task, args, runtime, out, resume=None):
     """Train `model` on `task` and write the run to folder `out`. Returns the final metrics, or None
     if a resumed run had ended. `args` has what `add_optimization` adds, max_steps, max_minutes,
     seed, compile, autocast and eval_tokens; `resume` is the content of a last.pt whose weights the
-    model has. UserError if a loss is not finite, SystemExit(130 or 143) after Ctrl-C or SIGTERM.
-    """
+    model has. UserError if a loss is not finite, SystemExit(130 or 143) after a stop signal."""
     run = Run(model, task, args, runtime, out)
     if resume:
         run.restore(resume)
-    state, evaluation = run.state, {}
+    state, evaluation, stopping = run.state, {}, 0
     log = Log(out, state["step"], quiet=runtime.rank > 0)
     if over := end_reason(args, state):
         log.line(over)
         # a run that was killed before its final evaluation skips the loop and makes up for it below
         if runtime.of_first(any(r.get("final") and r["step"] == state["step"] for r in log.rows)):
             return None
-    size = sum(p.numel() for p in model.parameters())
-    log.settings(vars(args) | asdict(model.config) | {"parameters": size})
+    log.settings(vars(args), asdict(model.config), parameters=lm.count_parameters(model)["total"])
     model.train()
     # mostly the model and the runtime themselves; see the next chapter for what differs
     step_model, step_runtime, after_step = make_runner(model, task, args, runtime, state["step"])
     clear_gradients(model)
-    meter = Meter(args.log_every, allow_inf_norms=run.scaler.is_enabled())
+    meter = Meter(args.log_every, runtime.dtype)
     train_loss = meter.mean_loss if task.unit == Task.unit else lambda *_: None  # in nats only
     with StopSignal() as stop, log:
         if not state["step"]:
@@ -584,12 +581,12 @@ def fit(model, task, args, runtime, out, resume=None):
         elif over:  # perhaps stopped before the evaluation of its last step
             evaluation, better = run.evaluate(log, None)
             run.save(better)
-        while not end_reason(args, state):
+        while not (stopping or end_reason(args, state)):
             start = time.perf_counter()
             if state["step"] <= args.warmup_steps:
                 state["warm_seconds"] = state["seconds"]
             lr = scheduled_lr(args, state)
-            for group in run.groups:
+            for group in (g for o in run.optimizers for g in o.param_groups):
                 group["lr"] = group["peak"] * lr / args.lr
             batches, seed = task.batches(state["step"]), (args.seed, state["step"])
             loss, tokens = training_step(step_model, task, batches, step_runtime, run.scaler, seed)
@@ -624,15 +621,16 @@ def fit(model, task, args, runtime, out, resume=None):
                 meter.read(state["step"])  # never save weights that are not finite
                 run.save(better)
                 log.draw(task.curves, task.unit)
-            if stopping:
-                log.line(f"stopped at step {state['step']}, saved: continue with --resume {out}")
-                raise SystemExit(128 + (stop.number or signal.SIGINT))
-    if not over and done < 1:  # stopped early
-        log.line(end_reason(args, state))
-    if evaluation.get("val_share", 1) < 1 and args.eval_tokens is None:  # now the whole split
-        evaluation = {"step": state["step"], **task.evaluate(model, "end")}
-        log.line(eval_line(evaluation, train_loss(state["step"], runtime)))
-    log.write(**evaluation, final=True)
+        if runtime.total(stop.number)[0]:
+            log.line(f"stopped at step {state['step']}, saved: --resume {cli.quoted(out)} goes on")
+            raise SystemExit(128 + (stop.number or signal.SIGINT))
+        stop.__exit__()  # all is saved: a signal ends what follows at once
+        if not over and done < 1:  # stopped early
+            log.line(end_reason(args, state))
+        if evaluation.get("val_share", 1) < 1 and args.eval_tokens is None:  # now the whole split
+            evaluation = {"step": state["step"], **task.evaluate(model, "end")}
+            log.line(eval_line(evaluation, train_loss(state["step"], runtime)))
+        log.write(**evaluation, final=True)
     return {**evaluation, **state}
 
 
@@ -713,7 +711,7 @@ def compile_blocks(model, task, runtime, step):
             block.feed_forward.forward = torch.compiler.disable(block.feed_forward.forward)
     with waiting("compiling the model, once, perhaps for a minute"), runtime.autocast():
         task.loss(model, *runtime.upload(task.batches(step)[0])).backward()
-    model.zero_grad(set_to_none=True)
+    model.expert_counts = 0
 
 
 def place(model, args, runtime):
@@ -756,9 +754,7 @@ def make_runner(model, task, args, runtime, step=0):
     if args.compile or (args.compile is None and ampere):  # where it is worth its minute
         compile_blocks(getattr(runner, "low", runner), task, precision, step)
     if runtime.world > 1 and not runtime.sharded:  # buffers are only tables of positions
-        ddp = nn.parallel.DistributedDataParallel
-        new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # since torch 2.13
-        runner = ddp(runner, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+        runner = nn.parallel.DistributedDataParallel(runner, forward_sync_buffers=False)
     return runner, precision, after_step
 
 
@@ -777,10 +773,10 @@ def expert_metrics(model, runtime):
 def flops_per_token(model, batches):
     """`lm.flops_per_token` of micro-batches (ids, targets, ...)."""
     tokens = sum(b[0].numel() for b in batches)
-    length = tokens / sum(len(b[0]) for b in batches)
+    length = tokens / max(1, sum(len(b[0]) for b in batches))
     learned = sum(np.count_nonzero(b[1].numpy() != -100) for b in batches)
     frozen = not all(p.requires_grad for p in model.parameters())
-    return lm.flops_per_token(model.config, length, learned / tokens, frozen)
+    return lm.flops_per_token(model.config, length, learned / max(1, tokens), frozen)
 
 
 def whole_tensors(state, runtime):
@@ -806,15 +802,13 @@ def launch(fit, report, runtime, out):
             gc.collect()  # DDP: a process that exits while DDP still uses gloo's threads is aborted
         if result:
             report(result)
-    except RuntimeError as e:
+    except (RuntimeError, KeyboardInterrupt) as e:
+        saved = f"; {out}/last.pt is saved: --resume {cli.quoted(out)} goes on from it"
+        saved = saved if Path(out, "last.pt").exists() else ""
+        if isinstance(e, KeyboardInterrupt):  # after the last step, or a second one
+            raise KeyboardInterrupt(f"interrupted{saved}") from e
         if isinstance(e, dist.DistError) or "gloo" in str(e):
-            advice = f"--resume {out} goes on from its last checkpoint"
-            raise UserError(f"another process of this run has ended: {advice}") from e
-        raise
-    except KeyboardInterrupt as e:  # Ctrl-C after the last step, or a second Ctrl-C
-        if (Path(out) / "last.pt").exists():
-            words = f"interrupted; {out}/last.pt is saved: --resume {out} goes on from it"
-            raise KeyboardInterrupt(words) from e
+            raise UserError(f"another process of this run has ended{saved}") from e
         raise
     finally:
         if dist.is_initialized():
@@ -967,7 +961,7 @@ def resumed_settings(args, given, fixed):
     sharded = given.get("shard", run_settings(path).get("shard"))
     content = lm.load_checkpoint(path, resuming=not sharded)
     if "args" not in content:
-        raise UserError(f"{path} is for sampling only: resume a last.pt, or --ckpt {path}")
+        raise UserError(f"{path} is for sampling: resume a last.pt, or --ckpt {cli.quoted(path)}")
     if ("objective" in content["args"]) != ("objective" in vars(args)):
         script = "finetune.py" if "objective" in content["args"] else "train.py"
         raise UserError(f"{path} was written by {script}: resume it with that, or name another run")
@@ -986,20 +980,21 @@ def resumed_settings(args, given, fixed):
         print(f"resuming {path} at step {content['step']}; settings are the run's own{but}")
     if "dtype" in given:
         content.pop("device", None)  # the given dtype is kept on another device, too
-    settings = scale_rates(inherited, given) | given
-    return settings | {"out": inherited["out"]}, content
+    return scale_rates(inherited, given) | given | {"out": inherited["out"]}, content
 
 
 def build_model(args, content, folder, meta, tokenizer):
     """The model to train: resumed, from --ckpt, or new in the preset's shape."""
-    resuming = content is not None
+    resuming, device = content is not None, machine.choose_device(args.device)
     if args.ckpt and not resuming:
         content = lm.load_checkpoint(args.ckpt)
     if content is None:
         changes = {k: getattr(args, k) for k in SHAPE if getattr(args, k) is not None}
         # a multiple of 64 suits the hardware and leaves rows for a chat's special tokens
         changes.setdefault("vocab_size", lm.padded_vocab(tokenizer.n_vocab))
-        model = lm.Transformer(config := lm.preset(args.preset, **changes))
+        config = lm.preset(args.preset, **changes)
+        check_memory(lm.meta_model(config).requires_grad_(not args.shard), 0, device)
+        model = lm.Transformer(config)
         if config.norm_topk_prob and config.experts_per_token == 1:
             raise UserError("--norm_topk_prob with one expert a token: the router could not learn")
     else:
@@ -1012,6 +1007,8 @@ def build_model(args, content, folder, meta, tokenizer):
             raise UserError(other_tokenizer(folder, theirs))
         # with --shard it stays mapped from its file, so that no process ever holds all of it
         dtype = None if args.shard else torch.float32
+        if dtype:
+            check_memory(lm.meta_model(lm.Config.from_dict(content["config"])), 0, device)
         model = lm.model_from_checkpoint(content, dtype=dtype, where=where)
         if not resuming:
             size = max(tokenizer.n_vocab, model.config.vocab_size)  # the model may lack end of text
@@ -1045,7 +1042,7 @@ def settle(args, model, runtime, context, folder):
     a.grad_accum, rest = divmod(a.total_batch_tokens, tokens)
     if rest:
         total = f"--total_batch_tokens {a.total_batch_tokens}"
-        share = f"{tokens}, the --batch_size x --context of {runtime.world} process(es)"
+        share = f"{tokens}: {runtime.world} process(es) x --batch_size {a.batch_size} x {a.context}"
         raise UserError(f"{total} is not a multiple of {share}")
     if a.ckpt:  # lower rates for larger models: 1e-3 for the default shape, 6e-5 for GPT-2
         size = sum(p.numel() for p in model.parameters())
@@ -1113,7 +1110,7 @@ def closing_text(model, tokenizer, meta, result, out, val):
         f"best val loss {r['best']:.4f} at step {r['best_step']}\n{bits}\n"
         f"--- a sample ({len(prompt_ids)} tokens of prompt) ---\n{text}\n---\n"
         f"{out}/: last.pt, best.pt, metrics.jsonl, loss.svg\n"
-        f"generate text with it: python sample.py --ckpt {out}"
+        f"generate text with it: python sample.py --ckpt {cli.quoted(out)}"
     )
 
 
@@ -1138,35 +1135,41 @@ def main(argv=None):
         read = partial(evaluate, model, val, tokenizer.byte_lengths, runtime, context=context)
         if when != "end":
             return read(few)
-        row, overlapping = read(args.eval_tokens), read(few, stride=max(1, context // 8))
-        names = {"val_bpb": "overlap_bpb", "val_share": "overlap_share"}
-        return row | {new: overlapping[name] for name, new in names.items()}
+        row, overlap = read(args.eval_tokens), read(few, stride=max(1, context // 8))
+        return row | {"overlap_bpb": overlap["val_bpb"], "overlap_share": overlap["val_share"]}
 
     log = print if runtime.rank == 0 else lambda *_, **__: None
     if args.eval_only:
         whole = partial(measure, model, "end")
         return launch(whole, lambda row: log(f"{folder}: {eval_line(row)}"), runtime, folder)
     loaders = [TokenLoader(train, length, args.seed) for length in sorted({short, context})]
-    check_memory(model, per_batch, runtime, context)
+    check_memory(model, per_batch, runtime.device, context)
     args = settle(args, model, runtime, short, folder)
     args.context, out = context, Path(args.out)
+    n_rows = [max(1, args.total_batch_tokens // loader.context) for loader in loaders]
+    per_step = sum(n * loader.context for n, loader in zip(n_rows, loaders)) / len(loaders)
 
     def batches(step):
         number, kind = divmod(step, len(loaders))
-        rows = max(1, args.batch_size * short // loaders[kind].context)
         share = args.grad_accum, runtime.rank, runtime.world
-        return micro_batches(loaders[kind], number, rows, *share)
+        return micro_batches(loaders[kind], number, n_rows[kind], *share)
+
+    def loss(model, ids, targets):
+        if len(ids):
+            return model(ids, targets, places=slice(None))  # none is -100
+        # a batch without rows has a gradient, too, of zeros, because DDP and FSDP wait for it
+        return model(ids.new_zeros(1, 2), targets.new_full((1, 2), -100), places=slice(0))
 
     task = Task(
         batches=batches,
         evaluate=measure,
         extra={"tokenizer": tokenizer.spec, "data": data_hashes(meta)},
-        loss=lambda m, ids, targets: m(ids, targets, places=slice(None)),  # none is -100
+        loss=loss,
     )  # fmt: skip
     ratio = len(train) / sum(p.numel() for p in model.parameters())
     log(f"{out}: {folder}, {tokenizer.name}, {args.optimizer}")
     log(f"{len(train):,} training tokens, {ratio:.2g} per parameter (Chinchilla advises 20)")
-    log(*header(model, args, runtime, per_batch, args.total_batch_tokens, context), sep="\n")
+    log(*header(model, args, runtime, per_batch, per_step, context), sep="\n")
 
     def report(result):
         # a sharded model's layers compute in runtime.dtype, but a KVCache has its weights' dtype

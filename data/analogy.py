@@ -1,8 +1,8 @@
 """Words as vectors: arithmetic in the embedding table."""
-import re
 import unicodedata
 from pathlib import Path
 
+import regex
 import torch
 
 from data.cli import UserError
@@ -24,9 +24,8 @@ class WordPiece:
         """The ids of a text; none if it has a word that the tokens do not spell."""
         ids = []
         if "A" not in self.ids:  # an uncased vocabulary has no accents either
-            text = unicodedata.normalize("NFD", text.lower())
-            text = "".join(c for c in text if unicodedata.category(c) != "Mn")
-        for word in re.findall(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+|[^\w\s]|_", text):
+            text = regex.sub(r"\p{Mn}", "", unicodedata.normalize("NFD", text.lower()))
+        for word in regex.findall(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+|[^\w\s]|_", text):
             while word:
                 ends = range(len(word), 2 * word.startswith("##"), -1)
                 start = next((word[:end] for end in ends if word[:end] in self.ids), None)
@@ -73,11 +72,11 @@ def analogy(expression, tokenizer, table, choices=(), n=10):
     table (V, C) is the embedding table. Candidates are `choices`, or all tokens but those of the
     expression. Mikolov et al. 2013: directions between words carry meaning.
     """
-    if not re.fullmatch(r"\s*[^\s+-]+(\s+[+-]\s+[^\s+-]+)*\s*", expression):
+    if not regex.fullmatch(r"\s*[^\s+-]+(\s+[+-]\s+[^\s+-]+)*\s*", expression):
         raise UserError(f"--analogy {expression!r} must be words with ' + ' or ' - ' between them")
-    terms = zip("+" + re.sub(r"[^+-]", "", expression), re.split(r"[\s+-]+", expression.strip()))
+    terms = expression.split()
     goal, used, candidates = torch.zeros(table.shape[1]), set(), list(choices)
-    for sign, word in terms:
+    for sign, word in zip(["+", *terms[1::2]], terms[::2]):
         vector, ids = word_vector(word, tokenizer, table)
         goal = goal - vector if sign == "-" else goal + vector
         used.update(ids)

@@ -10,6 +10,7 @@ import importlib
 import math
 import os
 import re
+import shlex
 import signal
 import struct
 import sys
@@ -65,9 +66,20 @@ def run_cli(main):
         advice = "use smaller batches, --grad_checkpoint in training, or a smaller model"
         print(f"{script}: out of memory: {advice}", file=sys.stderr)
     except KeyboardInterrupt as e:
-        print(f"\n{script}: {e.args[0] if e.args else 'interrupted'}", file=sys.stderr)
-        code = 130
+        excepthook(KeyboardInterrupt, e, None)
     raise SystemExit(code)
+
+
+def excepthook(kind, error, frames):
+    """Ctrl-C becomes one line and exit code 130, also while a script imports torch, since scripts
+    import this module first; other exceptions are shown as usual."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, frames)
+    print(f"\n{Path(sys.argv[0]).name}: {''.join(error.args) or 'interrupted'}", file=sys.stderr)
+    raise SystemExit(130)
+
+
+sys.excepthook = excepthook
 
 
 def first_process():
@@ -273,6 +285,11 @@ class StopSignal:
     def __exit__(self, *_):
         for s, handler in self.old.items():
             signal.signal(s, handler)
+
+
+def quoted(path):
+    """`path` as a word of a command that a user may copy into a shell."""
+    return shlex.quote(str(path))
 
 
 def printable(text):

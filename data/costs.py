@@ -103,10 +103,10 @@ def memory_needed(model, tokens, length=None):
     return stored + 12 * trained + kept
 
 
-def check_memory(model, tokens, runtime, length=None):
+def check_memory(model, tokens, device, length=None):
     """UserError if training with `tokens` in a micro-batch cannot fit this machine's memory. A GPU
     reports that itself."""
-    if runtime.device.type == "cpu" and hasattr(os, "sysconf"):
+    if device.type == "cpu" and hasattr(os, "sysconf"):
         needed = memory_needed(model, tokens, length)
         installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > installed:

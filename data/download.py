@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from data.cli import UserError
-from data.files import file_sha256, read_json, write_once
+from data.files import file_sha256, read_json, write_json, write_once
 from data.progress import shown, waiting
 
 DATA = Path("data")
@@ -188,8 +188,7 @@ def snapshot_download(name, files=None, check=None):
         except HTTPError as e:
             if not (optional and e.status == 404):
                 raise
-            missing.parent.mkdir(parents=True, exist_ok=True)
-            missing.touch()
+            write_json(missing, {})
 
     # the weights come last: if they are complete, the server has been asked for all the rest
     weights = weight_files(folder)

@@ -23,12 +23,14 @@ def write_whole(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, KeyboardInterrupt) as e:
         reason = str(e).strip().split("\n")[0]
         with contextlib.suppress(OSError):  # torch's zip writer is silent about a full disk
             free = shutil.disk_usage(path.parent).free
             reason = "the disk is full" if free < 1 << 20 else reason
             temporary.unlink()
+        if KeyboardInterrupt in (type(e), type(e.__context__)):  # torch's zip writer fails after it
+            raise KeyboardInterrupt from e
         raise UserError(f"cannot write {path}: {reason}; what was there before is kept") from e
 
 

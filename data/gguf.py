@@ -50,13 +50,10 @@ PROBE = "I'm 12345, you'RE  x_1;\n\n  def f(a):\n\treturn\t'é' 汉字，你好�
 
 def split_name(pattern):
     """(llama.cpp's name of the pattern that splits PROBE most like `pattern`, if equally)."""
-
-    def cuts(pattern):
-        return {m.end() for m in regex.finditer(pattern, PROBE)}
-
-    ours = cuts(pattern)
-    name = min(SPLITS, key=lambda name: len(cuts(SPLITS[name]) ^ ours))
-    return name, cuts(SPLITS[name]) == ours
+    both = {None: pattern} | SPLITS
+    cuts = {name: {m.end() for m in regex.finditer(p, PROBE)} for name, p in both.items()}
+    name = min(SPLITS, key=lambda name: len(cuts[name] ^ cuts[None]))
+    return name, cuts[name] == cuts[None]
 
 
 def vocabulary(tokenizer, size):
@@ -68,8 +65,7 @@ def vocabulary(tokenizer, size):
         raise UserError(f"llama.cpp cannot read a {tokenizer.name} vocabulary, only BPE: {remedy}")
     if tokenizer.n_vocab > size:
         raise UserError(f"the tokenizer has {tokenizer.n_vocab} ids, the model only {size}")
-    tokens = [f"<|unused:{i}|>" for i in range(size)]
-    types = [UNUSED] * size
+    tokens, types = [f"<|unused:{i}|>" for i in range(size)], [UNUSED] * size
     for text, i in model["vocab"].items():
         byte = pieces and re.fullmatch("<0x[0-9A-F]{2}>", text)
         tokens[i], types[i] = text, BYTE if byte else NORMAL
@@ -168,9 +164,6 @@ def hyperparameters(config, family):
     values = {theirs: config[ours] for ours, theirs in pairs}
     values["rope.freq_base"] = float(config["rope_theta"])
     scaling = config["rope_scaling"] or {"rope_type": None}
-    if config["window"]:
-        window = f"window {config['window']}"
-        raise UserError(f"a GGUF file of a {family} model with {window}: not written")
     if scaling["rope_type"] == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
     elif scaling["rope_type"] and (family, scaling["rope_type"]) != ("llama", "llama3"):
@@ -185,8 +178,10 @@ def export(content, path, dtype, complete, meta_state):
     Matrices are in `dtype`, one of DTYPES; with q4_0 the embedding and the head are in q8_0, as
     errors matter most there. Vectors and positions are in f32."""
     values, config, state, tokenizer = nearest_model(content, complete, meta_state)
-    if (family := values["model_type"]) not in FAMILIES:
-        raise UserError(f"GGUF files are written of {', '.join(FAMILIES)} models, not of {family}")
+    if (family := values["model_type"]) not in FAMILIES or config["window"]:
+        what = f"{', '.join(FAMILIES)} models without a window"
+        found = f"{family}, window {config['window'] or 'none'}"
+        raise UserError(f"GGUF files are written of {what}, not of this one: {found}")
     if tokenizer is None:
         raise UserError("the checkpoint carries no tokenizer, which llama.cpp needs")
     values = {"general.architecture": family, "general.file_type": DTYPES[dtype][1]}

@@ -159,7 +159,8 @@ def fields_from_hf(values):
     for name, value in left.items():
         if name in supported and (value or False) != supported[name]:
             refuse(name, value)
-    return family, config, sorted(left.keys() - supported.keys() - {"model_type"})
+    used = {"model_type", "max_window_layers", "sliding_window_pattern"}
+    return family, config, sorted(left.keys() - supported.keys() - used)
 
 
 def refuse(name, value):
@@ -210,8 +211,6 @@ def read_windows(family, left, n_layer):
     layers = [k == SLIDING for k in kinds]
     if window and not kinds:
         layers = [WINDOWED[family](i, left) for i in range(n_layer)]
-        for name in ("max_window_layers", "sliding_window_pattern"):
-            left.pop(name, None)
     return dict(window=window, window_layers=None if all(layers) else layers) if any(layers) else {}
 
 

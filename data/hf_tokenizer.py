@@ -174,10 +174,10 @@ def hub_tokenizer(folder):
         if kind != "BPE" or marks:
             raise ValueError(f"model {kind}{marks or ''}: only byte-level BPE and SentencePiece's")
         ids = {t["content"]: t["id"] for t in entries}
-        words = {t["content"]: t["id"] for t in entries if not t.get("special", True)}
-        for t in entries:
-            if t["content"] in words and any(map(t.get, ("single_word", "lstrip", "rstrip"))):
-                raise ValueError(f"{t['content']!r} has single_word, lstrip or rstrip set")
+        words = {t["content"]: t for t in entries if not t.get("special", True)}
+        for word, t in words.items():
+            if t.get("single_word") or t.get("lstrip") or t.get("rstrip"):
+                raise ValueError(f"{word!r} has single_word, lstrip or rstrip set")
         merges = model.get("merges", ())  # in old files a pair is one string
         model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
         spec = dict(kind="spm", data=data) if spm else byte_level_spec(data, ids)
@@ -192,7 +192,7 @@ def hub_tokenizer(folder):
         end = next(itertools.chain(*ends), ids.get(names.get("eos_token"), ids.get(END)))
         if end is None:
             end = ids[END] = max((model["vocab"] | ids).values()) + 1
-        words = {word: i for word, i in words.items() if i not in (end, begin)}
+        words = {word: ids[word] for word in words if ids[word] not in (end, begin)}
         spec |= dict(added=ids, words=words, end=end, begin=begin, ends=ends[0])
         parts = folder.resolve().parts  # .../hub/OWNER/NAME/REVISION if it was downloaded
         spec["name"] = "/".join(parts[-3:-1] if parts[-4:-3] == ("hub",) else parts[-1:])
@@ -204,13 +204,6 @@ def hub_tokenizer(folder):
         spec |= dict(chat_template=template, template_tokens=names)
         Tokenizer(spec)  # raises if tiktoken cannot compile the pattern
     return spec
-
-
-def ruby_pattern(pattern):
-    """A split pattern of tiktoken's for Ruby's regular expressions, which Hugging Face uses: there
-    $ ends a line, {1,3}+ repeats, and s is no flag."""
-    pattern = pattern.replace(ANY_CHARACTER, r"[\s\S]").replace("$", r"(?![\s\S])")
-    return re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern)
 
 
 def tokenizer_json(tokenizer):
@@ -227,8 +220,11 @@ def tokenizer_json(tokenizer):
     if spec["kind"] == "spm":
         return written_json(spec["data"], entries) | {"post_processor": begin_template(tokenizer)}
     ranks = dict(sorted(tokenizer.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
-    ours = spec["kind"] != "hf"
-    pattern = ruby_pattern(tokenizer.encoding._pat_str) if ours else spec["pattern"]
+    pattern = spec.get("pattern")
+    if spec["kind"] != "hf":
+        # in their regular expressions, Ruby's, $ ends a line, {1,3}+ repeats, and s is no flag
+        pattern = tokenizer.encoding._pat_str.replace(ANY_CHARACTER, r"[\s\S]")
+        pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern.replace("$", r"(?![\s\S])"))
     split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
     if spec["kind"] == "char":
         vocab = {token.decode(): i for token, i in ranks.items()}

@@ -4,13 +4,13 @@ import csv
 import io
 from pathlib import Path
 
-from data.cli import UserError
+from data.cli import UserError, quoted
 from data.sources import ROW_SETS, SOURCES
 from data.text import json_rows, read_text
 
 ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 KNOWN = f"{', '.join(ROW_SUFFIXES)} file, .gz too"
-PLAIN = "{0} is plain text, not rows: python train.py --ckpt RUN --data {0} learns it"
+PLAIN = "{0} is plain text, not rows: python train.py --ckpt RUN --data {1} learns it"
 READERS = {".parquet": "read_parquet", ".feather": "read_feather", ".xlsx": "read_excel"}  # pandas
 
 
@@ -25,7 +25,7 @@ def read_rows(path, encoding=None):
     path = Path(path)
     if not path.is_file():
         if str(path) in SOURCES or (path / "meta.json").exists():
-            raise UserError(PLAIN.format(path))
+            raise UserError(PLAIN.format(path, quoted(path)))
         state = "is a folder" if path.is_dir() else "does not exist"
         sets = ", ".join(ROW_SETS)
         raise UserError(f"{path} {state}: name a {KNOWN}, OWNER/NAME of the Hub, or {sets}")
@@ -39,7 +39,7 @@ def read_rows(path, encoding=None):
     if "\0" in text:
         raise UserError(f"{path} is a binary file, not rows: name a {KNOWN}")
     if suffix not in ROW_SUFFIXES and not text.lstrip().startswith(("{", "[")):
-        raise UserError(PLAIN.format(path))
+        raise UserError(PLAIN.format(path, quoted(path)))
     if suffix in (".csv", ".tsv"):
         return csv_rows(text, path, suffix)
     return json_rows([text], str(path))

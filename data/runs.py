@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from data.cli import UserError
+from data.cli import UserError, quoted
 from data.files import read_json, try_lock, write_json, write_whole
 from data.plot import line_svg
 
@@ -42,8 +42,10 @@ def run_folder(out, name, runtime):
     """The folder of a new run: `out`, or a new one called `name`. UserError if it holds a run."""
     if out is None:  # rank 0 decides and tells the others
         return runtime.of_first(new_run(name) if runtime.rank == 0 else None)
+    if out == "" or Path(out).is_file():
+        raise UserError(f"--out {out!r} is not a folder: name one that does not exist")
     if any(Path(out).glob("*.pt")):
-        remedy = f"--resume {out}, delete the folder, or name another --out"
+        remedy = f"--resume {quoted(out)}, delete the folder, or name another --out"
         raise UserError(f"{out} holds a run already: {remedy}")
     return Path(out)
 
@@ -125,10 +127,11 @@ class Log:
         if not self.quiet:
             self.lock.close()
 
-    def settings(self, values):
-        """Write settings.json."""
+    def settings(self, args, shape, **more):
+        """Write settings.json: the run's settings, and the model's shape where they are None."""
         if not self.quiet:
-            write_json(self.out / "settings.json", values)
+            given = {k: v for k, v in args.items() if v is not None}
+            write_json(self.out / "settings.json", args | shape | given | more)
 
     def write(self, **row):
         """Write one row of metrics, flushed at once."""

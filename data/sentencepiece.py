@@ -6,7 +6,7 @@ import io
 import re
 import struct
 from collections import defaultdict
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -113,19 +113,13 @@ class SentencePiece:
         words = np.insert(codes, cuts, border).astype("<u4").tobytes().decode("utf-32-le")
         words = words.split(chr(border))
         for word in (unique := {*words}):
-            if word not in cache:
-                cache[word] = np.array(self.word_ids(word), dtype=np.uint32).tobytes()
+            if word not in cache:  # a piece without an id is written as its bytes
+                pieces = ((self._mergeable_ranks.get(p), p.encode()) for p in self.merge(word))
+                parts = ([self.bytes[b] for b in p] if i is None else [i] for i, p in pieces)
+                cache[word] = np.array([*chain(*parts)], dtype=np.uint32).tobytes()
         ids = np.frombuffer(b"".join(map(cache.__getitem__, words)), dtype=np.uint32)
         if len(cache) > CACHE_LIMIT or max(map(len, unique)) > LONG:
             self.cache = {}
-        return ids
-
-    def word_ids(self, word):
-        """The ids of a word's pieces. A piece without an id is written as its bytes."""
-        ids = []
-        for piece in self.merge(word):
-            i = self._mergeable_ranks.get(piece)
-            ids += [self.bytes[b] for b in piece.encode()] if i is None else [i]
         return ids
 
     def merge(self, word):
@@ -204,11 +198,9 @@ def read_model(path, config):
     if kind != "BPE" or any(normalizer.get(2, [])) or others:
         what = f"{kind} with {normalizer.get(1, [b'no rules'])[0].decode()}"
         raise UserError(f"{path}: {what}: only BPE with bytes and normalizer identity is read")
-    names, added = {i: piece for i, (piece, *_) in enumerate(pieces)}, {}
-    for i, (piece, _, t) in enumerate(pieces):
-        if t in (UNKNOWN, CONTROL, USER_DEFINED):
-            word = t == USER_DEFINED
-            added[i] = {"id": i, "content": piece, "special": not word, "normalized": word}
+    names = {i: piece for i, (piece, *_) in enumerate(pieces)}
+    added = {i: dict(id=i, content=piece, special=t != USER_DEFINED, normalized=t == USER_DEFINED)
+             for i, (piece, _, t) in enumerate(pieces) if t in (UNKNOWN, CONTROL, USER_DEFINED)}
     glm = config.get("tokenizer_class") == "ChatGLMTokenizer"
     more = {len(names) + n: {"content": name} for n, name in enumerate(GLM_TOKENS.split() * glm)}
     more |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}

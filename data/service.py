@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from data.answer import ApiError
 from data.api import Api
 from data.chat import tool_call
-from data.cli import MALFORMED, UserError
+from data.cli import MALFORMED, UserError, quoted
 from data.rows import to_example
 from data.runs import OUT, read_run, run_list, run_settings
 from data.tokenizer import labels_of
@@ -47,7 +47,7 @@ class Service:
         self.api = Api(scheduler, tokenizer, adapters, context, allowed, settings, tools)
         self.tools, self.classify, self.draw = tools, classify if labels else None, draw
         self.lock = threading.Lock()  # of CHOICES
-        command = f"python finetune.py --ckpt {ckpt} --data {CHOICES}"
+        command = f"python finetune.py --ckpt {quoted(ckpt)} --data {CHOICES}"
         run = run_settings(args.adapter[0] if args.adapter else ckpt)
         self.info = {  # what the page shows
             "kind": "classifier" if labels else "chat" if self.api.template else "base",

@@ -22,8 +22,7 @@ def load_pt(path, mapped=True):
                 raise zipfile.BadZipFile("a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:  # torch and zipfile report a foreign or damaged file in a dozen ways
-        what = "no zip file of tensors as torch.save writes it (since torch 1.6)"
-        raise UserError(f"{path} is {what}, or is damaged or cut short") from e
+        raise UserError(f"{path} is not a zip by torch.save, or is damaged or cut short") from e
 
 
 def fit_error(expected, state):
@@ -63,10 +62,9 @@ class Safetensors:
             self.data = np.frombuffer(self.map, np.uint8)[8 + length :]
             header.pop("__metadata__", None)
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                if entry["dtype"] not in SAFE_DTYPES:
-                    what = f"{path}: tensor {name!r} has the dtype {entry['dtype']!r}"
-                    raise UserError(f"{what}; only {', '.join(SAFE_DTYPES)} are read")
-                dtype, shape = SAFE_DTYPES[entry["dtype"]], tuple(entry["shape"])
+                if (dtype := entry["dtype"]) not in SAFE_DTYPES:
+                    raise UserError(f"{path}: {name!r} is {dtype!r}, not {', '.join(SAFE_DTYPES)}")
+                dtype, shape = SAFE_DTYPES[dtype], tuple(entry["shape"])
                 begin, stop = entry["data_offsets"]
                 counts = all(type(n) is int and n >= 0 for n in shape)
                 if not counts or begin != end or stop - begin != math.prod(shape) * dtype.itemsize:

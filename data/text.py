@@ -108,10 +108,8 @@ def row_text(row, field, where):
     """The text of a row of JSON: a string; a dialogue (a list of turns); an object's `field`, by
     default the first of TEXT_FIELDS that it has, or an instruction, its input and output."""
     if isinstance(row, dict) and not field and {"instruction", "output"} <= row.keys():
-        history = row.get("history") or []
-        if not isinstance(history, list) or not all(isinstance(turn, list) for turn in history):
-            raise UserError(f"{where}: history is not a list of pairs but {history!r:.40}")
-        history = itertools.chain(*history)
+        with explained(f"{where}: history is not a list of lists"):
+            history = sum(row.get("history") or [], [])  # noqa: RUF017 (few, and nothing but lists)
         texts = [row.get("system"), *history, row["instruction"], row.get("input"), row["output"]]
         row = [{"content": text} for text in texts]
     elif isinstance(row, dict):

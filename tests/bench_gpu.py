@@ -1,4 +1,4 @@
-"""What a GPU makes of it: training beside nanoGPT, writing beside transformers, LoRA of 8B.
+"""Benchmarks on a GPU: training and nanoGPT, generation and transformers, LoRA of an 8B model.
 
     git clone https://github.com/karpathy/nanoGPT
     pytest -n0 -m gpu

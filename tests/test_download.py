@@ -15,7 +15,7 @@ from conftest import ALL_TEXT, ROOT, TIKTOKEN, kept, needs_vocabularies, real, t
 
 import prepare_data
 from data.cli import UserError
-from data.download import download_path, fetch, resolve_url
+from data.download import download_path, fetch
 from data.files import locked
 from data.sources import SOURCES
 from data.tokenizer import Tokenizer
@@ -52,13 +52,6 @@ def test_sales_from_a_mirror_is_77919_tokens(mirror, monkeypatch):
     assert len(mirror.log) == 1, "downloaded twice"
 
 
-def test_hf_endpoint_stands_for_the_hub_only(mirror, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", mirror.base + "/hub/")
-    mirror.files["/hub/" + SALES_PATH] = BODY
-    assert fetch(SALES_URL, wait=0.01).read_bytes() == BODY
-    assert resolve_url("https://github.com/x") == "https://github.com/x"
-
-
 @pytest.mark.parametrize("versions, takes_ranges", [(True, True), (False, True), (True, False)])
 def test_the_next_call_resumes_what_an_earlier_one_could_not_finish(mirror, versions, takes_ranges):
     """If the server names versions and knows ranges; else it starts over."""
@@ -84,15 +77,12 @@ def test_wrong_content_is_refused_and_not_kept(mirror):
     assert kept() == []
 
 
-def test_404_is_final_and_a_server_in_trouble_is_asked_again(mirror):
+def test_404_is_final_a_server_in_trouble_is_asked_again_and_without_one_remedies_are_named(mirror):
     with pytest.raises(UserError, match=r"nothing\.txt.*404"):
         fetch(mirror.base + "/nothing.txt", wait=0.01)
     mirror.files["/a.bin"], mirror.faults[None] = BODY, [500, 503]
     assert fetch(mirror.base + "/a.bin", wait=0.01).read_bytes() == BODY
     assert mirror.asked == ["nothing.txt"] + ["a.bin"] * 3
-
-
-def test_an_unreachable_host_names_the_remedies():
     with pytest.raises(UserError, match=r"^.*127.0.0.1:9/.*SCRATCHLM_MIRROR.*HF_ENDPOINT.*$"):
         fetch("http://127.0.0.1:9/a.bin", tries=2, wait=0.01)
 

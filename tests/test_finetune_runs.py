@@ -265,6 +265,7 @@ def test_the_reference_is_the_base_itself_and_is_kept_in_last_pt(desk):
     thin = content(tune(*DPO, *LORA, "--max_steps", "3", out="out/thin") / "last.pt")["reference"]
     model = lm.model_from_checkpoint(lm.load_checkpoint("out/base")).double()
     lm.grow_vocabulary(model, 320, KNOWN)
+    assert {len(t.weight) - t.num_embeddings for t in (model.embed, model.value_embed)} == {0}
     _, splits, _ = load_data("pairs.jsonl")
     for split in ("train", "val"):
         rows = ft.DPO(FITS, CHAT).make_split(splits[split]).rows

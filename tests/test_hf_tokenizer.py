@@ -20,6 +20,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from data.chat import CHAT_TOKENS
 from data.cli import UserError
+from data.gguf import LLAMA3_PATTERN
 from data.hf_tokenizer import BYTE_CHARS, hub_tokenizer, tokenizer_config, tokenizer_json
 from data.tokenizer import END, Tokenizer
 
@@ -30,10 +31,6 @@ TEXTS = conftest.TEXTS | {
     "digits": "1 22  333   4444\t5\n 6\n\n7 a8b 9's x  10,5 \u0663\u0664 ½ Ⅷ ²  ",
     "crlf": "one\r\n\r\n two\r\n  three \r four 5\r\n 6\r\n",
 }
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def byte_level(use_regex=True):
@@ -47,8 +44,8 @@ def split(pattern):
 
 STEPS = {  # the pre_tokenizers of well-known models
     "gpt2": byte_level(),
-    "llama3": split(LLAMA3),
-    "qwen2": split(LLAMA3.replace("{1,3}", "")),
+    "llama3": split(LLAMA3_PATTERN),
+    "qwen2": split(LLAMA3_PATTERN.replace("{1,3}", "")),
     "smollm2": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), byte_level()]),
     "letters only": split(r"\p{L}+"),  # what lies between the matches is a piece, too
 }

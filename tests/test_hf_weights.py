@@ -232,7 +232,7 @@ def test_a_relatives_weights_under_other_names_compute_the_same(name, tmp_path):
     ("llama", dict(model_type="?"), r"model_type '\?' is not one of gpt2, llama"),
     ("llama", dict(model_type="baichuan", max_position_embeddings=None), "ALiBi"),
     ("llama", dict(rope_scaling={"rope_type": "yarn"}), "lacks a field .* 'factor'"),
-    ("phi3", dict(rope_scaling={"type": "su", "short_factor": [1.0] * 5}), "of 5 numbers, not 4"),
+    ("phi3", dict(rope_scaling={"type": "su", "short_factor": [1.0] * 5}), "for 4 pairs"),
     ("qwen3_moe", dict(mlp_only_layers=[1]), r"mlp_only_layers = \[1\]"),
     ("llama", dict(num_attention_heads=5), "n_head 5 is not a multiple of n_kv_head 2"),
 ])

@@ -52,7 +52,7 @@ IMPORTS = {
     "data.service": "data.api data.runs",
     "data.server": "data.service",
     "data.hf_tokenizer": "data.chat data.tokenizer",
-    "data.rope": "data.cli",
+    "data.rope": "",
     "data.hf_config": "data.cli",
     "data.hf_weights": "data.hf_config data.hf_tokenizer data.tensors",
     "data.gguf": "data.hf_weights data.rope",

@@ -126,6 +126,9 @@ def test_targets_are_groups_last_names_or_full_ones_and_bad_ones_change_nothing(
         with pytest.raises(UserError, match=message):
             lora.add_lora(model, targets)
     assert not lora.adapted(model) and all(p.requires_grad for p in model.parameters())
+    lora.add_lora(model)
+    lora.hold_frozen(model, torch.bfloat16)  # but not the table of a tied head
+    assert model.embed.weight.dtype != model.blocks[0].attention.q.base.weight.dtype
 
 
 @every_base
@@ -190,6 +193,7 @@ def test_the_merge_command_writes_base_and_adapter_as_one(tmp_path, capsys, quan
         (dict(ckpt=out, out=new), "merged.pt is another model, or has it merged in already"),
         (dict(), "merged.pt exists: name another --out"),
         (dict(adapter=other, out=new), "a whole model, not an adapter"),
+        (dict(ckpt=tmp_path / "run", out=new), "run is an adapter: name its base, .*base.pt"),
     ):
         with pytest.raises(UserError, match=f"^.*{message}.*$"):
             merge(**changes)
@@ -210,9 +214,13 @@ def test_adapters_and_their_tables_survive_files_and_switching(tmp_path, tied, q
         again = lora.adapter_state(both)
         assert again.keys() == saved[name]["model"].keys()
         assert all(torch.equal(t, saved[name]["model"][k]) for k, t in again.items())
-    narrow = saved["keys"] | {"adapter": saved["keys"]["adapter"] | {"rank": 2}}
-    with pytest.raises(UserError, match=r"my.pt does not fit this base: .* is \(4, 64\)"):
-        lora.load_adapted(lm.load_checkpoint(base), {"my.pt": narrow})
+    assert torch.equal(sample.load(None, "cpu", "auto", [tmp_path / "keys"])[0](ids),
+                       models["keys"](ids))
+    for change, message in ((dict(rank=2), r"my.pt does not fit this base: .* is \(4, 64\)"),
+                            (dict(quantize="int8"), "--quantize .* and int8 cannot share a base")):
+        other = saved["keys"] | {"adapter": saved["keys"]["adapter"] | change}
+        with pytest.raises(UserError, match=message):
+            lora.load_adapted(lm.load_checkpoint(base), saved | {"my.pt": other})
 
 
 def test_nf4_levels_are_quantiles_of_a_normal_distribution():

@@ -94,6 +94,7 @@ def test_schedules_by_hand():
     assert max(cycle) == pytest.approx(1) and 17 <= np.argmax(cycle) <= 21
     assert cycle[0] == pytest.approx(0.04) and cycle[-1] < 1e-3
     assert min(rates("onecycle", 1)) >= 0  # no error of torch's
+    assert settled("--recipe", "fast").lr and not settled("--recipe", "fast", "--optimizer=sgd").lr
 
 
 def test_shuffling_takes_every_image_once_and_in_another_order_each_epoch(toy):
@@ -146,13 +147,14 @@ def test_a_run_may_get_more_epochs_or_move_but_not_change_its_images(toy, tmp_pa
         mnist.main([*flags, "--out", "straight"])
     mnist.main([*flags, "--epochs", "1", "--out", "before"])
     Path("before").rename("after")
-    mnist.main(["--resume", "after", "--epochs", "3"])
+    mnist.main(["--resume", "after", "--out", "after", "--epochs", "3"])
     with pytest.raises(UserError, match="--batch_size cannot change when resuming after"):
         mnist.main(["--resume", "after", "--batch_size", "10"])
     assert same_weights("straight", "after") and not Path("before").exists()
     mnist.main([*flags, "--epochs", "1", "--schedule", "cosine", "--out", "ended"])
-    with pytest.raises(UserError, match="--epochs cannot change"):
-        mnist.main(["--resume", "ended", "--epochs", "2"])
+    for changed in ("--epochs", "--steps"):
+        with pytest.raises(UserError, match=f"{changed} cannot change"):
+            mnist.main(["--resume", "ended", changed, "2"])
     for name, content in toy_files(train=400).items():
         (tmp_path / "toy" / name).write_bytes(content)
     with pytest.raises(UserError, match="after was trained on 300 images, this data has 400"):
@@ -175,7 +177,8 @@ def test_without_a_name_the_newest_run_resumes_with_its_own_settings(toy, small_
         mnist.main(["--diffusion", "--resume", "--steps", "4"])
 
 
-def test_compare_trains_each_of_a_kind_and_draws_them(toy):
+def test_compare_trains_each_of_a_kind_and_draws_them(toy, monkeypatch):
+    score = mnist.score
     for n, (switch, table) in enumerate(mnist.SWITCHES.items()):
         flags = ["--data", toy, "--epochs", "3", "--batch_size", "30"]
         rows = run("--compare", switch, *flags).stdout.splitlines()[1:-1]
@@ -185,6 +188,10 @@ def test_compare_trains_each_of_a_kind_and_draws_them(toy):
         tree = ElementTree.parse(f"out/mnist-compare{f'-{n + 1}' * (n > 0)}/{switch}.svg")
         assert len([e for e in tree.iter() if e.tag.endswith("polyline")]) == len(table)
     assert not list(Path("out").rglob("mnist.pt"))
+    monkeypatch.setattr(mnist, "score", lambda *a: os.kill(os.getpid(), 2) or score(*a))
+    done = run("--compare", "loss", "--data", toy, "--epochs", "1", check=False)
+    assert done.returncode == 130 and "saving" not in done.stderr and "curves" not in done.stdout
+    monkeypatch.undo()
     output = run("--compare", "loss", "--lr", "1e9", "--data", toy, "--epochs", "1").stdout
     assert "the loss is nan" in output and "curves: " in output
     with pytest.raises(UserError, match="Try a lower --lr"):
@@ -200,6 +207,9 @@ def test_compare_trains_each_of_a_kind_and_draws_them(toy):
     (["--resume", "nowhere"], "--resume nowhere: there is no nowhere/mnist.pt"),
     (["--data", "nowhere"], "--data nowhere has no train-images-idx3-ubyte"),
     (["--compare", "loss", "--recipe", "fast"], "--recipe has no effect with compare"),
+    (["--compare", "loss", "--loss", "mse"], "--loss has no effect with compare"),
+    (["--recipe", "fast", "--diffusion"], "--diffusion: not allowed with argument --recipe"),
+    (["--shuffle", "--seed", "1e18"], "--seed 1e18 must be from 0 to"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(flags, words):
     assert words in refused(*flags)

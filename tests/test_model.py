@@ -113,6 +113,9 @@ def test_show_prints_and_draws_the_numbers_of_a_model(position, tmp_path, monkey
     assert rows[4][-2] == lm.tables.SHADES[int(5 * weights[4, 4] ** 0.5)]
     with pytest.raises(UserError, match="--layer"):
         lm.main(["--show", "attention", "--prompt", "a", "--layer", "2"])
+    for flags in ("--show token --layer 1", "--dtype q8_0", "--shard"):
+        with pytest.raises(UserError, match=r"^--.* (is|are) for --"):
+            lm.main(flags.split())
     lm.main(["--show", "token"])
     assert "".join(line[5] for line in capsys.readouterr().out.splitlines()[1:9]) == "a fox me"
 
@@ -142,7 +145,7 @@ def test_candidates_to_copy_are_found_by_looking_back(S, longest):
 @pytest.mark.parametrize("fields, message", [
     *((dict([pair]), "{} .*{}".format(*pair)) for pair in [
         ("position", "alibi"), ("init", "xavier"), ("vocab_size", 0), ("n_kv_head", -2),
-        ("n_kv_head", 3), ("dropout", math.nan), ("rope_theta", 0.0), ("bigram", -1),
+        ("n_kv_head", 3), ("n_head", 0), ("dropout", math.nan), ("rope_theta", 0.0), ("bigram", -1),
     ]),
     (dict(d_model=30), "d_model 30 .* n_head 4"),
     (dict(head_size=5), "rope .* 5"),
@@ -161,6 +164,9 @@ def test_a_preset_follows_its_changes_and_stays_as_it_was():
     changed = lm.preset("gpt2", d_model=96, n_head=4, tied=False)
     assert (changed.d_ff, changed.head_size, changed.n_kv_head) == (384, 24, 4)
     assert lm.preset("gpt2", d_ff=7).d_ff == 7
+    assert lm.preset("tiny", d_model=200).n_head == 4 and lm.preset("tiny", d_model=320).n_head == 5
+    assert lm.preset("llama-8b", d_model=336).n_head == 8  # as many as keys have
+    assert Config(experts=1).experts_per_token == 1
     assert lm.PRESETS["gpt2"] == before
     with pytest.raises(UserError, match="gpt3"):
         lm.preset("gpt3")
@@ -188,8 +194,9 @@ def test_attention_equals_the_reference_with_its_gradients(nkv, T, S, seen):
     shapes = (2, 4, T, 6), (2, nkv, S, 6), (2, nkv, S, 6)
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     results = []
-    for f in (reference_attention, lm.attention, lm.naive_attention):
-        y = f(*inputs, mask, causal=seen != "all")
+    options, naive = dict(mask=mask, causal=seen != "all"), lm.naive_attention
+    for f in (reference_attention, lm.attention, *[naive] * (seen == "before")):
+        y = f(*inputs, **({} if f is naive else options))
         results.append((y, *torch.autograd.grad((y * torch.arange(6) ** 2).sum(), inputs)))
         same(results[-1], results[0], rtol=1e-9, atol=1e-9)
 

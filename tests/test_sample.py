@@ -87,7 +87,6 @@ def test_a_filter_keeps_these_ids_and_leaves_its_input_alone(name, number, ids):
 
 def test_temperature_and_penalty_divide_and_equals_are_kept():
     x = torch.tensor([[2.0, -1.0, 0.0, 4.0, -3.0]])
-    assert sample.temperature(x, 0.5).tolist() == [[4.0, -2.0, 0.0, 8.0, -6.0]]
     penalised = sample.repetition_penalty(x, [[1, 1, 3]], 2.0)
     assert penalised.tolist() == [[2.0, -2.0, 0.0, 2.0, -3.0]]
     looping = sample.loop_penalty(x, [[1, 2, 3, 0] * 2 + [1, 2, 3]], 1.5)
@@ -334,6 +333,9 @@ def test_prompt_then_text_then_ids(say, run):
     (ids,) = rows_of(generate(run[1], [[97, 98, 99]], 40, seed=3, **settings))
     assert out == f"abc{BYTE.decode(ids)}\n{','.join(map(str, ids))}\n" and len(ids) == 40
     assert say.err.count("\n") == 1 and "context of 32 tokens was full" in say.err  # once
+    for new, full in ((30, 0), (31, 1)):  # the last token is drawn, but not read
+        say("--prompt", "abc", "--max_new_tokens", str(new))
+        assert say.err.count("was full") == full
 
 
 def test_a_prompt_may_come_from_a_file_or_a_pipe_or_be_none(say, run, tmp_path, monkeypatch):
@@ -344,6 +346,7 @@ def test_a_prompt_may_come_from_a_file_or_a_pipe_or_be_none(say, run, tmp_path, 
     text = "@ab 中文 gh"  # piped text that begins with @ is text
     wanted = say("--prompt_ids", ",".join(map(str, text.encode())), *TEN)
     assert wanted.startswith(text) and len(last_ids(wanted)) == 10
+    assert say("--prompt", "@" + text, *TEN) == wanted
     for mark in ("", "\ufeff"):
         (tmp_path / "p.txt").write_text(mark + text, encoding="utf-8")
         assert say("--prompt", "@p.txt", *TEN) == wanted
@@ -376,9 +379,8 @@ def test_stop_ends_before_its_text(say):
 
 def test_end_of_text_ends_and_spare_rows_of_the_table_are_never_drawn(say, tmp_path):
     write_run(tmp_path / "last.pt", only=range(256, 320))  # one of these 64 has a token
-    flags = ["--prompt", "ab", "--print_ids", "--top_p", "1", "--temperature", "2", "--beams"]
-    for beams in ("0", "2"):
-        assert say(*flags, beams, ckpt=tmp_path) == "ab\n256\n"
+    for flags in (["--top_p", "1", "--temperature", "2"], ["--beams", "2"]):
+        assert say("--prompt", "ab", "--print_ids", *flags, ckpt=tmp_path) == "ab\n256\n"
     # ids may be special (0 bytes) or gaps (-1) in the middle, and spare at the end
     tokenizer = SimpleNamespace(byte_lengths=np.array([1, 0, 3, -1, 2, 0]), eos_id=5)
     allowed = sample.allowed_ids(noisy_model(vocab_size=320), tokenizer)
@@ -469,6 +471,9 @@ def test_words_of_a_bert_need_its_vocabulary_and_one_tensor(say, file):
     (f"--prompt a --seed {2**70}", "--seed"),
     ("--device abacus", "--device abacus"),
     ("--choices a,b", "--choices is for --analogy"),
+    ("--chat --stop x", "--stop is for --prompt"),
+    ("--beams 2 --top_k 5", "--top_k is for sampling"),
+    ("--analogy a --dtype int8", "--dtype is for models that write"),
     ("--system kind", "--system is for --chat"),
     ("--dtype int8 --no_fast", "--dtype int8 is for .* without --no_fast"),
     ("--beams 2 --num_samples 3", "--num_samples 3 is more than --beams 2"),

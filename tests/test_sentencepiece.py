@@ -21,6 +21,7 @@ from test_templates import both, rendered
 
 from data.chat import CHAT_TOKENS, get_template
 from data.cli import UserError
+from data.gguf import vocabulary
 from data.hf_tokenizer import hub_tokenizer, tokenizer_json
 from data.reply import TextStream, parse
 from data.text import safe_pieces
@@ -72,6 +73,10 @@ def test_ids_of_a_tokenizer_model_are_those_of_sentencepiece(name):
     assert t.n_vocab == theirs.vocab_size() and (t.bos_id, t.eos_id) == (1, 2)
     assert t.special == {"<unk>": 0, "<s>": 1, "</s>": 2}
     assert set(t.words) == (set(USER_DEFINED) if name == "words" else set())
+    for pieces in map(t.spec["data"]["model"].get, ("vocab", "scores")):
+        pieces["▁a中"] = pieces.pop("▁a")  # GGUF's flag does not depend on a piece
+    values = vocabulary(Tokenizer(t.spec), t.n_vocab)
+    assert values["tokenizer.ggml.add_space_prefix"] == (name != "no prefix")
 
 
 SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}

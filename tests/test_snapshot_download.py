@@ -11,7 +11,7 @@ from conftest import Site, kept, serving
 
 import prepare_data
 from data.cli import UserError
-from data.download import VIEWER, fetch, hub_token, snapshot_download
+from data.download import VIEWER, fetch, hub_token, resolve_url, snapshot_download
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 BODY = random.Random(1).randbytes(1_000_000)
@@ -21,16 +21,11 @@ FOLDER = Path("data/hub/ann/tiny/main")
 
 
 @pytest.fixture
-def cdn(mirror):
-    return mirror
-
-
-@pytest.fixture
 def hub(monkeypatch):
     """Nobody waits before they try again."""
     monkeypatch.setattr(prepare_data.time, "sleep", lambda seconds: None)
     with serving(Site()) as site:
-        monkeypatch.setenv("HF_ENDPOINT", site.base)
+        monkeypatch.setenv("HF_ENDPOINT", f"{site.base}/")
         yield site
 
 
@@ -44,30 +39,30 @@ def put_small(hub, file, body=b"{}", **where):
     hub.files[address(file, **where)] = body, {"ETag": f'"{digest}"', "X-Repo-Commit": "c0ffee"}
 
 
-def put_large(hub, cdn, file, body=BODY, hashed=None, **where):
+def put_large(hub, mirror, file, body=BODY, hashed=None, **where):
     """As the Hub serves large files: a redirect that names the sha256 and leads to the CDN, whose
     ETag looks like a sha256 as well and is not the file's."""
     path = f"/store/{file}?sign=1"
     etag, linked = (hashlib.sha256(b).hexdigest() for b in (b"blocks" + body, hashed or body))
-    cdn.files[path] = body, {"ETag": f'"{etag}"'}
+    mirror.files[path] = body, {"ETag": f'"{etag}"'}
     linked = {"X-Linked-ETag": f'"{linked}"', "X-Repo-Commit": "c0ffee"}
-    hub.redirects[address(file, **where)] = 302, cdn.base + path, linked
+    hub.redirects[address(file, **where)] = 302, mirror.base + path, linked
 
 
-def put_model(hub, cdn, **where):
+def put_model(hub, mirror, **where):
     """A whole model in one file, with all that may come beside it."""
     for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
         put_small(hub, file, file.encode(), **where)
-    put_large(hub, cdn, "tokenizer.json", b"{}" * 1000, **where)
-    put_large(hub, cdn, "model.safetensors", **where)
+    put_large(hub, mirror, "tokenizer.json", b"{}" * 1000, **where)
+    put_large(hub, mirror, "model.safetensors", **where)
 
 
-def put_shards(hub, cdn, names=SHARDS):
+def put_shards(hub, mirror, names=SHARDS):
     put_small(hub, "config.json")
     weight_map = {f"layer.{i}": name for i, name in enumerate(names)}
     put_small(hub, INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}).encode())
     for i, name in enumerate(SHARDS):
-        put_large(hub, cdn, name, BODY[i * 1000 :])
+        put_large(hub, mirror, name, BODY[i * 1000 :])
 
 
 def refusal(*args, **kwargs):
@@ -79,9 +74,9 @@ def refusal(*args, **kwargs):
     return line
 
 
-def test_a_model_in_one_file_comes_with_all_that_belongs_to_it(hub, cdn):
-    put_model(hub, cdn)
-    put_large(hub, cdn, "pytorch_model.bin")
+def test_a_model_in_one_file_comes_with_all_that_belongs_to_it(hub, mirror):
+    put_model(hub, mirror)
+    put_large(hub, mirror, "pytorch_model.bin")
     put_small(hub, "README.md")
     assert snapshot_download("ann/tiny") == FOLDER
     assert kept() == ["config.json", "generation_config.json", "model.safetensors",
@@ -90,20 +85,20 @@ def test_a_model_in_one_file_comes_with_all_that_belongs_to_it(hub, cdn):
     assert (FOLDER / "config.json").read_bytes() == b"config.json"
 
 
-def test_old_weights_are_taken_if_there_are_no_others_and_what_was_looked_for_is_named(hub, cdn):
+def test_old_weights_are_taken_if_there_are_no_others_and_what_was_looked_for_is_named(hub, mirror):
     for name, there, parts in (
         ("ann/tiny@v2", "README.md", ("404", "a wrong name?", "ann/tiny", "v2", "config.json")),
         ("ann/tiny", "config.json", ("main", INDEX, "model.safetensors", "pytorch_model.bin")),
     ):
         put_small(hub, there)
         assert [part for part in parts if part not in refusal(name)] == []
-    put_large(hub, cdn, "pytorch_model.bin")
+    put_large(hub, mirror, "pytorch_model.bin")
     snapshot_download("ann/tiny")
     assert kept() == ["config.json", "pytorch_model.bin"]
 
 
-def test_only_the_files_that_are_named_come_to_a_folder_of_the_revision(hub, cdn):
-    put_model(hub, cdn, revision="refs%2Fpr%2F1")
+def test_only_the_files_that_are_named_come_to_a_folder_of_the_revision(hub, mirror):
+    put_model(hub, mirror, revision="refs%2Fpr%2F1")
     name, folder = "ann/tiny@refs/pr/1", Path("data/hub/ann/tiny/refs%2Fpr%2F1")
     assert snapshot_download(name, files=["tokenizer.json", "config.json"]) == folder
     assert kept() == ["config.json", "tokenizer.json"]
@@ -122,89 +117,86 @@ def test_a_name_that_is_none_is_refused_before_anything_is_asked(hub):
     assert hub.log == [] and not Path("data").exists()
 
 
-@pytest.mark.parametrize("shard", ["../a", "/etc", "..", "", ".hidden", "a\\b", "C:b", "a%2fb", 5])
-def test_a_shard_that_is_no_plain_file_is_refused_before_any_is_asked_for(hub, cdn, shard):
-    put_shards(hub, cdn, [*SHARDS, shard])
+@pytest.mark.parametrize("wrong", [
+    *("../a", "/etc", "..", "", ".hidden", "a\\b", "C:b", "a%2fb", 5),  # a shard
+    *(b"", b"{}", b'{"weight_map": []}', b"[" * 99_999),  # the index
+])
+def test_an_index_without_plain_file_names_is_refused_before_any_is_asked_for(hub, mirror, wrong):
+    put_shards(hub, mirror, SHARDS if isinstance(wrong, bytes) else [*SHARDS, wrong])
+    if isinstance(wrong, bytes):
+        put_small(hub, INDEX, wrong)
     line = refusal("ann/tiny")
-    assert INDEX in line and ("plain file name" in line or "weight_map" in line)
-    assert hub.asked[-1] == INDEX and cdn.log == []
-    assert kept() == ["config.json", INDEX]
+    assert line == f"{FOLDER / INDEX} has no weight_map of plain file names; delete it"
+    assert hub.asked[-1] == INDEX and mirror.log == []
+    assert kept() == ["config.json", INDEX] and refusal("ann/tiny") == line
 
 
-@pytest.mark.parametrize("text", [b"", b"{}", b'{"weight_map": []}', b"[" * 99_999])
-def test_an_index_that_is_none_is_named(hub, text):
-    put_small(hub, "config.json")
-    put_small(hub, INDEX, text)
-    line = refusal("ann/tiny")
-    assert str(FOLDER / INDEX) in line and "delete it" in line
-    assert refusal("ann/tiny") == line
-
-
-def test_shards_come_by_their_index_and_of_half_a_model_only_the_rest_is_asked_for(hub, cdn):
-    put_shards(hub, cdn)
-    put_large(hub, cdn, "model.safetensors")
+def test_shards_come_by_their_index_and_of_half_a_model_only_the_rest_is_asked_for(hub, mirror):
+    put_shards(hub, mirror)
+    put_large(hub, mirror, "model.safetensors")
     hub.faults[address(SHARDS[1])] = [404]
     assert SHARDS[1] in refusal("ann/tiny")
-    hub.log.clear(), cdn.log.clear()
+    hub.log.clear(), mirror.log.clear()
     snapshot_download("ann/tiny")
-    assert cdn.asked == [f"{SHARDS[1]}?sign=1"]
+    assert mirror.asked == [f"{SHARDS[1]}?sign=1"]
     assert not {"config.json", INDEX, SHARDS[0]} & set(hub.asked)
     assert kept() == sorted(["config.json", INDEX, *SHARDS])
     assert [(FOLDER / name).read_bytes() for name in SHARDS] == [BODY, BODY[1000:]]
-    hub.log.clear(), cdn.log.clear()
+    hub.log.clear(), mirror.log.clear()
     assert snapshot_download("ann/tiny") == FOLDER
-    assert hub.log == cdn.log == []
+    assert hub.log == mirror.log == []
 
 
-def test_a_cut_is_mended_by_asking_for_the_rest_in_this_call_or_the_next(hub, cdn):
+def test_a_cut_is_mended_by_asking_for_the_rest_in_this_call_or_the_next(hub, mirror):
     """Even of a CDN that names no version: the Hub has named one."""
-    put_model(hub, cdn)
+    put_model(hub, mirror)
     path = "/store/model.safetensors?sign=1"
-    cdn.files[path] = BODY, {}
-    cdn.faults[path] = [600_000, 503, 503, 503]
+    mirror.files[path] = BODY, {}
+    mirror.faults[path] = [600_000, 503, 503, 503]
     assert "gave up after 4 tries" in refusal("ann/tiny")
     assert not (FOLDER / "model.safetensors").exists()
     snapshot_download("ann/tiny")
     assert (FOLDER / "model.safetensors").read_bytes() == BODY
-    first, *others = (wanted for where, wanted, _ in cdn.log if where == path)
+    first, *others = (wanted for where, wanted, _ in mirror.log if where == path)
     starts = {int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) for wanted in others}
     assert first is None and 300_000 < min(starts) == max(starts) <= 600_000
     assert not list(FOLDER.glob("*.part"))
 
 
-def test_weights_with_another_sha256_are_not_kept(hub, cdn):
-    put_model(hub, cdn)
-    put_large(hub, cdn, "model.safetensors", BODY, hashed=BODY[::-1])
+def test_weights_with_another_sha256_are_not_kept(hub, mirror):
+    put_model(hub, mirror)
+    put_large(hub, mirror, "model.safetensors", BODY, hashed=BODY[::-1])
     line = refusal("ann/tiny")
     assert "model.safetensors" in line and "arrived damaged: sha256" in line
     assert not list(FOLDER.glob("model*"))
 
 
-def test_a_renamed_model_is_found_and_the_token_is_for_the_hub_alone(hub, cdn, monkeypatch):
+def test_a_renamed_model_is_found_and_the_token_is_for_the_hub_alone(hub, mirror, monkeypatch):
     """The answer before the one that names the hash is a redirect as well."""
     monkeypatch.setenv("HF_TOKEN", " hf_secret\n")
     hub.token = "hf_secret"
-    put_model(hub, cdn, repo="ann/new")
+    put_model(hub, mirror, repo="ann/new")
     for path in [*hub.files, *hub.redirects]:
         hub.redirects[path.replace("/ann/new/", "/ann/tiny/")] = 307, path, {}
     assert snapshot_download("ann/tiny") == FOLDER
     assert (FOLDER / "model.safetensors").read_bytes() == BODY
     assert {bearer for _, _, bearer in hub.log} == {"Bearer hf_secret"}
-    assert len(cdn.log) == 2 and {bearer for _, _, bearer in cdn.log} == {None}
+    assert len(mirror.log) == 2 and {bearer for _, _, bearer in mirror.log} == {None}
     hub.files["/datasets/a"] = BODY, {}
     fetch("https://huggingface.co/datasets/a")
 
 
-def test_the_viewer_of_the_hub_is_shown_the_token_and_no_mirror_is(hub, cdn, monkeypatch):
+def test_the_viewer_of_the_hub_is_shown_the_token_and_no_mirror_is(hub, mirror, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert hub_token(f"{VIEWER}/rows") is None
+    assert resolve_url("https://github.com/x") == "https://github.com/x"
     monkeypatch.delenv("HF_ENDPOINT")
     assert hub_token(f"{VIEWER}/rows") == "hf_secret" and hub_token(f"{VIEWER}.me/rows") is None
-    monkeypatch.setenv("SCRATCHLM_MIRROR", cdn.base)
+    monkeypatch.setenv("SCRATCHLM_MIRROR", mirror.base)
     assert hub_token(f"{VIEWER}/rows") is None
-    put_small(cdn, "config.json", repo="huggingface.co/ann/tiny")
+    put_small(mirror, "config.json", repo="huggingface.co/ann/tiny")
     snapshot_download("ann/tiny", files=["config.json"])
-    assert cdn.log == [("/huggingface.co/ann/tiny/resolve/main/config.json", None, None)]
+    assert mirror.log == [("/huggingface.co/ann/tiny/resolve/main/config.json", None, None)]
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -225,10 +217,10 @@ def test_a_private_or_gated_model_names_the_licence_and_the_token(hub, status, m
         fetch(f"{VIEWER}/rows?dataset=ann%2Fset&split=train")
 
 
-def test_a_server_in_trouble_is_asked_four_times(hub, cdn):
+def test_a_server_in_trouble_is_asked_four_times(hub, mirror):
     """An optional file that can't be had is not the same as one that isn't there."""
     file = "generation_config.json"
-    put_model(hub, cdn)
+    put_model(hub, mirror)
     hub.faults[address(file)] = [500] * 9
     line = refusal("ann/tiny")
     assert file in line and "gave up after 4 tries (HTTP 500)" in line and "HF_ENDPOINT" in line

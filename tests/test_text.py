@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -32,12 +33,13 @@ ROWS = [{"text": "a }{"}, {"text": "b", "more": [{"c": 1}, []]}, {"text": "d"}]
     ("gbk", b"", TEXTS["english"].replace("—", "-") * 30 + TEXTS["chinese"] * 30),
     ("gbk", b"", "他說：學而時習之，不亦說乎？我們今天去北京的時候，天氣很好！"),
     ("gbk", b"", "import os  # 用 os 的 path\nprint('A和B')  # 这是一个例子\n"),
+    ("utf-8", b"", "four\r\ntwo\rthree\n\r\n\r"),
     *(("gbk", b"", text) for text in ("床前明月光，", "城市\n北京\n上海", "问题0,答案0\n")),
 ])
-def test_encodings_are_recognised(encoding, start, text, block, monkeypatch):
+def test_encodings_and_line_ends_are_recognised(encoding, start, text, block, monkeypatch):
     set_block(monkeypatch, block)  # 5 bytes: nearly every character is cut somewhere
     Path("a.txt").write_bytes(start + text.encode(encoding))
-    assert pieces_of("a.txt") == [text]
+    assert pieces_of("a.txt") == [re.sub("\r\n?", "\n", text)]
 
 
 @pytest.mark.parametrize("times", [1, 50])
@@ -57,13 +59,6 @@ def test_what_gb18030_would_turn_into_other_characters_is_refused(encoding, text
     with pytest.raises(UserError, match=r"a\.txt: byte 0x.. at .* UTF-8.* --encoding cp1252"):
         pieces_of("a.txt")
     assert pieces_of("a.txt", encoding=encoding) == [text]
-
-
-@pytest.mark.parametrize("block", [1, 3, 1 << 20])
-def test_line_ends_become_newlines(block, monkeypatch):
-    set_block(monkeypatch, block)
-    Path("a.txt").write_bytes(b"one\r\ntwo\rthree\n\r\n\r")
-    assert pieces_of("a.txt") == ["one\ntwo\nthree\n\n\n"]
 
 
 @pytest.mark.parametrize("size, at", [(30_000, 3_000), (1_500_000, 1_200_000), (60_000, 59_997)])
@@ -144,7 +139,7 @@ def test_a_json_line_without_text_is_named(monkeypatch):
         ('{"body": "x"}', ": no text or content or .*its keys are body: .*--field"),
         ('["x"]', r" is neither text nor a dialogue but \['x'\]"),
         ('{"text": 5}', " is neither text nor a dialogue but 5"),
-        ('{"instruction": "i", "output": "o", "history": [5]}', r": history is not .* but \[5\]"),
+        ('{"instruction": "i", "output": "o", "history": [5]}', ": history is not a list of lists"),
         ('{"text": "cut', ": broken JSON .*column 10"),
     ):
         Path("a.jsonl").write_text(f'"fine"\n\n{row}\n')
