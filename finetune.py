@@ -484,9 +484,7 @@ class Distill(SFT):
         name, device = self.args.teacher, str(self.runtime.device)
         self.teacher, tokenizer, _ = load(name, device, "fp32")
         if tokenizer.spec != self.tokenizer.spec:
-            bare = [Tokenizer(t.spec | {"special": []}) for t in (tokenizer, self.tokenizer)]
-            advice = "name one that began with the tokenizer of --ckpt"
-            advice = "fine-tune it on such rows first" if bare[0].same_ids(bare[1]) else advice
+            advice = "name a model with the tokenizer of --ckpt, fine-tuned on such rows"
             raise UserError(f"--teacher {name} has other tokens: {advice}")
         return {}
 
@@ -841,10 +839,6 @@ def resolve(args):
     """Fill in every flag that the user left out. Returns (args, the objective's class, the content
     of the last.pt to resume or None, {split: examples}, {split: sha256})."""
     given = {k: v for k, v in vars(args).items() if v is not None}
-    if args.eval_only and args.resume is not None:
-        if args.ckpt:
-            raise UserError("--eval_only measures either --ckpt or --resume: leave one out")
-        given = given | {"ckpt": args.resume or str(newest_run())}
     content, settings = None, given
     if args.resume is not None and not args.eval_only:
         settings, content = train.resumed_settings(args, given, FIXED)
@@ -853,7 +847,7 @@ def resolve(args):
     elif "data" not in given:
         raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
     if "ckpt" not in settings:
-        settings = settings | {"ckpt": str(newest_run())}
+        settings = settings | {"ckpt": args.resume or str(newest_run())}
     data, fraction = settings["data"], settings.get("val", RECIPE["val"])
     options = {name: settings.get(name) for name in ("rows", "max_rows", "encoding")}
     options["every_row"] = bool(args.eval_only or args.show_mask) and not given.get("val")
@@ -892,6 +886,7 @@ def check_settings(args, objective, splits, given):
         f"{name} needs --teacher CKPT": a.objective == "distill" and not a.teacher,
         f"{name} needs either --env or --reward ({', '.join(REWARDS)}, a file or a run)":
             a.objective == "grpo" and bool(a.reward) == bool(a.env),
+        "--eval_only takes either --ckpt or --resume": a.eval_only and a.resume and "ckpt" in given,
         "--pairs needs --eval_only and --reward": a.pairs and not (a.eval_only and a.reward),
         "--lora_rank 0 trains all weights, without adapters: leave out the flags of LoRA":
             LORA_FLAGS & set(given) and not a.lora_rank,
@@ -1148,12 +1143,6 @@ def main(argv=None):
 # --------------------------------------------------------------------------------------------
 
 
-def defaults(name):
-    """The default of a flag, and those of the objectives that have another one."""
-    others = {o: c.recipe[name] for o, c in OBJECTIVES.items() if name in c.recipe}
-    return ", ".join([f"default {RECIPE[name]}", *(f"{o} {value}" for o, value in others.items())])
-
-
 # fmt: off (one line a flag)
 def build_parser():
     p = Parser(
@@ -1174,7 +1163,8 @@ def build_parser():
     add("--split", help="split to report on at the end: val (default, also dev), test or train")
     figures = ", ".join(dict.fromkeys(c.figure for c in OBJECTIVES.values()))
     add("--best_by",
-        help=f"what selects best.pt: last, {figures}, or val_loss ({defaults('best_by')})")
+        help=f"what selects best.pt: last, {figures}, or val_loss (default: accuracy for labels, "
+        "val_reward for grpo, else val_loss)")
     add("--eval_rows", type=at_least(0), help="answers per evaluation (default 64; 0: none); the "
         "closing report answers all")
     add("--show_mask", type=at_least(1), metavar="N", help="print N rows token by token and stop")
@@ -1188,7 +1178,7 @@ def build_parser():
     add("--token_dropout", type=share, help="probability of hiding a token (default 0)")
     add("--dropout", type=float, help="dropout of the model (default: the checkpoint's)")
     add("--batch_tokens", type=at_least(1),
-        help=f"of a micro-batch, with padding ({defaults('batch_tokens')})")
+        help="of a micro-batch, with padding (default 4096, grpo 8192)")
     add("--context", type=int, help="longest row (default and maximum: the checkpoint's)")
     add = p.add_argument_group("few parameters, little memory").add_argument
     add("--lora_rank", type=at_least(0), help="rank of adapters to a frozen base (default 0: none)")
@@ -1202,8 +1192,8 @@ def build_parser():
             default = "" if c.recipe[name] is None else f" (default {c.recipe[name]})"
             add(f"--{name}", type=kind, help=text + default)
     add = train.add_optimization(p)
-    add("--epochs", type=positive,
-        help=f"passes over the rows, without another limit ({defaults('epochs')})")
+    add("--epochs", type=positive, help="passes over the rows (default 3, or 1 for dpo, reward and "
+        "grpo, without another limit)")
     add("--max_steps", type=at_least(1), help="instead of --epochs")
     add("--max_minutes", type=positive, help="of training, evaluation not counted")
     return p

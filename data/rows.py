@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from data import chat
-from data.cli import UserError
+from data.cli import MALFORMED, UserError
 from data.files import file_sha256
 from data.hub_rows import hub_name, hub_rows
 from data.progress import waiting, watched
@@ -48,16 +48,19 @@ class Fields(dict):
         name = next((n for n in there if self[n] is not None), (there or names)[0])
         return read(self.pop(name, None), name)
 
+    def need(self, *names, read=lambda value, name: value):
+        """As `take`, but raise a ValueError that names the field if it is null or a number."""
+
+        def check(value, name):
+            if value is None or isinstance(value, (int, float)):
+                raise ValueError(f"{name} is {json.dumps(value)}, not text or turns")
+            return read(value, name)
+
+        return self.take(*names, read=check)
+
     def close(self, unread, where=""):
         """Count the fields that remain, except empty ones, in the Counter `unread`."""
         unread.update(f"{where}{name}" for name, value in self.items() if value not in (None, ""))
-
-
-def text_or_turns(value, name):
-    """The value of a field; a ValueError names the field if it is null or a number."""
-    if value is None or isinstance(value, (int, float)):
-        raise ValueError(f"{name} is {json.dumps(value)}, not text or turns")
-    return value
 
 
 def read_json(value, name):
@@ -87,8 +90,8 @@ def read_message(turn, unread):
     elif role == "tool" and not isinstance(content, (str, list)):
         records = chat.normalize_numbers(turn.take("records")) if "records" in turn else content
         content = json.dumps(records, ensure_ascii=False)
-    calls = calls if isinstance(calls, list) else [calls]
-    calls = [chat.read_call(read_json(call, "a tool call")) for call in calls]
+    calls = [read_json(call, "a tool call") for call in (calls if type(calls) is list else [calls])]
+    calls = list(map(chat.read_call, calls))
     if calls and role not in ("call", "assistant"):
         raise ValueError(f"a turn of {name} has tool calls")
     for call in calls:
@@ -176,7 +179,7 @@ def read_question(row, unread):
     ]
     names = [name for name in ("prompt", "question", "query") if row.get(name) is not None]
     if names:
-        text = row.take(*names, read=text_or_turns)
+        text = row.need(*names)
     else:  # Alpaca's, or Dolly's with a context
         read = partial(row.take, read=chat.content_text)
         text = "\n".join(filter(None, map(read, ("instruction", "input", "context"))))
@@ -190,12 +193,10 @@ def read_pair(row, unread):
     if row.keys() & set(QUESTIONS):
         turns = read_question(row, unread)
     else:
-        turns = row.take(*TURNS, read=lambda v, name: v and text_or_turns(v, name))
-        turns = read_messages(turns or [], unread)
+        turns = read_messages(row.need(*TURNS) if any(map(row.get, TURNS)) else [], unread)
     (told, asked), sides = chat.split_system(turns), []
     for names in PAIRS:
-        said = transcript(row.take(*names, read=text_or_turns))
-        side = read_messages(said, unread, "assistant")
+        side = read_messages(transcript(row.need(*names)), unread, "assistant")
         system, said = chat.split_system(side)
         if not said or said[0]["role"] != "user":
             said = [*asked, *said]
@@ -235,11 +236,10 @@ def to_example(row, unread=None):
         turns = [*(context or ()), response]
         example = conversation(read_messages(turns, unread), row)
     elif keys & set(TURNS):
-        turns = row.take(*TURNS, read=lambda v, name: read_json(text_or_turns(v, name), name))
-        example = conversation(read_messages(turns or [], unread), row)
+        turns = row.need(*TURNS, read=read_json) or []
+        example = conversation(read_messages(turns, unread), row)
     elif keys & set(ANSWERS) and keys & set(QUESTIONS):
-        messages = read_question(row, unread)
-        answer = row.take(*ANSWERS, read=text_or_turns)
+        messages, answer = read_question(row, unread), row.need(*ANSWERS)
         if isinstance(answer, str):
             answer = {"role": "assistant", "content": answer}
             answer["reasoning_content"] = row.take("reasoning_content", "reasoning")
@@ -311,10 +311,8 @@ def read_examples(path, rows=None, limit=None, encoding=None):
                 raise ValueError(f"a row of kind {row_kind} among rows of kind {kind}")
             json.dumps(example, ensure_ascii=False).encode()  # fails for a lone surrogate, \ud83d
             examples.append(example)
-        except (ValueError, RecursionError) as e:
+        except MALFORMED as e:
             bad.append((where, str(e)))
-        except (TypeError, KeyError, AttributeError) as e:
-            bad.append((where, f"a value of the wrong type ({e})"))
     total = len(examples) + len(bad)
     if not total:
         raise UserError(f"{path} holds no rows" + (f" at --rows {rows}" if rows else ""))

@@ -54,7 +54,6 @@ def test_the_mask_of_a_conversation_with_a_tool_call():
     after_role = row.ids.index(ASSISTANT)
     assert row.targets()[after_role] == CALL  # the first token of an answer is learned
     assert row.targets()[-4:] == [*b"yes", END]
-    assert ft.defaults("batch_tokens") == "default 4096, grpo 8192"
 
 
 def test_show_mask_marks_what_is_learned(capsys):

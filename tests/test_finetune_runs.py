@@ -376,11 +376,7 @@ def test_a_run_learns_from_a_teacher_that_speaks_its_language(desk):
     tune(*flags, "--max_steps", "1", "--teacher", teacher, "--distill_lambda", "1", out="out/c")
     tune(*SFT, "--max_steps", "1", out="out/d")
     assert losses("out/c") == pytest.approx(losses("out/d"), rel=1e-6)
-    lm.save_checkpoint("odd.pt", content("out/base/best.pt") | {"tokenizer": {"kind": "char",
-                                                                              "chars": "ab"}})
-    for other, advice in (("out/base", "fine-tune it"), ("odd.pt", "name one that began with")):
-        said = refused("--ckpt", "out/base", *flags, "--teacher", other)
-        assert f"has other tokens: {advice}" in said
+    assert "other tokens" in refused("--ckpt", "out/base", *flags, "--teacher", "out/base")
 
 
 def test_eval_only_measures_a_split_and_trains_nothing(desk, monkeypatch, capsys):
@@ -401,9 +397,8 @@ def test_eval_only_measures_a_split_and_trains_nothing(desk, monkeypatch, capsys
         assert f"measuring {n} labelled texts: {name} of films\n" in said
         assert f"accuracy {scores['accuracy']:.4f}" in said or split != "dev"
     assert (out / "last.pt").read_bytes() == before
-    for base in (["--ckpt", "out/base"], ["--resume", "out/base"]):
-        assert "does not know" in refused(*flags, *base)
-    assert "either --ckpt or --resume" in refused(*flags, *base, "--ckpt", out)
+    assert "out/base does not know" in refused(*flags, "--resume", "out/base")
+    assert "either --ckpt or" in refused(*flags, "--resume", "out/base", "--ckpt", out)
     Path("test.jsonl").write_text('{"text": "a", "label": "neutral"}\n')
     assert "'neutral'" in refused(*flags)
 
@@ -423,19 +418,14 @@ def test_eval_only_measures_all_of_a_file_and_says_how_many_rows(desk, capsys, d
         assert [len(json.loads(row)["p"]) for row in rows] == [2] * 3
 
 
-def test_pairs_are_measured_against_the_model_before_or_the_base_of_an_adapter(
-    desk, monkeypatch, capsys
-):
+def test_pairs_of_any_split_are_measured_against_the_model_before(desk, monkeypatch, capsys):
     paths = dict.fromkeys(("train", "dev", "test"), "pairs.jsonl")
     monkeypatch.setitem(SOURCES, "pairs", Source(lambda: paths, rows=True))
-    tune(*DPO, "--data", "pairs", "--max_steps", "3", "--split", "test", out="out/test")
-    assert len(set(content("out/test/last.pt")["reference"])) == 3
+    for out, flags in (("out/full", []), ("out/thin", LORA), ("out/test", ["--split", "test"])):
+        tune(*DPO, "--data", "pairs", *flags, "--max_steps", "3", out=out)
     scores = json.loads(Path("out/test/scores.json").read_text())["test"]
     assert scores["reward_margin"] == pytest.approx(values("out/test", "reward_margin")[-1])
-    for out, flags in (("out/full", []), ("out/thin", LORA)):
-        tune(*DPO, "--data", "pairs", *flags, "--max_steps", "3", out=out)
-    no_reference = refused("--resume", "out/full", "--split", "test", "--max_steps", "4")
-    assert "no pairs of test" in no_reference and "--split val" in no_reference
+    assert "resume it with --split val" in refused("--resume", "out/full", "--split", "test")
     flags = ["--eval_only", "--data", "pairs.jsonl", "--ckpt"]
     assert "before DPO, which out/full lacks" in refused(*flags, "out/full")
     ft.main([*flags, "out/thin", "--out", "out/seen"])

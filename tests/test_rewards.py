@@ -310,9 +310,7 @@ def test_a_reward_for_calls_leaves_the_other_turns_alone(room):
     write("told.jsonl", [runs.tool_chat(a, 1) | {"tools": TOLD} for a in LETTERS])
     write_reward("long.py", "sum(map(ord, answer))")
     tune("--eval_only", *flags[4:], "--reward", "long.py", "--pairs", "p", "--data", "told.jsonl")
-    assert {str(json.loads(r).get("tools")) for r in Path("p").read_text().splitlines()} == {
-        str(TOLD)
-    }
+    assert all(json.loads(r)["tools"] == TOLD for r in Path("p").read_text().splitlines())
 
 
 @rewarded
@@ -427,8 +425,8 @@ def test_the_reward_of_a_pair_is_the_bradley_terry_loss():
     ([*GRPO, "--env", "inf.py"], "reward(messages) of --env returns inf, not a finite number"),
 ])
 def test_a_users_mistake_is_one_line_that_names_it(room, flags, named):
-    for name, *mistake in (("my_env", "k=2", "k=1 / 0"), ("no", "], False", "] and None"),
-                           ("inf", "/ 2", "+ float('inf')")):  # fmt: skip
+    mistakes = dict(my_env=("k=2", "k=1 / 0"), no=("], F", "] and F"), inf=("/ 2", "+ 1e999"))
+    for name, mistake in mistakes.items():
         Path(f"{name}.py").write_text(ENV.replace(*mistake))
     flags = ["--ckpt", "out/base", "--data", "letters.jsonl", *flags, "--max_steps", "1"]
     assert named in refused(*flags)
