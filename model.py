@@ -109,14 +109,12 @@ class Config:
     init: str = "zero_out"  # initial weights: `Transformer.init_weights`
 
     def __post_init__(self):
-        if self.n_head < 1:
-            raise UserError(f"n_head {self.n_head} must be above 0")
-        if self.head_size is None and self.d_model % self.n_head:
+        if self.head_size is None and self.d_model % max(1, self.n_head):
             raise UserError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}")
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.head_size is None:
-            self.head_size = self.d_model // self.n_head
+            self.head_size = self.d_model // max(1, self.n_head)
         if self.experts_per_token is None:
             self.experts_per_token = 2 if self.experts > 1 else 1
         if self.norm_topk_prob is None:
@@ -138,8 +136,8 @@ class Config:
             if getattr(self, name) < 0:
                 raise UserError(f"{name} {getattr(self, name)} must be at least 0")
         scales = "embed_scale residual_scale logit_scale attention_scale rotary_share rope_theta"
-        sizes = "eps vocab_size n_layer d_model context n_kv_head head_size d_ff experts_per_token"
-        for name in [*sizes.split(), *scales.split()]:
+        sizes = "eps vocab_size n_layer n_head d_model context n_kv_head head_size d_ff"
+        for name in [*sizes.split(), *scales.split(), "experts_per_token"]:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} {getattr(self, name)} must be above 0")
         if self.context > 2**24:
