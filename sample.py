@@ -123,8 +123,7 @@ class Filter(NamedTuple):
     help: str
 
 
-# To add a sampling filter, add a line here and, for requests, one in `check_fields` of data/api.py.
-# Filters are applied in this order.
+# To add a sampling filter, add a line here. Filters are applied in this order.
 FILTERS = {
     "top_k": Filter(top_k, 0, 0, at_least(0), "keep the k likeliest tokens; 0 is all"),
     "top_p": Filter(top_p, 1.0, 0.95, share, "keep the likeliest up to a sum of p; 1 is all"),

@@ -72,11 +72,11 @@ def analogy(expression, tokenizer, table, choices=(), n=10):
     table (V, C) is the embedding table. Candidates are `choices`, or all tokens but those of the
     expression. Mikolov et al. 2013: directions between words carry meaning.
     """
-    terms = regex.findall(r"([+-]?)\s*([^\s+-]+)", expression)
-    if not terms:
-        raise UserError(f"--analogy {expression!r} must be words with + and - between them")
+    if not regex.fullmatch(r"\s*[^\s+-]+(\s+[+-]\s+[^\s+-]+)*\s*", expression):
+        raise UserError(f"--analogy {expression!r} must be words with ' + ' or ' - ' between them")
+    terms = expression.split()
     goal, used, candidates = torch.zeros(table.shape[1]), set(), list(choices)
-    for sign, word in terms:
+    for sign, word in zip(["+", *terms[1::2]], terms[::2]):
         vector, ids = word_vector(word, tokenizer, table)
         goal = goal - vector if sign == "-" else goal + vector
         used.update(ids)

@@ -18,14 +18,16 @@ from data.scheduler import Job
 from data.schema import call_grammar, json_grammar, make_constraint
 from data.tools import function_schema, known_by_training
 
-# Fields of OpenAI's and vLLM's servers that would change the answer and are not supported, unless
-# they have one of the values that change nothing.
+# Fields of OpenAI's, vLLM's, llama.cpp's and Ollama's servers that would change the answer and are
+# not supported, unless they have one of the values that change nothing.
 UNSUPPORTED = """functions function_call suffix audio prediction modalities web_search_options
 reasoning_effort verbosity prompt_logprobs truncate_prompt_tokens guided_json guided_regex grammar
 guided_choice guided_grammar structured_outputs use_beam_search allowed_token_ids bad_words
 include_stop_str_in_output json_schema mirostat dry_multiplier xtc_probability documents
-chat_template lora"""
+chat_template lora repeat_penalty num_predict n_predict typical_p top_a tfs_z options"""
 HARMLESS = (False, 0, "", [], {}, "none", "medium", ["text"])
+OFF = {"skip_special_tokens": (True,), "repeat_penalty": (1,), "num_predict": (-1,),
+       "n_predict": (-1,), "typical_p": (0, 1), "tfs_z": (0, 1)}  # fmt: skip
 PROMPT_FLAGS = ("add_generation_prompt", "continue_final_message")  # where a chat's prompt ends
 
 
@@ -50,9 +52,10 @@ def number(low, high, types=(int, float)):
     return wanted, lambda value: type(value) in types and low <= value <= high
 
 
-def check_fields(body, chat, size):
-    """ApiError for an unsupported or wrong field; `size` is the vocabulary's."""
-    harmless = dict.fromkeys(UNSUPPORTED.split(), HARMLESS) | {"skip_special_tokens": (True,)}
+def check_fields(body, chat, size, settings):
+    """ApiError for an unsupported or wrong field; `size` is the vocabulary's. `settings` are those
+    of the Api: a setting without a rule of its own must be a number of the same type."""
+    harmless = dict.fromkeys(UNSUPPORTED.split(), HARMLESS) | OFF
     harmless |= {"best_of": (1, body.get("n"))} | ({"echo": (False,)} if chat else {})
     for name, values in harmless.items():
         if name in body and body[name] not in values:
@@ -68,6 +71,7 @@ def check_fields(body, chat, size):
         return isinstance(name, str) and name.split() == [name]
 
     rules = {  # field: (what its value must be, whether a value is that)
+        **{name: number(-(2**31), 2**31, (int, type(v))) for name, v in settings.items()},
         **dict.fromkeys(("stream", "echo", "ignore_eos", "parallel_tool_calls"), flag),
         **dict.fromkeys(PROMPT_FLAGS, flag),
         **dict.fromkeys(("stream_options", "chat_template_kwargs"), mapping),
@@ -96,6 +100,8 @@ def check_fields(body, chat, size):
     for name, (wanted, is_valid) in rules.items():
         if name in body and not is_valid(body[name]):
             raise ApiError(400, f"{name} must be {wanted}", name)
+    if chat and body.get("top_logprobs") and not body.get("logprobs"):
+        raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
 
 
 def read_messages(messages):
@@ -106,13 +112,17 @@ def read_messages(messages):
     roles, out = ("system", "developer", "user", "assistant", "tool"), []
     for n, message in enumerate(messages):
         try:
-            role, calls = message["role"], list(map(read_call, message.get("tool_calls") or ()))
+            if not isinstance(message, dict):
+                raise ValueError(f"it is {message!r:.40}, not an object with role and content")
+            role, calls = message.get("role"), message.get("tool_calls") or []
             if role not in roles or (calls and role != "assistant"):
                 raise ValueError(f"the role cannot be {role!r:.40}")
+            calls = list(map(read_call, calls if isinstance(calls, list) else [calls]))
+            if role != "assistant" and message.get("content") is None:
+                raise ValueError(f"a message of the role {role} needs content")
             new = {"role": role, "content": content_text(message.get("content"))}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            problem = f"messages[{n}] has a bad role, content or tool call"
-            raise ApiError(400, f"{problem} ({type(e).__name__}: {e})", f"messages[{n}]") from e
+        except (ValueError, RecursionError) as e:
+            raise ApiError(400, f"messages[{n}] is malformed: {e}", f"messages[{n}]") from e
         texts = ("reasoning_content", "tool_call_id", "name")
         new |= {k: message[k] for k in texts if isinstance(message.get(k), str)}
         out.append(new | ({"tool_calls": calls} if calls else {}))
@@ -184,7 +194,7 @@ class Api:
     def chat(self, body):
         """The Answer to a request for a chat completion."""
         self.model(body.setdefault("model", self.names[0]))
-        check_fields(body, True, len(self.allowed[True, True]))
+        check_fields(body, True, len(self.allowed[True, True]), self.settings)
         if self.template is None:
             message = "this model has no chat template: use /v1/completions"
             raise ApiError(400, message, "messages", "no_chat_template")
@@ -213,7 +223,7 @@ class Api:
         """The Answer to a request for a completion."""
         self.model(body.setdefault("model", self.names[0]))
         allowed = self.allowed[False, False]
-        check_fields(body, False, len(allowed))
+        check_fields(body, False, len(allowed), self.settings)
         prompts = body.get("prompt", "")
         if not isinstance(prompts, list) or all(type(i) is int for i in prompts):
             prompts = [prompts]

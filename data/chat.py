@@ -22,12 +22,13 @@ from data.cli import explained
 # --------------------------------------------------------------------------------------------
 
 
-def content_text(content):
-    """The text of a content: a text, None, or a list of text parts. ValueError for others."""
+def content_text(content, name="content"):
+    """The text of a content: a text, None, or a list of text parts. ValueError for others, which
+    calls it `name`."""
     parts = content if isinstance(content, list) else [content or ""]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"the content is not text but {content!r:.60}")
+        raise ValueError(f"{name} is {content!r:.60}, not text")
     return "".join(texts)
 
 
@@ -40,7 +41,9 @@ def tool_call(name, arguments, call_id=None):
 def read_call(call):
     """The `tool_call` of an entry of `tool_calls`, or of {"name", "arguments"}, in any of the forms
     that others write. ValueError if it is malformed."""
-    function = call.get("function", call)
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict):
+        raise ValueError(f"a tool call is {function!r:.40}, not an object with name and arguments")
     name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
     if not isinstance(name, str) or name.split() != [name]:
         raise ValueError(f"a tool cannot be called {name!r}")

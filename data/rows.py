@@ -8,11 +8,13 @@ import json
 import re
 import sys
 from collections import Counter
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 from data import chat
 from data.cli import UserError
+from data.files import file_sha256
 from data.hub_rows import hub_name, hub_rows
 from data.progress import waiting, watched
 from data.row_files import is_row_file, read_rows
@@ -26,9 +28,9 @@ ROLES = {
     **{name: name for name in ("system", "developer")},
 }
 FORMS = (
-    "messages or conversations (OpenAI, ShareGPT), instruction and output (Alpaca), question and "
-    "answer, query and response, prompt and completion, input and target (Firefly), chosen and "
-    "rejected, text and label"
+    "messages or conversations (OpenAI, ShareGPT), instruction and output (Alpaca; Dolly's have a "
+    "context), question and answer, query and response, prompt and completion, input and target "
+    "(Firefly), chosen and rejected (also HH's transcripts), text and label"
 )
 
 # --------------------------------------------------------------------------------------------
@@ -39,29 +41,34 @@ FORMS = (
 class Fields(dict):
     """A JSON object that is read field by field."""
 
-    def take(self, *names):
-        """Remove and return the first of the fields `names` that exists and is not null."""
-        return self.pop(next((name for name in names if self.get(name) is not None), None), None)
-
-    def need(self, *names):
-        """As `take`, but raise a ValueError that names the field if it is null or a number."""
-        name = next((n for n in names if self.get(n) is not None), min(self.keys() & set(names)))
-        value = self.pop(name)
-        if value is None or isinstance(value, (int, float)):
-            raise ValueError(f"{name} is {json.dumps(value)}, not text or turns")
-        return value
+    def take(self, *names, read=lambda value, name: value):
+        """Remove the first of the fields `names` that exists and is not null, and return
+        read(its value or None, its name)."""
+        there = [name for name in names if name in self]
+        name = next((n for n in there if self[n] is not None), (there or names)[0])
+        return read(self.pop(name, None), name)
 
     def close(self, unread, where=""):
         """Count the fields that remain, except empty ones, in the Counter `unread`."""
         unread.update(f"{where}{name}" for name, value in self.items() if value not in (None, ""))
 
 
-def read_json(value):
-    """The value of a JSON text inside JSON; anything else as it is."""
+def text_or_turns(value, name):
+    """The value of a field; a ValueError names the field if it is null or a number."""
+    if value is None or isinstance(value, (int, float)):
+        raise ValueError(f"{name} is {json.dumps(value)}, not text or turns")
+    return value
+
+
+def read_json(value, name):
+    """The list or object in a field, perhaps as JSON in a text. It may be empty."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        found = json.loads(value) if isinstance(value, str) and value else value
     except ValueError as e:
-        raise ValueError(f"{value!r:.40} is not JSON ({e})") from e
+        raise ValueError(f"{name} is {value!r:.40}, not JSON ({e})") from e
+    if found and not isinstance(found, (list, dict)):
+        raise ValueError(f"{name} is {value!r:.40}, not a list or an object")
+    return found
 
 
 def read_message(turn, unread):
@@ -72,23 +79,24 @@ def read_message(turn, unread):
     if role is None:
         raise ValueError(f"role {name!r} is unknown")
     content = turn.take("content", "value")
-    calls = turn.take("tool_calls") or turn.take("function_call") or []
+    calls = turn.take("tool_calls", "function_call", read=read_json) or []
     if role == "call" and "arguments" in turn:  # a hotel search, named after its role
         calls = {"name": name, "arguments": chat.normalize_numbers(turn.take("arguments"))}
     elif role == "call":  # ShareGPT: {"name": ..., "arguments": {...}}, or a list of such
-        calls, content = content, None
+        calls, content = read_json(content, "the call") or [], None
     elif role == "tool" and not isinstance(content, (str, list)):
         records = chat.normalize_numbers(turn.take("records")) if "records" in turn else content
         content = json.dumps(records, ensure_ascii=False)
-    calls = read_json(calls)
-    calls = [chat.read_call(read_json(c)) for c in (calls if isinstance(calls, list) else [calls])]
+    calls = calls if isinstance(calls, list) else [calls]
+    calls = [chat.read_call(read_json(call, "a tool call")) for call in calls]
     if calls and role not in ("call", "assistant"):
         raise ValueError(f"a turn of {name} has tool calls")
     for call in calls:
         chat.parse_call(call)  # a ValueError if its arguments are not JSON
     role = "assistant" if role == "call" else role
     message = {"role": role, "content": chat.content_text(content), "tool_calls": calls}
-    message["reasoning_content"] = chat.content_text(turn.take("reasoning_content", "reasoning"))
+    thoughts = "reasoning_content", "reasoning"
+    message[thoughts[0]] = turn.take(*thoughts, read=chat.content_text)
     message |= {key: turn.take(key) for key in ("tool_call_id", "name", "weight", "tools")}
     message = {k: v for k, v in message.items() if v not in (None, "", []) or k == "content"}
     if message.get("weight", 1) not in (0, 1):
@@ -125,8 +133,9 @@ def conversation(messages, row):
     """{"messages", perhaps "tools"} of messages, with the system text and tools of their row."""
     head, rest = chat.split_system(messages)
     system = dict(head[0]) if head else {"role": "system", "content": ""}
-    tools = read_json(system.pop("tools", None) or row.take("tools", "functions") or None)
-    texts = chat.content_text(row.take("system")), system["content"]
+    tools = read_json(system.pop("tools", None), "tools")
+    tools = tools or row.take("tools", "functions", read=read_json)
+    texts = row.take("system", read=chat.content_text), system["content"]
     system["content"] = "\n".join(filter(None, texts))
     messages = [system, *rest] if head or system["content"] else rest
     if not any(m["role"] == "assistant" and m.get("weight", 1) for m in messages):
@@ -161,13 +170,16 @@ def transcript(text):
 
 def read_question(row, unread):
     """The messages before an answer: a prompt or question, or Alpaca's history and instruction."""
-    turns = read_json(row.take("history") or [])
-    turns = [dict(zip(("question", "answer"), t)) if isinstance(t, list) else t for t in turns]
+    turns = [
+        dict(zip(("question", "answer"), t)) if isinstance(t, list) and len(t) == 2 else t
+        for t in row.take("history", read=read_json) or ()
+    ]
     names = [name for name in ("prompt", "question", "query") if row.get(name) is not None]
     if names:
-        text = row.need(*names)
+        text = row.take(*names, read=text_or_turns)
     else:  # Alpaca's, or Dolly's with a context
-        text = "\n".join(filter(None, map(row.take, ("instruction", "input", "context"))))
+        read = partial(row.take, read=chat.content_text)
+        text = "\n".join(filter(None, map(read, ("instruction", "input", "context"))))
     return read_messages(turns, unread) + read_messages(transcript(text), unread)
 
 
@@ -178,10 +190,12 @@ def read_pair(row, unread):
     if row.keys() & set(QUESTIONS):
         turns = read_question(row, unread)
     else:
-        turns = read_messages(row.take(*TURNS) or [], unread)
+        turns = row.take(*TURNS, read=lambda v, name: v and text_or_turns(v, name))
+        turns = read_messages(turns or [], unread)
     (told, asked), sides = chat.split_system(turns), []
     for names in PAIRS:
-        side = read_messages(transcript(row.need(*names)), unread, "assistant")
+        said = transcript(row.take(*names, read=text_or_turns))
+        side = read_messages(said, unread, "assistant")
         system, said = chat.split_system(side)
         if not said or said[0]["role"] != "user":
             said = [*asked, *said]
@@ -217,12 +231,15 @@ def to_example(row, unread=None):
         kind, example = "prefer", read_pair(row, unread)
     elif {"context", "response"} <= keys and not keys & set(QUESTIONS):
         # the hotel dialogues as they are published
-        turns = [*read_json(row.take("context")), read_json(row.take("response"))]
+        context, response = (row.take(n, read=read_json) for n in ("context", "response"))
+        turns = [*(context or ()), response]
         example = conversation(read_messages(turns, unread), row)
     elif keys & set(TURNS):
-        example = conversation(read_messages(read_json(row.need(*TURNS)), unread), row)
+        turns = row.take(*TURNS, read=lambda v, name: read_json(text_or_turns(v, name), name))
+        example = conversation(read_messages(turns or [], unread), row)
     elif keys & set(ANSWERS) and keys & set(QUESTIONS):
-        messages, answer = read_question(row, unread), row.need(*ANSWERS)
+        messages = read_question(row, unread)
+        answer = row.take(*ANSWERS, read=text_or_turns)
         if isinstance(answer, str):
             answer = {"role": "assistant", "content": answer}
             answer["reasoning_content"] = row.take("reasoning_content", "reasoning")
@@ -369,7 +386,7 @@ def load_data(
         part, tidy = rows if split == "train" else None, getattr(SOURCES.get(name), "tidy", None)
         kinds[str(path)], examples = read_examples(path, part, max_rows, encoding)
         splits.setdefault(split, []).extend(map(tidy, examples) if tidy else examples)
-        hashes[split] = hashes.get(split, "") + sha256(Path(path).read_bytes()).hexdigest()
+        hashes[split] = hashes.get(split, "") + file_sha256(path)
     if len(set(kinds.values())) > 1:
         raise UserError(f"the rows of {source} are of different kinds: {kinds}")
     options = dict(rows=rows, max_rows=max_rows, encoding=encoding)  # other rows of the same files

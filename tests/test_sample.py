@@ -285,7 +285,7 @@ def test_king_minus_man_plus_woman_is_queen():
     assert len(everything) == tokenizer.n_vocab - 1 - 3  # nor end-of-text, nor spare rows
     found = analogy("king - man + woman", *words, ["apple", "queen", "man"])
     assert found[0][0] == "queen" and sorted(t for t, _ in found) == ["apple", "man", "queen"]
-    for expression in ("", "- +"):
+    for expression in ("", "- +", "king -", "king man", "king-man", "+ king", "king - - man"):
         with pytest.raises(UserError, match="--analogy"):
             analogy(expression, *words)
 

@@ -277,9 +277,12 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
     bad |= dict(response_format={"type": "xml"}, functions=[tool("f")], guided_json={"a": 1})
     bad |= dict(function_call="auto", modalities=["text", "audio"], prompt_logprobs=1)
     bad |= dict(parallel_tool_calls="no", logit_bias={"1": float("nan")}, stream_options=[])
+    bad |= dict(repeat_penalty=1.1, num_predict=9, typical_p=0.9, top_a=0.1, epsilon="bad")
+    for settings in (chat.service.api.settings, sample.DECODING):  # as a new filter would
+        monkeypatch.setitem(settings, "epsilon", 0.0)
     fine = dict(response_format={"type": "text"}, functions=[], function_call="none", best_of=1)
     fine |= dict(modalities=["text"], audio=None, suffix="", logit_bias={}, stop_token_ids=[])
-    fine |= dict(parallel_tool_calls=False, user="me", metadata={"a": "b"}, store=True, new=[1])
+    fine |= dict(parallel_tool_calls=False, repeat_penalty=1.0, user="me", store=True, new=[1])
     for path, asked in (ASK, GOOD), (WRITE, {"prompt": "a", "max_tokens": 2}):
         plain = fetch(chat.port, post(path, asked | {"seed": 1}))[2]["choices"]
         assert fetch(chat.port, post(path, asked | {"seed": 1} | fine))[2]["choices"] == plain
@@ -289,7 +292,9 @@ def test_models_keys_and_errors(chat, text, monkeypatch):
             assert (status, answer["error"]["param"]) == (400, name) and name in str(answer)
     call = {"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}
     for name, value in (
-        *[("messages", m) for m in ([], "x", [5], [{"role": "x"}], [turn("user", 5)], [call])],
+        *[("messages", m) for m in ([], "x", [5], [{"role": "x"}], [turn("user", 5)], [call],
+                                    [{"role": "user"}], [{"role": "assistant", "tool_calls": 5}])],
+        ("top_logprobs", 2),
         *[("tools", t) for t in (5, "x", [5], [{"function": {}}])],
         *[("tool_choice", c) for c in ("x", 5, "required", tool("f"))],
     ):
