@@ -77,7 +77,7 @@ class Config:
     router_aux_loss_coef: float = 0.01  # weight of the loss that balances the use of the experts
     position: str = "rope"  # how positions are encoded
     norm: str = "rmsnorm"  # kind of norm, in the blocks and before the head
-    norm_place: str = "pre"  # normalise each sublayer's input (pre), output (post) or both
+    norm_place: str = "pre"  # x + f(norm(x)): "pre"; x + norm(f(x)): "post"; "both": both norms
     norm_weight: bool = True  # a learned scale (and, for layernorm, shift) in every norm
     activation: str = "swiglu"  # in the feed-forward
     qkv_bias: bool = False  # on the projections to queries, keys and values
@@ -101,7 +101,7 @@ class Config:
     rotary_share: float = 1.0  # share of a head's channels that rope rotates
     window: int = 0  # number of tokens that layers with a sliding window attend to; 0: no window
     window_layers: list | None = None  # for each layer, whether it has a window; None: all have
-    window_theta: float = 0.0  # rope_theta of windowed layers, without rope_scaling; 0: rope_theta
+    window_theta: float = 0.0  # rope_theta of windowed layers, never scaled; 0: as in other layers
     embed_scale: float = 1.0  # multiplies embedding and positions if there is no embed_norm
     residual_scale: float = 1.0  # multiplies what attention and feed-forward add to their input
     logit_scale: float = 1.0  # multiplies the final states, and therefore the logits
@@ -109,14 +109,12 @@ class Config:
     init: str = "zero_out"  # initial weights: `Transformer.init_weights`
 
     def __post_init__(self):
-        if self.n_head < 1:
-            raise UserError(f"n_head {self.n_head} must be above 0")
-        if self.head_size is None and self.d_model % self.n_head:
+        if self.head_size is None and self.d_model % max(1, self.n_head):
             raise UserError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}")
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.head_size is None:
-            self.head_size = self.d_model // self.n_head
+            self.head_size = self.d_model // max(1, self.n_head)
         if self.experts_per_token is None:
             self.experts_per_token = 2 if self.experts > 1 else 1
         if self.norm_topk_prob is None:
@@ -138,8 +136,8 @@ class Config:
             if getattr(self, name) < 0:
                 raise UserError(f"{name} {getattr(self, name)} must be at least 0")
         scales = "embed_scale residual_scale logit_scale attention_scale rotary_share rope_theta"
-        sizes = "eps vocab_size n_layer d_model context n_kv_head head_size d_ff experts_per_token"
-        for name in [*sizes.split(), *scales.split()]:
+        sizes = "eps vocab_size n_layer n_head d_model context n_kv_head head_size d_ff"
+        for name in [*sizes.split(), *scales.split(), "experts_per_token"]:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} {getattr(self, name)} must be above 0")
         if self.context > 2**24:
@@ -226,8 +224,8 @@ def preset(name, **changes):
     shape = PRESETS[name] | changes
     if "n_head" not in changes and shape["d_model"] % shape["n_head"]:
         C, nkv = shape["d_model"], shape.get("n_kv_head") or 1
-        even = [n for n in range(nkv, C, nkv) if C % (2 * n) == 0]  # channels, which rope pairs
-        shape["n_head"] = min(even, key=lambda n: (abs(n - C // 64), -n), default=1)
+        counts = [n for n in range(nkv, C, nkv) if C % (2 * n) == 0]  # rope needs even head sizes
+        shape["n_head"] = min(counts, key=lambda n: (abs(n - C // 64), -n), default=1)
     return Config(**shape)
 
 
@@ -246,7 +244,7 @@ def rope_tables(context, head_size, theta, scaling=None, share=1.0):
 
     Channel i is rotated with channel i + hs/2 (the layout of Llama and Qwen weights), at position t
     by the angle t * theta ** (-2i / hs), which is largest for the first pair. If only a `share` of
-    the channels is rotated, hs in the formula is the number of those.
+    the channels is rotated, it is those of the first pairs, and hs in the angle is their number.
     """
     # on the CPU even if the default device is meta; in the same order of operations as
     # transformers, so that results are rounded alike
@@ -495,8 +493,8 @@ INPUTS = {
 # The loss, a chunk of logits at a time
 # --------------------------------------------------------------------------------------------
 
-LOSS_ROWS = 256  # minimum number of rows in a chunk of logits
-LOSS_BYTES = 2**27  # on a CPU, a chunk has more rows if their logits fit in so many bytes
+LOSS_ROWS = 256  # so many rows of logits fit in one chunk, whatever the vocabulary
+LOSS_BYTES = 2**27  # on a CPU, a chunk may have more rows if their logits fit in so many bytes
 
 
 def softmax_(logits, targets, full):
@@ -595,7 +593,7 @@ class NewTokens(NamedTuple):
     """The positions of the T new tokens of each row, and the keys that they may attend to."""
 
     positions: slice | torch.Tensor  # a slice or (T,) if the same for all rows, else (B, T)
-    mask: torch.Tensor | None = None  # (B, 1, T, S) or (T, S), True: may attend; None: causal
+    mask: torch.Tensor | None = None  # (B, 1, T, S), True: may attend; None: causal
     # per layer (keys, values) (B, nkv, S, hs): parts of the cache, with room for the new tokens
     layers: list | None = None
 

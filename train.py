@@ -124,8 +124,8 @@ class TokenLoader:
 
 
 def micro_batches(loader, step, n_rows, grad_accum, rank=0, world=1):
-    """This process's share of the `n_rows` rows of `step`, as `grad_accum` batches. The batches of
-    all processes have as many rows, give or take one; some may have none."""
+    """This process's share of the `n_rows` rows of `step`, as `grad_accum` batches. All batches of
+    all processes have equally many rows, give or take one, perhaps none."""
     parts = grad_accum * world
     bounds = [step * n_rows - (-i * n_rows // parts) for i in range(parts + 1)]
     mine = range(rank * grad_accum, (rank + 1) * grad_accum)
@@ -247,8 +247,8 @@ def make_optimizers(model, args):
     return optimizers
 
 
-# {name: function of f, the share of lr - min_lr that is left}; f runs from 0, at the end of the
-# warmup, to 1, at the end of the run. To add a schedule, add a line here.
+# {name: function of f that gives the share of lr - min_lr that is left}; f runs from 0, at the end
+# of the warmup, to 1, at the end of the run. To add a schedule, add a line here.
 SCHEDULES = {
     "cosine": lambda f: 0.5 * (1 + math.cos(math.pi * f)),
     "linear": lambda f: 1 - f,
@@ -304,18 +304,18 @@ def evaluate(model, tokens, byte_lengths, runtime, limit=None, context=None, str
     batches = [full[i : i + per_batch] for i in range(0, len(full), per_batch)]
     batches += [[s] for s in starts if s + T > targets]  # the short rest, in a batch of its own
     losses, count, n_bytes = [torch.zeros((), device=runtime.device)], 0, 0
-    for batch, counted in watched(list(runtime.share(batches)), "validating: batch"):
+    for batch, is_new in watched(list(runtime.share(batches)), "validating: batch"):
         length = min(T, targets - batch[0])
         window = np.asarray(batch)[:, None] + np.arange(length + 1)
         block = torch.from_numpy(tokens[window].astype(np.int64))
         goals = block[:, 1:].clone()
         goals[np.asarray(batch) > 0, : T - stride] = -100
         places = lm.target_places(goals)
-        n_bytes += counted * int(byte_lengths[goals.flatten()[places].numpy()].clip(0).sum())
-        count += counted * len(places)  # `counted` is False for a repeat, see Runtime.share
+        n_bytes += is_new * int(byte_lengths[goals.flatten()[places].numpy()].clip(0).sum())
+        count += is_new * len(places)  # `is_new` is False for a repeat, see Runtime.share
         ids, goals, places = runtime.upload([block[:, :-1], goals, places])
         with lm.evaluating(model), runtime.autocast():
-            losses.append(counted * model(ids, goals, places=places))  # read later: no GPU sync
+            losses.append(is_new * model(ids, goals, places=places))  # read later: no GPU sync
     loss, count, n_bytes = runtime.total(sum(torch.stack(losses).tolist()), count, n_bytes)
     mean = loss / count
     return {
@@ -593,7 +593,7 @@ def fit(model, task, args, runtime, out, resume=None):
             norm = optimizer_step(model, run.optimizers, run.scaler, args.grad_clip, runtime)
             after_step()
 
-            # count the step. Reading losses is a GPU sync: for a row, a checkpoint, each tenth step
+            # count the step. Reading losses is a GPU sync: only for a row, a save, every tenth step
             state["step"] += 1
             state["tokens"] += tokens
             meter.unread.append((loss.float(), norm.float()))

@@ -312,7 +312,7 @@ def test_resuming_is_refused_for_other_data_other_scripts_and_fixed_flags(desk):
                          (["--data", "pairs.jsonl"], "not the data")):
         assert named in refused("--resume", "out/run", *flags)
     assert "finetune.py" in refused("--resume", "out/run", main=train.main)
-    assert "for sampling only" in refused("--resume", "out/run/best.pt")
+    assert "is for sampling: resume a last.pt" in refused("--resume", "out/run/best.pt")
     write("chats.jsonl", [{"instruction": str(i), "output": "x"} for i in range(9)])
     assert "not the data that the run began with" in refused("--resume", "out/run")
     lm.save_checkpoint("out/plain/last.pt", content("out/run/last.pt") | {"args": {}})
