@@ -26,8 +26,6 @@ guided_choice guided_grammar structured_outputs use_beam_search allowed_token_id
 include_stop_str_in_output json_schema mirostat dry_multiplier xtc_probability documents
 chat_template lora repeat_penalty num_predict n_predict typical_p top_a tfs_z options"""
 HARMLESS = (False, 0, "", [], {}, "none", "medium", ["text"])
-OFF = {"skip_special_tokens": (True,), "repeat_penalty": (1,), "num_predict": (-1,),
-       "n_predict": (-1,), "typical_p": (0, 1), "tfs_z": (0, 1)}  # fmt: skip
 PROMPT_FLAGS = ("add_generation_prompt", "continue_final_message")  # where a chat's prompt ends
 
 
@@ -55,7 +53,8 @@ def number(low, high, types=(int, float)):
 def check_fields(body, chat, size, settings):
     """ApiError for an unsupported or wrong field; `size` is the vocabulary's. `settings` are those
     of the Api: a setting without a rule of its own must be a number of the same type."""
-    harmless = dict.fromkeys(UNSUPPORTED.split(), HARMLESS) | OFF
+    harmless = dict.fromkeys(UNSUPPORTED.split(), HARMLESS) | {"skip_special_tokens": (True,)}
+    harmless |= dict.fromkeys(("repeat_penalty", "typical_p", "tfs_z"), (1,))
     harmless |= {"best_of": (1, body.get("n"))} | ({"echo": (False,)} if chat else {})
     for name, values in harmless.items():
         if name in body and body[name] not in values:
@@ -117,7 +116,7 @@ def read_messages(messages):
             role, calls = message.get("role"), message.get("tool_calls") or []
             if role not in roles or (calls and role != "assistant"):
                 raise ValueError(f"the role cannot be {role!r:.40}")
-            calls = list(map(read_call, calls if isinstance(calls, list) else [calls]))
+            calls = list(map(read_call, calls if type(calls) is list else [calls]))
             if role != "assistant" and message.get("content") is None:
                 raise ValueError(f"a message of the role {role} needs content")
             new = {"role": role, "content": content_text(message.get("content"))}

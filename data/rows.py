@@ -41,22 +41,15 @@ FORMS = (
 class Fields(dict):
     """A JSON object that is read field by field."""
 
-    def take(self, *names, read=lambda value, name: value):
+    def take(self, *names, read=lambda value, name: value, needed=False):
         """Remove the first of the fields `names` that exists and is not null, and return
-        read(its value or None, its name)."""
+        read(value, name). ValueError if it is `needed`, but is null or a number."""
         there = [name for name in names if name in self]
         name = next((n for n in there if self[n] is not None), (there or names)[0])
-        return read(self.pop(name, None), name)
-
-    def need(self, *names, read=lambda value, name: value):
-        """As `take`, but raise a ValueError that names the field if it is null or a number."""
-
-        def check(value, name):
-            if value is None or isinstance(value, (int, float)):
-                raise ValueError(f"{name} is {json.dumps(value)}, not text or turns")
-            return read(value, name)
-
-        return self.take(*names, read=check)
+        value = self.pop(name, None)
+        if needed and (value is None or isinstance(value, (int, float))):
+            raise ValueError(f"{name} is {json.dumps(value)}, not text or turns")
+        return read(value, name)
 
     def close(self, unread, where=""):
         """Count the fields that remain, except empty ones, in the Counter `unread`."""
@@ -179,7 +172,7 @@ def read_question(row, unread):
     ]
     names = [name for name in ("prompt", "question", "query") if row.get(name) is not None]
     if names:
-        text = row.need(*names)
+        text = row.take(*names, needed=True)
     else:  # Alpaca's, or Dolly's with a context
         read = partial(row.take, read=chat.content_text)
         text = "\n".join(filter(None, map(read, ("instruction", "input", "context"))))
@@ -193,10 +186,11 @@ def read_pair(row, unread):
     if row.keys() & set(QUESTIONS):
         turns = read_question(row, unread)
     else:
-        turns = read_messages(row.need(*TURNS) if any(map(row.get, TURNS)) else [], unread)
+        turns = row.take(*TURNS, needed=any(map(row.get, TURNS))) or []
+        turns = read_messages(turns, unread)
     (told, asked), sides = chat.split_system(turns), []
     for names in PAIRS:
-        side = read_messages(transcript(row.need(*names)), unread, "assistant")
+        side = read_messages(transcript(row.take(*names, needed=True)), unread, "assistant")
         system, said = chat.split_system(side)
         if not said or said[0]["role"] != "user":
             said = [*asked, *said]
@@ -236,10 +230,10 @@ def to_example(row, unread=None):
         turns = [*(context or ()), response]
         example = conversation(read_messages(turns, unread), row)
     elif keys & set(TURNS):
-        turns = row.need(*TURNS, read=read_json) or []
+        turns = row.take(*TURNS, read=read_json, needed=True) or []
         example = conversation(read_messages(turns, unread), row)
     elif keys & set(ANSWERS) and keys & set(QUESTIONS):
-        messages, answer = read_question(row, unread), row.need(*ANSWERS)
+        messages, answer = read_question(row, unread), row.take(*ANSWERS, needed=True)
         if isinstance(answer, str):
             answer = {"role": "assistant", "content": answer}
             answer["reasoning_content"] = row.take("reasoning_content", "reasoning")
