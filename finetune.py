@@ -1119,8 +1119,9 @@ def main(argv=None):
         args = settle(args, max_steps=steps * (args.updates or 1))
     if args.warmup_steps is None:
         args = settle(args, warmup_steps=train.short_warmup(WARMUP, args.max_steps))
-    others = {"val", args.split} - {"train"}
-    splits = {"train": split} | {name: objective.make_split(examples[name]) for name in others}
+    splits = {"train": split, "val": objective.make_split(examples["val"])}
+    if args.split not in splits:
+        splits[args.split] = objective.make_split(examples[args.split])
     extra = {"tokenizer": tokenizer.spec, "data": hashes} | objective.start(model, splits, content)
     task = make_task(args, objective, splits, loader, extra)
     if adapter:

@@ -166,10 +166,8 @@ def transcript(text):
 
 def read_question(row, unread):
     """The messages before an answer: a prompt or question, or Alpaca's history and instruction."""
-    turns = [
-        dict(zip(("question", "answer"), t)) if isinstance(t, list) and len(t) == 2 else t
-        for t in row.take("history", read=read_json) or ()
-    ]
+    turns, names = row.take("history", read=read_json) or (), ("question", "answer")
+    turns = [dict(zip(names, t)) if isinstance(t, list) and len(t) == 2 else t for t in turns]
     names = [name for name in ("prompt", "question", "query") if row.get(name) is not None]
     if names:
         text = row.take(*names, needed=True)

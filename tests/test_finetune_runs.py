@@ -80,12 +80,9 @@ def write(path, rows):
 
 
 def tool_chat(word, n):
-    return {"messages": [
-        {"role": "user", "content": f"{n} {word}?"},
-        {"role": "call", "content": json.dumps({"name": "look", "arguments": {"of": word}})},
-        {"role": "tool", "content": "ok"},
-        {"role": "assistant", "content": f"{word}!"},
-    ]}
+    call = json.dumps({"name": "look", "arguments": {"of": word}})
+    said = dict(user=f"{n} {word}?", call=call, tool="ok", assistant=f"{word}!")
+    return {"messages": [{"role": role, "content": text} for role, text in said.items()]}
 
 
 @pytest.fixture
@@ -333,10 +330,8 @@ def test_supervised_fine_tuning_end_to_end(desk, capsys):
     ft.main(["--ckpt", "out/base", *SFT, "--epochs", "3", "--eval_every", "20", "--eval_rows", "4",
              "--lr", "5e-3"])
     out = Path("out/chats-ft")
-    assert {p.name for p in out.glob("[!.]*")} == {
-        "last.pt", "best.pt", "metrics.jsonl", "loss.svg", "predictions.jsonl", "scores.json",
-        "settings.json",
-    }
+    files = "best.pt last.pt loss.svg metrics.jsonl predictions.jsonl scores.json settings.json"
+    assert sorted(p.name for p in out.glob("[!.]*")) == files.split()
     said = capsys.readouterr().out
     n = int(re.search(r"(\d+) batches an epoch", said)[1])
     assert len(losses(out)) == 3 * n and sum(losses(out)[2 * n:]) < 0.7 * sum(losses(out)[:n])

@@ -41,7 +41,8 @@ def test_a_folder_gives_its_text_files_in_order(capsys):
 
 @pytest.mark.parametrize("name, named_so", [
     ("novels", "novels/ novels/*.txt novels/**/*.txt /a/novels/[*]/*"),
-    ("text", ".. https://h/ /*.txt **"),
+    ("text", ".. https://h/ /*.txt **"), ("many-en", "me/many:en"), ("c", "me/a:b/c.jsonl"),
+    ("rotten_tomatoes", "rotten_tomatoes cornell-movie-review-data/rotten_tomatoes"),
     ("tale", "a/tale.txt tale.jsonl.gz tale.TAR.GZ tale.tar.xz https://h/x/tale.txt?download=1"),
 ])
 def test_a_source_gives_its_folder_a_sensible_name(name, named_so):
@@ -163,9 +164,8 @@ def test_meta_counts_what_the_files_hold_and_a_folder_lends_its_tokenizer(prepar
     train, val = meta["splits"]["train"]["bytes"], meta["splits"]["val"]["bytes"]
     best = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 26}
     whole = text.encode()
-    alone, first, both = (
-        len(lzma.compress(part, filters=[best])) for part in (whole[train:], whole[:train], whole)
-    )
+    parts = (whole[train:], whole[:train], whole)
+    alone, first, both = (len(lzma.compress(part, filters=[best])) for part in parts)
     xz = prepare_data.xz_bits_per_byte([prepared / "train.bin", prepared / "val.bin"], t)
     assert xz == 8 * (both - first) / val < 0.5 * 8 * alone / val  # it has seen the same lines
     Path("b.txt").write_bytes((TEXTS["english"] * 20).encode())
@@ -296,7 +296,6 @@ def network(monkeypatch, make):
 
 
 def test_of_a_text_without_end_as_much_is_fetched_as_is_wanted(monkeypatch):
-
     def page(url):
         first = int(re.search(r"offset=(\d+)&length=100", url)[1])
         text = {n: f"page {n} {'word ' * 100}" for n in range(first, first + 100)}

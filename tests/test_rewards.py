@@ -388,11 +388,10 @@ def test_a_reward_model_prefers_what_was_chosen_and_rewards_it(room):
     rewards = values(out, "val_reward")
     assert rewards[-1] > rewards[0] - 1e-6 and rewards[-1] > values(out, "reward")[0]
     (judge, tokenizer, _), talk = sample.load("out/judge", dtype="fp32"), say("a", "b")
-    for tools in (None, TOLD):
-        (row,) = chat_rows({"messages": talk, "tools": tools}, tokenizer, 47)
-        wanted = judge(torch.tensor([row.ids]))[0, -1, tokenizer.special[ft.REWARD_TOKEN]].item()
-        [reward] = ft.load_rewards("out/judge", "cpu")([(Turn(talk[:1], None, tools), talk[1])])
-        assert reward == pytest.approx(wanted, abs=1e-5)
+    (row,) = chat_rows({"messages": talk, "tools": TOLD}, tokenizer, 47)
+    wanted = judge(torch.tensor([row.ids]))[0, -1, tokenizer.special[ft.REWARD_TOKEN]].item()
+    [reward] = ft.load_rewards("out/judge", "cpu")([(Turn(talk[:1], None, TOLD), talk[1])])
+    assert reward == pytest.approx(wanted, abs=1e-5)
 
 
 def test_the_reward_of_a_pair_is_the_bradley_terry_loss():

@@ -20,7 +20,6 @@ from data.hotel import HOTEL_DB, OWN_HOTELS, read_hotels, search_hotels, synthet
 from data.row_files import read_rows
 from data.rows import first_words, load_data, read_examples, split_off, to_example
 from data.sources import LAB, REVIEWS, SOURCES
-from prepare_data import default_name
 
 
 def write(path, rows):
@@ -454,12 +453,6 @@ def test_files_of_a_repository(hub):
         assert sizes(source, val_source=source) == {"train": n, "val": n}
 
 
-def test_the_names_that_the_course_and_the_hub_have_for_a_set():
-    for name in ("rotten_tomatoes", "cornell-movie-review-data/rotten_tomatoes"):
-        assert SOURCES[name] is SOURCES["sentiment"] and default_name(name) == "rotten_tomatoes"
-    assert default_name("me/many:en") == "many-en" and default_name("me/a:b/c.jsonl") == "c"
-
-
 def test_synthetic_dialogues_say_what_their_calls_ask_and_find_what_fits():
     rows = synthetic_dialogues(150, "train")
     assert rows == synthetic_dialogues(150, "train") != synthetic_dialogues(150, "dev")
@@ -486,6 +479,8 @@ def test_film_reviews_are_split_as_the_public_set_is(elsewhere):
     wanted = {split: [{"text": t, "label": label} for label in files for t in files[label][part]]
               for split, part in both.items()}  # fmt: skip
     assert load_data("sentiment")[:2] == ("label", wanted)
+    for name in ("rotten_tomatoes", "cornell-movie-review-data/rotten_tomatoes"):
+        assert SOURCES[name] is SOURCES["sentiment"]  # as the course and the Hub call it
 
 
 def test_the_public_hotel_set_with_its_database(elsewhere):
