@@ -37,6 +37,9 @@ def test_a_folder_gives_its_text_files_in_order(capsys):
     assert capsys.readouterr().err.startswith("folder books: files left out: 2 .png, 1 ")
     assert pieces_of(*prepare_data.find_files("books/[ax].*")) == ["<a.md>"]
     assert pieces_of(*prepare_data.find_files("**/*.py")) == ["<sub/c.py>"]
+    names = {p.relative_to(Path(os.__file__).parent) for p in stdlib_files()}
+    assert Path("json/decoder.py") in names
+    assert not [n for n in names if {"test", "tests", "site-packages"} & set(n.parts)]
 
 
 @pytest.mark.parametrize("name, named_so", [
@@ -68,12 +71,6 @@ def test_a_source_without_text_is_named():
         with pytest.raises(UserError, match=f"{source}.*{reason}"):
             prepare(source, "byte")
     assert not list(Path("data").rglob("*.*"))
-
-
-def test_stdlib_is_source_without_tests():
-    names = {p.relative_to(Path(os.__file__).parent) for p in stdlib_files()}
-    assert Path("json/decoder.py") in names
-    assert not [n for n in names if {"test", "tests", "site-packages"} & set(n.parts)]
 
 
 def text_of(folder, *splits):
@@ -222,10 +219,8 @@ def test_preparing_again_gives_the_same_bytes_or_replaces_all_or_fails(prepared,
 @pytest.mark.parametrize("name", ["tale", "hotel-synthetic"])
 def test_several_processes_may_prepare_one_text(name):
     Path("tale.txt").write_text("".join(f"{i} is a number. " for i in range(3_000)))
-    code = {
-        "tale": "import prepare_data as p; p.read_tokens(p.find_data('tale.txt'), 'train')",
-        "hotel-synthetic": "from data.sources import invented_dialogues; invented_dialogues()",
-    }
+    code = {"tale": "import prepare_data as p; p.read_tokens(p.find_data('tale.txt'), 'train')",
+            "hotel-synthetic": "from data.sources import invented_dialogues as f; f()"}  # fmt: skip
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code[name]}"
     command, pipe = [sys.executable, "-c", code], subprocess.PIPE
     started = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) for _ in range(3)]
@@ -310,9 +305,7 @@ def test_of_a_text_without_end_as_much_is_fetched_as_is_wanted(monkeypatch):
     assert text_of(folder, "train").startswith("page 0 word word ")
     assert len(set(asked)) < 20 and all("config=sample-10BT" in url for url in asked)
 
-
-def test_files_of_c4_follow_each_other(monkeypatch):
-    def rows(url):
+    def rows(url):  # files of C4 follow each other
         texts = (f"{url[-22:-8]} {n} {'词' * 999}" for n in range(40))
         return gzip.compress("\n".join(json.dumps({"text": text}) for text in texts).encode())
 

@@ -409,7 +409,7 @@ def sizes(source, **options):
     return {split: len(rows) for split, rows in load_data(source, **options)[1].items()}
 
 
-def test_configurations_splits_and_parts_of_a_data_set(hub):
+def test_configurations_splits_parts_and_files_of_a_data_set(hub):
     splits = {"train": films(120), "test": films(9)}
     hub("me/many", {"en": splits, "zh": {"train_sft": films(30), "dev": films(5)}})
     hub("me/one", {"plain": {"train": films(2), "validation": films(8)}})
@@ -422,6 +422,11 @@ def test_configurations_splits_and_parts_of_a_data_set(hub):
     assert sizes("me/one") == {"train": 2, "val": 8}
     hub("me/sft", {"default": {"train_sft": films(30), "test_sft": films(5)}, "other": {}})
     assert sizes("me/sft:train_sft", val_source="me/sft:test_sft") == {"train": 30, "val": 5}
+    for name, n in (("rows v2.csv", 30), ("data/Train.csv", 4)):
+        url = f"/huggingface.co/datasets/me/split/resolve/main/{quote(name)}"
+        hub.mirror.files[url] = b"text,label\n" + b"a,0\n" * n
+        source = f"me/split:{name}"
+        assert sizes(source, val_source=source) == {"train": n, "val": n}
 
 
 @pytest.mark.parametrize("source, says", [
@@ -443,14 +448,6 @@ def test_a_data_set_that_cannot_be_read_is_a_line(hub, source, says):
     with pytest.raises(UserError, match=re.escape(says)) as e:
         load_data(source)
     assert "\n" not in str(e.value)
-
-
-def test_files_of_a_repository(hub):
-    for name, n in (("rows v2.csv", 30), ("data/Train.csv", 4)):
-        url = f"/huggingface.co/datasets/me/split/resolve/main/{quote(name)}"
-        hub.mirror.files[url] = b"text,label\n" + b"a,0\n" * n
-        source = f"me/split:{name}"
-        assert sizes(source, val_source=source) == {"train": n, "val": n}
 
 
 def test_synthetic_dialogues_say_what_their_calls_ask_and_find_what_fits():
