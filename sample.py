@@ -35,7 +35,7 @@ from data.chat import common_length, get_template
 from data.drafts import Drafts, Lookup
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, native_dtype
-from data.matmul import make_fast, timing_lines
+from data.matmul import make_fast
 from data.progress import watched
 from data.reply import TextStream
 from data.runs import newest_run
@@ -655,8 +655,6 @@ def fast_model(model, rows, args):
     if fast:
         # a draft adds rows to a pass, and a layout that is fast for 8 rows is as fast for one
         make_fast(model, rows if args.no_draft else max(rows, 8), args.dtype == "int8")
-        if args.verbose:
-            print("\n".join(timing_lines()), file=sys.stderr)
     return model
 
 
@@ -871,7 +869,6 @@ def build_parser():
         help="of the weights (auto: on CUDA bf16, or fp16 before Ampere; else fp32); int8: on CPUs")
     add("--no_fast", action="store_true", help="no faster Linear layers (CPU) or CUDA graphs (GPU)")
     add("--no_draft", action="store_true", help="one token per step, no drafts from earlier text")
-    add("--verbose", action="store_true", help="show the times of the faster Linear layers")
     add("--adapter", action="append", default=[], help="LoRA run to add to --ckpt; repeat for more")
     add("--system", metavar="TEXT", help="with --chat and --serve: the system turn")
     add("--tools", help="with --chat and --serve: hotel, or a .py file of functions to call")

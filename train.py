@@ -58,7 +58,7 @@ from prepare_data import data_hashes, find_data, other_tokenizer, read_meta, rea
 RECIPE = dict(
     batch_size=8, grad_accum=1, optimizer="adamw", schedule="linear", warmup_steps=60,
     lr=3e-3, embed_lr=3e-2, head_lr=1e-2, min_lr=0.0, weight_decay=0.1, beta1=0.9, beta2=0.99,
-    grad_clip=1.0, eval_every=250, eval_tokens=None, save_every=0, save_minutes=0.0,
+    grad_clip=1.0, eval_every=250, eval_tokens=None, save_every=0,
     log_every=20, patience=0, seed=0,
 )  # fmt: skip
 # None: the same as lr
@@ -438,7 +438,6 @@ class Run:
         # warm_seconds: duration of the warmup; bad: evaluations since the best one
         self.state = dict(step=0, tokens=0, seconds=0.0, warm_seconds=0.0)
         self.state |= dict(best=math.inf, best_step=0, bad=0)
-        self.saved_at = 0.0  # seconds
 
     def evaluate(self, log, train_loss):
         """Evaluate and log it. Returns the row, and whether its score is the best (smallest)."""
@@ -451,16 +450,9 @@ class Run:
         log.evaluation(row, train_loss, better)
         return row, better
 
-    def save_due(self):
-        """Whether it is time for a checkpoint between evaluations."""
-        every, minutes = self.args.save_every, self.args.save_minutes
-        by_steps = every and self.state["step"] % every == 0
-        return by_steps or (minutes and self.state["seconds"] - self.saved_at >= 60 * minutes)
-
     def save(self, best=False):
         """Write last.pt, and best.pt if this is the best evaluation. best.pt comes first: after a
         crash in between, resuming from the older last.pt writes it again."""
-        self.saved_at = self.state["seconds"]
         weights = whole_tensors(self.task.weights(self.model), self.runtime)
         optimizers = [whole_tensors(o.state_dict(), self.runtime) for o in self.optimizers]
         if self.runtime.rank > 0:
@@ -494,7 +486,6 @@ class Run:
             self.scaler.load_state_dict(content["scaler"])
         del content["model"], content["optimizers"]  # free the CPU's copies if a GPU has its own
         self.state.update(content["state"])
-        self.saved_at = self.state["seconds"]
         if any(content["args"].get(k) != vars(self.args)[k] for k in ("max_steps", "max_minutes")):
             self.state["bad"] = 0  # with another limit, --patience counts anew
 
@@ -556,7 +547,7 @@ class Meter:
 def fit(model, task, args, runtime, out, resume=None):
     """Train `model` on `task` and write the run to folder `out`. Returns the final metrics, or None
     if a resumed run had ended. `args` has what `add_optimization` adds, max_steps, max_minutes,
-    seed, compile, autocast and eval_tokens; `resume` is the content of a last.pt whose weights the
+    seed, compile and eval_tokens; `resume` is the content of a last.pt whose weights the
     model has. UserError if a loss is not finite, SystemExit(130 or 143) after a stop signal."""
     run = Run(model, task, args, runtime, out)
     if resume:
@@ -617,7 +608,8 @@ def fit(model, task, args, runtime, out, resume=None):
             evaluate_now = done >= 1 or state["step"] % args.eval_every == 0
             if evaluate_now and not stopping:
                 evaluation, better = run.evaluate(log, train_loss(state["step"], runtime))
-            if stopping or evaluate_now or run.save_due():
+            save_now = args.save_every and state["step"] % args.save_every == 0
+            if stopping or evaluate_now or save_now:
                 meter.read(state["step"])  # never save weights that are not finite
                 run.save(better)
                 log.draw(task.curves, task.unit)
@@ -747,7 +739,7 @@ def make_runner(model, task, args, runtime, step=0):
     # the copy) or of frozen weights (they need not be held twice)
     copied = runtime.dtype == "bf16" and device.type == "cpu" and runtime.world == 1
     copied &= model.config.d_model >= 512  # in a narrow model, casting is as cheap as the copy
-    if copied and not args.autocast and all(p.requires_grad for p in model.parameters()):
+    if copied and all(p.requires_grad for p in model.parameters()):
         runner, precision = BF16Copy(model), fp32
         after_step = runner.sync_weights
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -831,7 +823,6 @@ def add_machine(add):
     add("--compile", action=yes_or_no, help="torch.compile (default: on GPUs since Ampere)")
     add("--grad_checkpoint", action="store_true", default=None, help="less memory, slower")
     add("--shard", action=yes_or_no, help="each of torchrun's processes keeps a part of the model")
-    add("--autocast", action="store_true", default=None, help="on a CPU, no bf16 copy of the model")
 
 
 def add_optimization(p):
@@ -854,7 +845,6 @@ def add_optimization(p):
     add("--grad_clip", type=at_least(0, float), help="largest gradient norm; 0 is no clipping")
     add("--eval_every", type=at_least(1), help="steps between evaluations, each with a checkpoint")
     add("--save_every", type=at_least(0), help="steps between further checkpoints; 0 is none")
-    add("--save_minutes", type=at_least(0, float), help="minutes between them; 0 is none")
     add("--log_every", type=at_least(1), help="steps between lines")
     add("--patience", type=at_least(0), help="end after so many evaluations without a better one")
     return add

@@ -103,15 +103,6 @@ def time_layouts(weight, rows, layouts):
     return dict(zip(candidates, map(min, *rounds)))
 
 
-def timing_lines():
-    """A line for each shape of matrix: the candidates' times, the fastest first."""
-    for (shape, dtype, rows, layouts), seconds in timings.items():
-        order = sorted(seconds.items(), key=lambda item: item[1])
-        times = ", ".join(f"{layout.__name__} {s * 1e6:.0f}" for layout, s in order)
-        name = "int8" if layouts is INT8_LAYOUTS else str(dtype).removeprefix("torch.")
-        yield f"{shape[0]} x {shape[1]} {name}, {rows} row(s), microseconds: {times}"
-
-
 def fastest(layers, rows, layouts):
     """A function that computes the concatenated outputs of the nn.Linears `layers`. The chosen
     layout minimises the product of the times for one row and for `rows`, because a server with many

@@ -112,7 +112,6 @@ def test_the_fastest_that_works_is_chosen(monkeypatch):
     monkeypatch.setattr(matmul, "timings", timings)
     fastest([linear], 1, (broken, slow, plain))
     assert next(iter(timings.values())).keys() <= {slow, plain}
-    assert "microseconds: plain" in next(matmul.timing_lines())
     fastest([torch.nn.Linear(300, 8)], 1, (broken, slow, plain))
     assert list(timings.values())[1].keys() == {slow}  # of a small one the first that works
     for rows, seconds in ((1, {slow: 3, plain: 1}), (16, {slow: 1, plain: 2})):  # 1 x 2 < 3 x 1
@@ -137,18 +136,18 @@ def test_bfloat16_is_as_near_as_bfloat16_is_and_int8_nearly(name):
     "fp32 --no_fast", "bf16 --no_fast", "fp32 --beams 2", "bf16 --num_samples 3", "int8",
     "int8 --num_samples 3", "int8 --beams 2",
 ])
-def test_every_path_writes_on_this_machine(flags, tmp_path, capsys):
+def test_every_path_writes_on_this_machine(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(matmul, "timings", {})
     save(tmp_path / "x.pt", build("default", 512, n_layer=1), BYTE)
     command = f"--ckpt {tmp_path}/x.pt --prompt x --max_new_tokens 6 --print_ids --dtype {flags}"
-    sample.main(["--verbose", *command.split()])
-    out, err = capsys.readouterr()
-    assert 1 <= len(out.strip().split("\n")[-1].split(",")) <= 6
-    assert ("2048 x 512" in err) is ("--no_fast" not in flags)  # what was chosen, for each shape
+    sample.main(command.split())
+    assert 1 <= len(capsys.readouterr().out.strip().split("\n")[-1].split(",")) <= 6
+    assert bool(matmul.timings) is ("--no_fast" not in flags)
 
 
 def test_what_cannot_be_is_named():
     model = build("llama")
-    args = argparse.Namespace(dtype="fp32", no_fast=False, verbose=False)
+    args = argparse.Namespace(dtype="fp32", no_fast=False)
     lora.add_lora(model, "attention", rank=2, alpha=4)
     sample.fast_model(model, 1, args)  # adapters may be switched: it stays as it is
     assert isinstance(model.blocks[0].attention.q.base, torch.nn.Linear)
