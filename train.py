@@ -4,7 +4,7 @@
     python train.py --data sales --preset baby --max_steps 2000
     python train.py --data data/mynovel --optimizer muon
     python train.py --resume                               continue the newest run
-    torchrun --nproc_per_node 2 train.py --batch_size 6    several processes or GPUs
+    torchrun --nproc_per_node 2 train.py --batch_size 8    several processes or GPUs
 
 A run writes out/NAME/last.pt (all that resuming needs), best.pt (what sampling needs),
 metrics.jsonl and loss.svg. Text becomes token files in prepare_data.py; train.py calls it if they
