@@ -3,7 +3,6 @@
     python tests/bench_sample.py gpt2                      the 124M shape, one row and eight
     python tests/bench_sample.py int8 --ckpt out/stdlib --data data/stdlib
     python tests/bench_sample.py drafts --text story.txt   what drafts are worth, --dtype bf16
-    python tests/bench_sample.py loops                     how much of the samples is repetition
     python tests/bench_sample.py load                      --serve with 1 to 64 clients
     python tests/bench_sample.py load --url http://127.0.0.1:8000 --shapes gpt2
 
@@ -19,8 +18,6 @@ import asyncio
 import contextlib
 import copy
 import inspect
-import io
-import itertools
 import json
 import math
 import random
@@ -28,9 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import tokenize
 import urllib.parse
-from collections import defaultdict
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -239,67 +234,12 @@ def load(args):
                     print(f"| {' | '.join(cells + [f'{t:,.1f}' for t in times])} |", flush=True)
 
 
-def repeated(ids):
-    """Which tokens stand in four ids that come at least three times within 100: bools."""
-    places, marked = defaultdict(list), np.zeros(len(ids), bool)
-    for i in range(len(ids) - 3):
-        places[tuple(ids[i : i + 4])].append(i)
-    for found in places.values():
-        for three in zip(found, found[1:], found[2:]):
-            for i in three if three[-1] + 4 - three[0] <= 100 else ():
-                marked[i : i + 4] = True
-    return marked
-
-
-def is_python(text):
-    """Whether Python's tokenizer accepts a text that may end anywhere."""
-    try:
-        for _ in tokenize.generate_tokens(io.StringIO(text).readline):
-            pass
-    except (tokenize.TokenError, SyntaxError) as e:
-        return "EOF" in str(e)
-    return True
-
-
-def loops(args):
-    """How many of the tokens of 64 samples of 200 tokens are repetitions, beside the text itself.
-    The prompts are 32 tokens from the beginnings of held-out files, then from anywhere in them."""
-    content = lm.load_checkpoint(args.ckpt)
-    model, tokenizer = lm.model_from_checkpoint(content), Tokenizer(content["tokenizer"])
-    tokens, rng = prepare_data.read_tokens(args.data, "val"), np.random.default_rng(0)
-    files = np.split(tokens, np.flatnonzero(tokens == tokenizer.eos_id) + 1)
-    files = [f for f in files if len(f) > 232]
-    starts = [(f, 0 if n < len(files) else rng.integers(len(f) - 232))
-              for n, f in zip(range(64), itertools.cycle(files))]  # fmt: skip
-    rows = [f[at : at + 232].tolist() for f, at in starts]
-    make_fast(model, len(rows))
-    print("| | in repetitions | mostly loops | accepted by tokenize |")
-    print("| --- " + "| ---: " * 3 + "|")
-
-    def report(name, rows):
-        marks = [repeated(row[32:]) for row in rows]
-        shares = np.concatenate(marks).mean(), np.mean([m.mean() > 0.5 for m in marks])
-        shares = *shares, np.mean([is_python(tokenizer.decode(row)) for row in rows])
-        print(f"| {name} | {' | '.join(f'{s:.1%}' for s in shares)} |", flush=True)
-
-    report("held-out text", rows)
-    for penalty, seed in itertools.product((0, 4), (0, 1)):
-        seeds = [1000 * seed + r for r in range(64)]
-        texts = [row[:32] for row in rows]
-        options = sample.DEFAULTS | dict(loop_penalty=penalty, seeds=seeds)
-        options["stop"] = lambda r, i: i == tokenizer.eos_id
-        for new in sample.generate(model, texts, 200, **options):
-            for text, i in zip(texts, new):
-                text += [i] if i not in (None, tokenizer.eos_id) else []
-        report(f"loop_penalty {penalty}, seed {seed}", texts)
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=("gpt2", "int8", "drafts", "loops", "load"))
+    p.add_argument("what", choices=("gpt2", "int8", "drafts", "load"))
     p.add_argument("--rounds", type=int, default=5, help="turns of each job (5)")
-    p.add_argument("--ckpt", default="out/stdlib", help="for int8 and loops")
-    p.add_argument("--data", default="data/stdlib", help="for int8 and loops")
+    p.add_argument("--ckpt", default="out/stdlib", help="for int8")
+    p.add_argument("--data", default="data/stdlib", help="for int8")
     p.add_argument("--tokens", type=int, default=20_000, help="of validation, for int8 (20,000)")
     p.add_argument("--seconds", type=float, default=30, help="of each measurement of load (30)")
     p.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="(1 4 16 64)")
@@ -310,7 +250,7 @@ def main():
     p.add_argument("--model", help="what requests call its model")
     args = p.parse_args()
     print(about_machine())
-    {"gpt2": gpt2, "int8": int8, "drafts": drafts, "loops": loops, "load": load}[args.what](args)
+    {"gpt2": gpt2, "int8": int8, "drafts": drafts, "load": load}[args.what](args)
 
 
 if __name__ == "__main__":

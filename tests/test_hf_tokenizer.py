@@ -253,14 +253,6 @@ def good():
     return json.loads(theirs.to_str())
 
 
-def edited(good, path, value):
-    """A copy with the value at path ("model.vocab") replaced."""
-    data = copy.deepcopy(good)
-    *way, last = (int(key) if key == "0" else key for key in path.split("."))
-    functools.reduce(lambda values, key: values[key], way, data)[last] = value
-    return data
-
-
 def steps(*all_steps):
     return {"type": "Sequence", "pretokenizers": all_steps}
 
@@ -290,12 +282,14 @@ def split_by(text, **changes):
     ("post_processor.special_tokens.<s>.ids", [0, 0], r"ids \[0, 0\] in front"),
 ])
 def test_what_tiktoken_would_read_otherwise_is_refused(good, path, value, said):
-    vocab = good["model"]["vocab"]
+    data, vocab = copy.deepcopy(good), good["model"]["vocab"]
     if path == "swap":  # ids must rise along the merges
         first, last = "".join(good["model"]["merges"][0]), max(vocab, key=vocab.get)
         path, value = "model.vocab", vocab | {first: vocab[last], last: vocab[first]}
+    *way, last = (int(key) if key == "0" else key for key in path.split("."))
+    functools.reduce(lambda values, key: values[key], way, data)[last] = value
     with pytest.raises(UserError, match=said) as e:
-        ours(edited(good, path, value))
+        ours(data)
     assert str(e.value).startswith(str(Path("theirs/tokenizer.json"))) and "\n" not in str(e.value)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import os
 import subprocess
 import sys
 from functools import partial
@@ -62,10 +61,6 @@ def test_only_copies_from_pinned_memory_are_not_waited_for(kind, pinned, monkeyp
     assert to.mock_calls == [call("pinned" if pinned else "plain", device, non_blocking=pinned)] * 2
 
 
-def test_tests_run_on_the_cpu_unless_they_are_marked():
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and choose_device() == CPU
-
-
 def test_apples_gpu_is_for_one_process(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", lambda size, device: None)
@@ -89,14 +84,6 @@ def test_of_batches_that_do_not_divide_each_counts_once():
         assert sorted(batch for rank in ranks for batch, counts in rank if counts) == batches
         if sharded:  # all take part in as many
             assert len({len(rank) for rank in ranks}) == 1
-
-
-def test_the_peak_is_that_of_the_fastest_product(monkeypatch):
-    speeds, asked = {(2, 3, 4): 7.0, (2, 8, 4): 6.0}, []
-    speed = lambda device, dtype, *shape: asked.append(shape) or speeds.get(shape, 1.0)  # noqa: E731
-    monkeypatch.setattr(machine, "product_speed", speed)
-    assert machine.measure_peak(CPU, "fp32", [(2, 3, 4)]) == 7.0
-    assert (256,) * 3 in asked  # a slow CPU: a small square
 
 
 def test_the_line_of_a_step_says_why_mfu_is_over_100_and_its_eta_is_never_negative():

@@ -30,8 +30,6 @@ HOTELS = [
 ]
 ASKED = [turn("user", "找一家500元以下的酒店"), turn("call", "search {}"),
          turn("tool", json.dumps(HOTELS, ensure_ascii=False))]
-
-
 SAID = turn("assistant", "为您推荐松园饭店(南店)。"), turn("user", "多少钱？")
 NAMED = {"name": 1, "right name": 1}
 

@@ -126,10 +126,6 @@ def tool(name):
 
 def both(create, **request):
     """What create(**request) returns complete, after it was the same as a stream."""
-
-    def about(number):
-        return pytest.approx(float(number), abs=1e-4)
-
     whole = create(**request)
     *chunks, last = create(**request, stream=True, stream_options={"include_usage": True})
     assert last.choices == [] and last.usage.total_tokens == whole.usage.total_tokens
@@ -145,7 +141,9 @@ def both(create, **request):
         for name, value in choice.logprobs.model_dump().items() if choice.logprobs else ():
             sent = [p.logprobs.model_dump()[name] or [] for p in parts if p.logprobs]
             # numbers differ by rounding: caches are filled in other passes
-            value = json.loads(json.dumps(value or []), parse_float=about)
+            value = json.loads(
+                json.dumps(value or []), parse_float=lambda n: pytest.approx(float(n), abs=1e-4)
+            )
             assert list(itertools.chain(*sent)) == value
     return whole
 
@@ -388,8 +386,6 @@ CHOICE = {"prompt": HELLO, "chosen": "hi 你好", "rejected": "no"}
 POSTS = [path for path, (method, *_) in data.service.ROUTES.items() if method == "POST"]
 HOSTS = "evil.example", "localhost.evil.example", "127.0.0.1@evil.example", "", "127.0.0.2"
 SITES = "http://evil.example", "null", "http://localhost:1", "localhost", ""
-
-
 CHUNKED = request(f"POST {ASK} HTTP/1.1", "Transfer-Encoding: chunked")
 BEGINNINGS = b"GET / HT", post(ASK, GOOD)[:-9]
 REFUSED = [  # (request, its status, perhaps that no more is sent)
@@ -489,21 +485,15 @@ def test_a_client_that_goes_frees_its_slot_and_its_place_in_the_queue(text, slow
         s.sendall(post(WRITE, LONG | body) + rest)
         return s
 
-    def wait_for_busy(count):
-        return wait_until(lambda: text.engine.busy == count)
-
-    def wait_for_queue(count):
-        return wait_until(lambda: len(text.scheduler.waiting) == count)
-
     for stream, rest in (False, b""), (True, post(WRITE, LONG)):
         with asking({"n": 2, "stream": stream}, rest):
-            wait_for_busy(2)
-        assert wait_for_busy(0) < 2  # of six seconds
+            wait_until(lambda: text.engine.busy == 2)
+        assert wait_until(lambda: not text.engine.busy) < 2  # of six seconds
     with asking({"n": 4}):
-        wait_for_busy(4)
+        wait_until(lambda: text.engine.busy == 4)
         with asking({"n": 3}):
-            wait_for_queue(3)
-        assert wait_for_queue(0) < 2
+            wait_until(lambda: len(text.scheduler.waiting) == 3)
+        assert wait_until(lambda: not text.scheduler.waiting) < 2
         assert text.engine.busy == 4
 
 
@@ -573,7 +563,8 @@ def test_a_signal_lets_the_process_end_its_answers_and_a_key_is_needed():
     command += ["--slots", "3", "--cors", site, "--host", "0.0.0.0", "--api_key", "k1"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=env, **pipes) as p:
+    with subprocess.Popen(command, env=env, **pipes) as p, contextlib.ExitStack() as stack:
+        stack.callback(p.kill)  # when an assertion fails: leaving Popen waits for the end
         port = int(re.fullmatch(r"http://[\d.]+:(\d+)/\n", p.stdout.readline())[1])
         assert [get(port, path)[0] for path in ("/v1/models", "/", "/health")] == [401, 200, 200]
         key, origin, body = "Authorization: Bearer k1", f"Origin: {site}", GOOD | {"model": "run"}
