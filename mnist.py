@@ -152,7 +152,7 @@ def fit(run, images, labels, batch_loss, evaluate):
                 if stop.number:
                     run.save()
                     if run.out:
-                        print(f"stopped at step {run.step}: resume by --resume {quoted(run.out)}")
+                        print(f"stopped at step {run.step}: --resume {quoted(run.out)} continues")
                     return 128 + stop.number
                 start = time.perf_counter()
                 # most optimizers call the closure once and then step; lbfgs calls it several times
