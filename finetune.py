@@ -12,7 +12,6 @@ scores.json. data/rows.py recognises the rows by their shape: chats (Alpaca, Sha
 messages, hotel dialogues), labelled texts, preference pairs.
 """
 
-from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
 import argparse
 import contextlib
 import copy
@@ -33,6 +32,7 @@ import lora
 import model as lm
 import train
 from data import batches, chat, cli
+from data.cli import Parser, UserError, at_least, between, first_process, positive, run_cli, share
 from data.costs import check_memory
 from data.files import dump_lines, write_json
 from data.machine import DTYPES, fast_products, make_runtime, shard_like

@@ -12,7 +12,6 @@ layers of an existing model, one by one:
 Together they are QLoRA. LoRA works on any module with nn.Linear, quantization on layers in TARGETS.
 """
 
-from data.cli import Parser, UserError, run_cli
 import contextlib
 import hashlib
 import re
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model as lm
+from data.cli import Parser, UserError, run_cli
 from data.download import is_hub_name
 from data.hf_config import config_to_hf
 from data.hf_weights import write_peft

@@ -17,7 +17,6 @@ language model: from model.py come only the checkpoints and, for drawing, the tr
 Shapes in comments: B batch, T patches of an image, C channels.
 """
 
-from data.cli import Parser, StopSignal, UserError, at_least, between, positive, quoted, run_cli
 import argparse
 import math
 import re
@@ -32,6 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import model as lm
+from data.cli import Parser, StopSignal, UserError, at_least, between, positive, quoted, run_cli
 from data.files import write_json
 from data.idx import FILES, download_idx, read_folder_idx
 from data.machine import choose_device, random_state, set_random_state
@@ -152,7 +152,7 @@ def fit(run, images, labels, batch_loss, evaluate):
                 if stop.number:
                     run.save()
                     if run.out:
-                        print(f"stopped at step {run.step}: --resume {quoted(run.out)} goes on")
+                        print(f"stopped at step {run.step}: --resume {quoted(run.out)} continues")
                     return 128 + stop.number
                 start = time.perf_counter()
                 # most optimizers call the closure once and then step; lbfgs calls it several times

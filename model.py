@@ -13,7 +13,6 @@ Shapes in comments: B batch, T time, C channels (d_model), nh query heads, nkv k
 hs head size, V vocabulary, N rows (positions of all texts, flattened), S keys (cached and new).
 """
 
-from data.cli import Parser, UserError, at_least, run_cli
 import contextlib
 import copy
 import math
@@ -28,6 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import costs, gguf, hf_config, hf_weights, tables
+from data.cli import Parser, UserError, at_least, run_cli
 from data.costs import FEW_SCORES, FEW_TOKENS, count_parameters, flops_per_token
 from data.download import is_hub_name, snapshot_download
 from data.files import read_json, write_whole

@@ -12,7 +12,6 @@ The chapters: sources, writing, reading back, the command line. Downloads, encod
 are modules in data/. It does not need torch.
 """
 
-from data.cli import Parser, UserError, at_least, number, quoted, run_cli
 import contextlib
 import glob
 import itertools
@@ -29,6 +28,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import tiktoken
 
+from data.cli import Parser, UserError, at_least, number, quoted, run_cli
 from data.download import DATA, EXTRAS, MB, fetch, is_hub_name, snapshot_download
 from data.files import file_sha256, locked, read_json, write_json
 from data.hf_tokenizer import find_tokenizer, hub_tokenizer

@@ -13,7 +13,6 @@ layers for a CPU are in data/matmul.py, ids to text in data/reply.py, the chat i
 the server in data/server.py.
 """
 
-from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
 import math
 import sys
 from collections import Counter
@@ -32,6 +31,7 @@ import model as lm
 from data import cli
 from data.analogy import analogy, bert_words
 from data.chat import common_length, get_template
+from data.cli import Parser, UserError, at_least, between, positive, printable, run_cli, share
 from data.drafts import Drafts, Lookup
 from data.graphs import GraphedSteps
 from data.machine import DTYPES, choose_device, native_dtype

@@ -14,7 +14,6 @@ Read it from here to the end of `fit`, the loop that fine-tuning also uses. The 
 line and what only some runs need: bf16, a compiler, several processes.
 """
 
-from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 import argparse
 import contextlib
 import copy
@@ -39,6 +38,7 @@ from torch.utils._pytree import tree_map_only
 
 import model as lm
 from data import cli, machine
+from data.cli import Parser, StopSignal, UserError, at_least, between, positive, printable, run_cli
 from data.costs import check_memory, memory_needed
 from data.machine import DTYPES, fast_products, full_tensor, make_runtime, native_dtype, shard_like
 from data.progress import waiting, watched
@@ -222,7 +222,6 @@ def make_optimizers(model, args):
     # a tied table is also the head: its rate is at most lr
     table_rates["embed.weight"] = min(embed_lr, args.lr) if tied else embed_lr
     own_rate = [(n, p) for n, p in named if n in table_rates and n not in large]
-    own_rate.sort(key=lambda pair: tied and pair[0] == "embed.weight")  # as in older checkpoints
     groups = [dict(params=[p], lr=table_rates[n]) for n, p in own_rate]
     others = [p for n, p in named if n not in table_rates and n not in inner]
     groups.append(dict(params=others, lr=args.lr))
@@ -614,7 +613,7 @@ def fit(model, task, args, runtime, out, resume=None):
                 run.save(better)
                 log.draw(task.curves, task.unit)
         if runtime.total(stop.number)[0]:
-            log.line(f"stopped at step {state['step']}, saved: --resume {cli.quoted(out)} goes on")
+            log.line(f"stopped at step {state['step']}: continue with --resume {cli.quoted(out)}")
             raise SystemExit(128 + (stop.number or signal.SIGINT))
         stop.__exit__()  # all is saved: a signal ends what follows at once
         if not over and done < 1:  # stopped early
@@ -795,7 +794,7 @@ def launch(fit, report, runtime, out):
         if result:
             report(result)
     except (RuntimeError, KeyboardInterrupt) as e:
-        saved = f"; {out}/last.pt is saved: --resume {cli.quoted(out)} goes on from it"
+        saved = f"; {out}/last.pt is saved: --resume {cli.quoted(out)} continues"
         saved = saved if Path(out, "last.pt").exists() else ""
         if isinstance(e, KeyboardInterrupt):  # after the last step, or a second one
             raise KeyboardInterrupt(f"interrupted{saved}") from e

@@ -66,20 +66,9 @@ def run_cli(main):
         advice = "use smaller batches, --grad_checkpoint in training, or a smaller model"
         print(f"{script}: out of memory: {advice}", file=sys.stderr)
     except KeyboardInterrupt as e:
-        excepthook(KeyboardInterrupt, e, None)
+        print(f"\n{script}: {e.args[0] if e.args else 'interrupted'}", file=sys.stderr)
+        code = 130
     raise SystemExit(code)
-
-
-def excepthook(kind, error, frames):
-    """Ctrl-C becomes one line and exit code 130, also while a script imports torch, since scripts
-    import this module first; other exceptions are shown as usual."""
-    if kind is not KeyboardInterrupt:
-        return sys.__excepthook__(kind, error, frames)
-    print(f"\n{Path(sys.argv[0]).name}: {''.join(error.args) or 'interrupted'}", file=sys.stderr)
-    raise SystemExit(130)
-
-
-sys.excepthook = excepthook
 
 
 def first_process():
@@ -247,8 +236,11 @@ def number(kind, wanted, accepts):
 
 
 def at_least(low, kind=int):
-    """An argparse type: a number from `low` to 2**62."""
-    return number(kind, f"at least {low} and at most 2**62", lambda v: low <= v <= 2**62)
+    """An argparse type: a finite number not below `low`; integers are at most 2**62."""
+    wanted, high = f"at least {low}", 2**62
+    if kind is float:
+        wanted, high = f"{wanted} and finite", sys.float_info.max
+    return number(kind, wanted, lambda v: low <= v <= high)
 
 
 def between(low, high, kind=float):

@@ -39,18 +39,9 @@ def test_errors_become_exit_codes_and_a_bug_is_not_hidden(error, code, line, mon
         run_cli(lambda: 1 / 0)
 
 
-def test_an_interrupt_is_one_line_from_the_first_slow_import_on():
-    for name in ("torch", "tiktoken"):
-        Path(f"{name}.py").write_text("raise KeyboardInterrupt")
-    for script in SCRIPTS:
-        command = [sys.executable, str(ROOT / f"{script}.py")]
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": "."}, capture_output=True)
-        assert (done.returncode, done.stderr) == (130, f"\n{script}.py: interrupted\n".encode())
-
-
 @pytest.mark.parametrize("kind, text, line", [
-    (at_least(1), "0", "--n 0 must be at least 1 and at most 2**62"),
-    (at_least(0, float), "1e30", "--n 1e30 must be at least 0 and at most 2**62"),
+    (at_least(1), "0", "--n 0 must be at least 1"),
+    (at_least(0, float), "inf", "--n inf must be at least 0 and finite"),
     (positive, "nan", "--n nan must be above 0 and finite"),
     (between(0, 1), "1.5", "--n 1.5 must be from 0 to 1"),
     (at_least(1), "x", "argument --n: invalid int value: 'x'"),

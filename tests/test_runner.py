@@ -170,7 +170,7 @@ def test_a_stop_signal_ends_all_processes_after_the_same_step(desk):
     until(run, "step 2  train loss")
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
     said = run.communicate(timeout=60)[0]
-    assert "saved: --resume out/stopped" in said and "another process" not in said
+    assert "continue with --resume out/stopped" in said and "another process" not in said
     before = lm.load_checkpoint("out/stopped/last.pt")["step"]
     train.main(["--resume", "out/stopped", "--max_steps", str(before + 1)])
 

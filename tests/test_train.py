@@ -339,7 +339,7 @@ def test_a_stop_signal_saves_the_step_and_sets_the_exit_code(corpus, number, cod
     stopped = lambda *a: a[-1] == (0, 2) and os.kill(os.getpid(), number)  # noqa: E731
     monkeypatch.setattr(train, "training_step", lambda *a: stopped(*a) or step(*a))
     done = run(*SMALL, "--max_steps", 99, "--out", "out/stop", check=False)
-    assert done.returncode == code and "stopped at step 3, saved: --resume" in done.stdout
+    assert done.returncode == code and "stopped at step 3: continue with" in done.stdout
     assert last("out/stop")["step"] == 3 and last("out/stop")["args"]["warmup_steps"] == 19
     assert ("Ctrl-C again stops now" in done.stderr) == (number == signal.SIGINT)
 
@@ -357,7 +357,7 @@ def test_a_stop_signal_saves_the_step_and_sets_the_exit_code(corpus, number, cod
     with monkeypatch.context() as m:  # in the last evaluation
         m.setattr(train, "evaluate", lambda *a, **k: ended() or evaluate(*a, **k))
         done = run("--resume", "out/stop", "--max_steps", 4, check=False)
-    assert done.returncode == code and "stopped at step 4, saved: --resume" in done.stdout
+    assert done.returncode == code and "stopped at step 4: continue with" in done.stdout
 
 
 def test_resuming_cuts_metrics_and_inherits_what_is_not_given(corpus):
