@@ -73,7 +73,7 @@ class Config:
     d_ff: int | None = None  # width of a feed-forward; None: 4 (gated 8/3) d_model / chosen experts
     experts: int = 0  # feed-forward networks per block, chosen by a router; 0: one, no router
     experts_per_token: int | None = None  # experts that a token uses; None: 2
-    norm_topk_prob: bool | None = None  # scale the chosen weights to sum to 1; None: if k > 1
+    norm_topk_prob: bool | None = None  # scale chosen experts' shares to sum to 1; None: if several
     router_aux_loss_coef: float = 0.01  # weight of the loss that balances the use of the experts
     position: str = "rope"  # how positions are encoded
     norm: str = "rmsnorm"  # kind of norm, in the blocks and before the head
@@ -493,8 +493,8 @@ INPUTS = {
 # The loss, a chunk of logits at a time
 # --------------------------------------------------------------------------------------------
 
-LOSS_ROWS = 256  # so many rows of logits fit in one chunk, whatever the vocabulary
-LOSS_BYTES = 2**27  # on a CPU, a chunk may have more rows if their logits fit in so many bytes
+LOSS_ROWS = 256  # a chunk of logits has room for this many rows or more:
+LOSS_BYTES = 2**27  # on a CPU, for as many rows as fit in these bytes
 
 
 def softmax_(logits, targets, full):
@@ -643,9 +643,9 @@ class KVCache:
         return part
 
     def begin(self, ids, positions=None):
-        """Store ids (B, T) after those of each row, and return their NewTokens. `lengths` grow only
-        in `Transformer.hidden`, after the last layer. For CUDA graphs, pass the ids' `positions`
-        (B, T) on their device: then no shape depends on the lengths."""
+        """Store ids (B, T) after those of each row, and return their NewTokens. `lengths` grow
+        later: `Transformer.hidden` adds T after the last layer. For CUDA graphs, pass the ids'
+        `positions` (B, T) on their device: then no shape depends on the lengths."""
         T, lengths, device = ids.shape[1], self.lengths.tolist(), ids.device
         start, stop = max(lengths), max(lengths) + T
         if stop > self.room:
@@ -732,7 +732,7 @@ class Transformer(nn.Module):
             self.cos, self.sin = map(table, tables(c.rope_theta, c.rope_scaling))
             if c.window and c.window_theta:
                 self.window_cos, self.window_sin = map(table, tables(c.window_theta))
-        self.windowed = c.window_layers or [True] * c.n_layer
+        self.windowed = c.window_layers or [True] * c.n_layer  # matters only if c.window is set
         self.embed_norm = make_norm(c) if c.embed_norm else scale_by(c.embed_scale)
         self.drop = nn.Dropout(c.dropout) if c.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
@@ -797,7 +797,7 @@ class Transformer(nn.Module):
                 x = x + module(seen, positions, self.embed_ids)
         x = self.drop(x)
         extra_values = self.value_embed(ids) if self.value_embed is not None else None
-        rope_and_mask = [(self.rotation(new), new.mask)] * 2  # of layers without, with a window
+        rope_and_mask = [(self.rotation(new), new.mask)] * 2  # [if not windowed, if windowed]
         if c.window:
             mask = new.window_mask(c.window, seen)
             rope_and_mask[1] = self.rotation(new, c.window_theta > 0), mask

@@ -138,7 +138,7 @@ DECODING = {
     "loop_penalty": 0.0,
     **{name: f.off for name, f in FILTERS.items()},
 }
-# The defaults of the command line: all filters', and what else differs from DECODING.
+# The defaults of the command line: those of all filters, and what else differs from DECODING.
 DEFAULTS = {"temperature": 0.8, "loop_penalty": 4.0, **{n: f.default for n, f in FILTERS.items()}}
 
 
@@ -383,7 +383,7 @@ class Engine:
         cache, text = self.cache.rows(first, last), group[0]
         ids = torch.tensor(rows, device=self.device)
         after = text.ids[text.start + held[0] + 1 :][:T]
-        if not (text.echo and after):  # if both, this prompt is alone in its group
+        if not (text.echo and after):  # a prompt to echo is alone in its group, see `next_group`
             return self.model.last_logits(ids, cache, n=1 + len(text.draft))
         states = self.model.hidden(ids, cache)  # (B, T, C)
         text.logprobs += echo_logprobs(self.model, states[0], after, text.top)

@@ -54,7 +54,7 @@ from prepare_data import data_hashes, find_data, other_tokenizer, read_meta, rea
 # Learning rates mattered most: the embedding (rows of standard deviation 1, each rarely seen) needs
 # ten times that of the matrices, the head (which starts at zero) three times. Small batches, which
 # fit more steps into three minutes, helped, as did a linear decay to zero (cosine ended 0.015 bits
-# per byte higher) and short rows in every second step, which are faster (`short_context`).
+# per byte higher) and short rows in every second step, which are faster (--short_context).
 RECIPE = dict(
     batch_size=8, grad_accum=1, optimizer="adamw", schedule="linear", warmup_steps=60,
     lr=3e-3, embed_lr=3e-2, head_lr=1e-2, min_lr=0.0, weight_decay=0.1, beta1=0.9, beta2=0.99,
@@ -125,7 +125,7 @@ class TokenLoader:
 
 def micro_batches(loader, step, n_rows, grad_accum, rank=0, world=1):
     """This process's share of the `n_rows` rows of `step`, as `grad_accum` batches. All batches of
-    all processes have equally many rows, give or take one, perhaps none."""
+    all processes have equally many rows, give or take one; with few rows, some have none."""
     parts = grad_accum * world
     bounds = [step * n_rows - (-i * n_rows // parts) for i in range(parts + 1)]
     mine = range(rank * grad_accum, (rank + 1) * grad_accum)
@@ -564,7 +564,7 @@ def fit(model, task, args, runtime, out, resume=None):
     step_model, step_runtime, after_step = make_runner(model, task, args, runtime, state["step"])
     clear_gradients(model)
     meter = Meter(args.log_every, runtime.dtype)
-    train_loss = meter.mean_loss if task.unit == Task.unit else lambda *_: None  # in nats only
+    train_loss = meter.mean_loss if task.unit == Task.unit else lambda *_: None  # None: not in nats
     with StopSignal() as stop, log:
         if not state["step"]:
             log.evaluation({"step": 0, **task.evaluate(model, "start")})
