@@ -243,8 +243,8 @@ def rope_tables(context, head_size, theta, scaling=None, share=1.0):
     """Cosines and sines of the rotation angles, each (context, hs). RoFormer, Su et al. 2021.
 
     Channel i is rotated with channel i + hs/2 (the layout of Llama and Qwen weights), at position t
-    by the angle t * theta ** (-2i / hs), which is largest for the first pair. If only a `share` of
-    the channels is rotated, it is those of the first pairs, and hs in the angle is their number.
+    by the angle t * theta ** (-2i / hs), which is largest for the first pair. With a `share` below
+    1 only the first pairs are rotated, and hs in the angle is the number of channels in them.
     """
     # on the CPU even if the default device is meta; in the same order of operations as
     # transformers, so that results are rounded alike
@@ -493,8 +493,8 @@ INPUTS = {
 # The loss, a chunk of logits at a time
 # --------------------------------------------------------------------------------------------
 
-LOSS_ROWS = 256  # a chunk of logits has room for this many rows or more:
-LOSS_BYTES = 2**27  # on a CPU, for as many rows as fit in these bytes
+LOSS_ROWS = 256  # rows in a chunk of logits; ChunkedLoss takes more if more fit in its memory,
+LOSS_BYTES = 2**27  # which on a CPU is this many bytes
 
 
 def softmax_(logits, targets, full):

@@ -63,7 +63,7 @@ RECIPE = dict(
 )  # fmt: skip
 # None: the same as lr
 _LARGE = dict(embed_lr=None, head_lr=None, beta2=0.95, warmup_steps=200, schedule="cosine")
-# grad_accum follows from the tokens a step, see `settle`
+# grad_accum follows from total_batch_tokens, the tokens per step, see `settle`
 _GPT2 = _LARGE | dict(warmup_steps=700, total_batch_tokens=2**19)
 
 # Changes for a preset or an optimizer. GPT-2's values are customary and were not tried here.
