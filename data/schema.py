@@ -139,6 +139,15 @@ def json_value(schema, strict=True):
     return partial(json_parts, schema, schema)
 
 
+def fits(value, schema):
+    """Whether a JSON value fits a schema, as far as `json_parts` reads it."""
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    state = Constraint(lambda i: (i,), [push((json_value(schema, strict=False), {256}), ())])
+    for symbol in (*text, 256):  # 256 stands for the end
+        state = state and state.after(symbol)
+    return bool(state)
+
+
 def json_grammar(schema, ends):
     """The parts of a text that is JSON under a schema, then one of the ids `ends`. ValueError if
     the schema is not supported."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from data.chat import parse_call
 from data.cli import UserError, user_code
+from data.schema import fits
 
 NAMED = {"hotel": Path(__file__).with_name("hotel.py")}
 JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array",
@@ -111,22 +112,6 @@ def function_schema(name, function):
     return {"type": "function", "function": schema}
 
 
-def suits(value, hint):
-    """Whether a JSON value suits a type hint; any does for a type that JSON does not know."""
-    kind, options = split_hint(hint)
-    if kind is typing.Union:
-        return any(suits(value, option) for option in options)
-    if kind is typing.Literal:
-        return value in options
-    if kind not in JSON_TYPES or kind is tuple:
-        return True
-    if isinstance(value, bool):  # in Python a bool is an int, too
-        return kind is bool
-    if not isinstance(value, (int, float) if kind is float else kind):
-        return False
-    return kind is not list or all(suits(v, o) for v in value for o in options)
-
-
 def call_tool(tools, call):
     """What a tool returns for an entry of `tool_calls`, as JSON text. A call that does not fit the
     function's parameters never reaches it: the model reads {"error": ...} instead."""
@@ -135,10 +120,10 @@ def call_tool(tools, call):
         _, arguments = parse_call(call)
         if name not in tools:
             raise ValueError(f"no such tool, only {', '.join(tools)}")
-        signature = inspect.signature(tools[name], eval_str=True)
-        signature.bind(**arguments)
-        for key in arguments.keys() & signature.parameters.keys():  # **others take any value
-            if not suits(arguments[key], signature.parameters[key].annotation):
+        inspect.signature(tools[name]).bind(**arguments)
+        properties = function_schema(name, tools[name])["function"]["parameters"]["properties"]
+        for key in arguments.keys() & properties.keys():  # **others take any value
+            if not fits(arguments[key], properties[key]):
                 raise ValueError(f"{key} cannot be {arguments[key]!r}")
     except (TypeError, ValueError) as e:
         return json.dumps({"error": f"{name}: {e}"}, ensure_ascii=False)

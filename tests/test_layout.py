@@ -31,7 +31,7 @@ IMPORTS = {
     "data.tokenizer": "data.download data.sentencepiece",
     "data.chat": "data.cli",
     "data.analogy": "data.hf_weights",
-    "data.tools": "data.chat",
+    "data.tools": "data.schema",
     "data.reply": "data.chat data.tokenizer",
     "data.schema": "data.chat",
     "data.drafts": "data.chat",

@@ -10,7 +10,8 @@ from conftest import CHAT, calls
 
 from data import tools as data_tools
 from data.cli import UserError
-from data.tools import function_schema, load_tools, suits
+from data.schema import fits
+from data.tools import function_schema, load_tools, type_schema
 
 
 def call_tool(tools, text):
@@ -71,11 +72,13 @@ def test_a_file_of_tools_that_cannot_be_used_is_named(tmp_path, text, reason):
     (typing.Optional[float], [1, 1.5, None], [False, "1"]),  # noqa: UP045
     (int, [1, -2], [1.5, True, "1"]),
     (bool, [True, False], [0, 1, "true"]),
-    (typing.Literal["a", "b"], ["a", "b"], ["c", 1, None, []]),
+    (typing.Literal["a", "你"], ["a", "你"], ["c", 1, None, []]),
+    (dict[str, int], [{}, {"a": 1}], [{"a": "1"}, []]),
     (inspect.Parameter.empty, [1, None, "x", [], {}], []),
 ])
 def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
-    assert [suits(v, annotation) for v in good + bad] == [True] * len(good) + [False] * len(bad)
+    found = [fits(v, type_schema(annotation)) for v in good + bad]
+    assert found == [True] * len(good) + [False] * len(bad)
 
 
 @pytest.mark.parametrize("content, reason", [
