@@ -41,7 +41,7 @@ from data.reply import parse
 from data.rewards import REWARDS, load_env, load_reward, rate
 from data.row_files import ROW_SUFFIXES
 from data.rows import as_chat, first_words, load_data, report_bad, to_example
-from data.runs import json_lines, newest_run, run_folder
+from data.runs import json_lines, newest_run, run_folder, run_settings
 from data.scores import chat_scores, confusion, macro_f1
 from data.sources import ROW_SETS, SOURCES
 from data.tokenizer import REWARD_TOKEN, Tokenizer, label_token, labels_of, warn_unknown
@@ -537,7 +537,7 @@ def load_rewards(source, device):
         turn = job.messages, answer, job.wanted, job.tools
         return next((r for f in functions if (r := rate(f, *turn)) is not None), None)
 
-    functions = list(map(load_function, source.split(",")))
+    functions = [load_function(name.strip()) for name in source.split(",")]
     return lambda answers: [reward(*answer) for answer in answers]
 
 
@@ -842,10 +842,12 @@ def resolve(args):
     content, settings = None, given
     if args.resume is not None and not args.eval_only:
         settings, content = train.resumed_settings(args, given, FIXED)
-    elif "data" not in given and given.get("env") in ROW_SETS:
-        settings = given | {"data": given["env"]}
     elif "data" not in given:
-        raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
+        run = {} if args.resume is None else run_settings(args.resume or newest_run())
+        data = given["env"] if given.get("env") in ROW_SETS else run.get("data")
+        if not data:
+            raise UserError(f"--data is missing: a file, or one of {', '.join(ROW_SETS)}")
+        settings = given | {"data": data}
     if "ckpt" not in settings:
         settings = settings | {"ckpt": args.resume or str(newest_run())}
     data, fraction = settings["data"], settings.get("val", RECIPE["val"])
@@ -1044,6 +1046,7 @@ def evaluate_only(args, objective_class, examples):
     if args.pairs:
         if Path(args.pairs).exists():
             raise UserError(f"{args.pairs} exists: name another file for --pairs")
+        Path(args.pairs).parent.mkdir(parents=True, exist_ok=True)
         with lm.evaluating(model), runtime.autocast():
             pairs = objective.pairs(model, split)
         Path(args.pairs).write_text(dump_lines(pairs), encoding="utf-8")

@@ -350,14 +350,15 @@ def data_hashes(meta):
 
 def other_tokenizer(folder, wanted):
     """What to tell a user whose checkpoint has the Tokenizer `wanted`, not that of a prepared
-    folder: the command that prepares the text again, perhaps with a FOLDER that has it."""
+    folder: the command that prepares the text again, with a folder that has it if there is one."""
     meta, learned = read_meta(folder), wanted.spec["kind"] in ("char", "bpe")
-    old, name = Tokenizer(meta["tokenizer"]).name, "FOLDER" if learned else wanted.name
+    old, name = Tokenizer(meta["tokenizer"]).name, wanted.name
     for path in DATA.glob("*/meta.json") if learned else ():
         with contextlib.suppress(UserError):  # of another version
             if Tokenizer(read_meta(path.parent)["tokenizer"]).same_ids(wanted):
                 name = path.parent
     settings = meta.get("settings", {}) | {"tokenizer": name, "name": folder.name}
+    settings.pop("max_tokens", None)  # which the checkpoint's text may not have had
     both = f"the checkpoint's tokenizer is {wanted.name}, that of {folder} {old}"
     return f"{both} (or has other tokens): {command(meta['source'], settings)} prepares it again"
 

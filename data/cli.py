@@ -171,6 +171,10 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
             self.error(self.explain(flags or unknown[:1]))
+        for name in ("ckpt", "data", "out", "name", "source"):  # perhaps of an empty variable
+            value = getattr(args, name, None)
+            if "" in (value if isinstance(value, (list, tuple)) else [value]):
+                self.error(f"{name} is empty: name one, or leave it out")
         return args
 
     def refuse_file(self, path):

@@ -42,8 +42,8 @@ def run_folder(out, name, runtime):
     """The folder of a new run: `out`, or a new one called `name`. UserError if it holds a run."""
     if out is None:  # rank 0 decides and tells the others
         return runtime.of_first(new_run(name) if runtime.rank == 0 else None)
-    if out == "" or Path(out).is_file():
-        raise UserError(f"--out {out!r} is not a folder: name one that does not exist")
+    if Path(out).is_file():
+        raise UserError(f"--out {out} is not a folder: name one that does not exist")
     if any(Path(out).glob("*.pt")):
         remedy = f"--resume {quoted(out)}, delete the folder, or name another --out"
         raise UserError(f"{out} holds a run already: {remedy}")

@@ -101,8 +101,10 @@ def function_schema(name, function):
         schema, description = type_schema(parameter.annotation), descriptions.get(key, "")
         if match := re.search(r"\(choices:\s*(.*?)\)\s*$", description, re.IGNORECASE):
             choices = [choice.strip(" \"'`") for choice in match[1].strip("[]").split(",")]
-            numeric = schema.get("type") in ("integer", "number")
-            schema["enum"] = list(map(json.loads, choices)) if numeric else choices
+            chosen = schema.setdefault("items", {}) if schema.get("type") == "array" else schema
+            parsed = chosen.get("type") in ("integer", "number", "boolean")
+            if "anyOf" not in chosen:  # of several types: the model only reads of them
+                chosen["enum"] = list(map(json.loads, choices)) if parsed else choices
             description = description[: match.start()].strip()
         properties[key] = schema | {"description": description}
         required += [key] if parameter.default is parameter.empty else []

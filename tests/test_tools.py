@@ -81,6 +81,22 @@ def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
     assert found == [True] * len(good) + [False] * len(bad)
 
 
+def test_choices_in_a_docstring_are_of_the_parameters_type():
+    def pick(flag: bool, k: float = 1.0, days: list[str] = ()):
+        """Pick.
+
+        Args:
+            flag: F (choices: [true])
+            k: K (choices: [1, 0.5])
+            days: D (choices: ["一", "二"])
+        """
+        return "picked"
+
+    assert call_tool({"pick": pick}, 'pick {"flag": true, "k": 0.5, "days": ["一"]}') == '"picked"'
+    for wrong in ('"flag": "true"', '"flag": false', '"flag": true, "days": "一"'):
+        assert "cannot be" in call_tool({"pick": pick}, f"pick {{{wrong}}}")
+
+
 @pytest.mark.parametrize("content, reason", [
     ('book {"city": "x"', "not JSON"),
     ("book " + "[" * 100_000, "not JSON"),

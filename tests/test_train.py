@@ -620,7 +620,7 @@ def test_a_second_process_or_script_is_refused(corpus):
     ("--data words --n_head 5", "n_head 5"),
     ("--data words --batch_size 100000000", "memory"),
     ("--data words --preset llama-8b --n_layer 9999", "memory"),
-    ("--data words --out words.txt", "'words.txt' is not a folder"),
+    ("--data words --out words.txt", "words.txt is not a folder"),
     ("--data words --device tpu", "tpu"),
     ("--resume out/none", "out/none"),
     ("--ckpt words.txt --data words", "words.txt"),
