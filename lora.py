@@ -359,7 +359,8 @@ def load_adapted(base, adapters, where="the base"):
     infos = {name: content["adapter"] for name, content in adapters.items()}
     quantized, *others = dict.fromkeys(info["quantize"] for info in infos.values())
     if others:
-        raise UserError(f"adapters with --quantize {quantized} and {others[0]} cannot share a base")
+        kinds = f"{quantized or 'none'} and {others[0] or 'none'}"
+        raise UserError(f"adapters with --quantize {kinds} cannot share a base")
     model = lm.model_from_checkpoint(base, dtype=None if quantized else torch.float32, where=where)
     sha256 = fingerprint(base["model"])
     for name, info in infos.items():
