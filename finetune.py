@@ -1095,7 +1095,7 @@ def main(argv=None):
     base = content if content and not args.lora_rank else lm.load_checkpoint(args.ckpt)
     previous, config = (content or {}).get("device"), lm.Config.from_dict(base["config"])
     runtime = make_runtime(args.device, args.dtype, previous, config, args.batch_tokens)
-    if not (args.quantize or args.shard):  # otherwise weights are not read as they are
+    if not (args.quantize or args.shard):  # these read the weights layer by layer
         check_memory(lm.meta_model(config).requires_grad_(not args.lora_rank), 0, runtime.device)
     torch.manual_seed(args.seed)
     special_tokens = partial(objective_class.special_tokens, splits=examples, labels=labels)

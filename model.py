@@ -29,9 +29,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 from data import costs, gguf, hf_config, hf_weights, tables
 from data.cli import Parser, UserError, at_least, run_cli
 from data.costs import FEW_SCORES, FEW_TOKENS, count_parameters, flops_per_token
-from data.download import is_hub_name, snapshot_download
+from data.download import find_tokenizer, is_hub_name, snapshot_download
 from data.files import read_json, write_whole
-from data.hf_tokenizer import find_tokenizer, hub_tokenizer
+from data.hf_tokenizer import hub_tokenizer
 from data.matches import LONGEST_MATCH, copy_candidates
 from data.rope import known_scaling, scale_frequency
 from data.runs import OUT, newest_run
@@ -217,8 +217,8 @@ def padded_vocab(size):
 
 
 def preset(name, **changes):
-    """The Config of the named preset with some fields changed. If the number of heads is not given
-    and does not divide a new `d_model`, heads get about 64 channels. UserError: unknown name."""
+    """The Config of a preset with some fields changed. If the number of heads is not given and does
+    not divide a new `d_model`, it becomes about d_model / 64. UserError for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
     shape = PRESETS[name] | changes

@@ -184,19 +184,19 @@ def xz_bits_per_byte(paths, tokenizer):
 
 def prepare(
     source=("stdlib",), tokenizer=None, name=None, val_fraction=0.1, encoding=None, field=None,
-    max_tokens=None, files=None,
+    max_tokens=None,
 ):  # fmt: skip
     """SOURCE, or several of them -> data/NAME/{train.bin, val.bin, meta.json}; returns the folder.
 
     A named source may have its own validation text. Otherwise every tenth document is held out (one
     in 1 / val_fraction), or, of fewer than ten documents, the last val_fraction of the tokens.
-    Files appear under their names only when all is done. `files`: those of `find_files`, if known.
+    Files appear under their names only when all is done.
     """
     if name and (Path(name).name != name or name in (".", "..")):
         raise UserError(f"--name {name!r} must be one plain name: it becomes {DATA}/NAME")
     start = time.monotonic()
     sources = [source] if isinstance(source, str) else source
-    files = files or [file for s in sources for file in find_files(s)]
+    files = [file for s in sources for file in find_files(s)]
     first = SOURCES.get(sources[0], Source(None))
     settings = dict(tokenizer=tokenizer, encoding=encoding, field=field, max_tokens=max_tokens)
     settings |= {"val_fraction": val_fraction if val_fraction != 0.1 else None}
@@ -331,9 +331,9 @@ def find_data(source, resuming=False):
         raise UserError(f"{source}, the text of this run, is gone: prepare it again")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"prepare the text before several processes: {command(source, {})}")
-    files = find_files(source)
+    find_files(source)  # a UserError if there are none comes first
     print(f"preparing {source} first ({command(source, settings)})")
-    return prepare(source, files=files, **settings)
+    return prepare(source, **settings)
 
 
 def command(source, settings):

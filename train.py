@@ -246,8 +246,8 @@ def make_optimizers(model, args):
     return optimizers
 
 
-# {name: function of f that gives the share of lr - min_lr that is left}; f runs from 0, at the end
-# of the warmup, to 1, at the end of the run. To add a schedule, add a line here.
+# Each function maps progress f to a factor for lr - min_lr. The end of the warmup is f = 0, and the
+# end of the run is f = 1. To add a schedule, add a line here.
 SCHEDULES = {
     "cosine": lambda f: 0.5 * (1 + math.cos(math.pi * f)),
     "linear": lambda f: 1 - f,
@@ -615,7 +615,7 @@ def fit(model, task, args, runtime, out, resume=None):
         if runtime.total(stop.number)[0]:
             log.line(f"stopped at step {state['step']}: continue with --resume {cli.quoted(out)}")
             raise SystemExit(128 + (stop.number or signal.SIGINT))
-        stop.__exit__()  # all is saved: a signal ends what follows at once
+        stop.restore()  # everything is saved: from here on, a signal ends the run at once
         if not over and done < 1:  # stopped early
             log.line(end_reason(args, state))
         if evaluation.get("val_share", 1) < 1 and args.eval_tokens is None:  # now the whole split
@@ -982,6 +982,7 @@ def build_model(args, content, folder, meta, tokenizer):
         # a multiple of 64 suits the hardware and leaves rows for a chat's special tokens
         changes.setdefault("vocab_size", lm.padded_vocab(tokenizer.n_vocab))
         config = lm.preset(args.preset, **changes)
+        # with --shard, weights are made in full, but not their gradients and moments
         check_memory(lm.meta_model(config).requires_grad_(not args.shard), 0, device)
         model = lm.Transformer(config)
         if config.norm_topk_prob and config.experts_per_token == 1:

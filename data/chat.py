@@ -23,8 +23,8 @@ from data.cli import explained
 
 
 def content_text(content, name="content"):
-    """The text of a content: a text, None, or a list of text parts. ValueError for others, which
-    calls it `name`."""
+    """The text of a content: a text, None, or a list of text parts. For anything else, a ValueError
+    that calls it `name`."""
     parts = content if isinstance(content, list) else [content or ""]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     if not all(isinstance(text, str) for text in texts):

@@ -276,11 +276,15 @@ class StopSignal:
             with contextlib.suppress(RuntimeError):  # this thread may just be printing
                 print(f"\n{self.words}; Ctrl-C again stops now", file=sys.stderr)
         self.number = number
-        self.__exit__()
+        self.restore()
 
-    def __exit__(self, *_):
+    def restore(self):
+        """Give signals the effect again that they had before."""
         for s, handler in self.old.items():
             signal.signal(s, handler)
+
+    def __exit__(self, *_):
+        self.restore()
 
 
 def quoted(path):

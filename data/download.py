@@ -21,7 +21,7 @@ _PART = r"\w(?:[\w.-]{0,94}\w)?"
 REPO = rf"{_PART}/{_PART}"  # OWNER/NAME of a model or data set on the Hub
 VIEWER = "https://datasets-server.huggingface.co"  # gives rows of the Hub's data sets
 OWNERS = dict.fromkeys(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), "openai-community/")
-OWNERS["bert-base-chinese"] = "google-bert/"  # can be named without it
+OWNERS["bert-base-chinese"] = "google-bert/"  # these models may be named without their owner
 EXTRAS = (  # not all models have them
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     "tokenizer.model",
@@ -180,8 +180,7 @@ def snapshot_download(name, files=None, check=None):
     def get(file, optional=False):
         url = f"{MODELS}/{repo}/resolve/{quote(revision, safe='')}/{file}"
         missing = folder / ".no_exist" / file  # the Hub has said that there is none
-        has_tokenizer = any((folder / f"tokenizer.{kind}").exists() for kind in ("json", "model"))
-        if file in EXTRAS and has_tokenizer and missing.exists():
+        if file in EXTRAS and find_tokenizer(folder) and missing.exists():
             return None
         try:
             return fetch(url, folder / file)
@@ -205,6 +204,12 @@ def snapshot_download(name, files=None, check=None):
     for file in weight_files(folder):
         get(file)
     return folder
+
+
+def find_tokenizer(folder):
+    """The file of the tokenizer in a model's folder, tokenizer.json or tokenizer.model; or None."""
+    files = (Path(folder, f"tokenizer.{kind}") for kind in ("json", "model"))
+    return next(filter(Path.exists, files), None)
 
 
 def weight_files(folder):

@@ -49,7 +49,7 @@ PROBE = "I'm 12345, you'RE  x_1;\n\n  def f(a):\n\treturn\t'é' 汉字，你好�
 
 
 def split_name(pattern):
-    """(llama.cpp's name of the pattern that splits PROBE most like `pattern`, if equally)."""
+    """(llama.cpp's name of the pattern most like `pattern`, whether both split PROBE equally)."""
     both = {None: pattern} | SPLITS
     cuts = {name: {m.end() for m in regex.finditer(p, PROBE)} for name, p in both.items()}
     name = min(SPLITS, key=lambda name: len(cuts[name] ^ cuts[None]))
@@ -178,10 +178,10 @@ def export(content, path, dtype, complete, meta_state):
     Matrices are in `dtype`, one of DTYPES; with q4_0 the embedding and the head are in q8_0, as
     errors matter most there. Vectors and positions are in f32."""
     values, config, state, tokenizer = nearest_model(content, complete, meta_state)
-    if (family := values["model_type"]) not in FAMILIES or config["window"]:
-        what = f"{', '.join(FAMILIES)} models without a window"
-        found = f"{family}, window {config['window'] or 'none'}"
-        raise UserError(f"GGUF files are written of {what}, not of this one: {found}")
+    if (family := values["model_type"]) not in FAMILIES:
+        raise UserError(f"GGUF files can be written for {', '.join(FAMILIES)}, not for {family}")
+    if config["window"]:
+        raise UserError(f"a GGUF file of a {family} model cannot have a window: {config['window']}")
     if tokenizer is None:
         raise UserError("the checkpoint carries no tokenizer, which llama.cpp needs")
     values = {"general.architecture": family, "general.file_type": DTYPES[dtype][1]}

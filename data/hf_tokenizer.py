@@ -11,6 +11,7 @@ import regex
 
 from data.chat import get_template
 from data.cli import MALFORMED, explained
+from data.download import find_tokenizer
 from data.files import read_json
 from data.sentencepiece import is_sentencepiece, read_model, written_json
 from data.tokenizer import ANY_CHARACTER, END, UNKNOWN, Tokenizer
@@ -75,7 +76,7 @@ def hub_pattern(pre):
                 return DIGITS_PATTERN
         elif kinds == ["Split", "ByteLevel"] and first["behavior"] == "Isolated":
             pattern = first["pattern"]["Regex"]
-            # They are Ruby's regular expressions, where what is searched here differs from Rust's
+            # Hugging Face's regular expressions are Ruby's, which differ from Rust's in these
             bare = re.sub(r"\\[pP]\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]", "", pattern)
             if re.search(r"[$^]|\}\+|\(\?[a-z-]*[msx]", bare):
                 raise ValueError(f"pre_tokenizer: pattern {pattern!r} has another meaning here")
@@ -115,12 +116,6 @@ def hub_begin(post, added):
     if len(begin) > 1 or not set(begin) <= set(added.values()):
         raise ValueError(f"post_processor: ids {begin} in front do not belong to one added token")
     return begin[0] if begin else None
-
-
-def find_tokenizer(folder):
-    """The file of the tokenizer in a model's folder, tokenizer.json or tokenizer.model; or None."""
-    files = (Path(folder, f"tokenizer.{kind}") for kind in ("json", "model"))
-    return next(filter(Path.exists, files), None)
 
 
 def byte_level_spec(data, added):

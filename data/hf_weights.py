@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from data import hf_tokenizer
 from data.cli import UserError
-from data.download import WEIGHTS, weight_files
+from data.download import WEIGHTS, find_tokenizer, weight_files
 from data.files import read_json, write_json
 from data.hf_config import config_from_hf, config_to_hf
 from data.tensors import Safetensors, fit_error, load_pt, write_safetensors
@@ -175,7 +175,7 @@ def load(folder, complete, meta_state, dtype=None):
     family, config = config_from_hf(read_json(where), complete, where, verbose=True)
     state = read_state(folder, family, config, meta_state(config), dtype)
     content = {"config": config, "model": state}
-    if hf_tokenizer.find_tokenizer(folder):
+    if find_tokenizer(folder):
         content["tokenizer"] = hf_tokenizer.hub_tokenizer(folder)
     return content
 

@@ -6,6 +6,7 @@ import re
 import secrets
 
 from data.chat import MARK, THINK, tool_call
+from data.cli import MALFORMED
 from data.tokenizer import UNKNOWN
 
 
@@ -174,7 +175,7 @@ def read_calls(text, template):
         if not tag:
             json.loads(text)  # nothing may follow a call without a tag
         return list(map(json_call, parts))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except MALFORMED:
         return []
 
 

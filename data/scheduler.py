@@ -15,11 +15,7 @@ from data.cli import is_out_of_memory
 
 
 class Busy(Exception):
-    """The queue is full, or the server is `closing`: try again later."""
-
-    def __init__(self, closing=False):
-        super().__init__("the server is closing" if closing else "the queue is full")
-        self.closing = closing
+    """The queue is full, or the server is closing: try again later."""
 
 
 @dataclass(eq=False)
@@ -57,7 +53,7 @@ class Scheduler:
         """Queue all of the jobs or none; Busy if there is no room."""
         with self.changed:
             if self.closing or len(self.waiting) + len(jobs) > self.max_waiting:
-                raise Busy(self.closing)
+                raise Busy("the server is closing" if self.closing else "the queue is full")
             self.waiting.extend(jobs)
             self.changed.notify()
 
@@ -67,7 +63,7 @@ class Scheduler:
         self.submit([job])
         _, result, _ = job.events.get()
         if job.cancelled:
-            raise Busy(closing=True)
+            raise Busy("the server is closing")
         if isinstance(result, Exception):
             raise result
         return result

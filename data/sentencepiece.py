@@ -197,7 +197,8 @@ def read_model(path, config):
     others = suffixes or not escapes or UNUSED in types or BYTE not in types
     if kind != "BPE" or any(normalizer.get(2, [])) or others:
         what = f"{kind} with {normalizer.get(1, [b'no rules'])[0].decode()}"
-        raise UserError(f"{path}: {what}: only BPE with bytes and normalizer identity is read")
+        readable = "only BPE with byte tokens and the identity normalizer"
+        raise UserError(f"{path} is {what}, which cannot be read, {readable}")
     names = {i: piece for i, (piece, *_) in enumerate(pieces)}
     added = {i: dict(id=i, content=piece, special=t != USER_DEFINED, normalized=t == USER_DEFINED)
              for i, (piece, _, t) in enumerate(pieces) if t in (UNKNOWN, CONTROL, USER_DEFINED)}

@@ -141,7 +141,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ApiError as e:
             self.fail(e)
         except Busy as e:
-            status, code = (503, None) if e.closing else (429, "rate_limit_exceeded")
+            closing = service.api.scheduler.closing
+            status, code = (503, None) if closing else (429, "rate_limit_exceeded")
             self.fail(ApiError(status, f"{e}: try again in a second", code=code))
         except (ConnectionError, TimeoutError):  # the client is gone: nobody is left to answer
             pass

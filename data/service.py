@@ -110,9 +110,9 @@ class Service:
         text, seed = body.get("text"), body.get("seed", 0)
         if self.draw is None:
             raise ApiError(404, "no digits were trained here: python mnist.py --diffusion")
-        count = len(text.replace(" ", "")) if isinstance(text, str) else 21
-        if count > 20 or type(seed) is not int or seed >> 50:
-            raise ApiError(400, "this needs a text of up to 20 digits, and perhaps a seed")
+        digits = text.replace(" ", "") if isinstance(text, str) else ""
+        if not 1 <= len(digits) <= 20 or type(seed) is not int or seed >> 50:
+            raise ApiError(400, "this needs a text of 1 to 20 digits, and perhaps a seed")
         try:
             pictures = self.draw(text, seed)
         except UserError as e:

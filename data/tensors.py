@@ -22,7 +22,7 @@ def load_pt(path, mapped=True):
                 raise zipfile.BadZipFile("a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:  # torch and zipfile report a foreign or damaged file in a dozen ways
-        raise UserError(f"{path} is not a zip by torch.save, or is damaged or cut short") from e
+        raise UserError(f"{path} is not a zip file of torch.save, or is damaged") from e
 
 
 def fit_error(expected, state):

@@ -109,7 +109,7 @@ def row_text(row, field, where):
     default the first of TEXT_FIELDS that it has, or an instruction, its input and output."""
     if isinstance(row, dict) and not field and {"instruction", "output"} <= row.keys():
         with explained(f"{where}: history is not a list of lists"):
-            history = sum(row.get("history") or [], [])  # noqa: RUF017 (few, and nothing but lists)
+            history = sum(row.get("history") or [], [])  # noqa: RUF017 (a text raises)
         texts = [row.get("system"), *history, row["instruction"], row.get("input"), row["output"]]
         row = [{"content": text} for text in texts]
     elif isinstance(row, dict):

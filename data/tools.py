@@ -99,12 +99,12 @@ def function_schema(name, function):
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise TypeError(f"{key} is taken by position only, and models give arguments by name")
         schema, description = type_schema(parameter.annotation), descriptions.get(key, "")
-        if match := re.search(r"\(choices:\s*(.*?)\)\s*$", description, re.IGNORECASE):
+        match = re.search(r"\(choices:\s*(.*?)\)\s*$", description, re.IGNORECASE)
+        if match and "anyOf" not in schema:  # choices of a union stay in the description
             choices = [choice.strip(" \"'`") for choice in match[1].strip("[]").split(",")]
             chosen = schema.setdefault("items", {}) if schema.get("type") == "array" else schema
             parsed = chosen.get("type") in ("integer", "number", "boolean")
-            if "anyOf" not in chosen:  # of several types: the model only reads of them
-                chosen["enum"] = list(map(json.loads, choices)) if parsed else choices
+            chosen["enum"] = list(map(json.loads, choices)) if parsed else choices
             description = description[: match.start()].strip()
         properties[key] = schema | {"description": description}
         required += [key] if parameter.default is parameter.empty else []

@@ -82,17 +82,19 @@ def test_json_values_suit_the_types_of_parameters(annotation, good, bad):
 
 
 def test_choices_in_a_docstring_are_of_the_parameters_type():
-    def pick(flag: bool, k: float = 1.0, days: list[str] = ()):
+    def pick(flag: bool, k: float = 1.0, days: list[str] = (), n: int | str = 1):
         """Pick.
 
         Args:
             flag: F (choices: [true])
             k: K (choices: [1, 0.5])
             days: D (choices: ["一", "二"])
+            n: N (choices: [1, auto])
         """
         return "picked"
 
     assert call_tool({"pick": pick}, 'pick {"flag": true, "k": 0.5, "days": ["一"]}') == '"picked"'
+    assert "(choices: [1, auto])" in json.dumps(function_schema("pick", pick))  # of a union: words
     for wrong in ('"flag": "true"', '"flag": false', '"flag": true, "days": "一"'):
         assert "cannot be" in call_tool({"pick": pick}, f"pick {{{wrong}}}")
 
