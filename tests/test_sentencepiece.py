@@ -231,7 +231,7 @@ def test_transformers_reads_what_a_tokenizer_model_is_exported_to(name):
 
 
 def test_what_cannot_be_read_is_named():
-    with pytest.raises(UserError, match="tokenizer.model is unigram with identity, .* only BPE"):
+    with pytest.raises(UserError, match=r"tokenizer.model is unigram with identity, .* only BPE"):
         from_model(trained(kind="unigram"))
     whole = trained()
     for size in (0, 1, 5, 100, len(whole) - 1):
